@@ -1,0 +1,97 @@
+# Everything a user types. `make` alone lists the targets.
+
+# With neither DATA nor OUT nor finished shards: a synthetic sample, and settings that are small and quick.
+ifeq ($(DATA)$(OUT)$(wildcard shards/manifest.json),)
+SAMPLE := sample/CheXpert-v1.0-small/train.csv
+DATA   := sample
+OUT    := shards/sample
+SIZE   ?= 128
+DEV    ?= 0.2
+ARCH   ?= rescnn
+LR     ?= 2e-3
+BATCH  ?= 32
+EPOCHS ?= 12
+RUN    ?= runs/sample-$(ARCH)-$(SIZE)-lr$(LR)-wd$(WD)-seed$(SEED)
+endif
+
+# The settings for real CheXpert: make shards DATA=<CheXpert folder>, then make train.
+DATA      ?=
+OUT       ?= shards
+SIZE      ?= 320
+VIEWS     ?= frontal
+UNCERTAIN ?= best
+BLANK     ?= zeros
+DEV       ?= 0.05
+WORKERS   ?= $(shell getconf _NPROCESSORS_ONLN)
+ARCH      ?= resnet50
+LR        ?= 1e-4
+WD        ?= 1e-2
+BATCH     ?= 64
+EPOCHS    ?= 5
+SEED      ?= 0
+SPLIT     ?= valid
+RUN       ?= runs/$(ARCH)-$(SIZE)-lr$(LR)-wd$(WD)-seed$(SEED)
+PYTHON    ?= python3
+
+BIN := .venv/bin
+SAY_SAMPLE = @$(if $(SAMPLE),echo 'No shards and no DATA: this is the synthetic sample with small and quick settings.')
+# A policy is passed on to training only where it was set by hand: otherwise the shards' own is used.
+given    = $(filter command environment,$(firstword $(origin $(1))))
+POLICIES = $(if $(call given,UNCERTAIN),--uncertain $(UNCERTAIN)) $(if $(call given,BLANK),--blank $(BLANK))
+SHARDS = $(BIN)/pipeline shards $(DATA) $(OUT) --size $(SIZE) --views $(VIEWS) --uncertain $(UNCERTAIN) \
+	--blank $(BLANK) --dev $(DEV) --workers $(WORKERS)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup shards stats train evaluate test lint lock clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: .venv/installed  ## create .venv and install the pinned packages; again only when the lock changes
+
+shards: .venv/installed $(SAMPLE)  ## write DATA (a CheXpert folder) as shards to OUT
+	@$(if $(DATA),,echo 'make shards needs DATA=<CheXpert folder>' >&2; exit 2)
+	$(SHARDS)
+
+stats: .venv/installed $(OUT)/manifest.json  ## count the labels of the shards in OUT
+	$(SAY_SAMPLE)
+	$(BIN)/pipeline stats $(OUT)
+
+train: .venv/installed $(OUT)/manifest.json  ## train on OUT with LR, WD, EPOCHS, BATCH, ARCH, SEED; continue RUN if it is there
+	$(SAY_SAMPLE)
+	$(BIN)/python train.py --shards $(OUT) --run $(RUN) --arch $(ARCH) --lr $(LR) --weight-decay $(WD) \
+		--batch-size $(BATCH) --epochs $(EPOCHS) --image-size $(SIZE) --seed $(SEED) --workers $(WORKERS) $(POLICIES)
+
+evaluate: .venv/installed  ## score the best checkpoint of RUN on SPLIT of the shards in OUT
+	$(SAY_SAMPLE)
+	$(BIN)/python train.py --shards $(OUT) --run $(RUN) --evaluate $(SPLIT) --workers $(WORKERS)
+
+test: .venv/installed  ## run the tests
+	$(BIN)/python -m pytest
+
+lint: .venv/installed  ## check style (ruff) and types (mypy)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+lock:  ## resolve the dependencies anew into requirements.lock (needs uv)
+	uv pip compile --quiet --upgrade --universal --python-version 3.11 --no-annotate --extra dev pyproject.toml \
+		--custom-compile-command "make lock" --output-file requirements.lock
+
+clean:  ## remove .venv and caches; keeps shards and runs
+	rm -rf .venv *.egg-info .mypy_cache .pytest_cache .ruff_cache
+
+# The stamp is written last: an interrupted installation is repeated.
+.venv/installed: requirements.lock
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("Python 3.11 or newer is needed, this is %d.%d" % v[:2])'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --requirement requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(OUT)/manifest.json: | .venv/installed $(SAMPLE)
+	@$(if $(DATA),,echo 'No shards in $(OUT). Write them with: make shards DATA=<CheXpert folder> OUT=$(OUT)' >&2; exit 2)
+	$(SHARDS)
+
+sample/CheXpert-v1.0-small/train.csv: | .venv/installed
+	$(BIN)/pipeline sample sample
