@@ -1,0 +1,19 @@
+"""CheXpert CSVs and images → label table → shards → stream of batches. Knows nothing of models.
+
+Modules, in the order the data flows:
+    labels    CSV → label table (Arrow), policies for uncertain and blank, patient split
+    images    image file → gray JPEG without metadata → uint8 array
+    shards    label table + images → tar shards, Arrow index, manifest
+    manifest  what a folder of shards says of itself, read back and checked
+    plan      (shard sizes, seed, epoch) → the order of the epoch's samples
+    stream    order → batches of images, targets and masks
+    stats     label table → counts
+    films     anatomy and findings → a synthetic chest film
+    sample    a synthetic CheXpert of such films, for the first run and the tests
+    console   exit codes and progress bars
+    cli       the `pipeline` command: parse, call, print
+"""
+
+
+class DataError(Exception):
+    """Input that cannot be used; the message names the file, row, column or option and says what to do."""

@@ -1,0 +1,63 @@
+"""What the commands share: exit codes, and a progress bar on stderr.
+
+Exit codes: 0 done, 1 failed, 2 usage, 130 interrupted, 143 terminated.
+"""
+
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from pipeline import DataError
+
+LINE_SECONDS = 10.0  # between plain lines where there is no terminal
+
+
+class Advance(Protocol):
+    """Report how far the work is; `note` is shown beside the bar."""
+
+    def __call__(self, done: int, total: int, note: str = "") -> None: ...
+
+
+@contextmanager
+def progress_bar(title: str, unit: str) -> Iterator[Advance]:
+    """Show a bar on stderr, or a plain line every few seconds where stderr is no terminal."""
+    console = Console(stderr=True)
+    columns = [TextColumn(title), BarColumn(), MofNCompleteColumn(), TextColumn(unit)]
+    columns += [TextColumn("{task.fields[note]}"), TimeRemainingColumn()]
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(title, total=None, note="")
+        last = time.monotonic()
+
+        def advance(done: int, total: int, note: str = "") -> None:
+            nonlocal last
+            bar.update(task, completed=done, total=total, note=note)
+            now = time.monotonic()
+            if not console.is_terminal and (done == total or now - last > LINE_SECONDS):
+                last = now
+                click.echo(f"{title}: {done:,} of {total:,} {unit}{note and '  '}{note}", err=True)
+
+        yield advance
+
+
+def run_command(command: click.Command) -> None:
+    """Run a click command with this project's error lines and exit codes; never returns."""
+    # As an exception, so that clean-up runs: by default SIGTERM ends Python on the spot.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        sys.exit(command.main(standalone_mode=False))
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except click.Abort:
+        click.echo("Interrupted.", err=True)
+        sys.exit(130)
+    except (DataError, OSError) as error:
+        click.echo(f"Error: {error}", err=True)
+        sys.exit(1)

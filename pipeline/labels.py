@@ -1,0 +1,279 @@
+"""CheXpert CSV → label table; policies that turn its raw states into targets and masks.
+
+Input:  `train.csv`, `valid.csv` (or `.csv.gz`) as Stanford ships them; columns are addressed by name.
+Output: an Arrow table with one row per image:
+    path        string   <split folder>/<patient>/<study>/<view file>, relative to the CSV's folder
+    key         string   `patient00001_study1_view1_frontal`, unique
+    patient     string   `patient00001`
+    study       int32    number of the study within the patient
+    view        string   `frontal` or `lateral` (from the column Frontal/Lateral, never from AP/PA)
+    sex         string   as in the CSV: Female, Male, Unknown
+    age         int16    years
+    projection  string   AP, PA, LL, RL; null on laterals
+    <14 labels> int8     1 positive, 0 negative, -1 uncertain, null blank (not mentioned)
+
+The raw states are kept everywhere; `make_targets` applies a policy only when labels are read for training.
+Policies: Irvin et al., "CheXpert", AAAI 2019, Table 3; smoothing: Pham et al., 2019 (arXiv:1911.06475).
+"""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as pacsv
+
+from pipeline import DataError
+
+LABELS = (
+    "No Finding",
+    "Enlarged Cardiomediastinum",
+    "Cardiomegaly",
+    "Lung Opacity",
+    "Lung Lesion",
+    "Edema",
+    "Consolidation",
+    "Pneumonia",
+    "Atelectasis",
+    "Pneumothorax",
+    "Pleural Effusion",
+    "Pleural Other",
+    "Fracture",
+    "Support Devices",
+)
+COLUMNS = ("Path", "Sex", "Age", "Frontal/Lateral", "AP/PA", *LABELS)
+CSV_SPLITS = ("train", "valid")
+VIEWS = ("frontal", "lateral", "all")
+
+UNCERTAIN_POLICIES = ("zeros", "ones", "ignore", "smooth-zeros", "smooth-ones")
+BLANK_POLICIES = ("zeros", "ignore")
+UNCERTAIN_HELP = f"Policy for -1: best, {', '.join(UNCERTAIN_POLICIES)}; per label: best,Edema=zeros."
+BLANK_HELP = f"Policy for blanks: {' or '.join(BLANK_POLICIES)}."
+SMOOTH_RANGES = {"smooth-zeros": (0.0, 0.3), "smooth-ones": (0.55, 0.85)}
+# How often radiologists call an uncertain report positive decides (500 test studies): Atelectasis .54,
+# Edema .52, Pleural Effusion .29, Consolidation .03.
+BEST_POLICY = dict.fromkeys(LABELS, "zeros") | {
+    "Atelectasis": "ones",
+    "Edema": "ones",
+    "Pleural Effusion": "smooth-ones",
+}
+
+_STATES = {1.0: 1, 0.0: 0, -1.0: -1}
+# A folder, then patient/study/view: nothing else, so no absolute path and no `..` gets through.
+_PATH = (
+    r"(?:^|/)(?P<path>[A-Za-z0-9_-]+/(?P<patient>patient\d+)/study(?P<study>\d{1,6})/"
+    r"(?P<file>view\d+_(?:frontal|lateral))\.(?:jpg|jpeg|png))$"
+)
+
+
+def read_labels(csv: Path) -> pa.Table:
+    """The label table of one CSV, rows in file order (columns: see the module).
+
+    Raises DataError, naming file, line and column, for anything but a CheXpert table.
+    """
+    table = _read_csv(csv)
+    parts = pc.extract_regex(table["Path"], _PATH)
+    _demand(csv, "Path", table["Path"], parts.is_valid(), "does not end in patientN/studyN/viewN_frontal.jpg")
+    parts = parts.combine_chunks()
+    path, patient, study, file = (parts.field(name) for name in ("path", "patient", "study", "file"))
+    key = pc.binary_join_element_wise(patient, pc.binary_join_element_wise("study", study, ""), file, "_")
+    _demand_unique(csv, key)
+
+    view = pc.utf8_lower(table["Frontal/Lateral"])
+    known = pc.is_in(view, value_set=pa.array(["frontal", "lateral"]))
+    _demand(csv, "Frontal/Lateral", table["Frontal/Lateral"], known, "is neither Frontal nor Lateral")
+    age = pc.match_substring_regex(table["Age"], r"^\d{1,3}(\.0)?$")
+    _demand(csv, "Age", table["Age"], age, "is not a number of years")
+
+    columns: dict[str, Any] = {
+        "path": path,
+        "key": key,
+        "patient": patient,
+        "study": study.cast(pa.int32()),
+        "view": view,
+        "sex": table["Sex"],
+        "age": table["Age"].cast(pa.float32()).cast(pa.int16()),
+        "projection": table["AP/PA"],
+    }
+    columns |= {label: _parse_states(csv, label, table[label]) for label in LABELS}
+    return pa.table(columns).combine_chunks()
+
+
+def find_csvs(folder: Path) -> dict[str, Path]:
+    """`train` and `valid` → their CSV, where `folder` or exactly one folder in it holds at least one.
+
+    Raises DataError where there is none, or more than one folder to choose from.
+    """
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder")
+    candidates = [folder, *sorted(path for path in folder.iterdir() if path.is_dir())]
+    found = {}
+    for candidate in candidates:
+        csvs = {split: path for split in CSV_SPLITS if (path := candidate / f"{split}.csv").is_file()}
+        if csvs and candidate == folder:
+            return csvs
+        if csvs:
+            found[candidate.name] = csvs
+    if not found:
+        raise DataError(f"{folder}: neither it nor a folder in it holds a train.csv or valid.csv")
+    if len(found) > 1:
+        raise DataError(f"{folder}: CSVs in several folders ({', '.join(found)}); name one of them")
+    return next(iter(found.values()))
+
+
+def select_views(table: pa.Table, views: str) -> pa.Table:
+    """The rows of `frontal`, `lateral` or `all` views."""
+    return table if views == "all" else table.filter(pc.equal(table["view"], views))
+
+
+def hash_fraction(*parts: object) -> float:
+    """A number in [0, 1) that depends on the parts alone: equal on every machine and in every version."""
+    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
+    # The top 53 bits, as a float64 holds them exactly: rounding 64 bits could give 1.0.
+    return (int.from_bytes(digest, "big") >> 11) / 2**53
+
+
+def split_patients(table: pa.Table, dev: float, seed: int) -> tuple[pa.Table, pa.Table]:
+    """(train, dev): a patient is in dev where the hash of (seed, patient) falls below the fraction `dev`.
+
+    By a hash, because CheXpert's patient ids are ordered (projection and prevalence drift with them) and
+    a split of images would put views of one patient on both sides.
+    """
+    patients = table["patient"].combine_chunks().dictionary_encode()
+    chosen = [hash_fraction("dev", seed, patient) < dev for patient in patients.dictionary.to_pylist()]
+    in_dev = pa.array(chosen, pa.bool_()).take(patients.indices)
+    return table.filter(pc.invert(in_dev)), table.filter(in_dev)
+
+
+def parse_uncertain_policy(text: str) -> dict[str, str]:
+    """One policy per label from `best`, `ones`, … with overrides: `best,Edema=zeros`.
+
+    Raises DataError for an unknown policy or label.
+    """
+    default, *overrides = (part.strip() for part in text.split(","))
+    if default != "best" and default not in UNCERTAIN_POLICIES:
+        raise DataError(
+            f"uncertain policy '{default}' is unknown; choose from best, {', '.join(UNCERTAIN_POLICIES)}"
+        )
+    policy = dict(BEST_POLICY) if default == "best" else dict.fromkeys(LABELS, default)
+    for override in overrides:
+        label, _, value = override.partition("=")
+        if label not in LABELS:
+            raise DataError(f"uncertain policy '{override}': '{label}' is not a label; write LABEL=POLICY")
+        if value not in UNCERTAIN_POLICIES:
+            raise DataError(f"uncertain policy '{override}': choose from {', '.join(UNCERTAIN_POLICIES)}")
+        policy[label] = value
+    return policy
+
+
+def check_blank_policy(text: str) -> str:
+    """The policy itself; raises DataError where it is unknown."""
+    if text not in BLANK_POLICIES:
+        raise DataError(f"blank policy '{text}' is unknown; choose from {', '.join(BLANK_POLICIES)}")
+    return text
+
+
+def label_states(table: pa.Table) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.bool_]]:
+    """States [N, 14] (1, 0, -1; 0 where blank) and whether each cell is blank [N, 14]."""
+    states = np.empty((table.num_rows, len(LABELS)), np.int8)
+    blank = np.empty((table.num_rows, len(LABELS)), np.bool_)
+    for column, label in enumerate(LABELS):
+        states[:, column] = pc.fill_null(table[label], 0).to_numpy()
+        blank[:, column] = pc.is_null(table[label]).to_numpy()
+    return states, blank
+
+
+def make_targets(
+    table: pa.Table, uncertain: Mapping[str, str], blank: str, seed: int
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
+    """Training targets [N, 14] in [0, 1] and masks [N, 14] (False: the cell does not enter the loss).
+
+    `uncertain` holds a policy per label. A smoothing draw is a pure function of (seed, key, label).
+    """
+    states, is_blank = label_states(table)
+    target = states.astype(np.float32)
+    mask = np.ones_like(is_blank)
+    if blank == "ignore":
+        mask &= ~is_blank
+    keys = None
+    for column, label in enumerate(LABELS):
+        policy = uncertain[label]
+        rows = np.flatnonzero(states[:, column] == -1)
+        if policy in SMOOTH_RANGES:
+            low, high = SMOOTH_RANGES[policy]
+            keys = table["key"].to_pylist() if keys is None else keys
+            draws = np.array([hash_fraction("smooth", seed, keys[row], label) for row in rows])
+            target[rows, column] = low + (high - low) * draws
+        else:
+            target[rows, column] = policy == "ones"
+            mask[rows, column] = policy != "ignore"
+    return target, mask
+
+
+def evaluation_targets(table: pa.Table, blank: str) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
+    """Targets [N, 14] in {0, 1} and masks [N, 14] for metrics: uncertain cells are always left out.
+
+    So runs with different policies are compared on the same cells; `blank` is the run's own policy.
+    """
+    return make_targets(table, dict.fromkeys(LABELS, "ignore"), blank, seed=0)
+
+
+def _read_csv(csv: Path) -> pa.Table:
+    """The known columns as strings, under their CheXpert names; empty cells are null."""
+    if not csv.is_file():
+        raise DataError(f"{csv}: no such file")
+    convert = pacsv.ConvertOptions(
+        column_types={name.replace(" ", separator): pa.string() for name in COLUMNS for separator in " _"},
+        null_values=[""],
+        strings_can_be_null=True,
+    )
+    try:
+        table = pacsv.read_csv(csv, convert_options=convert)
+    except pa.ArrowInvalid:
+        try:  # Once more on one thread: only then does the message name the row.
+            table = pacsv.read_csv(
+                csv, convert_options=convert, read_options=pacsv.ReadOptions(use_threads=False)
+            )
+        except pa.ArrowInvalid as error:
+            raise DataError(f"{csv}: not a readable CSV: {error}") from error
+    table = table.rename_columns([name.strip().replace("_", " ") for name in table.column_names])
+    missing = [name for name in COLUMNS if name not in table.column_names]
+    if missing:
+        raise DataError(f"{csv}: column {missing[0]} is missing; a CheXpert table has {', '.join(COLUMNS)}")
+    if table.num_rows == 0:
+        raise DataError(f"{csv}: no rows below the header")
+    return table.select(COLUMNS)
+
+
+def _parse_states(csv: Path, label: str, column: pa.ChunkedArray) -> pa.Array:
+    """Label cells as int8: parse the few distinct texts, then look every row up."""
+    encoded = column.combine_chunks().dictionary_encode()
+    states = []
+    for text in encoded.dictionary.to_pylist():
+        try:
+            states.append(_STATES[float(text)])
+        except (KeyError, ValueError):
+            _demand(csv, label, column, pc.not_equal(column, text), "is not a label: 1.0, 0.0, -1.0 or blank")
+    return pa.array(states, pa.int8()).take(encoded.indices)
+
+
+def _demand(csv: Path, name: str, column: pa.ChunkedArray, valid: pa.ChunkedArray, complaint: str) -> None:
+    """Raise DataError for the first row that is not valid (null counts as not valid for required columns)."""
+    row = pc.index(pc.fill_null(valid, name in LABELS), False).as_py()
+    if row >= 0:
+        text = column[row].as_py() or ""
+        raise DataError(f"{csv}, line {row + 2}, column {name}: '{text}' {complaint}")
+
+
+def _demand_unique(csv: Path, key: pa.Array) -> None:
+    counts = pc.value_counts(key)
+    twice = counts.filter(pc.greater(counts.field("counts"), 1))
+    if len(twice):
+        name = twice[0]["values"].as_py()
+        first = pc.index(key, name).as_py()
+        second = pc.index(key.slice(first + 1), name).as_py() + first + 1
+        raise DataError(f"{csv}, lines {first + 2} and {second + 2}: the same image {name} twice")

@@ -1,0 +1,138 @@
+"""What a folder of shards says of itself: `manifest.json` and one Arrow table per split, read and checked.
+
+The manifest is written last, so a folder that has one is complete. It holds no time, host or path: the same
+input and options give the same bytes.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline import DataError
+
+FORMAT = "chexpert-shards"
+VERSION = 1
+NAME = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar: its file name, samples, size in bytes and hash."""
+
+    file: str
+    samples: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split: its Arrow table and, in the table's row order, its shards."""
+
+    samples: int
+    studies: int
+    patients: int
+    table: str
+    table_sha256: str
+    shards: tuple[Shard, ...]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The whole folder. `options` made it; `policies` are its defaults; `pixels` are train's gray levels."""
+
+    options: Mapping[str, Any]
+    policies: Mapping[str, str]
+    sources: Mapping[str, str]
+    pixels: Mapping[str, float]
+    splits: Mapping[str, Split]
+
+    def split(self, name: str) -> Split:
+        """The split of that name; raises DataError where there is none."""
+        if name not in self.splits:
+            raise DataError(f"split '{name}' does not exist; these shards hold {', '.join(self.splits)}")
+        return self.splits[name]
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write `manifest.json` atomically."""
+    document = {"format": FORMAT, "version": VERSION, **asdict(manifest)}
+    write_atomically(folder / NAME, (json.dumps(document, indent=1) + "\n").encode())
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a shards folder. Raises DataError where there is none or it is of another format."""
+    path = folder / NAME
+    try:
+        document = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise DataError(
+            f"{folder}: no {NAME}, so no finished shards; write them with `pipeline shards`"
+        ) from None
+    except ValueError as error:
+        raise DataError(f"{path}: not JSON: {error}") from error
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise DataError(f"{path}: not a manifest of {FORMAT}")
+    if document.get("version") != VERSION:
+        raise DataError(f"{path}: format version {document.get('version')}; this program reads {VERSION}")
+    try:
+        splits = {name: _parse_split(split) for name, split in document["splits"].items()}
+        manifest = Manifest(
+            **{name: document[name] for name in ("options", "policies", "sources", "pixels")}, splits=splits
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path}: damaged: {error}") from error
+    for split in splits.values():
+        for name in (split.table, *(shard.file for shard in split.shards)):
+            if Path(name).name != name:
+                raise DataError(f"{path}: '{name}' is not a plain file name")
+    return manifest
+
+
+def manifest_digest(folder: Path) -> str:
+    """sha256 of the manifest: it names the tables' and shards' hashes, so it stands for all of the data."""
+    return hashlib.sha256((folder / NAME).read_bytes()).hexdigest()
+
+
+def read_table(folder: Path, split: Split) -> pa.Table:
+    """The memory-mapped Arrow table of a split, checked against the manifest. Raises DataError."""
+    path = folder / split.table
+    try:
+        source = pa.memory_map(str(path))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error}") from error
+    if hashlib.sha256(source.read_buffer()).hexdigest() != split.table_sha256:
+        raise DataError(f"{path}: its sha256 is not the manifest's; it is damaged or belongs to other shards")
+    source.seek(0)
+    return pa.ipc.open_file(source).read_all()
+
+
+def write_table(path: Path, table: pa.Table) -> str:
+    """Write an Arrow IPC file atomically; returns its sha256."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table.combine_chunks())
+    data = sink.getvalue()
+    write_atomically(path, data)
+    return hashlib.sha256(data).hexdigest()
+
+
+def write_atomically(path: Path, data: bytes | pa.Buffer) -> None:
+    """Write under a temporary name, fsync, rename: after a crash the file is whole or absent."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _parse_split(document: Mapping[str, Any]) -> Split:
+    shards = tuple(Shard(**shard) for shard in document["shards"])
+    return Split(**{**document, "shards": shards})

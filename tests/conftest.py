@@ -1,0 +1,113 @@
+"""Real files for the tests: a small CheXpert folder of noise images, and shards made from it."""
+
+import csv
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.labels import COLUMNS, LABELS
+from pipeline.manifest import Manifest
+from pipeline.shards import Options, write_shards
+
+PIPELINE = Path(sys.executable).with_name("pipeline")  # the console script of this environment
+# OpenMP's barriers spin: on a busy machine two threads of a tiny network are a hundred times slower than one.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+POLICIES = {"uncertain": "best", "blank": "zeros"}
+CELLS = ("1.0", "0.0", "-1.0", "")
+
+
+def run_pipeline(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """The `pipeline` command, as a shell runs it."""
+    return subprocess.run([PIPELINE, *map(str, arguments)], capture_output=True, text=True, check=False)
+
+
+def default_options(**changes: object) -> Options:
+    """Options fit for small images."""
+    values: dict[str, object] = {
+        "size": 48,
+        "views": "frontal",
+        "dev": 0.3,
+        "seed": 0,
+        "samples_per_shard": 7,
+        "quality": 95,
+        "max_pixels": 1_000_000,
+    }
+    return Options(**(values | changes))  # type: ignore[arg-type]
+
+
+def write_chexpert(root: Path, split: str, patients: range, seed: int = 0) -> list[dict[str, str]]:
+    """Append a split to `root`: two studies per patient, a frontal each and a lateral in the first."""
+    random = np.random.default_rng([seed, patients.start])
+    rows = []
+    for patient in patients:
+        for study, view in ((1, "view1_frontal"), (1, "view2_lateral"), (2, "view1_frontal")):
+            path = root / split / f"patient{patient:05d}" / f"study{study}" / f"{view}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            coarse = random.integers(0, 256, (8, 10), dtype=np.uint8)
+            Image.fromarray(coarse).resize((80, 64), Image.Resampling.BICUBIC).save(path, quality=90)
+            frontal = "frontal" in view
+            row = {
+                "Path": f"CheXpert-v1.0-small/{split}/{path.relative_to(root / split)}",
+                "Sex": "Female" if patient % 2 else "Male",
+                "Age": str(20 + patient % 60),
+                "Frontal/Lateral": "Frontal" if frontal else "Lateral",
+                "AP/PA": "AP" if frontal else "",
+            }
+            cells = random.choice(CELLS[:2] if split == "valid" else CELLS, len(LABELS))
+            rows.append(row | dict(zip(LABELS, map(str, cells), strict=True)))
+    write_rows(root / f"{split}.csv", rows)
+    return rows
+
+
+def write_rows(path: Path, rows: list[dict[str, str]], columns: tuple[str, ...] = COLUMNS) -> None:
+    """Write rows as a CSV with the given columns."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n", extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+@pytest.fixture
+def chexpert(tmp_path: Path) -> Path:
+    """A folder with train.csv (16 patients, 48 images) and valid.csv (4 patients, 12 images)."""
+    root = tmp_path / "CheXpert-v1.0-small"
+    write_chexpert(root, "train", range(1, 17))
+    write_chexpert(root, "valid", range(17, 21))
+    return root
+
+
+@pytest.fixture
+def shards(chexpert: Path, tmp_path: Path) -> tuple[Path, Manifest]:
+    """Shards of the frontal images, several per split."""
+    manifest, _ = write_shards(chexpert, tmp_path / "shards", default_options(), POLICIES, workers=1)
+    return tmp_path / "shards", manifest
+
+
+@pytest.fixture(scope="session")
+def real_csv() -> Path:
+    """The real train.csv with 223,414 rows, from the torchxrayvision wheel (found without importing it)."""
+    spec = importlib.util.find_spec("torchxrayvision")
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).parent / "data" / "chexpert_train.csv.gz"
+
+
+@pytest.fixture
+def edit_csv(chexpert: Path) -> Callable[[str, str], None]:
+    """Replace text in train.csv."""
+
+    def edit(old: str, new: str) -> None:
+        path = chexpert / "train.csv"
+        text = path.read_text()
+        assert old in text
+        path.write_text(text.replace(old, new, 1))
+
+    return edit

@@ -1,0 +1,83 @@
+"""Exit codes and messages, as a shell sees them."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import PIPELINE
+from tests.conftest import run_pipeline as run
+
+
+def test_sample_shards_and_stats_work_together(tmp_path: Path) -> None:
+    assert run("sample", tmp_path, "--images", 40).returncode == 0
+    made = run("shards", tmp_path, tmp_path / "out", "--size", 64, "--views", "all", "--workers", 2)
+    assert made.returncode == 0, made.stderr
+    assert made.stdout.splitlines()[-1].startswith(f"{tmp_path / 'out'}: written in ")
+    assert "Sharding: 40 of 40 images" in made.stderr
+    assert run("stats", tmp_path / "out").stdout.startswith("40 images, ")
+    again = run("shards", tmp_path, tmp_path / "out", "--size", 64, "--views", "all")
+    assert again.stdout.splitlines()[-1] == f"{tmp_path / 'out'}: complete already, nothing to do"
+
+
+def test_help_has_an_example_and_does_not_import_torch() -> None:
+    for command in ("sample", "shards", "stats"):
+        assert f"Example: pipeline {command} " in run(command, "--help").stdout
+    code = "import sys, pipeline.cli, pipeline.shards, pipeline.stats; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["missing", "out"], 1, "Error: missing: no such folder"),
+        (
+            ["{chexpert}", "out", "--views", "oblique"],
+            2,
+            "'oblique' is not one of 'frontal', 'lateral', 'all'.",
+        ),
+        (
+            ["{chexpert}", "out", "--uncertain", "maybe"],
+            1,
+            "Error: uncertain policy 'maybe' is unknown; choose from",
+        ),
+        (
+            ["{chexpert}", "out", "--blank", "ones"],
+            1,
+            "Error: blank policy 'ones' is unknown; choose from zeros, ig",
+        ),
+        (["{chexpert}", "out", "--max-pixels", "10"], 1, "80×64 is more than 10 pixels (--max-pixels)"),
+        (["{chexpert}/train.csv", "out"], 1, "train.csv: no such folder"),
+    ],
+)
+def test_bad_use_is_one_line_and_an_exit_code(
+    chexpert: Path, tmp_path: Path, arguments: list[str], code: int, message: str
+) -> None:
+    filled = [
+        str(tmp_path / "out") if text == "out" else text.format(chexpert=chexpert) for text in arguments
+    ]
+    failed = run("shards", *filled)
+    assert failed.returncode == code
+    assert message in failed.stderr.splitlines()[-1]
+    assert "Traceback" not in failed.stderr
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_run_and_its_workers(tmp_path: Path, number: signal.Signals, code: int) -> None:
+    assert run("sample", tmp_path, "--images", 600).returncode == 0
+    out = tmp_path / "out"
+    command = [str(PIPELINE), "shards", str(tmp_path), str(out), "--size", "256", "--samples-per-shard", "20"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        while not list(out.glob("*.tar")):
+            time.sleep(0.01)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=30)  # returns once the workers have closed stderr too
+    assert process.returncode == code
+    assert "Traceback" not in errors
+    assert not (out / "manifest.json").exists()
+    done = run("shards", tmp_path, out, "--size", 256, "--samples-per-shard", 20)
+    assert done.returncode == 0

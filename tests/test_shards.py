@@ -1,0 +1,216 @@
+import hashlib
+import io
+import json
+import tarfile
+import zlib
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import webdataset
+from PIL import Image
+
+from pipeline import DataError
+from pipeline.labels import LABELS
+from pipeline.manifest import Manifest, read_manifest, read_table
+from pipeline.shards import write_shards
+from tests.conftest import POLICIES, default_options, write_chexpert
+
+Shards = tuple[Path, Manifest]
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+
+
+def test_every_frontal_row_is_in_exactly_one_split(chexpert: Path, shards: Shards) -> None:
+    folder, manifest = shards
+    tables = {name: read_table(folder, split).to_pandas() for name, split in manifest.splits.items()}
+    assert list(tables) == ["train", "dev", "valid"]
+    for names, csv in ((("train", "dev"), "train.csv"), (("valid",), "valid.csv")):
+        rows = pd.concat([tables[name] for name in names]).set_index("key").sort_index()
+        source = pd.read_csv(chexpert / csv).query("`Frontal/Lateral` == 'Frontal'")
+        parts = source["Path"].str.extract(r"(patient\d+)/(study\d+)/(view\d_frontal)")
+        source.index = pd.Index(parts[0] + "_" + parts[1] + "_" + parts[2])
+        source = source.sort_index()
+        assert rows.index.to_list() == source.index.to_list()
+        np.testing.assert_array_equal(
+            rows[list(LABELS)].to_numpy(float), source[list(LABELS)].to_numpy(float)
+        )
+    assert not set(tables["train"]["patient"]) & set(tables["dev"]["patient"])
+    # shuffled: neither the CSV's order nor sorted
+    assert tables["train"]["key"].to_list() != sorted(tables["train"]["key"])
+
+
+def test_tarfile_finds_the_images_and_labels_of_the_arrow_table(chexpert: Path, shards: Shards) -> None:
+    folder, manifest = shards
+    for name, split in manifest.splits.items():
+        rows = read_table(folder, split).to_pylist()
+        assert len(rows) == split.samples == sum(shard.samples for shard in split.shards)
+        for number, shard in enumerate(split.shards):
+            data = (folder / shard.file).read_bytes()
+            assert (len(data), hashlib.sha256(data).hexdigest()) == (shard.bytes, shard.sha256)
+            of_shard = [row for row in rows if row["shard"] == number]
+            with tarfile.open(folder / shard.file) as tar:
+                members = tar.getmembers()
+                contents = {member.name: tar.extractfile(member).read() for member in members}  # type: ignore[union-attr]
+            assert [member.name for member in members] == [
+                f"{row['key']}.{suffix}" for row in of_shard for suffix in ("jpg", "json")
+            ]
+            assert {(member.mtime, member.uid, member.gid, member.uname) for member in members} == {
+                (0, 0, 0, "")
+            }
+            for row in of_shard:
+                jpeg = contents[f"{row['key']}.jpg"]
+                assert data[row["offset"] : row["offset"] + row["length"]] == jpeg
+                assert zlib.crc32(jpeg) == row["crc"]
+                facts = json.loads(contents[f"{row['key']}.json"])
+                assert facts.pop("labels") == {label: row[label] for label in LABELS}
+                assert facts == {name: row[name] for name in facts}
+                place = row["key"].replace("_study", "/study").replace("_view", "/view")
+                source = chexpert / ("valid" if name == "valid" else "train") / f"{place}.jpg"
+                with Image.open(source) as original:
+                    expected = np.asarray(original.resize((60, 48), Image.Resampling.LANCZOS), float)
+                stored = np.asarray(Image.open(io.BytesIO(jpeg)), float)
+                assert np.abs(stored - expected).mean() < 1.5  # noise, at quality 95
+
+
+# webdataset leaves its last shard open until it is collected
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+def test_webdataset_reads_the_same_samples(shards: Shards) -> None:
+    folder, manifest = shards
+    split = manifest.split("train")
+    urls = [str(folder / shard.file) for shard in split.shards]
+    dataset = webdataset.WebDataset(urls, shardshuffle=False, empty_check=False).decode("pil")
+    rows = read_table(folder, split).to_pylist()
+    samples = list(dataset)
+    assert [sample["__key__"] for sample in samples] == [row["key"] for row in rows]
+    for sample, row in zip(samples, rows, strict=True):
+        assert sample["json"]["labels"] == {label: row[label] for label in LABELS}
+        assert sample["jpg"].size == (60, 48)
+
+
+def test_same_bytes_at_any_number_of_workers(chexpert: Path, shards: Shards, tmp_path: Path) -> None:
+    write_shards(chexpert, tmp_path / "two", default_options(), POLICIES, workers=2)
+    assert hashes(tmp_path / "two") == hashes(shards[0])
+
+
+def test_pixel_statistics_are_those_of_the_stored_train_images(chexpert: Path, tmp_path: Path) -> None:
+    manifest, _ = write_shards(chexpert, tmp_path / "out", default_options(size=64), POLICIES, workers=1)
+    pixels = []
+    for shard in manifest.split("train").shards:
+        with tarfile.open(tmp_path / "out" / shard.file) as tar:
+            images = [tar.extractfile(member) for member in tar if member.name.endswith(".jpg")]
+            pixels += [np.asarray(Image.open(image)) for image in images if image]
+    assert manifest.pixels["mean"] == pytest.approx(np.mean(pixels), abs=1e-3)
+    assert manifest.pixels["std"] == pytest.approx(np.std(pixels), abs=1e-3)
+
+
+@pytest.mark.parametrize(("gone", "splits"), [("valid.csv", ["train", "dev"]), ("train.csv", ["valid"])])
+def test_one_csv_is_enough(chexpert: Path, tmp_path: Path, gone: str, splits: list[str]) -> None:
+    (chexpert / gone).unlink()
+    manifest, _ = write_shards(chexpert, tmp_path / "out", default_options(), POLICIES, workers=1)
+    assert list(manifest.splits) == splits
+
+
+def test_views(chexpert: Path, tmp_path: Path) -> None:
+    for views, images in (("lateral", 20), ("all", 60)):
+        manifest, _ = write_shards(
+            chexpert, tmp_path / views, default_options(views=views), POLICIES, workers=1
+        )
+        assert sum(split.samples for split in manifest.splits.values()) == images
+
+
+def test_finished_shards_are_left_alone_and_other_options_refused(chexpert: Path, shards: Shards) -> None:
+    folder, manifest = shards
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    again, is_new = write_shards(chexpert, folder, default_options(), POLICIES, workers=1)
+    assert (again, is_new) == (manifest, False)
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+
+    with pytest.raises(
+        DataError, match=r"holds other shards: size is 48 there and 32 here; choose another f"
+    ):
+        write_shards(chexpert, folder, default_options(size=32), POLICIES, workers=1)
+    few = replace(default_options(size=32), samples_per_shard=100)
+    _, is_new = write_shards(chexpert, folder, few, POLICIES, workers=1, overwrite=True)
+    assert is_new
+    assert sorted(path.name for path in folder.glob("*.tar")) == [
+        f"{name}-000000.tar" for name in ("dev", "train", "valid")
+    ]
+
+
+def test_changed_csv_is_refused(chexpert: Path, shards: Shards) -> None:
+    csv = chexpert / "valid.csv"
+    csv.write_text(csv.read_text().replace("Female", "Unknown"))
+    with pytest.raises(DataError, match=r"holds other shards: valid.csv is [0-9a-f]{64} there and "):
+        write_shards(chexpert, shards[0], default_options(), POLICIES, workers=1)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no such image, but the CSV lists it"),
+        (b"", "the file is empty"),
+        (b"\xff\xd8", "not a readable JPEG"),
+    ],
+)
+def test_unusable_image_stops_the_run_and_leaves_nothing_finished(
+    chexpert: Path, tmp_path: Path, content: bytes | None, message: str
+) -> None:
+    image = chexpert / "train/patient00003/study2/view1_frontal.jpg"
+    image.unlink() if content is None else image.write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        write_shards(chexpert, tmp_path / "out", default_options(), POLICIES, workers=2)
+    assert str(caught.value).startswith(f"{image}: {message}")
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    assert not [path for path in (tmp_path / "out").iterdir() if path.name.endswith(".tmp")]
+    with pytest.raises(DataError, match=r"no manifest.json, so no finished shards"):
+        read_manifest(tmp_path / "out")
+
+
+def test_link_out_of_the_root_is_refused(chexpert: Path, tmp_path: Path) -> None:
+    image = chexpert / "train/patient00003/study2/view1_frontal.jpg"
+    secret = image.rename(tmp_path / "secret.jpg")
+    image.symlink_to(secret)
+    with pytest.raises(DataError, match=r"view1_frontal.jpg: leads out of .*CheXpert-v1.0-small$"):
+        write_shards(chexpert, tmp_path / "out", default_options(), POLICIES, workers=1)
+
+
+def test_patient_in_both_csvs_is_refused(chexpert: Path, tmp_path: Path) -> None:
+    write_chexpert(chexpert, "valid", range(16, 21))
+    with pytest.raises(
+        DataError, match=r"valid.csv, line 2: patient00016 is in train.csv too; splits must not"
+    ):
+        write_shards(chexpert, tmp_path / "out", default_options(), POLICIES, workers=1)
+
+
+def test_damaged_tables_and_manifests_are_named(shards: Shards) -> None:
+    folder, manifest = shards
+    table = folder / "dev.arrow"
+    table.write_bytes((folder / "valid.arrow").read_bytes())
+    with pytest.raises(
+        DataError, match=r"dev.arrow: its sha256 is not the manifest's; it is damaged or belongs"
+    ):
+        read_table(folder, manifest.split("dev"))
+    with pytest.raises(
+        DataError, match=r"^split 'test' does not exist; these shards hold train, dev, valid$"
+    ):
+        manifest.split("test")
+    path = folder / "manifest.json"
+    text = path.read_text()
+    for damage, message in (
+        (text[:100], "not JSON"),
+        ("[]", "not a manifest of chexpert-shards"),
+        (text.replace('"version": 1', '"version": 9'), "format version 9; this program reads 1"),
+        (text.replace('"splits"', '"parts"'), "damaged: 'splits'"),
+        (
+            text.replace("train-000000.tar", "../train-000000.tar"),
+            "'../train-000000.tar' is not a plain file name",
+        ),
+    ):
+        path.write_text(damage)
+        with pytest.raises(DataError, match=message):
+            read_manifest(folder)
