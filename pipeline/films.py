@@ -1,0 +1,468 @@
+"""Anatomy and findings → one synthetic chest film, drawn procedurally.
+
+A film's density is tissue, less where there is air, more where there is bone; each finding is a function that
+changes the layers in place, more so the higher its severity.
+
+Places are three-dimensional, so that a study's frontal and lateral views show the same sign. Lengths are in
+units of the image's shorter side: x from the midline to the side, y downwards, z from front to back.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]  # float32 throughout, which NumPy's stubs cannot follow
+
+SKETCH = 0.5  # films are drawn at this share of the final resolution; metal and grain at the full one
+
+
+class Finding(NamedTuple):
+    """A sign to draw: severity in [0, 1], side -1 (patient's right) or 1, place x, y, z."""
+
+    severity: float
+    side: int
+    x: float
+    y: float
+    z: float
+
+
+class Body(NamedTuple):
+    """What all films of a patient share."""
+
+    width: float  # half the inner thorax
+    heart: float  # half the heart's width
+    fat: float  # soft tissue beside the ribs
+    rib_gap: float
+    tilt: float  # of the ribs
+    breast: float
+
+
+class Film(NamedTuple):
+    """Coordinates and layers of one image; signs change the layers in place.
+
+    float32 [height * SKETCH, width * SKETCH], metal [height, width].
+    """
+
+    lateral: bool
+    body: Body
+    pose: npt.NDArray[np.float64]  # [2, 3]: (u, v, 1) to final (column, row)
+    u: Array  # x on frontals (patient's left is +), z on laterals
+    v: Array  # y
+    wall: Array  # distance to the lateral (on laterals: posterior) chest wall, positive inside
+    angle: Array  # y of the costophrenic angle of the pixel's side
+    air: Array  # 0 in soft tissue, 1 in the lung
+    vessels: Array  # markings, seen only where there is air
+    bright: Array  # what lies over the lung: bones, calcium
+    metal: Array  # tubes, wires, markers
+    coarse: Array  # noise in about [-1, 1]
+    fine: Array
+
+
+def draw_film(
+    kind: str,
+    projection: str,
+    sex: str,
+    findings: dict[str, Finding],
+    patient_rng: np.random.Generator,
+    rng: np.random.Generator,
+) -> npt.NDArray[np.uint8]:
+    """Draw one view, `frontal` or `lateral`: uint8 [height, width], shorter side 320 pixels.
+
+    `patient_rng` decides the build, which a patient's films share; `rng` all that differs between films.
+    """
+    make_film = frontal_film if kind == "frontal" else lateral_film
+    film, tissue = make_film(rng, draw_body(patient_rng, sex), findings, projection == "AP")
+    draw_vessels(film, rng)
+    for label, draw in SIGNS.items():
+        if findings[label].severity > 0:
+            draw(film, findings[label], rng)
+    draw_marker(film, rng)
+    return expose(film, tissue, rng)
+
+
+def draw_body(rng: np.random.Generator, sex: str) -> Body:
+    """Draw a patient's build."""
+    low, high = (0.35, 0.155, 0.04, 0.073, -0.15, 0.3), (0.4, 0.175, 0.16, 0.085, 0.15, 1.0)
+    body = Body(*rng.uniform(low, high).tolist())  # plain floats: NumPy's would turn float32 into float64
+    return body if sex == "Female" else body._replace(breast=0.0)
+
+
+def expose(film: Film, tissue: Array, rng: np.random.Generator) -> npt.NDArray[np.uint8]:
+    """Turn layers into gray values: air darkens tissue, bones brighten, exposure and grain vary."""
+    contrast, bias, gamma, grain = rng.uniform((0.9, -0.03, 0.85, 0.010), (1.1, 0.04, 1.25, 0.022)).tolist()
+    markings = film.vessels * 0.6 + 0.05 * film.coarse
+    density = tissue * (1 - film.air * (0.66 - markings)) + film.bright + 0.02 * film.coarse
+    density = resize(np.clip(bias + contrast * density, 0, 1) ** np.float32(gamma), film.metal.shape)
+    density += np.float32(3.5 * grain) * (rng.random(density.shape, dtype=np.float32) - np.float32(0.5))
+    np.maximum(density, film.metal, out=density)
+    return (np.clip(density, 0, 1) * 255).astype(np.uint8)
+
+
+def soft(distance: Array, width: float) -> Array:
+    """Return a mask that rises from 0 to 1 over `width` around distance 0."""
+    return np.clip(distance * (1 / width) + 0.5, 0, 1)
+
+
+def zigzag(phase: Array) -> Array:
+    """Return the distance of a phase to its nearest half: 0.5 at whole numbers, 0 between them."""
+    return np.abs(phase - np.floor(phase) - 0.5)
+
+
+def ellipse(film: Film, x: float, y: float, rx: float, ry: float, turn: float = 0.0) -> Array:
+    """Return the distance from the centre of an ellipse: 0 there, 1 on its edge."""
+    c, s = math.cos(turn), math.sin(turn)
+    du, dv = film.u - x, film.v - y
+    along, aside = du * (c / rx) + dv * (s / rx), dv * (c / ry) - du * (s / ry)
+    along *= along
+    aside *= aside
+    along += aside
+    return np.sqrt(along, out=along)
+
+
+def opacify(film: Film, amount: Array) -> None:
+    """Fill a share `amount` in [0, 1] of the air with fluid or tissue."""
+    film.air[...] *= 1 - amount
+
+
+def across(film: Film, finding: Finding) -> float:
+    """Return the horizontal place of a finding on this film."""
+    return finding.z if film.lateral else finding.side * finding.x
+
+
+def on_side(film: Film, side: int) -> Array:
+    """Return a mask of one side's lung; a lateral shows both lungs over each other."""
+    return np.full_like(film.u, 0.85) if film.lateral else soft(side * film.u, 0.02)
+
+
+def resize(grid: Array, shape: tuple[int, ...], smooth: bool = False) -> Array:
+    """Interpolate a grid up to a shape, linearly or with a smooth step between the nodes."""
+    for axis in (0, 1):
+        size = grid.shape[axis]
+        place = (np.arange(shape[axis]) + 0.5) * (size / shape[axis]) - 0.5
+        below = np.clip(np.floor(place), 0, size - 2).astype(np.intp)
+        share = np.clip(place - below, 0, 1).astype(np.float32)
+        if smooth:
+            share = share * share * (3 - 2 * share)
+        low, high = np.take(grid, below, axis), np.take(grid, below + 1, axis)
+        high -= low
+        high *= share[:, None] if axis == 0 else share
+        grid = low + high
+    return grid
+
+
+def noise(rng: np.random.Generator, shape: tuple[int, ...], cells: int) -> Array:
+    """Return smooth value noise in [-1, 1] with about `cells` cells along either side."""
+    return resize(rng.uniform(-1, 1, (cells, cells)).astype(np.float32), shape, smooth=True)
+
+
+def stroke(film: Film, layer: Array, curves: npt.ArrayLike, radius: float, value: float) -> None:
+    """Draw smooth curves through points [curves, points, 2] (u, v) into a layer; radius in final pixels."""
+    zoom = layer.shape[0] / film.metal.shape[0]
+    knots = (np.asarray(curves) @ film.pose[:, :2].T + film.pose[:, 2]) * zoom - 0.5
+    for _ in range(2):  # Chaikin's corner cutting
+        first, last = knots[:, :-1], knots[:, 1:]
+        cut = np.stack([0.75 * first + 0.25 * last, 0.25 * first + 0.75 * last], 2)
+        knots = np.concatenate([knots[:, :1], cut.reshape(len(knots), -1, 2), knots[:, -1:]], 1)
+    steps = np.hypot(*np.moveaxis(np.diff(knots, axis=1), 2, 0)).max()
+    radius *= zoom
+    share = np.linspace(0, 1, max(1, math.ceil(steps / max(1.0, radius / 3))), endpoint=False)[:, None]
+    points = (knots[:, :-1, None] * (1 - share) + knots[:, 1:, None] * share).reshape(-1, 2)
+    reach = math.ceil(radius + 1)
+    offset = np.arange(-reach, reach + 1)
+    nearest = np.rint(points).astype(np.intp)
+    columns, rows = (nearest[:, axis, None, None] + offset for axis in (0, 1))
+    dx = (columns - points[:, 0, None, None]).astype(np.float32)
+    dy = (rows - points[:, 1, None, None]).astype(np.float32)
+    profile = np.float32(value) * np.clip(radius + 0.5 - np.sqrt(dx * dx + (dy * dy).swapaxes(1, 2)), 0, 1)
+    inside = (columns >= 0) & (columns < layer.shape[1])
+    drawn = (profile > 0) & inside & ((rows >= 0) & (rows < layer.shape[0])).swapaxes(1, 2)
+    np.maximum.at(layer.reshape(-1), (rows.swapaxes(1, 2) * layer.shape[1] + columns)[drawn], profile[drawn])
+
+
+def draw_grid(rng: np.random.Generator) -> tuple[Array, Array, npt.NDArray[np.float64], Array]:
+    """Draw an image's size and pose; return u, v, the pose and the empty layer of metal."""
+    height, width = (320, 390) if rng.random() < 0.85 else (390, 320)
+    angle, du, dv, scale = rng.uniform((-0.06, -0.03, -0.03, 0.94), (0.06, 0.03, 0.03, 1.05))
+    turn = 320 * scale * np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+    origin = np.array([width / 2, height / 2]) + turn @ (du, dv - 0.5)
+    column = (np.arange(int(width * SKETCH)) + 0.5) / SKETCH - origin[0]
+    row = (np.arange(int(height * SKETCH))[:, None] + 0.5) / SKETCH - origin[1]
+    u, v = ((weights[0] * column + weights[1] * row).astype(np.float32) for weights in np.linalg.inv(turn))
+    return u, v, np.column_stack([turn, origin]), np.zeros((height, width), np.float32)
+
+
+def bulge(v: Array, top: float, widest: float) -> Array:
+    """Return the thorax's width at height v in [0, 1]: 0 above `top`, 1 below `widest`, round between."""
+    rise = np.clip((widest - v) / (widest - top), 0, 1)
+    return (1 - rise * rise * rise) ** np.float32(0.6)
+
+
+def raised(findings: dict[str, Finding], side: int) -> float:
+    """Return how far volume loss lifts the diaphragm of a side."""
+    finding = findings["Atelectasis"]
+    return 0.09 * finding.severity if side == finding.side else 0.0
+
+
+def frontal_film(
+    rng: np.random.Generator, body: Body, findings: dict[str, Finding], portable: bool
+) -> tuple[Film, Array]:
+    """Draw the anatomy of an AP (portable) or PA film; return it and the tissue's density."""
+    u, v, pose, metal = draw_grid(rng)
+    a = np.abs(u)
+    base = rng.uniform(0.73, 0.77) - (0.03 if portable else 0.0)
+    right, left = base - raised(findings, -1), base + 0.025 - raised(findings, 1)
+    top = np.where(u < 0, np.float32(right), np.float32(left))
+    dome = top + 2.6 * (a - 0.5 * body.width) ** 2
+    wall = body.width * bulge(v, 0.065, 0.7) - a
+    apex = 0.05 + 0.1 * np.clip((0.22 - v) * 7, 0, 1) ** 2
+    air = soft(wall, 0.014) * soft(dome - v, 0.014) * soft(a - apex, 0.02)
+    film = Film(False, body, pose, u, v, wall, top + 0.65 * body.width**2, air, *empty_layers(rng, metal, u))
+    size = body.heart * (1 + 0.72 * findings["Cardiomegaly"].severity) * (1.06 if portable else 1.0)
+    heart = soft(1 - ellipse(film, 0.3 * size, 0.655, 1.1 * size, 0.1 + 0.24 * size, 0.55), 0.08)
+    spread = 0.085 * findings["Enlarged Cardiomediastinum"].severity
+    knob = 0.02 * soft(0.045 - np.abs(v - 0.33), 0.05) * (u > 0)
+    edge = 0.05 + spread - 0.3 * spread * np.abs(v - 0.25) + 0.35 * np.clip(v - 0.42, 0, 0.2) + knob
+    middle = soft(edge - a, 0.022) * soft(v - 0.12, 0.1)
+    film.air[...] *= (1 - heart) * (1 - middle)
+    neck = soft(v - 0.02 - 0.26 * np.maximum(a - 0.12, 0), 0.03) + soft(0.125 - a, 0.03)
+    flank = body.width + body.fat + 0.02 * film.coarse - a + 0.6 * np.maximum(0.3 - v, 0)
+    inside = np.minimum(neck, 1) * (0.12 + 0.88 * soft(flank, 0.04))
+    spine = soft(0.042 - a, 0.012) * (0.75 + 0.25 * soft(zigzag(v * 17) - 0.1, 0.12))
+    trachea = soft(0.018 - np.abs(u - 0.004), 0.012) * soft(0.37 - v, 0.06)
+    belly = np.maximum(0.14 * soft(v - dome, 0.05), 0.09 * np.maximum(heart, middle))
+    tissue = inside * (0.68 + belly + 0.08 * spine - 0.14 * trachea)
+    for x in (-0.19, 0.19):
+        film.bright[...] += 0.06 * body.breast * soft(1 - ellipse(film, x, 0.62, 0.17, 0.18), 0.15)
+    draw_ribs(film, a, 1.0)
+    collar = 0.215 - 0.34 * a + 0.45 * a * a
+    clavicle = soft(0.012 - np.abs(v - collar), 0.012) * soft(a - 0.035, 0.02) * soft(0.36 - a, 0.03)
+    film.bright[...] += 0.13 * clavicle * inside
+    if rng.random() < 0.4:  # gas in the stomach
+        film.air[...] += 0.5 * soft(1 - ellipse(film, 0.2, left + 0.08, 0.07, 0.03), 0.3)
+    return film, tissue
+
+
+def lateral_film(
+    rng: np.random.Generator, body: Body, findings: dict[str, Finding], portable: bool
+) -> tuple[Film, Array]:
+    """Draw the anatomy of a lateral film, the patient facing left; return it and the tissue's density."""
+    u, v, pose, metal = draw_grid(rng)
+    depth = 0.88 * body.width
+    reach = bulge(v, 0.05, 0.62)
+    wall = depth * reach + 0.03 - u
+    front = u + depth * (0.25 + 0.75 * reach)
+    low = rng.uniform(0.72, 0.76) - 0.5 * (raised(findings, 1) + raised(findings, -1))
+    dome = low + 1.3 * (u + 0.06) ** 2 + 0.2 * np.maximum(u, 0)
+    air = soft(wall, 0.014) * soft(front, 0.014) * soft(dome - v, 0.014) * soft(v - 0.1, 0.08)
+    angle = np.full_like(u, low + 1.3 * (depth + 0.06) ** 2 + 0.2 * depth)
+    film = Film(True, body, pose, u, v, wall, angle, air, *empty_layers(rng, metal, u))
+    size = body.heart * (1 + 0.75 * findings["Cardiomegaly"].severity)
+    heart = soft(1 - ellipse(film, 0.9 * size - 0.27, 0.63, 1.05 * size, 0.07 + 0.35 * size, -0.7), 0.1)
+    spread = 0.03 + 0.06 * findings["Enlarged Cardiomediastinum"].severity
+    middle = soft(spread - np.abs(u + 0.04), 0.04) * soft(0.5 - v, 0.1)
+    film.air[...] *= (1 - 0.85 * heart) * (1 - 0.6 * middle)
+    column = u - depth * (0.62 + 0.38 * reach) + 0.02
+    spine = soft(0.04 - np.abs(column), 0.015) * (0.6 + 0.4 * soft(zigzag(v * 15) - 0.1, 0.12))
+    arms = soft(0.2 - v + 0.15 * np.abs(u), 0.15)
+    film.air[...] *= (1 - 0.5 * spine) * (1 - 0.6 * arms)
+    inside = soft(wall + body.fat + 0.05, 0.04) * soft(front + 0.5 * body.fat + 0.03, 0.04)
+    inside = np.maximum(inside, arms * soft(0.3 - np.abs(u), 0.05))
+    trachea = soft(0.02 - np.abs(u - 0.02), 0.012) * soft(0.4 - v, 0.06)
+    tissue = inside * (0.68 + 0.12 * soft(v - dome, 0.05) + 0.05 * heart + 0.1 * spine - 0.12 * trachea)
+    film.bright[...] += 0.1 * soft(0.01 - np.abs(front + 0.01), 0.01) * soft(0.6 - v, 0.05)  # sternum
+    draw_ribs(film, 0.25 - u, 0.6)
+    return film, tissue
+
+
+def empty_layers(rng: np.random.Generator, metal: Array, like: Array) -> tuple[Array, ...]:
+    """Return a film's last fields: vessels, bright, metal, coarse, fine."""
+    zero = np.zeros_like(like)
+    return zero, zero.copy(), metal, noise(rng, like.shape, 8), noise(rng, like.shape, 50)
+
+
+def rib_height(film: Film, across: Array | float) -> Array | float:
+    """Return by how much a rib lies lower at a place than at its origin at the spine."""
+    return (film.body.tilt - 0.05) * across + (0.6 if film.lateral else 1.1) * across * across
+
+
+def draw_ribs(film: Film, across: Array, value: float) -> None:
+    """Posterior ribs as bands with a bright cortex, and fainter anterior ones that cross them."""
+    thorax = soft(film.wall + 0.012, 0.01) * soft(across - 0.045, 0.02) * soft(film.v - 0.08, 0.04)
+    thorax *= 0.15 + 0.85 * film.air
+    for share, level in ((0.075, film.v - rib_height(film, across)), (0.03, film.v + 0.5 * across - 0.2)):
+        phase = zigzag(level * (1 / film.body.rib_gap))
+        band = soft(0.17 - phase, 0.06) + 0.5 * soft(0.035 - np.abs(phase - 0.15), 0.03)
+        film.bright[...] += value * share * band * thorax
+
+
+def draw_vessels(film: Film, rng: np.random.Generator) -> None:
+    """Branching lung markings, dense at the hila and fading outwards."""
+    film.vessels[...] = 0.1 - 0.2 * np.abs(film.fine)
+    side = np.where(np.arange(22) % 2, 1, -1)
+    heading = rng.uniform(-1.3, 1.5, 22)
+    start = np.column_stack([(0.01 if film.lateral else 0.06) * side, 0.43 + 0.05 * heading])
+    way = rng.uniform(0.1, 0.3, (22, 1)) * np.column_stack([side * np.cos(heading), np.sin(heading)])
+    middle = start + 0.45 * way + rng.normal(0, 0.02, (22, 2))
+    curves = np.stack([start, middle, start + way], 1)
+    stroke(film, film.vessels, curves[:, :2], 2.2, 0.3)
+    stroke(film, film.vessels, curves, 1.2, 0.22)
+
+
+def draw_marker(film: Film, rng: np.random.Generator) -> None:
+    """Burn an L into the upper right corner."""
+    x, y = rng.uniform((0.4, 0.04), (0.45, 0.1))
+    stroke(film, film.metal, [[[x, y], [x, y + 0.05]], [[x, y + 0.05], [x + 0.025, y + 0.05]]], 1.3, 0.95)
+
+
+# Signs: each draws one finding into the film. Heart, mediastinum and diaphragm are the anatomy's.
+
+
+def draw_opacity(film: Film, finding: Finding, rng: np.random.Generator) -> None:
+    """Hazy veil over a zone of one lung; vessels stay visible through it."""
+    r = ellipse(film, across(film, finding), finding.y, 0.17, 0.2)
+    veil = soft(1 - r + 0.3 * film.coarse, 0.6) * on_side(film, finding.side)
+    opacify(film, 0.62 * finding.severity * veil)
+
+
+def draw_lesion(film: Film, finding: Finding, rng: np.random.Generator) -> None:
+    """Round, sharply bounded nodule or mass."""
+    radius = 0.025 + 0.033 * finding.severity
+    r = ellipse(film, across(film, finding), finding.y, radius, 0.9 * radius)
+    opacify(film, (0.4 + 0.55 * finding.severity) * soft(1.05 - r + 0.08 * film.fine, 0.35))
+
+
+def draw_edema(film: Film, finding: Finding, rng: np.random.Generator) -> None:
+    """Perihilar haze of both lungs (bat wings), thick vessels and short septal lines at the bases."""
+    for x in (0.0,) if film.lateral else (-0.13, 0.13):
+        r = ellipse(film, x, 0.47, 0.2, 0.27)
+        opacify(film, 0.72 * finding.severity * soft(0.85 - r + 0.15 * film.coarse, 0.9))
+    film.vessels[...] *= 1 + 1.2 * finding.severity
+    count = round(18 * finding.severity)
+    outer = np.where(np.arange(count) % 2, 1, -1) * film.body.width * (0.7 if film.lateral else 0.95)
+    start = np.column_stack([outer, rng.uniform(0.52, 0.72, count)])
+    if count:
+        stroke(film, film.vessels, np.stack([start, start * (0.86, 1.01)], 1), 1.0, 0.7 * finding.severity)
+
+
+def draw_consolidation(film: Film, finding: Finding, rng: np.random.Generator) -> None:
+    """Dense lobar patch with one straight border, the fissure."""
+    x, up = across(film, finding), 1 if finding.y < 0.5 else -1
+    r = ellipse(film, x, finding.y, 0.15, 0.16)
+    fissure = up * (finding.y + 0.07 * up - film.v + 0.25 * (film.u - x))
+    patch = soft(1 - r + 0.12 * film.coarse + 0.05 * film.fine, 0.15) * soft(fissure, 0.012)
+    opacify(film, 0.97 * min(1.0, 1.1 * finding.severity) * patch * on_side(film, finding.side))
+
+
+def draw_pneumonia(film: Film, finding: Finding, rng: np.random.Generator) -> None:
+    """Patchy, ill-defined focus: many small soft spots that run together."""
+    x = across(film, finding)
+    clear = np.ones_like(film.air)
+    for du, dv, radius in rng.uniform((-0.09, -0.11, 0.025), (0.09, 0.11, 0.05), (9, 3)).tolist():
+        r = ellipse(film, x + du, finding.y + dv, radius, radius)
+        clear *= 1 - 0.75 * finding.severity * soft(0.8 - r, 0.9)
+    opacify(film, (1 - clear) * on_side(film, finding.side))
+
+
+def draw_atelectasis(film: Film, finding: Finding, rng: np.random.Generator) -> None:
+    """Plate-like bands above the raised diaphragm."""
+    x, lift = across(film, finding), 0.09 * finding.severity
+    for step in range(1 + round(1.5 * finding.severity)):
+        y, turn = finding.y + 0.03 - lift - 0.05 * step, 0.15 * step - 0.3 * finding.side
+        r = ellipse(film, x, y, 0.15, 0.014, turn)
+        opacify(film, 0.9 * finding.severity * soft(1 - r, 0.4) * on_side(film, finding.side))
+
+
+def draw_pneumothorax(film: Film, finding: Finding, rng: np.random.Generator) -> None:
+    """Dark apical and lateral rim without markings, and the thin white pleural line."""
+    side = on_side(film, finding.side)
+    gap = film.wall - (0.02 + 0.14 * finding.severity) * np.clip((0.78 - film.v) * 1.7, 0, 1)
+    empty = soft(-gap, 0.01) * side
+    film.vessels[...] *= 1 - empty
+    film.air[...] *= 1 + 0.3 * empty - 0.12 * (1 - empty) * side * finding.severity
+    line = soft(0.004 - np.abs(gap), 0.005) * side * np.minimum(film.air, 1)
+    film.bright[...] += 0.22 * line * soft(0.74 - film.v, 0.05)
+
+
+def draw_effusion(film: Film, finding: Finding, rng: np.random.Generator) -> None:
+    """White base: a meniscus that blunts the costophrenic angle and climbs the wall."""
+    climb = (0.05 + 0.1 * finding.severity) * np.exp(-np.maximum(film.wall, 0) * 14)
+    depth = film.v - film.angle + 0.33 * finding.severity**1.5 + climb
+    opacify(film, soft(depth, 0.03) * on_side(film, finding.side))
+
+
+def draw_pleural_other(film: Film, finding: Finding, rng: np.random.Generator) -> None:
+    """Thickened, calcified pleura: a bright lumpy plaque along the wall."""
+    thickness = (0.01 + 0.045 * finding.severity) * (1 + 0.4 * film.coarse)
+    reach = soft(0.2 - np.abs(film.v - finding.y), 0.06)
+    plaque = soft(thickness - film.wall, 0.008) * soft(film.wall, 0.008) * reach * on_side(film, finding.side)
+    opacify(film, 0.85 * plaque)
+    film.bright[...] += (0.06 + 0.14 * finding.severity) * plaque * (1 + 0.8 * film.fine)
+
+
+def draw_fracture(film: Film, finding: Finding, rng: np.random.Generator) -> None:
+    """Break neighbouring ribs: a step between the fragments and a ball of callus at each."""
+    x, step = across(film, finding), 0.035 * finding.side
+    drop = float(rib_height(film, 0.25 - x if film.lateral else abs(x)))
+    first = math.floor((finding.y - drop) / film.body.rib_gap)
+    y = drop + (first + np.arange(1 + round(3 * finding.severity)) + 0.5) * film.body.rib_gap
+    for start, stop, shift, radius, value in (
+        (-step, -0.1 * step, -0.008, 3.5, 0.24),
+        (0.1 * step, step, 0.016, 3.5, 0.24),
+        (-0.1 * step, 0.1 * step, 0.003, 6.0, 0.42),
+    ):
+        ends = [np.column_stack([np.full_like(y, x + at), y + shift]) for at in (start, stop)]
+        stroke(film, film.bright, np.stack(ends, 1), radius, value * (0.3 + 0.8 * finding.severity))
+
+
+# Radius in pixels, points (x, y, z) in hundredths.
+Curve = tuple[float, tuple[tuple[float, float, float], ...]]
+DEVICES: tuple[tuple[Curve, ...], ...] = (
+    (  # endotracheal and gastric tube
+        (1.8, ((0, -10, 0), (0.5, 20, 1), (0, 36, 2))),
+        (1.4, ((1, -10, 3), (1, 50, 6), (5, 80, 3), (20, 84, -5))),
+    ),
+    ((1.4, ((-50, 10, 0), (-28, 16, -5), (-6, 20, -4), (-5, 50, 0))),),  # central venous line
+    (  # pacemaker: box and lead
+        (13.0, ((27, 22, -25), (29, 25, -25))),
+        (1.4, ((27, 22, -25), (10, 12, -10), (-8, 30, -5), (-5, 70, -10), (13, 70, -20))),
+    ),
+    (  # electrodes: wires that end in discs
+        (1.0, ((-55, 50, -30), (-30, 36, -27), (-24, 26, -25))),
+        (4.5, ((-24, 26, -25), (-24, 26.2, -25))),
+        (1.0, ((55, 75, -30), (42, 35, -27), (27, 28, -25))),
+        (4.5, ((27, 28, -25), (27, 28.2, -25))),
+        (1.0, ((55, 90, -20), (40, 85, -22), (31, 70, -24))),
+        (4.5, ((31, 70, -24), (31, 70.2, -24))),
+    ),
+    tuple(  # sternal wires
+        (1.3, ((-1.6, y, -27), (1.2, y - 1.2, -27), (1.4, y + 1.2, -27), (-1.4, y, -27)))
+        for y in (30, 37, 44, 51, 58)
+    ),
+)
+
+
+def draw_devices(film: Film, finding: Finding, rng: np.random.Generator) -> None:
+    """Tubes, lines, a pacemaker, electrodes, sternal wires: bright thin curves."""
+    shift = rng.normal(0, 0.012, 3)
+    for kit in rng.permutation(len(DEVICES))[: 1 + round(2.5 * finding.severity)]:
+        for radius, points in DEVICES[kit]:
+            place = (np.array(points) / 100 + shift)[:, [2, 1] if film.lateral else [0, 1]]
+            stroke(film, film.metal, place[None], radius, 0.55 + 0.4 * finding.severity)
+
+
+SIGNS: dict[str, Callable[[Film, Finding, np.random.Generator], None]] = {
+    "Lung Opacity": draw_opacity,
+    "Edema": draw_edema,
+    "Consolidation": draw_consolidation,
+    "Pneumonia": draw_pneumonia,
+    "Lung Lesion": draw_lesion,
+    "Atelectasis": draw_atelectasis,
+    "Pneumothorax": draw_pneumothorax,
+    "Pleural Effusion": draw_effusion,
+    "Pleural Other": draw_pleural_other,
+    "Fracture": draw_fracture,
+    "Support Devices": draw_devices,
+}
