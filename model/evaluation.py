@@ -1,0 +1,39 @@
+"""Network + batches → scores. Every sample once, in the order of the batches."""
+
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from model.augment import normalize
+
+
+class InterruptedEvaluationError(Exception):
+    """Raised in the middle of an evaluation when a stop was asked for; nothing is lost but its scores."""
+
+
+@torch.inference_mode()
+def predict_scores(
+    network: nn.Module,
+    batches: Iterable[Tensor],
+    mean: float,
+    std: float,
+    precision: torch.dtype,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> npt.NDArray[np.float32]:
+    """Scores [N, 14] in (0, 1) for batches of uint8 images [B, 1, H, W] on the network's device.
+
+    The sigmoid is taken in float32: in half precision near-equal scores would tie.
+    """
+    network.eval()
+    scores = []
+    for images in batches:
+        if should_stop():
+            raise InterruptedEvaluationError
+        inputs = normalize(images, mean, std).contiguous(memory_format=torch.channels_last)
+        with torch.autocast(images.device.type, precision, enabled=precision != torch.float32):
+            logits = network(inputs)
+        scores.append(torch.sigmoid(logits.float()).cpu())
+    return torch.cat(scores).numpy()
