@@ -66,6 +66,28 @@ def test_bad_use_is_one_line_and_an_exit_code(
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("file", "old", "new", "message"),
+    [
+        ("train.csv", ",Edema,", ",Oedema,", "train.csv: column Edema is missing; a CheXpert table has Path, Sex, Age"),
+        ("train.csv", ",AP,1.0,", ",AP,2.0,", ", column No Finding: '2.0' is not a label: 1.0, 0.0, -1.0 or blank"),
+        ("train.csv", None, "", "train.csv: not a readable CSV: Empty CSV file"),
+        ("train/patient00002/study1/view1_frontal.jpg", None, "x", "not a readable JPEG or PNG: cannot identify ima"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing_finished(
+    chexpert: Path, tmp_path: Path, file: str, old: str | None, new: str, message: str
+) -> None:
+    path = chexpert / file
+    path.write_text(new if old is None else path.read_text().replace(old, new, 1))
+    failed = run("shards", chexpert, tmp_path / "out", "--workers", 2)
+    assert failed.returncode == 1
+    assert failed.stderr.startswith(f"Error: {path}")
+    assert message in failed.stderr
+    assert failed.stderr.count("\n") == 1
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_the_run_and_its_workers(tmp_path: Path, number: signal.Signals, code: int) -> None:
     assert run("sample", tmp_path, "--images", 600).returncode == 0

@@ -1,0 +1,59 @@
+"""The Makefile: what a user types reaches the commands."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import train
+
+REPOSITORY = Path(train.__file__).parent
+
+
+def make(*arguments: str) -> subprocess.CompletedProcess[str]:
+    # Without the variables of the `make test` this test itself runs under.
+    environment = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL")}
+    command = ["make", "--no-print-directory", "-C", str(REPOSITORY), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+
+
+def test_make_alone_lists_every_target() -> None:
+    listed = [line.split()[0] for line in make().stdout.splitlines()]
+    phony = (REPOSITORY / "Makefile").read_text().split(".PHONY:")[1].splitlines()[0].split()
+    assert listed == phony
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["train", "LR=3e-3", "WD=1e-3"], "--lr 3e-3 --weight-decay 1e-3"),
+        (["train", "LR=3e-3", "WD=1e-3"], "lr3e-3-wd1e-3-seed0"),
+        (["train", "UNCERTAIN=ones"], "--uncertain ones"),
+        (["train", "OUT=there", "DATA=here"], "--arch resnet50 --lr 1e-4 --weight-decay 1e-2"),
+        (["shards", "DATA=here", "OUT=there"], "pipeline shards here there --size 320 --views frontal --uncertain be"),
+        (["evaluate", "OUT=there", "RUN=r", "SPLIT=dev"], "train.py --shards there --run r --evaluate dev"),
+    ],
+)
+def test_settings_reach_the_commands(arguments: list[str], expected: str) -> None:
+    dry = make("-n", *arguments)
+    assert dry.returncode == 0
+    assert expected in " ".join(dry.stdout.replace("\\\n", " ").split())
+
+
+def test_policies_are_the_shards_own_unless_set_by_hand() -> None:
+    assert "train.py" in make("-n", "train").stdout
+    assert "--uncertain" not in make("-n", "train", "OUT=there", "DATA=here").stdout.split("train.py")[1]
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("shards", "make shards needs DATA=<CheXpert folder>"),
+        ("train", "No shards in {out}. Write them with: make shards DATA=<CheXpert folder> OUT={out}"),
+    ],
+)
+def test_missing_data_is_a_usage_error(tmp_path: Path, target: str, message: str) -> None:
+    failed = make(target, f"OUT={tmp_path}")
+    assert failed.returncode == 2
+    assert failed.stderr.splitlines()[0] == message.format(out=tmp_path)
