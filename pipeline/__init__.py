@@ -2,11 +2,17 @@
 
 Modules, in the order the data flows:
     labels    CSV → label table (Arrow), policies for uncertain and blank, patient split
-    images    image file → gray JPEG without metadata → uint8 array
-    shards    label table + images → tar shards, Arrow index, manifest
+    source    a CheXpert folder, as people have it → label table per split, and where each image lies
+    images    image file → what is stored, without metadata → uint8 array
+    workers   tasks → results, in processes that may be killed
+    shards    source + options → tar shards, Arrow index, manifest
+    preview   source + options → what that would give, without writing
     manifest  what a folder of shards says of itself, read back and checked
     plan      (shard sizes, seed, epoch) → the order of the epoch's samples
     stream    order → batches of images, targets and masks
+    verify    shards → what is wrong with them
+    index     shards that others wrote → Arrow index and manifest
+    scores    a run's scores of a split ↔ Arrow file
     stats     label table → counts
     films     anatomy and findings → a synthetic chest film
     sample    a synthetic CheXpert of such films, for the first run and the tests

@@ -1,58 +1,115 @@
-"""Image file → gray JPEG bytes for a shard → uint8 array for a batch.
+"""Image file → the bytes stored in a shard → uint8 array for a batch.
 
-Every image is decoded once in full before it enters a shard, so a truncated file is found here. Sizes are
-read from the header first, and metadata (EXIF, comments, colour profiles: patient data) never gets through.
+Every image is decoded once before it enters a shard, so a damaged file is found here. Sizes are read from the
+header first, and metadata (EXIF, comments, colour profiles: patient data) never gets through. JPEG coding and
+resizing release the interpreter lock.
 """
 
 import io
-import struct
-import warnings
+import re
+import zlib
+from collections.abc import Iterator
+from itertools import takewhile
+from math import ceil, inf
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import simplejpeg
-from PIL import Image
+from PIL import Image, ImageOps
 
 Gray = npt.NDArray[np.uint8]
 
-_SOI, _SOS, _APP0, _COMMENT = 0xD8, 0xDA, 0xE0, 0xFE
-_BASELINE = (0xC0, 0xC1)
+ENCODINGS = {"jpeg": "jpg", "png": "png", "raw": "npy"}  # encoding → file suffix
+SQUARES = ("no", "pad", "crop", "stretch")
+
+_ORIENTATION = 0x0112  # the EXIF tag
+_JPEG, _PNG = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"
+_SOS, _EOI, _APP2, _SCAN_DATA = 0xDA, 0xD9, 0xE2, 0x00  # JPEG markers; 0x00 is none, and ours
+_BASELINE, _PROGRESSIVE = {0xC0, 0xC1}, 0xC2
+_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
+# Frames, Huffman and arithmetic tables, restarts, quantisation, scans. The rest may say anything.
+_JPEG_IMAGE = _FRAMES | {0xC4, 0xCC, 0xDB, 0xDD, _SOS, _SCAN_DATA, _EOI}
+_JPEG_PLAIN = {(0xE0, b"JFIF\0", 18), (0xEE, b"Adobe", 16)}  # fixed fields; a longer JFIF holds a thumbnail
+_PNG_PLAIN = set(b"IHDR PLTE IDAT IEND tRNS bKGD sBIT sRGB gAMA cHRM pHYs".split())
+_NPY_HEADER = re.compile(
+    rb"\x93NUMPY\x01\x00(..){'descr': '\|u1', 'fortran_order': False, 'shape': \((\d+), (\d+)\), } *\n",
+    re.DOTALL,
+)
 
 
 class ImageError(Exception):
     """An image that cannot be used; the message says why, the caller knows which."""
 
 
-def prepare_image(data: bytes, size: int, quality: int, max_pixels: int) -> tuple[bytes, Gray]:
-    """The JPEG bytes to store, and the pixels [H, W] that were encoded.
+class ImageOptions(NamedTuple):
+    """How images are stored; meanings and defaults are those of `pipeline shards --help`.
 
-    The shorter side becomes `size`; a smaller image is not enlarged. A baseline gray JPEG that fits already
-    keeps its own coefficients: nothing is lost but its metadata. Raises ImageError.
+    `size` is the shorter side, None the original one. With a `square` the result is size×size, enlarged if need be.
     """
-    pixels, is_gray_jpeg = decode_source(data, max_pixels)
-    if min(pixels.shape) > size:
-        pixels = resize_shorter_side(pixels, size)
-    elif is_gray_jpeg and (stripped := strip_metadata(data)) is not None:
-        return stripped, pixels
-    encoded: bytes = simplejpeg.encode_jpeg(
-        np.ascontiguousarray(pixels[:, :, None]), quality=quality, colorspace="GRAY"
-    )
-    return encoded, pixels
+
+    size: int | None
+    square: str
+    encoding: str
+    quality: int
+    max_pixels: int
 
 
-def decode_source(data: bytes, max_pixels: int) -> tuple[Gray, bool]:
-    """Pixels [H, W] of a JPEG or PNG of any kind, and whether it is a gray JPEG. Raises ImageError."""
+class Prepared(NamedTuple):
+    """The bytes to store, the pixels [H, W] that they encode, and whether metadata was left behind."""
+
+    data: bytes
+    pixels: Gray
+    stripped: bool
+
+
+class _Source(NamedTuple):
+    """Pixels at full size or DCT-scaled, full shape (H, W), and a clean copy where that can be stored."""
+
+    pixels: Gray
+    shape: tuple[int, int]
+    stripped: bool
+    copy: bytes | None = None
+
+
+def prepare(data: bytes, options: ImageOptions) -> Prepared:
+    """Turn a JPEG or PNG of any kind into what a shard stores. Raises ImageError, ValueError for bad options.
+
+    The shorter side becomes `size`, never enlarged; a square is exactly size×size: `pad` keeps the aspect and
+    centres on black, `crop` takes the centre, `stretch` gives up the aspect. A gray JPEG that fits already
+    keeps its coefficients: only its metadata is lost. An EXIF orientation is applied to the pixels, since
+    the tag is lost too.
+    """
+    if options.size is None and options.square != "no":
+        raise ValueError("a square needs a size")
     if not data:
         raise ImageError("the file is empty")
-    if data[:2] == b"\xff\xd8":
-        try:
-            height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
-            _check_pixels(width, height, max_pixels)
-            if colorspace in ("Gray", "YCbCr", "RGB"):
-                return decode_jpeg(data), colorspace == "Gray"
-        except ValueError as error:
-            raise ImageError(f"not a readable JPEG: {error}") from error
-    return _decode_with_pillow(data, max_pixels), False
+    kind = "JPEG" if data.startswith(_JPEG) else "PNG" if data.startswith(_PNG) else None
+    if kind is None:
+        raise ImageError("not a readable JPEG or PNG: cannot identify image file")
+    try:
+        source = _read_jpeg(data, options) if kind == "JPEG" else _read_png(data, options.max_pixels)
+    except ValueError as error:
+        raise ImageError(f"not a readable {kind}: {error}") from error
+    if source.copy is not None:
+        return Prepared(source.copy, source.pixels, source.stripped)
+    pixels = _fit(source, options)
+    return Prepared(_encode(pixels, options), pixels, source.stripped)
+
+
+def decode_stored(data: bytes | memoryview, encoding: str) -> Gray:
+    """Gray pixels [H, W] of a stored image; raw ones are a view of `data`. Raises ValueError for damaged data."""
+    if encoding == "jpeg":
+        return decode_jpeg(data)
+    if encoding == "png":
+        return _read_png(bytes(data), max_pixels=inf).pixels
+    header = _NPY_HEADER.match(data)
+    if header is None or int.from_bytes(header[1], "little") != header.end() - 10:
+        raise ValueError("not a .npy file of gray pixels, uint8 [H, W]")
+    height, width = int(header[2]), int(header[3])
+    if len(data) - header.end() != height * width:
+        raise ValueError(f"{len(data) - header.end()} bytes of pixels, not {height}×{width}")
+    return np.frombuffer(data, np.uint8, offset=header.end()).reshape(height, width)
 
 
 def decode_jpeg(data: bytes | memoryview) -> Gray:
@@ -63,61 +120,226 @@ def decode_jpeg(data: bytes | memoryview) -> Gray:
 
 def resize(pixels: Gray, height: int, width: int) -> Gray:
     """Antialiased bilinear resize to [height, width]; the image itself where it has that shape."""
+    # 390×320 → 224×224: 0.35 ms. torch's antialiased uint8 kernel: 0.28 ms, but other levels on other CPUs.
     if pixels.shape == (height, width):
         return pixels
     return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR))
 
 
-def resize_shorter_side(pixels: Gray, size: int) -> Gray:
-    """Antialiased Lanczos resize that keeps the aspect; the shorter side becomes `size`."""
-    height, width = pixels.shape
-    scale = size / min(height, width)
-    shape = (round(width * scale), round(height * scale))
-    return np.asarray(Image.fromarray(pixels).resize(shape, Image.Resampling.LANCZOS))
+def strip_metadata(jpeg: bytes) -> bytes:
+    """The same image without APPn (but plain JFIF and Adobe), comments and trailing bytes; see `_segments`."""
+    parts = [part for marker, part in _segments(jpeg) if not _is_metadata(marker, part)]
+    return b"".join([_JPEG, *parts])
 
 
-def strip_metadata(jpeg: bytes) -> bytes | None:
-    """The same image without APP1–APP15, comments and trailing bytes; None where it is not baseline.
+def _read_jpeg(data: bytes, options: ImageOptions) -> _Source:
+    height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
+    _check_pixels(width, height, options.max_pixels)
+    head = list(takewhile(lambda segment: segment[0] != _SOS, _segments(data)))
+    if any(marker == _APP2 and part[4:8] == b"MPF\0" for marker, part in head):
+        raise ImageError("more than one frame")
+    frame = next((marker for marker, _ in head if marker in _FRAMES), None)
+    orientation = _orientation(next((part[4:] for _, part in head if part[4:10] == b"Exif\0\0"), b""))
+    stripped = any(_is_metadata(*segment) for segment in head) or not data.endswith(b"\xff\xd9")
 
-    Segments as in ITU-T T.81, annex B. JFIF's APP0 holds no patient data and stays.
-    """
-    kept = [jpeg[:2]]
-    position = 2
-    while position + 4 <= len(jpeg) and jpeg[position] == 0xFF:
-        marker = jpeg[position + 1]
-        if marker == 0xFF:  # a fill byte before a marker
-            position += 1
-            continue
-        (length,) = struct.unpack_from(">H", jpeg, position + 2)
-        is_frame = 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)
-        if is_frame and marker not in _BASELINE:
-            return None
-        if marker == _SOS:
-            # No 0xFFD9 can occur inside entropy-coded data: 0xFF is followed by 0x00 or a restart marker.
-            end = jpeg.find(b"\xff\xd9", position)
-            return None if end < 0 else b"".join(kept) + jpeg[position : end + 2]
-        if not (_APP0 < marker <= 0xEF or marker == _COMMENT):
-            kept.append(jpeg[position : position + 2 + length])
-        position += 2 + length
-    return None
+    inner = _inner_shape((height, width), options)
+    if orientation != 1:
+        pixels = _turn(_decode_any(data, colorspace), orientation)
+        return _Source(pixels, pixels.shape, stripped)
+    # At the smallest scale of twice the target or more, in full where there is none: simplejpeg gets that wrong
+    # for images of a few pixels. Measured in `_fit`.
+    scaled = 2 * inner[0] <= height and 2 * inner[1] <= width
+    pixels = _decode_any(data, colorspace, *((2 * inner[0], 2 * inner[1]) if scaled else (0, 0)))
+    fits = inner == (height, width) and (options.square == "no" or height == width)
+    # A progressive JPEG decodes three times slower: it is kept only where the original is asked for.
+    keeps = frame in _BASELINE or (frame == _PROGRESSIVE and options.size is None)
+    if fits and keeps and colorspace == "Gray" and options.encoding == "jpeg":
+        copy = strip_metadata(data)
+        return _Source(pixels, (height, width), copy != data, copy)
+    return _Source(pixels, (height, width), stripped)
 
 
-def _decode_with_pillow(data: bytes, max_pixels: int) -> Gray:
-    """PNG and the rare JPEG colour spaces; 16-bit gray is scaled to 8 bits, transparency is dropped."""
+def _decode_any(data: bytes, colorspace: str, min_height: int = 0, min_width: int = 0) -> Gray:
+    """Gray pixels [H, W] at the smallest of libjpeg's scales 1/8 … 8/8 that has the given minimum."""
+    gray = colorspace in ("Gray", "YCbCr", "RGB")
+    pixels = simplejpeg.decode_jpeg(
+        data, colorspace="GRAY" if gray else "CMYK", min_height=min_height, min_width=min_width
+    )
+    if gray:
+        return pixels[:, :, 0]  # type: ignore[no-any-return]
+    # Adobe stores inks inverted, and every reader expects it.
+    size = (pixels.shape[1], pixels.shape[0])
+    return np.asarray(Image.frombuffer("CMYK", size, 255 - pixels, "raw", "CMYK", 0, 1).convert("L"))
+
+
+def _read_png(data: bytes, max_pixels: float) -> _Source:
+    chunks = list(_chunks(data))
+    kinds = {kind for kind, _ in chunks}
+    if chunks[0][0] != b"IHDR":
+        raise ValueError("it does not start with its header")
+    if b"acTL" in kinds:
+        raise ImageError("more than one frame")
+    header = chunks[0][1]
+    _check_pixels(int.from_bytes(header[:4]), int.from_bytes(header[4:8]), max_pixels)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's own size warning: max_pixels is checked below
-            image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG"))
-        _check_pixels(image.width, image.height, max_pixels)
-        image.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ImageError(f"not a readable JPEG or PNG: {error}") from error
+        pixels = _to_gray(Image.open(io.BytesIO(data), formats=("PNG",)))
+    except Exception as error:  # of many kinds, for a damaged file
+        raise ValueError(str(error)) from error
+    pixels = _turn(pixels, _orientation(dict(chunks).get(b"eXIf", b"")))
+    return _Source(pixels, pixels.shape, not kinds <= _PNG_PLAIN)
+
+
+def _to_gray(image: Image.Image) -> Gray:
+    """8-bit levels [H, W]: 16 bits scaled, transparency over black."""
+    image.load()
     if image.mode.startswith("I"):
         # 257 = 65535 / 255: full scale maps to full scale.
         return np.asarray((np.asarray(image, np.uint32) + 128) // 257, np.uint8)
-    return np.asarray(image.convert("L"))
+    if not image.has_transparency_data:
+        return np.asarray(image.convert("L"))
+    image = image.convert("RGBA")
+    black = Image.new("L", image.size)
+    black.paste(image.convert("L"), mask=image.getchannel("A"))
+    return np.asarray(black)
 
 
-def _check_pixels(width: int, height: int, max_pixels: int) -> None:
+def _segments(jpeg: bytes) -> Iterator[tuple[int, bytes]]:
+    """Marker and bytes of each segment after the first marker (ITU-T T.81, annex B), scans as _SCAN_DATA.
+
+    Fill bytes between segments and what follows the end are left out. Raises ValueError without an end.
+    """
+    position = 2
+    while found := re.compile(rb"\xff+([\x01-\xfe])").match(jpeg, position):
+        marker, start = found[1][0], found.end() - 2
+        if marker == _EOI:
+            yield marker, jpeg[start : start + 2]
+            return
+        position = start + 2 + int.from_bytes(jpeg[start + 2 : start + 4])
+        yield marker, jpeg[start:position]
+        if marker == _SOS:
+            start = position
+            # Inside a scan 0xFF is followed by 0x00 or a restart marker.
+            end = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]").search(jpeg, start)
+            position = end.start() if end else len(jpeg)
+            yield _SCAN_DATA, jpeg[start:position]
+    raise ValueError("its segments are damaged")
+
+
+def _is_metadata(marker: int, segment: bytes) -> bool:
+    return marker not in _JPEG_IMAGE and (marker, segment[4:9], len(segment)) not in _JPEG_PLAIN
+
+
+def _chunks(png: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Type and content of each chunk, and what follows the end, under its name: b"". Raises ValueError.
+
+    The checksums are verified here: Pillow skips those of the pixels and of what follows them.
+    """
+    position, kind = len(_PNG), b""
+    while kind != b"IEND":
+        start = position + 8
+        end = start + int.from_bytes(png[position : position + 4])
+        kind = png[position + 4 : start]
+        position = end + 4
+        if position > len(png):
+            raise ValueError("the file ends early")
+        if zlib.crc32(png[start - 4 : end]) != int.from_bytes(png[end:position]):
+            raise ValueError(f"chunk {kind!r} is damaged")
+        yield kind, png[start:end]
+    if position < len(png):
+        yield b"", png[position:]
+
+
+def _orientation(exif: bytes) -> int:
+    """The EXIF orientation, 1 (upright) to 8; 1 where there is none to read, as viewers have it."""
+    tags = Image.Exif()
+    try:
+        tags.load(exif)
+        value = tags.get(_ORIENTATION, 1)
+    except Exception:  # of many kinds, for a damaged tag
+        return 1
+    return value if value in range(1, 9) else 1
+
+
+def _turn(pixels: Gray, orientation: int) -> Gray:
+    """Pixels turned upright."""
+    if orientation == 1:
+        return pixels
+    image = Image.fromarray(pixels)
+    image.getexif()[_ORIENTATION] = orientation
+    return np.asarray(ImageOps.exif_transpose(image))
+
+
+def _inner_shape(shape: tuple[int, int], options: ImageOptions) -> tuple[int, int]:
+    """Height and width that the image, or its crop, is resized to; a padded square has bars around it."""
+    if options.size is None:
+        return shape
+    if options.square in ("crop", "stretch"):
+        return options.size, options.size
+    scale = options.size / max(shape) if options.square == "pad" else min(1, options.size / min(shape))
+    return max(1, round(shape[0] * scale)), max(1, round(shape[1] * scale))
+
+
+def _decoded_shape(shape: tuple[int, int], inner: tuple[int, int]) -> tuple[int, int]:
+    """Height and width to decode at least: twice the target, for the resize to filter from.
+
+    From eight times the target on, 1.25 times it is enough: libjpeg's own averages have no detail left to alias
+    (2828×2320 → 224 by Lanczos: 0.43 levels off in 17.4 ms, where twice the target by Hamming is 0.57 in 20.2).
+    """
+    factor = 1.25 if min(shape) >= 8 * min(inner) else 2
+    return round(factor * inner[0]), round(factor * inner[1])
+
+
+def _fit(source: _Source, options: ImageOptions) -> Gray:
+    """The pixels resized, cropped or padded to what the options ask for.
+
+    Hamming is the sharpest of the fast filters. Mean absolute difference from a full decode and Lanczos, in
+    gray levels, and time to decode and resize; X-rays of 320×320 and (enlarged, with noise) 2828×2320 → 224:
+
+        full decode + Lanczos  0.00   1.08 ms    0.00  51.3 ms
+        Lanczos                0.00   1.06 ms    0.21  21.9 ms
+        bicubic                0.25   0.82 ms    0.39  20.9 ms
+        Hamming                0.49   0.62 ms    0.57  20.2 ms
+        bilinear               0.61   0.62 ms    0.72  20.0 ms
+    """
+    pixels, (height, width) = source.pixels, source.shape
+    inner = _inner_shape(source.shape, options)
+    top, left, bottom, right = 0, 0, height, width
+    if options.square == "crop":
+        side = min(height, width)
+        top, left = (height - side) // 2, (width - side) // 2
+        bottom, right = top + side, left + side
+    if inner == (bottom - top, right - left):
+        pixels = pixels[top:bottom, left:right]
+    else:
+        # A DCT-scaled image is n/8 of its source, rounded up to whole pixels: the box is the exact part.
+        scales = (n / 8 for n in range(1, 9))
+        scale = next(s for s in scales if (ceil(height * s), ceil(width * s)) == pixels.shape)
+        box = (left * scale, top * scale, right * scale, bottom * scale)
+        enlarge = inner[0] > bottom - top or inner[1] > right - left
+        is_little = pixels.shape != source.shape and pixels.shape[0] < 2 * inner[0]
+        kind = Image.Resampling.LANCZOS if enlarge or is_little else Image.Resampling.HAMMING
+        pixels = np.asarray(Image.fromarray(pixels).resize((inner[1], inner[0]), kind, box))
+    if options.square == "pad" and options.size is not None:
+        square = np.zeros((options.size, options.size), np.uint8)
+        top, left = (options.size - inner[0]) // 2, (options.size - inner[1]) // 2
+        square[top : top + inner[0], left : left + inner[1]] = pixels
+        return square
+    return np.ascontiguousarray(pixels)
+
+
+def _encode(pixels: Gray, options: ImageOptions) -> bytes:
+    """The pixels in the encoding asked for, and nothing else."""
+    if options.encoding == "jpeg":
+        return simplejpeg.encode_jpeg(pixels[:, :, None], quality=options.quality, colorspace="GRAY")  # type: ignore[no-any-return]
+    file = io.BytesIO()
+    if options.encoding == "png":
+        # At 224×224, level 1: 25.8 kB in 2.0 ms, 4: 22.0 kB in 3.3 ms, 6: 22.1 kB in 5.9 ms.
+        Image.fromarray(pixels).save(file, "PNG", compress_level=4)
+    else:
+        np.lib.format.write_array(file, pixels, version=(1, 0), allow_pickle=False)
+    return file.getvalue()
+
+
+def _check_pixels(width: int, height: int, max_pixels: float) -> None:
     if width * height > max_pixels:
         raise ImageError(f"{width}×{height} is more than {max_pixels:,} pixels (--max-pixels)")

@@ -11,6 +11,7 @@ Output: an Arrow table with one row per image:
     age         int16    years
     projection  string   AP, PA, LL, RL; null on laterals
     <14 labels> int8     1 positive, 0 negative, -1 uncertain, null blank (not mentioned)
+The test set's CSVs have paths and labels only: there the view is the file name's, and the rest is null.
 
 The raw states are kept everywhere; `make_targets` applies a policy only when labels are read for training.
 Policies: Irvin et al., "CheXpert", AAAI 2019, Table 3; smoothing: Pham et al., 2019 (arXiv:1911.06475).
@@ -45,11 +46,20 @@ LABELS = (
     "Fracture",
     "Support Devices",
 )
-COLUMNS = ("Path", "Sex", "Age", "Frontal/Lateral", "AP/PA", *LABELS)
+FACTS = ("Sex", "Age", "Frontal/Lateral", "AP/PA")
+COLUMNS = ("Path", *FACTS, *LABELS)
 CSV_SPLITS = ("train", "valid")
 VIEWS = ("frontal", "lateral", "all")
 
-UNCERTAIN_POLICIES = ("zeros", "ones", "ignore", "smooth-zeros", "smooth-ones")
+UNCERTAIN_POLICIES = (
+    "zeros",
+    "ones",
+    "ignore",
+    "smooth-zeros",
+    "smooth-ones",
+    "multiclass",
+    "selftrained",
+)
 BLANK_POLICIES = ("zeros", "ignore")
 UNCERTAIN_HELP = f"Policy for -1: best, {', '.join(UNCERTAIN_POLICIES)}; per label: best,Edema=zeros."
 BLANK_HELP = f"Policy for blanks: {' or '.join(BLANK_POLICIES)}."
@@ -83,11 +93,16 @@ def read_labels(csv: Path) -> pa.Table:
     key = pc.binary_join_element_wise(patient, pc.binary_join_element_wise("study", study, ""), file, "_")
     _demand_unique(csv, key)
 
-    view = pc.utf8_lower(table["Frontal/Lateral"])
-    known = pc.is_in(view, value_set=pa.array(["frontal", "lateral"]))
-    _demand(csv, "Frontal/Lateral", table["Frontal/Lateral"], known, "is neither Frontal nor Lateral")
-    age = pc.match_substring_regex(table["Age"], r"^\d{1,3}(\.0)?$")
-    _demand(csv, "Age", table["Age"], age, "is not a number of years")
+    if "Sex" in table.column_names:
+        view = pc.utf8_lower(table["Frontal/Lateral"])
+        known = pc.is_in(view, value_set=pa.array(["frontal", "lateral"]))
+        _demand(csv, "Frontal/Lateral", table["Frontal/Lateral"], known, "is neither Frontal nor Lateral")
+        age = pc.match_substring_regex(table["Age"], r"^\d{1,3}(\.0)?$")
+        _demand(csv, "Age", table["Age"], age, "is not a number of years")
+        facts = (table["Sex"], table["Age"].cast(pa.float32()).cast(pa.int16()), table["AP/PA"])
+    else:
+        view = pc.list_element(pc.split_pattern(file, "_"), 1)
+        facts = tuple(pa.nulls(table.num_rows, kind) for kind in (pa.string(), pa.int16(), pa.string()))
 
     columns: dict[str, Any] = {
         "path": path,
@@ -95,9 +110,7 @@ def read_labels(csv: Path) -> pa.Table:
         "patient": patient,
         "study": study.cast(pa.int32()),
         "view": view,
-        "sex": table["Sex"],
-        "age": table["Age"].cast(pa.float32()).cast(pa.int16()),
-        "projection": table["AP/PA"],
+        **dict(zip(("sex", "age", "projection"), facts, strict=True)),
     }
     columns |= {label: _parse_states(csv, label, table[label]) for label in LABELS}
     return pa.table(columns).combine_chunks()
@@ -188,11 +201,17 @@ def label_states(table: pa.Table) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.
 
 
 def make_targets(
-    table: pa.Table, uncertain: Mapping[str, str], blank: str, seed: int
+    table: pa.Table,
+    uncertain: Mapping[str, str],
+    blank: str,
+    seed: int,
+    teacher: npt.NDArray[np.float32] | None = None,
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
     """Training targets [N, 14] in [0, 1] and masks [N, 14] (False: the cell does not enter the loss).
 
-    `uncertain` holds a policy per label. A smoothing draw is a pure function of (seed, key, label).
+    `uncertain` holds a policy per label. A smoothing draw is a pure function of (seed, key, label). Under
+    `multiclass` an uncertain cell stays -1, which names its class. Under `selftrained` it becomes the score
+    that `teacher` [N, 14] has for it; raises DataError where there is no teacher.
     """
     states, is_blank = label_states(table)
     target = states.astype(np.float32)
@@ -208,10 +227,28 @@ def make_targets(
             keys = table["key"].to_pylist() if keys is None else keys
             draws = np.array([hash_fraction("smooth", seed, keys[row], label) for row in rows])
             target[rows, column] = low + (high - low) * draws
-        else:
+        elif policy == "selftrained":
+            if teacher is None:
+                raise DataError(
+                    f"label {label} is selftrained: it needs a --teacher, a run that was scored on train"
+                )
+            target[rows, column] = teacher[rows, column]
+        elif policy != "multiclass":
             target[rows, column] = policy == "ones"
             mask[rows, column] = policy != "ignore"
     return target, mask
+
+
+def one_class_labels(
+    target: npt.NDArray[np.float32], mask: npt.NDArray[np.bool_]
+) -> list[tuple[str, int, int]]:
+    """(label, positives, negatives) of the labels that lack one of them among the cells of mask [N, 14].
+
+    A soft target counts as what it is nearer to; the class uncertain of `multiclass` (-1) is neither.
+    """
+    positives = (mask & (target >= 0.5)).sum(axis=0).tolist()
+    negatives = (mask & (target >= 0) & (target < 0.5)).sum(axis=0).tolist()
+    return [counts for counts in zip(LABELS, positives, negatives, strict=True) if 0 in counts]
 
 
 def evaluation_targets(table: pa.Table, blank: str) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
@@ -241,12 +278,13 @@ def _read_csv(csv: Path) -> pa.Table:
         except pa.ArrowInvalid as error:
             raise DataError(f"{csv}: not a readable CSV: {error}") from error
     table = table.rename_columns([name.strip().replace("_", " ") for name in table.column_names])
-    missing = [name for name in COLUMNS if name not in table.column_names]
+    wanted = COLUMNS if any(name in FACTS for name in table.column_names) else ("Path", *LABELS)
+    missing = [name for name in wanted if name not in table.column_names]
     if missing:
         raise DataError(f"{csv}: column {missing[0]} is missing; a CheXpert table has {', '.join(COLUMNS)}")
     if table.num_rows == 0:
         raise DataError(f"{csv}: no rows below the header")
-    return table.select(COLUMNS)
+    return table.select(wanted)
 
 
 def _parse_states(csv: Path, label: str, column: pa.ChunkedArray) -> pa.Array:

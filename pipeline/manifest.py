@@ -7,12 +7,14 @@ input and options give the same bytes.
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline import DataError
 
@@ -45,13 +47,18 @@ class Split:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The whole folder. `options` made it; `policies` are its defaults; `pixels` are train's gray levels."""
+    """The whole folder.
+
+    `options` made it; `policies` are its defaults; `pixels` are mean and std of train's gray levels; `rejects`
+    are the images left out, each with split, key and reason.
+    """
 
     options: Mapping[str, Any]
     policies: Mapping[str, str]
     sources: Mapping[str, str]
     pixels: Mapping[str, float]
     splits: Mapping[str, Split]
+    rejects: tuple[Mapping[str, str], ...] = ()
 
     def split(self, name: str) -> Split:
         """The split of that name; raises DataError where there is none."""
@@ -84,7 +91,9 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         splits = {name: _parse_split(split) for name, split in document["splits"].items()}
         manifest = Manifest(
-            **{name: document[name] for name in ("options", "policies", "sources", "pixels")}, splits=splits
+            **{name: document[name] for name in ("options", "policies", "sources", "pixels")},
+            splits=splits,
+            rejects=tuple(document["rejects"]),
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path}: damaged: {error}") from error
@@ -113,6 +122,13 @@ def read_table(folder: Path, split: Split) -> pa.Table:
     return pa.ipc.open_file(source).read_all()
 
 
+def count_rows(table: pa.Table) -> dict[str, int]:
+    """Samples, studies and patients of a table, as the manifest has them."""
+    studies = pa.TableGroupBy(table, ["patient", "study"]).aggregate([]).num_rows
+    patients = pc.count_distinct(table["patient"]).as_py()
+    return {"samples": table.num_rows, "studies": studies, "patients": patients}
+
+
 def write_table(path: Path, table: pa.Table) -> str:
     """Write an Arrow IPC file atomically; returns its sha256."""
     sink = pa.BufferOutputStream()
@@ -124,13 +140,28 @@ def write_table(path: Path, table: pa.Table) -> str:
 
 
 def write_atomically(path: Path, data: bytes | pa.Buffer) -> None:
-    """Write under a temporary name, fsync, rename: after a crash the file is whole or absent."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
+    """Write a whole file, or nothing. Raises DataError, naming the file, where it cannot be written."""
+    with atomic_file(path) as file:
         file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that appears under its name at the end, whole and on disk, or not at all.
+
+    Raises DataError, naming the file, where it cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written: {error.strerror}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _parse_split(document: Mapping[str, Any]) -> Split:

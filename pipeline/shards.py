@@ -1,216 +1,373 @@
-"""Label table + image files → tar shards, an Arrow index per split, and the manifest.
+"""A CheXpert folder → tar shards, an Arrow index per split, and the manifest (format: shards/README.md).
 
-Stages: find CSVs → read labels → split patients → shuffle rows → cut into shards → write each shard in a
-worker process → write the Arrow tables → write the manifest, last. A shard is a pure function of its rows and
-options, so the bytes on disk do not depend on the number of workers. Format: shards/README.md.
+Three steps, each a pure function in processes of its own, so that the parent stays small at any size:
+    plan    CSVs → the rows of every shard, as `.partial/<split>.plan` (Arrow, one record batch per shard)
+    write   one shard's rows + images → its tar, and `.partial/<shard>.json`: what the index needs of it
+    finish  all of these → the Arrow tables, rejects.csv, and the manifest, last
+
+A shard is a pure function of its rows and options, so the bytes do not depend on the number of workers, nor on
+how often the run was killed and started again: finished shards are kept, anything else is done anew.
 """
 
+import csv
 import hashlib
+import io
 import json
-import multiprocessing
-import multiprocessing.connection
 import os
 import re
-import signal
-import tarfile
-import threading
+import shutil
 import zlib
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import CancelledError, Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from pipeline import DataError
-from pipeline.images import ImageError, prepare_image
-from pipeline.labels import LABELS, find_csvs, hash_fraction, read_labels, select_views, split_patients
-from pipeline.manifest import NAME, Manifest, Shard, Split, read_manifest, write_manifest, write_table
+from pipeline.images import ENCODINGS, ImageError, ImageOptions, Prepared, prepare
+from pipeline.labels import LABELS
+from pipeline.manifest import (
+    NAME,
+    Manifest,
+    Shard,
+    Split,
+    atomic_file,
+    count_rows,
+    read_manifest,
+    write_atomically,
+    write_manifest,
+    write_table,
+)
+from pipeline.source import Source, read_splits
+from pipeline.tar import BLOCK, END, tar_member
+from pipeline.workers import report_item, run_alone, run_tasks
 
-_BLOCK = 512  # bytes; tar pads every header and member to it
-_OURS = re.compile(r"\.?(train|dev|valid)(-\d{6}\.tar|\.arrow)(\.tmp)?")
+PARTIAL = ".partial"  # inside the output folder, until the run is finished
+REJECTS = "rejects.csv"
+_OURS = re.compile(r"\.?([a-z0-9_-]+-\d{6}\.tar|[a-z0-9_-]+\.arrow|rejects\.csv|manifest\.json)(\.tmp)?")
 
 
 @dataclass(frozen=True)
 class Options:
     """What decides the bytes of the shards; meanings and defaults are those of `pipeline shards --help`."""
 
-    size: int
+    size: int | None
+    square: str
+    encoding: str
+    quality: int
+    max_pixels: int
     views: str
     dev: float
     seed: int
+    limit: int | None
     samples_per_shard: int
-    quality: int
-    max_pixels: int
+
+    @property
+    def image(self) -> ImageOptions:
+        """The part that concerns a single image."""
+        return ImageOptions(self.size, self.square, self.encoding, self.quality, self.max_pixels)
+
+
+class PlanTask(NamedTuple):
+    """All that planning needs."""
+
+    out: Path
+    source: Source
+    options: Options
 
 
 class ShardTask(NamedTuple):
     """All that a worker needs to write one shard."""
 
-    path: Path
-    root: Path
-    rows: pa.Table
-    options: Options
+    out: Path
+    split: str
+    number: int
+    roots: tuple[Path, ...]
+    options: ImageOptions
+
+    @property
+    def file(self) -> str:
+        """The shard's file name."""
+        return f"{self.split}-{self.number:06d}.tar"
+
+    def __str__(self) -> str:
+        return str(self.out / self.file)
 
 
-class ShardResult(NamedTuple):
-    """What a worker reports of its shard: where each JPEG lies [n], and moments of the gray levels."""
+class Reject(NamedTuple):
+    """An image that did not get into its shard."""
 
-    shard: Shard
-    offset: npt.NDArray[np.int64]
-    length: npt.NDArray[np.int32]
-    crc: npt.NDArray[np.uint32]
-    moments: tuple[int, int, int]
+    split: str
+    key: str
+    file: str
+    reason: str
 
 
-def plan_splits(folder: Path, options: Options) -> tuple[dict[str, pa.Table], dict[str, Path]]:
-    """Label table per split (train, dev, valid; empty ones left out) in shuffled order, and the CSVs read.
+class ShardSummary(NamedTuple):
+    """What the parent needs to know of a finished shard."""
 
-    Raises DataError where a CSV is bad, a patient is in two CSVs, or no image is left.
-    """
-    csvs = find_csvs(folder)
-    tables = {split: read_labels(csv) for split, csv in csvs.items()}
-    if len(tables) == 2:
-        shared = pc.is_in(tables["valid"]["patient"], value_set=tables["train"]["patient"].combine_chunks())
-        row = pc.index(shared, True).as_py()
-        if row >= 0:
-            patient = tables["valid"]["patient"][row].as_py()
-            where = f"{csvs['valid']}, line {row + 2}"
-            raise DataError(f"{where}: {patient} is in train.csv too; splits must not share patients")
-    if "train" in tables:
-        train, dev = split_patients(tables.pop("train"), options.dev, options.seed)
-        tables = {"train": train, "dev": dev} | tables
-    tables = {name: select_views(table, options.views) for name, table in tables.items()}
-    tables = {name: _shuffle(table, options.seed) for name, table in tables.items() if table.num_rows}
-    if not tables:
-        raise DataError(f"{folder}: no {options.views} images in its CSVs")
-    return tables, csvs
+    samples: int
+    bytes_in: int
+    bytes_out: int
+    stripped: int
+    rejects: tuple[Reject, ...]
+
+
+class RunSummary(NamedTuple):
+    """Totals of a run; `is_new` is False where the shards were there already."""
+
+    manifest: Manifest
+    is_new: bool
+    bytes_in: int
+    stripped: int
+    resumed: int  # samples in shards that an earlier run had finished
+
+
+Progress = Callable[[int, int, int], None]  # images done, images in all, rejects
 
 
 def write_shards(
-    source: Path,
+    source: Source,
     out: Path,
     options: Options,
     policies: Mapping[str, str],
+    *,
     workers: int,
+    max_bad: float,
     overwrite: bool = False,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> tuple[Manifest, bool]:
-    """Write the CheXpert folder `source` into `out`; returns the manifest and whether it is new.
+    progress: Progress = lambda done, total, rejects: None,
+) -> RunSummary:
+    """Write `source` into `out`, or continue where an earlier run of the same options stopped.
 
-    Finished shards of the same input and options are left as they are. `progress` gets (images done, total).
-    Raises DataError for bad input, an unusable image, or `out` holding other shards without `overwrite`.
+    Raises DataError for bad input, more than the share `max_bad` of unusable images, or `out` holding shards
+    of other options or CSVs without `overwrite`.
     """
-    tables, csvs = plan_splits(source, options)
-    hashes = {csv.name: hashlib.sha256(csv.read_bytes()).hexdigest() for csv in csvs.values()}
+    hashes = {split: _sha256(path) for split, path in source.csvs.items()}
     wanted = {"options": asdict(options), "policies": dict(policies), "sources": hashes}
-    if (out / NAME).exists() and not overwrite:
+    partial = out / PARTIAL
+    if overwrite and out.is_dir():
+        _remove_ours(out)
+    elif (out / NAME).exists():
         manifest = read_manifest(out)
-        _refuse_difference(out, manifest, wanted)
-        return manifest, False
+        _refuse_difference(out, {name: getattr(manifest, name) for name in wanted}, wanted)
+        shutil.rmtree(partial, ignore_errors=True)
+        return RunSummary(manifest, False, 0, 0, 0)
 
-    out.mkdir(parents=True, exist_ok=True)
-    # The manifest goes first: what is left of an older set must never look finished.
-    (out / NAME).unlink(missing_ok=True)
-    for path in out.iterdir():
-        if _OURS.fullmatch(path.name):
-            path.unlink()
+    partial.mkdir(parents=True, exist_ok=True)
+    started = partial / "options.json"
+    if started.exists():
+        _refuse_difference(out, json.loads(started.read_bytes()), wanted)
+    write_atomically(started, json.dumps(wanted).encode())
+    rows: dict[str, int] = run_alone(write_plan, PlanTask(out, source, options))
 
-    root = next(iter(csvs.values())).parent
-    results = _run(_tasks(tables, out, root, options), workers)
-    total = sum(table.num_rows for table in tables.values())
-    done = 0
-    splits: dict[str, Split] = {}
-    moments: dict[str, tuple[int, int, int]] = {}
-    for name, table in tables.items():
-        of_split: list[ShardResult] = []
-        for _ in range(_shard_count(table, options)):
-            of_split.append(next(results))
-            done += of_split[-1].shard.samples
-            progress(done, total)
-        splits[name] = _write_index(out, name, table, of_split)
-        moments[name] = tuple(map(sum, zip(*(result.moments for result in of_split), strict=True)))  # type: ignore[assignment]
-    manifest = Manifest(**wanted, pixels=_pixel_statistics(moments), splits=splits)
-    write_manifest(out, manifest)
-    return manifest, True
+    total = sum(rows.values())
+    tasks = [
+        ShardTask(out, split, number, source.roots, options.image)
+        for split, count in rows.items()
+        for number in range(len(range(0, count, options.samples_per_shard)))
+    ]
+    finished = [summary for task in tasks if (summary := _finished(task)) is not None]
+    resumed = sum(summary.samples for summary in finished)
+    rejects: list[Reject] = []
+    unfinished = (task for task in tasks if _finished(task) is None)
+
+    def tick(items: int) -> None:
+        progress(min(resumed + items, total), total, len(rejects))
+
+    # Closed explicitly: when this raises, the workers must have ended before the caller goes on.
+    with closing(run_tasks(write_shard, unfinished, workers, tick)) as summaries:
+        for summary in summaries:
+            finished.append(summary)
+            rejects += summary.rejects
+            if len(rejects) > max_bad * total:
+                _write_rejects(out, rejects)
+                raise DataError(
+                    f"{len(rejects)} of {total:,} images cannot be used, more than --max-bad {max_bad:.2%}; "
+                    f"{out / REJECTS} lists them; the first: {rejects[0].file}: {rejects[0].reason}"
+                )
+    progress(total, total, len(rejects))
+    manifest = run_alone(finish, FinishTask(out, rows, wanted))
+    shutil.rmtree(partial)
+    stripped = sum(summary.stripped for summary in finished)
+    return RunSummary(manifest, True, sum(summary.bytes_in for summary in finished), stripped, resumed)
 
 
-def write_shard(task: ShardTask) -> ShardResult:
-    """Write one tar under a temporary name, then rename it. Raises DataError naming an unusable image."""
-    temporary = task.path.with_name(f".{task.path.name}.tmp")
-    try:
-        result = _write_tar(task, temporary)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    temporary.replace(task.path)
-    return result
+def write_plan(task: PlanTask) -> dict[str, int]:
+    """Write the rows of every shard, one record batch each; returns the number of rows per split."""
+    tables, _ = read_splits(task.source, **selection(task.options))
+    for split, table in tables.items():
+        path = task.out / PARTIAL / f"{split}.plan"
+        with atomic_file(path) as file, pa.ipc.new_file(file, table.schema) as writer:
+            writer.write_table(table.combine_chunks(), max_chunksize=task.options.samples_per_shard)
+    return {split: table.num_rows for split, table in tables.items()}
 
 
-def _write_tar(task: ShardTask, path: Path) -> ShardResult:
+def write_shard(task: ShardTask) -> ShardSummary:
+    """Write one tar, then its record. Unusable images are left out and reported.
+
+    Raises DataError where a file cannot be written.
+    """
+    with atomic_file(task.out / task.file) as file:
+        summary, record = _write_tar(task, file)
+    write_atomically(_record_path(task), json.dumps({"summary": summary, **record}).encode())
+    return summary
+
+
+def _write_tar(task: ShardTask, file: BinaryIO) -> tuple[ShardSummary, dict[str, Any]]:
+    """Write the members; returns the summary, and the columns that the index needs."""
     sha256 = hashlib.sha256()
-    position = 0
-    offset, length, crc = [], [], []
-    count = total = squares = 0
-    with path.open("wb") as file:
+    position = bytes_in = stripped = 0
+    kept, offset, length, crc = [], [], [], []
+    levels = np.zeros(256, np.int64)
+    rejects: list[Reject] = []
+    suffix = ENCODINGS[task.options.encoding]
 
-        def write(data: bytes) -> None:
-            nonlocal position
-            file.write(data)
-            sha256.update(data)
-            position += len(data)
+    def write(data: bytes) -> None:
+        nonlocal position
+        file.write(data)
+        sha256.update(data)
+        position += len(data)
 
-        for row in task.rows.to_pylist():
-            if _stop is not None and _stop.is_set():
-                raise CancelledError
-            jpeg, pixels = _load_image(task, row["path"])
-            write(_tar_header(f"{row['key']}.jpg", len(jpeg)))
-            offset.append(position)
-            length.append(len(jpeg))
-            crc.append(zlib.crc32(jpeg))
-            write(jpeg + bytes(-len(jpeg) % _BLOCK))
-            facts = _sample_json(row)
-            write(_tar_header(f"{row['key']}.json", len(facts)) + facts + bytes(-len(facts) % _BLOCK))
-            levels = np.bincount(pixels.ravel(), minlength=256)
-            count += pixels.size
-            total += int(levels @ np.arange(256))
-            squares += int(levels @ np.arange(256) ** 2)
-        write(bytes(2 * _BLOCK))  # two empty blocks end a tar
-        file.flush()
-        os.fsync(file.fileno())
-    shard = Shard(task.path.name, task.rows.num_rows, position, sha256.hexdigest())
-    return ShardResult(
-        shard,
-        np.array(offset, np.int64),
-        np.array(length, np.int32),
-        np.array(crc, np.uint32),
-        (count, total, squares),
+    for row in _plan_batch(task.out, task.split, task.number).to_pylist():
+        try:
+            source, image = _load_image(row["file"], task)
+        except ImageError as error:
+            rejects.append(Reject(task.split, row["key"], row["file"], str(error)))
+            kept.append(False)
+        else:
+            kept.append(True)
+            bytes_in += source
+            stripped += image.stripped
+            offset.append(position + BLOCK)
+            length.append(len(image.data))
+            crc.append(zlib.crc32(image.data))
+            write(tar_member(f"{row['key']}.{suffix}", image.data))
+            write(tar_member(f"{row['key']}.json", _sample_json(row)))
+            # Every 16th pixel: counting all of them would take as long as encoding them.
+            levels += np.bincount(image.pixels[::4, ::4].ravel(), minlength=256)
+        report_item()
+    write(END)
+    summary = ShardSummary(len(offset), bytes_in, position, stripped, tuple(rejects))
+    record = {
+        "shard": asdict(Shard(task.file, len(offset), position, sha256.hexdigest())),
+        "kept": kept,
+        "offset": offset,
+        "length": length,
+        "crc": crc,
+        "levels": levels.tolist(),
+    }
+    return summary, record
+
+
+class FinishTask(NamedTuple):
+    """All that finishing needs: rows per split, and the manifest's options, policies and sources."""
+
+    out: Path
+    rows: dict[str, int]
+    wanted: dict[str, dict[str, Any]]
+
+
+def finish(task: FinishTask) -> Manifest:
+    """Write the Arrow tables, rejects.csv where there are any, and the manifest."""
+    splits: dict[str, Split] = {}
+    levels: dict[str, Any] = {}
+    rejects: list[Reject] = []
+    for split in task.rows:
+        splits[split], levels[split], of_split = _write_index(task, split)
+        rejects += of_split
+    if rejects:
+        _write_rejects(task.out, rejects)
+    else:
+        (task.out / REJECTS).unlink(missing_ok=True)
+    manifest = Manifest(
+        **task.wanted,
+        pixels=_pixel_statistics(levels.get("train", next(iter(levels.values())))),
+        splits=splits,
+        rejects=tuple({"split": r.split, "key": r.key, "reason": r.reason} for r in rejects),
     )
+    write_manifest(task.out, manifest)
+    return manifest
 
 
-def _load_image(task: ShardTask, relative: str) -> tuple[bytes, npt.NDArray[np.uint8]]:
-    path, options = task.root / relative, task.options
+def _write_index(task: FinishTask, split: str) -> tuple[Split, Any, list[Reject]]:
+    """Write `<split>.arrow`: the rows that were kept, without paths, plus where each image lies."""
+    batches, shards, rejects = [], [], []
+    levels = np.zeros(256, np.int64)
+    for number in range(len(range(0, task.rows[split], task.wanted["options"]["samples_per_shard"]))):
+        record = json.loads((task.out / PARTIAL / f"{split}-{number:06d}.json").read_bytes())
+        rows = _plan_batch(task.out, split, number).filter(pa.array(record["kept"]))
+        index = pa.Table.from_batches([rows]).drop_columns(["path", "file"])
+        columns = {"shard": (pa.int32(), [number] * rows.num_rows), "offset": (pa.int64(), record["offset"])}
+        columns |= {"length": (pa.int32(), record["length"]), "crc": (pa.uint32(), record["crc"])}
+        for name, (kind, values) in columns.items():
+            index = index.append_column(name, pa.array(values, kind))
+        batches.append(index)
+        shards.append(Shard(**record["shard"]))
+        levels += np.array(record["levels"])
+        rejects += [Reject(*reject) for reject in record["summary"][-1]]
+    table = pa.concat_tables(batches)
+    entry = Split(
+        **count_rows(table),
+        table=f"{split}.arrow",
+        table_sha256=write_table(task.out / f"{split}.arrow", table),
+        shards=tuple(shards),
+    )
+    return entry, levels, rejects
+
+
+def _plan_batch(out: Path, split: str, number: int) -> pa.RecordBatch:
+    """The rows of one shard, read by themselves: a memory map would stay resident."""
+    with pa.OSFile(str(out / PARTIAL / f"{split}.plan")) as file:
+        return pa.ipc.open_file(file).get_batch(number)
+
+
+def _load_image(path: str, task: ShardTask) -> tuple[int, Prepared]:
+    """Size of the source in bytes, and what to store. Raises ImageError."""
     try:
-        # A link inside the set may point anywhere: what is read must lie under the root.
-        if not path.resolve(strict=True).is_relative_to(task.root.resolve()):
-            raise DataError(f"{path}: leads out of {task.root}")
-        return prepare_image(path.read_bytes(), options.size, options.quality, options.max_pixels)
-    except ImageError as error:
-        raise DataError(f"{path}: {error}") from None
+        # A link may point anywhere: what is read must lie under a folder that the user named.
+        resolved = _resolve(path)
+        if not any(resolved.startswith(f"{root}/") for root in task.roots):
+            raise ImageError(f"leads out of its folder to {resolved}; allow that by --root")
+        with open(path, "rb", buffering=0) as file:  # noqa: PTH123 - once per image
+            data = file.read()
     except FileNotFoundError:
-        raise DataError(f"{path}: no such image, but the CSV lists it") from None
+        raise ImageError("no such file, but the CSV lists it") from None
+    except OSError as error:
+        raise ImageError(f"cannot be read: {error.strerror}") from None
+    return len(data), prepare(data, task.options)
 
 
-def _tar_header(name: str, size: int) -> bytes:
-    info = tarfile.TarInfo(name)
-    info.size = size  # time, owner and group stay zero: same input, same bytes
-    return info.tobuf(tarfile.USTAR_FORMAT)
+def _resolve(path: str) -> str:
+    """The path without links. The folders above a patient's are the same for all, and looked up once."""
+    folder, patient, study, name = path.rsplit("/", 3)
+    parts = (f"{folder}/{patient}", f"{folder}/{patient}/{study}", path)
+    if any(map(os.path.islink, parts)):
+        return os.path.realpath(path, strict=True)
+    return f"{_resolve_folder(folder)}/{patient}/{study}/{name}"
+
+
+@cache
+def _resolve_folder(folder: str) -> str:
+    return os.path.realpath(folder)
+
+
+def _finished(task: ShardTask) -> ShardSummary | None:
+    """The summary of a shard that an earlier run finished. One with rejects is tried again."""
+    try:
+        record = json.loads(_record_path(task).read_bytes())
+        complete = (task.out / task.file).stat().st_size == record["shard"]["bytes"]
+    except FileNotFoundError:
+        return None
+    summary = ShardSummary(*record["summary"])
+    return summary if complete and not summary.rejects else None
+
+
+def _record_path(task: ShardTask) -> Path:
+    return task.out / PARTIAL / f"{task.split}-{task.number:06d}.json"
 
 
 def _sample_json(row: Mapping[str, Any]) -> bytes:
@@ -219,94 +376,47 @@ def _sample_json(row: Mapping[str, Any]) -> bytes:
     return json.dumps(facts | {"labels": {label: row[label] for label in LABELS}}).encode()
 
 
-def _shuffle(table: pa.Table, seed: int) -> pa.Table:
-    """Rows in an order that depends on (seed, key) alone: CheXpert's own order is not random."""
-    draws = np.array([hash_fraction("shuffle", seed, key) for key in table["key"].to_pylist()])
-    return table.take(np.argsort(draws, kind="stable"))
+def selection(options: Options) -> dict[str, Any]:
+    """The part of the options that chooses rows, as `read_splits` takes it."""
+    return {name: getattr(options, name) for name in ("views", "dev", "seed", "limit")}
 
 
-def _shard_count(table: pa.Table, options: Options) -> int:
-    return len(range(0, table.num_rows, options.samples_per_shard))
+def _pixel_statistics(levels: Any) -> dict[str, float]:
+    """Mean and standard deviation of gray levels, from their counts [256]."""
+    count, values = int(levels.sum()), np.arange(256)
+    if count == 0:
+        return {"mean": 0.0, "std": 1.0}
+    mean = int(levels @ values) / count
+    return {"mean": round(mean, 4), "std": round((int(levels @ values**2) / count - mean**2) ** 0.5, 4)}
 
 
-def _tasks(tables: Mapping[str, pa.Table], out: Path, root: Path, options: Options) -> Iterator[ShardTask]:
-    for name, table in tables.items():
-        for number in range(_shard_count(table, options)):
-            start = number * options.samples_per_shard
-            rows = np.arange(start, min(start + options.samples_per_shard, table.num_rows))
-            # take() copies: a slice would carry the whole table to the worker.
-            yield ShardTask(out / f"{name}-{number:06d}.tar", root, table.take(rows), options)
+def _write_rejects(out: Path, rejects: list[Reject]) -> None:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(Reject._fields)
+    writer.writerows(sorted(rejects))
+    write_atomically(out / REJECTS, text.getvalue().encode())
 
 
-def _write_index(out: Path, name: str, table: pa.Table, results: list[ShardResult]) -> Split:
-    """Write `<split>.arrow`: the label table without paths, plus where each sample's JPEG lies."""
-    numbers = np.repeat(np.arange(len(results), dtype=np.int32), [result.shard.samples for result in results])
-    index = table.drop_columns(["path"]).append_column("shard", pa.array(numbers))
-    for column in ("offset", "length", "crc"):
-        index = index.append_column(column, pa.array(np.concatenate([getattr(r, column) for r in results])))
-    studies = pa.TableGroupBy(table, ["patient", "study"]).aggregate([]).num_rows
-    return Split(
-        samples=table.num_rows,
-        studies=studies,
-        patients=pc.count_distinct(table["patient"]).as_py(),
-        table=f"{name}.arrow",
-        table_sha256=write_table(out / f"{name}.arrow", index),
-        shards=tuple(result.shard for result in results),
-    )
+def _remove_ours(out: Path) -> None:
+    """Remove what an earlier run wrote; the manifest first, so that the rest never looks finished."""
+    (out / NAME).unlink(missing_ok=True)
+    shutil.rmtree(out / PARTIAL, ignore_errors=True)
+    for path in out.iterdir():
+        if _OURS.fullmatch(path.name):
+            path.unlink()
 
 
-def _pixel_statistics(moments: Mapping[str, tuple[int, int, int]]) -> dict[str, float]:
-    """Mean and standard deviation of train's gray levels (of the first split's where there is no train)."""
-    count, total, squares = moments.get("train", next(iter(moments.values())))
-    mean = total / count
-    return {"mean": round(mean, 4), "std": round((squares / count - mean**2) ** 0.5, 4)}
-
-
-def _refuse_difference(out: Path, manifest: Manifest, wanted: Mapping[str, Mapping[str, Any]]) -> None:
+def _refuse_difference(out: Path, there: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     for group, values in wanted.items():
-        there = getattr(manifest, group)
-        for name in sorted(values.keys() | there.keys()):
-            if values.get(name) != there.get(name):
-                difference = f"{name} is {there.get(name)} there and {values.get(name)} here"
+        for name in sorted(values.keys() | there[group].keys()):
+            if values.get(name) != there[group].get(name):
+                difference = f"{name} is {there[group].get(name)} there and {values.get(name)} here"
                 raise DataError(
                     f"{out} holds other shards: {difference}; choose another folder or --overwrite"
                 )
 
 
-# Worker processes. Spawned, not forked: safe beside threads, and the same on every platform.
-_stop: Any = None  # an Event in worker processes; None where write_shard is called directly
-
-
-def _run(tasks: Iterator[ShardTask], workers: int) -> Iterator[ShardResult]:
-    """Results in task order, with a bounded number of shards in flight."""
-    context = multiprocessing.get_context("spawn")
-    stop = context.Event()
-    executor = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(stop,))
-    pending: deque[Future[ShardResult]] = deque()
-    try:
-        for task in tasks:
-            pending.append(executor.submit(write_shard, task))
-            if len(pending) > 2 * workers:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    except BrokenProcessPool:
-        raise DataError("a worker process was killed (out of memory?); run the same command again") from None
-    finally:
-        stop.set()
-        executor.shutdown(cancel_futures=True)
-
-
-def _start_worker(stop: Any) -> None:
-    global _stop
-    _stop = stop
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which sets `stop`
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
-
-
-def _exit_with_parent() -> None:
-    """A worker outlives a SIGKILLed parent unless it watches for it."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        multiprocessing.connection.wait([parent.sentinel])
-        os._exit(1)
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,8 +1,8 @@
 """Plan → batches of images, targets and masks. Stages, in order, each `Iterator → Iterator`:
 
     plan    steps: which rows make each batch (pipeline.plan)
-    fetch   rows → their JPEG bytes, sliced out of the memory-mapped tars by the Arrow index
-    decode  JPEG bytes → uint8 [B, 1, size, size]; a few threads work on the next batches ahead
+    fetch   rows → their stored bytes, sliced out of the memory-mapped tars by the Arrow index
+    decode  stored bytes → uint8 [B, 1, size, size]; a few threads work on the next batches ahead
     label   + targets and masks [B, 14], rows of arrays that were vectorised once
 
 Nothing is parsed per sample and no tar is walked. Threads, not worker processes: libjpeg-turbo and Pillow
@@ -24,7 +24,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pipeline import DataError
-from pipeline.images import Gray, decode_jpeg, resize
+from pipeline.images import Gray, decode_stored, resize
 from pipeline.manifest import Manifest, read_table
 from pipeline.plan import Step, plan_evaluation, plan_training
 
@@ -33,6 +33,7 @@ class OpenSplit(NamedTuple):
     """A split ready to be read: its table, one memory map per shard, and the index as arrays [N]."""
 
     name: str
+    encoding: str
     table: pa.Table
     files: tuple[str, ...]
     shard_sizes: tuple[int, ...]
@@ -44,10 +45,10 @@ class OpenSplit(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """A step with its JPEG bytes, views into the memory-mapped tars, and their checksums."""
+    """A step with its stored images, views into the memory-mapped tars, and their checksums."""
 
     step: Step
-    jpegs: list[memoryview]
+    images: list[memoryview]
     crcs: npt.NDArray[np.uint32]
 
 
@@ -87,6 +88,7 @@ def open_split(folder: Path, manifest: Manifest, name: str) -> OpenSplit:
     arrays = {column: table[column].to_numpy() for column in ("shard", "offset", "length", "crc")}
     return OpenSplit(
         name,
+        str(manifest.options.get("encoding", "jpeg")),
         table,
         files=tuple(shard.file for shard in split.shards),
         shard_sizes=tuple(shard.samples for shard in split.shards),
@@ -139,12 +141,12 @@ def compose(*parts: Callable[..., Any]) -> Iterable[Any]:
 
 
 def fetch(steps: Iterable[Step], split: OpenSplit) -> Iterator[Encoded]:
-    """Slice the JPEGs of each step out of the mapped tars; no byte is read before the decoder wants it."""
+    """Slice the images of each step out of the mapped tars; no byte is read before the decoder wants it."""
     views = [memoryview(mapped) for mapped in split.maps]
     for step in steps:
         places = zip(split.shard[step.rows], split.offset[step.rows], split.length[step.rows], strict=True)
-        jpegs = [views[shard][offset : offset + length] for shard, offset, length in places]
-        yield Encoded(step, jpegs, split.crc[step.rows])
+        images = [views[shard][offset : offset + length] for shard, offset, length in places]
+        yield Encoded(step, images, split.crc[step.rows])
 
 
 def decode(
@@ -177,12 +179,12 @@ def label(decoded: Iterable[tuple[Step, Gray]], labels: Labels) -> Iterator[Batc
 
 
 def _decode_batch(batch: Encoded, split: OpenSplit, size: int) -> Gray:
-    images = np.empty((len(batch.jpegs), 1, size, size), np.uint8)
-    for position, jpeg in enumerate(batch.jpegs):
-        if zlib.crc32(jpeg) != batch.crcs[position]:
+    images = np.empty((len(batch.images), 1, size, size), np.uint8)
+    for position, image in enumerate(batch.images):
+        if zlib.crc32(image) != batch.crcs[position]:
             raise _damaged(batch, position, split, "its bytes do not match the checksum in the index")
         try:
-            images[position, 0] = resize(decode_jpeg(jpeg), size, size)
+            images[position, 0] = resize(decode_stored(image, split.encoding), size, size)
         except ValueError as error:
             raise _damaged(batch, position, split, str(error)) from None
     return images

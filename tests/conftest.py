@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,8 +14,9 @@ import pytest
 from PIL import Image
 
 from pipeline.labels import COLUMNS, LABELS
-from pipeline.manifest import Manifest
-from pipeline.shards import Options, write_shards
+from pipeline.manifest import Manifest, read_manifest
+from pipeline.shards import Options, RunSummary, write_shards
+from pipeline.source import find_source
 
 PIPELINE = Path(sys.executable).with_name("pipeline")  # the console script of this environment
 # OpenMP's barriers spin: on a busy machine two threads of a tiny network are a hundred times slower than one.
@@ -33,14 +35,39 @@ def default_options(**changes: object) -> Options:
     """Options fit for small images."""
     values: dict[str, object] = {
         "size": 48,
+        "square": "no",
+        "encoding": "jpeg",
+        "quality": 95,
+        "max_pixels": 1_000_000,
         "views": "frontal",
         "dev": 0.3,
         "seed": 0,
+        "limit": None,
         "samples_per_shard": 7,
-        "quality": 95,
-        "max_pixels": 1_000_000,
     }
     return Options(**(values | changes))  # type: ignore[arg-type]
+
+
+def make_shards(
+    folder: Path,
+    out: Path,
+    options: Options | None = None,
+    *,
+    workers: int = 1,
+    max_bad: float = 0.0,
+    overwrite: bool = False,
+) -> RunSummary:
+    """Shards of a CheXpert folder, by the library."""
+    source = find_source(folder, {}, [])
+    return write_shards(
+        source,
+        out,
+        options or default_options(),
+        POLICIES,
+        workers=workers,
+        max_bad=max_bad,
+        overwrite=overwrite,
+    )
 
 
 def write_chexpert(root: Path, split: str, patients: range, seed: int = 0) -> list[dict[str, str]]:
@@ -75,20 +102,27 @@ def write_rows(path: Path, rows: list[dict[str, str]], columns: tuple[str, ...] 
         writer.writerows(rows)
 
 
+@pytest.fixture(scope="session")
+def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A CheXpert folder and shards of its frontal images, made once; tests get copies."""
+    folder = tmp_path_factory.mktemp("originals")
+    write_chexpert(folder / "CheXpert-v1.0-small", "train", range(1, 17))
+    write_chexpert(folder / "CheXpert-v1.0-small", "valid", range(17, 21))
+    make_shards(folder / "CheXpert-v1.0-small", folder / "shards")
+    return folder
+
+
 @pytest.fixture
-def chexpert(tmp_path: Path) -> Path:
+def chexpert(originals: Path, tmp_path: Path) -> Path:
     """A folder with train.csv (16 patients, 48 images) and valid.csv (4 patients, 12 images)."""
-    root = tmp_path / "CheXpert-v1.0-small"
-    write_chexpert(root, "train", range(1, 17))
-    write_chexpert(root, "valid", range(17, 21))
-    return root
+    return Path(shutil.copytree(originals / "CheXpert-v1.0-small", tmp_path / "CheXpert-v1.0-small"))
 
 
 @pytest.fixture
-def shards(chexpert: Path, tmp_path: Path) -> tuple[Path, Manifest]:
-    """Shards of the frontal images, several per split."""
-    manifest, _ = write_shards(chexpert, tmp_path / "shards", default_options(), POLICIES, workers=1)
-    return tmp_path / "shards", manifest
+def shards(originals: Path, tmp_path: Path) -> tuple[Path, Manifest]:
+    """Shards of the frontal images of that folder, several per split."""
+    folder = Path(shutil.copytree(originals / "shards", tmp_path / "shards"))
+    return folder, read_manifest(folder)
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@ import io
 import json
 import tarfile
 import zlib
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +12,12 @@ import webdataset
 from PIL import Image
 
 from pipeline import DataError
-from pipeline.labels import LABELS
+from pipeline.labels import LABELS, evaluation_targets
 from pipeline.manifest import Manifest, read_manifest, read_table
 from pipeline.shards import write_shards
-from tests.conftest import POLICIES, default_options, write_chexpert
+from pipeline.source import find_source
+from pipeline.stream import Labels, open_split, stream_evaluation
+from tests.conftest import POLICIES, default_options, make_shards, write_chexpert
 
 Shards = tuple[Path, Manifest]
 
@@ -93,50 +94,47 @@ def test_webdataset_reads_the_same_samples(shards: Shards) -> None:
 
 
 def test_same_bytes_at_any_number_of_workers(chexpert: Path, shards: Shards, tmp_path: Path) -> None:
-    write_shards(chexpert, tmp_path / "two", default_options(), POLICIES, workers=2)
+    make_shards(chexpert, tmp_path / "two", workers=2)
     assert hashes(tmp_path / "two") == hashes(shards[0])
 
 
 def test_pixel_statistics_are_those_of_the_stored_train_images(chexpert: Path, tmp_path: Path) -> None:
-    manifest, _ = write_shards(chexpert, tmp_path / "out", default_options(size=64), POLICIES, workers=1)
+    manifest = make_shards(chexpert, tmp_path / "out", default_options(size=64)).manifest
     pixels = []
     for shard in manifest.split("train").shards:
         with tarfile.open(tmp_path / "out" / shard.file) as tar:
             images = [tar.extractfile(member) for member in tar if member.name.endswith(".jpg")]
             pixels += [np.asarray(Image.open(image)) for image in images if image]
-    assert manifest.pixels["mean"] == pytest.approx(np.mean(pixels), abs=1e-3)
-    assert manifest.pixels["std"] == pytest.approx(np.std(pixels), abs=1e-3)
+    assert manifest.pixels["mean"] == pytest.approx(np.mean(pixels), abs=0.5)  # of every 16th pixel
+    assert manifest.pixels["std"] == pytest.approx(np.std(pixels), abs=0.5)
 
 
 @pytest.mark.parametrize(("gone", "splits"), [("valid.csv", ["train", "dev"]), ("train.csv", ["valid"])])
 def test_one_csv_is_enough(chexpert: Path, tmp_path: Path, gone: str, splits: list[str]) -> None:
     (chexpert / gone).unlink()
-    manifest, _ = write_shards(chexpert, tmp_path / "out", default_options(), POLICIES, workers=1)
+    manifest = make_shards(chexpert, tmp_path / "out").manifest
     assert list(manifest.splits) == splits
 
 
 def test_views(chexpert: Path, tmp_path: Path) -> None:
     for views, images in (("lateral", 20), ("all", 60)):
-        manifest, _ = write_shards(
-            chexpert, tmp_path / views, default_options(views=views), POLICIES, workers=1
-        )
+        manifest = make_shards(chexpert, tmp_path / views, default_options(views=views)).manifest
         assert sum(split.samples for split in manifest.splits.values()) == images
 
 
 def test_finished_shards_are_left_alone_and_other_options_refused(chexpert: Path, shards: Shards) -> None:
     folder, manifest = shards
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
-    again, is_new = write_shards(chexpert, folder, default_options(), POLICIES, workers=1)
-    assert (again, is_new) == (manifest, False)
+    again = make_shards(chexpert, folder)
+    assert (again.manifest, again.is_new) == (manifest, False)
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
 
     with pytest.raises(
         DataError, match=r"holds other shards: size is 48 there and 32 here; choose another f"
     ):
-        write_shards(chexpert, folder, default_options(size=32), POLICIES, workers=1)
-    few = replace(default_options(size=32), samples_per_shard=100)
-    _, is_new = write_shards(chexpert, folder, few, POLICIES, workers=1, overwrite=True)
-    assert is_new
+        make_shards(chexpert, folder, default_options(size=32))
+    few = default_options(size=32, samples_per_shard=100)
+    assert make_shards(chexpert, folder, few, overwrite=True).is_new
     assert sorted(path.name for path in folder.glob("*.tar")) == [
         f"{name}-000000.tar" for name in ("dev", "train", "valid")
     ]
@@ -145,38 +143,94 @@ def test_finished_shards_are_left_alone_and_other_options_refused(chexpert: Path
 def test_changed_csv_is_refused(chexpert: Path, shards: Shards) -> None:
     csv = chexpert / "valid.csv"
     csv.write_text(csv.read_text().replace("Female", "Unknown"))
-    with pytest.raises(DataError, match=r"holds other shards: valid.csv is [0-9a-f]{64} there and "):
-        write_shards(chexpert, shards[0], default_options(), POLICIES, workers=1)
+    with pytest.raises(DataError, match=r"holds other shards: valid is [0-9a-f]{64} there and "):
+        make_shards(chexpert, shards[0])
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (None, "no such image, but the CSV lists it"),
-        (b"", "the file is empty"),
-        (b"\xff\xd8", "not a readable JPEG"),
-    ],
-)
+BAD = [
+    (None, "no such file, but the CSV lists it"),
+    (b"", "the file is empty"),
+    (b"\xff\xd8", "not a readable JPEG: "),
+]
+
+
+@pytest.mark.parametrize(("content", "reason"), BAD)
 def test_unusable_image_stops_the_run_and_leaves_nothing_finished(
-    chexpert: Path, tmp_path: Path, content: bytes | None, message: str
+    chexpert: Path, tmp_path: Path, content: bytes | None, reason: str
 ) -> None:
     image = chexpert / "train/patient00003/study2/view1_frontal.jpg"
     image.unlink() if content is None else image.write_bytes(content)
+    out = tmp_path / "out"
     with pytest.raises(DataError) as caught:
-        write_shards(chexpert, tmp_path / "out", default_options(), POLICIES, workers=2)
-    assert str(caught.value).startswith(f"{image}: {message}")
-    assert not (tmp_path / "out" / "manifest.json").exists()
-    assert not [path for path in (tmp_path / "out").iterdir() if path.name.endswith(".tmp")]
+        make_shards(chexpert, out, workers=2, max_bad=0.02)  # one of 40 is 2.5 %
+    assert str(caught.value).startswith(
+        f"1 of 40 images cannot be used, more than --max-bad 2.00%; {out / 'rejects.csv'} lists them; "
+        f"the first: {image}: {reason}"
+    )
+    assert not [path for path in out.iterdir() if path.name.endswith(".tmp")]
     with pytest.raises(DataError, match=r"no manifest.json, so no finished shards"):
-        read_manifest(tmp_path / "out")
+        read_manifest(out)
 
 
-def test_link_out_of_the_root_is_refused(chexpert: Path, tmp_path: Path) -> None:
+def test_rejects_are_left_out_and_listed_and_tried_again(
+    chexpert: Path, shards: Shards, tmp_path: Path
+) -> None:
+    contents = {}
+    for study, (content, _) in zip((3, 4, 5), BAD, strict=True):
+        image = chexpert / f"train/patient{study:05d}/study2/view1_frontal.jpg"
+        contents[image] = image.read_bytes()
+        image.unlink() if content is None else image.write_bytes(content)
+    out = tmp_path / "out"
+    with pytest.raises(DataError, match=r"images cannot be used, more than --max-bad 0.00%"):
+        make_shards(chexpert, out, max_bad=0.0)
+    manifest = make_shards(chexpert, out, max_bad=0.1).manifest
+    keys = [f"patient{patient:05d}_study2_view1_frontal" for patient in (3, 4, 5)]
+    assert sorted(reject["key"] for reject in manifest.rejects) == keys
+    rows = pd.read_csv(out / "rejects.csv")
+    assert sorted(rows["key"]) == keys
+    assert sorted(rows["file"]) == sorted(map(str, contents))
+    assert {row["key"]: row["reason"] for row in manifest.rejects} == dict(
+        zip(rows["key"], rows["reason"], strict=True)
+    )
+    tables = [read_table(out, split).to_pandas() for split in manifest.splits.values()]
+    assert not set(pd.concat(tables)["key"]) & set(keys)
+    assert sum(split.samples for split in manifest.splits.values()) == 37
+    # stopped before the end, the images mended: the same command gives what it would have given
+    (out / "manifest.json").unlink()
+    with pytest.raises(DataError, match="cannot be used"):
+        make_shards(chexpert, tmp_path / "again", max_bad=0.0)
+    for image, content in contents.items():
+        image.write_bytes(content)
+    make_shards(chexpert, tmp_path / "again", max_bad=0.0)
+    assert hashes(tmp_path / "again") == hashes(shards[0])
+
+
+def test_link_out_of_the_root_is_rejected_unless_its_target_is_named(chexpert: Path, tmp_path: Path) -> None:
     image = chexpert / "train/patient00003/study2/view1_frontal.jpg"
-    secret = image.rename(tmp_path / "secret.jpg")
+    (tmp_path / "elsewhere").mkdir()
+    secret = image.rename(tmp_path / "elsewhere" / "secret.jpg")
     image.symlink_to(secret)
-    with pytest.raises(DataError, match=r"view1_frontal.jpg: leads out of .*CheXpert-v1.0-small$"):
-        write_shards(chexpert, tmp_path / "out", default_options(), POLICIES, workers=1)
+    with pytest.raises(DataError) as caught:
+        make_shards(chexpert, tmp_path / "out")
+    assert str(caught.value).endswith(f"{image}: leads out of its folder to {secret}; allow that by --root")
+    source = find_source(chexpert, {}, [tmp_path / "elsewhere"])
+    run = write_shards(source, tmp_path / "out", default_options(), POLICIES, workers=1, max_bad=0.0)
+    assert run.manifest.rejects == ()
+
+
+def test_encodings_and_squares_stream_alike(chexpert: Path, tmp_path: Path) -> None:
+    batches = {}
+    for encoding, suffix in (("jpeg", "jpg"), ("png", "png"), ("raw", "npy")):
+        options = default_options(encoding=encoding, square="stretch", size=32, quality=100)
+        manifest = make_shards(chexpert, tmp_path / encoding, options).manifest
+        split = open_split(tmp_path / encoding, manifest, "valid")
+        labels = Labels(*evaluation_targets(split.table, "zeros"))
+        (batch,) = stream_evaluation(split, labels, size=32, batch_size=8)
+        batches[encoding] = batch.images.astype(int)
+        with tarfile.open(tmp_path / encoding / manifest.split("valid").shards[0].file) as tar:
+            assert tar.getnames()[0].endswith(f".{suffix}")
+    np.testing.assert_array_equal(batches["png"], batches["raw"])
+    assert 0 < np.abs(batches["jpeg"] - batches["raw"]).mean() < 1
 
 
 def test_patient_in_both_csvs_is_refused(chexpert: Path, tmp_path: Path) -> None:
@@ -184,7 +238,7 @@ def test_patient_in_both_csvs_is_refused(chexpert: Path, tmp_path: Path) -> None
     with pytest.raises(
         DataError, match=r"valid.csv, line 2: patient00016 is in train.csv too; splits must not"
     ):
-        write_shards(chexpert, tmp_path / "out", default_options(), POLICIES, workers=1)
+        make_shards(chexpert, tmp_path / "out")
 
 
 def test_damaged_tables_and_manifests_are_named(shards: Shards) -> None:

@@ -1,0 +1,63 @@
+"""A source and options → what sharding it would give, without writing anything."""
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.images import ImageError, prepare
+from pipeline.shards import Options, selection
+from pipeline.source import Dropped, Source, read_splits
+from pipeline.stats import Statistics, count_labels
+
+SAMPLED = 24  # images per split that are prepared to estimate the bytes
+OVERHEAD = 2304  # bytes per sample beside the image: two headers, the JSON and half a block of padding
+
+
+class SplitPreview(NamedTuple):
+    """One split: rows of the CSV, rows kept and dropped, files that do not exist, expected shards and bytes."""
+
+    rows: int
+    kept: int
+    dropped: Dropped
+    missing: list[str]
+    shards: int
+    bytes: int
+
+
+class Preview(NamedTuple):
+    """All splits, and the label counts of the rows kept."""
+
+    splits: dict[str, SplitPreview]
+    statistics: Statistics
+
+
+def preview_shards(source: Source, options: Options) -> Preview:
+    """What `write_shards` would do. Raises DataError as that does for a bad CSV."""
+    tables, dropped = read_splits(source, **selection(options))
+    splits = {}
+    for split, table in tables.items():
+        files = table["file"].to_pylist()
+        shards = len(range(0, table.num_rows, options.samples_per_shard))
+        splits[split] = SplitPreview(
+            table.num_rows + sum(dropped[split]),
+            table.num_rows,
+            dropped[split],
+            [file for file in files if not os.path.exists(file)],
+            shards,
+            round(_mean_bytes(files, options) * table.num_rows) + shards * 1024,
+        )
+    return Preview(splits, count_labels(pa.concat_tables(list(tables.values()))))
+
+
+def _mean_bytes(files: list[str], options: Options) -> float:
+    """Bytes per sample, from images spread evenly over the split; unusable ones do not count."""
+    sizes = []
+    for position in np.linspace(0, len(files) - 1, min(SAMPLED, len(files)), dtype=int):
+        try:
+            sizes.append(len(prepare(Path(files[position]).read_bytes(), options.image).data) + OVERHEAD)
+        except (OSError, ImageError):
+            continue
+    return sum(sizes) / len(sizes) if sizes else 0.0

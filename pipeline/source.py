@@ -1,0 +1,182 @@
+"""A CheXpert folder, as people really have it → label table per split, and where each image lies.
+
+Layouts: the folder that holds the CSVs or its parent; any name for it; AIMI's download batches side by side
+(`CheXpert-v1.0 batch 1 (validate & csv)`, `batch 2 (train 1)`, …), which hold the patients directly; the test
+set (`test_labels.csv` beside `test/`, `val_labels.csv` beside `val/`); CSVs gzipped. An image is found by its
+patient/study/view, whatever its CSV says of the folders above.
+"""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline import DataError
+from pipeline.labels import hash_fraction, read_labels, select_views, split_patients
+
+CSV_NAMES = {
+    "train": ("train.csv", "train.csv.gz"),
+    "valid": ("valid.csv", "valid.csv.gz", "val_labels.csv"),
+    "test": ("test_labels.csv", "test.csv", "test.csv.gz"),
+}
+_BATCH = re.compile(r"batch[ _-]?\d", re.IGNORECASE)  # AIMI's download folders
+_PATIENT = re.compile(r"patient\d+")
+
+
+class Source(NamedTuple):
+    """The CSV of each split, and the folders that images may be read from."""
+
+    csvs: dict[str, Path]
+    roots: tuple[Path, ...]
+
+
+class Dropped(NamedTuple):
+    """Rows of a split that are left out on purpose."""
+
+    views: int
+    limit: int
+
+
+def find_csvs(folder: Path) -> dict[str, Path]:
+    """Split → its CSV, where `folder` or exactly one folder in it holds at least one.
+
+    Raises DataError where there is none, or more than one folder to choose from.
+    """
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder")
+    if csvs := _csvs_in(folder):
+        return csvs
+    inside = {
+        path.name: csvs for path in sorted(folder.iterdir()) if path.is_dir() and (csvs := _csvs_in(path))
+    }
+    if not inside:
+        raise DataError(
+            f"{folder}: neither it nor a folder in it holds a train.csv, valid.csv or test_labels.csv"
+        )
+    if len(inside) > 1:
+        raise DataError(f"{folder}: CSVs in several folders ({', '.join(inside)}); name one of them")
+    return next(iter(inside.values()))
+
+
+def find_source(folder: Path, splits: Mapping[str, Path], roots: Sequence[Path]) -> Source:
+    """The CSVs of `folder`, or those named in `splits` instead, and every folder that may hold images.
+
+    Raises DataError for a folder or file that does not exist.
+    """
+    for path in (*splits.values(), *roots):
+        if not path.exists():
+            raise DataError(f"{path}: no such file or folder")
+    csvs = dict(splits) or find_csvs(folder)
+    homes = [folder, *(csv.parent for csv in csvs.values()), *roots]
+    batches = [
+        path
+        for home in homes[1:]
+        for path in sorted(home.resolve().parent.iterdir())
+        if _BATCH.search(path.name) and _BATCH.search(home.resolve().name) and path.is_dir()
+    ]
+    return Source(csvs, tuple(dict.fromkeys(path.resolve() for path in (*homes, *batches))))
+
+
+def read_splits(
+    source: Source, *, views: str, dev: float, seed: int, limit: int | None = None
+) -> tuple[dict[str, pa.Table], dict[str, Dropped]]:
+    """Label table per split, shuffled, with the column `file` (absolute path); and what was dropped.
+
+    train is divided into train and dev by patient. Splits that end up empty are left out. Raises DataError
+    where a CSV is bad, a patient is in two CSVs, or no image is left.
+    """
+    tables = {split: read_labels(csv) for split, csv in source.csvs.items()}
+    _refuse_shared_patients(source, tables)
+    if "train" in tables:
+        train, held_out = split_patients(tables.pop("train"), dev, seed)
+        tables = {"train": train, "dev": held_out} | tables
+    folders = _find_patients(source)
+    kept: dict[str, pa.Table] = {}
+    dropped: dict[str, Dropped] = {}
+    for split, table in tables.items():
+        of_view = select_views(table, views)
+        chosen = _shuffle(of_view if limit is None else _limit(of_view, limit, seed), seed)
+        dropped[split] = Dropped(table.num_rows - of_view.num_rows, of_view.num_rows - chosen.num_rows)
+        if chosen.num_rows:
+            kept[split] = chosen.append_column("file", _locate(chosen["path"].to_pylist(), folders, source))
+    if not kept:
+        raise DataError(f"{', '.join(map(str, source.csvs.values()))}: no {views} images")
+    return kept, dropped
+
+
+def _csvs_in(folder: Path) -> dict[str, Path]:
+    found = {split: [folder / name for name in names] for split, names in CSV_NAMES.items()}
+    return {
+        split: next(filter(Path.is_file, paths))
+        for split, paths in found.items()
+        if any(map(Path.is_file, paths))
+    }
+
+
+def _refuse_shared_patients(source: Source, tables: Mapping[str, pa.Table]) -> None:
+    names = list(tables)
+    for number, split in enumerate(names):
+        for earlier in names[:number]:
+            known = pc.unique(tables[earlier]["patient"])
+            row = pc.index(pc.is_in(tables[split]["patient"], value_set=known), True).as_py()
+            if row >= 0:
+                patient = tables[split]["patient"][row].as_py()
+                where = f"{source.csvs[split]}, line {row + 2}"
+                raise DataError(
+                    f"{where}: {patient} is in {source.csvs[earlier].name} too; splits must not share patients"
+                )
+
+
+def _limit(table: pa.Table, limit: int, seed: int) -> pa.Table:
+    """Whole patients, in the order of a hash, as long as they fit into `limit` images (the first one always)."""
+    patients = table["patient"].combine_chunks().dictionary_encode()
+    counts = np.bincount(patients.indices.to_numpy(), minlength=len(patients.dictionary))
+    draws = [hash_fraction("limit", seed, patient) for patient in patients.dictionary.to_pylist()]
+    order = np.argsort(draws, kind="stable")
+    fits = np.cumsum(counts[order]) <= limit
+    fits[:1] = True
+    chosen = np.zeros(len(counts), np.bool_)
+    chosen[order] = fits
+    return table.filter(pa.array(chosen[patients.indices.to_numpy()]))
+
+
+def _shuffle(table: pa.Table, seed: int) -> pa.Table:
+    """Rows in an order that depends on (seed, key) alone: CheXpert's own order is not random."""
+    draws = [hash_fraction("shuffle", seed, key) for key in table["key"].to_pylist()]
+    return table.take(np.argsort(np.array(draws), kind="stable"))
+
+
+def _find_patients(source: Source) -> dict[str, list[str]]:
+    """Patient → the folders that hold a folder of that name: a root, or a folder in a root."""
+    found: dict[str, list[str]] = {}
+    for root in source.roots:
+        inside = sorted(
+            entry.path for entry in os.scandir(root) if entry.is_dir() and not _PATIENT.fullmatch(entry.name)
+        )
+        for folder in (str(root), *inside):
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    if _PATIENT.fullmatch(entry.name):
+                        found.setdefault(entry.name, []).append(folder)
+    return found
+
+
+def _locate(paths: Sequence[str], folders: Mapping[str, list[str]], source: Source) -> pa.Array:
+    """The file of each row: in a folder of the name that the CSV gives, else in any that has the patient."""
+    files = []
+    for path in paths:
+        parent, patient, study_and_view = path.split("/", 2)
+        candidates = folders.get(patient, [])
+        if len(candidates) > 1:
+            named = [folder for folder in candidates if folder.endswith(f"/{parent}")]
+            whole = [f"{folder}/{patient}/{study_and_view}" for folder in (*named, *candidates)]
+            files.append(next(filter(os.path.exists, whole), whole[0]))
+        else:
+            folder = candidates[0] if candidates else f"{source.roots[0]}/{parent}"
+            files.append(f"{folder}/{patient}/{study_and_view}")
+    return pa.array(files, pa.string())

@@ -1,0 +1,149 @@
+import gzip
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from pipeline import DataError
+from pipeline.labels import LABELS
+from pipeline.source import find_csvs, find_source, read_splits
+from tests.conftest import run_pipeline, write_chexpert
+
+SELECTION = {"views": "all", "dev": 0.0, "seed": 0}
+
+
+def files_of(folder: Path, *roots: Path) -> dict[str, list[str]]:
+    """Split → the files found for its rows, sorted; all of them exist."""
+    tables, _ = read_splits(find_source(folder, {}, roots), **SELECTION)  # type: ignore[arg-type]
+    files = {split: sorted(table["file"].to_pylist()) for split, table in tables.items()}
+    assert all(Path(file).is_file() for split in files.values() for file in split)
+    return files
+
+
+def test_the_folder_its_parent_and_any_name(chexpert: Path, tmp_path: Path) -> None:
+    expected = {
+        split: sorted(str(path) for path in (chexpert / split).rglob("*.jpg")) for split in ("train", "valid")
+    }
+    assert files_of(chexpert) == files_of(tmp_path) == expected
+    renamed = chexpert.rename(tmp_path / "my data")
+    assert [len(files) for files in files_of(renamed).values()] == [48, 12]
+
+
+def test_gzipped_csvs(chexpert: Path) -> None:
+    expected = files_of(chexpert)
+    for name in ("train.csv", "valid.csv"):
+        (chexpert / f"{name}.gz").write_bytes(gzip.compress((chexpert / name).read_bytes()))
+        (chexpert / name).unlink()
+    assert files_of(chexpert) == expected
+
+
+def test_aimi_batches(chexpert: Path, tmp_path: Path) -> None:
+    """CSVs and valid patients in batch 1, train patients spread over the others, without a split folder."""
+    names = ["batch 1 (validate & csv)", "batch 2 (train 1)", "batch 3 (train 2)", "batch 4 (train 3)"]
+    batches = [tmp_path / "aimi" / f"CheXpert-v1.0 {name}" for name in names]
+    for batch in batches:
+        batch.mkdir(parents=True)
+    for csv in ("train.csv", "valid.csv"):
+        shutil.move(chexpert / csv, batches[0] / csv)
+    for patient in (chexpert / "valid").iterdir():
+        shutil.move(patient, batches[0] / patient.name)
+    for number, patient in enumerate(sorted((chexpert / "train").iterdir())):
+        shutil.move(patient, batches[1 + number % 3] / patient.name)
+    expected = {
+        "train": sorted(str(path) for batch in batches[1:] for path in batch.rglob("*.jpg")),
+        "valid": sorted(str(path) for path in batches[0].rglob("*.jpg")),
+    }
+    assert files_of(tmp_path / "aimi") == files_of(batches[0]) == expected
+    # downloaded to different disks: the other folders are named
+    for number, batch in enumerate(batches[1:]):
+        batch.rename(tmp_path / f"disk{number}")
+    disks = [tmp_path / f"disk{number}" for number in range(3)]
+    assert [len(files) for files in files_of(batches[0], *disks).values()] == [48, 12]
+
+
+def test_the_test_set_has_paths_and_labels_only(tmp_path: Path) -> None:
+    for split, csv, patients in (
+        ("test", "test_labels.csv", range(50, 55)),
+        ("val", "val_labels.csv", range(40, 43)),
+    ):
+        rows = write_chexpert(tmp_path, split, patients)
+        frame = pd.DataFrame(rows)[["Path", *LABELS]]
+        frame["Path"] = frame["Path"].str.removeprefix("CheXpert-v1.0-small/")
+        frame.to_csv(tmp_path / csv, index=False)
+        (tmp_path / f"{split}.csv").unlink()
+    tables, _ = read_splits(find_source(tmp_path, {}, []), **SELECTION)  # type: ignore[arg-type]
+    assert {split: table.num_rows for split, table in tables.items()} == {"valid": 9, "test": 15}
+    table = tables["test"].to_pandas()
+    assert (table["view"] == np.where(table["path"].str.contains("lateral"), "lateral", "frontal")).all()
+    assert table[["sex", "age", "projection"]].isna().all(axis=None)
+    made = run_pipeline("shards", tmp_path, tmp_path / "out", "--size", 48)
+    assert made.returncode == 0, made.stderr
+    assert run_pipeline("stats", tmp_path / "out", "--split", "test").stdout.startswith(
+        "10 images, 10 studies, 5 p"
+    )
+
+
+def test_the_folder_that_the_csv_names_wins(chexpert: Path) -> None:
+    shutil.copytree(chexpert / "train" / "patient00001", chexpert / "valid" / "patient00001")
+    files = files_of(chexpert)["train"]
+    assert str(chexpert / "train/patient00001/study1/view1_frontal.jpg") in files
+    assert not [file for file in files if "/valid/" in file]
+
+
+def test_csvs_of_ones_own(chexpert: Path, tmp_path: Path) -> None:
+    frame = pd.read_csv(chexpert / "train.csv")
+    for name, half in (("mine", frame[:24]), ("holdout", frame[24:])):
+        half.to_csv(tmp_path / f"{name}.csv", index=False)
+    splits = {"train": tmp_path / "mine.csv", "holdout": tmp_path / "holdout.csv"}
+    tables, _ = read_splits(find_source(chexpert, splits, []), **SELECTION)  # type: ignore[arg-type]
+    assert {split: table.num_rows for split, table in tables.items()} == {"train": 24, "holdout": 24}
+    frame[20:].to_csv(tmp_path / "holdout.csv", index=False)
+    with pytest.raises(
+        DataError, match=r"holdout.csv, line 2: patient00007 is in mine.csv too; splits must not sh"
+    ):
+        read_splits(find_source(chexpert, splits, []), **SELECTION)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match=r"none.csv: no such file or folder$"):
+        find_source(chexpert, {"train": tmp_path / "none.csv"}, [])
+
+
+def test_limit_keeps_whole_patients(chexpert: Path) -> None:
+    source = find_source(chexpert, {}, [])
+    tables, dropped = read_splits(source, **SELECTION, limit=20)  # type: ignore[arg-type]
+    counts = tables["train"].to_pandas()["patient"].value_counts()
+    assert (len(counts), set(counts)) == (6, {3})
+    assert dropped["train"].limit == 30
+    one, _ = read_splits(source, **SELECTION, limit=1)  # type: ignore[arg-type]
+    assert one["train"].num_rows == 3  # a patient is never cut
+
+
+def test_find_csvs_errors(chexpert: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        DataError, match=r"neither it nor a folder in it holds a train.csv, valid.csv or test_lab"
+    ):
+        find_csvs(chexpert / "train")
+    with pytest.raises(DataError, match=r"nothing: no such folder$"):
+        find_csvs(tmp_path / "nothing")
+    shutil.copytree(chexpert, tmp_path / "second")
+    with pytest.raises(
+        DataError, match=r"CSVs in several folders \(CheXpert-v1.0-small, second\); name one of them"
+    ):
+        find_csvs(tmp_path)
+
+
+def test_dry_run_counts_and_writes_nothing(chexpert: Path, tmp_path: Path) -> None:
+    missing = chexpert / "train/patient00002/study1/view1_frontal.jpg"
+    missing.unlink()
+    dry = run_pipeline(
+        "shards", chexpert, tmp_path / "out", "--size", 48, "--dry-run", "--dev", 0, "--limit", 10
+    )
+    assert dry.returncode == 0, dry.stderr
+    lines = dry.stdout.splitlines()
+    assert lines[0].startswith(
+        "train        48 rows, 10 kept, dropped: 16 by --views, 22 by --limit; 1 shards, about 0.0 MB"
+    )
+    assert lines[-1] == "dry run: nothing was written"
+    whole = run_pipeline("shards", chexpert, tmp_path / "out", "--size", 48, "--dry-run", "--dev", 0)
+    assert f"       1 images are missing, for example {missing}" in whole.stdout.splitlines()
+    assert not (tmp_path / "out").exists()
