@@ -4,14 +4,21 @@ Each command imports what it needs itself, and none imports torch, so that `--he
 """
 
 import os
+import re
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from pipeline.console import progress_bar, run_command
+from pipeline.images import ENCODINGS, SQUARES
 from pipeline.labels import BLANK_HELP, UNCERTAIN_HELP, VIEWS
+
+if TYPE_CHECKING:
+    from pipeline.shards import Options, RunSummary
+    from pipeline.source import Source
+    from pipeline.stats import Report, Statistics
 
 
 @click.group(context_settings={"show_default": True})
@@ -41,83 +48,348 @@ def sample(out: Path, images: int, seed: int, workers: int) -> None:
     click.echo(f"{folder}: {images:,} synthetic images")
 
 
+class Size(click.ParamType[int | None]):
+    """A number of pixels, or `original`."""
+
+    name = "PIXELS|original"
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> int | None:
+        """The number; None for `original`."""
+        if value is None or value == "original":
+            return None
+        return click.IntRange(min=16).convert(value, param, context)
+
+
+class SplitCsv(click.ParamType[tuple[str, Path]]):
+    """`train=foo.csv`."""
+
+    name = "SPLIT=CSV"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, context: click.Context | None
+    ) -> tuple[str, Path]:
+        """The split's name and the CSV's path."""
+        split, equals, csv = str(value).partition("=")
+        if not equals or not re.fullmatch(r"[a-z0-9_]+", split) or split == "dev":
+            self.fail(
+                f"'{value}' is not like train=foo.csv (dev comes out of train by --dev)", param, context
+            )
+        return split, Path(csv)
+
+
 @cli.command(epilog="Example: pipeline shards ~/CheXpert-v1.0-small shards --size 320 --views frontal")
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path, file_okay=False))
+@click.option("--size", default=320, type=Size(), help="Shorter side; never enlarged; original: as it is.")
+@click.option("--square", default="no", type=click.Choice(SQUARES), help="How an image becomes SIZE×SIZE.")
 @click.option(
-    "--size", default=320, type=click.IntRange(min=16), help="Shorter side, pixels; never enlarged."
+    "--encoding", default="jpeg", type=click.Choice(ENCODINGS), help="raw: for slow CPUs, 5 times as large."
 )
+@click.option("--quality", default=95, type=click.IntRange(1, 100), help="JPEG quality of resized images.")
 @click.option("--views", default="frontal", type=click.Choice(VIEWS), help="By the column Frontal/Lateral.")
 @click.option("--uncertain", default="best", metavar="POLICY", help=UNCERTAIN_HELP)
 @click.option("--blank", default="zeros", metavar="POLICY", help=BLANK_HELP)
 @click.option("--dev", default=0.05, type=click.FloatRange(0, 1), help="Share of train's patients.")
 @click.option("--seed", default=0, type=click.IntRange(min=0), help="Decides the dev patients and the order.")
+@click.option("--limit", type=click.IntRange(min=1), help="At most so many images per split, whole patients.")
 @click.option("--samples-per-shard", default=1000, type=click.IntRange(min=1))
-@click.option("--quality", default=95, type=click.IntRange(1, 100), help="JPEG quality of resized images.")
-@click.option("--max-pixels", default=50_000_000, type=click.IntRange(min=1), help="Refuse larger images.")
+@click.option("--split", "splits", multiple=True, type=SplitCsv(), help="A CSV of your own for a split.")
+@click.option(
+    "--root", "roots", multiple=True, type=click.Path(path_type=Path), help="Another folder of images."
+)
+@click.option("--max-pixels", default=50_000_000, type=click.IntRange(min=1), help="Reject larger images.")
+@click.option(
+    "--max-bad", default=0.001, type=click.FloatRange(0, 1), help="Stop above this share of rejects."
+)
+@click.option("--strict", is_flag=True, help="Exit with 3 where any image was rejected.")
 @click.option("--workers", default=os.cpu_count, type=click.IntRange(min=1), show_default="all cores")
 @click.option("--overwrite", is_flag=True, help="Replace shards made with other options or from other CSVs.")
+@click.option("--dry-run", is_flag=True, help="Say what would be written, and which images are missing.")
 def shards(
-    source: Path, out: Path, uncertain: str, blank: str, workers: int, overwrite: bool, **options: Any
-) -> None:
+    source: Path,
+    out: Path,
+    uncertain: str,
+    blank: str,
+    splits: tuple[tuple[str, Path], ...],
+    roots: tuple[Path, ...],
+    max_bad: float,
+    strict: bool,
+    workers: int,
+    overwrite: bool,
+    dry_run: bool,
+    **options: Any,
+) -> int:
     """Write the CheXpert folder SOURCE as shards to OUT: tars, Arrow tables, and a manifest at the end.
 
-    Raw labels are kept; the policies are recorded as the shards' defaults, which training may override.
+    Raw labels are kept; the policies are recorded as the shards' defaults, which training may override. The
+    same command continues a run that was stopped or killed.
     """
     from pipeline.labels import check_blank_policy, parse_uncertain_policy
     from pipeline.shards import Options, write_shards
+    from pipeline.source import find_source
 
+    if options["size"] is None and options["square"] != "no":
+        raise click.UsageError("--square needs a --size")
     parse_uncertain_policy(uncertain)
     policies = {"uncertain": uncertain, "blank": check_blank_policy(blank)}
+    found = find_source(source, dict(splits), roots)
+    if dry_run:
+        _print_preview(found, Options(**options))
+        return 0
     start = time.perf_counter()
     with progress_bar("Sharding", "images") as advance:
-        made = write_shards(source, out, Options(**options), policies, workers, overwrite, advance)
-    manifest, is_new = made
-    for name, split in manifest.splits.items():
-        size = sum(shard.bytes for shard in split.shards) / 1e6
+
+        def show(done: int, total: int, rejects: int) -> None:
+            rate = done / (time.perf_counter() - start)
+            advance(done, total, f"{rate:,.0f} images/s  {rejects} rejects")
+
+        run = write_shards(
+            found,
+            out,
+            Options(**options),
+            policies,
+            workers=workers,
+            max_bad=max_bad,
+            overwrite=overwrite,
+            progress=show,
+        )
+    _print_run(out, run, time.perf_counter() - start)
+    return 3 if strict and run.manifest.rejects else 0
+
+
+def _print_run(out: Path, run: "RunSummary", seconds: float) -> None:
+    images = size = 0
+    for name, split in run.manifest.splits.items():
+        bytes_out = sum(shard.bytes for shard in split.shards)
+        images, size = images + split.samples, size + bytes_out
         click.echo(
             f"{name:6} {split.samples:8,} images {split.studies:8,} studies {split.patients:7,} patients "
-            f"{len(split.shards):4} shards {size:10,.1f} MB"
+            f"{len(split.shards):4} shards {bytes_out / 1e6:10,.1f} MB"
         )
-    if is_new:
-        images = sum(split.samples for split in manifest.splits.values())
-        seconds = time.perf_counter() - start
-        click.echo(f"{out}: written in {seconds:.1f} s, {images / seconds:,.0f} images/s")
-    else:
+    if run.manifest.rejects:
+        click.echo(f"{len(run.manifest.rejects)} images rejected: see {out / 'rejects.csv'}")
+    if not run.is_new:
         click.echo(f"{out}: complete already, nothing to do")
+        return
+    if run.resumed:
+        click.echo(f"{run.resumed:,} images were there already")
+    if run.stripped:
+        click.echo(f"metadata removed from {run.stripped:,} images")
+    rate = (images - run.resumed) / seconds
+    click.echo(
+        f"{out}: written in {seconds:,.1f} s, {rate:,.0f} images/s, "
+        f"{run.bytes_in / 1e6:,.1f} MB in, {size / 1e6:,.1f} MB out"
+    )
+    click.echo(f"next: pipeline stats {out}, pipeline verify {out}, python train.py --shards {out} --run RUN")
 
 
-@cli.command(epilog="Example: pipeline stats train.csv --views frontal --format json")
+def _print_preview(source: "Source", options: "Options") -> None:
+    from pipeline.preview import preview_shards
+    from pipeline.stats import start_report
+
+    preview = preview_shards(source, options)
+    for name, split in preview.splits.items():
+        dropped = [f"{count:,} by --{why}" for why, count in split.dropped._asdict().items() if count]
+        click.echo(
+            f"{name:6} {split.rows:8,} rows, {split.kept:,} kept, dropped: {', '.join(dropped) or 'none'}; "
+            f"{split.shards:,} shards, about {split.bytes / 1e6:,.1f} MB"
+        )
+        if split.missing:
+            click.echo(f"       {len(split.missing):,} images are missing, for example {split.missing[0]}")
+    _print_report(start_report(preview.statistics))
+    click.echo("dry run: nothing was written")
+
+
+@cli.command(epilog="Example: pipeline stats train.csv --views frontal --by sex --plot labels.svg")
 @click.argument("source", type=click.Path(path_type=Path, exists=True))
 @click.option("--split", help="One split of a folder.  [default: all together]")
 @click.option("--views", default="all", type=click.Choice(VIEWS), help="By the column Frontal/Lateral.")
+@click.option("--by", type=click.Choice(["view", "sex", "age", "projection"]), help="Per group of images.")
+@click.option("--cooccurrence", is_flag=True, help="How often two labels are positive together.")
+@click.option(
+    "--policy", metavar="POLICY", help="What it makes of the labels: best,Edema=zeros,blank=ignore."
+)
+@click.option("--against", type=click.Path(path_type=Path, exists=True), help="Compare with another source.")
+@click.option("--against-split", help="One split of that source.")
+@click.option(
+    "--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw the states: .png or .svg."
+)
 @click.option("--format", "format_", default="table", type=click.Choice(["table", "json", "csv"]))
-def stats(source: Path, split: str | None, views: str, format_: str) -> None:
+def stats(
+    source: Path,
+    split: str | None,
+    views: str,
+    by: str | None,
+    cooccurrence: bool,
+    policy: str | None,
+    against: Path | None,
+    against_split: str | None,
+    plot: Path | None,
+    format_: str,
+) -> None:
     """Count positive, uncertain, negative and blank per label in SOURCE (shards, CheXpert folder or CSV)."""
-    from pipeline.stats import Statistics, count_labels, load_table, to_csv, to_json
+    from pipeline import stats as s
 
-    statistics: Statistics = count_labels(load_table(source, split, views))
+    if format_ == "csv" and sum(map(bool, (by, cooccurrence, policy, against))) > 1:
+        raise click.UsageError(
+            "--format csv has room for one of --by, --cooccurrence, --policy and --against"
+        )
+    if against_split and not against:
+        raise click.UsageError("--against-split needs --against")
+    if plot and plot.suffix.lower() not in (".png", ".svg"):
+        raise click.UsageError(f"--plot {plot}: the name must end in .png or .svg")
+    policies = s.parse_policies(policy) if policy else None
+    table = s.load_table(source, split, views)
+    statistics = s.count_labels(table)
+    report = s.start_report(statistics)
+    if by:
+        report["by"] = s.count_groups(table, by)
+    if cooccurrence:
+        report["cooccurrence"] = s.count_cooccurrence(table)
+    if policies:
+        report["policy"] = s.count_targets(statistics, *policies)
+        for label, targets in report["policy"]["labels"].items():
+            if targets["pos_weight"] is None:
+                counts = f"{targets['positives']:,} positives and {targets['negatives']:,} negatives"
+                click.echo(f"Warning: {label} is left with one class: {counts}", err=True)
+    if against:
+        report["against"] = s.compare_tables(table, s.load_table(against, against_split, views))
+    if plot:
+        _plot(statistics, report.get("cooccurrence"), plot)
     if format_ == "json":
-        click.echo(to_json(statistics))
+        click.echo(s.to_json(report))
     elif format_ == "csv":
-        click.echo(to_csv(statistics))
+        click.echo(s.to_csv(report))
     else:
-        _print_statistics(dict(statistics))
+        _print_report(report)
 
 
-def _print_statistics(statistics: dict[str, Any]) -> None:
+def _plot(statistics: "Statistics", cooccurrence: dict[str, dict[str, int]] | None, path: Path) -> None:
+    try:
+        from pipeline.plots import draw_report, save_figure
+    except ModuleNotFoundError as error:
+        raise click.ClickException(f"--plot needs {error.name}: pip install '.[plots]'") from None
+    save_figure(draw_report(statistics, cooccurrence), path)
+
+
+def _print_report(report: "Report") -> None:
+    totals = ", ".join(f"{report[unit]:,} {unit}" for unit in ("images", "studies", "patients"))
+    headings = ["positive", "uncertain", "negative", "blank", "positive %"]
+    rows = {}
+    for label, counts in report["labels"].items():
+        *states, share = counts.values()
+        rows[label] = [*(f"{count:,}" for count in states), f"{100 * share:.1f}"]
+    _print_table(totals, headings, rows)
+    if "by" in report:
+        groups = report["by"]["groups"]
+        headings = [f"{name} (n = {group['images']:,})" for name, group in groups.items()]
+        shares = {
+            label: [f"{100 * group['labels'][label]['share_positive']:.1f}" for group in groups.values()]
+            for label in report["labels"]
+        }
+        _print_table(f"positive % by {report['by']['variable']}", headings, shares)
+    if "cooccurrence" in report:
+        together = report["cooccurrence"]
+        cells = {
+            label: [f"{100 * count / row[label]:.0f}" if row[label] else "–" for count in row.values()]
+            for label, row in together.items()
+        }
+        numbered = {f"{number:2} {label}": row for number, (label, row) in enumerate(cells.items(), 1)}
+        headings = [str(number) for number in range(1, len(cells) + 1)]
+        _print_table("of the images with the row's label, % that have the column's", headings, numbered)
+    if "policy" in report:
+        headings = ["uncertain", "positives", "negatives", "masked", "mean target", "pos. weight"]
+        cells = {
+            label: [
+                row["policy"],
+                *(f"{row[name]:,}" for name in ("positives", "negatives", "masked")),
+                *("–" if row[name] is None else f"{row[name]:.3f}" for name in ("mean_target", "pos_weight")),
+            ]
+            for label, row in report["policy"]["labels"].items()
+        }
+        _print_table(f"under the policies below, and {report['policy']['blank']} for blank", headings, cells)
+    if "against" in report:
+        other = report["against"]
+        headings = ["here %", "there %", "difference", "standardised"]
+        cells = {
+            label: [
+                f"{100 * row['share_positive']:.1f}",
+                f"{100 * row['other_share_positive']:.1f}",
+                f"{100 * row['difference']:+.1f}",
+                "–" if row["standardised_difference"] is None else f"{row['standardised_difference']:+.3f}",
+            ]
+            for label, row in other["labels"].items()
+        }
+        title = f"against {other['images']:,} images of {other['patients']:,} patients"
+        _print_table(f"{title}, {other['shared_patients']:,} of them in both; positive", headings, cells)
+
+
+def _print_table(title: str, headings: list[str], rows: dict[str, list[str]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    totals = ", ".join(f"{statistics[unit]:,} {unit}" for unit in ("images", "studies", "patients"))
-    table = Table(title=totals, title_justify="left")
-    table.add_column("label")
-    for heading in ("positive", "uncertain", "negative", "blank", "positive %"):
+    table = Table(title=title, title_justify="left")
+    table.add_column("label", no_wrap=True)
+    for heading in headings:
         table.add_column(heading, justify="right")
-    for label, counts in statistics["labels"].items():
-        *states, share = counts.values()
-        table.add_row(label, *(f"{count:,}" for count in states), f"{100 * share:.1f}")
-    Console().print(table)
+    for label, cells in rows.items():
+        table.add_row(label, *cells)
+    console = Console()
+    if not console.is_terminal:
+        console.width = 160  # a file or pipe has no width to fit
+    console.print(table)
+
+
+@cli.command(epilog="Example: pipeline verify shards --deep")
+@click.argument("shards", type=click.Path(path_type=Path, file_okay=False))
+@click.option("--deep", is_flag=True, help="Decode every image too, and compare every json with its row.")
+@click.option("--workers", default=os.cpu_count, type=click.IntRange(min=1), show_default="all cores")
+def verify(shards: Path, deep: bool, workers: int) -> None:
+    """Check every file of SHARDS against the manifest, and every tar against its table.
+
+    One line for each problem, on stdout; exit code 1 where there is any.
+    """
+    from pipeline.verify import PRINTED, verify_shards
+
+    start = time.perf_counter()
+    with progress_bar("Verifying", "shards") as advance:
+        report = verify_shards(shards, deep, workers, advance)
+    for warning in report.warnings:
+        click.echo(f"Warning: {warning}", err=True)
+    for file, lines in report.problems.items():
+        click.echo("\n".join(lines[:PRINTED]))
+        if len(lines) > PRINTED:
+            click.echo(f"{shards / file}: and {len(lines) - PRINTED:,} more")
+    if report.problems:
+        problems = sum(map(len, report.problems.values()))
+        raise click.ClickException(f"{shards}: {problems:,} problems in {len(report.problems)} files")
+    click.echo(
+        f"{shards}: all is well: {report.splits} splits, {report.shards:,} shards, {report.samples:,} samples, "
+        f"{report.bytes / 1e6:,.1f} MB in {time.perf_counter() - start:.1f} s"
+    )
+
+
+@cli.command(epilog="Example: pipeline index ~/wds --csv ~/CheXpert-v1.0-small/train.csv")
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path, file_okay=False))
+@click.option(
+    "--csv", type=click.Path(path_type=Path), help="A CheXpert CSV.  [default: labels in each json]"
+)
+@click.option("--split", metavar="NAME", help="Of all shards.  [default: their names up to the last -]")
+def index(folder: Path, csv: Path | None, split: str | None) -> None:
+    """Write tables and a manifest for WebDataset shards in DIR that other programs made.
+
+    The labels are those in each sample's json, in our layout or with the columns of CheXpert's CSV; or those of
+    --csv, joined by the patient, study and view in a sample's key or json. The tars stay as they are.
+    """
+    from pipeline.index import write_index
+
+    with progress_bar("Indexing", "shards") as advance:
+        manifest = write_index(folder, csv, split, advance)
+    for name, entry in manifest.splits.items():
+        click.echo(
+            f"{name:6} {entry.samples:8,} samples {entry.patients:7,} patients {len(entry.shards):4} shards"
+        )
+    click.echo(f"{folder}: indexed")
 
 
 def main() -> None:
