@@ -3,12 +3,17 @@ import io
 import json
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
+import pyarrow as pa
 import pytest
+from PIL import Image
 
-from pipeline.labels import LABELS
+from pipeline.labels import LABELS, make_targets, parse_uncertain_policy, read_labels
 from pipeline.manifest import Manifest
+from pipeline.plots import draw_report
+from pipeline.stats import count_labels
 from tests.conftest import run_pipeline
 
 # shared by everyone who has the set: positive/uncertain/negative/blank, all rows and frontal rows
@@ -88,3 +93,128 @@ def test_csv_and_table_show_the_json(chexpert: Path) -> None:
     counts = document["labels"]["Edema"]
     cells = [cell.strip() for line in table.splitlines() if "Edema" in line for cell in line.split("│")]
     assert cells[2:6] == [str(counts[state]) for state in ("positive", "uncertain", "negative", "blank")]
+
+
+@pytest.fixture(scope="module")
+def frame(real_csv: Path) -> pd.DataFrame:
+    return pd.read_csv(real_csv)
+
+
+def report(*arguments: object) -> Any:
+    done = run(*arguments, "--format", "json")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("variable", ["view", "sex", "age", "projection"])
+def test_groups_equal_pandas(real_csv: Path, frame: pd.DataFrame, variable: str) -> None:
+    bands = ["0-17", "18-39", "40-59", "60-79", "80+"]
+    names = {
+        "view": frame["Frontal/Lateral"].str.lower(),
+        "sex": frame["Sex"],
+        "age": pd.cut(frame["Age"], [-1, 17, 39, 59, 79, 200], labels=bands).astype(str),
+        "projection": frame["AP/PA"].fillna("none"),
+    }[variable]
+    groups = report(real_csv, "--by", variable)["by"]
+    assert groups["variable"] == variable
+    assert set(groups["groups"]) == set(names)
+    for name, group in groups["groups"].items():
+        rows = frame[names == name]
+        assert group["images"] == len(rows)
+        positives = {label: counts["positive"] for label, counts in group["labels"].items()}
+        assert positives == (rows[list(LABELS)] == 1).sum().to_dict()
+
+
+def test_cooccurrence_equals_pandas(real_csv: Path, frame: pd.DataFrame) -> None:
+    together = report(real_csv, "--cooccurrence")["cooccurrence"]
+    positive = (frame[list(LABELS)] == 1).astype(int)
+    pd.testing.assert_frame_equal(pd.DataFrame(together).T, positive.T @ positive, check_dtype=False)
+
+
+@pytest.mark.parametrize("policy", ["best", "ignore,blank=ignore", "smooth-zeros,Edema=ones"])
+def test_policy_counts_are_those_of_the_targets(chexpert: Path, policy: str) -> None:
+    found = report(chexpert / "train.csv", "--policy", policy)["policy"]
+    uncertain = policy.removesuffix(",blank=ignore")
+    blank = "ignore" if policy.endswith("blank=ignore") else "zeros"
+    table = read_labels(chexpert / "train.csv")
+    target, mask = make_targets(table, parse_uncertain_policy(uncertain), blank, seed=0)
+    assert found["blank"] == blank
+    for column, label in enumerate(LABELS):
+        used = target[mask[:, column], column]
+        counts = found["labels"][label]
+        assert counts["positives"] == (used >= 0.5).sum()
+        assert counts["negatives"] == (used < 0.5).sum()
+        assert counts["masked"] == len(target) - len(used)
+        assert counts["mean_target"] == pytest.approx(used.mean(), abs=0.05)
+
+
+def test_a_label_left_with_one_class_is_named(real_csv: Path) -> None:
+    done = run(real_csv, "--policy", "best,blank=ignore")
+    assert done.stderr == "Warning: No Finding is left with one class: 22,381 positives and 0 negatives\n"
+    unknown = run(real_csv, "--policy", "multiclass")
+    assert unknown.returncode == 1
+    assert unknown.stderr.startswith(
+        "Error: uncertain policy 'multiclass' of No Finding cannot be counted; choose "
+    )
+
+
+def test_comparison_of_two_splits(shards: tuple[Path, Manifest], chexpert: Path) -> None:
+    folder = shards[0]
+    against = report(folder, "--split", "train", "--against", folder, "--against-split", "dev")["against"]
+    train, dev = (
+        pa.ipc.open_file(folder / f"{name}.arrow").read_all().to_pandas() for name in ("train", "dev")
+    )
+    assert (against["images"], against["shared_patients"]) == (len(dev), 0)
+    for label in LABELS:
+        p, q = (train[label] == 1).mean(), (dev[label] == 1).mean()
+        expected = (p - q) / ((p * (1 - p) + q * (1 - q)) / 2) ** 0.5
+        assert against["labels"][label]["difference"] == pytest.approx(p - q, abs=1e-4)
+        assert against["labels"][label]["standardised_difference"] == pytest.approx(expected, abs=1e-3)
+    assert report(chexpert, "--against", chexpert / "train.csv")["against"]["shared_patients"] == 16
+
+
+@pytest.mark.parametrize(
+    ("option", "columns", "lines"),
+    [
+        (["--by", "sex"], "group,label,positive,uncertain,negative,blank,share_positive", 28),
+        (["--cooccurrence"], f"label,{','.join(LABELS)}", 14),
+        (["--policy", "zeros"], "label,policy,positives,negatives,masked,mean_target,pos_weight", 14),
+    ],
+)
+def test_sections_as_csv(chexpert: Path, option: list[str], columns: str, lines: int) -> None:
+    text = run(chexpert, *option, "--format", "csv").stdout.splitlines()
+    assert (text[0], len(text) - 1) == (columns, lines)
+
+
+def test_plots_show_the_numbers(chexpert: Path, tmp_path: Path) -> None:
+    for name in ("plot.svg", "plot.png", "again.svg"):
+        assert run(chexpert, "--cooccurrence", "--plot", tmp_path / name).returncode == 0
+    svg = (tmp_path / "plot.svg").read_text()
+    assert svg == (tmp_path / "again.svg").read_text()
+    assert all(f">{label}<" in svg for label in LABELS)
+    assert ">60 images, 40 studies, 20 patients<" in svg
+    with Image.open(tmp_path / "plot.png") as image:
+        image.load()
+        assert image.format == "PNG"
+    statistics = count_labels(read_labels(chexpert / "train.csv"))
+    (axes,) = draw_report(statistics, None).axes
+    widths = [[bar.get_width() for bar in bars] for bars in axes.containers]
+    for state, row in zip(("positive", "uncertain", "negative", "blank"), widths, strict=True):
+        assert row == pytest.approx([100 * counts[state] / 48 for counts in statistics["labels"].values()])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--plot", "labels.pdf"], "Error: --plot labels.pdf: the name must end in .png or .svg"),
+        (["--against-split", "dev"], "Error: --against-split needs --against"),
+        (
+            ["--by", "sex", "--cooccurrence", "--format", "csv"],
+            "Error: --format csv has room for one of --by, --coo",
+        ),
+    ],
+)
+def test_options_that_do_not_fit_are_usage_errors(chexpert: Path, arguments: list[str], message: str) -> None:
+    failed = run(chexpert, *arguments)
+    assert failed.returncode == 2
+    assert failed.stderr.splitlines()[-1].startswith(message)
