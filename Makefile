@@ -11,7 +11,7 @@ ARCH   ?= rescnn
 LR     ?= 2e-3
 BATCH  ?= 32
 EPOCHS ?= 12
-RUN    ?= runs/sample-$(ARCH)-$(SIZE)-lr$(LR)-wd$(WD)-seed$(SEED)
+RUN    ?= runs/sample-$(NAME)
 endif
 
 # The settings for real CheXpert: make shards DATA=<CheXpert folder>, then make train.
@@ -30,19 +30,22 @@ BATCH     ?= 64
 EPOCHS    ?= 5
 SEED      ?= 0
 SPLIT     ?= valid
-RUN       ?= runs/$(ARCH)-$(SIZE)-lr$(LR)-wd$(WD)-seed$(SEED)
+TEACHER   ?=
+RUN       ?= runs/$(NAME)
 PYTHON    ?= python3
 
 BIN := .venv/bin
 SAY_SAMPLE = @$(if $(SAMPLE),echo 'No shards and no DATA: this is the synthetic sample with small and quick settings.')
 # A policy is passed on to training only where it was set by hand: otherwise the shards' own is used.
 given    = $(filter command environment,$(firstword $(origin $(1))))
-POLICIES = $(if $(call given,UNCERTAIN),--uncertain $(UNCERTAIN)) $(if $(call given,BLANK),--blank $(BLANK))
+POLICIES = $(if $(call given,UNCERTAIN),--uncertain $(UNCERTAIN)) $(if $(call given,BLANK),--blank $(BLANK)) \
+	$(if $(TEACHER),--teacher $(TEACHER))
+NAME     = $(ARCH)-$(SIZE)-lr$(LR)-wd$(WD)$(if $(call given,UNCERTAIN),-$(UNCERTAIN))$(if $(call given,BLANK),-blank-$(BLANK))-seed$(SEED)
 SHARDS = $(BIN)/pipeline shards $(DATA) $(OUT) --size $(SIZE) --views $(VIEWS) --uncertain $(UNCERTAIN) \
 	--blank $(BLANK) --dev $(DEV) --workers $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup shards stats train evaluate test lint lock clean
+.PHONY: help setup shards verify stats train evaluate test lint bench-etl lock clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -52,6 +55,9 @@ setup: .venv/installed  ## create .venv and install the pinned packages; again o
 shards: .venv/installed $(SAMPLE)  ## write DATA (a CheXpert folder) as shards to OUT
 	@$(if $(DATA),,echo 'make shards needs DATA=<CheXpert folder>' >&2; exit 2)
 	$(SHARDS)
+
+verify: .venv/installed $(OUT)/manifest.json  ## check the shards in OUT: hashes, structure, every image
+	$(BIN)/pipeline verify $(OUT) --deep --workers $(WORKERS)
 
 stats: .venv/installed $(OUT)/manifest.json  ## count the labels of the shards in OUT
 	$(SAY_SAMPLE)
@@ -74,12 +80,15 @@ lint: .venv/installed  ## check style (ruff) and types (mypy)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
+bench-etl: .venv/installed .venv-peers/installed  ## measure sharding beside img2dataset, Pillow and the codec
+	$(BIN)/python benchmarks/etl.py --peers .venv-peers/bin/python
+
 lock:  ## resolve the dependencies anew into requirements.lock (needs uv)
 	uv pip compile --quiet --upgrade --universal --python-version 3.11 --no-annotate --extra dev pyproject.toml \
 		--custom-compile-command "make lock" --output-file requirements.lock
 
 clean:  ## remove .venv and caches; keeps shards and runs
-	rm -rf .venv *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-peers *.egg-info .mypy_cache .pytest_cache .ruff_cache
 
 # The stamp is written last: an interrupted installation is repeated.
 .venv/installed: requirements.lock
@@ -87,6 +96,12 @@ clean:  ## remove .venv and caches; keeps shards and runs
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --requirement requirements.lock
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+# The peers that benchmarks measure against, apart from the project's own packages.
+.venv-peers/installed: benchmarks/peers.txt
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet --requirement benchmarks/peers.txt
 	@touch $@
 
 $(OUT)/manifest.json: | .venv/installed $(SAMPLE)

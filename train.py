@@ -4,11 +4,18 @@
     python train.py --shards shards --run runs/first --evaluate valid
 
 A run folder holds config.json, metrics.jsonl (a line per evaluation), last.pt (all that a resume restores),
-best.pt (the averaged weights with the best dev macro AUROC) and evaluation-<split>.json. The same command on
-the same folder continues where it stopped, exactly: batches and augmentations are functions of
-(seed, epoch, step).
+best.pt (the averaged weights with the best dev macro AUROC), and for every split that was scored
+evaluation-<split>.json and scores-<split>.arrow. The same command on the same folder continues where it
+stopped, exactly: batches and augmentations are functions of (seed, epoch, step).
+
+Self-training (U-SelfTrained of Irvin et al., 2019) is three commands: a teacher that leaves uncertain cells
+out, its scores of train, and a student whose uncertain targets they are:
+    python train.py --run runs/teacher --uncertain ignore
+    python train.py --run runs/teacher --evaluate train
+    python train.py --run runs/student --uncertain selftrained --teacher runs/teacher
 """
 
+import hashlib
 import json
 import math
 import os
@@ -20,6 +27,8 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
+import numpy.typing as npt
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -29,7 +38,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from model.augment import augment, normalize
 from model.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from model.evaluation import InterruptedEvaluationError, predict_scores
-from model.losses import masked_bce
+from model.losses import masked_loss
 from model.metrics import Report, report_auroc
 from model.networks import ARCHITECTURES, build_network
 from pipeline import DataError
@@ -41,16 +50,19 @@ from pipeline.labels import (
     check_blank_policy,
     evaluation_targets,
     make_targets,
+    one_class_labels,
     parse_uncertain_policy,
 )
 from pipeline.manifest import Manifest, manifest_digest, read_manifest, write_atomically
 from pipeline.plan import training_steps
+from pipeline.scores import read_scores, write_scores
 from pipeline.stream import Batch, Labels, OpenSplit, open_split, stream_evaluation, stream_training
 
 CLIP_NORM = 1.0
 MAX_WARMUP_STEPS = 500
 CHECK_STEPS = 20  # how often the loss is read back: each read waits for the device
 EVALUATION_BATCH = 64  # images
+TEACHER_SCORES = "scores-train.arrow"
 SAVE_SECONDS = 300.0  # a killed run loses little more work than this
 
 
@@ -71,6 +83,7 @@ class Config:
     blank: str
     seed: int
     manifest: str  # its sha256, which stands for all of the data
+    teacher: str | None = None  # sha256 of its scores, where a label is selftrained
 
 
 @dataclass(frozen=True)
@@ -84,6 +97,8 @@ class Job:
     device: torch.device
     precision: torch.dtype  # of autocast; float32 means none
     workers: int
+    teacher: Path | None  # the run whose scores selftrained labels learn from
+    strict: bool  # refuse labels with one class instead of warning about them
     stop: "StopFlag"
 
 
@@ -145,8 +160,8 @@ def train(job: Job) -> int:
     steps = training_steps(split.table.num_rows, config.batch_size)
     if steps == 0:
         raise DataError(f"{job.shards}: {split.table.num_rows} train samples are less than one batch")
-    policy = parse_uncertain_policy(config.uncertain)
-    labels = Labels(*make_targets(split.table, policy, config.blank, config.seed))
+    labels = training_labels(job, split)
+    open_run(run, config)  # only now: a run that cannot start leaves no folder
 
     state = start_state(job)
     click.echo(f"{config.arch} on {job.device.type}, {str(job.precision).removeprefix('torch.')}", err=True)
@@ -181,6 +196,26 @@ def train(job: Job) -> int:
     return 0
 
 
+def training_labels(job: Job, split: OpenSplit) -> Labels:
+    """Targets and masks of train by the run's policies; warns of labels with one class.
+
+    Raises DataError for them where the job is strict, and for a teacher that is missing or unusable.
+    """
+    config = job.config
+    scores = None if job.teacher is None else read_scores(job.teacher / TEACHER_SCORES, split.table["key"])
+    policy = parse_uncertain_policy(config.uncertain)
+    labels = Labels(*make_targets(split.table, policy, config.blank, config.seed, scores))
+    lacking = [
+        f"label {label} has {positives} positives and {negatives} negatives in train"
+        for label, positives, negatives in one_class_labels(labels.target, labels.mask)
+    ]
+    if lacking and job.strict:
+        raise DataError(f"--strict: {'; '.join(lacking)}")
+    for text in lacking:
+        click.echo(f"{text}: it cannot be learnt", err=True)
+    return labels
+
+
 def train_epoch(job: Job, state: TrainState, batches: Iterable[Batch], steps: int) -> None:
     """Run the remaining steps of an epoch, or as far as the stop flag lets it.
 
@@ -188,6 +223,8 @@ def train_epoch(job: Job, state: TrainState, batches: Iterable[Batch], steps: in
     """
     config, device = job.config, job.device
     mean, std = job.manifest.pixels["mean"], job.manifest.pixels["std"]
+    columns = three_class_columns(config)
+    three_class = torch.tensor(columns, device=device) if columns else None
     state.network.train()
     losses: list[Tensor] = []
     images, waited, start = 0, 0.0, time.perf_counter()
@@ -214,7 +251,7 @@ def train_epoch(job: Job, state: TrainState, batches: Iterable[Batch], steps: in
                 group["lr"] = lr
             with torch.autocast(device.type, job.precision, enabled=job.precision != torch.float32):
                 logits = state.network(inputs)
-            loss = masked_bce(logits, target, mask)
+            loss = masked_loss(logits, target, mask, three_class)
             state.optimizer.zero_grad()
             state.scaler.scale(loss).backward()
             state.scaler.unscale_(state.optimizer)  # so that what is clipped are the gradients themselves
@@ -249,7 +286,7 @@ def check_losses(losses: list[Tensor], state: TrainState) -> None:
 
 def evaluate_epoch(job: Job, state: TrainState, dev: OpenSplit) -> None:
     """Score the averaged weights on dev, add a line to metrics.jsonl, keep the best weights."""
-    report = score_split(job, state.ema.module, dev, job.manifest.pixels)
+    _, report = score_split(job, state.ema.module, dev, job.manifest.pixels)
     score = choice_score(report)
     if score is None:
         raise DataError(
@@ -279,19 +316,23 @@ def choice_score(report: Report) -> float | None:
     return report["macro_auroc"] if report["macro10_auroc"] is None else report["macro10_auroc"]
 
 
-def evaluate(job: Job, split: str) -> Report:
-    """Score best.pt on a split of any shards; writes evaluation-<split>.json into the run."""
+def evaluate(job: Job, name: str) -> Report:
+    """Score best.pt on a split of any shards; writes its scores and evaluation into the run."""
     best = load_checkpoint(job.run / "best.pt")
-    network = build_network(job.config.arch, len(LABELS))
+    network = new_network(job.config)
     network.load_state_dict(best["weights"])
     network.to(job.device).to(memory_format=torch.channels_last)
-    report = score_split(job, network, open_split(job.shards, job.manifest, split), best["pixels"])
-    write_atomically(job.run / f"evaluation-{split}.json", (json.dumps(report, indent=1) + "\n").encode())
+    split = open_split(job.shards, job.manifest, name)
+    scores, report = score_split(job, network, split, best["pixels"])
+    write_scores(job.run / f"scores-{name}.arrow", split.table, scores)
+    write_atomically(job.run / f"evaluation-{name}.json", (json.dumps(report, indent=1) + "\n").encode())
     return report
 
 
-def score_split(job: Job, network: nn.Module, split: OpenSplit, pixels: Mapping[str, float]) -> Report:
-    """AUROC of a network on every sample of a split; uncertain cells are left out."""
+def score_split(
+    job: Job, network: nn.Module, split: OpenSplit, pixels: Mapping[str, float]
+) -> tuple[npt.NDArray[np.float32], Report]:
+    """A network's scores [N, 14] of every sample of a split, and their AUROC without the uncertain cells."""
     labels = Labels(*evaluation_targets(split.table, job.config.blank))
     batches = stream_evaluation(
         split, labels, size=job.config.image_size, batch_size=EVALUATION_BATCH, threads=job.workers
@@ -306,16 +347,22 @@ def score_split(job: Job, network: nn.Module, split: OpenSplit, pixels: Mapping[
 
     with progress_bar(f"Scoring {split.name}", "images") as advance:
         scores = predict_scores(
-            network, images(advance), pixels["mean"], pixels["std"], job.precision, should_stop=job.stop
+            network,
+            len(LABELS),
+            images(advance),
+            pixels["mean"],
+            pixels["std"],
+            job.precision,
+            should_stop=job.stop,
         )
-    return report_auroc(LABELS, scores, labels.target, labels.mask)
+    return scores, report_auroc(LABELS, scores, labels.target, labels.mask)
 
 
 def start_state(job: Job) -> TrainState:
     """The state before the first step."""
     config = job.config
     torch.manual_seed(config.seed)
-    network = build_network(config.arch, len(LABELS)).to(job.device).to(memory_format=torch.channels_last)
+    network = new_network(config).to(job.device).to(memory_format=torch.channels_last)
     # Decay belongs on matrices and kernels; norms and biases must be free to scale.
     decayed = [parameter for parameter in network.parameters() if parameter.ndim >= 2]
     others = [parameter for parameter in network.parameters() if parameter.ndim < 2]
@@ -327,6 +374,17 @@ def start_state(job: Job) -> TrainState:
     ema = AveragedModel(network, multi_avg_fn=warming_average(config.ema), use_buffers=True)
     scaler = torch.amp.GradScaler(job.device.type, enabled=job.precision == torch.float16)
     return TrainState(network, ema, optimizer, scaler)
+
+
+def new_network(config: Config) -> nn.Module:
+    """A freshly initialised network with a logit per label, and one more per label with three classes."""
+    return build_network(config.arch, len(LABELS) + len(three_class_columns(config)))
+
+
+def three_class_columns(config: Config) -> list[int]:
+    """The columns of the labels that have uncertain as a class of its own."""
+    policy = parse_uncertain_policy(config.uncertain)
+    return [column for column, label in enumerate(LABELS) if policy[label] == "multiclass"]
 
 
 def warming_average(decay: float) -> Any:
@@ -392,6 +450,19 @@ def read_config(run: Path) -> Config:
         raise DataError(f"{path}: damaged, or of another version: {error}") from error
 
 
+def teacher_digest(teacher: Path, shards: Path) -> str:
+    """sha256 of a run's scores of train. Raises DataError with the command that writes them."""
+    try:
+        return hashlib.sha256((teacher / TEACHER_SCORES).read_bytes()).hexdigest()
+    except FileNotFoundError:
+        command = f"python train.py --shards {shards} --run {teacher}"
+        if (teacher / "best.pt").exists():
+            missing, command = TEACHER_SCORES, f"{command} --evaluate train"
+        else:
+            missing, command = "best.pt", f"{command} --uncertain ignore"
+        raise DataError(f"{teacher}: no {missing}; first run: {command}") from None
+
+
 def print_reports(reports: dict[str, Report]) -> None:
     """A table of AUROC per label, with the positives and negatives behind each, for one or more splits."""
     table = Table(title="AUROC", title_justify="left")
@@ -441,6 +512,10 @@ def show(value: float | None) -> str:
 @click.option("--augment/--no-augment", default=True, help="Random affine maps, brightness, contrast.")
 @click.option("--uncertain", metavar="POLICY", show_default="the shards'", help=UNCERTAIN_HELP)
 @click.option("--blank", metavar="POLICY", show_default="the shards'", help=BLANK_HELP)
+@click.option(
+    "--teacher", metavar="RUN", type=click.Path(path_type=Path), help="selftrained: learn from its scores."
+)
+@click.option("--strict", is_flag=True, help="Refuse labels with one class in train instead of warning.")
 @click.option("--seed", default=0, type=click.IntRange(0))
 @click.option("--workers", default=os.cpu_count, type=click.IntRange(1), show_default="cores")
 def main(
@@ -449,24 +524,28 @@ def main(
     split: str | None,
     uncertain: str | None,
     blank: str | None,
+    teacher: Path | None,
+    strict: bool,
     workers: int,
     **options: Any,
 ) -> int:
     """Train a network on shards; the same command continues an interrupted run."""
     manifest = read_manifest(shards)
     if split is None:
+        uncertain = uncertain or manifest.policies["uncertain"]
+        if "selftrained" not in parse_uncertain_policy(uncertain).values() and teacher:
+            raise click.UsageError(f"--teacher is for the policy selftrained; --uncertain is {uncertain}")
         config = Config(
             **options,
-            uncertain=uncertain or manifest.policies["uncertain"],
+            uncertain=uncertain,
             blank=check_blank_policy(blank or manifest.policies["blank"]),
             manifest=manifest_digest(shards),
+            teacher=teacher_digest(teacher, shards) if teacher else None,
         )
-        parse_uncertain_policy(config.uncertain)
-        open_run(run, config)
     else:
         config = read_config(run)
     stop = StopFlag()
-    job = Job(config, shards, run, manifest, *choose_device(config.amp), workers, stop)
+    job = Job(config, shards, run, manifest, *choose_device(config.amp), workers, teacher, strict, stop)
     try:
         if split is None:
             return train(job)

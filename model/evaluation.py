@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from model.augment import normalize
+from model.losses import label_scores
 
 
 class InterruptedEvaluationError(Exception):
@@ -17,16 +18,14 @@ class InterruptedEvaluationError(Exception):
 @torch.inference_mode()
 def predict_scores(
     network: nn.Module,
+    labels: int,
     batches: Iterable[Tensor],
     mean: float,
     std: float,
     precision: torch.dtype,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> npt.NDArray[np.float32]:
-    """Scores [N, 14] in (0, 1) for batches of uint8 images [B, 1, H, W] on the network's device.
-
-    The sigmoid is taken in float32: in half precision near-equal scores would tie.
-    """
+    """Scores [N, labels] in [0, 1] for batches of uint8 images [B, 1, H, W] on the network's device."""
     network.eval()
     scores = []
     for images in batches:
@@ -35,5 +34,5 @@ def predict_scores(
         inputs = normalize(images, mean, std).contiguous(memory_format=torch.channels_last)
         with torch.autocast(images.device.type, precision, enabled=precision != torch.float32):
             logits = network(inputs)
-        scores.append(torch.sigmoid(logits.float()).cpu())
+        scores.append(label_scores(logits, labels).cpu())
     return torch.cat(scores).numpy()

@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,11 @@ from pipeline import DataError
 from pipeline.labels import (
     BEST_POLICY,
     LABELS,
+    UNCERTAIN_POLICIES,
     evaluation_targets,
     find_csvs,
     make_targets,
+    one_class_labels,
     parse_uncertain_policy,
     read_labels,
     select_views,
@@ -52,24 +56,113 @@ def test_views_are_chosen_by_frontal_lateral(real_table: Any) -> None:
     assert pc.sum(pc.is_in(frontal["projection"], value_set=pc.cast(["LL", "RL"], "string"))).as_py() == 17
 
 
-@pytest.mark.parametrize("policy", ["zeros", "ones", "ignore", "best"])
+@pytest.fixture(scope="module")
+def teacher(real_table: Any) -> Any:
+    """A score for every cell of the real table."""
+    return np.random.default_rng(0).random((real_table.num_rows, len(LABELS)), np.float32)
+
+
+# What each policy makes of a column of raw states, in pandas; smoothing is compared by its bounds.
+BY_PANDAS: dict[str, Callable[[Any, Any], Any]] = {
+    "zeros": lambda raw, scores: raw.replace(-1, 0),
+    "ones": lambda raw, scores: raw.replace(-1, 1),
+    "ignore": lambda raw, scores: raw.replace(-1, 0),
+    "multiclass": lambda raw, scores: raw,
+    "selftrained": lambda raw, scores: raw.mask(raw == -1, scores),
+}
+BOUNDS = {"smooth-zeros": (0, 0.3), "smooth-ones": (0.55, 0.85)}
+MIXED = "best,Edema=multiclass,Cardiomegaly=selftrained,Pneumonia=ignore,Fracture=smooth-zeros"
+
+
+@pytest.mark.parametrize("policy", ["best", *UNCERTAIN_POLICIES, MIXED])
 @pytest.mark.parametrize("blank", ["zeros", "ignore"])
 def test_policies_equal_pandas_on_all_real_rows(
-    real_table: Any, real_frame: pd.DataFrame, policy: str, blank: str
+    real_table: Any, real_frame: pd.DataFrame, teacher: Any, policy: str, blank: str
 ) -> None:
-    target, mask = make_targets(real_table, parse_uncertain_policy(policy), blank, seed=0)
+    default, *overrides = policy.split(",")
+    policies = BEST_POLICY if default == "best" else dict.fromkeys(LABELS, default)
+    policies = policies | dict(override.split("=") for override in overrides)
+    target, mask = make_targets(real_table, parse_uncertain_policy(policy), blank, seed=0, teacher=teacher)
+    for column, (label, ours) in enumerate(zip(LABELS, target.T, strict=True)):
+        raw = real_frame[label].fillna(0)
+        if policies[label] in BOUNDS:
+            certain = raw != -1
+            np.testing.assert_array_equal(ours[certain], raw[certain])
+            assert pd.Series(ours[~certain]).between(*BOUNDS[policies[label]]).all()
+        else:
+            expected = BY_PANDAS[policies[label]](raw.astype(np.float32), teacher[:, column])
+            np.testing.assert_array_equal(ours, expected)
+        masked = (real_frame[label] == -1) & (policies[label] == "ignore")
+        masked |= real_frame[label].isna() & (blank == "ignore")
+        np.testing.assert_array_equal(mask[:, column], ~masked)
+
+
+@pytest.fixture(scope="module")
+def xrv(real_csv: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """`pathologies` and `labels` of torchxrayvision's CheXpert, all AP and PA rows of it."""
+    # In a process of its own, because its import puts a package `model` in front of ours.
+    file = tmp_path_factory.mktemp("xrv") / "labels.npz"
+    program = (
+        "import sys, numpy; from torchxrayvision.datasets import CheX_Dataset\n"
+        "data = CheX_Dataset('', csvpath=sys.argv[1], views=['PA', 'AP'], unique_patients=False)\n"
+        "numpy.savez(sys.argv[2], labels=data.labels, pathologies=data.pathologies)"
+    )
+    subprocess.run([sys.executable, "-I", "-c", program, real_csv, file], check=True, capture_output=True)
+    return np.load(file)
+
+
+def test_ignoring_both_equals_torchxrayvision(real_table: Any, xrv: Any) -> None:
+    # It drops the frontals whose AP/PA is LL or RL.
+    rows = real_table.filter(pc.is_in(real_table["projection"], value_set=pc.cast(["AP", "PA"], "string")))
+    target, mask = make_targets(rows, parse_uncertain_policy("ignore"), "ignore", seed=0)
+    assert xrv["labels"].shape == (191_010, 13)
+    healthy = pc.fill_null(pc.equal(rows["No Finding"], 1), False).to_numpy()
+    for name, labels in zip(xrv["pathologies"], xrv["labels"].T, strict=True):
+        column = LABELS.index("Pleural Effusion" if name == "Effusion" else name)
+        ours = np.where(mask[:, column], target[:, column], np.nan)
+        # By its definition "No Finding" makes the other labels negative, but for support devices.
+        same = ~healthy if name != "Support Devices" else np.full_like(healthy, True)
+        np.testing.assert_array_equal(ours[same], labels[same])
+        assert (labels[~same] == 0).all()
+
+
+def test_best_equals_libaucs_rule_but_for_pleural_effusion(real_table: Any, real_frame: pd.DataFrame) -> None:
+    """Its documented rule (libauc/datasets/chexpert.py), because its loader does nothing under pandas 3."""
+    target, mask = make_targets(real_table, parse_uncertain_policy("best"), "zeros", seed=0)
+    assert mask.all()
     for column, label in enumerate(LABELS):
-        raw = real_frame[label]
-        of_label = BEST_POLICY[label] if policy == "best" else policy
-        if of_label != "smooth-ones":  # its draws are tested below
-            expected = raw.fillna(0).replace(-1, {"zeros": 0, "ones": 1, "ignore": 0}[of_label])
-            np.testing.assert_array_equal(target[:, column], expected)
-        used = pd.Series(True, raw.index)
-        if of_label == "ignore":
-            used &= raw != -1
-        if blank == "ignore":
-            used &= raw.notna()
-        np.testing.assert_array_equal(mask[:, column], used)
+        theirs = real_frame[label].replace(-1, 1 if label in ("Edema", "Atelectasis") else 0).fillna(0)
+        # Of an effusion it makes 0 too, where `best` smooths.
+        same = (real_frame[label] != -1) | (label != "Pleural Effusion")
+        np.testing.assert_array_equal(target[same, column], theirs[same])
+
+
+@pytest.mark.parametrize("policy", ["best", "ignore", "multiclass", "selftrained"])
+@pytest.mark.parametrize("blank", ["zeros", "ignore"])
+def test_labels_with_one_class_equal_pandas(
+    real_table: Any, real_frame: pd.DataFrame, teacher: Any, policy: str, blank: str
+) -> None:
+    target, mask = make_targets(real_table, parse_uncertain_policy(policy), blank, 0, teacher)
+    expected = [("No Finding", 22_381, 0)] if blank == "ignore" else []
+    assert one_class_labels(target, mask) == expected
+    # The first nine patients have too few images for all labels to have both.
+    few = (real_frame["Path"] < "CheXpert-v1.0-small/train/patient00010").to_numpy()
+    found = {label: counts for label, *counts in one_class_labels(target[few], mask[few])}
+    ours = pd.DataFrame(np.where(mask, target, np.nan)[few], columns=LABELS)
+    assert found == {
+        label: [(cells >= 0.5).sum(), cells.between(0, 0.5, inclusive="left").sum()]
+        for label, cells in ours.items()
+        if not ((cells >= 0.5).any() and cells.between(0, 0.5, inclusive="left").any())
+    }
+    assert found
+
+
+def test_selftrained_needs_a_teacher(real_table: Any) -> None:
+    with pytest.raises(DataError) as caught:
+        make_targets(real_table, parse_uncertain_policy("best,Edema=selftrained"), "zeros", seed=0)
+    assert str(caught.value) == (
+        "label Edema is selftrained: it needs a --teacher, a run that was scored on train"
+    )
 
 
 @pytest.mark.parametrize(("policy", "low", "high"), [("smooth-zeros", 0, 0.3), ("smooth-ones", 0.55, 0.85)])

@@ -13,7 +13,9 @@ REPOSITORY = Path(train.__file__).parent
 
 def make(*arguments: str) -> subprocess.CompletedProcess[str]:
     # Without the variables of the `make test` this test itself runs under.
-    environment = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL")}
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL")
+    }
     command = ["make", "--no-print-directory", "-C", str(REPOSITORY), *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
 
@@ -30,8 +32,13 @@ def test_make_alone_lists_every_target() -> None:
         (["train", "LR=3e-3", "WD=1e-3"], "--lr 3e-3 --weight-decay 1e-3"),
         (["train", "LR=3e-3", "WD=1e-3"], "lr3e-3-wd1e-3-seed0"),
         (["train", "UNCERTAIN=ones"], "--uncertain ones"),
+        (["train", "UNCERTAIN=ones"], "-ones-seed0 "),
+        (["train", "UNCERTAIN=selftrained", "TEACHER=runs/t"], "--uncertain selftrained --teacher runs/t"),
         (["train", "OUT=there", "DATA=here"], "--arch resnet50 --lr 1e-4 --weight-decay 1e-2"),
-        (["shards", "DATA=here", "OUT=there"], "pipeline shards here there --size 320 --views frontal --uncertain be"),
+        (
+            ["shards", "DATA=here", "OUT=there"],
+            "pipeline shards here there --size 320 --views frontal --uncertain be",
+        ),
         (["evaluate", "OUT=there", "RUN=r", "SPLIT=dev"], "train.py --shards there --run r --evaluate dev"),
     ],
 )

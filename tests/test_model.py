@@ -12,7 +12,7 @@ from torchvision.transforms.functional import InterpolationMode, affine
 
 from model.augment import affine_matrices, augment, normalize
 from model.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from model.losses import masked_bce
+from model.losses import label_scores, masked_loss
 from model.metrics import report_auroc
 from model.networks import ARCHITECTURES, build_network
 
@@ -39,13 +39,57 @@ def test_masked_loss_is_the_mean_over_the_cells_in_the_mask() -> None:
     logits, target = torch.randn(8, 14), torch.rand(8, 14)
     mask = torch.rand(8, 14) < 0.5
     expected = F.binary_cross_entropy_with_logits(logits[mask], target[mask])
-    torch.testing.assert_close(masked_bce(logits, target, mask), expected)
-    assert masked_bce(logits, target, torch.zeros(8, 14, dtype=torch.bool)) == 0
+    torch.testing.assert_close(masked_loss(logits, target, mask), expected)
+    assert masked_loss(logits, target, torch.zeros(8, 14, dtype=torch.bool)) == 0
     # an ignored cell has no influence, whatever it holds
     logits.requires_grad_()
-    masked_bce(logits, target, mask).backward()
+    masked_loss(logits, target, mask).backward()
     assert logits.grad is not None
     assert (logits.grad[~mask] == 0).all()
+
+
+def test_three_classes_are_softmax_cross_entropy_and_its_two_certain_classes_the_score() -> None:
+    columns = torch.tensor([2, 5, 11])
+    binary = torch.tensor([label for label in range(14) if label not in columns])
+    logits, target = torch.randn(8, 17, dtype=torch.bfloat16), torch.rand(8, 14)
+    target[:, columns] = torch.tensor([-1.0, 0.0, 1.0])[torch.randint(0, 3, (8, 3))]
+    mask = torch.rand(8, 14) < 0.6
+    negative, positive, uncertain = torch.zeros(8, 3), logits[:, columns].float(), logits[:, 14:].float()
+    classes = torch.stack([negative, uncertain, positive], dim=2)  # [8, 3, 3], in the paper's order
+    truth = torch.tensor([1, 0, 2])[(target[:, columns] + 1).long()]  # from -1, 0, 1
+
+    ours, others = mask[:, columns], mask[:, binary]
+    losses = torch.cat(
+        [
+            F.cross_entropy(classes[ours], truth[ours], reduction="none"),
+            F.binary_cross_entropy_with_logits(
+                logits[:, binary].float()[others], target[:, binary][others], reduction="none"
+            ),
+        ]
+    )
+    loss = masked_loss(logits, target, mask, columns)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, losses.mean())
+    torch.testing.assert_close(  # all labels with three classes
+        masked_loss(logits[:, [2, 5, 11, 14, 15, 16]], target[:, columns], ours, torch.arange(3)),
+        F.cross_entropy(classes[ours], truth[ours]),
+    )
+
+    scores = label_scores(logits, 14)
+    shares = torch.softmax(classes, dim=2)
+    expected = shares[:, :, 2] / (shares[:, :, 0] + shares[:, :, 2])
+    torch.testing.assert_close(scores[:, columns], expected)
+    torch.testing.assert_close(scores[:, binary], torch.sigmoid(logits[:, binary].float()))
+
+
+def test_three_classes_pass_gradients_to_cells_in_the_mask_alone() -> None:
+    logits = torch.randn(4, 28, requires_grad=True)
+    mask = torch.rand(4, 14) < 0.5
+    target = torch.randint(-1, 2, (4, 14)).float()
+    masked_loss(logits, target, mask, torch.arange(14)).backward()
+    assert logits.grad is not None
+    assert ((logits.grad != 0) == mask.repeat(1, 2)).all()
+    assert masked_loss(logits, target, torch.zeros_like(mask), torch.arange(14)) == 0
 
 
 def test_auroc_equals_scikit_learn_and_skips_one_class_labels() -> None:

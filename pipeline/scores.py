@@ -1,0 +1,53 @@
+"""A run's scores of a split ↔ `scores-<split>.arrow`.
+
+An Arrow IPC file with one row per image, in the order of the split's table:
+    key         string   as in that table
+    patient     string
+    study       int32
+    <14 labels> float32  score in [0, 1]
+"""
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline import DataError
+from pipeline.labels import LABELS
+from pipeline.manifest import write_table
+
+
+def write_scores(path: Path, table: pa.Table, scores: npt.NDArray[np.float32]) -> None:
+    """Write the scores [N, 14] of the rows of a split's table, atomically."""
+    columns = dict(zip(LABELS, scores.T.copy(), strict=True))
+    write_table(path, pa.table({name: table[name] for name in ("key", "patient", "study")} | columns))
+
+
+def read_scores(path: Path, keys: pa.ChunkedArray) -> npt.NDArray[np.float32]:
+    """The scores [N, 14] of the images `keys` [N], in whatever order the file has them.
+
+    Raises DataError where the file is not one of scores, lacks an image, or has a score outside [0, 1].
+    """
+    try:
+        table = pa.ipc.open_file(path.read_bytes()).read_all()
+        found = table["key"].cast(pa.string()).combine_chunks()
+        scores = np.column_stack([table[label].cast(pa.float32()).to_numpy() for label in LABELS])
+    except (OSError, KeyError, pa.ArrowException) as error:
+        raise DataError(f"{path}: damaged, or not a file of scores: {error}") from error
+    rows = pc.index_in(keys, value_set=found)
+    if rows.null_count:
+        example = keys.filter(rows.is_null())[0]
+        raise DataError(
+            f"{path}: no scores of {rows.null_count:,} of {len(keys):,} images, such as {example}; "
+            "they are of other shards"
+        )
+    wrong = ~((scores >= 0) & (scores <= 1))  # so, because NaN is in no range
+    if wrong.any():
+        row, column = np.argwhere(wrong)[0]
+        raise DataError(
+            f"{path}: {found[row]}, {LABELS[column]}: the score {scores[row, column]} is not in [0, 1]"
+        )
+    chosen: npt.NDArray[np.float32] = scores[rows.to_numpy()]
+    return chosen
