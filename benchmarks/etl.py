@@ -1,0 +1,168 @@
+"""Images/s of `pipeline shards` beside img2dataset, a plain Pillow script, and the codec alone.
+
+    make bench-etl
+
+All contestants read the same files, use two processes and write 224-pixel JPEGs of quality 95; each figure is
+the median over rounds of the whole command, start-up included; ratios are medians of the rounds' own ratios,
+because this machine's speed drifts. `codec` is the limit: decode, resize and encode in a bare loop, from
+memory. img2dataset lives in an environment of its own (PEERS).
+"""
+
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from multiprocessing import get_context
+from pathlib import Path
+
+import click
+import numpy as np
+import simplejpeg
+from PIL import Image
+
+from pipeline.labels import COLUMNS
+from pipeline.sample import write_sample
+
+SIZE, QUALITY, PROCESSES = 224, 95, 2
+PIPELINE = Path(sys.executable).with_name("pipeline")
+IMG2DATASET = """
+import sys
+from img2dataset import download
+if __name__ == "__main__":
+    download(url_list=sys.argv[1], output_folder=sys.argv[2], input_format="txt", output_format="webdataset",
+             image_size=224, resize_mode="keep_ratio", encode_format="jpg", encode_quality=95, processes_count=2,
+             thread_count=16, number_sample_per_shard=1000, enable_wandb=False, retries=0)
+"""
+
+
+def make_source(folder: Path, images: int, large: bool) -> tuple[Path, list[Path]]:
+    """A CheXpert folder of `images` drawn frontals: hard links to 400 films, enlarged to 2828×2320 if large."""
+    drawn = write_sample(folder / "drawn", images=500, seed=1)
+    films = [path for path in sorted(drawn.rglob("*frontal.jpg")) if Image.open(path).size == (390, 320)]
+    films = films[: 40 if large else 400]
+    if large:
+        for path in films:
+            film = Image.open(path).resize((2828, 2320), Image.Resampling.BICUBIC)
+            grain = np.random.default_rng(0).normal(0, 3, (2320, 2828))
+            pixels = np.clip(np.asarray(film) + grain, 0, 255).astype(np.uint8)
+            path.write_bytes(simplejpeg.encode_jpeg(pixels[..., None], quality=90, colorspace="GRAY"))
+    source = folder / "CheXpert-v1.0-small"
+    paths = []
+    lines = [",".join(COLUMNS)]
+    for number in range(images):
+        path = source / "train" / f"patient{number:05d}" / "study1" / "view1_frontal.jpg"
+        path.parent.mkdir(parents=True)
+        os.link(films[number % len(films)], path)
+        paths.append(path)
+        lines.append(f"{path.relative_to(folder)},Female,60,Frontal,AP,1.0" + "," * 13)
+    (source / "train.csv").write_text("\n".join(lines) + "\n")
+    return source, paths
+
+
+def run_ours(source: Path, paths: list[Path], out: Path) -> None:
+    per_shard = min(1000, len(paths) // 16)  # enough shards for the two processes to share
+    command = [PIPELINE, "shards", source, out, "--size", SIZE, "--dev", 0, "--workers", PROCESSES]
+    command += ["--samples-per-shard", per_shard]
+    subprocess.run(list(map(str, command)), check=True, capture_output=True)
+
+
+def run_img2dataset(source: Path, paths: list[Path], out: Path, peers: Path) -> None:
+    urls = out.with_suffix(".txt")
+    urls.write_text("\n".join(path.as_uri() for path in paths))
+    script = out.with_suffix(".py")
+    script.write_text(IMG2DATASET)
+    environment = os.environ | {"NO_ALBUMENTATIONS_UPDATE": "1"}
+    subprocess.run([peers, script, urls, out], check=True, capture_output=True, env=environment)
+    done = sum(json.loads(stats.read_text())["successes"] for stats in out.glob("*_stats.json"))
+    if done != len(paths):
+        raise RuntimeError(f"img2dataset wrote {done} of {len(paths)} images")
+
+
+def convert_with_pillow(task: tuple[Path, Path]) -> None:
+    """The script everybody writes first."""
+    source, target = task
+    image = Image.open(source).convert("L")
+    scale = SIZE / min(image.size)
+    shape = (round(image.width * scale), round(image.height * scale))
+    image.resize(shape, Image.Resampling.LANCZOS).save(target, quality=QUALITY)
+
+
+def run_pillow(source: Path, paths: list[Path], out: Path) -> None:
+    out.mkdir()
+    tasks = [(path, out / f"{number:06d}.jpg") for number, path in enumerate(paths)]
+    with get_context("spawn").Pool(PROCESSES) as pool:
+        pool.map(convert_with_pillow, tasks, chunksize=50)
+
+
+def run_codec(paths: list[Path]) -> float:
+    """Images/s of the bare loop in two processes, from memory."""
+    with get_context("spawn").Pool(PROCESSES) as pool:
+        halves = [paths[number::PROCESSES] for number in range(PROCESSES)]
+        return sum(pool.map(codec_loop, halves))
+
+
+def codec_loop(paths: list[Path]) -> float:
+    """Images/s of decode, resize and encode: nothing checked, nothing stripped, nothing written."""
+    contents = [path.read_bytes() for path in paths[:400]]
+    height, width, _, _ = simplejpeg.decode_jpeg_header(contents[0])
+    large = height > 8 * SIZE
+    shape = (round(width * SIZE / height), SIZE)
+    minimum = round((1.25 if large else 2) * SIZE)
+    kind = Image.Resampling.LANCZOS if large else Image.Resampling.HAMMING
+    start = time.perf_counter()
+    for number in range(len(paths)):
+        data = contents[number % len(contents)]
+        pixels = simplejpeg.decode_jpeg(data, colorspace="GRAY", min_height=minimum, min_width=minimum)
+        small = np.asarray(Image.fromarray(pixels[:, :, 0]).resize(shape, kind))
+        simplejpeg.encode_jpeg(small[:, :, None], quality=QUALITY, colorspace="GRAY")
+    return len(paths) / (time.perf_counter() - start)
+
+
+@click.command()
+@click.option("--peers", type=click.Path(path_type=Path), help="Python that has img2dataset.")
+@click.option(
+    "--images", default=16_000, show_default=True, help="390×320 sources; a fortieth of 2828×2320 ones."
+)
+@click.option("--rounds", default=3, show_default=True)
+def main(peers: Path | None, images: int, rounds: int) -> None:
+    """Print images/s and ratios for small and large sources."""
+    for large in (False, True):
+        count = images // 40 if large else images
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            source, paths = make_source(folder, count, large)
+            contestants: dict[str, tuple[Callable[..., None], int]] = {
+                "pipeline shards": (run_ours, count),
+                "Pillow script": (run_pillow, count if large else count // 2),
+            }
+            if peers and not large:
+
+                def with_peers(source: Path, paths: list[Path], out: Path) -> None:
+                    run_img2dataset(source, paths, out, peers)
+
+                contestants["img2dataset"] = (with_peers, count // 2)
+            rates: dict[str, list[float]] = {name: [] for name in (*contestants, "codec")}
+            for _ in range(rounds):
+                for contestant, (run, number) in contestants.items():
+                    out = folder / "out"
+                    start = time.perf_counter()
+                    run(source, paths[:number], out)
+                    rates[contestant].append(number / (time.perf_counter() - start))
+                    shutil.rmtree(out)
+                rates["codec"].append(run_codec(paths))
+            print(f"{'2828×2320' if large else '390×320'} to {SIZE}, {count:,} images, {rounds} rounds")
+            ours = rates["pipeline shards"]
+            for contestant, values in rates.items():
+                ratio = statistics.median(a / b for a, b in zip(ours, values, strict=True))
+                print(
+                    f"  {contestant:16} {statistics.median(values):8,.0f} images/s   ours is {ratio:.2f} of it"
+                )
+
+
+if __name__ == "__main__":
+    main()
