@@ -45,7 +45,7 @@ SHARDS = $(BIN)/pipeline shards $(DATA) $(OUT) --size $(SIZE) --views $(VIEWS) -
 	--blank $(BLANK) --dev $(DEV) --workers $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup shards verify stats train evaluate test lint bench-etl lock clean
+.PHONY: help setup shards verify stats train evaluate test lint bench-etl bench-scale lock clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -82,6 +82,9 @@ lint: .venv/installed  ## check style (ruff) and types (mypy)
 
 bench-etl: .venv/installed .venv-peers/installed  ## measure sharding beside img2dataset, Pillow and the codec
 	$(BIN)/python benchmarks/etl.py --peers .venv-peers/bin/python
+
+bench-scale: .venv/installed  ## shard the whole real label table; measure time and memory
+	$(BIN)/python benchmarks/scale.py
 
 lock:  ## resolve the dependencies anew into requirements.lock (needs uv)
 	uv pip compile --quiet --upgrade --universal --python-version 3.11 --no-annotate --extra dev pyproject.toml \

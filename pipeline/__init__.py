@@ -4,6 +4,7 @@ Modules, in the order the data flows:
     labels    CSV → label table (Arrow), policies for uncertain and blank, patient split
     source    a CheXpert folder, as people have it → label table per split, and where each image lies
     images    image file → what is stored, without metadata → uint8 array
+    tar       tar members: the header written, and a strict walk over any tar
     workers   tasks → results, in processes that may be killed
     shards    source + options → tar shards, Arrow index, manifest
     preview   source + options → what that would give, without writing
@@ -13,7 +14,8 @@ Modules, in the order the data flows:
     verify    shards → what is wrong with them
     index     shards that others wrote → Arrow index and manifest
     scores    a run's scores of a split ↔ Arrow file
-    stats     label table → counts
+    stats     label table → counts, groups, co-occurrence, policies, drift
+    plots     counts → a figure
     films     anatomy and findings → a synthetic chest film
     sample    a synthetic CheXpert of such films, for the first run and the tests
     console   exit codes and progress bars

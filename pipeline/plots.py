@@ -5,6 +5,7 @@ pyplot: no window, no global state. The same numbers give the same bytes with th
 """
 
 import io
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -24,14 +25,14 @@ DPI = 200
 
 def draw_report(statistics: Statistics, cooccurrence: Mapping[str, Mapping[str, int]] | None) -> Figure:
     """Bars of the states in percent of the images, in the labels' order; beside them the heat map, if any."""
-    width = 7.5 if cooccurrence is None else 13.5
-    figure = Figure(figsize=(width, 5.4), layout="constrained")
-    totals = (f"{statistics['images']:,} images", f"{statistics['studies']:,} studies")
-    figure.suptitle(", ".join((*totals, f"{statistics['patients']:,} patients")), fontsize=12)
+    size = (7.5, 5.0) if cooccurrence is None else (13.0, 6.2)
+    figure = Figure(figsize=size, layout="constrained")
+    totals = (f"{statistics[unit]:,} {unit}" for unit in ("images", "studies", "patients"))
+    figure.suptitle(", ".join(totals), fontsize=12)
     if cooccurrence is None:
         _draw_states(figure.subplots(), statistics)
     else:
-        left, right = figure.subplots(1, 2, sharey=True, width_ratios=[7, 6])
+        left, right = figure.subplots(1, 2, sharey=True)
         _draw_states(left, statistics)
         _draw_cooccurrence(figure, right, cooccurrence)
     return figure
@@ -71,20 +72,19 @@ def _draw_cooccurrence(figure: Figure, axes: Axes, cooccurrence: Mapping[str, Ma
     """P(column | row) in percent; the diagonal, which is always 100, is left out."""
     labels = list(cooccurrence)
     shares = [
-        [
-            float("nan") if label == other or not row[label] else 100 * row[other] / row[label]
-            for other in labels
-        ]
+        [math.nan if label == other or not row[label] else 100 * row[other] / row[label] for other in labels]
         for label, row in cooccurrence.items()
     ]
-    image = axes.imshow(shares, cmap="cividis", vmin=0, vmax=100, aspect="auto")
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=100, aspect="auto")
+    axes.set_facecolor(COLORS["blank"])
     for y, row in enumerate(shares):
         for x, share in enumerate(row):
-            if share == share:  # not NaN
-                color = "white" if share < 55 else "black"
+            if not math.isnan(share):
+                color = "white" if share > 55 else "black"
                 axes.text(x, y, f"{share:.0f}", ha="center", va="center", fontsize=8, color=color)
-    axes.set_xticks(range(len(labels)), labels=labels, rotation=45, ha="right", rotation_mode="anchor")
+    axes.set_xticks(range(len(labels)), labels=labels, rotation=90, fontsize=9)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    axes.set_title("images with the row's label that have the column's too (%)", fontsize=10)
-    figure.colorbar(image, ax=axes, pad=0.02, label="P(column | row), %")
+    axes.set_title("of the images positive for the row, positive for the column too", fontsize=10)
+    bar = figure.colorbar(image, ax=axes, pad=0.02, label="P(column | row), %")
+    bar.outline.set_visible(False)
