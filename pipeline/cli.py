@@ -234,10 +234,18 @@ def stats(
         raise click.UsageError(
             "--format csv has room for one of --by, --cooccurrence, --policy and --against"
         )
+    if by == "view" and views != "all":
+        raise click.UsageError(f"--by view has one group under --views {views}")
+    if by == "projection" and views == "lateral":
+        raise click.UsageError("--by projection has one group under --views lateral: laterals have none")
     if against_split and not against:
         raise click.UsageError("--against-split needs --against")
+    if against and against_split == split and against.samefile(source):
+        raise click.UsageError("--against is SOURCE itself; name another --against-split")
     if plot and plot.suffix.lower() not in (".png", ".svg"):
         raise click.UsageError(f"--plot {plot}: the name must end in .png or .svg")
+    if plot and not plot.parent.is_dir():
+        raise click.UsageError(f"--plot {plot}: there is no folder {plot.parent}")
     policies = s.parse_policies(policy) if policy else None
     table = s.load_table(source, split, views)
     statistics = s.count_labels(table)
@@ -289,14 +297,16 @@ def _print_report(report: "Report") -> None:
         }
         _print_table(f"positive % by {report['by']['variable']}", headings, shares)
     if "cooccurrence" in report:
-        together = report["cooccurrence"]
-        cells = {
-            label: [f"{100 * count / row[label]:.0f}" if row[label] else "–" for count in row.values()]
-            for label, row in together.items()
+        numbered = enumerate(report["cooccurrence"].items(), 1)
+        together = {f"{number:2} {label}": (label, row) for number, (label, row) in numbered}
+        headings = [str(number) for number in range(1, len(together) + 1)]
+        counts = {name: [str(count) for count in row.values()] for name, (_, row) in together.items()}
+        _print_table("images positive for the row and the column", headings, counts)
+        shares = {
+            name: [f"{100 * count / row[label]:.0f}" if row[label] else "–" for count in row.values()]
+            for name, (label, row) in together.items()
         }
-        numbered = {f"{number:2} {label}": row for number, (label, row) in enumerate(cells.items(), 1)}
-        headings = [str(number) for number in range(1, len(cells) + 1)]
-        _print_table("of the images with the row's label, % that have the column's", headings, numbered)
+        _print_table("P(column | row), %: of the images positive for the row", headings, shares)
     if "policy" in report:
         headings = ["uncertain", "positives", "negatives", "masked", "mean target", "pos. weight"]
         cells = {
@@ -320,8 +330,12 @@ def _print_report(report: "Report") -> None:
             ]
             for label, row in other["labels"].items()
         }
-        title = f"against {other['images']:,} images of {other['patients']:,} patients"
-        _print_table(f"{title}, {other['shared_patients']:,} of them in both; positive", headings, cells)
+        title = (
+            f"positive against {other['images']:,} images of {other['patients']:,} patients, "
+            f"{other['shared_patients']:,} of them in both\n"
+            "standardised: (p1 - p2) / sqrt((p1 (1 - p1) + p2 (1 - p2)) / 2), notable above 0.1"
+        )
+        _print_table(title, headings, cells)
 
 
 def _print_table(title: str, headings: list[str], rows: dict[str, list[str]]) -> None:
@@ -329,14 +343,16 @@ def _print_table(title: str, headings: list[str], rows: dict[str, list[str]]) ->
     from rich.table import Table
 
     table = Table(title=title, title_justify="left")
-    table.add_column("label", no_wrap=True)
-    for heading in headings:
-        table.add_column(heading, justify="right")
+    table.add_column("label")
+    for heading, column in zip(headings, zip(*rows.values(), strict=True), strict=True):
+        width = max(map(len, (heading, *column)))
+        table.add_column(heading, justify="right", no_wrap=True, min_width=width)
     for label, cells in rows.items():
         table.add_row(label, *cells)
     console = Console()
-    if not console.is_terminal:
-        console.width = 160  # a file or pipe has no width to fit
+    # Labels may break to fit a terminal, numbers are never cut; a file or pipe has no width to fit.
+    needed = console.measure(table, options=console.options.update(width=1000))
+    console.width = max(console.width, needed.minimum) if console.is_terminal else needed.maximum
     console.print(table)
 
 

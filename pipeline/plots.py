@@ -16,8 +16,7 @@ from matplotlib.figure import Figure
 from pipeline.manifest import write_atomically
 from pipeline.stats import STATES, Statistics
 
-FORMATS = (".png", ".svg")
-# Okabe and Ito's colours, which the colour-blind tell apart; blank is no finding's colour, so it is gray.
+# Okabe and Ito's colours, which the colour-blind tell apart; gray for what was not mentioned.
 COLORS = {"positive": "#D55E00", "uncertain": "#F0E442", "negative": "#56B4E9", "blank": "#E3E3E3"}
 NAMED_SHARE = 5.0  # percent: a narrower bar has no room for its number
 DPI = 200

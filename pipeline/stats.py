@@ -37,7 +37,6 @@ STATES = {"positive": 1, "uncertain": -1, "negative": 0, "blank": None}
 # What to group by, and the group of the images without it.
 NO_GROUP = {"view": "unknown", "sex": "Unknown", "age": "unknown", "projection": "none"}
 AGE_BANDS = {"0-17": 0, "18-39": 18, "40-59": 40, "60-79": 60, "80+": 80}  # from that year on
-SECTIONS = ("by", "cooccurrence", "policy", "against")
 # What an uncertain cell becomes, on average over the draws; None: it is masked.
 UNCERTAIN_TARGETS: dict[str, float | None] = {"zeros": 0.0, "ones": 1.0, "ignore": None} | {
     policy: sum(bounds) / 2 for policy, bounds in SMOOTH_RANGES.items()
@@ -218,7 +217,7 @@ def compare_tables(table: pa.Table, other: pa.Table) -> Comparison:
     """Drift of each label's share of positives between two label tables, and the patients in both.
 
     The standardised difference is (p1 - p2) / sqrt((p1 (1 - p1) + p2 (1 - p2)) / 2), by convention notable
-    above 0.1, and null (None) where no label varies in either: Austin, "Balance diagnostics for comparing the
+    above 0.1, and null (None) where the label varies in neither: Austin, "Balance diagnostics for comparing the
     distribution of baseline covariates between treatment groups in propensity-score matched samples",
     Statistics in Medicine 28 (2009), 3083-3107. Not a z: that takes a patient's images for independent, and
     with 200,000 of them calls any difference significant.

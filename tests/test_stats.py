@@ -207,7 +207,14 @@ def test_plots_show_the_numbers(chexpert: Path, tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["--plot", "labels.pdf"], "Error: --plot labels.pdf: the name must end in .png or .svg"),
+        (["--plot", "missing/labels.png"], "Error: --plot missing/labels.png: there is no folder missing"),
         (["--against-split", "dev"], "Error: --against-split needs --against"),
+        (["--against", "."], "Error: --against is SOURCE itself; name another --against-split"),
+        (["--by", "view", "--views", "frontal"], "Error: --by view has one group under --views frontal"),
+        (
+            ["--by", "projection", "--views", "lateral"],
+            "Error: --by projection has one group under --views lateral",
+        ),
         (
             ["--by", "sex", "--cooccurrence", "--format", "csv"],
             "Error: --format csv has room for one of --by, --coo",
@@ -215,6 +222,7 @@ def test_plots_show_the_numbers(chexpert: Path, tmp_path: Path) -> None:
     ],
 )
 def test_options_that_do_not_fit_are_usage_errors(chexpert: Path, arguments: list[str], message: str) -> None:
-    failed = run(chexpert, *arguments)
+    filled = [str(chexpert) if argument == "." else argument for argument in arguments]
+    failed = run(chexpert, *filled)
     assert failed.returncode == 2
     assert failed.stderr.splitlines()[-1].startswith(message)
