@@ -300,13 +300,13 @@ def _print_report(report: "Report") -> None:
         numbered = enumerate(report["cooccurrence"].items(), 1)
         together = {f"{number:2} {label}": (label, row) for number, (label, row) in numbered}
         headings = [str(number) for number in range(1, len(together) + 1)]
-        counts = {name: [str(count) for count in row.values()] for name, (_, row) in together.items()}
-        _print_table("images positive for the row and the column", headings, counts)
-        shares = {
+        cells = {name: [str(count) for count in row.values()] for name, (_, row) in together.items()}
+        _print_table("images positive for the row and the column", headings, cells)
+        cells = {
             name: [f"{100 * count / row[label]:.0f}" if row[label] else "–" for count in row.values()]
             for name, (label, row) in together.items()
         }
-        _print_table("P(column | row), %: of the images positive for the row", headings, shares)
+        _print_table("P(column | row), %: of the images positive for the row", headings, cells)
     if "policy" in report:
         headings = ["uncertain", "positives", "negatives", "masked", "mean target", "pos. weight"]
         cells = {

@@ -13,7 +13,7 @@ from PIL import Image
 from pipeline.labels import LABELS, make_targets, parse_uncertain_policy, read_labels
 from pipeline.manifest import Manifest
 from pipeline.plots import draw_report
-from pipeline.stats import count_labels
+from pipeline.stats import count_cooccurrence, count_groups, count_labels, load_table
 from tests.conftest import run_pipeline
 
 # shared by everyone who has the set: positive/uncertain/negative/blank, all rows and frontal rows
@@ -100,6 +100,11 @@ def frame(real_csv: Path) -> pd.DataFrame:
     return pd.read_csv(real_csv)
 
 
+@pytest.fixture(scope="module")
+def table(real_csv: Path) -> pa.Table:
+    return load_table(real_csv, None, "all")
+
+
 def report(*arguments: object) -> Any:
     done = run(*arguments, "--format", "json")
     assert done.returncode == 0, done.stderr
@@ -107,7 +112,7 @@ def report(*arguments: object) -> Any:
 
 
 @pytest.mark.parametrize("variable", ["view", "sex", "age", "projection"])
-def test_groups_equal_pandas(real_csv: Path, frame: pd.DataFrame, variable: str) -> None:
+def test_groups_equal_pandas(table: pa.Table, frame: pd.DataFrame, variable: str) -> None:
     bands = ["0-17", "18-39", "40-59", "60-79", "80+"]
     names = {
         "view": frame["Frontal/Lateral"].str.lower(),
@@ -115,7 +120,7 @@ def test_groups_equal_pandas(real_csv: Path, frame: pd.DataFrame, variable: str)
         "age": pd.cut(frame["Age"], [-1, 17, 39, 59, 79, 200], labels=bands).astype(str),
         "projection": frame["AP/PA"].fillna("none"),
     }[variable]
-    groups = report(real_csv, "--by", variable)["by"]
+    groups = count_groups(table, variable)
     assert groups["variable"] == variable
     assert set(groups["groups"]) == set(names)
     for name, group in groups["groups"].items():
@@ -125,8 +130,8 @@ def test_groups_equal_pandas(real_csv: Path, frame: pd.DataFrame, variable: str)
         assert positives == (rows[list(LABELS)] == 1).sum().to_dict()
 
 
-def test_cooccurrence_equals_pandas(real_csv: Path, frame: pd.DataFrame) -> None:
-    together = report(real_csv, "--cooccurrence")["cooccurrence"]
+def test_cooccurrence_equals_pandas(table: pa.Table, frame: pd.DataFrame) -> None:
+    together = count_cooccurrence(table)
     positive = (frame[list(LABELS)] == 1).astype(int)
     pd.testing.assert_frame_equal(pd.DataFrame(together).T, positive.T @ positive, check_dtype=False)
 
@@ -201,6 +206,69 @@ def test_plots_show_the_numbers(chexpert: Path, tmp_path: Path) -> None:
     widths = [[bar.get_width() for bar in bars] for bars in axes.containers]
     for state, row in zip(("positive", "uncertain", "negative", "blank"), widths, strict=True):
         assert row == pytest.approx([100 * counts[state] / 48 for counts in statistics["labels"].values()])
+
+
+def test_heat_map_shows_the_share_of_the_row(chexpert: Path) -> None:
+    table = read_labels(chexpert / "train.csv")
+    frame = (table.to_pandas()[list(LABELS)] == 1).astype(int)
+    shares = 100 * (frame.T @ frame).div(frame.sum(), axis=0)
+    _, axes, _ = draw_report(count_labels(table), count_cooccurrence(table)).axes
+    assert {text.get_position(): text.get_text() for text in axes.texts} == {
+        (x, y): f"{shares.iloc[y, x]:.0f}" for y in range(len(LABELS)) for x in range(len(LABELS)) if x != y
+    }
+
+
+def test_a_plot_without_matplotlib_names_the_extra(
+    chexpert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "matplotlib.py").write_text("raise ModuleNotFoundError(name='matplotlib')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert run(chexpert).returncode == 0
+    failed = run(chexpert, "--plot", tmp_path / "labels.svg")
+    assert (failed.returncode, failed.stdout) == (1, "")
+    assert failed.stderr == "Error: --plot needs matplotlib: pip install '.[plots]'\n"
+
+
+def test_facts_that_are_missing_are_groups_of_their_own(chexpert: Path, tmp_path: Path) -> None:
+    frame = pd.read_csv(chexpert / "valid.csv")
+    path = tmp_path / "test_labels.csv"
+    frame[["Path", *LABELS]].to_csv(path, index=False)  # as the test set has them
+    for variable, name in (("sex", "Unknown"), ("age", "unknown"), ("projection", "none")):
+        groups = count_groups(read_labels(path), variable)["groups"]
+        assert {group: counts["images"] for group, counts in groups.items()} == {name: 12}
+    frame.loc[0, "Sex"] = "Unknown"
+    frame["Age"] = [0, 17, 18, 39, 40, 59, 60, 79, 80, 99, 20, 20]
+    frame.to_csv(path, index=False)
+    assert list(count_groups(read_labels(path), "sex")["groups"]) == ["Female", "Male", "Unknown"]
+    bands = count_groups(read_labels(path), "age")["groups"]
+    assert {band: group["images"] for band, group in bands.items()} == {
+        "0-17": 2, "18-39": 4, "40-59": 2, "60-79": 2, "80+": 2
+    }  # fmt: skip
+
+
+def test_tables_of_the_sections_show_the_json(chexpert: Path) -> None:
+    options = ["--by", "sex", "--cooccurrence", "--policy", "best", "--against", chexpert / "valid.csv"]
+    document = report(chexpert, *options)
+    lines = run(chexpert, *options).stdout.splitlines()
+    edema = [[cell.strip() for cell in line.split("│")[2:-1]] for line in lines if "Edema" in line]
+    groups = document["by"]["groups"].values()
+    together = document["cooccurrence"]["Edema"]
+    targets, drift = document["policy"]["labels"]["Edema"], document["against"]["labels"]["Edema"]
+    assert edema[1:] == [
+        [f"{100 * group['labels']['Edema']['share_positive']:.1f}" for group in groups],
+        [str(count) for count in together.values()],
+        [f"{100 * count / together['Edema']:.0f}" for count in together.values()],
+        [
+            "ones",
+            *(str(targets[name]) for name in ("positives", "negatives", "masked")),
+            *(f"{targets[name]:.3f}" for name in ("mean_target", "pos_weight")),
+        ],
+        [
+            *(f"{100 * drift[name]:.1f}" for name in ("share_positive", "other_share_positive")),
+            f"{100 * drift['difference']:+.1f}",
+            f"{drift['standardised_difference']:+.3f}",
+        ],
+    ]
 
 
 @pytest.mark.parametrize(
