@@ -48,7 +48,6 @@ LABELS = (
 )
 FACTS = ("Sex", "Age", "Frontal/Lateral", "AP/PA")
 COLUMNS = ("Path", *FACTS, *LABELS)
-CSV_SPLITS = ("train", "valid")
 VIEWS = ("frontal", "lateral", "all")
 
 UNCERTAIN_POLICIES = (
@@ -114,28 +113,6 @@ def read_labels(csv: Path) -> pa.Table:
     }
     columns |= {label: _parse_states(csv, label, table[label]) for label in LABELS}
     return pa.table(columns).combine_chunks()
-
-
-def find_csvs(folder: Path) -> dict[str, Path]:
-    """`train` and `valid` → their CSV, where `folder` or exactly one folder in it holds at least one.
-
-    Raises DataError where there is none, or more than one folder to choose from.
-    """
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder")
-    candidates = [folder, *sorted(path for path in folder.iterdir() if path.is_dir())]
-    found = {}
-    for candidate in candidates:
-        csvs = {split: path for split in CSV_SPLITS if (path := candidate / f"{split}.csv").is_file()}
-        if csvs and candidate == folder:
-            return csvs
-        if csvs:
-            found[candidate.name] = csvs
-    if not found:
-        raise DataError(f"{folder}: neither it nor a folder in it holds a train.csv or valid.csv")
-    if len(found) > 1:
-        raise DataError(f"{folder}: CSVs in several folders ({', '.join(found)}); name one of them")
-    return next(iter(found.values()))
 
 
 def select_views(table: pa.Table, views: str) -> pa.Table:

@@ -21,9 +21,10 @@ def test_sample_shards_and_stats_work_together(tmp_path: Path) -> None:
 
 
 def test_help_has_an_example_and_does_not_import_torch() -> None:
-    for command in ("sample", "shards", "stats"):
+    for command in ("sample", "shards", "verify", "index", "stats"):
         assert f"Example: pipeline {command} " in run(command, "--help").stdout
-    code = "import sys, pipeline.cli, pipeline.shards, pipeline.stats; sys.exit('torch' in sys.modules)"
+    modules = "pipeline.cli, pipeline.shards, pipeline.verify, pipeline.stats"
+    code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -15,7 +15,6 @@ from pipeline.labels import (
     LABELS,
     UNCERTAIN_POLICIES,
     evaluation_targets,
-    find_csvs,
     make_targets,
     one_class_labels,
     parse_uncertain_policy,
@@ -282,13 +281,3 @@ def test_underscores_in_headers_and_other_column_order(chexpert: Path) -> None:
     frame = frame[frame.columns[::-1]].rename(columns=lambda name: name.replace(" ", "_"))
     frame.to_csv(csv, index=False)
     assert read_labels(csv).equals(expected)
-
-
-def test_find_csvs_in_the_folder_or_its_parent(chexpert: Path, tmp_path: Path) -> None:
-    expected = {"train": chexpert / "train.csv", "valid": chexpert / "valid.csv"}
-    assert find_csvs(chexpert) == expected
-    assert find_csvs(tmp_path) == expected
-    with pytest.raises(DataError, match=r"neither it nor a folder in it holds a train.csv or valid.csv$"):
-        find_csvs(chexpert / "train")
-    with pytest.raises(DataError, match=r"nothing: no such folder$"):
-        find_csvs(tmp_path / "nothing")
