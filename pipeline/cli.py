@@ -167,7 +167,7 @@ def _print_run(out: Path, run: "RunSummary", seconds: float) -> None:
             f"{len(split.shards):4} shards {bytes_out / 1e6:10,.1f} MB"
         )
     if run.manifest.rejects:
-        click.echo(f"{len(run.manifest.rejects)} images rejected: see {out / 'rejects.csv'}")
+        click.echo(f"rejected images: {len(run.manifest.rejects):,}, see {out / 'rejects.csv'}")
     if not run.is_new:
         click.echo(f"{out}: complete already, nothing to do")
         return

@@ -2,9 +2,12 @@
 
 import subprocess
 import sys
+import tarfile
+from io import BytesIO
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from tests.conftest import run_pipeline as run
 
@@ -100,3 +103,40 @@ def test_bad_input_is_one_line_and_leaves_nothing_finished(
     assert f"{path}" in error
     assert message in error
     assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_strict_exits_with_3_where_an_image_was_rejected(chexpert: Path, tmp_path: Path) -> None:
+    (chexpert / "train/patient00002/study1/view1_frontal.jpg").unlink()
+    command = ("shards", chexpert, tmp_path / "out", "--max-bad", 0.5, "--workers", 2)
+    assert run(*command).returncode == 0
+    again = run(*command, "--strict")
+    assert again.returncode == 3
+    assert f"rejected images: 1, see {tmp_path / 'out' / 'rejects.csv'}" in again.stdout.splitlines()
+    assert run(*command, "--overwrite", "--size", 32, "--strict").returncode == 3
+
+
+def test_original_size_and_own_csvs_reach_the_library(chexpert: Path, tmp_path: Path) -> None:
+    own = chexpert / "train.csv"
+    options = ("--size", "original", "--split", f"mine={own}", "--root", chexpert, "--limit", 12)
+    made = run("shards", chexpert, tmp_path / "out", *options)
+    assert made.returncode == 0, made.stderr
+    assert made.stdout.startswith("mine         12 images")
+    with tarfile.open(tmp_path / "out" / "mine-000000.tar") as tar:
+        image = Image.open(BytesIO(tar.extractfile(tar.next()).read()))  # type: ignore[arg-type, union-attr]
+    assert image.size == (80, 64)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--size", "original", "--square", "pad"], "Error: --square needs a --size"),
+        (["--split", "train"], "'train' is not like train=foo.csv (dev comes out of train by --dev)"),
+        (["--size", "8"], "8 is not in the range x>=16."),
+    ],
+)
+def test_options_that_make_no_sense_are_usage_errors(
+    tmp_path: Path, options: list[str], message: str
+) -> None:
+    failed = run("shards", tmp_path, tmp_path / "out", *options)
+    assert failed.returncode == 2
+    assert message in failed.stderr.splitlines()[-1]
