@@ -314,6 +314,11 @@ def test_original_size_has_no_square(gray: Image.Image) -> None:
         prepare(encode(gray), ORIGINAL._replace(square="pad"))
 
 
-def test_resize_is_pillows_antialiased_bilinear(gray: Image.Image) -> None:
-    expected = np.asarray(gray.resize((64, 48), Image.Resampling.BILINEAR))
-    np.testing.assert_array_equal(resize(np.asarray(gray), 48, 64), expected)
+def test_resize_is_close_to_lanczos_and_does_not_alias(gray: Image.Image) -> None:
+    pixels = np.asarray(gray)  # [160, 200]
+    assert resize(pixels, 160, 200) is pixels
+    for height, width in ((120, 110), (80, 100), (79, 100), (80, 99), (20, 30)):
+        expected = np.asarray(gray.resize((width, height), Image.Resampling.LANCZOS))
+        assert difference(resize(pixels, height, width), expected) < 0.6
+    stripes = np.tile(np.array([[0, 0, 255]], np.uint8), (90, 40))  # finer than what a width of 40 can show
+    assert abs(resize(stripes, 30, 40).astype(int) - 85).max() < 20

@@ -100,7 +100,7 @@ def test_shards_of_others_stream(chexpert: Path, tmp_path: Path, layout: str) ->
     assert split.table.select(table.column_names[1:]).equals(table.drop_columns(["path"]))
     labels = Labels(*make_targets(split.table, parse_uncertain_policy("best"), "zeros", seed=0))
     images = [
-        np.asarray(Image.open(path_of(chexpert, row)).resize((32, 32), 2))
+        np.asarray(Image.open(path_of(chexpert, row)).resize((32, 32), Image.Resampling.HAMMING))
         for row in read_rows(chexpert, "train")
     ]
     seen = []
