@@ -48,6 +48,7 @@ from pipeline.labels import (
     LABELS,
     UNCERTAIN_HELP,
     check_blank_policy,
+    describe_one_class,
     evaluation_targets,
     make_targets,
     one_class_labels,
@@ -205,10 +206,7 @@ def training_labels(job: Job, split: OpenSplit) -> Labels:
     scores = None if job.teacher is None else read_scores(job.teacher / TEACHER_SCORES, split.table["key"])
     policy = parse_uncertain_policy(config.uncertain)
     labels = Labels(*make_targets(split.table, policy, config.blank, config.seed, scores))
-    lacking = [
-        f"label {label} has {positives} positives and {negatives} negatives in train"
-        for label, positives, negatives in one_class_labels(labels.target, labels.mask)
-    ]
+    lacking = describe_one_class(one_class_labels(labels.target, labels.mask))
     if lacking and job.strict:
         raise DataError(f"--strict: {'; '.join(lacking)}")
     for text in lacking:

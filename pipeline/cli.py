@@ -101,7 +101,7 @@ class SplitCsv(click.ParamType[tuple[str, Path]]):
 @click.option(
     "--max-bad", default=0.001, type=click.FloatRange(0, 1), help="Stop above this share of rejects."
 )
-@click.option("--strict", is_flag=True, help="Exit with 3 where any image was rejected.")
+@click.option("--strict", is_flag=True, help="Refuse labels with one class; exit with 3 on any reject.")
 @click.option("--workers", default=os.cpu_count, type=click.IntRange(min=1), show_default="all cores")
 @click.option("--overwrite", is_flag=True, help="Replace shards made with other options or from other CSVs.")
 @click.option("--dry-run", is_flag=True, help="Say what would be written, and which images are missing.")
@@ -124,7 +124,7 @@ def shards(
     Raw labels are kept; the policies are recorded as the shards' defaults, which training may override. The
     same command continues a run that was stopped or killed.
     """
-    from pipeline.labels import check_blank_policy, parse_uncertain_policy
+    from pipeline.labels import check_blank_policy, describe_one_class, parse_uncertain_policy
     from pipeline.shards import Options, write_shards
     from pipeline.source import find_source
 
@@ -150,9 +150,12 @@ def shards(
             policies,
             workers=workers,
             max_bad=max_bad,
+            strict=strict,
             overwrite=overwrite,
             progress=show,
         )
+    for text in describe_one_class(run.one_class):
+        click.echo(f"{text} by these policies: it cannot be learnt", err=True)
     _print_run(out, run, time.perf_counter() - start)
     return 3 if strict and run.manifest.rejects else 0
 

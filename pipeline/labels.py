@@ -18,7 +18,7 @@ Policies: Irvin et al., "CheXpert", AAAI 2019, Table 3; smoothing: Pham et al., 
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -226,6 +226,14 @@ def one_class_labels(
     positives = (mask & (target >= 0.5)).sum(axis=0).tolist()
     negatives = (mask & (target >= 0) & (target < 0.5)).sum(axis=0).tolist()
     return [counts for counts in zip(LABELS, positives, negatives, strict=True) if 0 in counts]
+
+
+def describe_one_class(lacking: Iterable[tuple[str, int, int]]) -> list[str]:
+    """What `one_class_labels` found, in words, a text per label."""
+    return [
+        f"label {label} has {positives} positives and {negatives} negatives in train"
+        for label, positives, negatives in lacking
+    ]
 
 
 def evaluation_targets(table: pa.Table, blank: str) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:

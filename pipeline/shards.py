@@ -29,7 +29,13 @@ import pyarrow as pa
 
 from pipeline import DataError
 from pipeline.images import ENCODINGS, ImageError, ImageOptions, Prepared, prepare
-from pipeline.labels import LABELS
+from pipeline.labels import (
+    LABELS,
+    describe_one_class,
+    make_targets,
+    one_class_labels,
+    parse_uncertain_policy,
+)
 from pipeline.manifest import (
     NAME,
     Manifest,
@@ -78,6 +84,14 @@ class PlanTask(NamedTuple):
     out: Path
     source: Source
     options: Options
+    policies: Mapping[str, str]
+
+
+class Plan(NamedTuple):
+    """Rows per split, and the labels of train that the policies leave with one class, as `one_class_labels`."""
+
+    rows: dict[str, int]
+    one_class: list[tuple[str, int, int]]
 
 
 class ShardTask(NamedTuple):
@@ -125,6 +139,7 @@ class RunSummary(NamedTuple):
     bytes_in: int
     stripped: int
     resumed: int  # samples in shards that an earlier run had finished
+    one_class: list[tuple[str, int, int]]
 
 
 Progress = Callable[[int, int, int], None]  # images done, images in all, rejects
@@ -138,13 +153,14 @@ def write_shards(
     *,
     workers: int,
     max_bad: float,
+    strict: bool = False,
     overwrite: bool = False,
     progress: Progress = lambda done, total, rejects: None,
 ) -> RunSummary:
     """Write `source` into `out`, or continue where an earlier run of the same options stopped.
 
     Raises DataError for bad input, more than the share `max_bad` of unusable images, or `out` holding shards
-    of other options or CSVs without `overwrite`.
+    of other options or CSVs without `overwrite`; and, if `strict`, a label left with one class.
     """
     hashes = {split: _sha256(path) for split, path in source.csvs.items()}
     wanted = {"options": asdict(options), "policies": dict(policies), "sources": hashes}
@@ -155,14 +171,16 @@ def write_shards(
         manifest = read_manifest(out)
         _refuse_difference(out, {name: getattr(manifest, name) for name in wanted}, wanted)
         shutil.rmtree(partial, ignore_errors=True)
-        return RunSummary(manifest, False, 0, 0, 0)
+        return RunSummary(manifest, False, 0, 0, 0, [])
 
     partial.mkdir(parents=True, exist_ok=True)
     started = partial / "options.json"
     if started.exists():
         _refuse_difference(out, json.loads(started.read_bytes()), wanted)
     write_atomically(started, json.dumps(wanted).encode())
-    rows: dict[str, int] = run_alone(write_plan, PlanTask(out, source, options))
+    rows, one_class = run_alone(write_plan, PlanTask(out, source, options, policies))
+    if strict and one_class:
+        raise DataError(f"--strict: {'; '.join(describe_one_class(one_class))}; choose other policies")
 
     total = sum(rows.values())
     tasks = [
@@ -193,17 +211,27 @@ def write_shards(
     manifest = run_alone(finish, FinishTask(out, rows, wanted))
     shutil.rmtree(partial)
     stripped = sum(summary.stripped for summary in finished)
-    return RunSummary(manifest, True, sum(summary.bytes_in for summary in finished), stripped, resumed)
+    bytes_in = sum(summary.bytes_in for summary in finished)
+    return RunSummary(manifest, True, bytes_in, stripped, resumed, one_class)
 
 
-def write_plan(task: PlanTask) -> dict[str, int]:
-    """Write the rows of every shard, one record batch each; returns the number of rows per split."""
+def write_plan(task: PlanTask) -> Plan:
+    """Write the rows of every shard, one record batch each."""
     tables, _ = read_splits(task.source, **selection(task.options))
     for split, table in tables.items():
         path = task.out / PARTIAL / f"{split}.plan"
         with atomic_file(path) as file, pa.ipc.new_file(file, table.schema) as writer:
             writer.write_table(table.combine_chunks(), max_chunksize=task.options.samples_per_shard)
-    return {split: table.num_rows for split, table in tables.items()}
+    rows = {split: table.num_rows for split, table in tables.items()}
+    if "train" not in tables:
+        return Plan(rows, [])
+    # A teacher's scores come later: what they would say of the uncertain cells is left out here.
+    uncertain = {
+        label: "ignore" if policy == "selftrained" else policy
+        for label, policy in parse_uncertain_policy(task.policies["uncertain"]).items()
+    }
+    targets = make_targets(tables["train"], uncertain, task.policies["blank"], task.options.seed)
+    return Plan(rows, one_class_labels(*targets))
 
 
 def write_shard(task: ShardTask) -> ShardSummary:

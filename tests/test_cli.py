@@ -6,6 +6,7 @@ import tarfile
 from io import BytesIO
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from PIL import Image
 
@@ -113,6 +114,35 @@ def test_strict_exits_with_3_where_an_image_was_rejected(chexpert: Path, tmp_pat
     assert again.returncode == 3
     assert f"rejected images: 1, see {tmp_path / 'out' / 'rejects.csv'}" in again.stdout.splitlines()
     assert run(*command, "--overwrite", "--size", 32, "--strict").returncode == 3
+
+
+def test_labels_with_one_class_are_warned_about_and_refused_where_strict(
+    chexpert: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    command = (
+        "shards",
+        chexpert,
+        out,
+        "--blank",
+        "ignore",
+        "--dev",
+        0,
+        "--uncertain",
+        "ignore,Edema=selftrained",
+    )
+    rows = pd.read_csv(chexpert / "train.csv")
+    rows = rows[rows["Frontal/Lateral"] == "Frontal"]
+    edema = rows["Edema"].replace(1, 0)
+    (chexpert / "train.csv").write_text(rows.assign(Edema=edema).to_csv(index=False))
+    text = f"label Edema has 0 positives and {(edema == 0).sum()} negatives in train"
+    refused = run(*command, "--strict")
+    assert refused.returncode == 1
+    assert refused.stderr.splitlines()[-1] == f"Error: --strict: {text}; choose other policies"
+    assert not (out / "manifest.json").exists()
+    warned = run(*command)
+    assert warned.returncode == 0
+    assert f"{text} by these policies: it cannot be learnt" in warned.stderr.splitlines()
 
 
 def test_original_size_and_own_csvs_reach_the_library(chexpert: Path, tmp_path: Path) -> None:
