@@ -30,7 +30,7 @@ from pipeline.labels import (
     read_labels,
     select_views,
 )
-from pipeline.manifest import NAME, read_manifest, read_table
+from pipeline.manifest import NAME, count_rows, read_manifest, read_table
 from pipeline.source import find_csvs
 
 STATES = {"positive": 1, "uncertain": -1, "negative": 0, "blank": None}
@@ -132,11 +132,11 @@ def load_table(source: Path, split: str | None, views: str) -> pa.Table:
 
 def count_labels(table: pa.Table) -> Statistics:
     """Counts of a label table (columns patient, study and the labels)."""
-    studies = pa.TableGroupBy(table, ["patient", "study"]).aggregate([]).num_rows
+    rows = count_rows(table)
     return {
-        "images": table.num_rows,
-        "studies": studies,
-        "patients": pc.count_distinct(table["patient"]).as_py(),
+        "images": rows["samples"],
+        "studies": rows["studies"],
+        "patients": rows["patients"],
         "labels": {label: _count_states(table[label]) for label in LABELS},
     }
 
