@@ -100,7 +100,7 @@ def read_splits(
     dropped: dict[str, Dropped] = {}
     for split, table in tables.items():
         of_view = select_views(table, views)
-        chosen = _shuffle(of_view if limit is None else _limit(of_view, limit, seed), seed)
+        chosen = _shuffle(of_view if limit is None else limit_patients(of_view, limit, seed), seed)
         dropped[split] = Dropped(table.num_rows - of_view.num_rows, of_view.num_rows - chosen.num_rows)
         if chosen.num_rows:
             kept[split] = chosen.append_column("file", _locate(chosen["path"].to_pylist(), folders, source))
@@ -132,7 +132,7 @@ def _refuse_shared_patients(source: Source, tables: Mapping[str, pa.Table]) -> N
                 )
 
 
-def _limit(table: pa.Table, limit: int, seed: int) -> pa.Table:
+def limit_patients(table: pa.Table, limit: int, seed: int) -> pa.Table:
     """Whole patients, in the order of a hash, as long as they fit into `limit` images (the first one always)."""
     patients = table["patient"].combine_chunks().dictionary_encode()
     counts = np.bincount(patients.indices.to_numpy(), minlength=len(patients.dictionary))

@@ -1,55 +1,98 @@
 """Plan → batches of images, targets and masks. Stages, in order, each `Iterator → Iterator`:
 
     plan    steps: which rows make each batch (pipeline.plan)
-    fetch   rows → their stored bytes, sliced out of the memory-mapped tars by the Arrow index
+    fetch   rows → where their stored bytes lie in open shards, by the Arrow index; remote shards arrive ahead of use
     decode  stored bytes → uint8 [B, 1, size, size]; a few threads work on the next batches ahead
     label   + targets and masks [B, 14], rows of arrays that were vectorised once
 
-Nothing is parsed per sample and no tar is walked. Threads, not worker processes: libjpeg-turbo and Pillow
-release the interpreter lock, so nothing is pickled or copied between processes, and batches leave in plan
-order whatever the number of threads.
+Nothing is parsed per sample and no tar is walked. Threads, not worker processes: reading, libjpeg-turbo and
+OpenCV release the interpreter lock, so nothing is pickled or copied between processes, and batches leave in
+plan order whatever the number of threads. Bytes are read, not mapped: memory stays flat, and a file that is
+cut short under a running stream is an error with a name.
 """
 
-import mmap
+import os
 import zlib
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import cv2
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
 from pipeline import DataError
-from pipeline.images import Gray, decode_stored, resize
-from pipeline.manifest import Manifest, read_table
-from pipeline.plan import Step, plan_evaluation, plan_training
+from pipeline.images import decode_stored, resize
+from pipeline.manifest import Manifest, Shard, read_table
+from pipeline.plan import WINDOW, Rows, Step, Weights, plan_evaluation, plan_training
+
+if TYPE_CHECKING:
+    from pipeline.remote import Remote
+
+# This module decodes on threads of its own; OpenCV's would only be in their way.
+cv2.setNumThreads(1)
+
+KEPT_OPEN = 2 * WINDOW  # shards: the window that is read, and the next
+DOWNLOADS = 4  # at the same time
 
 
 class OpenSplit(NamedTuple):
-    """A split ready to be read: its table, one memory map per shard, and the index as arrays [N]."""
+    """A split ready to be read: its table, its shards, and the index as arrays [N]."""
 
     name: str
     encoding: str
     table: pa.Table
-    files: tuple[str, ...]
-    shard_sizes: tuple[int, ...]
-    maps: tuple[mmap.mmap, ...]
+    folder: Path
+    remote: "Remote | None"
+    shards: tuple[Shard, ...]
     shard: npt.NDArray[np.int32]
     offset: npt.NDArray[np.int64]
     length: npt.NDArray[np.int32]
     crc: npt.NDArray[np.uint32]
 
+    @property
+    def shard_sizes(self) -> list[int]:
+        """Samples per shard."""
+        return [shard.samples for shard in self.shards]
+
+
+class Labels(NamedTuple):
+    """Target float32 [N, 14] and mask bool [N, 14] of all rows of a split."""
+
+    target: npt.NDArray[np.float32]
+    mask: npt.NDArray[np.bool_]
+
+
+class ShardFile:
+    """An open shard; closed when the last batch that reads it is gone."""
+
+    def __init__(self, path: Path) -> None:
+        self.descriptor = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        os.close(self.descriptor)
+
 
 class Encoded(NamedTuple):
-    """A step with its stored images, views into the memory-mapped tars, and their checksums."""
+    """A step, and for each of its images an open shard, offset and length in bytes, and checksum."""
 
     step: Step
-    images: list[memoryview]
-    crcs: npt.NDArray[np.uint32]
+    files: list[ShardFile]
+    offset: npt.NDArray[np.int64]
+    length: npt.NDArray[np.int32]
+    crc: npt.NDArray[np.uint32]
+
+
+class Decoded(NamedTuple):
+    """A step with its images uint8 [B, 1, H, W], and the positions in it whose image is unusable and black."""
+
+    step: Step
+    images: npt.NDArray[np.uint8]
+    bad: list[int]
 
 
 class Batch(NamedTuple):
@@ -61,21 +104,16 @@ class Batch(NamedTuple):
     mask: npt.NDArray[np.bool_]
 
 
-class Labels(NamedTuple):
-    """Target float32 [N, 14] and mask bool [N, 14] of all rows of a split."""
+def open_split(folder: Path, manifest: Manifest, name: str, remote: "Remote | None" = None) -> OpenSplit:
+    """Check the table, and the sizes of local shards, against the manifest. Raises DataError naming the file.
 
-    target: npt.NDArray[np.float32]
-    mask: npt.NDArray[np.bool_]
-
-
-def open_split(folder: Path, manifest: Manifest, name: str) -> OpenSplit:
-    """Check table and shard sizes against the manifest, map the shards. Raises DataError naming the file."""
+    With a `remote`, `folder` is its mirror of manifest and tables, and shards are downloaded when needed.
+    """
     split = manifest.split(name)
     table = read_table(folder, split)
     if table.num_rows != split.samples or sum(shard.samples for shard in split.shards) != split.samples:
         raise DataError(f"{folder / split.table}: {table.num_rows} rows, the manifest says {split.samples}")
-    maps = []
-    for shard in split.shards:
+    for shard in () if remote else split.shards:
         path = folder / shard.file
         if not path.is_file():
             raise DataError(f"{path}: the shard is missing")
@@ -83,18 +121,9 @@ def open_split(folder: Path, manifest: Manifest, name: str) -> OpenSplit:
             raise DataError(
                 f"{path}: damaged: {path.stat().st_size} bytes, not {shard.bytes} as in the manifest"
             )
-        with path.open("rb") as file:
-            maps.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
     arrays = {column: table[column].to_numpy() for column in ("shard", "offset", "length", "crc")}
-    return OpenSplit(
-        name,
-        str(manifest.options.get("encoding", "jpeg")),
-        table,
-        files=tuple(shard.file for shard in split.shards),
-        shard_sizes=tuple(shard.samples for shard in split.shards),
-        maps=tuple(maps),
-        **arrays,
-    )
+    encoding = str(manifest.options.get("encoding", "jpeg"))
+    return OpenSplit(name, encoding, table, folder, remote, split.shards, **arrays)
 
 
 def stream_training(
@@ -106,28 +135,57 @@ def stream_training(
     seed: int,
     epoch: int,
     start_step: int = 0,
+    rows: Rows | None = None,
+    weights: Weights | None = None,
+    rank: int = 0,
+    ranks: int = 1,
     threads: int = 2,
+    max_bad: int = 0,
 ) -> Iterable[Batch]:
-    """The batches of one epoch from `start_step` on, in the plan's order; see `compose` for adding stages."""
-    plan = partial(plan_training, split.shard_sizes, batch_size, seed, epoch, start_step)
-    return compose(plan, *stages(split, labels, size=size, threads=threads))
+    """The batches of one epoch from `start_step` on, in the plan's order; see `compose` for adding stages.
+
+    `rows`, `weights`, `rank` and `ranks` as in `plan_training`; up to `max_bad` unusable images become black
+    and are masked, more raise DataError naming shard and key.
+    """
+    plan = partial(
+        plan_training,
+        split.shard_sizes,
+        batch_size,
+        seed,
+        epoch,
+        start_step,
+        rows=rows,
+        weights=weights,
+        rank=rank,
+        ranks=ranks,
+    )
+    return compose(plan, *stages(split, labels, size=size, threads=threads, max_bad=max_bad))
 
 
 def stream_evaluation(
-    split: OpenSplit, labels: Labels, *, size: int, batch_size: int, threads: int = 2
+    split: OpenSplit,
+    labels: Labels,
+    *,
+    size: int,
+    batch_size: int,
+    rows: Rows | None = None,
+    rank: int = 0,
+    ranks: int = 1,
+    threads: int = 2,
+    max_bad: int = 0,
 ) -> Iterable[Batch]:
-    """Every sample of the split exactly once, in table order."""
-    plan = partial(plan_evaluation, split.table.num_rows, batch_size)
-    return compose(plan, *stages(split, labels, size=size, threads=threads))
+    """Every sample of the split (or of `rows`) exactly once over the ranks, in table order."""
+    plan = partial(plan_evaluation, split.table.num_rows, batch_size, rows=rows, rank=rank, ranks=ranks)
+    return compose(plan, *stages(split, labels, size=size, threads=threads, max_bad=max_bad))
 
 
 def stages(
-    split: OpenSplit, labels: Labels, *, size: int, threads: int
+    split: OpenSplit, labels: Labels, *, size: int, threads: int, max_bad: int = 0
 ) -> tuple[Callable[..., Iterator[Any]], ...]:
     """fetch, decode and label, bound to a split: what turns steps into batches."""
     return (
         partial(fetch, split=split),
-        partial(decode, split=split, size=size, threads=threads),
+        partial(decode, split=split, size=size, threads=threads, max_bad=max_bad),
         partial(label, labels=labels),
     )
 
@@ -141,56 +199,115 @@ def compose(*parts: Callable[..., Any]) -> Iterable[Any]:
 
 
 def fetch(steps: Iterable[Step], split: OpenSplit) -> Iterator[Encoded]:
-    """Slice the images of each step out of the mapped tars; no byte is read before the decoder wants it."""
-    views = [memoryview(mapped) for mapped in split.maps]
-    for step in steps:
-        places = zip(split.shard[step.rows], split.offset[step.rows], split.length[step.rows], strict=True)
-        images = [views[shard][offset : offset + length] for shard, offset, length in places]
-        yield Encoded(step, images, split.crc[step.rows])
+    """Say where the images of each step lie, in shards that are open; no image is read before it is decoded."""
+    opened: dict[int, ShardFile] = {}  # least recently used first
+    for step in steps if split.remote is None else _download_ahead(steps, split, split.remote):
+        shards = split.shard[step.rows]
+        for number in np.unique(shards).tolist():
+            opened[number] = opened.pop(number) if number in opened else _open_shard(split, number)
+        files = [opened[number] for number in shards.tolist()]
+        while len(opened) > KEPT_OPEN:
+            del opened[next(iter(opened))]
+        yield Encoded(step, files, split.offset[step.rows], split.length[step.rows], split.crc[step.rows])
 
 
 def decode(
-    encoded: Iterable[Encoded], split: OpenSplit, size: int, threads: int
-) -> Iterator[tuple[Step, Gray]]:
-    """Decode ahead on `threads` threads; yields (step, images uint8 [B, 1, size, size]) in the order given.
+    encoded: Iterable[Encoded], split: OpenSplit, size: int, threads: int, max_bad: int = 0
+) -> Iterator[Decoded]:
+    """Decode ahead on `threads` threads; yields images uint8 [B, 1, size, size] in the order given.
 
-    Raises DataError naming shard and key where bytes do not match their checksum or do not decode.
+    Raises DataError naming shard and key where more than `max_bad` images do not match their checksum or do
+    not decode.
     """
-    pending: deque[tuple[Step, Future[Gray]]] = deque()
+    pending: deque[Future[tuple[Decoded, list[str]]]] = deque()
+    bad = 0
+
+    def next_result() -> Decoded:
+        nonlocal bad
+        decoded, reasons = pending.popleft().result()
+        bad += len(reasons)
+        if bad > max_bad:
+            allowed = f"; more than {max_bad} such images (--max-bad)" if max_bad else ""
+            raise DataError(f"{reasons[-1]}{allowed}")
+        return decoded
+
     with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
         try:
             for batch in encoded:
-                pending.append((batch.step, pool.submit(_decode_batch, batch, split, size)))
+                pending.append(pool.submit(_decode_batch, batch, split, size))
                 # One batch per thread at work, and as many finished ones waiting.
                 if len(pending) >= 2 * threads:
-                    step, future = pending.popleft()
-                    yield step, future.result()
+                    yield next_result()
             while pending:
-                step, future = pending.popleft()
-                yield step, future.result()
+                yield next_result()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def label(decoded: Iterable[tuple[Step, Gray]], labels: Labels) -> Iterator[Batch]:
-    """Join each batch with its rows of the targets and masks."""
-    for step, images in decoded:
-        yield Batch(step, images, labels.target[step.rows], labels.mask[step.rows])
+def label(decoded: Iterable[Decoded], labels: Labels) -> Iterator[Batch]:
+    """Join each batch with its rows of the targets and masks; nothing is learnt from unusable images."""
+    for step, images, bad in decoded:
+        mask = labels.mask[step.rows]
+        mask[bad] = False
+        yield Batch(step, images, labels.target[step.rows], mask)
 
 
-def _decode_batch(batch: Encoded, split: OpenSplit, size: int) -> Gray:
-    images = np.empty((len(batch.images), 1, size, size), np.uint8)
-    for position, image in enumerate(batch.images):
-        if zlib.crc32(image) != batch.crcs[position]:
-            raise _damaged(batch, position, split, "its bytes do not match the checksum in the index")
+def _decode_batch(batch: Encoded, split: OpenSplit, size: int) -> tuple[Decoded, list[str]]:
+    """The images, and what is wrong with each bad one."""
+    images = np.empty((len(batch.files), 1, size, size), np.uint8)
+    bad, reasons = [], []
+    places = zip(batch.files, batch.offset.tolist(), batch.length.tolist(), batch.crc.tolist(), strict=True)
+    for position, (file, offset, length, crc) in enumerate(places):
         try:
-            images[position, 0] = resize(decode_stored(image, split.encoding), size, size)
-        except ValueError as error:
-            raise _damaged(batch, position, split, str(error)) from None
-    return images
+            data = os.pread(file.descriptor, length, offset)
+            if zlib.crc32(data) != crc:
+                raise ValueError("its bytes do not match the checksum in the index")  # noqa: TRY301
+            images[position, 0] = resize(decode_stored(data, split.encoding), size, size)
+        except (ValueError, OSError) as error:
+            row = int(batch.step.rows[position])
+            shard, key = split.shards[split.shard[row]].file, split.table["key"][row].as_py()
+            reasons.append(f"{shard}: sample {key}: {error}")
+            images[position] = 0
+            bad.append(position)
+    return Decoded(batch.step, images, bad), reasons
 
 
-def _damaged(batch: Encoded, position: int, split: OpenSplit, reason: str) -> DataError:
-    row = int(batch.step.rows[position])
-    key = split.table["key"][row].as_py()
-    return DataError(f"{split.files[split.shard[row]]}: sample {key}: {reason}")
+def _open_shard(split: OpenSplit, number: int) -> ShardFile:
+    shard = split.shards[number]
+    path = split.remote.path(shard) if split.remote else split.folder / shard.file
+    try:
+        return ShardFile(path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _download_ahead(steps: Iterable[Step], split: OpenSplit, remote: "Remote") -> Iterator[Step]:
+    """The steps as they come, each when its shards are there; those of the next window arrive meanwhile."""
+    waiting: deque[tuple[Step, list[int]]] = deque()
+    arrivals: dict[int, Future[Path]] = {}  # of the shards that the waiting steps need
+    needs: Counter[int] = Counter()  # how many of them need it
+    with ThreadPoolExecutor(DOWNLOADS, thread_name_prefix="download") as pool:
+
+        def next_step() -> Step:
+            step, numbers = waiting.popleft()
+            for number in numbers:
+                arrivals[number].result()
+                needs[number] -= 1
+                if needs[number] == 0:
+                    del arrivals[number], needs[number]
+            return step
+
+        try:
+            for step in steps:
+                numbers = np.unique(split.shard[step.rows]).tolist()
+                for number in numbers:
+                    needs[number] += 1
+                    if number not in arrivals:
+                        arrivals[number] = pool.submit(remote.path, split.shards[number])
+                waiting.append((step, numbers))
+                while len(arrivals) >= KEPT_OPEN:
+                    yield next_step()
+            while waiting:
+                yield next_step()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)

@@ -1,17 +1,24 @@
 import io
+import shutil
 import tarfile
+import threading
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import cv2
 import numpy as np
+import pyarrow as pa
 import pytest
+import torch
 from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor
 
-from pipeline import DataError
-from pipeline.labels import make_targets, parse_uncertain_policy
+from pipeline import DataError, stream
+from pipeline.images import decode_stored, resize
+from pipeline.labels import LABELS, make_targets, parse_uncertain_policy
 from pipeline.manifest import Manifest
 from pipeline.plan import plan_training
 from pipeline.stream import (
@@ -76,12 +83,46 @@ def test_batches_hold_what_plain_readers_find(shards: Shards, split: OpenSplit, 
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
-@pytest.mark.parametrize("start_step", [0, 1, 3])
-def test_same_batches_at_any_number_of_threads_and_from_any_step(
-    split: OpenSplit, labels: Labels, threads: int, start_step: int
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_same_batches_for_any_threads_and_ranks_and_from_any_step(
+    split: OpenSplit, labels: Labels, threads: int, ranks: int
 ) -> None:
     whole = training(split, labels, threads=3)
-    assert_equal(training(split, labels, threads=threads, start_step=start_step), whole[start_step:])
+    steps = len(whole)
+    # Resumed in the middle, once more from there, with one step to go, and at the exact end.
+    for start_step in (0, 1, 3, steps - 1, steps):
+        streams = [
+            training(split, labels, threads=threads, start_step=start_step, rank=rank, ranks=ranks)
+            for rank in range(ranks)
+        ]
+        joined = [
+            Batch(
+                parts[0].step._replace(rows=np.concatenate([part.step.rows for part in parts])),
+                *(np.concatenate(arrays) for arrays in zip(*(part[1:] for part in parts), strict=True)),
+            )
+            for parts in zip(*streams, strict=True)
+        ]
+        assert_equal(joined, whole[start_step:])
+
+
+def test_a_resume_decodes_nothing_of_what_was_done(
+    split: OpenSplit, labels: Labels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = Mock(wraps=decode_stored)
+    monkeypatch.setattr(stream, "decode_stored", counted)
+    batches = training(split, labels, start_step=3)
+    assert counted.call_count == 4 * len(batches) == 4 * (split.table.num_rows // 4 - 3)
+
+
+def test_selected_rows_and_drawn_rows_are_those_of_the_plan(split: OpenSplit, labels: Labels) -> None:
+    rows = np.flatnonzero(np.array(split.table["sex"].to_pylist()) == "Female")
+    seen = np.concatenate([batch.step.rows for batch in training(split, labels, rows=rows, batch_size=1)])
+    np.testing.assert_array_equal(np.sort(seen), rows)
+    kept = stream_evaluation(split, labels, size=32, batch_size=4, rows=rows)
+    np.testing.assert_array_equal(np.concatenate([batch.step.rows for batch in kept]), rows)
+    weights = np.zeros(split.table.num_rows)
+    weights[7] = 1
+    assert {row for batch in training(split, labels, weights=weights) for row in batch.step.rows} == {7}
 
 
 def test_epochs_differ(split: OpenSplit, labels: Labels) -> None:
@@ -109,18 +150,124 @@ def test_a_stage_of_the_users_own(split: OpenSplit, labels: Labels) -> None:
     assert_equal(batches, training(split, labels)[::2])
 
 
-def test_a_flipped_bit_is_named(shards: Shards, split: OpenSplit, labels: Labels) -> None:
-    row = 5
-    path = shards[0] / split.files[split.shard[row]]
+def flip_bit(folder: Path, split: OpenSplit, row: int) -> str:
+    """Damage the image of a row; returns the error that names it."""
+    path = folder / split.shards[split.shard[row]].file
     data = bytearray(path.read_bytes())
     data[split.offset[row] + split.length[row] // 2] ^= 1
     path.write_bytes(data)
     key = split.table["key"][row].as_py()
+    return f"{path.name}: sample {key}: its bytes do not match the checksum in the index"
+
+
+def test_a_flipped_bit_is_named(shards: Shards, split: OpenSplit, labels: Labels) -> None:
+    message = flip_bit(shards[0], split, 5)
     with pytest.raises(DataError) as caught:
         list(stream_evaluation(open_split(*shards, "train"), labels, size=32, batch_size=4))
-    assert str(caught.value) == (
-        f"{path.name}: sample {key}: its bytes do not match the checksum in the index"
+    assert str(caught.value) == message
+
+
+def test_allowed_bad_images_are_black_and_masked(shards: Shards, split: OpenSplit, labels: Labels) -> None:
+    expected = training(split, labels)
+    flip_bit(shards[0], split, 5)
+    last = flip_bit(shards[0], split, 12)
+    for ours, whole in zip(training(split, labels, max_bad=2), expected, strict=True):
+        bad = np.isin(ours.step.rows, (5, 12))
+        assert not ours.images[bad].any()
+        assert not ours.mask[bad].any()
+        np.testing.assert_array_equal(ours.images[~bad], whole.images[~bad])
+        np.testing.assert_array_equal(ours.mask[~bad], whole.mask[~bad])
+        np.testing.assert_array_equal(ours.target, whole.target)
+    assert labels.mask.all()  # the rows of the whole split are untouched
+    with pytest.raises(DataError) as caught:
+        list(stream_evaluation(split, labels, size=32, batch_size=4, max_bad=1))
+    assert str(caught.value) == f"{last}; more than 1 such images (--max-bad)"
+
+
+def test_a_shard_cut_short_under_a_running_stream_is_named(
+    shards: Shards, split: OpenSplit, labels: Labels
+) -> None:
+    batches = iter(stream_evaluation(split, labels, size=32, batch_size=1, threads=1))
+    next(batches)
+    (shards[0] / split.shards[-1].file).write_bytes(b"")
+    key = split.table["key"][split.table.num_rows - split.shards[-1].samples].as_py()
+    message = rf"^{split.shards[-1].file}: sample {key}: its bytes do not match the checksum in the index$"
+    with pytest.raises(DataError, match=message):
+        list(batches)
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="open files are listed on Linux alone")
+def test_files_stay_open_only_as_long_as_they_are_read(
+    shards: Shards, split: OpenSplit, labels: Labels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def open_tars() -> int:
+        links = [path for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+        return sum(str(link.readlink()).startswith(str(shards[0])) for link in links)
+
+    assert len(split.shards) > 3
+    monkeypatch.setattr(stream, "KEPT_OPEN", 1)
+    counts = [open_tars() for _ in stream_evaluation(split, labels, size=32, batch_size=1, threads=1)]
+    assert set(counts) <= {1, 2}  # the one that is read, and the one that waiting batches need
+    assert open_tars() == 0
+
+
+def test_a_table_of_other_shards_is_refused(shards: Shards, originals: Path) -> None:
+    folder, manifest = shards
+    shutil.copy(folder / "dev.arrow", folder / "train.arrow")
+    with pytest.raises(
+        DataError, match=r"train.arrow: its sha256 is not the manifest's; it is damaged or be"
+    ):
+        open_split(folder, manifest, "train")
+
+
+class PlainDataset(torch.utils.data.Dataset[tuple[torch.Tensor, int]]):
+    """What a PyTorch user needs to read shards without this package; returns image and Edema."""
+
+    def __init__(self, folder: Path, split: str) -> None:
+        self.rows = pa.ipc.open_file(pa.memory_map(str(folder / f"{split}.arrow"))).read_all()
+        self.tars = sorted(folder.glob(f"{split}-*.tar"))
+
+    def __len__(self) -> int:
+        return int(self.rows.num_rows)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        row = self.rows.slice(index, 1).to_pylist()[0]
+        with self.tars[row["shard"]].open("rb") as tar:
+            tar.seek(row["offset"])
+            return pil_to_tensor(Image.open(io.BytesIO(tar.read(row["length"])))), row["Edema"]
+
+
+def test_a_plain_pytorch_dataset_reads_the_same(shards: Shards, split: OpenSplit, labels: Labels) -> None:
+    plain = PlainDataset(shards[0], "train")
+    ours = list(stream_evaluation(split, labels, size=48, batch_size=1))
+    assert len(plain) == len(ours)
+    for index, state in enumerate(split.table["Edema"].to_pylist()):
+        (image, edema), batch = plain[index], ours[index]
+        np.testing.assert_array_equal(resize(image.numpy()[0], 48, 48), batch.images[0, 0])
+        assert edema == state
+
+
+# A reader of Hugging Face leaves its tars open until they are collected.
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+def test_hugging_face_datasets_reads_the_same(
+    shards: Shards, split: OpenSplit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    import datasets
+
+    files = {"train": [str(shards[0] / shard.file) for shard in split.shards]}
+    cache = str(tmp_path / "cache")
+    read = datasets.load_dataset(
+        "webdataset", data_files=files, split="train", streaming=True, cache_dir=cache
     )
+    rows = split.table.to_pylist()
+    samples = list(read)
+    tars = [(shards[0] / shard.file).read_bytes() for shard in split.shards]
+    assert [sample["__key__"] for sample in samples] == [row["key"] for row in rows]
+    for sample, row in zip(samples, rows, strict=True):
+        jpeg = tars[row["shard"]][row["offset"] : row["offset"] + row["length"]]
+        np.testing.assert_array_equal(np.asarray(sample["jpg"]), decode_stored(jpeg, "jpeg"))
+        assert sample["json"]["labels"] == {label: row[label] for label in LABELS}
 
 
 def test_missing_and_truncated_shards_are_found_before_the_first_batch(shards: Shards) -> None:
@@ -139,8 +286,6 @@ def test_missing_and_truncated_shards_are_found_before_the_first_batch(shards: S
 
 
 def test_an_abandoned_stream_ends_its_threads(split: OpenSplit, labels: Labels) -> None:
-    import threading
-
     iterator = iter(stream_training(split, labels, size=32, batch_size=2, seed=0, epoch=0, threads=2))
     next(iterator)
     assert any(thread.name.startswith("decode") for thread in threading.enumerate())
