@@ -9,7 +9,9 @@ Modules, in the order the data flows:
     shards    source + options → tar shards, Arrow index, manifest
     preview   source + options → what that would give, without writing
     manifest  what a folder of shards says of itself, read back and checked
+    select    conditions on the table → rows; weights that balance a label
     plan      (shard sizes, seed, epoch) → the order of the epoch's samples
+    remote    shards at a URL → local files, through a bounded cache
     stream    order → batches of images, targets and masks
     verify    shards → what is wrong with them
     index     shards that others wrote → Arrow index and manifest

@@ -276,10 +276,8 @@ def stats(
 
 
 def _plot(statistics: "Statistics", cooccurrence: dict[str, dict[str, int]] | None, path: Path) -> None:
-    try:
-        from pipeline.plots import draw_report, save_figure
-    except ModuleNotFoundError as error:
-        raise click.ClickException(f"--plot needs {error.name}: pip install '.[plots]'") from None
+    from pipeline.plots import draw_report, save_figure
+
     save_figure(draw_report(statistics, cooccurrence), path)
 
 

@@ -1,6 +1,6 @@
 """Statistics → a figure: stacked bars of the four states per label, and a heat map of co-occurrence.
 
-Needs matplotlib (the extra `plots`), so it is imported only where a plot was asked for. Figures are made without
+Imported only where a plot was asked for: matplotlib takes its time. Figures are made without
 pyplot: no window, no global state. The same numbers give the same bytes with the same matplotlib.
 """
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -29,9 +29,7 @@ from pipeline import DataError
 from pipeline.images import decode_stored, resize
 from pipeline.manifest import Manifest, Shard, read_table
 from pipeline.plan import WINDOW, Rows, Step, Weights, plan_evaluation, plan_training
-
-if TYPE_CHECKING:
-    from pipeline.remote import Remote
+from pipeline.remote import Remote
 
 # This module decodes on threads of its own; OpenCV's would only be in their way.
 cv2.setNumThreads(1)
@@ -47,7 +45,7 @@ class OpenSplit(NamedTuple):
     encoding: str
     table: pa.Table
     folder: Path
-    remote: "Remote | None"
+    remote: Remote | None
     shards: tuple[Shard, ...]
     shard: npt.NDArray[np.int32]
     offset: npt.NDArray[np.int64]
@@ -104,7 +102,7 @@ class Batch(NamedTuple):
     mask: npt.NDArray[np.bool_]
 
 
-def open_split(folder: Path, manifest: Manifest, name: str, remote: "Remote | None" = None) -> OpenSplit:
+def open_split(folder: Path, manifest: Manifest, name: str, remote: Remote | None = None) -> OpenSplit:
     """Check the table, and the sizes of local shards, against the manifest. Raises DataError naming the file.
 
     With a `remote`, `folder` is its mirror of manifest and tables, and shards are downloaded when needed.
@@ -281,7 +279,7 @@ def _open_shard(split: OpenSplit, number: int) -> ShardFile:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def _download_ahead(steps: Iterable[Step], split: OpenSplit, remote: "Remote") -> Iterator[Step]:
+def _download_ahead(steps: Iterable[Step], split: OpenSplit, remote: Remote) -> Iterator[Step]:
     """The steps as they come, each when its shards are there; those of the next window arrive meanwhile."""
     waiting: deque[tuple[Step, list[int]]] = deque()
     arrivals: dict[int, Future[Path]] = {}  # of the shards that the waiting steps need

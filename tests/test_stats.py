@@ -218,17 +218,6 @@ def test_heat_map_shows_the_share_of_the_row(chexpert: Path) -> None:
     }
 
 
-def test_a_plot_without_matplotlib_names_the_extra(
-    chexpert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "matplotlib.py").write_text("raise ModuleNotFoundError(name='matplotlib')")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    assert run(chexpert).returncode == 0
-    failed = run(chexpert, "--plot", tmp_path / "labels.svg")
-    assert (failed.returncode, failed.stdout) == (1, "")
-    assert failed.stderr == "Error: --plot needs matplotlib: pip install '.[plots]'\n"
-
-
 def test_facts_that_are_missing_are_groups_of_their_own(chexpert: Path, tmp_path: Path) -> None:
     frame = pd.read_csv(chexpert / "valid.csv")
     path = tmp_path / "test_labels.csv"
