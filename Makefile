@@ -31,6 +31,7 @@ EPOCHS    ?= 5
 SEED      ?= 0
 SPLIT     ?= valid
 TEACHER   ?=
+ARGS      ?=
 RUN       ?= runs/$(NAME)
 PYTHON    ?= python3
 
@@ -66,7 +67,7 @@ stats: .venv/installed $(OUT)/manifest.json  ## count the labels of the shards i
 train: .venv/installed $(OUT)/manifest.json  ## train on OUT with LR, WD, EPOCHS, BATCH, ARCH, SEED; continue RUN if it is there
 	$(SAY_SAMPLE)
 	$(BIN)/python train.py --shards $(OUT) --run $(RUN) --arch $(ARCH) --lr $(LR) --weight-decay $(WD) \
-		--batch-size $(BATCH) --epochs $(EPOCHS) --image-size $(SIZE) --seed $(SEED) --workers $(WORKERS) $(POLICIES)
+		--batch-size $(BATCH) --epochs $(EPOCHS) --image-size $(SIZE) --seed $(SEED) --workers $(WORKERS) $(POLICIES) $(ARGS)
 
 evaluate: .venv/installed  ## score the best checkpoint of RUN on SPLIT of the shards in OUT
 	$(SAY_SAMPLE)

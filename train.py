@@ -1,129 +1,126 @@
-"""Train a network on shards, or score a trained one: the one place where `pipeline` and `model` meet.
+"""Train a network on shards, score it, and use it: the one place where `pipeline` and `model` meet.
 
-    python train.py --shards shards --run runs/first --lr 1e-4
-    python train.py --shards shards --run runs/first --evaluate valid
+    python train.py --shards shards --run runs/first --lr 1e-4        train, or continue where it stopped
+    python train.py evaluate --run runs/first --split valid           score its best checkpoint on a split
+    python train.py predict --run runs/first --out scores.csv films   score image files
+    python train.py export --run runs/first --out model.onnx          for other programs (.onnx or .pt2)
 
-A run folder holds config.json, metrics.jsonl (a line per evaluation), last.pt (all that a resume restores),
-best.pt (the averaged weights with the best dev macro AUROC), and for every split that was scored
-evaluation-<split>.json and scores-<split>.arrow. The same command on the same folder continues where it
-stopped, exactly: batches and augmentations are functions of (seed, epoch, step).
+A run folder holds config.json, environment.jsonl (a line per start), metrics.jsonl (a line per evaluation) and
+TensorBoard's events; last.pt (all that a resume restores) and best.pt (the averaged weights with the best dev
+macro AUROC); calibration.json (thresholds and temperatures chosen on dev), and for every split that was scored
+evaluation-<split>.json and scores-<split>.arrow; report.html and model-card.md. The same command on the same
+folder continues where it stopped, exactly: batches and augmentations are functions of (seed, epoch, step).
 
 Self-training (U-SelfTrained of Irvin et al., 2019) is three commands: a teacher that leaves uncertain cells
 out, its scores of train, and a student whose uncertain targets they are:
     python train.py --run runs/teacher --uncertain ignore
-    python train.py --run runs/teacher --evaluate train
+    python train.py evaluate --run runs/teacher --split train
     python train.py --run runs/student --uncertain selftrained --teacher runs/teacher
 """
 
+import copy
+import csv
 import hashlib
+import io
 import json
 import math
 import os
-import signal
+import re
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
-import numpy.typing as npt
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.tensorboard import SummaryWriter
 
 from model.augment import augment, normalize
-from model.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from model.evaluation import InterruptedEvaluationError, predict_scores
-from model.losses import masked_loss
-from model.metrics import Report, report_auroc
-from model.networks import ARCHITECTURES, build_network
+from model.checkpoint import (
+    load_checkpoint,
+    random_state,
+    restore_random_state,
+    save_checkpoint,
+)
+from model.evaluation import InterruptedEvaluationError
+from model.export import Scorer, export_scorer
+from model.losses import AUCMarginLoss, MaskedLoss, positive_weights
+from model.metrics import report_auroc
+from model.networks import ARCHITECTURES, build_network, load_initial
+from model.optim import build_optimizer, scheduled_lr, update_average
+from model.run import (
+    Config,
+    Job,
+    Selected,
+    StopFlag,
+    check_config,
+    choose_device,
+    load_best,
+    open_rows,
+    open_run,
+    other_columns,
+    output_count,
+    read_config,
+    record_environment,
+    save_best,
+    three_class_columns,
+    to_device,
+)
+from model.scoring import evaluate, finish_run, print_evaluations, score_files, score_split, write_report
 from pipeline import DataError
-from pipeline.console import Advance, progress_bar, run_command
+from pipeline.console import progress_bar, run_command
 from pipeline.labels import (
     BLANK_HELP,
     LABELS,
     UNCERTAIN_HELP,
+    VIEWS,
     check_blank_policy,
     describe_one_class,
-    evaluation_targets,
     make_targets,
     one_class_labels,
     parse_uncertain_policy,
 )
-from pipeline.manifest import Manifest, manifest_digest, read_manifest, write_atomically
-from pipeline.plan import training_steps
-from pipeline.scores import read_scores, write_scores
-from pipeline.stream import Batch, Labels, OpenSplit, open_split, stream_evaluation, stream_training
+from pipeline.manifest import manifest_digest, read_manifest, write_atomically
+from pipeline.plan import Rows, Weights, training_steps
+from pipeline.remote import Cache, Remote, is_url
+from pipeline.scores import read_scores
+from pipeline.select import balance_weights
+from pipeline.stream import Batch, Labels, stream_training
 
 CLIP_NORM = 1.0
-MAX_WARMUP_STEPS = 500
 CHECK_STEPS = 20  # how often the loss is read back: each read waits for the device
-EVALUATION_BATCH = 64  # images
-TEACHER_SCORES = "scores-train.arrow"
 SAVE_SECONDS = 300.0  # a killed run loses little more work than this
-
-
-@dataclass(frozen=True)
-class Config:
-    """Everything that decides a run's outcome, as config.json; defaults are those of `--help`."""
-
-    arch: str
-    lr: float
-    weight_decay: float
-    batch_size: int
-    epochs: int
-    image_size: int
-    amp: str
-    ema: float
-    augment: bool
-    uncertain: str
-    blank: str
-    seed: int
-    manifest: str  # its sha256, which stands for all of the data
-    teacher: str | None = None  # sha256 of its scores, where a label is selftrained
-
-
-@dataclass(frozen=True)
-class Job:
-    """What stays the same while a run trains or is scored."""
-
-    config: Config
-    shards: Path
-    run: Path
-    manifest: Manifest
-    device: torch.device
-    precision: torch.dtype  # of autocast; float32 means none
-    workers: int
-    teacher: Path | None  # the run whose scores selftrained labels learn from
-    strict: bool  # refuse labels with one class instead of warning about them
-    stop: "StopFlag"
+TEACHER_SCORES = "scores-train.arrow"
+AUGMENTATIONS = {"none": 0.0, "affine": 0.0, "crop": 0.2}  # name → largest share of the side that is cropped
+LOSSES = ("bce", "aucm")
 
 
 @dataclass
 class TrainState:
-    """What last.pt restores, and nothing more: the schedule follows from the position."""
+    """What last.pt restores, and nothing more: epoch, schedule and augmentation follow from `done`."""
 
     network: nn.Module
-    ema: AveragedModel
+    loss: nn.Module
+    ema: nn.Module  # the averaged weights, which are evaluated
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    epoch: int = 0
-    step: int = 0  # batches of this epoch that are done
-    loss_sum: float = 0.0  # over those batches
+    forward: Callable[[Tensor], Tensor]  # the network, compiled or not
+    done: int = 0  # steps, of all epochs
+    evaluated: int = 0  # steps that were done at the last evaluation
+    loss_sum: float = 0.0  # over the steps since then
     best: float = -1.0
     history: list[dict[str, Any]] = field(default_factory=list)
 
-    MODULES = ("network", "ema", "optimizer", "scaler")
-    VALUES = ("epoch", "step", "loss_sum", "best", "history")
+    MODULES = ("network", "loss", "ema", "optimizer", "scaler")
+    VALUES = ("done", "evaluated", "loss_sum", "best", "history")
 
     def save(self, path: Path) -> None:
         """Write the checkpoint."""
         modules = {name: getattr(self, name).state_dict() for name in self.MODULES}
-        save_checkpoint(path, modules | {name: getattr(self, name) for name in self.VALUES})
+        values = {name: getattr(self, name) for name in self.VALUES}
+        save_checkpoint(path, modules | values | {"random": random_state()})
 
     def restore(self, path: Path) -> None:
         """Read the checkpoint. Raises CheckpointError where it is damaged."""
@@ -132,427 +129,516 @@ class TrainState:
             getattr(self, name).load_state_dict(saved[name])
         for name in self.VALUES:
             setattr(self, name, saved[name])
-
-
-class StopFlag:
-    """Set by SIGINT or SIGTERM; the loop finishes its step, saves, and exits with `code`."""
-
-    def __init__(self) -> None:
-        self.code = 0
-        signal.signal(signal.SIGINT, lambda *_: self._set(130))
-        signal.signal(signal.SIGTERM, lambda *_: self._set(143))
-
-    def _set(self, code: int) -> None:
-        self.code = code
-
-    def __call__(self) -> bool:
-        return self.code != 0
+        restore_random_state(saved["random"])
 
 
 def train(job: Job) -> int:
     """Train to the end, or continue; returns the exit code. Raises DataError for unusable input."""
-    config, run, stop = job.config, job.run, job.stop
+    config, run = job.config, job.run
     if "dev" not in job.manifest.splits:
         raise DataError(
             f"{job.shards}: no dev split to choose a checkpoint by; shard train.csv with --dev > 0"
         )
-    split = open_split(job.shards, job.manifest, "train")
-    dev = open_split(job.shards, job.manifest, "dev")
-    steps = training_steps(split.table.num_rows, config.batch_size)
+    train, dev = open_rows(job, "train"), open_rows(job, "dev")
+    steps = training_steps(len(train.rows), config.batch_size)
     if steps == 0:
-        raise DataError(f"{job.shards}: {split.table.num_rows} train samples are less than one batch")
-    labels = training_labels(job, split)
+        raise DataError(f"{job.shards}: {len(train.rows)} train samples are less than one batch")
+    labels = training_labels(job, train)
+    weights = None if config.balance is None else draw_weights(config.balance, labels, train.rows)
+    state = start_state(job, labels, train.rows)
     open_run(run, config)  # only now: a run that cannot start leaves no folder
+    record_environment(job)
 
-    state = start_state(job)
     click.echo(f"{config.arch} on {job.device.type}, {str(job.precision).removeprefix('torch.')}", err=True)
+    total, every = config.epochs * steps, config.eval_every or steps
     if (run / "last.pt").exists():
         state.restore(run / "last.pt")
-        done = state.epoch * steps + state.step
-        click.echo(f"{run}: continuing after step {done:,} of {config.epochs * steps:,}", err=True)
-    while state.epoch < config.epochs:
-        batches = stream_training(
-            split,
-            labels,
-            size=config.image_size,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            epoch=state.epoch,
-            start_step=state.step,
-            threads=job.workers,
-        )
-        train_epoch(job, state, batches, steps)
-        if not stop():
-            try:
-                evaluate_epoch(job, state, dev)
-            except InterruptedEvaluationError:
-                pass  # all steps of the epoch are done: a resume begins with the evaluation
-            else:
-                state.epoch, state.step, state.loss_sum = state.epoch + 1, 0, 0.0
-        state.save(run / "last.pt")
-        if stop():
-            click.echo(f"{run}: stopped and saved; the same command continues", err=True)
-            return stop.code
-    print_reports({name: evaluate(job, name) for name in ("dev", "valid") if name in job.manifest.splits})
+        click.echo(f"{run}: continuing after step {state.done:,} of {total:,}", err=True)
+    with SummaryWriter(str(run / "tensorboard"), purge_step=state.done + 1) as events:
+        while True:
+            due = state.done % steps == 0 or state.done % steps % every == 0
+            if state.evaluated < state.done and due:
+                try:
+                    evaluate_state(job, state, dev, steps, events)
+                except InterruptedEvaluationError:
+                    return stop_run(job, state)  # a resume begins with this evaluation
+                state.save(run / "last.pt")
+            if state.done == total or is_out_of_patience(config, state):
+                break
+            epoch, step = divmod(state.done, steps)
+            batches = stream_training(
+                train.split,
+                labels,
+                size=config.image_size,
+                batch_size=config.batch_size,
+                seed=config.seed,
+                epoch=epoch,
+                start_step=step,
+                rows=train.rows,
+                weights=weights,
+                threads=job.workers,
+                max_bad=int(config.max_bad * len(train.rows)),
+            )
+            train_steps(job, state, batches, epoch, min(steps, (step // every + 1) * every), steps, events)
+            if job.stop():
+                return stop_run(job, state)
+    try:
+        finish_run(job)
+    except InterruptedEvaluationError:
+        return say_stopped(job)
     return 0
 
 
-def training_labels(job: Job, split: OpenSplit) -> Labels:
-    """Targets and masks of train by the run's policies; warns of labels with one class.
+def stop_run(job: Job, state: TrainState) -> int:
+    """Save, and say so; returns the exit code."""
+    state.save(job.run / "last.pt")
+    return say_stopped(job)
+
+
+def say_stopped(job: Job) -> int:
+    """Say how to go on; returns the exit code."""
+    click.echo(f"{job.run}: stopped and saved; the same command continues", err=True)
+    return job.stop.code
+
+
+def training_labels(job: Job, train: Selected) -> Labels:
+    """Targets and masks of all of train by the run's policies; warns of selected labels with one class.
 
     Raises DataError for them where the job is strict, and for a teacher that is missing or unusable.
     """
-    config = job.config
-    scores = None if job.teacher is None else read_scores(job.teacher / TEACHER_SCORES, split.table["key"])
+    config, table = job.config, train.split.table
+    scores = None if job.teacher is None else read_scores(job.teacher / TEACHER_SCORES, table["key"])
     policy = parse_uncertain_policy(config.uncertain)
-    labels = Labels(*make_targets(split.table, policy, config.blank, config.seed, scores))
-    lacking = describe_one_class(one_class_labels(labels.target, labels.mask))
+    labels = Labels(*make_targets(table, policy, config.blank, config.seed, scores))
+    found = one_class_labels(labels.target[train.rows], labels.mask[train.rows])
+    lacking = describe_one_class(counts for counts in found if counts[0] in config.labels)
     if lacking and job.strict:
         raise DataError(f"--strict: {'; '.join(lacking)}")
     for text in lacking:
         click.echo(f"{text}: it cannot be learnt", err=True)
+    labels.mask[:, other_columns(config)] = False
     return labels
 
 
-def train_epoch(job: Job, state: TrainState, batches: Iterable[Batch], steps: int) -> None:
-    """Run the remaining steps of an epoch, or as far as the stop flag lets it.
+def draw_weights(label: str, labels: Labels, rows: Rows) -> Weights:
+    """Weights [N] of the rows, under which positives and negatives of a label are drawn equally often.
+
+    Raises DataError where the label has no positives or no negatives among them.
+    """
+    column = LABELS.index(label)
+    try:
+        return balance_weights(labels.target[rows, column], labels.mask[rows, column])
+    except ValueError as error:
+        raise DataError(f"--balance {label}: {error} in train") from None
+
+
+def train_steps(
+    job: Job,
+    state: TrainState,
+    batches: Iterable[Batch],
+    epoch: int,
+    end: int,
+    steps: int,
+    events: SummaryWriter,
+) -> None:
+    """Run the steps of an epoch up to `end`, or as far as the stop flag lets it.
 
     Raises DataError, naming the step, for a loss that is not finite.
     """
-    config, device = job.config, job.device
-    mean, std = job.manifest.pixels["mean"], job.manifest.pixels["std"]
-    columns = three_class_columns(config)
-    three_class = torch.tensor(columns, device=device) if columns else None
+    config = job.config
     state.network.train()
     losses: list[Tensor] = []
     images, waited, start = 0, 0.0, time.perf_counter()
     saved = start
     iterator = iter(batches)
-    with progress_bar(f"Epoch {state.epoch + 1}/{config.epochs}", "steps") as advance:
-        while not job.stop():
-            asked = time.perf_counter()
-            batch = next(iterator, None)
-            waited += time.perf_counter() - asked
-            if batch is None:
+    with progress_bar(f"Epoch {epoch + 1}/{config.epochs}", "steps") as advance:
+        for step in range(state.done % steps, end):
+            if job.stop():
                 break
-            inputs, target, mask = (
-                to_device(array, device) for array in (batch.images, batch.target, batch.mask)
-            )
-            if config.augment:
-                inputs = augment(inputs, mean, std, config.seed, state.epoch, state.step)
-            else:
-                inputs = normalize(inputs, mean, std)
-            inputs = inputs.contiguous(memory_format=torch.channels_last)
-
-            lr = scheduled_lr(config.lr, state.epoch * steps + state.step, config.epochs * steps)
+            asked = time.perf_counter()
+            batch = next(iterator)
+            waited += time.perf_counter() - asked
+            lr = scheduled_lr(config.lr, state.done, config.epochs * steps)
             for group in state.optimizer.param_groups:
                 group["lr"] = lr
-            with torch.autocast(device.type, job.precision, enabled=job.precision != torch.float32):
-                logits = state.network(inputs)
-            loss = masked_loss(logits, target, mask, three_class)
-            state.optimizer.zero_grad()
-            state.scaler.scale(loss).backward()
-            state.scaler.unscale_(state.optimizer)  # so that what is clipped are the gradients themselves
-            nn.utils.clip_grad_norm_(state.network.parameters(), CLIP_NORM)
-            state.scaler.step(state.optimizer)
-            state.scaler.update()
-            state.ema.update_parameters(state.network)
-
-            losses.append(loss.detach())
-            images += len(inputs)
-            state.step += 1
-            if state.step % CHECK_STEPS == 0 or state.step == steps:
-                check_losses(losses, state)
+            losses.append(train_step(job, state, batch, epoch, step))
+            images += len(batch.images)
+            state.done += 1
+            if (step + 1) % CHECK_STEPS == 0 or step + 1 == end:
+                check_losses(losses, state, epoch, step)
                 now = time.perf_counter()
-                note = f"loss {state.loss_sum / state.step:.4f}  {images / (now - start):,.0f} images/s"
-                advance(state.step, steps, f"{note}  data wait {waited / (now - start):.0%}")
+                loss = state.loss_sum / (state.done - state.evaluated)
+                rate, wait = images / (now - start), waited / (now - start)
+                for name, value in {"loss": loss, "lr": lr, "images_per_s": rate, "data_wait": wait}.items():
+                    events.add_scalar(f"train/{name}", value, state.done)
+                note = f"loss {loss:.4f}  {rate:,.0f} images/s  data wait {wait:.0%}"
+                advance(step + 1, steps, note)
                 if now - saved > SAVE_SECONDS:
                     state.save(job.run / "last.pt")
                     saved = now
-    check_losses(losses, state)
+        check_losses(losses, state, epoch, state.done % steps)
 
 
-def check_losses(losses: list[Tensor], state: TrainState) -> None:
-    """Add the losses since the last check to the epoch's sum. Raises DataError where one is not finite."""
+def train_step(job: Job, state: TrainState, batch: Batch, epoch: int, step: int) -> Tensor:
+    """One update of the weights; returns the loss, which the device may still be computing."""
+    config, device = job.config, job.device
+    mean, std = job.manifest.pixels["mean"], job.manifest.pixels["std"]
+    images, target, mask = (to_device(array, device) for array in (batch.images, batch.target, batch.mask))
+    if config.augment == "none":
+        inputs = normalize(images, mean, std)
+    else:
+        inputs = augment(images, mean, std, config.seed, epoch, step, AUGMENTATIONS[config.augment])
+    inputs = inputs.contiguous(memory_format=torch.channels_last)
+    state.optimizer.zero_grad()
+    total = torch.zeros((), device=device)
+    cells = mask.sum().clamp(min=1)
+    # In parts where a batch would not fit the device: each counts by its cells, so the gradients are the batch's.
+    parts = (tensor.chunk(config.accumulate) for tensor in (inputs, target, mask))
+    for some_inputs, some_target, some_mask in zip(*parts, strict=True):
+        with torch.autocast(device.type, job.precision, enabled=job.precision != torch.float32):
+            logits = state.forward(some_inputs)
+        loss = state.loss(logits, some_target, some_mask) * (some_mask.sum() / cells)
+        state.scaler.scale(loss).backward()
+        total += loss.detach()
+    state.scaler.unscale_(state.optimizer)  # so that what is clipped are the gradients themselves
+    nn.utils.clip_grad_norm_(state.network.parameters(), CLIP_NORM)
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    update_average(state.ema, state.network, config.ema, state.done)
+    return total
+
+
+def check_losses(losses: list[Tensor], state: TrainState, epoch: int, step: int) -> None:
+    """Add the losses since the last check to the sum; `step` is the last one's. Raises DataError for nan or inf."""
     for number, value in enumerate(torch.stack(losses).tolist() if losses else []):
         if not math.isfinite(value):
-            step = state.step - len(losses) + number
-            raise DataError(f"the loss is {value} at epoch {state.epoch + 1}, step {step}; try a lower --lr")
+            bad = step + 1 - len(losses) + number
+            raise DataError(f"the loss is {value} at epoch {epoch + 1}, step {bad}; try a lower --lr")
         state.loss_sum += value
     losses.clear()
 
 
-def evaluate_epoch(job: Job, state: TrainState, dev: OpenSplit) -> None:
+def evaluate_state(job: Job, state: TrainState, dev: Selected, steps: int, events: SummaryWriter) -> None:
     """Score the averaged weights on dev, add a line to metrics.jsonl, keep the best weights."""
-    _, report = score_split(job, state.ema.module, dev, job.manifest.pixels)
+    scored = score_split(job, state.ema, dev, job.manifest.pixels)
+    report = report_auroc(job.config.labels, *scored[:3])
     score = choice_score(report)
     if score is None:
         raise DataError(
             f"{job.shards}: no label of dev has both classes to choose a checkpoint by; raise --dev"
         )
-    line = {"epoch": state.epoch + 1, "train_loss": state.loss_sum / state.step} | {
-        name: report[name] for name in ("macro_auroc", "macro10_auroc", "mean5_auroc")
-    }
+    epoch = round(state.done / steps, 4)
+    line: dict[str, Any] = {"epoch": epoch, "step": state.done}
+    line["train_loss"] = state.loss_sum / (state.done - state.evaluated)
+    line |= {name: value for name, value in report.items() if name.endswith("_auroc")}
     state.history.append(line | {"labels": {label: row["auroc"] for label, row in report["labels"].items()}})
+    state.evaluated, state.loss_sum = state.done, 0.0
     if score > state.best:
         state.best = score
-        position = {"epoch": state.epoch + 1, "dev_auroc": score}
-        weights = {"weights": state.ema.module.state_dict(), "pixels": dict(job.manifest.pixels)}
-        save_checkpoint(job.run / "best.pt", weights | position)
-    # Rewritten from the checkpoint's own history, so that an epoch run again is not listed twice.
+        save_best(job, state.ema.state_dict(), epoch, score)
+    # Rewritten from the checkpoint's own history, so that steps run again are not listed twice.
     lines = "".join(json.dumps(line) + "\n" for line in state.history)
     write_atomically(job.run / "metrics.jsonl", lines.encode())
+    events.add_scalar("dev/macro_auroc", score, state.done)
     best = "  (best)" if score == state.best else ""
-    click.echo(f"Epoch {state.epoch + 1}: dev macro AUROC {score:.4f}{best}", err=True)
+    click.echo(f"Epoch {epoch:g}: dev macro AUROC {score:.4f}{best}", err=True)
 
 
-def choice_score(report: Report) -> float | None:
+def is_out_of_patience(config: Config, state: TrainState) -> bool:
+    """Whether the last `patience` evaluations were none better than the best before them."""
+    if config.patience is None:
+        return False
+    scores = [choice_score(line) or 0.0 for line in state.history]
+    return bool(scores) and len(scores) - 1 - scores.index(max(scores)) >= config.patience
+
+
+def choice_score(report: Mapping[str, Any]) -> float | None:
     """The macro AUROC a checkpoint is chosen by: over the labels with 10 positives or more, if there are any.
 
     On the real dev split these are all labels; on a small one the others would add chance alone.
     """
-    return report["macro_auroc"] if report["macro10_auroc"] is None else report["macro10_auroc"]
+    score: float | None = report["macro10_auroc"]
+    return report["macro_auroc"] if score is None else score
 
 
-def evaluate(job: Job, name: str) -> Report:
-    """Score best.pt on a split of any shards; writes its scores and evaluation into the run."""
-    best = load_checkpoint(job.run / "best.pt")
-    network = new_network(job.config)
-    network.load_state_dict(best["weights"])
-    network.to(job.device).to(memory_format=torch.channels_last)
-    split = open_split(job.shards, job.manifest, name)
-    scores, report = score_split(job, network, split, best["pixels"])
-    write_scores(job.run / f"scores-{name}.arrow", split.table, scores)
-    write_atomically(job.run / f"evaluation-{name}.json", (json.dumps(report, indent=1) + "\n").encode())
-    return report
-
-
-def score_split(
-    job: Job, network: nn.Module, split: OpenSplit, pixels: Mapping[str, float]
-) -> tuple[npt.NDArray[np.float32], Report]:
-    """A network's scores [N, 14] of every sample of a split, and their AUROC without the uncertain cells."""
-    labels = Labels(*evaluation_targets(split.table, job.config.blank))
-    batches = stream_evaluation(
-        split, labels, size=job.config.image_size, batch_size=EVALUATION_BATCH, threads=job.workers
-    )
-
-    def images(advance: Advance) -> Iterator[Tensor]:
-        done = 0
-        for batch in batches:
-            yield to_device(batch.images, job.device)
-            done += len(batch.images)
-            advance(done, split.table.num_rows)
-
-    with progress_bar(f"Scoring {split.name}", "images") as advance:
-        scores = predict_scores(
-            network,
-            len(LABELS),
-            images(advance),
-            pixels["mean"],
-            pixels["std"],
-            job.precision,
-            should_stop=job.stop,
-        )
-    return scores, report_auroc(LABELS, scores, labels.target, labels.mask)
-
-
-def start_state(job: Job) -> TrainState:
+def start_state(job: Job, labels: Labels, rows: Rows) -> TrainState:
     """The state before the first step."""
     config = job.config
     torch.manual_seed(config.seed)
-    network = new_network(config).to(job.device).to(memory_format=torch.channels_last)
-    # Decay belongs on matrices and kernels; norms and biases must be free to scale.
-    decayed = [parameter for parameter in network.parameters() if parameter.ndim >= 2]
-    others = [parameter for parameter in network.parameters() if parameter.ndim < 2]
-    groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=config.lr)
-    ema = AveragedModel(network, multi_avg_fn=warming_average(config.ema), use_buffers=True)
-    scaler = torch.amp.GradScaler(job.device.type, enabled=job.precision == torch.float16)
-    return TrainState(network, ema, optimizer, scaler)
+    network = build_network(config.arch, output_count(config), config.pretrained)
+    if job.init is not None:
+        fresh = load_initial(network, job.init)
+        click.echo(f"{job.init}: loaded; fresh: {', '.join(fresh) or 'nothing'}", err=True)
+    network = network.to(job.device).to(memory_format=torch.channels_last)
+    target, mask = (torch.from_numpy(array[rows]) for array in labels)
+    loss: nn.Module
+    if config.loss == "aucm":
+        loss = AUCMarginLoss(target, mask)
+    else:
+        weights = positive_weights(target, mask) if config.pos_weight else None
+        loss = MaskedLoss(three_class_columns(config), weights)
+    return TrainState(
+        network,
+        loss.to(job.device),
+        copy.deepcopy(network).requires_grad_(False),
+        build_optimizer(network, config.lr, config.weight_decay),
+        torch.amp.GradScaler(job.device.type, enabled=job.precision == torch.float16),
+        torch.compile(network) if config.compile else network,
+    )
 
 
-def new_network(config: Config) -> nn.Module:
-    """A freshly initialised network with a logit per label, and one more per label with three classes."""
-    return build_network(config.arch, len(LABELS) + len(three_class_columns(config)))
-
-
-def three_class_columns(config: Config) -> list[int]:
-    """The columns of the labels that have uncertain as a class of its own."""
-    policy = parse_uncertain_policy(config.uncertain)
-    return [column for column, label in enumerate(LABELS) if policy[label] == "multiclass"]
-
-
-def warming_average(decay: float) -> Any:
-    """An exponential average whose decay grows with the updates, so that short runs forget their start."""
-
-    def update(averages: Any, values: Any, updates: Tensor | int) -> None:
-        count = int(updates)
-        get_ema_multi_avg_fn(min(decay, (1 + count) / (10 + count)))(averages, values, updates)
-
-    return update
-
-
-def scheduled_lr(peak: float, step: int, total: int) -> float:
-    """Linear warm-up over a tenth of the run, at most 500 steps, then a cosine to zero."""
-    warmup = min(MAX_WARMUP_STEPS, max(1, total // 10))
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
-
-
-def choose_device(amp: str) -> tuple[torch.device, torch.dtype]:
-    """The GPU where there is one, and the precision of autocast there (float32: no autocast).
-
-    `auto`: bf16 where the GPU has it, else fp16; off on a CPU, where it is slower. Raises DataError.
-    """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if amp == "auto" and device.type == "cuda":
-        amp = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-    if amp == "fp16" and device.type == "cpu":
-        raise DataError("--amp fp16 needs a GPU; use bf16 or off on this machine")
-    return device, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp, torch.float32)
-
-
-def to_device(array: Any, device: torch.device) -> Tensor:
-    """A NumPy array as a tensor on the device; to a GPU through pinned memory, without waiting."""
-    tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
-
-
-def open_run(run: Path, config: Config) -> None:
-    """Create the run folder. Raises DataError, with the difference, where it has another configuration."""
-    if (run / "config.json").exists():
-        there = asdict(read_config(run))
-        for name, here in asdict(config).items():
-            if there[name] != here:
-                difference = f"{name} is {there[name]} there and {here} here"
-                raise DataError(
-                    f"{run} is a run of another configuration: {difference}; choose another --run"
-                )
-        return
-    run.mkdir(parents=True, exist_ok=True)
-    write_atomically(run / "config.json", (json.dumps(asdict(config), indent=1) + "\n").encode())
-
-
-def read_config(run: Path) -> Config:
-    """The configuration of a run. Raises DataError where the folder holds none."""
-    path = run / "config.json"
-    try:
-        return Config(**json.loads(path.read_bytes()))
-    except FileNotFoundError:
-        raise DataError(f"{run}: no config.json, so not a run folder") from None
-    except (TypeError, ValueError) as error:
-        raise DataError(f"{path}: damaged, or of another version: {error}") from error
-
-
-def teacher_digest(teacher: Path, shards: Path) -> str:
+def teacher_digest(teacher: Path, shards: str) -> str:
     """sha256 of a run's scores of train. Raises DataError with the command that writes them."""
     try:
         return hashlib.sha256((teacher / TEACHER_SCORES).read_bytes()).hexdigest()
     except FileNotFoundError:
-        command = f"python train.py --shards {shards} --run {teacher}"
+        options = f"--shards {shards} --run {teacher}"
         if (teacher / "best.pt").exists():
-            missing, command = TEACHER_SCORES, f"{command} --evaluate train"
+            missing, command = TEACHER_SCORES, f"python train.py evaluate {options} --split train"
         else:
-            missing, command = "best.pt", f"{command} --uncertain ignore"
+            missing, command = "best.pt", f"python train.py {options} --uncertain ignore"
         raise DataError(f"{teacher}: no {missing}; first run: {command}") from None
 
 
-def print_reports(reports: dict[str, Report]) -> None:
-    """A table of AUROC per label, with the positives and negatives behind each, for one or more splits."""
-    table = Table(title="AUROC", title_justify="left")
-    table.add_column("label")
-    for split in reports:
-        table.add_column(split, justify="right")
-        table.add_column("pos / neg", justify="right")
-    for label in LABELS:
-        results = [report["labels"][label] for report in reports.values()]
-        cells = [
-            (show(result["auroc"]), f"{result['positives']} / {result['negatives']}") for result in results
-        ]
-        table.add_row(label, *(text for cell in cells for text in cell))
-    table.add_section()
-    means = {
-        "macro": "macro_auroc",
-        "macro, ≥ 10 positives": "macro10_auroc",
-        "mean of competition's 5": "mean5_auroc",
-    }
-    for title, name in means.items():
-        values = [(show(report[name]), "") for report in reports.values()]  # type: ignore[literal-required]
-        table.add_row(title, *(text for cell in values for text in cell))
-    Console().print(table)
+class ByteSize(click.ParamType[int]):
+    """Bytes, as 500MB, 20GB or 1.5TB."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """The number of bytes."""
+        match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([MGT])B", str(value))
+        if match is None:
+            self.fail(f"'{value}' is not like 500MB, 20GB or 1.5TB", param, ctx)
+        return int(float(match[1]) * {"M": 1e6, "G": 1e9, "T": 1e12}[match[2]])
 
 
-def show(value: float | None) -> str:
-    """A figure with three places; an undefined one as a dash."""
-    return "–" if value is None else f"{value:.3f}"
+class LabelNames(click.ParamType[tuple[str, ...]]):
+    """Names of labels, separated by commas; in the order of LABELS."""
+
+    name = "labels"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, ...]:
+        """The names."""
+        names = [name.strip() for name in str(value).split(",")]
+        for name in names:
+            if name not in LABELS:
+                self.fail(f"'{name}' is none of {', '.join(LABELS)}", param, ctx)
+        return tuple(label for label in LABELS if label in names)
 
 
-@click.command(
-    epilog="Example: python train.py --shards shards --run runs/first --lr 1e-4 --weight-decay 1e-2"
+class TrainByDefault(click.Group):
+    """A group whose command `train` needs not be named."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Put `train` in front of options."""
+        if args and args[0].startswith("-") and args[0] not in ctx.help_option_names:
+            args = ["train", *args]
+        return super().parse_args(ctx, args)
+
+
+def data_options(function: Callable[..., int]) -> Callable[..., int]:
+    """The options that say where shards are, for every command that reads them."""
+    options = [
+        click.option("--shards", default="shards", help="Folder of shards, or its URL: https://… or s3://…."),
+        click.option(
+            "--cache",
+            type=click.Path(path_type=Path),
+            default=Path(".cache"),
+            help="Where shards of a URL are kept, shared by all runs.",
+        ),
+        click.option(
+            "--cache-size", type=ByteSize(), default="20GB", help="The least recently used ones go."
+        ),
+        run_option,
+        workers_option,
+    ]
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+run_option = click.option("--run", type=click.Path(path_type=Path), required=True, help="Folder of the run.")
+workers_option = click.option(
+    "--workers", default=os.cpu_count, type=click.IntRange(1), show_default="cores", help="Decoding threads."
 )
-@click.option("--shards", type=click.Path(path_type=Path), default=Path("shards"), help="Folder of shards.")
-@click.option("--run", type=click.Path(path_type=Path), required=True, help="Folder of this run.")
-@click.option(
-    "--evaluate", "split", metavar="SPLIT", help="Score the run's best checkpoint on SPLIT instead."
+
+
+@click.group(cls=TrainByDefault)
+def main() -> None:
+    """Train, evaluate, predict, export. Without a command's name: train."""
+
+
+@main.command(
+    "train", epilog="Example: python train.py --shards shards --run runs/first --lr 1e-4 --weight-decay 1e-2"
 )
+@data_options
 @click.option("--arch", default="resnet50", type=click.Choice(ARCHITECTURES))
+@click.option(
+    "--pretrained", is_flag=True, help="Start from torchvision's ImageNet weights (downloads them)."
+)
+@click.option(
+    "--init", metavar="FILE", type=click.Path(path_type=Path, exists=True), help="Start from these weights."
+)
 @click.option("--lr", default=1e-4, type=click.FloatRange(0, min_open=True), help="Peak learning rate.")
 @click.option("--weight-decay", default=1e-2, type=click.FloatRange(0), help="AdamW's.")
 @click.option("--batch-size", default=64, type=click.IntRange(2))
+@click.option("--accumulate", default=1, type=click.IntRange(1), help="Compute a batch in so many parts.")
 @click.option("--epochs", default=5, type=click.IntRange(1))
 @click.option("--image-size", default=320, type=click.IntRange(32), help="Side of the square input, pixels.")
 @click.option("--amp", default="auto", type=click.Choice(["auto", "bf16", "fp16", "off"]))
+@click.option("--compile", is_flag=True, help="Compile the network by torch.compile.")
 @click.option("--ema", default=0.999, type=click.FloatRange(0, 1), help="Decay of the averaged weights.")
-@click.option("--augment/--no-augment", default=True, help="Random affine maps, brightness, contrast.")
+@click.option(
+    "--augment", default="affine", type=click.Choice(AUGMENTATIONS), help="crop: affine, and random crops."
+)
+@click.option("--loss", default="bce", type=click.Choice(LOSSES), help="aucm: the AUC margin loss.")
+@click.option("--pos-weight", is_flag=True, help="Weigh positives by how rare they are in train.")
 @click.option("--uncertain", metavar="POLICY", show_default="the shards'", help=UNCERTAIN_HELP)
 @click.option("--blank", metavar="POLICY", show_default="the shards'", help=BLANK_HELP)
 @click.option(
     "--teacher", metavar="RUN", type=click.Path(path_type=Path), help="selftrained: learn from its scores."
 )
 @click.option("--strict", is_flag=True, help="Refuse labels with one class in train instead of warning.")
+@click.option("--labels", type=LabelNames(), metavar="A,B", show_default="all 14", help="Learn these alone.")
+@click.option("--views", default="all", type=click.Choice(VIEWS), help="Of those that the shards hold.")
+@click.option(
+    "--where",
+    multiple=True,
+    metavar="CONDITION",
+    help="Use these images alone: sex=Female, age>=60, Edema=1.",
+)
+@click.option("--limit", type=click.IntRange(1), help="At most so many images of train, whole patients.")
+@click.option(
+    "--balance",
+    metavar="LABEL",
+    type=click.Choice(LABELS),
+    help="Draw its positives as often as its negatives.",
+)
+@click.option(
+    "--max-bad",
+    default=0.0,
+    type=click.FloatRange(0, 1),
+    help="Share of images that may be damaged: left out.",
+)
+@click.option("--eval-every", type=click.IntRange(1), metavar="STEPS", show_default="once per epoch")
+@click.option(
+    "--patience", type=click.IntRange(1), help="Stop after so many evaluations without a better one."
+)
 @click.option("--seed", default=0, type=click.IntRange(0))
-@click.option("--workers", default=os.cpu_count, type=click.IntRange(1), show_default="cores")
-def main(
-    shards: Path,
+def train_command(
+    shards: str,
+    cache: Path,
+    cache_size: int,
     run: Path,
-    split: str | None,
+    workers: int,
     uncertain: str | None,
     blank: str | None,
     teacher: Path | None,
+    init: Path | None,
     strict: bool,
-    workers: int,
+    labels: tuple[str, ...] | None,
     **options: Any,
 ) -> int:
     """Train a network on shards; the same command continues an interrupted run."""
-    manifest = read_manifest(shards)
-    if split is None:
-        uncertain = uncertain or manifest.policies["uncertain"]
-        if "selftrained" not in parse_uncertain_policy(uncertain).values() and teacher:
-            raise click.UsageError(f"--teacher is for the policy selftrained; --uncertain is {uncertain}")
-        config = Config(
-            **options,
-            uncertain=uncertain,
-            blank=check_blank_policy(blank or manifest.policies["blank"]),
-            manifest=manifest_digest(shards),
-            teacher=teacher_digest(teacher, shards) if teacher else None,
-        )
-    else:
-        config = read_config(run)
-    stop = StopFlag()
-    job = Job(config, shards, run, manifest, *choose_device(config.amp), workers, teacher, strict, stop)
+    folder, remote = find_shards(shards, cache, cache_size)
+    manifest = read_manifest(folder)
+    uncertain = uncertain or manifest.policies["uncertain"]
+    if "selftrained" not in parse_uncertain_policy(uncertain).values() and teacher:
+        raise click.UsageError(f"--teacher is for the policy selftrained; --uncertain is {uncertain}")
+    config = Config(
+        **options,
+        uncertain=uncertain,
+        blank=check_blank_policy(blank or manifest.policies["blank"]),
+        manifest=manifest_digest(folder),
+        teacher=teacher_digest(teacher, shards) if teacher else None,
+        init=hashlib.sha256(init.read_bytes()).hexdigest() if init else None,
+        labels=labels or LABELS,
+    )
+    check_config(config)
+    device = choose_device(config.amp)
+    job = Job(config, folder, remote, run, manifest, *device, workers, teacher, init, strict, StopFlag())
+    return train(job)
+
+
+@main.command("evaluate", epilog="Example: python train.py evaluate --run runs/first --split valid")
+@data_options
+@click.option("--split", default="valid", help="Of the shards, which may be others than the run's.")
+@click.option("--against", metavar="RUN", type=click.Path(path_type=Path), help="Compare with its scores.")
+def evaluate_command(
+    shards: str, cache: Path, cache_size: int, run: Path, workers: int, split: str, against: Path | None
+) -> int:
+    """Score the run's best checkpoint on a split."""
+    folder, remote = find_shards(shards, cache, cache_size)
+    config, stop = read_config(run), StopFlag()
+    device = choose_device(config.amp)
+    job = Job(config, folder, remote, run, read_manifest(folder), *device, workers, None, None, False, stop)
     try:
-        if split is None:
-            return train(job)
-        print_reports({split: evaluate(job, split)})
+        results = {split: evaluate(job, split, against)}
+        print_evaluations({split: results[split][0]})
+        write_report(job, f"report-{split}.html", results)
     except InterruptedEvaluationError:
         return stop.code
-    except CheckpointError as error:
-        raise DataError(str(error)) from error
     return 0
+
+
+@main.command("predict", epilog="Example: python train.py predict --run runs/first --out scores.csv films/")
+@run_option
+@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
+@click.option("--out", required=True, type=click.Path(path_type=Path, dir_okay=False), help="CSV to write.")
+@click.option("--strict", is_flag=True, help="Exit with 3 where an image cannot be read.")
+@workers_option
+def predict_command(run: Path, images: tuple[Path, ...], out: Path, strict: bool, workers: int) -> int:
+    """Score IMAGES (JPEG or PNG files, or folders of them) by the run's best checkpoint."""
+    files = [file for path in images for file in find_images(path)]
+    if not files:
+        raise DataError(f"{', '.join(map(str, images))}: no .jpg, .jpeg or .png file")
+    scores, bad = score_files(run, files, workers)
+    labels = read_config(run).labels
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["file", *labels])
+    columns = [LABELS.index(label) for label in labels]
+    for file, row in zip(files, scores[:, columns].tolist(), strict=True):
+        writer.writerow([file, *("" if math.isnan(score) else f"{score:.6f}" for score in row)])
+    write_atomically(out, text.getvalue().encode())
+    for file, reason in bad:
+        click.echo(f"{file}: {reason}", err=True)
+    click.echo(f"{out}: scores of {len(files) - len(bad):,} images, {len(bad):,} unusable")
+    return 3 if strict and bad else 0
+
+
+@main.command("export", epilog="Example: python train.py export --run runs/first --out model.onnx")
+@run_option
+@click.option("--out", required=True, type=click.Path(path_type=Path, dir_okay=False), help=".onnx or .pt2")
+def export_command(run: Path, out: Path) -> int:
+    """Write the run's best network for other programs: uint8 images [B, 1, S, S] in, scores [B, 14] out."""
+    config = read_config(run)
+    network, best = load_best(run, config, torch.device("cpu"))
+    scorer = Scorer(network, len(LABELS), best["pixels"]["mean"], best["pixels"]["std"])
+    try:
+        difference = export_scorer(scorer, config.image_size, out)
+    except ValueError as error:
+        raise DataError(str(error)) from None
+    click.echo(f"{out}: checked, within {difference:.1e} of the eager network's scores")
+    return 0
+
+
+def find_shards(shards: str, cache: Path, cache_size: int) -> tuple[Path, Remote | None]:
+    """The folder of manifest and tables, and where the tars are if those are at a URL."""
+    if not is_url(shards):
+        return Path(shards), None
+    remote = Remote(shards, Cache(cache, cache_size))
+    return remote.mirror(), remote
+
+
+def find_images(path: Path) -> list[Path]:
+    """The file itself, or the image files below a folder, sorted."""
+    if path.is_file():
+        return [path]
+    return sorted(file for file in path.rglob("*") if file.suffix.lower() in (".jpg", ".jpeg", ".png"))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,16 @@
 """State dict ↔ file: written whole or not at all, and read without running code from it."""
 
 import os
-import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from pipeline import DataError
 
 
-class CheckpointError(Exception):
+class CheckpointError(DataError):
     """A checkpoint that is missing or cannot be used; the message names the file."""
 
 
@@ -29,5 +31,22 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         return dict(torch.load(path, map_location="cpu", weights_only=True))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such checkpoint; a run has one after its first epoch") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, TypeError) as error:
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+    except Exception as error:  # a damaged file makes torch raise anything: IndexError, struct.error, …
         raise CheckpointError(f"{path}: damaged, or not a checkpoint of this program") from error
+
+
+def random_state() -> dict[str, Tensor]:
+    """The states of torch's default generators, of the CPU and of the current GPU: layers may draw from them."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def restore_random_state(states: dict[str, Tensor]) -> None:
+    """Set the generators to states of `random_state`; one of a GPU is left out where there is none."""
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])

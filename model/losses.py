@@ -6,28 +6,59 @@ against negative. So the paper's score p1 / (p0 + p1) is the sigmoid of the firs
 """
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+MAX_POSITIVE_WEIGHT = 20.0  # where positives are rarer than 1 in 21, a few would be the whole gradient
+MEMORY = 0.99  # per batch: of the class means of AUCMarginLoss
 
 
-def masked_loss(logits: Tensor, target: Tensor, mask: Tensor, three_class: Tensor | None = None) -> Tensor:
+def masked_loss(
+    logits: Tensor,
+    target: Tensor,
+    mask: Tensor,
+    three_class: Tensor | None = None,
+    pos_weight: Tensor | None = None,
+) -> Tensor:
     """Cross-entropy over the cells whose mask is True, averaged over those cells.
 
     Logits [B, L + M], target and mask [B, L], `three_class` [M] the columns of the labels with three classes
-    (None: no such label). A target is in [0, 1]; of three classes it is 0, 1, or -1 for uncertain.
+    (None: no such label), `pos_weight` [L] factors of the positive class (None: 1), as in torch's
+    `binary_cross_entropy_with_logits`. A target is in [0, 1]; of three classes it is 0, 1, or -1 for uncertain.
     In float32 whatever the logits' precision. 0 where no cell is left.
     """
     logits = logits.float()
     binary, uncertain = logits.tensor_split([target.shape[1]], dim=1)
-    losses = F.binary_cross_entropy_with_logits(binary, target, reduction="none")
+    losses = F.binary_cross_entropy_with_logits(binary, target, pos_weight=pos_weight, reduction="none")
     if three_class is not None:
         positive = binary[:, three_class]
         classes = torch.stack([torch.zeros_like(positive), positive, uncertain], dim=2)
         truth = target[:, three_class].long() % 3  # 0, 1, and -1 is the last class
         # Flat, because the loss of a grid of classes is not deterministic on a GPU.
-        ours = F.cross_entropy(classes.flatten(0, 1), truth.flatten(), reduction="none")
-        losses = losses.index_copy(1, three_class, ours.view_as(positive))
+        ours = F.cross_entropy(classes.flatten(0, 1), truth.flatten(), reduction="none").view_as(positive)
+        if pos_weight is not None:
+            ours = ours * torch.where(truth == 1, pos_weight[three_class], 1)
+        losses = losses.index_copy(1, three_class, ours)
     return (losses * mask).sum() / mask.sum().clamp(min=1)
+
+
+class MaskedLoss(nn.Module):
+    """`masked_loss` with the columns of three classes [M] and the weights of positives [L] that it is given."""
+
+    three_class: Tensor | None
+    pos_weight: Tensor | None
+
+    def __init__(self, three_class: list[int], pos_weight: Tensor | None) -> None:
+        super().__init__()
+        columns = torch.tensor(three_class) if three_class else None
+        # Not in a state dict: they follow from the configuration and the labels.
+        self.register_buffer("three_class", columns, persistent=False)
+        self.register_buffer("pos_weight", pos_weight, persistent=False)
+
+    def forward(self, logits: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+        """The mean over the cells of the mask."""
+        return masked_loss(logits, target, mask, self.three_class, self.pos_weight)
 
 
 def label_scores(logits: Tensor, labels: int) -> Tensor:
@@ -36,3 +67,76 @@ def label_scores(logits: Tensor, labels: int) -> Tensor:
     In float32 whatever the logits' precision: in half precision near-equal scores would tie.
     """
     return torch.sigmoid(logits[:, :labels].float())
+
+
+def positive_weights(target: Tensor, mask: Tensor) -> Tensor:
+    """Weights [L] for `masked_loss`: negatives / positives of train, at most 20; 1 for a label with one class.
+
+    Target and mask [N, L]; a soft target counts in part for either class, an uncertain cell (-1) for none.
+    """
+    positives, negatives = class_counts(target, mask)
+    weights = (negatives / positives).clamp(max=MAX_POSITIVE_WEIGHT)
+    return torch.where((positives > 0) & (negatives > 0), weights, 1).float()
+
+
+def class_counts(target: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """How many positives and negatives [L] there are among the cells of target and mask [N, L]."""
+    used = mask & (target >= 0)
+    positives = torch.where(used, target, 0).sum(dim=0, dtype=torch.float64)
+    return positives, used.sum(dim=0) - positives
+
+
+class AUCMarginLoss(nn.Module):
+    """The AUC margin loss of Yuan et al., ICCV 2021 (arXiv:2012.03173), per label, averaged over the labels.
+
+    With scores h, the sigmoids of the logits, the share p of positives and a margin m, a label's loss is
+
+        min a, b  max α ≥ 0   E[ (1-p) (h-a)² [y=1] + p (h-b)² [y=0]
+                                 + 2α (p(1-p) m + p h [y=0] - (1-p) h [y=1]) - p(1-p) α² ]
+
+    which is p(1-p) (Var⁺ h + Var⁻ h + (m + E⁻ h - E⁺ h)₊²): how far, in the mean over pairs of a positive and a
+    negative, their scores are from m apart. LibAUC's AUCMLoss and its optimiser PESG find the saddle point by
+    steps of descent in a and b, towards the classes' mean scores, and of ascent in α, towards
+    (m + b - a)₊. It is known in closed form, so here nothing is to be optimised but the network: a and b are
+    running means of the scores of each class, α follows from them, and the gradient of the expression above
+    at that point is the gradient of its value (Danskin's theorem). Means over the batch alone would not do:
+    few batches hold a positive of a rare label. p is of all of train, so that each batch gives an unbiased
+    estimate of the expectation. A label counts once both of its classes were met.
+
+    A soft target y is a positive with weight y and a negative with weight 1 - y. With m = 1 the margin is
+    never exceeded by scores in [0, 1]: a smaller one spares pairs that are that far apart.
+    """
+
+    share: Tensor
+    met: Tensor
+
+    def __init__(self, target: Tensor, mask: Tensor, margin: float = 1.0) -> None:
+        """Of the targets in [0, 1] and the mask of train, both [N, L]."""
+        super().__init__()
+        self.margin = margin
+        positives, negatives = class_counts(target, mask)
+        self.register_buffer("share", (positives / (positives + negatives).clamp(min=1)).float())
+        # Of positives and of negatives: the sum of their scores and their number, older batches fading.
+        self.register_buffer("met", torch.zeros(2, 2, target.shape[1]))
+
+    def forward(self, logits: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+        """The loss of logits [B, L or more], target and mask [B, L]; updates the running means.
+
+        In float32 whatever the logits' precision. 0 where no label counts.
+        """
+        scores = label_scores(logits, target.shape[1])
+        positive, negative = target * mask, (1 - target) * mask
+        with torch.no_grad():
+            batch = torch.stack([positive * scores, positive, negative * scores, negative]).sum(dim=1)
+            if dist.is_initialized():  # the means are those of all ranks' images
+                dist.all_reduce(batch)
+            self.met.mul_(MEMORY).add_(batch.view(2, 2, -1))
+            number = self.met[:, 1]
+            a, b = self.met[:, 0] / torch.where(number > 0, number, 1)
+            alpha = (self.margin + b - a).clamp(min=0)
+        p, q = self.share, 1 - self.share
+        cells = q * positive * ((scores - a) ** 2 - 2 * alpha * scores)
+        cells = cells + p * negative * ((scores - b) ** 2 + 2 * alpha * scores)
+        losses = cells.sum(dim=0) / mask.sum(dim=0).clamp(min=1) + p * q * alpha * (2 * self.margin - alpha)
+        counts = (number > 0).all(dim=0)
+        return torch.where(counts, losses, 0).sum() / counts.sum().clamp(min=1)

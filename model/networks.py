@@ -1,21 +1,107 @@
-"""Architecture name → network from gray images [B, 1, H, W] to logits [B, outputs]."""
+"""Architecture name → network from gray images [B, 1, H, W] to logits [B, outputs]; weights to start from.
+
+torchvision's networks are changed in one place: the weights of the first convolution are summed over its three
+input channels. So each gives for a gray image what torchvision's gives for that image in all three channels,
+with fresh weights and with those of ImageNet.
+"""
+
+import contextlib
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
-import torchvision.models
 from torch import Tensor, nn
+from torchvision.models import get_model, get_model_weights
 
-ARCHITECTURES = ("resnet18", "resnet34", "resnet50", "rescnn")
+from model.checkpoint import CheckpointError, load_checkpoint
+
+TORCHVISION = ("resnet18", "resnet34", "resnet50", "resnet101", "densenet121", "convnext_tiny")
+ARCHITECTURES = (*TORCHVISION, "rescnn")
 
 
-def build_network(arch: str, outputs: int) -> nn.Module:
-    """A freshly initialised network: torchvision's ResNets with a one-channel stem, or `rescnn`."""
+def build_network(arch: str, outputs: int, pretrained: bool = False) -> nn.Module:
+    """A freshly initialised network; `pretrained` gives all but its classifier torchvision's ImageNet weights.
+
+    Raises CheckpointError where there are no such weights or they cannot be downloaded.
+    """
     if arch == "rescnn":
+        if pretrained:
+            raise CheckpointError("rescnn has no ImageNet weights; choose another --arch, or --init FILE")
         return ResCNN(outputs)
-    network: nn.Module = getattr(torchvision.models, arch)(num_classes=outputs)
-    stem = nn.Conv2d(1, 64, kernel_size=7, stride=2, padding=3, bias=False)
-    nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")  # as torchvision does
-    network.conv1 = stem
+    network: nn.Module = get_model(arch, weights=None, num_classes=outputs)
+    stem = next(module for module in network.modules() if isinstance(module, nn.Conv2d))
+    stem.in_channels = 1
+    stem.weight = nn.Parameter(_over_gray(stem.weight.detach()))
+    if pretrained:
+        _load_weights(network, _download_imagenet(arch), arch)
     return network
+
+
+def load_initial(network: nn.Module, path: Path) -> list[str]:
+    """Load a torchvision state dict, or the weights of a best.pt; returns the names that stay fresh.
+
+    These are the classifier's, where it has another size there. A first convolution over three channels is
+    summed to one over gray. Raises CheckpointError, naming the file, where anything else does not match.
+    """
+    saved = load_checkpoint(path)
+    inner = saved.get("weights")
+    return _load_weights(network, inner if isinstance(inner, dict) else saved, str(path))
+
+
+def _load_weights(network: nn.Module, weights: Mapping[str, Any], source: str) -> list[str]:
+    """Load them into the network, as `load_initial` says."""
+    own = network.state_dict()
+    # torchvision's file for DenseNet has names that torch no longer allows.
+    given = {
+        re.sub(r"(denselayer\d+\.\w+)\.([12]\.)", r"\1\2", str(name)): value
+        for name, value in weights.items()
+        if isinstance(value, Tensor)
+    }
+    stem = f"{_names(network, nn.Conv2d)[0]}.weight"
+    if stem in given and given[stem].shape[1:2] == (3,):
+        given[stem] = _over_gray(given[stem])
+    fits = {name: value for name, value in given.items() if name in own and value.shape == own[name].shape}
+    # Old files lack BatchNorm's counters, which nothing here depends on.
+    fresh = [name for name in own if name not in fits and not name.endswith("num_batches_tracked")]
+    head = f"{_names(network, nn.Linear)[-1]}."
+    # Those that the network lacks count too: the tensors of a resnet18 are all in a resnet34.
+    wrong = [name for name in fresh if not name.startswith(head)] + sorted(given.keys() - own.keys())
+    if wrong:
+        raise CheckpointError(
+            f"{source}: not weights of this network: {len(wrong)} tensors are missing, of another shape or too many, "
+            f"such as {wrong[0]}; they must be of the same --arch"
+        )
+    network.load_state_dict(fits, strict=False)
+    return fresh
+
+
+def _download_imagenet(arch: str) -> Mapping[str, Any]:
+    """The default weights of torchvision, from its cache where they are there."""
+    weights = get_model_weights(arch).DEFAULT
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # torch announces a download
+            state: Mapping[str, Any] = weights.get_state_dict(
+                progress=False, check_hash=True, weights_only=True, map_location="cpu"
+            )
+    except Exception as error:  # no way there, a hash that does not match, a damaged file in the cache
+        raise CheckpointError(
+            f"the ImageNet weights of {arch} cannot be had from {weights.url}: {error}; "
+            "download them elsewhere and start with --init FILE"
+        ) from error
+    return state
+
+
+def _names(network: nn.Module, kind: type[nn.Module]) -> list[str]:
+    """The names of all layers of a kind, in order."""
+    return [name for name, module in network.named_modules() if isinstance(module, kind)]
+
+
+def _over_gray(weight: Tensor) -> Tensor:
+    """Weights [C, 1, k, k] that do on a gray image what weights [C, 3, k, k] do on three copies of it."""
+    return weight.sum(dim=1, keepdim=True)
 
 
 class ResCNN(nn.Module):

@@ -4,9 +4,10 @@ An Arrow IPC file with one row per image, in the order of the split's table:
     key         string   as in that table
     patient     string
     study       int32
-    <14 labels> float32  score in [0, 1]
+    <labels>    float32  score in [0, 1], of those that the run learnt
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,21 +20,21 @@ from pipeline.labels import LABELS
 from pipeline.manifest import write_table
 
 
-def write_scores(path: Path, table: pa.Table, scores: npt.NDArray[np.float32]) -> None:
-    """Write the scores [N, 14] of the rows of a split's table, atomically."""
-    columns = dict(zip(LABELS, scores.T.copy(), strict=True))
+def write_scores(path: Path, table: pa.Table, labels: Sequence[str], scores: npt.NDArray[np.float32]) -> None:
+    """Write the scores [N, L] of the labels, for the rows of a split's table, atomically."""
+    columns = dict(zip(labels, scores.T.copy(), strict=True))
     write_table(path, pa.table({name: table[name] for name in ("key", "patient", "study")} | columns))
 
 
-def read_scores(path: Path, keys: pa.ChunkedArray) -> npt.NDArray[np.float32]:
-    """The scores [N, 14] of the images `keys` [N], in whatever order the file has them.
+def read_scores(path: Path, keys: pa.ChunkedArray, labels: Sequence[str] = LABELS) -> npt.NDArray[np.float32]:
+    """The scores [N, L] of the labels for the images `keys` [N], in whatever order the file has them.
 
     Raises DataError where the file is not one of scores, lacks an image, or has a score outside [0, 1].
     """
     try:
         table = pa.ipc.open_file(path.read_bytes()).read_all()
         found = table["key"].cast(pa.string()).combine_chunks()
-        scores = np.column_stack([table[label].cast(pa.float32()).to_numpy() for label in LABELS])
+        scores = np.column_stack([table[label].cast(pa.float32()).to_numpy() for label in labels])
     except (OSError, KeyError, pa.ArrowException) as error:
         raise DataError(f"{path}: damaged, or not a file of scores: {error}") from error
     rows = pc.index_in(keys, value_set=found)
@@ -47,7 +48,7 @@ def read_scores(path: Path, keys: pa.ChunkedArray) -> npt.NDArray[np.float32]:
     if wrong.any():
         row, column = np.argwhere(wrong)[0]
         raise DataError(
-            f"{path}: {found[row]}, {LABELS[column]}: the score {scores[row, column]} is not in [0, 1]"
+            f"{path}: {found[row]}, {labels[column]}: the score {scores[row, column]} is not in [0, 1]"
         )
     chosen: npt.NDArray[np.float32] = scores[rows.to_numpy()]
     return chosen

@@ -31,7 +31,7 @@ def scores(table: pa.Table) -> Scores:
 def test_scores_come_back_by_key_in_any_order(table: pa.Table, scores: Scores, tmp_path: Path) -> None:
     path = tmp_path / "scores-train.arrow"
     order = np.random.default_rng(1).permutation(50)
-    write_scores(path, table.take(order), scores[order])
+    write_scores(path, table.take(order), LABELS, scores[order])
     written = pa.ipc.open_file(path).read_all()
     kinds = [pa.string(), pa.string(), pa.int32(), *[pa.float32()] * 14]
     assert written.schema == pa.schema(zip(["key", "patient", "study", *LABELS], kinds, strict=True))
@@ -42,7 +42,7 @@ def test_scores_come_back_by_key_in_any_order(table: pa.Table, scores: Scores, t
 
 def test_missing_images_are_counted_and_one_is_named(table: pa.Table, scores: Scores, tmp_path: Path) -> None:
     path = tmp_path / "scores-train.arrow"
-    write_scores(path, table.slice(3), scores[3:])
+    write_scores(path, table.slice(3), LABELS, scores[3:])
     with pytest.raises(DataError) as caught:
         read_scores(path, table["key"])
     assert str(caught.value) == (
@@ -57,7 +57,7 @@ def test_scores_outside_their_range_are_named(
 ) -> None:
     path = tmp_path / "scores-train.arrow"
     scores[20, LABELS.index("Edema")] = wrong
-    write_scores(path, table, scores)
+    write_scores(path, table, LABELS, scores)
     with pytest.raises(DataError) as caught:
         read_scores(path, table["key"])
     assert str(caught.value) == (
@@ -67,7 +67,7 @@ def test_scores_outside_their_range_are_named(
 
 def test_other_files_are_refused_by_name(table: pa.Table, scores: Scores, tmp_path: Path) -> None:
     path = tmp_path / "scores-train.arrow"
-    write_scores(path, table, scores)
+    write_scores(path, table, LABELS, scores)
     whole = pa.ipc.open_file(path).read_all()
 
     def refuse() -> str:

@@ -1,0 +1,85 @@
+"""Network → a file that other programs run: gray levels in, scores out, with the normalisation inside.
+
+    .onnx  ONNX (onnxruntime, OpenCV, TensorRT)
+    .pt2   torch.export (PyTorch without this package)
+
+Either takes uint8 images [B, 1, S, S] of any B and gives float32 scores [B, L], those of `predict_scores`.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from model.augment import normalize
+from model.losses import label_scores
+
+TOLERANCE = 1e-4  # between the exported scores and eager ones
+
+
+class Scorer(nn.Module):
+    """A network with what surrounds it: normalisation by mean and std (gray levels), and the sigmoid."""
+
+    def __init__(self, network: nn.Module, labels: int, mean: float, std: float) -> None:
+        super().__init__()
+        self.network = network
+        self.labels = labels
+        self.mean = mean
+        self.std = std
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Scores float32 [B, L] of images uint8 [B, 1, S, S]."""
+        return label_scores(self.network(normalize(images, self.mean, self.std)), self.labels)
+
+
+def export_scorer(scorer: Scorer, image_size: int, path: Path) -> float:
+    """Write the file; returns the largest difference of its scores from eager ones, on random images.
+
+    Raises ValueError for a suffix other than .onnx and .pt2, for missing packages, and where the scores differ.
+    """
+    if path.suffix not in (".onnx", ".pt2"):
+        raise ValueError(f"{path}: export writes .onnx or .pt2")
+    scorer = scorer.cpu().eval().to(memory_format=torch.contiguous_format)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (3, 1, image_size, image_size), dtype=torch.uint8, generator=generator)
+    temporary = path.with_name(f".tmp-{path.name}")
+    dynamic = ({0: torch.export.Dim("batch")},)
+    try:
+        # In inference mode, so that dropout and normalisation layers are those of evaluation.
+        with torch.no_grad():
+            expected = scorer(images)
+            program = torch.export.export(scorer, (images[:2],), dynamic_shapes=dynamic)
+            if path.suffix == ".pt2":
+                torch.export.save(program, temporary)
+                scores = torch.export.load(temporary).module()(images)
+            else:
+                scores = _through_onnx(program, temporary, images)
+        difference = float((scores - expected).abs().max())
+        if not difference <= TOLERANCE:
+            raise ValueError(f"{path}: exported scores differ from eager ones by {difference}")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return difference
+
+
+def _through_onnx(program: torch.export.ExportedProgram, path: Path, images: Tensor) -> Tensor:
+    """Write the program as ONNX; returns what onnxruntime makes of the images."""
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401 - torch.onnx needs it
+    except ImportError as error:
+        raise ValueError(f"{error.name} is missing: pip install '.[onnx]'") from None
+    torch.onnx.export(
+        program,
+        (),
+        str(path),
+        input_names=["images"],
+        output_names=["scores"],
+        external_data=False,  # all in one file
+        verbose=False,
+    )
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    scores = session.run(None, {session.get_inputs()[0].name: images.numpy()})[0]
+    return torch.from_numpy(np.asarray(scores))

@@ -1,0 +1,53 @@
+"""Network → optimiser; step → learning rate; weights of a step → their running average."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+MAX_WARMUP_STEPS = 500
+
+
+def build_optimizer(network: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW (Loshchilov and Hutter, 2019) in its fused form: on a CPU it takes half the time of a loop over tensors.
+
+    Decay is for matrices and kernels. Norms, biases, and ConvNeXt's scales of channels [C, 1, 1] must be free to
+    scale: they have one weight per output.
+    """
+    decayed = [parameter for parameter in network.parameters() if parameter[0].numel() > 1]
+    others = [parameter for parameter in network.parameters() if parameter[0].numel() == 1]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=lr, fused=True)
+
+
+def scheduled_lr(peak: float, step: int, total: int) -> float:
+    """Linear warm-up over a tenth of the run, at most 500 steps, then a cosine to zero."""
+    warmup = min(MAX_WARMUP_STEPS, max(1, total // 10))
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+
+
+@torch.no_grad()
+def update_average(average: nn.Module, network: nn.Module, decay: float, updates: int) -> None:
+    """Move `average`, a copy of the network, towards it: its weights' exponential moving average.
+
+    The decay grows with the number of `updates` before this one, (1 + n) / (10 + n) up to `decay`, so that a
+    short run forgets its start; the first update copies. BatchNorm's statistics are averaged too, its counters
+    copied. The same as torch's AveragedModel with `use_buffers`, which reads its counter back from the device
+    at every step, and so waits for the device.
+    """
+    share = 1.0 if updates == 0 else 1 - min(decay, (1 + updates) / (10 + updates))
+    averages, values = _tensors(average), _tensors(network)
+    torch._foreach_lerp_(
+        [tensor for tensor in averages if tensor.is_floating_point()],
+        [tensor for tensor in values if tensor.is_floating_point()],
+        share,
+    )
+    for ours, theirs in zip(averages, values, strict=True):
+        if not ours.is_floating_point():
+            ours.copy_(theirs)
+
+
+def _tensors(network: nn.Module) -> list[Tensor]:
+    return [*network.parameters(), *network.buffers()]

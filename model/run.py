@@ -1,0 +1,246 @@
+"""What a run is: its configuration, its folder, the device and the shards that it works on.
+
+config.json           Config; the run's outcome is a function of it
+environment.jsonl     a line per start: the code, packages and device it ran with
+metrics.jsonl         a line per evaluation
+tensorboard/          the same and the loss, as TensorBoard's events
+last.pt               all that a resume restores
+best.pt               the averaged weights with the best dev macro AUROC, and what scoring an image needs
+calibration.json      thresholds and temperatures chosen on dev
+evaluation-<split>.json, scores-<split>.arrow    for every split that was scored
+report.html, model-card.md
+"""
+
+import json
+import platform
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+import torch
+from torch import Tensor, nn
+
+from model.checkpoint import load_checkpoint, save_checkpoint
+from model.networks import build_network
+from pipeline import DataError
+from pipeline.images import ImageOptions
+from pipeline.labels import LABELS, parse_uncertain_policy
+from pipeline.manifest import Manifest, write_atomically
+from pipeline.plan import Rows
+from pipeline.remote import Remote
+from pipeline.select import select_rows
+from pipeline.stream import OpenSplit, open_split
+
+PACKAGES = ("torch", "torchvision", "numpy", "pyarrow", "simplejpeg", "opencv-python-headless", "pillow")
+AS_IT_IS = ImageOptions(size=None, square="no", encoding="png", quality=95, max_pixels=50_000_000)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that decides a run's outcome, as config.json; defaults are those of `--help`."""
+
+    arch: str
+    lr: float
+    weight_decay: float
+    batch_size: int
+    epochs: int
+    image_size: int
+    amp: str
+    ema: float
+    augment: str
+    uncertain: str
+    blank: str
+    seed: int
+    manifest: str  # its sha256, which stands for all of the data
+    labels: tuple[str, ...] = LABELS  # those that are learnt and measured
+    views: str = "all"  # of those in the shards
+    where: tuple[str, ...] = ()  # conditions on the table's columns
+    limit: int | None = None  # images of train, whole patients
+    balance: str | None = None  # the label whose positives and negatives are drawn equally often
+    max_bad: float = 0.0  # share of images that may be unusable
+    loss: str = "bce"
+    pos_weight: bool = False
+    accumulate: int = 1  # parts that a batch is computed in
+    eval_every: int | None = None  # steps; None: at the end of every epoch
+    patience: int | None = None  # evaluations without a better one, then the run ends
+    pretrained: bool = False
+    init: str | None = None  # sha256 of the file of weights that the run starts from
+    compile: bool = False
+    teacher: str | None = None  # sha256 of its scores, where a label is selftrained
+
+
+class StopFlag:
+    """Set by a signal; the loop finishes its step, saves, and exits with `code`.
+
+    SIGUSR1 is what Slurm sends before a job's time is up (sbatch --signal=USR1@120).
+    """
+
+    def __init__(self) -> None:
+        self.code = 0
+        for number, code in {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 143}.items():
+            signal.signal(number, lambda *_, code=code: self._set(code))
+
+    def _set(self, code: int) -> None:
+        self.code = code
+
+    def __call__(self) -> bool:
+        return self.code != 0
+
+
+@dataclass(frozen=True)
+class Job:
+    """What stays the same while a run trains or is scored."""
+
+    config: Config
+    shards: Path  # where manifest and tables are
+    remote: Remote | None  # where the tars are, if not there too
+    run: Path
+    manifest: Manifest
+    device: torch.device
+    precision: torch.dtype  # of autocast; float32 means none
+    workers: int
+    teacher: Path | None  # the run whose scores selftrained labels learn from
+    init: Path | None  # the weights to start from
+    strict: bool  # refuse labels with one class instead of warning about them
+    stop: "StopFlag"
+
+
+class Selected(NamedTuple):
+    """A split, and the numbers of its rows that a run uses."""
+
+    split: OpenSplit
+    rows: Rows
+
+
+def open_rows(job: Job, name: str) -> Selected:
+    """A split and the rows that the run's conditions leave of it; `limit` is for train alone."""
+    config = job.config
+    split = open_split(job.shards, job.manifest, name, job.remote)
+    limit = config.limit if name == "train" else None
+    return Selected(split, select_rows(split.table, config.where, config.views, limit))
+
+
+def choose_device(amp: str) -> tuple[torch.device, torch.dtype]:
+    """The GPU where there is one, and the precision of autocast there (float32: no autocast).
+
+    `auto`: bf16 where the GPU has it, else fp16; off on a CPU, where it is slower. Raises DataError.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if amp == "auto" and device.type == "cuda":
+        amp = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    if amp == "fp16" and device.type == "cpu":
+        raise DataError("--amp fp16 needs a GPU; use bf16 or off on this machine")
+    return device, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp, torch.float32)
+
+
+def to_device(array: Any, device: torch.device) -> Tensor:
+    """A NumPy array as a tensor on the device; to a GPU through pinned memory, without waiting."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+def output_count(config: Config) -> int:
+    """A logit per label, and one more per label with three classes."""
+    return len(LABELS) + len(three_class_columns(config))
+
+
+def three_class_columns(config: Config) -> list[int]:
+    """The columns of the labels that have uncertain as a class of its own."""
+    policy = parse_uncertain_policy(config.uncertain)
+    return [column for column, label in enumerate(LABELS) if policy[label] == "multiclass"]
+
+
+def other_columns(config: Config) -> list[int]:
+    """The columns of the labels that this run leaves alone."""
+    return [column for column, label in enumerate(LABELS) if label not in config.labels]
+
+
+def check_config(config: Config) -> None:
+    """Raise UsageError for options that contradict each other."""
+    if config.loss == "aucm" and (config.pos_weight or three_class_columns(config)):
+        raise click.UsageError("--loss aucm goes neither with --pos-weight nor with the policy multiclass")
+    if config.accumulate > config.batch_size // 2:
+        raise click.UsageError(f"--accumulate {config.accumulate}: parts of a batch need 2 images or more")
+    if config.pretrained and config.init:
+        raise click.UsageError("--pretrained or --init, not both")
+
+
+def open_run(run: Path, config: Config) -> None:
+    """Create the run folder. Raises DataError, with the difference, where it has another configuration."""
+    if (run / "config.json").exists():
+        there = asdict(read_config(run))
+        for name, here in asdict(config).items():
+            if there[name] != here:
+                difference = f"{name} is {there[name]} there and {here} here"
+                raise DataError(
+                    f"{run} is a run of another configuration: {difference}; choose another --run"
+                )
+        return
+    run.mkdir(parents=True, exist_ok=True)
+    write_json(run / "config.json", asdict(config))
+
+
+def read_config(run: Path) -> Config:
+    """The configuration of a run. Raises DataError where the folder holds none."""
+    path = run / "config.json"
+    try:
+        values = json.loads(path.read_bytes())
+        tuples: dict[str, Any] = {name: tuple(v) for name, v in values.items() if isinstance(v, list)}
+        return Config(**values | tuples)
+    except FileNotFoundError:
+        raise DataError(f"{run}: no config.json, so not a run folder") from None
+    except (AttributeError, TypeError, ValueError) as error:
+        raise DataError(f"{path}: damaged, or of another version: {error}") from error
+
+
+def record_environment(job: Job) -> None:
+    """Add a line on what this start runs with to environment.jsonl: with config.json it reproduces the run."""
+    line = {
+        "command": sys.argv,
+        "code": describe_code(),
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in PACKAGES},
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name() if job.device.type == "cuda" else "cpu",
+        "precision": str(job.precision),
+        "threads": torch.get_num_threads(),
+    }
+    with (job.run / "environment.jsonl").open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def describe_code() -> str:
+    """The commit of this checkout, with `-dirty` where files were changed; else the package's version."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()  # noqa: S603
+    except (OSError, subprocess.CalledProcessError):
+        return version("chexpert-pipeline")
+
+
+def write_json(path: Path, document: Mapping[str, Any]) -> None:
+    """Write a JSON file atomically."""
+    write_atomically(path, (json.dumps(document, indent=1) + "\n").encode())
+
+
+def save_best(job: Job, weights: Mapping[str, Tensor], epoch: float, score: float) -> None:
+    """Write best.pt: all that scoring an image needs but the architecture, which config.json has."""
+    # Shards that others wrote do not say how: their images are taken as they are.
+    said = {name: job.manifest.options[name] for name in AS_IT_IS._fields if name in job.manifest.options}
+    images = AS_IT_IS._asdict() | said
+    about = {"epoch": epoch, "dev_auroc": score, "images": images, "pixels": dict(job.manifest.pixels)}
+    save_checkpoint(job.run / "best.pt", {"weights": dict(weights), **about})
+
+
+def load_best(run: Path, config: Config, device: torch.device) -> tuple[nn.Module, dict[str, Any]]:
+    """The network with the weights of best.pt, and what else that holds."""
+    best = load_checkpoint(run / "best.pt")
+    network = build_network(config.arch, output_count(config))
+    network.load_state_dict(best["weights"])
+    return network.to(device).to(memory_format=torch.channels_last), best

@@ -1,0 +1,217 @@
+"""A trained run → scores and evaluation of a split, or of image files."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from model.assessment import Scored, assess, calibrate
+from model.evaluation import predict_scores
+from model.report import render_model_card, render_report
+from model.run import (
+    Job,
+    Selected,
+    choose_device,
+    load_best,
+    open_rows,
+    read_config,
+    to_device,
+    write_json,
+)
+from pipeline.console import Advance, progress_bar
+from pipeline.images import Gray, ImageError, ImageOptions, decode_stored, prepare, resize
+from pipeline.labels import LABELS, evaluation_targets
+from pipeline.manifest import write_atomically
+from pipeline.scores import read_scores, write_scores
+from pipeline.stream import Labels, stream_evaluation
+
+EVALUATION_BATCH = 64  # images
+RESAMPLES = 1000  # of patients, for intervals
+CALIBRATION = "calibration.json"
+Scores = npt.NDArray[np.float32]
+
+
+def finish_run(job: Job) -> None:
+    """Choose thresholds on dev, evaluate best.pt on dev and valid, and write report.html and model-card.md."""
+    (job.run / CALIBRATION).unlink(missing_ok=True)  # one of an earlier best.pt
+    names = [name for name in ("dev", "valid") if name in job.manifest.splits]
+    results = {name: evaluate(job, name) for name in names}
+    evaluations = {name: evaluation for name, (evaluation, _) in results.items()}
+    print_evaluations(evaluations)
+    config = asdict(job.config)
+    write_report(job, "report.html", results)
+    data = {
+        name: {"samples": split.samples, "studies": split.studies, "patients": split.patients}
+        for name, split in job.manifest.splits.items()
+    }
+    card = render_model_card(job.run.name, config, data, evaluations)
+    write_atomically(job.run / "model-card.md", card.encode())
+    click.echo(f"{job.run / 'report.html'}: the same with curves, intervals and subgroups")
+
+
+def evaluate(job: Job, name: str, against: Path | None = None) -> tuple[dict[str, Any], Scored]:
+    """Score best.pt on a split of any shards; writes its scores and evaluation into the run.
+
+    `against` is another run, whose scores of the same images are compared.
+    """
+    config, run = job.config, job.run
+    scored, table = score_best(job, name)
+    write_scores(run / f"scores-{name}.arrow", table, config.labels, scored.scores)
+    if not (run / CALIBRATION).exists():
+        dev = scored if name == "dev" else score_best(job, "dev")[0]
+        write_json(run / CALIBRATION, calibrate(config.labels, dev))
+    calibration = json.loads((run / CALIBRATION).read_bytes())
+    other = None
+    if against is not None:
+        other = (str(against), read_scores(against / f"scores-{name}.arrow", table["key"], config.labels))
+    evaluation = assess(config.labels, scored, calibration, against=other, resamples=RESAMPLES)
+    write_json(run / f"evaluation-{name}.json", evaluation)
+    return evaluation, scored
+
+
+def write_report(job: Job, file: str, results: Mapping[str, tuple[dict[str, Any], Scored]]) -> None:
+    """Write the page of the splits that `evaluate` gave results for."""
+    evaluations = {name: evaluation for name, (evaluation, _) in results.items()}
+    images = {name: scored for name, (_, scored) in results.items()}
+    lines = (job.run / "metrics.jsonl").read_text().splitlines()
+    history = [json.loads(line) for line in lines]
+    page = render_report(job.run.name, asdict(job.config), history, evaluations, images)
+    write_atomically(job.run / file, page.encode())
+
+
+def score_best(job: Job, name: str) -> tuple[Scored, pa.Table]:
+    """What best.pt makes of a split, and the rows of its table."""
+    network, best = load_best(job.run, job.config, job.device)
+    chosen = open_rows(job, name)
+    return score_split(job, network, chosen, best["pixels"]), chosen.split.table.take(chosen.rows)
+
+
+def score_split(job: Job, network: nn.Module, chosen: Selected, pixels: Mapping[str, float]) -> Scored:
+    """A network's scores of the chosen rows, with targets and masks that leave the uncertain cells out."""
+    config, (split, rows) = job.config, chosen
+    labels = Labels(*evaluation_targets(split.table, config.blank))
+    batches = stream_evaluation(
+        split,
+        labels,
+        size=config.image_size,
+        batch_size=EVALUATION_BATCH,
+        rows=rows,
+        threads=job.workers,
+        max_bad=int(config.max_bad * len(rows)),
+    )
+    masks: list[npt.NDArray[np.bool_]] = []
+
+    def images(advance: Advance) -> Iterator[Tensor]:
+        done = 0
+        for batch in batches:
+            masks.append(batch.mask)
+            yield to_device(batch.images, job.device)
+            done += len(batch.images)
+            advance(done, len(rows))
+
+    with progress_bar(f"Scoring {split.name}", "images") as advance:
+        scores = predict_scores(
+            network,
+            len(LABELS),
+            images(advance),
+            pixels["mean"],
+            pixels["std"],
+            job.precision,
+            should_stop=job.stop,
+        )
+    learnt = [LABELS.index(label) for label in config.labels]
+    facts = split.table.take(rows)
+    return Scored(
+        scores[:, learnt],
+        labels.target[rows][:, learnt],
+        np.concatenate(masks)[:, learnt],
+        facts["patient"].to_numpy(),
+        facts["study"].to_numpy(),
+        facts["sex"].to_numpy(),
+        pc.fill_null(facts["age"], -1).to_numpy(),
+        pc.fill_null(facts["projection"], "").to_numpy(),
+    )
+
+
+def score_files(run: Path, files: Sequence[Path], workers: int) -> tuple[Scores, list[tuple[Path, str]]]:
+    """Scores [N, 14] of image files by best.pt, NaN where one cannot be read; and which those are, and why.
+
+    An image takes the way it would take through shards: the same resize, encoding and decoding.
+    """
+    config = read_config(run)
+    device, precision = choose_device(config.amp)
+    network, best = load_best(run, config, device)
+    options = ImageOptions(**best["images"])
+    bad: list[tuple[Path, str]] = []
+
+    def read(file: Path) -> Gray | str:
+        try:
+            stored = prepare(file.read_bytes(), options).data
+            return resize(decode_stored(stored, options.encoding), config.image_size, config.image_size)
+        except OSError as error:
+            return f"cannot be read: {error.strerror}"
+        except ImageError as error:
+            return str(error)
+
+    def batches(advance: Advance) -> Iterator[Tensor]:
+        with ThreadPoolExecutor(workers) as pool:
+            for start in range(0, len(files), EVALUATION_BATCH):
+                some = files[start : start + EVALUATION_BATCH]
+                images = np.zeros((len(some), 1, config.image_size, config.image_size), np.uint8)
+                for position, pixels in enumerate(pool.map(read, some)):
+                    if isinstance(pixels, str):
+                        bad.append((some[position], pixels))
+                    else:
+                        images[position, 0] = pixels
+                yield to_device(images, device)
+                advance(start + len(some), len(files))
+
+    pixels = best["pixels"]
+    with progress_bar("Scoring", "images") as advance:
+        scores = predict_scores(
+            network, len(LABELS), batches(advance), pixels["mean"], pixels["std"], precision
+        )
+    unread = {file for file, _ in bad}
+    scores[[file in unread for file in files]] = np.nan
+    return scores, bad
+
+
+def print_evaluations(reports: Mapping[str, Mapping[str, Any]]) -> None:
+    """A table of AUROC with 95 % intervals per label, and the cells behind each, for one or more splits."""
+    table = Table(title="AUROC", title_justify="left")
+    table.add_column("label")
+    for split in reports:
+        table.add_column(split, justify="right")
+        table.add_column("95 %", justify="right")
+        table.add_column("pos / neg", justify="right")
+    names = list(next(iter(reports.values()))["labels"])
+    titles = {"macro": "macro", "macro10": "macro, ≥ 10 positives", "mean5": "mean of competition's 5"}
+    for name in (*names, *titles):
+        if name == "macro":
+            table.add_section()
+        cells: list[str] = []
+        for report in reports.values():
+            label = report["labels"].get(name)
+            value = label["auroc"] if label else report[f"{name}_auroc"]
+            limits = report["intervals"]["auroc"][name]
+            between = "" if limits["low"] is None else f"{limits['low']:.3f}-{limits['high']:.3f}"
+            rests_on = f"{label['positives']} / {label['negatives']}" if label else ""
+            cells += [show(value), between, rests_on]
+        table.add_row(titles.get(name, name), *cells)
+    Console().print(table)
+
+
+def show(value: float | None) -> str:
+    """A figure with three places; an undefined one as a dash."""
+    return "–" if value is None else f"{value:.3f}"

@@ -1,0 +1,115 @@
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.transforms.functional import InterpolationMode, affine, resized_crop
+
+from model.augment import _sampling_grid, affine_matrices, augment, crop_matrices, normalize
+
+
+def smooth_image(side: int) -> Tensor:
+    """Waves [1, 1, side, side], whose interpolation errors are small."""
+    rows, columns = torch.meshgrid(torch.arange(float(side)), torch.arange(float(side)), indexing="ij")
+    return (torch.sin(rows / 5) + torch.cos(columns / 7))[None, None]
+
+
+def sample(image: Tensor, theta: Tensor) -> Tensor:
+    grid = F.affine_grid(theta, list(image.shape), align_corners=False)
+    return F.grid_sample(image, grid, padding_mode="border", align_corners=False)
+
+
+def test_augmentation_is_a_function_of_seed_epoch_and_step() -> None:
+    images = torch.randint(0, 256, (4, 1, 32, 32), dtype=torch.uint8)
+    first = augment(images, 128.0, 64.0, seed=1, epoch=2, step=3)
+    torch.manual_seed(99)
+    torch.testing.assert_close(augment(images, 128.0, 64.0, seed=1, epoch=2, step=3), first, rtol=0, atol=0)
+    for other in ((0, 2, 3), (1, 0, 3), (1, 2, 0)):
+        assert not torch.equal(augment(images, 128.0, 64.0, *other), first)
+    assert not torch.equal(first[0], normalize(images, 128.0, 64.0)[0])
+
+
+def test_the_draws_are_written_in_stone() -> None:
+    rows, columns = torch.meshgrid(torch.arange(32), torch.arange(32), indexing="ij")
+    images = (4 * rows + 3 * columns).to(torch.uint8).expand(3, 1, 32, 32)
+    augmented = augment(images, 100.0, 50.0, seed=1, epoch=2, step=3)
+    expected = torch.tensor(
+        [[-1.35959, 0.12409, 1.04803], [-1.30174, 0.39630, 1.63963], [-0.80237, 0.78033, 1.90606]]
+    )
+    torch.testing.assert_close(augmented[:, 0, [4, 16, 27], [5, 16, 20]], expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("crop", [0.0, 0.2])
+def test_ranks_together_see_the_augmentations_of_one(crop: float) -> None:
+    images = torch.randint(0, 256, (6, 1, 32, 32), dtype=torch.uint8)
+    whole = augment(images, 128.0, 64.0, 1, 2, 3, crop)
+    parts = [augment(images[i : i + 2], 128.0, 64.0, 1, 2, 3, crop, first=i, total=6) for i in (0, 2, 4)]
+    torch.testing.assert_close(torch.cat(parts), whole, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("draws", "expected"),
+    [
+        ((0.8, 0.0, 0.0, 0.0), {"angle": -12.0}),
+        ((0.0, 0.5, -0.25, 0.0), {"translate": [-2, 1]}),
+        ((0.0, 0.0, 0.0, 1.0), {"scale": 1.05}),
+    ],
+)
+def test_affine_maps_are_torchvisions(draws: tuple[float, ...], expected: dict[str, Any]) -> None:
+    image = smooth_image(80)
+    ours = sample(image, affine_matrices(torch.tensor([draws])))
+    options = {"angle": 0.0, "translate": [0, 0], "scale": 1.0, "shear": [0.0]} | expected
+    theirs = affine(image, interpolation=InterpolationMode.BILINEAR, **options)
+    torch.testing.assert_close(ours[..., 20:60, 20:60], theirs[..., 20:60, 20:60], rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("draws", "side", "left", "top"),
+    [
+        ((-1, 0.3, -0.7), 80, 0, 0),
+        ((1, -1, 1), 60, 0, 20),
+        ((0, 0.6, -0.2), 70, 8, 4),
+        ((1, 1, 0.4), 60, 20, 14),
+    ],
+)
+def test_crops_are_torchvisions(draws: tuple[float, ...], side: int, left: int, top: int) -> None:
+    image = smooth_image(80)
+    ours = sample(image, crop_matrices(torch.tensor([draws], dtype=torch.float32), 0.25)[:, :2])
+    theirs = resized_crop(image, top, left, side, side, [80, 80], InterpolationMode.BILINEAR, antialias=False)
+    torch.testing.assert_close(ours[..., 1:-1, 1:-1], theirs[..., 1:-1, 1:-1], rtol=0, atol=1e-4)
+
+
+def test_a_crop_is_cut_from_what_the_affine_map_gives() -> None:
+    image = smooth_image(160)
+    turn = affine_matrices(torch.tensor([[0.9, 0.5, -0.5, -1.0]]))
+    crop = crop_matrices(torch.tensor([[1.0, 0.4, -0.6]]), 0.5)
+    expected = sample(sample(image, turn), crop[:, :2])
+    torch.testing.assert_close(
+        sample(image, turn @ crop)[..., 40:120, 40:120], expected[..., 40:120, 40:120], rtol=0, atol=0.02
+    )
+
+
+def test_crops_stay_inside_and_leave_the_other_draws_alone() -> None:
+    draws = torch.rand(1000, 3) * 2 - 1
+    corners = torch.tensor([[-1.0, -1, 1], [1, 1, 1]]).T
+    edges = (crop_matrices(draws, 0.2) @ corners)[:, :2]
+    assert (edges.abs() <= 1 + 1e-6).all()
+    sides = (edges[:, :, 1] - edges[:, :, 0]) / 2
+    assert sides.min() >= 0.8 - 1e-6
+    assert 0.89 < sides.mean() < 0.91
+    # of a flat image only the brightness is seen
+    flat = torch.full((4, 1, 8, 8), 100, dtype=torch.uint8)
+    torch.testing.assert_close(
+        augment(flat, 128.0, 64.0, 1, 2, 3, crop=0.2), augment(flat, 128.0, 64.0, 1, 2, 3)
+    )
+    images = torch.randint(0, 256, (4, 1, 32, 32), dtype=torch.uint8)
+    assert not torch.equal(
+        augment(images, 128.0, 64.0, 1, 2, 3, crop=0.2), augment(images, 128.0, 64.0, 1, 2, 3)
+    )
+
+
+def test_the_sampling_grid_is_torchs() -> None:
+    theta = affine_matrices(torch.rand(3, 4) * 2 - 1)
+    grid = F.affine_grid(theta, [3, 1, 20, 30], align_corners=False)
+    torch.testing.assert_close(_sampling_grid(theta, 20, 30), grid)

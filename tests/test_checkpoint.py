@@ -1,0 +1,72 @@
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model.checkpoint import (
+    CheckpointError,
+    load_checkpoint,
+    random_state,
+    restore_random_state,
+    save_checkpoint,
+)
+
+
+def test_checkpoints_come_back_and_run_no_code(tmp_path: Path) -> None:
+    path = tmp_path / "last.pt"
+    state = {"weights": {"a": torch.arange(3.0)}, "epoch": 3, "history": [{"auroc": None}]}
+    save_checkpoint(path, state)
+    loaded = load_checkpoint(path)
+    assert torch.equal(loaded["weights"]["a"], torch.arange(3.0))
+    assert (loaded["epoch"], loaded["history"]) == (3, [{"auroc": None}])
+    assert [entry.name for entry in tmp_path.iterdir()] == ["last.pt"]
+
+    class Payload:
+        def __reduce__(self) -> Any:
+            return Path.touch, (tmp_path / "executed",)
+
+    torch.save({"weights": Payload()}, path)
+    with pytest.raises(CheckpointError, match=r"last.pt: damaged, or not a checkpoint of this program$"):
+        load_checkpoint(path)
+    path.write_bytes(pickle.dumps(Payload(), protocol=2))
+    with pytest.raises(CheckpointError):
+        load_checkpoint(path)
+    assert not (tmp_path / "executed").exists()
+    save_checkpoint(path, state)
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(CheckpointError):
+        load_checkpoint(path)
+    with pytest.raises(CheckpointError, match=r"none.pt: no such checkpoint"):
+        load_checkpoint(tmp_path / "none.pt")
+    with pytest.raises(CheckpointError, match=r"cannot be read: Is a directory$"):
+        load_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_checkpoints_cut_anywhere_are_damaged(tmp_path: Path, zipped: bool) -> None:
+    path = tmp_path / "weights.pth"
+    torch.save({"a": torch.arange(3.0), "b": [1, None]}, path, _use_new_zipfile_serialization=zipped)
+    whole = path.read_bytes()
+    for length in range(0, len(whole), 7):
+        path.write_bytes(whole[:length])
+        with pytest.raises(
+            CheckpointError, match=r"weights.pth: damaged, or not a checkpoint of this program$"
+        ):
+            load_checkpoint(path)
+
+
+def test_the_random_state_continues_where_it_was_saved(tmp_path: Path) -> None:
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+    def draw() -> list[torch.Tensor]:
+        return [F.dropout(torch.ones(100, device=device)).cpu() for device in devices]
+
+    draw()
+    save_checkpoint(tmp_path / "last.pt", {"random": random_state()})
+    following = draw()
+    torch.manual_seed(99)
+    restore_random_state(load_checkpoint(tmp_path / "last.pt")["random"])
+    torch.testing.assert_close(draw(), following, rtol=0, atol=0)

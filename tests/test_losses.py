@@ -1,0 +1,232 @@
+from itertools import product
+
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.metrics import roc_auc_score
+from torch import Tensor, nn
+
+from model.losses import AUCMarginLoss, MaskedLoss, label_scores, masked_loss, positive_weights
+
+
+def test_masked_loss_is_the_mean_over_the_cells_in_the_mask() -> None:
+    logits, target = torch.randn(8, 14), torch.rand(8, 14)
+    mask = torch.rand(8, 14) < 0.5
+    expected = F.binary_cross_entropy_with_logits(logits[mask], target[mask])
+    torch.testing.assert_close(masked_loss(logits, target, mask), expected)
+    assert masked_loss(logits, target, torch.zeros(8, 14, dtype=torch.bool)) == 0
+    # an ignored cell has no influence, whatever it holds
+    logits.requires_grad_()
+    masked_loss(logits, target, mask).backward()
+    assert logits.grad is not None
+    assert (logits.grad[~mask] == 0).all()
+
+
+def test_three_classes_are_softmax_cross_entropy_and_its_two_certain_classes_the_score() -> None:
+    columns = torch.tensor([2, 5, 11])
+    binary = torch.tensor([label for label in range(14) if label not in columns])
+    logits, target = torch.randn(8, 17, dtype=torch.bfloat16), torch.rand(8, 14)
+    target[:, columns] = torch.tensor([-1.0, 0.0, 1.0])[torch.randint(0, 3, (8, 3))]
+    mask = torch.rand(8, 14) < 0.6
+    negative, positive, uncertain = torch.zeros(8, 3), logits[:, columns].float(), logits[:, 14:].float()
+    classes = torch.stack([negative, uncertain, positive], dim=2)  # [8, 3, 3], in the paper's order
+    truth = torch.tensor([1, 0, 2])[(target[:, columns] + 1).long()]  # from -1, 0, 1
+
+    ours, others = mask[:, columns], mask[:, binary]
+    losses = torch.cat(
+        [
+            F.cross_entropy(classes[ours], truth[ours], reduction="none"),
+            F.binary_cross_entropy_with_logits(
+                logits[:, binary].float()[others], target[:, binary][others], reduction="none"
+            ),
+        ]
+    )
+    loss = masked_loss(logits, target, mask, columns)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, losses.mean())
+    torch.testing.assert_close(  # all labels with three classes
+        masked_loss(logits[:, [2, 5, 11, 14, 15, 16]], target[:, columns], ours, torch.arange(3)),
+        F.cross_entropy(classes[ours], truth[ours]),
+    )
+
+    scores = label_scores(logits, 14)
+    shares = torch.softmax(classes, dim=2)
+    expected = shares[:, :, 2] / (shares[:, :, 0] + shares[:, :, 2])
+    torch.testing.assert_close(scores[:, columns], expected)
+    torch.testing.assert_close(scores[:, binary], torch.sigmoid(logits[:, binary].float()))
+
+
+def test_three_classes_pass_gradients_to_cells_in_the_mask_alone() -> None:
+    logits = torch.randn(4, 28, requires_grad=True)
+    mask = torch.rand(4, 14) < 0.5
+    target = torch.randint(-1, 2, (4, 14)).float()
+    masked_loss(logits, target, mask, torch.arange(14)).backward()
+    assert logits.grad is not None
+    assert ((logits.grad != 0) == mask.repeat(1, 2)).all()
+    assert masked_loss(logits, target, torch.zeros_like(mask), torch.arange(14)) == 0
+
+
+def test_positive_weights_are_torchs() -> None:
+    logits, target, weights = torch.randn(8, 16), torch.rand(8, 14), torch.rand(14) * 5
+    mask = torch.rand(8, 14) < 0.5
+    torch.testing.assert_close(
+        masked_loss(logits[:, :14], target, mask, pos_weight=weights),
+        nn.BCEWithLogitsLoss(reduction="none", pos_weight=weights)(logits[:, :14], target)[mask].mean(),
+    )
+    # of three classes, positive has the weight and the others have 1
+    columns = torch.tensor([3, 7])
+    target[:, columns] = torch.randint(-1, 2, (8, 2)).float()
+    weighted = masked_loss(logits, target, mask, columns, weights) * mask.sum()
+    without = mask.clone()
+    without[:, columns] = False
+    expected = masked_loss(logits[:, :14], target, without, pos_weight=weights) * without.sum()
+    for place, column in enumerate(columns.tolist()):
+        used = mask[:, column]
+        classes = torch.stack([torch.zeros(8), logits[:, column], logits[:, 14 + place]], dim=1)[used]
+        truth = target[used, column].long() % 3
+        expected += F.cross_entropy(classes, truth, torch.tensor([1, weights[column], 1]), reduction="sum")
+    torch.testing.assert_close(weighted, expected)
+
+
+def test_positive_weights_are_negatives_over_positives_of_the_cells_in_the_mask() -> None:
+    columns = {
+        "1 of 4": ([1, 0, 0, 0], [1, 1, 1, 1], 3.0),
+        "masked": ([1, 1, 0, 0], [1, 0, 1, 1], 2.0),
+        "uncertain": ([1, 1, -1, 0], [1, 1, 1, 1], 0.5),
+        "soft": ([1, 0.25, 0.25, 0], [1, 1, 1, 1], 2.5 / 1.5),
+        "no positive": ([0, 0, 0, 0], [1, 1, 1, 1], 1.0),
+        "no negative": ([1, 1, 0, 0], [1, 1, 0, 0], 1.0),
+        "nothing": ([1, 0, 0, 0], [0, 0, 0, 0], 1.0),
+        "rare": ([0.01, 0, 0, 0], [1, 1, 1, 1], 20.0),
+    }
+    target, mask, expected = (torch.tensor(rows) for rows in zip(*columns.values(), strict=True))
+    torch.testing.assert_close(positive_weights(target.T, mask.T.bool()), expected)
+
+
+def pairwise(scores: Tensor, target: Tensor, mask: Tensor, margin: float) -> Tensor:
+    """p(1-p) times the mean over pairs of (margin - their difference)², averaged over the labels."""
+    losses = []
+    for column in range(target.shape[1]):
+        used = mask[:, column]
+        positives = scores[used & (target[:, column] == 1), column]
+        negatives = scores[used & (target[:, column] == 0), column]
+        share = len(positives) / (len(positives) + len(negatives))
+        pairs = torch.stack([(margin - h + g) ** 2 for h, g in product(positives, negatives)])
+        losses.append(share * (1 - share) * pairs.mean())
+    return torch.stack(losses).mean()
+
+
+def test_auc_margin_loss_is_the_mean_over_pairs() -> None:
+    logits = torch.randn(24, 3, dtype=torch.float32, requires_grad=True)
+    target, mask = torch.randint(0, 2, (24, 3)).float(), torch.rand(24, 3) < 0.8
+    loss = AUCMarginLoss(target, mask)(logits, target, mask)
+    expected = pairwise(torch.sigmoid(logits), target, mask, margin=1.0)
+    torch.testing.assert_close(loss, expected)
+    gradients = [torch.autograd.grad(value, logits)[0] for value in (loss, expected)]
+    torch.testing.assert_close(*gradients)
+    assert (gradients[0][~mask] == 0).all()
+
+
+def test_auc_margin_loss_spares_classes_that_are_the_margin_apart() -> None:
+    target = (torch.arange(24) < 10).float()[:, None]
+    mask = torch.ones_like(target, dtype=torch.bool)
+    logits = (torch.randn(24, 1) + 4 * target).requires_grad_()
+    scores = torch.sigmoid(logits)
+    for margin in (0.3, 0.9):
+        loss = AUCMarginLoss(target, mask, margin)(logits, target, mask)
+        positive, negative = scores[:10], scores[10:]
+        hinge = (margin + negative.mean() - positive.mean()).clamp(min=0) ** 2
+        assert (hinge == 0) == (margin == 0.3)
+        expected = (positive.var(correction=0) + negative.var(correction=0) + hinge) * 10 / 24 * 14 / 24
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(
+            *(torch.autograd.grad(v, logits, retain_graph=True) for v in (loss, expected))
+        )
+
+
+def test_auc_margin_loss_keeps_the_classes_means_between_batches() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(8, 4, 1, generator=generator, requires_grad=True)
+    target = torch.zeros(8, 4, 1)
+    target[::3, 0] = 1  # batches 1, 2, 4, 5 and 7 have no positive
+    mask = torch.ones(8, 4, 1, dtype=torch.bool)
+    loss = AUCMarginLoss(target.flatten(0, 1), mask.flatten(0, 1))
+    scores = torch.sigmoid(logits)
+    age = 0.99 ** torch.arange(7, -1, -1)[:, None, None]
+    a = (scores * target * age).sum().detach() / (target * age).sum()
+    b = (scores * (1 - target) * age).sum().detach() / ((1 - target) * age).sum()
+    alpha, p = (1 + b - a).detach(), target.mean()
+
+    for step in range(7):
+        loss(logits[step], target[step], mask[step])
+    resumed = AUCMarginLoss(target.flatten(0, 1), mask.flatten(0, 1))
+    resumed.load_state_dict(loss.state_dict())
+    direct = (1 - p) * (scores[7] - a) ** 2 * target[7] + p * (scores[7] - b) ** 2 * (1 - target[7])
+    direct = direct + 2 * alpha * (
+        p * (1 - p) + p * scores[7] * (1 - target[7]) - (1 - p) * scores[7] * target[7]
+    )
+    direct = (direct - p * (1 - p) * alpha**2).mean()
+    for value in (loss(logits[7], target[7], mask[7]), resumed(logits[7], target[7], mask[7])):
+        torch.testing.assert_close(value, direct)
+        gradients = [torch.autograd.grad(v, logits, retain_graph=True)[0] for v in (value, direct)]
+        torch.testing.assert_close(*gradients)
+
+
+def test_auc_margin_loss_leaves_out_labels_of_one_class_or_not_met() -> None:
+    target, mask = torch.zeros(40, 4), torch.ones(40, 4, dtype=torch.bool)
+    target[:20, 0] = target[0, 1] = target[:, 2] = 1
+    mask[:, 3] = False
+    loss = AUCMarginLoss(target, mask)
+    logits = torch.randn(40, 4, requires_grad=True)
+    half = slice(10, 40)  # has no positive of label 1
+    value = loss(logits[half], target[half], mask[half])
+    alone = AUCMarginLoss(target[:, :1], mask[:, :1])
+    torch.testing.assert_close(value, alone(logits[half, :1], target[half, :1], mask[half, :1]))
+    value.backward()
+    assert logits.grad is not None
+    assert ((logits.grad != 0).any(dim=0) == torch.tensor([True, False, False, False])).all()
+    loss(logits, target, mask).backward()  # now it has been met
+    assert (logits.grad[:, 1] != 0).all()
+    assert loss(logits, target, torch.zeros_like(mask)).isfinite()
+
+
+def test_ranks_share_the_classes_means(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits, target = torch.randn(16, 2), torch.randint(0, 2, (16, 2)).float()
+    mask = torch.rand(16, 2) < 0.9
+    whole, other, ours = (AUCMarginLoss(target, mask) for _ in range(3))
+    whole(logits, target, mask)
+    other(logits[8:], target[8:], mask[8:])
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda sums: sums.add_(other.met.flatten(0, 1)))
+    ours(logits[:8], target[:8], mask[:8])
+    torch.testing.assert_close(ours.met, whole.met)
+
+
+@pytest.mark.parametrize("name", ["bce", "aucm"])
+def test_minimising_a_loss_raises_auroc_from_chance(name: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(2000, 10, generator=generator)
+    signal = features @ torch.randn(10, 2, generator=generator)
+    target = (signal > torch.tensor([signal[:, 0].quantile(0.5), signal[:, 1].quantile(0.97)])).float()
+    mask = torch.rand(2000, 2, generator=generator) < 0.8
+    given = torch.where(mask, target, 1 - target)  # what is masked would teach the opposite
+    network = nn.Linear(10, 2)
+    nn.init.zeros_(network.weight)
+    loss = AUCMarginLoss(given, mask) if name == "aucm" else MaskedLoss([], positive_weights(given, mask))
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-2)
+    assert roc_auc_score(target, label_scores(network(features), 2).detach()) == 0.5
+    for step in range(150):
+        rows = torch.arange(step * 32, step * 32 + 32) % 2000
+        optimizer.zero_grad()
+        loss(network(features[rows]), given[rows], mask[rows]).backward()
+        optimizer.step()
+    assert min(roc_auc_score(target, label_scores(network(features), 2).detach(), average=None)) > 0.95
+
+
+def test_the_loss_of_a_run_keeps_its_columns_and_weights() -> None:
+    logits, target, mask = torch.randn(4, 16), torch.ones(4, 14), torch.rand(4, 14) < 0.5
+    weights = torch.rand(14)
+    expected = masked_loss(logits, target, mask, torch.tensor([2, 5]), weights)
+    assert MaskedLoss([2, 5], weights)(logits, target, mask) == expected
+    assert MaskedLoss([], None)(logits[:, :14], target, mask) == masked_loss(logits[:, :14], target, mask)
+    assert MaskedLoss([2, 5], weights).state_dict() == {}

@@ -1,0 +1,137 @@
+import re
+from pathlib import Path
+from urllib.error import URLError
+
+import pytest
+import torch
+from torch import nn
+from torchvision.models import get_model
+
+from model.checkpoint import CheckpointError, save_checkpoint
+from model.networks import ARCHITECTURES, build_network, load_initial
+
+# One of each family, and the name of its classifier.
+HEADS = {"resnet18": "fc", "densenet121": "classifier", "convnext_tiny": "classifier.2"}
+
+
+def trained(arch: str) -> nn.Module:
+    """torchvision's network with 9 outputs, whose normalisation is not that of a fresh one."""
+    network: nn.Module = get_model(arch, weights=None, num_classes=9)
+    for name, value in network.state_dict().items():
+        if "running" in name or value.ndim == 1:
+            value.uniform_(0.5, 1.5)
+    return network.eval()
+
+
+@torch.no_grad()
+def assert_same_on_gray(network: nn.Module, of_color: nn.Module) -> None:
+    """The same logits of a gray image as of that image in three channels, as far as float32 goes."""
+    images = torch.rand(2, 1, 64, 64)
+    logits, expected = network.eval()(images), of_color.eval()(images.expand(-1, 3, -1, -1))
+    scale = float(expected.abs().max())
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_networks_map_gray_images_to_logits_and_pass_gradients(arch: str) -> None:
+    network = build_network(arch, 14)
+    logits = network(torch.rand(2, 1, 64, 64))
+    assert logits.shape == (2, 14)
+    logits.sum().backward()
+    assert all(parameter.grad is not None for parameter in network.parameters())
+
+
+@pytest.mark.parametrize("arch", HEADS)
+def test_fresh_networks_are_torchvisions_over_three_gray_channels(arch: str) -> None:
+    torch.manual_seed(0)
+    ours = build_network(arch, 14)
+    torch.manual_seed(0)
+    assert_same_on_gray(ours, get_model(arch, weights=None, num_classes=14))
+
+
+@pytest.mark.parametrize("arch", HEADS)
+def test_weights_over_three_channels_give_the_same_on_gray(arch: str, tmp_path: Path) -> None:
+    theirs = trained(arch)
+    # DenseNet's file has the names of before torch 0.4.
+    old = {re.sub(r"((?:norm|conv))([12])\.", r"\1.\2.", name): v for name, v in theirs.state_dict().items()}
+    torch.save(old if arch == "densenet121" else theirs.state_dict(), tmp_path / "weights.pth")
+    ours, head = build_network(arch, 14), HEADS[arch]
+    before = ours.state_dict()[f"{head}.weight"].clone()
+    assert load_initial(ours, tmp_path / "weights.pth") == [f"{head}.weight", f"{head}.bias"]
+    assert torch.equal(ours.state_dict()[f"{head}.weight"], before)
+    theirs.set_submodule(head, ours.get_submodule(head))
+    assert_same_on_gray(ours, theirs)
+
+
+def test_best_weights_of_a_run_are_loaded_with_their_classifier_if_it_fits(tmp_path: Path) -> None:
+    run, path = build_network("rescnn", 14), tmp_path / "best.pt"
+    save_checkpoint(path, {"weights": run.state_dict(), "pixels": {"mean": 1.0, "std": 2.0}, "epoch": 3})
+    same, wider = build_network("rescnn", 14), build_network("rescnn", 28)
+    assert load_initial(same, path) == []
+    torch.testing.assert_close(same.state_dict(), run.state_dict(), rtol=0, atol=0)
+    assert load_initial(wider, path) == ["head.2.weight", "head.2.bias"]
+    body = [
+        {name: value for name, value in network.state_dict().items() if not name.startswith("head")}
+        for network in (wider, run)
+    ]
+    torch.testing.assert_close(*body, rtol=0, atol=0)
+
+
+def test_weights_of_another_network_are_refused_and_change_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "weights.pth"
+    network = build_network("resnet18", 14)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    text = "not weights of this network: {} tensors are missing, of another shape or too many, such as {}; "
+
+    def refuse(weights: dict[str, object]) -> str:
+        torch.save(weights, path)
+        with pytest.raises(CheckpointError) as caught:
+            load_initial(network, path)
+        torch.testing.assert_close(network.state_dict(), before, rtol=0, atol=0)
+        return str(caught.value)
+
+    # All tensors of a resnet18 are in a resnet34, and in the same shapes.
+    deeper = get_model("resnet34", weights=None).state_dict()
+    assert refuse(deeper).startswith(f"{path}: " + text.format(96, "layer1.2.bn1.bias"))
+    small = build_network("rescnn", 14).state_dict()
+    assert text.format(100 + len(small), "conv1.weight") in refuse(small)
+    assert text.format(100, "conv1.weight") in refuse({"epoch": 3, "weights": 1})
+    missing = {name: value for name, value in before.items() if name != "bn1.bias"}
+    assert refuse(missing) == f"{path}: " + text.format(1, "bn1.bias") + "they must be of the same --arch"
+
+    path.write_bytes(b"no weights at all")
+    with pytest.raises(CheckpointError, match=r"weights.pth: damaged, or not a checkpoint"):
+        load_initial(network, path)
+
+
+def test_imagenet_weights_come_from_torchvision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    theirs = get_model("resnet18", weights=None)
+    (tmp_path / "hub/checkpoints").mkdir(parents=True)
+    cached = tmp_path / "hub/checkpoints/resnet18-f37072fd.pth"
+    torch.save(theirs.state_dict(), cached)
+    ours = build_network("resnet18", 14, pretrained=True)
+    theirs.fc = ours.fc
+    assert_same_on_gray(ours, theirs)
+
+    cached.write_bytes(cached.read_bytes()[:1000])
+    with pytest.raises(
+        CheckpointError, match=r"^the ImageNet weights of resnet18 cannot be had from https://"
+    ):
+        build_network("resnet18", 14, pretrained=True)
+
+
+def test_a_failed_download_names_the_other_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(url: str, *_: object, **__: object) -> None:
+        raise URLError("no route")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr("torch.hub.download_url_to_file", fail)
+    with pytest.raises(CheckpointError) as caught:
+        build_network("densenet121", 14, pretrained=True)
+    assert str(caught.value) == (
+        "the ImageNet weights of densenet121 cannot be had from https://download.pytorch.org/models/"
+        "densenet121-a639ec97.pth: <urlopen error no route>; download them elsewhere and start with --init FILE"
+    )
+    with pytest.raises(CheckpointError, match=r"^rescnn has no ImageNet weights; choose another --arch"):
+        build_network("rescnn", 14, pretrained=True)

@@ -1,0 +1,110 @@
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from model.checkpoint import load_checkpoint, save_checkpoint
+from model.networks import build_network
+from model.optim import build_optimizer, scheduled_lr, update_average
+
+
+def step(network: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
+    """One update from a batch of its own."""
+    images = torch.rand(4, 1, 32, 32, generator=torch.Generator().manual_seed(seed))
+    optimizer.zero_grad()
+    network(images).square().sum().backward()
+    optimizer.step()
+
+
+def test_matrices_and_kernels_decay_and_nothing_else() -> None:
+    network = build_network("convnext_tiny", 14)
+    decayed, others = build_optimizer(network, lr=1e-3, weight_decay=0.1).param_groups
+    assert (decayed["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    free = {names[id(parameter)] for parameter in others["params"]}
+    layers = dict(network.named_modules())
+    assert free == {
+        name
+        for name in names.values()
+        if name.endswith(("bias", "layer_scale"))
+        or isinstance(layers[name.rpartition(".")[0]], nn.LayerNorm | nn.BatchNorm2d)
+    }
+    assert len(free) + len(decayed["params"]) == len(names)
+
+
+def test_steps_are_adamws_and_continue_from_a_checkpoint_to_the_bit(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    ours = build_network("rescnn", 14).to(memory_format=torch.channels_last)
+    theirs = copy.deepcopy(ours)
+    optimizer = build_optimizer(ours, lr=1e-3, weight_decay=0.1)
+    groups = [
+        {"params": [p for p in theirs.parameters() if p.ndim >= 2], "weight_decay": 0.1},
+        {"params": [p for p in theirs.parameters() if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    reference = torch.optim.AdamW(groups, lr=1e-3, foreach=False, fused=False)
+    for seed in range(3):
+        step(ours, optimizer, seed)
+        for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+            other.grad = mine.grad
+        reference.step()
+    pairs = zip(ours.parameters(), theirs.parameters(), strict=True)
+    torch.testing.assert_close(*zip(*pairs, strict=True), rtol=1e-5, atol=1e-7)
+
+    state = {"network": ours.state_dict(), "optimizer": optimizer.state_dict()}
+    save_checkpoint(tmp_path / "last.pt", state)
+    resumed = build_network("rescnn", 14).to(memory_format=torch.channels_last)
+    restored, saved = (
+        build_optimizer(resumed, lr=1.0, weight_decay=1.0),
+        load_checkpoint(tmp_path / "last.pt"),
+    )
+    resumed.load_state_dict(saved["network"])
+    restored.load_state_dict(saved["optimizer"])
+    for seed in range(3, 6):
+        step(ours, optimizer, seed)
+        step(resumed, restored, seed)
+    torch.testing.assert_close(resumed.state_dict(), ours.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("total", "warmup"), [(1, 1), (9, 1), (200, 20), (20_000, 500)])
+def test_the_schedule_is_linear_then_a_cosine_to_zero(total: int, warmup: int) -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.3)
+    rise = LinearLR(optimizer, 1 / warmup, 1.0, max(1, warmup - 1))
+    fall = CosineAnnealingLR(optimizer, max(1, total - warmup))
+    schedule = SequentialLR(optimizer, [rise, fall], [warmup])
+    expected = []
+    for _ in range(total):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert [scheduled_lr(0.3, number, total) for number in range(total)] == pytest.approx(expected, rel=1e-6)
+    assert max(expected) == pytest.approx(0.3)
+
+
+def test_the_average_is_torchs_with_a_warming_decay() -> None:
+    network = build_network("rescnn", 14)
+    optimizer = build_optimizer(network, lr=1e-2, weight_decay=0.0)
+    average = copy.deepcopy(network)
+    count = 0
+
+    def warming(averages: Any, values: Any, _: object) -> None:
+        get_ema_multi_avg_fn(min(0.3, (1 + count) / (10 + count)))(averages, values, count)
+
+    theirs = AveragedModel(network, multi_avg_fn=warming, use_buffers=True)
+    for count in range(6):
+        step(network, optimizer, seed=count)
+        update_average(average, network, decay=0.3, updates=count)
+        theirs.update_parameters(network)
+        if count == 0:
+            torch.testing.assert_close(average.state_dict(), network.state_dict(), rtol=0, atol=0)
+    ours, expected = average.state_dict(), theirs.module.state_dict()
+    counters = [name for name in ours if name.endswith("num_batches_tracked")]
+    assert {int(ours.pop(name)) for name in counters} == {6}
+    for name in counters:
+        expected.pop(name)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=0)
+    assert not torch.equal(ours["head.2.weight"], network.state_dict()["head.2.weight"])
