@@ -32,8 +32,10 @@ SEED      ?= 0
 SPLIT     ?= valid
 TEACHER   ?=
 ARGS      ?=
+IMAGES    ?=
 RUN       ?= runs/$(NAME)
 PYTHON    ?= python3
+SUDO      := $(if $(filter-out 0,$(shell id -u)),sudo)
 
 BIN := .venv/bin
 SAY_SAMPLE = @$(if $(SAMPLE),echo 'No shards and no DATA: this is the synthetic sample with small and quick settings.')
@@ -46,10 +48,10 @@ SHARDS = $(BIN)/pipeline shards $(DATA) $(OUT) --size $(SIZE) --views $(VIEWS) -
 	--blank $(BLANK) --dev $(DEV) --workers $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup shards verify stats train evaluate test lint bench-etl bench-scale lock clean
+.PHONY: help setup shards verify stats train evaluate predict test test-pages test-s3 lint bench-etl bench-stream bench-scale lock clean
 
 help:  ## list the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 setup: .venv/installed  ## create .venv and install the pinned packages; again only when the lock changes
 
@@ -71,10 +73,21 @@ train: .venv/installed $(OUT)/manifest.json  ## train on OUT with LR, WD, EPOCHS
 
 evaluate: .venv/installed  ## score the best checkpoint of RUN on SPLIT of the shards in OUT
 	$(SAY_SAMPLE)
-	$(BIN)/python train.py --shards $(OUT) --run $(RUN) --evaluate $(SPLIT) --workers $(WORKERS)
+	$(BIN)/python train.py evaluate --shards $(OUT) --run $(RUN) --split $(SPLIT) --workers $(WORKERS) $(ARGS)
+
+predict: .venv/installed  ## score IMAGES (files or folders) by the best checkpoint of RUN, into RUN/predictions.csv
+	@$(if $(IMAGES),,echo 'make predict needs IMAGES=<files or folders>' >&2; exit 2)
+	$(BIN)/python train.py predict --run $(RUN) --out $(RUN)/predictions.csv --workers $(WORKERS) $(ARGS) $(IMAGES)
 
 test: .venv/installed  ## run the tests
 	$(BIN)/python -m pytest
+
+test-pages: .venv/installed  ## look at the report in headless Chromium (installs Debian's chromium where there is none)
+	@command -v chromium >/dev/null || { $(SUDO) apt-get update --quiet && $(SUDO) apt-get install --yes --quiet chromium; }
+	$(BIN)/python -m pytest tests/test_pages.py
+
+test-s3: .venv/installed .venv-s3/installed  ## read shards from a real object store on loopback (OpenStack Swift)
+	SWIFT_BIN=.venv-s3/bin $(BIN)/python -m pytest tests/test_s3.py
 
 lint: .venv/installed  ## check style (ruff) and types (mypy)
 	$(BIN)/ruff check
@@ -84,6 +97,9 @@ lint: .venv/installed  ## check style (ruff) and types (mypy)
 bench-etl: .venv/installed .venv-peers/installed  ## measure sharding beside img2dataset, Pillow and the codec
 	$(BIN)/python benchmarks/etl.py --peers .venv-peers/bin/python
 
+bench-stream: .venv/installed .venv-peers-stream/installed  ## measure the stream beside its peers
+	$(BIN)/python benchmarks/stream.py --peers .venv-peers-stream/bin/python
+
 bench-scale: .venv/installed  ## shard the whole real label table; measure time and memory
 	$(BIN)/python benchmarks/scale.py
 
@@ -92,7 +108,7 @@ lock:  ## resolve the dependencies anew into requirements.lock (needs uv)
 		--custom-compile-command "make lock" --output-file requirements.lock
 
 clean:  ## remove .venv and caches; keeps shards and runs
-	rm -rf .venv .venv-peers *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-peers .venv-peers-stream .venv-s3 *.egg-info .mypy_cache .pytest_cache .ruff_cache
 
 # The stamp is written last: an interrupted installation is repeated.
 .venv/installed: requirements.lock
@@ -106,6 +122,16 @@ clean:  ## remove .venv and caches; keeps shards and runs
 .venv-peers/installed: benchmarks/peers.txt
 	$(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/python -m pip install --quiet --requirement benchmarks/peers.txt
+	@touch $@
+
+.venv-peers-stream/installed: benchmarks/peers-stream.txt
+	$(PYTHON) -m venv .venv-peers-stream
+	.venv-peers-stream/bin/python -m pip install --quiet --requirement benchmarks/peers-stream.txt
+	@touch $@
+
+.venv-s3/installed: tests/s3.txt
+	$(PYTHON) -m venv .venv-s3
+	.venv-s3/bin/python -m pip install --quiet --requirement tests/s3.txt
 	@touch $@
 
 $(OUT)/manifest.json: | .venv/installed $(SAMPLE)

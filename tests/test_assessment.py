@@ -107,6 +107,8 @@ def test_the_document_holds_each_figure(
     assert evaluation["study"]["labels"]["Edema"]["auroc"] == pytest.approx(
         roc_auc_score(studies.target[studies.mask[:, 3], 3], studies.scores[studies.mask[:, 3], 3])
     )
+    chosen = evaluation["study"]["labels"]["Edema"]["operating_points"]["youden"]["threshold"]
+    assert chosen == calibration["study"]["Edema"]["thresholds"]["youden"] != best["threshold"]
     assert evaluation["calibration"] == calibration
     assert json.loads(json.dumps(evaluation, allow_nan=False)) == evaluation
 
@@ -159,24 +161,26 @@ def test_subgroups_are_those_of_a_filter(
     unknown, young = int((images.age < 0).sum()), int(((images.age >= 0) & (images.age < 18)).sum())
     assert found["age"]["others"] == {"0-17": young, "unknown": unknown}
     assert found["projection"]["others"] == {"LL": int((images.projection == "LL").sum())}
-    threshold = calibration["image"]["Edema"]["thresholds"]["youden"]
+    thresholds = calibration["image"]["Cardiomegaly"]["thresholds"]
+    threshold = thresholds["youden"]
+    assert threshold != thresholds["max_f1"]
     rates = []
     for name, low, high in (("18-39", 18, 40), ("40-59", 40, 60), ("60-79", 60, 80), ("80+", 80, 999)):
         chosen = (images.age >= low) & (images.age < high)
         group = found["age"]["groups"][name]
         assert group["images"] == int(chosen.sum())
-        used = chosen & images.mask[:, 3]
-        truth, score = images.target[used, 3] == 1, images.scores[used, 3]
-        edema = group["labels"]["Edema"]
-        assert edema["auroc"] == pytest.approx(roc_auc_score(truth, score), abs=1e-12)
-        assert edema["tpr"] == pytest.approx(recall_score(truth, score >= threshold))
-        assert (edema["positives"], edema["negatives"]) == (int(truth.sum()), int((~truth).sum()))
-        if edema["positives"] >= 10:
-            rates.append(edema["tpr"])
+        used = chosen & images.mask[:, 1]
+        truth, score = images.target[used, 1] == 1, images.scores[used, 1]
+        label = group["labels"]["Cardiomegaly"]
+        assert label["auroc"] == pytest.approx(roc_auc_score(truth, score), abs=1e-12)
+        assert label["tpr"] == pytest.approx(recall_score(truth, score >= threshold))
+        assert (label["positives"], label["negatives"]) == (int(truth.sum()), int((~truth).sum()))
+        if label["positives"] >= 10:
+            rates.append(label["tpr"])
         assert group["macro_auroc"] == pytest.approx(
             np.mean([group["labels"][label]["auroc"] for label in found["age"]["macro_labels"]])
         )
-    assert found["age"]["tpr_gap"]["Edema"] == pytest.approx(max(rates) - min(rates))
+    assert found["age"]["tpr_gap"]["Cardiomegaly"] == pytest.approx(max(rates) - min(rates))
     assert found["age"]["tpr_gap"]["Fracture"] is None
     assert found["sex"]["tpr_gap"]["Rare"] is None  # 4 positives
     assert "Fracture" not in found["sex"]["macro_labels"]

@@ -73,10 +73,12 @@ def test_labels_with_one_class_have_no_resamples() -> None:
 def test_intervals_leave_out_what_is_undefined() -> None:
     values = np.append(np.arange(201.0), [np.nan] * 30)
     assert interval(values) == {"low": 5, "high": 195, "resamples": 201}
-    assert interval(values[150:]) == {"low": None, "high": None, "resamples": 51}
+    assert interval(values[102:]) == {"low": None, "high": None, "resamples": 99}
     assert difference_interval(0.8, 0.7, values, values - 10) == {
         "difference": pytest.approx(0.1), "low": 10, "high": 10, "resamples": 201, "excludes_zero": True,
     }  # fmt: skip
+    assert interval(values[:100])["low"] == pytest.approx(2.475)
+    assert difference_interval(0.7, 0.8, values - 10, values)["excludes_zero"] is True
     assert difference_interval(1, 1, values, values[::-1])["excludes_zero"] is False
     assert difference_interval(None, None, values[:9], values[:9]) == {
         "difference": None, "low": None, "high": None, "resamples": 9, "excludes_zero": None,

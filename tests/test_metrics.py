@@ -40,6 +40,9 @@ def test_auroc_equals_scikit_learn_and_skips_one_class_labels() -> None:
     assert report["macro_auroc"] == pytest.approx(np.mean(list(expected.values())), abs=1e-12)
     assert report["mean5_auroc"] == pytest.approx(np.mean(list(expected.values())[:5]), abs=1e-12)
     assert report["macro10_auroc"] == report["mean5_auroc"]  # Rare has 9 positives
+    target[9, 6] = 1
+    tenth = report_auroc(names, scores, target, mask)
+    assert tenth["macro10_auroc"] == tenth["macro_auroc"]
     mask[:, 0] = False
     assert report_auroc(names, scores, target, mask)["mean5_auroc"] is None
     with pytest.raises(ValueError, match="scores are not finite"):
@@ -89,12 +92,9 @@ def test_brier_score_and_calibration_error_equal_their_references() -> None:
     expected = binary_calibration_error(torch.from_numpy(score), torch.from_numpy(truth).int(), n_bins=15)
     assert calibration_error(score, truth) == pytest.approx(float(expected), abs=1e-6)
 
-    few = reliability(np.array([1 / 3, 0.4, 0.8]), np.array([False, True, True]))  # a third closes its bin
-    np.testing.assert_allclose(few.score, [1 / 3, 0.4, 0.8])
-    expected_error = (1 / 3 + 0.6 + 0.2) / 3
-    assert calibration_error(np.array([1 / 3, 0.4, 0.8]), np.array([False, True, True])) == pytest.approx(
-        expected_error
-    )
+    few, found = np.array([0.3, 1 / 3, 0.8]), np.array([False, True, True])  # a third closes its bin
+    np.testing.assert_allclose(reliability(few, found).score, [(0.3 + 1 / 3) / 2, 0.8])
+    assert calibration_error(few, found) == pytest.approx(2 / 3 * (0.5 - (0.3 + 1 / 3) / 2) + 0.2 / 3)
     assert brier_score(score[:0], truth[:0]) is None
     assert calibration_error(score[:0], truth[:0]) is None
 

@@ -169,6 +169,7 @@ def test_the_page_names_settings_and_what_is_left_out(page: str, evaluation: dic
         "mean of competition's 5, images: undefined, for lack of labels.",
     ]
     assert f"Rare, images: {lost} of 200 resamples have one class and are left out of its intervals." in gaps
+    assert not [gap for gap in gaps if ": 0 of" in gap]
     assert "Fracture, images of dev: one class: no thresholds, scores as they are." in gaps
 
 

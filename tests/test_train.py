@@ -2,6 +2,7 @@ import copy
 import dataclasses
 import hashlib
 import json
+import random
 import shutil
 import signal
 import subprocess
@@ -136,6 +137,10 @@ def command(sample_shards: tuple[Path, Manifest], monkeypatch: pytest.MonkeyPatc
 def run_train(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(REPOSITORY / "train.py"), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def count_lines(path: Path) -> int:
+    return len(path.read_text().splitlines()) if path.exists() else 0
 
 
 def assert_same_run(run: Path, other: Path) -> None:
@@ -563,26 +568,35 @@ def test_exported_networks_give_the_same_scores(
         main(["export", "--run", str(job.run), "--out", str(tmp_path / "model.h5")])
 
 
-def test_command_line_trains_continues_after_slurms_warning_and_evaluates(
+def test_command_line_killed_twice_warned_by_slurm_and_continued_equals_undisturbed(
     sample_shards: tuple[Path, Manifest], tmp_path: Path
 ) -> None:
     shards, _ = sample_shards
     options = ["--shards", shards, "--arch", "rescnn", "--batch-size", 4, "--epochs", 3, "--image-size", 64]
-    options += ["--lr", "1e-3", "--workers", 2]
+    options += ["--lr", "1e-3", "--workers", 2, "--eval-every", 10]
     run = tmp_path / "run"
     command = [sys.executable, str(REPOSITORY / "train.py"), *map(str, options), "--run", str(run)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        while not (run / "best.pt").exists() and process.poll() is None:
-            time.sleep(0.01)
-        process.send_signal(signal.SIGUSR1)
-        _, errors = process.communicate(timeout=60)
-    assert process.returncode == 143, errors
+    epoch = 3  # evaluations
+    # Killed at a random moment, then as soon as the first epoch ends, then warned at a random moment.
+    for evaluations, delay, number in (
+        (1, random.random() / 5, signal.SIGKILL),
+        (epoch, 0.0, signal.SIGKILL),
+        (epoch + 1, random.random() / 5, signal.SIGUSR1),
+    ):
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+            while process.poll() is None and count_lines(run / "metrics.jsonl") < evaluations:
+                time.sleep(0.01)
+            time.sleep(delay)
+            process.send_signal(number)
+            _, errors = process.communicate(timeout=60)
+        assert process.returncode == (-9 if number == signal.SIGKILL else 143), errors
     assert errors.endswith(f"{run}: stopped and saved; the same command continues\n")
     continued = run_train(*options, "--run", run)
     assert continued.returncode == 0, continued.stderr
     assert f"{run}: continuing after step " in continued.stderr
     assert run_train(*options, "--run", tmp_path / "whole").returncode == 0
     assert_same_run(run, tmp_path / "whole")
+    assert count_lines(run / "environment.jsonl") == 4
 
     assert "Cardiomegaly" in (run / "report.html").read_text()
     before = (run / "evaluation-valid.json").read_text()
