@@ -84,7 +84,7 @@ from pipeline.labels import (
 )
 from pipeline.manifest import manifest_digest, read_manifest, write_atomically
 from pipeline.plan import Rows, Weights, training_steps
-from pipeline.remote import Cache, Remote, is_url
+from pipeline.remote import Cache, Remote, is_url, redact
 from pipeline.scores import read_scores
 from pipeline.select import balance_weights
 from pipeline.stream import Batch, Labels, stream_training
@@ -392,7 +392,7 @@ def teacher_digest(teacher: Path, shards: str) -> str:
     try:
         return hashlib.sha256((teacher / TEACHER_SCORES).read_bytes()).hexdigest()
     except FileNotFoundError:
-        options = f"--shards {shards} --run {teacher}"
+        options = f"--shards {redact(shards)} --run {teacher}"
         if (teacher / "best.pt").exists():
             missing, command = TEACHER_SCORES, f"python train.py evaluate {options} --split train"
         else:

@@ -33,7 +33,7 @@ Result = TypeVar("Result")
 
 SCHEMES = ("http", "https", "s3")
 POLL = 0.05  # seconds between looks at what other downloads do
-GRACE = 5.0  # seconds in which whoever asked for a file opens it: until then it stays
+GRACE = 2.0  # seconds in which whoever asked for a file opens it: until then it stays
 SECRETS = re.compile(r"(?<=://)[^/\s'\"]*@|\?[^\s'\"]*")
 
 
