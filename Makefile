@@ -98,7 +98,7 @@ bench-etl: .venv/installed .venv-peers/installed  ## measure sharding beside img
 	$(BIN)/python benchmarks/etl.py --peers .venv-peers/bin/python
 
 bench-stream: .venv/installed .venv-peers-stream/installed  ## measure the stream beside its peers
-	$(BIN)/python benchmarks/stream.py --peers .venv-peers-stream/bin/python
+	$(BIN)/python -m benchmarks.stream --peers .venv-peers-stream/bin/python
 
 bench-scale: .venv/installed  ## shard the whole real label table; measure time and memory
 	$(BIN)/python benchmarks/scale.py

@@ -18,13 +18,18 @@ out, its scores of train, and a student whose uncertain targets they are:
     python train.py --run runs/student --uncertain selftrained --teacher runs/teacher
 """
 
+import os
+
+# Before torch is imported, which reads it once: OpenMP's threads spin where they wait for each other, and beside any
+# other load on the cores a network on a CPU then trains at a tenth of its speed.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import copy
 import csv
 import hashlib
 import io
 import json
 import math
-import os
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping
