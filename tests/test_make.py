@@ -39,7 +39,10 @@ def test_make_alone_lists_every_target() -> None:
             ["shards", "DATA=here", "OUT=there"],
             "pipeline shards here there --size 320 --views frontal --uncertain be",
         ),
-        (["evaluate", "OUT=there", "RUN=r", "SPLIT=dev"], "train.py evaluate --shards there --run r --split dev"),
+        (
+            ["evaluate", "OUT=there", "RUN=r", "SPLIT=dev"],
+            "train.py evaluate --shards there --run r --split dev",
+        ),
     ],
 )
 def test_settings_reach_the_commands(arguments: list[str], expected: str) -> None:
