@@ -125,7 +125,7 @@ def codec_loop(paths: list[Path]) -> float:
 @click.command()
 @click.option("--peers", type=click.Path(path_type=Path), help="Python that has img2dataset.")
 @click.option(
-    "--images", default=16_000, show_default=True, help="390×320 sources; a fortieth of 2828×2320 ones."
+    "--images", default=40_000, show_default=True, help="390×320 sources; a fortieth of 2828×2320 ones."
 )
 @click.option("--rounds", default=3, show_default=True)
 def main(peers: Path | None, images: int, rounds: int) -> None:
