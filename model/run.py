@@ -58,21 +58,21 @@ class Config:
     blank: str
     seed: int
     manifest: str  # its sha256, which stands for all of the data
-    labels: tuple[str, ...] = LABELS  # those that are learnt and measured
-    views: str = "all"  # of those in the shards
-    where: tuple[str, ...] = ()  # conditions on the table's columns
-    limit: int | None = None  # images of train, whole patients
-    balance: str | None = None  # the label whose positives and negatives are drawn equally often
-    max_bad: float = 0.0  # share of images that may be unusable
-    loss: str = "bce"
-    pos_weight: bool = False
-    accumulate: int = 1  # parts that a batch is computed in
-    eval_every: int | None = None  # steps; None: at the end of every epoch
-    patience: int | None = None  # evaluations without a better one, then the run ends
-    pretrained: bool = False
-    init: str | None = None  # sha256 of the file of weights that the run starts from
-    compile: bool = False
-    teacher: str | None = None  # sha256 of its scores, where a label is selftrained
+    labels: tuple[str, ...]  # those that are learnt and measured
+    views: str  # of those in the shards
+    where: tuple[str, ...]  # conditions on the table's columns
+    limit: int | None  # images of train, whole patients
+    balance: str | None  # the label whose positives and negatives are drawn equally often
+    max_bad: float  # share of images that may be unusable
+    loss: str
+    pos_weight: bool
+    accumulate: int  # parts that a batch is computed in
+    eval_every: int | None  # steps; None: at the end of every epoch
+    patience: int | None  # evaluations without a better one, then the run ends
+    pretrained: bool
+    init: str | None  # sha256 of the file of weights that the run starts from
+    compile: bool
+    teacher: str | None  # sha256 of its scores, where a label is selftrained
 
 
 class StopFlag:

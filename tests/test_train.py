@@ -97,6 +97,20 @@ def make_job(sample_shards: tuple[Path, Manifest], tmp_path: Path) -> Callable[.
             seed=0,
             manifest=manifest_digest(shards),
             teacher=train.teacher_digest(teacher, str(shards)) if teacher else None,
+            labels=LABELS,
+            views="all",
+            where=(),
+            limit=None,
+            balance=None,
+            max_bad=0.0,
+            loss="bce",
+            pos_weight=False,
+            accumulate=1,
+            eval_every=None,
+            patience=None,
+            pretrained=False,
+            init=None,
+            compile=False,
         )
         config = dataclasses.replace(config, **changes)
         open_run(tmp_path / run, config)
