@@ -4,6 +4,7 @@ import csv
 import importlib.util
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,6 +22,8 @@ from pipeline.source import find_source
 PIPELINE = Path(sys.executable).with_name("pipeline")  # the console script of this environment
 # OpenMP's barriers spin: on a busy machine two threads of a tiny network are a hundred times slower than one.
 os.environ["OMP_NUM_THREADS"] = "1"
+# A shell that runs the tests in the background has them, and what they start, ignore Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 POLICIES = {"uncertain": "best", "blank": "zeros"}
 CELLS = ("1.0", "0.0", "-1.0", "")
