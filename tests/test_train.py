@@ -12,6 +12,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import click
 import numpy as np
@@ -472,6 +473,22 @@ def test_what_draws_or_remembers_resumes_exactly_between_evaluations(
     assert_same_run(whole.run.with_name("parts"), whole.run)
     lines = [json.loads(line) for line in (whole.run / "metrics.jsonl").read_text().splitlines()]
     assert [(line["step"], line["epoch"]) for line in lines] == [(4, 0.5), (8, 1.0)]
+
+
+def test_a_compiled_network_learns_the_same(
+    make_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Captured and differentiated by torch.compile, without the minute that its C++ compiler takes."""
+    calls = Mock(side_effect=partial(torch.compile, backend="aot_eager"))
+    monkeypatch.setattr(torch, "compile", calls)
+    plain, compiled = make_job("plain", epochs=1), make_job("compiled", epochs=1, compile=True)
+    assert train.train(plain) == train.train(compiled) == 0
+    ours, theirs = (json.loads((job.run / "metrics.jsonl").read_text()) for job in (plain, compiled))
+    assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=0.01)
+    assert load_checkpoint(plain.run / "best.pt")["weights"].keys() == (
+        load_checkpoint(compiled.run / "best.pt")["weights"].keys()
+    )
+    assert calls.call_count == 1
 
 
 def test_patience_ends_a_run_that_gets_no_better(make_job: Callable[..., Job]) -> None:
