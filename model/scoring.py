@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from model.assessment import Scored, assess, calibrate
 from model.evaluation import predict_scores
-from model.report import render_model_card, render_report
+from model.report import MEANS, render_model_card, render_report
 from model.run import (
     Job,
     Selected,
@@ -188,27 +188,24 @@ def score_files(run: Path, files: Sequence[Path], workers: int) -> tuple[Scores,
 
 
 def print_evaluations(reports: Mapping[str, Mapping[str, Any]]) -> None:
-    """A table of AUROC with 95 % intervals per label, and the cells behind each, for one or more splits."""
+    """A table of AUROC for one or more splits: per label with its positives and negatives, means with intervals."""
     table = Table(title="AUROC", title_justify="left")
     table.add_column("label")
     for split in reports:
         table.add_column(split, justify="right")
-        table.add_column("95 %", justify="right")
         table.add_column("pos / neg", justify="right")
-    names = list(next(iter(reports.values()))["labels"])
-    titles = {"macro": "macro", "macro10": "macro, ≥ 10 positives", "mean5": "mean of competition's 5"}
-    for name in (*names, *titles):
-        if name == "macro":
-            table.add_section()
-        cells: list[str] = []
-        for report in reports.values():
-            label = report["labels"].get(name)
-            value = label["auroc"] if label else report[f"{name}_auroc"]
-            limits = report["intervals"]["auroc"][name]
-            between = "" if limits["low"] is None else f"{limits['low']:.3f}-{limits['high']:.3f}"
-            rests_on = f"{label['positives']} / {label['negatives']}" if label else ""
-            cells += [show(value), between, rests_on]
-        table.add_row(titles.get(name, name), *cells)
+    for name in next(iter(reports.values()))["labels"]:
+        labels = [report["labels"][name] for report in reports.values()]
+        cells = [(show(label["auroc"]), f"{label['positives']} / {label['negatives']}") for label in labels]
+        table.add_row(name, *(text for cell in cells for text in cell))
+    table.add_section()
+    for name, title in MEANS.items():
+        limits = [report["intervals"]["auroc"][name] for report in reports.values()]
+        cells = [
+            (show(report[f"{name}_auroc"]), f"{show(of['low'])}-{show(of['high'])}" if of["low"] else "")
+            for report, of in zip(reports.values(), limits, strict=True)
+        ]
+        table.add_row(title, *(text for cell in cells for text in cell))
     Console().print(table)
 
 
