@@ -35,7 +35,7 @@ ARGS      ?=
 IMAGES    ?=
 RUN       ?= runs/$(NAME)
 PYTHON    ?= python3
-SUDO      := $(if $(filter-out 0,$(shell id -u)),sudo)
+SUDO      = $(if $(filter-out 0,$(shell id -u)),sudo)
 
 BIN := .venv/bin
 SAY_SAMPLE = @$(if $(SAMPLE),echo 'No shards and no DATA: this is the synthetic sample with small and quick settings.')

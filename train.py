@@ -39,6 +39,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
@@ -63,10 +64,11 @@ from model.run import (
     StopFlag,
     check_config,
     choose_device,
+    follow_by_wandb,
+    learnt_columns,
     load_best,
     open_rows,
     open_run,
-    other_columns,
     output_count,
     read_config,
     record_environment,
@@ -154,6 +156,8 @@ def train(job: Job) -> int:
     state = start_state(job, labels, train.rows)
     open_run(run, config)  # only now: a run that cannot start leaves no folder
     record_environment(job)
+    if job.wandb is not None:
+        follow_by_wandb(run, config, job.wandb)
 
     click.echo(f"{config.arch} on {job.device.type}, {str(job.precision).removeprefix('torch.')}", err=True)
     total, every = config.epochs * steps, config.eval_every or steps
@@ -222,7 +226,7 @@ def training_labels(job: Job, train: Selected) -> Labels:
         raise DataError(f"--strict: {'; '.join(lacking)}")
     for text in lacking:
         click.echo(f"{text}: it cannot be learnt", err=True)
-    labels.mask[:, other_columns(config)] = False
+    labels.mask[:, np.setdiff1d(range(len(LABELS)), learnt_columns(config))] = False
     return labels
 
 
@@ -282,7 +286,7 @@ def train_steps(
                 if now - saved > SAVE_SECONDS:
                     state.save(job.run / "last.pt")
                     saved = now
-        check_losses(losses, state, epoch, state.done % steps)
+        check_losses(losses, state, epoch, (state.done - 1) % steps)
 
 
 def train_step(job: Job, state: TrainState, batch: Batch, epoch: int, step: int) -> Tensor:
@@ -326,7 +330,7 @@ def check_losses(losses: list[Tensor], state: TrainState, epoch: int, step: int)
 
 def evaluate_state(job: Job, state: TrainState, dev: Selected, steps: int, events: SummaryWriter) -> None:
     """Score the averaged weights on dev, add a line to metrics.jsonl, keep the best weights."""
-    scored = score_split(job, state.ema, dev, job.manifest.pixels)
+    scored, _ = score_split(job, state.ema, dev, job.manifest.pixels)
     report = report_auroc(job.config.labels, *scored[:3])
     score = choice_score(report)
     if score is None:
@@ -534,6 +538,7 @@ def main() -> None:
     "--patience", type=click.IntRange(1), help="Stop after so many evaluations without a better one."
 )
 @click.option("--seed", default=0, type=click.IntRange(0))
+@click.option("--wandb", metavar="PROJECT", help="Send the logs to Weights & Biases too.")
 def train_command(
     shards: str,
     cache: Path,
@@ -546,6 +551,7 @@ def train_command(
     init: Path | None,
     strict: bool,
     labels: tuple[str, ...] | None,
+    wandb: str | None,
     **options: Any,
 ) -> int:
     """Train a network on shards; the same command continues an interrupted run."""
@@ -565,7 +571,9 @@ def train_command(
     )
     check_config(config)
     device = choose_device(config.amp)
-    job = Job(config, folder, remote, run, manifest, *device, workers, teacher, init, strict, StopFlag())
+    job = Job(
+        config, folder, remote, run, manifest, *device, workers, teacher, init, strict, StopFlag(), wandb
+    )
     return train(job)
 
 
@@ -601,13 +609,12 @@ def predict_command(run: Path, images: tuple[Path, ...], out: Path, strict: bool
     files = [file for path in images for file in find_images(path)]
     if not files:
         raise DataError(f"{', '.join(map(str, images))}: no .jpg, .jpeg or .png file")
-    scores, bad = score_files(run, files, workers)
-    labels = read_config(run).labels
+    config = read_config(run)
+    scores, bad = score_files(run, config, files, workers)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["file", *labels])
-    columns = [LABELS.index(label) for label in labels]
-    for file, row in zip(files, scores[:, columns].tolist(), strict=True):
+    writer.writerow(["file", *config.labels])
+    for file, row in zip(files, scores.tolist(), strict=True):
         writer.writerow([file, *("" if math.isnan(score) else f"{score:.6f}" for score in row)])
     write_atomically(out, text.getvalue().encode())
     for file, reason in bad:
@@ -620,15 +627,19 @@ def predict_command(run: Path, images: tuple[Path, ...], out: Path, strict: bool
 @run_option
 @click.option("--out", required=True, type=click.Path(path_type=Path, dir_okay=False), help=".onnx or .pt2")
 def export_command(run: Path, out: Path) -> int:
-    """Write the run's best network for other programs: uint8 images [B, 1, S, S] in, scores [B, 14] out."""
+    """Write the run's best network for other programs: uint8 images [B, 1, S, S] in, scores [B, L] out.
+
+    Of the L labels that the run has learnt, in their usual order.
+    """
     config = read_config(run)
     network, best = load_best(run, config, torch.device("cpu"))
-    scorer = Scorer(network, len(LABELS), best["pixels"]["mean"], best["pixels"]["std"])
+    scorer = Scorer(network, learnt_columns(config), best["pixels"]["mean"], best["pixels"]["std"])
     try:
         difference = export_scorer(scorer, config.image_size, out)
     except ValueError as error:
         raise DataError(str(error)) from None
     click.echo(f"{out}: checked, within {difference:.1e} of the eager network's scores")
+    click.echo(f"its scores: {', '.join(config.labels)}")
     return 0
 
 

@@ -18,14 +18,17 @@ class InterruptedEvaluationError(Exception):
 @torch.inference_mode()
 def predict_scores(
     network: nn.Module,
-    labels: int,
+    columns: list[int],
     batches: Iterable[Tensor],
     mean: float,
     std: float,
     precision: torch.dtype,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> npt.NDArray[np.float32]:
-    """Scores [N, labels] in [0, 1] for batches of uint8 images [B, 1, H, W] on the network's device."""
+    """Scores [N, L] in [0, 1] of the labels `columns` [L], for batches of uint8 images [B, 1, H, W].
+
+    The images are on the network's device.
+    """
     network.eval()
     scores = []
     for images in batches:
@@ -34,5 +37,5 @@ def predict_scores(
         inputs = normalize(images, mean, std).contiguous(memory_format=torch.channels_last)
         with torch.autocast(images.device.type, precision, enabled=precision != torch.float32):
             logits = network(inputs)
-        scores.append(label_scores(logits, labels).cpu())
+        scores.append(label_scores(logits[:, columns]).cpu())
     return torch.cat(scores).numpy()

@@ -19,18 +19,22 @@ TOLERANCE = 1e-4  # between the exported scores and eager ones
 
 
 class Scorer(nn.Module):
-    """A network with what surrounds it: normalisation by mean and std (gray levels), and the sigmoid."""
+    """A network with what surrounds it: normalisation by mean and std (gray levels), and the sigmoid.
 
-    def __init__(self, network: nn.Module, labels: int, mean: float, std: float) -> None:
+    `columns` [L] are those of its logits that become scores.
+    """
+
+    def __init__(self, network: nn.Module, columns: list[int], mean: float, std: float) -> None:
         super().__init__()
         self.network = network
-        self.labels = labels
+        self.columns = columns
         self.mean = mean
         self.std = std
 
     def forward(self, images: Tensor) -> Tensor:
         """Scores float32 [B, L] of images uint8 [B, 1, S, S]."""
-        return label_scores(self.network(normalize(images, self.mean, self.std)), self.labels)
+        logits = self.network(normalize(images, self.mean, self.std))
+        return label_scores(logits[:, self.columns])
 
 
 def export_scorer(scorer: Scorer, image_size: int, path: Path) -> float:

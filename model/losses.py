@@ -61,12 +61,12 @@ class MaskedLoss(nn.Module):
         return masked_loss(logits, target, mask, self.three_class, self.pos_weight)
 
 
-def label_scores(logits: Tensor, labels: int) -> Tensor:
-    """Scores [B, L] in [0, 1]: how probable positive is, given that the label is positive or negative.
+def label_scores(logits: Tensor) -> Tensor:
+    """Scores in [0, 1] of the logits of labels: how probable positive is, given that it is positive or negative.
 
     In float32 whatever the logits' precision: in half precision near-equal scores would tie.
     """
-    return torch.sigmoid(logits[:, :labels].float())
+    return torch.sigmoid(logits.float())
 
 
 def positive_weights(target: Tensor, mask: Tensor) -> Tensor:
@@ -124,7 +124,7 @@ class AUCMarginLoss(nn.Module):
 
         In float32 whatever the logits' precision. 0 where no label counts.
         """
-        scores = label_scores(logits, target.shape[1])
+        scores = label_scores(logits[:, : target.shape[1]])
         positive, negative = target * mask, (1 - target) * mask
         with torch.no_grad():
             batch = torch.stack([positive * scores, positive, negative * scores, negative]).sum(dim=1)

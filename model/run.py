@@ -11,6 +11,7 @@ evaluation-<split>.json, scores-<split>.arrow    for every split that was scored
 report.html, model-card.md
 """
 
+import hashlib
 import json
 import platform
 import signal
@@ -33,7 +34,7 @@ from pipeline.images import ImageOptions
 from pipeline.labels import LABELS, parse_uncertain_policy
 from pipeline.manifest import Manifest, write_atomically
 from pipeline.plan import Rows
-from pipeline.remote import Remote
+from pipeline.remote import Remote, redact
 from pipeline.select import select_rows
 from pipeline.stream import OpenSplit, open_split
 
@@ -108,7 +109,8 @@ class Job:
     teacher: Path | None  # the run whose scores selftrained labels learn from
     init: Path | None  # the weights to start from
     strict: bool  # refuse labels with one class instead of warning about them
-    stop: "StopFlag"
+    stop: StopFlag
+    wandb: str | None = None  # the project of Weights & Biases that is told of everything
 
 
 class Selected(NamedTuple):
@@ -156,17 +158,18 @@ def three_class_columns(config: Config) -> list[int]:
     return [column for column, label in enumerate(LABELS) if policy[label] == "multiclass"]
 
 
-def other_columns(config: Config) -> list[int]:
-    """The columns of the labels that this run leaves alone."""
-    return [column for column, label in enumerate(LABELS) if label not in config.labels]
+def learnt_columns(config: Config) -> list[int]:
+    """The columns of the labels that this run learns."""
+    return [LABELS.index(label) for label in config.labels]
 
 
 def check_config(config: Config) -> None:
     """Raise UsageError for options that contradict each other."""
     if config.loss == "aucm" and (config.pos_weight or three_class_columns(config)):
         raise click.UsageError("--loss aucm goes neither with --pos-weight nor with the policy multiclass")
-    if config.accumulate > config.batch_size // 2:
-        raise click.UsageError(f"--accumulate {config.accumulate}: parts of a batch need 2 images or more")
+    if config.batch_size % config.accumulate or config.accumulate > config.batch_size // 2:
+        parts = f"--accumulate {config.accumulate} for --batch-size {config.batch_size}"
+        raise click.UsageError(f"{parts}: the parts must be equal, of 2 images or more")
     if config.pretrained and config.init:
         raise click.UsageError("--pretrained or --init, not both")
 
@@ -202,7 +205,7 @@ def read_config(run: Path) -> Config:
 def record_environment(job: Job) -> None:
     """Add a line on what this start runs with to environment.jsonl: with config.json it reproduces the run."""
     line = {
-        "command": sys.argv,
+        "command": [redact(word) for word in sys.argv],
         "code": describe_code(),
         "python": platform.python_version(),
         "packages": {name: version(name) for name in PACKAGES},
@@ -213,6 +216,28 @@ def record_environment(job: Job) -> None:
     }
     with (job.run / "environment.jsonl").open("a") as file:
         file.write(json.dumps(line) + "\n")
+
+
+def follow_by_wandb(run: Path, config: Config, project: str) -> None:
+    """Let Weights & Biases read what goes to TensorBoard from now on; the same run continues as the same there.
+
+    Raises DataError where it is missing.
+    """
+    try:
+        import wandb
+    except ImportError:
+        raise DataError("--wandb: the package is missing: pip install '.[wandb]'") from None
+    digest = hashlib.sha256((run / "config.json").read_bytes()).hexdigest()[:8]
+    wandb.init(
+        project=project,
+        name=run.name,
+        id=f"{run.name}-{digest}",
+        resume="allow",
+        dir=run,
+        config=asdict(config),
+        sync_tensorboard=True,
+        save_code=False,
+    )
 
 
 def describe_code() -> str:

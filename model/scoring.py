@@ -20,18 +20,20 @@ from model.assessment import Scored, assess, calibrate
 from model.evaluation import predict_scores
 from model.report import MEANS, render_model_card, render_report
 from model.run import (
+    Config,
     Job,
     Selected,
     choose_device,
+    learnt_columns,
     load_best,
     open_rows,
-    read_config,
     to_device,
     write_json,
 )
+from pipeline import DataError
 from pipeline.console import Advance, progress_bar
 from pipeline.images import Gray, ImageError, ImageOptions, decode_stored, prepare, resize
-from pipeline.labels import LABELS, evaluation_targets
+from pipeline.labels import evaluation_targets
 from pipeline.manifest import write_atomically
 from pipeline.scores import read_scores, write_scores
 from pipeline.stream import Labels, stream_evaluation
@@ -74,7 +76,11 @@ def evaluate(job: Job, name: str, against: Path | None = None) -> tuple[dict[str
     calibration = json.loads((run / CALIBRATION).read_bytes())
     other = None
     if against is not None:
-        other = (str(against), read_scores(against / f"scores-{name}.arrow", table["key"], config.labels))
+        path = against / f"scores-{name}.arrow"
+        if not path.exists():
+            command = f"python train.py evaluate --run {against} --split {name}"
+            raise DataError(f"--against {against}: no {path.name}; first run: {command}")
+        other = (str(against), read_scores(path, table["key"], config.labels))
     evaluation = assess(config.labels, scored, calibration, against=other, resamples=RESAMPLES)
     write_json(run / f"evaluation-{name}.json", evaluation)
     return evaluation, scored
@@ -93,13 +99,18 @@ def write_report(job: Job, file: str, results: Mapping[str, tuple[dict[str, Any]
 def score_best(job: Job, name: str) -> tuple[Scored, pa.Table]:
     """What best.pt makes of a split, and the rows of its table."""
     network, best = load_best(job.run, job.config, job.device)
-    chosen = open_rows(job, name)
-    return score_split(job, network, chosen, best["pixels"]), chosen.split.table.take(chosen.rows)
+    return score_split(job, network, open_rows(job, name), best["pixels"])
 
 
-def score_split(job: Job, network: nn.Module, chosen: Selected, pixels: Mapping[str, float]) -> Scored:
-    """A network's scores of the chosen rows, with targets and masks that leave the uncertain cells out."""
+def score_split(
+    job: Job, network: nn.Module, chosen: Selected, pixels: Mapping[str, float]
+) -> tuple[Scored, pa.Table]:
+    """A network's scores of the chosen rows, with targets and masks that leave the uncertain cells out.
+
+    And those rows of the table. Images that are unusable, as far as --max-bad allows it, are in neither.
+    """
     config, (split, rows) = job.config, chosen
+    columns = learnt_columns(config)
     labels = Labels(*evaluation_targets(split.table, config.blank))
     batches = stream_evaluation(
         split,
@@ -110,12 +121,12 @@ def score_split(job: Job, network: nn.Module, chosen: Selected, pixels: Mapping[
         threads=job.workers,
         max_bad=int(config.max_bad * len(rows)),
     )
-    masks: list[npt.NDArray[np.bool_]] = []
+    usable = np.ones(len(rows), bool)
 
     def images(advance: Advance) -> Iterator[Tensor]:
         done = 0
         for batch in batches:
-            masks.append(batch.mask)
+            usable[[done + position for position in batch.bad]] = False
             yield to_device(batch.images, job.device)
             done += len(batch.images)
             advance(done, len(rows))
@@ -123,33 +134,35 @@ def score_split(job: Job, network: nn.Module, chosen: Selected, pixels: Mapping[
     with progress_bar(f"Scoring {split.name}", "images") as advance:
         scores = predict_scores(
             network,
-            len(LABELS),
+            columns,
             images(advance),
             pixels["mean"],
             pixels["std"],
             job.precision,
             should_stop=job.stop,
         )
-    learnt = [LABELS.index(label) for label in config.labels]
+    rows = rows[usable]
     facts = split.table.take(rows)
-    return Scored(
-        scores[:, learnt],
-        labels.target[rows][:, learnt],
-        np.concatenate(masks)[:, learnt],
+    scored = Scored(
+        scores[usable],
+        labels.target[rows][:, columns],
+        labels.mask[rows][:, columns],
         facts["patient"].to_numpy(),
         facts["study"].to_numpy(),
         facts["sex"].to_numpy(),
         pc.fill_null(facts["age"], -1).to_numpy(),
         pc.fill_null(facts["projection"], "").to_numpy(),
     )
+    return scored, facts
 
 
-def score_files(run: Path, files: Sequence[Path], workers: int) -> tuple[Scores, list[tuple[Path, str]]]:
-    """Scores [N, 14] of image files by best.pt, NaN where one cannot be read; and which those are, and why.
+def score_files(
+    run: Path, config: Config, files: Sequence[Path], workers: int
+) -> tuple[Scores, list[tuple[Path, str]]]:
+    """Scores [N, L] of image files by best.pt, NaN where one cannot be read; and which those are, and why.
 
     An image takes the way it would take through shards: the same resize, encoding and decoding.
     """
-    config = read_config(run)
     device, precision = choose_device(config.amp)
     network, best = load_best(run, config, device)
     options = ImageOptions(**best["images"])
@@ -180,7 +193,7 @@ def score_files(run: Path, files: Sequence[Path], workers: int) -> tuple[Scores,
     pixels = best["pixels"]
     with progress_bar("Scoring", "images") as advance:
         scores = predict_scores(
-            network, len(LABELS), batches(advance), pixels["mean"], pixels["std"], precision
+            network, learnt_columns(config), batches(advance), pixels["mean"], pixels["std"], precision
         )
     unread = {file for file, _ in bad}
     scores[[file in unread for file in files]] = np.nan
@@ -202,7 +215,10 @@ def print_evaluations(reports: Mapping[str, Mapping[str, Any]]) -> None:
     for name, title in MEANS.items():
         limits = [report["intervals"]["auroc"][name] for report in reports.values()]
         cells = [
-            (show(report[f"{name}_auroc"]), f"{show(of['low'])}-{show(of['high'])}" if of["low"] else "")
+            (
+                show(report[f"{name}_auroc"]),
+                f"{show(of['low'])}-{show(of['high'])}" if of["low"] is not None else "",
+            )
             for report, of in zip(reports.values(), limits, strict=True)
         ]
         table.add_row(title, *(text for cell in cells for text in cell))

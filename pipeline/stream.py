@@ -11,6 +11,7 @@ plan order whatever the number of threads. Bytes are read, not mapped: memory st
 cut short under a running stream is an error with a name.
 """
 
+import logging
 import os
 import zlib
 from collections import Counter, deque
@@ -36,6 +37,8 @@ cv2.setNumThreads(1)
 
 KEPT_OPEN = 2 * WINDOW  # shards: the window that is read, and the next
 DOWNLOADS = 4  # at the same time
+
+logger = logging.getLogger(__name__)
 
 
 class OpenSplit(NamedTuple):
@@ -94,12 +97,13 @@ class Decoded(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Images uint8 [B, 1, H, W], target float32 [B, 14], mask bool [B, 14], and the step they belong to."""
+    """A step with its images, target float32 [B, 14] and mask bool [B, 14]; `bad` as in `Decoded`."""
 
     step: Step
     images: npt.NDArray[np.uint8]
     target: npt.NDArray[np.float32]
     mask: npt.NDArray[np.bool_]
+    bad: list[int]
 
 
 def open_split(folder: Path, manifest: Manifest, name: str, remote: Remote | None = None) -> OpenSplit:
@@ -214,8 +218,8 @@ def decode(
 ) -> Iterator[Decoded]:
     """Decode ahead on `threads` threads; yields images uint8 [B, 1, size, size] in the order given.
 
-    Raises DataError naming shard and key where more than `max_bad` images do not match their checksum or do
-    not decode.
+    Images that do not match their checksum or do not decode are logged; more than `max_bad` of them raise
+    DataError naming shard and key.
     """
     pending: deque[Future[tuple[Decoded, list[str]]]] = deque()
     bad = 0
@@ -223,10 +227,12 @@ def decode(
     def next_result() -> Decoded:
         nonlocal bad
         decoded, reasons = pending.popleft().result()
-        bad += len(reasons)
-        if bad > max_bad:
-            allowed = f"; more than {max_bad} such images (--max-bad)" if max_bad else ""
-            raise DataError(f"{reasons[-1]}{allowed}")
+        for reason in reasons:
+            bad += 1
+            if bad > max_bad:
+                allowed = f"; more than {max_bad} such images (--max-bad)" if max_bad else ""
+                raise DataError(f"{reason}{allowed}")
+            logger.warning("%s; left out, %d of %d allowed", reason, bad, max_bad)
         return decoded
 
     with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
@@ -247,7 +253,7 @@ def label(decoded: Iterable[Decoded], labels: Labels) -> Iterator[Batch]:
     for step, images, bad in decoded:
         mask = labels.mask[step.rows]
         mask[bad] = False
-        yield Batch(step, images, labels.target[step.rows], mask)
+        yield Batch(step, images, labels.target[step.rows], mask, bad)
 
 
 def _decode_batch(batch: Encoded, split: OpenSplit, size: int) -> tuple[Decoded, list[str]]:

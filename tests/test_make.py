@@ -43,6 +43,12 @@ def test_make_alone_lists_every_target() -> None:
             ["evaluate", "OUT=there", "RUN=r", "SPLIT=dev"],
             "train.py evaluate --shards there --run r --split dev",
         ),
+        (
+            ["predict", "RUN=r", "IMAGES=films", "ARGS=--strict"],
+            "train.py predict --run r --out r/predictions.csv --workers",
+        ),
+        (["predict", "RUN=r", "IMAGES=films", "ARGS=--strict"], " --strict films"),
+        (["train", "ARGS=--eval-every 9 --patience 2"], " --eval-every 9 --patience 2"),
     ],
 )
 def test_settings_reach_the_commands(arguments: list[str], expected: str) -> None:
@@ -60,6 +66,7 @@ def test_policies_are_the_shards_own_unless_set_by_hand() -> None:
     ("target", "message"),
     [
         ("shards", "make shards needs DATA=<CheXpert folder>"),
+        ("predict", "make predict needs IMAGES=<files or folders>"),
         ("train", "No shards in {out}. Write them with: make shards DATA=<CheXpert folder> OUT={out}"),
     ],
 )

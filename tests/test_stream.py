@@ -96,9 +96,12 @@ def test_same_batches_for_any_threads_and_ranks_and_from_any_step(
             for rank in range(ranks)
         ]
         joined = [
-            Batch(
-                parts[0].step._replace(rows=np.concatenate([part.step.rows for part in parts])),
-                *(np.concatenate(arrays) for arrays in zip(*(part[1:] for part in parts), strict=True)),
+            parts[0]._replace(
+                step=parts[0].step._replace(rows=np.concatenate([part.step.rows for part in parts])),
+                **{
+                    name: np.concatenate([getattr(part, name) for part in parts])
+                    for name in ("images", "target", "mask")
+                },
             )
             for parts in zip(*streams, strict=True)
         ]
@@ -167,9 +170,11 @@ def test_a_flipped_bit_is_named(shards: Shards, split: OpenSplit, labels: Labels
     assert str(caught.value) == message
 
 
-def test_allowed_bad_images_are_black_and_masked(shards: Shards, split: OpenSplit, labels: Labels) -> None:
+def test_allowed_bad_images_are_black_and_masked_and_logged(
+    shards: Shards, split: OpenSplit, labels: Labels, caplog: pytest.LogCaptureFixture
+) -> None:
     expected = training(split, labels)
-    flip_bit(shards[0], split, 5)
+    first = flip_bit(shards[0], split, 5)
     last = flip_bit(shards[0], split, 12)
     for ours, whole in zip(training(split, labels, max_bad=2), expected, strict=True):
         bad = np.isin(ours.step.rows, (5, 12))
@@ -178,6 +183,10 @@ def test_allowed_bad_images_are_black_and_masked(shards: Shards, split: OpenSpli
         np.testing.assert_array_equal(ours.images[~bad], whole.images[~bad])
         np.testing.assert_array_equal(ours.mask[~bad], whole.mask[~bad])
         np.testing.assert_array_equal(ours.target, whole.target)
+        assert [ours.step.rows[position] for position in ours.bad] == ours.step.rows[bad].tolist()
+    said = [text.partition("; ") for text in caplog.messages]
+    assert {text for text, _, _ in said} == {first, last}
+    assert [rest for _, _, rest in said] == ["left out, 1 of 2 allowed", "left out, 2 of 2 allowed"]
     assert labels.mask.all()  # the rows of the whole split are untouched
     with pytest.raises(DataError) as caught:
         list(stream_evaluation(split, labels, size=32, batch_size=4, max_bad=1))

@@ -3,6 +3,7 @@ import dataclasses
 import hashlib
 import json
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -437,6 +438,8 @@ def test_damaged_images_end_the_run_unless_they_are_allowed(
         shutil.rmtree(job.run)
     job = dataclasses.replace(job, config=dataclasses.replace(job.config, max_bad=0.1))
     assert train.train(job) == 0
+    scored = pa.ipc.open_file(job.run / "scores-dev.arrow").read_all()["key"].to_pylist()
+    assert scored == [key for row, key in enumerate(split.table["key"].to_pylist()) if row != 3]
 
 
 def test_a_batch_in_parts_gives_the_same_gradients(make_job: Callable[..., Job]) -> None:
@@ -514,7 +517,10 @@ def test_a_run_starts_from_the_weights_it_is_given(
         command("train", "--run", tmp_path / "third", "--init", best, "--arch", "resnet18")
 
 
-def test_logs_say_what_the_run_did_and_with_what(make_job: Callable[..., Job]) -> None:
+def test_logs_say_what_the_run_did_and_with_what(
+    make_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["train.py", "--shards", "https://me:secret@host/set?token=secret"])
     job = make_job("run", epochs=1)
     assert train.train(job) == 0
     events = EventAccumulator(str(job.run / "tensorboard"))
@@ -528,6 +534,26 @@ def test_logs_say_what_the_run_did_and_with_what(make_job: Callable[..., Job]) -
     environment = json.loads((job.run / "environment.jsonl").read_text())
     assert environment["packages"]["torch"] == torch.__version__.partition("+")[0]
     assert environment["code"]
+    assert environment["command"] == ["train.py", "--shards", "https://host/set"]
+
+
+def test_wandb_reads_what_goes_to_tensorboard(
+    command: Callable[..., int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    wandb = Mock()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    for _ in range(2):  # begun and continued
+        assert command("train", "--run", tmp_path / "run", "--wandb", "films") == 0
+    first, second = wandb.init.call_args_list
+    assert first == second
+    told = first.kwargs
+    assert (told["project"], told["dir"], told["sync_tensorboard"]) == ("films", tmp_path / "run", True)
+    assert json.loads(json.dumps(told["config"])) == json.loads(
+        (tmp_path / "run" / "config.json").read_text()
+    )
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(DataError, match=r"^--wandb: the package is missing: pip install '.\[wandb\]'$"):
+        command("train", "--run", tmp_path / "run", "--wandb", "films")
 
 
 def test_two_runs_are_compared_on_the_same_images(
@@ -542,6 +568,12 @@ def test_two_runs_are_compared_on_the_same_images(
     assert ours["against"]["auroc"]["macro"]["difference"] == pytest.approx(
         ours["macro_auroc"] - theirs["macro_auroc"]
     )
+    (b / "scores-valid.arrow").unlink()
+    said = (
+        f"--against {b}: no scores-valid.arrow; first run: python train.py evaluate --run {b} --split valid"
+    )
+    with pytest.raises(DataError, match=f"^{re.escape(said)}$"):
+        command("evaluate", "--run", a, "--split", "valid", "--against", b)
 
 
 def test_predict_gives_the_scores_that_shards_give(
@@ -578,12 +610,14 @@ def test_predict_gives_the_scores_that_shards_give(
 def test_exported_networks_give_the_same_scores(
     make_job: Callable[..., Job], tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    job = make_job("run", epochs=1)
+    job = make_job("run", epochs=1, labels=("Edema", "Fracture"))
     assert train.train(job) == 0
     out = tmp_path / name
     main = partial(train.main.main, standalone_mode=False)
     assert main(["export", "--run", str(job.run), "--out", str(out)]) == 0
-    assert capsys.readouterr().out.splitlines()[-1].startswith(f"{out}: checked, within ")
+    checked, names = capsys.readouterr().out.splitlines()[-2:]
+    assert checked.startswith(f"{out}: checked, within ")
+    assert names == "its scores: Edema, Fracture"
     split = open_split(job.shards, job.manifest, "valid")
     n = split.table.num_rows
     labels = Labels(np.zeros((n, 14), np.float32), np.ones((n, 14), np.bool_))
@@ -592,9 +626,8 @@ def test_exported_networks_give_the_same_scores(
         (scores,) = onnxruntime.InferenceSession(out).run(None, {"images": batch.images})
     else:
         scores = torch.export.load(out).module()(torch.from_numpy(batch.images)).detach().numpy()
-    np.testing.assert_allclose(
-        scores, read_scores(job.run / "scores-valid.arrow", split.table["key"]), atol=1e-5
-    )
+    expected = read_scores(job.run / "scores-valid.arrow", split.table["key"], job.config.labels)
+    np.testing.assert_allclose(scores, expected, atol=1e-5)
     with pytest.raises(DataError, match=r"model.h5: export writes .onnx or .pt2$"):
         main(["export", "--run", str(job.run), "--out", str(tmp_path / "model.h5")])
 
@@ -699,7 +732,7 @@ def test_command_line_killed_twice_warned_by_slurm_and_continued_equals_undistur
         (
             ["--shards", "{shards}", "--run", "{run}", "--accumulate", "40"],
             2,
-            "Error: --accumulate 40: parts of a batch need 2 images or more",
+            "Error: --accumulate 40 for --batch-size 64: the parts must be equal, of 2 images or more",
         ),
         (
             ["--shards", "{shards}", "--run", "{run}", "--arch", "rescnn", "--pretrained"],
