@@ -343,15 +343,16 @@ def evaluate_state(job: Job, state: TrainState, dev: Selected, steps: int, event
     line |= {name: value for name, value in report.items() if name.endswith("_auroc")}
     state.history.append(line | {"labels": {label: row["auroc"] for label, row in report["labels"].items()}})
     state.evaluated, state.loss_sum = state.done, 0.0
-    if score > state.best:
-        state.best = score
+    is_best = score > state.best
+    state.best = max(score, state.best)
+    if is_best or job.config.keep == "last":
         save_best(job, state.ema.state_dict(), epoch, score)
     # Rewritten from the checkpoint's own history, so that steps run again are not listed twice.
     lines = "".join(json.dumps(line) + "\n" for line in state.history)
     write_atomically(job.run / "metrics.jsonl", lines.encode())
     events.add_scalar("dev/macro_auroc", score, state.done)
-    best = "  (best)" if score == state.best else ""
-    click.echo(f"Epoch {epoch:g}: dev macro AUROC {score:.4f}{best}", err=True)
+    note = "  (best)" if is_best else ""
+    click.echo(f"Epoch {epoch:g}: dev macro AUROC {score:.4f}{note}", err=True)
 
 
 def is_out_of_patience(config: Config, state: TrainState) -> bool:
@@ -502,6 +503,9 @@ def main() -> None:
 @click.option("--compile", is_flag=True, help="Compile the network by torch.compile.")
 @click.option("--ema", default=0.999, type=click.FloatRange(0, 1), help="Decay of the averaged weights.")
 @click.option(
+    "--keep", default="best", type=click.Choice(["best", "last"]), help="Weights to keep, by dev macro AUROC."
+)
+@click.option(
     "--augment", default="affine", type=click.Choice(AUGMENTATIONS), help="crop: affine, and random crops."
 )
 @click.option("--loss", default="bce", type=click.Choice(LOSSES), help="aucm: the AUC margin loss.")
@@ -581,8 +585,22 @@ def train_command(
 @data_options
 @click.option("--split", default="valid", help="Of the shards, which may be others than the run's.")
 @click.option("--against", metavar="RUN", type=click.Path(path_type=Path), help="Compare with its scores.")
+@click.option(
+    "--sensitivity", default=0.9, type=click.FloatRange(0, 1), help="That a threshold is to reach on dev."
+)
+@click.option(
+    "--study", default="max", type=click.Choice(["max", "mean"]), help="A study's score, from its views'."
+)
 def evaluate_command(
-    shards: str, cache: Path, cache_size: int, run: Path, workers: int, split: str, against: Path | None
+    shards: str,
+    cache: Path,
+    cache_size: int,
+    run: Path,
+    workers: int,
+    split: str,
+    against: Path | None,
+    sensitivity: float,
+    study: str,
 ) -> int:
     """Score the run's best checkpoint on a split."""
     folder, remote = find_shards(shards, cache, cache_size)
@@ -590,7 +608,7 @@ def evaluate_command(
     device = choose_device(config.amp)
     job = Job(config, folder, remote, run, read_manifest(folder), *device, workers, None, None, False, stop)
     try:
-        results = {split: evaluate(job, split, against)}
+        results = {split: evaluate(job, split, against, sensitivity, study)}
         print_evaluations({split: results[split][0]})
         write_report(job, f"report-{split}.html", results)
     except InterruptedEvaluationError:

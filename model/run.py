@@ -54,6 +54,7 @@ class Config:
     image_size: int
     amp: str
     ema: float
+    keep: str  # which evaluated weights become best.pt: the best on dev, or the last
     augment: str
     uncertain: str
     blank: str

@@ -62,18 +62,23 @@ def finish_run(job: Job) -> None:
     click.echo(f"{job.run / 'report.html'}: the same with curves, intervals and subgroups")
 
 
-def evaluate(job: Job, name: str, against: Path | None = None) -> tuple[dict[str, Any], Scored]:
+def evaluate(
+    job: Job, name: str, against: Path | None = None, sensitivity: float = 0.9, combine: str = "max"
+) -> tuple[dict[str, Any], Scored]:
     """Score best.pt on a split of any shards; writes its scores and evaluation into the run.
 
-    `against` is another run, whose scores of the same images are compared.
+    `against` is another run, whose scores of the same images are compared; `sensitivity` is what the third
+    threshold is to reach on dev, `combine` how a study's score comes from its views: max or mean.
     """
     config, run = job.config, job.run
     scored, table = score_best(job, name)
     write_scores(run / f"scores-{name}.arrow", table, config.labels, scored.scores)
-    if not (run / CALIBRATION).exists():
+    chosen = {"sensitivity": sensitivity, "combine": combine}
+    calibration = json.loads((run / CALIBRATION).read_bytes()) if (run / CALIBRATION).exists() else {}
+    if not chosen.items() <= calibration.items():
         dev = scored if name == "dev" else score_best(job, "dev")[0]
-        write_json(run / CALIBRATION, calibrate(config.labels, dev))
-    calibration = json.loads((run / CALIBRATION).read_bytes())
+        calibration = calibrate(config.labels, dev, sensitivity, combine)
+        write_json(run / CALIBRATION, calibration)
     other = None
     if against is not None:
         path = against / f"scores-{name}.arrow"

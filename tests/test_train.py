@@ -28,9 +28,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import train
 from model import scoring
+from model.assessment import calibrate
 from model.checkpoint import CheckpointError, load_checkpoint
 from model.run import Config, Job, StopFlag, choose_device, open_rows, open_run, read_config
-from model.scoring import evaluate
+from model.scoring import evaluate, score_best
 from pipeline import DataError
 from pipeline.console import run_command
 from pipeline.labels import LABELS, evaluation_targets
@@ -93,6 +94,7 @@ def make_job(sample_shards: tuple[Path, Manifest], tmp_path: Path) -> Callable[.
             image_size=32,
             amp="off",
             ema=0.9,
+            keep="best",
             augment="affine",
             uncertain="best",
             blank="zeros",
@@ -574,6 +576,36 @@ def test_two_runs_are_compared_on_the_same_images(
     )
     with pytest.raises(DataError, match=f"^{re.escape(said)}$"):
         command("evaluate", "--run", a, "--split", "valid", "--against", b)
+
+
+def test_thresholds_and_studies_are_as_asked_for(
+    command: Callable[..., int], make_job: Callable[..., Job]
+) -> None:
+    job = make_job("run", epochs=1)
+    assert train.train(job) == 0
+    path = job.run / "evaluation-valid.json"
+    first = json.loads(path.read_text())
+    assert command("evaluate", "--run", job.run, "--sensitivity", 0.5, "--study", "mean") == 0
+    second = json.loads(path.read_text())
+    dev, _ = score_best(job, "dev")
+    assert second["calibration"] == json.loads(json.dumps(calibrate(LABELS, dev, 0.5, "mean")))
+    assert second["calibration"]["image"] != first["calibration"]["image"]
+    assert second["macro_auroc"] == first["macro_auroc"]
+    assert command("evaluate", "--run", job.run) == 0
+    assert json.loads(path.read_text()) == first
+
+
+def test_the_last_weights_are_kept_where_that_is_asked_for(make_job: Callable[..., Job]) -> None:
+    job = make_job("run", keep="last", epochs=1, eval_every=1, lr=1e-2, seed=3)
+    assert train.train(job) == 0
+    ema = load_checkpoint(job.run / "last.pt")["ema"]
+    kept = load_checkpoint(job.run / "best.pt")
+    scores = [
+        json.loads(line)["macro_auroc"] for line in (job.run / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert scores[-1] < max(scores)  # or the test would show nothing
+    assert kept["dev_auroc"] == pytest.approx(scores[-1])
+    assert all(torch.equal(kept["weights"][name], value) for name, value in ema.items())
 
 
 def test_predict_gives_the_scores_that_shards_give(
