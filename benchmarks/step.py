@@ -1,0 +1,123 @@
+"""What reading, copying and augmenting cost a training step: images/s beside the bare network's.
+
+    .venv/bin/python -m benchmarks.step --shards shards/nih --arch resnet18
+
+Three contestants take turns in one process, each for so many steps: `training` are the trainer's own steps on
+the stream; `resident` the same on batches that lie decoded in memory; `bare` is forward, loss, backward, clipping
+and update on float batches on the device, with nothing else. Ratios are medians of the rounds' own.
+"""
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from unittest.mock import patch
+
+import click
+import torch
+from torch import nn
+
+import train
+from model.augment import normalize
+from model.run import Job, open_rows, to_device
+from pipeline.stream import Batch, stream_training
+
+KEPT = 4  # batches that lie in memory
+
+
+def capture_job(arguments: list[str]) -> Job:
+    """The job that `train.py` would start with these arguments."""
+    with patch.object(train, "train", return_value=0) as started:
+        train.main.main(["train", *arguments], standalone_mode=False)
+    job: Job = started.call_args.args[0]
+    return job
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for what the device has been given to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+@click.command()
+@click.option("--shards", required=True)
+@click.option("--arch", default="resnet18", show_default=True)
+@click.option("--size", default=224, show_default=True)
+@click.option("--batch", default=32, show_default=True)
+@click.option("--steps", default=10, show_default=True, help="Of a turn.")
+@click.option("--rounds", default=5, show_default=True)
+@click.option("--amp", default="auto", show_default=True)
+def main(shards: str, arch: str, size: int, batch: int, steps: int, rounds: int, amp: str) -> None:
+    """Print images/s of the three, and their ratios."""
+    options = {
+        "shards": shards,
+        "run": "unused",
+        "arch": arch,
+        "image-size": size,
+        "batch-size": batch,
+        "amp": amp,
+    }
+    job = capture_job([str(word) for name, value in options.items() for word in (f"--{name}", value)])
+    chosen = open_rows(job, "train")
+    labels = train.training_labels(job, chosen)
+    state = train.start_state(job, labels, chosen.rows)
+    state.network.train()
+
+    def stream() -> Iterator[Batch]:
+        for epoch in itertools.count():
+            yield from stream_training(
+                chosen.split, labels, size=size, batch_size=batch, seed=0, epoch=epoch, threads=job.workers
+            )
+
+    batches = stream()
+    resident = itertools.cycle([next(batches) for _ in range(KEPT)])
+    pixels = job.manifest.pixels
+    tensors = [[to_device(array, job.device) for array in next(resident)[1:4]] for _ in range(KEPT)]
+    ready = itertools.cycle(
+        (
+            normalize(images, pixels["mean"], pixels["std"]).contiguous(memory_format=torch.channels_last),
+            target,
+            mask,
+        )
+        for images, target, mask in tensors
+    )
+
+    def bare_step() -> None:
+        images, target, mask = next(ready)
+        state.optimizer.zero_grad()
+        with torch.autocast(job.device.type, job.precision, enabled=job.precision != torch.float32):
+            logits = state.forward(images)
+        state.scaler.scale(state.loss(logits, target, mask)).backward()
+        state.scaler.unscale_(state.optimizer)
+        nn.utils.clip_grad_norm_(state.network.parameters(), train.CLIP_NORM)
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
+
+    contestants: dict[str, Callable[[], object]] = {
+        "bare": bare_step,
+        "resident": lambda: train.train_step(job, state, next(resident), 0, 0),
+        "training": lambda: train.train_step(job, state, next(batches), 0, 0),
+    }
+    rates: dict[str, list[float]] = {name: [] for name in contestants}
+    for _ in range(rounds + 1):  # the first warms up
+        for name, step in contestants.items():
+            synchronize(job.device)
+            start = time.perf_counter()
+            for _ in range(steps):
+                step()
+            synchronize(job.device)
+            rates[name].append(steps * batch / (time.perf_counter() - start))
+    device = torch.cuda.get_device_name() if job.device.type == "cuda" else "CPU"
+    precision = str(job.precision).removeprefix("torch.")
+    print(f"{arch} at {size} pixels, batches of {batch}, {precision} on {device}")
+    for name, of_rounds in rates.items():
+        pairs = zip(rates["training"][1:], of_rounds[1:], strict=True)
+        ratio = statistics.median(ours / other for ours, other in pairs)
+        rate = statistics.median(of_rounds[1:])
+        print(f"  {name:9} {rate:8,.1f} images/s   training is {ratio:.2f} of it")
+    if job.device.type == "cuda":
+        print(f"  memory    {torch.cuda.max_memory_allocated() / 2**30:8.2f} GiB at the peak")
+
+
+if __name__ == "__main__":
+    main()
