@@ -12,6 +12,7 @@ LR     ?= 2e-3
 BATCH  ?= 32
 EPOCHS ?= 12
 RUN    ?= runs/sample-$(NAME)
+SWEEP  ?= runs/sample-sweep
 endif
 
 # The settings for real CheXpert: make shards DATA=<CheXpert folder>, then make train.
@@ -31,6 +32,10 @@ EPOCHS    ?= 5
 SEED      ?= 0
 SPLIT     ?= valid
 TEACHER   ?=
+SAMPLER   ?= grid
+PRUNER    ?= none
+TRIALS    ?=
+SWEEP     ?= runs/sweep
 ARGS      ?=
 IMAGES    ?=
 RUN       ?= runs/$(NAME)
@@ -48,7 +53,7 @@ SHARDS = $(BIN)/pipeline shards $(DATA) $(OUT) --size $(SIZE) --views $(VIEWS) -
 	--blank $(BLANK) --dev $(DEV) --workers $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup shards verify stats train evaluate predict test test-pages test-s3 lint bench-etl bench-stream bench-scale lock clean
+.PHONY: help setup shards verify stats train sweep evaluate predict test test-pages test-s3 test-postgres lint bench-etl bench-stream bench-scale lock clean
 
 help:  ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -67,9 +72,20 @@ stats: .venv/installed $(OUT)/manifest.json  ## count the labels of the shards i
 	$(BIN)/pipeline stats $(OUT)
 
 train: .venv/installed $(OUT)/manifest.json  ## train on OUT with LR, WD, EPOCHS, BATCH, ARCH, SEED; continue RUN if it is there
+ifneq ($(words $(LR) $(WD) $(BATCH) $(ARCH)),4)
+train: sweep
+else
 	$(SAY_SAMPLE)
 	$(BIN)/python train.py --shards $(OUT) --run $(RUN) --arch $(ARCH) --lr $(LR) --weight-decay $(WD) \
 		--batch-size $(BATCH) --epochs $(EPOCHS) --image-size $(SIZE) --seed $(SEED) --workers $(WORKERS) $(POLICIES) $(ARGS)
+endif
+
+sweep: .venv/installed $(OUT)/manifest.json  ## train with each of several LR, WD, BATCH, ARCH, UNCERTAIN; or SAMPLER=tpe TRIALS=40
+	$(SAY_SAMPLE)
+	$(BIN)/python train.py sweep --shards $(OUT) --sweep $(SWEEP) --arch "$(ARCH)" --lr "$(LR)" --weight-decay "$(WD)" \
+		--batch-size "$(BATCH)" $(if $(call given,UNCERTAIN),--uncertain "$(UNCERTAIN)") --sampler $(SAMPLER) --pruner $(PRUNER) \
+		$(if $(TRIALS),--trials $(TRIALS)) --epochs $(EPOCHS) --image-size $(SIZE) --seed $(SEED) --workers $(WORKERS) \
+		$(if $(call given,BLANK),--blank $(BLANK)) $(if $(TEACHER),--teacher $(TEACHER)) $(ARGS)
 
 evaluate: .venv/installed  ## score the best checkpoint of RUN on SPLIT of the shards in OUT
 	$(SAY_SAMPLE)
@@ -88,6 +104,10 @@ test-pages: .venv/installed  ## look at the report in headless Chromium (install
 
 test-s3: .venv/installed .venv-s3/installed  ## read shards from a real object store on loopback (OpenStack Swift)
 	SWIFT_BIN=.venv-s3/bin $(BIN)/python -m pytest tests/test_s3.py
+
+test-postgres: .venv/installed  ## share a sweep through a real PostgreSQL on loopback (installs Debian's where there is none)
+	@ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || { $(SUDO) apt-get update --quiet && $(SUDO) apt-get install --yes --quiet postgresql; }
+	POSTGRES_BIN="$$(dirname "$$(ls /usr/lib/postgresql/*/bin/initdb | tail -1)")" $(BIN)/python -m pytest tests/test_postgres.py
 
 lint: .venv/installed  ## check style (ruff) and types (mypy)
 	$(BIN)/ruff check

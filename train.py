@@ -25,6 +25,7 @@ import os
 # 15 % less on idle cores.
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
+import contextlib
 import copy
 import csv
 import hashlib
@@ -34,7 +35,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,15 @@ from model.run import (
     three_class_columns,
     to_device,
 )
-from model.scoring import evaluate, finish_run, print_evaluations, score_files, score_split, write_report
+from model.scoring import (
+    evaluate,
+    finish_run,
+    measure_run,
+    print_evaluations,
+    score_files,
+    score_split,
+    write_report,
+)
 from pipeline import DataError
 from pipeline.console import progress_bar, run_command
 from pipeline.labels import (
@@ -140,8 +149,11 @@ class TrainState:
         restore_random_state(saved["random"])
 
 
-def train(job: Job) -> int:
-    """Train to the end, or continue; returns the exit code. Raises DataError for unusable input."""
+def train(job: Job, watch: Callable[[list[dict[str, Any]]], None] = lambda history: None) -> int:
+    """Train to the end, or continue; returns the exit code. Raises DataError for unusable input.
+
+    `watch` gets all evaluations so far after each one is saved; what it raises ends the run there.
+    """
     config, run = job.config, job.run
     if "dev" not in job.manifest.splits:
         raise DataError(
@@ -173,6 +185,7 @@ def train(job: Job) -> int:
                 except InterruptedEvaluationError:
                     return stop_run(job, state)  # a resume begins with this evaluation
                 state.save(run / "last.pt")
+                watch(state.history)
             if state.done == total or is_out_of_patience(config, state):
                 break
             epoch, step = divmod(state.done, steps)
@@ -543,7 +556,13 @@ def main() -> None:
 )
 @click.option("--seed", default=0, type=click.IntRange(0))
 @click.option("--wandb", metavar="PROJECT", help="Send the logs to Weights & Biases too.")
-def train_command(
+def train_command(**options: Any) -> int:
+    """Train a network on shards; the same command continues an interrupted run."""
+    return train(make_job(StopFlag(), **options))
+
+
+def make_job(
+    stop: StopFlag,
     shards: str,
     cache: Path,
     cache_size: int,
@@ -557,8 +576,8 @@ def train_command(
     labels: tuple[str, ...] | None,
     wandb: str | None,
     **options: Any,
-) -> int:
-    """Train a network on shards; the same command continues an interrupted run."""
+) -> Job:
+    """The job that the options of `train` ask for. Raises DataError and UsageError for unusable ones."""
     folder, remote = find_shards(shards, cache, cache_size)
     manifest = read_manifest(folder)
     uncertain = uncertain or manifest.policies["uncertain"]
@@ -575,10 +594,119 @@ def train_command(
     )
     check_config(config)
     device = choose_device(config.amp)
-    job = Job(
-        config, folder, remote, run, manifest, *device, workers, teacher, init, strict, StopFlag(), wandb
+    return Job(config, folder, remote, run, manifest, *device, workers, teacher, init, strict, stop, wandb)
+
+
+class Values(click.ParamType[tuple[Any, ...]]):
+    """One or more values of an option, separated by spaces or commas, without repetitions."""
+
+    name = "values"
+
+    def __init__(self, one: click.ParamType[Any]) -> None:
+        self.one = one
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[Any, ...]:
+        """The values in the order given."""
+        words = str(value).split() if self.one is click.STRING else re.split(r"[\s,]+", str(value).strip())
+        if not words or words == [""]:
+            self.fail("no value", param, ctx)
+        return tuple(dict.fromkeys(self.one.convert(word, param, ctx) for word in words))
+
+
+@main.command(
+    "sweep",
+    context_settings={"ignore_unknown_options": True},
+    epilog='Example: python train.py sweep --sweep runs/sweep --lr "1e-4 1e-3" --weight-decay "1e-4 1e-2" --epochs 3',
+)
+@click.option(
+    "--sweep", "folder", type=click.Path(path_type=Path), required=True, help="Folder of the sweep."
+)
+@click.option("--lr", default="1e-4", type=Values(click.FLOAT), help="Values, as in the example.")
+@click.option("--weight-decay", default="1e-2", type=Values(click.FLOAT))
+@click.option("--batch-size", default="64", type=Values(click.INT))
+@click.option("--arch", default="resnet50", type=Values(click.Choice(ARCHITECTURES)))
+@click.option("--uncertain", type=Values(click.STRING), show_default="the shards'")
+@click.option(
+    "--sampler", default="grid", type=click.Choice(["grid", "tpe"]), help="tpe: search between the values."
+)
+@click.option("--trials", type=click.IntRange(1), help="tpe: how many.")
+@click.option(
+    "--pruner",
+    default="none",
+    type=click.Choice(["none", "median", "halving"]),
+    help="Ends poor trials early.",
+)
+@click.option("--seed", default=0, type=click.IntRange(0), help="Of every trial, and of the search.")
+@click.option(
+    "--storage",
+    metavar="URL",
+    help="A database for processes on several machines.  [default: SQLite in the folder]",
+)
+@click.option(
+    "--grace", default=120, type=click.IntRange(3), help="Seconds until a silent process loses its trial."
+)
+@click.argument("options", nargs=-1, type=click.UNPROCESSED)
+def sweep_command(
+    folder: Path,
+    sampler: str,
+    trials: int | None,
+    pruner: str,
+    seed: int,
+    storage: str | None,
+    grace: int,
+    options: tuple[str, ...],
+    **values: tuple[Any, ...] | None,
+) -> int:
+    """Train with all combinations of values, or search between them; all OPTIONS of `train` are allowed.
+
+    Every trial is a run as `train` makes it. The same command continues a sweep; at the same time, it shares it.
+    """
+    try:
+        from model import sweep as s
+        from model.sweep_report import write_sweep_report
+    except ImportError as error:
+        raise DataError(f"{error.name} is missing: pip install '.[sweep]'") from None
+    if (sampler == "tpe") != (trials is not None):
+        raise click.UsageError("--sampler tpe needs --trials, and a grid has as many as combinations")
+    stop = StopFlag()
+
+    def make(point: Mapping[str, Any], run: Path) -> Job:
+        given = {**point, "seed": seed, "run": run}
+        words = [
+            str(word) for name, value in given.items() for word in (f"--{name.replace('_', '-')}", value)
+        ]
+        return make_job(stop, **train_command.make_context("train", [*options, *words]).params)
+
+    tried = {name: given for name, given in values.items() if given is not None}
+    first = make({name: given[0] for name, given in tried.items()}, folder / "trials" / "unused")
+    shared = {name: value for name, value in asdict(first.config).items() if name not in tried}
+    steps = training_steps(len(open_rows(first, "train").rows), max(values["batch_size"] or ()))
+    evaluations = first.config.epochs * max(1, math.ceil(steps / (first.config.eval_every or max(1, steps))))
+    sweep = s.Sweep(folder, tried, shared, sampler, trials or 0, pruner, evaluations, seed, grace, storage)
+
+    def train_point(point: Mapping[str, Any], run: Path, watch: s.Watch) -> s.Outcome | None:
+        job = make(point, run)
+        with contextlib.redirect_stdout(io.StringIO()):  # the table of a run is in its report
+            code = train(job, lambda history: watch([summarise(line) for line in history]))
+        if code:
+            return None
+        return s.Outcome(**measure_run(job))
+
+    done = s.run_sweep(sweep, train_point, stop)
+    found = s.list_trials(sweep)
+    write_sweep_report(sweep, found)
+    click.echo(
+        f"{folder / 'report.html'}: {sum(trial.state == 'complete' for trial in found)} trials complete"
     )
-    return train(job)
+    return 0 if done else stop.code
+
+
+def summarise(line: Mapping[str, Any]) -> dict[str, Any]:
+    """What a sweep keeps of an evaluation; `score` is what trials are compared by."""
+    kept = ("epoch", "train_loss", "macro_auroc", "macro10_auroc")
+    return {name: line[name] for name in kept} | {"score": choice_score(line)}
 
 
 @main.command("evaluate", epilog="Example: python train.py evaluate --run runs/first --split valid")

@@ -1,6 +1,7 @@
 """A trained run → scores and evaluation of a split, or of image files."""
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from model.assessment import Scored, assess, calibrate
 from model.evaluation import predict_scores
+from model.metrics import report_auroc
 from model.report import MEANS, render_model_card, render_report
 from model.run import (
     Config,
@@ -40,6 +42,7 @@ from pipeline.stream import Labels, stream_evaluation
 
 EVALUATION_BATCH = 64  # images
 RESAMPLES = 1000  # of patients, for intervals
+TRAIN_IMAGES = 2000  # that a sweep scores of train
 CALIBRATION = "calibration.json"
 Scores = npt.NDArray[np.float32]
 
@@ -99,6 +102,28 @@ def write_report(job: Job, file: str, results: Mapping[str, tuple[dict[str, Any]
     history = [json.loads(line) for line in lines]
     page = render_report(job.run.name, asdict(job.config), history, evaluations, images)
     write_atomically(job.run / file, page.encode())
+
+
+def measure_run(job: Job) -> dict[str, Any]:
+    """A finished run's macro AUROC on dev, on a part of train, and on valid with its interval.
+
+    Over the labels with 10 positives or more of each, where dev has any such label: as the checkpoint was chosen.
+    """
+    network, best = load_best(job.run, job.config, job.device)
+    chosen = open_rows(job, "train")
+    part = chosen._replace(rows=chosen.rows[:: math.ceil(len(chosen.rows) / TRAIN_IMAGES)])
+    scored, _ = score_split(job, network, part, best["pixels"])
+    train: Mapping[str, Any] = report_auroc(job.config.labels, *scored[:3])
+    dev = json.loads((job.run / "evaluation-dev.json").read_bytes())
+    mean = "macro" if dev["macro10_auroc"] is None else "macro10"
+    figures = {"dev": best["dev_auroc"], "train": train[f"{mean}_auroc"]} | dict.fromkeys(
+        ("valid", "low", "high")
+    )
+    if "valid" in job.manifest.splits:
+        valid = json.loads((job.run / "evaluation-valid.json").read_bytes())
+        limits = valid["intervals"]["auroc"][mean]
+        figures |= {"valid": valid[f"{mean}_auroc"], "low": limits["low"], "high": limits["high"]}
+    return figures
 
 
 def score_best(job: Job, name: str) -> tuple[Scored, pa.Table]:

@@ -16,6 +16,7 @@ from PIL import Image
 
 from pipeline.labels import COLUMNS, LABELS
 from pipeline.manifest import Manifest, read_manifest
+from pipeline.sample import write_sample
 from pipeline.shards import Options, RunSummary, write_shards
 from pipeline.source import find_source
 
@@ -148,3 +149,12 @@ def edit_csv(chexpert: Path) -> Callable[[str, str], None]:
         path.write_text(text.replace(old, new, 1))
 
     return edit
+
+
+@pytest.fixture(scope="session")
+def sample_shards(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest]:
+    """Shards of 160 drawn films, for those who learn from them; nobody changes them."""
+    folder = tmp_path_factory.mktemp("sample")
+    write_sample(folder, images=160, seed=0, workers=2)
+    options = default_options(size=64, samples_per_shard=40)
+    return folder / "shards", make_shards(folder, folder / "shards", options, workers=2).manifest

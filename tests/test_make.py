@@ -48,6 +48,12 @@ def test_make_alone_lists_every_target() -> None:
             "train.py predict --run r --out r/predictions.csv --workers",
         ),
         (["predict", "RUN=r", "IMAGES=films", "ARGS=--strict"], " --strict films"),
+        (
+            ["sweep", "OUT=there", "LR=1e-4 1e-3", "WD=1e-5 1e-4", "BATCH=32 64", "UNCERTAIN=ones zeros"],
+            '--lr "1e-4 1e-3" --weight-decay "1e-5 1e-4" --batch-size "32 64" --uncertain "ones zeros"',
+        ),
+        (["sweep", "SAMPLER=tpe", "TRIALS=40", "PRUNER=median"], "--sampler tpe --pruner median --trials 40"),
+        (["train", "OUT=shards/other", "DATA=here", "LR=1e-4 1e-3"], "train.py sweep --shards shards/other"),
         (["train", "ARGS=--eval-every 9 --patience 2"], " --eval-every 9 --patience 2"),
     ],
 )

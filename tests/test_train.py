@@ -36,20 +36,10 @@ from pipeline import DataError
 from pipeline.console import run_command
 from pipeline.labels import LABELS, evaluation_targets
 from pipeline.manifest import Manifest, manifest_digest, read_table
-from pipeline.sample import write_sample
 from pipeline.scores import read_scores, write_scores
 from pipeline.stream import Labels, open_split, stream_evaluation, stream_training
-from tests.conftest import default_options, make_shards
 
 REPOSITORY = Path(train.__file__).parent
-
-
-@pytest.fixture(scope="module")
-def sample_shards(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest]:
-    folder = tmp_path_factory.mktemp("sample")
-    write_sample(folder, images=160, seed=0, workers=2)
-    options = default_options(size=64, samples_per_shard=40)
-    return folder / "shards", make_shards(folder, folder / "shards", options, workers=2).manifest
 
 
 class StopAfter(StopFlag):
