@@ -45,7 +45,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
-from model.augment import augment, normalize
+from model.augment import AUGMENTATIONS, augment, normalize
 from model.checkpoint import (
     load_checkpoint,
     random_state,
@@ -110,7 +110,6 @@ CLIP_NORM = 1.0
 CHECK_STEPS = 20  # how often the loss is read back: each read waits for the device
 SAVE_SECONDS = 300.0  # a killed run loses little more work than this
 TEACHER_SCORES = "scores-train.arrow"
-AUGMENTATIONS = {"none": 0.0, "affine": 0.0, "crop": 0.4}  # name → largest share of the side that is cropped
 LOSSES = ("bce", "aucm")
 
 

@@ -16,6 +16,11 @@ SHIFT = 0.05  # of the image's side
 SCALE = 0.05  # 0.95 to 1.05
 BRIGHTNESS = 0.1
 CONTRAST = 0.1
+AUGMENTATIONS = {
+    "none": 0.0,
+    "affine": 0.0,
+    "crop": 0.4,
+}  # of training: the largest share that a crop leaves out
 
 
 def normalize(images: Tensor, mean: float, std: float) -> Tensor:

@@ -1,46 +1,19 @@
-"""Evaluations of a run → one HTML page that needs nothing else, and a model card in Markdown.
+"""Evaluations of a run → one HTML page that needs nothing else, and a model card in Markdown."""
 
-The page's figures are SVG by matplotlib. Each ink is drawn in a colour that stands for one of the style sheet's
-(`INKS`), so that figures follow the page from light to dark; titles are HTML, never matplotlib's text.
-"""
-
-import io
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import jinja2
-import matplotlib
 import numpy as np
-from markupsafe import Markup, escape
+from markupsafe import Markup
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from model.assessment import AREAS, Scored
 from model.calibration import RULES, apply_temperature
 from model.metrics import FEW, Bools, Curve, Floats, label_cells, reliability, threshold_curve
+from pipeline.pages import FAINT, FIRST, SECOND, THIRD, draw_svg, open_templates, show_figure
 
-INK, FAINT, FIRST, SECOND, THIRD = (f"#00000{number}" for number in range(1, 6))
-INKS = {
-    INK: "currentColor",
-    FAINT: "var(--faint)",
-    FIRST: "var(--first)",
-    SECOND: "var(--second)",
-    THIRD: "var(--third)",
-}
-SVG_STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans"],
-    "path.simplify_threshold": 0.4,  # of a point: a curve of 20,000 images is as light as one of 200
-    "font.size": 8,
-    **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor"), INK),
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.6,
-    "legend.frameon": False,
-}
 MEANS = {"macro": "macro", "macro10": "macro, ≥ 10 positives", "mean5": "mean of competition's 5"}
 TITLES = {"youden": "Youden's J", "max_f1": "highest F1", "sensitivity": "sensitivity"}
 
@@ -66,7 +39,7 @@ def render_report(
         for name, evaluation in evaluations.items()
     ]
     training = draw_training(history) if history else None
-    page = _environment().get_template("report.html")
+    page = _templates().get_template("report.html")
     return page.render(title=title, config=config, training=training, sections=sections)
 
 
@@ -78,7 +51,7 @@ def render_model_card(
 ) -> str:
     """The model card of a run; `data` are samples, studies and patients of each split."""
     gaps = {name: describe_gaps(evaluation) for name, evaluation in evaluations.items()}
-    card = _environment().get_template("model-card.md")
+    card = _templates().get_template("model-card.md")
     return card.render(title=title, config=config, data=data, evaluations=evaluations, gaps=gaps)
 
 
@@ -179,50 +152,6 @@ def _draw_reliability(score: Floats, calibrated: Floats, truth: Bools, axes: Axe
     axes.set(xlabel="mean score", ylabel="share of positives")
 
 
-def draw_svg(
-    draw: Callable[[Axes], None], description: str, inches: tuple[float, float], unit: bool = False
-) -> Markup:
-    """A figure as an SVG element for an HTML page, as wide as its place; `unit`: both axes from 0 to 1."""
-    width, height = (72 * side for side in inches)
-    with matplotlib.rc_context({**SVG_STYLE, "svg.hashsalt": description}):
-        figure = Figure(figsize=inches)
-        # Room for tick labels and the axes' names, in points; a layout engine would take half of the time.
-        left = 33 if unit else 40
-        axes = figure.add_axes((left / width, 30 / height, 1 - (left + 5) / width, 1 - 35 / height))
-        draw(axes)
-        if unit:
-            axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
-            axes.set_xticks((0, 0.5, 1), ("0", "0.5", "1"))
-            axes.set_yticks((0, 0.5, 1), ("0", "0.5", "1"))
-        file = io.StringIO()
-        metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(file, format="svg", transparent=True, metadata=metadata)
-    body = file.getvalue().split("<svg", 1)[1].split(">", 1)[1]
-    body = re.sub('<g id="[^"]*"', "<g", body)  # the same in every figure, and not referred to
-    body = re.sub(r"(\.\d\d)\d{2,}", r"\1", body)  # a hundredth of a point will do
-    for drawn, shown in INKS.items():
-        body = body.replace(drawn, shown)
-    opening = f'<svg role="img" aria-label="{escape(description)}" viewBox="0 0 {width:g} {height:g}">'
-    return Markup(opening + body)  # noqa: S704
-
-
-def show_figure(value: float | None) -> str:
-    """Three places; an undefined one as a dash."""
-    return "–" if value is None else f"{value:.3f}"
-
-
-def show_limits(limits: Mapping[str, Any]) -> str:
-    """An interval in brackets."""
-    return "–" if limits["low"] is None else f"[{limits['low']:.3f}, {limits['high']:.3f}]"
-
-
-def show_setting(value: object) -> str:
-    """A value of the configuration as one line."""
-    if isinstance(value, (list, tuple)):
-        return ", ".join(map(str, value)) or "–"
-    return "–" if value is None else str(value)
-
-
 def show_cell(text: str) -> str:
     """A text as a line of Markdown that holds no markup, and no end of a table's cell."""
     return " ".join(text.replace("&", "&amp;").replace("<", "&lt;").replace("|", "/").split())
@@ -235,20 +164,8 @@ def widest_gap(found: Mapping[str, Any]) -> str:
     return "–" if name is None else f"{name} {show_figure(gaps[name])}"
 
 
-def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("model"),
-        autoescape=jinja2.select_autoescape(["html"]),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "figure": show_figure,
-        "limits": show_limits,
-        "setting": show_setting,
-        "cell": show_cell,
-        "widest_gap": widest_gap,
-    }
+def _templates() -> jinja2.Environment:
+    environment = open_templates("model")
+    environment.filters |= {"cell": show_cell, "widest_gap": widest_gap}
     environment.globals |= {"MEANS": MEANS, "RULES": RULES, "AREAS": AREAS, "TITLES": TITLES}
     return environment

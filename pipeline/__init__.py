@@ -17,7 +17,10 @@ Modules, in the order the data flows:
     index     shards that others wrote → Arrow index and manifest
     scores    a run's scores of a split ↔ Arrow file
     stats     label table → counts, groups, co-occurrence, policies, drift
-    plots     counts → a figure
+    plots     counts → figures
+    show      shards → a contact sheet of their images, with labels
+    pages     what all pages share: layout, style sheet, figures as SVG
+    label_report  counts and example images → a page
     films     anatomy and findings → a synthetic chest film
     sample    a synthetic CheXpert of such films, for the first run and the tests
     console   exit codes and progress bars

@@ -6,6 +6,7 @@ Each command imports what it needs itself, and none imports torch, so that `--he
 import os
 import re
 import time
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +14,18 @@ import click
 
 from pipeline.console import progress_bar, run_command
 from pipeline.images import ENCODINGS, SQUARES
-from pipeline.labels import BLANK_HELP, UNCERTAIN_HELP, VIEWS
+from pipeline.labels import BLANK_HELP, LABELS, UNCERTAIN_HELP, VIEWS
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    import pyarrow as pa
+
     from pipeline.shards import Options, RunSummary
     from pipeline.source import Source
     from pipeline.stats import Report, Statistics
+
+VARIANTS = 4  # of each augmented image
 
 
 @click.group(context_settings={"show_default": True})
@@ -217,6 +224,9 @@ def _print_preview(source: "Source", options: "Options") -> None:
 @click.option(
     "--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw the states: .png or .svg."
 )
+@click.option(
+    "--html", type=click.Path(path_type=Path, dir_okay=False), help="Write all of it as a page, with images."
+)
 @click.option("--format", "format_", default="table", type=click.Choice(["table", "json", "csv"]))
 def stats(
     source: Path,
@@ -228,6 +238,7 @@ def stats(
     against: Path | None,
     against_split: str | None,
     plot: Path | None,
+    html: Path | None,
     format_: str,
 ) -> None:
     """Count positive, uncertain, negative and blank per label in SOURCE (shards, CheXpert folder or CSV)."""
@@ -245,10 +256,8 @@ def stats(
         raise click.UsageError("--against-split needs --against")
     if against and against_split == split and against.samefile(source):
         raise click.UsageError("--against is SOURCE itself; name another --against-split")
-    if plot and plot.suffix.lower() not in (".png", ".svg"):
-        raise click.UsageError(f"--plot {plot}: the name must end in .png or .svg")
-    if plot and not plot.parent.is_dir():
-        raise click.UsageError(f"--plot {plot}: there is no folder {plot.parent}")
+    _check_output("--plot", plot, (".png", ".svg"))
+    _check_output("--html", html, (".html",))
     policies = s.parse_policies(policy) if policy else None
     table = s.load_table(source, split, views)
     statistics = s.count_labels(table)
@@ -267,6 +276,12 @@ def stats(
         report["against"] = s.compare_tables(table, s.load_table(against, against_split, views))
     if plot:
         _plot(statistics, report.get("cooccurrence"), plot)
+    if html:
+        scope = [] if source.is_file() else [f"split {split}" if split else "all splits"]
+        scope.append(f"{views} views")
+        if against:
+            scope.append(f"against {f'{against_split} of ' if against_split else ''}{against.resolve().name}")
+        _write_page(source, split, views, table, report.copy(), ", ".join(scope), html)
     if format_ == "json":
         click.echo(s.to_json(report))
     elif format_ == "csv":
@@ -279,6 +294,28 @@ def _plot(statistics: "Statistics", cooccurrence: dict[str, dict[str, int]] | No
     from pipeline.plots import draw_report, save_figure
 
     save_figure(draw_report(statistics, cooccurrence), path)
+
+
+def _write_page(
+    source: Path, split: str | None, views: str, table: "pa.Table", report: "Report", scope: str, path: Path
+) -> None:
+    from pipeline.label_report import find_examples, find_groups, render_label_report
+    from pipeline.manifest import NAME, write_atomically
+    from pipeline.stats import count_cooccurrence
+
+    report["cooccurrence"] = count_cooccurrence(table)
+    examples = find_examples(source, split, views) if (source / NAME).is_file() else {}
+    title = f"Labels of {source.resolve().name}"
+    page = render_label_report(title, scope, report, find_groups(table), examples)
+    write_atomically(path, page.encode())
+
+
+def _check_output(option: str, path: Path | None, suffixes: Collection[str]) -> None:
+    """Refuse a file that could not be written at the end, before anything is counted."""
+    if path and path.suffix.lower() not in suffixes:
+        raise click.UsageError(f"{option} {path}: the name must end in {' or '.join(suffixes)}")
+    if path and not path.parent.is_dir():
+        raise click.UsageError(f"{option} {path}: there is no folder {path.parent}")
 
 
 def _print_report(report: "Report") -> None:
@@ -355,6 +392,95 @@ def _print_table(title: str, headings: list[str], rows: dict[str, list[str]]) ->
     needed = console.measure(table, options=console.options.update(width=1000))
     console.width = max(console.width, needed.minimum) if console.is_terminal else needed.maximum
     console.print(table)
+
+
+@cli.command(epilog="Example: pipeline show shards --label Edema --state uncertain --out edema.png")
+@click.argument("shards", type=click.Path(path_type=Path, file_okay=False))
+@click.option("--split", default="train")
+@click.option("--label", metavar="LABEL", type=click.Choice(LABELS), help="Images by its state.")
+@click.option(
+    "--state",
+    type=click.Choice(["positive", "uncertain", "negative", "blank"]),
+    help="Of --label.",
+    show_default="positive",
+)
+@click.option("--where", multiple=True, metavar="CONDITION", help="These images alone: sex=Female, age>=60.")
+@click.option("--n", type=click.IntRange(1, 400), help="Images.", show_default="16, augmented 6")
+@click.option("--seed", default=0, type=click.IntRange(0), help="Another seed shows other images.")
+@click.option("--augmented", is_flag=True, help="Each image beside what training makes of it.")
+@click.option(
+    "--augment", type=click.Choice(["affine", "crop"]), help="As in training.", show_default="affine"
+)
+@click.option(
+    "--image-size", type=click.IntRange(32), help="Side of the input in training.", show_default="320"
+)
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path, dir_okay=False), help="Picture: .png or .jpg."
+)
+def show(
+    shards: Path,
+    split: str,
+    label: str | None,
+    state: str | None,
+    where: tuple[str, ...],
+    n: int | None,
+    seed: int,
+    augmented: bool,
+    augment: str | None,
+    image_size: int | None,
+    out: Path,
+) -> None:
+    """Draw a contact sheet of images in SHARDS, spread over the split, with their keys and labels.
+
+    --augmented shows each image as training reads it, and as its augmentation would change it in the first
+    step of the first epochs, were these images the batch.
+    """
+    from pipeline.manifest import read_manifest
+    from pipeline.select import select_rows
+    from pipeline.show import FORMATS, draw_images, draw_variants, find_state, save_sheet, spread_rows
+    from pipeline.stream import open_split
+
+    if state and not label:
+        raise click.UsageError("--state needs --label")
+    if (augment or image_size) and not augmented:
+        raise click.UsageError("--augment and --image-size need --augmented")
+    _check_output("--out", out, FORMATS)
+    manifest = read_manifest(shards)
+    opened = open_split(shards, manifest, split)
+    rows = select_rows(opened.table, where)
+    if label:
+        state = state or "positive"
+        rows = find_state(opened, rows, label, state)
+    chosen = spread_rows(rows, n or (6 if augmented else 16), seed)
+    # A sheet that says sex=Female beside keys would tell of patients: it says that there were conditions.
+    what = f"{f' {state} for {label}' if label else ''}{' under conditions' if where else ''}"
+    title = f"{split}: {len(chosen):,} of {len(rows):,} images{what}, seed {seed}"
+    if augmented:
+        kind = augment or "affine"
+        title += f", augmented ({kind})"
+
+        def vary(images: "npt.NDArray[np.uint8]") -> "list[npt.NDArray[np.uint8]]":
+            return [_augment(images, manifest.pixels, seed, epoch, kind) for epoch in range(VARIANTS)]
+
+        sheet = draw_variants(title, opened, chosen, image_size or 320, vary)
+    else:
+        sheet = draw_images(title, opened, chosen)
+    save_sheet(sheet, out)
+    click.echo(f"{out}: {title}")
+
+
+def _augment(
+    images: "npt.NDArray[np.uint8]", pixels: Mapping[str, float], seed: int, epoch: int, kind: str
+) -> "npt.NDArray[np.uint8]":
+    """Images uint8 [B, H, W] as the first step of an epoch would see them, back in gray levels."""
+    import torch
+
+    from model.augment import AUGMENTATIONS, augment
+
+    mean, std = pixels["mean"], pixels["std"]
+    inputs = augment(torch.from_numpy(images)[:, None], mean, std, seed, epoch, 0, AUGMENTATIONS[kind])
+    levels: npt.NDArray[np.uint8] = (inputs * std + mean).round().clamp(0, 255)[:, 0].byte().numpy()
+    return levels
 
 
 @cli.command(epilog="Example: pipeline verify shards --deep")

@@ -27,7 +27,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pipeline import DataError
-from pipeline.images import decode_stored, resize
+from pipeline.images import Gray, decode_stored, resize
 from pipeline.manifest import Manifest, Shard, read_table
 from pipeline.plan import WINDOW, Rows, Step, Weights, plan_evaluation, plan_training
 from pipeline.remote import Remote
@@ -248,6 +248,17 @@ def decode(
             pool.shutdown(wait=True, cancel_futures=True)
 
 
+def read_image(file: ShardFile, offset: int, length: int, crc: int, encoding: str) -> Gray:
+    """The stored image at a place in a shard, in its own size.
+
+    Raises ValueError where it does not match its checksum or does not decode, and OSError.
+    """
+    data = os.pread(file.descriptor, length, offset)
+    if zlib.crc32(data) != crc:
+        raise ValueError("its bytes do not match the checksum in the index")
+    return decode_stored(data, encoding)
+
+
 def label(decoded: Iterable[Decoded], labels: Labels) -> Iterator[Batch]:
     """Join each batch with its rows of the targets and masks; nothing is learnt from unusable images."""
     for step, images, bad in decoded:
@@ -263,10 +274,7 @@ def _decode_batch(batch: Encoded, split: OpenSplit, size: int) -> tuple[Decoded,
     places = zip(batch.files, batch.offset.tolist(), batch.length.tolist(), batch.crc.tolist(), strict=True)
     for position, (file, offset, length, crc) in enumerate(places):
         try:
-            data = os.pread(file.descriptor, length, offset)
-            if zlib.crc32(data) != crc:
-                raise ValueError("its bytes do not match the checksum in the index")  # noqa: TRY301
-            images[position, 0] = resize(decode_stored(data, split.encoding), size, size)
+            images[position, 0] = resize(read_image(file, offset, length, crc, split.encoding), size, size)
         except (ValueError, OSError) as error:
             row = int(batch.step.rows[position])
             shard, key = split.shards[split.shard[row]].file, split.table["key"][row].as_py()

@@ -25,9 +25,9 @@ def test_sample_shards_and_stats_work_together(tmp_path: Path) -> None:
 
 
 def test_help_has_an_example_and_does_not_import_torch() -> None:
-    for command in ("sample", "shards", "verify", "index", "stats"):
+    for command in ("sample", "shards", "verify", "index", "stats", "show"):
         assert f"Example: pipeline {command} " in run(command, "--help").stdout
-    modules = "pipeline.cli, pipeline.shards, pipeline.verify, pipeline.stats"
+    modules = "pipeline.cli, pipeline.shards, pipeline.verify, pipeline.stats, pipeline.show"
     code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 

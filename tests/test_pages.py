@@ -1,4 +1,4 @@
-"""The report in a real browser: needs `chromium`; `make test-pages` installs it."""
+"""The pages in a real browser: needs `chromium`; `make test-pages` installs it."""
 
 import html
 import json
@@ -15,6 +15,9 @@ import pytest
 from model.assessment import Scored, assess, calibrate
 from model.report import render_report
 from pipeline.labels import LABELS
+from pipeline.manifest import Manifest
+from pipeline.plots import STRENGTH
+from tests.conftest import run_pipeline
 
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium")
@@ -27,6 +30,13 @@ addEventListener("load", () => {
   const view = document.getElementById("frame").contentWindow, page = view.document;
   const all = (selector) => [...page.querySelectorAll(selector)];
   const styles = (selector, name) => [...new Set(all(selector).map((found) => view.getComputedStyle(found)[name]))];
+  const colour = (name) => {  // what a variable of the style sheet is, as rgb(r, g, b)
+    const probe = page.body.appendChild(page.createElement("i"));
+    probe.style.color = `var(--${name})`;
+    const found = view.getComputedStyle(probe).color;
+    probe.remove();
+    return found;
+  };
   const wide = all("main *").filter(
     (found) => found.getBoundingClientRect().right > view.innerWidth + 1 && !found.closest(".scroll, svg"));
   document.documentElement.dataset.measured = JSON.stringify({
@@ -38,6 +48,9 @@ addEventListener("load", () => {
     ticks: styles("svg text", "fill"),
     series: styles("svg path", "stroke"),
     flat: all("svg").filter((svg) => svg.getBoundingClientRect().height < 80).length,
+    broken: all("img").filter((image) => !image.naturalWidth).length,
+    states: Object.fromEntries(["positive", "uncertain", "negative", "blank"].map((name) => [name, colour(name)])),
+    first: colour("first"),
     headline: all(".tile .value").map((value) => value.innerText.trim()),
   });
 });
@@ -146,3 +159,38 @@ def test_what_is_wrong_with_a_page_is_noticed(
     assert seen["scrolled"] > 600
     assert len(seen["wide"]) == 1
     assert len(seen["complaints"]) == 2  # the page's own policy lets it load nothing and run nothing
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("scheme", [LIGHT, DARK])
+def test_the_label_report_is_legible(
+    shards: tuple[Path, Manifest], chexpert: Path, tmp_path: Path, width: int, scheme: int
+) -> None:
+    folder, path = shards[0], tmp_path / "labels.html"
+    options = ("--policy", "best", "--against", chexpert, "--format", "json")
+    counted = run_pipeline("stats", folder, *options, "--html", path)
+    assert counted.returncode == 0, counted.stderr
+    document = json.loads(counted.stdout)
+    seen = open_page(tmp_path, path.read_text(), width, scheme)
+    assert seen["complaints"] == []
+    assert seen["wide"] == []
+    assert seen["scrolled"] == width
+    assert seen["flat"] == 0
+    assert seen["headline"] == [str(document[unit]) for unit in ("images", "studies", "patients")]
+    assert seen["broken"] == 0
+    background = seen["background"]
+    assert (luminance(background) < 0.1) == (scheme == DARK)
+    # Names of labels in ink; numbers in black on the three colours of states, which are the same in the dark.
+    assert set(seen["ticks"]) == {seen["color"], "rgb(0, 0, 0)"}
+    states = {state: color for state, color in seen["states"].items() if state != "blank"}
+    assert len(set(states.values())) == 3
+    assert all(contrast("rgb(0, 0, 0)", color) > 4.5 for color in states.values())
+    assert contrast(seen["color"], seen["states"]["blank"]) > 4.5
+    strongest = blend(seen["first"], background, STRENGTH)
+    assert contrast(seen["color"], strongest) > 4
+
+
+def blend(color: str, background: str, share: float) -> str:
+    """A colour of that opacity on a background."""
+    pairs = zip(*(map(int, re.findall(r"\d+", text)) for text in (color, background)), strict=True)
+    return "rgb({}, {}, {})".format(*(round(share * over + (1 - share) * under) for over, under in pairs))

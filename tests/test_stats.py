@@ -5,14 +5,16 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from pipeline.labels import LABELS, make_targets, parse_uncertain_policy, read_labels
 from pipeline.manifest import Manifest
-from pipeline.plots import draw_report
+from pipeline.plots import draw_groups, draw_report
 from pipeline.stats import count_cooccurrence, count_groups, count_labels, load_table
 from tests.conftest import run_pipeline
 
@@ -212,10 +214,22 @@ def test_heat_map_shows_the_share_of_the_row(chexpert: Path) -> None:
     table = read_labels(chexpert / "train.csv")
     frame = (table.to_pandas()[list(LABELS)] == 1).astype(int)
     shares = 100 * (frame.T @ frame).div(frame.sum(), axis=0)
-    _, axes, _ = draw_report(count_labels(table), count_cooccurrence(table)).axes
+    _, axes = draw_report(count_labels(table), count_cooccurrence(table)).axes
     assert {text.get_position(): text.get_text() for text in axes.texts} == {
         (x, y): f"{shares.iloc[y, x]:.0f}" for y in range(len(LABELS)) for x in range(len(LABELS)) if x != y
     }
+
+
+def test_dots_show_the_shares_of_the_groups(chexpert: Path) -> None:
+    table = read_labels(chexpert / "train.csv")
+    axes = Figure().subplots()
+    draw_groups(axes, count_groups(table, "sex"), ["red", "blue"], "gray")
+    frame = table.to_pandas()
+    _, *dots = axes.collections
+    shares = (frame[list(LABELS)] == 1).groupby(frame["sex"]).mean()
+    assert [found.get_label() for found in dots] == list(shares.index)
+    for found, row in zip(dots, (100 * shares).round(2).to_numpy(), strict=True):
+        assert np.asarray(found.get_offsets()) == pytest.approx(np.column_stack([row, range(14)]))
 
 
 def test_facts_that_are_missing_are_groups_of_their_own(chexpert: Path, tmp_path: Path) -> None:
