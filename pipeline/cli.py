@@ -346,11 +346,11 @@ def _print_report(report: "Report") -> None:
         }
         _print_table("P(column | row), %: of the images positive for the row", headings, cells)
     if "policy" in report:
-        headings = ["uncertain", "positives", "negatives", "masked", "mean target", "pos. weight"]
+        headings = ["uncertain", "positives", "negatives", "open", "masked", "mean target", "pos. weight"]
         cells = {
             label: [
                 row["policy"],
-                *(f"{row[name]:,}" for name in ("positives", "negatives", "masked")),
+                *(f"{row[name]:,}" for name in ("positives", "negatives", "open", "masked")),
                 *("–" if row[name] is None else f"{row[name]:.3f}" for name in ("mean_target", "pos_weight")),
             ]
             for label, row in report["policy"]["labels"].items()

@@ -37,10 +37,12 @@ STATES = {"positive": 1, "uncertain": -1, "negative": 0, "blank": None}
 # What to group by, and the group of the images without it.
 NO_GROUP = {"view": "unknown", "sex": "Unknown", "age": "unknown", "projection": "none"}
 AGE_BANDS = {"0-17": 0, "18-39": 18, "40-59": 40, "60-79": 60, "80+": 80}  # from that year on
-# What an uncertain cell becomes, on average over the draws; None: it is masked.
-UNCERTAIN_TARGETS: dict[str, float | None] = {"zeros": 0.0, "ones": 1.0, "ignore": None} | {
-    policy: sum(bounds) / 2 for policy, bounds in SMOOTH_RANGES.items()
-}
+# What an uncertain cell becomes, on average over the draws; None: neither class.
+UNCERTAIN_TARGETS: dict[str, float | None] = (
+    {"zeros": 0.0, "ones": 1.0}
+    | {policy: sum(bounds) / 2 for policy, bounds in SMOOTH_RANGES.items()}
+    | dict.fromkeys(("ignore", "multiclass", "selftrained"))
+)
 
 
 class Statistics(TypedDict):
@@ -60,11 +62,15 @@ class Groups(TypedDict):
 
 
 class Targets(TypedDict):
-    """One label under its policy: cells per class, cells masked, mean target, negatives per positive."""
+    """One label under its policy: cells per class, cells masked, mean target, negatives per positive.
+
+    `open` cells count, but as neither: those of a third class (multiclass), or a teacher's to tell (selftrained).
+    """
 
     policy: str
     positives: int
     negatives: int
+    open: int
     masked: int
     mean_target: float | None
     pos_weight: float | None
@@ -162,18 +168,12 @@ def count_cooccurrence(table: pa.Table) -> dict[str, dict[str, int]]:
 def parse_policies(text: str) -> tuple[dict[str, str], str]:
     """Uncertain policy per label and blank policy from `best,Edema=zeros,blank=ignore` (blank: else zeros).
 
-    Raises DataError for an unknown policy or label, and for a policy whose targets the labels do not tell.
+    Raises DataError for an unknown policy or label.
     """
     parts = [part.strip() for part in text.split(",")]
     blanks = [part.removeprefix("blank=") for part in parts if part.startswith("blank=")]
     rest = [part for part in parts if not part.startswith("blank=")]
     uncertain = parse_uncertain_policy(",".join(rest)) if rest else dict(BEST_POLICY)
-    for label, policy in uncertain.items():
-        if policy not in UNCERTAIN_TARGETS:
-            raise DataError(
-                f"uncertain policy '{policy}' of {label} cannot be counted; "
-                f"choose from best, {', '.join(UNCERTAIN_TARGETS)}"
-            )
     return uncertain, check_blank_policy(blanks[-1]) if blanks else "zeros"
 
 
@@ -188,9 +188,12 @@ def count_targets(statistics: Statistics, uncertain: Mapping[str, str], blank: s
     for label, counts in statistics["labels"].items():
         positives, unsure, negatives, blanks = (int(counts[state]) for state in STATES)
         target = UNCERTAIN_TARGETS[uncertain[label]]
-        masked, total = 0, float(positives)
-        if target is None:
+        undecided = masked = 0
+        total = float(positives)
+        if uncertain[label] == "ignore":
             masked += unsure
+        elif target is None:
+            undecided = unsure
         elif target >= 0.5:
             positives += unsure
             total += target * unsure
@@ -206,6 +209,7 @@ def count_targets(statistics: Statistics, uncertain: Mapping[str, str], blank: s
             "policy": uncertain[label],
             "positives": positives,
             "negatives": negatives,
+            "open": undecided,
             "masked": masked,
             "mean_target": round(total / cells, 4) if cells else None,
             "pos_weight": round(negatives / positives, 4) if positives and negatives else None,

@@ -80,7 +80,7 @@ def test_the_page_has_the_numbers_of_the_json(chexpert: Path, tmp_path: Path) ->
         [str(count) for count in row.values()] for row in report["cooccurrence"].values()
     ]
     assert page.tables["policy"][0][1:] == [
-        [label, row["policy"], *(str(row[name]) for name in ("positives", "negatives", "masked"))]
+        [label, row["policy"], *(str(row[name]) for name in ("positives", "negatives", "open", "masked"))]
         + ["–" if row[name] is None else f"{row[name]:.3f}" for name in ("mean_target", "pos_weight")]
         for label, row in report["policy"]["labels"].items()
     ]

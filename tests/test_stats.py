@@ -138,7 +138,7 @@ def test_cooccurrence_equals_pandas(table: pa.Table, frame: pd.DataFrame) -> Non
     pd.testing.assert_frame_equal(pd.DataFrame(together).T, positive.T @ positive, check_dtype=False)
 
 
-@pytest.mark.parametrize("policy", ["best", "ignore,blank=ignore", "smooth-zeros,Edema=ones"])
+@pytest.mark.parametrize("policy", ["best", "ignore,blank=ignore", "smooth-zeros,Edema=ones", "multiclass"])
 def test_policy_counts_are_those_of_the_targets(chexpert: Path, policy: str) -> None:
     found = report(chexpert / "train.csv", "--policy", policy)["policy"]
     uncertain = policy.removesuffix(",blank=ignore")
@@ -150,19 +150,17 @@ def test_policy_counts_are_those_of_the_targets(chexpert: Path, policy: str) -> 
         used = target[mask[:, column], column]
         counts = found["labels"][label]
         assert counts["positives"] == (used >= 0.5).sum()
-        assert counts["negatives"] == (used < 0.5).sum()
+        assert counts["negatives"] == ((used >= 0) & (used < 0.5)).sum()
+        assert counts["open"] == (used == -1).sum()
         assert counts["masked"] == len(target) - len(used)
-        assert counts["mean_target"] == pytest.approx(used.mean(), abs=0.05)
+        assert counts["mean_target"] == pytest.approx(used[used >= 0].mean(), abs=0.05)
 
 
 def test_a_label_left_with_one_class_is_named(real_csv: Path) -> None:
     done = run(real_csv, "--policy", "best,blank=ignore")
     assert done.stderr == "Warning: No Finding is left with one class: 22,381 positives and 0 negatives\n"
-    unknown = run(real_csv, "--policy", "multiclass")
-    assert unknown.returncode == 1
-    assert unknown.stderr.startswith(
-        "Error: uncertain policy 'multiclass' of No Finding cannot be counted; choose "
-    )
+    taught = report(real_csv, "--policy", "selftrained")["policy"]["labels"]["Edema"]
+    assert (taught["positives"], taught["open"], taught["masked"]) == (52_246, 12_984, 0)
 
 
 def test_comparison_of_two_splits(shards: tuple[Path, Manifest], chexpert: Path) -> None:
@@ -185,7 +183,7 @@ def test_comparison_of_two_splits(shards: tuple[Path, Manifest], chexpert: Path)
     [
         (["--by", "sex"], "group,label,positive,uncertain,negative,blank,share_positive", 28),
         (["--cooccurrence"], f"label,{','.join(LABELS)}", 14),
-        (["--policy", "zeros"], "label,policy,positives,negatives,masked,mean_target,pos_weight", 14),
+        (["--policy", "zeros"], "label,policy,positives,negatives,open,masked,mean_target,pos_weight", 14),
     ],
 )
 def test_sections_as_csv(chexpert: Path, option: list[str], columns: str, lines: int) -> None:
@@ -263,7 +261,7 @@ def test_tables_of_the_sections_show_the_json(chexpert: Path) -> None:
         [f"{100 * count / together['Edema']:.0f}" for count in together.values()],
         [
             "ones",
-            *(str(targets[name]) for name in ("positives", "negatives", "masked")),
+            *(str(targets[name]) for name in ("positives", "negatives", "open", "masked")),
             *(f"{targets[name]:.3f}" for name in ("mean_target", "pos_weight")),
         ],
         [
