@@ -83,10 +83,17 @@ def describe(values: Sequence[float]) -> str:
 @click.option("--runs", default="runs/ablation", show_default=True, type=click.Path(path_type=Path))
 @click.option("--seeds", default=3, show_default=True)
 @click.option("--jobs", default=1, show_default=True, help="Runs at the same time; they share the cores.")
+@click.option("--row", "only", multiple=True, help="These rows alone.  [default: all]")
 @click.option("--label", default="Pneumonia", show_default=True, help="Shown beside the macro AUROC.")
-def main(table: str, shards: str, runs: Path, seeds: int, jobs: int, label: str) -> None:
+def main(
+    table: str, shards: str, runs: Path, seeds: int, jobs: int, only: tuple[str, ...], label: str
+) -> None:
     """Train all rows of TABLE, and print it."""
     base, rows = ROWS[table]
+    for name in only:
+        if name not in rows:
+            raise click.UsageError(f"--row '{name}' is none of {', '.join(rows)}")
+    rows = {name: changes for name, changes in rows.items() if not only or name in only}
     threads = max(1, (os.cpu_count() or 1) // jobs)
     if jobs > 1:
         os.environ["OMP_NUM_THREADS"] = str(threads)

@@ -1,6 +1,7 @@
 """The pages in a real browser: needs `chromium`; `make test-pages` installs it."""
 
 import html
+import itertools
 import json
 import os
 import re
@@ -14,10 +15,12 @@ import pytest
 
 from model.assessment import Scored, assess, calibrate
 from model.report import render_report
+from model.sweep_report import render_sweep
 from pipeline.labels import LABELS
 from pipeline.manifest import Manifest
 from pipeline.plots import STRENGTH
 from tests.conftest import run_pipeline
+from tests.test_sweep_report import make_trial
 
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium")
@@ -188,6 +191,25 @@ def test_the_label_report_is_legible(
     assert contrast(seen["color"], seen["states"]["blank"]) > 4.5
     strongest = blend(seen["first"], background, STRENGTH)
     assert contrast(seen["color"], strongest) > 4
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("scheme", [LIGHT, DARK])
+def test_the_sweep_report_is_legible(tmp_path: Path, width: int, scheme: int) -> None:
+    trials = [
+        make_trial(number, 0.7 + 0.02 * number, lr=lr, weight_decay=decay)
+        for number, (lr, decay) in enumerate(itertools.product((1e-4, 1e-3, 1e-2), (0.0, 1e-4, 1e-2)))
+    ]
+    trials.append(make_trial(9, None, "pruned", lr=0.1, weight_decay=1e-2))
+    page = render_sweep("runs/sweep", trials, {"lr": 0.9, "weight_decay": 0.1})
+    seen = open_page(tmp_path, page, width, scheme)
+    assert seen["complaints"] == []
+    assert seen["wide"] == []
+    assert seen["scrolled"] == width
+    assert seen["flat"] == 0
+    assert seen["headline"] == ["0.860", "0.810 [0.780, 0.840]"]
+    assert (luminance(seen["background"]) < 0.1) == (scheme == DARK)
+    assert set(seen["ticks"]) == {seen["color"]}
 
 
 def blend(color: str, background: str, share: float) -> str:
