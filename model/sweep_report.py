@@ -150,7 +150,9 @@ def draw_contour(axes: Axes, points: Mapping[tuple[float, float], float], ink: s
         axis.set_minor_locator(NullLocator())
         axis.set_ticklabels([ticks[place] for place in kept])
         axis.set_label_text(NAMES[name])
-    axes.margins(0.08)
+        low, high = min(ticks), max(ticks)
+        room = 0.06 * (high - low) or 0.5
+        axis.set_view_interval(low - room, high + room, ignore=True)
     figure = axes.get_figure()
     if figure is not None:
         bar = figure.colorbar(drawn, ax=axes)
@@ -158,7 +160,10 @@ def draw_contour(axes: Axes, points: Mapping[tuple[float, float], float], ink: s
 
 
 def draw_parallel(axes: Axes, trials: Sequence[Trial]) -> None:
-    """A line per finished trial across its parameters and its AUROC on dev; the best one thick."""
+    """A line per finished trial across its parameters and its AUROC on dev, stronger the higher that is.
+
+    The best one is thick.
+    """
     columns: dict[str, tuple[list[float], dict[float, str]]] = {}
     for name in trials[0].parameters:
         values = [trial.parameters[name] for trial in trials]
@@ -189,8 +194,10 @@ def draw_parallel(axes: Axes, trials: Sequence[Trial]) -> None:
             )
     for number in reversed(range(len(trials))):  # the best one on top
         line = [of_column[number] for of_column in heights]
-        width = 2.6 if number == 0 else 1.0
-        axes.plot(range(len(columns)), line, color=MAP(color(scores[number])), linewidth=width)
+        if number:
+            axes.plot(range(len(columns)), line, pages.FIRST, alpha=0.15 + 0.7 * color(scores[number]))
+        else:
+            axes.plot(range(len(columns)), line, pages.SECOND, linewidth=2.6)
     axes.set_xticks(range(len(columns)), list(columns))
     axes.set_yticks([])
     axes.set_xlim(-0.1, len(columns) - 0.65)

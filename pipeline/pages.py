@@ -98,7 +98,8 @@ def figure_svg(fill: Callable[[Figure], None], description: str, inches: tuple[f
         figure.savefig(file, format="svg", transparent=True, metadata=metadata)
     body = file.getvalue().split("<svg", 1)[1].split(">", 1)[1]
     body = re.sub('<g id="[^"]*"', "<g", body)  # the same in every figure, and not referred to
-    body = re.sub(r"(\.\d\d)\d{2,}", r"\1", body)  # a hundredth of a point will do
+    # A hundredth of a point will do for coordinates; text stays as it is.
+    body = re.sub(r"<[^>]*>", lambda tag: re.sub(r"(\.\d\d)\d{2,}", r"\1", tag[0]), body)
     for drawn, shown in INKS.items():
         body = body.replace(drawn, shown)
     opening = f'<svg role="img" aria-label="{escape(description)}" viewBox="0 0 {width:g} {height:g}">'

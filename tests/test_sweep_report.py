@@ -108,3 +108,9 @@ def test_the_field_is_linear_in_the_logarithms(tmp_path: Path) -> None:
     row = pixels[len(pixels) * 3 // 8, 20:120]  # between the points, in the field
     assert (np.diff(row[:, 2] - row[:, 0]) <= 8).all()  # from blue to yellow
     assert len(np.unique(row, axis=0)) >= 5
+
+
+def test_small_values_are_written_out(trials: list[Trial]) -> None:
+    assert (
+        render_sweep("sweep", trials, None).count(">0.0001</text>") == 6
+    )  # two axes twice, and two parameters
