@@ -1,6 +1,7 @@
 """Train a network on shards, score it, and use it: the one place where `pipeline` and `model` meet.
 
     python train.py --shards shards --run runs/first --lr 1e-4        train, or continue where it stopped
+    python train.py sweep --sweep runs/sweep --lr "1e-4 1e-3"         a run for each value
     python train.py evaluate --run runs/first --split valid           score its best checkpoint on a split
     python train.py predict --run runs/first --out scores.csv films   score image files
     python train.py export --run runs/first --out model.onnx          for other programs (.onnx or .pt2)
@@ -491,7 +492,7 @@ workers_option = click.option(
 
 @click.group(cls=TrainByDefault)
 def main() -> None:
-    """Train, evaluate, predict, export. Without a command's name: train."""
+    """Train, sweep, evaluate, predict, export. Without a command's name: train."""
 
 
 @main.command(
@@ -687,6 +688,7 @@ def sweep_command(
 
     def train_point(point: Mapping[str, Any], run: Path, watch: s.Watch) -> s.Outcome | None:
         job = make(point, run)
+        torch.compiler.reset()  # it gives up after several networks in one process
         with contextlib.redirect_stdout(io.StringIO()):  # the table of a run is in its report
             code = train(job, lambda history: watch([summarise(line) for line in history]))
         if code:

@@ -14,6 +14,7 @@ Each trial's outcome is that of `train.py` with its options. Pruning compares tr
 it, what is pruned depends on their order; without it, nothing does.
 """
 
+import fcntl
 import itertools
 import json
 import time
@@ -26,6 +27,7 @@ from typing import Any, NamedTuple
 
 import click
 import optuna
+import sqlalchemy
 from optuna.trial import FrozenTrial, TrialState
 
 from pipeline import DataError
@@ -109,18 +111,29 @@ def run_sweep(
     stopped. Raises DataError where the folder holds a sweep under other options, or the storage is unusable.
     """
     said = False
-    with open_study(sweep) as study, accept_experiments():
+    with open_study(sweep) as (study, storage), accept_experiments():
         check_options(sweep, study)
+        claimed = 0
 
         def objective(trial: optuna.Trial) -> float:
+            nonlocal claimed
+            claimed = trial.number
             return run_trial(sweep, study, trial, train_point)
 
         while not should_stop():
             optuna.storages.fail_stale_trials(study)
             queue_points(sweep, study)
             trials = study.get_trials(deepcopy=False)
+            beat_for_waiting(study, storage)
             if any(trial.state == TrialState.WAITING for trial in trials) or count_free(sweep, trials) > 0:
-                study.optimize(objective, n_trials=1, catch=(Dropped, Stopped, DataError))
+                try:
+                    study.optimize(objective, n_trials=1, catch=(Dropped, Stopped, DataError))
+                except (ValueError, optuna.exceptions.UpdateFinishedTrialError):
+                    if study.get_trials(deepcopy=False)[claimed].state == TrialState.RUNNING:
+                        raise
+                    click.echo(
+                        f"Trial {claimed}: another process took it while this one was paused", err=True
+                    )
             elif any(trial.state == TrialState.RUNNING for trial in trials):
                 if not said:
                     click.echo(f"{sweep.folder}: waiting for the trials of other processes", err=True)
@@ -132,20 +145,29 @@ def run_sweep(
 
 
 @contextmanager
-def open_study(sweep: Sweep) -> Iterator[optuna.Study]:
-    """The study in the sweep's storage, made where it is not there. Raises DataError where that cannot be used."""
+def open_study(sweep: Sweep) -> Iterator[tuple[optuna.Study, optuna.storages.RDBStorage]]:
+    """The study, made where it is not there, and its storage. Raises DataError where that cannot be used."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     sweep.folder.mkdir(parents=True, exist_ok=True)
     url = sweep.storage or f"sqlite:///{sweep.folder.resolve() / 'study.db'}"
-    arguments = {} if sweep.storage else {"connect_args": {"timeout": LOCK_SECONDS}}
+    # SQLite without an isolation level of its own: its transactions are begun below.
+    arguments: dict[str, Any] = {"pool_pre_ping": True}
+    if sweep.storage is None:
+        arguments = {"connect_args": {"timeout": LOCK_SECONDS, "isolation_level": None}}
     try:
-        with accept_experiments():
+        # Of two processes that make the same tables at once, one would fail.
+        with accept_experiments(), locked(sweep.folder / ".lock"):
             storage = optuna.storages.RDBStorage(
                 url,
                 engine_kwargs=arguments,
                 heartbeat_interval=max(1, sweep.grace // 3),
                 grace_period=sweep.grace,
             )
+            if sweep.storage is None:
+                # SQLite knows no SELECT … FOR UPDATE: two processes that read a trial as waiting would both get it.
+                sqlalchemy.event.listen(
+                    storage.engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE")
+                )
             study = optuna.create_study(
                 study_name=sweep.folder.name,
                 storage=storage,
@@ -158,7 +180,7 @@ def open_study(sweep: Sweep) -> Iterator[optuna.Study]:
         kind = "SQLite" if sweep.storage is None else "the database of --storage"
         raise DataError(f"{sweep.folder}: {kind} cannot be used: {type(error).__name__}") from None
     try:
-        yield study
+        yield study, storage
     finally:
         storage.remove_session()
         storage.engine.dispose()
@@ -176,6 +198,15 @@ def check_options(sweep: Sweep, study: optuna.Study) -> None:
             raise DataError(
                 f"{sweep.folder} is a sweep under other options: {difference}; choose another --sweep"
             )
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Alone among the processes that lock this file on this machine; one that is killed gives it back."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 @contextmanager
@@ -209,6 +240,15 @@ def queue_points(sweep: Sweep, study: optuna.Study) -> None:
         if point not in taken:
             study.enqueue_trial(suggested, user_attrs={"point": point})
             taken.append(point)
+
+
+def beat_for_waiting(study: optuna.Study, storage: optuna.storages.RDBStorage) -> None:
+    """Give waiting trials a heartbeat: Optuna takes a running one that never had any for alive.
+
+    So would be that of a process which is killed between its claim and its first heartbeat.
+    """
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+        storage.record_heartbeat(trial._trial_id)
 
 
 def grid_points(sweep: Sweep) -> list[Point]:
@@ -268,7 +308,9 @@ def run_trial(
     shown = ", ".join(f"{name} {point[name]}" for name in sweep.varying)
     click.echo(f"Trial {trial.number}: {shown}", err=True)
     try:
-        outcome = train_point(point, sweep.run_folder(point), watch)
+        run = sweep.run_folder(point)
+        with locked(run.with_suffix(".lock")):  # one that was paused and lost its trial may still work there
+            outcome = train_point(point, run, watch)
     except DataError as error:
         click.echo(f"Trial {trial.number}: failed: {error}", err=True)
         trial.set_user_attr("error", str(error))
@@ -301,7 +343,7 @@ def suggest_point(sweep: Sweep, trial: optuna.Trial) -> Point:
 def list_trials(sweep: Sweep) -> list[Trial]:
     """The living trials of the sweep, by number."""
     found = []
-    with open_study(sweep) as study:
+    with open_study(sweep) as (study, _):
         trials = study.get_trials()
     for trial in trials:
         point = trial.user_attrs.get("point")

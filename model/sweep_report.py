@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 from matplotlib.tri import LinearTriInterpolator, Triangulation
 
-from model.sweep import Sweep, Trial, importances
+from model.sweep import Sweep, Trial, importances, locked
 from pipeline import pages
 from pipeline.manifest import write_atomically
 from pipeline.plots import save_figure
@@ -33,16 +33,17 @@ LEVELS = 12  # of the contours
 
 def write_sweep_report(sweep: Sweep, trials: Sequence[Trial]) -> None:
     """Write sweep.csv, report.html, contour-dev.png and contour-train.png into the sweep's folder."""
-    write_atomically(sweep.folder / "sweep.csv", format_csv(trials).encode())
     page = render_sweep(sweep.folder.name, trials, importances(sweep, trials))
-    write_atomically(sweep.folder / "report.html", page.encode())
-    for metric in METRICS:
-        if points := best_points(trials, metric):
-            figure = Figure(figsize=(5.2, 4.0), layout="constrained")
-            axes = figure.subplots()
-            draw_contour(axes, points, "black")
-            axes.set_title(f"{METRICS[metric]} macro AUROC", fontsize=11)
-            save_figure(figure, sweep.folder / f"contour-{metric}.png")
+    with locked(sweep.folder / ".lock"):  # processes that share a sweep end at the same time
+        write_atomically(sweep.folder / "sweep.csv", format_csv(trials).encode())
+        write_atomically(sweep.folder / "report.html", page.encode())
+        for metric in METRICS:
+            if points := best_points(trials, metric):
+                figure = Figure(figsize=(5.2, 4.0), layout="constrained")
+                axes = figure.subplots()
+                draw_contour(axes, points, "black")
+                axes.set_title(f"{METRICS[metric]} macro AUROC", fontsize=11)
+                save_figure(figure, sweep.folder / f"contour-{metric}.png")
 
 
 def format_csv(trials: Sequence[Trial]) -> str:

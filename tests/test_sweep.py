@@ -8,7 +8,6 @@ import random
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import optuna
 import pytest
 
 import train
@@ -24,6 +24,7 @@ from model.sweep import (
     Point,
     Sweep,
     Watch,
+    beat_for_waiting,
     grid_points,
     importances,
     list_trials,
@@ -84,7 +85,9 @@ def test_a_grid_trains_every_combination_once(tmp_path: Path) -> None:
     assert (first.state, first.train, first.valid, first.low, first.high) == ("complete", 0.95, 0.8, 0.7, 0.9)
     assert (first.epochs, len(first.history)) == (4, 4)
     assert first.run == tmp_path / "sweep" / "trials" / "lr=0.0001-weight_decay=1e-05"
-    assert {trial.run for trial in trials} == set((tmp_path / "sweep" / "trials").iterdir())
+    assert {trial.run for trial in trials} == {
+        path for path in (tmp_path / "sweep" / "trials").iterdir() if path.is_dir()
+    }
     assert run_sweep(sweep, train_point, never)  # nothing is left to do
     assert list_trials(sweep) == trials
     assert (first.run / "log").read_text() == "trained\n"
@@ -177,7 +180,7 @@ def test_what_matters_is_said(tmp_path: Path) -> None:
 
 def test_a_point_that_was_queued_twice_is_trained_once(tmp_path: Path) -> None:
     sweep = make_sweep(tmp_path / "sweep")
-    with open_study(sweep) as study:
+    with open_study(sweep) as (study, _):
         queue_points(sweep, study)
         for point in grid_points(sweep)[:2]:
             study.enqueue_trial(
@@ -206,17 +209,40 @@ from test_sweep import make_sweep, never, train_point
 from model.sweep import run_sweep
 
 def slow(point, run, watch):
-    time.sleep(0.15)
+    time.sleep({seconds})
     return train_point(point, run, watch)
 
-run_sweep(make_sweep(Path(sys.argv[1]), storage=sys.argv[2] or None), slow, never)
+values = {{"lr": {lr}, "weight_decay": {wd}}}
+run_sweep(make_sweep(Path(sys.argv[1]), storage=sys.argv[2] or None, values=values), slow, never)
 """
 
 
-def start_worker(folder: Path, storage: str = "") -> subprocess.Popen[bytes]:
+def start_worker(
+    folder: Path, storage: str = "", seconds: float = 0.15, lr: tuple[float, ...] = LR
+) -> subprocess.Popen[bytes]:
     root = Path(train.__file__).parent
-    script = textwrap.dedent(WORKER).format(tests=str(root / "tests"), root=str(root))
+    script = WORKER.format(tests=str(root / "tests"), root=str(root), seconds=seconds, lr=lr, wd=WD)
     return subprocess.Popen([sys.executable, "-c", script, str(folder), storage])
+
+
+def test_a_claim_without_a_heartbeat_is_given_up_too(tmp_path: Path) -> None:
+    """As of a process that was killed in between."""
+    sweep = make_sweep(tmp_path / "sweep")
+    with open_study(sweep) as (study, storage):
+        queue_points(sweep, study)
+        beat_for_waiting(study, storage)
+        first = study.get_trials()[0]
+        assert storage.set_trial_state_values(first._trial_id, optuna.trial.TrialState.RUNNING)
+    assert run_sweep(sweep, train_point, never)
+    assert len(list_trials(sweep)) == 6
+
+
+def test_processes_that_begin_at_once_train_no_point_twice(tmp_path: Path) -> None:
+    values = tuple(round(1e-3 * step, 6) for step in range(1, 13))
+    workers = [start_worker(tmp_path / "sweep", seconds=0, lr=values) for _ in range(3)]
+    assert [worker.wait(timeout=120) for worker in workers] == [0, 0, 0]
+    logs = [path.read_text() for path in (tmp_path / "sweep" / "trials").glob("*/log")]
+    assert logs == ["trained\n"] * len(values) * len(WD)
 
 
 def test_two_processes_killed_and_restarted_finish_every_point_once(tmp_path: Path) -> None:
