@@ -155,14 +155,8 @@ def open_study(sweep: Sweep) -> Iterator[tuple[optuna.Study, optuna.storages.RDB
     if sweep.storage is None:
         arguments = {"connect_args": {"timeout": LOCK_SECONDS, "isolation_level": None}}
     try:
-        # Of two processes that make the same tables at once, one would fail.
         with accept_experiments(), locked(sweep.folder / ".lock"):
-            storage = optuna.storages.RDBStorage(
-                url,
-                engine_kwargs=arguments,
-                heartbeat_interval=max(1, sweep.grace // 3),
-                grace_period=sweep.grace,
-            )
+            storage = make_storage(url, arguments, sweep.grace)
             if sweep.storage is None:
                 # SQLite knows no SELECT … FOR UPDATE: two processes that read a trial as waiting would both get it.
                 sqlalchemy.event.listen(
@@ -184,6 +178,22 @@ def open_study(sweep: Sweep) -> Iterator[tuple[optuna.Study, optuna.storages.RDB
     finally:
         storage.remove_session()
         storage.engine.dispose()
+
+
+def make_storage(
+    url: str, engine: dict[str, Any], grace: int, attempts: int = 5
+) -> optuna.storages.RDBStorage:
+    """Optuna's tables at a URL, made where there are none."""
+    try:
+        return optuna.storages.RDBStorage(
+            url, engine_kwargs=engine, heartbeat_interval=max(1, grace // 3), grace_period=grace
+        )
+    # Of two machines that make the same tables at once one fails, and then finds them there.
+    except (sqlalchemy.exc.IntegrityError, sqlalchemy.exc.ProgrammingError):
+        if attempts == 1:
+            raise
+        time.sleep(POLL)
+        return make_storage(url, engine, grace, attempts - 1)
 
 
 def check_options(sweep: Sweep, study: optuna.Study) -> None:
