@@ -23,7 +23,7 @@ VIEWS     ?= frontal
 UNCERTAIN ?= best
 BLANK     ?= zeros
 DEV       ?= 0.05
-WORKERS   ?= $(shell getconf _NPROCESSORS_ONLN)
+WORKERS   ?=
 ARCH      ?= resnet50
 LR        ?= 1e-4
 WD        ?= 1e-2
@@ -39,21 +39,26 @@ SWEEP     ?= runs/sweep
 ARGS      ?=
 IMAGES    ?=
 RUN       ?= runs/$(NAME)
+GPUS      ?=
 PYTHON    ?= python3
 SUDO      = $(if $(filter-out 0,$(shell id -u)),sudo)
 
 BIN := .venv/bin
 SAY_SAMPLE = @$(if $(SAMPLE),echo 'No shards and no DATA: this is the synthetic sample with small and quick settings.')
 # A policy is passed on to training only where it was set by hand: otherwise the shards' own is used.
+THREADS  = $(if $(WORKERS),--workers $(WORKERS))
+# torchrun, which would take --run for its own without the --; SIGUSR1 is Slurm's warning.
+LAUNCH   = $(if $(GPUS),-m torch.distributed.run --standalone --nproc-per-node $(GPUS) --signals-to-handle SIGTERM$(,)SIGINT$(,)SIGUSR1 --)
+,        := ,
 given    = $(filter command environment,$(firstword $(origin $(1))))
 POLICIES = $(if $(call given,UNCERTAIN),--uncertain $(UNCERTAIN)) $(if $(call given,BLANK),--blank $(BLANK)) \
 	$(if $(TEACHER),--teacher $(TEACHER))
 NAME     = $(ARCH)-$(SIZE)-lr$(LR)-wd$(WD)$(if $(call given,UNCERTAIN),-$(UNCERTAIN))$(if $(call given,BLANK),-blank-$(BLANK))-seed$(SEED)
 SHARDS = $(BIN)/pipeline shards $(DATA) $(OUT) --size $(SIZE) --views $(VIEWS) --uncertain $(UNCERTAIN) \
-	--blank $(BLANK) --dev $(DEV) --workers $(WORKERS)
+	--blank $(BLANK) --dev $(DEV) $(THREADS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup shards verify stats train sweep evaluate predict test test-pages test-s3 test-postgres lint bench-etl bench-stream bench-scale lock clean
+.PHONY: help setup shards verify stats train sweep evaluate predict test test-pages test-s3 test-postgres test-cluster lint bench-etl bench-stream bench-scale lock clean
 
 help:  ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -65,35 +70,36 @@ shards: .venv/installed $(SAMPLE)  ## write DATA (a CheXpert folder) as shards t
 	$(SHARDS)
 
 verify: .venv/installed $(OUT)/manifest.json  ## check the shards in OUT: hashes, structure, every image
-	$(BIN)/pipeline verify $(OUT) --deep --workers $(WORKERS)
+	$(BIN)/pipeline verify $(OUT) --deep $(THREADS)
 
 stats: .venv/installed $(OUT)/manifest.json  ## count the labels of the shards in OUT
 	$(SAY_SAMPLE)
 	$(BIN)/pipeline stats $(OUT)
 
-train: .venv/installed $(OUT)/manifest.json  ## train on OUT with LR, WD, EPOCHS, BATCH, ARCH, SEED; continue RUN if it is there
+train: .venv/installed $(OUT)/manifest.json  ## train on OUT with LR, WD, EPOCHS, BATCH, ARCH, SEED, GPUS; continue RUN if it is there
 ifneq ($(words $(LR) $(WD) $(BATCH) $(ARCH)),4)
 train: sweep
 else
 	$(SAY_SAMPLE)
-	$(BIN)/python train.py --shards $(OUT) --run $(RUN) --arch $(ARCH) --lr $(LR) --weight-decay $(WD) \
-		--batch-size $(BATCH) --epochs $(EPOCHS) --image-size $(SIZE) --seed $(SEED) --workers $(WORKERS) $(POLICIES) $(ARGS)
+	$(BIN)/python $(LAUNCH) train.py --shards $(OUT) --run $(RUN) --arch $(ARCH) --lr $(LR) --weight-decay $(WD) \
+		--batch-size $(BATCH) --epochs $(EPOCHS) --image-size $(SIZE) --seed $(SEED) \
+		$(THREADS) $(POLICIES) $(ARGS)
 endif
 
 sweep: .venv/installed $(OUT)/manifest.json  ## train with each of several LR, WD, BATCH, ARCH, UNCERTAIN; or SAMPLER=tpe TRIALS=40
 	$(SAY_SAMPLE)
 	$(BIN)/python train.py sweep --shards $(OUT) --sweep $(SWEEP) --arch "$(ARCH)" --lr "$(LR)" --weight-decay "$(WD)" \
 		--batch-size "$(BATCH)" $(if $(call given,UNCERTAIN),--uncertain "$(UNCERTAIN)") --sampler $(SAMPLER) --pruner $(PRUNER) \
-		$(if $(TRIALS),--trials $(TRIALS)) --epochs $(EPOCHS) --image-size $(SIZE) --seed $(SEED) --workers $(WORKERS) \
+		$(if $(TRIALS),--trials $(TRIALS)) --epochs $(EPOCHS) --image-size $(SIZE) --seed $(SEED) $(THREADS) \
 		$(if $(call given,BLANK),--blank $(BLANK)) $(if $(TEACHER),--teacher $(TEACHER)) $(ARGS)
 
 evaluate: .venv/installed  ## score the best checkpoint of RUN on SPLIT of the shards in OUT
 	$(SAY_SAMPLE)
-	$(BIN)/python train.py evaluate --shards $(OUT) --run $(RUN) --split $(SPLIT) --workers $(WORKERS) $(ARGS)
+	$(BIN)/python train.py evaluate --shards $(OUT) --run $(RUN) --split $(SPLIT) $(THREADS) $(ARGS)
 
 predict: .venv/installed  ## score IMAGES (files or folders) by the best checkpoint of RUN, into RUN/predictions.csv
 	@$(if $(IMAGES),,echo 'make predict needs IMAGES=<files or folders>' >&2; exit 2)
-	$(BIN)/python train.py predict --run $(RUN) --out $(RUN)/predictions.csv --workers $(WORKERS) $(ARGS) $(IMAGES)
+	$(BIN)/python train.py predict --run $(RUN) --out $(RUN)/predictions.csv $(THREADS) $(ARGS) $(IMAGES)
 
 test: .venv/installed  ## run the tests
 	$(BIN)/python -m pytest
@@ -108,6 +114,9 @@ test-s3: .venv/installed .venv-s3/installed  ## read shards from a real object s
 test-postgres: .venv/installed  ## share a sweep through a real PostgreSQL on loopback (installs Debian's where there is none)
 	@ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || { $(SUDO) apt-get update --quiet && $(SUDO) apt-get install --yes --quiet postgresql; }
 	POSTGRES_BIN="$$(dirname "$$(ls /usr/lib/postgresql/*/bin/initdb | tail -1)")" $(BIN)/python -m pytest tests/test_postgres.py
+
+test-cluster: .venv/installed  ## train by torchrun on several ranks, and lose some of them
+	$(BIN)/python -m pytest -m cluster
 
 lint: .venv/installed  ## check style (ruff) and types (mypy)
 	$(BIN)/ruff check

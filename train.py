@@ -6,6 +6,8 @@
     python train.py predict --run runs/first --out scores.csv films   score image files
     python train.py export --run runs/first --out model.onnx          for other programs (.onnx or .pt2)
 
+`torchrun --nproc-per-node 8 train.py …` trains on so many GPUs: every rank takes its slice of the same batches.
+
 A run folder holds config.json, environment.jsonl (a line per start), metrics.jsonl (a line per evaluation) and
 TensorBoard's events; last.pt (all that a resume restores) and best.pt (the averaged weights with the best dev
 macro AUROC); calibration.json (thresholds and temperatures chosen on dev), and for every split that was scored
@@ -35,7 +37,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,11 +61,13 @@ from model.losses import AUCMarginLoss, MaskedLoss, positive_weights
 from model.metrics import report_auroc
 from model.networks import ARCHITECTURES, build_network, load_initial
 from model.optim import build_optimizer, scheduled_lr, update_average
+from model.ranks import ALONE, Ranks, join_ranks, share_of_cores
 from model.run import (
     Config,
     Job,
     Selected,
     StopFlag,
+    agree,
     check_config,
     choose_device,
     follow_by_wandb,
@@ -83,6 +87,7 @@ from model.scoring import (
     finish_run,
     measure_run,
     print_evaluations,
+    score_best,
     score_files,
     score_split,
     write_report,
@@ -112,6 +117,7 @@ CHECK_STEPS = 20  # how often the loss is read back: each read waits for the dev
 SAVE_SECONDS = 300.0  # a killed run loses little more work than this
 TEACHER_SCORES = "scores-train.arrow"
 LOSSES = ("bce", "aucm")
+Log = Callable[[str, float, int], None]  # name of a curve, value, step
 
 
 @dataclass
@@ -123,7 +129,9 @@ class TrainState:
     ema: nn.Module  # the averaged weights, which are evaluated
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    forward: Callable[[Tensor], Tensor]  # the network, compiled or not
+    forward: Callable[
+        [Tensor], Tensor
+    ]  # the network, which averages gradients over ranks and may be compiled
     done: int = 0  # steps, of all epochs
     evaluated: int = 0  # steps that were done at the last evaluation
     loss_sum: float = 0.0  # over the steps since then
@@ -139,9 +147,9 @@ class TrainState:
         values = {name: getattr(self, name) for name in self.VALUES}
         save_checkpoint(path, modules | values | {"random": random_state()})
 
-    def restore(self, path: Path) -> None:
+    def restore(self, path: Path, ranks: Ranks) -> None:
         """Read the checkpoint. Raises CheckpointError where it is damaged."""
-        saved = load_checkpoint(path)
+        saved = load_checkpoint(path, ranks)
         for name in self.MODULES:
             getattr(self, name).load_state_dict(saved[name])
         for name in self.VALUES:
@@ -166,25 +174,28 @@ def train(job: Job, watch: Callable[[list[dict[str, Any]]], None] = lambda histo
     labels = training_labels(job, train)
     weights = None if config.balance is None else draw_weights(config.balance, labels, train.rows)
     state = start_state(job, labels, train.rows)
-    open_run(run, config)  # only now: a run that cannot start leaves no folder
-    record_environment(job)
-    if job.wandb is not None:
-        follow_by_wandb(run, config, job.wandb)
+    if job.ranks.is_first:
+        open_run(run, config)  # only now: a run that cannot start leaves no folder
+        record_environment(job)
+        if job.wandb is not None:
+            follow_by_wandb(run, config, job.wandb)
 
-    click.echo(f"{config.arch} on {job.device.type}, {str(job.precision).removeprefix('torch.')}", err=True)
+    precision = str(job.precision).removeprefix("torch.")
+    together = f", {job.ranks.count} ranks" if job.ranks.joined else ""
+    click.echo(f"{config.arch} on {job.device.type}, {precision}{together}", err=True)
     total, every = config.epochs * steps, config.eval_every or steps
-    if (run / "last.pt").exists():
-        state.restore(run / "last.pt")
+    if job.ranks.gather((run / "last.pt").exists())[0, 0]:
+        state.restore(run / "last.pt", job.ranks)
         click.echo(f"{run}: continuing after step {state.done:,} of {total:,}", err=True)
-    with SummaryWriter(str(run / "tensorboard"), purge_step=state.done + 1) as events:
+    with open_events(job, state.done) as log:
         while True:
             due = state.done % steps == 0 or state.done % steps % every == 0
             if state.evaluated < state.done and due:
                 try:
-                    evaluate_state(job, state, dev, steps, events)
+                    evaluate_state(job, state, dev, steps, log)
                 except InterruptedEvaluationError:
                     return stop_run(job, state)  # a resume begins with this evaluation
-                state.save(run / "last.pt")
+                save_state(job, state)
                 watch(state.history)
             if state.done == total or is_out_of_patience(config, state):
                 break
@@ -199,11 +210,14 @@ def train(job: Job, watch: Callable[[list[dict[str, Any]]], None] = lambda histo
                 start_step=step,
                 rows=train.rows,
                 weights=weights,
+                rank=job.ranks.rank,
+                ranks=job.ranks.count,
                 threads=job.workers,
                 max_bad=int(config.max_bad * len(train.rows)),
             )
-            train_steps(job, state, batches, epoch, min(steps, (step // every + 1) * every), steps, events)
-            if job.stop():
+            train_steps(job, state, batches, epoch, min(steps, (step // every + 1) * every), steps, log)
+            agree(job)
+            if job.stop.code:
                 return stop_run(job, state)
     try:
         finish_run(job)
@@ -214,8 +228,24 @@ def train(job: Job, watch: Callable[[list[dict[str, Any]]], None] = lambda histo
 
 def stop_run(job: Job, state: TrainState) -> int:
     """Save, and say so; returns the exit code."""
-    state.save(job.run / "last.pt")
+    save_state(job, state)
     return say_stopped(job)
+
+
+def save_state(job: Job, state: TrainState) -> None:
+    """Write last.pt, which is the same for all ranks: their generators have drawn the same."""
+    if job.ranks.is_first:
+        state.save(job.run / "last.pt")
+
+
+@contextlib.contextmanager
+def open_events(job: Job, done: int) -> Iterator[Log]:
+    """What adds a value to the curve of that name in TensorBoard's events, of which those after step `done` go."""
+    if not job.ranks.is_first:
+        yield lambda name, value, step: None
+        return
+    with SummaryWriter(str(job.run / "tensorboard"), purge_step=done + 1) as events:
+        yield events.add_scalar
 
 
 def say_stopped(job: Job) -> int:
@@ -262,7 +292,7 @@ def train_steps(
     epoch: int,
     end: int,
     steps: int,
-    events: SummaryWriter,
+    log: Log,
 ) -> None:
     """Run the steps of an epoch up to `end`, or as far as the stop flag lets it.
 
@@ -276,52 +306,65 @@ def train_steps(
     iterator = iter(batches)
     with progress_bar(f"Epoch {epoch + 1}/{config.epochs}", "steps") as advance:
         for step in range(state.done % steps, end):
-            if job.stop():
-                break
             asked = time.perf_counter()
             batch = next(iterator)
             waited += time.perf_counter() - asked
+            (cells,) = agree(job, batch.mask.sum())
+            if job.stop.code:
+                break
             lr = scheduled_lr(config.lr, state.done, config.epochs * steps)
             for group in state.optimizer.param_groups:
                 group["lr"] = lr
-            losses.append(train_step(job, state, batch, epoch, step))
-            images += len(batch.images)
+            losses.append(train_step(job, state, batch, cells))
+            images += len(batch.images) * job.ranks.count
             state.done += 1
             if (step + 1) % CHECK_STEPS == 0 or step + 1 == end:
-                check_losses(losses, state, epoch, step)
+                check_losses(job, losses, state, epoch, step)
                 now = time.perf_counter()
                 loss = state.loss_sum / (state.done - state.evaluated)
                 rate, wait = images / (now - start), waited / (now - start)
                 for name, value in {"loss": loss, "lr": lr, "images_per_s": rate, "data_wait": wait}.items():
-                    events.add_scalar(f"train/{name}", value, state.done)
+                    log(f"train/{name}", value, state.done)
                 note = f"loss {loss:.4f}  {rate:,.0f} images/s  data wait {wait:.0%}"
                 advance(step + 1, steps, note)
                 if now - saved > SAVE_SECONDS:
-                    state.save(job.run / "last.pt")
+                    save_state(job, state)
                     saved = now
-        check_losses(losses, state, epoch, (state.done - 1) % steps)
+        check_losses(job, losses, state, epoch, (state.done - 1) % steps)
 
 
-def train_step(job: Job, state: TrainState, batch: Batch, epoch: int, step: int) -> Tensor:
-    """One update of the weights; returns the loss, which the device may still be computing."""
-    config, device = job.config, job.device
+def train_step(job: Job, state: TrainState, batch: Batch, cells: float) -> Tensor:
+    """One update of the weights; returns this rank's part of the loss, which the device may still be computing.
+
+    `cells` is how many cells of the mask are set in the whole batch, of which `batch` is this rank's slice.
+    """
+    config, device, ranks = job.config, job.device, job.ranks
     mean, std = job.manifest.pixels["mean"], job.manifest.pixels["std"]
     images, target, mask = (to_device(array, device) for array in (batch.images, batch.target, batch.mask))
     if config.augment == "none":
         inputs = normalize(images, mean, std)
     else:
-        inputs = augment(images, mean, std, config.seed, epoch, step, AUGMENTATIONS[config.augment])
+        inputs = augment(
+            images,
+            mean,
+            std,
+            config.seed,
+            *batch.step[:2],
+            AUGMENTATIONS[config.augment],
+            first=ranks.rank * len(images),
+            total=ranks.count * len(images),
+        )
     inputs = inputs.contiguous(memory_format=torch.channels_last)
     state.optimizer.zero_grad()
     total = torch.zeros((), device=device)
-    cells = mask.sum().clamp(min=1)
     # In parts where a batch would not fit the device: each counts by its cells, so the gradients are the batch's.
-    parts = (tensor.chunk(config.accumulate) for tensor in (inputs, target, mask))
-    for some_inputs, some_target, some_mask in zip(*parts, strict=True):
-        with torch.autocast(device.type, job.precision, enabled=job.precision != torch.float32):
-            logits = state.forward(some_inputs)
-        loss = state.loss(logits, some_target, some_mask) * (some_mask.sum() / cells)
-        state.scaler.scale(loss).backward()
+    parts = zip(*(tensor.chunk(config.accumulate) for tensor in (inputs, target, mask)), strict=True)
+    for part, (some_inputs, some_target, some_mask) in enumerate(parts, start=1):
+        with ranks.exchange(state.forward, part == config.accumulate):
+            with torch.autocast(device.type, job.precision, enabled=job.precision != torch.float32):
+                logits = state.forward(some_inputs)
+            loss = state.loss(logits, some_target, some_mask) * (some_mask.sum() / max(cells, 1))
+            state.scaler.scale(loss * ranks.count).backward()  # which takes the mean over ranks, not the sum
         total += loss.detach()
     state.scaler.unscale_(state.optimizer)  # so that what is clipped are the gradients themselves
     nn.utils.clip_grad_norm_(state.network.parameters(), CLIP_NORM)
@@ -331,9 +374,10 @@ def train_step(job: Job, state: TrainState, batch: Batch, epoch: int, step: int)
     return total
 
 
-def check_losses(losses: list[Tensor], state: TrainState, epoch: int, step: int) -> None:
+def check_losses(job: Job, losses: list[Tensor], state: TrainState, epoch: int, step: int) -> None:
     """Add the losses since the last check to the sum; `step` is the last one's. Raises DataError for nan or inf."""
-    for number, value in enumerate(torch.stack(losses).tolist() if losses else []):
+    ours = torch.stack(losses).double().cpu().numpy() if losses else np.empty(0)
+    for number, value in enumerate(job.ranks.sum(ours).tolist()):
         if not math.isfinite(value):
             bad = step + 1 - len(losses) + number
             raise DataError(f"the loss is {value} at epoch {epoch + 1}, step {bad}; try a lower --lr")
@@ -341,8 +385,9 @@ def check_losses(losses: list[Tensor], state: TrainState, epoch: int, step: int)
     losses.clear()
 
 
-def evaluate_state(job: Job, state: TrainState, dev: Selected, steps: int, events: SummaryWriter) -> None:
+def evaluate_state(job: Job, state: TrainState, dev: Selected, steps: int, log: Log) -> None:
     """Score the averaged weights on dev, add a line to metrics.jsonl, keep the best weights."""
+    job.ranks.align_buffers(state.ema)
     scored, _ = score_split(job, state.ema, dev, job.manifest.pixels)
     report = report_auroc(job.config.labels, *scored[:3])
     score = choice_score(report)
@@ -358,12 +403,13 @@ def evaluate_state(job: Job, state: TrainState, dev: Selected, steps: int, event
     state.evaluated, state.loss_sum = state.done, 0.0
     is_best = score > state.best
     state.best = max(score, state.best)
-    if is_best or job.config.keep == "last":
-        save_best(job, state.ema.state_dict(), epoch, score)
-    # Rewritten from the checkpoint's own history, so that steps run again are not listed twice.
-    lines = "".join(json.dumps(line) + "\n" for line in state.history)
-    write_atomically(job.run / "metrics.jsonl", lines.encode())
-    events.add_scalar("dev/macro_auroc", score, state.done)
+    if job.ranks.is_first:
+        if is_best or job.config.keep == "last":
+            save_best(job, state.ema.state_dict(), epoch, score)
+        # Rewritten from the checkpoint's own history, so that steps run again are not listed twice.
+        lines = "".join(json.dumps(line) + "\n" for line in state.history)
+        write_atomically(job.run / "metrics.jsonl", lines.encode())
+    log("dev/macro_auroc", score, state.done)
     note = "  (best)" if is_best else ""
     click.echo(f"Epoch {epoch:g}: dev macro AUROC {score:.4f}{note}", err=True)
 
@@ -401,13 +447,15 @@ def start_state(job: Job, labels: Labels, rows: Rows) -> TrainState:
     else:
         weights = positive_weights(target, mask) if config.pos_weight else None
         loss = MaskedLoss(three_class_columns(config), weights)
+    ema = copy.deepcopy(network).requires_grad_(False)
+    forward = job.ranks.average_gradients(network, config.sync_bn)
     return TrainState(
         network,
         loss.to(job.device),
-        copy.deepcopy(network).requires_grad_(False),
+        ema,
         build_optimizer(network, config.lr, config.weight_decay),
         torch.amp.GradScaler(job.device.type, enabled=job.precision == torch.float16),
-        torch.compile(network) if config.compile else network,
+        torch.compile(forward) if config.compile else forward,
     )
 
 
@@ -454,12 +502,14 @@ class LabelNames(click.ParamType[tuple[str, ...]]):
 
 
 class TrainByDefault(click.Group):
-    """A group whose command `train` needs not be named."""
+    """A group whose command `train` needs not be named, and is the only one for several ranks."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Put `train` in front of options."""
         if args and args[0].startswith("-") and args[0] not in ctx.help_option_names:
             args = ["train", *args]
+        if args and args[0] != "train" and "RANK" in os.environ:
+            raise click.UsageError(f"{args[0]} is for one process: start it without torchrun")
         return super().parse_args(ctx, args)
 
 
@@ -486,7 +536,11 @@ def data_options(function: Callable[..., int]) -> Callable[..., int]:
 
 run_option = click.option("--run", type=click.Path(path_type=Path), required=True, help="Folder of the run.")
 workers_option = click.option(
-    "--workers", default=os.cpu_count, type=click.IntRange(1), show_default="cores", help="Decoding threads."
+    "--workers",
+    default=share_of_cores,
+    type=click.IntRange(1),
+    show_default="cores",
+    help="Decoding threads.",
 )
 
 
@@ -514,6 +568,7 @@ def main() -> None:
 @click.option("--image-size", default=320, type=click.IntRange(32), help="Side of the square input, pixels.")
 @click.option("--amp", default="auto", type=click.Choice(["auto", "bf16", "fp16", "off"]))
 @click.option("--compile", is_flag=True, help="Compile the network by torch.compile.")
+@click.option("--sync-bn", is_flag=True, help="torchrun: BatchNorm over the whole batch, not a rank's part.")
 @click.option("--ema", default=0.999, type=click.FloatRange(0, 1), help="Decay of the averaged weights.")
 @click.option(
     "--keep", default="best", type=click.Choice(["best", "last"]), help="Weights to keep, by dev macro AUROC."
@@ -558,11 +613,13 @@ def main() -> None:
 @click.option("--wandb", metavar="PROJECT", help="Send the logs to Weights & Biases too.")
 def train_command(**options: Any) -> int:
     """Train a network on shards; the same command continues an interrupted run."""
-    return train(make_job(StopFlag(), **options))
+    with join_ranks() as ranks:
+        return train(make_job(StopFlag(), ranks, **options))
 
 
 def make_job(
     stop: StopFlag,
+    ranks: Ranks,
     shards: str,
     cache: Path,
     cache_size: int,
@@ -592,9 +649,11 @@ def make_job(
         init=hashlib.sha256(init.read_bytes()).hexdigest() if init else None,
         labels=labels or LABELS,
     )
-    check_config(config)
+    check_config(config, ranks)
     device = choose_device(config.amp)
-    return Job(config, folder, remote, run, manifest, *device, workers, teacher, init, strict, stop, wandb)
+    return Job(
+        config, folder, remote, run, manifest, *device, workers, teacher, init, strict, stop, wandb, ranks
+    )
 
 
 class Values(click.ParamType[tuple[Any, ...]]):
@@ -677,7 +736,7 @@ def sweep_command(
         words = [
             str(word) for name, value in given.items() for word in (f"--{name.replace('_', '-')}", value)
         ]
-        return make_job(stop, **train_command.make_context("train", [*options, *words]).params)
+        return make_job(stop, ALONE, **train_command.make_context("train", [*options, *words]).params)
 
     tried = {name: given for name, given in values.items() if given is not None}
     first = make({name: given[0] for name, given in tried.items()}, folder / "trials" / "unused")
@@ -737,7 +796,7 @@ def evaluate_command(
     device = choose_device(config.amp)
     job = Job(config, folder, remote, run, read_manifest(folder), *device, workers, None, None, False, stop)
     try:
-        results = {split: evaluate(job, split, against, sensitivity, study)}
+        results = {split: evaluate(job, split, score_best(job, split), against, sensitivity, study)}
         print_evaluations({split: results[split][0]})
         write_report(job, f"report-{split}.html", results)
     except InterruptedEvaluationError:

@@ -93,10 +93,13 @@ def main(shards: str, arch: str, size: int, batch: int, steps: int, rounds: int,
         state.scaler.step(state.optimizer)
         state.scaler.update()
 
+    def step_on(batch: Batch) -> None:
+        train.train_step(job, state, batch, float(batch.mask.sum()))
+
     contestants: dict[str, Callable[[], object]] = {
         "bare": bare_step,
-        "resident": lambda: train.train_step(job, state, next(resident), 0, 0),
-        "training": lambda: train.train_step(job, state, next(batches), 0, 0),
+        "resident": lambda: step_on(next(resident)),
+        "training": lambda: step_on(next(batches)),
     }
     rates: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(rounds + 1):  # the first warms up

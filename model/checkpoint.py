@@ -1,5 +1,6 @@
 """State dict ↔ file: written whole or not at all, and read without running code from it."""
 
+import io
 import os
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from model.ranks import ALONE, Ranks
 from pipeline import DataError
 
 
@@ -24,15 +26,17 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     temporary.replace(path)
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """The saved state, on the CPU. Raises CheckpointError."""
+def load_checkpoint(path: Path, ranks: Ranks = ALONE) -> dict[str, Any]:
+    """The saved state, on the CPU; of several `ranks` the first one reads it. Raises CheckpointError."""
     try:
-        # weights_only: a pickle can run code, tensors and plain values cannot.
-        return dict(torch.load(path, map_location="cpu", weights_only=True))
+        content = ranks.share(path.read_bytes)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such checkpoint; a run has one after its first epoch") from None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+    try:
+        # weights_only: a pickle can run code, tensors and plain values cannot.
+        return dict(torch.load(io.BytesIO(content), map_location="cpu", weights_only=True))
     except Exception as error:  # a damaged file makes torch raise anything: IndexError, struct.error, …
         raise CheckpointError(f"{path}: damaged, or not a checkpoint of this program") from error
 

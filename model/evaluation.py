@@ -38,4 +38,4 @@ def predict_scores(
         with torch.autocast(images.device.type, precision, enabled=precision != torch.float32):
             logits = network(inputs)
         scores.append(label_scores(logits[:, columns]).cpu())
-    return torch.cat(scores).numpy()
+    return torch.cat(scores).numpy() if scores else np.empty((0, len(columns)), np.float32)

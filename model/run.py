@@ -24,11 +24,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from model.checkpoint import load_checkpoint, save_checkpoint
 from model.networks import build_network
+from model.ranks import ALONE, Ranks
 from pipeline import DataError
 from pipeline.images import ImageOptions
 from pipeline.labels import LABELS, parse_uncertain_policy
@@ -75,6 +78,7 @@ class Config:
     init: str | None  # sha256 of the file of weights that the run starts from
     compile: bool
     teacher: str | None  # sha256 of its scores, where a label is selftrained
+    sync_bn: bool = False  # BatchNorm's statistics over all ranks; not in runs of version 0.1
 
 
 class StopFlag:
@@ -112,6 +116,7 @@ class Job:
     strict: bool  # refuse labels with one class instead of warning about them
     stop: StopFlag
     wandb: str | None = None  # the project of Weights & Biases that is told of everything
+    ranks: Ranks = ALONE
 
 
 class Selected(NamedTuple):
@@ -119,6 +124,14 @@ class Selected(NamedTuple):
 
     split: OpenSplit
     rows: Rows
+
+
+def agree(job: Job, *values: float) -> npt.NDArray[np.float64]:
+    """The sums of values over the ranks; a stop that one of them was asked for becomes one of all."""
+    table = job.ranks.gather(job.stop.code if job.stop() else 0, *values)
+    job.stop.code = int(table[:, 0].max())
+    sums: npt.NDArray[np.float64] = table[:, 1:].sum(axis=0)
+    return sums
 
 
 def open_rows(job: Job, name: str) -> Selected:
@@ -164,13 +177,19 @@ def learnt_columns(config: Config) -> list[int]:
     return [LABELS.index(label) for label in config.labels]
 
 
-def check_config(config: Config) -> None:
-    """Raise UsageError for options that contradict each other."""
+def check_config(config: Config, ranks: Ranks) -> None:
+    """Raise UsageError for options that contradict each other, or do not go with so many ranks."""
     if config.loss == "aucm" and (config.pos_weight or three_class_columns(config)):
         raise click.UsageError("--loss aucm goes neither with --pos-weight nor with the policy multiclass")
-    if config.batch_size % config.accumulate or config.accumulate > config.batch_size // 2:
-        parts = f"--accumulate {config.accumulate} for --batch-size {config.batch_size}"
-        raise click.UsageError(f"{parts}: the parts must be equal, of 2 images or more")
+    parts = config.accumulate * ranks.count
+    if config.batch_size % parts or parts > config.batch_size // 2:
+        of_ranks = f" on each of {ranks.count} ranks" if ranks.count > 1 else ""
+        raise click.UsageError(
+            f"--batch-size {config.batch_size} for --accumulate {config.accumulate}{of_ranks}: "
+            "the parts must be equal, of 2 images or more"
+        )
+    if config.sync_bn and not (ranks.joined and torch.cuda.is_available()):
+        raise click.UsageError("--sync-bn is for training by torchrun on GPUs")
     if config.pretrained and config.init:
         raise click.UsageError("--pretrained or --init, not both")
 
@@ -214,6 +233,7 @@ def record_environment(job: Job) -> None:
         "device": torch.cuda.get_device_name() if job.device.type == "cuda" else "cpu",
         "precision": str(job.precision),
         "threads": torch.get_num_threads(),
+        "ranks": job.ranks.count,
     }
     with (job.run / "environment.jsonl").open("a") as file:
         file.write(json.dumps(line) + "\n")
@@ -264,9 +284,11 @@ def save_best(job: Job, weights: Mapping[str, Tensor], epoch: float, score: floa
     save_checkpoint(job.run / "best.pt", {"weights": dict(weights), **about})
 
 
-def load_best(run: Path, config: Config, device: torch.device) -> tuple[nn.Module, dict[str, Any]]:
+def load_best(
+    run: Path, config: Config, device: torch.device, ranks: Ranks = ALONE
+) -> tuple[nn.Module, dict[str, Any]]:
     """The network with the weights of best.pt, and what else that holds."""
-    best = load_checkpoint(run / "best.pt")
+    best = load_checkpoint(run / "best.pt", ranks)
     network = build_network(config.arch, output_count(config))
     network.load_state_dict(best["weights"])
     return network.to(device).to(memory_format=torch.channels_last), best

@@ -1,5 +1,6 @@
 """A trained run → scores and evaluation of a split, or of image files."""
 
+import contextlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,13 +19,14 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from model.assessment import Scored, assess, calibrate
-from model.evaluation import predict_scores
+from model.evaluation import InterruptedEvaluationError, predict_scores
 from model.metrics import report_auroc
 from model.report import MEANS, render_model_card, render_report
 from model.run import (
     Config,
     Job,
     Selected,
+    agree,
     choose_device,
     learnt_columns,
     load_best,
@@ -49,9 +51,12 @@ Scores = npt.NDArray[np.float32]
 
 def finish_run(job: Job) -> None:
     """Choose thresholds on dev, evaluate best.pt on dev and valid, and write report.html and model-card.md."""
-    (job.run / CALIBRATION).unlink(missing_ok=True)  # one of an earlier best.pt
     names = [name for name in ("dev", "valid") if name in job.manifest.splits]
-    results = {name: evaluate(job, name) for name in names}
+    found = {name: score_best(job, name) for name in names}
+    if not job.ranks.is_first:
+        return
+    (job.run / CALIBRATION).unlink(missing_ok=True)  # one of an earlier best.pt
+    results = {name: evaluate(job, name, found[name]) for name in names}
     evaluations = {name: evaluation for name, (evaluation, _) in results.items()}
     print_evaluations(evaluations)
     config = asdict(job.config)
@@ -66,15 +71,20 @@ def finish_run(job: Job) -> None:
 
 
 def evaluate(
-    job: Job, name: str, against: Path | None = None, sensitivity: float = 0.9, combine: str = "max"
+    job: Job,
+    name: str,
+    found: tuple[Scored, pa.Table],
+    against: Path | None = None,
+    sensitivity: float = 0.9,
+    combine: str = "max",
 ) -> tuple[dict[str, Any], Scored]:
-    """Score best.pt on a split of any shards; writes its scores and evaluation into the run.
+    """Evaluate what `score_best` found for a split; writes its scores and evaluation into the run.
 
     `against` is another run, whose scores of the same images are compared; `sensitivity` is what the third
     threshold is to reach on dev, `combine` how a study's score comes from its views: max or mean.
     """
     config, run = job.config, job.run
-    scored, table = score_best(job, name)
+    scored, table = found
     write_scores(run / f"scores-{name}.arrow", table, config.labels, scored.scores)
     chosen = {"sensitivity": sensitivity, "combine": combine}
     calibration = json.loads((run / CALIBRATION).read_bytes()) if (run / CALIBRATION).exists() else {}
@@ -128,7 +138,7 @@ def measure_run(job: Job) -> dict[str, Any]:
 
 def score_best(job: Job, name: str) -> tuple[Scored, pa.Table]:
     """What best.pt makes of a split, and the rows of its table."""
-    network, best = load_best(job.run, job.config, job.device)
+    network, best = load_best(job.run, job.config, job.device, job.ranks)
     return score_split(job, network, open_rows(job, name), best["pixels"])
 
 
@@ -138,6 +148,7 @@ def score_split(
     """A network's scores of the chosen rows, with targets and masks that leave the uncertain cells out.
 
     And those rows of the table. Images that are unusable, as far as --max-bad allows it, are in neither.
+    Each rank scores its share of the rows, and all get the scores of all.
     """
     config, (split, rows) = job.config, chosen
     columns = learnt_columns(config)
@@ -148,21 +159,26 @@ def score_split(
         size=config.image_size,
         batch_size=EVALUATION_BATCH,
         rows=rows,
+        rank=job.ranks.rank,
+        ranks=job.ranks.count,
         threads=job.workers,
         max_bad=int(config.max_bad * len(rows)),
     )
-    usable = np.ones(len(rows), bool)
+    bad, ours = np.zeros(len(rows)), np.zeros(len(rows), bool)
 
     def images(advance: Advance) -> Iterator[Tensor]:
-        done = 0
         for batch in batches:
-            usable[[done + position for position in batch.bad]] = False
+            start = batch.step.step * EVALUATION_BATCH
+            bad[[start + position for position in batch.bad]] = 1
+            ours[start : start + len(batch.images)] = True
             yield to_device(batch.images, job.device)
-            done += len(batch.images)
-            advance(done, len(rows))
+            advance(min(int(ours.sum()) * job.ranks.count, len(rows)), len(rows))
 
-    with progress_bar(f"Scoring {split.name}", "images") as advance:
-        scores = predict_scores(
+    with (
+        progress_bar(f"Scoring {split.name}", "images") as advance,
+        contextlib.suppress(InterruptedEvaluationError),
+    ):
+        found = predict_scores(
             network,
             columns,
             images(advance),
@@ -171,6 +187,13 @@ def score_split(
             job.precision,
             should_stop=job.stop,
         )
+    agree(job)
+    if job.stop.code:
+        raise InterruptedEvaluationError
+    scores = np.zeros((len(rows), len(columns)))
+    scores[ours] = found
+    scores = job.ranks.sum(scores).astype(np.float32)
+    usable = job.ranks.sum(bad) == 0
     rows = rows[usable]
     facts = split.table.take(rows)
     scored = Scored(

@@ -45,9 +45,13 @@ def test_make_alone_lists_every_target() -> None:
         ),
         (
             ["predict", "RUN=r", "IMAGES=films", "ARGS=--strict"],
-            "train.py predict --run r --out r/predictions.csv --workers",
+            "train.py predict --run r --out r/predictions.csv --strict films",
         ),
-        (["predict", "RUN=r", "IMAGES=films", "ARGS=--strict"], " --strict films"),
+        (["evaluate", "OUT=there", "RUN=r", "WORKERS=3"], " --split valid --workers 3"),
+        (
+            ["train", "GPUS=8"],
+            "--nproc-per-node 8 --signals-to-handle SIGTERM,SIGINT,SIGUSR1 -- train.py --shards",
+        ),
         (
             ["sweep", "OUT=there", "LR=1e-4 1e-3", "WD=1e-5 1e-4", "BATCH=32 64", "UNCERTAIN=ones zeros"],
             '--lr "1e-4 1e-3" --weight-decay "1e-5 1e-4" --batch-size "32 64" --uncertain "ones zeros"',

@@ -248,7 +248,7 @@ def test_a_student_learns_its_teachers_scores_of_the_uncertain_cells(
 ) -> None:
     teacher = make_job("teacher", uncertain="ignore", epochs=1)
     assert train.train(teacher) == 0
-    report, _ = evaluate(teacher, "train")
+    report, _ = evaluate(teacher, "train", score_best(teacher, "train"))
     assert json.loads((teacher.run / "evaluation-train.json").read_text()) == report
 
     student = make_job("student", uncertain="selftrained", teacher=teacher.run)
@@ -450,7 +450,7 @@ def test_a_batch_in_parts_gives_the_same_gradients(make_job: Callable[..., Job])
             iter(stream_training(chosen.split, labels, size=32, batch_size=16, seed=0, epoch=0, threads=1))
         )
         batch.mask[3:9] = False  # parts with different numbers of cells
-        train.train_step(job, state, batch, 0, 0)
+        train.train_step(job, state, batch, batch.mask.sum())
         weights.append(network.get_parameter("1.weight").detach())
     torch.testing.assert_close(*weights)
 
@@ -754,7 +754,7 @@ def test_command_line_killed_twice_warned_by_slurm_and_continued_equals_undistur
         (
             ["--shards", "{shards}", "--run", "{run}", "--accumulate", "40"],
             2,
-            "Error: --accumulate 40 for --batch-size 64: the parts must be equal, of 2 images or more",
+            "Error: --batch-size 64 for --accumulate 40: the parts must be equal, of 2 images or more",
         ),
         (
             ["--shards", "{shards}", "--run", "{run}", "--arch", "rescnn", "--pretrained"],

@@ -1,0 +1,132 @@
+"""The processes that train one run together, torchrun's ranks: which one this is, and what they tell each other.
+
+In: torchrun's environment. Out: `Ranks`, and networks whose gradients are averaged over them. Every rank holds all
+labels and takes its slice of every batch (pipeline.plan), so little is exchanged: gradients, the scores of an
+evaluation, and per step the cells that the batch has and whether somebody was asked to stop. All ranks so decide the
+same, and only the first one reads or writes the run's folder, which the others need not see.
+"""
+
+import contextlib
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from pipeline import DataError
+
+# A rank that is killed closes its connections, which ends the others at once; this is for a machine that vanishes.
+TIMEOUT = timedelta(minutes=5)
+
+
+class LostRankError(DataError):
+    """The connection to another rank was lost."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """One process among those of its run; without torchrun it is the only one."""
+
+    rank: int = 0
+    count: int = 1
+    joined: bool = False  # by a process group, which torchrun makes for a single rank too
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the rank that writes."""
+        return self.rank == 0
+
+    def gather(self, *values: float) -> npt.NDArray[np.float64]:
+        """The values of each rank, [ranks, values]."""
+        table = np.zeros((self.count, len(values)))
+        table[self.rank] = values
+        return self.sum(table)
+
+    def sum(self, array: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """The sum over the ranks of arrays of one shape."""
+        if self.joined:
+            array = array.copy()
+            dist.all_reduce(torch.from_numpy(array))
+        return array
+
+    def share(self, read: Callable[[], bytes]) -> bytes:
+        """What the first rank reads."""
+        if not self.joined:
+            return read()
+        content = read() if self.is_first else b""
+        buffer = np.zeros(int(self.gather(len(content))[0, 0]), np.uint8)
+        if self.is_first:
+            buffer[:] = np.frombuffer(content, np.uint8)
+        dist.broadcast(torch.from_numpy(buffer), 0)
+        return buffer.tobytes()
+
+    def average_gradients(self, network: nn.Module, sync_bn: bool) -> nn.Module:
+        """The network to train by: its gradients are averaged over the ranks, its buffers are the first rank's.
+
+        With `sync_bn` BatchNorm's statistics are those of the whole batch (GPUs alone can do that).
+        """
+        if not self.joined:
+            return network
+        if sync_bn:
+            network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        return nn.parallel.DistributedDataParallel(network, gradient_as_bucket_view=True)
+
+    def exchange(self, network: Any, now: bool) -> contextlib.AbstractContextManager[None]:
+        """Around the backward pass of a part of a batch: gradients are exchanged with the last part's."""
+        return network.no_sync() if self.joined and not now else contextlib.nullcontext()
+
+    def align_buffers(self, network: nn.Module) -> None:
+        """Give every rank the first one's buffers, such as BatchNorm's running statistics."""
+        for buffer in network.buffers() if self.joined else ():
+            dist.broadcast(buffer, 0)
+
+
+ALONE = Ranks()
+
+
+def share_of_cores() -> int:
+    """The cores of this machine for each of its ranks."""
+    return max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+@contextlib.contextmanager
+def join_ranks() -> Iterator[Ranks]:
+    """Join the ranks that torchrun has started, if it has; all but the first are silent but for errors.
+
+    Raises DataError where there are fewer GPUs than ranks on this machine, LostRankError where a rank is lost.
+    """
+    if "RANK" not in os.environ:
+        yield ALONE
+        return
+    local = int(os.environ["LOCAL_RANK"])
+    if torch.cuda.is_available():
+        if local >= torch.cuda.device_count():
+            found = torch.cuda.device_count()
+            raise DataError(f"local rank {local} has no GPU, there are {found}: --nproc-per-node {found}")
+        torch.cuda.set_device(local)
+    try:
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT
+        )
+        ranks = Ranks(dist.get_rank(), dist.get_world_size(), True)
+        with contextlib.ExitStack() as stack:
+            if not ranks.is_first:
+                logging.basicConfig(stream=sys.stderr, format=f"rank {ranks.rank}: %(message)s")
+                silence = stack.enter_context(open(os.devnull, "w"))  # noqa: PTH123
+                stack.enter_context(contextlib.redirect_stdout(silence))
+                stack.enter_context(contextlib.redirect_stderr(silence))
+            yield ranks
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "NCCL")):
+            first = str(error).splitlines()[0]
+            raise LostRankError(f"rank {os.environ['RANK']}: another rank is lost: {first}") from error
+        raise
+    dist.destroy_process_group()

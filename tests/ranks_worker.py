@@ -1,0 +1,69 @@
+"""A rank of test_ranks.py: some steps of training with frozen BatchNorm, and what it saw of them.
+
+    torchrun … tests/ranks_worker.py OUT STEPS <options of train.py>
+
+Writes OUT/<rank>.npz: the rows of each step's slice, the loss of the whole batch, and the first gradients.
+"""
+
+import sys
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from torch import nn
+from torchvision.ops import FrozenBatchNorm2d
+
+import train
+from model.networks import build_network
+from model.run import Job, agree, open_rows
+from pipeline.stream import stream_training
+
+GRADIENTS = 3  # steps whose gradients are kept
+
+
+def build_frozen(*arguments: object) -> nn.Module:
+    """The network with BatchNorm's statistics as they are at the start, which are the same for any slice."""
+    network = build_network(*arguments)  # type: ignore[arg-type]
+    for parent in list(network.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, nn.BatchNorm2d):
+                setattr(parent, name, FrozenBatchNorm2d(child.num_features))
+    return network
+
+
+def run_steps(job: Job) -> int:
+    """Train for so many steps, over as many epochs as they take."""
+    chosen = open_rows(job, "train")
+    labels = train.training_labels(job, chosen)
+    state = train.start_state(job, labels, chosen.rows)
+    rows, losses, gradients = [], [], []
+    while state.done < int(sys.argv[2]):
+        batches = stream_training(
+            chosen.split,
+            labels,
+            size=job.config.image_size,
+            batch_size=job.config.batch_size,
+            seed=0,
+            epoch=state.done,
+            rank=job.ranks.rank,
+            ranks=job.ranks.count,
+            threads=1,
+        )
+        batch = next(iter(batches))
+        (cells,) = agree(job, batch.mask.sum())
+        loss = train.train_step(job, state, batch, cells)
+        state.done += 1
+        rows.append(batch.step.rows)
+        losses.append(job.ranks.sum(np.array([loss.item()]))[0])
+        if state.done <= GRADIENTS:
+            given = [parameter.grad for parameter in state.network.parameters()]
+            gradients.append(torch.cat([one.flatten() for one in given if one is not None]).numpy())
+    out = Path(sys.argv[1])
+    out.mkdir(exist_ok=True)
+    np.savez(out / f"{job.ranks.rank}.npz", rows=rows, losses=losses, gradients=gradients)
+    return 0
+
+
+with patch.object(train, "build_network", build_frozen), patch.object(train, "train", run_steps):
+    sys.exit(train.main.main(["train", *sys.argv[3:]], standalone_mode=False))
