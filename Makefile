@@ -115,8 +115,8 @@ test-postgres: .venv/installed  ## share a sweep through a real PostgreSQL on lo
 	@ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || { $(SUDO) apt-get update --quiet && $(SUDO) apt-get install --yes --quiet postgresql; }
 	POSTGRES_BIN="$$(dirname "$$(ls /usr/lib/postgresql/*/bin/initdb | tail -1)")" $(BIN)/python -m pytest tests/test_postgres.py
 
-test-cluster: .venv/installed  ## train by torchrun on several ranks, and lose some of them
-	$(BIN)/python -m pytest -m cluster
+test-cluster: .venv/installed .venv-s3/installed  ## work with several processes and hosts, and lose some of them
+	SWIFT_BIN=.venv-s3/bin $(BIN)/python -m pytest -m cluster
 
 lint: .venv/installed  ## check style (ruff) and types (mypy)
 	$(BIN)/ruff check

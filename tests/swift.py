@@ -1,4 +1,4 @@
-"""OpenStack Swift with its S3 API: four servers on loopback, one replica of everything in a folder.
+"""OpenStack Swift with its S3 API: four servers on loopback or another address, one replica of everything in a folder.
 
 The folder's file system must keep extended attributes.
 """
@@ -17,7 +17,7 @@ SERVERS = ("object", "container", "account", "proxy")
 
 COMMON = """
 [DEFAULT]
-bind_ip = 127.0.0.1
+bind_ip = {address}
 bind_port = {port}
 swift_dir = {folder}
 devices = {folder}
@@ -51,24 +51,24 @@ user_test_tester = {secret} .admin
 
 
 @contextmanager
-def run_swift(programs: Path, folder: Path) -> Iterator[str]:
+def run_swift(programs: Path, folder: Path, address: str = "127.0.0.1") -> Iterator[str]:
     """The endpoint of a store that runs as long as the context; `programs` is the bin folder of its venv."""
     ports = free_ports(len(SERVERS))
     (folder / "device").mkdir(parents=True)
     (folder / "swift.conf").write_text("[swift-hash]\nswift_hash_path_suffix = loopback\n")
     for server, port in zip(SERVERS, ports, strict=True):
-        text = COMMON.format(port=port, folder=folder, user=getpass.getuser())
+        text = COMMON.format(address=address, port=port, folder=folder, user=getpass.getuser())
         text += PROXY.format(secret=SECRET) if server == "proxy" else STORAGE.format(server=server)
         (folder / f"{server}.conf").write_text(text)
         if server != "proxy":
             ring = (programs / "swift-ring-builder", folder / f"{server}.builder")
-            for step in ("create 4 1 0", f"add r1z1-127.0.0.1:{port}/device 1", "rebalance"):
+            for step in ("create 4 1 0", f"add r1z1-{address}:{port}/device 1", "rebalance"):
                 subprocess.run([*ring, *step.split()], check=True, capture_output=True)
     processes = [start(programs, folder, server) for server in SERVERS]
     try:
         for server, port, process in zip(SERVERS, ports, processes, strict=True):
-            wait_for(server, folder / f"{server}.log", port, process)
-        yield f"http://127.0.0.1:{ports[-1]}"
+            wait_for(server, folder / f"{server}.log", (address, port), process)
+        yield f"http://{address}:{ports[-1]}"
     finally:
         for process in processes:
             process.terminate()
@@ -91,12 +91,12 @@ def start(programs: Path, folder: Path, server: str) -> subprocess.Popen[bytes]:
         return subprocess.Popen(command, stdout=log, stderr=log, env=environment)
 
 
-def wait_for(server: str, log: Path, port: int, process: subprocess.Popen[bytes]) -> None:
+def wait_for(server: str, log: Path, address: tuple[str, int], process: subprocess.Popen[bytes]) -> None:
     for _ in range(300):
         if process.poll() is not None:
             break
         with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
+            if probe.connect_ex(address) == 0:
                 return
         time.sleep(0.1)
     raise RuntimeError(f"the {server} server does not run: {log.read_text()}")
