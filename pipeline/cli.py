@@ -67,6 +67,21 @@ class Size(click.ParamType[int | None]):
         return click.IntRange(min=16).convert(value, param, context)
 
 
+class Location(click.ParamType[Path]):
+    """A folder, or the URL of one in an object store."""
+
+    name = "folder"
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> Path:
+        """Its path; what it holds is looked at later."""
+        from pipeline.store import open_location
+
+        path = open_location(str(value))
+        if isinstance(path, Path) and path.is_file():
+            self.fail(f"'{path}' is a file", param, context)
+        return path
+
+
 class SplitCsv(click.ParamType[tuple[str, Path]]):
     """`train=foo.csv`."""
 
@@ -86,7 +101,7 @@ class SplitCsv(click.ParamType[tuple[str, Path]]):
 
 @cli.command(epilog="Example: pipeline shards ~/CheXpert-v1.0-small shards --size 320 --views frontal")
 @click.argument("source", type=click.Path(path_type=Path))
-@click.argument("out", type=click.Path(path_type=Path, file_okay=False))
+@click.argument("out", type=Location())
 @click.option("--size", default=320, type=Size(), help="Shorter side; never enlarged; original: as it is.")
 @click.option("--square", default="no", type=click.Choice(SQUARES), help="How an image becomes SIZE×SIZE.")
 @click.option(
@@ -110,6 +125,7 @@ class SplitCsv(click.ParamType[tuple[str, Path]]):
 )
 @click.option("--strict", is_flag=True, help="Refuse labels with one class; exit with 3 on any reject.")
 @click.option("--workers", default=os.cpu_count, type=click.IntRange(min=1), show_default="all cores")
+@click.option("--scheduler", metavar="URL", help="Work on the Dask cluster there: tcp://host:8786.")
 @click.option("--overwrite", is_flag=True, help="Replace shards made with other options or from other CSVs.")
 @click.option("--dry-run", is_flag=True, help="Say what would be written, and which images are missing.")
 def shards(
@@ -122,6 +138,7 @@ def shards(
     max_bad: float,
     strict: bool,
     workers: int,
+    scheduler: str | None,
     overwrite: bool,
     dry_run: bool,
     **options: Any,
@@ -129,7 +146,7 @@ def shards(
     """Write the CheXpert folder SOURCE as shards to OUT: tars, Arrow tables, and a manifest at the end.
 
     Raw labels are kept; the policies are recorded as the shards' defaults, which training may override. The
-    same command continues a run that was stopped or killed.
+    same command continues a run that was stopped or killed. OUT may be s3://bucket/prefix.
     """
     from pipeline.labels import check_blank_policy, describe_one_class, parse_uncertain_policy
     from pipeline.shards import Options, write_shards
@@ -156,6 +173,7 @@ def shards(
             Options(**options),
             policies,
             workers=workers,
+            scheduler=scheduler,
             max_bad=max_bad,
             strict=strict,
             overwrite=overwrite,

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline import DataError
+from pipeline.store import is_remote, object_to_put
 
 FORMAT = "chexpert-shards"
 VERSION = 1
@@ -152,8 +153,12 @@ def write_atomically(path: Path, data: bytes | pa.Buffer) -> None:
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """A file to write that appears under its name at the end, whole and on disk, or not at all.
 
-    Raises DataError, naming the file, where it cannot be written.
+    The path may be one of `pipeline.store`. Raises DataError, naming the file, where it cannot be written.
     """
+    if is_remote(path):
+        with object_to_put(path) as file:
+            yield file
+        return
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("wb") as file:

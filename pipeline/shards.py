@@ -15,7 +15,6 @@ import io
 import json
 import os
 import re
-import shutil
 import zlib
 from collections.abc import Callable, Mapping
 from contextlib import closing
@@ -28,6 +27,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline import DataError
+from pipeline.cluster import run_on_cluster
 from pipeline.images import ENCODINGS, ImageError, ImageOptions, Prepared, prepare
 from pipeline.labels import (
     LABELS,
@@ -49,6 +49,7 @@ from pipeline.manifest import (
     write_table,
 )
 from pipeline.source import Source, read_splits
+from pipeline.store import check_access, make_folder, remove_folder
 from pipeline.tar import BLOCK, END, tar_member
 from pipeline.workers import report_item, run_alone, run_tasks
 
@@ -152,6 +153,7 @@ def write_shards(
     policies: Mapping[str, str],
     *,
     workers: int,
+    scheduler: str | None = None,
     max_bad: float,
     strict: bool = False,
     overwrite: bool = False,
@@ -159,9 +161,11 @@ def write_shards(
 ) -> RunSummary:
     """Write `source` into `out`, or continue where an earlier run of the same options stopped.
 
+    In so many worker processes, or on the Dask cluster of a `scheduler`; `out` may be a path of `pipeline.store`.
     Raises DataError for bad input, more than the share `max_bad` of unusable images, or `out` holding shards
     of other options or CSVs without `overwrite`; and, if `strict`, a label left with one class.
     """
+    check_access(out)
     hashes = {split: _sha256(path) for split, path in source.csvs.items()}
     wanted = {"options": asdict(options), "policies": dict(policies), "sources": hashes}
     partial = out / PARTIAL
@@ -170,10 +174,10 @@ def write_shards(
     elif (out / NAME).exists():
         manifest = read_manifest(out)
         _refuse_difference(out, {name: getattr(manifest, name) for name in wanted}, wanted)
-        shutil.rmtree(partial, ignore_errors=True)
+        remove_folder(partial)
         return RunSummary(manifest, False, 0, 0, 0, [])
 
-    partial.mkdir(parents=True, exist_ok=True)
+    make_folder(partial)
     started = partial / "options.json"
     if started.exists():
         _refuse_difference(out, json.loads(started.read_bytes()), wanted)
@@ -196,11 +200,17 @@ def write_shards(
     def tick(items: int) -> None:
         progress(min(resumed + items, total), total, len(rejects))
 
+    if scheduler is None:
+        results = run_tasks(write_shard, unfinished, workers, tick)
+    else:
+        results = run_on_cluster(write_shard, unfinished, scheduler, started)
     # Closed explicitly: when this raises, the workers must have ended before the caller goes on.
-    with closing(run_tasks(write_shard, unfinished, workers, tick)) as summaries:
+    with closing(results) as summaries:
         for summary in summaries:
             finished.append(summary)
             rejects += summary.rejects
+            if scheduler is not None:
+                tick(sum(summary.samples + len(summary.rejects) for summary in finished) - resumed)
             if len(rejects) > max_bad * total:
                 _write_rejects(out, rejects)
                 raise DataError(
@@ -209,7 +219,7 @@ def write_shards(
                 )
     progress(total, total, len(rejects))
     manifest = run_alone(finish, FinishTask(out, rows, wanted))
-    shutil.rmtree(partial)
+    remove_folder(partial)
     stripped = sum(summary.stripped for summary in finished)
     bytes_in = sum(summary.bytes_in for summary in finished)
     return RunSummary(manifest, True, bytes_in, stripped, resumed, one_class)
@@ -349,7 +359,7 @@ def _write_index(task: FinishTask, split: str) -> tuple[Split, Any, list[Reject]
 
 def _plan_batch(out: Path, split: str, number: int) -> pa.RecordBatch:
     """The rows of one shard, read by themselves: a memory map would stay resident."""
-    with pa.OSFile(str(out / PARTIAL / f"{split}.plan")) as file:
+    with (out / PARTIAL / f"{split}.plan").open("rb") as file:
         return pa.ipc.open_file(file).get_batch(number)
 
 
@@ -429,7 +439,7 @@ def _write_rejects(out: Path, rejects: list[Reject]) -> None:
 def _remove_ours(out: Path) -> None:
     """Remove what an earlier run wrote; the manifest first, so that the rest never looks finished."""
     (out / NAME).unlink(missing_ok=True)
-    shutil.rmtree(out / PARTIAL, ignore_errors=True)
+    remove_folder(out / PARTIAL)
     for path in out.iterdir():
         if _OURS.fullmatch(path.name):
             path.unlink()

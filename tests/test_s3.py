@@ -4,6 +4,7 @@ make test-s3    # installs Swift into .venv-s3, whose bin folder is SWIFT_BIN
 """
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,8 +13,10 @@ from pathlib import Path
 import pytest
 
 from pipeline import DataError
-from pipeline.manifest import Manifest, read_manifest, read_table
+from pipeline.manifest import Manifest, atomic_file, read_manifest, read_table
 from pipeline.remote import Cache, Remote
+from pipeline.store import open_location
+from tests.conftest import PIPELINE, run_pipeline, write_chexpert
 from tests.swift import KEY, SECRET, run_swift
 
 GB = 10**9
@@ -113,3 +116,76 @@ def test_another_object_under_the_name_is_refused(stored: tuple[Path, Manifest],
     if first.bytes == second.bytes:
         reason = "its sha256 is not the manifest's; tried 2 times"
     assert str(caught.value) == f"{URL}/{first.file}: {reason}"
+
+
+def objects_of(prefix: str) -> dict[str, bytes]:
+    import s3fs
+
+    store = s3fs.S3FileSystem(skip_instance_cache=True)
+    paths = store.find(prefix, withdirs=False) if store.exists(prefix) else []
+    return {path.removeprefix(f"{prefix}/"): store.cat_file(path) for path in paths}
+
+
+def test_the_etl_writes_to_the_store_what_it_writes_to_a_folder(stored: object, tmp_path: Path) -> None:
+    """Killed in the middle and started again; in its second half with more than one worker."""
+    import s3fs
+
+    source = tmp_path / "CheXpert-v1.0-small"
+    write_chexpert(source, "train", range(1, 61))
+    options = ["--size", "48", "--dev", "0.3", "--samples-per-shard", "20"]
+    assert run_pipeline("shards", source, tmp_path / "local", *options).returncode == 0
+    command = [str(PIPELINE), "shards", str(source), "s3://chest/written/small", *options, "--workers"]
+    run = subprocess.Popen([*command, "1"], stderr=subprocess.DEVNULL)
+    store = s3fs.S3FileSystem(skip_instance_cache=True, use_listings_cache=False)
+    while len(store.glob("chest/written/small/*.tar")) < 2:
+        assert run.poll() is None
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    assert "manifest.json" not in objects_of("chest/written/small")
+    again = subprocess.run([*command, "2"], capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr
+    assert "images were there already" in again.stdout
+    expected = {path.name: path.read_bytes() for path in (tmp_path / "local").iterdir()}
+    assert objects_of("chest/written/small") == expected
+    assert not any(SECRET.encode() in content or KEY.encode() in content for content in expected.values())
+    third = subprocess.run([*command, "1"], capture_output=True, text=True, check=False)
+    assert "s3://chest/written/small: complete already, nothing to do" in third.stdout
+    other = subprocess.run([*command, "1", "--seed", "1"], capture_output=True, text=True, check=False)
+    assert other.stderr == (
+        "Error: s3://chest/written/small holds other shards: seed is 0 there and 1 here; "
+        "choose another folder or --overwrite\n"
+    )
+    replaced = subprocess.run([*command, "1", "--seed", "1", "--overwrite"], capture_output=True, check=False)
+    assert replaced.returncode == 0
+    assert objects_of("chest/written/small")["manifest.json"] != expected["manifest.json"]
+
+
+def test_a_store_that_refuses_is_named_without_credentials(
+    stored: object, chexpert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wr0ng-s3cret")
+    refused = run_pipeline("shards", chexpert, "s3://chest/refused", "--size", 48)
+    assert refused.returncode == 1
+    assert refused.stderr == (
+        "Error: s3://chest/refused: cannot be used: PermissionError; "
+        "credentials come from AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE\n"
+    )
+
+
+def test_what_a_store_changes_is_noticed(stored: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = open_location("s3://chest/changed/file")
+    with atomic_file(path) as file:
+        file.write(b"a" * 1000)
+    assert path.read_bytes() == b"a" * 1000
+    put = path.fs.put_file  # type: ignore[attr-defined]
+
+    def change(local: str, remote: str) -> None:
+        put(local, remote)
+        path.write_bytes(b"b")
+
+    monkeypatch.setattr(path.fs, "put_file", change)  # type: ignore[attr-defined]
+    message = (
+        r"^s3://chest/changed/file: what the store gives back is not what was put; start the command again$"
+    )
+    with pytest.raises(DataError, match=message), atomic_file(path) as file:
+        file.write(b"c" * 1000)

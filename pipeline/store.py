@@ -1,0 +1,95 @@
+"""Folders to write to that may be URLs of an object store, with what a store has not: no rename, no half-written file.
+
+In: a location, `shards` or `s3://bucket/prefix`. Out: a path that the code for folders can use, and for URLs a way to
+write a file: it is written on this machine first, put as one object (in parts where it is large; an upload that
+breaks off leaves none), then read back and compared. Credentials come from the environment or AWS_PROFILE.
+"""
+
+import hashlib
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import Any, BinaryIO
+
+from pipeline import DataError
+
+# Checksums that other stores than AWS do not know; what was put is compared in any case.
+_S3 = dict.fromkeys(("request_checksum_calculation", "response_checksum_validation"), "when_required")
+
+
+def open_location(location: str) -> Path:
+    """A folder, or a path of the universal_pathlib for a URL, which behaves as one. Raises DataError."""
+    scheme, separator, _ = location.partition("://")
+    if not separator:
+        return Path(location)
+    try:
+        from upath import UPath
+
+        options: dict[str, Any] = {"use_listings_cache": False}
+        if scheme == "s3":
+            options["config_kwargs"] = _S3
+        path: Any = UPath(location.rstrip("/"), **options)
+        path.fs  # noqa: B018 - its package may be missing
+    except ImportError as error:
+        raise DataError(f"{location}: {error}; install it with: pip install '.[remote]'") from None
+    except ValueError as error:
+        raise DataError(f"{location}: not a URL that can be written to: {error}") from None
+    return path  # type: ignore[no-any-return]
+
+
+def is_remote(path: Path) -> bool:
+    """Whether the path is in an object store."""
+    return not isinstance(path, Path)
+
+
+@contextmanager
+def object_to_put(path: Any) -> Iterator[BinaryIO]:
+    """A file to write that becomes an object at the end. Raises DataError, naming the object, where that fails."""
+    with NamedTemporaryFile() as file:
+        yield file  # type: ignore[misc]
+        file.flush()
+        file.seek(0)
+        written = hashlib.file_digest(file, "sha256").hexdigest()
+        with named_failures(path, "cannot be written"):
+            path.fs.put_file(file.name, path.path)
+            with path.open("rb") as stored:
+                found = hashlib.file_digest(stored, "sha256").hexdigest()
+        if found != written:
+            raise DataError(f"{path}: what the store gives back is not what was put; start the command again")
+
+
+def check_access(path: Path) -> None:
+    """Raise DataError for a store that cannot be reached, or gives no access."""
+    if is_remote(path):
+        with named_failures(path, "cannot be used"):
+            path.exists()
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder, and those above it; a store has none."""
+    if not is_remote(path):
+        path.mkdir(parents=True, exist_ok=True)
+
+
+def remove_folder(path: Any) -> None:
+    """Remove all below a folder, if it is there."""
+    if not is_remote(path):
+        shutil.rmtree(path, ignore_errors=True)
+    elif path.exists():
+        path.fs.rm(path.path, recursive=True)
+
+
+@contextmanager
+def named_failures(path: Path, what: str) -> Iterator[None]:
+    """Raise DataError for whatever the store raises: with its kind alone, because texts may quote credentials."""
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:
+        hint = ""
+        if isinstance(error, PermissionError) or "Credential" in type(error).__name__:
+            hint = "; credentials come from AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+        raise DataError(f"{path}: {what}: {type(error).__name__}{hint}") from None
