@@ -168,6 +168,9 @@ def shards(
 
 
 def _print_run(out: Path, run: "RunSummary", seconds: float) -> None:
+    from pipeline.studies import describe_studies
+    from pipeline.workers import run_alone
+
     images = size = 0
     for name, split in run.manifest.splits.items():
         bytes_out = sum(shard.bytes for shard in split.shards)
@@ -176,6 +179,8 @@ def _print_run(out: Path, run: "RunSummary", seconds: float) -> None:
             f"{name:6} {split.samples:8,} images {split.studies:8,} studies {split.patients:7,} patients "
             f"{len(split.shards):4} shards {bytes_out / 1e6:10,.1f} MB"
         )
+    if run.manifest.options.get("unit") == "study":
+        click.echo(run_alone(describe_studies, out))
     if run.manifest.rejects:
         click.echo(f"rejected images: {len(run.manifest.rejects):,}, see {out / 'rejects.csv'}")
     if not run.is_new:
@@ -206,6 +211,8 @@ def _print_preview(source: "Source", options: "Options") -> None:
         )
         if split.missing:
             click.echo(f"       {len(split.missing):,} images are missing, for example {split.missing[0]}")
+    if options.views == "all":
+        click.echo(preview.views)
     _print_report(start_report(preview.statistics))
     click.echo("dry run: nothing was written")
 
