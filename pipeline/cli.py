@@ -38,8 +38,14 @@ def cli() -> None:
 @click.argument("out", type=click.Path(path_type=Path, file_okay=False))
 @click.option("--images", default=2000, type=click.IntRange(min=20), help="Train and valid together.")
 @click.option("--seed", default=0, type=click.IntRange(min=0), help="Another seed gives other patients.")
+@click.option(
+    "--laterals",
+    type=click.FloatRange(0, 1),
+    help="Share of studies with a lateral.",
+    show_default="as in CheXpert",
+)
 @click.option("--workers", default=os.cpu_count, type=click.IntRange(min=1), show_default="all cores")
-def sample(out: Path, images: int, seed: int, workers: int) -> None:
+def sample(out: Path, images: int, seed: int, laterals: float | None, workers: int) -> None:
     """Write a synthetic CheXpert to OUT: drawn chest films, for trying things out without patient data."""
     from pipeline.sample import write_sample
 
@@ -51,7 +57,9 @@ def sample(out: Path, images: int, seed: int, workers: int) -> None:
             done += finished
             advance(done, images)
 
-        folder = write_sample(out, images=images, seed=seed, workers=workers, progress=count)
+        folder = write_sample(
+            out, images=images, seed=seed, workers=workers, progress=count, laterals=laterals
+        )
     click.echo(f"{folder}: {images:,} synthetic images")
 
 
