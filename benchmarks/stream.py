@@ -42,9 +42,10 @@ from benchmarks.stream_peers import BATCH, SIZE, WARM_UP, WORKERS, Batches, meas
 from pipeline.images import decode_jpeg, resize
 from pipeline.labels import LABELS, label_states, make_targets, parse_uncertain_policy
 from pipeline.manifest import read_manifest
-from pipeline.plan import Rows, epoch_order, training_steps
+from pipeline.plan import Rows, epoch_order, plan_training, training_steps
 from pipeline.sample import FOLDER, write_sample
 from pipeline.stream import Labels, OpenSplit, open_split, stream_evaluation, stream_training
+from pipeline.studies import find_studies, stream_studies
 
 PARTS = ("rates", "memory", "start", "shuffle")
 ROOT = Path(__file__).parents[1]
@@ -95,6 +96,23 @@ def measure_ours(shards: Path, passes: int) -> float:
     return measure(read())
 
 
+def measure_studies(shards: Path, passes: int) -> float:
+    """Images/s of the stream of studies."""
+
+    def read() -> Iterator[int]:
+        split, labels = open_shards(shards)
+        studies = find_studies(split)
+        for epoch in range(passes):
+            plan = partial(plan_training, studies.shard_sizes, BATCH, 0, epoch)
+            stream = stream_studies(plan, split, studies, labels, size=SIZE, threads=WORKERS)
+            yield from (int(batch.present.sum()) for batch in stream)
+
+    counts = read()
+    sum(islice(counts, WARM_UP))
+    start = time.perf_counter()
+    return sum(counts) / (time.perf_counter() - start)
+
+
 def measure_bare_loop(shards: Path, passes: int) -> float:
     """Images/s of decode and resize alone."""
     contents = list(islice(read_jpegs(shards), 20 * BATCH))
@@ -136,6 +154,10 @@ RACES = {
         Contestant("webdataset, at its best", "224", "webdataset_best"),
         Contestant("DALI on the CPU", "224", "dali", 5),
     ],
+    "390×320 JPEG of all views": [
+        Contestant("ours, by study", "studies", partial(measure_studies, passes=3)),
+        Contestant("ours, by image", "studies", partial(measure_ours, passes=3), 0.9),
+    ],
     "224×224 raw": [
         Contestant("ours", "raw", partial(measure_ours, passes=10)),
         Contestant("ours, 224×224 JPEG", "224", partial(measure_ours, passes=5), 2),
@@ -170,6 +192,9 @@ def make_images(folder: Path, images: int) -> None:
     source = link_films(folder, [header, *frontals[:images]], films)
     for name, options in STORED.items():
         write_shards(source, folder / name, "--samples-per-shard", images // SHARDS, *options)
+    everything = link_films(folder / "all", [header, *lines[:images]], films)
+    shards = ("--size", "original", "--views", "all", "--samples-per-shard", images // SHARDS)
+    write_shards(everything, folder / "studies", *shards)
 
 
 def make_tiny(folder: Path, rows: int) -> Path:

@@ -13,6 +13,7 @@ Modules, in the order the data flows:
     plan      (shard sizes, seed, epoch) → the order of the epoch's samples
     remote    shards at a URL → local files, through a bounded cache
     stream    order → batches of images, targets and masks
+    studies   table → studies, and batches of these instead of images
     verify    shards → what is wrong with them
     index     shards that others wrote → Arrow index and manifest
     scores    a run's scores of a split ↔ Arrow file

@@ -38,8 +38,14 @@ def cli() -> None:
 @click.argument("out", type=click.Path(path_type=Path, file_okay=False))
 @click.option("--images", default=2000, type=click.IntRange(min=20), help="Train and valid together.")
 @click.option("--seed", default=0, type=click.IntRange(min=0), help="Another seed gives other patients.")
+@click.option(
+    "--laterals",
+    type=click.FloatRange(0, 1),
+    help="Share of studies with a lateral.",
+    show_default="as in CheXpert",
+)
 @click.option("--workers", default=os.cpu_count, type=click.IntRange(min=1), show_default="all cores")
-def sample(out: Path, images: int, seed: int, workers: int) -> None:
+def sample(out: Path, images: int, seed: int, laterals: float | None, workers: int) -> None:
     """Write a synthetic CheXpert to OUT: drawn chest films, for trying things out without patient data."""
     from pipeline.sample import write_sample
 
@@ -51,7 +57,9 @@ def sample(out: Path, images: int, seed: int, workers: int) -> None:
             done += finished
             advance(done, images)
 
-        folder = write_sample(out, images=images, seed=seed, workers=workers, progress=count)
+        folder = write_sample(
+            out, images=images, seed=seed, workers=workers, progress=count, laterals=laterals
+        )
     click.echo(f"{folder}: {images:,} synthetic images")
 
 
@@ -186,6 +194,9 @@ def shards(
 
 
 def _print_run(out: Path, run: "RunSummary", seconds: float) -> None:
+    from pipeline.studies import describe_studies
+    from pipeline.workers import run_alone
+
     images = size = 0
     for name, split in run.manifest.splits.items():
         bytes_out = sum(shard.bytes for shard in split.shards)
@@ -194,6 +205,8 @@ def _print_run(out: Path, run: "RunSummary", seconds: float) -> None:
             f"{name:6} {split.samples:8,} images {split.studies:8,} studies {split.patients:7,} patients "
             f"{len(split.shards):4} shards {bytes_out / 1e6:10,.1f} MB"
         )
+    if run.manifest.options.get("unit") == "study":
+        click.echo(run_alone(describe_studies, out))
     if run.manifest.rejects:
         click.echo(f"rejected images: {len(run.manifest.rejects):,}, see {out / 'rejects.csv'}")
     if not run.is_new:
@@ -224,6 +237,8 @@ def _print_preview(source: "Source", options: "Options") -> None:
         )
         if split.missing:
             click.echo(f"       {len(split.missing):,} images are missing, for example {split.missing[0]}")
+    if options.views == "all":
+        click.echo(preview.views)
     _print_report(start_report(preview.statistics))
     click.echo("dry run: nothing was written")
 

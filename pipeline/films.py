@@ -16,6 +16,19 @@ import numpy.typing as npt
 
 Array = npt.NDArray[Any]  # float32 throughout, which NumPy's stubs cannot follow
 
+# How severe a sign looks on a lateral, as a multiple of what it is, up to 1. A lateral looks through a pneumothorax
+# at the side wall, through a wide mediastinum and broken ribs; it shows free what lies behind heart and diaphragm.
+ON_LATERALS = {
+    "Enlarged Cardiomediastinum": 0.0,
+    "Pneumothorax": 0.0,
+    "Fracture": 0.0,
+    "Lung Lesion": 2.0,
+    "Consolidation": 2.0,
+    "Pneumonia": 2.0,
+    "Atelectasis": 2.0,
+    "Pleural Effusion": 2.0,
+    "Pleural Other": 2.0,
+}
 SKETCH = 0.5  # films are drawn at this share of the final resolution; metal and grain at the full one
 
 
@@ -73,7 +86,13 @@ def draw_film(
 
     `patient_rng` decides the build, which a patient's films share; `rng` all that differs between films.
     """
-    make_film = frontal_film if kind == "frontal" else lateral_film
+    make_film = frontal_film
+    if kind == "lateral":
+        make_film = lateral_film
+        findings = {
+            label: finding._replace(severity=min(1.0, ON_LATERALS.get(label, 1.0) * finding.severity))
+            for label, finding in findings.items()
+        }
     film, tissue = make_film(rng, draw_body(patient_rng, sex), findings, projection == "AP")
     draw_vessels(film, rng)
     for label, draw in SIGNS.items():

@@ -4,7 +4,8 @@
 earlier batch, so resuming is starting at a step. Shards are permuted, grouped into windows, and samples are
 permuted inside a window: reading stays local, and a window is all that has to be at hand. The same
 holds where only some rows are visited, or rows are drawn by weight (pipeline.select), and where each of several
-ranks takes its slice of every batch.
+ranks takes its slice of every batch. Samples are images or, by pipeline.studies, studies: all that counts here is
+how many of them each shard has.
 """
 
 import hashlib
@@ -21,11 +22,16 @@ WINDOW = 16  # shards whose samples are mixed with each other
 
 
 class Step(NamedTuple):
-    """Which samples make one batch: row numbers [B] of the split's table."""
+    """Which samples make one batch: row numbers [B] of the split's table; of studies [B, V], -1 for no image."""
 
     epoch: int
     step: int
     rows: Rows
+
+    @property
+    def images(self) -> Rows:
+        """The row numbers [n] that are some."""
+        return self.rows[self.rows >= 0]
 
 
 def training_steps(samples: int, batch_size: int) -> int:

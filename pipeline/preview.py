@@ -9,8 +9,9 @@ import pyarrow as pa
 
 from pipeline.images import ImageError, prepare
 from pipeline.shards import Options, selection
-from pipeline.source import Dropped, Source, read_splits
+from pipeline.source import Dropped, Source, divide_rows, read_splits
 from pipeline.stats import Statistics, count_labels
+from pipeline.studies import describe_views
 
 SAMPLED = 24  # images per split that are prepared to estimate the bytes
 OVERHEAD = 2304  # bytes per sample beside the image: two headers, the JSON and half a block of padding
@@ -28,10 +29,11 @@ class SplitPreview(NamedTuple):
 
 
 class Preview(NamedTuple):
-    """All splits, and the label counts of the rows kept."""
+    """All splits, the label counts of the rows kept, and how many of their studies have which views."""
 
     splits: dict[str, SplitPreview]
     statistics: Statistics
+    views: str
 
 
 def preview_shards(source: Source, options: Options) -> Preview:
@@ -40,7 +42,7 @@ def preview_shards(source: Source, options: Options) -> Preview:
     splits = {}
     for split, table in tables.items():
         files = table["file"].to_pylist()
-        shards = len(range(0, table.num_rows, options.samples_per_shard))
+        shards = len(list(divide_rows(table, options.samples_per_shard, options.views)))
         splits[split] = SplitPreview(
             table.num_rows + sum(dropped[split]),
             table.num_rows,
@@ -49,7 +51,8 @@ def preview_shards(source: Source, options: Options) -> Preview:
             shards,
             round(_mean_bytes(files, options) * table.num_rows) + shards * 1024,
         )
-    return Preview(splits, count_labels(pa.concat_tables(list(tables.values()))))
+    kept = pa.concat_tables(list(tables.values()))
+    return Preview(splits, count_labels(kept), describe_views(kept))
 
 
 def _mean_bytes(files: list[str], options: Options) -> float:

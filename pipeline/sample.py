@@ -6,6 +6,7 @@ in a share of the cases (the share that radiologists confirm), negative and blan
 one). Train follows the real set's frontal state frequencies, but for the rarest labels (Enlarged
 Cardiomediastinum, Lung Lesion, Pneumonia, Pleural Other, Fracture), raised to 5-7 % positive so that a sample
 of 2,000 images has some to evaluate. Valid states the truth, as its radiologists do: no blank, no uncertain.
+A lateral shows some signs better and others not at all (pipeline.films), so that whoever reads both views learns more.
 Lung Opacity follows from its children; Enlarged Cardiomediastinum is only correlated with Cardiomegaly, as in
 the real reports.
 """
@@ -95,10 +96,14 @@ def write_sample(
     seed: int = 0,
     workers: int | None = None,
     progress: Callable[[int], None] | None = None,
+    laterals: float | None = None,
 ) -> Path:
     """Write a synthetic data set of exactly `images` images into `out` and return its CheXpert-v1.0-small.
 
-    The bytes depend on images and seed (0 to 2^64-1) alone, at any number of `workers` (default: one a CPU;
+    `laterals` is the share of studies that have a lateral too; None is about as many as in the real set. It
+    changes no study's frontals or labels, but so many images hold fewer studies of more.
+
+    The bytes depend on images, seed (0 to 2^64-1) and laterals alone, at any number of `workers` (default: one a CPU;
     with more than one, a script must call this under `if __name__ == "__main__"`). `progress` is called with
     the number of images newly finished. Raises FileExistsError if the folder is already there, ValueError if
     images < 1. The folder appears only when complete.
@@ -111,8 +116,8 @@ def write_sample(
     if partial.exists():
         shutil.rmtree(partial)
     valid_images = round(images * VALID_SHARE)
-    train = list(draw_patients(seed, 1, images - valid_images, valid=False))
-    valid = list(draw_patients(seed, len(train) + 1, valid_images, valid=True))
+    train = list(draw_patients(seed, 1, images - valid_images, False, laterals))
+    valid = list(draw_patients(seed, len(train) + 1, valid_images, True, laterals))
     for split, patients in (("train", train), ("valid", valid)):
         (partial / split).mkdir(parents=True)
         write_csv(partial / f"{split}.csv", split, patients)
@@ -179,26 +184,29 @@ def stream(seed: int, patient: int, study: int = 0, view: int = 0) -> np.random.
     return np.random.Generator(np.random.Philox(key=[seed, patient], counter=[0, 0, view, study]))
 
 
-def draw_patients(seed: int, first: int, images: int, valid: bool) -> Iterator[Patient]:
+def draw_patients(
+    seed: int, first: int, images: int, valid: bool, laterals: float | None = None
+) -> Iterator[Patient]:
     """Yield patients numbered from `first` until they have `images` images; the last one is cut to fit."""
     number = first
     while images > 0:
-        patient = draw_patient(seed, number, valid, images)
+        patient = draw_patient(seed, number, valid, laterals, images)
         images -= sum(len(study.views) for study in patient.studies)
         number += 1
         yield patient
 
 
-def draw_patient(seed: int, number: int, valid: bool, limit: int) -> Patient:
+def draw_patient(seed: int, number: int, valid: bool, laterals: float | None, limit: int) -> Patient:
     """Draw a patient with at most `limit` images; valid patients have one study, as in the real set."""
     rng = stream(seed, number)
     sex = "Male" if rng.random() < 0.59 else "Female"
     age = int(np.clip(rng.normal(61, 18), 18, 90))
     factors = rng.standard_normal(3)
     outpatient = rng.random() < 0.15
+    share = (0.75 if outpatient else 0.075) if laterals is None else laterals
     studies: list[Study] = []
     for index in range(1, 1 + (1 if valid else int(min(rng.geometric(0.38), 20)))):
-        study = draw_study(stream(seed, number, index), index, factors, outpatient, valid)
+        study = draw_study(stream(seed, number, index), index, factors, outpatient, share, valid)
         studies.append(study._replace(views=study.views[:limit]))
         limit -= len(studies[-1].views)
         if limit == 0:
@@ -207,13 +215,18 @@ def draw_patient(seed: int, number: int, valid: bool, limit: int) -> Patient:
 
 
 def draw_study(
-    rng: np.random.Generator, number: int, factors: npt.NDArray[np.float64], outpatient: bool, valid: bool
+    rng: np.random.Generator,
+    number: int,
+    factors: npt.NDArray[np.float64],
+    outpatient: bool,
+    laterals: float,
+    valid: bool,
 ) -> Study:
     """Draw a study's views, signs and states; `factors` [3] are the patient's own illness."""
     views = [("frontal", "PA" if outpatient else "AP")]
     if rng.random() < 0.03:
         views.append(views[0])
-    if rng.random() < (0.75 if outpatient else 0.075):
+    if rng.random() < laterals:
         views.append(("lateral", ""))
     factors = 0.6 * factors + 0.8 * rng.standard_normal(3)
     drawn = {label: draw_finding(rng, latent, factors) for label, latent in FINDINGS.items()}

@@ -48,7 +48,7 @@ from pipeline.manifest import (
     write_manifest,
     write_table,
 )
-from pipeline.source import Source, read_splits
+from pipeline.source import Source, divide_rows, read_splits
 from pipeline.store import check_access, make_folder, remove_folder
 from pipeline.tar import BLOCK, END, tar_member
 from pipeline.workers import report_item, run_alone, run_tasks
@@ -167,7 +167,9 @@ def write_shards(
     """
     check_access(out)
     hashes = {split: _sha256(path) for split, path in source.csvs.items()}
-    wanted = {"options": asdict(options), "policies": dict(policies), "sources": hashes}
+    # Shards of all views made before their studies lay together are other shards.
+    unit = {"unit": "study"} if options.views == "all" else {}
+    wanted = {"options": asdict(options) | unit, "policies": dict(policies), "sources": hashes}
     partial = out / PARTIAL
     if overwrite and out.is_dir():
         _remove_ours(out)
@@ -189,8 +191,8 @@ def write_shards(
     total = sum(rows.values())
     tasks = [
         ShardTask(out, split, number, source.roots, options.image)
-        for split, count in rows.items()
-        for number in range(len(range(0, count, options.samples_per_shard)))
+        for split in rows
+        for number in range(_count_shards(out, split))
     ]
     finished = [summary for task in tasks if (summary := _finished(task)) is not None]
     resumed = sum(summary.samples for summary in finished)
@@ -231,7 +233,10 @@ def write_plan(task: PlanTask) -> Plan:
     for split, table in tables.items():
         path = task.out / PARTIAL / f"{split}.plan"
         with atomic_file(path) as file, pa.ipc.new_file(file, table.schema) as writer:
-            writer.write_table(table.combine_chunks(), max_chunksize=task.options.samples_per_shard)
+            for of_shard in divide_rows(
+                table.combine_chunks(), task.options.samples_per_shard, task.options.views
+            ):
+                writer.write_table(of_shard)
     rows = {split: table.num_rows for split, table in tables.items()}
     if "train" not in tables:
         return Plan(rows, [])
@@ -335,7 +340,7 @@ def _write_index(task: FinishTask, split: str) -> tuple[Split, Any, list[Reject]
     """Write `<split>.arrow`: the rows that were kept, without paths, plus where each image lies."""
     batches, shards, rejects = [], [], []
     levels = np.zeros(256, np.int64)
-    for number in range(len(range(0, task.rows[split], task.wanted["options"]["samples_per_shard"]))):
+    for number in range(_count_shards(task.out, split)):
         record = json.loads((task.out / PARTIAL / f"{split}-{number:06d}.json").read_bytes())
         rows = _plan_batch(task.out, split, number).filter(pa.array(record["kept"]))
         index = pa.Table.from_batches([rows]).drop_columns(["path", "file"])
@@ -355,6 +360,11 @@ def _write_index(task: FinishTask, split: str) -> tuple[Split, Any, list[Reject]
         shards=tuple(shards),
     )
     return entry, levels, rejects
+
+
+def _count_shards(out: Path, split: str) -> int:
+    with (out / PARTIAL / f"{split}.plan").open("rb") as file:
+        return int(pa.ipc.open_file(file).num_record_batches)
 
 
 def _plan_batch(out: Path, split: str, number: int) -> pa.RecordBatch:

@@ -8,7 +8,8 @@ patient/study/view, whatever its CSV says of the folders above.
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -87,8 +88,9 @@ def read_splits(
 ) -> tuple[dict[str, pa.Table], dict[str, Dropped]]:
     """Label table per split, shuffled, with the column `file` (absolute path); and what was dropped.
 
-    train is divided into train and dev by patient. Splits that end up empty are left out. Raises DataError
-    where a CSV is bad, a patient is in two CSVs, or no image is left.
+    With all views it is studies that are shuffled, and the images of one follow each other. train is divided
+    into train and dev by patient. Splits that end up empty are left out. Raises DataError where a CSV is bad, a
+    patient is in two CSVs, or no image is left.
     """
     tables = {split: read_labels(csv) for split, csv in source.csvs.items()}
     _refuse_shared_patients(source, tables)
@@ -100,13 +102,25 @@ def read_splits(
     dropped: dict[str, Dropped] = {}
     for split, table in tables.items():
         of_view = select_views(table, views)
-        chosen = _shuffle(of_view if limit is None else limit_patients(of_view, limit, seed), seed)
+        chosen = of_view if limit is None else limit_patients(of_view, limit, seed)
+        chosen = _shuffle_studies(chosen, seed) if views == "all" else _shuffle(chosen, seed)
         dropped[split] = Dropped(table.num_rows - of_view.num_rows, of_view.num_rows - chosen.num_rows)
         if chosen.num_rows:
             kept[split] = chosen.append_column("file", _locate(chosen["path"].to_pylist(), folders, source))
     if not kept:
         raise DataError(f"{', '.join(map(str, source.csvs.values()))}: no {views} images")
     return kept, dropped
+
+
+def divide_rows(table: pa.Table, size: int, views: str) -> Iterator[pa.Table]:
+    """The rows of each shard: `size` of them; with all views a few more or less, so that no study is divided."""
+    starts = np.arange(0, table.num_rows, size)
+    if views == "all":
+        studies = [key.rpartition("_view")[0] for key in table["key"].to_pylist()]
+        begins = np.array([row for row, study in enumerate(studies) if row == 0 or study != studies[row - 1]])
+        starts = np.unique(begins[begins.searchsorted(starts[starts <= begins[-1]])])
+    for start, stop in pairwise([*starts.tolist(), table.num_rows]):
+        yield table.slice(start, stop - start)
 
 
 def _csvs_in(folder: Path) -> dict[str, Path]:
@@ -149,6 +163,13 @@ def _shuffle(table: pa.Table, seed: int) -> pa.Table:
     """Rows in an order that depends on (seed, key) alone: CheXpert's own order is not random."""
     draws = [hash_fraction("shuffle", seed, key) for key in table["key"].to_pylist()]
     return table.take(np.argsort(np.array(draws), kind="stable"))
+
+
+def _shuffle_studies(table: pa.Table, seed: int) -> pa.Table:
+    """Studies in an order that depends on (seed, study) alone, the images of each by key."""
+    keys = table["key"].to_pylist()
+    draws = np.array([hash_fraction("shuffle", seed, key.rpartition("_view")[0]) for key in keys])
+    return table.take(np.lexsort((keys, draws)))
 
 
 def _find_patients(source: Source) -> dict[str, list[str]]:

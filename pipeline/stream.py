@@ -79,7 +79,7 @@ class ShardFile:
 
 
 class Encoded(NamedTuple):
-    """A step, and for each of its images an open shard, offset and length in bytes, and checksum."""
+    """A step, and for each of its n images an open shard, offset and length in bytes, and checksum."""
 
     step: Step
     files: list[ShardFile]
@@ -89,7 +89,10 @@ class Encoded(NamedTuple):
 
 
 class Decoded(NamedTuple):
-    """A step with its images uint8 [B, 1, H, W], and the positions in it whose image is unusable and black."""
+    """A step with its images uint8 [B, 1, H, W], and the positions in it whose image is unusable and black.
+
+    Where the step's rows are [B, V] (pipeline.studies) images are [B, V, 1, H, W], and positions count through V.
+    """
 
     step: Step
     images: npt.NDArray[np.uint8]
@@ -204,13 +207,14 @@ def fetch(steps: Iterable[Step], split: OpenSplit) -> Iterator[Encoded]:
     """Say where the images of each step lie, in shards that are open; no image is read before it is decoded."""
     opened: dict[int, ShardFile] = {}  # least recently used first
     for step in steps if split.remote is None else _download_ahead(steps, split, split.remote):
-        shards = split.shard[step.rows]
+        rows = step.images
+        shards = split.shard[rows]
         for number in np.unique(shards).tolist():
             opened[number] = opened.pop(number) if number in opened else _open_shard(split, number)
         files = [opened[number] for number in shards.tolist()]
         while len(opened) > KEPT_OPEN:
             del opened[next(iter(opened))]
-        yield Encoded(step, files, split.offset[step.rows], split.length[step.rows], split.crc[step.rows])
+        yield Encoded(step, files, split.offset[rows], split.length[rows], split.crc[rows])
 
 
 def decode(
@@ -269,19 +273,22 @@ def label(decoded: Iterable[Decoded], labels: Labels) -> Iterator[Batch]:
 
 def _decode_batch(batch: Encoded, split: OpenSplit, size: int) -> tuple[Decoded, list[str]]:
     """The images, and what is wrong with each bad one."""
-    images = np.empty((len(batch.files), 1, size, size), np.uint8)
+    rows = batch.step.rows.ravel()
+    positions = np.flatnonzero(rows >= 0).tolist()
+    images = np.empty((len(rows), 1, size, size), np.uint8)
+    images[rows < 0] = 0
     bad, reasons = [], []
-    places = zip(batch.files, batch.offset.tolist(), batch.length.tolist(), batch.crc.tolist(), strict=True)
-    for position, (file, offset, length, crc) in enumerate(places):
+    places = batch.offset.tolist(), batch.length.tolist(), batch.crc.tolist()
+    for position, file, offset, length, crc in zip(positions, batch.files, *places, strict=True):
         try:
             images[position, 0] = resize(read_image(file, offset, length, crc, split.encoding), size, size)
         except (ValueError, OSError) as error:
-            row = int(batch.step.rows[position])
+            row = int(rows[position])
             shard, key = split.shards[split.shard[row]].file, split.table["key"][row].as_py()
             reasons.append(f"{shard}: sample {key}: {error}")
             images[position] = 0
             bad.append(position)
-    return Decoded(batch.step, images, bad), reasons
+    return Decoded(batch.step, images.reshape(*batch.step.rows.shape, 1, size, size), bad), reasons
 
 
 def _open_shard(split: OpenSplit, number: int) -> ShardFile:
@@ -311,7 +318,7 @@ def _download_ahead(steps: Iterable[Step], split: OpenSplit, remote: Remote) -> 
 
         try:
             for step in steps:
-                numbers = np.unique(split.shard[step.rows]).tolist()
+                numbers = np.unique(split.shard[step.images]).tolist()
                 for number in numbers:
                     needs[number] += 1
                     if number not in arrivals:

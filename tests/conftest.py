@@ -93,7 +93,9 @@ def write_chexpert(root: Path, split: str, patients: range, seed: int = 0) -> li
                 "AP/PA": "AP" if frontal else "",
             }
             cells = random.choice(CELLS[:2] if split == "valid" else CELLS, len(LABELS))
-            rows.append(row | dict(zip(LABELS, map(str, cells), strict=True)))
+            if frontal:  # the other images of a study have its labels
+                labels = dict(zip(LABELS, map(str, cells), strict=True))
+            rows.append(row | labels)
     write_rows(root / f"{split}.csv", rows)
     return rows
 
@@ -108,11 +110,12 @@ def write_rows(path: Path, rows: list[dict[str, str]], columns: tuple[str, ...] 
 
 @pytest.fixture(scope="session")
 def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A CheXpert folder and shards of its frontal images, made once; tests get copies."""
+    """A CheXpert folder, shards of its frontal images and shards of all, made once; tests get copies."""
     folder = tmp_path_factory.mktemp("originals")
     write_chexpert(folder / "CheXpert-v1.0-small", "train", range(1, 17))
     write_chexpert(folder / "CheXpert-v1.0-small", "valid", range(17, 21))
     make_shards(folder / "CheXpert-v1.0-small", folder / "shards")
+    make_shards(folder / "CheXpert-v1.0-small", folder / "studies", default_options(views="all"))
     return folder
 
 
@@ -126,6 +129,13 @@ def chexpert(originals: Path, tmp_path: Path) -> Path:
 def shards(originals: Path, tmp_path: Path) -> tuple[Path, Manifest]:
     """Shards of the frontal images of that folder, several per split."""
     folder = Path(shutil.copytree(originals / "shards", tmp_path / "shards"))
+    return folder, read_manifest(folder)
+
+
+@pytest.fixture
+def study_shards(originals: Path, tmp_path: Path) -> tuple[Path, Manifest]:
+    """Shards of all images of that folder, a study's together."""
+    folder = Path(shutil.copytree(originals / "studies", tmp_path / "studies"))
     return folder, read_manifest(folder)
 
 

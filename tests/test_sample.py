@@ -1,6 +1,7 @@
 """The synthetic data set: CheXpert's layout and quirks, the same bytes anywhere, signs that show."""
 
 import csv
+import hashlib
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -8,8 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline.films import Finding, draw_film
 from pipeline.labels import LABELS
-from pipeline.sample import draw_patients, write_sample
+from pipeline.sample import FINDINGS, draw_patients, write_sample
 
 HEADER = (
     "Path,Sex,Age,Frontal/Lateral,AP/PA,No Finding,Enlarged Cardiomediastinum,Cardiomegaly,Lung Opacity,"
@@ -28,6 +30,8 @@ REAL = {
     "Pleural Effusion": (76899, 9578, 25299),
     "Support Devices": (107170, 915, 5340),
 }
+TABLES = "c23148699e24973b12d85daadc781c0017c85c452d728f460a6a7f8c1e2f0fcb"  # sha256
+FRONTALS = "15f831c4fb63e1733a7e70b5df8ae4b6bd888b51cc614dd8b834a76ec40b400f"
 Row = dict[str, str]
 
 
@@ -87,6 +91,52 @@ def test_bytes_do_not_depend_on_the_workers_but_on_the_seed(tmp_path: Path) -> N
     assert one == two
     first = "train/patient00001/study1/view1_frontal.jpg"
     assert one[first] != other[first]
+
+
+def test_frontals_and_tables_are_written_in_stone(sample: Path) -> None:
+    """Figures in the README come from them: these values may never change."""
+    tables = b"".join((sample / f"{split}.csv").read_bytes() for split in ("train", "valid"))
+    assert hashlib.sha256(tables).hexdigest() == TABLES
+    frontals = hashlib.sha256()
+    for path in sorted(sample.glob("*/*/*/*_frontal.jpg")):
+        frontals.update(path.read_bytes())
+    assert frontals.hexdigest() == FRONTALS
+
+
+def test_more_laterals_change_no_study_but_by_their_views(sample: Path, tmp_path: Path) -> None:
+    more = write_sample(tmp_path, images=40, seed=3, workers=1, laterals=1.0)
+    rows = {row["Path"]: row for row in read_rows(sample, "train")}
+    studies = defaultdict(list)
+    for row in read_rows(more, "train"):
+        studies[row["Path"].rsplit("/", 1)[0]].append(row)
+        if row["Path"] in rows:
+            assert row == rows[row["Path"]]
+            pixels = [(root.parent / row["Path"]).read_bytes() for root in (sample, more)]
+            assert pixels[0] == pixels[1]
+        else:
+            assert row["Frontal/Lateral"] == "Lateral"
+    assert all(views[-1]["Frontal/Lateral"] == "Lateral" for views in list(studies.values())[:-1])
+    none = [study for patient in draw_patients(3, 1, 40, False, 0.0) for study in patient.studies]
+    assert {kind for study in none for kind, _ in study.views} == {"frontal"}
+
+
+def test_a_lateral_shows_some_signs_better_and_some_not_at_all() -> None:
+    nothing = dict.fromkeys(FINDINGS, Finding(0.0, 1, 0.2, 0.5, 0.15))
+
+    def visible(kind: str, label: str, severity: float) -> float:
+        """By how many gray levels the sign changes the film on average."""
+        films = [
+            draw_film(
+                kind, "AP", "Male", findings, np.random.default_rng(1), np.random.default_rng(2)
+            ).astype(float)
+            for findings in (nothing, nothing | {label: nothing[label]._replace(severity=severity)})
+        ]
+        return float(np.abs(films[1] - films[0]).mean())
+
+    for label in ("Enlarged Cardiomediastinum", "Pneumothorax", "Fracture"):
+        assert visible("lateral", label, 0.8) == 0 < visible("frontal", label, 0.8)
+    for label in ("Consolidation", "Atelectasis", "Pleural Effusion", "Pleural Other"):
+        assert visible("lateral", label, 0.35) > 1.2 * visible("frontal", label, 0.35) > 0
 
 
 def test_labels_keep_the_real_set_s_quirks(sample: Path) -> None:

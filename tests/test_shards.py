@@ -1,6 +1,7 @@
 import hashlib
 import io
 import json
+import shutil
 import tarfile
 import zlib
 from pathlib import Path
@@ -12,7 +13,7 @@ import webdataset
 from PIL import Image
 
 from pipeline import DataError
-from pipeline.labels import LABELS, evaluation_targets
+from pipeline.labels import LABELS, evaluation_targets, hash_fraction
 from pipeline.manifest import Manifest, read_manifest, read_table
 from pipeline.shards import write_shards
 from pipeline.source import find_source
@@ -120,6 +121,53 @@ def test_views(chexpert: Path, tmp_path: Path) -> None:
     for views, images in (("lateral", 20), ("all", 60)):
         manifest = make_shards(chexpert, tmp_path / views, default_options(views=views)).manifest
         assert sum(split.samples for split in manifest.splits.values()) == images
+
+
+@pytest.mark.parametrize(
+    ("views", "names"),
+    [
+        ("frontal", "f16ef4436da2bc4fbc7826594a784ddc07f51bac53d3decb520e6bdab4ce5664"),
+        ("lateral", "f40cc1503f06f13c45713a874b2d572dc8b60645442118f359bc2858a891afa1"),
+    ],
+)
+def test_which_image_lies_where_is_written_in_stone(
+    chexpert: Path, tmp_path: Path, views: str, names: str
+) -> None:
+    """Shards of one view made by any version are the same; the pixels' bytes are the codec's."""
+    text = (chexpert / "train.csv").read_text()
+    for path in chexpert.rglob("study2/view1_frontal.jpg"):
+        shutil.copy(path, path.with_name("view2_frontal.jpg"))
+    seconds = [line for line in text.splitlines() if "study2/view1_frontal" in line]
+    text += "".join(f"{line}\n".replace("view1", "view2") for line in seconds)
+    (chexpert / "train.csv").write_text(text)
+    manifest = make_shards(chexpert, tmp_path / "out", default_options(views=views)).manifest
+    assert "unit" not in manifest.options
+    members = []
+    for path in sorted((tmp_path / "out").glob("*.tar")):
+        with tarfile.open(path) as tar:
+            members.append((path.name, tar.getnames()))
+    assert hashlib.sha256(json.dumps(members).encode()).hexdigest() == names
+
+
+@pytest.mark.parametrize("size", [1, 7, 100])
+def test_studies_stay_together_where_all_views_are_kept(
+    chexpert: Path, shards: Shards, tmp_path: Path, size: int
+) -> None:
+    folder, frontals = shards
+    options = default_options(views="all", samples_per_shard=size)
+    manifest = make_shards(chexpert, tmp_path / "out", options).manifest
+    for name, split in manifest.splits.items():
+        table = read_table(tmp_path / "out", split).to_pandas()
+        studies = [key.rpartition("_view")[0] for key in table["key"]]
+        order = sorted(set(studies), key=lambda study: hash_fraction("shuffle", 0, study))
+        assert [study for row, study in enumerate(studies) if studies[row - 1 : row] != [study]] == order
+        assert table.groupby(["patient", "study"])["shard"].nunique().max() == 1
+        assert table["shard"].to_list() == sorted(table["shard"])
+        sizes = [shard.samples for shard in split.shards]
+        assert all(0 < samples <= size + 1 for samples in sizes)
+        assert all(samples >= size - 1 for samples in sizes[:-1])
+        frontal = read_table(folder, frontals.split(name)).to_pandas()
+        assert set(table.query("view == 'frontal'")["key"]) == set(frontal["key"])
 
 
 def test_finished_shards_are_left_alone_and_other_options_refused(chexpert: Path, shards: Shards) -> None:

@@ -2,10 +2,10 @@ import io
 import shutil
 import tarfile
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import Mock
 
 import cv2
@@ -20,7 +20,7 @@ from pipeline import DataError, stream
 from pipeline.images import decode_stored, resize
 from pipeline.labels import LABELS, make_targets, parse_uncertain_policy
 from pipeline.manifest import Manifest
-from pipeline.plan import plan_training
+from pipeline.plan import Step, plan_evaluation, plan_training
 from pipeline.stream import (
     Batch,
     Encoded,
@@ -32,6 +32,7 @@ from pipeline.stream import (
     stream_evaluation,
     stream_training,
 )
+from pipeline.studies import find_studies, stream_studies
 
 Shards = tuple[Path, Manifest]
 LINEAR = cv2.INTER_LINEAR_EXACT
@@ -52,7 +53,42 @@ def training(split: OpenSplit, labels: Labels, **options: Any) -> list[Batch]:
     return list(stream_training(split, labels, **(defaults | options)))
 
 
-def assert_equal(batches: list[Batch], expected: list[Batch]) -> None:
+class Source(NamedTuple):
+    """Batches of images or of studies, from shards of both."""
+
+    split: OpenSplit
+    units: int
+    epoch: Callable[..., list[Any]]  # of training, with the options of plan_training
+    whole: Callable[[int], list[Any]]  # in table order, by size of the batch
+
+
+@pytest.fixture(params=["image", "study"])
+def source(request: pytest.FixtureRequest, study_shards: Shards) -> Source:
+    split = open_split(*study_shards, "train")
+    labels = Labels(*make_targets(split.table, parse_uncertain_policy("best"), "zeros", seed=0))
+    if request.param == "image":
+        return Source(
+            split,
+            split.table.num_rows,
+            partial(training, split, labels),
+            lambda size: list(stream_evaluation(split, labels, size=32, batch_size=size)),
+        )
+    studies = find_studies(split)
+
+    def read(plan: Callable[..., Iterator[Step]], *arguments: Any, threads: int = 2, **options: Any) -> Any:
+        steps = partial(plan, *arguments, **options)
+        return list(stream_studies(steps, split, studies, labels, size=32, threads=threads))
+
+    defaults = {"batch_size": 4, "seed": 0, "epoch": 0}
+    return Source(
+        split,
+        len(studies.rows),
+        lambda **options: read(plan_training, studies.shard_sizes, **(defaults | options)),
+        lambda size: read(plan_evaluation, len(studies.rows), size),
+    )
+
+
+def assert_equal(batches: list[Any], expected: list[Any]) -> None:
     assert len(batches) == len(expected)
     for batch, other in zip(batches, expected, strict=True):
         assert batch.step[:2] == other.step[:2]
@@ -85,14 +121,15 @@ def test_batches_hold_what_plain_readers_find(shards: Shards, split: OpenSplit, 
 @pytest.mark.parametrize("threads", [1, 2, 5])
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_same_batches_for_any_threads_and_ranks_and_from_any_step(
-    split: OpenSplit, labels: Labels, threads: int, ranks: int
+    source: Source, threads: int, ranks: int
 ) -> None:
-    whole = training(split, labels, threads=3)
+    whole = source.epoch(threads=3)
     steps = len(whole)
+    assert steps == source.units // 4 > 4
     # Resumed in the middle, once more from there, with one step to go, and at the exact end.
     for start_step in (0, 1, 3, steps - 1, steps):
         streams = [
-            training(split, labels, threads=threads, start_step=start_step, rank=rank, ranks=ranks)
+            source.epoch(threads=threads, start_step=start_step, rank=rank, ranks=ranks)
             for rank in range(ranks)
         ]
         joined = [
@@ -100,7 +137,8 @@ def test_same_batches_for_any_threads_and_ranks_and_from_any_step(
                 step=parts[0].step._replace(rows=np.concatenate([part.step.rows for part in parts])),
                 **{
                     name: np.concatenate([getattr(part, name) for part in parts])
-                    for name in ("images", "target", "mask")
+                    for name in parts[0]._fields
+                    if name not in ("step", "bad")
                 },
             )
             for parts in zip(*streams, strict=True)
@@ -108,13 +146,12 @@ def test_same_batches_for_any_threads_and_ranks_and_from_any_step(
         assert_equal(joined, whole[start_step:])
 
 
-def test_a_resume_decodes_nothing_of_what_was_done(
-    split: OpenSplit, labels: Labels, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_resume_decodes_nothing_of_what_was_done(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
     counted = Mock(wraps=decode_stored)
     monkeypatch.setattr(stream, "decode_stored", counted)
-    batches = training(split, labels, start_step=3)
-    assert counted.call_count == 4 * len(batches) == 4 * (split.table.num_rows // 4 - 3)
+    batches = source.epoch(start_step=3)
+    assert len(batches) == source.units // 4 - 3
+    assert counted.call_count == sum((batch.step.rows >= 0).sum() for batch in batches)
 
 
 def test_selected_rows_and_drawn_rows_are_those_of_the_plan(split: OpenSplit, labels: Labels) -> None:
@@ -128,19 +165,23 @@ def test_selected_rows_and_drawn_rows_are_those_of_the_plan(split: OpenSplit, la
     assert {row for batch in training(split, labels, weights=weights) for row in batch.step.rows} == {7}
 
 
-def test_epochs_differ(split: OpenSplit, labels: Labels) -> None:
+def test_epochs_differ_and_visit_everything_but_the_tail_once(source: Source) -> None:
     first, second = (
-        np.concatenate([batch.step.rows for batch in training(split, labels, epoch=e)]) for e in (0, 1)
+        np.concatenate([batch.step.rows for batch in source.epoch(epoch=epoch, batch_size=5)])
+        for epoch in (0, 1)
     )
     assert first.tolist() != second.tolist()
+    for rows in (first, second):
+        assert len(rows) == source.units // 5 * 5
+        images = rows[rows >= 0]
+        assert len(np.unique(images)) == len(images)
 
 
-def test_evaluation_sees_every_sample_once(split: OpenSplit, labels: Labels) -> None:
-    batches = list(stream_evaluation(split, labels, size=32, batch_size=5))
-    np.testing.assert_array_equal(
-        np.concatenate([b.step.rows for b in batches]), np.arange(split.table.num_rows)
-    )
-    np.testing.assert_array_equal(np.concatenate([b.target for b in batches]), labels.target)
+def test_evaluation_sees_every_sample_once(source: Source) -> None:
+    batches = source.whole(5)
+    assert [len(batch.images) for batch in batches[:-1]] == [5] * (len(batches) - 1)
+    rows = np.concatenate([batch.step.rows for batch in batches])
+    np.testing.assert_array_equal(rows[rows >= 0], np.arange(source.split.table.num_rows))
 
 
 def test_a_stage_of_the_users_own(split: OpenSplit, labels: Labels) -> None:
