@@ -40,6 +40,7 @@ ARGS      ?=
 IMAGES    ?=
 RUN       ?= runs/$(NAME)
 GPUS      ?=
+FUSION    ?=
 PYTHON    ?= python3
 SUDO      = $(if $(filter-out 0,$(shell id -u)),sudo)
 
@@ -53,7 +54,7 @@ LAUNCH   = $(if $(GPUS),-m torch.distributed.run --standalone --nproc-per-node $
 given    = $(filter command environment,$(firstword $(origin $(1))))
 POLICIES = $(if $(call given,UNCERTAIN),--uncertain $(UNCERTAIN)) $(if $(call given,BLANK),--blank $(BLANK)) \
 	$(if $(TEACHER),--teacher $(TEACHER))
-NAME     = $(ARCH)-$(SIZE)-lr$(LR)-wd$(WD)$(if $(call given,UNCERTAIN),-$(UNCERTAIN))$(if $(call given,BLANK),-blank-$(BLANK))-seed$(SEED)
+NAME     = $(ARCH)-$(SIZE)-lr$(LR)-wd$(WD)$(if $(call given,UNCERTAIN),-$(UNCERTAIN))$(if $(call given,BLANK),-blank-$(BLANK))$(if $(FUSION),-$(FUSION))-seed$(SEED)
 SHARDS = $(BIN)/pipeline shards $(DATA) $(OUT) --size $(SIZE) --views $(VIEWS) --uncertain $(UNCERTAIN) \
 	--blank $(BLANK) --dev $(DEV) $(THREADS)
 
@@ -83,7 +84,7 @@ else
 	$(SAY_SAMPLE)
 	$(BIN)/python $(LAUNCH) train.py --shards $(OUT) --run $(RUN) --arch $(ARCH) --lr $(LR) --weight-decay $(WD) \
 		--batch-size $(BATCH) --epochs $(EPOCHS) --image-size $(SIZE) --seed $(SEED) \
-		$(THREADS) $(POLICIES) $(ARGS)
+		$(if $(FUSION),--fusion $(FUSION)) $(THREADS) $(POLICIES) $(ARGS)
 endif
 
 sweep: .venv/installed $(OUT)/manifest.json  ## train with each of several LR, WD, BATCH, ARCH, UNCERTAIN; or SAMPLER=tpe TRIALS=40

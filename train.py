@@ -39,6 +39,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,7 @@ from model.checkpoint import (
 )
 from model.evaluation import InterruptedEvaluationError
 from model.export import Scorer, export_scorer
+from model.fusion import FUSIONS
 from model.losses import AUCMarginLoss, MaskedLoss, positive_weights
 from model.metrics import report_auroc
 from model.networks import ARCHITECTURES, build_network, load_initial
@@ -71,6 +73,7 @@ from model.run import (
     check_config,
     choose_device,
     follow_by_wandb,
+    fuse,
     learnt_columns,
     load_best,
     open_rows,
@@ -81,6 +84,7 @@ from model.run import (
     save_best,
     three_class_columns,
     to_device,
+    view_tensors,
 )
 from model.scoring import (
     evaluate,
@@ -106,11 +110,12 @@ from pipeline.labels import (
     parse_uncertain_policy,
 )
 from pipeline.manifest import manifest_digest, read_manifest, write_atomically
-from pipeline.plan import Rows, Weights, training_steps
+from pipeline.plan import Rows, Weights, plan_training, training_steps
 from pipeline.remote import Cache, Remote, is_url, redact
 from pipeline.scores import read_scores
 from pipeline.select import balance_weights
 from pipeline.stream import Batch, Labels, stream_training
+from pipeline.studies import MOST_VIEWS, StudyBatch, stream_studies
 
 CLIP_NORM = 1.0
 CHECK_STEPS = 20  # how often the loss is read back: each read waits for the device
@@ -177,8 +182,6 @@ def train(job: Job, watch: Callable[[list[dict[str, Any]]], None] = lambda histo
     if job.ranks.is_first:
         open_run(run, config)  # only now: a run that cannot start leaves no folder
         record_environment(job)
-        if job.wandb is not None:
-            follow_by_wandb(run, config, job.wandb)
 
     precision = str(job.precision).removeprefix("torch.")
     together = f", {job.ranks.count} ranks" if job.ranks.joined else ""
@@ -200,21 +203,7 @@ def train(job: Job, watch: Callable[[list[dict[str, Any]]], None] = lambda histo
             if state.done == total or is_out_of_patience(config, state):
                 break
             epoch, step = divmod(state.done, steps)
-            batches = stream_training(
-                train.split,
-                labels,
-                size=config.image_size,
-                batch_size=config.batch_size,
-                seed=config.seed,
-                epoch=epoch,
-                start_step=step,
-                rows=train.rows,
-                weights=weights,
-                rank=job.ranks.rank,
-                ranks=job.ranks.count,
-                threads=job.workers,
-                max_bad=int(config.max_bad * len(train.rows)),
-            )
+            batches = stream_epoch(job, train, labels, weights, epoch, step)
             train_steps(job, state, batches, epoch, min(steps, (step // every + 1) * every), steps, log)
             agree(job)
             if job.stop.code:
@@ -224,6 +213,31 @@ def train(job: Job, watch: Callable[[list[dict[str, Any]]], None] = lambda histo
     except InterruptedEvaluationError:
         return say_stopped(job)
     return 0
+
+
+def stream_epoch(
+    job: Job, train: Selected, labels: Labels, weights: Weights | None, epoch: int, start_step: int
+) -> Iterable[Batch | StudyBatch]:
+    """Slices for this rank of the batches of an epoch, of images or of studies."""
+    config = job.config
+    order: dict[str, Any] = {
+        "batch_size": config.batch_size,
+        "seed": config.seed,
+        "epoch": epoch,
+        "start_step": start_step,
+        "weights": weights,
+        "rank": job.ranks.rank,
+        "ranks": job.ranks.count,
+    }
+    reading: dict[str, Any] = {
+        "size": config.image_size,
+        "threads": job.workers,
+        "max_bad": int(config.max_bad * len(train.images)),
+    }
+    if train.studies is None:
+        return stream_training(train.split, labels, rows=train.rows, **order, **reading)
+    plan = partial(plan_training, train.studies.shard_sizes, **order)
+    return stream_studies(plan, train.split, train.studies, labels, **reading)
 
 
 def stop_run(job: Job, state: TrainState) -> int:
@@ -244,7 +258,10 @@ def open_events(job: Job, done: int) -> Iterator[Log]:
     if not job.ranks.is_first:
         yield lambda name, value, step: None
         return
-    with SummaryWriter(str(job.run / "tensorboard"), purge_step=done + 1) as events:
+    with (
+        follow_by_wandb(job),
+        SummaryWriter(str(job.run / "tensorboard"), purge_step=done + 1) as events,
+    ):
         yield events.add_scalar
 
 
@@ -288,7 +305,7 @@ def draw_weights(label: str, labels: Labels, rows: Rows) -> Weights:
 def train_steps(
     job: Job,
     state: TrainState,
-    batches: Iterable[Batch],
+    batches: Iterable[Batch | StudyBatch],
     epoch: int,
     end: int,
     steps: int,
@@ -316,7 +333,8 @@ def train_steps(
             for group in state.optimizer.param_groups:
                 group["lr"] = lr
             losses.append(train_step(job, state, batch, cells))
-            images += len(batch.images) * job.ranks.count
+            shown = len(batch.images) if isinstance(batch, Batch) else int(batch.present.sum())
+            images += shown * job.ranks.count
             state.done += 1
             if (step + 1) % CHECK_STEPS == 0 or step + 1 == end:
                 check_losses(job, losses, state, epoch, step)
@@ -333,37 +351,24 @@ def train_steps(
         check_losses(job, losses, state, epoch, (state.done - 1) % steps)
 
 
-def train_step(job: Job, state: TrainState, batch: Batch, cells: float) -> Tensor:
+def train_step(job: Job, state: TrainState, batch: Batch | StudyBatch, cells: float) -> Tensor:
     """One update of the weights; returns this rank's part of the loss, which the device may still be computing.
 
     `cells` is how many cells of the mask are set in the whole batch, of which `batch` is this rank's slice.
     """
     config, device, ranks = job.config, job.device, job.ranks
-    mean, std = job.manifest.pixels["mean"], job.manifest.pixels["std"]
-    images, target, mask = (to_device(array, device) for array in (batch.images, batch.target, batch.mask))
-    if config.augment == "none":
-        inputs = normalize(images, mean, std)
-    else:
-        inputs = augment(
-            images,
-            mean,
-            std,
-            config.seed,
-            *batch.step[:2],
-            AUGMENTATIONS[config.augment],
-            first=ranks.rank * len(images),
-            total=ranks.count * len(images),
-        )
-    inputs = inputs.contiguous(memory_format=torch.channels_last)
     state.optimizer.zero_grad()
     total = torch.zeros((), device=device)
     # In parts where a batch would not fit the device: each counts by its cells, so the gradients are the batch's.
-    parts = zip(*(tensor.chunk(config.accumulate) for tensor in (inputs, target, mask)), strict=True)
-    for part, (some_inputs, some_target, some_mask) in enumerate(parts, start=1):
-        with ranks.exchange(state.forward, part == config.accumulate):
+    size = len(batch.target) // config.accumulate
+    for start in range(0, len(batch.target), size):
+        part = slice(start, start + size)
+        inputs = training_inputs(job, batch, part)
+        target, mask = (to_device(array[part], device) for array in (batch.target, batch.mask))
+        with ranks.exchange(state.forward, part.stop == len(batch.target)):
             with torch.autocast(device.type, job.precision, enabled=job.precision != torch.float32):
-                logits = state.forward(some_inputs)
-            loss = state.loss(logits, some_target, some_mask) * (some_mask.sum() / max(cells, 1))
+                logits = state.forward(*inputs)
+            loss = state.loss(logits, target, mask) * (mask.sum() / max(cells, 1))
             state.scaler.scale(loss * ranks.count).backward()  # which takes the mean over ranks, not the sum
         total += loss.detach()
     state.scaler.unscale_(state.optimizer)  # so that what is clipped are the gradients themselves
@@ -372,6 +377,30 @@ def train_step(job: Job, state: TrainState, batch: Batch, cells: float) -> Tenso
     state.scaler.update()
     update_average(state.ema, state.network, config.ema, state.done)
     return total
+
+
+def training_inputs(job: Job, batch: Batch | StudyBatch, part: slice) -> tuple[Tensor, ...]:
+    """What the network takes of a part of this rank's slice of a batch, normalised and augmented, on the device."""
+    config, ranks, pixels = job.config, job.ranks, job.manifest.pixels
+    images, *others = view_tensors(batch, job.device, part)
+    if config.augment == "none":
+        inputs = normalize(images, pixels["mean"], pixels["std"])
+    else:
+        # Every place of the whole batch has its own draws, also those of views that are not there.
+        shape = batch.images.shape[:-3]
+        total = math.prod(shape)
+        places = (ranks.rank * total + np.arange(total)).reshape(shape)[part]
+        inputs = augment(
+            images,
+            pixels["mean"],
+            pixels["std"],
+            config.seed,
+            *batch.step[:2],
+            AUGMENTATIONS[config.augment],
+            places if isinstance(batch, Batch) else places[batch.present[part]],
+            ranks.count * total,
+        )
+    return inputs.contiguous(memory_format=torch.channels_last), *others
 
 
 def check_losses(job: Job, losses: list[Tensor], state: TrainState, epoch: int, step: int) -> None:
@@ -439,7 +468,7 @@ def start_state(job: Job, labels: Labels, rows: Rows) -> TrainState:
     if job.init is not None:
         fresh = load_initial(network, job.init)
         click.echo(f"{job.init}: loaded; fresh: {', '.join(fresh) or 'nothing'}", err=True)
-    network = network.to(job.device).to(memory_format=torch.channels_last)
+    network = fuse(network, config).to(job.device).to(memory_format=torch.channels_last)
     target, mask = (torch.from_numpy(array[rows]) for array in labels)
     loss: nn.Module
     if config.loss == "aucm":
@@ -558,7 +587,10 @@ def main() -> None:
     "--pretrained", is_flag=True, help="Start from torchvision's ImageNet weights (downloads them)."
 )
 @click.option(
-    "--init", metavar="FILE", type=click.Path(path_type=Path, exists=True), help="Start from these weights."
+    "--init",
+    metavar="FILE",
+    type=click.Path(path_type=Path, exists=True),
+    help="Start from these weights, or those of a run.",
 )
 @click.option("--lr", default=1e-4, type=click.FloatRange(0, min_open=True), help="Peak learning rate.")
 @click.option("--weight-decay", default=1e-2, type=click.FloatRange(0), help="AdamW's.")
@@ -570,6 +602,8 @@ def main() -> None:
 @click.option("--compile", is_flag=True, help="Compile the network by torch.compile.")
 @click.option("--sync-bn", is_flag=True, help="torchrun: BatchNorm over the whole batch, not a rank's part.")
 @click.option("--ema", default=0.999, type=click.FloatRange(0, 1), help="Decay of the averaged weights.")
+@click.option("--fusion", type=click.Choice(FUSIONS), help="Learn studies, and pool their views so.")
+@click.option("--freeze", is_flag=True, help="fusion: keep the weights of --init; train what is new.")
 @click.option(
     "--keep", default="best", type=click.Choice(["best", "last"]), help="Weights to keep, by dev macro AUROC."
 )
@@ -640,6 +674,8 @@ def make_job(
     uncertain = uncertain or manifest.policies["uncertain"]
     if "selftrained" not in parse_uncertain_policy(uncertain).values() and teacher:
         raise click.UsageError(f"--teacher is for the policy selftrained; --uncertain is {uncertain}")
+    if init is not None and init.is_dir():
+        init = init / "best.pt"
     config = Config(
         **options,
         uncertain=uncertain,
@@ -772,7 +808,13 @@ def summarise(line: Mapping[str, Any]) -> dict[str, Any]:
 @main.command("evaluate", epilog="Example: python train.py evaluate --run runs/first --split valid")
 @data_options
 @click.option("--split", default="valid", help="Of the shards, which may be others than the run's.")
-@click.option("--against", metavar="RUN", type=click.Path(path_type=Path), help="Compare with its scores.")
+@click.option(
+    "--against",
+    multiple=True,
+    metavar="RUN",
+    type=click.Path(path_type=Path),
+    help="Compare with its scores; a run by studies with those of several.",
+)
 @click.option(
     "--sensitivity", default=0.9, type=click.FloatRange(0, 1), help="That a threshold is to reach on dev."
 )
@@ -786,7 +828,7 @@ def evaluate_command(
     run: Path,
     workers: int,
     split: str,
-    against: Path | None,
+    against: tuple[Path, ...],
     sensitivity: float,
     study: str,
 ) -> int:
@@ -809,24 +851,59 @@ def evaluate_command(
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
 @click.option("--out", required=True, type=click.Path(path_type=Path, dir_okay=False), help="CSV to write.")
 @click.option("--strict", is_flag=True, help="Exit with 3 where an image cannot be read.")
+@click.option(
+    "--group-by",
+    metavar="REGEX",
+    help="Files in whose paths it finds the same text are one study.  [default: those of a folder]",
+)
 @workers_option
-def predict_command(run: Path, images: tuple[Path, ...], out: Path, strict: bool, workers: int) -> int:
-    """Score IMAGES (JPEG or PNG files, or folders of them) by the run's best checkpoint."""
+def predict_command(
+    run: Path, images: tuple[Path, ...], out: Path, strict: bool, group_by: str | None, workers: int
+) -> int:
+    """Score IMAGES (JPEG or PNG files, or folders of them) by the run's best checkpoint.
+
+    A run by studies scores the images of a study together: those of a folder, or as --group-by says.
+    """
     files = [file for path in images for file in find_images(path)]
     if not files:
         raise DataError(f"{', '.join(map(str, images))}: no .jpg, .jpeg or .png file")
     config = read_config(run)
-    scores, bad = score_files(run, config, files, workers)
+    if config.fusion is None:
+        if group_by is not None:
+            raise click.UsageError(f"--group-by is for runs by studies; {run} learnt single images")
+        samples = {str(file): [file] for file in files}
+    else:
+        samples = group_files(files, group_by)
+    scores, bad = score_files(run, config, list(samples.values()), workers)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["file", *config.labels])
-    for file, row in zip(files, scores.tolist(), strict=True):
-        writer.writerow([file, *("" if math.isnan(score) else f"{score:.6f}" for score in row)])
+    writer.writerow(["study" if config.fusion else "file", *config.labels])
+    for name, row in zip(samples, scores.tolist(), strict=True):
+        writer.writerow([name, *("" if math.isnan(score) else f"{score:.6f}" for score in row)])
     write_atomically(out, text.getvalue().encode())
     for file, reason in bad:
         click.echo(f"{file}: {reason}", err=True)
-    click.echo(f"{out}: scores of {len(files) - len(bad):,} images, {len(bad):,} unusable")
+    of_studies = f" in {len(samples):,} studies" if config.fusion else ""
+    click.echo(f"{out}: scores of {len(files) - len(bad):,} images{of_studies}, {len(bad):,} unusable")
     return 3 if strict and bad else 0
+
+
+def group_files(files: Iterable[Path], pattern: str | None) -> dict[str, list[Path]]:
+    """The files of each study, by its name: their folder, or the text that the pattern finds in their paths.
+
+    Raises DataError where the pattern finds nothing, or more files than a study has views.
+    """
+    studies: dict[str, list[Path]] = {}
+    for file in files:
+        match = None if pattern is None else re.search(pattern, str(file))
+        if pattern is not None and match is None:
+            raise DataError(f"{file}: --group-by '{pattern}' is not in its path")
+        studies.setdefault(str(file.parent) if match is None else match[0], []).append(file)
+    for name, views in studies.items():
+        if len(views) > MOST_VIEWS:
+            how = "a study's images must lie in a folder of their own, or name it by --group-by"
+            raise DataError(f"{name}: {len(views)} images, of a study there are at most {MOST_VIEWS}; {how}")
+    return studies
 
 
 @main.command("export", epilog="Example: python train.py export --run runs/first --out model.onnx")
@@ -838,6 +915,8 @@ def export_command(run: Path, out: Path) -> int:
     Of the L labels that the run has learnt, in their usual order.
     """
     config = read_config(run)
+    if config.fusion:
+        raise DataError(f"{run}: a network over studies cannot be exported, only one for images")
     network, best = load_best(run, config, torch.device("cpu"))
     scorer = Scorer(network, learnt_columns(config), best["pixels"]["mean"], best["pixels"]["std"])
     try:

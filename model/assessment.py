@@ -78,12 +78,14 @@ def assess(
     images: Scored,
     calibration: Mapping[str, Any],
     *,
+    unit: str = "image",
     against: tuple[str, Floats] | None = None,
     resamples: int = 1000,
     seed: int = 0,
 ) -> dict[str, Any]:
     """The whole evaluation of a split, fit for JSON; `calibration` as `calibrate` gives it.
 
+    `unit` is what a row of `images` is: image, or study where a run scores these.
     `against` is another run's name and its scores [N, L] of the same images. Intervals are from so many
     resamples of patients by `seed`; with 0 they are None. Raises ValueError without images, or where a score is
     not finite.
@@ -98,6 +100,7 @@ def assess(
         against = (against[0], other.scores)
     study = _assess_level(names, studies, calibration["study"], against, resamples, seed)
     return level | {
+        "unit": unit,
         "study": study,
         "subgroups": assess_groups(names, images, calibration["image"]),
         "calibration": calibration,

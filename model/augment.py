@@ -7,6 +7,8 @@ CheXpert repositories share; none of them crops, so the crop is an option.
 
 import hashlib
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -37,17 +39,17 @@ def augment(
     epoch: int,
     step: int,
     crop: float = 0.0,
-    first: int = 0,
+    places: npt.NDArray[np.int64] | None = None,
     total: int | None = None,
 ) -> Tensor:
     """Normalised float32 images [B, 1, H, W]: random affine, crop, contrast and brightness; no flip.
 
     No flip, because the heart's side is a finding. What an affine map uncovers is filled by the border.
     `crop` is the largest share of the side that a random square crop of the result leaves out (0: no crop);
-    affine map and crop are one interpolation. The images are those from number `first` on of a batch of
-    `total` (None: they are all of it), and are transformed as they would be in the whole batch.
+    affine map and crop are one interpolation. The images are those at `places` [B] of a batch of `total`
+    (None: they are all of it), and are transformed as they would be in the whole batch.
     """
-    rows, total = slice(first, first + len(images)), total or len(images)
+    rows, total = slice(None) if places is None else torch.from_numpy(places), total or len(images)
     generator = torch.Generator().manual_seed(_stream_seed(seed, epoch, step))
     # [B, 6] in (-1, 1): rotation, shift x, shift y, scale, brightness, contrast
     draws = _draw(total, 6, generator)[rows]

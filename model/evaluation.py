@@ -19,7 +19,7 @@ class InterruptedEvaluationError(Exception):
 def predict_scores(
     network: nn.Module,
     columns: list[int],
-    batches: Iterable[Tensor],
+    batches: Iterable[tuple[Tensor, ...]],
     mean: float,
     std: float,
     precision: torch.dtype,
@@ -27,15 +27,15 @@ def predict_scores(
 ) -> npt.NDArray[np.float32]:
     """Scores [N, L] in [0, 1] of the labels `columns` [L], for batches of uint8 images [B, 1, H, W].
 
-    The images are on the network's device.
+    Behind the images comes what else the network takes; all of it is on the network's device.
     """
     network.eval()
     scores = []
-    for images in batches:
+    for images, *others in batches:
         if should_stop():
             raise InterruptedEvaluationError
         inputs = normalize(images, mean, std).contiguous(memory_format=torch.channels_last)
         with torch.autocast(images.device.type, precision, enabled=precision != torch.float32):
-            logits = network(inputs)
+            logits = network(inputs, *others)
         scores.append(label_scores(logits[:, columns]).cpu())
     return torch.cat(scores).numpy() if scores else np.empty((0, len(columns)), np.float32)

@@ -58,7 +58,8 @@ def render_model_card(
 def describe_gaps(evaluation: Mapping[str, Any]) -> list[str]:
     """A line for everything of an evaluation that is undefined or rests on fewer resamples, and why."""
     lines = []
-    for level, part in (("images", evaluation), ("studies", evaluation["study"])):
+    levels = {"images": evaluation} if evaluation["unit"] == "image" else {}
+    for level, part in (levels | {"studies": evaluation["study"]}).items():
         intervals = part["intervals"]
         for name in part["skipped"]:
             label = part["labels"][name]

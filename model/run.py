@@ -17,7 +17,8 @@ import platform
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -30,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from model.checkpoint import load_checkpoint, save_checkpoint
+from model.fusion import StudyNetwork
 from model.networks import build_network
 from model.ranks import ALONE, Ranks
 from pipeline import DataError
@@ -39,7 +41,8 @@ from pipeline.manifest import Manifest, write_atomically
 from pipeline.plan import Rows
 from pipeline.remote import Remote, redact
 from pipeline.select import select_rows
-from pipeline.stream import OpenSplit, open_split
+from pipeline.stream import Batch, OpenSplit, open_split
+from pipeline.studies import Studies, StudyBatch, find_studies
 
 PACKAGES = ("torch", "torchvision", "numpy", "pyarrow", "simplejpeg", "opencv-python-headless", "pillow")
 AS_IT_IS = ImageOptions(size=None, square="no", encoding="png", quality=95, max_pixels=50_000_000)
@@ -79,6 +82,8 @@ class Config:
     compile: bool
     teacher: str | None  # sha256 of its scores, where a label is selftrained
     sync_bn: bool = False  # BatchNorm's statistics over all ranks; not in runs of version 0.1
+    fusion: str | None = None  # how a study's views are pooled; None: images are learnt one by one
+    freeze: bool = False  # the weights that a fusion starts from
 
 
 class StopFlag:
@@ -120,10 +125,22 @@ class Job:
 
 
 class Selected(NamedTuple):
-    """A split, and the numbers of its rows that a run uses."""
+    """A split, and the rows of its table that a run uses: those of images, or of the studies that they make."""
 
     split: OpenSplit
-    rows: Rows
+    images: Rows
+    studies: Studies | None
+
+    @property
+    def rows(self) -> Rows:
+        """A row for each sample: the image's, or that of the study's first image; they share their labels."""
+        return self.images if self.studies is None else self.studies.rows[:, 0]
+
+    def thin(self, step: int) -> "Selected":
+        """Every so manieth sample of it."""
+        if self.studies is None:
+            return self._replace(images=self.images[::step])
+        return self._replace(studies=self.studies._replace(rows=self.studies.rows[::step]))
 
 
 def agree(job: Job, *values: float) -> npt.NDArray[np.float64]:
@@ -135,11 +152,15 @@ def agree(job: Job, *values: float) -> npt.NDArray[np.float64]:
 
 
 def open_rows(job: Job, name: str) -> Selected:
-    """A split and the rows that the run's conditions leave of it; `limit` is for train alone."""
+    """A split and the rows that the run's conditions leave of it; `limit` is for train alone.
+
+    Raises DataError where the images of a study have different labels and the run learns studies.
+    """
     config = job.config
     split = open_split(job.shards, job.manifest, name, job.remote)
     limit = config.limit if name == "train" else None
-    return Selected(split, select_rows(split.table, config.where, config.views, limit))
+    rows = select_rows(split.table, config.where, config.views, limit)
+    return Selected(split, rows, None if config.fusion is None else find_studies(split, rows))
 
 
 def choose_device(amp: str) -> tuple[torch.device, torch.dtype]:
@@ -159,6 +180,25 @@ def to_device(array: Any, device: torch.device) -> Tensor:
     """A NumPy array as a tensor on the device; to a GPU through pinned memory, without waiting."""
     tensor = torch.from_numpy(array)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+def view_tensors(
+    batch: Batch | StudyBatch, device: torch.device, part: slice = slice(None)
+) -> tuple[Tensor, ...]:
+    """What a network takes of a part of a batch: images uint8 [n, 1, H, W], of studies those that are there.
+
+    For studies also which views they are, bool [B, V], and the projections, int8 [B, V].
+    """
+    if isinstance(batch, Batch):
+        return (to_device(batch.images[part], device),)
+    present = batch.present[part]
+    arrays = batch.images[part][present], present, batch.projection[part]
+    return tuple(to_device(array, device) for array in arrays)
+
+
+def fuse(network: nn.Module, config: Config) -> nn.Module:
+    """The network of a run by studies, made of one for images; the same one for a run by images."""
+    return network if config.fusion is None else StudyNetwork(network, config.fusion, config.freeze)
 
 
 def output_count(config: Config) -> int:
@@ -190,6 +230,8 @@ def check_config(config: Config, ranks: Ranks) -> None:
         )
     if config.sync_bn and not (ranks.joined and torch.cuda.is_available()):
         raise click.UsageError("--sync-bn is for training by torchrun on GPUs")
+    if config.freeze and not (config.fusion and (config.init or config.pretrained)):
+        raise click.UsageError("--freeze keeps the weights that a --fusion starts from: it needs --init too")
     if config.pretrained and config.init:
         raise click.UsageError("--pretrained or --init, not both")
 
@@ -239,26 +281,32 @@ def record_environment(job: Job) -> None:
         file.write(json.dumps(line) + "\n")
 
 
-def follow_by_wandb(run: Path, config: Config, project: str) -> None:
-    """Let Weights & Biases read what goes to TensorBoard from now on; the same run continues as the same there.
+@contextmanager
+def follow_by_wandb(job: Job) -> Iterator[None]:
+    """Let Weights & Biases, if it was asked for, read what goes to TensorBoard; a run continues as the same there.
 
     Raises DataError where it is missing.
     """
+    if job.wandb is None:
+        yield
+        return
     try:
         import wandb
     except ImportError:
         raise DataError("--wandb: the package is missing: pip install '.[wandb]'") from None
-    digest = hashlib.sha256((run / "config.json").read_bytes()).hexdigest()[:8]
+    digest = hashlib.sha256((job.run / "config.json").read_bytes()).hexdigest()[:8]
     wandb.init(
-        project=project,
-        name=run.name,
-        id=f"{run.name}-{digest}",
+        project=job.wandb,
+        name=job.run.name,
+        id=f"{job.run.name}-{digest}",
         resume="allow",
-        dir=run,
-        config=asdict(config),
+        dir=job.run,
+        config=asdict(job.config),
         sync_tensorboard=True,
         save_code=False,
     )
+    yield
+    wandb.finish()  # before the next trial of a sweep begins another
 
 
 def describe_code() -> str:
@@ -289,6 +337,6 @@ def load_best(
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The network with the weights of best.pt, and what else that holds."""
     best = load_checkpoint(run / "best.pt", ranks)
-    network = build_network(config.arch, output_count(config))
+    network = fuse(build_network(config.arch, output_count(config)), config)
     network.load_state_dict(best["weights"])
     return network.to(device).to(memory_format=torch.channels_last), best

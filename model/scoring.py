@@ -3,15 +3,17 @@
 import contextlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 from rich.console import Console
@@ -19,7 +21,9 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from model.assessment import Scored, assess, calibrate
+from model.comparison import combine_views, compare_methods, group_by_views
 from model.evaluation import InterruptedEvaluationError, predict_scores
+from model.fusion import UNKNOWN_FRONTAL
 from model.metrics import report_auroc
 from model.report import MEANS, render_model_card, render_report
 from model.run import (
@@ -32,6 +36,7 @@ from model.run import (
     load_best,
     open_rows,
     to_device,
+    view_tensors,
     write_json,
 )
 from pipeline import DataError
@@ -39,12 +44,14 @@ from pipeline.console import Advance, progress_bar
 from pipeline.images import Gray, ImageError, ImageOptions, decode_stored, prepare, resize
 from pipeline.labels import evaluation_targets
 from pipeline.manifest import write_atomically
-from pipeline.scores import read_scores, write_scores
-from pipeline.stream import Labels, stream_evaluation
+from pipeline.plan import plan_evaluation
+from pipeline.scores import read_frame, read_scores, write_scores
+from pipeline.stream import Batch, Labels, open_split, stream_evaluation
+from pipeline.studies import PROJECTIONS, StudyBatch, stream_studies
 
 EVALUATION_BATCH = 64  # images
 RESAMPLES = 1000  # of patients, for intervals
-TRAIN_IMAGES = 2000  # that a sweep scores of train
+TRAIN_SAMPLES = 2000  # that a sweep scores of train
 CALIBRATION = "calibration.json"
 Scores = npt.NDArray[np.float32]
 
@@ -74,16 +81,19 @@ def evaluate(
     job: Job,
     name: str,
     found: tuple[Scored, pa.Table],
-    against: Path | None = None,
+    against: Sequence[Path] = (),
     sensitivity: float = 0.9,
     combine: str = "max",
 ) -> tuple[dict[str, Any], Scored]:
     """Evaluate what `score_best` found for a split; writes its scores and evaluation into the run.
 
-    `against` is another run, whose scores of the same images are compared; `sensitivity` is what the third
-    threshold is to reach on dev, `combine` how a study's score comes from its views: max or mean.
+    `against` are other runs whose scores are compared: one of the same images or, where the run scores studies, any
+    that have scored the same studies. `sensitivity` is what the third threshold is to reach on dev, `combine` how a
+    study's score comes from its views: max or mean.
     """
     config, run = job.config, job.run
+    if len(against) > 1 and config.fusion is None:
+        raise DataError("--against takes one run beside a run by images; several are for a run by studies")
     scored, table = found
     write_scores(run / f"scores-{name}.arrow", table, config.labels, scored.scores)
     chosen = {"sensitivity": sensitivity, "combine": combine}
@@ -92,14 +102,25 @@ def evaluate(
         dev = scored if name == "dev" else score_best(job, "dev")[0]
         calibration = calibrate(config.labels, dev, sensitivity, combine)
         write_json(run / CALIBRATION, calibration)
-    other = None
-    if against is not None:
-        path = against / f"scores-{name}.arrow"
+    files = {other: other / f"scores-{name}.arrow" for other in against}
+    for other, path in files.items():
         if not path.exists():
-            command = f"python train.py evaluate --run {against} --split {name}"
-            raise DataError(f"--against {against}: no {path.name}; first run: {command}")
-        other = (str(against), read_scores(path, table["key"], config.labels))
-    evaluation = assess(config.labels, scored, calibration, against=other, resamples=RESAMPLES)
+            command = f"python train.py evaluate --run {other} --split {name}"
+            raise DataError(f"--against {other}: no {path.name}; first run: {command}")
+    same = None
+    if config.fusion is None and files:
+        ((other, path),) = files.items()
+        same = (str(other), read_scores(path, table["key"], config.labels))
+    unit = "image" if config.fusion is None else "study"
+    evaluation = assess(config.labels, scored, calibration, unit=unit, against=same, resamples=RESAMPLES)
+    if config.fusion is not None and files:
+        methods: dict[str, pd.DataFrame] = {}
+        for other, path in files.items():
+            methods |= combine_views(read_frame(path, config.labels), str(other))
+        views = group_by_views(open_split(job.shards, job.manifest, name, job.remote).table)
+        evaluation["methods"] = compare_methods(
+            config.labels, scored, f"{run}, {config.fusion} fusion", methods, views, RESAMPLES
+        )
     write_json(run / f"evaluation-{name}.json", evaluation)
     return evaluation, scored
 
@@ -121,7 +142,7 @@ def measure_run(job: Job) -> dict[str, Any]:
     """
     network, best = load_best(job.run, job.config, job.device)
     chosen = open_rows(job, "train")
-    part = chosen._replace(rows=chosen.rows[:: math.ceil(len(chosen.rows) / TRAIN_IMAGES)])
+    part = chosen.thin(math.ceil(len(chosen.rows) / TRAIN_SAMPLES))
     scored, _ = score_split(job, network, part, best["pixels"])
     train: Mapping[str, Any] = report_auroc(job.config.labels, *scored[:3])
     dev = json.loads((job.run / "evaluation-dev.json").read_bytes())
@@ -148,40 +169,44 @@ def score_split(
     """A network's scores of the chosen rows, with targets and masks that leave the uncertain cells out.
 
     And those rows of the table. Images that are unusable, as far as --max-bad allows it, are in neither.
+    A run by studies scores these, and the rows are those of their first images.
     Each rank scores its share of the rows, and all get the scores of all.
     """
-    config, (split, rows) = job.config, chosen
+    config, split, rows = job.config, chosen.split, chosen.rows
     columns = learnt_columns(config)
     labels = Labels(*evaluation_targets(split.table, config.blank))
-    batches = stream_evaluation(
-        split,
-        labels,
-        size=config.image_size,
-        batch_size=EVALUATION_BATCH,
-        rows=rows,
-        rank=job.ranks.rank,
-        ranks=job.ranks.count,
-        threads=job.workers,
-        max_bad=int(config.max_bad * len(rows)),
-    )
+    reading: dict[str, Any] = {
+        "size": config.image_size,
+        "threads": job.workers,
+        "max_bad": int(config.max_bad * len(chosen.images)),
+    }
+    sharing: dict[str, Any] = {"rank": job.ranks.rank, "ranks": job.ranks.count}
+    batches: Iterable[Batch | StudyBatch]
+    if chosen.studies is None:
+        batches = stream_evaluation(
+            split, labels, batch_size=EVALUATION_BATCH, rows=rows, **sharing, **reading
+        )
+    else:
+        plan = partial(plan_evaluation, len(rows), EVALUATION_BATCH, **sharing)
+        batches = stream_studies(plan, split, chosen.studies, labels, **reading)
     bad, ours = np.zeros(len(rows)), np.zeros(len(rows), bool)
 
-    def images(advance: Advance) -> Iterator[Tensor]:
+    def samples(advance: Advance) -> Iterator[tuple[Tensor, ...]]:
         for batch in batches:
             start = batch.step.step * EVALUATION_BATCH
             bad[[start + position for position in batch.bad]] = 1
             ours[start : start + len(batch.images)] = True
-            yield to_device(batch.images, job.device)
+            yield view_tensors(batch, job.device)
             advance(min(int(ours.sum()) * job.ranks.count, len(rows)), len(rows))
 
     with (
-        progress_bar(f"Scoring {split.name}", "images") as advance,
+        progress_bar(f"Scoring {split.name}", "images" if chosen.studies is None else "studies") as advance,
         contextlib.suppress(InterruptedEvaluationError),
     ):
         found = predict_scores(
             network,
             columns,
-            images(advance),
+            samples(advance),
             pixels["mean"],
             pixels["std"],
             job.precision,
@@ -210,16 +235,19 @@ def score_split(
 
 
 def score_files(
-    run: Path, config: Config, files: Sequence[Path], workers: int
+    run: Path, config: Config, samples: Sequence[Sequence[Path]], workers: int
 ) -> tuple[Scores, list[tuple[Path, str]]]:
-    """Scores [N, L] of image files by best.pt, NaN where one cannot be read; and which those are, and why.
+    """Scores [N, L] by best.pt of samples: image files one by one or, for a run by studies, a study's together.
 
-    An image takes the way it would take through shards: the same resize, encoding and decoding.
+    NaN where none of a sample's files can be read; and which files cannot, and why. An image takes the way it
+    would take through shards: the same resize, encoding and decoding. A view is a lateral if its name says so,
+    else a frontal that may be AP or PA.
     """
     device, precision = choose_device(config.amp)
     network, best = load_best(run, config, device)
     options = ImageOptions(**best["images"])
     bad: list[tuple[Path, str]] = []
+    usable = np.ones(len(samples), bool)
 
     def read(file: Path) -> Gray | str:
         try:
@@ -230,26 +258,36 @@ def score_files(
         except ImageError as error:
             return str(error)
 
-    def batches(advance: Advance) -> Iterator[Tensor]:
+    def batches(advance: Advance) -> Iterator[tuple[Tensor, ...]]:
         with ThreadPoolExecutor(workers) as pool:
-            for start in range(0, len(files), EVALUATION_BATCH):
-                some = files[start : start + EVALUATION_BATCH]
-                images = np.zeros((len(some), 1, config.image_size, config.image_size), np.uint8)
-                for position, pixels in enumerate(pool.map(read, some)):
+            for start in range(0, len(samples), EVALUATION_BATCH):
+                some = samples[start : start + EVALUATION_BATCH]
+                shape = len(some), max(map(len, some))
+                images = np.zeros((*shape, 1, config.image_size, config.image_size), np.uint8)
+                present, projection = np.zeros(shape, bool), np.zeros(shape, np.int8)
+                places = [(row, view) for row, files in enumerate(some) for view in range(len(files))]
+                files = [some[row][view] for row, view in places]
+                for place, file, pixels in zip(places, files, pool.map(read, files), strict=True):
                     if isinstance(pixels, str):
-                        bad.append((some[position], pixels))
+                        bad.append((file, pixels))
                     else:
-                        images[position, 0] = pixels
-                yield to_device(images, device)
-                advance(start + len(some), len(files))
+                        images[place], present[place] = pixels, True
+                        lateral = "lateral" in file.name.lower()
+                        projection[place] = PROJECTIONS.index("lateral") if lateral else UNKNOWN_FRONTAL
+                usable[start : start + len(some)] = present.any(axis=1)
+                if config.fusion is None:
+                    yield (to_device(images[:, 0], device),)
+                else:
+                    arrays = images[present], present, projection
+                    yield tuple(to_device(array, device) for array in arrays)
+                advance(start + len(some), len(samples))
 
     pixels = best["pixels"]
-    with progress_bar("Scoring", "images") as advance:
+    with progress_bar("Scoring", "images" if config.fusion is None else "studies") as advance:
         scores = predict_scores(
             network, learnt_columns(config), batches(advance), pixels["mean"], pixels["std"], precision
         )
-    unread = {file for file, _ in bad}
-    scores[[file in unread for file in files]] = np.nan
+    scores[~usable] = np.nan
     return scores, bad
 
 

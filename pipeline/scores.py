@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -26,16 +27,24 @@ def write_scores(path: Path, table: pa.Table, labels: Sequence[str], scores: npt
     write_table(path, pa.table({name: table[name] for name in ("key", "patient", "study")} | columns))
 
 
+def read_frame(path: Path, labels: Sequence[str] = LABELS) -> pd.DataFrame:
+    """Patient, study and the scores of the labels, in the order of the file. Raises DataError as `read_scores` does."""
+    keys = _open(path)["key"]
+    scores = read_scores(path, keys, labels)
+    facts = _open(path).select(["patient", "study"]).to_pandas()
+    return facts.assign(**dict(zip(labels, scores.T, strict=True)))
+
+
 def read_scores(path: Path, keys: pa.ChunkedArray, labels: Sequence[str] = LABELS) -> npt.NDArray[np.float32]:
     """The scores [N, L] of the labels for the images `keys` [N], in whatever order the file has them.
 
     Raises DataError where the file is not one of scores, lacks an image, or has a score outside [0, 1].
     """
+    table = _open(path)
+    found = table["key"].combine_chunks()
     try:
-        table = pa.ipc.open_file(path.read_bytes()).read_all()
-        found = table["key"].cast(pa.string()).combine_chunks()
         scores = np.column_stack([table[label].cast(pa.float32()).to_numpy() for label in labels])
-    except (OSError, KeyError, pa.ArrowException) as error:
+    except (KeyError, pa.ArrowException) as error:
         raise DataError(f"{path}: damaged, or not a file of scores: {error}") from error
     rows = pc.index_in(keys, value_set=found)
     if rows.null_count:
@@ -52,3 +61,12 @@ def read_scores(path: Path, keys: pa.ChunkedArray, labels: Sequence[str] = LABEL
         )
     chosen: npt.NDArray[np.float32] = scores[rows.to_numpy()]
     return chosen
+
+
+def _open(path: Path) -> pa.Table:
+    """The file, with its keys as strings. Raises DataError."""
+    try:
+        table = pa.ipc.open_file(path.read_bytes()).read_all()
+        return table.set_column(table.column_names.index("key"), "key", table["key"].cast(pa.string()))
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise DataError(f"{path}: damaged, or not a file of scores: {error}") from error

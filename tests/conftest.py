@@ -168,3 +168,12 @@ def sample_shards(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manif
     write_sample(folder, images=160, seed=0, workers=2)
     options = default_options(size=64, samples_per_shard=40)
     return folder / "shards", make_shards(folder, folder / "shards", options, workers=2).manifest
+
+
+@pytest.fixture(scope="session")
+def study_shards(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest]:
+    """Shards of 160 drawn films of all views, whose studies have one or two; nobody changes them."""
+    folder = tmp_path_factory.mktemp("studies")
+    write_sample(folder, images=160, seed=0, workers=2)
+    options = default_options(size=64, samples_per_shard=40, views="all")
+    return folder / "shards", make_shards(folder, folder / "shards", options, workers=2).manifest

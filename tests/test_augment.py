@@ -1,5 +1,6 @@
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -44,7 +45,9 @@ def test_the_draws_are_written_in_stone() -> None:
 def test_ranks_together_see_the_augmentations_of_one(crop: float) -> None:
     images = torch.randint(0, 256, (6, 1, 32, 32), dtype=torch.uint8)
     whole = augment(images, 128.0, 64.0, 1, 2, 3, crop)
-    parts = [augment(images[i : i + 2], 128.0, 64.0, 1, 2, 3, crop, first=i, total=6) for i in (0, 2, 4)]
+    parts = [
+        augment(images[i : i + 2], 128.0, 64.0, 1, 2, 3, crop, np.arange(i, i + 2), 6) for i in (0, 2, 4)
+    ]
     torch.testing.assert_close(torch.cat(parts), whole, rtol=0, atol=1e-6)
 
 

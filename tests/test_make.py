@@ -48,6 +48,8 @@ def test_make_alone_lists_every_target() -> None:
             "train.py predict --run r --out r/predictions.csv --strict films",
         ),
         (["evaluate", "OUT=there", "RUN=r", "WORKERS=3"], " --split valid --workers 3"),
+        (["train", "FUSION=mean", "ARGS=--init runs/all"], "-mean-seed0 "),
+        (["train", "FUSION=mean", "ARGS=--init runs/all"], " --fusion mean --init runs/all"),
         (
             ["train", "GPUS=8"],
             "--nproc-per-node 8 --signals-to-handle SIGTERM,SIGINT,SIGUSR1 -- train.py --shards",

@@ -500,7 +500,9 @@ def test_a_run_starts_from_the_weights_it_is_given(
 ) -> None:
     assert command("train", "--run", tmp_path / "first", "--lr", 1e-2) == 0
     best = tmp_path / "first" / "best.pt"
-    assert command("train", "--run", tmp_path / "second", "--init", best, "--lr", 1e-12, "--seed", 1) == 0
+    assert (
+        command("train", "--run", tmp_path / "second", "--init", best.parent, "--lr", 1e-12, "--seed", 1) == 0
+    )
     assert f"{best}: loaded; fresh: nothing" in capsys.readouterr().err
     ours, theirs = (load_checkpoint(tmp_path / run / "best.pt")["weights"] for run in ("first", "second"))
     torch.testing.assert_close(ours["head.2.weight"], theirs["head.2.weight"])

@@ -1,0 +1,77 @@
+"""The views of a study → logits of the study: one backbone for all views, which are then pooled.
+
+In: a network for single images (model.networks), and the views of some studies. Every view goes through the same
+backbone; its features are scaled and shifted by what is learnt of its projection (FiLM, Perez et al., AAAI 2018),
+because the same finding looks otherwise from the side; then the features or logits of the views that are there are
+pooled. At first no projection differs from another and all views count alike: a network that starts from
+a run by images scores as that run does.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.studies import PROJECTIONS
+
+FUSIONS = ("max", "mean", "attention")
+# A frontal that may be AP or PA takes what lies between them.
+UNKNOWN_FRONTAL = len(PROJECTIONS)
+
+
+class StudyNetwork(nn.Module):
+    """`max` and `mean` pool features; `attention` weighs the views' logits, for each label by itself.
+
+    Attention is a softmax over a study's views of a linear function of their features (after Ilse et al., ICML
+    2018). A `frozen` backbone keeps its weights and BatchNorm's statistics; only what is new is trained.
+    """
+
+    def __init__(self, network: nn.Module, fusion: str, frozen: bool) -> None:
+        """Takes a network for images apart: all up to its last linear layer is the backbone."""
+        super().__init__()
+        self.fusion, self.frozen = fusion, frozen
+        path, head = [named for named in network.named_modules() if isinstance(named[1], nn.Linear)][-1]
+        parent, _, name = path.rpartition(".")
+        setattr(network.get_submodule(parent), name, nn.Identity())
+        self.backbone, self.head = network.requires_grad_(not frozen), head
+        self.projection = nn.Parameter(
+            torch.zeros(len(PROJECTIONS), 2, head.in_features)
+        )  # scale - 1, and shift
+        if fusion == "attention":
+            self.attention = nn.Linear(head.in_features, head.out_features, bias=False)  # alike for all views
+            nn.init.zeros_(self.attention.weight)
+
+    def train(self, mode: bool = True) -> "StudyNetwork":
+        """As in torch, but that a frozen backbone stays as it is in evaluation."""
+        super().train(mode)
+        if self.frozen:
+            self.backbone.eval()
+        return self
+
+    def forward(self, images: Tensor, present: Tensor, projection: Tensor) -> Tensor:
+        """Logits [B, outputs] of studies.
+
+        `present` bool [B, V] are the views that there are, `images` [n, 1, H, W] these alone in order;
+        `projection` int [B, V] are places in PROJECTIONS, or UNKNOWN_FRONTAL.
+        """
+        unknown = self.projection[[PROJECTIONS.index(name) for name in ("AP", "PA")]].mean(0, keepdim=True)
+        scale, shift = torch.cat([self.projection, unknown])[projection[present].long()].unbind(1)
+        features = self.backbone(images) * (1 + scale) + shift
+        if self.fusion == "attention":
+            views = _spread(self.head(features), present)
+            weights = _spread(self.attention(features), present)
+            hidden = torch.finfo(weights.dtype).min
+            weights = weights.masked_fill(~present[..., None], hidden).softmax(dim=1)
+            return (views * weights).sum(dim=1)
+        spread = _spread(features, present)
+        if self.fusion == "mean":
+            pooled = spread.sum(dim=1) / present.sum(dim=1, keepdim=True).clamp(min=1)
+        else:
+            hidden = torch.finfo(spread.dtype).min
+            some = present.any(dim=1)[:, None]
+            pooled = torch.where(some, spread.masked_fill(~present[..., None], hidden).amax(dim=1), 0)
+        logits: Tensor = self.head(pooled)
+        return logits
+
+
+def _spread(values: Tensor, present: Tensor) -> Tensor:
+    """Values [n, F] of the views that are present at their places [B, V, F]; zeros elsewhere."""
+    return values.new_zeros(*present.shape, values.shape[1]).masked_scatter(present[..., None], values)

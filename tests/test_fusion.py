@@ -1,0 +1,81 @@
+"""Networks over the views of a study, against the network for one image that they are made of."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from model.fusion import FUSIONS, UNKNOWN_FRONTAL, StudyNetwork
+from model.networks import ARCHITECTURES, build_network
+
+# A lateral alone, a frontal with a lateral, three views, and a study whose images are all unusable.
+PRESENT = torch.tensor([[1, 0, 0], [1, 1, 0], [1, 1, 1], [0, 0, 0]]).bool()
+PROJECTION = torch.tensor([[2, 0, 0], [0, 2, 0], [1, 2, 3], [0, 0, 0]], dtype=torch.int8)
+VIEWS = [[0], [1, 2], [3, 4, 5]]
+
+
+@pytest.fixture(scope="module")
+def images() -> Tensor:
+    return torch.randn(6, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def build(fusion: str, arch: str = "rescnn", frozen: bool = False) -> tuple[nn.Module, StudyNetwork]:
+    torch.manual_seed(0)
+    network = build_network(arch, 14).eval()
+    return network, StudyNetwork(copy.deepcopy(network), fusion, frozen).eval()
+
+
+@pytest.mark.parametrize("arch", ["rescnn", "resnet18", "densenet121", "convnext_tiny"])
+def test_it_starts_as_the_network_for_images(arch: str, images: Tensor) -> None:
+    assert arch in ARCHITECTURES
+    network, fused = build("mean", arch)
+    with torch.inference_mode():
+        logits, found = network(images), fused(images, PRESENT, PROJECTION)
+    expected = torch.stack([logits[views].mean(dim=0) for views in VIEWS])
+    torch.testing.assert_close(found[:3], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_pooling_is_over_the_views_there_are(fusion: str, images: Tensor) -> None:
+    _, fused = build(fusion)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in fused.parameters():
+            parameter.add_(0.01 * torch.randn(parameter.shape, generator=generator))
+        found = fused(images, PRESENT, PROJECTION)
+        codes = PROJECTION[PRESENT].long()
+        features = fused.backbone(images) * (1 + fused.projection[codes, 0]) + fused.projection[codes, 1]
+        for study, views in enumerate(VIEWS):
+            if fusion == "attention":
+                weights = fused.attention(features[views]).softmax(dim=0)
+                expected = (weights * fused.head(features[views])).sum(dim=0)
+            else:
+                own = features[views]
+                expected = fused.head(own.mean(dim=0) if fusion == "mean" else own.amax(dim=0))
+            torch.testing.assert_close(found[study], expected, rtol=1e-4, atol=1e-5)
+    assert found.isfinite().all()  # also of the study without a view
+
+
+def test_an_unknown_frontal_is_between_ap_and_pa(images: Tensor) -> None:
+    _, fused = build("mean")
+    with torch.no_grad():
+        fused.projection.normal_(generator=torch.Generator().manual_seed(2))
+        one = torch.ones(1, 1, dtype=torch.bool)
+        features = fused.backbone(images[:1])
+        between = fused.projection[:2].mean(dim=0)
+        expected = fused.head(features * (1 + between[0]) + between[1])
+        torch.testing.assert_close(fused(images[:1], one, torch.tensor([[UNKNOWN_FRONTAL]])), expected)
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_a_frozen_backbone_stays_as_it_is(fusion: str, images: Tensor) -> None:
+    _, fused = build(fusion, frozen=True)
+    before = copy.deepcopy(fused.state_dict())
+    optimizer = torch.optim.SGD([one for one in fused.parameters() if one.requires_grad], lr=0.1)
+    fused.train()
+    fused(images, PRESENT, PROJECTION).square().sum().backward()
+    optimizer.step()
+    changed = {name for name, value in fused.state_dict().items() if not torch.equal(value, before[name])}
+    learnt = {"head.weight", "head.bias", "projection"}
+    assert changed == learnt | ({"attention.weight"} if fusion == "attention" else set())
