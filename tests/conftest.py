@@ -171,7 +171,7 @@ def sample_shards(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manif
 
 
 @pytest.fixture(scope="session")
-def study_shards(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest]:
+def drawn_studies(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest]:
     """Shards of 160 drawn films of all views, whose studies have one or two; nobody changes them."""
     folder = tmp_path_factory.mktemp("studies")
     write_sample(folder, images=160, seed=0, workers=2)

@@ -24,9 +24,9 @@ from tests.test_train import assert_same_run, few_resamples_and_no_page, make_jo
 
 
 @pytest.fixture
-def make(make_job: Callable[..., Job], study_shards: tuple[Path, Manifest]) -> Callable[..., Job]:  # noqa: F811
+def make(make_job: Callable[..., Job], drawn_studies: tuple[Path, Manifest]) -> Callable[..., Job]:  # noqa: F811
     """A small job on shards of all views."""
-    shards, manifest = study_shards
+    shards, manifest = drawn_studies
 
     def of_studies(run: str, stop_after: int = 10**9, **changes: Any) -> Job:
         job = make_job(run, stop_after, **{"batch_size": 8, "image_size": 32} | changes)
@@ -46,7 +46,7 @@ def test_a_run_by_studies_resumes_exactly(make: Callable[..., Job], fusion: str)
 
 
 def test_each_study_is_scored_once_and_compared_with_late_fusion(
-    make: Callable[..., Job], study_shards: tuple[Path, Manifest]
+    make: Callable[..., Job], drawn_studies: tuple[Path, Manifest]
 ) -> None:
     images = make("images", epochs=1)
     assert train.train(images) == 0
@@ -55,7 +55,7 @@ def test_each_study_is_scored_once_and_compared_with_late_fusion(
     best = images.run / "best.pt"
     fused = dataclasses.replace(make("fused", epochs=1, fusion="max", init="0"), init=best)
     assert train.train(fused) == 0
-    table = pa.ipc.open_file(study_shards[0] / "valid.arrow").read_all().to_pandas()
+    table = pa.ipc.open_file(drawn_studies[0] / "valid.arrow").read_all().to_pandas()
     scored = read_frame(fused.run / "scores-valid.arrow")
     firsts = table.groupby(["patient", "study"], sort=False).head(1)
     assert (
@@ -96,14 +96,14 @@ def test_a_frozen_backbone_is_the_first_runs(make: Callable[..., Job]) -> None:
 
 def test_predict_scores_the_files_of_a_study_together(
     make: Callable[..., Job],
-    study_shards: tuple[Path, Manifest],
+    drawn_studies: tuple[Path, Manifest],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """As the study was scored from the shards, where its frontal's projection is not asked for."""
     fused = make("fused", epochs=1, fusion="mean", lr=1e-9, ema=0.0)  # so no projection differs from another
     assert train.train(fused) == 0
-    films = study_shards[0].parent / "CheXpert-v1.0-small" / "valid"
+    films = drawn_studies[0].parent / "CheXpert-v1.0-small" / "valid"
     expected = read_frame(fused.run / "scores-valid.arrow")
     for option in ([], ["--group-by", r"patient\d+/study\d+"]):
         words = ["predict", "--run", fused.run, "--out", tmp_path / "scores.csv", *option, films]
@@ -128,9 +128,9 @@ def test_predict_scores_the_files_of_a_study_together(
     ],
 )
 def test_files_that_are_no_studies_are_refused(
-    make: Callable[..., Job], study_shards: tuple[Path, Manifest], option: list[str], message: str
+    make: Callable[..., Job], drawn_studies: tuple[Path, Manifest], option: list[str], message: str
 ) -> None:
-    films = study_shards[0].parent / "CheXpert-v1.0-small" / "valid"
+    films = drawn_studies[0].parent / "CheXpert-v1.0-small" / "valid"
     words = ["predict", "--run", make("fused", fusion="mean").run, "--out", "unused.csv", *option, films]
     with pytest.raises(DataError) as caught:
         train.main.main(list(map(str, words)), standalone_mode=False)
