@@ -72,8 +72,8 @@ def find_studies(split: OpenSplit, rows: Rows | None = None) -> Studies:
     V is the largest number of such images that a study has, at most MOST_VIEWS: of a study with more the first
     ones of the table are taken. Raises DataError where images of a study differ in a label, naming both.
     """
-    rows = np.arange(split.table.num_rows, dtype=np.int64) if rows is None else rows
-    table = split.table.select(["patient", "study", "key", *LABELS]).take(rows)
+    table = split.table if rows is None else split.table.take(rows)
+    rows = np.arange(table.num_rows, dtype=np.int64) if rows is None else rows
     study = number_studies(table)
     order = np.argsort(study, kind="stable")
     counts = np.bincount(study)
