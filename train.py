@@ -30,7 +30,6 @@ os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 import contextlib
 import copy
-import csv
 import hashlib
 import io
 import json
@@ -109,7 +108,7 @@ from pipeline.labels import (
     one_class_labels,
     parse_uncertain_policy,
 )
-from pipeline.manifest import manifest_digest, read_manifest, write_atomically
+from pipeline.manifest import claimed, manifest_digest, read_manifest, write_atomically, write_csv
 from pipeline.plan import Rows, Weights, plan_training, training_steps
 from pipeline.remote import Cache, Remote, is_url, redact
 from pipeline.scores import read_scores
@@ -182,7 +181,21 @@ def train(job: Job, watch: Callable[[list[dict[str, Any]]], None] = lambda histo
     if job.ranks.is_first:
         open_run(run, config)  # only now: a run that cannot start leaves no folder
         record_environment(job)
+    with claimed(run) if job.ranks.is_first else contextlib.nullcontext():
+        return train_epochs(job, state, (train, dev), labels, weights, watch)
 
+
+def train_epochs(
+    job: Job,
+    state: TrainState,
+    selected: tuple[Selected, Selected],
+    labels: Labels,
+    weights: Weights | None,
+    watch: Callable[[list[dict[str, Any]]], None],
+) -> int:
+    """Restore what there is, train on the first of the selected to the end, and evaluate; returns the exit code."""
+    config, run, (train, dev) = job.config, job.run, selected
+    steps = training_steps(len(train.rows), config.batch_size)
     precision = str(job.precision).removeprefix("torch.")
     together = f", {job.ranks.count} ranks" if job.ranks.joined else ""
     click.echo(f"{config.arch} on {job.device.type}, {precision}{together}", err=True)
@@ -875,12 +888,9 @@ def predict_command(
     else:
         samples = group_files(files, group_by)
     scores, bad = score_files(run, config, list(samples.values()), workers)
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["study" if config.fusion else "file", *config.labels])
-    for name, row in zip(samples, scores.tolist(), strict=True):
-        writer.writerow([name, *("" if math.isnan(score) else f"{score:.6f}" for score in row)])
-    write_atomically(out, text.getvalue().encode())
+    cells = [["" if math.isnan(score) else f"{score:.6f}" for score in row] for row in scores.tolist()]
+    heading = ["study" if config.fusion else "file", *config.labels]
+    write_csv(out, [heading, *([name, *row] for name, row in zip(samples, cells, strict=True))])
     for file, reason in bad:
         click.echo(f"{file}: {reason}", err=True)
     of_studies = f" in {len(samples):,} studies" if config.fusion else ""

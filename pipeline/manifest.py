@@ -4,10 +4,13 @@ The manifest is written last, so a folder that has one is complete. It holds no 
 input and options give the same bytes.
 """
 
+import csv
+import fcntl
 import hashlib
+import io
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +25,7 @@ from pipeline.store import is_remote, object_to_put
 FORMAT = "chexpert-shards"
 VERSION = 1
 NAME = "manifest.json"
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # with which a spreadsheet's formulas begin
 
 
 @dataclass(frozen=True)
@@ -141,6 +145,46 @@ def write_table(path: Path, table: pa.Table) -> str:
     data = sink.getvalue()
     write_atomically(path, data)
     return hashlib.sha256(data).hexdigest()
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Be the only one that writes to a folder on this machine; a process that is killed gives it back.
+
+    Raises DataError where another one does. (Locks of the kernel: over NFS they hold among machines as far as the
+    server supports them.)
+    """
+    path = folder / ".lock"
+    while True:
+        with path.open("a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise DataError(
+                    f"{folder}: another process is writing to it; wait for it, or stop it"
+                ) from None
+            try:
+                if os.fstat(file.fileno()).st_ino != path.stat().st_ino:
+                    continue  # its last owner has removed it meanwhile
+            except FileNotFoundError:
+                continue
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return
+
+
+def write_csv(path: Path, rows: Iterable[Sequence[object]]) -> None:
+    """Write rows as a CSV, atomically; what a spreadsheet would take for a formula becomes text (a quote in front).
+
+    So the OWASP's advice on CSV injection: file names and CSV cells of others must not run as code.
+    """
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    for row in rows:
+        writer.writerow([f"'{cell}" if str(cell).startswith(FORMULA) else cell for cell in row])
+    write_atomically(path, text.getvalue().encode())
 
 
 def write_atomically(path: Path, data: bytes | pa.Buffer) -> None:

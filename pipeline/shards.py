@@ -9,15 +9,13 @@ A shard is a pure function of its rows and options, so the bytes do not depend o
 how often the run was killed and started again: finished shards are kept, anything else is done anew.
 """
 
-import csv
 import hashlib
-import io
 import json
 import os
 import re
 import zlib
 from collections.abc import Callable, Mapping
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -42,14 +40,16 @@ from pipeline.manifest import (
     Shard,
     Split,
     atomic_file,
+    claimed,
     count_rows,
     read_manifest,
     write_atomically,
+    write_csv,
     write_manifest,
     write_table,
 )
 from pipeline.source import Source, divide_rows, read_splits
-from pipeline.store import check_access, make_folder, remove_folder
+from pipeline.store import check_access, is_remote, make_folder, remove_folder
 from pipeline.tar import BLOCK, END, tar_member
 from pipeline.workers import report_item, run_alone, run_tasks
 
@@ -170,27 +170,60 @@ def write_shards(
     # Shards of all views made before their studies lay together are other shards.
     unit = {"unit": "study"} if options.views == "all" else {}
     wanted = {"options": asdict(options) | unit, "policies": dict(policies), "sources": hashes}
-    partial = out / PARTIAL
-    if overwrite and out.is_dir():
-        _remove_ours(out)
-    elif (out / NAME).exists():
-        manifest = read_manifest(out)
-        _refuse_difference(out, {name: getattr(manifest, name) for name in wanted}, wanted)
-        remove_folder(partial)
-        return RunSummary(manifest, False, 0, 0, 0, [])
+    if not overwrite and (found := _find_finished(out, wanted)) is not None:
+        return found
+    make_folder(out)
+    with nullcontext() if is_remote(out) else claimed(out):
+        # Once more: another process may have finished them before it gave the folder back.
+        if not overwrite and (found := _find_finished(out, wanted)) is not None:
+            return found
+        if overwrite:
+            _remove_ours(out)
+        run = Run(out, source, options, policies, wanted, workers, scheduler, max_bad, strict)
+        return _write_all(run, progress)
 
+
+@dataclass(frozen=True)
+class Run:
+    """What `write_shards` was asked for; `wanted` is what of it the manifest records."""
+
+    out: Path
+    source: Source
+    options: Options
+    policies: Mapping[str, str]
+    wanted: dict[str, dict[str, Any]]
+    workers: int
+    scheduler: str | None
+    max_bad: float
+    strict: bool
+
+
+def _find_finished(out: Path, wanted: Mapping[str, Mapping[str, Any]]) -> RunSummary | None:
+    """The summary of shards that are there already. Raises DataError where they are others."""
+    if not (out / NAME).exists():
+        return None
+    manifest = read_manifest(out)
+    _refuse_difference(out, {name: getattr(manifest, name) for name in wanted}, wanted)
+    remove_folder(out / PARTIAL)
+    return RunSummary(manifest, False, 0, 0, 0, [])
+
+
+def _write_all(run: Run, progress: Progress) -> RunSummary:
+    """Plan, write what is not yet written, and finish."""
+    out, wanted = run.out, run.wanted
+    partial = out / PARTIAL
     make_folder(partial)
     started = partial / "options.json"
     if started.exists():
         _refuse_difference(out, json.loads(started.read_bytes()), wanted)
     write_atomically(started, json.dumps(wanted).encode())
-    rows, one_class = run_alone(write_plan, PlanTask(out, source, options, policies))
-    if strict and one_class:
+    rows, one_class = run_alone(write_plan, PlanTask(out, run.source, run.options, run.policies))
+    if run.strict and one_class:
         raise DataError(f"--strict: {'; '.join(describe_one_class(one_class))}; choose other policies")
 
     total = sum(rows.values())
     tasks = [
-        ShardTask(out, split, number, source.roots, options.image)
+        ShardTask(out, split, number, run.source.roots, run.options.image)
         for split in rows
         for number in range(_count_shards(out, split))
     ]
@@ -202,21 +235,21 @@ def write_shards(
     def tick(items: int) -> None:
         progress(min(resumed + items, total), total, len(rejects))
 
-    if scheduler is None:
-        results = run_tasks(write_shard, unfinished, workers, tick)
+    if run.scheduler is None:
+        results = run_tasks(write_shard, unfinished, run.workers, tick)
     else:
-        results = run_on_cluster(write_shard, unfinished, scheduler, started)
+        results = run_on_cluster(write_shard, unfinished, run.scheduler, started)
     # Closed explicitly: when this raises, the workers must have ended before the caller goes on.
     with closing(results) as summaries:
         for summary in summaries:
             finished.append(summary)
             rejects += summary.rejects
-            if scheduler is not None:
+            if run.scheduler is not None:
                 tick(sum(summary.samples + len(summary.rejects) for summary in finished) - resumed)
-            if len(rejects) > max_bad * total:
+            if len(rejects) > run.max_bad * total:
                 _write_rejects(out, rejects)
                 raise DataError(
-                    f"{len(rejects)} of {total:,} images cannot be used, more than --max-bad {max_bad:.2%}; "
+                    f"{len(rejects)} of {total:,} images cannot be used, more than --max-bad {run.max_bad:.2%}; "
                     f"{out / REJECTS} lists them; the first: {rejects[0].file}: {rejects[0].reason}"
                 )
     progress(total, total, len(rejects))
@@ -439,11 +472,7 @@ def _pixel_statistics(levels: Any) -> dict[str, float]:
 
 
 def _write_rejects(out: Path, rejects: list[Reject]) -> None:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(Reject._fields)
-    writer.writerows(sorted(rejects))
-    write_atomically(out / REJECTS, text.getvalue().encode())
+    write_csv(out / REJECTS, [Reject._fields, *sorted(rejects)])
 
 
 def _remove_ours(out: Path) -> None:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from pipeline import DataError
 from pipeline.labels import LABELS, evaluation_targets, hash_fraction
-from pipeline.manifest import Manifest, read_manifest, read_table
+from pipeline.manifest import Manifest, claimed, read_manifest, read_table, write_csv
 from pipeline.shards import write_shards
 from pipeline.source import find_source
 from pipeline.stream import Labels, open_split, stream_evaluation
@@ -316,3 +316,20 @@ def test_damaged_tables_and_manifests_are_named(shards: Shards) -> None:
         path.write_text(damage)
         with pytest.raises(DataError, match=message):
             read_manifest(folder)
+
+
+def test_two_processes_do_not_write_to_one_folder(chexpert: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    with claimed(out), pytest.raises(DataError) as caught:
+        make_shards(chexpert, out)
+    assert str(caught.value) == f"{out}: another process is writing to it; wait for it, or stop it"
+    make_shards(chexpert, out)
+    assert not (out / ".lock").exists()
+    out.chmod(0o500)  # finished shards may be read-only
+    assert not make_shards(chexpert, out).is_new
+
+
+def test_names_that_a_spreadsheet_would_run_are_text(tmp_path: Path) -> None:
+    write_csv(tmp_path / "cells.csv", [("=1+1", "@x", 2, -0.5, "a,b", "plain")])
+    assert (tmp_path / "cells.csv").read_text() == "'=1+1,'@x,2,'-0.5,\"a,b\",plain\n"

@@ -35,7 +35,7 @@ from model.scoring import evaluate, score_best
 from pipeline import DataError
 from pipeline.console import run_command
 from pipeline.labels import LABELS, evaluation_targets
-from pipeline.manifest import Manifest, manifest_digest, read_table
+from pipeline.manifest import Manifest, claimed, manifest_digest, read_table
 from pipeline.scores import read_scores, write_scores
 from pipeline.stream import Labels, open_split, stream_evaluation, stream_training
 
@@ -344,6 +344,14 @@ def test_another_configuration_is_refused_by_name(make_job: Callable[..., Job]) 
         DataError, match=r"run is a run of another configuration: lr is 0.001 there and 0.1 here; ch"
     ):
         make_job("run", lr=0.1)
+
+
+def test_two_processes_do_not_train_one_run(make_job: Callable[..., Job]) -> None:
+    job = make_job("run", epochs=1)
+    message = rf"^{job.run}: another process is writing to it; wait for it, or stop it$"
+    with claimed(job.run), pytest.raises(DataError, match=message):
+        train.train(job)
+    assert not (job.run / "last.pt").exists()
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(
