@@ -1,7 +1,6 @@
 """State dict ↔ file: written whole or not at all, and read without running code from it."""
 
 import io
-import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from model.ranks import ALONE, Ranks
 from pipeline import DataError
+from pipeline.manifest import atomic_file
 
 
 class CheckpointError(DataError):
@@ -17,13 +17,15 @@ class CheckpointError(DataError):
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write under a temporary name, fsync, rename. `state` holds tensors and plain Python values only."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    """Write it whole or not at all. `state` holds tensors and plain Python values only.
+
+    Raises DataError, naming the file, where it cannot be written.
+    """
+    with atomic_file(path) as file:
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:  # torch's own for a write that failed, with the reason as its context
+            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
 
 def load_checkpoint(path: Path, ranks: Ranks = ALONE) -> dict[str, Any]:
