@@ -74,8 +74,8 @@ BEST_POLICY = dict.fromkeys(LABELS, "zeros") | {
 _STATES = {1.0: 1, 0.0: 0, -1.0: -1}
 # A folder, then patient/study/view: nothing else, so no absolute path and no `..` gets through.
 _PATH = (
-    r"(?:^|/)(?P<path>[A-Za-z0-9_-]+/(?P<patient>patient\d+)/study(?P<study>\d{1,6})/"
-    r"(?P<file>view\d+_(?:frontal|lateral))\.(?:jpg|jpeg|png))$"
+    r"(?:^|/)(?P<path>[A-Za-z0-9_-]+/(?P<patient>patient\d{1,20})/study(?P<study>\d{1,6})/"
+    r"(?P<file>view\d{1,4}_(?:frontal|lateral))\.(?:jpg|jpeg|png))$"
 )
 
 
@@ -261,12 +261,18 @@ def _read_csv(csv: Path) -> pa.Table:
                 csv, convert_options=convert, read_options=pacsv.ReadOptions(use_threads=False)
             )
         except pa.ArrowInvalid as error:
-            raise DataError(f"{csv}: not a readable CSV: {error}") from error
-    table = table.rename_columns([name.strip().replace("_", " ") for name in table.column_names])
+            raise DataError(f"{csv}: not a readable CSV: {_quote(str(error), 200)}") from error
+    try:
+        table = table.rename_columns([name.strip().replace("_", " ") for name in table.column_names])
+    except UnicodeDecodeError:
+        raise DataError(f"{csv}: not a readable CSV: its header is not UTF-8") from None
     wanted = COLUMNS if any(name in FACTS for name in table.column_names) else ("Path", *LABELS)
     missing = [name for name in wanted if name not in table.column_names]
     if missing:
         raise DataError(f"{csv}: column {missing[0]} is missing; a CheXpert table has {', '.join(COLUMNS)}")
+    twice = [name for name in wanted if table.column_names.count(name) > 1]
+    if twice:
+        raise DataError(f"{csv}: column {twice[0]} is there {table.column_names.count(twice[0])} times")
     if table.num_rows == 0:
         raise DataError(f"{csv}: no rows below the header")
     return table.select(wanted)
@@ -288,8 +294,14 @@ def _demand(csv: Path, name: str, column: pa.ChunkedArray, valid: pa.ChunkedArra
     """Raise DataError for the first row that is not valid (null counts as not valid for required columns)."""
     row = pc.index(pc.fill_null(valid, name in LABELS), False).as_py()
     if row >= 0:
-        text = column[row].as_py() or ""
+        text = _quote(column[row].as_py() or "", 80)
         raise DataError(f"{csv}, line {row + 2}, column {name}: '{text}' {complaint}")
+
+
+def _quote(text: str, longest: int) -> str:
+    """A text of others for a message: no control characters, which a terminal would obey, and not too long."""
+    shown = "".join(char if char.isprintable() else repr(char)[1:-1] for char in text[:longest])
+    return shown if len(text) <= longest else f"{shown}…"
 
 
 def _demand_unique(csv: Path, key: pa.Array) -> None:

@@ -9,6 +9,7 @@ import fcntl
 import hashlib
 import io
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -95,13 +96,16 @@ def read_manifest(folder: Path) -> Manifest:
         raise DataError(f"{path}: format version {document.get('version')}; this program reads {VERSION}")
     try:
         splits = {name: _parse_split(split) for name, split in document["splits"].items()}
-        manifest = Manifest(
-            **{name: document[name] for name in ("options", "policies", "sources", "pixels")},
-            splits=splits,
-            rejects=tuple(document["rejects"]),
-        )
-    except (KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path}: damaged: {error}") from error
+        policies, sources, rejects = document["policies"], document["sources"], document["rejects"]
+        for texts in (policies, sources, *rejects):
+            _demand(all(isinstance(text, str) for text in texts.values()), "text", texts)
+        pixels = {name: float(document["pixels"][name]) for name in ("mean", "std")}
+        _demand(all(map(math.isfinite, pixels.values())) and pixels["std"] > 0, "mean and std", pixels)
+        _demand({"uncertain", "blank"} <= policies.keys(), "policies", policies)
+        options = dict(document["options"].items())
+        manifest = Manifest(options, policies, sources, pixels, splits, tuple(rejects))
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
+        raise DataError(f"{path}: damaged: {str(error)[:200]}") from error
     for split in splits.values():
         for name in (split.table, *(shard.file for shard in split.shards)):
             if Path(name).name != name:
@@ -217,5 +221,22 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def _parse_split(document: Mapping[str, Any]) -> Split:
-    shards = tuple(Shard(**shard) for shard in document["shards"])
-    return Split(**{**document, "shards": shards})
+    shards = tuple(Shard(**_checked(shard)) for shard in document["shards"])
+    return Split(
+        **_checked({name: value for name, value in document.items() if name != "shards"}), shards=shards
+    )
+
+
+def _checked(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Values of a `Split` or a `Shard`: texts and hashes, and numbers that a file can have."""
+    for name, value in values.items():
+        if name in ("file", "table", "sha256", "table_sha256"):
+            _demand(isinstance(value, str) and "\0" not in value and len(value) < 256, name, value)
+        else:
+            _demand(type(value) is int and 0 <= value < 2**63, name, value)
+    return values
+
+
+def _demand(sound: bool, name: str, value: object) -> None:
+    if not sound:
+        raise ValueError(f"{name} is {value!r}")

@@ -1,0 +1,219 @@
+"""Input that nobody has thought of: what is made of it is sound, or it is refused with a name."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import simplejpeg
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from pipeline import DataError
+from pipeline.images import ENCODINGS, ImageError, ImageOptions, decode_stored, prepare
+from pipeline.labels import COLUMNS, LABELS, read_labels
+from pipeline.manifest import Manifest, read_manifest, write_manifest
+from pipeline.stream import open_split
+from tests.test_images import encode
+
+# Files are written again and again into one folder of the test.
+thoroughly = settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+ROW = (
+    "CheXpert-v1.0-small/train/patient{}/study1/view1_frontal.jpg,Female,60,Frontal,AP"
+    + ",1.0,,0.0,-1.0,,,,,,,,,,"
+)
+CSV = "\n".join([",".join(COLUMNS), *(ROW.format(f"{number:05d}") for number in range(1, 6))]) + "\n"
+TOKENS = [
+    b'"',
+    b",",
+    b"\n",
+    b"\r\n",
+    b"\0",
+    b"\xff",
+    b"\xef\xbb\xbf",
+    "é".encode(),
+    b"NaN",
+    b"inf",
+    b"1e0",
+    b" 1.0",
+]
+TOKENS += [
+    b"-1",
+    b"2.0",
+    b"=1+1",
+    b"../",
+    b"/etc/passwd",
+    b"patient",
+    b"9" * 120,
+    b"x" * 70_000,
+    b"\\",
+    b"study",
+]
+
+
+@st.composite
+def damaged(draw: st.DrawFn, data: bytes) -> bytes:
+    """The data with one to four places cut out or replaced, by bytes that matter to parsers or any others."""
+    for _ in range(draw(st.integers(1, 4))):
+        start = draw(st.integers(0, len(data)))
+        end = draw(st.integers(start, min(len(data), start + 40)))
+        data = data[:start] + draw(st.sampled_from(TOKENS) | st.binary(max_size=8)) + data[end:]
+    return data
+
+
+def check_message(error: DataError, path: Path) -> None:
+    """It begins with what it is about, and holds nothing that a terminal would obey."""
+    assert str(error).startswith(str(path))
+    assert str(error).isprintable()
+    assert len(str(error)) < 1000
+
+
+@thoroughly
+@given(data=damaged(CSV.encode()))
+def test_a_damaged_csv_is_a_sound_table_or_refused_by_name(tmp_path: Path, data: bytes) -> None:
+    path = tmp_path / "train.csv"
+    path.write_bytes(data)
+    try:
+        table = read_labels(path)
+    except DataError as error:
+        check_message(error, path)
+        return
+    assert len(set(table["key"].to_pylist())) == table.num_rows
+    for row in table.to_pylist():
+        assert re.fullmatch(
+            r"[\w-]+/patient\d+/study\d+/view\d+_(frontal|lateral)\.(jpg|jpeg|png)", row["path"]
+        )
+        assert len(row["key"]) <= 90  # fits into a tar's header
+        assert {row[label] for label in LABELS} <= {1, 0, -1, None}
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda text: "\ufeff" + text, None),
+        (lambda text: text.replace("\n", "\r\n"), None),
+        (lambda text: text.replace("Female", '"Female"'), None),
+        (lambda text: text.replace(",1.0,", ',"1.0",'), None),
+        (lambda text: text.replace(",1.0,", ",1,"), None),
+        (lambda text: text.replace(",1.0,", ",1e0,"), None),
+        (lambda text: text.replace(",1.0,", ", 1.0,"), None),
+        (
+            lambda text: text.replace(",1.0,", ",NaN,"),
+            ", line 2, column No Finding: 'NaN' is not a label: 1.0, 0.0, -1.0 or blank",
+        ),
+        (
+            lambda text: text.replace(",1.0,", ",inf,"),
+            ", line 2, column No Finding: 'inf' is not a label: 1.0, 0.0, -1.0 or blank",
+        ),
+        (
+            lambda text: text.replace("\n", ",,,,\n").replace("Devices,,,,", "Devices,Edema,,X,Edema", 1),
+            ": column Edema is there 3 times",
+        ),
+        (lambda text: text.replace("patient00002", "patient00001"), ", lines 2 and 3: the same image"),
+        (lambda text: text.replace("patient00002", "pätient00002"), ", line 3, column Path: "),
+        (lambda text: text.replace("00002", "2" * 100), ", line 3, column Path: "),
+        (lambda text: text.replace("Female", "F" * 10_000_000, 1), ": not a readable CSV: "),
+        (lambda text: text.encode("utf-16"), ": not a readable CSV: "),
+        (lambda text: text.encode().replace(b"Female", b"F\xe9male"), ": not a readable CSV: "),
+    ],
+)
+def test_tables_as_programs_write_them(tmp_path: Path, change: Any, complaint: str | None) -> None:
+    path = tmp_path / "train.csv"
+    content = change(CSV)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    if complaint is None:
+        table = read_labels(path)
+        assert table["No Finding"].to_pylist() == [1] * 5
+    else:
+        with pytest.raises(DataError) as caught:
+            read_labels(path)
+        assert str(caught.value).startswith(f"{path}{complaint}")
+
+
+FILM = np.add.outer(np.arange(40), np.arange(48)).astype(np.uint8)
+SOURCES = {
+    "jpeg": simplejpeg.encode_jpeg(FILM[..., None], colorspace="GRAY"),
+    "progressive": encode(Image.fromarray(FILM), progressive=True),
+    "cmyk": encode(Image.merge("CMYK", [Image.fromarray(FILM)] * 4)),
+    "png": encode(Image.fromarray(FILM), format="PNG"),
+    "png16": encode(Image.fromarray(FILM.astype(np.uint16) * 256), format="PNG"),
+}
+OPTIONS = ImageOptions(size=32, square="no", encoding="jpeg", quality=95, max_pixels=10_000)
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+@thoroughly
+@given(data=st.data())
+def test_a_damaged_image_is_an_image_or_refused(kind: str, data: st.DataObject) -> None:
+    try:
+        image = prepare(data.draw(damaged(SOURCES[kind])), OPTIONS)
+    except ImageError:
+        return
+    assert image.pixels.dtype == np.uint8
+    assert image.pixels.size <= OPTIONS.max_pixels
+    assert decode_stored(image.data, "jpeg").shape == image.pixels.shape
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@thoroughly
+@given(data=st.data())
+def test_damage_to_what_is_stored_is_an_image_or_refused(encoding: str, data: st.DataObject) -> None:
+    stored = prepare(SOURCES["jpeg"], OPTIONS._replace(encoding=encoding)).data
+    try:
+        pixels = decode_stored(data.draw(damaged(bytes(stored))), encoding)
+    except ValueError:  # which the stream names by shard and key
+        return
+    assert pixels.dtype == np.uint8
+    assert pixels.ndim == 2
+
+
+@thoroughly
+@given(data=st.data())
+def test_a_damaged_manifest_is_one_or_refused_by_name(
+    shards: tuple[Path, Manifest], data: st.DataObject
+) -> None:
+    folder, manifest = shards
+    write_manifest(folder, manifest)
+    whole = (folder / "manifest.json").read_bytes()
+    (folder / "manifest.json").write_bytes(data.draw(damaged(whole)))
+    try:
+        found = read_manifest(folder)
+        for name in found.splits:
+            open_split(folder, found, name)
+    except DataError as error:
+        check_message(error, folder)
+
+
+VALUES: st.SearchStrategy[Any] = st.sampled_from(
+    [None, True, -1, 0, 2**31, 2**63, 10**400, 1.5, "", "x", "../x", "/etc/passwd", [], [[]], {}]
+)
+
+
+@thoroughly
+@given(data=st.data())
+def test_a_manifest_with_other_values_is_refused_by_name(
+    shards: tuple[Path, Manifest], data: st.DataObject
+) -> None:
+    folder, manifest = shards
+    write_manifest(folder, manifest)
+    document = json.loads((folder / "manifest.json").read_bytes())
+    place: Any = document
+    while True:  # down to any place
+        key = data.draw(st.sampled_from(sorted(place) if isinstance(place, dict) else range(len(place))))
+        if isinstance(place[key], dict | list) and place[key] and data.draw(st.booleans()):
+            place = place[key]
+        else:
+            break
+    place[key] = data.draw(VALUES)
+    (folder / "manifest.json").write_text(json.dumps(document))
+    try:
+        found = read_manifest(folder)
+        for name in found.splits:
+            open_split(folder, found, name)
+    except DataError as error:
+        check_message(error, folder)
