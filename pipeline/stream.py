@@ -127,6 +127,13 @@ def open_split(folder: Path, manifest: Manifest, name: str, remote: Remote | Non
                 f"{path}: damaged: {path.stat().st_size} bytes, not {shard.bytes} as in the manifest"
             )
     arrays = {column: table[column].to_numpy() for column in ("shard", "offset", "length", "crc")}
+    shard, offset, length = (arrays[column] for column in ("shard", "offset", "length"))
+    sizes = np.array([shard.bytes for shard in split.shards], np.int64)
+    astray = (shard < 0) | (shard >= len(sizes)) | (offset < 0) | (length < 0)
+    astray |= offset > sizes[np.where(astray, 0, shard)] - length if len(sizes) else False
+    if astray.any():
+        key = table["key"][int(np.argmax(astray))].as_py()
+        raise DataError(f"{folder / split.table}: sample {key} lies outside of its shard; it is damaged")
     encoding = str(manifest.options.get("encoding", "jpeg"))
     return OpenSplit(name, encoding, table, folder, remote, split.shards, **arrays)
 

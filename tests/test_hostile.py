@@ -1,0 +1,136 @@
+"""Input that was made to do harm: it does none, and is named."""
+
+import io
+import json
+import os
+import pickle
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from PIL import Image
+
+from pipeline import DataError
+from pipeline.manifest import Manifest, read_manifest, read_table
+from pipeline.stream import Labels, open_split, stream_evaluation
+from tests.conftest import default_options, make_shards, run_pipeline
+from tests.test_images import SECRET, add_metadata
+from tests.test_verify import edit_table
+
+
+class Payload:
+    """What unpickling it would do."""
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[str]]:
+        return os.system, ("touch unpickled",)
+
+
+def member(
+    name: str, data: bytes = b"x", kind: bytes = tarfile.REGTYPE, link: str = ""
+) -> tuple[tarfile.TarInfo, bytes]:
+    info = tarfile.TarInfo(name)
+    info.size, info.type, info.linkname = len(data) if kind == tarfile.REGTYPE else 0, kind, link
+    return info, data
+
+
+LABEL = json.dumps({"labels": {"Edema": 1}}).encode()
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        [member("/etc/cron.d/x.jpg")],
+        [member("../../x.jpg")],
+        [member("a.jpg", kind=tarfile.SYMTYPE, link="/etc/passwd")],
+        [member("a.jpg", kind=tarfile.LNKTYPE, link="/etc/passwd")],
+        [member("a.jpg", kind=tarfile.CHRTYPE)],
+        [member("a.jpg", kind=tarfile.FIFOTYPE)],
+        [member("a.pyd", pickle.dumps(Payload())), member("a.json", LABEL)],
+        [member("a.jpg", pickle.dumps(Payload())), member("a.json", LABEL)],
+        [member("a.jpg.gz", b"\x1f\x8b"), member("a.json", LABEL)],
+        [member("a.json", b"[" * 100_000)],
+        [member("a.json", b'{"labels": {"Edema": 1e999}}')],
+    ],
+)
+def test_hostile_shards_are_not_indexed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, members: list[tuple[tarfile.TarInfo, bytes]]
+) -> None:
+    with tarfile.open(tmp_path / "train-000000.tar", "w") as tar:
+        for info, data in members:
+            tar.addfile(info, io.BytesIO(data))
+    monkeypatch.chdir(tmp_path)
+    run = run_pipeline("index", tmp_path)
+    assert run.returncode == 1
+    assert run.stderr.splitlines()[-1].startswith("Error: ")
+    assert "train-000000.tar" in run.stderr
+    assert "Traceback" not in run.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["train-000000.tar"]
+
+
+def test_a_million_members_are_read_in_little_memory(tmp_path: Path) -> None:
+    """A tenth of a million here; memory is that of their names alone."""
+    info, data = member("a.txt", b"")
+    block = info.tobuf() + data
+    (tmp_path / "train-000000.tar").write_bytes(block * 100_000 + bytes(1024))
+    run = run_pipeline("index", tmp_path)
+    assert run.returncode == 1
+    assert "train-000000.tar" in run.stderr
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("offset", -1),
+        ("offset", 2**62),
+        ("length", 2**31 - 1),
+        ("length", -1),
+        ("shard", 99),
+        ("shard", -1),
+        ("crc", 0),
+    ],
+)
+def test_an_index_that_leads_astray_is_named(shards: tuple[Path, Manifest], column: str, value: int) -> None:
+    folder, manifest = shards
+    count = manifest.split("train").samples
+    labels = Labels(np.zeros((count, 14), np.float32), np.ones((count, 14), bool))
+
+    def read() -> None:
+        split = open_split(folder, read_manifest(folder), "train")
+        list(stream_evaluation(split, labels, size=32, batch_size=8))
+
+    key = read_table(folder, manifest.split("train"))["key"][0].as_py()
+    edit_table(folder, manifest, column, value)
+    with pytest.raises(DataError, match=rf"train.*: sample {key}[: ]"):
+        read()
+
+
+@pytest.mark.parametrize("encoding", ["jpeg", "png", "raw"])
+@pytest.mark.parametrize("size", [None, 48])
+def test_no_metadata_reaches_a_shard(chexpert: Path, tmp_path: Path, encoding: str, size: int | None) -> None:
+    for path in chexpert.rglob("*.jpg"):
+        with Image.open(path) as image:
+            image.load()
+        path.write_bytes(add_metadata(image, "JPEG"))
+        assert SECRET in path.read_bytes()
+    out = tmp_path / "out"
+    make_shards(chexpert, out, default_options(encoding=encoding, size=size))
+    for path in out.rglob("*"):
+        assert SECRET not in path.read_bytes()
+        for marker in (b"Exif", b"ICC_PROFILE", b"Photoshop", b"http://ns.adobe.com"):
+            assert marker not in path.read_bytes()
+
+
+def test_facts_of_patients_are_in_no_output(chexpert: Path, tmp_path: Path) -> None:
+    """Ages of 1 to 90 are in any output by chance; none of these films is of somebody of 107."""
+    csv = chexpert / "train.csv"
+    csv.write_text(
+        "".join(line.replace(",Female,", ",Femaleness,", 1) for line in csv.read_text().splitlines(True))
+    )
+    for words in (["shards", chexpert, tmp_path / "out", "--size", 48], ["verify", tmp_path / "out"]):
+        run = run_pipeline(*words)
+        assert run.returncode == 0, run.stderr
+        assert "Femaleness" not in run.stdout + run.stderr
+    assert "Femaleness" in pa.ipc.open_file(tmp_path / "out" / "train.arrow").read_all()["sex"].to_pylist()
