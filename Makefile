@@ -103,7 +103,7 @@ predict: .venv/installed  ## score IMAGES (files or folders) by the best checkpo
 	$(BIN)/python train.py predict --run $(RUN) --out $(RUN)/predictions.csv $(THREADS) $(ARGS) $(IMAGES)
 
 test: .venv/installed  ## run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 test-pages: .venv/installed  ## look at the report in headless Chromium (installs Debian's chromium where there is none)
 	@command -v chromium >/dev/null || { $(SUDO) apt-get update --quiet && $(SUDO) apt-get install --yes --quiet chromium; }

@@ -1,0 +1,276 @@
+"""Fuzzing of all that reads files: whatever bytes they hold, the reader makes sound values of them or raises its own
+error, in bounded time and memory, and the process lives.
+
+    make fuzz                                 # ten minutes for each of what TARGETS names
+    make fuzz FUZZ_SECONDS=60 TARGETS="csv manifest"
+
+Each target runs in a process of its own, under Atheris (libFuzzer with Python's coverage), which ends it at the first
+other exception, at 20 seconds or 2 GB for an input. Inputs worth keeping stay in .fuzz/<target>, and a failing one
+is there as crash-*, to be given as an argument: tests/fuzz.py csv .fuzz/crash-…
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import logging
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import atheris
+import numpy as np
+import torch
+from PIL import Image
+from torch import _weights_only_unpickler
+
+with atheris.instrument_imports(include=["pipeline", "model"]):
+    from model.checkpoint import load_checkpoint, save_checkpoint
+    from model.run import read_config
+    from pipeline import DataError
+    from pipeline.images import ENCODINGS, ImageError, ImageOptions, decode_stored, prepare
+    from pipeline.index import write_index
+    from pipeline.labels import LABELS, make_targets, parse_uncertain_policy, read_labels
+    from pipeline.manifest import Split, read_manifest, read_table
+    from pipeline.sample import write_sample
+    from pipeline.scores import read_scores, write_scores
+    from pipeline.shards import Options, write_shards
+    from pipeline.source import find_source
+    from pipeline.stream import Labels, open_split, stream_evaluation
+
+unpickler = _weights_only_unpickler.Unpickler
+unpickler.load = atheris.instrument_func(unpickler.load)
+
+WORK = Path(".fuzz")
+SECONDS = int(os.environ.get("FUZZ_SECONDS", "600"))
+Target = Callable[[bytes], object]
+
+
+def make_example(folder: Path) -> Path:
+    """Shards of a small sample, a checkpoint and scores: the sound files that inputs are bred from."""
+    source = write_sample(folder, 24, 0, workers=1)
+    options = Options(48, "no", "jpeg", 95, 1_000_000, "frontal", 0.3, 0, None, 4)
+    policies = {"uncertain": "best", "blank": "zeros"}
+    write_shards(
+        find_source(source, {}, []), folder / "shards", options, policies, workers=1, max_bad=0, overwrite=False
+    )
+    save_checkpoint(
+        folder / "last.pt", {"step": 3, "name": "x", "weights": {"w": torch.ones(3, 2)}, "rate": 1e-3}
+    )
+    with zipfile.ZipFile(folder / "last.pt") as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
+        (folder / "data.pkl").write_bytes(archive.read(name))
+    table = read_table(folder / "shards", read_manifest(folder / "shards").split("valid"))
+    write_scores(folder / "scores.arrow", table, ["Edema"], np.full((table.num_rows, 1), 0.5, np.float32))
+    (folder / "config.json").write_text(json.dumps({"arch": "rescnn", "lr": 1e-3, "labels": list(LABELS)}))
+    seeds = folder / "seeds"
+    seeds.mkdir()
+    pixels = np.arange(40 * 48, dtype=np.uint8).reshape(40, 48)
+    image = Image.fromarray(pixels)
+    for name, options_ in {
+        "a.jpg": {}, "b.jpg": {"progressive": True}, "c.png": {}, "d.bmp": {}, "e.gif": {}, "f.tif": {}
+    }.items():
+        image.save(seeds / name, **options_)
+    image.convert("CMYK").save(seeds / "g.jpg")
+    Image.fromarray(pixels.astype(np.uint16) * 200).save(seeds / "h.png")
+    np.save(seeds / "i.npy", pixels)
+    return folder / "shards"
+
+
+def csv_target(folder: Path, _: Path) -> Target:
+    """A CSV of labels, and the targets made of it."""
+    path = folder / "train.csv"
+
+    def read(data: bytes) -> None:
+        path.write_bytes(data)
+        table = read_labels(path)
+        target, mask = make_targets(table, parse_uncertain_policy("best"), "zeros", seed=0)
+        assert target.shape == mask.shape == (table.num_rows, len(LABELS))
+        assert np.isfinite(target[mask]).all()
+
+    return read
+
+
+def manifest_target(folder: Path, shards: Path) -> Target:
+    """manifest.json beside sound tables and shards."""
+    for path in shards.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+
+    def read(data: bytes) -> None:
+        (folder / "manifest.json").write_bytes(data)
+        manifest = read_manifest(folder)
+        for name in manifest.splits:
+            open_split(folder, manifest, name)
+
+    return read
+
+
+def arrow_target(folder: Path, shards: Path) -> Target:
+    """A table whose sha256 is the manifest's: somebody made it so. Its rows are read through the stream."""
+    manifest = read_manifest(shards)
+    train = manifest.split("train")
+    for shard in train.shards:
+        (folder / shard.file).write_bytes((shards / shard.file).read_bytes())
+
+    def read(data: bytes) -> None:
+        (folder / train.table).write_bytes(data)
+        digest = hashlib.sha256(data).hexdigest()
+        split = Split(**{**vars(train), "table_sha256": digest})
+        manifest.splits["train"] = split
+        opened = open_split(folder, manifest, "train")
+        target, mask = make_targets(opened.table, parse_uncertain_policy("best"), "zeros", seed=0)
+        for _ in stream_evaluation(opened, Labels(target, mask), size=16, batch_size=4, threads=1):
+            pass
+
+    return read
+
+
+def scores_target(folder: Path, shards: Path) -> Target:
+    """A run's scores, for the images of a sound table."""
+    keys = read_table(shards, read_manifest(shards).split("valid"))["key"]
+    path = folder / "scores.arrow"
+
+    def read(data: bytes) -> None:
+        path.write_bytes(data)
+        assert read_scores(path, keys, ["Edema"]).shape == (len(keys), 1)
+
+    return read
+
+
+def checkpoint_target(folder: Path, _: Path) -> Target:
+    """A checkpoint, as a file."""
+    path = folder / "last.pt"
+
+    def read(data: bytes) -> None:
+        path.write_bytes(data)
+        load_checkpoint(path)
+
+    return read
+
+
+def pickle_target(folder: Path, shards: Path) -> Target:
+    """The pickle in an otherwise sound checkpoint."""
+    with zipfile.ZipFile(shards.parent / "last.pt") as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    path = folder / "last.pt"
+
+    def read(data: bytes) -> None:
+        packed = io.BytesIO()
+        with zipfile.ZipFile(packed, "w") as archive:
+            for name, content in members.items():
+                archive.writestr(name, data if name.endswith("/data.pkl") else content)
+        path.write_bytes(packed.getvalue())
+        load_checkpoint(path)
+
+    return read
+
+
+def config_target(folder: Path, _: Path) -> Target:
+    """A run's config.json."""
+
+    def read(data: bytes) -> None:
+        (folder / "config.json").write_bytes(data)
+        read_config(folder)
+
+    return read
+
+
+def tar_target(folder: Path, _: Path) -> Target:
+    """A tar that another program wrote, indexed and read back."""
+
+    def read(data: bytes) -> None:
+        for path in folder.iterdir():
+            path.unlink()
+        (folder / "train-000000.tar").write_bytes(data)
+        manifest = write_index(folder)
+        split = open_split(folder, manifest, "train")
+        count = split.table.num_rows
+        labels = Labels(np.zeros((count, 14), np.float32), np.ones((count, 14), bool))
+        for _ in stream_evaluation(split, labels, size=16, batch_size=4, threads=1):
+            pass
+
+    return read
+
+
+def image_target(_: Path, __: Path) -> Target:
+    """An image of a source, prepared in every encoding and decoded again; and as a shard's own."""
+
+    def read(data: bytes) -> None:
+        for encoding in ENCODINGS:
+            try:
+                stored = prepare(data, ImageOptions(32, "no", encoding, 95, 100_000))
+            except ImageError:
+                continue
+            pixels = decode_stored(stored.data, encoding)
+            assert pixels.dtype == np.uint8
+            assert min(pixels.shape) > 0
+        for encoding in ENCODINGS:
+            try:
+                decode_stored(data, encoding)
+            except ImageError:
+                continue
+
+    return read
+
+
+# Name: the reader, and which sound files its inputs are bred from.
+TARGETS: dict[str, tuple[Callable[[Path, Path], Target], str]] = {
+    "csv": (csv_target, "../*/*.csv"),
+    "manifest": (manifest_target, "manifest.json"),
+    "arrow": (arrow_target, "train.arrow"),
+    "scores": (scores_target, "../scores.arrow"),
+    "checkpoint": (checkpoint_target, "../last.pt"),
+    "pickle": (pickle_target, "../data.pkl"),
+    "config": (config_target, "../config.json"),
+    "tar": (tar_target, "train-*.tar"),
+    "image": (image_target, "../seeds/*"),
+}
+
+
+def fuzz(name: str, arguments: list[str]) -> None:
+    """Feed one target until its time is over or it fails; libFuzzer then ends this process."""
+    logging.disable()
+    folder = Path(tempfile.mkdtemp(prefix=f"fuzz-{name}-"))
+    shards = make_example(folder / "example")
+    corpus = WORK / name
+    corpus.mkdir(parents=True, exist_ok=True)
+    make_target, seeds = TARGETS[name]
+    for seed in sorted(shards.glob(seeds)):
+        (corpus / f"seed-{seed.name}").write_bytes(seed.read_bytes())
+    (folder / "input").mkdir()
+    target = make_target(folder / "input", shards)
+
+    def feed(data: bytes) -> None:
+        with contextlib.suppress(DataError):
+            target(data)
+
+    options = [f"-artifact_prefix={WORK}/crash-{name}-", "-rss_limit_mb=2048", "-timeout=20", "-max_len=65536"]
+    options += ["-print_final_stats=1", f"-max_total_time={SECONDS}"]
+    atheris.Setup([sys.argv[0], *options, *(arguments or [str(corpus)])], feed)
+    atheris.Fuzz()
+
+
+def main(names: list[str]) -> int:
+    """Run the targets one after the other; a line for each. Returns the number of those that failed."""
+    failed = 0
+    for name in names:
+        run = subprocess.run([sys.executable, __file__, name], capture_output=True, text=True, check=False)
+        stats = dict(re.findall(r"stat::(\w+): +(\d+)", run.stderr))
+        inputs, memory = int(stats.get("number_of_executed_units", 0)), stats.get("peak_rss_mb", "?")
+        coverage = re.findall(r"cov: (\d+)", run.stderr)[-1:]
+        verdict = "no failure" if run.returncode == 0 else f"FAILED\n{run.stdout[-2000:]}{run.stderr[-1000:]}"
+        print(f"{name:10} {inputs:>10,} inputs  {memory:>5} MB  coverage {''.join(coverage)}  {verdict}", flush=True)
+        failed += run.returncode != 0
+    return min(failed, 1)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1 and sys.argv[1] in TARGETS:
+        fuzz(sys.argv[1], sys.argv[2:])
+    else:
+        sys.exit(main(os.environ.get("TARGETS", " ".join(TARGETS)).split()))
