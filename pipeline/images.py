@@ -10,7 +10,7 @@ import re
 import zlib
 from collections.abc import Iterator
 from itertools import takewhile
-from math import ceil, inf
+from math import ceil
 from typing import NamedTuple
 
 import cv2
@@ -22,6 +22,7 @@ from PIL import Image, ImageOps
 Gray = npt.NDArray[np.uint8]
 
 ENCODINGS = {"jpeg": "jpg", "png": "png", "raw": "npy"}  # encoding → file suffix
+STORED_PIXELS = 2**28  # of an image in a shard, whoever wrote it: a forged header costs no memory
 SQUARES = ("no", "pad", "crop", "stretch")
 
 _ORIENTATION = 0x0112  # the EXIF tag
@@ -43,7 +44,7 @@ _NPY_HEADER = re.compile(
 )
 
 
-class ImageError(Exception):
+class ImageError(ValueError):
     """An image that cannot be used; the message says why, the caller knows which."""
 
 
@@ -94,6 +95,8 @@ def prepare(data: bytes, options: ImageOptions) -> Prepared:
         raise ImageError("not a readable JPEG or PNG: cannot identify image file")
     try:
         source = _read_jpeg(data, options) if kind == "JPEG" else _read_png(data, options.max_pixels)
+    except ImageError:
+        raise
     except ValueError as error:
         raise ImageError(f"not a readable {kind}: {error}") from error
     if source.copy is not None:
@@ -107,7 +110,7 @@ def decode_stored(data: bytes | memoryview, encoding: str) -> Gray:
     if encoding == "jpeg":
         return decode_jpeg(data)
     if encoding == "png":
-        return _read_png(bytes(data), max_pixels=inf).pixels
+        return _read_png(bytes(data), STORED_PIXELS).pixels
     header = _NPY_HEADER.match(data)
     if header is None or int.from_bytes(header[1], "little") != header.end() - 10:
         raise ValueError("not a .npy file of gray pixels, uint8 [H, W]")
@@ -119,6 +122,8 @@ def decode_stored(data: bytes | memoryview, encoding: str) -> Gray:
 
 def decode_jpeg(data: bytes | memoryview) -> Gray:
     """Gray pixels [H, W]. Raises ValueError for damaged data: libjpeg's warnings count as errors."""
+    height, width, _, _ = simplejpeg.decode_jpeg_header(data)
+    _check_pixels(width, height, STORED_PIXELS)
     pixels: Gray = simplejpeg.decode_jpeg(data, colorspace="GRAY")[:, :, 0]
     return pixels
 
@@ -340,4 +345,5 @@ def _encode(pixels: Gray, options: ImageOptions) -> bytes:
 
 def _check_pixels(width: int, height: int, max_pixels: float) -> None:
     if width * height > max_pixels:
-        raise ImageError(f"{width}×{height} is more than {max_pixels:,} pixels (--max-pixels)")
+        option = "" if max_pixels == STORED_PIXELS else " (--max-pixels)"  # which is for sources
+        raise ImageError(f"{width}×{height} is more than {max_pixels:,} pixels{option}")

@@ -27,7 +27,17 @@ import pyarrow.compute as pc
 from pipeline import DataError
 from pipeline.images import decode_jpeg
 from pipeline.labels import LABELS, read_labels
-from pipeline.manifest import NAME, Manifest, Shard, Split, count_rows, write_manifest, write_table
+from pipeline.manifest import (
+    FACTS,
+    NAME,
+    PLACES,
+    Manifest,
+    Shard,
+    Split,
+    count_rows,
+    write_manifest,
+    write_table,
+)
 from pipeline.tar import Member, map_file, walk_tar
 
 PIXEL_SAMPLE = 1000  # images
@@ -47,9 +57,7 @@ _PATTERNS = {
     "projection": r".*",
     **dict.fromkeys(LABELS, r"((-1|0|1)(\.0)?)?"),
 }
-_NUMBERS = {"study": pa.int32(), "age": pa.int16(), **dict.fromkeys(LABELS, pa.int8())}
-FACTS = pa.schema({name: _NUMBERS.get(name, pa.string()) for name in _PATTERNS})
-PLACES = pa.schema({"shard": pa.int32(), "offset": pa.int64(), "length": pa.int32(), "crc": pa.uint32()})
+_NUMBERS = ("study", "age", *LABELS)
 
 
 class Sample(NamedTuple):

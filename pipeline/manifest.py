@@ -21,11 +21,26 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline import DataError
+from pipeline.labels import LABELS
 from pipeline.store import is_remote, object_to_put
 
 FORMAT = "chexpert-shards"
 VERSION = 1
 NAME = "manifest.json"
+# Columns of every table, and those of them that are never empty.
+FACTS = pa.schema(
+    dict.fromkeys(("key", "patient"), pa.string())
+    | {
+        "study": pa.int32(),
+        "view": pa.string(),
+        "sex": pa.string(),
+        "age": pa.int16(),
+        "projection": pa.string(),
+    }
+    | dict.fromkeys(LABELS, pa.int8())
+)
+PLACES = pa.schema({"shard": pa.int32(), "offset": pa.int64(), "length": pa.int32(), "crc": pa.uint32()})
+_FULL = ("key", "patient", "study", "view", *PLACES.names)
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # with which a spreadsheet's formulas begin
 
 
@@ -119,7 +134,10 @@ def manifest_digest(folder: Path) -> str:
 
 
 def read_table(folder: Path, split: Split) -> pa.Table:
-    """The memory-mapped Arrow table of a split, checked against the manifest. Raises DataError."""
+    """The memory-mapped Arrow table of a split, with the columns FACTS and PLACES, checked against the manifest.
+
+    Raises DataError, naming the file and what is wrong with it.
+    """
     path = folder / split.table
     try:
         source = pa.memory_map(str(path))
@@ -128,7 +146,23 @@ def read_table(folder: Path, split: Split) -> pa.Table:
     if hashlib.sha256(source.read_buffer()).hexdigest() != split.table_sha256:
         raise DataError(f"{path}: its sha256 is not the manifest's; it is damaged or belongs to other shards")
     source.seek(0)
-    return pa.ipc.open_file(source).read_all()
+    table = read_arrow(path, source)
+    for field in (*FACTS, *PLACES):
+        if field not in table.schema:
+            raise DataError(f"{path}: column {field.name} is missing or not {field.type}")
+        if field.name in _FULL and table[field.name].null_count:
+            raise DataError(f"{path}: column {field.name} has empty cells")
+    return table
+
+
+def read_arrow(path: Path, source: pa.NativeFile | bytes) -> pa.Table:
+    """The table of an Arrow IPC file, whose every value is sound. Raises DataError naming `path`."""
+    try:
+        table = pa.ipc.open_file(source).read_all()
+        table.validate(full=True)  # whoever made the file can have made its offsets lead anywhere
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise DataError(f"{path}: not an Arrow table: {error}") from error
+    return table
 
 
 def count_rows(table: pa.Table) -> dict[str, int]:

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 
 from pipeline import DataError
 from pipeline.labels import LABELS
-from pipeline.manifest import write_table
+from pipeline.manifest import read_arrow, write_table
 
 
 def write_scores(path: Path, table: pa.Table, labels: Sequence[str], scores: npt.NDArray[np.float32]) -> None:
@@ -64,9 +64,9 @@ def read_scores(path: Path, keys: pa.ChunkedArray, labels: Sequence[str] = LABEL
 
 
 def _open(path: Path) -> pa.Table:
-    """The file, with its keys as strings. Raises DataError."""
+    """The file, with its keys as strings, as other programs may have written it. Raises DataError."""
     try:
-        table = pa.ipc.open_file(path.read_bytes()).read_all()
+        table = read_arrow(path, path.read_bytes())
         return table.set_column(table.column_names.index("key"), "key", table["key"].cast(pa.string()))
     except (OSError, ValueError, pa.ArrowException) as error:
         raise DataError(f"{path}: damaged, or not a file of scores: {error}") from error

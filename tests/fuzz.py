@@ -21,6 +21,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import atheris
@@ -44,7 +45,7 @@ with atheris.instrument_imports(include=["pipeline", "model"]):
     from pipeline.stream import Labels, open_split, stream_evaluation
 
 unpickler = _weights_only_unpickler.Unpickler
-unpickler.load = atheris.instrument_func(unpickler.load)
+unpickler.load = atheris.instrument_func(unpickler.load)  # type: ignore[method-assign]
 
 WORK = Path(".fuzz")
 SECONDS = int(os.environ.get("FUZZ_SECONDS", "600"))
@@ -57,7 +58,13 @@ def make_example(folder: Path) -> Path:
     options = Options(48, "no", "jpeg", 95, 1_000_000, "frontal", 0.3, 0, None, 4)
     policies = {"uncertain": "best", "blank": "zeros"}
     write_shards(
-        find_source(source, {}, []), folder / "shards", options, policies, workers=1, max_bad=0, overwrite=False
+        find_source(source, {}, []),
+        folder / "shards",
+        options,
+        policies,
+        workers=1,
+        max_bad=0,
+        overwrite=False,
     )
     save_checkpoint(
         folder / "last.pt", {"step": 3, "name": "x", "weights": {"w": torch.ones(3, 2)}, "rate": 1e-3}
@@ -72,10 +79,9 @@ def make_example(folder: Path) -> Path:
     seeds.mkdir()
     pixels = np.arange(40 * 48, dtype=np.uint8).reshape(40, 48)
     image = Image.fromarray(pixels)
-    for name, options_ in {
-        "a.jpg": {}, "b.jpg": {"progressive": True}, "c.png": {}, "d.bmp": {}, "e.gif": {}, "f.tif": {}
-    }.items():
-        image.save(seeds / name, **options_)
+    for name in ("a.jpg", "b.png", "c.bmp", "d.gif", "e.tif"):
+        image.save(seeds / name)
+    image.save(seeds / "f.jpg", progressive=True)
     image.convert("CMYK").save(seeds / "g.jpg")
     Image.fromarray(pixels.astype(np.uint16) * 200).save(seeds / "h.png")
     np.save(seeds / "i.npy", pixels)
@@ -121,8 +127,7 @@ def arrow_target(folder: Path, shards: Path) -> Target:
         (folder / train.table).write_bytes(data)
         digest = hashlib.sha256(data).hexdigest()
         split = Split(**{**vars(train), "table_sha256": digest})
-        manifest.splits["train"] = split
-        opened = open_split(folder, manifest, "train")
+        opened = open_split(folder, replace(manifest, splits={"train": split}), "train")
         target, mask = make_targets(opened.table, parse_uncertain_policy("best"), "zeros", seed=0)
         for _ in stream_evaluation(opened, Labels(target, mask), size=16, batch_size=4, threads=1):
             pass
@@ -212,7 +217,7 @@ def image_target(_: Path, __: Path) -> Target:
         for encoding in ENCODINGS:
             try:
                 decode_stored(data, encoding)
-            except ImageError:
+            except ValueError:
                 continue
 
     return read
@@ -249,7 +254,12 @@ def fuzz(name: str, arguments: list[str]) -> None:
         with contextlib.suppress(DataError):
             target(data)
 
-    options = [f"-artifact_prefix={WORK}/crash-{name}-", "-rss_limit_mb=2048", "-timeout=20", "-max_len=65536"]
+    options = [
+        f"-artifact_prefix={WORK}/crash-{name}-",
+        "-rss_limit_mb=2048",
+        "-timeout=20",
+        "-max_len=65536",
+    ]
     options += ["-print_final_stats=1", f"-max_total_time={SECONDS}"]
     atheris.Setup([sys.argv[0], *options, *(arguments or [str(corpus)])], feed)
     atheris.Fuzz()
@@ -264,7 +274,10 @@ def main(names: list[str]) -> int:
         inputs, memory = int(stats.get("number_of_executed_units", 0)), stats.get("peak_rss_mb", "?")
         coverage = re.findall(r"cov: (\d+)", run.stderr)[-1:]
         verdict = "no failure" if run.returncode == 0 else f"FAILED\n{run.stdout[-2000:]}{run.stderr[-1000:]}"
-        print(f"{name:10} {inputs:>10,} inputs  {memory:>5} MB  coverage {''.join(coverage)}  {verdict}", flush=True)
+        print(
+            f"{name:10} {inputs:>10,} inputs  {memory:>5} MB  coverage {''.join(coverage)}  {verdict}",
+            flush=True,
+        )
         failed += run.returncode != 0
     return min(failed, 1)
 

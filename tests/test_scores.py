@@ -84,6 +84,6 @@ def test_other_files_are_refused_by_name(table: pa.Table, scores: Scores, tmp_pa
     replace(whole.set_column(3, LABELS[0], pa.array(["high"] * 50)))
     assert refuse().startswith(f"{path}: damaged, or not a file of scores: ")
     path.write_bytes(path.read_bytes()[:-100])
-    assert refuse().startswith(f"{path}: damaged, or not a file of scores: ")
+    assert refuse().startswith(f"{path}: not an Arrow table: ")
     path.unlink()
     assert refuse().startswith(f"{path}: damaged, or not a file of scores: ")
