@@ -40,6 +40,9 @@ ARGS      ?=
 IMAGES    ?=
 RUN       ?= runs/$(NAME)
 GPUS      ?=
+ROUNDS    ?= 25
+FUZZ_SECONDS ?= 600
+TARGETS   ?=
 FUSION    ?=
 PYTHON    ?= python3
 SUDO      = $(if $(filter-out 0,$(shell id -u)),sudo)
@@ -59,7 +62,7 @@ SHARDS = $(BIN)/pipeline shards $(DATA) $(OUT) --size $(SIZE) --views $(VIEWS) -
 	--blank $(BLANK) --dev $(DEV) $(THREADS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup shards verify stats train sweep evaluate predict test test-pages test-s3 test-postgres test-cluster lint bench-etl bench-stream bench-scale lock clean
+.PHONY: help setup shards verify stats train sweep evaluate predict test test-pages test-s3 test-postgres test-cluster soak fuzz audit lint bench-etl bench-stream bench-scale lock clean
 
 help:  ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -119,6 +122,15 @@ test-postgres: .venv/installed  ## share a sweep through a real PostgreSQL on lo
 test-cluster: .venv/installed .venv-s3/installed  ## work with several processes and hosts, and lose some of them
 	SWIFT_BIN=.venv-s3/bin $(BIN)/python -m pytest -m cluster
 
+soak: .venv/installed  ## kill ETL, trainer, sweep, ranks and Dask workers at random moments, ROUNDS times over
+	KILL_ROUNDS=$(ROUNDS) $(BIN)/python -m pytest -n auto --dist worksteal -m soak
+
+fuzz: .venv/installed .venv-fuzz/installed  ## feed damaged files to every reader, FUZZ_SECONDS each (Atheris)
+	PYTHONPATH=.:.venv-fuzz FUZZ_SECONDS=$(FUZZ_SECONDS) TARGETS="$(TARGETS)" $(BIN)/python tests/fuzz.py
+
+audit: .venv/installed .venv-audit/installed  ## look the pinned packages up in the database of known vulnerabilities
+	.venv-audit/bin/pip-audit --requirement requirements.lock --no-deps --disable-pip --strict
+
 lint: .venv/installed  ## check style (ruff) and types (mypy)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -138,7 +150,7 @@ lock:  ## resolve the dependencies anew into requirements.lock (needs uv)
 		--custom-compile-command "make lock" --output-file requirements.lock
 
 clean:  ## remove .venv and caches; keeps shards and runs
-	rm -rf .venv .venv-peers .venv-peers-stream .venv-s3 *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-peers .venv-peers-stream .venv-s3 .venv-fuzz .venv-audit .fuzz *.egg-info .mypy_cache .pytest_cache .ruff_cache
 
 # The stamp is written last: an interrupted installation is repeated.
 .venv/installed: requirements.lock
@@ -157,6 +169,16 @@ clean:  ## remove .venv and caches; keeps shards and runs
 .venv-peers-stream/installed: benchmarks/peers-stream.txt
 	$(PYTHON) -m venv .venv-peers-stream
 	.venv-peers-stream/bin/python -m pip install --quiet --requirement benchmarks/peers-stream.txt
+	@touch $@
+
+# Into a folder of its own, beside the project's packages, which the fuzzed code needs.
+.venv-fuzz/installed: tests/fuzz.txt .venv/installed
+	$(BIN)/python -m pip install --quiet --target .venv-fuzz --upgrade --requirement tests/fuzz.txt
+	@touch $@
+
+.venv-audit/installed: tests/audit.txt
+	$(PYTHON) -m venv .venv-audit
+	.venv-audit/bin/python -m pip install --quiet --requirement tests/audit.txt
 	@touch $@
 
 .venv-s3/installed: tests/s3.txt

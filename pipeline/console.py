@@ -58,6 +58,10 @@ def run_command(command: click.Command) -> None:
     except click.Abort:
         click.echo("Interrupted.", err=True)
         sys.exit(130)
-    except (DataError, OSError) as error:
+    except DataError as error:
         click.echo(f"Error: {error}", err=True)
+        sys.exit(1)
+    except OSError as error:  # such as a folder that may not be written to
+        named = f"{error.filename}: {error.strerror}" if error.filename else error
+        click.echo(f"Error: {named}", err=True)
         sys.exit(1)

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,8 +27,22 @@ os.environ["OMP_NUM_THREADS"] = "1"
 # A shell that runs the tests in the background has them, and what they start, ignore Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# How often tests that kill processes are repeated, each time at other moments: make soak ROUNDS=25.
+ROUNDS = range(int(os.environ.get("KILL_ROUNDS", "1")))
+
 POLICIES = {"uncertain": "best", "blank": "zeros"}
 CELLS = ("1.0", "0.0", "-1.0", "")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say how many processes were killed by tests that passed."""
+    reports = terminalreporter.stats.get("passed", [])
+    victims = Counter(
+        victim for report in reports for name, victim in report.user_properties if name == "killed"
+    )
+    if victims:
+        counts = ", ".join(f"{count} × {victim}" for victim, count in sorted(victims.items()))
+        terminalreporter.write_line(f"killed and recovered from: {counts}")
 
 
 def run_pipeline(*arguments: object) -> subprocess.CompletedProcess[str]:

@@ -286,4 +286,4 @@ if __name__ == "__main__":
     if len(sys.argv) > 1 and sys.argv[1] in TARGETS:
         fuzz(sys.argv[1], sys.argv[2:])
     else:
-        sys.exit(main(os.environ.get("TARGETS", " ".join(TARGETS)).split()))
+        sys.exit(main(os.environ.get("TARGETS", "").split() or [*TARGETS]))

@@ -1,5 +1,6 @@
 """Sharding on a Dask cluster: a scheduler and workers in real processes on loopback (make test-cluster)."""
 
+import random
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 
 from pipeline import DataError
 from pipeline.cluster import run_on_cluster
-from tests.conftest import PIPELINE, run_pipeline, write_chexpert
+from tests.conftest import PIPELINE, ROUNDS, run_pipeline, write_chexpert
 from tests.swift import free_ports
 
 OPTIONS = ["--size", "48", "--dev", "0.3", "--samples-per-shard", "20"]
@@ -65,7 +66,16 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_a_lost_worker_changes_no_byte(start: Start, scheduler: str, source: Path, tmp_path: Path) -> None:
+@pytest.mark.soak
+@pytest.mark.parametrize("round_", ROUNDS)
+def test_a_lost_worker_changes_no_byte(
+    start: Start,
+    scheduler: str,
+    source: Path,
+    tmp_path: Path,
+    round_: int,
+    record_property: Callable[[str, object], None],
+) -> None:
     local = run_pipeline("shards", source, tmp_path / "local", *OPTIONS, "--max-bad", 0.01)
     assert local.returncode == 0, local.stderr
     workers = [start("worker", scheduler) for _ in range(3)]
@@ -74,7 +84,9 @@ def test_a_lost_worker_changes_no_byte(start: Start, scheduler: str, source: Pat
     while not list((tmp_path / "cluster").glob("*.tar")):
         time.sleep(0.01)
         assert run.poll() is None
+    time.sleep(random.Random(round_).random() / 10)
     workers[0].send_signal(signal.SIGKILL)
+    record_property("killed", "a Dask worker")
     assert not (tmp_path / "cluster" / "manifest.json").exists()  # in the middle of the run
     _, said = run.communicate(timeout=120)
     assert run.returncode == 3, said  # --strict, and one reject

@@ -1,21 +1,18 @@
-"""Sharding that is killed at random moments, or runs out of space, and is started again.
-
-KILL_ROUNDS=20 python -m pytest tests/test_kill.py    # more rounds than the default
-"""
+"""Sharding that is killed at random moments, or runs out of space, and is started again."""
 
 import os
 import random
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import PIPELINE, run_pipeline
+from tests.conftest import PIPELINE, ROUNDS, run_pipeline
 from tests.test_shards import hashes
 
-ROUNDS = int(os.environ.get("KILL_ROUNDS", "4"))
 OPTIONS = ["--size", "64", "--samples-per-shard", "8", "--workers", "2", "--views", "all"]
 
 
@@ -38,9 +35,13 @@ def descendants(pid: int) -> list[int]:
     return below + [grandchild for child in below for grandchild in descendants(child)]
 
 
-@pytest.mark.parametrize("round_", range(ROUNDS))
+@pytest.mark.soak
+@pytest.mark.parametrize("round_", range(2 * len(ROUNDS)))
 def test_killed_runs_resume_to_the_same_bytes(
-    reference: tuple[Path, dict[str, str], float], tmp_path: Path, round_: int
+    reference: tuple[Path, dict[str, str], float],
+    tmp_path: Path,
+    round_: int,
+    record_property: Callable[[str, object], None],
 ) -> None:
     source, expected, seconds = reference
     dice = random.Random(round_)
@@ -52,11 +53,11 @@ def test_killed_runs_resume_to_the_same_bytes(
             time.sleep(dice.uniform(0, seconds))
             workers = descendants(process.pid)
             victim = dice.choice([process.pid, *workers, *workers])
-            victims.append("parent" if victim == process.pid else "worker")
+            victims.append("pipeline shards" if victim == process.pid else "its worker")
             try:
                 os.kill(victim, signal.SIGKILL)
             except ProcessLookupError:
-                victims[-1] = "nobody"
+                victims.pop()
             process.communicate(timeout=60)
         finished = (out / "manifest.json").exists()
         if not finished:
@@ -64,6 +65,8 @@ def test_killed_runs_resume_to_the_same_bytes(
     final = run_pipeline(*command[1:])
     assert final.returncode == 0, (victims, final.stderr)
     assert hashes(out) == expected, victims
+    for name in victims:
+        record_property("killed", name)
 
 
 def test_a_full_disk_is_named_and_the_run_resumes(

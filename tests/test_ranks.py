@@ -1,11 +1,13 @@
 """Training by torchrun: real processes, with gloo between them (make test-cluster)."""
 
 import os
+import random
 import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ import pytest
 import train
 from pipeline.manifest import Manifest, read_table
 from pipeline.scores import read_scores
+from tests.conftest import ROUNDS
 from tests.test_train import assert_same_run
 
 pytestmark = pytest.mark.cluster
@@ -61,8 +64,13 @@ def test_any_number_of_ranks_sees_the_same_batches_and_learns_the_same(
             np.testing.assert_allclose(of_rank["losses"], alone["losses"], rtol=0, atol=1e-4)
 
 
+@pytest.mark.soak
+@pytest.mark.parametrize("round_", ROUNDS)
 def test_a_lost_rank_ends_all_and_the_same_command_continues_exactly(
-    sample_shards: tuple[Path, Manifest], tmp_path: Path
+    sample_shards: tuple[Path, Manifest],
+    tmp_path: Path,
+    round_: int,
+    record_property: Callable[[str, object], None],
 ) -> None:
     def begin(run: str) -> "subprocess.Popen[str]":
         options = [
@@ -87,7 +95,9 @@ def test_a_lost_rank_ends_all_and_the_same_command_continues_exactly(
     while not (tmp_path / "parts" / "last.pt").exists():
         time.sleep(0.05)
     children = subprocess.run(["pgrep", "-P", str(parts.pid)], capture_output=True, text=True, check=True)
+    time.sleep(random.Random(round_).random())
     os.kill(int(children.stdout.split()[-1]), signal.SIGKILL)
+    record_property("killed", "a rank")
     killed = time.monotonic()
     code, said = finish(parts)
     assert code == 1

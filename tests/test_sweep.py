@@ -34,6 +34,7 @@ from model.sweep import (
 )
 from pipeline import DataError
 from pipeline.manifest import Manifest
+from tests.conftest import ROUNDS
 
 LR, WD = (1e-4, 1e-3, 1e-2), (1e-5, 0.0)
 
@@ -245,11 +246,15 @@ def test_processes_that_begin_at_once_train_no_point_twice(tmp_path: Path) -> No
     assert logs == ["trained\n"] * len(values) * len(WD)
 
 
-def test_two_processes_killed_and_restarted_finish_every_point_once(tmp_path: Path) -> None:
+@pytest.mark.soak
+@pytest.mark.parametrize("round_", ROUNDS)
+def test_two_processes_killed_and_restarted_finish_every_point_once(
+    tmp_path: Path, round_: int, record_property: Callable[[str, object], None]
+) -> None:
     plain = make_sweep(tmp_path / "plain")
     run_sweep(plain, train_point, never)
     sweep = make_sweep(tmp_path / "sweep")
-    delays = random.Random(7)
+    delays = random.Random(round_)
     for _ in range(3):
         workers = [start_worker(sweep.folder) for _ in range(2)]
         while not (sweep.folder / "trials").exists() and any(worker.poll() is None for worker in workers):
@@ -257,7 +262,8 @@ def test_two_processes_killed_and_restarted_finish_every_point_once(tmp_path: Pa
         time.sleep(delays.uniform(0, 0.4))
         for worker in workers:
             worker.send_signal(signal.SIGKILL)
-            worker.wait()
+            if worker.wait() == -signal.SIGKILL:
+                record_property("killed", "a process of a sweep")
     workers = [start_worker(sweep.folder) for _ in range(2)]
     assert [worker.wait(timeout=60) for worker in workers] == [0, 0]
     ours, undisturbed = (

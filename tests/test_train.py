@@ -38,6 +38,7 @@ from pipeline.labels import LABELS, evaluation_targets
 from pipeline.manifest import Manifest, claimed, manifest_digest, read_table
 from pipeline.scores import read_scores, write_scores
 from pipeline.stream import Labels, open_split, stream_evaluation, stream_training
+from tests.conftest import ROUNDS
 
 REPOSITORY = Path(train.__file__).parent
 
@@ -664,10 +665,16 @@ def test_exported_networks_give_the_same_scores(
         main(["export", "--run", str(job.run), "--out", str(tmp_path / "model.h5")])
 
 
+@pytest.mark.soak
+@pytest.mark.parametrize("round_", ROUNDS)
 def test_command_line_killed_twice_warned_by_slurm_and_continued_equals_undisturbed(
-    sample_shards: tuple[Path, Manifest], tmp_path: Path
+    sample_shards: tuple[Path, Manifest],
+    tmp_path: Path,
+    round_: int,
+    record_property: Callable[[str, object], None],
 ) -> None:
     shards, _ = sample_shards
+    dice = random.Random(round_)
     options = ["--shards", shards, "--arch", "rescnn", "--batch-size", 4, "--epochs", 3, "--image-size", 64]
     options += ["--lr", "1e-3", "--workers", 2, "--eval-every", 10]
     run = tmp_path / "run"
@@ -675,9 +682,9 @@ def test_command_line_killed_twice_warned_by_slurm_and_continued_equals_undistur
     epoch = 3  # evaluations
     # Killed at a random moment, then as soon as the first epoch ends, then warned at a random moment.
     for evaluations, delay, number in (
-        (1, random.random() / 5, signal.SIGKILL),
+        (1, dice.random() / 5, signal.SIGKILL),
         (epoch, 0.0, signal.SIGKILL),
-        (epoch + 1, random.random() / 5, signal.SIGUSR1),
+        (epoch + 1, dice.random() / 5, signal.SIGUSR1),
     ):
         with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
             while process.poll() is None and count_lines(run / "metrics.jsonl") < evaluations:
@@ -686,6 +693,7 @@ def test_command_line_killed_twice_warned_by_slurm_and_continued_equals_undistur
             process.send_signal(number)
             _, errors = process.communicate(timeout=60)
         assert process.returncode == (-9 if number == signal.SIGKILL else 143), errors
+        record_property("killed", "train.py" if number == signal.SIGKILL else "train.py, by SIGUSR1")
     assert errors.endswith(f"{run}: stopped and saved; the same command continues\n")
     continued = run_train(*options, "--run", run)
     assert continued.returncode == 0, continued.stderr
