@@ -44,8 +44,9 @@ def cli() -> None:
     help="Share of studies with a lateral.",
     show_default="as in CheXpert",
 )
+@click.option("--valid", default=0.12, type=click.FloatRange(0.01, 0.9), help="Share of images in valid.csv.")
 @click.option("--workers", default=os.cpu_count, type=click.IntRange(min=1), show_default="all cores")
-def sample(out: Path, images: int, seed: int, laterals: float | None, workers: int) -> None:
+def sample(out: Path, images: int, seed: int, laterals: float | None, valid: float, workers: int) -> None:
     """Write a synthetic CheXpert to OUT: drawn chest films, for trying things out without patient data."""
     from pipeline.sample import write_sample
 
@@ -58,7 +59,7 @@ def sample(out: Path, images: int, seed: int, laterals: float | None, workers: i
             advance(done, images)
 
         folder = write_sample(
-            out, images=images, seed=seed, workers=workers, progress=count, laterals=laterals
+            out, images=images, seed=seed, workers=workers, progress=count, laterals=laterals, valid=valid
         )
     click.echo(f"{folder}: {images:,} synthetic images")
 

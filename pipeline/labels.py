@@ -248,12 +248,10 @@ def _read_csv(csv: Path) -> pa.Table:
     """The known columns as strings, under their CheXpert names; empty cells are null."""
     if not csv.is_file():
         raise DataError(f"{csv}: no such file")
-    convert = pacsv.ConvertOptions(
-        column_types={name.replace(" ", separator): pa.string() for name in COLUMNS for separator in " _"},
-        null_values=[""],
-        strings_can_be_null=True,
-    )
+    convert = pacsv.ConvertOptions(null_values=[""], strings_can_be_null=True)
     try:
+        with pacsv.open_csv(csv) as reader:  # for the names alone, as they are written
+            convert.column_types = dict.fromkeys(reader.schema.names, pa.string())
         table = pacsv.read_csv(csv, convert_options=convert)
     except pa.ArrowInvalid:
         try:  # Once more on one thread: only then does the message name the row.
@@ -262,10 +260,9 @@ def _read_csv(csv: Path) -> pa.Table:
             )
         except pa.ArrowInvalid as error:
             raise DataError(f"{csv}: not a readable CSV: {_quote(str(error), 200)}") from error
-    try:
-        table = table.rename_columns([name.strip().replace("_", " ") for name in table.column_names])
     except UnicodeDecodeError:
         raise DataError(f"{csv}: not a readable CSV: its header is not UTF-8") from None
+    table = table.rename_columns([name.strip().replace("_", " ") for name in table.column_names])
     wanted = COLUMNS if any(name in FACTS for name in table.column_names) else ("Path", *LABELS)
     missing = [name for name in wanted if name not in table.column_names]
     if missing:

@@ -97,15 +97,17 @@ def write_sample(
     workers: int | None = None,
     progress: Callable[[int], None] | None = None,
     laterals: float | None = None,
+    valid: float = VALID_SHARE,
 ) -> Path:
     """Write a synthetic data set of exactly `images` images into `out` and return its CheXpert-v1.0-small.
 
     `laterals` is the share of studies that have a lateral too; None is about as many as in the real set. It
-    changes no study's frontals or labels, but so many images hold fewer studies of more.
+    changes no study's frontals or labels, but so many images hold fewer studies of more. `valid` is the share of
+    the images that valid.csv gets.
 
-    The bytes depend on images, seed (0 to 2^64-1) and laterals alone, at any number of `workers` (default: one a CPU;
-    with more than one, a script must call this under `if __name__ == "__main__"`). `progress` is called with
-    the number of images newly finished. Raises FileExistsError if the folder is already there, ValueError if
+    The bytes depend on images, seed (0 to 2^64-1), laterals and valid alone, at any number of `workers` (default:
+    one a CPU; with more than one, a script must call this under `if __name__ == "__main__"`). `progress` is called
+    with the number of images newly finished. Raises FileExistsError if the folder is already there, ValueError if
     images < 1. The folder appears only when complete.
     """
     final, partial = out / FOLDER, out / f".{FOLDER}.tmp"
@@ -115,16 +117,16 @@ def write_sample(
         raise FileExistsError(f"{final} already exists: remove it or choose another folder")
     if partial.exists():
         shutil.rmtree(partial)
-    valid_images = round(images * VALID_SHARE)
+    valid_images = round(images * valid)
     train = list(draw_patients(seed, 1, images - valid_images, False, laterals))
-    valid = list(draw_patients(seed, len(train) + 1, valid_images, True, laterals))
-    for split, patients in (("train", train), ("valid", valid)):
+    held_out = list(draw_patients(seed, len(train) + 1, valid_images, True, laterals))
+    for split, patients in (("train", train), ("valid", held_out)):
         (partial / split).mkdir(parents=True)
         write_csv(partial / f"{split}.csv", split, patients)
     (partial / "SYNTHETIC.txt").write_text(NOTICE)
     tasks = [
         (partial / split, seed, patients[start : start + PATIENTS_PER_TASK])
-        for split, patients in (("train", train), ("valid", valid))
+        for split, patients in (("train", train), ("valid", held_out))
         for start in range(0, len(patients), PATIENTS_PER_TASK)
     ]
     for count in run_tasks(tasks, min(workers or os.cpu_count() or 1, len(tasks))):

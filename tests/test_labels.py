@@ -281,3 +281,15 @@ def test_underscores_in_headers_and_other_column_order(chexpert: Path) -> None:
     frame = frame[frame.columns[::-1]].rename(columns=lambda name: name.replace(" ", "_"))
     frame.to_csv(csv, index=False)
     assert read_labels(csv).equals(expected)
+
+
+def test_spaces_around_names_in_a_header_change_nothing(chexpert: Path) -> None:
+    csv = chexpert / "train.csv"
+    header, *rows = csv.read_text().splitlines()
+    for names in (header, header.replace(",", ", ")):
+        blank = [row.rsplit(",", 14)[0] + ",1.0" + 13 * "," for row in rows]  # 13 columns of nothing
+        csv.write_text("\n".join([names, *blank]) + "\n")
+        table = read_labels(csv)
+        assert table["age"].to_pylist() == [int(row.split(",")[2]) for row in rows]
+        assert table["No Finding"].to_pylist() == [1] * len(rows)
+        assert table["Edema"].null_count == len(rows)

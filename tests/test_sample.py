@@ -120,6 +120,11 @@ def test_more_laterals_change_no_study_but_by_their_views(sample: Path, tmp_path
     assert {kind for study in none for kind, _ in study.views} == {"frontal"}
 
 
+def test_valid_gets_its_share(tmp_path: Path) -> None:
+    folder = write_sample(tmp_path, images=40, seed=3, workers=1, valid=0.5)
+    assert [len(read_rows(folder, split)) for split in ("train", "valid")] == [20, 20]
+
+
 def test_a_lateral_shows_some_signs_better_and_some_not_at_all() -> None:
     nothing = dict.fromkeys(FINDINGS, Finding(0.0, 1, 0.2, 0.5, 0.15))
 
