@@ -89,6 +89,7 @@ from model.scoring import (
     evaluate,
     finish_run,
     measure_run,
+    print_comparison,
     print_evaluations,
     score_best,
     score_files,
@@ -853,6 +854,7 @@ def evaluate_command(
     try:
         results = {split: evaluate(job, split, score_best(job, split), against, sensitivity, study)}
         print_evaluations({split: results[split][0]})
+        print_comparison(results[split][0])
         write_report(job, f"report-{split}.html", results)
     except InterruptedEvaluationError:
         return stop.code

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from model.bootstrap import Resamples, difference_interval, interval, resample_areas
+from model.bootstrap import difference_interval, interval, resample_areas, resampled_mean
 from model.calibration import apply_temperature, fit_calibration
 from model.metrics import (
     FEW,
@@ -196,7 +196,7 @@ def _assess_level(
         "labels": labels,
         "intervals": {"resamples": resamples, "seed": seed}
         | {
-            metric: {key: interval(_resampled_mean(ours, metric, names, over)) for key, over in kept.items()}
+            metric: {key: interval(resampled_mean(ours, metric, names, over)) for key, over in kept.items()}
             for metric in AREAS
         },
     }
@@ -209,20 +209,13 @@ def _assess_level(
                 key: difference_interval(
                     mean_of(labels, over, metric),
                     mean_of(other, over, metric),
-                    *(_resampled_mean(values, metric, names, over) for values in (ours, theirs)),
+                    *(resampled_mean(values, metric, names, over) for values in (ours, theirs)),
                 )
                 for key, over in kept.items()
             }
             for metric in AREAS
         }
     return report
-
-
-def _resampled_mean(values: Resamples, metric: str, names: Sequence[str], over: Sequence[str]) -> Floats:
-    """The mean of a metric over labels, in each resample; NaN where one of them lost a class."""
-    columns = [names.index(name) for name in over]
-    means: Floats = getattr(values, metric)[:, columns].mean(axis=1) if columns else np.empty(0)
-    return means
 
 
 def _assess_label(score: Floats, truth: Bools, calibration: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ A resample is how often each patient was drawn: the scores are sorted once, and 
 weights over that order.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -69,6 +69,13 @@ def draw_counts(patients: int, resamples: int, block: int, seed: int) -> Iterato
             for _ in range(min(block, resamples - start))
         ]
         yield np.ascontiguousarray(np.array(rows, np.uint16).T)
+
+
+def resampled_mean(values: Resamples, metric: str, names: Sequence[str], over: Sequence[str]) -> Floats:
+    """The mean of a metric over labels, in each resample; NaN where one of them lost a class, empty over none."""
+    columns = [names.index(name) for name in over]
+    means: Floats = getattr(values, metric)[:, columns].mean(axis=1) if columns else np.empty(0)
+    return means
 
 
 def interval(values: Floats) -> dict[str, Any]:

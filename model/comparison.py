@@ -13,7 +13,7 @@ import pandas as pd
 import pyarrow as pa
 
 from model.assessment import Scored
-from model.bootstrap import difference_interval, interval, resample_areas
+from model.bootstrap import difference_interval, interval, resample_areas, resampled_mean
 from model.metrics import Floats, averaged_labels, mean_of, report_auroc
 
 STUDY = ["patient", "study"]
@@ -81,10 +81,11 @@ def _compare(
     first = next(iter(reports.values()))
     kept = averaged_labels(first["labels"])
     mean = "macro10" if kept["macro10"] else "macro"
-    columns = [names.index(label) for label in kept[mean]]
-    drawn: dict[str, Floats] = {
-        name: resample_areas(scores, *studies[1:4], resamples, seed).auroc for name, scores in methods.items()
+    resampled = {
+        name: resample_areas(scores, *studies[1:4], resamples, seed) for name, scores in methods.items()
     }
+    drawn = {name: values.auroc for name, values in resampled.items()}
+    means = {name: resampled_mean(values, "auroc", names, kept[mean]) for name, values in resampled.items()}
     ours = next(iter(drawn.values()))
     result: dict[str, Any] = {"mean": mean, "methods": {}}
     for name, report in reports.items():
@@ -101,12 +102,12 @@ def _compare(
         differences["mean"] = difference_interval(
             mean_of(first["labels"], kept[mean], "auroc"),
             figure,
-            ours[:, columns].mean(axis=1),
-            drawn[name][:, columns].mean(axis=1),
+            means[next(iter(means))],
+            means[name],
         )
         result["methods"][name] = {
             "auroc": figure,
-            "interval": interval(drawn[name][:, columns].mean(axis=1)),
+            "interval": interval(means[name]),
             "labels": {label: row["auroc"] for label, row in report["labels"].items()},
             "first_less_this": differences,
         }

@@ -316,6 +316,35 @@ def print_evaluations(reports: Mapping[str, Mapping[str, Any]]) -> None:
     Console().print(table)
 
 
+def print_comparison(evaluation: Mapping[str, Any]) -> None:
+    """A table of what --against asked for: a run by images beside another, or the methods that score studies."""
+    table = Table(title="Compared on the same patients", title_justify="left")
+    table.add_column("")
+    for title in ("AUROC", "difference", "95 %"):
+        table.add_column(title, justify="right")
+    if "against" in evaluation:
+        for name, title in MEANS.items():
+            less = evaluation["against"]["auroc"][name]
+            table.add_row(title, show(evaluation[f"{name}_auroc"]), *show_difference(less))
+    for group, found in evaluation.get("methods", {}).items():
+        table.add_section()
+        table.add_row(f"{group}: {found['studies']:,} studies, {MEANS[found['mean']]}")
+        for name, method in found["methods"].items():
+            first = name == next(iter(found["methods"]))
+            less = method["first_less_this"]["mean"]
+            table.add_row(f"  {name}", show(method["auroc"]), *([] if first else show_difference(less)))
+    if table.row_count:
+        Console().print(table)
+
+
+def show_difference(less: Mapping[str, Any]) -> list[str]:
+    """The first one's figure less this one's, and its interval."""
+    if less["difference"] is None:
+        return ["–", ""]
+    limits = "" if less["low"] is None else f"{less['low']:+.3f} to {less['high']:+.3f}"
+    return [f"{less['difference']:+.3f}", limits]
+
+
 def show(value: float | None) -> str:
     """A figure with three places; an undefined one as a dash."""
     return "–" if value is None else f"{value:.3f}"

@@ -6,6 +6,8 @@ Modules, in the order the data flows:
     images    image file → what is stored, without metadata → uint8 array
     tar       tar members: the header written, and a strict walk over any tar
     workers   tasks → results, in processes that may be killed
+    cluster   the same on a Dask cluster
+    store     output folders in an object store
     shards    source + options → tar shards, Arrow index, manifest
     preview   source + options → what that would give, without writing
     manifest  what a folder of shards says of itself, read back and checked

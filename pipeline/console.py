@@ -1,6 +1,6 @@
 """What the commands share: exit codes, and a progress bar on stderr.
 
-Exit codes: 0 done, 1 failed, 2 usage, 130 interrupted, 143 terminated.
+Exit codes: 0 done, 1 failed, 2 usage, 3 done but with rejects under --strict, 130 interrupted, 143 terminated.
 """
 
 import signal

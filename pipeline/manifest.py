@@ -148,8 +148,9 @@ def read_table(folder: Path, split: Split) -> pa.Table:
     source.seek(0)
     table = read_arrow(path, source)
     for field in (*FACTS, *PLACES):
-        if field not in table.schema:
-            raise DataError(f"{path}: column {field.name} is missing or not {field.type}")
+        place = table.schema.get_field_index(field.name)  # negative for one that is there twice, too
+        if place < 0 or table.schema.types[place] != field.type:
+            raise DataError(f"{path}: column {field.name} is missing, or there twice, or not {field.type}")
         if field.name in _FULL and table[field.name].null_count:
             raise DataError(f"{path}: column {field.name} has empty cells")
     return table

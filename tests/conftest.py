@@ -35,14 +35,14 @@ CELLS = ("1.0", "0.0", "-1.0", "")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say how many processes were killed by tests that passed."""
+    """Say what the tests that passed have survived: kills, and failures of the disk."""
     reports = terminalreporter.stats.get("passed", [])
-    victims = Counter(
-        victim for report in reports for name, victim in report.user_properties if name == "killed"
+    faults = Counter(
+        fault for report in reports for name, fault in report.user_properties if name == "survived"
     )
-    if victims:
-        counts = ", ".join(f"{count} × {victim}" for victim, count in sorted(victims.items()))
-        terminalreporter.write_line(f"killed and recovered from: {counts}")
+    if faults:
+        counts = ", ".join(f"{fault} × {count}" for fault, count in sorted(faults.items()))
+        terminalreporter.write_line(f"survived: {counts}")
 
 
 def run_pipeline(*arguments: object) -> subprocess.CompletedProcess[str]:

@@ -85,3 +85,17 @@ def test_methods_are_compared_on_the_studies_that_all_have(studies: Scored) -> N
             "resamples": 200,
             "excludes_zero": False,
         }
+
+
+def test_studies_of_one_class_have_no_figures(studies: Scored) -> None:
+    """Such as the one study of a split that has a frontal alone."""
+    index = pd.MultiIndex.from_arrays([studies.patient, studies.study], names=["patient", "study"])
+    views = pd.Series(np.where(np.arange(STUDIES) < 1, "frontal alone", "frontal and lateral"), index)
+    others = {"same": frame_of(studies, studies.scores).set_index(["patient", "study"])}
+    (ours, theirs) = compare_methods(NAMES, studies, "learned", others, views)["frontal alone"][
+        "methods"
+    ].values()
+    nothing = {"low": None, "high": None, "resamples": 0}
+    assert ours["auroc"] is theirs["auroc"] is None
+    assert ours["interval"] == nothing
+    assert theirs["first_less_this"]["mean"] == nothing | {"difference": None, "excludes_zero": None}

@@ -86,7 +86,7 @@ def test_a_lost_worker_changes_no_byte(
         assert run.poll() is None
     time.sleep(random.Random(round_).random() / 10)
     workers[0].send_signal(signal.SIGKILL)
-    record_property("killed", "a Dask worker")
+    record_property("survived", "SIGKILL of a Dask worker")
     assert not (tmp_path / "cluster" / "manifest.json").exists()  # in the middle of the run
     _, said = run.communicate(timeout=120)
     assert run.returncode == 3, said  # --strict, and one reject

@@ -70,7 +70,10 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_sharding_survives_each_failure_of_the_disk(
-    tmp_path: Path, in_this_process: None, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    in_this_process: None,
+    monkeypatch: pytest.MonkeyPatch,
+    record_property: Callable[[str, object], None],
 ) -> None:
     source = tmp_path / "CheXpert-v1.0-small"
     write_chexpert(source, "train", range(1, 6))
@@ -92,10 +95,11 @@ def test_sharding_survives_each_failure_of_the_disk(
             assert not list(out.rglob("*.tmp"))
             make_shards(source, out, options)
             assert hashes(out) == expected
+            record_property("survived", f"{errno.errorcode[error]} of pipeline shards")
 
 
 def test_a_checkpoint_survives_each_failure_of_the_disk(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Callable[[str, object], None]
 ) -> None:
     path = tmp_path / "last.pt"
     save_checkpoint(path, {"step": 1})
@@ -111,3 +115,4 @@ def test_a_checkpoint_survives_each_failure_of_the_disk(
                     save_checkpoint(path, {"step": 2, "weights": torch.zeros(100_000)})
             assert load_checkpoint(path) == {"step": 1}
             assert [file.name for file in tmp_path.glob(".*")] == []
+            record_property("survived", f"{errno.errorcode[error]} of a checkpoint")

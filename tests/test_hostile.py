@@ -1,11 +1,14 @@
 """Input that was made to do harm: it does none, and is named."""
 
+import hashlib
 import io
 import json
 import os
 import pickle
 import tarfile
+import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +17,12 @@ import pytest
 from PIL import Image
 
 from pipeline import DataError
-from pipeline.manifest import Manifest, read_manifest, read_table
+from pipeline.images import decode_stored
+from pipeline.manifest import Manifest, read_manifest, read_table, write_manifest, write_table
 from pipeline.stream import Labels, open_split, stream_evaluation
 from tests.conftest import default_options, make_shards, run_pipeline
-from tests.test_images import SECRET, add_metadata
-from tests.test_verify import edit_table
+from tests.test_images import SECRET, add_metadata, encode
+from tests.test_verify import change, edit_table
 
 
 class Payload:
@@ -134,3 +138,62 @@ def test_facts_of_patients_are_in_no_output(chexpert: Path, tmp_path: Path) -> N
         assert run.returncode == 0, run.stderr
         assert "Femaleness" not in run.stdout + run.stderr
     assert "Femaleness" in pa.ipc.open_file(tmp_path / "out" / "train.arrow").read_all()["sex"].to_pylist()
+
+
+def accept_table(folder: Path, manifest: Manifest, data: bytes) -> None:
+    """Make the bytes train's table, as far as the manifest knows."""
+    split = manifest.split("train")
+    (folder / split.table).write_bytes(data)
+    digest = hashlib.sha256(data).hexdigest()
+    write_manifest(folder, change(manifest, replace(split, table_sha256=digest)))
+
+
+def test_arrow_tables_that_are_none_are_named(shards: tuple[Path, Manifest]) -> None:
+    """Their hashes are as the manifest says: somebody made them so. What is read of them is sound."""
+    folder, manifest = shards
+    path = folder / manifest.split("train").table
+    whole = path.read_bytes()
+    refused = []
+    for place in range(0, len(whole), 23):
+        accept_table(folder, manifest, whole[:place] + b"\xff\xff\xff\x7f" + whole[place + 4 :])
+        try:
+            table = open_split(folder, read_manifest(folder), "train").table
+        except DataError as error:
+            refused.append(str(error))
+        else:
+            table.validate(full=True)
+    assert len(refused) > 50
+    assert all(str(path) in message for message in refused)
+    accept_table(folder, manifest, whole)
+    table = read_table(folder, read_manifest(folder).split("train"))
+    number = table.column_names.index("crc")
+    crc = table["crc"]
+    for other, message in (
+        (table.set_column(number, "crc", pa.nulls(len(crc), crc.type)), "has empty cells"),
+        (table.set_column(number, "crc", crc.cast(pa.int64())), "is missing, or there twice, or not uint32"),
+        (table.append_column("crc", crc), "is missing, or there twice, or not uint32"),
+    ):
+        digest = write_table(path, other)
+        split = replace(manifest.split("train"), table_sha256=digest)
+        with pytest.raises(DataError, match=rf"^{path}: column crc {message}$"):
+            read_table(folder, split)
+
+
+def test_a_stored_image_cannot_claim_any_memory() -> None:
+    jpeg = bytearray(encode(Image.new("L", (16, 16))))
+    frame = jpeg.index(b"\xff\xc0")
+    jpeg[frame + 5 : frame + 9] = b"\xff\xdc\xff\xdc"
+    with pytest.raises(ValueError, match=r"^65500×65500 is more than 268,435,456 pixels$"):
+        decode_stored(bytes(jpeg), "jpeg")
+    png = encode(Image.new("L", (16, 16)), format="PNG")
+    claimed = b"IHDR" + (60_000).to_bytes(4) * 2 + png[24:29]
+    with pytest.raises(ValueError, match=r"^60000×60000 is more than 268,435,456 pixels$"):
+        decode_stored(png[:12] + claimed + zlib.crc32(claimed).to_bytes(4) + png[33:], "png")
+
+
+def test_a_folder_that_cannot_be_written_is_named(chexpert: Path) -> None:
+    """Nobody can make folders in /proc."""
+    for words in (["shards", chexpert, "/proc/none/out"], ["sample", "/proc/none/out"]):
+        run = run_pipeline(*words)
+        assert run.returncode == 1
+        assert run.stderr == "Error: /proc/none: No such file or directory\n"

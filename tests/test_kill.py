@@ -53,7 +53,7 @@ def test_killed_runs_resume_to_the_same_bytes(
             time.sleep(dice.uniform(0, seconds))
             workers = descendants(process.pid)
             victim = dice.choice([process.pid, *workers, *workers])
-            victims.append("pipeline shards" if victim == process.pid else "its worker")
+            victims.append("SIGKILL of pipeline shards" if victim == process.pid else "SIGKILL of its worker")
             try:
                 os.kill(victim, signal.SIGKILL)
             except ProcessLookupError:
@@ -66,7 +66,7 @@ def test_killed_runs_resume_to_the_same_bytes(
     assert final.returncode == 0, (victims, final.stderr)
     assert hashes(out) == expected, victims
     for name in victims:
-        record_property("killed", name)
+        record_property("survived", name)
 
 
 def test_a_full_disk_is_named_and_the_run_resumes(

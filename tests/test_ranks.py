@@ -97,7 +97,7 @@ def test_a_lost_rank_ends_all_and_the_same_command_continues_exactly(
     children = subprocess.run(["pgrep", "-P", str(parts.pid)], capture_output=True, text=True, check=True)
     time.sleep(random.Random(round_).random())
     os.kill(int(children.stdout.split()[-1]), signal.SIGKILL)
-    record_property("killed", "a rank")
+    record_property("survived", "SIGKILL of a rank")
     killed = time.monotonic()
     code, said = finish(parts)
     assert code == 1

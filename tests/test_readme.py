@@ -1,11 +1,16 @@
+import os
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from pipeline.manifest import Manifest
 
-README = Path(__file__).parents[1] / "README.md"
+REPOSITORY = Path(__file__).parents[1]
+README = REPOSITORY / "README.md"
+RELIABILITY = REPOSITORY / "docs" / "reliability.md"
 
 
 def test_its_python_runs(
@@ -15,3 +20,44 @@ def test_its_python_runs(
     monkeypatch.chdir(shards[0].parent)
     exec(compile(code, "README.md", "exec"), {})  # noqa: S102
     assert capsys.readouterr().out.startswith("0 (16, 1, 224, 224) (16, 14) 0.")
+
+
+def test_its_commands_for_ones_own_chexpert_run(chexpert: Path, tmp_path: Path) -> None:
+    """As they stand there, with the home folder and the settings of a small run in the environment."""
+    (block,) = re.findall(r"```\n(make shards DATA=~.*?)```", README.read_text(), re.DOTALL)
+    shutil.copytree(chexpert / "valid", tmp_path / "films")
+    settings = {"OUT": tmp_path / "out", "RUN": tmp_path / "run", "SIZE": 32, "ARCH": "rescnn"}
+    settings |= {"EPOCHS": 1, "BATCH": 8, "DEV": 0.3, "HOME": tmp_path, "LR": "", "WD": ""}
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL")
+    }
+    environment |= {name: str(value) for name, value in settings.items() if value != ""}
+    ran = subprocess.run(
+        ["bash", "-ec", block], cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    assert f"{tmp_path / 'out'}: all is well" in ran.stdout
+    assert (tmp_path / "run" / "report.html").exists()
+    assert (tmp_path / "run" / "predictions.csv").read_text().count("\n") == 13  # 12 films
+
+
+def test_every_test_that_reliability_names_exists() -> None:
+    named = re.findall(r"(tests/test_\w+\.py)(?:::(\w+))?", RELIABILITY.read_text())
+    assert len(named) > 40
+    for file, test in named:
+        assert not test or f"\ndef {test}(" in (REPOSITORY / file).read_text(), (file, test)
+
+
+def test_every_target_that_the_documents_name_exists() -> None:
+    targets = set(re.findall(r"^([a-z0-9-]+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE))
+    documents = [README, RELIABILITY, *(REPOSITORY / "benchmarks").glob("*.md")]
+    for document in documents:
+        named = set(re.findall(r"(?:`|^|\n)make ([a-z][a-z0-9-]*)", document.read_text()))
+        assert named <= targets, document
+
+
+def test_the_layout_names_every_module() -> None:
+    layout = README.read_text().split("## Layout")[1]
+    for folder in ("pipeline", "model"):
+        modules = {path.name for path in (REPOSITORY / folder).glob("*.py")} - {"__init__.py"}
+        assert modules <= set(re.findall(r"^  (\w+\.py) ", layout, re.MULTILINE))

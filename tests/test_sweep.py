@@ -263,7 +263,7 @@ def test_two_processes_killed_and_restarted_finish_every_point_once(
         for worker in workers:
             worker.send_signal(signal.SIGKILL)
             if worker.wait() == -signal.SIGKILL:
-                record_property("killed", "a process of a sweep")
+                record_property("survived", "SIGKILL of a sweep's process")
     workers = [start_worker(sweep.folder) for _ in range(2)]
     assert [worker.wait(timeout=60) for worker in workers] == [0, 0]
     ours, undisturbed = (

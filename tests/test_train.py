@@ -560,7 +560,10 @@ def test_wandb_reads_what_goes_to_tensorboard(
 
 
 def test_two_runs_are_compared_on_the_same_images(
-    command: Callable[..., int], make_job: Callable[..., Job], tmp_path: Path
+    command: Callable[..., int],
+    make_job: Callable[..., Job],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     jobs = [make_job(name, epochs=1, seed=seed) for seed, name in enumerate(("a", "b"))]
     assert [train.train(job) for job in jobs] == [0, 0]
@@ -571,6 +574,8 @@ def test_two_runs_are_compared_on_the_same_images(
     assert ours["against"]["auroc"]["macro"]["difference"] == pytest.approx(
         ours["macro_auroc"] - theirs["macro_auroc"]
     )
+    difference = ours["macro_auroc"] - theirs["macro_auroc"]
+    assert re.search(rf"│ macro +│ {ours['macro_auroc']:.3f} │ +{difference:+.3f} │", capsys.readouterr().out)
     (b / "scores-valid.arrow").unlink()
     said = (
         f"--against {b}: no scores-valid.arrow; first run: python train.py evaluate --run {b} --split valid"
@@ -693,7 +698,7 @@ def test_command_line_killed_twice_warned_by_slurm_and_continued_equals_undistur
             process.send_signal(number)
             _, errors = process.communicate(timeout=60)
         assert process.returncode == (-9 if number == signal.SIGKILL else 143), errors
-        record_property("killed", "train.py" if number == signal.SIGKILL else "train.py, by SIGUSR1")
+        record_property("survived", f"{signal.Signals(number).name} of train.py")
     assert errors.endswith(f"{run}: stopped and saved; the same command continues\n")
     continued = run_train(*options, "--run", run)
     assert continued.returncode == 0, continued.stderr

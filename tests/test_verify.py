@@ -324,7 +324,7 @@ def test_a_table_without_a_column(shards: Shards) -> None:
     split = manifest.split("train")
     digest = write_table(folder / split.table, read_table(folder, split).drop_columns(["crc"]))
     write_manifest(folder, change(manifest, replace(split, table_sha256=digest)))
-    lines = [f"{folder / split.table}: column crc is missing or not uint32"]
+    lines = [f"{folder / split.table}: column crc is missing, or there twice, or not uint32"]
     assert verify_shards(folder, deep=True, workers=1).problems == {split.table: lines}
     assert json.loads((folder / "manifest.json").read_bytes())["splits"]["train"]["table_sha256"] == digest
 
