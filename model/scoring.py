@@ -320,29 +320,31 @@ def print_comparison(evaluation: Mapping[str, Any]) -> None:
     """A table of what --against asked for: a run by images beside another, or the methods that score studies."""
     table = Table(title="Compared on the same patients", title_justify="left")
     table.add_column("")
-    for title in ("AUROC", "difference", "95 %"):
+    for title in ("AUROC", "difference [95 %]"):
         table.add_column(title, justify="right")
     if "against" in evaluation:
         for name, title in MEANS.items():
             less = evaluation["against"]["auroc"][name]
-            table.add_row(title, show(evaluation[f"{name}_auroc"]), *show_difference(less))
+            table.add_row(title, show(evaluation[f"{name}_auroc"]), show_difference(less))
     for group, found in evaluation.get("methods", {}).items():
-        table.add_section()
-        table.add_row(f"{group}: {found['studies']:,} studies, {MEANS[found['mean']]}")
-        for name, method in found["methods"].items():
-            first = name == next(iter(found["methods"]))
-            less = method["first_less_this"]["mean"]
-            table.add_row(f"  {name}", show(method["auroc"]), *([] if first else show_difference(less)))
+        ours, *others = found["methods"].items()
+        if ours[1]["auroc"] is not None:
+            table.add_section()
+            table.add_row(f"{group}: {found['studies']:,} studies")
+            table.add_row(ours[0], show(ours[1]["auroc"]))
+            for name, method in others:
+                less = show_difference(method["first_less_this"]["mean"])
+                table.add_row(name, show(method["auroc"]), less)
     if table.row_count:
         Console().print(table)
 
 
-def show_difference(less: Mapping[str, Any]) -> list[str]:
-    """The first one's figure less this one's, and its interval."""
+def show_difference(less: Mapping[str, Any]) -> str:
+    """The first one's figure less this one's, with its interval."""
     if less["difference"] is None:
-        return ["–", ""]
-    limits = "" if less["low"] is None else f"{less['low']:+.3f} to {less['high']:+.3f}"
-    return [f"{less['difference']:+.3f}", limits]
+        return "–"
+    limits = "" if less["low"] is None else f" [{less['low']:+.3f}, {less['high']:+.3f}]"
+    return f"{less['difference']:+.3f}{limits}"
 
 
 def show(value: float | None) -> str:

@@ -34,8 +34,6 @@ from pipeline import DataError
 
 Point = dict[str, Any]  # parameter → value
 Watch = Callable[[list[dict[str, Any]]], None]
-SAMPLERS = ("grid", "tpe")
-PRUNERS = ("none", "median", "halving")
 ALIVE = (TrialState.WAITING, TrialState.RUNNING, TrialState.COMPLETE, TrialState.PRUNED)
 LOCK_SECONDS = 60.0  # SQLite waits so long for other writers
 POLL = 1.0  # seconds between looks at what other processes do

@@ -487,10 +487,10 @@ def test_an_interrupted_download_is_deleted(server: Server, tmp_path: Path) -> N
     assert not cached(tmp_path / "cache")
 
 
-def age(cache: Path, *shards: Shard) -> None:
+def age(cache: Path, *shards: Shard, ago: float = 3600.0) -> None:
     """Make it long ago that they were used, the first the longest."""
-    for hours, shard in enumerate(reversed(shards), start=1):
-        moment = time.time() - 3600 * hours
+    for number, shard in enumerate(reversed(shards), start=1):
+        moment = time.time() - ago * number
         os.utime(cache / shard.sha256, (moment, moment))
 
 
@@ -510,6 +510,18 @@ def test_the_least_recently_used_go(server: Server, tmp_path: Path) -> None:
     assert remote.path(second).read_bytes() == (server.folder / "1.tar").read_bytes()
     assert cached(cache) == shard_names(first, second, fifth)
     assert server.requests == {"0.tar": 1, "1.tar": 2, "2.tar": 1, "3.tar": 1, "4.tar": 1}
+
+
+def test_a_clock_that_went_back_fills_no_disk(server: Server, tmp_path: Path) -> None:
+    """What was used in the future has not just been handed out."""
+    first, second, third = make_files(server.folder, 3)
+    cache = tmp_path / "cache"
+    remote = quick(web(server), cache, limit=2000)
+    for shard in (first, second):
+        remote.path(shard)
+    age(cache, first, second, ago=-3600.0)
+    remote.path(third)
+    assert cached(cache) == shard_names(first, third)
 
 
 def test_what_was_just_handed_out_stays(
