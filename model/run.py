@@ -42,7 +42,7 @@ from pipeline.plan import Rows
 from pipeline.remote import Remote, redact
 from pipeline.select import select_rows
 from pipeline.stream import Batch, OpenSplit, open_split
-from pipeline.studies import Studies, StudyBatch, find_studies
+from pipeline.studies import MOST_VIEWS, Studies, StudyBatch, find_studies
 
 PACKAGES = ("torch", "torchvision", "numpy", "pyarrow", "simplejpeg", "opencv-python-headless", "pillow")
 AS_IT_IS = ImageOptions(size=None, square="no", encoding="png", quality=95, max_pixels=50_000_000)
@@ -160,7 +160,13 @@ def open_rows(job: Job, name: str) -> Selected:
     split = open_split(job.shards, job.manifest, name, job.remote)
     limit = config.limit if name == "train" else None
     rows = select_rows(split.table, config.where, config.views, limit)
-    return Selected(split, rows, None if config.fusion is None else find_studies(split, rows))
+    studies = None if config.fusion is None else find_studies(split, rows)
+    if studies is not None and studies.left_out and job.ranks.is_first:
+        click.echo(
+            f"{name}: {studies.left_out:,} images beyond their study's first {MOST_VIEWS} are left out",
+            err=True,
+        )
+    return Selected(split, rows, studies)
 
 
 def choose_device(amp: str) -> tuple[torch.device, torch.dtype]:

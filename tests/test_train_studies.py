@@ -15,7 +15,7 @@ from sklearn.metrics import roc_auc_score
 
 import train
 from model.checkpoint import load_checkpoint
-from model.run import Job
+from model.run import Job, open_rows
 from model.scoring import evaluate, score_best
 from pipeline import DataError
 from pipeline.manifest import Manifest
@@ -135,3 +135,17 @@ def test_files_that_are_no_studies_are_refused(
     with pytest.raises(DataError) as caught:
         train.main.main(list(map(str, words)), standalone_mode=False)
     assert str(caught.value) == message.format(film=min(films.rglob("*.jpg")))
+
+
+def test_images_beyond_the_most_views_are_counted(
+    make: Callable[..., Job], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for module in ("model.run", "pipeline.studies"):
+        monkeypatch.setattr(f"{module}.MOST_VIEWS", 1)
+    job = make("run", fusion="max")
+    chosen = open_rows(job, "train")
+    table = chosen.split.table.to_pandas()
+    left_out = len(table) - len(table.groupby(["patient", "study"]))
+    assert left_out > 0
+    said = f"train: {left_out} images beyond their study's first 1 are left out\n"
+    assert capsys.readouterr().err == said
