@@ -108,7 +108,8 @@ def read_manifest(folder: Path) -> Manifest:
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise DataError(f"{path}: not a manifest of {FORMAT}")
     if document.get("version") != VERSION:
-        raise DataError(f"{path}: format version {document.get('version')}; this program reads {VERSION}")
+        found = repr(document.get("version"))[:20]
+        raise DataError(f"{path}: format version {found}; this program reads {VERSION}")
     try:
         splits = {name: _parse_split(split) for name, split in document["splits"].items()}
         policies, sources, rejects = document["policies"], document["sources"], document["rejects"]
@@ -117,6 +118,8 @@ def read_manifest(folder: Path) -> Manifest:
         pixels = {name: float(document["pixels"][name]) for name in ("mean", "std")}
         _demand(all(map(math.isfinite, pixels.values())) and pixels["std"] > 0, "mean and std", pixels)
         _demand({"uncertain", "blank"} <= policies.keys(), "policies", policies)
+        for text in (*splits, *policies.values()):  # which messages quote
+            _demand(text.isprintable() and len(text) < 1000, "text", text)
         options = dict(document["options"].items())
         manifest = Manifest(options, policies, sources, pixels, splits, tuple(rejects))
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
@@ -266,7 +269,7 @@ def _checked(values: Mapping[str, Any]) -> Mapping[str, Any]:
     """Values of a `Split` or a `Shard`: texts and hashes, and numbers that a file can have."""
     for name, value in values.items():
         if name in ("file", "table", "sha256", "table_sha256"):
-            _demand(isinstance(value, str) and "\0" not in value and len(value) < 256, name, value)
+            _demand(isinstance(value, str) and value.isprintable() and len(value) < 256, name, value)
         else:
             _demand(type(value) is int and 0 <= value < 2**63, name, value)
     return values

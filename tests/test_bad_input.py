@@ -189,8 +189,55 @@ def test_a_damaged_manifest_is_one_or_refused_by_name(
         check_message(error, folder)
 
 
+HOSTILE = "\x1b[2J\ufeff.tar"
+
+
+def hostile_split(document: Any) -> None:
+    document["splits"][HOSTILE] = document["splits"].pop("dev")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        hostile_split,
+        lambda document: document["splits"]["train"].update(table=HOSTILE),
+        lambda document: document["splits"]["train"]["shards"][0].update(file=HOSTILE),
+        lambda document: document["policies"].update(uncertain=HOSTILE),
+        lambda document: document.update(version=HOSTILE),
+    ],
+)
+def test_no_text_of_a_manifest_reaches_the_terminal_raw(shards: tuple[Path, Manifest], change: Any) -> None:
+    folder, manifest = shards
+    write_manifest(folder, manifest)
+    document = json.loads((folder / "manifest.json").read_bytes())
+    change(document)
+    (folder / "manifest.json").write_text(json.dumps(document))
+    with pytest.raises(DataError) as caught:
+        read_manifest(folder)
+    check_message(caught.value, folder)
+    assert "\\x1b[2J" in str(caught.value)
+
+
 VALUES: st.SearchStrategy[Any] = st.sampled_from(
-    [None, True, -1, 0, 2**31, 2**63, 10**400, 1.5, "", "x", "../x", "/etc/passwd", [], [[]], {}]
+    [
+        None,
+        True,
+        -1,
+        0,
+        2**31,
+        2**63,
+        10**400,
+        1.5,
+        "",
+        "x",
+        "\x1b[2J",
+        "\ufeff",
+        "../x",
+        "/etc/passwd",
+        [],
+        [[]],
+        {},
+    ]
 )
 
 
