@@ -100,16 +100,18 @@ class SplitCsv(click.ParamType[tuple[str, Path]]):
         self, value: Any, param: click.Parameter | None, context: click.Context | None
     ) -> tuple[str, Path]:
         """The split's name and the CSV's path."""
+        from pipeline.store import open_location
+
         split, equals, csv = str(value).partition("=")
         if not equals or not re.fullmatch(r"[a-z0-9_]+", split) or split == "dev":
             self.fail(
                 f"'{value}' is not like train=foo.csv (dev comes out of train by --dev)", param, context
             )
-        return split, Path(csv)
+        return split, open_location(csv)
 
 
 @cli.command(epilog="Example: pipeline shards ~/CheXpert-v1.0-small shards --size 320 --views frontal")
-@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("source", type=Location())
 @click.argument("out", type=Location())
 @click.option("--size", default=320, type=Size(), help="Shorter side; never enlarged; original: as it is.")
 @click.option("--square", default="no", type=click.Choice(SQUARES), help="How an image becomes SIZE×SIZE.")
@@ -125,9 +127,7 @@ class SplitCsv(click.ParamType[tuple[str, Path]]):
 @click.option("--limit", type=click.IntRange(min=1), help="At most so many images per split, whole patients.")
 @click.option("--samples-per-shard", default=1000, type=click.IntRange(min=1))
 @click.option("--split", "splits", multiple=True, type=SplitCsv(), help="A CSV of your own for a split.")
-@click.option(
-    "--root", "roots", multiple=True, type=click.Path(path_type=Path), help="Another folder of images."
-)
+@click.option("--root", "roots", multiple=True, type=Location(), help="Another folder of images.")
 @click.option("--max-pixels", default=50_000_000, type=click.IntRange(min=1), help="Reject larger images.")
 @click.option(
     "--max-bad", default=0.001, type=click.FloatRange(0, 1), help="Stop above this share of rejects."
@@ -155,7 +155,7 @@ def shards(
     """Write the CheXpert folder SOURCE as shards to OUT: tars, Arrow tables, and a manifest at the end.
 
     Raw labels are kept; the policies are recorded as the shards' defaults, which training may override. The
-    same command continues a run that was stopped or killed. OUT may be s3://bucket/prefix.
+    same command continues a run that was stopped or killed. Both may be s3://bucket/prefix.
     """
     from pipeline.labels import check_blank_policy, describe_one_class, parse_uncertain_policy
     from pipeline.shards import Options, write_shards

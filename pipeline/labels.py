@@ -29,6 +29,7 @@ import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 
 from pipeline import DataError
+from pipeline.store import open_to_read
 
 LABELS = (
     "No Finding",
@@ -248,16 +249,20 @@ def _read_csv(csv: Path) -> pa.Table:
     """The known columns as strings, under their CheXpert names; empty cells are null."""
     if not csv.is_file():
         raise DataError(f"{csv}: no such file")
+    with open_to_read(csv) as file:
+        content = pa.py_buffer(file.read())
+    compression = "gzip" if csv.suffix == ".gz" else None
     convert = pacsv.ConvertOptions(null_values=[""], strings_can_be_null=True)
     try:
-        with pacsv.open_csv(csv) as reader:  # for the names alone, as they are written
+        # For the names alone, as they are written.
+        with pacsv.open_csv(pa.input_stream(content, compression)) as reader:
             convert.column_types = dict.fromkeys(reader.schema.names, pa.string())
-        table = pacsv.read_csv(csv, convert_options=convert)
+        table = pacsv.read_csv(pa.input_stream(content, compression), convert_options=convert)
     except pa.ArrowInvalid:
         try:  # Once more on one thread: only then does the message name the row.
-            table = pacsv.read_csv(
-                csv, convert_options=convert, read_options=pacsv.ReadOptions(use_threads=False)
-            )
+            slowly = pacsv.ReadOptions(use_threads=False)
+            again = pa.input_stream(content, compression)
+            table = pacsv.read_csv(again, convert_options=convert, read_options=slowly)
         except pa.ArrowInvalid as error:
             raise DataError(f"{csv}: not a readable CSV: {_quote(str(error), 200)}") from error
     except UnicodeDecodeError:

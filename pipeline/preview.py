@@ -1,7 +1,6 @@
 """A source and options → what sharding it would give, without writing anything."""
 
-import os
-from pathlib import Path
+from contextlib import suppress
 from typing import NamedTuple
 
 import numpy as np
@@ -9,7 +8,7 @@ import pyarrow as pa
 
 from pipeline.images import ImageError, prepare
 from pipeline.shards import Options, selection
-from pipeline.source import Dropped, Source, divide_rows, read_splits
+from pipeline.source import Dropped, Source, divide_rows, find_missing, read_images, read_splits
 from pipeline.stats import Statistics, count_labels
 from pipeline.studies import describe_views
 
@@ -47,20 +46,20 @@ def preview_shards(source: Source, options: Options) -> Preview:
             table.num_rows + sum(dropped[split]),
             table.num_rows,
             dropped[split],
-            [file for file in files if not os.path.exists(file)],
+            find_missing(files, source.roots),
             shards,
-            round(_mean_bytes(files, options) * table.num_rows) + shards * 1024,
+            round(_mean_bytes(files, source, options) * table.num_rows) + shards * 1024,
         )
     kept = pa.concat_tables(list(tables.values()))
     return Preview(splits, count_labels(kept), describe_views(kept))
 
 
-def _mean_bytes(files: list[str], options: Options) -> float:
+def _mean_bytes(files: list[str], source: Source, options: Options) -> float:
     """Bytes per sample, from images spread evenly over the split; unusable ones do not count."""
     sizes = []
-    for position in np.linspace(0, len(files) - 1, min(SAMPLED, len(files)), dtype=int):
-        try:
-            sizes.append(len(prepare(Path(files[position]).read_bytes(), options.image).data) + OVERHEAD)
-        except (OSError, ImageError):
-            continue
+    spread = np.linspace(0, len(files) - 1, min(SAMPLED, len(files)), dtype=int)
+    for content in read_images([files[position] for position in spread], source.roots):
+        with suppress(ImageError):
+            if isinstance(content, bytes):
+                sizes.append(len(prepare(content, options.image).data) + OVERHEAD)
     return sum(sizes) / len(sizes) if sizes else 0.0

@@ -11,13 +11,11 @@ how often the run was killed and started again: finished shards are kept, anythi
 
 import hashlib
 import json
-import os
 import re
 import zlib
 from collections.abc import Callable, Mapping
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -26,7 +24,7 @@ import pyarrow as pa
 
 from pipeline import DataError
 from pipeline.cluster import run_on_cluster
-from pipeline.images import ENCODINGS, ImageError, ImageOptions, Prepared, prepare
+from pipeline.images import ENCODINGS, ImageError, ImageOptions, prepare
 from pipeline.labels import (
     LABELS,
     describe_one_class,
@@ -48,8 +46,8 @@ from pipeline.manifest import (
     write_manifest,
     write_table,
 )
-from pipeline.source import Source, divide_rows, read_splits
-from pipeline.store import check_access, is_remote, make_folder, remove_folder
+from pipeline.source import Source, divide_rows, read_images, read_splits
+from pipeline.store import check_access, is_remote, make_folder, open_to_read, remove_folder
 from pipeline.tar import BLOCK, END, tar_member
 from pipeline.workers import report_item, run_alone, run_tasks
 
@@ -166,7 +164,7 @@ def write_shards(
     of other options or CSVs without `overwrite`; and, if `strict`, a label left with one class.
     """
     check_access(out)
-    hashes = {split: _sha256(path) for split, path in source.csvs.items()}
+    hashes = {split: _sha256(csv) for split, csv in source.csvs.items()}
     # Shards of all views made before their studies lay together are other shards.
     unit = {"unit": "study"} if options.views == "all" else {}
     wanted = {"options": asdict(options) | unit, "policies": dict(policies), "sources": hashes}
@@ -308,15 +306,19 @@ def _write_tar(task: ShardTask, file: BinaryIO) -> tuple[ShardSummary, dict[str,
         sha256.update(data)
         position += len(data)
 
-    for row in _plan_batch(task.out, task.split, task.number).to_pylist():
+    rows = _plan_batch(task.out, task.split, task.number).to_pylist()
+    contents = read_images([row["file"] for row in rows], task.roots)
+    for row, content in zip(rows, contents, strict=True):
         try:
-            source, image = _load_image(row["file"], task)
+            if isinstance(content, ImageError):
+                raise content
+            image = prepare(content, task.options)
         except ImageError as error:
             rejects.append(Reject(task.split, row["key"], row["file"], str(error)))
             kept.append(False)
         else:
             kept.append(True)
-            bytes_in += source
+            bytes_in += len(content)
             stripped += image.stripped
             offset.append(position + BLOCK)
             length.append(len(image.data))
@@ -406,36 +408,6 @@ def _plan_batch(out: Path, split: str, number: int) -> pa.RecordBatch:
         return pa.ipc.open_file(file).get_batch(number)
 
 
-def _load_image(path: str, task: ShardTask) -> tuple[int, Prepared]:
-    """Size of the source in bytes, and what to store. Raises ImageError."""
-    try:
-        # A link may point anywhere: what is read must lie under a folder that the user named.
-        resolved = _resolve(path)
-        if not any(resolved.startswith(f"{root}/") for root in task.roots):
-            raise ImageError(f"leads out of its folder to {resolved}; allow that by --root")
-        with open(path, "rb", buffering=0) as file:  # noqa: PTH123 - once per image
-            data = file.read()
-    except FileNotFoundError:
-        raise ImageError("no such file, but the CSV lists it") from None
-    except OSError as error:
-        raise ImageError(f"cannot be read: {error.strerror}") from None
-    return len(data), prepare(data, task.options)
-
-
-def _resolve(path: str) -> str:
-    """The path without links. The folders above a patient's are the same for all, and looked up once."""
-    folder, patient, study, name = path.rsplit("/", 3)
-    parts = (f"{folder}/{patient}", f"{folder}/{patient}/{study}", path)
-    if any(map(os.path.islink, parts)):
-        return os.path.realpath(path, strict=True)
-    return f"{_resolve_folder(folder)}/{patient}/{study}/{name}"
-
-
-@cache
-def _resolve_folder(folder: str) -> str:
-    return os.path.realpath(folder)
-
-
 def _finished(task: ShardTask) -> ShardSummary | None:
     """The summary of a shard that an earlier run finished. One with rejects is tried again."""
     try:
@@ -495,5 +467,5 @@ def _refuse_difference(out: Path, there: Mapping[str, Any], wanted: Mapping[str,
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
+    with open_to_read(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -3,12 +3,13 @@
 Layouts: the folder that holds the CSVs or its parent; any name for it; AIMI's download batches side by side
 (`CheXpert-v1.0 batch 1 (validate & csv)`, `batch 2 (train 1)`, …), which hold the patients directly; the test
 set (`test_labels.csv` beside `test/`, `val_labels.csv` beside `val/`); CSVs gzipped. An image is found by its
-patient/study/view, whatever its CSV says of the folders above.
+patient/study/view, whatever its CSV says of the folders above. Folders and CSVs may be in an object store.
 """
 
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +19,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline import DataError
+from pipeline.images import ImageError
 from pipeline.labels import hash_fraction, read_labels, select_views, split_patients
+from pipeline.store import check_access, is_remote, list_folders, list_objects, open_location, read_objects
 
 CSV_NAMES = {
     "train": ("train.csv", "train.csv.gz"),
@@ -69,16 +72,18 @@ def find_source(folder: Path, splits: Mapping[str, Path], roots: Sequence[Path])
 
     Raises DataError for a folder or file that does not exist.
     """
-    for path in (*splits.values(), *roots):
-        if not path.exists():
+    for path in (folder, *splits.values(), *roots):
+        check_access(path)
+        if path is not folder and not path.exists():
             raise DataError(f"{path}: no such file or folder")
     csvs = dict(splits) or find_csvs(folder)
     homes = [folder, *(csv.parent for csv in csvs.values()), *roots]
     batches = [
-        path
-        for home in homes[1:]
-        for path in sorted(home.resolve().parent.iterdir())
-        if _BATCH.search(path.name) and _BATCH.search(home.resolve().name) and path.is_dir()
+        home.parent / name
+        for home in (home.resolve() for home in homes[1:])
+        if _BATCH.search(home.name)
+        for name in sorted(list_folders(home.parent))
+        if _BATCH.search(name)
     ]
     return Source(csvs, tuple(dict.fromkeys(path.resolve() for path in (*homes, *batches))))
 
@@ -86,7 +91,7 @@ def find_source(folder: Path, splits: Mapping[str, Path], roots: Sequence[Path])
 def read_splits(
     source: Source, *, views: str, dev: float, seed: int, limit: int | None = None
 ) -> tuple[dict[str, pa.Table], dict[str, Dropped]]:
-    """Label table per split, shuffled, with the column `file` (absolute path); and what was dropped.
+    """Label table per split, shuffled, with the column `file` (absolute path or URL); and what was dropped.
 
     With all views it is studies that are shuffled, and the images of one follow each other. train is divided
     into train and dev by patient. Splits that end up empty are left out. Raises DataError where a CSV is bad, a
@@ -123,13 +128,59 @@ def divide_rows(table: pa.Table, size: int, views: str) -> Iterator[pa.Table]:
         yield table.slice(start, stop - start)
 
 
+def find_missing(files: Sequence[str], roots: Sequence[Path]) -> list[str]:
+    """The files that are not there, in their order."""
+    stored: set[str] = set().union(*(list_objects(root) for root in roots if is_remote(root)))
+    return [file for file in files if not (file in stored if "://" in file else os.path.exists(file))]
+
+
+def read_images(files: Sequence[str], roots: Sequence[Path]) -> Iterator[bytes | ImageError]:
+    """The content of each file in turn, or why it has none that may be used.
+
+    Raises DataError for a store that fails: only what is wrong with an image is a matter of that image.
+    """
+    stored = read_objects([file for file in files if "://" in file])
+    for file in files:
+        content = next(stored) if "://" in file else _read_file(file, roots)
+        yield ImageError("no such file, but the CSV lists it") if content is None else content
+
+
+def _read_file(path: str, roots: Sequence[Path]) -> bytes | ImageError | None:
+    """Content, what is wrong with the file, or None where there is none."""
+    try:
+        # A link may point anywhere: what is read must lie under a folder that the user named.
+        resolved = _resolve(path)
+        if not any(resolved.startswith(f"{root}/") for root in roots):
+            return ImageError(f"leads out of its folder to {resolved}; allow that by --root")
+        with open(path, "rb", buffering=0) as file:  # noqa: PTH123 - once per image
+            return file.read()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        return ImageError(f"cannot be read: {error.strerror}")
+
+
+def _resolve(path: str) -> str:
+    """The path without links. The folders above a patient's are the same for all, and looked up once."""
+    folder, patient, study, name = path.rsplit("/", 3)
+    parts = (f"{folder}/{patient}", f"{folder}/{patient}/{study}", path)
+    if any(map(os.path.islink, parts)):
+        return os.path.realpath(path, strict=True)
+    return f"{_resolve_folder(folder)}/{patient}/{study}/{name}"
+
+
+@cache
+def _resolve_folder(folder: str) -> str:
+    return os.path.realpath(folder)
+
+
 def _csvs_in(folder: Path) -> dict[str, Path]:
-    found = {split: [folder / name for name in names] for split, names in CSV_NAMES.items()}
-    return {
-        split: next(filter(Path.is_file, paths))
-        for split, paths in found.items()
-        if any(map(Path.is_file, paths))
-    }
+    csvs: dict[str, Path] = {}
+    for split, names in CSV_NAMES.items():
+        for name in names:
+            if split not in csvs and (folder / name).is_file():
+                csvs[split] = folder / name
+    return csvs
 
 
 def _refuse_shared_patients(source: Source, tables: Mapping[str, pa.Table]) -> None:
@@ -176,14 +227,11 @@ def _find_patients(source: Source) -> dict[str, list[str]]:
     """Patient → the folders that hold a folder of that name: a root, or a folder in a root."""
     found: dict[str, list[str]] = {}
     for root in source.roots:
-        inside = sorted(
-            entry.path for entry in os.scandir(root) if entry.is_dir() and not _PATIENT.fullmatch(entry.name)
-        )
-        for folder in (str(root), *inside):
-            with os.scandir(folder) as entries:
-                for entry in entries:
-                    if _PATIENT.fullmatch(entry.name):
-                        found.setdefault(entry.name, []).append(folder)
+        inside = [root / name for name in sorted(list_folders(root)) if not _PATIENT.fullmatch(name)]
+        for folder in (root, *inside):
+            for name in list_folders(folder):
+                if _PATIENT.fullmatch(name):
+                    found.setdefault(name, []).append(str(folder))
     return found
 
 
@@ -196,7 +244,7 @@ def _locate(paths: Sequence[str], folders: Mapping[str, list[str]], source: Sour
         if len(candidates) > 1:
             named = [folder for folder in candidates if folder.endswith(f"/{parent}")]
             whole = [f"{folder}/{patient}/{study_and_view}" for folder in (*named, *candidates)]
-            files.append(next(filter(os.path.exists, whole), whole[0]))
+            files.append(next((file for file in whole if open_location(file).exists()), whole[0]))
         else:
             folder = candidates[0] if candidates else f"{source.roots[0]}/{parent}"
             files.append(f"{folder}/{patient}/{study_and_view}")

@@ -1,20 +1,24 @@
-"""Folders to write to that may be URLs of an object store, with what a store has not: no rename, no half-written file.
+"""Folders of the ETL that may be URLs of an object store: no rename, no links, and a long way to each file.
 
 In: a location, `shards` or `s3://bucket/prefix`. Out: a path that the code for folders can use, and for URLs a way to
 write a file: it is written on this machine first, put as one object (in parts where it is large; an upload that
-breaks off leaves none), then read back and compared. Credentials come from the environment or AWS_PROFILE.
+breaks off leaves none), then read back and compared; and a way to read many small ones, several at a time.
+Credentials come from the environment or AWS_PROFILE.
 """
 
 import hashlib
+import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from io import BufferedReader
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any, BinaryIO
 
 from pipeline import DataError
 
+TOGETHER = 32  # objects that are fetched at a time; an image of the full set has 2 MB
 # Checksums that other stores than AWS do not know; what was put is compared in any case.
 _S3 = dict.fromkeys(("request_checksum_calculation", "response_checksum_validation"), "when_required")
 
@@ -35,7 +39,7 @@ def open_location(location: str) -> Path:
     except ImportError as error:
         raise DataError(f"{location}: {error}; install it with: pip install '.[remote]'") from None
     except ValueError as error:
-        raise DataError(f"{location}: not a URL that can be written to: {error}") from None
+        raise DataError(f"{location}: not a URL of a store: {error}") from None
     return path  # type: ignore[no-any-return]
 
 
@@ -79,6 +83,47 @@ def remove_folder(path: Any) -> None:
         shutil.rmtree(path, ignore_errors=True)
     elif path.exists():
         path.fs.rm(path.path, recursive=True)
+
+
+@contextmanager
+def open_to_read(path: Path) -> Iterator[BufferedReader]:
+    """A file or an object. Raises OSError for the one, DataError for the other, where it cannot be read."""
+    with (
+        named_failures(path, "cannot be read") if is_remote(path) else nullcontext(),
+        path.open("rb") as file,
+    ):
+        yield file
+
+
+def list_folders(path: Any) -> list[str]:
+    """Names of the folders in a folder."""
+    if not is_remote(path):
+        with os.scandir(path) as entries:
+            return [entry.name for entry in entries if entry.is_dir()]
+    with named_failures(path, "cannot be listed"):
+        found = path.fs.ls(path.path, detail=True)
+    return [entry["name"].rpartition("/")[2] for entry in found if entry["type"] == "directory"]
+
+
+def list_objects(path: Any) -> set[str]:
+    """URLs of all objects below a path of a store."""
+    with named_failures(path, "cannot be listed"):
+        return set(map(path.fs.unstrip_protocol, path.fs.find(path.path)))
+
+
+def read_objects(urls: Sequence[str]) -> Iterator[bytes | None]:
+    """The content of each object in turn, None for one that is not there. Raises DataError for other failures."""
+    for start in range(0, len(urls), TOGETHER):
+        paths: list[Any] = list(map(open_location, urls[start : start + TOGETHER]))
+        store = paths[0].fs
+        with named_failures(paths[0], "cannot be read"):
+            found = store.cat([path.path for path in paths], on_error="return")
+        for path in paths:
+            content = found[path.path]
+            with named_failures(path, "cannot be read"):
+                if isinstance(content, Exception) and not isinstance(content, FileNotFoundError):
+                    raise content
+            yield None if isinstance(content, Exception) else content
 
 
 @contextmanager

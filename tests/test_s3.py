@@ -3,19 +3,21 @@
 make test-s3    # installs Swift into .venv-s3, whose bin folder is SWIFT_BIN
 """
 
+import gzip
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pipeline import DataError
 from pipeline.manifest import Manifest, atomic_file, read_manifest, read_table
 from pipeline.remote import Cache, Remote
-from pipeline.store import open_location
+from pipeline.store import open_location, read_objects
 from tests.conftest import PIPELINE, run_pipeline, write_chexpert
 from tests.swift import KEY, SECRET, run_swift
 
@@ -189,3 +191,83 @@ def test_what_a_store_changes_is_noticed(stored: object, monkeypatch: pytest.Mon
     )
     with pytest.raises(DataError, match=message), atomic_file(path) as file:
         file.write(b"c" * 1000)
+
+
+def test_the_etl_reads_from_the_store_what_it_reads_from_a_folder(stored: object, tmp_path: Path) -> None:
+    """With gzipped CSVs and one image missing, which is no failure of the store."""
+    import s3fs
+
+    source = tmp_path / "CheXpert-v1.0-small"
+    write_chexpert(source, "train", range(1, 31))
+    write_chexpert(source, "valid", range(31, 36))
+    (source / "valid.csv.gz").write_bytes(gzip.compress((source / "valid.csv").read_bytes()))
+    (source / "valid.csv").unlink()
+    missing = "train/patient00003/study1/view1_frontal.jpg"
+    (source / missing).unlink()
+    url = "s3://chest/sources/CheXpert-v1.0-small"
+    s3fs.S3FileSystem(skip_instance_cache=True).put(f"{source}/", url, recursive=True)
+
+    options = ["--size", "48", "--dev", "0.3", "--samples-per-shard", "20", "--max-bad", "0.1"]
+    assert run_pipeline("shards", source, tmp_path / "local", *options).returncode == 0
+    expected = {path.name: path.read_bytes() for path in (tmp_path / "local").iterdir()}
+    there = run_pipeline("shards", "s3://chest/sources", tmp_path / "there", *options, "--strict")
+    assert there.returncode == 3, there.stderr
+    found = {path.name: path.read_bytes() for path in (tmp_path / "there").iterdir()}
+    assert found.pop("rejects.csv") == expected.pop("rejects.csv").replace(str(source).encode(), url.encode())
+    assert found == expected
+
+    preview = run_pipeline("shards", url, tmp_path / "none", *options, "--dry-run")
+    assert f"1 images are missing, for example {url}/{missing}\n" in preview.stdout
+    mine = ["--split", f"train={source / 'train.csv'}", "--root", url]  # the CSV here, the images there
+    (source / "train").rename(tmp_path / "elsewhere")
+    assert run_pipeline("shards", tmp_path / "there", tmp_path / "mine", *mine, *options).returncode == 0
+    assert (tmp_path / "mine" / "train-000000.tar").read_bytes() == expected["train-000000.tar"]
+
+
+def test_a_cluster_needs_no_shared_folder_with_both_in_the_store(
+    stored: object, chexpert: Path, tmp_path: Path
+) -> None:
+    import s3fs
+    from distributed import LocalCluster
+
+    s3fs.S3FileSystem(skip_instance_cache=True).put(f"{chexpert}/", "s3://chest/both/films", recursive=True)
+    options = ["--size", "48", "--dev", "0.3", "--samples-per-shard", "7"]
+    make_cluster: Any = LocalCluster  # which has no types
+    with make_cluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
+        words = ("s3://chest/both", "s3://chest/both-shards", "--scheduler", cluster.scheduler_address)
+        run = run_pipeline("shards", *words, *options)
+    assert run.returncode == 0, run.stderr
+    assert run_pipeline("shards", chexpert, tmp_path / "local", *options).returncode == 0
+    expected = {path.name: path.read_bytes() for path in (tmp_path / "local").iterdir()}
+    assert objects_of("chest/both-shards") == expected
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("s3://chest/no-such-path", "no such folder"),
+        ("s3://no-such-bucket/films", "no such folder"),
+        (
+            "s3://chest/films",
+            "neither it nor a folder in it holds a train.csv, valid.csv or test_labels.csv",
+        ),
+    ],
+)
+def test_a_source_that_is_none_is_named(stored: object, tmp_path: Path, source: str, reason: str) -> None:
+    refused = run_pipeline("shards", source, tmp_path / "out")
+    assert (refused.returncode, refused.stderr) == (1, f"Error: {source}: {reason}\n")
+
+
+def test_a_store_that_fails_while_it_is_read_ends_the_run(
+    stored: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It says nothing of the images, so that none of them is rejected."""
+    present = open_location(f"{URL}/manifest.json")
+    absent = open_location(f"{URL}/nothing")
+    assert list(read_objects([str(absent), str(present)])) == [None, present.read_bytes()]
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wr0ng-s3cret")
+    type(present.fs).clear_instance_cache()  # type: ignore[attr-defined]
+    with pytest.raises(
+        DataError, match=rf"^{URL}/manifest.json: cannot be read: PermissionError; credentials"
+    ):
+        list(read_objects([str(present)]))
