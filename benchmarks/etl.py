@@ -43,7 +43,7 @@ if __name__ == "__main__":
 
 def make_source(folder: Path, images: int, large: bool) -> tuple[Path, list[Path]]:
     """A CheXpert folder of `images` drawn frontals: hard links to 400 films, enlarged to 2828×2320 if large."""
-    drawn = write_sample(folder / "drawn", images=500, seed=1)
+    drawn = write_sample(folder / "drawn", images=500, seed=1, workers=2)
     films = [path for path in sorted(drawn.rglob("*frontal.jpg")) if Image.open(path).size == (390, 320)]
     films = films[: 40 if large else 400]
     if large:

@@ -184,7 +184,7 @@ def write_shards(source: Path, out: Path, *options: object) -> Path:
 
 def make_images(folder: Path, images: int) -> None:
     """Films of 390×320 under the first real rows of frontals, and their shards in all the ways of STORED."""
-    drawn = sorted(write_sample(folder / "drawn", images=500, seed=1).rglob("*frontal.jpg"))
+    drawn = sorted(write_sample(folder / "drawn", images=500, seed=1, workers=2).rglob("*frontal.jpg"))
     films = [path for path in drawn if Image.open(path).size == (390, 320)]
     header, *lines = read_table()
     # torchxrayvision drops the few frontals that are neither.

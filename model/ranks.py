@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import nn
 
 from pipeline import DataError
+from pipeline.console import count_cpus
 
 # A rank that is killed closes its connections, which ends the others at once; this is for a machine that vanishes.
 TIMEOUT = timedelta(minutes=5)
@@ -94,7 +95,7 @@ ALONE = Ranks()
 
 def share_of_cores() -> int:
     """The cores of this machine for each of its ranks."""
-    return max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, count_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 @contextlib.contextmanager

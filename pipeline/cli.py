@@ -1,9 +1,8 @@
 """The `pipeline` command: parse, call, print.
 
-Each command imports what it needs itself, and none imports torch, so that `--help` is quick.
+Each command imports what it needs itself, so that `--help` is quick; torch is needed by `show --augmented` alone.
 """
 
-import os
 import re
 import time
 from collections.abc import Collection, Mapping
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipeline.console import progress_bar, run_command
+from pipeline.console import count_cpus, printable, progress_bar, run_command
 from pipeline.images import ENCODINGS, SQUARES
 from pipeline.labels import BLANK_HELP, LABELS, UNCERTAIN_HELP, VIEWS
 
@@ -45,7 +44,7 @@ def cli() -> None:
     show_default="as in CheXpert",
 )
 @click.option("--valid", default=0.12, type=click.FloatRange(0.01, 0.9), help="Share of images in valid.csv.")
-@click.option("--workers", default=os.cpu_count, type=click.IntRange(min=1), show_default="all cores")
+@click.option("--workers", default=count_cpus, type=click.IntRange(min=1), show_default="all cores")
 def sample(out: Path, images: int, seed: int, laterals: float | None, valid: float, workers: int) -> None:
     """Write a synthetic CheXpert to OUT: drawn chest films, for trying things out without patient data."""
     from pipeline.sample import write_sample
@@ -126,14 +125,16 @@ class SplitCsv(click.ParamType[tuple[str, Path]]):
 @click.option("--seed", default=0, type=click.IntRange(min=0), help="Decides the dev patients and the order.")
 @click.option("--limit", type=click.IntRange(min=1), help="At most so many images per split, whole patients.")
 @click.option("--samples-per-shard", default=1000, type=click.IntRange(min=1))
-@click.option("--split", "splits", multiple=True, type=SplitCsv(), help="A CSV of your own for a split.")
+@click.option(
+    "--split", "splits", multiple=True, type=SplitCsv(), help="CSVs of your own, instead of SOURCE's."
+)
 @click.option("--root", "roots", multiple=True, type=Location(), help="Another folder of images.")
 @click.option("--max-pixels", default=50_000_000, type=click.IntRange(min=1), help="Reject larger images.")
 @click.option(
     "--max-bad", default=0.001, type=click.FloatRange(0, 1), help="Stop above this share of rejects."
 )
 @click.option("--strict", is_flag=True, help="Refuse labels with one class; exit with 3 on any reject.")
-@click.option("--workers", default=os.cpu_count, type=click.IntRange(min=1), show_default="all cores")
+@click.option("--workers", default=count_cpus, type=click.IntRange(min=1), show_default="all cores")
 @click.option("--scheduler", metavar="URL", help="Work on the Dask cluster there: tcp://host:8786.")
 @click.option("--overwrite", is_flag=True, help="Replace shards made with other options or from other CSVs.")
 @click.option("--dry-run", is_flag=True, help="Say what would be written, and which images are missing.")
@@ -165,15 +166,21 @@ def shards(
         raise click.UsageError("--square needs a --size")
     parse_uncertain_policy(uncertain)
     policies = {"uncertain": uncertain, "blank": check_blank_policy(blank)}
+    for number, (name, _) in enumerate(splits):
+        if name in dict(splits[:number]):
+            raise click.UsageError(f"--split {name} is there twice; one CSV makes a split")
     found = find_source(source, dict(splits), roots)
     if dry_run:
         _print_preview(found, Options(**options))
         return 0
     start = time.perf_counter()
+    resumed: int | None = None
     with progress_bar("Sharding", "images") as advance:
 
         def show(done: int, total: int, rejects: int) -> None:
-            rate = done / (time.perf_counter() - start)
+            nonlocal resumed
+            resumed = done if resumed is None else resumed
+            rate = (done - resumed) / (time.perf_counter() - start)
             advance(done, total, f"{rate:,.0f} images/s  {rejects} rejects")
 
         run = write_shards(
@@ -195,6 +202,7 @@ def shards(
 
 
 def _print_run(out: Path, run: "RunSummary", seconds: float) -> None:
+    from pipeline.store import is_remote
     from pipeline.studies import describe_studies
     from pipeline.workers import run_alone
 
@@ -222,7 +230,8 @@ def _print_run(out: Path, run: "RunSummary", seconds: float) -> None:
         f"{out}: written in {seconds:,.1f} s, {rate:,.0f} images/s, "
         f"{run.bytes_in / 1e6:,.1f} MB in, {size / 1e6:,.1f} MB out"
     )
-    click.echo(f"next: pipeline stats {out}, pipeline verify {out}, python train.py --shards {out} --run RUN")
+    checks = "" if is_remote(out) else f"pipeline stats {out}, pipeline verify {out}, "
+    click.echo(f"next: {checks}python train.py --shards {out} --run RUN")
 
 
 def _print_preview(source: "Source", options: "Options") -> None:
@@ -413,12 +422,13 @@ def _print_report(report: "Report") -> None:
 def _print_table(title: str, headings: list[str], rows: dict[str, list[str]]) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(title=title, title_justify="left")
     table.add_column("label")
-    for heading, column in zip(headings, zip(*rows.values(), strict=True), strict=True):
+    for heading, column in zip(map(printable, headings), zip(*rows.values(), strict=True), strict=True):
         width = max(map(len, (heading, *column)))
-        table.add_column(heading, justify="right", no_wrap=True, min_width=width)
+        table.add_column(Text(heading), justify="right", no_wrap=True, min_width=width)
     for label, cells in rows.items():
         table.add_row(label, *cells)
     console = Console()
@@ -520,7 +530,7 @@ def _augment(
 @cli.command(epilog="Example: pipeline verify shards --deep")
 @click.argument("shards", type=click.Path(path_type=Path, file_okay=False))
 @click.option("--deep", is_flag=True, help="Decode every image too, and compare every json with its row.")
-@click.option("--workers", default=os.cpu_count, type=click.IntRange(min=1), show_default="all cores")
+@click.option("--workers", default=count_cpus, type=click.IntRange(min=1), show_default="all cores")
 def verify(shards: Path, deep: bool, workers: int) -> None:
     """Check every file of SHARDS against the manifest, and every tar against its table.
 
@@ -532,9 +542,9 @@ def verify(shards: Path, deep: bool, workers: int) -> None:
     with progress_bar("Verifying", "shards") as advance:
         report = verify_shards(shards, deep, workers, advance)
     for warning in report.warnings:
-        click.echo(f"Warning: {warning}", err=True)
+        click.echo(f"Warning: {printable(warning)}", err=True)
     for file, lines in report.problems.items():
-        click.echo("\n".join(lines[:PRINTED]))
+        click.echo(printable("\n".join(lines[:PRINTED])))
         if len(lines) > PRINTED:
             click.echo(f"{shards / file}: and {len(lines) - PRINTED:,} more")
     if report.problems:

@@ -5,7 +5,7 @@ scheduler, workers and this process, which must trust each other; paths among th
 """
 
 from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, wait
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -33,6 +33,7 @@ def run_on_cluster(
     """
     try:
         from distributed import Client, KilledWorker
+        from distributed.comm.core import CommClosedError
     except ImportError:
         raise DataError("--scheduler: the package distributed is missing: pip install '.[dask]'") from None
     try:
@@ -60,6 +61,10 @@ def run_on_cluster(
         except KilledWorker as error:
             raise DataError(
                 f"a worker was lost each time it had this task: {error}; is there enough memory?"
+            ) from None
+        except (CancelledError, CommClosedError, TimeoutError):
+            raise DataError(
+                f"--scheduler {scheduler}: the connection was lost; the same command continues"
             ) from None
         finally:
             executor.shutdown(wait=False)  # which cancels what waits

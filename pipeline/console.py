@@ -3,6 +3,7 @@
 Exit codes: 0 done, 1 failed, 2 usage, 3 done but with rejects under --strict, 130 interrupted, 143 terminated.
 """
 
+import os
 import signal
 import sys
 import time
@@ -33,17 +34,27 @@ def progress_bar(title: str, unit: str) -> Iterator[Advance]:
     columns += [TextColumn("{task.fields[note]}"), TimeRemainingColumn()]
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task(title, total=None, note="")
-        last = time.monotonic()
+        last, printed = time.monotonic(), -1
 
         def advance(done: int, total: int, note: str = "") -> None:
-            nonlocal last
+            nonlocal last, printed
             bar.update(task, completed=done, total=total, note=note)
             now = time.monotonic()
-            if not console.is_terminal and (done == total or now - last > LINE_SECONDS):
-                last = now
+            if not console.is_terminal and done != printed and (done == total or now - last > LINE_SECONDS):
+                last, printed = now, done
                 click.echo(f"{title}: {done:,} of {total:,} {unit}{note and '  '}{note}", err=True)
 
         yield advance
+
+
+def count_cpus() -> int:
+    """The processors that this process may use: fewer than the machine's under Slurm or in a container."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def printable(text: str) -> str:
+    """A text that may quote others' files, without the control characters that a terminal would obey."""
+    return "".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in text)
 
 
 def run_command(command: click.Command) -> None:
@@ -59,9 +70,9 @@ def run_command(command: click.Command) -> None:
         click.echo("Interrupted.", err=True)
         sys.exit(130)
     except DataError as error:
-        click.echo(f"Error: {error}", err=True)
+        click.echo(f"Error: {printable(str(error))}", err=True)
         sys.exit(1)
     except OSError as error:  # such as a folder that may not be written to
         named = f"{error.filename}: {error.strerror}" if error.filename else error
-        click.echo(f"Error: {named}", err=True)
+        click.echo(f"Error: {printable(str(named))}", err=True)
         sys.exit(1)

@@ -25,6 +25,7 @@ ENCODINGS = {"jpeg": "jpg", "png": "png", "raw": "npy"}  # encoding → file suf
 STORED_PIXELS = 2**28  # of an image in a shard, whoever wrote it: a forged header costs no memory
 SQUARES = ("no", "pad", "crop", "stretch")
 
+Image.MAX_IMAGE_PIXELS = None  # a limit of ours is checked, which the user may set
 _ORIENTATION = 0x0112  # the EXIF tag
 _JPEG, _PNG = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"
 _SOS, _EOI, _APP2, _SCAN_DATA = 0xDA, 0xD9, 0xE2, 0x00  # JPEG markers; 0x00 is none, and ours
@@ -145,6 +146,15 @@ def resize(pixels: Gray, height: int, width: int) -> Gray:
     if pixels.shape[0] <= 2 * height and pixels.shape[1] <= 2 * width:
         return cv2.resize(pixels, (width, height), interpolation=cv2.INTER_LINEAR_EXACT)  # type: ignore[return-value]
     return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.HAMMING))
+
+
+def gray_statistics(levels: npt.NDArray[np.int64]) -> dict[str, float]:
+    """Mean and standard deviation of gray levels, from their counts [256]; of black images 0 and 1."""
+    count, values = int(levels.sum()), np.arange(256)
+    mean = int(levels @ values) / max(count, 1)
+    variance = int(levels @ values**2) / max(count, 1) - mean**2
+    # Images of one level cannot be scaled to unit variance: they are only centred.
+    return {"mean": round(mean, 4), "std": round(max(variance, 0.0) ** 0.5, 4) or 1.0}
 
 
 def strip_metadata(jpeg: bytes) -> bytes:

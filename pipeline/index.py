@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline import DataError
-from pipeline.images import decode_jpeg
+from pipeline.images import decode_jpeg, gray_statistics
 from pipeline.labels import LABELS, read_labels
 from pipeline.manifest import (
     FACTS,
@@ -214,7 +214,7 @@ def _read_each(
 def _parse(data: bytes) -> dict[str, Any]:
     try:
         document = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"its json cannot be read: {error}") from None
     return document if isinstance(document, dict) else {}
 
@@ -272,9 +272,7 @@ def _measure_pixels(paths: list[Path], table: pa.Table) -> dict[str, float]:
                     f"{path}: sample {row['key']}: {row['member']} does not decode: {error}"
                 ) from None
         levels += np.bincount(pixels.ravel(), minlength=256)
-    mean = levels @ np.arange(256) / levels.sum()
-    variance = levels @ (np.arange(256) - mean) ** 2 / levels.sum()
-    return {"mean": round(float(mean), 4), "std": round(float(variance**0.5), 4)}
+    return gray_statistics(levels)
 
 
 def _write_split(folder: Path, name: str, table: pa.Table, shards: list[Shard]) -> Split:

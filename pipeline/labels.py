@@ -249,8 +249,10 @@ def _read_csv(csv: Path) -> pa.Table:
     """The known columns as strings, under their CheXpert names; empty cells are null."""
     if not csv.is_file():
         raise DataError(f"{csv}: no such file")
-    with open_to_read(csv) as file:
-        content = pa.py_buffer(file.read())
+    # Into Arrow's own memory: its threads may let go of it when Python has ended already.
+    with open_to_read(csv) as file, pa.BufferOutputStream() as memory:
+        memory.write(file.read())
+        content = memory.getvalue()
     compression = "gzip" if csv.suffix == ".gz" else None
     convert = pacsv.ConvertOptions(null_values=[""], strings_can_be_null=True)
     try:
@@ -258,12 +260,12 @@ def _read_csv(csv: Path) -> pa.Table:
         with pacsv.open_csv(pa.input_stream(content, compression)) as reader:
             convert.column_types = dict.fromkeys(reader.schema.names, pa.string())
         table = pacsv.read_csv(pa.input_stream(content, compression), convert_options=convert)
-    except pa.ArrowInvalid:
+    except (pa.ArrowInvalid, OSError):  # the latter for a damaged .gz
         try:  # Once more on one thread: only then does the message name the row.
             slowly = pacsv.ReadOptions(use_threads=False)
             again = pa.input_stream(content, compression)
             table = pacsv.read_csv(again, convert_options=convert, read_options=slowly)
-        except pa.ArrowInvalid as error:
+        except (pa.ArrowInvalid, OSError) as error:
             raise DataError(f"{csv}: not a readable CSV: {_quote(str(error), 200)}") from error
     except UnicodeDecodeError:
         raise DataError(f"{csv}: not a readable CSV: its header is not UTF-8") from None

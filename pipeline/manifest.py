@@ -103,7 +103,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise DataError(
             f"{folder}: no {NAME}, so no finished shards; write them with `pipeline shards`"
         ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not JSON: {error}") from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise DataError(f"{path}: not a manifest of {FORMAT}")
@@ -126,7 +126,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise DataError(f"{path}: damaged: {str(error)[:200]}") from error
     for split in splits.values():
         for name in (split.table, *(shard.file for shard in split.shards)):
-            if Path(name).name != name:
+            if Path(name).name != name or name in ("", ".."):
                 raise DataError(f"{path}: '{name}' is not a plain file name")
     return manifest
 
@@ -143,7 +143,7 @@ def read_table(folder: Path, split: Split) -> pa.Table:
     """
     path = folder / split.table
     try:
-        source = pa.memory_map(str(path))
+        source = pa.BufferReader(path.read_bytes()) if is_remote(path) else pa.memory_map(str(path))
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error}") from error
     if hashlib.sha256(source.read_buffer()).hexdigest() != split.table_sha256:

@@ -125,8 +125,9 @@ def draw_groups(axes: Axes, groups: Groups, colors: Sequence[str], faint: str) -
     shares = np.array([[100 * found[label]["share_positive"] for label in labels] for found in counts])
     rows = np.arange(len(labels))
     axes.hlines(rows, shares.min(axis=0), shares.max(axis=0), colors=faint, linewidth=0.8, zorder=1)
-    for name, share, color, marker in zip(names, shares, cycle(colors), cycle(MARKERS), strict=False):
-        axes.scatter(share, rows, s=16, color=color, marker=marker, linewidth=0, label=name, zorder=2)
+    texts = [name.replace("$", r"\$") for name in names]  # which would begin a formula
+    for text, share, color, marker in zip(texts, shares, cycle(colors), cycle(MARKERS), strict=False):
+        axes.scatter(share, rows, s=16, color=color, marker=marker, linewidth=0, label=text, zorder=2)
     axes.set_xlim(left=min(0, -0.02 * shares.max()))
     _name_rows(axes, labels, "positive (% of the group's images)")
 

@@ -13,11 +13,8 @@ the real reports.
 
 import csv
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +24,7 @@ import simplejpeg
 
 from pipeline.films import Finding, draw_film
 from pipeline.labels import COLUMNS, LABELS
+from pipeline.workers import run_tasks
 
 FOLDER = "CheXpert-v1.0-small"
 VALID_SHARE = 0.12
@@ -94,8 +92,8 @@ def write_sample(
     out: Path,
     images: int = 2000,
     seed: int = 0,
-    workers: int | None = None,
-    progress: Callable[[int], None] | None = None,
+    workers: int = 1,
+    progress: Callable[[int], None] = lambda images: None,
     laterals: float | None = None,
     valid: float = VALID_SHARE,
 ) -> Path:
@@ -105,10 +103,10 @@ def write_sample(
     changes no study's frontals or labels, but so many images hold fewer studies of more. `valid` is the share of
     the images that valid.csv gets.
 
-    The bytes depend on images, seed (0 to 2^64-1), laterals and valid alone, at any number of `workers` (default:
-    one a CPU; with more than one, a script must call this under `if __name__ == "__main__"`). `progress` is called
-    with the number of images newly finished. Raises FileExistsError if the folder is already there, ValueError if
-    images < 1. The folder appears only when complete.
+    The bytes depend on images, seed (0 to 2^64-1), laterals and valid alone, at any number of `workers`, which are
+    processes (so a script must call this under `if __name__ == "__main__"`). `progress` is called with the number
+    of images newly finished. Raises FileExistsError if the folder is already there, ValueError if images < 1. The
+    folder appears only when complete.
     """
     final, partial = out / FOLDER, out / f".{FOLDER}.tmp"
     if images < 1:
@@ -117,7 +115,7 @@ def write_sample(
         raise FileExistsError(f"{final} already exists: remove it or choose another folder")
     if partial.exists():
         shutil.rmtree(partial)
-    valid_images = round(images * valid)
+    valid_images = max(1, round(images * valid))
     train = list(draw_patients(seed, 1, images - valid_images, False, laterals))
     held_out = list(draw_patients(seed, len(train) + 1, valid_images, True, laterals))
     for split, patients in (("train", train), ("valid", held_out)):
@@ -129,19 +127,9 @@ def write_sample(
         for split, patients in (("train", train), ("valid", held_out))
         for start in range(0, len(patients), PATIENTS_PER_TASK)
     ]
-    for count in run_tasks(tasks, min(workers or os.cpu_count() or 1, len(tasks))):
-        if progress:
-            progress(count)
+    for count in run_tasks(write_patients, tasks, min(workers, len(tasks))):
+        progress(count)
     return partial.rename(final)
-
-
-def run_tasks(tasks: list[tuple[Path, int, list[Patient]]], workers: int) -> Iterator[int]:
-    """Run the tasks here or in `workers` processes; yield each one's number of images."""
-    if workers == 1:
-        yield from map(write_patients, tasks)
-        return
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        yield from pool.map(write_patients, tasks)
 
 
 def write_patients(task: tuple[Path, int, list[Patient]]) -> int:

@@ -29,9 +29,12 @@ def write_scores(path: Path, table: pa.Table, labels: Sequence[str], scores: npt
 
 def read_frame(path: Path, labels: Sequence[str] = LABELS) -> pd.DataFrame:
     """Patient, study and the scores of the labels, in the order of the file. Raises DataError as `read_scores` does."""
-    keys = _open(path)["key"]
-    scores = read_scores(path, keys, labels)
-    facts = _open(path).select(["patient", "study"]).to_pandas()
+    table = _open(path)
+    for name in ("patient", "study"):
+        if name not in table.column_names:
+            raise DataError(f"{path}: damaged, or not a file of scores: it has no column {name}")
+    scores = _check_scores(path, table, labels)
+    facts = table.select(["patient", "study"]).to_pandas()
     return facts.assign(**dict(zip(labels, scores.T, strict=True)))
 
 
@@ -41,26 +44,30 @@ def read_scores(path: Path, keys: pa.ChunkedArray, labels: Sequence[str] = LABEL
     Raises DataError where the file is not one of scores, lacks an image, or has a score outside [0, 1].
     """
     table = _open(path)
-    found = table["key"].combine_chunks()
-    try:
-        scores = np.column_stack([table[label].cast(pa.float32()).to_numpy() for label in labels])
-    except (KeyError, pa.ArrowException) as error:
-        raise DataError(f"{path}: damaged, or not a file of scores: {error}") from error
-    rows = pc.index_in(keys, value_set=found)
+    scores = _check_scores(path, table, labels)
+    rows = pc.index_in(keys, value_set=table["key"].combine_chunks())
     if rows.null_count:
         example = keys.filter(rows.is_null())[0]
         raise DataError(
             f"{path}: no scores of {rows.null_count:,} of {len(keys):,} images, such as {example}; "
             "they are of other shards"
         )
+    chosen: npt.NDArray[np.float32] = scores[rows.to_numpy()]
+    return chosen
+
+
+def _check_scores(path: Path, table: pa.Table, labels: Sequence[str]) -> npt.NDArray[np.float32]:
+    """The scores [N, L] of the labels, in the order of the file. Raises DataError for one outside [0, 1]."""
+    try:
+        scores = np.column_stack([table[label].cast(pa.float32()).to_numpy() for label in labels])
+    except (KeyError, pa.ArrowException) as error:
+        raise DataError(f"{path}: damaged, or not a file of scores: {error}") from error
     wrong = ~((scores >= 0) & (scores <= 1))  # so, because NaN is in no range
     if wrong.any():
         row, column = np.argwhere(wrong)[0]
-        raise DataError(
-            f"{path}: {found[row]}, {labels[column]}: the score {scores[row, column]} is not in [0, 1]"
-        )
-    chosen: npt.NDArray[np.float32] = scores[rows.to_numpy()]
-    return chosen
+        key = table["key"][int(row)]
+        raise DataError(f"{path}: {key}, {labels[column]}: the score {scores[row, column]} is not in [0, 1]")
+    return scores
 
 
 def _open(path: Path) -> pa.Table:

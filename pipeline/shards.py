@@ -16,6 +16,7 @@ import zlib
 from collections.abc import Callable, Mapping
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -23,8 +24,8 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline import DataError
-from pipeline.cluster import run_on_cluster
-from pipeline.images import ENCODINGS, ImageError, ImageOptions, prepare
+from pipeline.cluster import PACKAGES, run_on_cluster
+from pipeline.images import ENCODINGS, ImageError, ImageOptions, gray_statistics, prepare
 from pipeline.labels import (
     LABELS,
     describe_one_class,
@@ -41,19 +42,30 @@ from pipeline.manifest import (
     claimed,
     count_rows,
     read_manifest,
+    read_table,
     write_atomically,
     write_csv,
     write_manifest,
     write_table,
 )
 from pipeline.source import Source, divide_rows, read_images, read_splits
-from pipeline.store import check_access, is_remote, make_folder, open_to_read, remove_folder
+from pipeline.store import (
+    check_access,
+    is_remote,
+    list_files,
+    make_folder,
+    named_failures,
+    open_to_read,
+    remove_folder,
+)
 from pipeline.tar import BLOCK, END, tar_member
 from pipeline.workers import report_item, run_alone, run_tasks
 
 PARTIAL = ".partial"  # inside the output folder, until the run is finished
 REJECTS = "rejects.csv"
-_OURS = re.compile(r"\.?([a-z0-9_-]+-\d{6}\.tar|[a-z0-9_-]+\.arrow|rejects\.csv|manifest\.json)(\.tmp)?")
+STARTED = "options.json"  # in there: what the run was asked for
+STALE = "stale.json"  # in there: names of files that --overwrite removes
+_OURS = re.compile(r"\.?(?P<split>[a-z0-9_]+)(-\d{6}\.tar|\.arrow)(\.tmp)?|\.?rejects\.csv(\.tmp)?")
 
 
 @dataclass(frozen=True)
@@ -168,17 +180,17 @@ def write_shards(
     # Shards of all views made before their studies lay together are other shards.
     unit = {"unit": "study"} if options.views == "all" else {}
     wanted = {"options": asdict(options) | unit, "policies": dict(policies), "sources": hashes}
-    if not overwrite and (found := _find_finished(out, wanted)) is not None:
-        return found
-    make_folder(out)
-    with nullcontext() if is_remote(out) else claimed(out):
-        # Once more: another process may have finished them before it gave the folder back.
-        if not overwrite and (found := _find_finished(out, wanted)) is not None:
+    run = Run(out, source, options, policies, wanted, workers, scheduler, max_bad, strict)
+    with named_failures(out, "cannot be written"):
+        if not overwrite and (found := _find_finished(run)) is not None:
             return found
-        if overwrite:
-            _remove_ours(out)
-        run = Run(out, source, options, policies, wanted, workers, scheduler, max_bad, strict)
-        return _write_all(run, progress)
+        make_folder(out)
+        with nullcontext() if is_remote(out) else claimed(out):
+            # Once more: another process may have finished them before it gave the folder back.
+            if not overwrite and (found := _find_finished(run)) is not None:
+                return found
+            _make_room(run, overwrite)
+            return _write_all(run, progress)
 
 
 @dataclass(frozen=True)
@@ -195,29 +207,93 @@ class Run:
     max_bad: float
     strict: bool
 
+    @property
+    def started(self) -> dict[str, dict[str, Any]]:
+        """What must not change until the run is finished: the versions decide its bytes, too."""
+        return self.wanted | {"versions": {name: version(name) for name in (*PACKAGES, "chexpert-pipeline")}}
 
-def _find_finished(out: Path, wanted: Mapping[str, Mapping[str, Any]]) -> RunSummary | None:
-    """The summary of shards that are there already. Raises DataError where they are others."""
-    if not (out / NAME).exists():
+
+def _find_finished(run: Run) -> RunSummary | None:
+    """The summary of shards that are there already. Raises DataError where they are others, or not whole."""
+    if not (run.out / NAME).exists():
         return None
-    manifest = read_manifest(out)
-    _refuse_difference(out, {name: getattr(manifest, name) for name in wanted}, wanted)
-    remove_folder(out / PARTIAL)
-    return RunSummary(manifest, False, 0, 0, 0, [])
+    manifest = read_manifest(run.out)
+    _refuse_difference(run.out, {name: getattr(manifest, name) for name in run.wanted}, run.wanted)
+    for split in manifest.splits.values():
+        for shard in split.shards:
+            path = run.out / shard.file
+            if not path.exists() or path.stat().st_size != shard.bytes:
+                raise DataError(f"{path}: missing, or not of its size; --overwrite writes all shards again")
+    remove_folder(run.out / PARTIAL)
+    one_class = run_alone(find_one_class, PlanTask(run.out, run.source, run.options, run.policies))
+    _refuse_one_class(run, one_class)
+    return RunSummary(manifest, False, 0, 0, 0, one_class)
+
+
+def _make_room(run: Run, overwrite: bool) -> None:
+    """Remove what an earlier run wrote, where that was asked for. Raises DataError for files of others.
+
+    Their names are noted before the manifest goes, so that the same command goes on where it was killed.
+    """
+    partial = run.out / PARTIAL
+    stale = partial / STALE
+    is_there = (run.out / NAME).exists()
+    started = _read_json(partial / STARTED)
+    if overwrite and (is_there or (started is not None and started != run.started)):
+        names = _written_names(run.out)
+        make_folder(partial)
+        write_atomically(stale, json.dumps(names).encode())
+        for path in ((run.out / NAME), *(path for path in list_files(partial) if path.name != STALE)):
+            path.unlink(missing_ok=True)
+    elif started is None and not stale.exists():
+        splits = {*run.source.csvs, "dev"}
+        for path in list_files(run.out):
+            match = _OURS.fullmatch(path.name)
+            if match and (match["split"] is None or match["split"] in splits):
+                raise DataError(
+                    f"{path}: not written by this command, which would replace it; choose another folder"
+                )
+    for name in _read_json(stale) or []:
+        (run.out / name).unlink(missing_ok=True)
+    stale.unlink(missing_ok=True)
+
+
+def _written_names(out: Path) -> list[str]:
+    """The files in a folder that a run of this program wrote, finished or not."""
+    if (out / NAME).exists():
+        manifest = read_manifest(out)
+        if manifest.options.get("indexed"):
+            raise DataError(f"{out}: its shards come from another program; choose another folder")
+        splits = manifest.splits.values()
+        return [
+            REJECTS,
+            *(name for split in splits for name in (split.table, *(s.file for s in split.shards))),
+        ]
+    plans = {path.stem for path in (out / PARTIAL).glob("*.plan")}
+    found = ((path.name, _OURS.fullmatch(path.name)) for path in list_files(out))
+    names = [name for name, match in found if match and (match["split"] is None or match["split"] in plans)]
+    return names + (_read_json(out / PARTIAL / STALE) or [])
+
+
+def _read_json(path: Path) -> Any:
+    """What is in a file of ours; None where there is none."""
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
 
 
 def _write_all(run: Run, progress: Progress) -> RunSummary:
     """Plan, write what is not yet written, and finish."""
-    out, wanted = run.out, run.wanted
+    out = run.out
     partial = out / PARTIAL
     make_folder(partial)
-    started = partial / "options.json"
-    if started.exists():
-        _refuse_difference(out, json.loads(started.read_bytes()), wanted)
-    write_atomically(started, json.dumps(wanted).encode())
+    started = partial / STARTED
+    if (before := _read_json(started)) is not None:
+        _refuse_difference(out, before, run.started)
+    write_atomically(started, json.dumps(run.started).encode())
     rows, one_class = run_alone(write_plan, PlanTask(out, run.source, run.options, run.policies))
-    if run.strict and one_class:
-        raise DataError(f"--strict: {'; '.join(describe_one_class(one_class))}; choose other policies")
+    _refuse_one_class(run, one_class)
 
     total = sum(rows.values())
     tasks = [
@@ -225,14 +301,17 @@ def _write_all(run: Run, progress: Progress) -> RunSummary:
         for split in rows
         for number in range(_count_shards(out, split))
     ]
-    finished = [summary for task in tasks if (summary := _finished(task)) is not None]
+    records = [(task, _finished(task)) for task in tasks]
+    finished = [summary for _, summary in records if summary is not None]
+    unfinished = [task for task, summary in records if summary is None]
     resumed = sum(summary.samples for summary in finished)
+    done = 0
     rejects: list[Reject] = []
-    unfinished = (task for task in tasks if _finished(task) is None)
 
     def tick(items: int) -> None:
         progress(min(resumed + items, total), total, len(rejects))
 
+    tick(0)
     if run.scheduler is None:
         results = run_tasks(write_shard, unfinished, run.workers, tick)
     else:
@@ -242,8 +321,9 @@ def _write_all(run: Run, progress: Progress) -> RunSummary:
         for summary in summaries:
             finished.append(summary)
             rejects += summary.rejects
+            done += summary.samples + len(summary.rejects)
             if run.scheduler is not None:
-                tick(sum(summary.samples + len(summary.rejects) for summary in finished) - resumed)
+                tick(done)
             if len(rejects) > run.max_bad * total:
                 _write_rejects(out, rejects)
                 raise DataError(
@@ -251,7 +331,7 @@ def _write_all(run: Run, progress: Progress) -> RunSummary:
                     f"{out / REJECTS} lists them; the first: {rejects[0].file}: {rejects[0].reason}"
                 )
     progress(total, total, len(rejects))
-    manifest = run_alone(finish, FinishTask(out, rows, wanted))
+    manifest = run_alone(finish, FinishTask(out, rows, run.wanted))
     remove_folder(partial)
     stripped = sum(summary.stripped for summary in finished)
     bytes_in = sum(summary.bytes_in for summary in finished)
@@ -269,15 +349,27 @@ def write_plan(task: PlanTask) -> Plan:
             ):
                 writer.write_table(of_shard)
     rows = {split: table.num_rows for split, table in tables.items()}
-    if "train" not in tables:
-        return Plan(rows, [])
+    return Plan(rows, _one_class(tables["train"], task) if "train" in tables else [])
+
+
+def find_one_class(task: PlanTask) -> list[tuple[str, int, int]]:
+    """The labels of finished shards that the policies leave with one class in train."""
+    splits = read_manifest(task.out).splits
+    return _one_class(read_table(task.out, splits["train"]), task) if "train" in splits else []
+
+
+def _one_class(table: pa.Table, task: PlanTask) -> list[tuple[str, int, int]]:
     # A teacher's scores come later: what they would say of the uncertain cells is left out here.
     uncertain = {
         label: "ignore" if policy == "selftrained" else policy
         for label, policy in parse_uncertain_policy(task.policies["uncertain"]).items()
     }
-    targets = make_targets(tables["train"], uncertain, task.policies["blank"], task.options.seed)
-    return Plan(rows, one_class_labels(*targets))
+    return one_class_labels(*make_targets(table, uncertain, task.policies["blank"], task.options.seed))
+
+
+def _refuse_one_class(run: Run, one_class: list[tuple[str, int, int]]) -> None:
+    if run.strict and one_class:
+        raise DataError(f"--strict: {'; '.join(describe_one_class(one_class))}; choose other policies")
 
 
 def write_shard(task: ShardTask) -> ShardSummary:
@@ -285,13 +377,16 @@ def write_shard(task: ShardTask) -> ShardSummary:
 
     Raises DataError where a file cannot be written.
     """
+    rows = _plan_batch(task.out, task.split, task.number).to_pylist()
     with atomic_file(task.out / task.file) as file:
-        summary, record = _write_tar(task, file)
+        summary, record = _write_tar(task, rows, file)
     write_atomically(_record_path(task), json.dumps({"summary": summary, **record}).encode())
     return summary
 
 
-def _write_tar(task: ShardTask, file: BinaryIO) -> tuple[ShardSummary, dict[str, Any]]:
+def _write_tar(
+    task: ShardTask, rows: list[dict[str, Any]], file: BinaryIO
+) -> tuple[ShardSummary, dict[str, Any]]:
     """Write the members; returns the summary, and the columns that the index needs."""
     sha256 = hashlib.sha256()
     position = bytes_in = stripped = 0
@@ -306,7 +401,6 @@ def _write_tar(task: ShardTask, file: BinaryIO) -> tuple[ShardSummary, dict[str,
         sha256.update(data)
         position += len(data)
 
-    rows = _plan_batch(task.out, task.split, task.number).to_pylist()
     contents = read_images([row["file"] for row in rows], task.roots)
     for row, content in zip(rows, contents, strict=True):
         try:
@@ -363,7 +457,7 @@ def finish(task: FinishTask) -> Manifest:
         (task.out / REJECTS).unlink(missing_ok=True)
     manifest = Manifest(
         **task.wanted,
-        pixels=_pixel_statistics(levels.get("train", next(iter(levels.values())))),
+        pixels=gray_statistics(levels.get("train", next(iter(levels.values())))),
         splits=splits,
         rejects=tuple({"split": r.split, "key": r.key, "reason": r.reason} for r in rejects),
     )
@@ -404,8 +498,12 @@ def _count_shards(out: Path, split: str) -> int:
 
 def _plan_batch(out: Path, split: str, number: int) -> pa.RecordBatch:
     """The rows of one shard, read by themselves: a memory map would stay resident."""
-    with (out / PARTIAL / f"{split}.plan").open("rb") as file:
-        return pa.ipc.open_file(file).get_batch(number)
+    path = out / PARTIAL / f"{split}.plan"
+    try:
+        with path.open("rb") as file:
+            return pa.ipc.open_file(file).get_batch(number)
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{path}: cannot be read: {error}; the same command writes it again") from error
 
 
 def _finished(task: ShardTask) -> ShardSummary | None:
@@ -434,33 +532,16 @@ def selection(options: Options) -> dict[str, Any]:
     return {name: getattr(options, name) for name in ("views", "dev", "seed", "limit")}
 
 
-def _pixel_statistics(levels: Any) -> dict[str, float]:
-    """Mean and standard deviation of gray levels, from their counts [256]."""
-    count, values = int(levels.sum()), np.arange(256)
-    if count == 0:
-        return {"mean": 0.0, "std": 1.0}
-    mean = int(levels @ values) / count
-    return {"mean": round(mean, 4), "std": round((int(levels @ values**2) / count - mean**2) ** 0.5, 4)}
-
-
 def _write_rejects(out: Path, rejects: list[Reject]) -> None:
     write_csv(out / REJECTS, [Reject._fields, *sorted(rejects)])
 
 
-def _remove_ours(out: Path) -> None:
-    """Remove what an earlier run wrote; the manifest first, so that the rest never looks finished."""
-    (out / NAME).unlink(missing_ok=True)
-    remove_folder(out / PARTIAL)
-    for path in out.iterdir():
-        if _OURS.fullmatch(path.name):
-            path.unlink()
-
-
 def _refuse_difference(out: Path, there: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     for group, values in wanted.items():
-        for name in sorted(values.keys() | there[group].keys()):
-            if values.get(name) != there[group].get(name):
-                difference = f"{name} is {there[group].get(name)} there and {values.get(name)} here"
+        of_group = there.get(group, {})
+        for name in sorted(values.keys() | of_group.keys()):
+            if values.get(name) != of_group.get(name):
+                difference = f"{name} is {of_group.get(name)} there and {values.get(name)} here"
                 raise DataError(
                     f"{out} holds other shards: {difference}; choose another folder or --overwrite"
                 )

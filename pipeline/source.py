@@ -9,6 +9,7 @@ patient/study/view, whatever its CSV says of the folders above. Folders and CSVs
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -21,7 +22,15 @@ import pyarrow.compute as pc
 from pipeline import DataError
 from pipeline.images import ImageError
 from pipeline.labels import hash_fraction, read_labels, select_views, split_patients
-from pipeline.store import check_access, is_remote, list_folders, list_objects, open_location, read_objects
+from pipeline.store import (
+    check_access,
+    is_remote,
+    list_folders,
+    list_objects,
+    named_failures,
+    open_location,
+    read_objects,
+)
 
 CSV_NAMES = {
     "train": ("train.csv", "train.csv.gz"),
@@ -51,13 +60,12 @@ def find_csvs(folder: Path) -> dict[str, Path]:
 
     Raises DataError where there is none, or more than one folder to choose from.
     """
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder")
-    if csvs := _csvs_in(folder):
-        return csvs
-    inside = {
-        path.name: csvs for path in sorted(folder.iterdir()) if path.is_dir() and (csvs := _csvs_in(path))
-    }
+    with named_failures(folder, "cannot be read"):
+        if not folder.is_dir():
+            raise DataError(f"{folder}: no such folder")
+        if csvs := _csvs_in(folder):
+            return csvs
+        inside = {name: csvs for name in list_folders(folder) if (csvs := _csvs_in(folder / name))}
     if not inside:
         raise DataError(
             f"{folder}: neither it nor a folder in it holds a train.csv, valid.csv or test_labels.csv"
@@ -82,7 +90,7 @@ def find_source(folder: Path, splits: Mapping[str, Path], roots: Sequence[Path])
         home.parent / name
         for home in (home.resolve() for home in homes[1:])
         if _BATCH.search(home.name)
-        for name in sorted(list_folders(home.parent))
+        for name in list_folders(home.parent)
         if _BATCH.search(name)
     ]
     return Source(csvs, tuple(dict.fromkeys(path.resolve() for path in (*homes, *batches))))
@@ -178,8 +186,9 @@ def _csvs_in(folder: Path) -> dict[str, Path]:
     csvs: dict[str, Path] = {}
     for split, names in CSV_NAMES.items():
         for name in names:
-            if split not in csvs and (folder / name).is_file():
-                csvs[split] = folder / name
+            with suppress(PermissionError):  # such as lost+found
+                if split not in csvs and (folder / name).is_file():
+                    csvs[split] = folder / name
     return csvs
 
 
@@ -226,12 +235,17 @@ def _shuffle_studies(table: pa.Table, seed: int) -> pa.Table:
 def _find_patients(source: Source) -> dict[str, list[str]]:
     """Patient → the folders that hold a folder of that name: a root, or a folder in a root."""
     found: dict[str, list[str]] = {}
+    folders: dict[Path, list[str]] = {}  # a root may lie in another one
     for root in source.roots:
-        inside = [root / name for name in sorted(list_folders(root)) if not _PATIENT.fullmatch(name)]
-        for folder in (root, *inside):
-            for name in list_folders(folder):
-                if _PATIENT.fullmatch(name):
-                    found.setdefault(name, []).append(str(folder))
+        folders[root] = list_folders(root)
+        for name in folders[root]:
+            if not _PATIENT.fullmatch(name) and root / name not in folders:
+                with suppress(PermissionError):  # such as lost+found
+                    folders[root / name] = list_folders(root / name)
+    for folder, names in folders.items():
+        for name in names:
+            if _PATIENT.fullmatch(name):
+                found.setdefault(name, []).append(str(folder))
     return found
 
 

@@ -30,7 +30,7 @@ from pipeline.labels import (
     read_labels,
     select_views,
 )
-from pipeline.manifest import NAME, count_rows, read_manifest, read_table
+from pipeline.manifest import FORMULA, NAME, count_rows, read_manifest, read_table
 from pipeline.source import find_csvs
 
 STATES = {"positive": 1, "uncertain": -1, "negative": 0, "blank": None}
@@ -267,7 +267,7 @@ def to_csv(report: Report) -> str:
     """
     if "by" in report:
         rows = [
-            {"group": name} | row
+            {"group": f"'{name}" if name.startswith(FORMULA) else name} | row
             for name, statistics in report["by"]["groups"].items()
             for row in _label_rows(statistics["labels"])
         ]

@@ -10,7 +10,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -25,9 +25,13 @@ _S3 = dict.fromkeys(("request_checksum_calculation", "response_checksum_validati
 
 def open_location(location: str) -> Path:
     """A folder, or a path of the universal_pathlib for a URL, which behaves as one. Raises DataError."""
-    scheme, separator, _ = location.partition("://")
+    scheme, separator, rest = location.partition("://")
     if not separator:
         return Path(location)
+    if "@" in rest.partition("/")[0] or "?" in rest:  # they would be in every message
+        raise DataError(
+            f"{scheme}://…: a URL with a password or a query; credentials come from the environment"
+        )
     try:
         from upath import UPath
 
@@ -66,9 +70,8 @@ def object_to_put(path: Any) -> Iterator[BinaryIO]:
 
 def check_access(path: Path) -> None:
     """Raise DataError for a store that cannot be reached, or gives no access."""
-    if is_remote(path):
-        with named_failures(path, "cannot be used"):
-            path.exists()
+    with named_failures(path, "cannot be used"):
+        path.exists()
 
 
 def make_folder(path: Path) -> None:
@@ -89,20 +92,25 @@ def remove_folder(path: Any) -> None:
 def open_to_read(path: Path) -> Iterator[BufferedReader]:
     """A file or an object. Raises OSError for the one, DataError for the other, where it cannot be read."""
     with (
-        named_failures(path, "cannot be read") if is_remote(path) else nullcontext(),
+        named_failures(path, "cannot be read"),
         path.open("rb") as file,
     ):
         yield file
+
+
+def list_files(path: Path) -> list[Path]:
+    """What is in a folder; nothing, where there is none: a store has no empty folders."""
+    return list(path.iterdir()) if path.exists() else []
 
 
 def list_folders(path: Any) -> list[str]:
     """Names of the folders in a folder."""
     if not is_remote(path):
         with os.scandir(path) as entries:
-            return [entry.name for entry in entries if entry.is_dir()]
+            return sorted(entry.name for entry in entries if entry.is_dir())
     with named_failures(path, "cannot be listed"):
         found = path.fs.ls(path.path, detail=True)
-    return [entry["name"].rpartition("/")[2] for entry in found if entry["type"] == "directory"]
+    return sorted(entry["name"].rpartition("/")[2] for entry in found if entry["type"] == "directory")
 
 
 def list_objects(path: Any) -> set[str]:
@@ -115,11 +123,14 @@ def read_objects(urls: Sequence[str]) -> Iterator[bytes | None]:
     """The content of each object in turn, None for one that is not there. Raises DataError for other failures."""
     for start in range(0, len(urls), TOGETHER):
         paths: list[Any] = list(map(open_location, urls[start : start + TOGETHER]))
-        store = paths[0].fs
-        with named_failures(paths[0], "cannot be read"):
-            found = store.cat([path.path for path in paths], on_error="return")
+        found: dict[tuple[Any, str], bytes | Exception] = {}
+        for store in {path.fs for path in paths}:
+            here = [path for path in paths if path.fs is store]
+            with named_failures(here[0], "cannot be read"):
+                contents = store.cat([path.path for path in here], on_error="return")
+            found |= {(store, name): content for name, content in contents.items()}
         for path in paths:
-            content = found[path.path]
+            content = found[path.fs, path.path]
             with named_failures(path, "cannot be read"):
                 if isinstance(content, Exception) and not isinstance(content, FileNotFoundError):
                     raise content
@@ -128,12 +139,17 @@ def read_objects(urls: Sequence[str]) -> Iterator[bytes | None]:
 
 @contextmanager
 def named_failures(path: Path, what: str) -> Iterator[None]:
-    """Raise DataError for whatever the store raises: with its kind alone, because texts may quote credentials."""
+    """Raise DataError for whatever a store raises: with its kind alone, because texts may quote credentials.
+
+    Does nothing for a folder of this machine.
+    """
     try:
         yield
     except DataError:
         raise
     except Exception as error:
+        if not is_remote(path):
+            raise
         hint = ""
         if isinstance(error, PermissionError) or "Credential" in type(error).__name__:
             hint = "; credentials come from AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"

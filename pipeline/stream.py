@@ -71,11 +71,14 @@ class Labels(NamedTuple):
 class ShardFile:
     """An open shard; closed when the last batch that reads it is gone."""
 
+    descriptor = -1  # where it cannot be opened
+
     def __init__(self, path: Path) -> None:
         self.descriptor = os.open(path, os.O_RDONLY)
 
     def __del__(self) -> None:
-        os.close(self.descriptor)
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
 
 
 class Encoded(NamedTuple):

@@ -53,7 +53,7 @@ def walk_tar(path: Path, data: mmap.mmap) -> Iterator[Member]:
     """The members of a mapped tar (ustar, GNU or pax), in order; `path` is named in errors.
 
     tarfile ends silently at a damaged header. This raises DataError, naming the byte, for anything but regular
-    files with relative names, then two empty blocks, and nothing but zeros after them.
+    files with relative names (and folders, which are left out), then two empty blocks, and nothing but zeros.
     """
     position = 0
     extra: dict[str, str] = {}  # what a long-name or pax header says of the member that follows it
@@ -67,7 +67,9 @@ def walk_tar(path: Path, data: mmap.mmap) -> Iterator[Member]:
             if is_extra:
                 extra |= _read_extra(info.type, data[start : start + size])
             else:
-                yield Member(_check_name(info, extra), start, size)
+                name = _check_name(info, extra)
+                if info.type != tarfile.DIRTYPE:
+                    yield Member(name, start, size)
                 extra = {}
         except (tarfile.HeaderError, ValueError) as error:
             raise DataError(f"{path}: byte {position}: not a usable tar header: {error}") from None
@@ -85,7 +87,7 @@ def _check_name(info: tarfile.TarInfo, extra: Mapping[str, str]) -> str:
     """The name of a regular member; raises ValueError for any other, and for names that lead elsewhere."""
     name = extra.get("path", info.name)
     is_sparse = any(record.startswith("GNU.sparse.") for record in extra)
-    if info.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or is_sparse:
+    if info.type not in (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.DIRTYPE) or is_sparse:
         raise ValueError(f"{name} is not a regular file")
     if name.startswith("/") or ".." in PurePosixPath(name).parts:
         raise ValueError(f"{name} leads out of the folder")

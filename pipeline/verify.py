@@ -163,7 +163,8 @@ def _check_samples(
         expected = [f"{name.removesuffix(suffix)}{end}" for name in names for end in (suffix, "json")]
         yield from _check_layout(members, expected, len(data))
     by_name = {member.name: member for member in members}
-    for row, name in zip(rows.to_pylist(), names, strict=True):
+    needed = rows if deep else rows.select(["key", "offset", "length"])
+    for row, name in zip(needed.to_pylist(), names, strict=True):
         image = by_name.get(name)
         # The labels of an indexed folder may come from a CSV; its jsons then say something else.
         json = None if options.get("labels") == "csv" else by_name.get(f"{name.rpartition('.')[0]}.json")

@@ -50,6 +50,7 @@ def run_tasks(
     DataError, naming the task, where a task's worker is killed again then; and whatever a task raises.
     """
     waiting = iter(tasks)
+    before = 0  # items that earlier pools had reported
     while True:
         flight: dict[Future[Result], Task] = {}
         with _worker_pool(function, workers) as (pool, slots):
@@ -58,7 +59,7 @@ def run_tasks(
                     flight[_submit(pool, function, task)] = task
                 while flight:
                     done, _ = wait(flight, timeout=TICK, return_when=FIRST_COMPLETED)
-                    tick(sum(slots[1:]))
+                    tick(before + sum(slots[1:]))
                     for future in done:
                         yield future.result()
                         del flight[future]
@@ -66,7 +67,7 @@ def run_tasks(
                             flight[_submit(pool, function, task)] = task
                 return
             except BrokenProcessPool:
-                pass
+                before += sum(slots[1:])  # what was in flight is done again, and not counted again
         for task in flight.values():
             yield run_alone(function, task)
 

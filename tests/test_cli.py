@@ -52,7 +52,8 @@ def test_help_has_an_example_and_does_not_import_torch() -> None:
             "Error: blank policy 'ones' is unknown; choose from zeros, ig",
         ),
         (["{chexpert}", "out", "--max-pixels", "10"], 1, "80×64 is more than 10 pixels (--max-pixels)"),
-        (["{chexpert}/train.csv", "out"], 1, "train.csv: no such folder"),
+        (["{chexpert}/train.csv", "out"], 2, "train.csv' is a file"),
+        (["{chexpert}", "out", "--split", "a=b", "--split", "a=c"], 2, "--split a is there twice; one CSV"),
     ],
 )
 def test_bad_use_is_one_line_and_an_exit_code(
@@ -143,6 +144,11 @@ def test_labels_with_one_class_are_warned_about_and_refused_where_strict(
     warned = run(*command)
     assert warned.returncode == 0
     assert f"{text} by these policies: it cannot be learnt" in warned.stderr.splitlines()
+    again = run(*command)  # the shards are there, and so is what is wrong with them
+    assert "complete already" in again.stdout
+    assert f"{text} by these policies: it cannot be learnt" in again.stderr.splitlines()
+    refused = run(*command, "--strict")
+    assert (refused.returncode, refused.stderr) == (1, f"Error: --strict: {text}; choose other policies\n")
 
 
 def test_original_size_and_own_csvs_reach_the_library(chexpert: Path, tmp_path: Path) -> None:

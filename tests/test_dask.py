@@ -113,6 +113,22 @@ def test_a_stopped_run_continues_on_a_cluster(
     assert files_of(tmp_path / "out") == files_of(tmp_path / "local")
 
 
+def test_a_lost_scheduler_is_named(start: Start, source: Path, tmp_path: Path) -> None:
+    (port,) = free_ports(1)
+    scheduler = start("scheduler", "--host", "127.0.0.1", "--port", port, "--no-dashboard")
+    start("worker", f"tcp://127.0.0.1:{port}")
+    words = [PIPELINE, "shards", source, tmp_path / "out", *OPTIONS, "--max-bad", "0.01"]
+    command = [*map(str, words), "--scheduler", f"tcp://127.0.0.1:{port}"]
+    run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while len(list((tmp_path / "out").glob("*.tar"))) < 2:
+        time.sleep(0.01)
+        assert run.poll() is None
+    scheduler.kill()
+    _, said = run.communicate(timeout=60)
+    reason = f"--scheduler tcp://127.0.0.1:{port}: the connection was lost; the same command continues"
+    assert (run.returncode, said.splitlines()[-1]) == (1, f"Error: {reason}")
+
+
 def test_a_cluster_that_cannot_work_is_named(
     start: Start, scheduler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -264,6 +264,9 @@ def test_walk_reads_what_tarfile_writes(tmp_path: Path, layout: int) -> None:
     if layout != tarfile.USTAR_FORMAT:
         members.append(("e" * 300, b"y"))
     with tarfile.open(tmp_path / "x.tar", "w", format=layout, pax_headers={"comment": "global"}) as tar:
+        folder = tarfile.TarInfo("ü")  # which is no member to read
+        folder.type = tarfile.DIRTYPE
+        tar.addfile(folder)
         for name, data in members:
             info = tarfile.TarInfo(name)
             info.size, info.mtime = len(data), 1.5  # a pax header for each, as webdataset's
@@ -287,7 +290,7 @@ def test_walk_refuses_other_members_and_damage(tmp_path: Path) -> None:
 
     unusable = "not a usable tar header: "
     assert refusal("link", type=tarfile.SYMTYPE, linkname="x") == f"{unusable}link is not a regular file"
-    assert refusal("folder", type=tarfile.DIRTYPE) == f"{unusable}folder is not a regular file"
+    assert refusal("fifo", type=tarfile.FIFOTYPE) == f"{unusable}fifo is not a regular file"
     assert refusal("/etc/x.jpg") == f"{unusable}/etc/x.jpg leads out of the folder"
     assert refusal("a/../../x.jpg") == f"{unusable}a/../../x.jpg leads out of the folder"
     room = 10240 - 1024

@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -281,6 +282,13 @@ def test_underscores_in_headers_and_other_column_order(chexpert: Path) -> None:
     frame = frame[frame.columns[::-1]].rename(columns=lambda name: name.replace(" ", "_"))
     frame.to_csv(csv, index=False)
     assert read_labels(csv).equals(expected)
+
+
+def test_a_damaged_gz_is_named(tmp_path: Path, real_csv: Path) -> None:
+    path = tmp_path / "train.csv.gz"
+    path.write_bytes(real_csv.read_bytes()[:5000])
+    with pytest.raises(DataError, match=rf"^{re.escape(str(path))}: not a readable CSV: "):
+        read_labels(path)
 
 
 def test_spaces_around_names_in_a_header_change_nothing(chexpert: Path) -> None:

@@ -231,15 +231,24 @@ def test_a_cluster_needs_no_shared_folder_with_both_in_the_store(
     from distributed import LocalCluster
 
     s3fs.S3FileSystem(skip_instance_cache=True).put(f"{chexpert}/", "s3://chest/both/films", recursive=True)
-    options = ["--size", "48", "--dev", "0.3", "--samples-per-shard", "7"]
+    options = ["--size", "48", "--dev", "0.3", "--samples-per-shard", "7", "--views", "all"]
     make_cluster: Any = LocalCluster  # which has no types
     with make_cluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
         words = ("s3://chest/both", "s3://chest/both-shards", "--scheduler", cluster.scheduler_address)
         run = run_pipeline("shards", *words, *options)
     assert run.returncode == 0, run.stderr
+    assert "studies: 20 with 1 frontal, 20 with 1 frontal and 1 lateral" in run.stdout
     assert run_pipeline("shards", chexpert, tmp_path / "local", *options).returncode == 0
     expected = {path.name: path.read_bytes() for path in (tmp_path / "local").iterdir()}
     assert objects_of("chest/both-shards") == expected
+
+
+@pytest.mark.parametrize("url", ["s3://key:s3cret@host/films", "https://host/films?sig=s3cret"])
+def test_urls_with_secrets_are_refused_without_them(tmp_path: Path, url: str) -> None:
+    for places in ((url, tmp_path / "out"), (tmp_path, url)):
+        refused = run_pipeline("shards", *places)
+        reason = "a URL with a password or a query; credentials come from the environment"
+        assert refused.stderr == f"Error: {url.partition(':')[0]}://…: {reason}\n"
 
 
 @pytest.mark.parametrize(

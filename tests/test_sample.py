@@ -123,6 +123,8 @@ def test_more_laterals_change_no_study_but_by_their_views(sample: Path, tmp_path
 def test_valid_gets_its_share(tmp_path: Path) -> None:
     folder = write_sample(tmp_path, images=40, seed=3, workers=1, valid=0.5)
     assert [len(read_rows(folder, split)) for split in ("train", "valid")] == [20, 20]
+    least = write_sample(tmp_path / "least", images=20, valid=0.01)
+    assert [len(read_rows(least, split)) for split in ("train", "valid")] == [19, 1]
 
 
 def test_a_lateral_shows_some_signs_better_and_some_not_at_all() -> None:

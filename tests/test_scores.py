@@ -8,7 +8,7 @@ import pytest
 
 from pipeline import DataError
 from pipeline.labels import LABELS
-from pipeline.scores import read_scores, write_scores
+from pipeline.scores import read_frame, read_scores, write_scores
 
 Scores = npt.NDArray[np.float32]
 
@@ -79,6 +79,9 @@ def test_other_files_are_refused_by_name(table: pa.Table, scores: Scores, tmp_pa
         with pa.ipc.new_file(path, changed.schema) as writer:
             writer.write_table(changed)
 
+    replace(whole.drop_columns("patient"))
+    with pytest.raises(DataError, match=r": damaged, or not a file of scores: it has no column patient$"):
+        read_frame(path)
     replace(whole.drop_columns("Edema"))
     assert refuse().startswith(f"{path}: damaged, or not a file of scores: ")
     replace(whole.set_column(3, LABELS[0], pa.array(["high"] * 50)))

@@ -4,6 +4,7 @@ import json
 import shutil
 import tarfile
 import zlib
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,10 @@ import webdataset
 from PIL import Image
 
 from pipeline import DataError
+from pipeline.index import write_index
 from pipeline.labels import LABELS, evaluation_targets, hash_fraction
 from pipeline.manifest import Manifest, claimed, read_manifest, read_table, write_csv
-from pipeline.shards import write_shards
+from pipeline.shards import Options, RunSummary, write_shards
 from pipeline.source import find_source
 from pipeline.stream import Labels, open_split, stream_evaluation
 from tests.conftest import POLICIES, default_options, make_shards, write_chexpert
@@ -186,6 +188,97 @@ def test_finished_shards_are_left_alone_and_other_options_refused(chexpert: Path
     assert sorted(path.name for path in folder.glob("*.tar")) == [
         f"{name}-000000.tar" for name in ("dev", "train", "valid")
     ]
+
+
+def test_finished_shards_that_are_not_whole_are_named(chexpert: Path, shards: Shards) -> None:
+    path = shards[0] / "train-000001.tar"
+    for damage in (lambda: path.write_bytes(path.read_bytes()[:-512]), path.unlink):
+        damage()
+        with pytest.raises(DataError) as caught:
+            make_shards(chexpert, shards[0])
+        reason = "missing, or not of its size; --overwrite writes all shards again"
+        assert str(caught.value) == f"{path}: {reason}"
+    assert make_shards(chexpert, shards[0], overwrite=True).manifest == shards[1]
+
+
+def test_files_of_others_are_neither_replaced_nor_removed(
+    chexpert: Path, shards: Shards, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("dev.arrow", "train-000000.tar", "rejects.csv"):
+        (out / name).write_text("mine")
+        for overwrite in (False, True):
+            with pytest.raises(DataError) as caught:
+                make_shards(chexpert, out, overwrite=overwrite)
+            reason = "not written by this command, which would replace it; choose another folder"
+            assert str(caught.value) == f"{out / name}: {reason}"
+        assert [path.read_text() for path in out.iterdir()] == ["mine"]
+        (out / name).unlink()
+
+    folder, _ = shards
+    (folder / "imagenet-000000.tar").write_text("mine")
+    (folder / "notes.arrow").write_text("mine")
+    assert make_shards(chexpert, folder, default_options(seed=1), overwrite=True).is_new
+    assert (folder / "imagenet-000000.tar").read_text() == (folder / "notes.arrow").read_text() == "mine"
+
+    for path in folder.glob("*[!0-9].*"):
+        path.unlink()
+    (folder / "imagenet-000000.tar").unlink()
+    write_index(folder)  # now the tars are another program's
+    tars = hashes(folder)
+    with pytest.raises(DataError, match=r": its shards come from another program; choose another folder$"):
+        make_shards(chexpert, folder, overwrite=True)
+    assert hashes(folder) == tars
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_an_interrupted_overwrite_continues(
+    chexpert: Path, shards: Shards, tmp_path: Path, finished: bool
+) -> None:
+    """Over finished shards, or over a run that was interrupted itself."""
+    folder = shards[0] if finished else tmp_path / "out"
+    source, options = find_source(chexpert, {}, []), default_options(seed=1, samples_per_shard=4)
+
+    def write(options: Options, stop_at: int, overwrite: bool = True) -> RunSummary:
+        def stop(done: int, total: int, rejects: int) -> None:
+            if done >= stop_at:
+                raise KeyboardInterrupt
+
+        return write_shards(
+            source, folder, options, POLICIES, workers=1, max_bad=0, overwrite=overwrite, progress=stop
+        )
+
+    if not finished:
+        with pytest.raises(KeyboardInterrupt):
+            write(default_options(samples_per_shard=3), 12, overwrite=False)
+    for stop_at in (9, 17):
+        with pytest.raises(KeyboardInterrupt):
+            write(options, stop_at)
+    assert write(options, 1000).resumed >= 8
+    make_shards(chexpert, tmp_path / "fresh", options)
+    assert hashes(folder) == hashes(tmp_path / "fresh")
+
+
+def test_a_run_does_not_go_on_with_other_versions(chexpert: Path, tmp_path: Path) -> None:
+    (chexpert / "train/patient00002/study1/view1_frontal.jpg").unlink()
+    with pytest.raises(DataError, match="more than --max-bad"):
+        make_shards(chexpert, tmp_path / "out")
+    started = tmp_path / "out" / ".partial" / "options.json"
+    text = started.read_text()
+    assert f'"simplejpeg": "{version("simplejpeg")}"' in text
+    started.write_text(text.replace(f'"simplejpeg": "{version("simplejpeg")}"', '"simplejpeg": "0.1"'))
+    message = rf"holds other shards: simplejpeg is 0.1 there and {version('simplejpeg')} here; choose another"
+    with pytest.raises(DataError, match=message):
+        make_shards(chexpert, tmp_path / "out", max_bad=0.5)
+    assert make_shards(chexpert, tmp_path / "out", max_bad=0.5, overwrite=True).is_new
+
+
+def test_images_of_one_level_make_shards_that_can_be_read(chexpert: Path, tmp_path: Path) -> None:
+    for path in chexpert.rglob("*.jpg"):
+        Image.new("L", (80, 64), 7).save(path)
+    make_shards(chexpert, tmp_path / "out")
+    assert read_manifest(tmp_path / "out").pixels == {"mean": 7.0, "std": 1.0}
 
 
 def test_changed_csv_is_refused(chexpert: Path, shards: Shards) -> None:

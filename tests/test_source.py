@@ -1,6 +1,8 @@
 import gzip
+import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -130,6 +132,26 @@ def test_find_csvs_errors(chexpert: Path, tmp_path: Path) -> None:
         DataError, match=r"CSVs in several folders \(CheXpert-v1.0-small, second\); name one of them"
     ):
         find_csvs(tmp_path)
+
+
+def test_folders_that_may_not_be_read_are_passed_over(
+    chexpert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = files_of(chexpert)
+    (tmp_path / "lost+found").mkdir()
+    (chexpert / "lost+found").mkdir()
+
+    def refusing(look: Any) -> Any:
+        def refuse(path: Any) -> Any:
+            if "lost+found" in str(path):
+                raise PermissionError(13, "Permission denied", str(path))
+            return look(path)
+
+        return refuse
+
+    monkeypatch.setattr(Path, "is_file", refusing(Path.is_file))
+    monkeypatch.setattr(os, "scandir", refusing(os.scandir))
+    assert files_of(tmp_path) == files_of(chexpert) == expected
 
 
 def test_dry_run_counts_and_writes_nothing(chexpert: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -245,6 +246,21 @@ def test_facts_that_are_missing_are_groups_of_their_own(chexpert: Path, tmp_path
     assert {band: group["images"] for band, group in bands.items()} == {
         "0-17": 2, "18-39": 4, "40-59": 2, "60-79": 2, "80+": 2
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["[/x]", "$a_{$", "=1+1", "\x1b[31mF"])
+def test_names_of_groups_are_text(chexpert: Path, tmp_path: Path, name: str) -> None:
+    """No markup of rich, no formula of matplotlib or of a spreadsheet, no command to the terminal."""
+    frame = pd.read_csv(chexpert / "train.csv")
+    frame["Sex"] = name
+    frame.to_csv(tmp_path / "train.csv", index=False)
+    printed = run(tmp_path / "train.csv", "--by", "sex", "--html", tmp_path / "labels.html")
+    assert printed.returncode == 0, printed.stderr
+    assert f"{name.replace(chr(27), chr(92) + 'x1b')} (n = 48)" in printed.stdout
+    text = run(tmp_path / "train.csv", "--by", "sex", "--format", "csv").stdout
+    assert {row["group"] for row in csv.DictReader(io.StringIO(text))} == {
+        click.unstyle(name).replace("=", "'=")
+    }
 
 
 def test_tables_of_the_sections_show_the_json(chexpert: Path) -> None:

@@ -20,6 +20,7 @@ def square(task: Task) -> int:
 
 def die_the_first_time(task: Task) -> int:
     folder, number = task
+    report_item()
     if number == 5 and not (folder / "died").exists():
         (folder / "died").touch()
         os.kill(os.getpid(), signal.SIGKILL)
@@ -54,8 +55,11 @@ def test_every_task_is_done_once_and_counted(tmp_path: Path, workers: int) -> No
 
 
 def test_a_killed_worker_does_not_end_the_run(tmp_path: Path) -> None:
-    results = list(run_tasks(die_the_first_time, [(tmp_path, number) for number in range(20)], 2))
+    ticks: list[int] = []
+    tasks = [(tmp_path, number) for number in range(20)]
+    results = list(run_tasks(die_the_first_time, tasks, 2, ticks.append))
     assert sorted(results) == [number**2 for number in range(20)]
+    assert ticks == sorted(ticks)
 
 
 def test_a_task_that_kills_its_worker_twice_is_named(tmp_path: Path) -> None:
