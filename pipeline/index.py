@@ -15,7 +15,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
-from itertools import combinations, groupby
+from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +26,7 @@ import pyarrow.compute as pc
 
 from pipeline import DataError
 from pipeline.images import decode_jpeg, gray_statistics
-from pipeline.labels import LABELS, read_labels
+from pipeline.labels import LABELS, read_labels, repeated, shared
 from pipeline.manifest import (
     FACTS,
     NAME,
@@ -126,21 +126,6 @@ def read_facts(data: bytes, sample_key: str) -> dict[str, Any]:
             raise ValueError(f"its json holds {value!r} as {name}")
         row[name] = None if not text else int(float(text)) if name in _NUMBERS else text
     return row
-
-
-def repeated(column: pa.ChunkedArray) -> list[Any]:
-    """The values that occur more than once."""
-    counts = pc.value_counts(column)
-    values: list[Any] = counts.filter(pc.greater(counts.field("counts"), 1)).field("values").to_pylist()
-    return values
-
-
-def shared(tables: Mapping[str, pa.Table], column: str) -> Iterator[tuple[str, str, str]]:
-    """(split, later split, value) for every value of the column that two splits have in common."""
-    for first, second in combinations(tables, 2):
-        values = tables[second][column].unique()
-        common = values.filter(pc.is_in(values, value_set=tables[first][column].combine_chunks()))
-        yield from ((first, second, value) for value in common.to_pylist())
 
 
 def _find_shards(folder: Path, split: str | None) -> dict[str, list[Path]]:

@@ -18,7 +18,8 @@ Policies: Irvin et al., "CheXpert", AAAI 2019, Table 3; smoothing: Pham et al., 
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,26 @@ def read_labels(csv: Path) -> pa.Table:
 def select_views(table: pa.Table, views: str) -> pa.Table:
     """The rows of `frontal`, `lateral` or `all` views."""
     return table if views == "all" else table.filter(pc.equal(table["view"], views))
+
+
+def study_names(table: pa.Table) -> pa.ChunkedArray:
+    """`patient00001_study1` of each row: the study's number alone is the patient's own."""
+    return pc.binary_join_element_wise(table["patient"], table["study"].cast(pa.string()), "_study")
+
+
+def repeated(column: pa.Array | pa.ChunkedArray) -> list[Any]:
+    """The values that occur more than once."""
+    counts = pc.value_counts(column)
+    values: list[Any] = counts.filter(pc.greater(counts.field("counts"), 1)).field("values").to_pylist()
+    return values
+
+
+def shared(tables: Mapping[str, pa.Table], column: str) -> Iterator[tuple[str, str, str]]:
+    """(split, later split, value) for every value of the column that two splits have in common."""
+    for first, second in combinations(tables, 2):
+        values = tables[second][column].unique()
+        common = values.filter(pc.is_in(values, value_set=tables[first][column].combine_chunks()))
+        yield from ((first, second, value) for value in common.to_pylist())
 
 
 def hash_fraction(*parts: object) -> float:
@@ -309,10 +330,7 @@ def _quote(text: str, longest: int) -> str:
 
 
 def _demand_unique(csv: Path, key: pa.Array) -> None:
-    counts = pc.value_counts(key)
-    twice = counts.filter(pc.greater(counts.field("counts"), 1))
-    if len(twice):
-        name = twice[0]["values"].as_py()
+    for name in repeated(key)[:1]:
         first = pc.index(key, name).as_py()
         second = pc.index(key.slice(first + 1), name).as_py() + first + 1
         raise DataError(f"{csv}, lines {first + 2} and {second + 2}: the same image {name} twice")

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline import DataError
-from pipeline.labels import LABELS
+from pipeline.labels import LABELS, study_names
 from pipeline.store import is_remote, object_to_put
 
 FORMAT = "chexpert-shards"
@@ -171,10 +171,9 @@ def read_arrow(path: Path, source: pa.NativeFile | bytes) -> pa.Table:
 
 def count_rows(table: pa.Table) -> dict[str, int]:
     """Samples, studies and patients of a table, as the manifest has them."""
-    studies = pc.binary_join_element_wise(table["patient"], table["study"].cast(pa.string()), "/")
     return {
         "samples": table.num_rows,
-        "studies": pc.count_distinct(studies).as_py(),
+        "studies": pc.count_distinct(study_names(table)).as_py(),
         "patients": pc.count_distinct(table["patient"]).as_py(),
     }
 

@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 
 from pipeline import DataError
 from pipeline.images import ImageError
-from pipeline.labels import hash_fraction, read_labels, select_views, split_patients
+from pipeline.labels import hash_fraction, read_labels, select_views, shared, split_patients, study_names
 from pipeline.store import (
     check_access,
     is_remote,
@@ -129,7 +129,7 @@ def divide_rows(table: pa.Table, size: int, views: str) -> Iterator[pa.Table]:
     """The rows of each shard: `size` of them; with all views a few more or less, so that no study is divided."""
     starts = np.arange(0, table.num_rows, size)
     if views == "all":
-        studies = [key.rpartition("_view")[0] for key in table["key"].to_pylist()]
+        studies = study_names(table).to_pylist()
         begins = np.array([row for row, study in enumerate(studies) if row == 0 or study != studies[row - 1]])
         starts = np.unique(begins[begins.searchsorted(starts[starts <= begins[-1]])])
     for start, stop in pairwise([*starts.tolist(), table.num_rows]):
@@ -193,17 +193,12 @@ def _csvs_in(folder: Path) -> dict[str, Path]:
 
 
 def _refuse_shared_patients(source: Source, tables: Mapping[str, pa.Table]) -> None:
-    names = list(tables)
-    for number, split in enumerate(names):
-        for earlier in names[:number]:
-            known = pc.unique(tables[earlier]["patient"])
-            row = pc.index(pc.is_in(tables[split]["patient"], value_set=known), True).as_py()
-            if row >= 0:
-                patient = tables[split]["patient"][row].as_py()
-                where = f"{source.csvs[split]}, line {row + 2}"
-                raise DataError(
-                    f"{where}: {patient} is in {source.csvs[earlier].name} too; splits must not share patients"
-                )
+    for first, second, patient in shared(tables, "patient"):
+        line = pc.index(tables[second]["patient"], patient).as_py() + 2
+        raise DataError(
+            f"{source.csvs[second]}, line {line}: {patient} is in {source.csvs[first].name} too; "
+            "splits must not share patients"
+        )
 
 
 def limit_patients(table: pa.Table, limit: int, seed: int) -> pa.Table:
@@ -227,9 +222,8 @@ def _shuffle(table: pa.Table, seed: int) -> pa.Table:
 
 def _shuffle_studies(table: pa.Table, seed: int) -> pa.Table:
     """Studies in an order that depends on (seed, study) alone, the images of each by key."""
-    keys = table["key"].to_pylist()
-    draws = np.array([hash_fraction("shuffle", seed, key.rpartition("_view")[0]) for key in keys])
-    return table.take(np.lexsort((keys, draws)))
+    draws = np.array([hash_fraction("shuffle", seed, study) for study in study_names(table).to_pylist()])
+    return table.take(np.lexsort((table["key"].to_pylist(), draws)))
 
 
 def _find_patients(source: Source) -> dict[str, list[str]]:

@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline import DataError
-from pipeline.labels import LABELS, label_states
+from pipeline.labels import LABELS, label_states, study_names
 from pipeline.manifest import read_manifest, read_table
 from pipeline.plan import Rows, Step
 from pipeline.stream import Decoded, Labels, OpenSplit, compose, stages
@@ -153,8 +153,8 @@ def describe_views(table: pa.Table) -> str:
 
 def number_studies(table: pa.Table) -> npt.NDArray[np.int64]:
     """The number [N] of each row's study, counted from 0 in the order in which studies first occur."""
-    names = pc.binary_join_element_wise(table["patient"], table["study"].cast(pa.string()), "/")
-    numbers: npt.NDArray[np.int64] = names.combine_chunks().dictionary_encode().indices.to_numpy()
+    names = study_names(table).combine_chunks()
+    numbers: npt.NDArray[np.int64] = names.dictionary_encode().indices.to_numpy()
     return numbers.astype(np.int64)
 
 

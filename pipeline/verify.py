@@ -20,7 +20,8 @@ import pyarrow as pa
 
 from pipeline import DataError
 from pipeline.images import ENCODINGS, decode_stored
-from pipeline.index import read_facts, repeated, shared
+from pipeline.index import read_facts
+from pipeline.labels import repeated, shared
 from pipeline.manifest import NAME, Shard, Split, count_rows, read_manifest, read_table
 from pipeline.tar import BLOCK, Member, map_file, walk_tar
 
