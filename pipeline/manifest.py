@@ -11,6 +11,8 @@ import io
 import json
 import math
 import os
+import re
+import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -42,6 +44,7 @@ FACTS = pa.schema(
 PLACES = pa.schema({"shard": pa.int32(), "offset": pa.int64(), "length": pa.int32(), "crc": pa.uint32()})
 _FULL = ("key", "patient", "study", "view", *PLACES.names)
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # with which a spreadsheet's formulas begin
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 
 
 @dataclass(frozen=True)
@@ -192,8 +195,8 @@ def write_table(path: Path, table: pa.Table) -> str:
 def claimed(folder: Path) -> Iterator[None]:
     """Be the only one that writes to a folder on this machine; a process that is killed gives it back.
 
-    Raises DataError where another one does. (Locks of the kernel: over NFS they hold among machines as far as the
-    server supports them.)
+    What such a process has left half-written is removed. Raises DataError where another one does. (Locks of the
+    kernel: over NFS they hold among machines as far as the server supports them.)
     """
     path = folder / ".lock"
     while True:
@@ -210,10 +213,18 @@ def claimed(folder: Path) -> Iterator[None]:
             except FileNotFoundError:
                 continue
             try:
+                for left in folder.iterdir():
+                    if is_temporary(left):
+                        left.unlink(missing_ok=True)
                 yield
             finally:
                 path.unlink(missing_ok=True)
             return
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether a killed process has left this file half-written, by its name."""
+    return _TEMPORARY.fullmatch(path.name) is not None
 
 
 def write_csv(path: Path, rows: Iterable[Sequence[object]]) -> None:
@@ -244,7 +255,8 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         with object_to_put(path) as file:
             yield file
         return
-    temporary = path.with_name(f".{path.name}.tmp")
+    # A name of its own: on a cluster, a worker given up for lost may still be writing the same file.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with temporary.open("wb") as file:
             yield file

@@ -65,7 +65,7 @@ PARTIAL = ".partial"  # inside the output folder, until the run is finished
 REJECTS = "rejects.csv"
 STARTED = "options.json"  # in there: what the run was asked for
 STALE = "stale.json"  # in there: names of files that --overwrite removes
-_OURS = re.compile(r"\.?(?P<split>[a-z0-9_]+)(-\d{6}\.tar|\.arrow)(\.tmp)?|\.?rejects\.csv(\.tmp)?")
+_OURS = re.compile(r"(?P<split>[a-z0-9_]+)(-\d{6}\.tar|\.arrow)|rejects\.csv")
 
 
 @dataclass(frozen=True)

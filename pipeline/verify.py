@@ -22,7 +22,7 @@ from pipeline import DataError
 from pipeline.images import ENCODINGS, decode_stored
 from pipeline.index import read_facts
 from pipeline.labels import repeated, shared
-from pipeline.manifest import NAME, Shard, Split, count_rows, read_manifest, read_table
+from pipeline.manifest import NAME, Shard, Split, count_rows, is_temporary, read_manifest, read_table
 from pipeline.tar import BLOCK, Member, map_file, walk_tar
 
 PRINTED = 20  # lines on one file; a shard of another set would fill the screen
@@ -222,7 +222,7 @@ def _find_leftovers(folder: Path, known: Collection[str]) -> list[str]:
     """A line for each file that an interrupted run left, and for each shard or table of another set."""
     lines = []
     for path in sorted(folder.iterdir()):
-        if path.name == ".partial" or (path.name.startswith(".") and path.suffix == ".tmp"):
+        if path.name == ".partial" or is_temporary(path):
             lines.append(f"{path}: left over from an interrupted run; delete it")
         elif path.suffix in (".tar", ".arrow") and path.name not in known:
             lines.append(f"{path}: the manifest does not list it")

@@ -16,7 +16,7 @@ from PIL import Image
 from pipeline import DataError
 from pipeline.index import write_index
 from pipeline.labels import LABELS, evaluation_targets, hash_fraction
-from pipeline.manifest import Manifest, claimed, read_manifest, read_table, write_csv
+from pipeline.manifest import Manifest, atomic_file, claimed, read_manifest, read_table, write_csv
 from pipeline.shards import Options, RunSummary, write_shards
 from pipeline.source import find_source
 from pipeline.stream import Labels, open_split, stream_evaluation
@@ -426,3 +426,28 @@ def test_two_processes_do_not_write_to_one_folder(chexpert: Path, tmp_path: Path
 def test_names_that_a_spreadsheet_would_run_are_text(tmp_path: Path) -> None:
     write_csv(tmp_path / "cells.csv", [("=1+1", "@x", 2, -0.5, "a,b", "plain")])
     assert (tmp_path / "cells.csv").read_text() == "'=1+1,'@x,2,'-0.5,\"a,b\",plain\n"
+
+
+def test_two_writers_of_a_file_do_not_meet(tmp_path: Path) -> None:
+    """As a Dask worker that was given up for lost, and the one that does its task again."""
+    path = tmp_path / "train-000000.tar"
+    with atomic_file(path) as first:
+        first.write(b"whole")
+        with atomic_file(path) as second:
+            second.write(b"wh")
+            second.flush()
+            assert not path.exists()
+        assert path.read_bytes() == b"wh"
+    assert path.read_bytes() == b"whole"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_killed_writer_left_goes_and_nothing_else(tmp_path: Path) -> None:
+    with atomic_file(tmp_path / "last.pt"):
+        (file,) = tmp_path.iterdir()
+        left = file.with_name(".last.pt.0123abcd.tmp")
+        left.touch()
+    (tmp_path / ".mine.tmp").touch()
+    with claimed(tmp_path):
+        pass
+    assert {path.name for path in tmp_path.iterdir()} == {"last.pt", ".mine.tmp"}

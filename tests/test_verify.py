@@ -288,14 +288,14 @@ def test_deep_decodes_each_image(shards: Shards) -> None:
 
 def test_leftovers_are_warnings(shards: Shards) -> None:
     folder, manifest = shards
-    (folder / ".train-000000.tar.tmp").touch()
+    (folder / ".train-000000.tar.0123abcd.tmp").touch()
     (folder / ".partial").mkdir()
     shutil.copy(folder / manifest.split("dev").shards[0].file, folder / "test-000000.tar")
     run = run_pipeline("verify", folder)
     assert run.returncode == 0
     assert run.stderr.splitlines()[1:] == [
         f"Warning: {folder / '.partial'}: left over from an interrupted run; delete it",
-        f"Warning: {folder / '.train-000000.tar.tmp'}: left over from an interrupted run; delete it",
+        f"Warning: {folder / '.train-000000.tar.0123abcd.tmp'}: left over from an interrupted run; delete it",
         f"Warning: {folder / 'test-000000.tar'}: the manifest does not list it",
     ]
 
