@@ -57,9 +57,10 @@ LAUNCH   = $(if $(GPUS),-m torch.distributed.run --standalone --nproc-per-node $
 given    = $(filter command environment,$(firstword $(origin $(1))))
 POLICIES = $(if $(call given,UNCERTAIN),--uncertain $(UNCERTAIN)) $(if $(call given,BLANK),--blank $(BLANK)) \
 	$(if $(TEACHER),--teacher $(TEACHER))
-NAME     = $(ARCH)-$(SIZE)-lr$(LR)-wd$(WD)$(if $(call given,UNCERTAIN),-$(UNCERTAIN))$(if $(call given,BLANK),-blank-$(BLANK))$(if $(FUSION),-$(FUSION))-seed$(SEED)
-SHARDS = $(BIN)/pipeline shards $(DATA) $(OUT) --size $(SIZE) --views $(VIEWS) --uncertain $(UNCERTAIN) \
-	--blank $(BLANK) --dev $(DEV) $(THREADS)
+tagged   = $(if $(call given,$(1)),-$(2)$($(1)))
+NAME     = $(ARCH)-$(SIZE)-lr$(LR)-wd$(WD)$(call tagged,BATCH,batch)$(call tagged,EPOCHS,epochs)$(call tagged,UNCERTAIN)$(call tagged,BLANK,blank-)$(call tagged,VIEWS)$(if $(FUSION),-$(FUSION))-seed$(SEED)
+SHARDS   = $(BIN)/pipeline shards "$(DATA)" $(OUT) --size $(SIZE) --views $(VIEWS) --dev $(DEV) $(THREADS)
+$(if $(word 2,$(OUT)),$(error OUT=$(OUT): make takes no spaces there))
 
 .DEFAULT_GOAL := help
 .PHONY: help setup shards verify stats train sweep evaluate predict test test-pages test-s3 test-postgres test-cluster soak fuzz audit lint bench-etl bench-stream bench-scale lock clean
@@ -71,7 +72,7 @@ setup: .venv/installed  ## create .venv and install the pinned packages; again o
 
 shards: .venv/installed $(SAMPLE)  ## write DATA (a CheXpert folder) as shards to OUT
 	@$(if $(DATA),,echo 'make shards needs DATA=<CheXpert folder>' >&2; exit 2)
-	$(SHARDS)
+	$(SHARDS) $(if $(call given,UNCERTAIN),--uncertain $(UNCERTAIN)) $(if $(call given,BLANK),--blank $(BLANK)) $(ARGS)
 
 verify: .venv/installed $(OUT)/manifest.json  ## check the shards in OUT: hashes, structure, every image
 	$(BIN)/pipeline verify $(OUT) --deep $(THREADS)
@@ -81,29 +82,31 @@ stats: .venv/installed $(OUT)/manifest.json  ## count the labels of the shards i
 	$(BIN)/pipeline stats $(OUT)
 
 train: .venv/installed $(OUT)/manifest.json  ## train on OUT with LR, WD, EPOCHS, BATCH, ARCH, SEED, GPUS; continue RUN if it is there
-ifneq ($(words $(LR) $(WD) $(BATCH) $(ARCH)),4)
+ifneq ($(words $(LR) $(WD) $(BATCH) $(ARCH) $(UNCERTAIN)),5)
 train: sweep
 else
 	$(SAY_SAMPLE)
-	$(BIN)/python $(LAUNCH) train.py --shards $(OUT) --run $(RUN) --arch $(ARCH) --lr $(LR) --weight-decay $(WD) \
+	$(BIN)/python $(LAUNCH) train.py --shards $(OUT) --run "$(RUN)" --arch $(ARCH) --lr $(LR) --weight-decay $(WD) \
 		--batch-size $(BATCH) --epochs $(EPOCHS) --image-size $(SIZE) --seed $(SEED) \
-		$(if $(FUSION),--fusion $(FUSION)) $(THREADS) $(POLICIES) $(ARGS)
+		$(if $(call given,VIEWS),--views $(VIEWS)) $(if $(FUSION),--fusion $(FUSION)) $(THREADS) $(POLICIES) $(ARGS)
 endif
 
 sweep: .venv/installed $(OUT)/manifest.json  ## train with each of several LR, WD, BATCH, ARCH, UNCERTAIN; or SAMPLER=tpe TRIALS=40
 	$(SAY_SAMPLE)
+	@$(if $(GPUS),echo 'A sweep trains each trial on one device: leave GPUS out.' >&2; exit 2)
 	$(BIN)/python train.py sweep --shards $(OUT) --sweep $(SWEEP) --arch "$(ARCH)" --lr "$(LR)" --weight-decay "$(WD)" \
 		--batch-size "$(BATCH)" $(if $(call given,UNCERTAIN),--uncertain "$(UNCERTAIN)") --sampler $(SAMPLER) --pruner $(PRUNER) \
 		$(if $(TRIALS),--trials $(TRIALS)) --epochs $(EPOCHS) --image-size $(SIZE) --seed $(SEED) $(THREADS) \
-		$(if $(call given,BLANK),--blank $(BLANK)) $(if $(TEACHER),--teacher $(TEACHER)) $(ARGS)
+		$(if $(call given,BLANK),--blank $(BLANK)) $(if $(TEACHER),--teacher $(TEACHER)) \
+		$(if $(call given,VIEWS),--views $(VIEWS)) $(if $(FUSION),--fusion $(FUSION)) $(ARGS)
 
 evaluate: .venv/installed  ## score the best checkpoint of RUN on SPLIT of the shards in OUT
 	$(SAY_SAMPLE)
-	$(BIN)/python train.py evaluate --shards $(OUT) --run $(RUN) --split $(SPLIT) $(THREADS) $(ARGS)
+	$(BIN)/python train.py evaluate --shards $(OUT) --run "$(RUN)" --split $(SPLIT) $(THREADS) $(ARGS)
 
 predict: .venv/installed  ## score IMAGES (files or folders) by the best checkpoint of RUN, into RUN/predictions.csv
 	@$(if $(IMAGES),,echo 'make predict needs IMAGES=<files or folders>' >&2; exit 2)
-	$(BIN)/python train.py predict --run $(RUN) --out $(RUN)/predictions.csv $(THREADS) $(ARGS) $(IMAGES)
+	$(BIN)/python train.py predict --run "$(RUN)" --out "$(RUN)/predictions.csv" $(THREADS) $(ARGS) $(IMAGES)
 
 test: .venv/installed  ## run the tests
 	$(BIN)/python -m pytest -n auto --dist worksteal
@@ -186,9 +189,13 @@ clean:  ## remove .venv and caches; keeps shards and runs
 	.venv-s3/bin/python -m pip install --quiet --requirement tests/s3.txt
 	@touch $@
 
-$(OUT)/manifest.json: | .venv/installed $(SAMPLE)
+# With DATA given, always: shards of other data, or by other settings, are refused, and finished ones left alone.
+$(OUT)/manifest.json: $(if $(call given,DATA),always) | .venv/installed $(SAMPLE)
 	@$(if $(DATA),,echo 'No shards in $(OUT). Write them with: make shards DATA=<CheXpert folder> OUT=$(OUT)' >&2; exit 2)
 	$(SHARDS)
+
+.PHONY: always
+always:
 
 sample/CheXpert-v1.0-small/train.csv: | .venv/installed
 	$(BIN)/pipeline sample sample

@@ -52,6 +52,7 @@ from model.augment import AUGMENTATIONS, augment, normalize
 from model.checkpoint import (
     load_checkpoint,
     random_state,
+    refused,
     restore_random_state,
     save_checkpoint,
 )
@@ -80,6 +81,7 @@ from model.run import (
     output_count,
     read_config,
     record_environment,
+    result_name,
     save_best,
     three_class_columns,
     to_device,
@@ -87,6 +89,7 @@ from model.run import (
 )
 from model.scoring import (
     evaluate,
+    find_scores,
     finish_run,
     measure_run,
     print_comparison,
@@ -97,7 +100,7 @@ from model.scoring import (
     write_report,
 )
 from pipeline import DataError
-from pipeline.console import progress_bar, run_command
+from pipeline.console import Checked, Number, progress_bar, run_command
 from pipeline.labels import (
     BLANK_HELP,
     LABELS,
@@ -153,13 +156,16 @@ class TrainState:
         save_checkpoint(path, modules | values | {"random": random_state()})
 
     def restore(self, path: Path, ranks: Ranks) -> None:
-        """Read the checkpoint. Raises CheckpointError where it is damaged."""
+        """Read the checkpoint. Raises CheckpointError where it is damaged, or another run's."""
         saved = load_checkpoint(path, ranks)
-        for name in self.MODULES:
-            getattr(self, name).load_state_dict(saved[name])
-        for name in self.VALUES:
-            setattr(self, name, saved[name])
-        restore_random_state(saved["random"])
+        with refused(path):
+            for name in self.MODULES:
+                getattr(self, name).load_state_dict(saved[name])
+            for name in self.VALUES:
+                if not isinstance(saved[name], type(getattr(self, name))):
+                    raise TypeError(f"{name} is {saved[name]!r}")
+                setattr(self, name, saved[name])
+            restore_random_state(saved["random"])
 
 
 def train(job: Job, watch: Callable[[list[dict[str, Any]]], None] = lambda history: None) -> int:
@@ -515,6 +521,14 @@ def teacher_digest(teacher: Path, shards: str) -> str:
         raise DataError(f"{teacher}: no {missing}; first run: {command}") from None
 
 
+def check_pattern(text: str) -> None:
+    """Raise DataError for what is not a regular expression."""
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise DataError(f"'{text}' is not a regular expression: {error}") from None
+
+
 class ByteSize(click.ParamType[int]):
     """Bytes, as 500MB, 20GB or 1.5TB."""
 
@@ -577,6 +591,7 @@ def data_options(function: Callable[..., int]) -> Callable[..., int]:
     return function
 
 
+POLICY = Checked(parse_uncertain_policy)
 run_option = click.option("--run", type=click.Path(path_type=Path), required=True, help="Folder of the run.")
 workers_option = click.option(
     "--workers",
@@ -606,8 +621,8 @@ def main() -> None:
     type=click.Path(path_type=Path, exists=True),
     help="Start from these weights, or those of a run.",
 )
-@click.option("--lr", default=1e-4, type=click.FloatRange(0, min_open=True), help="Peak learning rate.")
-@click.option("--weight-decay", default=1e-2, type=click.FloatRange(0), help="AdamW's.")
+@click.option("--lr", default=1e-4, type=Number(0, min_open=True), help="Peak learning rate.")
+@click.option("--weight-decay", default=1e-2, type=Number(0), help="AdamW's.")
 @click.option("--batch-size", default=64, type=click.IntRange(2))
 @click.option("--accumulate", default=1, type=click.IntRange(1), help="Compute a batch in so many parts.")
 @click.option("--epochs", default=5, type=click.IntRange(1))
@@ -615,7 +630,7 @@ def main() -> None:
 @click.option("--amp", default="auto", type=click.Choice(["auto", "bf16", "fp16", "off"]))
 @click.option("--compile", is_flag=True, help="Compile the network by torch.compile.")
 @click.option("--sync-bn", is_flag=True, help="torchrun: BatchNorm over the whole batch, not a rank's part.")
-@click.option("--ema", default=0.999, type=click.FloatRange(0, 1), help="Decay of the averaged weights.")
+@click.option("--ema", default=0.999, type=Number(0, 1), help="Decay of the averaged weights.")
 @click.option("--fusion", type=click.Choice(FUSIONS), help="Learn studies, and pool their views so.")
 @click.option("--freeze", is_flag=True, help="fusion: keep the weights of --init; train what is new.")
 @click.option(
@@ -626,8 +641,14 @@ def main() -> None:
 )
 @click.option("--loss", default="bce", type=click.Choice(LOSSES), help="aucm: the AUC margin loss.")
 @click.option("--pos-weight", is_flag=True, help="Weigh positives by how rare they are in train.")
-@click.option("--uncertain", metavar="POLICY", show_default="the shards'", help=UNCERTAIN_HELP)
-@click.option("--blank", metavar="POLICY", show_default="the shards'", help=BLANK_HELP)
+@click.option("--uncertain", metavar="POLICY", type=POLICY, show_default="the shards'", help=UNCERTAIN_HELP)
+@click.option(
+    "--blank",
+    metavar="POLICY",
+    type=Checked(check_blank_policy),
+    show_default="the shards'",
+    help=BLANK_HELP,
+)
 @click.option(
     "--teacher", metavar="RUN", type=click.Path(path_type=Path), help="selftrained: learn from its scores."
 )
@@ -650,7 +671,7 @@ def main() -> None:
 @click.option(
     "--max-bad",
     default=0.0,
-    type=click.FloatRange(0, 1),
+    type=Number(0, 1),
     help="Share of images that may be damaged: left out.",
 )
 @click.option("--eval-every", type=click.IntRange(1), metavar="STEPS", show_default="once per epoch")
@@ -718,7 +739,7 @@ class Values(click.ParamType[tuple[Any, ...]]):
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> tuple[Any, ...]:
         """The values in the order given."""
-        words = str(value).split() if self.one is click.STRING else re.split(r"[\s,]+", str(value).strip())
+        words = str(value).split() if self.one is POLICY else re.split(r"[\s,]+", str(value).strip())
         if not words or words == [""]:
             self.fail("no value", param, ctx)
         return tuple(dict.fromkeys(self.one.convert(word, param, ctx) for word in words))
@@ -732,11 +753,13 @@ class Values(click.ParamType[tuple[Any, ...]]):
 @click.option(
     "--sweep", "folder", type=click.Path(path_type=Path), required=True, help="Folder of the sweep."
 )
-@click.option("--lr", default="1e-4", type=Values(click.FLOAT), help="Values, as in the example.")
-@click.option("--weight-decay", default="1e-2", type=Values(click.FLOAT))
-@click.option("--batch-size", default="64", type=Values(click.INT))
+@click.option(
+    "--lr", default="1e-4", type=Values(Number(0, min_open=True)), help="Values, as in the example."
+)
+@click.option("--weight-decay", default="1e-2", type=Values(Number(0)))
+@click.option("--batch-size", default="64", type=Values(click.IntRange(2)))
 @click.option("--arch", default="resnet50", type=Values(click.Choice(ARCHITECTURES)))
-@click.option("--uncertain", type=Values(click.STRING), show_default="the shards'")
+@click.option("--uncertain", type=Values(POLICY), show_default="the shards'")
 @click.option(
     "--sampler", default="grid", type=click.Choice(["grid", "tpe"]), help="tpe: search between the values."
 )
@@ -777,8 +800,12 @@ def sweep_command(
         from model.sweep_report import write_sweep_report
     except ImportError as error:
         raise DataError(f"{error.name} is missing: pip install '.[sweep]'") from None
-    if (sampler == "tpe") != (trials is not None):
-        raise click.UsageError("--sampler tpe needs --trials, and a grid has as many as combinations")
+    if sampler == "tpe" and trials is None:
+        raise click.UsageError("--sampler tpe needs --trials")
+    if sampler == "grid" and trials is not None:
+        raise click.UsageError("--trials needs --sampler tpe: a grid has as many as combinations")
+    if any(re.match("--run(=|$)", option) for option in options):
+        raise click.UsageError("--run is for one run: those of a sweep are in its folder, by --sweep")
     stop = StopFlag()
 
     def make(point: Mapping[str, Any], run: Path) -> Job:
@@ -802,7 +829,10 @@ def sweep_command(
             code = train(job, lambda history: watch([summarise(line) for line in history]))
         if code:
             return None
-        return s.Outcome(**measure_run(job))
+        try:
+            return s.Outcome(**measure_run(job))
+        except InterruptedEvaluationError:
+            return None
 
     done = s.run_sweep(sweep, train_point, stop)
     found = s.list_trials(sweep)
@@ -829,9 +859,7 @@ def summarise(line: Mapping[str, Any]) -> dict[str, Any]:
     type=click.Path(path_type=Path),
     help="Compare with its scores; a run by studies with those of several.",
 )
-@click.option(
-    "--sensitivity", default=0.9, type=click.FloatRange(0, 1), help="That a threshold is to reach on dev."
-)
+@click.option("--sensitivity", default=0.9, type=Number(0, 1), help="That a threshold is to reach on dev.")
 @click.option(
     "--study", default="max", type=click.Choice(["max", "mean"]), help="A study's score, from its views'."
 )
@@ -852,10 +880,11 @@ def evaluate_command(
     device = choose_device(config.amp)
     job = Job(config, folder, remote, run, read_manifest(folder), *device, workers, None, None, False, stop)
     try:
-        results = {split: evaluate(job, split, score_best(job, split), against, sensitivity, study)}
+        others = find_scores(job, split, against)
+        results = {split: evaluate(job, split, score_best(job, split), others, sensitivity, study)}
         print_evaluations({split: results[split][0]})
         print_comparison(results[split][0])
-        write_report(job, f"report-{split}.html", results)
+        write_report(job, f"report-{result_name(config, folder, split)}.html", results)
     except InterruptedEvaluationError:
         return stop.code
     return 0
@@ -869,6 +898,7 @@ def evaluate_command(
 @click.option(
     "--group-by",
     metavar="REGEX",
+    type=Checked(check_pattern),
     help="Files in whose paths it finds the same text are one study.  [default: those of a folder]",
 )
 @workers_option
@@ -880,6 +910,9 @@ def predict_command(
     A run by studies scores the images of a study together: those of a folder, or as --group-by says.
     """
     files = [file for path in images for file in find_images(path)]
+    if any(out.exists() and file.samefile(out) for file in files):
+        raise click.UsageError(f"--out {out} is one of the images")
+    check_folder(out)
     if not files:
         raise DataError(f"{', '.join(map(str, images))}: no .jpg, .jpeg or .png file")
     config = read_config(run)
@@ -898,6 +931,12 @@ def predict_command(
     of_studies = f" in {len(samples):,} studies" if config.fusion else ""
     click.echo(f"{out}: scores of {len(files) - len(bad):,} images{of_studies}, {len(bad):,} unusable")
     return 3 if strict and bad else 0
+
+
+def check_folder(out: Path) -> None:
+    """Raise DataError where a file cannot be written for want of a folder: before the work, not after it."""
+    if not out.absolute().parent.is_dir():
+        raise DataError(f"{out}: there is no folder {out.parent}")
 
 
 def group_files(files: Iterable[Path], pattern: str | None) -> dict[str, list[Path]]:
@@ -927,6 +966,7 @@ def export_command(run: Path, out: Path) -> int:
     Of the L labels that the run has learnt, in their usual order.
     """
     config = read_config(run)
+    check_folder(out)
     if config.fusion:
         raise DataError(f"{run}: a network over studies cannot be exported, only one for images")
     network, best = load_best(run, config, torch.device("cpu"))

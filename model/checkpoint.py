@@ -1,6 +1,8 @@
 """State dict ↔ file: written whole or not at all, and read without running code from it."""
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,16 @@ def load_checkpoint(path: Path, ranks: Ranks = ALONE) -> dict[str, Any]:
         return dict(torch.load(io.BytesIO(content), map_location="cpu", weights_only=True))
     except Exception as error:  # a damaged file makes torch raise anything: IndexError, struct.error, …
         raise CheckpointError(f"{path}: damaged, or not a checkpoint of this program") from error
+
+
+@contextmanager
+def refused(path: Path) -> Iterator[None]:
+    """Raise CheckpointError, naming the file, where what it holds does not fit the run that it is read for."""
+    try:
+        yield
+    except (LookupError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{path}: does not fit this run's configuration: {reason}") from error
 
 
 def random_state() -> dict[str, Tensor]:

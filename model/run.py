@@ -7,7 +7,8 @@ tensorboard/          the same and the loss, as TensorBoard's events
 last.pt               all that a resume restores
 best.pt               the averaged weights with the best dev macro AUROC, and what scoring an image needs
 calibration.json      thresholds and temperatures chosen on dev
-evaluation-<split>.json, scores-<split>.arrow    for every split that was scored
+evaluation-<split>.json, scores-<split>.arrow    for every split that was scored; of other shards than the
+                      run's own they are named <split>-<first 8 digits of the manifest's sha256>
 report.html, model-card.md
 """
 
@@ -22,7 +23,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import UnionType
+from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
 import click
 import numpy as np
@@ -30,14 +32,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from model.checkpoint import load_checkpoint, save_checkpoint
-from model.fusion import StudyNetwork
-from model.networks import build_network
+from model.augment import AUGMENTATIONS
+from model.checkpoint import load_checkpoint, refused, save_checkpoint
+from model.fusion import FUSIONS, StudyNetwork
+from model.networks import ARCHITECTURES, build_network
 from model.ranks import ALONE, Ranks
 from pipeline import DataError
 from pipeline.images import ImageOptions
-from pipeline.labels import LABELS, parse_uncertain_policy
-from pipeline.manifest import Manifest, write_atomically
+from pipeline.labels import LABELS, check_blank_policy, parse_uncertain_policy
+from pipeline.manifest import Manifest, manifest_digest, write_atomically
 from pipeline.plan import Rows
 from pipeline.remote import Remote, redact
 from pipeline.select import select_rows
@@ -258,16 +261,33 @@ def open_run(run: Path, config: Config) -> None:
 
 
 def read_config(run: Path) -> Config:
-    """The configuration of a run. Raises DataError where the folder holds none."""
+    """The configuration of a run. Raises DataError where the folder holds none, or one that no run can have."""
     path = run / "config.json"
     try:
         values = json.loads(path.read_bytes())
         tuples: dict[str, Any] = {name: tuple(v) for name, v in values.items() if isinstance(v, list)}
-        return Config(**values | tuples)
+        config = Config(**values | tuples)
+        _check_values(config)
+        parse_uncertain_policy(config.uncertain)
+        check_blank_policy(config.blank)
+        return config
     except FileNotFoundError:
         raise DataError(f"{run}: no config.json, so not a run folder") from None
-    except (AttributeError, TypeError, ValueError) as error:
-        raise DataError(f"{path}: damaged, or of another version: {error}") from error
+    except (AttributeError, TypeError, ValueError, DataError) as error:
+        raise DataError(f"{path}: damaged, or of another version: {str(error)[:200]}") from error
+
+
+def _check_values(config: Config) -> None:
+    """Raise ValueError for a value of a kind that no run has."""
+    known = {"arch": ARCHITECTURES, "fusion": (None, *FUSIONS), "augment": AUGMENTATIONS}
+    for name, kind in get_type_hints(Config).items():
+        value = getattr(config, name)
+        kinds = get_args(kind) if isinstance(kind, UnionType) else (get_origin(kind) or kind,)
+        fits = isinstance(value, (*kinds, int) if float in kinds else kinds)
+        if not fits or value not in known.get(name, (value,)):
+            raise ValueError(f"{name} is {value!r}")
+    if not config.labels or not set(config.labels) <= set(LABELS):
+        raise ValueError(f"labels are {config.labels!r}")
 
 
 def record_environment(job: Job) -> None:
@@ -315,6 +335,12 @@ def follow_by_wandb(job: Job) -> Iterator[None]:
     wandb.finish()  # before the next trial of a sweep begins another
 
 
+def result_name(config: Config, shards: Path, split: str) -> str:
+    """What a run's scores of a split are named by: of shards other than its own also by their manifest's hash."""
+    digest = manifest_digest(shards)
+    return split if digest == config.manifest else f"{split}-{digest[:8]}"
+
+
 def describe_code() -> str:
     """The commit of this checkout, with `-dirty` where files were changed; else the package's version."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
@@ -341,8 +367,13 @@ def save_best(job: Job, weights: Mapping[str, Tensor], epoch: float, score: floa
 def load_best(
     run: Path, config: Config, device: torch.device, ranks: Ranks = ALONE
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """The network with the weights of best.pt, and what else that holds."""
+    """The network with the weights of best.pt, and what else that holds. Raises CheckpointError."""
     best = load_checkpoint(run / "best.pt", ranks)
     network = fuse(build_network(config.arch, output_count(config)), config)
-    network.load_state_dict(best["weights"])
+    with refused(run / "best.pt"):
+        network.load_state_dict(best["weights"])
+        ImageOptions(**best["images"])
+        if not (float(best["dev_auroc"]) >= 0 and float(best["pixels"]["std"]) > 0):
+            raise ValueError("dev_auroc or pixels")
+        float(best["pixels"]["mean"])
     return network.to(device).to(memory_format=torch.channels_last), best

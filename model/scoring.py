@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import click
@@ -35,6 +36,8 @@ from model.run import (
     learnt_columns,
     load_best,
     open_rows,
+    read_config,
+    result_name,
     to_device,
     view_tensors,
     write_json,
@@ -42,7 +45,7 @@ from model.run import (
 from pipeline import DataError
 from pipeline.console import Advance, progress_bar
 from pipeline.images import Gray, ImageError, ImageOptions, decode_stored, prepare, resize
-from pipeline.labels import evaluation_targets
+from pipeline.labels import check_blank_policy, evaluation_targets
 from pipeline.manifest import write_atomically
 from pipeline.plan import plan_evaluation
 from pipeline.scores import read_frame, read_scores, write_scores
@@ -81,48 +84,66 @@ def evaluate(
     job: Job,
     name: str,
     found: tuple[Scored, pa.Table],
-    against: Sequence[Path] = (),
+    against: Mapping[Path, Path] = MappingProxyType({}),
     sensitivity: float = 0.9,
     combine: str = "max",
 ) -> tuple[dict[str, Any], Scored]:
     """Evaluate what `score_best` found for a split; writes its scores and evaluation into the run.
 
-    `against` are other runs whose scores are compared: one of the same images or, where the run scores studies, any
-    that have scored the same studies. `sensitivity` is what the third threshold is to reach on dev, `combine` how a
-    study's score comes from its views: max or mean.
+    `against` are other runs and their scores, as `find_scores` has them. `sensitivity` is what the third threshold
+    is to reach on dev, `combine` how a study's score comes from its views: max or mean. Raises DataError where
+    thresholds would have to be chosen on other shards than the run's own.
     """
     config, run = job.config, job.run
-    if len(against) > 1 and config.fusion is None:
-        raise DataError("--against takes one run beside a run by images; several are for a run by studies")
     scored, table = found
-    write_scores(run / f"scores-{name}.arrow", table, config.labels, scored.scores)
+    result = result_name(config, job.shards, name)
+    write_scores(run / f"scores-{result}.arrow", table, config.labels, scored.scores)
     chosen = {"sensitivity": sensitivity, "combine": combine}
     calibration = json.loads((run / CALIBRATION).read_bytes()) if (run / CALIBRATION).exists() else {}
     if not chosen.items() <= calibration.items():
+        if result != name:  # whose dev may hold patients of the run's train
+            raise DataError(
+                f"{job.shards}: not the shards that {run} learnt from, on whose dev thresholds are chosen; first run: "
+                f"python train.py evaluate --run {run} --sensitivity {sensitivity} --study {combine} with those"
+            )
         dev = scored if name == "dev" else score_best(job, "dev")[0]
         calibration = calibrate(config.labels, dev, sensitivity, combine)
         write_json(run / CALIBRATION, calibration)
-    files = {other: other / f"scores-{name}.arrow" for other in against}
-    for other, path in files.items():
-        if not path.exists():
-            command = f"python train.py evaluate --run {other} --split {name}"
-            raise DataError(f"--against {other}: no {path.name}; first run: {command}")
     same = None
-    if config.fusion is None and files:
-        ((other, path),) = files.items()
+    if config.fusion is None and against:
+        ((other, path),) = against.items()
         same = (str(other), read_scores(path, table["key"], config.labels))
     unit = "image" if config.fusion is None else "study"
     evaluation = assess(config.labels, scored, calibration, unit=unit, against=same, resamples=RESAMPLES)
-    if config.fusion is not None and files:
+    if config.fusion is not None and against:
         methods: dict[str, pd.DataFrame] = {}
-        for other, path in files.items():
+        for other, path in against.items():
             methods |= combine_views(read_frame(path, config.labels), str(other))
         views = group_by_views(open_split(job.shards, job.manifest, name, job.remote).table)
         evaluation["methods"] = compare_methods(
             config.labels, scored, f"{run}, {config.fusion} fusion", methods, views, RESAMPLES
         )
-    write_json(run / f"evaluation-{name}.json", evaluation)
+    write_json(run / f"evaluation-{result}.json", evaluation)
     return evaluation, scored
+
+
+def find_scores(job: Job, name: str, against: Sequence[Path]) -> dict[Path, Path]:
+    """The scores of a split by other runs: one of the same images or, where the run scores studies, any number.
+
+    Raises DataError for a run that has none, with the command that writes them.
+    """
+    if len(against) > 1 and job.config.fusion is None:
+        raise DataError("--against takes one run beside a run by images; several are for a run by studies")
+    found = {}
+    for other in against:
+        # Of these shards, where they are not those that it learnt from; else of its own, which may be the same images.
+        names = (result_name(read_config(other), job.shards, name), name)
+        files = [path for one in names if (path := other / f"scores-{one}.arrow").exists()]
+        if not files:
+            command = f"python train.py evaluate --run {other} --split {name}"
+            raise DataError(f"--against {other}: no scores-{name}.arrow; first run: {command}")
+        found[other] = files[0]
+    return found
 
 
 def write_report(job: Job, file: str, results: Mapping[str, tuple[dict[str, Any], Scored]]) -> None:
@@ -174,7 +195,7 @@ def score_split(
     """
     config, split, rows = job.config, chosen.split, chosen.rows
     columns = learnt_columns(config)
-    labels = Labels(*evaluation_targets(split.table, config.blank))
+    labels = Labels(*evaluation_targets(split.table, check_blank_policy(job.manifest.policies["blank"])))
     reading: dict[str, Any] = {
         "size": config.image_size,
         "threads": job.workers,

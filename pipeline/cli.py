@@ -11,9 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipeline.console import count_cpus, printable, progress_bar, run_command
+from pipeline import DataError
+from pipeline.console import Checked, Number, count_cpus, printable, progress_bar, run_command
 from pipeline.images import ENCODINGS, SQUARES
-from pipeline.labels import BLANK_HELP, LABELS, UNCERTAIN_HELP, VIEWS
+from pipeline.labels import (
+    BLANK_HELP,
+    LABELS,
+    UNCERTAIN_HELP,
+    VIEWS,
+    check_blank_policy,
+    parse_uncertain_policy,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,11 +47,11 @@ def cli() -> None:
 @click.option("--seed", default=0, type=click.IntRange(min=0), help="Another seed gives other patients.")
 @click.option(
     "--laterals",
-    type=click.FloatRange(0, 1),
+    type=Number(0, 1),
     help="Share of studies with a lateral.",
     show_default="as in CheXpert",
 )
-@click.option("--valid", default=0.12, type=click.FloatRange(0.01, 0.9), help="Share of images in valid.csv.")
+@click.option("--valid", default=0.12, type=Number(0.01, 0.9), help="Share of images in valid.csv.")
 @click.option("--workers", default=count_cpus, type=click.IntRange(min=1), show_default="all cores")
 def sample(out: Path, images: int, seed: int, laterals: float | None, valid: float, workers: int) -> None:
     """Write a synthetic CheXpert to OUT: drawn chest films, for trying things out without patient data."""
@@ -119,20 +127,32 @@ class SplitCsv(click.ParamType[tuple[str, Path]]):
 )
 @click.option("--quality", default=95, type=click.IntRange(1, 100), help="JPEG quality of resized images.")
 @click.option("--views", default="frontal", type=click.Choice(VIEWS), help="By the column Frontal/Lateral.")
-@click.option("--uncertain", default="best", metavar="POLICY", help=UNCERTAIN_HELP)
-@click.option("--blank", default="zeros", metavar="POLICY", help=BLANK_HELP)
-@click.option("--dev", default=0.05, type=click.FloatRange(0, 1), help="Share of train's patients.")
+@click.option(
+    "--uncertain",
+    metavar="POLICY",
+    type=Checked(parse_uncertain_policy),
+    show_default="best, or as the shards there",
+    help=UNCERTAIN_HELP,
+)
+@click.option(
+    "--blank",
+    metavar="POLICY",
+    type=Checked(check_blank_policy),
+    show_default="zeros, or as the shards there",
+    help=BLANK_HELP,
+)
+@click.option("--dev", default=0.05, type=Number(0, 1), help="Share of train's patients.")
 @click.option("--seed", default=0, type=click.IntRange(min=0), help="Decides the dev patients and the order.")
-@click.option("--limit", type=click.IntRange(min=1), help="At most so many images per split, whole patients.")
+@click.option(
+    "--limit", type=click.IntRange(min=1), help="So many images per split: whole patients, at least one."
+)
 @click.option("--samples-per-shard", default=1000, type=click.IntRange(min=1))
 @click.option(
     "--split", "splits", multiple=True, type=SplitCsv(), help="CSVs of your own, instead of SOURCE's."
 )
 @click.option("--root", "roots", multiple=True, type=Location(), help="Another folder of images.")
 @click.option("--max-pixels", default=50_000_000, type=click.IntRange(min=1), help="Reject larger images.")
-@click.option(
-    "--max-bad", default=0.001, type=click.FloatRange(0, 1), help="Stop above this share of rejects."
-)
+@click.option("--max-bad", default=0.001, type=Number(0, 1), help="Stop above this share of rejects.")
 @click.option("--strict", is_flag=True, help="Refuse labels with one class; exit with 3 on any reject.")
 @click.option("--workers", default=count_cpus, type=click.IntRange(min=1), show_default="all cores")
 @click.option("--scheduler", metavar="URL", help="Work on the Dask cluster there: tcp://host:8786.")
@@ -141,8 +161,8 @@ class SplitCsv(click.ParamType[tuple[str, Path]]):
 def shards(
     source: Path,
     out: Path,
-    uncertain: str,
-    blank: str,
+    uncertain: str | None,
+    blank: str | None,
     splits: tuple[tuple[str, Path], ...],
     roots: tuple[Path, ...],
     max_bad: float,
@@ -158,14 +178,12 @@ def shards(
     Raw labels are kept; the policies are recorded as the shards' defaults, which training may override. The
     same command continues a run that was stopped or killed. Both may be s3://bucket/prefix.
     """
-    from pipeline.labels import check_blank_policy, describe_one_class, parse_uncertain_policy
+    from pipeline.labels import describe_one_class
     from pipeline.shards import Options, write_shards
     from pipeline.source import find_source
 
     if options["size"] is None and options["square"] != "no":
         raise click.UsageError("--square needs a --size")
-    parse_uncertain_policy(uncertain)
-    policies = {"uncertain": uncertain, "blank": check_blank_policy(blank)}
     for number, (name, _) in enumerate(splits):
         if name in dict(splits[:number]):
             raise click.UsageError(f"--split {name} is there twice; one CSV makes a split")
@@ -187,7 +205,7 @@ def shards(
             found,
             out,
             Options(**options),
-            policies,
+            {"uncertain": uncertain, "blank": blank},
             workers=workers,
             scheduler=scheduler,
             max_bad=max_bad,
@@ -301,7 +319,10 @@ def stats(
         raise click.UsageError("--against is SOURCE itself; name another --against-split")
     _check_output("--plot", plot, (".png", ".svg"))
     _check_output("--html", html, (".html",))
-    policies = s.parse_policies(policy) if policy else None
+    try:
+        policies = s.parse_policies(policy) if policy else None
+    except DataError as error:
+        raise click.BadParameter(str(error), param_hint="--policy") from None
     table = s.load_table(source, split, views)
     statistics = s.count_labels(table)
     report = s.start_report(statistics)

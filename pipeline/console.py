@@ -1,15 +1,16 @@
-"""What the commands share: exit codes, and a progress bar on stderr.
+"""What the commands share: types of options, exit codes, and a progress bar on stderr.
 
 Exit codes: 0 done, 1 failed, 2 usage, 3 done but with rejects under --strict, 130 interrupted, 143 terminated.
 """
 
+import math
 import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 import click
 from rich.console import Console
@@ -18,6 +19,36 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from pipeline import DataError
 
 LINE_SECONDS = 10.0  # between plain lines where there is no terminal
+
+
+class Number(click.FloatRange):
+    """A number in a range; nan, which passes every comparison, and infinity are in none."""
+
+    name = "number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """The number."""
+        number: float = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number", param, ctx)
+        return number
+
+
+class Checked(click.ParamType[str]):
+    """A text that the library accepts: the DataError that it raises for others is one of usage here."""
+
+    name = "text"
+
+    def __init__(self, check: Callable[[str], object]) -> None:
+        self.check = check
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The text itself."""
+        try:
+            self.check(str(value))
+        except DataError as error:
+            self.fail(str(error), param, ctx)
+        return str(value)
 
 
 class Advance(Protocol):

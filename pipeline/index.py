@@ -130,8 +130,8 @@ def read_facts(data: bytes, sample_key: str) -> dict[str, Any]:
 
 def _find_shards(folder: Path, split: str | None) -> dict[str, list[Path]]:
     """The tars of each split: `train-000000.tar` belongs to train; all to `split` where it is given."""
-    if split is not None and Path(split).name != split:
-        raise DataError(f"split '{split}' is not a plain name")
+    if split is not None and not re.fullmatch(r"[a-z0-9_]+", split):
+        raise DataError(f"split '{split}' is not a name of letters a to z, digits and _")
     splits: dict[str, list[Path]] = {}
     for path in sorted(folder.glob("*.tar")):
         name = split or path.stem.rpartition("-")[0]

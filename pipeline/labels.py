@@ -261,7 +261,7 @@ def describe_one_class(lacking: Iterable[tuple[str, int, int]]) -> list[str]:
 def evaluation_targets(table: pa.Table, blank: str) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
     """Targets [N, 14] in {0, 1} and masks [N, 14] for metrics: uncertain cells are always left out.
 
-    So runs with different policies are compared on the same cells; `blank` is the run's own policy.
+    With the shards' own policy for `blank`, runs with different policies are compared on the same cells.
     """
     return make_targets(table, dict.fromkeys(LABELS, "ignore"), blank, seed=0)
 

@@ -64,6 +64,7 @@ from pipeline.workers import report_item, run_alone, run_tasks
 PARTIAL = ".partial"  # inside the output folder, until the run is finished
 REJECTS = "rejects.csv"
 STARTED = "options.json"  # in there: what the run was asked for
+POLICIES = {"uncertain": "best", "blank": "zeros"}  # where none are given
 STALE = "stale.json"  # in there: names of files that --overwrite removes
 _OURS = re.compile(r"(?P<split>[a-z0-9_]+)(-\d{6}\.tar|\.arrow)|rejects\.csv")
 
@@ -160,7 +161,7 @@ def write_shards(
     source: Source,
     out: Path,
     options: Options,
-    policies: Mapping[str, str],
+    policies: Mapping[str, str | None],
     *,
     workers: int,
     scheduler: str | None = None,
@@ -172,6 +173,7 @@ def write_shards(
     """Write `source` into `out`, or continue where an earlier run of the same options stopped.
 
     In so many worker processes, or on the Dask cluster of a `scheduler`; `out` may be a path of `pipeline.store`.
+    A policy of None is that of the shards there, else the default.
     Raises DataError for bad input, more than the share `max_bad` of unusable images, or `out` holding shards
     of other options or CSVs without `overwrite`; and, if `strict`, a label left with one class.
     """
@@ -179,9 +181,10 @@ def write_shards(
     hashes = {split: _sha256(csv) for split, csv in source.csvs.items()}
     # Shards of all views made before their studies lay together are other shards.
     unit = {"unit": "study"} if options.views == "all" else {}
-    wanted = {"options": asdict(options) | unit, "policies": dict(policies), "sources": hashes}
-    run = Run(out, source, options, policies, wanted, workers, scheduler, max_bad, strict)
     with named_failures(out, "cannot be written"):
+        chosen = _choose_policies(out, policies, overwrite)
+        wanted = {"options": asdict(options) | unit, "policies": chosen, "sources": hashes}
+        run = Run(out, source, options, chosen, wanted, workers, scheduler, max_bad, strict)
         if not overwrite and (found := _find_finished(run)) is not None:
             return found
         make_folder(out)
@@ -211,6 +214,16 @@ class Run:
     def started(self) -> dict[str, dict[str, Any]]:
         """What must not change until the run is finished: the versions decide its bytes, too."""
         return self.wanted | {"versions": {name: version(name) for name in (*PACKAGES, "chexpert-pipeline")}}
+
+
+def _choose_policies(out: Path, given: Mapping[str, str | None], overwrite: bool) -> dict[str, str]:
+    """Those given, of the others those of the shards that are there, finished or begun, else the defaults."""
+    there: Mapping[str, str] = {}
+    if not overwrite:
+        is_there = (out / NAME).exists()
+        begun = _read_json(out / PARTIAL / STARTED) or {}
+        there = read_manifest(out).policies if is_there else begun.get("policies", {})
+    return {name: given.get(name) or there.get(name, default) for name, default in POLICIES.items()}
 
 
 def _find_finished(run: Run) -> RunSummary | None:
@@ -289,11 +302,12 @@ def _write_all(run: Run, progress: Progress) -> RunSummary:
     partial = out / PARTIAL
     make_folder(partial)
     started = partial / STARTED
-    if (before := _read_json(started)) is not None:
+    before = _read_json(started)
+    if before is not None and any(path.suffix == ".tar" for path in list_files(out)):
         _refuse_difference(out, before, run.started)
-    write_atomically(started, json.dumps(run.started).encode())
     rows, one_class = run_alone(write_plan, PlanTask(out, run.source, run.options, run.policies))
     _refuse_one_class(run, one_class)
+    write_atomically(started, json.dumps(run.started).encode())
 
     total = sum(rows.values())
     tasks = [
@@ -539,9 +553,12 @@ def _write_rejects(out: Path, rejects: list[Reject]) -> None:
 def _refuse_difference(out: Path, there: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     for group, values in wanted.items():
         of_group = there.get(group, {})
-        for name in sorted(values.keys() | of_group.keys()):
+        # The unit last: it follows from the views.
+        for name in sorted(values.keys() | of_group.keys(), key=lambda name: (name == "unit", name)):
             if values.get(name) != of_group.get(name):
                 difference = f"{name} is {of_group.get(name)} there and {values.get(name)} here"
+                if group == "sources":
+                    difference = f"the CSV of {name} is another one"
                 raise DataError(
                     f"{out} holds other shards: {difference}; choose another folder or --overwrite"
                 )

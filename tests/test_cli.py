@@ -43,16 +43,18 @@ def test_help_has_an_example_and_does_not_import_torch() -> None:
         ),
         (
             ["{chexpert}", "out", "--uncertain", "maybe"],
-            1,
-            "Error: uncertain policy 'maybe' is unknown; choose from",
+            2,
+            "'--uncertain': uncertain policy 'maybe' is unknown; choose from",
         ),
         (
             ["{chexpert}", "out", "--blank", "ones"],
-            1,
-            "Error: blank policy 'ones' is unknown; choose from zeros, ig",
+            2,
+            "'--blank': blank policy 'ones' is unknown; choose from zeros, ig",
         ),
         (["{chexpert}", "out", "--max-pixels", "10"], 1, "80×64 is more than 10 pixels (--max-pixels)"),
         (["{chexpert}/train.csv", "out"], 2, "train.csv' is a file"),
+        (["{chexpert}", "out", "--dev", "nan"], 2, "'--dev': nan is not a finite number"),
+        (["{chexpert}", "out", "--max-bad", "nan"], 2, "'--max-bad': nan is not a finite number"),
         (["{chexpert}", "out", "--split", "a=b", "--split", "a=c"], 2, "--split a is there twice; one CSV"),
     ],
 )

@@ -32,23 +32,31 @@ def test_make_alone_lists_every_target() -> None:
         (["train", "LR=3e-3", "WD=1e-3"], "--lr 3e-3 --weight-decay 1e-3"),
         (["train", "LR=3e-3", "WD=1e-3"], "lr3e-3-wd1e-3-seed0"),
         (["train", "UNCERTAIN=ones"], "--uncertain ones"),
-        (["train", "UNCERTAIN=ones"], "-ones-seed0 "),
+        (["train", "UNCERTAIN=ones"], "-ones-seed0"),
         (["train", "UNCERTAIN=selftrained", "TEACHER=runs/t"], "--uncertain selftrained --teacher runs/t"),
         (["train", "OUT=there", "DATA=here"], "--arch resnet50 --lr 1e-4 --weight-decay 1e-2"),
         (
             ["shards", "DATA=here", "OUT=there"],
-            "pipeline shards here there --size 320 --views frontal --uncertain be",
+            'pipeline shards "here" there --size 320 --views frontal --dev 0.05',
         ),
         (
             ["evaluate", "OUT=there", "RUN=r", "SPLIT=dev"],
-            "train.py evaluate --shards there --run r --split dev",
+            'train.py evaluate --shards there --run "r" --split dev',
         ),
         (
             ["predict", "RUN=r", "IMAGES=films", "ARGS=--strict"],
-            "train.py predict --run r --out r/predictions.csv --strict films",
+            'train.py predict --run "r" --out "r/predictions.csv" --strict films',
         ),
         (["evaluate", "OUT=there", "RUN=r", "WORKERS=3"], " --split valid --workers 3"),
-        (["train", "FUSION=mean", "ARGS=--init runs/all"], "-mean-seed0 "),
+        (["train", "FUSION=mean", "ARGS=--init runs/all"], '-mean-seed0" '),
+        (["train", "BATCH=16", "EPOCHS=2", "VIEWS=lateral"], "-batch16-epochs2-lateral-seed0"),
+        (["train", "VIEWS=lateral"], " --views lateral"),
+        (["train", "RUN=my run"], '--run "my run" --arch'),
+        (["sweep", "FUSION=mean", "VIEWS=all"], " --views all --fusion mean"),
+        (["train", "UNCERTAIN=ones zeros"], "train.py sweep --shards"),
+        (["train", "UNCERTAIN=ones zeros"], '--uncertain "ones zeros"'),
+        (["shards", "DATA=my data", "BLANK=ignore", "ARGS=--strict"], 'shards "my data" shards --size 320'),
+        (["shards", "DATA=my data", "BLANK=ignore", "ARGS=--strict"], "--dev 0.05 --blank ignore --strict"),
         (["train", "FUSION=mean", "ARGS=--init runs/all"], " --fusion mean --init runs/all"),
         (
             ["train", "GPUS=8"],
@@ -72,6 +80,27 @@ def test_settings_reach_the_commands(arguments: list[str], expected: str) -> Non
 def test_policies_are_the_shards_own_unless_set_by_hand() -> None:
     assert "train.py" in make("-n", "train").stdout
     assert "--uncertain" not in make("-n", "train", "OUT=there", "DATA=here").stdout.split("train.py")[1]
+
+
+def test_data_is_looked_at_again_where_there_are_shards(tmp_path: Path) -> None:
+    """By `pipeline shards`, which refuses those of other data, and leaves finished ones alone."""
+    (tmp_path / "manifest.json").touch()
+    assert "pipeline shards" not in make("-n", "train", f"OUT={tmp_path}").stdout
+    assert f'pipeline shards "here" {tmp_path} ' in make("-n", "train", f"OUT={tmp_path}", "DATA=here").stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "OUT=my shards"], "OUT=my shards: make takes no spaces there.  Stop."),
+        (["sweep", "GPUS=2"], "A sweep trains each trial on one device: leave GPUS out."),
+    ],
+)
+def test_what_make_cannot_do_is_refused(tmp_path: Path, arguments: list[str], message: str) -> None:
+    (tmp_path / "manifest.json").touch()
+    failed = make(*arguments) if "OUT=my shards" in arguments else make(*arguments, f"OUT={tmp_path}")
+    assert failed.returncode == 2
+    assert message in failed.stderr.splitlines()[0]
 
 
 @pytest.mark.parametrize(

@@ -284,7 +284,7 @@ def test_images_of_one_level_make_shards_that_can_be_read(chexpert: Path, tmp_pa
 def test_changed_csv_is_refused(chexpert: Path, shards: Shards) -> None:
     csv = chexpert / "valid.csv"
     csv.write_text(csv.read_text().replace("Female", "Unknown"))
-    with pytest.raises(DataError, match=r"holds other shards: valid is [0-9a-f]{64} there and "):
+    with pytest.raises(DataError, match=r"holds other shards: the CSV of valid is another one; "):
         make_shards(chexpert, shards[0])
 
 
@@ -421,6 +421,30 @@ def test_two_processes_do_not_write_to_one_folder(chexpert: Path, tmp_path: Path
     assert not (out / ".lock").exists()
     out.chmod(0o500)  # finished shards may be read-only
     assert not make_shards(chexpert, out).is_new
+
+
+def test_a_start_that_failed_leaves_the_folder_to_the_next(chexpert: Path, tmp_path: Path) -> None:
+    out, csv = tmp_path / "out", chexpert / "train.csv"
+    text = csv.read_text()
+    csv.write_text(text.replace("Edema", "Oedema"))
+    with pytest.raises(DataError, match="Edema"):
+        make_shards(chexpert, out)
+    csv.write_text(text)
+    assert make_shards(chexpert, out, default_options(size=32)).is_new
+
+
+def test_policies_not_given_are_those_of_the_shards_there(chexpert: Path, tmp_path: Path) -> None:
+    def policies(blank: str | None, uncertain: str | None, overwrite: bool = False) -> dict[str, str]:
+        source, given = find_source(chexpert, {}, []), {"uncertain": uncertain, "blank": blank}
+        options = default_options()
+        run = write_shards(source, tmp_path, options, given, workers=1, max_bad=0, overwrite=overwrite)
+        return dict(run.manifest.policies)
+
+    assert policies("ignore", None) == {"uncertain": "best", "blank": "ignore"}
+    assert policies(None, None) == {"uncertain": "best", "blank": "ignore"}
+    with pytest.raises(DataError, match=r"uncertain is best there and ones here"):
+        policies(None, "ones")
+    assert policies(None, "ones", overwrite=True) == {"uncertain": "ones", "blank": "zeros"}
 
 
 def test_names_that_a_spreadsheet_would_run_are_text(tmp_path: Path) -> None:

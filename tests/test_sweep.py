@@ -310,11 +310,11 @@ def test_trials_are_the_runs_that_train_makes(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--lr", "1e-3 x"], "'x' is not a valid float."),
+        (["--lr", "1e-3 x"], "'x' is not a valid number."),
         (["--lr", " "], "no value"),
         (["--arch", "vgg"], "'vgg' is not one of 'resnet18'"),
-        (["--sampler", "tpe"], "--sampler tpe needs --trials, and a grid has as many as combinations"),
-        (["--trials", "3"], "--sampler tpe needs --trials, and a grid has as many as combinations"),
+        (["--sampler", "tpe"], "--sampler tpe needs --trials"),
+        (["--trials", "3"], "--trials needs --sampler tpe: a grid has as many as combinations"),
         (["--lr", "-1"], "-1.0 is not in the range x>0."),
         (["--nonsense", "3"], "No such option '--nonsense'."),
     ],

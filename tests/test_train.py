@@ -29,7 +29,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import train
 from model import scoring
 from model.assessment import calibrate
-from model.checkpoint import CheckpointError, load_checkpoint
+from model.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from model.run import Config, Job, StopFlag, choose_device, open_rows, open_run, read_config
 from model.scoring import evaluate, score_best
 from pipeline import DataError
@@ -601,6 +601,79 @@ def test_thresholds_and_studies_are_as_asked_for(
     assert json.loads(path.read_text()) == first
 
 
+def test_results_on_other_shards_leave_the_runs_own_alone(
+    command: Callable[..., int], make_job: Callable[..., Job], tmp_path: Path
+) -> None:
+    job = make_job("run", epochs=1)
+    assert train.train(job) == 0
+    own = {path: path.read_bytes() for path in job.run.iterdir() if path.is_file()}
+    others = tmp_path / "others"
+    shutil.copytree(job.shards, others)
+    with (others / "manifest.json").open("a") as file:
+        file.write("\n")
+    assert command("evaluate", "--run", job.run, "--shards", others) == 0
+    result = f"valid-{manifest_digest(others)[:8]}"
+    new = {path.name for path in job.run.iterdir() if path.is_file() and path not in own}
+    assert new == {f"evaluation-{result}.json", f"scores-{result}.arrow", f"report-{result}.html"}
+    assert {path: path.read_bytes() for path in own} == own
+    with pytest.raises(
+        DataError, match=f"^{others}: not the shards that {job.run} learnt from, on whose dev"
+    ):
+        command("evaluate", "--run", job.run, "--shards", others, "--sensitivity", 0.8)
+
+
+def test_runs_with_other_policies_are_measured_on_the_same_cells(make_job: Callable[..., Job]) -> None:
+    counts = []
+    for name, policies in {"a": {}, "b": {"uncertain": "ones", "blank": "ignore"}}.items():
+        job = make_job(name, epochs=1, **policies)
+        assert train.train(job) == 0
+        labels = json.loads((job.run / "evaluation-dev.json").read_text())["labels"]
+        counts.append({label: (row["positives"], row["negatives"]) for label, row in labels.items()})
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"arch": "foonet"}, "arch is 'foonet'"),
+        ({"lr": "fast"}, "lr is 'fast'"),
+        ({"labels": ["Edema", "Hope"]}, "labels are ('Edema', 'Hope')"),
+        ({"uncertain": "perhaps"}, "uncertain policy 'perhaps' is unknown"),
+        ({"epochs": None}, "epochs is None"),
+        ({"limit": 2.5}, "limit is 2.5"),
+        ({"fusion": "sum"}, "fusion is 'sum'"),
+    ],
+)
+def test_a_configuration_that_no_run_has_is_named(
+    make_job: Callable[..., Job], change: dict[str, Any], message: str
+) -> None:
+    path = make_job("run").run / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(DataError) as caught:
+        read_config(path.parent)
+    assert str(caught.value).startswith(f"{path}: damaged, or of another version: {message}")
+
+
+@pytest.mark.parametrize(("name", "key"), [("best.pt", "pixels"), ("last.pt", "scaler")])
+def test_checkpoints_that_do_not_fit_their_run_are_named(
+    command: Callable[..., int], make_job: Callable[..., Job], name: str, key: str
+) -> None:
+    job = make_job("run", epochs=1)
+    assert train.train(job) == 0
+    whole = load_checkpoint(job.run / name)
+    for damaged, reason in (
+        ({other: value for other, value in whole.items() if other != key}, f"'{key}'"),
+        (whole | {"weights": {}, "network": {}}, "Error(s) in loading state_dict for ResCNN"),
+        (whole | {"dev_auroc": "high", "done": "now"}, ""),
+    ):
+        save_checkpoint(job.run / name, damaged)
+        with pytest.raises(CheckpointError) as caught:
+            command("evaluate", "--run", job.run) if name == "best.pt" else train.train(job)
+        assert str(caught.value).startswith(
+            f"{job.run / name}: does not fit this run's configuration: {reason}"
+        )
+
+
 def test_the_last_weights_are_kept_where_that_is_asked_for(make_job: Callable[..., Job]) -> None:
     job = make_job("run", keep="last", epochs=1, eval_every=1, lr=1e-2, seed=3)
     assert train.train(job) == 0
@@ -741,8 +814,8 @@ def test_command_line_killed_twice_warned_by_slurm_and_continued_equals_undistur
         ),
         (
             ["--shards", "{shards}", "--run", "{run}", "--uncertain", "perhaps"],
-            1,
-            "Error: uncertain policy 'perhaps'",
+            2,
+            "'--uncertain': uncertain policy 'perhaps'",
         ),
         (
             ["--shards", "{shards}", "--run", "{run}", "--where", "sex=Femal"],
@@ -785,6 +858,42 @@ def test_command_line_killed_twice_warned_by_slurm_and_continued_equals_undistur
             "Error: rescnn has no ImageNet weights; choose another --arch, or --init FILE",
         ),
         (["--shards", "{shards}"], 2, "Missing option '--run'."),
+        *(
+            (
+                ["--shards", "{shards}", "--run", "{run}", option, value],
+                2,
+                f"'{option}': {value} is not a fin",
+            )
+            for option, value in {
+                "--lr": "nan",
+                "--weight-decay": "inf",
+                "--ema": "nan",
+                "--max-bad": "nan",
+            }.items()
+        ),
+        (["sweep", "--sweep", "{run}", "--lr", "1e-3 nan"], 2, "'--lr': nan is not a finite number"),
+        (["sweep", "--sweep", "{run}", "--lr", "1e-3 -1"], 2, "'--lr': -1.0 is not in the range x>0"),
+        (
+            ["sweep", "--sweep", "{run}", "--trials", "3"],
+            2,
+            "Error: --trials needs --sampler tpe: a grid has",
+        ),
+        (["sweep", "--sweep", "{run}", "--run", "x"], 2, "Error: --run is for one run: those of a sweep"),
+        (
+            ["predict", "--run", "{run}", "--out", "{film}", "{film}"],
+            2,
+            "Error: --out {film} is one of the imag",
+        ),
+        (
+            ["predict", "--run", "{run}", "--out", "{run}/no/scores.csv", "{film}"],
+            1,
+            "Error: {run}/no/scores.csv: there is no folder {run}/no",
+        ),
+        (
+            ["predict", "--run", "{run}", "--out", "x.csv", "--group-by", "[", "{film}"],
+            2,
+            "'--group-by': '[' is not a regular expression: unterminated character set at position 0",
+        ),
     ],
 )
 def test_bad_use_is_one_line_and_an_exit_code(
@@ -796,9 +905,11 @@ def test_bad_use_is_one_line_and_an_exit_code(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    names = {"run": tmp_path / "run", "shards": sample_shards[0]}
+    film = tmp_path / "film.jpg"
+    film.touch()
+    names = {"run": tmp_path / "run", "shards": sample_shards[0], "film": film}
     filled = [text.format(**names) for text in arguments]
-    if "--shards" not in filled:
+    if "--shards" not in filled and filled[0] != "predict":
         filled += ["--shards", str(tmp_path / "run")]
     monkeypatch.setattr(sys, "argv", ["train.py", *filled])
     monkeypatch.setattr(signal, "signal", lambda *_: None)  # the test's own stay

@@ -16,9 +16,9 @@ from sklearn.metrics import roc_auc_score
 import train
 from model.checkpoint import load_checkpoint
 from model.run import Job, open_rows
-from model.scoring import evaluate, score_best
+from model.scoring import evaluate, find_scores, score_best
 from pipeline import DataError
-from pipeline.manifest import Manifest
+from pipeline.manifest import Manifest, manifest_digest
 from pipeline.scores import read_frame
 from tests.test_train import assert_same_run, few_resamples_and_no_page, make_job  # noqa: F401
 
@@ -28,8 +28,10 @@ def make(make_job: Callable[..., Job], drawn_studies: tuple[Path, Manifest]) -> 
     """A small job on shards of all views."""
     shards, manifest = drawn_studies
 
+    settings = {"batch_size": 8, "image_size": 32, "manifest": manifest_digest(shards)}
+
     def of_studies(run: str, stop_after: int = 10**9, **changes: Any) -> Job:
-        job = make_job(run, stop_after, **{"batch_size": 8, "image_size": 32} | changes)
+        job = make_job(run, stop_after, **settings | changes)
         return dataclasses.replace(job, shards=shards, manifest=manifest)
 
     return of_studies
@@ -62,7 +64,8 @@ def test_each_study_is_scored_once_and_compared_with_late_fusion(
         scored[["patient", "study"]].to_numpy().tolist() == firsts[["patient", "study"]].to_numpy().tolist()
     )
 
-    found = evaluate(fused, "valid", score_best(fused, "valid"), [images.run, frontal.run])[0]
+    others = find_scores(fused, "valid", [images.run, frontal.run])
+    found = evaluate(fused, "valid", score_best(fused, "valid"), others)[0]
     assert found["unit"] == "study"
     methods = found["methods"]["all"]["methods"]
     assert list(methods) == [
