@@ -672,7 +672,7 @@ def main() -> None:
     "--max-bad",
     default=0.0,
     type=Number(0, 1),
-    help="Share of images that may be damaged: left out.",
+    help="Share of images that may be damaged: left out. Of each rank, and each part of an epoch between evaluations.",
 )
 @click.option("--eval-every", type=click.IntRange(1), metavar="STEPS", show_default="once per epoch")
 @click.option(

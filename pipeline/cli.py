@@ -44,7 +44,9 @@ def cli() -> None:
 @cli.command(epilog="Example: pipeline sample sample && pipeline shards sample shards/sample")
 @click.argument("out", type=click.Path(path_type=Path, file_okay=False))
 @click.option("--images", default=2000, type=click.IntRange(min=20), help="Train and valid together.")
-@click.option("--seed", default=0, type=click.IntRange(min=0), help="Another seed gives other patients.")
+@click.option(
+    "--seed", default=0, type=click.IntRange(0, 2**63 - 1), help="Another seed gives other patients."
+)
 @click.option(
     "--laterals",
     type=Number(0, 1),

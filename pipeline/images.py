@@ -116,6 +116,8 @@ def decode_stored(data: bytes | memoryview, encoding: str) -> Gray:
     if header is None or int.from_bytes(header[1], "little") != header.end() - 10:
         raise ValueError("not a .npy file of gray pixels, uint8 [H, W]")
     height, width = int(header[2]), int(header[3])
+    if not height or not width:
+        raise ValueError("an image without pixels")
     if len(data) - header.end() != height * width:
         raise ValueError(f"{len(data) - header.end()} bytes of pixels, not {height}×{width}")
     return np.frombuffer(data, np.uint8, offset=header.end()).reshape(height, width)

@@ -34,7 +34,9 @@ from pipeline.manifest import (
     Manifest,
     Shard,
     Split,
+    claimed,
     count_rows,
+    read_arrow,
     write_manifest,
     write_table,
 )
@@ -84,6 +86,15 @@ def write_index(
     if (folder / NAME).exists():
         raise DataError(f"{folder}: has a {NAME} already; `pipeline verify` checks it")
     paths = _find_shards(folder, split)
+    with claimed(folder):
+        return _write_index(folder, paths, csv, progress)
+
+
+def _write_index(
+    folder: Path, paths: Mapping[str, list[Path]], csv: Path | None, progress: Callable[[int, int], None]
+) -> Manifest:
+    for name in paths:
+        _check_free(folder / f"{name}.arrow")
     read_rows: ReadRows = _rows_of_json if csv is None else partial(_rows_of_csv, csv, read_labels(csv))
     shards: dict[str, list[Shard]] = {name: [] for name in paths}
     parts: dict[str, list[pa.Table]] = {name: [] for name in paths}
@@ -240,6 +251,16 @@ def _check_tables(folder: Path, tables: Mapping[str, pa.Table], shards: Mapping[
             raise DataError(f"{folder / second}: sample {key}: is in {first} already")
     for first, second, patient in shared(tables, "patient"):
         raise DataError(f"{folder}: {patient} is in {first} and in {second}; splits must not share patients")
+
+
+def _check_free(path: Path) -> None:
+    """Raise DataError for a table in the way that is not one of an interrupted run of this command."""
+    try:
+        if not path.exists() or "member" in read_arrow(path, path.read_bytes()).column_names:
+            return
+    except DataError:
+        pass
+    raise DataError(f"{path}: not written by this command, which would replace it; move it away")
 
 
 def _measure_pixels(paths: list[Path], table: pa.Table) -> dict[str, float]:

@@ -159,6 +159,10 @@ def read_table(folder: Path, split: Split) -> pa.Table:
             raise DataError(f"{path}: column {field.name} is missing, or there twice, or not {field.type}")
         if field.name in _FULL and table[field.name].null_count:
             raise DataError(f"{path}: column {field.name} has empty cells")
+    if "member" in table.column_names:  # of shards that others wrote
+        names = table["member"]
+        if names.type != pa.string() or names.null_count:
+            raise DataError(f"{path}: column member is not string, or has empty cells")
     return table
 
 

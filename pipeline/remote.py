@@ -8,7 +8,8 @@ whose sha256 is the manifest's. The cache folder holds
 
     <sha256>                  a shard; its modification time is when it was last asked for
     <sha256>.<bytes>.part     a download under way, locked by who does it; counts with all its bytes
-    sets/<sha256>/            manifest and tables of some shards; they stay
+                              (a table's, whose size no manifest says, once it is there)
+    sets/<sha256>/            manifest and tables of some shards; they stay, and count, until somebody deletes them
     lock                      held by whoever looks, makes room or renames; never while bytes travel
 """
 
@@ -23,6 +24,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from threading import Event
 from typing import Any, TypeVar
 from urllib.parse import quote
 
@@ -34,6 +37,8 @@ Result = TypeVar("Result")
 SCHEMES = ("http", "https", "s3")
 POLL = 0.05  # seconds between looks at what other downloads do
 GRACE = 2.0  # seconds in which whoever asked for a file opens it: until then it stays
+MANIFEST_BYTES = 2**28  # that are read of one, whatever the server sends
+_SHA256, _PART = re.compile("[0-9a-f]{64}"), re.compile(r"[0-9a-f]{64}\.(\d+)\.part")
 SECRETS = re.compile(r"(?<=://)[^/\s'\"]*@|\?[^\s'\"]*")
 
 
@@ -52,6 +57,10 @@ def redact(text: str) -> str:
     return SECRETS.sub("", text)
 
 
+class Stopped(Exception):  # noqa: N818 - no error
+    """Whoever wanted a file wants it no more."""
+
+
 class Cache:
     """A folder of verified files that stays within `limit` bytes: the least recently used ones go.
 
@@ -68,12 +77,15 @@ class Cache:
         except OSError as error:
             raise DataError(f"{folder}: cannot be used as a cache: {error.strerror}") from None
 
-    def get(self, path: Path, name: str, sha256: str, size: int, download: Callable[[Path], object]) -> Path:
+    def get(
+        self, path: Path, name: str, sha256: str, size: int, download: Callable[[Path], object], stop: Event
+    ) -> Path:
         """`path`, which is to have that hash; where it is missing or damaged, `download` writes it first.
 
-        Raises DataError naming `name` where `size` bytes never fit, and whatever `download` raises.
+        Raises DataError naming `name` where `size` bytes never fit, Stopped once `stop` is set, and whatever
+        `download` raises.
         """
-        if not re.fullmatch("[0-9a-f]{64}", sha256):
+        if not _SHA256.fullmatch(sha256):
             raise DataError(f"{name}: '{sha256}' in its manifest is not a sha256")
         part = self.folder / f"{sha256}.{size}.part"
         while True:
@@ -86,14 +98,19 @@ class Cache:
                     fcntl.flock(file, fcntl.LOCK_EX)
                     break
             if not is_there:
-                time.sleep(POLL)
+                _wait(POLL, stop)
             elif path in self._verified:
                 return path
-            elif _digest(path) == sha256:
-                self._verified.add(path)
             else:
-                with self.locked():
-                    path.unlink(missing_ok=True)
+                seen = _identity(path)
+                if _digest(path) == sha256:
+                    self._verified.add(path)
+                else:
+                    with self.locked():
+                        if (
+                            _identity(path) == seen
+                        ):  # and not a good one that another process has put there meanwhile
+                            path.unlink(missing_ok=True)
         with file:
             try:
                 download(part)
@@ -127,14 +144,15 @@ class Cache:
                 f"{pinned:,}; raise --cache-size"
             )
         rest, files = self.limit - pinned - size, []
-        for path in self.folder.glob("?" * 64):
-            files.append((path.stat().st_mtime, path.stat().st_size, path))
-            rest -= path.stat().st_size
-        for part in self.folder.glob("*.part"):
-            if _is_held(part):
-                rest -= int(part.suffixes[0][1:])
-            else:
-                part.unlink(missing_ok=True)
+        for path in self.folder.iterdir():  # in which others may keep files of theirs
+            if _SHA256.fullmatch(path.name):
+                files.append((path.stat().st_mtime, path.stat().st_size, path))
+                rest -= path.stat().st_size
+            elif part := _PART.fullmatch(path.name):
+                if _is_held(path):
+                    rest -= int(part[1])
+                else:
+                    path.unlink(missing_ok=True)
         for used, length, path in sorted(files):
             if rest < 0 and abs(time.time() - used) > GRACE:
                 path.unlink()
@@ -164,7 +182,10 @@ class Remote:
 
     def mirror(self) -> Path:
         """A local folder with the manifest as it is now and its tables. Raises DataError naming the URL."""
-        data = self._attempt(NAME, self._files.cat_file)
+        with TemporaryDirectory() as temporary:
+            file = Path(temporary) / NAME
+            self._attempt(NAME, partial(self._fetch, file, MANIFEST_BYTES, Event()), Event())
+            data = file.read_bytes()
         folder = self.cache.sets / hashlib.sha256(data).hexdigest()
         with self.cache.locked():
             folder.mkdir(exist_ok=True)
@@ -180,13 +201,20 @@ class Remote:
             self.cache.make_room(0, redact(self.url))
         return folder
 
-    def path(self, shard: Shard) -> Path:
-        """The verified local file of a shard, downloaded if need be. Raises DataError naming its URL."""
-        return self._get(self.cache.folder / shard.sha256, shard.file, shard.sha256, shard.bytes)
+    def path(self, shard: Shard, stop: Event | None = None) -> Path:
+        """The verified local file of a shard, downloaded if need be. Raises DataError naming its URL.
 
-    def _get(self, path: Path, name: str, sha256: str, size: int | None = None) -> Path:
+        Once `stop` is set it raises Stopped: at the next byte, or after `timeout` where there comes none.
+        """
+        return self._get(self.cache.folder / shard.sha256, shard.file, shard.sha256, shard.bytes, stop)
+
+    def _get(
+        self, path: Path, name: str, sha256: str, size: int | None = None, stop: Event | None = None
+    ) -> Path:
+        stop = stop or Event()
+
         def fetch(part: Path, url: str) -> None:
-            self._files.get_file(url, str(part))
+            self._fetch(part, self.cache.limit if size is None else size, stop, url)
             length = part.stat().st_size
             if size not in (None, length):
                 raise OSError(f"{length:,} bytes, not {size:,} as in the manifest")
@@ -194,19 +222,33 @@ class Remote:
                 raise OSError("its sha256 is not the manifest's")
 
         def download(part: Path) -> None:
-            self._attempt(name, partial(fetch, part))
+            self._attempt(name, partial(fetch, part), stop)
 
-        return self.cache.get(path, redact(self._locate(name)), sha256, size or 0, download)
+        return self.cache.get(path, redact(self._locate(name)), sha256, size or 0, download, stop)
+
+    def _fetch(self, file: Path, most: int, stop: Event, url: str) -> None:
+        """Download at most so many bytes: what a server says of a length binds it to nothing."""
+        from fsspec.callbacks import Callback  # type: ignore[import-untyped]
+
+        class Watch(Callback):  # type: ignore[misc]
+            def relative_update(self, inc: int = 1) -> None:
+                super().relative_update(inc)
+                if stop.is_set():
+                    raise Stopped
+                if self.value > most:
+                    raise OSError(f"more than the {most:,} bytes that it may have")
+
+        self._files.get_file(url, str(file), callback=Watch())
 
     def _locate(self, name: str) -> str:
         base, mark, query = self.url.partition("?")
         return f"{base.rstrip('/')}/{name if self.is_s3 else quote(name)}{mark}{query}"
 
-    def _attempt(self, name: str, action: Callable[[str], Result]) -> Result:
+    def _attempt(self, name: str, action: Callable[[str], Result], stop: Event) -> Result:
         """What `action` makes of the file's URL, tried again after failures that may pass."""
         url = self._locate(name)
         for attempt in range(self.attempts):
-            time.sleep(self.pause * 2 ** (attempt - 1) if attempt else 0)
+            _wait(self.pause * 2 ** (attempt - 1) if attempt else 0, stop)
             try:
                 return action(url)
             except self._failures as error:
@@ -239,7 +281,8 @@ def _open_http(timeout: float) -> tuple[Any, tuple[type[Exception], ...]]:
     import fsspec
 
     limits = aiohttp.ClientTimeout(total=None, sock_connect=timeout, sock_read=timeout)
-    client = {"timeout": limits, "trust_env": True}  # proxies and ~/.netrc
+    # As it is: expanding what a server compressed would let a few bytes fill the disk. Proxies and ~/.netrc.
+    client = {"timeout": limits, "trust_env": True, "headers": {"Accept-Encoding": "identity"}}
     files = fsspec.filesystem("https", client_kwargs=client, skip_instance_cache=True)
     return files, (OSError, ValueError, aiohttp.ClientError)
 
@@ -258,6 +301,21 @@ def _open_s3(timeout: float) -> tuple[Any, tuple[type[Exception], ...]]:
     files = s3fs.S3FileSystem(config_kwargs=config, max_concurrency=1, skip_instance_cache=True)
     files.retries = 1
     return files, (OSError, botocore.exceptions.BotoCoreError, *s3fs.core.S3_RETRYABLE_ERRORS)
+
+
+def _wait(seconds: float, stop: Event) -> None:
+    """Sleep so long. Raises Stopped once `stop` is set."""
+    if stop.wait(seconds):
+        raise Stopped
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """What tells a file from another one of its name; None where there is none."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_ino, status.st_ctime_ns
 
 
 def _is_held(part: Path) -> bool:

@@ -103,7 +103,7 @@ def write_sample(
     changes no study's frontals or labels, but so many images hold fewer studies of more. `valid` is the share of
     the images that valid.csv gets.
 
-    The bytes depend on images, seed (0 to 2^64-1), laterals and valid alone, at any number of `workers`, which are
+    The bytes depend on images, seed (0 to 2^63-1), laterals and valid alone, at any number of `workers`, which are
     processes (so a script must call this under `if __name__ == "__main__"`). `progress` is called with the number
     of images newly finished. Raises FileExistsError if the folder is already there, ValueError if images < 1. The
     folder appears only when complete.

@@ -31,8 +31,9 @@ def read_frame(path: Path, labels: Sequence[str] = LABELS) -> pd.DataFrame:
     """Patient, study and the scores of the labels, in the order of the file. Raises DataError as `read_scores` does."""
     table = _open(path)
     for name in ("patient", "study"):
-        if name not in table.column_names:
-            raise DataError(f"{path}: damaged, or not a file of scores: it has no column {name}")
+        if table.column_names.count(name) != 1:
+            what = f"column {name} twice" if name in table.column_names else f"no column {name}"
+            raise DataError(f"{path}: damaged, or not a file of scores: it has {what}")
     scores = _check_scores(path, table, labels)
     facts = table.select(["patient", "study"]).to_pandas()
     return facts.assign(**dict(zip(labels, scores.T, strict=True)))
@@ -75,5 +76,5 @@ def _open(path: Path) -> pa.Table:
     try:
         table = read_arrow(path, path.read_bytes())
         return table.set_column(table.column_names.index("key"), "key", table["key"].cast(pa.string()))
-    except (OSError, ValueError, pa.ArrowException) as error:
+    except (OSError, ValueError, KeyError, pa.ArrowException) as error:  # KeyError: a column is there twice
         raise DataError(f"{path}: damaged, or not a file of scores: {error}") from error

@@ -95,8 +95,11 @@ def parse_condition(text: str, schema: pa.Schema) -> Condition:
         raise DataError(
             f"condition '{text}': no column '{match['column']}'; there are {', '.join(schema.names)}"
         )
+    kind = schema.field(column).type
+    if not (pa.types.is_string(kind) or pa.types.is_integer(kind)):
+        raise DataError(f"condition '{text}': {column} is {kind}; only texts and whole numbers are compared")
     operator, value = match["operator"], match["value"]
-    is_number = pa.types.is_integer(schema.field(column).type) and column not in LABELS
+    is_number = pa.types.is_integer(kind) and column not in LABELS
     if operator not in ("=", "!=") and (value == "blank" or not is_number):
         what = "blank" if is_number else column
         raise DataError(f"condition '{text}': {what} has no order; compare it by = or !=")

@@ -182,7 +182,8 @@ def count_targets(statistics: Statistics, uncertain: Mapping[str, str], blank: s
 
     A soft target counts as the class that it is nearer to: each smoothing range lies on one side of 0.5. The
     mean target of smoothed cells is the middle of their range, which the draws have up to their noise.
-    `pos_weight` is negatives / positives, and null (None) where the label is left with one class.
+    `pos_weight` is negatives / positives, where a soft target counts in part for either, as in training (which
+    goes no higher than 20); null (None) where the label is left with one class.
     """
     labels: dict[str, Targets] = {}
     for label, counts in statistics["labels"].items():
@@ -212,7 +213,7 @@ def count_targets(statistics: Statistics, uncertain: Mapping[str, str], blank: s
             "open": undecided,
             "masked": masked,
             "mean_target": round(total / cells, 4) if cells else None,
-            "pos_weight": round(negatives / positives, 4) if positives and negatives else None,
+            "pos_weight": round((cells - total) / total, 4) if positives and negatives else None,
         }
     return {"blank": blank, "labels": labels}
 

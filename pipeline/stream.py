@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from threading import Event
 from typing import Any, NamedTuple
 
 import cv2
@@ -235,18 +236,19 @@ def decode(
     Images that do not match their checksum or do not decode are logged; more than `max_bad` of them raise
     DataError naming shard and key.
     """
-    pending: deque[Future[tuple[Decoded, list[str]]]] = deque()
-    bad = 0
+    pending: deque[Future[tuple[Decoded, dict[int, str]]]] = deque()
+    bad: set[int] = set()  # rows: a weighted order may visit one several times
 
     def next_result() -> Decoded:
-        nonlocal bad
         decoded, reasons = pending.popleft().result()
-        for reason in reasons:
-            bad += 1
-            if bad > max_bad:
+        for row, reason in reasons.items():
+            if row in bad:
+                continue
+            bad.add(row)
+            if len(bad) > max_bad:
                 allowed = f"; more than {max_bad} such images (--max-bad)" if max_bad else ""
                 raise DataError(f"{reason}{allowed}")
-            logger.warning("%s; left out, %d of %d allowed", reason, bad, max_bad)
+            logger.warning("%s; left out, %d of %d allowed", reason, len(bad), max_bad)
         return decoded
 
     with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
@@ -281,13 +283,13 @@ def label(decoded: Iterable[Decoded], labels: Labels) -> Iterator[Batch]:
         yield Batch(step, images, labels.target[step.rows], mask, bad)
 
 
-def _decode_batch(batch: Encoded, split: OpenSplit, size: int) -> tuple[Decoded, list[str]]:
-    """The images, and what is wrong with each bad one."""
+def _decode_batch(batch: Encoded, split: OpenSplit, size: int) -> tuple[Decoded, dict[int, str]]:
+    """The images, and what is wrong with each bad one, by its row."""
     rows = batch.step.rows.ravel()
     positions = np.flatnonzero(rows >= 0).tolist()
     images = np.empty((len(rows), 1, size, size), np.uint8)
     images[rows < 0] = 0
-    bad, reasons = [], []
+    bad, reasons = [], {}
     places = batch.offset.tolist(), batch.length.tolist(), batch.crc.tolist()
     for position, file, offset, length, crc in zip(positions, batch.files, *places, strict=True):
         try:
@@ -295,7 +297,7 @@ def _decode_batch(batch: Encoded, split: OpenSplit, size: int) -> tuple[Decoded,
         except (ValueError, OSError) as error:
             row = int(rows[position])
             shard, key = split.shards[split.shard[row]].file, split.table["key"][row].as_py()
-            reasons.append(f"{shard}: sample {key}: {error}")
+            reasons[row] = f"{shard}: sample {key}: {error}"
             images[position] = 0
             bad.append(position)
     return Decoded(batch.step, images.reshape(*batch.step.rows.shape, 1, size, size), bad), reasons
@@ -315,6 +317,7 @@ def _download_ahead(steps: Iterable[Step], split: OpenSplit, remote: Remote) -> 
     waiting: deque[tuple[Step, list[int]]] = deque()
     arrivals: dict[int, Future[Path]] = {}  # of the shards that the waiting steps need
     needs: Counter[int] = Counter()  # how many of them need it
+    stop = Event()
     with ThreadPoolExecutor(DOWNLOADS, thread_name_prefix="download") as pool:
 
         def next_step() -> Step:
@@ -332,11 +335,12 @@ def _download_ahead(steps: Iterable[Step], split: OpenSplit, remote: Remote) -> 
                 for number in numbers:
                     needs[number] += 1
                     if number not in arrivals:
-                        arrivals[number] = pool.submit(remote.path, split.shards[number])
+                        arrivals[number] = pool.submit(remote.path, split.shards[number], stop)
                 waiting.append((step, numbers))
                 while len(arrivals) >= KEPT_OPEN:
                     yield next_step()
             while waiting:
                 yield next_step()
         finally:
+            stop.set()  # what is under way ends too: a trainer that was told to stop has to save
             pool.shutdown(wait=True, cancel_futures=True)

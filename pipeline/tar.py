@@ -11,6 +11,7 @@ from pipeline import DataError
 
 BLOCK = 512  # bytes; tar pads every header and member to it
 END = bytes(2 * BLOCK)  # two empty blocks end a tar
+EXTRA, NAME = 2**16, 2**12  # bytes of an extended header, and of a name, at most
 _NOT_ZERO = re.compile(rb"[^\0]")
 _TEMPLATE = tarfile.TarInfo("").tobuf(tarfile.USTAR_FORMAT)
 _TEMPLATE_SUM = int(_TEMPLATE[148:154], 8)  # the checksum, of a header without name and size
@@ -89,6 +90,8 @@ def _check_name(info: tarfile.TarInfo, extra: Mapping[str, str]) -> str:
     is_sparse = any(record.startswith("GNU.sparse.") for record in extra)
     if info.type not in (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.DIRTYPE) or is_sparse:
         raise ValueError(f"{name} is not a regular file")
+    if len(name) > NAME:
+        raise ValueError(f"a name of {len(name)} characters")
     if name.startswith("/") or ".." in PurePosixPath(name).parts:
         raise ValueError(f"{name} leads out of the folder")
     return name
@@ -96,6 +99,8 @@ def _check_name(info: tarfile.TarInfo, extra: Mapping[str, str]) -> str:
 
 def _read_extra(kind: bytes, body: bytes) -> dict[str, str]:
     """What an extended header says of the next member; a global one holds nothing of use here."""
+    if len(body) > EXTRA:
+        raise ValueError(f"an extended header of {len(body)} bytes")
     if kind == tarfile.GNUTYPE_LONGNAME:
         return {"path": body.rstrip(b"\0").decode()}
     records = {}

@@ -56,7 +56,7 @@ def verify_shards(
     Raises DataError only where there is no readable manifest: all other problems are in the report.
     """
     manifest = read_manifest(folder)
-    if manifest.options.get("encoding", "jpeg") not in ENCODINGS:
+    if str(manifest.options.get("encoding", "jpeg")) not in ENCODINGS:
         raise DataError(f"{folder / NAME}: encoding '{manifest.options['encoding']}' is unknown")
     problems: dict[str, list[str]] = {}
     tables = {}

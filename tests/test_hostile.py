@@ -20,6 +20,7 @@ from pipeline import DataError
 from pipeline.images import decode_stored
 from pipeline.manifest import Manifest, read_manifest, read_table, write_manifest, write_table
 from pipeline.stream import Labels, open_split, stream_evaluation
+from pipeline.verify import verify_shards
 from tests.conftest import default_options, make_shards, run_pipeline
 from tests.test_images import SECRET, add_metadata, encode
 from tests.test_verify import change, edit_table
@@ -33,10 +34,11 @@ class Payload:
 
 
 def member(
-    name: str, data: bytes = b"x", kind: bytes = tarfile.REGTYPE, link: str = ""
+    name: str, data: bytes = b"x", kind: bytes = tarfile.REGTYPE, link: str = "", **pax: str
 ) -> tuple[tarfile.TarInfo, bytes]:
     info = tarfile.TarInfo(name)
     info.size, info.type, info.linkname = len(data) if kind == tarfile.REGTYPE else 0, kind, link
+    info.pax_headers = pax
     return info, data
 
 
@@ -56,6 +58,8 @@ LABEL = json.dumps({"labels": {"Edema": 1}}).encode()
         [member("a.jpg", pickle.dumps(Payload())), member("a.json", LABEL)],
         [member("a.jpg.gz", b"\x1f\x8b"), member("a.json", LABEL)],
         [member("a.json", b"[" * 100_000)],
+        [member("a.jpg", comment="x" * 70_000)],
+        [member("a/" * 3000 + "x.jpg")],
         [member("a.json", b'{"labels": {"Edema": 1e999}}')],
     ],
 )
@@ -177,6 +181,27 @@ def test_arrow_tables_that_are_none_are_named(shards: tuple[Path, Manifest]) -> 
         split = replace(manifest.split("train"), table_sha256=digest)
         with pytest.raises(DataError, match=rf"^{path}: column crc {message}$"):
             read_table(folder, split)
+
+
+def test_what_else_a_folder_may_say_is_named(shards: tuple[Path, Manifest]) -> None:
+    folder, manifest = shards
+    split = manifest.split("train")
+    table = read_table(folder, split)
+    for kind in (pa.string(), pa.int32()):
+        digest = write_table(folder / split.table, table.append_column("member", pa.nulls(len(table), kind)))
+        with pytest.raises(DataError, match=r"train.arrow: column member is not string, or has empty cells$"):
+            read_table(folder, replace(split, table_sha256=digest))
+    write_manifest(folder, replace(manifest, options={"encoding": []}))
+    with pytest.raises(DataError, match=r"manifest.json: encoding '\[\]' is unknown$"):
+        verify_shards(folder, deep=False, workers=1)
+
+
+@pytest.mark.parametrize("shape", [(0, 1), (1, 0)])
+def test_a_stored_image_without_pixels_is_damaged(shape: tuple[int, int]) -> None:
+    file = io.BytesIO()
+    np.save(file, np.zeros(shape, np.uint8))
+    with pytest.raises(ValueError, match=r"^an image without pixels$"):
+        decode_stored(file.getvalue(), "raw")
 
 
 def test_a_stored_image_cannot_claim_any_memory() -> None:

@@ -307,3 +307,18 @@ def test_walk_refuses_other_members_and_damage(tmp_path: Path) -> None:
         path.write_bytes(data)
         with pytest.raises(DataError, match=rf"^{re.escape(str(path))}: byte 512: {reason}$"):
             walk(path)
+
+
+def test_tables_of_others_are_not_replaced(chexpert: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "wds"
+    write(folder, "train-%06d.tar", list(make_samples(chexpert, "own", "train")))
+    table = folder / "train.arrow"
+    table.write_text("mine")
+    message = f"^{table}: not written by this command, which would replace it; move it away$"
+    with pytest.raises(DataError, match=message):
+        write_index(folder)
+    assert table.read_text() == "mine"
+    table.unlink()
+    manifest = write_index(folder)
+    (folder / "manifest.json").unlink()  # as if it had been killed before its last step
+    assert write_index(folder) == manifest

@@ -581,6 +581,67 @@ def test_a_limit_too_small_is_named(shards: tuple[Path, Manifest], server: Serve
     assert quick(web(server), tmp_path / "cache", limit + 1).path(shard).stat().st_size == shard.bytes
 
 
+def test_files_of_others_in_the_cache_stay(
+    shards: tuple[Path, Manifest], server: Server, tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    others = {"thesis.pdf.part", "x" * 64, f"{'0' * 64}.part"}
+    for name in others:
+        (cache / name).write_bytes(bytes(5000))
+        os.utime(cache / name, (0, 0))
+    remote = quick(web(server), cache, limit=60_000)
+    remote.mirror()
+    for shard in shards[1].split("train").shards:
+        remote.path(shard)
+    assert others < cached(cache)
+
+
+def endless(handler: Handler, data: bytes) -> None:
+    """As much as is taken, whatever length was announced."""
+    handler.send_response(200)
+    handler.end_headers()
+    while not handler.server.stopped.is_set():
+        handler.wfile.write(bytes(2**16))
+
+
+def test_a_server_that_never_ends_fills_neither_disk_nor_memory(
+    shards: tuple[Path, Manifest], server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "MANIFEST_BYTES", 10**6)
+    near = quick(web(server), tmp_path / "cache", limit=10**7)
+    shard = shards[1].split("train").shards[0]
+    for use, name, most in (
+        (near.mirror, "manifest.json", 10**6),
+        (lambda: near.path(shard), shard.file, shard.bytes),
+    ):
+        server.faults = repeat(endless)
+        with pytest.raises(DataError) as caught:
+            use()
+        said = f"{web(server)}/{name}: more than the {most:,} bytes that it may have; tried 3 times"
+        assert str(caught.value) == said
+    server.faults = iter([serve, endless, endless, endless])
+    with pytest.raises(DataError, match=r"train.arrow: more than the 10,000,000 bytes that it may have; tr"):
+        near.mirror()
+    assert cached(tmp_path / "cache") == set()
+
+
+@pytest.mark.parametrize("fault", [status(503), partial(drip, seconds=20)])
+def test_a_download_that_is_wanted_no_more_ends(server: Server, tmp_path: Path, fault: Fault) -> None:
+    """A trainer that was told to stop has to save before it is killed."""
+    (shard,) = make_files(server.folder, 1, size=10**6)
+    far = Remote(web(server), Cache(tmp_path / "cache", GB), pause=60)
+    server.faults = repeat(fault)
+    stop = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        download = pool.submit(far.path, shard, stop)
+        time.sleep(0.5)
+        stop.set()
+        with pytest.raises(remote.Stopped):
+            download.result(timeout=10)
+    assert cached(tmp_path / "cache") == set()
+
+
 def test_a_lower_limit_holds_from_the_start(
     shards: tuple[Path, Manifest], server: Server, tmp_path: Path
 ) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from pipeline import DataError
 from pipeline.labels import LABELS
+from pipeline.manifest import write_table
 from pipeline.scores import read_frame, read_scores, write_scores
 
 Scores = npt.NDArray[np.float32]
@@ -38,6 +39,16 @@ def test_scores_come_back_by_key_in_any_order(table: pa.Table, scores: Scores, t
     np.testing.assert_array_equal(read_scores(path, table["key"]), scores)
     np.testing.assert_array_equal(read_scores(path, table["key"].slice(7, 3)), scores[7:10])
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+
+
+def test_columns_that_are_there_twice_are_named(table: pa.Table, scores: Scores, tmp_path: Path) -> None:
+    path = tmp_path / "scores-train.arrow"
+    write_scores(path, table, LABELS, scores)
+    whole = pa.ipc.open_file(path).read_all()
+    for name in ("key", "patient"):
+        write_table(path, whole.append_column(name, whole[name]))
+        with pytest.raises(DataError, match=f"^{path}: damaged, or not a file of scores: "):
+            read_frame(path)
 
 
 def test_missing_images_are_counted_and_one_is_named(table: pa.Table, scores: Scores, tmp_path: Path) -> None:

@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,14 @@ CELLS = pa.table(
 )
 def test_an_empty_cell_matches_only_blank_and_not_equal(condition: str, rows: list[int]) -> None:
     assert select_rows(CELLS, [condition]).tolist() == rows
+
+
+@pytest.mark.parametrize("kind", [pa.float32(), pa.bool_(), pa.list_(pa.int8())])
+def test_columns_of_other_kinds_have_no_conditions(kind: pa.DataType) -> None:
+    table = CELLS.append_column("bmi", pa.nulls(3, kind))
+    message = f"condition 'bmi=1': bmi is {kind}; only texts and whole numbers are compared"
+    with pytest.raises(DataError, match=f"^{re.escape(message)}$"):
+        select_rows(table, ["bmi=1"])
 
 
 def test_a_table_of_shards_has_more_columns(shards: tuple[Path, Manifest]) -> None:

@@ -10,13 +10,15 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
+import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
+from model.losses import positive_weights
 from pipeline.labels import LABELS, make_targets, parse_uncertain_policy, read_labels
 from pipeline.manifest import Manifest
 from pipeline.plots import draw_groups, draw_report
-from pipeline.stats import count_cooccurrence, count_groups, count_labels, load_table
+from pipeline.stats import count_cooccurrence, count_groups, count_labels, count_targets, load_table
 from tests.conftest import run_pipeline
 
 # shared by everyone who has the set: positive/uncertain/negative/blank, all rows and frontal rows
@@ -190,6 +192,18 @@ def test_comparison_of_two_splits(shards: tuple[Path, Manifest], chexpert: Path)
 def test_sections_as_csv(chexpert: Path, option: list[str], columns: str, lines: int) -> None:
     text = run(chexpert, *option, "--format", "csv").stdout.splitlines()
     assert (text[0], len(text) - 1) == (columns, lines)
+
+
+@pytest.mark.parametrize("uncertain", ["best", "smooth-zeros", "ignore"])
+def test_weights_of_positives_are_those_of_training(chexpert: Path, uncertain: str) -> None:
+    table = read_labels(chexpert / "train.csv")
+    policy = parse_uncertain_policy(uncertain)
+    shown = count_targets(count_labels(table), policy, "zeros")["labels"]
+    target, mask = map(torch.from_numpy, make_targets(table, policy, "zeros", seed=0))
+    weights = positive_weights(target, mask).tolist()
+    for label, weight in zip(LABELS, weights, strict=True):
+        expected = shown[label]["pos_weight"]
+        assert expected is None or weight == pytest.approx(min(expected, 20), rel=0.1)
 
 
 def test_plots_show_the_numbers(chexpert: Path, tmp_path: Path) -> None:

@@ -335,6 +335,13 @@ def test_missing_and_truncated_shards_are_found_before_the_first_batch(shards: S
         open_split(folder, manifest, "train")
 
 
+def test_a_bad_image_that_is_drawn_often_is_one(shards: Shards, split: OpenSplit, labels: Labels) -> None:
+    flip_bit(shards[0], split, 5)
+    weights = np.where(np.arange(len(split.shard)) == 5, 100.0, 0.01)
+    drawn = np.concatenate([batch.step.rows for batch in training(split, labels, weights=weights, max_bad=1)])
+    assert (drawn == 5).sum() > 10
+
+
 def test_an_abandoned_stream_ends_its_threads(split: OpenSplit, labels: Labels) -> None:
     iterator = iter(stream_training(split, labels, size=32, batch_size=2, seed=0, epoch=0, threads=2))
     next(iterator)
