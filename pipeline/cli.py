@@ -82,7 +82,9 @@ class Size(click.ParamType[int | None]):
         """The number; None for `original`."""
         if value is None or value == "original":
             return None
-        return click.IntRange(min=16).convert(value, param, context)
+        if not str(value).isdecimal() or int(value) < 16:
+            self.fail(f"'{value}' is neither a number of pixels, 16 or more, nor original", param, context)
+        return int(value)
 
 
 class Location(click.ParamType[Path]):
@@ -184,6 +186,10 @@ def shards(
     from pipeline.shards import Options, write_shards
     from pipeline.source import find_source
 
+    if str(out).startswith(("http:", "https:")):
+        raise click.UsageError(
+            f"{out}: a web server is only read from; write to a folder or s3://bucket/prefix"
+        )
     if options["size"] is None and options["square"] != "no":
         raise click.UsageError("--square needs a --size")
     for number, (name, _) in enumerate(splits):

@@ -53,6 +53,11 @@ def test_help_has_an_example_and_does_not_import_torch() -> None:
         ),
         (["{chexpert}", "out", "--max-pixels", "10"], 1, "80×64 is more than 10 pixels (--max-pixels)"),
         (["{chexpert}/train.csv", "out"], 2, "train.csv' is a file"),
+        (
+            ["{chexpert}", "http://host/out"],
+            2,
+            "http://host/out: a web server is only read from; write to a folder",
+        ),
         (["{chexpert}", "out", "--dev", "nan"], 2, "'--dev': nan is not a finite number"),
         (["{chexpert}", "out", "--max-bad", "nan"], 2, "'--max-bad': nan is not a finite number"),
         (["{chexpert}", "out", "--split", "a=b", "--split", "a=c"], 2, "--split a is there twice; one CSV"),
@@ -169,7 +174,8 @@ def test_original_size_and_own_csvs_reach_the_library(chexpert: Path, tmp_path: 
     [
         (["--size", "original", "--square", "pad"], "Error: --square needs a --size"),
         (["--split", "train"], "'train' is not like train=foo.csv (dev comes out of train by --dev)"),
-        (["--size", "8"], "8 is not in the range x>=16."),
+        (["--size", "8"], "'8' is neither a number of pixels, 16 or more, nor original"),
+        (["--size", "small"], "'small' is neither a number of pixels, 16 or more, nor original"),
     ],
 )
 def test_options_that_make_no_sense_are_usage_errors(
