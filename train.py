@@ -88,6 +88,7 @@ from model.run import (
     view_tensors,
 )
 from model.scoring import (
+    CALIBRATION,
     evaluate,
     find_scores,
     finish_run,
@@ -455,6 +456,7 @@ def evaluate_state(job: Job, state: TrainState, dev: Selected, steps: int, log: 
     if job.ranks.is_first:
         if is_best or job.config.keep == "last":
             save_best(job, state.ema.state_dict(), epoch, score)
+            (job.run / CALIBRATION).unlink(missing_ok=True)  # of the weights before
         # Rewritten from the checkpoint's own history, so that steps run again are not listed twice.
         lines = "".join(json.dumps(line) + "\n" for line in state.history)
         write_atomically(job.run / "metrics.jsonl", lines.encode())

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from model.augment import normalize
 from model.losses import label_scores
+from pipeline import DataError
 
 
 class InterruptedEvaluationError(Exception):
@@ -27,7 +28,8 @@ def predict_scores(
 ) -> npt.NDArray[np.float32]:
     """Scores [N, L] in [0, 1] of the labels `columns` [L], for batches of uint8 images [B, 1, H, W].
 
-    Behind the images comes what else the network takes; all of it is on the network's device.
+    Behind the images comes what else the network takes; all of it is on the network's device. Raises DataError
+    where a score is not finite.
     """
     network.eval()
     scores = []
@@ -38,4 +40,7 @@ def predict_scores(
         with torch.autocast(images.device.type, precision, enabled=precision != torch.float32):
             logits = network(inputs, *others)
         scores.append(label_scores(logits[:, columns]).cpu())
-    return torch.cat(scores).numpy() if scores else np.empty((0, len(columns)), np.float32)
+    found = torch.cat(scores).numpy() if scores else np.empty((0, len(columns)), np.float32)
+    if not np.isfinite(found).all():
+        raise DataError("the network's scores are not finite; train with a lower --lr, or --amp off")
+    return found

@@ -179,7 +179,7 @@ def choose_device(amp: str) -> tuple[torch.device, torch.dtype]:
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if amp == "auto" and device.type == "cuda":
-        amp = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     if amp == "fp16" and device.type == "cpu":
         raise DataError("--amp fp16 needs a GPU; use bf16 or off on this machine")
     return device, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp, torch.float32)
@@ -230,6 +230,12 @@ def check_config(config: Config, ranks: Ranks) -> None:
     """Raise UsageError for options that contradict each other, or do not go with so many ranks."""
     if config.loss == "aucm" and (config.pos_weight or three_class_columns(config)):
         raise click.UsageError("--loss aucm goes neither with --pos-weight nor with the policy multiclass")
+    if config.loss == "aucm" and config.accumulate > 1:
+        raise click.UsageError("--loss aucm is of a whole batch: it does not go with --accumulate")
+    if config.balance and (config.loss == "aucm" or config.pos_weight):
+        raise click.UsageError(
+            "--balance goes neither with --loss aucm nor with --pos-weight: each corrects alone"
+        )
     parts = config.accumulate * ranks.count
     if config.batch_size % parts or parts > config.batch_size // 2:
         of_ranks = f" on each of {ranks.count} ranks" if ranks.count > 1 else ""
@@ -331,8 +337,10 @@ def follow_by_wandb(job: Job) -> Iterator[None]:
         sync_tensorboard=True,
         save_code=False,
     )
-    yield
-    wandb.finish()  # before the next trial of a sweep begins another
+    try:
+        yield
+    finally:
+        wandb.finish()  # before the next trial of a sweep begins another
 
 
 def result_name(config: Config, shards: Path, split: str) -> str:

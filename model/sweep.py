@@ -317,7 +317,8 @@ def run_trial(
     click.echo(f"Trial {trial.number}: {shown}", err=True)
     try:
         run = sweep.run_folder(point)
-        with locked(run.with_suffix(".lock")):  # one that was paused and lost its trial may still work there
+        # One that was paused and lost its trial may still work there.
+        with locked(run.with_name(f"{run.name}.lock")):
             outcome = train_point(point, run, watch)
     except DataError as error:
         click.echo(f"Trial {trial.number}: failed: {error}", err=True)

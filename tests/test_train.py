@@ -674,6 +674,21 @@ def test_checkpoints_that_do_not_fit_their_run_are_named(
         )
 
 
+def test_scores_that_are_not_finite_are_named(make_job: Callable[..., Job]) -> None:
+    """One step of an absurd rate ruins the weights after the last loss that is looked at."""
+    with pytest.raises(DataError, match=r"^the network's scores are not finite; train with a lower --lr, or"):
+        train.train(make_job("run", lr=1e30, eval_every=1, ema=0.0))
+
+
+def test_thresholds_go_with_the_weights_they_were_chosen_for(make_job: Callable[..., Job]) -> None:
+    job = make_job("run", epochs=1)
+    assert train.train(job) == 0
+    old = job.run / "calibration.json"
+    (job.run / "last.pt").unlink()
+    assert train.train(dataclasses.replace(job, stop=StopAfter(10))) == 143
+    assert not old.exists()
+
+
 def test_the_last_weights_are_kept_where_that_is_asked_for(make_job: Callable[..., Job]) -> None:
     job = make_job("run", keep="last", epochs=1, eval_every=1, lr=1e-2, seed=3)
     assert train.train(job) == 0
@@ -870,6 +885,16 @@ def test_command_line_killed_twice_warned_by_slurm_and_continued_equals_undistur
                 "--ema": "nan",
                 "--max-bad": "nan",
             }.items()
+        ),
+        (
+            ["--shards", "{shards}", "--run", "{run}", "--loss", "aucm", "--accumulate", "2"],
+            2,
+            "Error: --loss aucm is of a whole batch: it does not go with --accumulate",
+        ),
+        (
+            ["--shards", "{shards}", "--run", "{run}", "--balance", "Edema", "--pos-weight"],
+            2,
+            "Error: --balance goes neither with --loss aucm nor with --pos-weight: each corrects alone",
         ),
         (["sweep", "--sweep", "{run}", "--lr", "1e-3 nan"], 2, "'--lr': nan is not a finite number"),
         (["sweep", "--sweep", "{run}", "--lr", "1e-3 -1"], 2, "'--lr': -1.0 is not in the range x>0"),
