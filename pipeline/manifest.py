@@ -199,8 +199,9 @@ def write_table(path: Path, table: pa.Table) -> str:
 def claimed(folder: Path) -> Iterator[None]:
     """Be the only one that writes to a folder on this machine; a process that is killed gives it back.
 
-    What such a process has left half-written is removed. Raises DataError where another one does. (Locks of the
-    kernel: over NFS they hold among machines as far as the server supports them.)
+    What a killed process has left half-written is removed at the beginning, and at the end what one that worked for
+    this one has: a worker of a cluster. Raises DataError where another process writes to it. (Locks of the kernel:
+    over NFS they hold among machines as far as the server supports them.)
     """
     path = folder / ".lock"
     while True:
@@ -217,13 +218,18 @@ def claimed(folder: Path) -> Iterator[None]:
             except FileNotFoundError:
                 continue
             try:
-                for left in folder.iterdir():
-                    if is_temporary(left):
-                        left.unlink(missing_ok=True)
+                _remove_temporaries(folder)
                 yield
             finally:
+                _remove_temporaries(folder)
                 path.unlink(missing_ok=True)
             return
+
+
+def _remove_temporaries(folder: Path) -> None:
+    for path in folder.glob(".*.tmp"):
+        if is_temporary(path):
+            path.unlink(missing_ok=True)
 
 
 def is_temporary(path: Path) -> bool:
