@@ -56,7 +56,7 @@ from model.checkpoint import (
     restore_random_state,
     save_checkpoint,
 )
-from model.evaluation import InterruptedEvaluationError
+from model.evaluation import DivergedError, InterruptedEvaluationError
 from model.export import Scorer, export_scorer
 from model.fusion import FUSIONS
 from model.losses import AUCMarginLoss, MaskedLoss, positive_weights
@@ -334,7 +334,7 @@ def train_steps(
 ) -> None:
     """Run the steps of an epoch up to `end`, or as far as the stop flag lets it.
 
-    Raises DataError, naming the step, for a loss that is not finite.
+    Raises DivergedError, naming the step, for a loss that is not finite.
     """
     config = job.config
     state.network.train()
@@ -425,12 +425,12 @@ def training_inputs(job: Job, batch: Batch | StudyBatch, part: slice) -> tuple[T
 
 
 def check_losses(job: Job, losses: list[Tensor], state: TrainState, epoch: int, step: int) -> None:
-    """Add the losses since the last check to the sum; `step` is the last one's. Raises DataError for nan or inf."""
+    """Add the losses since the last check to the sum; `step` is the last one's. Raises DivergedError for nan or inf."""
     ours = torch.stack(losses).double().cpu().numpy() if losses else np.empty(0)
     for number, value in enumerate(job.ranks.sum(ours).tolist()):
         if not math.isfinite(value):
             bad = step + 1 - len(losses) + number
-            raise DataError(f"the loss is {value} at epoch {epoch + 1}, step {bad}; try a lower --lr")
+            raise DivergedError(f"the loss is {value} at epoch {epoch + 1}, step {bad}; try a lower --lr")
         state.loss_sum += value
     losses.clear()
 
@@ -818,7 +818,12 @@ def sweep_command(
         return make_job(stop, ALONE, **train_command.make_context("train", [*options, *words]).params)
 
     tried = {name: given for name, given in values.items() if given is not None}
-    first = make({name: given[0] for name, given in tried.items()}, folder / "trials" / "unused")
+    unused = folder / "trials" / "unused"
+    point = {name: given[0] for name, given in tried.items()}
+    first = make(point, unused)
+    for name, given in tried.items():  # a value that does not go with the options is refused before any is trained
+        for value in given[1:]:
+            make({**point, name: value}, unused)
     shared = {name: value for name, value in asdict(first.config).items() if name not in tried}
     steps = training_steps(len(open_rows(first, "train").rows), max(values["batch_size"] or ()))
     evaluations = first.config.epochs * max(1, math.ceil(steps / (first.config.eval_every or max(1, steps))))
@@ -839,10 +844,10 @@ def sweep_command(
     done = s.run_sweep(sweep, train_point, stop)
     found = s.list_trials(sweep)
     write_sweep_report(sweep, found)
-    click.echo(
-        f"{folder / 'report.html'}: {sum(trial.state == 'complete' for trial in found)} trials complete"
-    )
-    return 0 if done else stop.code
+    complete, failed = (sum(trial.state == state for trial in found) for state in ("complete", "failed"))
+    diverged = f", {failed} diverged" if failed else ""
+    click.echo(f"{folder / 'report.html'}: {complete} trials complete{diverged}")
+    return stop.code if not done else 1 if failed and not complete else 0
 
 
 def summarise(line: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,10 @@ from model.losses import label_scores
 from pipeline import DataError
 
 
+class DivergedError(DataError):
+    """A loss or a score is not finite: with the same settings it would come to that again."""
+
+
 class InterruptedEvaluationError(Exception):
     """Raised in the middle of an evaluation when a stop was asked for; nothing is lost but its scores."""
 
@@ -28,8 +32,8 @@ def predict_scores(
 ) -> npt.NDArray[np.float32]:
     """Scores [N, L] in [0, 1] of the labels `columns` [L], for batches of uint8 images [B, 1, H, W].
 
-    Behind the images comes what else the network takes; all of it is on the network's device. Raises DataError
-    where a score is not finite.
+    Behind the images comes what else the network takes; all of it is on the network's device. Raises
+    DivergedError where a score is not finite.
     """
     network.eval()
     scores = []
@@ -42,5 +46,5 @@ def predict_scores(
         scores.append(label_scores(logits[:, columns]).cpu())
     found = torch.cat(scores).numpy() if scores else np.empty((0, len(columns)), np.float32)
     if not np.isfinite(found).all():
-        raise DataError("the network's scores are not finite; train with a lower --lr, or --amp off")
+        raise DivergedError("the network's scores are not finite; train with a lower --lr, or --amp off")
     return found

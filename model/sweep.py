@@ -4,8 +4,8 @@ In: the values, and a function that trains one point of them. Out: run folders b
 report.html. What is to be done, and who does it, is in Optuna's storage: SQLite in the folder, or a database that
 several machines reach. Every process follows the same three rules, which need no other agreement:
 
-1.  A point without a trial that lives (waits, runs, is finished, or failed by itself) gets one that waits. So a
-    trial whose process died, or was stopped, is done again; in the run folder of its point it continues exactly.
+1.  A point without a trial that lives (waits, runs, is finished, or has diverged) gets one that waits. So a trial
+    whose process died, was stopped or met an error is done again; in its point's run folder it continues exactly.
 2.  A waiting trial is claimed by a change of its state, which the storage lets only one process make. A process
     that is not heard of for `grace` seconds loses its trial.
 3.  Of two trials of one point, which rule 1 may make when processes start at once, the later one is dropped.
@@ -30,6 +30,7 @@ import optuna
 import sqlalchemy
 from optuna.trial import FrozenTrial, TrialState
 
+from model.evaluation import DivergedError
 from pipeline import DataError
 
 Point = dict[str, Any]  # parameter → value
@@ -106,17 +107,23 @@ def run_sweep(
     """Train points until all are done, by whichever process; returns False where a stop was asked for.
 
     `train_point` trains one in a run folder, shows its evaluations to `watch`, and returns None where it was
-    stopped. Raises DataError where the folder holds a sweep under other options, or the storage is unusable.
+    stopped; that it raises DivergedError is the trial's outcome. Raises what else it raises, and DataError where the
+    folder holds a sweep under other options, or the storage is unusable.
     """
     said = False
+    ours: ValueError | None = None
     with open_study(sweep) as (study, storage), accept_experiments():
         check_options(sweep, study)
         claimed = 0
 
         def objective(trial: optuna.Trial) -> float:
-            nonlocal claimed
+            nonlocal claimed, ours
             claimed = trial.number
-            return run_trial(sweep, study, trial, train_point)
+            try:
+                return run_trial(sweep, study, trial, train_point, should_stop)
+            except ValueError as error:
+                ours = error
+                raise
 
         while not should_stop():
             optuna.storages.fail_stale_trials(study)
@@ -125,9 +132,9 @@ def run_sweep(
             beat_for_waiting(study, storage)
             if any(trial.state == TrialState.WAITING for trial in trials) or count_free(sweep, trials) > 0:
                 try:
-                    study.optimize(objective, n_trials=1, catch=(Dropped, Stopped, DataError))
-                except (ValueError, optuna.exceptions.UpdateFinishedTrialError):
-                    if study.get_trials(deepcopy=False)[claimed].state == TrialState.RUNNING:
+                    study.optimize(objective, n_trials=1, catch=(Dropped, Stopped, DivergedError))
+                except (ValueError, optuna.exceptions.UpdateFinishedTrialError) as error:
+                    if error is ours or study.get_trials(deepcopy=False)[claimed].state == TrialState.RUNNING:
                         raise
                     click.echo(
                         f"Trial {claimed}: another process took it while this one was paused", err=True
@@ -209,11 +216,21 @@ def check_options(sweep: Sweep, study: optuna.Study) -> None:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Alone among the processes that lock this file on this machine; one that is killed gives it back."""
+def locked(path: Path, should_stop: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    """Alone among the processes that lock this file on this machine; one that is killed gives it back.
+
+    Raises Stopped where a stop is asked for while another process has it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if should_stop():
+                    raise Stopped from None
+                time.sleep(POLL / 10)
         yield
 
 
@@ -268,7 +285,7 @@ def grid_points(sweep: Sweep) -> list[Point]:
 
 
 def is_alive(trial: FrozenTrial) -> bool:
-    """Whether a trial waits, runs or is finished; one that failed by itself would only fail again."""
+    """Whether a trial waits, runs or is finished; one that has diverged would only do so again."""
     return trial.state in ALIVE or "error" in trial.user_attrs
 
 
@@ -282,10 +299,11 @@ def run_trial(
     study: optuna.Study,
     trial: optuna.Trial,
     train_point: Callable[[Point, Path, Watch], Outcome | None],
+    should_stop: Callable[[], bool],
 ) -> float:
     """Train the point of a trial that this process has claimed; returns dev's macro AUROC.
 
-    Raises Dropped, Stopped, TrialPruned, and DataError where training fails.
+    Raises Dropped, Stopped, TrialPruned, and what `train_point` does.
     """
     point = trial.user_attrs.get("point")
     others = [other for other in study.get_trials(deepcopy=False) if other.number < trial.number]
@@ -318,9 +336,9 @@ def run_trial(
     try:
         run = sweep.run_folder(point)
         # One that was paused and lost its trial may still work there.
-        with locked(run.with_name(f"{run.name}.lock")):
+        with locked(run.with_name(f"{run.name}.lock"), should_stop):
             outcome = train_point(point, run, watch)
-    except DataError as error:
+    except DivergedError as error:
         click.echo(f"Trial {trial.number}: failed: {error}", err=True)
         trial.set_user_attr("error", str(error))
         raise

@@ -19,6 +19,7 @@ import optuna
 import pytest
 
 import train
+from model.evaluation import DivergedError
 from model.sweep import (
     Outcome,
     Point,
@@ -28,6 +29,7 @@ from model.sweep import (
     grid_points,
     importances,
     list_trials,
+    locked,
     open_study,
     queue_points,
     run_sweep,
@@ -107,7 +109,7 @@ def test_values_can_be_added_and_other_options_are_refused(tmp_path: Path) -> No
     )
 
 
-def test_a_stopped_trial_is_done_again_and_a_failed_one_is_not(tmp_path: Path) -> None:
+def test_a_stopped_trial_is_done_again_and_a_diverged_one_is_not(tmp_path: Path) -> None:
     sweep = make_sweep(tmp_path / "sweep")
     calls: list[Point] = []
 
@@ -116,7 +118,7 @@ def test_a_stopped_trial_is_done_again_and_a_failed_one_is_not(tmp_path: Path) -
         if len(calls) == 3:
             return None
         if point["lr"] == 1e-2:
-            raise DataError("the loss is nan")
+            raise DivergedError("the loss is nan")
         return train_point(point, run, watch)
 
     assert not run_sweep(sweep, stop_and_fail, lambda: len(calls) == 3)
@@ -128,6 +130,29 @@ def test_a_stopped_trial_is_done_again_and_a_failed_one_is_not(tmp_path: Path) -
         point: "failed" if point[0] == 1e-2 else "complete" for point in itertools.product(LR, WD)
     }
     assert len(trials) == 6
+
+
+@pytest.mark.parametrize("error", [DataError("the disk is full"), ValueError("a defect")])
+def test_an_error_ends_the_sweep_and_its_trial_is_done_again(tmp_path: Path, error: Exception) -> None:
+    sweep = make_sweep(tmp_path / "sweep")
+
+    def fail(point: Point, run: Path, watch: Watch) -> Outcome:
+        raise error
+
+    with pytest.raises(type(error), match=str(error)):
+        run_sweep(sweep, fail, never)
+    assert run_sweep(sweep, train_point, never)
+    assert [trial.state for trial in list_trials(sweep)] == ["complete"] * 6
+
+
+def test_a_stop_ends_waiting_for_a_run_that_another_process_has(tmp_path: Path) -> None:
+    sweep = make_sweep(tmp_path / "sweep")
+    asked = iter([False, True])
+    first = sweep.run_folder(grid_points(sweep)[0])
+    with locked(first.with_name(f"{first.name}.lock")):
+        assert not run_sweep(sweep, train_point, lambda: next(asked, True))
+    assert not first.exists()
+    assert run_sweep(sweep, train_point, never)
 
 
 def test_the_median_prunes_what_lags_behind(tmp_path: Path) -> None:
@@ -307,6 +332,19 @@ def test_trials_are_the_runs_that_train_makes(
         command("sweep", "--sweep", sweep, "--lr", "1e-3 1e-2", *given[:4], "--seed", 3)
 
 
+def test_a_sweep_whose_trials_all_diverge_has_failed(
+    command: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep = tmp_path / "sweep"
+    given = ("--sweep", sweep, "--lr", "1e30", "--arch", "rescnn", "--batch-size", 16)
+    assert command("sweep", *given) == 1
+    shown = capsys.readouterr()
+    assert shown.out == f"{sweep / 'report.html'}: 0 trials complete, 1 diverged\n"
+    assert "Trial 0: failed: the " in shown.err
+    assert command("sweep", *given) == 1  # and is not tried again
+    assert "Trial 0" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -317,6 +355,7 @@ def test_trials_are_the_runs_that_train_makes(
         (["--trials", "3"], "--trials needs --sampler tpe: a grid has as many as combinations"),
         (["--lr", "-1"], "-1.0 is not in the range x>0."),
         (["--nonsense", "3"], "No such option '--nonsense'."),
+        (["--batch-size", "16 15", "--accumulate", "2"], "--batch-size 15 for --accumulate 2: the parts must"),
     ],
 )
 def test_bad_options_are_usage_errors(
