@@ -122,14 +122,18 @@ class AUCMarginLoss(nn.Module):
     def forward(self, logits: Tensor, target: Tensor, mask: Tensor) -> Tensor:
         """The loss of logits [B, L or more], target and mask [B, L]; updates the running means.
 
-        In float32 whatever the logits' precision. 0 where no label counts.
+        In float32 whatever the logits' precision. 0 where no label counts. Of several ranks each gives a loss for its
+        slice: weighted by the slices' cells they add up to the batch's.
         """
         scores = label_scores(logits[:, : target.shape[1]])
         positive, negative = target * mask, (1 - target) * mask
         with torch.no_grad():
-            batch = torch.stack([positive * scores, positive, negative * scores, negative]).sum(dim=1)
+            parts = torch.stack([positive * scores, positive, negative * scores, negative])
+            batch = parts.sum(dim=1, dtype=torch.float64)  # so that how images are shared out does not show
             if dist.is_initialized():  # the means are those of all ranks' images
                 dist.all_reduce(batch)
+            batch = batch.float()
+            of_label = batch[1] + batch[3]  # cells, of all ranks
             self.met.mul_(MEMORY).add_(batch.view(2, 2, -1))
             number = self.met[:, 1]
             a, b = self.met[:, 0] / torch.where(number > 0, number, 1)
@@ -137,6 +141,8 @@ class AUCMarginLoss(nn.Module):
         p, q = self.share, 1 - self.share
         cells = q * positive * ((scores - a) ** 2 - 2 * alpha * scores)
         cells = cells + p * negative * ((scores - b) ** 2 + 2 * alpha * scores)
-        losses = cells.sum(dim=0) / mask.sum(dim=0).clamp(min=1) + p * q * alpha * (2 * self.margin - alpha)
+        cells = cells + mask * (p * q * alpha * (2 * self.margin - alpha))
+        losses = cells.sum(dim=0) / of_label.clamp(min=1)
         counts = (number > 0).all(dim=0)
-        return torch.where(counts, losses, 0).sum() / counts.sum().clamp(min=1)
+        loss = torch.where(counts, losses, 0).sum() / counts.sum().clamp(min=1)
+        return loss * (of_label.sum() / mask.sum().clamp(min=1))

@@ -23,13 +23,18 @@ GRADIENTS = 3  # steps whose gradients are kept
 
 
 def build_frozen(*arguments: object) -> nn.Module:
-    """The network with BatchNorm's statistics as they are at the start, which are the same for any slice."""
+    """The network with BatchNorm's statistics as they are at the start, which are the same for any slice.
+
+    In double precision: the rounding of single precision, which depends on a slice's size, Adam magnifies to the
+    whole learning rate where a gradient is nearly zero.
+    """
     network = build_network(*arguments)  # type: ignore[arg-type]
     for parent in list(network.modules()):
         for name, child in parent.named_children():
             if isinstance(child, nn.BatchNorm2d):
                 setattr(parent, name, FrozenBatchNorm2d(child.num_features))
-    return network
+    network.register_forward_pre_hook(lambda _, inputs: (inputs[0].double(),))
+    return network.double()
 
 
 def run_steps(job: Job) -> int:

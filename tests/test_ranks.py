@@ -41,12 +41,13 @@ def finish(process: "subprocess.Popen[str]", seconds: float = 120) -> tuple[int,
     return process.returncode, said
 
 
+@pytest.mark.parametrize("loss", ["bce", "aucm"])
 def test_any_number_of_ranks_sees_the_same_batches_and_learns_the_same(
-    sample_shards: tuple[Path, Manifest], tmp_path: Path
+    sample_shards: tuple[Path, Manifest], tmp_path: Path, loss: str
 ) -> None:
     """1 × 64, 2 × 32 and 4 × 16 images, 20 steps; a mask with holes, so that ranks have unequal cells."""
     options = [*OPTIONS, "--shards", sample_shards[0], "--run", "unused", "--batch-size", 64]
-    options += ["--blank", "ignore", "--lr", 1e-3, "--augment", "crop"]
+    options += ["--blank", "ignore", "--lr", 1e-3, "--augment", "crop", "--loss", loss]
     found = {}
     for ranks in (0, 2, 4):
         out = tmp_path / str(ranks)
