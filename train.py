@@ -50,6 +50,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from model.augment import AUGMENTATIONS, augment, normalize
 from model.checkpoint import (
+    CheckpointError,
     load_checkpoint,
     random_state,
     refused,
@@ -138,6 +139,7 @@ class TrainState:
     ema: nn.Module  # the averaged weights, which are evaluated
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
+    precision: str  # of autocast, to which `--amp auto` comes on this device
     forward: Callable[
         [Tensor], Tensor
     ]  # the network, which averages gradients over ranks and may be compiled
@@ -154,11 +156,17 @@ class TrainState:
         """Write the checkpoint."""
         modules = {name: getattr(self, name).state_dict() for name in self.MODULES}
         values = {name: getattr(self, name) for name in self.VALUES}
-        save_checkpoint(path, modules | values | {"random": random_state()})
+        save_checkpoint(path, modules | values | {"random": random_state(), "precision": self.precision})
 
     def restore(self, path: Path, ranks: Ranks) -> None:
-        """Read the checkpoint. Raises CheckpointError where it is damaged, or another run's."""
+        """Read the checkpoint. Raises CheckpointError where it is damaged, another run's, or of another precision."""
         saved = load_checkpoint(path, ranks)
+        before = saved.get("precision", self.precision)  # version 0.1 did not say
+        if before != self.precision:
+            how = "continue on such a device as before, or choose another --run"
+            raise CheckpointError(
+                f"{path}: trained in {before}, --amp is {self.precision} on this device: {how}"
+            )
         with refused(path):
             for name in self.MODULES:
                 getattr(self, name).load_state_dict(saved[name])
@@ -186,10 +194,12 @@ def train(job: Job, watch: Callable[[list[dict[str, Any]]], None] = lambda histo
     labels = training_labels(job, train)
     weights = None if config.balance is None else draw_weights(config.balance, labels, train.rows)
     state = start_state(job, labels, train.rows)
-    if job.ranks.is_first:
-        open_run(run, config)  # only now: a run that cannot start leaves no folder
+    if not job.ranks.is_first:
+        return train_epochs(job, state, (train, dev), labels, weights, watch)
+    run.mkdir(parents=True, exist_ok=True)  # only now: a run that cannot start leaves no folder
+    with claimed(run):
+        open_run(run, config)
         record_environment(job)
-    with claimed(run) if job.ranks.is_first else contextlib.nullcontext():
         return train_epochs(job, state, (train, dev), labels, weights, watch)
 
 
@@ -204,9 +214,8 @@ def train_epochs(
     """Restore what there is, train on the first of the selected to the end, and evaluate; returns the exit code."""
     config, run, (train, dev) = job.config, job.run, selected
     steps = training_steps(len(train.rows), config.batch_size)
-    precision = str(job.precision).removeprefix("torch.")
     together = f", {job.ranks.count} ranks" if job.ranks.joined else ""
-    click.echo(f"{config.arch} on {job.device.type}, {precision}{together}", err=True)
+    click.echo(f"{config.arch} on {job.device.type}, {state.precision}{together}", err=True)
     total, every = config.epochs * steps, config.eval_every or steps
     if job.ranks.gather((run / "last.pt").exists())[0, 0]:
         state.restore(run / "last.pt", job.ranks)
@@ -506,6 +515,7 @@ def start_state(job: Job, labels: Labels, rows: Rows) -> TrainState:
         ema,
         build_optimizer(network, config.lr, config.weight_decay),
         torch.amp.GradScaler(job.device.type, enabled=job.precision == torch.float16),
+        str(job.precision).removeprefix("torch."),
         torch.compile(forward) if config.compile else forward,
     )
 
@@ -821,7 +831,8 @@ def sweep_command(
     unused = folder / "trials" / "unused"
     point = {name: given[0] for name, given in tried.items()}
     first = make(point, unused)
-    for name, given in tried.items():  # a value that does not go with the options is refused before any is trained
+    # A value that does not go with the options is refused before any point is trained.
+    for name, given in tried.items():
         for value in given[1:]:
             make({**point, name: value}, unused)
     shared = {name: value for name, value in asdict(first.config).items() if name not in tried}

@@ -15,6 +15,7 @@ import pyarrow as pa
 from model.assessment import Scored
 from model.bootstrap import difference_interval, interval, resample_areas, resampled_mean
 from model.metrics import Floats, averaged_labels, mean_of, report_auroc
+from pipeline import DataError
 
 STUDY = ["patient", "study"]
 
@@ -56,11 +57,13 @@ def compare_methods(
 
     For all studies and for those of each group of `views`: how many there are, and for each method its AUROC in the
     mean and by label, the mean's interval, and the differences of the first method less it. The mean is over the labels
-    with 10 positives or more, where there are any.
+    with 10 positives or more, where there are any. Raises DataError where they have no study in common.
     """
     index = pd.MultiIndex.from_arrays([studies.patient, studies.study], names=STUDY)
     found = {other: frame.reindex(index)[list(names)].to_numpy() for other, frame in others.items()}
     common = np.all([~np.isnan(scores).any(axis=1) for scores in found.values()], axis=0)
+    if not common.any():
+        raise DataError(f"{name}: none of its studies is scored by all of {', '.join(found)}")
     methods = {name: studies.scores, **found}
     groups = {"all": common}
     of_study = views.reindex(index).to_numpy()

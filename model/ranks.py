@@ -28,6 +28,9 @@ from pipeline.console import count_cpus
 TIMEOUT = timedelta(minutes=5)
 
 
+TORCHRUN = ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what it says to a rank, beside RANK
+
+
 class LostRankError(DataError):
     """The connection to another rank was lost."""
 
@@ -102,11 +105,17 @@ def share_of_cores() -> int:
 def join_ranks() -> Iterator[Ranks]:
     """Join the ranks that torchrun has started, if it has; all but the first are silent but for errors.
 
-    Raises DataError where there are fewer GPUs than ranks on this machine, LostRankError where a rank is lost.
+    Raises DataError where there are fewer GPUs than ranks on this machine, and where not torchrun but something else
+    has set RANK; LostRankError where a rank is lost.
     """
     if "RANK" not in os.environ:
         yield ALONE
         return
+    missing = [name for name in TORCHRUN if name not in os.environ]
+    if missing:
+        raise DataError(
+            f"RANK is in the environment and {missing[0]} is not: start with torchrun, or unset RANK"
+        )
     local = int(os.environ["LOCAL_RANK"])
     if torch.cuda.is_available():
         if local >= torch.cuda.device_count():

@@ -154,15 +154,21 @@ def agree(job: Job, *values: float) -> npt.NDArray[np.float64]:
     return sums
 
 
+def open_images(job: Job, name: str) -> tuple[OpenSplit, Rows]:
+    """A split and the rows of the images that the run's conditions leave of it."""
+    config = job.config
+    split = open_split(job.shards, job.manifest, name, job.remote)
+    limit = config.limit if name == "train" else None
+    return split, select_rows(split.table, config.where, config.views, limit)
+
+
 def open_rows(job: Job, name: str) -> Selected:
-    """A split and the rows that the run's conditions leave of it; `limit` is for train alone.
+    """A split and the samples that the run's conditions leave of it; `limit` is for train alone.
 
     Raises DataError where the images of a study have different labels and the run learns studies.
     """
     config = job.config
-    split = open_split(job.shards, job.manifest, name, job.remote)
-    limit = config.limit if name == "train" else None
-    rows = select_rows(split.table, config.where, config.views, limit)
+    split, rows = open_images(job, name)
     studies = None if config.fusion is None else find_studies(split, rows)
     if studies is not None and studies.left_out and job.ranks.is_first:
         click.echo(
@@ -361,6 +367,22 @@ def describe_code() -> str:
 def write_json(path: Path, document: Mapping[str, Any]) -> None:
     """Write a JSON file atomically."""
     write_atomically(path, (json.dumps(document, indent=1) + "\n").encode())
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """What `write_json` wrote. Raises DataError, naming the file, where it is damaged."""
+    return parse_object(path, path.read_bytes())
+
+
+def parse_object(path: Path, text: bytes) -> dict[str, Any]:
+    """A JSON object of a file. Raises DataError, naming that, for anything else."""
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: damaged: {error}") from None
+    if not isinstance(document, dict):
+        raise DataError(f"{path}: damaged: not an object")
+    return document
 
 
 def save_best(job: Job, weights: Mapping[str, Tensor], epoch: float, score: float) -> None:

@@ -1,7 +1,6 @@
 """A trained run → scores and evaluation of a split, or of image files."""
 
 import contextlib
-import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -35,8 +34,11 @@ from model.run import (
     choose_device,
     learnt_columns,
     load_best,
+    open_images,
     open_rows,
+    parse_object,
     read_config,
+    read_object,
     result_name,
     to_device,
     view_tensors,
@@ -46,7 +48,7 @@ from pipeline import DataError
 from pipeline.console import Advance, progress_bar
 from pipeline.images import Gray, ImageError, ImageOptions, decode_stored, prepare, resize
 from pipeline.labels import check_blank_policy, evaluation_targets
-from pipeline.manifest import write_atomically
+from pipeline.manifest import count_rows, write_atomically
 from pipeline.plan import plan_evaluation
 from pipeline.scores import read_frame, read_scores, write_scores
 from pipeline.stream import Batch, Labels, open_split, stream_evaluation
@@ -71,10 +73,10 @@ def finish_run(job: Job) -> None:
     print_evaluations(evaluations)
     config = asdict(job.config)
     write_report(job, "report.html", results)
-    data = {
-        name: {"samples": split.samples, "studies": split.studies, "patients": split.patients}
-        for name, split in job.manifest.splits.items()
-    }
+    data = {}
+    for name in job.manifest.splits:
+        split, rows = open_images(job, name)
+        data[name] = count_rows(split.table.take(rows))
     card = render_model_card(job.run.name, config, data, evaluations)
     write_atomically(job.run / "model-card.md", card.encode())
     click.echo(f"{job.run / 'report.html'}: the same with curves, intervals and subgroups")
@@ -99,7 +101,7 @@ def evaluate(
     result = result_name(config, job.shards, name)
     write_scores(run / f"scores-{result}.arrow", table, config.labels, scored.scores)
     chosen = {"sensitivity": sensitivity, "combine": combine}
-    calibration = json.loads((run / CALIBRATION).read_bytes()) if (run / CALIBRATION).exists() else {}
+    calibration = read_object(run / CALIBRATION) if (run / CALIBRATION).exists() else {}
     if not chosen.items() <= calibration.items():
         if result != name:  # whose dev may hold patients of the run's train
             raise DataError(
@@ -150,8 +152,8 @@ def write_report(job: Job, file: str, results: Mapping[str, tuple[dict[str, Any]
     """Write the page of the splits that `evaluate` gave results for."""
     evaluations = {name: evaluation for name, (evaluation, _) in results.items()}
     images = {name: scored for name, (_, scored) in results.items()}
-    lines = (job.run / "metrics.jsonl").read_text().splitlines()
-    history = [json.loads(line) for line in lines]
+    path = job.run / "metrics.jsonl"
+    history = [parse_object(path, line) for line in path.read_bytes().splitlines()]
     page = render_report(job.run.name, asdict(job.config), history, evaluations, images)
     write_atomically(job.run / file, page.encode())
 
@@ -166,13 +168,13 @@ def measure_run(job: Job) -> dict[str, Any]:
     part = chosen.thin(math.ceil(len(chosen.rows) / TRAIN_SAMPLES))
     scored, _ = score_split(job, network, part, best["pixels"])
     train: Mapping[str, Any] = report_auroc(job.config.labels, *scored[:3])
-    dev = json.loads((job.run / "evaluation-dev.json").read_bytes())
+    dev = read_object(job.run / "evaluation-dev.json")
     mean = "macro" if dev["macro10_auroc"] is None else "macro10"
     figures = {"dev": best["dev_auroc"], "train": train[f"{mean}_auroc"]} | dict.fromkeys(
         ("valid", "low", "high")
     )
     if "valid" in job.manifest.splits:
-        valid = json.loads((job.run / "evaluation-valid.json").read_bytes())
+        valid = read_object(job.run / "evaluation-valid.json")
         limits = valid["intervals"]["auroc"][mean]
         figures |= {"valid": valid[f"{mean}_auroc"], "low": limits["low"], "high": limits["high"]}
     return figures

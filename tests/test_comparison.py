@@ -8,6 +8,7 @@ from sklearn.metrics import roc_auc_score
 
 from model.assessment import Scored
 from model.comparison import combine_views, compare_methods, group_by_views
+from pipeline import DataError
 
 NAMES = ["Edema", "Fracture"]
 STUDIES = 300
@@ -85,6 +86,14 @@ def test_methods_are_compared_on_the_studies_that_all_have(studies: Scored) -> N
             "resamples": 200,
             "excludes_zero": False,
         }
+
+
+def test_methods_without_a_study_in_common_are_named(studies: Scored) -> None:
+    index = pd.MultiIndex.from_arrays([studies.patient, studies.study], names=["patient", "study"])
+    frame = frame_of(studies, studies.scores).set_index(["patient", "study"])
+    others = {"late": frame[:150], "one each": frame[150:]}
+    with pytest.raises(DataError, match=r"^learned: none of its studies is scored by all of late, one each$"):
+        compare_methods(NAMES, studies, "learned", others, pd.Series("frontal alone", index))
 
 
 def test_studies_of_one_class_have_no_figures(studies: Scored) -> None:

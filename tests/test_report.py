@@ -16,6 +16,8 @@ CONFIG = {
     "uncertain": "best",
     "blank": "zeros",
     "where": (),
+    "labels": tuple(NAMES),
+    "keep": "best",
 }
 HISTORY = [
     {"epoch": 0.5, "train_loss": 0.7, "macro_auroc": 0.6, "macro10_auroc": None, "mean5_auroc": None},
@@ -155,7 +157,8 @@ def test_the_page_names_settings_and_what_is_left_out(page: str, evaluation: dic
     text = " ".join(Page(page).text.split())
     assert "For research. Not for clinical use." in text
     settings = dict(re.findall("<dt>(.*?)</dt><dd>(.*?)</dd>", page[page.index('id="settings"') :]))
-    assert settings == {name: str(value or "–") for name, value in CONFIG.items()}
+    expected = CONFIG | {"labels": ", ".join(NAMES)}
+    assert settings == {name: str(value or "–") for name, value in expected.items()}
     macro10 = f"{evaluation['macro10_auroc']:.3f} {limits(evaluation['intervals']['auroc']['macro10'])}"
     assert f"valid, 300 images of 150 patients {macro10} AUROC, macro, ≥ 10 positives" in text
     assert f"In no group: LL {evaluation['subgroups']['projection']['others']['LL']}." in text
@@ -235,7 +238,9 @@ def test_the_model_card_states_data_metrics_and_limits(evaluation: dict[str, Any
     lines = card.splitlines()
     assert lines[0] == "# Model card: runs/first"
     assert "**For research. Not for clinical use.**" in card
+    assert "A network that scores 4 findings on chest" in card
     assert "manifest of sha256 `ab12`" in card
+    assert "The checkpoint is the one with the best macro AUROC on dev." in lines
     assert "| train | 1,200 | 1,100 | 700 |" in lines
     assert "| lr | 0.0001 |" in lines
     label, found = evaluation["labels"]["Edema"], evaluation["intervals"]

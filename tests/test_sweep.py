@@ -355,7 +355,10 @@ def test_a_sweep_whose_trials_all_diverge_has_failed(
         (["--trials", "3"], "--trials needs --sampler tpe: a grid has as many as combinations"),
         (["--lr", "-1"], "-1.0 is not in the range x>0."),
         (["--nonsense", "3"], "No such option '--nonsense'."),
-        (["--batch-size", "16 15", "--accumulate", "2"], "--batch-size 15 for --accumulate 2: the parts must"),
+        (
+            ["--batch-size", "16 15", "--accumulate", "2"],
+            "--batch-size 15 for --accumulate 2: the parts must",
+        ),
     ],
 )
 def test_bad_options_are_usage_errors(

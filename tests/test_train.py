@@ -156,7 +156,8 @@ def assert_same_run(run: Path, other: Path) -> None:
     """Bitwise: weights, averages, optimiser, position, and every number of the metrics."""
     for name in ("last.pt", "best.pt"):
         ours, theirs = load_checkpoint(run / name), load_checkpoint(other / name)
-        assert ours.pop("images", None) == theirs.pop("images", None)
+        for key in ("images", "precision"):  # texts
+            assert ours.pop(key, None) == theirs.pop(key, None)
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
     for name in ("metrics.jsonl", "evaluation-dev.json", "evaluation-valid.json", "scores-valid.arrow"):
         assert (run / name).read_bytes() == (other / name).read_bytes()
@@ -353,6 +354,33 @@ def test_two_processes_do_not_train_one_run(make_job: Callable[..., Job]) -> Non
     with claimed(job.run), pytest.raises(DataError, match=message):
         train.train(job)
     assert not (job.run / "last.pt").exists()
+    shutil.rmtree(job.run)
+    job.run.mkdir()
+    with claimed(job.run), pytest.raises(DataError, match=message):
+        train.train(job)
+    assert not (job.run / "config.json").exists()  # which may be of another configuration
+
+
+def test_a_run_goes_on_in_the_precision_it_began_in(make_job: Callable[..., Job]) -> None:
+    """`--amp auto` is bf16, fp16 or off, as the device can."""
+    job = make_job("run", stop_after=3)
+    assert train.train(job) == 143
+    path = job.run / "last.pt"
+    save_checkpoint(path, load_checkpoint(path) | {"precision": "bfloat16"})
+    message = f"{path}: trained in bfloat16, --amp is float32 on this device: continue on such a device"
+    with pytest.raises(CheckpointError, match=re.escape(message)):
+        train.train(job)
+
+
+def test_a_rank_that_torchrun_did_not_start_is_refused(
+    command: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "0")  # as some schedulers set it
+    with pytest.raises(
+        DataError,
+        match=r"^RANK is in the environment and LOCAL_RANK is not: start with torchrun, or unset RANK$",
+    ):
+        command("train", "--run", tmp_path / "run")
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(
@@ -391,7 +419,7 @@ def test_a_run_learns_and_is_measured_on_what_was_selected(make_job: Callable[..
     assert train.train(job) == 0
     report = json.loads((job.run / "evaluation-valid.json").read_text())
     table = read_table(job.shards, job.manifest.split("valid"))
-    facts = table.select(["key", "sex", "age"]).to_pandas()
+    facts = table.select(["key", "patient", "study", "sex", "age"]).to_pandas()
     chosen = (facts.sex == "Female") & (facts.age >= 40)
     scores = pa.ipc.open_file(job.run / "scores-valid.arrow").read_all()
     assert scores["key"].to_pylist() == facts.key[chosen].tolist()
@@ -402,6 +430,10 @@ def test_a_run_learns_and_is_measured_on_what_was_selected(make_job: Callable[..
     expected = roc_auc_score(target[used, column], scores["Pleural Effusion"].to_numpy()[used[chosen]])
     assert report["labels"]["Pleural Effusion"]["auroc"] == pytest.approx(expected, abs=1e-6)
     assert read_config(job.run) == job.config
+    card = (job.run / "model-card.md").read_text()
+    studies = facts[chosen].drop_duplicates(["patient", "study"]).groupby("patient").size()
+    assert f"| valid | {chosen.sum()} | {studies.sum()} | {len(studies)} |" in card
+    assert "A network that scores 2 findings on chest" in card
 
 
 def test_limit_and_balance_choose_what_an_epoch_draws(make_job: Callable[..., Job]) -> None:
@@ -674,6 +706,18 @@ def test_checkpoints_that_do_not_fit_their_run_are_named(
         )
 
 
+@pytest.mark.parametrize("name", ["calibration.json", "metrics.jsonl"])
+@pytest.mark.parametrize("content", ['{"epoch": 1', "[1]", "[" * 100_000])
+def test_damaged_results_are_named(
+    command: Callable[..., int], make_job: Callable[..., Job], name: str, content: str
+) -> None:
+    job = make_job("run", epochs=1)
+    assert train.train(job) == 0
+    (job.run / name).write_text(content)
+    with pytest.raises(DataError, match=f"^{job.run / name}: damaged: "):
+        command("evaluate", "--run", job.run)
+
+
 def test_scores_that_are_not_finite_are_named(make_job: Callable[..., Job]) -> None:
     """One step of an absurd rate ruins the weights after the last loss that is looked at."""
     with pytest.raises(DataError, match=r"^the network's scores are not finite; train with a lower --lr, or"):
@@ -700,6 +744,7 @@ def test_the_last_weights_are_kept_where_that_is_asked_for(make_job: Callable[..
     assert scores[-1] < max(scores)  # or the test would show nothing
     assert kept["dev_auroc"] == pytest.approx(scores[-1])
     assert all(torch.equal(kept["weights"][name], value) for name, value in ema.items())
+    assert "The checkpoint is the one of the last evaluation." in (job.run / "model-card.md").read_text()
 
 
 def test_predict_gives_the_scores_that_shards_give(
@@ -756,6 +801,9 @@ def test_exported_networks_give_the_same_scores(
     np.testing.assert_allclose(scores, expected, atol=1e-5)
     with pytest.raises(DataError, match=r"model.h5: export writes .onnx or .pt2$"):
         main(["export", "--run", str(job.run), "--out", str(tmp_path / "model.h5")])
+    nowhere = tmp_path / "no" / name
+    with pytest.raises(DataError, match=f"^{nowhere}: "):
+        main(["export", "--run", str(job.run), "--out", str(nowhere)])
 
 
 @pytest.mark.soak
