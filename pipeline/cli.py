@@ -588,24 +588,46 @@ def verify(shards: Path, deep: bool, workers: int) -> None:
 @cli.command(epilog="Example: pipeline index ~/wds --csv ~/CheXpert-v1.0-small/train.csv")
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path, file_okay=False))
 @click.option(
-    "--csv", type=click.Path(path_type=Path), help="A CheXpert CSV.  [default: labels in each json]"
+    "--csv",
+    "csvs",
+    metavar="[SPLIT=]FILE",
+    multiple=True,
+    help="A CheXpert CSV for all, or one per split.  [default: labels in each json]",
 )
 @click.option("--split", metavar="NAME", help="Of all shards.  [default: their names up to the last -]")
-def index(folder: Path, csv: Path | None, split: str | None) -> None:
+@click.option("--workers", default=count_cpus, type=click.IntRange(min=1), show_default="all cores")
+def index(folder: Path, csvs: tuple[str, ...], split: str | None, workers: int) -> None:
     """Write tables and a manifest for WebDataset shards in DIR that other programs made.
 
     The labels are those in each sample's json, in our layout or with the columns of CheXpert's CSV; or those of
-    --csv, joined by the patient, study and view in a sample's key or json. The tars stay as they are.
+    --csv, joined by the patient, study and view in a sample's key or json. Images are JPEGs, PNGs or .npy files of
+    uint8 [height, width], all of one kind, and each is decoded once. The tars stay as they are.
     """
     from pipeline.index import write_index
 
+    csv = _parse_csvs(csvs)
     with progress_bar("Indexing", "shards") as advance:
-        manifest = write_index(folder, csv, split, advance)
+        manifest = write_index(folder, csv, split, workers, advance)
     for name, entry in manifest.splits.items():
         click.echo(
             f"{name:6} {entry.samples:8,} samples {entry.patients:7,} patients {len(entry.shards):4} shards"
         )
     click.echo(f"{folder}: indexed")
+
+
+def _parse_csvs(texts: tuple[str, ...]) -> Path | dict[str, Path] | None:
+    """The CSV of all splits, or those of each: `labels.csv`, or `train=a.csv` and `valid=b.csv`."""
+    csvs: dict[str, Path] = {}
+    for text in texts:
+        match = re.fullmatch(r"([a-z0-9_-]+)=(.+)", text)
+        if match is None and len(texts) == 1:
+            return Path(text)
+        if match is None:
+            raise click.UsageError(f"--csv {text}: with several, each is like train=FILE")
+        if match[1] in csvs:
+            raise click.UsageError(f"--csv {match[1]} is there twice; one CSV makes a split")
+        csvs[match[1]] = Path(match[2])
+    return csvs or None
 
 
 def main() -> None:

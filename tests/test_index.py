@@ -1,4 +1,5 @@
 import csv
+import hashlib
 import io
 import re
 import tarfile
@@ -12,13 +13,14 @@ import webdataset
 from PIL import Image
 
 from pipeline import DataError
+from pipeline.images import resize
 from pipeline.index import write_index
 from pipeline.labels import LABELS, make_targets, parse_uncertain_policy, read_labels
 from pipeline.manifest import read_manifest
 from pipeline.stream import Labels, open_split, stream_evaluation, stream_training
 from pipeline.tar import map_file, walk_tar
 from pipeline.verify import verify_shards
-from tests.conftest import run_pipeline
+from tests.conftest import make_shards, run_pipeline
 
 # webdataset leaves its last shard open until it is collected
 pytestmark = pytest.mark.filterwarnings(
@@ -142,14 +144,22 @@ def test_each_prefix_is_a_split(chexpert: Path, tmp_path: Path) -> None:
         write(folder, f"{split}-%06d.tar", list(make_samples(chexpert, "own", split)))
     manifest = write_index(folder)
     assert {name: split.samples for name, split in manifest.splits.items()} == {"train": 48, "valid": 12}
-    assert manifest.options == {"indexed": True, "labels": "json"}
+    assert manifest.options == {"indexed": True, "labels": "json", "encoding": "jpeg"}
     with pytest.raises(DataError) as caught:
         write_index(folder)
-    assert str(caught.value) == f"{folder}: has a manifest.json already; `pipeline verify` checks it"
+    assert str(caught.value) == (
+        f"{folder}: has a manifest.json already; `pipeline verify {folder}` checks it; to index anew, remove it first"
+    )
 
 
 def first_sample(chexpert: Path) -> Sample:
     return next(make_samples(chexpert, "flat"))
+
+
+def npy(pixels: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, pixels)
+    return file.getvalue()
 
 
 KEY = "patient00001_study1_view1_frontal"
@@ -165,12 +175,21 @@ NO_JPEG = "Could not determine subsampling level of JPEG image"
             {"json": b"{"},
             "its json cannot be read: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)",
         ),
-        ({"jpg": None, "png": b"x"}, "needs one .jpg or .jpeg, but holds .cls, .json, .png"),
-        ({"jpeg": b"x"}, "needs one .jpg or .jpeg, but holds .cls, .jpeg, .jpg, .json"),
+        ({"jpg": None}, "needs one .jpg, .jpeg, .png or .npy, but holds .cls, .json"),
+        ({"jpeg": b"x"}, "needs one .jpg, .jpeg, .png or .npy, but holds .cls, .jpeg, .jpg, .json"),
+        ({"jpg": None, "png": b"x"}, f"{KEY}.png does not decode: the file ends early"),
+        (
+            {"jpg": None, "npy": npy(np.zeros((4, 5), np.float32))},
+            f"{KEY}.npy does not decode: not a .npy file of gray pixels, uint8 [H, W]",
+        ),
         ({"jpg": b"x"}, f"{KEY}.jpg does not decode: tjDecompressHeader3(): {NO_JPEG}"),
         ({"Edema": 2}, "its json holds 2 as Edema"),
         ({"Edema": True}, "its json holds True as Edema"),
-        ({"Edema": None, "Age": "old"}, "its json holds 'old' as age"),
+        (
+            {"Edema": None, "Age": "old"},
+            "its json holds 'old' as age, not a number of up to 3 digits",
+        ),
+        ({"Sex": "\ud800"}, r"its json holds '\ud800' as sex"),
         ({"Frontal/Lateral": "Oblique"}, "its json holds 'oblique' as view"),
         ({"Sex": ...}, "its json lacks sex"),
         ({"Fracture": ...}, "its json lacks Fracture"),
@@ -179,7 +198,7 @@ NO_JPEG = "Could not determine subsampling level of JPEG image"
 def test_unusable_sample_is_named(chexpert: Path, tmp_path: Path, changes: Sample, message: str) -> None:
     sample = first_sample(chexpert)
     for name, value in changes.items():
-        (sample if name in ("jpg", "jpeg", "png", "json") else sample["json"])[name] = value
+        (sample if name in ("jpg", "jpeg", "png", "npy", "json") else sample["json"])[name] = value
     sample["json"] = drop(sample["json"]) if isinstance(sample["json"], dict) else sample["json"]
     folder = tmp_path / "wds"
     write(folder, "train-%06d.tar", [{name: value for name, value in sample.items() if value is not None}])
@@ -197,11 +216,13 @@ def test_unknown_or_unjoinable_sample_is_named(chexpert: Path, tmp_path: Path) -
     sample = first_sample(chexpert)
     path = tmp_path / "wds" / "train-000000.tar"
     fields = "key, Path, url, caption"
+    long = "patient00099_study1234567_view1_frontal"
     for key, message in (
         (
             "patient00099_study1_view1_frontal",
             f"patient00099_study1_view1_frontal is not in {chexpert / 'train.csv'}",
         ),
+        (long, f"{long}: study numbers have up to 6 digits here"),
         ("film1", f"no patientN_studyN_viewN_frontal in its key, nor in {fields} of a json"),
     ):
         write(path.parent, "train-%06d.tar", [{"__key__": key, "jpg": sample["jpg"]}])
@@ -237,7 +258,23 @@ def test_repeats_are_refused(chexpert: Path, tmp_path: Path) -> None:
             {},
             "{folder}/00000.tar: the name tells no split, as train-000000.tar does; give it by --split",
         ),
-        ("00000.tar", {"split": "../x"}, "split '../x' is not a name of letters a to z, digits and _"),
+        ("00000.tar", {"split": "../x"}, "split '../x' is not a name of letters a to z, digits, _ and -"),
+        (
+            "My Data-0.tar",
+            {},
+            "{folder}/My Data-0.tar: 'My Data' is not a split's name of letters a to z, digits, _ and -; "
+            "rename the file, or give all shards one by --split",
+        ),
+        (
+            "train-00000-of-00003.tar",
+            {},
+            "{folder}/train-00001-of-00003.tar: missing; the names of the others say that there are 3",
+        ),
+        (
+            "train-00004-of-00003.tar",
+            {},
+            "{folder}/train-00004-of-00003.tar: there is no such number among 3; rename or remove it",
+        ),
         ("a-0.tar", {}, "{folder}/a-0.tar: the file is empty"),
     ],
 )
@@ -322,3 +359,111 @@ def test_tables_of_others_are_not_replaced(chexpert: Path, tmp_path: Path) -> No
     manifest = write_index(folder)
     (folder / "manifest.json").unlink()  # as if it had been killed before its last step
     assert write_index(folder) == manifest
+
+
+def test_names_that_count_are_one_split(chexpert: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "wds"
+    write(folder, "train-%05d-of-00003.tar", list(make_samples(chexpert, "own")), maxcount=18)
+    manifest = write_index(folder)
+    assert {name: [shard.samples for shard in split.shards] for name, split in manifest.splits.items()} == {
+        "train": [18, 18, 12]
+    }
+
+
+def test_an_unfinished_run_of_shards_is_left_to_it(chexpert: Path, tmp_path: Path) -> None:
+    image = path_of(chexpert, read_rows(chexpert, "valid")[-3])
+    whole = image.read_bytes()
+    image.write_bytes(b"")
+    out = tmp_path / "out"
+    with pytest.raises(DataError, match="images cannot be used"):
+        make_shards(chexpert, out)
+    assert list(out.glob("*.tar"))
+    with pytest.raises(DataError) as caught:
+        write_index(out)
+    assert str(caught.value) == (
+        f"{out}: `pipeline shards` has not finished it; continue with "
+        f"`pipeline shards SOURCE {out}` and the options it had"
+    )
+    image.write_bytes(whole)
+    manifest = make_shards(chexpert, out).manifest
+    assert manifest == make_shards(chexpert, tmp_path / "undisturbed").manifest
+
+
+def test_every_image_of_every_split_is_decoded(chexpert: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "wds"
+    write(folder, "train-%06d.tar", list(make_samples(chexpert, "own")))
+    valid = list(make_samples(chexpert, "own", "valid"))
+    png = io.BytesIO()
+    Image.open(io.BytesIO(valid[7]["jpg"])).save(png, "PNG")
+    valid[7]["jpg"] = png.getvalue()
+    write(folder, "valid-%06d.tar", valid)
+    run = run_pipeline("index", folder, "--workers", 2)
+    key, path = valid[7]["__key__"], folder / "valid-000001.tar"
+    assert run.returncode == 1
+    assert run.stderr.splitlines()[-1] == (
+        f"Error: {path}: sample {key}: {key}.jpg does not decode: tjDecompressHeader3(): {NO_JPEG}"
+    )
+    assert not (folder / "manifest.json").exists()
+
+
+@pytest.mark.parametrize(("encoding", "suffix"), [("png", "png"), ("raw", "npy")])
+def test_other_encodings_stream(chexpert: Path, tmp_path: Path, encoding: str, suffix: str) -> None:
+    folder = tmp_path / "wds"
+    samples, images = list(make_samples(chexpert, "own")), []
+    for sample in samples:
+        image = Image.open(io.BytesIO(sample["jpg"]))
+        images.append(np.asarray(image))
+        png = io.BytesIO()
+        image.save(png, "PNG")
+        sample[suffix] = png.getvalue() if suffix == "png" else npy(images[-1])
+    jpegs = [sample.pop("jpg") for sample in samples]
+    write(folder, "train-%06d.tar", samples, maxcount=20)
+    manifest = write_index(folder)
+    assert manifest.options == {"indexed": True, "labels": "json", "encoding": encoding}
+    split = open_split(folder, manifest, "train")
+    labels = Labels(*make_targets(split.table, parse_uncertain_policy("best"), "zeros", seed=0))
+    for batch in stream_evaluation(split, labels, size=64, batch_size=10):
+        expected = [resize(images[row], 64, 64) for row in batch.step.rows]
+        np.testing.assert_array_equal(batch.images[:, 0], np.array(expected))
+    report = verify_shards(folder, deep=True, workers=1)
+    assert (report.problems, report.warnings) == ({}, [])
+
+    (folder / "manifest.json").unlink()
+    samples[30]["jpg"] = jpegs[30]  # which is its image then
+    write(folder, "train-%06d.tar", samples, maxcount=20)
+    key = samples[30]["__key__"]
+    with pytest.raises(DataError) as caught:
+        write_index(folder)
+    assert str(caught.value) == (
+        f"{folder / 'train-000001.tar'}: sample {key}: {key}.jpg is jpeg, unlike train-000000.tar: "
+        f"{samples[0]['__key__']}.{suffix}; index images of one encoding"
+    )
+
+
+def test_each_split_has_a_csv_of_its_own(chexpert: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "wds"
+    for split in ("train", "valid"):
+        write(folder, f"{split}-%06d.tar", list(make_samples(chexpert, "csv", split)), maxcount=20)
+    csvs = {split: chexpert / f"{split}.csv" for split in ("train", "valid")}
+    train, valid = (f"{split}={path}" for split, path in csvs.items())
+    for options, code, message in (
+        ((train,), 1, f"Error: {folder / 'valid-000000.tar'}: no CSV for valid; add --csv valid=FILE"),
+        (
+            (train, valid, "test=x.csv"),
+            1,
+            "Error: --csv test=x.csv: no shards of test; there are train, valid",
+        ),
+        ((train, train), 2, "Error: --csv train is there twice; one CSV makes a split"),
+        ((train, "x.csv"), 2, "Error: --csv x.csv: with several, each is like train=FILE"),
+    ):
+        run = run_pipeline("index", folder, *(part for csv in options for part in ("--csv", csv)))
+        assert (run.returncode, run.stderr.splitlines()[-1]) == (code, message)
+    assert run_pipeline("index", folder, "--csv", valid, "--csv", train).returncode == 0
+    manifest = read_manifest(folder)
+    assert manifest.sources == {
+        name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in csvs.items()
+    }
+    for name, path in csvs.items():
+        table = read_labels(path)
+        read = open_split(folder, manifest, name).table
+        assert read.select(table.column_names[1:]).equals(table.drop_columns(["path"]))
