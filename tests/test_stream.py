@@ -1,4 +1,5 @@
 import io
+import re
 import shutil
 import tarfile
 import threading
@@ -10,6 +11,7 @@ from unittest.mock import Mock
 
 import cv2
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pytest
 import torch
@@ -19,7 +21,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from pipeline import DataError, stream
 from pipeline.images import decode_stored, resize
 from pipeline.labels import LABELS, make_targets, parse_uncertain_policy
-from pipeline.manifest import Manifest
+from pipeline.manifest import FACTS, Manifest, read_table
 from pipeline.plan import Step, plan_evaluation, plan_training
 from pipeline.stream import (
     Batch,
@@ -33,6 +35,7 @@ from pipeline.stream import (
     stream_training,
 )
 from pipeline.studies import find_studies, stream_studies
+from tests.conftest import make_shards
 
 Shards = tuple[Path, Manifest]
 LINEAR = cv2.INTER_LINEAR_EXACT
@@ -299,25 +302,45 @@ def test_a_plain_pytorch_dataset_reads_the_same(shards: Shards, split: OpenSplit
 
 # A reader of Hugging Face leaves its tars open until they are collected.
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("streaming", [False, True])
 def test_hugging_face_datasets_reads_the_same(
-    shards: Shards, split: OpenSplit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    chexpert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streaming: bool
 ) -> None:
+    """By the call in shards/README.md, from shards whose first samples are blank: it guesses types from five."""
+    first = make_shards(chexpert, tmp_path / "first").manifest
+    tables = [read_table(tmp_path / "first", split) for split in first.splits.values()]
+    keys = [key for table in tables for key in table["key"].to_pylist()[:5]]
+    for csv in (chexpert / "train.csv", chexpert / "valid.csv"):
+        frame = pd.read_csv(csv, dtype=str)
+        parts = frame["Path"].str.removesuffix(".jpg").str.split("/").str[-3:]
+        frame["Edema"] = np.where(parts.str.join("_").isin(keys), "", "1.0")
+        frame.to_csv(csv, index=False)
+    folder = tmp_path / "shards"
+    manifest = make_shards(chexpert, folder).manifest
+
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     import datasets
 
-    files = {"train": [str(shards[0] / shard.file) for shard in split.shards]}
-    cache = str(tmp_path / "cache")
-    read = datasets.load_dataset(
-        "webdataset", data_files=files, split="train", streaming=True, cache_dir=cache
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).parents[1] / "shards" / "README.md").read_text()
+    code = next(
+        code for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "load_dataset" in code
     )
-    rows = split.table.to_pylist()
-    samples = list(read)
-    tars = [(shards[0] / shard.file).read_bytes() for shard in split.shards]
-    assert [sample["__key__"] for sample in samples] == [row["key"] for row in rows]
-    for sample, row in zip(samples, rows, strict=True):
-        jpeg = tars[row["shard"]][row["offset"] : row["offset"] + row["length"]]
-        np.testing.assert_array_equal(np.asarray(sample["jpg"]), decode_stored(jpeg, "jpeg"))
-        assert sample["json"]["labels"] == {label: row[label] for label in LABELS}
+    variables: dict[str, Any] = {}
+    exec(code.replace("features)  #", f"features, streaming={streaming})  #"), variables)  # noqa: S102
+    assert variables["splits"].keys() == manifest.splits.keys() == {"train", "dev", "valid"}
+    for name, samples in variables["splits"].items():
+        assert isinstance(samples, datasets.IterableDataset) == streaming
+        split = manifest.splits[name]
+        rows = read_table(folder, split).to_pylist()
+        assert {row["Edema"] for row in rows[:5]} == {None} != {row["Edema"] for row in rows}
+        tars = [(folder / shard.file).read_bytes() for shard in split.shards]
+        for sample, row in zip(samples, rows, strict=True):
+            jpeg = tars[row["shard"]][row["offset"] : row["offset"] + row["length"]]
+            np.testing.assert_array_equal(np.asarray(sample["jpg"]), decode_stored(jpeg, "jpeg"))
+            facts = {name: row[name] for name in FACTS.names if name not in LABELS}
+            assert sample["json"] == facts | {"labels": {label: row[label] for label in LABELS}}
 
 
 def test_missing_and_truncated_shards_are_found_before_the_first_batch(shards: Shards) -> None:
