@@ -3,6 +3,7 @@
 Exit codes: 0 done, 1 failed, 2 usage, 3 done but with rejects under --strict, 130 interrupted, 143 terminated.
 """
 
+import io
 import math
 import os
 import signal
@@ -92,16 +93,25 @@ def run_command(command: click.Command) -> None:
     """Run a click command with this project's error lines and exit codes; never returns."""
     # As an exception, so that clean-up runs: by default SIGTERM ends Python on the spot.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    if isinstance(
+        sys.stdout, io.TextIOWrapper
+    ):  # as stderr does: a name that is not UTF-8 is printed with escapes
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         sys.exit(command.main(standalone_mode=False))
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
-    except click.Abort:
+    except (click.Abort, KeyboardInterrupt):
         click.echo("Interrupted.", err=True)
         sys.exit(130)
     except DataError as error:
         click.echo(f"Error: {printable(str(error))}", err=True)
+        sys.exit(1)
+    except UnicodeEncodeError as error:  # Arrow, JSON and TensorBoard take no path that is not UTF-8
+        click.echo(
+            f"Error: {printable(error.object[:1000])}: not UTF-8; rename that file or folder", err=True
+        )
         sys.exit(1)
     except OSError as error:  # such as a folder that may not be written to
         named = f"{error.filename}: {error.strerror}" if error.filename else error

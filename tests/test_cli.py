@@ -184,3 +184,38 @@ def test_options_that_make_no_sense_are_usage_errors(
     failed = run("shards", tmp_path, tmp_path / "out", *options)
     assert failed.returncode == 2
     assert message in failed.stderr.splitlines()[-1]
+
+
+def test_a_folder_whose_name_is_not_utf_8_is_named(chexpert: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "films\udcff"
+    chexpert.rename(folder)
+    failed = run("shards", folder, tmp_path / "out", "--size", 64)
+    shown = f"{tmp_path}/films\\udcff"
+    assert failed.returncode == 1
+    assert failed.stderr.splitlines()[-1].startswith(f"Error: {shown}/train/patient")
+    assert failed.stderr.endswith(".jpg: not UTF-8; rename that file or folder\n")
+    assert "Traceback" not in failed.stderr
+    failed = run("verify", folder)
+    assert failed.stderr == (
+        f"Error: {shown}: no manifest.json, so no finished shards; write them with `pipeline shards`\n"
+    )
+    drawn = run("sample", tmp_path / "new\udcff", "--images", 20)
+    assert drawn.stdout == f"{tmp_path}/new\\udcff/CheXpert-v1.0-small: 20 synthetic images\n"
+
+
+@pytest.mark.parametrize("module", ["click", "cv2", "pipeline.labels"])
+def test_ctrl_c_during_the_imports_is_no_traceback(module: str) -> None:
+    code = f"""
+import os, signal, sys
+class Interrupt:
+    def find_spec(self, name, path=None, target=None):
+        if name == {module!r}:
+            os.kill(os.getpid(), signal.SIGINT)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.meta_path.insert(0, Interrupt())
+sys.argv = ["pipeline", "--help"]
+from pipeline.__main__ import main
+main()
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stdout, ran.stderr) == (130, "", "Interrupted.\n")
