@@ -22,6 +22,12 @@ out, its scores of train, and a student whose uncertain targets they are:
 """
 
 import os
+import signal
+import sys
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # Ctrl-C in the seconds that the imports take: no traceback. `run_command` puts the usual handler back.
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
 
 # Before torch is imported, which reads it once: OpenMP's threads spin where they wait for each other, and beside any
 # other load on the cores a network on a CPU then trains at a tenth of its speed. With a short spin it is half, and

@@ -93,9 +93,12 @@ def run_command(command: click.Command) -> None:
     """Run a click command with this project's error lines and exit codes; never returns."""
     # As an exception, so that clean-up runs: by default SIGTERM ends Python on the spot.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    if isinstance(
-        sys.stdout, io.TextIOWrapper
-    ):  # as stderr does: a name that is not UTF-8 is printed with escapes
+    if (
+        signal.getsignal(signal.SIGINT) != signal.SIG_IGN
+    ):  # as it is where a shell runs this in the background
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    # As stderr does it: a name that is not UTF-8 is printed with escapes.
+    if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         sys.exit(command.main(standalone_mode=False))

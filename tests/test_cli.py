@@ -203,19 +203,31 @@ def test_a_folder_whose_name_is_not_utf_8_is_named(chexpert: Path, tmp_path: Pat
     assert drawn.stdout == f"{tmp_path}/new\\udcff/CheXpert-v1.0-small: 20 synthetic images\n"
 
 
-@pytest.mark.parametrize("module", ["click", "cv2", "pipeline.labels"])
-def test_ctrl_c_during_the_imports_is_no_traceback(module: str) -> None:
+@pytest.mark.parametrize(
+    ("program", "module", "errors"),
+    [
+        ("pipeline/__main__.py", "click", "Interrupted.\n"),
+        ("pipeline/__main__.py", "pipeline.labels", "Interrupted.\n"),
+        ("train.py", "numpy", ""),
+    ],
+)
+def test_ctrl_c_during_the_imports_is_no_traceback(program: str, module: str, errors: str) -> None:
     code = f"""
-import os, signal, sys
+import os, runpy, signal, sys
 class Interrupt:
     def find_spec(self, name, path=None, target=None):
         if name == {module!r}:
             os.kill(os.getpid(), signal.SIGINT)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.meta_path.insert(0, Interrupt())
-sys.argv = ["pipeline", "--help"]
-from pipeline.__main__ import main
-main()
+sys.argv = [{program!r}, "--help"]
+runpy.run_path({program!r}, run_name="__main__")
 """
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert (ran.returncode, ran.stdout, ran.stderr) == (130, "", "Interrupted.\n")
+    ran = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (ran.returncode, ran.stdout, ran.stderr) == (130, "", errors)
