@@ -156,6 +156,12 @@ class SplitCsv(click.ParamType[tuple[str, Path]]):
 )
 @click.option("--root", "roots", multiple=True, type=Location(), help="Another folder of images.")
 @click.option("--max-pixels", default=50_000_000, type=click.IntRange(min=1), help="Reject larger images.")
+@click.option(
+    "--bits",
+    type=click.IntRange(8, 16),
+    show_default="as the file says, else 16",
+    help="Of a 16-bit PNG, those with the picture.",
+)
 @click.option("--max-bad", default=0.001, type=Number(0, 1), help="Stop above this share of rejects.")
 @click.option("--strict", is_flag=True, help="Refuse labels with one class; exit with 3 on any reject.")
 @click.option("--workers", default=count_cpus, type=click.IntRange(min=1), show_default="all cores")
@@ -249,6 +255,8 @@ def _print_run(out: Path, run: "RunSummary", seconds: float) -> None:
         return
     if run.resumed:
         click.echo(f"{run.resumed:,} images were there already")
+    if run.moved:
+        click.echo(run.moved)
     if run.stripped:
         click.echo(f"metadata removed from {run.stripped:,} images")
     rate = (images - run.resumed) / seconds
@@ -273,6 +281,8 @@ def _print_preview(source: "Source", options: "Options") -> None:
         )
         if split.missing:
             click.echo(f"       {len(split.missing):,} images are missing, for example {split.missing[0]}")
+    if preview.moved:
+        click.echo(preview.moved)
     if options.views == "all":
         click.echo(preview.views)
     _print_report(start_report(preview.statistics))

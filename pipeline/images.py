@@ -8,10 +8,10 @@ resizing release the interpreter lock.
 import io
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import takewhile
 from math import ceil
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -22,6 +22,7 @@ from PIL import Image, ImageOps
 Gray = npt.NDArray[np.uint8]
 
 ENCODINGS = {"jpeg": "jpg", "png": "png", "raw": "npy"}  # encoding → file suffix
+LONGEST_JPEG = 65_500  # libjpeg's limit, in pixels of a side
 STORED_PIXELS = 2**28  # of an image in a shard, whoever wrote it: a forged header costs no memory
 SQUARES = ("no", "pad", "crop", "stretch")
 
@@ -53,6 +54,7 @@ class ImageOptions(NamedTuple):
     """How images are stored; meanings and defaults are those of `pipeline shards --help`.
 
     `size` is the shorter side, None the original one. With a `square` the result is size×size, enlarged if need be.
+    `bits` is how many bits of a 16-bit PNG hold the picture, None what the PNG itself says, else all of them.
     """
 
     size: int | None
@@ -60,6 +62,7 @@ class ImageOptions(NamedTuple):
     encoding: str
     quality: int
     max_pixels: int
+    bits: int | None = None  # checkpoints and shards from before it was there have none
 
 
 class Prepared(NamedTuple):
@@ -95,7 +98,9 @@ def prepare(data: bytes, options: ImageOptions) -> Prepared:
     if kind is None:
         raise ImageError("not a readable JPEG or PNG: cannot identify image file")
     try:
-        source = _read_jpeg(data, options) if kind == "JPEG" else _read_png(data, options.max_pixels)
+        source = (
+            _read_jpeg(data, options) if kind == "JPEG" else _read_png(data, options.max_pixels, options.bits)
+        )
     except ImageError:
         raise
     except ValueError as error:
@@ -104,6 +109,21 @@ def prepare(data: bytes, options: ImageOptions) -> Prepared:
         return Prepared(source.copy, source.pixels, source.stripped)
     pixels = _fit(source, options)
     return Prepared(_encode(pixels, options), pixels, source.stripped)
+
+
+def unexplained_level(data: bytes, max_pixels: int) -> int | None:
+    """The highest level of a 16-bit PNG that does not say how many bits it uses; None for any other file."""
+    if not data.startswith(_PNG):
+        return None
+    try:
+        chunks = dict(_chunks(data))
+        header = chunks[b"IHDR"]
+        _check_pixels(int.from_bytes(header[:4]), int.from_bytes(header[4:8]), max_pixels)
+        if header[8] != 16 or _said_bits(chunks) is not None:
+            return None
+        return int(_deep_levels(data)[0].max())
+    except (ValueError, LookupError):  # an image that is rejected, with its reason, when its turn comes
+        return None
 
 
 def decode_stored(data: bytes | memoryview, encoding: str) -> Gray:
@@ -206,7 +226,7 @@ def _decode_any(data: bytes, colorspace: str, min_height: int = 0, min_width: in
     return np.asarray(Image.frombuffer("CMYK", size, 255 - pixels, "raw", "CMYK", 0, 1).convert("L"))
 
 
-def _read_png(data: bytes, max_pixels: float) -> _Source:
+def _read_png(data: bytes, max_pixels: float, bits: int | None = None) -> _Source:
     chunks = list(_chunks(data))
     kinds = {kind for kind, _ in chunks}
     if chunks[0][0] != b"IHDR":
@@ -216,7 +236,18 @@ def _read_png(data: bytes, max_pixels: float) -> _Source:
     header = chunks[0][1]
     _check_pixels(int.from_bytes(header[:4]), int.from_bytes(header[4:8]), max_pixels)
     try:
-        pixels = _to_gray(Image.open(io.BytesIO(data), formats=("PNG",)))
+        image: Image.Image = Image.open(io.BytesIO(data), formats=("PNG",))
+        said = _said_bits(dict(chunks)) if header[8] == 16 else None
+        if image.mode.startswith("I"):
+            levels = np.asarray(image, np.uint32)
+            pixels = _to_8_bits(levels, _used_bits(levels, said, bits))
+        else:
+            image.load()
+            if header[8] == 16 and (bits or said) is not None:
+                image = _rescale_channels(image, data, said, bits)
+            pixels = _to_gray(image)
+    except ImageError:
+        raise
     except Exception as error:  # of many kinds, for a damaged file
         raise ValueError(str(error)) from error
     exif = dict(chunks).get(b"eXIf")
@@ -225,17 +256,69 @@ def _read_png(data: bytes, max_pixels: float) -> _Source:
 
 
 def _to_gray(image: Image.Image) -> Gray:
-    """8-bit levels [H, W]: 16 bits scaled, transparency over black."""
+    """8-bit levels [H, W], transparency over black."""
     image.load()
-    if image.mode.startswith("I"):
-        # 257 = 65535 / 255: full scale maps to full scale.
-        return np.asarray((np.asarray(image, np.uint32) + 128) // 257, np.uint8)
     if not image.has_transparency_data:
         return np.asarray(image.convert("L"))
     image = image.convert("RGBA")
     black = Image.new("L", image.size)
     black.paste(image.convert("L"), mask=image.getchannel("A"))
     return np.asarray(black)
+
+
+def _to_8_bits(levels: npt.NDArray[Any], bits: int) -> Gray:
+    """Levels of `bits` bits, full scale to full scale. Raises ImageError where one has more bits."""
+    full, highest = 2**bits - 1, int(levels.max())
+    if highest > full:
+        raise ImageError(f"a level of {highest:,} has more than {bits} bits (--bits)")
+    return np.asarray((levels.astype(np.uint32) * 255 + full // 2) // full, np.uint8)
+
+
+def _said_bits(chunks: Mapping[bytes, bytes]) -> int | None:
+    """The significant bits that a 16-bit PNG's sBIT chunk gives its levels, alpha apart; None without one."""
+    channels = 3 if chunks[b"IHDR"][9] & 2 else 1
+    said = chunks.get(b"sBIT", b"")[:channels]
+    return max(said) if said and 1 <= max(said) <= 16 else None
+
+
+def _used_bits(levels: npt.NDArray[Any], said: int | None, bits: int | None) -> int:
+    """How many bits hold the picture: the user's word, then the file's, else 16.
+
+    The PNG specification (W3C, 11.3.2.7) has levels of fewer bits scaled up to 16, zeros or a repetition below
+    them; exports of DICOM often leave them as they are, and then none is beyond the bits that sBIT gives.
+    """
+    if bits is not None or said is None:
+        return bits or 16
+    scaled_up = int(levels.max()) >> said or not (levels & (2 ** (16 - said) - 1)).any()
+    return 16 if scaled_up else said
+
+
+def _deep_levels(data: bytes) -> tuple[npt.NDArray[Any], npt.NDArray[Any] | None]:
+    """Levels uint16 [H, W] or RGB [H, W, 3] of a 16-bit PNG, and alpha [H, W] or None. Raises ValueError.
+
+    By OpenCV, as Pillow gives channels of color 8 bits.
+    """
+    try:
+        levels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    except cv2.error as error:
+        raise ValueError(str(error)) from error
+    if levels is None or levels.dtype != np.uint16:
+        raise ValueError("its 16-bit levels cannot be decoded")
+    if levels.ndim == 2:
+        return levels, None
+    return levels[:, :, 2::-1], levels[:, :, 3] if levels.shape[2] == 4 else None
+
+
+def _rescale_channels(image: Image.Image, data: bytes, said: int | None, bits: int | None) -> Image.Image:
+    """A 16-bit image of several channels with the bits that hold the picture scaled to 8; itself if all do."""
+    levels, alpha = _deep_levels(data)
+    used = _used_bits(levels, said, bits)
+    if used == 16:
+        return image
+    scaled = Image.fromarray(_to_8_bits(levels, used)).convert("RGB")
+    if alpha is not None:
+        scaled.putalpha(Image.fromarray((alpha >> 8).astype(np.uint8)))
+    return scaled
 
 
 def _segments(jpeg: bytes) -> Iterator[tuple[int, bytes]]:
@@ -345,6 +428,11 @@ def _fit(source: _Source, options: ImageOptions) -> Gray:
 def _encode(pixels: Gray, options: ImageOptions) -> bytes:
     """The pixels in the encoding asked for, and nothing else."""
     if options.encoding == "jpeg":
+        if max(pixels.shape) > LONGEST_JPEG:
+            raise ImageError(
+                f"{pixels.shape[1]}×{pixels.shape[0]} does not fit into a JPEG: a side has at most "
+                f"{LONGEST_JPEG:,} pixels (--encoding png or raw has no such limit)"
+            )
         return simplejpeg.encode_jpeg(pixels[:, :, None], quality=options.quality, colorspace="GRAY")  # type: ignore[no-any-return]
     file = io.BytesIO()
     if options.encoding == "png":

@@ -2,7 +2,7 @@
 
 Input:  `train.csv`, `valid.csv` (or `.csv.gz`) as Stanford ships them; columns are addressed by name.
 Output: an Arrow table with one row per image:
-    path        string   <split folder>/<patient>/<study>/<view file>, relative to the CSV's folder
+    path        string   as in the CSV, <folders>/<patient>/<study>/<view file>: never absolute, no `..`
     key         string   `patient00001_study1_view1_frontal`, unique
     patient     string   `patient00001`
     study       int32    number of the study within the patient
@@ -17,11 +17,16 @@ The raw states are kept everywhere; `make_targets` applies a policy only when la
 Policies: Irvin et al., "CheXpert", AAAI 2019, Table 3; smoothing: Pham et al., 2019 (arXiv:1911.06475).
 """
 
+import csv as stdlib_csv
+import gzip
 import hashlib
+import io
+import re
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import combinations
+from itertools import combinations, islice, takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TextIO
 
 import numpy as np
 import numpy.typing as npt
@@ -74,11 +79,13 @@ BEST_POLICY = dict.fromkeys(LABELS, "zeros") | {
 }
 
 _STATES = {1.0: 1, 0.0: 0, -1.0: -1}
-# A folder, then patient/study/view: nothing else, so no absolute path and no `..` gets through.
 _PATH = (
-    r"(?:^|/)(?P<path>[A-Za-z0-9_-]+/(?P<patient>patient\d{1,20})/study(?P<study>\d{1,6})/"
-    r"(?P<file>view\d{1,4}_(?:frontal|lateral))\.(?:jpg|jpeg|png))$"
+    r"(?:^|/)(?P<image>(?P<patient>patient\d{1,20})/study(?P<study>\d{1,6})/"
+    r"(?P<file>view\d{1,4}_(?:frontal|lateral))\.(?i:jpg|jpeg|png))$"
 )
+_FOLDER = re.compile(
+    r"[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*"
+)  # not `..`, nor what precedes a first slash
 
 
 def read_labels(csv: Path) -> pa.Table:
@@ -88,9 +95,12 @@ def read_labels(csv: Path) -> pa.Table:
     """
     table = _read_csv(csv)
     parts = pc.extract_regex(table["Path"], _PATH)
-    _demand(csv, "Path", table["Path"], parts.is_valid(), "does not end in patientN/studyN/viewN_frontal.jpg")
+    above = _folders_above(table["Path"])
+    valid = pc.and_(parts.is_valid(), above.is_valid())
+    _demand(csv, "Path", table["Path"], valid, "does not end in patientN/studyN/viewN_frontal.jpg")
     parts = parts.combine_chunks()
-    path, patient, study, file = (parts.field(name) for name in ("path", "patient", "study", "file"))
+    patient, study, file = (parts.field(name) for name in ("patient", "study", "file"))
+    path = pc.binary_join_element_wise(above, parts.field("image"), "")
     key = pc.binary_join_element_wise(patient, pc.binary_join_element_wise("study", study, ""), file, "_")
     _demand_unique(csv, key)
 
@@ -266,6 +276,28 @@ def evaluation_targets(table: pa.Table, blank: str) -> tuple[npt.NDArray[np.floa
     return make_targets(table, dict.fromkeys(LABELS, "ignore"), blank, seed=0)
 
 
+def line_of(csv: Path, row: int) -> int:
+    """The line of the file, counted from 1, on which a row of the label table begins (the first one is 0)."""
+    return next(islice(_lines(csv), row + 1, None))[0]
+
+
+def _lines(csv: Path) -> Iterator[tuple[int, list[str]]]:
+    """First line and cells of the header and each row. A blank line is no row; a quoted cell may have many lines."""
+    stdlib_csv.field_size_limit(2**31 - 1)  # Arrow has no such limit
+    with open_to_read(csv) as raw, _unpacked(csv, raw) as text:
+        reader = stdlib_csv.reader(text)
+        line = 1
+        for cells in reader:
+            if cells:
+                yield line, cells
+            line = reader.line_num + 1
+
+
+def _unpacked(csv: Path, raw: BinaryIO) -> TextIO:
+    content = gzip.GzipFile(fileobj=raw) if csv.suffix == ".gz" else raw
+    return io.TextIOWrapper(content, "utf-8-sig", errors="surrogateescape", newline="")
+
+
 def _read_csv(csv: Path) -> pa.Table:
     """The known columns as strings, under their CheXpert names; empty cells are null."""
     if not csv.is_file():
@@ -276,18 +308,18 @@ def _read_csv(csv: Path) -> pa.Table:
         content = memory.getvalue()
     compression = "gzip" if csv.suffix == ".gz" else None
     convert = pacsv.ConvertOptions(null_values=[""], strings_can_be_null=True)
+    parse = pacsv.ParseOptions(newlines_in_values=True)
     try:
         # For the names alone, as they are written.
-        with pacsv.open_csv(pa.input_stream(content, compression)) as reader:
+        with pacsv.open_csv(pa.input_stream(content, compression), parse_options=parse) as reader:
             convert.column_types = dict.fromkeys(reader.schema.names, pa.string())
-        table = pacsv.read_csv(pa.input_stream(content, compression), convert_options=convert)
-    except (pa.ArrowInvalid, OSError):  # the latter for a damaged .gz
-        try:  # Once more on one thread: only then does the message name the row.
-            slowly = pacsv.ReadOptions(use_threads=False)
-            again = pa.input_stream(content, compression)
-            table = pacsv.read_csv(again, convert_options=convert, read_options=slowly)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise DataError(f"{csv}: not a readable CSV: {_quote(str(error), 200)}") from error
+        table = pacsv.read_csv(
+            pa.input_stream(content, compression), convert_options=convert, parse_options=parse
+        )
+    except (pa.ArrowInvalid, OSError) as error:  # the latter for a damaged .gz
+        raise DataError(
+            f"{csv}: not a readable CSV: {_find_fault(csv) or _quote(str(error), 200)}"
+        ) from error
     except UnicodeDecodeError:
         raise DataError(f"{csv}: not a readable CSV: its header is not UTF-8") from None
     table = table.rename_columns([name.strip().replace("_", " ") for name in table.column_names])
@@ -301,6 +333,38 @@ def _read_csv(csv: Path) -> pa.Table:
     if table.num_rows == 0:
         raise DataError(f"{csv}: no rows below the header")
     return table.select(wanted)
+
+
+def _find_fault(csv: Path) -> str | None:
+    """What is wrong with the first row that Arrow cannot read, in words; None where there is no such row."""
+    lines = _lines(csv)
+    try:
+        _, header = next(lines)
+        for line, cells in lines:
+            if len(cells) != len(header):
+                at_end = len(cells) < len(header) and next(lines, None) is None
+                hint = "; it is the last row: is a quote left open, or the file cut off?" if at_end else ""
+                return f"line {line}: {len(cells)} cells, but the header has {len(header)}{hint}"
+            if not "".join(cells).isascii() and any("\udc80" <= char <= "\udcff" for char in "".join(cells)):
+                return f"line {line}: not UTF-8; save the file as UTF-8"
+    except (StopIteration, OSError, EOFError, zlib.error, stdlib_csv.Error):
+        pass  # a damaged .gz, or no table at all: Arrow has said so
+    return None
+
+
+def _folders_above(paths: pa.ChunkedArray) -> pa.ChunkedArray:
+    """The folders above each patient's, with a slash at the end: no absolute path and no `..` gets through.
+
+    Where a folder of another name is among them, those below it; null where that leaves none.
+    """
+    parts = pc.split_pattern(paths.combine_chunks(), "/", max_splits=3, reverse=True)
+    has_some = pc.greater(pc.list_value_length(parts), 3)
+    encoded = pc.if_else(has_some, pc.list_element(parts, 0), None).dictionary_encode()
+    known = []
+    for text in encoded.dictionary.to_pylist():
+        names = list(takewhile(_FOLDER.fullmatch, reversed(text.split("/"))))
+        known.append("".join(f"{name}/" for name in reversed(names)) or None)
+    return pc.if_else(has_some, pa.array(known, pa.string()).take(encoded.indices), "")
 
 
 def _parse_states(csv: Path, label: str, column: pa.ChunkedArray) -> pa.Array:
@@ -320,7 +384,7 @@ def _demand(csv: Path, name: str, column: pa.ChunkedArray, valid: pa.ChunkedArra
     row = pc.index(pc.fill_null(valid, name in LABELS), False).as_py()
     if row >= 0:
         text = _quote(column[row].as_py() or "", 80)
-        raise DataError(f"{csv}, line {row + 2}, column {name}: '{text}' {complaint}")
+        raise DataError(f"{csv}, line {line_of(csv, row)}, column {name}: '{text}' {complaint}")
 
 
 def _quote(text: str, longest: int) -> str:
@@ -333,4 +397,5 @@ def _demand_unique(csv: Path, key: pa.Array) -> None:
     for name in repeated(key)[:1]:
         first = pc.index(key, name).as_py()
         second = pc.index(key.slice(first + 1), name).as_py() + first + 1
-        raise DataError(f"{csv}, lines {first + 2} and {second + 2}: the same image {name} twice")
+        lines = f"lines {line_of(csv, first)} and {line_of(csv, second)}"
+        raise DataError(f"{csv}, {lines}: the same image {name} twice")

@@ -8,7 +8,16 @@ import pyarrow as pa
 
 from pipeline.images import ImageError, prepare
 from pipeline.shards import Options, selection
-from pipeline.source import Dropped, Source, divide_rows, find_missing, read_images, read_splits
+from pipeline.source import (
+    Dropped,
+    Source,
+    describe_moved,
+    divide_rows,
+    find_missing,
+    read_images,
+    read_splits,
+    refuse_dark_images,
+)
 from pipeline.stats import Statistics, count_labels
 from pipeline.studies import describe_views
 
@@ -28,16 +37,19 @@ class SplitPreview(NamedTuple):
 
 
 class Preview(NamedTuple):
-    """All splits, the label counts of the rows kept, and how many of their studies have which views."""
+    """All splits, the rows' label counts, how many studies have which views, and what `describe_moved` says."""
 
     splits: dict[str, SplitPreview]
     statistics: Statistics
     views: str
+    moved: str | None
 
 
 def preview_shards(source: Source, options: Options) -> Preview:
-    """What `write_shards` would do. Raises DataError as that does for a bad CSV."""
+    """What `write_shards` would do. Raises DataError as that does for a bad CSV or images that need `bits`."""
     tables, dropped = read_splits(source, **selection(options))
+    if options.bits is None:
+        refuse_dark_images(tables.values(), source.roots, options.max_pixels)
     splits = {}
     for split, table in tables.items():
         files = table["file"].to_pylist()
@@ -51,7 +63,9 @@ def preview_shards(source: Source, options: Options) -> Preview:
             round(_mean_bytes(files, source, options) * table.num_rows) + shards * 1024,
         )
     kept = pa.concat_tables(list(tables.values()))
-    return Preview(splits, count_labels(kept), describe_views(kept))
+    return Preview(
+        splits, count_labels(kept), describe_views(kept), describe_moved(tables.values(), source.roots)
+    )
 
 
 def _mean_bytes(files: list[str], source: Source, options: Options) -> float:

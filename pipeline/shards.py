@@ -48,7 +48,14 @@ from pipeline.manifest import (
     write_manifest,
     write_table,
 )
-from pipeline.source import Source, divide_rows, read_images, read_splits
+from pipeline.source import (
+    Source,
+    describe_moved,
+    divide_rows,
+    read_images,
+    read_splits,
+    refuse_dark_images,
+)
 from pipeline.store import (
     check_access,
     is_remote,
@@ -83,11 +90,12 @@ class Options:
     seed: int
     limit: int | None
     samples_per_shard: int
+    bits: int | None = None
 
     @property
     def image(self) -> ImageOptions:
         """The part that concerns a single image."""
-        return ImageOptions(self.size, self.square, self.encoding, self.quality, self.max_pixels)
+        return ImageOptions(self.size, self.square, self.encoding, self.quality, self.max_pixels, self.bits)
 
 
 class PlanTask(NamedTuple):
@@ -100,10 +108,14 @@ class PlanTask(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Rows per split, and the labels of train that the policies leave with one class, as `one_class_labels`."""
+    """Rows per split, the labels of train that the policies leave with one class, and images in other folders.
+
+    As `one_class_labels` and `describe_moved` have them.
+    """
 
     rows: dict[str, int]
     one_class: list[tuple[str, int, int]]
+    moved: str | None
 
 
 class ShardTask(NamedTuple):
@@ -152,6 +164,7 @@ class RunSummary(NamedTuple):
     stripped: int
     resumed: int  # samples in shards that an earlier run had finished
     one_class: list[tuple[str, int, int]]
+    moved: str | None  # as in `Plan`
 
 
 Progress = Callable[[int, int, int], None]  # images done, images in all, rejects
@@ -181,9 +194,10 @@ def write_shards(
     hashes = {split: _sha256(csv) for split, csv in source.csvs.items()}
     # Shards of all views made before their studies lay together are other shards.
     unit = {"unit": "study"} if options.views == "all" else {}
+    said = {name: value for name, value in asdict(options).items() if name != "bits" or value is not None}
     with named_failures(out, "cannot be written"):
         chosen = _choose_policies(out, policies, overwrite)
-        wanted = {"options": asdict(options) | unit, "policies": chosen, "sources": hashes}
+        wanted = {"options": said | unit, "policies": chosen, "sources": hashes}
         run = Run(out, source, options, chosen, wanted, workers, scheduler, max_bad, strict)
         if not overwrite and (found := _find_finished(run)) is not None:
             return found
@@ -240,7 +254,7 @@ def _find_finished(run: Run) -> RunSummary | None:
     remove_folder(run.out / PARTIAL)
     one_class = run_alone(find_one_class, PlanTask(run.out, run.source, run.options, run.policies))
     _refuse_one_class(run, one_class)
-    return RunSummary(manifest, False, 0, 0, 0, one_class)
+    return RunSummary(manifest, False, 0, 0, 0, one_class, None)
 
 
 def _make_room(run: Run, overwrite: bool) -> None:
@@ -305,7 +319,7 @@ def _write_all(run: Run, progress: Progress) -> RunSummary:
     before = _read_json(started)
     if before is not None and any(path.suffix == ".tar" for path in list_files(out)):
         _refuse_difference(out, before, run.started)
-    rows, one_class = run_alone(write_plan, PlanTask(out, run.source, run.options, run.policies))
+    rows, one_class, moved = run_alone(write_plan, PlanTask(out, run.source, run.options, run.policies))
     _refuse_one_class(run, one_class)
     write_atomically(started, json.dumps(run.started).encode())
 
@@ -349,12 +363,14 @@ def _write_all(run: Run, progress: Progress) -> RunSummary:
     remove_folder(partial)
     stripped = sum(summary.stripped for summary in finished)
     bytes_in = sum(summary.bytes_in for summary in finished)
-    return RunSummary(manifest, True, bytes_in, stripped, resumed, one_class)
+    return RunSummary(manifest, True, bytes_in, stripped, resumed, one_class, moved)
 
 
 def write_plan(task: PlanTask) -> Plan:
     """Write the rows of every shard, one record batch each."""
     tables, _ = read_splits(task.source, **selection(task.options))
+    if task.options.bits is None:
+        refuse_dark_images(tables.values(), task.source.roots, task.options.max_pixels)
     for split, table in tables.items():
         path = task.out / PARTIAL / f"{split}.plan"
         with atomic_file(path) as file, pa.ipc.new_file(file, table.schema) as writer:
@@ -363,7 +379,8 @@ def write_plan(task: PlanTask) -> Plan:
             ):
                 writer.write_table(of_shard)
     rows = {split: table.num_rows for split, table in tables.items()}
-    return Plan(rows, _one_class(tables["train"], task) if "train" in tables else [])
+    one_class = _one_class(tables["train"], task) if "train" in tables else []
+    return Plan(rows, one_class, describe_moved(tables.values(), task.source.roots))
 
 
 def find_one_class(task: PlanTask) -> list[tuple[str, int, int]]:

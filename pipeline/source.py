@@ -1,14 +1,14 @@
 """A CheXpert folder, as people really have it → label table per split, and where each image lies.
 
-Layouts: the folder that holds the CSVs or its parent; any name for it; AIMI's download batches side by side
-(`CheXpert-v1.0 batch 1 (validate & csv)`, `batch 2 (train 1)`, …), which hold the patients directly; the test
-set (`test_labels.csv` beside `test/`, `val_labels.csv` beside `val/`); CSVs gzipped. An image is found by its
-patient/study/view, whatever its CSV says of the folders above. Folders and CSVs may be in an object store.
+Layouts: the folder that holds the CSVs or its parent; any name for it; the CSVs beside it; AIMI's download batches side
+by side (`CheXpert-v1.0 batch 1 (validate & csv)`, `batch 2 (train 1)`, …), which hold the patients directly; the test
+set (`test_labels.csv` beside `test/`, `val_labels.csv` beside `val/`); CSVs gzipped. An image is taken from the folder
+that its CSV names, else from any that has its patient, study and view. Folders and CSVs may be in an object store.
 """
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from itertools import pairwise
@@ -20,8 +20,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline import DataError
-from pipeline.images import ImageError
-from pipeline.labels import hash_fraction, read_labels, select_views, shared, split_patients, study_names
+from pipeline.images import ImageError, unexplained_level
+from pipeline.labels import (
+    hash_fraction,
+    line_of,
+    read_labels,
+    select_views,
+    shared,
+    split_patients,
+    study_names,
+)
 from pipeline.store import (
     check_access,
     is_remote,
@@ -39,6 +47,8 @@ CSV_NAMES = {
 }
 _BATCH = re.compile(r"batch[ _-]?\d", re.IGNORECASE)  # AIMI's download folders
 _PATIENT = re.compile(r"patient\d+")
+_SPLIT_FOLDERS = ("train", "valid", "val", "test")
+SAMPLED = 64  # images that are looked at for their depth
 
 
 class Source(NamedTuple):
@@ -56,7 +66,7 @@ class Dropped(NamedTuple):
 
 
 def find_csvs(folder: Path) -> dict[str, Path]:
-    """Split → its CSV, where `folder` or exactly one folder in it holds at least one.
+    """Split → its CSV, where `folder` or exactly one folder in it holds at least one, or they lie beside it.
 
     Raises DataError where there is none, or more than one folder to choose from.
     """
@@ -65,7 +75,17 @@ def find_csvs(folder: Path) -> dict[str, Path]:
             raise DataError(f"{folder}: no such folder")
         if csvs := _csvs_in(folder):
             return csvs
-        inside = {name: csvs for name in list_folders(folder) if (csvs := _csvs_in(folder / name))}
+        names = list_folders(folder)
+        inside = {name: csvs for name in names if (csvs := _csvs_in(folder / name))}
+        holds_images = any(name in _SPLIT_FOLDERS or _PATIENT.fullmatch(name) for name in names)
+        whole = folder.resolve()
+        if (
+            not inside
+            and holds_images
+            and whole.name not in _SPLIT_FOLDERS
+            and (csvs := _csvs_in(whole.parent))
+        ):
+            return csvs
     if not inside:
         raise DataError(
             f"{folder}: neither it nor a folder in it holds a train.csv, valid.csv or test_labels.csv"
@@ -110,7 +130,8 @@ def read_splits(
     if "train" in tables:
         train, held_out = split_patients(tables.pop("train"), dev, seed)
         tables = {"train": train, "dev": held_out} | tables
-    folders = _find_patients(source)
+    paths = pa.concat_tables(tables.values())["path"]
+    folders = _find_patients(source, {_above(path) for path in paths.to_pylist()})
     kept: dict[str, pa.Table] = {}
     dropped: dict[str, Dropped] = {}
     for split, table in tables.items():
@@ -194,7 +215,7 @@ def _csvs_in(folder: Path) -> dict[str, Path]:
 
 def _refuse_shared_patients(source: Source, tables: Mapping[str, pa.Table]) -> None:
     for first, second, patient in shared(tables, "patient"):
-        line = pc.index(tables[second]["patient"], patient).as_py() + 2
+        line = line_of(source.csvs[second], pc.index(tables[second]["patient"], patient).as_py())
         raise DataError(
             f"{source.csvs[second]}, line {line}: {patient} is in {source.csvs[first].name} too; "
             "splits must not share patients"
@@ -226,16 +247,34 @@ def _shuffle_studies(table: pa.Table, seed: int) -> pa.Table:
     return table.take(np.lexsort((table["key"].to_pylist(), draws)))
 
 
-def _find_patients(source: Source) -> dict[str, list[str]]:
-    """Patient → the folders that hold a folder of that name: a root, or a folder in a root."""
-    found: dict[str, list[str]] = {}
-    folders: dict[Path, list[str]] = {}  # a root may lie in another one
+def _above(path: str) -> str:
+    """The folders above the patient's: `CheXpert-v1.0/train`, or nothing."""
+    return "/".join(path.split("/")[:-3])
+
+
+def _find_patients(source: Source, aboves: set[str]) -> dict[str, list[str]]:
+    """Patient → the folders that hold a folder of that name: a root, a folder in one, or one that a CSV names."""
+    folders: dict[Path, list[str]] = {root: list_folders(root) for root in source.roots}
+
+    def look(folder: Path) -> list[str]:
+        if folder not in folders:  # a root may lie in another one
+            with suppress(PermissionError):  # such as lost+found
+                folders[folder] = list_folders(folder)
+        return folders.get(folder, [])
+
     for root in source.roots:
-        folders[root] = list_folders(root)
         for name in folders[root]:
-            if not _PATIENT.fullmatch(name) and root / name not in folders:
-                with suppress(PermissionError):  # such as lost+found
-                    folders[root / name] = list_folders(root / name)
+            if not _PATIENT.fullmatch(name):
+                look(root / name)
+        for tail in {tail for above in aboves for tail in _tails(above)}:
+            folder = root
+            for name in tail.split("/"):
+                if name not in look(folder):
+                    break
+                folder /= name
+            else:
+                look(folder)
+    found: dict[str, list[str]] = {}
     for folder, names in folders.items():
         for name in names:
             if _PATIENT.fullmatch(name):
@@ -243,17 +282,72 @@ def _find_patients(source: Source) -> dict[str, list[str]]:
     return found
 
 
+def _tails(above: str) -> list[str]:
+    """`a/b/c` → itself, `b/c` and `c`: the CSV's folders may begin above those that the user named."""
+    parts = above.split("/") if above else []
+    return ["/".join(parts[start:]) for start in range(len(parts))]
+
+
+def _named_folders(above: str, roots: Sequence[Path]) -> list[str]:
+    """The folders that a CSV may mean by the folders above a patient's, the most literal ones first."""
+    named = [f"{root}/{tail}" for tail in _tails(above) for root in roots]
+    # What the CSV calls `CheXpert-v1.0` may have another name; and a root may itself be the last of the folders.
+    last = above.rpartition("/")[2]
+    return named + [str(root) for root in roots if "/" not in above or root.name == last]
+
+
 def _locate(paths: Sequence[str], folders: Mapping[str, list[str]], source: Source) -> pa.Array:
-    """The file of each row: in a folder of the name that the CSV gives, else in any that has the patient."""
+    """The file of each row: in a folder that the CSV names, else in any that has it, else where it should be."""
+    meant = cache(lambda above: _named_folders(above, source.roots))
     files = []
     for path in paths:
-        parent, patient, study_and_view = path.split("/", 2)
-        candidates = folders.get(patient, [])
-        if len(candidates) > 1:
-            named = [folder for folder in candidates if folder.endswith(f"/{parent}")]
-            whole = [f"{folder}/{patient}/{study_and_view}" for folder in (*named, *candidates)]
-            files.append(next((file for file in whole if open_location(file).exists()), whole[0]))
-        else:
-            folder = candidates[0] if candidates else f"{source.roots[0]}/{parent}"
-            files.append(f"{folder}/{patient}/{study_and_view}")
+        above = _above(path)
+        image = path[len(above) :].removeprefix("/")
+        holding = folders.get(image.partition("/")[0], [])
+        named = [folder for folder in meant(above) if folder in holding]
+        others = [folder for folder in holding if folder not in named]
+        whole = [f"{folder}/{image}" for folder in (*named, *others)]
+        if len(whole) == 1 and (named or _is_batch(others[0])):  # no need to look
+            files.append(whole[0])
+            continue
+        parent = "/".join(filter(None, (str(source.roots[0]), above.rpartition("/")[2])))
+        expected = whole[0] if named else f"{parent}/{image}"
+        files.append(next((file for file in whole if open_location(file).exists()), expected))
     return pa.array(files, pa.string())
+
+
+def _is_batch(folder: str) -> bool:
+    return _BATCH.search(folder.rpartition("/")[2]) is not None
+
+
+def describe_moved(tables: Iterable[pa.Table], roots: Sequence[Path]) -> str | None:
+    """How many images lie in another folder than the CSV says, AIMI's batches apart; None where none does."""
+    meant = cache(lambda above: {*_named_folders(above, roots)})
+    moved = [
+        (path, file)
+        for table in tables
+        for path, file in zip(table["path"].to_pylist(), table["file"].to_pylist(), strict=True)
+        if (folder := file.rsplit("/", 3)[0]) not in meant(_above(path)) and not _is_batch(folder)
+    ]
+    if not moved:
+        return None
+    path, file = moved[0]
+    return f"{len(moved):,} images are in another folder than the CSV says, for example {file} for {path}"
+
+
+def refuse_dark_images(tables: Iterable[pa.Table], roots: Sequence[Path], max_pixels: int) -> None:
+    """Raise DataError where a sample of 64 images has 16-bit PNGs and none uses more than 14 of their bits.
+
+    Such images, as many programs make them of DICOM, would be stored nearly black. PNGs come first.
+    """
+    files = [file for table in tables for file in table["file"][:SAMPLED].to_pylist()]
+    files = sorted(files, key=lambda file: not file.lower().endswith(".png"))[:SAMPLED]
+    contents = read_images(files, roots)
+    levels = [unexplained_level(content, max_pixels) for content in contents if isinstance(content, bytes)]
+    deep = [level for level in levels if level is not None]
+    bits = next((bits for bits in (10, 12, 14) if max(deep, default=2**16) < 2**bits), None)
+    if bits is not None:
+        raise DataError(
+            f"{len(deep)} of {len(levels)} images of a sample are 16-bit PNGs, whose highest level is {max(deep):,} of "
+            f"65,535: they would be nearly black; give --bits {bits} (or 8 to 16, as the images were made)"
+        )

@@ -7,8 +7,10 @@ worker that is killed while it holds a lock would take everybody else with it.
 
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.util
 import os
 import signal
+import tempfile
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ProcessPoolExecutor, wait
@@ -22,6 +24,7 @@ from pipeline import DataError
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
+_LONGEST_TMPDIR = 75  # bytes
 TICK = 0.2  # seconds between looks at the progress
 _STOP, _SLOTS = 0, 1024  # the first slot is the stop flag, each worker counts in one of the others
 _shared: Any = None  # the slots, in worker processes
@@ -84,8 +87,27 @@ def run_alone(function: Callable[[Task], Result], task: Task) -> Result:
             raise DataError(f"{task}: its process was killed; is there enough memory?") from None
 
 
+def _prepare_sockets() -> None:
+    """Have multiprocessing make its sockets in /tmp where TMPDIR is too long for them.
+
+    A socket's path has at most 107 bytes, of which `/pymp-xxxxxxxx/listener-xxxxxxxx` takes 31. The folder is
+    made once for the process, with access for its user alone, and removed when that ends.
+    """
+    usual = tempfile.gettempdir()
+    if len(os.fsencode(usual)) <= _LONGEST_TMPDIR:
+        return
+    tempfile.tempdir = "/tmp"  # noqa: S108 - mkdtemp makes a folder of its own in there
+    try:
+        multiprocessing.util.get_temp_dir()
+    except OSError as error:
+        raise DataError(f"TMPDIR={usual} is too long for sockets, and /tmp: {error.strerror}") from None
+    finally:
+        tempfile.tempdir = usual
+
+
 @contextmanager
 def _worker_pool(function: Callable[..., Any], workers: int) -> Iterator[tuple[ProcessPoolExecutor, Any]]:
+    _prepare_sockets()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([function.__module__])  # counts when the server starts, at the first task
     slots = context.RawArray("q", _SLOTS)

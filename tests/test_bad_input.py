@@ -85,9 +85,10 @@ def test_a_damaged_csv_is_a_sound_table_or_refused_by_name(tmp_path: Path, data:
         return
     assert len(set(table["key"].to_pylist())) == table.num_rows
     for row in table.to_pylist():
-        assert re.fullmatch(
-            r"[\w-]+/patient\d+/study\d+/view\d+_(frontal|lateral)\.(jpg|jpeg|png)", row["path"]
-        )
+        *folders, patient, study, file = row["path"].split("/")
+        assert all(re.fullmatch(r"[\w.-]+", folder) and folder.strip(".") for folder in folders)
+        assert re.fullmatch(r"patient\d+/study\d+", f"{patient}/{study}")
+        assert re.fullmatch(r"view\d+_(frontal|lateral)\.(?i:jpg|jpeg|png)", file)
         assert len(row["key"]) <= 90  # fits into a tar's header
         assert {row[label] for label in LABELS} <= {1, 0, -1, None}
 

@@ -2,8 +2,10 @@ import io
 import struct
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from PIL import Image
 
@@ -17,6 +19,7 @@ from pipeline.images import (
     prepare,
     resize,
     strip_metadata,
+    unexplained_level,
 )
 
 ORIGINAL = ImageOptions(size=None, square="no", encoding="jpeg", quality=95, max_pixels=1_000_000)
@@ -322,3 +325,80 @@ def test_resize_is_close_to_lanczos_and_does_not_alias(gray: Image.Image) -> Non
         assert difference(resize(pixels, height, width), expected) < 0.6
     stripes = np.tile(np.array([[0, 0, 255]], np.uint8), (90, 40))  # finer than what a width of 40 can show
     assert abs(resize(stripes, 30, 40).astype(int) - 85).max() < 20
+
+
+def deep_png(levels: npt.NDArray[Any], *chunks: bytes) -> bytes:
+    """A 16-bit PNG of levels [H, W], RGB [H, W, 3], gray and alpha [H, W, 2] or RGBA [H, W, 4]."""
+    height, width = levels.shape[:2]
+    kind = {1: 0, 2: 4, 3: 2, 4: 6}[levels[0, 0].size]
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in levels)
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, kind, 0, 0, 0))
+    return b"".join(
+        [
+            b"\x89PNG\r\n\x1a\n",
+            header,
+            *chunks,
+            chunk(b"IDAT", zlib.compress(rows)),
+            chunk(b"IEND", b""),
+        ]
+    )
+
+
+@pytest.mark.parametrize("bits", [10, 12, 14])
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_the_bits_of_a_16_bit_png_that_hold_the_picture(bits: int, channels: int) -> None:
+    gray = np.random.default_rng(bits).integers(0, 2**bits, (20, 30)).astype(np.uint16)
+    gray[0, :2] = 1, 2**bits - 1
+    opaque = np.full_like(gray, 65535)
+    raw = ORIGINAL._replace(encoding="raw")
+
+    def pixels(levels: npt.NDArray[Any], said: int | None, given: int | None) -> Gray:
+        parts = [levels] * (channels - (channels in (2, 4))) + [opaque] * (channels in (2, 4))
+        sbit = [] if said is None else [chunk(b"sBIT", bytes([said] * channels))]
+        data = deep_png(np.stack(parts, 2) if channels > 1 else levels, *sbit)
+        return prepare(data, raw._replace(bits=given)).pixels
+
+    expected = np.floor(gray * (255 / (2**bits - 1)) + 0.5)
+    np.testing.assert_array_equal(pixels(gray, bits, None), expected)
+    np.testing.assert_array_equal(pixels(gray, None, bits), expected)
+    np.testing.assert_array_equal(pixels(gray, 16, bits), expected)  # the user's word counts most
+    dark = pixels(gray, None, None)
+    assert dark.max() <= 256 >> (16 - bits)
+    np.testing.assert_array_equal(pixels(gray, bits, 16), dark)
+    # As the PNG specification wants it: scaled up, with the lower bits repeating the upper ones.
+    whole = gray << (16 - bits) | gray >> (2 * bits - 16)
+    np.testing.assert_array_equal(pixels(whole, bits, None), pixels(whole, None, None))
+    assert pixels(whole, bits, None).max() == 255
+    with pytest.raises(ImageError, match=r"^a level of 65,535 has more than 12 bits \(--bits\)$"):
+        pixels(whole, None, 12)
+
+
+def test_the_level_of_a_png_that_does_not_say_its_bits() -> None:
+    levels = np.array([[5, 4000]], np.uint16)
+    assert unexplained_level(deep_png(levels), 100) == 4000
+    assert unexplained_level(deep_png(np.stack([levels // 2, levels, levels], 2)), 100) == 4000
+    assert unexplained_level(deep_png(np.stack([levels, levels + 9], 2)), 100) == 4000  # alpha apart
+    others = (
+        deep_png(levels, chunk(b"sBIT", b"\x0c")),
+        encode(Image.fromarray(levels.astype(np.uint8)), format="PNG"),
+        encode(Image.fromarray(levels.astype(np.uint8))),
+        deep_png(levels)[:-20],
+        deep_png(np.zeros((11, 10), np.uint16)),
+        b"",
+    )
+    assert [unexplained_level(data, 100) for data in others] == [None] * len(others)
+
+
+@pytest.mark.parametrize("size", [None, 320])
+def test_an_image_too_long_for_a_jpeg_is_refused_by_reason(size: int | None) -> None:
+    data = encode(Image.fromarray(np.zeros((20, 70_000), np.uint8)), format="PNG")
+    options = ORIGINAL._replace(size=size, max_pixels=2_000_000)
+    with pytest.raises(ImageError) as caught:
+        prepare(data, options)
+    assert str(caught.value) == (
+        "70000×20 does not fit into a JPEG: a side has at most 65,500 pixels "
+        "(--encoding png or raw has no such limit)"
+    )
+    for encoding in ("png", "raw"):
+        stored = prepare(data, options._replace(encoding=encoding)).data
+        assert decode_stored(stored, encoding).shape == (20, 70_000)

@@ -1,17 +1,21 @@
 import gzip
 import os
+import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 
 from pipeline import DataError
 from pipeline.labels import LABELS
-from pipeline.source import find_csvs, find_source, read_splits
-from tests.conftest import run_pipeline, write_chexpert
+from pipeline.manifest import read_manifest
+from pipeline.source import describe_moved, find_csvs, find_source, read_splits
+from tests.conftest import default_options, make_shards, run_pipeline, write_chexpert
 
 SELECTION = {"views": "all", "dev": 0.0, "seed": 0}
 
@@ -169,3 +173,129 @@ def test_dry_run_counts_and_writes_nothing(chexpert: Path, tmp_path: Path) -> No
     whole = run_pipeline("shards", chexpert, tmp_path / "out", "--size", 48, "--dry-run", "--dev", 0)
     assert f"       1 images are missing, for example {missing}" in whole.stdout.splitlines()
     assert not (tmp_path / "out").exists()
+
+
+def move_images(chexpert: Path, tmp_path: Path, layout: str) -> tuple[Path, str]:
+    """Rearrange the folder; returns what is given as SOURCE, and the Path that the CSVs have for a split's folder."""
+    data = tmp_path / "data"
+    data.mkdir()
+    root = Path(shutil.move(chexpert, data / "CheXpert-v1.0-small"))
+    if layout.startswith("beside"):
+        for split in ("train", "valid"):
+            (root / f"{split}.csv").rename(data / f"{split}.csv")
+        return (root if layout == "beside, folder given" else data), f"{root.name}/{{split}}/"
+    if layout == "patients in the folder with a dot":
+        for path in [*root.glob("*/patient*")]:
+            path.rename(root / path.name)
+        return root, "CheXpert-v1.0/"
+    return root, "" if layout == "no folder in the CSV" else f"{root.name}/{{split}}/"
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "beside, parent given",
+        "beside, folder given",
+        "patients in the folder with a dot",
+        "no folder in the CSV",
+        "JPG",
+    ],
+)
+def test_layouts_that_people_have(chexpert: Path, tmp_path: Path, layout: str) -> None:
+    given, above = move_images(chexpert, tmp_path, layout)
+    suffix = "JPG" if layout == "JPG" else "jpg"
+    for path in [*tmp_path.rglob("view*.jpg")]:
+        path.rename(path.with_suffix(f".{suffix}"))
+    for csv in tmp_path.rglob("*.csv"):
+        text = csv.read_text().replace(f"CheXpert-v1.0-small/{csv.stem}/", above.format(split=csv.stem))
+        csv.write_text(text.replace(".jpg", f".{suffix}"))
+    files = files_of(given)
+    assert [len(files[split]) for split in ("train", "valid")] == [48, 12]
+    source = find_source(given, {}, [])
+    tables, _ = read_splits(source, **SELECTION)  # type: ignore[arg-type]
+    moved = describe_moved(tables.values(), source.roots)
+    assert (moved is None) == (layout != "no folder in the CSV")
+
+
+def test_images_in_another_folder_than_the_csv_says_are_counted(chexpert: Path, tmp_path: Path) -> None:
+    train, old = chexpert / "train", chexpert / "old"
+    expected = files_of(chexpert)
+    shutil.copytree(train, old)
+    assert files_of(chexpert) == expected
+    (train / "patient00003").rename(tmp_path / "gone")
+    (train / "patient00004/study1/view1_frontal.jpg").unlink()
+    files = files_of(chexpert)["train"]
+    assert [file for file in files if "/old/" in file] == [
+        str(old / f"patient0000{name}.jpg")
+        for name in (
+            "3/study1/view1_frontal",
+            "3/study1/view2_lateral",
+            "3/study2/view1_frontal",
+            "4/study1/view1_frontal",
+        )
+    ]
+    note = re.compile(
+        rf"3 images are in another folder than the CSV says, for example {re.escape(str(old))}/(patient0000[34]\S+) "
+        r"for CheXpert-v1\.0-small/train/\1"
+    )
+    for more in (["--dry-run"], []):
+        run = run_pipeline("shards", chexpert, tmp_path / "out", "--size", 48, *more)
+        assert run.returncode == 0, run.stderr
+        assert len([line for line in run.stdout.splitlines() if note.fullmatch(line)]) == 1
+
+
+def test_what_is_nowhere_is_missing_where_the_csv_says(chexpert: Path) -> None:
+    shutil.rmtree(chexpert / "train/patient00003")
+    (chexpert / "old/patient00003").mkdir(parents=True)
+    source = find_source(chexpert, {}, [])
+    tables, _ = read_splits(source, **SELECTION)  # type: ignore[arg-type]
+    missing = [file for file in tables["train"]["file"].to_pylist() if not Path(file).exists()]
+    assert sorted(missing) == [
+        str(chexpert / f"train/patient00003/study{name}.jpg")
+        for name in ("1/view1_frontal", "1/view2_lateral", "2/view1_frontal")
+    ]
+    assert describe_moved(tables.values(), source.roots) is None
+
+
+def test_splits_that_share_a_patient_name_the_line_of_the_file(
+    chexpert: Path, edit_csv: Callable[[str, str], None]
+) -> None:
+    edit_csv("\n", "\n\n\n")
+    csv = chexpert / "valid.csv"
+    header, *rows = csv.read_text().splitlines()
+    csv.write_text("\n".join([header, "", *rows, rows[0].replace("patient00017", "patient00001")]))
+    with pytest.raises(DataError, match=r"valid.csv, line 15: patient00001 is in train.csv too"):
+        read_splits(find_source(chexpert, {}, []), **SELECTION)  # type: ignore[arg-type]
+
+
+def test_dark_16_bit_images_need_bits(chexpert: Path, tmp_path: Path) -> None:
+    """Films of 12 bits in PNGs of 16, among JPEGs; the shards with --bits are those of the 8-bit ones."""
+    csv = chexpert / "train.csv"
+    frame = pd.read_csv(csv)
+    for path in [*(chexpert / "train").rglob("*.jpg")][:4]:
+        levels = np.asarray(Image.open(path)).astype(np.uint16)
+        levels[0, 0] = 255
+        Image.fromarray(levels * 16 + levels // 16).save(path.with_suffix(".png"))
+        path.unlink()
+        name = str(path.relative_to(chexpert))
+        frame["Path"] = frame["Path"].str.replace(name, name.replace(".jpg", ".png"))
+    frame.to_csv(csv, index=False)
+    command = ("shards", chexpert, tmp_path / "out", "--size", 48, "--views", "all")
+    message = (
+        "4 of 60 images of a sample are 16-bit PNGs, whose highest level is 4,095 of 65,535: they would be nearly "
+        "black; give --bits 12 (or 8 to 16, as the images were made)"
+    )
+    for more in (["--dry-run"], []):
+        run = run_pipeline(*command, "--dev", 0, *more)
+        assert (run.returncode, run.stderr.splitlines()[-1]) == (1, f"Error: {message}")
+    assert not list((tmp_path / "out").glob("*.tar"))
+    run = run_pipeline(*command, "--bits", 12, "--encoding", "raw")
+    assert run.returncode == 0, run.stderr
+    manifest = read_manifest(tmp_path / "out")
+    assert (manifest.options["bits"], manifest.rejects) == (12, ())
+    again = run_pipeline(*command, "--encoding", "raw")
+    assert "bits is 12 there and None here" in again.stderr
+    accepted = make_shards(chexpert, tmp_path / "dark", default_options(views="all", bits=16))
+    assert accepted.manifest.options["bits"] == 16
+    bright = make_shards(chexpert, tmp_path / "bright", default_options(views="all", bits=12))
+    assert bright.manifest.pixels["mean"] > accepted.manifest.pixels["mean"]

@@ -92,3 +92,21 @@ def test_workers_end_with_a_killed_parent(tmp_path: Path) -> None:
     while any(Path(f"/proc/{pid}/stat").exists() for pid in pids) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not [pid for pid in pids if Path(f"/proc/{pid}/stat").exists()]
+
+
+def test_a_long_tmpdir_is_no_matter(tmp_path: Path) -> None:
+    folder = tmp_path / ("x" * 100)
+    folder.mkdir()
+    code = (
+        "import tempfile; from pathlib import Path; from pipeline.workers import run_alone; "
+        "from tests.test_workers import square; print(run_alone(square, (Path(), 7)), tempfile.gettempdir())"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parent.parent,
+        env=os.environ | {"TMPDIR": str(folder)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (run.returncode, run.stdout) == (0, f"49 {folder}\n"), run.stderr
