@@ -96,6 +96,8 @@ class Location(click.ParamType[Path]):
         """Its path; what it holds is looked at later."""
         from pipeline.store import open_location
 
+        if not str(value).strip():
+            self.fail("the name is empty; for the folder you are in, write .", param, context)
         path = open_location(str(value))
         if isinstance(path, Path) and path.is_file():
             self.fail(f"'{path}' is a file", param, context)
@@ -166,7 +168,8 @@ class SplitCsv(click.ParamType[tuple[str, Path]]):
 @click.option("--strict", is_flag=True, help="Refuse labels with one class; exit with 3 on any reject.")
 @click.option("--workers", default=count_cpus, type=click.IntRange(min=1), show_default="all cores")
 @click.option("--scheduler", metavar="URL", help="Work on the Dask cluster there: tcp://host:8786.")
-@click.option("--overwrite", is_flag=True, help="Replace shards made with other options or from other CSVs.")
+@click.option("--overwrite", is_flag=True, help="Replace the shards in OUT once the new ones are whole.")
+@click.option("--repair", is_flag=True, help="Write missing or damaged files of finished shards again.")
 @click.option("--dry-run", is_flag=True, help="Say what would be written, and which images are missing.")
 def shards(
     source: Path,
@@ -180,6 +183,7 @@ def shards(
     workers: int,
     scheduler: str | None,
     overwrite: bool,
+    repair: bool,
     dry_run: bool,
     **options: Any,
 ) -> int:
@@ -201,10 +205,11 @@ def shards(
     for number, (name, _) in enumerate(splits):
         if name in dict(splits[:number]):
             raise click.UsageError(f"--split {name} is there twice; one CSV makes a split")
+    if overwrite and repair:
+        raise click.UsageError("--overwrite or --repair, not both")
     found = find_source(source, dict(splits), roots)
     if dry_run:
-        _print_preview(found, Options(**options))
-        return 0
+        return _print_preview(found, Options(**options), max_bad, strict)
     start = time.perf_counter()
     resumed: int | None = None
     with progress_bar("Sharding", "images") as advance:
@@ -225,6 +230,7 @@ def shards(
             max_bad=max_bad,
             strict=strict,
             overwrite=overwrite,
+            repair=repair,
             progress=show,
         )
     for text in describe_one_class(run.one_class):
@@ -250,8 +256,16 @@ def _print_run(out: Path, run: "RunSummary", seconds: float) -> None:
         click.echo(run_alone(describe_studies, out))
     if run.manifest.rejects:
         click.echo(f"rejected images: {len(run.manifest.rejects):,}, see {out / 'rejects.csv'}")
+    if run.repaired:
+        click.echo(f"{out}: written again: {', '.join(run.repaired)}")
+        return
     if not run.is_new:
         click.echo(f"{out}: complete already, nothing to do")
+        if run.restored:
+            click.echo(
+                f"{len(run.restored):,} of the rejected images can be used now, such as {run.restored[0]}; "
+                "--overwrite writes the shards again with them"
+            )
         return
     if run.resumed:
         click.echo(f"{run.resumed:,} images were there already")
@@ -268,7 +282,8 @@ def _print_run(out: Path, run: "RunSummary", seconds: float) -> None:
     click.echo(f"next: {checks}python train.py --shards {out} --run RUN")
 
 
-def _print_preview(source: "Source", options: "Options") -> None:
+def _print_preview(source: "Source", options: "Options", max_bad: float, strict: bool) -> int:
+    """Say what would be written; returns the exit code that the same images would lead to."""
     from pipeline.preview import preview_shards
     from pipeline.stats import start_report
 
@@ -287,6 +302,11 @@ def _print_preview(source: "Source", options: "Options") -> None:
         click.echo(preview.views)
     _print_report(start_report(preview.statistics))
     click.echo("dry run: nothing was written")
+    missing = sum(len(split.missing) for split in preview.splits.values())
+    total = sum(split.kept for split in preview.splits.values())
+    if missing > max_bad * total:
+        raise DataError(f"{missing:,} of {total:,} images are missing, more than --max-bad {max_bad:.2%}")
+    return 3 if strict and missing else 0
 
 
 @cli.command(epilog="Example: pipeline stats train.csv --views frontal --by sex --plot labels.svg")
@@ -358,12 +378,14 @@ def stats(
         report["against"] = s.compare_tables(table, s.load_table(against, against_split, views))
     if plot:
         _plot(statistics, report.get("cooccurrence"), plot)
+        click.echo(f"{plot}: written", err=True)
     if html:
         scope = [] if source.is_file() else [f"split {split}" if split else "all splits"]
         scope.append(f"{views} views")
         if against:
             scope.append(f"against {f'{against_split} of ' if against_split else ''}{against.resolve().name}")
         _write_page(source, split, views, table, report.copy(), ", ".join(scope), html)
+        click.echo(f"{html}: written", err=True)
     if format_ == "json":
         click.echo(s.to_json(report))
     elif format_ == "csv":
@@ -588,7 +610,10 @@ def verify(shards: Path, deep: bool, workers: int) -> None:
             click.echo(f"{shards / file}: and {len(lines) - PRINTED:,} more")
     if report.problems:
         problems = sum(map(len, report.problems.values()))
-        raise click.ClickException(f"{shards}: {problems:,} problems in {len(report.problems)} files")
+        raise click.ClickException(
+            f"{shards}: {problems:,} problems in {len(report.problems)} files; "
+            f"`pipeline shards SOURCE {shards} --repair` with the options it was made by writes damaged ones again"
+        )
     click.echo(
         f"{shards}: all is well: {report.splits} splits, {report.shards:,} shards, {report.samples:,} samples, "
         f"{report.bytes / 1e6:,.1f} MB in {time.perf_counter() - start:.1f} s"

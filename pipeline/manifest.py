@@ -212,21 +212,26 @@ def claimed(folder: Path) -> Iterator[None]:
                 raise DataError(
                     f"{folder}: another process is writing to it; wait for it, or stop it"
                 ) from None
+            except OSError as error:
+                raise DataError(
+                    f"{folder}: its file system has no locks ({error.strerror}); choose a folder on another one"
+                ) from None
             try:
                 if os.fstat(file.fileno()).st_ino != path.stat().st_ino:
                     continue  # its last owner has removed it meanwhile
             except FileNotFoundError:
                 continue
             try:
-                _remove_temporaries(folder)
+                remove_temporaries(folder)
                 yield
             finally:
-                _remove_temporaries(folder)
+                remove_temporaries(folder)
                 path.unlink(missing_ok=True)
             return
 
 
-def _remove_temporaries(folder: Path) -> None:
+def remove_temporaries(folder: Path) -> None:
+    """Remove what killed processes have left half-written in a folder."""
     for path in folder.glob(".*.tmp"):
         if is_temporary(path):
             path.unlink(missing_ok=True)
@@ -249,10 +254,23 @@ def write_csv(path: Path, rows: Iterable[Sequence[object]]) -> None:
     write_atomically(path, text.getvalue().encode())
 
 
+def write_json(path: Path, document: Any) -> None:
+    """Write a JSON file atomically."""
+    write_atomically(path, json.dumps(document).encode())
+
+
 def write_atomically(path: Path, data: bytes | pa.Buffer) -> None:
     """Write a whole file, or nothing. Raises DataError, naming the file, where it cannot be written."""
     with atomic_file(path) as file:
         file.write(data)
+
+
+def move_file(source: Path, target: Path) -> None:
+    """Move a file within a file system. Raises DataError, naming the target, where that fails."""
+    try:
+        source.replace(target)
+    except OSError as error:
+        raise DataError(f"{target}: cannot be written: {error.strerror}") from error
 
 
 @contextmanager

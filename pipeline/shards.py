@@ -7,13 +7,17 @@ Three steps, each a pure function in processes of its own, so that the parent st
 
 A shard is a pure function of its rows and options, so the bytes do not depend on the number of workers, nor on
 how often the run was killed and started again: finished shards are kept, anything else is done anew.
+
+All of it is written inside `.partial`, under final names, and moved into the folder when it is whole; what was there
+before moves aside first (`publish`). An object store cannot rename: there, files are put where they belong, and
+`--overwrite` is refused.
 """
 
 import hashlib
 import json
 import re
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -22,6 +26,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline import DataError
 from pipeline.cluster import PACKAGES, run_on_cluster
@@ -41,10 +46,13 @@ from pipeline.manifest import (
     atomic_file,
     claimed,
     count_rows,
+    move_file,
+    read_arrow,
     read_manifest,
     read_table,
-    write_atomically,
+    remove_temporaries,
     write_csv,
+    write_json,
     write_manifest,
     write_table,
 )
@@ -72,7 +80,10 @@ PARTIAL = ".partial"  # inside the output folder, until the run is finished
 REJECTS = "rejects.csv"
 STARTED = "options.json"  # in there: what the run was asked for
 POLICIES = {"uncertain": "best", "blank": "zeros"}  # where none are given
-STALE = "stale.json"  # in there: names of files that --overwrite removes
+PLANNED = ".planned"  # beside it: the plan, until it is known to be good
+JOURNAL = "publish.json"  # in PARTIAL: what moves out of the folder, and what into it
+REPLACED = "replaced"  # in PARTIAL: what moved out
+SAMPLED = 64  # images that are tried before shards that are there are written again
 _OURS = re.compile(r"(?P<split>[a-z0-9_]+)(-\d{6}\.tar|\.arrow)|rejects\.csv")
 
 
@@ -101,7 +112,7 @@ class Options:
 class PlanTask(NamedTuple):
     """All that planning needs."""
 
-    out: Path
+    folder: Path  # for the plans
     source: Source
     options: Options
     policies: Mapping[str, str]
@@ -119,9 +130,10 @@ class Plan(NamedTuple):
 
 
 class ShardTask(NamedTuple):
-    """All that a worker needs to write one shard."""
+    """All that a worker needs to write one shard: into `out`, with its plan and its record in `partial`."""
 
     out: Path
+    partial: Path
     split: str
     number: int
     roots: tuple[Path, ...]
@@ -164,7 +176,9 @@ class RunSummary(NamedTuple):
     stripped: int
     resumed: int  # samples in shards that an earlier run had finished
     one_class: list[tuple[str, int, int]]
-    moved: str | None  # as in `Plan`
+    moved: str | None = None  # as in `Plan`
+    restored: tuple[str, ...] = ()  # keys of rejected images that could be used now
+    repaired: tuple[str, ...] = ()  # files that were written again
 
 
 Progress = Callable[[int, int, int], None]  # images done, images in all, rejects
@@ -181,16 +195,24 @@ def write_shards(
     max_bad: float,
     strict: bool = False,
     overwrite: bool = False,
+    repair: bool = False,
     progress: Progress = lambda done, total, rejects: None,
 ) -> RunSummary:
     """Write `source` into `out`, or continue where an earlier run of the same options stopped.
 
     In so many worker processes, or on the Dask cluster of a `scheduler`; `out` may be a path of `pipeline.store`.
-    A policy of None is that of the shards there, else the default.
+    A policy of None is that of the shards there, else the default. `overwrite` replaces shards of other options or CSVs
+    when the new ones are whole; `repair` writes again what is missing or damaged of finished ones.
     Raises DataError for bad input, more than the share `max_bad` of unusable images, or `out` holding shards
     of other options or CSVs without `overwrite`; and, if `strict`, a label left with one class.
     """
     check_access(out)
+    if is_remote(out) and (overwrite or repair):
+        option = "--overwrite" if overwrite else "--repair"
+        raise DataError(
+            f"{out}: {option} is for folders: an object store cannot exchange files as a whole; write to another "
+            "prefix, or remove this one first"
+        )
     hashes = {split: _sha256(csv) for split, csv in source.csvs.items()}
     # Shards of all views made before their studies lay together are other shards.
     unit = {"unit": "study"} if options.views == "all" else {}
@@ -199,15 +221,21 @@ def write_shards(
         chosen = _choose_policies(out, policies, overwrite)
         wanted = {"options": said | unit, "policies": chosen, "sources": hashes}
         run = Run(out, source, options, chosen, wanted, workers, scheduler, max_bad, strict)
-        if not overwrite and (found := _find_finished(run)) is not None:
+        looks_only = not (overwrite or repair or run.partial.exists())
+        if looks_only and (found := _find_finished(run)) is not None:
             return found
         make_folder(out)
         with nullcontext() if is_remote(out) else claimed(out):
             # Once more: another process may have finished them before it gave the folder back.
-            if not overwrite and (found := _find_finished(run)) is not None:
+            publish(out)  # what a killed run had begun to move
+            if not (overwrite or repair) and (found := _find_finished(run)) is not None:
                 return found
-            _make_room(run, overwrite)
-            return _write_all(run, progress)
+            try:
+                return _repair(run, progress) if repair else _write_all(run, overwrite, progress)
+            finally:
+                if not is_remote(out):
+                    remove_temporaries(out / PARTIAL)
+                    remove_folder(out / PLANNED)
 
 
 @dataclass(frozen=True)
@@ -225,6 +253,16 @@ class Run:
     strict: bool
 
     @property
+    def partial(self) -> Path:
+        """The folder of plans and records."""
+        return self.out / PARTIAL
+
+    @property
+    def work(self) -> Path:
+        """The folder that the shards are written into."""
+        return self.out if is_remote(self.out) else self.partial
+
+    @property
     def started(self) -> dict[str, dict[str, Any]]:
         """What must not change until the run is finished: the versions decide its bytes, too."""
         return self.wanted | {"versions": {name: version(name) for name in (*PACKAGES, "chexpert-pipeline")}}
@@ -235,7 +273,7 @@ def _choose_policies(out: Path, given: Mapping[str, str | None], overwrite: bool
     there: Mapping[str, str] = {}
     if not overwrite:
         is_there = (out / NAME).exists()
-        begun = _read_json(out / PARTIAL / STARTED) or {}
+        begun = _read_started(out) or {}
         there = read_manifest(out).policies if is_there else begun.get("policies", {})
     return {name: given.get(name) or there.get(name, default) for name, default in POLICIES.items()}
 
@@ -244,95 +282,221 @@ def _find_finished(run: Run) -> RunSummary | None:
     """The summary of shards that are there already. Raises DataError where they are others, or not whole."""
     if not (run.out / NAME).exists():
         return None
-    manifest = read_manifest(run.out)
-    _refuse_difference(run.out, {name: getattr(manifest, name) for name in run.wanted}, run.wanted)
+    manifest = _read_same(run)
     for split in manifest.splits.values():
         for shard in split.shards:
             path = run.out / shard.file
             if not path.exists() or path.stat().st_size != shard.bytes:
-                raise DataError(f"{path}: missing, or not of its size; --overwrite writes all shards again")
-    remove_folder(run.out / PARTIAL)
-    one_class = run_alone(find_one_class, PlanTask(run.out, run.source, run.options, run.policies))
+                raise DataError(f"{path}: missing, or not of its size; --repair writes it again")
+    remove_folder(run.partial)
+    task = PlanTask(run.out, run.source, run.options, run.policies)
+    one_class = run_alone(find_one_class, task)
     _refuse_one_class(run, one_class)
-    return RunSummary(manifest, False, 0, 0, 0, one_class, None)
+    restored = run_alone(find_restored, task) if manifest.rejects else ()
+    return RunSummary(manifest, False, 0, 0, 0, one_class, restored=restored)
 
 
-def _make_room(run: Run, overwrite: bool) -> None:
-    """Remove what an earlier run wrote, where that was asked for. Raises DataError for files of others.
+def _read_same(run: Run) -> Manifest:
+    """The manifest that is there. Raises DataError where it is of other options, policies or CSVs."""
+    manifest = read_manifest(run.out)
+    _refuse_difference(run.out, {name: getattr(manifest, name) for name in run.wanted}, run.wanted)
+    return manifest
 
-    Their names are noted before the manifest goes, so that the same command goes on where it was killed.
-    """
-    partial = run.out / PARTIAL
-    stale = partial / STALE
-    is_there = (run.out / NAME).exists()
-    started = _read_json(partial / STARTED)
-    if overwrite and (is_there or (started is not None and started != run.started)):
-        names = _written_names(run.out)
-        make_folder(partial)
-        write_atomically(stale, json.dumps(names).encode())
-        for path in ((run.out / NAME), *(path for path in list_files(partial) if path.name != STALE)):
-            path.unlink(missing_ok=True)
-    elif started is None and not stale.exists():
-        splits = {*run.source.csvs, "dev"}
-        for path in list_files(run.out):
-            match = _OURS.fullmatch(path.name)
-            if match and (match["split"] is None or match["split"] in splits):
-                raise DataError(
-                    f"{path}: not written by this command, which would replace it; choose another folder"
-                )
-    for name in _read_json(stale) or []:
-        (run.out / name).unlink(missing_ok=True)
-    stale.unlink(missing_ok=True)
+
+def find_restored(task: PlanTask) -> tuple[str, ...]:
+    """Keys of the images that finished shards rejected and that could be used now."""
+    rejected = pa.array([reject["key"] for reject in read_manifest(task.folder).rejects])
+    tables, _ = read_splits(task.source, **selection(task.options))
+    again = pa.concat_tables(table.filter(pc.is_in(table["key"], rejected)) for table in tables.values())
+    contents = read_images(again["file"].to_pylist(), task.source.roots)
+    keys = again["key"].to_pylist()
+    return tuple(
+        key for key, content in zip(keys, contents, strict=True) if _reason(content, task.options) is None
+    )
+
+
+def _reason(content: bytes | ImageError, options: Options) -> str | None:
+    """Why an image cannot be used; None where it can."""
+    try:
+        if isinstance(content, ImageError):
+            raise content
+        prepare(content, options.image)
+    except ImageError as error:
+        return str(error)
+    return None
 
 
 def _written_names(out: Path) -> list[str]:
-    """The files in a folder that a run of this program wrote, finished or not."""
-    if (out / NAME).exists():
-        manifest = read_manifest(out)
-        if manifest.options.get("indexed"):
-            raise DataError(f"{out}: its shards come from another program; choose another folder")
-        splits = manifest.splits.values()
-        return [
-            REJECTS,
-            *(name for split in splits for name in (split.table, *(s.file for s in split.shards))),
-        ]
-    plans = {path.stem for path in (out / PARTIAL).glob("*.plan")}
-    found = ((path.name, _OURS.fullmatch(path.name)) for path in list_files(out))
-    names = [name for name, match in found if match and (match["split"] is None or match["split"] in plans)]
-    return names + (_read_json(out / PARTIAL / STALE) or [])
+    """The files of finished shards. Raises DataError for those of another program."""
+    if not (out / NAME).exists():
+        return []
+    manifest = read_manifest(out)
+    if manifest.options.get("indexed"):
+        raise DataError(f"{out}: its shards come from another program; choose another folder")
+    splits = manifest.splits.values()
+    names = [name for split in splits for name in (split.table, *(shard.file for shard in split.shards))]
+    return [name for name in (NAME, REJECTS, *names) if (out / name).exists()]
+
+
+def _refuse_others(run: Run, planned: Path, splits: Collection[str]) -> None:
+    """Raise DataError for a file of another origin whose name a shard or table of these splits may need.
+
+    With the manifest gone, what it listed is of our own making: a tar or table that begins with the image that the plan
+    puts first. At the end such a file is compared with the new one.
+    """
+    ours = _written_names(run.out)
+    for path in list_files(run.out):
+        match = _OURS.fullmatch(path.name)
+        if path.name in ours or not match or match["split"] not in {None, *splits}:
+            continue
+        if is_remote(run.out) or not _is_planned(planned, path):
+            raise DataError(
+                f"{path}: not written by this command, which would replace it; choose another folder"
+            )
+
+
+def _is_planned(planned: Path, path: Path) -> bool:
+    """Whether a file of a shard or a table begins with what the plan puts first."""
+    if path.name == REJECTS:
+        return path.read_bytes().startswith(",".join(Reject._fields).encode())
+    split, _, number = path.stem.rpartition("-") if path.suffix == ".tar" else (path.stem, "", "0")
+    if int(number) >= _count_shards(planned, split):
+        return False
+    first = _plan_batch(planned, split, int(number))["key"][0].as_py()
+    if path.suffix == ".tar":
+        with path.open("rb") as file:
+            return file.read(100).partition(b".")[0].decode(errors="replace") == first
+    try:
+        return str(read_arrow(path, path.read_bytes())["key"][0]) == str(first)
+    except (DataError, KeyError, IndexError):
+        return False
+
+
+def publish(out: Path) -> None:
+    """Move whole shards from `.partial` into the folder, as its journal says, and what they replace out of it.
+
+    Killed at any moment, it goes on from there when it is called again: nothing of either set is lost before the new
+    manifest is in its place. Does nothing without a journal.
+    """
+    partial = out / PARTIAL
+    if is_remote(out) or (journal := _read_json(partial / JOURNAL)) is None:
+        return
+    replaced = partial / REPLACED
+    replaced.mkdir(exist_ok=True)
+    for name in journal["old"]:  # the manifest first: without it, no file is taken for finished
+        if not (replaced / name).exists():
+            move_file(out / name, replaced / name)
+    for name in journal["new"]:  # the manifest last
+        if (partial / name).exists():
+            move_file(partial / name, out / name)
+    # The journal first: it must not outlive what it names.
+    (partial / JOURNAL).unlink()
+    remove_folder(partial)
+
+
+def _exchange(run: Run, manifest: Manifest) -> None:
+    """Put finished shards in the place of those that are there. Raises DataError for a file of another origin."""
+    new = [shard.file for split in manifest.splits.values() for shard in split.shards]
+    new += [split.table for split in manifest.splits.values()]
+    new += [*([REJECTS] if manifest.rejects else []), NAME]
+    old = _written_names(run.out)
+    for name in new:
+        if name not in old and (run.out / name).exists():
+            if _sha256(run.out / name) != _sha256(run.partial / name):
+                raise DataError(
+                    f"{run.out / name}: not what this command writes there; move it away, or choose another folder"
+                )
+            old.append(name)
+    write_json(run.partial / JOURNAL, {"old": old, "new": new})
+    publish(run.out)
 
 
 def _read_json(path: Path) -> Any:
-    """What is in a file of ours; None where there is none."""
+    """What is in a file of ours; None where there is none, or it is damaged: then it is made again."""
     try:
         return json.loads(path.read_bytes())
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):
         return None
 
 
-def _write_all(run: Run, progress: Progress) -> RunSummary:
-    """Plan, write what is not yet written, and finish."""
-    out = run.out
-    partial = out / PARTIAL
-    make_folder(partial)
-    started = partial / STARTED
-    before = _read_json(started)
-    if before is not None and any(path.suffix == ".tar" for path in list_files(out)):
-        _refuse_difference(out, before, run.started)
-    rows, one_class, moved = run_alone(write_plan, PlanTask(out, run.source, run.options, run.policies))
-    _refuse_one_class(run, one_class)
-    write_atomically(started, json.dumps(run.started).encode())
+def _read_started(out: Path) -> dict[str, Any] | None:
+    """What an unfinished run was asked for; None where there is none, or that is damaged."""
+    started = _read_json(out / PARTIAL / STARTED)
+    return started if isinstance(started, dict) else None
 
-    total = sum(rows.values())
-    tasks = [
-        ShardTask(out, split, number, run.source.roots, run.options.image)
-        for split in rows
-        for number in range(_count_shards(out, split))
+
+def _plan(run: Run, overwrite: bool) -> Plan:
+    """Plan the shards, and check what can be checked, before anything that is there is touched."""
+    planned = run.partial if is_remote(run.out) else run.out / PLANNED
+    before = _read_started(run.out)
+    begun = any(path.suffix == ".tar" for path in list_files(run.work))
+    if before is not None and begun and not overwrite:
+        _refuse_difference(run.out, before, run.started)
+    make_folder(planned)
+    task = PlanTask(planned, run.source, run.options, run.policies)
+    plan = run_alone(write_plan, task)
+    _refuse_one_class(run, plan.one_class)
+    if before is None or not is_remote(run.out):
+        _refuse_others(run, planned, plan.rows)
+    if overwrite:
+        run_alone(try_images, task)
+    if planned != run.partial:
+        if before != run.started:
+            remove_folder(run.partial)
+        make_folder(run.partial)
+        for path in planned.iterdir():
+            move_file(path, run.partial / path.name)
+    write_json(run.partial / STARTED, run.started)
+    return plan
+
+
+def try_images(task: PlanTask) -> None:
+    """Raise DataError where none of a sample of the planned images can be used: a disk may not be mounted."""
+    rows = [
+        _plan_batch(task.folder, path.stem, 0).slice(0, SAMPLED)
+        for path in sorted(task.folder.glob("*.plan"))
     ]
-    records = [(task, _finished(task)) for task in tasks]
+    files = [file for of_split in rows for file in of_split["file"].to_pylist()]
+    reasons = [_reason(content, task.options) for content in read_images(files, task.source.roots)]
+    if None not in reasons:
+        raise DataError(
+            f"{files[0]}: {reasons[0]}; none of {len(files)} images tried can be used, so nothing was changed"
+        )
+
+
+def _list_tasks(run: Run, splits: Iterable[str]) -> list[ShardTask]:
+    """A task for each planned shard."""
+    return [
+        ShardTask(run.work, run.partial, split, number, run.source.roots, run.options.image)
+        for split in splits
+        for number in range(_count_shards(run.partial, split))
+    ]
+
+
+def _write_all(run: Run, overwrite: bool, progress: Progress) -> RunSummary:
+    """Plan, write what is not yet written, finish, and put it in its place."""
+    out = run.out
+    rows, one_class, moved = _plan(run, overwrite)
+    total = sum(rows.values())
+    records = [(task, _finished(task)) for task in _list_tasks(run, rows)]
     finished = [summary for _, summary in records if summary is not None]
     unfinished = [task for task, summary in records if summary is None]
     resumed = sum(summary.samples for summary in finished)
+    finished += _write_tasks(run, unfinished, resumed, total, progress)
+    manifest = run_alone(finish, FinishTask(run.work, run.partial, rows, run.wanted))
+    if is_remote(out):
+        remove_folder(run.partial)
+    else:
+        _exchange(run, manifest)
+    stripped = sum(summary.stripped for summary in finished)
+    bytes_in = sum(summary.bytes_in for summary in finished)
+    return RunSummary(manifest, True, bytes_in, stripped, resumed, one_class, moved)
+
+
+def _write_tasks(
+    run: Run, tasks: Sequence[ShardTask], resumed: int, total: int, progress: Progress
+) -> list[ShardSummary]:
+    """Write shards in processes or on a cluster. Raises DataError for more rejects than are allowed."""
     done = 0
     rejects: list[Reject] = []
 
@@ -341,9 +505,10 @@ def _write_all(run: Run, progress: Progress) -> RunSummary:
 
     tick(0)
     if run.scheduler is None:
-        results = run_tasks(write_shard, unfinished, run.workers, tick)
+        results = run_tasks(write_shard, tasks, run.workers, tick)
     else:
-        results = run_on_cluster(write_shard, unfinished, run.scheduler, started)
+        results = run_on_cluster(write_shard, tasks, run.scheduler, run.partial / STARTED)
+    finished = []
     # Closed explicitly: when this raises, the workers must have ended before the caller goes on.
     with closing(results) as summaries:
         for summary in summaries:
@@ -353,17 +518,49 @@ def _write_all(run: Run, progress: Progress) -> RunSummary:
             if run.scheduler is not None:
                 tick(done)
             if len(rejects) > run.max_bad * total:
-                _write_rejects(out, rejects)
+                _write_rejects(run.work, rejects)
                 raise DataError(
                     f"{len(rejects)} of {total:,} images cannot be used, more than --max-bad {run.max_bad:.2%}; "
-                    f"{out / REJECTS} lists them; the first: {rejects[0].file}: {rejects[0].reason}"
+                    f"{run.work / REJECTS} lists them; the first: {rejects[0].file}: {rejects[0].reason}"
                 )
     progress(total, total, len(rejects))
-    manifest = run_alone(finish, FinishTask(out, rows, run.wanted))
-    remove_folder(partial)
-    stripped = sum(summary.stripped for summary in finished)
-    bytes_in = sum(summary.bytes_in for summary in finished)
-    return RunSummary(manifest, True, bytes_in, stripped, resumed, one_class, moved)
+    return finished
+
+
+def _repair(run: Run, progress: Progress) -> RunSummary:
+    """Write again what is missing or damaged of finished shards, to the same bytes.
+
+    Raises DataError where the source does not give these bytes any more.
+    """
+    manifest = _read_same(run)
+    expected = {shard.file: shard.sha256 for split in manifest.splits.values() for shard in split.shards}
+    expected |= {split.table: split.table_sha256 for split in manifest.splits.values()}
+    damaged = {
+        name
+        for name, sha256 in expected.items()
+        if not (run.out / name).is_file() or _sha256(run.out / name) != sha256
+    }
+    remove_folder(run.partial)
+    if damaged:
+        rows, _, _ = _plan(run, overwrite=False)
+        # A table needs the records of all shards of its split.
+        whole = [name for name, split in manifest.splits.items() if split.table in damaged]
+        tasks = [task for task in _list_tasks(run, rows) if task.split in whole or task.file in damaged]
+        total = sum(len(_plan_batch(run.partial, task.split, task.number)) for task in tasks)
+        _write_tasks(run, tasks, 0, total, progress)
+        for split in whole:
+            run_alone(_write_index, (FinishTask(run.work, run.partial, rows, run.wanted), split))
+        for name in sorted(damaged):
+            if not (run.partial / name).is_file() or _sha256(run.partial / name) != expected[name]:
+                raise DataError(
+                    f"{run.out / name}: the source does not give the same bytes any more, so it cannot be repaired; "
+                    "--overwrite writes all shards again"
+                )
+        for name in sorted(damaged):
+            move_file(run.partial / name, run.out / name)
+        remove_folder(run.partial)
+    one_class = run_alone(find_one_class, PlanTask(run.out, run.source, run.options, run.policies))
+    return RunSummary(manifest, False, 0, 0, 0, one_class, repaired=tuple(sorted(damaged)))
 
 
 def write_plan(task: PlanTask) -> Plan:
@@ -372,7 +569,7 @@ def write_plan(task: PlanTask) -> Plan:
     if task.options.bits is None:
         refuse_dark_images(tables.values(), task.source.roots, task.options.max_pixels)
     for split, table in tables.items():
-        path = task.out / PARTIAL / f"{split}.plan"
+        path = task.folder / f"{split}.plan"
         with atomic_file(path) as file, pa.ipc.new_file(file, table.schema) as writer:
             for of_shard in divide_rows(
                 table.combine_chunks(), task.options.samples_per_shard, task.options.views
@@ -385,8 +582,8 @@ def write_plan(task: PlanTask) -> Plan:
 
 def find_one_class(task: PlanTask) -> list[tuple[str, int, int]]:
     """The labels of finished shards that the policies leave with one class in train."""
-    splits = read_manifest(task.out).splits
-    return _one_class(read_table(task.out, splits["train"]), task) if "train" in splits else []
+    splits = read_manifest(task.folder).splits
+    return _one_class(read_table(task.folder, splits["train"]), task) if "train" in splits else []
 
 
 def _one_class(table: pa.Table, task: PlanTask) -> list[tuple[str, int, int]]:
@@ -408,10 +605,10 @@ def write_shard(task: ShardTask) -> ShardSummary:
 
     Raises DataError where a file cannot be written.
     """
-    rows = _plan_batch(task.out, task.split, task.number).to_pylist()
+    rows = _plan_batch(task.partial, task.split, task.number).to_pylist()
     with atomic_file(task.out / task.file) as file:
         summary, record = _write_tar(task, rows, file)
-    write_atomically(_record_path(task), json.dumps({"summary": summary, **record}).encode())
+    write_json(_record_path(task), {"summary": summary, **record})
     return summary
 
 
@@ -470,6 +667,7 @@ class FinishTask(NamedTuple):
     """All that finishing needs: rows per split, and the manifest's options, policies and sources."""
 
     out: Path
+    partial: Path
     rows: dict[str, int]
     wanted: dict[str, dict[str, Any]]
 
@@ -480,7 +678,7 @@ def finish(task: FinishTask) -> Manifest:
     levels: dict[str, Any] = {}
     rejects: list[Reject] = []
     for split in task.rows:
-        splits[split], levels[split], of_split = _write_index(task, split)
+        splits[split], levels[split], of_split = _write_index((task, split))
         rejects += of_split
     if rejects:
         _write_rejects(task.out, rejects)
@@ -496,13 +694,14 @@ def finish(task: FinishTask) -> Manifest:
     return manifest
 
 
-def _write_index(task: FinishTask, split: str) -> tuple[Split, Any, list[Reject]]:
+def _write_index(of: tuple[FinishTask, str]) -> tuple[Split, Any, list[Reject]]:
     """Write `<split>.arrow`: the rows that were kept, without paths, plus where each image lies."""
+    task, split = of
     batches, shards, rejects = [], [], []
     levels = np.zeros(256, np.int64)
-    for number in range(_count_shards(task.out, split)):
-        record = json.loads((task.out / PARTIAL / f"{split}-{number:06d}.json").read_bytes())
-        rows = _plan_batch(task.out, split, number).filter(pa.array(record["kept"]))
+    for number in range(_count_shards(task.partial, split)):
+        record = json.loads((task.partial / f"{split}-{number:06d}.json").read_bytes())
+        rows = _plan_batch(task.partial, split, number).filter(pa.array(record["kept"]))
         index = pa.Table.from_batches([rows]).drop_columns(["path", "file"])
         columns = {"shard": (pa.int32(), [number] * rows.num_rows), "offset": (pa.int64(), record["offset"])}
         columns |= {"length": (pa.int32(), record["length"]), "crc": (pa.uint32(), record["crc"])}
@@ -522,14 +721,14 @@ def _write_index(task: FinishTask, split: str) -> tuple[Split, Any, list[Reject]
     return entry, levels, rejects
 
 
-def _count_shards(out: Path, split: str) -> int:
-    with (out / PARTIAL / f"{split}.plan").open("rb") as file:
+def _count_shards(partial: Path, split: str) -> int:
+    with (partial / f"{split}.plan").open("rb") as file:
         return int(pa.ipc.open_file(file).num_record_batches)
 
 
-def _plan_batch(out: Path, split: str, number: int) -> pa.RecordBatch:
+def _plan_batch(partial: Path, split: str, number: int) -> pa.RecordBatch:
     """The rows of one shard, read by themselves: a memory map would stay resident."""
-    path = out / PARTIAL / f"{split}.plan"
+    path = partial / f"{split}.plan"
     try:
         with path.open("rb") as file:
             return pa.ipc.open_file(file).get_batch(number)
@@ -542,14 +741,14 @@ def _finished(task: ShardTask) -> ShardSummary | None:
     try:
         record = json.loads(_record_path(task).read_bytes())
         complete = (task.out / task.file).stat().st_size == record["shard"]["bytes"]
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError, KeyError, TypeError):  # not there, or damaged
         return None
     summary = ShardSummary(*record["summary"])
     return summary if complete and not summary.rejects else None
 
 
 def _record_path(task: ShardTask) -> Path:
-    return task.out / PARTIAL / f"{task.split}-{task.number:06d}.json"
+    return task.partial / f"{task.split}-{task.number:06d}.json"
 
 
 def _sample_json(row: Mapping[str, Any]) -> bytes:

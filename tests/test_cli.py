@@ -231,3 +231,47 @@ runpy.run_path({program!r}, run_name="__main__")
         check=False,
     )
     assert (ran.returncode, ran.stdout, ran.stderr) == (130, "", errors)
+
+
+def test_rejects_that_can_be_used_now_are_said(chexpert: Path, tmp_path: Path) -> None:
+    image = chexpert / "valid/patient00019/study2/view1_frontal.jpg"
+    content = image.read_bytes()
+    image.unlink()
+    command = ("shards", chexpert, tmp_path / "out", "--size", 48, "--max-bad", 0.5)
+    assert run(*command).returncode == 0
+    assert run(*command).stdout.splitlines()[-1] == f"{tmp_path / 'out'}: complete already, nothing to do"
+    image.write_bytes(content)
+    again = run(*command)
+    assert again.returncode == 0
+    assert again.stdout.splitlines()[-1] == (
+        "1 of the rejected images can be used now, such as patient00019_study2_view1_frontal; "
+        "--overwrite writes the shards again with them"
+    )
+
+
+def test_a_dry_run_exits_as_the_run_would(chexpert: Path, tmp_path: Path) -> None:
+    (chexpert / "train/patient00003/study2/view1_frontal.jpg").unlink()
+    command = ("shards", chexpert, tmp_path / "out", "--dry-run")
+    refused = run(*command)
+    assert refused.returncode == 1
+    assert refused.stderr.splitlines()[-1] == ("Error: 1 of 40 images are missing, more than --max-bad 0.10%")
+    assert run(*command, "--max-bad", 0.5).returncode == 0
+    assert run(*command, "--max-bad", 0.5, "--strict").returncode == 3
+
+
+@pytest.mark.parametrize("arguments", [("", "out"), ("source", " ")])
+def test_an_empty_name_is_no_folder(arguments: tuple[str, str]) -> None:
+    refused = run("shards", *arguments)
+    assert refused.returncode == 2
+    assert "the name is empty; for the folder you are in, write ." in refused.stderr
+
+
+def test_a_problem_names_the_command_that_repairs_it(chexpert: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = ("shards", chexpert, out, "--size", 48)
+    assert run(*command).returncode == 0
+    (out / "dev-000000.tar").write_bytes(b"")
+    assert f"`pipeline shards SOURCE {out} --repair`" in run("verify", out).stderr
+    repaired = run(*command, "--repair")
+    assert repaired.stdout.splitlines()[-1] == f"{out}: written again: dev-000000.tar"
+    assert run("verify", out).returncode == 0

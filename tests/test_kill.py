@@ -91,7 +91,7 @@ def test_a_full_disk_is_named_and_the_run_resumes(
     assert full.stderr.splitlines()[-1].startswith(f"Error: {out}/")
     assert full.stderr.splitlines()[-1].endswith(": cannot be written: File too large")
     assert not (out / "manifest.json").exists()
-    assert not list(out.glob(".*.tmp"))
+    assert not list(out.rglob("*.tmp"))
     assert run_pipeline("shards", source, out, *OPTIONS).returncode == 0
     assert hashes(out) == expected
 
@@ -104,7 +104,7 @@ def test_a_signal_ends_the_run_and_its_workers(
     out = tmp_path / "out"
     command = [str(PIPELINE), "shards", str(source), str(out), *OPTIONS]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        while not list(out.glob("*.tar")):
+        while not list(out.glob(".partial/*.tar")):
             time.sleep(0.01)
         process.send_signal(number)
         _, errors = process.communicate(timeout=30)  # returns once the workers have closed stderr too

@@ -1,9 +1,13 @@
+import errno
+import fcntl
 import hashlib
 import io
 import json
+import os
 import shutil
 import tarfile
 import zlib
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -14,6 +18,7 @@ import webdataset
 from PIL import Image
 
 from pipeline import DataError
+from pipeline import shards as etl
 from pipeline.index import write_index
 from pipeline.labels import LABELS, evaluation_targets, hash_fraction
 from pipeline.manifest import Manifest, atomic_file, claimed, read_manifest, read_table, write_csv
@@ -196,7 +201,7 @@ def test_finished_shards_that_are_not_whole_are_named(chexpert: Path, shards: Sh
         damage()
         with pytest.raises(DataError) as caught:
             make_shards(chexpert, shards[0])
-        reason = "missing, or not of its size; --overwrite writes all shards again"
+        reason = "missing, or not of its size; --repair writes it again"
         assert str(caught.value) == f"{path}: {reason}"
     assert make_shards(chexpert, shards[0], overwrite=True).manifest == shards[1]
 
@@ -305,10 +310,10 @@ def test_unusable_image_stops_the_run_and_leaves_nothing_finished(
     with pytest.raises(DataError) as caught:
         make_shards(chexpert, out, workers=2, max_bad=0.02)  # one of 40 is 2.5 %
     assert str(caught.value).startswith(
-        f"1 of 40 images cannot be used, more than --max-bad 2.00%; {out / 'rejects.csv'} lists them; "
+        f"1 of 40 images cannot be used, more than --max-bad 2.00%; {out / '.partial/rejects.csv'} lists them; "
         f"the first: {image}: {reason}"
     )
-    assert not [path for path in out.iterdir() if path.name.endswith(".tmp")]
+    assert not [path for path in out.rglob("*") if path.name.endswith(".tmp")]
     with pytest.raises(DataError, match=r"no manifest.json, so no finished shards"):
         read_manifest(out)
 
@@ -476,3 +481,154 @@ def test_what_a_killed_writer_left_goes_and_nothing_else(tmp_path: Path) -> None
         assert not left.exists()
         left.touch()  # by a worker of a cluster that is killed before the run ends
     assert {path.name for path in tmp_path.iterdir()} == {"last.pt", ".mine.tmp"}
+
+
+def test_an_overwrite_that_cannot_work_leaves_the_shards_alone(
+    chexpert: Path, shards: Shards, edit_csv: Callable[[str, str], None]
+) -> None:
+    folder, manifest = shards
+    before = hashes(folder)
+    other = default_options(seed=1)
+
+    def refuse(match: str, **changes: object) -> None:
+        with pytest.raises(DataError, match=match):
+            write_shards(
+                find_source(chexpert, {}, []),
+                folder,
+                other,
+                POLICIES,
+                **({"workers": 1, "max_bad": 0.0, "overwrite": True} | changes),  # type: ignore[arg-type]
+            )
+        assert {path.name: sha256(path) for path in folder.iterdir() if path.is_file()} == before
+        assert read_manifest(folder) == manifest
+
+    refuse("cannot be reached", scheduler="tcp://127.0.0.1:9")
+    images = chexpert / "train"
+    images.rename(chexpert.parent / "unmounted")
+    (chexpert / "valid").rename(chexpert.parent / "unmounted too")
+    refuse("no such file, but the CSV lists it; none of 18 images tried can be used, so nothing was changed$")
+    (chexpert.parent / "unmounted").rename(images)
+    (chexpert.parent / "unmounted too").rename(chexpert / "valid")
+    edit_csv("Pneumonia", "Pnemonia")
+    refuse("column Pneumonia is missing")
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+class Killed(BaseException):
+    """Stands in for SIGKILL: nothing catches it."""
+
+
+def test_killed_at_any_move_an_overwrite_loses_nothing(
+    chexpert: Path, shards: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = hashes(shards[0]), default_options(seed=1, samples_per_shard=14)
+    make_shards(chexpert, tmp_path / "new", new)
+    expected = hashes(tmp_path / "new")
+    moves = 0
+    for kill in range(1000):
+        folder = Path(shutil.copytree(shards[0], tmp_path / f"kill-{kill}"))
+        with monkeypatch.context() as patch:
+            patch.setattr(etl, "run_alone", lambda function, task: function(task))
+            done = 0
+
+            def move(source: Path, target: Path, kill: int = kill) -> None:
+                nonlocal done
+                done += 1
+                if done > kill:
+                    raise Killed
+                source.replace(target)
+
+            patch.setattr(etl, "move_file", move)
+            try:
+                make_shards(chexpert, folder, new, overwrite=True)
+            except Killed:
+                found = {sha256(path) for path in folder.rglob("*") if path.is_file()}
+                # Before the exchange the old set is where it was; within it both are whole on the disk.
+                begun = (folder / ".partial" / "publish.json").exists()
+                assert set(old.values()) <= found
+                assert set(expected.values()) <= found or not begun
+                if not begun:
+                    assert {path.name: sha256(path) for path in folder.iterdir() if path.is_file()} == old
+            else:
+                moves = done
+        if moves:
+            break
+        make_shards(chexpert, folder, new, overwrite=True)
+        assert hashes(folder) == expected
+        shutil.rmtree(folder)
+    assert moves > 15
+
+
+def test_damaged_and_missing_files_are_repaired_to_the_same_bytes(chexpert: Path, shards: Shards) -> None:
+    folder, manifest = shards
+    before = hashes(folder)
+
+    def repair(options: Options | None = None) -> RunSummary:
+        source = find_source(chexpert, {}, [])
+        chosen = options or default_options()
+        return write_shards(source, folder, chosen, POLICIES, workers=1, max_bad=0.0, repair=True)
+
+    (folder / "train-000001.tar").unlink()
+    damaged = folder / "valid-000000.tar"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
+    (folder / "dev.arrow").write_bytes(b"")
+    kept = (folder / "train-000000.tar").stat().st_mtime_ns
+    assert repair().repaired == ("dev.arrow", "train-000001.tar", "valid-000000.tar")
+    assert hashes(folder) == before
+    assert (folder / "train-000000.tar").stat().st_mtime_ns == kept
+    assert repair().repaired == ()
+    with pytest.raises(DataError, match=r"holds other shards: seed is 0 there and 1 here"):
+        repair(default_options(seed=1))
+    (folder / "train-000001.tar").unlink()
+    first = read_table(folder, manifest.split("train"))["key"][7].as_py().replace("_", "/", 2)
+    Image.new("L", (80, 64)).save(chexpert / "train" / f"{first}.jpg")
+    with pytest.raises(DataError) as caught:
+        repair()
+    assert str(caught.value) == (
+        f"{folder / 'train-000001.tar'}: the source does not give the same bytes any more, so it cannot be repaired; "
+        "--overwrite writes all shards again"
+    )
+
+
+def test_shards_whose_manifest_is_gone_are_finished_again(chexpert: Path, shards: Shards) -> None:
+    folder = shards[0]
+    before = hashes(folder)
+    (folder / "manifest.json").unlink()
+    make_shards(chexpert, folder)
+    assert hashes(folder) == before
+    (folder / "manifest.json").unlink()
+    table = folder / "dev.arrow"
+    table.write_bytes(table.read_bytes()[:-8] + bytes(8))
+    with pytest.raises(DataError, match=rf"^{table}: not written by this command, which would replace it"):
+        make_shards(chexpert, folder)
+
+
+@pytest.mark.parametrize("name", ["options.json", "train-000000.json", "train.plan"])
+def test_an_empty_file_of_an_unfinished_run_is_made_again(chexpert: Path, shards: Shards, name: str) -> None:
+    folder = shards[0]
+    before = hashes(folder)
+    (folder / "manifest.json").unlink()
+    (chexpert / "valid/patient00019/study2/view1_frontal.jpg").rename(chexpert / "away.jpg")
+    with pytest.raises(DataError, match="more than --max-bad"):
+        make_shards(chexpert, folder)
+    (chexpert / "away.jpg").rename(chexpert / "valid/patient00019/study2/view1_frontal.jpg")
+    (folder / ".partial" / name).write_bytes(b"")
+    make_shards(chexpert, folder)
+    assert hashes(folder) == before
+
+
+def test_a_file_system_without_locks_is_named(
+    chexpert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    with pytest.raises(DataError) as caught:
+        make_shards(chexpert, tmp_path / "out")
+    assert str(caught.value) == (
+        f"{tmp_path / 'out'}: its file system has no locks (Function not implemented); choose a folder on another one"
+    )
