@@ -42,7 +42,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -50,9 +50,11 @@ from typing import Any
 
 import click
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
+from torchvision.ops import StochasticDepth
 
 from model.augment import AUGMENTATIONS, augment, normalize
 from model.checkpoint import (
@@ -63,7 +65,7 @@ from model.checkpoint import (
     restore_random_state,
     save_checkpoint,
 )
-from model.evaluation import DivergedError, InterruptedEvaluationError
+from model.evaluation import DivergedError, InterruptedEvaluationError, explain_memory
 from model.export import Scorer, export_scorer
 from model.fusion import FUSIONS
 from model.losses import AUCMarginLoss, MaskedLoss, positive_weights
@@ -77,6 +79,7 @@ from model.run import (
     Selected,
     StopFlag,
     agree,
+    can_divide,
     check_config,
     choose_device,
     follow_by_wandb,
@@ -116,6 +119,8 @@ from pipeline.labels import (
     VIEWS,
     check_blank_policy,
     describe_one_class,
+    evaluation_targets,
+    label_states,
     make_targets,
     one_class_labels,
     parse_uncertain_policy,
@@ -124,7 +129,7 @@ from pipeline.manifest import claimed, manifest_digest, read_manifest, write_ato
 from pipeline.plan import Rows, Weights, plan_training, training_steps
 from pipeline.remote import Cache, Remote, is_url, redact
 from pipeline.scores import read_scores
-from pipeline.select import balance_weights
+from pipeline.select import NothingSelectedError, balance_weights
 from pipeline.stream import Batch, Labels, stream_training
 from pipeline.studies import MOST_VIEWS, StudyBatch, stream_studies
 
@@ -132,6 +137,7 @@ CLIP_NORM = 1.0
 CHECK_STEPS = 20  # how often the loss is read back: each read waits for the device
 SAVE_SECONDS = 300.0  # a killed run loses little more work than this
 TEACHER_SCORES = "scores-train.arrow"
+HELD_OUT = 0.05  # share of the patients, where the shards have no dev split
 LOSSES = ("bce", "aucm")
 Log = Callable[[str, float, int], None]  # name of a curve, value, step
 
@@ -146,6 +152,7 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     precision: str  # of autocast, to which `--amp auto` comes on this device
+    ranks: int  # that train it now
     forward: Callable[
         [Tensor], Tensor
     ]  # the network, which averages gradients over ranks and may be compiled
@@ -162,18 +169,25 @@ class TrainState:
         """Write the checkpoint."""
         modules = {name: getattr(self, name).state_dict() for name in self.MODULES}
         values = {name: getattr(self, name) for name in self.VALUES}
-        save_checkpoint(path, modules | values | {"random": random_state(), "precision": self.precision})
+        how = {"random": random_state(), "precision": self.precision, "ranks": self.ranks}
+        save_checkpoint(path, modules | values | how)
 
-    def restore(self, path: Path, ranks: Ranks) -> None:
-        """Read the checkpoint. Raises CheckpointError where it is damaged, another run's, or of another precision."""
-        saved = load_checkpoint(path, ranks)
+    def restore(self, path: Path, ranks: Ranks) -> int:
+        """Read the checkpoint; returns the number of ranks that wrote it.
+
+        Raises CheckpointError where it is damaged, another run's, or of another precision.
+        """
+        best = path.with_name("best.pt")
+        instead = f", or start another --run with --init {path.parent}" if best.exists() else ""
+        remedy = f"; remove it to train from the beginning{instead}"
+        saved = load_checkpoint(path, ranks, remedy)
         before = saved.get("precision", self.precision)  # version 0.1 did not say
         if before != self.precision:
             how = "continue on such a device as before, or choose another --run"
             raise CheckpointError(
                 f"{path}: trained in {before}, --amp is {self.precision} on this device: {how}"
             )
-        with refused(path):
+        with refused(path, remedy):
             for name in self.MODULES:
                 getattr(self, name).load_state_dict(saved[name])
             for name in self.VALUES:
@@ -181,6 +195,7 @@ class TrainState:
                     raise TypeError(f"{name} is {saved[name]!r}")
                 setattr(self, name, saved[name])
             restore_random_state(saved["random"])
+            return int(saved.get("ranks", self.ranks))  # nor this
 
 
 def train(job: Job, watch: Callable[[list[dict[str, Any]]], None] = lambda history: None) -> int:
@@ -189,11 +204,10 @@ def train(job: Job, watch: Callable[[list[dict[str, Any]]], None] = lambda histo
     `watch` gets all evaluations so far after each one is saved; what it raises ends the run there.
     """
     config, run = job.config, job.run
-    if "dev" not in job.manifest.splits:
-        raise DataError(
-            f"{job.shards}: no dev split to choose a checkpoint by; shard train.csv with --dev > 0"
-        )
+    if "dev" not in job.manifest.splits and config.dev is None:
+        raise DataError(f"{job.shards}: no dev split to choose a checkpoint by; hold one out by --dev")
     train, dev = open_rows(job, "train"), open_rows(job, "dev")
+    check_reported(job, dev)
     steps = training_steps(len(train.rows), config.batch_size)
     if steps == 0:
         raise DataError(f"{job.shards}: {len(train.rows)} train samples are less than one batch")
@@ -207,6 +221,28 @@ def train(job: Job, watch: Callable[[list[dict[str, Any]]], None] = lambda histo
         open_run(run, config)
         record_environment(job)
         return train_epochs(job, state, (train, dev), labels, weights, watch)
+
+
+def check_reported(job: Job, dev: Selected) -> None:
+    """Before the first step: say where the run's conditions leave nothing of valid, which is then not reported.
+
+    Raises DataError where no checkpoint could be chosen by dev, and where valid cannot be read.
+    """
+    blank = check_blank_policy(job.manifest.policies["blank"])
+    target, mask = evaluation_targets(dev.split.table, blank)
+    one_class = {label for label, *_ in one_class_labels(target[dev.rows], mask[dev.rows])}
+    if one_class.issuperset(job.config.labels):
+        raise DataError(no_choice(job))
+    if "valid" in job.manifest.splits:
+        try:
+            open_rows(job, "valid")
+        except NothingSelectedError as error:
+            click.echo(f"valid: {error}: the report is without valid", err=True)
+
+
+def no_choice(job: Job) -> str:
+    """What is said where dev does not suffice."""
+    return f"{job.shards}: no label of dev has both classes to choose a checkpoint by; raise --dev"
 
 
 def train_epochs(
@@ -224,7 +260,9 @@ def train_epochs(
     click.echo(f"{config.arch} on {job.device.type}, {state.precision}{together}", err=True)
     total, every = config.epochs * steps, config.eval_every or steps
     if job.ranks.gather((run / "last.pt").exists())[0, 0]:
-        state.restore(run / "last.pt", job.ranks)
+        before = state.restore(run / "last.pt", job.ranks)
+        if state.done < total and not is_out_of_patience(config, state):
+            check_ranks(job, state, before)
         click.echo(f"{run}: continuing after step {state.done:,} of {total:,}", err=True)
     with open_events(job, state.done) as log:
         while True:
@@ -249,6 +287,33 @@ def train_epochs(
     except InterruptedEvaluationError:
         return say_stopped(job)
     return 0
+
+
+def check_ranks(job: Job, state: TrainState, before: int) -> None:
+    """Say that a run goes on on another number of ranks than before.
+
+    Raises CheckpointError where it would then learn otherwise: where a layer sees a rank's part of a batch alone.
+    """
+    now = job.ranks.count
+    if before == now:
+        return
+    state.network.train()
+    trained = [module for module in state.network.modules() if module.training]
+    norms = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in trained)
+    reasons = {
+        "BatchNorm's statistics are of a rank's part of a batch": norms and not job.config.sync_bn,
+        "stochastic depth is drawn for a rank's part of a batch": any(
+            isinstance(module, StochasticDepth) and module.p > 0 for module in trained
+        ),
+    }
+    for reason in (reason for reason, holds in reasons.items() if holds):
+        raise CheckpointError(
+            f"{job.run / 'last.pt'}: trained on {before} ranks, and {now} here would learn otherwise: {reason}; "
+            f"continue on {before}, or choose another --run"
+        )
+    click.echo(
+        f"{job.run}: begun on {before} ranks, continuing on {now}: the same but for rounding", err=True
+    )
 
 
 def stream_epoch(
@@ -283,7 +348,13 @@ def stop_run(job: Job, state: TrainState) -> int:
 
 
 def save_state(job: Job, state: TrainState) -> None:
-    """Write last.pt, which is the same for all ranks: their generators have drawn the same."""
+    """Write last.pt, which is the same for all ranks: their generators have drawn the same.
+
+    Raises DivergedError where the last step, after which no loss was looked at, has ruined the weights.
+    """
+    weights = torch.stack(torch._foreach_norm(list(state.network.parameters())))
+    if not weights.isfinite().all():
+        raise DivergedError(f"the weights are not finite after step {state.done:,}; try a lower --lr")
     if job.ranks.is_first:
         state.save(job.run / "last.pt")
 
@@ -313,8 +384,9 @@ def training_labels(job: Job, train: Selected) -> Labels:
     Raises DataError for them where the job is strict, and for a teacher that is missing or unusable.
     """
     config, table = job.config, train.split.table
-    scores = None if job.teacher is None else read_scores(job.teacher / TEACHER_SCORES, table["key"])
     policy = parse_uncertain_policy(config.uncertain)
+    wanted = [label for label in config.labels if policy[label] == "selftrained"]
+    scores = None if job.teacher is None else teacher_scores(job.teacher, train, wanted)
     labels = Labels(*make_targets(table, policy, config.blank, config.seed, scores))
     found = one_class_labels(labels.target[train.rows], labels.mask[train.rows])
     lacking = describe_one_class(counts for counts in found if counts[0] in config.labels)
@@ -324,6 +396,20 @@ def training_labels(job: Job, train: Selected) -> Labels:
         click.echo(f"{text}: it cannot be learnt", err=True)
     labels.mask[:, np.setdiff1d(range(len(LABELS)), learnt_columns(config))] = False
     return labels
+
+
+def teacher_scores(teacher: Path, train: Selected, labels: Sequence[str]) -> npt.NDArray[np.float32]:
+    """A teacher's scores [N, 14] of the labels' uncertain cells in the rows used; 0 in those that nothing learns from.
+
+    Raises DataError where one of these rows was not scored.
+    """
+    table = train.split.table
+    scores = np.zeros((table.num_rows, len(LABELS)), np.float32)
+    columns = np.array([LABELS.index(label) for label in labels], np.int64)
+    states, _ = label_states(table)
+    rows = train.rows[(states[train.rows][:, columns] == -1).any(axis=1)]
+    scores[np.ix_(rows, columns)] = read_scores(teacher / TEACHER_SCORES, table["key"].take(rows), labels)
+    return scores
 
 
 def draw_weights(label: str, labels: Labels, rows: Rows) -> Weights:
@@ -349,11 +435,11 @@ def train_steps(
 ) -> None:
     """Run the steps of an epoch up to `end`, or as far as the stop flag lets it.
 
-    Raises DivergedError, naming the step, for a loss that is not finite.
+    Raises DivergedError, naming the step, for a loss or gradient that is not finite.
     """
     config = job.config
     state.network.train()
-    losses: list[Tensor] = []
+    found: list[Tensor] = []
     images, waited, start = 0, 0.0, time.perf_counter()
     saved = start
     iterator = iter(batches)
@@ -368,14 +454,14 @@ def train_steps(
             lr = scheduled_lr(config.lr, state.done, config.epochs * steps)
             for group in state.optimizer.param_groups:
                 group["lr"] = lr
-            losses.append(train_step(job, state, batch, cells))
+            with explain_memory(*describe_step(job)):
+                found.append(train_step(job, state, batch, cells))
             shown = len(batch.images) if isinstance(batch, Batch) else int(batch.present.sum())
             images += shown * job.ranks.count
             state.done += 1
             if (step + 1) % CHECK_STEPS == 0 or step + 1 == end:
-                check_losses(job, losses, state, epoch, step)
+                loss = check_steps(job, found, state, epoch, step)
                 now = time.perf_counter()
-                loss = state.loss_sum / (state.done - state.evaluated)
                 rate, wait = images / (now - start), waited / (now - start)
                 for name, value in {"loss": loss, "lr": lr, "images_per_s": rate, "data_wait": wait}.items():
                     log(f"train/{name}", value, state.done)
@@ -384,12 +470,32 @@ def train_steps(
                 if now - saved > SAVE_SECONDS:
                     save_state(job, state)
                     saved = now
-        check_losses(job, losses, state, epoch, (state.done - 1) % steps)
+        check_steps(job, found, state, epoch, (state.done - 1) % steps)  # those before a stop
+
+
+def describe_step(job: Job) -> tuple[str, str]:
+    """What a step computes at once, and how to compute less at once: for one that runs out of memory."""
+    config = job.config
+    size = config.image_size
+    doing = f"in a step with --batch-size {config.batch_size} --accumulate {config.accumulate} --image-size {size}"
+    parts = next(
+        (
+            parts
+            for exponent in range(config.batch_size.bit_length())
+            if (parts := 2**exponent) > config.accumulate and can_divide(config.batch_size, parts, job.ranks)
+        ),
+        None,
+    )
+    if parts is None or config.loss == "aucm":  # which is of a whole batch
+        return doing, "choose a smaller --batch-size or --image-size"
+    return doing, f"--accumulate {parts} computes the same batch in {parts} parts"
 
 
 def train_step(job: Job, state: TrainState, batch: Batch | StudyBatch, cells: float) -> Tensor:
-    """One update of the weights; returns this rank's part of the loss, which the device may still be computing.
+    """One update of the weights; returns this rank's part of the loss and the norm of the whole batch's gradient, [2].
 
+    The device may still be computing both. The norm is 0 for a step that the scaler skips: in half precision, with
+    too large a factor, gradients that are not finite are expected, and never reach the weights.
     `cells` is how many cells of the mask are set in the whole batch, of which `batch` is this rank's slice.
     """
     config, device, ranks = job.config, job.device, job.ranks
@@ -408,11 +514,14 @@ def train_step(job: Job, state: TrainState, batch: Batch | StudyBatch, cells: fl
             state.scaler.scale(loss * ranks.count).backward()  # which takes the mean over ranks, not the sum
         total += loss.detach()
     state.scaler.unscale_(state.optimizer)  # so that what is clipped are the gradients themselves
-    nn.utils.clip_grad_norm_(state.network.parameters(), CLIP_NORM)
+    norm = nn.utils.clip_grad_norm_(state.network.parameters(), CLIP_NORM)
+    if state.scaler.is_enabled():
+        (skipped,) = state.scaler._found_inf_per_device(state.optimizer).values()
+        norm = torch.where(skipped > 0, 0.0, norm)
     state.scaler.step(state.optimizer)
     state.scaler.update()
     update_average(state.ema, state.network, config.ema, state.done)
-    return total
+    return torch.stack([total, norm])
 
 
 def training_inputs(job: Job, batch: Batch | StudyBatch, part: slice) -> tuple[Tensor, ...]:
@@ -439,15 +548,24 @@ def training_inputs(job: Job, batch: Batch | StudyBatch, part: slice) -> tuple[T
     return inputs.contiguous(memory_format=torch.channels_last), *others
 
 
-def check_losses(job: Job, losses: list[Tensor], state: TrainState, epoch: int, step: int) -> None:
-    """Add the losses since the last check to the sum; `step` is the last one's. Raises DivergedError for nan or inf."""
-    ours = torch.stack(losses).double().cpu().numpy() if losses else np.empty(0)
-    for number, value in enumerate(job.ranks.sum(ours).tolist()):
-        if not math.isfinite(value):
-            bad = step + 1 - len(losses) + number
-            raise DivergedError(f"the loss is {value} at epoch {epoch + 1}, step {bad}; try a lower --lr")
-        state.loss_sum += value
-    losses.clear()
+def check_steps(job: Job, found: list[Tensor], state: TrainState, epoch: int, step: int) -> float:
+    """Add the losses since the last check to the sum; returns their mean, nan of no steps.
+
+    `found` is what `train_step` returned, `step` the last one's number in its epoch. Raises DivergedError for a loss
+    or gradient that is not finite: clipping divides by the gradient's norm, so one nan becomes all weights.
+    """
+    ours = torch.stack(found).double().cpu().numpy() if found else np.empty((0, 2))
+    sums = job.ranks.sum(ours)
+    for number, values in enumerate(sums.tolist()):
+        for name, value in zip(("loss", "gradient's norm"), values, strict=True):
+            if not math.isfinite(value):
+                bad = step + 2 - len(found) + number  # from 1, as the progress bar counts
+                raise DivergedError(
+                    f"the {name} is {value} at epoch {epoch + 1}, step {bad}; try a lower --lr"
+                )
+        state.loss_sum += values[0]
+    found.clear()
+    return float(sums[:, 0].mean()) if len(sums) else math.nan
 
 
 def evaluate_state(job: Job, state: TrainState, dev: Selected, steps: int, log: Log) -> None:
@@ -457,9 +575,7 @@ def evaluate_state(job: Job, state: TrainState, dev: Selected, steps: int, log: 
     report = report_auroc(job.config.labels, *scored[:3])
     score = choice_score(report)
     if score is None:
-        raise DataError(
-            f"{job.shards}: no label of dev has both classes to choose a checkpoint by; raise --dev"
-        )
+        raise DataError(no_choice(job))  # now that unusable images are left out
     epoch = round(state.done / steps, 4)
     line: dict[str, Any] = {"epoch": epoch, "step": state.done}
     line["train_loss"] = state.loss_sum / (state.done - state.evaluated)
@@ -522,6 +638,7 @@ def start_state(job: Job, labels: Labels, rows: Rows) -> TrainState:
         build_optimizer(network, config.lr, config.weight_decay),
         torch.amp.GradScaler(job.device.type, enabled=job.precision == torch.float16),
         str(job.precision).removeprefix("torch."),
+        job.ranks.count,
         torch.compile(forward) if config.compile else forward,
     )
 
@@ -681,6 +798,12 @@ def main() -> None:
 )
 @click.option("--limit", type=click.IntRange(1), help="At most so many images of train, whole patients.")
 @click.option(
+    "--dev",
+    type=Number(0, 1, min_open=True, max_open=True),
+    show_default=f"{HELD_OUT:g} where the shards have no dev split",
+    help="Share of train's patients to choose the checkpoint by.",
+)
+@click.option(
     "--balance",
     metavar="LABEL",
     type=click.Choice(LABELS),
@@ -718,6 +841,7 @@ def make_job(
     init: Path | None,
     strict: bool,
     labels: tuple[str, ...] | None,
+    dev: float | None,
     wandb: str | None,
     **options: Any,
 ) -> Job:
@@ -727,6 +851,13 @@ def make_job(
     uncertain = uncertain or manifest.policies["uncertain"]
     if "selftrained" not in parse_uncertain_policy(uncertain).values() and teacher:
         raise click.UsageError(f"--teacher is for the policy selftrained; --uncertain is {uncertain}")
+    if "dev" not in manifest.splits:
+        dev = dev or HELD_OUT
+    elif dev is not None:
+        images = manifest.splits["dev"].samples
+        raise click.UsageError(
+            f"--dev is for shards without a dev split; {redact(shards)} have one, of {images:,} images"
+        )
     if init is not None and init.is_dir():
         init = init / "best.pt"
     config = Config(
@@ -737,6 +868,7 @@ def make_job(
         teacher=teacher_digest(teacher, shards) if teacher else None,
         init=hashlib.sha256(init.read_bytes()).hexdigest() if init else None,
         labels=labels or LABELS,
+        dev=dev,
     )
     check_config(config, ranks)
     device = choose_device(config.amp)

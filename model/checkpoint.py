@@ -30,8 +30,11 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
             raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
 
-def load_checkpoint(path: Path, ranks: Ranks = ALONE) -> dict[str, Any]:
-    """The saved state, on the CPU; of several `ranks` the first one reads it. Raises CheckpointError."""
+def load_checkpoint(path: Path, ranks: Ranks = ALONE, remedy: str = "") -> dict[str, Any]:
+    """The saved state, on the CPU; of several `ranks` the first one reads it.
+
+    Raises CheckpointError, where it is damaged with what to do about that, if there is a `remedy`.
+    """
     try:
         content = ranks.share(path.read_bytes)
     except FileNotFoundError:
@@ -42,17 +45,17 @@ def load_checkpoint(path: Path, ranks: Ranks = ALONE) -> dict[str, Any]:
         # weights_only: a pickle can run code, tensors and plain values cannot.
         return dict(torch.load(io.BytesIO(content), map_location="cpu", weights_only=True))
     except Exception as error:  # a damaged file makes torch raise anything: IndexError, struct.error, …
-        raise CheckpointError(f"{path}: damaged, or not a checkpoint of this program") from error
+        raise CheckpointError(f"{path}: damaged, or not a checkpoint of this program{remedy}") from error
 
 
 @contextmanager
-def refused(path: Path) -> Iterator[None]:
+def refused(path: Path, remedy: str = "") -> Iterator[None]:
     """Raise CheckpointError, naming the file, where what it holds does not fit the run that it is read for."""
     try:
         yield
     except (LookupError, RuntimeError, ValueError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{path}: does not fit this run's configuration: {reason}") from error
+        raise CheckpointError(f"{path}: does not fit this run's configuration: {reason}{remedy}") from error
 
 
 def random_state() -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ a run by images scores as that run does.
 import torch
 from torch import Tensor, nn
 
+from model.networks import as_head, find_head
 from pipeline.studies import PROJECTIONS
 
 FUSIONS = ("max", "mean", "attention")
@@ -28,15 +29,15 @@ class StudyNetwork(nn.Module):
         """Takes a network for images apart: all up to its last linear layer is the backbone."""
         super().__init__()
         self.fusion, self.frozen = fusion, frozen
-        path, head = [named for named in network.named_modules() if isinstance(named[1], nn.Linear)][-1]
-        parent, _, name = path.rpartition(".")
-        setattr(network.get_submodule(parent), name, nn.Identity())
+        parent, name, head = find_head(network)
+        setattr(parent, name, nn.Identity())
         self.backbone, self.head = network.requires_grad_(not frozen), head
         self.projection = nn.Parameter(
             torch.zeros(len(PROJECTIONS), 2, head.in_features)
         )  # scale - 1, and shift
         if fusion == "attention":
-            self.attention = nn.Linear(head.in_features, head.out_features, bias=False)  # alike for all views
+            # Alike for all views.
+            self.attention = as_head(nn.Linear(head.in_features, head.out_features, bias=False))
             nn.init.zeros_(self.attention.weight)
 
     def train(self, mode: bool = True) -> "StudyNetwork":

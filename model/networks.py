@@ -2,7 +2,7 @@
 
 torchvision's networks are changed in one place: the weights of the first convolution are summed over its three
 input channels. So each gives for a gray image what torchvision's gives for that image in all three channels,
-with fresh weights and with those of ImageNet.
+with fresh weights and with those of ImageNet. The last layer is a `Head`: under autocast its logits stay float32.
 """
 
 import contextlib
@@ -30,13 +30,52 @@ def build_network(arch: str, outputs: int, pretrained: bool = False) -> nn.Modul
     if arch == "rescnn":
         if pretrained:
             raise CheckpointError("rescnn has no ImageNet weights; choose another --arch, or --init FILE")
-        return ResCNN(outputs)
-    network: nn.Module = get_model(arch, weights=None, num_classes=outputs)
+        return _with_head(ResCNN(outputs))
+    network: nn.Module = _with_head(get_model(arch, weights=None, num_classes=outputs))
     stem = next(module for module in network.modules() if isinstance(module, nn.Conv2d))
     stem.in_channels = 1
     stem.weight = nn.Parameter(_over_gray(stem.weight.detach()))
     if pretrained:
         _load_weights(network, _download_imagenet(arch), arch)
+    return network
+
+
+class Head(nn.Linear):
+    """A linear layer that computes in float32 under autocast too, as the state dict of any other.
+
+    In bf16 its outputs would have 8 bits: two thirds of an evaluation's scores would tie with others.
+    """
+
+    def __init__(self, inputs: int, outputs: int, bias: bool = True) -> None:
+        # Without memory or a draw from the generator, which a layer of another class at its place would not make.
+        super().__init__(inputs, outputs, bias, device="meta")
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Outputs [B, outputs] of features [B, inputs]."""
+        if not torch.is_autocast_enabled(features.device.type):
+            return super().forward(features)
+        with torch.autocast(features.device.type, enabled=False):
+            return super().forward(features.float())
+
+
+def as_head(layer: nn.Linear) -> Head:
+    """The layer, with the same parameters, as a Head."""
+    head = Head(layer.in_features, layer.out_features, layer.bias is not None)
+    head.weight, head.bias = layer.weight, layer.bias
+    return head
+
+
+def find_head(network: nn.Module) -> tuple[nn.Module, str, nn.Linear]:
+    """The last linear layer, the module that it belongs to, and its name there."""
+    path, head = [named for named in network.named_modules() if isinstance(named[1], nn.Linear)][-1]
+    parent, _, name = path.rpartition(".")
+    return network.get_submodule(parent), name, head
+
+
+def _with_head(network: nn.Module) -> nn.Module:
+    """The network, whose last linear layer has become a Head."""
+    parent, name, layer = find_head(network)
+    setattr(parent, name, as_head(layer))
     return network
 
 

@@ -19,7 +19,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -29,6 +29,7 @@ from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 import click
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
@@ -39,11 +40,11 @@ from model.networks import ARCHITECTURES, build_network
 from model.ranks import ALONE, Ranks
 from pipeline import DataError
 from pipeline.images import ImageOptions
-from pipeline.labels import LABELS, check_blank_policy, parse_uncertain_policy
+from pipeline.labels import LABELS, check_blank_policy, parse_uncertain_policy, split_patients
 from pipeline.manifest import Manifest, manifest_digest, write_atomically
 from pipeline.plan import Rows
 from pipeline.remote import Remote, redact
-from pipeline.select import select_rows
+from pipeline.select import NothingSelectedError, select_rows
 from pipeline.stream import Batch, OpenSplit, open_split
 from pipeline.studies import MOST_VIEWS, Studies, StudyBatch, find_studies
 
@@ -87,6 +88,7 @@ class Config:
     sync_bn: bool = False  # BatchNorm's statistics over all ranks; not in runs of version 0.1
     fusion: str | None = None  # how a study's views are pooled; None: images are learnt one by one
     freeze: bool = False  # the weights that a fusion starts from
+    dev: float | None = None  # share of train's patients held out as dev; None: the shards have a dev split
 
 
 class StopFlag:
@@ -154,12 +156,47 @@ def agree(job: Job, *values: float) -> npt.NDArray[np.float64]:
     return sums
 
 
+def holds_out(job: Job) -> bool:
+    """Whether the run's dev is a part of its shards' train; other shards are taken as they are."""
+    return (
+        job.config.dev is not None
+        and "dev" not in job.manifest.splits
+        and manifest_digest(job.shards) == job.config.manifest
+    )
+
+
 def open_images(job: Job, name: str) -> tuple[OpenSplit, Rows]:
-    """A split and the rows of the images that the run's conditions leave of it."""
+    """A split and the rows of the images that the run's conditions leave of it.
+
+    Where the run holds out its dev, that is rows of train, under the name dev. Raises DataError, of which
+    NothingSelectedError where no row is left.
+    """
     config = job.config
-    split = open_split(job.shards, job.manifest, name, job.remote)
     limit = config.limit if name == "train" else None
-    return split, select_rows(split.table, config.where, config.views, limit)
+    if name not in ("train", "dev") or not holds_out(job):
+        split = open_split(job.shards, job.manifest, name, job.remote)
+        return split, select_rows(split.table, config.where, config.views, limit)
+    split = open_split(job.shards, job.manifest, "train", job.remote)
+    patients = split.table.select(["patient"]).append_column("row", pa.array(np.arange(split.table.num_rows)))
+    parts = split_patients(patients, config.dev or 0.0, config.seed)
+    places: Rows = parts[name == "dev"]["row"].to_numpy()
+    if len(places) == 0:
+        less = "raise" if name == "dev" else "lower"
+        raise DataError(
+            f"{job.shards}: --dev {config.dev:g} leaves no patient of train for {name}; {less} it"
+        )
+    chosen = select_rows(split.table.take(places), config.where, config.views, limit)
+    return split._replace(name=name), places[chosen]
+
+
+def selected_splits(job: Job) -> list[str]:
+    """The splits, with a dev that is held out, of which the run's conditions leave any image."""
+    found = []
+    for name in [*job.manifest.splits, *(["dev"] if holds_out(job) else [])]:
+        with suppress(NothingSelectedError):
+            open_images(job, name)
+            found.append(name)
+    return found
 
 
 def open_rows(job: Job, name: str) -> Selected:
@@ -232,6 +269,12 @@ def learnt_columns(config: Config) -> list[int]:
     return [LABELS.index(label) for label in config.labels]
 
 
+def can_divide(batch_size: int, accumulate: int, ranks: Ranks) -> bool:
+    """Whether every rank gets so many equal parts of a batch, of 2 images or more."""
+    parts = accumulate * ranks.count
+    return batch_size % parts == 0 and batch_size // parts >= 2
+
+
 def check_config(config: Config, ranks: Ranks) -> None:
     """Raise UsageError for options that contradict each other, or do not go with so many ranks."""
     if config.loss == "aucm" and (config.pos_weight or three_class_columns(config)):
@@ -242,8 +285,7 @@ def check_config(config: Config, ranks: Ranks) -> None:
         raise click.UsageError(
             "--balance goes neither with --loss aucm nor with --pos-weight: each corrects alone"
         )
-    parts = config.accumulate * ranks.count
-    if config.batch_size % parts or parts > config.batch_size // 2:
+    if not can_divide(config.batch_size, config.accumulate, ranks):
         of_ranks = f" on each of {ranks.count} ranks" if ranks.count > 1 else ""
         raise click.UsageError(
             f"--batch-size {config.batch_size} for --accumulate {config.accumulate}{of_ranks}: "

@@ -40,6 +40,7 @@ from model.run import (
     read_config,
     read_object,
     result_name,
+    selected_splits,
     to_device,
     view_tensors,
     write_json,
@@ -51,7 +52,7 @@ from pipeline.labels import check_blank_policy, evaluation_targets
 from pipeline.manifest import count_rows, write_atomically
 from pipeline.plan import plan_evaluation
 from pipeline.scores import read_frame, read_scores, write_scores
-from pipeline.stream import Batch, Labels, open_split, stream_evaluation
+from pipeline.stream import Batch, Labels, stream_evaluation
 from pipeline.studies import PROJECTIONS, StudyBatch, stream_studies
 
 EVALUATION_BATCH = 64  # images
@@ -63,7 +64,8 @@ Scores = npt.NDArray[np.float32]
 
 def finish_run(job: Job) -> None:
     """Choose thresholds on dev, evaluate best.pt on dev and valid, and write report.html and model-card.md."""
-    names = [name for name in ("dev", "valid") if name in job.manifest.splits]
+    splits = selected_splits(job)
+    names: list[str] = [name for name in ("dev", "valid") if name in splits]
     found = {name: score_best(job, name) for name in names}
     if not job.ranks.is_first:
         return
@@ -74,7 +76,7 @@ def finish_run(job: Job) -> None:
     config = asdict(job.config)
     write_report(job, "report.html", results)
     data = {}
-    for name in job.manifest.splits:
+    for name in splits:
         split, rows = open_images(job, name)
         data[name] = count_rows(split.table.take(rows))
     card = render_model_card(job.run.name, config, data, evaluations)
@@ -121,7 +123,7 @@ def evaluate(
         methods: dict[str, pd.DataFrame] = {}
         for other, path in against.items():
             methods |= combine_views(read_frame(path, config.labels), str(other))
-        views = group_by_views(open_split(job.shards, job.manifest, name, job.remote).table)
+        views = group_by_views(open_images(job, name)[0].table)
         evaluation["methods"] = compare_methods(
             config.labels, scored, f"{run}, {config.fusion} fusion", methods, views, RESAMPLES
         )
@@ -173,7 +175,7 @@ def measure_run(job: Job) -> dict[str, Any]:
     figures = {"dev": best["dev_auroc"], "train": train[f"{mean}_auroc"]} | dict.fromkeys(
         ("valid", "low", "high")
     )
-    if "valid" in job.manifest.splits:
+    if "valid" in selected_splits(job):
         valid = read_object(job.run / "evaluation-valid.json")
         limits = valid["intervals"]["auroc"][mean]
         figures |= {"valid": valid[f"{mean}_auroc"], "low": limits["low"], "high": limits["high"]}

@@ -51,7 +51,7 @@ def read_scores(path: Path, keys: pa.ChunkedArray, labels: Sequence[str] = LABEL
         example = keys.filter(rows.is_null())[0]
         raise DataError(
             f"{path}: no scores of {rows.null_count:,} of {len(keys):,} images, such as {example}; "
-            "they are of other shards"
+            "they are of other shards, or of other images of these"
         )
     chosen: npt.NDArray[np.float32] = scores[rows.to_numpy()]
     return chosen

@@ -43,6 +43,10 @@ _CONDITION = re.compile(
 _NUMBER = re.compile(r"[+-]?\d{1,18}", re.ASCII)
 
 
+class NothingSelectedError(DataError):
+    """The conditions leave no row of a table."""
+
+
 class Condition(NamedTuple):
     """One condition, parsed; a value of None is the empty cell."""
 
@@ -66,11 +70,11 @@ def select_rows(
     rows = pa.array(np.arange(table.num_rows, dtype=np.int64))
     chosen = select_views(table.select(list(needed)).append_column("row", rows), views)
     if chosen.num_rows == 0:
-        raise DataError(f"no {views} images among the {table.num_rows:,}")
+        raise NothingSelectedError(f"no {views} images among the {table.num_rows:,}")
     for condition in parsed:
         before, chosen = chosen, chosen.filter(_holds(condition, chosen[condition.column]))
         if chosen.num_rows == 0:
-            raise DataError(
+            raise NothingSelectedError(
                 f"condition '{condition.text}' leaves none of {before.num_rows:,} images"
                 + _describe(before[condition.column])
             )

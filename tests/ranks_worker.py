@@ -57,7 +57,7 @@ def run_steps(job: Job) -> int:
         )
         batch = next(iter(batches))
         (cells,) = agree(job, batch.mask.sum())
-        loss = train.train_step(job, state, batch, cells)
+        loss, _ = train.train_step(job, state, batch, cells)
         state.done += 1
         rows.append(batch.step.rows)
         losses.append(job.ranks.sum(np.array([loss.item()]))[0])

@@ -57,6 +57,15 @@ def test_pooling_is_over_the_views_there_are(fusion: str, images: Tensor) -> Non
     assert found.isfinite().all()  # also of the study without a view
 
 
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_logits_keep_their_precision_under_autocast(fusion: str, images: Tensor) -> None:
+    _, fused = build(fusion)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        logits = fused(images, PRESENT, PROJECTION)[:3]
+    assert logits.dtype == torch.float32
+    assert (logits != logits.bfloat16()).float().mean() > 0.9
+
+
 def test_an_unknown_frontal_is_between_ap_and_pa(images: Tensor) -> None:
     _, fused = build("mean")
     with torch.no_grad():

@@ -4,6 +4,7 @@ from urllib.error import URLError
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torchvision.models import get_model
 
@@ -47,6 +48,24 @@ def test_fresh_networks_are_torchvisions_over_three_gray_channels(arch: str) -> 
     ours = build_network(arch, 14)
     torch.manual_seed(0)
     assert_same_on_gray(ours, get_model(arch, weights=None, num_classes=14))
+
+
+@pytest.mark.parametrize("arch", [*HEADS, "rescnn"])
+def test_logits_keep_their_precision_under_autocast(arch: str) -> None:
+    """bf16 has 8 bits: logits rounded to it would tie."""
+    torch.manual_seed(0)
+    network = build_network(arch, 14).eval()
+    name = HEADS.get(arch, "head.2")
+    features: list[torch.Tensor] = []
+    network.get_submodule(name).register_forward_hook(lambda _, given, __: features.append(given[0]))
+    with torch.inference_mode():
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = network(torch.rand(8, 1, 64, 64))
+        weight, bias = (network.get_parameter(f"{name}.{part}") for part in ("weight", "bias"))
+        expected = F.linear(features[0].float(), weight, bias)
+    assert logits.dtype == torch.float32
+    assert torch.equal(logits, expected)
+    assert (logits != logits.bfloat16()).float().mean() > 0.9
 
 
 @pytest.mark.parametrize("arch", HEADS)

@@ -58,7 +58,7 @@ def test_missing_images_are_counted_and_one_is_named(table: pa.Table, scores: Sc
         read_scores(path, table["key"])
     assert str(caught.value) == (
         f"{path}: no scores of 3 of 50 images, such as patient00000_study1_view1_frontal; "
-        "they are of other shards"
+        "they are of other shards, or of other images of these"
     )
 
 

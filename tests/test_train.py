@@ -2,6 +2,7 @@ import copy
 import dataclasses
 import hashlib
 import json
+import math
 import random
 import re
 import shutil
@@ -25,16 +26,20 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torchvision.ops import StochasticDepth
 
 import train
 from model import scoring
 from model.assessment import calibrate
 from model.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from model.evaluation import DivergedError, MemoryExhaustedError
+from model.networks import build_network
 from model.run import Config, Job, StopFlag, choose_device, open_rows, open_run, read_config
 from model.scoring import evaluate, score_best
 from pipeline import DataError
 from pipeline.console import run_command
-from pipeline.labels import LABELS, evaluation_targets
+from pipeline.index import write_index
+from pipeline.labels import LABELS, evaluation_targets, hash_fraction
 from pipeline.manifest import Manifest, claimed, manifest_digest, read_table
 from pipeline.scores import read_scores, write_scores
 from pipeline.stream import Labels, open_split, stream_evaluation, stream_training
@@ -274,6 +279,37 @@ def test_a_student_learns_its_teachers_scores_of_the_uncertain_cells(
         make_job("student", uncertain="selftrained", teacher=teacher.run)
 
 
+def test_a_student_needs_the_scores_of_what_it_learns_alone(make_job: Callable[..., Job]) -> None:
+    selected = {"where": ("sex=Female",), "limit": 40, "labels": ("Edema",), "epochs": 1}
+    teacher = make_job("teacher", uncertain="ignore", **selected)
+    assert train.train(teacher) == 0
+    evaluate(teacher, "train", score_best(teacher, "train"))
+
+    as_student = {"uncertain": "selftrained", "teacher": teacher.run}
+    student = make_job("student", **selected, **as_student)
+    chosen = open_rows(student, "train")
+    target, mask = train.training_labels(student, chosen)
+    scores = pa.ipc.open_file(teacher.run / "scores-train.arrow").read_all().to_pandas().set_index("key")
+    table = chosen.split.table.to_pandas().iloc[chosen.rows]
+    expected = table.Edema.where(table.Edema != -1, table.key.map(scores.Edema)).fillna(0)
+    column = LABELS.index("Edema")
+    np.testing.assert_array_equal(target[chosen.rows, column], expected.astype(np.float32))
+    assert (table.Edema == -1).any()
+    assert mask.any(axis=0).tolist() == [label == "Edema" for label in LABELS]
+    assert train.train(student) == 0
+
+    other = make_job("other", labels=("Edema",), **as_student)
+    whole = open_rows(other, "train").split.table.to_pandas()
+    needed = whole.key[whole.Edema == -1]
+    missing = needed[~needed.isin(scores.index)]
+    with pytest.raises(DataError) as caught:
+        train.train(other)
+    assert str(caught.value) == (
+        f"{teacher.run / 'scores-train.arrow'}: no scores of {len(missing)} of {len(needed)} images, such as "
+        f"{missing.iloc[0]}; they are of other shards, or of other images of these"
+    )
+
+
 def test_self_training_says_which_command_is_missing(
     command: Callable[..., int], sample_shards: tuple[Path, Manifest], tmp_path: Path
 ) -> None:
@@ -301,9 +337,13 @@ def test_self_training_says_which_command_is_missing(
     whole = file.read_bytes()
     table = pa.ipc.open_file(file).read_all()
     scores = np.column_stack([table[label].to_numpy() for label in LABELS])
-    write_scores(file, table.slice(1), LABELS, scores[1:])
+    uncertain = pc.equal(read_table(sample_shards[0], sample_shards[1].split("train"))["Edema"], -1)
+    row = pc.index(uncertain, True).as_py()
+    others = np.delete(np.arange(table.num_rows), row)
+    write_scores(file, table.take(others), LABELS, scores[others])
     assert refuse(*as_student, "--teacher", teacher) == (
-        f"{file}: no scores of 1 of {table.num_rows} images, such as {table['key'][0]}; they are of other shards"
+        f"{file}: no scores of 1 of {pc.sum(uncertain)} images, such as {table['key'][row]}; "
+        "they are of other shards, or of other images of these"
     )
     with pytest.raises(click.UsageError) as caught:
         command("train", "--run", student, "--teacher", teacher)
@@ -383,6 +423,37 @@ def test_a_rank_that_torchrun_did_not_start_is_refused(
         command("train", "--run", tmp_path / "run")
 
 
+@pytest.mark.parametrize(
+    ("changes", "remedy"),
+    [
+        ({}, "--accumulate 2 computes the same batch in 2 parts"),
+        ({"accumulate": 3, "batch_size": 24}, "--accumulate 4 computes the same batch in 4 parts"),
+        ({"accumulate": 8}, "choose a smaller --batch-size or --image-size"),
+        ({"loss": "aucm"}, "choose a smaller --batch-size or --image-size"),
+    ],
+)
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 MiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_too_little_memory_is_one_line_that_says_what_helps(
+    make_job: Callable[..., Job],
+    monkeypatch: pytest.MonkeyPatch,
+    error: RuntimeError,
+    changes: dict[str, Any],
+    remedy: str,
+) -> None:
+    job = make_job("run", **changes)
+    monkeypatch.setattr(torch.Tensor, "backward", Mock(side_effect=error))
+    with pytest.raises(MemoryExhaustedError) as caught:
+        train.train(job)
+    step = f"--batch-size {job.config.batch_size} --accumulate {job.config.accumulate} --image-size 32"
+    assert str(caught.value) == f"out of memory in a step with {step}; {remedy}"
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(
     make_job: Callable[..., Job],
 ) -> None:
@@ -390,6 +461,109 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(
     with pytest.raises(DataError, match=r"^the loss is (nan|inf) at epoch 1, step \d+; try a lower --lr$"):
         train.train(job)
     assert not (job.run / "last.pt").exists()
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """At that step nan is the gradient of the stem's weights; the loss stays finite."""
+    backward = iter(range(1, 10**9))
+
+    def build(*arguments: Any) -> torch.nn.Module:
+        network = build_network(*arguments)
+        weight = network.get_parameter("stem.0.weight")
+        weight.register_hook(lambda gradient: gradient * math.nan if next(backward) == step else gradient)
+        return network
+
+    monkeypatch.setattr(train, "build_network", build)
+
+
+@pytest.mark.parametrize(("check_steps", "stop_after", "saved"), [(2, 10**9, 2), (20, 5, None)])
+def test_a_gradient_that_is_not_finite_stops_the_run_before_its_weights_are_saved(
+    make_job: Callable[..., Job],
+    monkeypatch: pytest.MonkeyPatch,
+    check_steps: int,
+    stop_after: int,
+    saved: int | None,
+) -> None:
+    """Also where a stop comes between two looks at the losses."""
+    message = r"^the gradient's norm is nan at epoch 1, step 3; try a lower --lr$"
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "CHECK_STEPS", check_steps)
+        patched.setattr(train, "SAVE_SECONDS", -1.0)
+        poison(patched, 3)
+        with pytest.raises(DivergedError, match=message):
+            train.train(make_job("run", stop_after, epochs=1))
+    last = make_job("run", epochs=1).run / "last.pt"
+    assert last.exists() == (saved is not None)
+    if saved is not None:
+        kept = load_checkpoint(last)
+        assert kept["done"] == saved
+        assert all(value.isfinite().all() for value in kept["network"].values())
+        whole = make_job("whole", epochs=1)
+        assert train.train(make_job("run", epochs=1)) == train.train(whole) == 0
+        assert_same_run(last.parent, whole.run)
+
+
+def test_a_step_that_the_scaler_skips_is_no_divergence(
+    make_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison(monkeypatch, 2)
+    job = make_job("run")
+    chosen = open_rows(job, "train")
+    labels = train.training_labels(job, chosen)
+    state = train.start_state(job, labels, chosen.rows)
+    state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    (batch, *_) = stream_training(chosen.split, labels, size=32, batch_size=16, seed=0, epoch=0, threads=1)
+    _, norm = train.train_step(job, state, batch, batch.mask.sum())
+    given = [parameter.grad for parameter in state.network.parameters() if parameter.grad is not None]
+    clipped = torch.cat([gradient.flatten() for gradient in given]).norm()
+    assert clipped == pytest.approx(min(1.0, float(norm)), rel=1e-4)
+    before = copy.deepcopy(state.network.state_dict())
+    loss, norm = train.train_step(job, state, batch, batch.mask.sum())
+    assert loss.isfinite()
+    assert norm == 0
+    assert state.scaler.get_scale() == 2.0**9
+    for name, parameter in state.network.named_parameters():
+        assert torch.equal(parameter, before[name])
+
+
+def test_weights_that_the_last_step_has_ruined_are_not_saved(make_job: Callable[..., Job]) -> None:
+    job = make_job("run", stop_after=2, lr=1e30)
+    with pytest.raises(DivergedError, match=r"^the weights are not finite after step 1; try a lower --lr$"):
+        train.train(job)
+    assert not (job.run / "last.pt").exists()
+
+
+def test_a_run_with_batchnorm_goes_on_on_as_many_ranks_as_it_began_on(make_job: Callable[..., Job]) -> None:
+    assert train.train(make_job("run", stop_after=2)) == 143
+    path = make_job("run").run / "last.pt"
+    saved = load_checkpoint(path)
+    assert saved.pop("ranks") == 1
+    save_checkpoint(path, saved | {"ranks": 2})
+    with pytest.raises(CheckpointError) as caught:
+        train.train(make_job("run"))
+    assert str(caught.value) == (
+        f"{path}: trained on 2 ranks, and 1 here would learn otherwise: BatchNorm's statistics are of a rank's part "
+        "of a batch; continue on 2, or choose another --run"
+    )
+    save_checkpoint(path, saved)  # as before checkpoints said so
+    assert train.train(make_job("run", stop_after=1)) == 143
+
+
+def test_another_number_of_ranks_is_said_where_they_learn_the_same(
+    make_job: Callable[..., Job], capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = make_job("run", arch="convnext_tiny")
+    chosen = open_rows(job, "train")
+    state = train.start_state(job, train.training_labels(job, chosen), chosen.rows)
+    reason = "stochastic depth is drawn for a rank's part of a batch; continue on 4, or choose another --run"
+    with pytest.raises(CheckpointError, match=f"trained on 4 ranks, and 1 here would .*: {reason}$"):
+        train.check_ranks(job, state, 4)
+    for module in state.network.modules():
+        if isinstance(module, StochasticDepth):
+            module.p = 0.0
+    train.check_ranks(job, state, 4)
+    said = f"{job.run}: begun on 4 ranks, continuing on 1: the same but for rounding"
+    assert capsys.readouterr().err.splitlines()[-1] == said
 
 
 @pytest.mark.parametrize(
@@ -434,6 +608,85 @@ def test_a_run_learns_and_is_measured_on_what_was_selected(make_job: Callable[..
     studies = facts[chosen].drop_duplicates(["patient", "study"]).groupby("patient").size()
     assert f"| valid | {chosen.sum()} | {studies.sum()} | {len(studies)} |" in card
     assert "A network that scores 2 findings on chest" in card
+
+
+def test_a_selection_without_valid_is_said_before_the_first_step(
+    make_job: Callable[..., Job], capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = make_job("other")
+    patients = read_table(job.shards, job.manifest.split("valid"))["patient"].unique().to_pylist()
+    job = make_job("run", epochs=1, where=tuple(f"patient!={patient}" for patient in patients))
+    assert train.train(job) == 0
+    said = capsys.readouterr().err
+    images = re.search(
+        rf"^valid: condition 'patient!={patients[-1]}' leaves none of \d+ images, whose values are "
+        rf"{patients[-1]}: the report is without valid$",
+        said,
+        re.MULTILINE,
+    )
+    assert images is not None
+    assert images.end() < said.index("Epoch 1")
+    assert (job.run / "evaluation-dev.json").exists()
+    assert not (job.run / "evaluation-valid.json").exists()
+    card = (job.run / "model-card.md").read_text()
+    assert "| dev |" in card
+    assert "| valid |" not in card
+    assert scoring.measure_run(job)["valid"] is None
+
+
+def test_a_dev_that_cannot_choose_is_refused_before_the_first_step(make_job: Callable[..., Job]) -> None:
+    job = make_job("run", where=("Edema=positive",), labels=("Edema",))
+    with pytest.raises(DataError) as caught:
+        train.train(job)
+    message = "no label of dev has both classes to choose a checkpoint by; raise --dev"
+    assert str(caught.value) == f"{job.shards}: {message}"
+    assert not (job.run / "environment.jsonl").exists()  # a line per start
+
+
+def test_shards_without_a_dev_split_are_trained_on_with_patients_held_out(
+    command: Callable[..., int], sample_shards: tuple[Path, Manifest], tmp_path: Path
+) -> None:
+    indexed = tmp_path / "indexed"
+    indexed.mkdir()
+    for path in sample_shards[0].glob("[tv]*.tar"):
+        shutil.copy(path, indexed)
+    assert list(write_index(indexed).splits) == ["train", "valid"]
+    run = tmp_path / "run"
+    own = ("--shards", indexed, "--run", run)
+    options = (*own, "--seed", 3, "--dev", 0.2)
+    assert command("train", *options) == 0
+    table = pa.ipc.open_file(indexed / "train.arrow").read_all().to_pandas()
+    held = table.patient.map(lambda patient: hash_fraction("dev", 3, patient) < 0.2)
+    assert 0 < held.sum() < len(held) / 2
+
+    def scored(split: str) -> list[str]:
+        return list(pa.ipc.open_file(run / f"scores-{split}.arrow").read_all()["key"].to_pylist())
+
+    assert scored("dev") == table.key[held].tolist()
+    dev = (run / "evaluation-dev.json").read_bytes()
+    (run / "evaluation-dev.json").unlink()
+    (run / "calibration.json").unlink()
+    for split in ("train", "dev", "valid"):
+        assert command("evaluate", *own, "--split", split) == 0
+    assert scored("train") == table.key[~held].tolist()
+    assert (run / "evaluation-dev.json").read_bytes() == dev
+    card = (run / "model-card.md").read_text()
+    assert f"| train | {(~held).sum()} |" in card
+    assert f"| dev | {held.sum()} |" in card
+    with pytest.raises(DataError, match=r"run of another configuration: dev is 0.2 there and 0.05 here"):
+        command("train", *own, "--seed", 3, "--lr", 1e-4)  # the default share
+    message = f"^{indexed}: --dev 1e-09 leaves no patient of train for dev; raise it$"
+    with pytest.raises(DataError, match=message):
+        command("train", "--shards", indexed, "--run", tmp_path / "none", "--dev", 1e-9)
+
+    with pytest.raises(click.UsageError) as caught:
+        command("train", "--run", tmp_path / "other", "--dev", 0.2)
+    images = sample_shards[1].split("dev").samples
+    assert str(caught.value) == (
+        f"--dev is for shards without a dev split; {sample_shards[0]} have one, of {images} images"
+    )
+    assert command("train", "--run", tmp_path / "other") == 0
+    assert read_config(tmp_path / "other").dev is None
 
 
 def test_limit_and_balance_choose_what_an_epoch_draws(make_job: Callable[..., Job]) -> None:
@@ -572,6 +825,26 @@ def test_logs_say_what_the_run_did_and_with_what(
     assert environment["command"] == ["train.py", "--shards", "https://host/set"]
 
 
+def test_the_curve_of_the_loss_is_of_the_steps_since_its_last_point(
+    make_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    curves = []
+    for every in (1, 4):
+        monkeypatch.setattr(train, "CHECK_STEPS", every)
+        job = make_job(f"every{every}", epochs=1)
+        assert train.train(job) == 0
+        events = EventAccumulator(str(job.run / "tensorboard"))
+        events.Reload()
+        curves.append({point.step: point.value for point in events.Scalars("train/loss")})
+    each, windows = curves
+    assert list(each) == [1, 2, 3, 4, 5, 6]
+    expected = {4: sum(each[step] for step in (1, 2, 3, 4)) / 4, 6: (each[5] + each[6]) / 2}
+    assert windows == pytest.approx(expected)
+    assert json.loads((job.run / "metrics.jsonl").read_text())["train_loss"] == pytest.approx(
+        sum(each.values()) / 6
+    )
+
+
 def test_wandb_reads_what_goes_to_tensorboard(
     command: Callable[..., int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -704,6 +977,26 @@ def test_checkpoints_that_do_not_fit_their_run_are_named(
         assert str(caught.value).startswith(
             f"{job.run / name}: does not fit this run's configuration: {reason}"
         )
+
+
+def test_a_damaged_last_checkpoint_comes_with_what_to_do(
+    command: Callable[..., int], make_job: Callable[..., Job]
+) -> None:
+    job = make_job("run", stop_after=2, epochs=1)
+    assert train.train(job) == 143
+    path = job.run / "last.pt"
+    whole = path.read_bytes()
+    remedy = "remove it to train from the beginning"
+    for instead in ("", f", or start another --run with --init {job.run}"):
+        for content in (whole[:-100], b""):
+            path.write_bytes(content)
+            with pytest.raises(CheckpointError) as caught:
+                train.train(make_job("run", epochs=1))
+            assert str(caught.value) == (
+                f"{path}: damaged, or not a checkpoint of this program; {remedy}{instead}"
+            )
+        path.unlink()  # as it says
+        assert train.train(make_job("run", epochs=1)) == 0
 
 
 @pytest.mark.parametrize("name", ["calibration.json", "metrics.jsonl"])
