@@ -57,7 +57,7 @@ from model.checkpoint import (
     restore_random_state,
     save_checkpoint,
 )
-from model.evaluation import DivergedError, InterruptedEvaluationError
+from model.evaluation import DivergedError, InterruptedEvaluationError, explain_memory
 from model.export import Scorer, export_scorer
 from model.fusion import FUSIONS
 from model.losses import AUCMarginLoss, MaskedLoss, positive_weights
@@ -71,6 +71,7 @@ from model.run import (
     Selected,
     StopFlag,
     agree,
+    can_divide,
     check_config,
     choose_device,
     follow_by_wandb,
@@ -362,7 +363,8 @@ def train_steps(
             lr = scheduled_lr(config.lr, state.done, config.epochs * steps)
             for group in state.optimizer.param_groups:
                 group["lr"] = lr
-            losses.append(train_step(job, state, batch, cells))
+            with explain_memory(*describe_step(job)):
+                losses.append(train_step(job, state, batch, cells))
             shown = len(batch.images) if isinstance(batch, Batch) else int(batch.present.sum())
             images += shown * job.ranks.count
             state.done += 1
@@ -379,6 +381,24 @@ def train_steps(
                     save_state(job, state)
                     saved = now
         check_losses(job, losses, state, epoch, (state.done - 1) % steps)
+
+
+def describe_step(job: Job) -> tuple[str, str]:
+    """What a step computes at once, and how to compute less at once: for one that runs out of memory."""
+    config = job.config
+    size = config.image_size
+    doing = f"in a step with --batch-size {config.batch_size} --accumulate {config.accumulate} --image-size {size}"
+    parts = next(
+        (
+            parts
+            for exponent in range(config.batch_size.bit_length())
+            if (parts := 2**exponent) > config.accumulate and can_divide(config.batch_size, parts, job.ranks)
+        ),
+        None,
+    )
+    if parts is None or config.loss == "aucm":  # which is of a whole batch
+        return doing, "choose a smaller --batch-size or --image-size"
+    return doing, f"--accumulate {parts} computes the same batch in {parts} parts"
 
 
 def train_step(job: Job, state: TrainState, batch: Batch | StudyBatch, cells: float) -> Tensor:

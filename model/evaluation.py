@@ -1,6 +1,7 @@
 """Network + batches → scores. Every sample once, in the order of the batches."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import numpy.typing as npt
@@ -16,8 +17,25 @@ class DivergedError(DataError):
     """A loss or a score is not finite: with the same settings it would come to that again."""
 
 
+class MemoryExhaustedError(DataError):
+    """The device has too little memory for a step: with the same settings it would run out again."""
+
+
 class InterruptedEvaluationError(Exception):
     """Raised in the middle of an evaluation when a stop was asked for; nothing is lost but its scores."""
+
+
+@contextmanager
+def explain_memory(doing: str, remedy: str) -> Iterator[None]:
+    """Raise MemoryExhaustedError, saying what was done and what helps, where torch cannot allocate memory."""
+    try:
+        yield
+    except RuntimeError as error:  # torch.OutOfMemoryError is one; a CPU's has no class of its own
+        if not isinstance(error, torch.OutOfMemoryError) and not any(
+            words in str(error) for words in ("can't allocate memory", "not enough memory", "out of memory")
+        ):
+            raise
+        raise MemoryExhaustedError(f"out of memory {doing}; {remedy}") from error
 
 
 @torch.inference_mode()
@@ -41,7 +59,10 @@ def predict_scores(
         if should_stop():
             raise InterruptedEvaluationError
         inputs = normalize(images, mean, std).contiguous(memory_format=torch.channels_last)
-        with torch.autocast(images.device.type, precision, enabled=precision != torch.float32):
+        with (
+            explain_memory(f"while scoring {len(images)} images at once", "choose a smaller --image-size"),
+            torch.autocast(images.device.type, precision, enabled=precision != torch.float32),
+        ):
             logits = network(inputs, *others)
         scores.append(label_scores(logits[:, columns]).cpu())
     found = torch.cat(scores).numpy() if scores else np.empty((0, len(columns)), np.float32)

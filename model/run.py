@@ -232,6 +232,12 @@ def learnt_columns(config: Config) -> list[int]:
     return [LABELS.index(label) for label in config.labels]
 
 
+def can_divide(batch_size: int, accumulate: int, ranks: Ranks) -> bool:
+    """Whether every rank gets so many equal parts of a batch, of 2 images or more."""
+    parts = accumulate * ranks.count
+    return batch_size % parts == 0 and batch_size // parts >= 2
+
+
 def check_config(config: Config, ranks: Ranks) -> None:
     """Raise UsageError for options that contradict each other, or do not go with so many ranks."""
     if config.loss == "aucm" and (config.pos_weight or three_class_columns(config)):
@@ -242,8 +248,7 @@ def check_config(config: Config, ranks: Ranks) -> None:
         raise click.UsageError(
             "--balance goes neither with --loss aucm nor with --pos-weight: each corrects alone"
         )
-    parts = config.accumulate * ranks.count
-    if config.batch_size % parts or parts > config.batch_size // 2:
+    if not can_divide(config.batch_size, config.accumulate, ranks):
         of_ranks = f" on each of {ranks.count} ranks" if ranks.count > 1 else ""
         raise click.UsageError(
             f"--batch-size {config.batch_size} for --accumulate {config.accumulate}{of_ranks}: "

@@ -30,6 +30,7 @@ import train
 from model import scoring
 from model.assessment import calibrate
 from model.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from model.evaluation import MemoryExhaustedError
 from model.run import Config, Job, StopFlag, choose_device, open_rows, open_run, read_config
 from model.scoring import evaluate, score_best
 from pipeline import DataError
@@ -381,6 +382,37 @@ def test_a_rank_that_torchrun_did_not_start_is_refused(
         match=r"^RANK is in the environment and LOCAL_RANK is not: start with torchrun, or unset RANK$",
     ):
         command("train", "--run", tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("changes", "remedy"),
+    [
+        ({}, "--accumulate 2 computes the same batch in 2 parts"),
+        ({"accumulate": 3, "batch_size": 24}, "--accumulate 4 computes the same batch in 4 parts"),
+        ({"accumulate": 8}, "choose a smaller --batch-size or --image-size"),
+        ({"loss": "aucm"}, "choose a smaller --batch-size or --image-size"),
+    ],
+)
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 MiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_too_little_memory_is_one_line_that_says_what_helps(
+    make_job: Callable[..., Job],
+    monkeypatch: pytest.MonkeyPatch,
+    error: RuntimeError,
+    changes: dict[str, Any],
+    remedy: str,
+) -> None:
+    job = make_job("run", **changes)
+    monkeypatch.setattr(torch.Tensor, "backward", Mock(side_effect=error))
+    with pytest.raises(MemoryExhaustedError) as caught:
+        train.train(job)
+    step = f"--batch-size {job.config.batch_size} --accumulate {job.config.accumulate} --image-size 32"
+    assert str(caught.value) == f"out of memory in a step with {step}; {remedy}"
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(
