@@ -974,13 +974,17 @@ def sweep_command(
         for value in given[1:]:
             make({**point, name: value}, unused)
     shared = {name: value for name, value in asdict(first.config).items() if name not in tried}
-    steps = training_steps(len(open_rows(first, "train").rows), max(values["batch_size"] or ()))
-    evaluations = first.config.epochs * max(1, math.ceil(steps / (first.config.eval_every or max(1, steps))))
-    sweep = s.Sweep(folder, tried, shared, sampler, trials or 0, pruner, evaluations, seed, grace, storage)
+    epochs = first.config.epochs
+    sweep = s.Sweep(folder, tried, shared, sampler, trials or 0, pruner, epochs, seed, grace, storage)
+
+    started = False
 
     def train_point(point: Mapping[str, Any], run: Path, watch: s.Watch) -> s.Outcome | None:
+        nonlocal started
+        started = True
         job = make(point, run)
         torch.compiler.reset()  # it gives up after several networks in one process
+        torch.cuda.empty_cache()  # of a trial before, which may have run out of it
         with contextlib.redirect_stdout(io.StringIO()):  # the table of a run is in its report
             code = train(job, lambda history: watch([summarise(line) for line in history]))
         if code:
@@ -990,12 +994,17 @@ def sweep_command(
         except InterruptedEvaluationError:
             return None
 
-    done = s.run_sweep(sweep, train_point, stop)
+    try:
+        done = s.run_sweep(sweep, train_point, stop)
+    except BaseException:
+        if started:  # an error in one trial: what the others came to is worth a report
+            write_sweep_report(sweep, s.list_trials(sweep))
+        raise
     found = s.list_trials(sweep)
     write_sweep_report(sweep, found)
     complete, failed = (sum(trial.state == state for trial in found) for state in ("complete", "failed"))
-    diverged = f", {failed} diverged" if failed else ""
-    click.echo(f"{folder / 'report.html'}: {complete} trials complete{diverged}")
+    of_failed = f", {failed} failed" if failed else ""
+    click.echo(f"{folder / 'report.html'}: {complete} trials complete{of_failed}")
     return stop.code if not done else 1 if failed and not complete else 0
 
 

@@ -4,8 +4,9 @@ In: the values, and a function that trains one point of them. Out: run folders b
 report.html. What is to be done, and who does it, is in Optuna's storage: SQLite in the folder, or a database that
 several machines reach. Every process follows the same three rules, which need no other agreement:
 
-1.  A point without a trial that lives (waits, runs, is finished, or has diverged) gets one that waits. So a trial
-    whose process died, was stopped or met an error is done again; in its point's run folder it continues exactly.
+1.  A point without a trial that lives (waits, runs, is finished, or has failed by its own settings: it diverged, or
+    memory ran out) gets one that waits. So a trial whose process died, was stopped or met another error is done
+    again; in its point's run folder it continues exactly.
 2.  A waiting trial is claimed by a change of its state, which the storage lets only one process make. A process
     that is not heard of for `grace` seconds loses its trial.
 3.  Of two trials of one point, which rule 1 may make when processes start at once, the later one is dropped.
@@ -30,12 +31,13 @@ import optuna
 import sqlalchemy
 from optuna.trial import FrozenTrial, TrialState
 
-from model.evaluation import DivergedError
+from model.evaluation import DivergedError, MemoryExhaustedError
 from pipeline import DataError
 
 Point = dict[str, Any]  # parameter → value
 Watch = Callable[[list[dict[str, Any]]], None]
 ALIVE = (TrialState.WAITING, TrialState.RUNNING, TrialState.COMPLETE, TrialState.PRUNED)
+OUTCOMES = (DivergedError, MemoryExhaustedError)  # errors that the same settings would meet again
 LOCK_SECONDS = 60.0  # SQLite waits so long for other writers
 POLL = 1.0  # seconds between looks at what other processes do
 
@@ -55,6 +57,7 @@ class Trial(NamedTuple):
 
     number: int
     state: str  # complete, pruned, running, waiting, failed
+    error: str | None  # what it failed of
     parameters: Point  # those that vary
     run: Path  # its run folder
     dev: float | None  # macro AUROC of the checkpoint kept, by which trials are compared
@@ -77,7 +80,7 @@ class Sweep:
     sampler: str
     trials: int  # of tpe; a grid has as many as points
     pruner: str
-    evaluations: int  # of a full run, for the pruner
+    epochs: int  # of a full run, for the pruner
     seed: int
     grace: int  # seconds
     storage: str | None  # URL; None: SQLite in the folder
@@ -107,11 +110,11 @@ def run_sweep(
     """Train points until all are done, by whichever process; returns False where a stop was asked for.
 
     `train_point` trains one in a run folder, shows its evaluations to `watch`, and returns None where it was
-    stopped; that it raises DivergedError is the trial's outcome. Raises what else it raises, and DataError where the
+    stopped; that it raises one of OUTCOMES is the trial's outcome. Raises what else it raises, and DataError where the
     folder holds a sweep under other options, or the storage is unusable.
     """
     said = False
-    ours: ValueError | None = None
+    ours: Exception | None = None
     with open_study(sweep) as (study, storage), accept_experiments():
         check_options(sweep, study)
         claimed = 0
@@ -121,7 +124,7 @@ def run_sweep(
             claimed = trial.number
             try:
                 return run_trial(sweep, study, trial, train_point, should_stop)
-            except ValueError as error:
+            except (ValueError, AssertionError) as error:
                 ours = error
                 raise
 
@@ -132,8 +135,9 @@ def run_sweep(
             beat_for_waiting(study, storage)
             if any(trial.state == TrialState.WAITING for trial in trials) or count_free(sweep, trials) > 0:
                 try:
-                    study.optimize(objective, n_trials=1, catch=(Dropped, Stopped, DivergedError))
-                except (ValueError, optuna.exceptions.UpdateFinishedTrialError) as error:
+                    study.optimize(objective, n_trials=1, catch=(Dropped, Stopped, *OUTCOMES))
+                # What Optuna raises where another process has given this trial up meanwhile.
+                except (ValueError, AssertionError, optuna.exceptions.UpdateFinishedTrialError) as error:
                     if error is ours or study.get_trials(deepcopy=False)[claimed].state == TrialState.RUNNING:
                         raise
                     click.echo(
@@ -243,11 +247,11 @@ def accept_experiments() -> Iterator[None]:
 
 
 def make_pruner(sweep: Sweep) -> optuna.pruners.BasePruner:
-    """Median: after a third of the evaluations, below the median of four trials or more; or successive halving."""
+    """Median: after a third of the epochs, below the median of four trials or more; or successive halving."""
     if sweep.pruner == "median":
-        return optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=sweep.evaluations // 3)
+        return optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=-(-sweep.epochs // 3))
     if sweep.pruner == "halving":
-        first = max(1, sweep.evaluations // 4)
+        first = max(1, sweep.epochs // 4)
         return optuna.pruners.SuccessiveHalvingPruner(min_resource=first, reduction_factor=2)
     return optuna.pruners.NopPruner()
 
@@ -285,7 +289,7 @@ def grid_points(sweep: Sweep) -> list[Point]:
 
 
 def is_alive(trial: FrozenTrial) -> bool:
-    """Whether a trial waits, runs or is finished; one that has diverged would only do so again."""
+    """Whether a trial waits, runs or is finished; one of the errors in OUTCOMES would only come again."""
     return trial.state in ALIVE or "error" in trial.user_attrs
 
 
@@ -324,11 +328,15 @@ def run_trial(
 
     def watch(history: list[dict[str, Any]]) -> None:
         nonlocal reported
-        for step, line in enumerate(history[reported:], start=reported):
-            trial.report(line["score"], step)
+        # Compared at the ends of epochs, when trials of all batch sizes have seen the same images.
+        for line in history[reported:]:
+            if line["epoch"] % 1 == 0:
+                trial.report(line["score"], int(line["epoch"]))
         reported = len(history)
         trial.set_user_attr("history", history)
-        if trial.should_prune():
+        # A trial that is trained in full has its outcome, however poor.
+        last = history[-1]["epoch"]
+        if last % 1 == 0 and last < sweep.epochs and trial.should_prune():
             raise optuna.TrialPruned
 
     shown = ", ".join(f"{name} {point[name]}" for name in sweep.varying)
@@ -338,7 +346,7 @@ def run_trial(
         # One that was paused and lost its trial may still work there.
         with locked(run.with_name(f"{run.name}.lock"), should_stop):
             outcome = train_point(point, run, watch)
-    except DivergedError as error:
+    except OUTCOMES as error:
         click.echo(f"Trial {trial.number}: failed: {error}", err=True)
         trial.set_user_attr("error", str(error))
         raise
@@ -382,6 +390,7 @@ def list_trials(sweep: Sweep) -> list[Trial]:
             Trial(
                 number=trial.number,
                 state="failed" if trial.state == TrialState.FAIL else trial.state.name.lower(),
+                error=trial.user_attrs.get("error"),
                 parameters={name: point[name] for name in sweep.varying},
                 run=sweep.run_folder(point),
                 **(outcome or dict.fromkeys(Outcome._fields)),

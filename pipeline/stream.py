@@ -18,6 +18,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from threading import Event
 from typing import Any, NamedTuple
@@ -206,12 +207,25 @@ def stages(
     )
 
 
-def compose(*parts: Callable[..., Any]) -> Iterable[Any]:
-    """A `webdataset.DataPipeline` of the stages; users can put stages of their own between them."""
+def compose(plan: Callable[[], Iterator[Step]], *parts: Callable[..., Any]) -> Iterable[Any]:
+    """A `webdataset.DataPipeline` of a plan and the stages; users can put stages of their own between them.
+
+    Inside a `torch.utils.data.DataLoader(stream, batch_size=None, num_workers=W)` the workers share the batches, which
+    leave the loader in the order that they have without workers. `max_bad` then counts in each worker by itself.
+    A stream is one epoch: make the next epoch's stream, and a loader for it, rather than keeping workers alive.
+    """
     import webdataset  # here, because it imports torch, which the rest of this package does without
 
-    pipeline: Iterable[Any] = webdataset.DataPipeline(*parts)
+    pipeline: Iterable[Any] = webdataset.DataPipeline(plan, share_among_workers, *parts)
     return pipeline
+
+
+def share_among_workers(steps: Iterable[Step]) -> Iterator[Step]:
+    """Every W-th step in each of a DataLoader's W workers, whose batches it takes in turn; all steps elsewhere."""
+    from torch.utils.data import get_worker_info
+
+    worker = get_worker_info()
+    yield from steps if worker is None else islice(steps, worker.id, None, worker.num_workers)
 
 
 def fetch(steps: Iterable[Step], split: OpenSplit) -> Iterator[Encoded]:

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 from torchvision.transforms.functional import pil_to_tensor
 
 from pipeline import DataError, stream
@@ -371,3 +372,31 @@ def test_an_abandoned_stream_ends_its_threads(split: OpenSplit, labels: Labels) 
     assert any(thread.name.startswith("decode") for thread in threading.enumerate())
     del iterator
     assert not any(thread.name.startswith("decode") for thread in threading.enumerate())
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn", "forkserver"])
+def test_the_workers_of_a_loader_share_the_batches_in_their_order(
+    split: OpenSplit, labels: Labels, context: str
+) -> None:
+    streams = {
+        "training": stream_training(split, labels, size=16, batch_size=4, seed=0, epoch=0, start_step=1),
+        "evaluation": stream_evaluation(split, labels, size=16, batch_size=4),
+    }
+    for name, stream_ in streams.items() if context == "fork" else [("training", streams["training"])]:
+        alone = list(stream_)
+        assert len(alone) > 2, name
+        loader = DataLoader(stream_, batch_size=None, num_workers=2, multiprocessing_context=context)  # type: ignore[arg-type]
+        shared = [Batch(Step(*of[0]), *map(np.asarray, of[1:4]), of[4]) for of in loader]
+        assert_equal(shared, alone)
+
+
+def test_the_workers_of_a_loader_share_studies(study_shards: Shards) -> None:
+    split = open_split(*study_shards, "train")
+    labels = Labels(*make_targets(split.table, parse_uncertain_policy("best"), "zeros", seed=0))
+    studies = find_studies(split)
+    plan = partial(plan_training, studies.shard_sizes, 4, 0, 0)
+    stream_ = stream_studies(plan, split, studies, labels, size=16)
+    loader = DataLoader(stream_, batch_size=None, num_workers=2)  # type: ignore[arg-type]
+    steps = [(int(batch[0][1]), np.asarray(batch[0][2]).tolist()) for batch in loader]
+    assert steps == [(batch.step.step, batch.step.rows.tolist()) for batch in stream_]
+    assert [step for step, _ in steps] == list(range(len(studies.rows) // 4))

@@ -19,7 +19,7 @@ import optuna
 import pytest
 
 import train
-from model.evaluation import DivergedError
+from model.evaluation import DivergedError, MemoryExhaustedError
 from model.sweep import (
     Outcome,
     Point,
@@ -49,7 +49,7 @@ def make_sweep(folder: Path, **changes: Any) -> Sweep:
         sampler="grid",
         trials=0,
         pruner="none",
-        evaluations=4,
+        epochs=4,
         seed=0,
         grace=3,
         storage=None,
@@ -130,6 +130,45 @@ def test_a_stopped_trial_is_done_again_and_a_diverged_one_is_not(tmp_path: Path)
         point: "failed" if point[0] == 1e-2 else "complete" for point in itertools.product(LR, WD)
     }
     assert len(trials) == 6
+
+
+def test_running_out_of_memory_is_one_trial_s_outcome(tmp_path: Path) -> None:
+    sweep = make_sweep(tmp_path / "sweep", values={"batch_size": (32, 64, 128)})
+
+    def fail(point: Point, run: Path, watch: Watch) -> Outcome:
+        if point["batch_size"] == 64:
+            raise MemoryExhaustedError("out of memory; --accumulate 2 computes the same batch in 2 parts")
+        return train_point({"lr": 1e-3, "weight_decay": 0.0}, run, watch)
+
+    for _ in range(2):  # and the same command does not try it again
+        assert run_sweep(sweep, fail, never)
+        trials = list_trials(sweep)
+        assert [trial.state for trial in trials] == ["complete", "failed", "complete"]
+        assert trials[1].error == "out of memory; --accumulate 2 computes the same batch in 2 parts"
+
+
+@pytest.mark.parametrize(("pruner", "checked"), [("median", 2), ("halving", 1)])
+def test_trials_are_pruned_at_ends_of_epochs_and_never_at_the_last(
+    tmp_path: Path, pruner: str, checked: int
+) -> None:
+    sweep = make_sweep(tmp_path / "sweep", values={"lr": tuple(range(1, 7))}, pruner=pruner)
+    seen: dict[int, float] = {}
+
+    def train_scores(point: Point, run: Path, watch: Watch) -> Outcome:
+        poor_from = {5: 0.25, 6: 4.0}.get(point["lr"], 9.0)
+        history: list[dict[str, Any]] = []
+        # The fifth is evaluated four times an epoch, and poor from the first time; the sixth at the very end alone.
+        for quarter in range(1, 17):
+            if point["lr"] == 5 or quarter % 4 == 0:
+                epoch = quarter / 4
+                history.append({"epoch": epoch, "score": 0.1 if epoch >= poor_from else 0.9})
+                seen[point["lr"]] = epoch
+                watch(history)
+        return Outcome(dev=history[-1]["score"], train=None, valid=None, low=None, high=None)
+
+    assert run_sweep(sweep, train_scores, never)
+    assert [trial.state for trial in list_trials(sweep)] == [*["complete"] * 4, "pruned", "complete"]
+    assert seen == {1: 4.0, 2: 4.0, 3: 4.0, 4: 4.0, 5: float(checked), 6: 4.0}
 
 
 @pytest.mark.parametrize("error", [DataError("the disk is full"), ValueError("a defect")])
@@ -339,7 +378,7 @@ def test_a_sweep_whose_trials_all_diverge_has_failed(
     given = ("--sweep", sweep, "--lr", "1e30", "--arch", "rescnn", "--batch-size", 16)
     assert command("sweep", *given) == 1
     shown = capsys.readouterr()
-    assert shown.out == f"{sweep / 'report.html'}: 0 trials complete, 1 diverged\n"
+    assert shown.out == f"{sweep / 'report.html'}: 0 trials complete, 1 failed\n"
     assert "Trial 0: failed: the " in shown.err
     assert command("sweep", *given) == 1  # and is not tried again
     assert "Trial 0" not in capsys.readouterr().err

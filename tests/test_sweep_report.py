@@ -21,7 +21,9 @@ def make_trial(number: int, dev: float | None, state: str = "complete", **parame
     figures = dict(zip(Outcome._fields, [None if dev is None else dev + step for step in steps], strict=True))
     seconds = 30.0 if dev is None else 90.0
     run = Path(f"t{number}")
-    return Trial(number, state, parameters, run, **figures, epochs=2.0, seconds=seconds, history=history)
+    return Trial(
+        number, state, None, parameters, run, **figures, epochs=2.0, seconds=seconds, history=history
+    )
 
 
 @pytest.fixture
