@@ -1,6 +1,6 @@
 """How often 95 % intervals hold the true figure: AUROC by several methods, its means, differences, and rates.
 
-    OMP_NUM_THREADS=1 nice python benchmarks/coverage.py --replicates 2000
+    OMP_NUM_THREADS=1 nice python -m benchmarks.coverage --replicates 2000
 
 Drawn data: 200 patients with 1 to 3 films, whose labels and scores are alike within a patient.
 """

@@ -7,6 +7,7 @@ import pytest
 
 from model.assessment import Scored, assess, calibrate
 from model.report import describe_gaps, render_model_card, render_report
+from model.scoring import print_evaluations
 
 NAMES = ["Edema", "Pleural Effusion", "Fracture", "Rare"]
 CONFIG = {
@@ -192,6 +193,15 @@ def test_the_page_names_settings_and_what_is_left_out(page: str, evaluation: dic
     )
     assert not [gap for gap in gaps if ": 0 of" in gap]
     assert "Fracture, images of dev: one class: no thresholds, scores as they are." in gaps
+
+
+def test_the_terminal_marks_the_same_labels(
+    evaluation: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    print_evaluations({"valid": evaluation})
+    lines = [line for line in capsys.readouterr().out.splitlines() if "few" in line]
+    assert [line.split()[1] for line in lines] == ["Fracture", "Rare"]
+    assert f"few 5 / {evaluation['labels']['Rare']['negatives']}" in lines[1]
 
 
 def test_the_page_needs_nothing_else(page: str) -> None:
