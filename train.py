@@ -10,7 +10,7 @@
 
 A run folder holds config.json, environment.jsonl (a line per start), metrics.jsonl (a line per evaluation) and
 TensorBoard's events; last.pt (all that a resume restores) and best.pt (the averaged weights with the best dev
-macro AUROC); calibration.json (thresholds and temperatures chosen on dev), and for every split that was scored
+macro AUROC); calibration.json (thresholds and calibrations chosen on dev), and for every split that was scored
 evaluation-<split>.json and scores-<split>.arrow; report.html and model-card.md. The same command on the same
 folder continues where it stopped, exactly: batches and augmentations are functions of (seed, epoch, step).
 

@@ -10,8 +10,9 @@ Modules:
     checkpoint   state dict ↔ file, atomically and without unpickling code; random state
     evaluation   network + batches → scores
     metrics      scores, targets, masks → AUROC, AUPRC, Brier score, calibration error, rates at thresholds
-    calibration  dev's scores → temperatures and thresholds
-    bootstrap    scores → figures of resamples of patients, and intervals
+    calibration  dev's scores → calibrations and thresholds
+    delong       scores → intervals of AUROC, its means and differences, patients as clusters
+    bootstrap    scores → intervals of AUPRC, from resamples of patients
     assessment   all of these → the evaluation of a split, as one JSON document
     comparison   scores of the same studies by several methods → differences
     report       evaluations → an HTML page and a model card

@@ -14,8 +14,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from model.bootstrap import difference_interval, interval, resample_areas, resampled_mean
-from model.calibration import apply_temperature, fit_calibration
+from model.bootstrap import (
+    describe_difference,
+    difference_interval,
+    interval,
+    resample_auprc,
+    resampled_mean,
+)
+from model.calibration import apply_calibration, fit_calibration
+from model.delong import Areas, combine_limits, measure_areas, weigh_labels
 from model.metrics import (
     FEW,
     Bools,
@@ -28,7 +35,7 @@ from model.metrics import (
     label_cells,
     mean_of,
     rates_at,
-    report_auroc,
+    wilson_limits,
 )
 
 AVERAGED = ("auroc", "auprc", "brier", "ece", "brier_calibrated", "ece_calibrated")
@@ -62,14 +69,13 @@ class Scored(NamedTuple):
 def calibrate(
     names: Sequence[str], dev: Scored, sensitivity: float = 0.9, combine: str = "max"
 ) -> dict[str, Any]:
-    """Temperatures and thresholds per label (`fit_calibration`), fitted on dev's images and on its studies.
+    """Calibrations and thresholds per label (`fit_calibration`), fitted on dev's images and on its studies.
 
     `combine` is how a study's score comes from its views: max or mean.
     """
     levels = {"image": dev, "study": study_level(dev, combine)}
     return {"sensitivity": sensitivity, "combine": combine} | {
-        level: fit_calibration(names, rows.scores, rows.target, rows.mask, sensitivity)
-        for level, rows in levels.items()
+        level: fit_calibration(names, *rows[:4], sensitivity) for level, rows in levels.items()
     }
 
 
@@ -86,7 +92,7 @@ def assess(
     """The whole evaluation of a split, fit for JSON; `calibration` as `calibrate` gives it.
 
     `unit` is what a row of `images` is: image, or study where a run scores these.
-    `against` is another run's name and its scores [N, L] of the same images. Intervals are from so many
+    `against` is another run's name and its scores [N, L] of the same images. Intervals of AUPRC are from so many
     resamples of patients by `seed`; with 0 they are None. Raises ValueError without images, or where a score is
     not finite.
     """
@@ -135,34 +141,52 @@ def assess_groups(
 ) -> dict[str, Any]:
     """Sex, age and projection: per group the images, AUROC per label and TPR at dev's Youden threshold.
 
-    A group's `macro_auroc` is over `macro_labels`, those with an AUROC in every group that has any, so that groups
-    are compared on the same labels. `tpr_gap` is the highest TPR less the lowest, over groups with 10
-    positives or more, and None where fewer than two have them.
+    A group's `macro_auroc` is over `macro_labels`, those with 10 positives and 10 negatives in every group that has
+    any such label, so that groups are compared on the same labels and on enough of each; None in the other groups.
+    `less_first` is the macro of each later group less the first one's. `tpr_gap` is the highest TPR less the lowest,
+    over groups with 10 positives or more, and None where fewer than two have them; its limits are in `tpr_gap_limits`.
     """
     bands = np.array(list(AGES))[np.digitize(images.age, list(AGES.values())) - 1]
     facts = {"sex": images.sex, "age": bands, "projection": images.projection}
     report: dict[str, Any] = {}
     for variable, compared in GROUPS.items():
         rows = {name: facts[variable] == name for name in compared}
-        groups = {
-            name: _assess_group(names, images.take(chosen), calibration) for name, chosen in rows.items()
+        # Of all patients, so that what the groups share of them can be told.
+        measured = {
+            name: measure_areas(*images[:2], images.mask & chosen[:, None], images.patient)
+            for name, chosen in rows.items()
         }
-        defined = [
-            {name for name in names if group["labels"][name]["auroc"] is not None}
-            for group in groups.values()
-        ]
-        some = [own for own in defined if own]
-        kept = [name for name in names if some and all(name in own for own in some)]
-        for group, own in zip(groups.values(), defined, strict=True):
-            group["macro_auroc"] = mean_of(group["labels"], kept, "auroc") if own else None
+        groups = {
+            name: _assess_group(names, images.take(chosen), calibration, measured[name])
+            for name, chosen in rows.items()
+        }
+        enough = {
+            group: {name for name in names if not result["labels"][name]["few"]}
+            for group, result in groups.items()
+        }
+        told = [group for group, own in enough.items() if own]
+        kept = [name for name in names if told and all(name in enough[group] for group in told)]
+        share = weigh_labels(names, kept)
+        for group, result in groups.items():
+            result["macro_auroc"] = mean_of(result["labels"], kept, "auroc") if group in told else None
+            nothing = np.zeros_like(share)
+            result["interval"] = combine_limits(measured[group], share if group in told else nothing)
         others = Counter(name or "unknown" for name in facts[variable].tolist() if name not in compared)
+        gaps = {name: _tpr_gap([group["labels"][name] for group in groups.values()]) for name in names}
         report[variable] = {
             "groups": groups,
             "macro_labels": kept,
-            "others": dict(sorted(others.items())),
-            "tpr_gap": {
-                name: _tpr_gap([group["labels"][name] for group in groups.values()]) for name in names
+            "less_first": {
+                group: describe_difference(
+                    groups[group]["macro_auroc"],
+                    groups[told[0]]["macro_auroc"],
+                    combine_limits(measured[group].join(measured[told[0]]), np.concatenate([share, -share])),
+                )
+                for group in told[1:]
             },
+            "others": dict(sorted(others.items())),
+            "tpr_gap": {name: gap["difference"] for name, gap in gaps.items()},
+            "tpr_gap_limits": {name: {"low": gap["low"], "high": gap["high"]} for name, gap in gaps.items()},
         }
     return report
 
@@ -177,8 +201,8 @@ def _assess_level(
 ) -> dict[str, Any]:
     """Labels, means, intervals and comparison of images or of studies."""
     labels = {
-        name: _assess_label(score, truth, calibration[name])
-        for name, score, truth in label_cells(names, *rows[:3])
+        name: _assess_label(score, truth, rows.patient[rows.mask[:, column]], calibration[name])
+        for column, (name, score, truth) in enumerate(label_cells(names, *rows[:3]))
     }
     means = averaged_labels(labels)
     report: dict[str, Any] = {
@@ -188,7 +212,9 @@ def _assess_level(
     }
     # A label is a mean over itself, and over nothing where it is undefined.
     kept = {name: [name] if label["auroc"] is not None else [] for name, label in labels.items()} | means
-    ours = resample_areas(*rows[:4], resamples, seed)
+    shares = {key: weigh_labels(names, over) for key, over in kept.items()}
+    ours = measure_areas(*rows[:4])
+    drawn = resample_auprc(*rows[:4], resamples, seed)
     report |= {
         "skipped": [name for name in names if not kept[name]],
         "rows": len(rows.scores),
@@ -196,60 +222,119 @@ def _assess_level(
         "labels": labels,
         "intervals": {"resamples": resamples, "seed": seed}
         | {
-            metric: {key: interval(resampled_mean(ours, metric, names, over)) for key, over in kept.items()}
-            for metric in AREAS
+            "auroc": {key: combine_limits(ours, share) for key, share in shares.items()},
+            "auprc": {key: interval(resampled_mean(drawn, names, over)) for key, over in kept.items()},
         },
     }
     if against is not None:
-        theirs = resample_areas(against[1], *rows[1:4], resamples, seed)
+        both = ours.join(measure_areas(against[1], *rows[1:4]))
+        theirs = resample_auprc(against[1], *rows[1:4], resamples, seed)
         cells = label_cells(names, against[1], *rows[1:3])
         other = {name: dict(zip(AREAS, areas(score, truth), strict=True)) for name, score, truth in cells}
-        report["against"] = {"run": against[0]} | {
-            metric: {
-                key: difference_interval(
-                    mean_of(labels, over, metric),
-                    mean_of(other, over, metric),
-                    *(resampled_mean(values, metric, names, over) for values in (ours, theirs)),
+        report["against"] = {
+            "run": against[0],
+            "auroc": {
+                key: describe_difference(
+                    mean_of(labels, over, "auroc"),
+                    mean_of(other, over, "auroc"),
+                    combine_limits(both, np.concatenate([shares[key], -shares[key]])),
                 )
                 for key, over in kept.items()
-            }
-            for metric in AREAS
+            },
+            "auprc": {
+                key: difference_interval(
+                    mean_of(labels, over, "auprc"),
+                    mean_of(other, over, "auprc"),
+                    *(resampled_mean(values, names, over) for values in (drawn, theirs)),
+                )
+                for key, over in kept.items()
+            },
         }
     return report
 
 
-def _assess_label(score: Floats, truth: Bools, calibration: Mapping[str, Any]) -> dict[str, Any]:
+def _assess_label(
+    score: Floats, truth: Bools, patient: npt.NDArray[Any], calibration: Mapping[str, Any]
+) -> dict[str, Any]:
     """Everything of one label's cells [n]."""
     auroc, auprc = areas(score, truth)
-    positives = int(truth.sum())
-    calibrated = apply_temperature(score, calibration["temperature"])
+    calibrated = apply_calibration(score, calibration)
     return {
         "auroc": auroc,
         "auprc": auprc,
-        "positives": positives,
-        "negatives": len(truth) - positives,
+        **_count(truth),
         "brier": brier_score(score, truth),
         "brier_calibrated": brier_score(calibrated, truth),
         "ece": calibration_error(score, truth),
         "ece_calibrated": calibration_error(calibrated, truth),
         "operating_points": {
-            rule: None if threshold is None else {"threshold": threshold} | rates_at(threshold, score, truth)
+            rule: None
+            if threshold is None
+            else {"threshold": threshold}
+            | rates_at(threshold, score, truth)
+            | {"intervals": rate_limits(threshold, score, truth, patient)}
             for rule, threshold in calibration["thresholds"].items()
         },
     }
 
 
+def rate_limits(
+    threshold: float, score: Floats, truth: Bools, patient: npt.NDArray[Any]
+) -> dict[str, dict[str, float | None]]:
+    """The limits of each of `rates_at` that is a share of cells [n], with patients as clusters (`wilson_limits`)."""
+    called = score >= threshold
+    parts = {
+        "sensitivity": (called, truth),
+        "specificity": (~called, ~truth),
+        "ppv": (truth, called),
+        "npv": (~truth, ~called),
+    }
+    return {rate: wilson_limits(hits[of], patient[of]) for rate, (hits, of) in parts.items()}
+
+
+def _count(truth: Bools) -> dict[str, Any]:
+    """The cells of each class, and whether one has so `few` that figures are mostly chance."""
+    positives, negatives = int(truth.sum()), int((~truth).sum())
+    return {"positives": positives, "negatives": negatives, "few": min(positives, negatives) < FEW}
+
+
 def _assess_group(
-    names: Sequence[str], images: Scored, calibration: Mapping[str, Mapping[str, Any]]
+    names: Sequence[str], images: Scored, calibration: Mapping[str, Mapping[str, Any]], measured: Areas
 ) -> dict[str, Any]:
-    labels: dict[str, Any] = dict(report_auroc(names, *images[:3])["labels"])
-    for name, score, truth in label_cells(names, *images[:3]):
+    """A group's labels, of its images and their areas."""
+    labels: dict[str, Any] = {}
+    for column, (name, score, truth) in enumerate(label_cells(names, *images[:3])):
         threshold = calibration[name]["thresholds"]["youden"]
-        tpr = None if threshold is None else rates_at(threshold, score, truth)["sensitivity"]
-        labels[name] = labels[name] | {"tpr": tpr}
+        tpr, limits = None, wilson_limits(truth[:0], truth[:0])
+        if threshold is not None:
+            patient = images.patient[images.mask[:, column]]
+            tpr = rates_at(threshold, score, truth)["sensitivity"]
+            limits = rate_limits(threshold, score, truth, patient)["sensitivity"]
+        labels[name] = {
+            "auroc": areas(score, truth)[0],
+            **_count(truth),
+            "tpr": tpr,
+            "intervals": {
+                "auroc": combine_limits(measured, weigh_labels(names, [name])),
+                "tpr": limits,
+            },
+        }
     return {"images": len(images.scores), "labels": labels}
 
 
-def _tpr_gap(results: Sequence[Mapping[str, Any]]) -> float | None:
-    rates = [result["tpr"] for result in results if result["positives"] >= FEW and result["tpr"] is not None]
-    return max(rates) - min(rates) if len(rates) > 1 else None
+def _tpr_gap(results: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    """The highest TPR less the lowest; its limits as if of different patients (Newcombe, 1998, method 10)."""
+    rates = sorted(
+        (result["tpr"], result["intervals"]["tpr"]["low"], result["intervals"]["tpr"]["high"])
+        for result in results
+        if result["positives"] >= FEW and result["tpr"] is not None
+    )
+    if len(rates) < 2:
+        return dict.fromkeys(("difference", "low", "high"))
+    (worst, low, top), (best, bottom, high) = rates[0], rates[-1]
+    gap = best - worst
+    return {
+        "difference": gap,
+        "low": gap - float(np.hypot(best - bottom, top - worst)),
+        "high": gap + float(np.hypot(high - best, worst - low)),
+    }

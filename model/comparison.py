@@ -1,8 +1,8 @@
 """Scores of the same studies by several methods → what each is worth, and whether they differ.
 
 A method is a run that scores studies, or one that scores images, whose scores of a study's views are combined
-(late fusion). All are measured on the studies that all of them have scored; differences have intervals from the
-same resamples of patients (model.bootstrap).
+(late fusion). All are measured on the studies that all of them have scored; differences are paired by patient
+(model.delong).
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,8 @@ import pandas as pd
 import pyarrow as pa
 
 from model.assessment import Scored
-from model.bootstrap import difference_interval, interval, resample_areas, resampled_mean
+from model.bootstrap import describe_difference
+from model.delong import combine_limits, measure_areas, weigh_labels
 from model.metrics import Floats, averaged_labels, mean_of, report_auroc
 from pipeline import DataError
 
@@ -50,8 +51,6 @@ def compare_methods(
     name: str,
     others: Mapping[str, pd.DataFrame],
     views: pd.Series,
-    resamples: int = 1000,
-    seed: int = 0,
 ) -> dict[str, Any]:
     """The method `name`, with its `studies` (a row each), beside `others`, fit for JSON.
 
@@ -70,48 +69,38 @@ def compare_methods(
     groups |= {group: common & (of_study == group) for group in sorted(set(of_study[common]))}
     return {
         group: {"studies": int(rows.sum())}
-        | _compare(
-            names, studies.take(rows), {key: scores[rows] for key, scores in methods.items()}, resamples, seed
-        )
+        | _compare(names, studies.take(rows), {key: scores[rows] for key, scores in methods.items()})
         for group, rows in groups.items()
     }
 
 
-def _compare(
-    names: Sequence[str], studies: Scored, methods: Mapping[str, Floats], resamples: int, seed: int
-) -> dict[str, Any]:
+def _compare(names: Sequence[str], studies: Scored, methods: Mapping[str, Floats]) -> dict[str, Any]:
     reports = {name: report_auroc(names, scores, *studies[1:3]) for name, scores in methods.items()}
-    first = next(iter(reports.values()))
+    areas = {name: measure_areas(scores, *studies[1:4]) for name, scores in methods.items()}
+    first, ours = next(iter(reports.values())), next(iter(areas.values()))
     kept = averaged_labels(first["labels"])
     mean = "macro10" if kept["macro10"] else "macro"
-    resampled = {
-        name: resample_areas(scores, *studies[1:4], resamples, seed) for name, scores in methods.items()
+    shares = {label: weigh_labels(names, [label]) for label in names} | {
+        "mean": weigh_labels(names, kept[mean])
     }
-    drawn = {name: values.auroc for name, values in resampled.items()}
-    means = {name: resampled_mean(values, "auroc", names, kept[mean]) for name, values in resampled.items()}
-    ours = next(iter(drawn.values()))
     result: dict[str, Any] = {"mean": mean, "methods": {}}
     for name, report in reports.items():
+        figures = {label: row["auroc"] for label, row in report["labels"].items()}
         figure = mean_of(report["labels"], kept[mean], "auroc")
-        differences = {
-            label: difference_interval(
-                first["labels"][label]["auroc"],
-                report["labels"][label]["auroc"],
-                ours[:, names.index(label)],
-                drawn[name][:, names.index(label)],
-            )
-            for label in names
-        }
-        differences["mean"] = difference_interval(
-            mean_of(first["labels"], kept[mean], "auroc"),
-            figure,
-            means[next(iter(means))],
-            means[name],
-        )
+        firsts = {label: row["auroc"] for label, row in first["labels"].items()}
+        firsts["mean"] = mean_of(first["labels"], kept[mean], "auroc")
+        both = ours.join(areas[name])
         result["methods"][name] = {
             "auroc": figure,
-            "interval": interval(means[name]),
-            "labels": {label: row["auroc"] for label, row in report["labels"].items()},
-            "first_less_this": differences,
+            "interval": combine_limits(areas[name], shares["mean"]),
+            "labels": figures,
+            "first_less_this": {
+                key: describe_difference(
+                    firsts[key],
+                    (figures | {"mean": figure})[key],
+                    combine_limits(both, np.concatenate([share, -share])),
+                )
+                for key, share in shares.items()
+            },
         }
     return result

@@ -18,6 +18,7 @@ Ints = npt.NDArray[np.integer[Any]]
 # The five labels of the CheXpert competition (Irvin et al., 2019).
 COMPETITION = ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion")
 FEW = 10  # positives; with fewer, a label's figures are mostly chance
+Z = 1.959963984540054  # the normal distribution's quantile of 0.975
 BINS = 15  # of the calibration error, as in Guo et al., 2017
 
 
@@ -203,3 +204,27 @@ def rates_at(threshold: float, score: Floats, truth: Bools) -> dict[str, float |
         "npv": ratio(rejected, len(truth) - calls),
         "f1": 2 * hits / (calls + positives) if positives else None,
     }
+
+
+def wilson_limits(called: Bools, owner: npt.NDArray[Any]) -> dict[str, float | None]:
+    """`low` and `high` of the share of calls [n], which belong to owners [n]; None without any.
+
+    Wilson's score interval (1927) on the effective number of cells: n over the design effect, which is the variance of
+    the share with its owners as clusters by that without (Rao and Scott, A simple method for the analysis of
+    clustered binary data, Biometrics 48, 1992). It is never of zero width.
+    """
+    if not len(called):
+        return {"low": None, "high": None}
+    share = float(np.mean(called))
+    _, codes = np.unique(owner, return_inverse=True)
+    cells, hits = np.bincount(codes), np.bincount(codes, called)
+    count, owners = len(called), len(cells)
+    if 0 < share < 1:
+        spread = float(((hits - cells * share) ** 2).sum()) * owners / max(owners - 1, 1)
+        design = max(1.0, spread / (count * share * (1 - share)))  # alike cells never tell more than others
+    else:
+        design = float((cells**2).sum()) / count  # all of an owner's cells tell as much as one
+    size = count / design
+    middle = (share + Z**2 / (2 * size)) / (1 + Z**2 / size)
+    half = Z / (1 + Z**2 / size) * (share * (1 - share) / size + Z**2 / (4 * size**2)) ** 0.5
+    return {"low": max(0.0, middle - half), "high": min(1.0, middle + half)}

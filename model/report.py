@@ -10,9 +10,9 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 
 from model.assessment import AREAS, Scored
-from model.calibration import RULES, apply_temperature
+from model.calibration import RULES, apply_calibration
 from model.metrics import FEW, Bools, Curve, Floats, label_cells, reliability, threshold_curve
-from pipeline.pages import FAINT, FIRST, SECOND, THIRD, draw_svg, open_templates, show_figure
+from pipeline.pages import FAINT, FIRST, SECOND, THIRD, draw_svg, open_templates, show_figure, show_limits
 
 MEANS = {"macro": "macro", "macro10": "macro, ≥ 10 positives", "mean5": "mean of competition's 5"}
 TITLES = {"youden": "Youden's J", "max_f1": "highest F1", "sensitivity": "sensitivity"}
@@ -67,18 +67,16 @@ def describe_gaps(evaluation: Mapping[str, Any]) -> list[str]:
             lines.append(f"{name}, {level}: no {lacking}, so no AUROC, no AUPRC, and in no mean.")
         for name, label in part["labels"].items():
             few = min(label["positives"], label["negatives"])
-            if 0 < few < FEW:
-                lines.append(
-                    f"{name}, {level}: {few} of one class; its figures and intervals are mostly chance."
-                )
+            if label["few"] and few:
+                lines.append(f"{name}, {level}: {few} of one class, too few to tell; marked few.")
         for mean, shown in MEANS.items():
             if part[f"{mean}_auroc"] is None:
                 lines.append(f"{shown}, {level}: undefined, for lack of labels.")
-        for name, limits in intervals["auroc"].items():
+        for name, limits in intervals["auprc"].items():
             lost = intervals["resamples"] - limits["resamples"]
             if 0 < lost < intervals["resamples"]:
                 what = f"{lost:,} of {intervals['resamples']:,} resamples have one class and are left out"
-                lines.append(f"{MEANS.get(name, name)}, {level}: {what} of its intervals.")
+                lines.append(f"{MEANS.get(name, name)}, {level}: {what} of AUPRC's interval.")
         fitted = evaluation["calibration"]["image" if part is evaluation else "study"]
         lines += [
             f"{name}, {level} of dev: {label['note']}." for name, label in fitted.items() if label["note"]
@@ -116,11 +114,11 @@ def draw_panels(evaluation: Mapping[str, Any], images: Scored) -> dict[str, dict
         if label["auroc"] is None:
             continue
         curve = threshold_curve(score, truth)
-        temperature = evaluation["calibration"]["image"][name]["temperature"]
+        calibrated = apply_calibration(score, evaluation["calibration"]["image"][name])
         draws = {
             "ROC": partial(_draw_roc, curve, label["operating_points"]["youden"]),
             "precision-recall": partial(_draw_pr, curve),
-            "reliability": partial(_draw_reliability, score, apply_temperature(score, temperature), truth),
+            "reliability": partial(_draw_reliability, score, calibrated, truth),
         }
         for kind, draw in draws.items():
             panels[kind][name] = draw_svg(draw, f"{kind} curve of {name}", (2.1, 2.0), unit=True)
@@ -162,11 +160,18 @@ def widest_gap(found: Mapping[str, Any]) -> str:
     """The label with the widest TPR gap between the groups of a variable, and the gap."""
     gaps = {name: gap for name, gap in found["tpr_gap"].items() if gap is not None}
     name = max(gaps, key=lambda label: gaps[label], default=None)
-    return "–" if name is None else f"{name} {show_figure(gaps[name])}"
+    if name is None:
+        return "–"
+    return f"{name} {show_figure(gaps[name])} {show_limits(found['tpr_gap_limits'][name])}"
+
+
+def mark_few(label: Mapping[str, Any] | None) -> str:
+    """What stands behind a label whose figures rest on too few positives or negatives; nothing for a mean."""
+    return " (few)" if label and label["few"] else ""
 
 
 def _templates() -> jinja2.Environment:
     environment = open_templates("model")
-    environment.filters |= {"cell": show_cell, "widest_gap": widest_gap}
+    environment.filters |= {"cell": show_cell, "few": mark_few, "widest_gap": widest_gap}
     environment.globals |= {"MEANS": MEANS, "RULES": RULES, "AREAS": AREAS, "TITLES": TITLES}
     return environment

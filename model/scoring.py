@@ -56,7 +56,7 @@ from pipeline.stream import Batch, Labels, stream_evaluation
 from pipeline.studies import PROJECTIONS, StudyBatch, stream_studies
 
 EVALUATION_BATCH = 64  # images
-RESAMPLES = 1000  # of patients, for intervals
+RESAMPLES = 1000  # of patients, for intervals of AUPRC
 TRAIN_SAMPLES = 2000  # that a sweep scores of train
 CALIBRATION = "calibration.json"
 Scores = npt.NDArray[np.float32]
@@ -125,7 +125,7 @@ def evaluate(
             methods |= combine_views(read_frame(path, config.labels), str(other))
         views = group_by_views(open_images(job, name)[0].table)
         evaluation["methods"] = compare_methods(
-            config.labels, scored, f"{run}, {config.fusion} fusion", methods, views, RESAMPLES
+            config.labels, scored, f"{run}, {config.fusion} fusion", methods, views
         )
     write_json(run / f"evaluation-{result}.json", evaluation)
     return evaluation, scored
@@ -325,7 +325,13 @@ def print_evaluations(reports: Mapping[str, Mapping[str, Any]]) -> None:
         table.add_column("pos / neg", justify="right")
     for name in next(iter(reports.values()))["labels"]:
         labels = [report["labels"][name] for report in reports.values()]
-        cells = [(show(label["auroc"]), f"{label['positives']} / {label['negatives']}") for label in labels]
+        cells = [
+            (
+                show(label["auroc"]),
+                f"{'few ' if label['few'] else ''}{label['positives']} / {label['negatives']}",
+            )
+            for label in labels
+        ]
         table.add_row(name, *(text for cell in cells for text in cell))
     table.add_section()
     for name, title in MEANS.items():

@@ -7,9 +7,10 @@ import pytest
 from sklearn.metrics import average_precision_score, recall_score, roc_auc_score
 
 from model.assessment import Scored, assess, calibrate, study_level
-from model.bootstrap import resample_areas
-from model.calibration import apply_temperature
-from model.metrics import COMPETITION, brier_score, report_auroc
+from model.bootstrap import resample_auprc
+from model.calibration import apply_calibration
+from model.delong import combine_limits, measure_areas
+from model.metrics import COMPETITION, brier_score, report_auroc, wilson_limits
 
 NAMES = [*COMPETITION, "Fracture", "Rare"]
 
@@ -85,7 +86,7 @@ def test_the_document_holds_each_figure(
     assert edema["auroc"] == report["labels"]["Edema"]["auroc"]
     assert edema["auprc"] == pytest.approx(average_precision_score(truth, score), abs=1e-12)
     assert edema["brier"] == brier_score(score, truth)
-    calibrated = brier_score(apply_temperature(score, fitted["temperature"]), truth)
+    calibrated = brier_score(apply_calibration(score, fitted), truth)
     assert edema["brier_calibrated"] == calibrated
     assert calibrated is not None
     assert calibrated < edema["brier"]
@@ -93,6 +94,16 @@ def test_the_document_holds_each_figure(
     best = edema["operating_points"]["sensitivity"]
     assert best["threshold"] == fitted["thresholds"]["sensitivity"]
     assert best["sensitivity"] == pytest.approx(recall_score(truth, score >= best["threshold"]))
+
+    called, owner = score >= best["threshold"], images.patient[used]
+    assert best["intervals"] == {
+        "sensitivity": wilson_limits(called[truth], owner[truth]),
+        "specificity": wilson_limits(~called[~truth], owner[~truth]),
+        "ppv": wilson_limits(truth[called], owner[called]),
+        "npv": wilson_limits(~truth[~called], owner[~called]),
+    }
+    few = {name for name, label in evaluation["labels"].items() if label["few"]}
+    assert few == {"Fracture", "Rare"}
 
     fracture = evaluation["labels"]["Fracture"]
     assert (fracture["auroc"], fracture["auprc"], fracture["positives"]) == (None, None, 0)
@@ -113,22 +124,23 @@ def test_the_document_holds_each_figure(
     assert json.loads(json.dumps(evaluation, allow_nan=False)) == evaluation
 
 
-def test_intervals_are_of_the_resamples(images: Scored, evaluation: dict[str, Any]) -> None:
-    auroc, auprc = resample_areas(*images[:4], 200, 0)
+def test_intervals_are_of_patients(images: Scored, evaluation: dict[str, Any]) -> None:
+    measured, auprc = measure_areas(*images[:4]), resample_auprc(*images[:4], 200, 0)
     found = evaluation["intervals"]
     assert (found["resamples"], found["seed"]) == (200, 0)
-    low, high = np.percentile(auroc[:, 3], [2.5, 97.5])
-    assert found["auroc"]["Edema"] == {"low": low, "high": high, "resamples": 200}
-    assert found["auroc"]["mean5"]["low"] == np.percentile(auroc[:, :5].mean(axis=1), 2.5)
+    edema, macro = found["auroc"]["Edema"], found["auroc"]["macro"]
+    assert [edema["low"], edema["high"]] == pytest.approx([measured.low[3], measured.high[3]])
+    assert found["auroc"]["mean5"] == combine_limits(measured, [0.2] * 5 + [0, 0])
     assert found["auprc"]["macro10"]["high"] == np.percentile(auprc[:, :5].mean(axis=1), 97.5)
-    lost = int(np.isnan(auroc[:, 6]).sum())  # resamples without the rare label's patients
+    lost = int(np.isnan(auprc[:, 6]).sum())  # resamples without the rare label's patients
     assert lost > 0
-    assert found["auroc"]["Rare"]["resamples"] == found["auroc"]["macro"]["resamples"] == 200 - lost
-    assert found["auroc"]["Fracture"] == {"low": None, "high": None, "resamples": 0}
-    assert found["auroc"]["macro"]["low"] < evaluation["macro_auroc"] < found["auroc"]["macro"]["high"]
+    assert found["auprc"]["Rare"]["resamples"] == found["auprc"]["macro"]["resamples"] == 200 - lost
+    assert found["auprc"]["Fracture"] == {"low": None, "high": None, "resamples": 0}
+    assert found["auroc"]["Fracture"] == {"low": None, "high": None}
+    assert macro["low"] < evaluation["macro_auroc"] < macro["high"]
 
 
-def test_two_runs_are_compared_on_the_same_resamples(images: Scored, calibration: dict[str, Any]) -> None:
+def test_two_runs_are_compared_on_the_same_patients(images: Scored, calibration: dict[str, Any]) -> None:
     random = np.random.default_rng(3)
     noise = random.random(images.scores.shape, np.float32)
     worse, same = (images.scores + noise) / 2, images.scores**2
@@ -138,8 +150,11 @@ def test_two_runs_are_compared_on_the_same_resamples(images: Scored, calibration
     edema, used = against["auroc"]["Edema"], images.mask[:, 3]
     theirs = roc_auc_score(images.target[used, 3], worse[used, 3])
     assert edema["difference"] == pytest.approx(found["labels"]["Edema"]["auroc"] - theirs, abs=1e-12)
-    values = resample_areas(*images[:4], 200, 0).auroc - resample_areas(worse, *images[1:4], 200, 0).auroc
-    assert edema["low"] == pytest.approx(np.percentile(values[:, 3], 2.5))
+    both = measure_areas(*images[:4]).join(measure_areas(worse, *images[1:4]))
+    weights = np.eye(14)[3] - np.eye(14)[10]
+    assert {side: edema[side] for side in ("low", "high")} == combine_limits(both, weights)
+    values = resample_auprc(*images[:4], 200, 0) - resample_auprc(worse, *images[1:4], 200, 0)
+    assert against["auprc"]["Edema"]["low"] == pytest.approx(np.percentile(values[:, 3], 2.5))
     assert edema["excludes_zero"] is True
     assert against["auroc"]["Fracture"]["difference"] is None
     studies = study_level(images)
@@ -147,9 +162,9 @@ def test_two_runs_are_compared_on_the_same_resamples(images: Scored, calibration
     assert found["study"]["against"]["auroc"]["macro"]["difference"] == pytest.approx(
         report_auroc(NAMES, *studies[:3])["macro_auroc"] - report_auroc(NAMES, *other[:3])["macro_auroc"]  # type: ignore[operator]
     )
-    zero = assess(NAMES, images, calibration, against=("same", same), resamples=200)["against"]["auprc"]
-    assert zero["macro"]["difference"] == pytest.approx(0, abs=1e-12)
-    assert zero["macro"]["excludes_zero"] is False
+    zero = assess(NAMES, images, calibration, against=("same", same), resamples=200)["against"]["auroc"]
+    assert zero["macro10"]["difference"] == pytest.approx(0, abs=1e-12)
+    assert [zero["macro10"][side] for side in ("low", "high")] == pytest.approx([0, 0], abs=1e-6)
 
 
 def test_subgroups_are_those_of_a_filter(
@@ -180,10 +195,45 @@ def test_subgroups_are_those_of_a_filter(
         assert group["macro_auroc"] == pytest.approx(
             np.mean([group["labels"][name]["auroc"] for name in found["age"]["macro_labels"]])
         )
+    limits = found["age"]["tpr_gap_limits"]["Cardiomegaly"]
+    assert limits["low"] < max(rates) - min(rates) < limits["high"]
     assert found["age"]["tpr_gap"]["Cardiomegaly"] == pytest.approx(max(rates) - min(rates))
     assert found["age"]["tpr_gap"]["Fracture"] is None
     assert found["sex"]["tpr_gap"]["Rare"] is None  # fewer than 10 positives
     assert "Fracture" not in found["sex"]["macro_labels"]
+
+
+def test_groups_are_compared_on_labels_with_enough_of_both(
+    images: Scored, calibration: dict[str, Any]
+) -> None:
+    """A label with 1 positive of one group is in neither's mean; the difference is paired by patient."""
+    target, few = images.target.copy(), np.flatnonzero(images.projection == "PA")
+    target[few[:-1], 0] = 0
+    target[few[-1], 0] = 1
+    changed = images._replace(target=target, mask=np.ones_like(images.mask))
+    found = assess(NAMES, changed, calibration, resamples=0)["subgroups"]["projection"]
+    pa, ap = found["groups"]["PA"], found["groups"]["AP"]
+    assert pa["labels"]["Atelectasis"]["positives"] == 1
+    assert pa["labels"]["Atelectasis"]["few"] is True
+    assert pa["labels"]["Atelectasis"]["auroc"] is not None
+    assert found["macro_labels"] == list(COMPETITION[1:])
+    means = []
+    for group in ("AP", "PA"):
+        rows = changed.projection == group
+        means.append(roc_auc_score(target[rows, 1:5], changed.scores[rows, 1:5], average="macro"))
+    assert [ap["macro_auroc"], pa["macro_auroc"]] == pytest.approx(means, abs=1e-12)
+    assert ap["interval"]["low"] < ap["macro_auroc"] < ap["interval"]["high"]
+    less = found["less_first"]["PA"]
+    assert less["difference"] == pytest.approx(means[1] - means[0], abs=1e-12)
+    areas = [
+        measure_areas(
+            *changed[:2], np.repeat((changed.projection == group)[:, None], 7, axis=1), changed.patient
+        )
+        for group in ("PA", "AP")
+    ]
+    share = np.array([0, 1, 1, 1, 1, 0, 0]) / 4
+    expected = combine_limits(areas[0].join(areas[1]), np.concatenate([share, -share]))
+    assert {side: less[side] for side in ("low", "high")} == expected
 
 
 def test_groups_without_images_are_undefined(images: Scored, calibration: dict[str, Any]) -> None:
@@ -195,7 +245,8 @@ def test_groups_without_images_are_undefined(images: Scored, calibration: dict[s
     assert sex["groups"]["Male"]["images"] == 0
     assert sex["groups"]["Male"]["macro_auroc"] is None
     assert sex["groups"]["Male"]["labels"]["Edema"] == {
-        "auroc": None, "positives": 0, "negatives": 0, "tpr": None,
+        "auroc": None, "positives": 0, "negatives": 0, "few": True, "tpr": None,
+        "intervals": {key: {"low": None, "high": None} for key in ("auroc", "tpr")},
     }  # fmt: skip
     assert sex["groups"]["Female"]["macro_auroc"] is not None
     assert set(sex["tpr_gap"].values()) == {None}

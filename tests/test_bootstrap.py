@@ -4,10 +4,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from sklearn.metrics import average_precision_score, roc_auc_score
+from sklearn.metrics import average_precision_score
 
 from model import bootstrap
-from model.bootstrap import difference_interval, draw_counts, interval, resample_areas
+from model.bootstrap import difference_interval, draw_counts, interval, resample_auprc
 
 
 def draw_rows(rows: int, labels: int, seed: int = 0) -> tuple[Any, Any, Any, Any]:
@@ -20,9 +20,8 @@ def draw_rows(rows: int, labels: int, seed: int = 0) -> tuple[Any, Any, Any, Any
 
 
 def resample(rows: Sequence[Any], resamples: int = 50, seed: int = 1) -> npt.NDArray[np.float64]:
-    """Both areas of the resamples, [2, R, L]."""
     scores, target, mask, patient = rows
-    return np.array(resample_areas(scores, target, mask, patient, resamples, seed))
+    return np.array(resample_auprc(scores, target, mask, patient, resamples, seed))
 
 
 def test_resamples_equal_a_loop_over_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -30,7 +29,7 @@ def test_resamples_equal_a_loop_over_them(monkeypatch: pytest.MonkeyPatch) -> No
     scores, target, mask, patient = draw_rows(120, 3)
     target[:, 1] = np.arange(120) < 2  # lost in many resamples
     mask[:, 1] = True
-    found = resample_areas(scores, target, mask, patient, 40, seed=5)
+    found = resample_auprc(scores, target, mask, patient, 40, seed=5)
 
     names = sorted(set(patient.tolist()))
     generator = np.random.Generator(np.random.PCG64(5))
@@ -40,14 +39,13 @@ def test_resamples_equal_a_loop_over_them(monkeypatch: pytest.MonkeyPatch) -> No
         for label in range(3):
             used = rows[mask[rows, label]]
             truth, score = target[used, label], scores[used, label]
-            for values, metric in zip(found, (roc_auc_score, average_precision_score), strict=True):
-                value = values[number, label]
-                if len(set(truth.tolist())) == 2:
-                    assert value == pytest.approx(metric(truth, score), abs=1e-12)
-                else:
-                    assert np.isnan(value)
-    assert 0 < np.isnan(found.auroc[:, 1]).sum() < 40
-    assert not np.isnan(found.auroc[:, [0, 2]]).any()
+            value = found[number, label]
+            if len(set(truth.tolist())) == 2:
+                assert value == pytest.approx(average_precision_score(truth, score), abs=1e-12)
+            else:
+                assert np.isnan(value)
+    assert 0 < np.isnan(found[:, 1]).sum() < 40
+    assert not np.isnan(found[:, [0, 2]]).any()
 
 
 def test_resamples_depend_on_patients_and_seed_alone() -> None:
@@ -55,7 +53,7 @@ def test_resamples_depend_on_patients_and_seed_alone() -> None:
     order = np.random.default_rng(0).permutation(200)
     mixed, twice = ([part[index] for part in rows] for index in (order, np.tile(order, 2)))
     np.testing.assert_allclose(resample(mixed), resample(rows), atol=1e-12)
-    np.testing.assert_array_equal(resample(rows, 20), resample(rows)[:, :20])
+    np.testing.assert_array_equal(resample(rows, 20), resample(rows)[:20])
     assert not np.allclose(resample(rows, seed=2), resample(rows))
     # Every row twice under its patient: nothing new, where resampled rows would narrow the interval.
     np.testing.assert_allclose(resample(twice), resample(rows), atol=1e-12)
@@ -67,33 +65,20 @@ def test_resamples_depend_on_patients_and_seed_alone() -> None:
 def test_labels_with_one_class_have_no_resamples() -> None:
     scores, target, mask, patient = draw_rows(50, 2)
     target[:, 0], mask[:, 1] = 1, False
-    assert np.isnan(resample_areas(scores, target, mask, patient, 5, seed=0)).all()
+    assert np.isnan(resample_auprc(scores, target, mask, patient, 5, seed=0)).all()
 
 
 def test_intervals_leave_out_what_is_undefined() -> None:
     values = np.append(np.arange(201.0), [np.nan] * 30)
     assert interval(values) == {"low": 5, "high": 195, "resamples": 201}
+    assert interval(np.ones(500)) == {"low": None, "high": None, "resamples": 500}  # not [1.000, 1.000]
     assert interval(values[102:]) == {"low": None, "high": None, "resamples": 99}
-    assert difference_interval(0.8, 0.7, values, values - 10) == {
-        "difference": pytest.approx(0.1), "low": 10, "high": 10, "resamples": 201, "excludes_zero": True,
+    assert difference_interval(0.8, 0.7, values, values / 2 - 10) == {
+        "difference": pytest.approx(0.1), "low": 12.5, "high": 107.5, "resamples": 201, "excludes_zero": True,
     }  # fmt: skip
     assert interval(values[:100])["low"] == pytest.approx(2.475)
-    assert difference_interval(0.7, 0.8, values - 10, values)["excludes_zero"] is True
+    assert difference_interval(0.7, 0.8, values / 2 - 110, values)["excludes_zero"] is True
     assert difference_interval(1, 1, values, values[::-1])["excludes_zero"] is False
     assert difference_interval(None, None, values[:9], values[:9]) == {
         "difference": None, "low": None, "high": None, "resamples": 9, "excludes_zero": None,
     }  # fmt: skip
-
-
-def test_the_interval_is_delongs_where_rows_are_independent() -> None:
-    random = np.random.default_rng(0)
-    truth = np.arange(600) < 200
-    score = (random.normal(size=600) + truth).astype(np.float32)
-    wins = score[truth][:, None] > score[~truth]  # DeLong et al., 1988
-    error = (wins.mean(axis=1).var(ddof=1) / 200 + wins.mean(axis=0).var(ddof=1) / 400) ** 0.5
-    auroc = resample_areas(
-        score[:, None], truth[:, None].astype(np.float32), np.ones((600, 1), bool), np.arange(600), 2000, 0
-    ).auroc
-    found = interval(auroc[:, 0])
-    expected = wins.mean() + error * np.array([-1.96, 1.96])
-    assert [found["low"], found["high"]] == pytest.approx(expected, abs=0.15 * error)

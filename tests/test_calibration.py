@@ -3,44 +3,111 @@ import json
 import numpy as np
 import numpy.typing as npt
 import pytest
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 
-from model.calibration import apply_temperature, choose_thresholds, fit_calibration, fit_temperature
-from model.metrics import rates_at
+from model.calibration import (
+    PRIOR,
+    apply_calibration,
+    choose_fit,
+    choose_thresholds,
+    fit_calibration,
+    fit_logistic,
+    split_patients,
+)
+from model.metrics import calibration_error, rates_at
 
 
-def draw(temperature: float, cells: int = 4000) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
-    """Scores whose logits are `temperature` times those that the truth was drawn by."""
+def draw(
+    temperature: float, shift: float = 0, cells: int = 4000
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
+    """Scores whose logits are `temperature` times those that the truth was drawn by, and `shift` more."""
     random = np.random.default_rng(0)
     logits = random.normal(-1, 1.5, cells)
     truth = random.random(cells) < 1 / (1 + np.exp(-logits))
-    return (1 / (1 + np.exp(-temperature * logits))).astype(np.float32), truth
+    return (1 / (1 + np.exp(-temperature * logits - shift))).astype(np.float32), truth
 
 
-@pytest.mark.parametrize("true", [0.4, 1.0, 3.0])
-def test_the_temperature_has_the_highest_likelihood(true: float) -> None:
-    score, truth = draw(true)
+def test_the_fit_is_the_likeliest_under_its_prior_and_scikit_learns_with_many_cells() -> None:
+    score, truth = draw(0.7, 1.5, 300)
+    logits = np.log(score / (1 - score.astype(float)))
+    fit = fit_logistic(logits, truth)
 
-    def loss(temperature: float) -> float:
-        return float(log_loss(truth, apply_temperature(score, temperature)))
+    def loss(slope: float, bias: float) -> float:
+        chance = 1 / (1 + np.exp(-slope * logits - bias))
+        return len(truth) * float(log_loss(truth, chance)) + PRIOR / 2 * (slope - 1) ** 2
 
-    found = fit_temperature(score, truth)
-    assert found == pytest.approx(true, rel=0.1)
-    assert found is not None
-    assert loss(found) < min(loss(0.999 * found), loss(1.001 * found))
-    np.testing.assert_allclose(apply_temperature(score, 1.0), score, atol=1e-6)
+    best = loss(*fit)
+    for step in ((1e-3, 0), (-1e-3, 0), (0, 1e-3), (0, -1e-3), (1e-3, -1e-3)):
+        assert best < loss(fit.slope + step[0], fit.bias + step[1])
+    many, called = draw(0.7, 1.5)  # where the prior hardly counts
+    logits = np.log(many / (1 - many.astype(float)))
+    theirs = LogisticRegression(C=np.inf).fit(logits[:, None], called)
+    expected = theirs.coef_[0, 0], theirs.intercept_[0]
+    assert fit_logistic(logits, called) == pytest.approx(expected, abs=0.01)
 
 
-def test_scores_without_a_best_temperature_stay_as_they_are() -> None:
-    score, truth = draw(1.0)
-    assert fit_temperature(score, score > 0.5) is None  # separated: ever colder is ever likelier
-    assert fit_temperature(1 - score, truth) is None  # the contrary: ever hotter
-    assert fit_temperature(np.full(10, 0.5, np.float32), np.arange(10) < 3) is None
+@pytest.mark.parametrize(("temperature", "shift"), [(1.0, 2.0), (3.0, -1.0), (0.4, 0.0)])
+def test_a_shift_as_of_weighted_positives_is_undone(temperature: float, shift: float) -> None:
+    score, truth = draw(temperature, shift)
+    found = fit_calibration(
+        ["Edema"],
+        score[:, None],
+        truth[:, None].astype(np.float32),
+        np.ones((4000, 1), bool),
+        np.arange(4000),
+    )["Edema"]
+    assert found["note"] is None
+    assert found["temperature"] == pytest.approx(temperature, rel=0.1)
+    assert found["bias"] == pytest.approx(-shift / temperature, abs=0.15)
+    raw, calibrated = (calibration_error(one, truth) for one in (score, apply_calibration(score, found)))
+    assert raw is not None
+    assert calibrated is not None
+    assert calibrated < 0.02 < 0.03 < raw
+
+
+def test_scores_stay_as_they_are_where_a_fit_is_worth_nothing() -> None:
+    score, truth = draw(1.0, cells=60)
+    patient = np.arange(60)
+    assert choose_fit(1 - score, truth, patient) == (
+        None, "the scores tell nothing or the contrary: scores as they are",
+    )  # fmt: skip
+    random = np.random.default_rng(1)  # calibrated already: a fit to 60 follows their noise
+    fits = []
+    for _ in range(20):
+        logits = random.normal(-1, 1.5, 60)
+        drawn = random.random(60) < 1 / (1 + np.exp(-logits))
+        fits.append(choose_fit(1 / (1 + np.exp(-logits)), drawn, patient))
+    refused = [note for fit, note in fits if fit is None]
+    assert len(refused) > 10
+    assert set(refused) == {"a fit makes patients left out no likelier: scores as they are"}
+    alone = np.where(truth, 0, patient)
+    assert choose_fit(score, truth, alone) == (
+        None, "one patient has all of a class: scores as they are",
+    )  # fmt: skip
+    separated = choose_fit(score, score > 0.5, patient)[0]
+    assert separated is not None
+    assert 1 < separated.slope < 20  # held by the prior, where the likelihood alone has no maximum
+    np.testing.assert_array_equal(apply_calibration(score, {"temperature": None, "bias": None}), score)
     saturated = np.array([0, 0, 1, 1], np.float32)
-    assert fit_temperature(saturated, np.array([False, False, True, True])) is None
-    assert fit_temperature(saturated, np.array([False, True, True, True])) == pytest.approx(15.14, abs=0.01)
-    np.testing.assert_array_equal(apply_temperature(score, None), score)
-    assert np.isfinite(apply_temperature(saturated, 0.05)).all()
+    assert np.isfinite(apply_calibration(saturated, {"temperature": 0.05, "bias": 3.0})).all()
+
+
+def test_a_file_without_a_bias_is_read_as_before() -> None:
+    score, _ = draw(1.0)
+    logits = np.log(score / (1 - score.astype(float)))
+    old = apply_calibration(score, {"temperature": 2.0, "thresholds": {}, "note": None})
+    np.testing.assert_allclose(old, 1 / (1 + np.exp(-logits / 2)), atol=1e-9)
+    np.testing.assert_array_equal(old, apply_calibration(score, {"temperature": 2.0, "bias": 0.0}))
+
+
+def test_a_patient_is_in_one_fold_and_positives_are_dealt_out() -> None:
+    codes = np.repeat(np.arange(50), 3)
+    truth = codes % 5 == 0  # ten patients with positives alone
+    fold = split_patients(truth, codes)
+    assert all(len(set(fold[codes == code])) == 1 for code in range(50))
+    np.testing.assert_array_equal(np.bincount(fold[truth]), [6] * 5)
+    np.testing.assert_array_equal(np.bincount(fold), [30] * 5)
 
 
 def test_thresholds_are_the_best_of_all() -> None:
@@ -62,22 +129,27 @@ def test_thresholds_are_the_best_of_all() -> None:
 
 def test_what_cannot_be_fitted_is_said() -> None:
     score, truth = draw(2.0)
-    scores = np.stack([score, score, score], axis=1)
-    target = np.stack([truth, np.zeros_like(truth), score > 0.5], axis=1).astype(np.float32)
+    scores = np.stack([score, score, 1 - score], axis=1)
+    target = np.stack([truth, np.zeros_like(truth), truth], axis=1).astype(np.float32)
     mask = np.ones(scores.shape, bool)
     mask[::2, 0] = False
-    found = fit_calibration(["Edema", "Fracture", "Devices"], scores, target, mask)
+    found = fit_calibration(["Edema", "Fracture", "Devices"], scores, target, mask, np.arange(4000))
+    fit, note = choose_fit(score[1::2], truth[1::2], np.arange(2000))
+    assert fit is not None
+    assert note is None
     assert found["Edema"] == {
-        "temperature": fit_temperature(score[1::2], truth[1::2]),
+        "temperature": 1 / fit.slope,
+        "bias": fit.bias,
         "thresholds": choose_thresholds(score[1::2], truth[1::2], 0.9),
         "note": None,
     }
     assert found["Fracture"] == {
         "temperature": None,
+        "bias": None,
         "thresholds": {"youden": None, "max_f1": None, "sensitivity": None},
         "note": "one class: no thresholds, scores as they are",
     }
-    assert found["Devices"]["note"] == "no temperature has the highest likelihood: scores as they are"
-    assert found["Devices"]["temperature"] is None
-    assert found["Devices"]["thresholds"]["youden"] == score[score > 0.5].min()
+    assert found["Devices"]["note"] == "the scores tell nothing or the contrary: scores as they are"
+    assert found["Devices"]["temperature"] is found["Devices"]["bias"] is None
+    assert found["Devices"]["thresholds"] == choose_thresholds(1 - score, truth, 0.9)
     assert json.loads(json.dumps(found)) == found

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from scipy.stats import binomtest
 from sklearn import metrics as sk
 from sklearn.calibration import calibration_curve
 from torchmetrics.functional.classification import binary_calibration_error
@@ -15,6 +16,7 @@ from model.metrics import (
     report_auroc,
     threshold_curve,
     weighted_areas,
+    wilson_limits,
 )
 
 
@@ -128,3 +130,23 @@ def test_threshold_curve_is_scikit_learns() -> None:
     np.testing.assert_array_equal(curve.threshold, thresholds[1:].astype(np.float32))
     np.testing.assert_allclose(curve.true_positives / truth.sum(), tpr[1:])
     np.testing.assert_allclose(curve.false_positives / (~truth).sum(), fpr[1:])
+
+
+def test_shares_have_wilsons_limits_on_as_many_cells_as_patients_are_worth() -> None:
+    random = np.random.default_rng(0)
+    called = random.random(40) < 0.7
+    expected = binomtest(int(called.sum()), 40).proportion_ci(method="wilson")
+    alone = wilson_limits(called, np.arange(40))
+    assert alone == {
+        "low": pytest.approx(expected.low, abs=0.01),
+        "high": pytest.approx(expected.high, abs=0.01),
+    }
+    thrice = wilson_limits(
+        np.repeat(called, 3), np.repeat(np.arange(40), 3)
+    )  # three cells that tell as much as one
+    assert thrice == {side: pytest.approx(limit, abs=1e-9) for side, limit in alone.items()}
+    sure = binomtest(20, 20).proportion_ci(method="wilson")
+    for repeat in (1, 3):  # never of zero width
+        found = wilson_limits(np.ones(20 * repeat, bool), np.repeat(np.arange(20), repeat))
+        assert found == {"low": pytest.approx(sure.low), "high": pytest.approx(1)}
+    assert wilson_limits(called[:0], np.arange(0)) == {"low": None, "high": None}

@@ -7,6 +7,7 @@ import pytest
 
 from model.assessment import Scored, assess, calibrate
 from model.report import describe_gaps, render_model_card, render_report
+from model.scoring import print_evaluations
 
 NAMES = ["Edema", "Pleural Effusion", "Fracture", "Rare"]
 CONFIG = {
@@ -96,6 +97,15 @@ def places(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
 
 
+def few(label: dict[str, Any]) -> str:
+    return " (few)" if min(label["positives"], label["negatives"]) < 10 else ""
+
+
+def show_rate(point: dict[str, Any], rate: str) -> str:
+    ranged = point and rate in ("sensitivity", "specificity")
+    return places(point.get(rate)) + (f" {limits(point['intervals'][rate])}" if ranged else "")
+
+
 def limits(found: dict[str, Any]) -> str:
     return "–" if found["low"] is None else f"[{found['low']:.3f}, {found['high']:.3f}]"
 
@@ -108,7 +118,7 @@ def test_the_tables_hold_the_numbers_of_the_json(page: str, evaluation: dict[str
         auroc, auprc = (part["intervals"][name] for name in ("auroc", "auprc"))
         calibrations = ("brier", "brier_calibrated", "ece", "ece_calibrated")
         expected = [
-            [name, f"{label['positives']:,}", f"{label['negatives']:,}"]
+            [name + few(label), f"{label['positives']:,}", f"{label['negatives']:,}"]
             + [places(label["auroc"]), limits(auroc[name]), places(label["auprc"]), limits(auprc[name])]
             + [places(label[metric]) for metric in calibrations]
             for name, label in part["labels"].items()
@@ -121,9 +131,9 @@ def test_the_tables_hold_the_numbers_of_the_json(page: str, evaluation: dict[str
             expected.append([title, "", "", *areas, *others])
         assert metrics[1:] == expected
         assert rates[2:] == [
-            [name]
+            [name + few(label)]
             + [
-                places((label["operating_points"][rule] or {}).get(rate))
+                show_rate(label["operating_points"][rule] or {}, rate)
                 for rule in ("youden", "max_f1", "sensitivity")
                 for rate in ("threshold", "sensitivity", "specificity", "ppv", "npv", "f1")
             ]
@@ -131,7 +141,7 @@ def test_the_tables_hold_the_numbers_of_the_json(page: str, evaluation: dict[str
         ]
         said = {True: "yes", False: "no", None: "–"}
         assert against[1:] == [
-            [titles.get(name, name)]
+            [titles.get(name, name) + (few(part["labels"][name]) if name in NAMES else "")]
             + [
                 text
                 for found in (part["against"][metric][name] for metric in ("auroc", "auprc"))
@@ -146,11 +156,16 @@ def test_the_tables_hold_the_numbers_of_the_json(page: str, evaluation: dict[str
         assert rows[1] == [variable, *["AUROC", "TPR"] * len(heads), "TPR gap"]
         assert rows[2:-1] == [
             [name]
-            + [places(group["labels"][name][figure]) for group in groups for figure in ("auroc", "tpr")]
-            + [places(found["tpr_gap"][name])]
+            + [
+                f"{places(label[figure])} {limits(label['intervals'][figure])}{few(label) if figure == 'auroc' else ''}"
+                for label in (group["labels"][name] for group in groups)
+                for figure in ("auroc", "tpr")
+            ]
+            + [f"{places(found['tpr_gap'][name])} {limits(found['tpr_gap_limits'][name])}"]
             for name in NAMES
         ]
-        assert rows[-1][1:-1:2] == [places(group["macro_auroc"]) for group in groups]
+        macros = [f"{places(group['macro_auroc'])} {limits(group['interval'])}" for group in groups]
+        assert rows[-1][1:-1:2] == macros
 
 
 def test_the_page_names_settings_and_what_is_left_out(page: str, evaluation: dict[str, Any]) -> None:
@@ -162,18 +177,31 @@ def test_the_page_names_settings_and_what_is_left_out(page: str, evaluation: dic
     macro10 = f"{evaluation['macro10_auroc']:.3f} {limits(evaluation['intervals']['auroc']['macro10'])}"
     assert f"valid, 300 images of 150 patients {macro10} AUROC, macro, ≥ 10 positives" in text
     assert f"In no group: LL {evaluation['subgroups']['projection']['others']['LL']}." in text
-    lost = 200 - evaluation["intervals"]["auroc"]["Rare"]["resamples"]
+    less = evaluation["subgroups"]["sex"]["less_first"]["Male"]
+    assert f"Macro less the first group's: Male {less['difference']:.3f} {limits(less)}." in text
+    lost = 200 - evaluation["intervals"]["auprc"]["Rare"]["resamples"]
     assert lost > 0
     gaps = describe_gaps(evaluation)
     assert all(gap in text for gap in gaps)
     assert gaps[:3] == [
         "Fracture, images: no positives, so no AUROC, no AUPRC, and in no mean.",
-        "Rare, images: 5 of one class; its figures and intervals are mostly chance.",
+        "Rare, images: 5 of one class, too few to tell; marked few.",
         "mean of competition's 5, images: undefined, for lack of labels.",
     ]
-    assert f"Rare, images: {lost} of 200 resamples have one class and are left out of its intervals." in gaps
+    assert (
+        f"Rare, images: {lost} of 200 resamples have one class and are left out of AUPRC's interval." in gaps
+    )
     assert not [gap for gap in gaps if ": 0 of" in gap]
     assert "Fracture, images of dev: one class: no thresholds, scores as they are." in gaps
+
+
+def test_the_terminal_marks_the_same_labels(
+    evaluation: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    print_evaluations({"valid": evaluation})
+    lines = [line for line in capsys.readouterr().out.splitlines() if "few" in line]
+    assert [line.split()[1] for line in lines] == ["Fracture", "Rare"]
+    assert f"few 5 / {evaluation['labels']['Rare']['negatives']}" in lines[1]
 
 
 def test_the_page_needs_nothing_else(page: str) -> None:
@@ -250,15 +278,23 @@ def test_the_model_card_states_data_metrics_and_limits(evaluation: dict[str, Any
         f"{label['auroc']:.3f} {limits(found['auroc']['Edema'])}",
         f"{label['auprc']:.3f} {limits(found['auprc']['Edema'])}",
         f"{label['brier_calibrated']:.3f}", f"{label['ece_calibrated']:.3f}",
-        f"{youden['sensitivity']:.3f}", f"{youden['specificity']:.3f}",
+        show_rate(youden, "sensitivity"), show_rate(youden, "specificity"),
     ]  # fmt: skip
     assert f"| {' | '.join(edema)} |" in lines
     gaps = evaluation["subgroups"]["sex"]["tpr_gap"]
     gap, name = max((gap, name) for name, gap in gaps.items() if gap is not None)
-    female = evaluation["subgroups"]["sex"]["groups"]["Female"]
+    sex = evaluation["subgroups"]["sex"]
+    female, male = sex["groups"]["Female"], sex["groups"]["Male"]
     assert (
-        f"| sex Female | {female['images']} | {female['macro_auroc']:.3f} | 3 | {name} {gap:.3f} |" in lines
-    )
+        f"| sex Female | {female['images']} | {female['macro_auroc']:.3f} {limits(female['interval'])} | | 2 "
+        f"| {name} {gap:.3f} {limits(sex['tpr_gap_limits'][name])} |"
+    ) in lines
+    less = sex["less_first"]["Male"]
+    assert (
+        f"| sex Male | {male['images']} | {male['macro_auroc']:.3f} {limits(male['interval'])} "
+        f"| {less['difference']:.3f} {limits(less)} | 2 | |"
+    ) in lines
+    assert [line for line in lines if line.startswith("| Rare (few) | 5 |")]
     assert all(f"- {gap}" in lines for gap in describe_gaps(evaluation))
     assert "\n\n\n" not in card
     columns = {
