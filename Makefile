@@ -63,7 +63,7 @@ SHARDS   = $(BIN)/pipeline shards "$(DATA)" $(OUT) --size $(SIZE) --views $(VIEW
 $(if $(word 2,$(OUT)),$(error OUT=$(OUT): make takes no spaces there))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup shards verify stats train sweep evaluate predict test test-pages test-s3 test-postgres test-cluster soak fuzz audit lint bench-etl bench-stream bench-scale lock clean
+.PHONY: help setup shards verify stats train sweep evaluate predict test test-wheel test-pages test-s3 test-postgres test-cluster soak fuzz audit lint bench-etl bench-stream bench-scale lock clean
 
 help:  ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -110,6 +110,9 @@ predict: .venv/installed  ## score IMAGES (files or folders) by the best checkpo
 
 test: .venv/installed  ## run the tests
 	$(BIN)/python -m pytest -n auto --dist worksteal
+
+test-wheel: .venv/installed  ## build the wheel, and run both commands from it outside this folder
+	$(BIN)/python -m pytest tests/test_wheel.py -m wheel
 
 test-pages: .venv/installed  ## look at the report in headless Chromium (installs Debian's chromium where there is none)
 	@command -v chromium >/dev/null || { $(SUDO) apt-get update --quiet && $(SUDO) apt-get install --yes --quiet chromium; }
