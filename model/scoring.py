@@ -22,9 +22,10 @@ from torch import Tensor, nn
 
 from model.assessment import Scored, assess, calibrate
 from model.comparison import combine_views, compare_methods, group_by_views
+from model.delong import combine_limits, measure_areas, weigh_labels
 from model.evaluation import InterruptedEvaluationError, predict_scores
 from model.fusion import UNKNOWN_FRONTAL
-from model.metrics import report_auroc
+from model.metrics import averaged_labels, mean_of, report_auroc
 from model.report import MEANS, render_model_card, render_report
 from model.run import (
     Config,
@@ -161,25 +162,38 @@ def write_report(job: Job, file: str, results: Mapping[str, tuple[dict[str, Any]
 
 
 def measure_run(job: Job) -> dict[str, Any]:
-    """A finished run's macro AUROC on dev, on a part of train, and on valid with its interval.
+    """A finished run's dev macro AUROC, by which its checkpoint was chosen, and what it compares with.
 
-    Over the labels with 10 positives or more of each, where dev has any such label: as the checkpoint was chosen.
+    `same` (on dev), `train` (on a part of it) and `valid`, with its limits `low` and `high`, are over the same `labels`
+    (their number): those that dev's macro is over and that have both classes in all of these.
     """
+    names = job.config.labels
     network, best = load_best(job.run, job.config, job.device)
     chosen = open_rows(job, "train")
     part = chosen.thin(math.ceil(len(chosen.rows) / TRAIN_SAMPLES))
-    scored, _ = score_split(job, network, part, best["pixels"])
-    train: Mapping[str, Any] = report_auroc(job.config.labels, *scored[:3])
-    dev = read_object(job.run / "evaluation-dev.json")
-    mean = "macro" if dev["macro10_auroc"] is None else "macro10"
-    figures = {"dev": best["dev_auroc"], "train": train[f"{mean}_auroc"]} | dict.fromkeys(
-        ("valid", "low", "high")
-    )
+    scored = {"train": score_split(job, network, part, best["pixels"])[0]}
     if "valid" in selected_splits(job):
-        valid = read_object(job.run / "evaluation-valid.json")
-        limits = valid["intervals"]["auroc"][mean]
-        figures |= {"valid": valid[f"{mean}_auroc"], "low": limits["low"], "high": limits["high"]}
-    return figures
+        scored["valid"] = score_split(job, network, open_rows(job, "valid"), best["pixels"])[0]
+    labels = {name: report_auroc(names, *found[:3])["labels"] for name, found in scored.items()}
+    labels["dev"] = read_object(job.run / "evaluation-dev.json")["labels"]
+    means = averaged_labels(labels["dev"])
+    same = [
+        name
+        for name in means["macro10"] or means["macro"]
+        if all(of[name]["auroc"] is not None for of in labels.values())
+    ]
+    figures = {split: mean_of(of, same, "auroc") for split, of in labels.items()}
+    limits: dict[str, float | None] = dict.fromkeys(("low", "high"))
+    if "valid" in scored:
+        limits = combine_limits(measure_areas(*scored["valid"][:4]), weigh_labels(names, same))
+    return {
+        "dev": best["dev_auroc"],
+        "labels": len(same),
+        "same": figures["dev"],
+        "train": figures["train"],
+        "valid": figures.get("valid"),
+        **limits,
+    }
 
 
 def score_best(job: Job, name: str) -> tuple[Scored, pa.Table]:

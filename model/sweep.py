@@ -43,9 +43,11 @@ POLL = 1.0  # seconds between looks at what other processes do
 
 
 class Outcome(NamedTuple):
-    """What a finished run says: macro AUROCs, the limits of valid's interval, and epochs done."""
+    """What a finished run says, as `scoring.measure_run` has it; sweeps of version 0.1 lack `labels` and `same`."""
 
     dev: float
+    labels: int | None
+    same: float | None
     train: float | None
     valid: float | None
     low: float | None
@@ -61,8 +63,12 @@ class Trial(NamedTuple):
     parameters: Point  # those that vary
     run: Path  # its run folder
     dev: float | None  # macro AUROC of the checkpoint kept, by which trials are compared
-    train: float | None  # macro AUROC of that checkpoint on a part of train
-    valid: float | None  # macro AUROC, reported alone
+    labels: (
+        int | None
+    )  # how many labels the next three macro AUROCs are over: those with both classes everywhere
+    same: float | None  # on dev
+    train: float | None  # on a part of train
+    valid: float | None
     low: float | None  # of valid's 95 % interval
     high: float | None
     epochs: float | None  # done
@@ -393,7 +399,7 @@ def list_trials(sweep: Sweep) -> list[Trial]:
                 error=trial.user_attrs.get("error"),
                 parameters={name: point[name] for name in sweep.varying},
                 run=sweep.run_folder(point),
-                **(outcome or dict.fromkeys(Outcome._fields)),
+                **dict.fromkeys(Outcome._fields) | (outcome or {}),
                 epochs=history[-1]["epoch"] if history else None,
                 seconds=trial.duration.total_seconds() if trial.duration else None,
                 history=history,

@@ -27,7 +27,17 @@ MAP = matplotlib.colormaps["cividis"]
 AXES = ("lr", "weight_decay")  # of the contour plots
 NAMES = {"lr": "learning rate", "weight_decay": "weight decay", "batch_size": "batch size"}
 METRICS = {"dev": "dev", "train": "train"}
-FIGURES = ("dev", "train", "valid", "low", "high")
+FIGURES = {
+    "dev": "dev_auroc",
+    "labels": "same_labels",  # that the rest are over
+    "same": "dev_same_auroc",
+    "train": "train_auroc",
+    "valid": "valid_auroc",
+    "low": "valid_low",
+    "high": "valid_high",
+    "epochs": "epochs",
+    "seconds": "seconds",
+}
 LEVELS = 12  # of the contours
 
 
@@ -51,11 +61,12 @@ def format_csv(trials: Sequence[Trial]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     parameters = list(trials[0].parameters) if trials else []
-    figures = [*(f"{name}_auroc" for name in FIGURES[:3]), "valid_low", "valid_high", "epochs", "seconds"]
-    writer.writerow(["number", "state", *parameters, *figures, "run"])
+    writer.writerow(["number", "state", *parameters, *FIGURES.values(), "run"])
     for trial in trials:
-        values = [*(getattr(trial, name) for name in FIGURES), trial.epochs, trial.seconds]
-        shown = ["" if value is None else f"{value:.6f}" for value in values]
+        values = [getattr(trial, name) for name in FIGURES]
+        shown = [
+            "" if value is None else f"{value:.6f}" if isinstance(value, float) else value for value in values
+        ]
         writer.writerow([trial.number, trial.state, *trial.parameters.values(), *shown, trial.run.name])
     return text.getvalue()
 

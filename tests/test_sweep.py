@@ -70,7 +70,7 @@ def train_point(point: Point, run: Path, watch: Watch) -> Outcome:
     for epoch in range(1, 5):
         history.append({"epoch": epoch, "score": score(point) * epoch / 4})
         watch(history)
-    return Outcome(dev=score(point), train=0.95, valid=0.8, low=0.7, high=0.9)
+    return Outcome(dev=score(point), labels=14, same=score(point), train=0.95, valid=0.8, low=0.7, high=0.9)
 
 
 def never() -> bool:
@@ -164,7 +164,7 @@ def test_trials_are_pruned_at_ends_of_epochs_and_never_at_the_last(
                 history.append({"epoch": epoch, "score": 0.1 if epoch >= poor_from else 0.9})
                 seen[point["lr"]] = epoch
                 watch(history)
-        return Outcome(dev=history[-1]["score"], train=None, valid=None, low=None, high=None)
+        return Outcome(history[-1]["score"], *[None] * 6)
 
     assert run_sweep(sweep, train_scores, never)
     assert [trial.state for trial in list_trials(sweep)] == [*["complete"] * 4, "pruned", "complete"]
@@ -365,6 +365,24 @@ def test_trials_are_the_runs_that_train_makes(
     assert list(rows) == ["0.001", "0.01"]
     (line,) = (trial / "metrics.jsonl").read_text().splitlines()
     assert float(rows["0.01"]["dev_auroc"]) == pytest.approx(json.loads(line)["macro_auroc"], abs=1e-6)
+    labels = {
+        split: json.loads((trial / f"evaluation-{split}.json").read_text())["labels"]
+        for split in ("dev", "valid")
+    }
+    row = rows["0.01"]
+    same = [
+        name
+        for name, label in labels["dev"].items()
+        if label["positives"] >= 10 and label["auroc"] is not None
+    ]
+    same = [
+        name for name in same or labels["dev"] if all(of[name]["auroc"] is not None for of in labels.values())
+    ]
+    assert int(row["same_labels"]) == len(same)  # all of them have both classes in train
+    for split, name in {"dev": "dev_same_auroc", "valid": "valid_auroc"}.items():
+        mean = sum(labels[split][label]["auroc"] for label in same) / len(same)
+        assert float(row[name]) == pytest.approx(mean, abs=1e-6)
+    assert float(row["valid_low"]) < float(row["valid_auroc"]) < float(row["valid_high"])
     for name in ("report.html", "contour-dev.png", "contour-train.png"):
         assert (sweep / name).stat().st_size > 1000
     with pytest.raises(DataError, match=r"augment is none there and affine here; choose another --sweep$"):

@@ -17,8 +17,9 @@ DEV = {(1e-4, 1e-4): 0.71, (1e-4, 1e-2): 0.72, (1e-3, 1e-4): 0.81, (1e-3, 1e-2):
 
 def make_trial(number: int, dev: float | None, state: str = "complete", **parameters: Any) -> Trial:
     history = [{"epoch": epoch, "score": (dev or 0.5) - 0.1 / epoch} for epoch in (1.0, 2.0)]
-    steps = (0.0, 0.1, -0.05, -0.08, -0.02)
-    figures = dict(zip(Outcome._fields, [None if dev is None else dev + step for step in steps], strict=True))
+    steps = (0.0, 0.01, 0.1, -0.05, -0.08, -0.02)
+    values = [None if dev is None else dev + step for step in steps]
+    figures = dict(zip(Outcome._fields, [values[0], dev and 9, *values[1:]], strict=True))
     seconds = 30.0 if dev is None else 90.0
     run = Path(f"t{number}")
     return Trial(
@@ -35,11 +36,12 @@ def trials() -> list[Trial]:
 
 def test_the_csv_has_every_figure(trials: list[Trial]) -> None:
     rows = list(csv.reader(io.StringIO(format_csv([trials[3], trials[4]]))))
-    heading = "number,state,lr,weight_decay,dev_auroc,train_auroc,valid_auroc,valid_low,valid_high,epochs,seconds,run"
+    heading = "number,state,lr,weight_decay,dev_auroc,same_labels,dev_same_auroc,train_auroc,"
+    heading += "valid_auroc,valid_low,valid_high,epochs,seconds,run"
     assert rows[0] == heading.split(",")
-    figures = [f"{value:.6f}" for value in (0.84, 0.94, 0.79, 0.76, 0.82, 2, 90)]
-    assert rows[1] == ["3", "complete", "0.001", "0.01", *figures, "t3"]
-    assert rows[2] == ["4", "pruned", "0.1", "0.01", *[""] * 5, "2.000000", "30.000000", "t4"]
+    figures = [f"{value:.6f}" for value in (0.84, 0.85, 0.94, 0.79, 0.76, 0.82, 2, 90)]
+    assert rows[1] == ["3", "complete", "0.001", "0.01", figures[0], "9", *figures[1:], "t3"]
+    assert rows[2] == ["4", "pruned", "0.1", "0.01", *[""] * 7, "2.000000", "30.000000", "t4"]
     assert format_csv([]).startswith("number,state,dev_auroc")
 
 
