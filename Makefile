@@ -45,6 +45,21 @@ FUZZ_SECONDS ?= 600
 TARGETS   ?=
 FUSION    ?=
 PYTHON    ?= python3
+
+# A variable that nothing reads would leave its default in force without a word, so it is refused.
+SETTINGS := DATA OUT SIZE VIEWS UNCERTAIN BLANK DEV WORKERS ARCH LR WD BATCH EPOCHS SEED SPLIT TEACHER SAMPLER PRUNER \
+	TRIALS SWEEP ARGS IMAGES RUN GPUS ROUNDS FUZZ_SECONDS TARGETS FUSION PYTHON SUDO
+typed    := $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
+unknown  := $(filter-out $(SETTINGS) SHELL MAKE% -%,$(typed))
+ifneq ($(unknown),)
+upper    := $(shell echo '$(firstword $(unknown))' | tr a-z A-Z)
+meant    := $(firstword $(filter $(upper) $(upper)%,$(SETTINGS)) $(foreach name,$(SETTINGS),$(filter $(name),$(upper:$(name)%=$(name)))))
+$(error $(firstword $(unknown)) is no setting$(if $(meant),: did you mean $(meant)?,; there are $(filter-out SUDO,$(SETTINGS))))
+endif
+# Quotes keep the shell from expanding a ~ at their start, and not every shell does it behind NAME=.
+$(foreach name,DATA OUT RUN SWEEP TEACHER,$(if $(filter ~ ~/%,$(firstword $($(name)))),\
+	$(eval override $(name) := $(patsubst ~,$(HOME),$(patsubst ~/%,$(HOME)/%,$($(name)))))))
+
 SUDO      = $(if $(filter-out 0,$(shell id -u)),sudo)
 
 BIN := .venv/bin
@@ -54,7 +69,7 @@ THREADS  = $(if $(WORKERS),--workers $(WORKERS))
 # torchrun, which would take --run for its own without the --; SIGUSR1 is Slurm's warning.
 LAUNCH   = $(if $(GPUS),-m torch.distributed.run --standalone --nproc-per-node $(GPUS) --signals-to-handle SIGTERM$(,)SIGINT$(,)SIGUSR1 --)
 ,        := ,
-given    = $(filter command environment,$(firstword $(origin $(1))))
+given    = $(filter command environment override,$(firstword $(origin $(1))))
 POLICIES = $(if $(call given,UNCERTAIN),--uncertain $(UNCERTAIN)) $(if $(call given,BLANK),--blank $(BLANK)) \
 	$(if $(TEACHER),--teacher $(TEACHER))
 tagged   = $(if $(call given,$(1)),-$(2)$($(1)))

@@ -42,6 +42,7 @@ import json
 import math
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -139,6 +140,7 @@ SAVE_SECONDS = 300.0  # a killed run loses little more work than this
 TEACHER_SCORES = "scores-train.arrow"
 HELD_OUT = 0.05  # share of the patients, where the shards have no dev split
 LOSSES = ("bce", "aucm")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 Log = Callable[[str, float, int], None]  # name of a curve, value, step
 
 
@@ -1075,6 +1077,9 @@ def predict_command(
     A run by studies scores the images of a study together: those of a folder, or as --group-by says.
     """
     files = [file for path in images for file in find_images(path)]
+    for path in images:
+        for suffix, count in count_others(path).items():
+            click.echo(f"{path}: {count:,} {suffix} files skipped: only JPEG and PNG can be read", err=True)
     if any(out.exists() and file.samefile(out) for file in files):
         raise click.UsageError(f"--out {out} is one of the images")
     check_folder(out)
@@ -1088,11 +1093,14 @@ def predict_command(
     else:
         samples = group_files(files, group_by)
     scores, bad = score_files(run, config, list(samples.values()), workers)
+    for file, reason in bad:
+        click.echo(f"{file}: {reason}", err=True)
+    if len(bad) == len(files):
+        kept = f"{out} is left as it was" if out.exists() else f"{out} is not written"
+        raise DataError(f"none of {len(files):,} images can be read; {kept}")
     cells = [["" if math.isnan(score) else f"{score:.6f}" for score in row] for row in scores.tolist()]
     heading = ["study" if config.fusion else "file", *config.labels]
     write_csv(out, [heading, *([name, *row] for name, row in zip(samples, cells, strict=True))])
-    for file, reason in bad:
-        click.echo(f"{file}: {reason}", err=True)
     of_studies = f" in {len(samples):,} studies" if config.fusion else ""
     click.echo(f"{out}: scores of {len(files) - len(bad):,} images{of_studies}, {len(bad):,} unusable")
     return 3 if strict and bad else 0
@@ -1157,7 +1165,14 @@ def find_images(path: Path) -> list[Path]:
     """The file itself, or the image files below a folder, sorted."""
     if path.is_file():
         return [path]
-    return sorted(file for file in path.rglob("*") if file.suffix.lower() in (".jpg", ".jpeg", ".png"))
+    return sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+
+
+def count_others(path: Path) -> dict[str, int]:
+    """How many files of each other suffix are below a folder; none for a file."""
+    others = (file.suffix.lower() for file in path.rglob("*") if file.is_file())
+    counts = Counter(suffix or "other" for suffix in others if suffix not in IMAGE_SUFFIXES)
+    return dict(sorted(counts.items()))
 
 
 if __name__ == "__main__":

@@ -307,7 +307,7 @@ def open_run(run: Path, config: Config) -> None:
             if there[name] != here:
                 difference = f"{name} is {there[name]} there and {here} here"
                 raise DataError(
-                    f"{run} is a run of another configuration: {difference}; choose another --run"
+                    f"{run} is a run of another configuration: {difference}; choose another --run (in make: RUN=)"
                 )
         return
     run.mkdir(parents=True, exist_ok=True)

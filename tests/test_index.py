@@ -377,7 +377,7 @@ def test_an_unfinished_run_of_shards_is_left_to_it(chexpert: Path, tmp_path: Pat
     out = tmp_path / "out"
     with pytest.raises(DataError, match="images cannot be used"):
         make_shards(chexpert, out)
-    assert list(out.glob("*.tar"))
+    assert list(out.glob(".partial/*.tar"))
     with pytest.raises(DataError) as caught:
         write_index(out)
     assert str(caught.value) == (

@@ -69,6 +69,8 @@ def test_make_alone_lists_every_target() -> None:
         (["sweep", "SAMPLER=tpe", "TRIALS=40", "PRUNER=median"], "--sampler tpe --pruner median --trials 40"),
         (["train", "OUT=shards/other", "DATA=here", "LR=1e-4 1e-3"], "train.py sweep --shards shards/other"),
         (["train", "ARGS=--eval-every 9 --patience 2"], " --eval-every 9 --patience 2"),
+        (["shards", "DATA=~/my data", "OUT=~/there"], f'shards "{Path.home()}/my data" {Path.home()}/there'),
+        (["evaluate", "OUT=there", "RUN=~/runs/a"], f'--run "{Path.home()}/runs/a"'),
     ],
 )
 def test_settings_reach_the_commands(arguments: list[str], expected: str) -> None:
@@ -101,6 +103,21 @@ def test_what_make_cannot_do_is_refused(tmp_path: Path, arguments: list[str], me
     failed = make(*arguments) if "OUT=my shards" in arguments else make(*arguments, f"OUT={tmp_path}")
     assert failed.returncode == 2
     assert message in failed.stderr.splitlines()[0]
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("lr=1e-3", "lr is no setting: did you mean LR?"),
+        ("EPOCH=1", "EPOCH is no setting: did you mean EPOCHS?"),
+        ("BATCH_SIZE=8", "BATCH_SIZE is no setting: did you mean BATCH?"),
+        ("BIN=/usr/bin", "BIN is no setting; there are DATA OUT SIZE VIEWS UNCERTAIN BLANK DEV WORKERS"),
+    ],
+)
+def test_a_setting_that_does_not_exist_is_refused(setting: str, message: str) -> None:
+    refused = make("-n", "train", "LR=1e-3", setting)
+    assert refused.returncode == 2
+    assert message in refused.stderr
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,20 @@ def test_its_commands_for_ones_own_chexpert_run(chexpert: Path, tmp_path: Path) 
     assert (tmp_path / "run" / "predictions.csv").read_text().count("\n") == 13  # 12 films
 
 
+def test_no_block_leaves_settings_behind_for_the_next() -> None:
+    blocks = [block for block in README.read_text().split("```")[1::2] if "\nexport " in block]
+    assert len(blocks) == 2
+    for block in blocks:
+        ran = subprocess.run(
+            ["bash", "-c", f'make() {{ :; }}\n{re.sub(r".venv/bin/.*", ":", block)}\necho "[$OUT]"'],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={"PATH": os.environ["PATH"]},
+        )
+        assert ran.stdout == "[]\n"
+
+
 def test_every_test_that_reliability_names_exists() -> None:
     named = re.findall(r"(tests/test_\w+\.py)(?:::(\w+))?", RELIABILITY.read_text())
     assert len(named) > 40

@@ -240,7 +240,8 @@ def test_damage_is_named(chexpert: Path, shards: Shards, damage: Damage) -> None
     run = run_pipeline("verify", folder, "--workers", 2)
     assert run.stdout.splitlines() == lines
     assert run.returncode == 1
-    assert re.fullmatch(rf"Error: {folder}: \d+ problems in \d+ files", run.stderr.splitlines()[-1])
+    repair = f"`pipeline shards SOURCE {folder} --repair` with the options it was made by writes damaged ones again"
+    assert re.fullmatch(rf"Error: {folder}: \d+ problems in \d+ files; {repair}", run.stderr.splitlines()[-1])
 
 
 @pytest.mark.parametrize("options", [(), ("--deep",)])
