@@ -44,7 +44,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -92,7 +92,6 @@ from model.run import (
     output_count,
     read_config,
     record_environment,
-    result_name,
     save_best,
     three_class_columns,
     to_device,
@@ -104,6 +103,8 @@ from model.scoring import (
     find_scores,
     finish_run,
     measure_run,
+    name_comparison,
+    name_result,
     print_comparison,
     print_evaluations,
     score_best,
@@ -1030,6 +1031,13 @@ def summarise(line: Mapping[str, Any]) -> dict[str, Any]:
 @click.option(
     "--study", default="max", type=click.Choice(["max", "mean"]), help="A study's score, from its views'."
 )
+@click.option(
+    "--where",
+    multiple=True,
+    metavar="CONDITION",
+    help="Score these images, instead of those that the run's own conditions choose: sex=Male.",
+)
+@click.option("--views", type=click.Choice(VIEWS), show_default="the run's", help="Score these views.")
 def evaluate_command(
     shards: str,
     cache: Path,
@@ -1040,20 +1048,33 @@ def evaluate_command(
     against: tuple[Path, ...],
     sensitivity: float,
     study: str,
+    where: tuple[str, ...],
+    views: str | None,
 ) -> int:
-    """Score the run's best checkpoint on a split."""
+    """Score the run's best checkpoint on a split.
+
+    By the run's own --where and --views, or by those given here: train on one sex, score the other.
+    """
     folder, remote = find_shards(shards, cache, cache_size)
     config, stop = read_config(run), StopFlag()
     device = choose_device(config.amp)
     job = Job(config, folder, remote, run, read_manifest(folder), *device, workers, None, None, False, stop)
+    chosen_by = (*where, *([] if views is None else [f"{views} views"]))
+    other = {"where": where or config.where, "views": views or config.views} if chosen_by else {}
+    scored = replace(job, config=replace(config, **other))  # type: ignore[arg-type]
     try:
         others = find_scores(job, split, against)
-        results = {split: evaluate(job, split, score_best(job, split), others, sensitivity, study)}
-        print_evaluations({split: results[split][0]})
-        print_comparison(results[split][0])
-        write_report(job, f"report-{result_name(config, folder, split)}.html", results)
+        found = score_best(scored, split)
+        results = {split: evaluate(job, split, found, others, sensitivity, study, chosen_by)}
     except InterruptedEvaluationError:
         return stop.code
+    print_evaluations({split: results[split][0]})
+    print_comparison(results[split][0])
+    result = name_result(job, split, chosen_by)
+    compared = name_comparison(result, others)
+    write_report(scored, f"report-{compared}.html", results)
+    for file in (f"scores-{result}.arrow", f"evaluation-{compared}.json", f"report-{compared}.html"):
+        click.echo(f"{run / file}: written")
     return 0
 
 

@@ -1,8 +1,9 @@
 """A trained run → scores and evaluation of a split, or of image files."""
 
 import contextlib
+import hashlib
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
@@ -92,44 +93,79 @@ def evaluate(
     against: Mapping[Path, Path] = MappingProxyType({}),
     sensitivity: float = 0.9,
     combine: str = "max",
+    chosen_by: tuple[str, ...] = (),
 ) -> tuple[dict[str, Any], Scored]:
     """Evaluate what `score_best` found for a split; writes its scores and evaluation into the run.
 
     `against` are other runs and their scores, as `find_scores` has them. `sensitivity` is what the third threshold
-    is to reach on dev, `combine` how a study's score comes from its views: max or mean. Raises DataError where
-    thresholds would have to be chosen on other shards than the run's own.
+    is to reach on dev, `combine` how a study's score comes from its views: max or mean. `chosen_by` are the conditions
+    that chose the images, where they are not the run's own. Raises DataError where thresholds would have to be chosen
+    on other shards than the run's own.
     """
     config, run = job.config, job.run
     scored, table = found
-    result = result_name(config, job.shards, name)
+    result = name_result(job, name, chosen_by)
     write_scores(run / f"scores-{result}.arrow", table, config.labels, scored.scores)
     chosen = {"sensitivity": sensitivity, "combine": combine}
     calibration = read_object(run / CALIBRATION) if (run / CALIBRATION).exists() else {}
     if not chosen.items() <= calibration.items():
-        if result != name:  # whose dev may hold patients of the run's train
+        if result_name(config, job.shards, name) != name:  # whose dev may hold patients of the run's train
             raise DataError(
                 f"{job.shards}: not the shards that {run} learnt from, on whose dev thresholds are chosen; first run: "
                 f"python train.py evaluate --run {run} --sensitivity {sensitivity} --study {combine} with those"
             )
-        dev = scored if name == "dev" else score_best(job, "dev")[0]
+        dev = scored if result == "dev" else score_best(job, "dev")[0]
         calibration = calibrate(config.labels, dev, sensitivity, combine)
         write_json(run / CALIBRATION, calibration)
-    same = None
-    if config.fusion is None and against:
-        ((other, path),) = against.items()
-        same = (str(other), read_scores(path, table["key"], config.labels))
     unit = "image" if config.fusion is None else "study"
-    evaluation = assess(config.labels, scored, calibration, unit=unit, against=same, resamples=RESAMPLES)
-    if config.fusion is not None and against:
-        methods: dict[str, pd.DataFrame] = {}
-        for other, path in against.items():
-            methods |= combine_views(read_frame(path, config.labels), str(other))
-        views = group_by_views(open_images(job, name)[0].table)
-        evaluation["methods"] = compare_methods(
-            config.labels, scored, f"{run}, {config.fusion} fusion", methods, views
-        )
-    write_json(run / f"evaluation-{result}.json", evaluation)
+    evaluation = assess(config.labels, scored, calibration, unit=unit, resamples=RESAMPLES)
+    evaluation |= {"chosen_by": list(chosen_by)} if chosen_by else {}
+    if against:
+        labels, common = shared_labels(config, against), scored
+        if labels != config.labels:
+            columns = [config.labels.index(label) for label in labels]
+            common = scored._replace(
+                scores=scored.scores[:, columns],
+                target=scored.target[:, columns],
+                mask=scored.mask[:, columns],
+            )
+        if config.fusion is None:
+            ((other, path),) = against.items()
+            theirs = (str(other), read_scores(path, table["key"], labels))
+            compared = assess(labels, common, calibration, unit=unit, against=theirs, resamples=RESAMPLES)
+            ours = {mean: compared[f"{mean}_auroc"] for mean in MEANS}
+            evaluation["against"] = {"labels": list(labels), "ours": ours, **compared["against"]}
+            evaluation["study"]["against"] = compared["study"]["against"]
+        else:
+            methods: dict[str, pd.DataFrame] = {}
+            for other, path in against.items():
+                methods |= combine_views(read_frame(path, labels), str(other))
+            views = group_by_views(open_images(job, name)[0].table)
+            evaluation["methods"] = compare_methods(
+                labels, common, f"{run}, {config.fusion} fusion", methods, views
+            )
+    write_json(run / f"evaluation-{name_comparison(result, against)}.json", evaluation)
     return evaluation, scored
+
+
+def name_result(job: Job, name: str, chosen_by: Sequence[str] = ()) -> str:
+    """What a run's scores of a split are named by, also where other conditions than the run's own chose its images."""
+    result = result_name(job.config, job.shards, name)
+    return f"{result}-{hashlib.sha256(' '.join(chosen_by).encode()).hexdigest()[:8]}" if chosen_by else result
+
+
+def name_comparison(result: str, against: Collection[Path]) -> str:
+    """What a comparison is named by, apart from the plain evaluation, which would replace it."""
+    return f"{result}-against-{'-'.join(other.name for other in against)}"[:200] if against else result
+
+
+def shared_labels(config: Config, against: Collection[Path]) -> tuple[str, ...]:
+    """The labels that a run and all of those it is compared with have learnt. Raises DataError where there is none."""
+    labels = [set(read_config(other).labels) for other in against]
+    shared = tuple(label for label in config.labels if all(label in of for of in labels))
+    if not shared:
+        raise DataError(f"--against {', '.join(map(str, against))}: no label that both runs have learnt")
+    return shared
 
 
 def find_scores(job: Job, name: str, against: Sequence[Path]) -> dict[Path, Path]:
@@ -368,9 +404,11 @@ def print_comparison(evaluation: Mapping[str, Any]) -> None:
     for title in ("AUROC", "difference [95 %]"):
         table.add_column(title, justify="right")
     if "against" in evaluation:
+        compared = evaluation["against"]
+        if len(compared["labels"]) < len(evaluation["labels"]):
+            table.caption = f"over the {len(compared['labels'])} labels that both runs have learnt"
         for name, title in MEANS.items():
-            less = evaluation["against"]["auroc"][name]
-            table.add_row(title, show(evaluation[f"{name}_auroc"]), show_difference(less))
+            table.add_row(title, show(compared["ours"][name]), show_difference(compared["auroc"][name]))
     for group, found in evaluation.get("methods", {}).items():
         ours, *others = found["methods"].items()
         if ours[1]["auroc"] is not None:

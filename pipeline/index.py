@@ -102,17 +102,17 @@ def write_index(
     them), first for their labels and then for their images. Raises DataError for a tar, sample, label or image that
     cannot be used, naming shard and key, and for a folder that `pipeline shards` has not finished.
     """
+    if (folder / PARTIAL).exists():  # before its shards are looked for: some of them are in there
+        raise DataError(
+            f"{folder}: `pipeline shards` has not finished it; continue with "
+            f"`pipeline shards SOURCE {folder}` and the options it had"
+        )
     paths = _find_shards(folder, split)
     csvs = _assign_csvs(csv, paths)
     with claimed(folder):
         if (folder / NAME).exists():
             raise DataError(
                 f"{folder}: has a {NAME} already; `pipeline verify {folder}` checks it; to index anew, remove it first"
-            )
-        if (folder / PARTIAL).exists():
-            raise DataError(
-                f"{folder}: `pipeline shards` has not finished it; continue with "
-                f"`pipeline shards SOURCE {folder}` and the options it had"
             )
         for name in paths:
             _check_free(folder / f"{name}.arrow")

@@ -362,12 +362,12 @@ def _is_planned(planned: Path, path: Path) -> bool:
     split, _, number = path.stem.rpartition("-") if path.suffix == ".tar" else (path.stem, "", "0")
     if int(number) >= _count_shards(planned, split):
         return False
-    first = _plan_batch(planned, split, int(number))["key"][0].as_py()
+    first = str(_plan_batch(planned, split, int(number))["key"][0])
     if path.suffix == ".tar":
         with path.open("rb") as file:
             return file.read(100).partition(b".")[0].decode(errors="replace") == first
     try:
-        return str(read_arrow(path, path.read_bytes())["key"][0]) == str(first)
+        return str(read_arrow(path, path.read_bytes())["key"][0]) == first
     except (DataError, KeyError, IndexError):
         return False
 

@@ -374,6 +374,14 @@ def test_an_abandoned_stream_ends_its_threads(split: OpenSplit, labels: Labels) 
     assert not any(thread.name.startswith("decode") for thread in threading.enumerate())
 
 
+def load(stream_: Any, context: str) -> Iterable[Any]:
+    """The stream through two workers of a DataLoader, started so."""
+    loader: DataLoader[Any] = DataLoader(
+        stream_, batch_size=None, num_workers=2, multiprocessing_context=context
+    )
+    return loader
+
+
 @pytest.mark.parametrize("context", ["fork", "spawn", "forkserver"])
 def test_the_workers_of_a_loader_share_the_batches_in_their_order(
     split: OpenSplit, labels: Labels, context: str
@@ -385,8 +393,10 @@ def test_the_workers_of_a_loader_share_the_batches_in_their_order(
     for name, stream_ in streams.items() if context == "fork" else [("training", streams["training"])]:
         alone = list(stream_)
         assert len(alone) > 2, name
-        loader = DataLoader(stream_, batch_size=None, num_workers=2, multiprocessing_context=context)  # type: ignore[arg-type]
-        shared = [Batch(Step(*of[0]), *map(np.asarray, of[1:4]), of[4]) for of in loader]
+        shared = [
+            Batch(Step(*step), images.numpy(), target.numpy(), mask.numpy(), bad)
+            for step, images, target, mask, bad in load(stream_, context)
+        ]
         assert_equal(shared, alone)
 
 
@@ -396,7 +406,6 @@ def test_the_workers_of_a_loader_share_studies(study_shards: Shards) -> None:
     studies = find_studies(split)
     plan = partial(plan_training, studies.shard_sizes, 4, 0, 0)
     stream_ = stream_studies(plan, split, studies, labels, size=16)
-    loader = DataLoader(stream_, batch_size=None, num_workers=2)  # type: ignore[arg-type]
-    steps = [(int(batch[0][1]), np.asarray(batch[0][2]).tolist()) for batch in loader]
+    steps = [(int(batch[0][1]), np.asarray(batch[0][2]).tolist()) for batch in load(stream_, "fork")]
     assert steps == [(batch.step.step, batch.step.rows.tolist()) for batch in stream_]
     assert [step for step, _ in steps] == list(range(len(studies.rows) // 4))

@@ -19,7 +19,7 @@ def make_trial(number: int, dev: float | None, state: str = "complete", **parame
     history = [{"epoch": epoch, "score": (dev or 0.5) - 0.1 / epoch} for epoch in (1.0, 2.0)]
     steps = (0.0, 0.01, 0.1, -0.05, -0.08, -0.02)
     values = [None if dev is None else dev + step for step in steps]
-    figures = dict(zip(Outcome._fields, [values[0], dev and 9, *values[1:]], strict=True))
+    figures: dict[str, Any] = dict(zip(Outcome._fields, [values[0], dev and 9, *values[1:]], strict=True))
     seconds = 30.0 if dev is None else 90.0
     run = Path(f"t{number}")
     return Trial(

@@ -874,14 +874,18 @@ def test_two_runs_are_compared_on_the_same_images(
     assert [train.train(job) for job in jobs] == [0, 0]
     a, b = (job.run for job in jobs)
     assert command("evaluate", "--run", a, "--split", "valid", "--against", b) == 0
-    ours, theirs = (json.loads((run / "evaluation-valid.json").read_text()) for run in (a, b))
+    files = (a / "evaluation-valid-against-b.json", b / "evaluation-valid.json")
+    ours, theirs = (json.loads(file.read_text()) for file in files)
+    assert "against" not in json.loads((a / "evaluation-valid.json").read_text())
     assert ours["against"]["run"] == str(b)
     assert ours["against"]["auroc"]["macro"]["difference"] == pytest.approx(
         ours["macro_auroc"] - theirs["macro_auroc"]
     )
     difference = ours["macro_auroc"] - theirs["macro_auroc"]
     shown = re.escape(f"{difference:+.3f}")
-    assert re.search(rf"│ macro +│ {ours['macro_auroc']:.3f} │ +{shown}( \[.*\])? +│", capsys.readouterr().out)
+    assert re.search(
+        rf"│ macro +│ {ours['macro_auroc']:.3f} │ +{shown}( \[.*\])? +│", capsys.readouterr().out
+    )
     (b / "scores-valid.arrow").unlink()
     said = (
         f"--against {b}: no scores-valid.arrow; first run: python train.py evaluate --run {b} --split valid"

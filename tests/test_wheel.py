@@ -34,8 +34,8 @@ def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A fresh virtual environment with the wheel, which borrows the packages it depends on from this one."""
     folder = tmp_path_factory.mktemp("environment")
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-    install = [folder / "bin" / "python", "-m", "pip", "install", "--quiet", "--no-deps"]
-    subprocess.run([*install, wheel], check=True)
+    install = ["-m", "pip", "install", "--quiet", "--no-deps"]
+    subprocess.run([folder / "bin" / "python", *install, wheel], check=True)
     (packages,) = folder.glob("lib/python*/site-packages")
     # A path file does not follow those in the folder it names, so the clone's own editable install stays out.
     (packages / "borrowed.pth").write_text(
