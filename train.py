@@ -73,6 +73,7 @@ from model.losses import AUCMarginLoss, MaskedLoss, positive_weights
 from model.metrics import report_auroc
 from model.networks import ARCHITECTURES, build_network, load_initial
 from model.optim import build_optimizer, scheduled_lr, update_average
+from model.overlap import check_evaluation, check_teacher, write_trained_on
 from model.ranks import ALONE, Ranks, join_ranks, share_of_cores
 from model.run import (
     Config,
@@ -210,6 +211,8 @@ def train(job: Job, watch: Callable[[list[dict[str, Any]]], None] = lambda histo
         raise DataError(f"{job.shards}: no dev split to choose a checkpoint by; hold one out by --dev")
     train, dev = open_rows(job, "train"), open_rows(job, "dev")
     check_reported(job, dev)
+    if job.teacher is not None:
+        check_teacher(job, job.teacher)
     steps = training_steps(len(train.rows), config.batch_size)
     if steps == 0:
         raise DataError(f"{job.shards}: {len(train.rows)} train samples are less than one batch")
@@ -221,6 +224,7 @@ def train(job: Job, watch: Callable[[list[dict[str, Any]]], None] = lambda histo
     run.mkdir(parents=True, exist_ok=True)  # only now: a run that cannot start leaves no folder
     with claimed(run):
         open_run(run, config)
+        write_trained_on(job, [("train", train), ("dev", dev)])
         record_environment(job)
         return train_epochs(job, state, (train, dev), labels, weights, watch)
 
@@ -1030,6 +1034,9 @@ def summarise(line: Mapping[str, Any]) -> dict[str, Any]:
 @click.option(
     "--study", default="max", type=click.Choice(["max", "mean"]), help="A study's score, from its views'."
 )
+@click.option(
+    "--shared-images", is_flag=True, help="Evaluate other shards although the run trained on some images."
+)
 def evaluate_command(
     shards: str,
     cache: Path,
@@ -1040,6 +1047,7 @@ def evaluate_command(
     against: tuple[Path, ...],
     sensitivity: float,
     study: str,
+    shared_images: bool,
 ) -> int:
     """Score the run's best checkpoint on a split."""
     folder, remote = find_shards(shards, cache, cache_size)
@@ -1048,7 +1056,8 @@ def evaluate_command(
     job = Job(config, folder, remote, run, read_manifest(folder), *device, workers, None, None, False, stop)
     try:
         others = find_scores(job, split, against)
-        results = {split: evaluate(job, split, score_best(job, split), others, sensitivity, study)}
+        shared = check_evaluation(job, split, others, shared_images)
+        results = {split: evaluate(job, split, score_best(job, split), others, sensitivity, study, shared)}
         print_evaluations({split: results[split][0]})
         print_comparison(results[split][0])
         write_report(job, f"report-{result_name(config, folder, split)}.html", results)

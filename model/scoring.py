@@ -92,12 +92,14 @@ def evaluate(
     against: Mapping[Path, Path] = MappingProxyType({}),
     sensitivity: float = 0.9,
     combine: str = "max",
+    shared: Mapping[str, int | None] = MappingProxyType({}),
 ) -> tuple[dict[str, Any], Scored]:
     """Evaluate what `score_best` found for a split; writes its scores and evaluation into the run.
 
     `against` are other runs and their scores, as `find_scores` has them. `sensitivity` is what the third threshold
-    is to reach on dev, `combine` how a study's score comes from its views: max or mean. Raises DataError where
-    thresholds would have to be chosen on other shards than the run's own.
+    is to reach on dev, `combine` how a study's score comes from its views: max or mean. `shared`, as
+    `check_evaluation` counts it, is kept in the evaluation. Raises DataError where thresholds would have to be
+    chosen on other shards than the run's own.
     """
     config, run = job.config, job.run
     scored, table = found
@@ -120,6 +122,7 @@ def evaluate(
         same = (str(other), read_scores(path, table["key"], config.labels))
     unit = "image" if config.fusion is None else "study"
     evaluation = assess(config.labels, scored, calibration, unit=unit, against=same, resamples=RESAMPLES)
+    evaluation |= shared
     if config.fusion is not None and against:
         methods: dict[str, pd.DataFrame] = {}
         for other, path in against.items():
