@@ -73,6 +73,7 @@ from model.losses import AUCMarginLoss, MaskedLoss, positive_weights
 from model.metrics import report_auroc
 from model.networks import ARCHITECTURES, build_network, load_initial
 from model.optim import build_optimizer, scheduled_lr, update_average
+from model.overlap import check_evaluation, check_teacher, write_trained_on
 from model.ranks import ALONE, Ranks, join_ranks, share_of_cores
 from model.run import (
     Config,
@@ -211,6 +212,8 @@ def train(job: Job, watch: Callable[[list[dict[str, Any]]], None] = lambda histo
         raise DataError(f"{job.shards}: no dev split to choose a checkpoint by; hold one out by --dev")
     train, dev = open_rows(job, "train"), open_rows(job, "dev")
     check_reported(job, dev)
+    if job.teacher is not None:
+        check_teacher(job, job.teacher)
     steps = training_steps(len(train.rows), config.batch_size)
     if steps == 0:
         raise DataError(f"{job.shards}: {len(train.rows)} train samples are less than one batch")
@@ -222,6 +225,7 @@ def train(job: Job, watch: Callable[[list[dict[str, Any]]], None] = lambda histo
     run.mkdir(parents=True, exist_ok=True)  # only now: a run that cannot start leaves no folder
     with claimed(run):
         open_run(run, config)
+        write_trained_on(job, [("train", train), ("dev", dev)])
         record_environment(job)
         return train_epochs(job, state, (train, dev), labels, weights, watch)
 
@@ -1038,6 +1042,9 @@ def summarise(line: Mapping[str, Any]) -> dict[str, Any]:
     help="Score these images, instead of those that the run's own conditions choose: sex=Male.",
 )
 @click.option("--views", type=click.Choice(VIEWS), show_default="the run's", help="Score these views.")
+@click.option(
+    "--shared-images", is_flag=True, help="Evaluate other shards although the run trained on some images."
+)
 def evaluate_command(
     shards: str,
     cache: Path,
@@ -1050,6 +1057,7 @@ def evaluate_command(
     study: str,
     where: tuple[str, ...],
     views: str | None,
+    shared_images: bool,
 ) -> int:
     """Score the run's best checkpoint on a split.
 
@@ -1064,8 +1072,9 @@ def evaluate_command(
     scored = replace(job, config=replace(config, **other))  # type: ignore[arg-type]
     try:
         others = find_scores(job, split, against)
+        shared = check_evaluation(scored, split, others, shared_images)
         found = score_best(scored, split)
-        results = {split: evaluate(job, split, found, others, sensitivity, study, chosen_by)}
+        results = {split: evaluate(job, split, found, others, sensitivity, study, chosen_by, shared)}
     except InterruptedEvaluationError:
         return stop.code
     print_evaluations({split: results[split][0]})
@@ -1169,7 +1178,7 @@ def export_command(run: Path, out: Path) -> int:
         difference = export_scorer(scorer, config.image_size, out)
     except ValueError as error:
         raise DataError(str(error)) from None
-    click.echo(f"{out}: checked, within {difference:.1e} of the eager network's scores")
+    click.echo(f"{out}: checked, within {difference:.1e} of the eager network's logits")
     click.echo(f"its scores: {', '.join(config.labels)}")
     return 0
 

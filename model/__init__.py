@@ -20,5 +20,6 @@ Modules:
     sweep        values of parameters → trials, shared by processes through Optuna
     sweep_report trials → sweep.csv, report.html, contour plots
     run          what a run is: configuration, folder, device, the rows of the shards that it uses
+    overlap      what a run trained on → patients and images that another set shares with it
     scoring      a trained run → scores and evaluation of a split, or of image files
 """

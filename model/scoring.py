@@ -94,13 +94,14 @@ def evaluate(
     sensitivity: float = 0.9,
     combine: str = "max",
     chosen_by: tuple[str, ...] = (),
+    shared: Mapping[str, int | None] = MappingProxyType({}),
 ) -> tuple[dict[str, Any], Scored]:
     """Evaluate what `score_best` found for a split; writes its scores and evaluation into the run.
 
     `against` are other runs and their scores, as `find_scores` has them. `sensitivity` is what the third threshold
     is to reach on dev, `combine` how a study's score comes from its views: max or mean. `chosen_by` are the conditions
-    that chose the images, where they are not the run's own. Raises DataError where thresholds would have to be chosen
-    on other shards than the run's own.
+    that chose the images, where they are not the run's own; they and `shared`, as `check_evaluation` counts it, are
+    kept in the evaluation. Raises DataError where thresholds would have to be chosen on other shards than the run's.
     """
     config, run = job.config, job.run
     scored, table = found
@@ -119,6 +120,7 @@ def evaluate(
         write_json(run / CALIBRATION, calibration)
     unit = "image" if config.fusion is None else "study"
     evaluation = assess(config.labels, scored, calibration, unit=unit, resamples=RESAMPLES)
+    evaluation |= shared
     evaluation |= {"chosen_by": list(chosen_by)} if chosen_by else {}
     if against:
         labels, common = shared_labels(config, against), scored

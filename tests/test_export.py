@@ -1,0 +1,75 @@
+"""What the check of an export lets pass, and what it does not."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from model import export
+from model.export import Scorer, compare_scores, draw_probes, export_scorer
+from model.networks import build_network
+
+
+@pytest.fixture(scope="module")
+def scorer() -> Scorer:
+    torch.manual_seed(0)
+    network = build_network("rescnn", 14, pretrained=False)
+    network(torch.randn(64, 1, 32, 32))  # so that BatchNorm has seen something
+    return Scorer(network, list(range(14)), 120.0, 60.0).eval()
+
+
+def shift_bias(scorer: Scorer) -> None:
+    list(scorer.network.parameters())[-1].data[3] += 1
+
+
+def shift_mean(scorer: Scorer) -> None:
+    scorer.mean += 20
+
+
+def add_noise(scorer: Scorer) -> None:
+    torch.manual_seed(1)
+    for weight in scorer.network.parameters():
+        weight *= 1 + 0.01 * torch.randn_like(weight)
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
+@pytest.mark.parametrize("spoil", [shift_bias, shift_mean, add_noise])
+def test_an_export_that_is_off_is_refused(
+    scorer: Scorer,
+    spoil: Callable[[Scorer], None],
+    suffix: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    whole = torch.export.export
+
+    def export_spoiled(found: Scorer, *arguments: object, **options: object) -> object:
+        spoiled = copy.deepcopy(found)
+        with torch.no_grad():
+            spoil(spoiled)
+        return whole(spoiled, *arguments, **options)  # type: ignore[arg-type]
+
+    path = tmp_path / f"model{suffix}"
+    assert export_scorer(scorer, 32, path) < export.TOLERANCE / 10
+    path.unlink()
+    monkeypatch.setattr(torch.export, "export", export_spoiled)
+    with pytest.raises(
+        ValueError, match=r"model\..*: exported logits differ from eager ones by .*, more than 0.01$"
+    ):
+        export_scorer(scorer, 32, path)
+    assert not path.exists()
+
+
+def test_saturated_scores_are_no_evidence() -> None:
+    saturated = torch.sigmoid(torch.full((2, 3), 30.0))
+    with pytest.raises(ValueError, match=r"^all scores of the images tried are 0 or 1"):
+        compare_scores(saturated, saturated)
+
+
+def test_probes_span_the_range() -> None:
+    probes = draw_probes(48)
+    assert probes.shape == (12, 1, 48, 48)
+    assert (int(probes.min()), int(probes.max())) == (0, 255)
+    assert len({probe.double().mean().item() for probe in probes}) >= 9
