@@ -25,13 +25,13 @@ def shift_bias(scorer: Scorer) -> None:
 
 
 def shift_mean(scorer: Scorer) -> None:
-    scorer.mean += 20
+    scorer.mean = scorer.mean + 20
 
 
 def add_noise(scorer: Scorer) -> None:
     torch.manual_seed(1)
     for weight in scorer.network.parameters():
-        weight *= 1 + 0.01 * torch.randn_like(weight)
+        weight.mul_(1 + 0.01 * torch.randn_like(weight))
 
 
 @pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
