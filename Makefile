@@ -131,14 +131,14 @@ test-wheel: .venv/installed  ## build the wheel, and run both commands from it o
 
 test-pages: .venv/installed  ## look at the report in headless Chromium (installs Debian's chromium where there is none)
 	@command -v chromium >/dev/null || { $(SUDO) apt-get update --quiet && $(SUDO) apt-get install --yes --quiet chromium; }
-	$(BIN)/python -m pytest tests/test_pages.py
+	$(BIN)/python -m pytest tests/pipeline/look/test_pages.py
 
 test-s3: .venv/installed .venv-s3/installed  ## read shards from a real object store on loopback (OpenStack Swift)
-	SWIFT_BIN=.venv-s3/bin $(BIN)/python -m pytest tests/test_s3.py
+	SWIFT_BIN=.venv-s3/bin $(BIN)/python -m pytest tests/pipeline/stream/test_s3.py
 
 test-postgres: .venv/installed  ## share a sweep through a real PostgreSQL on loopback (installs Debian's where there is none)
 	@ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || { $(SUDO) apt-get update --quiet && $(SUDO) apt-get install --yes --quiet postgresql; }
-	POSTGRES_BIN="$$(dirname "$$(ls /usr/lib/postgresql/*/bin/initdb | tail -1)")" $(BIN)/python -m pytest tests/test_postgres.py
+	POSTGRES_BIN="$$(dirname "$$(ls /usr/lib/postgresql/*/bin/initdb | tail -1)")" $(BIN)/python -m pytest tests/model/runs/test_postgres.py
 
 test-cluster: .venv/installed .venv-s3/installed  ## work with several processes and hosts, and lose some of them
 	SWIFT_BIN=.venv-s3/bin $(BIN)/python -m pytest -m cluster

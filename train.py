@@ -66,39 +66,41 @@ from model.checkpoint import (
     restore_random_state,
     save_checkpoint,
 )
-from model.evaluation import DivergedError, InterruptedEvaluationError, explain_memory
 from model.export import Scorer, export_scorer
 from model.fusion import FUSIONS
 from model.losses import AUCMarginLoss, MaskedLoss, positive_weights
-from model.metrics import report_auroc
 from model.networks import ARCHITECTURES, build_network, load_initial
 from model.optim import build_optimizer, scheduled_lr, update_average
-from model.overlap import check_evaluation, check_teacher, write_trained_on
+from model.predict import DivergedError, InterruptedEvaluationError, explain_memory
 from model.ranks import ALONE, Ranks, join_ranks, share_of_cores
-from model.run import (
+from model.runs.config import (
     Config,
+    can_divide,
+    check_config,
+    learnt_columns,
+    output_count,
+    read_config,
+    three_class_columns,
+)
+from model.runs.job import (
     Job,
     Selected,
     StopFlag,
     agree,
-    can_divide,
-    check_config,
     choose_device,
     follow_by_wandb,
     fuse,
-    learnt_columns,
     load_best,
     open_rows,
     open_run,
-    output_count,
-    read_config,
     record_environment,
     save_best,
-    three_class_columns,
     to_device,
     view_tensors,
 )
-from model.scoring import (
+from model.runs.overlap import check_evaluation, check_teacher, write_trained_on
+from model.runs.scores import read_scores
+from model.runs.scoring import (
     CALIBRATION,
     evaluate,
     find_scores,
@@ -113,28 +115,27 @@ from model.scoring import (
     score_split,
     write_report,
 )
-from pipeline import DataError
+from pipeline.base.errors import DataError, SettingError
+from pipeline.base.files import claimed, write_atomically, write_csv
 from pipeline.console import Checked, Number, progress_bar, run_command
-from pipeline.labels import (
+from pipeline.labels import LABELS, MOST_VIEWS, VIEWS, label_states
+from pipeline.manifest import manifest_digest, read_manifest
+from pipeline.measure.metrics import report_auroc
+from pipeline.policies import (
     BLANK_HELP,
-    LABELS,
     UNCERTAIN_HELP,
-    VIEWS,
     check_blank_policy,
     describe_one_class,
     evaluation_targets,
-    label_states,
     make_targets,
     one_class_labels,
     parse_uncertain_policy,
 )
-from pipeline.manifest import claimed, manifest_digest, read_manifest, write_atomically, write_csv
-from pipeline.plan import Rows, Weights, plan_training, training_steps
-from pipeline.remote import Cache, Remote, is_url, redact
-from pipeline.scores import read_scores
-from pipeline.select import NothingSelectedError, balance_weights
-from pipeline.stream import Batch, Labels, stream_training
-from pipeline.studies import MOST_VIEWS, StudyBatch, stream_studies
+from pipeline.stream.batches import Batch, Labels, stream_training
+from pipeline.stream.cache import Cache, Remote, is_url, redact
+from pipeline.stream.plan import Rows, Weights, plan_training, training_steps
+from pipeline.stream.samples import StudyBatch, stream_studies
+from pipeline.stream.select import NothingSelectedError, balance_weights
 
 CLIP_NORM = 1.0
 CHECK_STEPS = 20  # how often the loss is read back: each read waits for the device
@@ -877,7 +878,10 @@ def make_job(
         labels=labels or LABELS,
         dev=dev,
     )
-    check_config(config, ranks)
+    try:
+        check_config(config, ranks)
+    except SettingError as error:
+        raise click.UsageError(str(error)) from None
     device = choose_device(config.amp)
     return Job(
         config, folder, remote, run, manifest, *device, workers, teacher, init, strict, stop, wandb, ranks
@@ -953,8 +957,8 @@ def sweep_command(
     Every trial is a run as `train` makes it. The same command continues a sweep; at the same time, it shares it.
     """
     try:
-        from model import sweep as s
-        from model.sweep_report import write_sweep_report
+        from model.runs import sweep as s
+        from model.runs.sweep_report import write_sweep_report
     except ImportError as error:
         raise DataError(f"{error.name} is missing: pip install '.[sweep]'") from None
     if sampler == "tpe" and trials is None:

@@ -14,14 +14,14 @@ import numpy as np
 import numpy.typing as npt
 from sklearn.linear_model import LogisticRegression
 
-from model.bootstrap import draw_counts
-from model.calibration import SMALLEST, apply_calibration, choose_fit, fit_logistic
-from model.metrics import BINS
-from model.run import read_config
-from pipeline.labels import check_blank_policy, evaluation_targets
+from model.runs.config import read_config
+from model.runs.scores import read_scores
 from pipeline.manifest import read_manifest
-from pipeline.scores import read_scores
-from pipeline.stream import open_split
+from pipeline.measure.bootstrap import draw_counts
+from pipeline.measure.calibration import SMALLEST, apply_calibration, choose_fit, fit_logistic
+from pipeline.measure.metrics import BINS
+from pipeline.policies import check_blank_policy, evaluation_targets
+from pipeline.stream.batches import open_split
 
 Array = npt.NDArray[np.float64]
 RESAMPLES = 500

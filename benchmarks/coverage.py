@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from model.bootstrap import draw_counts
-from model.delong import combine_limits, measure_areas, score_limits
-from model.metrics import Z, wilson_limits
+from pipeline.measure.bootstrap import draw_counts
+from pipeline.measure.delong import combine_limits, measure_areas, score_limits
+from pipeline.measure.metrics import Z, wilson_limits
 
 PATIENTS = 200
 RESAMPLES = 1000

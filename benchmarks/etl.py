@@ -27,7 +27,7 @@ from PIL import Image
 
 from pipeline.images import resize
 from pipeline.labels import COLUMNS
-from pipeline.sample import write_sample
+from pipeline.synthetic.sample import write_sample
 
 SIZE, QUALITY, PROCESSES = 224, 95, 2
 PIPELINE = Path(sys.executable).with_name("pipeline")

@@ -19,8 +19,8 @@ from torch import nn
 
 import train
 from model.augment import normalize
-from model.run import Job, open_rows, to_device
-from pipeline.stream import Batch, stream_training
+from model.runs.job import Job, open_rows, to_device
+from pipeline.stream.batches import Batch, stream_training
 
 KEPT = 4  # batches that lie in memory
 

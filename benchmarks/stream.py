@@ -40,12 +40,13 @@ from PIL import Image
 from benchmarks.scale import PIPELINE, descendants, read_table
 from benchmarks.stream_peers import BATCH, SIZE, WARM_UP, WORKERS, Batches, measure
 from pipeline.images import decode_jpeg, resize
-from pipeline.labels import LABELS, label_states, make_targets, parse_uncertain_policy
+from pipeline.labels import LABELS, label_states
 from pipeline.manifest import read_manifest
-from pipeline.plan import Rows, epoch_order, plan_training, training_steps
-from pipeline.sample import FOLDER, write_sample
-from pipeline.stream import Labels, OpenSplit, open_split, stream_evaluation, stream_training
-from pipeline.studies import find_studies, stream_studies
+from pipeline.policies import make_targets, parse_uncertain_policy
+from pipeline.stream.batches import Labels, OpenSplit, open_split, stream_evaluation, stream_training
+from pipeline.stream.plan import Rows, epoch_order, plan_training, training_steps
+from pipeline.stream.samples import find_studies, stream_studies
+from pipeline.synthetic.sample import FOLDER, write_sample
 
 PARTS = ("rates", "memory", "start", "shuffle")
 ROOT = Path(__file__).parents[1]

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from model.ranks import ALONE, Ranks
-from pipeline import DataError
-from pipeline.manifest import atomic_file
+from pipeline.base.errors import DataError
+from pipeline.base.files import atomic_file
 
 
 class CheckpointError(DataError):

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from model.augment import normalize
 from model.losses import label_scores
-from pipeline.manifest import write_atomically
+from pipeline.base.files import write_atomically
 
 TOLERANCE = 0.01  # between logits of the exported network and eager ones
 STEEPEST = 8.0  # logits beyond are not compared: a float32 score so near to 0 or 1 has lost its logit

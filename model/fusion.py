@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from model.networks import as_head, find_head
-from pipeline.studies import PROJECTIONS
+from pipeline.labels import PROJECTIONS
 
 FUSIONS = ("max", "mean", "attention")
 # A frontal that may be AP or PA takes what lies between them.

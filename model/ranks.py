@@ -1,7 +1,7 @@
 """The processes that train one run together, torchrun's ranks: which one this is, and what they tell each other.
 
 In: torchrun's environment. Out: `Ranks`, and networks whose gradients are averaged over them. Every rank holds all
-labels and takes its slice of every batch (pipeline.plan), so little is exchanged: gradients, the scores of an
+labels and takes its slice of every batch (pipeline.stream.plan), so little is exchanged: gradients, the scores of an
 evaluation, and per step the cells that the batch has and whether somebody was asked to stop. All ranks so decide the
 same, and only the first one reads or writes the run's folder, which the others need not see.
 """
@@ -21,8 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from pipeline import DataError
-from pipeline.console import count_cpus
+from pipeline.base.errors import DataError
+from pipeline.base.workers import count_cpus
 
 # A rank that is killed closes its connections, which ends the others at once; this is for a machine that vanishes.
 TIMEOUT = timedelta(minutes=5)

@@ -11,26 +11,22 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipeline import DataError
-from pipeline.console import Checked, Number, count_cpus, printable, progress_bar, run_command
+from pipeline.base.errors import DataError, printable
+from pipeline.base.workers import count_cpus
+from pipeline.console import Checked, Number, progress_bar, run_command
 from pipeline.images import ENCODINGS, SQUARES
-from pipeline.labels import (
-    BLANK_HELP,
-    LABELS,
-    UNCERTAIN_HELP,
-    VIEWS,
-    check_blank_policy,
-    parse_uncertain_policy,
-)
+from pipeline.labels import LABELS, VIEWS
+from pipeline.look.tables import print_report
+from pipeline.policies import BLANK_HELP, UNCERTAIN_HELP, check_blank_policy, parse_uncertain_policy
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
     import pyarrow as pa
 
-    from pipeline.shards import Options, RunSummary
-    from pipeline.source import Source
-    from pipeline.stats import Report, Statistics
+    from pipeline.etl.shards import Options, RunSummary
+    from pipeline.measure.counts import LabelStatistics, Statistics
+    from pipeline.sources.chexpert import Source
 
 VARIANTS = 4  # of each augmented image
 
@@ -57,7 +53,7 @@ def cli() -> None:
 @click.option("--workers", default=count_cpus, type=click.IntRange(min=1), show_default="all cores")
 def sample(out: Path, images: int, seed: int, laterals: float | None, valid: float, workers: int) -> None:
     """Write a synthetic CheXpert to OUT: drawn chest films, for trying things out without patient data."""
-    from pipeline.sample import write_sample
+    from pipeline.synthetic.sample import write_sample
 
     done = 0
     with progress_bar("Drawing", "images") as advance:
@@ -94,7 +90,7 @@ class Location(click.ParamType[Path]):
 
     def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> Path:
         """Its path; what it holds is looked at later."""
-        from pipeline.store import open_location
+        from pipeline.base.store import open_location
 
         if not str(value).strip():
             self.fail("the name is empty; for the folder you are in, write .", param, context)
@@ -113,7 +109,7 @@ class SplitCsv(click.ParamType[tuple[str, Path]]):
         self, value: Any, param: click.Parameter | None, context: click.Context | None
     ) -> tuple[str, Path]:
         """The split's name and the CSV's path."""
-        from pipeline.store import open_location
+        from pipeline.base.store import open_location
 
         split, equals, csv = str(value).partition("=")
         if not equals or not re.fullmatch(r"[a-z0-9_]+", split) or split == "dev":
@@ -192,9 +188,9 @@ def shards(
     Raw labels are kept; the policies are recorded as the shards' defaults, which training may override. The
     same command continues a run that was stopped or killed. Both may be s3://bucket/prefix.
     """
-    from pipeline.labels import describe_one_class
-    from pipeline.shards import Options, write_shards
-    from pipeline.source import find_source
+    from pipeline.etl.shards import Options, write_shards
+    from pipeline.policies import describe_one_class
+    from pipeline.sources.chexpert import find_source
 
     if str(out).startswith(("http:", "https:")):
         raise click.UsageError(
@@ -240,9 +236,9 @@ def shards(
 
 
 def _print_run(out: Path, run: "RunSummary", seconds: float) -> None:
-    from pipeline.store import is_remote
-    from pipeline.studies import describe_studies
-    from pipeline.workers import run_alone
+    from pipeline.base.store import is_remote
+    from pipeline.base.workers import run_alone
+    from pipeline.sources.load import describe_studies
 
     images = size = 0
     for name, split in run.manifest.splits.items():
@@ -284,8 +280,8 @@ def _print_run(out: Path, run: "RunSummary", seconds: float) -> None:
 
 def _print_preview(source: "Source", options: "Options", max_bad: float, strict: bool) -> int:
     """Say what would be written; returns the exit code that the same images would lead to."""
-    from pipeline.preview import preview_shards
-    from pipeline.stats import start_report
+    from pipeline.etl.preview import preview_shards
+    from pipeline.measure.counts import start_report
 
     preview = preview_shards(source, options)
     for name, split in preview.splits.items():
@@ -300,7 +296,7 @@ def _print_preview(source: "Source", options: "Options", max_bad: float, strict:
         click.echo(preview.moved)
     if options.views == "all":
         click.echo(preview.views)
-    _print_report(start_report(preview.statistics))
+    print_report(start_report(preview.statistics))
     click.echo("dry run: nothing was written")
     missing = sum(len(split.missing) for split in preview.splits.values())
     total = sum(split.kept for split in preview.splits.values())
@@ -341,7 +337,8 @@ def stats(
     format_: str,
 ) -> None:
     """Count positive, uncertain, negative and blank per label in SOURCE (shards, CheXpert folder or CSV)."""
-    from pipeline import stats as s
+    from pipeline.measure import counts as s
+    from pipeline.sources.load import load_table
 
     if format_ == "csv" and sum(map(bool, (by, cooccurrence, policy, against))) > 1:
         raise click.UsageError(
@@ -361,7 +358,7 @@ def stats(
         policies = s.parse_policies(policy) if policy else None
     except DataError as error:
         raise click.BadParameter(str(error), param_hint="--policy") from None
-    table = s.load_table(source, split, views)
+    table = load_table(source, split, views)
     statistics = s.count_labels(table)
     report = s.start_report(statistics)
     if by:
@@ -375,7 +372,7 @@ def stats(
                 counts = f"{targets['positives']:,} positives and {targets['negatives']:,} negatives"
                 click.echo(f"Warning: {label} is left with one class: {counts}", err=True)
     if against:
-        report["against"] = s.compare_tables(table, s.load_table(against, against_split, views))
+        report["against"] = s.compare_tables(table, load_table(against, against_split, views))
     if plot:
         _plot(statistics, report.get("cooccurrence"), plot)
         click.echo(f"{plot}: written", err=True)
@@ -391,21 +388,28 @@ def stats(
     elif format_ == "csv":
         click.echo(s.to_csv(report))
     else:
-        _print_report(report)
+        print_report(report)
 
 
 def _plot(statistics: "Statistics", cooccurrence: dict[str, dict[str, int]] | None, path: Path) -> None:
-    from pipeline.plots import draw_report, save_figure
+    from pipeline.look.plots import draw_report, save_figure
 
     save_figure(draw_report(statistics, cooccurrence), path)
 
 
 def _write_page(
-    source: Path, split: str | None, views: str, table: "pa.Table", report: "Report", scope: str, path: Path
+    source: Path,
+    split: str | None,
+    views: str,
+    table: "pa.Table",
+    report: "LabelStatistics",
+    scope: str,
+    path: Path,
 ) -> None:
-    from pipeline.label_report import find_examples, find_groups, render_label_report
-    from pipeline.manifest import NAME, write_atomically
-    from pipeline.stats import count_cooccurrence
+    from pipeline.base.files import write_atomically
+    from pipeline.look.label_report import find_examples, find_groups, render_label_report
+    from pipeline.manifest import NAME
+    from pipeline.measure.counts import count_cooccurrence
 
     report["cooccurrence"] = count_cooccurrence(table)
     examples = find_examples(source, split, views) if (source / NAME).is_file() else {}
@@ -420,83 +424,6 @@ def _check_output(option: str, path: Path | None, suffixes: Collection[str]) -> 
         raise click.UsageError(f"{option} {path}: the name must end in {' or '.join(suffixes)}")
     if path and not path.parent.is_dir():
         raise click.UsageError(f"{option} {path}: there is no folder {path.parent}")
-
-
-def _print_report(report: "Report") -> None:
-    totals = ", ".join(f"{report[unit]:,} {unit}" for unit in ("images", "studies", "patients"))
-    headings = ["positive", "uncertain", "negative", "blank", "positive %"]
-    rows = {}
-    for label, counts in report["labels"].items():
-        *states, share = counts.values()
-        rows[label] = [*(f"{count:,}" for count in states), f"{100 * share:.1f}"]
-    _print_table(totals, headings, rows)
-    if "by" in report:
-        groups = report["by"]["groups"]
-        headings = [f"{name} (n = {group['images']:,})" for name, group in groups.items()]
-        shares = {
-            label: [f"{100 * group['labels'][label]['share_positive']:.1f}" for group in groups.values()]
-            for label in report["labels"]
-        }
-        _print_table(f"positive % by {report['by']['variable']}", headings, shares)
-    if "cooccurrence" in report:
-        numbered = enumerate(report["cooccurrence"].items(), 1)
-        together = {f"{number:2} {label}": (label, row) for number, (label, row) in numbered}
-        headings = [str(number) for number in range(1, len(together) + 1)]
-        cells = {name: [str(count) for count in row.values()] for name, (_, row) in together.items()}
-        _print_table("images positive for the row and the column", headings, cells)
-        cells = {
-            name: [f"{100 * count / row[label]:.0f}" if row[label] else "–" for count in row.values()]
-            for name, (label, row) in together.items()
-        }
-        _print_table("P(column | row), %: of the images positive for the row", headings, cells)
-    if "policy" in report:
-        headings = ["uncertain", "positives", "negatives", "open", "masked", "mean target", "pos. weight"]
-        cells = {
-            label: [
-                row["policy"],
-                *(f"{row[name]:,}" for name in ("positives", "negatives", "open", "masked")),
-                *("–" if row[name] is None else f"{row[name]:.3f}" for name in ("mean_target", "pos_weight")),
-            ]
-            for label, row in report["policy"]["labels"].items()
-        }
-        _print_table(f"under the policies below, and {report['policy']['blank']} for blank", headings, cells)
-    if "against" in report:
-        other = report["against"]
-        headings = ["here %", "there %", "difference", "standardised"]
-        cells = {
-            label: [
-                f"{100 * row['share_positive']:.1f}",
-                f"{100 * row['other_share_positive']:.1f}",
-                f"{100 * row['difference']:+.1f}",
-                "–" if row["standardised_difference"] is None else f"{row['standardised_difference']:+.3f}",
-            ]
-            for label, row in other["labels"].items()
-        }
-        title = (
-            f"positive against {other['images']:,} images of {other['patients']:,} patients, "
-            f"{other['shared_patients']:,} of them in both\n"
-            "standardised: (p1 - p2) / sqrt((p1 (1 - p1) + p2 (1 - p2)) / 2), notable above 0.1"
-        )
-        _print_table(title, headings, cells)
-
-
-def _print_table(title: str, headings: list[str], rows: dict[str, list[str]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title=title, title_justify="left")
-    table.add_column("label")
-    for heading, column in zip(map(printable, headings), zip(*rows.values(), strict=True), strict=True):
-        width = max(map(len, (heading, *column)))
-        table.add_column(Text(heading), justify="right", no_wrap=True, min_width=width)
-    for label, cells in rows.items():
-        table.add_row(label, *cells)
-    console = Console()
-    # Labels may break to fit a terminal, numbers are never cut; a file or pipe has no width to fit.
-    needed = console.measure(table, options=console.options.update(width=1000))
-    console.width = max(console.width, needed.minimum) if console.is_terminal else needed.maximum
-    console.print(table)
 
 
 @cli.command(epilog="Example: pipeline show shards --label Edema --state uncertain --out edema.png")
@@ -540,10 +467,10 @@ def show(
     --augmented shows each image as training reads it, and as its augmentation would change it in the first
     step of the first epochs, were these images the batch.
     """
+    from pipeline.look.sheet import FORMATS, draw_images, draw_variants, find_state, save_sheet, spread_rows
     from pipeline.manifest import read_manifest
-    from pipeline.select import select_rows
-    from pipeline.show import FORMATS, draw_images, draw_variants, find_state, save_sheet, spread_rows
-    from pipeline.stream import open_split
+    from pipeline.stream.batches import open_split
+    from pipeline.stream.select import select_rows
 
     if state and not label:
         raise click.UsageError("--state needs --label")
@@ -597,7 +524,7 @@ def verify(shards: Path, deep: bool, workers: int) -> None:
 
     One line for each problem, on stdout; exit code 1 where there is any.
     """
-    from pipeline.verify import PRINTED, verify_shards
+    from pipeline.etl.verify import PRINTED, verify_shards
 
     start = time.perf_counter()
     with progress_bar("Verifying", "shards") as advance:
@@ -638,7 +565,7 @@ def index(folder: Path, csvs: tuple[str, ...], split: str | None, workers: int) 
     --csv, joined by the patient, study and view in a sample's key or json. Images are JPEGs, PNGs or .npy files of
     uint8 [height, width], all of one kind, and each is decoded once. The tars stay as they are.
     """
-    from pipeline.index import write_index
+    from pipeline.etl.adopt import write_index
 
     csv = _parse_csvs(csvs)
     with progress_bar("Indexing", "shards") as advance:

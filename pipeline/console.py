@@ -5,7 +5,6 @@ Exit codes: 0 done, 1 failed, 2 usage, 3 done but with rejects under --strict, 1
 
 import io
 import math
-import os
 import signal
 import sys
 import time
@@ -17,7 +16,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from pipeline import DataError
+from pipeline.base.errors import DataError, printable
 
 LINE_SECONDS = 10.0  # between plain lines where there is no terminal
 
@@ -79,14 +78,9 @@ def progress_bar(title: str, unit: str) -> Iterator[Advance]:
         yield advance
 
 
-def count_cpus() -> int:
-    """The processors that this process may use: fewer than the machine's under Slurm or in a container."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def printable(text: str) -> str:
-    """A text that may quote others' files, without the control characters that a terminal would obey."""
-    return "".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in text)
+def say(text: str) -> None:
+    """A line for the person in front: on stderr, since stdout is for results."""
+    click.echo(text, err=True)
 
 
 def run_command(command: click.Command) -> None:

@@ -1,4 +1,4 @@
-"""CheXpert CSV → label table; policies that turn its raw states into targets and masks.
+"""CheXpert CSV → label table, with raw states; what the labels, views and patients of a table are.
 
 Input:  `train.csv`, `valid.csv` (or `.csv.gz`) as Stanford ships them; columns are addressed by name.
 Output: an Arrow table with one row per image:
@@ -13,8 +13,7 @@ Output: an Arrow table with one row per image:
     <14 labels> int8     1 positive, 0 negative, -1 uncertain, null blank (not mentioned)
 The test set's CSVs have paths and labels only: there the view is the file name's, and the rest is null.
 
-The raw states are kept everywhere; `make_targets` applies a policy only when labels are read for training.
-Policies: Irvin et al., "CheXpert", AAAI 2019, Table 3; smoothing: Pham et al., 2019 (arXiv:1911.06475).
+The raw states are kept everywhere: `policies` turns them into targets only when labels are read for training.
 """
 
 import csv as stdlib_csv
@@ -23,7 +22,7 @@ import hashlib
 import io
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from itertools import combinations, islice, takewhile
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
@@ -34,8 +33,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 
-from pipeline import DataError
-from pipeline.store import open_to_read
+from pipeline.base.errors import DataError
+from pipeline.base.store import open_to_read
+
+PROJECTIONS = ("AP", "PA", "lateral", "other")  # a projection's code is its place here
+MOST_VIEWS = 3  # of a study, as CheXpert has them
+
+
+STATES = {"positive": 1, "uncertain": -1, "negative": 0, "blank": None}
+
 
 LABELS = (
     "No Finding",
@@ -57,26 +63,6 @@ FACTS = ("Sex", "Age", "Frontal/Lateral", "AP/PA")
 COLUMNS = ("Path", *FACTS, *LABELS)
 VIEWS = ("frontal", "lateral", "all")
 
-UNCERTAIN_POLICIES = (
-    "zeros",
-    "ones",
-    "ignore",
-    "smooth-zeros",
-    "smooth-ones",
-    "multiclass",
-    "selftrained",
-)
-BLANK_POLICIES = ("zeros", "ignore")
-UNCERTAIN_HELP = f"Policy for -1: best, {', '.join(UNCERTAIN_POLICIES)}; per label: best,Edema=zeros."
-BLANK_HELP = f"Policy for blanks: {' or '.join(BLANK_POLICIES)}."
-SMOOTH_RANGES = {"smooth-zeros": (0.0, 0.3), "smooth-ones": (0.55, 0.85)}
-# How often radiologists call an uncertain report positive decides (500 test studies): Atelectasis .54,
-# Edema .52, Pleural Effusion .29, Consolidation .03.
-BEST_POLICY = dict.fromkeys(LABELS, "zeros") | {
-    "Atelectasis": "ones",
-    "Edema": "ones",
-    "Pleural Effusion": "smooth-ones",
-}
 
 _STATES = {1.0: 1, 0.0: 0, -1.0: -1}
 _PATH = (
@@ -171,34 +157,6 @@ def split_patients(table: pa.Table, dev: float, seed: int) -> tuple[pa.Table, pa
     return table.filter(pc.invert(in_dev)), table.filter(in_dev)
 
 
-def parse_uncertain_policy(text: str) -> dict[str, str]:
-    """One policy per label from `best`, `ones`, … with overrides: `best,Edema=zeros`.
-
-    Raises DataError for an unknown policy or label.
-    """
-    default, *overrides = (part.strip() for part in text.split(","))
-    if default != "best" and default not in UNCERTAIN_POLICIES:
-        raise DataError(
-            f"uncertain policy '{default}' is unknown; choose from best, {', '.join(UNCERTAIN_POLICIES)}"
-        )
-    policy = dict(BEST_POLICY) if default == "best" else dict.fromkeys(LABELS, default)
-    for override in overrides:
-        label, _, value = override.partition("=")
-        if label not in LABELS:
-            raise DataError(f"uncertain policy '{override}': '{label}' is not a label; write LABEL=POLICY")
-        if value not in UNCERTAIN_POLICIES:
-            raise DataError(f"uncertain policy '{override}': choose from {', '.join(UNCERTAIN_POLICIES)}")
-        policy[label] = value
-    return policy
-
-
-def check_blank_policy(text: str) -> str:
-    """The policy itself; raises DataError where it is unknown."""
-    if text not in BLANK_POLICIES:
-        raise DataError(f"blank policy '{text}' is unknown; choose from {', '.join(BLANK_POLICIES)}")
-    return text
-
-
 def label_states(table: pa.Table) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.bool_]]:
     """States [N, 14] (1, 0, -1; 0 where blank) and whether each cell is blank [N, 14]."""
     states = np.empty((table.num_rows, len(LABELS)), np.int8)
@@ -207,73 +165,6 @@ def label_states(table: pa.Table) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.
         states[:, column] = pc.fill_null(table[label], 0).to_numpy()
         blank[:, column] = pc.is_null(table[label]).to_numpy()
     return states, blank
-
-
-def make_targets(
-    table: pa.Table,
-    uncertain: Mapping[str, str],
-    blank: str,
-    seed: int,
-    teacher: npt.NDArray[np.float32] | None = None,
-) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
-    """Training targets [N, 14] in [0, 1] and masks [N, 14] (False: the cell does not enter the loss).
-
-    `uncertain` holds a policy per label. A smoothing draw is a pure function of (seed, key, label). Under
-    `multiclass` an uncertain cell stays -1, which names its class. Under `selftrained` it becomes the score
-    that `teacher` [N, 14] has for it; raises DataError where there is no teacher.
-    """
-    states, is_blank = label_states(table)
-    target = states.astype(np.float32)
-    mask = np.ones_like(is_blank)
-    if blank == "ignore":
-        mask &= ~is_blank
-    keys = None
-    for column, label in enumerate(LABELS):
-        policy = uncertain[label]
-        rows = np.flatnonzero(states[:, column] == -1)
-        if policy in SMOOTH_RANGES:
-            low, high = SMOOTH_RANGES[policy]
-            keys = table["key"].to_pylist() if keys is None else keys
-            draws = np.array([hash_fraction("smooth", seed, keys[row], label) for row in rows])
-            target[rows, column] = low + (high - low) * draws
-        elif policy == "selftrained":
-            if teacher is None:
-                raise DataError(
-                    f"label {label} is selftrained: it needs a --teacher, a run that was scored on train"
-                )
-            target[rows, column] = teacher[rows, column]
-        elif policy != "multiclass":
-            target[rows, column] = policy == "ones"
-            mask[rows, column] = policy != "ignore"
-    return target, mask
-
-
-def one_class_labels(
-    target: npt.NDArray[np.float32], mask: npt.NDArray[np.bool_]
-) -> list[tuple[str, int, int]]:
-    """(label, positives, negatives) of the labels that lack one of them among the cells of mask [N, 14].
-
-    A soft target counts as what it is nearer to; the class uncertain of `multiclass` (-1) is neither.
-    """
-    positives = (mask & (target >= 0.5)).sum(axis=0).tolist()
-    negatives = (mask & (target >= 0) & (target < 0.5)).sum(axis=0).tolist()
-    return [counts for counts in zip(LABELS, positives, negatives, strict=True) if 0 in counts]
-
-
-def describe_one_class(lacking: Iterable[tuple[str, int, int]]) -> list[str]:
-    """What `one_class_labels` found, in words, a text per label."""
-    return [
-        f"label {label} has {positives} positives and {negatives} negatives in train"
-        for label, positives, negatives in lacking
-    ]
-
-
-def evaluation_targets(table: pa.Table, blank: str) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
-    """Targets [N, 14] in {0, 1} and masks [N, 14] for metrics: uncertain cells are always left out.
-
-    With the shards' own policy for `blank`, runs with different policies are compared on the same cells.
-    """
-    return make_targets(table, dict.fromkeys(LABELS, "ignore"), blank, seed=0)
 
 
 def line_of(csv: Path, row: int) -> int:
@@ -399,3 +290,32 @@ def _demand_unique(csv: Path, key: pa.Array) -> None:
         second = pc.index(key.slice(first + 1), name).as_py() + first + 1
         lines = f"lines {line_of(csv, first)} and {line_of(csv, second)}"
         raise DataError(f"{csv}, {lines}: the same image {name} twice")
+
+
+def count_rows(table: pa.Table) -> dict[str, int]:
+    """Samples, studies and patients of a table, as the manifest has them."""
+    return {
+        "samples": table.num_rows,
+        "studies": pc.count_distinct(study_names(table)).as_py(),
+        "patients": pc.count_distinct(table["patient"]).as_py(),
+    }
+
+
+def limit_patients(table: pa.Table, limit: int, seed: int) -> pa.Table:
+    """Whole patients, in the order of a hash, as long as they fit into `limit` images (the first one always)."""
+    patients = table["patient"].combine_chunks().dictionary_encode()
+    counts = np.bincount(patients.indices.to_numpy(), minlength=len(patients.dictionary))
+    draws = [hash_fraction("limit", seed, patient) for patient in patients.dictionary.to_pylist()]
+    order = np.argsort(draws, kind="stable")
+    fits = np.cumsum(counts[order]) <= limit
+    fits[:1] = True
+    chosen = np.zeros(len(counts), np.bool_)
+    chosen[order] = fits
+    return table.filter(pa.array(chosen[patients.indices.to_numpy()]))
+
+
+def number_studies(table: pa.Table) -> npt.NDArray[np.int64]:
+    """The number [N] of each row's study, counted from 0 in the order in which studies first occur."""
+    names = study_names(table).combine_chunks()
+    numbers: npt.NDArray[np.int64] = names.dictionary_encode().indices.to_numpy()
+    return numbers.astype(np.int64)

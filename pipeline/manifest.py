@@ -4,27 +4,20 @@ The manifest is written last, so a folder that has one is complete. It holds no 
 input and options give the same bytes.
 """
 
-import csv
-import fcntl
 import hashlib
-import io
 import json
 import math
-import os
-import re
-import secrets
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from pipeline import DataError
-from pipeline.labels import LABELS, study_names
-from pipeline.store import is_remote, object_to_put
+from pipeline.base.errors import DataError
+from pipeline.base.files import read_arrow, write_atomically
+from pipeline.base.store import is_remote
+from pipeline.labels import LABELS
 
 FORMAT = "chexpert-shards"
 VERSION = 1
@@ -43,8 +36,6 @@ FACTS = pa.schema(
 )
 PLACES = pa.schema({"shard": pa.int32(), "offset": pa.int64(), "length": pa.int32(), "crc": pa.uint32()})
 _FULL = ("key", "patient", "study", "view", *PLACES.names)
-FORMULA = ("=", "+", "-", "@", "\t", "\r")  # with which a spreadsheet's formulas begin
-_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 
 
 @dataclass(frozen=True)
@@ -164,137 +155,6 @@ def read_table(folder: Path, split: Split) -> pa.Table:
         if names.type != pa.string() or names.null_count:
             raise DataError(f"{path}: column member is not string, or has empty cells")
     return table
-
-
-def read_arrow(path: Path, source: pa.NativeFile | bytes) -> pa.Table:
-    """The table of an Arrow IPC file, whose every value is sound. Raises DataError naming `path`."""
-    try:
-        table = pa.ipc.open_file(source).read_all()
-        table.validate(full=True)  # whoever made the file can have made its offsets lead anywhere
-    except (OSError, ValueError, pa.ArrowException) as error:
-        raise DataError(f"{path}: not an Arrow table: {error}") from error
-    return table
-
-
-def count_rows(table: pa.Table) -> dict[str, int]:
-    """Samples, studies and patients of a table, as the manifest has them."""
-    return {
-        "samples": table.num_rows,
-        "studies": pc.count_distinct(study_names(table)).as_py(),
-        "patients": pc.count_distinct(table["patient"]).as_py(),
-    }
-
-
-def write_table(path: Path, table: pa.Table) -> str:
-    """Write an Arrow IPC file atomically; returns its sha256."""
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, table.schema) as writer:
-        writer.write_table(table.combine_chunks())
-    data = sink.getvalue()
-    write_atomically(path, data)
-    return hashlib.sha256(data).hexdigest()
-
-
-@contextmanager
-def claimed(folder: Path) -> Iterator[None]:
-    """Be the only one that writes to a folder on this machine; a process that is killed gives it back.
-
-    What a killed process has left half-written is removed at the beginning, and at the end what one that worked for
-    this one has: a worker of a cluster. Raises DataError where another process writes to it. (Locks of the kernel:
-    over NFS they hold among machines as far as the server supports them.)
-    """
-    path = folder / ".lock"
-    while True:
-        with path.open("a") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise DataError(
-                    f"{folder}: another process is writing to it; wait for it, or stop it"
-                ) from None
-            except OSError as error:
-                raise DataError(
-                    f"{folder}: its file system has no locks ({error.strerror}); choose a folder on another one"
-                ) from None
-            try:
-                if os.fstat(file.fileno()).st_ino != path.stat().st_ino:
-                    continue  # its last owner has removed it meanwhile
-            except FileNotFoundError:
-                continue
-            try:
-                remove_temporaries(folder)
-                yield
-            finally:
-                remove_temporaries(folder)
-                path.unlink(missing_ok=True)
-            return
-
-
-def remove_temporaries(folder: Path) -> None:
-    """Remove what killed processes have left half-written in a folder."""
-    for path in folder.glob(".*.tmp"):
-        if is_temporary(path):
-            path.unlink(missing_ok=True)
-
-
-def is_temporary(path: Path) -> bool:
-    """Whether a killed process has left this file half-written, by its name."""
-    return _TEMPORARY.fullmatch(path.name) is not None
-
-
-def write_csv(path: Path, rows: Iterable[Sequence[object]]) -> None:
-    """Write rows as a CSV, atomically; what a spreadsheet would take for a formula becomes text (a quote in front).
-
-    So the OWASP's advice on CSV injection: file names and CSV cells of others must not run as code.
-    """
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    for row in rows:
-        writer.writerow([f"'{cell}" if str(cell).startswith(FORMULA) else cell for cell in row])
-    write_atomically(path, text.getvalue().encode())
-
-
-def write_json(path: Path, document: Any) -> None:
-    """Write a JSON file atomically."""
-    write_atomically(path, json.dumps(document).encode())
-
-
-def write_atomically(path: Path, data: bytes | pa.Buffer) -> None:
-    """Write a whole file, or nothing. Raises DataError, naming the file, where it cannot be written."""
-    with atomic_file(path) as file:
-        file.write(data)
-
-
-def move_file(source: Path, target: Path) -> None:
-    """Move a file within a file system. Raises DataError, naming the target, where that fails."""
-    try:
-        source.replace(target)
-    except OSError as error:
-        raise DataError(f"{target}: cannot be written: {error.strerror}") from error
-
-
-@contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that appears under its name at the end, whole and on disk, or not at all.
-
-    The path may be one of `pipeline.store`. Raises DataError, naming the file, where it cannot be written.
-    """
-    if is_remote(path):
-        with object_to_put(path) as file:
-            yield file
-        return
-    # A name of its own: on a cluster, a worker given up for lost may still be writing the same file.
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be written: {error.strerror}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _parse_split(document: Mapping[str, Any]) -> Split:

@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline.etl.shards import Options, RunSummary, write_shards
 from pipeline.labels import COLUMNS, LABELS
 from pipeline.manifest import Manifest, read_manifest
-from pipeline.sample import write_sample
-from pipeline.shards import Options, RunSummary, write_shards
-from pipeline.source import find_source
+from pipeline.sources.chexpert import find_source
+from pipeline.synthetic.sample import write_sample
 
+REPOSITORY = Path(__file__).parents[1]
 PIPELINE = Path(sys.executable).with_name("pipeline")  # the console script of this environment
 # OpenMP's barriers spin: on a busy machine two threads of a tiny network are a hundred times slower than one.
 os.environ["OMP_NUM_THREADS"] = "1"

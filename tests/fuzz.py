@@ -32,17 +32,18 @@ from torch import _weights_only_unpickler
 
 with atheris.instrument_imports(include=["pipeline", "model"]):
     from model.checkpoint import load_checkpoint, save_checkpoint
-    from model.run import read_config
+    from model.runs.config import read_config
+    from model.runs.scores import read_scores, write_scores
     from pipeline import DataError
+    from pipeline.etl.adopt import write_index
+    from pipeline.etl.shards import Options, write_shards
     from pipeline.images import ENCODINGS, ImageError, ImageOptions, decode_stored, prepare
-    from pipeline.index import write_index
-    from pipeline.labels import LABELS, make_targets, parse_uncertain_policy, read_labels
+    from pipeline.labels import LABELS, read_labels
     from pipeline.manifest import Split, read_manifest, read_table
-    from pipeline.sample import write_sample
-    from pipeline.scores import read_scores, write_scores
-    from pipeline.shards import Options, write_shards
-    from pipeline.source import find_source
-    from pipeline.stream import Labels, open_split, stream_evaluation
+    from pipeline.policies import make_targets, parse_uncertain_policy
+    from pipeline.sources.chexpert import find_source
+    from pipeline.stream.batches import Labels, open_split, stream_evaluation
+    from pipeline.synthetic.sample import write_sample
 
 unpickler = _weights_only_unpickler.Unpickler
 unpickler.load = atheris.instrument_func(unpickler.load)  # type: ignore[method-assign]

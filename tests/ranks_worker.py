@@ -16,8 +16,8 @@ from torchvision.ops import FrozenBatchNorm2d
 
 import train
 from model.networks import build_network
-from model.run import Job, agree, open_rows
-from pipeline.stream import stream_training
+from model.runs.job import Job, agree, open_rows
+from pipeline.stream.batches import stream_training
 
 GRADIENTS = 3  # steps whose gradients are kept
 

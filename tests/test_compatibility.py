@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from model.run import read_config
+from model.runs.config import read_config
+from model.runs.scores import read_scores
 from pipeline.manifest import read_manifest, read_table
-from pipeline.scores import read_scores
-from pipeline.stream import Labels, open_split, stream_evaluation
+from pipeline.stream.batches import Labels, open_split, stream_evaluation
 from tests.conftest import run_pipeline
 from tests.test_train import run_train
 

@@ -17,13 +17,14 @@ import pytest
 from PIL import Image
 
 from pipeline import DataError
+from pipeline.base.files import write_table
+from pipeline.etl.verify import verify_shards
 from pipeline.images import decode_stored
-from pipeline.manifest import Manifest, read_manifest, read_table, write_manifest, write_table
-from pipeline.stream import Labels, open_split, stream_evaluation
-from pipeline.verify import verify_shards
+from pipeline.manifest import Manifest, read_manifest, read_table, write_manifest
+from pipeline.stream.batches import Labels, open_split, stream_evaluation
 from tests.conftest import default_options, make_shards, run_pipeline
-from tests.test_images import SECRET, add_metadata, encode
-from tests.test_verify import change, edit_table
+from tests.pipeline.etl.test_verify import change, edit_table
+from tests.pipeline.test_images import SECRET, add_metadata, encode
 
 
 class Payload:

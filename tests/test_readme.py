@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.manifest import Manifest
+from tests.conftest import REPOSITORY
 
-REPOSITORY = Path(__file__).parents[1]
 README = REPOSITORY / "README.md"
 RELIABILITY = REPOSITORY / "docs" / "reliability.md"
 
@@ -68,10 +68,3 @@ def test_every_target_that_the_documents_name_exists() -> None:
     for document in documents:
         named = set(re.findall(r"(?:`|^|\n)make ([a-z][a-z0-9-]*)", document.read_text()))
         assert named <= targets, document
-
-
-def test_the_layout_names_every_module() -> None:
-    layout = README.read_text().split("## Layout")[1]
-    for folder in ("pipeline", "model"):
-        modules = {path.name for path in (REPOSITORY / folder).glob("*.py")} - {"__init__.py"}
-        assert modules <= set(re.findall(r"^  (\w+\.py) ", layout, re.MULTILINE))

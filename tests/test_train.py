@@ -29,20 +29,23 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torchvision.ops import StochasticDepth
 
 import train
-from model import scoring
-from model.assessment import calibrate
 from model.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from model.evaluation import DivergedError, MemoryExhaustedError
 from model.networks import build_network
-from model.run import Config, Job, StopFlag, choose_device, open_rows, open_run, read_config
-from model.scoring import evaluate, score_best
+from model.predict import DivergedError, MemoryExhaustedError
+from model.runs import scoring
+from model.runs.config import Config, read_config
+from model.runs.job import Job, StopFlag, choose_device, open_rows, open_run
+from model.runs.scores import read_scores, write_scores
+from model.runs.scoring import evaluate, score_best
 from pipeline import DataError
+from pipeline.base.files import claimed
 from pipeline.console import run_command
-from pipeline.index import write_index
-from pipeline.labels import LABELS, evaluation_targets, hash_fraction
-from pipeline.manifest import Manifest, claimed, manifest_digest, read_table
-from pipeline.scores import read_scores, write_scores
-from pipeline.stream import Labels, open_split, stream_evaluation, stream_training
+from pipeline.etl.adopt import write_index
+from pipeline.labels import LABELS, hash_fraction
+from pipeline.manifest import Manifest, manifest_digest, read_table
+from pipeline.measure.evaluate import calibrate
+from pipeline.policies import evaluation_targets
+from pipeline.stream.batches import Labels, open_split, stream_evaluation, stream_training
 from tests.conftest import ROUNDS
 
 REPOSITORY = Path(train.__file__).parent

@@ -1,0 +1,71 @@
+"""Network + batches → scores. Every sample once, in the order of the batches."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from model.augment import normalize
+from model.losses import label_scores
+from pipeline.base.errors import DataError
+
+
+class DivergedError(DataError):
+    """A loss or a score is not finite: with the same settings it would come to that again."""
+
+
+class MemoryExhaustedError(DataError):
+    """The device has too little memory for a step: with the same settings it would run out again."""
+
+
+class InterruptedEvaluationError(Exception):
+    """Raised in the middle of an evaluation when a stop was asked for; nothing is lost but its scores."""
+
+
+@contextmanager
+def explain_memory(doing: str, remedy: str) -> Iterator[None]:
+    """Raise MemoryExhaustedError, saying what was done and what helps, where torch cannot allocate memory."""
+    try:
+        yield
+    except RuntimeError as error:  # torch.OutOfMemoryError is one; a CPU's has no class of its own
+        if not isinstance(error, torch.OutOfMemoryError) and not any(
+            words in str(error) for words in ("can't allocate memory", "not enough memory", "out of memory")
+        ):
+            raise
+        raise MemoryExhaustedError(f"out of memory {doing}; {remedy}") from error
+
+
+@torch.inference_mode()
+def predict_scores(
+    network: nn.Module,
+    columns: list[int],
+    batches: Iterable[tuple[Tensor, ...]],
+    mean: float,
+    std: float,
+    precision: torch.dtype,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> npt.NDArray[np.float32]:
+    """Scores [N, L] in [0, 1] of the labels `columns` [L], for batches of uint8 images [B, 1, H, W].
+
+    Behind the images comes what else the network takes; all of it is on the network's device. Raises
+    DivergedError where a score is not finite.
+    """
+    network.eval()
+    scores = []
+    for images, *others in batches:
+        if should_stop():
+            raise InterruptedEvaluationError
+        inputs = normalize(images, mean, std).contiguous(memory_format=torch.channels_last)
+        with (
+            explain_memory(f"while scoring {len(images)} images at once", "choose a smaller --image-size"),
+            torch.autocast(images.device.type, precision, enabled=precision != torch.float32),
+        ):
+            logits = network(inputs, *others)
+        scores.append(label_scores(logits[:, columns]).cpu())
+    found = torch.cat(scores).numpy() if scores else np.empty((0, len(columns)), np.float32)
+    if not np.isfinite(found).all():
+        raise DivergedError("the network's scores are not finite; train with a lower --lr, or --amp off")
+    return found

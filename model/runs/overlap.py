@@ -1,0 +1,157 @@
+"""What a run trained on ↔ `trained-on.arrow`, to notice patients and images that it is evaluated on as well.
+
+An Arrow IPC file with one row per image of train and dev that the run used:
+    split    string  train, or dev, on which its checkpoint and thresholds are chosen
+    crc      uint32  of the image as stored in the shards
+    length   int32   bytes of the same
+    patient  uint64  first 8 bytes of sha256(the manifest's sha256 + patient)
+The hash keeps names out of the file. It is no secret: who has the run can try all patient numbers.
+"""
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from model.runs.config import read_config
+from model.runs.job import Job, Selected, open_images
+from pipeline.base.errors import DataError
+from pipeline.base.files import read_arrow, write_table
+from pipeline.console import say
+from pipeline.manifest import manifest_digest
+
+TRAINED_ON = "trained-on.arrow"
+SCHEMA = pa.schema({"split": pa.string(), "crc": pa.uint32(), "length": pa.int32(), "patient": pa.uint64()})
+
+
+class Shared(NamedTuple):
+    """How many patients and images of a table a run trained on."""
+
+    patients: int
+    images: int
+
+
+def write_trained_on(job: Job, selected: Iterable[tuple[str, Selected]]) -> None:
+    """Write the file of the rows that a run uses of the named splits, atomically."""
+    tables = []
+    for name, chosen in selected:
+        table = chosen.split.table.take(chosen.images)
+        columns = {
+            "split": pa.array([name] * table.num_rows, pa.string()),
+            "crc": table["crc"],
+            "length": table["length"],
+            "patient": _hash_patients(table, job.config.manifest),
+        }
+        tables.append(pa.table(columns, schema=SCHEMA))
+    write_table(job.run / TRAINED_ON, pa.concat_tables(tables))
+
+
+def count_shared(run: Path, table: pa.Table, splits: Iterable[str] = ("train", "dev")) -> Shared | None:
+    """The patients and images in rows of a split's table that the run used in its own `splits`.
+
+    Images are the same where CRC and length are. None where the run, of an earlier version, has no file to tell.
+    Raises DataError where that is damaged.
+    """
+    path = run / TRAINED_ON
+    if not path.exists():
+        return None
+    used = read_arrow(path, path.read_bytes())
+    if used.schema != SCHEMA or any(column.null_count for column in used.columns):
+        raise DataError(f"{path}: damaged; the command that trained the run writes it again")
+    used = used.filter(pc.is_in(used["split"], pa.array(list(splits), pa.string())))
+    patients = np.unique(_hash_patients(table, read_config(run).manifest).to_numpy())
+    return Shared(
+        patients=int(np.isin(patients, used["patient"].to_numpy()).sum()),
+        images=int(np.isin(_join_images(table), _join_images(used)).sum()),
+    )
+
+
+def check_evaluation(
+    job: Job, name: str, against: Iterable[Path], shared_images: bool
+) -> dict[str, int | None]:
+    """Check a split against what the run, and those it is compared with, trained on, if that is other shards.
+
+    Returns `shared_patients` and `shared_images` of the run itself (None: not known), and nothing on its own shards.
+    Warns of shared patients. Raises DataError for shared images, unless `shared_images` allows them.
+    """
+    digest, found = manifest_digest(job.shards), {}
+    split, rows = open_images(job, name)
+    table = split.table.take(rows)
+    for run in dict.fromkeys((job.run, *against)):
+        if read_config(run).manifest == digest:
+            continue
+        shared = count_shared(run, table)
+        report_shared(run, f"{job.shards}, {name}", shared, table.num_rows, allowed=shared_images)
+        if run == job.run:
+            found = {
+                "shared_patients": shared.patients if shared else None,
+                "shared_images": shared.images if shared else None,
+            }
+    return found
+
+
+def check_teacher(job: Job, teacher: Path) -> None:
+    """Check a student's dev and valid against the train of its teacher, whose scores would give them away.
+
+    On the same shards too: a dev held out by another seed is in the teacher's train. Warns of shared patients.
+    Raises DataError for shared images.
+    """
+    for name in ("dev", "valid"):
+        if name == "valid" and name not in job.manifest.splits:
+            continue
+        split, rows = open_images(job, name)
+        table = split.table.take(rows)
+        shared = count_shared(teacher, table, ["train"])
+        if job.ranks.is_first or (shared and shared.images):
+            report_shared(teacher, f"{job.shards}, {name}", shared, table.num_rows)
+        if shared is None:
+            return
+
+
+def report_shared(
+    run: Path, what: str, shared: Shared | None, images: int, allowed: bool | None = None
+) -> None:
+    """Warn of patients in `what` that a run trained on. Raises DataError for images, unless they are `allowed`.
+
+    `allowed` is None where no option can allow them.
+    """
+    if shared is None:
+        say(
+            f"{run}: no {TRAINED_ON}, as in runs of earlier versions: whether it trained on patients or images of "
+            f"{what} is not checked"
+        )
+        return
+    if shared.images:
+        text = f"{what}: {run} trained on {shared.images:,} of these {images:,} images"
+        if allowed is None:
+            raise DataError(f"{text}; train with the teacher's own split, or take another teacher")
+        if not allowed:
+            raise DataError(f"{text}; evaluate on others, or go on with --shared-images")
+        say(f"{text}: its scores of them are too good")
+    if shared.patients:
+        say(
+            f"{what}: {shared.patients:,} patient names are among those that {run} trained on: if they are the same "
+            "people, figures are too good"
+        )
+
+
+def _hash_patients(table: pa.Table, digest: str) -> pa.ChunkedArray:
+    """The hash of each row's patient, uint64 [N]."""
+    patients = table["patient"].combine_chunks().dictionary_encode()
+    hashes = [
+        int.from_bytes(hashlib.sha256(f"{digest}{name}".encode()).digest()[:8])
+        for name in patients.dictionary.to_pylist()
+    ]
+    return pa.chunked_array([pa.array(hashes, pa.uint64()).take(patients.indices)])
+
+
+def _join_images(table: pa.Table) -> npt.NDArray[np.uint64]:
+    """CRC and length of each row's image as one number [N]."""
+    crc, length = (table[name].to_numpy().astype(np.uint64) for name in ("crc", "length"))
+    joined: npt.NDArray[np.uint64] = crc << np.uint64(32) | length
+    return joined

@@ -1,0 +1,186 @@
+"""Evaluations of a run → one HTML page that needs nothing else, and a model card in Markdown."""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import jinja2
+import numpy as np
+from markupsafe import Markup
+from matplotlib.axes import Axes
+
+from pipeline.base.pages import (
+    FAINT,
+    FIRST,
+    SECOND,
+    THIRD,
+    draw_svg,
+    open_templates,
+    show_figure,
+    show_limits,
+)
+from pipeline.measure.calibration import RULES, apply_calibration
+from pipeline.measure.evaluate import AREAS, Scored
+from pipeline.measure.metrics import FEW, Bools, Curve, Floats, label_cells, reliability, threshold_curve
+
+MEANS = {"macro": "macro", "macro10": "macro, ≥ 10 positives", "mean5": "mean of competition's 5"}
+TITLES = {"youden": "Youden's J", "max_f1": "highest F1", "sensitivity": "sensitivity"}
+
+
+def render_report(
+    title: str,
+    config: Mapping[str, Any],
+    history: Sequence[Mapping[str, Any]],
+    evaluations: Mapping[str, Mapping[str, Any]],
+    images: Mapping[str, Scored],
+) -> str:
+    """The page of a run: settings, training curves, and by split what `assess` gives with the curves behind it.
+
+    `history` are the lines of metrics.jsonl; `evaluations` and `images` have the same splits.
+    """
+    sections = [
+        {
+            "name": name,
+            "evaluation": evaluation,
+            "panels": draw_panels(evaluation, images[name]),
+            "gaps": describe_gaps(evaluation),
+        }
+        for name, evaluation in evaluations.items()
+    ]
+    training = draw_training(history) if history else None
+    page = _templates().get_template("report.html")
+    return page.render(title=title, config=config, training=training, sections=sections)
+
+
+def render_model_card(
+    title: str,
+    config: Mapping[str, Any],
+    data: Mapping[str, Mapping[str, int]],
+    evaluations: Mapping[str, Mapping[str, Any]],
+) -> str:
+    """The model card of a run; `data` are samples, studies and patients of each split."""
+    gaps = {name: describe_gaps(evaluation) for name, evaluation in evaluations.items()}
+    card = _templates().get_template("model-card.md")
+    return card.render(title=title, config=config, data=data, evaluations=evaluations, gaps=gaps)
+
+
+def describe_gaps(evaluation: Mapping[str, Any]) -> list[str]:
+    """A line for everything of an evaluation that is undefined or rests on fewer resamples, and why."""
+    lines = []
+    levels = {"images": evaluation} if evaluation["unit"] == "image" else {}
+    for level, part in (levels | {"studies": evaluation["study"]}).items():
+        intervals = part["intervals"]
+        for name in part["skipped"]:
+            label = part["labels"][name]
+            lacking = " and ".join(side for side in ("positives", "negatives") if label[side] == 0)
+            lines.append(f"{name}, {level}: no {lacking}, so no AUROC, no AUPRC, and in no mean.")
+        for name, label in part["labels"].items():
+            few = min(label["positives"], label["negatives"])
+            if label["few"] and few:
+                lines.append(f"{name}, {level}: {few} of one class, too few to tell; marked few.")
+        for mean, shown in MEANS.items():
+            if part[f"{mean}_auroc"] is None:
+                lines.append(f"{shown}, {level}: undefined, for lack of labels.")
+        for name, limits in intervals["auprc"].items():
+            lost = intervals["resamples"] - limits["resamples"]
+            if 0 < lost < intervals["resamples"]:
+                what = f"{lost:,} of {intervals['resamples']:,} resamples have one class and are left out"
+                lines.append(f"{MEANS.get(name, name)}, {level}: {what} of AUPRC's interval.")
+        fitted = evaluation["calibration"]["image" if part is evaluation else "study"]
+        lines += [
+            f"{name}, {level} of dev: {label['note']}." for name, label in fitted.items() if label["note"]
+        ]
+    return lines
+
+
+def draw_training(history: Sequence[Mapping[str, Any]]) -> list[tuple[str, Markup]]:
+    """Train loss and dev AUROC by epoch, each as caption and SVG."""
+    epochs = [line["epoch"] for line in history]
+
+    def draw_loss(axes: Axes) -> None:
+        axes.plot(epochs, [line["train_loss"] for line in history], ".-", color=FIRST)
+        axes.set(xlabel="epoch", ylabel="train loss")
+
+    def draw_auroc(axes: Axes) -> None:
+        for mean, color in zip(MEANS, (FIRST, SECOND, THIRD), strict=True):
+            values = [line.get(f"{mean}_auroc") for line in history]
+            heights = [np.nan if value is None else value for value in values]
+            axes.plot(epochs, heights, ".-", color=color, label=MEANS[mean])
+        axes.set(xlabel="epoch", ylabel="AUROC, dev")
+        axes.legend()
+
+    return [
+        ("Training loss", draw_svg(draw_loss, "train loss by epoch", (4.4, 2.6))),
+        ("AUROC on dev", draw_svg(draw_auroc, "AUROC on dev by epoch", (4.4, 2.6))),
+    ]
+
+
+def draw_panels(evaluation: Mapping[str, Any], images: Scored) -> dict[str, dict[str, Markup]]:
+    """ROC, precision-recall and reliability curves: kind → label → SVG; none of a label that is skipped."""
+    panels: dict[str, dict[str, Markup]] = {"ROC": {}, "precision-recall": {}, "reliability": {}}
+    for name, score, truth in label_cells(list(evaluation["labels"]), *images[:3]):
+        label = evaluation["labels"][name]
+        if label["auroc"] is None:
+            continue
+        curve = threshold_curve(score, truth)
+        calibrated = apply_calibration(score, evaluation["calibration"]["image"][name])
+        draws = {
+            "ROC": partial(_draw_roc, curve, label["operating_points"]["youden"]),
+            "precision-recall": partial(_draw_pr, curve),
+            "reliability": partial(_draw_reliability, score, calibrated, truth),
+        }
+        for kind, draw in draws.items():
+            panels[kind][name] = draw_svg(draw, f"{kind} curve of {name}", (2.1, 2.0), unit=True)
+    return panels
+
+
+def _draw_roc(curve: Curve, chosen: Mapping[str, float] | None, axes: Axes) -> None:
+    hits, alarms = curve.true_positives, curve.false_positives
+    axes.plot([0, 1], [0, 1], ":", color=FAINT)
+    axes.plot([0, *alarms / alarms[-1]], [0, *hits / hits[-1]], color=FIRST)
+    if chosen is not None:
+        axes.plot(1 - chosen["specificity"], chosen["sensitivity"], "o", color=SECOND, markersize=4)
+    axes.set(xlabel="1 − specificity", ylabel="sensitivity")
+
+
+def _draw_pr(curve: Curve, axes: Axes) -> None:
+    hits, called = curve.true_positives, curve.true_positives + curve.false_positives
+    precision = hits / called
+    axes.axhline(precision[-1], linestyle=":", color=FAINT)  # of calling all positive
+    axes.step([0, *hits / hits[-1]], [precision[0], *precision], color=FIRST)
+    axes.set(xlabel="recall", ylabel="precision")
+
+
+def _draw_reliability(score: Floats, calibrated: Floats, truth: Bools, axes: Axes) -> None:
+    axes.plot([0, 1], [0, 1], ":", color=FAINT)
+    for values, style, color in ((score, "s--", SECOND), (calibrated, "o-", FIRST)):
+        bins = reliability(values, truth)
+        drawn = bins.cells >= FEW
+        axes.plot(bins.score[drawn], bins.share[drawn], style, color=color, markersize=3)
+    axes.set(xlabel="mean score", ylabel="share of positives")
+
+
+def show_cell(text: str) -> str:
+    """A text as a line of Markdown that holds no markup, and no end of a table's cell."""
+    return " ".join(text.replace("&", "&amp;").replace("<", "&lt;").replace("|", "/").split())
+
+
+def widest_gap(found: Mapping[str, Any]) -> str:
+    """The label with the widest TPR gap between the groups of a variable, and the gap."""
+    gaps = {name: gap for name, gap in found["tpr_gap"].items() if gap is not None}
+    name = max(gaps, key=lambda label: gaps[label], default=None)
+    if name is None:
+        return "–"
+    return f"{name} {show_figure(gaps[name])} {show_limits(found['tpr_gap_limits'][name])}"
+
+
+def mark_few(label: Mapping[str, Any] | None) -> str:
+    """What stands behind a label whose figures rest on too few positives or negatives; nothing for a mean."""
+    return " (few)" if label and label["few"] else ""
+
+
+def _templates() -> jinja2.Environment:
+    environment = open_templates("model.runs")
+    environment.filters |= {"cell": show_cell, "few": mark_few, "widest_gap": widest_gap}
+    environment.globals |= {"MEANS": MEANS, "RULES": RULES, "AREAS": AREAS, "TITLES": TITLES}
+    return environment

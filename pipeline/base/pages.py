@@ -1,0 +1,128 @@
+"""What all pages share: the style sheet and the layout (in `templates`), filters, and figures by matplotlib as SVG.
+
+A page is one HTML file that needs nothing else: no script, no network. Each ink of a figure is drawn in a colour
+that stands for one of the style sheet's (`INKS`), so that figures follow the page from light to dark; titles are
+HTML, never matplotlib's text.
+"""
+
+import io
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jinja2
+import matplotlib
+from markupsafe import Markup, escape
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+INK, FAINT, FIRST, SECOND, THIRD, FOURTH, PAPER = (f"#00000{number}" for number in range(1, 8))
+POSITIVE, UNCERTAIN, NEGATIVE, BLANK, ON_STATE = (f"#00001{number}" for number in range(1, 6))
+INKS = {
+    INK: "currentColor",
+    FAINT: "var(--faint)",
+    FIRST: "var(--first)",
+    SECOND: "var(--second)",
+    THIRD: "var(--third)",
+    FOURTH: "var(--fourth)",
+    PAPER: "var(--paper)",
+    POSITIVE: "var(--positive)",
+    UNCERTAIN: "var(--uncertain)",
+    NEGATIVE: "var(--negative)",
+    BLANK: "var(--blank)",
+    ON_STATE: "var(--on-state)",  # for text on the three colours above, not on that of blank
+}
+SVG_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "path.simplify_threshold": 0.4,  # of a point: a curve of 20,000 images is as light as one of 200
+    "font.size": 8,
+    **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor"), INK),
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "legend.frameon": False,
+}
+
+
+def open_templates(package: str) -> jinja2.Environment:
+    """The templates of a package, and behind them the shared ones: a page extends `base.html`."""
+    environment = jinja2.Environment(
+        loader=jinja2.ChoiceLoader([jinja2.PackageLoader(package), jinja2.PackageLoader("pipeline.base")]),
+        autoescape=jinja2.select_autoescape(["html"]),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "count": show_count,
+        "figure": show_figure,
+        "limits": show_limits,
+        "setting": show_setting,
+    }
+    return environment
+
+
+def draw_svg(
+    draw: Callable[[Axes], None], description: str, inches: tuple[float, float], unit: bool = False
+) -> Markup:
+    """A figure of one pair of axes as an SVG element, as wide as its place; `unit`: both from 0 to 1."""
+    width, height = (72 * side for side in inches)
+
+    def fill(figure: Figure) -> None:
+        # Room for tick labels and the axes' names, in points; a layout engine would take half of the time.
+        left = 33 if unit else 40
+        axes = figure.add_axes((left / width, 30 / height, 1 - (left + 5) / width, 1 - 35 / height))
+        draw(axes)
+        if unit:
+            axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
+            axes.set_xticks((0, 0.5, 1), ("0", "0.5", "1"))
+            axes.set_yticks((0, 0.5, 1), ("0", "0.5", "1"))
+
+    return figure_svg(fill, description, inches)
+
+
+def figure_svg(fill: Callable[[Figure], None], description: str, inches: tuple[float, float]) -> Markup:
+    """A figure as an SVG element for an HTML page, as wide as its place.
+
+    `fill` draws into the empty figure, in colours of INKS; the style is in force only while it does. Where it
+    places no axes itself it may set a layout engine: `figure.set_layout_engine("constrained")`.
+    """
+    width, height = (72 * side for side in inches)
+    with matplotlib.rc_context({**SVG_STYLE, "svg.hashsalt": description}):
+        figure = Figure(figsize=inches)
+        fill(figure)
+        file = io.StringIO()
+        metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(file, format="svg", transparent=True, metadata=metadata)
+    body = file.getvalue().split("<svg", 1)[1].split(">", 1)[1]
+    body = re.sub('<g id="[^"]*"', "<g", body)  # the same in every figure, and not referred to
+    # A hundredth of a point will do for coordinates; text stays as it is.
+    body = re.sub(r"<[^>]*>", lambda tag: re.sub(r"(\.\d\d)\d{2,}", r"\1", tag[0]), body)
+    for drawn, shown in INKS.items():
+        body = body.replace(drawn, shown)
+    opening = f'<svg role="img" aria-label="{escape(description)}" viewBox="0 0 {width:g} {height:g}">'
+    return Markup(opening + body)  # noqa: S704
+
+
+def show_count(value: int) -> str:
+    """A count with commas."""
+    return f"{value:,}"
+
+
+def show_figure(value: float | None) -> str:
+    """Three places; an undefined one as a dash."""
+    return "–" if value is None else f"{value:.3f}"
+
+
+def show_limits(limits: Mapping[str, Any]) -> str:
+    """An interval in brackets."""
+    return "–" if limits["low"] is None else f"[{limits['low']:.3f}, {limits['high']:.3f}]"
+
+
+def show_setting(value: object) -> str:
+    """A value of the configuration as one line."""
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(str, value)) or "–"
+    return "–" if value is None else str(value)

@@ -1,0 +1,156 @@
+"""Folders of the ETL that may be URLs of an object store: no rename, no links, and a long way to each file.
+
+In: a location, `shards` or `s3://bucket/prefix`. Out: a path that the code for folders can use, and for URLs a way to
+write a file: it is written on this machine first, put as one object (in parts where it is large; an upload that
+breaks off leaves none), then read back and compared; and a way to read many small ones, several at a time.
+Credentials come from the environment or AWS_PROFILE.
+"""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from io import BufferedReader
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import Any, BinaryIO
+
+from pipeline.base.errors import DataError
+
+TOGETHER = 32  # objects that are fetched at a time; an image of the full set has 2 MB
+# Checksums that other stores than AWS do not know; what was put is compared in any case.
+_S3 = dict.fromkeys(("request_checksum_calculation", "response_checksum_validation"), "when_required")
+
+
+def open_location(location: str) -> Path:
+    """A folder, or a path of the universal_pathlib for a URL, which behaves as one. Raises DataError."""
+    scheme, separator, rest = location.partition("://")
+    if not separator:
+        return Path(location)
+    if "@" in rest.partition("/")[0] or "?" in rest:  # they would be in every message
+        raise DataError(
+            f"{scheme}://…: a URL with a password or a query; credentials come from the environment"
+        )
+    try:
+        from upath import UPath
+
+        options: dict[str, Any] = {"use_listings_cache": False}
+        if scheme == "s3":
+            options["config_kwargs"] = _S3
+        path: Any = UPath(location.rstrip("/"), **options)
+        path.fs  # noqa: B018 - its package may be missing
+    except ImportError as error:
+        raise DataError(f"{location}: {error}; install it with: pip install '.[remote]'") from None
+    except ValueError as error:
+        raise DataError(f"{location}: not a URL of a store: {error}") from None
+    return path  # type: ignore[no-any-return]
+
+
+def is_remote(path: Path) -> bool:
+    """Whether the path is in an object store."""
+    return not isinstance(path, Path)
+
+
+@contextmanager
+def object_to_put(path: Any) -> Iterator[BinaryIO]:
+    """A file to write that becomes an object at the end. Raises DataError, naming the object, where that fails."""
+    with NamedTemporaryFile() as file:
+        yield file  # type: ignore[misc]
+        file.flush()
+        file.seek(0)
+        written = hashlib.file_digest(file, "sha256").hexdigest()
+        with named_failures(path, "cannot be written"):
+            path.fs.put_file(file.name, path.path)
+            with path.open("rb") as stored:
+                found = hashlib.file_digest(stored, "sha256").hexdigest()
+        if found != written:
+            raise DataError(f"{path}: what the store gives back is not what was put; start the command again")
+
+
+def check_access(path: Path) -> None:
+    """Raise DataError for a store that cannot be reached, or gives no access."""
+    with named_failures(path, "cannot be used"):
+        path.exists()
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder, and those above it; a store has none."""
+    if not is_remote(path):
+        path.mkdir(parents=True, exist_ok=True)
+
+
+def remove_folder(path: Any) -> None:
+    """Remove all below a folder, if it is there."""
+    if not is_remote(path):
+        shutil.rmtree(path, ignore_errors=True)
+    elif path.exists():
+        path.fs.rm(path.path, recursive=True)
+
+
+@contextmanager
+def open_to_read(path: Path) -> Iterator[BufferedReader]:
+    """A file or an object. Raises OSError for the one, DataError for the other, where it cannot be read."""
+    with (
+        named_failures(path, "cannot be read"),
+        path.open("rb") as file,
+    ):
+        yield file
+
+
+def list_files(path: Path) -> list[Path]:
+    """What is in a folder; nothing, where there is none: a store has no empty folders."""
+    return list(path.iterdir()) if path.exists() else []
+
+
+def list_folders(path: Any) -> list[str]:
+    """Names of the folders in a folder."""
+    if not is_remote(path):
+        with os.scandir(path) as entries:
+            return sorted(entry.name for entry in entries if entry.is_dir())
+    with named_failures(path, "cannot be listed"):
+        found = path.fs.ls(path.path, detail=True)
+    return sorted(entry["name"].rpartition("/")[2] for entry in found if entry["type"] == "directory")
+
+
+def list_objects(path: Any) -> set[str]:
+    """URLs of all objects below a path of a store."""
+    with named_failures(path, "cannot be listed"):
+        return set(map(path.fs.unstrip_protocol, path.fs.find(path.path)))
+
+
+def read_objects(urls: Sequence[str]) -> Iterator[bytes | None]:
+    """The content of each object in turn, None for one that is not there. Raises DataError for other failures."""
+    for start in range(0, len(urls), TOGETHER):
+        paths: list[Any] = list(map(open_location, urls[start : start + TOGETHER]))
+        found: dict[tuple[Any, str], bytes | Exception] = {}
+        for store in {path.fs for path in paths}:
+            here = [path for path in paths if path.fs is store]
+            with named_failures(here[0], "cannot be read"):
+                contents = store.cat([path.path for path in here], on_error="return")
+            found |= {(store, name): content for name, content in contents.items()}
+        for path in paths:
+            content = found[path.fs, path.path]
+            with named_failures(path, "cannot be read"):
+                if isinstance(content, Exception) and not isinstance(content, FileNotFoundError):
+                    raise content
+            yield None if isinstance(content, Exception) else content
+
+
+@contextmanager
+def named_failures(path: Path, what: str) -> Iterator[None]:
+    """Raise DataError for whatever a store raises: with its kind alone, because texts may quote credentials.
+
+    Does nothing for a folder of this machine.
+    """
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:
+        if not is_remote(path):
+            raise
+        hint = ""
+        if isinstance(error, PermissionError) or "Credential" in type(error).__name__:
+            hint = "; credentials come from AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+        raise DataError(f"{path}: {what}: {type(error).__name__}{hint}") from None

@@ -1,0 +1,156 @@
+"""Tasks → results, in worker processes that may be killed, interrupted or orphaned without harm.
+
+Workers come from a fork server, which has imported what they need and runs no threads: they start in
+milliseconds, and safely beside the parent's threads. What they share is plain memory without locks, because a
+worker that is killed while it holds a lock would take everybody else with it.
+"""
+
+import multiprocessing
+import multiprocessing.connection
+import multiprocessing.util
+import os
+import signal
+import tempfile
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any, TypeVar
+
+from pipeline.base.errors import DataError
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+_LONGEST_TMPDIR = 75  # bytes
+TICK = 0.2  # seconds between looks at the progress
+_STOP, _SLOTS = 0, 1024  # the first slot is the stop flag, each worker counts in one of the others
+_shared: Any = None  # the slots, in worker processes
+
+
+def report_item() -> None:
+    """A task calls this for each item it has done: it is counted, and ends here where a stop was asked for.
+
+    Does nothing outside a worker process. Raises CancelledError.
+    """
+    if _shared is not None:
+        if _shared[_STOP]:
+            raise CancelledError
+        _shared[_slot()] += 1
+
+
+def run_tasks(
+    function: Callable[[Task], Result],
+    tasks: Iterable[Task],
+    workers: int,
+    tick: Callable[[int], None] = lambda items: None,
+) -> Generator[Result, None, None]:
+    """Results as they come, with a bounded number of tasks in flight; `tick` gets the items reported so far.
+
+    A killed worker does not end the run: what was in flight is done again, one task at a time. Raises
+    DataError, naming the task, where a task's worker is killed again then; and whatever a task raises.
+    """
+    waiting = iter(tasks)
+    before = 0  # items that earlier pools had reported
+    while True:
+        flight: dict[Future[Result], Task] = {}
+        with _worker_pool(function, workers) as (pool, slots):
+            try:
+                for task in islice(waiting, 2 * workers):
+                    flight[_submit(pool, function, task)] = task
+                while flight:
+                    done, _ = wait(flight, timeout=TICK, return_when=FIRST_COMPLETED)
+                    tick(before + sum(slots[1:]))
+                    for future in done:
+                        yield future.result()
+                        del flight[future]
+                        for task in islice(waiting, 1):
+                            flight[_submit(pool, function, task)] = task
+                return
+            except BrokenProcessPool:
+                before += sum(slots[1:])  # what was in flight is done again, and not counted again
+        for task in flight.values():
+            yield run_alone(function, task)
+
+
+def run_alone(function: Callable[[Task], Result], task: Task) -> Result:
+    """Run one task in a process of its own, whose memory goes away with it.
+
+    Raises DataError where that process is killed.
+    """
+    with _worker_pool(function, 1) as (pool, _):
+        try:
+            return _submit(pool, function, task).result()
+        except BrokenProcessPool:
+            raise DataError(f"{task}: its process was killed; is there enough memory?") from None
+
+
+def _prepare_sockets() -> None:
+    """Have multiprocessing make its sockets in /tmp where TMPDIR is too long for them.
+
+    A socket's path has at most 107 bytes, of which `/pymp-xxxxxxxx/listener-xxxxxxxx` takes 31. The folder is
+    made once for the process, with access for its user alone, and removed when that ends.
+    """
+    usual = tempfile.gettempdir()
+    if len(os.fsencode(usual)) <= _LONGEST_TMPDIR:
+        return
+    tempfile.tempdir = "/tmp"  # noqa: S108 - mkdtemp makes a folder of its own in there
+    try:
+        multiprocessing.util.get_temp_dir()
+    except OSError as error:
+        raise DataError(f"TMPDIR={usual} is too long for sockets, and /tmp: {error.strerror}") from None
+    finally:
+        tempfile.tempdir = usual
+
+
+@contextmanager
+def _worker_pool(function: Callable[..., Any], workers: int) -> Iterator[tuple[ProcessPoolExecutor, Any]]:
+    _prepare_sockets()
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([function.__module__])  # counts when the server starts, at the first task
+    slots = context.RawArray("q", _SLOTS)
+    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(slots,))
+    try:
+        yield pool, slots
+    finally:
+        slots[_STOP] = 1
+        pool.shutdown(cancel_futures=True)
+
+
+def _submit(pool: ProcessPoolExecutor, function: Callable[[Task], Result], task: Task) -> Future[Result]:
+    """Submit, with SIGINT blocked: workers inherit that, so Ctrl-C reaches the parent alone."""
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return pool.submit(function, task)
+    except BrokenProcessPool:  # found here rather than by wait(): the task must not be lost
+        future: Future[Result] = Future()
+        future.set_exception(BrokenProcessPool())
+        return future
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+
+
+def _start_worker(slots: Any) -> None:
+    global _shared
+    _shared = slots
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+
+
+def _exit_with_parent() -> None:
+    """A worker would outlive a killed parent, waiting for tasks for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+
+def _slot() -> int:
+    """The slot of this worker, by the number that ends its process name: unique among the living."""
+    return 1 + int(multiprocessing.current_process().name.rpartition("-")[2]) % (_SLOTS - 1)
+
+
+def count_cpus() -> int:
+    """The processors that this process may use: fewer than the machine's under Slurm or in a container."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,230 @@
+"""Shards folder → what is wrong with it: every file against the manifest, every tar against its Arrow table.
+
+    pipeline verify shards --deep
+
+Each file is read and hashed once, and the headers of each tar are walked. Only where a hash differs, or for
+`--deep`, are the samples looked at one by one: so that the damage is named, not just its file.
+"""
+
+import hashlib
+import mmap
+import zlib
+from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate, zip_longest
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.base.errors import DataError
+from pipeline.base.files import is_temporary
+from pipeline.etl.adopt import read_facts
+from pipeline.etl.tar import BLOCK, Member, map_file, walk_tar
+from pipeline.images import ENCODINGS, decode_stored
+from pipeline.labels import count_rows, repeated, shared
+from pipeline.manifest import NAME, Shard, Split, read_manifest, read_table
+
+PRINTED = 20  # lines on one file; a shard of another set would fill the screen
+
+
+class Verdict(NamedTuple):
+    """What was checked, a line for each problem by file, and warnings. `bytes` are those of the shards."""
+
+    splits: int
+    shards: int
+    samples: int
+    bytes: int
+    problems: dict[str, list[str]]
+    warnings: list[str]
+
+
+class _Task(NamedTuple):
+    path: Path
+    shard: Shard
+    rows: pa.Table | None  # of this shard; None where the split's table is of no use
+
+
+def verify_shards(
+    folder: Path,
+    deep: bool,
+    workers: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Verdict:
+    """Check a folder of shards; `progress` gets (shards done, total).
+
+    Raises DataError only where there is no readable manifest: all other problems are in the report.
+    """
+    manifest = read_manifest(folder)
+    if str(manifest.options.get("encoding", "jpeg")) not in ENCODINGS:
+        raise DataError(f"{folder / NAME}: encoding '{manifest.options['encoding']}' is unknown")
+    problems: dict[str, list[str]] = {}
+    tables = {}
+    for name, split in manifest.splits.items():
+        problems[split.table], table = _check_table(folder, split)
+        if table is not None:
+            tables[name] = table
+    for first, second, key in shared(tables, "key"):
+        table_file = manifest.splits[second].table
+        problems[table_file].append(f"{folder / table_file}: sample {key}: is in {first} too")
+    for first, second, patient in shared(tables, "patient"):
+        table_file = manifest.splits[second].table
+        problems[table_file].append(
+            f"{folder / table_file}: {patient} is in {first} too; splits must not share patients"
+        )
+
+    tasks = [
+        task for name, split in manifest.splits.items() for task in _tasks(folder, split, tables.get(name))
+    ]
+    owners = {task.shard.sha256: task.shard.file for task in tasks}
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="verify")
+    try:
+        futures = [pool.submit(_check_shard, task, manifest.options, owners, deep) for task in tasks]
+        for done, (task, future) in enumerate(zip(tasks, futures, strict=True), start=1):
+            problems[task.shard.file] = future.result()
+            progress(done, len(tasks))
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return Verdict(
+        splits=len(manifest.splits),
+        shards=len(tasks),
+        samples=sum(split.samples for split in manifest.splits.values()),
+        bytes=sum(task.shard.bytes for task in tasks),
+        problems={file: lines for file, lines in problems.items() if lines},
+        warnings=_find_leftovers(folder, problems.keys()),
+    )
+
+
+def _check_table(folder: Path, split: Split) -> tuple[list[str], pa.Table | None]:
+    """What is wrong with a split's table, and the table itself where it can be used for checking the tars."""
+    path = folder / split.table
+    try:
+        table = read_table(folder, split)
+    except DataError as error:
+        return [str(error)], None
+    stated = {"samples": split.samples, "studies": split.studies, "patients": split.patients}
+    lines = [
+        f"{path}: {count} {unit}, not {stated[unit]} as in the manifest"
+        for unit, count in count_rows(table).items()
+        if count != stated[unit]
+    ]
+    sizes = [shard.samples for shard in split.shards]
+    if not np.array_equal(table["shard"], np.repeat(np.arange(len(sizes)), sizes)):
+        return [*lines, f"{path}: its rows do not lie in the shards as the manifest counts them"], None
+    return [*lines, *(f"{path}: sample {key}: is there twice" for key in repeated(table["key"]))], table
+
+
+def _tasks(folder: Path, split: Split, table: pa.Table | None) -> Iterator[_Task]:
+    starts = accumulate((shard.samples for shard in split.shards), initial=0)
+    for shard, start in zip(split.shards, starts, strict=False):
+        rows = None if table is None else table.slice(start, shard.samples)
+        yield _Task(folder / shard.file, shard, rows)
+
+
+def _check_shard(task: _Task, options: Mapping[str, Any], owners: Mapping[str, str], deep: bool) -> list[str]:
+    """What is wrong with a shard: the most precise that can be said."""
+    path, shard, rows = task
+    try:
+        # Read, not mapped: a bad sector then is an error here, and not the end of the process.
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            size = file.tell()
+    except FileNotFoundError:
+        return [f"{path}: the shard is missing"]
+    except OSError as error:
+        return [f"{path}: cannot be read: {error.strerror}"]
+    is_intact = digest == shard.sha256
+    if not is_intact and digest in owners:
+        return [f"{path}: holds what belongs into {owners[digest]}"]
+    if size != shard.bytes:
+        return [f"{path}: damaged: {size} bytes, not {shard.bytes} as in the manifest"]
+    try:
+        with map_file(path) as data:
+            members = list(walk_tar(path, data))
+            complaints: list[str] = []
+            if rows is not None:
+                complaints += _check_samples(rows, members, data, options, deep or not is_intact)
+    except DataError as error:
+        return [str(error)]
+    if not complaints and not is_intact:
+        complaints = ["damaged: its sha256 is not the manifest's"]
+    return [f"{path}: {complaint}" for complaint in complaints]
+
+
+def _check_samples(
+    rows: pa.Table, members: list[Member], data: mmap.mmap, options: Mapping[str, Any], deep: bool
+) -> Iterator[str]:
+    """A complaint for each row that does not match its members, and for members that no row asks for."""
+    encoding = options.get("encoding", "jpeg")
+    suffix = ENCODINGS[encoding]
+    if "member" in rows.column_names:  # the tars of others: any names, any further members
+        names = rows["member"].to_pylist()
+    else:
+        names = [f"{key}.{suffix}" for key in rows["key"].to_pylist()]
+        expected = [f"{name.removesuffix(suffix)}{end}" for name in names for end in (suffix, "json")]
+        yield from _check_layout(members, expected, len(data))
+    by_name = {member.name: member for member in members}
+    needed = rows if deep else rows.select(["key", "offset", "length"])
+    for row, name in zip(needed.to_pylist(), names, strict=True):
+        image = by_name.get(name)
+        # The labels of an indexed folder may come from a CSV; its jsons then say something else.
+        json = None if options.get("labels") == "csv" else by_name.get(f"{name.rpartition('.')[0]}.json")
+        complaint = _check_place(row, name, image)
+        if deep and image and not complaint:
+            complaint = _check_content(row, image, json, data, encoding)
+        if complaint:
+            yield f"sample {row['key']}: {complaint}"
+
+
+def _check_layout(members: list[Member], expected: list[str], size: int) -> Iterator[str]:
+    """Our own tars hold nothing but the members expected, and end in two empty blocks."""
+    names = [member.name for member in members]
+    for number, (there, wanted) in enumerate(zip_longest(names, expected, fillvalue="nothing")):
+        if there != wanted:
+            yield f"member {number}: {there} in the tar, {wanted} in the table"
+            break
+    end = members[-1].offset + members[-1].size if members else 0
+    rest = size - (end + -end % BLOCK)
+    if rest != 2 * BLOCK:
+        yield f"{rest} bytes after the last member, not two empty blocks"
+
+
+def _check_place(row: Mapping[str, Any], name: str, image: Member | None) -> str | None:
+    if image is None:
+        return f"no member {name}"
+    if (image.offset, image.size) != (row["offset"], row["length"]):
+        there, wanted = f"{image.size} bytes at {image.offset}", f"{row['length']} at {row['offset']}"
+        return f"{name} is {there}, not {wanted} as in the table"
+    return None
+
+
+def _check_content(
+    row: Mapping[str, Any], image: Member, json: Member | None, data: mmap.mmap, encoding: str
+) -> str | None:
+    content = data[image.offset : image.offset + image.size]
+    if zlib.crc32(content) != row["crc"]:
+        return "its bytes do not match the checksum in the index"
+    try:
+        decode_stored(content, encoding)
+    except ValueError as error:
+        return f"does not decode: {error}"
+    try:
+        facts = read_facts(data[json.offset : json.offset + json.size], row["key"]) if json else {}
+    except ValueError as error:
+        return str(error)
+    for name, value in facts.items():
+        if value != row[name]:
+            return f"{name} is {value} in its json, {row[name]} in the table"
+    return None
+
+
+def _find_leftovers(folder: Path, known: Collection[str]) -> list[str]:
+    """A line for each file that an interrupted run left, and for each shard or table of another set."""
+    lines = []
+    for path in sorted(folder.iterdir()):
+        if path.name == ".partial" or is_temporary(path):
+            lines.append(f"{path}: left over from an interrupted run; delete it")
+        elif path.suffix in (".tar", ".arrow") and path.name not in known:
+            lines.append(f"{path}: the manifest does not list it")
+    return lines

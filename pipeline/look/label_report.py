@@ -1,0 +1,129 @@
+"""Statistics of a source, and examples from its shards → one HTML page that needs nothing else.
+
+    pipeline stats shards --html labels.html
+
+The page has the numbers of `pipeline stats --format json`, for every grouping that the source has. Its images
+are thumbnails without names: no key, patient, age or sex.
+"""
+
+import base64
+import io
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
+
+from pipeline.base import pages
+from pipeline.images import Gray
+from pipeline.labels import LABELS, STATES, label_states, select_views
+from pipeline.look.plots import Palette, draw_cooccurrence, draw_groups, draw_states
+from pipeline.look.sheet import fit, read_images, spread_rows
+from pipeline.manifest import read_manifest
+from pipeline.measure.counts import NO_GROUP, Groups, LabelStatistics, count_groups
+from pipeline.stream.batches import open_split
+from pipeline.stream.plan import Rows
+
+PAGE = Palette(
+    dict(zip(STATES, (pages.POSITIVE, pages.UNCERTAIN, pages.NEGATIVE, pages.BLANK), strict=True)),
+    on_state=pages.ON_STATE,
+    ink=pages.INK,
+    full=pages.FIRST,
+    paper=pages.PAPER,
+)
+SERIES = (pages.FIRST, pages.SECOND, pages.THIRD, pages.FOURTH, pages.INK, pages.FAINT)
+UNSURE, SHOWN = 2, 8  # images per label on the wall: uncertain ones at most, and together with positive ones
+THUMBNAIL = 160  # pixels: the longer side
+NOTABLE = 0.1  # of the standardised difference, by the convention in `compare_tables`
+
+Examples = dict[str, dict[str, list[str]]]  # label → state → images as data URIs
+
+
+def find_groups(table: pa.Table) -> list[Groups]:
+    """The counts by every variable that parts the table: by two groups at least."""
+    groups = (count_groups(table, variable) for variable in NO_GROUP)
+    return [found for found in groups if len(found["groups"]) > 1]
+
+
+def find_examples(folder: Path, split: str | None, views: str) -> Examples:
+    """Images of each label from shards, spread over one split or over all of them; always the same ones.
+
+    Up to SHOWN of each label, of which up to UNSURE are uncertain; a state without an image is left out. Raises
+    DataError where an image is damaged.
+    """
+    manifest = read_manifest(folder)
+    splits = [open_split(folder, manifest, name) for name in manifest.splits if split in (None, name)]
+    # All rows of these views as (split, row): [N, 2], beside their states [N, 14], uncertain as -1.
+    places, states = [], []
+    for number, opened in enumerate(splits):
+        numbers = pa.array(np.arange(opened.table.num_rows))
+        table = select_views(opened.table.append_column("row", numbers), views)
+        rows = table["row"].to_numpy()
+        places.append(np.stack([np.full_like(rows, number), rows], axis=1))
+        states.append(label_states(table)[0])
+    place, state = np.concatenate(places), np.concatenate(states)
+    chosen: dict[str, dict[str, Rows]] = {}
+    for column, label in enumerate(LABELS):
+        unsure = spread_rows(np.flatnonzero(state[:, column] == -1), UNSURE, seed=column)
+        sure = spread_rows(np.flatnonzero(state[:, column] == 1), SHOWN - len(unsure), seed=column)
+        chosen[label] = {"positive": sure, "uncertain": unsure}
+    needed = np.unique(np.concatenate([rows for found in chosen.values() for rows in found.values()]))
+    images: dict[int, str] = {}
+    for number, opened in enumerate(splits):
+        here = needed[place[needed, 0] == number]
+        pixels = read_images(opened, place[here, 1])
+        images |= {row: _data_uri(image) for row, image in zip(here.tolist(), pixels, strict=True)}
+    return {
+        label: {name: [images[row] for row in rows.tolist()] for name, rows in found.items() if len(rows)}
+        for label, found in chosen.items()
+    }
+
+
+def render_label_report(
+    title: str,
+    scope: str,
+    report: LabelStatistics,
+    groups: Sequence[Groups],
+    examples: Mapping[str, Mapping[str, list[str]]],
+) -> str:
+    """The page. `report` has `cooccurrence`, and may have `policy` and `against`; `scope` is what was counted."""
+    states = _draw(lambda axes: draw_states(axes, report, PAGE), "share of images by state", (4.4, 4.0))
+    cooccurrence = report["cooccurrence"]
+    together = _draw(lambda axes: draw_cooccurrence(axes, cooccurrence, PAGE), "co-occurrence", (6.6, 6.0))
+    page = pages.open_templates("pipeline.look").get_template("labels.html")
+    return page.render(
+        title=title,
+        scope=scope,
+        report=report,
+        states=states,
+        together=together,
+        groups=[(found, _draw_groups(found)) for found in groups],
+        examples=examples,
+        NOTABLE=NOTABLE,
+    )
+
+
+def _draw_groups(groups: Groups) -> Markup:
+    description = f"share of positives by {groups['variable']}"
+    return _draw(lambda axes: draw_groups(axes, groups, SERIES, pages.FAINT), description, (4.4, 4.0))
+
+
+def _draw(draw: Callable[[Axes], None], description: str, inches: tuple[float, float]) -> Markup:
+    """A figure with room for its labels, however long they are."""
+
+    def fill(figure: Figure) -> None:
+        figure.set_layout_engine("constrained")
+        draw(figure.subplots())
+
+    return pages.figure_svg(fill, description, inches)
+
+
+def _data_uri(pixels: Gray) -> str:
+    """A thumbnail as a JPEG in a URL."""
+    file = io.BytesIO()
+    Image.fromarray(fit(pixels, THUMBNAIL)).save(file, "JPEG", quality=80)
+    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"

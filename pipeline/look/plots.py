@@ -1,0 +1,145 @@
+"""Statistics → figures: stacked bars of the four states per label, a heat map of co-occurrence, dots per group.
+
+Imported only where a plot was asked for: matplotlib takes its time. Figures are made without
+pyplot: no window, no global state. The same numbers give the same bytes with the same matplotlib.
+"""
+
+import io
+from collections.abc import Mapping, Sequence
+from itertools import cycle
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from pipeline.base.files import write_atomically
+from pipeline.labels import STATES
+from pipeline.measure.counts import Groups, Statistics
+
+NAMED_SHARE = 5.0  # percent: a narrower bar has no room for its number
+STRENGTH = 0.55  # of the colour of a cell of 100 %: its number in ink stays legible on light and dark paper
+DPI = 200
+MARKERS = "osD^vXP"  # one more than colours, so that no pair of them comes twice
+LEGEND = {"handlelength": 1, "handletextpad": 0.5, "columnspacing": 1.2, "borderaxespad": 0.2}
+
+
+class Palette(NamedTuple):
+    """Colours: of each state, of text on them (on blank it is `ink`), of the heat map, and of the paper."""
+
+    states: Mapping[str, str]
+    on_state: str
+    ink: str
+    full: str
+    paper: str
+
+
+# Okabe and Ito's colours, which the colour-blind tell apart; gray for what was not mentioned.
+PRINTED = Palette(
+    {"positive": "#D55E00", "uncertain": "#F0E442", "negative": "#56B4E9", "blank": "#E3E3E3"},
+    on_state="black",
+    ink="black",
+    full="#0072B2",
+    paper="white",
+)
+
+
+def draw_report(statistics: Statistics, cooccurrence: Mapping[str, Mapping[str, int]] | None) -> Figure:
+    """Bars of the states in percent of the images, in the labels' order; beside them the heat map, if any."""
+    size = (7.5, 5.0) if cooccurrence is None else (13.0, 6.2)
+    figure = Figure(figsize=size, layout="constrained")
+    totals = (f"{statistics[unit]:,} {unit}" for unit in ("images", "studies", "patients"))
+    figure.suptitle(", ".join(totals), fontsize=12)
+    if cooccurrence is None:
+        draw_states(figure.subplots(), statistics, PRINTED)
+    else:
+        left, right = figure.subplots(1, 2, sharey=True)
+        draw_states(left, statistics, PRINTED)
+        draw_cooccurrence(right, cooccurrence, PRINTED)
+        right.set_title("of the images positive for the row, % positive for the column too", fontsize=10)
+    return figure
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure atomically as PNG or SVG (its text stays text), by the suffix."""
+    data = io.BytesIO()
+    # A fixed salt for the ids and no date, so that the same numbers give the same file.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "pipeline"}):
+        kind = path.suffix.lower().removeprefix(".")
+        metadata = {"Date": None} if kind == "svg" else None
+        figure.savefig(data, format=kind, dpi=DPI, metadata=metadata)
+    write_atomically(path, data.getvalue())
+
+
+def draw_states(axes: Axes, statistics: Statistics, palette: Palette) -> None:
+    """A bar per label, 100 % long: its images by state."""
+    labels = statistics["labels"]
+    start = [0.0] * len(labels)
+    for state in STATES:
+        shares = [100 * counts[state] / statistics["images"] for counts in labels.values()]
+        color = palette.states[state]
+        bars = axes.barh(range(len(labels)), shares, left=start, height=0.82, color=color, label=state)
+        # Thin lines of the paper's colour part the states for those who do not tell their colours.
+        for bar in bars:
+            bar.set(edgecolor=palette.paper, linewidth=0.6)
+        texts = [f"{share:.0f}" if share >= NAMED_SHARE else "" for share in shares]
+        text_color = palette.ink if state == "blank" else palette.on_state
+        axes.bar_label(bars, texts, label_type="center", fontsize=8, color=text_color)
+        start = [left + share for left, share in zip(start, shares, strict=True)]
+    axes.set_xlim(0, 100)
+    _name_rows(axes, list(labels), "share of images (%)")
+
+
+def draw_cooccurrence(axes: Axes, cooccurrence: Mapping[str, Mapping[str, int]], palette: Palette) -> None:
+    """P(column | row) in percent, as number and strength of colour.
+
+    The diagonal, which is always 100, and rows without positives are left out.
+    """
+    labels = list(cooccurrence)
+    for y, (label, row) in enumerate(cooccurrence.items()):
+        for x, other in enumerate(labels):
+            left_out = label == other or not row[label]
+            share = 0.0 if left_out else row[other] / row[label]
+            color = palette.states["blank"] if left_out else (palette.full, STRENGTH * share)
+            cell = Rectangle(
+                (x - 0.5, y - 0.5), 1, 1, facecolor=color, edgecolor=palette.paper, linewidth=0.6
+            )
+            axes.add_patch(cell)
+            if not left_out:
+                axes.text(x, y, f"{100 * share:.0f}", ha="center", va="center", fontsize=8, color=palette.ink)
+    axes.set_xlim(-0.5, len(labels) - 0.5)
+    axes.set_ylim(len(labels) - 0.5, -0.5)
+    axes.set_xticks(range(len(labels)), labels=labels, rotation=90)
+    axes.set_yticks(range(len(labels)), labels=labels)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+
+
+def draw_groups(axes: Axes, groups: Groups, colors: Sequence[str], faint: str) -> None:
+    """Per label the share of positives in every group, as dots on a line from the lowest to the highest."""
+    names = list(groups["groups"])
+    counts = [group["labels"] for group in groups["groups"].values()]
+    labels = list(counts[0])
+    shares = np.array([[100 * found[label]["share_positive"] for label in labels] for found in counts])
+    rows = np.arange(len(labels))
+    axes.hlines(rows, shares.min(axis=0), shares.max(axis=0), colors=faint, linewidth=0.8, zorder=1)
+    texts = [name.replace("$", r"\$") for name in names]  # which would begin a formula
+    for text, share, color, marker in zip(texts, shares, cycle(colors), cycle(MARKERS), strict=False):
+        axes.scatter(share, rows, s=16, color=color, marker=marker, linewidth=0, label=text, zorder=2)
+    axes.set_xlim(left=min(0, -0.02 * shares.max()))
+    _name_rows(axes, labels, "positive (% of the group's images)")
+
+
+def _name_rows(axes: Axes, labels: list[str], xlabel: str) -> None:
+    """The first label on top, no frame, and the legend above."""
+    axes.set_yticks(range(len(labels)), labels=labels)
+    axes.set_ylim(len(labels) - 0.5, -0.5)
+    axes.set_xlabel(xlabel)
+    axes.tick_params(axis="y", length=0)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    handles, _ = axes.get_legend_handles_labels()
+    legend = axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=len(handles), **LEGEND)
+    legend.set_frame_on(False)

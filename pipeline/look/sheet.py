@@ -1,0 +1,186 @@
+"""Shards → pictures of what is in them: images chosen by seed, and a contact sheet with their labels.
+
+    pipeline show shards --label Edema --state uncertain --n 24 --out edema.png
+
+Every image is checked against its checksum, as in training. A caption has the sample's key, which names it in
+the tar, and its labels; never age or sex.
+"""
+
+import io
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+from PIL import Image, ImageDraw, ImageFont
+
+from pipeline.base.errors import DataError
+from pipeline.base.files import write_atomically
+from pipeline.images import Gray, resize
+from pipeline.labels import LABELS, STATES
+from pipeline.stream.batches import OpenSplit, fetch, read_image
+from pipeline.stream.plan import Rows, Step
+
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
+# As on a light box: films are read before black, so the sheet is dark wherever it is looked at.
+PAPER, INK, FAINT = "#14171b", "#e4e8ec", "#98a2ad"
+# Sign and colour of each state in captions; cells that are blank are not listed.
+SIGNS = {"positive": ("+", "#ff8c3a"), "uncertain": ("?", "#f0e442"), "negative": ("−", "#56b4e9")}
+SHORT = {
+    "Enlarged Cardiomediastinum": "Enl. Cardiomed.",
+    "Pleural Effusion": "Effusion",
+    "Pleural Other": "Pl. Other",
+    "Support Devices": "Devices",
+}
+TILE = 256  # pixels: the longer side of an image on the sheet
+GAP = 14  # pixels
+TEXT, LINE = 12, 16  # pixels: size of the captions' letters, and distance of their lines
+WIDEST = 8  # pictures in a row
+NARROWEST = 180  # pixels: room for a caption below a smaller image
+_PIECE = re.compile(r"[^ _-]{1,20}[ _-]?|[ _-]")  # a line may end after each, in a key too
+
+Caption = Sequence[tuple[str, str]]  # paragraphs: text and colour
+
+
+def find_state(split: OpenSplit, rows: Rows, label: str, state: str) -> Rows:
+    """Those of `rows` where the label is in that state. Raises DataError, with the counts, where none is."""
+    column = split.table[label].take(pa.array(rows))
+    value = STATES[state]
+    found = column.is_null() if value is None else pc.fill_null(pc.equal(column, value), False)
+    chosen: Rows = rows[found.to_numpy()]
+    if len(chosen) == 0:
+        counts = {entry["values"]: entry["counts"] for entry in pc.value_counts(column).to_pylist()}
+        there = ", ".join(f"{counts.get(value, 0):,} {name}" for name, value in STATES.items())
+        raise DataError(f"{split.name}: no image is {state} for {label}; there are {there}")
+    return chosen
+
+
+def spread_rows(rows: Rows, n: int, seed: int) -> Rows:
+    """At most `n` of `rows`, in their order: one out of each of `n` equal stretches, drawn by the seed."""
+    if len(rows) <= n:
+        return rows
+    random = np.random.default_rng(seed)
+    return np.array([random.choice(stretch) for stretch in np.array_split(rows, n)])
+
+
+def read_images(split: OpenSplit, rows: Rows) -> Iterator[Gray]:
+    """The stored images of those rows, uint8 [H, W] each, in any size.
+
+    Raises DataError naming shard and sample where one does not match its checksum or does not decode.
+    """
+    for step, (file,), offset, length, crc in fetch(
+        (Step(0, 0, rows[at : at + 1]) for at in range(len(rows))), split
+    ):
+        try:
+            yield read_image(file, int(offset[0]), int(length[0]), int(crc[0]), split.encoding)
+        except (ValueError, OSError) as error:
+            row = int(step.rows[0])
+            shard, key = split.shards[split.shard[row]].file, split.table["key"][row].as_py()
+            raise DataError(f"{split.folder / shard}: sample {key}: {error}") from None
+
+
+def fit(pixels: Gray, side: int) -> Gray:
+    """The image with its longer side of so many pixels, never enlarged beyond twice."""
+    scale = min(side / max(pixels.shape), 2)
+    height, width = (max(1, round(length * scale)) for length in pixels.shape)
+    return resize(pixels, height, width)
+
+
+def _describe_rows(split: OpenSplit, rows: Rows) -> list[Caption]:
+    columns = split.table.select(["key", *LABELS])
+    return [describe_sample(row) for row in columns.take(pa.array(rows)).to_pylist()]
+
+
+def describe_sample(row: Mapping[str, object]) -> Caption:
+    """Key and labels of a row of the table, as `+ Edema, Effusion`; blank ones are not listed."""
+    caption = [(str(row["key"]), FAINT)]
+    for state, (sign, color) in SIGNS.items():
+        labels = [SHORT.get(label, label) for label in LABELS if row[label] == STATES[state]]
+        if labels:
+            caption.append((f"{sign} {', '.join(labels)}", color))
+    return caption
+
+
+def draw_images(title: str, split: OpenSplit, rows: Rows) -> Image.Image:
+    """A sheet of those images in about as many rows as columns, captioned."""
+    tiles = [fit(image, TILE) for image in read_images(split, rows)]
+    columns = min(math.ceil(math.sqrt(len(tiles))), WIDEST)
+    return draw_sheet(title, tiles, _describe_rows(split, rows), columns)
+
+
+def draw_variants(
+    title: str,
+    split: OpenSplit,
+    rows: Rows,
+    size: int,
+    vary: Callable[[npt.NDArray[np.uint8]], Sequence[npt.NDArray[np.uint8]]],
+) -> Image.Image:
+    """A sheet with a row for each image: as training reads it, `size` pixels square, and its variants.
+
+    `vary` makes variants, one per epoch, of the whole batch uint8 [B, size, size], in the same shape.
+    """
+    batch = np.stack([resize(image, size, size) for image in read_images(split, rows)])
+    variants = [batch, *vary(batch)]
+    epochs: list[Caption] = [[(f"epoch {epoch}", FAINT)] for epoch in range(1, len(variants))]
+    captions = [caption for original in _describe_rows(split, rows) for caption in (original, *epochs)]
+    tiles = [variant[number] for number in range(len(batch)) for variant in variants]
+    return draw_sheet(title, tiles, captions, len(variants))
+
+
+def draw_sheet(title: str, tiles: Sequence[Gray], captions: Sequence[Caption], columns: int) -> Image.Image:
+    """Pictures (uint8 [H, W]) row by row, pixel for pixel, each with its caption below, and the title on top."""
+    font = ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), TEXT)
+    columns = min(columns, len(tiles))
+    width = max(NARROWEST, *(tile.shape[1] for tile in tiles))
+    full = columns * (width + GAP) + GAP
+    heading = _wrap([(title, INK)], full - 2 * GAP, font)
+    texts = [_wrap(caption, width, font) for caption in captions]
+    heights = [len(tile) + LINE * len(text) for tile, text in zip(tiles, texts, strict=True)]
+    rows = [max(heights[start : start + columns]) for start in range(0, len(tiles), columns)]
+    top = LINE * len(heading) + 2 * GAP
+    sheet = Image.new("RGB", (full, top + sum(rows) + GAP * len(rows)), PAPER)
+    drawing = ImageDraw.Draw(sheet)
+    _write(drawing, heading, GAP, GAP, font)
+    for number, (tile, text) in enumerate(zip(tiles, texts, strict=True)):
+        row, column = divmod(number, columns)
+        left, upper = GAP + column * (width + GAP), top + sum(rows[:row]) + GAP * row
+        sheet.paste(Image.fromarray(tile), (left + (width - tile.shape[1]) // 2, upper))
+        _write(drawing, text, left, upper + len(tile) + 2, font)
+    return sheet
+
+
+def save_sheet(sheet: Image.Image, path: Path) -> None:
+    """Write a sheet atomically, in the format of the suffix (see FORMATS)."""
+    data = io.BytesIO()
+    sheet.save(data, FORMATS[path.suffix.lower()], quality=90)
+    write_atomically(path, data.getvalue())
+
+
+def _wrap(caption: Caption, width: int, font: ImageFont.FreeTypeFont) -> list[tuple[str, str]]:
+    """The caption in lines that are no wider than so many pixels."""
+    lines = []
+    for text, color in caption:
+        line = ""
+        for piece in _PIECE.findall(text):
+            if line and font.getlength((line + piece).rstrip()) > width:
+                lines.append((line, color))
+                line = ""
+            line += piece
+        lines.append((line, color))
+    return lines
+
+
+def _write(
+    drawing: ImageDraw.ImageDraw,
+    lines: list[tuple[str, str]],
+    left: int,
+    top: int,
+    font: ImageFont.FreeTypeFont,
+) -> None:
+    for number, (line, color) in enumerate(lines):
+        drawing.text((left, top + number * LINE), line, color, font)

@@ -1,0 +1,83 @@
+"""Figures → tables in a terminal."""
+
+from pipeline.base.errors import printable
+from pipeline.measure.counts import LabelStatistics
+
+
+def print_report(report: LabelStatistics) -> None:
+    """Print the counts per label, and a table for each section that was asked for."""
+    totals = ", ".join(f"{report[unit]:,} {unit}" for unit in ("images", "studies", "patients"))
+    headings = ["positive", "uncertain", "negative", "blank", "positive %"]
+    rows = {}
+    for label, counts in report["labels"].items():
+        *states, share = counts.values()
+        rows[label] = [*(f"{count:,}" for count in states), f"{100 * share:.1f}"]
+    print_table(totals, headings, rows)
+    if "by" in report:
+        groups = report["by"]["groups"]
+        headings = [f"{name} (n = {group['images']:,})" for name, group in groups.items()]
+        shares = {
+            label: [f"{100 * group['labels'][label]['share_positive']:.1f}" for group in groups.values()]
+            for label in report["labels"]
+        }
+        print_table(f"positive % by {report['by']['variable']}", headings, shares)
+    if "cooccurrence" in report:
+        numbered = enumerate(report["cooccurrence"].items(), 1)
+        together = {f"{number:2} {label}": (label, row) for number, (label, row) in numbered}
+        headings = [str(number) for number in range(1, len(together) + 1)]
+        cells = {name: [str(count) for count in row.values()] for name, (_, row) in together.items()}
+        print_table("images positive for the row and the column", headings, cells)
+        cells = {
+            name: [f"{100 * count / row[label]:.0f}" if row[label] else "–" for count in row.values()]
+            for name, (label, row) in together.items()
+        }
+        print_table("P(column | row), %: of the images positive for the row", headings, cells)
+    if "policy" in report:
+        headings = ["uncertain", "positives", "negatives", "open", "masked", "mean target", "pos. weight"]
+        cells = {
+            label: [
+                row["policy"],
+                *(f"{row[name]:,}" for name in ("positives", "negatives", "open", "masked")),
+                *("–" if row[name] is None else f"{row[name]:.3f}" for name in ("mean_target", "pos_weight")),
+            ]
+            for label, row in report["policy"]["labels"].items()
+        }
+        print_table(f"under the policies below, and {report['policy']['blank']} for blank", headings, cells)
+    if "against" in report:
+        other = report["against"]
+        headings = ["here %", "there %", "difference", "standardised"]
+        cells = {
+            label: [
+                f"{100 * row['share_positive']:.1f}",
+                f"{100 * row['other_share_positive']:.1f}",
+                f"{100 * row['difference']:+.1f}",
+                "–" if row["standardised_difference"] is None else f"{row['standardised_difference']:+.3f}",
+            ]
+            for label, row in other["labels"].items()
+        }
+        title = (
+            f"positive against {other['images']:,} images of {other['patients']:,} patients, "
+            f"{other['shared_patients']:,} of them in both\n"
+            "standardised: (p1 - p2) / sqrt((p1 (1 - p1) + p2 (1 - p2)) / 2), notable above 0.1"
+        )
+        print_table(title, headings, cells)
+
+
+def print_table(title: str, headings: list[str], rows: dict[str, list[str]]) -> None:
+    """Print a row per label; in a terminal labels may break, numbers are never cut."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title, title_justify="left")
+    table.add_column("label")
+    for heading, column in zip(map(printable, headings), zip(*rows.values(), strict=True), strict=True):
+        width = max(map(len, (heading, *column)))
+        table.add_column(Text(heading), justify="right", no_wrap=True, min_width=width)
+    for label, cells in rows.items():
+        table.add_row(label, *cells)
+    console = Console()
+    # Labels may break to fit a terminal, numbers are never cut; a file or pipe has no width to fit.
+    needed = console.measure(table, options=console.options.update(width=1000))
+    console.width = max(console.width, needed.minimum) if console.is_terminal else needed.maximum
+    console.print(table)

@@ -1,0 +1,101 @@
+"""Scores, targets, masks and patients → 95 % intervals of AUPRC and its means, by resampling patients.
+
+A patient's images are alike, so patients are drawn, with all of their images, as many as there are and with
+replacement; the interval is from the 2.5th to the 97.5th percentile (Efron and Tibshirani, 1993, chapter 13).
+A resample is how often each patient was drawn: the scores are sorted once, and every resample is a column of
+weights over that order.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.measure.metrics import Bools, Floats, Ints, Ranking, rank, weighted_areas
+
+LIMITS = (2.5, 97.5)  # percent
+FEWEST = 100  # resamples; of fewer, percentiles that far out say nothing
+BLOCK_CELLS = 2**20  # rows × resamples at once: some 70 MB
+
+
+def resample_auprc(
+    scores: Floats,
+    target: Floats,
+    mask: Bools,
+    patient: npt.NDArray[Any],
+    resamples: int,
+    seed: int,
+) -> Floats:
+    """AUPRC [R, L] of resamples of scores [N, L] against targets [N, L] in {0, 1}, on the cells of mask [N, L].
+
+    The same patients [N] and seed give the same resamples, whatever the scores and the order of the rows. NaN where a
+    label lost a class; throughout, if it has but one.
+    """
+    patients, codes = np.unique(patient, return_inverse=True)
+    columns: dict[int, tuple[Ranking, Ints]] = {}
+    for column in range(scores.shape[1]):
+        used = mask[:, column]
+        truth = target[used, column] == 1
+        if truth.any() and not truth.all():
+            ranking = rank(scores[used, column], truth)
+            columns[column] = ranking, codes[used][ranking.order]
+    found = np.full((resamples, scores.shape[1]), np.nan)
+    done = 0
+    for counts in draw_counts(len(patients), resamples, max(1, BLOCK_CELLS // len(scores)), seed):
+        block = slice(done, done + counts.shape[1])
+        for column, (ranking, owners) in columns.items():
+            _, found[block, column] = weighted_areas(ranking, counts.take(owners, axis=0))
+        done = block.stop
+    return found
+
+
+def draw_counts(patients: int, resamples: int, block: int, seed: int) -> Iterator[npt.NDArray[np.uint16]]:
+    """How often each patient was drawn in each resample: blocks [patients, at most `block`].
+
+    Each resample in turn is `patients` draws from PCG64(seed) by `Generator.integers`.
+    """
+    generator = np.random.Generator(np.random.PCG64(seed))
+    for start in range(0, resamples, block):
+        rows = [
+            np.bincount(generator.integers(patients, size=patients), minlength=patients)
+            for _ in range(min(block, resamples - start))
+        ]
+        yield np.ascontiguousarray(np.array(rows, np.uint16).T)
+
+
+def resampled_mean(values: Floats, names: Sequence[str], over: Sequence[str]) -> Floats:
+    """The mean of values [R, L] over labels, in each resample; NaN where one of them lost a class, empty over none."""
+    means: Floats = values[:, [names.index(name) for name in over]].mean(axis=1) if over else np.empty(0)
+    return means
+
+
+def interval(values: Floats) -> dict[str, Any]:
+    """`low`, `high` and the number of `resamples` that they rest on, of values [R] of which some may be NaN.
+
+    Resamples without a value are left out; the limits are None where fewer than 100 are left, and where all are the
+    same: that says how few patients there are, not how certain the figure is.
+    """
+    kept = values[~np.isnan(values)]
+    enough = len(kept) >= FEWEST and np.ptp(kept) > 0
+    low, high = np.percentile(kept, LIMITS).tolist() if enough else (None, None)
+    return {"low": low, "high": high, "resamples": len(kept)}
+
+
+def difference_interval(
+    ours: float | None, theirs: float | None, our_values: Floats, their_values: Floats
+) -> dict[str, Any]:
+    """The `difference` of a figure between two runs, and its interval from values [R] of the same resamples."""
+    return describe_difference(ours, theirs, interval(our_values - their_values))
+
+
+def describe_difference(
+    ours: float | None, theirs: float | None, limits: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The `difference` of two figures, its limits, and whether they leave out 0; None where one is undefined."""
+    low, high = limits["low"], limits["high"]
+    return {
+        "difference": None if ours is None or theirs is None else ours - theirs,
+        **limits,
+        "excludes_zero": None if low is None else low > 0 or high < 0,
+    }

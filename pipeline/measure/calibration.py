@@ -1,0 +1,162 @@
+"""Scores of dev → per label a calibration and thresholds, which are then applied to any split.
+
+A calibrated score is sigmoid(logit(score) / temperature + bias), for each label (Platt, Probabilistic outputs for
+support vector machines, 1999); the bias undoes what weights and balanced draws do to the scores. It keeps the order,
+so the thresholds are on the score itself: positive is `score >= threshold`.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.measure.metrics import Bools, Floats, Ints, label_cells, threshold_curve
+
+RULES = ("youden", "max_f1", "sensitivity")
+SMALLEST = 2.0**-24  # a float32 score that is nearer to 0 or 1 has lost its logit
+SLOPES = (0.05, 20.0)  # of a fit; outside them the scores tell next to nothing, or the contrary
+PRIOR = 4.0  # the weight that holds the slope near 1: as a normal prior around it of standard deviation 0.5
+FOLDS = 5
+
+
+class Fit(NamedTuple):
+    """A calibration: logit = slope · logit + bias."""
+
+    slope: float
+    bias: float
+
+
+def fit_calibration(
+    names: Sequence[str],
+    scores: Floats,
+    target: Floats,
+    mask: Bools,
+    patient: npt.NDArray[Any],
+    sensitivity: float = 0.9,
+) -> dict[str, dict[str, Any]]:
+    """Per label: `temperature`, `bias`, `thresholds` by rule, and a `note` where something is None; fit for JSON.
+
+    Scores [N, L], targets [N, L] in {0, 1}, mask [N, L], patients [N]. Temperature and bias are None, and the scores
+    stay as they are, where a fit makes patients that it has not seen no likelier. The thresholds of RULES: the most of
+    Youden's J (sensitivity + specificity - 1), the most of F1, and the highest one whose sensitivity is at least
+    `sensitivity`; of equally good ones the highest. Raises ValueError where a score is not finite.
+    """
+    labels: dict[str, dict[str, Any]] = {}
+    for column, (name, score, truth) in enumerate(label_cells(names, scores, target, mask)):
+        fit, note = None, None
+        if truth.all() or not truth.any():
+            thresholds: dict[str, float | None] = dict.fromkeys(RULES)
+            note = "one class: no thresholds, scores as they are"
+        else:
+            thresholds = dict(choose_thresholds(score, truth, sensitivity))
+            fit, note = choose_fit(score, truth, patient[mask[:, column]])
+        labels[name] = {
+            "temperature": None if fit is None else 1 / fit.slope,
+            "bias": None if fit is None else fit.bias,
+            "thresholds": thresholds,
+            "note": note,
+        }
+    return labels
+
+
+def choose_fit(score: Floats, truth: Bools, patient: npt.NDArray[Any]) -> tuple[Fit | None, str | None]:
+    """The fit to scores [n] of both classes, if it is worth more than none; else None and the reason.
+
+    It is worth more where the log-likelihood of the truth of patients left out, in five folds, is higher with a fit to
+    the others than without one.
+    """
+    _, codes = np.unique(patient, return_inverse=True)
+    logits = _logits(score)
+    fold = split_patients(truth, codes)
+    gain = 0.0
+    for number in range(FOLDS):
+        left, rest = fold == number, fold != number
+        if truth[rest].all() or not truth[rest].any():
+            return None, "one patient has all of a class: scores as they are"
+        fit = fit_logistic(logits[rest], truth[rest])
+        gain += _log_likelihood(logits[left], truth[left], fit)
+        gain -= _log_likelihood(logits[left], truth[left], Fit(1, 0))
+    fit = fit_logistic(logits, truth)
+    if not SLOPES[0] <= fit.slope <= SLOPES[1]:
+        return None, "the scores tell nothing or the contrary: scores as they are"
+    if gain <= 0:
+        return None, "a fit makes patients left out no likelier: scores as they are"
+    return fit, None
+
+
+def split_patients(truth: Bools, codes: Ints) -> Ints:
+    """The fold of each cell [n], all of a patient's in the same, and those with positives dealt out evenly.
+
+    A patient's name does not say anything about them, so those alike are dealt in the order of their codes.
+    """
+    positives = np.bincount(codes, truth)
+    order = np.argsort(-positives, kind="stable")
+    fold = np.empty(len(order), np.int64)
+    fold[order] = np.arange(len(order)) % FOLDS
+    return fold[codes]
+
+
+def fit_logistic(logits: Floats, truth: Bools) -> Fit:
+    """The slope and bias with the highest likelihood of truth [n], both classes, given sigmoid(slope · logit + bias).
+
+    The slope is held near 1 by PRIOR / 2 · (slope - 1)², so that a few positives cannot make it run away, and the
+    problem is strictly convex. By Newton's method, with half the step wherever a whole one does not improve.
+    """
+    slope, bias = 1.0, 0.0
+
+    def loss(slope: float, bias: float) -> float:
+        return PRIOR / 2 * (slope - 1) ** 2 - _log_likelihood(logits, truth, Fit(slope, bias))
+
+    now = loss(slope, bias)
+    for _ in range(100):
+        chance = _sigmoid(slope * logits + bias)
+        weight, error = chance * (1 - chance), chance - truth
+        gradient = np.array([logits @ error + PRIOR * (slope - 1), error.sum()])
+        cross = weight @ logits
+        curvature = np.array([[weight @ logits**2 + PRIOR, cross], [cross, weight.sum()]])
+        step = np.linalg.solve(curvature + 1e-12 * np.eye(2), gradient)
+        while (then := loss(slope - step[0], bias - step[1])) > now and np.abs(step).max() > 1e-10:
+            step = step / 2
+        if np.abs(step).max() <= 1e-10:
+            break
+        slope, bias, now = slope - float(step[0]), bias - float(step[1]), then
+    return Fit(slope, bias)
+
+
+def apply_calibration(score: Floats, calibration: Mapping[str, Any]) -> Floats:
+    """The calibrated scores [n], float64; without a temperature as they are.
+
+    `calibration` is a label's of `fit_calibration`; one of an earlier version has no bias.
+    """
+    temperature = calibration["temperature"]
+    if temperature is None:
+        return score.astype(np.float64)
+    return _sigmoid(_logits(score) / temperature + calibration.get("bias", 0.0))
+
+
+def choose_thresholds(score: Floats, truth: Bools, sensitivity: float) -> dict[str, float]:
+    """The threshold of each of RULES for scores [n] of both classes."""
+    thresholds, hits, alarms = threshold_curve(score, truth)
+    positives, negatives = hits[-1], alarms[-1]
+    places = (
+        np.argmax(hits / positives - alarms / negatives),
+        np.argmax(2 * hits / (hits + alarms + positives)),
+        np.argmax(hits / positives >= sensitivity),
+    )
+    return {rule: float(thresholds[place]) for rule, place in zip(RULES, places, strict=True)}
+
+
+def _sigmoid(logits: Floats) -> Floats:
+    found: Floats = 1 / (1 + np.exp(-np.clip(logits, -700, 700)))
+    return found
+
+
+def _log_likelihood(logits: Floats, truth: Bools, fit: Fit) -> float:
+    return -float(np.logaddexp(0, np.where(truth, -1, 1) * (fit.slope * logits + fit.bias)).sum())
+
+
+def _logits(score: Floats) -> Floats:
+    inside = np.clip(score.astype(np.float64), SMALLEST, 1 - SMALLEST)
+    logits: Floats = np.log(inside / (1 - inside))
+    return logits

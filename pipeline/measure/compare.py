@@ -1,0 +1,106 @@
+"""Scores of the same studies by several methods → what each is worth, and whether they differ.
+
+A method is a run that scores studies, or one that scores images, whose scores of a study's views are combined
+(late fusion). All are measured on the studies that all of them have scored; differences are paired by patient
+(pipeline.measure.delong).
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+
+from pipeline.base.errors import DataError
+from pipeline.measure.bootstrap import describe_difference
+from pipeline.measure.delong import combine_limits, measure_areas, weigh_labels
+from pipeline.measure.evaluate import Scored
+from pipeline.measure.metrics import Floats, averaged_labels, mean_of, report_auroc
+
+STUDY = ["patient", "study"]
+
+
+def combine_views(scores: pd.DataFrame, name: str) -> dict[str, pd.DataFrame]:
+    """A run's scores of images → of studies, by the max and by the mean of their views; as they are where it has one.
+
+    `scores` has the columns patient, study and labels; the result has a row per study, by the names of methods.
+    """
+    groups = scores.groupby(STUDY)
+    if groups.size().max() == 1:
+        return {name: scores.set_index(STUDY)}
+    return {f"{name}, {how} of views": groups.agg(how) for how in ("max", "mean")}
+
+
+def group_by_views(table: pa.Table) -> pd.Series:
+    """Which views each study of a split's rows has, by (patient, study)."""
+    frame = table.select([*STUDY, "view"]).to_pandas()
+    lateral = frame["view"] == "lateral"
+    counts = frame.assign(lateral=lateral, frontal=~lateral).groupby(STUDY)[["frontal", "lateral"]].any()
+    names = np.select(
+        [counts["frontal"] & counts["lateral"], counts["frontal"]],
+        ["frontal and lateral", "frontal alone"],
+        "lateral alone",
+    )
+    return pd.Series(names, counts.index)
+
+
+def compare_methods(
+    names: Sequence[str],
+    studies: Scored,
+    name: str,
+    others: Mapping[str, pd.DataFrame],
+    views: pd.Series,
+) -> dict[str, Any]:
+    """The method `name`, with its `studies` (a row each), beside `others`, fit for JSON.
+
+    For all studies and for those of each group of `views`: how many there are, and for each method its AUROC in the
+    mean and by label, the mean's interval, and the differences of the first method less it. The mean is over the labels
+    with 10 positives or more, where there are any. Raises DataError where they have no study in common.
+    """
+    index = pd.MultiIndex.from_arrays([studies.patient, studies.study], names=STUDY)
+    found = {other: frame.reindex(index)[list(names)].to_numpy() for other, frame in others.items()}
+    common = np.all([~np.isnan(scores).any(axis=1) for scores in found.values()], axis=0)
+    if not common.any():
+        raise DataError(f"{name}: none of its studies is scored by all of {', '.join(found)}")
+    methods = {name: studies.scores, **found}
+    groups = {"all": common}
+    of_study = views.reindex(index).to_numpy()
+    groups |= {group: common & (of_study == group) for group in sorted(set(of_study[common]))}
+    return {
+        group: {"studies": int(rows.sum())}
+        | _compare(names, studies.take(rows), {key: scores[rows] for key, scores in methods.items()})
+        for group, rows in groups.items()
+    }
+
+
+def _compare(names: Sequence[str], studies: Scored, methods: Mapping[str, Floats]) -> dict[str, Any]:
+    reports = {name: report_auroc(names, scores, *studies[1:3]) for name, scores in methods.items()}
+    areas = {name: measure_areas(scores, *studies[1:4]) for name, scores in methods.items()}
+    first, ours = next(iter(reports.values())), next(iter(areas.values()))
+    kept = averaged_labels(first["labels"])
+    mean = "macro10" if kept["macro10"] else "macro"
+    shares = {label: weigh_labels(names, [label]) for label in names} | {
+        "mean": weigh_labels(names, kept[mean])
+    }
+    result: dict[str, Any] = {"mean": mean, "methods": {}}
+    for name, report in reports.items():
+        figures = {label: row["auroc"] for label, row in report["labels"].items()}
+        figure = mean_of(report["labels"], kept[mean], "auroc")
+        firsts = {label: row["auroc"] for label, row in first["labels"].items()}
+        firsts["mean"] = mean_of(first["labels"], kept[mean], "auroc")
+        both = ours.join(areas[name])
+        result["methods"][name] = {
+            "auroc": figure,
+            "interval": combine_limits(areas[name], shares["mean"]),
+            "labels": figures,
+            "first_less_this": {
+                key: describe_difference(
+                    firsts[key],
+                    (figures | {"mean": figure})[key],
+                    combine_limits(both, np.concatenate([share, -share])),
+                )
+                for key, share in shares.items()
+            },
+        }
+    return result

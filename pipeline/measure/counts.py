@@ -1,0 +1,288 @@
+"""Label table → counts of the four states per label, by group, together, under a policy, against another source.
+
+SOURCE may be a folder of shards, a CheXpert folder, or one CSV (`.csv` or `.csv.gz`):
+
+    pipeline stats CheXpert-v1.0-small/train.csv --by sex --cooccurrence --policy best --plot labels.svg
+
+Everything is counted on whole columns: no Python per row.
+"""
+
+import csv
+import io
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping
+from typing import TypedDict
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.base.files import FORMULA
+from pipeline.labels import (
+    LABELS,
+    STATES,
+    count_rows,
+    label_states,
+    number_studies,
+)
+from pipeline.policies import BEST_POLICY, SMOOTH_RANGES, check_blank_policy, parse_uncertain_policy
+
+# What to group by, and the group of the images without it.
+NO_GROUP = {"view": "unknown", "sex": "Unknown", "age": "unknown", "projection": "none"}
+AGE_BANDS = {"0-17": 0, "18-39": 18, "40-59": 40, "60-79": 60, "80+": 80}  # from that year on
+# What an uncertain cell becomes, on average over the draws; None: neither class.
+UNCERTAIN_TARGETS: dict[str, float | None] = (
+    {"zeros": 0.0, "ones": 1.0}
+    | {policy: sum(bounds) / 2 for policy, bounds in SMOOTH_RANGES.items()}
+    | dict.fromkeys(("ignore", "multiclass", "selftrained"))
+)
+
+
+class Statistics(TypedDict):
+    """Totals, and per label the four states and the share of positives among all images."""
+
+    images: int
+    studies: int
+    patients: int
+    labels: dict[str, dict[str, float]]
+
+
+class Groups(TypedDict):
+    """The statistics of each group of images that a variable of NO_GROUP makes."""
+
+    variable: str
+    groups: dict[str, Statistics]
+
+
+class Targets(TypedDict):
+    """One label under its policy: cells per class, cells masked, mean target, negatives per positive.
+
+    `open` cells count, but as neither: those of a third class (multiclass), or a teacher's to tell (selftrained).
+    """
+
+    policy: str
+    positives: int
+    negatives: int
+    open: int
+    masked: int
+    mean_target: float | None
+    pos_weight: float | None
+
+
+class Policies(TypedDict):
+    """What the policy for uncertain (per label) and that for blank make of every label."""
+
+    blank: str
+    labels: dict[str, Targets]
+
+
+class Drift(TypedDict):
+    """One label in two sources: share of positives in each, their difference as it is and standardised."""
+
+    share_positive: float
+    other_share_positive: float
+    difference: float
+    standardised_difference: float | None
+
+
+class Comparison(TypedDict):
+    """The other source's totals, the patients that both have, and the drift of every label."""
+
+    images: int
+    studies: int
+    patients: int
+    shared_patients: int
+    labels: dict[str, Drift]
+
+
+class LabelStatistics(Statistics, total=False):
+    """The statistics and the sections that were asked for."""
+
+    by: Groups
+    cooccurrence: dict[str, dict[str, int]]
+    policy: Policies
+    against: Comparison
+
+
+def count_labels(table: pa.Table) -> Statistics:
+    """Counts of a label table (columns patient, study and the labels)."""
+    rows = count_rows(table)
+    return {
+        "images": rows["samples"],
+        "studies": rows["studies"],
+        "patients": rows["patients"],
+        "labels": {label: _count_states(table[label]) for label in LABELS},
+    }
+
+
+def count_groups(table: pa.Table, variable: str) -> Groups:
+    """Counts per view, sex, age band or projection; only groups with images, those without the fact last."""
+    names = _group_names(table, variable)
+    found = sorted(pc.unique(names).to_pylist(), key=lambda name: (name == NO_GROUP[variable], name))
+    return {
+        "variable": variable,
+        "groups": {name: count_labels(table.filter(pc.equal(names, name))) for name in found},
+    }
+
+
+def count_cooccurrence(table: pa.Table) -> dict[str, dict[str, int]]:
+    """Label → label → images where both are positive; on the diagonal the label's positives."""
+    states, _ = label_states(table)
+    positive = (states == 1).astype(np.float64)  # exact up to 2^53 images, and BLAS is far faster than int64
+    together = (positive.T @ positive).astype(np.int64).tolist()
+    return {label: dict(zip(LABELS, row, strict=True)) for label, row in zip(LABELS, together, strict=True)}
+
+
+def parse_policies(text: str) -> tuple[dict[str, str], str]:
+    """Uncertain policy per label and blank policy from `best,Edema=zeros,blank=ignore` (blank: else zeros).
+
+    Raises DataError for an unknown policy or label.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    blanks = [part.removeprefix("blank=") for part in parts if part.startswith("blank=")]
+    rest = [part for part in parts if not part.startswith("blank=")]
+    uncertain = parse_uncertain_policy(",".join(rest)) if rest else dict(BEST_POLICY)
+    return uncertain, check_blank_policy(blanks[-1]) if blanks else "zeros"
+
+
+def count_targets(statistics: Statistics, uncertain: Mapping[str, str], blank: str) -> Policies:
+    """What `labels.make_targets` would make of each label, from its four counts alone.
+
+    A soft target counts as the class that it is nearer to: each smoothing range lies on one side of 0.5. The
+    mean target of smoothed cells is the middle of their range, which the draws have up to their noise.
+    `pos_weight` is negatives / positives, where a soft target counts in part for either, as in training (which
+    goes no higher than 20); null (None) where the label is left with one class.
+    """
+    labels: dict[str, Targets] = {}
+    for label, counts in statistics["labels"].items():
+        positives, unsure, negatives, blanks = (int(counts[state]) for state in STATES)
+        target = UNCERTAIN_TARGETS[uncertain[label]]
+        undecided = masked = 0
+        total = float(positives)
+        if uncertain[label] == "ignore":
+            masked += unsure
+        elif target is None:
+            undecided = unsure
+        elif target >= 0.5:
+            positives += unsure
+            total += target * unsure
+        else:
+            negatives += unsure
+            total += target * unsure
+        if blank == "ignore":
+            masked += blanks
+        else:
+            negatives += blanks
+        cells = positives + negatives
+        labels[label] = {
+            "policy": uncertain[label],
+            "positives": positives,
+            "negatives": negatives,
+            "open": undecided,
+            "masked": masked,
+            "mean_target": round(total / cells, 4) if cells else None,
+            "pos_weight": round((cells - total) / total, 4) if positives and negatives else None,
+        }
+    return {"blank": blank, "labels": labels}
+
+
+def compare_tables(table: pa.Table, other: pa.Table) -> Comparison:
+    """Drift of each label's share of positives between two label tables, and the patients in both.
+
+    The standardised difference is (p1 - p2) / sqrt((p1 (1 - p1) + p2 (1 - p2)) / 2), by convention notable
+    above 0.1, and null (None) where the label varies in neither: Austin, "Balance diagnostics for comparing the
+    distribution of baseline covariates between treatment groups in propensity-score matched samples",
+    Statistics in Medicine 28 (2009), 3083-3107. Not a z: that takes a patient's images for independent, and
+    with 200,000 of them calls any difference significant.
+    """
+    first, second = count_labels(table), count_labels(other)
+    shared = pc.is_in(pc.unique(table["patient"]), value_set=pc.unique(other["patient"]))
+    labels: dict[str, Drift] = {}
+    for label in LABELS:
+        p1 = first["labels"][label]["positive"] / first["images"]
+        p2 = second["labels"][label]["positive"] / second["images"]
+        spread = math.sqrt((p1 * (1 - p1) + p2 * (1 - p2)) / 2)
+        labels[label] = {
+            "share_positive": round(p1, 4),
+            "other_share_positive": round(p2, 4),
+            "difference": round(p1 - p2, 4),
+            "standardised_difference": round((p1 - p2) / spread, 4) if spread else None,
+        }
+    return {
+        "images": second["images"],
+        "studies": second["studies"],
+        "patients": second["patients"],
+        "shared_patients": pc.sum(shared).as_py(),
+        "labels": labels,
+    }
+
+
+def start_report(statistics: Statistics) -> LabelStatistics:
+    """A report without sections."""
+    images, studies, patients = (statistics["images"], statistics["studies"], statistics["patients"])
+    return {"images": images, "studies": studies, "patients": patients, "labels": statistics["labels"]}
+
+
+def to_json(report: LabelStatistics) -> str:
+    """The report as a JSON document."""
+    return json.dumps(report, indent=2)
+
+
+def to_csv(report: LabelStatistics) -> str:
+    """The report's section as a CSV with a header; without a section the states, one line per label.
+
+    Only `by` is in long form, with the group first. A report has at most one section here: they do not have
+    the same columns.
+    """
+    if "by" in report:
+        rows = [
+            {"group": f"'{name}" if name.startswith(FORMULA) else name} | row
+            for name, statistics in report["by"]["groups"].items()
+            for row in _label_rows(statistics["labels"])
+        ]
+    elif "policy" in report:
+        rows = _label_rows(report["policy"]["labels"])
+    elif "against" in report:
+        rows = _label_rows(report["against"]["labels"])
+    else:
+        rows = _label_rows(report.get("cooccurrence", report["labels"]))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().rstrip("\n")
+
+
+def _label_rows(labels: Mapping[str, Mapping[str, object]]) -> list[dict[str, object]]:
+    return [{"label": label} | dict(values) for label, values in labels.items()]
+
+
+def _group_names(table: pa.Table, variable: str) -> pa.ChunkedArray | pa.Array:
+    """The group of each row."""
+    if variable != "age":
+        return pc.fill_null(table[variable], NO_GROUP[variable])
+    ages = pc.fill_null(table["age"], -1).to_numpy()
+    bands = pa.array([NO_GROUP["age"], *AGE_BANDS])
+    return bands.take(pa.array(np.digitize(ages, list(AGE_BANDS.values()))))
+
+
+def _count_states(column: pa.ChunkedArray) -> dict[str, float]:
+    counts = {entry["values"]: entry["counts"] for entry in pc.value_counts(column).to_pylist()}
+    states = {state: counts.get(value, 0) for state, value in STATES.items()}
+    return states | {"share_positive": round(states["positive"] / len(column), 4)}
+
+
+def describe_views(table: pa.Table) -> str:
+    """How many studies of a label table have which views, in words, the commonest first."""
+    study = number_studies(table)
+    lateral = pc.equal(table["view"], "lateral").to_numpy()
+    counts = (np.bincount(study[rows], minlength=study.max() + 1).tolist() for rows in (~lateral, lateral))
+    found = Counter(zip(*counts, strict=True)).most_common()
+    return "studies: " + ", ".join(f"{count:,} with {_name_views(*views)}" for views, count in found)
+
+
+def _name_views(frontals: int, laterals: int) -> str:
+    named = ((frontals, "frontal"), (laterals, "lateral"))
+    return " and ".join(f"{count} {view}{'s' if count > 1 else ''}" for count, view in named if count)

@@ -1,0 +1,340 @@
+"""Scores, truth and facts of a split's images → everything that is reported of it, as one JSON document.
+
+    calibration = calibrate(names, dev)              # calibration.json
+    evaluation = assess(names, valid, calibration)   # evaluation-valid.json
+
+The document holds the image level at its top (labels, means, intervals, against), the same for studies under
+`study`, and subgroups. What is undefined is None, and never part of a mean.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.measure.bootstrap import (
+    describe_difference,
+    difference_interval,
+    interval,
+    resample_auprc,
+    resampled_mean,
+)
+from pipeline.measure.calibration import apply_calibration, fit_calibration
+from pipeline.measure.delong import Areas, combine_limits, measure_areas, weigh_labels
+from pipeline.measure.metrics import (
+    FEW,
+    Bools,
+    Floats,
+    Ints,
+    areas,
+    averaged_labels,
+    brier_score,
+    calibration_error,
+    label_cells,
+    mean_of,
+    rates_at,
+    wilson_limits,
+)
+
+AVERAGED = ("auroc", "auprc", "brier", "ece", "brier_calibrated", "ece_calibrated")
+AREAS = ("auroc", "auprc")  # the metrics with intervals
+# The groups that are compared; images in none of them are counted apart.
+GROUPS = {
+    "sex": ("Female", "Male"),
+    "age": ("18-39", "40-59", "60-79", "80+"),
+    "projection": ("AP", "PA"),
+}
+AGES = {"unknown": -1, "0-17": 0, "18-39": 18, "40-59": 40, "60-79": 60, "80+": 80}  # from that year on
+
+
+class Scored(NamedTuple):
+    """The scored images of a split, or one row per study of them."""
+
+    scores: Floats  # [N, L] in [0, 1]
+    target: Floats  # [N, L] in {0, 1}
+    mask: Bools  # [N, L] the cells that count
+    patient: npt.NDArray[Any]  # [N] names
+    study: npt.NDArray[Any]  # [N] names or numbers, unique within a patient
+    sex: npt.NDArray[Any]  # [N] names; None or empty: unknown
+    age: Ints  # [N] years; -1 unknown
+    projection: npt.NDArray[Any]  # [N] names; None or empty: unknown
+
+    def take(self, rows: Any) -> "Scored":
+        """The rows of an index: numbers, bools [N] or a slice."""
+        return Scored(*(column[rows] for column in self))
+
+
+def calibrate(
+    names: Sequence[str], dev: Scored, sensitivity: float = 0.9, combine: str = "max"
+) -> dict[str, Any]:
+    """Calibrations and thresholds per label (`fit_calibration`), fitted on dev's images and on its studies.
+
+    `combine` is how a study's score comes from its views: max or mean.
+    """
+    levels = {"image": dev, "study": study_level(dev, combine)}
+    return {"sensitivity": sensitivity, "combine": combine} | {
+        level: fit_calibration(names, *rows[:4], sensitivity) for level, rows in levels.items()
+    }
+
+
+def assess(
+    names: Sequence[str],
+    images: Scored,
+    calibration: Mapping[str, Any],
+    *,
+    unit: str = "image",
+    against: tuple[str, Floats] | None = None,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """The whole evaluation of a split, fit for JSON; `calibration` as `calibrate` gives it.
+
+    `unit` is what a row of `images` is: image, or study where a run scores these.
+    `against` is another run's name and its scores [N, L] of the same images. Intervals of AUPRC are from so many
+    resamples of patients by `seed`; with 0 they are None. Raises ValueError without images, or where a score is
+    not finite.
+    """
+    if len(images.scores) == 0:
+        raise ValueError("no images to evaluate")
+    combine = calibration["combine"]
+    level = _assess_level(names, images, calibration["image"], against, resamples, seed)
+    studies = study_level(images, combine)
+    if against is not None:
+        other = study_level(images._replace(scores=against[1]), combine)
+        against = (against[0], other.scores)
+    study = _assess_level(names, studies, calibration["study"], against, resamples, seed)
+    return level | {
+        "unit": unit,
+        "study": study,
+        "subgroups": assess_groups(names, images, calibration["image"]),
+        "calibration": calibration,
+    }
+
+
+def study_level(images: Scored, combine: str = "max") -> Scored:
+    """One row per study: the max or mean of its views' scores; in the mask where any view is.
+
+    Views of a study share their labels, patient, sex and age; cells out of the mask (damaged images) count for
+    nothing. Raises ValueError for another `combine`.
+    """
+    if combine not in ("max", "mean"):
+        raise ValueError(f"combine is '{combine}'; choose max or mean")
+    codes = [np.unique(column, return_inverse=True)[1] for column in (images.patient, images.study)]
+    _, study = np.unique(codes[0] * (codes[1].max() + 1) + codes[1], return_inverse=True)
+    order = np.argsort(study, kind="stable")
+    starts = np.flatnonzero(np.concatenate([[True], np.diff(study[order]) != 0]))
+    scores, target, mask = (array[order] for array in images[:3])
+    counts = np.add.reduceat(mask, starts, axis=0, dtype=np.int64)
+    if combine == "max":
+        combined = np.maximum.reduceat(np.where(mask, scores, 0), starts, axis=0)
+    else:
+        sums = np.add.reduceat(np.where(mask, scores, 0), starts, axis=0, dtype=np.float64)
+        combined = (sums / np.maximum(counts, 1)).astype(scores.dtype)
+    positive = np.maximum.reduceat(np.where(mask, target, 0), starts, axis=0)
+    return Scored(combined, positive, counts > 0, *(fact[order[starts]] for fact in images[3:]))
+
+
+def assess_groups(
+    names: Sequence[str], images: Scored, calibration: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Sex, age and projection: per group the images, AUROC per label and TPR at dev's Youden threshold.
+
+    A group's `macro_auroc` is over `macro_labels`, those with 10 positives and 10 negatives in every group that has
+    any such label, so that groups are compared on the same labels and on enough of each; None in the other groups.
+    `less_first` is the macro of each later group less the first one's. `tpr_gap` is the highest TPR less the lowest,
+    over groups with 10 positives or more, and None where fewer than two have them; its limits are in `tpr_gap_limits`.
+    """
+    bands = np.array(list(AGES))[np.digitize(images.age, list(AGES.values())) - 1]
+    facts = {"sex": images.sex, "age": bands, "projection": images.projection}
+    report: dict[str, Any] = {}
+    for variable, compared in GROUPS.items():
+        rows = {name: facts[variable] == name for name in compared}
+        # Of all patients, so that what the groups share of them can be told.
+        measured = {
+            name: measure_areas(*images[:2], images.mask & chosen[:, None], images.patient)
+            for name, chosen in rows.items()
+        }
+        groups = {
+            name: _assess_group(names, images.take(chosen), calibration, measured[name])
+            for name, chosen in rows.items()
+        }
+        enough = {
+            group: {name for name in names if not result["labels"][name]["few"]}
+            for group, result in groups.items()
+        }
+        told = [group for group, own in enough.items() if own]
+        kept = [name for name in names if told and all(name in enough[group] for group in told)]
+        share = weigh_labels(names, kept)
+        for group, result in groups.items():
+            result["macro_auroc"] = mean_of(result["labels"], kept, "auroc") if group in told else None
+            nothing = np.zeros_like(share)
+            result["interval"] = combine_limits(measured[group], share if group in told else nothing)
+        others = Counter(name or "unknown" for name in facts[variable].tolist() if name not in compared)
+        gaps = {name: _tpr_gap([group["labels"][name] for group in groups.values()]) for name in names}
+        report[variable] = {
+            "groups": groups,
+            "macro_labels": kept,
+            "less_first": {
+                group: describe_difference(
+                    groups[group]["macro_auroc"],
+                    groups[told[0]]["macro_auroc"],
+                    combine_limits(measured[group].join(measured[told[0]]), np.concatenate([share, -share])),
+                )
+                for group in told[1:]
+            },
+            "others": dict(sorted(others.items())),
+            "tpr_gap": {name: gap["difference"] for name, gap in gaps.items()},
+            "tpr_gap_limits": {name: {"low": gap["low"], "high": gap["high"]} for name, gap in gaps.items()},
+        }
+    return report
+
+
+def _assess_level(
+    names: Sequence[str],
+    rows: Scored,
+    calibration: Mapping[str, Mapping[str, Any]],
+    against: tuple[str, Floats] | None,
+    resamples: int,
+    seed: int,
+) -> dict[str, Any]:
+    """Labels, means, intervals and comparison of images or of studies."""
+    labels = {
+        name: _assess_label(score, truth, rows.patient[rows.mask[:, column]], calibration[name])
+        for column, (name, score, truth) in enumerate(label_cells(names, *rows[:3]))
+    }
+    means = averaged_labels(labels)
+    report: dict[str, Any] = {
+        f"{mean}_{metric}": mean_of(labels, kept, metric)
+        for mean, kept in means.items()
+        for metric in AVERAGED
+    }
+    # A label is a mean over itself, and over nothing where it is undefined.
+    kept = {name: [name] if label["auroc"] is not None else [] for name, label in labels.items()} | means
+    shares = {key: weigh_labels(names, over) for key, over in kept.items()}
+    ours = measure_areas(*rows[:4])
+    drawn = resample_auprc(*rows[:4], resamples, seed)
+    report |= {
+        "skipped": [name for name in names if not kept[name]],
+        "rows": len(rows.scores),
+        "patients": len(np.unique(rows.patient)),
+        "labels": labels,
+        "intervals": {"resamples": resamples, "seed": seed}
+        | {
+            "auroc": {key: combine_limits(ours, share) for key, share in shares.items()},
+            "auprc": {key: interval(resampled_mean(drawn, names, over)) for key, over in kept.items()},
+        },
+    }
+    if against is not None:
+        both = ours.join(measure_areas(against[1], *rows[1:4]))
+        theirs = resample_auprc(against[1], *rows[1:4], resamples, seed)
+        cells = label_cells(names, against[1], *rows[1:3])
+        other = {name: dict(zip(AREAS, areas(score, truth), strict=True)) for name, score, truth in cells}
+        report["against"] = {
+            "run": against[0],
+            "auroc": {
+                key: describe_difference(
+                    mean_of(labels, over, "auroc"),
+                    mean_of(other, over, "auroc"),
+                    combine_limits(both, np.concatenate([shares[key], -shares[key]])),
+                )
+                for key, over in kept.items()
+            },
+            "auprc": {
+                key: difference_interval(
+                    mean_of(labels, over, "auprc"),
+                    mean_of(other, over, "auprc"),
+                    *(resampled_mean(values, names, over) for values in (drawn, theirs)),
+                )
+                for key, over in kept.items()
+            },
+        }
+    return report
+
+
+def _assess_label(
+    score: Floats, truth: Bools, patient: npt.NDArray[Any], calibration: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Everything of one label's cells [n]."""
+    auroc, auprc = areas(score, truth)
+    calibrated = apply_calibration(score, calibration)
+    return {
+        "auroc": auroc,
+        "auprc": auprc,
+        **_count(truth),
+        "brier": brier_score(score, truth),
+        "brier_calibrated": brier_score(calibrated, truth),
+        "ece": calibration_error(score, truth),
+        "ece_calibrated": calibration_error(calibrated, truth),
+        "operating_points": {
+            rule: None
+            if threshold is None
+            else {"threshold": threshold}
+            | rates_at(threshold, score, truth)
+            | {"intervals": rate_limits(threshold, score, truth, patient)}
+            for rule, threshold in calibration["thresholds"].items()
+        },
+    }
+
+
+def rate_limits(
+    threshold: float, score: Floats, truth: Bools, patient: npt.NDArray[Any]
+) -> dict[str, dict[str, float | None]]:
+    """The limits of each of `rates_at` that is a share of cells [n], with patients as clusters (`wilson_limits`)."""
+    called = score >= threshold
+    parts = {
+        "sensitivity": (called, truth),
+        "specificity": (~called, ~truth),
+        "ppv": (truth, called),
+        "npv": (~truth, ~called),
+    }
+    return {rate: wilson_limits(hits[of], patient[of]) for rate, (hits, of) in parts.items()}
+
+
+def _count(truth: Bools) -> dict[str, Any]:
+    """The cells of each class, and whether one has so `few` that figures are mostly chance."""
+    positives, negatives = int(truth.sum()), int((~truth).sum())
+    return {"positives": positives, "negatives": negatives, "few": min(positives, negatives) < FEW}
+
+
+def _assess_group(
+    names: Sequence[str], images: Scored, calibration: Mapping[str, Mapping[str, Any]], measured: Areas
+) -> dict[str, Any]:
+    """A group's labels, of its images and their areas."""
+    labels: dict[str, Any] = {}
+    for column, (name, score, truth) in enumerate(label_cells(names, *images[:3])):
+        threshold = calibration[name]["thresholds"]["youden"]
+        tpr, limits = None, wilson_limits(truth[:0], truth[:0])
+        if threshold is not None:
+            patient = images.patient[images.mask[:, column]]
+            tpr = rates_at(threshold, score, truth)["sensitivity"]
+            limits = rate_limits(threshold, score, truth, patient)["sensitivity"]
+        labels[name] = {
+            "auroc": areas(score, truth)[0],
+            **_count(truth),
+            "tpr": tpr,
+            "intervals": {
+                "auroc": combine_limits(measured, weigh_labels(names, [name])),
+                "tpr": limits,
+            },
+        }
+    return {"images": len(images.scores), "labels": labels}
+
+
+def _tpr_gap(results: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    """The highest TPR less the lowest; its limits as if of different patients (Newcombe, 1998, method 10)."""
+    rates = sorted(
+        (result["tpr"], result["intervals"]["tpr"]["low"], result["intervals"]["tpr"]["high"])
+        for result in results
+        if result["positives"] >= FEW and result["tpr"] is not None
+    )
+    if len(rates) < 2:
+        return dict.fromkeys(("difference", "low", "high"))
+    (worst, low, top), (best, bottom, high) = rates[0], rates[-1]
+    gap = best - worst
+    return {
+        "difference": gap,
+        "low": gap - float(np.hypot(best - bottom, top - worst)),
+        "high": gap + float(np.hypot(high - best, worst - low)),
+    }

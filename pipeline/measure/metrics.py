@@ -1,0 +1,230 @@
+"""Scores, targets and masks → AUROC and its means, AUPRC, Brier score, calibration error, rates at a threshold.
+
+A label with one class has no AUROC and no AUPRC: they are null and it is listed as skipped, never 0 and never
+part of a mean. All of it is float64, and the areas take weights, so that a figure and its interval (`bootstrap`)
+come from the same lines.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypedDict
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.floating[Any]]
+Bools = npt.NDArray[np.bool_]
+Ints = npt.NDArray[np.integer[Any]]
+
+# The five labels of the CheXpert competition (Irvin et al., 2019).
+COMPETITION = ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion")
+FEW = 10  # positives; with fewer, a label's figures are mostly chance
+Z = 1.959963984540054  # the normal distribution's quantile of 0.975
+BINS = 15  # of the calibration error, as in Guo et al., 2017
+
+
+class LabelResult(TypedDict):
+    """One label: its AUROC (None with one class) and what it rests on."""
+
+    auroc: float | None
+    positives: int
+    negatives: int
+
+
+class AurocReport(TypedDict):
+    """All labels; `macro10` is the macro over labels with 10 positives or more, `mean5` the competition's."""
+
+    macro_auroc: float | None
+    macro10_auroc: float | None
+    mean5_auroc: float | None
+    skipped: list[str]
+    labels: dict[str, LabelResult]
+
+
+class Ranking(NamedTuple):
+    """Cells of one label from the highest score down, in groups of equal scores."""
+
+    order: Ints  # [n] the cell at each place
+    starts: Ints  # [G] the place where each group starts
+    positive: Bools  # [n] in this order
+
+
+class Reliability(NamedTuple):
+    """The bins of a label's scores that are not empty: mean score, share of positives, cells."""
+
+    score: Floats
+    share: Floats
+    cells: Ints
+
+
+class Curve(NamedTuple):
+    """What is called positive at each distinct score as threshold, from the highest down."""
+
+    threshold: Floats
+    true_positives: Ints
+    false_positives: Ints
+
+
+def report_auroc(names: Sequence[str], scores: Floats, target: Floats, mask: Bools) -> AurocReport:
+    """AUROC per label of scores [N, L] against targets [N, L] in {0, 1}, on the cells of mask [N, L].
+
+    Raises ValueError where a score is not finite.
+    """
+    labels: dict[str, LabelResult] = {}
+    for name, score, truth in label_cells(names, scores, target, mask):
+        positives = int(truth.sum())
+        auroc, _ = areas(score, truth)
+        labels[name] = {"auroc": auroc, "positives": positives, "negatives": len(truth) - positives}
+    macro, macro10, mean5 = (mean_of(labels, kept, "auroc") for kept in averaged_labels(labels).values())
+    return {
+        "macro_auroc": macro,
+        "macro10_auroc": macro10,
+        "mean5_auroc": mean5,
+        "skipped": [name for name, label in labels.items() if label["auroc"] is None],
+        "labels": labels,
+    }
+
+
+def label_cells(
+    names: Sequence[str], scores: Floats, target: Floats, mask: Bools
+) -> Iterator[tuple[str, Floats, Bools]]:
+    """Name, scores [n] and truth [n] of the cells of each label that are in the mask.
+
+    Raises ValueError where a score is not finite.
+    """
+    if not np.isfinite(scores).all():
+        raise ValueError("scores are not finite")
+    for column, name in enumerate(names):
+        used = mask[:, column]
+        yield name, scores[used, column], target[used, column] == 1
+
+
+def averaged_labels(labels: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The labels that each mean is over: those with an AUROC; with 10 positives too; the competition's five."""
+    macro = [name for name, label in labels.items() if label["auroc"] is not None]
+    return {
+        "macro": macro,
+        "macro10": [name for name in macro if labels[name]["positives"] >= FEW],
+        "mean5": list(COMPETITION) if set(COMPETITION) <= set(macro) else [],
+    }
+
+
+def mean_of(labels: Mapping[str, Any], kept: Sequence[str], metric: str) -> float | None:
+    """The mean of a metric over the kept labels; None where there is none."""
+    return sum(labels[name][metric] for name in kept) / len(kept) if kept else None
+
+
+def areas(score: Floats, truth: Bools) -> tuple[float | None, float | None]:
+    """AUROC and AUPRC of scores [n] against truth [n]; None with one class."""
+    if truth.all() or not truth.any():
+        return None, None
+    auroc, auprc = weighted_areas(rank(score, truth), np.ones((len(truth), 1)))
+    return float(auroc[0]), float(auprc[0])
+
+
+def rank(score: Floats, truth: Bools) -> Ranking:
+    """Sort cells [n ≥ 1]; neighbouring groups without a positive are one, which changes neither area."""
+    order = np.argsort(-score, kind="stable")
+    ordered, positive = score[order], truth[order]
+    starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
+    found = np.logical_or.reduceat(positive, starts)
+    kept = found | np.concatenate([[True], found[:-1]])
+    return Ranking(order, starts[kept], positive)
+
+
+def weighted_areas(ranking: Ranking, weights: Floats | Ints) -> tuple[Floats, Floats]:
+    """AUROC [R] and AUPRC [R] under each column of weights [n, R], given in the ranking's order.
+
+    AUROC is the share of pairs of a positive and a negative in the right order, ties counted half. AUPRC is the
+    average precision, Σ (recall_k - recall_{k-1}) precision_k over distinct scores, without interpolation.
+    NaN where a class has no weight.
+    """
+    total = np.add.reduceat(weights, ranking.starts, axis=0, dtype=np.float64)
+    positive = np.add.reduceat(weights * ranking.positive[:, None], ranking.starts, axis=0, dtype=np.float64)
+    seen, found = np.cumsum(total, axis=0), np.cumsum(positive, axis=0)
+    positives, negatives = found[-1], seen[-1] - found[-1]
+    precision = np.divide(found, seen, out=np.zeros_like(found), where=seen > 0)
+    both = (positives > 0) & (negatives > 0)
+    pairs = np.where(both, positives * negatives, np.nan)
+    auroc = np.einsum("gr,gr->r", total - positive, found - positive / 2) / pairs
+    auprc = np.einsum("gr,gr->r", positive, precision) / np.where(both, positives, np.nan)
+    return auroc, auprc
+
+
+def brier_score(score: Floats, truth: Bools) -> float | None:
+    """Mean squared distance of score and truth (Brier, 1950); None without cells."""
+    return float(np.mean((score.astype(np.float64) - truth) ** 2)) if len(truth) else None
+
+
+def reliability(score: Floats, truth: Bools) -> Reliability:
+    """Scores in 15 bins of equal width, each closed on the right."""
+    bins = np.searchsorted(np.arange(1, BINS) / BINS, score.astype(np.float64))
+    count = np.bincount(bins, minlength=BINS)
+    filled = count > 0
+    sums = (np.bincount(bins, values, BINS)[filled] for values in (score, truth))
+    mean_score, share = (total / count[filled] for total in sums)
+    return Reliability(mean_score, share, count[filled])
+
+
+def calibration_error(score: Floats, truth: Bools) -> float | None:
+    """Expected calibration error: Σ_b n_b / n · |share of positives in b - mean score in b|; None without cells.
+
+    Naeini et al., "Obtaining well calibrated probabilities using Bayesian binning", AAAI 2015, with the bins of
+    Guo et al., "On calibration of modern neural networks", ICML 2017; on the score of positive.
+    """
+    bins = reliability(score, truth)
+    return float(np.average(np.abs(bins.share - bins.score), weights=bins.cells)) if len(truth) else None
+
+
+def threshold_curve(score: Floats, truth: Bools) -> Curve:
+    """Counts of what is called positive, `score >= threshold`, at each distinct score [n ≥ 1]."""
+    order = np.argsort(-score, kind="stable")
+    ordered = score[order]
+    last = np.flatnonzero(np.concatenate([ordered[1:] != ordered[:-1], [True]]))
+    found: Ints = np.cumsum(truth[order], dtype=np.int64)[last]
+    return Curve(ordered[last], found, last + 1 - found)
+
+
+def rates_at(threshold: float, score: Floats, truth: Bools) -> dict[str, float | None]:
+    """Sensitivity, specificity, PPV, NPV and F1 of `score >= threshold`; None where a denominator is 0.
+
+    F1 is 2 TP / (2 TP + FP + FN), and None without positives.
+    """
+    called = score >= threshold
+    hits, positives = int((called & truth).sum()), int(truth.sum())
+    calls, negatives = int(called.sum()), len(truth) - positives
+    rejected = len(truth) - calls - (positives - hits)  # true negatives
+
+    def ratio(part: int, whole: int) -> float | None:
+        return part / whole if whole else None
+
+    return {
+        "sensitivity": ratio(hits, positives),
+        "specificity": ratio(rejected, negatives),
+        "ppv": ratio(hits, calls),
+        "npv": ratio(rejected, len(truth) - calls),
+        "f1": 2 * hits / (calls + positives) if positives else None,
+    }
+
+
+def wilson_limits(called: Bools, owner: npt.NDArray[Any]) -> dict[str, float | None]:
+    """`low` and `high` of the share of calls [n], which belong to owners [n]; None without any.
+
+    Wilson's score interval (1927) on the effective number of cells: n over the design effect, which is the variance of
+    the share with its owners as clusters by that without (Rao and Scott, A simple method for the analysis of
+    clustered binary data, Biometrics 48, 1992). It is never of zero width.
+    """
+    if not len(called):
+        return {"low": None, "high": None}
+    share = float(np.mean(called))
+    _, codes = np.unique(owner, return_inverse=True)
+    cells, hits = np.bincount(codes), np.bincount(codes, called)
+    count, owners = len(called), len(cells)
+    if 0 < share < 1:
+        spread = float(((hits - cells * share) ** 2).sum()) * owners / max(owners - 1, 1)
+        design = max(1.0, spread / (count * share * (1 - share)))  # alike cells never tell more than others
+    else:
+        design = float((cells**2).sum()) / count  # all of an owner's cells tell as much as one
+    size = count / design
+    middle = (share + Z**2 / (2 * size)) / (1 + Z**2 / size)
+    half = Z / (1 + Z**2 / size) * (share * (1 - share) / size + Z**2 / (4 * size**2)) ** 0.5
+    return {"low": max(0.0, middle - half), "high": min(1.0, middle + half)}

@@ -1,0 +1,129 @@
+"""Raw label states → targets and masks, by a policy for uncertain and one for blank cells.
+
+Policies: Irvin et al., "CheXpert", AAAI 2019, Table 3; smoothing: Pham et al., 2019 (arXiv:1911.06475).
+"""
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from pipeline.base.errors import DataError
+from pipeline.labels import LABELS, hash_fraction, label_states
+
+UNCERTAIN_POLICIES = (
+    "zeros",
+    "ones",
+    "ignore",
+    "smooth-zeros",
+    "smooth-ones",
+    "multiclass",
+    "selftrained",
+)
+BLANK_POLICIES = ("zeros", "ignore")
+UNCERTAIN_HELP = f"Policy for -1: best, {', '.join(UNCERTAIN_POLICIES)}; per label: best,Edema=zeros."
+BLANK_HELP = f"Policy for blanks: {' or '.join(BLANK_POLICIES)}."
+SMOOTH_RANGES = {"smooth-zeros": (0.0, 0.3), "smooth-ones": (0.55, 0.85)}
+# How often radiologists call an uncertain report positive decides (500 test studies): Atelectasis .54,
+# Edema .52, Pleural Effusion .29, Consolidation .03.
+BEST_POLICY = dict.fromkeys(LABELS, "zeros") | {
+    "Atelectasis": "ones",
+    "Edema": "ones",
+    "Pleural Effusion": "smooth-ones",
+}
+
+
+def parse_uncertain_policy(text: str) -> dict[str, str]:
+    """One policy per label from `best`, `ones`, … with overrides: `best,Edema=zeros`.
+
+    Raises DataError for an unknown policy or label.
+    """
+    default, *overrides = (part.strip() for part in text.split(","))
+    if default != "best" and default not in UNCERTAIN_POLICIES:
+        raise DataError(
+            f"uncertain policy '{default}' is unknown; choose from best, {', '.join(UNCERTAIN_POLICIES)}"
+        )
+    policy = dict(BEST_POLICY) if default == "best" else dict.fromkeys(LABELS, default)
+    for override in overrides:
+        label, _, value = override.partition("=")
+        if label not in LABELS:
+            raise DataError(f"uncertain policy '{override}': '{label}' is not a label; write LABEL=POLICY")
+        if value not in UNCERTAIN_POLICIES:
+            raise DataError(f"uncertain policy '{override}': choose from {', '.join(UNCERTAIN_POLICIES)}")
+        policy[label] = value
+    return policy
+
+
+def check_blank_policy(text: str) -> str:
+    """The policy itself; raises DataError where it is unknown."""
+    if text not in BLANK_POLICIES:
+        raise DataError(f"blank policy '{text}' is unknown; choose from {', '.join(BLANK_POLICIES)}")
+    return text
+
+
+def make_targets(
+    table: pa.Table,
+    uncertain: Mapping[str, str],
+    blank: str,
+    seed: int,
+    teacher: npt.NDArray[np.float32] | None = None,
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
+    """Training targets [N, 14] in [0, 1] and masks [N, 14] (False: the cell does not enter the loss).
+
+    `uncertain` holds a policy per label. A smoothing draw is a pure function of (seed, key, label). Under
+    `multiclass` an uncertain cell stays -1, which names its class. Under `selftrained` it becomes the score
+    that `teacher` [N, 14] has for it; raises DataError where there is no teacher.
+    """
+    states, is_blank = label_states(table)
+    target = states.astype(np.float32)
+    mask = np.ones_like(is_blank)
+    if blank == "ignore":
+        mask &= ~is_blank
+    keys = None
+    for column, label in enumerate(LABELS):
+        policy = uncertain[label]
+        rows = np.flatnonzero(states[:, column] == -1)
+        if policy in SMOOTH_RANGES:
+            low, high = SMOOTH_RANGES[policy]
+            keys = table["key"].to_pylist() if keys is None else keys
+            draws = np.array([hash_fraction("smooth", seed, keys[row], label) for row in rows])
+            target[rows, column] = low + (high - low) * draws
+        elif policy == "selftrained":
+            if teacher is None:
+                raise DataError(
+                    f"label {label} is selftrained: it needs a --teacher, a run that was scored on train"
+                )
+            target[rows, column] = teacher[rows, column]
+        elif policy != "multiclass":
+            target[rows, column] = policy == "ones"
+            mask[rows, column] = policy != "ignore"
+    return target, mask
+
+
+def one_class_labels(
+    target: npt.NDArray[np.float32], mask: npt.NDArray[np.bool_]
+) -> list[tuple[str, int, int]]:
+    """(label, positives, negatives) of the labels that lack one of them among the cells of mask [N, 14].
+
+    A soft target counts as what it is nearer to; the class uncertain of `multiclass` (-1) is neither.
+    """
+    positives = (mask & (target >= 0.5)).sum(axis=0).tolist()
+    negatives = (mask & (target >= 0) & (target < 0.5)).sum(axis=0).tolist()
+    return [counts for counts in zip(LABELS, positives, negatives, strict=True) if 0 in counts]
+
+
+def describe_one_class(lacking: Iterable[tuple[str, int, int]]) -> list[str]:
+    """What `one_class_labels` found, in words, a text per label."""
+    return [
+        f"label {label} has {positives} positives and {negatives} negatives in train"
+        for label, positives, negatives in lacking
+    ]
+
+
+def evaluation_targets(table: pa.Table, blank: str) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
+    """Targets [N, 14] in {0, 1} and masks [N, 14] for metrics: uncertain cells are always left out.
+
+    With the shards' own policy for `blank`, runs with different policies are compared on the same cells.
+    """
+    return make_targets(table, dict.fromkeys(LABELS, "ignore"), blank, seed=0)

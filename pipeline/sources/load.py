@@ -1,0 +1,42 @@
+"""SOURCE (shards, a data set's folder, or one CSV) → its label table."""
+
+from pathlib import Path
+
+import pyarrow as pa
+
+from pipeline.base.errors import DataError
+from pipeline.labels import LABELS, read_labels, select_views
+from pipeline.manifest import NAME, read_manifest, read_table
+from pipeline.measure.counts import describe_views
+from pipeline.sources.chexpert import find_csvs
+
+
+def load_table(source: Path, split: str | None, views: str) -> pa.Table:
+    """The label table of a source: one split, or all of them one after the other.
+
+    Raises DataError where the source, the split or the views do not exist.
+    """
+    if source.is_file():
+        if split is not None:
+            raise DataError(f"{source} is one CSV without splits; leave out its split")
+        tables = [read_labels(source)]
+    elif (source / NAME).is_file():
+        manifest = read_manifest(source)
+        names = manifest.splits if split is None else [split]
+        tables = [read_table(source, manifest.split(name)) for name in names]
+    else:
+        csvs = find_csvs(source)
+        if split is not None and split not in csvs:
+            raise DataError(f"split '{split}' does not exist; {source} holds {', '.join(csvs)}")
+        tables = [read_labels(csv) for name, csv in csvs.items() if split in (None, name)]
+    columns = ["patient", "study", "view", "sex", "age", "projection", *LABELS]
+    table = select_views(pa.concat_tables([table.select(columns) for table in tables]), views)
+    if table.num_rows == 0:
+        raise DataError(f"{source}: no {views} images")
+    return table
+
+
+def describe_studies(folder: Path) -> str:
+    """How many studies of some shards have which views, in words."""
+    splits = read_manifest(folder).splits.values()
+    return describe_views(pa.concat_tables(read_table(folder, split) for split in splits))

@@ -1,0 +1,340 @@
+"""Shards at a URL → local files, through a bounded cache that all processes of a machine share.
+
+    python train.py --shards https://host/path     or s3://bucket/path, after pip install '.[remote]'
+
+In: a folder of shards on a web server or in an object store. Credentials come from where their owner keeps
+them: AWS_PROFILE, AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL and the like for s3, ~/.netrc for https. Out: files
+whose sha256 is the manifest's. The cache folder holds
+
+    <sha256>                  a shard; its modification time is when it was last asked for
+    <sha256>.<bytes>.part     a download under way, locked by who does it; counts with all its bytes
+                              (a table's, whose size no manifest says, once it is there)
+    sets/<sha256>/            manifest and tables of some shards; they stay, and count, until somebody deletes them
+    lock                      held by whoever looks, makes room or renames; never while bytes travel
+"""
+
+import errno
+import fcntl
+import hashlib
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from threading import Event
+from typing import Any, TypeVar
+from urllib.parse import quote
+
+from pipeline.base.errors import DataError
+from pipeline.base.files import write_atomically
+from pipeline.manifest import NAME, Shard, read_manifest
+
+Result = TypeVar("Result")
+
+SCHEMES = ("http", "https", "s3")
+POLL = 0.05  # seconds between looks at what other downloads do
+GRACE = 2.0  # seconds in which whoever asked for a file opens it: until then it stays
+MANIFEST_BYTES = 2**28  # that are read of one, whatever the server sends
+_SHA256, _PART = re.compile("[0-9a-f]{64}"), re.compile(r"[0-9a-f]{64}\.(\d+)\.part")
+SECRETS = re.compile(r"(?<=://)[^/\s'\"]*@|\?[^\s'\"]*")
+
+
+def is_url(location: str) -> bool:
+    """Whether shards lie at a URL rather than in a folder. Raises DataError for URLs that are not read."""
+    scheme, separator, _ = location.partition("://")
+    if scheme.startswith("pipe:"):
+        scheme, separator = "pipe", ":"
+    if separator and scheme not in SCHEMES:
+        raise DataError(f"shards cannot be read from {scheme}{separator}: give a folder, https:// or s3://")
+    return bool(separator)
+
+
+def redact(text: str) -> str:
+    """A URL, or a text that quotes some, without user names, passwords and query strings."""
+    return SECRETS.sub("", text)
+
+
+class DownloadStopped(Exception):  # noqa: N818 - no error
+    """Whoever wanted a file wants it no more."""
+
+
+class Cache:
+    """A folder of verified files that stays within `limit` bytes: the least recently used ones go.
+
+    Threads and processes may share it: a file is downloaded once, however many want it at once. A file that
+    was handed out may be unlinked a moment later; who has opened or mapped it keeps it.
+    """
+
+    def __init__(self, folder: Path, limit: int) -> None:
+        self.folder, self.limit = folder, limit
+        self.sets = folder / "sets"
+        self._verified: set[Path] = set()  # by this process
+        try:
+            self.sets.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError(f"{folder}: cannot be used as a cache: {error.strerror}") from None
+
+    def get(
+        self, path: Path, name: str, sha256: str, size: int, download: Callable[[Path], object], stop: Event
+    ) -> Path:
+        """`path`, which is to have that hash; where it is missing or damaged, `download` writes it first.
+
+        Raises DataError naming `name` where `size` bytes never fit, DownloadStopped once `stop` is set, and whatever
+        `download` raises.
+        """
+        if not _SHA256.fullmatch(sha256):
+            raise DataError(f"{name}: '{sha256}' in its manifest is not a sha256")
+        part = self.folder / f"{sha256}.{size}.part"
+        while True:
+            with self.locked():
+                is_there = path.exists()
+                if is_there:
+                    os.utime(path)
+                elif not _is_held(part) and self.make_room(size, name):
+                    file = part.open("wb")
+                    fcntl.flock(file, fcntl.LOCK_EX)
+                    break
+            if not is_there:
+                _wait(POLL, stop)
+            elif path in self._verified:
+                return path
+            else:
+                seen = _identity(path)
+                if _digest(path) == sha256:
+                    self._verified.add(path)
+                else:
+                    with self.locked():
+                        if (
+                            _identity(path) == seen
+                        ):  # and not a good one that another process has put there meanwhile
+                            path.unlink(missing_ok=True)
+        with file:
+            try:
+                download(part)
+                os.fsync(file.fileno())
+                with self.locked():
+                    os.utime(part)
+                    part.replace(path)
+            except BaseException:
+                part.unlink(missing_ok=True)
+                raise
+        self._verified.add(path)
+        return path
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep all other threads and processes from looking at the folder or changing it."""
+        with (self.folder / "lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def make_room(self, size: int, name: str) -> bool:
+        """Evict until `size` more bytes fit, and delete what killed downloads left; call it while `locked`.
+
+        False where that has to wait for downloads, or for files to be opened. Raises DataError naming `name`
+        where `size` bytes never fit.
+        """
+        pinned = sum(path.stat().st_size for path in self.sets.glob("*/*"))
+        if pinned + size > self.limit:
+            raise DataError(
+                f"{name}: {size:,} bytes do not fit into a cache of {self.limit:,}, of which tables take "
+                f"{pinned:,}; raise --cache-size"
+            )
+        rest, files = self.limit - pinned - size, []
+        for path in self.folder.iterdir():  # in which others may keep files of theirs
+            if _SHA256.fullmatch(path.name):
+                files.append((path.stat().st_mtime, path.stat().st_size, path))
+                rest -= path.stat().st_size
+            elif part := _PART.fullmatch(path.name):
+                if _is_held(path):
+                    rest -= int(part[1])
+                else:
+                    path.unlink(missing_ok=True)
+        for used, length, path in sorted(files):
+            if rest < 0 and abs(time.time() - used) > GRACE:
+                path.unlink()
+                rest += length
+        return rest >= 0
+
+
+class Remote:
+    """Shards at a URL, downloaded into a cache when they are asked for; threads may share it.
+
+    A download that fails is tried `attempts` times, `pause` seconds after the first failure, then after twice
+    as long each time; `timeout` is in seconds without a byte. Raises DataError where packages are missing.
+    """
+
+    def __init__(
+        self, url: str, cache: Cache, *, attempts: int = 4, pause: float = 1.0, timeout: float = 30.0
+    ) -> None:
+        self.url, self.cache = url, cache
+        self.attempts, self.pause, self.timeout = attempts, pause, timeout
+        self.is_s3 = url.startswith("s3:")
+        if not re.match("s3://[^/@]+(/|$)|https?://[^/?]", url):
+            raise DataError(f"{redact(url)}: not like https://host/path or s3://bucket/path")
+        try:
+            self._files, self._failures = (_open_s3 if self.is_s3 else _open_http)(timeout)
+        except ImportError as error:
+            raise DataError(f"{redact(url)}: {error}; install it with: pip install '.[remote]'") from None
+
+    def mirror(self) -> Path:
+        """A local folder with the manifest as it is now and its tables. Raises DataError naming the URL."""
+        with TemporaryDirectory() as temporary:
+            file = Path(temporary) / NAME
+            self._attempt(NAME, partial(self._fetch, file, MANIFEST_BYTES, Event()), Event())
+            data = file.read_bytes()
+        folder = self.cache.sets / hashlib.sha256(data).hexdigest()
+        with self.cache.locked():
+            folder.mkdir(exist_ok=True)
+            write_atomically(folder / NAME, data)
+            try:
+                manifest = read_manifest(folder)
+            except DataError as error:
+                shutil.rmtree(folder)
+                raise DataError(str(error).replace(f"{folder / NAME}", redact(self._locate(NAME)))) from None
+        for split in manifest.splits.values():
+            self._get(folder / split.table, split.table, split.table_sha256)
+        with self.cache.locked():
+            self.cache.make_room(0, redact(self.url))
+        return folder
+
+    def path(self, shard: Shard, stop: Event | None = None) -> Path:
+        """The verified local file of a shard, downloaded if need be. Raises DataError naming its URL.
+
+        Once `stop` is set it raises DownloadStopped: at the next byte, or after `timeout` where there comes none.
+        """
+        return self._get(self.cache.folder / shard.sha256, shard.file, shard.sha256, shard.bytes, stop)
+
+    def _get(
+        self, path: Path, name: str, sha256: str, size: int | None = None, stop: Event | None = None
+    ) -> Path:
+        stop = stop or Event()
+
+        def fetch(part: Path, url: str) -> None:
+            self._fetch(part, self.cache.limit if size is None else size, stop, url)
+            length = part.stat().st_size
+            if size not in (None, length):
+                raise OSError(f"{length:,} bytes, not {size:,} as in the manifest")
+            if _digest(part) != sha256:
+                raise OSError("its sha256 is not the manifest's")
+
+        def download(part: Path) -> None:
+            self._attempt(name, partial(fetch, part), stop)
+
+        return self.cache.get(path, redact(self._locate(name)), sha256, size or 0, download, stop)
+
+    def _fetch(self, file: Path, most: int, stop: Event, url: str) -> None:
+        """Download at most so many bytes: what a server says of a length binds it to nothing."""
+        from fsspec.callbacks import Callback  # type: ignore[import-untyped]
+
+        class Watch(Callback):  # type: ignore[misc]
+            def relative_update(self, inc: int = 1) -> None:
+                super().relative_update(inc)
+                if stop.is_set():
+                    raise DownloadStopped
+                if self.value > most:
+                    raise OSError(f"more than the {most:,} bytes that it may have")
+
+        self._files.get_file(url, str(file), callback=Watch())
+
+    def _locate(self, name: str) -> str:
+        base, mark, query = self.url.partition("?")
+        return f"{base.rstrip('/')}/{name if self.is_s3 else quote(name)}{mark}{query}"
+
+    def _attempt(self, name: str, action: Callable[[str], Result], stop: Event) -> Result:
+        """What `action` makes of the file's URL, tried again after failures that may pass."""
+        url = self._locate(name)
+        for attempt in range(self.attempts):
+            _wait(self.pause * 2 ** (attempt - 1) if attempt else 0, stop)
+            try:
+                return action(url)
+            except self._failures as error:
+                reason, may_pass = self._describe(error)
+            if not may_pass:
+                raise DataError(f"{redact(url)}: {reason}")
+        raise DataError(f"{redact(url)}: {reason}; tried {self.attempts} times")
+
+    def _describe(self, error: Exception) -> tuple[str, bool]:
+        """What happened, without secrets, and whether it may pass."""
+        status = getattr(error, "status", None)
+        if isinstance(error, FileNotFoundError):
+            return "not found", False
+        if isinstance(error, PermissionError) or status in (401, 403) or "Credential" in type(error).__name__:
+            source = (
+                "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE" if self.is_s3 else "~/.netrc"
+            )
+            return f"no access; credentials come from {source}", False
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return f"{self.cache.folder}: cannot be written: {error.strerror}", False
+        if isinstance(error, TimeoutError):
+            return f"no byte for {self.timeout:g} seconds", True
+        text = f"HTTP status {status}" if status else redact(str(error))
+        return text, not isinstance(error, ValueError)  # of a URL that is none
+
+
+def _open_http(timeout: float) -> tuple[Any, tuple[type[Exception], ...]]:
+    """A file system, and what it raises."""
+    import aiohttp
+    import fsspec
+
+    limits = aiohttp.ClientTimeout(total=None, sock_connect=timeout, sock_read=timeout)
+    # As it is: expanding what a server compressed would let a few bytes fill the disk. Proxies and ~/.netrc.
+    client = {"timeout": limits, "trust_env": True, "headers": {"Accept-Encoding": "identity"}}
+    files = fsspec.filesystem("https", client_kwargs=client, skip_instance_cache=True)
+    return files, (OSError, ValueError, aiohttp.ClientError)
+
+
+def _open_s3(timeout: float) -> tuple[Any, tuple[type[Exception], ...]]:
+    import botocore.exceptions
+    import s3fs
+
+    config = {
+        "connect_timeout": timeout,
+        "read_timeout": timeout,
+        "retries": {"total_max_attempts": 1},
+        "response_checksum_validation": "when_required",  # others than AWS have none; the manifest has
+    }
+    # By default ten parts of 50 MB each would be held in memory.
+    files = s3fs.S3FileSystem(config_kwargs=config, max_concurrency=1, skip_instance_cache=True)
+    files.retries = 1
+    return files, (OSError, botocore.exceptions.BotoCoreError, *s3fs.core.S3_RETRYABLE_ERRORS)
+
+
+def _wait(seconds: float, stop: Event) -> None:
+    """Sleep so long. Raises DownloadStopped once `stop` is set."""
+    if stop.wait(seconds):
+        raise DownloadStopped
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """What tells a file from another one of its name; None where there is none."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_ino, status.st_ctime_ns
+
+
+def _is_held(part: Path) -> bool:
+    """Whether somebody is downloading into that file."""
+    try:
+        with part.open("r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
+def _digest(path: Path) -> str:
+    """sha256 of a file; empty where it was evicted meanwhile."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError:
+        return ""

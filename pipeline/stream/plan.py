@@ -1,0 +1,153 @@
+"""(shard sizes, seed, epoch) → the order of an epoch's samples; a batch is a slice of it.
+
+**A batch is a pure function of (manifest, seed, epoch, step)**: it depends on no thread, process, clock or
+earlier batch, so resuming is starting at a step. Shards are permuted, grouped into windows, and samples are
+permuted inside a window: reading stays local, and a window is all that has to be at hand. The same
+holds where only some rows are visited, or rows are drawn by weight (`select`), and where each of several
+ranks takes its slice of every batch. Samples are images or, by `samples`, studies: all that counts here is
+how many of them each shard has.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+Rows = npt.NDArray[np.int64]
+Weights = npt.NDArray[np.float64]
+
+WINDOW = 16  # shards whose samples are mixed with each other
+
+
+class Step(NamedTuple):
+    """Which samples make one batch: row numbers [B] of the split's table; of studies [B, V], -1 for no image."""
+
+    epoch: int
+    step: int
+    rows: Rows
+
+    @property
+    def images(self) -> Rows:
+        """The row numbers [n] that are some."""
+        return self.rows[self.rows >= 0]
+
+
+def training_steps(samples: int, batch_size: int) -> int:
+    """Full batches per epoch; the tail is dropped in training (another one each epoch)."""
+    return samples // batch_size
+
+
+def plan_training(
+    shard_sizes: Sequence[int],
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    start_step: int = 0,
+    *,
+    rows: Rows | None = None,
+    weights: Weights | None = None,
+    rank: int = 0,
+    ranks: int = 1,
+) -> Iterator[Step]:
+    """The steps of one epoch, from `start_step` on; `rows` and `weights` as in `epoch_order`.
+
+    `batch_size` is that of all ranks together: each takes its slice of every batch, so any number of ranks sees
+    the same batches in the same order. Raises ValueError where the ranks do not divide it.
+    """
+    _check_rank(rank, ranks)
+    if batch_size % ranks:
+        raise ValueError(f"{ranks} ranks do not divide a batch of {batch_size}")
+    order = epoch_order(shard_sizes, seed, epoch, rows=rows, weights=weights)
+    share = batch_size // ranks
+    for step in range(start_step, training_steps(len(order), batch_size)):
+        start = step * batch_size + rank * share
+        yield Step(epoch, step, order[start : start + share])
+
+
+def plan_evaluation(
+    samples: int, batch_size: int, *, rows: Rows | None = None, rank: int = 0, ranks: int = 1
+) -> Iterator[Step]:
+    """Every sample (of `rows`, where given) exactly once over the ranks, in table order.
+
+    Each rank takes whole batches that follow each other, up to one more or less than another rank: its shards
+    are its own, and what the ranks find, concatenated, is in table order. The very last batch may be short.
+    """
+    _check_rank(rank, ranks)
+    chosen = np.arange(samples, dtype=np.int64) if rows is None else rows
+    steps = -(-len(chosen) // batch_size)
+    for step in range(steps * rank // ranks, steps * (rank + 1) // ranks):
+        yield Step(0, step, chosen[step * batch_size : (step + 1) * batch_size])
+
+
+def epoch_order(
+    shard_sizes: Sequence[int],
+    seed: int,
+    epoch: int,
+    window: int = WINDOW,
+    *,
+    rows: Rows | None = None,
+    weights: Weights | None = None,
+) -> Rows:
+    """Row numbers [N] of the split's table, whose rows lie in shard order, as the epoch visits them.
+
+    `rows` [N], ascending, are the only ones visited; a shard without any takes no place in a window. With
+    `weights` [N], one for each row visited, the epoch draws N rows with replacement, in proportion to them.
+    Raises ValueError for rows or weights that are not so.
+    """
+    random = np.random.Philox(key=_key(seed, epoch))
+    starts = np.concatenate([[0], np.cumsum(shard_sizes, dtype=np.int64)])
+    shards = _permute(np.arange(len(shard_sizes), dtype=np.int64), random)
+    if rows is not None:
+        if len(rows) and (rows[0] < 0 or rows[-1] >= starts[-1] or np.any(rows[1:] <= rows[:-1])):
+            raise ValueError(f"rows to visit must ascend within 0 to {starts[-1] - 1}")
+        starts = np.searchsorted(rows, starts)
+    if rows is not None or weights is not None:
+        shards = shards[starts[shards] < starts[shards + 1]]
+    windows = []
+    for first in range(0, len(shards), window):
+        places = [np.arange(starts[shard], starts[shard + 1]) for shard in shards[first : first + window]]
+        windows.append(np.concatenate(places))
+    if not windows:
+        return np.empty(0, np.int64)
+    if weights is None:
+        order = np.concatenate([_permute(places, random) for places in windows])
+    else:
+        usable = np.all((weights >= 0) & (weights < np.inf)) and weights.any()
+        if weights.shape != (starts[-1],) or not usable:
+            raise ValueError(f"weights must be {starts[-1]} finite numbers, none negative and not all 0")
+        order = np.concatenate(_draw(windows, weights, random))
+    return order if rows is None else rows[order]
+
+
+def _draw(windows: Sequence[Rows], weights: Weights, random: np.random.Philox) -> list[Rows]:
+    """As many draws as there are weights; each window gets its share of them by its total weight, rounded.
+
+    Not a share by its samples: in a window with few positives each of them would then be drawn more often.
+    """
+    sums = [np.cumsum(weights[places]) for places in windows]
+    totals = np.cumsum([of_window[-1] for of_window in sums])
+    ends = np.rint(totals / totals[-1] * len(weights)).astype(np.int64)
+    drawn = []
+    for places, of_window, count in zip(windows, sums, np.diff(ends, prepend=0), strict=True):
+        # 53 bits fill a float64, so that the product stays below the sum; a weight of 0 is never met.
+        level = (random.random_raw(int(count)) >> np.uint64(11)) / 2**53 * of_window[-1]
+        drawn.append(places[np.searchsorted(of_window, level, side="right")])
+    return drawn
+
+
+def _permute(values: Rows, random: np.random.Philox) -> Rows:
+    """The values sorted by random 64-bit keys."""
+    # Raw Philox output and a stable sort are the same in every NumPy version; Generator.permutation is not.
+    return values[np.argsort(random.random_raw(len(values)), kind="stable")]
+
+
+def _key(seed: int, epoch: int) -> int:
+    """A 128-bit Philox key: nearby (seed, epoch) give unrelated orders."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{epoch}".encode(), digest_size=16).digest(), "little")
+
+
+def _check_rank(rank: int, ranks: int) -> None:
+    if not 0 <= rank < ranks:
+        raise ValueError(f"rank {rank} is not one of {ranks} ranks")

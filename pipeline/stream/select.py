@@ -1,0 +1,156 @@
+"""Conditions on the label table → the rows to train or evaluate on, and weights that balance a label among them.
+
+    select_rows(table, ["sex=Female", "age>=60", "Pleural Effusion!=uncertain"], views="frontal")
+
+A condition is COLUMN OPERATOR VALUE, with = != < <= > >=; all of them must hold. Nothing is written: shards stay
+as they are, and the rows go to `pipeline.stream.plan`.
+
+    text columns     = and !=, letter by letter
+    number columns   every operator, with whole numbers
+    the 14 labels    = and !=, with positive, negative, uncertain, blank, or 1, 0, -1
+    every column     = and != with `blank`, an empty cell: `projection=blank`
+
+An empty cell is neither equal to a value nor less or greater, so of = and != exactly one holds in every row:
+`projection!=AP` keeps the laterals, which have none.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.base.errors import DataError
+from pipeline.labels import LABELS, STATES, limit_patients, select_views
+from pipeline.stream.plan import Rows
+
+OPERATORS = {
+    "=": pc.equal,
+    "!=": pc.not_equal,
+    "<": pc.less,
+    "<=": pc.less_equal,
+    ">": pc.greater,
+    ">=": pc.greater_equal,
+}
+_CONDITION = re.compile(
+    r"\s*(?P<column>[^\s=!<>][^=!<>]*?)\s*(?P<operator>!=|<=|>=|=|<|>)\s*(?P<value>[^\s=!<>][^=!<>]*?)\s*"
+)
+_NUMBER = re.compile(r"[+-]?\d{1,18}", re.ASCII)
+
+
+class NothingSelectedError(DataError):
+    """The conditions leave no row of a table."""
+
+
+class Condition(NamedTuple):
+    """One condition, parsed; a value of None is the empty cell."""
+
+    text: str
+    column: str
+    operator: str
+    value: str | int | None
+
+
+def select_rows(
+    table: pa.Table, conditions: Sequence[str], views: str = "all", limit: int | None = None
+) -> Rows:
+    """Sorted row numbers int64 [n] of the images of those views (see VIEWS) for which every condition holds.
+
+    `limit` keeps at most so many images, whole patients in the order of a hash: ids would choose by date. The
+    first patient is always kept. Raises DataError for a condition that cannot be understood, and for the first
+    one that leaves no row.
+    """
+    parsed = [parse_condition(text, table.schema) for text in conditions]
+    needed = dict.fromkeys(["patient", "view", *(condition.column for condition in parsed)])
+    rows = pa.array(np.arange(table.num_rows, dtype=np.int64))
+    chosen = select_views(table.select(list(needed)).append_column("row", rows), views)
+    if chosen.num_rows == 0:
+        raise NothingSelectedError(f"no {views} images among the {table.num_rows:,}")
+    for condition in parsed:
+        before, chosen = chosen, chosen.filter(_holds(condition, chosen[condition.column]))
+        if chosen.num_rows == 0:
+            raise NothingSelectedError(
+                f"condition '{condition.text}' leaves none of {before.num_rows:,} images"
+                + _describe(before[condition.column])
+            )
+    if limit is not None:
+        chosen = limit_patients(chosen, limit, seed=0)
+    selected: Rows = chosen["row"].to_numpy()
+    return selected
+
+
+def parse_condition(text: str, schema: pa.Schema) -> Condition:
+    """A condition on a table of that schema; column names in any case.
+
+    Raises DataError for anything but COLUMN OPERATOR VALUE, an unknown column, and an operator or value that
+    does not fit the column's type.
+    """
+    match = _CONDITION.fullmatch(text)
+    if match is None:
+        raise DataError(f"condition '{text}': write COLUMN=VALUE, or != < <= > >= (an empty cell is blank)")
+    columns = {name.casefold(): name for name in schema.names}
+    column = columns.get(match["column"].casefold())
+    if column is None:
+        raise DataError(
+            f"condition '{text}': no column '{match['column']}'; there are {', '.join(schema.names)}"
+        )
+    kind = schema.field(column).type
+    if not (pa.types.is_string(kind) or pa.types.is_integer(kind)):
+        raise DataError(f"condition '{text}': {column} is {kind}; only texts and whole numbers are compared")
+    operator, value = match["operator"], match["value"]
+    is_number = pa.types.is_integer(kind) and column not in LABELS
+    if operator not in ("=", "!=") and (value == "blank" or not is_number):
+        what = "blank" if is_number else column
+        raise DataError(f"condition '{text}': {what} has no order; compare it by = or !=")
+    if value == "blank":
+        return Condition(text, column, operator, None)
+    if column in LABELS:
+        states = STATES | {"1": 1, "0": 0, "-1": -1}
+        if value not in states:
+            raise DataError(
+                f"condition '{text}': '{value}' is no state; a label is one of {', '.join(states)}"
+            )
+        return Condition(text, column, operator, states[value])
+    if is_number and not _NUMBER.fullmatch(value):
+        raise DataError(f"condition '{text}': '{value}' is not a whole number, as {column} is")
+    return Condition(text, column, operator, int(value) if is_number else value)
+
+
+def balance_weights(target: npt.NDArray[np.float32], mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
+    """Weights float64 [N], of mean 1, under which a label's positives and negatives weigh the same in total.
+
+    `target` [N] and `mask` [N] are the label's after its policy; a soft target counts as what it is nearer to.
+    Cells that are masked, or of the third class of `multiclass` (-1), are neither and keep weight 1. Raises
+    ValueError where there are no positives or no negatives.
+    """
+    positive = mask & (target >= 0.5)
+    negative = mask & (target >= 0) & (target < 0.5)
+    counts = {"positives": int(positive.sum()), "negatives": int(negative.sum())}
+    for name, count in counts.items():
+        if count == 0:
+            raise ValueError(f"no {name} to balance")
+    half = sum(counts.values()) / 2
+    weights = np.ones(len(target))
+    weights[positive] = half / counts["positives"]
+    weights[negative] = half / counts["negatives"]
+    return weights
+
+
+def _holds(condition: Condition, column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Whether the condition holds in each row, never null."""
+    if condition.value is None:
+        return column.is_null() if condition.operator == "=" else column.is_valid()
+    return pc.fill_null(OPERATORS[condition.operator](column, condition.value), condition.operator == "!=")
+
+
+def _describe(column: pa.ChunkedArray) -> str:
+    """What a column holds instead, where that can be said in a few words."""
+    values = column.unique().drop_null().sort().to_pylist()
+    if not values:
+        return ", all of whose cells are blank"
+    if len(values) <= 5:
+        return f", whose values are {', '.join(map(str, values))}"
+    return f", whose values go from {values[0]} to {values[-1]}"

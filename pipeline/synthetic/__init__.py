@@ -1,0 +1,1 @@
+"""Chest films drawn from anatomy and findings, and a CheXpert of them."""

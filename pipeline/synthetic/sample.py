@@ -1,0 +1,251 @@
+"""A synthetic CheXpert: the real set's folders, CSVs and label quirks with procedurally drawn chest films.
+
+A study draws correlated latent severities (`FINDINGS`), a severity draws its sign into the film, and the CSV
+tells what a report would say of it. Positive is a clear sign, uncertain a faint one that is really there only
+in a share of the cases (the share that radiologists confirm), negative and blank none (3 % of them a faint
+one). Train follows the real set's frontal state frequencies, but for the rarest labels (Enlarged
+Cardiomediastinum, Lung Lesion, Pneumonia, Pleural Other, Fracture), raised to 5-7 % positive so that a sample
+of 2,000 images has some to evaluate. Valid states the truth, as its radiologists do: no blank, no uncertain.
+A lateral shows some signs better and others not at all (`films`), so that whoever reads both views learns more.
+Lung Opacity follows from its children; Enlarged Cardiomediastinum is only correlated with Cardiomegaly, as in
+the real reports.
+"""
+
+import csv
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import simplejpeg
+
+from pipeline.base.workers import run_tasks
+from pipeline.labels import COLUMNS, LABELS
+from pipeline.synthetic.films import Finding, draw_film
+
+FOLDER = "CheXpert-v1.0-small"
+VALID_SHARE = 0.12
+PATIENTS_PER_TASK = 16
+NOTICE = (
+    "The images in this folder are procedurally generated drawings, not patients. "
+    "They follow CheXpert's layout for first runs and tests and have no medical meaning.\n"
+)
+# APP0 would normally follow SOI; decoders accept a comment (marker FFFE, its length, the text) before it.
+COMMENT = b"\xff\xfe\x00\x0bsynthetic"
+
+
+class Latent(NamedTuple):
+    """How often a report says what of a finding, and where its sign lies."""
+
+    positive: float  # share of frontals
+    uncertain: float
+    negative: float  # the rest is blank
+    confirmed: float  # share of the uncertain that is really there
+    loads: tuple[float, float, float]  # on the factors congestion, infection, intensive care
+    low: tuple[float, float, float] = (0.0, 0.0, 0.0)  # x, y, z: corners of the box that holds its place
+    high: tuple[float, float, float] = (0.0, 0.0, 0.0)
+
+
+# Lung Opacity's positive share is that of haze with no other cause: with its children it is 0.52 (real 0.49).
+FINDINGS = {
+    "Enlarged Cardiomediastinum": Latent(0.065, 0.054, 0.080, 0.25, (0.3, 0.0, 0.1)),
+    "Cardiomegaly": Latent(0.122, 0.035, 0.041, 0.25, (0.5, 0.0, -0.1)),
+    "Lung Opacity": Latent(0.03, 0.035, 0.042, 0.25, (-0.3, -0.2, -0.3), (0.18, 0.3, -0.1), (0.26, 0.6, 0.2)),
+    "Lung Lesion": Latent(0.06, 0.006, 0.004, 0.25, (-0.3, -0.2, -0.2), (0.15, 0.28, -0.1), (0.29, 0.6, 0.2)),
+    "Edema": Latent(0.260, 0.062, 0.083, 0.52, (0.6, -0.1, 0.1)),
+    "Consolidation": Latent(0.068, 0.128, 0.103, 0.03, (-0.1, 0.6, 0.1), (0.2, 0.32, 0.1), (0.25, 0.66, 0.2)),
+    "Pneumonia": Latent(0.060, 0.084, 0.010, 0.25, (-0.2, 0.7, 0.0), (0.2, 0.5, -0.05), (0.27, 0.64, 0.2)),
+    "Atelectasis": Latent(0.156, 0.156, 0.005, 0.54, (-0.2, -0.2, 0.5), (0.2, 0.6, 0.05), (0.26, 0.66, 0.15)),
+    "Pneumothorax": Latent(0.093, 0.014, 0.250, 0.25, (-0.3, -0.1, 0.3)),
+    "Pleural Effusion": Latent(0.403, 0.050, 0.132, 0.29, (0.4, 0.0, 0.2)),
+    "Pleural Other": Latent(0.05, 0.01, 0.003, 0.25, (-0.2, -0.1, -0.2), (0.4, 0.4, 0.2), (0.4, 0.6, 0.2)),
+    "Fracture": Latent(0.060, 0.003, 0.010, 0.25, (-0.3, -0.1, 0.1), (0.24, 0.3, 0.05), (0.33, 0.55, 0.2)),
+    "Support Devices": Latent(0.561, 0.005, 0.028, 0.25, (0.2, 0.0, 0.7)),
+}
+OPACITIES = ("Edema", "Consolidation", "Pneumonia", "Atelectasis", "Lung Lesion")
+HIDDEN = 0.03  # share of unmentioned findings that leave a faint sign
+VISIBLE = 0.3  # severity from which a radiologist would call the finding present
+
+
+class Study(NamedTuple):
+    """One examination: its views as (kind, projection), its states per label (None is blank), its signs."""
+
+    number: int
+    views: tuple[tuple[str, str], ...]
+    states: dict[str, float | None]
+    findings: dict[str, Finding]
+
+
+class Patient(NamedTuple):
+    """One patient: number in the folder's name, sex as in the CSV, age in years."""
+
+    number: int
+    sex: str
+    age: int
+    studies: tuple[Study, ...]
+
+
+def write_sample(
+    out: Path,
+    images: int = 2000,
+    seed: int = 0,
+    workers: int = 1,
+    progress: Callable[[int], None] = lambda images: None,
+    laterals: float | None = None,
+    valid: float = VALID_SHARE,
+) -> Path:
+    """Write a synthetic data set of exactly `images` images into `out` and return its CheXpert-v1.0-small.
+
+    `laterals` is the share of studies that have a lateral too; None is about as many as in the real set. It
+    changes no study's frontals or labels, but so many images hold fewer studies of more. `valid` is the share of
+    the images that valid.csv gets.
+
+    The bytes depend on images, seed (0 to 2^63-1), laterals and valid alone, at any number of `workers`, which are
+    processes (so a script must call this under `if __name__ == "__main__"`). `progress` is called with the number
+    of images newly finished. Raises FileExistsError if the folder is already there, ValueError if images < 1. The
+    folder appears only when complete.
+    """
+    final, partial = out / FOLDER, out / f".{FOLDER}.tmp"
+    if images < 1:
+        raise ValueError(f"images must be at least 1, got {images}")
+    if final.exists():
+        raise FileExistsError(f"{final} already exists: remove it or choose another folder")
+    if partial.exists():
+        shutil.rmtree(partial)
+    valid_images = max(1, round(images * valid))
+    train = list(draw_patients(seed, 1, images - valid_images, False, laterals))
+    held_out = list(draw_patients(seed, len(train) + 1, valid_images, True, laterals))
+    for split, patients in (("train", train), ("valid", held_out)):
+        (partial / split).mkdir(parents=True)
+        write_csv(partial / f"{split}.csv", split, patients)
+    (partial / "SYNTHETIC.txt").write_text(NOTICE)
+    tasks = [
+        (partial / split, seed, patients[start : start + PATIENTS_PER_TASK])
+        for split, patients in (("train", train), ("valid", held_out))
+        for start in range(0, len(patients), PATIENTS_PER_TASK)
+    ]
+    for count in run_tasks(write_patients, tasks, min(workers, len(tasks))):
+        progress(count)
+    return partial.rename(final)
+
+
+def write_patients(task: tuple[Path, int, list[Patient]]) -> int:
+    """Draw and write all images of some patients of one split; return their number."""
+    folder, seed, patients = task
+    # Freeing a large block raises glibc's trim threshold: otherwise every temporary faults in fresh pages.
+    np.empty(24 << 20, np.uint8)
+    count = 0
+    for patient in patients:
+        for study in patient.studies:
+            target = folder / f"patient{patient.number:05d}" / f"study{study.number}"
+            target.mkdir(parents=True)
+            for view, (kind, projection) in enumerate(study.views, start=1):
+                body = stream(seed, patient.number, view=1)
+                film = stream(seed, patient.number, study.number, view)
+                pixels = draw_film(kind, projection, patient.sex, study.findings, body, film)
+                jpeg = simplejpeg.encode_jpeg(pixels[..., None], quality=90, colorspace="GRAY")
+                (target / f"view{view}_{kind}.jpg").write_bytes(jpeg[:2] + COMMENT + jpeg[2:])
+                count += 1
+    return count
+
+
+def write_csv(path: Path, split: str, patients: list[Patient]) -> None:
+    """Write the rows of one split in path order."""
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        for patient in patients:
+            for study in patient.studies:
+                folder = f"{FOLDER}/{split}/patient{patient.number:05d}/study{study.number}"
+                for view, (kind, projection) in enumerate(study.views, start=1):
+                    name = f"{folder}/view{view}_{kind}.jpg"
+                    states = [study.states[label] for label in LABELS]
+                    writer.writerow([name, patient.sex, patient.age, kind.title(), projection, *states])
+
+
+# Patients, studies and what the report says of them.
+
+
+def stream(seed: int, patient: int, study: int = 0, view: int = 0) -> np.random.Generator:
+    """Return the random numbers of a patient (view 0: life, 1: body), a study (view 0) or a view."""
+    return np.random.Generator(np.random.Philox(key=[seed, patient], counter=[0, 0, view, study]))
+
+
+def draw_patients(
+    seed: int, first: int, images: int, valid: bool, laterals: float | None = None
+) -> Iterator[Patient]:
+    """Yield patients numbered from `first` until they have `images` images; the last one is cut to fit."""
+    number = first
+    while images > 0:
+        patient = draw_patient(seed, number, valid, laterals, images)
+        images -= sum(len(study.views) for study in patient.studies)
+        number += 1
+        yield patient
+
+
+def draw_patient(seed: int, number: int, valid: bool, laterals: float | None, limit: int) -> Patient:
+    """Draw a patient with at most `limit` images; valid patients have one study, as in the real set."""
+    rng = stream(seed, number)
+    sex = "Male" if rng.random() < 0.59 else "Female"
+    age = int(np.clip(rng.normal(61, 18), 18, 90))
+    factors = rng.standard_normal(3)
+    outpatient = rng.random() < 0.15
+    share = (0.75 if outpatient else 0.075) if laterals is None else laterals
+    studies: list[Study] = []
+    for index in range(1, 1 + (1 if valid else int(min(rng.geometric(0.38), 20)))):
+        study = draw_study(stream(seed, number, index), index, factors, outpatient, share, valid)
+        studies.append(study._replace(views=study.views[:limit]))
+        limit -= len(studies[-1].views)
+        if limit == 0:
+            break
+    return Patient(number, sex, age, tuple(studies))
+
+
+def draw_study(
+    rng: np.random.Generator,
+    number: int,
+    factors: npt.NDArray[np.float64],
+    outpatient: bool,
+    laterals: float,
+    valid: bool,
+) -> Study:
+    """Draw a study's views, signs and states; `factors` [3] are the patient's own illness."""
+    views = [("frontal", "PA" if outpatient else "AP")]
+    if rng.random() < 0.03:
+        views.append(views[0])
+    if rng.random() < laterals:
+        views.append(("lateral", ""))
+    factors = 0.6 * factors + 0.8 * rng.standard_normal(3)
+    drawn = {label: draw_finding(rng, latent, factors) for label, latent in FINDINGS.items()}
+    findings = {label: finding for label, (finding, _) in drawn.items()}
+    states = {label: state for label, (_, state) in drawn.items()}
+    if valid:
+        states = {label: float(finding.severity >= VISIBLE) for label, finding in findings.items()}
+    if any(states[label] == 1 for label in OPACITIES):
+        states["Lung Opacity"] = 1.0
+    ill = any(state in (1.0, -1.0) for label, state in states.items() if label != "Support Devices")
+    states["No Finding"] = float(not ill) if valid else None if ill else 1.0
+    return Study(number, tuple(views), states, findings)
+
+
+def draw_finding(
+    rng: np.random.Generator, latent: Latent, factors: npt.NDArray[np.float64]
+) -> tuple[Finding, float | None]:
+    """Draw one finding and its state in the report: 1, 0, -1 or None (not mentioned)."""
+    loads = np.array(latent.loads)
+    deviate = loads @ factors + math.sqrt(1 - loads @ loads) * rng.standard_normal()
+    rank = 0.5 * math.erfc(deviate / math.sqrt(2))  # uniform in [0, 1], 0 the most ill
+    faint, chance, mention = rng.random(3).tolist()
+    state: float | None
+    if rank < latent.positive:
+        state, severity = 1.0, 1.0 - 0.45 * rank / latent.positive
+    elif rank < latent.positive + latent.uncertain:
+        state, severity = -1.0, 0.3 + 0.15 * faint if chance < latent.confirmed else 0.2 * faint
+    else:
+        state = 0.0 if mention < latent.negative / (1 - latent.positive - latent.uncertain) else None
+        severity = 0.25 * faint if state is None and chance < HIDDEN else 0.0
+    x, y, z = rng.uniform(latent.low, latent.high).tolist()
+    return Finding(severity, 1 if rng.random() < 0.5 else -1, x, y, z), state

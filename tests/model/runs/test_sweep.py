@@ -1,0 +1,427 @@
+"""The engine with a function that trains in no time, and the command with the trainer."""
+
+import csv
+import dataclasses
+import itertools
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import optuna
+import pytest
+
+import train
+from model.predict import DivergedError, MemoryExhaustedError
+from model.runs.sweep import (
+    Outcome,
+    Point,
+    Sweep,
+    Watch,
+    beat_for_waiting,
+    grid_points,
+    importances,
+    list_trials,
+    locked,
+    open_study,
+    queue_points,
+    run_sweep,
+)
+from pipeline import DataError
+from pipeline.manifest import Manifest
+from tests.conftest import ROUNDS
+
+LR, WD = (1e-4, 1e-3, 1e-2), (1e-5, 0.0)
+
+
+def make_sweep(folder: Path, **changes: Any) -> Sweep:
+    sweep = Sweep(
+        folder=folder,
+        values={"lr": LR, "weight_decay": WD, "arch": ("rescnn",)},
+        options={"epochs": 4, "seed": 0},
+        sampler="grid",
+        trials=0,
+        pruner="none",
+        epochs=4,
+        seed=0,
+        grace=3,
+        storage=None,
+    )
+    return dataclasses.replace(sweep, **changes)
+
+
+def score(point: Point) -> float:
+    """Best at the second learning rate."""
+    return float(0.9 - abs(point["lr"] - 1e-3) - point["weight_decay"])
+
+
+def train_point(point: Point, run: Path, watch: Watch) -> Outcome:
+    run.mkdir(parents=True, exist_ok=True)
+    with (run / "log").open("a") as log:
+        log.write("trained\n")
+    history: list[dict[str, Any]] = []
+    for epoch in range(1, 5):
+        history.append({"epoch": epoch, "score": score(point) * epoch / 4})
+        watch(history)
+    return Outcome(dev=score(point), labels=14, same=score(point), train=0.95, valid=0.8, low=0.7, high=0.9)
+
+
+def never() -> bool:
+    return False
+
+
+def test_a_grid_trains_every_combination_once(tmp_path: Path) -> None:
+    sweep = make_sweep(tmp_path / "sweep")
+    assert run_sweep(sweep, train_point, never)
+    trials = list_trials(sweep)
+    points = [{"lr": lr, "weight_decay": wd} for lr, wd in itertools.product(LR, WD)]
+    assert [trial.parameters for trial in trials] == points  # arch does not vary
+    assert [trial.dev for trial in trials] == [score(point) for point in points]
+    first = trials[0]
+    assert (first.state, first.train, first.valid, first.low, first.high) == ("complete", 0.95, 0.8, 0.7, 0.9)
+    assert (first.epochs, len(first.history)) == (4, 4)
+    assert first.run == tmp_path / "sweep" / "trials" / "lr=0.0001-weight_decay=1e-05"
+    assert {trial.run for trial in trials} == {
+        path for path in (tmp_path / "sweep" / "trials").iterdir() if path.is_dir()
+    }
+    assert run_sweep(sweep, train_point, never)  # nothing is left to do
+    assert list_trials(sweep) == trials
+    assert (first.run / "log").read_text() == "trained\n"
+
+
+def test_values_can_be_added_and_other_options_are_refused(tmp_path: Path) -> None:
+    sweep = make_sweep(tmp_path / "sweep", values={"lr": LR[:1], "weight_decay": WD})
+    run_sweep(sweep, train_point, never)
+    wider = make_sweep(tmp_path / "sweep", values={"lr": LR, "weight_decay": WD})
+    run_sweep(wider, train_point, never)
+    assert [trial.parameters for trial in list_trials(wider)] == grid_points(wider)
+    with pytest.raises(DataError) as caught:
+        run_sweep(make_sweep(tmp_path / "sweep", options={"epochs": 5, "seed": 0}), train_point, never)
+    assert str(caught.value) == (
+        f"{tmp_path / 'sweep'} is a sweep under other options: epochs is 4 there and 5 here; choose another --sweep"
+    )
+
+
+def test_a_stopped_trial_is_done_again_and_a_diverged_one_is_not(tmp_path: Path) -> None:
+    sweep = make_sweep(tmp_path / "sweep")
+    calls: list[Point] = []
+
+    def stop_and_fail(point: Point, run: Path, watch: Watch) -> Outcome | None:
+        calls.append(point)
+        if len(calls) == 3:
+            return None
+        if point["lr"] == 1e-2:
+            raise DivergedError("the loss is nan")
+        return train_point(point, run, watch)
+
+    assert not run_sweep(sweep, stop_and_fail, lambda: len(calls) == 3)
+    assert run_sweep(sweep, stop_and_fail, never)
+    assert Counter(point["lr"] for point in calls) == {1e-4: 2, 1e-3: 3, 1e-2: 2}
+    trials = list_trials(sweep)
+    states = {(trial.parameters["lr"], trial.parameters["weight_decay"]): trial.state for trial in trials}
+    assert states == {
+        point: "failed" if point[0] == 1e-2 else "complete" for point in itertools.product(LR, WD)
+    }
+    assert len(trials) == 6
+
+
+def test_running_out_of_memory_is_one_trial_s_outcome(tmp_path: Path) -> None:
+    sweep = make_sweep(tmp_path / "sweep", values={"batch_size": (32, 64, 128)})
+
+    def fail(point: Point, run: Path, watch: Watch) -> Outcome:
+        if point["batch_size"] == 64:
+            raise MemoryExhaustedError("out of memory; --accumulate 2 computes the same batch in 2 parts")
+        return train_point({"lr": 1e-3, "weight_decay": 0.0}, run, watch)
+
+    for _ in range(2):  # and the same command does not try it again
+        assert run_sweep(sweep, fail, never)
+        trials = list_trials(sweep)
+        assert [trial.state for trial in trials] == ["complete", "failed", "complete"]
+        assert trials[1].error == "out of memory; --accumulate 2 computes the same batch in 2 parts"
+
+
+@pytest.mark.parametrize(("pruner", "checked"), [("median", 2), ("halving", 1)])
+def test_trials_are_pruned_at_ends_of_epochs_and_never_at_the_last(
+    tmp_path: Path, pruner: str, checked: int
+) -> None:
+    sweep = make_sweep(tmp_path / "sweep", values={"lr": tuple(range(1, 7))}, pruner=pruner)
+    seen: dict[int, float] = {}
+
+    def train_scores(point: Point, run: Path, watch: Watch) -> Outcome:
+        poor_from = {5: 0.25, 6: 4.0}.get(point["lr"], 9.0)
+        history: list[dict[str, Any]] = []
+        # The fifth is evaluated four times an epoch, and poor from the first time; the sixth at the very end alone.
+        for quarter in range(1, 17):
+            if point["lr"] == 5 or quarter % 4 == 0:
+                epoch = quarter / 4
+                history.append({"epoch": epoch, "score": 0.1 if epoch >= poor_from else 0.9})
+                seen[point["lr"]] = epoch
+                watch(history)
+        return Outcome(history[-1]["score"], *[None] * 6)
+
+    assert run_sweep(sweep, train_scores, never)
+    assert [trial.state for trial in list_trials(sweep)] == [*["complete"] * 4, "pruned", "complete"]
+    assert seen == {1: 4.0, 2: 4.0, 3: 4.0, 4: 4.0, 5: float(checked), 6: 4.0}
+
+
+@pytest.mark.parametrize("error", [DataError("the disk is full"), ValueError("a defect")])
+def test_an_error_ends_the_sweep_and_its_trial_is_done_again(tmp_path: Path, error: Exception) -> None:
+    sweep = make_sweep(tmp_path / "sweep")
+
+    def fail(point: Point, run: Path, watch: Watch) -> Outcome:
+        raise error
+
+    with pytest.raises(type(error), match=str(error)):
+        run_sweep(sweep, fail, never)
+    assert run_sweep(sweep, train_point, never)
+    assert [trial.state for trial in list_trials(sweep)] == ["complete"] * 6
+
+
+def test_a_stop_ends_waiting_for_a_run_that_another_process_has(tmp_path: Path) -> None:
+    sweep = make_sweep(tmp_path / "sweep")
+    asked = iter([False, True])
+    first = sweep.run_folder(grid_points(sweep)[0])
+    with locked(first.with_name(f"{first.name}.lock")):
+        assert not run_sweep(sweep, train_point, lambda: next(asked, True))
+    assert not first.exists()
+    assert run_sweep(sweep, train_point, never)
+
+
+def test_the_median_prunes_what_lags_behind(tmp_path: Path) -> None:
+    lr = (1e-3, 1.1e-3, 1.2e-3, 1.3e-3, 0.5, 1.05e-3)
+    sweep = make_sweep(tmp_path / "sweep", pruner="median", values={"lr": lr, "weight_decay": (0.0,)})
+    run_sweep(sweep, train_point, never)
+    states = {trial.parameters["lr"]: (trial.state, trial.epochs) for trial in list_trials(sweep)}
+    assert states == {value: ("pruned", 2) if value == 0.5 else ("complete", 4) for value in lr}
+
+
+def test_halving_ends_most_trials_early(tmp_path: Path) -> None:
+    sweep = make_sweep(tmp_path / "sweep", pruner="halving")
+    run_sweep(sweep, train_point, never)
+    states = Counter(trial.state for trial in list_trials(sweep))
+    assert states["pruned"] >= 2
+    assert max(list_trials(sweep), key=lambda trial: trial.dev or 0).parameters == {
+        "lr": 1e-3,
+        "weight_decay": 0.0,
+    }
+
+
+def test_a_search_stays_between_the_values_and_repeats_itself(tmp_path: Path) -> None:
+    found = []
+    for name in ("a", "b"):
+        values = {"lr": (1e-4, 1e-2), "weight_decay": (0.0, 0.1), "arch": ("rescnn", "resnet18")}
+        sweep = make_sweep(tmp_path / name, sampler="tpe", trials=15, values=values)
+        run_sweep(sweep, train_point, never)
+        found.append([(trial.parameters, trial.dev) for trial in list_trials(sweep)])
+    assert found[0] == found[1]
+    points = [point for point, _ in found[0]]
+    assert len(points) == len({tuple(point.values()) for point in points}) == 15
+    assert all(1e-4 <= point["lr"] <= 1e-2 and 0 <= point["weight_decay"] <= 0.1 for point in points)
+    assert {point["arch"] for point in points} == {"rescnn", "resnet18"}
+    more = dataclasses.replace(sweep, trials=17)
+    run_sweep(more, train_point, never)
+    assert [(trial.parameters, trial.dev) for trial in list_trials(more)][:15] == found[0]
+    assert len(list_trials(more)) == 17
+
+
+def test_what_matters_is_said(tmp_path: Path) -> None:
+    sweep = make_sweep(
+        tmp_path / "sweep", values={"lr": (1e-4, 1e-2, 0.1), "weight_decay": (1e-5, 1e-4, 1e-3)}
+    )
+    assert importances(sweep, list_trials(sweep)) is None
+    run_sweep(sweep, train_point, never)
+    shares = importances(sweep, list_trials(sweep))
+    assert shares is not None
+    assert sum(shares.values()) == pytest.approx(1)
+    assert shares["lr"] > 0.9
+
+
+def test_a_point_that_was_queued_twice_is_trained_once(tmp_path: Path) -> None:
+    sweep = make_sweep(tmp_path / "sweep")
+    with open_study(sweep) as (study, _):
+        queue_points(sweep, study)
+        for point in grid_points(sweep)[:2]:
+            study.enqueue_trial(
+                {}, user_attrs={"point": point}
+            )  # as another process may do at the same moment
+    run_sweep(sweep, train_point, never)
+    assert [trial.parameters["lr"] for trial in list_trials(sweep)] == [lr for lr in LR for _ in WD]
+    assert {(trial.run / "log").read_text() for trial in list_trials(sweep)} == {"trained\n"}
+
+
+def test_passwords_of_a_storage_are_in_no_error(tmp_path: Path) -> None:
+    sweep = make_sweep(tmp_path / "sweep", storage="nosuch://me:secret@host/base")
+    with pytest.raises(DataError) as caught:
+        run_sweep(sweep, train_point, never)
+    assert str(caught.value) == (
+        f"{tmp_path / 'sweep'}: the database of --storage cannot be used: NoSuchModuleError"
+    )
+    assert caught.value.__cause__ is None
+
+
+WORKER = """
+import sys, time
+from pathlib import Path
+sys.path[:0] = [{tests!r}, {root!r}]
+from test_sweep import make_sweep, never, train_point
+from model.sweep import run_sweep
+
+def slow(point, run, watch):
+    time.sleep({seconds})
+    return train_point(point, run, watch)
+
+values = {{"lr": {lr}, "weight_decay": {wd}}}
+run_sweep(make_sweep(Path(sys.argv[1]), storage=sys.argv[2] or None, values=values), slow, never)
+"""
+
+
+def start_worker(
+    folder: Path, storage: str = "", seconds: float = 0.15, lr: tuple[float, ...] = LR
+) -> subprocess.Popen[bytes]:
+    root = Path(train.__file__).parent
+    script = WORKER.format(tests=str(root / "tests"), root=str(root), seconds=seconds, lr=lr, wd=WD)
+    return subprocess.Popen([sys.executable, "-c", script, str(folder), storage])
+
+
+def test_a_claim_without_a_heartbeat_is_given_up_too(tmp_path: Path) -> None:
+    """As of a process that was killed in between."""
+    sweep = make_sweep(tmp_path / "sweep")
+    with open_study(sweep) as (study, storage):
+        queue_points(sweep, study)
+        beat_for_waiting(study, storage)
+        first = study.get_trials()[0]
+        assert storage.set_trial_state_values(first._trial_id, optuna.trial.TrialState.RUNNING)
+    assert run_sweep(sweep, train_point, never)
+    assert len(list_trials(sweep)) == 6
+
+
+def test_processes_that_begin_at_once_train_no_point_twice(tmp_path: Path) -> None:
+    values = tuple(round(1e-3 * step, 6) for step in range(1, 13))
+    workers = [start_worker(tmp_path / "sweep", seconds=0, lr=values) for _ in range(3)]
+    assert [worker.wait(timeout=120) for worker in workers] == [0, 0, 0]
+    logs = [path.read_text() for path in (tmp_path / "sweep" / "trials").glob("*/log")]
+    assert logs == ["trained\n"] * len(values) * len(WD)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("round_", ROUNDS)
+def test_two_processes_killed_and_restarted_finish_every_point_once(
+    tmp_path: Path, round_: int, record_property: Callable[[str, object], None]
+) -> None:
+    plain = make_sweep(tmp_path / "plain")
+    run_sweep(plain, train_point, never)
+    sweep = make_sweep(tmp_path / "sweep")
+    delays = random.Random(round_)
+    for _ in range(3):
+        workers = [start_worker(sweep.folder) for _ in range(2)]
+        while not (sweep.folder / "trials").exists() and any(worker.poll() is None for worker in workers):
+            time.sleep(0.01)
+        time.sleep(delays.uniform(0, 0.4))
+        for worker in workers:
+            worker.send_signal(signal.SIGKILL)
+            if worker.wait() == -signal.SIGKILL:
+                record_property("survived", "SIGKILL of a sweep's process")
+    workers = [start_worker(sweep.folder) for _ in range(2)]
+    assert [worker.wait(timeout=60) for worker in workers] == [0, 0]
+    ours, undisturbed = (
+        sorted(
+            (tuple(trial.parameters.items()), trial.state, trial.dev, trial.valid) for trial in list_trials(s)
+        )
+        for s in (sweep, plain)
+    )
+    assert ours == undisturbed
+
+
+@pytest.fixture
+def command(sample_shards: tuple[Path, Manifest], monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    monkeypatch.setattr(train, "StopFlag", lambda: never)
+    shared = ["--shards", str(sample_shards[0]), "--workers", "2", "--image-size", "32", "--epochs", "1"]
+
+    def call(name: str, *arguments: object) -> int:
+        return int(train.main.main([name, *shared, *map(str, arguments)], standalone_mode=False))
+
+    return call
+
+
+def test_trials_are_the_runs_that_train_makes(
+    command: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ("--arch", "rescnn", "--batch-size", 16, "--augment", "none", "--seed", 3)
+    sweep = tmp_path / "sweep"
+    assert command("sweep", "--sweep", sweep, "--lr", "1e-3 1e-2", "--weight-decay", "0.01", *given) == 0
+    assert capsys.readouterr().out == f"{sweep / 'report.html'}: 2 trials complete\n"
+    assert command("train", "--run", tmp_path / "run", "--lr", "1e-2", *given) == 0
+    trial = sweep / "trials" / "lr=0.01"
+    for name in ("config.json", "metrics.jsonl", "evaluation-valid.json", "scores-dev.arrow"):
+        assert (trial / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
+    rows = {row["lr"]: row for row in csv.DictReader((sweep / "sweep.csv").read_text().splitlines())}
+    assert list(rows) == ["0.001", "0.01"]
+    (line,) = (trial / "metrics.jsonl").read_text().splitlines()
+    assert float(rows["0.01"]["dev_auroc"]) == pytest.approx(json.loads(line)["macro_auroc"], abs=1e-6)
+    labels = {
+        split: json.loads((trial / f"evaluation-{split}.json").read_text())["labels"]
+        for split in ("dev", "valid")
+    }
+    row = rows["0.01"]
+    same = [
+        name
+        for name, label in labels["dev"].items()
+        if label["positives"] >= 10 and label["auroc"] is not None
+    ]
+    same = [
+        name for name in same or labels["dev"] if all(of[name]["auroc"] is not None for of in labels.values())
+    ]
+    assert int(row["same_labels"]) == len(same)  # all of them have both classes in train
+    for split, name in {"dev": "dev_same_auroc", "valid": "valid_auroc"}.items():
+        mean = sum(labels[split][label]["auroc"] for label in same) / len(same)
+        assert float(row[name]) == pytest.approx(mean, abs=1e-6)
+    assert float(row["valid_low"]) < float(row["valid_auroc"]) < float(row["valid_high"])
+    for name in ("report.html", "contour-dev.png", "contour-train.png"):
+        assert (sweep / name).stat().st_size > 1000
+    with pytest.raises(DataError, match=r"augment is none there and affine here; choose another --sweep$"):
+        command("sweep", "--sweep", sweep, "--lr", "1e-3 1e-2", *given[:4], "--seed", 3)
+
+
+def test_a_sweep_whose_trials_all_diverge_has_failed(
+    command: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep = tmp_path / "sweep"
+    given = ("--sweep", sweep, "--lr", "1e30", "--arch", "rescnn", "--batch-size", 16)
+    assert command("sweep", *given) == 1
+    shown = capsys.readouterr()
+    assert shown.out == f"{sweep / 'report.html'}: 0 trials complete, 1 failed\n"
+    assert "Trial 0: failed: the " in shown.err
+    assert command("sweep", *given) == 1  # and is not tried again
+    assert "Trial 0" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--lr", "1e-3 x"], "'x' is not a valid number."),
+        (["--lr", " "], "no value"),
+        (["--arch", "vgg"], "'vgg' is not one of 'resnet18'"),
+        (["--sampler", "tpe"], "--sampler tpe needs --trials"),
+        (["--trials", "3"], "--trials needs --sampler tpe: a grid has as many as combinations"),
+        (["--lr", "-1"], "-1.0 is not in the range x>0."),
+        (["--nonsense", "3"], "No such option '--nonsense'."),
+        (
+            ["--batch-size", "16 15", "--accumulate", "2"],
+            "--batch-size 15 for --accumulate 2: the parts must",
+        ),
+    ],
+)
+def test_bad_options_are_usage_errors(
+    command: Callable[..., int], tmp_path: Path, options: list[str], message: str
+) -> None:
+    with pytest.raises(click.UsageError) as caught:
+        command("sweep", "--sweep", tmp_path / "sweep", *options)
+    assert message in caught.value.format_message()
+    assert not (tmp_path / "sweep").exists()

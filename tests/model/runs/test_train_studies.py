@@ -1,0 +1,155 @@
+"""Training and evaluation by studies."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+import torch
+from sklearn.metrics import roc_auc_score
+
+import train
+from model.checkpoint import load_checkpoint
+from model.runs.job import Job, open_rows
+from model.runs.scores import read_frame
+from model.runs.scoring import evaluate, find_scores, score_best
+from pipeline import DataError
+from pipeline.manifest import Manifest, manifest_digest
+from tests.test_train import assert_same_run, few_resamples_and_no_page, make_job  # noqa: F401
+
+
+@pytest.fixture
+def make(make_job: Callable[..., Job], drawn_studies: tuple[Path, Manifest]) -> Callable[..., Job]:  # noqa: F811
+    """A small job on shards of all views."""
+    shards, manifest = drawn_studies
+
+    settings = {"batch_size": 8, "image_size": 32, "manifest": manifest_digest(shards)}
+
+    def of_studies(run: str, stop_after: int = 10**9, **changes: Any) -> Job:
+        job = make_job(run, stop_after, **settings | changes)
+        return dataclasses.replace(job, shards=shards, manifest=manifest)
+
+    return of_studies
+
+
+@pytest.mark.parametrize("fusion", ["mean", "attention"])
+def test_a_run_by_studies_resumes_exactly(make: Callable[..., Job], fusion: str) -> None:
+    options = {"fusion": fusion, "augment": "crop", "accumulate": 2}
+    whole = make("whole", **options)
+    assert train.train(whole) == 0
+    assert train.train(make("parts", stop_after=5, **options)) == 143
+    assert train.train(make("parts", **options)) == 0
+    assert_same_run(whole.run.with_name("parts"), whole.run)
+
+
+def test_each_study_is_scored_once_and_compared_with_late_fusion(
+    make: Callable[..., Job], drawn_studies: tuple[Path, Manifest]
+) -> None:
+    images = make("images", epochs=1)
+    assert train.train(images) == 0
+    frontal = make("frontal", epochs=1, views="frontal")
+    assert train.train(frontal) == 0
+    best = images.run / "best.pt"
+    fused = dataclasses.replace(make("fused", epochs=1, fusion="max", init="0"), init=best)
+    assert train.train(fused) == 0
+    table = pa.ipc.open_file(drawn_studies[0] / "valid.arrow").read_all().to_pandas()
+    scored = read_frame(fused.run / "scores-valid.arrow")
+    firsts = table.groupby(["patient", "study"], sort=False).head(1)
+    assert (
+        scored[["patient", "study"]].to_numpy().tolist() == firsts[["patient", "study"]].to_numpy().tolist()
+    )
+
+    others = find_scores(fused, "valid", [images.run, frontal.run])
+    found = evaluate(fused, "valid", score_best(fused, "valid"), others)[0]
+    assert found["unit"] == "study"
+    methods = found["methods"]["all"]["methods"]
+    assert list(methods) == [
+        f"{fused.run}, max fusion",
+        f"{images.run}, max of views",
+        f"{images.run}, mean of views",
+        str(frontal.run),
+    ]
+    late = read_frame(images.run / "scores-valid.arrow").groupby(["patient", "study"]).max()
+    truth = table.groupby(["patient", "study"])["Support Devices"].first() == 1
+    expected = roc_auc_score(truth, late["Support Devices"])
+    assert methods[f"{images.run}, max of views"]["labels"]["Support Devices"] == pytest.approx(expected)
+    groups = {group: part["studies"] for group, part in found["methods"].items()}
+    assert groups["all"] == len(firsts) == groups["frontal alone"] + groups["frontal and lateral"]
+    (file,) = fused.run.glob("evaluation-valid-against-*.json")
+    document = json.loads(file.read_bytes())
+    assert document["methods"]["all"]["methods"].keys() == methods.keys()
+
+
+def test_a_frozen_backbone_is_the_first_runs(make: Callable[..., Job]) -> None:
+    images = make("images", epochs=1)
+    assert train.train(images) == 0
+    best = images.run / "best.pt"
+    fused = make("fused", epochs=1, fusion="mean", init="0", freeze=True, ema=0.0)
+    assert train.train(dataclasses.replace(fused, init=best)) == 0
+    before, after = (load_checkpoint(path)["weights"] for path in (best, fused.run / "best.pt"))
+    for name, value in before.items():
+        ours = after[name.replace("head.2", "head") if name.startswith("head.2") else f"backbone.{name}"]
+        assert torch.equal(ours, value) != name.startswith("head.2"), name
+    assert np.abs(after["projection"].numpy()).max() > 0
+
+
+def test_predict_scores_the_files_of_a_study_together(
+    make: Callable[..., Job],
+    drawn_studies: tuple[Path, Manifest],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As the study was scored from the shards, where its frontal's projection is not asked for."""
+    fused = make("fused", epochs=1, fusion="mean", lr=1e-9, ema=0.0)  # so no projection differs from another
+    assert train.train(fused) == 0
+    films = drawn_studies[0].parent / "CheXpert-v1.0-small" / "valid"
+    expected = read_frame(fused.run / "scores-valid.arrow")
+    for option in ([], ["--group-by", r"patient\d+/study\d+"]):
+        words = ["predict", "--run", fused.run, "--out", tmp_path / "scores.csv", *option, films]
+        assert train.main.main(list(map(str, words)), standalone_mode=False) == 0
+        found = pd.read_csv(tmp_path / "scores.csv")
+        assert found["study"].str.extract(r"(patient\d+)/study")[0].tolist() == sorted(expected["patient"])
+        ours = found.sort_values("study").iloc[:, 1:].to_numpy()
+        theirs = expected.sort_values(["patient", "study"]).iloc[:, 2:].to_numpy()
+        np.testing.assert_allclose(ours, theirs, atol=2e-6)
+    assert capsys.readouterr().out.splitlines()[-1].endswith(f"images in {len(expected)} studies, 0 unusable")
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (["--group-by", "nowhere"], "{film}: --group-by 'nowhere' is not in its path"),
+        (
+            ["--group-by", "CheXpert"],
+            "CheXpert: 19 images, of a study there are at most 3; a study's images must lie in a folder of their own, "
+            "or name it by --group-by",
+        ),
+    ],
+)
+def test_files_that_are_no_studies_are_refused(
+    make: Callable[..., Job], drawn_studies: tuple[Path, Manifest], option: list[str], message: str
+) -> None:
+    films = drawn_studies[0].parent / "CheXpert-v1.0-small" / "valid"
+    words = ["predict", "--run", make("fused", fusion="mean").run, "--out", "unused.csv", *option, films]
+    with pytest.raises(DataError) as caught:
+        train.main.main(list(map(str, words)), standalone_mode=False)
+    assert str(caught.value) == message.format(film=min(films.rglob("*.jpg")))
+
+
+def test_images_beyond_the_most_views_are_counted(
+    make: Callable[..., Job], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for module in ("model.runs.job", "pipeline.stream.samples"):
+        monkeypatch.setattr(f"{module}.MOST_VIEWS", 1)
+    job = make("run", fusion="max")
+    chosen = open_rows(job, "train")
+    table = chosen.split.table.to_pandas()
+    left_out = len(table) - len(table.groupby(["patient", "study"]))
+    assert left_out > 0
+    said = f"train: {left_out} images beyond their study's first 1 are left out\n"
+    assert capsys.readouterr().err == said

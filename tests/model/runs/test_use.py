@@ -1,0 +1,155 @@
+"""What a run is for once it is trained: evaluate, predict, export."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+import train
+from model.runs import scoring
+from model.runs.job import StopFlag
+from pipeline import DataError
+from pipeline.manifest import Manifest, read_table
+
+
+@pytest.fixture(scope="module")
+def trained(sample_shards: tuple[Path, Manifest], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one epoch; tests get copies."""
+    run = tmp_path_factory.mktemp("trained") / "run"
+    assert call_train("train", "--shards", sample_shards[0], "--run", run, *SMALL) == 0
+    return run
+
+
+SMALL = (
+    "--arch",
+    "rescnn",
+    "--image-size",
+    32,
+    "--epochs",
+    1,
+    "--batch-size",
+    16,
+    "--amp",
+    "off",
+    "--workers",
+    2,
+)
+
+
+class NeverStop(StopFlag):
+    """Leaves the signals of the tests' process alone."""
+
+    def __init__(self) -> None:
+        self.code = 0
+
+
+def call_train(*words: object) -> int:
+    """`python train.py` in this process, with few resamples and no page, which would take longest."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scoring, "RESAMPLES", 20)
+        patch.setattr(scoring, "render_report", lambda *_: "a page")
+        patch.setattr(train, "StopFlag", NeverStop)
+        return int(train.main.main([str(word) for word in words], standalone_mode=False))
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+def test_predict_keeps_earlier_scores_where_no_image_can_be_read(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "scores.csv"
+    out.write_text("earlier")
+    films = tmp_path / "films"
+    films.mkdir()
+    for name in ("a.png", "b.JPG", "c.dcm", "d.DCM", "e.tif", "f"):
+        (films / name).write_bytes(b"x")
+    with pytest.raises(DataError, match=f"^none of 2 images can be read; {out} is left as it was$"):
+        call_train("predict", "--run", run, "--out", out, films)
+    assert out.read_text() == "earlier"
+    said = capsys.readouterr().err
+    for text in ("2 .dcm files", "1 .tif files", "1 other files"):
+        assert f"{films}: {text} skipped: only JPEG and PNG can be read\n" in said
+    assert f"{films / 'a.png'}: not a readable JPEG or PNG" in said
+    new = tmp_path / "new.csv"
+    with pytest.raises(DataError, match=f"^none of 1 images can be read; {new} is not written$"):
+        call_train("predict", "--run", run, "--out", new, films / "a.png")
+    assert not new.exists()
+
+
+def test_what_evaluate_wrote_is_said_and_a_comparison_stays(
+    run: Path, sample_shards: tuple[Path, Manifest], capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = Path(shutil.copytree(run, run.with_name("other")))
+    command = ("evaluate", "--shards", sample_shards[0], "--run", run)
+
+    def written(*words: object) -> list[Path]:
+        assert call_train(*command, *words) == 0
+        lines = capsys.readouterr().out.splitlines()
+        return [Path(line.removesuffix(": written")) for line in lines if line.endswith(": written")]
+
+    compared = written("--against", other)
+    assert [path.name for path in compared] == [
+        "scores-valid.arrow",
+        "evaluation-valid-against-other.json",
+        "report-valid-against-other.html",
+    ]
+    before = compared[1].read_bytes()
+    plain = written()
+    assert [path.name for path in plain] == [
+        "scores-valid.arrow",
+        "evaluation-valid.json",
+        "report-valid.html",
+    ]
+    assert all(path.is_file() for path in (*compared, *plain))
+    assert compared[1].read_bytes() == before
+
+
+def test_a_run_with_fewer_labels_is_compared_over_those_of_both(
+    run: Path, sample_shards: tuple[Path, Manifest], capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = run.with_name("few")
+    shards = ("--shards", sample_shards[0])
+    assert (
+        call_train("train", *shards, "--run", other, *SMALL, "--labels", "Edema,Fracture,Pleural Effusion")
+        == 0
+    )
+    capsys.readouterr()
+    assert call_train("evaluate", *shards, "--run", run, "--against", other) == 0
+    assert "over the 3 labels that both runs have learnt" in capsys.readouterr().out
+    compared = json.loads((run / "evaluation-valid-against-few.json").read_text())
+    theirs = json.loads((other / "evaluation-valid.json").read_text())
+    found = compared["against"]["auroc"]
+    assert compared["against"]["labels"] == ["Edema", "Pleural Effusion", "Fracture"]
+    differences = []
+    for label in compared["against"]["labels"]:
+        ours, his = (of["labels"][label]["auroc"] for of in (compared, theirs))
+        assert found[label]["difference"] == (None if ours is None else pytest.approx(ours - his))
+        differences += [] if ours is None else [ours - his]
+    assert found["macro"]["difference"] == pytest.approx(sum(differences) / len(differences))
+    alone = run.with_name("none")
+    assert call_train("train", *shards, "--run", alone, *SMALL, "--labels", "Cardiomegaly") == 0
+    with pytest.raises(DataError, match=r"few: no label that both runs have learnt$"):
+        call_train("evaluate", *shards, "--run", alone, "--against", other)
+
+
+def test_other_conditions_than_the_runs_own_choose_what_is_scored(
+    run: Path, sample_shards: tuple[Path, Manifest], capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (run / "evaluation-valid.json").read_bytes()
+    shards, manifest = sample_shards
+    capsys.readouterr()
+    assert call_train("evaluate", "--shards", shards, "--run", run, "--where", "sex=Male") == 0
+    files = [
+        line.removesuffix(": written") for line in capsys.readouterr().out.splitlines() if "written" in line
+    ]
+    table = read_table(shards, manifest.split("valid")).to_pandas()
+    document = json.loads(Path(files[1]).read_bytes())
+    assert document["rows"] == (table["sex"] == "Male").sum() < len(table)
+    assert document["chosen_by"] == ["sex=Male"]
+    assert (run / "evaluation-valid.json").read_bytes() == before
+    assert re.fullmatch(r"evaluation-valid-[0-9a-f]{8}.json", Path(files[1]).name)

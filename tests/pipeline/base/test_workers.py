@@ -1,0 +1,112 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline import DataError
+from pipeline.base.workers import report_item, run_alone, run_tasks
+from tests.conftest import REPOSITORY
+
+Task = tuple[Path, int]
+
+
+def square(task: Task) -> int:
+    report_item()
+    return task[1] ** 2
+
+
+def die_the_first_time(task: Task) -> int:
+    folder, number = task
+    report_item()
+    if number == 5 and not (folder / "died").exists():
+        (folder / "died").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number**2
+
+
+def always_die(task: Task) -> int:
+    if task[1] == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return task[1] ** 2
+
+
+def fail(task: Task) -> int:
+    raise DataError(f"task {task[1]} failed")
+
+
+def sleep_in_steps(task: Task) -> int:
+    (task[0] / f"pid-{os.getpid()}").touch()
+    for _ in range(600):
+        time.sleep(0.05)
+        report_item()
+    return 0
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_every_task_is_done_once_and_counted(tmp_path: Path, workers: int) -> None:
+    ticks: list[int] = []
+    results = list(run_tasks(square, [(tmp_path, number) for number in range(20)], workers, ticks.append))
+    assert sorted(results) == [number**2 for number in range(20)]
+    assert ticks == sorted(ticks)
+    assert ticks[-1] <= 20
+
+
+def test_a_killed_worker_does_not_end_the_run(tmp_path: Path) -> None:
+    ticks: list[int] = []
+    tasks = [(tmp_path, number) for number in range(20)]
+    results = list(run_tasks(die_the_first_time, tasks, 2, ticks.append))
+    assert sorted(results) == [number**2 for number in range(20)]
+    assert ticks == sorted(ticks)
+
+
+def test_a_task_that_kills_its_worker_twice_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r", 5\): its process was killed; is there enough memory\?$"):
+        list(run_tasks(always_die, [(tmp_path, number) for number in range(20)], 2))
+
+
+def test_an_error_reaches_the_caller(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"^task 7 failed$"):
+        list(run_tasks(fail, [(tmp_path, 7)], 2))
+    with pytest.raises(DataError, match=r"^task 7 failed$"):
+        run_alone(fail, (tmp_path, 7))
+
+
+def test_workers_end_with_a_killed_parent(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from pipeline.base.workers import run_tasks; "
+        "from tests.test_workers import sleep_in_steps; "
+        "list(run_tasks(sleep_in_steps, [(Path(sys.argv[1]), 0), (Path(sys.argv[1]), 1)], 2))"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=REPOSITORY)
+    deadline = time.monotonic() + 30
+    while len(workers := list(tmp_path.glob("pid-*"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert len(workers) == 2
+    parent.kill()
+    parent.wait()
+    pids = [int(path.name.removeprefix("pid-")) for path in workers]
+    while any(Path(f"/proc/{pid}/stat").exists() for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not [pid for pid in pids if Path(f"/proc/{pid}/stat").exists()]
+
+
+def test_a_long_tmpdir_is_no_matter(tmp_path: Path) -> None:
+    folder = tmp_path / ("x" * 100)
+    folder.mkdir()
+    code = (
+        "import tempfile; from pathlib import Path; from pipeline.base.workers import run_alone; "
+        "from tests.test_workers import square; print(run_alone(square, (Path(), 7)), tempfile.gettempdir())"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=REPOSITORY,
+        env=os.environ | {"TMPDIR": str(folder)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (run.returncode, run.stdout) == (0, f"49 {folder}\n"), run.stderr

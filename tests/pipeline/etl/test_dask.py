@@ -1,0 +1,144 @@
+"""Sharding on a Dask cluster: a scheduler and workers in real processes on loopback (make test-cluster)."""
+
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from pipeline import DataError
+from pipeline.etl.cluster import run_on_cluster
+from tests.conftest import PIPELINE, ROUNDS, run_pipeline, write_chexpert
+from tests.swift import free_ports
+
+OPTIONS = ["--size", "48", "--dev", "0.3", "--samples-per-shard", "20"]
+
+pytestmark = pytest.mark.cluster
+
+Start = Callable[..., "subprocess.Popen[bytes]"]
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Starts a part of a cluster, `scheduler` or `worker URL`, that ends with the test."""
+    processes: list[subprocess.Popen[bytes]] = []
+
+    def begin(*arguments: object) -> "subprocess.Popen[bytes]":
+        command = [
+            sys.executable,
+            "-m",
+            "distributed.cli.dask_" + str(arguments[0]),
+            *map(str, arguments[1:]),
+        ]
+        if arguments[0] == "worker":
+            command += ["--nworkers", "1", "--nthreads", "1", "--no-nanny", "--no-dashboard"]
+        processes.append(subprocess.Popen(command, stderr=subprocess.DEVNULL))
+        return processes[-1]
+
+    yield begin
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture
+def scheduler(start: Start) -> str:
+    (port,) = free_ports(1)
+    start("scheduler", "--host", "127.0.0.1", "--port", port, "--no-dashboard")
+    return f"tcp://127.0.0.1:{port}"
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """1,200 frontals, and one CSV row without an image."""
+    root = tmp_path_factory.mktemp("source") / "CheXpert-v1.0-small"
+    write_chexpert(root, "train", range(1, 551))
+    write_chexpert(root, "valid", range(551, 601))
+    (root / "train" / "patient00007" / "study1" / "view1_frontal.jpg").unlink()
+    return root
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("round_", ROUNDS)
+def test_a_lost_worker_changes_no_byte(
+    start: Start,
+    scheduler: str,
+    source: Path,
+    tmp_path: Path,
+    round_: int,
+    record_property: Callable[[str, object], None],
+) -> None:
+    local = run_pipeline("shards", source, tmp_path / "local", *OPTIONS, "--max-bad", 0.01)
+    assert local.returncode == 0, local.stderr
+    workers = [start("worker", scheduler) for _ in range(3)]
+    command = [PIPELINE, "shards", source, tmp_path / "cluster", *OPTIONS, "--max-bad", "0.01", "--strict"]
+    run = subprocess.Popen([*map(str, command), "--scheduler", scheduler], stderr=subprocess.PIPE, text=True)
+    while not list((tmp_path / "cluster").glob(".partial/*.tar")):
+        time.sleep(0.01)
+        assert run.poll() is None
+    time.sleep(random.Random(round_).random() / 10)
+    workers[0].send_signal(signal.SIGKILL)
+    record_property("survived", "SIGKILL of a Dask worker")
+    assert not (tmp_path / "cluster" / "manifest.json").exists()  # in the middle of the run
+    _, said = run.communicate(timeout=120)
+    assert run.returncode == 3, said  # --strict, and one reject
+    assert "1,200 of 1,200 images" in said
+    assert files_of(tmp_path / "cluster") == files_of(tmp_path / "local")
+
+
+def test_a_stopped_run_continues_on_a_cluster(
+    start: Start, scheduler: str, source: Path, tmp_path: Path
+) -> None:
+    start("worker", scheduler)
+    words = [PIPELINE, "shards", source, tmp_path / "out", *OPTIONS, "--max-bad", "0.01"]
+    command = [*map(str, words), "--scheduler", scheduler]
+    run = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    while len(list((tmp_path / "out").glob(".partial/*.tar"))) < 3:
+        time.sleep(0.01)
+        assert run.poll() is None
+    run.send_signal(signal.SIGTERM)
+    assert run.wait(timeout=30) == 143
+    again = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr
+    assert " images were there already" in again.stdout
+    run_pipeline("shards", source, tmp_path / "local", *OPTIONS, "--max-bad", 0.01)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "local")
+
+
+def test_a_lost_scheduler_is_named(start: Start, source: Path, tmp_path: Path) -> None:
+    (port,) = free_ports(1)
+    scheduler = start("scheduler", "--host", "127.0.0.1", "--port", port, "--no-dashboard")
+    start("worker", f"tcp://127.0.0.1:{port}")
+    words = [PIPELINE, "shards", source, tmp_path / "out", *OPTIONS, "--max-bad", "0.01"]
+    command = [*map(str, words), "--scheduler", f"tcp://127.0.0.1:{port}"]
+    run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while len(list((tmp_path / "out").glob(".partial/*.tar"))) < 2:
+        time.sleep(0.01)
+        assert run.poll() is None
+    scheduler.kill()
+    _, said = run.communicate(timeout=60)
+    reason = f"--scheduler tcp://127.0.0.1:{port}: the connection was lost; the same command continues"
+    assert (run.returncode, said.splitlines()[-1]) == (1, f"Error: {reason}")
+
+
+def test_a_cluster_that_cannot_work_is_named(
+    start: Start, scheduler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    witness = tmp_path / "options.json"
+    witness.write_text("{}")
+    start("worker", scheduler)
+    assert sorted(run_on_cluster(len, ["a", "bcd"], scheduler, witness)) == [1, 3]
+    here_alone = Path("/proc/self/cmdline")  # which is another one in every process
+    with pytest.raises(DataError, match=r"^--scheduler tcp://.*: worker tcp://.* does not see /proc/self$"):
+        list(run_on_cluster(len, ["a"], scheduler, here_alone))
+    monkeypatch.setattr("pipeline.etl.cluster.CONNECT_SECONDS", 0.5)
+    with pytest.raises(DataError, match=r"^--scheduler tcp://127.0.0.1:9: cannot be reached: "):
+        list(run_on_cluster(len, ["a"], "tcp://127.0.0.1:9", witness))

@@ -1,0 +1,636 @@
+import errno
+import fcntl
+import hashlib
+import io
+import json
+import os
+import shutil
+import tarfile
+import zlib
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import webdataset
+from PIL import Image
+
+from pipeline import DataError
+from pipeline.base.files import atomic_file, claimed, write_csv
+from pipeline.etl import shards as etl
+from pipeline.etl.adopt import write_index
+from pipeline.etl.shards import Options, RunSummary, write_shards
+from pipeline.labels import LABELS, hash_fraction
+from pipeline.manifest import Manifest, read_manifest, read_table
+from pipeline.policies import evaluation_targets
+from pipeline.sources.chexpert import find_source
+from pipeline.stream.batches import Labels, open_split, stream_evaluation
+from tests.conftest import POLICIES, default_options, make_shards, write_chexpert
+
+Shards = tuple[Path, Manifest]
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+
+
+def test_every_frontal_row_is_in_exactly_one_split(chexpert: Path, shards: Shards) -> None:
+    folder, manifest = shards
+    tables = {name: read_table(folder, split).to_pandas() for name, split in manifest.splits.items()}
+    assert list(tables) == ["train", "dev", "valid"]
+    for names, csv in ((("train", "dev"), "train.csv"), (("valid",), "valid.csv")):
+        rows = pd.concat([tables[name] for name in names]).set_index("key").sort_index()
+        source = pd.read_csv(chexpert / csv).query("`Frontal/Lateral` == 'Frontal'")
+        parts = source["Path"].str.extract(r"(patient\d+)/(study\d+)/(view\d_frontal)")
+        source.index = pd.Index(parts[0] + "_" + parts[1] + "_" + parts[2])
+        source = source.sort_index()
+        assert rows.index.to_list() == source.index.to_list()
+        np.testing.assert_array_equal(
+            rows[list(LABELS)].to_numpy(float), source[list(LABELS)].to_numpy(float)
+        )
+    assert not set(tables["train"]["patient"]) & set(tables["dev"]["patient"])
+    # shuffled: neither the CSV's order nor sorted
+    assert tables["train"]["key"].to_list() != sorted(tables["train"]["key"])
+
+
+def test_tarfile_finds_the_images_and_labels_of_the_arrow_table(chexpert: Path, shards: Shards) -> None:
+    folder, manifest = shards
+    for name, split in manifest.splits.items():
+        rows = read_table(folder, split).to_pylist()
+        assert len(rows) == split.samples == sum(shard.samples for shard in split.shards)
+        for number, shard in enumerate(split.shards):
+            data = (folder / shard.file).read_bytes()
+            assert (len(data), hashlib.sha256(data).hexdigest()) == (shard.bytes, shard.sha256)
+            of_shard = [row for row in rows if row["shard"] == number]
+            with tarfile.open(folder / shard.file) as tar:
+                members = tar.getmembers()
+                contents = {member.name: tar.extractfile(member).read() for member in members}  # type: ignore[union-attr]
+            assert [member.name for member in members] == [
+                f"{row['key']}.{suffix}" for row in of_shard for suffix in ("jpg", "json")
+            ]
+            assert {(member.mtime, member.uid, member.gid, member.uname) for member in members} == {
+                (0, 0, 0, "")
+            }
+            for row in of_shard:
+                jpeg = contents[f"{row['key']}.jpg"]
+                assert data[row["offset"] : row["offset"] + row["length"]] == jpeg
+                assert zlib.crc32(jpeg) == row["crc"]
+                facts = json.loads(contents[f"{row['key']}.json"])
+                assert facts.pop("labels") == {label: row[label] for label in LABELS}
+                assert facts == {name: row[name] for name in facts}
+                place = row["key"].replace("_study", "/study").replace("_view", "/view")
+                source = chexpert / ("valid" if name == "valid" else "train") / f"{place}.jpg"
+                with Image.open(source) as original:
+                    expected = np.asarray(original.resize((60, 48), Image.Resampling.LANCZOS), float)
+                stored = np.asarray(Image.open(io.BytesIO(jpeg)), float)
+                assert np.abs(stored - expected).mean() < 1.5  # noise, at quality 95
+
+
+# webdataset leaves its last shard open until it is collected
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+def test_webdataset_reads_the_same_samples(shards: Shards) -> None:
+    folder, manifest = shards
+    split = manifest.split("train")
+    urls = [str(folder / shard.file) for shard in split.shards]
+    dataset = webdataset.WebDataset(urls, shardshuffle=False, empty_check=False).decode("pil")
+    rows = read_table(folder, split).to_pylist()
+    samples = list(dataset)
+    assert [sample["__key__"] for sample in samples] == [row["key"] for row in rows]
+    for sample, row in zip(samples, rows, strict=True):
+        assert sample["json"]["labels"] == {label: row[label] for label in LABELS}
+        assert sample["jpg"].size == (60, 48)
+
+
+def test_same_bytes_at_any_number_of_workers(chexpert: Path, shards: Shards, tmp_path: Path) -> None:
+    make_shards(chexpert, tmp_path / "two", workers=2)
+    assert hashes(tmp_path / "two") == hashes(shards[0])
+
+
+def test_pixel_statistics_are_those_of_the_stored_train_images(chexpert: Path, tmp_path: Path) -> None:
+    manifest = make_shards(chexpert, tmp_path / "out", default_options(size=64)).manifest
+    pixels = []
+    for shard in manifest.split("train").shards:
+        with tarfile.open(tmp_path / "out" / shard.file) as tar:
+            images = [tar.extractfile(member) for member in tar if member.name.endswith(".jpg")]
+            pixels += [np.asarray(Image.open(image)) for image in images if image]
+    assert manifest.pixels["mean"] == pytest.approx(np.mean(pixels), abs=0.5)  # of every 16th pixel
+    assert manifest.pixels["std"] == pytest.approx(np.std(pixels), abs=0.5)
+
+
+@pytest.mark.parametrize(("gone", "splits"), [("valid.csv", ["train", "dev"]), ("train.csv", ["valid"])])
+def test_one_csv_is_enough(chexpert: Path, tmp_path: Path, gone: str, splits: list[str]) -> None:
+    (chexpert / gone).unlink()
+    manifest = make_shards(chexpert, tmp_path / "out").manifest
+    assert list(manifest.splits) == splits
+
+
+def test_views(chexpert: Path, tmp_path: Path) -> None:
+    for views, images in (("lateral", 20), ("all", 60)):
+        manifest = make_shards(chexpert, tmp_path / views, default_options(views=views)).manifest
+        assert sum(split.samples for split in manifest.splits.values()) == images
+
+
+@pytest.mark.parametrize(
+    ("views", "names"),
+    [
+        ("frontal", "f16ef4436da2bc4fbc7826594a784ddc07f51bac53d3decb520e6bdab4ce5664"),
+        ("lateral", "f40cc1503f06f13c45713a874b2d572dc8b60645442118f359bc2858a891afa1"),
+    ],
+)
+def test_which_image_lies_where_is_written_in_stone(
+    chexpert: Path, tmp_path: Path, views: str, names: str
+) -> None:
+    """Shards of one view made by any version are the same; the pixels' bytes are the codec's."""
+    text = (chexpert / "train.csv").read_text()
+    for path in chexpert.rglob("study2/view1_frontal.jpg"):
+        shutil.copy(path, path.with_name("view2_frontal.jpg"))
+    seconds = [line for line in text.splitlines() if "study2/view1_frontal" in line]
+    text += "".join(f"{line}\n".replace("view1", "view2") for line in seconds)
+    (chexpert / "train.csv").write_text(text)
+    manifest = make_shards(chexpert, tmp_path / "out", default_options(views=views)).manifest
+    assert "unit" not in manifest.options
+    members = []
+    for path in sorted((tmp_path / "out").glob("*.tar")):
+        with tarfile.open(path) as tar:
+            members.append((path.name, tar.getnames()))
+    assert hashlib.sha256(json.dumps(members).encode()).hexdigest() == names
+
+
+@pytest.mark.parametrize("size", [1, 7, 100])
+def test_studies_stay_together_where_all_views_are_kept(
+    chexpert: Path, shards: Shards, tmp_path: Path, size: int
+) -> None:
+    folder, frontals = shards
+    options = default_options(views="all", samples_per_shard=size)
+    manifest = make_shards(chexpert, tmp_path / "out", options).manifest
+    for name, split in manifest.splits.items():
+        table = read_table(tmp_path / "out", split).to_pandas()
+        studies = [key.rpartition("_view")[0] for key in table["key"]]
+        order = sorted(set(studies), key=lambda study: hash_fraction("shuffle", 0, study))
+        assert [study for row, study in enumerate(studies) if studies[row - 1 : row] != [study]] == order
+        assert table.groupby(["patient", "study"])["shard"].nunique().max() == 1
+        assert table["shard"].to_list() == sorted(table["shard"])
+        sizes = [shard.samples for shard in split.shards]
+        assert all(0 < samples <= size + 1 for samples in sizes)
+        assert all(samples >= size - 1 for samples in sizes[:-1])
+        frontal = read_table(folder, frontals.split(name)).to_pandas()
+        assert set(table.query("view == 'frontal'")["key"]) == set(frontal["key"])
+
+
+def test_finished_shards_are_left_alone_and_other_options_refused(chexpert: Path, shards: Shards) -> None:
+    folder, manifest = shards
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    again = make_shards(chexpert, folder)
+    assert (again.manifest, again.is_new) == (manifest, False)
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+
+    with pytest.raises(
+        DataError, match=r"holds other shards: size is 48 there and 32 here; choose another f"
+    ):
+        make_shards(chexpert, folder, default_options(size=32))
+    few = default_options(size=32, samples_per_shard=100)
+    assert make_shards(chexpert, folder, few, overwrite=True).is_new
+    assert sorted(path.name for path in folder.glob("*.tar")) == [
+        f"{name}-000000.tar" for name in ("dev", "train", "valid")
+    ]
+
+
+def test_finished_shards_that_are_not_whole_are_named(chexpert: Path, shards: Shards) -> None:
+    path = shards[0] / "train-000001.tar"
+    for damage in (lambda: path.write_bytes(path.read_bytes()[:-512]), path.unlink):
+        damage()
+        with pytest.raises(DataError) as caught:
+            make_shards(chexpert, shards[0])
+        reason = "missing, or not of its size; --repair writes it again"
+        assert str(caught.value) == f"{path}: {reason}"
+    assert make_shards(chexpert, shards[0], overwrite=True).manifest == shards[1]
+
+
+def test_files_of_others_are_neither_replaced_nor_removed(
+    chexpert: Path, shards: Shards, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("dev.arrow", "train-000000.tar", "rejects.csv"):
+        (out / name).write_text("mine")
+        for overwrite in (False, True):
+            with pytest.raises(DataError) as caught:
+                make_shards(chexpert, out, overwrite=overwrite)
+            reason = "not written by this command, which would replace it; choose another folder"
+            assert str(caught.value) == f"{out / name}: {reason}"
+        assert [path.read_text() for path in out.iterdir()] == ["mine"]
+        (out / name).unlink()
+
+    folder, _ = shards
+    (folder / "imagenet-000000.tar").write_text("mine")
+    (folder / "notes.arrow").write_text("mine")
+    assert make_shards(chexpert, folder, default_options(seed=1), overwrite=True).is_new
+    assert (folder / "imagenet-000000.tar").read_text() == (folder / "notes.arrow").read_text() == "mine"
+
+    for path in folder.glob("*[!0-9].*"):
+        path.unlink()
+    (folder / "imagenet-000000.tar").unlink()
+    write_index(folder)  # now the tars are another program's
+    tars = hashes(folder)
+    with pytest.raises(DataError, match=r": its shards come from another program; choose another folder$"):
+        make_shards(chexpert, folder, overwrite=True)
+    assert hashes(folder) == tars
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_an_interrupted_overwrite_continues(
+    chexpert: Path, shards: Shards, tmp_path: Path, finished: bool
+) -> None:
+    """Over finished shards, or over a run that was interrupted itself."""
+    folder = shards[0] if finished else tmp_path / "out"
+    source, options = find_source(chexpert, {}, []), default_options(seed=1, samples_per_shard=4)
+
+    def write(options: Options, stop_at: int, overwrite: bool = True) -> RunSummary:
+        def stop(done: int, total: int, rejects: int) -> None:
+            if done >= stop_at:
+                raise KeyboardInterrupt
+
+        return write_shards(
+            source, folder, options, POLICIES, workers=1, max_bad=0, overwrite=overwrite, progress=stop
+        )
+
+    if not finished:
+        with pytest.raises(KeyboardInterrupt):
+            write(default_options(samples_per_shard=3), 12, overwrite=False)
+    for stop_at in (9, 17):
+        with pytest.raises(KeyboardInterrupt):
+            write(options, stop_at)
+    assert write(options, 1000).resumed >= 8
+    make_shards(chexpert, tmp_path / "fresh", options)
+    assert hashes(folder) == hashes(tmp_path / "fresh")
+
+
+def test_a_run_does_not_go_on_with_other_versions(chexpert: Path, tmp_path: Path) -> None:
+    (chexpert / "train/patient00002/study1/view1_frontal.jpg").unlink()
+    with pytest.raises(DataError, match="more than --max-bad"):
+        make_shards(chexpert, tmp_path / "out")
+    started = tmp_path / "out" / ".partial" / "options.json"
+    text = started.read_text()
+    assert f'"simplejpeg": "{version("simplejpeg")}"' in text
+    started.write_text(text.replace(f'"simplejpeg": "{version("simplejpeg")}"', '"simplejpeg": "0.1"'))
+    message = rf"holds other shards: simplejpeg is 0.1 there and {version('simplejpeg')} here; choose another"
+    with pytest.raises(DataError, match=message):
+        make_shards(chexpert, tmp_path / "out", max_bad=0.5)
+    assert make_shards(chexpert, tmp_path / "out", max_bad=0.5, overwrite=True).is_new
+
+
+def test_images_of_one_level_make_shards_that_can_be_read(chexpert: Path, tmp_path: Path) -> None:
+    for path in chexpert.rglob("*.jpg"):
+        Image.new("L", (80, 64), 7).save(path)
+    make_shards(chexpert, tmp_path / "out")
+    assert read_manifest(tmp_path / "out").pixels == {"mean": 7.0, "std": 1.0}
+
+
+def test_changed_csv_is_refused(chexpert: Path, shards: Shards) -> None:
+    csv = chexpert / "valid.csv"
+    csv.write_text(csv.read_text().replace("Female", "Unknown"))
+    with pytest.raises(DataError, match=r"holds other shards: the CSV of valid is another one; "):
+        make_shards(chexpert, shards[0])
+
+
+BAD = [
+    (None, "no such file, but the CSV lists it"),
+    (b"", "the file is empty"),
+    (b"\xff\xd8", "not a readable JPEG: "),
+]
+
+
+@pytest.mark.parametrize(("content", "reason"), BAD)
+def test_unusable_image_stops_the_run_and_leaves_nothing_finished(
+    chexpert: Path, tmp_path: Path, content: bytes | None, reason: str
+) -> None:
+    image = chexpert / "train/patient00003/study2/view1_frontal.jpg"
+    image.unlink() if content is None else image.write_bytes(content)
+    out = tmp_path / "out"
+    with pytest.raises(DataError) as caught:
+        make_shards(chexpert, out, workers=2, max_bad=0.02)  # one of 40 is 2.5 %
+    assert str(caught.value).startswith(
+        f"1 of 40 images cannot be used, more than --max-bad 2.00%; {out / '.partial/rejects.csv'} lists them; "
+        f"the first: {image}: {reason}"
+    )
+    assert not [path for path in out.rglob("*") if path.name.endswith(".tmp")]
+    with pytest.raises(DataError, match=r"no manifest.json, so no finished shards"):
+        read_manifest(out)
+
+
+def test_rejects_are_left_out_and_listed_and_tried_again(
+    chexpert: Path, shards: Shards, tmp_path: Path
+) -> None:
+    contents = {}
+    for study, (content, _) in zip((3, 4, 5), BAD, strict=True):
+        image = chexpert / f"train/patient{study:05d}/study2/view1_frontal.jpg"
+        contents[image] = image.read_bytes()
+        image.unlink() if content is None else image.write_bytes(content)
+    out = tmp_path / "out"
+    with pytest.raises(DataError, match=r"images cannot be used, more than --max-bad 0.00%"):
+        make_shards(chexpert, out, max_bad=0.0)
+    manifest = make_shards(chexpert, out, max_bad=0.1).manifest
+    keys = [f"patient{patient:05d}_study2_view1_frontal" for patient in (3, 4, 5)]
+    assert sorted(reject["key"] for reject in manifest.rejects) == keys
+    rows = pd.read_csv(out / "rejects.csv")
+    assert sorted(rows["key"]) == keys
+    assert sorted(rows["file"]) == sorted(map(str, contents))
+    assert {row["key"]: row["reason"] for row in manifest.rejects} == dict(
+        zip(rows["key"], rows["reason"], strict=True)
+    )
+    tables = [read_table(out, split).to_pandas() for split in manifest.splits.values()]
+    assert not set(pd.concat(tables)["key"]) & set(keys)
+    assert sum(split.samples for split in manifest.splits.values()) == 37
+    # stopped before the end, the images mended: the same command gives what it would have given
+    (out / "manifest.json").unlink()
+    with pytest.raises(DataError, match="cannot be used"):
+        make_shards(chexpert, tmp_path / "again", max_bad=0.0)
+    for image, content in contents.items():
+        image.write_bytes(content)
+    make_shards(chexpert, tmp_path / "again", max_bad=0.0)
+    assert hashes(tmp_path / "again") == hashes(shards[0])
+
+
+def test_link_out_of_the_root_is_rejected_unless_its_target_is_named(chexpert: Path, tmp_path: Path) -> None:
+    image = chexpert / "train/patient00003/study2/view1_frontal.jpg"
+    (tmp_path / "elsewhere").mkdir()
+    secret = image.rename(tmp_path / "elsewhere" / "secret.jpg")
+    image.symlink_to(secret)
+    with pytest.raises(DataError) as caught:
+        make_shards(chexpert, tmp_path / "out")
+    assert str(caught.value).endswith(f"{image}: leads out of its folder to {secret}; allow that by --root")
+    source = find_source(chexpert, {}, [tmp_path / "elsewhere"])
+    run = write_shards(source, tmp_path / "out", default_options(), POLICIES, workers=1, max_bad=0.0)
+    assert run.manifest.rejects == ()
+
+
+def test_encodings_and_squares_stream_alike(chexpert: Path, tmp_path: Path) -> None:
+    batches = {}
+    for encoding, suffix in (("jpeg", "jpg"), ("png", "png"), ("raw", "npy")):
+        options = default_options(encoding=encoding, square="stretch", size=32, quality=100)
+        manifest = make_shards(chexpert, tmp_path / encoding, options).manifest
+        split = open_split(tmp_path / encoding, manifest, "valid")
+        labels = Labels(*evaluation_targets(split.table, "zeros"))
+        (batch,) = stream_evaluation(split, labels, size=32, batch_size=8)
+        batches[encoding] = batch.images.astype(int)
+        with tarfile.open(tmp_path / encoding / manifest.split("valid").shards[0].file) as tar:
+            assert tar.getnames()[0].endswith(f".{suffix}")
+    np.testing.assert_array_equal(batches["png"], batches["raw"])
+    assert 0 < np.abs(batches["jpeg"] - batches["raw"]).mean() < 1
+
+
+def test_patient_in_both_csvs_is_refused(chexpert: Path, tmp_path: Path) -> None:
+    write_chexpert(chexpert, "valid", range(16, 21))
+    with pytest.raises(
+        DataError, match=r"valid.csv, line 2: patient00016 is in train.csv too; splits must not"
+    ):
+        make_shards(chexpert, tmp_path / "out")
+
+
+def test_damaged_tables_and_manifests_are_named(shards: Shards) -> None:
+    folder, manifest = shards
+    table = folder / "dev.arrow"
+    table.write_bytes((folder / "valid.arrow").read_bytes())
+    with pytest.raises(
+        DataError, match=r"dev.arrow: its sha256 is not the manifest's; it is damaged or belongs"
+    ):
+        read_table(folder, manifest.split("dev"))
+    with pytest.raises(
+        DataError, match=r"^split 'test' does not exist; these shards hold train, dev, valid$"
+    ):
+        manifest.split("test")
+    path = folder / "manifest.json"
+    text = path.read_text()
+    for damage, message in (
+        (text[:100], "not JSON"),
+        ("[]", "not a manifest of chexpert-shards"),
+        (text.replace('"version": 1', '"version": 9'), "format version 9; this program reads 1"),
+        (text.replace('"splits"', '"parts"'), "damaged: 'splits'"),
+        (
+            text.replace("train-000000.tar", "../train-000000.tar"),
+            "'../train-000000.tar' is not a plain file name",
+        ),
+    ):
+        path.write_text(damage)
+        with pytest.raises(DataError, match=message):
+            read_manifest(folder)
+
+
+def test_two_processes_do_not_write_to_one_folder(chexpert: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    with claimed(out), pytest.raises(DataError) as caught:
+        make_shards(chexpert, out)
+    assert str(caught.value) == f"{out}: another process is writing to it; wait for it, or stop it"
+    make_shards(chexpert, out)
+    assert not (out / ".lock").exists()
+    out.chmod(0o500)  # finished shards may be read-only
+    assert not make_shards(chexpert, out).is_new
+
+
+def test_a_start_that_failed_leaves_the_folder_to_the_next(chexpert: Path, tmp_path: Path) -> None:
+    out, csv = tmp_path / "out", chexpert / "train.csv"
+    text = csv.read_text()
+    csv.write_text(text.replace("Edema", "Oedema"))
+    with pytest.raises(DataError, match="Edema"):
+        make_shards(chexpert, out)
+    csv.write_text(text)
+    assert make_shards(chexpert, out, default_options(size=32)).is_new
+
+
+def test_policies_not_given_are_those_of_the_shards_there(chexpert: Path, tmp_path: Path) -> None:
+    def policies(blank: str | None, uncertain: str | None, overwrite: bool = False) -> dict[str, str]:
+        source, given = find_source(chexpert, {}, []), {"uncertain": uncertain, "blank": blank}
+        options = default_options()
+        run = write_shards(source, tmp_path, options, given, workers=1, max_bad=0, overwrite=overwrite)
+        return dict(run.manifest.policies)
+
+    assert policies("ignore", None) == {"uncertain": "best", "blank": "ignore"}
+    assert policies(None, None) == {"uncertain": "best", "blank": "ignore"}
+    with pytest.raises(DataError, match=r"uncertain is best there and ones here"):
+        policies(None, "ones")
+    assert policies(None, "ones", overwrite=True) == {"uncertain": "ones", "blank": "zeros"}
+
+
+def test_names_that_a_spreadsheet_would_run_are_text(tmp_path: Path) -> None:
+    write_csv(tmp_path / "cells.csv", [("=1+1", "@x", 2, -0.5, "a,b", "plain")])
+    assert (tmp_path / "cells.csv").read_text() == "'=1+1,'@x,2,'-0.5,\"a,b\",plain\n"
+
+
+def test_two_writers_of_a_file_do_not_meet(tmp_path: Path) -> None:
+    """As a Dask worker that was given up for lost, and the one that does its task again."""
+    path = tmp_path / "train-000000.tar"
+    with atomic_file(path) as first:
+        first.write(b"whole")
+        with atomic_file(path) as second:
+            second.write(b"wh")
+            second.flush()
+            assert not path.exists()
+        assert path.read_bytes() == b"wh"
+    assert path.read_bytes() == b"whole"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_killed_writer_left_goes_and_nothing_else(tmp_path: Path) -> None:
+    with atomic_file(tmp_path / "last.pt"):
+        (file,) = tmp_path.iterdir()
+        left = file.with_name(".last.pt.0123abcd.tmp")
+        left.touch()
+    (tmp_path / ".mine.tmp").touch()
+    with claimed(tmp_path):
+        assert not left.exists()
+        left.touch()  # by a worker of a cluster that is killed before the run ends
+    assert {path.name for path in tmp_path.iterdir()} == {"last.pt", ".mine.tmp"}
+
+
+def test_an_overwrite_that_cannot_work_leaves_the_shards_alone(
+    chexpert: Path, shards: Shards, edit_csv: Callable[[str, str], None]
+) -> None:
+    folder, manifest = shards
+    before = hashes(folder)
+    other = default_options(seed=1)
+
+    def refuse(match: str, **changes: object) -> None:
+        with pytest.raises(DataError, match=match):
+            write_shards(
+                find_source(chexpert, {}, []),
+                folder,
+                other,
+                POLICIES,
+                **({"workers": 1, "max_bad": 0.0, "overwrite": True} | changes),  # type: ignore[arg-type]
+            )
+        assert {path.name: sha256(path) for path in folder.iterdir() if path.is_file()} == before
+        assert read_manifest(folder) == manifest
+
+    refuse("cannot be reached", scheduler="tcp://127.0.0.1:9")
+    images = chexpert / "train"
+    images.rename(chexpert.parent / "unmounted")
+    (chexpert / "valid").rename(chexpert.parent / "unmounted too")
+    refuse("no such file, but the CSV lists it; none of 18 images tried can be used, so nothing was changed$")
+    (chexpert.parent / "unmounted").rename(images)
+    (chexpert.parent / "unmounted too").rename(chexpert / "valid")
+    edit_csv("Pneumonia", "Pnemonia")
+    refuse("column Pneumonia is missing")
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+class Killed(BaseException):
+    """Stands in for SIGKILL: nothing catches it."""
+
+
+def test_killed_at_any_move_an_overwrite_loses_nothing(
+    chexpert: Path, shards: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = hashes(shards[0]), default_options(seed=1, samples_per_shard=14)
+    make_shards(chexpert, tmp_path / "new", new)
+    expected = hashes(tmp_path / "new")
+    moves = 0
+    for kill in range(1000):
+        folder = Path(shutil.copytree(shards[0], tmp_path / f"kill-{kill}"))
+        with monkeypatch.context() as patch:
+            patch.setattr(etl, "run_alone", lambda function, task: function(task))
+            done = 0
+
+            def move(source: Path, target: Path, kill: int = kill) -> None:
+                nonlocal done
+                done += 1
+                if done > kill:
+                    raise Killed
+                source.replace(target)
+
+            patch.setattr(etl, "move_file", move)
+            try:
+                make_shards(chexpert, folder, new, overwrite=True)
+            except Killed:
+                found = {sha256(path) for path in folder.rglob("*") if path.is_file()}
+                # Before the exchange the old set is where it was; within it both are whole on the disk.
+                begun = (folder / ".partial" / "publish.json").exists()
+                assert set(old.values()) <= found
+                assert set(expected.values()) <= found or not begun
+                if not begun:
+                    assert {path.name: sha256(path) for path in folder.iterdir() if path.is_file()} == old
+            else:
+                moves = done
+        if moves:
+            break
+        make_shards(chexpert, folder, new, overwrite=True)
+        assert hashes(folder) == expected
+        shutil.rmtree(folder)
+    assert moves > 15
+
+
+def test_damaged_and_missing_files_are_repaired_to_the_same_bytes(chexpert: Path, shards: Shards) -> None:
+    folder, manifest = shards
+    before = hashes(folder)
+
+    def repair(options: Options | None = None) -> RunSummary:
+        source = find_source(chexpert, {}, [])
+        chosen = options or default_options()
+        return write_shards(source, folder, chosen, POLICIES, workers=1, max_bad=0.0, repair=True)
+
+    (folder / "train-000001.tar").unlink()
+    damaged = folder / "valid-000000.tar"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
+    (folder / "dev.arrow").write_bytes(b"")
+    kept = (folder / "train-000000.tar").stat().st_mtime_ns
+    assert repair().repaired == ("dev.arrow", "train-000001.tar", "valid-000000.tar")
+    assert hashes(folder) == before
+    assert (folder / "train-000000.tar").stat().st_mtime_ns == kept
+    assert repair().repaired == ()
+    with pytest.raises(DataError, match=r"holds other shards: seed is 0 there and 1 here"):
+        repair(default_options(seed=1))
+    (folder / "train-000001.tar").unlink()
+    first = read_table(folder, manifest.split("train"))["key"][7].as_py().replace("_", "/", 2)
+    Image.new("L", (80, 64)).save(chexpert / "train" / f"{first}.jpg")
+    with pytest.raises(DataError) as caught:
+        repair()
+    assert str(caught.value) == (
+        f"{folder / 'train-000001.tar'}: the source does not give the same bytes any more, so it cannot be repaired; "
+        "--overwrite writes all shards again"
+    )
+
+
+def test_shards_whose_manifest_is_gone_are_finished_again(chexpert: Path, shards: Shards) -> None:
+    folder = shards[0]
+    before = hashes(folder)
+    (folder / "manifest.json").unlink()
+    make_shards(chexpert, folder)
+    assert hashes(folder) == before
+    (folder / "manifest.json").unlink()
+    table = folder / "dev.arrow"
+    table.write_bytes(table.read_bytes()[:-8] + bytes(8))
+    with pytest.raises(DataError, match=rf"^{table}: not written by this command, which would replace it"):
+        make_shards(chexpert, folder)
+
+
+@pytest.mark.parametrize("name", ["options.json", "train-000000.json", "train.plan"])
+def test_an_empty_file_of_an_unfinished_run_is_made_again(chexpert: Path, shards: Shards, name: str) -> None:
+    folder = shards[0]
+    before = hashes(folder)
+    (folder / "manifest.json").unlink()
+    (chexpert / "valid/patient00019/study2/view1_frontal.jpg").rename(chexpert / "away.jpg")
+    with pytest.raises(DataError, match="more than --max-bad"):
+        make_shards(chexpert, folder)
+    (chexpert / "away.jpg").rename(chexpert / "valid/patient00019/study2/view1_frontal.jpg")
+    (folder / ".partial" / name).write_bytes(b"")
+    make_shards(chexpert, folder)
+    assert hashes(folder) == before
+
+
+def test_a_file_system_without_locks_is_named(
+    chexpert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    with pytest.raises(DataError) as caught:
+        make_shards(chexpert, tmp_path / "out")
+    assert str(caught.value) == (
+        f"{tmp_path / 'out'}: its file system has no locks (Function not implemented); choose a folder on another one"
+    )

@@ -1,0 +1,336 @@
+import hashlib
+import json
+import random
+import re
+import shutil
+import zlib
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from pipeline.base.files import write_table
+from pipeline.etl.verify import verify_shards
+from pipeline.manifest import Manifest, Shard, read_manifest, read_table, write_manifest
+from tests.conftest import run_pipeline
+
+Shards = tuple[Path, Manifest]
+Damage = Callable[[Path, Manifest], list[str]]  # does it, and returns the lines that must be printed
+
+
+def flip(path: Path, position: int, bit: int = 0) -> None:
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1 << bit
+    path.write_bytes(data)
+
+
+def first_row(folder: Path, manifest: Manifest) -> tuple[Path, str, int, int]:
+    """Shard, key, offset and length of the first sample of train."""
+    split = manifest.split("train")
+    row = read_table(folder, split).slice(0, 1).to_pylist()[0]
+    return folder / split.shards[0].file, row["key"], row["offset"], row["length"]
+
+
+def edit_table(folder: Path, manifest: Manifest, column: str, value: int) -> None:
+    """Set a column's first value in train's table, and the manifest's hash of it."""
+    split = manifest.split("train")
+    table = read_table(folder, split)
+    values = [value, *table[column].to_pylist()[1:]]
+    number = table.column_names.index(column)
+    table = table.set_column(number, column, pa.array(values, table.schema.field(column).type))
+    digest = write_table(folder / split.table, table)
+    write_manifest(folder, change(manifest, replace(split, table_sha256=digest)))
+
+
+def change(manifest: Manifest, train: object) -> Manifest:
+    return replace(manifest, splits={**manifest.splits, "train": train})  # type: ignore[dict-item]
+
+
+def accept(folder: Path, manifest: Manifest) -> None:
+    """Write the manifest as if the first shard of train were meant to be as it is."""
+    split = manifest.split("train")
+    data = (folder / split.shards[0].file).read_bytes()
+    shard = Shard(split.shards[0].file, split.shards[0].samples, len(data), hashlib.sha256(data).hexdigest())
+    write_manifest(folder, change(manifest, replace(split, shards=(shard, *split.shards[1:]))))
+
+
+def flip_image(folder: Path, manifest: Manifest) -> list[str]:
+    path, key, offset, length = first_row(folder, manifest)
+    flip(path, offset + length // 2)
+    return [f"{path}: sample {key}: its bytes do not match the checksum in the index"]
+
+
+def flip_json(folder: Path, manifest: Manifest) -> list[str]:
+    path, key, _, _ = first_row(folder, manifest)
+    found = re.search(rb'"age": (\d+)', path.read_bytes())
+    assert found
+    age = int(found[1])
+    flip(path, found.end() - 1)
+    return [f"{path}: sample {key}: age is {age ^ 1} in its json, {age} in the table"]
+
+
+def flip_header(folder: Path, manifest: Manifest) -> list[str]:
+    path, _, _, _ = first_row(folder, manifest)
+    flip(path, 3)
+    return [f"{path}: byte 0: not a usable tar header: bad checksum"]
+
+
+def flip_size_in_header(folder: Path, manifest: Manifest) -> list[str]:
+    path, _, _, _ = first_row(folder, manifest)
+    flip(path, 124 + 10)
+    return [f"{path}: byte 0: not a usable tar header: bad checksum"]
+
+
+def flip_padding(folder: Path, manifest: Manifest) -> list[str]:
+    path, _, offset, length = first_row(folder, manifest)
+    flip(path, offset + length + 1)
+    return [f"{path}: damaged: its sha256 is not the manifest's"]
+
+
+def flip_end(folder: Path, manifest: Manifest) -> list[str]:
+    path, _, _, _ = first_row(folder, manifest)
+    flip(path, -1)
+    return [f"{path}: byte {path.stat().st_size - 1024}: an empty block, but not the end of the tar"]
+
+
+def truncate(folder: Path, manifest: Manifest) -> list[str]:
+    path, _, _, _ = first_row(folder, manifest)
+    size = path.stat().st_size
+    with path.open("r+b") as file:
+        file.truncate(size - 1000)
+    return [f"{path}: damaged: {size - 1000} bytes, not {size} as in the manifest"]
+
+
+def exchange(folder: Path, manifest: Manifest) -> list[str]:
+    one, two = (folder / split.shards[-1].file for split in (manifest.split("train"), manifest.split("dev")))
+    one.rename(folder / "third")
+    two.rename(one)
+    (folder / "third").rename(two)
+    return [f"{one}: holds what belongs into {two.name}", f"{two}: holds what belongs into {one.name}"]
+
+
+def remove(folder: Path, manifest: Manifest) -> list[str]:
+    path, _, _, _ = first_row(folder, manifest)
+    path.unlink()
+    return [f"{path}: the shard is missing"]
+
+
+def damage_several(folder: Path, manifest: Manifest) -> list[str]:
+    lines = flip_image(folder, manifest)
+    path, shard = folder / manifest.split("valid").shards[0].file, manifest.split("train").shards[1].file
+    path.unlink()
+    flip(folder / shard, 0)
+    return [
+        *lines,
+        f"{folder / shard}: byte 0: not a usable tar header: bad checksum",
+        f"{path}: the shard is missing",
+    ]
+
+
+def exchange_manifest(folder: Path, manifest: Manifest) -> list[str]:
+    source, other = folder.parent / "CheXpert-v1.0-small", folder.parent / "other"
+    options = ("--size", 32, "--dev", 0.3, "--samples-per-shard", 7, "--workers", 1)
+    assert run_pipeline("shards", source, other, *options).returncode == 0
+    (other / "manifest.json").rename(folder / "manifest.json")
+    splits = read_manifest(folder).splits
+    tables = [folder / split.table for split in splits.values()]
+    sizes = {folder / shard.file: shard.bytes for split in splits.values() for shard in split.shards}
+    return [
+        *(
+            f"{path}: its sha256 is not the manifest's; it is damaged or belongs to other shards"
+            for path in tables
+        ),
+        *(
+            f"{path}: damaged: {path.stat().st_size} bytes, not {size} as in the manifest"
+            for path, size in sizes.items()
+        ),
+    ]
+
+
+def exchange_table(folder: Path, manifest: Manifest) -> list[str]:
+    shutil.copy(folder / "valid.arrow", folder / "dev.arrow")
+    return [
+        f"{folder / 'dev.arrow'}: its sha256 is not the manifest's; it is damaged or belongs to other shards"
+    ]
+
+
+def shift_offset(folder: Path, manifest: Manifest) -> list[str]:
+    path, key, offset, length = first_row(folder, manifest)
+    edit_table(folder, manifest, "offset", offset + 512)
+    place = f"{length} bytes at {offset}, not {length} at {offset + 512} as in the table"
+    return [f"{path}: sample {key}: {key}.jpg is {place}"]
+
+
+def move_row(folder: Path, manifest: Manifest) -> list[str]:
+    edit_table(folder, manifest, "shard", 1)
+    path = folder / "train.arrow"
+    return [f"{path}: its rows do not lie in the shards as the manifest counts them"]
+
+
+def miscount(folder: Path, manifest: Manifest) -> list[str]:
+    split = manifest.split("train")
+    write_manifest(folder, change(manifest, replace(split, patients=split.patients + 1)))
+    return [f"{folder / split.table}: {split.patients} patients, not {split.patients + 1} as in the manifest"]
+
+
+def repeat_split(folder: Path, manifest: Manifest) -> list[str]:
+    """All of train once more, as another split."""
+    split = manifest.split("train")
+    keys, patients = (read_table(folder, split)[column].unique().to_pylist() for column in ("key", "patient"))
+    shutil.copy(folder / "train.arrow", folder / "more.arrow")
+    for shard in split.shards:
+        shutil.copy(folder / shard.file, folder / f"more-{shard.file}")
+    shards = tuple(replace(shard, file=f"more-{shard.file}") for shard in split.shards)
+    more = replace(split, table="more.arrow", shards=shards)
+    write_manifest(folder, replace(manifest, splits={**manifest.splits, "more": more}))
+    path = folder / "more.arrow"
+    lines = [f"{path}: sample {key}: is in train too" for key in keys]
+    lines += [f"{path}: {patient} is in train too; splits must not share patients" for patient in patients]
+    return [*lines[:20], f"{path}: and {len(lines) - 20} more"]
+
+
+def rename_member(folder: Path, manifest: Manifest) -> list[str]:
+    path, key, _, _ = first_row(folder, manifest)
+    data = path.read_bytes().replace(b"patient", b"Patient", 1)
+    header = bytearray(data[:512])
+    header[148:156] = b"        "
+    header[148:156] = b"%06o\0 " % sum(header)
+    path.write_bytes(header + data[512:])
+    accept(folder, manifest)
+    return [
+        f"{path}: member 0: {key.replace('p', 'P', 1)}.jpg in the tar, {key}.jpg in the table",
+        f"{path}: sample {key}: no member {key}.jpg",
+    ]
+
+
+def append_zeros(folder: Path, manifest: Manifest) -> list[str]:
+    path, _, _, _ = first_row(folder, manifest)
+    path.write_bytes(path.read_bytes() + bytes(512))
+    accept(folder, manifest)
+    return [f"{path}: 1536 bytes after the last member, not two empty blocks"]
+
+
+DAMAGES = [
+    flip_image,
+    flip_json,
+    flip_header,
+    flip_size_in_header,
+    flip_padding,
+    flip_end,
+    truncate,
+    exchange,
+    remove,
+    damage_several,
+    exchange_manifest,
+    exchange_table,
+    shift_offset,
+    move_row,
+    miscount,
+    repeat_split,
+    rename_member,
+    append_zeros,
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+def test_damage_is_named(chexpert: Path, shards: Shards, damage: Damage) -> None:
+    folder, manifest = shards
+    lines = damage(folder, manifest)
+    run = run_pipeline("verify", folder, "--workers", 2)
+    assert run.stdout.splitlines() == lines
+    assert run.returncode == 1
+    repair = f"`pipeline shards SOURCE {folder} --repair` with the options it was made by writes damaged ones again"
+    assert re.fullmatch(rf"Error: {folder}: \d+ problems in \d+ files; {repair}", run.stderr.splitlines()[-1])
+
+
+@pytest.mark.parametrize("options", [(), ("--deep",)])
+def test_healthy_shards_pass(shards: Shards, options: tuple[str, ...]) -> None:
+    folder, manifest = shards
+    run = run_pipeline("verify", folder, *options)
+    samples = sum(split.samples for split in manifest.splits.values())
+    number = sum(len(split.shards) for split in manifest.splits.values())
+    size = sum(shard.bytes for split in manifest.splits.values() for shard in split.shards) / 1e6
+    found = f"3 splits, {number} shards, {samples} samples, {size:,.1f} MB"
+    assert re.fullmatch(rf"{folder}: all is well: {found} in \d+\.\d s\n", run.stdout)
+    assert run.returncode == 0
+    assert run.stderr == f"Verifying: {number} of {number} shards\n"
+
+
+def deep_only(folder: Path, lines: list[str]) -> None:
+    assert run_pipeline("verify", folder).returncode == 0
+    run = run_pipeline("verify", folder, "--deep")
+    assert (run.returncode, run.stdout.splitlines()) == (1, lines)
+
+
+def test_deep_compares_each_json_with_its_row(shards: Shards) -> None:
+    lines = flip_json(*shards)
+    accept(*shards)
+    deep_only(shards[0], lines)
+
+
+def test_deep_compares_each_image_with_its_checksum(shards: Shards) -> None:
+    lines = flip_image(*shards)
+    accept(*shards)
+    deep_only(shards[0], lines)
+
+
+def test_deep_decodes_each_image(shards: Shards) -> None:
+    folder, manifest = shards
+    path, key, offset, length = first_row(folder, manifest)
+    data = bytearray(path.read_bytes())
+    data[offset + 2 : offset + length] = bytes(length - 2)
+    path.write_bytes(data)
+    accept(folder, manifest)
+    edit_table(folder, read_manifest(folder), "crc", zlib.crc32(data[offset : offset + length]))
+    reason = "tjDecompressHeader3(): Could not determine subsampling level of JPEG image"
+    deep_only(folder, [f"{path}: sample {key}: does not decode: {reason}"])
+
+
+def test_leftovers_are_warnings(shards: Shards) -> None:
+    folder, manifest = shards
+    (folder / ".train-000000.tar.0123abcd.tmp").touch()
+    (folder / ".partial").mkdir()
+    shutil.copy(folder / manifest.split("dev").shards[0].file, folder / "test-000000.tar")
+    run = run_pipeline("verify", folder)
+    assert run.returncode == 0
+    assert run.stderr.splitlines()[1:] == [
+        f"Warning: {folder / '.partial'}: left over from an interrupted run; delete it",
+        f"Warning: {folder / '.train-000000.tar.0123abcd.tmp'}: left over from an interrupted run; delete it",
+        f"Warning: {folder / 'test-000000.tar'}: the manifest does not list it",
+    ]
+
+
+def test_any_flipped_bit_is_found(shards: Shards) -> None:
+    folder, manifest = shards
+    files = [folder / shard.file for split in manifest.splits.values() for shard in split.shards]
+    draw = random.Random(0)
+    for _ in range(60):
+        path = draw.choice(files)
+        position, bit = draw.randrange(path.stat().st_size), draw.randrange(8)
+        flip(path, position, bit)
+        assert list(verify_shards(folder, deep=False, workers=1).problems) == [path.name], (position, bit)
+        flip(path, position, bit)
+    assert not verify_shards(folder, deep=True, workers=1).problems
+
+
+def test_no_manifest(tmp_path: Path) -> None:
+    run = run_pipeline("verify", tmp_path)
+    assert (run.returncode, run.stdout) == (1, "")
+    assert run.stderr.startswith(f"Error: {tmp_path}: no manifest.json, so no finished shards")
+
+
+def test_a_table_without_a_column(shards: Shards) -> None:
+    folder, manifest = shards
+    split = manifest.split("train")
+    digest = write_table(folder / split.table, read_table(folder, split).drop_columns(["crc"]))
+    write_manifest(folder, change(manifest, replace(split, table_sha256=digest)))
+    lines = [f"{folder / split.table}: column crc is missing, or there twice, or not uint32"]
+    assert verify_shards(folder, deep=True, workers=1).problems == {split.table: lines}
+    assert json.loads((folder / "manifest.json").read_bytes())["splits"]["train"]["table_sha256"] == digest
+
+
+@pytest.mark.parametrize("command", ["verify", "index"])
+def test_help_has_an_example(command: str) -> None:
+    assert f"Example: pipeline {command} " in run_pipeline(command, "--help").stdout

@@ -1,0 +1,218 @@
+"""The pages in a real browser: needs `chromium`; `make test-pages` installs it."""
+
+import html
+import itertools
+import json
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from model.runs.report import render_report
+from model.runs.sweep_report import render_sweep
+from pipeline.labels import LABELS
+from pipeline.look.plots import STRENGTH
+from pipeline.manifest import Manifest
+from pipeline.measure.evaluate import Scored, assess, calibrate
+from tests.conftest import run_pipeline
+from tests.model.runs.test_sweep_report import make_trial
+
+CHROMIUM = shutil.which("chromium")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium")
+LIGHT, DARK = 1, 0  # of Blink's setting preferredColorScheme
+# The page in a frame, because a window is never narrower than 500 pixels, and what the tests ask of it.
+FRAME = """<html style="color-scheme: light dark"><body style="margin: 0">
+<iframe id="frame" style="border: 0; width: WIDTHpx; height: 900px" srcdoc="PAGE"></iframe>
+<script>
+addEventListener("load", () => {
+  const view = document.getElementById("frame").contentWindow, page = view.document;
+  const all = (selector) => [...page.querySelectorAll(selector)];
+  const styles = (selector, name) => [...new Set(all(selector).map((found) => view.getComputedStyle(found)[name]))];
+  const colour = (name) => {  // what a variable of the style sheet is, as rgb(r, g, b)
+    const probe = page.body.appendChild(page.createElement("i"));
+    probe.style.color = `var(--${name})`;
+    const found = view.getComputedStyle(probe).color;
+    probe.remove();
+    return found;
+  };
+  const wide = all("main *").filter(
+    (found) => found.getBoundingClientRect().right > view.innerWidth + 1 && !found.closest(".scroll, svg"));
+  document.documentElement.dataset.measured = JSON.stringify({
+    width: view.innerWidth,
+    scrolled: page.documentElement.scrollWidth,
+    wide: wide.map((found) => found.outerHTML.slice(0, 80)),
+    background: styles("body", "backgroundColor")[0],
+    color: styles("body", "color")[0],
+    ticks: styles("svg text", "fill"),
+    series: styles("svg path", "stroke"),
+    flat: all("svg").filter((svg) => svg.getBoundingClientRect().height < 80).length,
+    broken: all("img").filter((image) => !image.naturalWidth).length,
+    states: Object.fromEntries(["positive", "uncertain", "negative", "blank"].map((name) => [name, colour(name)])),
+    first: colour("first"),
+    headline: all(".tile .value").map((value) => value.innerText.trim()),
+  });
+});
+</script></body></html>"""
+
+
+@pytest.fixture(scope="module")
+def evaluation() -> tuple[Scored, dict[str, Any]]:
+    """400 images with signal, of all 14 labels."""
+    random = np.random.default_rng(0)
+    target = (random.random((400, 14)) < 0.3).astype(np.float32)
+    scores = 1 / (1 + np.exp(1 - random.normal(0, 1, target.shape) - 2 * target))
+    images = Scored(
+        scores.astype(np.float32),
+        target,
+        np.ones(target.shape, bool),
+        np.arange(400) // 2,
+        np.arange(400),
+        random.choice(["Female", "Male"], 400),
+        random.integers(18, 95, 400),
+        random.choice(["AP", "PA"], 400),
+    )
+    against = ("runs/" + "a-long-name-" * 12, images.scores**2)
+    return images, assess(LABELS, images, calibrate(LABELS, images), against=against, resamples=100)
+
+
+def open_page(folder: Path, page: str, width: int, scheme: int) -> dict[str, Any]:
+    """Lay the page out at that width; what FRAME finds, and what the browser complained of."""
+    assert CHROMIUM is not None
+    path = folder / "page.html"
+    path.write_text(FRAME.replace("WIDTH", str(width)).replace("PAGE", html.escape(page)))
+    command = [
+        CHROMIUM,
+        "--headless",
+        "--disable-gpu",
+        "--disable-background-networking",
+        "--hide-scrollbars",
+    ]
+    command += ["--dump-dom", "--enable-logging=stderr", f"--user-data-dir={folder / 'profile'}"]
+    command += [f"--blink-settings=preferredColorScheme={scheme}"]
+    command += ["--no-sandbox"] if os.geteuid() == 0 else []  # a container has no user for it
+    done = subprocess.run([*command, path.as_uri()], capture_output=True, text=True, check=True, timeout=120)
+    (measured,) = re.findall('data-measured="(.*?)"', done.stdout)
+    complaints = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    return dict(json.loads(html.unescape(measured))) | {"complaints": complaints}
+
+
+def luminance(color: str) -> float:
+    """Relative luminance of `rgb(r, g, b)` (WCAG 2.1)."""
+    shares = [int(part) / 255 for part in re.findall(r"\d+", color)]
+    linear = [share / 12.92 if share <= 0.04045 else ((share + 0.055) / 1.055) ** 2.4 for share in shares]
+    return float(np.dot(linear, [0.2126, 0.7152, 0.0722]))
+
+
+def contrast(first: str, second: str) -> float:
+    """Contrast ratio of two colours, 1 to 21 (WCAG 2.1)."""
+    dark, light = sorted((luminance(first), luminance(second)))
+    return (light + 0.05) / (dark + 0.05)
+
+
+@pytest.mark.parametrize("width", [1200, 390])
+@pytest.mark.parametrize("scheme", [LIGHT, DARK])
+def test_the_report_is_legible(
+    evaluation: tuple[Scored, dict[str, Any]], tmp_path: Path, width: int, scheme: int
+) -> None:
+    images, found = evaluation
+    config = {"arch": "resnet18", "manifest": "0123456789abcdef" * 4, "labels": LABELS}
+    history = [
+        {
+            "epoch": epoch,
+            "train_loss": 1 / epoch,
+            "macro_auroc": 0.5,
+            "macro10_auroc": 0.5,
+            "mean5_auroc": 0.5,
+        }
+        for epoch in (1, 2)
+    ]
+    page = render_report("runs/" + "long-" * 30, config, history, {"valid": found}, {"valid": images})
+    seen = open_page(tmp_path, page, width, scheme)
+    assert seen["complaints"] == []
+    assert seen["width"] == width
+    assert seen["wide"] == []
+    assert seen["scrolled"] == width
+    assert seen["flat"] == 0
+    assert seen["headline"] == [
+        f"{part['macro10_auroc']:.3f} [{limits['low']:.3f}, {limits['high']:.3f}]"
+        for part in (found, found["study"])
+        for limits in [part["intervals"]["auroc"]["macro10"]]
+    ]
+    background = seen["background"]
+    assert (luminance(background) < 0.1) == (scheme == DARK)
+    assert contrast(seen["color"], background) > 7
+    assert seen["ticks"] == [seen["color"]]
+    drawn = [color for color in seen["series"] if color.startswith("rgb")]
+    assert len(drawn) == 5  # ink, faint and three series
+    assert all(contrast(color, background) > 3 for color in drawn)
+
+
+def test_what_is_wrong_with_a_page_is_noticed(
+    evaluation: tuple[Scored, dict[str, Any]], tmp_path: Path
+) -> None:
+    images, found = evaluation
+    page = render_report("runs/first", {}, [], {"valid": found}, {"valid": images})
+    wrong = "<p style='width: 600px'>…</p><img src='https://127.0.0.1:9/'><script>1</script></main>"
+    seen = open_page(tmp_path, page.replace("</main>", wrong), 390, LIGHT)
+    assert seen["scrolled"] > 600
+    assert len(seen["wide"]) == 1
+    assert len(seen["complaints"]) == 2  # the page's own policy lets it load nothing and run nothing
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("scheme", [LIGHT, DARK])
+def test_the_label_report_is_legible(
+    shards: tuple[Path, Manifest], chexpert: Path, tmp_path: Path, width: int, scheme: int
+) -> None:
+    folder, path = shards[0], tmp_path / "labels.html"
+    options = ("--policy", "best", "--against", chexpert, "--format", "json")
+    counted = run_pipeline("stats", folder, *options, "--html", path)
+    assert counted.returncode == 0, counted.stderr
+    document = json.loads(counted.stdout)
+    seen = open_page(tmp_path, path.read_text(), width, scheme)
+    assert seen["complaints"] == []
+    assert seen["wide"] == []
+    assert seen["scrolled"] == width
+    assert seen["flat"] == 0
+    assert seen["headline"] == [str(document[unit]) for unit in ("images", "studies", "patients")]
+    assert seen["broken"] == 0
+    background = seen["background"]
+    assert (luminance(background) < 0.1) == (scheme == DARK)
+    # Names of labels in ink; numbers in black on the three colours of states, which are the same in the dark.
+    assert set(seen["ticks"]) == {seen["color"], "rgb(0, 0, 0)"}
+    states = {state: color for state, color in seen["states"].items() if state != "blank"}
+    assert len(set(states.values())) == 3
+    assert all(contrast("rgb(0, 0, 0)", color) > 4.5 for color in states.values())
+    assert contrast(seen["color"], seen["states"]["blank"]) > 4.5
+    strongest = blend(seen["first"], background, STRENGTH)
+    assert contrast(seen["color"], strongest) > 4
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("scheme", [LIGHT, DARK])
+def test_the_sweep_report_is_legible(tmp_path: Path, width: int, scheme: int) -> None:
+    trials = [
+        make_trial(number, 0.7 + 0.02 * number, lr=lr, weight_decay=decay)
+        for number, (lr, decay) in enumerate(itertools.product((1e-4, 1e-3, 1e-2), (0.0, 1e-4, 1e-2)))
+    ]
+    trials.append(make_trial(9, None, "pruned", lr=0.1, weight_decay=1e-2))
+    page = render_sweep("runs/sweep", trials, {"lr": 0.9, "weight_decay": 0.1})
+    seen = open_page(tmp_path, page, width, scheme)
+    assert seen["complaints"] == []
+    assert seen["wide"] == []
+    assert seen["scrolled"] == width
+    assert seen["flat"] == 0
+    assert seen["headline"] == ["0.860", "0.810 [0.780, 0.840]"]
+    assert (luminance(seen["background"]) < 0.1) == (scheme == DARK)
+    assert set(seen["ticks"]) == {seen["color"]}
+
+
+def blend(color: str, background: str, share: float) -> str:
+    """A colour of that opacity on a background."""
+    pairs = zip(*(map(int, re.findall(r"\d+", text)) for text in (color, background)), strict=True)
+    return "rgb({}, {}, {})".format(*(round(share * over + (1 - share) * under) for over, under in pairs))

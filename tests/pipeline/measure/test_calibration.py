@@ -1,0 +1,155 @@
+import json
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import log_loss
+
+from pipeline.measure.calibration import (
+    PRIOR,
+    apply_calibration,
+    choose_fit,
+    choose_thresholds,
+    fit_calibration,
+    fit_logistic,
+    split_patients,
+)
+from pipeline.measure.metrics import calibration_error, rates_at
+
+
+def draw(
+    temperature: float, shift: float = 0, cells: int = 4000
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
+    """Scores whose logits are `temperature` times those that the truth was drawn by, and `shift` more."""
+    random = np.random.default_rng(0)
+    logits = random.normal(-1, 1.5, cells)
+    truth = random.random(cells) < 1 / (1 + np.exp(-logits))
+    return (1 / (1 + np.exp(-temperature * logits - shift))).astype(np.float32), truth
+
+
+def test_the_fit_is_the_likeliest_under_its_prior_and_scikit_learns_with_many_cells() -> None:
+    score, truth = draw(0.7, 1.5, 300)
+    logits = np.log(score / (1 - score.astype(float)))
+    fit = fit_logistic(logits, truth)
+
+    def loss(slope: float, bias: float) -> float:
+        chance = 1 / (1 + np.exp(-slope * logits - bias))
+        return len(truth) * float(log_loss(truth, chance)) + PRIOR / 2 * (slope - 1) ** 2
+
+    best = loss(*fit)
+    for step in ((1e-3, 0), (-1e-3, 0), (0, 1e-3), (0, -1e-3), (1e-3, -1e-3)):
+        assert best < loss(fit.slope + step[0], fit.bias + step[1])
+    many, called = draw(0.7, 1.5)  # where the prior hardly counts
+    logits = np.log(many / (1 - many.astype(float)))
+    theirs = LogisticRegression(C=np.inf).fit(logits[:, None], called)
+    expected = theirs.coef_[0, 0], theirs.intercept_[0]
+    assert fit_logistic(logits, called) == pytest.approx(expected, abs=0.01)
+
+
+@pytest.mark.parametrize(("temperature", "shift"), [(1.0, 2.0), (3.0, -1.0), (0.4, 0.0)])
+def test_a_shift_as_of_weighted_positives_is_undone(temperature: float, shift: float) -> None:
+    score, truth = draw(temperature, shift)
+    found = fit_calibration(
+        ["Edema"],
+        score[:, None],
+        truth[:, None].astype(np.float32),
+        np.ones((4000, 1), bool),
+        np.arange(4000),
+    )["Edema"]
+    assert found["note"] is None
+    assert found["temperature"] == pytest.approx(temperature, rel=0.1)
+    assert found["bias"] == pytest.approx(-shift / temperature, abs=0.15)
+    raw, calibrated = (calibration_error(one, truth) for one in (score, apply_calibration(score, found)))
+    assert raw is not None
+    assert calibrated is not None
+    assert calibrated < 0.02 < 0.03 < raw
+
+
+def test_scores_stay_as_they_are_where_a_fit_is_worth_nothing() -> None:
+    score, truth = draw(1.0, cells=60)
+    patient = np.arange(60)
+    assert choose_fit(1 - score, truth, patient) == (
+        None, "the scores tell nothing or the contrary: scores as they are",
+    )  # fmt: skip
+    random = np.random.default_rng(1)  # calibrated already: a fit to 60 follows their noise
+    fits = []
+    for _ in range(20):
+        logits = random.normal(-1, 1.5, 60)
+        drawn = random.random(60) < 1 / (1 + np.exp(-logits))
+        fits.append(choose_fit(1 / (1 + np.exp(-logits)), drawn, patient))
+    refused = [note for fit, note in fits if fit is None]
+    assert len(refused) > 10
+    assert set(refused) == {"a fit makes patients left out no likelier: scores as they are"}
+    alone = np.where(truth, 0, patient)
+    assert choose_fit(score, truth, alone) == (
+        None, "one patient has all of a class: scores as they are",
+    )  # fmt: skip
+    separated = choose_fit(score, score > 0.5, patient)[0]
+    assert separated is not None
+    assert 1 < separated.slope < 20  # held by the prior, where the likelihood alone has no maximum
+    np.testing.assert_array_equal(apply_calibration(score, {"temperature": None, "bias": None}), score)
+    saturated = np.array([0, 0, 1, 1], np.float32)
+    assert np.isfinite(apply_calibration(saturated, {"temperature": 0.05, "bias": 3.0})).all()
+
+
+def test_a_file_without_a_bias_is_read_as_before() -> None:
+    score, _ = draw(1.0)
+    logits = np.log(score / (1 - score.astype(float)))
+    old = apply_calibration(score, {"temperature": 2.0, "thresholds": {}, "note": None})
+    np.testing.assert_allclose(old, 1 / (1 + np.exp(-logits / 2)), atol=1e-9)
+    np.testing.assert_array_equal(old, apply_calibration(score, {"temperature": 2.0, "bias": 0.0}))
+
+
+def test_a_patient_is_in_one_fold_and_positives_are_dealt_out() -> None:
+    codes = np.repeat(np.arange(50), 3)
+    truth = codes % 5 == 0  # ten patients with positives alone
+    fold = split_patients(truth, codes)
+    assert all(len(set(fold[codes == code])) == 1 for code in range(50))
+    np.testing.assert_array_equal(np.bincount(fold[truth]), [6] * 5)
+    np.testing.assert_array_equal(np.bincount(fold), [30] * 5)
+
+
+def test_thresholds_are_the_best_of_all() -> None:
+    score, truth = draw(1.0, 300)
+    score = score.round(2)
+    found = choose_thresholds(score, truth, 0.8)
+    rates = {float(cut): rates_at(float(cut), score, truth) for cut in sorted(set(score), reverse=True)}
+    youden = {cut: row["sensitivity"] + row["specificity"] for cut, row in rates.items()}  # type: ignore[operator]
+    f1 = {cut: row["f1"] for cut, row in rates.items()}
+    reaching = [cut for cut, row in rates.items() if row["sensitivity"] >= 0.8]  # type: ignore[operator]
+    assert found == {
+        "youden": max(youden, key=lambda cut: round(youden[cut], 12)),
+        "max_f1": max(f1, key=lambda cut: round(f1[cut], 12)),  # type: ignore[arg-type]
+        "sensitivity": max(reaching),
+    }
+    even = choose_thresholds(np.array([0.9, 0.8, 0.2, 0.1]), np.array([True, False, True, False]), 0.5)
+    assert even == {"youden": 0.9, "max_f1": 0.2, "sensitivity": 0.9}  # of equals the highest
+
+
+def test_what_cannot_be_fitted_is_said() -> None:
+    score, truth = draw(2.0)
+    scores = np.stack([score, score, 1 - score], axis=1)
+    target = np.stack([truth, np.zeros_like(truth), truth], axis=1).astype(np.float32)
+    mask = np.ones(scores.shape, bool)
+    mask[::2, 0] = False
+    found = fit_calibration(["Edema", "Fracture", "Devices"], scores, target, mask, np.arange(4000))
+    fit, note = choose_fit(score[1::2], truth[1::2], np.arange(2000))
+    assert fit is not None
+    assert note is None
+    assert found["Edema"] == {
+        "temperature": 1 / fit.slope,
+        "bias": fit.bias,
+        "thresholds": choose_thresholds(score[1::2], truth[1::2], 0.9),
+        "note": None,
+    }
+    assert found["Fracture"] == {
+        "temperature": None,
+        "bias": None,
+        "thresholds": {"youden": None, "max_f1": None, "sensitivity": None},
+        "note": "one class: no thresholds, scores as they are",
+    }
+    assert found["Devices"]["note"] == "the scores tell nothing or the contrary: scores as they are"
+    assert found["Devices"]["temperature"] is found["Devices"]["bias"] is None
+    assert found["Devices"]["thresholds"] == choose_thresholds(1 - score, truth, 0.9)
+    assert json.loads(json.dumps(found)) == found

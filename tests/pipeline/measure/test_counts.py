@@ -1,0 +1,329 @@
+import csv
+import io
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+
+from model.losses import positive_weights
+from pipeline.labels import LABELS, read_labels
+from pipeline.look.plots import draw_groups, draw_report
+from pipeline.manifest import Manifest
+from pipeline.measure.counts import count_cooccurrence, count_groups, count_labels, count_targets
+from pipeline.policies import make_targets, parse_uncertain_policy
+from pipeline.sources.load import load_table
+from tests.conftest import run_pipeline
+
+# shared by everyone who has the set: positive/uncertain/negative/blank, all rows and frontal rows
+GOLDEN = {
+    "No Finding": ("22381/0/0/201033", "16974/0/0/174053"),
+    "Enlarged Cardiomediastinum": ("10798/12403/21638/178575", "9187/10286/15345/156209"),
+    "Cardiomegaly": ("27000/8087/11116/177211", "23385/6707/7869/153066"),
+    "Lung Opacity": ("105581/5598/6599/105636", "94211/4431/5051/87334"),
+    "Lung Lesion": ("9186/1488/1270/211470", "7040/1108/776/182103"),
+    "Edema": ("52246/12984/20726/137458", "49675/11818/15915/113619"),
+    "Consolidation": ("14783/27742/28097/152792", "12983/24381/19608/134055"),
+    "Pneumonia": ("6039/18770/2799/195806", "4675/15981/1875/168496"),
+    "Atelectasis": ("33376/33739/1328/154971", "29720/29863/1025/130419"),
+    "Pneumothorax": ("19448/3145/56341/144480", "17693/2708/47823/122803"),
+    "Pleural Effusion": ("86187/11628/35396/90203", "76899/9578/25299/79251"),
+    "Pleural Other": ("3523/2653/316/216922", "2505/1812/209/186501"),
+    "Fracture": ("9040/642/2512/211220", "7436/499/1993/181099"),
+    "Support Devices": ("116001/1079/6137/100197", "107170/915/5340/77602"),
+}
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return run_pipeline("stats", *arguments)
+
+
+@pytest.mark.parametrize(("views", "column"), [("all", 0), ("frontal", 1)])
+def test_golden_counts_of_the_real_table(real_csv: Path, views: str, column: int) -> None:
+    document = json.loads(run(real_csv, "--views", views, "--format", "json").stdout)
+    found = {
+        label: "/".join(str(counts[state]) for state in ("positive", "uncertain", "negative", "blank"))
+        for label, counts in document["labels"].items()
+    }
+    assert found == {label: golden[column] for label, golden in GOLDEN.items()}
+    totals = {unit: document[unit] for unit in ("images", "studies", "patients")}
+    if views == "all":
+        assert totals == {"images": 223_414, "studies": 187_641, "patients": 64_540}
+    assert totals["images"] == (223_414, 191_027)[column]
+
+
+def test_sources_agree(chexpert: Path, shards: tuple[Path, Manifest]) -> None:
+    """A CheXpert folder, its parent's only set, and the shards made from it have the same frontal labels."""
+    folder = run(chexpert, "--views", "frontal", "--format", "json")
+    assert folder.returncode == 0
+    assert run(shards[0], "--format", "json").stdout == folder.stdout
+    frame = pd.concat([pd.read_csv(chexpert / name) for name in ("train.csv", "valid.csv")])
+    frame = frame[frame["Frontal/Lateral"] == "Frontal"]
+    document = json.loads(folder.stdout)
+    assert document["images"] == len(frame)
+    assert document["labels"]["Edema"] == {
+        "positive": (frame["Edema"] == 1).sum(),
+        "uncertain": (frame["Edema"] == -1).sum(),
+        "negative": (frame["Edema"] == 0).sum(),
+        "blank": frame["Edema"].isna().sum(),
+        "share_positive": round((frame["Edema"] == 1).mean(), 4),
+    }
+
+
+def test_one_split(chexpert: Path, shards: tuple[Path, Manifest]) -> None:
+    assert json.loads(run(chexpert, "--split", "valid", "--format", "json").stdout)["images"] == 12
+    assert json.loads(run(shards[0], "--split", "valid", "--format", "json").stdout)["images"] == 8
+    wrong = run(chexpert, "--split", "test")
+    assert (wrong.returncode, wrong.stderr) == (
+        1,
+        f"Error: split 'test' does not exist; {chexpert} holds train, valid\n",
+    )
+
+
+def test_csv_and_table_show_the_json(chexpert: Path) -> None:
+    document = json.loads(run(chexpert, "--format", "json").stdout)
+    rows = list(csv.DictReader(io.StringIO(run(chexpert, "--format", "csv").stdout)))
+    assert [row.pop("label") for row in rows] == list(LABELS)
+    assert [{name: float(value) for name, value in row.items()} for row in rows] == list(
+        document["labels"].values()
+    )
+    table = run(chexpert).stdout
+    assert table.startswith("60 images, 40 studies, 20 patients")
+    counts = document["labels"]["Edema"]
+    cells = [cell.strip() for line in table.splitlines() if "Edema" in line for cell in line.split("│")]
+    assert cells[2:6] == [str(counts[state]) for state in ("positive", "uncertain", "negative", "blank")]
+
+
+@pytest.fixture(scope="module")
+def frame(real_csv: Path) -> pd.DataFrame:
+    return pd.read_csv(real_csv)
+
+
+@pytest.fixture(scope="module")
+def table(real_csv: Path) -> pa.Table:
+    return load_table(real_csv, None, "all")
+
+
+def report(*arguments: object) -> Any:
+    done = run(*arguments, "--format", "json")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("variable", ["view", "sex", "age", "projection"])
+def test_groups_equal_pandas(table: pa.Table, frame: pd.DataFrame, variable: str) -> None:
+    bands = ["0-17", "18-39", "40-59", "60-79", "80+"]
+    names = {
+        "view": frame["Frontal/Lateral"].str.lower(),
+        "sex": frame["Sex"],
+        "age": pd.cut(frame["Age"], [-1, 17, 39, 59, 79, 200], labels=bands).astype(str),
+        "projection": frame["AP/PA"].fillna("none"),
+    }[variable]
+    groups = count_groups(table, variable)
+    assert groups["variable"] == variable
+    assert set(groups["groups"]) == set(names)
+    for name, group in groups["groups"].items():
+        rows = frame[names == name]
+        assert group["images"] == len(rows)
+        positives = {label: counts["positive"] for label, counts in group["labels"].items()}
+        assert positives == (rows[list(LABELS)] == 1).sum().to_dict()
+
+
+def test_cooccurrence_equals_pandas(table: pa.Table, frame: pd.DataFrame) -> None:
+    together = count_cooccurrence(table)
+    positive = (frame[list(LABELS)] == 1).astype(int)
+    pd.testing.assert_frame_equal(pd.DataFrame(together).T, positive.T @ positive, check_dtype=False)
+
+
+@pytest.mark.parametrize("policy", ["best", "ignore,blank=ignore", "smooth-zeros,Edema=ones", "multiclass"])
+def test_policy_counts_are_those_of_the_targets(chexpert: Path, policy: str) -> None:
+    found = report(chexpert / "train.csv", "--policy", policy)["policy"]
+    uncertain = policy.removesuffix(",blank=ignore")
+    blank = "ignore" if policy.endswith("blank=ignore") else "zeros"
+    table = read_labels(chexpert / "train.csv")
+    target, mask = make_targets(table, parse_uncertain_policy(uncertain), blank, seed=0)
+    assert found["blank"] == blank
+    for column, label in enumerate(LABELS):
+        used = target[mask[:, column], column]
+        counts = found["labels"][label]
+        assert counts["positives"] == (used >= 0.5).sum()
+        assert counts["negatives"] == ((used >= 0) & (used < 0.5)).sum()
+        assert counts["open"] == (used == -1).sum()
+        assert counts["masked"] == len(target) - len(used)
+        assert counts["mean_target"] == pytest.approx(used[used >= 0].mean(), abs=0.05)
+
+
+def test_a_label_left_with_one_class_is_named(real_csv: Path) -> None:
+    done = run(real_csv, "--policy", "best,blank=ignore")
+    assert done.stderr == "Warning: No Finding is left with one class: 22,381 positives and 0 negatives\n"
+    taught = report(real_csv, "--policy", "selftrained")["policy"]["labels"]["Edema"]
+    assert (taught["positives"], taught["open"], taught["masked"]) == (52_246, 12_984, 0)
+
+
+def test_comparison_of_two_splits(shards: tuple[Path, Manifest], chexpert: Path) -> None:
+    folder = shards[0]
+    against = report(folder, "--split", "train", "--against", folder, "--against-split", "dev")["against"]
+    train, dev = (
+        pa.ipc.open_file(folder / f"{name}.arrow").read_all().to_pandas() for name in ("train", "dev")
+    )
+    assert (against["images"], against["shared_patients"]) == (len(dev), 0)
+    for label in LABELS:
+        p, q = (train[label] == 1).mean(), (dev[label] == 1).mean()
+        expected = (p - q) / ((p * (1 - p) + q * (1 - q)) / 2) ** 0.5
+        assert against["labels"][label]["difference"] == pytest.approx(p - q, abs=1e-4)
+        assert against["labels"][label]["standardised_difference"] == pytest.approx(expected, abs=1e-3)
+    assert report(chexpert, "--against", chexpert / "train.csv")["against"]["shared_patients"] == 16
+
+
+@pytest.mark.parametrize(
+    ("option", "columns", "lines"),
+    [
+        (["--by", "sex"], "group,label,positive,uncertain,negative,blank,share_positive", 28),
+        (["--cooccurrence"], f"label,{','.join(LABELS)}", 14),
+        (["--policy", "zeros"], "label,policy,positives,negatives,open,masked,mean_target,pos_weight", 14),
+    ],
+)
+def test_sections_as_csv(chexpert: Path, option: list[str], columns: str, lines: int) -> None:
+    text = run(chexpert, *option, "--format", "csv").stdout.splitlines()
+    assert (text[0], len(text) - 1) == (columns, lines)
+
+
+@pytest.mark.parametrize("uncertain", ["best", "smooth-zeros", "ignore"])
+def test_weights_of_positives_are_those_of_training(chexpert: Path, uncertain: str) -> None:
+    table = read_labels(chexpert / "train.csv")
+    policy = parse_uncertain_policy(uncertain)
+    shown = count_targets(count_labels(table), policy, "zeros")["labels"]
+    target, mask = map(torch.from_numpy, make_targets(table, policy, "zeros", seed=0))
+    weights = positive_weights(target, mask).tolist()
+    for label, weight in zip(LABELS, weights, strict=True):
+        expected = shown[label]["pos_weight"]
+        assert expected is None or weight == pytest.approx(min(expected, 20), rel=0.1)
+
+
+def test_plots_show_the_numbers(chexpert: Path, tmp_path: Path) -> None:
+    for name in ("plot.svg", "plot.png", "again.svg"):
+        assert run(chexpert, "--cooccurrence", "--plot", tmp_path / name).returncode == 0
+    svg = (tmp_path / "plot.svg").read_text()
+    assert svg == (tmp_path / "again.svg").read_text()
+    assert all(f">{label}<" in svg for label in LABELS)
+    assert ">60 images, 40 studies, 20 patients<" in svg
+    with Image.open(tmp_path / "plot.png") as image:
+        image.load()
+        assert image.format == "PNG"
+    statistics = count_labels(read_labels(chexpert / "train.csv"))
+    (axes,) = draw_report(statistics, None).axes
+    widths = [[bar.get_width() for bar in bars] for bars in axes.containers]
+    for state, row in zip(("positive", "uncertain", "negative", "blank"), widths, strict=True):
+        assert row == pytest.approx([100 * counts[state] / 48 for counts in statistics["labels"].values()])
+
+
+def test_heat_map_shows_the_share_of_the_row(chexpert: Path) -> None:
+    table = read_labels(chexpert / "train.csv")
+    frame = (table.to_pandas()[list(LABELS)] == 1).astype(int)
+    shares = 100 * (frame.T @ frame).div(frame.sum(), axis=0)
+    _, axes = draw_report(count_labels(table), count_cooccurrence(table)).axes
+    assert {text.get_position(): text.get_text() for text in axes.texts} == {
+        (x, y): f"{shares.iloc[y, x]:.0f}" for y in range(len(LABELS)) for x in range(len(LABELS)) if x != y
+    }
+
+
+def test_dots_show_the_shares_of_the_groups(chexpert: Path) -> None:
+    table = read_labels(chexpert / "train.csv")
+    axes = Figure().subplots()
+    draw_groups(axes, count_groups(table, "sex"), ["red", "blue"], "gray")
+    frame = table.to_pandas()
+    _, *dots = axes.collections
+    shares = (frame[list(LABELS)] == 1).groupby(frame["sex"]).mean()
+    assert [found.get_label() for found in dots] == list(shares.index)
+    for found, row in zip(dots, (100 * shares).round(2).to_numpy(), strict=True):
+        assert np.asarray(found.get_offsets()) == pytest.approx(np.column_stack([row, range(14)]))
+
+
+def test_facts_that_are_missing_are_groups_of_their_own(chexpert: Path, tmp_path: Path) -> None:
+    frame = pd.read_csv(chexpert / "valid.csv")
+    path = tmp_path / "test_labels.csv"
+    frame[["Path", *LABELS]].to_csv(path, index=False)  # as the test set has them
+    for variable, name in (("sex", "Unknown"), ("age", "unknown"), ("projection", "none")):
+        groups = count_groups(read_labels(path), variable)["groups"]
+        assert {group: counts["images"] for group, counts in groups.items()} == {name: 12}
+    frame.loc[0, "Sex"] = "Unknown"
+    frame["Age"] = [0, 17, 18, 39, 40, 59, 60, 79, 80, 99, 20, 20]
+    frame.to_csv(path, index=False)
+    assert list(count_groups(read_labels(path), "sex")["groups"]) == ["Female", "Male", "Unknown"]
+    bands = count_groups(read_labels(path), "age")["groups"]
+    assert {band: group["images"] for band, group in bands.items()} == {
+        "0-17": 2, "18-39": 4, "40-59": 2, "60-79": 2, "80+": 2
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["[/x]", "$a_{$", "=1+1", "\x1b[31mF"])
+def test_names_of_groups_are_text(chexpert: Path, tmp_path: Path, name: str) -> None:
+    """No markup of rich, no formula of matplotlib or of a spreadsheet, no command to the terminal."""
+    frame = pd.read_csv(chexpert / "train.csv")
+    frame["Sex"] = name
+    frame.to_csv(tmp_path / "train.csv", index=False)
+    printed = run(tmp_path / "train.csv", "--by", "sex", "--html", tmp_path / "labels.html")
+    assert printed.returncode == 0, printed.stderr
+    assert f"{name.replace(chr(27), chr(92) + 'x1b')} (n = 48)" in printed.stdout
+    text = run(tmp_path / "train.csv", "--by", "sex", "--format", "csv").stdout
+    assert {row["group"] for row in csv.DictReader(io.StringIO(text))} == {
+        click.unstyle(name).replace("=", "'=")
+    }
+
+
+def test_tables_of_the_sections_show_the_json(chexpert: Path) -> None:
+    options = ["--by", "sex", "--cooccurrence", "--policy", "best", "--against", chexpert / "valid.csv"]
+    document = report(chexpert, *options)
+    lines = run(chexpert, *options).stdout.splitlines()
+    edema = [[cell.strip() for cell in line.split("│")[2:-1]] for line in lines if "Edema" in line]
+    groups = document["by"]["groups"].values()
+    together = document["cooccurrence"]["Edema"]
+    targets, drift = document["policy"]["labels"]["Edema"], document["against"]["labels"]["Edema"]
+    assert edema[1:] == [
+        [f"{100 * group['labels']['Edema']['share_positive']:.1f}" for group in groups],
+        [str(count) for count in together.values()],
+        [f"{100 * count / together['Edema']:.0f}" for count in together.values()],
+        [
+            "ones",
+            *(str(targets[name]) for name in ("positives", "negatives", "open", "masked")),
+            *(f"{targets[name]:.3f}" for name in ("mean_target", "pos_weight")),
+        ],
+        [
+            *(f"{100 * drift[name]:.1f}" for name in ("share_positive", "other_share_positive")),
+            f"{100 * drift['difference']:+.1f}",
+            f"{drift['standardised_difference']:+.3f}",
+        ],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--plot", "labels.pdf"], "Error: --plot labels.pdf: the name must end in .png or .svg"),
+        (["--plot", "missing/labels.png"], "Error: --plot missing/labels.png: there is no folder missing"),
+        (["--against-split", "dev"], "Error: --against-split needs --against"),
+        (["--against", "."], "Error: --against is SOURCE itself; name another --against-split"),
+        (["--by", "view", "--views", "frontal"], "Error: --by view has one group under --views frontal"),
+        (
+            ["--by", "projection", "--views", "lateral"],
+            "Error: --by projection has one group under --views lateral",
+        ),
+        (
+            ["--by", "sex", "--cooccurrence", "--format", "csv"],
+            "Error: --format csv has room for one of --by, --coo",
+        ),
+    ],
+)
+def test_options_that_do_not_fit_are_usage_errors(chexpert: Path, arguments: list[str], message: str) -> None:
+    filled = [str(chexpert) if argument == "." else argument for argument in arguments]
+    failed = run(chexpert, *filled)
+    assert failed.returncode == 2
+    assert failed.stderr.splitlines()[-1].startswith(message)

@@ -1,0 +1,150 @@
+"""Intervals of AUROC, against loops over pairs and the formulas of the papers."""
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from scipy.optimize import brentq
+from scipy.stats import t
+from sklearn.metrics import roc_auc_score
+
+from pipeline.measure.delong import combine_limits, measure_areas, score_limits, student_quantile
+from pipeline.measure.metrics import Z
+
+Array = npt.NDArray[np.float64]
+
+
+def draw(seed: int = 0, labels: int = 2) -> tuple[Array, Array, npt.NDArray[np.bool_], npt.NDArray[np.str_]]:
+    """150 patients with one to three rows each, alike in labels and scores, with ties."""
+    random = np.random.default_rng(seed)
+    owner = np.repeat(np.arange(150), random.integers(1, 4, 150))
+    latent = random.normal(size=(150, labels))[owner] + random.normal(size=(len(owner), labels))
+    target = (latent > 0.9).astype(float)
+    noise = random.normal(size=(150, labels))[owner] + 0.5 * random.normal(size=target.shape)
+    scores = (1.2 * target + noise).round(1)
+    return scores, target, random.random(target.shape) < 0.9, np.char.mod("patient%05d", owner)
+
+
+def components(score: Array, truth: npt.NDArray[np.bool_]) -> tuple[float, Array]:
+    """AUROC and each row's structural component (DeLong et al., 1988), from the matrix of all pairs."""
+    positive, negative = score[truth][:, None], score[~truth]
+    wins = (positive > negative) + 0.5 * (positive == negative)
+    values = np.empty(len(score))
+    values[truth], values[~truth] = wins.mean(axis=1), wins.mean(axis=0)
+    return float(wins.mean()), values
+
+
+def test_rows_of_one_patient_each_have_delongs_covariance() -> None:
+    random = np.random.default_rng(0)
+    truth = np.arange(300) < 60
+    scores = (random.normal(size=(300, 1)) + random.normal(size=(300, 2)) + truth[:, None]).round(1)
+    target = np.repeat(truth[:, None], 2, axis=1).astype(float)
+    found = measure_areas(scores, target, np.ones(target.shape, bool), np.arange(300))
+    (first, one), (second, two) = (components(scores[:, run], truth) for run in (0, 1))
+    expected = np.cov(one[truth], two[truth]) / 60 + np.cov(one[~truth], two[~truth]) / 240
+    np.testing.assert_allclose(found.influence.T @ found.influence, expected, rtol=1e-9)
+    np.testing.assert_allclose(found.auroc, [first, second], rtol=1e-12)
+    assert found.auroc[0] == pytest.approx(roc_auc_score(truth, scores[:, 0]), abs=1e-12)
+
+
+def test_patients_with_several_rows_have_obuchowskis_variance() -> None:
+    scores, target, mask, patient = draw()
+    found = measure_areas(scores, target, mask, patient)
+    used = mask[:, 0]
+    score, truth, owner = scores[used, 0], target[used, 0] == 1, patient[used]
+    auroc, values = components(score, truth)
+    clusters = []
+    for name in np.unique(owner):
+        own = owner == name
+        a = (values[own & truth] - auroc).sum() / truth.sum()
+        b = (values[own & ~truth] - auroc).sum() / (~truth).sum()
+        clusters.append((a, b))
+    a, b = np.array(clusters).T
+    with_positive, with_negative = (len(set(owner[side])) for side in (truth, ~truth))
+    variance = (
+        with_positive / (with_positive - 1) * (a**2).sum()
+        + with_negative / (with_negative - 1) * (b**2).sum()
+        + 2 * len(a) / (len(a) - 1) * (a * b).sum()
+    )
+    error = found.influence[:, 0] @ found.influence[:, 0]
+    assert error == pytest.approx(variance, rel=0.002)  # but for the last term's factor
+    independent = values[truth].var(ddof=1) / truth.sum() + values[~truth].var(ddof=1) / (~truth).sum()
+    assert error / independent > 1.2
+    limits = score_limits(auroc, int(truth.sum()), int((~truth).sum()), error / independent)
+    assert (found.low[0], found.high[0]) == pytest.approx(limits)
+    assert found.freedom[0] == with_positive - 1
+    order = np.tile(np.arange(len(patient)), 2)
+    twice = measure_areas(scores[order], target[order], mask[order], patient[order])
+    np.testing.assert_allclose(twice.influence, found.influence, atol=1e-12)  # nothing new
+    np.testing.assert_allclose(twice.low, found.low, atol=0.01)
+
+
+@pytest.mark.parametrize(("auroc", "positives", "negatives"), [(0.8, 10, 190), (1.0, 5, 200), (0.03, 4, 4)])
+def test_limits_solve_newcombes_equation(auroc: float, positives: int, negatives: int) -> None:
+    def distance(theta: float) -> float:
+        half = (positives + negatives) / 2 - 1
+        variance = theta * (1 - theta) * (1 + half * (1 - theta) / (2 - theta) + half * theta / (1 + theta))
+        return (theta - auroc) ** 2 - 1.3 * Z**2 * variance / (positives * negatives)
+
+    low, high = score_limits(auroc, positives, negatives, 1.3)
+    expected = [brentq(distance, 1e-9, auroc - 1e-9), 1 if auroc == 1 else brentq(distance, auroc, 1 - 1e-9)]
+    assert [low, high] == pytest.approx(expected, abs=1e-7)
+
+
+def test_no_interval_has_zero_width() -> None:
+    """A perfect label of five patients, whose resamples all have an AUROC of 1."""
+    truth = np.arange(200) < 5
+    score = truth + np.linspace(0, 0.5, 200)
+    ours = measure_areas(
+        score[:, None], truth[:, None].astype(float), np.ones((200, 1), bool), np.arange(200)
+    )
+    assert ours.auroc[0] == ours.high[0] == 1
+    assert 0.7 < ours.low[0] < 0.85
+    alike = measure_areas(
+        score[:, None], truth[:, None].astype(float), np.ones((200, 1), bool), np.arange(200) // 2
+    )
+    assert alike.low[0] < ours.low[0]
+    both = ours.join(ours)
+    assert combine_limits(ours, [1.0]) == {"low": pytest.approx(ours.low[0]), "high": pytest.approx(1)}
+    limits = combine_limits(both, [1.0, -1.0])  # of perfect ones nothing tells whether they would err alike
+    assert limits["low"] is not None
+    assert limits["low"] < -0.15
+
+
+def test_means_and_differences_honor_covariance() -> None:
+    scores, target, mask, patient = draw(labels=3)
+    found = measure_areas(scores, target, mask, patient)
+    mean = combine_limits(found, [1 / 3] * 3)
+    unit = found.influence / np.linalg.norm(found.influence, axis=0)
+    low = (found.auroc - found.low) / 3
+    below = sum(low[i] * low[j] * (unit[:, i] @ unit[:, j]) for i in range(3) for j in range(3)) ** 0.5
+    assert mean["low"] == pytest.approx(found.auroc.mean() - below)
+    first = [0, 0, 0]
+    thrice = measure_areas(scores[:, first], target[:, first], mask[:, first], patient)
+    same = combine_limits(thrice, [1 / 3] * 3)  # three times the same label says no more than once
+    assert [same["low"], same["high"]] == pytest.approx([found.low[0], found.high[0]])
+    none = combine_limits(found.join(found), [1, 0, 0, -1, 0, 0])
+    assert [none["low"], none["high"]] == pytest.approx([0, 0], abs=1e-6)  # a run beside itself
+    target[:, 1] = 0
+    lacking = measure_areas(scores, target, mask, patient)
+    assert combine_limits(lacking, [0.5, 0.5, 0]) == combine_limits(lacking, [0, 0, 0])
+    assert combine_limits(lacking, [0, 0, 0]) == {"low": None, "high": None}
+    assert combine_limits(lacking, [1, 0, 0])["low"] is not None
+
+
+def test_the_quantile_is_students() -> None:
+    for freedom in (5, 9, 30.5, 1000):
+        assert student_quantile(freedom) == pytest.approx(t.ppf(0.975, freedom), rel=0.002)
+
+
+def test_ten_positives_are_covered() -> None:
+    """Where percentiles of resamples hold the true AUROC of 0.85 in 0.88 of the cases."""
+    random = np.random.default_rng(0)
+    held = []
+    for _ in range(400):
+        owner = np.repeat(np.arange(100), 2)
+        truth = (owner < 5)[:, None]
+        noise = (random.normal(size=100)[owner] + random.normal(size=200)) / 2**0.5
+        scores = noise[:, None] + 1.4657 * truth
+        areas = measure_areas(scores, truth.astype(float), np.ones((200, 1), bool), owner)
+        held.append(areas.low[0] <= 0.85 <= areas.high[0])
+    assert 0.92 < np.mean(held) <= 1

@@ -1,0 +1,152 @@
+import numpy as np
+import pytest
+import torch
+from scipy.stats import binomtest
+from sklearn import metrics as sk
+from sklearn.calibration import calibration_curve
+from torchmetrics.functional.classification import binary_calibration_error
+
+from pipeline.measure.metrics import (
+    areas,
+    brier_score,
+    calibration_error,
+    rank,
+    rates_at,
+    reliability,
+    report_auroc,
+    threshold_curve,
+    weighted_areas,
+    wilson_limits,
+)
+
+
+def test_auroc_equals_scikit_learn_and_skips_one_class_labels() -> None:
+    random = np.random.default_rng(0)
+    names = ["Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion", "Fracture", "Rare"]
+    target = (random.random((300, 7)) < 0.3).astype(np.float32)
+    scores = (random.random((300, 7)) * 0.5 + target * 0.2).astype(np.float32).round(2)  # with ties
+    mask = random.random((300, 7)) < 0.8
+    target[:, 5] = 0
+    target[:, 6] = np.arange(300) < 9
+    mask[:, 6] = True
+    report = report_auroc(names, scores, target, mask)
+    expected = {
+        name: sk.roc_auc_score(target[mask[:, column], column], scores[mask[:, column], column])
+        for column, name in enumerate(names)
+        if name != "Fracture"
+    }
+    for name, value in expected.items():
+        assert report["labels"][name]["auroc"] == pytest.approx(value, abs=1e-12)
+    assert report["labels"]["Fracture"] == {"auroc": None, "positives": 0, "negatives": int(mask[:, 5].sum())}
+    assert report["skipped"] == ["Fracture"]
+    assert report["macro_auroc"] == pytest.approx(np.mean(list(expected.values())), abs=1e-12)
+    assert report["mean5_auroc"] == pytest.approx(np.mean(list(expected.values())[:5]), abs=1e-12)
+    assert report["macro10_auroc"] == report["mean5_auroc"]  # Rare has 9 positives
+    target[9, 6] = 1
+    tenth = report_auroc(names, scores, target, mask)
+    assert tenth["macro10_auroc"] == tenth["macro_auroc"]
+    mask[:, 0] = False
+    assert report_auroc(names, scores, target, mask)["mean5_auroc"] is None
+    with pytest.raises(ValueError, match="scores are not finite"):
+        report_auroc(names, np.full_like(scores, np.nan), target, mask)
+
+
+@pytest.mark.parametrize("share", [0.02, 0.5, 0.97])
+@pytest.mark.parametrize("places", [1, 2, 7])  # many ties, some, hardly any
+def test_areas_equal_scikit_learn(share: float, places: int) -> None:
+    random = np.random.default_rng(places)
+    truth = random.random(500) < share
+    score = (random.random(500) * 0.8 + truth * 0.2).astype(np.float32).round(places)
+    score[:6] = [0.0, 1.0, 0.0, 1.0, 1e-45, 1 - 2**-24]  # as a sigmoid saturates
+    expected = sk.roc_auc_score(truth, score), sk.average_precision_score(truth, score)
+    assert areas(score, truth) == pytest.approx(expected, abs=1e-12)
+
+    weights = random.integers(0, 4, (500, 20))
+    weighted = weighted_areas(ranking := rank(score, truth), weights[ranking.order])
+    for values, metric in zip(weighted, (sk.roc_auc_score, sk.average_precision_score), strict=True):
+        theirs = [metric(truth, score, sample_weight=column) for column in weights.T]
+        np.testing.assert_allclose(values, theirs, rtol=0, atol=1e-12)
+
+
+def test_areas_of_one_class_are_undefined() -> None:
+    score = np.array([0.1, 0.2, 0.3], np.float32)
+    assert areas(score, np.ones(3, bool)) == areas(score, np.zeros(3, bool)) == (None, None)
+    assert areas(score[:0], np.ones(0, bool)) == (None, None)
+    assert areas(score, np.array([False, False, True])) == (1, 1)
+    assert areas(np.full(4, 0.5, np.float32), np.array([True, False, False, False])) == (0.5, 0.25)
+    truth = np.array([True, False, True])
+    auroc, auprc = weighted_areas(rank(score, truth), np.array([[1, 0, 2], [1, 0, 1], [0, 9, 2]]))
+    np.testing.assert_array_equal(auroc, [1, np.nan, 0.5])  # the order is 0.3, 0.2, 0.1
+    np.testing.assert_array_equal(np.isnan(auprc), [False, True, False])
+
+
+def test_brier_score_and_calibration_error_equal_their_references() -> None:
+    random = np.random.default_rng(0)
+    score = random.beta(0.5, 2, 2000).astype(np.float32)
+    score[:4] = [0.0, 1.0, 0.2, 1e-30]
+    truth = random.random(2000) < score**1.5
+    assert brier_score(score, truth) == pytest.approx(sk.brier_score_loss(truth, score), abs=1e-9)
+    bins = reliability(score, truth)
+    share, mean = calibration_curve(truth, score, n_bins=15)
+    np.testing.assert_allclose(bins.share, share, atol=1e-12)
+    np.testing.assert_allclose(bins.score, mean, atol=1e-7)
+    assert bins.cells.sum() == 2000
+    expected = binary_calibration_error(torch.from_numpy(score), torch.from_numpy(truth).int(), n_bins=15)
+    assert calibration_error(score, truth) == pytest.approx(float(expected), abs=1e-6)
+
+    few, found = np.array([0.3, 1 / 3, 0.8]), np.array([False, True, True])  # a third closes its bin
+    np.testing.assert_allclose(reliability(few, found).score, [(0.3 + 1 / 3) / 2, 0.8])
+    assert calibration_error(few, found) == pytest.approx(2 / 3 * (0.5 - (0.3 + 1 / 3) / 2) + 0.2 / 3)
+    assert brier_score(score[:0], truth[:0]) is None
+    assert calibration_error(score[:0], truth[:0]) is None
+
+
+def test_rates_equal_scikit_learn_and_are_none_without_a_denominator() -> None:
+    random = np.random.default_rng(0)
+    score = random.random(400).astype(np.float32).round(2)
+    truth = random.random(400) < score / 2
+    for threshold in (0.0, 0.3, float(score[7]), 0.99):
+        called = score >= threshold
+        found = rates_at(threshold, score, truth)
+        assert found["sensitivity"] == pytest.approx(sk.recall_score(truth, called))
+        assert found["ppv"] == pytest.approx(sk.precision_score(truth, called))
+        assert found["f1"] == pytest.approx(sk.f1_score(truth, called))
+        assert found["specificity"] == pytest.approx(sk.recall_score(~truth, ~called))
+        if threshold:
+            assert found["npv"] == pytest.approx(sk.precision_score(~truth, ~called))
+    assert rates_at(0.0, score, truth)["npv"] is None
+    assert rates_at(2.0, score, truth) | {"npv": 0} == {
+        "sensitivity": 0, "specificity": 1, "ppv": None, "npv": 0, "f1": 0,
+    }  # fmt: skip
+    alone = rates_at(0.5, np.array([0.9, 0.2]), np.array([False, False]))
+    assert alone == {"sensitivity": None, "specificity": 0.5, "ppv": 0, "npv": 1, "f1": None}
+
+
+def test_threshold_curve_is_scikit_learns() -> None:
+    random = np.random.default_rng(0)
+    score, truth = random.random(300).astype(np.float32).round(2), random.random(300) < 0.3
+    curve = threshold_curve(score, truth)
+    fpr, tpr, thresholds = sk.roc_curve(truth, score, drop_intermediate=False)
+    np.testing.assert_array_equal(curve.threshold, thresholds[1:].astype(np.float32))
+    np.testing.assert_allclose(curve.true_positives / truth.sum(), tpr[1:])
+    np.testing.assert_allclose(curve.false_positives / (~truth).sum(), fpr[1:])
+
+
+def test_shares_have_wilsons_limits_on_as_many_cells_as_patients_are_worth() -> None:
+    random = np.random.default_rng(0)
+    called = random.random(40) < 0.7
+    expected = binomtest(int(called.sum()), 40).proportion_ci(method="wilson")
+    alone = wilson_limits(called, np.arange(40))
+    assert alone == {
+        "low": pytest.approx(expected.low, abs=0.01),
+        "high": pytest.approx(expected.high, abs=0.01),
+    }
+    thrice = wilson_limits(
+        np.repeat(called, 3), np.repeat(np.arange(40), 3)
+    )  # three cells that tell as much as one
+    assert thrice == {side: pytest.approx(limit, abs=1e-9) for side, limit in alone.items()}
+    sure = binomtest(20, 20).proportion_ci(method="wilson")
+    for repeat in (1, 3):  # never of zero width
+        found = wilson_limits(np.ones(20 * repeat, bool), np.repeat(np.arange(20), repeat))
+        assert found == {"low": pytest.approx(sure.low), "high": pytest.approx(1)}
+    assert wilson_limits(called[:0], np.arange(0)) == {"low": None, "high": None}

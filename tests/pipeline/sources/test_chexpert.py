@@ -1,0 +1,301 @@
+import gzip
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from pipeline import DataError
+from pipeline.labels import LABELS
+from pipeline.manifest import read_manifest
+from pipeline.sources.chexpert import describe_moved, find_csvs, find_source, read_splits
+from tests.conftest import default_options, make_shards, run_pipeline, write_chexpert
+
+SELECTION = {"views": "all", "dev": 0.0, "seed": 0}
+
+
+def files_of(folder: Path, *roots: Path) -> dict[str, list[str]]:
+    """Split → the files found for its rows, sorted; all of them exist."""
+    tables, _ = read_splits(find_source(folder, {}, roots), **SELECTION)  # type: ignore[arg-type]
+    files = {split: sorted(table["file"].to_pylist()) for split, table in tables.items()}
+    assert all(Path(file).is_file() for split in files.values() for file in split)
+    return files
+
+
+def test_the_folder_its_parent_and_any_name(chexpert: Path, tmp_path: Path) -> None:
+    expected = {
+        split: sorted(str(path) for path in (chexpert / split).rglob("*.jpg")) for split in ("train", "valid")
+    }
+    assert files_of(chexpert) == files_of(tmp_path) == expected
+    renamed = chexpert.rename(tmp_path / "my data")
+    assert [len(files) for files in files_of(renamed).values()] == [48, 12]
+
+
+def test_gzipped_csvs(chexpert: Path) -> None:
+    expected = files_of(chexpert)
+    for name in ("train.csv", "valid.csv"):
+        (chexpert / f"{name}.gz").write_bytes(gzip.compress((chexpert / name).read_bytes()))
+        (chexpert / name).unlink()
+    assert files_of(chexpert) == expected
+
+
+def test_aimi_batches(chexpert: Path, tmp_path: Path) -> None:
+    """CSVs and valid patients in batch 1, train patients spread over the others, without a split folder."""
+    names = ["batch 1 (validate & csv)", "batch 2 (train 1)", "batch 3 (train 2)", "batch 4 (train 3)"]
+    batches = [tmp_path / "aimi" / f"CheXpert-v1.0 {name}" for name in names]
+    for batch in batches:
+        batch.mkdir(parents=True)
+    for csv in ("train.csv", "valid.csv"):
+        shutil.move(chexpert / csv, batches[0] / csv)
+    for patient in (chexpert / "valid").iterdir():
+        shutil.move(patient, batches[0] / patient.name)
+    for number, patient in enumerate(sorted((chexpert / "train").iterdir())):
+        shutil.move(patient, batches[1 + number % 3] / patient.name)
+    expected = {
+        "train": sorted(str(path) for batch in batches[1:] for path in batch.rglob("*.jpg")),
+        "valid": sorted(str(path) for path in batches[0].rglob("*.jpg")),
+    }
+    assert files_of(tmp_path / "aimi") == files_of(batches[0]) == expected
+    # downloaded to different disks: the other folders are named
+    for number, batch in enumerate(batches[1:]):
+        batch.rename(tmp_path / f"disk{number}")
+    disks = [tmp_path / f"disk{number}" for number in range(3)]
+    assert [len(files) for files in files_of(batches[0], *disks).values()] == [48, 12]
+
+
+def test_the_test_set_has_paths_and_labels_only(tmp_path: Path) -> None:
+    for split, csv, patients in (
+        ("test", "test_labels.csv", range(50, 55)),
+        ("val", "val_labels.csv", range(40, 43)),
+    ):
+        rows = write_chexpert(tmp_path, split, patients)
+        frame = pd.DataFrame(rows)[["Path", *LABELS]]
+        frame["Path"] = frame["Path"].str.removeprefix("CheXpert-v1.0-small/")
+        frame.to_csv(tmp_path / csv, index=False)
+        (tmp_path / f"{split}.csv").unlink()
+    tables, _ = read_splits(find_source(tmp_path, {}, []), **SELECTION)  # type: ignore[arg-type]
+    assert {split: table.num_rows for split, table in tables.items()} == {"valid": 9, "test": 15}
+    table = tables["test"].to_pandas()
+    assert (table["view"] == np.where(table["path"].str.contains("lateral"), "lateral", "frontal")).all()
+    assert table[["sex", "age", "projection"]].isna().all(axis=None)
+    made = run_pipeline("shards", tmp_path, tmp_path / "out", "--size", 48)
+    assert made.returncode == 0, made.stderr
+    assert run_pipeline("stats", tmp_path / "out", "--split", "test").stdout.startswith(
+        "10 images, 10 studies, 5 p"
+    )
+
+
+def test_the_folder_that_the_csv_names_wins(chexpert: Path) -> None:
+    shutil.copytree(chexpert / "train" / "patient00001", chexpert / "valid" / "patient00001")
+    files = files_of(chexpert)["train"]
+    assert str(chexpert / "train/patient00001/study1/view1_frontal.jpg") in files
+    assert not [file for file in files if "/valid/" in file]
+
+
+def test_csvs_of_ones_own(chexpert: Path, tmp_path: Path) -> None:
+    frame = pd.read_csv(chexpert / "train.csv")
+    for name, half in (("mine", frame[:24]), ("holdout", frame[24:])):
+        half.to_csv(tmp_path / f"{name}.csv", index=False)
+    splits = {"train": tmp_path / "mine.csv", "holdout": tmp_path / "holdout.csv"}
+    tables, _ = read_splits(find_source(chexpert, splits, []), **SELECTION)  # type: ignore[arg-type]
+    assert {split: table.num_rows for split, table in tables.items()} == {"train": 24, "holdout": 24}
+    frame[20:].to_csv(tmp_path / "holdout.csv", index=False)
+    with pytest.raises(
+        DataError, match=r"holdout.csv, line 2: patient00007 is in mine.csv too; splits must not sh"
+    ):
+        read_splits(find_source(chexpert, splits, []), **SELECTION)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match=r"none.csv: no such file or folder$"):
+        find_source(chexpert, {"train": tmp_path / "none.csv"}, [])
+
+
+def test_limit_keeps_whole_patients(chexpert: Path) -> None:
+    source = find_source(chexpert, {}, [])
+    tables, dropped = read_splits(source, **SELECTION, limit=20)  # type: ignore[arg-type]
+    counts = tables["train"].to_pandas()["patient"].value_counts()
+    assert (len(counts), set(counts)) == (6, {3})
+    assert dropped["train"].limit == 30
+    one, _ = read_splits(source, **SELECTION, limit=1)  # type: ignore[arg-type]
+    assert one["train"].num_rows == 3  # a patient is never cut
+
+
+def test_find_csvs_errors(chexpert: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        DataError, match=r"neither it nor a folder in it holds a train.csv, valid.csv or test_lab"
+    ):
+        find_csvs(chexpert / "train")
+    with pytest.raises(DataError, match=r"nothing: no such folder$"):
+        find_csvs(tmp_path / "nothing")
+    shutil.copytree(chexpert, tmp_path / "second")
+    with pytest.raises(
+        DataError, match=r"CSVs in several folders \(CheXpert-v1.0-small, second\); name one of them"
+    ):
+        find_csvs(tmp_path)
+
+
+def test_folders_that_may_not_be_read_are_passed_over(
+    chexpert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = files_of(chexpert)
+    (tmp_path / "lost+found").mkdir()
+    (chexpert / "lost+found").mkdir()
+
+    def refusing(look: Any) -> Any:
+        def refuse(path: Any) -> Any:
+            if "lost+found" in str(path):
+                raise PermissionError(13, "Permission denied", str(path))
+            return look(path)
+
+        return refuse
+
+    monkeypatch.setattr(Path, "is_file", refusing(Path.is_file))
+    monkeypatch.setattr(os, "scandir", refusing(os.scandir))
+    assert files_of(tmp_path) == files_of(chexpert) == expected
+
+
+def test_dry_run_counts_and_writes_nothing(chexpert: Path, tmp_path: Path) -> None:
+    missing = chexpert / "train/patient00002/study1/view1_frontal.jpg"
+    missing.unlink()
+    dry = run_pipeline(
+        "shards", chexpert, tmp_path / "out", "--size", 48, "--dry-run", "--dev", 0, "--limit", 10
+    )
+    assert dry.returncode == 0, dry.stderr
+    lines = dry.stdout.splitlines()
+    assert lines[0].startswith(
+        "train        48 rows, 10 kept, dropped: 16 by --views, 22 by --limit; 1 shards, about 0.0 MB"
+    )
+    assert lines[-1] == "dry run: nothing was written"
+    whole = run_pipeline("shards", chexpert, tmp_path / "out", "--size", 48, "--dry-run", "--dev", 0)
+    assert f"       1 images are missing, for example {missing}" in whole.stdout.splitlines()
+    assert not (tmp_path / "out").exists()
+
+
+def move_images(chexpert: Path, tmp_path: Path, layout: str) -> tuple[Path, str]:
+    """Rearrange the folder; returns what is given as SOURCE, and the Path that the CSVs have for a split's folder."""
+    data = tmp_path / "data"
+    data.mkdir()
+    root = Path(shutil.move(chexpert, data / "CheXpert-v1.0-small"))
+    if layout.startswith("beside"):
+        for split in ("train", "valid"):
+            (root / f"{split}.csv").rename(data / f"{split}.csv")
+        return (root if layout == "beside, folder given" else data), f"{root.name}/{{split}}/"
+    if layout == "patients in the folder with a dot":
+        for path in [*root.glob("*/patient*")]:
+            path.rename(root / path.name)
+        return root, "CheXpert-v1.0/"
+    return root, "" if layout == "no folder in the CSV" else f"{root.name}/{{split}}/"
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "beside, parent given",
+        "beside, folder given",
+        "patients in the folder with a dot",
+        "no folder in the CSV",
+        "JPG",
+    ],
+)
+def test_layouts_that_people_have(chexpert: Path, tmp_path: Path, layout: str) -> None:
+    given, above = move_images(chexpert, tmp_path, layout)
+    suffix = "JPG" if layout == "JPG" else "jpg"
+    for path in [*tmp_path.rglob("view*.jpg")]:
+        path.rename(path.with_suffix(f".{suffix}"))
+    for csv in tmp_path.rglob("*.csv"):
+        text = csv.read_text().replace(f"CheXpert-v1.0-small/{csv.stem}/", above.format(split=csv.stem))
+        csv.write_text(text.replace(".jpg", f".{suffix}"))
+    files = files_of(given)
+    assert [len(files[split]) for split in ("train", "valid")] == [48, 12]
+    source = find_source(given, {}, [])
+    tables, _ = read_splits(source, **SELECTION)  # type: ignore[arg-type]
+    moved = describe_moved(tables.values(), source.roots)
+    assert (moved is None) == (layout != "no folder in the CSV")
+
+
+def test_images_in_another_folder_than_the_csv_says_are_counted(chexpert: Path, tmp_path: Path) -> None:
+    train, old = chexpert / "train", chexpert / "old"
+    expected = files_of(chexpert)
+    shutil.copytree(train, old)
+    assert files_of(chexpert) == expected
+    (train / "patient00003").rename(tmp_path / "gone")
+    (train / "patient00004/study1/view1_frontal.jpg").unlink()
+    files = files_of(chexpert)["train"]
+    assert [file for file in files if "/old/" in file] == [
+        str(old / f"patient0000{name}.jpg")
+        for name in (
+            "3/study1/view1_frontal",
+            "3/study1/view2_lateral",
+            "3/study2/view1_frontal",
+            "4/study1/view1_frontal",
+        )
+    ]
+    note = re.compile(
+        rf"3 images are in another folder than the CSV says, for example {re.escape(str(old))}/(patient0000[34]\S+) "
+        r"for CheXpert-v1\.0-small/train/\1"
+    )
+    for more in (["--dry-run"], []):
+        run = run_pipeline("shards", chexpert, tmp_path / "out", "--size", 48, *more)
+        assert run.returncode == 0, run.stderr
+        assert len([line for line in run.stdout.splitlines() if note.fullmatch(line)]) == 1
+
+
+def test_what_is_nowhere_is_missing_where_the_csv_says(chexpert: Path) -> None:
+    shutil.rmtree(chexpert / "train/patient00003")
+    (chexpert / "old/patient00003").mkdir(parents=True)
+    source = find_source(chexpert, {}, [])
+    tables, _ = read_splits(source, **SELECTION)  # type: ignore[arg-type]
+    missing = [file for file in tables["train"]["file"].to_pylist() if not Path(file).exists()]
+    assert sorted(missing) == [
+        str(chexpert / f"train/patient00003/study{name}.jpg")
+        for name in ("1/view1_frontal", "1/view2_lateral", "2/view1_frontal")
+    ]
+    assert describe_moved(tables.values(), source.roots) is None
+
+
+def test_splits_that_share_a_patient_name_the_line_of_the_file(
+    chexpert: Path, edit_csv: Callable[[str, str], None]
+) -> None:
+    edit_csv("\n", "\n\n\n")
+    csv = chexpert / "valid.csv"
+    header, *rows = csv.read_text().splitlines()
+    csv.write_text("\n".join([header, "", *rows, rows[0].replace("patient00017", "patient00001")]))
+    with pytest.raises(DataError, match=r"valid.csv, line 15: patient00001 is in train.csv too"):
+        read_splits(find_source(chexpert, {}, []), **SELECTION)  # type: ignore[arg-type]
+
+
+def test_dark_16_bit_images_need_bits(chexpert: Path, tmp_path: Path) -> None:
+    """Films of 12 bits in PNGs of 16, among JPEGs; the shards with --bits are those of the 8-bit ones."""
+    csv = chexpert / "train.csv"
+    frame = pd.read_csv(csv)
+    for path in [*(chexpert / "train").rglob("*.jpg")][:4]:
+        levels = np.asarray(Image.open(path)).astype(np.uint16)
+        levels[0, 0] = 255
+        Image.fromarray(levels * 16 + levels // 16).save(path.with_suffix(".png"))
+        path.unlink()
+        name = str(path.relative_to(chexpert))
+        frame["Path"] = frame["Path"].str.replace(name, name.replace(".jpg", ".png"))
+    frame.to_csv(csv, index=False)
+    command = ("shards", chexpert, tmp_path / "out", "--size", 48, "--views", "all")
+    message = (
+        "4 of 60 images of a sample are 16-bit PNGs, whose highest level is 4,095 of 65,535: they would be nearly "
+        "black; give --bits 12 (or 8 to 16, as the images were made)"
+    )
+    for more in (["--dry-run"], []):
+        run = run_pipeline(*command, "--dev", 0, *more)
+        assert (run.returncode, run.stderr.splitlines()[-1]) == (1, f"Error: {message}")
+    assert not list((tmp_path / "out").glob("*.tar"))
+    run = run_pipeline(*command, "--bits", 12, "--encoding", "raw")
+    assert run.returncode == 0, run.stderr
+    manifest = read_manifest(tmp_path / "out")
+    assert (manifest.options["bits"], manifest.rejects) == (12, ())
+    again = run_pipeline(*command, "--encoding", "raw")
+    assert "bits is 12 there and None here" in again.stderr
+    accepted = make_shards(chexpert, tmp_path / "dark", default_options(views="all", bits=16))
+    assert accepted.manifest.options["bits"] == 16
+    bright = make_shards(chexpert, tmp_path / "bright", default_options(views="all", bits=12))
+    assert bright.manifest.pixels["mean"] > accepted.manifest.pixels["mean"]

@@ -1,0 +1,413 @@
+import io
+import re
+import shutil
+import tarfile
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest.mock import Mock
+
+import cv2
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+from torchvision.transforms.functional import pil_to_tensor
+
+from pipeline import DataError
+from pipeline.images import decode_stored, resize
+from pipeline.labels import LABELS
+from pipeline.manifest import FACTS, Manifest, read_table
+from pipeline.policies import make_targets, parse_uncertain_policy
+from pipeline.stream import batches as stream
+from pipeline.stream.batches import (
+    Batch,
+    Encoded,
+    Labels,
+    OpenSplit,
+    open_split,
+    stages,
+    stream_evaluation,
+    stream_training,
+)
+from pipeline.stream.loader import compose
+from pipeline.stream.plan import Step, plan_evaluation, plan_training
+from pipeline.stream.samples import find_studies, stream_studies
+from tests.conftest import REPOSITORY, make_shards
+
+Shards = tuple[Path, Manifest]
+LINEAR = cv2.INTER_LINEAR_EXACT
+
+
+@pytest.fixture
+def split(shards: Shards) -> OpenSplit:
+    return open_split(*shards, "train")
+
+
+@pytest.fixture
+def labels(split: OpenSplit) -> Labels:
+    return Labels(*make_targets(split.table, parse_uncertain_policy("best"), "zeros", seed=0))
+
+
+def training(split: OpenSplit, labels: Labels, **options: Any) -> list[Batch]:
+    defaults = {"size": 32, "batch_size": 4, "seed": 0, "epoch": 0}
+    return list(stream_training(split, labels, **(defaults | options)))
+
+
+class Source(NamedTuple):
+    """Batches of images or of studies, from shards of both."""
+
+    split: OpenSplit
+    units: int
+    epoch: Callable[..., list[Any]]  # of training, with the options of plan_training
+    whole: Callable[[int], list[Any]]  # in table order, by size of the batch
+
+
+@pytest.fixture(params=["image", "study"])
+def source(request: pytest.FixtureRequest, study_shards: Shards) -> Source:
+    split = open_split(*study_shards, "train")
+    labels = Labels(*make_targets(split.table, parse_uncertain_policy("best"), "zeros", seed=0))
+    if request.param == "image":
+        return Source(
+            split,
+            split.table.num_rows,
+            partial(training, split, labels),
+            lambda size: list(stream_evaluation(split, labels, size=32, batch_size=size)),
+        )
+    studies = find_studies(split)
+
+    def read(plan: Callable[..., Iterator[Step]], *arguments: Any, threads: int = 2, **options: Any) -> Any:
+        steps = partial(plan, *arguments, **options)
+        return list(stream_studies(steps, split, studies, labels, size=32, threads=threads))
+
+    defaults = {"batch_size": 4, "seed": 0, "epoch": 0}
+    return Source(
+        split,
+        len(studies.rows),
+        lambda **options: read(plan_training, studies.shard_sizes, **(defaults | options)),
+        lambda size: read(plan_evaluation, len(studies.rows), size),
+    )
+
+
+def assert_equal(batches: list[Any], expected: list[Any]) -> None:
+    assert len(batches) == len(expected)
+    for batch, other in zip(batches, expected, strict=True):
+        assert batch.step[:2] == other.step[:2]
+        for ours, theirs in zip((batch.step.rows, *batch[1:]), (other.step.rows, *other[1:]), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+
+
+def test_batches_hold_what_plain_readers_find(shards: Shards, split: OpenSplit, labels: Labels) -> None:
+    folder, manifest = shards
+    images = {}
+    for shard in manifest.split("train").shards:
+        with tarfile.open(folder / shard.file) as tar:
+            for member in tar:
+                if member.name.endswith(".jpg"):
+                    image = Image.open(io.BytesIO(tar.extractfile(member).read()))  # type: ignore[union-attr]
+                    images[member.name[:-4]] = cv2.resize(np.asarray(image), (32, 32), interpolation=LINEAR)
+    batches = training(split, labels)
+    assert len(batches) == split.table.num_rows // 4
+    for batch in batches:
+        assert batch.images.shape == (4, 1, 32, 32)
+        assert batch.images.dtype == np.uint8
+        for position, row in enumerate(batch.step.rows):
+            np.testing.assert_array_equal(
+                batch.images[position, 0], images[split.table["key"][int(row)].as_py()]
+            )
+        np.testing.assert_array_equal(batch.target, labels.target[batch.step.rows])
+        np.testing.assert_array_equal(batch.mask, labels.mask[batch.step.rows])
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_same_batches_for_any_threads_and_ranks_and_from_any_step(
+    source: Source, threads: int, ranks: int
+) -> None:
+    whole = source.epoch(threads=3)
+    steps = len(whole)
+    assert steps == source.units // 4 > 4
+    # Resumed in the middle, once more from there, with one step to go, and at the exact end.
+    for start_step in (0, 1, 3, steps - 1, steps):
+        streams = [
+            source.epoch(threads=threads, start_step=start_step, rank=rank, ranks=ranks)
+            for rank in range(ranks)
+        ]
+        joined = [
+            parts[0]._replace(
+                step=parts[0].step._replace(rows=np.concatenate([part.step.rows for part in parts])),
+                **{
+                    name: np.concatenate([getattr(part, name) for part in parts])
+                    for name in parts[0]._fields
+                    if name not in ("step", "bad")
+                },
+            )
+            for parts in zip(*streams, strict=True)
+        ]
+        assert_equal(joined, whole[start_step:])
+
+
+def test_a_resume_decodes_nothing_of_what_was_done(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    counted = Mock(wraps=decode_stored)
+    monkeypatch.setattr(stream, "decode_stored", counted)
+    batches = source.epoch(start_step=3)
+    assert len(batches) == source.units // 4 - 3
+    assert counted.call_count == sum((batch.step.rows >= 0).sum() for batch in batches)
+
+
+def test_selected_rows_and_drawn_rows_are_those_of_the_plan(split: OpenSplit, labels: Labels) -> None:
+    rows = np.flatnonzero(np.array(split.table["sex"].to_pylist()) == "Female")
+    seen = np.concatenate([batch.step.rows for batch in training(split, labels, rows=rows, batch_size=1)])
+    np.testing.assert_array_equal(np.sort(seen), rows)
+    kept = stream_evaluation(split, labels, size=32, batch_size=4, rows=rows)
+    np.testing.assert_array_equal(np.concatenate([batch.step.rows for batch in kept]), rows)
+    weights = np.zeros(split.table.num_rows)
+    weights[7] = 1
+    assert {row for batch in training(split, labels, weights=weights) for row in batch.step.rows} == {7}
+
+
+def test_epochs_differ_and_visit_everything_but_the_tail_once(source: Source) -> None:
+    first, second = (
+        np.concatenate([batch.step.rows for batch in source.epoch(epoch=epoch, batch_size=5)])
+        for epoch in (0, 1)
+    )
+    assert first.tolist() != second.tolist()
+    for rows in (first, second):
+        assert len(rows) == source.units // 5 * 5
+        images = rows[rows >= 0]
+        assert len(np.unique(images)) == len(images)
+
+
+def test_evaluation_sees_every_sample_once(source: Source) -> None:
+    batches = source.whole(5)
+    assert [len(batch.images) for batch in batches[:-1]] == [5] * (len(batches) - 1)
+    rows = np.concatenate([batch.step.rows for batch in batches])
+    np.testing.assert_array_equal(rows[rows >= 0], np.arange(source.split.table.num_rows))
+
+
+def test_a_stage_of_the_users_own(split: OpenSplit, labels: Labels) -> None:
+    def keep_even_steps(encoded: Iterable[Encoded]) -> Iterator[Encoded]:
+        return (batch for batch in encoded if batch.step.step % 2 == 0)
+
+    plan = partial(plan_training, split.shard_sizes, 4, 0, 0)
+    fetch, decode, label = stages(split, labels, size=32, threads=2)
+    batches = list(compose(plan, fetch, keep_even_steps, decode, label))
+    assert_equal(batches, training(split, labels)[::2])
+
+
+def flip_bit(folder: Path, split: OpenSplit, row: int) -> str:
+    """Damage the image of a row; returns the error that names it."""
+    path = folder / split.shards[split.shard[row]].file
+    data = bytearray(path.read_bytes())
+    data[split.offset[row] + split.length[row] // 2] ^= 1
+    path.write_bytes(data)
+    key = split.table["key"][row].as_py()
+    return f"{path.name}: sample {key}: its bytes do not match the checksum in the index"
+
+
+def test_a_flipped_bit_is_named(shards: Shards, split: OpenSplit, labels: Labels) -> None:
+    message = flip_bit(shards[0], split, 5)
+    with pytest.raises(DataError) as caught:
+        list(stream_evaluation(open_split(*shards, "train"), labels, size=32, batch_size=4))
+    assert str(caught.value) == message
+
+
+def test_allowed_bad_images_are_black_and_masked_and_logged(
+    shards: Shards, split: OpenSplit, labels: Labels, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = training(split, labels)
+    first = flip_bit(shards[0], split, 5)
+    last = flip_bit(shards[0], split, 12)
+    for ours, whole in zip(training(split, labels, max_bad=2), expected, strict=True):
+        bad = np.isin(ours.step.rows, (5, 12))
+        assert not ours.images[bad].any()
+        assert not ours.mask[bad].any()
+        np.testing.assert_array_equal(ours.images[~bad], whole.images[~bad])
+        np.testing.assert_array_equal(ours.mask[~bad], whole.mask[~bad])
+        np.testing.assert_array_equal(ours.target, whole.target)
+        assert [ours.step.rows[position] for position in ours.bad] == ours.step.rows[bad].tolist()
+    said = [text.partition("; ") for text in caplog.messages]
+    assert {text for text, _, _ in said} == {first, last}
+    assert [rest for _, _, rest in said] == ["left out, 1 of 2 allowed", "left out, 2 of 2 allowed"]
+    assert labels.mask.all()  # the rows of the whole split are untouched
+    with pytest.raises(DataError) as caught:
+        list(stream_evaluation(split, labels, size=32, batch_size=4, max_bad=1))
+    assert str(caught.value) == f"{last}; more than 1 such images (--max-bad)"
+
+
+def test_a_shard_cut_short_under_a_running_stream_is_named(
+    shards: Shards, split: OpenSplit, labels: Labels
+) -> None:
+    batches = iter(stream_evaluation(split, labels, size=32, batch_size=1, threads=1))
+    next(batches)
+    (shards[0] / split.shards[-1].file).write_bytes(b"")
+    key = split.table["key"][split.table.num_rows - split.shards[-1].samples].as_py()
+    message = rf"^{split.shards[-1].file}: sample {key}: its bytes do not match the checksum in the index$"
+    with pytest.raises(DataError, match=message):
+        list(batches)
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="open files are listed on Linux alone")
+def test_files_stay_open_only_as_long_as_they_are_read(
+    shards: Shards, split: OpenSplit, labels: Labels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def open_tars() -> int:
+        links = [path for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+        return sum(str(link.readlink()).startswith(str(shards[0])) for link in links)
+
+    assert len(split.shards) > 3
+    monkeypatch.setattr(stream, "KEPT_OPEN", 1)
+    counts = [open_tars() for _ in stream_evaluation(split, labels, size=32, batch_size=1, threads=1)]
+    assert set(counts) <= {1, 2}  # the one that is read, and the one that waiting batches need
+    assert open_tars() == 0
+
+
+def test_a_table_of_other_shards_is_refused(shards: Shards, originals: Path) -> None:
+    folder, manifest = shards
+    shutil.copy(folder / "dev.arrow", folder / "train.arrow")
+    with pytest.raises(
+        DataError, match=r"train.arrow: its sha256 is not the manifest's; it is damaged or be"
+    ):
+        open_split(folder, manifest, "train")
+
+
+class PlainDataset(torch.utils.data.Dataset[tuple[torch.Tensor, int]]):
+    """What a PyTorch user needs to read shards without this package; returns image and Edema."""
+
+    def __init__(self, folder: Path, split: str) -> None:
+        self.rows = pa.ipc.open_file(pa.memory_map(str(folder / f"{split}.arrow"))).read_all()
+        self.tars = sorted(folder.glob(f"{split}-*.tar"))
+
+    def __len__(self) -> int:
+        return int(self.rows.num_rows)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        row = self.rows.slice(index, 1).to_pylist()[0]
+        with self.tars[row["shard"]].open("rb") as tar:
+            tar.seek(row["offset"])
+            return pil_to_tensor(Image.open(io.BytesIO(tar.read(row["length"])))), row["Edema"]
+
+
+def test_a_plain_pytorch_dataset_reads_the_same(shards: Shards, split: OpenSplit, labels: Labels) -> None:
+    plain = PlainDataset(shards[0], "train")
+    ours = list(stream_evaluation(split, labels, size=48, batch_size=1))
+    assert len(plain) == len(ours)
+    for index, state in enumerate(split.table["Edema"].to_pylist()):
+        (image, edema), batch = plain[index], ours[index]
+        np.testing.assert_array_equal(resize(image.numpy()[0], 48, 48), batch.images[0, 0])
+        assert edema == state
+
+
+# A reader of Hugging Face leaves its tars open until they are collected.
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("streaming", [False, True])
+def test_hugging_face_datasets_reads_the_same(
+    chexpert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streaming: bool
+) -> None:
+    """By the call in shards/README.md, from shards whose first samples are blank: it guesses types from five."""
+    first = make_shards(chexpert, tmp_path / "first").manifest
+    tables = [read_table(tmp_path / "first", split) for split in first.splits.values()]
+    keys = [key for table in tables for key in table["key"].to_pylist()[:5]]
+    for csv in (chexpert / "train.csv", chexpert / "valid.csv"):
+        frame = pd.read_csv(csv, dtype=str)
+        parts = frame["Path"].str.removesuffix(".jpg").str.split("/").str[-3:]
+        frame["Edema"] = np.where(parts.str.join("_").isin(keys), "", "1.0")
+        frame.to_csv(csv, index=False)
+    folder = tmp_path / "shards"
+    manifest = make_shards(chexpert, folder).manifest
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.chdir(tmp_path)
+    text = (REPOSITORY / "shards" / "README.md").read_text()
+    code = next(
+        code for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "load_dataset" in code
+    )
+    variables: dict[str, Any] = {}
+    exec(code.replace("features)  #", f"features, streaming={streaming})  #"), variables)  # noqa: S102
+    assert variables["splits"].keys() == manifest.splits.keys() == {"train", "dev", "valid"}
+    for name, samples in variables["splits"].items():
+        assert isinstance(samples, datasets.IterableDataset) == streaming
+        split = manifest.splits[name]
+        rows = read_table(folder, split).to_pylist()
+        assert {row["Edema"] for row in rows[:5]} == {None} != {row["Edema"] for row in rows}
+        tars = [(folder / shard.file).read_bytes() for shard in split.shards]
+        for sample, row in zip(samples, rows, strict=True):
+            jpeg = tars[row["shard"]][row["offset"] : row["offset"] + row["length"]]
+            np.testing.assert_array_equal(np.asarray(sample["jpg"]), decode_stored(jpeg, "jpeg"))
+            facts = {name: row[name] for name in FACTS.names if name not in LABELS}
+            assert sample["json"] == facts | {"labels": {label: row[label] for label in LABELS}}
+
+
+def test_missing_and_truncated_shards_are_found_before_the_first_batch(shards: Shards) -> None:
+    folder, manifest = shards
+    shard = folder / manifest.split("train").shards[1].file
+    size = shard.stat().st_size
+    with shard.open("r+b") as file:
+        file.truncate(1024)
+    with pytest.raises(
+        DataError, match=rf"train-000001.tar: damaged: 1024 bytes, not {size} as in the manifest$"
+    ):
+        open_split(folder, manifest, "train")
+    shard.unlink()
+    with pytest.raises(DataError, match=r"train-000001.tar: the shard is missing$"):
+        open_split(folder, manifest, "train")
+
+
+def test_a_bad_image_that_is_drawn_often_is_one(shards: Shards, split: OpenSplit, labels: Labels) -> None:
+    flip_bit(shards[0], split, 5)
+    weights = np.where(np.arange(len(split.shard)) == 5, 100.0, 0.01)
+    drawn = np.concatenate([batch.step.rows for batch in training(split, labels, weights=weights, max_bad=1)])
+    assert (drawn == 5).sum() > 10
+
+
+def test_an_abandoned_stream_ends_its_threads(split: OpenSplit, labels: Labels) -> None:
+    iterator = iter(stream_training(split, labels, size=32, batch_size=2, seed=0, epoch=0, threads=2))
+    next(iterator)
+    assert any(thread.name.startswith("decode") for thread in threading.enumerate())
+    del iterator
+    assert not any(thread.name.startswith("decode") for thread in threading.enumerate())
+
+
+def load(stream_: Any, context: str) -> Iterable[Any]:
+    """The stream through two workers of a DataLoader, started so."""
+    loader: DataLoader[Any] = DataLoader(
+        stream_, batch_size=None, num_workers=2, multiprocessing_context=context
+    )
+    return loader
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn", "forkserver"])
+def test_the_workers_of_a_loader_share_the_batches_in_their_order(
+    split: OpenSplit, labels: Labels, context: str
+) -> None:
+    streams = {
+        "training": stream_training(split, labels, size=16, batch_size=4, seed=0, epoch=0, start_step=1),
+        "evaluation": stream_evaluation(split, labels, size=16, batch_size=4),
+    }
+    for name, stream_ in streams.items() if context == "fork" else [("training", streams["training"])]:
+        alone = list(stream_)
+        assert len(alone) > 2, name
+        shared = [
+            Batch(Step(*step), images.numpy(), target.numpy(), mask.numpy(), bad)
+            for step, images, target, mask, bad in load(stream_, context)
+        ]
+        assert_equal(shared, alone)
+
+
+def test_the_workers_of_a_loader_share_studies(study_shards: Shards) -> None:
+    split = open_split(*study_shards, "train")
+    labels = Labels(*make_targets(split.table, parse_uncertain_policy("best"), "zeros", seed=0))
+    studies = find_studies(split)
+    plan = partial(plan_training, studies.shard_sizes, 4, 0, 0)
+    stream_ = stream_studies(plan, split, studies, labels, size=16)
+    steps = [(int(batch[0][1]), np.asarray(batch[0][2]).tolist()) for batch in load(stream_, "fork")]
+    assert steps == [(batch.step.step, batch.step.rows.tolist()) for batch in stream_]
+    assert [step for step, _ in steps] == list(range(len(studies.rows) // 4))

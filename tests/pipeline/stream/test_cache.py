@@ -1,0 +1,722 @@
+import errno
+import hashlib
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+from base64 import b64encode
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import repeat
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import numpy as np
+import pytest
+
+from pipeline import DataError
+from pipeline.manifest import Manifest, Shard, read_manifest, read_table, write_manifest
+from pipeline.policies import make_targets, parse_uncertain_policy
+from pipeline.stream import cache as remote
+from pipeline.stream.batches import Labels, open_split, stream_training
+from pipeline.stream.cache import Cache, Remote, is_url, redact
+
+GB = 10**9
+Fault = Callable[["Handler", bytes], None]
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Serves the files of a folder by the last part of their path, or does what the next fault does."""
+
+    server: "Server"
+
+    def do_GET(self) -> None:
+        name = unquote(urlsplit(self.path).path).rpartition("/")[2]
+        self.server.requests[name] += 1
+        self.server.times.append(time.monotonic())
+        self.server.seen = (self.path, self.headers.get("Authorization"))
+        data = (self.server.folder / name).read_bytes()
+        next(self.server.faults, serve)(self, data)
+
+    def start(self, length: int, status: int = 200) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(length))
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+class Server(ThreadingHTTPServer):
+    """A web server on loopback. `faults` is what happens to the next requests; then all are served."""
+
+    daemon_threads = True
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.folder = folder
+        self.requests: Counter[str] = Counter()
+        self.times: list[float] = []
+        self.seen: tuple[str, str | None] = ("", None)
+        self.faults: Iterator[Fault] = iter(())
+        self.stopped = threading.Event()
+
+    def handle_error(self, *_: object) -> None:
+        pass  # clients that hang up
+
+
+def serve(handler: Handler, data: bytes) -> None:
+    handler.start(len(data))
+    handler.wfile.write(data)
+
+
+def status(number: int) -> Fault:
+    return lambda handler, data: handler.start(0, number)
+
+
+def truncate(handler: Handler, data: bytes) -> None:
+    handler.start(len(data))
+    handler.wfile.write(data[:-100])
+
+
+def shorten(handler: Handler, data: bytes) -> None:
+    serve(handler, data[:-100])
+
+
+def flip(handler: Handler, data: bytes) -> None:
+    serve(handler, data[:-1] + bytes([data[-1] ^ 1]))
+
+
+def stall(handler: Handler, data: bytes) -> None:
+    handler.start(len(data))
+    handler.wfile.write(data[:500])
+    handler.server.stopped.wait()
+
+
+def drip(handler: Handler, data: bytes, seconds: float = 0.5) -> None:
+    """Serve in ten pieces, one after the other."""
+    handler.start(len(data))
+    size = -(-len(data) // 10)
+    for start in range(0, len(data), size):
+        handler.wfile.write(data[start : start + size])
+        time.sleep(seconds / 10)
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """None of this machine's proxies, profiles and passwords."""
+    for name in [name for name in os.environ if name.startswith("AWS_") or name.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)
+    for name in ("NETRC", "AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+        monkeypatch.setenv(name, "/dev/null")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    """Serves `tmp_path/shards`."""
+    (tmp_path / "shards").mkdir(exist_ok=True)
+    with Server(tmp_path / "shards") as server:
+        thread = threading.Thread(target=partial(server.serve_forever, poll_interval=0.01))
+        thread.start()
+        yield server
+        server.stopped.set()
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture(params=["http", "s3"])
+def url(request: pytest.FixtureRequest, server: Server, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The server's address; for s3 it stands in for a store."""
+    endpoint = f"http://127.0.0.1:{server.server_port}"
+    if request.param == "http":
+        return f"{endpoint}/shards"
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "an-id")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "a-secret")
+    return "s3://bucket/shards"
+
+
+def web(server: Server) -> str:
+    return f"http://127.0.0.1:{server.server_port}/shards"
+
+
+def quick(url: str, folder: Path, limit: int = GB, timeout: float = 10) -> Remote:
+    return Remote(url, Cache(folder, limit), attempts=3, pause=0.01, timeout=timeout)
+
+
+def make_files(folder: Path, number: int, size: int = 1000) -> list[Shard]:
+    """Files of noise that stand in for shards."""
+    shards = []
+    for seed in range(number):
+        data = random.Random(seed).randbytes(size)
+        (folder / f"{seed}.tar").write_bytes(data)
+        shards.append(Shard(f"{seed}.tar", 1, size, hashlib.sha256(data).hexdigest()))
+    return shards
+
+
+def cached(cache: Path) -> set[str]:
+    return {path.name for path in cache.iterdir()} - {"lock", "sets"}
+
+
+def shard_names(*shards: Shard) -> set[str]:
+    return {shard.sha256 for shard in shards}
+
+
+@pytest.mark.parametrize(
+    ("location", "expected"),
+    [
+        ("https://host/path", True),
+        ("http://host", True),
+        ("s3://bucket/path", True),
+        ("shards", False),
+        ("/data/a:b", False),
+    ],
+)
+def test_what_is_a_url(location: str, expected: bool) -> None:
+    assert is_url(location) is expected
+
+
+@pytest.mark.parametrize(
+    ("location", "scheme"),
+    [
+        ("gs://bucket/path", "gs://"),
+        ("file:///data", "file://"),
+        ("pipe:curl https://host", "pipe:"),
+        ("simplecache::https://host", "simplecache::https://"),
+    ],
+)
+def test_other_schemes_are_refused(location: str, scheme: str) -> None:
+    with pytest.raises(DataError) as caught:
+        is_url(location)
+    assert str(caught.value) == f"shards cannot be read from {scheme}: give a folder, https:// or s3://"
+
+
+def test_secrets_are_left_out() -> None:
+    text = "Cannot reach 'https://me:p@ss@host/a@b.tar?sig=s3cret&x=1' or http://host/b?token=x\nnow"
+    assert redact(text) == "Cannot reach 'https://host/a@b.tar' or http://host/b\nnow"
+
+
+def test_importing_it_is_cheap() -> None:
+    code = (
+        "import sys, pipeline.stream.cache; print({'fsspec', 's3fs', 'aiohttp', 'botocore'} & {*sys.modules})"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    with pytest.raises(DataError) as caught:
+        Remote("s3://bucket/path", Cache(tmp_path, GB))
+    message = "import of s3fs halted; None in sys.modules; install it with: pip install '.[remote]'"
+    assert str(caught.value) == f"s3://bucket/path: {message}"
+
+
+def test_mirror_and_shards_are_the_originals(
+    shards: tuple[Path, Manifest], server: Server, url: str, tmp_path: Path
+) -> None:
+    folder, manifest = shards
+    for _ in range(2):
+        remote = quick(f"{url}/", tmp_path / "cache")
+        mirror = remote.mirror()
+        assert read_manifest(mirror) == manifest
+        for split in manifest.splits.values():
+            assert read_table(mirror, split).equals(read_table(folder, split))
+            for shard in split.shards:
+                assert remote.path(shard).read_bytes() == (folder / shard.file).read_bytes()
+    files = [path.name for path in folder.glob("*.arrow")] + [path.name for path in folder.glob("*.tar")]
+    assert server.requests == {"manifest.json": 2} | dict.fromkeys(files, 1)
+
+
+def test_the_stream_is_the_same(shards: tuple[Path, Manifest], server: Server, tmp_path: Path) -> None:
+    folder, manifest = shards
+    remote = quick(web(server), tmp_path / "cache")
+    there = open_split(folder, manifest, "train")
+    here = open_split(remote.mirror(), manifest, "train", remote)
+    labels = Labels(*make_targets(there.table, parse_uncertain_policy("best"), "zeros", seed=0))
+    ours, theirs = (
+        list(stream_training(split, labels, size=32, batch_size=4, seed=0, epoch=0))
+        for split in (here, there)
+    )
+    assert len(ours) == len(theirs) > 0
+    for batch, other in zip(ours, theirs, strict=True):
+        np.testing.assert_array_equal(batch.images, other.images)
+
+
+def test_a_changed_manifest_is_seen(shards: tuple[Path, Manifest], server: Server, tmp_path: Path) -> None:
+    folder, manifest = shards
+    remote = quick(web(server), tmp_path / "cache")
+    first = remote.mirror()
+    write_manifest(folder, replace(manifest, policies={"uncertain": "ones", "blank": "ignore"}))
+    second = remote.mirror()
+    assert read_manifest(first).policies["uncertain"] == "best"
+    assert read_manifest(second).policies["uncertain"] == "ones"
+
+
+SOURCES = {"http": "~/.netrc", "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"}
+BUSY = {"http": "HTTP status 503", "s3": "[Errno 16] Service Unavailable"}
+CUT = (
+    "Response payload is not completed: <ContentLengthError: 400, message='Not enough data to satisfy content "
+    "length header (received 900 of 1000 bytes).'>"
+)
+
+
+@pytest.mark.parametrize(
+    ("fault", "requests", "message"),
+    [
+        (status(404), 1, "not found"),
+        (status(403), 1, "no access; credentials come from {source}"),
+        (status(503), 3, "{busy}; tried 3 times"),
+        (stall, 3, "no byte for 0.3 seconds; tried 3 times"),
+        (truncate, 3, "{cut}; tried 3 times"),
+        (shorten, 3, "900 bytes, not 1,000 as in the manifest; tried 3 times"),
+        (flip, 3, "its sha256 is not the manifest's; tried 3 times"),
+    ],
+)
+def test_failures_are_named(
+    server: Server, url: str, tmp_path: Path, fault: Fault, requests: int, message: str
+) -> None:
+    [shard] = make_files(server.folder, 1)
+    server.faults = repeat(fault)
+    with pytest.raises(DataError) as caught:
+        quick(url, tmp_path / "cache", timeout=0.3 if fault is stall else 10).path(shard)
+    scheme = url.partition(":")[0]
+    expected = message.format(source=SOURCES[scheme], busy=BUSY[scheme], cut=CUT)
+    assert str(caught.value) == f"{url}/0.tar: {expected}"
+    assert server.requests["0.tar"] == requests
+    assert server.times[-1] - server.times[0] < 10
+    assert not cached(tmp_path / "cache")
+
+
+@pytest.mark.parametrize("fault", [status(503), status(429), stall, truncate, flip])
+def test_two_failures_are_got_over(server: Server, tmp_path: Path, fault: Fault) -> None:
+    [shard] = make_files(server.folder, 1)
+    server.faults = iter([fault, fault])
+    path = quick(web(server), tmp_path / "cache", timeout=0.5 if fault is stall else 10).path(shard)
+    assert path.read_bytes() == (server.folder / "0.tar").read_bytes()
+    assert server.requests["0.tar"] == 3
+    assert cached(tmp_path / "cache") == shard_names(shard)
+
+
+def test_a_slow_link_is_no_failure(server: Server, url: str, tmp_path: Path) -> None:
+    """A second in all, though half of that without a byte would be too long."""
+    [shard] = make_files(server.folder, 1)
+    server.faults = repeat(partial(drip, seconds=1))
+    assert quick(url, tmp_path / "cache", timeout=0.5).path(shard).stat().st_size == 1000
+    assert server.requests == {"0.tar": 1}
+
+
+def test_pauses_double(server: Server, tmp_path: Path) -> None:
+    [shard] = make_files(server.folder, 1)
+    server.faults = repeat(flip)
+    with pytest.raises(DataError):
+        Remote(web(server), Cache(tmp_path / "cache", GB), attempts=3, pause=0.1).path(shard)
+    first, second, third = server.times
+    assert second - first >= 0.1
+    assert third - second >= 0.2
+
+
+def test_refused_connections_are_named(server: Server, url: str, tmp_path: Path) -> None:
+    [shard] = make_files(server.folder, 1)
+    server.server_close()
+    with pytest.raises(DataError) as caught:
+        quick(url, tmp_path / "cache").path(shard)
+    host = f"127.0.0.1:{server.server_port}"
+    reason = f"Cannot connect to host {host} ssl:default [Connect call failed {server.server_address}]"
+    if url.startswith("s3"):
+        reason = f'Could not connect to the endpoint URL: "http://{host}/bucket/shards/0.tar"'
+    assert str(caught.value) == f"{url}/0.tar: {reason}; tried 3 times"
+
+
+@pytest.mark.parametrize(
+    "url", ["https://", "https://?token=s3cret", "s3://", "s3:///path", "s3://me:s3cret@bucket/path"]
+)
+def test_incomplete_urls_are_refused(tmp_path: Path, url: str) -> None:
+    with pytest.raises(DataError, match=r"not like https://host/path or s3://bucket/path$") as caught:
+        Remote(url, Cache(tmp_path, GB))
+    assert "s3cret" not in str(caught.value)
+
+
+def test_a_port_out_of_range_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError) as caught:
+        Remote("http://host:99999", Cache(tmp_path, GB)).mirror()
+    assert str(caught.value) == "http://host:99999/manifest.json: Port out of range 0-65535"
+
+
+def test_secrets_reach_the_server_and_no_message(server: Server, tmp_path: Path) -> None:
+    url = web(server).replace("127", "me:s3cret@127") + "?token=s3cret"
+    server.faults = iter([serve, status(403)])
+    (server.folder / "manifest.json").write_text("<html>")
+    for reason in (
+        "not JSON: Expecting value: line 1 column 1 (char 0)",
+        f"no access; credentials come from {SOURCES['http']}",
+    ):
+        with pytest.raises(DataError) as caught:
+            quick(url, tmp_path / "cache").mirror()
+        assert str(caught.value) == f"{web(server)}/manifest.json: {reason}"
+    credentials = b64encode(b"me:s3cret").decode()
+    assert server.seen == ("/shards/manifest.json?token=s3cret", f"Basic {credentials}")
+
+
+def test_passwords_come_from_netrc(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    [shard] = make_files(server.folder, 1)
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password s3cret\n")
+    (tmp_path / "netrc").chmod(0o600)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    quick(web(server), tmp_path / "cache").path(shard)
+    assert server.seen[1] == f"Basic {b64encode(b'me:s3cret').decode()}"
+
+
+def test_missing_credentials_are_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError) as caught:
+        quick("s3://bucket/path", tmp_path).mirror()
+    assert (
+        str(caught.value)
+        == f"s3://bucket/path/manifest.json: no access; credentials come from {SOURCES['s3']}"
+    )
+
+
+def test_what_is_no_manifest_is_named(server: Server, tmp_path: Path) -> None:
+    (server.folder / "manifest.json").write_text("<html>Please log in</html>")
+    with pytest.raises(DataError) as caught:
+        quick(web(server), tmp_path / "cache").mirror()
+    assert (
+        str(caught.value)
+        == f"{web(server)}/manifest.json: not JSON: Expecting value: line 1 column 1 (char 0)"
+    )
+    assert not list((tmp_path / "cache" / "sets").iterdir())
+
+
+def test_a_hash_cannot_lead_out_of_the_cache(server: Server, tmp_path: Path) -> None:
+    [shard] = make_files(server.folder, 1)
+    with pytest.raises(DataError) as caught:
+        quick(web(server), tmp_path / "cache").path(replace(shard, sha256="../../0.tar"))
+    assert str(caught.value) == f"{web(server)}/0.tar: '../../0.tar' in its manifest is not a sha256"
+
+
+def test_any_file_name_is_found(server: Server, url: str, tmp_path: Path) -> None:
+    """Those of other people's tars."""
+    [shard] = make_files(server.folder, 1)
+    name = "a b+c%20#1?.tar"
+    (server.folder / "0.tar").rename(server.folder / name)
+    assert quick(url, tmp_path / "cache").path(replace(shard, file=name)).stat().st_size == 1000
+
+
+def test_threads_share_a_download(server: Server, tmp_path: Path) -> None:
+    shards = make_files(server.folder, 3)
+    server.faults = repeat(drip)
+    remotes = [quick(web(server), tmp_path / "cache") for _ in range(2)]
+    with ThreadPoolExecutor(12) as pool:
+        list(pool.map(lambda number: remotes[number % 2].path(shards[number % 3]), range(12)))
+    assert server.requests == {"0.tar": 1, "1.tar": 1, "2.tar": 1}
+
+
+ASK = """
+import sys
+from pathlib import Path
+from pipeline.manifest import Shard
+from pipeline.stream.cache import Cache, Remote
+url, folder, name, size, sha256 = sys.argv[1:]
+remote = Remote(url, Cache(Path(folder), 10**9))
+print("ready", flush=True)
+sys.stdin.readline()
+print(remote.path(Shard(name, 1, int(size), sha256)))
+"""
+
+
+class Asker:
+    """A process that is ready to ask for a shard."""
+
+    def __init__(self, server: Server, cache: Path, shard: Shard) -> None:
+        arguments = [web(server), cache, shard.file, shard.bytes, shard.sha256]
+        command = [sys.executable, "-c", ASK, *map(str, arguments)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert self.process.stdout is not None
+        assert self.process.stdout.readline() == "ready\n"
+
+    def ask(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write("go\n")
+        self.process.stdin.flush()
+
+
+def test_processes_share_a_download(server: Server, tmp_path: Path) -> None:
+    [shard] = make_files(server.folder, 1)
+    server.faults = repeat(drip)
+    askers = [Asker(server, tmp_path / "cache", shard) for _ in range(2)]
+    for asker in askers:
+        asker.ask()
+    path = tmp_path / "cache" / shard.sha256
+    assert [asker.process.communicate()[0] for asker in askers] == [f"{path}\n"] * 2
+    assert server.requests == {"0.tar": 1}
+
+
+def test_a_killed_download_leaves_nothing_that_looks_finished(server: Server, tmp_path: Path) -> None:
+    first, second, third = make_files(server.folder, 3)
+    server.faults = iter([stall])
+    cache = tmp_path / "cache"
+    asker = Asker(server, cache, first)
+    with asker.process as process:
+        asker.ask()
+        while not server.requests:
+            time.sleep(0.01)
+        part = cache / f"{first.sha256}.1000.part"
+        quick(web(server), cache).path(second)
+        assert cached(cache) == {part.name} | shard_names(second), "nobody deletes what is being downloaded"
+        process.kill()
+    assert cached(cache) == {part.name} | shard_names(second)
+    quick(web(server), cache).path(third)
+    assert cached(cache) == shard_names(second, third), "and somebody deletes what was"
+    assert quick(web(server), cache).path(first).stat().st_size == 1000
+
+
+def test_an_interrupted_download_is_deleted(server: Server, tmp_path: Path) -> None:
+    def interrupt(handler: Handler, data: bytes) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        stall(handler, data)
+
+    [shard] = make_files(server.folder, 1)
+    server.faults = repeat(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        Remote(web(server), Cache(tmp_path / "cache", GB)).path(shard)
+    assert not cached(tmp_path / "cache")
+
+
+def age(cache: Path, *shards: Shard, ago: float = 3600.0) -> None:
+    """Make it long ago that they were used, the first the longest."""
+    for number, shard in enumerate(reversed(shards), start=1):
+        moment = time.time() - ago * number
+        os.utime(cache / shard.sha256, (moment, moment))
+
+
+def test_the_least_recently_used_go(server: Server, tmp_path: Path) -> None:
+    first, second, third, fourth, fifth = make_files(server.folder, 5)
+    cache = tmp_path / "cache"
+    remote = quick(web(server), cache, limit=3000)
+    for shard in (first, second, third):
+        remote.path(shard)
+    age(cache, first, second, third)
+    remote.path(first)
+    remote.path(fourth)
+    assert cached(cache) == shard_names(first, third, fourth)
+    remote.path(fifth)
+    assert cached(cache) == shard_names(first, fourth, fifth)
+    age(cache, fourth, first, fifth)
+    assert remote.path(second).read_bytes() == (server.folder / "1.tar").read_bytes()
+    assert cached(cache) == shard_names(first, second, fifth)
+    assert server.requests == {"0.tar": 1, "1.tar": 2, "2.tar": 1, "3.tar": 1, "4.tar": 1}
+
+
+def test_a_clock_that_went_back_fills_no_disk(server: Server, tmp_path: Path) -> None:
+    """What was used in the future has not just been handed out."""
+    first, second, third = make_files(server.folder, 3)
+    cache = tmp_path / "cache"
+    remote = quick(web(server), cache, limit=2000)
+    for shard in (first, second):
+        remote.path(shard)
+    age(cache, first, second, ago=-3600.0)
+    remote.path(third)
+    assert cached(cache) == shard_names(first, third)
+
+
+def test_what_was_just_handed_out_stays(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = make_files(server.folder, 2)
+    monkeypatch.setattr(remote, "GRACE", 0.3)
+    cache = quick(web(server), tmp_path / "cache", limit=1999)
+    start = time.monotonic()
+    path = cache.path(first)
+    cache.path(second)
+    assert time.monotonic() - start > 0.3
+    assert not path.exists()
+
+
+def test_the_limit_holds_all_the_time(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Finished files, downloads under way at their full size, and tables."""
+    shards = make_files(server.folder, 12)
+    monkeypatch.setattr(remote, "GRACE", 0.05)
+    cache, limit = tmp_path / "cache", 4500
+    taken = []
+
+    def measure(handler: Handler, data: bytes) -> None:
+        sizes = [
+            int(path.suffixes[0][1:]) if path.suffix == ".part" else path.stat().st_size
+            for path in cache.iterdir()
+            if path.name not in ("lock", "sets")
+        ]
+        taken.append(sum(sizes))
+        drip(handler, data, 0.05)
+
+    server.faults = repeat(measure)
+    (cache / "sets" / "other").mkdir(parents=True)
+    (cache / "sets" / "other" / "train.arrow").write_bytes(bytes(400))
+    remotes = [quick(web(server), cache, limit) for _ in range(2)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda number: remotes[number % 2].path(shards[number % 12]), range(36)))
+    assert max(taken) == 4000
+    assert len(cached(cache)) <= 4
+
+
+def test_a_limit_too_small_is_named(shards: tuple[Path, Manifest], server: Server, tmp_path: Path) -> None:
+    folder, manifest = shards
+    shard = manifest.split("train").shards[0]
+    tables = sum(path.stat().st_size for path in (folder / "manifest.json", *folder.glob("*.arrow")))
+    limit = tables + shard.bytes - 1
+    remote = quick(web(server), tmp_path / "cache", limit)
+    remote.mirror()
+    with pytest.raises(DataError) as caught:
+        remote.path(shard)
+    assert str(caught.value) == (
+        f"{web(server)}/{shard.file}: {shard.bytes:,} bytes do not fit into a cache of {limit:,}, "
+        f"of which tables take {tables:,}; raise --cache-size"
+    )
+    assert quick(web(server), tmp_path / "cache", limit + 1).path(shard).stat().st_size == shard.bytes
+
+
+def test_files_of_others_in_the_cache_stay(
+    shards: tuple[Path, Manifest], server: Server, tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    others = {"thesis.pdf.part", "x" * 64, f"{'0' * 64}.part"}
+    for name in others:
+        (cache / name).write_bytes(bytes(5000))
+        os.utime(cache / name, (0, 0))
+    remote = quick(web(server), cache, limit=60_000)
+    remote.mirror()
+    for shard in shards[1].split("train").shards:
+        remote.path(shard)
+    assert others < cached(cache)
+
+
+def endless(handler: Handler, data: bytes) -> None:
+    """As much as is taken, whatever length was announced."""
+    handler.send_response(200)
+    handler.end_headers()
+    while not handler.server.stopped.is_set():
+        handler.wfile.write(bytes(2**16))
+
+
+def test_a_server_that_never_ends_fills_neither_disk_nor_memory(
+    shards: tuple[Path, Manifest], server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "MANIFEST_BYTES", 10**6)
+    near = quick(web(server), tmp_path / "cache", limit=10**7)
+    shard = shards[1].split("train").shards[0]
+    for use, name, most in (
+        (near.mirror, "manifest.json", 10**6),
+        (lambda: near.path(shard), shard.file, shard.bytes),
+    ):
+        server.faults = repeat(endless)
+        with pytest.raises(DataError) as caught:
+            use()
+        said = f"{web(server)}/{name}: more than the {most:,} bytes that it may have; tried 3 times"
+        assert str(caught.value) == said
+    server.faults = iter([serve, endless, endless, endless])
+    with pytest.raises(DataError, match=r"train.arrow: more than the 10,000,000 bytes that it may have; tr"):
+        near.mirror()
+    assert cached(tmp_path / "cache") == set()
+
+
+@pytest.mark.parametrize("fault", [status(503), partial(drip, seconds=20)])
+def test_a_download_that_is_wanted_no_more_ends(server: Server, tmp_path: Path, fault: Fault) -> None:
+    """A trainer that was told to stop has to save before it is killed."""
+    (shard,) = make_files(server.folder, 1, size=10**6)
+    far = Remote(web(server), Cache(tmp_path / "cache", GB), pause=60)
+    server.faults = repeat(fault)
+    stop = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        download = pool.submit(far.path, shard, stop)
+        time.sleep(0.5)
+        stop.set()
+        with pytest.raises(remote.DownloadStopped):
+            download.result(timeout=10)
+    assert cached(tmp_path / "cache") == set()
+
+
+def test_a_lower_limit_holds_from_the_start(
+    shards: tuple[Path, Manifest], server: Server, tmp_path: Path
+) -> None:
+    first, second, third = shards[1].split("train").shards[:3]
+    cache = tmp_path / "cache"
+    remote = quick(web(server), cache)
+    tables = sum(path.stat().st_size for path in remote.mirror().iterdir())
+    for shard in (first, second, third):
+        remote.path(shard)
+    age(cache, first, second, third)
+    quick(web(server), cache, tables + second.bytes + third.bytes).mirror()
+    assert cached(cache) == shard_names(second, third)
+
+
+@pytest.mark.parametrize("name", ["train-000000.tar", "train.arrow"])
+def test_damaged_files_in_the_cache_are_replaced(
+    shards: tuple[Path, Manifest], server: Server, tmp_path: Path, name: str
+) -> None:
+    folder, manifest = shards
+    split = manifest.split("train")
+    for damaged in (True, False):
+        remote = quick(web(server), tmp_path / "cache")
+        files = {
+            split.table: remote.mirror() / split.table,
+            split.shards[0].file: remote.path(split.shards[0]),
+        }
+        assert files[name].read_bytes() == (folder / name).read_bytes()
+        if damaged:
+            files[name].write_bytes(files[name].read_bytes()[:-1] + b"x")
+    assert server.requests[name] == 2
+
+
+def test_a_full_disk_is_named(server: Server, tmp_path: Path) -> None:
+    """A limit on file sizes stands in for it."""
+    [shard] = make_files(server.folder, 1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))
+    try:
+        with pytest.raises(DataError) as caught:
+            quick(web(server), tmp_path / "cache").path(shard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    message = f"{tmp_path / 'cache'}: cannot be written: {os.strerror(errno.EFBIG)}"
+    assert str(caught.value) == f"{web(server)}/0.tar: {message}"
+    assert server.requests["0.tar"] == 1
+
+
+def test_a_cache_that_is_a_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "cache").touch()
+    with pytest.raises(DataError) as caught:
+        Cache(tmp_path / "cache", GB)
+    assert str(caught.value) == f"{tmp_path / 'cache'}: cannot be used as a cache: Not a directory"
+
+
+MEASURE = """
+import resource, sys
+from pathlib import Path
+from pipeline.manifest import Shard
+from pipeline.stream.cache import Cache, Remote
+remote = Remote(sys.argv[1], Cache(Path(sys.argv[2]), 10**9))
+for name, size, sha256 in zip(*[iter(sys.argv[3:])] * 3):
+    remote.path(Shard(name, 1, int(size), sha256))
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+"""
+
+
+def test_downloads_are_not_held_in_memory(server: Server, url: str, tmp_path: Path) -> None:
+    arguments = []
+    for size in (1_000, 120_000_000):
+        with (server.folder / f"{size}.tar").open("wb") as file:
+            file.truncate(size)
+        arguments += [f"{size}.tar", str(size), hashlib.sha256(bytes(size)).hexdigest()]
+    command = [sys.executable, "-c", MEASURE, url, str(tmp_path / "cache"), *arguments]
+    small, large = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert float(large) - float(small) < 20

@@ -1,0 +1,283 @@
+"""Shards in a real object store: OpenStack Swift with its S3 API.
+
+make test-s3    # installs Swift into .venv-s3, whose bin folder is SWIFT_BIN
+"""
+
+import gzip
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline import DataError
+from pipeline.base.files import atomic_file
+from pipeline.base.store import open_location, read_objects
+from pipeline.manifest import Manifest, read_manifest, read_table
+from pipeline.stream.cache import Cache, Remote
+from tests.conftest import PIPELINE, run_pipeline, write_chexpert
+from tests.swift import KEY, SECRET, run_swift
+
+GB = 10**9
+URL = "s3://chest/films/shards"
+TRAIN = ["--arch", "rescnn", "--epochs", "1", "--batch-size", "4", "--image-size", "32", "--workers", "1"]
+
+pytestmark = pytest.mark.skipif("SWIFT_BIN" not in os.environ, reason="needs Swift: make test-s3")
+
+
+@pytest.fixture(scope="module")
+def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with run_swift(Path(os.environ["SWIFT_BIN"]).absolute(), tmp_path_factory.mktemp("swift")) as endpoint:
+        yield endpoint
+
+
+@pytest.fixture(autouse=True)
+def environment(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The store's address and credentials, and none of this machine's."""
+    for name in [name for name in os.environ if name.startswith("AWS_") or name.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)
+    for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+        monkeypatch.setenv(name, "/dev/null")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", KEY)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    monkeypatch.setenv("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")  # for writing
+
+
+@pytest.fixture
+def stored(shards: tuple[Path, Manifest]) -> tuple[Path, Manifest]:
+    """Shards in a folder, and the same in the store."""
+    import s3fs
+
+    folder, manifest = shards
+    store = s3fs.S3FileSystem(skip_instance_cache=True)
+    store.makedirs("chest", exist_ok=True)
+    store.put(f"{folder}/", URL, recursive=True)
+    return folder, manifest
+
+
+def quick(url: str, folder: Path) -> Remote:
+    return Remote(url, Cache(folder, GB), attempts=2, pause=0.01)
+
+
+def test_shards_come_back_as_they_went(stored: tuple[Path, Manifest], tmp_path: Path) -> None:
+    folder, manifest = stored
+    remote = quick(URL, tmp_path / "cache")
+    mirror = remote.mirror()
+    assert read_manifest(mirror) == manifest
+    for split in manifest.splits.values():
+        assert read_table(mirror, split).equals(read_table(folder, split))
+        for shard in split.shards:
+            assert remote.path(shard).read_bytes() == (folder / shard.file).read_bytes()
+
+
+def test_training_from_the_store_is_training_from_the_folder(
+    stored: tuple[Path, Manifest], tmp_path: Path
+) -> None:
+    folder, _ = stored
+    for shards, run in ((URL, "there"), (folder, "here")):
+        command = ["train.py", "--shards", shards, "--run", tmp_path / run, "--cache", tmp_path / "cache"]
+        subprocess.run([sys.executable, *map(str, command), *TRAIN], check=True, capture_output=True)
+    there, here = ((tmp_path / run / "metrics.jsonl").read_text() for run in ("there", "here"))
+    assert there == here
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("AWS_SECRET_ACCESS_KEY", "wr0ng-s3cret"), ("AWS_ACCESS_KEY_ID", "test:wr0ng")]
+)
+def test_wrong_credentials_are_named_without_them(
+    stored: tuple[Path, Manifest], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(DataError) as caught:
+        quick(URL, tmp_path / "cache").mirror()
+    source = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+    assert str(caught.value) == f"{URL}/manifest.json: no access; credentials come from {source}"
+    assert caught.value.__cause__ is None
+
+
+@pytest.mark.parametrize("url", ["s3://no-such-bucket/shards", "s3://chest/no-such-path"])
+def test_what_is_not_there_is_named(stored: tuple[Path, Manifest], tmp_path: Path, url: str) -> None:
+    with pytest.raises(DataError) as caught:
+        quick(url, tmp_path / "cache").mirror()
+    assert str(caught.value) == f"{url}/manifest.json: not found"
+
+
+def test_another_object_under_the_name_is_refused(stored: tuple[Path, Manifest], tmp_path: Path) -> None:
+    import s3fs
+
+    first, second = stored[1].split("train").shards[:2]
+    s3fs.S3FileSystem(skip_instance_cache=True).copy(f"{URL}/{second.file}", f"{URL}/{first.file}")
+    with pytest.raises(DataError) as caught:
+        quick(URL, tmp_path / "cache").path(first)
+    reason = f"{second.bytes:,} bytes, not {first.bytes:,} as in the manifest; tried 2 times"
+    if first.bytes == second.bytes:
+        reason = "its sha256 is not the manifest's; tried 2 times"
+    assert str(caught.value) == f"{URL}/{first.file}: {reason}"
+
+
+def objects_of(prefix: str) -> dict[str, bytes]:
+    import s3fs
+
+    store = s3fs.S3FileSystem(skip_instance_cache=True)
+    paths = store.find(prefix, withdirs=False) if store.exists(prefix) else []
+    return {path.removeprefix(f"{prefix}/"): store.cat_file(path) for path in paths}
+
+
+def test_the_etl_writes_to_the_store_what_it_writes_to_a_folder(stored: object, tmp_path: Path) -> None:
+    """Killed in the middle and started again; in its second half with more than one worker."""
+    import s3fs
+
+    source = tmp_path / "CheXpert-v1.0-small"
+    write_chexpert(source, "train", range(1, 61))
+    options = ["--size", "48", "--dev", "0.3", "--samples-per-shard", "20"]
+    assert run_pipeline("shards", source, tmp_path / "local", *options).returncode == 0
+    command = [str(PIPELINE), "shards", str(source), "s3://chest/written/small", *options, "--workers"]
+    run = subprocess.Popen([*command, "1"], stderr=subprocess.DEVNULL)
+    store = s3fs.S3FileSystem(skip_instance_cache=True, use_listings_cache=False)
+    while len(store.glob("chest/written/small/*.tar")) < 2:
+        assert run.poll() is None
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    assert "manifest.json" not in objects_of("chest/written/small")
+    again = subprocess.run([*command, "2"], capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr
+    assert "images were there already" in again.stdout
+    expected = {path.name: path.read_bytes() for path in (tmp_path / "local").iterdir()}
+    assert objects_of("chest/written/small") == expected
+    assert not any(SECRET.encode() in content or KEY.encode() in content for content in expected.values())
+    third = subprocess.run([*command, "1"], capture_output=True, text=True, check=False)
+    assert "s3://chest/written/small: complete already, nothing to do" in third.stdout
+    other = subprocess.run([*command, "1", "--seed", "1"], capture_output=True, text=True, check=False)
+    assert other.stderr == (
+        "Error: s3://chest/written/small holds other shards: seed is 0 there and 1 here; "
+        "choose another folder or --overwrite\n"
+    )
+    replaced = subprocess.run([*command, "1", "--seed", "1", "--overwrite"], capture_output=True, check=False)
+    assert replaced.returncode == 0
+    assert objects_of("chest/written/small")["manifest.json"] != expected["manifest.json"]
+
+
+def test_a_store_that_refuses_is_named_without_credentials(
+    stored: object, chexpert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wr0ng-s3cret")
+    refused = run_pipeline("shards", chexpert, "s3://chest/refused", "--size", 48)
+    assert refused.returncode == 1
+    assert refused.stderr == (
+        "Error: s3://chest/refused: cannot be used: PermissionError; "
+        "credentials come from AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE\n"
+    )
+
+
+def test_what_a_store_changes_is_noticed(stored: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = open_location("s3://chest/changed/file")
+    with atomic_file(path) as file:
+        file.write(b"a" * 1000)
+    assert path.read_bytes() == b"a" * 1000
+    put = path.fs.put_file  # type: ignore[attr-defined]
+
+    def change(local: str, remote: str) -> None:
+        put(local, remote)
+        path.write_bytes(b"b")
+
+    monkeypatch.setattr(path.fs, "put_file", change)  # type: ignore[attr-defined]
+    message = (
+        r"^s3://chest/changed/file: what the store gives back is not what was put; start the command again$"
+    )
+    with pytest.raises(DataError, match=message), atomic_file(path) as file:
+        file.write(b"c" * 1000)
+
+
+def test_the_etl_reads_from_the_store_what_it_reads_from_a_folder(stored: object, tmp_path: Path) -> None:
+    """With gzipped CSVs and one image missing, which is no failure of the store."""
+    import s3fs
+
+    source = tmp_path / "CheXpert-v1.0-small"
+    write_chexpert(source, "train", range(1, 31))
+    write_chexpert(source, "valid", range(31, 36))
+    (source / "valid.csv.gz").write_bytes(gzip.compress((source / "valid.csv").read_bytes()))
+    (source / "valid.csv").unlink()
+    missing = "train/patient00003/study1/view1_frontal.jpg"
+    (source / missing).unlink()
+    url = "s3://chest/sources/CheXpert-v1.0-small"
+    s3fs.S3FileSystem(skip_instance_cache=True).put(f"{source}/", url, recursive=True)
+
+    options = ["--size", "48", "--dev", "0.3", "--samples-per-shard", "20", "--max-bad", "0.1"]
+    assert run_pipeline("shards", source, tmp_path / "local", *options).returncode == 0
+    expected = {path.name: path.read_bytes() for path in (tmp_path / "local").iterdir()}
+    there = run_pipeline("shards", "s3://chest/sources", tmp_path / "there", *options, "--strict")
+    assert there.returncode == 3, there.stderr
+    found = {path.name: path.read_bytes() for path in (tmp_path / "there").iterdir()}
+    assert found.pop("rejects.csv") == expected.pop("rejects.csv").replace(str(source).encode(), url.encode())
+    assert found == expected
+
+    preview = run_pipeline("shards", url, tmp_path / "none", *options, "--dry-run")
+    assert f"1 images are missing, for example {url}/{missing}\n" in preview.stdout
+    mine = ["--split", f"train={source / 'train.csv'}", "--root", url]  # the CSV here, the images there
+    (source / "train").rename(tmp_path / "elsewhere")
+    assert run_pipeline("shards", tmp_path / "there", tmp_path / "mine", *mine, *options).returncode == 0
+    assert (tmp_path / "mine" / "train-000000.tar").read_bytes() == expected["train-000000.tar"]
+
+
+def test_a_cluster_needs_no_shared_folder_with_both_in_the_store(
+    stored: object, chexpert: Path, tmp_path: Path
+) -> None:
+    import s3fs
+    from distributed import LocalCluster
+
+    s3fs.S3FileSystem(skip_instance_cache=True).put(f"{chexpert}/", "s3://chest/both/films", recursive=True)
+    options = ["--size", "48", "--dev", "0.3", "--samples-per-shard", "7", "--views", "all"]
+    make_cluster: Any = LocalCluster  # which has no types
+    with make_cluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
+        words = ("s3://chest/both", "s3://chest/both-shards", "--scheduler", cluster.scheduler_address)
+        run = run_pipeline("shards", *words, *options)
+    assert run.returncode == 0, run.stderr
+    assert "studies: 20 with 1 frontal, 20 with 1 frontal and 1 lateral" in run.stdout
+    assert run_pipeline("shards", chexpert, tmp_path / "local", *options).returncode == 0
+    expected = {path.name: path.read_bytes() for path in (tmp_path / "local").iterdir()}
+    assert objects_of("chest/both-shards") == expected
+
+
+@pytest.mark.parametrize("url", ["s3://key:s3cret@host/films", "https://host/films?sig=s3cret"])
+def test_urls_with_secrets_are_refused_without_them(tmp_path: Path, url: str) -> None:
+    for places in ((url, tmp_path / "out"), (tmp_path, url)):
+        refused = run_pipeline("shards", *places)
+        reason = "a URL with a password or a query; credentials come from the environment"
+        assert refused.stderr == f"Error: {url.partition(':')[0]}://…: {reason}\n"
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("s3://chest/no-such-path", "no such folder"),
+        ("s3://no-such-bucket/films", "no such folder"),
+        (
+            "s3://chest/films",
+            "neither it nor a folder in it holds a train.csv, valid.csv or test_labels.csv",
+        ),
+    ],
+)
+def test_a_source_that_is_none_is_named(stored: object, tmp_path: Path, source: str, reason: str) -> None:
+    refused = run_pipeline("shards", source, tmp_path / "out")
+    assert (refused.returncode, refused.stderr) == (1, f"Error: {source}: {reason}\n")
+
+
+def test_a_store_that_fails_while_it_is_read_ends_the_run(
+    stored: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It says nothing of the images, so that none of them is rejected."""
+    present = open_location(f"{URL}/manifest.json")
+    absent = open_location(f"{URL}/nothing")
+    assert list(read_objects([str(absent), str(present)])) == [None, present.read_bytes()]
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wr0ng-s3cret")
+    type(present.fs).clear_instance_cache()  # type: ignore[attr-defined]
+    with pytest.raises(
+        DataError, match=rf"^{URL}/manifest.json: cannot be read: PermissionError; credentials"
+    ):
+        list(read_objects([str(present)]))

@@ -1,0 +1,218 @@
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+
+from pipeline import DataError
+from pipeline.labels import LABELS, hash_fraction, read_labels
+from pipeline.manifest import Manifest, read_table
+from pipeline.policies import make_targets, parse_uncertain_policy
+from pipeline.stream.plan import epoch_order
+from pipeline.stream.select import balance_weights, select_rows
+
+
+@pytest.fixture(scope="module")
+def real_table(real_csv: Path) -> Any:
+    return read_labels(real_csv)
+
+
+@pytest.fixture(scope="module")
+def real_frame(real_table: Any) -> pd.DataFrame:
+    """The same table as pandas has it: empty cells are NaN."""
+    frame: pd.DataFrame = real_table.to_pandas()
+    return frame
+
+
+@pytest.mark.parametrize(
+    ("conditions", "views", "query"),
+    [
+        ([], "all", "age == age"),
+        ([], "lateral", "view == 'lateral'"),
+        (["sex=Female"], "all", "sex == 'Female'"),
+        (["sex = Female", "age>=60"], "frontal", "sex == 'Female' and age >= 60 and view == 'frontal'"),
+        (["age<18"], "all", "age < 18"),
+        (["age > 17", "age<=40", "age!=30"], "all", "17 < age <= 40 and age != 30"),
+        (["Edema=1"], "all", "Edema == 1"),
+        (["Edema=positive", "Pneumonia=uncertain"], "all", "Edema == 1 and Pneumonia == -1"),
+        (["Pleural Effusion=uncertain"], "frontal", "`Pleural Effusion` == -1 and view == 'frontal'"),
+        (["pleural effusion!=0"], "all", "`Pleural Effusion` != 0"),
+        (["Atelectasis=negative"], "all", "Atelectasis == 0"),
+        (["Fracture=blank", "No Finding!=blank"], "all", "Fracture.isna() and `No Finding`.notna()"),
+        (["projection!=AP"], "all", "projection != 'AP'"),
+        (["projection=blank"], "all", "projection.isna()"),
+        (
+            ["study>=2", "view=frontal", "patient=patient00005"],
+            "all",
+            "study >= 2 and view == 'frontal' and patient == 'patient00005'",
+        ),
+    ],
+)
+def test_selections_of_the_real_table_equal_pandas(
+    real_table: Any, real_frame: pd.DataFrame, conditions: list[str], views: str, query: str
+) -> None:
+    rows = select_rows(real_table, conditions, views)
+    assert rows.dtype == np.int64
+    assert len(rows)
+    np.testing.assert_array_equal(rows, np.flatnonzero(real_frame.eval(query)))
+
+
+CELLS = pa.table(
+    {
+        "patient": ["a", "b", "c"],
+        "view": ["frontal"] * 3,
+        "projection": ["AP", "PA", None],
+        "age": pa.array([30, 60, None], pa.int16()),
+        **{label: pa.array([1, -1, None], pa.int8()) for label in LABELS},
+    }
+)
+
+
+@pytest.mark.parametrize(
+    ("condition", "rows"),
+    [
+        ("projection=AP", [0]),
+        ("projection!=AP", [1, 2]),
+        ("age=60", [1]),
+        ("age!=60", [0, 2]),
+        ("age<60", [0]),
+        ("age<=60", [0, 1]),
+        ("age>30", [1]),
+        ("age>=-1", [0, 1]),
+        ("age<100000000", [0, 1]),
+        ("age=blank", [2]),
+        ("age!=blank", [0, 1]),
+        ("Edema=1", [0]),
+        ("Edema!=1", [1, 2]),
+        ("Edema!=uncertain", [0, 2]),
+        ("Edema=-1", [1]),
+        ("Edema=blank", [2]),
+        ("Edema!=blank", [0, 1]),
+    ],
+)
+def test_an_empty_cell_matches_only_blank_and_not_equal(condition: str, rows: list[int]) -> None:
+    assert select_rows(CELLS, [condition]).tolist() == rows
+
+
+@pytest.mark.parametrize("kind", [pa.float32(), pa.bool_(), pa.list_(pa.int8())])
+def test_columns_of_other_kinds_have_no_conditions(kind: pa.DataType) -> None:
+    table = CELLS.append_column("bmi", pa.nulls(3, kind))
+    message = f"condition 'bmi=1': bmi is {kind}; only texts and whole numbers are compared"
+    with pytest.raises(DataError, match=f"^{re.escape(message)}$"):
+        select_rows(table, ["bmi=1"])
+
+
+def test_a_table_of_shards_has_more_columns(shards: tuple[Path, Manifest]) -> None:
+    folder, manifest = shards
+    table = read_table(folder, manifest.split("train"))
+    frame = table.to_pandas()
+    rows = select_rows(table, ["shard=1", f"length>{frame.length.median():.0f}", "crc>0"])
+    expected = np.flatnonzero((frame.shard == 1) & (frame.length > round(frame.length.median())))
+    assert rows.tolist() == expected.tolist() != []
+
+
+@pytest.mark.parametrize(
+    ("condition", "message"),
+    [
+        ("Edema", "condition 'Edema': write COLUMN=VALUE, or != < <= > >= (an empty cell is blank)"),
+        ("sex=", "condition 'sex=': write COLUMN=VALUE, or != < <= > >= (an empty cell is blank)"),
+        ("age==60", "condition 'age==60': write COLUMN=VALUE, or != < <= > >= (an empty cell is blank)"),
+        ("age=>60", "condition 'age=>60': write COLUMN=VALUE, or != < <= > >= (an empty cell is blank)"),
+        (
+            "__import__('os')=1",
+            "condition '__import__('os')=1': no column '__import__('os')'; there are patient, view, projection, "
+            f"age, {', '.join(LABELS)}",
+        ),
+        ("age>=old", "condition 'age>=old': 'old' is not a whole number, as age is"),
+        ("age<59.5", "condition 'age<59.5': '59.5' is not a whole number, as age is"),
+        ("age<blank", "condition 'age<blank': blank has no order; compare it by = or !="),
+        ("projection<AP", "condition 'projection<AP': projection has no order; compare it by = or !="),
+        ("Edema>=0", "condition 'Edema>=0': Edema has no order; compare it by = or !="),
+        (
+            "Edema=2",
+            "condition 'Edema=2': '2' is no state; a label is one of positive, uncertain, negative, blank, 1, 0, -1",
+        ),
+        (
+            "projection=ap",
+            "condition 'projection=ap' leaves none of 2 images, whose values are AP, PA",
+        ),
+        ("Edema=0", "condition 'Edema=0' leaves none of 2 images, whose values are -1, 1"),
+    ],
+)
+def test_conditions_that_cannot_be_met_say_why(condition: str, message: str) -> None:
+    with pytest.raises(DataError) as caught:
+        select_rows(CELLS, ["age!=blank", condition])
+    assert str(caught.value) == message
+
+
+def test_what_is_left_is_described_however_many_values_it_has(real_table: Any) -> None:
+    for conditions, message in (
+        (["age>90"], "condition 'age>90' leaves none of 223,414 images, whose values go from 0 to 90"),
+        (
+            ["view=lateral", "projection=AP"],
+            "condition 'projection=AP' leaves none of 32,387 images, all of whose cells are blank",
+        ),
+    ):
+        with pytest.raises(DataError) as caught:
+            select_rows(real_table, conditions)
+        assert str(caught.value) == message
+    with pytest.raises(DataError, match=r"^no lateral images among the 3$"):
+        select_rows(CELLS, [], "lateral")
+
+
+def test_a_limit_takes_whole_patients_of_all_times(real_table: Any, real_frame: pd.DataFrame) -> None:
+    frame = real_frame[real_frame.age >= 60]
+    frontal = frame[frame.view == "frontal"]
+    few, many = (
+        frame.loc[select_rows(real_table, ["age>=60"], "frontal", limit)] for limit in (2000, 20_000)
+    )
+    assert 1990 <= len(few) <= 2000
+    assert 19_990 <= len(many) <= 20_000
+    ranked = sorted(frontal.patient.unique(), key=lambda patient: hash_fraction("limit", 0, patient))
+    assert set(few.patient) == set(ranked[: few.patient.nunique()])
+    assert set(many.patient) == set(ranked[: many.patient.nunique()])
+    for part in (few, many):
+        assert part.index.is_monotonic_increasing
+        assert part.index.equals(frontal.index[frontal.patient.isin(part.patient)])
+    # PA films stop half-way through the patient ids: the first 20,000 images have 28 % of them, all have 15 %.
+    share, of_all = ((part.projection == "PA").mean() for part in (many, frontal))
+    assert (frontal[:20_000].projection == "PA").mean() > of_all + 0.1
+    assert abs(share - of_all) < 0.02
+    assert select_rows(CELLS, [], limit=1).tolist() in ([0], [1], [2])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_balanced_epochs_draw_as_many_positives_as_negatives(real_table: Any, seed: int) -> None:
+    rows = select_rows(real_table, ["sex=Female"], "frontal")
+    target, mask = make_targets(real_table.take(rows), parse_uncertain_policy("ignore"), "zeros", seed=0)
+    column = LABELS.index("Fracture")
+    weights = balance_weights(target[:, column], mask[:, column])
+    assert weights.mean() == pytest.approx(1)
+    np.testing.assert_array_equal(weights[~mask[:, column]], 1)
+    sizes = [1000] * 223 + [414]
+    order = epoch_order(sizes, seed, 0, rows=rows, weights=weights)
+    assert len(order) == len(rows)
+    drawn = np.searchsorted(rows, order)
+    np.testing.assert_array_equal(rows[drawn], order)
+    of_known = target[drawn, column][mask[drawn, column]]
+    assert target[:, column].mean() < 0.05
+    deviation = 0.5 / len(of_known) ** 0.5  # of a binomial share
+    assert abs(of_known.mean() - 0.5) < 5 * deviation
+
+
+def test_weights_of_each_class() -> None:
+    target = np.array([1, 0.9, 0, 0.2, 0, 0, 1, 0, -1], np.float32)
+    mask = np.array([1, 1, 1, 1, 1, 1, 0, 0, 1], np.bool_)
+    # 2 positives and 4 negatives share the weight of 6; masked cells and the third class of `multiclass` have 1
+    assert balance_weights(target, mask).tolist() == [1.5, 1.5, 0.75, 0.75, 0.75, 0.75, 1, 1, 1]
+
+
+def test_one_class_cannot_be_balanced() -> None:
+    mask = np.array([True, True, False])
+    with pytest.raises(ValueError, match=r"^no positives to balance$"):
+        balance_weights(np.array([0, 0, 1], np.float32), mask)
+    with pytest.raises(ValueError, match=r"^no negatives to balance$"):
+        balance_weights(np.array([1, 1, 0], np.float32), mask)

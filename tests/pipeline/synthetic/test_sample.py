@@ -1,0 +1,234 @@
+"""The synthetic data set: CheXpert's layout and quirks, the same bytes anywhere, signs that show."""
+
+import csv
+import hashlib
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.labels import LABELS
+from pipeline.synthetic.films import Finding, draw_film
+from pipeline.synthetic.sample import FINDINGS, draw_patients, write_sample
+
+HEADER = (
+    "Path,Sex,Age,Frontal/Lateral,AP/PA,No Finding,Enlarged Cardiomediastinum,Cardiomegaly,Lung Opacity,"
+    "Lung Lesion,Edema,Consolidation,Pneumonia,Atelectasis,Pneumothorax,Pleural Effusion,Pleural Other,"
+    "Fracture,Support Devices"
+)
+# Positive, uncertain and negative among the 191,027 frontals of the real train.csv.
+REAL = {
+    "No Finding": (16974, 0, 0),
+    "Cardiomegaly": (23385, 6707, 7869),
+    "Lung Opacity": (94211, 4431, 5051),
+    "Edema": (49675, 11818, 15915),
+    "Consolidation": (12983, 24381, 19608),
+    "Atelectasis": (29720, 29863, 1025),
+    "Pneumothorax": (17693, 2708, 47823),
+    "Pleural Effusion": (76899, 9578, 25299),
+    "Support Devices": (107170, 915, 5340),
+}
+TABLES = "c23148699e24973b12d85daadc781c0017c85c452d728f460a6a7f8c1e2f0fcb"  # sha256
+# Mean gray level of every twelfth frontal.
+FRONTALS = (
+    153.83,
+    155.36,
+    113.55,
+    136.47,
+    136.06,
+    146.5,
+    149.51,
+    141.15,
+    146.42,
+    127.87,
+    128.52,
+    139.07,
+    103.69,
+    134.92,
+    152.38,
+)
+Row = dict[str, str]
+
+
+@pytest.fixture(scope="module")
+def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_sample(tmp_path_factory.mktemp("sample"), images=200, seed=3, workers=1)
+
+
+def read_rows(root: Path, split: str) -> list[Row]:
+    with (root / f"{split}.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def patient_of(row: Row) -> str:
+    return row["Path"].split("/")[2]
+
+
+def test_layout_is_chexpert_s(sample: Path) -> None:
+    assert sample.name == "CheXpert-v1.0-small"
+    assert "not patients" in (sample / "SYNTHETIC.txt").read_text()
+    for split in ("train", "valid"):
+        assert (sample / f"{split}.csv").read_bytes().split(b"\n")[0].decode() == HEADER
+    rows = read_rows(sample, "train") + read_rows(sample, "valid")
+    paths = [row["Path"] for row in rows]
+    assert len(paths) == 200
+    assert len(read_rows(sample, "valid")) == 24
+    assert paths == sorted(paths)
+    assert sorted(paths) == sorted(str(path.relative_to(sample.parent)) for path in sample.rglob("*.jpg"))
+    assert paths[0] == "CheXpert-v1.0-small/train/patient00001/study1/view1_frontal.jpg"
+    assert all(18 <= int(row["Age"]) <= 90 and row["Sex"] in ("Female", "Male") for row in rows)
+
+
+def test_images_are_gray_jpegs_of_the_small_set_s_size(sample: Path) -> None:
+    sizes = set()
+    for path in sample.rglob("*.jpg"):
+        with Image.open(path) as image:
+            assert (image.format, image.mode) == ("JPEG", "L")
+            assert image.info["comment"] == b"synthetic"
+            assert np.asarray(image).std() > 20
+            sizes.add(image.size)
+    assert sizes == {(390, 320), (320, 390)}
+
+
+def test_bytes_do_not_depend_on_the_workers_but_on_the_seed(tmp_path: Path) -> None:
+    counts: list[int] = []
+    roots = [
+        write_sample(tmp_path / "one", images=90, workers=1, progress=counts.append),
+        write_sample(tmp_path / "two", images=90, workers=2),
+        write_sample(tmp_path / "other", images=90, seed=1, workers=1),
+    ]
+    one, two, other = (
+        {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+        for root in roots
+    )
+    assert sum(counts) == 90
+    assert len(one) == 93
+    assert one == two
+    first = "train/patient00001/study1/view1_frontal.jpg"
+    assert one[first] != other[first]
+
+
+def test_frontals_and_tables_are_written_in_stone(sample: Path) -> None:
+    """Figures in the README come from them: these values may never change.
+
+    CPUs differ in the last bit of a power, and so in a few pixels of one film in a hundred.
+    """
+    tables = b"".join((sample / f"{split}.csv").read_bytes() for split in ("train", "valid"))
+    assert hashlib.sha256(tables).hexdigest() == TABLES
+    films = sorted(sample.glob("*/*/*/*_frontal.jpg"))[::12]
+    levels = [np.asarray(Image.open(path)).mean() for path in films]
+    np.testing.assert_allclose(levels, FRONTALS, atol=0.01)
+
+
+def test_more_laterals_change_no_study_but_by_their_views(sample: Path, tmp_path: Path) -> None:
+    more = write_sample(tmp_path, images=40, seed=3, workers=1, laterals=1.0)
+    rows = {row["Path"]: row for row in read_rows(sample, "train")}
+    studies = defaultdict(list)
+    for row in read_rows(more, "train"):
+        studies[row["Path"].rsplit("/", 1)[0]].append(row)
+        if row["Path"] in rows:
+            assert row == rows[row["Path"]]
+            pixels = [(root.parent / row["Path"]).read_bytes() for root in (sample, more)]
+            assert pixels[0] == pixels[1]
+        else:
+            assert row["Frontal/Lateral"] == "Lateral"
+    assert all(views[-1]["Frontal/Lateral"] == "Lateral" for views in list(studies.values())[:-1])
+    none = [study for patient in draw_patients(3, 1, 40, False, 0.0) for study in patient.studies]
+    assert {kind for study in none for kind, _ in study.views} == {"frontal"}
+
+
+def test_valid_gets_its_share(tmp_path: Path) -> None:
+    folder = write_sample(tmp_path, images=40, seed=3, workers=1, valid=0.5)
+    assert [len(read_rows(folder, split)) for split in ("train", "valid")] == [20, 20]
+    least = write_sample(tmp_path / "least", images=20, valid=0.01)
+    assert [len(read_rows(least, split)) for split in ("train", "valid")] == [19, 1]
+
+
+def test_a_lateral_shows_some_signs_better_and_some_not_at_all() -> None:
+    nothing = dict.fromkeys(FINDINGS, Finding(0.0, 1, 0.2, 0.5, 0.15))
+
+    def visible(kind: str, label: str, severity: float) -> float:
+        """By how many gray levels the sign changes the film on average."""
+        films = [
+            draw_film(
+                kind, "AP", "Male", findings, np.random.default_rng(1), np.random.default_rng(2)
+            ).astype(float)
+            for findings in (nothing, nothing | {label: nothing[label]._replace(severity=severity)})
+        ]
+        return float(np.abs(films[1] - films[0]).mean())
+
+    for label in ("Enlarged Cardiomediastinum", "Pneumothorax", "Fracture"):
+        assert visible("lateral", label, 0.8) == 0 < visible("frontal", label, 0.8)
+    for label in ("Consolidation", "Atelectasis", "Pleural Effusion", "Pleural Other"):
+        assert visible("lateral", label, 0.35) > 1.2 * visible("frontal", label, 0.35) > 0
+
+
+def test_labels_keep_the_real_set_s_quirks(sample: Path) -> None:
+    train, valid = read_rows(sample, "train"), read_rows(sample, "valid")
+    assert {row["No Finding"] for row in train} == {"1.0", ""}
+    assert {row[label] for row in train for label in LABELS} == {"1.0", "0.0", "-1.0", ""}
+    assert {row[label] for row in valid for label in LABELS} == {"1.0", "0.0"}
+    assert max(map(patient_of, train)) < min(map(patient_of, valid))
+    studies = defaultdict(set)
+    for row in train + valid:
+        lateral = row["Path"].endswith("_lateral.jpg")
+        assert row["Frontal/Lateral"] == ("Lateral" if lateral else "Frontal")
+        assert row["AP/PA"] in (("",) if lateral else ("AP", "PA"))
+        studies[row["Path"].rsplit("/", 1)[0]].add(tuple(row[label] for label in LABELS))
+    assert len(studies) < len(train + valid)
+    assert all(len(states) == 1 for states in studies.values())
+    for row in train:
+        ill = any(row[label] in ("1.0", "-1.0") for label in LABELS[1:-1])
+        assert row["No Finding"] == ("" if ill else "1.0")
+
+
+def test_states_are_as_frequent_as_in_the_real_set() -> None:
+    studies = [study for patient in draw_patients(0, 1, 6000, valid=False) for study in patient.studies]
+    views = [(study, kind, projection) for study in studies for kind, projection in study.views]
+    frontals = [study for study, kind, _ in views if kind == "frontal"]
+    assert len(views) == 6000
+    assert 1 - len(frontals) / len(views) == pytest.approx(0.145, abs=0.015)
+    assert sum(projection == "AP" for *_, projection in views) / len(frontals) == pytest.approx(
+        0.85, abs=0.03
+    )
+    for label, real in REAL.items():
+        counts = Counter(study.states[label] for study in frontals)
+        for state, expected in zip((1.0, -1.0, 0.0), real, strict=True):
+            assert counts[state] / len(frontals) == pytest.approx(expected / 191027, abs=0.03), (label, state)
+    rare = Counter(label for study in frontals for label in LABELS if study.states[label] == 1)
+    assert min(rare.values()) / len(frontals) > 0.04
+
+
+def test_an_effusion_whitens_the_base_of_the_lung(sample: Path) -> None:
+    def base_to_apex(row: Row) -> float:
+        """Brightness beside the heart's foot against that of the apices; the fuller side counts."""
+        with Image.open(sample.parent / row["Path"]) as image:
+            pixels = np.asarray(image, dtype=np.float64)
+        middle, top = pixels.shape[1] // 2, (pixels.shape[0] - 320) // 2
+        base = pixels[top + 215 : top + 240]
+        sides = [base[:, middle + at - 12 : middle + at + 12].mean() for at in (-100, 100)]
+        return float(max(sides) / pixels[top + 60 : top + 90, middle - 60 : middle + 60].mean())
+
+    frontals = [row for row in read_rows(sample, "train") if row["Frontal/Lateral"] == "Frontal"]
+    ill = [base_to_apex(row) for row in frontals if row["Pleural Effusion"] == "1.0"]
+    well = [base_to_apex(row) for row in frontals if row["Pleural Effusion"] in ("0.0", "")]
+    assert min(len(ill), len(well)) > 30
+    assert np.mean(ill) > np.mean(well) + 0.1
+
+
+def test_a_finished_sample_is_never_overwritten(tmp_path: Path) -> None:
+    (tmp_path / ".CheXpert-v1.0-small.tmp" / "train").mkdir(parents=True)  # left by a killed run
+    root = write_sample(tmp_path, images=20, workers=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["CheXpert-v1.0-small"]
+    assert read_rows(root, "valid")
+    with pytest.raises(FileExistsError) as error:
+        write_sample(tmp_path, images=20)
+    assert str(error.value) == f"{root} already exists: remove it or choose another folder"
+
+
+def test_a_sample_without_images_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^images must be at least 1, got 0$"):
+        write_sample(tmp_path, images=0)
+    assert not list(tmp_path.iterdir())

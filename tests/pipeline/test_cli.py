@@ -1,0 +1,280 @@
+"""Exit codes and messages, as a shell sees them."""
+
+import subprocess
+import sys
+import tarfile
+from io import BytesIO
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from PIL import Image
+
+from tests.conftest import REPOSITORY
+from tests.conftest import run_pipeline as run
+
+
+def test_sample_shards_and_stats_work_together(tmp_path: Path) -> None:
+    assert run("sample", tmp_path, "--images", 40).returncode == 0
+    made = run("shards", tmp_path, tmp_path / "out", "--size", 64, "--views", "all", "--workers", 2)
+    assert made.returncode == 0, made.stderr
+    assert made.stdout.splitlines()[-2].startswith(f"{tmp_path / 'out'}: written in ")
+    assert "Sharding: 40 of 40 images" in made.stderr
+    assert run("stats", tmp_path / "out").stdout.startswith("40 images, ")
+    again = run("shards", tmp_path, tmp_path / "out", "--size", 64, "--views", "all")
+    assert again.stdout.splitlines()[-1] == f"{tmp_path / 'out'}: complete already, nothing to do"
+
+
+def test_help_has_an_example_and_does_not_import_torch() -> None:
+    for command in ("sample", "shards", "verify", "index", "stats", "show"):
+        assert f"Example: pipeline {command} " in run(command, "--help").stdout
+    modules = (
+        "pipeline.cli, pipeline.etl.shards, pipeline.etl.verify, pipeline.measure.counts, pipeline.look.sheet"
+    )
+    code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["missing", "out"], 1, "Error: missing: no such folder"),
+        (
+            ["{chexpert}", "out", "--views", "oblique"],
+            2,
+            "'oblique' is not one of 'frontal', 'lateral', 'all'.",
+        ),
+        (
+            ["{chexpert}", "out", "--uncertain", "maybe"],
+            2,
+            "'--uncertain': uncertain policy 'maybe' is unknown; choose from",
+        ),
+        (
+            ["{chexpert}", "out", "--blank", "ones"],
+            2,
+            "'--blank': blank policy 'ones' is unknown; choose from zeros, ig",
+        ),
+        (["{chexpert}", "out", "--max-pixels", "10"], 1, "80×64 is more than 10 pixels (--max-pixels)"),
+        (["{chexpert}/train.csv", "out"], 2, "train.csv' is a file"),
+        (
+            ["{chexpert}", "http://host/out"],
+            2,
+            "http://host/out: a web server is only read from; write to a folder",
+        ),
+        (["{chexpert}", "out", "--dev", "nan"], 2, "'--dev': nan is not a finite number"),
+        (["{chexpert}", "out", "--max-bad", "nan"], 2, "'--max-bad': nan is not a finite number"),
+        (["{chexpert}", "out", "--split", "a=b", "--split", "a=c"], 2, "--split a is there twice; one CSV"),
+    ],
+)
+def test_bad_use_is_one_line_and_an_exit_code(
+    chexpert: Path, tmp_path: Path, arguments: list[str], code: int, message: str
+) -> None:
+    filled = [
+        str(tmp_path / "out") if text == "out" else text.format(chexpert=chexpert) for text in arguments
+    ]
+    failed = run("shards", *filled)
+    assert failed.returncode == code
+    assert message in failed.stderr.splitlines()[-1]
+    assert "Traceback" not in failed.stderr
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "message"),
+    [
+        (
+            "train.csv",
+            ",Edema,",
+            ",Oedema,",
+            "train.csv: column Edema is missing; a CheXpert table has Path, Sex, Age",
+        ),
+        (
+            "train.csv",
+            ",AP,1.0,",
+            ",AP,2.0,",
+            ", column No Finding: '2.0' is not a label: 1.0, 0.0, -1.0 or blank",
+        ),
+        ("train.csv", None, "", "train.csv: not a readable CSV: Empty CSV file"),
+        (
+            "train/patient00002/study1/view1_frontal.jpg",
+            None,
+            "x",
+            "not a readable JPEG or PNG: cannot identify ima",
+        ),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing_finished(
+    chexpert: Path, tmp_path: Path, file: str, old: str | None, new: str, message: str
+) -> None:
+    path = chexpert / file
+    path.write_text(new if old is None else path.read_text().replace(old, new, 1))
+    failed = run("shards", chexpert, tmp_path / "out", "--workers", 2)
+    assert failed.returncode == 1
+    (error,) = [line for line in failed.stderr.splitlines() if not line.startswith("Sharding: ")]
+    assert error.startswith("Error: ")
+    assert f"{path}" in error
+    assert message in error
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_strict_exits_with_3_where_an_image_was_rejected(chexpert: Path, tmp_path: Path) -> None:
+    (chexpert / "train/patient00002/study1/view1_frontal.jpg").unlink()
+    command = ("shards", chexpert, tmp_path / "out", "--max-bad", 0.5, "--workers", 2)
+    assert run(*command).returncode == 0
+    again = run(*command, "--strict")
+    assert again.returncode == 3
+    assert f"rejected images: 1, see {tmp_path / 'out' / 'rejects.csv'}" in again.stdout.splitlines()
+    assert run(*command, "--overwrite", "--size", 32, "--strict").returncode == 3
+
+
+def test_labels_with_one_class_are_warned_about_and_refused_where_strict(
+    chexpert: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    command = (
+        "shards",
+        chexpert,
+        out,
+        "--blank",
+        "ignore",
+        "--dev",
+        0,
+        "--uncertain",
+        "ignore,Edema=selftrained",
+    )
+    rows = pd.read_csv(chexpert / "train.csv")
+    rows = rows[rows["Frontal/Lateral"] == "Frontal"]
+    edema = rows["Edema"].replace(1, 0)
+    (chexpert / "train.csv").write_text(rows.assign(Edema=edema).to_csv(index=False))
+    text = f"label Edema has 0 positives and {(edema == 0).sum()} negatives in train"
+    refused = run(*command, "--strict")
+    assert refused.returncode == 1
+    assert refused.stderr.splitlines()[-1] == f"Error: --strict: {text}; choose other policies"
+    assert not (out / "manifest.json").exists()
+    warned = run(*command)
+    assert warned.returncode == 0
+    assert f"{text} by these policies: it cannot be learnt" in warned.stderr.splitlines()
+    again = run(*command)  # the shards are there, and so is what is wrong with them
+    assert "complete already" in again.stdout
+    assert f"{text} by these policies: it cannot be learnt" in again.stderr.splitlines()
+    refused = run(*command, "--strict")
+    assert (refused.returncode, refused.stderr) == (1, f"Error: --strict: {text}; choose other policies\n")
+
+
+def test_original_size_and_own_csvs_reach_the_library(chexpert: Path, tmp_path: Path) -> None:
+    own = chexpert / "train.csv"
+    options = ("--size", "original", "--split", f"mine={own}", "--root", chexpert, "--limit", 12)
+    made = run("shards", chexpert, tmp_path / "out", *options)
+    assert made.returncode == 0, made.stderr
+    assert made.stdout.startswith("mine         12 images")
+    with tarfile.open(tmp_path / "out" / "mine-000000.tar") as tar:
+        image = Image.open(BytesIO(tar.extractfile(tar.next()).read()))  # type: ignore[arg-type, union-attr]
+    assert image.size == (80, 64)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--size", "original", "--square", "pad"], "Error: --square needs a --size"),
+        (["--split", "train"], "'train' is not like train=foo.csv (dev comes out of train by --dev)"),
+        (["--size", "8"], "'8' is neither a number of pixels, 16 or more, nor original"),
+        (["--size", "small"], "'small' is neither a number of pixels, 16 or more, nor original"),
+    ],
+)
+def test_options_that_make_no_sense_are_usage_errors(
+    tmp_path: Path, options: list[str], message: str
+) -> None:
+    failed = run("shards", tmp_path, tmp_path / "out", *options)
+    assert failed.returncode == 2
+    assert message in failed.stderr.splitlines()[-1]
+
+
+def test_a_folder_whose_name_is_not_utf_8_is_named(chexpert: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "films\udcff"
+    chexpert.rename(folder)
+    failed = run("shards", folder, tmp_path / "out", "--size", 64)
+    shown = f"{tmp_path}/films\\udcff"
+    assert failed.returncode == 1
+    assert failed.stderr.splitlines()[-1].startswith(f"Error: {shown}/train/patient")
+    assert failed.stderr.endswith(".jpg: not UTF-8; rename that file or folder\n")
+    assert "Traceback" not in failed.stderr
+    failed = run("verify", folder)
+    assert failed.stderr == (
+        f"Error: {shown}: no manifest.json, so no finished shards; write them with `pipeline shards`\n"
+    )
+    drawn = run("sample", tmp_path / "new\udcff", "--images", 20)
+    assert drawn.stdout == f"{tmp_path}/new\\udcff/CheXpert-v1.0-small: 20 synthetic images\n"
+
+
+@pytest.mark.parametrize(
+    ("program", "module", "errors"),
+    [
+        ("pipeline/__main__.py", "click", "Interrupted.\n"),
+        ("pipeline/__main__.py", "pipeline.labels", "Interrupted.\n"),
+        ("train.py", "numpy", ""),
+    ],
+)
+def test_ctrl_c_during_the_imports_is_no_traceback(program: str, module: str, errors: str) -> None:
+    code = f"""
+import os, runpy, signal, sys
+class Interrupt:
+    def find_spec(self, name, path=None, target=None):
+        if name == {module!r}:
+            os.kill(os.getpid(), signal.SIGINT)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.meta_path.insert(0, Interrupt())
+sys.argv = [{program!r}, "--help"]
+runpy.run_path({program!r}, run_name="__main__")
+"""
+    ran = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (ran.returncode, ran.stdout, ran.stderr) == (130, "", errors)
+
+
+def test_rejects_that_can_be_used_now_are_said(chexpert: Path, tmp_path: Path) -> None:
+    image = chexpert / "valid/patient00019/study2/view1_frontal.jpg"
+    content = image.read_bytes()
+    image.unlink()
+    command = ("shards", chexpert, tmp_path / "out", "--size", 48, "--max-bad", 0.5)
+    assert run(*command).returncode == 0
+    assert run(*command).stdout.splitlines()[-1] == f"{tmp_path / 'out'}: complete already, nothing to do"
+    image.write_bytes(content)
+    again = run(*command)
+    assert again.returncode == 0
+    assert again.stdout.splitlines()[-1] == (
+        "1 of the rejected images can be used now, such as patient00019_study2_view1_frontal; "
+        "--overwrite writes the shards again with them"
+    )
+
+
+def test_a_dry_run_exits_as_the_run_would(chexpert: Path, tmp_path: Path) -> None:
+    (chexpert / "train/patient00003/study2/view1_frontal.jpg").unlink()
+    command = ("shards", chexpert, tmp_path / "out", "--dry-run")
+    refused = run(*command)
+    assert refused.returncode == 1
+    assert refused.stderr.splitlines()[-1] == ("Error: 1 of 40 images are missing, more than --max-bad 0.10%")
+    assert run(*command, "--max-bad", 0.5).returncode == 0
+    assert run(*command, "--max-bad", 0.5, "--strict").returncode == 3
+
+
+@pytest.mark.parametrize("arguments", [("", "out"), ("source", " ")])
+def test_an_empty_name_is_no_folder(arguments: tuple[str, str]) -> None:
+    refused = run("shards", *arguments)
+    assert refused.returncode == 2
+    assert "the name is empty; for the folder you are in, write ." in refused.stderr
+
+
+def test_a_problem_names_the_command_that_repairs_it(chexpert: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = ("shards", chexpert, out, "--size", 48)
+    assert run(*command).returncode == 0
+    (out / "dev-000000.tar").write_bytes(b"")
+    assert f"`pipeline shards SOURCE {out} --repair`" in run("verify", out).stderr
+    repaired = run(*command, "--repair")
+    assert repaired.stdout.splitlines()[-1] == f"{out}: written again: dev-000000.tar"
+    assert run("verify", out).returncode == 0

@@ -1,0 +1,404 @@
+import io
+import struct
+import zlib
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from PIL import Image
+
+from pipeline.images import (
+    ENCODINGS,
+    Gray,
+    ImageError,
+    ImageOptions,
+    decode_jpeg,
+    decode_stored,
+    prepare,
+    resize,
+    strip_metadata,
+    unexplained_level,
+)
+from tests.conftest import REPOSITORY
+
+ORIGINAL = ImageOptions(size=None, square="no", encoding="jpeg", quality=95, max_pixels=1_000_000)
+FITTING = ORIGINAL._replace(size=160)
+REAL = REPOSITORY.resolve().parent / "shared/nih-sample/CheXpert-v1.0-small"
+SECRET = b"SECRET"
+
+
+def encode(image: Image.Image, **options: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, **({"format": "JPEG", "quality": 90} | options))  # type: ignore[arg-type]
+    return file.getvalue()
+
+
+def decode(data: bytes) -> Gray:
+    """Pillow's decoder: a second opinion."""
+    return np.asarray(Image.open(io.BytesIO(data)))
+
+
+def difference(pixels: Gray, reference: Gray) -> float:
+    return float(np.abs(pixels.astype(float) - reference).mean())
+
+
+def chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def add_metadata(image: Image.Image, kind: str, **options: object) -> bytes:
+    """The image with SECRET in every place that the format has for text."""
+    exif = Image.Exif()
+    exif[0x9286] = "SECRET name"
+    data = encode(image, format=kind, exif=exif, icc_profile=SECRET * 30, **options)
+    if kind == "PNG":
+        texts = chunk(b"tEXt", b"Name\0SECRET") + chunk(b"prVt", SECRET)
+        return data[:33] + texts + data[33:] + SECRET
+    segments = (
+        (0xE0, b"JFXX\0"),
+        (0xE1, b"http://ns.adobe.com/xap/1.0/\0"),
+        (0xED, b"Photoshop"),
+        (0xFE, b""),
+    )
+    added = [struct.pack(">BBH", 255, m, 2 + len(t + SECRET)) + t + SECRET for m, t in segments]
+    # Before the first scan, after the last one, and after the end.
+    return data[:2] + b"".join(added) + data[2:-2] + added[-1] + data[-2:] + SECRET
+
+
+@pytest.fixture
+def gray() -> Image.Image:
+    """A smooth 200×160 test image."""
+    rows, columns = np.mgrid[:160, :200]
+    waves = 127 + 60 * np.sin(rows / 17) + 60 * np.cos(columns / 23)
+    return Image.fromarray(waves.astype(np.uint8))
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_original_jpeg_keeps_its_coefficients_and_loses_its_metadata(
+    gray: Image.Image, progressive: bool
+) -> None:
+    source = add_metadata(gray, "JPEG", progressive=progressive)
+    assert source.count(SECRET) == 37
+    stored, pixels, stripped = prepare(source, ORIGINAL)
+    assert stripped
+    assert stored == encode(gray, progressive=progressive)  # to the byte: nothing else was lost
+    np.testing.assert_array_equal(decode(stored), decode(source))
+    np.testing.assert_array_equal(pixels, decode_jpeg(stored))
+    assert prepare(stored, ORIGINAL)[0::2] == (stored, False)
+    assert strip_metadata(stored) == stored
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("size", [None, 160, 80])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_metadata_never_gets_through(gray: Image.Image, kind: str, size: int | None, encoding: str) -> None:
+    options = ORIGINAL._replace(size=size, encoding=encoding)
+    dirty, clean = prepare(add_metadata(gray, kind), options), prepare(encode(gray, format=kind), options)
+    assert SECRET not in dirty.data
+    assert (dirty.stripped, clean.stripped) == (True, False)
+    assert dirty.data == clean.data
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("size", [None, 160, 80])
+def test_every_encoding_comes_back_and_repeats(gray: Image.Image, size: int | None, encoding: str) -> None:
+    source, options = encode(gray.convert("RGB")), ORIGINAL._replace(size=size, encoding=encoding)
+    stored, pixels, _ = prepare(source, options)
+    assert stored == prepare(source, options).data
+    assert pixels.shape == ((80, 100) if size == 80 else (160, 200))
+    back = decode_stored(memoryview(stored), encoding)
+    if encoding == "jpeg":
+        assert difference(back, pixels) < 1
+    else:
+        np.testing.assert_array_equal(back, pixels)
+
+
+def test_raw_is_a_view_of_a_npy_file_and_strict(gray: Image.Image) -> None:
+    stored, pixels, _ = prepare(encode(gray), FITTING._replace(encoding="raw"))
+    np.testing.assert_array_equal(np.load(io.BytesIO(stored), allow_pickle=False), pixels)
+    view = memoryview(stored)
+    assert np.shares_memory(decode_stored(view, "raw"), np.frombuffer(view, np.uint8))
+    for other in (pixels.astype(np.int16), pixels[None], np.asfortranarray(pixels)):
+        file = io.BytesIO()
+        np.save(file, other)
+        with pytest.raises(ValueError, match=r"^not a \.npy file of gray pixels, uint8 \[H, W\]$"):
+            decode_stored(file.getvalue(), "raw")
+    for damaged in (stored[:-1], stored + b"x"):
+        with pytest.raises(ValueError, match=r"^(31999|32001) bytes of pixels, not 160×200$"):
+            decode_stored(damaged, "raw")
+    with pytest.raises(ValueError, match=r"^not a \.npy file"):
+        decode_stored(stored[:8] + b"\0" + stored[9:], "raw")
+
+
+@pytest.mark.parametrize(
+    ("square", "size", "shape"),
+    [("no", 80, (80, 100)), ("no", 500, (160, 200)), ("pad", 100, (100, 100)), ("pad", 200, (200, 200))]
+    + [(square, size, (size, size)) for square in ("crop", "stretch") for size in (40, 160, 300)],
+)
+def test_sizes_and_squares_are_pillows(
+    gray: Image.Image, square: str, size: int, shape: tuple[int, int]
+) -> None:
+    stored, pixels, _ = prepare(encode(gray), FITTING._replace(size=size, square=square))
+    assert pixels.shape == decode(stored).shape == shape
+    source, lanczos = Image.fromarray(decode(encode(gray))), Image.Resampling.LANCZOS
+    if square == "pad":
+        expected = Image.new("L", shape)
+        expected.paste(source.resize((size, size * 4 // 5), lanczos), (0, size // 10))
+        assert not pixels[: size // 10].any()
+        assert not pixels[-(size // 10) :].any()
+    else:
+        box = (20, 0, 180, 160) if square == "crop" else None
+        expected = source.resize(shape[::-1], lanczos, box)
+    assert difference(pixels, np.asarray(expected)) < 0.5
+
+
+def test_tiny_images_of_every_shape_can_be_resized() -> None:
+    for height in range(1, 20):
+        for width in (1, 2, 5, 9, 31, 200):
+            source = encode(Image.new("L", (width, height), 200))
+            for square in ("no", "pad", "crop", "stretch"):
+                for size in (1, 3, 8):
+                    pixels = prepare(source, FITTING._replace(size=size, square=square)).pixels
+                    assert pixels.max() == 200
+                    assert square == "no" or pixels.shape == (size, size)
+
+
+@pytest.mark.parametrize("size", [(2828, 2320), (1501, 997)])
+def test_scaled_decode_is_within_a_gray_level_of_a_full_one(size: tuple[int, int]) -> None:
+    noise = np.random.default_rng(0).normal(0, 6, size[::-1])
+    ramp = np.linspace(40, 210, size[0])[None]
+    source = encode(Image.fromarray((ramp + noise).clip(0, 255).astype(np.uint8)))
+    pixels = prepare(source, FITTING._replace(size=224, max_pixels=7_000_000)).pixels
+    reference = Image.open(io.BytesIO(source)).resize(pixels.shape[::-1], Image.Resampling.LANCZOS)
+    assert difference(pixels, np.asarray(reference)) < 0.6
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="the real X-rays are not here")
+def test_real_xrays_are_within_a_gray_level_of_a_full_decode_and_lanczos() -> None:
+    differences = []
+    for path in sorted(REAL.rglob("*.jpg"))[::8]:
+        reference = np.asarray(Image.open(path).resize((224, 224), Image.Resampling.LANCZOS))
+        differences.append(
+            difference(prepare(path.read_bytes(), FITTING._replace(size=224)).pixels, reference)
+        )
+    assert max(differences) <= 1
+
+
+def test_colour_progressive_and_16_bit_sources_become_baseline_gray(gray: Image.Image) -> None:
+    levels = np.asarray(gray)
+    opaque = gray.convert("RGBA")
+    sources = {
+        "rgb": encode(gray.convert("RGB"), quality=95),
+        "progressive": encode(gray, progressive=True, quality=95),
+        "cmyk": encode(gray.convert("CMYK"), quality=95),
+        "png": encode(gray, format="PNG"),
+        "png rgb": encode(gray.convert("RGB"), format="PNG"),
+        "png rgba": encode(opaque, format="PNG"),
+        "png palette": encode(gray.convert("P"), format="PNG"),
+        "png 16": encode(Image.fromarray(levels.astype(np.uint16) * 257), format="PNG"),
+    }
+    for name, source in sources.items():
+        stored, pixels, _ = prepare(source, FITTING)
+        image = Image.open(io.BytesIO(stored))
+        assert (image.format, image.mode, "progressive" in image.info) == ("JPEG", "L", False), name
+        assert difference(np.asarray(image), levels) < 1.5, name
+        assert not name.startswith("png") or np.array_equal(pixels, levels), name
+
+
+def test_png_levels() -> None:
+    def levels(image: Image.Image, **options: object) -> list[int]:
+        data = encode(image, format="PNG", **options)
+        return prepare(data, ORIGINAL._replace(encoding="raw")).pixels[0].tolist()  # type: ignore[no-any-return]
+
+    assert levels(Image.fromarray(np.array([[0, 128, 129, 32768, 65535]], np.uint16))) == [0, 0, 1, 128, 255]
+    assert levels(Image.fromarray(np.array([[False, True]]))) == [0, 255]
+    assert levels(Image.fromarray(np.array([[[200, 255], [200, 128], [200, 0]]], np.uint8), "LA")) == [
+        200,
+        100,
+        0,
+    ]
+    assert levels(Image.fromarray(np.array([[7, 200]], np.uint8)), transparency=200) == [7, 0]
+    deep = struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0)
+    pixel = chunk(b"IDAT", zlib.compress(b"\0" + struct.pack(">HHH", 65535, 65535, 65535)))
+    data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", deep) + pixel + chunk(b"IEND", b"")
+    assert prepare(data, ORIGINAL).pixels.tolist() == [[255]]
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_an_exif_orientation_is_applied(kind: str) -> None:
+    levels = np.arange(0, 240, 10).astype(np.uint8).reshape(4, 6).repeat(8, 0).repeat(8, 1)
+    turns = {2: levels[:, ::-1], 3: levels[::-1, ::-1], 6: levels[::-1].T, 8: levels.T[::-1]}
+    for orientation, expected in turns.items():
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        source = encode(Image.fromarray(levels), format=kind, exif=exif, quality=100)
+        prepared = prepare(source, ORIGINAL)
+        assert prepared.stripped
+        assert difference(prepared.pixels, expected) < 1
+        assert difference(decode(prepared.data), expected) < 1.5
+    damaged = encode(Image.fromarray(levels), exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
+    assert prepare(damaged, ORIGINAL).pixels.shape == levels.shape
+
+
+@pytest.mark.parametrize("size", [None, 160, 20, 40, 10])
+def test_every_truncation_is_found(gray: Image.Image, size: int | None) -> None:
+    sources = [
+        encode(gray),
+        encode(gray, progressive=True),
+        encode(gray.convert("CMYK")),
+        encode(gray, format="PNG"),
+    ]
+    for source in sources:
+        for end in {*range(0, len(source), 97), *range(len(source) - 20, len(source))}:
+            with pytest.raises(ImageError):
+                prepare(source[:end], ORIGINAL._replace(size=size))
+
+
+def test_damage_to_what_is_stored_is_found(gray: Image.Image) -> None:
+    for encoding in ("jpeg", "png"):
+        stored = prepare(encode(gray), FITTING._replace(encoding=encoding)).data
+        for end in (*range(0, len(stored), 97), len(stored) - 1):
+            with pytest.raises(ValueError, match=r"."):
+                decode_stored(memoryview(stored)[:end], encoding)
+    flipped = bytearray(stored)
+    flipped[len(stored) // 2] ^= 1
+    with pytest.raises(ValueError, match=r"^chunk b'IDAT' is damaged$"):
+        decode_stored(bytes(flipped), "png")
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "the file is empty"),
+        (b"\0" * 4096, "not a readable JPEG or PNG: cannot identify image file"),
+        (b"GIF89a, not supported", "not a readable JPEG or PNG: cannot identify image file"),
+        (b"\xff\xd8\xff\xe0 nothing", "not a readable JPEG: "),
+        (b"\x89PNG\r\n\x1a\n", "not a readable PNG: the file ends early"),
+        (b"\x89PNG\r\n\x1a\n" + chunk(b"IEND", b""), "not a readable PNG: it does not start with its header"),
+    ],
+)
+def test_unreadable_data_says_why(data: bytes, message: str) -> None:
+    with pytest.raises(ImageError) as caught:
+        prepare(data, FITTING)
+    assert str(caught.value).startswith(message)
+
+
+def test_a_palette_png_without_its_palette_is_rejected(gray: Image.Image) -> None:
+    source = encode(gray.convert("P"), format="PNG")
+    start = source.index(b"PLTE") - 4
+    with pytest.raises(ImageError, match=r"^not a readable PNG: "):
+        prepare(source[:start] + source[start + 12 + int.from_bytes(source[start : start + 4]) :], FITTING)
+
+
+def test_more_than_one_frame_is_rejected(gray: Image.Image) -> None:
+    for kind in ("PNG", "MPO"):
+        several = encode(gray, format=kind, save_all=True, append_images=[gray.rotate(180)])
+        with pytest.raises(ImageError, match=r"^more than one frame$"):
+            prepare(several, FITTING)
+
+
+def test_size_is_read_from_the_header_before_decoding(gray: Image.Image) -> None:
+    for kind in ("JPEG", "PNG"):
+        with pytest.raises(ImageError, match=r"^200×160 is more than 31,999 pixels \(--max-pixels\)$"):
+            prepare(encode(gray, format=kind), FITTING._replace(max_pixels=31_999))
+    forged = bytearray(encode(gray))
+    frame = forged.index(b"\xff\xc0")
+    forged[frame + 5 : frame + 9] = struct.pack(">HH", 60_000, 60_000)
+    png = encode(gray, format="PNG")
+    giant = png[:8] + chunk(b"IHDR", struct.pack(">II", 60_000, 60_000) + png[24:29]) + png[33:]
+    for data in (bytes(forged), giant):
+        with pytest.raises(ImageError, match=r"^60000×60000 is more than 50,000,000 pixels"):
+            prepare(data, FITTING._replace(max_pixels=50_000_000))
+
+
+def test_original_size_has_no_square(gray: Image.Image) -> None:
+    with pytest.raises(ValueError, match=r"^a square needs a size$"):
+        prepare(encode(gray), ORIGINAL._replace(square="pad"))
+
+
+def test_resize_is_close_to_lanczos_and_does_not_alias(gray: Image.Image) -> None:
+    pixels = np.asarray(gray)  # [160, 200]
+    assert resize(pixels, 160, 200) is pixels
+    for height, width in ((120, 110), (80, 100), (79, 100), (80, 99), (20, 30)):
+        expected = np.asarray(gray.resize((width, height), Image.Resampling.LANCZOS))
+        assert difference(resize(pixels, height, width), expected) < 0.6
+    stripes = np.tile(np.array([[0, 0, 255]], np.uint8), (90, 40))  # finer than what a width of 40 can show
+    assert abs(resize(stripes, 30, 40).astype(int) - 85).max() < 20
+
+
+def deep_png(levels: npt.NDArray[Any], *chunks: bytes) -> bytes:
+    """A 16-bit PNG of levels [H, W], RGB [H, W, 3], gray and alpha [H, W, 2] or RGBA [H, W, 4]."""
+    height, width = levels.shape[:2]
+    kind = {1: 0, 2: 4, 3: 2, 4: 6}[levels[0, 0].size]
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in levels)
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, kind, 0, 0, 0))
+    return b"".join(
+        [
+            b"\x89PNG\r\n\x1a\n",
+            header,
+            *chunks,
+            chunk(b"IDAT", zlib.compress(rows)),
+            chunk(b"IEND", b""),
+        ]
+    )
+
+
+@pytest.mark.parametrize("bits", [10, 12, 14])
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_the_bits_of_a_16_bit_png_that_hold_the_picture(bits: int, channels: int) -> None:
+    gray = np.random.default_rng(bits).integers(0, 2**bits, (20, 30)).astype(np.uint16)
+    gray[0, :2] = 1, 2**bits - 1
+    opaque = np.full_like(gray, 65535)
+    raw = ORIGINAL._replace(encoding="raw")
+
+    def pixels(levels: npt.NDArray[Any], said: int | None, given: int | None) -> Gray:
+        parts = [levels] * (channels - (channels in (2, 4))) + [opaque] * (channels in (2, 4))
+        sbit = [] if said is None else [chunk(b"sBIT", bytes([said] * channels))]
+        data = deep_png(np.stack(parts, 2) if channels > 1 else levels, *sbit)
+        return prepare(data, raw._replace(bits=given)).pixels
+
+    expected = np.floor(gray * (255 / (2**bits - 1)) + 0.5)
+    np.testing.assert_array_equal(pixels(gray, bits, None), expected)
+    np.testing.assert_array_equal(pixels(gray, None, bits), expected)
+    np.testing.assert_array_equal(pixels(gray, 16, bits), expected)  # the user's word counts most
+    dark = pixels(gray, None, None)
+    assert dark.max() <= 256 >> (16 - bits)
+    np.testing.assert_array_equal(pixels(gray, bits, 16), dark)
+    # As the PNG specification wants it: scaled up, with the lower bits repeating the upper ones.
+    whole = gray << (16 - bits) | gray >> (2 * bits - 16)
+    np.testing.assert_array_equal(pixels(whole, bits, None), pixels(whole, None, None))
+    assert pixels(whole, bits, None).max() == 255
+    with pytest.raises(ImageError, match=r"^a level of 65,535 has more than 12 bits \(--bits\)$"):
+        pixels(whole, None, 12)
+
+
+def test_the_level_of_a_png_that_does_not_say_its_bits() -> None:
+    levels = np.array([[5, 4000]], np.uint16)
+    assert unexplained_level(deep_png(levels), 100) == 4000
+    assert unexplained_level(deep_png(np.stack([levels // 2, levels, levels], 2)), 100) == 4000
+    assert unexplained_level(deep_png(np.stack([levels, levels + 9], 2)), 100) == 4000  # alpha apart
+    others = (
+        deep_png(levels, chunk(b"sBIT", b"\x0c")),
+        encode(Image.fromarray(levels.astype(np.uint8)), format="PNG"),
+        encode(Image.fromarray(levels.astype(np.uint8))),
+        deep_png(levels)[:-20],
+        deep_png(np.zeros((11, 10), np.uint16)),
+        b"",
+    )
+    assert [unexplained_level(data, 100) for data in others] == [None] * len(others)
+
+
+@pytest.mark.parametrize("size", [None, 320])
+def test_an_image_too_long_for_a_jpeg_is_refused_by_reason(size: int | None) -> None:
+    data = encode(Image.fromarray(np.zeros((20, 70_000), np.uint8)), format="PNG")
+    options = ORIGINAL._replace(size=size, max_pixels=2_000_000)
+    with pytest.raises(ImageError) as caught:
+        prepare(data, options)
+    assert str(caught.value) == (
+        "70000×20 does not fit into a JPEG: a side has at most 65,500 pixels "
+        "(--encoding png or raw has no such limit)"
+    )
+    for encoding in ("png", "raw"):
+        stored = prepare(data, options._replace(encoding=encoding)).data
+        assert decode_stored(stored, encoding).shape == (20, 70_000)

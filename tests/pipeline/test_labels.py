@@ -1,0 +1,351 @@
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow.compute as pc
+import pytest
+
+from pipeline import DataError
+from pipeline.labels import LABELS, read_labels, select_views, split_patients
+from pipeline.policies import (
+    BEST_POLICY,
+    UNCERTAIN_POLICIES,
+    evaluation_targets,
+    make_targets,
+    one_class_labels,
+    parse_uncertain_policy,
+)
+
+
+@pytest.fixture(scope="module")
+def real_table(real_csv: Path) -> Any:
+    return read_labels(real_csv)
+
+
+@pytest.fixture(scope="module")
+def real_frame(real_csv: Path) -> pd.DataFrame:
+    return pd.read_csv(real_csv)
+
+
+def test_real_table_equals_pandas(real_table: Any, real_frame: pd.DataFrame) -> None:
+    assert real_table["path"].to_pylist() == real_frame["Path"].to_list()
+    assert real_table.num_rows == 223_414
+    for label in LABELS:
+        ours = real_table[label].cast("float64").to_numpy()
+        np.testing.assert_array_equal(ours, real_frame[label].to_numpy(float))
+    parts = real_frame["Path"].str.extract(r"(patient\d+)/study(\d+)/(view\d+_(?:frontal|lateral))\.jpg$")
+    assert real_table["patient"].to_pylist() == parts[0].to_list()
+    assert real_table["study"].to_pylist() == parts[1].astype(int).to_list()
+    assert real_table["key"].to_pylist() == (parts[0] + "_study" + parts[1] + "_" + parts[2]).to_list()
+    assert real_table["view"].to_pylist() == real_frame["Frontal/Lateral"].str.lower().to_list()
+    assert real_table["age"].to_pylist() == real_frame["Age"].to_list()
+    assert pc.count_distinct(real_table["key"]).as_py() == 223_414
+
+
+def test_views_are_chosen_by_frontal_lateral(real_table: Any) -> None:
+    frontal = select_views(real_table, "frontal")
+    assert frontal.num_rows == 191_027
+    # 17 rows whose AP/PA says LL or RL are frontal all the same
+    assert pc.sum(pc.is_in(frontal["projection"], value_set=pc.cast(["LL", "RL"], "string"))).as_py() == 17
+
+
+@pytest.fixture(scope="module")
+def teacher(real_table: Any) -> Any:
+    """A score for every cell of the real table."""
+    return np.random.default_rng(0).random((real_table.num_rows, len(LABELS)), np.float32)
+
+
+# What each policy makes of a column of raw states, in pandas; smoothing is compared by its bounds.
+BY_PANDAS: dict[str, Callable[[Any, Any], Any]] = {
+    "zeros": lambda raw, scores: raw.replace(-1, 0),
+    "ones": lambda raw, scores: raw.replace(-1, 1),
+    "ignore": lambda raw, scores: raw.replace(-1, 0),
+    "multiclass": lambda raw, scores: raw,
+    "selftrained": lambda raw, scores: raw.mask(raw == -1, scores),
+}
+BOUNDS = {"smooth-zeros": (0, 0.3), "smooth-ones": (0.55, 0.85)}
+MIXED = "best,Edema=multiclass,Cardiomegaly=selftrained,Pneumonia=ignore,Fracture=smooth-zeros"
+
+
+@pytest.mark.parametrize("policy", ["best", *UNCERTAIN_POLICIES, MIXED])
+@pytest.mark.parametrize("blank", ["zeros", "ignore"])
+def test_policies_equal_pandas_on_all_real_rows(
+    real_table: Any, real_frame: pd.DataFrame, teacher: Any, policy: str, blank: str
+) -> None:
+    default, *overrides = policy.split(",")
+    policies = BEST_POLICY if default == "best" else dict.fromkeys(LABELS, default)
+    policies = policies | dict(override.split("=") for override in overrides)
+    target, mask = make_targets(real_table, parse_uncertain_policy(policy), blank, seed=0, teacher=teacher)
+    for column, (label, ours) in enumerate(zip(LABELS, target.T, strict=True)):
+        raw = real_frame[label].fillna(0)
+        if policies[label] in BOUNDS:
+            certain = raw != -1
+            np.testing.assert_array_equal(ours[certain], raw[certain])
+            assert pd.Series(ours[~certain]).between(*BOUNDS[policies[label]]).all()
+        else:
+            expected = BY_PANDAS[policies[label]](raw.astype(np.float32), teacher[:, column])
+            np.testing.assert_array_equal(ours, expected)
+        masked = (real_frame[label] == -1) & (policies[label] == "ignore")
+        masked |= real_frame[label].isna() & (blank == "ignore")
+        np.testing.assert_array_equal(mask[:, column], ~masked)
+
+
+@pytest.fixture(scope="module")
+def xrv(real_csv: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """`pathologies` and `labels` of torchxrayvision's CheXpert, all AP and PA rows of it."""
+    # In a process of its own, because its import puts a package `model` in front of ours.
+    file = tmp_path_factory.mktemp("xrv") / "labels.npz"
+    program = (
+        "import sys, numpy; from torchxrayvision.datasets import CheX_Dataset\n"
+        "data = CheX_Dataset('', csvpath=sys.argv[1], views=['PA', 'AP'], unique_patients=False)\n"
+        "numpy.savez(sys.argv[2], labels=data.labels, pathologies=data.pathologies)"
+    )
+    subprocess.run([sys.executable, "-I", "-c", program, real_csv, file], check=True, capture_output=True)
+    return np.load(file)
+
+
+def test_ignoring_both_equals_torchxrayvision(real_table: Any, xrv: Any) -> None:
+    # It drops the frontals whose AP/PA is LL or RL.
+    rows = real_table.filter(pc.is_in(real_table["projection"], value_set=pc.cast(["AP", "PA"], "string")))
+    target, mask = make_targets(rows, parse_uncertain_policy("ignore"), "ignore", seed=0)
+    assert xrv["labels"].shape == (191_010, 13)
+    healthy = pc.fill_null(pc.equal(rows["No Finding"], 1), False).to_numpy()
+    for name, labels in zip(xrv["pathologies"], xrv["labels"].T, strict=True):
+        column = LABELS.index("Pleural Effusion" if name == "Effusion" else name)
+        ours = np.where(mask[:, column], target[:, column], np.nan)
+        # By its definition "No Finding" makes the other labels negative, but for support devices.
+        same = ~healthy if name != "Support Devices" else np.full_like(healthy, True)
+        np.testing.assert_array_equal(ours[same], labels[same])
+        assert (labels[~same] == 0).all()
+
+
+def test_best_equals_libaucs_rule_but_for_pleural_effusion(real_table: Any, real_frame: pd.DataFrame) -> None:
+    """Its documented rule (libauc/datasets/chexpert.py), because its loader does nothing under pandas 3."""
+    target, mask = make_targets(real_table, parse_uncertain_policy("best"), "zeros", seed=0)
+    assert mask.all()
+    for column, label in enumerate(LABELS):
+        theirs = real_frame[label].replace(-1, 1 if label in ("Edema", "Atelectasis") else 0).fillna(0)
+        # Of an effusion it makes 0 too, where `best` smooths.
+        same = (real_frame[label] != -1) | (label != "Pleural Effusion")
+        np.testing.assert_array_equal(target[same, column], theirs[same])
+
+
+@pytest.mark.parametrize("policy", ["best", "ignore", "multiclass", "selftrained"])
+@pytest.mark.parametrize("blank", ["zeros", "ignore"])
+def test_labels_with_one_class_equal_pandas(
+    real_table: Any, real_frame: pd.DataFrame, teacher: Any, policy: str, blank: str
+) -> None:
+    target, mask = make_targets(real_table, parse_uncertain_policy(policy), blank, 0, teacher)
+    expected = [("No Finding", 22_381, 0)] if blank == "ignore" else []
+    assert one_class_labels(target, mask) == expected
+    # The first nine patients have too few images for all labels to have both.
+    few = (real_frame["Path"] < "CheXpert-v1.0-small/train/patient00010").to_numpy()
+    found = {label: counts for label, *counts in one_class_labels(target[few], mask[few])}
+    ours = pd.DataFrame(np.where(mask, target, np.nan)[few], columns=LABELS)
+    assert found == {
+        label: [(cells >= 0.5).sum(), cells.between(0, 0.5, inclusive="left").sum()]
+        for label, cells in ours.items()
+        if not ((cells >= 0.5).any() and cells.between(0, 0.5, inclusive="left").any())
+    }
+    assert found
+
+
+def test_selftrained_needs_a_teacher(real_table: Any) -> None:
+    with pytest.raises(DataError) as caught:
+        make_targets(real_table, parse_uncertain_policy("best,Edema=selftrained"), "zeros", seed=0)
+    assert str(caught.value) == (
+        "label Edema is selftrained: it needs a --teacher, a run that was scored on train"
+    )
+
+
+@pytest.mark.parametrize(("policy", "low", "high"), [("smooth-zeros", 0, 0.3), ("smooth-ones", 0.55, 0.85)])
+def test_smoothing_is_uniform_and_a_function_of_seed_and_key(
+    real_table: Any, policy: str, low: float, high: float
+) -> None:
+    column = LABELS.index("Edema")
+    uncertain = pc.equal(real_table["Edema"], -1)
+    rows = real_table.filter(uncertain)
+    target, mask = make_targets(rows, parse_uncertain_policy(policy), "zeros", seed=1)
+    draws = target[:, column]
+    assert mask.all()
+    assert len(draws) == 12_984
+    assert low <= draws.min() < low + 0.01
+    assert high - 0.01 < draws.max() < high
+    assert draws.mean() == pytest.approx((low + high) / 2, abs=0.01)
+    # reversed rows give reversed draws; another seed gives others
+    backwards = rows.take(np.arange(rows.num_rows)[::-1])
+    np.testing.assert_array_equal(
+        make_targets(backwards, parse_uncertain_policy(policy), "zeros", 1)[0][::-1, column], draws
+    )
+    assert (
+        make_targets(rows, parse_uncertain_policy(policy), "zeros", 2)[0][:, column] != draws
+    ).mean() > 0.99
+
+
+def test_evaluation_leaves_uncertain_cells_out(real_table: Any, real_frame: pd.DataFrame) -> None:
+    target, mask = evaluation_targets(real_table, "zeros")
+    np.testing.assert_array_equal(mask, (real_frame[list(LABELS)] != -1).to_numpy())
+    assert set(np.unique(target[mask])) == {0, 1}
+
+
+def test_policy_overrides_and_errors() -> None:
+    assert parse_uncertain_policy("best,Edema=zeros") == BEST_POLICY | {"Edema": "zeros"}
+    with pytest.raises(
+        DataError, match=r"^uncertain policy 'maybe' is unknown; choose from best, zeros, ones, "
+    ):
+        parse_uncertain_policy("maybe")
+    with pytest.raises(DataError, match=r"'Oedema' is not a label; write LABEL=POLICY$"):
+        parse_uncertain_policy("best,Oedema=ones")
+
+
+def test_patient_split_does_not_leak_and_ignores_row_order(real_table: Any) -> None:
+    train, dev = split_patients(real_table, 0.05, seed=0)
+    train_patients, dev_patients = set(train["patient"].to_pylist()), set(dev["patient"].to_pylist())
+    assert not train_patients & dev_patients
+    assert train.num_rows + dev.num_rows == 223_414
+    assert len(dev_patients) / 64_540 == pytest.approx(0.05, abs=0.003)
+    # patient ids drift through the set: a fair split has about the same share from each half
+    assert np.mean([patient > "patient32270" for patient in dev_patients]) == pytest.approx(0.5, abs=0.03)
+    backwards = real_table.take(np.arange(real_table.num_rows)[::-1])
+    assert set(split_patients(backwards, 0.05, seed=0)[1]["patient"].to_pylist()) == dev_patients
+    assert set(split_patients(real_table, 0.05, seed=1)[1]["patient"].to_pylist()) != dev_patients
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("Edema", "Oedema", "column Edema is missing; a CheXpert table has Path, Sex, "),
+        (",Female,21,Frontal,AP,", ",Female,21,Oblique,AP,", "line 2, column Frontal/Lateral: 'Oblique' is "),
+        (",Female,21,", ",Female,young,", "line 2, column Age: 'young' is not a number of years"),
+        (
+            "small/train/patient00002/study1/view1_frontal.jpg",
+            "../../etc/passwd",
+            "line 5, column Path: 'CheX",
+        ),
+        (
+            "patient00001/study2/view1",
+            "patient00001/study1/view1",
+            "lines 2 and 4: the same image patient00001",
+        ),
+    ],
+)
+def test_bad_csv_is_named(
+    chexpert: Path, edit_csv: Callable[[str, str], None], old: str, new: str, message: str
+) -> None:
+    edit_csv(old, new)
+    with pytest.raises(DataError) as caught:
+        read_labels(chexpert / "train.csv")
+    assert str(caught.value).startswith(f"{chexpert / 'train.csv'}")
+    assert message in str(caught.value)
+
+
+def test_unknown_label_value_names_line_and_column(chexpert: Path) -> None:
+    csv = chexpert / "train.csv"
+    lines = csv.read_text().splitlines()
+    cells = lines[3].split(",")
+    cells[5 + LABELS.index("Edema")] = "2.0"
+    lines[3] = ",".join(cells)
+    csv.write_text("\n".join(lines))
+    with pytest.raises(DataError) as caught:
+        read_labels(csv)
+    assert str(caught.value) == (
+        f"{csv}, line 4, column Edema: '2.0' is not a label: 1.0, 0.0, -1.0 or blank"
+    )
+
+
+def test_ragged_and_empty_csv(tmp_path: Path, chexpert: Path) -> None:
+    csv = chexpert / "train.csv"
+    csv.write_text(csv.read_text() + "CheXpert-v1.0-small/train/patient1\n")
+    with pytest.raises(
+        DataError, match=r"not a readable CSV: line 50: 1 cells, but the header has 19; it is t"
+    ):
+        read_labels(csv)
+    csv.write_text("")
+    with pytest.raises(DataError, match=r"not a readable CSV: Empty CSV file"):
+        read_labels(csv)
+    csv.write_text((chexpert / "valid.csv").read_text().splitlines()[0] + "\n")
+    with pytest.raises(DataError, match=r"train.csv: no rows below the header$"):
+        read_labels(csv)
+    with pytest.raises(DataError, match=r"missing.csv: no such file$"):
+        read_labels(tmp_path / "missing.csv")
+
+
+def test_underscores_in_headers_and_other_column_order(chexpert: Path) -> None:
+    csv = chexpert / "train.csv"
+    expected = read_labels(csv)
+    frame = pd.read_csv(csv, dtype=str)
+    frame = frame[frame.columns[::-1]].rename(columns=lambda name: name.replace(" ", "_"))
+    frame.to_csv(csv, index=False)
+    assert read_labels(csv).equals(expected)
+
+
+def test_a_damaged_gz_is_named(tmp_path: Path, real_csv: Path) -> None:
+    path = tmp_path / "train.csv.gz"
+    path.write_bytes(real_csv.read_bytes()[:5000])
+    with pytest.raises(DataError, match=rf"^{re.escape(str(path))}: not a readable CSV: "):
+        read_labels(path)
+
+
+def test_spaces_around_names_in_a_header_change_nothing(chexpert: Path) -> None:
+    csv = chexpert / "train.csv"
+    header, *rows = csv.read_text().splitlines()
+    for names in (header, header.replace(",", ", ")):
+        blank = [row.rsplit(",", 14)[0] + ",1.0" + 13 * "," for row in rows]  # 13 columns of nothing
+        csv.write_text("\n".join([names, *blank]) + "\n")
+        table = read_labels(csv)
+        assert table["age"].to_pylist() == [int(row.split(",")[2]) for row in rows]
+        assert table["No Finding"].to_pylist() == [1] * len(rows)
+        assert table["Edema"].null_count == len(rows)
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_line_breaks_in_cells_are_read_at_any_size(chexpert: Path, tmp_path: Path, suffix: str) -> None:
+    frame = pd.concat([pd.read_csv(chexpert / "train.csv", dtype=str)] * 200, ignore_index=True)
+    numbers = frame.index.astype(str).str.zfill(6).to_series(index=frame.index)
+    frame["Path"] = "x/train/patient" + numbers + "/study1/view1_frontal.jpg"
+    frame["note"] = "one\ntwo, " + numbers + "\r\n\nthree"
+    path = tmp_path / f"train.csv{suffix}"
+    frame.to_csv(path, index=False)
+    assert len(frame.to_csv(index=False)) > 2**20
+    table = read_labels(path)
+    assert table["path"].to_pylist() == frame["Path"].to_list()
+    assert table["age"].to_pylist() == frame["Age"].astype(int).to_list()
+    np.testing.assert_array_equal(table["Edema"].cast("float64").to_numpy(), frame["Edema"].astype(float))
+
+
+def test_errors_name_the_line_of_the_file(chexpert: Path) -> None:
+    csv = chexpert / "train.csv"
+    header, *rows = csv.read_text().splitlines()
+    # The header's line, a blank one, and a row of three lines: the next row is on line 6.
+    start = [f"{header},note", "", f'{rows[0]},"a\nb\n"']
+
+    def message(*more: str, ending: str = "\n", encoding: str = "utf-8") -> str:
+        csv.write_bytes(ending.join([*start, *more, ""]).encode(encoding))
+        with pytest.raises(DataError) as caught:
+            read_labels(csv)
+        return str(caught.value).removeprefix(str(csv))
+
+    assert message(f"{rows[1]},", f"{rows[1]},") == (
+        ", lines 6 and 7: the same image patient00001_study1_view2_lateral twice"
+    )
+    bad = rows[1].replace("Lateral", "Oblique")
+    oblique = "column Frontal/Lateral: 'Oblique' is neither Frontal nor Lateral"
+    assert message("", f"{bad},") == f", line 7, {oblique}"
+    assert message(f"{bad},", ending="\r\n", encoding="utf-8-sig") == f", line 6, {oblique}"
+    unreadable = ": not a readable CSV: line"
+    assert message("", rows[1], f"{rows[2]},") == f"{unreadable} 7: 19 cells, but the header has 20"
+    assert message(f"{rows[1]},", f'{rows[2]},a"b,c', f"{rows[3]},") == (
+        f"{unreadable} 7: 21 cells, but the header has 20"
+    )
+    assert message(f"{rows[1]},", f"{rows[2]},\xe9", encoding="latin-1") == (
+        f"{unreadable} 7: not UTF-8; save the file as UTF-8"
+    )
+    assert message(f"{rows[1].replace('Female', chr(34) + 'Female')},", f"{rows[2]},") == (
+        f"{unreadable} 6: 2 cells, but the header has 20; it is the last row: is a quote left open, or the file cut "
+        "off?"
+    )

@@ -1,0 +1,121 @@
+"""The rules of docs/architecture.md, read from the imports: arrows go down, and never round."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import train
+
+REPOSITORY = Path(train.__file__).parent
+FILES = sorted(
+    [*REPOSITORY.glob("pipeline/**/*.py"), *REPOSITORY.glob("model/**/*.py"), REPOSITORY / "train.py"]
+)
+
+GROUND = {"pipeline.base", "pipeline.labels", "pipeline.images", "pipeline.manifest"}
+READING = {*GROUND, "pipeline.policies", "pipeline.measure"}
+# The parts, and what each may import besides itself. A module belongs to the part with the longest name that fits.
+ALLOWED = {
+    "pipeline": {"pipeline.base", "pipeline.stream"},
+    "pipeline.__main__": {"pipeline.cli"},
+    "pipeline.base": set(),
+    "pipeline.labels": {"pipeline.base"},
+    "pipeline.images": {"pipeline.base"},
+    "pipeline.manifest": {"pipeline.base", "pipeline.labels"},
+    "pipeline.policies": {"pipeline.base", "pipeline.labels"},
+    "pipeline.measure": {"pipeline.base", "pipeline.labels", "pipeline.policies"},
+    "pipeline.sources": READING,
+    "pipeline.synthetic": {"pipeline.base", "pipeline.labels"},
+    "pipeline.etl": {*READING, "pipeline.sources"},
+    "pipeline.stream": READING,
+    "pipeline.look": {*READING, "pipeline.stream"},
+    "pipeline.console": {"pipeline.base"},
+    "pipeline.cli": {
+        *READING,
+        *(f"pipeline.{name}" for name in ("console", "sources", "synthetic", "etl", "stream", "look")),
+    },
+    "model": {"pipeline.base", "pipeline.labels"},
+    "model.runs": {*READING, "pipeline.console", "pipeline.stream", "pipeline.look", "model"},
+    "train": {*READING, "pipeline.console", "pipeline.stream", "pipeline.look", "model", "model.runs"},
+}
+# To go: `pipeline show --augmented` asks the trainer what its augmentation makes of an image.
+EXCEPTIONS = {("pipeline.cli", "model.augment"), ("pipeline.cli", "torch")}
+# Heavy packages, and the modules that may import them: all else starts fast, and works without them.
+IMPORTERS = {
+    "torch": ("model", "train", "pipeline.stream.loader"),
+    "click": ("pipeline.cli", "pipeline.console", "model.runs.commands", "train"),
+}
+
+
+def name_of(path: Path) -> str:
+    parts = path.relative_to(REPOSITORY).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {name_of(path): path for path in FILES}
+
+
+def imported(name: str) -> set[str]:
+    """The modules that a module imports, at its top or in a function; those of ours by their full names."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(MODULES[name].read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name}: a relative import"
+            assert node.module is not None
+            inner = {f"{node.module}.{alias.name}" for alias in node.names} & MODULES.keys()
+            found |= inner or {node.module}
+    return found
+
+
+def part_of(name: str) -> str:
+    return max((part for part in ALLOWED if f"{name}.".startswith(f"{part}.")), key=len)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_arrows_go_down(name: str) -> None:
+    part = part_of(name)
+    arrows = {other: part_of(other) for other in imported(name) & MODULES.keys()}
+    wrong = {other for other, there in arrows.items() if there != part and there not in ALLOWED[part]}
+    assert {(name, other) for other in wrong} - EXCEPTIONS == set()
+
+
+def test_arrows_never_go_round() -> None:
+    arrows = {name: imported(name) & MODULES.keys() for name in MODULES}
+    while free := [name for name, others in arrows.items() if not others]:
+        arrows = {name: others - set(free) for name, others in arrows.items() if name not in free}
+    assert arrows == {}
+
+
+@pytest.mark.parametrize("package", IMPORTERS)
+def test_heavy_packages_stay_where_they_are_needed(package: str) -> None:
+    importers = {
+        name for name in MODULES if any(f"{other}.".startswith(f"{package}.") for other in imported(name))
+    }
+    importers -= {name for name, other in EXCEPTIONS if other == package}
+    allowed = IMPORTERS[package]
+    assert {
+        name for name in importers if not any(f"{name}.".startswith(f"{one}.") for one in allowed)
+    } == set()
+
+
+def test_the_documentation_names_every_module() -> None:
+    text = (REPOSITORY / "docs" / "architecture.md").read_text()
+    missing = [
+        name
+        for name, path in MODULES.items()
+        if path.stem not in ("__init__", "__main__") and f"{name.rpartition('.')[2]}.py" not in text
+    ]
+    assert missing == []
+
+
+def test_no_module_or_class_shares_its_name_with_another() -> None:
+    names: dict[str, list[str]] = {}
+    for name, path in MODULES.items():
+        if path.name != "__init__.py":
+            names.setdefault(name.rpartition(".")[2], []).append(name)
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef):
+                names.setdefault(node.name, []).append(name)
+    assert {name: places for name, places in names.items() if len(places) > 1} == {}
