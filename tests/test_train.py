@@ -188,6 +188,7 @@ def test_a_run_writes_what_it_promises(make_job: Callable[..., Job]) -> None:
         "scores-dev.arrow",
         "scores-valid.arrow",
         "tensorboard",
+        "trained-on.arrow",
     ]
     lines = [json.loads(line) for line in (job.run / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [1, 2]

@@ -271,7 +271,7 @@ import sys, time
 from pathlib import Path
 sys.path[:0] = [{tests!r}, {root!r}]
 from test_sweep import make_sweep, never, train_point
-from model.sweep import run_sweep
+from model.runs.sweep import run_sweep
 
 def slow(point, run, watch):
     time.sleep({seconds})
@@ -286,7 +286,7 @@ def start_worker(
     folder: Path, storage: str = "", seconds: float = 0.15, lr: tuple[float, ...] = LR
 ) -> subprocess.Popen[bytes]:
     root = Path(train.__file__).parent
-    script = WORKER.format(tests=str(root / "tests"), root=str(root), seconds=seconds, lr=lr, wd=WD)
+    script = WORKER.format(tests=str(Path(__file__).parent), root=str(root), seconds=seconds, lr=lr, wd=WD)
     return subprocess.Popen([sys.executable, "-c", script, str(folder), storage])
 
 

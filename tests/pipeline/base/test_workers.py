@@ -78,7 +78,7 @@ def test_an_error_reaches_the_caller(tmp_path: Path) -> None:
 def test_workers_end_with_a_killed_parent(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from pipeline.base.workers import run_tasks; "
-        "from tests.test_workers import sleep_in_steps; "
+        "from tests.pipeline.base.test_workers import sleep_in_steps; "
         "list(run_tasks(sleep_in_steps, [(Path(sys.argv[1]), 0), (Path(sys.argv[1]), 1)], 2))"
     )
     parent = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=REPOSITORY)
@@ -99,7 +99,8 @@ def test_a_long_tmpdir_is_no_matter(tmp_path: Path) -> None:
     folder.mkdir()
     code = (
         "import tempfile; from pathlib import Path; from pipeline.base.workers import run_alone; "
-        "from tests.test_workers import square; print(run_alone(square, (Path(), 7)), tempfile.gettempdir())"
+        "from tests.pipeline.base.test_workers import square; "
+        "print(run_alone(square, (Path(), 7)), tempfile.gettempdir())"
     )
     run = subprocess.run(
         [sys.executable, "-c", code],
