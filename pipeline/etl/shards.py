@@ -763,9 +763,8 @@ def _refuse_difference(out: Path, there: Mapping[str, Any], wanted: Mapping[str,
                 difference = f"{name} is {of_group.get(name)} there and {values.get(name)} here"
                 if group == "sources":
                     difference = f"the CSV of {name} is another one"
-                raise DataError(
-                    f"{out} holds other shards: {difference}; choose another folder or --overwrite"
-                )
+                remedy = "choose another prefix" if is_remote(out) else "choose another folder or --overwrite"
+                raise DataError(f"{out} holds other shards: {difference}; {remedy}")
 
 
 def _sha256(path: Path) -> str:

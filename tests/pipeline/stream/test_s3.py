@@ -156,11 +156,15 @@ def test_the_etl_writes_to_the_store_what_it_writes_to_a_folder(stored: object, 
     other = subprocess.run([*command, "1", "--seed", "1"], capture_output=True, text=True, check=False)
     assert other.stderr == (
         "Error: s3://chest/written/small holds other shards: seed is 0 there and 1 here; "
-        "choose another folder or --overwrite\n"
+        "choose another prefix\n"
     )
-    replaced = subprocess.run([*command, "1", "--seed", "1", "--overwrite"], capture_output=True, check=False)
-    assert replaced.returncode == 0
-    assert objects_of("chest/written/small")["manifest.json"] != expected["manifest.json"]
+    refused = subprocess.run([*command, "1", "--overwrite"], capture_output=True, text=True, check=False)
+    assert refused.returncode == 1
+    assert refused.stderr == (
+        "Error: s3://chest/written/small: --overwrite is for folders: an object store cannot exchange files as a "
+        "whole; write to another prefix, or remove this one first\n"
+    )
+    assert objects_of("chest/written/small") == expected
 
 
 def test_a_store_that_refuses_is_named_without_credentials(
