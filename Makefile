@@ -56,7 +56,7 @@ upper    := $(shell echo '$(firstword $(unknown))' | tr a-z A-Z)
 meant    := $(firstword $(filter $(upper) $(upper)%,$(SETTINGS)) $(foreach name,$(SETTINGS),$(filter $(name),$(upper:$(name)%=$(name)))))
 $(error $(firstword $(unknown)) is no setting$(if $(meant),: did you mean $(meant)?,; there are $(filter-out SUDO,$(SETTINGS))))
 endif
-# Quotes keep the shell from expanding a ~ at their start, and not every shell does it behind NAME=.
+# Expand a leading ~ here: within quotes no shell does, and after NAME= not every shell does.
 $(foreach name,DATA OUT RUN SWEEP TEACHER,$(if $(filter ~ ~/%,$(firstword $($(name)))),\
 	$(eval override $(name) := $(patsubst ~,$(HOME),$(patsubst ~/%,$(HOME)/%,$($(name)))))))
 
@@ -174,7 +174,7 @@ clean:  ## remove .venv and caches; keeps shards and runs
 	rm -rf .venv .venv-peers .venv-peers-stream .venv-s3 .venv-fuzz .venv-audit .fuzz *.egg-info .mypy_cache .pytest_cache .ruff_cache
 
 # The stamp is written last: an interrupted installation is repeated.
-.venv/installed: requirements.lock
+.venv/installed: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("Python 3.11 or newer is needed, this is %d.%d" % v[:2])'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --requirement requirements.lock

@@ -1043,12 +1043,10 @@ def summarise(line: Mapping[str, Any]) -> dict[str, Any]:
     "--where",
     multiple=True,
     metavar="CONDITION",
-    help="Score these images, instead of those that the run's own conditions choose: sex=Male.",
+    help="Score these images instead of those chosen by the run's own conditions: sex=Male.",
 )
 @click.option("--views", type=click.Choice(VIEWS), show_default="the run's", help="Score these views.")
-@click.option(
-    "--shared-images", is_flag=True, help="Evaluate other shards although the run trained on some images."
-)
+@click.option("--shared-images", is_flag=True, help="Go on where the run trained on some of the images.")
 def evaluate_command(
     shards: str,
     cache: Path,
@@ -1065,15 +1063,14 @@ def evaluate_command(
 ) -> int:
     """Score the run's best checkpoint on a split.
 
-    By the run's own --where and --views, or by those given here: train on one sex, score the other.
+    The run's own --where and --views choose the images, unless others are given: train on one sex, score the other.
     """
     folder, remote = find_shards(shards, cache, cache_size)
     config, stop = read_config(run), StopFlag()
     device = choose_device(config.amp)
     job = Job(config, folder, remote, run, read_manifest(folder), *device, workers, None, None, False, stop)
     chosen_by = (*where, *([] if views is None else [f"{views} views"]))
-    other = {"where": where or config.where, "views": views or config.views} if chosen_by else {}
-    scored = replace(job, config=replace(config, **other))  # type: ignore[arg-type]
+    scored = replace(job, config=replace(config, where=where or config.where, views=views or config.views))
     try:
         others = find_scores(job, split, against)
         shared = check_evaluation(scored, split, others, shared_images)

@@ -158,7 +158,7 @@ class SplitCsv(click.ParamType[tuple[str, Path]]):
     "--bits",
     type=click.IntRange(8, 16),
     show_default="as the file says, else 16",
-    help="Of a 16-bit PNG, those with the picture.",
+    help="How many bits of a 16-bit PNG hold the picture.",
 )
 @click.option("--max-bad", default=0.001, type=Number(0, 1), help="Stop above this share of rejects.")
 @click.option("--strict", is_flag=True, help="Refuse labels with one class; exit with 3 on any reject.")
@@ -537,9 +537,11 @@ def verify(shards: Path, deep: bool, workers: int) -> None:
             click.echo(f"{shards / file}: and {len(lines) - PRINTED:,} more")
     if report.problems:
         problems = sum(map(len, report.problems.values()))
+        repair = (
+            f"; write these again by `pipeline shards SOURCE {shards} --repair`, with the options used before"
+        )
         raise click.ClickException(
-            f"{shards}: {problems:,} problems in {len(report.problems)} files; "
-            f"`pipeline shards SOURCE {shards} --repair` with the options it was made by writes damaged ones again"
+            f"{shards}: {problems:,} problems in {len(report.problems)} files{'' if report.indexed else repair}"
         )
     click.echo(
         f"{shards}: all is well: {report.splits} splits, {report.shards:,} shards, {report.samples:,} samples, "

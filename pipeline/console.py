@@ -79,7 +79,7 @@ def progress_bar(title: str, unit: str) -> Iterator[Advance]:
 
 
 def say(text: str) -> None:
-    """A line for the person in front: on stderr, since stdout is for results."""
+    """Print a line on stderr: stdout is for results."""
     click.echo(text, err=True)
 
 
@@ -87,11 +87,10 @@ def run_command(command: click.Command) -> None:
     """Run a click command with this project's error lines and exit codes; never returns."""
     # As an exception, so that clean-up runs: by default SIGTERM ends Python on the spot.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    if (
-        signal.getsignal(signal.SIGINT) != signal.SIG_IGN
-    ):  # as it is where a shell runs this in the background
+    # A shell that runs this in the background has it ignore Ctrl-C.
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    # As stderr does it: a name that is not UTF-8 is printed with escapes.
+    # Print a name that is not UTF-8 with escapes, as stderr does.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:

@@ -34,6 +34,7 @@ from pipeline.base.files import (
     claimed,
     move_file,
     read_arrow,
+    read_object,
     remove_temporaries,
     write_csv,
     write_json,
@@ -214,8 +215,8 @@ def write_shards(
             return found
         make_folder(out)
         with nullcontext() if is_remote(out) else claimed(out):
-            # Once more: another process may have finished them before it gave the folder back.
             publish(out)  # what a killed run had begun to move
+            # Once more: another process may have finished them before it gave the folder back.
             if not (overwrite or repair) and (found := _find_finished(run)) is not None:
                 return found
             try:
@@ -261,7 +262,7 @@ def _choose_policies(out: Path, given: Mapping[str, str | None], overwrite: bool
     there: Mapping[str, str] = {}
     if not overwrite:
         is_there = (out / NAME).exists()
-        begun = _read_started(out) or {}
+        begun = _read_own(out / PARTIAL / STARTED) or {}
         there = read_manifest(out).policies if is_there else begun.get("policies", {})
     return {name: given.get(name) or there.get(name, default) for name, default in POLICIES.items()}
 
@@ -367,7 +368,7 @@ def publish(out: Path) -> None:
     manifest is in its place. Does nothing without a journal.
     """
     partial = out / PARTIAL
-    if is_remote(out) or (journal := _read_json(partial / JOURNAL)) is None:
+    if is_remote(out) or (journal := _read_own(partial / JOURNAL)) is None:
         return
     replaced = partial / REPLACED
     replaced.mkdir(exist_ok=True)
@@ -395,28 +396,23 @@ def _exchange(run: Run, manifest: Manifest) -> None:
                     f"{run.out / name}: not what this command writes there; move it away, or choose another folder"
                 )
             old.append(name)
+    remove_folder(run.partial / REPLACED)  # of an exchange before, killed at its very end
     write_json(run.partial / JOURNAL, {"old": old, "new": new})
     publish(run.out)
 
 
-def _read_json(path: Path) -> Any:
-    """What is in a file of ours; None where there is none, or it is damaged: then it is made again."""
+def _read_own(path: Path) -> dict[str, Any] | None:
+    """What is in a JSON file of an unfinished run; None if there is none or it is damaged: then it is made again."""
     try:
-        return json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError):
+        return read_object(path)
+    except (FileNotFoundError, DataError):
         return None
-
-
-def _read_started(out: Path) -> dict[str, Any] | None:
-    """What an unfinished run was asked for; None where there is none, or that is damaged."""
-    started = _read_json(out / PARTIAL / STARTED)
-    return started if isinstance(started, dict) else None
 
 
 def _plan(run: Run, overwrite: bool) -> Plan:
     """Plan the shards, and check what can be checked, before anything that is there is touched."""
     planned = run.partial if is_remote(run.out) else run.out / PLANNED
-    before = _read_started(run.out)
+    before = _read_own(run.partial / STARTED)
     begun = any(path.suffix == ".tar" for path in list_files(run.work))
     if before is not None and begun and not overwrite:
         _refuse_difference(run.out, before, run.started)
@@ -534,8 +530,9 @@ def _repair(run: Run, progress: Progress) -> RunSummary:
         # A table needs the records of all shards of its split.
         whole = [name for name, split in manifest.splits.items() if split.table in damaged]
         tasks = [task for task in _list_tasks(run, rows) if task.split in whole or task.file in damaged]
-        total = sum(len(_plan_batch(run.partial, task.split, task.number)) for task in tasks)
-        _write_tasks(run, tasks, 0, total, progress)
+        total = sum(rows.values())  # of which the share of rejects is allowed
+        again = sum(len(_plan_batch(run.partial, task.split, task.number)) for task in tasks)
+        _write_tasks(run, tasks, total - again, total, progress)
         for split in whole:
             run_alone(_write_index, (FinishTask(run.work, run.partial, rows, run.wanted), split))
         for name in sorted(damaged):

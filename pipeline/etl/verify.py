@@ -30,7 +30,10 @@ PRINTED = 20  # lines on one file; a shard of another set would fill the screen
 
 
 class Verdict(NamedTuple):
-    """What was checked, a line for each problem by file, and warnings. `bytes` are those of the shards."""
+    """What was checked, a line for each problem by file, and warnings. `bytes` are those of the shards.
+
+    `indexed` shards come from another program: `pipeline shards` cannot write them again.
+    """
 
     splits: int
     shards: int
@@ -38,6 +41,7 @@ class Verdict(NamedTuple):
     bytes: int
     problems: dict[str, list[str]]
     warnings: list[str]
+    indexed: bool
 
 
 class _Task(NamedTuple):
@@ -93,6 +97,7 @@ def verify_shards(
         bytes=sum(task.shard.bytes for task in tasks),
         problems={file: lines for file, lines in problems.items() if lines},
         warnings=_find_leftovers(folder, problems.keys()),
+        indexed=bool(manifest.options.get("indexed")),
     )
 
 
@@ -223,7 +228,7 @@ def _find_leftovers(folder: Path, known: Collection[str]) -> list[str]:
     """A line for each file that an interrupted run left, and for each shard or table of another set."""
     lines = []
     for path in sorted(folder.iterdir()):
-        if path.name == ".partial" or is_temporary(path):
+        if path.name in (".partial", ".planned") or is_temporary(path):
             lines.append(f"{path}: left over from an interrupted run; delete it")
         elif path.suffix in (".tar", ".arrow") and path.name not in known:
             lines.append(f"{path}: the manifest does not list it")

@@ -68,7 +68,7 @@ def choose_fit(score: Floats, truth: Bools, patient: npt.NDArray[Any]) -> tuple[
     """
     _, codes = np.unique(patient, return_inverse=True)
     logits = _logits(score)
-    fold = split_patients(truth, codes)
+    fold = deal_folds(truth, codes)
     gain = 0.0
     for number in range(FOLDS):
         left, rest = fold == number, fold != number
@@ -85,7 +85,7 @@ def choose_fit(score: Floats, truth: Bools, patient: npt.NDArray[Any]) -> tuple[
     return fit, None
 
 
-def split_patients(truth: Bools, codes: Ints) -> Ints:
+def deal_folds(truth: Bools, codes: Ints) -> Ints:
     """The fold of each cell [n], all of a patient's in the same, and those with positives dealt out evenly.
 
     A patient's name does not say anything about them, so those alike are dealt in the order of their codes.

@@ -241,7 +241,7 @@ def test_damage_is_named(chexpert: Path, shards: Shards, damage: Damage) -> None
     run = run_pipeline("verify", folder, "--workers", 2)
     assert run.stdout.splitlines() == lines
     assert run.returncode == 1
-    repair = f"`pipeline shards SOURCE {folder} --repair` with the options it was made by writes damaged ones again"
+    repair = f"write these again by `pipeline shards SOURCE {folder} --repair`, with the options used before"
     assert re.fullmatch(rf"Error: {folder}: \d+ problems in \d+ files; {repair}", run.stderr.splitlines()[-1])
 
 

@@ -11,9 +11,9 @@ from pipeline.measure.calibration import (
     apply_calibration,
     choose_fit,
     choose_thresholds,
+    deal_folds,
     fit_calibration,
     fit_logistic,
-    split_patients,
 )
 from pipeline.measure.metrics import calibration_error, rates_at
 
@@ -104,7 +104,7 @@ def test_a_file_without_a_bias_is_read_as_before() -> None:
 def test_a_patient_is_in_one_fold_and_positives_are_dealt_out() -> None:
     codes = np.repeat(np.arange(50), 3)
     truth = codes % 5 == 0  # ten patients with positives alone
-    fold = split_patients(truth, codes)
+    fold = deal_folds(truth, codes)
     assert all(len(set(fold[codes == code])) == 1 for code in range(50))
     np.testing.assert_array_equal(np.bincount(fold[truth]), [6] * 5)
     np.testing.assert_array_equal(np.bincount(fold), [30] * 5)
