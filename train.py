@@ -36,6 +36,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 import contextlib
 import copy
+import gc
 import hashlib
 import io
 import json
@@ -995,7 +996,8 @@ def sweep_command(
         started = True
         job = make(point, run)
         torch.compiler.reset()  # it gives up after several networks in one process
-        torch.cuda.empty_cache()  # of a trial before, which may have run out of it
+        gc.collect()  # a trial that failed is held by its traceback, and so is its memory
+        torch.cuda.empty_cache()
         with contextlib.redirect_stdout(io.StringIO()):  # the table of a run is in its report
             code = train(job, lambda history: watch([summarise(line) for line in history]))
         if code:

@@ -1,6 +1,7 @@
 """The rules of docs/architecture.md, read from the imports: arrows go down, and never round."""
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -55,10 +56,16 @@ def name_of(path: Path) -> str:
 MODULES = {name_of(path): path for path in FILES}
 
 
-def imported(name: str) -> set[str]:
+@cache
+def parse(name: str) -> ast.Module:
+    return ast.parse(MODULES[name].read_text())
+
+
+@cache
+def imported(name: str) -> frozenset[str]:
     """The modules that a module imports, at its top or in a function; those of ours by their full names."""
     found: set[str] = set()
-    for node in ast.walk(ast.parse(MODULES[name].read_text())):
+    for node in ast.walk(parse(name)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -66,7 +73,7 @@ def imported(name: str) -> set[str]:
             assert node.module is not None
             inner = {f"{node.module}.{alias.name}" for alias in node.names} & MODULES.keys()
             found |= inner or {node.module}
-    return found
+    return frozenset(found)
 
 
 def part_of(name: str) -> str:
@@ -115,7 +122,7 @@ def test_no_module_or_class_shares_its_name_with_another() -> None:
     for name, path in MODULES.items():
         if path.name != "__init__.py":
             names.setdefault(name.rpartition(".")[2], []).append(name)
-        for node in ast.parse(path.read_text()).body:
+        for node in parse(name).body:
             if isinstance(node, ast.ClassDef):
                 names.setdefault(node.name, []).append(name)
     assert {name: places for name, places in names.items() if len(places) > 1} == {}

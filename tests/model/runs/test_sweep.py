@@ -20,6 +20,7 @@ import pytest
 
 import train
 from model.predict import DivergedError, MemoryExhaustedError
+from model.runs.job import Job
 from model.runs.sweep import (
     Outcome,
     Point,
@@ -387,6 +388,36 @@ def test_trials_are_the_runs_that_train_makes(
         assert (sweep / name).stat().st_size > 1000
     with pytest.raises(DataError, match=r"augment is none there and affine here; choose another --sweep$"):
         command("sweep", "--sweep", sweep, "--lr", "1e-3 1e-2", *given[:4], "--seed", 3)
+
+
+def test_an_error_in_one_trial_leaves_a_report_of_the_others(
+    command: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep, whole = tmp_path / "sweep", train.train
+    given = (
+        "--sweep",
+        sweep,
+        "--lr",
+        "1e-3 1e-2",
+        "--arch",
+        "rescnn",
+        "--batch-size",
+        16,
+        "--augment",
+        "none",
+    )
+
+    def fail(job: Job, *watch: Any) -> int:
+        if job.config.lr == 1e-2:
+            raise DataError("the disk is full")
+        return whole(job, *watch)
+
+    monkeypatch.setattr(train, "train", fail)
+    with pytest.raises(DataError, match=r"^the disk is full$"):
+        command("sweep", *given)
+    rows = list(csv.DictReader((sweep / "sweep.csv").read_text().splitlines()))
+    assert [row["lr"] for row in rows if row["state"] == "complete"] == ["0.001"]
+    assert (sweep / "report.html").exists()
 
 
 def test_a_sweep_whose_trials_all_diverge_has_failed(

@@ -5,13 +5,18 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
+from PIL import Image
 
 import train
 from model.runs import scoring
 from model.runs.job import StopFlag
+from model.runs.scores import read_frame
 from pipeline import DataError
 from pipeline.manifest import Manifest, read_table
+from tests.conftest import default_options, make_shards, write_chexpert
 
 
 @pytest.fixture(scope="module")
@@ -153,3 +158,27 @@ def test_other_conditions_than_the_runs_own_choose_what_is_scored(
     assert document["chosen_by"] == ["sex=Male"]
     assert (run / "evaluation-valid.json").read_bytes() == before
     assert re.fullmatch(r"evaluation-valid-[0-9a-f]{8}.json", Path(files[1]).name)
+    with pytest.raises(DataError, match=r"no lateral images among the"):
+        call_train("evaluate", "--shards", shards, "--run", run, "--views", "lateral")
+
+
+def test_predict_reads_16_bit_images_as_the_shards_did(tmp_path: Path) -> None:
+    folder = tmp_path / "CheXpert"
+    write_chexpert(folder, "train", range(1, 17))
+    write_chexpert(folder, "valid", range(17, 21))
+    for file in folder.rglob("*.jpg"):
+        Image.fromarray(np.asarray(Image.open(file)).astype(np.uint16) * 16).save(file.with_suffix(".png"))
+        file.unlink()
+    for csv in folder.glob("*.csv"):
+        csv.write_text(csv.read_text().replace(".jpg", ".png"))
+    shards, run, out = tmp_path / "shards", tmp_path / "run", tmp_path / "scores.csv"
+    make_shards(folder, shards, default_options(bits=12))
+    assert call_train("train", "--shards", shards, "--run", run, *SMALL, "--batch-size", 4) == 0
+    frontals = sorted((folder / "valid").rglob("*_frontal.png"))
+    assert call_train("predict", "--run", run, "--out", out, "--workers", 1, *frontals) == 0
+    scores = read_frame(run / "scores-valid.arrow").set_index(["patient", "study"])
+    for row in pd.read_csv(out).itertuples(index=False):
+        patient, study = Path(row.file).parts[-3:-1]
+        expected = scores.loc[(patient, int(study.removeprefix("study")))].to_numpy()
+        np.testing.assert_allclose(np.array(row[1:], float), expected, atol=1e-5)
+    assert len(frontals) == len(scores) == 8

@@ -7,9 +7,10 @@ import os
 import shutil
 import tarfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterable
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,6 +20,7 @@ from PIL import Image
 
 from pipeline import DataError
 from pipeline.base.files import atomic_file, claimed, write_csv
+from pipeline.base.store import remove_folder
 from pipeline.etl import shards as etl
 from pipeline.etl.adopt import write_index
 from pipeline.etl.shards import Options, RunSummary, write_shards
@@ -486,11 +488,15 @@ def test_what_a_killed_writer_left_goes_and_nothing_else(tmp_path: Path) -> None
 
 
 def test_an_overwrite_that_cannot_work_leaves_the_shards_alone(
-    chexpert: Path, shards: Shards, edit_csv: Callable[[str, str], None]
+    chexpert: Path,
+    shards: Shards,
+    edit_csv: Callable[[str, str], None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder, manifest = shards
     before = hashes(folder)
     other = default_options(seed=1)
+    monkeypatch.setattr("pipeline.etl.cluster.CONNECT_SECONDS", 0.5)
 
     def refuse(match: str, **changes: object) -> None:
         with pytest.raises(DataError, match=match):
@@ -519,6 +525,11 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def run_here(function: Callable[[Any], Any], tasks: Iterable[Any], *_: object) -> Generator[Any, None, None]:
+    """Instead of `run_tasks`: in this process, which starts in no time."""
+    yield from map(function, tasks)
+
+
 class Killed(BaseException):
     """Stands in for SIGKILL: nothing catches it."""
 
@@ -527,13 +538,14 @@ def test_killed_at_any_move_an_overwrite_loses_nothing(
     chexpert: Path, shards: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     old, new = hashes(shards[0]), default_options(seed=1, samples_per_shard=14)
+    monkeypatch.setattr(etl, "run_alone", lambda function, task: function(task))
+    monkeypatch.setattr(etl, "run_tasks", run_here)
     make_shards(chexpert, tmp_path / "new", new)
     expected = hashes(tmp_path / "new")
     moves = 0
     for kill in range(1000):
         folder = Path(shutil.copytree(shards[0], tmp_path / f"kill-{kill}"))
         with monkeypatch.context() as patch:
-            patch.setattr(etl, "run_alone", lambda function, task: function(task))
             done = 0
 
             def move(source: Path, target: Path, kill: int = kill) -> None:
@@ -634,3 +646,43 @@ def test_a_file_system_without_locks_is_named(
     assert str(caught.value) == (
         f"{tmp_path / 'out'}: its file system has no locks (Function not implemented); choose a folder on another one"
     )
+
+
+def test_what_an_earlier_exchange_left_is_not_in_the_way_of_the_next(
+    chexpert: Path, shards: Shards, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shards[0]
+    other = default_options(seed=1)
+    with monkeypatch.context() as patch:  # killed when all is in its place, before .partial is removed
+        patch.setattr(
+            etl, "remove_folder", lambda path: None if (path / "replaced").exists() else remove_folder(path)
+        )
+        make_shards(chexpert, folder, other, overwrite=True)
+    assert (folder / ".partial" / "replaced" / "manifest.json").exists()
+    moved: list[tuple[str, str]] = []
+
+    def move(source: Path, target: Path) -> None:
+        moved.append((source.name, target.parent.name))
+        source.replace(target)
+
+    monkeypatch.setattr(etl, "move_file", move)
+    make_shards(chexpert, folder, other, overwrite=True)
+    # The manifest moves out first and in last: in between no reader takes the folder for finished.
+    files = [name for name in moved if name[1] in ("replaced", folder.name)]
+    assert files[0] == ("manifest.json", "replaced")
+    assert files[-1] == ("manifest.json", folder.name)
+    assert not (folder / ".partial").exists()
+
+
+def test_a_repair_allows_the_rejects_that_the_shards_have(chexpert: Path, tmp_path: Path) -> None:
+    (chexpert / "train/patient00003/study2/view1_frontal.jpg").unlink()
+    out, options = tmp_path / "out", default_options()
+    manifest = make_shards(chexpert, out, options, max_bad=0.03).manifest  # one of 40
+    assert len(manifest.rejects) == 1
+    before = hashes(out)
+    for path in out.glob("*.tar"):
+        path.unlink()
+        write_shards(
+            find_source(chexpert, {}, []), out, options, POLICIES, workers=1, max_bad=0.03, repair=True
+        )
+    assert hashes(out) == before
