@@ -37,9 +37,7 @@ from pipeline.base.errors import DataError
 from pipeline.base.store import open_to_read
 
 PROJECTIONS = ("AP", "PA", "lateral", "other")  # a projection's code is its place here
-MOST_VIEWS = 3  # of a study, as CheXpert has them
-
-
+MOST_VIEWS = 3  # of a study, as in CheXpert
 STATES = {"positive": 1, "uncertain": -1, "negative": 0, "blank": None}
 
 
@@ -69,9 +67,8 @@ _PATH = (
     r"(?:^|/)(?P<image>(?P<patient>patient\d{1,20})/study(?P<study>\d{1,6})/"
     r"(?P<file>view\d{1,4}_(?:frontal|lateral))\.(?i:jpg|jpeg|png))$"
 )
-_FOLDER = re.compile(
-    r"[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*"
-)  # not `..`, nor what precedes a first slash
+# Neither `..` nor the empty name before a first slash.
+_FOLDER = re.compile(r"[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*")
 
 
 def read_labels(csv: Path) -> pa.Table:
