@@ -21,7 +21,7 @@ from pipeline.measure.bootstrap import draw_counts
 from pipeline.measure.calibration import SMALLEST, apply_calibration, choose_fit, fit_logistic
 from pipeline.measure.metrics import BINS
 from pipeline.policies import check_blank_policy, evaluation_targets
-from pipeline.stream.batches import open_split
+from pipeline.stream.samples import open_split
 
 Array = npt.NDArray[np.float64]
 RESAMPLES = 500

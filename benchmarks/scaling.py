@@ -30,8 +30,8 @@ from pipeline.images import ImageOptions, decode_stored, prepare, resize
 from pipeline.labels import LABELS, count_rows
 from pipeline.manifest import Manifest, Shard, Split, read_manifest, write_manifest
 from pipeline.policies import make_targets, parse_uncertain_policy
-from pipeline.stream.batches import open_split
 from pipeline.stream.plan import epoch_order
+from pipeline.stream.samples import open_split
 
 # Height and width of CheXpert's small and full images, and about the bytes of one: 11 and 439 GB by 223,414.
 SOURCES = {"small": (320, 390, 49_000), "full": (2320, 2828, 1_965_000)}

@@ -11,7 +11,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from unittest.mock import patch
+from pathlib import Path
 
 import click
 import torch
@@ -19,18 +19,11 @@ from torch import nn
 
 import train
 from model.augment import normalize
-from model.runs.job import Job, open_rows, to_device
-from pipeline.stream.batches import Batch, stream_training
+from model.runs.config import Config
+from model.runs.job import open_job, open_rows, to_device
+from pipeline.stream.batches import Batch
 
 KEPT = 4  # batches that lie in memory
-
-
-def capture_job(arguments: list[str]) -> Job:
-    """The job that `train.py` would start with these arguments."""
-    with patch.object(train, "train", return_value=0) as started:
-        train.main.main(["train", *arguments], standalone_mode=False)
-    job: Job = started.call_args.args[0]
-    return job
 
 
 def synchronize(device: torch.device) -> None:
@@ -49,15 +42,8 @@ def synchronize(device: torch.device) -> None:
 @click.option("--amp", default="auto", show_default=True)
 def main(shards: str, arch: str, size: int, batch: int, steps: int, rounds: int, amp: str) -> None:
     """Print images/s of the three, and their ratios."""
-    options = {
-        "shards": shards,
-        "run": "unused",
-        "arch": arch,
-        "image-size": size,
-        "batch-size": batch,
-        "amp": amp,
-    }
-    job = capture_job([str(word) for name, value in options.items() for word in (f"--{name}", value)])
+    config = Config(arch=arch, image_size=size, batch_size=batch, amp=amp)
+    job = open_job(config, shards, Path("unused"))
     chosen = open_rows(job, "train")
     labels = train.training_labels(job, chosen)
     state = train.start_state(job, labels, chosen.rows)
@@ -65,14 +51,15 @@ def main(shards: str, arch: str, size: int, batch: int, steps: int, rounds: int,
 
     def stream() -> Iterator[Batch]:
         for epoch in itertools.count():
-            yield from stream_training(
-                chosen.split, labels, size=size, batch_size=batch, seed=0, epoch=epoch, threads=job.workers
-            )
+            yield from train.stream_epoch(job, chosen, labels, None, epoch)
 
     batches = stream()
     resident = itertools.cycle([next(batches) for _ in range(KEPT)])
     pixels = job.manifest.pixels
-    tensors = [[to_device(array, job.device) for array in next(resident)[1:4]] for _ in range(KEPT)]
+    tensors = [
+        [to_device(array, job.device) for array in (kept.images, kept.target, kept.mask)]
+        for kept in (next(resident) for _ in range(KEPT))
+    ]
     ready = itertools.cycle(
         (
             normalize(images, pixels["mean"], pixels["std"]).contiguous(memory_format=torch.channels_last),

@@ -39,13 +39,10 @@ from PIL import Image
 
 from benchmarks.scale import PIPELINE, descendants, read_table
 from benchmarks.stream_peers import BATCH, SIZE, WARM_UP, WORKERS, Batches, measure
+from pipeline import open_shards
 from pipeline.images import decode_jpeg, resize
 from pipeline.labels import LABELS, label_states
-from pipeline.manifest import read_manifest
-from pipeline.policies import make_targets, parse_uncertain_policy
-from pipeline.stream.batches import Labels, OpenSplit, open_split, stream_evaluation, stream_training
-from pipeline.stream.plan import Rows, epoch_order, plan_training, training_steps
-from pipeline.stream.samples import find_studies, stream_studies
+from pipeline.stream.plan import Rows, epoch_order, training_steps
 from pipeline.synthetic.sample import FOLDER, write_sample
 
 PARTS = ("rates", "memory", "start", "shuffle")
@@ -87,11 +84,8 @@ def measure_ours(shards: Path, passes: int) -> float:
     """Images/s of the stream, on two threads."""
 
     def read() -> Batches:
-        split, labels = open_shards(shards)
         for epoch in range(passes):
-            stream = stream_training(
-                split, labels, size=SIZE, batch_size=BATCH, seed=0, epoch=epoch, threads=WORKERS
-            )
+            stream = open_shards(shards)["train"].batches(BATCH, SIZE, epoch=epoch, uncertain="multiclass")
             yield from ((batch.images, batch.target, []) for batch in stream)
 
     return measure(read())
@@ -101,12 +95,10 @@ def measure_studies(shards: Path, passes: int) -> float:
     """Images/s of the stream of studies."""
 
     def read() -> Iterator[int]:
-        split, labels = open_shards(shards)
-        studies = find_studies(split)
+        studies = open_shards(shards)["train"].studies()
         for epoch in range(passes):
-            plan = partial(plan_training, studies.shard_sizes, BATCH, 0, epoch)
-            stream = stream_studies(plan, split, studies, labels, size=SIZE, threads=WORKERS)
-            yield from (int(batch.present.sum()) for batch in stream)
+            stream = studies.batches(BATCH, SIZE, epoch=epoch, uncertain="multiclass", threads=WORKERS)
+            yield from (len(batch.images) for batch in stream)
 
     counts = read()
     sum(islice(counts, WARM_UP))
@@ -210,12 +202,6 @@ def make_tiny(folder: Path, rows: int) -> Path:
     return write_shards(source, folder / "shards", "--size", "original", "--views", "all")
 
 
-def open_shards(shards: Path, uncertain: str = "multiclass") -> tuple[OpenSplit, Labels]:
-    """Split train with its labels; under `multiclass` these are 1, 0, -1 as in the table."""
-    split = open_split(shards, read_manifest(shards), "train")
-    return split, Labels(*make_targets(split.table, parse_uncertain_policy(uncertain), "zeros", seed=0))
-
-
 def read_jpegs(shards: Path) -> Iterator[bytes]:
     """The stored images, by the standard library."""
     for path in sorted(shards.glob("train-*.tar")):
@@ -244,11 +230,10 @@ def run_peer(peers: Path, folder: Path, action: str, name: str, data: Path, *mor
 
 
 def read_reference(shards: Path) -> Reference:
-    split, labels = open_shards(shards)
-    batches = stream_evaluation(split, labels, size=SIZE, batch_size=BATCH)
-    rows = {key: row for row, key in enumerate(split.table["key"].to_pylist())}
-    images = np.concatenate([batch.images for batch in batches])
-    return Reference(rows, images, *label_states(split.table))
+    train = open_shards(shards)["train"]
+    rows = {key: row for row, key in enumerate(train.table["key"].to_pylist())}
+    images = np.concatenate([batch.images for batch in train.batches(BATCH, SIZE, epoch=None)])
+    return Reference(rows, images, *label_states(train.table))
 
 
 def check_peer(name: str, file: Path, reference: Reference) -> float:
@@ -332,10 +317,10 @@ def peak_memory() -> float:
 
 def watch_epochs(shards: Path, epochs: int) -> list[float]:
     """Peak memory in MB after each epoch."""
-    split, labels = open_shards(shards)
+    train = open_shards(shards)["train"]
     peaks = []
     for epoch in range(epochs):
-        for _ in stream_training(split, labels, size=SIZE, batch_size=BATCH, seed=0, epoch=epoch):
+        for _ in train.batches(BATCH, SIZE, epoch=epoch, uncertain="multiclass"):
             pass
         peaks.append(peak_memory())
     return peaks
@@ -358,9 +343,9 @@ def print_memory(few: Path, many: Path) -> None:
 def time_first_batch(shards: Path, share: float) -> float:
     """Seconds from the manifest to the first batch of an epoch of which this share is done."""
     start = time.perf_counter()
-    split, labels = open_shards(shards, uncertain="best")
-    step = int(training_steps(split.table.num_rows, BATCH) * share)
-    stream = stream_training(split, labels, size=SIZE, batch_size=BATCH, seed=0, epoch=0, start_step=step)
+    train = open_shards(shards)["train"]
+    stream = train.batches(BATCH, SIZE, epoch=0, uncertain="best")
+    stream.load_state_dict({"step": int(training_steps(len(train.samples.rows), BATCH) * share)})
     next(iter(stream))
     return time.perf_counter() - start
 
@@ -389,7 +374,7 @@ def webdataset_order(shard_sizes: Sequence[int], seed: int) -> Rows:
 def print_shuffle(many: Path, epochs: int = 10) -> None:
     from scipy.stats import spearmanr  # type: ignore[import-untyped]  # here: the other parts measure memory
 
-    split, _ = open_shards(many)
+    split = open_shards(many)["train"].split
     sizes, shard = list(split.shard_sizes), split.shard
     patient = np.array(
         [int(patient.removeprefix("patient")) for patient in split.table["patient"].to_pylist()]

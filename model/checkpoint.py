@@ -1,6 +1,7 @@
 """State dict ↔ file: written whole or not at all, and read without running code from it."""
 
 import io
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,10 +43,20 @@ def load_checkpoint(path: Path, ranks: Ranks = ALONE, remedy: str = "") -> dict[
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
     try:
+        _refuse_bombs(content)
         # weights_only: a pickle can run code, tensors and plain values cannot.
         return dict(torch.load(io.BytesIO(content), map_location="cpu", weights_only=True))
     except Exception as error:  # a damaged file makes torch raise anything: IndexError, struct.error, …
         raise CheckpointError(f"{path}: damaged, or not a checkpoint of this program{remedy}") from error
+
+
+def _refuse_bombs(content: bytes) -> None:
+    """Raise ValueError for a zip whose members claim more bytes than it has: torch would allocate them all."""
+    file = io.BytesIO(content)
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            if sum(member.file_size for member in archive.infolist()) > len(content):
+                raise ValueError("its members are larger than the file")
 
 
 @contextmanager

@@ -50,11 +50,11 @@ class StudyNetwork(nn.Module):
     def forward(self, images: Tensor, present: Tensor, projection: Tensor) -> Tensor:
         """Logits [B, outputs] of studies.
 
-        `present` bool [B, V] are the views that there are, `images` [n, 1, H, W] these alone in order;
-        `projection` int [B, V] are places in PROJECTIONS, or UNKNOWN_FRONTAL.
+        `present` bool [B, V] says which of their places have a view, one or more of each study; `images` [N, 1, H, W]
+        are these views in order, `projection` int [N] their places in PROJECTIONS, or UNKNOWN_FRONTAL.
         """
         unknown = self.projection[[PROJECTIONS.index(name) for name in ("AP", "PA")]].mean(0, keepdim=True)
-        scale, shift = torch.cat([self.projection, unknown])[projection[present].long()].unbind(1)
+        scale, shift = torch.cat([self.projection, unknown])[projection.long()].unbind(1)
         features = self.backbone(images) * (1 + scale) + shift
         if self.fusion == "attention":
             views = _spread(self.head(features), present)
@@ -64,11 +64,10 @@ class StudyNetwork(nn.Module):
             return (views * weights).sum(dim=1)
         spread = _spread(features, present)
         if self.fusion == "mean":
-            pooled = spread.sum(dim=1) / present.sum(dim=1, keepdim=True).clamp(min=1)
+            pooled = spread.sum(dim=1) / present.sum(dim=1, keepdim=True)
         else:
             hidden = torch.finfo(spread.dtype).min
-            some = present.any(dim=1)[:, None]
-            pooled = torch.where(some, spread.masked_fill(~present[..., None], hidden).amax(dim=1), 0)
+            pooled = spread.masked_fill(~present[..., None], hidden).amax(dim=1)
         logits: Tensor = self.head(pooled)
         return logits
 

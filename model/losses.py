@@ -10,6 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+LOSSES = ("bce", "aucm")
 MAX_POSITIVE_WEIGHT = 20.0  # where positives are rarer than 1 in 21, a few would be the whole gradient
 MEMORY = 0.99  # per batch: of the class means of AUCMarginLoss
 
@@ -64,9 +65,9 @@ class MaskedLoss(nn.Module):
 def label_scores(logits: Tensor) -> Tensor:
     """Scores in [0, 1] of the logits of labels: how probable positive is, given that it is positive or negative.
 
-    In float32 whatever the logits' precision: in half precision near-equal scores would tie.
+    In float32 at least: in half precision near-equal scores would tie.
     """
-    return torch.sigmoid(logits.float())
+    return torch.sigmoid(logits.to(torch.promote_types(logits.dtype, torch.float32)))
 
 
 def positive_weights(target: Tensor, mask: Tensor) -> Tensor:
@@ -122,7 +123,7 @@ class AUCMarginLoss(nn.Module):
     def forward(self, logits: Tensor, target: Tensor, mask: Tensor) -> Tensor:
         """The loss of logits [B, L or more], target and mask [B, L]; updates the running means.
 
-        In float32 whatever the logits' precision. 0 where no label counts. Of several ranks each gives a loss for its
+        In float32 at least. 0 where no label counts. Of several ranks each gives a loss for its
         slice: weighted by the slices' cells they add up to the batch's.
         """
         scores = label_scores(logits[:, : target.shape[1]])
@@ -132,7 +133,7 @@ class AUCMarginLoss(nn.Module):
             batch = parts.sum(dim=1, dtype=torch.float64)  # so that how images are shared out does not show
             if dist.is_initialized():  # the means are those of all ranks' images
                 dist.all_reduce(batch)
-            batch = batch.float()
+            batch = batch.to(self.met.dtype)
             of_label = batch[1] + batch[3]  # cells, of all ranks
             self.met.mul_(MEMORY).add_(batch.view(2, 2, -1))
             number = self.met[:, 1]

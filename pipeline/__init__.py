@@ -1,5 +1,31 @@
-"""Chest X-ray sets as people have them → label table → shards → batches. Knows nothing of networks."""
+"""Chest X-ray sets as people have them → label table → shards → batches. Knows nothing of networks.
+
+    shards = open_shards("shards")
+    for batch in shards["train"].batches(64, 224, epoch=0):
+        ...  # batch.images uint8 [64, 1, 224, 224], batch.target float32 and batch.mask bool [64, 14]
+
+`BatchDataset(batches)` is for torch's DataLoader.
+"""
+
+from typing import TYPE_CHECKING, Any
 
 from pipeline.base.errors import DataError
 
-__all__ = ["DataError"]
+if TYPE_CHECKING:
+    from pipeline.stream.dataset import open_shards
+    from pipeline.stream.loader import BatchDataset
+
+__all__ = ["BatchDataset", "DataError", "open_shards"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for only then: Arrow and OpenCV would slow down every command, and torch even more."""
+    if name == "open_shards":
+        from pipeline.stream.dataset import open_shards
+
+        return open_shards
+    if name == "BatchDataset":
+        from pipeline.stream.loader import BatchDataset
+
+        return BatchDataset
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -469,7 +469,7 @@ def show(
     """
     from pipeline.look.sheet import FORMATS, draw_images, draw_variants, find_state, save_sheet, spread_rows
     from pipeline.manifest import read_manifest
-    from pipeline.stream.batches import open_split
+    from pipeline.stream.samples import open_split
     from pipeline.stream.select import select_rows
 
     if state and not label:

@@ -83,8 +83,11 @@ def say(text: str) -> None:
     click.echo(text, err=True)
 
 
-def run_command(command: click.Command) -> None:
-    """Run a click command with this project's error lines and exit codes; never returns."""
+def run_command(command: click.Command, context: object = None) -> None:
+    """Run a click command with this project's error lines and exit codes; never returns.
+
+    `context` is handed to commands that ask for it by `click.pass_obj`.
+    """
     # As an exception, so that clean-up runs: by default SIGTERM ends Python on the spot.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     # A shell that runs this in the background has it ignore Ctrl-C.
@@ -94,7 +97,7 @@ def run_command(command: click.Command) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        sys.exit(command.main(standalone_mode=False))
+        sys.exit(command.main(standalone_mode=False, obj=context))
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)

@@ -22,6 +22,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import atheris
@@ -42,7 +43,10 @@ with atheris.instrument_imports(include=["pipeline", "model"]):
     from pipeline.manifest import Split, read_manifest, read_table
     from pipeline.policies import make_targets, parse_uncertain_policy
     from pipeline.sources.chexpert import find_source
-    from pipeline.stream.batches import Labels, open_split, stream_evaluation
+    from pipeline.stream.batches import Labels, stream_batches
+    from pipeline.stream.dataset import open_shards
+    from pipeline.stream.plan import plan_evaluation
+    from pipeline.stream.samples import find_images, open_split
     from pipeline.synthetic.sample import write_sample
 
 unpickler = _weights_only_unpickler.Unpickler
@@ -129,8 +133,9 @@ def arrow_target(folder: Path, shards: Path) -> Target:
         digest = hashlib.sha256(data).hexdigest()
         split = Split(**{**vars(train), "table_sha256": digest})
         opened = open_split(folder, replace(manifest, splits={"train": split}), "train")
-        target, mask = make_targets(opened.table, parse_uncertain_policy("best"), "zeros", seed=0)
-        for _ in stream_evaluation(opened, Labels(target, mask), size=16, batch_size=4, threads=1):
+        labels = Labels(*make_targets(opened.table, parse_uncertain_policy("best"), "zeros", seed=0))
+        plan = partial(plan_evaluation, find_images(opened), 4)
+        for _ in stream_batches(opened, labels, plan, size=16, threads=1):
             pass
 
     return read
@@ -193,11 +198,8 @@ def tar_target(folder: Path, _: Path) -> Target:
         for path in folder.iterdir():
             path.unlink()
         (folder / "train-000000.tar").write_bytes(data)
-        manifest = write_index(folder)
-        split = open_split(folder, manifest, "train")
-        count = split.table.num_rows
-        labels = Labels(np.zeros((count, 14), np.float32), np.ones((count, 14), bool))
-        for _ in stream_evaluation(split, labels, size=16, batch_size=4, threads=1):
+        write_index(folder)
+        for _ in open_shards(folder)["train"].batches(4, 16, epoch=None, threads=1):
             pass
 
     return read

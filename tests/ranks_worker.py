@@ -7,6 +7,7 @@ Writes OUT/<rank>.npz: the rows of each step's slice, the loss of the whole batc
 
 import sys
 from pathlib import Path
+from typing import NoReturn
 from unittest.mock import patch
 
 import numpy as np
@@ -16,8 +17,8 @@ from torchvision.ops import FrozenBatchNorm2d
 
 import train
 from model.networks import build_network
+from model.runs.commands import main
 from model.runs.job import Job, agree, open_rows
-from pipeline.stream.batches import stream_training
 
 GRADIENTS = 3  # steps whose gradients are kept
 
@@ -37,25 +38,15 @@ def build_frozen(*arguments: object) -> nn.Module:
     return network.double()
 
 
-def run_steps(job: Job) -> int:
-    """Train for so many steps, over as many epochs as they take."""
+def run_steps(job: Job) -> NoReturn:
+    """Train for STEPS steps, the first of as many epochs."""
     chosen = open_rows(job, "train")
     labels = train.training_labels(job, chosen)
     state = train.start_state(job, labels, chosen.rows)
+    state.loss.double()
     rows, losses, gradients = [], [], []
     while state.done < int(sys.argv[2]):
-        batches = stream_training(
-            chosen.split,
-            labels,
-            size=job.config.image_size,
-            batch_size=job.config.batch_size,
-            seed=0,
-            epoch=state.done,
-            rank=job.ranks.rank,
-            ranks=job.ranks.count,
-            threads=1,
-        )
-        batch = next(iter(batches))
+        batch = next(iter(train.stream_epoch(job, chosen, labels, None, state.done)))
         (cells,) = agree(job, batch.mask.sum())
         loss, _ = train.train_step(job, state, batch, cells)
         state.done += 1
@@ -67,8 +58,8 @@ def run_steps(job: Job) -> int:
     out = Path(sys.argv[1])
     out.mkdir(exist_ok=True)
     np.savez(out / f"{job.ranks.rank}.npz", rows=rows, losses=losses, gradients=gradients)
-    return 0
+    raise SystemExit(0)  # without the table of a finished run
 
 
-with patch.object(train, "build_network", build_frozen), patch.object(train, "train", run_steps):
-    sys.exit(train.main.main(["train", *sys.argv[3:]], standalone_mode=False))
+with patch.object(train, "build_network", build_frozen):
+    sys.exit(main.main(["train", *sys.argv[3:]], standalone_mode=False, obj=run_steps))

@@ -44,7 +44,7 @@ EXCEPTIONS = {("pipeline.cli", "model.augment"), ("pipeline.cli", "torch")}
 # Heavy packages, and the modules that may import them: all else starts fast, and works without them.
 IMPORTERS = {
     "torch": ("model", "train", "pipeline.stream.loader"),
-    "click": ("pipeline.cli", "pipeline.console", "model.runs.commands", "train"),
+    "click": ("pipeline.cli", "pipeline.console", "model.runs.options", "model.runs.commands"),
 }
 
 

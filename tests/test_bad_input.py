@@ -16,7 +16,7 @@ from pipeline import DataError
 from pipeline.images import ENCODINGS, ImageError, ImageOptions, decode_stored, prepare
 from pipeline.labels import COLUMNS, LABELS, read_labels
 from pipeline.manifest import Manifest, read_manifest, write_manifest
-from pipeline.stream.batches import open_split
+from pipeline.stream.samples import open_split
 from tests.pipeline.test_images import encode
 
 # Files are written again and again into one folder of the test.

@@ -13,8 +13,9 @@ import pytest
 
 from model.runs.config import read_config
 from model.runs.scores import read_scores
+from pipeline import open_shards
 from pipeline.manifest import read_manifest, read_table
-from pipeline.stream.batches import Labels, open_split, stream_evaluation
+from pipeline.stream.samples import open_split
 from tests.conftest import run_pipeline
 from tests.test_train import run_train
 
@@ -55,10 +56,7 @@ def test_shards_of_version_1_are_read(old: Path) -> None:
     assert {name: entry.samples for name, entry in manifest.splits.items()} == COUNTS
     row = split.table.slice(0, 1).to_pylist()[0]
     assert {name: row[name] for name in FIRST} == FIRST
-    labels = Labels(
-        np.zeros((split.table.num_rows, 14), np.float32), np.ones((split.table.num_rows, 14), bool)
-    )
-    (batch,) = stream_evaluation(split, labels, size=32, batch_size=split.table.num_rows)
+    (batch,) = open_shards(old / "shards")["train"].batches(split.table.num_rows, 32, epoch=None)
     assert batch.images.mean() == pytest.approx(PIXELS, abs=0.5)
 
 

@@ -16,12 +16,12 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from pipeline import DataError
+from pipeline import DataError, open_shards
 from pipeline.base.files import write_table
 from pipeline.etl.verify import verify_shards
 from pipeline.images import decode_stored
 from pipeline.manifest import Manifest, read_manifest, read_table, write_manifest
-from pipeline.stream.batches import Labels, open_split, stream_evaluation
+from pipeline.stream.samples import open_split
 from tests.conftest import default_options, make_shards, run_pipeline
 from tests.pipeline.etl.test_verify import change, edit_table
 from tests.pipeline.test_images import SECRET, add_metadata, encode
@@ -103,12 +103,9 @@ def test_a_million_members_are_read_in_little_memory(tmp_path: Path) -> None:
 )
 def test_an_index_that_leads_astray_is_named(shards: tuple[Path, Manifest], column: str, value: int) -> None:
     folder, manifest = shards
-    count = manifest.split("train").samples
-    labels = Labels(np.zeros((count, 14), np.float32), np.ones((count, 14), bool))
 
     def read() -> None:
-        split = open_split(folder, read_manifest(folder), "train")
-        list(stream_evaluation(split, labels, size=32, batch_size=8))
+        list(open_shards(folder)["train"].batches(8, 32, epoch=None))
 
     key = read_table(folder, manifest.split("train"))["key"][0].as_py()
     edit_table(folder, manifest, column, value)

@@ -32,12 +32,15 @@ import train
 from model.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from model.networks import build_network
 from model.predict import DivergedError, MemoryExhaustedError
-from model.runs import scoring
+from model.runs import commands, results
+from model.runs.commands import main
 from model.runs.config import Config, read_config
-from model.runs.job import Job, StopFlag, choose_device, open_rows, open_run
+from model.runs.folder import open_run
+from model.runs.job import Job, StopFlag, open_job, open_rows
+from model.runs.results import evaluate
 from model.runs.scores import read_scores, write_scores
-from model.runs.scoring import evaluate, score_best
-from pipeline import DataError
+from model.runs.scoring import score_best
+from pipeline import DataError, open_shards
 from pipeline.base.files import claimed
 from pipeline.console import run_command
 from pipeline.etl.adopt import write_index
@@ -45,7 +48,7 @@ from pipeline.labels import LABELS, hash_fraction
 from pipeline.manifest import Manifest, manifest_digest, read_table
 from pipeline.measure.evaluate import calibrate
 from pipeline.policies import evaluation_targets
-from pipeline.stream.batches import Labels, open_split, stream_evaluation, stream_training
+from pipeline.stream.samples import open_split
 from tests.conftest import ROUNDS
 
 REPOSITORY = Path(train.__file__).parent
@@ -55,8 +58,10 @@ class StopAfter(StopFlag):
     """Asks for a stop at the n-th time it is looked at."""
 
     def __init__(self, looks: int) -> None:
-        self.code = 0
         self.looks = looks
+
+    def listen(self) -> "StopAfter":
+        return self
 
     def __call__(self) -> bool:
         self.looks -= 1
@@ -68,70 +73,41 @@ class StopAfter(StopFlag):
 @pytest.fixture(autouse=True)
 def few_resamples_and_no_page(monkeypatch: pytest.MonkeyPatch) -> None:
     """What takes longest at the end of a run; the command line's test has both."""
-    monkeypatch.setattr(scoring, "RESAMPLES", 20)
-    monkeypatch.setattr(scoring, "render_report", lambda *_: "a page")
+    monkeypatch.setattr(results, "RESAMPLES", 20)
+    monkeypatch.setattr(results, "render_report", lambda *_: "a page")
+
+
+SMALL: dict[str, Any] = {
+    "arch": "rescnn",
+    "lr": 1e-3,
+    "batch_size": 16,
+    "epochs": 2,
+    "image_size": 32,
+    "amp": "off",
+    "ema": 0.9,
+}
 
 
 @pytest.fixture
 def make_job(sample_shards: tuple[Path, Manifest], tmp_path: Path) -> Callable[..., Job]:
     """A small job on the sample; keyword arguments change its configuration."""
-    shards, manifest = sample_shards
 
     def make(
         run: str,
         stop_after: int = 10**9,
         teacher: Path | None = None,
+        init: Path | None = None,
         strict: bool = False,
+        shards: Path = sample_shards[0],
         **changes: Any,
     ) -> Job:
-        config = Config(
-            arch="rescnn",
-            lr=1e-3,
-            weight_decay=1e-2,
-            batch_size=16,
-            epochs=2,
-            image_size=32,
-            amp="off",
-            ema=0.9,
-            keep="best",
-            augment="affine",
-            uncertain="best",
-            blank="zeros",
-            seed=0,
-            manifest=manifest_digest(shards),
-            teacher=train.teacher_digest(teacher, str(shards)) if teacher else None,
-            labels=LABELS,
-            views="all",
-            where=(),
-            limit=None,
-            balance=None,
-            max_bad=0.0,
-            loss="bce",
-            pos_weight=False,
-            accumulate=1,
-            eval_every=None,
-            patience=None,
-            pretrained=False,
-            init=None,
-            compile=False,
+        config = Config(**SMALL | changes)
+        stop = StopAfter(stop_after)
+        job = open_job(
+            config, shards, tmp_path / run, teacher=teacher, init=init, strict=strict, workers=2, stop=stop
         )
-        config = dataclasses.replace(config, **changes)
-        open_run(tmp_path / run, config)
-        device, precision = choose_device(config.amp)
-        return Job(
-            config,
-            shards,
-            None,
-            tmp_path / run,
-            manifest,
-            device,
-            precision,
-            workers=2,
-            teacher=teacher,
-            init=None,
-            strict=strict,
-            stop=StopAfter(stop_after),
-        )
+        open_run(job.run, job.config)
+        return job
 
     return make
 
@@ -139,14 +115,14 @@ def make_job(sample_shards: tuple[Path, Manifest], tmp_path: Path) -> Callable[.
 @pytest.fixture
 def command(sample_shards: tuple[Path, Manifest], monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     """`python train.py` with options for a small run, in this process, whose signals it leaves alone."""
-    monkeypatch.setattr(train, "StopFlag", lambda: StopAfter(10**9))
+    monkeypatch.setattr(commands, "StopFlag", lambda: StopAfter(10**9))
 
     def call(name: str, *arguments: object) -> int:
         options: list[object] = ["--shards", sample_shards[0], "--workers", 2]
         if name == "train":
             options += ["--arch", "rescnn", "--image-size", 32, "--epochs", 1, "--batch-size", 16]
         words = [str(part) for part in (name, *options, *arguments)]
-        return int(train.main.main(words, standalone_mode=False))
+        return int(main.main(words, standalone_mode=False, obj=train.train))
 
     return call
 
@@ -198,7 +174,7 @@ def test_a_run_writes_what_it_promises(make_job: Callable[..., Job]) -> None:
     assert report["macro_auroc"] == pytest.approx(sum(defined.values()) / len(defined))
     assert report["skipped"] == [label for label in LABELS if label not in defined]
     # best.pt is the better of the two epochs, and what the report was made of
-    best = max(lines, key=lambda line: train.choice_score(line) or 0)
+    best = max(lines, key=lambda line: results.choice_score(line) or 0)
     assert load_checkpoint(job.run / "best.pt")["epoch"] == best["epoch"]
     assert {label: row["auroc"] for label, row in report["labels"].items()} == best["labels"]
 
@@ -516,7 +492,7 @@ def test_a_step_that_the_scaler_skips_is_no_divergence(
     labels = train.training_labels(job, chosen)
     state = train.start_state(job, labels, chosen.rows)
     state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
-    (batch, *_) = stream_training(chosen.split, labels, size=32, batch_size=16, seed=0, epoch=0, threads=1)
+    batch = next(iter(train.stream_epoch(job, chosen, labels, None, 0)))
     _, norm = train.train_step(job, state, batch, batch.mask.sum())
     given = [parameter.grad for parameter in state.network.parameters() if parameter.grad is not None]
     clipped = torch.cat([gradient.flatten() for gradient in given]).norm()
@@ -635,7 +611,7 @@ def test_a_selection_without_valid_is_said_before_the_first_step(
     card = (job.run / "model-card.md").read_text()
     assert "| dev |" in card
     assert "| valid |" not in card
-    assert scoring.measure_run(job)["valid"] is None
+    assert results.measure_run(job)["valid"] is None
 
 
 def test_a_dev_that_cannot_choose_is_refused_before_the_first_step(make_job: Callable[..., Job]) -> None:
@@ -744,9 +720,7 @@ def test_a_batch_in_parts_gives_the_same_gradients(make_job: Callable[..., Job])
         network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(32 * 32, len(LABELS)))
         state.network, state.forward, state.ema = network, network, copy.deepcopy(network)
         state.optimizer = torch.optim.SGD(network.parameters(), lr=1.0)
-        batch = next(
-            iter(stream_training(chosen.split, labels, size=32, batch_size=16, seed=0, epoch=0, threads=1))
-        )
+        batch = next(iter(train.stream_epoch(job, chosen, labels, None, 0)))
         batch.mask[3:9] = False  # parts with different numbers of cells
         train.train_step(job, state, batch, batch.mask.sum())
         weights.append(network.get_parameter("1.weight").detach())
@@ -788,7 +762,7 @@ def test_patience_ends_a_run_that_gets_no_better(make_job: Callable[..., Job]) -
     job = make_job("run", epochs=50, lr=1e-9, ema=1.0, eval_every=1, patience=3)  # the average stays as it is
     assert train.train(job) == 0
     lines = [json.loads(line) for line in (job.run / "metrics.jsonl").read_text().splitlines()]
-    scores = [train.choice_score(line) for line in lines]
+    scores = [results.choice_score(line) for line in lines]
     assert len(scores) < 50
     assert scores.index(max(scores)) == len(scores) - 4  # type: ignore[type-var]
 
@@ -821,7 +795,7 @@ def test_logs_say_what_the_run_did_and_with_what(
     (auroc,) = events.Scalars("dev/macro_auroc")
     (loss,) = events.Scalars("train/loss")
     assert (auroc.step, loss.step) == (line["step"], line["step"])
-    assert auroc.value == pytest.approx(train.choice_score(line))
+    assert auroc.value == pytest.approx(results.choice_score(line))
     assert loss.value == pytest.approx(line["train_loss"])
     environment = json.loads((job.run / "environment.jsonl").read_text())
     assert environment["packages"]["torch"] == torch.__version__.partition("+")[0]
@@ -951,7 +925,7 @@ def test_runs_with_other_policies_are_measured_on_the_same_cells(make_job: Calla
     [
         ({"arch": "foonet"}, "arch is 'foonet'"),
         ({"lr": "fast"}, "lr is 'fast'"),
-        ({"labels": ["Edema", "Hope"]}, "labels are ('Edema', 'Hope')"),
+        ({"labels": ["Edema", "Hope"]}, "labels is ('Edema', 'Hope')"),
         ({"uncertain": "perhaps"}, "uncertain policy 'perhaps' is unknown"),
         ({"epochs": None}, "epochs is None"),
         ({"limit": 2.5}, "limit is 2.5"),
@@ -1060,8 +1034,8 @@ def test_predict_gives_the_scores_that_shards_give(
     assert train.train(job) == 0
     films = sample_shards[0].parent / "CheXpert-v1.0-small" / "valid"
     out = tmp_path / "scores.csv"
-    main = partial(train.main.main, standalone_mode=False)
-    assert main(["predict", "--run", str(job.run), "--out", str(out), str(films)]) == 0
+    call_main = partial(main.main, standalone_mode=False)
+    assert call_main(["predict", "--run", str(job.run), "--out", str(out), str(films)]) == 0
     predicted = pd.read_csv(out)
     keys = predicted.file.str.extract(r"(patient\d+)/(study\d+)/(view\d+_\w+)\.jpg").agg("_".join, axis=1)
     scores = pa.ipc.open_file(job.run / "scores-valid.arrow").read_all().to_pandas().set_index("key")
@@ -1072,11 +1046,11 @@ def test_predict_gives_the_scores_that_shards_give(
     broken.write_bytes(b"x")
     film = next(films.rglob("*.jpg"))
     options = ["predict", "--run", str(job.run), "--out", str(out), "--strict"]
-    assert main([*options, str(broken), str(film)]) == 3
+    assert call_main([*options, str(broken), str(film)]) == 3
     assert f"{broken}: not a readable JPEG or PNG" in capsys.readouterr().err
     assert pd.read_csv(out)["Edema"].isna().tolist() == [True, False]
     with pytest.raises(DataError, match=r"run: no .jpg, .jpeg or .png file$"):
-        main([*options, str(job.run)])
+        call_main([*options, str(job.run)])
 
 
 @pytest.mark.parametrize("name", ["model.pt2", "model.onnx"])
@@ -1086,26 +1060,24 @@ def test_exported_networks_give_the_same_scores(
     job = make_job("run", epochs=1, labels=("Edema", "Fracture"))
     assert train.train(job) == 0
     out = tmp_path / name
-    main = partial(train.main.main, standalone_mode=False)
-    assert main(["export", "--run", str(job.run), "--out", str(out)]) == 0
+    call_main = partial(main.main, standalone_mode=False)
+    assert call_main(["export", "--run", str(job.run), "--out", str(out)]) == 0
     checked, names = capsys.readouterr().out.splitlines()[-2:]
     assert checked.startswith(f"{out}: checked, within ")
     assert names == "its scores: Edema, Fracture"
-    split = open_split(job.shards, job.manifest, "valid")
-    n = split.table.num_rows
-    labels = Labels(np.zeros((n, 14), np.float32), np.ones((n, 14), np.bool_))
-    (batch,) = stream_evaluation(split, labels, size=32, batch_size=n)
+    valid = open_shards(job.shards)["valid"]
+    (batch,) = valid.batches(len(valid.table), 32, epoch=None)
     if name.endswith(".onnx"):
         (scores,) = onnxruntime.InferenceSession(out).run(None, {"images": batch.images})
     else:
         scores = torch.export.load(out).module()(torch.from_numpy(batch.images)).detach().numpy()
-    expected = read_scores(job.run / "scores-valid.arrow", split.table["key"], job.config.labels)
+    expected = read_scores(job.run / "scores-valid.arrow", valid.table["key"], job.config.labels)
     np.testing.assert_allclose(scores, expected, atol=1e-5)
     with pytest.raises(DataError, match=r"model.h5: export writes .onnx or .pt2$"):
-        main(["export", "--run", str(job.run), "--out", str(tmp_path / "model.h5")])
+        call_main(["export", "--run", str(job.run), "--out", str(tmp_path / "model.h5")])
     nowhere = tmp_path / "no" / name
     with pytest.raises(DataError, match=f"^{nowhere}: "):
-        main(["export", "--run", str(job.run), "--out", str(nowhere)])
+        call_main(["export", "--run", str(job.run), "--out", str(nowhere)])
 
 
 @pytest.mark.soak
@@ -1289,6 +1261,6 @@ def test_bad_use_is_one_line_and_an_exit_code(
     monkeypatch.setattr(sys, "argv", ["train.py", *filled])
     monkeypatch.setattr(signal, "signal", lambda *_: None)  # the test's own stay
     with pytest.raises(SystemExit) as caught:
-        run_command(train.main)
+        run_command(main, train.train)
     assert caught.value.code == code
     assert message.format(**names) in capsys.readouterr().err.splitlines()[-1]

@@ -1,59 +1,139 @@
-"""What decides a run's outcome, as config.json."""
+"""What decides a run's outcome: config.json, and one definition of each option for command line, checks and sweep."""
 
 import json
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
 import torch
 
 from model.augment import AUGMENTATIONS
 from model.fusion import FUSIONS
+from model.losses import LOSSES
 from model.networks import ARCHITECTURES
 from model.ranks import Ranks
 from pipeline.base.errors import DataError, SettingError
-from pipeline.labels import LABELS
-from pipeline.policies import check_blank_policy, parse_uncertain_policy
+from pipeline.labels import LABELS, VIEWS
+from pipeline.policies import BLANK_HELP, UNCERTAIN_HELP, check_blank_policy, parse_uncertain_policy
+
+HELD_OUT = 0.05  # share of the patients, where the shards have no dev split
+SINCE_0_1 = ("sync_bn", "fusion", "freeze", "dev")  # fields that runs of version 0.1 do not have
 
 
-@dataclass(frozen=True)
+class Option(NamedTuple):
+    """What a command line says of a field, and which values it may have."""
+
+    group: str  # what it decides: data, labels, network, optimization, or run
+    help: str = ""
+    choices: Collection[str] = ()
+    low: float = -math.inf
+    high: float = math.inf
+    open: bool = False  # low and high themselves are not allowed
+    check: Callable[[str], object] | None = None  # raises DataError
+    metavar: str | None = None
+    shown: str | None = None  # in place of the default
+
+
+def option(default: Any, group: str, help: str = "", **more: Any) -> Any:  # noqa: A002 - as click calls it
+    """A field of Config that is an option of `train`; `more` are further fields of Option."""
+    return field(default=default, metadata={"option": Option(group, help, **more)})
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
-    """Everything that decides a run's outcome, as config.json; defaults are those of `--help`."""
+    """Everything that decides a run's outcome, in the order of config.json."""
 
-    arch: str
-    lr: float
-    weight_decay: float
-    batch_size: int
-    epochs: int
-    image_size: int
-    amp: str
-    ema: float
-    keep: str  # which evaluated weights become best.pt: the best on dev, or the last
-    augment: str
-    uncertain: str
-    blank: str
-    seed: int
-    manifest: str  # its sha256, which stands for all of the data
-    labels: tuple[str, ...]  # those that are learnt and measured
-    views: str  # of those in the shards
-    where: tuple[str, ...]  # conditions on the table's columns
-    limit: int | None  # images of train, whole patients
-    balance: str | None  # the label whose positives and negatives are drawn equally often
-    max_bad: float  # share of images that may be unusable
-    loss: str
-    pos_weight: bool
-    accumulate: int  # parts that a batch is computed in
-    eval_every: int | None  # steps; None: at the end of every epoch
-    patience: int | None  # evaluations without a better one, then the run ends
-    pretrained: bool
-    init: str | None  # sha256 of the file of weights that the run starts from
-    compile: bool
-    teacher: str | None  # sha256 of its scores, where a label is selftrained
-    sync_bn: bool = False  # BatchNorm's statistics over all ranks; not in runs of version 0.1
-    fusion: str | None = None  # how a study's views are pooled; None: images are learnt one by one
-    freeze: bool = False  # the weights that a fusion starts from
-    dev: float | None = None  # share of train's patients held out as dev; None: the shards have a dev split
+    arch: str = option("resnet50", "network", choices=ARCHITECTURES)
+    lr: float = option(1e-4, "optimization", "Peak learning rate.", low=0, open=True)
+    weight_decay: float = option(1e-2, "optimization", "AdamW's.", low=0)
+    batch_size: int = option(64, "optimization", low=2)
+    epochs: int = option(5, "optimization", low=1)
+    image_size: int = option(320, "network", "Side of the square input, in pixels.", low=32)
+    amp: str = option("auto", "optimization", "Mixed precision.", choices=("auto", "bf16", "fp16", "off"))
+    ema: float = option(0.999, "optimization", "Decay of the averaged weights.", low=0, high=1)
+    keep: str = option("best", "run", "Weights to keep, by dev macro AUROC.", choices=("best", "last"))
+    augment: str = option(
+        "affine", "data", "crop: affine maps and random crops.", choices=tuple(AUGMENTATIONS)
+    )
+    uncertain: str = option(  # empty: the shards' own
+        "", "labels", UNCERTAIN_HELP, check=parse_uncertain_policy, metavar="POLICY", shown="the shards'"
+    )
+    blank: str = option(
+        "", "labels", BLANK_HELP, check=check_blank_policy, metavar="POLICY", shown="the shards'"
+    )
+    seed: int = option(0, "run", low=0)
+    manifest: str = ""  # its sha256, which stands for all of the data
+    labels: tuple[str, ...] = option(
+        LABELS, "labels", "Learn only these.", choices=LABELS, metavar="A,B", shown="all 14"
+    )
+    views: str = option("all", "data", "Use only these of the shards' views.", choices=VIEWS)
+    where: tuple[str, ...] = option(
+        (), "data", "Use only these images: sex=Female, age>=60, Edema=1.", metavar="CONDITION"
+    )
+    limit: int | None = option(None, "data", "Train on at most this many images, of whole patients.", low=1)
+    balance: str | None = option(
+        None,
+        "data",
+        "Draw this label's positives as often as its negatives.",
+        choices=LABELS,
+        metavar="LABEL",
+    )
+    max_bad: float = option(
+        0.0,
+        "data",
+        "Share of images that may be damaged and are left out, on each rank and between evaluations.",
+        low=0,
+        high=1,
+    )
+    loss: str = option("bce", "optimization", "aucm: the AUC margin loss.", choices=LOSSES)
+    pos_weight: bool = option(False, "optimization", "Weight positives by how rare they are in train.")
+    accumulate: int = option(
+        1, "optimization", "Compute each batch in this many parts, to save memory.", low=1
+    )
+    eval_every: int | None = option(
+        None, "run", "Evaluate on dev this often.", low=1, metavar="STEPS", shown="once per epoch"
+    )
+    patience: int | None = option(
+        None, "run", "Stop after this many evaluations without a better one.", low=1
+    )
+    pretrained: bool = option(False, "network", "Start from torchvision's ImageNet weights (downloads them).")
+    init: str | None = None  # sha256 of the file of weights that the run starts from
+    compile: bool = option(False, "optimization", "Compile the network with torch.compile.")
+    teacher: str | None = None  # sha256 of its scores, where a label is selftrained
+    sync_bn: bool = option(
+        False, "optimization", "torchrun: BatchNorm over the whole batch instead of each rank's part."
+    )
+    fusion: str | None = option(
+        None, "network", "Train on studies, pooling their views this way.", choices=FUSIONS
+    )
+    freeze: bool = option(False, "network", "fusion: keep the weights of --init; train only what is new.")
+    dev: float | None = option(
+        None,
+        "data",
+        "Share of train's patients to choose the checkpoint by.",
+        low=0,
+        high=1,
+        open=True,
+        shown=f"{HELD_OUT:g} where the shards have no dev split",
+    )
+
+    @property
+    def unit(self) -> str:
+        """What a sample is: image, or study."""
+        return "image" if self.fusion is None else "study"
+
+    @property
+    def units(self) -> str:
+        """Several of them."""
+        return "images" if self.fusion is None else "studies"
+
+
+def options() -> dict[str, Option]:
+    """The options of `train` that decide a run's outcome, by the names of their fields."""
+    return {one.name: one.metadata["option"] for one in fields(Config) if "option" in one.metadata}
 
 
 def output_count(config: Config) -> int:
@@ -73,13 +153,14 @@ def learnt_columns(config: Config) -> list[int]:
 
 
 def can_divide(batch_size: int, accumulate: int, ranks: Ranks) -> bool:
-    """Whether every rank gets so many equal parts of a batch, of 2 images or more."""
+    """Whether every rank gets this many equal parts of a batch, of 2 images or more."""
     parts = accumulate * ranks.count
     return batch_size % parts == 0 and batch_size // parts >= 2
 
 
 def check_config(config: Config, ranks: Ranks) -> None:
-    """Raise SettingError for options that contradict each other, or do not go with so many ranks."""
+    """Raise SettingError for values that no run can have, contradict each other, or do not go with these ranks."""
+    check_values(config)
     if config.loss == "aucm" and (config.pos_weight or three_class_columns(config)):
         raise SettingError("--loss aucm goes neither with --pos-weight nor with the policy multiclass")
     if config.loss == "aucm" and config.accumulate > 1:
@@ -102,31 +183,46 @@ def check_config(config: Config, ranks: Ranks) -> None:
         raise SettingError("--pretrained or --init, not both")
 
 
+def check_values(config: Config) -> None:
+    """Raise SettingError for a value of another type than its field's, or that its option does not allow."""
+    known = options()
+    for name, kind in get_type_hints(Config).items():
+        value = getattr(config, name)
+        kinds = get_args(kind) if isinstance(kind, UnionType) else (get_origin(kind) or kind,)
+        fits = isinstance(value, (*kinds, int) if float in kinds else kinds)
+        if not fits or (value is not None and name in known and not _allows(known[name], value)):
+            raise SettingError(f"{name} is {value!r}")
+
+
+def _allows(of: Option, value: Any) -> bool:
+    """Whether an option allows a value of its type."""
+    if isinstance(value, (int, float)):
+        within = of.low < value < of.high if of.open else of.low <= value <= of.high
+        return within and math.isfinite(value)
+    if of.check is not None:
+        of.check(value)
+    values = value if isinstance(value, tuple) else (value,)
+    return not of.choices or (bool(values) and set(values) <= set(of.choices))
+
+
+def _check_names(values: Mapping[str, Any]) -> None:
+    """Raise ValueError for a config.json that lacks what a run of any version has."""
+    for one in fields(Config):
+        if one.name not in values and one.name not in SINCE_0_1:
+            raise ValueError(f"{one.name} is missing")
+
+
 def read_config(run: Path) -> Config:
     """The configuration of a run. Raises DataError where the folder holds none, or one that no run can have."""
     path = run / "config.json"
     try:
         values = json.loads(path.read_bytes())
+        _check_names(values)
         tuples: dict[str, Any] = {name: tuple(v) for name, v in values.items() if isinstance(v, list)}
         config = Config(**values | tuples)
-        _check_values(config)
-        parse_uncertain_policy(config.uncertain)
-        check_blank_policy(config.blank)
+        check_values(config)
         return config
     except FileNotFoundError:
         raise DataError(f"{run}: no config.json, so not a run folder") from None
     except (AttributeError, TypeError, ValueError, DataError) as error:
         raise DataError(f"{path}: damaged, or of another version: {str(error)[:200]}") from error
-
-
-def _check_values(config: Config) -> None:
-    """Raise ValueError for a value of a kind that no run has."""
-    known = {"arch": ARCHITECTURES, "fusion": (None, *FUSIONS), "augment": AUGMENTATIONS}
-    for name, kind in get_type_hints(Config).items():
-        value = getattr(config, name)
-        kinds = get_args(kind) if isinstance(kind, UnionType) else (get_origin(kind) or kind,)
-        fits = isinstance(value, (*kinds, int) if float in kinds else kinds)
-        if not fits or value not in known.get(name, (value,)):
-            raise ValueError(f"{name} is {value!r}")
-    if not config.labels or not set(config.labels) <= set(LABELS):
-        raise ValueError(f"labels are {config.labels!r}")

@@ -25,8 +25,8 @@ from pipeline.look.plots import Palette, draw_cooccurrence, draw_groups, draw_st
 from pipeline.look.sheet import fit, read_images, spread_rows
 from pipeline.manifest import read_manifest
 from pipeline.measure.counts import NO_GROUP, Groups, LabelStatistics, count_groups
-from pipeline.stream.batches import open_split
 from pipeline.stream.plan import Rows
+from pipeline.stream.samples import open_split
 
 PAGE = Palette(
     dict(zip(STATES, (pages.POSITIVE, pages.UNCERTAIN, pages.NEGATIVE, pages.BLANK), strict=True)),

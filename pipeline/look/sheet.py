@@ -23,8 +23,9 @@ from pipeline.base.errors import DataError
 from pipeline.base.files import write_atomically
 from pipeline.images import Gray, resize
 from pipeline.labels import LABELS, STATES
-from pipeline.stream.batches import OpenSplit, fetch, read_image
+from pipeline.stream.batches import fetch, read_image
 from pipeline.stream.plan import Rows, Step
+from pipeline.stream.samples import OpenSplit
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
 # As on a light box: films are read before black, so the sheet is dark wherever it is looked at.
@@ -73,13 +74,12 @@ def read_images(split: OpenSplit, rows: Rows) -> Iterator[Gray]:
 
     Raises DataError naming shard and sample where one does not match its checksum or does not decode.
     """
-    for step, (file,), offset, length, crc in fetch(
-        (Step(0, 0, rows[at : at + 1]) for at in range(len(rows))), split
-    ):
+    steps = (Step(0, 0, rows[at : at + 1, None]) for at in range(len(rows)))
+    for step, (file,), offset, length, crc in fetch(steps, split):
         try:
             yield read_image(file, int(offset[0]), int(length[0]), int(crc[0]), split.encoding)
         except (ValueError, OSError) as error:
-            row = int(step.rows[0])
+            row = int(step.images[0])
             shard, key = split.shards[split.shard[row]].file, split.table["key"][row].as_py()
             raise DataError(f"{split.folder / shard}: sample {key}: {error}") from None
 

@@ -1,9 +1,9 @@
 """Plan → batches of images, targets and masks. Stages, in order, each `Iterator → Iterator`:
 
-    plan    steps: which rows make each batch (pipeline.stream.plan)
+    plan    steps: which samples make each batch (pipeline.stream.plan)
     fetch   rows → where their stored bytes lie in open shards, by the Arrow index; remote shards arrive ahead of use
-    decode  stored bytes → uint8 [B, 1, size, size]; a few threads work on the next batches ahead
-    label   + targets and masks [B, 14], rows of arrays that were vectorised once
+    decode  stored bytes → uint8 [N, 1, size, size]; a few threads work on the next batches ahead
+    label   + targets and masks [B, 14], rows of arrays that were vectorized once
 
 Nothing is parsed per sample and no tar is walked. Threads, not worker processes: reading, libjpeg-turbo and
 OpenCV release the interpreter lock, so nothing is pickled or copied between processes, and batches leave in
@@ -15,7 +15,7 @@ import logging
 import os
 import zlib
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -25,14 +25,12 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 
 from pipeline.base.errors import DataError
 from pipeline.images import Gray, decode_stored, resize
-from pipeline.manifest import Manifest, Shard, read_table
 from pipeline.stream.cache import Remote
-from pipeline.stream.loader import compose
-from pipeline.stream.plan import WINDOW, Rows, Step, Weights, plan_evaluation, plan_training
+from pipeline.stream.plan import WINDOW, Rows, Step
+from pipeline.stream.samples import OpenSplit
 
 # This module decodes on threads of its own; OpenCV's would only be in their way.
 cv2.setNumThreads(1)
@@ -40,27 +38,9 @@ cv2.setNumThreads(1)
 KEPT_OPEN = 2 * WINDOW  # shards: the window that is read, and the next
 DOWNLOADS = 4  # at the same time
 
+Stage = Callable[[Iterator[Any]], Iterator[Any]]
+
 logger = logging.getLogger(__name__)
-
-
-class OpenSplit(NamedTuple):
-    """A split ready to be read: its table, its shards, and the index as arrays [N]."""
-
-    name: str
-    encoding: str
-    table: pa.Table
-    folder: Path
-    remote: Remote | None
-    shards: tuple[Shard, ...]
-    shard: npt.NDArray[np.int32]
-    offset: npt.NDArray[np.int64]
-    length: npt.NDArray[np.int32]
-    crc: npt.NDArray[np.uint32]
-
-    @property
-    def shard_sizes(self) -> list[int]:
-        """Samples per shard."""
-        return [shard.samples for shard in self.shards]
 
 
 class Labels(NamedTuple):
@@ -94,116 +74,116 @@ class Encoded(NamedTuple):
 
 
 class Decoded(NamedTuple):
-    """A step with its images uint8 [B, 1, H, W], and the positions in it whose image is unusable and black.
+    """A step with its images uint8 [N, 1, H, W], and for each the sample [N] it is of and its place [N] in it.
 
-    Where the step's rows are [B, V] (`samples`) images are [B, V, 1, H, W], and positions count through V.
+    `bad` are the samples without a usable image; of these one black image is there.
     """
 
     step: Step
     images: npt.NDArray[np.uint8]
+    sample: Rows
+    place: Rows
     bad: list[int]
 
 
 class Batch(NamedTuple):
-    """A step with its images, target float32 [B, 14] and mask bool [B, 14]; `bad` as in `Decoded`."""
+    """Images uint8 [N, 1, H, W] of B samples, with target float32 [B, 14] and mask bool [B, 14].
+
+    The images of a sample follow each other: `sample` [N] is the position of each image's sample in the batch,
+    `place` [N] the image's place in the sample, `projection` int8 [N] its place in PROJECTIONS. Where samples are
+    single images N = B. `bad` are the samples without a usable image: one black image, and nothing to learn.
+    """
 
     step: Step
     images: npt.NDArray[np.uint8]
+    sample: Rows
+    place: Rows
+    projection: npt.NDArray[np.int8]
     target: npt.NDArray[np.float32]
     mask: npt.NDArray[np.bool_]
     bad: list[int]
 
+    @property
+    def present(self) -> npt.NDArray[np.bool_]:
+        """Which places of the samples have an image, bool [B, V]."""
+        present = np.zeros(self.step.rows.shape, np.bool_)
+        present[self.sample, self.place] = True
+        return present
 
-def open_split(folder: Path, manifest: Manifest, name: str, remote: Remote | None = None) -> OpenSplit:
-    """Check the table, and the sizes of local shards, against the manifest. Raises DataError naming the file.
+    def part(self, start: int, stop: int) -> "Batch":
+        """The samples from `start` to before `stop`, as a batch."""
+        first, last = np.searchsorted(self.sample, (start, stop))
+        return Batch(
+            self.step._replace(rows=self.step.rows[start:stop]),
+            self.images[first:last],
+            self.sample[first:last] - start,
+            self.place[first:last],
+            self.projection[first:last],
+            self.target[start:stop],
+            self.mask[start:stop],
+            [bad - start for bad in self.bad if start <= bad < stop],
+        )
 
-    With a `remote`, `folder` is its mirror of manifest and tables, and shards are downloaded when needed.
+
+class BatchStream:
+    """The batches of one epoch, in the order of its plan.
+
+    `stages` are fetch, decode and label; insert your own, from iterator to iterator, wherever you like:
+
+        stream.stages.insert(2, equalize)  # between decode and label
+
+    Iterating starts at the first step or, once, where the state that `load_state_dict` was given left off.
     """
-    split = manifest.split(name)
-    table = read_table(folder, split)
-    if table.num_rows != split.samples or sum(shard.samples for shard in split.shards) != split.samples:
-        raise DataError(f"{folder / split.table}: {table.num_rows} rows, the manifest says {split.samples}")
-    for shard in () if remote else split.shards:
-        path = folder / shard.file
-        if not path.is_file():
-            raise DataError(f"{path}: the shard is missing")
-        if path.stat().st_size != shard.bytes:
-            raise DataError(
-                f"{path}: damaged: {path.stat().st_size} bytes, not {shard.bytes} as in the manifest"
-            )
-    arrays = {column: table[column].to_numpy() for column in ("shard", "offset", "length", "crc")}
-    shard, offset, length = (arrays[column] for column in ("shard", "offset", "length"))
-    sizes = np.array([shard.bytes for shard in split.shards], np.int64)
-    astray = (shard < 0) | (shard >= len(sizes)) | (offset < 0) | (length < 0)
-    astray |= offset > sizes[np.where(astray, 0, shard)] - length if len(sizes) else False
-    if astray.any():
-        key = table["key"][int(np.argmax(astray))].as_py()
-        raise DataError(f"{folder / split.table}: sample {key} lies outside of its shard; it is damaged")
-    encoding = str(manifest.options.get("encoding", "jpeg"))
-    return OpenSplit(name, encoding, table, folder, remote, split.shards, **arrays)
+
+    def __init__(self, plan: Callable[[int], Iterator[Step]], *stages: Stage) -> None:
+        """`plan` takes the number of the first step."""
+        self.plan, self.stages = plan, list(stages)
+        self.step = 0  # the next one
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self.run(self.plan(self.step))
+
+    def run(self, steps: Iterator[Step]) -> Iterator[Batch]:
+        """The batches of these steps."""
+        batches: Iterator[Any] = steps
+        for stage in self.stages:
+            batches = stage(batches)
+        for batch in batches:
+            self.step = batch.step.step + 1
+            yield batch
+        self.step = 0
+
+    def state_dict(self) -> dict[str, int]:
+        """What a resume needs: the number of the next step."""
+        return {"step": self.step}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Continue at the step of this state."""
+        self.step = state["step"]
 
 
-def stream_training(
+def stream_batches(
     split: OpenSplit,
     labels: Labels,
+    plan: Callable[[int], Iterator[Step]],
     *,
     size: int,
-    batch_size: int,
-    seed: int,
-    epoch: int,
-    start_step: int = 0,
-    rows: Rows | None = None,
-    weights: Weights | None = None,
-    rank: int = 0,
-    ranks: int = 1,
     threads: int = 2,
     max_bad: int = 0,
-) -> Iterable[Batch]:
-    """The batches of one epoch from `start_step` on, in the plan's order; see `compose` for adding stages.
+) -> BatchStream:
+    """The batches of a plan: of an epoch of training, or of all samples in table order.
 
-    `rows`, `weights`, `rank` and `ranks` as in `plan_training`; up to `max_bad` unusable images become black
-    and are masked, more raise DataError naming shard and key.
+        plan = partial(plan_training, samples, batch_size, seed, epoch)
+        plan = partial(plan_evaluation, samples, batch_size)
+
+    Up to `max_bad` unusable images are left out, or black and masked where they are a sample's only ones; more raise
+    DataError naming shard and key.
     """
-    plan = partial(
-        plan_training,
-        split.shard_sizes,
-        batch_size,
-        seed,
-        epoch,
-        start_step,
-        rows=rows,
-        weights=weights,
-        rank=rank,
-        ranks=ranks,
-    )
-    return compose(plan, *stages(split, labels, size=size, threads=threads, max_bad=max_bad))
-
-
-def stream_evaluation(
-    split: OpenSplit,
-    labels: Labels,
-    *,
-    size: int,
-    batch_size: int,
-    rows: Rows | None = None,
-    rank: int = 0,
-    ranks: int = 1,
-    threads: int = 2,
-    max_bad: int = 0,
-) -> Iterable[Batch]:
-    """Every sample of the split (or of `rows`) exactly once over the ranks, in table order."""
-    plan = partial(plan_evaluation, split.table.num_rows, batch_size, rows=rows, rank=rank, ranks=ranks)
-    return compose(plan, *stages(split, labels, size=size, threads=threads, max_bad=max_bad))
-
-
-def stages(
-    split: OpenSplit, labels: Labels, *, size: int, threads: int, max_bad: int = 0
-) -> tuple[Callable[..., Iterator[Any]], ...]:
-    """fetch, decode and label, bound to a split: what turns steps into batches."""
-    return (
+    return BatchStream(
+        plan,
         partial(fetch, split=split),
         partial(decode, split=split, size=size, threads=threads, max_bad=max_bad),
-        partial(label, labels=labels),
+        partial(label, split=split, labels=labels),
     )
 
 
@@ -224,7 +204,7 @@ def fetch(steps: Iterable[Step], split: OpenSplit) -> Iterator[Encoded]:
 def decode(
     encoded: Iterable[Encoded], split: OpenSplit, size: int, threads: int, max_bad: int = 0
 ) -> Iterator[Decoded]:
-    """Decode ahead on `threads` threads; yields images uint8 [B, 1, size, size] in the order given.
+    """Decode ahead on `threads` threads; yields images uint8 [N, 1, size, size] in the order given.
 
     Images that do not match their checksum or do not decode are logged; more than `max_bad` of them raise
     DataError naming shard and key.
@@ -268,32 +248,45 @@ def read_image(file: ShardFile, offset: int, length: int, crc: int, encoding: st
     return decode_stored(data, encoding)
 
 
-def label(decoded: Iterable[Decoded], labels: Labels) -> Iterator[Batch]:
-    """Join each batch with its rows of the targets and masks; nothing is learnt from unusable images."""
-    for step, images, bad in decoded:
-        mask = labels.mask[step.rows]
+def label(decoded: Iterable[Decoded], split: OpenSplit, labels: Labels) -> Iterator[Batch]:
+    """Add the samples' rows of the targets and masks; nothing is learnt from samples without a usable image."""
+    for step, images, sample, place, bad in decoded:
+        first = step.rows[:, 0]  # the images of a sample share their labels
+        mask = labels.mask[first]
         mask[bad] = False
-        yield Batch(step, images, labels.target[step.rows], mask, bad)
+        projection = split.projection[step.rows[sample, place]]
+        yield Batch(step, images, sample, place, projection, labels.target[first], mask, bad)
+
+
+def choose_usable(
+    sample: Rows, place: Rows, usable: npt.NDArray[np.bool_]
+) -> tuple[npt.NDArray[np.bool_], list[int]]:
+    """Which images [N] stay, and the samples without a usable image, whose first one stays."""
+    seen = np.zeros(sample[-1] + 1, np.bool_)
+    seen[sample[usable]] = True
+    return usable | ~seen[sample] & (place == 0), np.flatnonzero(~seen).tolist()
 
 
 def _decode_batch(batch: Encoded, split: OpenSplit, size: int) -> tuple[Decoded, dict[int, str]]:
     """The images, and what is wrong with each bad one, by its row."""
-    rows = batch.step.rows.ravel()
-    positions = np.flatnonzero(rows >= 0).tolist()
-    images = np.empty((len(rows), 1, size, size), np.uint8)
-    images[rows < 0] = 0
-    bad, reasons = [], {}
-    places = batch.offset.tolist(), batch.length.tolist(), batch.crc.tolist()
-    for position, file, offset, length, crc in zip(positions, batch.files, *places, strict=True):
+    rows = batch.step.rows
+    sample, place = np.nonzero(rows >= 0)
+    images = np.empty((len(sample), 1, size, size), np.uint8)
+    usable, reasons = np.ones(len(sample), np.bool_), {}
+    places = zip(batch.files, batch.offset.tolist(), batch.length.tolist(), batch.crc.tolist(), strict=True)
+    for position, (file, offset, length, crc) in enumerate(places):
         try:
             images[position, 0] = resize(read_image(file, offset, length, crc, split.encoding), size, size)
         except (ValueError, OSError) as error:
-            row = int(rows[position])
+            row = int(rows[sample[position], place[position]])
             shard, key = split.shards[split.shard[row]].file, split.table["key"][row].as_py()
             reasons[row] = f"{shard}: sample {key}: {error}"
-            images[position] = 0
-            bad.append(position)
-    return Decoded(batch.step, images.reshape(*batch.step.rows.shape, 1, size, size), bad), reasons
+            images[position], usable[position] = 0, False
+    bad: list[int] = []
+    if reasons:
+        kept, bad = choose_usable(sample, place, usable)
+        images, sample, place = images[kept], sample[kept], place[kept]
+    return Decoded(batch.step, images, sample, place, bad), reasons
 
 
 def _open_shard(split: OpenSplit, number: int) -> ShardFile:

@@ -36,6 +36,7 @@ from pipeline.manifest import NAME, Shard, read_manifest
 Result = TypeVar("Result")
 
 SCHEMES = ("http", "https", "s3")
+CACHE, CACHE_SIZE = Path(".cache"), 20 * 10**9  # bytes
 POLL = 0.05  # seconds between looks at what other downloads do
 GRACE = 2.0  # seconds in which whoever asked for a file opens it: until then it stays
 MANIFEST_BYTES = 2**28  # that are read of one, whatever the server sends
@@ -56,6 +57,19 @@ def is_url(location: str) -> bool:
 def redact(text: str) -> str:
     """A URL, or a text that quotes some, without user names, passwords and query strings."""
     return SECRETS.sub("", text)
+
+
+def find_shards(
+    shards: str | Path, cache: Path = CACHE, cache_size: int = CACHE_SIZE
+) -> "tuple[Path, Remote | None]":
+    """The folder of manifest and tables, and where the tars are if those are at a URL.
+
+    Raises DataError where the URL cannot be read.
+    """
+    if not is_url(str(shards)):
+        return Path(shards), None
+    remote = Remote(str(shards), Cache(cache, cache_size))
+    return remote.mirror(), remote
 
 
 class DownloadStopped(Exception):  # noqa: N818 - no error

@@ -1,28 +1,48 @@
-"""A plan and stages → a webdataset pipeline, and its share in each worker of a DataLoader: what needs torch."""
+"""A stream of batches → a dataset for torch's DataLoader: the one module of this package that imports torch."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from itertools import islice
-from typing import Any
 
+import webdataset
+from torch.utils.data import get_worker_info
+
+from pipeline.stream.batches import BatchStream
 from pipeline.stream.plan import Step
 
 
-def compose(plan: Callable[[], Iterator[Step]], *parts: Callable[..., Any]) -> Iterable[Any]:
-    """A `webdataset.DataPipeline` of a plan and the stages; users can put stages of their own between them.
+class BatchDataset(webdataset.DataPipeline):  # type: ignore[misc] # webdataset has no types
+    """The batches of a stream as an IterableDataset, which the workers of a DataLoader share.
 
-    Inside a `torch.utils.data.DataLoader(stream, batch_size=None, num_workers=W)` the workers share the batches, which
-    leave the loader in the order that they have without workers. `max_bad` then counts in each worker by itself.
-    A stream is one epoch: make the next epoch's stream, and a loader for it, rather than keeping workers alive.
+    They leave `DataLoader(dataset, batch_size=None, num_workers=W)` in the order that they have without workers.
+    `max_bad` counts in each worker by itself. It is one epoch: make a new loader for the next one, instead of keeping
+    workers alive. `state_dict` and `load_state_dict` are those that torchdata's StatefulDataLoader asks for.
     """
-    import webdataset  # here, because it imports torch, which the rest of this package does without
 
-    pipeline: Iterable[Any] = webdataset.DataPipeline(plan, share_among_workers, *parts)
-    return pipeline
+    def __init__(self, stream: BatchStream) -> None:
+        super().__init__(self._share, stream.run)
+        self.stream = stream
+        self.worker: int | None = None  # whose state was loaded
 
+    def _share(self) -> Iterator[Step]:
+        """Every W-th step in each of W workers, whose batches the loader takes in turn; all steps elsewhere."""
+        worker = get_worker_info()
+        steps = self.stream.plan(self.stream.step)
+        if worker is None:
+            return steps
+        first = (
+            0 if self.worker == worker.id else worker.id
+        )  # a worker's own state is that of its own next step
+        return islice(steps, first, None, worker.num_workers)
 
-def share_among_workers(steps: Iterable[Step]) -> Iterator[Step]:
-    """Every W-th step in each of a DataLoader's W workers, whose batches it takes in turn; all steps elsewhere."""
-    from torch.utils.data import get_worker_info
+    def state_dict(self) -> dict[str, int]:
+        """Where to continue: in the main process the stream, in a worker its own share of it."""
+        worker = get_worker_info()
+        if worker is None:
+            return self.stream.state_dict()
+        done = self.stream.step
+        return {"step": done + worker.num_workers - 1 if done else worker.id, "worker": worker.id}
 
-    worker = get_worker_info()
-    yield from steps if worker is None else islice(steps, worker.id, None, worker.num_workers)
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Continue where the state was taken."""
+        self.worker = state.get("worker")
+        self.stream.load_state_dict(state)

@@ -1,11 +1,10 @@
-"""(shard sizes, seed, epoch) → the order of an epoch's samples; a batch is a slice of it.
+"""(samples, seed, epoch) → the order of an epoch's samples; a batch is a slice of it.
 
 **A batch is a pure function of (manifest, seed, epoch, step)**: it depends on no thread, process, clock or
 earlier batch, so resuming is starting at a step. Shards are permuted, grouped into windows, and samples are
 permuted inside a window: reading stays local, and a window is all that has to be at hand. The same
-holds where only some rows are visited, or rows are drawn by weight (`select`), and where each of several
-ranks takes its slice of every batch. Samples are images or, by `samples`, studies: all that counts here is
-how many of them each shard has.
+holds where samples are drawn by weight, and where each of several ranks takes its slice of every batch.
+A sample is the views of a study, or one image alone: only the number of samples in each shard counts here.
 """
 
 import hashlib
@@ -21,8 +20,28 @@ Weights = npt.NDArray[np.float64]
 WINDOW = 16  # shards whose samples are mixed with each other
 
 
+class Samples(NamedTuple):
+    """The samples of a split, in the order of their first images.
+
+    `rows` [S, V] are the rows of their images in the split's table, -1 where a sample has fewer than V;
+    `shard_sizes` is how many samples begin in each shard.
+    """
+
+    rows: Rows
+    shard_sizes: list[int]
+
+    @property
+    def images(self) -> Rows:
+        """Row numbers of all images, ascending."""
+        return np.sort(self.rows[self.rows >= 0])
+
+    def thin(self, step: int) -> "Samples":
+        """Every `step`-th sample, to be read in table order: they are not counted by shard."""
+        return Samples(self.rows[::step], [])
+
+
 class Step(NamedTuple):
-    """Which samples make one batch: row numbers [B] of the split's table; of studies [B, V], -1 for no image."""
+    """Which samples make one batch: the rows [B, V] of their images in the split's table, -1 for no image."""
 
     epoch: int
     step: int
@@ -30,7 +49,7 @@ class Step(NamedTuple):
 
     @property
     def images(self) -> Rows:
-        """The row numbers [n] that are some."""
+        """Row numbers [N], without the -1 padding."""
         return self.rows[self.rows >= 0]
 
 
@@ -40,18 +59,17 @@ def training_steps(samples: int, batch_size: int) -> int:
 
 
 def plan_training(
-    shard_sizes: Sequence[int],
+    samples: Samples,
     batch_size: int,
     seed: int,
     epoch: int,
     start_step: int = 0,
     *,
-    rows: Rows | None = None,
     weights: Weights | None = None,
     rank: int = 0,
     ranks: int = 1,
 ) -> Iterator[Step]:
-    """The steps of one epoch, from `start_step` on; `rows` and `weights` as in `epoch_order`.
+    """The steps of one epoch, from `start_step` on; `weights` as in `epoch_order`.
 
     `batch_size` is that of all ranks together: each takes its slice of every batch, so any number of ranks sees
     the same batches in the same order. Raises ValueError where the ranks do not divide it.
@@ -59,52 +77,39 @@ def plan_training(
     _check_rank(rank, ranks)
     if batch_size % ranks:
         raise ValueError(f"{ranks} ranks do not divide a batch of {batch_size}")
-    order = epoch_order(shard_sizes, seed, epoch, rows=rows, weights=weights)
+    order = epoch_order(samples.shard_sizes, seed, epoch, weights=weights)
     share = batch_size // ranks
     for step in range(start_step, training_steps(len(order), batch_size)):
         start = step * batch_size + rank * share
-        yield Step(epoch, step, order[start : start + share])
+        yield Step(epoch, step, samples.rows[order[start : start + share]])
 
 
 def plan_evaluation(
-    samples: int, batch_size: int, *, rows: Rows | None = None, rank: int = 0, ranks: int = 1
+    samples: Samples, batch_size: int, start_step: int = 0, *, rank: int = 0, ranks: int = 1
 ) -> Iterator[Step]:
-    """Every sample (of `rows`, where given) exactly once over the ranks, in table order.
+    """Every sample exactly once over the ranks, in table order; from `start_step` on.
 
-    Each rank takes whole batches that follow each other, up to one more or less than another rank: its shards
-    are its own, and what the ranks find, concatenated, is in table order. The very last batch may be short.
+    Each rank takes whole, consecutive batches, at most one more than another rank: it reads shards of its own, and
+    the ranks' results, concatenated, are in table order. The very last batch may be short.
     """
     _check_rank(rank, ranks)
-    chosen = np.arange(samples, dtype=np.int64) if rows is None else rows
-    steps = -(-len(chosen) // batch_size)
-    for step in range(steps * rank // ranks, steps * (rank + 1) // ranks):
-        yield Step(0, step, chosen[step * batch_size : (step + 1) * batch_size])
+    steps = -(-len(samples.rows) // batch_size)
+    for step in range(max(start_step, steps * rank // ranks), steps * (rank + 1) // ranks):
+        yield Step(0, step, samples.rows[step * batch_size : (step + 1) * batch_size])
 
 
 def epoch_order(
-    shard_sizes: Sequence[int],
-    seed: int,
-    epoch: int,
-    window: int = WINDOW,
-    *,
-    rows: Rows | None = None,
-    weights: Weights | None = None,
+    shard_sizes: Sequence[int], seed: int, epoch: int, window: int = WINDOW, *, weights: Weights | None = None
 ) -> Rows:
-    """Row numbers [N] of the split's table, whose rows lie in shard order, as the epoch visits them.
+    """Sample numbers [S], counted through the shards, as the epoch visits them.
 
-    `rows` [N], ascending, are the only ones visited; a shard without any takes no place in a window. With
-    `weights` [N], one for each row visited, the epoch draws N rows with replacement, in proportion to them.
-    Raises ValueError for rows or weights that are not so.
+    A shard without any sample takes no place in a window. With `weights` [S], the epoch draws S samples with
+    replacement, in proportion to them. Raises ValueError for weights of another shape, negative, or all 0.
     """
     random = np.random.Philox(key=_key(seed, epoch))
     starts = np.concatenate([[0], np.cumsum(shard_sizes, dtype=np.int64)])
     shards = _permute(np.arange(len(shard_sizes), dtype=np.int64), random)
-    if rows is not None:
-        if len(rows) and (rows[0] < 0 or rows[-1] >= starts[-1] or np.any(rows[1:] <= rows[:-1])):
-            raise ValueError(f"rows to visit must ascend within 0 to {starts[-1] - 1}")
-        starts = np.searchsorted(rows, starts)
-    if rows is not None or weights is not None:
-        shards = shards[starts[shards] < starts[shards + 1]]
+    shards = shards[starts[shards] < starts[shards + 1]]
     windows = []
     for first in range(0, len(shards), window):
         places = [np.arange(starts[shard], starts[shard + 1]) for shard in shards[first : first + window]]
@@ -112,13 +117,11 @@ def epoch_order(
     if not windows:
         return np.empty(0, np.int64)
     if weights is None:
-        order = np.concatenate([_permute(places, random) for places in windows])
-    else:
-        usable = np.all((weights >= 0) & (weights < np.inf)) and weights.any()
-        if weights.shape != (starts[-1],) or not usable:
-            raise ValueError(f"weights must be {starts[-1]} finite numbers, none negative and not all 0")
-        order = np.concatenate(_draw(windows, weights, random))
-    return order if rows is None else rows[order]
+        return np.concatenate([_permute(places, random) for places in windows])
+    usable = np.all((weights >= 0) & (weights < np.inf)) and weights.any()
+    if weights.shape != (starts[-1],) or not usable:
+        raise ValueError(f"weights must be {starts[-1]} finite numbers, none negative and not all 0")
+    return np.concatenate(_draw(windows, weights, random))
 
 
 def _draw(windows: Sequence[Rows], weights: Weights, random: np.random.Philox) -> list[Rows]:

@@ -1,4 +1,5 @@
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -70,3 +71,15 @@ def test_the_random_state_continues_where_it_was_saved(tmp_path: Path) -> None:
     torch.manual_seed(99)
     restore_random_state(load_checkpoint(tmp_path / "last.pt")["random"])
     torch.testing.assert_close(draw(), following, rtol=0, atol=0)
+
+
+def test_a_checkpoint_that_claims_more_than_it_holds_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    """A few bytes of a zip's directory would have torch allocate gigabytes."""
+    path = tmp_path / "last.pt"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data/0", bytes(10**7))
+    assert path.stat().st_size < 20_000
+    with pytest.raises(CheckpointError) as caught:
+        load_checkpoint(path)
+    assert str(caught.value) == f"{path}: damaged, or not a checkpoint of this program"
+    assert str(caught.value.__cause__) == "its members are larger than the file"

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from model.fusion import FUSIONS, UNKNOWN_FRONTAL, StudyNetwork
 from model.networks import ARCHITECTURES, build_network
 
-# A lateral alone, a frontal with a lateral, three views, and a study whose images are all unusable.
-PRESENT = torch.tensor([[1, 0, 0], [1, 1, 0], [1, 1, 1], [0, 0, 0]]).bool()
-PROJECTION = torch.tensor([[2, 0, 0], [0, 2, 0], [1, 2, 3], [0, 0, 0]], dtype=torch.int8)
+# A lateral alone, a frontal with a lateral whose first image is unusable, and three views.
+PRESENT = torch.tensor([[1, 0, 0], [0, 1, 1], [1, 1, 1]]).bool()
+PROJECTION = torch.tensor([2, 0, 2, 1, 2, 3], dtype=torch.int8)
 VIEWS = [[0], [1, 2], [3, 4, 5]]
 
 
@@ -33,7 +33,7 @@ def test_it_starts_as_the_network_for_images(arch: str, images: Tensor) -> None:
     with torch.inference_mode():
         logits, found = network(images), fused(images, PRESENT, PROJECTION)
     expected = torch.stack([logits[views].mean(dim=0) for views in VIEWS])
-    torch.testing.assert_close(found[:3], expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)
@@ -44,7 +44,7 @@ def test_pooling_is_over_the_views_there_are(fusion: str, images: Tensor) -> Non
         for parameter in fused.parameters():
             parameter.add_(0.01 * torch.randn(parameter.shape, generator=generator))
         found = fused(images, PRESENT, PROJECTION)
-        codes = PROJECTION[PRESENT].long()
+        codes = PROJECTION.long()
         features = fused.backbone(images) * (1 + fused.projection[codes, 0]) + fused.projection[codes, 1]
         for study, views in enumerate(VIEWS):
             if fusion == "attention":
@@ -54,14 +54,13 @@ def test_pooling_is_over_the_views_there_are(fusion: str, images: Tensor) -> Non
                 own = features[views]
                 expected = fused.head(own.mean(dim=0) if fusion == "mean" else own.amax(dim=0))
             torch.testing.assert_close(found[study], expected, rtol=1e-4, atol=1e-5)
-    assert found.isfinite().all()  # also of the study without a view
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)
 def test_logits_keep_their_precision_under_autocast(fusion: str, images: Tensor) -> None:
     _, fused = build(fusion)
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-        logits = fused(images, PRESENT, PROJECTION)[:3]
+        logits = fused(images, PRESENT, PROJECTION)
     assert logits.dtype == torch.float32
     assert (logits != logits.bfloat16()).float().mean() > 0.9
 
@@ -74,7 +73,7 @@ def test_an_unknown_frontal_is_between_ap_and_pa(images: Tensor) -> None:
         features = fused.backbone(images[:1])
         between = fused.projection[:2].mean(dim=0)
         expected = fused.head(features * (1 + between[0]) + between[1])
-        torch.testing.assert_close(fused(images[:1], one, torch.tensor([[UNKNOWN_FRONTAL]])), expected)
+        torch.testing.assert_close(fused(images[:1], one, torch.tensor([UNKNOWN_FRONTAL])), expected)
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from model.runs.report import describe_gaps, render_model_card, render_report
-from model.runs.scoring import print_evaluations
+from model.runs.summary import print_evaluations
 from pipeline.measure.evaluate import Scored, assess, calibrate
 
 NAMES = ["Edema", "Pleural Effusion", "Fracture", "Rare"]

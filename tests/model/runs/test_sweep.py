@@ -20,7 +20,8 @@ import pytest
 
 import train
 from model.predict import DivergedError, MemoryExhaustedError
-from model.runs.job import Job
+from model.runs.commands import main
+from model.runs.job import Job, StopFlag
 from model.runs.sweep import (
     Outcome,
     Point,
@@ -342,11 +343,12 @@ def test_two_processes_killed_and_restarted_finish_every_point_once(
 
 @pytest.fixture
 def command(sample_shards: tuple[Path, Manifest], monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    monkeypatch.setattr(train, "StopFlag", lambda: never)
+    monkeypatch.setattr(StopFlag, "listen", lambda self: self)
     shared = ["--shards", str(sample_shards[0]), "--workers", "2", "--image-size", "32", "--epochs", "1"]
 
     def call(name: str, *arguments: object) -> int:
-        return int(train.main.main([name, *shared, *map(str, arguments)], standalone_mode=False))
+        words = [name, *shared, *map(str, arguments)]
+        return int(main.main(words, standalone_mode=False, obj=train.train))
 
     return call
 

@@ -1,10 +1,9 @@
 """Training and evaluation by studies."""
 
-import dataclasses
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,26 +14,20 @@ from sklearn.metrics import roc_auc_score
 
 import train
 from model.checkpoint import load_checkpoint
+from model.runs.commands import main
 from model.runs.job import Job, open_rows
+from model.runs.results import evaluate, find_scores
 from model.runs.scores import read_frame
-from model.runs.scoring import evaluate, find_scores, score_best
+from model.runs.scoring import score_best
 from pipeline import DataError
-from pipeline.manifest import Manifest, manifest_digest
+from pipeline.manifest import Manifest
 from tests.test_train import assert_same_run, few_resamples_and_no_page, make_job  # noqa: F401
 
 
 @pytest.fixture
 def make(make_job: Callable[..., Job], drawn_studies: tuple[Path, Manifest]) -> Callable[..., Job]:  # noqa: F811
     """A small job on shards of all views."""
-    shards, manifest = drawn_studies
-
-    settings = {"batch_size": 8, "image_size": 32, "manifest": manifest_digest(shards)}
-
-    def of_studies(run: str, stop_after: int = 10**9, **changes: Any) -> Job:
-        job = make_job(run, stop_after, **settings | changes)
-        return dataclasses.replace(job, shards=shards, manifest=manifest)
-
-    return of_studies
+    return partial(make_job, shards=drawn_studies[0], batch_size=8)
 
 
 @pytest.mark.parametrize("fusion", ["mean", "attention"])
@@ -55,7 +48,7 @@ def test_each_study_is_scored_once_and_compared_with_late_fusion(
     frontal = make("frontal", epochs=1, views="frontal")
     assert train.train(frontal) == 0
     best = images.run / "best.pt"
-    fused = dataclasses.replace(make("fused", epochs=1, fusion="max", init="0"), init=best)
+    fused = make("fused", epochs=1, fusion="max", init=best)
     assert train.train(fused) == 0
     table = pa.ipc.open_file(drawn_studies[0] / "valid.arrow").read_all().to_pandas()
     scored = read_frame(fused.run / "scores-valid.arrow")
@@ -89,8 +82,8 @@ def test_a_frozen_backbone_is_the_first_runs(make: Callable[..., Job]) -> None:
     images = make("images", epochs=1)
     assert train.train(images) == 0
     best = images.run / "best.pt"
-    fused = make("fused", epochs=1, fusion="mean", init="0", freeze=True, ema=0.0)
-    assert train.train(dataclasses.replace(fused, init=best)) == 0
+    fused = make("fused", epochs=1, fusion="mean", init=best, freeze=True, ema=0.0)
+    assert train.train(fused) == 0
     before, after = (load_checkpoint(path)["weights"] for path in (best, fused.run / "best.pt"))
     for name, value in before.items():
         ours = after[name.replace("head.2", "head") if name.startswith("head.2") else f"backbone.{name}"]
@@ -111,7 +104,7 @@ def test_predict_scores_the_files_of_a_study_together(
     expected = read_frame(fused.run / "scores-valid.arrow")
     for option in ([], ["--group-by", r"patient\d+/study\d+"]):
         words = ["predict", "--run", fused.run, "--out", tmp_path / "scores.csv", *option, films]
-        assert train.main.main(list(map(str, words)), standalone_mode=False) == 0
+        assert main.main(list(map(str, words)), standalone_mode=False) == 0
         found = pd.read_csv(tmp_path / "scores.csv")
         assert found["study"].str.extract(r"(patient\d+)/study")[0].tolist() == sorted(expected["patient"])
         ours = found.sort_values("study").iloc[:, 1:].to_numpy()
@@ -137,7 +130,7 @@ def test_files_that_are_no_studies_are_refused(
     films = drawn_studies[0].parent / "CheXpert-v1.0-small" / "valid"
     words = ["predict", "--run", make("fused", fusion="mean").run, "--out", "unused.csv", *option, films]
     with pytest.raises(DataError) as caught:
-        train.main.main(list(map(str, words)), standalone_mode=False)
+        main.main(list(map(str, words)), standalone_mode=False)
     assert str(caught.value) == message.format(film=min(films.rglob("*.jpg")))
 
 

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 import train
-from model.runs import scoring
+from model.runs import commands, results
 from model.runs.job import StopFlag
 from model.runs.scores import read_frame
 from pipeline import DataError
@@ -46,17 +46,17 @@ SMALL = (
 class NeverStop(StopFlag):
     """Leaves the signals of the tests' process alone."""
 
-    def __init__(self) -> None:
-        self.code = 0
+    def listen(self) -> "NeverStop":
+        return self
 
 
 def call_train(*words: object) -> int:
     """`python train.py` in this process, with few resamples and no page, which would take longest."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scoring, "RESAMPLES", 20)
-        patch.setattr(scoring, "render_report", lambda *_: "a page")
-        patch.setattr(train, "StopFlag", NeverStop)
-        return int(train.main.main([str(word) for word in words], standalone_mode=False))
+        patch.setattr(results, "RESAMPLES", 20)
+        patch.setattr(results, "render_report", lambda *_: "a page")
+        patch.setattr(commands, "StopFlag", NeverStop)
+        return int(commands.main.main([str(word) for word in words], standalone_mode=False, obj=train.train))
 
 
 @pytest.fixture

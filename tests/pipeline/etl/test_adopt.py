@@ -12,7 +12,7 @@ import pytest
 import webdataset
 from PIL import Image
 
-from pipeline import DataError
+from pipeline import DataError, open_shards
 from pipeline.etl.adopt import write_index
 from pipeline.etl.tar import map_file, walk_tar
 from pipeline.etl.verify import verify_shards
@@ -20,7 +20,7 @@ from pipeline.images import resize
 from pipeline.labels import LABELS, read_labels
 from pipeline.manifest import read_manifest
 from pipeline.policies import make_targets, parse_uncertain_policy
-from pipeline.stream.batches import Labels, open_split, stream_evaluation, stream_training
+from pipeline.stream.samples import open_split
 from tests.conftest import make_shards, run_pipeline
 
 # webdataset leaves its last shard open until it is collected
@@ -101,17 +101,18 @@ def test_shards_of_others_stream(chexpert: Path, tmp_path: Path, layout: str) ->
     split = open_split(folder, manifest, name)
     table = read_labels(chexpert / "train.csv")
     assert split.table.select(table.column_names[1:]).equals(table.drop_columns(["path"]))
-    labels = Labels(*make_targets(split.table, parse_uncertain_policy("best"), "zeros", seed=0))
+    target, _ = make_targets(split.table, parse_uncertain_policy("best"), "zeros", seed=0)
     images = [
         np.asarray(Image.open(path_of(chexpert, row)).resize((32, 32), Image.Resampling.HAMMING))
         for row in read_rows(chexpert, "train")
     ]
     seen = []
-    batches = stream_training(split, labels, size=32, batch_size=8, seed=0, epoch=0)
-    for batch in (*batches, *stream_evaluation(split, labels, size=32, batch_size=10)):
-        np.testing.assert_array_equal(batch.images[:, 0], np.array([images[row] for row in batch.step.rows]))
-        np.testing.assert_array_equal(batch.target, labels.target[batch.step.rows])
-        seen += batch.step.rows.tolist()
+    opened = open_shards(folder)[name]
+    for batch in (*opened.batches(8, 32, epoch=0), *opened.batches(10, 32, epoch=None)):
+        rows = batch.step.images
+        np.testing.assert_array_equal(batch.images[:, 0], np.array([images[row] for row in rows]))
+        np.testing.assert_array_equal(batch.target, target[rows])
+        seen += rows.tolist()
     assert sorted(seen) == sorted([*range(48)] * 2)
     originals = np.array(
         [np.asarray(Image.open(path_of(chexpert, row))) for row in read_rows(chexpert, "train")]
@@ -421,10 +422,8 @@ def test_other_encodings_stream(chexpert: Path, tmp_path: Path, encoding: str, s
     write(folder, "train-%06d.tar", samples, maxcount=20)
     manifest = write_index(folder)
     assert manifest.options == {"indexed": True, "labels": "json", "encoding": encoding}
-    split = open_split(folder, manifest, "train")
-    labels = Labels(*make_targets(split.table, parse_uncertain_policy("best"), "zeros", seed=0))
-    for batch in stream_evaluation(split, labels, size=64, batch_size=10):
-        expected = [resize(images[row], 64, 64) for row in batch.step.rows]
+    for batch in open_shards(folder)["train"].batches(10, 64, epoch=None):
+        expected = [resize(images[row], 64, 64) for row in batch.step.images]
         np.testing.assert_array_equal(batch.images[:, 0], np.array(expected))
     report = verify_shards(folder, deep=True, workers=1)
     assert (report.problems, report.warnings) == ({}, [])

@@ -18,7 +18,7 @@ import pytest
 import webdataset
 from PIL import Image
 
-from pipeline import DataError
+from pipeline import DataError, open_shards
 from pipeline.base.files import atomic_file, claimed, write_csv
 from pipeline.base.store import remove_folder
 from pipeline.etl import shards as etl
@@ -26,9 +26,7 @@ from pipeline.etl.adopt import write_index
 from pipeline.etl.shards import Options, RunSummary, write_shards
 from pipeline.labels import LABELS, hash_fraction
 from pipeline.manifest import Manifest, read_manifest, read_table
-from pipeline.policies import evaluation_targets
 from pipeline.sources.chexpert import find_source
-from pipeline.stream.batches import Labels, open_split, stream_evaluation
 from tests.conftest import POLICIES, default_options, make_shards, write_chexpert
 
 Shards = tuple[Path, Manifest]
@@ -373,9 +371,7 @@ def test_encodings_and_squares_stream_alike(chexpert: Path, tmp_path: Path) -> N
     for encoding, suffix in (("jpeg", "jpg"), ("png", "png"), ("raw", "npy")):
         options = default_options(encoding=encoding, square="stretch", size=32, quality=100)
         manifest = make_shards(chexpert, tmp_path / encoding, options).manifest
-        split = open_split(tmp_path / encoding, manifest, "valid")
-        labels = Labels(*evaluation_targets(split.table, "zeros"))
-        (batch,) = stream_evaluation(split, labels, size=32, batch_size=8)
+        (batch,) = open_shards(tmp_path / encoding)["valid"].batches(8, 32, epoch=None)
         batches[encoding] = batch.images.astype(int)
         with tarfile.open(tmp_path / encoding / manifest.split("valid").shards[0].file) as tar:
             assert tar.getnames()[0].endswith(f".{suffix}")

@@ -12,7 +12,7 @@ from PIL import Image
 from pipeline.labels import LABELS
 from pipeline.look.label_report import find_examples
 from pipeline.manifest import Manifest
-from pipeline.stream.batches import open_split
+from pipeline.stream.samples import open_split
 from tests.conftest import run_pipeline
 from tests.model.runs.test_report import Page
 

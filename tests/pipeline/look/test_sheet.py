@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import re
 from pathlib import Path
@@ -8,6 +9,7 @@ import torch
 from PIL import Image
 
 from model.augment import AUGMENTATIONS, augment
+from pipeline import open_shards
 from pipeline.labels import LABELS
 from pipeline.look.sheet import (
     GAP,
@@ -20,7 +22,7 @@ from pipeline.look.sheet import (
     spread_rows,
 )
 from pipeline.manifest import Manifest, read_manifest
-from pipeline.stream.batches import Labels, OpenSplit, open_split, stream_evaluation
+from pipeline.stream.samples import OpenSplit, find_images, open_split
 from tests.conftest import default_options, make_shards, run_pipeline
 
 TOP = LINE + 2 * GAP  # pixels: where the first picture begins
@@ -124,10 +126,8 @@ def test_variants_are_what_training_sees(shards: tuple[Path, Manifest], tmp_path
     assert show(folder, *options, "--out", out).endswith(f" images, seed 7, augmented ({kind})\n")
     split = open_split(folder, manifest, "train")
     rows = spread_rows(np.arange(split.table.num_rows), 3, seed=7)
-    nothing = Labels(
-        np.zeros((split.table.num_rows, 14), np.float32), np.zeros((split.table.num_rows, 14), bool)
-    )
-    (batch,) = stream_evaluation(split, nothing, size=192, batch_size=3, rows=rows)
+    chosen = dataclasses.replace(open_shards(folder)["train"], samples=find_images(split, rows))
+    (batch,) = chosen.batches(3, 192, epoch=None)
     mean, std = manifest.pixels["mean"], manifest.pixels["std"]
     expected = [batch.images[:, 0]]
     for epoch in range(4):

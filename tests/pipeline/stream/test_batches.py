@@ -3,7 +3,7 @@ import re
 import shutil
 import tarfile
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -18,27 +18,18 @@ import pytest
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
+from torchdata.stateful_dataloader import StatefulDataLoader
 from torchvision.transforms.functional import pil_to_tensor
 
-from pipeline import DataError
+from pipeline import BatchDataset, DataError
 from pipeline.images import decode_stored, resize
 from pipeline.labels import LABELS
 from pipeline.manifest import FACTS, Manifest, read_table
 from pipeline.policies import make_targets, parse_uncertain_policy
 from pipeline.stream import batches as stream
-from pipeline.stream.batches import (
-    Batch,
-    Encoded,
-    Labels,
-    OpenSplit,
-    open_split,
-    stages,
-    stream_evaluation,
-    stream_training,
-)
-from pipeline.stream.loader import compose
-from pipeline.stream.plan import Step, plan_evaluation, plan_training
-from pipeline.stream.samples import find_studies, stream_studies
+from pipeline.stream.batches import Batch, BatchStream, Encoded, Labels, stream_batches
+from pipeline.stream.plan import Rows, Samples, Weights, plan_evaluation, plan_training
+from pipeline.stream.samples import OpenSplit, find_images, find_studies, open_split
 from tests.conftest import REPOSITORY, make_shards
 
 Shards = tuple[Path, Manifest]
@@ -55,9 +46,35 @@ def labels(split: OpenSplit) -> Labels:
     return Labels(*make_targets(split.table, parse_uncertain_policy("best"), "zeros", seed=0))
 
 
-def training(split: OpenSplit, labels: Labels, **options: Any) -> list[Batch]:
-    defaults = {"size": 32, "batch_size": 4, "seed": 0, "epoch": 0}
-    return list(stream_training(split, labels, **(defaults | options)))
+def training(
+    split: OpenSplit,
+    labels: Labels,
+    samples: Samples | None = None,
+    *,
+    size: int = 32,
+    batch_size: int = 4,
+    epoch: int = 0,
+    start_step: int = 0,
+    weights: Weights | None = None,
+    rank: int = 0,
+    ranks: int = 1,
+    threads: int = 2,
+    max_bad: int = 0,
+) -> BatchStream:
+    """An epoch of training; of all images where no other samples are given."""
+    samples = find_images(split) if samples is None else samples
+    plan = partial(plan_training, samples, batch_size, 0, epoch, weights=weights, rank=rank, ranks=ranks)
+    stream_ = stream_batches(split, labels, plan, size=size, threads=threads, max_bad=max_bad)
+    stream_.load_state_dict({"step": start_step})
+    return stream_
+
+
+def evaluation(
+    split: OpenSplit, labels: Labels, size: int, batch_size: int, rows: Rows | None = None, **options: int
+) -> BatchStream:
+    """All images, or those of the rows, in table order."""
+    plan = partial(plan_evaluation, find_images(split, rows), batch_size)
+    return stream_batches(split, labels, plan, size=size, **options)
 
 
 class Source(NamedTuple):
@@ -73,25 +90,12 @@ class Source(NamedTuple):
 def source(request: pytest.FixtureRequest, study_shards: Shards) -> Source:
     split = open_split(*study_shards, "train")
     labels = Labels(*make_targets(split.table, parse_uncertain_policy("best"), "zeros", seed=0))
-    if request.param == "image":
-        return Source(
-            split,
-            split.table.num_rows,
-            partial(training, split, labels),
-            lambda size: list(stream_evaluation(split, labels, size=32, batch_size=size)),
-        )
-    studies = find_studies(split)
-
-    def read(plan: Callable[..., Iterator[Step]], *arguments: Any, threads: int = 2, **options: Any) -> Any:
-        steps = partial(plan, *arguments, **options)
-        return list(stream_studies(steps, split, studies, labels, size=32, threads=threads))
-
-    defaults = {"batch_size": 4, "seed": 0, "epoch": 0}
+    samples = find_images(split) if request.param == "image" else find_studies(split)[0]
     return Source(
         split,
-        len(studies.rows),
-        lambda **options: read(plan_training, studies.shard_sizes, **(defaults | options)),
-        lambda size: read(plan_evaluation, len(studies.rows), size),
+        len(samples.rows),
+        lambda **options: list(training(split, labels, samples, **options)),
+        lambda size: list(stream_batches(split, labels, partial(plan_evaluation, samples, size), size=32)),
     )
 
 
@@ -112,17 +116,31 @@ def test_batches_hold_what_plain_readers_find(shards: Shards, split: OpenSplit, 
                 if member.name.endswith(".jpg"):
                     image = Image.open(io.BytesIO(tar.extractfile(member).read()))  # type: ignore[union-attr]
                     images[member.name[:-4]] = cv2.resize(np.asarray(image), (32, 32), interpolation=LINEAR)
-    batches = training(split, labels)
+    batches = list(training(split, labels))
     assert len(batches) == split.table.num_rows // 4
     for batch in batches:
         assert batch.images.shape == (4, 1, 32, 32)
         assert batch.images.dtype == np.uint8
-        for position, row in enumerate(batch.step.rows):
+        rows = batch.step.rows[:, 0]
+        for position, row in enumerate(rows):
             np.testing.assert_array_equal(
                 batch.images[position, 0], images[split.table["key"][int(row)].as_py()]
             )
-        np.testing.assert_array_equal(batch.target, labels.target[batch.step.rows])
-        np.testing.assert_array_equal(batch.mask, labels.mask[batch.step.rows])
+        np.testing.assert_array_equal(batch.target, labels.target[rows])
+        np.testing.assert_array_equal(batch.mask, labels.mask[rows])
+        np.testing.assert_array_equal(batch.sample, np.arange(4))
+
+
+def join(parts: Sequence[Batch]) -> Batch:
+    """The slices of several ranks as one batch."""
+    starts = np.cumsum([0, *(len(part.target) for part in parts)])
+    whole: dict[str, Any] = {
+        name: np.concatenate([getattr(part, name) for part in parts])
+        for name in ("images", "place", "projection", "target", "mask")
+    }
+    sample = np.concatenate([part.sample + start for part, start in zip(parts, starts, strict=False)])
+    rows = np.concatenate([part.step.rows for part in parts])
+    return parts[0]._replace(step=parts[0].step._replace(rows=rows), sample=sample, **whole)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
@@ -139,17 +157,7 @@ def test_same_batches_for_any_threads_and_ranks_and_from_any_step(
             source.epoch(threads=threads, start_step=start_step, rank=rank, ranks=ranks)
             for rank in range(ranks)
         ]
-        joined = [
-            parts[0]._replace(
-                step=parts[0].step._replace(rows=np.concatenate([part.step.rows for part in parts])),
-                **{
-                    name: np.concatenate([getattr(part, name) for part in parts])
-                    for name in parts[0]._fields
-                    if name not in ("step", "bad")
-                },
-            )
-            for parts in zip(*streams, strict=True)
-        ]
+        joined = [join(parts) for parts in zip(*streams, strict=True)]
         assert_equal(joined, whole[start_step:])
 
 
@@ -163,13 +171,15 @@ def test_a_resume_decodes_nothing_of_what_was_done(source: Source, monkeypatch: 
 
 def test_selected_rows_and_drawn_rows_are_those_of_the_plan(split: OpenSplit, labels: Labels) -> None:
     rows = np.flatnonzero(np.array(split.table["sex"].to_pylist()) == "Female")
-    seen = np.concatenate([batch.step.rows for batch in training(split, labels, rows=rows, batch_size=1)])
+    chosen = training(split, labels, find_images(split, rows), batch_size=1)
+    seen = np.concatenate([batch.step.images for batch in chosen])
     np.testing.assert_array_equal(np.sort(seen), rows)
-    kept = stream_evaluation(split, labels, size=32, batch_size=4, rows=rows)
-    np.testing.assert_array_equal(np.concatenate([batch.step.rows for batch in kept]), rows)
+    kept = evaluation(split, labels, size=32, batch_size=4, rows=rows)
+    np.testing.assert_array_equal(np.concatenate([batch.step.images for batch in kept]), rows)
     weights = np.zeros(split.table.num_rows)
     weights[7] = 1
-    assert {row for batch in training(split, labels, weights=weights) for row in batch.step.rows} == {7}
+    drawn = training(split, labels, weights=weights)
+    assert {row for batch in drawn for row in batch.step.images.tolist()} == {7}
 
 
 def test_epochs_differ_and_visit_everything_but_the_tail_once(source: Source) -> None:
@@ -186,7 +196,7 @@ def test_epochs_differ_and_visit_everything_but_the_tail_once(source: Source) ->
 
 def test_evaluation_sees_every_sample_once(source: Source) -> None:
     batches = source.whole(5)
-    assert [len(batch.images) for batch in batches[:-1]] == [5] * (len(batches) - 1)
+    assert [len(batch.target) for batch in batches[:-1]] == [5] * (len(batches) - 1)
     rows = np.concatenate([batch.step.rows for batch in batches])
     np.testing.assert_array_equal(rows[rows >= 0], np.arange(source.split.table.num_rows))
 
@@ -195,10 +205,21 @@ def test_a_stage_of_the_users_own(split: OpenSplit, labels: Labels) -> None:
     def keep_even_steps(encoded: Iterable[Encoded]) -> Iterator[Encoded]:
         return (batch for batch in encoded if batch.step.step % 2 == 0)
 
-    plan = partial(plan_training, split.shard_sizes, 4, 0, 0)
-    fetch, decode, label = stages(split, labels, size=32, threads=2)
-    batches = list(compose(plan, fetch, keep_even_steps, decode, label))
-    assert_equal(batches, training(split, labels)[::2])
+    ours = training(split, labels)
+    ours.stages.insert(1, keep_even_steps)  # between fetch and decode
+    assert_equal(list(ours), list(training(split, labels))[::2])
+
+
+def test_a_stream_continues_from_its_state_and_then_starts_over(split: OpenSplit, labels: Labels) -> None:
+    whole = list(training(split, labels))
+    first, second = training(split, labels), training(split, labels)
+    batches = iter(first)
+    assert_equal([next(batches), next(batches)], whole[:2])
+    assert first.state_dict() == {"step": 2}
+    second.load_state_dict(first.state_dict())
+    assert_equal(list(second), whole[2:])
+    assert second.state_dict() == {"step": 0}
+    assert_equal(list(second), whole)
 
 
 def flip_bit(folder: Path, split: OpenSplit, row: int) -> str:
@@ -214,37 +235,38 @@ def flip_bit(folder: Path, split: OpenSplit, row: int) -> str:
 def test_a_flipped_bit_is_named(shards: Shards, split: OpenSplit, labels: Labels) -> None:
     message = flip_bit(shards[0], split, 5)
     with pytest.raises(DataError) as caught:
-        list(stream_evaluation(open_split(*shards, "train"), labels, size=32, batch_size=4))
+        list(evaluation(open_split(*shards, "train"), labels, size=32, batch_size=4))
     assert str(caught.value) == message
 
 
 def test_allowed_bad_images_are_black_and_masked_and_logged(
     shards: Shards, split: OpenSplit, labels: Labels, caplog: pytest.LogCaptureFixture
 ) -> None:
-    expected = training(split, labels)
+    expected = list(training(split, labels))
     first = flip_bit(shards[0], split, 5)
     last = flip_bit(shards[0], split, 12)
     for ours, whole in zip(training(split, labels, max_bad=2), expected, strict=True):
-        bad = np.isin(ours.step.rows, (5, 12))
+        rows = ours.step.rows[:, 0]
+        bad = np.isin(rows, (5, 12))
         assert not ours.images[bad].any()
         assert not ours.mask[bad].any()
         np.testing.assert_array_equal(ours.images[~bad], whole.images[~bad])
         np.testing.assert_array_equal(ours.mask[~bad], whole.mask[~bad])
         np.testing.assert_array_equal(ours.target, whole.target)
-        assert [ours.step.rows[position] for position in ours.bad] == ours.step.rows[bad].tolist()
+        assert rows[ours.bad].tolist() == rows[bad].tolist()
     said = [text.partition("; ") for text in caplog.messages]
     assert {text for text, _, _ in said} == {first, last}
     assert [rest for _, _, rest in said] == ["left out, 1 of 2 allowed", "left out, 2 of 2 allowed"]
     assert labels.mask.all()  # the rows of the whole split are untouched
     with pytest.raises(DataError) as caught:
-        list(stream_evaluation(split, labels, size=32, batch_size=4, max_bad=1))
+        list(evaluation(split, labels, size=32, batch_size=4, max_bad=1))
     assert str(caught.value) == f"{last}; more than 1 such images (--max-bad)"
 
 
 def test_a_shard_cut_short_under_a_running_stream_is_named(
     shards: Shards, split: OpenSplit, labels: Labels
 ) -> None:
-    batches = iter(stream_evaluation(split, labels, size=32, batch_size=1, threads=1))
+    batches = iter(evaluation(split, labels, size=32, batch_size=1, threads=1))
     next(batches)
     (shards[0] / split.shards[-1].file).write_bytes(b"")
     key = split.table["key"][split.table.num_rows - split.shards[-1].samples].as_py()
@@ -266,7 +288,7 @@ def test_files_stay_open_only_as_long_as_they_are_read(
 
     assert len(split.shards) > 3
     monkeypatch.setattr(stream, "KEPT_OPEN", 1)
-    counts = [open_tars() for _ in stream_evaluation(split, labels, size=32, batch_size=1, threads=1)]
+    counts = [open_tars() for _ in evaluation(split, labels, size=32, batch_size=1, threads=1)]
     assert set(counts) <= {1, 2}  # the one that is read, and the one that waiting batches need
     assert open_tars() == 0
 
@@ -299,7 +321,7 @@ class PlainDataset(torch.utils.data.Dataset[tuple[torch.Tensor, int]]):
 
 def test_a_plain_pytorch_dataset_reads_the_same(shards: Shards, split: OpenSplit, labels: Labels) -> None:
     plain = PlainDataset(shards[0], "train")
-    ours = list(stream_evaluation(split, labels, size=48, batch_size=1))
+    ours = list(evaluation(split, labels, size=48, batch_size=1))
     assert len(plain) == len(ours)
     for index, state in enumerate(split.table["Edema"].to_pylist()):
         (image, edema), batch = plain[index], ours[index]
@@ -368,51 +390,64 @@ def test_missing_and_truncated_shards_are_found_before_the_first_batch(shards: S
 def test_a_bad_image_that_is_drawn_often_is_one(shards: Shards, split: OpenSplit, labels: Labels) -> None:
     flip_bit(shards[0], split, 5)
     weights = np.where(np.arange(len(split.shard)) == 5, 100.0, 0.01)
-    drawn = np.concatenate([batch.step.rows for batch in training(split, labels, weights=weights, max_bad=1)])
+    batches = training(split, labels, weights=weights, max_bad=1)
+    drawn = np.concatenate([batch.step.images for batch in batches])
     assert (drawn == 5).sum() > 10
 
 
 def test_an_abandoned_stream_ends_its_threads(split: OpenSplit, labels: Labels) -> None:
     before = set(threading.enumerate())  # a test that failed in a stream may have left some
-    iterator = iter(stream_training(split, labels, size=32, batch_size=2, seed=0, epoch=0, threads=2))
+    iterator = iter(training(split, labels, batch_size=2))
     next(iterator)
     assert any(thread.name.startswith("decode") for thread in set(threading.enumerate()) - before)
     del iterator
     assert set(threading.enumerate()) <= before
 
 
-def load(stream_: Any, context: str) -> Iterable[Any]:
-    """The stream through two workers of a DataLoader, started so."""
+def load(stream_: BatchStream, context: str) -> Iterable[Any]:
+    """The batches through two workers of a DataLoader that are started this way."""
     loader: DataLoader[Any] = DataLoader(
-        stream_, batch_size=None, num_workers=2, multiprocessing_context=context
+        BatchDataset(stream_), batch_size=None, num_workers=2, multiprocessing_context=context
     )
-    return loader
+    for batch in loader:
+        arrays = {
+            name: value.numpy() for name, value in batch._asdict().items() if name not in ("step", "bad")
+        }
+        yield Batch(batch.step._replace(rows=batch.step.rows.numpy()), **arrays, bad=batch.bad)
 
 
 @pytest.mark.parametrize("context", ["fork", "spawn", "forkserver"])
 def test_the_workers_of_a_loader_share_the_batches_in_their_order(
     split: OpenSplit, labels: Labels, context: str
 ) -> None:
-    streams = {
-        "training": stream_training(split, labels, size=16, batch_size=4, seed=0, epoch=0, start_step=1),
-        "evaluation": stream_evaluation(split, labels, size=16, batch_size=4),
-    }
-    for name, stream_ in streams.items() if context == "fork" else [("training", streams["training"])]:
-        alone = list(stream_)
-        assert len(alone) > 2, name
-        shared = [
-            Batch(Step(*step), images.numpy(), target.numpy(), mask.numpy(), bad)
-            for step, images, target, mask, bad in load(stream_, context)
-        ]
-        assert_equal(shared, alone)
+    streams = [training(split, labels, size=16, start_step=1), evaluation(split, labels, 16, 4)]
+    for stream_ in streams if context == "fork" else streams[:1]:
+        shared = list(load(stream_, context))
+        assert len(shared) > 2
+        assert_equal(shared, list(stream_))
 
 
 def test_the_workers_of_a_loader_share_studies(study_shards: Shards) -> None:
     split = open_split(*study_shards, "train")
     labels = Labels(*make_targets(split.table, parse_uncertain_policy("best"), "zeros", seed=0))
-    studies = find_studies(split)
-    plan = partial(plan_training, studies.shard_sizes, 4, 0, 0)
-    stream_ = stream_studies(plan, split, studies, labels, size=16)
-    steps = [(int(batch[0][1]), np.asarray(batch[0][2]).tolist()) for batch in load(stream_, "fork")]
-    assert steps == [(batch.step.step, batch.step.rows.tolist()) for batch in stream_]
-    assert [step for step, _ in steps] == list(range(len(studies.rows) // 4))
+    studies, _ = find_studies(split)
+    shared = list(load(training(split, labels, studies, size=16), "fork"))
+    assert_equal(shared, list(training(split, labels, studies, size=16)))
+    assert len(shared) == len(studies.rows) // 4
+
+
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stateful_loader_continues_where_it_was(split: OpenSplit, labels: Labels, workers: int) -> None:
+    def loader() -> StatefulDataLoader[Any]:
+        dataset = BatchDataset(training(split, labels, size=16))
+        return StatefulDataLoader(dataset, batch_size=None, num_workers=workers)
+
+    whole = [batch.step.step for batch in training(split, labels, size=16)]
+    for done in (0, 1, 3, len(whole) - 1):
+        first, second = loader(), loader()
+        batches = iter(first)
+        steps = [int(next(batches)[0][1]) for _ in range(done)]
+        state = first.state_dict()
+        second.load_state_dict(state)
+        assert steps + [int(batch[0][1]) for batch in second] == whole

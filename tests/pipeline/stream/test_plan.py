@@ -1,14 +1,29 @@
 import bisect
 import hashlib
 import itertools
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 
-from pipeline.stream.plan import epoch_order, plan_evaluation, plan_training, training_steps
+from pipeline.stream.plan import (
+    Rows,
+    Samples,
+    Weights,
+    epoch_order,
+    plan_evaluation,
+    plan_training,
+    training_steps,
+)
 
 SIZES = (100, 100, 100, 60)
+IMAGES = Samples(np.arange(360)[:, None], list(SIZES))
+
+
+def select(rows: Rows, sizes: Sequence[int] = SIZES) -> Samples:
+    """Single images: these rows of shards of those sizes."""
+    ends = np.cumsum(sizes)
+    return Samples(rows[:, None], np.diff(np.searchsorted(rows, ends), prepend=0).tolist())
 
 
 def test_an_epoch_visits_every_sample_once_in_another_order_each_time() -> None:
@@ -22,8 +37,9 @@ def test_the_order_is_written_in_stone() -> None:
     """A resume after an upgrade must see the same batches: these values may never change."""
     assert epoch_order((4, 4, 2), seed=7, epoch=3).tolist() == [4, 3, 5, 0, 2, 1, 7, 6, 8, 9]
     rows, weights = np.array([1, 2, 3, 8, 9]), np.array([0.5, 0.5, 2.0, 2.0, 0.0])
-    assert epoch_order((4, 4, 2), seed=7, epoch=4, rows=rows).tolist() == [3, 1, 2, 9, 8]
-    assert epoch_order((4, 4, 2), seed=7, epoch=4, rows=rows, weights=weights).tolist() == [3, 3, 3, 8, 3]
+    sizes = select(rows, (4, 4, 2)).shard_sizes
+    assert rows[epoch_order(sizes, seed=7, epoch=4)].tolist() == [3, 1, 2, 9, 8]
+    assert rows[epoch_order(sizes, seed=7, epoch=4, weights=weights)].tolist() == [3, 3, 3, 8, 3]
     drawn = epoch_order((4, 4, 2), seed=7, epoch=4, weights=np.arange(10.0))
     assert drawn.tolist() == [6, 6, 4, 9, 7, 5, 5, 4, 6, 8]
 
@@ -39,18 +55,20 @@ def test_samples_are_mixed_within_windows_of_shards_only() -> None:
 
 
 def test_a_step_does_not_depend_on_where_the_epoch_was_entered() -> None:
-    whole = list(plan_training(SIZES, 32, seed=5, epoch=2))
+    whole = list(plan_training(IMAGES, 32, seed=5, epoch=2))
     assert [step.step for step in whole] == list(range(11))  # 360 = 11 × 32 + 8: the tail is dropped
     assert training_steps(360, 32) == 11
     for start in (0, 1, 10, 11):
-        rest = list(plan_training(SIZES, 32, seed=5, epoch=2, start_step=start))
+        rest = list(plan_training(IMAGES, 32, seed=5, epoch=2, start_step=start))
         assert [step.step for step in rest] == list(range(start, 11))
         for step, expected in zip(rest, whole[start:], strict=True):
             np.testing.assert_array_equal(step.rows, expected.rows)
 
 
 def test_evaluation_sees_every_sample_once_in_table_order() -> None:
-    rows = [step.rows for step in plan_evaluation(70, 32)]
+    samples = Samples(np.arange(70)[:, None], [])
+    rows = [step.rows[:, 0] for step in plan_evaluation(samples, 32)]
+    assert [step.step for step in plan_evaluation(samples, 32, 1)] == [1, 2]
     assert [len(batch) for batch in rows] == [32, 32, 6]
     np.testing.assert_array_equal(np.concatenate(rows), np.arange(70))
 
@@ -59,7 +77,7 @@ def test_evaluation_sees_every_sample_once_in_table_order() -> None:
 def test_a_selection_is_visited_once_and_shards_without_it_take_no_place_in_a_window(seed: int) -> None:
     rows = np.flatnonzero(np.random.default_rng(seed).random(2000) < 0.1)
     rows = rows[rows // 100 % 3 > 0]  # nothing of shards 0, 3, 6, …, 18: 13 of the 20 are left
-    order = epoch_order([100] * 20, seed, 0, window=4, rows=rows)
+    order = rows[epoch_order(select(rows, [100] * 20).shard_sizes, seed, 0, window=4)]
     np.testing.assert_array_equal(np.sort(order), rows)
     shards = order // 100
     windows = [set(shards[:1])]
@@ -72,9 +90,8 @@ def test_a_selection_is_visited_once_and_shards_without_it_take_no_place_in_a_wi
     assert sum(map(len, windows)) == 13  # none is met in two windows
 
 
-def test_all_rows_as_a_selection_change_nothing() -> None:
-    np.testing.assert_array_equal(epoch_order(SIZES, 1, 2, rows=np.arange(360)), epoch_order(SIZES, 1, 2))
-    assert list(plan_training(SIZES, 32, 0, 0, rows=np.arange(0))) == []
+def test_nothing_selected_is_an_epoch_without_steps() -> None:
+    assert list(plan_training(select(np.arange(0)), 32, 0, 0)) == []
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -114,38 +131,23 @@ def test_rows_are_drawn_in_proportion_to_their_weight_within_windows(seed: int) 
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"rows": np.array([3, 2])}, "rows to visit must ascend within 0 to 359"),
-        ({"rows": np.array([2, 2])}, "rows to visit must ascend within 0 to 359"),
-        ({"rows": np.array([2, 360])}, "rows to visit must ascend within 0 to 359"),
-        ({"rows": np.array([-1, 2])}, "rows to visit must ascend within 0 to 359"),
-        ({"weights": np.ones(359)}, "weights must be 360 finite numbers, none negative and not all 0"),
-        ({"weights": np.zeros(360)}, "weights must be 360 finite numbers, none negative and not all 0"),
-        (
-            {"weights": np.full(360, np.nan)},
-            "weights must be 360 finite numbers, none negative and not all 0",
-        ),
-        (
-            {"rows": np.array([1, 2]), "weights": np.array([1, -1.0])},
-            "weights must be 2 finite numbers, none negative and not all 0",
-        ),
-    ],
+    "weights", [np.ones(359), np.zeros(360), np.full(360, np.nan), np.array([-1.0] + [1] * 359)]
 )
-def test_unusable_rows_and_weights_are_refused(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=f"^{message}$"):
-        epoch_order(SIZES, 0, 0, **options)
+def test_unusable_weights_are_refused(weights: Weights) -> None:
+    with pytest.raises(
+        ValueError, match=r"^weights must be 360 finite numbers, none negative and not all 0$"
+    ):
+        epoch_order(SIZES, 0, 0, weights=weights)
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 8])
 @pytest.mark.parametrize("start_step", [0, 5])
 def test_ranks_together_see_the_batches_of_one(ranks: int, start_step: int) -> None:
     rows = np.arange(0, 360, 2)
-    selections: tuple[dict[str, Any], ...] = ({}, {"rows": rows, "weights": rows.astype(np.float64)})
-    for options in selections:
-        whole = list(plan_training(SIZES, 24, 5, 2, start_step, **options))
+    for samples, weights in ((IMAGES, None), (select(rows), rows.astype(np.float64))):
+        whole = list(plan_training(samples, 24, 5, 2, start_step, weights=weights))
         slices = [
-            list(plan_training(SIZES, 24, 5, 2, start_step, **options, rank=rank, ranks=ranks))
+            list(plan_training(samples, 24, 5, 2, start_step, weights=weights, rank=rank, ranks=ranks))
             for rank in range(ranks)
         ]
         for step, *parts in zip(whole, *slices, strict=True):
@@ -156,25 +158,22 @@ def test_ranks_together_see_the_batches_of_one(ranks: int, start_step: int) -> N
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5, 16])
 def test_evaluation_sees_every_sample_once_over_the_ranks(ranks: int) -> None:
-    for samples, rows in ((360, None), (360, np.arange(0, 360, 3)), (360, np.arange(0)), (5, None)):
-        whole = list(plan_evaluation(samples, 32, rows=rows))
-        parts = [
-            list(plan_evaluation(samples, 32, rows=rows, rank=rank, ranks=ranks)) for rank in range(ranks)
-        ]
+    for samples in (IMAGES, select(np.arange(0, 360, 3)), select(np.arange(0)), select(np.arange(5))):
+        whole = list(plan_evaluation(samples, 32))
+        parts = [list(plan_evaluation(samples, 32, rank=rank, ranks=ranks)) for rank in range(ranks)]
         together = list(itertools.chain.from_iterable(parts))
         assert [step.step for step in together] == list(range(len(whole)))
         seen = [step.rows for step in together]
-        expected = np.arange(samples) if rows is None else rows
-        np.testing.assert_array_equal(np.concatenate([np.arange(0), *seen]), expected)
+        np.testing.assert_array_equal(np.concatenate([samples.rows[:0], *seen]), samples.rows)
         lengths = list(map(len, parts))
         assert max(lengths) - min(lengths) <= 1
 
 
 def test_ranks_that_do_not_divide_the_batch_or_do_not_exist_are_refused() -> None:
     with pytest.raises(ValueError, match=r"^3 ranks do not divide a batch of 32$"):
-        next(plan_training(SIZES, 32, 0, 0, ranks=3))
+        next(plan_training(IMAGES, 32, 0, 0, ranks=3))
     for rank in (-1, 2):
         with pytest.raises(ValueError, match=rf"^rank {rank} is not one of 2 ranks$"):
-            next(plan_training(SIZES, 32, 0, 0, rank=rank, ranks=2))
+            next(plan_training(IMAGES, 32, 0, 0, rank=rank, ranks=2))
         with pytest.raises(ValueError, match=rf"^rank {rank} is not one of 2 ranks$"):
-            next(plan_evaluation(70, 32, rank=rank, ranks=2))
+            next(plan_evaluation(IMAGES, 32, rank=rank, ranks=2))

@@ -17,9 +17,9 @@ from pipeline.labels import LABELS, PROJECTIONS, read_labels
 from pipeline.manifest import Manifest, Shard
 from pipeline.measure.counts import describe_views
 from pipeline.policies import make_targets, parse_uncertain_policy
-from pipeline.stream.batches import Labels, OpenSplit, open_split
-from pipeline.stream.plan import plan_evaluation, plan_training
-from pipeline.stream.samples import StudyBatch, find_studies, stream_studies
+from pipeline.stream.batches import Batch, Labels, stream_batches
+from pipeline.stream.plan import Rows, plan_evaluation, plan_training
+from pipeline.stream.samples import OpenSplit, find_images, find_projections, find_studies, open_split
 from pipeline.stream.select import balance_weights, select_rows
 from tests.conftest import default_options, make_shards, run_pipeline
 from tests.pipeline.stream.test_batches import flip_bit
@@ -36,10 +36,10 @@ def all_labels(split: OpenSplit) -> Labels:
     return Labels(*make_targets(split.table, parse_uncertain_policy("best"), "zeros", seed=0))
 
 
-def evaluate(split: OpenSplit, rows: Any = None, **options: Any) -> list[StudyBatch]:
-    studies = find_studies(split, rows)
-    plan = partial(plan_evaluation, len(studies.rows), 5)
-    return list(stream_studies(plan, split, studies, all_labels(split), size=32, **options))
+def evaluate(split: OpenSplit, rows: Rows | None = None, max_bad: int = 0) -> list[Batch]:
+    studies, _ = find_studies(split, rows)
+    plan = partial(plan_evaluation, studies, 5)
+    return list(stream_batches(split, all_labels(split), plan, size=32, max_bad=max_bad))
 
 
 def make_split(table: pa.Table, sizes: list[int]) -> OpenSplit:
@@ -47,7 +47,10 @@ def make_split(table: pa.Table, sizes: list[int]) -> OpenSplit:
     shard = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
     nothing = np.zeros(table.num_rows, np.int64)
     shards = tuple(Shard(f"train-{number:06d}.tar", size, 0, "") for number, size in enumerate(sizes))
-    return OpenSplit("train", "jpeg", table, Path(), None, shards, shard, nothing, nothing, nothing)
+    projection = find_projections(table)
+    return OpenSplit(
+        "train", "jpeg", table, Path(), None, shards, shard, nothing, nothing, nothing, projection
+    )
 
 
 def make_table(*keys: str, states: tuple[int | None, ...] = ()) -> pa.Table:
@@ -78,20 +81,21 @@ def test_batches_hold_what_plain_readers_find(study_shards: Shards, split: OpenS
     labels = all_labels(split)
     seen = {}
     for batch in evaluate(split):
-        assert batch.images.shape[1:] == (2, 1, 32, 32)
+        assert batch.images.shape == (len(batch.sample), 1, 32, 32)
         assert batch.images.dtype == np.uint8
         assert batch.bad == []
         np.testing.assert_array_equal(batch.present, batch.step.rows >= 0)
         for study, rows in enumerate(batch.step.rows):
             keys = [split.table["key"][int(row)].as_py() for row in rows if row >= 0]
             seen[keys[0].rpartition("_view")[0]] = keys
-            for view, key in enumerate(keys):
-                np.testing.assert_array_equal(batch.images[study, view, 0], images[key])
-                code = batch.projection[study, view]
-                assert PROJECTIONS[code] == ("lateral" if "lateral" in key else "AP")
+            (positions,) = np.nonzero(batch.sample == study)
+            for view, (position, key) in enumerate(zip(positions, keys, strict=True)):
+                assert batch.place[position] == view
+                np.testing.assert_array_equal(batch.images[position, 0], images[key])
+                name = PROJECTIONS[batch.projection[position]]
+                assert name == ("lateral" if "lateral" in key else "AP")
             np.testing.assert_array_equal(batch.target[study], labels.target[rows[0]])
             np.testing.assert_array_equal(batch.mask[study], labels.mask[rows[0]])
-            assert not batch.images[study, len(keys) :].any()
     assert seen == expected
     assert sorted(map(len, seen.values())) == [1] * (len(seen) // 2) + [2] * (len(seen) // 2)
 
@@ -99,16 +103,17 @@ def test_batches_hold_what_plain_readers_find(study_shards: Shards, split: OpenS
 def test_studies_of_the_real_table_equal_pandas(real_csv: Path) -> None:
     table = read_labels(real_csv)
     sizes = [1000] * 223 + [414]
-    studies = find_studies(make_split(table, sizes))
+    split = make_split(table, sizes)
+    studies, left_out = find_studies(split)
     frame = table.to_pandas().reset_index(names="row")
     groups = frame.groupby(["patient", "study"], sort=False).row.agg(list)
     assert studies.rows.shape == (187_641, 3)
     assert [[row for row in rows if row >= 0] for rows in studies.rows.tolist()] == groups.to_list()
     assert studies.shard_sizes == (groups.str[0] // 1000).value_counts().sort_index().to_list()
-    assert studies.left_out == 0
+    assert left_out == 0
     names = frame.projection.where(frame.view == "frontal", "lateral")
     codes = names.where(names.isin(PROJECTIONS), "other").map(PROJECTIONS.index)
-    np.testing.assert_array_equal(studies.projection, codes)
+    np.testing.assert_array_equal(split.projection, codes)
     assert codes.value_counts().to_dict() == {0: 161_590, 1: 29_420, 2: 32_387, 3: 17}
     assert describe_views(table) == (
         "studies: 153,634 with 1 frontal, 29,675 with 1 frontal and 1 lateral, 2,537 with 2 frontals, "
@@ -117,7 +122,7 @@ def test_studies_of_the_real_table_equal_pandas(real_csv: Path) -> None:
     )
     rows = select_rows(table, ["age>=60"], "lateral")
     of_rows = frame.loc[rows].groupby(["patient", "study"], sort=False).row.agg(list)
-    chosen = find_studies(make_split(table, sizes), rows).rows
+    chosen = find_studies(split, rows)[0].rows
     assert chosen.shape == (len(of_rows), 2)
     assert [[row for row in rows if row >= 0] for rows in chosen.tolist()] == of_rows.to_list()
 
@@ -126,7 +131,7 @@ def test_selected_images_alone_are_seen_and_studies_without_any_are_not(split: O
     for views in ("frontal", "lateral"):
         rows = select_rows(split.table, [], views)
         batches = evaluate(split, rows)
-        assert {batch.images.shape[1:] for batch in batches} == {(1, 1, 32, 32)}
+        assert {batch.step.rows.shape[1] for batch in batches} == {1}
         np.testing.assert_array_equal(np.concatenate([batch.step.rows[:, 0] for batch in batches]), rows)
     assert evaluate(split, rows[:0]) == []
 
@@ -134,37 +139,40 @@ def test_selected_images_alone_are_seen_and_studies_without_any_are_not(split: O
 def test_shards_where_no_selected_study_begins_take_no_place_in_a_window() -> None:
     keys = [f"patient{patient}_study1_view1_frontal" for patient in range(6)]
     split = make_split(make_table(*keys), [2, 2, 2])
-    assert find_studies(split, np.array([0, 1, 5])).shard_sizes == [2, 1]
+    assert find_studies(split, np.array([0, 1, 5]))[0].shard_sizes == [2, 1]
+    assert find_images(split, np.array([0, 1, 5])).shard_sizes == [2, 0, 1]
 
 
 def test_studies_are_drawn_by_weight(split: OpenSplit) -> None:
-    studies, labels = find_studies(split), all_labels(split)
+    (studies, _), labels = find_studies(split), all_labels(split)
     column = LABELS.index("Support Devices")
     first = studies.rows[:, 0]
     weights = balance_weights(labels.target[first, column], labels.mask[first, column])
     weights[labels.target[first, column] < 0.5] = 0
-    plan = partial(plan_training, studies.shard_sizes, 4, 0, 0, weights=weights)
-    batches = list(stream_studies(plan, split, studies, labels, size=32))
+    plan = partial(plan_training, studies, 4, 0, 0, weights=weights)
+    batches = list(stream_batches(split, labels, plan, size=32))
     rows = np.concatenate([batch.step.rows for batch in batches])
     assert len(rows) == len(studies.rows) // 4 * 4 > len(np.unique(rows, axis=0))  # some are drawn again
     assert {tuple(drawn) for drawn in rows.tolist()} <= {tuple(study) for study in studies.rows.tolist()}
     assert all((batch.target[:, column] == 1).all() for batch in batches)
 
 
-def test_unusable_images_are_absent_and_studies_of_them_masked(
+def test_unusable_images_are_absent_and_studies_of_them_black_and_masked(
     study_shards: Shards, split: OpenSplit, caplog: pytest.LogCaptureFixture
 ) -> None:
     expected = evaluate(split)
-    studies = find_studies(split)
+    studies, _ = find_studies(split)
     one = next(rows for rows in studies.rows.tolist() if rows[1] >= 0)
     alone = next(rows for rows in studies.rows.tolist() if rows[1] < 0)
     messages = {flip_bit(study_shards[0], split, row) for row in (one[0], alone[0])}
     for ours, whole in zip(evaluate(split, max_bad=2), expected, strict=True):
-        broken = np.isin(ours.step.rows, (one[0], alone[0]))
+        rows = whole.step.rows[whole.sample, whole.place]
+        kept, black = rows != one[0], rows == alone[0]
+        for name in ("sample", "place", "projection"):
+            np.testing.assert_array_equal(getattr(ours, name), getattr(whole, name)[kept])
+        pixels = np.where(black[:, None, None, None], np.uint8(0), whole.images)
+        np.testing.assert_array_equal(ours.images, pixels[kept])
         without = np.isin(ours.step.rows[:, 0], alone[0])
-        np.testing.assert_array_equal(ours.present, whole.present & ~broken)
-        assert not ours.images[~ours.present].any()
-        np.testing.assert_array_equal(ours.images[ours.present], whole.images[ours.present])
         np.testing.assert_array_equal(ours.mask, whole.mask & ~without[:, None])
         np.testing.assert_array_equal(ours.target, whole.target)
         assert ours.bad == np.flatnonzero(without).tolist()
@@ -178,15 +186,19 @@ def test_a_study_spread_over_shards_is_read_from_all_of_them(split: OpenSplit) -
     """As in shards of both views that were made one by one."""
     table = split.table
     shuffled = np.random.default_rng(0).permutation(table.num_rows)
-    arrays = {name: getattr(split, name)[shuffled] for name in ("offset", "length", "crc", "shard")}
+    arrays = {
+        name: getattr(split, name)[shuffled] for name in ("offset", "length", "crc", "shard", "projection")
+    }
     spread = split._replace(table=table.take(shuffled), **arrays)
 
     def found(of: OpenSplit) -> dict[frozenset[str], int]:
         """The keys of each study, and the sum of its pixels."""
         return {
-            frozenset(of.table["key"][row].as_py() for row in rows if row >= 0): int(images.sum())
+            frozenset(of.table["key"][row].as_py() for row in rows if row >= 0): int(
+                batch.images[batch.sample == study].sum()
+            )
             for batch in evaluate(of)
-            for rows, images in zip(batch.step.rows.tolist(), batch.images, strict=True)
+            for study, rows in enumerate(batch.step.rows.tolist())
         }
 
     assert found(spread) == found(split)
@@ -195,9 +207,9 @@ def test_a_study_spread_over_shards_is_read_from_all_of_them(split: OpenSplit) -
 def test_of_a_study_with_more_than_three_views_the_first_ones_are_taken() -> None:
     keys = [f"patient1_study1_view{view}_frontal" for view in range(1, 6)]
     table = make_table(*keys, "patient1_study2_view1_frontal")
-    studies = find_studies(make_split(table, [6]))
+    studies, left_out = find_studies(make_split(table, [6]))
     assert studies.rows.tolist() == [[0, 1, 2], [5, -1, -1]]
-    assert studies.left_out == 2
+    assert left_out == 2
 
 
 def test_images_of_a_study_that_differ_in_a_label_are_named() -> None:
@@ -210,7 +222,7 @@ def test_images_of_a_study_that_differ_in_a_label_are_named() -> None:
             "train: patient2_study1_view1_frontal and patient2_study1_view2_lateral are of one study but differ "
             "in Edema; a study has one label, so read these shards by image"
         )
-        assert find_studies(split, np.array([0, 2])).rows.tolist() == [[0], [2]]
+        assert find_studies(split, np.array([0, 2]))[0].rows.tolist() == [[0], [2]]
 
 
 def test_the_command_counts_the_studies_by_their_views(chexpert: Path, tmp_path: Path) -> None:

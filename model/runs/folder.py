@@ -1,0 +1,150 @@
+"""The folder of a run: what is in it, and how it is written and read.
+
+config.json           Config; the run's outcome is a function of it
+environment.jsonl     a line per start: the code, packages and device it ran with
+metrics.jsonl         a line per evaluation
+tensorboard/          the same and the loss, as TensorBoard's events
+last.pt               all that a resume restores
+best.pt               the averaged weights with the best dev macro AUROC, and what scoring an image needs
+trained-on.arrow      checksums of the images of train and dev, and hashes of their patients, as `overlap` says
+calibration.json      thresholds and calibrations chosen on dev
+evaluation-<split>.json, scores-<split>.arrow    for every split that was scored; of other shards than the
+                      run's own they are named <split>-<first 8 digits of the manifest's sha256>
+report.html, model-card.md
+"""
+
+import hashlib
+import json
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from model.checkpoint import load_checkpoint, refused, save_checkpoint
+from model.fusion import StudyNetwork
+from model.networks import build_network
+from model.ranks import ALONE, Ranks
+from model.runs.config import Config, output_count, read_config
+from model.runs.job import Job
+from pipeline.base.errors import DataError
+from pipeline.base.files import write_json
+from pipeline.images import ImageOptions
+from pipeline.manifest import manifest_digest
+from pipeline.stream.cache import redact
+
+PACKAGES = ("torch", "torchvision", "numpy", "pyarrow", "simplejpeg", "opencv-python-headless", "pillow")
+AS_IT_IS = ImageOptions(size=None, square="no", encoding="png", quality=95, max_pixels=50_000_000)
+
+
+def fuse(network: nn.Module, config: Config) -> nn.Module:
+    """The network of a run by studies, made of one for images; the same one for a run by images."""
+    return network if config.fusion is None else StudyNetwork(network, config.fusion, config.freeze)
+
+
+def open_run(run: Path, config: Config) -> None:
+    """Create the run folder. Raises DataError, with the difference, where it has another configuration."""
+    if (run / "config.json").exists():
+        there = asdict(read_config(run))
+        for name, here in asdict(config).items():
+            if there[name] != here:
+                difference = f"{name} is {there[name]} there and {here} here"
+                raise DataError(
+                    f"{run} is a run of another configuration: {difference}; choose another --run (in make: RUN=)"
+                )
+        return
+    run.mkdir(parents=True, exist_ok=True)
+    write_json(run / "config.json", asdict(config))
+
+
+def record_environment(job: Job) -> None:
+    """Add a line on what this start runs with to environment.jsonl: with config.json it reproduces the run."""
+    line = {
+        "command": [redact(word) for word in sys.argv],
+        "code": describe_code(),
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in PACKAGES},
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name() if job.device.type == "cuda" else "cpu",
+        "precision": str(job.precision),
+        "threads": torch.get_num_threads(),
+        "ranks": job.ranks.count,
+    }
+    with (job.run / "environment.jsonl").open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+@contextmanager
+def follow_by_wandb(job: Job) -> Iterator[None]:
+    """Let Weights & Biases, if it was asked for, read what goes to TensorBoard; a run continues as the same there.
+
+    Raises DataError where it is missing.
+    """
+    if job.wandb is None:
+        yield
+        return
+    try:
+        import wandb
+    except ImportError:
+        raise DataError("--wandb: the package is missing: pip install '.[wandb]'") from None
+    digest = hashlib.sha256((job.run / "config.json").read_bytes()).hexdigest()[:8]
+    wandb.init(
+        project=job.wandb,
+        name=job.run.name,
+        id=f"{job.run.name}-{digest}",
+        resume="allow",
+        dir=job.run,
+        config=asdict(job.config),
+        sync_tensorboard=True,
+        save_code=False,
+    )
+    try:
+        yield
+    finally:
+        wandb.finish()  # before the next trial of a sweep begins another
+
+
+def result_name(config: Config, shards: Path, split: str) -> str:
+    """What a run's scores of a split are named by: of shards other than its own also by their manifest's hash."""
+    digest = manifest_digest(shards)
+    return split if digest == config.manifest else f"{split}-{digest[:8]}"
+
+
+def describe_code() -> str:
+    """The commit of this checkout, with `-dirty` where files were changed; else the package's version."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()  # noqa: S603
+    except (OSError, subprocess.CalledProcessError):
+        return version("chexpert-pipeline")
+
+
+def save_best(job: Job, weights: Mapping[str, Tensor], epoch: float, score: float) -> None:
+    """Write best.pt: all that scoring an image needs but the architecture, which config.json has."""
+    # Shards that others wrote do not say how: their images are taken as they are.
+    said = {name: job.manifest.options[name] for name in AS_IT_IS._fields if name in job.manifest.options}
+    images = AS_IT_IS._asdict() | said
+    about = {"epoch": epoch, "dev_auroc": score, "images": images, "pixels": dict(job.manifest.pixels)}
+    save_checkpoint(job.run / "best.pt", {"weights": dict(weights), **about})
+
+
+def load_best(
+    run: Path, config: Config, device: torch.device, ranks: Ranks = ALONE
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The network with the weights of best.pt, and what else that holds. Raises CheckpointError."""
+    best = load_checkpoint(run / "best.pt", ranks)
+    network = fuse(build_network(config.arch, output_count(config)), config)
+    with refused(run / "best.pt"):
+        network.load_state_dict(best["weights"])
+        ImageOptions(**best["images"])
+        if not (float(best["dev_auroc"]) >= 0 and float(best["pixels"]["std"]) > 0):
+            raise ValueError("dev_auroc or pixels")
+        float(best["pixels"]["mean"])
+    return network.to(device).to(memory_format=torch.channels_last), best

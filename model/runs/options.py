@@ -1,0 +1,179 @@
+"""Fields of Config → options of a command, and types of option values that only `train.py` needs."""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import click
+
+from model.ranks import share_of_cores
+from model.runs.config import Config, Option, options
+from pipeline.console import Checked, Number
+from pipeline.labels import LABELS
+
+GROUPS = ("sweep", "run", "data", "labels", "network", "optimization")
+
+
+class ByteSize(click.ParamType[int]):
+    """Bytes, as 500MB, 20GB or 1.5TB."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """The number of bytes."""
+        match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([MGT])B", str(value))
+        if match is None:
+            self.fail(f"'{value}' is not like 500MB, 20GB or 1.5TB", param, ctx)
+        return int(float(match[1]) * {"M": 1e6, "G": 1e9, "T": 1e12}[match[2]])
+
+
+class LabelNames(click.ParamType[tuple[str, ...]]):
+    """Names of labels, separated by commas; in the order of LABELS."""
+
+    name = "labels"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, ...]:
+        """The names."""
+        names = [name.strip() for name in str(value).split(",")]
+        for name in names:
+            if name not in LABELS:
+                self.fail(f"'{name}' is none of {', '.join(LABELS)}", param, ctx)
+        return tuple(label for label in LABELS if label in names)
+
+
+class Values(click.ParamType[tuple[Any, ...]]):
+    """One or more values of an option, separated by spaces or commas, without repetitions."""
+
+    name = "values"
+
+    def __init__(self, one: click.ParamType[Any]) -> None:
+        self.one = one
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[Any, ...]:
+        """The values in the order given."""
+        # A policy has commas of its own.
+        words = (
+            str(value).split() if isinstance(self.one, Checked) else re.split(r"[\s,]+", str(value).strip())
+        )
+        if not words or words == [""]:
+            self.fail("no value", param, ctx)
+        return tuple(dict.fromkeys(self.one.convert(word, param, ctx) for word in words))
+
+
+class GroupedOption(click.Option):
+    """An option that `--help` lists among those that decide the same."""
+
+    def __init__(self, *arguments: Any, group: str, **more: Any) -> None:
+        super().__init__(*arguments, **more)
+        self.group = group
+
+
+class GroupedCommand(click.Command):
+    """A command whose `--help` lists its options by what they decide."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write a section for each group."""
+        params = self.get_params(ctx)
+        for group in (*GROUPS, None):
+            found = [param for param in params if getattr(param, "group", None) == group]
+            records = [record for param in found if (record := param.get_help_record(ctx)) is not None]
+            if records:
+                with formatter.section((group or "other").capitalize()):
+                    formatter.write_dl(records)
+
+
+run_option = click.option(
+    "--run",
+    cls=GroupedOption,
+    group="run",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Folder of the run.",
+)
+workers_option = click.option(
+    "--workers",
+    cls=GroupedOption,
+    group="run",
+    default=share_of_cores,
+    type=click.IntRange(1),
+    show_default="cores",
+    help="Decoding threads.",
+)
+DATA_OPTIONS = [
+    click.option(
+        "--shards",
+        cls=GroupedOption,
+        group="data",
+        default="shards",
+        help="Folder of shards, or its URL: https://… or s3://….",
+    ),
+    click.option(
+        "--cache",
+        cls=GroupedOption,
+        group="data",
+        type=click.Path(path_type=Path),
+        default=Path(".cache"),
+        help="Where shards of a URL are kept, shared by all runs.",
+    ),
+    click.option(
+        "--cache-size",
+        cls=GroupedOption,
+        group="data",
+        type=ByteSize(),
+        default="20GB",
+        help="Evict the least recently used shards above this size.",
+    ),
+    workers_option,
+]
+
+
+def with_options(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """The decorators in the order in which `--help` lists their options."""
+
+    def decorate(function: Any) -> Any:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return decorate
+
+
+def config_options(several: Sequence[str] = ()) -> list[Callable[[Any], Any]]:
+    """An option for each field of Config that is one; those in `several` take several values, and none by default."""
+    defaults = {one.name: one.default for one in fields(Config)}
+    return [_make_option(name, of, defaults[name], several=name in several) for name, of in options().items()]
+
+
+def _make_option(name: str, of: Option, default: Any, *, several: bool) -> Callable[[Any], Any]:
+    kind = get_type_hints(Config)[name]
+    more: dict[str, Any] = {"cls": GroupedOption, "group": of.group, "help": of.help, "metavar": of.metavar}
+    if kind is bool:
+        return click.option(f"--{name.replace('_', '-')}", is_flag=True, **more)
+    one = _value_type(kind, of)
+    if of.shown is None and default is not None and default != ():
+        more |= {"default": str(default) if several else default}
+    else:
+        more |= {"show_default": of.shown or False}
+    if kind == tuple[str, ...] and not of.choices:
+        more |= {"multiple": True}
+    return click.option(f"--{name.replace('_', '-')}", type=Values(one) if several else one, **more)
+
+
+def _value_type(kind: Any, of: Option) -> click.ParamType[Any]:
+    """What click makes of a value."""
+    low, high = (None if abs(limit) == float("inf") else limit for limit in (of.low, of.high))
+    if kind in (int, int | None):
+        return click.IntRange(None if low is None else int(low), None if high is None else int(high))
+    if kind in (float, float | None):
+        return Number(low, high, min_open=of.open and low is not None, max_open=of.open and high is not None)
+    if kind == tuple[str, ...]:
+        return LabelNames() if of.choices else click.STRING
+    if of.check is not None:
+        return Checked(of.check)
+    return click.Choice(list(of.choices))

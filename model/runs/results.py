@@ -1,0 +1,209 @@
+"""Scores of a run → its calibration, evaluations, comparisons and pages."""
+
+import hashlib
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+
+from model.runs.config import Config, read_config
+from model.runs.folder import load_best, result_name
+from model.runs.job import Job, open_images, open_rows, selected_splits
+from model.runs.report import MEANS, render_model_card, render_report
+from model.runs.scores import read_frame, read_scores, write_scores
+from model.runs.scoring import score_best, score_split
+from pipeline.base.errors import DataError
+from pipeline.base.files import parse_object, read_object, write_atomically, write_json
+from pipeline.labels import count_rows
+from pipeline.measure.compare import combine_views, compare_methods, group_by_views
+from pipeline.measure.delong import combine_limits, measure_areas, weigh_labels
+from pipeline.measure.evaluate import Scored, assess, calibrate
+from pipeline.measure.metrics import averaged_labels, mean_of, report_auroc
+
+RESAMPLES = 1000  # of patients, for intervals of AUPRC
+TRAIN_SAMPLES = 2000  # that a sweep scores of train
+CALIBRATION = "calibration.json"
+
+
+def finish_run(job: Job) -> None:
+    """Choose thresholds on dev, evaluate best.pt on dev and valid, and write report.html and model-card.md."""
+    splits = selected_splits(job)
+    names: list[str] = [name for name in ("dev", "valid") if name in splits]
+    found = {name: score_best(job, name) for name in names}
+    if not job.ranks.is_first:
+        return
+    (job.run / CALIBRATION).unlink(missing_ok=True)  # one of an earlier best.pt
+    results = {name: evaluate(job, name, found[name]) for name in names}
+    evaluations = {name: evaluation for name, (evaluation, _) in results.items()}
+    config = asdict(job.config)
+    write_report(job, "report.html", results)
+    data = {}
+    for name in splits:
+        split, rows = open_images(job, name)
+        data[name] = count_rows(split.table.take(rows))
+    card = render_model_card(job.run.name, config, data, evaluations)
+    write_atomically(job.run / "model-card.md", card.encode())
+
+
+def evaluate(
+    job: Job,
+    name: str,
+    found: tuple[Scored, pa.Table],
+    against: Mapping[Path, Path] = MappingProxyType({}),
+    sensitivity: float = 0.9,
+    combine: str = "max",
+    chosen_by: tuple[str, ...] = (),
+    shared: Mapping[str, int | None] = MappingProxyType({}),
+) -> tuple[dict[str, Any], Scored]:
+    """Evaluate what `score_best` found for a split; writes its scores and evaluation into the run.
+
+    `against` are other runs and their scores, as `find_scores` has them. `sensitivity` is what the third threshold
+    is to reach on dev, `combine` how a study's score comes from its views: max or mean. `chosen_by` are the conditions
+    that chose the images, where they are not the run's own; they and `shared`, as `check_evaluation` counts it, are
+    kept in the evaluation. Raises DataError where thresholds would have to be chosen on other shards than the run's.
+    """
+    config, run = job.config, job.run
+    scored, table = found
+    result = name_result(job, name, chosen_by)
+    write_scores(run / f"scores-{result}.arrow", table, config.labels, scored.scores)
+    chosen = {"sensitivity": sensitivity, "combine": combine}
+    calibration = read_object(run / CALIBRATION) if (run / CALIBRATION).exists() else {}
+    if not chosen.items() <= calibration.items():
+        if result_name(config, job.shards, name) != name:  # whose dev may hold patients of the run's train
+            raise DataError(
+                f"{job.shards}: not the shards that {run} learnt from, on whose dev thresholds are chosen; first run: "
+                f"python train.py evaluate --run {run} --sensitivity {sensitivity} --study {combine} with those"
+            )
+        dev = scored if result == "dev" else score_best(job, "dev")[0]
+        calibration = calibrate(config.labels, dev, sensitivity, combine)
+        write_json(run / CALIBRATION, calibration)
+    evaluation = assess(config.labels, scored, calibration, unit=config.unit, resamples=RESAMPLES)
+    evaluation |= shared
+    evaluation |= {"chosen_by": list(chosen_by)} if chosen_by else {}
+    if against:
+        labels, common = shared_labels(config, against), scored
+        if labels != config.labels:
+            columns = [config.labels.index(label) for label in labels]
+            common = scored._replace(
+                scores=scored.scores[:, columns],
+                target=scored.target[:, columns],
+                mask=scored.mask[:, columns],
+            )
+        if config.fusion is None:
+            ((other, path),) = against.items()
+            theirs = (str(other), read_scores(path, table["key"], labels))
+            compared = assess(
+                labels, common, calibration, unit=config.unit, against=theirs, resamples=RESAMPLES
+            )
+            ours = {mean: compared[f"{mean}_auroc"] for mean in MEANS}
+            evaluation["against"] = {"labels": list(labels), "ours": ours, **compared["against"]}
+            evaluation["study"]["against"] = compared["study"]["against"]
+        else:
+            methods: dict[str, pd.DataFrame] = {}
+            for other, path in against.items():
+                methods |= combine_views(read_frame(path, labels), str(other))
+            views = group_by_views(open_images(job, name)[0].table)
+            evaluation["methods"] = compare_methods(
+                labels, common, f"{run}, {config.fusion} fusion", methods, views
+            )
+    write_json(run / f"evaluation-{name_comparison(result, against)}.json", evaluation)
+    return evaluation, scored
+
+
+def name_result(job: Job, name: str, chosen_by: Sequence[str] = ()) -> str:
+    """What a run's scores of a split are named by, also where other conditions than the run's own chose its images."""
+    result = result_name(job.config, job.shards, name)
+    return f"{result}-{hashlib.sha256(' '.join(chosen_by).encode()).hexdigest()[:8]}" if chosen_by else result
+
+
+def name_comparison(result: str, against: Collection[Path]) -> str:
+    """What a comparison is named by, apart from the plain evaluation, which would replace it."""
+    return f"{result}-against-{'-'.join(other.name for other in against)}"[:200] if against else result
+
+
+def shared_labels(config: Config, against: Collection[Path]) -> tuple[str, ...]:
+    """The labels that a run and all of those it is compared with have learnt. Raises DataError where there is none."""
+    labels = [set(read_config(other).labels) for other in against]
+    shared = tuple(label for label in config.labels if all(label in of for of in labels))
+    if not shared:
+        raise DataError(f"--against {', '.join(map(str, against))}: no label that both runs have learnt")
+    return shared
+
+
+def find_scores(job: Job, name: str, against: Sequence[Path]) -> dict[Path, Path]:
+    """The scores of a split by other runs: one of the same images or, where the run scores studies, any number.
+
+    Raises DataError for a run that has none, with the command that writes them.
+    """
+    if len(against) > 1 and job.config.fusion is None:
+        raise DataError("--against takes one run beside a run by images; several are for a run by studies")
+    found = {}
+    for other in against:
+        # Of these shards, where they are not those that it learnt from; else of its own, which may be the same images.
+        names = (result_name(read_config(other), job.shards, name), name)
+        files = [path for one in names if (path := other / f"scores-{one}.arrow").exists()]
+        if not files:
+            command = f"python train.py evaluate --run {other} --split {name}"
+            raise DataError(f"--against {other}: no scores-{name}.arrow; first run: {command}")
+        found[other] = files[0]
+    return found
+
+
+def write_report(job: Job, file: str, results: Mapping[str, tuple[dict[str, Any], Scored]]) -> None:
+    """Write the page of the splits that `evaluate` gave results for."""
+    evaluations = {name: evaluation for name, (evaluation, _) in results.items()}
+    images = {name: scored for name, (_, scored) in results.items()}
+    path = job.run / "metrics.jsonl"
+    history = [parse_object(path, line) for line in path.read_bytes().splitlines()]
+    page = render_report(job.run.name, asdict(job.config), history, evaluations, images)
+    write_atomically(job.run / file, page.encode())
+
+
+def choice_score(report: Mapping[str, Any]) -> float | None:
+    """The macro AUROC a checkpoint is chosen by: over the labels with 10 positives or more, if there are any.
+
+    On the real dev split these are all labels; on a small one the others would add chance alone.
+    """
+    score: float | None = report["macro10_auroc"]
+    return report["macro_auroc"] if score is None else score
+
+
+def measure_run(job: Job) -> dict[str, Any]:
+    """A finished run's dev macro AUROC, by which its checkpoint was chosen, and what it compares with.
+
+    `same` (on dev), `train` (on a part of it) and `valid`, with its limits `low` and `high`, are over the same `labels`
+    (their number): those that dev's macro is over and that have both classes in all of these.
+    """
+    names = job.config.labels
+    network, best = load_best(job.run, job.config, job.device)
+    chosen = open_rows(job, "train")
+    samples = chosen.samples.thin(math.ceil(len(chosen.rows) / TRAIN_SAMPLES))
+    part = chosen._replace(samples=samples)
+    scored = {"train": score_split(job, network, part, best["pixels"])[0]}
+    if "valid" in selected_splits(job):
+        scored["valid"] = score_split(job, network, open_rows(job, "valid"), best["pixels"])[0]
+    labels = {name: report_auroc(names, *found[:3])["labels"] for name, found in scored.items()}
+    labels["dev"] = read_object(job.run / "evaluation-dev.json")["labels"]
+    means = averaged_labels(labels["dev"])
+    same = [
+        name
+        for name in means["macro10"] or means["macro"]
+        if all(of[name]["auroc"] is not None for of in labels.values())
+    ]
+    figures = {split: mean_of(of, same, "auroc") for split, of in labels.items()}
+    limits: dict[str, float | None] = dict.fromkeys(("low", "high"))
+    if "valid" in scored:
+        limits = combine_limits(measure_areas(*scored["valid"][:4]), weigh_labels(names, same))
+    return {
+        "dev": best["dev_auroc"],
+        "labels": len(same),
+        "same": figures["dev"],
+        "train": figures["train"],
+        "valid": figures.get("valid"),
+        **limits,
+    }

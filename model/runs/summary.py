@@ -1,0 +1,78 @@
+"""Evaluations → tables on the terminal."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from model.runs.report import MEANS
+
+
+def print_evaluations(reports: Mapping[str, Mapping[str, Any]]) -> None:
+    """A table of AUROC for one or more splits: per label with its positives and negatives, means with intervals."""
+    table = Table(title="AUROC", title_justify="left")
+    table.add_column("label")
+    for split in reports:
+        table.add_column(split, justify="right")
+        table.add_column("pos / neg", justify="right")
+    for name in next(iter(reports.values()))["labels"]:
+        labels = [report["labels"][name] for report in reports.values()]
+        cells = [
+            (
+                show(label["auroc"]),
+                f"{'few ' if label['few'] else ''}{label['positives']} / {label['negatives']}",
+            )
+            for label in labels
+        ]
+        table.add_row(name, *(text for cell in cells for text in cell))
+    table.add_section()
+    for name, title in MEANS.items():
+        limits = [report["intervals"]["auroc"][name] for report in reports.values()]
+        cells = [
+            (
+                show(report[f"{name}_auroc"]),
+                f"{show(of['low'])}-{show(of['high'])}" if of["low"] is not None else "",
+            )
+            for report, of in zip(reports.values(), limits, strict=True)
+        ]
+        table.add_row(title, *(text for cell in cells for text in cell))
+    Console().print(table)
+
+
+def print_comparison(evaluation: Mapping[str, Any]) -> None:
+    """A table of what --against asked for: a run by images beside another, or the methods that score studies."""
+    table = Table(title="Compared on the same patients", title_justify="left")
+    table.add_column("")
+    for title in ("AUROC", "difference [95 %]"):
+        table.add_column(title, justify="right")
+    if "against" in evaluation:
+        compared = evaluation["against"]
+        if len(compared["labels"]) < len(evaluation["labels"]):
+            table.caption = f"over the {len(compared['labels'])} labels that both runs have learnt"
+        for name, title in MEANS.items():
+            table.add_row(title, show(compared["ours"][name]), show_difference(compared["auroc"][name]))
+    for group, found in evaluation.get("methods", {}).items():
+        ours, *others = found["methods"].items()
+        if ours[1]["auroc"] is not None:
+            table.add_section()
+            table.add_row(f"{group}: {found['studies']:,} studies")
+            table.add_row(ours[0], show(ours[1]["auroc"]))
+            for name, method in others:
+                less = show_difference(method["first_less_this"]["mean"])
+                table.add_row(name, show(method["auroc"]), less)
+    if table.row_count:
+        Console().print(table)
+
+
+def show_difference(less: Mapping[str, Any]) -> str:
+    """The first one's figure less this one's, with its interval."""
+    if less["difference"] is None:
+        return "–"
+    limits = "" if less["low"] is None else f" [{less['low']:+.3f}, {less['high']:+.3f}]"
+    return f"{less['difference']:+.3f}{limits}"
+
+
+def show(value: float | None) -> str:
+    """A figure with three places; an undefined one as a dash."""
+    return "–" if value is None else f"{value:.3f}"
