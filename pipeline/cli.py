@@ -188,9 +188,10 @@ def shards(
     Raw labels are kept; the policies are recorded as the shards' defaults, which training may override. The
     same command continues a run that was stopped or killed. Both may be s3://bucket/prefix.
     """
+    from pipeline.base.workers import run_alone
     from pipeline.etl.shards import Options, write_shards
-    from pipeline.policies import describe_one_class
     from pipeline.sources.chexpert import find_source
+    from pipeline.sources.load import describe_shards
 
     if str(out).startswith(("http:", "https:")):
         raise click.UsageError(
@@ -229,16 +230,18 @@ def shards(
             repair=repair,
             progress=show,
         )
-    for text in describe_one_class(run.one_class):
+    seconds = time.perf_counter() - start
+    described = run_alone(describe_shards, out)
+    if strict and described.one_class:
+        raise DataError(f"--strict: {'; '.join(described.one_class)}; choose other policies")
+    for text in described.one_class:
         click.echo(f"{text} by these policies: it cannot be learnt", err=True)
-    _print_run(out, run, time.perf_counter() - start)
+    _print_run(out, run, seconds, described.views)
     return 3 if strict and run.manifest.rejects else 0
 
 
-def _print_run(out: Path, run: "RunSummary", seconds: float) -> None:
+def _print_run(out: Path, run: "RunSummary", seconds: float, views: str) -> None:
     from pipeline.base.store import is_remote
-    from pipeline.base.workers import run_alone
-    from pipeline.sources.load import describe_studies
 
     images = size = 0
     for name, split in run.manifest.splits.items():
@@ -248,8 +251,8 @@ def _print_run(out: Path, run: "RunSummary", seconds: float) -> None:
             f"{name:6} {split.samples:8,} images {split.studies:8,} studies {split.patients:7,} patients "
             f"{len(split.shards):4} shards {bytes_out / 1e6:10,.1f} MB"
         )
-    if run.manifest.options.get("unit") == "study":
-        click.echo(run_alone(describe_studies, out))
+    if views:
+        click.echo(views)
     if run.manifest.rejects:
         click.echo(f"rejected images: {len(run.manifest.rejects):,}, see {out / 'rejects.csv'}")
     if run.repaired:

@@ -121,6 +121,17 @@ def describe_one_class(lacking: Iterable[tuple[str, int, int]]) -> list[str]:
     ]
 
 
+def find_one_class(table: pa.Table, policies: Mapping[str, str]) -> list[str]:
+    """A text for each label that the policies of some shards leave with one class in a label table."""
+    # A teacher's scores come later: the cells that they will fill are left out here.
+    uncertain = {
+        label: "ignore" if policy == "selftrained" else policy
+        for label, policy in parse_uncertain_policy(policies["uncertain"]).items()
+    }
+    # Any seed: each smoothing range lies on one side of 0.5.
+    return describe_one_class(one_class_labels(*make_targets(table, uncertain, policies["blank"], seed=0)))
+
+
 def evaluation_targets(table: pa.Table, blank: str) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
     """Targets [N, 14] in {0, 1} and masks [N, 14] for metrics: uncertain cells are always left out.
 

@@ -54,8 +54,8 @@ from pipeline.etl.cluster import PACKAGES, run_on_cluster
 from pipeline.etl.tar import BLOCK, END, tar_member
 from pipeline.images import ENCODINGS, ImageError, ImageOptions, gray_statistics, prepare
 from pipeline.labels import LABELS, count_rows
-from pipeline.manifest import NAME, Manifest, Shard, Split, read_manifest, read_table, write_manifest
-from pipeline.policies import describe_one_class, make_targets, one_class_labels, parse_uncertain_policy
+from pipeline.manifest import NAME, Manifest, Shard, Split, read_manifest, write_manifest
+from pipeline.policies import find_one_class
 from pipeline.sources.chexpert import (
     Source,
     describe_moved,
@@ -104,17 +104,13 @@ class PlanTask(NamedTuple):
     folder: Path  # for the plans
     source: Source
     options: Options
-    policies: Mapping[str, str]
+    strict: Mapping[str, str] | None = None  # policies that must leave every label of train with both classes
 
 
 class Plan(NamedTuple):
-    """Rows per split, the labels of train that the policies leave with one class, and images in other folders.
-
-    As `one_class_labels` and `describe_moved` have them.
-    """
+    """Rows per split, and what `describe_moved` says of images in other folders."""
 
     rows: dict[str, int]
-    one_class: list[tuple[str, int, int]]
     moved: str | None
 
 
@@ -164,7 +160,6 @@ class RunSummary(NamedTuple):
     bytes_in: int
     stripped: int
     resumed: int  # samples in shards that an earlier run had finished
-    one_class: list[tuple[str, int, int]]
     moved: str | None = None  # as in `Plan`
     restored: tuple[str, ...] = ()  # keys of rejected images that could be used now
     repaired: tuple[str, ...] = ()  # files that were written again
@@ -193,7 +188,7 @@ def write_shards(
     A policy of None is that of the shards there, else the default. `overwrite` replaces shards of other options or CSVs
     when the new ones are whole; `repair` writes again what is missing or damaged of finished ones.
     Raises DataError for bad input, more than the share `max_bad` of unusable images, or `out` holding shards
-    of other options or CSVs without `overwrite`; and, if `strict`, a label left with one class.
+    of other options or CSVs without `overwrite`; and, if `strict`, a label that would be left with one class.
     """
     check_access(out)
     if is_remote(out) and (overwrite or repair):
@@ -278,11 +273,9 @@ def _find_finished(run: Run) -> RunSummary | None:
             if not path.exists() or path.stat().st_size != shard.bytes:
                 raise DataError(f"{path}: missing, or not of its size; --repair writes it again")
     remove_folder(run.partial)
-    task = PlanTask(run.out, run.source, run.options, run.policies)
-    one_class = run_alone(find_one_class, task)
-    _refuse_one_class(run, one_class)
+    task = PlanTask(run.out, run.source, run.options)
     restored = run_alone(find_restored, task) if manifest.rejects else ()
-    return RunSummary(manifest, False, 0, 0, 0, one_class, restored=restored)
+    return RunSummary(manifest, False, 0, 0, 0, restored=restored)
 
 
 def _read_same(run: Run) -> Manifest:
@@ -417,9 +410,8 @@ def _plan(run: Run, overwrite: bool) -> Plan:
     if before is not None and begun and not overwrite:
         _refuse_difference(run.out, before, run.started)
     make_folder(planned)
-    task = PlanTask(planned, run.source, run.options, run.policies)
+    task = PlanTask(planned, run.source, run.options, run.policies if run.strict else None)
     plan = run_alone(write_plan, task)
-    _refuse_one_class(run, plan.one_class)
     if before is None or not is_remote(run.out):
         _refuse_others(run, planned, plan.rows)
     if overwrite:
@@ -460,7 +452,7 @@ def _list_tasks(run: Run, splits: Iterable[str]) -> list[ShardTask]:
 def _write_all(run: Run, overwrite: bool, progress: Progress) -> RunSummary:
     """Plan, write what is not yet written, finish, and put it in its place."""
     out = run.out
-    rows, one_class, moved = _plan(run, overwrite)
+    rows, moved = _plan(run, overwrite)
     total = sum(rows.values())
     records = [(task, _finished(task)) for task in _list_tasks(run, rows)]
     finished = [summary for _, summary in records if summary is not None]
@@ -474,7 +466,7 @@ def _write_all(run: Run, overwrite: bool, progress: Progress) -> RunSummary:
         _exchange(run, manifest)
     stripped = sum(summary.stripped for summary in finished)
     bytes_in = sum(summary.bytes_in for summary in finished)
-    return RunSummary(manifest, True, bytes_in, stripped, resumed, one_class, moved)
+    return RunSummary(manifest, True, bytes_in, stripped, resumed, moved)
 
 
 def _write_tasks(
@@ -526,7 +518,7 @@ def _repair(run: Run, progress: Progress) -> RunSummary:
     }
     remove_folder(run.partial)
     if damaged:
-        rows, _, _ = _plan(run, overwrite=False)
+        rows, _ = _plan(run, overwrite=False)
         # A table needs the records of all shards of its split.
         whole = [name for name, split in manifest.splits.items() if split.table in damaged]
         tasks = [task for task in _list_tasks(run, rows) if task.split in whole or task.file in damaged]
@@ -544,13 +536,14 @@ def _repair(run: Run, progress: Progress) -> RunSummary:
         for name in sorted(damaged):
             move_file(run.partial / name, run.out / name)
         remove_folder(run.partial)
-    one_class = run_alone(find_one_class, PlanTask(run.out, run.source, run.options, run.policies))
-    return RunSummary(manifest, False, 0, 0, 0, one_class, repaired=tuple(sorted(damaged)))
+    return RunSummary(manifest, False, 0, 0, 0, repaired=tuple(sorted(damaged)))
 
 
 def write_plan(task: PlanTask) -> Plan:
-    """Write the rows of every shard, one record batch each."""
+    """Write the rows of every shard, one record batch each. Raises DataError for what `strict` does not allow."""
     tables, _ = read_splits(task.source, **selection(task.options))
+    if task.strict and "train" in tables and (found := find_one_class(tables["train"], task.strict)):
+        raise DataError(f"--strict: {'; '.join(found)}; choose other policies")
     if task.options.bits is None:
         refuse_dark_images(tables.values(), task.source.roots, task.options.max_pixels)
     for split, table in tables.items():
@@ -561,28 +554,7 @@ def write_plan(task: PlanTask) -> Plan:
             ):
                 writer.write_table(of_shard)
     rows = {split: table.num_rows for split, table in tables.items()}
-    one_class = _one_class(tables["train"], task) if "train" in tables else []
-    return Plan(rows, one_class, describe_moved(tables.values(), task.source.roots))
-
-
-def find_one_class(task: PlanTask) -> list[tuple[str, int, int]]:
-    """The labels of finished shards that the policies leave with one class in train."""
-    splits = read_manifest(task.folder).splits
-    return _one_class(read_table(task.folder, splits["train"]), task) if "train" in splits else []
-
-
-def _one_class(table: pa.Table, task: PlanTask) -> list[tuple[str, int, int]]:
-    # A teacher's scores come later: what they would say of the uncertain cells is left out here.
-    uncertain = {
-        label: "ignore" if policy == "selftrained" else policy
-        for label, policy in parse_uncertain_policy(task.policies["uncertain"]).items()
-    }
-    return one_class_labels(*make_targets(table, uncertain, task.policies["blank"], task.options.seed))
-
-
-def _refuse_one_class(run: Run, one_class: list[tuple[str, int, int]]) -> None:
-    if run.strict and one_class:
-        raise DataError(f"--strict: {'; '.join(describe_one_class(one_class))}; choose other policies")
+    return Plan(rows, describe_moved(tables.values(), task.source.roots))
 
 
 def write_shard(task: ShardTask) -> ShardSummary:
