@@ -1,24 +1,25 @@
 """Files that appear whole or not at all, locks on folders, CSVs, Arrow tables."""
 
 import csv
-import fcntl
 import hashlib
 import io
 import json
 import os
 import re
 import secrets
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import pyarrow as pa
+from filelock import FileLock
 
 from pipeline.base.errors import DataError
 from pipeline.base.store import is_remote, object_to_put
 
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # with which a spreadsheet's formulas begin
+POLL = 0.01  # seconds between tries of a lock
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 
 
@@ -43,38 +44,50 @@ def write_table(path: Path, table: pa.Table) -> str:
 
 
 @contextmanager
-def claimed(folder: Path) -> Iterator[None]:
-    """Be the only one that writes to a folder on this machine; a process that is killed gives it back.
+def locked(path: Path, wait: float = -1, should_stop: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    """Hold the lock of a file against all threads and processes of this machine; a killed process releases it.
 
-    What a killed process has left half-written is removed at the beginning, and at the end what one that worked for
-    this one has: a worker of a cluster. Raises DataError where another process writes to it. (Locks of the kernel:
-    over NFS they hold among machines as far as the server supports them.)
+    Raises TimeoutError after `wait` seconds (negative: never) or once `should_stop()`, and DataError where the file
+    system has no locks. (Locks of the kernel: over NFS they hold among machines as far as the server supports them.)
+    """
+    # Not the soft lock that filelock would fall back to: a killed process would hold that forever.
+    lock = FileLock(path, fallback_to_soft=False, thread_local=False)
+    try:
+        lock.acquire(wait, POLL, cancel_check=should_stop)
+    except OSError as error:
+        if (
+            isinstance(error, TimeoutError) or error.filename is not None
+        ):  # held, or the file cannot be opened
+            raise
+        raise DataError(
+            f"{path.parent}: its file system has no locks ({error.strerror}); choose a folder on another one"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Be the only process of this machine that writes to a folder. Raises DataError where another one does.
+
+    Removes half-written files: at the start those of killed processes, at the end those of workers on a cluster.
     """
     path = folder / ".lock"
-    while True:
-        with path.open("a") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise DataError(
-                    f"{folder}: another process is writing to it; wait for it, or stop it"
-                ) from None
-            except OSError as error:
-                raise DataError(
-                    f"{folder}: its file system has no locks ({error.strerror}); choose a folder on another one"
-                ) from None
-            try:
-                if os.fstat(file.fileno()).st_ino != path.stat().st_ino:
-                    continue  # its last owner has removed it meanwhile
-            except FileNotFoundError:
-                continue
-            try:
-                remove_temporaries(folder)
-                yield
-            finally:
-                remove_temporaries(folder)
-                path.unlink(missing_ok=True)
-            return
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(
+                locked(path, wait=10 * POLL)
+            )  # not 0: the last owner may be removing the file
+        except TimeoutError:
+            raise DataError(f"{folder}: another process is writing to it; wait for it, or stop it") from None
+        try:
+            remove_temporaries(folder)
+            yield
+        finally:
+            remove_temporaries(folder)
+            path.unlink(missing_ok=True)
 
 
 def remove_temporaries(folder: Path) -> None:
