@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     import pyarrow as pa
 
-    from pipeline.etl.shards import Options, RunSummary
+    from pipeline.etl.planning import Options
+    from pipeline.etl.shards import RunSummary
     from pipeline.measure.counts import LabelStatistics, Statistics
     from pipeline.sources.chexpert import Source
 
@@ -189,7 +190,8 @@ def shards(
     same command continues a run that was stopped or killed. Both may be s3://bucket/prefix.
     """
     from pipeline.base.workers import run_alone
-    from pipeline.etl.shards import Options, write_shards
+    from pipeline.etl.planning import Options
+    from pipeline.etl.shards import Execution, write_shards
     from pipeline.sources.chexpert import find_source
     from pipeline.sources.load import describe_shards
 
@@ -222,13 +224,8 @@ def shards(
             out,
             Options(**options),
             {"uncertain": uncertain, "blank": blank},
-            workers=workers,
-            scheduler=scheduler,
-            max_bad=max_bad,
-            strict=strict,
-            overwrite=overwrite,
-            repair=repair,
-            progress=show,
+            Execution(workers, max_bad, scheduler, strict, overwrite, repair),
+            show,
         )
     seconds = time.perf_counter() - start
     described = run_alone(describe_shards, out)

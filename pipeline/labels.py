@@ -33,7 +33,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 
-from pipeline.base.errors import DataError
+from pipeline.base.errors import DataError, quote
 from pipeline.base.store import open_to_read
 
 PROJECTIONS = ("AP", "PA", "lateral", "other")  # a projection's code is its place here
@@ -205,9 +205,7 @@ def _read_csv(csv: Path) -> pa.Table:
             pa.input_stream(content, compression), convert_options=convert, parse_options=parse
         )
     except (pa.ArrowInvalid, OSError) as error:  # the latter for a damaged .gz
-        raise DataError(
-            f"{csv}: not a readable CSV: {_find_fault(csv) or _quote(str(error), 200)}"
-        ) from error
+        raise DataError(f"{csv}: not a readable CSV: {_find_fault(csv) or quote(str(error), 200)}") from error
     except UnicodeDecodeError:
         raise DataError(f"{csv}: not a readable CSV: its header is not UTF-8") from None
     table = table.rename_columns([name.strip().replace("_", " ") for name in table.column_names])
@@ -271,14 +269,8 @@ def _demand(csv: Path, name: str, column: pa.ChunkedArray, valid: pa.ChunkedArra
     """Raise DataError for the first row that is not valid (null counts as not valid for required columns)."""
     row = pc.index(pc.fill_null(valid, name in LABELS), False).as_py()
     if row >= 0:
-        text = _quote(column[row].as_py() or "", 80)
+        text = quote(column[row].as_py() or "", 80)
         raise DataError(f"{csv}, line {line_of(csv, row)}, column {name}: '{text}' {complaint}")
-
-
-def _quote(text: str, longest: int) -> str:
-    """A text of others for a message: no control characters, which a terminal would obey, and not too long."""
-    shown = "".join(char if char.isprintable() else repr(char)[1:-1] for char in text[:longest])
-    return shown if len(text) <= longest else f"{shown}…"
 
 
 def _demand_unique(csv: Path, key: pa.Array) -> None:

@@ -16,7 +16,7 @@ import pyarrow as pa
 from filelock import FileLock
 
 from pipeline.base.errors import DataError
-from pipeline.base.store import is_remote, object_to_put
+from pipeline.base.store import is_remote, object_to_put, open_to_read
 
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # with which a spreadsheet's formulas begin
 POLL = 0.01  # seconds between tries of a lock
@@ -102,6 +102,12 @@ def is_temporary(path: Path) -> bool:
     return _TEMPORARY.fullmatch(path.name) is not None
 
 
+def hash_file(path: Path) -> str:
+    """sha256 of a file or an object."""
+    with open_to_read(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def write_csv(path: Path, rows: Iterable[Sequence[object]]) -> None:
     """Write rows as a CSV, atomically; what a spreadsheet would take for a formula becomes text (a quote in front).
 
@@ -120,18 +126,18 @@ def write_json(path: Path, document: Mapping[str, Any]) -> None:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """What `write_json` wrote. Raises DataError, naming the file, where it is damaged."""
+    """The JSON object in a file. Raises DataError, naming the file, for anything else."""
     return parse_object(path, path.read_bytes())
 
 
-def parse_object(path: Path, text: bytes) -> dict[str, Any]:
-    """A JSON object of a file. Raises DataError, naming that, for anything else."""
+def parse_object(path: object, text: bytes) -> dict[str, Any]:
+    """A JSON object. Raises DataError, naming where the text comes from, for anything else."""
     try:
         document = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: damaged: {error}") from None
+        raise DataError(f"{path}: damaged: not JSON: {error}") from None
     if not isinstance(document, dict):
-        raise DataError(f"{path}: damaged: not an object")
+        raise DataError(f"{path}: damaged: not a JSON object")
     return document
 
 

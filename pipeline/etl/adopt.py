@@ -27,12 +27,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.base.errors import DataError
-from pipeline.base.files import claimed, read_arrow, write_table
-from pipeline.etl.shards import PARTIAL
+from pipeline.base.files import claimed, hash_file, read_arrow
+from pipeline.etl.exchange import PARTIAL
 from pipeline.etl.tar import Member, map_file, walk_tar
+from pipeline.etl.writing import write_split
 from pipeline.images import decode_stored, gray_statistics
-from pipeline.labels import LABELS, count_rows, read_labels, repeated, shared
-from pipeline.manifest import FACTS, NAME, PLACES, Manifest, Shard, Split, write_manifest
+from pipeline.labels import LABELS, read_labels, repeated, shared
+from pipeline.manifest import FACTS, NAME, PLACES, Manifest, Shard, write_manifest
 
 PIXEL_SAMPLE = 1000  # images whose gray levels are counted
 _SUFFIXES = {
@@ -112,9 +113,9 @@ def write_index(
         manifest = Manifest(
             options={"indexed": True, "labels": "csv" if csvs else "json", "encoding": encoding},
             policies={"uncertain": "best", "blank": "zeros"},
-            sources={name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in sources.items()},
+            sources={name: hash_file(path) for name, path in sources.items()},
             pixels=gray_statistics(levels),
-            splits={name: _write_split(folder, name, tables[name], shards[name]) for name in tables},
+            splits={name: write_split(folder, name, tables[name], shards[name]) for name in tables},
         )
         write_manifest(folder, manifest)
     return manifest
@@ -401,9 +402,3 @@ def _decode_images(
             if is_counted:
                 levels += np.bincount(pixels.ravel(), minlength=256)
     return levels
-
-
-def _write_split(folder: Path, name: str, table: pa.Table, shards: list[Shard]) -> Split:
-    file = f"{name}.arrow"
-    digest = write_table(folder / file, table)
-    return Split(**count_rows(table), table=file, table_sha256=digest, shards=tuple(shards))

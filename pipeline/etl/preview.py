@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from pipeline.etl.shards import Options, selection
+from pipeline.etl.planning import Options
 from pipeline.images import ImageError, prepare
 from pipeline.measure.counts import Statistics, count_labels, describe_views
 from pipeline.sources.chexpert import (
@@ -46,7 +46,7 @@ class Preview(NamedTuple):
 
 def preview_shards(source: Source, options: Options) -> Preview:
     """What `write_shards` would do. Raises DataError as that does for a bad CSV or images that need `bits`."""
-    tables, dropped = read_splits(source, **selection(options))
+    tables, dropped = read_splits(source, **options.selection)
     if options.bits is None:
         refuse_dark_images(tables.values(), source.roots, options.max_pixels)
     splits = {}

@@ -21,6 +21,7 @@ import pyarrow as pa
 from pipeline.base.errors import DataError
 from pipeline.base.files import is_temporary
 from pipeline.etl.adopt import read_facts
+from pipeline.etl.exchange import PARTIAL, PLANNED
 from pipeline.etl.tar import BLOCK, Member, map_file, walk_tar
 from pipeline.images import ENCODINGS, decode_stored
 from pipeline.labels import count_rows, repeated, shared
@@ -228,7 +229,7 @@ def _find_leftovers(folder: Path, known: Collection[str]) -> list[str]:
     """A line for each file that an interrupted run left, and for each shard or table of another set."""
     lines = []
     for path in sorted(folder.iterdir()):
-        if path.name in (".partial", ".planned") or is_temporary(path):
+        if path.name in (PARTIAL, PLANNED) or is_temporary(path):
             lines.append(f"{path}: left over from an interrupted run; delete it")
         elif path.suffix in (".tar", ".arrow") and path.name not in known:
             lines.append(f"{path}: the manifest does not list it")
