@@ -12,8 +12,15 @@ import os
 import signal
 import tempfile
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ProcessPoolExecutor, wait
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    CancelledError,
+    Future,
+    ProcessPoolExecutor,
+    ThreadPoolExecutor,
+    wait,
+)
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from itertools import islice
@@ -85,6 +92,24 @@ def run_alone(function: Callable[[Task], Result], task: Task) -> Result:
             return _submit(pool, function, task).result()
         except BrokenProcessPool:
             raise DataError(f"{task}: its process was killed; is there enough memory?") from None
+
+
+def run_threads(
+    function: Callable[[Task], Result],
+    tasks: Sequence[Task],
+    workers: int,
+    progress: Callable[[int, int], None],
+) -> list[Result]:
+    """Results in the order of the tasks; `progress` gets (tasks done, total). An error cancels waiting tasks."""
+    results = []
+    pool = ThreadPoolExecutor(workers)
+    try:
+        for result in pool.map(function, tasks):
+            results.append(result)
+            progress(len(results), len(tasks))
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return results
 
 
 def _prepare_sockets() -> None:

@@ -10,7 +10,7 @@ import hashlib
 import mmap
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import accumulate, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,8 +20,9 @@ import pyarrow as pa
 
 from pipeline.base.errors import DataError
 from pipeline.base.files import is_temporary
-from pipeline.etl.adopt import read_facts
+from pipeline.base.workers import run_threads
 from pipeline.etl.exchange import PARTIAL, PLANNED
+from pipeline.etl.facts import read_facts
 from pipeline.etl.tar import BLOCK, Member, map_file, walk_tar
 from pipeline.images import ENCODINGS, decode_stored
 from pipeline.labels import count_rows, repeated, shared
@@ -83,14 +84,9 @@ def verify_shards(
         task for name, split in manifest.splits.items() for task in _tasks(folder, split, tables.get(name))
     ]
     owners = {task.shard.sha256: task.shard.file for task in tasks}
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="verify")
-    try:
-        futures = [pool.submit(_check_shard, task, manifest.options, owners, deep) for task in tasks]
-        for done, (task, future) in enumerate(zip(tasks, futures, strict=True), start=1):
-            problems[task.shard.file] = future.result()
-            progress(done, len(tasks))
-    finally:
-        pool.shutdown(cancel_futures=True)
+    check = partial(_check_shard, manifest.options, owners, deep)
+    found = run_threads(check, tasks, workers, progress)
+    problems |= {task.shard.file: lines for task, lines in zip(tasks, found, strict=True)}
     return Verdict(
         splits=len(manifest.splits),
         shards=len(tasks),
@@ -128,7 +124,7 @@ def _tasks(folder: Path, split: Split, table: pa.Table | None) -> Iterator[_Task
         yield _Task(folder / shard.file, shard, rows)
 
 
-def _check_shard(task: _Task, options: Mapping[str, Any], owners: Mapping[str, str], deep: bool) -> list[str]:
+def _check_shard(options: Mapping[str, Any], owners: Mapping[str, str], deep: bool, task: _Task) -> list[str]:
     """What is wrong with a shard: the most precise that can be said."""
     path, shard, rows = task
     try:

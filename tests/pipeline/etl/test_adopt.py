@@ -174,7 +174,7 @@ NO_JPEG = "Could not determine subsampling level of JPEG image"
         ({"json": {"caption": "film"}}, "no labels in a json; give them by --csv"),
         (
             {"json": b"{"},
-            "its json cannot be read: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)",
+            "its json: damaged: not JSON: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)",
         ),
         ({"jpg": None}, "needs one .jpg, .jpeg, .png or .npy, but holds .cls, .json"),
         ({"jpeg": b"x"}, "needs one .jpg, .jpeg, .png or .npy, but holds .cls, .jpeg, .jpg, .json"),
