@@ -13,7 +13,7 @@ import click
 
 from pipeline.base.errors import DataError, printable
 from pipeline.base.workers import count_cpus
-from pipeline.console import Checked, Number, progress_bar, run_command
+from pipeline.console import Checked, Number, Parsed, progress_bar, run_command
 from pipeline.images import ENCODINGS, SQUARES
 from pipeline.labels import LABELS, VIEWS
 from pipeline.look.tables import print_report
@@ -70,60 +70,46 @@ def sample(out: Path, images: int, seed: int, laterals: float | None, valid: flo
     click.echo(f"{folder}: {images:,} synthetic images")
 
 
-class Size(click.ParamType[int | None]):
-    """A number of pixels, or `original`."""
-
-    name = "PIXELS|original"
-
-    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> int | None:
-        """The number; None for `original`."""
-        if value is None or value == "original":
-            return None
-        if not str(value).isdecimal() or int(value) < 16:
-            self.fail(f"'{value}' is neither a number of pixels, 16 or more, nor original", param, context)
-        return int(value)
+def parse_size(text: str) -> int | None:
+    """A number of pixels; None for `original`."""
+    if text == "original":
+        return None
+    if not text.isdecimal() or int(text) < 16:
+        raise DataError(f"'{text}' is neither a number of pixels, 16 or more, nor original")
+    return int(text)
 
 
-class Location(click.ParamType[Path]):
-    """A folder, or the URL of one in an object store."""
+def parse_folder(text: str) -> Path:
+    """The path of a folder, or of one at a URL; what it holds is looked at later."""
+    from pipeline.base.store import open_location
 
-    name = "folder"
-
-    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> Path:
-        """Its path; what it holds is looked at later."""
-        from pipeline.base.store import open_location
-
-        if not str(value).strip():
-            self.fail("the name is empty; for the folder you are in, write .", param, context)
-        path = open_location(str(value))
-        if isinstance(path, Path) and path.is_file():
-            self.fail(f"'{path}' is a file", param, context)
-        return path
+    if not text.strip():
+        raise DataError("the name is empty; for the folder you are in, write .")
+    path = open_location(text)
+    if isinstance(path, Path) and path.is_file():
+        raise DataError(f"'{path}' is a file")
+    return path
 
 
-class SplitCsv(click.ParamType[tuple[str, Path]]):
-    """`train=foo.csv`."""
+def parse_split(text: str) -> tuple[str, Path]:
+    """The split's name and the CSV's path of `train=foo.csv`."""
+    from pipeline.base.store import open_location
 
-    name = "SPLIT=CSV"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, context: click.Context | None
-    ) -> tuple[str, Path]:
-        """The split's name and the CSV's path."""
-        from pipeline.base.store import open_location
-
-        split, equals, csv = str(value).partition("=")
-        if not equals or not re.fullmatch(r"[a-z0-9_]+", split) or split == "dev":
-            self.fail(
-                f"'{value}' is not like train=foo.csv (dev comes out of train by --dev)", param, context
-            )
-        return split, open_location(csv)
+    split, equals, csv = text.partition("=")
+    if not equals or not re.fullmatch(r"[a-z0-9_]+", split) or split == "dev":
+        raise DataError(f"'{text}' is not like train=foo.csv (dev comes out of train by --dev)")
+    return split, open_location(csv)
 
 
 @cli.command(epilog="Example: pipeline shards ~/CheXpert-v1.0-small shards --size 320 --views frontal")
-@click.argument("source", type=Location())
-@click.argument("out", type=Location())
-@click.option("--size", default=320, type=Size(), help="Shorter side; never enlarged; original: as it is.")
+@click.argument("source", type=Parsed(parse_folder, "folder"))
+@click.argument("out", type=Parsed(parse_folder, "folder"))
+@click.option(
+    "--size",
+    default=320,
+    type=Parsed(parse_size, "PIXELS|original"),
+    help="Shorter side; never enlarged; original: as it is.",
+)
 @click.option("--square", default="no", type=click.Choice(SQUARES), help="How an image becomes SIZE×SIZE.")
 @click.option(
     "--encoding", default="jpeg", type=click.Choice(ENCODINGS), help="raw: for slow CPUs, 5 times as large."
@@ -151,9 +137,15 @@ class SplitCsv(click.ParamType[tuple[str, Path]]):
 )
 @click.option("--samples-per-shard", default=1000, type=click.IntRange(min=1))
 @click.option(
-    "--split", "splits", multiple=True, type=SplitCsv(), help="CSVs of your own, instead of SOURCE's."
+    "--split",
+    "splits",
+    multiple=True,
+    type=Parsed(parse_split, "SPLIT=CSV"),
+    help="CSVs of your own, instead of SOURCE's.",
 )
-@click.option("--root", "roots", multiple=True, type=Location(), help="Another folder of images.")
+@click.option(
+    "--root", "roots", multiple=True, type=Parsed(parse_folder, "folder"), help="Another folder of images."
+)
 @click.option("--max-pixels", default=50_000_000, type=click.IntRange(min=1), help="Reject larger images.")
 @click.option(
     "--bits",

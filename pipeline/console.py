@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import click
 from rich.console import Console
@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from pipeline.base.errors import DataError, printable
 
+Value = TypeVar("Value")
 LINE_SECONDS = 10.0  # between plain lines where there is no terminal
 
 
@@ -34,21 +35,29 @@ class Number(click.FloatRange):
         return number
 
 
-class Checked(click.ParamType[str]):
-    """A text that the library accepts: the DataError that it raises for others is one of usage here."""
+class Parsed(click.ParamType[Value], Generic[Value]):
+    """What the library makes of a text: the DataError that it raises for others is one of usage here."""
 
-    name = "text"
+    def __init__(self, parse: Callable[[str], Value], name: str) -> None:
+        self.parse, self.name = parse, name
 
-    def __init__(self, check: Callable[[str], object]) -> None:
-        self.check = check
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """The text itself."""
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Value:
+        """The value."""
         try:
-            self.check(str(value))
+            return self.parse(str(value))
         except DataError as error:
             self.fail(str(error), param, ctx)
-        return str(value)
+
+
+class Checked(Parsed[str]):
+    """A text that the library accepts, as it is."""
+
+    def __init__(self, check: Callable[[str], object]) -> None:
+        def parse(text: str) -> str:
+            check(text)
+            return text
+
+        super().__init__(parse, "text")
 
 
 class Advance(Protocol):
