@@ -92,6 +92,12 @@ def say(text: str) -> None:
     click.echo(text, err=True)
 
 
+def refuse_usage(wrong: object, text: str) -> None:
+    """Raise a usage error of this text where something is wrong."""
+    if wrong:
+        raise click.UsageError(text)
+
+
 def run_command(command: click.Command) -> None:
     """Run a click command with this project's error lines and exit codes; never returns."""
     # As an exception, so that clean-up runs: by default SIGTERM ends Python on the spot.

@@ -40,7 +40,7 @@ ALLOWED = {
     "train": {*READING, "pipeline.console", "pipeline.stream", "pipeline.look", "model", "model.runs"},
 }
 # To go: `pipeline show --augmented` asks the trainer what its augmentation makes of an image.
-EXCEPTIONS = {("pipeline.cli", "model.augment"), ("pipeline.cli", "torch")}
+EXCEPTIONS = {("pipeline.cli.looking", "model.augment"), ("pipeline.cli.looking", "torch")}
 # Heavy packages, and the modules that may import them: all else starts fast, and works without them.
 IMPORTERS = {
     "torch": ("model", "train", "pipeline.stream.loader"),

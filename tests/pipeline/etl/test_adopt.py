@@ -454,7 +454,7 @@ def test_each_split_has_a_csv_of_its_own(chexpert: Path, tmp_path: Path) -> None
             1,
             "Error: --csv test=x.csv: no shards of test; there are train, valid",
         ),
-        ((train, train), 2, "Error: --csv train is there twice; one CSV makes a split"),
+        ((train, train), 2, "Error: --csv train given twice: a split takes one CSV"),
         ((train, "x.csv"), 2, "Error: --csv x.csv: with several, each is like train=FILE"),
     ):
         run = run_pipeline("index", folder, *(part for csv in options for part in ("--csv", csv)))
