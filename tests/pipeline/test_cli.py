@@ -63,7 +63,11 @@ def test_help_has_an_example_and_does_not_import_torch() -> None:
         ),
         (["{chexpert}", "out", "--dev", "nan"], 2, "'--dev': nan is not a finite number"),
         (["{chexpert}", "out", "--max-bad", "nan"], 2, "'--max-bad': nan is not a finite number"),
-        (["{chexpert}", "out", "--split", "a=b", "--split", "a=c"], 2, "--split a given twice: a split takes one CSV"),
+        (
+            ["{chexpert}", "out", "--split", "a=b", "--split", "a=c"],
+            2,
+            "--split a given twice: a split takes one CSV",
+        ),
     ],
 )
 def test_bad_use_is_one_line_and_an_exit_code(
