@@ -12,15 +12,7 @@ import pyarrow as pa
 from pipeline.base.errors import DataError
 from pipeline.labels import LABELS, hash_fraction, label_states
 
-UNCERTAIN_POLICIES = (
-    "zeros",
-    "ones",
-    "ignore",
-    "smooth-zeros",
-    "smooth-ones",
-    "multiclass",
-    "selftrained",
-)
+UNCERTAIN_POLICIES = ("zeros", "ones", "ignore", "smooth-zeros", "smooth-ones", "multiclass", "selftrained")
 BLANK_POLICIES = ("zeros", "ignore")
 UNCERTAIN_HELP = f"Policy for -1: best, {', '.join(UNCERTAIN_POLICIES)}; per label: best,Edema=zeros."
 BLANK_HELP = f"Policy for blanks: {' or '.join(BLANK_POLICIES)}."

@@ -91,10 +91,7 @@ def remove_folder(path: Any) -> None:
 @contextmanager
 def open_to_read(path: Path) -> Iterator[BufferedReader]:
     """A file or an object. Raises OSError for the one, DataError for the other, where it cannot be read."""
-    with (
-        named_failures(path, "cannot be read"),
-        path.open("rb") as file,
-    ):
+    with named_failures(path, "cannot be read"), path.open("rb") as file:
         yield file
 
 

@@ -148,12 +148,7 @@ def _check_output(option: str, path: Path | None, suffixes: Collection[str]) -> 
 @click.option(
     "--label", metavar="LABEL", type=click.Choice(LABELS), help="Images by their state of this label."
 )
-@click.option(
-    "--state",
-    type=click.Choice(list(STATES)),
-    help="State of --label.",
-    show_default="positive",
-)
+@click.option("--state", type=click.Choice(list(STATES)), help="State of --label.", show_default="positive")
 @click.option(
     "--where", multiple=True, metavar="CONDITION", help="Only images that meet this: sex=Female, age>=60."
 )

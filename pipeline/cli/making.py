@@ -34,10 +34,7 @@ WORKERS = click.option("--workers", default=count_cpus, type=click.IntRange(min=
     "--seed", default=0, type=click.IntRange(0, 2**63 - 1), help="Another seed gives other patients."
 )
 @click.option(
-    "--laterals",
-    type=Number(0, 1),
-    help="Share of studies with a lateral.",
-    show_default="as in CheXpert",
+    "--laterals", type=Number(0, 1), help="Share of studies with a lateral.", show_default="as in CheXpert"
 )
 @click.option("--valid", default=0.12, type=Number(0.01, 0.9), help="Share of images in valid.csv.")
 @WORKERS

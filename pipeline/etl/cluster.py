@@ -21,10 +21,7 @@ PACKAGES = ("numpy", "opencv-python-headless", "pillow", "pyarrow", "simplejpeg"
 
 
 def run_on_cluster(
-    function: Callable[[Task], Result],
-    tasks: Iterable[Task],
-    scheduler: str,
-    witness: Path,
+    function: Callable[[Task], Result], tasks: Iterable[Task], scheduler: str, witness: Path
 ) -> Generator[Result, None, None]:
     """Results as they come, with a bounded number of tasks in flight.
 

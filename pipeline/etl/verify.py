@@ -53,10 +53,7 @@ class _Task(NamedTuple):
 
 
 def verify_shards(
-    folder: Path,
-    deep: bool,
-    workers: int,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    folder: Path, deep: bool, workers: int, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> Verdict:
     """Check a folder of shards; `progress` gets (shards done, total).
 
