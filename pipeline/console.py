@@ -36,7 +36,7 @@ class Number(click.FloatRange):
 
 
 class Parsed(click.ParamType[Value], Generic[Value]):
-    """What the library makes of a text: the DataError that it raises for others is one of usage here."""
+    """The value that the library parses from a text; its DataError becomes a usage error."""
 
     def __init__(self, parse: Callable[[str], Value], name: str) -> None:
         self.parse, self.name = parse, name
@@ -50,7 +50,7 @@ class Parsed(click.ParamType[Value], Generic[Value]):
 
 
 class Checked(Parsed[str]):
-    """A text that the library accepts, as it is."""
+    """A text that the library accepts, unchanged."""
 
     def __init__(self, check: Callable[[str], object]) -> None:
         def parse(text: str) -> str:
@@ -61,7 +61,7 @@ class Checked(Parsed[str]):
 
 
 class Advance(Protocol):
-    """Report how far the work is; `note` is shown beside the bar."""
+    """Report progress; `note` is shown beside the bar."""
 
     def __call__(self, done: int, total: int, note: str = "") -> None: ...
 

@@ -30,10 +30,10 @@ Gray = npt.NDArray[np.uint8]
 
 ENCODINGS = {"jpeg": "jpg", "png": "png", "raw": "npy"}  # encoding → file suffix
 LONGEST_JPEG = 65_500  # libjpeg's limit, in pixels of a side
-STORED_PIXELS = 2**28  # of an image in a shard, whoever wrote it: a forged header costs no memory
+STORED_PIXELS = 2**28  # at most in a stored image, whoever wrote it: a forged header costs no memory
 SQUARES = ("no", "pad", "crop", "stretch")
 
-Image.MAX_IMAGE_PIXELS = None  # a limit of ours is checked, which the user may set
+Image.MAX_IMAGE_PIXELS = None  # our own limit is checked, which the user can set
 _ORIENTATION = 0x0112  # the EXIF tag
 _NPY_HEADER = re.compile(
     rb"\x93NUMPY\x01\x00(..){'descr': '\|u1', 'fortran_order': False, 'shape': \((\d+), (\d+)\), } *\n",
@@ -48,8 +48,8 @@ class ImageError(ValueError):
 class ImageOptions(NamedTuple):
     """How images are stored; meanings and defaults are those of `pipeline shards --help`.
 
-    `size` is the shorter side, None the original one. With a `square` the result is size×size, enlarged if need be.
-    `bits` is how many bits of a 16-bit PNG hold the picture, None what the PNG itself says, else all of them.
+    `size` is the shorter side; None keeps the original. With a `square` the result is size×size, enlarged if need be.
+    `bits` is how many bits of a 16-bit PNG hold the picture; None: as the PNG itself says, else all 16.
     """
 
     size: int | None
@@ -57,7 +57,7 @@ class ImageOptions(NamedTuple):
     encoding: str
     quality: int
     max_pixels: int
-    bits: int | None = None  # checkpoints and shards from before it was there have none
+    bits: int | None = None  # earlier checkpoints and shards have none
 
 
 class Prepared(NamedTuple):
@@ -370,5 +370,5 @@ def _encode(pixels: Gray, options: ImageOptions) -> bytes:
 
 def _check_pixels(width: int, height: int, max_pixels: float) -> None:
     if width * height > max_pixels:
-        option = "" if max_pixels == STORED_PIXELS else " (--max-pixels)"  # which is for sources
+        option = "" if max_pixels == STORED_PIXELS else " (--max-pixels)"  # an option for sources
         raise ImageError(f"{width}×{height} is more than {max_pixels:,} pixels{option}")

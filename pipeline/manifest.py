@@ -21,7 +21,7 @@ from pipeline.labels import LABELS
 FORMAT = "chexpert-shards"
 VERSION = 1
 NAME = "manifest.json"
-# Columns of every table, and those of them that are never empty.
+# The columns of every table; those of _FULL have no empty cells.
 FACTS = pa.schema(
     dict.fromkeys(("key", "patient"), pa.string())
     | {
@@ -63,8 +63,8 @@ class Split:
 class Manifest:
     """The whole folder.
 
-    `options` made it; `policies` are its defaults; `pixels` are mean and std of train's gray levels; `rejects`
-    are the images left out, each with split, key and reason.
+    `options` and `sources` (hashes of the CSVs) decided it; `policies` are its defaults; `pixels` are mean and std of
+    train's gray levels; `rejects` are the images left out, each with split, key and reason.
     """
 
     options: Mapping[str, Any]
@@ -80,7 +80,7 @@ class Manifest:
         return tables | {s.file: s.sha256 for split in self.splits.values() for s in split.shards}
 
     def split(self, name: str) -> Split:
-        """The split of that name; raises DataError where there is none."""
+        """The split of that name. Raises DataError where it does not exist."""
         if name not in self.splits:
             raise DataError(f"split '{name}' does not exist; these shards hold {', '.join(self.splits)}")
         return self.splits[name]
@@ -92,7 +92,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a shards folder. Raises DataError where there is none or it is of another format."""
+    """The manifest of a shards folder. Raises DataError where it is missing, damaged or of another format."""
     path = folder / NAME
     try:
         document = read_object(path)
@@ -113,7 +113,7 @@ def read_manifest(folder: Path) -> Manifest:
         pixels = {name: float(document["pixels"][name]) for name in ("mean", "std")}
         _demand(all(map(math.isfinite, pixels.values())) and pixels["std"] > 0, "mean and std", pixels)
         _demand({"uncertain", "blank"} <= policies.keys(), "policies", policies)
-        for text in (*splits, *policies.values()):  # which messages quote
+        for text in (*splits, *policies.values()):  # quoted in messages
             _demand(text.isprintable() and len(text) < 1000, "text", text)
         options = dict(document["options"].items())
         manifest = Manifest(options, policies, sources, pixels, splits, tuple(rejects))
@@ -145,9 +145,9 @@ def read_table(folder: Path, split: Split) -> pa.Table:
     source.seek(0)
     table = read_arrow(path, source)
     for field in (*FACTS, *PLACES):
-        place = table.schema.get_field_index(field.name)  # negative for one that is there twice, too
+        place = table.schema.get_field_index(field.name)  # negative for a duplicate, too
         if place < 0 or table.schema.types[place] != field.type:
-            raise DataError(f"{path}: column {field.name} is missing, or there twice, or not {field.type}")
+            raise DataError(f"{path}: column {field.name} is missing, duplicated, or not {field.type}")
         if field.name in _FULL and table[field.name].null_count:
             raise DataError(f"{path}: column {field.name} has empty cells")
     if "member" in table.column_names:  # of shards that others wrote

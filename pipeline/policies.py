@@ -48,7 +48,7 @@ def parse_uncertain_policy(text: str) -> dict[str, str]:
 
 
 def check_blank_policy(text: str) -> str:
-    """The policy itself; raises DataError where it is unknown."""
+    """The policy itself. Raises DataError where it is unknown."""
     if text not in BLANK_POLICIES:
         raise DataError(f"blank policy '{text}' is unknown; choose from {', '.join(BLANK_POLICIES)}")
     return text
@@ -93,20 +93,26 @@ def make_targets(
     return target, mask
 
 
+def divide_cells(
+    target: npt.NDArray[np.float32], mask: npt.NDArray[np.bool_]
+) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+    """The positive and the negative cells of any shape, masked ones apart.
+
+    A soft target counts as the class it is nearer to; the third class of `multiclass` (-1) is neither.
+    """
+    return mask & (target >= 0.5), mask & (target >= 0) & (target < 0.5)
+
+
 def one_class_labels(
     target: npt.NDArray[np.float32], mask: npt.NDArray[np.bool_]
 ) -> list[tuple[str, int, int]]:
-    """(label, positives, negatives) of the labels that lack one of them among the cells of mask [N, 14].
-
-    A soft target counts as what it is nearer to; the class uncertain of `multiclass` (-1) is neither.
-    """
-    positives = (mask & (target >= 0.5)).sum(axis=0).tolist()
-    negatives = (mask & (target >= 0) & (target < 0.5)).sum(axis=0).tolist()
+    """(label, positives, negatives) of the labels that lack one of the two among the cells of mask [N, 14]."""
+    positives, negatives = (cells.sum(axis=0).tolist() for cells in divide_cells(target, mask))
     return [counts for counts in zip(LABELS, positives, negatives, strict=True) if 0 in counts]
 
 
 def describe_one_class(lacking: Iterable[tuple[str, int, int]]) -> list[str]:
-    """What `one_class_labels` found, in words, a text per label."""
+    """What `one_class_labels` found, a text per label."""
     return [
         f"label {label} has {positives} positives and {negatives} negatives in train"
         for label, positives, negatives in lacking

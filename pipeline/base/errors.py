@@ -1,4 +1,4 @@
-"""Errors of input, and how they quote the texts of others."""
+"""Errors of input, and how their messages quote others' texts."""
 
 from collections.abc import Iterable, Mapping
 
@@ -8,7 +8,7 @@ class DataError(Exception):
 
 
 class SettingError(DataError):
-    """Settings that do not go together; a command takes it for wrong usage."""
+    """Settings that do not go together; a command reports them as wrong usage."""
 
 
 def printable(text: str, kept: str = "\n") -> str:

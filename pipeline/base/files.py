@@ -18,16 +18,16 @@ from filelock import FileLock
 from pipeline.base.errors import DataError
 from pipeline.base.store import is_remote, object_to_put, open_to_read
 
-FORMULA = ("=", "+", "-", "@", "\t", "\r")  # with which a spreadsheet's formulas begin
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # how a spreadsheet's formulas begin
 POLL = 0.01  # seconds between tries of a lock
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 
 
 def read_arrow(path: Path, source: pa.NativeFile | bytes) -> pa.Table:
-    """The table of an Arrow IPC file, whose every value is sound. Raises DataError naming `path`."""
+    """The table of an Arrow IPC file, each value checked. Raises DataError naming `path`."""
     try:
         table = pa.ipc.open_file(source).read_all()
-        table.validate(full=True)  # whoever made the file can have made its offsets lead anywhere
+        table.validate(full=True)  # a forged file's offsets may lead anywhere
     except (OSError, ValueError, pa.ArrowException) as error:
         raise DataError(f"{path}: not an Arrow table: {error}") from error
     return table
@@ -91,14 +91,14 @@ def claimed(folder: Path) -> Iterator[None]:
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Remove what killed processes have left half-written in a folder."""
+    """Remove half-written files that killed processes left in a folder."""
     for path in folder.glob(".*.tmp"):
         if is_temporary(path):
             path.unlink(missing_ok=True)
 
 
 def is_temporary(path: Path) -> bool:
-    """Whether a killed process has left this file half-written, by its name."""
+    """Whether the name is that of a half-written file, which a killed process may leave."""
     return _TEMPORARY.fullmatch(path.name) is not None
 
 
@@ -109,10 +109,7 @@ def hash_file(path: Path) -> str:
 
 
 def write_csv(path: Path, rows: Iterable[Sequence[object]]) -> None:
-    """Write rows as a CSV, atomically; what a spreadsheet would take for a formula becomes text (a quote in front).
-
-    So the OWASP's advice on CSV injection: file names and CSV cells of others must not run as code.
-    """
+    """Write rows as a CSV, atomically. Cells that a spreadsheet would run get a quote in front (OWASP)."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     for row in rows:
@@ -157,7 +154,7 @@ def move_file(source: Path, target: Path) -> None:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that appears under its name at the end, whole and on disk, or not at all.
+    """A file to write, which appears under its name at the end, whole and on disk, or not at all.
 
     The path may be one of `pipeline.base.store`. Raises DataError, naming the file, where it cannot be written.
     """
@@ -165,7 +162,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         with object_to_put(path) as file:
             yield file
         return
-    # A name of its own: on a cluster, a worker given up for lost may still be writing the same file.
+    # A unique name: on a cluster, a worker that was given up for lost may still be writing the same file.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with temporary.open("wb") as file:

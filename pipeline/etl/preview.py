@@ -36,7 +36,7 @@ class SplitPreview(NamedTuple):
 
 
 class Preview(NamedTuple):
-    """All splits, the rows' label counts, how many studies have which views, and what `describe_moved` says."""
+    """All splits, label counts, how many studies have which views, and what `describe_moved` says."""
 
     splits: dict[str, SplitPreview]
     statistics: Statistics
@@ -68,7 +68,7 @@ def preview_shards(source: Source, options: Options) -> Preview:
 
 
 def _mean_bytes(files: list[str], source: Source, options: Options) -> float:
-    """Bytes per sample, from images spread evenly over the split; unusable ones do not count."""
+    """Bytes per sample, from usable images spread evenly over the split."""
     sizes = []
     spread = np.linspace(0, len(files) - 1, min(SAMPLED, len(files)), dtype=int)
     for content in read_images([files[position] for position in spread], source.roots):

@@ -214,7 +214,7 @@ def _refuse_difference(out: Path, there: Mapping[str, Any], wanted: Mapping[str,
         names = sorted(values.keys() | of_group.keys(), key=lambda name: (name == "unit", name))
         difference = describe_difference(of_group, values, names)
         if difference and group == "sources":
-            difference = f"the CSV of {difference.partition(' ')[0]} is another one"
+            difference = f"the CSV of {difference.partition(' ')[0]} differs"
         if difference:
             remedy = "choose another prefix" if is_remote(out) else "choose another folder or --overwrite"
             raise DataError(f"{out} holds other shards: {difference}; {remedy}")

@@ -3,7 +3,7 @@
     pipeline verify shards --deep
 
 Each file is read and hashed once, and the headers of each tar are walked. Only where a hash differs, or for
-`--deep`, are the samples looked at one by one: so that the damage is named, not just its file.
+`--deep`, are the samples checked one by one, so that the damage is named, not just its file.
 """
 
 import hashlib
@@ -49,7 +49,7 @@ class Verdict(NamedTuple):
 class _Task(NamedTuple):
     path: Path
     shard: Shard
-    rows: pa.Table | None  # of this shard; None where the split's table is of no use
+    rows: pa.Table | None  # of this shard; None where the split's table is unusable
 
 
 def verify_shards(
@@ -111,7 +111,7 @@ def _check_table(folder: Path, split: Split) -> tuple[list[str], pa.Table | None
     sizes = [shard.samples for shard in split.shards]
     if not np.array_equal(table["shard"], np.repeat(np.arange(len(sizes)), sizes)):
         return [*lines, f"{path}: its rows do not lie in the shards as the manifest counts them"], None
-    return [*lines, *(f"{path}: sample {key}: is there twice" for key in repeated(table["key"]))], table
+    return [*lines, *(f"{path}: sample {key}: appears twice" for key in repeated(table["key"]))], table
 
 
 def _tasks(folder: Path, split: Split, table: pa.Table | None) -> Iterator[_Task]:
@@ -122,7 +122,7 @@ def _tasks(folder: Path, split: Split, table: pa.Table | None) -> Iterator[_Task
 
 
 def _check_shard(options: Mapping[str, Any], owners: Mapping[str, str], deep: bool, task: _Task) -> list[str]:
-    """What is wrong with a shard: the most precise that can be said."""
+    """What is wrong with a shard, as precisely as possible."""
     path, shard, rows = task
     try:
         # Read, not mapped: a bad sector then is an error here, and not the end of the process.
@@ -135,7 +135,7 @@ def _check_shard(options: Mapping[str, Any], owners: Mapping[str, str], deep: bo
         return [f"{path}: cannot be read: {error.strerror}"]
     is_intact = digest == shard.sha256
     if not is_intact and digest in owners:
-        return [f"{path}: holds what belongs into {owners[digest]}"]
+        return [f"{path}: holds what belongs in {owners[digest]}"]
     if size != shard.bytes:
         return [f"{path}: damaged: {size} bytes, not {shard.bytes} as in the manifest"]
     try:

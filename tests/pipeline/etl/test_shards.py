@@ -294,7 +294,7 @@ def test_images_of_one_level_make_shards_that_can_be_read(chexpert: Path, tmp_pa
 def test_changed_csv_is_refused(chexpert: Path, shards: Shards) -> None:
     csv = chexpert / "valid.csv"
     csv.write_text(csv.read_text().replace("Female", "Unknown"))
-    with pytest.raises(DataError, match=r"holds other shards: the CSV of valid is another one; "):
+    with pytest.raises(DataError, match=r"holds other shards: the CSV of valid differs; "):
         make_shards(chexpert, shards[0])
 
 
