@@ -89,24 +89,13 @@ def stats(
     _check_output("--plot", plot, (".png", ".svg"))
     _check_output("--html", html, (".html",))
     table = load_table(source, split, views)
-    statistics = count_labels(table)
-    report = start_report(statistics)
-    if by:
-        report["by"] = count_groups(table, by)
-    if cooccurrence:
-        report["cooccurrence"] = count_cooccurrence(table)
-    if policy:
-        report["policy"] = count_targets(statistics, *policy)
-        for label, targets in report["policy"]["labels"].items():
-            if targets["pos_weight"] is None:
-                counts = f"{targets['positives']:,} positives and {targets['negatives']:,} negatives"
-                say(f"Warning: {label} is left with one class: {counts}")
+    report = _build_report(table, by, cooccurrence, policy)
     if against:
         report["against"] = compare_tables(table, load_table(against, against_split, views))
     if plot:
         from pipeline.look.plots import draw_report, save_figure
 
-        save_figure(draw_report(statistics, report.get("cooccurrence")), plot)
+        save_figure(draw_report(report, report.get("cooccurrence")), plot)
         say(f"{plot}: written")
     if html:
         scope = [] if source.is_file() else [f"split {split}" if split else "all splits"]
@@ -120,6 +109,24 @@ def stats(
         print_report(report)
     else:
         click.echo(to_json(report) if format_ == "json" else to_csv(report))
+
+
+def _build_report(
+    table: "pa.Table", by: str | None, cooccurrence: bool, policy: tuple[dict[str, str], str] | None
+) -> LabelStatistics:
+    statistics = count_labels(table)
+    report = start_report(statistics)
+    if by:
+        report["by"] = count_groups(table, by)
+    if cooccurrence:
+        report["cooccurrence"] = count_cooccurrence(table)
+    if policy:
+        report["policy"] = count_targets(statistics, *policy)
+        for label, targets in report["policy"]["labels"].items():
+            if targets["pos_weight"] is None:
+                counts = f"{targets['positives']:,} positives and {targets['negatives']:,} negatives"
+                say(f"Warning: {label} is left with one class: {counts}")
+    return report
 
 
 def _render_page(
