@@ -116,15 +116,14 @@ def run_command(command: click.Command) -> None:
     except (click.Abort, KeyboardInterrupt):
         click.echo("Interrupted.", err=True)
         sys.exit(130)
-    except DataError as error:
-        click.echo(f"Error: {printable(str(error))}", err=True)
+    except (DataError, UnicodeEncodeError, OSError) as error:
+        click.echo(f"Error: {printable(_describe(error))}", err=True)
         sys.exit(1)
-    except UnicodeEncodeError as error:  # Arrow, JSON and TensorBoard take no path that is not UTF-8
-        click.echo(
-            f"Error: {printable(error.object[:1000])}: not UTF-8; rename that file or folder", err=True
-        )
-        sys.exit(1)
-    except OSError as error:  # such as a folder that may not be written to
-        named = f"{error.filename}: {error.strerror}" if error.filename else error
-        click.echo(f"Error: {printable(str(named))}", err=True)
-        sys.exit(1)
+
+
+def _describe(error: DataError | UnicodeEncodeError | OSError) -> str:
+    if isinstance(error, UnicodeEncodeError):  # Arrow, JSON and TensorBoard take no path that is not UTF-8
+        return f"{error.object[:1000]}: not UTF-8; rename that file or folder"
+    if isinstance(error, OSError) and error.filename:  # such as a folder that may not be written to
+        return f"{error.filename}: {error.strerror}"
+    return str(error)

@@ -14,6 +14,7 @@ from pipeline.images import ImageError, ImageOptions, prepare
 from pipeline.manifest import read_manifest
 from pipeline.policies import find_one_class
 from pipeline.sources.chexpert import (
+    Omitted,
     Source,
     describe_moved,
     divide_rows,
@@ -68,14 +69,20 @@ class Plan(NamedTuple):
     moved: str | None
 
 
+def read_rows(source: Source, options: Options) -> tuple[dict[str, pa.Table], dict[str, Omitted]]:
+    """What `read_splits` gives. Raises DataError for bad CSVs, and images that need `bits`."""
+    tables, dropped = read_splits(source, **options.selection)
+    if options.bits is None:
+        refuse_dark_images(tables.values(), source.roots, options.max_pixels)
+    return tables, dropped
+
+
 def write_plan(task: PlanTask) -> Plan:
-    """Write the plan of every split. Raises DataError for bad CSVs, dark images, and what `strict` refuses."""
+    """Write the plan of every split. Raises DataError as `read_rows` does, and for what `strict` refuses."""
     options = task.options
-    tables, _ = read_splits(task.source, **options.selection)
+    tables, _ = read_rows(task.source, options)
     if task.strict and "train" in tables and (found := find_one_class(tables["train"], task.strict)):
         raise DataError(f"--strict: {'; '.join(found)}; choose other policies")
-    if options.bits is None:
-        refuse_dark_images(tables.values(), task.source.roots, options.max_pixels)
     for split, table in tables.items():
         with (
             atomic_file(_plan_path(task.folder, split)) as file,

@@ -6,7 +6,6 @@ Each file is read and hashed once, and the headers of each tar are walked. Only 
 `--deep`, are the samples checked one by one, so that the damage is named, not just its file.
 """
 
-import hashlib
 import mmap
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -19,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.base.errors import DataError
-from pipeline.base.files import is_temporary
+from pipeline.base.files import hash_file, is_temporary
 from pipeline.base.workers import run_threads
 from pipeline.etl.exchange import PARTIAL, PLANNED
 from pipeline.etl.facts import read_facts
@@ -126,9 +125,7 @@ def _check_shard(options: Mapping[str, Any], owners: Mapping[str, str], deep: bo
     path, shard, rows = task
     try:
         # Read, not mapped: a bad sector then is an error here, and not the end of the process.
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            size = file.tell()
+        digest, size = hash_file(path), path.stat().st_size
     except FileNotFoundError:
         return [f"{path}: the shard is missing"]
     except OSError as error:
