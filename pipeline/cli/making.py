@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pipeline.base.errors import DataError, printable
-from pipeline.base.workers import count_cpus
+from pipeline.base.store import is_remote, open_location
+from pipeline.base.workers import count_cpus, run_alone
 from pipeline.console import Checked, Number, Parsed, progress_bar, refuse_usage, say
 from pipeline.images import ENCODINGS, SQUARES
 from pipeline.labels import VIEWS
@@ -67,8 +68,6 @@ def parse_size(text: str) -> int | None:
 
 def parse_folder(text: str) -> Path:
     """The path of a folder, or of one at a URL; what it holds is looked at later."""
-    from pipeline.base.store import open_location
-
     if not text.strip():
         raise DataError("the name is empty; for the folder you are in, write .")
     path = open_location(text)
@@ -79,8 +78,6 @@ def parse_folder(text: str) -> Path:
 
 def parse_split(text: str) -> tuple[str, Path]:
     """The split's name and the CSV's path of `train=foo.csv`."""
-    from pipeline.base.store import open_location
-
     split, equals, csv = text.partition("=")
     if not equals or not re.fullmatch(r"[a-z0-9_]+", split) or split == "dev":
         raise DataError(f"'{text}' is not like train=foo.csv (dev comes out of train by --dev)")
@@ -162,7 +159,6 @@ def shards(
     Raw labels are kept; the policies are recorded as the shards' defaults, which training may override. The
     same command continues a run that was stopped or killed. SOURCE and OUT may be s3://bucket/prefix.
     """
-    from pipeline.base.workers import run_alone
     from pipeline.etl.planning import Options
     from pipeline.etl.shards import Execution, write_shards
     from pipeline.sources.chexpert import find_source
@@ -210,8 +206,6 @@ def _collect(option: str, values: Iterable[tuple[str, Path]]) -> dict[str, Path]
 
 
 def _print_run(out: Path, run: "RunSummary", seconds: float, views: str) -> None:
-    from pipeline.base.store import is_remote
-
     images = size = 0
     for name, split in run.manifest.splits.items():
         bytes_out = sum(shard.bytes for shard in split.shards)
