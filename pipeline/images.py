@@ -81,7 +81,7 @@ def prepare(data: bytes, options: ImageOptions) -> Prepared:
     """Turn a JPEG or PNG of any kind into what a shard stores. Raises ImageError, ValueError for bad options.
 
     The shorter side becomes `size`, never enlarged; a square is exactly size×size: `pad` keeps the aspect and
-    centers on black, `crop` takes the center, `stretch` gives up the aspect. A gray JPEG that fits already
+    centers on black, `crop` takes the center, `stretch` distorts it. A gray JPEG that fits already
     keeps its coefficients: only its metadata is lost. An EXIF orientation is applied to the pixels, since
     the tag is lost too.
     """
@@ -107,7 +107,7 @@ def prepare(data: bytes, options: ImageOptions) -> Prepared:
 
 
 def unexplained_level(data: bytes, max_pixels: int) -> int | None:
-    """The highest level of a 16-bit PNG that does not say how many bits it uses; None for any other file."""
+    """The highest level of a 16-bit PNG without a number of significant bits; None for any other file."""
     if not data.startswith(PNG):
         return None
     try:
@@ -183,8 +183,8 @@ def _read_jpeg(data: bytes, options: ImageOptions) -> _Source:
     if orientation != 1:
         pixels = _turn(_decode_any(data, colorspace), orientation)
         return _Source(pixels, pixels.shape, facts.has_metadata)
-    # At the smallest scale of twice the target or more, in full where there is none: simplejpeg gets that wrong
-    # for images of a few pixels.
+    # Decode at the smallest scale of at least twice the target; else in full, since simplejpeg picks a wrong one for
+    # images of a few pixels.
     scaled = 2 * inner[0] <= height and 2 * inner[1] <= width
     pixels = _decode_any(data, colorspace, *((2 * inner[0], 2 * inner[1]) if scaled else (0, 0)))
     fits = inner == (height, width) and (options.square == "no" or height == width)

@@ -240,7 +240,7 @@ def _find_fault(csv: Path) -> str | None:
 def _folders_above(paths: pa.ChunkedArray) -> pa.ChunkedArray:
     """The folders above each patient's, with a trailing slash: no absolute path and no `..` gets through.
 
-    Below a folder with a forbidden name only; null where that leaves none.
+    Only folders below the last one with a forbidden name; null where that leaves none.
     """
     parts = pc.split_pattern(paths.combine_chunks(), "/", max_splits=3, reverse=True)
     has_some = pc.greater(pc.list_value_length(parts), 3)

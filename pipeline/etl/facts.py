@@ -37,11 +37,11 @@ def read_facts(data: bytes, sample_key: str) -> dict[str, Any]:
     row = {}
     for name, pattern in _PATTERNS.items():
         if name not in values:
-            raise ValueError(f"its json lacks {name}")
+            raise ValueError(f"its JSON lacks {name}")
         value = values[name]
         text = "" if value is None or value != value else str(value)
         if not re.fullmatch(pattern, text):
-            raise ValueError(f"its json holds {value!r:.100} as {name}{_LIMITS.get(name, '')}")
+            raise ValueError(f"its JSON holds {value!r:.100} as {name}{_LIMITS.get(name, '')}")
         row[name] = None if not text else int(float(text)) if name in _NUMBERS else text
     return row
 
@@ -54,7 +54,7 @@ def read_identity(data: bytes, sample_key: str) -> dict[str, Any]:
 
 def _parse(data: bytes) -> dict[str, Any]:
     try:
-        return parse_object("its json", data)
+        return parse_object("its JSON", data)
     except DataError as error:
         raise ValueError(str(error)) from None
 
@@ -63,7 +63,7 @@ def _flat_values(document: Mapping[str, Any], sample_key: str) -> dict[str, Any]
     """A JSON with the columns of CheXpert's CSV, under the table's names."""
     values = {name.replace("_", " "): value for name, value in document.items()}
     if not any(label in values for label in LABELS):
-        raise ValueError("no labels in a json; give them by --csv")
+        raise ValueError("no labels in its JSON; give them by --csv")
     values |= {name: values[column] for name, column in _CSV_NAMES.items() if column in values}
     values |= _find_identity(document, sample_key)
     return values | {"view": str(values.get("view")).lower()}
@@ -79,4 +79,4 @@ def _find_identity(document: Mapping[str, Any], sample_key: str) -> dict[str, st
                     raise ValueError(f"{match[0]:.200}: {what} numbers have up to {digits} digits here")
             return {"key": f"{patient}_study{study}_{view}", "patient": patient, "study": study}
     fields = ", ".join(_IDENTITY_FIELDS)
-    raise ValueError(f"no patientN_studyN_viewN_frontal in its key, nor in {fields} of a json")
+    raise ValueError(f"no patientN_studyN_viewN_frontal in its key, nor in {fields} of its JSON")

@@ -153,7 +153,7 @@ def write_shards(
             "files as a whole; write to another prefix, or remove this one first"
         )
     hashes = {split: hash_file(csv) for split, csv in source.csvs.items()}
-    # Shards of all views made before their studies lay together are other shards.
+    # Shards of all views from before studies were kept together are other shards.
     unit = {"unit": "study"} if options.views == "all" else {}
     given = {name: value for name, value in asdict(options).items() if name != "bits" or value is not None}
     with named_failures(out, "cannot be written"):

@@ -164,7 +164,7 @@ def _check_samples(
     needed = rows if deep else rows.select(["key", "offset", "length"])
     for row, name in zip(needed.to_pylist(), names, strict=True):
         image = by_name.get(name)
-        # The labels of an indexed folder may come from a CSV; its jsons then say something else.
+        # The labels of an indexed folder may come from a CSV; its JSONs then say something else.
         json = None if options.get("labels") == "csv" else by_name.get(f"{name.rpartition('.')[0]}.json")
         complaint = _check_place(row, name, image)
         if deep and image and not complaint:
@@ -211,7 +211,7 @@ def _check_content(
         return str(error)
     for name, value in facts.items():
         if value != row[name]:
-            return f"{name} is {value} in its json, {row[name]} in the table"
+            return f"{name} is {value} in its JSON, {row[name]} in the table"
     return None
 
 

@@ -68,7 +68,7 @@ def flip_json(folder: Path, manifest: Manifest) -> list[str]:
     assert found
     age = int(found[1])
     flip(path, found.end() - 1)
-    return [f"{path}: sample {key}: age is {age ^ 1} in its json, {age} in the table"]
+    return [f"{path}: sample {key}: age is {age ^ 1} in its JSON, {age} in the table"]
 
 
 def flip_header(folder: Path, manifest: Manifest) -> list[str]:
