@@ -7,25 +7,21 @@
 `BatchDataset(batches)` is for torch's DataLoader.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from pipeline.base.errors import DataError
 
+__all__ = ["BatchDataset", "DataError", "open_shards"]
+
 if TYPE_CHECKING:
     from pipeline.stream.dataset import open_shards
     from pipeline.stream.loader import BatchDataset
+else:
+    MODULES = {"open_shards": "pipeline.stream.dataset", "BatchDataset": "pipeline.stream.loader"}
 
-__all__ = ["BatchDataset", "DataError", "open_shards"]
-
-
-def __getattr__(name: str) -> Any:
-    """Import what is asked for only then: Arrow and OpenCV would slow down every command, and torch even more."""
-    if name == "open_shards":
-        from pipeline.stream.dataset import open_shards
-
-        return open_shards
-    if name == "BatchDataset":
-        from pipeline.stream.loader import BatchDataset
-
-        return BatchDataset
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __getattr__(name: str) -> Any:
+        """Import what is asked for only then: Arrow and OpenCV would slow down every command, torch even more."""
+        if name not in MODULES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(import_module(MODULES[name]), name)

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import click
 from rich.console import Console
@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from pipeline.base.errors import DataError, printable
 
+Value = TypeVar("Value")
 LINE_SECONDS = 10.0  # between plain lines where there is no terminal
 
 
@@ -34,25 +35,33 @@ class Number(click.FloatRange):
         return number
 
 
-class Checked(click.ParamType[str]):
-    """A text that the library accepts: the DataError that it raises for others is one of usage here."""
+class Parsed(click.ParamType[Value], Generic[Value]):
+    """The value that the library parses from a text; its DataError becomes a usage error."""
 
-    name = "text"
+    def __init__(self, parse: Callable[[str], Value], name: str) -> None:
+        self.parse, self.name = parse, name
 
-    def __init__(self, check: Callable[[str], object]) -> None:
-        self.check = check
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """The text itself."""
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Value:
+        """The value."""
         try:
-            self.check(str(value))
+            return self.parse(str(value))
         except DataError as error:
             self.fail(str(error), param, ctx)
-        return str(value)
+
+
+class Checked(Parsed[str]):
+    """A text that the library accepts, unchanged."""
+
+    def __init__(self, check: Callable[[str], object]) -> None:
+        def parse(text: str) -> str:
+            check(text)
+            return text
+
+        super().__init__(parse, "text")
 
 
 class Advance(Protocol):
-    """Report how far the work is; `note` is shown beside the bar."""
+    """Report progress; `note` is shown beside the bar."""
 
     def __call__(self, done: int, total: int, note: str = "") -> None: ...
 
@@ -83,6 +92,12 @@ def say(text: str) -> None:
     click.echo(text, err=True)
 
 
+def refuse_usage(wrong: object, text: str) -> None:
+    """Raise a usage error of this text where something is wrong."""
+    if wrong:
+        raise click.UsageError(text)
+
+
 def run_command(command: click.Command, context: object = None) -> None:
     """Run a click command with this project's error lines and exit codes; never returns.
 
@@ -104,15 +119,14 @@ def run_command(command: click.Command, context: object = None) -> None:
     except (click.Abort, KeyboardInterrupt):
         click.echo("Interrupted.", err=True)
         sys.exit(130)
-    except DataError as error:
-        click.echo(f"Error: {printable(str(error))}", err=True)
+    except (DataError, UnicodeEncodeError, OSError) as error:
+        click.echo(f"Error: {printable(_describe(error))}", err=True)
         sys.exit(1)
-    except UnicodeEncodeError as error:  # Arrow, JSON and TensorBoard take no path that is not UTF-8
-        click.echo(
-            f"Error: {printable(error.object[:1000])}: not UTF-8; rename that file or folder", err=True
-        )
-        sys.exit(1)
-    except OSError as error:  # such as a folder that may not be written to
-        named = f"{error.filename}: {error.strerror}" if error.filename else error
-        click.echo(f"Error: {printable(str(named))}", err=True)
-        sys.exit(1)
+
+
+def _describe(error: DataError | UnicodeEncodeError | OSError) -> str:
+    if isinstance(error, UnicodeEncodeError):  # Arrow, JSON and TensorBoard take no path that is not UTF-8
+        return f"{error.object[:1000]}: not UTF-8; rename that file or folder"
+    if isinstance(error, OSError) and error.filename:  # such as a folder that may not be written to
+        return f"{error.filename}: {error.strerror}"
+    return str(error)

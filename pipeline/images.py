@@ -1,15 +1,12 @@
 """Image file → the bytes stored in a shard → uint8 array for a batch.
 
 Every image is decoded once before it enters a shard, so a damaged file is found here. Sizes are read from the
-header first, and metadata (EXIF, comments, colour profiles: patient data) never gets through. JPEG coding and
+header first, and metadata (EXIF, comments, color profiles: patient data) never gets through. JPEG coding and
 resizing release the interpreter lock.
 """
 
 import io
 import re
-import zlib
-from collections.abc import Iterator, Mapping
-from itertools import takewhile
 from math import ceil
 from typing import Any, NamedTuple
 
@@ -19,27 +16,25 @@ import numpy.typing as npt
 import simplejpeg
 from PIL import Image, ImageOps
 
+from pipeline.containers import (
+    BASELINE,
+    JPEG,
+    PNG,
+    PROGRESSIVE,
+    read_jpeg_facts,
+    read_png_facts,
+    strip_metadata,
+)
+
 Gray = npt.NDArray[np.uint8]
 
 ENCODINGS = {"jpeg": "jpg", "png": "png", "raw": "npy"}  # encoding → file suffix
 LONGEST_JPEG = 65_500  # libjpeg's limit, in pixels of a side
-STORED_PIXELS = 2**28  # of an image in a shard, whoever wrote it: a forged header costs no memory
+STORED_PIXELS = 2**28  # at most in a stored image, whoever wrote it: a forged header costs no memory
 SQUARES = ("no", "pad", "crop", "stretch")
 
-Image.MAX_IMAGE_PIXELS = None  # a limit of ours is checked, which the user may set
+Image.MAX_IMAGE_PIXELS = None  # our own limit is checked, which the user can set
 _ORIENTATION = 0x0112  # the EXIF tag
-_JPEG, _PNG = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"
-_SOS, _EOI, _APP2, _SCAN_DATA = 0xDA, 0xD9, 0xE2, 0x00  # JPEG markers; 0x00 is none, and ours
-_BASELINE, _PROGRESSIVE = {0xC0, 0xC1}, 0xC2
-_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
-# Frames, Huffman and arithmetic tables, restarts, quantisation, scans. The rest may say anything.
-_JPEG_IMAGE = _FRAMES | {0xC4, 0xCC, 0xDB, 0xDD, _SOS, _SCAN_DATA, _EOI}
-_JPEG_PLAIN = {(0xE0, b"JFIF\0", 18), (0xEE, b"Adobe", 16)}  # fixed fields; a longer JFIF holds a thumbnail
-_PNG_PLAIN = set(b"IHDR PLTE IDAT IEND tRNS bKGD sBIT sRGB gAMA cHRM pHYs".split())
-_MARKER = re.compile(rb"\xff+([\x01-\xfe])")
-_AFTER_SCAN = re.compile(
-    rb"\xff[\x01-\xcf\xd8-\xfe]"
-)  # inside a scan 0xFF is followed by 0x00 or a restart marker
 _NPY_HEADER = re.compile(
     rb"\x93NUMPY\x01\x00(..){'descr': '\|u1', 'fortran_order': False, 'shape': \((\d+), (\d+)\), } *\n",
     re.DOTALL,
@@ -53,8 +48,8 @@ class ImageError(ValueError):
 class ImageOptions(NamedTuple):
     """How images are stored; meanings and defaults are those of `pipeline shards --help`.
 
-    `size` is the shorter side, None the original one. With a `square` the result is size×size, enlarged if need be.
-    `bits` is how many bits of a 16-bit PNG hold the picture, None what the PNG itself says, else all of them.
+    `size` is the shorter side; None keeps the original. With a `square` the result is size×size, enlarged if need be.
+    `bits` is how many bits of a 16-bit PNG hold the picture; None: as the PNG itself says, else all 16.
     """
 
     size: int | None
@@ -62,7 +57,7 @@ class ImageOptions(NamedTuple):
     encoding: str
     quality: int
     max_pixels: int
-    bits: int | None = None  # checkpoints and shards from before it was there have none
+    bits: int | None = None  # earlier checkpoints and shards have none
 
 
 class Prepared(NamedTuple):
@@ -86,7 +81,7 @@ def prepare(data: bytes, options: ImageOptions) -> Prepared:
     """Turn a JPEG or PNG of any kind into what a shard stores. Raises ImageError, ValueError for bad options.
 
     The shorter side becomes `size`, never enlarged; a square is exactly size×size: `pad` keeps the aspect and
-    centres on black, `crop` takes the centre, `stretch` gives up the aspect. A gray JPEG that fits already
+    centers on black, `crop` takes the center, `stretch` distorts it. A gray JPEG that fits already
     keeps its coefficients: only its metadata is lost. An EXIF orientation is applied to the pixels, since
     the tag is lost too.
     """
@@ -94,7 +89,7 @@ def prepare(data: bytes, options: ImageOptions) -> Prepared:
         raise ValueError("a square needs a size")
     if not data:
         raise ImageError("the file is empty")
-    kind = "JPEG" if data.startswith(_JPEG) else "PNG" if data.startswith(_PNG) else None
+    kind = "JPEG" if data.startswith(JPEG) else "PNG" if data.startswith(PNG) else None
     if kind is None:
         raise ImageError("not a readable JPEG or PNG: cannot identify image file")
     try:
@@ -112,17 +107,15 @@ def prepare(data: bytes, options: ImageOptions) -> Prepared:
 
 
 def unexplained_level(data: bytes, max_pixels: int) -> int | None:
-    """The highest level of a 16-bit PNG that does not say how many bits it uses; None for any other file."""
-    if not data.startswith(_PNG):
+    """The highest level of a 16-bit PNG without a number of significant bits; None for any other file."""
+    if not data.startswith(PNG):
         return None
     try:
-        chunks = dict(_chunks(data))
-        header = chunks[b"IHDR"]
-        _check_pixels(int.from_bytes(header[:4]), int.from_bytes(header[4:8]), max_pixels)
-        if header[8] != 16 or _said_bits(chunks) is not None:
-            return None
-        return int(_deep_levels(data)[0].max())
-    except (ValueError, LookupError):  # an image that is rejected, with its reason, when its turn comes
+        facts = read_png_facts(data)
+        _check_pixels(facts.width, facts.height, max_pixels)
+        is_unexplained = facts.depth == 16 and facts.said_bits is None
+        return int(_deep_levels(data)[0].max()) if is_unexplained else None
+    except ValueError:  # an image that is rejected, with its reason, when its turn comes
         return None
 
 
@@ -175,42 +168,32 @@ def gray_statistics(levels: npt.NDArray[np.int64]) -> dict[str, float]:
     count, values = int(levels.sum()), np.arange(256)
     mean = int(levels @ values) / max(count, 1)
     variance = int(levels @ values**2) / max(count, 1) - mean**2
-    # Images of one level cannot be scaled to unit variance: they are only centred.
+    # Images of one level cannot be scaled to unit variance: they are only centered.
     return {"mean": round(mean, 4), "std": round(max(variance, 0.0) ** 0.5, 4) or 1.0}
-
-
-def strip_metadata(jpeg: bytes) -> bytes:
-    """The same image without APPn (but plain JFIF and Adobe), comments and trailing bytes; see `_segments`."""
-    parts = [part for marker, part in _segments(jpeg) if not _is_metadata(marker, part)]
-    return b"".join([_JPEG, *parts])
 
 
 def _read_jpeg(data: bytes, options: ImageOptions) -> _Source:
     height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
     _check_pixels(width, height, options.max_pixels)
-    head = list(takewhile(lambda segment: segment[0] != _SOS, _segments(data)))
-    if any(marker == _APP2 and part[4:8] == b"MPF\0" for marker, part in head):
+    facts = read_jpeg_facts(data)
+    if facts.is_multiple:
         raise ImageError("more than one frame")
-    frame = next((marker for marker, _ in head if marker in _FRAMES), None)
-    exif = next((part[4:] for _, part in head if part[4:10] == b"Exif\0\0"), None)
-    orientation = 1 if exif is None else _orientation(exif)
-    stripped = any(_is_metadata(*segment) for segment in head) or not data.endswith(b"\xff\xd9")
-
     inner = _inner_shape((height, width), options)
+    orientation = _orientation(facts.exif)
     if orientation != 1:
         pixels = _turn(_decode_any(data, colorspace), orientation)
-        return _Source(pixels, pixels.shape, stripped)
-    # At the smallest scale of twice the target or more, in full where there is none: simplejpeg gets that wrong
-    # for images of a few pixels.
+        return _Source(pixels, pixels.shape, facts.has_metadata)
+    # Decode at the smallest scale of at least twice the target; else in full, since simplejpeg picks a wrong one for
+    # images of a few pixels.
     scaled = 2 * inner[0] <= height and 2 * inner[1] <= width
     pixels = _decode_any(data, colorspace, *((2 * inner[0], 2 * inner[1]) if scaled else (0, 0)))
     fits = inner == (height, width) and (options.square == "no" or height == width)
     # A progressive JPEG decodes three times slower: it is kept only where the original is asked for.
-    keeps = frame in _BASELINE or (frame == _PROGRESSIVE and options.size is None)
+    keeps = facts.frame in BASELINE or (facts.frame == PROGRESSIVE and options.size is None)
     if fits and keeps and colorspace == "Gray" and options.encoding == "jpeg":
         copy = strip_metadata(data)
         return _Source(pixels, (height, width), copy != data, copy)
-    return _Source(pixels, (height, width), stripped)
+    return _Source(pixels, (height, width), facts.has_metadata)
 
 
 def _decode_any(data: bytes, colorspace: str, min_height: int = 0, min_width: int = 0) -> Gray:
@@ -227,32 +210,26 @@ def _decode_any(data: bytes, colorspace: str, min_height: int = 0, min_width: in
 
 
 def _read_png(data: bytes, max_pixels: float, bits: int | None = None) -> _Source:
-    chunks = list(_chunks(data))
-    kinds = {kind for kind, _ in chunks}
-    if chunks[0][0] != b"IHDR":
-        raise ValueError("it does not start with its header")
-    if b"acTL" in kinds:
+    facts = read_png_facts(data)
+    if facts.is_multiple:
         raise ImageError("more than one frame")
-    header = chunks[0][1]
-    _check_pixels(int.from_bytes(header[:4]), int.from_bytes(header[4:8]), max_pixels)
+    _check_pixels(facts.width, facts.height, max_pixels)
     try:
         image: Image.Image = Image.open(io.BytesIO(data), formats=("PNG",))
-        said = _said_bits(dict(chunks)) if header[8] == 16 else None
         if image.mode.startswith("I"):
             levels = np.asarray(image, np.uint32)
-            pixels = _to_8_bits(levels, _used_bits(levels, said, bits))
+            pixels = _to_8_bits(levels, _used_bits(levels, facts.said_bits, bits))
         else:
             image.load()
-            if header[8] == 16 and (bits or said) is not None:
-                image = _rescale_channels(image, data, said, bits)
+            if facts.depth == 16 and (bits or facts.said_bits) is not None:
+                image = _rescale_channels(image, data, facts.said_bits, bits)
             pixels = _to_gray(image)
     except ImageError:
         raise
     except Exception as error:  # of many kinds, for a damaged file
         raise ValueError(str(error)) from error
-    exif = dict(chunks).get(b"eXIf")
-    pixels = pixels if exif is None else _turn(pixels, _orientation(exif))
-    return _Source(pixels, pixels.shape, not kinds <= _PNG_PLAIN)
+    pixels = _turn(pixels, _orientation(facts.exif))
+    return _Source(pixels, pixels.shape, facts.has_metadata)
 
 
 def _to_gray(image: Image.Image) -> Gray:
@@ -272,13 +249,6 @@ def _to_8_bits(levels: npt.NDArray[Any], bits: int) -> Gray:
     if highest > full:
         raise ImageError(f"a level of {highest:,} has more than {bits} bits (--bits)")
     return np.asarray((levels.astype(np.uint32) * 255 + full // 2) // full, np.uint8)
-
-
-def _said_bits(chunks: Mapping[bytes, bytes]) -> int | None:
-    """The significant bits that a 16-bit PNG's sBIT chunk gives its levels, alpha apart; None without one."""
-    channels = 3 if chunks[b"IHDR"][9] & 2 else 1
-    said = chunks.get(b"sBIT", b"")[:channels]
-    return max(said) if said and 1 <= max(said) <= 16 else None
 
 
 def _used_bits(levels: npt.NDArray[Any], said: int | None, bits: int | None) -> int:
@@ -321,56 +291,11 @@ def _rescale_channels(image: Image.Image, data: bytes, said: int | None, bits: i
     return scaled
 
 
-def _segments(jpeg: bytes) -> Iterator[tuple[int, bytes]]:
-    """Marker and bytes of each segment after the first marker (ITU-T T.81, annex B), scans as _SCAN_DATA.
-
-    Fill bytes between segments and what follows the end are left out. Raises ValueError without an end.
-    """
-    position = 2
-    while found := _MARKER.match(jpeg, position):
-        marker, start = found[1][0], found.end() - 2
-        if marker == _EOI:
-            yield marker, jpeg[start : start + 2]
-            return
-        position = start + 2 + int.from_bytes(jpeg[start + 2 : start + 4])
-        yield marker, jpeg[start:position]
-        if marker == _SOS:
-            start = position
-            end = _AFTER_SCAN.search(jpeg, start)
-            position = end.start() if end else len(jpeg)
-            yield _SCAN_DATA, jpeg[start:position]
-    raise ValueError("its segments are damaged")
-
-
-def _is_metadata(marker: int, segment: bytes) -> bool:
-    return marker not in _JPEG_IMAGE and (marker, segment[4:9], len(segment)) not in _JPEG_PLAIN
-
-
-def _chunks(png: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Type and content of each chunk, and what follows the end, under its name: b"". Raises ValueError.
-
-    The checksums are verified here: Pillow skips those of the pixels and of what follows them.
-    """
-    position, kind = len(_PNG), b""
-    while kind != b"IEND":
-        start = position + 8
-        end = start + int.from_bytes(png[position : position + 4])
-        kind = png[position + 4 : start]
-        position = end + 4
-        if position > len(png):
-            raise ValueError("the file ends early")
-        if zlib.crc32(png[start - 4 : end]) != int.from_bytes(png[end:position]):
-            raise ValueError(f"chunk {kind!r} is damaged")
-        yield kind, png[start:end]
-    if position < len(png):
-        yield b"", png[position:]
-
-
-def _orientation(exif: bytes) -> int:
-    """The EXIF orientation, 1 (upright) to 8; 1 where there is none to read, as viewers have it."""
+def _orientation(exif: bytes | None) -> int:
+    """The EXIF orientation, 1 (upright) to 8; 1 where none can be read, as in viewers."""
     tags = Image.Exif()
     try:
-        tags.load(exif)
+        tags.load(exif or b"")
         value = tags.get(_ORIENTATION, 1)
     except Exception:  # of many kinds, for a damaged tag
         return 1
@@ -445,5 +370,5 @@ def _encode(pixels: Gray, options: ImageOptions) -> bytes:
 
 def _check_pixels(width: int, height: int, max_pixels: float) -> None:
     if width * height > max_pixels:
-        option = "" if max_pixels == STORED_PIXELS else " (--max-pixels)"  # which is for sources
+        option = "" if max_pixels == STORED_PIXELS else " (--max-pixels)"  # an option for sources
         raise ImageError(f"{width}×{height} is more than {max_pixels:,} pixels{option}")

@@ -11,7 +11,7 @@ Output: an Arrow table with one row per image:
     age         int16    years
     projection  string   AP, PA, LL, RL; null on laterals
     <14 labels> int8     1 positive, 0 negative, -1 uncertain, null blank (not mentioned)
-The test set's CSVs have paths and labels only: there the view is the file name's, and the rest is null.
+The test set's CSVs have only paths and labels: the view comes from the file name, the other facts are null.
 
 The raw states are kept everywhere: `policies` turns them into targets only when labels are read for training.
 """
@@ -33,7 +33,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 
-from pipeline.base.errors import DataError
+from pipeline.base.errors import DataError, quote
 from pipeline.base.store import open_to_read
 
 PROJECTIONS = ("AP", "PA", "lateral", "other")  # a projection's code is its place here
@@ -60,7 +60,6 @@ LABELS = (
 FACTS = ("Sex", "Age", "Frontal/Lateral", "AP/PA")
 COLUMNS = ("Path", *FACTS, *LABELS)
 VIEWS = ("frontal", "lateral", "all")
-
 
 _STATES = {1.0: 1, 0.0: 0, -1.0: -1}
 _PATH = (
@@ -116,7 +115,7 @@ def select_views(table: pa.Table, views: str) -> pa.Table:
 
 
 def study_names(table: pa.Table) -> pa.ChunkedArray:
-    """`patient00001_study1` of each row: the study's number alone is the patient's own."""
+    """`patient00001_study1` of each row: a study's number is unique only within its patient."""
     return pc.binary_join_element_wise(table["patient"], table["study"].cast(pa.string()), "_study")
 
 
@@ -136,7 +135,7 @@ def shared(tables: Mapping[str, pa.Table], column: str) -> Iterator[tuple[str, s
 
 
 def hash_fraction(*parts: object) -> float:
-    """A number in [0, 1) that depends on the parts alone: equal on every machine and in every version."""
+    """A number in [0, 1) that depends only on the parts: the same on every machine and in every version."""
     digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
     # The top 53 bits, as a float64 holds them exactly: rounding 64 bits could give 1.0.
     return (int.from_bytes(digest, "big") >> 11) / 2**53
@@ -165,7 +164,7 @@ def label_states(table: pa.Table) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.
 
 
 def line_of(csv: Path, row: int) -> int:
-    """The line of the file, counted from 1, on which a row of the label table begins (the first one is 0)."""
+    """The line of the file, from 1, on which a row of the label table, from 0, begins."""
     return next(islice(_lines(csv), row + 1, None))[0]
 
 
@@ -190,7 +189,7 @@ def _read_csv(csv: Path) -> pa.Table:
     """The known columns as strings, under their CheXpert names; empty cells are null."""
     if not csv.is_file():
         raise DataError(f"{csv}: no such file")
-    # Into Arrow's own memory: its threads may let go of it when Python has ended already.
+    # Into Arrow's own memory: its threads may release it after Python has shut down.
     with open_to_read(csv) as file, pa.BufferOutputStream() as memory:
         memory.write(file.read())
         content = memory.getvalue()
@@ -198,16 +197,14 @@ def _read_csv(csv: Path) -> pa.Table:
     convert = pacsv.ConvertOptions(null_values=[""], strings_can_be_null=True)
     parse = pacsv.ParseOptions(newlines_in_values=True)
     try:
-        # For the names alone, as they are written.
+        # Only for the names of the columns.
         with pacsv.open_csv(pa.input_stream(content, compression), parse_options=parse) as reader:
             convert.column_types = dict.fromkeys(reader.schema.names, pa.string())
         table = pacsv.read_csv(
             pa.input_stream(content, compression), convert_options=convert, parse_options=parse
         )
     except (pa.ArrowInvalid, OSError) as error:  # the latter for a damaged .gz
-        raise DataError(
-            f"{csv}: not a readable CSV: {_find_fault(csv) or _quote(str(error), 200)}"
-        ) from error
+        raise DataError(f"{csv}: not a readable CSV: {_find_fault(csv) or quote(str(error), 200)}") from error
     except UnicodeDecodeError:
         raise DataError(f"{csv}: not a readable CSV: its header is not UTF-8") from None
     table = table.rename_columns([name.strip().replace("_", " ") for name in table.column_names])
@@ -217,14 +214,14 @@ def _read_csv(csv: Path) -> pa.Table:
         raise DataError(f"{csv}: column {missing[0]} is missing; a CheXpert table has {', '.join(COLUMNS)}")
     twice = [name for name in wanted if table.column_names.count(name) > 1]
     if twice:
-        raise DataError(f"{csv}: column {twice[0]} is there {table.column_names.count(twice[0])} times")
+        raise DataError(f"{csv}: column {twice[0]} appears {table.column_names.count(twice[0])} times")
     if table.num_rows == 0:
         raise DataError(f"{csv}: no rows below the header")
     return table.select(wanted)
 
 
 def _find_fault(csv: Path) -> str | None:
-    """What is wrong with the first row that Arrow cannot read, in words; None where there is no such row."""
+    """What is wrong with the first row that Arrow cannot read; None where it reads them all."""
     lines = _lines(csv)
     try:
         _, header = next(lines)
@@ -241,9 +238,9 @@ def _find_fault(csv: Path) -> str | None:
 
 
 def _folders_above(paths: pa.ChunkedArray) -> pa.ChunkedArray:
-    """The folders above each patient's, with a slash at the end: no absolute path and no `..` gets through.
+    """The folders above each patient's, with a trailing slash: no absolute path and no `..` gets through.
 
-    Where a folder of another name is among them, those below it; null where that leaves none.
+    Only folders below the last one with a forbidden name; null where that leaves none.
     """
     parts = pc.split_pattern(paths.combine_chunks(), "/", max_splits=3, reverse=True)
     has_some = pc.greater(pc.list_value_length(parts), 3)
@@ -271,14 +268,8 @@ def _demand(csv: Path, name: str, column: pa.ChunkedArray, valid: pa.ChunkedArra
     """Raise DataError for the first row that is not valid (null counts as not valid for required columns)."""
     row = pc.index(pc.fill_null(valid, name in LABELS), False).as_py()
     if row >= 0:
-        text = _quote(column[row].as_py() or "", 80)
+        text = quote(column[row].as_py() or "", 80)
         raise DataError(f"{csv}, line {line_of(csv, row)}, column {name}: '{text}' {complaint}")
-
-
-def _quote(text: str, longest: int) -> str:
-    """A text of others for a message: no control characters, which a terminal would obey, and not too long."""
-    shown = "".join(char if char.isprintable() else repr(char)[1:-1] for char in text[:longest])
-    return shown if len(text) <= longest else f"{shown}…"
 
 
 def _demand_unique(csv: Path, key: pa.Array) -> None:
@@ -290,7 +281,7 @@ def _demand_unique(csv: Path, key: pa.Array) -> None:
 
 
 def count_rows(table: pa.Table) -> dict[str, int]:
-    """Samples, studies and patients of a table, as the manifest has them."""
+    """The numbers of samples, studies and patients, under their names in the manifest."""
     return {
         "samples": table.num_rows,
         "studies": pc.count_distinct(study_names(table)).as_py(),
@@ -299,7 +290,7 @@ def count_rows(table: pa.Table) -> dict[str, int]:
 
 
 def limit_patients(table: pa.Table, limit: int, seed: int) -> pa.Table:
-    """Whole patients, in the order of a hash, as long as they fit into `limit` images (the first one always)."""
+    """Whole patients in the order of a hash, up to `limit` images; at least one patient."""
     patients = table["patient"].combine_chunks().dictionary_encode()
     counts = np.bincount(patients.indices.to_numpy(), minlength=len(patients.dictionary))
     draws = [hash_fraction("limit", seed, patient) for patient in patients.dictionary.to_pylist()]
@@ -312,7 +303,7 @@ def limit_patients(table: pa.Table, limit: int, seed: int) -> pa.Table:
 
 
 def number_studies(table: pa.Table) -> npt.NDArray[np.int64]:
-    """The number [N] of each row's study, counted from 0 in the order in which studies first occur."""
+    """The number [N] of each row's study, from 0 in the order of first occurrence."""
     names = study_names(table).combine_chunks()
     numbers: npt.NDArray[np.int64] = names.dictionary_encode().indices.to_numpy()
     return numbers.astype(np.int64)

@@ -5,7 +5,6 @@ input and options give the same bytes.
 """
 
 import hashlib
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -15,14 +14,14 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.base.errors import DataError
-from pipeline.base.files import read_arrow, write_atomically
+from pipeline.base.files import hash_file, read_arrow, read_object, write_json
 from pipeline.base.store import is_remote
 from pipeline.labels import LABELS
 
 FORMAT = "chexpert-shards"
 VERSION = 1
 NAME = "manifest.json"
-# Columns of every table, and those of them that are never empty.
+# The columns of every table; those of _FULL have no empty cells.
 FACTS = pa.schema(
     dict.fromkeys(("key", "patient"), pa.string())
     | {
@@ -64,8 +63,8 @@ class Split:
 class Manifest:
     """The whole folder.
 
-    `options` made it; `policies` are its defaults; `pixels` are mean and std of train's gray levels; `rejects`
-    are the images left out, each with split, key and reason.
+    `options` and `sources` (hashes of the CSVs) decided it; `policies` are its defaults; `pixels` are mean and std of
+    train's gray levels; `rejects` are the images left out, each with split, key and reason.
     """
 
     options: Mapping[str, Any]
@@ -75,8 +74,13 @@ class Manifest:
     splits: Mapping[str, Split]
     rejects: tuple[Mapping[str, str], ...] = ()
 
+    def files(self) -> dict[str, str]:
+        """Name → sha256 of all tables and shards."""
+        tables = {split.table: split.table_sha256 for split in self.splits.values()}
+        return tables | {s.file: s.sha256 for split in self.splits.values() for s in split.shards}
+
     def split(self, name: str) -> Split:
-        """The split of that name; raises DataError where there is none."""
+        """The split of that name. Raises DataError where it does not exist."""
         if name not in self.splits:
             raise DataError(f"split '{name}' does not exist; these shards hold {', '.join(self.splits)}")
         return self.splits[name]
@@ -84,22 +88,19 @@ class Manifest:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write `manifest.json` atomically."""
-    document = {"format": FORMAT, "version": VERSION, **asdict(manifest)}
-    write_atomically(folder / NAME, (json.dumps(document, indent=1) + "\n").encode())
+    write_json(folder / NAME, {"format": FORMAT, "version": VERSION, **asdict(manifest)})
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a shards folder. Raises DataError where there is none or it is of another format."""
+    """The manifest of a shards folder. Raises DataError where it is missing, damaged or of another format."""
     path = folder / NAME
     try:
-        document = json.loads(path.read_bytes())
+        document = read_object(path)
     except FileNotFoundError:
         raise DataError(
             f"{folder}: no {NAME}, so no finished shards; write them with `pipeline shards`"
         ) from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not JSON: {error}") from error
-    if not isinstance(document, dict) or document.get("format") != FORMAT:
+    if document.get("format") != FORMAT:
         raise DataError(f"{path}: not a manifest of {FORMAT}")
     if document.get("version") != VERSION:
         found = repr(document.get("version"))[:20]
@@ -112,22 +113,21 @@ def read_manifest(folder: Path) -> Manifest:
         pixels = {name: float(document["pixels"][name]) for name in ("mean", "std")}
         _demand(all(map(math.isfinite, pixels.values())) and pixels["std"] > 0, "mean and std", pixels)
         _demand({"uncertain", "blank"} <= policies.keys(), "policies", policies)
-        for text in (*splits, *policies.values()):  # which messages quote
+        for text in (*splits, *policies.values()):  # quoted in messages
             _demand(text.isprintable() and len(text) < 1000, "text", text)
         options = dict(document["options"].items())
         manifest = Manifest(options, policies, sources, pixels, splits, tuple(rejects))
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise DataError(f"{path}: damaged: {str(error)[:200]}") from error
-    for split in splits.values():
-        for name in (split.table, *(shard.file for shard in split.shards)):
-            if Path(name).name != name or name in ("", ".."):
-                raise DataError(f"{path}: '{name}' is not a plain file name")
+    for name in manifest.files():
+        if Path(name).name != name or name in ("", ".."):
+            raise DataError(f"{path}: '{name}' is not a plain file name")
     return manifest
 
 
 def manifest_digest(folder: Path) -> str:
     """sha256 of the manifest: it names the tables' and shards' hashes, so it stands for all of the data."""
-    return hashlib.sha256((folder / NAME).read_bytes()).hexdigest()
+    return hash_file(folder / NAME)
 
 
 def read_table(folder: Path, split: Split) -> pa.Table:
@@ -145,9 +145,9 @@ def read_table(folder: Path, split: Split) -> pa.Table:
     source.seek(0)
     table = read_arrow(path, source)
     for field in (*FACTS, *PLACES):
-        place = table.schema.get_field_index(field.name)  # negative for one that is there twice, too
+        place = table.schema.get_field_index(field.name)  # negative for a duplicate, too
         if place < 0 or table.schema.types[place] != field.type:
-            raise DataError(f"{path}: column {field.name} is missing, or there twice, or not {field.type}")
+            raise DataError(f"{path}: column {field.name} is missing, duplicated, or not {field.type}")
         if field.name in _FULL and table[field.name].null_count:
             raise DataError(f"{path}: column {field.name} has empty cells")
     if "member" in table.column_names:  # of shards that others wrote

@@ -12,15 +12,7 @@ import pyarrow as pa
 from pipeline.base.errors import DataError
 from pipeline.labels import LABELS, hash_fraction, label_states
 
-UNCERTAIN_POLICIES = (
-    "zeros",
-    "ones",
-    "ignore",
-    "smooth-zeros",
-    "smooth-ones",
-    "multiclass",
-    "selftrained",
-)
+UNCERTAIN_POLICIES = ("zeros", "ones", "ignore", "smooth-zeros", "smooth-ones", "multiclass", "selftrained")
 BLANK_POLICIES = ("zeros", "ignore")
 UNCERTAIN_HELP = f"Policy for -1: best, {', '.join(UNCERTAIN_POLICIES)}; per label: best,Edema=zeros."
 BLANK_HELP = f"Policy for blanks: {' or '.join(BLANK_POLICIES)}."
@@ -56,7 +48,7 @@ def parse_uncertain_policy(text: str) -> dict[str, str]:
 
 
 def check_blank_policy(text: str) -> str:
-    """The policy itself; raises DataError where it is unknown."""
+    """The policy itself. Raises DataError where it is unknown."""
     if text not in BLANK_POLICIES:
         raise DataError(f"blank policy '{text}' is unknown; choose from {', '.join(BLANK_POLICIES)}")
     return text
@@ -101,24 +93,41 @@ def make_targets(
     return target, mask
 
 
+def divide_cells(
+    target: npt.NDArray[np.float32], mask: npt.NDArray[np.bool_]
+) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+    """The positive and the negative cells of any shape, masked ones apart.
+
+    A soft target counts as the class it is nearer to; the third class of `multiclass` (-1) is neither.
+    """
+    return mask & (target >= 0.5), mask & (target >= 0) & (target < 0.5)
+
+
 def one_class_labels(
     target: npt.NDArray[np.float32], mask: npt.NDArray[np.bool_]
 ) -> list[tuple[str, int, int]]:
-    """(label, positives, negatives) of the labels that lack one of them among the cells of mask [N, 14].
-
-    A soft target counts as what it is nearer to; the class uncertain of `multiclass` (-1) is neither.
-    """
-    positives = (mask & (target >= 0.5)).sum(axis=0).tolist()
-    negatives = (mask & (target >= 0) & (target < 0.5)).sum(axis=0).tolist()
+    """(label, positives, negatives) of the labels that lack one of the two among the cells of mask [N, 14]."""
+    positives, negatives = (cells.sum(axis=0).tolist() for cells in divide_cells(target, mask))
     return [counts for counts in zip(LABELS, positives, negatives, strict=True) if 0 in counts]
 
 
 def describe_one_class(lacking: Iterable[tuple[str, int, int]]) -> list[str]:
-    """What `one_class_labels` found, in words, a text per label."""
+    """What `one_class_labels` found, a text per label."""
     return [
         f"label {label} has {positives} positives and {negatives} negatives in train"
         for label, positives, negatives in lacking
     ]
+
+
+def find_one_class(table: pa.Table, policies: Mapping[str, str]) -> list[str]:
+    """A text for each label that the policies of some shards leave with one class in a label table."""
+    # A teacher's scores come later: the cells that they will fill are left out here.
+    uncertain = {
+        label: "ignore" if policy == "selftrained" else policy
+        for label, policy in parse_uncertain_policy(policies["uncertain"]).items()
+    }
+    # Any seed: each smoothing range lies on one side of 0.5.
+    return describe_one_class(one_class_labels(*make_targets(table, uncertain, policies["blank"], seed=0)))
 
 
 def evaluation_targets(table: pa.Table, blank: str) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.etl.shards import Options, RunSummary, write_shards
+from pipeline.etl.planning import Options
+from pipeline.etl.shards import Execution, RunSummary, write_shards
 from pipeline.labels import COLUMNS, LABELS
 from pipeline.manifest import Manifest, read_manifest
 from pipeline.sources.chexpert import find_source
@@ -84,9 +85,7 @@ def make_shards(
         out,
         options or default_options(),
         POLICIES,
-        workers=workers,
-        max_bad=max_bad,
-        overwrite=overwrite,
+        Execution(workers, max_bad, overwrite=overwrite),
     )
 
 

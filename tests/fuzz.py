@@ -37,7 +37,8 @@ with atheris.instrument_imports(include=["pipeline", "model"]):
     from model.runs.scores import read_scores, write_scores
     from pipeline import DataError
     from pipeline.etl.adopt import write_index
-    from pipeline.etl.shards import Options, write_shards
+    from pipeline.etl.planning import Options
+    from pipeline.etl.shards import Execution, write_shards
     from pipeline.images import ENCODINGS, ImageError, ImageOptions, decode_stored, prepare
     from pipeline.labels import LABELS, read_labels
     from pipeline.manifest import Split, read_manifest, read_table
@@ -67,9 +68,7 @@ def make_example(folder: Path) -> Path:
         folder / "shards",
         options,
         policies,
-        workers=1,
-        max_bad=0,
-        overwrite=False,
+        Execution(workers=1, max_bad=0),
     )
     save_checkpoint(
         folder / "last.pt", {"step": 3, "name": "x", "weights": {"w": torch.ones(3, 2)}, "rate": 1e-3}

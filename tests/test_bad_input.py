@@ -113,7 +113,7 @@ def test_a_damaged_csv_is_a_sound_table_or_refused_by_name(tmp_path: Path, data:
         ),
         (
             lambda text: text.replace("\n", ",,,,\n").replace("Devices,,,,", "Devices,Edema,,X,Edema", 1),
-            ": column Edema is there 3 times",
+            ": column Edema appears 3 times",
         ),
         (lambda text: text.replace("patient00002", "patient00001"), ", lines 2 and 3: the same image"),
         (lambda text: text.replace("patient00002", "pätient00002"), ", line 3, column Path: "),

@@ -172,8 +172,8 @@ def test_arrow_tables_that_are_none_are_named(shards: tuple[Path, Manifest]) -> 
     crc = table["crc"]
     for other, message in (
         (table.set_column(number, "crc", pa.nulls(len(crc), crc.type)), "has empty cells"),
-        (table.set_column(number, "crc", crc.cast(pa.int64())), "is missing, or there twice, or not uint32"),
-        (table.append_column("crc", crc), "is missing, or there twice, or not uint32"),
+        (table.set_column(number, "crc", crc.cast(pa.int64())), "is missing, duplicated, or not uint32"),
+        (table.append_column("crc", crc), "is missing, duplicated, or not uint32"),
     ):
         digest = write_table(path, other)
         split = replace(manifest.split("train"), table_sha256=digest)

@@ -10,39 +10,28 @@ import click
 
 from model.ranks import share_of_cores
 from model.runs.config import Config, Option, options
-from pipeline.console import Checked, Number
+from pipeline.base.errors import DataError
+from pipeline.console import Checked, Number, Parsed
 from pipeline.labels import LABELS
 
 GROUPS = ("sweep", "run", "data", "labels", "network", "optimization")
 
 
-class ByteSize(click.ParamType[int]):
-    """Bytes, as 500MB, 20GB or 1.5TB."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """The number of bytes."""
-        match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([MGT])B", str(value))
-        if match is None:
-            self.fail(f"'{value}' is not like 500MB, 20GB or 1.5TB", param, ctx)
-        return int(float(match[1]) * {"M": 1e6, "G": 1e9, "T": 1e12}[match[2]])
+def parse_size(text: str) -> int:
+    """Bytes, of 500MB, 20GB or 1.5TB."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([MGT])B", text)
+    if match is None:
+        raise DataError(f"'{text}' is not like 500MB, 20GB or 1.5TB")
+    return int(float(match[1]) * {"M": 1e6, "G": 1e9, "T": 1e12}[match[2]])
 
 
-class LabelNames(click.ParamType[tuple[str, ...]]):
+def parse_labels(text: str) -> tuple[str, ...]:
     """Names of labels, separated by commas; in the order of LABELS."""
-
-    name = "labels"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[str, ...]:
-        """The names."""
-        names = [name.strip() for name in str(value).split(",")]
-        for name in names:
-            if name not in LABELS:
-                self.fail(f"'{name}' is none of {', '.join(LABELS)}", param, ctx)
-        return tuple(label for label in LABELS if label in names)
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in LABELS:
+            raise DataError(f"'{name}' is none of {', '.join(LABELS)}")
+    return tuple(label for label in LABELS if label in names)
 
 
 class Values(click.ParamType[tuple[Any, ...]]):
@@ -125,7 +114,7 @@ DATA_OPTIONS = [
         "--cache-size",
         cls=GroupedOption,
         group="data",
-        type=ByteSize(),
+        type=Parsed(parse_size, "size"),
         default="20GB",
         help="Evict the least recently used shards above this size.",
     ),
@@ -173,7 +162,7 @@ def _value_type(kind: Any, of: Option) -> click.ParamType[Any]:
     if kind in (float, float | None):
         return Number(low, high, min_open=of.open and low is not None, max_open=of.open and high is not None)
     if kind == tuple[str, ...]:
-        return LabelNames() if of.choices else click.STRING
+        return Parsed(parse_labels, "labels") if of.choices else click.STRING
     if of.check is not None:
         return Checked(of.check)
     return click.Choice(list(of.choices))

@@ -1,32 +1,33 @@
 """Files that appear whole or not at all, locks on folders, CSVs, Arrow tables."""
 
 import csv
-import fcntl
 import hashlib
 import io
 import json
 import os
 import re
 import secrets
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import pyarrow as pa
+from filelock import FileLock
 
 from pipeline.base.errors import DataError
-from pipeline.base.store import is_remote, object_to_put
+from pipeline.base.store import is_remote, object_to_put, open_to_read
 
-FORMULA = ("=", "+", "-", "@", "\t", "\r")  # with which a spreadsheet's formulas begin
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # how a spreadsheet's formulas begin
+POLL = 0.01  # seconds between tries of a lock
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 
 
 def read_arrow(path: Path, source: pa.NativeFile | bytes) -> pa.Table:
-    """The table of an Arrow IPC file, whose every value is sound. Raises DataError naming `path`."""
+    """The table of an Arrow IPC file, each value checked. Raises DataError naming `path`."""
     try:
         table = pa.ipc.open_file(source).read_all()
-        table.validate(full=True)  # whoever made the file can have made its offsets lead anywhere
+        table.validate(full=True)  # a forged file's offsets may lead anywhere
     except (OSError, ValueError, pa.ArrowException) as error:
         raise DataError(f"{path}: not an Arrow table: {error}") from error
     return table
@@ -43,57 +44,72 @@ def write_table(path: Path, table: pa.Table) -> str:
 
 
 @contextmanager
-def claimed(folder: Path) -> Iterator[None]:
-    """Be the only one that writes to a folder on this machine; a process that is killed gives it back.
+def locked(path: Path, wait: float = -1, should_stop: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    """Hold the lock of a file against all threads and processes of this machine; a killed process releases it.
 
-    What a killed process has left half-written is removed at the beginning, and at the end what one that worked for
-    this one has: a worker of a cluster. Raises DataError where another process writes to it. (Locks of the kernel:
-    over NFS they hold among machines as far as the server supports them.)
+    Raises TimeoutError after `wait` seconds (negative: never) or once `should_stop()`, and DataError where the file
+    system has no locks. (Locks of the kernel: over NFS they hold among machines as far as the server supports them.)
+    """
+    # Not the soft lock that filelock would fall back to: a killed process would hold that forever.
+    lock = FileLock(path, fallback_to_soft=False, thread_local=False)
+    try:
+        lock.acquire(wait, POLL, cancel_check=should_stop)
+    except OSError as error:
+        if (
+            isinstance(error, TimeoutError) or error.filename is not None
+        ):  # held, or the file cannot be opened
+            raise
+        raise DataError(
+            f"{path.parent}: its file system has no locks ({error.strerror}); choose a folder on another one"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Be the only process of this machine that writes to a folder. Raises DataError where another one does.
+
+    Removes half-written files: at the start those of killed processes, at the end those of workers on a cluster.
     """
     path = folder / ".lock"
-    while True:
-        with path.open("a") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise DataError(
-                    f"{folder}: another process is writing to it; wait for it, or stop it"
-                ) from None
-            except OSError as error:
-                raise DataError(
-                    f"{folder}: its file system has no locks ({error.strerror}); choose a folder on another one"
-                ) from None
-            try:
-                if os.fstat(file.fileno()).st_ino != path.stat().st_ino:
-                    continue  # its last owner has removed it meanwhile
-            except FileNotFoundError:
-                continue
-            try:
-                remove_temporaries(folder)
-                yield
-            finally:
-                remove_temporaries(folder)
-                path.unlink(missing_ok=True)
-            return
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(
+                locked(path, wait=10 * POLL)
+            )  # not 0: the last owner may be removing the file
+        except TimeoutError:
+            raise DataError(f"{folder}: another process is writing to it; wait for it, or stop it") from None
+        try:
+            remove_temporaries(folder)
+            yield
+        finally:
+            remove_temporaries(folder)
+            path.unlink(missing_ok=True)
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Remove what killed processes have left half-written in a folder."""
+    """Remove half-written files that killed processes left in a folder."""
     for path in folder.glob(".*.tmp"):
         if is_temporary(path):
             path.unlink(missing_ok=True)
 
 
 def is_temporary(path: Path) -> bool:
-    """Whether a killed process has left this file half-written, by its name."""
+    """Whether the name is that of a half-written file, which a killed process may leave."""
     return _TEMPORARY.fullmatch(path.name) is not None
 
 
-def write_csv(path: Path, rows: Iterable[Sequence[object]]) -> None:
-    """Write rows as a CSV, atomically; what a spreadsheet would take for a formula becomes text (a quote in front).
+def hash_file(path: Path) -> str:
+    """sha256 of a file or an object."""
+    with open_to_read(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
-    So the OWASP's advice on CSV injection: file names and CSV cells of others must not run as code.
-    """
+
+def write_csv(path: Path, rows: Iterable[Sequence[object]]) -> None:
+    """Write rows as a CSV, atomically. Cells that a spreadsheet would run get a quote in front (OWASP)."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     for row in rows:
@@ -107,18 +123,18 @@ def write_json(path: Path, document: Mapping[str, Any]) -> None:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """What `write_json` wrote. Raises DataError, naming the file, where it is damaged."""
+    """The JSON object in a file. Raises DataError, naming the file, for anything else."""
     return parse_object(path, path.read_bytes())
 
 
-def parse_object(path: Path, text: bytes) -> dict[str, Any]:
-    """A JSON object of a file. Raises DataError, naming that, for anything else."""
+def parse_object(path: object, text: bytes) -> dict[str, Any]:
+    """A JSON object. Raises DataError, naming where the text comes from, for anything else."""
     try:
         document = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: damaged: {error}") from None
+        raise DataError(f"{path}: damaged: not JSON: {error}") from None
     if not isinstance(document, dict):
-        raise DataError(f"{path}: damaged: not an object")
+        raise DataError(f"{path}: damaged: not a JSON object")
     return document
 
 
@@ -138,7 +154,7 @@ def move_file(source: Path, target: Path) -> None:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that appears under its name at the end, whole and on disk, or not at all.
+    """A file to write, which appears under its name at the end, whole and on disk, or not at all.
 
     The path may be one of `pipeline.base.store`. Raises DataError, naming the file, where it cannot be written.
     """
@@ -146,7 +162,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         with object_to_put(path) as file:
             yield file
         return
-    # A name of its own: on a cluster, a worker given up for lost may still be writing the same file.
+    # A unique name: on a cluster, a worker that was given up for lost may still be writing the same file.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with temporary.open("wb") as file:

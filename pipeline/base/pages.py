@@ -1,6 +1,6 @@
 """What all pages share: the style sheet and the layout (in `templates`), filters, and figures by matplotlib as SVG.
 
-A page is one HTML file that needs nothing else: no script, no network. Each ink of a figure is drawn in a colour
+A page is one HTML file that needs nothing else: no script, no network. Each ink of a figure is drawn in a color
 that stands for one of the style sheet's (`INKS`), so that figures follow the page from light to dark; titles are
 HTML, never matplotlib's text.
 """
@@ -30,7 +30,7 @@ INKS = {
     UNCERTAIN: "var(--uncertain)",
     NEGATIVE: "var(--negative)",
     BLANK: "var(--blank)",
-    ON_STATE: "var(--on-state)",  # for text on the three colours above, not on that of blank
+    ON_STATE: "var(--on-state)",  # for text on the three colors above, not on blank's
 }
 SVG_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -86,7 +86,7 @@ def draw_svg(
 def figure_svg(fill: Callable[[Figure], None], description: str, inches: tuple[float, float]) -> Markup:
     """A figure as an SVG element for an HTML page, as wide as its place.
 
-    `fill` draws into the empty figure, in colours of INKS; the style is in force only while it does. Where it
+    `fill` draws into the empty figure, in colors of INKS; the style is in force only while it does. Where it
     places no axes itself it may set a layout engine: `figure.set_layout_engine("constrained")`.
     """
     width, height = (72 * side for side in inches)
@@ -98,7 +98,7 @@ def figure_svg(fill: Callable[[Figure], None], description: str, inches: tuple[f
         figure.savefig(file, format="svg", transparent=True, metadata=metadata)
     body = file.getvalue().split("<svg", 1)[1].split(">", 1)[1]
     body = re.sub('<g id="[^"]*"', "<g", body)  # the same in every figure, and not referred to
-    # A hundredth of a point will do for coordinates; text stays as it is.
+    # A hundredth of a point is enough for coordinates; text stays unchanged.
     body = re.sub(r"<[^>]*>", lambda tag: re.sub(r"(\.\d\d)\d{2,}", r"\1", tag[0]), body)
     for drawn, shown in INKS.items():
         body = body.replace(drawn, shown)

@@ -1,9 +1,8 @@
-"""Folders of the ETL that may be URLs of an object store: no rename, no links, and a long way to each file.
+"""Folders of the ETL that may be in an object store, which has no rename and no links, and is slow per file.
 
-In: a location, `shards` or `s3://bucket/prefix`. Out: a path that the code for folders can use, and for URLs a way to
-write a file: it is written on this machine first, put as one object (in parts where it is large; an upload that
-breaks off leaves none), then read back and compared; and a way to read many small ones, several at a time.
-Credentials come from the environment or AWS_PROFILE.
+In: a location, `shards` or `s3://bucket/prefix`. Out: a path that code for folders can use. For URLs there is a way to
+write a file (first on this machine, then as one object, in parts where it is large; an interrupted upload leaves none;
+then it is read back and compared) and a way to read many small ones, several at a time.
 """
 
 import hashlib
@@ -18,8 +17,9 @@ from typing import Any, BinaryIO
 
 from pipeline.base.errors import DataError
 
-TOGETHER = 32  # objects that are fetched at a time; an image of the full set has 2 MB
-# Checksums that other stores than AWS do not know; what was put is compared in any case.
+TOGETHER = 32  # objects to fetch at a time; an image of the full set has 2 MB
+AWS_CREDENTIALS = "credentials come from AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+# Checksums that stores other than AWS may not know; what was put is compared in any case.
 _S3 = dict.fromkeys(("request_checksum_calculation", "response_checksum_validation"), "when_required")
 
 
@@ -75,13 +75,13 @@ def check_access(path: Path) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder, and those above it; a store has none."""
+    """Make a folder and its parents; a store needs none."""
     if not is_remote(path):
         path.mkdir(parents=True, exist_ok=True)
 
 
 def remove_folder(path: Any) -> None:
-    """Remove all below a folder, if it is there."""
+    """Remove a folder with its contents, if it exists."""
     if not is_remote(path):
         shutil.rmtree(path, ignore_errors=True)
     elif path.exists():
@@ -90,16 +90,13 @@ def remove_folder(path: Any) -> None:
 
 @contextmanager
 def open_to_read(path: Path) -> Iterator[BufferedReader]:
-    """A file or an object. Raises OSError for the one, DataError for the other, where it cannot be read."""
-    with (
-        named_failures(path, "cannot be read"),
-        path.open("rb") as file,
-    ):
+    """A file or an object. Where it cannot be read, raises OSError for a file, DataError for an object."""
+    with named_failures(path, "cannot be read"), path.open("rb") as file:
         yield file
 
 
 def list_files(path: Path) -> list[Path]:
-    """What is in a folder; nothing, where there is none: a store has no empty folders."""
+    """What a folder holds; nothing where it does not exist: a store has no empty folders."""
     return list(path.iterdir()) if path.exists() else []
 
 
@@ -120,7 +117,7 @@ def list_objects(path: Any) -> set[str]:
 
 
 def read_objects(urls: Sequence[str]) -> Iterator[bytes | None]:
-    """The content of each object in turn, None for one that is not there. Raises DataError for other failures."""
+    """The content of each object in turn; None for a missing one. Raises DataError for other failures."""
     for start in range(0, len(urls), TOGETHER):
         paths: list[Any] = list(map(open_location, urls[start : start + TOGETHER]))
         found: dict[tuple[Any, str], bytes | Exception] = {}
@@ -137,11 +134,16 @@ def read_objects(urls: Sequence[str]) -> Iterator[bytes | None]:
             yield None if isinstance(content, Exception) else content
 
 
+def is_refusal(error: Exception) -> bool:
+    """Whether a store gave no access, for lack of credentials or of rights."""
+    return isinstance(error, PermissionError) or "Credential" in type(error).__name__
+
+
 @contextmanager
 def named_failures(path: Path, what: str) -> Iterator[None]:
-    """Raise DataError for whatever a store raises: with its kind alone, because texts may quote credentials.
+    """Raise DataError for whatever a store raises, naming only its type: texts may quote credentials.
 
-    Does nothing for a folder of this machine.
+    Does nothing for a folder on this machine.
     """
     try:
         yield
@@ -150,7 +152,5 @@ def named_failures(path: Path, what: str) -> Iterator[None]:
     except Exception as error:
         if not is_remote(path):
             raise
-        hint = ""
-        if isinstance(error, PermissionError) or "Credential" in type(error).__name__:
-            hint = "; credentials come from AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+        hint = f"; {AWS_CREDENTIALS}" if is_refusal(error) else ""
         raise DataError(f"{path}: {what}: {type(error).__name__}{hint}") from None

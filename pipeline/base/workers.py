@@ -2,7 +2,7 @@
 
 Workers come from a fork server, which has imported what they need and runs no threads: they start in
 milliseconds, and safely beside the parent's threads. What they share is plain memory without locks, because a
-worker that is killed while it holds a lock would take everybody else with it.
+worker killed while it holds a lock would block all others.
 """
 
 import multiprocessing
@@ -12,8 +12,15 @@ import os
 import signal
 import tempfile
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ProcessPoolExecutor, wait
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    CancelledError,
+    Future,
+    ProcessPoolExecutor,
+    ThreadPoolExecutor,
+    wait,
+)
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from itertools import islice
@@ -31,9 +38,9 @@ _shared: Any = None  # the slots, in worker processes
 
 
 def report_item() -> None:
-    """A task calls this for each item it has done: it is counted, and ends here where a stop was asked for.
+    """Count an item that a task has done. Raises CancelledError once a stop was asked for.
 
-    Does nothing outside a worker process. Raises CancelledError.
+    Does nothing outside a worker process.
     """
     if _shared is not None:
         if _shared[_STOP]:
@@ -49,8 +56,8 @@ def run_tasks(
 ) -> Generator[Result, None, None]:
     """Results as they come, with a bounded number of tasks in flight; `tick` gets the items reported so far.
 
-    A killed worker does not end the run: what was in flight is done again, one task at a time. Raises
-    DataError, naming the task, where a task's worker is killed again then; and whatever a task raises.
+    A killed worker does not end the run: the tasks in flight are done again, one at a time. Raises DataError,
+    naming the task, where its worker is killed again; and whatever a task raises.
     """
     waiting = iter(tasks)
     before = 0  # items that earlier pools had reported
@@ -76,10 +83,7 @@ def run_tasks(
 
 
 def run_alone(function: Callable[[Task], Result], task: Task) -> Result:
-    """Run one task in a process of its own, whose memory goes away with it.
-
-    Raises DataError where that process is killed.
-    """
+    """Run one task in a process of its own, so that its memory is freed. Raises DataError where it is killed."""
     with _worker_pool(function, 1) as (pool, _):
         try:
             return _submit(pool, function, task).result()
@@ -87,11 +91,29 @@ def run_alone(function: Callable[[Task], Result], task: Task) -> Result:
             raise DataError(f"{task}: its process was killed; is there enough memory?") from None
 
 
+def run_threads(
+    function: Callable[[Task], Result],
+    tasks: Sequence[Task],
+    workers: int,
+    progress: Callable[[int, int], None],
+) -> list[Result]:
+    """Results in the order of the tasks; `progress` gets (tasks done, total). An error cancels waiting tasks."""
+    results = []
+    pool = ThreadPoolExecutor(workers)
+    try:
+        for result in pool.map(function, tasks):
+            results.append(result)
+            progress(len(results), len(tasks))
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return results
+
+
 def _prepare_sockets() -> None:
     """Have multiprocessing make its sockets in /tmp where TMPDIR is too long for them.
 
     A socket's path has at most 107 bytes, of which `/pymp-xxxxxxxx/listener-xxxxxxxx` takes 31. The folder is
-    made once for the process, with access for its user alone, and removed when that ends.
+    made once for the process, only its user has access, and it is removed at the end.
     """
     usual = tempfile.gettempdir()
     if len(os.fsencode(usual)) <= _LONGEST_TMPDIR:
@@ -139,7 +161,7 @@ def _start_worker(slots: Any) -> None:
 
 
 def _exit_with_parent() -> None:
-    """A worker would outlive a killed parent, waiting for tasks for ever."""
+    """Else a worker would outlive a killed parent, waiting for tasks forever."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         multiprocessing.connection.wait([parent.sentinel])

@@ -3,20 +3,18 @@
     pipeline index ~/wds --csv ~/CheXpert-v1.0-small/train.csv
 
 Stages: find each split's tars → walk each tar → group members into samples → read their labels, from their
-json or a CheXpert CSV → refuse repeated keys and shared patients → decode every image and measure gray levels →
-write the tables → write the manifest, last. The tars are only read. Others name samples as they like: the tables
-have a column `member` more than those of `pipeline shards`, the name of the image in the tar.
+JSON or a CheXpert CSV → refuse repeated keys and shared patients → decode every image and measure gray levels →
+write the tables → write the manifest, last. The tars are only read. Others name samples as they like: these tables
+have one column more than those of `pipeline shards`, `member`: the name of the image in the tar.
 """
 
 import hashlib
-import json
 import mmap
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import accumulate, groupby
+from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,50 +25,39 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.base.errors import DataError
-from pipeline.base.files import claimed, read_arrow, write_table
-from pipeline.etl.shards import PARTIAL
+from pipeline.base.files import claimed, hash_file, read_arrow
+from pipeline.base.workers import run_threads
+from pipeline.etl.exchange import PARTIAL
+from pipeline.etl.facts import read_facts, read_identity
 from pipeline.etl.tar import Member, map_file, walk_tar
+from pipeline.etl.writing import write_split
 from pipeline.images import decode_stored, gray_statistics
-from pipeline.labels import LABELS, count_rows, read_labels, repeated, shared
-from pipeline.manifest import FACTS, NAME, PLACES, Manifest, Shard, Split, write_manifest
+from pipeline.labels import read_labels, repeated, shared
+from pipeline.manifest import FACTS, NAME, PLACES, Manifest, Shard, write_manifest
 
 PIXEL_SAMPLE = 1000  # images whose gray levels are counted
-_SUFFIXES = {
-    "jpeg": ("jpg", "jpeg"),
-    "png": ("png",),
-    "raw": ("npy",),
-}  # of each encoding, the first found counts
+# The suffixes of each encoding. Beside a JPEG, a PNG or an array is something else: a mask, an embedding.
+_SUFFIXES = {"jpeg": ("jpg", "jpeg"), "png": ("png",), "raw": ("npy",)}
 _SPLIT = re.compile(r"[a-z0-9_-]+")
 _COUNTED = re.compile(r"(.*)-(\d+)-of-(\d+)")  # train-00000-of-00003
 _NAME = re.compile(r"((?:.*/|)[^.]+)\.([^/]*)")  # key and suffix, by webdataset's rule
-_IDENTITY = re.compile(r"(patient\d+)[_/]study(\d+)[_/](view\d+_(?:frontal|lateral))", re.ASCII)
-_DIGITS = {"patient": 20, "study": 6, "view": 4}  # at most; `pipeline.labels` takes as many
-_IDENTITY_FIELDS = ("key", "Path", "url", "caption")  # of a json; img2dataset writes key, url and caption
-_CSV_NAMES = {"view": "Frontal/Lateral", "sex": "Sex", "age": "Age", "projection": "AP/PA"}
-# What each value of a json must look like as text; null, NaN and "" are the empty text, and become null. Half a
-# surrogate pair, which JSON can spell, is no text: neither Arrow nor UTF-8 can hold it.
-_WORD, _TEXT = r"[^\s\ud800-\udfff]+", r"[^\n\ud800-\udfff]*"
-_PATTERNS = {
-    "key": _WORD,
-    "patient": _WORD,
-    "study": r"[0-9]{1,6}",
-    "view": r"frontal|lateral",
-    "sex": _TEXT,
-    "age": r"([0-9]{1,3}(\.0)?)?",
-    "projection": _TEXT,
-    **dict.fromkeys(LABELS, r"((-1|0|1)(\.0)?)?"),
-}
-_LIMITS = {"study": ", not a number of up to 6 digits", "age": ", not a number of up to 3 digits"}
-_NUMBERS = ("study", "age", *LABELS)
 
 
 class Sample(NamedTuple):
-    """Consecutive members of one key: the image with its encoding, and the json where there is one."""
+    """Consecutive members of one key: the image with its encoding, and the JSON where there is one."""
 
     key: str
     image: Member
     encoding: str
     json: Member | None
+
+
+class Indexed(NamedTuple):
+    """A tar, its entry in the manifest, and its rows of the table."""
+
+    path: Path
+    shard: Shard
+    rows: pa.Table
 
 
 ReadRows = Callable[[Path, list[Sample], mmap.mmap], pa.Table]
@@ -86,12 +73,12 @@ def write_index(
 ) -> Manifest:
     """Write a table per split and the manifest into a folder of tars.
 
-    `csv` holds the labels of all splits, or of each; where it is None, they are in each sample's json. `split` is the
-    name of the only split; otherwise the tars' names tell. `progress` gets (shards done, total, what is done with
-    them), first for their labels and then for their images. Raises DataError for a tar, sample, label or image that
-    cannot be used, naming shard and key, and for a folder that `pipeline shards` has not finished.
+    `csv` holds the labels of all splits, or of each; without it, they are in each sample's JSON. `split` names the
+    only split; without it, the tars' names tell. `progress` gets (shards done, total, what is read of them): first the
+    labels, then the images. Raises DataError for a tar, sample, label or image that cannot be used, naming shard and
+    key, and for a folder that `pipeline shards` has not finished.
     """
-    if (folder / PARTIAL).exists():  # before its shards are looked for: some of them are in there
+    if (folder / PARTIAL).exists():  # checked first: some of its shards are in there
         raise DataError(
             f"{folder}: `pipeline shards` has not finished it; continue with "
             f"`pipeline shards SOURCE {folder}` and the options it had"
@@ -105,74 +92,23 @@ def write_index(
             )
         for name in paths:
             _check_free(folder / f"{name}.arrow")
-        shards, tables, encoding = _read_shards(paths, csvs, progress)
-        _check_tables(folder, tables, shards)
-        levels = _check_images(paths, shards, tables, encoding, workers, progress)
+        splits, encoding = _read_shards(paths, csvs, progress)
+        tables = {name: pa.concat_tables(part.rows for part in parts) for name, parts in splits.items()}
+        _check_tables(folder, tables, splits)
+        levels = _check_images(splits, encoding, workers, progress)
         sources = {csv.name: csv} if isinstance(csv, Path) else csvs
         manifest = Manifest(
             options={"indexed": True, "labels": "csv" if csvs else "json", "encoding": encoding},
             policies={"uncertain": "best", "blank": "zeros"},
-            sources={name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in sources.items()},
+            sources={name: hash_file(path) for name, path in sources.items()},
             pixels=gray_statistics(levels),
-            splits={name: _write_split(folder, name, tables[name], shards[name]) for name in tables},
+            splits={
+                name: write_split(folder, name, tables[name], [part.shard for part in parts])
+                for name, parts in splits.items()
+            },
         )
         write_manifest(folder, manifest)
     return manifest
-
-
-def _assign_csvs(
-    csv: Path | Mapping[str, Path] | None, paths: Mapping[str, list[Path]]
-) -> Mapping[str, Path]:
-    """The CSV of each split; none where the labels are in the jsons. Raises DataError for one too many or few."""
-    if csv is None:
-        return {}
-    csvs = dict.fromkeys(paths, csv) if isinstance(csv, Path) else csv
-    for name in csvs:
-        if name not in paths:
-            raise DataError(f"--csv {name}={csvs[name]}: no shards of {name}; there are {', '.join(paths)}")
-    for name, of_split in paths.items():
-        if name not in csvs:
-            raise DataError(f"{of_split[0]}: no CSV for {name}; add --csv {name}=FILE")
-    return csvs
-
-
-def _read_shards(
-    paths: Mapping[str, list[Path]], csvs: Mapping[str, Path], progress: Progress
-) -> tuple[dict[str, list[Shard]], dict[str, pa.Table], str]:
-    """Shards and table of each split, and the encoding of all images."""
-    readers: dict[Path | None, ReadRows] = {None: _rows_of_json}
-    readers |= {csv: partial(_rows_of_csv, csv, read_labels(csv)) for csv in set(csvs.values())}
-    shards: dict[str, list[Shard]] = {name: [] for name in paths}
-    parts: dict[str, list[pa.Table]] = {name: [] for name in paths}
-    encodings: dict[str, str] = {}  # each with the first image that has it
-    todo = [(name, path) for name, of_split in paths.items() for path in of_split]
-    for done, (name, path) in enumerate(todo, start=1):
-        shard, table = _index_shard(path, len(shards[name]), readers[csvs.get(name)], encodings)
-        shards[name].append(shard)
-        parts[name].append(table)
-        progress(done, len(todo), "labels")
-    tables = {name: pa.concat_tables(of_split) for name, of_split in parts.items()}
-    return shards, tables, next(iter(encodings), "jpeg")
-
-
-def read_facts(data: bytes, sample_key: str) -> dict[str, Any]:
-    """A sample's row (columns FACTS) from its json: in our own layout, or with the columns of CheXpert's CSV.
-
-    Raises ValueError saying what is wrong with it.
-    """
-    document = _parse(data)
-    labels = document.get("labels")
-    values = document | labels if isinstance(labels, dict) else _flat_values(document, sample_key)
-    row = {}
-    for name, pattern in _PATTERNS.items():
-        if name not in values:
-            raise ValueError(f"its json lacks {name}")
-        value = values[name]
-        text = "" if value is None or value != value else str(value)
-        if not re.fullmatch(pattern, text):
-            raise ValueError(f"its json holds {value!r:.100} as {name}{_LIMITS.get(name, '')}")
-        row[name] = None if not text else int(float(text)) if name in _NUMBERS else text
-    return row
 
 
 def _find_shards(folder: Path, split: str | None) -> dict[str, list[Path]]:
@@ -219,10 +155,49 @@ def _check_count(folder: Path, prefix: str, total: str, numbers: Mapping[int, Pa
             raise DataError(f"{folder / name}: missing; the names of the others say that there are {count:,}")
 
 
-def _index_shard(
-    path: Path, number: int, read_rows: ReadRows, encodings: dict[str, str]
-) -> tuple[Shard, pa.Table]:
-    """A tar's entry in the manifest and its rows. Raises DataError where its images are encoded as no other's."""
+def _assign_csvs(
+    csv: Path | Mapping[str, Path] | None, paths: Mapping[str, list[Path]]
+) -> Mapping[str, Path]:
+    """The CSV of each split; none where the labels are in JSON. Raises DataError for one too many or too few."""
+    if csv is None:
+        return {}
+    csvs = dict.fromkeys(paths, csv) if isinstance(csv, Path) else csv
+    for name in csvs:
+        if name not in paths:
+            raise DataError(f"--csv {name}={csvs[name]}: no shards of {name}; there are {', '.join(paths)}")
+    for name, of_split in paths.items():
+        if name not in csvs:
+            raise DataError(f"{of_split[0]}: no CSV for {name}; add --csv {name}=FILE")
+    return csvs
+
+
+def _check_free(path: Path) -> None:
+    """Raise DataError where another program's table is in the way; one of an interrupted run is replaced."""
+    try:
+        if not path.exists() or "member" in read_arrow(path, path.read_bytes()).column_names:
+            return
+    except DataError:
+        pass
+    raise DataError(f"{path}: not written by this command, which would replace it; move it away")
+
+
+def _read_shards(
+    paths: Mapping[str, list[Path]], csvs: Mapping[str, Path], progress: Progress
+) -> tuple[dict[str, list[Indexed]], str]:
+    """The shards of each split, and the encoding of all images."""
+    readers: dict[Path | None, ReadRows] = {None: _rows_of_json}
+    readers |= {csv: partial(_rows_of_csv, csv, read_labels(csv)) for csv in set(csvs.values())}
+    splits: dict[str, list[Indexed]] = {name: [] for name in paths}
+    encodings: dict[str, str] = {}  # each with the first image that has it
+    todo = [(name, path) for name, of_split in paths.items() for path in of_split]
+    for done, (name, path) in enumerate(todo, start=1):
+        splits[name].append(_index_shard(path, len(splits[name]), readers[csvs.get(name)], encodings))
+        progress(done, len(todo), "labels")
+    return splits, next(iter(encodings), "jpeg")
+
+
+def _index_shard(path: Path, number: int, read_rows: ReadRows, encodings: dict[str, str]) -> Indexed:
+    """A tar with its rows. Raises DataError where its images do not have the encoding of all others."""
     with map_file(path) as data:
         samples = list(_find_samples(path, walk_tar(path, data)))
         for sample in samples:
@@ -240,7 +215,8 @@ def _index_shard(
         for field, values in zip(PLACES, places, strict=True):
             table = table.append_column(field, pa.array(values, field.type))
         table = table.append_column("member", pa.array([image.name for image in images], pa.string()))
-        return Shard(path.name, len(samples), len(data), hashlib.sha256(data).hexdigest()), table
+        digest = hashlib.sha256(data).hexdigest()
+        return Indexed(path, Shard(path.name, len(samples), len(data), digest), table)
 
 
 def _find_samples(path: Path, members: Iterable[Member]) -> Iterator[Sample]:
@@ -250,7 +226,6 @@ def _find_samples(path: Path, members: Iterable[Member]) -> Iterator[Sample]:
     for key, group in groupby(named, key=itemgetter(0)):
         parts = [(suffix, member) for _, suffix, member in group]
         there = [suffix for suffix, _ in parts]
-        # Beside a JPEG, a PNG or an array is something else: a mask, an embedding.
         encoding = next((name for name, ends in _SUFFIXES.items() if not set(ends).isdisjoint(there)), "jpeg")
         images = [member for suffix, member in parts if suffix in _SUFFIXES[encoding]]
         if len(images) != 1 or len(dict(parts)) != len(parts):
@@ -262,13 +237,13 @@ def _find_samples(path: Path, members: Iterable[Member]) -> Iterator[Sample]:
 
 
 def _rows_of_json(path: Path, samples: list[Sample], data: mmap.mmap) -> pa.Table:
-    """The rows of samples that carry their labels in their json."""
+    """The rows of samples that carry their labels in their JSON."""
     return pa.Table.from_pylist(_read_each(read_facts, path, samples, data), FACTS)
 
 
 def _rows_of_csv(csv: Path, table: pa.Table, path: Path, samples: list[Sample], data: mmap.mmap) -> pa.Table:
     """The CSV's rows of the samples, joined by patient, study and view."""
-    keys = [identity["key"] for identity in _read_each(_read_identity, path, samples, data)]
+    keys = [identity["key"] for identity in _read_each(read_identity, path, samples, data)]
     rows = pc.index_in(pa.array(keys, pa.string()), value_set=table["key"].combine_chunks())
     for row in np.flatnonzero(rows.is_null()):
         raise DataError(f"{path}: sample {samples[row].key}: {keys[row]} is not in {csv}")
@@ -278,7 +253,7 @@ def _rows_of_csv(csv: Path, table: pa.Table, path: Path, samples: list[Sample], 
 def _read_each(
     read: Callable[[bytes, str], dict[str, Any]], path: Path, samples: list[Sample], data: mmap.mmap
 ) -> list[dict[str, Any]]:
-    """What `read` makes of each sample's json (an empty object where there is none) and key."""
+    """What `read` makes of each sample's JSON (an empty object where there is none) and key."""
     found = []
     for sample in samples:
         json = sample.json
@@ -289,104 +264,43 @@ def _read_each(
     return found
 
 
-def _parse(data: bytes) -> dict[str, Any]:
-    try:
-        document = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"its json cannot be read: {error}") from None
-    return document if isinstance(document, dict) else {}
-
-
-def _flat_values(document: Mapping[str, Any], sample_key: str) -> dict[str, Any]:
-    """A json with the columns of CheXpert's CSV, under the table's names."""
-    values = {name.replace("_", " "): value for name, value in document.items()}
-    if not any(label in values for label in LABELS):
-        raise ValueError("no labels in a json; give them by --csv")
-    values |= {name: values[column] for name, column in _CSV_NAMES.items() if column in values}
-    values |= _find_identity(document, sample_key)
-    return values | {"view": str(values.get("view")).lower()}
-
-
-def _read_identity(data: bytes, sample_key: str) -> dict[str, Any]:
-    # The json may be about anything where the key says enough.
-    return _find_identity({} if _IDENTITY.search(sample_key) else _parse(data), sample_key)
-
-
-def _find_identity(document: Mapping[str, Any], sample_key: str) -> dict[str, str]:
-    """key, patient and study, from the sample's key or a field of its json. Raises ValueError."""
-    for text in (sample_key, *map(document.get, _IDENTITY_FIELDS)):
-        if isinstance(text, str) and (match := _IDENTITY.search(text)):
-            patient, study, view = match.groups()
-            for number, (what, digits) in zip(re.findall(r"\d+", match[0]), _DIGITS.items(), strict=True):
-                if len(number) > digits:
-                    raise ValueError(f"{match[0]:.200}: {what} numbers have up to {digits} digits here")
-            return {"key": f"{patient}_study{study}_{view}", "patient": patient, "study": study}
-    fields = ", ".join(_IDENTITY_FIELDS)
-    raise ValueError(f"no patientN_studyN_viewN_frontal in its key, nor in {fields} of a json")
-
-
-def _check_tables(folder: Path, tables: Mapping[str, pa.Table], shards: Mapping[str, list[Shard]]) -> None:
+def _check_tables(folder: Path, tables: Mapping[str, pa.Table], splits: Mapping[str, list[Indexed]]) -> None:
     """Raise DataError for an empty split, a key that occurs twice, or a patient in two splits."""
     for name, table in tables.items():
         if table.num_rows == 0:
             raise DataError(f"{folder}: no samples in the shards of {name}")
         for key in repeated(table["key"]):
             numbers = table.filter(pc.equal(table["key"], key))["shard"].to_pylist()
-            first, second = (shards[name][number].file for number in numbers[:2])
-            raise DataError(f"{folder / second}: sample {key}: is in {first} already")
-    for first, second, patient in shared(tables, "patient"):
-        raise DataError(f"{folder}: {patient} is in {first} and in {second}; splits must not share patients")
-
-
-def _check_free(path: Path) -> None:
-    """Raise DataError for a table in the way that is not one of an interrupted run of this command."""
-    try:
-        if not path.exists() or "member" in read_arrow(path, path.read_bytes()).column_names:
-            return
-    except DataError:
-        pass
-    raise DataError(f"{path}: not written by this command, which would replace it; move it away")
+            first, second = (splits[name][number].path for number in numbers[:2])
+            raise DataError(f"{second}: sample {key}: is in {first.name} already")
+    for one, other, patient in shared(tables, "patient"):
+        raise DataError(f"{folder}: {patient} is in {one} and in {other}; splits must not share patients")
 
 
 def _check_images(
-    paths: Mapping[str, list[Path]],
-    shards: Mapping[str, list[Shard]],
-    tables: Mapping[str, pa.Table],
-    encoding: str,
-    workers: int,
-    progress: Progress,
+    splits: Mapping[str, list[Indexed]], encoding: str, workers: int, progress: Progress
 ) -> npt.NDArray[np.int64]:
-    """Decode every image; count [256] the gray levels of PIXEL_SAMPLE of train, or of the first split there is.
+    """Decode every image; count [256] the gray levels of PIXEL_SAMPLE of train, or of the first split.
 
     Raises DataError for the first image that does not decode, naming shard and sample.
     """
-    measured = "train" if "train" in tables else next(iter(tables))
-    tasks = []
-    for name, table in tables.items():
-        counts = np.zeros(table.num_rows, bool)
+    measured = "train" if "train" in splits else next(iter(splits))
+    tasks: list[tuple[Indexed, npt.NDArray[np.bool_]]] = []
+    for name, parts in splits.items():
+        bounds = np.cumsum([part.shard.samples for part in parts])
+        counts = np.zeros(bounds[-1], bool)
         if name == measured:  # evenly spaced
-            sample = min(table.num_rows, PIXEL_SAMPLE)
-            counts[np.arange(sample) * table.num_rows // sample] = True
-        starts = accumulate((shard.samples for shard in shards[name]), initial=0)
-        for path, shard, start in zip(paths[name], shards[name], starts, strict=False):
-            rows = table.slice(start, shard.samples)
-            tasks.append((path, rows, counts[start : start + shard.samples], encoding))
-    levels = np.zeros(256, np.int64)
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="index")
-    try:
-        futures = [pool.submit(_decode_images, *task) for task in tasks]
-        for done, future in enumerate(futures, start=1):
-            levels += future.result()
-            progress(done, len(tasks), "images")
-    finally:
-        pool.shutdown(cancel_futures=True)
-    return levels
+            sample = min(len(counts), PIXEL_SAMPLE)
+            counts[np.arange(sample) * len(counts) // sample] = True
+        tasks += zip(parts, np.split(counts, bounds[:-1]), strict=True)
+    decode = partial(_decode_images, encoding)
+    levels = run_threads(decode, tasks, workers, lambda done, total: progress(done, total, "images"))
+    return sum(levels, np.zeros(256, np.int64))
 
 
-def _decode_images(
-    path: Path, rows: pa.Table, counts: npt.NDArray[np.bool_], encoding: str
-) -> npt.NDArray[np.int64]:
+def _decode_images(encoding: str, task: tuple[Indexed, npt.NDArray[np.bool_]]) -> npt.NDArray[np.int64]:
     """Decode the images of a tar; the gray levels [256] of those that count."""
+    (path, _, rows), counts = task
     levels = np.zeros(256, np.int64)
     places = rows.select(["key", "member", "offset", "length"]).to_pylist()
     with path.open("rb") as file:
@@ -401,9 +315,3 @@ def _decode_images(
             if is_counted:
                 levels += np.bincount(pixels.ravel(), minlength=256)
     return levels
-
-
-def _write_split(folder: Path, name: str, table: pa.Table, shards: list[Shard]) -> Split:
-    file = f"{name}.arrow"
-    digest = write_table(folder / file, table)
-    return Split(**count_rows(table), table=file, table_sha256=digest, shards=tuple(shards))

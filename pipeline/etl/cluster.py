@@ -1,7 +1,7 @@
 """Tasks → results on the workers of a Dask cluster: what `pipeline.base.workers` is on one machine.
 
-Dask's scheduler runs the tasks of a worker that was lost on another one. Tasks and results travel pickled among
-scheduler, workers and this process, which must trust each other; paths among them must mean the same everywhere.
+Dask's scheduler reruns the tasks of a lost worker on another one. Tasks and results travel pickled among scheduler,
+workers and this process, which must trust each other; paths in them must mean the same everywhere.
 """
 
 from collections.abc import Callable, Generator, Iterable
@@ -21,10 +21,7 @@ PACKAGES = ("numpy", "opencv-python-headless", "pillow", "pyarrow", "simplejpeg"
 
 
 def run_on_cluster(
-    function: Callable[[Task], Result],
-    tasks: Iterable[Task],
-    scheduler: str,
-    witness: Path,
+    function: Callable[[Task], Result], tasks: Iterable[Task], scheduler: str, witness: Path
 ) -> Generator[Result, None, None]:
     """Results as they come, with a bounded number of tasks in flight.
 
@@ -95,7 +92,7 @@ def _check_workers(client: Any, scheduler: str, witness: Path) -> None:
 
 
 def _describe(witness: Path) -> dict[str, str]:
-    """What decides a worker's output: versions, and the content of the file that all see."""
+    """What decides a worker's output: versions, and the content of the shared file."""
     try:
         content = witness.read_bytes().hex()
     except OSError:

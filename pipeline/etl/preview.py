@@ -6,19 +6,10 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from pipeline.etl.shards import Options, selection
+from pipeline.etl.planning import Options, read_rows
 from pipeline.images import ImageError, prepare
 from pipeline.measure.counts import Statistics, count_labels, describe_views
-from pipeline.sources.chexpert import (
-    Omitted,
-    Source,
-    describe_moved,
-    divide_rows,
-    find_missing,
-    read_images,
-    read_splits,
-    refuse_dark_images,
-)
+from pipeline.sources.chexpert import Omitted, Source, describe_moved, divide_rows, find_missing, read_images
 
 SAMPLED = 24  # images per split that are prepared to estimate the bytes
 OVERHEAD = 2304  # bytes per sample beside the image: two headers, the JSON and half a block of padding
@@ -36,7 +27,7 @@ class SplitPreview(NamedTuple):
 
 
 class Preview(NamedTuple):
-    """All splits, the rows' label counts, how many studies have which views, and what `describe_moved` says."""
+    """All splits, label counts, how many studies have which views, and what `describe_moved` says."""
 
     splits: dict[str, SplitPreview]
     statistics: Statistics
@@ -45,10 +36,8 @@ class Preview(NamedTuple):
 
 
 def preview_shards(source: Source, options: Options) -> Preview:
-    """What `write_shards` would do. Raises DataError as that does for a bad CSV or images that need `bits`."""
-    tables, dropped = read_splits(source, **selection(options))
-    if options.bits is None:
-        refuse_dark_images(tables.values(), source.roots, options.max_pixels)
+    """What `write_shards` would do. Raises DataError as `read_rows` does."""
+    tables, dropped = read_rows(source, options)
     splits = {}
     for split, table in tables.items():
         files = table["file"].to_pylist()
@@ -68,7 +57,7 @@ def preview_shards(source: Source, options: Options) -> Preview:
 
 
 def _mean_bytes(files: list[str], source: Source, options: Options) -> float:
-    """Bytes per sample, from images spread evenly over the split; unusable ones do not count."""
+    """Bytes per sample, from usable images spread evenly over the split."""
     sizes = []
     spread = np.linspace(0, len(files) - 1, min(SAMPLED, len(files)), dtype=int)
     for content in read_images([files[position] for position in spread], source.roots):

@@ -3,14 +3,13 @@
     pipeline verify shards --deep
 
 Each file is read and hashed once, and the headers of each tar are walked. Only where a hash differs, or for
-`--deep`, are the samples looked at one by one: so that the damage is named, not just its file.
+`--deep`, are the samples checked one by one, so that the damage is named, not just its file.
 """
 
-import hashlib
 import mmap
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import accumulate, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,8 +18,10 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.base.errors import DataError
-from pipeline.base.files import is_temporary
-from pipeline.etl.adopt import read_facts
+from pipeline.base.files import hash_file, is_temporary
+from pipeline.base.workers import run_threads
+from pipeline.etl.exchange import PARTIAL, PLANNED
+from pipeline.etl.facts import read_facts
 from pipeline.etl.tar import BLOCK, Member, map_file, walk_tar
 from pipeline.images import ENCODINGS, decode_stored
 from pipeline.labels import count_rows, repeated, shared
@@ -47,14 +48,11 @@ class Verdict(NamedTuple):
 class _Task(NamedTuple):
     path: Path
     shard: Shard
-    rows: pa.Table | None  # of this shard; None where the split's table is of no use
+    rows: pa.Table | None  # of this shard; None where the split's table is unusable
 
 
 def verify_shards(
-    folder: Path,
-    deep: bool,
-    workers: int,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    folder: Path, deep: bool, workers: int, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> Verdict:
     """Check a folder of shards; `progress` gets (shards done, total).
 
@@ -82,14 +80,9 @@ def verify_shards(
         task for name, split in manifest.splits.items() for task in _tasks(folder, split, tables.get(name))
     ]
     owners = {task.shard.sha256: task.shard.file for task in tasks}
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="verify")
-    try:
-        futures = [pool.submit(_check_shard, task, manifest.options, owners, deep) for task in tasks]
-        for done, (task, future) in enumerate(zip(tasks, futures, strict=True), start=1):
-            problems[task.shard.file] = future.result()
-            progress(done, len(tasks))
-    finally:
-        pool.shutdown(cancel_futures=True)
+    check = partial(_check_shard, manifest.options, owners, deep)
+    found = run_threads(check, tasks, workers, progress)
+    problems |= {task.shard.file: lines for task, lines in zip(tasks, found, strict=True)}
     return Verdict(
         splits=len(manifest.splits),
         shards=len(tasks),
@@ -117,7 +110,7 @@ def _check_table(folder: Path, split: Split) -> tuple[list[str], pa.Table | None
     sizes = [shard.samples for shard in split.shards]
     if not np.array_equal(table["shard"], np.repeat(np.arange(len(sizes)), sizes)):
         return [*lines, f"{path}: its rows do not lie in the shards as the manifest counts them"], None
-    return [*lines, *(f"{path}: sample {key}: is there twice" for key in repeated(table["key"]))], table
+    return [*lines, *(f"{path}: sample {key}: appears twice" for key in repeated(table["key"]))], table
 
 
 def _tasks(folder: Path, split: Split, table: pa.Table | None) -> Iterator[_Task]:
@@ -127,21 +120,19 @@ def _tasks(folder: Path, split: Split, table: pa.Table | None) -> Iterator[_Task
         yield _Task(folder / shard.file, shard, rows)
 
 
-def _check_shard(task: _Task, options: Mapping[str, Any], owners: Mapping[str, str], deep: bool) -> list[str]:
-    """What is wrong with a shard: the most precise that can be said."""
+def _check_shard(options: Mapping[str, Any], owners: Mapping[str, str], deep: bool, task: _Task) -> list[str]:
+    """What is wrong with a shard, as precisely as possible."""
     path, shard, rows = task
     try:
         # Read, not mapped: a bad sector then is an error here, and not the end of the process.
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            size = file.tell()
+        digest, size = hash_file(path), path.stat().st_size
     except FileNotFoundError:
         return [f"{path}: the shard is missing"]
     except OSError as error:
         return [f"{path}: cannot be read: {error.strerror}"]
     is_intact = digest == shard.sha256
     if not is_intact and digest in owners:
-        return [f"{path}: holds what belongs into {owners[digest]}"]
+        return [f"{path}: holds what belongs in {owners[digest]}"]
     if size != shard.bytes:
         return [f"{path}: damaged: {size} bytes, not {shard.bytes} as in the manifest"]
     try:
@@ -173,7 +164,7 @@ def _check_samples(
     needed = rows if deep else rows.select(["key", "offset", "length"])
     for row, name in zip(needed.to_pylist(), names, strict=True):
         image = by_name.get(name)
-        # The labels of an indexed folder may come from a CSV; its jsons then say something else.
+        # The labels of an indexed folder may come from a CSV; its JSONs then say something else.
         json = None if options.get("labels") == "csv" else by_name.get(f"{name.rpartition('.')[0]}.json")
         complaint = _check_place(row, name, image)
         if deep and image and not complaint:
@@ -220,7 +211,7 @@ def _check_content(
         return str(error)
     for name, value in facts.items():
         if value != row[name]:
-            return f"{name} is {value} in its json, {row[name]} in the table"
+            return f"{name} is {value} in its JSON, {row[name]} in the table"
     return None
 
 
@@ -228,7 +219,7 @@ def _find_leftovers(folder: Path, known: Collection[str]) -> list[str]:
     """A line for each file that an interrupted run left, and for each shard or table of another set."""
     lines = []
     for path in sorted(folder.iterdir()):
-        if path.name in (".partial", ".planned") or is_temporary(path):
+        if path.name in (PARTIAL, PLANNED) or is_temporary(path):
             lines.append(f"{path}: left over from an interrupted run; delete it")
         elif path.suffix in (".tar", ".arrow") and path.name not in known:
             lines.append(f"{path}: the manifest does not list it")

@@ -1,4 +1,4 @@
-"""A CheXpert folder, as people really have it → label table per split, and where each image lies.
+"""A CheXpert folder, in any layout people have → label table per split, and where each image lies.
 
 Layouts: the folder that holds the CSVs or its parent; any name for it; the CSVs beside it; AIMI's download batches side
 by side (`CheXpert-v1.0 batch 1 (validate & csv)`, `batch 2 (train 1)`, …), which hold the patients directly; the test
@@ -49,7 +49,7 @@ CSV_NAMES = {
 _BATCH = re.compile(r"batch[ _-]?\d", re.IGNORECASE)  # AIMI's download folders
 _PATIENT = re.compile(r"patient\d+")
 _SPLIT_FOLDERS = ("train", "valid", "val", "test")
-SAMPLED = 64  # images that are looked at for their depth
+SAMPLED = 64  # images whose bit depth is checked
 
 
 class Source(NamedTuple):
@@ -67,9 +67,9 @@ class Omitted(NamedTuple):
 
 
 def find_csvs(folder: Path) -> dict[str, Path]:
-    """Split → its CSV, where `folder` or exactly one folder in it holds at least one, or they lie beside it.
+    """Split → its CSV, from `folder`, the only folder in it that holds CSVs, or the folder that holds `folder`.
 
-    Raises DataError where there is none, or more than one folder to choose from.
+    Raises DataError where none has CSVs, or several folders in it do.
     """
     with named_failures(folder, "cannot be read"):
         if not folder.is_dir():
@@ -122,9 +122,9 @@ def read_splits(
 ) -> tuple[dict[str, pa.Table], dict[str, Omitted]]:
     """Label table per split, shuffled, with the column `file` (absolute path or URL); and what was dropped.
 
-    With all views it is studies that are shuffled, and the images of one follow each other. train is divided
-    into train and dev by patient. Splits that end up empty are left out. Raises DataError where a CSV is bad, a
-    patient is in two CSVs, or no image is left.
+    With all views, studies are shuffled, and the images of each stay together. train is divided into train and dev
+    by patient. Empty splits are left out. Raises DataError where a CSV is bad, a patient is in two CSVs, or no image
+    is left.
     """
     tables = {split: read_labels(csv) for split, csv in source.csvs.items()}
     _refuse_shared_patients(source, tables)
@@ -138,7 +138,7 @@ def read_splits(
     for split, table in tables.items():
         of_view = select_views(table, views)
         chosen = of_view if limit is None else limit_patients(of_view, limit, seed)
-        chosen = _shuffle_studies(chosen, seed) if views == "all" else _shuffle(chosen, seed)
+        chosen = _shuffle(chosen, seed, by_study=views == "all")
         dropped[split] = Omitted(table.num_rows - of_view.num_rows, of_view.num_rows - chosen.num_rows)
         if chosen.num_rows:
             kept[split] = chosen.append_column("file", _locate(chosen["path"].to_pylist(), folders, source))
@@ -148,7 +148,7 @@ def read_splits(
 
 
 def divide_rows(table: pa.Table, size: int, views: str) -> Iterator[pa.Table]:
-    """The rows of each shard: `size` of them; with all views a few more or less, so that no study is divided."""
+    """The rows of each shard: `size` rows; with all views a few more or less, so that no study is divided."""
     starts = np.arange(0, table.num_rows, size)
     if views == "all":
         studies = study_names(table).to_pylist()
@@ -159,16 +159,13 @@ def divide_rows(table: pa.Table, size: int, views: str) -> Iterator[pa.Table]:
 
 
 def find_missing(files: Sequence[str], roots: Sequence[Path]) -> list[str]:
-    """The files that are not there, in their order."""
+    """The files that do not exist, in their order."""
     stored: set[str] = set().union(*(list_objects(root) for root in roots if is_remote(root)))
     return [file for file in files if not (file in stored if "://" in file else os.path.exists(file))]
 
 
 def read_images(files: Sequence[str], roots: Sequence[Path]) -> Iterator[bytes | ImageError]:
-    """The content of each file in turn, or why it has none that may be used.
-
-    Raises DataError for a store that fails: only what is wrong with an image is a matter of that image.
-    """
+    """The content of each file in turn, or why it cannot be used. Raises DataError for a store that fails."""
     stored = read_objects([file for file in files if "://" in file])
     for file in files:
         content = next(stored) if "://" in file else _read_file(file, roots)
@@ -176,7 +173,7 @@ def read_images(files: Sequence[str], roots: Sequence[Path]) -> Iterator[bytes |
 
 
 def _read_file(path: str, roots: Sequence[Path]) -> bytes | ImageError | None:
-    """Content, what is wrong with the file, or None where there is none."""
+    """Its content, or what is wrong with it; None for a missing file."""
     try:
         # A link may point anywhere: what is read must lie under a folder that the user named.
         resolved = _resolve(path)
@@ -223,16 +220,12 @@ def _refuse_shared_patients(source: Source, tables: Mapping[str, pa.Table]) -> N
         )
 
 
-def _shuffle(table: pa.Table, seed: int) -> pa.Table:
-    """Rows in an order that depends on (seed, key) alone: CheXpert's own order is not random."""
-    draws = [hash_fraction("shuffle", seed, key) for key in table["key"].to_pylist()]
-    return table.take(np.argsort(np.array(draws), kind="stable"))
-
-
-def _shuffle_studies(table: pa.Table, seed: int) -> pa.Table:
-    """Studies in an order that depends on (seed, study) alone, the images of each by key."""
-    draws = np.array([hash_fraction("shuffle", seed, study) for study in study_names(table).to_pylist()])
-    return table.take(np.lexsort((table["key"].to_pylist(), draws)))
+def _shuffle(table: pa.Table, seed: int, by_study: bool) -> pa.Table:
+    """Images, or studies with their images by key, in an order that depends only on the seed and their names."""
+    keys = table["key"].to_pylist()
+    units = study_names(table).to_pylist() if by_study else keys
+    draws = np.array([hash_fraction("shuffle", seed, unit) for unit in units])
+    return table.take(np.lexsort((keys, draws)))
 
 
 def _above(path: str) -> str:
@@ -309,7 +302,7 @@ def _is_batch(folder: str) -> bool:
 
 
 def describe_moved(tables: Iterable[pa.Table], roots: Sequence[Path]) -> str | None:
-    """How many images lie in another folder than the CSV says, AIMI's batches apart; None where none does."""
+    """How many images lie in another folder than the CSV says, not counting AIMI's batches; None for no image."""
     meant = cache(lambda above: {*_named_folders(above, roots)})
     moved = [
         (path, file)

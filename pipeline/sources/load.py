@@ -1,6 +1,7 @@
 """SOURCE (shards, a data set's folder, or one CSV) → its label table."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 import pyarrow as pa
 
@@ -8,6 +9,7 @@ from pipeline.base.errors import DataError
 from pipeline.labels import LABELS, read_labels, select_views
 from pipeline.manifest import NAME, read_manifest, read_table
 from pipeline.measure.counts import describe_views
+from pipeline.policies import find_one_class
 from pipeline.sources.chexpert import find_csvs
 
 
@@ -36,7 +38,23 @@ def load_table(source: Path, split: str | None, views: str) -> pa.Table:
     return table
 
 
-def describe_studies(folder: Path) -> str:
-    """How many studies of some shards have which views, in words."""
-    splits = read_manifest(folder).splits.values()
-    return describe_views(pa.concat_tables(read_table(folder, split) for split in splits))
+class Described(NamedTuple):
+    """What the labels of some shards are like, in words.
+
+    `views`: how many studies have which views, "" unless shards hold whole studies. `one_class`: a text for each
+    label that the shards' policies leave with one class in train.
+    """
+
+    views: str
+    one_class: list[str]
+
+
+def describe_shards(folder: Path) -> Described:
+    """Read the tables of some shards, and say what their labels are like."""
+    manifest = read_manifest(folder)
+    tables = {name: read_table(folder, split) for name, split in manifest.splits.items()}
+    of_studies = manifest.options.get("unit") == "study"
+    return Described(
+        describe_views(pa.concat_tables(tables.values())) if of_studies else "",
+        find_one_class(tables["train"], manifest.policies) if "train" in tables else [],
+    )

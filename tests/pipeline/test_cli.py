@@ -63,7 +63,11 @@ def test_help_has_an_example_and_does_not_import_torch() -> None:
         ),
         (["{chexpert}", "out", "--dev", "nan"], 2, "'--dev': nan is not a finite number"),
         (["{chexpert}", "out", "--max-bad", "nan"], 2, "'--max-bad': nan is not a finite number"),
-        (["{chexpert}", "out", "--split", "a=b", "--split", "a=c"], 2, "--split a is there twice; one CSV"),
+        (
+            ["{chexpert}", "out", "--split", "a=b", "--split", "a=c"],
+            2,
+            "--split a given twice: a split takes one CSV",
+        ),
     ],
 )
 def test_bad_use_is_one_line_and_an_exit_code(
@@ -153,10 +157,10 @@ def test_labels_with_one_class_are_warned_about_and_refused_where_strict(
     assert not (out / "manifest.json").exists()
     warned = run(*command)
     assert warned.returncode == 0
-    assert f"{text} by these policies: it cannot be learnt" in warned.stderr.splitlines()
+    assert f"{text} by these policies: it cannot be learned" in warned.stderr.splitlines()
     again = run(*command)  # the shards are there, and so is what is wrong with them
     assert "complete already" in again.stdout
-    assert f"{text} by these policies: it cannot be learnt" in again.stderr.splitlines()
+    assert f"{text} by these policies: it cannot be learned" in again.stderr.splitlines()
     refused = run(*command, "--strict")
     assert (refused.returncode, refused.stderr) == (1, f"Error: --strict: {text}; choose other policies\n")
 

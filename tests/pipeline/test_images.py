@@ -8,6 +8,7 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
+from pipeline.containers import strip_metadata
 from pipeline.images import (
     ENCODINGS,
     Gray,
@@ -17,7 +18,6 @@ from pipeline.images import (
     decode_stored,
     prepare,
     resize,
-    strip_metadata,
     unexplained_level,
 )
 from tests.conftest import REPOSITORY

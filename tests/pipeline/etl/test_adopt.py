@@ -135,7 +135,7 @@ def test_verify_names_damage_in_shards_of_others(chexpert: Path, tmp_path: Path)
     path.write_bytes(data.replace(b'"Age": 2', b'"Age": 3', 1))
     assert verify_shards(folder, deep=False, workers=1).problems == {
         path.name: [
-            f"{path}: sample patient00006_study1_view1_frontal: age is 36 in its json, 26 in the table"
+            f"{path}: sample patient00006_study1_view1_frontal: age is 36 in its JSON, 26 in the table"
         ]
     }
 
@@ -171,11 +171,11 @@ NO_JPEG = "Could not determine subsampling level of JPEG image"
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"json": None}, "no labels in a json; give them by --csv"),
-        ({"json": {"caption": "film"}}, "no labels in a json; give them by --csv"),
+        ({"json": None}, "no labels in its JSON; give them by --csv"),
+        ({"json": {"caption": "film"}}, "no labels in its JSON; give them by --csv"),
         (
             {"json": b"{"},
-            "its json cannot be read: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)",
+            "its JSON: damaged: not JSON: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)",
         ),
         ({"jpg": None}, "needs one .jpg, .jpeg, .png or .npy, but holds .cls, .json"),
         ({"jpeg": b"x"}, "needs one .jpg, .jpeg, .png or .npy, but holds .cls, .jpeg, .jpg, .json"),
@@ -185,16 +185,16 @@ NO_JPEG = "Could not determine subsampling level of JPEG image"
             f"{KEY}.npy does not decode: not a .npy file of gray pixels, uint8 [H, W]",
         ),
         ({"jpg": b"x"}, f"{KEY}.jpg does not decode: tjDecompressHeader3(): {NO_JPEG}"),
-        ({"Edema": 2}, "its json holds 2 as Edema"),
-        ({"Edema": True}, "its json holds True as Edema"),
+        ({"Edema": 2}, "its JSON holds 2 as Edema"),
+        ({"Edema": True}, "its JSON holds True as Edema"),
         (
             {"Edema": None, "Age": "old"},
-            "its json holds 'old' as age, not a number of up to 3 digits",
+            "its JSON holds 'old' as age, not a number of up to 3 digits",
         ),
-        ({"Sex": "\ud800"}, r"its json holds '\ud800' as sex"),
-        ({"Frontal/Lateral": "Oblique"}, "its json holds 'oblique' as view"),
-        ({"Sex": ...}, "its json lacks sex"),
-        ({"Fracture": ...}, "its json lacks Fracture"),
+        ({"Sex": "\ud800"}, r"its JSON holds '\ud800' as sex"),
+        ({"Frontal/Lateral": "Oblique"}, "its JSON holds 'oblique' as view"),
+        ({"Sex": ...}, "its JSON lacks sex"),
+        ({"Fracture": ...}, "its JSON lacks Fracture"),
     ],
 )
 def test_unusable_sample_is_named(chexpert: Path, tmp_path: Path, changes: Sample, message: str) -> None:
@@ -225,7 +225,7 @@ def test_unknown_or_unjoinable_sample_is_named(chexpert: Path, tmp_path: Path) -
             f"patient00099_study1_view1_frontal is not in {chexpert / 'train.csv'}",
         ),
         (long, f"{long}: study numbers have up to 6 digits here"),
-        ("film1", f"no patientN_studyN_viewN_frontal in its key, nor in {fields} of a json"),
+        ("film1", f"no patientN_studyN_viewN_frontal in its key, nor in {fields} of its JSON"),
     ):
         write(path.parent, "train-%06d.tar", [{"__key__": key, "jpg": sample["jpg"]}])
         run = run_pipeline("index", path.parent, "--csv", chexpert / "train.csv")
@@ -453,7 +453,7 @@ def test_each_split_has_a_csv_of_its_own(chexpert: Path, tmp_path: Path) -> None
             1,
             "Error: --csv test=x.csv: no shards of test; there are train, valid",
         ),
-        ((train, train), 2, "Error: --csv train is there twice; one CSV makes a split"),
+        ((train, train), 2, "Error: --csv train given twice: a split takes one CSV"),
         ((train, "x.csv"), 2, "Error: --csv x.csv: with several, each is like train=FILE"),
     ):
         run = run_pipeline("index", folder, *(part for csv in options for part in ("--csv", csv)))

@@ -21,9 +21,11 @@ from PIL import Image
 from pipeline import DataError, open_shards
 from pipeline.base.files import atomic_file, claimed, write_csv
 from pipeline.base.store import remove_folder
+from pipeline.etl import exchange
 from pipeline.etl import shards as etl
 from pipeline.etl.adopt import write_index
-from pipeline.etl.shards import Options, RunSummary, write_shards
+from pipeline.etl.planning import Options
+from pipeline.etl.shards import Execution, RunSummary, write_shards
 from pipeline.labels import LABELS, hash_fraction
 from pipeline.manifest import Manifest, read_manifest, read_table
 from pipeline.sources.chexpert import find_source
@@ -252,9 +254,8 @@ def test_an_interrupted_overwrite_continues(
             if done >= stop_at:
                 raise KeyboardInterrupt
 
-        return write_shards(
-            source, folder, options, POLICIES, workers=1, max_bad=0, overwrite=overwrite, progress=stop
-        )
+        how = Execution(workers=1, max_bad=0, overwrite=overwrite)
+        return write_shards(source, folder, options, POLICIES, how, stop)
 
     if not finished:
         with pytest.raises(KeyboardInterrupt):
@@ -291,7 +292,7 @@ def test_images_of_one_level_make_shards_that_can_be_read(chexpert: Path, tmp_pa
 def test_changed_csv_is_refused(chexpert: Path, shards: Shards) -> None:
     csv = chexpert / "valid.csv"
     csv.write_text(csv.read_text().replace("Female", "Unknown"))
-    with pytest.raises(DataError, match=r"holds other shards: the CSV of valid is another one; "):
+    with pytest.raises(DataError, match=r"holds other shards: the CSV of valid differs; "):
         make_shards(chexpert, shards[0])
 
 
@@ -362,7 +363,9 @@ def test_link_out_of_the_root_is_rejected_unless_its_target_is_named(chexpert: P
         make_shards(chexpert, tmp_path / "out")
     assert str(caught.value).endswith(f"{image}: leads out of its folder to {secret}; allow that by --root")
     source = find_source(chexpert, {}, [tmp_path / "elsewhere"])
-    run = write_shards(source, tmp_path / "out", default_options(), POLICIES, workers=1, max_bad=0.0)
+    run = write_shards(
+        source, tmp_path / "out", default_options(), POLICIES, Execution(workers=1, max_bad=0.0)
+    )
     assert run.manifest.rejects == ()
 
 
@@ -402,8 +405,9 @@ def test_damaged_tables_and_manifests_are_named(shards: Shards) -> None:
     path = folder / "manifest.json"
     text = path.read_text()
     for damage, message in (
-        (text[:100], "not JSON"),
-        ("[]", "not a manifest of chexpert-shards"),
+        (text[:100], "damaged: not JSON: "),
+        ("[]", "damaged: not a JSON object"),
+        ("{}", "not a manifest of chexpert-shards"),
         (text.replace('"version": 1', '"version": 9'), "format version 9; this program reads 1"),
         (text.replace('"splits"', '"parts"'), "damaged: 'splits'"),
         (
@@ -442,7 +446,8 @@ def test_policies_not_given_are_those_of_the_shards_there(chexpert: Path, tmp_pa
     def policies(blank: str | None, uncertain: str | None, overwrite: bool = False) -> dict[str, str]:
         source, given = find_source(chexpert, {}, []), {"uncertain": uncertain, "blank": blank}
         options = default_options()
-        run = write_shards(source, tmp_path, options, given, workers=1, max_bad=0, overwrite=overwrite)
+        how = Execution(workers=1, max_bad=0, overwrite=overwrite)
+        run = write_shards(source, tmp_path, options, given, how)
         return dict(run.manifest.policies)
 
     assert policies("ignore", None) == {"uncertain": "best", "blank": "ignore"}
@@ -494,15 +499,10 @@ def test_an_overwrite_that_cannot_work_leaves_the_shards_alone(
     other = default_options(seed=1)
     monkeypatch.setattr("pipeline.etl.cluster.CONNECT_SECONDS", 0.5)
 
-    def refuse(match: str, **changes: object) -> None:
+    def refuse(match: str, scheduler: str | None = None) -> None:
+        how = Execution(1, 0.0, scheduler, overwrite=True)
         with pytest.raises(DataError, match=match):
-            write_shards(
-                find_source(chexpert, {}, []),
-                folder,
-                other,
-                POLICIES,
-                **({"workers": 1, "max_bad": 0.0, "overwrite": True} | changes),  # type: ignore[arg-type]
-            )
+            write_shards(find_source(chexpert, {}, []), folder, other, POLICIES, how)
         assert {path.name: sha256(path) for path in folder.iterdir() if path.is_file()} == before
         assert read_manifest(folder) == manifest
 
@@ -552,6 +552,7 @@ def test_killed_at_any_move_an_overwrite_loses_nothing(
                 source.replace(target)
 
             patch.setattr(etl, "move_file", move)
+            patch.setattr(exchange, "move_file", move)
             try:
                 make_shards(chexpert, folder, new, overwrite=True)
             except Killed:
@@ -579,7 +580,8 @@ def test_damaged_and_missing_files_are_repaired_to_the_same_bytes(chexpert: Path
     def repair(options: Options | None = None) -> RunSummary:
         source = find_source(chexpert, {}, [])
         chosen = options or default_options()
-        return write_shards(source, folder, chosen, POLICIES, workers=1, max_bad=0.0, repair=True)
+        how = Execution(workers=1, max_bad=0.0, repair=True)
+        return write_shards(source, folder, chosen, POLICIES, how)
 
     (folder / "train-000001.tar").unlink()
     damaged = folder / "valid-000000.tar"
@@ -651,7 +653,9 @@ def test_what_an_earlier_exchange_left_is_not_in_the_way_of_the_next(
     other = default_options(seed=1)
     with monkeypatch.context() as patch:  # killed when all is in its place, before .partial is removed
         patch.setattr(
-            etl, "remove_folder", lambda path: None if (path / "replaced").exists() else remove_folder(path)
+            exchange,
+            "remove_folder",
+            lambda path: None if (path / "replaced").exists() else remove_folder(path),
         )
         make_shards(chexpert, folder, other, overwrite=True)
     assert (folder / ".partial" / "replaced" / "manifest.json").exists()
@@ -661,7 +665,7 @@ def test_what_an_earlier_exchange_left_is_not_in_the_way_of_the_next(
         moved.append((source.name, target.parent.name))
         source.replace(target)
 
-    monkeypatch.setattr(etl, "move_file", move)
+    monkeypatch.setattr(exchange, "move_file", move)
     make_shards(chexpert, folder, other, overwrite=True)
     # The manifest moves out first and in last: in between no reader takes the folder for finished.
     files = [name for name in moved if name[1] in ("replaced", folder.name)]
@@ -678,7 +682,6 @@ def test_a_repair_allows_the_rejects_that_the_shards_have(chexpert: Path, tmp_pa
     before = hashes(out)
     for path in out.glob("*.tar"):
         path.unlink()
-        write_shards(
-            find_source(chexpert, {}, []), out, options, POLICIES, workers=1, max_bad=0.03, repair=True
-        )
+        how = Execution(workers=1, max_bad=0.03, repair=True)
+        write_shards(find_source(chexpert, {}, []), out, options, POLICIES, how)
     assert hashes(out) == before

@@ -68,7 +68,7 @@ def flip_json(folder: Path, manifest: Manifest) -> list[str]:
     assert found
     age = int(found[1])
     flip(path, found.end() - 1)
-    return [f"{path}: sample {key}: age is {age ^ 1} in its json, {age} in the table"]
+    return [f"{path}: sample {key}: age is {age ^ 1} in its JSON, {age} in the table"]
 
 
 def flip_header(folder: Path, manifest: Manifest) -> list[str]:
@@ -108,7 +108,7 @@ def exchange(folder: Path, manifest: Manifest) -> list[str]:
     one.rename(folder / "third")
     two.rename(one)
     (folder / "third").rename(two)
-    return [f"{one}: holds what belongs into {two.name}", f"{two}: holds what belongs into {one.name}"]
+    return [f"{one}: holds what belongs in {two.name}", f"{two}: holds what belongs in {one.name}"]
 
 
 def remove(folder: Path, manifest: Manifest) -> list[str]:
@@ -326,7 +326,7 @@ def test_a_table_without_a_column(shards: Shards) -> None:
     split = manifest.split("train")
     digest = write_table(folder / split.table, read_table(folder, split).drop_columns(["crc"]))
     write_manifest(folder, change(manifest, replace(split, table_sha256=digest)))
-    lines = [f"{folder / split.table}: column crc is missing, or there twice, or not uint32"]
+    lines = [f"{folder / split.table}: column crc is missing, duplicated, or not uint32"]
     assert verify_shards(folder, deep=True, workers=1).problems == {split.table: lines}
     assert json.loads((folder / "manifest.json").read_bytes())["splits"]["train"]["table_sha256"] == digest
 

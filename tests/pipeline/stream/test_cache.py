@@ -348,7 +348,7 @@ def test_secrets_reach_the_server_and_no_message(server: Server, tmp_path: Path)
     server.faults = iter([serve, status(403)])
     (server.folder / "manifest.json").write_text("<html>")
     for reason in (
-        "not JSON: Expecting value: line 1 column 1 (char 0)",
+        "damaged: not JSON: Expecting value: line 1 column 1 (char 0)",
         f"no access; credentials come from {SOURCES['http']}",
     ):
         with pytest.raises(DataError) as caught:
@@ -382,7 +382,7 @@ def test_what_is_no_manifest_is_named(server: Server, tmp_path: Path) -> None:
         quick(web(server), tmp_path / "cache").mirror()
     assert (
         str(caught.value)
-        == f"{web(server)}/manifest.json: not JSON: Expecting value: line 1 column 1 (char 0)"
+        == f"{web(server)}/manifest.json: damaged: not JSON: Expecting value: line 1 column 1 (char 0)"
     )
     assert not list((tmp_path / "cache" / "sets").iterdir())
 

@@ -28,15 +28,17 @@ def test_splits_tables_and_batches_are_those_of_the_manifest(shards: Shards) -> 
         target, mask = make_targets(table, parse_uncertain_policy("best"), "zeros", seed=0)  # the shards' own
         np.testing.assert_array_equal(np.concatenate([batch.target for batch in batches]), target)
         np.testing.assert_array_equal(np.concatenate([batch.mask for batch in batches]), mask)
-    with pytest.raises(DataError, match=r"^split 'test' does not exist; these shards hold train, dev, valid$"):
+    with pytest.raises(
+        DataError, match=r"^split 'test' does not exist; these shards hold train, dev, valid$"
+    ):
         opened["test"]
 
 
 def test_policies_are_those_given(shards: Shards) -> None:
     train = open_shards(shards[0])["train"]
-    policies = {"uncertain": "ignore,Edema=multiclass", "blank": "ignore", "seed": 3}
-    batches = list(train.batches(5, 32, epoch=None, **policies))
-    policy = parse_uncertain_policy("ignore,Edema=multiclass")
+    uncertain = "ignore,Edema=multiclass"
+    batches = list(train.batches(5, 32, epoch=None, uncertain=uncertain, blank="ignore", seed=3))
+    policy = parse_uncertain_policy(uncertain)
     target, mask = make_targets(train.table, policy, "ignore", seed=3)
     np.testing.assert_array_equal(np.concatenate([batch.target for batch in batches]), target)
     np.testing.assert_array_equal(np.concatenate([batch.mask for batch in batches]), mask)

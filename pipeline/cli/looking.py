@@ -1,0 +1,237 @@
+"""The commands that look at labels and images: stats, show."""
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from pipeline.base.files import write_atomically
+from pipeline.console import Parsed, refuse_usage, say
+from pipeline.labels import LABELS, STATES, VIEWS
+from pipeline.look.tables import print_report
+from pipeline.manifest import NAME, read_manifest
+from pipeline.measure.counts import (
+    NO_GROUP,
+    LabelStatistics,
+    compare_tables,
+    count_cooccurrence,
+    count_groups,
+    count_labels,
+    count_targets,
+    parse_policies,
+    start_report,
+    to_csv,
+    to_json,
+)
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    import pyarrow as pa
+
+VARIANTS = 4  # of each augmented image
+
+
+@click.command(epilog="Example: pipeline stats train.csv --views frontal --by sex --plot labels.svg")
+@click.argument("source", type=click.Path(path_type=Path, exists=True))
+@click.option("--split", help="One split of a folder.  [default: all together]")
+@click.option("--views", default="all", type=click.Choice(VIEWS), help="By the column Frontal/Lateral.")
+@click.option("--by", type=click.Choice(list(NO_GROUP)), help="Count each group of images.")
+@click.option("--cooccurrence", is_flag=True, help="How often two labels are positive together.")
+@click.option(
+    "--policy",
+    type=Parsed(parse_policies, "POLICY"),
+    help="Targets under a policy: best,Edema=zeros,blank=ignore.",
+)
+@click.option("--against", type=click.Path(path_type=Path, exists=True), help="Compare with another source.")
+@click.option("--against-split", help="One split of that source.")
+@click.option(
+    "--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw the states: .png or .svg."
+)
+@click.option(
+    "--html",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Write a page with everything, and images.",
+)
+@click.option("--format", "format_", default="table", type=click.Choice(["table", "json", "csv"]))
+def stats(
+    source: Path,
+    split: str | None,
+    views: str,
+    by: str | None,
+    cooccurrence: bool,
+    policy: tuple[dict[str, str], str] | None,
+    against: Path | None,
+    against_split: str | None,
+    plot: Path | None,
+    html: Path | None,
+    format_: str,
+) -> None:
+    """Count positive, uncertain, negative and blank per label in SOURCE (shards, CheXpert folder or CSV)."""
+    from pipeline.sources.load import load_table
+
+    sections = sum(map(bool, (by, cooccurrence, policy, against)))
+    refuse_usage(
+        format_ == "csv" and sections > 1,
+        "--format csv has room for one of --by, --cooccurrence, --policy and --against",
+    )
+    refuse_usage(by == "view" and views != "all", f"--by view has one group under --views {views}")
+    refuse_usage(
+        by == "projection" and views == "lateral",
+        "--by projection has one group under --views lateral: laterals have none",
+    )
+    refuse_usage(against_split and not against, "--against-split needs --against")
+    refuse_usage(
+        against and against_split == split and against.samefile(source),
+        "--against is SOURCE itself; name another --against-split",
+    )
+    _check_output("--plot", plot, (".png", ".svg"))
+    _check_output("--html", html, (".html",))
+    table = load_table(source, split, views)
+    report = _build_report(table, by, cooccurrence, policy)
+    if against:
+        report["against"] = compare_tables(table, load_table(against, against_split, views))
+    if plot:
+        from pipeline.look.plots import draw_report, save_figure
+
+        save_figure(draw_report(report, report.get("cooccurrence")), plot)
+        say(f"{plot}: written")
+    if html:
+        scope = [] if source.is_file() else [f"split {split}" if split else "all splits"]
+        scope.append(f"{views} views")
+        if against:
+            scope.append(f"against {f'{against_split} of ' if against_split else ''}{against.resolve().name}")
+        page = _render_page(source, split, views, ", ".join(scope), report, table)
+        write_atomically(html, page.encode())
+        say(f"{html}: written")
+    if format_ == "table":
+        print_report(report)
+    else:
+        click.echo(to_json(report) if format_ == "json" else to_csv(report))
+
+
+def _build_report(
+    table: "pa.Table", by: str | None, cooccurrence: bool, policy: tuple[dict[str, str], str] | None
+) -> LabelStatistics:
+    statistics = count_labels(table)
+    report = start_report(statistics)
+    if by:
+        report["by"] = count_groups(table, by)
+    if cooccurrence:
+        report["cooccurrence"] = count_cooccurrence(table)
+    if policy:
+        report["policy"] = count_targets(statistics, *policy)
+        for label, targets in report["policy"]["labels"].items():
+            if targets["pos_weight"] is None:
+                counts = f"{targets['positives']:,} positives and {targets['negatives']:,} negatives"
+                say(f"Warning: {label} is left with one class: {counts}")
+    return report
+
+
+def _render_page(
+    source: Path, split: str | None, views: str, scope: str, report: LabelStatistics, table: "pa.Table"
+) -> str:
+    from pipeline.look.label_report import find_examples, find_groups, render_label_report
+
+    shown = report.copy()
+    shown["cooccurrence"] = count_cooccurrence(table)
+    examples = find_examples(source, split, views) if (source / NAME).is_file() else {}
+    title = f"Labels of {source.resolve().name}"
+    return render_label_report(title, scope, shown, find_groups(table), examples)
+
+
+def _check_output(option: str, path: Path | None, suffixes: Collection[str]) -> None:
+    """Refuse a file that could not be written at the end, before anything is counted."""
+    if path:
+        wrong = path.suffix.lower() not in suffixes
+        refuse_usage(wrong, f"{option} {path}: the name must end in {' or '.join(suffixes)}")
+        refuse_usage(not path.parent.is_dir(), f"{option} {path}: there is no folder {path.parent}")
+
+
+@click.command(epilog="Example: pipeline show shards --label Edema --state uncertain --out edema.png")
+@click.argument("shards", type=click.Path(path_type=Path, file_okay=False))
+@click.option("--split", default="train")
+@click.option(
+    "--label", metavar="LABEL", type=click.Choice(LABELS), help="Images by their state of this label."
+)
+@click.option("--state", type=click.Choice(list(STATES)), help="State of --label.", show_default="positive")
+@click.option(
+    "--where", multiple=True, metavar="CONDITION", help="Only images that meet this: sex=Female, age>=60."
+)
+@click.option("--n", type=click.IntRange(1, 400), help="Number of images.", show_default="16, augmented 6")
+@click.option("--seed", default=0, type=click.IntRange(0), help="Another seed shows other images.")
+@click.option("--augmented", is_flag=True, help="Each image beside what training makes of it.")
+@click.option(
+    "--augment",
+    type=click.Choice(["affine", "crop"]),
+    help="Augmentation, as in training.",
+    show_default="affine",
+)
+@click.option(
+    "--image-size", type=click.IntRange(32), help="Side of the input in training.", show_default="320"
+)
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path, dir_okay=False), help="Picture: .png or .jpg."
+)
+def show(
+    shards: Path,
+    split: str,
+    label: str | None,
+    state: str | None,
+    where: tuple[str, ...],
+    n: int | None,
+    seed: int,
+    augmented: bool,
+    augment: str | None,
+    image_size: int | None,
+    out: Path,
+) -> None:
+    """Draw a contact sheet of images in SHARDS, spread over the split, with their keys and labels.
+
+    --augmented shows each image as training reads it, and as its augmentation would change it in the first
+    step of the first epochs, were these images the batch.
+    """
+    from pipeline.look.sheet import FORMATS, draw_images, draw_variants, find_state, save_sheet, spread_rows
+    from pipeline.stream.samples import open_split
+    from pipeline.stream.select import select_rows
+
+    refuse_usage(state and not label, "--state needs --label")
+    refuse_usage((augment or image_size) and not augmented, "--augment and --image-size need --augmented")
+    _check_output("--out", out, FORMATS)
+    manifest = read_manifest(shards)
+    opened = open_split(shards, manifest, split)
+    rows = select_rows(opened.table, where)
+    if label:
+        state = state or "positive"
+        rows = find_state(opened, rows, label, state)
+    chosen = spread_rows(rows, n or (6 if augmented else 16), seed)
+    # A sheet that says sex=Female beside keys would tell of patients: it says that there were conditions.
+    what = f"{f' {state} for {label}' if label else ''}{' under conditions' if where else ''}"
+    title = f"{split}: {len(chosen):,} of {len(rows):,} images{what}, seed {seed}"
+    if augmented:
+        kind = augment or "affine"
+        title += f", augmented ({kind})"
+
+        def vary(images: "npt.NDArray[np.uint8]") -> "list[npt.NDArray[np.uint8]]":
+            return [_augment(images, manifest.pixels, seed, epoch, kind) for epoch in range(VARIANTS)]
+
+        sheet = draw_variants(title, opened, chosen, image_size or 320, vary)
+    else:
+        sheet = draw_images(title, opened, chosen)
+    save_sheet(sheet, out)
+    click.echo(f"{out}: {title}")
+
+
+def _augment(
+    images: "npt.NDArray[np.uint8]", pixels: Mapping[str, float], seed: int, epoch: int, kind: str
+) -> "npt.NDArray[np.uint8]":
+    """Images uint8 [B, H, W] as the first step of an epoch would see them, back in gray levels."""
+    import torch
+
+    from model.augment import AUGMENTATIONS, augment
+
+    mean, std = pixels["mean"], pixels["std"]
+    inputs = augment(torch.from_numpy(images)[:, None], mean, std, seed, epoch, 0, AUGMENTATIONS[kind])
+    levels: npt.NDArray[np.uint8] = (inputs * std + mean).round().clamp(0, 255)[:, 0].byte().numpy()
+    return levels

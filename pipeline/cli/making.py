@@ -1,0 +1,345 @@
+"""The commands that write and check shards: sample, shards, verify, index."""
+
+import re
+import time
+from collections.abc import Iterable
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from pipeline.base.errors import DataError, printable
+from pipeline.base.store import is_remote, open_location
+from pipeline.base.workers import count_cpus, run_alone
+from pipeline.console import Checked, Number, Parsed, progress_bar, refuse_usage, say
+from pipeline.images import ENCODINGS, SQUARES
+from pipeline.labels import VIEWS
+from pipeline.look.tables import print_report
+from pipeline.policies import BLANK_HELP, UNCERTAIN_HELP, check_blank_policy, parse_uncertain_policy
+
+if TYPE_CHECKING:
+    from pipeline.etl.planning import Options
+    from pipeline.etl.shards import Execution, RunSummary
+    from pipeline.sources.chexpert import Source
+
+WORKERS = click.option("--workers", default=count_cpus, type=click.IntRange(min=1), show_default="all cores")
+
+
+@click.command(epilog="Example: pipeline sample sample && pipeline shards sample shards/sample")
+@click.argument("out", type=click.Path(path_type=Path, file_okay=False))
+@click.option(
+    "--images", default=2000, type=click.IntRange(min=20), help="Number of images, train and valid together."
+)
+@click.option(
+    "--seed", default=0, type=click.IntRange(0, 2**63 - 1), help="Another seed gives other patients."
+)
+@click.option(
+    "--laterals", type=Number(0, 1), help="Share of studies with a lateral.", show_default="as in CheXpert"
+)
+@click.option("--valid", default=0.12, type=Number(0.01, 0.9), help="Share of images in valid.csv.")
+@WORKERS
+def sample(out: Path, images: int, seed: int, laterals: float | None, valid: float, workers: int) -> None:
+    """Write a synthetic CheXpert to OUT: drawn chest films, for trying things out without patient data."""
+    from pipeline.synthetic.sample import write_sample
+
+    done = 0
+    with progress_bar("Drawing", "images") as advance:
+
+        def count(finished: int) -> None:
+            nonlocal done
+            done += finished
+            advance(done, images)
+
+        folder = write_sample(
+            out, images=images, seed=seed, workers=workers, progress=count, laterals=laterals, valid=valid
+        )
+    click.echo(f"{folder}: {images:,} synthetic images")
+
+
+def parse_size(text: str) -> int | None:
+    """A number of pixels; None for `original`."""
+    if text == "original":
+        return None
+    if not text.isdecimal() or int(text) < 16:
+        raise DataError(f"'{text}' is neither a number of pixels, 16 or more, nor original")
+    return int(text)
+
+
+def parse_folder(text: str) -> Path:
+    """The path of a folder, or of one at a URL; what it holds is looked at later."""
+    if not text.strip():
+        raise DataError("the name is empty; for the folder you are in, write .")
+    path = open_location(text)
+    if isinstance(path, Path) and path.is_file():
+        raise DataError(f"'{path}' is a file")
+    return path
+
+
+def parse_split(text: str) -> tuple[str, Path]:
+    """The split's name and the CSV's path of `train=foo.csv`."""
+    split, equals, csv = text.partition("=")
+    if not equals or not re.fullmatch(r"[a-z0-9_]+", split) or split == "dev":
+        raise DataError(f"'{text}' is not like train=foo.csv (dev comes out of train by --dev)")
+    return split, open_location(csv)
+
+
+FOLDER = Parsed(parse_folder, "folder")
+
+
+@click.command(epilog="Example: pipeline shards ~/CheXpert-v1.0-small shards --size 320 --views frontal")
+@click.argument("source", type=FOLDER)
+@click.argument("out", type=FOLDER)
+@click.option(
+    "--size",
+    default=320,
+    type=Parsed(parse_size, "PIXELS|original"),
+    help="Shorter side, never enlarged; original keeps it.",
+)
+@click.option("--square", default="no", type=click.Choice(SQUARES), help="How an image becomes SIZE×SIZE.")
+@click.option(
+    "--encoding", default="jpeg", type=click.Choice(ENCODINGS), help="raw: for slow CPUs, 5 times as large."
+)
+@click.option("--quality", default=95, type=click.IntRange(1, 100), help="JPEG quality of resized images.")
+@click.option("--views", default="frontal", type=click.Choice(VIEWS), help="By the column Frontal/Lateral.")
+@click.option(
+    "--uncertain",
+    metavar="POLICY",
+    type=Checked(parse_uncertain_policy),
+    show_default="best, or as existing shards have it",
+    help=UNCERTAIN_HELP,
+)
+@click.option(
+    "--blank",
+    metavar="POLICY",
+    type=Checked(check_blank_policy),
+    show_default="zeros, or as existing shards have it",
+    help=BLANK_HELP,
+)
+@click.option("--dev", default=0.05, type=Number(0, 1), help="Share of train's patients that make up dev.")
+@click.option("--seed", default=0, type=click.IntRange(min=0), help="Decides the dev patients and the order.")
+@click.option(
+    "--limit", type=click.IntRange(min=1), help="Most images per split; whole patients, at least one."
+)
+@click.option("--samples-per-shard", default=1000, type=click.IntRange(min=1))
+@click.option(
+    "--split",
+    "splits",
+    multiple=True,
+    type=Parsed(parse_split, "SPLIT=CSV"),
+    help="CSVs of your own, instead of SOURCE's.",
+)
+@click.option("--root", "roots", multiple=True, type=FOLDER, help="Another folder of images.")
+@click.option("--max-pixels", default=50_000_000, type=click.IntRange(min=1), help="Reject larger images.")
+@click.option(
+    "--bits",
+    type=click.IntRange(8, 16),
+    show_default="as the file says, else 16",
+    help="How many bits of a 16-bit PNG hold the picture.",
+)
+@click.option("--max-bad", default=0.001, type=Number(0, 1), help="Stop above this share of rejects.")
+@click.option("--strict", is_flag=True, help="Refuse labels with one class; exit with 3 on any reject.")
+@WORKERS
+@click.option("--scheduler", metavar="URL", help="Run on the Dask cluster at tcp://host:8786.")
+@click.option("--overwrite", is_flag=True, help="Replace the shards in OUT once the new ones are complete.")
+@click.option("--repair", is_flag=True, help="Rewrite missing or damaged files of finished shards.")
+@click.option("--dry-run", is_flag=True, help="Say what would be written, and which images are missing.")
+def shards(
+    source: Path,
+    out: Path,
+    uncertain: str | None,
+    blank: str | None,
+    splits: tuple[tuple[str, Path], ...],
+    roots: tuple[Path, ...],
+    dry_run: bool,
+    **rest: Any,
+) -> int:
+    """Write the CheXpert folder SOURCE as shards to OUT: tars, Arrow tables, and a manifest at the end.
+
+    Raw labels are kept; the policies are recorded as the shards' defaults, which training may override. The
+    same command continues a run that was stopped or killed. SOURCE and OUT may be s3://bucket/prefix.
+    """
+    from pipeline.etl.planning import Options
+    from pipeline.etl.shards import Execution, write_shards
+    from pipeline.sources.chexpert import find_source
+    from pipeline.sources.load import describe_shards
+
+    how = Execution(**{field.name: rest.pop(field.name) for field in fields(Execution)})
+    options = Options(**rest)
+    refuse_usage(
+        str(out).startswith(("http:", "https:")),
+        f"{out}: a web server is only read from; write to a folder or s3://bucket/prefix",
+    )
+    refuse_usage(options.size is None and options.square != "no", "--square needs a --size")
+    refuse_usage(how.overwrite and how.repair, "--overwrite or --repair, not both")
+    found = find_source(source, _collect("--split", splits), roots)
+    if dry_run:
+        return _print_preview(found, options, how)
+    start = time.perf_counter()
+    resumed: int | None = None
+    with progress_bar("Sharding", "images") as advance:
+
+        def show(done: int, total: int, rejects: int) -> None:
+            nonlocal resumed
+            resumed = done if resumed is None else resumed
+            rate = (done - resumed) / (time.perf_counter() - start)
+            advance(done, total, f"{rate:,.0f} images/s  {rejects} rejects")
+
+        run = write_shards(found, out, options, {"uncertain": uncertain, "blank": blank}, how, show)
+    seconds = time.perf_counter() - start
+    described = run_alone(describe_shards, out)
+    if how.strict and described.one_class:
+        raise DataError(f"--strict: {'; '.join(described.one_class)}; choose other policies")
+    for text in described.one_class:
+        say(f"{text} by these policies: it cannot be learned")
+    _print_run(out, run, seconds, described.views)
+    return 3 if how.strict and run.manifest.rejects else 0
+
+
+def _collect(option: str, values: Iterable[tuple[str, Path]]) -> dict[str, Path]:
+    """The CSV of each split."""
+    csvs: dict[str, Path] = {}
+    for split, csv in values:
+        refuse_usage(split in csvs, f"{option} {split} given twice: a split takes one CSV")
+        csvs[split] = csv
+    return csvs
+
+
+def _print_run(out: Path, run: "RunSummary", seconds: float, views: str) -> None:
+    images = size = 0
+    for name, split in run.manifest.splits.items():
+        bytes_out = sum(shard.bytes for shard in split.shards)
+        images, size = images + split.samples, size + bytes_out
+        click.echo(
+            f"{name:6} {split.samples:8,} images {split.studies:8,} studies {split.patients:7,} patients "
+            f"{len(split.shards):4} shards {bytes_out / 1e6:10,.1f} MB"
+        )
+    if views:
+        click.echo(views)
+    if run.manifest.rejects:
+        click.echo(f"rejected images: {len(run.manifest.rejects):,}, see {out / 'rejects.csv'}")
+    if not run.is_new:
+        rewritten = f"written again: {', '.join(run.repaired)}"
+        click.echo(f"{out}: {rewritten if run.repaired else 'complete already, nothing to do'}")
+        if run.restored:
+            click.echo(
+                f"{len(run.restored):,} of the rejected images can be used now, such as {run.restored[0]}; "
+                "--overwrite writes the shards again with them"
+            )
+        return
+    if run.resumed:
+        click.echo(f"{run.resumed:,} images were there already")
+    if run.moved:
+        click.echo(run.moved)
+    if run.stripped:
+        click.echo(f"metadata removed from {run.stripped:,} images")
+    rate = (images - run.resumed) / seconds
+    click.echo(
+        f"{out}: written in {seconds:,.1f} s, {rate:,.0f} images/s, "
+        f"{run.bytes_in / 1e6:,.1f} MB in, {size / 1e6:,.1f} MB out"
+    )
+    checks = "" if is_remote(out) else f"pipeline stats {out}, pipeline verify {out}, "
+    click.echo(f"next: {checks}python train.py --shards {out} --run RUN")
+
+
+def _print_preview(source: "Source", options: "Options", how: "Execution") -> int:
+    """Say what would be written; returns the exit code that the same images would lead to."""
+    from pipeline.etl.preview import preview_shards
+    from pipeline.measure.counts import start_report
+
+    preview = preview_shards(source, options)
+    for name, split in preview.splits.items():
+        dropped = [f"{count:,} by --{why}" for why, count in split.dropped._asdict().items() if count]
+        click.echo(
+            f"{name:6} {split.rows:8,} rows, {split.kept:,} kept, dropped: {', '.join(dropped) or 'none'}; "
+            f"{split.shards:,} shards, about {split.bytes / 1e6:,.1f} MB"
+        )
+        if split.missing:
+            click.echo(f"       {len(split.missing):,} images are missing, for example {split.missing[0]}")
+    if preview.moved:
+        click.echo(preview.moved)
+    if options.views == "all":
+        click.echo(preview.views)
+    print_report(start_report(preview.statistics))
+    click.echo("dry run: nothing was written")
+    missing = sum(len(split.missing) for split in preview.splits.values())
+    total = sum(split.kept for split in preview.splits.values())
+    if missing > how.max_bad * total:
+        raise DataError(f"{missing:,} of {total:,} images are missing, more than --max-bad {how.max_bad:.2%}")
+    return 3 if how.strict and missing else 0
+
+
+@click.command(epilog="Example: pipeline verify shards --deep")
+@click.argument("shards", type=click.Path(path_type=Path, file_okay=False))
+@click.option("--deep", is_flag=True, help="Decode every image too, and compare every JSON with its row.")
+@WORKERS
+def verify(shards: Path, deep: bool, workers: int) -> None:
+    """Check every file of SHARDS against the manifest, and every tar against its table.
+
+    One line for each problem, on stdout; exit code 1 where there is any.
+    """
+    from pipeline.etl.verify import PRINTED, verify_shards
+
+    start = time.perf_counter()
+    with progress_bar("Verifying", "shards") as advance:
+        report = verify_shards(shards, deep, workers, advance)
+    for warning in report.warnings:
+        say(f"Warning: {printable(warning)}")
+    for file, lines in report.problems.items():
+        click.echo(printable("\n".join(lines[:PRINTED])))
+        if len(lines) > PRINTED:
+            click.echo(f"{shards / file}: and {len(lines) - PRINTED:,} more")
+    if report.problems:
+        problems = sum(map(len, report.problems.values()))
+        repair = (
+            f"; write these again by `pipeline shards SOURCE {shards} --repair`, with the options used before"
+        )
+        raise click.ClickException(
+            f"{shards}: {problems:,} problems in {len(report.problems)} files{'' if report.indexed else repair}"
+        )
+    click.echo(
+        f"{shards}: all is well: {report.splits} splits, {report.shards:,} shards, {report.samples:,} samples, "
+        f"{report.bytes / 1e6:,.1f} MB in {time.perf_counter() - start:.1f} s"
+    )
+
+
+@click.command(epilog="Example: pipeline index ~/wds --csv ~/CheXpert-v1.0-small/train.csv")
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path, file_okay=False))
+@click.option(
+    "--csv",
+    "csvs",
+    metavar="[SPLIT=]FILE",
+    multiple=True,
+    help="A CheXpert CSV for all, or one per split.  [default: labels in each JSON]",
+)
+@click.option("--split", metavar="NAME", help="Split of all shards.  [default: their names up to the last -]")
+@WORKERS
+def index(folder: Path, csvs: tuple[str, ...], split: str | None, workers: int) -> None:
+    """Write tables and a manifest for WebDataset shards in DIR that other programs made.
+
+    The labels come from each sample's JSON, in our layout or with the columns of CheXpert's CSV; or from --csv,
+    joined by the patient, study and view in a sample's key or JSON. Images are JPEGs, PNGs or .npy files of uint8
+    [height, width], all of one kind, and each is decoded once. The tars stay as they are.
+    """
+    from pipeline.etl.adopt import write_index
+
+    csv = _parse_csvs(csvs)
+    with progress_bar("Indexing", "shards") as advance:
+        manifest = write_index(folder, csv, split, workers, advance)
+    for name, entry in manifest.splits.items():
+        click.echo(
+            f"{name:6} {entry.samples:8,} samples {entry.patients:7,} patients {len(entry.shards):4} shards"
+        )
+    click.echo(f"{folder}: indexed")
+
+
+def _parse_csvs(texts: tuple[str, ...]) -> Path | dict[str, Path] | None:
+    """The CSV of all splits, or those of each: `labels.csv`, or `train=a.csv` and `valid=b.csv`."""
+    named = []
+    for text in texts:
+        match = re.fullmatch(r"([a-z0-9_-]+)=(.+)", text)
+        if match is None:
+            refuse_usage(len(texts) > 1, f"--csv {text}: with several, each is like train=FILE")
+            return Path(text)
+        named.append((match[1], Path(match[2])))
+    return _collect("--csv", named) or None

@@ -1,0 +1,150 @@
+"""A set's folder and options → the rows of each shard, as `<split>.plan` (Arrow, one record batch per shard)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.base.errors import DataError
+from pipeline.base.files import atomic_file
+from pipeline.images import ImageError, ImageOptions, prepare
+from pipeline.manifest import read_manifest
+from pipeline.policies import find_one_class
+from pipeline.sources.chexpert import (
+    Omitted,
+    Source,
+    describe_moved,
+    divide_rows,
+    read_images,
+    read_splits,
+    refuse_dark_images,
+)
+
+SAMPLED = 64  # images of each split to try before shards are replaced
+
+
+@dataclass(frozen=True)
+class Options:
+    """What decides the bytes of the shards; meanings and defaults are those of `pipeline shards --help`."""
+
+    size: int | None
+    square: str
+    encoding: str
+    quality: int
+    max_pixels: int
+    views: str
+    dev: float
+    seed: int
+    limit: int | None
+    samples_per_shard: int
+    bits: int | None = None
+
+    @property
+    def image(self) -> ImageOptions:
+        """The options of a single image."""
+        return ImageOptions(self.size, self.square, self.encoding, self.quality, self.max_pixels, self.bits)
+
+    @property
+    def selection(self) -> dict[str, Any]:
+        """The options that choose rows, as `read_splits` takes them."""
+        return {name: getattr(self, name) for name in ("views", "dev", "seed", "limit")}
+
+
+class PlanTask(NamedTuple):
+    """What to plan; in `folder` lie the plans, or finished shards."""
+
+    folder: Path
+    source: Source
+    options: Options
+    strict: Mapping[str, str] | None = None  # policies that must leave every label of train with both classes
+
+
+class Plan(NamedTuple):
+    """Rows per split, and what `describe_moved` says of images in other folders."""
+
+    rows: dict[str, int]
+    moved: str | None
+
+
+def read_rows(source: Source, options: Options) -> tuple[dict[str, pa.Table], dict[str, Omitted]]:
+    """What `read_splits` gives. Raises DataError for bad CSVs, and images that need `bits`."""
+    tables, dropped = read_splits(source, **options.selection)
+    if options.bits is None:
+        refuse_dark_images(tables.values(), source.roots, options.max_pixels)
+    return tables, dropped
+
+
+def write_plan(task: PlanTask) -> Plan:
+    """Write the plan of every split. Raises DataError as `read_rows` does, and for what `strict` refuses."""
+    options = task.options
+    tables, _ = read_rows(task.source, options)
+    if task.strict and "train" in tables and (found := find_one_class(tables["train"], task.strict)):
+        raise DataError(f"--strict: {'; '.join(found)}; choose other policies")
+    for split, table in tables.items():
+        with (
+            atomic_file(_plan_path(task.folder, split)) as file,
+            pa.ipc.new_file(file, table.schema) as writer,
+        ):
+            for rows in divide_rows(table.combine_chunks(), options.samples_per_shard, options.views):
+                writer.write_table(rows)
+    rows_of = {split: table.num_rows for split, table in tables.items()}
+    return Plan(rows_of, describe_moved(tables.values(), task.source.roots))
+
+
+def count_planned(folder: Path, split: str) -> int:
+    """The number of shards that are planned for a split."""
+    with _plan_path(folder, split).open("rb") as file:
+        return int(pa.ipc.open_file(file).num_record_batches)
+
+
+def read_planned(folder: Path, split: str, number: int) -> pa.RecordBatch:
+    """The rows of one shard. They are read, not mapped: a memory map would stay resident. Raises DataError."""
+    path = _plan_path(folder, split)
+    try:
+        with path.open("rb") as file:
+            return pa.ipc.open_file(file).get_batch(number)
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{path}: cannot be read: {error}; the same command writes it again") from error
+
+
+def try_images(task: PlanTask) -> None:
+    """Raise DataError where no image of a sample can be used: a disk may not be mounted."""
+    files: list[str] = []
+    for path in sorted(task.folder.glob("*.plan")):
+        files += read_planned(task.folder, path.stem, 0)["file"][:SAMPLED].to_pylist()
+    reasons = [_reason(content, task.options) for content in read_images(files, task.source.roots)]
+    if None not in reasons:
+        raise DataError(
+            f"{files[0]}: {reasons[0]}; none of {len(files)} images tried can be used, so nothing was changed"
+        )
+
+
+def find_restored(task: PlanTask) -> tuple[str, ...]:
+    """Keys of images that finished shards rejected, and that can be used now."""
+    rejected = pa.array([reject["key"] for reject in read_manifest(task.folder).rejects])
+    tables, _ = read_splits(task.source, **task.options.selection)
+    again = pa.concat_tables(table.filter(pc.is_in(table["key"], rejected)) for table in tables.values())
+    contents = read_images(again["file"].to_pylist(), task.source.roots)
+    return tuple(
+        key
+        for key, content in zip(again["key"].to_pylist(), contents, strict=True)
+        if _reason(content, task.options) is None
+    )
+
+
+def _reason(content: bytes | ImageError, options: Options) -> str | None:
+    """Why an image cannot be used; None where it can."""
+    if isinstance(content, ImageError):
+        return str(content)
+    try:
+        prepare(content, options.image)
+    except ImageError as error:
+        return str(error)
+    return None
+
+
+def _plan_path(folder: Path, split: str) -> Path:
+    return folder / f"{split}.plan"
