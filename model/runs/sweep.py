@@ -15,13 +15,12 @@ Each trial's outcome is that of `train.py` with its options. Pruning compares tr
 it, what is pruned depends on their order; without it, nothing does.
 """
 
-import fcntl
 import itertools
 import json
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,6 +31,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from model.predict import DivergedError, MemoryExhaustedError
 from pipeline.base.errors import DataError
+from pipeline.base.files import locked
 from pipeline.console import say
 
 Point = dict[str, Any]  # parameter → value
@@ -224,25 +224,6 @@ def check_options(sweep: Sweep, study: optuna.Study) -> None:
 
 
 @contextmanager
-def locked(path: Path, should_stop: Callable[[], bool] = lambda: False) -> Iterator[None]:
-    """Alone among the processes that lock this file on this machine; one that is killed gives it back.
-
-    Raises TrialStopped where a stop is asked for while another process has it.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if should_stop():
-                    raise TrialStopped from None
-                time.sleep(POLL / 10)
-        yield
-
-
-@contextmanager
 def accept_experiments() -> Iterator[None]:
     """Without Optuna's warnings that heartbeats and the liar of parallel searches may change."""
     with warnings.catch_warnings():
@@ -261,7 +242,11 @@ def make_pruner(sweep: Sweep) -> optuna.pruners.BasePruner:
 
 
 def queue_points(sweep: Sweep, study: optuna.Study) -> None:
-    """Rule 1: the points of the grid, and of trials that were given up, that no living trial has."""
+    """Rule 1: the points of the grid, and of trials that were given up, that no living trial has.
+
+    Optuna's RetryFailedTrialCallback would do this for stale trials alone: not for one that was stopped, nor for
+    those of a process that died before it began any.
+    """
     trials = study.get_trials(deepcopy=False)
     taken = [trial.user_attrs.get("point") for trial in trials if is_alive(trial)]
     if sweep.sampler == "grid":
@@ -348,7 +333,12 @@ def run_trial(
     try:
         run = sweep.run_folder(point)
         # One that was paused and lost its trial may still work there.
-        with locked(run.with_name(f"{run.name}.lock"), should_stop):
+        run.parent.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(locked(run.with_name(f"{run.name}.lock"), should_stop=should_stop))
+            except TimeoutError:
+                raise TrialStopped from None
             outcome = train_point(point, run, watch)
     except OUTCOMES as error:
         say(f"Trial {trial.number}: failed: {error}")

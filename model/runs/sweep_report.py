@@ -18,9 +18,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 from matplotlib.tri import LinearTriInterpolator, Triangulation
 
-from model.runs.sweep import Sweep, Trial, importances, locked
+from model.runs.sweep import Sweep, Trial, importances
 from pipeline.base import pages
-from pipeline.base.files import write_atomically
+from pipeline.base.files import locked, write_atomically
 from pipeline.look.plots import save_figure
 
 MAP = matplotlib.colormaps["cividis"]

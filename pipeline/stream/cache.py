@@ -30,7 +30,7 @@ from typing import Any, TypeVar
 from urllib.parse import quote
 
 from pipeline.base.errors import DataError
-from pipeline.base.files import write_atomically
+from pipeline.base.files import locked, write_atomically
 from pipeline.manifest import NAME, Shard, read_manifest
 
 Result = TypeVar("Result")
@@ -142,8 +142,7 @@ class Cache:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Keep all other threads and processes from looking at the folder or changing it."""
-        with (self.folder / "lock").open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        with locked(self.folder / "lock"):
             yield
 
     def make_room(self, size: int, name: str) -> bool:

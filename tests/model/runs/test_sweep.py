@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import fcntl
 import itertools
 import json
 import random
@@ -31,7 +32,6 @@ from model.runs.sweep import (
     grid_points,
     importances,
     list_trials,
-    locked,
     open_study,
     queue_points,
     run_sweep,
@@ -190,7 +190,9 @@ def test_a_stop_ends_waiting_for_a_run_that_another_process_has(tmp_path: Path) 
     sweep = make_sweep(tmp_path / "sweep")
     asked = iter([False, True])
     first = sweep.run_folder(grid_points(sweep)[0])
-    with locked(first.with_name(f"{first.name}.lock")):
+    first.parent.mkdir(parents=True)
+    with first.with_name(f"{first.name}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
         assert not run_sweep(sweep, train_point, lambda: next(asked, True))
     assert not first.exists()
     assert run_sweep(sweep, train_point, never)
