@@ -142,14 +142,14 @@ class TrainState:
         Raises CheckpointError where it is damaged, another run's, or of another precision.
         """
         best = path.with_name("best.pt")
-        instead = f", or start another --run with --init {path.parent}" if best.exists() else ""
+        instead = f", or start another `run` with `init` {path.parent}" if best.exists() else ""
         remedy = f"; remove it to train from the beginning{instead}"
         saved = load_checkpoint(path, ranks, remedy)
         before = saved.get("precision", self.precision)  # version 0.1 did not say
         if before != self.precision:
-            how = "continue on such a device as before, or choose another --run"
+            how = "continue on such a device as before, or choose another `run`"
             raise CheckpointError(
-                f"{path}: trained in {before}, --amp is {self.precision} on this device: {how}"
+                f"{path}: trained in {before}, `amp` is {self.precision} on this device: {how}"
             )
         with refused(path, remedy):
             for name in self.MODULES:
@@ -169,7 +169,7 @@ def train(job: Job, watch: Callable[[list[dict[str, Any]]], None] = lambda histo
     """
     config, run = job.config, job.run
     if "dev" not in job.manifest.splits and config.dev is None:
-        raise DataError(f"{job.shards}: no dev split to choose a checkpoint by; hold one out by --dev")
+        raise DataError(f"{job.shards}: no dev split to choose a checkpoint by; hold one out by `dev`")
     train, dev = open_rows(job, "train"), open_rows(job, "dev")
     check_reported(job, dev)
     if job.teacher is not None:
@@ -209,7 +209,7 @@ def check_reported(job: Job, dev: Selected) -> None:
 
 def no_choice(job: Job) -> str:
     """What is said where dev does not suffice."""
-    return f"{job.shards}: no label of dev has both classes to choose a checkpoint by; raise --dev"
+    return f"{job.shards}: no label of dev has both classes to choose a checkpoint by; raise `dev`"
 
 
 def train_epochs(
@@ -277,7 +277,7 @@ def check_ranks(job: Job, state: TrainState, before: int) -> None:
     for reason in (reason for reason, holds in reasons.items() if holds):
         raise CheckpointError(
             f"{job.run / 'last.pt'}: trained on {before} ranks, and {now} here would learn otherwise: {reason}; "
-            f"continue on {before}, or choose another --run"
+            f"continue on {before}, or choose another `run`"
         )
     say(f"{job.run}: begun on {before} ranks, continuing on {now}: the same but for rounding")
 
@@ -312,7 +312,7 @@ def save_state(job: Job, state: TrainState) -> None:
     """
     weights = torch.stack(torch._foreach_norm(list(state.network.parameters())))
     if not weights.isfinite().all():
-        raise DivergedError(f"the weights are not finite after step {state.done:,}; try a lower --lr")
+        raise DivergedError(f"the weights are not finite after step {state.done:,}; try a lower `lr`")
     if job.ranks.is_first:
         state.save(job.run / "last.pt")
 
@@ -349,7 +349,7 @@ def training_labels(job: Job, train: Selected) -> Labels:
     found = one_class_labels(labels.target[train.rows], labels.mask[train.rows])
     lacking = describe_one_class(counts for counts in found if counts[0] in config.labels)
     if lacking and job.strict:
-        raise DataError(f"--strict: {'; '.join(lacking)}")
+        raise DataError(f"`strict`: {'; '.join(lacking)}")
     for text in lacking:
         say(f"{text}: it cannot be learnt")
     labels.mask[:, np.setdiff1d(range(len(LABELS)), learnt_columns(config))] = False
@@ -379,7 +379,7 @@ def draw_weights(label: str, labels: Labels, rows: Rows) -> Weights:
     try:
         return balance_weights(labels.target[rows, column], labels.mask[rows, column])
     except ValueError as error:
-        raise DataError(f"--balance {label}: {error} in train") from None
+        raise DataError(f"`balance` {label}: {error} in train") from None
 
 
 def train_steps(
@@ -434,7 +434,7 @@ def describe_step(job: Job) -> tuple[str, str]:
     """What a step computes at once, and how to compute less at once: for one that runs out of memory."""
     config = job.config
     size = config.image_size
-    doing = f"in a step with --batch-size {config.batch_size} --accumulate {config.accumulate} --image-size {size}"
+    doing = f"in a step with `batch_size` {config.batch_size} `accumulate` {config.accumulate} `image_size` {size}"
     parts = next(
         (
             parts
@@ -444,8 +444,8 @@ def describe_step(job: Job) -> tuple[str, str]:
         None,
     )
     if parts is None or config.loss == "aucm":  # which is of a whole batch
-        return doing, "choose a smaller --batch-size or --image-size"
-    return doing, f"--accumulate {parts} computes the same batch in {parts} parts"
+        return doing, "choose a smaller `batch_size` or `image_size`"
+    return doing, f"`accumulate` {parts} computes the same batch in {parts} parts"
 
 
 def train_step(job: Job, state: TrainState, batch: Batch, cells: float) -> Tensor:
@@ -520,7 +520,7 @@ def check_steps(job: Job, found: list[Tensor], state: TrainState, epoch: int, st
             if not math.isfinite(value):
                 bad = step + 2 - len(found) + number  # from 1, as the progress bar counts
                 raise DivergedError(
-                    f"the {name} is {value} at epoch {epoch + 1}, step {bad}; try a lower --lr"
+                    f"the {name} is {value} at epoch {epoch + 1}, step {bad}; try a lower `lr`"
                 )
         state.loss_sum += values[0]
     found.clear()

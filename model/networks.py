@@ -29,7 +29,7 @@ def build_network(arch: str, outputs: int, pretrained: bool = False) -> nn.Modul
     """
     if arch == "rescnn":
         if pretrained:
-            raise CheckpointError("rescnn has no ImageNet weights; choose another --arch, or --init FILE")
+            raise CheckpointError("rescnn has no ImageNet weights; choose another `arch`, or `init` FILE")
         return _with_head(ResCNN(outputs))
     network: nn.Module = _with_head(get_model(arch, weights=None, num_classes=outputs))
     stem = next(module for module in network.modules() if isinstance(module, nn.Conv2d))
@@ -111,7 +111,7 @@ def _load_weights(network: nn.Module, weights: Mapping[str, Any], source: str) -
     if wrong:
         raise CheckpointError(
             f"{source}: not weights of this network: {len(wrong)} tensors are missing, of another shape or too many, "
-            f"such as {wrong[0]}; they must be of the same --arch"
+            f"such as {wrong[0]}; they must be of the same `arch`"
         )
     network.load_state_dict(fits, strict=False)
     return fresh
@@ -128,7 +128,7 @@ def _download_imagenet(arch: str) -> Mapping[str, Any]:
     except Exception as error:  # no way there, a hash that does not match, a damaged file in the cache
         raise CheckpointError(
             f"the ImageNet weights of {arch} cannot be had from {weights.url}: {error}; "
-            "download them elsewhere and start with --init FILE"
+            "download them elsewhere and start with `init` FILE"
         ) from error
     return state
 

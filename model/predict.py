@@ -60,12 +60,12 @@ def predict_scores(
             raise InterruptedEvaluationError
         inputs = normalize(images, mean, std).contiguous(memory_format=torch.channels_last)
         with (
-            explain_memory(f"while scoring {len(images)} images at once", "choose a smaller --image-size"),
+            explain_memory(f"while scoring {len(images)} images at once", "choose a smaller `image_size`"),
             torch.autocast(images.device.type, precision, enabled=precision != torch.float32),
         ):
             logits = network(inputs, *others)
         scores.append(label_scores(logits[:, columns]).cpu())
     found = torch.cat(scores).numpy() if scores else np.empty((0, len(columns)), np.float32)
     if not np.isfinite(found).all():
-        raise DivergedError("the network's scores are not finite; train with a lower --lr, or --amp off")
+        raise DivergedError("the network's scores are not finite; train with a lower `lr`, or `amp` off")
     return found

@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 failed, 2 usage, 3 done but with rejects under --strict, 1
 
 import io
 import math
+import re
 import signal
 import sys
 import time
@@ -46,7 +47,7 @@ class Parsed(click.ParamType[Value], Generic[Value]):
         try:
             return self.parse(str(value))
         except DataError as error:
-            self.fail(str(error), param, ctx)
+            self.fail(name_options(str(error)), param, ctx)
 
 
 class Checked(Parsed[str]):
@@ -87,9 +88,14 @@ def progress_bar(title: str, unit: str) -> Iterator[Advance]:
         yield advance
 
 
+def name_options(text: str) -> str:
+    """A message of the library, whose parameters are written `max_bad`, with a command's options: --max-bad."""
+    return re.sub("`([a-z_]+)`", lambda match: f"--{match[1].replace('_', '-')}", text)
+
+
 def say(text: str) -> None:
     """Print a line on stderr: stdout is for results."""
-    click.echo(text, err=True)
+    click.echo(name_options(text), err=True)
 
 
 def refuse_usage(wrong: object, text: str) -> None:
@@ -129,4 +135,4 @@ def _describe(error: DataError | UnicodeEncodeError | OSError) -> str:
         return f"{error.object[:1000]}: not UTF-8; rename that file or folder"
     if isinstance(error, OSError) and error.filename:  # such as a folder that may not be written to
         return f"{error.filename}: {error.strerror}"
-    return str(error)
+    return name_options(str(error))

@@ -84,7 +84,7 @@ def make_targets(
         elif policy == "selftrained":
             if teacher is None:
                 raise DataError(
-                    f"label {label} is selftrained: it needs a --teacher, a run that was scored on train"
+                    f"label {label} is selftrained: it needs a `teacher`, a run that was scored on train"
                 )
             target[rows, column] = teacher[rows, column]
         elif policy != "multiclass":

@@ -32,7 +32,7 @@ import train
 from model.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from model.networks import build_network
 from model.predict import DivergedError, MemoryExhaustedError
-from model.runs import commands, results
+from model.runs import results
 from model.runs.commands import main
 from model.runs.config import Config, read_config
 from model.runs.folder import open_run
@@ -115,7 +115,7 @@ def make_job(sample_shards: tuple[Path, Manifest], tmp_path: Path) -> Callable[.
 @pytest.fixture
 def command(sample_shards: tuple[Path, Manifest], monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     """`python train.py` with options for a small run, in this process, whose signals it leaves alone."""
-    monkeypatch.setattr(commands, "StopFlag", lambda: StopAfter(10**9))
+    monkeypatch.setattr(StopFlag, "listen", lambda self: self)
 
     def call(name: str, *arguments: object) -> int:
         options: list[object] = ["--shards", sample_shards[0], "--workers", 2]
@@ -303,7 +303,7 @@ def test_self_training_says_which_command_is_missing(
         return str(caught.value)
 
     assert refuse(*as_student) == (
-        "label Edema is selftrained: it needs a --teacher, a run that was scored on train"
+        "label Edema is selftrained: it needs a `teacher`, a run that was scored on train"
     )
     assert refuse(*as_student, "--teacher", teacher) == (
         f"{teacher}: no best.pt; first run: python train.py {options} --uncertain ignore"
@@ -347,7 +347,7 @@ def test_labels_with_one_class_are_named_and_refused_where_strict(
     )
     with pytest.raises(DataError) as caught:
         train.train(make_job("run", blank="ignore", epochs=1, strict=True))
-    assert str(caught.value) == "--strict: " + "; ".join(
+    assert str(caught.value) == "`strict`: " + "; ".join(
         line.removesuffix(": it cannot be learnt") for line in lines
     )
 
@@ -387,7 +387,7 @@ def test_a_run_goes_on_in_the_precision_it_began_in(make_job: Callable[..., Job]
     assert train.train(job) == 143
     path = job.run / "last.pt"
     save_checkpoint(path, load_checkpoint(path) | {"precision": "bfloat16"})
-    message = f"{path}: trained in bfloat16, --amp is float32 on this device: continue on such a device"
+    message = f"{path}: trained in bfloat16, `amp` is float32 on this device: continue on such a device"
     with pytest.raises(CheckpointError, match=re.escape(message)):
         train.train(job)
 
@@ -438,7 +438,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(
     make_job: Callable[..., Job],
 ) -> None:
     job = make_job("run", lr=1e30)
-    with pytest.raises(DataError, match=r"^the loss is (nan|inf) at epoch 1, step \d+; try a lower --lr$"):
+    with pytest.raises(DataError, match=r"^the loss is (nan|inf) at epoch 1, step \d+; try a lower `lr`$"):
         train.train(job)
     assert not (job.run / "last.pt").exists()
 
@@ -465,7 +465,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_its_weights_are_save
     saved: int | None,
 ) -> None:
     """Also where a stop comes between two looks at the losses."""
-    message = r"^the gradient's norm is nan at epoch 1, step 3; try a lower --lr$"
+    message = r"^the gradient's norm is nan at epoch 1, step 3; try a lower `lr`$"
     with monkeypatch.context() as patched:
         patched.setattr(train, "CHECK_STEPS", check_steps)
         patched.setattr(train, "SAVE_SECONDS", -1.0)
@@ -508,7 +508,7 @@ def test_a_step_that_the_scaler_skips_is_no_divergence(
 
 def test_weights_that_the_last_step_has_ruined_are_not_saved(make_job: Callable[..., Job]) -> None:
     job = make_job("run", stop_after=2, lr=1e30)
-    with pytest.raises(DivergedError, match=r"^the weights are not finite after step 1; try a lower --lr$"):
+    with pytest.raises(DivergedError, match=r"^the weights are not finite after step 1; try a lower `lr`$"):
         train.train(job)
     assert not (job.run / "last.pt").exists()
 
@@ -535,7 +535,7 @@ def test_another_number_of_ranks_is_said_where_they_learn_the_same(
     job = make_job("run", arch="convnext_tiny")
     chosen = open_rows(job, "train")
     state = train.start_state(job, train.training_labels(job, chosen), chosen.rows)
-    reason = "stochastic depth is drawn for a rank's part of a batch; continue on 4, or choose another --run"
+    reason = "stochastic depth is drawn for a rank's part of a batch; continue on 4, or choose another `run`"
     with pytest.raises(CheckpointError, match=f"trained on 4 ranks, and 1 here would .*: {reason}$"):
         train.check_ranks(job, state, 4)
     for module in state.network.modules():
@@ -618,7 +618,7 @@ def test_a_dev_that_cannot_choose_is_refused_before_the_first_step(make_job: Cal
     job = make_job("run", where=("Edema=positive",), labels=("Edema",))
     with pytest.raises(DataError) as caught:
         train.train(job)
-    message = "no label of dev has both classes to choose a checkpoint by; raise --dev"
+    message = "no label of dev has both classes to choose a checkpoint by; raise `dev`"
     assert str(caught.value) == f"{job.shards}: {message}"
     assert not (job.run / "environment.jsonl").exists()  # a line per start
 
@@ -655,7 +655,7 @@ def test_shards_without_a_dev_split_are_trained_on_with_patients_held_out(
     assert f"| dev | {held.sum()} |" in card
     with pytest.raises(DataError, match=r"run of another configuration: dev is 0.2 there and 0.05 here"):
         command("train", *own, "--seed", 3, "--lr", 1e-4)  # the default share
-    message = f"^{indexed}: --dev 1e-09 leaves no patient of train for dev; raise it$"
+    message = f"^{indexed}: `dev` 1e-09 leaves no patient of train for dev; raise it$"
     with pytest.raises(DataError, match=message):
         command("train", "--shards", indexed, "--run", tmp_path / "none", "--dev", 1e-9)
 
@@ -683,7 +683,7 @@ def test_limit_and_balance_choose_what_an_epoch_draws(make_job: Callable[..., Jo
     positive = labels.target[chosen.rows, LABELS.index("Support Devices")] >= 0.5
     assert weights[positive].sum() == pytest.approx(weights[~positive].sum())
     assert train.train(job) == 0
-    with pytest.raises(DataError, match=r"^--balance No Finding: no negatives to balance in train$"):
+    with pytest.raises(DataError, match=r"^`balance` No Finding: no negatives to balance in train$"):
         train.train(make_job("other", balance="No Finding", blank="ignore"))
 
 
@@ -838,7 +838,7 @@ def test_wandb_reads_what_goes_to_tensorboard(
         (tmp_path / "run" / "config.json").read_text()
     )
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(DataError, match=r"^--wandb: the package is missing: pip install '.\[wandb\]'$"):
+    with pytest.raises(DataError, match=r"^`wandb`: the package is missing: pip install '.\[wandb\]'$"):
         command("train", "--run", tmp_path / "run", "--wandb", "films")
 
 
@@ -996,7 +996,7 @@ def test_damaged_results_are_named(
 
 def test_scores_that_are_not_finite_are_named(make_job: Callable[..., Job]) -> None:
     """One step of an absurd rate ruins the weights after the last loss that is looked at."""
-    with pytest.raises(DataError, match=r"^the network's scores are not finite; train with a lower --lr, or"):
+    with pytest.raises(DataError, match=r"^the network's scores are not finite; train with a lower `lr`, or"):
         train.train(make_job("run", lr=1e30, eval_every=1, ema=0.0))
 
 

@@ -1,11 +1,8 @@
-"""The commands of train.py: parse, call, print."""
+"""The command line of train.py, and its commands train and sweep: parse, call, print."""
 
 import gc
-import math
 import os
-import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -13,12 +10,10 @@ from typing import Any
 import click
 import torch
 
-from model.export import Scorer, export_scorer
 from model.predict import InterruptedEvaluationError
 from model.ranks import join_ranks
-from model.runs.config import Config, learnt_columns, options, read_config
-from model.runs.folder import load_best
-from model.runs.job import Job, StopFlag, choose_device, open_job
+from model.runs.config import Config, options
+from model.runs.job import Job, StopFlag, open_job
 from model.runs.options import (
     DATA_OPTIONS,
     GroupedCommand,
@@ -26,28 +21,14 @@ from model.runs.options import (
     config_options,
     run_option,
     with_options,
-    workers_option,
 )
-from model.runs.overlap import check_evaluation
-from model.runs.results import (
-    choice_score,
-    evaluate,
-    find_scores,
-    measure_run,
-    name_comparison,
-    name_result,
-    write_report,
-)
-from model.runs.scoring import score_best, score_files
-from model.runs.summary import print_comparison, print_evaluations
+from model.runs.results import choice_score, measure_run
+from model.runs.summary import print_evaluations
+from model.runs.use import evaluate_command, export_command, inputs_command, predict_command
 from pipeline.base.errors import DataError, SettingError
-from pipeline.base.files import read_object, write_csv
-from pipeline.console import Checked, Number, say
-from pipeline.labels import MOST_VIEWS, VIEWS
-from pipeline.manifest import read_manifest
-from pipeline.stream.cache import find_shards
+from pipeline.base.files import read_object
+from pipeline.console import name_options
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 SWEPT = (
     "lr",
     "weight_decay",
@@ -72,7 +53,7 @@ class TrainByDefault(click.Group):
 
 @click.group(cls=TrainByDefault, context_settings={"show_default": True})
 def main() -> None:
-    """Train, sweep, evaluate, predict, export. Without a command's name: train."""
+    """Train, sweep, evaluate, predict, export, inputs. Without a command's name: train."""
 
 
 JOB_OPTIONS = [
@@ -139,7 +120,7 @@ def start_job(config: Config, shards: str, run: Path, **others: Any) -> Job:
     try:
         return open_job(config, shards, run, **others)
     except SettingError as error:
-        raise click.UsageError(str(error)) from None
+        raise click.UsageError(name_options(str(error))) from None
 
 
 def print_run(job: Job) -> None:
@@ -287,184 +268,5 @@ def summarise(line: Mapping[str, Any]) -> dict[str, Any]:
     return {name: line[name] for name in kept} | {"score": choice_score(line)}
 
 
-@main.command("evaluate", epilog="Example: python train.py evaluate --run runs/first --split valid")
-@with_options(run_option, *DATA_OPTIONS)
-@click.option("--split", default="valid", help="Of the shards, which may be others than the run's.")
-@click.option(
-    "--against",
-    multiple=True,
-    metavar="RUN",
-    type=click.Path(path_type=Path),
-    help="Compare with its scores; a run by studies with those of several.",
-)
-@click.option(
-    "--sensitivity", default=0.9, type=Number(0, 1), help="Sensitivity the third threshold must reach on dev."
-)
-@click.option(
-    "--study", default="max", type=click.Choice(["max", "mean"]), help="A study's score, from its views'."
-)
-@click.option(
-    "--where",
-    multiple=True,
-    metavar="CONDITION",
-    help="Score these images instead of those chosen by the run's own conditions: sex=Male.",
-)
-@click.option("--views", type=click.Choice(VIEWS), show_default="the run's", help="Score these views.")
-@click.option("--shared-images", is_flag=True, help="Go on where the run trained on some of the images.")
-def evaluate_command(
-    shards: str,
-    cache: Path,
-    cache_size: int,
-    run: Path,
-    workers: int,
-    split: str,
-    against: tuple[Path, ...],
-    sensitivity: float,
-    study: str,
-    where: tuple[str, ...],
-    views: str | None,
-    shared_images: bool,
-) -> int:
-    """Score the run's best checkpoint on a split.
-
-    The run's own --where and --views choose the images, unless others are given: train on one sex, score the other.
-    """
-    folder, remote = find_shards(shards, cache, cache_size)
-    config, stop = read_config(run), StopFlag().listen()
-    device, precision = choose_device(config.amp)
-    job = Job(config, folder, remote, run, read_manifest(folder), device, precision, workers, stop)
-    chosen_by = (*where, *([] if views is None else [f"{views} views"]))
-    scored = replace(job, config=replace(config, where=where or config.where, views=views or config.views))
-    try:
-        others = find_scores(job, split, against)
-        shared = check_evaluation(scored, split, others, shared_images)
-        found = score_best(scored, split)
-        results = {split: evaluate(job, split, found, others, sensitivity, study, chosen_by, shared)}
-    except InterruptedEvaluationError:
-        return stop.code
-    print_evaluations({split: results[split][0]})
-    print_comparison(results[split][0])
-    result = name_result(job, split, chosen_by)
-    compared = name_comparison(result, others)
-    write_report(scored, f"report-{compared}.html", results)
-    for file in (f"scores-{result}.arrow", f"evaluation-{compared}.json", f"report-{compared}.html"):
-        click.echo(f"{run / file}: written")
-    return 0
-
-
-def check_pattern(text: str) -> None:
-    """Raise DataError for what is not a regular expression."""
-    try:
-        re.compile(text)
-    except re.error as error:
-        raise DataError(f"'{text}' is not a regular expression: {error}") from None
-
-
-@main.command("predict", epilog="Example: python train.py predict --run runs/first --out scores.csv films/")
-@run_option
-@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
-@click.option("--out", required=True, type=click.Path(path_type=Path, dir_okay=False), help="CSV to write.")
-@click.option("--strict", is_flag=True, help="Exit with 3 where an image cannot be read.")
-@click.option(
-    "--group-by",
-    metavar="REGEX",
-    type=Checked(check_pattern),
-    help="Files in whose paths it finds the same text are one study.  [default: those of a folder]",
-)
-@workers_option
-def predict_command(
-    run: Path, images: tuple[Path, ...], out: Path, strict: bool, group_by: str | None, workers: int
-) -> int:
-    """Score IMAGES (JPEG or PNG files, or folders of them) by the run's best checkpoint.
-
-    A run by studies scores the images of a study together: those of a folder, or as --group-by says.
-    """
-    files = [file for path in images for file in find_images(path)]
-    for path in images:
-        for suffix, count in count_others(path).items():
-            say(f"{path}: {count:,} {suffix} files skipped: only JPEG and PNG can be read")
-    if any(out.exists() and file.samefile(out) for file in files):
-        raise click.UsageError(f"--out {out} is one of the images")
-    check_folder(out)
-    if not files:
-        raise DataError(f"{', '.join(map(str, images))}: no .jpg, .jpeg or .png file")
-    config = read_config(run)
-    if config.fusion is None:
-        if group_by is not None:
-            raise click.UsageError(f"--group-by is for runs by studies; {run} learnt single images")
-        samples = {str(file): [file] for file in files}
-    else:
-        samples = group_files(files, group_by)
-    scores, bad = score_files(run, config, list(samples.values()), workers)
-    for file, reason in bad:
-        say(f"{file}: {reason}")
-    if len(bad) == len(files):
-        kept = f"{out} is left as it was" if out.exists() else f"{out} is not written"
-        raise DataError(f"none of {len(files):,} images can be read; {kept}")
-    cells = [["" if math.isnan(score) else f"{score:.6f}" for score in row] for row in scores.tolist()]
-    heading = ["study" if config.fusion else "file", *config.labels]
-    write_csv(out, [heading, *([name, *row] for name, row in zip(samples, cells, strict=True))])
-    of_studies = f" in {len(samples):,} studies" if config.fusion else ""
-    click.echo(f"{out}: scores of {len(files) - len(bad):,} images{of_studies}, {len(bad):,} unusable")
-    return 3 if strict and bad else 0
-
-
-def check_folder(out: Path) -> None:
-    """Raise DataError where a file cannot be written for want of a folder: before the work, not after it."""
-    if not out.absolute().parent.is_dir():
-        raise DataError(f"{out}: there is no folder {out.parent}")
-
-
-def group_files(files: Iterable[Path], pattern: str | None) -> dict[str, list[Path]]:
-    """The files of each study, by its name: their folder, or the text that the pattern finds in their paths.
-
-    Raises DataError where the pattern finds nothing, or more files than a study has views.
-    """
-    studies: dict[str, list[Path]] = {}
-    for file in files:
-        match = None if pattern is None else re.search(pattern, str(file))
-        if pattern is not None and match is None:
-            raise DataError(f"{file}: --group-by '{pattern}' is not in its path")
-        studies.setdefault(str(file.parent) if match is None else match[0], []).append(file)
-    for name, views in studies.items():
-        if len(views) > MOST_VIEWS:
-            how = "a study's images must lie in a folder of their own, or name it by --group-by"
-            raise DataError(f"{name}: {len(views)} images, of a study there are at most {MOST_VIEWS}; {how}")
-    return studies
-
-
-@main.command("export", epilog="Example: python train.py export --run runs/first --out model.onnx")
-@run_option
-@click.option("--out", required=True, type=click.Path(path_type=Path, dir_okay=False), help=".onnx or .pt2")
-def export_command(run: Path, out: Path) -> int:
-    """Write the run's best network for other programs: uint8 images [B, 1, S, S] in, scores [B, L] out.
-
-    Of the L labels that the run has learnt, in their usual order.
-    """
-    config = read_config(run)
-    check_folder(out)
-    if config.fusion:
-        raise DataError(f"{run}: a network over studies cannot be exported, only one for images")
-    network, best = load_best(run, config, torch.device("cpu"))
-    scorer = Scorer(network, learnt_columns(config), best["pixels"]["mean"], best["pixels"]["std"])
-    try:
-        difference = export_scorer(scorer, config.image_size, out)
-    except ValueError as error:
-        raise DataError(str(error)) from None
-    click.echo(f"{out}: checked, within {difference:.1e} of the eager network's logits")
-    click.echo(f"its scores: {', '.join(config.labels)}")
-    return 0
-
-
-def find_images(path: Path) -> list[Path]:
-    """The file itself, or the image files below a folder, sorted."""
-    if path.is_file():
-        return [path]
-    return sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
-
-
-def count_others(path: Path) -> dict[str, int]:
-    """How many files of each other suffix are below a folder; none for a file."""
-    others = (file.suffix.lower() for file in path.rglob("*") if file.is_file())
-    counts = Counter(suffix or "other" for suffix in others if suffix not in IMAGE_SUFFIXES)
-    return dict(sorted(counts.items()))
+for command in (evaluate_command, predict_command, export_command, inputs_command):
+    main.add_command(command)

@@ -162,25 +162,25 @@ def check_config(config: Config, ranks: Ranks) -> None:
     """Raise SettingError for values that no run can have, contradict each other, or do not go with these ranks."""
     check_values(config)
     if config.loss == "aucm" and (config.pos_weight or three_class_columns(config)):
-        raise SettingError("--loss aucm goes neither with --pos-weight nor with the policy multiclass")
+        raise SettingError("`loss` aucm goes neither with `pos_weight` nor with the policy multiclass")
     if config.loss == "aucm" and config.accumulate > 1:
-        raise SettingError("--loss aucm is of a whole batch: it does not go with --accumulate")
+        raise SettingError("`loss` aucm is of a whole batch: it does not go with `accumulate`")
     if config.balance and (config.loss == "aucm" or config.pos_weight):
         raise SettingError(
-            "--balance goes neither with --loss aucm nor with --pos-weight: each corrects alone"
+            "`balance` goes neither with `loss` aucm nor with `pos_weight`: each corrects alone"
         )
     if not can_divide(config.batch_size, config.accumulate, ranks):
         of_ranks = f" on each of {ranks.count} ranks" if ranks.count > 1 else ""
         raise SettingError(
-            f"--batch-size {config.batch_size} for --accumulate {config.accumulate}{of_ranks}: "
+            f"`batch_size` {config.batch_size} for `accumulate` {config.accumulate}{of_ranks}: "
             "the parts must be equal, of 2 images or more"
         )
     if config.sync_bn and not (ranks.joined and torch.cuda.is_available()):
-        raise SettingError("--sync-bn is for training by torchrun on GPUs")
+        raise SettingError("`sync_bn` is for training by torchrun on GPUs")
     if config.freeze and not (config.fusion and (config.init or config.pretrained)):
-        raise SettingError("--freeze keeps the weights that a --fusion starts from: it needs --init too")
+        raise SettingError("`freeze` keeps the weights that a `fusion` starts from: it needs `init` too")
     if config.pretrained and config.init:
-        raise SettingError("--pretrained or --init, not both")
+        raise SettingError("`pretrained` or `init`, not both")
 
 
 def check_values(config: Config) -> None:

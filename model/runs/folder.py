@@ -57,7 +57,7 @@ def open_run(run: Path, config: Config) -> None:
             if there[name] != here:
                 difference = f"{name} is {there[name]} there and {here} here"
                 raise DataError(
-                    f"{run} is a run of another configuration: {difference}; choose another --run (in make: RUN=)"
+                    f"{run} is a run of another configuration: {difference}; choose another `run` (in make: RUN=)"
                 )
         return
     run.mkdir(parents=True, exist_ok=True)
@@ -93,7 +93,7 @@ def follow_by_wandb(job: Job) -> Iterator[None]:
     try:
         import wandb
     except ImportError:
-        raise DataError("--wandb: the package is missing: pip install '.[wandb]'") from None
+        raise DataError("`wandb`: the package is missing: pip install '.[wandb]'") from None
     digest = hashlib.sha256((job.run / "config.json").read_bytes()).hexdigest()[:8]
     wandb.init(
         project=job.wandb,

@@ -98,11 +98,11 @@ def open_job(
     manifest = read_manifest(folder)
     uncertain = config.uncertain or manifest.policies["uncertain"]
     if teacher is not None and "selftrained" not in parse_uncertain_policy(uncertain).values():
-        raise SettingError(f"--teacher is for the policy selftrained; --uncertain is {uncertain}")
+        raise SettingError(f"`teacher` is for the policy selftrained; `uncertain` is {uncertain}")
     if config.dev is not None and "dev" in manifest.splits:
         images = manifest.splits["dev"].samples
         raise SettingError(
-            f"--dev is for shards without a dev split; {redact(str(shards))} have one, of {images:,} images"
+            f"`dev` is for shards without a dev split; {redact(str(shards))} have one, of {images:,} images"
         )
     if init is not None and init.is_dir():
         init = init / "best.pt"
@@ -158,7 +158,7 @@ def choose_device(amp: str) -> tuple[torch.device, torch.dtype]:
     if amp == "auto" and device.type == "cuda":
         amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     if amp == "fp16" and device.type == "cpu":
-        raise DataError("--amp fp16 needs a GPU; use bf16 or off on this machine")
+        raise DataError("`amp` fp16 needs a GPU; use bf16 or off on this machine")
     return device, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp, torch.float32)
 
 
@@ -202,7 +202,7 @@ def open_images(job: Job, name: str) -> tuple[OpenSplit, Rows]:
     if len(places) == 0:
         less = "raise" if name == "dev" else "lower"
         raise DataError(
-            f"{job.shards}: --dev {config.dev:g} leaves no patient of train for {name}; {less} it"
+            f"{job.shards}: `dev` {config.dev:g} leaves no patient of train for {name}; {less} it"
         )
     chosen = select_rows(split.table.take(places), config.where, config.views, limit)
     return split._replace(name=name), places[chosen]

@@ -131,7 +131,7 @@ def report_shared(
         if allowed is None:
             raise DataError(f"{text}; train with the teacher's own split, or take another teacher")
         if not allowed:
-            raise DataError(f"{text}; evaluate on others, or go on with --shared-images")
+            raise DataError(f"{text}; evaluate on others, or go on with `shared_images`")
         say(f"{text}: its scores of them are too good")
     if shared.patients:
         say(

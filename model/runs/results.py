@@ -131,7 +131,7 @@ def shared_labels(config: Config, against: Collection[Path]) -> tuple[str, ...]:
     labels = [set(read_config(other).labels) for other in against]
     shared = tuple(label for label in config.labels if all(label in of for of in labels))
     if not shared:
-        raise DataError(f"--against {', '.join(map(str, against))}: no label that both runs have learnt")
+        raise DataError(f"`against` {', '.join(map(str, against))}: no label that both runs have learnt")
     return shared
 
 
@@ -141,7 +141,7 @@ def find_scores(job: Job, name: str, against: Sequence[Path]) -> dict[Path, Path
     Raises DataError for a run that has none, with the command that writes them.
     """
     if len(against) > 1 and job.config.fusion is None:
-        raise DataError("--against takes one run beside a run by images; several are for a run by studies")
+        raise DataError("`against` takes one run beside a run by images; several are for a run by studies")
     found = {}
     for other in against:
         # Of these shards, where they are not those that it learnt from; else of its own, which may be the same images.
@@ -149,7 +149,7 @@ def find_scores(job: Job, name: str, against: Sequence[Path]) -> dict[Path, Path
         files = [path for one in names if (path := other / f"scores-{one}.arrow").exists()]
         if not files:
             command = f"python train.py evaluate --run {other} --split {name}"
-            raise DataError(f"--against {other}: no scores-{name}.arrow; first run: {command}")
+            raise DataError(f"`against` {other}: no scores-{name}.arrow; first run: {command}")
         found[other] = files[0]
     return found
 

@@ -184,7 +184,7 @@ def open_study(sweep: Sweep) -> Iterator[tuple[optuna.Study, optuna.storages.RDB
                 sampler=optuna.samplers.RandomSampler(seed=sweep.seed),
             )
     except Exception as error:  # of many kinds, with the URL and its password in some
-        kind = "SQLite" if sweep.storage is None else "the database of --storage"
+        kind = "SQLite" if sweep.storage is None else "the database of `storage`"
         raise DataError(f"{sweep.folder}: {kind} cannot be used: {type(error).__name__}") from None
     try:
         yield study, storage
@@ -219,7 +219,7 @@ def check_options(sweep: Sweep, study: optuna.Study) -> None:
         if there.get(name) != here:
             difference = f"{name} is {there.get(name)} there and {here} here"
             raise DataError(
-                f"{sweep.folder} is a sweep under other options: {difference}; choose another --sweep"
+                f"{sweep.folder} is a sweep under other options: {difference}; choose another `sweep`"
             )
 
 

@@ -1,6 +1,6 @@
 """The `pipeline` command: parse, call, print.
 
-Each command imports what it needs itself, so that `--help` is quick; torch is needed by `show --augmented` alone.
+Each command imports what it needs itself, so that `--help` is quick.
 """
 
 import click

@@ -1,6 +1,6 @@
 """The commands that look at labels and images: stats, show."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,11 +26,7 @@ from pipeline.measure.counts import (
 )
 
 if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
     import pyarrow as pa
-
-VARIANTS = 4  # of each augmented image
 
 
 @click.command(epilog="Example: pipeline stats train.csv --views frontal --by sex --plot labels.svg")
@@ -159,18 +155,9 @@ def _check_output(option: str, path: Path | None, suffixes: Collection[str]) -> 
 @click.option(
     "--where", multiple=True, metavar="CONDITION", help="Only images that meet this: sex=Female, age>=60."
 )
-@click.option("--n", type=click.IntRange(1, 400), help="Number of images.", show_default="16, augmented 6")
+@click.option("--n", default=16, type=click.IntRange(1, 400), help="Number of images.")
 @click.option("--seed", default=0, type=click.IntRange(0), help="Another seed shows other images.")
-@click.option("--augmented", is_flag=True, help="Each image beside what training makes of it.")
-@click.option(
-    "--augment",
-    type=click.Choice(["affine", "crop"]),
-    help="Augmentation, as in training.",
-    show_default="affine",
-)
-@click.option(
-    "--image-size", type=click.IntRange(32), help="Side of the input in training.", show_default="320"
-)
+@click.option("--augmented", is_flag=True, hidden=True)
 @click.option(
     "--out", required=True, type=click.Path(path_type=Path, dir_okay=False), help="Picture: .png or .jpg."
 )
@@ -180,24 +167,18 @@ def show(
     label: str | None,
     state: str | None,
     where: tuple[str, ...],
-    n: int | None,
+    n: int,
     seed: int,
     augmented: bool,
-    augment: str | None,
-    image_size: int | None,
     out: Path,
 ) -> None:
-    """Draw a contact sheet of images in SHARDS, spread over the split, with their keys and labels.
-
-    --augmented shows each image as training reads it, and as its augmentation would change it in the first
-    step of the first epochs, were these images the batch.
-    """
-    from pipeline.look.sheet import FORMATS, draw_images, draw_variants, find_state, save_sheet, spread_rows
+    """Draw a contact sheet of images in SHARDS, spread over the split, with their keys and labels."""
+    from pipeline.look.sheet import FORMATS, draw_images, find_state, save_sheet, spread_rows
     from pipeline.stream.samples import open_split
     from pipeline.stream.select import select_rows
 
     refuse_usage(state and not label, "--state needs --label")
-    refuse_usage((augment or image_size) and not augmented, "--augment and --image-size need --augmented")
+    refuse_usage(augmented, "--augmented is a command now: python train.py inputs --shards … --out …")
     _check_output("--out", out, FORMATS)
     manifest = read_manifest(shards)
     opened = open_split(shards, manifest, split)
@@ -205,33 +186,10 @@ def show(
     if label:
         state = state or "positive"
         rows = find_state(opened, rows, label, state)
-    chosen = spread_rows(rows, n or (6 if augmented else 16), seed)
+    chosen = spread_rows(rows, n, seed)
     # A sheet that says sex=Female beside keys would tell of patients: it says that there were conditions.
     what = f"{f' {state} for {label}' if label else ''}{' under conditions' if where else ''}"
     title = f"{split}: {len(chosen):,} of {len(rows):,} images{what}, seed {seed}"
-    if augmented:
-        kind = augment or "affine"
-        title += f", augmented ({kind})"
-
-        def vary(images: "npt.NDArray[np.uint8]") -> "list[npt.NDArray[np.uint8]]":
-            return [_augment(images, manifest.pixels, seed, epoch, kind) for epoch in range(VARIANTS)]
-
-        sheet = draw_variants(title, opened, chosen, image_size or 320, vary)
-    else:
-        sheet = draw_images(title, opened, chosen)
+    sheet = draw_images(title, opened, chosen)
     save_sheet(sheet, out)
     click.echo(f"{out}: {title}")
-
-
-def _augment(
-    images: "npt.NDArray[np.uint8]", pixels: Mapping[str, float], seed: int, epoch: int, kind: str
-) -> "npt.NDArray[np.uint8]":
-    """Images uint8 [B, H, W] as the first step of an epoch would see them, back in gray levels."""
-    import torch
-
-    from model.augment import AUGMENTATIONS, augment
-
-    mean, std = pixels["mean"], pixels["std"]
-    inputs = augment(torch.from_numpy(images)[:, None], mean, std, seed, epoch, 0, AUGMENTATIONS[kind])
-    levels: npt.NDArray[np.uint8] = (inputs * std + mean).round().clamp(0, 255)[:, 0].byte().numpy()
-    return levels

@@ -128,11 +128,11 @@ def _find_shards(folder: Path, split: str | None) -> dict[str, list[Path]]:
             prefix = path.stem.rpartition("-")[0]
         name = split or prefix
         if not name:
-            raise DataError(f"{path}: the name tells no split, as train-000000.tar does; give it by --split")
+            raise DataError(f"{path}: the name tells no split, as train-000000.tar does; give it by `split`")
         if not _SPLIT.fullmatch(name):
             raise DataError(
                 f"{path}: '{name}' is not a split's name of letters a to z, digits, _ and -; rename the file, or "
-                "give all shards one by --split"
+                "give all shards one by `split`"
             )
         splits.setdefault(name, []).append(path)
     if not splits:
@@ -164,10 +164,10 @@ def _assign_csvs(
     csvs = dict.fromkeys(paths, csv) if isinstance(csv, Path) else csv
     for name in csvs:
         if name not in paths:
-            raise DataError(f"--csv {name}={csvs[name]}: no shards of {name}; there are {', '.join(paths)}")
+            raise DataError(f"`csv` {name}={csvs[name]}: no shards of {name}; there are {', '.join(paths)}")
     for name, of_split in paths.items():
         if name not in csvs:
-            raise DataError(f"{of_split[0]}: no CSV for {name}; add --csv {name}=FILE")
+            raise DataError(f"{of_split[0]}: no CSV for {name}; add `csv` {name}=FILE")
     return csvs
 
 

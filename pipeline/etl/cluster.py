@@ -32,12 +32,12 @@ def run_on_cluster(
         from distributed import Client, KilledWorker
         from distributed.comm.core import CommClosedError
     except ImportError:
-        raise DataError("--scheduler: the package distributed is missing: pip install '.[dask]'") from None
+        raise DataError("`scheduler`: the package distributed is missing: pip install '.[dask]'") from None
     try:
         connect: Any = Client  # which has no types
         client = connect(scheduler, timeout=CONNECT_SECONDS, set_as_default=False)
     except (OSError, ValueError) as error:
-        raise DataError(f"--scheduler {scheduler}: cannot be reached: {error}") from None
+        raise DataError(f"`scheduler` {scheduler}: cannot be reached: {error}") from None
     with client:
         _check_workers(client, scheduler, witness)
         # Not pure: what a task writes may have been removed since a cluster did the same. No retries: an error that a
@@ -61,7 +61,7 @@ def run_on_cluster(
             ) from None
         except (CancelledError, CommClosedError, TimeoutError):
             raise DataError(
-                f"--scheduler {scheduler}: the connection was lost; the same command continues"
+                f"`scheduler` {scheduler}: the connection was lost; the same command continues"
             ) from None
         finally:
             executor.shutdown(wait=False)  # which cancels what waits
@@ -72,21 +72,21 @@ def _check_workers(client: Any, scheduler: str, witness: Path) -> None:
     try:
         client.wait_for_workers(1, timeout=CONNECT_SECONDS)
     except TimeoutError:
-        raise DataError(f"--scheduler {scheduler}: it has no workers") from None
+        raise DataError(f"`scheduler` {scheduler}: it has no workers") from None
     here = _describe(witness)
     for address, there in client.run(_describe, witness, on_error="return").items():
         if isinstance(there, Exception):
             raise DataError(
-                f"--scheduler {scheduler}: worker {address}: {there}; install this project there too"
+                f"`scheduler` {scheduler}: worker {address}: {there}; install this project there too"
             )
         for name, value in here.items():
             if there[name] != value:
                 if name == str(witness):
                     raise DataError(
-                        f"--scheduler {scheduler}: worker {address} does not see {witness.parent}"
+                        f"`scheduler` {scheduler}: worker {address} does not see {witness.parent}"
                     )
                 raise DataError(
-                    f"--scheduler {scheduler}: worker {address} has {name} {there[name]}, {value} is here: "
+                    f"`scheduler` {scheduler}: worker {address} has {name} {there[name]}, {value} is here: "
                     "the bytes would differ"
                 )
 

@@ -63,7 +63,7 @@ def _flat_values(document: Mapping[str, Any], sample_key: str) -> dict[str, Any]
     """A JSON with the columns of CheXpert's CSV, under the table's names."""
     values = {name.replace("_", " "): value for name, value in document.items()}
     if not any(label in values for label in LABELS):
-        raise ValueError("no labels in its JSON; give them by --csv")
+        raise ValueError("no labels in its JSON; give them by `csv`")
     values |= {name: values[column] for name, column in _CSV_NAMES.items() if column in values}
     values |= _find_identity(document, sample_key)
     return values | {"view": str(values.get("view")).lower()}

@@ -82,7 +82,7 @@ def write_plan(task: PlanTask) -> Plan:
     options = task.options
     tables, _ = read_rows(task.source, options)
     if task.strict and "train" in tables and (found := find_one_class(tables["train"], task.strict)):
-        raise DataError(f"--strict: {'; '.join(found)}; choose other policies")
+        raise DataError(f"`strict`: {'; '.join(found)}; choose other policies")
     for split, table in tables.items():
         with (
             atomic_file(_plan_path(task.folder, split)) as file,

@@ -149,7 +149,7 @@ def write_shards(
     check_access(out)
     if is_remote(out) and (how.overwrite or how.repair):
         raise DataError(
-            f"{out}: {'--overwrite' if how.overwrite else '--repair'} is for folders: an object store cannot exchange "
+            f"{out}: {'`overwrite`' if how.overwrite else '`repair`'} is for folders: an object store cannot exchange "
             "files as a whole; write to another prefix, or remove this one first"
         )
     hashes = {split: hash_file(csv) for split, csv in source.csvs.items()}
@@ -194,7 +194,7 @@ def _find_finished(run: Run) -> RunSummary | None:
         for shard in split.shards:
             path = run.out / shard.file
             if not path.exists() or path.stat().st_size != shard.bytes:
-                raise DataError(f"{path}: missing, or not of its size; --repair writes it again")
+                raise DataError(f"{path}: missing, or not of its size; `repair` writes it again")
     remove_folder(run.partial)
     task = PlanTask(run.out, run.source, run.options)
     return RunSummary(manifest, False, restored=run_alone(find_restored, task) if manifest.rejects else ())
@@ -216,7 +216,7 @@ def _refuse_difference(out: Path, there: Mapping[str, Any], wanted: Mapping[str,
         if difference and group == "sources":
             difference = f"the CSV of {difference.partition(' ')[0]} differs"
         if difference:
-            remedy = "choose another prefix" if is_remote(out) else "choose another folder or --overwrite"
+            remedy = "choose another prefix" if is_remote(out) else "choose another folder or `overwrite`"
             raise DataError(f"{out} holds other shards: {difference}; {remedy}")
 
 
@@ -289,7 +289,7 @@ def _write_tasks(run: Run, tasks: Sequence[ShardTask], resumed: int, total: int)
             if len(rejects) > max_bad * total:
                 write_rejects(run.work, rejects)
                 raise DataError(
-                    f"{len(rejects)} of {total:,} images cannot be used, more than --max-bad {max_bad:.2%}; "
+                    f"{len(rejects)} of {total:,} images cannot be used, more than `max_bad` {max_bad:.2%}; "
                     f"{run.work / REJECTS} lists them; the first: {rejects[0].file}: {rejects[0].reason}"
                 )
     run.progress(total, total, len(rejects))
@@ -319,7 +319,7 @@ def _repair(run: Run) -> RunSummary:
             if not _is_intact(run.partial / name, expected[name]):
                 raise DataError(
                     f"{run.out / name}: the source does not give the same bytes any more, so it cannot be repaired; "
-                    "--overwrite writes all shards again"
+                    "`overwrite` writes all shards again"
                 )
         for name in damaged:
             move_file(run.partial / name, run.out / name)

@@ -330,5 +330,5 @@ def refuse_dark_images(tables: Iterable[pa.Table], roots: Sequence[Path], max_pi
     if bits is not None:
         raise DataError(
             f"{len(deep)} of {len(levels)} images of a sample are 16-bit PNGs, whose highest level is {max(deep):,} of "
-            f"65,535: they would be nearly black; give --bits {bits} (or 8 to 16, as the images were made)"
+            f"65,535: they would be nearly black; give `bits` {bits} (or 8 to 16, as the images were made)"
         )

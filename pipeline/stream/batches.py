@@ -219,7 +219,7 @@ def decode(
                 continue
             bad.add(row)
             if len(bad) > max_bad:
-                allowed = f"; more than {max_bad} such images (--max-bad)" if max_bad else ""
+                allowed = f"; more than {max_bad} such images (`max_bad`)" if max_bad else ""
                 raise DataError(f"{reason}{allowed}")
             logger.warning("%s; left out, %d of %d allowed", reason, len(bad), max_bad)
         return decoded

@@ -155,7 +155,7 @@ class Cache:
         if pinned + size > self.limit:
             raise DataError(
                 f"{name}: {size:,} bytes do not fit into a cache of {self.limit:,}, of which tables take "
-                f"{pinned:,}; raise --cache-size"
+                f"{pinned:,}; raise `cache_size`"
             )
         rest, files = self.limit - pinned - size, []
         for path in self.folder.iterdir():  # in which others may keep files of theirs

@@ -116,7 +116,7 @@ def test_weights_of_another_network_are_refused_and_change_nothing(tmp_path: Pat
     assert text.format(100 + len(small), "conv1.weight") in refuse(small)
     assert text.format(100, "conv1.weight") in refuse({"epoch": 3, "weights": 1})
     missing = {name: value for name, value in before.items() if name != "bn1.bias"}
-    assert refuse(missing) == f"{path}: " + text.format(1, "bn1.bias") + "they must be of the same --arch"
+    assert refuse(missing) == f"{path}: " + text.format(1, "bn1.bias") + "they must be of the same `arch`"
 
     path.write_bytes(b"no weights at all")
     with pytest.raises(CheckpointError, match=r"weights.pth: damaged, or not a checkpoint"):
@@ -152,5 +152,5 @@ def test_a_failed_download_names_the_other_way(tmp_path: Path, monkeypatch: pyte
         "the ImageNet weights of densenet121 cannot be had from https://download.pytorch.org/models/"
         "densenet121-a639ec97.pth: <urlopen error no route>; download them elsewhere and start with --init FILE"
     )
-    with pytest.raises(CheckpointError, match=r"^rescnn has no ImageNet weights; choose another --arch"):
+    with pytest.raises(CheckpointError, match=r"^rescnn has no ImageNet weights; choose another `arch`"):
         build_network("rescnn", 14, pretrained=True)

@@ -75,7 +75,7 @@ def test_images_that_the_run_trained_on_are_refused(
     before = sorted(run.iterdir())
     with pytest.raises(DataError) as caught:
         evaluate(run, again, "dev")
-    assert str(caught.value) == f"{said}; evaluate on others, or go on with --shared-images"
+    assert str(caught.value) == f"{said}; evaluate on others, or go on with `shared_images`"
     assert sorted(run.iterdir()) == before
     patients = images["patient"].nunique()
     expected = {"shared_patients": patients, "shared_images": count}

@@ -88,4 +88,4 @@ def test_a_database_that_refuses_is_an_error_without_its_password(database: str,
     sweep = make_sweep(tmp_path / "sweep", storage=database.replace(PASSWORD, "another-secret"))
     with pytest.raises(DataError) as caught:
         run_sweep(sweep, train_point, never)
-    assert str(caught.value) == f"{sweep.folder}: the database of --storage cannot be used: OperationalError"
+    assert str(caught.value) == f"{sweep.folder}: the database of `storage` cannot be used: OperationalError"

@@ -107,7 +107,7 @@ def test_values_can_be_added_and_other_options_are_refused(tmp_path: Path) -> No
     with pytest.raises(DataError) as caught:
         run_sweep(make_sweep(tmp_path / "sweep", options={"epochs": 5, "seed": 0}), train_point, never)
     assert str(caught.value) == (
-        f"{tmp_path / 'sweep'} is a sweep under other options: epochs is 4 there and 5 here; choose another --sweep"
+        f"{tmp_path / 'sweep'} is a sweep under other options: epochs is 4 there and 5 here; choose another `sweep`"
     )
 
 
@@ -139,7 +139,7 @@ def test_running_out_of_memory_is_one_trial_s_outcome(tmp_path: Path) -> None:
 
     def fail(point: Point, run: Path, watch: Watch) -> Outcome:
         if point["batch_size"] == 64:
-            raise MemoryExhaustedError("out of memory; --accumulate 2 computes the same batch in 2 parts")
+            raise MemoryExhaustedError("out of memory; `accumulate` 2 computes the same batch in 2 parts")
         return train_point({"lr": 1e-3, "weight_decay": 0.0}, run, watch)
 
     for _ in range(2):  # and the same command does not try it again
@@ -265,7 +265,7 @@ def test_passwords_of_a_storage_are_in_no_error(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         run_sweep(sweep, train_point, never)
     assert str(caught.value) == (
-        f"{tmp_path / 'sweep'}: the database of --storage cannot be used: NoSuchModuleError"
+        f"{tmp_path / 'sweep'}: the database of `storage` cannot be used: NoSuchModuleError"
     )
     assert caught.value.__cause__ is None
 
@@ -390,7 +390,7 @@ def test_trials_are_the_runs_that_train_makes(
     assert float(row["valid_low"]) < float(row["valid_auroc"]) < float(row["valid_high"])
     for name in ("report.html", "contour-dev.png", "contour-train.png"):
         assert (sweep / name).stat().st_size > 1000
-    with pytest.raises(DataError, match=r"augment is none there and affine here; choose another --sweep$"):
+    with pytest.raises(DataError, match=r"augment is none there and affine here; choose another `sweep`$"):
         command("sweep", "--sweep", sweep, "--lr", "1e-3 1e-2", *given[:4], "--seed", 3)
 
 

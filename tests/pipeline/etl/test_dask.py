@@ -125,7 +125,7 @@ def test_a_lost_scheduler_is_named(start: Start, source: Path, tmp_path: Path) -
         assert run.poll() is None
     scheduler.kill()
     _, said = run.communicate(timeout=60)
-    reason = f"--scheduler tcp://127.0.0.1:{port}: the connection was lost; the same command continues"
+    reason = f"`scheduler` tcp://127.0.0.1:{port}: the connection was lost; the same command continues"
     assert (run.returncode, said.splitlines()[-1]) == (1, f"Error: {reason}")
 
 
@@ -137,8 +137,8 @@ def test_a_cluster_that_cannot_work_is_named(
     start("worker", scheduler)
     assert sorted(run_on_cluster(len, ["a", "bcd"], scheduler, witness)) == [1, 3]
     here_alone = Path("/proc/self/cmdline")  # which is another one in every process
-    with pytest.raises(DataError, match=r"^--scheduler tcp://.*: worker tcp://.* does not see /proc/self$"):
+    with pytest.raises(DataError, match=r"^`scheduler` tcp://.*: worker tcp://.* does not see /proc/self$"):
         list(run_on_cluster(len, ["a"], scheduler, here_alone))
     monkeypatch.setattr("pipeline.etl.cluster.CONNECT_SECONDS", 0.5)
-    with pytest.raises(DataError, match=r"^--scheduler tcp://127.0.0.1:9: cannot be reached: "):
+    with pytest.raises(DataError, match=r"^`scheduler` tcp://127.0.0.1:9: cannot be reached: "):
         list(run_on_cluster(len, ["a"], "tcp://127.0.0.1:9", witness))

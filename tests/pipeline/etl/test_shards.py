@@ -205,7 +205,7 @@ def test_finished_shards_that_are_not_whole_are_named(chexpert: Path, shards: Sh
         damage()
         with pytest.raises(DataError) as caught:
             make_shards(chexpert, shards[0])
-        reason = "missing, or not of its size; --repair writes it again"
+        reason = "missing, or not of its size; `repair` writes it again"
         assert str(caught.value) == f"{path}: {reason}"
     assert make_shards(chexpert, shards[0], overwrite=True).manifest == shards[1]
 
@@ -270,7 +270,7 @@ def test_an_interrupted_overwrite_continues(
 
 def test_a_run_does_not_go_on_with_other_versions(chexpert: Path, tmp_path: Path) -> None:
     (chexpert / "train/patient00002/study1/view1_frontal.jpg").unlink()
-    with pytest.raises(DataError, match="more than --max-bad"):
+    with pytest.raises(DataError, match="more than `max_bad`"):
         make_shards(chexpert, tmp_path / "out")
     started = tmp_path / "out" / ".partial" / "options.json"
     text = started.read_text()
@@ -330,7 +330,7 @@ def test_rejects_are_left_out_and_listed_and_tried_again(
         contents[image] = image.read_bytes()
         image.unlink() if content is None else image.write_bytes(content)
     out = tmp_path / "out"
-    with pytest.raises(DataError, match=r"images cannot be used, more than --max-bad 0.00%"):
+    with pytest.raises(DataError, match=r"images cannot be used, more than `max_bad` 0.00%"):
         make_shards(chexpert, out, max_bad=0.0)
     manifest = make_shards(chexpert, out, max_bad=0.1).manifest
     keys = [f"patient{patient:05d}_study2_view1_frontal" for patient in (3, 4, 5)]
@@ -624,7 +624,7 @@ def test_an_empty_file_of_an_unfinished_run_is_made_again(chexpert: Path, shards
     before = hashes(folder)
     (folder / "manifest.json").unlink()
     (chexpert / "valid/patient00019/study2/view1_frontal.jpg").rename(chexpert / "away.jpg")
-    with pytest.raises(DataError, match="more than --max-bad"):
+    with pytest.raises(DataError, match="more than `max_bad`"):
         make_shards(chexpert, folder)
     (chexpert / "away.jpg").rename(chexpert / "valid/patient00019/study2/view1_frontal.jpg")
     (folder / ".partial" / name).write_bytes(b"")

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from model.augment import AUGMENTATIONS, augment
+from model.runs.commands import main
 from pipeline import open_shards
 from pipeline.labels import LABELS
 from pipeline.look.sheet import (
@@ -119,11 +120,27 @@ def test_a_picture_keeps_its_proportions() -> None:
 
 
 @pytest.mark.parametrize("kind", ["affine", "crop"])
-def test_variants_are_what_training_sees(shards: tuple[Path, Manifest], tmp_path: Path, kind: str) -> None:
+def test_variants_are_what_training_sees(
+    shards: tuple[Path, Manifest], tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder, manifest = shards
     out = tmp_path / "augmented.png"
-    options = ("--augmented", "--augment", kind, "--image-size", 192, "--n", 3, "--seed", 7)
-    assert show(folder, *options, "--out", out).endswith(f" images, seed 7, augmented ({kind})\n")
+    options = (
+        "--shards",
+        folder,
+        "--augment",
+        kind,
+        "--image-size",
+        192,
+        "--n",
+        3,
+        "--seed",
+        7,
+        "--out",
+        out,
+    )
+    main.main(["inputs", *map(str, options)], standalone_mode=False)
+    assert capsys.readouterr().out == f"{out}: train: 3 of 24 images, seed 7, augmented ({kind})\n"
     split = open_split(folder, manifest, "train")
     rows = spread_rows(np.arange(split.table.num_rows), 3, seed=7)
     chosen = dataclasses.replace(open_shards(folder)["train"], samples=find_images(split, rows))
@@ -192,9 +209,9 @@ def test_damage_is_named(shards: tuple[Path, Manifest], tmp_path: Path) -> None:
         (["--out", "missing/x.png"], 2, "Error: --out missing/x.png: there is no folder missing"),
         (["--state", "blank", "--out", "x.png"], 2, "Error: --state needs --label"),
         (
-            ["--augment", "crop", "--out", "x.png"],
+            ["--augmented", "--out", "x.png"],
             2,
-            "Error: --augment and --image-size need --augmented",
+            "Error: --augmented is a command now: python train.py inputs --shards … --out …",
         ),
         (
             ["--split", "test", "--out", "x.png"],

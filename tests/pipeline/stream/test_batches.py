@@ -260,7 +260,7 @@ def test_allowed_bad_images_are_black_and_masked_and_logged(
     assert labels.mask.all()  # the rows of the whole split are untouched
     with pytest.raises(DataError) as caught:
         list(evaluation(split, labels, size=32, batch_size=4, max_bad=1))
-    assert str(caught.value) == f"{last}; more than 1 such images (--max-bad)"
+    assert str(caught.value) == f"{last}; more than 1 such images (`max_bad`)"
 
 
 def test_a_shard_cut_short_under_a_running_stream_is_named(

@@ -249,5 +249,5 @@ def test_shards_of_all_views_whose_studies_lie_apart_are_other_shards(
     with pytest.raises(DataError) as caught:
         make_shards(chexpert, folder, default_options(views="all"))
     assert str(caught.value) == (
-        f"{folder} holds other shards: unit is None there and study here; choose another folder or --overwrite"
+        f"{folder} holds other shards: unit is None there and study here; choose another folder or `overwrite`"
     )

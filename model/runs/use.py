@@ -1,0 +1,280 @@
+"""Commands of train.py that use a run, or look at what it learns from: evaluate, predict, export, inputs."""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import click
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from model.augment import AUGMENTATIONS, augment
+from model.export import Scorer, export_scorer
+from model.predict import InterruptedEvaluationError
+from model.runs.config import learnt_columns, read_config
+from model.runs.folder import load_best
+from model.runs.job import Job, StopFlag, choose_device
+from model.runs.options import DATA_OPTIONS, run_option, with_options, workers_option
+from model.runs.overlap import check_evaluation
+from model.runs.results import evaluate, find_scores, name_comparison, name_result, write_report
+from model.runs.scoring import score_best, score_files
+from model.runs.summary import print_comparison, print_evaluations
+from pipeline.base.errors import DataError
+from pipeline.base.files import write_csv
+from pipeline.console import Checked, Number, say
+from pipeline.labels import MOST_VIEWS, VIEWS
+from pipeline.look.sheet import FORMATS, draw_variants, save_sheet, spread_rows
+from pipeline.manifest import read_manifest
+from pipeline.stream.cache import find_shards
+from pipeline.stream.samples import open_split
+from pipeline.stream.select import select_rows
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+VARIANTS = 4  # epochs that `inputs` shows
+
+
+@click.command("evaluate", epilog="Example: python train.py evaluate --run runs/first --split valid")
+@with_options(run_option, *DATA_OPTIONS)
+@click.option("--split", default="valid", help="Of the shards, which may be others than the run's.")
+@click.option(
+    "--against",
+    multiple=True,
+    metavar="RUN",
+    type=click.Path(path_type=Path),
+    help="Compare with its scores; a run by studies with those of several.",
+)
+@click.option(
+    "--sensitivity", default=0.9, type=Number(0, 1), help="Sensitivity the third threshold must reach on dev."
+)
+@click.option(
+    "--study", default="max", type=click.Choice(["max", "mean"]), help="A study's score, from its views'."
+)
+@click.option(
+    "--where",
+    multiple=True,
+    metavar="CONDITION",
+    help="Score these images instead of those chosen by the run's own conditions: sex=Male.",
+)
+@click.option("--views", type=click.Choice(VIEWS), show_default="the run's", help="Score these views.")
+@click.option("--shared-images", is_flag=True, help="Go on where the run trained on some of the images.")
+def evaluate_command(
+    shards: str,
+    cache: Path,
+    cache_size: int,
+    run: Path,
+    workers: int,
+    split: str,
+    against: tuple[Path, ...],
+    sensitivity: float,
+    study: str,
+    where: tuple[str, ...],
+    views: str | None,
+    shared_images: bool,
+) -> int:
+    """Score the run's best checkpoint on a split.
+
+    The run's own --where and --views choose the images, unless others are given: train on one sex, score the other.
+    """
+    folder, remote = find_shards(shards, cache, cache_size)
+    config, stop = read_config(run), StopFlag().listen()
+    device, precision = choose_device(config.amp)
+    job = Job(config, folder, remote, run, read_manifest(folder), device, precision, workers, stop)
+    chosen_by = (*where, *([] if views is None else [f"{views} views"]))
+    scored = replace(job, config=replace(config, where=where or config.where, views=views or config.views))
+    try:
+        others = find_scores(job, split, against)
+        shared = check_evaluation(scored, split, others, shared_images)
+        found = score_best(scored, split)
+        results = {split: evaluate(job, split, found, others, sensitivity, study, chosen_by, shared)}
+    except InterruptedEvaluationError:
+        return stop.code
+    print_evaluations({split: results[split][0]})
+    print_comparison(results[split][0])
+    result = name_result(job, split, chosen_by)
+    compared = name_comparison(result, others)
+    write_report(scored, f"report-{compared}.html", results)
+    for file in (f"scores-{result}.arrow", f"evaluation-{compared}.json", f"report-{compared}.html"):
+        click.echo(f"{run / file}: written")
+    return 0
+
+
+def check_pattern(text: str) -> None:
+    """Raise DataError for what is not a regular expression."""
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise DataError(f"'{text}' is not a regular expression: {error}") from None
+
+
+@click.command("predict", epilog="Example: python train.py predict --run runs/first --out scores.csv films/")
+@run_option
+@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
+@click.option("--out", required=True, type=click.Path(path_type=Path, dir_okay=False), help="CSV to write.")
+@click.option("--strict", is_flag=True, help="Exit with 3 where an image cannot be read.")
+@click.option(
+    "--group-by",
+    metavar="REGEX",
+    type=Checked(check_pattern),
+    help="Files in whose paths it finds the same text are one study.  [default: those of a folder]",
+)
+@workers_option
+def predict_command(
+    run: Path, images: tuple[Path, ...], out: Path, strict: bool, group_by: str | None, workers: int
+) -> int:
+    """Score IMAGES (JPEG or PNG files, or folders of them) by the run's best checkpoint.
+
+    A run by studies scores the images of a study together: those of a folder, or as --group-by says.
+    """
+    files = [file for path in images for file in find_images(path)]
+    for path in images:
+        for suffix, count in count_others(path).items():
+            say(f"{path}: {count:,} {suffix} files skipped: only JPEG and PNG can be read")
+    if any(out.exists() and file.samefile(out) for file in files):
+        raise click.UsageError(f"--out {out} is one of the images")
+    check_folder(out)
+    if not files:
+        raise DataError(f"{', '.join(map(str, images))}: no .jpg, .jpeg or .png file")
+    config = read_config(run)
+    if config.fusion is None:
+        if group_by is not None:
+            raise click.UsageError(f"--group-by is for runs by studies; {run} learnt single images")
+        samples = {str(file): [file] for file in files}
+    else:
+        samples = group_files(files, group_by)
+    scores, bad = score_files(run, config, list(samples.values()), workers)
+    for file, reason in bad:
+        say(f"{file}: {reason}")
+    if len(bad) == len(files):
+        kept = f"{out} is left as it was" if out.exists() else f"{out} is not written"
+        raise DataError(f"none of {len(files):,} images can be read; {kept}")
+    cells = [["" if math.isnan(score) else f"{score:.6f}" for score in row] for row in scores.tolist()]
+    heading = ["study" if config.fusion else "file", *config.labels]
+    write_csv(out, [heading, *([name, *row] for name, row in zip(samples, cells, strict=True))])
+    of_studies = f" in {len(samples):,} studies" if config.fusion else ""
+    click.echo(f"{out}: scores of {len(files) - len(bad):,} images{of_studies}, {len(bad):,} unusable")
+    return 3 if strict and bad else 0
+
+
+def check_folder(out: Path) -> None:
+    """Raise DataError where a file cannot be written for want of a folder: before the work, not after it."""
+    if not out.absolute().parent.is_dir():
+        raise DataError(f"{out}: there is no folder {out.parent}")
+
+
+def group_files(files: Iterable[Path], pattern: str | None) -> dict[str, list[Path]]:
+    """The files of each study, by its name: their folder, or the text that the pattern finds in their paths.
+
+    Raises DataError where the pattern finds nothing, or more files than a study has views.
+    """
+    studies: dict[str, list[Path]] = {}
+    for file in files:
+        match = None if pattern is None else re.search(pattern, str(file))
+        if pattern is not None and match is None:
+            raise DataError(f"{file}: --group-by '{pattern}' is not in its path")
+        studies.setdefault(str(file.parent) if match is None else match[0], []).append(file)
+    for name, views in studies.items():
+        if len(views) > MOST_VIEWS:
+            how = "a study's images must lie in a folder of their own, or name it by --group-by"
+            raise DataError(f"{name}: {len(views)} images, of a study there are at most {MOST_VIEWS}; {how}")
+    return studies
+
+
+@click.command("export", epilog="Example: python train.py export --run runs/first --out model.onnx")
+@run_option
+@click.option("--out", required=True, type=click.Path(path_type=Path, dir_okay=False), help=".onnx or .pt2")
+def export_command(run: Path, out: Path) -> int:
+    """Write the run's best network for other programs: uint8 images [B, 1, S, S] in, scores [B, L] out.
+
+    Of the L labels that the run has learnt, in their usual order.
+    """
+    config = read_config(run)
+    check_folder(out)
+    if config.fusion:
+        raise DataError(f"{run}: a network over studies cannot be exported, only one for images")
+    network, best = load_best(run, config, torch.device("cpu"))
+    scorer = Scorer(network, learnt_columns(config), best["pixels"]["mean"], best["pixels"]["std"])
+    try:
+        difference = export_scorer(scorer, config.image_size, out)
+    except ValueError as error:
+        raise DataError(str(error)) from None
+    click.echo(f"{out}: checked, within {difference:.1e} of the eager network's logits")
+    click.echo(f"its scores: {', '.join(config.labels)}")
+    return 0
+
+
+def find_images(path: Path) -> list[Path]:
+    """The file itself, or the image files below a folder, sorted."""
+    if path.is_file():
+        return [path]
+    return sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+
+
+def count_others(path: Path) -> dict[str, int]:
+    """How many files of each other suffix are below a folder; none for a file."""
+    others = (file.suffix.lower() for file in path.rglob("*") if file.is_file())
+    counts = Counter(suffix or "other" for suffix in others if suffix not in IMAGE_SUFFIXES)
+    return dict(sorted(counts.items()))
+
+
+@click.command(
+    "inputs", epilog="Example: python train.py inputs --shards shards --augment crop --out inputs.png"
+)
+@with_options(*DATA_OPTIONS[:3])
+@click.option("--split", default="train")
+@click.option(
+    "--where", multiple=True, metavar="CONDITION", help="Only images that meet this: sex=Female, age>=60."
+)
+@click.option("--n", default=6, type=click.IntRange(1, 400), help="Number of images.")
+@click.option("--seed", default=0, type=click.IntRange(0), help="Another seed shows other images.")
+@click.option(
+    "--augment",
+    "kind",
+    default="affine",
+    type=click.Choice([name for name in AUGMENTATIONS if name != "none"]),
+)
+@click.option(
+    "--image-size", default=320, type=click.IntRange(32), help="Side of the square input, in pixels."
+)
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path, dir_okay=False), help="Picture: .png or .jpg."
+)
+def inputs_command(
+    shards: str,
+    cache: Path,
+    cache_size: int,
+    split: str,
+    where: tuple[str, ...],
+    n: int,
+    seed: int,
+    kind: str,
+    image_size: int,
+    out: Path,
+) -> None:
+    """Draw images as training reads them, beside what its augmentation makes of them.
+
+    As in the first step of the first epochs, were these images the batch.
+    """
+    if out.suffix.lower() not in FORMATS:
+        raise click.UsageError(f"--out {out}: the name must end in {' or '.join(FORMATS)}")
+    check_folder(out)
+    folder, remote = find_shards(shards, cache, cache_size)
+    manifest = read_manifest(folder)
+    opened = open_split(folder, manifest, split, remote)
+    rows = select_rows(opened.table, where)
+    chosen = spread_rows(rows, n, seed)
+    mean, std = manifest.pixels["mean"], manifest.pixels["std"]
+
+    def vary(images: npt.NDArray[np.uint8]) -> list[npt.NDArray[np.uint8]]:
+        batch, crop = torch.from_numpy(images)[:, None], AUGMENTATIONS[kind]
+        inputs = [augment(batch, mean, std, seed, epoch, 0, crop) for epoch in range(VARIANTS)]
+        return [(one * std + mean).round().clamp(0, 255)[:, 0].byte().numpy() for one in inputs]
+
+    # A sheet that says sex=Female beside keys would tell of patients: it says that there were conditions.
+    conditions = " under conditions" if where else ""
+    title = f"{split}: {len(chosen):,} of {len(rows):,} images{conditions}, seed {seed}, augmented ({kind})"
+    save_sheet(draw_variants(title, opened, chosen, image_size, vary), out)
+    click.echo(f"{out}: {title}")
