@@ -50,10 +50,14 @@ class Described(NamedTuple):
 
 
 def describe_shards(folder: Path) -> Described:
-    """Read the tables of some shards, and say what their labels are like."""
+    """Describe the labels of some shards: by train's table, and by all where shards hold whole studies."""
     manifest = read_manifest(folder)
-    tables = {name: read_table(folder, split) for name, split in manifest.splits.items()}
     of_studies = manifest.options.get("unit") == "study"
+    tables = {
+        name: read_table(folder, split)
+        for name, split in manifest.splits.items()
+        if of_studies or name == "train"
+    }
     return Described(
         describe_views(pa.concat_tables(tables.values())) if of_studies else "",
         find_one_class(tables["train"], manifest.policies) if "train" in tables else [],
