@@ -67,7 +67,7 @@ from model.optim import build_optimizer, scheduled_lr, update_average
 from model.predict import DivergedError, InterruptedEvaluationError, explain_memory
 from model.ranks import Ranks
 from model.runs.commands import main
-from model.runs.config import Config, can_divide, learnt_columns, output_count, three_class_columns
+from model.runs.config import Config, can_divide, learned_columns, output_count, three_class_columns
 from model.runs.folder import follow_by_wandb, fuse, open_run, record_environment, save_best
 from model.runs.job import (
     TEACHER_SCORES,
@@ -351,8 +351,8 @@ def training_labels(job: Job, train: Selected) -> Labels:
     if lacking and job.strict:
         raise DataError(f"`strict`: {'; '.join(lacking)}")
     for text in lacking:
-        say(f"{text}: it cannot be learnt")
-    labels.mask[:, np.setdiff1d(range(len(LABELS)), learnt_columns(config))] = False
+        say(f"{text}: it cannot be learned")
+    labels.mask[:, np.setdiff1d(range(len(LABELS)), learned_columns(config))] = False
     return labels
 
 

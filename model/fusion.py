@@ -1,7 +1,7 @@
 """The views of a study → logits of the study: one backbone for all views, which are then pooled.
 
 In: a network for single images (model.networks), and the views of some studies. Every view goes through the same
-backbone; its features are scaled and shifted by what is learnt of its projection (FiLM, Perez et al., AAAI 2018),
+backbone; its features are scaled and shifted by what is learned of its projection (FiLM, Perez et al., AAAI 2018),
 because the same finding looks otherwise from the side; then the features or logits of the views that are there are
 pooled. At first no projection differs from another and all views count alike: a network that starts from
 a run by images scores as that run does.

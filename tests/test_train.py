@@ -341,14 +341,14 @@ def test_labels_with_one_class_are_named_and_refused_where_strict(
     job = make_job("run", blank="ignore", epochs=1)
     healthy = pc.sum(read_table(job.shards, job.manifest.split("train"))["No Finding"]).as_py()
     assert train.train(job) == 0
-    lines = [line for line in capsys.readouterr().err.splitlines() if "cannot be learnt" in line]
+    lines = [line for line in capsys.readouterr().err.splitlines() if "cannot be learned" in line]
     assert (
-        lines[0] == f"label No Finding has {healthy} positives and 0 negatives in train: it cannot be learnt"
+        lines[0] == f"label No Finding has {healthy} positives and 0 negatives in train: it cannot be learned"
     )
     with pytest.raises(DataError) as caught:
         train.train(make_job("run", blank="ignore", epochs=1, strict=True))
     assert str(caught.value) == "`strict`: " + "; ".join(
-        line.removesuffix(": it cannot be learnt") for line in lines
+        line.removesuffix(": it cannot be learned") for line in lines
     )
 
 
@@ -905,7 +905,7 @@ def test_results_on_other_shards_leave_the_runs_own_alone(
     assert new == {f"evaluation-{result}.json", f"scores-{result}.arrow", f"report-{result}.html"}
     assert {path: path.read_bytes() for path in own} == own
     with pytest.raises(
-        DataError, match=f"^{others}: not the shards that {job.run} learnt from, on whose dev"
+        DataError, match=f"^{others}: not the shards that {job.run} learned from, on whose dev"
     ):
         command("evaluate", "--run", job.run, "--shards", others, "--sensitivity", 0.8)
 

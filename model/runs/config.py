@@ -147,7 +147,7 @@ def three_class_columns(config: Config) -> list[int]:
     return [column for column, label in enumerate(LABELS) if policy[label] == "multiclass"]
 
 
-def learnt_columns(config: Config) -> list[int]:
+def learned_columns(config: Config) -> list[int]:
     """The columns of the labels that this run learns."""
     return [LABELS.index(label) for label in config.labels]
 

@@ -34,7 +34,7 @@ from model.networks import build_network
 from model.ranks import ALONE, Ranks
 from model.runs.config import Config, output_count, read_config
 from model.runs.job import Job
-from pipeline.base.errors import DataError
+from pipeline.base.errors import DataError, describe_difference
 from pipeline.base.files import write_json
 from pipeline.images import ImageOptions
 from pipeline.manifest import manifest_digest
@@ -52,13 +52,12 @@ def fuse(network: nn.Module, config: Config) -> nn.Module:
 def open_run(run: Path, config: Config) -> None:
     """Create the run folder. Raises DataError, with the difference, where it has another configuration."""
     if (run / "config.json").exists():
-        there = asdict(read_config(run))
-        for name, here in asdict(config).items():
-            if there[name] != here:
-                difference = f"{name} is {there[name]} there and {here} here"
-                raise DataError(
-                    f"{run} is a run of another configuration: {difference}; choose another `run` (in make: RUN=)"
-                )
+        here = asdict(config)
+        difference = describe_difference(asdict(read_config(run)), here, here)
+        if difference:
+            raise DataError(
+                f"{run} is a run of another configuration: {difference}; choose another `run` (in make: RUN=)"
+            )
         return
     run.mkdir(parents=True, exist_ok=True)
     write_json(run / "config.json", asdict(config))

@@ -76,7 +76,7 @@ def evaluate(
     if not chosen.items() <= calibration.items():
         if result_name(config, job.shards, name) != name:  # whose dev may hold patients of the run's train
             raise DataError(
-                f"{job.shards}: not the shards that {run} learnt from, on whose dev thresholds are chosen; first run: "
+                f"{job.shards}: not the shards that {run} learned from, on whose dev thresholds are chosen; first run: "
                 f"python train.py evaluate --run {run} --sensitivity {sensitivity} --study {combine} with those"
             )
         dev = scored if result == "dev" else score_best(job, "dev")[0]
@@ -127,11 +127,11 @@ def name_comparison(result: str, against: Collection[Path]) -> str:
 
 
 def shared_labels(config: Config, against: Collection[Path]) -> tuple[str, ...]:
-    """The labels that a run and all of those it is compared with have learnt. Raises DataError where there is none."""
+    """The labels that a run and all of those it is compared with have learned. Raises DataError where there is none."""
     labels = [set(read_config(other).labels) for other in against]
     shared = tuple(label for label in config.labels if all(label in of for of in labels))
     if not shared:
-        raise DataError(f"`against` {', '.join(map(str, against))}: no label that both runs have learnt")
+        raise DataError(f"`against` {', '.join(map(str, against))}: no label that both runs have learned")
     return shared
 
 
@@ -144,7 +144,7 @@ def find_scores(job: Job, name: str, against: Sequence[Path]) -> dict[Path, Path
         raise DataError("`against` takes one run beside a run by images; several are for a run by studies")
     found = {}
     for other in against:
-        # Of these shards, where they are not those that it learnt from; else of its own, which may be the same images.
+        # Of these shards, where they are not those that it learned from; else of its own, which may be the same images.
         names = (result_name(read_config(other), job.shards, name), name)
         files = [path for one in names if (path := other / f"scores-{one}.arrow").exists()]
         if not files:

@@ -4,7 +4,7 @@ An Arrow IPC file with one row per image, in the order of the split's table:
     key         string   as in that table
     patient     string
     study       int32
-    <labels>    float32  score in [0, 1], of those that the run learnt
+    <labels>    float32  score in [0, 1], of those that the run learned
 """
 
 from collections.abc import Sequence

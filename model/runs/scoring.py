@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from model.fusion import UNKNOWN_FRONTAL
 from model.predict import InterruptedEvaluationError, predict_scores
-from model.runs.config import Config, learnt_columns
+from model.runs.config import Config, learned_columns
 from model.runs.folder import load_best
 from model.runs.job import Job, Selected, agree, choose_device, network_inputs, open_rows, read_batches
 from pipeline.console import Advance, progress_bar
@@ -45,7 +45,7 @@ def score_split(
     Each rank scores its share of the rows, and all get the scores of all.
     """
     config, split, rows = job.config, chosen.split, chosen.rows
-    columns = learnt_columns(config)
+    columns = learned_columns(config)
     labels = Labels(*evaluation_targets(split.table, check_blank_policy(job.manifest.policies["blank"])))
     plan = partial(
         plan_evaluation, chosen.samples, EVALUATION_BATCH, rank=job.ranks.rank, ranks=job.ranks.count
@@ -148,7 +148,7 @@ def score_files(
     pixels = best["pixels"]
     with progress_bar("Scoring", config.units) as advance:
         scores = predict_scores(
-            network, learnt_columns(config), batches(advance), pixels["mean"], pixels["std"], precision
+            network, learned_columns(config), batches(advance), pixels["mean"], pixels["std"], precision
         )
     scores[~usable] = np.nan
     return scores, bad

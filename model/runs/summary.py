@@ -49,7 +49,7 @@ def print_comparison(evaluation: Mapping[str, Any]) -> None:
     if "against" in evaluation:
         compared = evaluation["against"]
         if len(compared["labels"]) < len(evaluation["labels"]):
-            table.caption = f"over the {len(compared['labels'])} labels that both runs have learnt"
+            table.caption = f"over the {len(compared['labels'])} labels that both runs have learned"
         for name, title in MEANS.items():
             table.add_row(title, show(compared["ours"][name]), show_difference(compared["auroc"][name]))
     for group, found in evaluation.get("methods", {}).items():

@@ -30,7 +30,7 @@ import sqlalchemy
 from optuna.trial import FrozenTrial, TrialState
 
 from model.predict import DivergedError, MemoryExhaustedError
-from pipeline.base.errors import DataError
+from pipeline.base.errors import DataError, describe_difference
 from pipeline.base.files import locked
 from pipeline.console import say
 
@@ -215,12 +215,12 @@ def check_options(sweep: Sweep, study: optuna.Study) -> None:
     if there is None:
         study.set_user_attr("options", dict(sweep.options))
         return
-    for name, here in json.loads(json.dumps(sweep.options)).items():
-        if there.get(name) != here:
-            difference = f"{name} is {there.get(name)} there and {here} here"
-            raise DataError(
-                f"{sweep.folder} is a sweep under other options: {difference}; choose another `sweep`"
-            )
+    here = json.loads(json.dumps(sweep.options))
+    difference = describe_difference(there, here, here)
+    if difference:
+        raise DataError(
+            f"{sweep.folder} is a sweep under other options: {difference}; choose another `sweep`"
+        )
 
 
 @contextmanager

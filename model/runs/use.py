@@ -15,7 +15,7 @@ import torch
 from model.augment import AUGMENTATIONS, augment
 from model.export import Scorer, export_scorer
 from model.predict import InterruptedEvaluationError
-from model.runs.config import learnt_columns, read_config
+from model.runs.config import learned_columns, read_config
 from model.runs.folder import load_best
 from model.runs.job import Job, StopFlag, choose_device
 from model.runs.options import DATA_OPTIONS, run_option, with_options, workers_option
@@ -141,7 +141,7 @@ def predict_command(
     config = read_config(run)
     if config.fusion is None:
         if group_by is not None:
-            raise click.UsageError(f"--group-by is for runs by studies; {run} learnt single images")
+            raise click.UsageError(f"--group-by is for runs by studies; {run} learned single images")
         samples = {str(file): [file] for file in files}
     else:
         samples = group_files(files, group_by)
@@ -189,14 +189,14 @@ def group_files(files: Iterable[Path], pattern: str | None) -> dict[str, list[Pa
 def export_command(run: Path, out: Path) -> int:
     """Write the run's best network for other programs: uint8 images [B, 1, S, S] in, scores [B, L] out.
 
-    Of the L labels that the run has learnt, in their usual order.
+    Of the L labels that the run has learned, in their usual order.
     """
     config = read_config(run)
     check_folder(out)
     if config.fusion:
         raise DataError(f"{run}: a network over studies cannot be exported, only one for images")
     network, best = load_best(run, config, torch.device("cpu"))
-    scorer = Scorer(network, learnt_columns(config), best["pixels"]["mean"], best["pixels"]["std"])
+    scorer = Scorer(network, learned_columns(config), best["pixels"]["mean"], best["pixels"]["std"])
     try:
         difference = export_scorer(scorer, config.image_size, out)
     except ValueError as error:

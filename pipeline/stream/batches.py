@@ -249,7 +249,7 @@ def read_image(file: ShardFile, offset: int, length: int, crc: int, encoding: st
 
 
 def label(decoded: Iterable[Decoded], split: OpenSplit, labels: Labels) -> Iterator[Batch]:
-    """Add the samples' rows of the targets and masks; nothing is learnt from samples without a usable image."""
+    """Add the samples' rows of the targets and masks; nothing is learned from samples without a usable image."""
     for step, images, sample, place, bad in decoded:
         first = step.rows[:, 0]  # the images of a sample share their labels
         mask = labels.mask[first]

@@ -31,6 +31,7 @@ from urllib.parse import quote
 
 from pipeline.base.errors import DataError
 from pipeline.base.files import locked, write_atomically
+from pipeline.base.store import AWS_CREDENTIALS, is_refusal
 from pipeline.manifest import NAME, Shard, read_manifest
 
 Result = TypeVar("Result")
@@ -276,11 +277,8 @@ class Remote:
         status = getattr(error, "status", None)
         if isinstance(error, FileNotFoundError):
             return "not found", False
-        if isinstance(error, PermissionError) or status in (401, 403) or "Credential" in type(error).__name__:
-            source = (
-                "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE" if self.is_s3 else "~/.netrc"
-            )
-            return f"no access; credentials come from {source}", False
+        if is_refusal(error) or status in (401, 403):
+            return f"no access; {AWS_CREDENTIALS if self.is_s3 else 'credentials come from ~/.netrc'}", False
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return f"{self.cache.folder}: cannot be written: {error.strerror}", False
         if isinstance(error, TimeoutError):

@@ -25,6 +25,7 @@ import pyarrow.compute as pc
 
 from pipeline.base.errors import DataError
 from pipeline.labels import LABELS, STATES, limit_patients, select_views
+from pipeline.policies import divide_cells
 from pipeline.stream.plan import Rows
 
 OPERATORS = {
@@ -126,8 +127,7 @@ def balance_weights(target: npt.NDArray[np.float32], mask: npt.NDArray[np.bool_]
     Cells that are masked, or of the third class of `multiclass` (-1), are neither and keep weight 1. Raises
     ValueError where there are no positives or no negatives.
     """
-    positive = mask & (target >= 0.5)
-    negative = mask & (target >= 0) & (target < 0.5)
+    positive, negative = divide_cells(target, mask)
     counts = {"positives": int(positive.sum()), "negatives": int(negative.sum())}
     for name, count in counts.items():
         if count == 0:

@@ -85,5 +85,5 @@ def test_a_frozen_backbone_stays_as_it_is(fusion: str, images: Tensor) -> None:
     fused(images, PRESENT, PROJECTION).square().sum().backward()
     optimizer.step()
     changed = {name for name, value in fused.state_dict().items() if not torch.equal(value, before[name])}
-    learnt = {"head.weight", "head.bias", "projection"}
-    assert changed == learnt | ({"attention.weight"} if fusion == "attention" else set())
+    learned = {"head.weight", "head.bias", "projection"}
+    assert changed == learned | ({"attention.weight"} if fusion == "attention" else set())

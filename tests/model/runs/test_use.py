@@ -125,7 +125,7 @@ def test_a_run_with_fewer_labels_is_compared_over_those_of_both(
     )
     capsys.readouterr()
     assert call_train("evaluate", *shards, "--run", run, "--against", other) == 0
-    assert "over the 3 labels that both runs have learnt" in capsys.readouterr().out
+    assert "over the 3 labels that both runs have learned" in capsys.readouterr().out
     compared = json.loads((run / "evaluation-valid-against-few.json").read_text())
     theirs = json.loads((other / "evaluation-valid.json").read_text())
     found = compared["against"]["auroc"]
@@ -138,7 +138,7 @@ def test_a_run_with_fewer_labels_is_compared_over_those_of_both(
     assert found["macro"]["difference"] == pytest.approx(sum(differences) / len(differences))
     alone = run.with_name("none")
     assert call_train("train", *shards, "--run", alone, *SMALL, "--labels", "Cardiomegaly") == 0
-    with pytest.raises(DataError, match=r"few: no label that both runs have learnt$"):
+    with pytest.raises(DataError, match=r"few: no label that both runs have learned$"):
         call_train("evaluate", *shards, "--run", alone, "--against", other)
 
 
