@@ -80,11 +80,13 @@ $(if $(word 2,$(OUT)),$(error OUT=$(OUT): make takes no spaces there))
 .DEFAULT_GOAL := help
 .PHONY: help setup shards verify stats train sweep evaluate predict test test-wheel test-pages test-s3 test-postgres test-cluster soak fuzz audit lint bench-etl bench-stream bench-scale lock clean
 
+##@ Set up
 help:  ## list the targets
-	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@sed -nE 's/^##@ (.*)/\n\1:/p; s/^([a-z0-9-]+):.*## (.*)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 17
 
 setup: .venv/installed  ## create .venv and install the pinned packages; again only when the lock changes
 
+##@ Data
 shards: .venv/installed $(SAMPLE)  ## write DATA (a CheXpert folder) as shards to OUT
 	@$(if $(DATA),,echo 'make shards needs DATA=<CheXpert folder>' >&2; exit 2)
 	$(SHARDS) $(if $(call given,UNCERTAIN),--uncertain $(UNCERTAIN)) $(if $(call given,BLANK),--blank $(BLANK)) $(ARGS)
@@ -96,6 +98,7 @@ stats: .venv/installed $(OUT)/manifest.json  ## count the labels of the shards i
 	$(SAY_SAMPLE)
 	$(BIN)/pipeline stats $(OUT)
 
+##@ Train and use
 train: .venv/installed $(OUT)/manifest.json  ## train on OUT with LR, WD, EPOCHS, BATCH, ARCH, SEED, GPUS; continue RUN if it is there
 ifneq ($(words $(LR) $(WD) $(BATCH) $(ARCH) $(UNCERTAIN)),5)
 train: sweep
@@ -123,6 +126,7 @@ predict: .venv/installed  ## score IMAGES (files or folders) by the best checkpo
 	@$(if $(IMAGES),,echo 'make predict needs IMAGES=<files or folders>' >&2; exit 2)
 	$(BIN)/python train.py predict --run "$(RUN)" --out "$(RUN)/predictions.csv" $(THREADS) $(ARGS) $(IMAGES)
 
+##@ Test
 test: .venv/installed  ## run the tests
 	$(BIN)/python -m pytest -n auto --dist worksteal
 
@@ -157,6 +161,7 @@ lint: .venv/installed  ## check style (ruff) and types (mypy)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
+##@ Measure
 bench-etl: .venv/installed .venv-peers/installed  ## measure sharding beside img2dataset, Pillow and the codec
 	$(BIN)/python benchmarks/etl.py --peers .venv-peers/bin/python
 
@@ -166,6 +171,7 @@ bench-stream: .venv/installed .venv-peers-stream/installed  ## measure the strea
 bench-scale: .venv/installed  ## shard the whole real label table; measure time and memory
 	$(BIN)/python benchmarks/scale.py
 
+##@ Maintain
 lock:  ## resolve the dependencies anew into requirements.lock (needs uv)
 	uv pip compile --quiet --upgrade --universal --python-version 3.11 --no-annotate --extra dev pyproject.toml \
 		--custom-compile-command "make lock" --output-file requirements.lock
