@@ -89,9 +89,7 @@ from pipeline.console import progress_bar, run_command, say
 from pipeline.labels import LABELS, label_states
 from pipeline.measure.metrics import report_auroc
 from pipeline.policies import (
-    check_blank_policy,
     describe_one_class,
-    evaluation_targets,
     make_targets,
     one_class_labels,
     parse_uncertain_policy,
@@ -195,9 +193,8 @@ def check_reported(job: Job, dev: Selected) -> None:
 
     Raises DataError where no checkpoint could be chosen by dev, and where valid cannot be read.
     """
-    blank = check_blank_policy(job.manifest.policies["blank"])
-    target, mask = evaluation_targets(dev.split.table, blank)
-    one_class = {label for label, *_ in one_class_labels(target[dev.rows], mask[dev.rows])}
+    found = one_class_labels(dev.truth.target[dev.rows], dev.truth.mask[dev.rows])
+    one_class = {label for label, *_ in found}
     if one_class.issuperset(job.config.labels):
         raise DataError(no_choice(job))
     if "valid" in job.manifest.splits:

@@ -9,8 +9,8 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +24,7 @@ from pipeline.base.errors import DataError, SettingError
 from pipeline.console import say
 from pipeline.labels import LABELS, MOST_VIEWS, split_patients
 from pipeline.manifest import Manifest, manifest_digest, read_manifest
-from pipeline.policies import check_blank_policy, parse_uncertain_policy
+from pipeline.policies import check_blank_policy, evaluation_targets, parse_uncertain_policy
 from pipeline.stream.batches import BatchStream, Labels, stream_batches
 from pipeline.stream.cache import CACHE, CACHE_SIZE, Remote, find_shards, redact
 from pipeline.stream.plan import Rows, Samples, Step
@@ -162,17 +162,24 @@ def choose_device(amp: str) -> tuple[torch.device, torch.dtype]:
     return device, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp, torch.float32)
 
 
-class Selected(NamedTuple):
+@dataclass(frozen=True)
+class Selected:
     """A split, the rows of the images that a run uses, and the samples that it makes of them."""
 
     split: OpenSplit
     images: Rows
     samples: Samples
+    blank: str  # the shards' own policy, under which runs of other policies are measured on the same cells
 
     @property
     def rows(self) -> Rows:
         """A row for each sample, that of its first image: the images of a study share their labels."""
         return self.samples.rows[:, 0]
+
+    @cached_property
+    def truth(self) -> Labels:
+        """Targets and masks of all rows of the split, for metrics."""
+        return Labels(*evaluation_targets(self.split.table, self.blank))
 
 
 def holds_out(job: Job) -> bool:
@@ -224,12 +231,13 @@ def open_rows(job: Job, name: str) -> Selected:
     Raises DataError where the images of a study have different labels and the run learns studies.
     """
     split, rows = open_images(job, name)
+    blank = check_blank_policy(job.manifest.policies["blank"])
     if job.config.fusion is None:
-        return Selected(split, rows, find_images(split, rows))
+        return Selected(split, rows, find_images(split, rows), blank)
     samples, left_out = find_studies(split, rows)
     if left_out and job.ranks.is_first:
         say(f"{name}: {left_out:,} images beyond their study's first {MOST_VIEWS} are left out")
-    return Selected(split, rows, samples)
+    return Selected(split, rows, samples, blank)
 
 
 def read_batches(

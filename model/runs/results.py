@@ -3,7 +3,7 @@
 import hashlib
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -183,7 +183,7 @@ def measure_run(job: Job) -> dict[str, Any]:
     network, best = load_best(job.run, job.config, job.device)
     chosen = open_rows(job, "train")
     samples = chosen.samples.thin(math.ceil(len(chosen.rows) / TRAIN_SAMPLES))
-    part = chosen._replace(samples=samples)
+    part = replace(chosen, samples=samples)
     scored = {"train": score_split(job, network, part, best["pixels"])[0]}
     if "valid" in selected_splits(job):
         scored["valid"] = score_split(job, network, open_rows(job, "valid"), best["pixels"])[0]

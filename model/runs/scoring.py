@@ -21,8 +21,7 @@ from pipeline.console import Advance, progress_bar
 from pipeline.images import Gray, ImageError, ImageOptions, decode_stored, prepare, resize
 from pipeline.labels import PROJECTIONS
 from pipeline.measure.evaluate import Scored
-from pipeline.policies import check_blank_policy, evaluation_targets
-from pipeline.stream.batches import Labels, choose_usable
+from pipeline.stream.batches import choose_usable
 from pipeline.stream.plan import plan_evaluation
 
 EVALUATION_BATCH = 64  # images
@@ -46,11 +45,10 @@ def score_split(
     """
     config, split, rows = job.config, chosen.split, chosen.rows
     columns = learned_columns(config)
-    labels = Labels(*evaluation_targets(split.table, check_blank_policy(job.manifest.policies["blank"])))
     plan = partial(
         plan_evaluation, chosen.samples, EVALUATION_BATCH, rank=job.ranks.rank, ranks=job.ranks.count
     )
-    batches = read_batches(job, chosen, labels, plan)
+    batches = read_batches(job, chosen, chosen.truth, plan)
     bad, ours = np.zeros(len(rows)), np.zeros(len(rows), bool)
 
     def samples(advance: Advance) -> Iterator[tuple[Tensor, ...]]:
@@ -85,8 +83,8 @@ def score_split(
     facts = split.table.take(rows)
     scored = Scored(
         scores[usable],
-        labels.target[rows][:, columns],
-        labels.mask[rows][:, columns],
+        chosen.truth.target[rows][:, columns],
+        chosen.truth.mask[rows][:, columns],
         facts["patient"].to_numpy(),
         facts["study"].to_numpy(),
         facts["sex"].to_numpy(),
