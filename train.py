@@ -39,14 +39,13 @@ import copy
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
@@ -67,10 +66,9 @@ from model.optim import build_optimizer, scheduled_lr, update_average
 from model.predict import DivergedError, InterruptedEvaluationError, explain_memory
 from model.ranks import Ranks
 from model.runs.commands import main
-from model.runs.config import Config, can_divide, learned_columns, output_count, three_class_columns
+from model.runs.config import Config, can_divide, output_count, three_class_columns
 from model.runs.folder import follow_by_wandb, fuse, open_run, record_environment, save_best
 from model.runs.job import (
-    TEACHER_SCORES,
     Job,
     Selected,
     agree,
@@ -81,22 +79,14 @@ from model.runs.job import (
 )
 from model.runs.overlap import check_teacher, write_trained_on
 from model.runs.results import CALIBRATION, choice_score, finish_run
-from model.runs.scores import read_scores
 from model.runs.scoring import score_split
+from model.runs.targets import check_reported, draw_weights, no_choice, training_labels
 from pipeline.base.errors import DataError
 from pipeline.base.files import claimed, write_atomically
 from pipeline.console import progress_bar, run_command, say
-from pipeline.labels import LABELS, label_states
 from pipeline.measure.metrics import report_auroc
-from pipeline.policies import (
-    describe_one_class,
-    make_targets,
-    one_class_labels,
-    parse_uncertain_policy,
-)
 from pipeline.stream.batches import Batch, BatchStream, Labels
 from pipeline.stream.plan import Rows, Weights, plan_training, training_steps
-from pipeline.stream.select import NothingSelectedError, balance_weights
 
 CLIP_NORM = 1.0
 CHECK_STEPS = 20  # how often the loss is read back: each read waits for the device
@@ -186,27 +176,6 @@ def train(job: Job, watch: Callable[[list[dict[str, Any]]], None] = lambda histo
         write_trained_on(job, [("train", train), ("dev", dev)])
         record_environment(job)
         return train_epochs(job, state, (train, dev), labels, weights, watch)
-
-
-def check_reported(job: Job, dev: Selected) -> None:
-    """Before the first step: say where the run's conditions leave nothing of valid, which is then not reported.
-
-    Raises DataError where no checkpoint could be chosen by dev, and where valid cannot be read.
-    """
-    found = one_class_labels(dev.truth.target[dev.rows], dev.truth.mask[dev.rows])
-    one_class = {label for label, *_ in found}
-    if one_class.issuperset(job.config.labels):
-        raise DataError(no_choice(job))
-    if "valid" in job.manifest.splits:
-        try:
-            open_rows(job, "valid")
-        except NothingSelectedError as error:
-            say(f"valid: {error}: the report is without valid")
-
-
-def no_choice(job: Job) -> str:
-    """What is said where dev does not suffice."""
-    return f"{job.shards}: no label of dev has both classes to choose a checkpoint by; raise `dev`"
 
 
 def train_epochs(
@@ -331,52 +300,6 @@ def say_stopped(job: Job) -> int:
     """Say how to go on; returns the exit code."""
     say(f"{job.run}: stopped and saved; the same command continues")
     return job.stop.code
-
-
-def training_labels(job: Job, train: Selected) -> Labels:
-    """Targets and masks of all of train by the run's policies; warns of selected labels with one class.
-
-    Raises DataError for them where the job is strict, and for a teacher that is missing or unusable.
-    """
-    config, table = job.config, train.split.table
-    policy = parse_uncertain_policy(config.uncertain)
-    wanted = [label for label in config.labels if policy[label] == "selftrained"]
-    scores = None if job.teacher is None else teacher_scores(job.teacher, train, wanted)
-    labels = Labels(*make_targets(table, policy, config.blank, config.seed, scores))
-    found = one_class_labels(labels.target[train.rows], labels.mask[train.rows])
-    lacking = describe_one_class(counts for counts in found if counts[0] in config.labels)
-    if lacking and job.strict:
-        raise DataError(f"`strict`: {'; '.join(lacking)}")
-    for text in lacking:
-        say(f"{text}: it cannot be learned")
-    labels.mask[:, np.setdiff1d(range(len(LABELS)), learned_columns(config))] = False
-    return labels
-
-
-def teacher_scores(teacher: Path, train: Selected, labels: Sequence[str]) -> npt.NDArray[np.float32]:
-    """A teacher's scores [N, 14] of the labels' uncertain cells in the rows used; 0 in those that nothing learns from.
-
-    Raises DataError where one of these rows was not scored.
-    """
-    table = train.split.table
-    scores = np.zeros((table.num_rows, len(LABELS)), np.float32)
-    columns = np.array([LABELS.index(label) for label in labels], np.int64)
-    states, _ = label_states(table)
-    rows = train.rows[(states[train.rows][:, columns] == -1).any(axis=1)]
-    scores[np.ix_(rows, columns)] = read_scores(teacher / TEACHER_SCORES, table["key"].take(rows), labels)
-    return scores
-
-
-def draw_weights(label: str, labels: Labels, rows: Rows) -> Weights:
-    """Weights [N] of the rows, under which positives and negatives of a label are drawn equally often.
-
-    Raises DataError where the label has no positives or no negatives among them.
-    """
-    column = LABELS.index(label)
-    try:
-        return balance_weights(labels.target[rows, column], labels.mask[rows, column])
-    except ValueError as error:
-        raise DataError(f"`balance` {label}: {error} in train") from None
 
 
 def train_steps(

@@ -21,6 +21,7 @@ import train
 from model.augment import normalize
 from model.runs.config import Config
 from model.runs.job import open_job, open_rows, to_device
+from model.runs.targets import training_labels
 from pipeline.stream.batches import Batch
 
 KEPT = 4  # batches that lie in memory
@@ -45,7 +46,7 @@ def main(shards: str, arch: str, size: int, batch: int, steps: int, rounds: int,
     config = Config(arch=arch, image_size=size, batch_size=batch, amp=amp)
     job = open_job(config, shards, Path("unused"))
     chosen = open_rows(job, "train")
-    labels = train.training_labels(job, chosen)
+    labels = training_labels(job, chosen)
     state = train.start_state(job, labels, chosen.rows)
     state.network.train()
 

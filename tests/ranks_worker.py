@@ -19,6 +19,7 @@ import train
 from model.networks import build_network
 from model.runs.commands import main
 from model.runs.job import Job, agree, open_rows
+from model.runs.targets import training_labels
 
 GRADIENTS = 3  # steps whose gradients are kept
 
@@ -41,7 +42,7 @@ def build_frozen(*arguments: object) -> nn.Module:
 def run_steps(job: Job) -> NoReturn:
     """Train for STEPS steps, the first of as many epochs."""
     chosen = open_rows(job, "train")
-    labels = train.training_labels(job, chosen)
+    labels = training_labels(job, chosen)
     state = train.start_state(job, labels, chosen.rows)
     state.loss.double()
     rows, losses, gradients = [], [], []

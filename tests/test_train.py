@@ -40,6 +40,7 @@ from model.runs.job import Job, StopFlag, open_job, open_rows
 from model.runs.results import evaluate
 from model.runs.scores import read_scores, write_scores
 from model.runs.scoring import score_best
+from model.runs.targets import draw_weights, training_labels
 from pipeline import DataError, open_shards
 from pipeline.base.files import claimed
 from pipeline.console import run_command
@@ -240,7 +241,7 @@ def test_a_student_learns_its_teachers_scores_of_the_uncertain_cells(
 
     student = make_job("student", uncertain="selftrained", teacher=teacher.run)
     split = open_split(student.shards, student.manifest, "train")
-    target, mask = train.training_labels(student, open_rows(student, "train"))
+    target, mask = training_labels(student, open_rows(student, "train"))
     scores = read_scores(teacher.run / "scores-train.arrow", split.table["key"])
     states = np.column_stack([pc.fill_null(split.table[label], 0).to_numpy() for label in LABELS])
     assert (states == -1).any()
@@ -268,7 +269,7 @@ def test_a_student_needs_the_scores_of_what_it_learns_alone(make_job: Callable[.
     as_student = {"uncertain": "selftrained", "teacher": teacher.run}
     student = make_job("student", **selected, **as_student)
     chosen = open_rows(student, "train")
-    target, mask = train.training_labels(student, chosen)
+    target, mask = training_labels(student, chosen)
     scores = pa.ipc.open_file(teacher.run / "scores-train.arrow").read_all().to_pandas().set_index("key")
     table = chosen.split.table.to_pandas().iloc[chosen.rows]
     expected = table.Edema.where(table.Edema != -1, table.key.map(scores.Edema)).fillna(0)
@@ -489,7 +490,7 @@ def test_a_step_that_the_scaler_skips_is_no_divergence(
     poison(monkeypatch, 2)
     job = make_job("run")
     chosen = open_rows(job, "train")
-    labels = train.training_labels(job, chosen)
+    labels = training_labels(job, chosen)
     state = train.start_state(job, labels, chosen.rows)
     state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     batch = next(iter(train.stream_epoch(job, chosen, labels, None, 0)))
@@ -534,7 +535,7 @@ def test_another_number_of_ranks_is_said_where_they_learn_the_same(
 ) -> None:
     job = make_job("run", arch="convnext_tiny")
     chosen = open_rows(job, "train")
-    state = train.start_state(job, train.training_labels(job, chosen), chosen.rows)
+    state = train.start_state(job, training_labels(job, chosen), chosen.rows)
     reason = "stochastic depth is drawn for a rank's part of a batch; continue on 4, or choose another `run`"
     with pytest.raises(CheckpointError, match=f"trained on 4 ranks, and 1 here would .*: {reason}$"):
         train.check_ranks(job, state, 4)
@@ -678,8 +679,8 @@ def test_limit_and_balance_choose_what_an_epoch_draws(make_job: Callable[..., Jo
     patients = table["patient"].to_pylist()
     others = whole.split.table.to_pandas().drop(index=chosen.rows).patient
     assert not set(patients) & set(others)  # whole patients
-    labels = train.training_labels(job, chosen)
-    weights = train.draw_weights("Support Devices", labels, chosen.rows)
+    labels = training_labels(job, chosen)
+    weights = draw_weights("Support Devices", labels, chosen.rows)
     positive = labels.target[chosen.rows, LABELS.index("Support Devices")] >= 0.5
     assert weights[positive].sum() == pytest.approx(weights[~positive].sum())
     assert train.train(job) == 0
@@ -714,7 +715,7 @@ def test_a_batch_in_parts_gives_the_same_gradients(make_job: Callable[..., Job])
     for accumulate in (1, 4):
         job = make_job(f"run{accumulate}", accumulate=accumulate, amp="off")
         chosen = open_rows(job, "train")
-        labels = train.training_labels(job, chosen)
+        labels = training_labels(job, chosen)
         state = train.start_state(job, labels, chosen.rows)
         torch.manual_seed(0)
         network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(32 * 32, len(LABELS)))

@@ -17,8 +17,8 @@ from model.runs.job import Job, StopFlag, open_job
 from model.runs.options import (
     DATA_OPTIONS,
     GroupedCommand,
-    GroupedOption,
     config_options,
+    grouped,
     run_option,
     with_options,
 )
@@ -29,13 +29,8 @@ from pipeline.base.errors import DataError, SettingError
 from pipeline.base.files import read_object
 from pipeline.console import name_options
 
-SWEPT = (
-    "lr",
-    "weight_decay",
-    "batch_size",
-    "arch",
-    "uncertain",
-)  # options of which a sweep takes several values
+# Options of which a sweep takes several values.
+SWEPT = ("lr", "weight_decay", "batch_size", "arch", "uncertain")
 Train = Callable[..., int]  # train.train
 
 
@@ -57,36 +52,24 @@ def main() -> None:
 
 
 JOB_OPTIONS = [
-    click.option(
+    grouped(
+        "network",
         "--init",
-        cls=GroupedOption,
-        group="network",
         metavar="FILE",
         type=click.Path(path_type=Path, exists=True),
         help="Start from these weights, or those of a run.",
     ),
-    click.option(
+    grouped(
+        "labels",
         "--teacher",
-        cls=GroupedOption,
-        group="labels",
         metavar="RUN",
         type=click.Path(path_type=Path),
         help="selftrained: learn from this run's scores.",
     ),
-    click.option(
-        "--strict",
-        cls=GroupedOption,
-        group="labels",
-        is_flag=True,
-        help="Refuse labels with one class in train instead of warning.",
+    grouped(
+        "labels", "--strict", is_flag=True, help="Refuse labels with one class in train instead of warning."
     ),
-    click.option(
-        "--wandb",
-        cls=GroupedOption,
-        group="run",
-        metavar="PROJECT",
-        help="Send the logs to Weights & Biases too.",
-    ),
+    grouped("run", "--wandb", metavar="PROJECT", help="Send the logs to Weights & Biases too."),
 ]
 
 
@@ -143,44 +126,34 @@ def refuse_run(_: click.Context, param: click.Parameter, value: str | None) -> N
     cls=GroupedCommand,
     epilog='Example: python train.py sweep --sweep runs/sweep --lr "1e-4 1e-3" --weight-decay "1e-4 1e-2" --epochs 3',
 )
-@click.option(
-    "--sweep",
-    "folder",
-    cls=GroupedOption,
-    group="sweep",
-    type=click.Path(path_type=Path),
-    required=True,
-    help="Folder of the sweep.",
+@grouped(
+    "sweep", "--sweep", "folder", type=click.Path(path_type=Path), required=True, help="Folder of the sweep."
 )
 @click.option("--run", hidden=True, expose_value=False, callback=refuse_run)
-@click.option(
+@grouped(
+    "sweep",
     "--sampler",
-    cls=GroupedOption,
-    group="sweep",
     default="grid",
     type=click.Choice(["grid", "tpe"]),
     help="tpe: search between the values.",
 )
-@click.option("--trials", cls=GroupedOption, group="sweep", type=click.IntRange(1), help="tpe: how many.")
-@click.option(
+@grouped("sweep", "--trials", type=click.IntRange(1), help="tpe: how many.")
+@grouped(
+    "sweep",
     "--pruner",
-    cls=GroupedOption,
-    group="sweep",
     default="none",
     type=click.Choice(["none", "median", "halving"]),
     help="Ends poor trials early.",
 )
-@click.option(
+@grouped(
+    "sweep",
     "--storage",
-    cls=GroupedOption,
-    group="sweep",
     metavar="URL",
     help="A database for processes on several machines.  [default: SQLite in the folder]",
 )
-@click.option(
+@grouped(
+    "sweep",
     "--grace",
-    cls=GroupedOption,
-    group="sweep",
     default=120,
     type=click.IntRange(3),
     help="Seconds until a silent process loses its trial.",

@@ -77,43 +77,34 @@ class GroupedCommand(click.Command):
                     formatter.write_dl(records)
 
 
-run_option = click.option(
-    "--run",
-    cls=GroupedOption,
-    group="run",
-    type=click.Path(path_type=Path),
-    required=True,
-    help="Folder of the run.",
+def grouped(group: str, *names: str, **more: Any) -> Callable[[Any], Any]:
+    """An option, as click's, that `--help` lists in a group."""
+    return click.option(*names, cls=GroupedOption, group=group, **more)
+
+
+run_option = grouped(
+    "run", "--run", type=click.Path(path_type=Path), required=True, help="Folder of the run."
 )
-workers_option = click.option(
+workers_option = grouped(
+    "run",
     "--workers",
-    cls=GroupedOption,
-    group="run",
     default=share_of_cores,
     type=click.IntRange(1),
     show_default="cores",
     help="Decoding threads.",
 )
 DATA_OPTIONS = [
-    click.option(
-        "--shards",
-        cls=GroupedOption,
-        group="data",
-        default="shards",
-        help="Folder of shards, or its URL: https://… or s3://….",
-    ),
-    click.option(
+    grouped("data", "--shards", default="shards", help="Folder of shards, or its URL: https://… or s3://…."),
+    grouped(
+        "data",
         "--cache",
-        cls=GroupedOption,
-        group="data",
         type=click.Path(path_type=Path),
         default=Path(".cache"),
         help="Where shards of a URL are kept, shared by all runs.",
     ),
-    click.option(
+    grouped(
+        "data",
         "--cache-size",
-        cls=GroupedOption,
-        group="data",
         type=Parsed(parse_size, "size"),
         default="20GB",
         help="Evict the least recently used shards above this size.",
@@ -141,9 +132,10 @@ def config_options(several: Sequence[str] = ()) -> list[Callable[[Any], Any]]:
 
 def _make_option(name: str, of: Option, default: Any, *, several: bool) -> Callable[[Any], Any]:
     kind = get_type_hints(Config)[name]
-    more: dict[str, Any] = {"cls": GroupedOption, "group": of.group, "help": of.help, "metavar": of.metavar}
+    flag = f"--{name.replace('_', '-')}"
     if kind is bool:
-        return click.option(f"--{name.replace('_', '-')}", is_flag=True, **more)
+        return grouped(of.group, flag, is_flag=True, help=of.help)
+    more: dict[str, Any] = {"help": of.help, "metavar": of.metavar}
     one = _value_type(kind, of)
     if of.shown is None and default is not None and default != ():
         more |= {"default": str(default) if several else default}
@@ -151,7 +143,7 @@ def _make_option(name: str, of: Option, default: Any, *, several: bool) -> Calla
         more |= {"show_default": of.shown or False}
     if kind == tuple[str, ...] and not of.choices:
         more |= {"multiple": True}
-    return click.option(f"--{name.replace('_', '-')}", type=Values(one) if several else one, **more)
+    return grouped(of.group, flag, type=Values(one) if several else one, **more)
 
 
 def _value_type(kind: Any, of: Option) -> click.ParamType[Any]:
