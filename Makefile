@@ -135,7 +135,7 @@ test-wheel: .venv/installed  ## build the wheel, and run both commands from it o
 
 test-pages: .venv/installed  ## look at the report in headless Chromium (installs Debian's chromium where there is none)
 	@command -v chromium >/dev/null || { $(SUDO) apt-get update --quiet && $(SUDO) apt-get install --yes --quiet chromium; }
-	$(BIN)/python -m pytest tests/pipeline/look/test_pages.py
+	$(BIN)/python -m pytest tests/pipeline/look/test_pages.py -m pages
 
 test-s3: .venv/installed .venv-s3/installed  ## read shards from a real object store on loopback (OpenStack Swift)
 	SWIFT_BIN=.venv-s3/bin $(BIN)/python -m pytest tests/pipeline/stream/test_s3.py

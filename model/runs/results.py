@@ -67,52 +67,93 @@ def evaluate(
     that chose the images, where they are not the run's own; they and `shared`, as `check_evaluation` counts it, are
     kept in the evaluation. Raises DataError where thresholds would have to be chosen on other shards than the run's.
     """
-    config, run = job.config, job.run
+    config = job.config
     scored, table = found
     result = name_result(job, name, chosen_by)
-    write_scores(run / f"scores-{result}.arrow", table, config.labels, scored.scores)
-    chosen = {"sensitivity": sensitivity, "combine": combine}
-    calibration = read_object(run / CALIBRATION) if (run / CALIBRATION).exists() else {}
-    if not chosen.items() <= calibration.items():
-        if result_name(config, job.shards, name) != name:  # whose dev may hold patients of the run's train
-            raise DataError(
-                f"{job.shards}: not the shards that {run} learned from, on whose dev thresholds are chosen; first run: "
-                f"python train.py evaluate --run {run} --sensitivity {sensitivity} --study {combine} with those"
-            )
-        dev = scored if result == "dev" else score_best(job, "dev")[0]
-        calibration = calibrate(config.labels, dev, sensitivity, combine)
-        write_json(run / CALIBRATION, calibration)
+    write_scores(job.run / f"scores-{result}.arrow", table, config.labels, scored.scores)
+    calibration = find_calibration(job, name, None if chosen_by else scored, sensitivity, combine)
     evaluation = assess(config.labels, scored, calibration, unit=config.unit, resamples=RESAMPLES)
     evaluation |= shared
     evaluation |= {"chosen_by": list(chosen_by)} if chosen_by else {}
-    if against:
-        labels, common = shared_labels(config, against), scored
-        if labels != config.labels:
-            columns = [config.labels.index(label) for label in labels]
-            common = scored._replace(
-                scores=scored.scores[:, columns],
-                target=scored.target[:, columns],
-                mask=scored.mask[:, columns],
-            )
-        if config.fusion is None:
-            ((other, path),) = against.items()
-            theirs = (str(other), read_scores(path, table["key"], labels))
-            compared = assess(
-                labels, common, calibration, unit=config.unit, against=theirs, resamples=RESAMPLES
-            )
-            ours = {mean: compared[f"{mean}_auroc"] for mean in MEANS}
-            evaluation["against"] = {"labels": list(labels), "ours": ours, **compared["against"]}
-            evaluation["study"]["against"] = compared["study"]["against"]
-        else:
-            methods: dict[str, pd.DataFrame] = {}
-            for other, path in against.items():
-                methods |= combine_views(read_frame(path, labels), str(other))
-            views = group_by_views(open_images(job, name)[0].table)
-            evaluation["methods"] = compare_methods(
-                labels, common, f"{run}, {config.fusion} fusion", methods, views
-            )
-    write_json(run / f"evaluation-{name_comparison(result, against)}.json", evaluation)
+    if against and config.fusion is None:
+        add_difference(job, evaluation, found, calibration, against)
+    elif against:
+        add_methods(job, name, evaluation, scored, against)
+    write_json(job.run / f"evaluation-{name_comparison(result, against)}.json", evaluation)
     return evaluation, scored
+
+
+def find_calibration(
+    job: Job, name: str, scored: Scored | None, sensitivity: float, combine: str
+) -> dict[str, Any]:
+    """The run's calibration for these settings, chosen on dev where it is not there yet.
+
+    `scored` are the scores of the split, where all of its images were scored: those of dev are not scored again.
+    Raises DataError where thresholds would have to be chosen on other shards than the run's.
+    """
+    path, chosen = job.run / CALIBRATION, {"sensitivity": sensitivity, "combine": combine}
+    calibration = read_object(path) if path.exists() else {}
+    if not chosen.items() <= calibration.items():
+        if (
+            result_name(job.config, job.shards, name) != name
+        ):  # whose dev may hold patients of the run's train
+            command = f"python train.py evaluate --run {job.run} --sensitivity {sensitivity} --study {combine}"
+            raise DataError(
+                f"{job.shards}: not the shards that {job.run} learned from, on whose dev thresholds are chosen; "
+                f"first run: {command} with those"
+            )
+        dev = scored if name == "dev" and scored is not None else score_best(job, "dev")[0]
+        calibration = calibrate(job.config.labels, dev, sensitivity, combine)
+        write_json(path, calibration)
+    return calibration
+
+
+def add_difference(
+    job: Job,
+    evaluation: dict[str, Any],
+    found: tuple[Scored, pa.Table],
+    calibration: dict[str, Any],
+    against: Mapping[Path, Path],
+) -> None:
+    """Add the paired differences from another run by images, on the labels that both have learned."""
+    scored, table = found
+    ((other, path),) = against.items()
+    labels, common = choose_common(job.config, scored, against)
+    theirs = (str(other), read_scores(path, table["key"], labels))
+    compared = assess(labels, common, calibration, unit="image", against=theirs, resamples=RESAMPLES)
+    ours = {mean: compared[f"{mean}_auroc"] for mean in MEANS}
+    evaluation["against"] = {"labels": list(labels), "ours": ours, **compared["against"]}
+    evaluation["study"]["against"] = compared["study"]["against"]
+
+
+def add_methods(
+    job: Job, name: str, evaluation: dict[str, Any], scored: Scored, against: Mapping[Path, Path]
+) -> None:
+    """Add what other ways of scoring studies come to: by the views' scores of other runs."""
+    labels, common = choose_common(job.config, scored, against)
+    methods: dict[str, pd.DataFrame] = {}
+    for other, path in against.items():
+        methods |= combine_views(read_frame(path, labels), str(other))
+    views = group_by_views(open_images(job, name)[0].table)
+    ours = f"{job.run}, {job.config.fusion} fusion"
+    evaluation["methods"] = compare_methods(labels, common, ours, methods, views)
+
+
+def choose_common(
+    config: Config, scored: Scored, against: Collection[Path]
+) -> tuple[tuple[str, ...], Scored]:
+    """The labels that a run and all of those it is compared with have learned, and its scores of these.
+
+    Raises DataError where there is none.
+    """
+    learned = [set(read_config(other).labels) for other in against]
+    labels = tuple(label for label in config.labels if all(label in of for of in learned))
+    if not labels:
+        raise DataError(f"`against` {', '.join(map(str, against))}: no label that both runs have learned")
+    columns = [config.labels.index(label) for label in labels]
+    return labels, scored._replace(
+        scores=scored.scores[:, columns], target=scored.target[:, columns], mask=scored.mask[:, columns]
+    )
 
 
 def name_result(job: Job, name: str, chosen_by: Sequence[str] = ()) -> str:
@@ -124,15 +165,6 @@ def name_result(job: Job, name: str, chosen_by: Sequence[str] = ()) -> str:
 def name_comparison(result: str, against: Collection[Path]) -> str:
     """What a comparison is named by, apart from the plain evaluation, which would replace it."""
     return f"{result}-against-{'-'.join(other.name for other in against)}"[:200] if against else result
-
-
-def shared_labels(config: Config, against: Collection[Path]) -> tuple[str, ...]:
-    """The labels that a run and all of those it is compared with have learned. Raises DataError where there is none."""
-    labels = [set(read_config(other).labels) for other in against]
-    shared = tuple(label for label in config.labels if all(label in of for of in labels))
-    if not shared:
-        raise DataError(f"`against` {', '.join(map(str, against))}: no label that both runs have learned")
-    return shared
 
 
 def find_scores(job: Job, name: str, against: Sequence[Path]) -> dict[Path, Path]:

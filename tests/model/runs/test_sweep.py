@@ -306,6 +306,7 @@ def test_a_claim_without_a_heartbeat_is_given_up_too(tmp_path: Path) -> None:
     assert len(list_trials(sweep)) == 6
 
 
+@pytest.mark.soak
 def test_processes_that_begin_at_once_train_no_point_twice(tmp_path: Path) -> None:
     values = tuple(round(1e-3 * step, 6) for step in range(1, 13))
     workers = [start_worker(tmp_path / "sweep", seconds=0, lr=values) for _ in range(3)]

@@ -23,7 +23,7 @@ from tests.conftest import run_pipeline
 from tests.model.runs.test_sweep_report import make_trial
 
 CHROMIUM = shutil.which("chromium")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium")
+pytestmark = [pytest.mark.pages, pytest.mark.skipif(CHROMIUM is None, reason="no chromium")]
 LIGHT, DARK = 1, 0  # of Blink's setting preferredColorScheme
 # The page in a frame, because a window is never narrower than 500 pixels, and what the tests ask of it.
 FRAME = """<html style="color-scheme: light dark"><body style="margin: 0">
