@@ -1,12 +1,13 @@
-"""Train a network on shards, score it, and use it: the one place where `pipeline` and `model` meet.
+"""Train a network on shards. The commands, which `model/runs/commands.py` and `use.py` define:
 
     python train.py --shards shards --run runs/first --lr 1e-4        train, or continue where it stopped
     python train.py sweep --sweep runs/sweep --lr "1e-4 1e-3"         a run for each value
     python train.py evaluate --run runs/first --split valid           score its best checkpoint on a split
     python train.py predict --run runs/first --out scores.csv films   score image files
     python train.py export --run runs/first --out model.onnx          for other programs (.onnx or .pt2)
+    python train.py inputs --out inputs.png                           draw what training makes of the images
 
-`torchrun --nproc-per-node 8 train.py …` trains on so many GPUs: every rank takes its slice of the same batches.
+`torchrun --nproc-per-node 8 train.py …` trains on 8 GPUs: every rank takes its slice of the same batches.
 
 A run folder holds config.json, environment.jsonl (a line per start), metrics.jsonl (a line per evaluation) and
 TensorBoard's events; last.pt (all that a resume restores) and best.pt (the averaged weights with the best dev
@@ -65,6 +66,7 @@ from model.networks import build_network, load_initial
 from model.optim import build_optimizer, scheduled_lr, update_average
 from model.predict import DivergedError, InterruptedEvaluationError, explain_memory
 from model.ranks import Ranks
+from model.recent import RecentAUROC
 from model.runs.commands import main
 from model.runs.config import Config, can_divide, output_count, three_class_columns
 from model.runs.folder import follow_by_wandb, fuse, open_run, record_environment, save_best
@@ -84,6 +86,7 @@ from model.runs.targets import check_reported, draw_weights, no_choice, training
 from pipeline.base.errors import DataError
 from pipeline.base.files import claimed, write_atomically
 from pipeline.console import progress_bar, run_command, say
+from pipeline.labels import LABELS
 from pipeline.measure.metrics import report_auroc
 from pipeline.stream.batches import Batch, BatchStream, Labels
 from pipeline.stream.plan import Rows, Weights, plan_training, training_steps
@@ -103,11 +106,10 @@ class TrainState:
     ema: nn.Module  # the averaged weights, which are evaluated
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    precision: str  # of autocast, to which `--amp auto` comes on this device
+    precision: str  # of autocast, as `--amp auto` resolves on this device
     ranks: int  # that train it now
-    forward: Callable[
-        [Tensor], Tensor
-    ]  # the network, which averages gradients over ranks and may be compiled
+    forward: Callable[..., Tensor]  # the network, averaging gradients over ranks, perhaps compiled
+    auroc: RecentAUROC  # of the batches since the last check
     done: int = 0  # steps, of all epochs
     evaluated: int = 0  # steps that were done at the last evaluation
     loss_sum: float = 0.0  # over the steps since then
@@ -186,7 +188,7 @@ def train_epochs(
     weights: Weights | None,
     watch: Callable[[list[dict[str, Any]]], None],
 ) -> int:
-    """Restore what there is, train on the first of the selected to the end, and evaluate; returns the exit code."""
+    """Continue from last.pt, train on the first of `selected` to the end, and evaluate; returns the exit code."""
     config, run, (train, dev) = job.config, job.run, selected
     steps = training_steps(len(train.rows), config.batch_size)
     together = f", {job.ranks.count} ranks" if job.ranks.joined else ""
@@ -224,9 +226,9 @@ def train_epochs(
 
 
 def check_ranks(job: Job, state: TrainState, before: int) -> None:
-    """Say that a run goes on on another number of ranks than before.
+    """Say that a run continues on a different number of ranks.
 
-    Raises CheckpointError where it would then learn otherwise: where a layer sees a rank's part of a batch alone.
+    Raises CheckpointError where that changes what it learns: where a layer sees only its rank's part of a batch.
     """
     now = job.ranks.count
     if before == now:
@@ -266,13 +268,13 @@ def stream_epoch(
 
 
 def stop_run(job: Job, state: TrainState) -> int:
-    """Save, and say so; returns the exit code."""
+    """Save and announce it; returns the exit code."""
     save_state(job, state)
     return say_stopped(job)
 
 
 def save_state(job: Job, state: TrainState) -> None:
-    """Write last.pt, which is the same for all ranks: their generators have drawn the same.
+    """Write last.pt, which is the same on all ranks: their generators have drawn the same numbers.
 
     Raises DivergedError where the last step, after which no loss was looked at, has ruined the weights.
     """
@@ -285,7 +287,7 @@ def save_state(job: Job, state: TrainState) -> None:
 
 @contextlib.contextmanager
 def open_events(job: Job, done: int) -> Iterator[Log]:
-    """What adds a value to the curve of that name in TensorBoard's events, of which those after step `done` go."""
+    """A function that adds a value to a curve in TensorBoard's events; drops the events after step `done`."""
     if not job.ranks.is_first:
         yield lambda name, value, step: None
         return
@@ -297,7 +299,7 @@ def open_events(job: Job, done: int) -> Iterator[Log]:
 
 
 def say_stopped(job: Job) -> int:
-    """Say how to go on; returns the exit code."""
+    """Say how to continue; returns the exit code."""
     say(f"{job.run}: stopped and saved; the same command continues")
     return job.stop.code
 
@@ -311,7 +313,7 @@ def train_steps(
     steps: int,
     log: Log,
 ) -> None:
-    """Run the steps of an epoch up to `end`, or as far as the stop flag lets it.
+    """Run the steps of an epoch up to `end`, or until the stop flag is set.
 
     Raises DivergedError, naming the step, for a loss or gradient that is not finite.
     """
@@ -340,7 +342,8 @@ def train_steps(
                 loss = check_steps(job, found, state, epoch, step)
                 now = time.perf_counter()
                 rate, wait = images / (now - start), waited / (now - start)
-                for name, value in {"loss": loss, "lr": lr, "images_per_s": rate, "data_wait": wait}.items():
+                curves = {"loss": loss, "lr": lr, "images_per_s": rate, "data_wait": wait}
+                for name, value in (curves | {"macro_auroc": state.auroc.compute()}).items():
                     log(f"train/{name}", value, state.done)
                 note = f"loss {loss:.4f}  {rate:,.0f} images/s  data wait {wait:.0%}"
                 advance(step + 1, steps, note)
@@ -351,7 +354,7 @@ def train_steps(
 
 
 def describe_step(job: Job) -> tuple[str, str]:
-    """What a step computes at once, and how to compute less at once: for one that runs out of memory."""
+    """What a step holds in memory, and how to hold less: for a step that runs out of memory."""
     config = job.config
     size = config.image_size
     doing = f"in a step with `batch_size` {config.batch_size} `accumulate` {config.accumulate} `image_size` {size}"
@@ -378,7 +381,7 @@ def train_step(job: Job, state: TrainState, batch: Batch, cells: float) -> Tenso
     config, device, ranks = job.config, job.device, job.ranks
     state.optimizer.zero_grad()
     total = torch.zeros((), device=device)
-    # In parts where a batch would not fit the device: each counts by its cells, so the gradients are the batch's.
+    # In parts, where a batch does not fit the device: each is weighted by its cells, so the gradients are the batch's.
     samples = len(batch.target)
     size = samples // config.accumulate
     for start in range(0, samples, size):
@@ -388,6 +391,7 @@ def train_step(job: Job, state: TrainState, batch: Batch, cells: float) -> Tenso
         with ranks.exchange(state.forward, start + size == samples):
             with torch.autocast(device.type, job.precision, enabled=job.precision != torch.float32):
                 logits = state.forward(*inputs)
+            state.auroc.update(logits, target, mask)
             loss = state.loss(logits, target, mask) * (mask.sum() / max(cells, 1))
             state.scaler.scale(loss * ranks.count).backward()  # which takes the mean over ranks, not the sum
         total += loss.detach()
@@ -428,7 +432,7 @@ def training_inputs(job: Job, batch: Batch, first: int, samples: int) -> tuple[T
 
 
 def check_steps(job: Job, found: list[Tensor], state: TrainState, epoch: int, step: int) -> float:
-    """Add the losses since the last check to the sum; returns their mean, nan of no steps.
+    """Add the losses since the last check to the sum; returns their mean, nan if there are none.
 
     `found` is what `train_step` returned, `step` the last one's number in its epoch. Raises DivergedError for a loss
     or gradient that is not finite: clipping divides by the gradient's norm, so one nan becomes all weights.
@@ -476,7 +480,7 @@ def evaluate_state(job: Job, state: TrainState, dev: Selected, steps: int, log: 
 
 
 def is_out_of_patience(config: Config, state: TrainState) -> bool:
-    """Whether the last `patience` evaluations were none better than the best before them."""
+    """Whether none of the last `patience` evaluations beat the best one before them."""
     if config.patience is None:
         return False
     scores = [choice_score(line) or 0.0 for line in state.history]
@@ -510,6 +514,7 @@ def start_state(job: Job, labels: Labels, rows: Rows) -> TrainState:
         str(job.precision).removeprefix("torch."),
         job.ranks.count,
         torch.compile(forward) if config.compile else forward,
+        RecentAUROC(len(LABELS), job.device),
     )
 
 

@@ -808,6 +808,8 @@ def test_logs_say_what_the_run_did_and_with_what(
     assert (auroc.step, loss.step) == (line["step"], line["step"])
     assert auroc.value == pytest.approx(results.choice_score(line))
     assert loss.value == pytest.approx(line["train_loss"])
+    (recent,) = events.Scalars("train/macro_auroc")
+    assert 0.3 < recent.value < 0.8  # an untrained network's, of a few images
     environment = json.loads((job.run / "environment.jsonl").read_text())
     assert environment["packages"]["torch"] == torch.__version__.partition("+")[0]
     assert environment["code"]

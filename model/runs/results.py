@@ -97,7 +97,9 @@ def find_calibration(
         if (
             result_name(job.config, job.shards, name) != name
         ):  # whose dev may hold patients of the run's train
-            command = f"python train.py evaluate --run {job.run} --sensitivity {sensitivity} --study {combine}"
+            command = (
+                f"python train.py evaluate --run {job.run} --sensitivity {sensitivity} --study {combine}"
+            )
             raise DataError(
                 f"{job.shards}: not the shards that {job.run} learned from, on whose dev thresholds are chosen; "
                 f"first run: {command} with those"
