@@ -47,7 +47,7 @@ def augment(
     No flip, because the heart's side is a finding. What an affine map uncovers is filled by the border.
     `crop` is the largest share of the side that a random square crop of the result leaves out (0: no crop);
     affine map and crop are one interpolation. The images are those at `places` [B] of a batch of `total`
-    (None: they are all of it), and are transformed as they would be in the whole batch.
+    (None: the whole batch), and are transformed as in the whole batch.
     """
     rows, total = slice(None) if places is None else torch.from_numpy(places), total or len(images)
     generator = torch.Generator().manual_seed(_stream_seed(seed, epoch, step))

@@ -14,7 +14,7 @@ from pipeline.base.errors import DataError
 
 
 class DivergedError(DataError):
-    """A loss or a score is not finite: with the same settings it would come to that again."""
+    """A loss or a score is not finite: with the same settings it would happen again."""
 
 
 class MemoryExhaustedError(DataError):
@@ -50,7 +50,7 @@ def predict_scores(
 ) -> npt.NDArray[np.float32]:
     """Scores [N, L] in [0, 1] of the labels `columns` [L], for batches of uint8 images [B, 1, H, W].
 
-    Behind the images comes what else the network takes; all of it is on the network's device. Raises
+    The images may be followed by the network's other inputs; all are on the network's device. Raises
     DivergedError where a score is not finite.
     """
     network.eval()

@@ -408,10 +408,10 @@ def test_a_rank_that_torchrun_did_not_start_is_refused(
 @pytest.mark.parametrize(
     ("changes", "remedy"),
     [
-        ({}, "--accumulate 2 computes the same batch in 2 parts"),
-        ({"accumulate": 3, "batch_size": 24}, "--accumulate 4 computes the same batch in 4 parts"),
-        ({"accumulate": 8}, "choose a smaller --batch-size or --image-size"),
-        ({"loss": "aucm"}, "choose a smaller --batch-size or --image-size"),
+        ({}, "`accumulate` 2 computes the same batch in 2 parts"),
+        ({"accumulate": 3, "batch_size": 24}, "`accumulate` 4 computes the same batch in 4 parts"),
+        ({"accumulate": 8}, "choose a smaller `batch_size` or `image_size`"),
+        ({"loss": "aucm"}, "choose a smaller `batch_size` or `image_size`"),
     ],
 )
 @pytest.mark.parametrize(
@@ -432,7 +432,7 @@ def test_too_little_memory_is_one_line_that_says_what_helps(
     monkeypatch.setattr(torch.Tensor, "backward", Mock(side_effect=error))
     with pytest.raises(MemoryExhaustedError) as caught:
         train.train(job)
-    step = f"--batch-size {job.config.batch_size} --accumulate {job.config.accumulate} --image-size 32"
+    step = f"`batch_size` {job.config.batch_size} `accumulate` {job.config.accumulate} `image_size` 32"
     assert str(caught.value) == f"out of memory in a step with {step}; {remedy}"
 
 
@@ -525,7 +525,7 @@ def test_a_run_with_batchnorm_goes_on_on_as_many_ranks_as_it_began_on(make_job: 
         train.train(make_job("run"))
     assert str(caught.value) == (
         f"{path}: trained on 2 ranks, and 1 here would learn otherwise: BatchNorm's statistics are of a rank's part "
-        "of a batch; continue on 2, or choose another --run"
+        "of a batch; continue on 2, or choose another `run`"
     )
     save_checkpoint(path, saved)  # as before checkpoints said so
     assert train.train(make_job("run", stop_after=1)) == 143
@@ -983,7 +983,7 @@ def test_a_damaged_last_checkpoint_comes_with_what_to_do(
     path = job.run / "last.pt"
     whole = path.read_bytes()
     remedy = "remove it to train from the beginning"
-    for instead in ("", f", or start another --run with --init {job.run}"):
+    for instead in ("", f", or start another `run` with `init` {job.run}"):
         for content in (whole[:-100], b""):
             path.write_bytes(content)
             with pytest.raises(CheckpointError) as caught:

@@ -92,7 +92,7 @@ def train_command(train: Train, /, **given: Any) -> int:
 
 
 def split_options(given: Mapping[str, Any]) -> tuple[Config, dict[str, Any]]:
-    """The configuration that options of `train` give, and the options that are not part of it."""
+    """Divide the options of `train` into its configuration and the others."""
     known = options()
     fields = {name: value for name, value in given.items() if name in known and value is not None}
     return Config(**fields), {name: value for name, value in given.items() if name not in known}
@@ -173,8 +173,8 @@ def sweep_command(
 ) -> int:
     """Train with all combinations of the values of --lr, --weight-decay, --batch-size, --arch and --uncertain.
 
-    Several values are separated by spaces or commas; or search between them. Every trial is a run as `train` makes
-    it. The same command continues a sweep; started again meanwhile, it shares the work.
+    Separate the values of an option by spaces or commas; --sampler tpe searches between them. Every trial is a run,
+    as `train` makes it. The same command continues a sweep; started again while it runs, it shares the work.
     """
     try:
         from model.runs import sweep as s

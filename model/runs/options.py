@@ -125,7 +125,7 @@ def with_options(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 def config_options(several: Sequence[str] = ()) -> list[Callable[[Any], Any]]:
-    """An option for each field of Config that is one; those in `several` take several values, and none by default."""
+    """An option for each field of Config that has one; those in `several` take several values."""
     defaults = {one.name: one.default for one in fields(Config)}
     return [_make_option(name, of, defaults[name], several=name in several) for name, of in options().items()]
 

@@ -144,9 +144,9 @@ def add_methods(
 def choose_common(
     config: Config, scored: Scored, against: Collection[Path]
 ) -> tuple[tuple[str, ...], Scored]:
-    """The labels that a run and all of those it is compared with have learned, and its scores of these.
+    """The labels that a run and all runs it is compared with have learned, and its scores for these labels.
 
-    Raises DataError where there is none.
+    Raises DataError if there is none.
     """
     learned = [set(read_config(other).labels) for other in against]
     labels = tuple(label for label in config.labels if all(label in of for of in learned))

@@ -160,7 +160,7 @@ def predict_command(
 
 
 def check_folder(out: Path) -> None:
-    """Raise DataError where a file cannot be written for want of a folder: before the work, not after it."""
+    """Raise DataError if the folder of an output file does not exist: before the work, not after it."""
     if not out.absolute().parent.is_dir():
         raise DataError(f"{out}: there is no folder {out.parent}")
 

@@ -53,7 +53,7 @@ class Labels(NamedTuple):
 class ShardFile:
     """An open shard; closed when the last batch that reads it is gone."""
 
-    descriptor = -1  # where it cannot be opened
+    descriptor = -1  # if it cannot be opened
 
     def __init__(self, path: Path) -> None:
         self.descriptor = os.open(path, os.O_RDONLY)
@@ -74,9 +74,9 @@ class Encoded(NamedTuple):
 
 
 class Decoded(NamedTuple):
-    """A step with its images uint8 [N, 1, H, W], and for each the sample [N] it is of and its place [N] in it.
+    """A step with its images uint8 [N, 1, H, W], the sample [N] each belongs to, and its place [N] in the sample.
 
-    `bad` are the samples without a usable image; of these one black image is there.
+    `bad` lists the samples without a usable image; each has one black image.
     """
 
     step: Step
@@ -91,7 +91,7 @@ class Batch(NamedTuple):
 
     The images of a sample follow each other: `sample` [N] is the position of each image's sample in the batch,
     `place` [N] the image's place in the sample, `projection` int8 [N] its place in PROJECTIONS. Where samples are
-    single images N = B. `bad` are the samples without a usable image: one black image, and nothing to learn.
+    single images N = B. `bad` lists the samples without a usable image: they have one black image and are masked.
     """
 
     step: Step

@@ -78,10 +78,10 @@ class DownloadStopped(Exception):  # noqa: N818 - no error
 
 
 class Cache:
-    """A folder of verified files that stays within `limit` bytes: the least recently used ones go.
+    """A folder of verified files that stays within `limit` bytes by evicting the least recently used ones.
 
-    Threads and processes may share it: a file is downloaded once, however many want it at once. A file that
-    was handed out may be unlinked a moment later; who has opened or mapped it keeps it.
+    Threads and processes may share it: a file that several ask for at once is downloaded once. A file that was
+    handed out may be unlinked a moment later; whoever has opened or mapped it keeps it.
     """
 
     def __init__(self, folder: Path, limit: int) -> None:
@@ -159,7 +159,7 @@ class Cache:
                 f"{pinned:,}; raise `cache_size`"
             )
         rest, files = self.limit - pinned - size, []
-        for path in self.folder.iterdir():  # in which others may keep files of theirs
+        for path in self.folder.iterdir():  # others may keep files here too
             if _SHA256.fullmatch(path.name):
                 files.append((path.stat().st_mtime, path.stat().st_size, path))
                 rest -= path.stat().st_size
@@ -242,7 +242,7 @@ class Remote:
         return self.cache.get(path, redact(self._locate(name)), sha256, size or 0, download, stop)
 
     def _fetch(self, file: Path, most: int, stop: Event, url: str) -> None:
-        """Download at most so many bytes: what a server says of a length binds it to nothing."""
+        """Download at most this many bytes: do not trust Content-Length."""
         from fsspec.callbacks import Callback  # type: ignore[import-untyped]
 
         class Watch(Callback):  # type: ignore[misc]

@@ -13,9 +13,9 @@ from pipeline.stream.plan import Step
 class BatchDataset(webdataset.DataPipeline):  # type: ignore[misc] # webdataset has no types
     """The batches of a stream as an IterableDataset, which the workers of a DataLoader share.
 
-    They leave `DataLoader(dataset, batch_size=None, num_workers=W)` in the order that they have without workers.
-    `max_bad` counts in each worker by itself. It is one epoch: make a new loader for the next one, instead of keeping
-    workers alive. `state_dict` and `load_state_dict` are those that torchdata's StatefulDataLoader asks for.
+    `DataLoader(dataset, batch_size=None, num_workers=W)` yields them in the same order as without workers. Each
+    worker counts `max_bad` by itself. A dataset is one epoch: make a new loader for the next epoch instead of keeping
+    workers alive. torchdata's StatefulDataLoader calls `state_dict` and `load_state_dict`.
     """
 
     def __init__(self, stream: BatchStream) -> None:
@@ -35,7 +35,7 @@ class BatchDataset(webdataset.DataPipeline):  # type: ignore[misc] # webdataset 
         return islice(steps, first, None, worker.num_workers)
 
     def state_dict(self) -> dict[str, int]:
-        """Where to continue: in the main process the stream, in a worker its own share of it."""
+        """Where to continue: the stream's state in the main process, the worker's own share in a worker."""
         worker = get_worker_info()
         if worker is None:
             return self.stream.state_dict()

@@ -2,8 +2,8 @@
 
     select_rows(table, ["sex=Female", "age>=60", "Pleural Effusion!=uncertain"], views="frontal")
 
-A condition is COLUMN OPERATOR VALUE, with = != < <= > >=; all of them must hold. Nothing is written: shards stay
-as they are, and the rows go to `pipeline.stream.plan`.
+A condition is COLUMN OPERATOR VALUE, with = != < <= > >=; all conditions must hold. Nothing is written: the shards
+do not change, and the rows go to `pipeline.stream.samples`.
 
     text columns     = and !=, letter by letter
     number columns   every operator, with whole numbers
@@ -58,9 +58,9 @@ class Condition(NamedTuple):
 def select_rows(
     table: pa.Table, conditions: Sequence[str], views: str = "all", limit: int | None = None
 ) -> Rows:
-    """Sorted row numbers int64 [n] of the images of those views (see VIEWS) for which every condition holds.
+    """Row numbers int64 [n], ascending, of the images of these views (see VIEWS) for which every condition holds.
 
-    `limit` keeps at most so many images, whole patients in the order of a hash: ids would choose by date. The
+    `limit` keeps at most this many images, of whole patients in the order of a hash: ids would select by date. The
     first patient is always kept. Raises DataError for a condition that cannot be understood, and for the first
     one that leaves no row.
     """

@@ -159,7 +159,7 @@ def test_selftrained_needs_a_teacher(real_table: Any) -> None:
     with pytest.raises(DataError) as caught:
         make_targets(real_table, parse_uncertain_policy("best,Edema=selftrained"), "zeros", seed=0)
     assert str(caught.value) == (
-        "label Edema is selftrained: it needs a --teacher, a run that was scored on train"
+        "label Edema is selftrained: it needs a `teacher`, a run that was scored on train"
     )
 
 

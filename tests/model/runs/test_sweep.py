@@ -146,7 +146,7 @@ def test_running_out_of_memory_is_one_trial_s_outcome(tmp_path: Path) -> None:
         assert run_sweep(sweep, fail, never)
         trials = list_trials(sweep)
         assert [trial.state for trial in trials] == ["complete", "failed", "complete"]
-        assert trials[1].error == "out of memory; --accumulate 2 computes the same batch in 2 parts"
+        assert trials[1].error == "out of memory; `accumulate` 2 computes the same batch in 2 parts"
 
 
 @pytest.mark.parametrize(("pruner", "checked"), [("median", 2), ("halving", 1)])

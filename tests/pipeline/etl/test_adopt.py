@@ -171,8 +171,8 @@ NO_JPEG = "Could not determine subsampling level of JPEG image"
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"json": None}, "no labels in its JSON; give them by --csv"),
-        ({"json": {"caption": "film"}}, "no labels in its JSON; give them by --csv"),
+        ({"json": None}, "no labels in its JSON; give them by `csv`"),
+        ({"json": {"caption": "film"}}, "no labels in its JSON; give them by `csv`"),
         (
             {"json": b"{"},
             "its JSON: damaged: not JSON: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)",
@@ -258,14 +258,14 @@ def test_repeats_are_refused(chexpert: Path, tmp_path: Path) -> None:
         (
             "00000.tar",
             {},
-            "{folder}/00000.tar: the name tells no split, as train-000000.tar does; give it by --split",
+            "{folder}/00000.tar: the name tells no split, as train-000000.tar does; give it by `split`",
         ),
         ("00000.tar", {"split": "../x"}, "split '../x' is not a name of letters a to z, digits, _ and -"),
         (
             "My Data-0.tar",
             {},
             "{folder}/My Data-0.tar: 'My Data' is not a split's name of letters a to z, digits, _ and -; "
-            "rename the file, or give all shards one by --split",
+            "rename the file, or give all shards one by `split`",
         ),
         (
             "train-00000-of-00003.tar",

@@ -313,7 +313,7 @@ def test_unusable_image_stops_the_run_and_leaves_nothing_finished(
     with pytest.raises(DataError) as caught:
         make_shards(chexpert, out, workers=2, max_bad=0.02)  # one of 40 is 2.5 %
     assert str(caught.value).startswith(
-        f"1 of 40 images cannot be used, more than --max-bad 2.00%; {out / '.partial/rejects.csv'} lists them; "
+        f"1 of 40 images cannot be used, more than `max_bad` 2.00%; {out / '.partial/rejects.csv'} lists them; "
         f"the first: {image}: {reason}"
     )
     assert not [path for path in out.rglob("*") if path.name.endswith(".tmp")]
@@ -601,7 +601,7 @@ def test_damaged_and_missing_files_are_repaired_to_the_same_bytes(chexpert: Path
         repair()
     assert str(caught.value) == (
         f"{folder / 'train-000001.tar'}: the source does not give the same bytes any more, so it cannot be repaired; "
-        "--overwrite writes all shards again"
+        "`overwrite` writes all shards again"
     )
 
 

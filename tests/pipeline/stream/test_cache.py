@@ -571,7 +571,7 @@ def test_a_limit_too_small_is_named(shards: tuple[Path, Manifest], server: Serve
         remote.path(shard)
     assert str(caught.value) == (
         f"{web(server)}/{shard.file}: {shard.bytes:,} bytes do not fit into a cache of {limit:,}, "
-        f"of which tables take {tables:,}; raise --cache-size"
+        f"of which tables take {tables:,}; raise `cache_size`"
     )
     assert quick(web(server), tmp_path / "cache", limit + 1).path(shard).stat().st_size == shard.bytes
 
