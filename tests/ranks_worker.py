@@ -51,7 +51,7 @@ def run_steps(job: Job) -> NoReturn:
         (cells,) = agree(job, batch.mask.sum())
         loss, _ = train.train_step(job, state, batch, cells)
         state.done += 1
-        rows.append(batch.step.rows)
+        rows.append(batch.step.rows[:, 0])
         losses.append(job.ranks.sum(np.array([loss.item()]))[0])
         if state.done <= GRADIENTS:
             given = [parameter.grad for parameter in state.network.parameters()]

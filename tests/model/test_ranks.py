@@ -41,13 +41,17 @@ def finish(process: "subprocess.Popen[str]", seconds: float = 120) -> tuple[int,
     return process.returncode, said
 
 
-@pytest.mark.parametrize("loss", ["bce", "aucm"])
+@pytest.mark.parametrize(("loss", "augment"), [("bce", "crop"), ("aucm", "none")])
 def test_any_number_of_ranks_sees_the_same_batches_and_learns_the_same(
-    sample_shards: tuple[Path, Manifest], tmp_path: Path, loss: str
+    sample_shards: tuple[Path, Manifest], tmp_path: Path, loss: str, augment: str
 ) -> None:
-    """1 × 64, 2 × 32 and 4 × 16 images, 20 steps; a mask with holes, so that ranks have unequal cells."""
+    """1 × 64, 2 × 32 and 4 × 16 images, 20 steps; a mask with holes, so that ranks have unequal cells.
+
+    The margin loss without augmentation: how float32 rounds a resampled image depends on how many are resampled
+    at once, and the loss has gradients so near to zero that Adam makes whole steps of the difference.
+    """
     options = [*OPTIONS, "--shards", sample_shards[0], "--run", "unused", "--batch-size", 64]
-    options += ["--blank", "ignore", "--lr", 1e-3, "--augment", "crop", "--loss", loss]
+    options += ["--blank", "ignore", "--lr", 1e-3, "--augment", augment, "--loss", loss]
     found = {}
     for ranks in (0, 2, 4):
         out = tmp_path / str(ranks)

@@ -471,11 +471,18 @@ def test_a_killed_download_leaves_nothing_that_looks_finished(server: Server, tm
 
 
 def test_an_interrupted_download_is_deleted(server: Server, tmp_path: Path) -> None:
-    def interrupt(handler: Handler, data: bytes) -> None:
-        os.kill(os.getpid(), signal.SIGINT)
-        stall(handler, data)
+    """Once it has begun to write: fsspec's own thread would create the file after it was deleted, otherwise."""
+    [shard] = make_files(server.folder, 1, size=100_000)
+    part = tmp_path / "cache" / f"{shard.sha256}.100000.part"
 
-    [shard] = make_files(server.folder, 1)
+    def interrupt(handler: Handler, data: bytes) -> None:
+        handler.start(len(data))
+        handler.wfile.write(data[:50_000])  # more than a file's buffer holds
+        while part.stat().st_size == 0:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+        handler.server.stopped.wait()
+
     server.faults = repeat(interrupt)
     with pytest.raises(KeyboardInterrupt):
         Remote(web(server), Cache(tmp_path / "cache", GB)).path(shard)
