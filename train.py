@@ -44,13 +44,12 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
-from torchvision.ops import StochasticDepth
 
 from model.augment import AUGMENTATIONS, augment, normalize
 from model.checkpoint import (
@@ -66,7 +65,6 @@ from model.networks import build_network, load_initial
 from model.optim import build_optimizer, scheduled_lr, update_average
 from model.predict import DivergedError, InterruptedEvaluationError, explain_memory
 from model.ranks import Ranks
-from model.recent import RecentAUROC
 from model.runs.commands import main
 from model.runs.config import Config, can_divide, output_count, three_class_columns
 from model.runs.folder import follow_by_wandb, fuse, open_run, record_environment, save_best
@@ -91,6 +89,9 @@ from pipeline.measure.metrics import report_auroc
 from pipeline.stream.batches import Batch, BatchStream, Labels
 from pipeline.stream.plan import Rows, Weights, plan_training, training_steps
 
+if TYPE_CHECKING:
+    from model.recent import RecentAUROC
+
 CLIP_NORM = 1.0
 CHECK_STEPS = 20  # how often the loss is read back: each read waits for the device
 SAVE_SECONDS = 300.0  # a killed run loses little more work than this
@@ -109,7 +110,7 @@ class TrainState:
     precision: str  # of autocast, as `--amp auto` resolves on this device
     ranks: int  # that train it now
     forward: Callable[..., Tensor]  # the network, averaging gradients over ranks, perhaps compiled
-    auroc: RecentAUROC  # of the batches since the last check
+    auroc: "RecentAUROC"  # of the batches since the last check
     done: int = 0  # steps, of all epochs
     evaluated: int = 0  # steps that were done at the last evaluation
     loss_sum: float = 0.0  # over the steps since then
@@ -233,6 +234,8 @@ def check_ranks(job: Job, state: TrainState, before: int) -> None:
     now = job.ranks.count
     if before == now:
         return
+    from torchvision.ops import StochasticDepth
+
     state.network.train()
     trained = [module for module in state.network.modules() if module.training]
     norms = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in trained)
@@ -489,6 +492,8 @@ def is_out_of_patience(config: Config, state: TrainState) -> bool:
 
 def start_state(job: Job, labels: Labels, rows: Rows) -> TrainState:
     """The state before the first step."""
+    from model.recent import RecentAUROC  # here, because torchmetrics takes seconds to import
+
     config = job.config
     torch.manual_seed(config.seed)
     network = build_network(config.arch, output_count(config), config.pretrained)

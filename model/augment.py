@@ -1,4 +1,4 @@
-"""uint8 batch → normalised float batch, randomly transformed; runs on the device the batch is on.
+"""uint8 batch → normalized float batch, randomly transformed; runs on the device the batch is on.
 
 The draws are a pure function of (seed, epoch, step) and are made on the CPU, so a resumed run, a run on another
 device, and ranks that each hold a slice of the batch see the same augmentations. The ranges are those the best
@@ -42,7 +42,7 @@ def augment(
     places: npt.NDArray[np.int64] | None = None,
     total: int | None = None,
 ) -> Tensor:
-    """Normalised float32 images [B, 1, H, W]: random affine, crop, contrast and brightness; no flip.
+    """Normalized float32 images [B, 1, H, W]: random affine, crop, contrast and brightness; no flip.
 
     No flip, because the heart's side is a finding. What an affine map uncovers is filled by the border.
     `crop` is the largest share of the side that a random square crop of the result leaves out (0: no crop);
@@ -61,7 +61,7 @@ def augment(
         images.float(), _sampling_grid(theta, *images.shape[2:]), padding_mode="border", align_corners=False
     )
     # Contrast about the image's own mean; brightness is a share of the full gray range. One product and one
-    # sum do that and the normalisation: memory traffic is what this costs.
+    # sum do that and the normalization: memory traffic is what this costs.
     center = warped.mean(dim=(1, 2, 3), keepdim=True)
     gain = 1 + CONTRAST * contrast
     augmented: Tensor = warped.mul_(gain / std)

@@ -1,4 +1,4 @@
-"""Network → a file that other programs run: gray levels in, scores out, with the normalisation inside.
+"""Network → a file that other programs run: gray levels in, scores out, with the normalization inside.
 
     .onnx  ONNX (onnxruntime, OpenCV, TensorRT)
     .pt2   torch.export (PyTorch without this package)
@@ -24,7 +24,7 @@ STEEPEST = 8.0  # logits beyond are not compared: a float32 score so near to 0 o
 
 
 class Scorer(nn.Module):
-    """A network with what surrounds it: normalisation by mean and std (gray levels), and the sigmoid.
+    """A network with what surrounds it: normalization by mean and std (gray levels), and the sigmoid.
 
     `columns` [L] are those of its logits that become scores.
     """
@@ -53,7 +53,7 @@ def export_scorer(scorer: Scorer, image_size: int, path: Path) -> float:
     scorer = scorer.cpu().eval().to(memory_format=torch.contiguous_format)
     images = draw_probes(image_size)
     dynamic = ({0: torch.export.Dim("batch")},)
-    # In inference mode, so that dropout and normalisation layers are those of evaluation.
+    # In inference mode, so that dropout and normalization layers are those of evaluation.
     with torch.no_grad():
         expected = scorer(images)
         program = torch.export.export(scorer, (images[:2],), dynamic_shapes=dynamic)

@@ -96,9 +96,9 @@ class AUCMarginLoss(nn.Module):
                                  + 2α (p(1-p) m + p h [y=0] - (1-p) h [y=1]) - p(1-p) α² ]
 
     which is p(1-p) (Var⁺ h + Var⁻ h + (m + E⁻ h - E⁺ h)₊²): how far, in the mean over pairs of a positive and a
-    negative, their scores are from m apart. LibAUC's AUCMLoss and its optimiser PESG find the saddle point by
+    negative, their scores are from m apart. LibAUC's AUCMLoss and its optimizer PESG find the saddle point by
     steps of descent in a and b, towards the classes' mean scores, and of ascent in α, towards
-    (m + b - a)₊. It is known in closed form, so here nothing is to be optimised but the network: a and b are
+    (m + b - a)₊. It is known in closed form, so here nothing is to be optimized but the network: a and b are
     running means of the scores of each class, α follows from them, and the gradient of the expression above
     at that point is the gradient of its value (Danskin's theorem). Means over the batch alone would not do:
     few batches hold a positive of a rare label. p is of all of train, so that each batch gives an unbiased

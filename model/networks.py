@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision.models import get_model, get_model_weights
 
 from model.checkpoint import CheckpointError, load_checkpoint
 
@@ -23,7 +22,7 @@ ARCHITECTURES = (*TORCHVISION, "rescnn")
 
 
 def build_network(arch: str, outputs: int, pretrained: bool = False) -> nn.Module:
-    """A freshly initialised network; `pretrained` gives all but its classifier torchvision's ImageNet weights.
+    """A freshly initialized network; `pretrained` gives all but its classifier torchvision's ImageNet weights.
 
     Raises CheckpointError where there are no such weights or they cannot be downloaded.
     """
@@ -31,6 +30,8 @@ def build_network(arch: str, outputs: int, pretrained: bool = False) -> nn.Modul
         if pretrained:
             raise CheckpointError("rescnn has no ImageNet weights; choose another `arch`, or `init` FILE")
         return _with_head(ResCNN(outputs))
+    from torchvision.models import get_model  # here, because it takes seconds
+
     network: nn.Module = _with_head(get_model(arch, weights=None, num_classes=outputs))
     stem = next(module for module in network.modules() if isinstance(module, nn.Conv2d))
     stem.in_channels = 1
@@ -119,6 +120,8 @@ def _load_weights(network: nn.Module, weights: Mapping[str, Any], source: str) -
 
 def _download_imagenet(arch: str) -> Mapping[str, Any]:
     """The default weights of torchvision, from its cache where they are there."""
+    from torchvision.models import get_model_weights
+
     weights = get_model_weights(arch).DEFAULT
     try:
         with contextlib.redirect_stdout(sys.stderr):  # torch announces a download

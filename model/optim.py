@@ -1,4 +1,4 @@
-"""Network → optimiser; step → learning rate; weights of a step → their running average."""
+"""Network → optimizer; step → learning rate; weights of a step → their running average."""
 
 import math
 

@@ -2,6 +2,7 @@
 
 import csv
 import importlib.util
+import io
 import os
 import shutil
 import signal
@@ -9,12 +10,14 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline.cli import main
 from pipeline.etl.planning import Options
 from pipeline.etl.shards import Execution, RunSummary, write_shards
 from pipeline.labels import COLUMNS, LABELS
@@ -48,8 +51,16 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 def run_pipeline(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """The `pipeline` command, as a shell runs it."""
-    return subprocess.run([PIPELINE, *map(str, arguments)], capture_output=True, text=True, check=False)
+    """The `pipeline` command, in this process: Python and Arrow take longer to start than most tests."""
+    command = ["pipeline", *map(str, arguments)]
+    out, err = (io.TextIOWrapper(io.BytesIO(), write_through=True) for _ in range(2))
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(sys, "argv", command)
+        patch.setattr(signal, "signal", lambda *_: None)
+        with pytest.raises(SystemExit) as ended:
+            main()
+    said = [stream.buffer.getvalue().decode() for stream in (out, err)]  # type: ignore[attr-defined]
+    return subprocess.CompletedProcess(command, ended.value.code or 0, *said)  # type: ignore[arg-type]
 
 
 def default_options(**changes: object) -> Options:

@@ -10,6 +10,7 @@ from pipeline.manifest import Manifest
 from tests.conftest import REPOSITORY
 
 README = REPOSITORY / "README.md"
+CONTRIBUTING = REPOSITORY / "CONTRIBUTING.md"
 RELIABILITY = REPOSITORY / "docs" / "reliability.md"
 
 
@@ -56,10 +57,20 @@ def test_no_block_leaves_settings_behind_for_the_next() -> None:
 
 
 def test_every_test_that_reliability_names_exists() -> None:
-    named = re.findall(r"(tests/test_\w+\.py)(?:::(\w+))?", RELIABILITY.read_text())
-    assert len(named) > 40
+    named = re.findall(r"(tests/[\w/]*test_\w+\.py)(?:::(\w+))?", RELIABILITY.read_text())
+    assert len(named) > 150
     for file, test in named:
         assert not test or f"\ndef {test}(" in (REPOSITORY / file).read_text(), (file, test)
+
+
+def test_every_name_that_contributing_points_to_exists() -> None:
+    """A row of the table names one module, and what to change in it."""
+    rows = [line.split(" | ") for line in CONTRIBUTING.read_text().splitlines() if re.match(r"\| an? ", line)]
+    assert len(rows) == 5
+    for _, module, change, _ in rows:
+        source = (REPOSITORY / module.strip("`")).read_text()
+        for name in set(re.findall(r"`([A-Za-z_][\w.]*)`", change)):
+            assert re.search(rf"^ *(def |class |){name.split('.')[-1]}\b", source, re.MULTILINE), name
 
 
 def test_every_target_that_the_documents_name_exists() -> None:

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -72,11 +72,13 @@ class StopAfter(StopFlag):
         return self.code != 0
 
 
-@pytest.fixture(autouse=True)
-def few_resamples_and_no_page(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, scope="module")
+def few_resamples_and_no_page() -> Iterator[None]:
     """What takes longest at the end of a run; the command line's test has both."""
-    monkeypatch.setattr(results, "RESAMPLES", 20)
-    monkeypatch.setattr(results, "render_report", lambda *_: "a page")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(results, "RESAMPLES", 20)
+        monkeypatch.setattr(results, "render_report", lambda *_: "a page")
+        yield
 
 
 SMALL: dict[str, Any] = {
@@ -90,28 +92,46 @@ SMALL: dict[str, Any] = {
 }
 
 
+def open_small_job(
+    shards: Path,
+    run: Path,
+    stop_after: int = 10**9,
+    teacher: Path | None = None,
+    init: Path | None = None,
+    strict: bool = False,
+    **changes: Any,
+) -> Job:
+    """A small job; keyword arguments change its configuration."""
+    config, stop = Config(**SMALL | changes), StopAfter(stop_after)
+    job = open_job(config, shards, run, teacher=teacher, init=init, strict=strict, workers=2, stop=stop)
+    open_run(job.run, job.config)
+    return job
+
+
 @pytest.fixture
 def make_job(sample_shards: tuple[Path, Manifest], tmp_path: Path) -> Callable[..., Job]:
-    """A small job on the sample; keyword arguments change its configuration."""
+    """A small job on the sample, in a folder of that name; keyword arguments change its configuration."""
 
-    def make(
-        run: str,
-        stop_after: int = 10**9,
-        teacher: Path | None = None,
-        init: Path | None = None,
-        strict: bool = False,
-        shards: Path = sample_shards[0],
-        **changes: Any,
-    ) -> Job:
-        config = Config(**SMALL | changes)
-        stop = StopAfter(stop_after)
-        job = open_job(
-            config, shards, tmp_path / run, teacher=teacher, init=init, strict=strict, workers=2, stop=stop
-        )
-        open_run(job.run, job.config)
-        return job
+    def make(run: str, *, shards: Path = sample_shards[0], **changes: Any) -> Job:
+        return open_small_job(shards, tmp_path / run, **changes)
 
     return make
+
+
+@pytest.fixture(scope="module")
+def whole(sample_shards: tuple[Path, Manifest], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of a small job that nothing interrupted. Read it, and change nothing."""
+    job = open_small_job(sample_shards[0], tmp_path_factory.mktemp("whole") / "run")
+    assert train.train(job) == 0
+    return job.run
+
+
+@pytest.fixture
+def trained(whole: Path, make_job: Callable[..., Job]) -> Job:
+    """The job of such a run, in a folder of one's own."""
+    job = make_job("trained")
+    shutil.copytree(whole, job.run, dirs_exist_ok=True)
+    return job
 
 
 @pytest.fixture
@@ -139,7 +159,7 @@ def count_lines(path: Path) -> int:
 
 
 def assert_same_run(run: Path, other: Path) -> None:
-    """Bitwise: weights, averages, optimiser, position, and every number of the metrics."""
+    """Bitwise: weights, averages, optimizer, position, and every number of the metrics."""
     for name in ("last.pt", "best.pt"):
         ours, theirs = load_checkpoint(run / name), load_checkpoint(other / name)
         for key in ("images", "precision"):  # texts
@@ -149,10 +169,8 @@ def assert_same_run(run: Path, other: Path) -> None:
         assert (run / name).read_bytes() == (other / name).read_bytes()
 
 
-def test_a_run_writes_what_it_promises(make_job: Callable[..., Job]) -> None:
-    job = make_job("run")
-    assert train.train(job) == 0
-    assert sorted(path.name for path in job.run.iterdir()) == [
+def test_a_run_writes_what_it_promises(trained: Job) -> None:
+    assert sorted(path.name for path in trained.run.iterdir()) == [
         "best.pt",
         "calibration.json",
         "config.json",
@@ -168,30 +186,28 @@ def test_a_run_writes_what_it_promises(make_job: Callable[..., Job]) -> None:
         "tensorboard",
         "trained-on.arrow",
     ]
-    lines = [json.loads(line) for line in (job.run / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (trained.run / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [1, 2]
-    report = json.loads((job.run / "evaluation-dev.json").read_text())
+    report = json.loads((trained.run / "evaluation-dev.json").read_text())
     assert list(report["labels"]) == list(LABELS)
     defined = {label: row["auroc"] for label, row in report["labels"].items() if row["auroc"] is not None}
     assert report["macro_auroc"] == pytest.approx(sum(defined.values()) / len(defined))
     assert report["skipped"] == [label for label in LABELS if label not in defined]
     # best.pt is the better of the two epochs, and what the report was made of
     best = max(lines, key=lambda line: results.choice_score(line) or 0)
-    assert load_checkpoint(job.run / "best.pt")["epoch"] == best["epoch"]
+    assert load_checkpoint(trained.run / "best.pt")["epoch"] == best["epoch"]
     assert {label: row["auroc"] for label, row in report["labels"].items()} == best["labels"]
 
 
 # 6 steps per epoch, each looked at once, then the end of the epoch and dev's batch; at the end dev's and valid's
 @pytest.mark.parametrize("looks", [1, 4, 6, 7, 8, 9, 16, 17, 18])
 def test_interrupted_and_continued_equals_uninterrupted(
-    make_job: Callable[..., Job], looks: int, sample_shards: tuple[Path, Manifest]
+    make_job: Callable[..., Job], looks: int, whole: Path
 ) -> None:
-    whole = make_job("whole")
-    assert train.train(whole) == 0
     assert train.train(make_job("parts", stop_after=looks)) == 143
     assert train.train(make_job("parts", stop_after=1)) == 143  # and once more
     assert train.train(make_job("parts")) == 0
-    assert_same_run(make_job("parts").run, whole.run)
+    assert_same_run(make_job("parts").run, whole)
 
 
 @pytest.mark.parametrize(
@@ -250,7 +266,7 @@ def test_a_student_learns_its_teachers_scores_of_the_uncertain_cells(
     np.testing.assert_array_equal(target, np.where(states == -1, scores, states))
 
     assert train.train(student) == 0
-    assert train.train(make_job("parts", 4, teacher.run, uncertain="selftrained")) == 143
+    assert train.train(make_job("parts", stop_after=4, teacher=teacher.run, uncertain="selftrained")) == 143
     assert train.train(make_job("parts", teacher=teacher.run, uncertain="selftrained")) == 0
     assert_same_run(student.run.with_name("parts"), student.run)
     # another teacher's scores are another configuration
@@ -355,9 +371,8 @@ def test_labels_with_one_class_are_named_and_refused_where_strict(
 
 
 def test_another_seed_is_another_run(make_job: Callable[..., Job]) -> None:
-    first, second = make_job("a", epochs=1), make_job("b", epochs=1, seed=1)
-    train.train(first)
-    train.train(second)
+    first, second = make_job("a", stop_after=1), make_job("b", stop_after=1, seed=1)
+    assert train.train(first) == train.train(second) == 143
     weights = [load_checkpoint(job.run / "last.pt")["network"]["head.2.weight"] for job in (first, second)]
     assert not torch.equal(*weights)
 
@@ -473,7 +488,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_its_weights_are_save
         patched.setattr(train, "SAVE_SECONDS", -1.0)
         poison(patched, 3)
         with pytest.raises(DivergedError, match=message):
-            train.train(make_job("run", stop_after, epochs=1))
+            train.train(make_job("run", stop_after=stop_after, epochs=1))
     last = make_job("run", epochs=1).run / "last.pt"
     assert last.exists() == (saved is not None)
     if saved is not None:
@@ -561,10 +576,12 @@ def test_another_number_of_ranks_is_said_where_they_learn_the_same(
         *({"loss": "aucm"}, {"pos_weight": True}, {"weight_decay": 0.5}, {"ema": 0.0}, {"accumulate": 2}),
     ],
 )
-def test_options_change_the_result(make_job: Callable[..., Job], change: dict[str, Any]) -> None:
-    plain, changed = make_job("plain", epochs=1), make_job("changed", epochs=1, **change)
-    assert train.train(plain) == train.train(changed) == 0
-    ours, theirs = (json.loads((job.run / "metrics.jsonl").read_text()) for job in (plain, changed))
+def test_options_change_the_result(make_job: Callable[..., Job], whole: Path, change: dict[str, Any]) -> None:
+    changed = make_job("changed", stop_after=12, **change)  # in the second epoch
+    assert train.train(changed) == 143
+    ours, theirs = (
+        json.loads((run / "metrics.jsonl").read_text().splitlines()[0]) for run in (whole, changed.run)
+    )
     assert ours["labels"] != theirs["labels"]
     if change.keys() & {"amp", "accumulate"}:
         assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=0.02)
@@ -858,12 +875,13 @@ def test_wandb_reads_what_goes_to_tensorboard(
 def test_two_runs_are_compared_on_the_same_images(
     command: Callable[..., int],
     make_job: Callable[..., Job],
+    trained: Job,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    jobs = [make_job(name, epochs=1, seed=seed) for seed, name in enumerate(("a", "b"))]
-    assert [train.train(job) for job in jobs] == [0, 0]
-    a, b = (job.run for job in jobs)
+    other = make_job("b", epochs=1, seed=1)
+    assert train.train(other) == 0
+    a, b = trained.run, other.run
     assert command("evaluate", "--run", a, "--split", "valid", "--against", b) == 0
     files = (a / "evaluation-valid-against-b.json", b / "evaluation-valid.json")
     ours, theirs = (json.loads(file.read_text()) for file in files)
@@ -885,50 +903,46 @@ def test_two_runs_are_compared_on_the_same_images(
         command("evaluate", "--run", a, "--split", "valid", "--against", b)
 
 
-def test_thresholds_and_studies_are_as_asked_for(
-    command: Callable[..., int], make_job: Callable[..., Job]
-) -> None:
-    job = make_job("run", epochs=1)
-    assert train.train(job) == 0
-    path = job.run / "evaluation-valid.json"
+def test_thresholds_and_studies_are_as_asked_for(command: Callable[..., int], trained: Job) -> None:
+    path = trained.run / "evaluation-valid.json"
     first = json.loads(path.read_text())
-    assert command("evaluate", "--run", job.run, "--sensitivity", 0.5, "--study", "mean") == 0
+    assert command("evaluate", "--run", trained.run, "--sensitivity", 0.5, "--study", "mean") == 0
     second = json.loads(path.read_text())
-    dev, _ = score_best(job, "dev")
+    dev, _ = score_best(trained, "dev")
     assert second["calibration"] == json.loads(json.dumps(calibrate(LABELS, dev, 0.5, "mean")))
     assert second["calibration"]["image"] != first["calibration"]["image"]
     assert second["macro_auroc"] == first["macro_auroc"]
-    assert command("evaluate", "--run", job.run) == 0
+    assert command("evaluate", "--run", trained.run) == 0
     assert json.loads(path.read_text()) == first
 
 
 def test_results_on_other_shards_leave_the_runs_own_alone(
-    command: Callable[..., int], make_job: Callable[..., Job], tmp_path: Path
+    command: Callable[..., int], trained: Job, tmp_path: Path
 ) -> None:
-    job = make_job("run", epochs=1)
-    assert train.train(job) == 0
-    own = {path: path.read_bytes() for path in job.run.iterdir() if path.is_file()}
+    own = {path: path.read_bytes() for path in trained.run.iterdir() if path.is_file()}
     others = tmp_path / "others"
-    shutil.copytree(job.shards, others)
+    shutil.copytree(trained.shards, others)
     with (others / "manifest.json").open("a") as file:
         file.write("\n")
-    assert command("evaluate", "--run", job.run, "--shards", others) == 0
+    assert command("evaluate", "--run", trained.run, "--shards", others) == 0
     result = f"valid-{manifest_digest(others)[:8]}"
-    new = {path.name for path in job.run.iterdir() if path.is_file() and path not in own}
+    new = {path.name for path in trained.run.iterdir() if path.is_file() and path not in own}
     assert new == {f"evaluation-{result}.json", f"scores-{result}.arrow", f"report-{result}.html"}
     assert {path: path.read_bytes() for path in own} == own
     with pytest.raises(
-        DataError, match=f"^{others}: not the shards that {job.run} learned from, on whose dev"
+        DataError, match=f"^{others}: not the shards that {trained.run} learned from, on whose dev"
     ):
-        command("evaluate", "--run", job.run, "--shards", others, "--sensitivity", 0.8)
+        command("evaluate", "--run", trained.run, "--shards", others, "--sensitivity", 0.8)
 
 
-def test_runs_with_other_policies_are_measured_on_the_same_cells(make_job: Callable[..., Job]) -> None:
+def test_runs_with_other_policies_are_measured_on_the_same_cells(
+    make_job: Callable[..., Job], whole: Path
+) -> None:
+    other = make_job("other", epochs=1, uncertain="ones", blank="ignore")
+    assert train.train(other) == 0
     counts = []
-    for name, policies in {"a": {}, "b": {"uncertain": "ones", "blank": "ignore"}}.items():
-        job = make_job(name, epochs=1, **policies)
-        assert train.train(job) == 0
-        labels = json.loads((job.run / "evaluation-dev.json").read_text())["labels"]
+    for run in (whole, other.run):
+        labels = json.loads((run / "evaluation-dev.json").read_text())["labels"]
         counts.append({label: (row["positives"], row["negatives"]) for label, row in labels.items()})
     assert counts[0] == counts[1]
 
@@ -957,21 +971,19 @@ def test_a_configuration_that_no_run_has_is_named(
 
 @pytest.mark.parametrize(("name", "key"), [("best.pt", "pixels"), ("last.pt", "scaler")])
 def test_checkpoints_that_do_not_fit_their_run_are_named(
-    command: Callable[..., int], make_job: Callable[..., Job], name: str, key: str
+    command: Callable[..., int], trained: Job, name: str, key: str
 ) -> None:
-    job = make_job("run", epochs=1)
-    assert train.train(job) == 0
-    whole = load_checkpoint(job.run / name)
+    whole = load_checkpoint(trained.run / name)
     for damaged, reason in (
         ({other: value for other, value in whole.items() if other != key}, f"'{key}'"),
         (whole | {"weights": {}, "network": {}}, "Error(s) in loading state_dict for ResCNN"),
         (whole | {"dev_auroc": "high", "done": "now"}, ""),
     ):
-        save_checkpoint(job.run / name, damaged)
+        save_checkpoint(trained.run / name, damaged)
         with pytest.raises(CheckpointError) as caught:
-            command("evaluate", "--run", job.run) if name == "best.pt" else train.train(job)
+            command("evaluate", "--run", trained.run) if name == "best.pt" else train.train(trained)
         assert str(caught.value).startswith(
-            f"{job.run / name}: does not fit this run's configuration: {reason}"
+            f"{trained.run / name}: does not fit this run's configuration: {reason}"
         )
 
 
@@ -998,13 +1010,11 @@ def test_a_damaged_last_checkpoint_comes_with_what_to_do(
 @pytest.mark.parametrize("name", ["calibration.json", "metrics.jsonl"])
 @pytest.mark.parametrize("content", ['{"epoch": 1', "[1]", "[" * 100_000])
 def test_damaged_results_are_named(
-    command: Callable[..., int], make_job: Callable[..., Job], name: str, content: str
+    command: Callable[..., int], trained: Job, name: str, content: str
 ) -> None:
-    job = make_job("run", epochs=1)
-    assert train.train(job) == 0
-    (job.run / name).write_text(content)
-    with pytest.raises(DataError, match=f"^{job.run / name}: damaged: "):
-        command("evaluate", "--run", job.run)
+    (trained.run / name).write_text(content)
+    with pytest.raises(DataError, match=f"^{trained.run / name}: damaged: "):
+        command("evaluate", "--run", trained.run)
 
 
 def test_scores_that_are_not_finite_are_named(make_job: Callable[..., Job]) -> None:
@@ -1013,12 +1023,10 @@ def test_scores_that_are_not_finite_are_named(make_job: Callable[..., Job]) -> N
         train.train(make_job("run", lr=1e30, eval_every=1, ema=0.0))
 
 
-def test_thresholds_go_with_the_weights_they_were_chosen_for(make_job: Callable[..., Job]) -> None:
-    job = make_job("run", epochs=1)
-    assert train.train(job) == 0
-    old = job.run / "calibration.json"
-    (job.run / "last.pt").unlink()
-    assert train.train(dataclasses.replace(job, stop=StopAfter(10))) == 143
+def test_thresholds_go_with_the_weights_they_were_chosen_for(trained: Job) -> None:
+    old = trained.run / "calibration.json"
+    (trained.run / "last.pt").unlink()
+    assert train.train(dataclasses.replace(trained, stop=StopAfter(10))) == 143
     assert not old.exists()
 
 

@@ -1,6 +1,6 @@
 """Trials of a sweep → sweep.csv, report.html, and the two contour plots as PNG.
 
-Colours are those of cividis, which the colour-blind and a gray printer tell apart. The report's figures take their
+Colors are those of cividis, which the color-blind and a gray printer tell apart. The report's figures take their
 inks from the page, the PNGs are drawn on white.
 """
 

@@ -1,9 +1,9 @@
-"""Statistics of a source, and examples from its shards → one HTML page that needs nothing else.
+"""Statistics of a source, and examples from its shards → one self-contained HTML page.
 
     pipeline stats shards --html labels.html
 
-The page has the numbers of `pipeline stats --format json`, for every grouping that the source has. Its images
-are thumbnails without names: no key, patient, age or sex.
+The page shows the numbers of `pipeline stats --format json`, for every grouping the source has. Its images are
+anonymous thumbnails: no key, patient, age or sex.
 """
 
 import base64
@@ -36,28 +36,28 @@ PAGE = Palette(
     paper=pages.PAPER,
 )
 SERIES = (pages.FIRST, pages.SECOND, pages.THIRD, pages.FOURTH, pages.INK, pages.FAINT)
-UNSURE, SHOWN = 2, 8  # images per label on the wall: uncertain ones at most, and together with positive ones
+UNSURE, SHOWN = 2, 8  # images per label: at most this many uncertain ones, and in all
 THUMBNAIL = 160  # pixels: the longer side
-NOTABLE = 0.1  # of the standardised difference, by the convention in `compare_tables`
+NOTABLE = 0.1  # of the standardized difference, by the convention in `compare_tables`
 
 Examples = dict[str, dict[str, list[str]]]  # label → state → images as data URIs
 
 
 def find_groups(table: pa.Table) -> list[Groups]:
-    """The counts by every variable that parts the table: by two groups at least."""
+    """The counts by every variable that splits the table into at least two groups."""
     groups = (count_groups(table, variable) for variable in NO_GROUP)
     return [found for found in groups if len(found["groups"]) > 1]
 
 
 def find_examples(folder: Path, split: str | None, views: str) -> Examples:
-    """Images of each label from shards, spread over one split or over all of them; always the same ones.
+    """Images of each label from shards, spread over one split or all of them; always the same ones.
 
-    Up to SHOWN of each label, of which up to UNSURE are uncertain; a state without an image is left out. Raises
-    DataError where an image is damaged.
+    Up to SHOWN per label, up to UNSURE of them uncertain; a state without images is left out. Raises DataError if an
+    image is damaged.
     """
     manifest = read_manifest(folder)
     splits = [open_split(folder, manifest, name) for name in manifest.splits if split in (None, name)]
-    # All rows of these views as (split, row): [N, 2], beside their states [N, 14], uncertain as -1.
+    # All rows of these views as (split, row) [N, 2], with their states [N, 14], uncertain as -1.
     places, states = [], []
     for number, opened in enumerate(splits):
         numbers = pa.array(np.arange(opened.table.num_rows))
@@ -90,7 +90,7 @@ def render_label_report(
     groups: Sequence[Groups],
     examples: Mapping[str, Mapping[str, list[str]]],
 ) -> str:
-    """The page. `report` has `cooccurrence`, and may have `policy` and `against`; `scope` is what was counted."""
+    """The page. `report` has `cooccurrence` and may have `policy` and `against`; `scope` says what was counted."""
     states = _draw(lambda axes: draw_states(axes, report, PAGE), "share of images by state", (4.4, 4.0))
     cooccurrence = report["cooccurrence"]
     together = _draw(lambda axes: draw_cooccurrence(axes, cooccurrence, PAGE), "co-occurrence", (6.6, 6.0))
@@ -113,7 +113,7 @@ def _draw_groups(groups: Groups) -> Markup:
 
 
 def _draw(draw: Callable[[Axes], None], description: str, inches: tuple[float, float]) -> Markup:
-    """A figure with room for its labels, however long they are."""
+    """A figure with room for its labels, however long."""
 
     def fill(figure: Figure) -> None:
         figure.set_layout_engine("constrained")

@@ -1,7 +1,7 @@
 """Statistics → figures: stacked bars of the four states per label, a heat map of co-occurrence, dots per group.
 
-Imported only where a plot was asked for: matplotlib takes its time. Figures are made without
-pyplot: no window, no global state. The same numbers give the same bytes with the same matplotlib.
+Import it only to draw: matplotlib is slow to load. Figures are made without pyplot, so there is no window and no
+global state. The same numbers and matplotlib version give the same bytes.
 """
 
 import io
@@ -21,14 +21,14 @@ from pipeline.labels import STATES
 from pipeline.measure.counts import Groups, Statistics
 
 NAMED_SHARE = 5.0  # percent: a narrower bar has no room for its number
-STRENGTH = 0.55  # of the colour of a cell of 100 %: its number in ink stays legible on light and dark paper
+STRENGTH = 0.55  # of the color at 100 %: numbers stay legible on light and dark backgrounds
 DPI = 200
-MARKERS = "osD^vXP"  # one more than colours, so that no pair of them comes twice
+MARKERS = "osD^vXP"  # one more than there are colors, so that no pair repeats
 LEGEND = {"handlelength": 1, "handletextpad": 0.5, "columnspacing": 1.2, "borderaxespad": 0.2}
 
 
 class Palette(NamedTuple):
-    """Colours: of each state, of text on them (on blank it is `ink`), of the heat map, and of the paper."""
+    """Colors of each state, of text on them (`ink` on blank), of the heat map, and of the paper."""
 
     states: Mapping[str, str]
     on_state: str
@@ -37,7 +37,7 @@ class Palette(NamedTuple):
     paper: str
 
 
-# Okabe and Ito's colours, which the colour-blind tell apart; gray for what was not mentioned.
+# Okabe and Ito's colors, which color-blind readers can tell apart; gray for blank.
 PRINTED = Palette(
     {"positive": "#D55E00", "uncertain": "#F0E442", "negative": "#56B4E9", "blank": "#E3E3E3"},
     on_state="black",
@@ -48,7 +48,7 @@ PRINTED = Palette(
 
 
 def draw_report(statistics: Statistics, cooccurrence: Mapping[str, Mapping[str, int]] | None) -> Figure:
-    """Bars of the states in percent of the images, in the labels' order; beside them the heat map, if any."""
+    """Bars of each label's states in percent of images; beside them the heat map, if there is one."""
     size = (7.5, 5.0) if cooccurrence is None else (13.0, 6.2)
     figure = Figure(figsize=size, layout="constrained")
     totals = (f"{statistics[unit]:,} {unit}" for unit in ("images", "studies", "patients"))
@@ -64,9 +64,9 @@ def draw_report(statistics: Statistics, cooccurrence: Mapping[str, Mapping[str, 
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure atomically as PNG or SVG (its text stays text), by the suffix."""
+    """Write a figure atomically, as PNG or SVG by its suffix; text in an SVG stays text."""
     data = io.BytesIO()
-    # A fixed salt for the ids and no date, so that the same numbers give the same file.
+    # A fixed salt for ids and no date, so that the same numbers give the same file.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "pipeline"}):
         kind = path.suffix.lower().removeprefix(".")
         metadata = {"Date": None} if kind == "svg" else None
@@ -75,14 +75,14 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 
 def draw_states(axes: Axes, statistics: Statistics, palette: Palette) -> None:
-    """A bar per label, 100 % long: its images by state."""
+    """One 100 % bar per label: its images by state."""
     labels = statistics["labels"]
     start = [0.0] * len(labels)
     for state in STATES:
         shares = [100 * counts[state] / statistics["images"] for counts in labels.values()]
         color = palette.states[state]
         bars = axes.barh(range(len(labels)), shares, left=start, height=0.82, color=color, label=state)
-        # Thin lines of the paper's colour part the states for those who do not tell their colours.
+        # Thin lines separate the states for readers who cannot tell their colors apart.
         for bar in bars:
             bar.set(edgecolor=palette.paper, linewidth=0.6)
         texts = [f"{share:.0f}" if share >= NAMED_SHARE else "" for share in shares]
@@ -94,9 +94,9 @@ def draw_states(axes: Axes, statistics: Statistics, palette: Palette) -> None:
 
 
 def draw_cooccurrence(axes: Axes, cooccurrence: Mapping[str, Mapping[str, int]], palette: Palette) -> None:
-    """P(column | row) in percent, as number and strength of colour.
+    """P(column | row) in percent, as a number and as strength of color.
 
-    The diagonal, which is always 100, and rows without positives are left out.
+    The diagonal, always 100, and rows without positives are left out.
     """
     labels = list(cooccurrence)
     for y, (label, row) in enumerate(cooccurrence.items()):
@@ -119,14 +119,14 @@ def draw_cooccurrence(axes: Axes, cooccurrence: Mapping[str, Mapping[str, int]],
 
 
 def draw_groups(axes: Axes, groups: Groups, colors: Sequence[str], faint: str) -> None:
-    """Per label the share of positives in every group, as dots on a line from the lowest to the highest."""
+    """Per label, the share of positives in every group: dots on a line from the lowest to the highest."""
     names = list(groups["groups"])
     counts = [group["labels"] for group in groups["groups"].values()]
     labels = list(counts[0])
     shares = np.array([[100 * found[label]["share_positive"] for label in labels] for found in counts])
     rows = np.arange(len(labels))
     axes.hlines(rows, shares.min(axis=0), shares.max(axis=0), colors=faint, linewidth=0.8, zorder=1)
-    texts = [name.replace("$", r"\$") for name in names]  # which would begin a formula
+    texts = [name.replace("$", r"\$") for name in names]  # a bare one would start a formula
     for text, share, color, marker in zip(texts, shares, cycle(colors), cycle(MARKERS), strict=False):
         axes.scatter(share, rows, s=16, color=color, marker=marker, linewidth=0, label=text, zorder=2)
     axes.set_xlim(left=min(0, -0.02 * shares.max()))
@@ -134,7 +134,7 @@ def draw_groups(axes: Axes, groups: Groups, colors: Sequence[str], faint: str) -
 
 
 def _name_rows(axes: Axes, labels: list[str], xlabel: str) -> None:
-    """The first label on top, no frame, and the legend above."""
+    """Put the first label on top and the legend above, without a frame."""
     axes.set_yticks(range(len(labels)), labels=labels)
     axes.set_ylim(len(labels) - 0.5, -0.5)
     axes.set_xlabel(xlabel)

@@ -1,9 +1,9 @@
-"""Shards → pictures of what is in them: images chosen by seed, and a contact sheet with their labels.
+"""Shards → a contact sheet: images chosen by seed, with their labels.
 
     pipeline show shards --label Edema --state uncertain --n 24 --out edema.png
 
-Every image is checked against its checksum, as in training. A caption has the sample's key, which names it in
-the tar, and its labels; never age or sex.
+Every image is checked against its checksum, as in training. A caption shows the sample's key, which names it in
+the tar, and its labels, but never age or sex.
 """
 
 import io
@@ -28,9 +28,9 @@ from pipeline.stream.plan import Rows, Step
 from pipeline.stream.samples import OpenSplit
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
-# As on a light box: films are read before black, so the sheet is dark wherever it is looked at.
+# Films are read on a dark background, so the sheet is dark.
 PAPER, INK, FAINT = "#14171b", "#e4e8ec", "#98a2ad"
-# Sign and colour of each state in captions; cells that are blank are not listed.
+# Sign and color of each state in captions; blank cells are not listed.
 SIGNS = {"positive": ("+", "#ff8c3a"), "uncertain": ("?", "#f0e442"), "negative": ("−", "#56b4e9")}
 SHORT = {
     "Enlarged Cardiomediastinum": "Enl. Cardiomed.",
@@ -40,16 +40,16 @@ SHORT = {
 }
 TILE = 256  # pixels: the longer side of an image on the sheet
 GAP = 14  # pixels
-TEXT, LINE = 12, 16  # pixels: size of the captions' letters, and distance of their lines
-WIDEST = 8  # pictures in a row
+TEXT, LINE = 12, 16  # pixels: font size and line spacing of captions
+WIDEST = 8  # images in a row
 NARROWEST = 180  # pixels: room for a caption below a smaller image
-_PIECE = re.compile(r"[^ _-]{1,20}[ _-]?|[ _-]")  # a line may end after each, in a key too
+_PIECE = re.compile(r"[^ _-]{1,20}[ _-]?|[ _-]")  # a line may break after each, even in a key
 
-Caption = Sequence[tuple[str, str]]  # paragraphs: text and colour
+Caption = Sequence[tuple[str, str]]  # paragraphs: text and color
 
 
 def find_state(split: OpenSplit, rows: Rows, label: str, state: str) -> Rows:
-    """Those of `rows` where the label is in that state. Raises DataError, with the counts, where none is."""
+    """The `rows` whose label is in that state. Raises DataError, with the counts, if there are none."""
     column = split.table[label].take(pa.array(rows))
     value = STATES[state]
     found = column.is_null() if value is None else pc.fill_null(pc.equal(column, value), False)
@@ -62,7 +62,7 @@ def find_state(split: OpenSplit, rows: Rows, label: str, state: str) -> Rows:
 
 
 def spread_rows(rows: Rows, n: int, seed: int) -> Rows:
-    """At most `n` of `rows`, in their order: one out of each of `n` equal stretches, drawn by the seed."""
+    """At most `n` of `rows`, in order: one drawn by the seed from each of `n` equal stretches."""
     if len(rows) <= n:
         return rows
     random = np.random.default_rng(seed)
@@ -70,9 +70,9 @@ def spread_rows(rows: Rows, n: int, seed: int) -> Rows:
 
 
 def read_images(split: OpenSplit, rows: Rows) -> Iterator[Gray]:
-    """The stored images of those rows, uint8 [H, W] each, in any size.
+    """The stored images of those rows, uint8 [H, W], of any size.
 
-    Raises DataError naming shard and sample where one does not match its checksum or does not decode.
+    Raises DataError naming shard and sample if one does not match its checksum or does not decode.
     """
     steps = (Step(0, 0, rows[at : at + 1, None]) for at in range(len(rows)))
     for step, (file,), offset, length, crc in fetch(steps, split):
@@ -85,7 +85,7 @@ def read_images(split: OpenSplit, rows: Rows) -> Iterator[Gray]:
 
 
 def fit(pixels: Gray, side: int) -> Gray:
-    """The image with its longer side of so many pixels, never enlarged beyond twice."""
+    """The image resized so that its longer side has `side` pixels, enlarged at most twofold."""
     scale = min(side / max(pixels.shape), 2)
     height, width = (max(1, round(length * scale)) for length in pixels.shape)
     return resize(pixels, height, width)
@@ -97,7 +97,7 @@ def _describe_rows(split: OpenSplit, rows: Rows) -> list[Caption]:
 
 
 def describe_sample(row: Mapping[str, object]) -> Caption:
-    """Key and labels of a row of the table, as `+ Edema, Effusion`; blank ones are not listed."""
+    """Key and labels of a row of the table, such as `+ Edema, Effusion`; blank labels are not listed."""
     caption = [(str(row["key"]), FAINT)]
     for state, (sign, color) in SIGNS.items():
         labels = [SHORT.get(label, label) for label in LABELS if row[label] == STATES[state]]
@@ -107,7 +107,7 @@ def describe_sample(row: Mapping[str, object]) -> Caption:
 
 
 def draw_images(title: str, split: OpenSplit, rows: Rows) -> Image.Image:
-    """A sheet of those images in about as many rows as columns, captioned."""
+    """A sheet of those images with captions, in about as many rows as columns."""
     tiles = [fit(image, TILE) for image in read_images(split, rows)]
     columns = min(math.ceil(math.sqrt(len(tiles))), WIDEST)
     return draw_sheet(title, tiles, _describe_rows(split, rows), columns)
@@ -120,9 +120,9 @@ def draw_variants(
     size: int,
     vary: Callable[[npt.NDArray[np.uint8]], Sequence[npt.NDArray[np.uint8]]],
 ) -> Image.Image:
-    """A sheet with a row for each image: as training reads it, `size` pixels square, and its variants.
+    """A sheet with a row per image: as training reads it, `size` pixels square, then its variants.
 
-    `vary` makes variants, one per epoch, of the whole batch uint8 [B, size, size], in the same shape.
+    `vary` turns the whole batch, uint8 [B, size, size], into variants of the same shape, one per epoch.
     """
     batch = np.stack([resize(image, size, size) for image in read_images(split, rows)])
     variants = [batch, *vary(batch)]
@@ -133,7 +133,7 @@ def draw_variants(
 
 
 def draw_sheet(title: str, tiles: Sequence[Gray], captions: Sequence[Caption], columns: int) -> Image.Image:
-    """Pictures (uint8 [H, W]) row by row, pixel for pixel, each with its caption below, and the title on top."""
+    """Images (uint8 [H, W]) row by row at full size, each with its caption below, and the title on top."""
     font = ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), TEXT)
     columns = min(columns, len(tiles))
     width = max(NARROWEST, *(tile.shape[1] for tile in tiles))
@@ -155,14 +155,14 @@ def draw_sheet(title: str, tiles: Sequence[Gray], captions: Sequence[Caption], c
 
 
 def save_sheet(sheet: Image.Image, path: Path) -> None:
-    """Write a sheet atomically, in the format of the suffix (see FORMATS)."""
+    """Write a sheet atomically, in the format of its suffix (see FORMATS)."""
     data = io.BytesIO()
     sheet.save(data, FORMATS[path.suffix.lower()], quality=90)
     write_atomically(path, data.getvalue())
 
 
 def _wrap(caption: Caption, width: int, font: ImageFont.FreeTypeFont) -> list[tuple[str, str]]:
-    """The caption in lines that are no wider than so many pixels."""
+    """The caption, wrapped to lines of at most `width` pixels."""
     lines = []
     for text, color in caption:
         line = ""

@@ -5,7 +5,7 @@ from pipeline.measure.counts import LabelStatistics
 
 
 def print_report(report: LabelStatistics) -> None:
-    """Print the counts per label, and a table for each section that was asked for."""
+    """Print the counts per label, and a table for each requested section."""
     totals = ", ".join(f"{report[unit]:,} {unit}" for unit in ("images", "studies", "patients"))
     headings = ["positive", "uncertain", "negative", "blank", "positive %"]
     rows = {}
@@ -45,26 +45,26 @@ def print_report(report: LabelStatistics) -> None:
         print_table(f"under the policies below, and {report['policy']['blank']} for blank", headings, cells)
     if "against" in report:
         other = report["against"]
-        headings = ["here %", "there %", "difference", "standardised"]
+        headings = ["here %", "there %", "difference", "standardized"]
         cells = {
             label: [
                 f"{100 * row['share_positive']:.1f}",
                 f"{100 * row['other_share_positive']:.1f}",
                 f"{100 * row['difference']:+.1f}",
-                "–" if row["standardised_difference"] is None else f"{row['standardised_difference']:+.3f}",
+                "–" if row["standardized_difference"] is None else f"{row['standardized_difference']:+.3f}",
             ]
             for label, row in other["labels"].items()
         }
         title = (
             f"positive against {other['images']:,} images of {other['patients']:,} patients, "
             f"{other['shared_patients']:,} of them in both\n"
-            "standardised: (p1 - p2) / sqrt((p1 (1 - p1) + p2 (1 - p2)) / 2), notable above 0.1"
+            "standardized: (p1 - p2) / sqrt((p1 (1 - p1) + p2 (1 - p2)) / 2), notable above 0.1"
         )
         print_table(title, headings, cells)
 
 
 def print_table(title: str, headings: list[str], rows: dict[str, list[str]]) -> None:
-    """Print a row per label; in a terminal labels may break, numbers are never cut."""
+    """Print a row per label; in a terminal, labels may wrap, but numbers are never cut."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -77,7 +77,7 @@ def print_table(title: str, headings: list[str], rows: dict[str, list[str]]) -> 
     for label, cells in rows.items():
         table.add_row(label, *cells)
     console = Console()
-    # Labels may break to fit a terminal, numbers are never cut; a file or pipe has no width to fit.
+    # Labels may wrap to fit a terminal, numbers are never cut; a file or pipe has no width to fit.
     needed = console.measure(table, options=console.options.update(width=1000))
     console.width = max(console.width, needed.minimum) if console.is_terminal else needed.maximum
     console.print(table)

@@ -1,9 +1,9 @@
 """Scores, targets, masks and patients → 95 % intervals of AUPRC and its means, by resampling patients.
 
-A patient's images are alike, so patients are drawn, with all of their images, as many as there are and with
-replacement; the interval is from the 2.5th to the 97.5th percentile (Efron and Tibshirani, 1993, chapter 13).
-A resample is how often each patient was drawn: the scores are sorted once, and every resample is a column of
-weights over that order.
+A patient's images are alike, so a resample draws patients with replacement, each with all of their images, as many
+as there are. The interval runs from the 2.5th to the 97.5th percentile (Efron and Tibshirani, 1993, chapter 13).
+A resample is stored as how often each patient was drawn: scores are sorted once, and each resample is a column of
+weights in that order.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,8 +15,8 @@ import numpy.typing as npt
 from pipeline.measure.metrics import Bools, Floats, Ints, Ranking, rank, weighted_areas
 
 LIMITS = (2.5, 97.5)  # percent
-FEWEST = 100  # resamples; of fewer, percentiles that far out say nothing
-BLOCK_CELLS = 2**20  # rows × resamples at once: some 70 MB
+FEWEST = 100  # resamples; with fewer, percentiles that far out mean nothing
+BLOCK_CELLS = 2**20  # rows × resamples at once: about 70 MB
 
 
 def resample_auprc(
@@ -29,8 +29,8 @@ def resample_auprc(
 ) -> Floats:
     """AUPRC [R, L] of resamples of scores [N, L] against targets [N, L] in {0, 1}, on the cells of mask [N, L].
 
-    The same patients [N] and seed give the same resamples, whatever the scores and the order of the rows. NaN where a
-    label lost a class; throughout, if it has but one.
+    The same patients [N] and seed give the same resamples, whatever the scores and the order of the rows. NaN in
+    resamples in which a label has lost a class; in all of them if it has only one.
     """
     patients, codes = np.unique(patient, return_inverse=True)
     columns: dict[int, tuple[Ranking, Ints]] = {}
@@ -65,16 +65,16 @@ def draw_counts(patients: int, resamples: int, block: int, seed: int) -> Iterato
 
 
 def resampled_mean(values: Floats, names: Sequence[str], over: Sequence[str]) -> Floats:
-    """The mean of values [R, L] over labels, in each resample; NaN where one of them lost a class, empty over none."""
+    """The mean of values [R, L] over some labels, per resample; NaN if one lost a class, empty for no labels."""
     means: Floats = values[:, [names.index(name) for name in over]].mean(axis=1) if over else np.empty(0)
     return means
 
 
 def interval(values: Floats) -> dict[str, Any]:
-    """`low`, `high` and the number of `resamples` that they rest on, of values [R] of which some may be NaN.
+    """`low`, `high` and the number of `resamples` they rest on, from values [R], some of which may be NaN.
 
-    Resamples without a value are left out; the limits are None where fewer than 100 are left, and where all are the
-    same: that says how few patients there are, not how certain the figure is.
+    NaN is left out. The limits are None if fewer than 100 values remain, or if all are equal, which shows how few
+    patients there are rather than how certain the figure is.
     """
     kept = values[~np.isnan(values)]
     enough = len(kept) >= FEWEST and np.ptp(kept) > 0
@@ -85,14 +85,14 @@ def interval(values: Floats) -> dict[str, Any]:
 def difference_interval(
     ours: float | None, theirs: float | None, our_values: Floats, their_values: Floats
 ) -> dict[str, Any]:
-    """The `difference` of a figure between two runs, and its interval from values [R] of the same resamples."""
+    """The `difference` of a figure between two runs, with its interval, from values [R] of the same resamples."""
     return describe_difference(ours, theirs, interval(our_values - their_values))
 
 
 def describe_difference(
     ours: float | None, theirs: float | None, limits: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The `difference` of two figures, its limits, and whether they leave out 0; None where one is undefined."""
+    """The `difference` of two figures, its limits, and whether these exclude 0; None if either is undefined."""
     low, high = limits["low"], limits["high"]
     return {
         "difference": None if ours is None or theirs is None else ours - theirs,

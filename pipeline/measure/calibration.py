@@ -1,8 +1,8 @@
-"""Scores of dev → per label a calibration and thresholds, which are then applied to any split.
+"""Scores on dev → a calibration and thresholds per label, which are then applied to any split.
 
 A calibrated score is sigmoid(logit(score) / temperature + bias), for each label (Platt, Probabilistic outputs for
-support vector machines, 1999); the bias undoes what weights and balanced draws do to the scores. It keeps the order,
-so the thresholds are on the score itself: positive is `score >= threshold`.
+support vector machines, 1999); the bias undoes what class weights and balanced draws do to the scores. Calibration
+keeps the order of scores, so thresholds apply to the raw score: positive is `score >= threshold`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,9 +14,9 @@ import numpy.typing as npt
 from pipeline.measure.metrics import Bools, Floats, Ints, label_cells, threshold_curve
 
 RULES = ("youden", "max_f1", "sensitivity")
-SMALLEST = 2.0**-24  # a float32 score that is nearer to 0 or 1 has lost its logit
-SLOPES = (0.05, 20.0)  # of a fit; outside them the scores tell next to nothing, or the contrary
-PRIOR = 4.0  # the weight that holds the slope near 1: as a normal prior around it of standard deviation 0.5
+SMALLEST = 2.0**-24  # a float32 score nearer to 0 or 1 has lost its logit
+SLOPES = (0.05, 20.0)  # of a fit; outside them, scores say almost nothing, or the opposite
+PRIOR = 4.0  # holds the slope near 1: a normal prior with standard deviation 0.5
 FOLDS = 5
 
 
@@ -35,12 +35,12 @@ def fit_calibration(
     patient: npt.NDArray[Any],
     sensitivity: float = 0.9,
 ) -> dict[str, dict[str, Any]]:
-    """Per label: `temperature`, `bias`, `thresholds` by rule, and a `note` where something is None; fit for JSON.
+    """Per label: `temperature`, `bias`, `thresholds` by rule, and a `note` if any is None; ready for JSON.
 
-    Scores [N, L], targets [N, L] in {0, 1}, mask [N, L], patients [N]. Temperature and bias are None, and the scores
-    stay as they are, where a fit makes patients that it has not seen no likelier. The thresholds of RULES: the most of
-    Youden's J (sensitivity + specificity - 1), the most of F1, and the highest one whose sensitivity is at least
-    `sensitivity`; of equally good ones the highest. Raises ValueError where a score is not finite.
+    Scores [N, L], targets [N, L] in {0, 1}, mask [N, L], patients [N]. Temperature and bias are
+    None, and scores stay unchanged, if a fit does not raise the likelihood of held-out patients. The thresholds of
+    RULES: the maximum of Youden's J (sensitivity + specificity - 1), the maximum of F1, and the highest threshold
+    whose sensitivity is at least `sensitivity`; ties go to the highest. Raises ValueError if a score is not finite.
     """
     labels: dict[str, dict[str, Any]] = {}
     for column, (name, score, truth) in enumerate(label_cells(names, scores, target, mask)):
@@ -61,10 +61,10 @@ def fit_calibration(
 
 
 def choose_fit(score: Floats, truth: Bools, patient: npt.NDArray[Any]) -> tuple[Fit | None, str | None]:
-    """The fit to scores [n] of both classes, if it is worth more than none; else None and the reason.
+    """The fit to scores [n] of both classes if it beats no calibration; otherwise None and the reason.
 
-    It is worth more where the log-likelihood of the truth of patients left out, in five folds, is higher with a fit to
-    the others than without one.
+    It does so if, in five folds, the log-likelihood of held-out patients is higher with a fit to the others than
+    without.
     """
     _, codes = np.unique(patient, return_inverse=True)
     logits = _logits(score)
@@ -86,9 +86,9 @@ def choose_fit(score: Floats, truth: Bools, patient: npt.NDArray[Any]) -> tuple[
 
 
 def deal_folds(truth: Bools, codes: Ints) -> Ints:
-    """The fold of each cell [n], all of a patient's in the same, and those with positives dealt out evenly.
+    """The fold of each cell [n]: a patient's cells share a fold, and patients with positives are dealt out evenly.
 
-    A patient's name does not say anything about them, so those alike are dealt in the order of their codes.
+    Names say nothing about patients, so equal ones are dealt in the order of their codes.
     """
     positives = np.bincount(codes, truth)
     order = np.argsort(-positives, kind="stable")
@@ -100,8 +100,8 @@ def deal_folds(truth: Bools, codes: Ints) -> Ints:
 def fit_logistic(logits: Floats, truth: Bools) -> Fit:
     """The slope and bias with the highest likelihood of truth [n], both classes, given sigmoid(slope · logit + bias).
 
-    The slope is held near 1 by PRIOR / 2 · (slope - 1)², so that a few positives cannot make it run away, and the
-    problem is strictly convex. By Newton's method, with half the step wherever a whole one does not improve.
+    The penalty PRIOR / 2 · (slope - 1)² keeps the slope near 1, so that a few positives cannot make it run away; it
+    also makes the problem strictly convex. Solved by Newton's method, halving a step that does not improve.
     """
     slope, bias = 1.0, 0.0
 
@@ -125,9 +125,9 @@ def fit_logistic(logits: Floats, truth: Bools) -> Fit:
 
 
 def apply_calibration(score: Floats, calibration: Mapping[str, Any]) -> Floats:
-    """The calibrated scores [n], float64; without a temperature as they are.
+    """The calibrated scores [n], float64; unchanged without a temperature.
 
-    `calibration` is a label's of `fit_calibration`; one of an earlier version has no bias.
+    `calibration` is one label's, from `fit_calibration`; earlier versions wrote no bias.
     """
     temperature = calibration["temperature"]
     if temperature is None:

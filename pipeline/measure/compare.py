@@ -1,7 +1,7 @@
-"""Scores of the same studies by several methods → what each is worth, and whether they differ.
+"""Several methods' scores of the same studies → how good each method is, and whether they differ.
 
-A method is a run that scores studies, or one that scores images, whose scores of a study's views are combined
-(late fusion). All are measured on the studies that all of them have scored; differences are paired by patient
+A method is a run that scores studies, or a run that scores images whose scores are combined over a study's views
+(late fusion). All are measured on the studies that every method has scored; differences are paired by patient
 (pipeline.measure.delong).
 """
 
@@ -22,9 +22,9 @@ STUDY = ["patient", "study"]
 
 
 def combine_views(scores: pd.DataFrame, name: str) -> dict[str, pd.DataFrame]:
-    """A run's scores of images → of studies, by the max and by the mean of their views; as they are where it has one.
+    """A run's scores of images → scores of studies, by max and by mean over views; unchanged if all have one view.
 
-    `scores` has the columns patient, study and labels; the result has a row per study, by the names of methods.
+    `scores` has the columns patient, study and labels; the result maps a method's name to a row per study.
     """
     groups = scores.groupby(STUDY)
     if groups.size().max() == 1:
@@ -33,7 +33,7 @@ def combine_views(scores: pd.DataFrame, name: str) -> dict[str, pd.DataFrame]:
 
 
 def group_by_views(table: pa.Table) -> pd.Series:
-    """Which views each study of a split's rows has, by (patient, study)."""
+    """Which views each study in a split has, by (patient, study)."""
     frame = table.select([*STUDY, "view"]).to_pandas()
     lateral = frame["view"] == "lateral"
     counts = frame.assign(lateral=lateral, frontal=~lateral).groupby(STUDY)[["frontal", "lateral"]].any()
@@ -52,11 +52,11 @@ def compare_methods(
     others: Mapping[str, pd.DataFrame],
     views: pd.Series,
 ) -> dict[str, Any]:
-    """The method `name`, with its `studies` (a row each), beside `others`, fit for JSON.
+    """The method `name`, with its `studies` (one row each), beside the `others`, ready for JSON.
 
-    For all studies and for those of each group of `views`: how many there are, and for each method its AUROC in the
-    mean and by label, the mean's interval, and the differences of the first method less it. The mean is over the labels
-    with 10 positives or more, where there are any. Raises DataError where they have no study in common.
+    For all studies and for each group of `views`: the number of studies, and per method its mean AUROC with an
+    interval, its AUROC per label, and the first method's minus its own. The mean is over labels with at least 10
+    positives, if there are any. Raises DataError if the methods have no study in common.
     """
     index = pd.MultiIndex.from_arrays([studies.patient, studies.study], names=STUDY)
     found = {other: frame.reindex(index)[list(names)].to_numpy() for other, frame in others.items()}

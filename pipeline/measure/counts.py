@@ -1,10 +1,10 @@
-"""Label table → counts of the four states per label, by group, together, under a policy, against another source.
+"""Label table → counts of the four states per label: by group, jointly, under a policy, against another source.
 
 SOURCE may be a folder of shards, a CheXpert folder, or one CSV (`.csv` or `.csv.gz`):
 
     pipeline stats CheXpert-v1.0-small/train.csv --by sex --cooccurrence --policy best --plot labels.svg
 
-Everything is counted on whole columns: no Python per row.
+Everything is counted on whole columns, with no Python per row.
 """
 
 import csv
@@ -29,10 +29,10 @@ from pipeline.labels import (
 )
 from pipeline.policies import BEST_POLICY, SMOOTH_RANGES, check_blank_policy, parse_uncertain_policy
 
-# What to group by, and the group of the images without it.
+# What to group by, and the name of the group of images without that fact.
 NO_GROUP = {"view": "unknown", "sex": "Unknown", "age": "unknown", "projection": "none"}
-AGE_BANDS = {"0-17": 0, "18-39": 18, "40-59": 40, "60-79": 60, "80+": 80}  # from that year on
-# What an uncertain cell becomes, on average over the draws; None: neither class.
+AGE_BANDS = {"0-17": 0, "18-39": 18, "40-59": 40, "60-79": 60, "80+": 80}  # lower bound, in years
+# What an uncertain cell becomes, averaged over the draws; None: neither class.
 UNCERTAIN_TARGETS: dict[str, float | None] = (
     {"zeros": 0.0, "ones": 1.0}
     | {policy: sum(bounds) / 2 for policy, bounds in SMOOTH_RANGES.items()}
@@ -50,7 +50,7 @@ class Statistics(TypedDict):
 
 
 class Groups(TypedDict):
-    """The statistics of each group of images that a variable of NO_GROUP makes."""
+    """The statistics of each group of images, by one variable of NO_GROUP."""
 
     variable: str
     groups: dict[str, Statistics]
@@ -59,7 +59,7 @@ class Groups(TypedDict):
 class Targets(TypedDict):
     """One label under its policy: cells per class, cells masked, mean target, negatives per positive.
 
-    `open` cells count, but as neither: those of a third class (multiclass), or a teacher's to tell (selftrained).
+    `open` cells are used, but as neither class: a third class (multiclass), or left to a teacher (selftrained).
     """
 
     policy: str
@@ -72,23 +72,23 @@ class Targets(TypedDict):
 
 
 class Policies(TypedDict):
-    """What the policy for uncertain (per label) and that for blank make of every label."""
+    """What the policies for uncertain (per label) and blank cells make of every label."""
 
     blank: str
     labels: dict[str, Targets]
 
 
 class Drift(TypedDict):
-    """One label in two sources: share of positives in each, their difference as it is and standardised."""
+    """One label in two sources: share of positives in each, and their difference, plain and standardized."""
 
     share_positive: float
     other_share_positive: float
     difference: float
-    standardised_difference: float | None
+    standardized_difference: float | None
 
 
 class Comparison(TypedDict):
-    """The other source's totals, the patients that both have, and the drift of every label."""
+    """The other source's totals, the patients in both, and the drift of every label."""
 
     images: int
     studies: int
@@ -98,7 +98,7 @@ class Comparison(TypedDict):
 
 
 class LabelStatistics(Statistics, total=False):
-    """The statistics and the sections that were asked for."""
+    """The statistics, and the requested sections."""
 
     by: Groups
     cooccurrence: dict[str, dict[str, int]]
@@ -118,7 +118,7 @@ def count_labels(table: pa.Table) -> Statistics:
 
 
 def count_groups(table: pa.Table, variable: str) -> Groups:
-    """Counts per view, sex, age band or projection; only groups with images, those without the fact last."""
+    """Counts per view, sex, age band or projection: only groups with images, those without the fact last."""
     names = _group_names(table, variable)
     found = sorted(pc.unique(names).to_pylist(), key=lambda name: (name == NO_GROUP[variable], name))
     return {
@@ -128,7 +128,7 @@ def count_groups(table: pa.Table, variable: str) -> Groups:
 
 
 def count_cooccurrence(table: pa.Table) -> dict[str, dict[str, int]]:
-    """Label → label → images where both are positive; on the diagonal the label's positives."""
+    """Label → label → images where both are positive; the diagonal holds the label's positives."""
     states, _ = label_states(table)
     positive = (states == 1).astype(np.float64)  # exact up to 2^53 images, and BLAS is far faster than int64
     together = (positive.T @ positive).astype(np.int64).tolist()
@@ -136,7 +136,7 @@ def count_cooccurrence(table: pa.Table) -> dict[str, dict[str, int]]:
 
 
 def parse_policies(text: str) -> tuple[dict[str, str], str]:
-    """Uncertain policy per label and blank policy from `best,Edema=zeros,blank=ignore` (blank: else zeros).
+    """Uncertain policy per label and blank policy from `best,Edema=zeros,blank=ignore` (blank: zeros by default).
 
     Raises DataError for an unknown policy or label.
     """
@@ -148,12 +148,12 @@ def parse_policies(text: str) -> tuple[dict[str, str], str]:
 
 
 def count_targets(statistics: Statistics, uncertain: Mapping[str, str], blank: str) -> Policies:
-    """What `labels.make_targets` would make of each label, from its four counts alone.
+    """What `policies.make_targets` would make of each label, from its four counts alone.
 
-    A soft target counts as the class that it is nearer to: each smoothing range lies on one side of 0.5. The
-    mean target of smoothed cells is the middle of their range, which the draws have up to their noise.
-    `pos_weight` is negatives / positives, where a soft target counts in part for either, as in training (which
-    goes no higher than 20); null (None) where the label is left with one class.
+    A soft target counts as the class it is nearer to: each smoothing range lies on one side of 0.5. The mean target
+    of smoothed cells is the middle of their range, which is the mean of the draws up to noise. `pos_weight` is
+    negatives / positives, where a soft target counts partly for each, as in training (which caps it at 20); None
+    if the label is left with one class.
     """
     labels: dict[str, Targets] = {}
     for label, counts in statistics["labels"].items():
@@ -191,11 +191,11 @@ def count_targets(statistics: Statistics, uncertain: Mapping[str, str], blank: s
 def compare_tables(table: pa.Table, other: pa.Table) -> Comparison:
     """Drift of each label's share of positives between two label tables, and the patients in both.
 
-    The standardised difference is (p1 - p2) / sqrt((p1 (1 - p1) + p2 (1 - p2)) / 2), by convention notable
-    above 0.1, and null (None) where the label varies in neither: Austin, "Balance diagnostics for comparing the
+    The standardized difference is (p1 - p2) / sqrt((p1 (1 - p1) + p2 (1 - p2)) / 2), by convention notable
+    above 0.1, and None if the label varies in neither table: Austin, "Balance diagnostics for comparing the
     distribution of baseline covariates between treatment groups in propensity-score matched samples",
-    Statistics in Medicine 28 (2009), 3083-3107. Not a z: that takes a patient's images for independent, and
-    with 200,000 of them calls any difference significant.
+    Statistics in Medicine 28 (2009), 3083-3107. It is not a z-score, which would treat a patient's images as
+    independent and, with 200,000 of them, call any difference significant.
     """
     first, second = count_labels(table), count_labels(other)
     shared = pc.is_in(pc.unique(table["patient"]), value_set=pc.unique(other["patient"]))
@@ -208,7 +208,7 @@ def compare_tables(table: pa.Table, other: pa.Table) -> Comparison:
             "share_positive": round(p1, 4),
             "other_share_positive": round(p2, 4),
             "difference": round(p1 - p2, 4),
-            "standardised_difference": round((p1 - p2) / spread, 4) if spread else None,
+            "standardized_difference": round((p1 - p2) / spread, 4) if spread else None,
         }
     return {
         "images": second["images"],
@@ -231,10 +231,10 @@ def to_json(report: LabelStatistics) -> str:
 
 
 def to_csv(report: LabelStatistics) -> str:
-    """The report's section as a CSV with a header; without a section the states, one line per label.
+    """The report's section as a CSV with a header; without a section, the states, one line per label.
 
-    Only `by` is in long form, with the group first. A report has at most one section here: they do not have
-    the same columns.
+    Only `by` is in long form, with the group first. A report may have at most one section here, since sections
+    differ in their columns.
     """
     if "by" in report:
         rows = [
@@ -275,7 +275,7 @@ def _count_states(column: pa.ChunkedArray) -> dict[str, float]:
 
 
 def describe_views(table: pa.Table) -> str:
-    """How many studies of a label table have which views, in words, the commonest first."""
+    """How many studies of a label table have which views, in words, most common first."""
     study = number_studies(table)
     lateral = pc.equal(table["view"], "lateral").to_numpy()
     counts = (np.bincount(study[rows], minlength=study.max() + 1).tolist() for rows in (~lateral, lateral))

@@ -1,11 +1,11 @@
 """Scores, targets, masks and patients → 95 % intervals of AUROCs, their means and paired differences.
 
-A single AUROC has Newcombe's score interval (method 5 in: Confidence intervals for an effect size measure based on
-the Mann-Whitney statistic, part 2, Statistics in Medicine 25, 2006), which is never of zero width. A patient's images
+A single AUROC gets Newcombe's score interval (method 5 in: Confidence intervals for an effect size measure based on
+the Mann-Whitney statistic, part 2, Statistics in Medicine 25, 2006), which never has zero width. A patient's images
 are alike, so its variance is multiplied by a design effect: DeLong's variance with clusters (Obuchowski, Nonparametric
-analysis of clustered ROC curve data, Biometrics 53, 1997) by the one without. A mean or a difference has its limits
-from those of its AUROCs and their correlations (MOVER: Zou, Toward using confidence intervals to compare
-correlations, Psychological Methods 12, 2007). `benchmarks/coverage.py` compares this with other methods.
+analysis of clustered ROC curve data, Biometrics 53, 1997) divided by the one without. The limits of a mean or a
+difference follow from those of its AUROCs and their correlations (MOVER: Zou, Toward using confidence intervals to
+compare correlations, Psychological Methods 12, 2007). `benchmarks/coverage.py` compares this with other methods.
 """
 
 from collections.abc import Sequence
@@ -18,23 +18,23 @@ from pipeline.measure.metrics import Bools, Floats, Ints, Z
 
 
 class Areas(NamedTuple):
-    """AUROCs with their limits, and what each patient adds to each AUROC's error; NaN where a class is lacking."""
+    """AUROCs with their limits, and each patient's contribution to each AUROC's error; NaN if a class is missing."""
 
     auroc: Floats  # [A]
     low: Floats  # [A]
     high: Floats  # [A]
-    freedom: Floats  # [A] degrees: the patients with the rarer class, less one
+    freedom: Floats  # [A] degrees of freedom: the patients with the rarer class, minus one
     influence: Floats  # [P, A], one row for each patient, in the order of their names
 
     def join(self, other: "Areas") -> "Areas":
-        """The areas of both, of the same patients."""
+        """Both sets of areas, which must be of the same patients."""
         return Areas._make(np.concatenate(pair, axis=-1) for pair in zip(self, other, strict=True))
 
 
 def measure_areas(scores: Floats, target: Floats, mask: Bools, patient: npt.NDArray[Any]) -> Areas:
     """The areas of scores [N, L] against targets [N, L] in {0, 1}, on the cells of mask [N, L], of patients [N].
 
-    All patients have a row in `influence`, also those without a cell in the mask.
+    Every patient has a row in `influence`, even without a cell in the mask.
     """
     names, codes = np.unique(patient, return_inverse=True)
     columns = scores.shape[1]
@@ -51,12 +51,12 @@ def measure_areas(scores: Floats, target: Floats, mask: Bools, patient: npt.NDAr
 
 
 def weigh_labels(names: Sequence[str], over: Sequence[str]) -> Floats:
-    """The weights [L] of a mean over some of the labels `names`; all 0 over none."""
+    """The weights [L] that make a mean over some of the labels `names`; all 0 for none."""
     return np.array([1 / len(over) if name in over else 0.0 for name in names])
 
 
 def combine_limits(areas: Areas, weights: Sequence[float] | Floats) -> dict[str, float | None]:
-    """`low` and `high` of Σ weight · AUROC, of areas with weights [A]; None where no area with a weight is defined."""
+    """`low` and `high` of Σ weight · AUROC, for weights [A]; None if an area with a weight is undefined."""
     weight = np.asarray(weights, float)
     kept = weight != 0
     if not kept.any() or np.isnan(areas.auroc[kept]).any():
@@ -74,7 +74,7 @@ def combine_limits(areas: Areas, weights: Sequence[float] | Floats) -> dict[str,
 
     if (weight > 0).all():
         return {"low": middle - margin(auroc - low), "high": middle + margin(high - auroc)}
-    halves = (high - low) / 2  # on both sides: those of the same scores then cancel out
+    halves = (high - low) / 2  # symmetric, so that two runs with the same scores cancel out
     widest = max(margin(halves), Z * float(np.linalg.norm(influence @ weight)))
     shares = (
         weight * halves
@@ -137,14 +137,14 @@ def _measure(
         independent += float((centered[side] ** 2).sum()) * size / max(size - 1, 1)
         kish = max(kish, float((cells.astype(np.int64) ** 2).sum()) / size)
     clustered = float(influence @ influence)
-    # Images that are alike never tell more than others; of a perfect AUROC, as much as one for each patient.
+    # Similar images never carry more information; for a perfect AUROC, as much as one image per patient.
     design = max(1, clustered / independent) if independent > 0 else kish
     freedom = min(len(np.unique(codes[side])) for side in (truth, ~truth)) - 1
     return auroc, *score_limits(auroc, *sizes, design), max(freedom, 1), influence
 
 
 def _share_below(score: Floats, others: Floats) -> Floats:
-    """Of sorted others [m], the share below each score [n], equal ones counted half."""
+    """The share of the sorted others [m] that is below each score [n], ties counted half."""
     sides = np.searchsorted(others, score, "left") + np.searchsorted(others, score, "right")
     share: Floats = sides / (2 * len(others))
     return share

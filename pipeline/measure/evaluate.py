@@ -1,10 +1,10 @@
-"""Scores, truth and facts of a split's images → everything that is reported of it, as one JSON document.
+"""Scores, truth and facts of a split's images → everything reported about it, as one JSON document.
 
     calibration = calibrate(names, dev)              # calibration.json
     evaluation = assess(names, valid, calibration)   # evaluation-valid.json
 
-The document holds the image level at its top (labels, means, intervals, against), the same for studies under
-`study`, and subgroups. What is undefined is None, and never part of a mean.
+The top of the document is the image level (labels, means, intervals, against); `study` holds the same for studies,
+and `subgroups` the groups. Undefined figures are None and never part of a mean.
 """
 
 from collections import Counter
@@ -40,13 +40,13 @@ from pipeline.measure.metrics import (
 
 AVERAGED = ("auroc", "auprc", "brier", "ece", "brier_calibrated", "ece_calibrated")
 AREAS = ("auroc", "auprc")  # the metrics with intervals
-# The groups that are compared; images in none of them are counted apart.
+# The groups to compare; images in none of them are counted separately.
 GROUPS = {
     "sex": ("Female", "Male"),
     "age": ("18-39", "40-59", "60-79", "80+"),
     "projection": ("AP", "PA"),
 }
-AGES = {"unknown": -1, "0-17": 0, "18-39": 18, "40-59": 40, "60-79": 60, "80+": 80}  # from that year on
+AGES = {"unknown": -1, "0-17": 0, "18-39": 18, "40-59": 40, "60-79": 60, "80+": 80}  # lower bound, in years
 
 
 class Scored(NamedTuple):
@@ -54,7 +54,7 @@ class Scored(NamedTuple):
 
     scores: Floats  # [N, L] in [0, 1]
     target: Floats  # [N, L] in {0, 1}
-    mask: Bools  # [N, L] the cells that count
+    mask: Bools  # [N, L] the cells to use
     patient: npt.NDArray[Any]  # [N] names
     study: npt.NDArray[Any]  # [N] names or numbers, unique within a patient
     sex: npt.NDArray[Any]  # [N] names; None or empty: unknown
@@ -62,16 +62,16 @@ class Scored(NamedTuple):
     projection: npt.NDArray[Any]  # [N] names; None or empty: unknown
 
     def take(self, rows: Any) -> "Scored":
-        """The rows of an index: numbers, bools [N] or a slice."""
+        """The rows that an index selects: numbers, bools [N] or a slice."""
         return Scored(*(column[rows] for column in self))
 
 
 def calibrate(
     names: Sequence[str], dev: Scored, sensitivity: float = 0.9, combine: str = "max"
 ) -> dict[str, Any]:
-    """Calibrations and thresholds per label (`fit_calibration`), fitted on dev's images and on its studies.
+    """Calibration and thresholds per label (`fit_calibration`), fitted on dev's images and on its studies.
 
-    `combine` is how a study's score comes from its views: max or mean.
+    `combine` is how the views' scores make a study's score: max or mean.
     """
     levels = {"image": dev, "study": study_level(dev, combine)}
     return {"sensitivity": sensitivity, "combine": combine} | {
@@ -89,12 +89,11 @@ def assess(
     resamples: int = 1000,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """The whole evaluation of a split, fit for JSON; `calibration` as `calibrate` gives it.
+    """The whole evaluation of a split, ready for JSON; `calibration` is what `calibrate` returns.
 
-    `unit` is what a row of `images` is: image, or study where a run scores these.
-    `against` is another run's name and its scores [N, L] of the same images. Intervals of AUPRC are from so many
-    resamples of patients by `seed`; with 0 they are None. Raises ValueError without images, or where a score is
-    not finite.
+    `unit` is what a row of `images` is: image, or study if the run scores studies. `against` is another run's name
+    and its scores [N, L] of the same images. AUPRC intervals come from `resamples` resamples of patients, drawn by
+    `seed`; with 0 they are None. Raises ValueError if there are no images or a score is not finite.
     """
     if len(images.scores) == 0:
         raise ValueError("no images to evaluate")
@@ -114,10 +113,10 @@ def assess(
 
 
 def study_level(images: Scored, combine: str = "max") -> Scored:
-    """One row per study: the max or mean of its views' scores; in the mask where any view is.
+    """One row per study: the max or mean of its views' scores; a cell is in the mask if any view's is.
 
-    Views of a study share their labels, patient, sex and age; cells out of the mask (damaged images) count for
-    nothing. Raises ValueError for another `combine`.
+    Views of a study share their labels, patient, sex and age; cells outside the mask (damaged images) are ignored.
+    Raises ValueError for any other `combine`.
     """
     if combine not in ("max", "mean"):
         raise ValueError(f"combine is '{combine}'; choose max or mean")
@@ -139,19 +138,20 @@ def study_level(images: Scored, combine: str = "max") -> Scored:
 def assess_groups(
     names: Sequence[str], images: Scored, calibration: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """Sex, age and projection: per group the images, AUROC per label and TPR at dev's Youden threshold.
+    """By sex, age and projection: each group's images, AUROC per label, and TPR at dev's Youden threshold.
 
-    A group's `macro_auroc` is over `macro_labels`, those with 10 positives and 10 negatives in every group that has
-    any such label, so that groups are compared on the same labels and on enough of each; None in the other groups.
-    `less_first` is the macro of each later group less the first one's. `tpr_gap` is the highest TPR less the lowest,
-    over groups with 10 positives or more, and None where fewer than two have them; its limits are in `tpr_gap_limits`.
+    A group's `macro_auroc` is the mean over `macro_labels`: those with 10 positives and 10 negatives in every group
+    that has any such label. So groups are compared on the same labels, with enough cells of each; the other groups
+    have None. `less_first` is each later group's macro minus the first group's. `tpr_gap` is the highest TPR minus
+    the lowest, over groups with at least 10 positives, with limits in `tpr_gap_limits`; None if there are fewer than
+    two such groups.
     """
     bands = np.array(list(AGES))[np.digitize(images.age, list(AGES.values())) - 1]
     facts = {"sex": images.sex, "age": bands, "projection": images.projection}
     report: dict[str, Any] = {}
     for variable, compared in GROUPS.items():
         rows = {name: facts[variable] == name for name in compared}
-        # Of all patients, so that what the groups share of them can be told.
+        # Over all patients, so that patients in two groups are recognized.
         measured = {
             name: measure_areas(*images[:2], images.mask & chosen[:, None], images.patient)
             for name, chosen in rows.items()
@@ -210,7 +210,7 @@ def _assess_level(
         for mean, kept in means.items()
         for metric in AVERAGED
     }
-    # A label is a mean over itself, and over nothing where it is undefined.
+    # A label is a mean over itself, or over nothing if it is undefined.
     kept = {name: [name] if label["auroc"] is not None else [] for name, label in labels.items()} | means
     shares = {key: weigh_labels(names, over) for key, over in kept.items()}
     ours = measure_areas(*rows[:4])
@@ -256,7 +256,7 @@ def _assess_level(
 def _assess_label(
     score: Floats, truth: Bools, patient: npt.NDArray[Any], calibration: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Everything of one label's cells [n]."""
+    """All figures of one label's cells [n]."""
     auroc, auprc = areas(score, truth)
     calibrated = apply_calibration(score, calibration)
     return {
@@ -281,7 +281,7 @@ def _assess_label(
 def rate_limits(
     threshold: float, score: Floats, truth: Bools, patient: npt.NDArray[Any]
 ) -> dict[str, dict[str, float | None]]:
-    """The limits of each of `rates_at` that is a share of cells [n], with patients as clusters (`wilson_limits`)."""
+    """Limits of those of `rates_at` that are a share of cells [n], with patients as clusters (`wilson_limits`)."""
     called = score >= threshold
     parts = {
         "sensitivity": (called, truth),
@@ -293,7 +293,7 @@ def rate_limits(
 
 
 def _count(truth: Bools) -> dict[str, Any]:
-    """The cells of each class, and whether one has so `few` that figures are mostly chance."""
+    """The cells of each class, and whether either has too `few` for figures to mean much."""
     positives, negatives = int(truth.sum()), int((~truth).sum())
     return {"positives": positives, "negatives": negatives, "few": min(positives, negatives) < FEW}
 
@@ -301,7 +301,7 @@ def _count(truth: Bools) -> dict[str, Any]:
 def _assess_group(
     names: Sequence[str], images: Scored, calibration: Mapping[str, Mapping[str, Any]], measured: Areas
 ) -> dict[str, Any]:
-    """A group's labels, of its images and their areas."""
+    """A group's figures per label."""
     labels: dict[str, Any] = {}
     for column, (name, score, truth) in enumerate(label_cells(names, *images[:3])):
         threshold = calibration[name]["thresholds"]["youden"]
@@ -323,7 +323,7 @@ def _assess_group(
 
 
 def _tpr_gap(results: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
-    """The highest TPR less the lowest; its limits as if of different patients (Newcombe, 1998, method 10)."""
+    """The highest TPR minus the lowest, with limits as for separate patients (Newcombe, 1998, method 10)."""
     rates = sorted(
         (result["tpr"], result["intervals"]["tpr"]["low"], result["intervals"]["tpr"]["high"])
         for result in results

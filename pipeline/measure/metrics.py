@@ -1,8 +1,8 @@
 """Scores, targets and masks → AUROC and its means, AUPRC, Brier score, calibration error, rates at a threshold.
 
-A label with one class has no AUROC and no AUPRC: they are null and it is listed as skipped, never 0 and never
-part of a mean. All of it is float64, and the areas take weights, so that a figure and its interval (`bootstrap`)
-come from the same lines.
+A label with one class has no AUROC and no AUPRC: both are None and the label is listed as skipped, never 0 and never
+part of a mean. Everything is float64. Areas take weights, so a figure and its interval (`bootstrap`) share one
+implementation.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,7 +23,7 @@ BINS = 15  # of the calibration error, as in Guo et al., 2017
 
 
 class LabelResult(TypedDict):
-    """One label: its AUROC (None with one class) and what it rests on."""
+    """One label: its AUROC (None with one class) and its counts."""
 
     auroc: float | None
     positives: int
@@ -31,7 +31,7 @@ class LabelResult(TypedDict):
 
 
 class AurocReport(TypedDict):
-    """All labels; `macro10` is the macro over labels with 10 positives or more, `mean5` the competition's."""
+    """All labels; `macro10` averages labels with at least 10 positives, `mean5` the competition's five."""
 
     macro_auroc: float | None
     macro10_auroc: float | None
@@ -49,7 +49,7 @@ class Ranking(NamedTuple):
 
 
 class Reliability(NamedTuple):
-    """The bins of a label's scores that are not empty: mean score, share of positives, cells."""
+    """The non-empty bins of a label's scores: mean score, share of positives, number of cells."""
 
     score: Floats
     share: Floats
@@ -57,7 +57,7 @@ class Reliability(NamedTuple):
 
 
 class Curve(NamedTuple):
-    """What is called positive at each distinct score as threshold, from the highest down."""
+    """Counts of cells called positive at each distinct score as threshold, from the highest down."""
 
     threshold: Floats
     true_positives: Ints
@@ -87,7 +87,7 @@ def report_auroc(names: Sequence[str], scores: Floats, target: Floats, mask: Boo
 def label_cells(
     names: Sequence[str], scores: Floats, target: Floats, mask: Bools
 ) -> Iterator[tuple[str, Floats, Bools]]:
-    """Name, scores [n] and truth [n] of the cells of each label that are in the mask.
+    """Per label: its name, and the scores [n] and truth [n] of its cells in the mask.
 
     Raises ValueError where a score is not finite.
     """
@@ -99,7 +99,7 @@ def label_cells(
 
 
 def averaged_labels(labels: Mapping[str, Any]) -> dict[str, list[str]]:
-    """The labels that each mean is over: those with an AUROC; with 10 positives too; the competition's five."""
+    """The labels of each mean: all with an AUROC; those with at least 10 positives; the competition's five."""
     macro = [name for name, label in labels.items() if label["auroc"] is not None]
     return {
         "macro": macro,
@@ -109,7 +109,7 @@ def averaged_labels(labels: Mapping[str, Any]) -> dict[str, list[str]]:
 
 
 def mean_of(labels: Mapping[str, Any], kept: Sequence[str], metric: str) -> float | None:
-    """The mean of a metric over the kept labels; None where there is none."""
+    """The mean of a metric over the kept labels; None if there are none."""
     return sum(labels[name][metric] for name in kept) / len(kept) if kept else None
 
 
@@ -122,7 +122,7 @@ def areas(score: Floats, truth: Bools) -> tuple[float | None, float | None]:
 
 
 def rank(score: Floats, truth: Bools) -> Ranking:
-    """Sort cells [n ≥ 1]; neighbouring groups without a positive are one, which changes neither area."""
+    """Sort cells [n ≥ 1]; adjacent groups without a positive are merged, which changes neither area."""
     order = np.argsort(-score, kind="stable")
     ordered, positive = score[order], truth[order]
     starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
@@ -136,7 +136,7 @@ def weighted_areas(ranking: Ranking, weights: Floats | Ints) -> tuple[Floats, Fl
 
     AUROC is the share of pairs of a positive and a negative in the right order, ties counted half. AUPRC is the
     average precision, Σ (recall_k - recall_{k-1}) precision_k over distinct scores, without interpolation.
-    NaN where a class has no weight.
+    NaN if a class has no weight.
     """
     total = np.add.reduceat(weights, ranking.starts, axis=0, dtype=np.float64)
     positive = np.add.reduceat(weights * ranking.positive[:, None], ranking.starts, axis=0, dtype=np.float64)
@@ -156,7 +156,7 @@ def brier_score(score: Floats, truth: Bools) -> float | None:
 
 
 def reliability(score: Floats, truth: Bools) -> Reliability:
-    """Scores in 15 bins of equal width, each closed on the right."""
+    """Scores in 15 bins of equal width, closed on the right."""
     bins = np.searchsorted(np.arange(1, BINS) / BINS, score.astype(np.float64))
     count = np.bincount(bins, minlength=BINS)
     filled = count > 0
@@ -176,7 +176,7 @@ def calibration_error(score: Floats, truth: Bools) -> float | None:
 
 
 def threshold_curve(score: Floats, truth: Bools) -> Curve:
-    """Counts of what is called positive, `score >= threshold`, at each distinct score [n ≥ 1]."""
+    """Counts of cells called positive, `score >= threshold`, for each distinct score [n ≥ 1] as threshold."""
     order = np.argsort(-score, kind="stable")
     ordered = score[order]
     last = np.flatnonzero(np.concatenate([ordered[1:] != ordered[:-1], [True]]))
@@ -185,7 +185,7 @@ def threshold_curve(score: Floats, truth: Bools) -> Curve:
 
 
 def rates_at(threshold: float, score: Floats, truth: Bools) -> dict[str, float | None]:
-    """Sensitivity, specificity, PPV, NPV and F1 of `score >= threshold`; None where a denominator is 0.
+    """Sensitivity, specificity, PPV, NPV and F1 of `score >= threshold`; None if a denominator is 0.
 
     F1 is 2 TP / (2 TP + FP + FN), and None without positives.
     """
@@ -207,11 +207,11 @@ def rates_at(threshold: float, score: Floats, truth: Bools) -> dict[str, float |
 
 
 def wilson_limits(called: Bools, owner: npt.NDArray[Any]) -> dict[str, float | None]:
-    """`low` and `high` of the share of calls [n], which belong to owners [n]; None without any.
+    """`low` and `high` of the share of `called` [n], whose cells belong to owners [n]; None without cells.
 
-    Wilson's score interval (1927) on the effective number of cells: n over the design effect, which is the variance of
-    the share with its owners as clusters by that without (Rao and Scott, A simple method for the analysis of
-    clustered binary data, Biometrics 48, 1992). It is never of zero width.
+    Wilson's score interval (1927) for the effective number of cells: n divided by the design effect, the variance of
+    the share with owners as clusters over the one without (Rao and Scott, A simple method for the analysis of
+    clustered binary data, Biometrics 48, 1992). It never has zero width.
     """
     if not len(called):
         return {"low": None, "high": None}
@@ -221,9 +221,9 @@ def wilson_limits(called: Bools, owner: npt.NDArray[Any]) -> dict[str, float | N
     count, owners = len(called), len(cells)
     if 0 < share < 1:
         spread = float(((hits - cells * share) ** 2).sum()) * owners / max(owners - 1, 1)
-        design = max(1.0, spread / (count * share * (1 - share)))  # alike cells never tell more than others
+        design = max(1.0, spread / (count * share * (1 - share)))  # never more than unclustered ones
     else:
-        design = float((cells**2).sum()) / count  # all of an owner's cells tell as much as one
+        design = float((cells**2).sum()) / count  # all of an owner's cells count as one
     size = count / design
     middle = (share + Z**2 / (2 * size)) / (1 + Z**2 / size)
     half = Z / (1 + Z**2 / size) * (share * (1 - share) / size + Z**2 / (4 * size**2)) ** 0.5

@@ -131,7 +131,7 @@ def zigzag(phase: Array) -> Array:
 
 
 def ellipse(film: Film, x: float, y: float, rx: float, ry: float, turn: float = 0.0) -> Array:
-    """Return the distance from the centre of an ellipse: 0 there, 1 on its edge."""
+    """Return the distance from the center of an ellipse: 0 there, 1 on its edge."""
     c, s = math.cos(turn), math.sin(turn)
     du, dv = film.u - x, film.v - y
     along, aside = du * (c / rx) + dv * (s / rx), dv * (c / ry) - du * (s / ry)
@@ -422,7 +422,7 @@ def draw_pleural_other(film: Film, finding: Finding, rng: np.random.Generator) -
 
 
 def draw_fracture(film: Film, finding: Finding, rng: np.random.Generator) -> None:
-    """Break neighbouring ribs: a step between the fragments and a ball of callus at each."""
+    """Break neighboring ribs: a step between the fragments and a ball of callus at each."""
     x, step = across(film, finding), 0.035 * finding.side
     drop = float(rib_height(film, 0.25 - x if film.lateral else abs(x)))
     first = math.floor((finding.y - drop) / film.body.rib_gap)

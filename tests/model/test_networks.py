@@ -16,7 +16,7 @@ HEADS = {"resnet18": "fc", "densenet121": "classifier", "convnext_tiny": "classi
 
 
 def trained(arch: str) -> nn.Module:
-    """torchvision's network with 9 outputs, whose normalisation is not that of a fresh one."""
+    """torchvision's network with 9 outputs, whose normalization is not that of a fresh one."""
     network: nn.Module = get_model(arch, weights=None, num_classes=9)
     for name, value in network.state_dict().items():
         if "running" in name or value.ndim == 1:

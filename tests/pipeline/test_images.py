@@ -185,7 +185,7 @@ def test_real_xrays_are_within_a_gray_level_of_a_full_decode_and_lanczos() -> No
     assert max(differences) <= 1
 
 
-def test_colour_progressive_and_16_bit_sources_become_baseline_gray(gray: Image.Image) -> None:
+def test_color_progressive_and_16_bit_sources_become_baseline_gray(gray: Image.Image) -> None:
     levels = np.asarray(gray)
     opaque = gray.convert("RGBA")
     sources = {

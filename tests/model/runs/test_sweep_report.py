@@ -103,7 +103,7 @@ def test_contours_have_the_points_where_they_belong() -> None:
 
 
 def test_the_field_is_linear_in_the_logarithms(tmp_path: Path) -> None:
-    """A plane in the logarithms: its colours change along it alone."""
+    """A plane in the logarithms: its colors change along it alone."""
     plane = {(10.0**x, 10.0**y): 0.6 + 0.1 * x for x in (-3, -2, -1) for y in (-3, -2, -1)}
     figure = Figure(figsize=(4, 4))
     axes = figure.add_axes((0, 0, 1, 1))

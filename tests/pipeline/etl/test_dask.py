@@ -125,7 +125,7 @@ def test_a_lost_scheduler_is_named(start: Start, source: Path, tmp_path: Path) -
         assert run.poll() is None
     scheduler.kill()
     _, said = run.communicate(timeout=60)
-    reason = f"`scheduler` tcp://127.0.0.1:{port}: the connection was lost; the same command continues"
+    reason = f"--scheduler tcp://127.0.0.1:{port}: the connection was lost; the same command continues"
     assert (run.returncode, said.splitlines()[-1]) == (1, f"Error: {reason}")
 
 

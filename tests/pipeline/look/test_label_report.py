@@ -91,13 +91,13 @@ def test_the_page_has_the_numbers_of_the_json(chexpert: Path, tmp_path: Path) ->
             label,
             *(f"{100 * row[name]:.1f}" for name in ("share_positive", "other_share_positive")),
             f"{100 * row['difference']:+.1f}",
-            f"{row['standardised_difference']:+.3f}",
+            f"{row['standardized_difference']:+.3f}",
         ]
         for label, row in drift["labels"].items()
     ]
     classes = [attrs.get("class") for tag, attrs in page.tags if tag == "tr"][-len(LABELS) :]
     assert classes == [
-        "notable" if abs(row["standardised_difference"]) > 0.1 else None for row in drift["labels"].values()
+        "notable" if abs(row["standardized_difference"]) > 0.1 else None for row in drift["labels"].values()
     ]
     assert not [tag for tag, _ in page.tags if tag == "img"]  # a CSV has no images
 

@@ -33,7 +33,7 @@ addEventListener("load", () => {
   const view = document.getElementById("frame").contentWindow, page = view.document;
   const all = (selector) => [...page.querySelectorAll(selector)];
   const styles = (selector, name) => [...new Set(all(selector).map((found) => view.getComputedStyle(found)[name]))];
-  const colour = (name) => {  // what a variable of the style sheet is, as rgb(r, g, b)
+  const color = (name) => {  // what a variable of the style sheet is, as rgb(r, g, b)
     const probe = page.body.appendChild(page.createElement("i"));
     probe.style.color = `var(--${name})`;
     const found = view.getComputedStyle(probe).color;
@@ -52,8 +52,8 @@ addEventListener("load", () => {
     series: styles("svg path", "stroke"),
     flat: all("svg").filter((svg) => svg.getBoundingClientRect().height < 80).length,
     broken: all("img").filter((image) => !image.naturalWidth).length,
-    states: Object.fromEntries(["positive", "uncertain", "negative", "blank"].map((name) => [name, colour(name)])),
-    first: colour("first"),
+    states: Object.fromEntries(["positive", "uncertain", "negative", "blank"].map((name) => [name, color(name)])),
+    first: color("first"),
     headline: all(".tile .value").map((value) => value.innerText.trim()),
   });
 });
@@ -109,7 +109,7 @@ def luminance(color: str) -> float:
 
 
 def contrast(first: str, second: str) -> float:
-    """Contrast ratio of two colours, 1 to 21 (WCAG 2.1)."""
+    """Contrast ratio of two colors, 1 to 21 (WCAG 2.1)."""
     dark, light = sorted((luminance(first), luminance(second)))
     return (light + 0.05) / (dark + 0.05)
 
@@ -183,7 +183,7 @@ def test_the_label_report_is_legible(
     assert seen["broken"] == 0
     background = seen["background"]
     assert (luminance(background) < 0.1) == (scheme == DARK)
-    # Names of labels in ink; numbers in black on the three colours of states, which are the same in the dark.
+    # Names of labels in ink; numbers in black on the three colors of states, which are the same in the dark.
     assert set(seen["ticks"]) == {seen["color"], "rgb(0, 0, 0)"}
     states = {state: color for state, color in seen["states"].items() if state != "blank"}
     assert len(set(states.values())) == 3
@@ -213,6 +213,6 @@ def test_the_sweep_report_is_legible(tmp_path: Path, width: int, scheme: int) ->
 
 
 def blend(color: str, background: str, share: float) -> str:
-    """A colour of that opacity on a background."""
+    """A color of that opacity on a background."""
     pairs = zip(*(map(int, re.findall(r"\d+", text)) for text in (color, background)), strict=True)
     return "rgb({}, {}, {})".format(*(round(share * over + (1 - share) * under) for over, under in pairs))

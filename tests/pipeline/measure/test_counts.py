@@ -179,7 +179,7 @@ def test_comparison_of_two_splits(shards: tuple[Path, Manifest], chexpert: Path)
         p, q = (train[label] == 1).mean(), (dev[label] == 1).mean()
         expected = (p - q) / ((p * (1 - p) + q * (1 - q)) / 2) ** 0.5
         assert against["labels"][label]["difference"] == pytest.approx(p - q, abs=1e-4)
-        assert against["labels"][label]["standardised_difference"] == pytest.approx(expected, abs=1e-3)
+        assert against["labels"][label]["standardized_difference"] == pytest.approx(expected, abs=1e-3)
     assert report(chexpert, "--against", chexpert / "train.csv")["against"]["shared_patients"] == 16
 
 
@@ -299,7 +299,7 @@ def test_tables_of_the_sections_show_the_json(chexpert: Path) -> None:
         [
             *(f"{100 * drift[name]:.1f}" for name in ("share_positive", "other_share_positive")),
             f"{100 * drift['difference']:+.1f}",
-            f"{drift['standardised_difference']:+.3f}",
+            f"{drift['standardized_difference']:+.3f}",
         ],
     ]
 
