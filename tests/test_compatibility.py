@@ -11,13 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import train
+from model.runs.commands import main
 from model.runs.config import read_config
+from model.runs.job import StopFlag
 from model.runs.scores import read_scores
 from pipeline import open_shards
 from pipeline.manifest import read_manifest, read_table
 from pipeline.stream.samples import open_split
 from tests.conftest import run_pipeline
-from tests.test_train import run_train
 
 COUNTS = {"train": 24, "dev": 6, "valid": 9}
 FIRST = {"key": "patient00009_study2_view1_frontal", "age": 29, "No Finding": -1, "Edema": 1, "Pneumonia": 0}
@@ -60,17 +62,22 @@ def test_shards_of_version_1_are_read(old: Path) -> None:
     assert batch.images.mean() == pytest.approx(PIXELS, abs=0.5)
 
 
-def test_a_run_of_version_1_scores_as_it_did_and_continues(old: Path) -> None:
+def test_a_run_of_version_1_scores_as_it_did_and_continues(
+    old: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(StopFlag, "listen", lambda self: self)
+
+    def call(*words: object) -> int:
+        return int(main.main(list(map(str, words)), standalone_mode=False, obj=train.train))
+
     run, shards = old / "run", old / "shards"
     config = read_config(run)
     assert (config.sync_bn, config.fusion, config.freeze) == (False, None, False)  # options since then
-    scored = run_train("evaluate", "--shards", shards, "--run", run, "--split", "valid")
-    assert scored.returncode == 0, scored.stderr
+    assert call("evaluate", "--shards", shards, "--run", run, "--split", "valid") == 0
     keys = read_table(shards, read_manifest(shards).split("valid"))["key"]
     scores = read_scores(run / "scores-valid.arrow", keys)
     np.testing.assert_allclose(scores[0], SCORES, atol=1e-3)
     options = ["--arch", "rescnn", "--batch-size", 4, "--image-size", 32, "--lr", "1e-3", "--epochs", 2]
-    continued = run_train("--shards", shards, "--run", run, *options, "--workers", 1)
-    assert continued.returncode == 0, continued.stderr
-    assert f"{run}: continuing after step 6 of 12" in continued.stderr
+    assert call("--shards", shards, "--run", run, *options, "--workers", 1) == 0
+    assert f"{run}: continuing after step 6 of 12" in capsys.readouterr().err
     assert (run / "metrics.jsonl").read_text().count("\n") == 2

@@ -770,6 +770,7 @@ def test_what_draws_or_remembers_resumes_exactly_between_evaluations(
     assert [(line["step"], line["epoch"]) for line in lines] == [(4, 0.5), (8, 1.0)]
 
 
+@pytest.mark.soak  # compiles for seconds
 def test_a_compiled_network_learns_the_same(
     make_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
 ) -> None:

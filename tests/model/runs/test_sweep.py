@@ -39,6 +39,7 @@ from model.runs.sweep import (
 from pipeline import DataError
 from pipeline.manifest import Manifest
 from tests.conftest import ROUNDS
+from tests.test_train import few_resamples_and_no_page  # noqa: F401
 
 LR, WD = (1e-4, 1e-3, 1e-2), (1e-5, 0.0)
 
