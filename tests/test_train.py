@@ -200,7 +200,7 @@ def test_a_run_writes_what_it_promises(trained: Job) -> None:
 
 
 # 6 steps per epoch, each looked at once, then the end of the epoch and dev's batch; at the end dev's and valid's
-@pytest.mark.parametrize("looks", [1, 4, 6, 7, 8, 9, 16, 17, 18])
+@pytest.mark.parametrize("looks", [1, 6, 7, 8, 17, 18])
 def test_interrupted_and_continued_equals_uninterrupted(
     make_job: Callable[..., Job], looks: int, whole: Path
 ) -> None:
@@ -211,7 +211,7 @@ def test_interrupted_and_continued_equals_uninterrupted(
 
 
 @pytest.mark.parametrize(
-    "change", [{"uncertain": "multiclass"}, {"uncertain": "best,Edema=multiclass", "amp": "bf16"}]
+    "change", [{"uncertain": "multiclass"}, {"uncertain": "best,Edema=multiclass"}]
 )
 def test_three_classes_interrupted_and_continued_equal_uninterrupted(
     make_job: Callable[..., Job], change: dict[str, str]
