@@ -10,6 +10,7 @@ import multiprocessing.connection
 import multiprocessing.util
 import os
 import signal
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -131,7 +132,11 @@ def _prepare_sockets() -> None:
 def _worker_pool(function: Callable[..., Any], workers: int) -> Iterator[tuple[ProcessPoolExecutor, Any]]:
     _prepare_sockets()
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([function.__module__])  # counts when the server starts, at the first task
+    # When the server starts, at the first task, it imports these modules, which every worker then has: all of this
+    # package that its parent has, and pandas, which pyarrow imports in each process wherever it is installed.
+    package = function.__module__.partition(".")[0]
+    ours = [name for name in sys.modules if name.partition(".")[0] == package]
+    context.set_forkserver_preload([*ours, "pandas"])
     slots = context.RawArray("q", _SLOTS)
     pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(slots,))
     try:
