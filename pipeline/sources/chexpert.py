@@ -270,11 +270,12 @@ def _tails(above: str) -> list[str]:
 
 
 def _named_folders(above: str, roots: Sequence[Path]) -> list[str]:
-    """The folders that a CSV may mean by the folders above a patient's, the most literal ones first."""
+    """The folders that a CSV may mean by the folders above a patient's, the most literal ones first, each once."""
     named = [f"{root}/{tail}" for tail in _tails(above) for root in roots]
     # What the CSV calls `CheXpert-v1.0` may have another name; and a root may itself be the last of the folders.
     last = above.rpartition("/")[2]
-    return named + [str(root) for root in roots if "/" not in above or root.name == last]
+    alike = [str(root) for root in roots if "/" not in above or root.name == last]
+    return list(dict.fromkeys(named + alike))  # roots may lie in one another
 
 
 def _locate(paths: Sequence[str], folders: Mapping[str, list[str]], source: Source) -> pa.Array:
