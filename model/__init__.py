@@ -1,1 +1,1 @@
-"""Networks, losses and the other parts of training; `runs` joins them with shards."""
+"""Networks, losses and the other building blocks of training; `runs` joins them with shards."""

@@ -1,8 +1,8 @@
 """uint8 batch → normalized float batch, randomly transformed; runs on the device the batch is on.
 
 The draws are a pure function of (seed, epoch, step) and are made on the CPU, so a resumed run, a run on another
-device, and ranks that each hold a slice of the batch see the same augmentations. The ranges are those the best
-CheXpert repositories share; none of them crops, so the crop is an option.
+device, and ranks that each hold a slice of the batch all see the same augmentations. The ranges are those that the
+best CheXpert repositories share; none of them crops, so the crop is an option.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 ROTATION = 15.0  # degrees
-SHIFT = 0.05  # of the image's side
+SHIFT = 0.05  # share of the image's side
 SCALE = 0.05  # 0.95 to 1.05
 BRIGHTNESS = 0.1
 CONTRAST = 0.1
@@ -26,7 +26,7 @@ AUGMENTATIONS = {
 
 
 def normalize(images: Tensor, mean: float, std: float) -> Tensor:
-    """float32 images of zero mean and unit variance, from uint8 ones; `mean` and `std` in gray levels."""
+    """uint8 images as float32 with zero mean and unit variance; `mean` and `std` are in gray levels."""
     normalized: Tensor = (images.float() - mean) / std
     return normalized
 
@@ -44,10 +44,10 @@ def augment(
 ) -> Tensor:
     """Normalized float32 images [B, 1, H, W]: random affine, crop, contrast and brightness; no flip.
 
-    No flip, because the heart's side is a finding. What an affine map uncovers is filled by the border.
+    No flip, because the heart's side is a finding. Areas that the affine map uncovers are filled from the border.
     `crop` is the largest share of the side that a random square crop of the result leaves out (0: no crop);
-    affine map and crop are one interpolation. The images are those at `places` [B] of a batch of `total`
-    (None: the whole batch), and are transformed as in the whole batch.
+    affine map and crop are a single interpolation. `places` [B] are the images' positions in a batch of `total`
+    (None: this is the whole batch): a part of a batch is transformed as it is in the whole.
     """
     rows, total = slice(None) if places is None else torch.from_numpy(places), total or len(images)
     generator = torch.Generator().manual_seed(_stream_seed(seed, epoch, step))
@@ -60,8 +60,8 @@ def augment(
     warped = F.grid_sample(
         images.float(), _sampling_grid(theta, *images.shape[2:]), padding_mode="border", align_corners=False
     )
-    # Contrast about the image's own mean; brightness is a share of the full gray range. One product and one
-    # sum do that and the normalization: memory traffic is what this costs.
+    # Contrast about the image's own mean; brightness is a share of the full gray range. Fused with normalization into
+    # one product and one sum, since memory traffic dominates the cost.
     center = warped.mean(dim=(1, 2, 3), keepdim=True)
     gain = 1 + CONTRAST * contrast
     augmented: Tensor = warped.mul_(gain / std)
@@ -69,7 +69,7 @@ def augment(
 
 
 def affine_matrices(draws: Tensor) -> Tensor:
-    """Sampling matrices [B, 2, 3], as of torch's `affine_grid`, from draws [B, 4] in (-1, 1)."""
+    """Sampling matrices [B, 2, 3] for torch's `affine_grid`, from draws [B, 4] in (-1, 1)."""
     angle = torch.deg2rad(draws[:, 0] * ROTATION)
     shift = draws[:, 1:3] * SHIFT * 2  # the coordinates span -1 to 1
     inverse_scale = 1 / (1 + draws[:, 3] * SCALE)
@@ -78,9 +78,9 @@ def affine_matrices(draws: Tensor) -> Tensor:
 
 
 def crop_matrices(draws: Tensor, crop: float) -> Tensor:
-    """Maps [B, 3, 3] from the coordinates of a square crop to those of its image, both from -1 to 1.
+    """Maps [B, 3, 3] from a square crop's coordinates to its image's, both from -1 to 1.
 
-    Of draws [B, 3] in (-1, 1): the crop's side, uniform in (1 - crop, 1) of the image's, and its place.
+    Draws [B, 3] in (-1, 1) decide the crop's side, uniform in (1 - crop, 1) of the image's, and its place.
     """
     side = 1 - crop * (draws[:, 0] + 1) / 2
     place = draws[:, 1:] * (1 - side[:, None])
@@ -91,7 +91,7 @@ def crop_matrices(draws: Tensor, crop: float) -> Tensor:
 
 
 def _sampling_grid(theta: Tensor, height: int, width: int) -> Tensor:
-    """`F.affine_grid` without align_corners, [B, H, W, 2], by broadcasting: a tenth of its time on a CPU."""
+    """`F.affine_grid` without align_corners, [B, H, W, 2], by broadcasting: ten times faster on a CPU."""
     x = torch.linspace(1 / width - 1, 1 - 1 / width, width, device=theta.device)
     y = torch.linspace(1 / height - 1, 1 - 1 / height, height, device=theta.device)
     of_x, of_y, shift = theta.unsqueeze(-1).unbind(2)  # each [B, 2, 1]

@@ -1,4 +1,4 @@
-"""State dict ↔ file: written whole or not at all, and read without running code from it."""
+"""State dict ↔ file: written atomically, and read without running code from it."""
 
 import io
 import zipfile
@@ -20,9 +20,9 @@ class CheckpointError(DataError):
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write it whole or not at all. `state` holds tensors and plain Python values only.
+    """Write a checkpoint atomically. `state` holds only tensors and plain Python values.
 
-    Raises DataError, naming the file, where it cannot be written.
+    Raises DataError, naming the file, if it cannot be written.
     """
     with atomic_file(path) as file:
         try:
@@ -32,9 +32,9 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
 
 def load_checkpoint(path: Path, ranks: Ranks = ALONE, remedy: str = "") -> dict[str, Any]:
-    """The saved state, on the CPU; of several `ranks` the first one reads it.
+    """The saved state, on the CPU; among several `ranks`, the first one reads the file.
 
-    Raises CheckpointError, where it is damaged with what to do about that, if there is a `remedy`.
+    Raises CheckpointError; if the file is damaged, its message ends with the `remedy`.
     """
     try:
         content = ranks.share(path.read_bytes)
@@ -61,7 +61,7 @@ def _refuse_bombs(content: bytes) -> None:
 
 @contextmanager
 def refused(path: Path, remedy: str = "") -> Iterator[None]:
-    """Raise CheckpointError, naming the file, where what it holds does not fit the run that it is read for."""
+    """Raise CheckpointError, naming the file, if its content does not fit the run."""
     try:
         yield
     except (LookupError, RuntimeError, ValueError, TypeError, AttributeError) as error:
@@ -70,7 +70,7 @@ def refused(path: Path, remedy: str = "") -> Iterator[None]:
 
 
 def random_state() -> dict[str, Tensor]:
-    """The states of torch's default generators, of the CPU and of the current GPU: layers may draw from them."""
+    """The states of torch's default generators on the CPU and the current GPU, from which layers may draw."""
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
@@ -78,7 +78,7 @@ def random_state() -> dict[str, Tensor]:
 
 
 def restore_random_state(states: dict[str, Tensor]) -> None:
-    """Set the generators to states of `random_state`; one of a GPU is left out where there is none."""
+    """Set the generators to states from `random_state`; the GPU's is skipped if there is no GPU."""
     torch.set_rng_state(states["cpu"])
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])

@@ -1,9 +1,9 @@
-"""Network → a file that other programs run: gray levels in, scores out, with the normalization inside.
+"""Network → a file that other programs run: gray levels in, scores out, normalization included.
 
     .onnx  ONNX (onnxruntime, OpenCV, TensorRT)
     .pt2   torch.export (PyTorch without this package)
 
-Either takes uint8 images [B, 1, S, S] of any B and gives float32 scores [B, L], those of `predict_scores`.
+Both take uint8 images [B, 1, S, S] for any B and give float32 scores [B, L], equal to those of `predict_scores`.
 """
 
 import io
@@ -20,13 +20,13 @@ from model.losses import label_scores
 from pipeline.base.files import write_atomically
 
 TOLERANCE = 0.01  # between logits of the exported network and eager ones
-STEEPEST = 8.0  # logits beyond are not compared: a float32 score so near to 0 or 1 has lost its logit
+STEEPEST = 8.0  # larger logits are not compared: a float32 score that near 0 or 1 has lost its logit
 
 
 class Scorer(nn.Module):
-    """A network with what surrounds it: normalization by mean and std (gray levels), and the sigmoid.
+    """A network wrapped with normalization by mean and std (gray levels) and the sigmoid.
 
-    `columns` [L] are those of its logits that become scores.
+    `columns` [L] selects the logits that become scores.
     """
 
     def __init__(self, network: nn.Module, columns: list[int], mean: float, std: float) -> None:
@@ -37,23 +37,23 @@ class Scorer(nn.Module):
         self.std = std
 
     def forward(self, images: Tensor) -> Tensor:
-        """Scores float32 [B, L] of images uint8 [B, 1, S, S]."""
+        """float32 scores [B, L] of uint8 images [B, 1, S, S]."""
         logits = self.network(normalize(images, self.mean, self.std))
         return label_scores(logits[:, self.columns])
 
 
 def export_scorer(scorer: Scorer, image_size: int, path: Path) -> float:
-    """Write the file; returns the largest difference of its logits from eager ones, on images like films.
+    """Write the file; returns the largest difference between its logits and eager ones, on film-like images.
 
-    Raises ValueError for a suffix other than .onnx and .pt2, for missing packages, and where the logits differ or
-    none can be compared; DataError where the file cannot be written.
+    Raises ValueError for a suffix other than .onnx and .pt2, for missing packages, and if the logits differ or
+    none can be compared; DataError if the file cannot be written.
     """
     if path.suffix not in (".onnx", ".pt2"):
         raise ValueError(f"{path}: export writes .onnx or .pt2")
     scorer = scorer.cpu().eval().to(memory_format=torch.contiguous_format)
     images = draw_probes(image_size)
     dynamic = ({0: torch.export.Dim("batch")},)
-    # In inference mode, so that dropout and normalization layers are those of evaluation.
+    # In evaluation mode, for dropout and normalization layers.
     with torch.no_grad():
         expected = scorer(images)
         program = torch.export.export(scorer, (images[:2],), dynamic_shapes=dynamic)
@@ -67,9 +67,9 @@ def export_scorer(scorer: Scorer, image_size: int, path: Path) -> float:
 
 
 def draw_probes(size: int) -> Tensor:
-    """Images uint8 [12, 1, size, size] over the whole range: levels, gradients, and smooth shades as films have them.
+    """uint8 images [12, 1, size, size] over the whole gray range: flat, gradients, and smooth shades as in films.
 
-    Noise alone would not do: a network that has learned from films is far out in its sigmoid there.
+    Noise alone would not do, because it saturates the sigmoid of a network trained on films.
     """
     ramp = torch.linspace(0, 255, size)
     flat = [torch.full((size, size), level) for level in (0.0, 64.0, 128.0, 255.0)]
@@ -83,9 +83,9 @@ def draw_probes(size: int) -> Tensor:
 
 
 def compare_scores(scores: Tensor, expected: Tensor) -> float:
-    """The largest difference in logits of scores [B, L] from the expected ones, where these are not saturated.
+    """The largest difference in logits between scores [B, L] and the expected ones, where these are not saturated.
 
-    Raises ValueError where it is above TOLERANCE, or where all are saturated.
+    Raises ValueError if it is above TOLERANCE, or if all are saturated.
     """
     ours, theirs = (torch.logit(found.double()) for found in (scores, expected))
     used = theirs.abs() <= STEEPEST
@@ -98,7 +98,7 @@ def compare_scores(scores: Tensor, expected: Tensor) -> float:
 
 
 def _as_pt2(program: torch.export.ExportedProgram, images: Tensor) -> tuple[bytes, Tensor]:
-    """The program as a file's content, and what that makes of the images."""
+    """The program as file content, and the scores that content gives for the images."""
     file = io.BytesIO()
     torch.export.save(program, file)
     scores: Tensor = torch.export.load(file).module()(images)
@@ -106,7 +106,7 @@ def _as_pt2(program: torch.export.ExportedProgram, images: Tensor) -> tuple[byte
 
 
 def _as_onnx(program: torch.export.ExportedProgram, images: Tensor) -> tuple[bytes, Tensor]:
-    """The program as an ONNX file's content, and what onnxruntime makes of the images."""
+    """The program as ONNX file content, and the scores onnxruntime gives for the images."""
     try:
         import onnxruntime
         import onnxscript  # noqa: F401 - torch.onnx needs it

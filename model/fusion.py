@@ -1,10 +1,9 @@
 """The views of a study → logits of the study: one backbone for all views, which are then pooled.
 
-In: a network for single images (model.networks), and the views of some studies. Every view goes through the same
-backbone; its features are scaled and shifted by what is learned of its projection (FiLM, Perez et al., AAAI 2018),
-because the same finding looks otherwise from the side; then the features or logits of the views that are there are
-pooled. At first no projection differs from another and all views count alike: a network that starts from
-a run by images scores as that run does.
+Every view goes through the same backbone, a network for single images (model.networks). Its features are scaled and
+shifted by parameters learned per projection (FiLM, Perez et al., AAAI 2018), because a finding looks different from
+the side. Then the features or logits of the views that are present are pooled. At first all projections are treated
+alike and all views count equally, so a network that starts from a run on images scores as that run does.
 """
 
 import torch
@@ -14,19 +13,19 @@ from model.networks import as_head, find_head
 from pipeline.labels import PROJECTIONS
 
 FUSIONS = ("max", "mean", "attention")
-# A frontal that may be AP or PA takes what lies between them.
+# A frontal that may be AP or PA takes the mean of the two.
 UNKNOWN_FRONTAL = len(PROJECTIONS)
 
 
 class StudyNetwork(nn.Module):
-    """`max` and `mean` pool features; `attention` weighs the views' logits, for each label by itself.
+    """`max` and `mean` pool features; `attention` weighs the views' logits, separately for each label.
 
     Attention is a softmax over a study's views of a linear function of their features (after Ilse et al., ICML
-    2018). A `frozen` backbone keeps its weights and BatchNorm's statistics; only what is new is trained.
+    2018). A `frozen` backbone keeps its weights and BatchNorm statistics; only the new layers are trained.
     """
 
     def __init__(self, network: nn.Module, fusion: str, frozen: bool) -> None:
-        """Takes a network for images apart: all up to its last linear layer is the backbone."""
+        """Split a network for images: everything before its last linear layer is the backbone."""
         super().__init__()
         self.fusion, self.frozen = fusion, frozen
         parent, name, head = find_head(network)
@@ -36,12 +35,12 @@ class StudyNetwork(nn.Module):
             torch.zeros(len(PROJECTIONS), 2, head.in_features)
         )  # scale - 1, and shift
         if fusion == "attention":
-            # Alike for all views.
+            # Zero: equal weights for all views.
             self.attention = as_head(nn.Linear(head.in_features, head.out_features, bias=False))
             nn.init.zeros_(self.attention.weight)
 
     def train(self, mode: bool = True) -> "StudyNetwork":
-        """As in torch, but that a frozen backbone stays as it is in evaluation."""
+        """As in torch, except that a frozen backbone stays in evaluation mode."""
         super().train(mode)
         if self.frozen:
             self.backbone.eval()
@@ -50,8 +49,8 @@ class StudyNetwork(nn.Module):
     def forward(self, images: Tensor, present: Tensor, projection: Tensor) -> Tensor:
         """Logits [B, outputs] of studies.
 
-        `present` bool [B, V] says which of their places have a view, one or more of each study; `images` [N, 1, H, W]
-        are these views in order, `projection` int [N] their places in PROJECTIONS, or UNKNOWN_FRONTAL.
+        `present` bool [B, V] says which places hold a view, at least one per study; `images` [N, 1, H, W] are these
+        views in order, and `projection` int [N] their indices in PROJECTIONS, or UNKNOWN_FRONTAL.
         """
         unknown = self.projection[[PROJECTIONS.index(name) for name in ("AP", "PA")]].mean(0, keepdim=True)
         scale, shift = torch.cat([self.projection, unknown])[projection.long()].unbind(1)
@@ -73,5 +72,5 @@ class StudyNetwork(nn.Module):
 
 
 def _spread(values: Tensor, present: Tensor) -> Tensor:
-    """Values [n, F] of the views that are present at their places [B, V, F]; zeros elsewhere."""
+    """Values [N, F] of the present views, put at their places [B, V, F]; zeros elsewhere."""
     return values.new_zeros(*present.shape, values.shape[1]).masked_scatter(present[..., None], values)

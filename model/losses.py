@@ -1,8 +1,8 @@
 """Logits, targets and masks → scalar loss; logits → scores.
 
-The first L logits are one per label: positive against negative, log p1 / p0. A label with the three classes
-negative, uncertain and positive (U-MultiClass of Irvin et al., 2019) has one more, behind the L: uncertain
-against negative. So the paper's score p1 / (p0 + p1) is the sigmoid of the first logit with either head.
+The first L logits are one per label: positive versus negative, log p1 / p0. A label with three classes, negative,
+uncertain and positive (U-MultiClass of Irvin et al., 2019), has another one after the L: uncertain versus negative.
+So the paper's score p1 / (p0 + p1) is the sigmoid of the first logit either way.
 """
 
 import torch
@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 LOSSES = ("bce", "aucm")
-MAX_POSITIVE_WEIGHT = 20.0  # where positives are rarer than 1 in 21, a few would be the whole gradient
-MEMORY = 0.99  # per batch: of the class means of AUCMarginLoss
+MAX_POSITIVE_WEIGHT = 20.0  # if positives are rarer than 1 in 21, a few would dominate the gradient
+MEMORY = 0.99  # decay per batch of the class means of AUCMarginLoss
 
 
 def masked_loss(
@@ -24,10 +24,10 @@ def masked_loss(
 ) -> Tensor:
     """Cross-entropy over the cells whose mask is True, averaged over those cells.
 
-    Logits [B, L + M], target and mask [B, L], `three_class` [M] the columns of the labels with three classes
-    (None: no such label), `pos_weight` [L] factors of the positive class (None: 1), as in torch's
-    `binary_cross_entropy_with_logits`. A target is in [0, 1]; of three classes it is 0, 1, or -1 for uncertain.
-    In float32 whatever the logits' precision. 0 where no cell is left.
+    Logits [B, L + M], target and mask [B, L]; `three_class` [M] are the columns of labels with three classes (None: no
+    such label), `pos_weight` [L] the weights of positives (None: 1), as in torch's `binary_cross_entropy_with_logits`.
+    A target is in [0, 1]; with three classes it is 0, 1, or -1 for uncertain. Computed in float32; 0 if no cell is
+    left.
     """
     logits = logits.float()
     binary, uncertain = logits.tensor_split([target.shape[1]], dim=1)
@@ -36,7 +36,7 @@ def masked_loss(
         positive = binary[:, three_class]
         classes = torch.stack([torch.zeros_like(positive), positive, uncertain], dim=2)
         truth = target[:, three_class].long() % 3  # 0, 1, and -1 is the last class
-        # Flat, because the loss of a grid of classes is not deterministic on a GPU.
+        # Flattened, because the loss over a grid of classes is not deterministic on a GPU.
         ours = F.cross_entropy(classes.flatten(0, 1), truth.flatten(), reduction="none").view_as(positive)
         if pos_weight is not None:
             ours = ours * torch.where(truth == 1, pos_weight[three_class], 1)
@@ -45,7 +45,7 @@ def masked_loss(
 
 
 class MaskedLoss(nn.Module):
-    """`masked_loss` with the columns of three classes [M] and the weights of positives [L] that it is given."""
+    """`masked_loss` with fixed three-class columns [M] and weights of positives [L]."""
 
     three_class: Tensor | None
     pos_weight: Tensor | None
@@ -53,7 +53,7 @@ class MaskedLoss(nn.Module):
     def __init__(self, three_class: list[int], pos_weight: Tensor | None) -> None:
         super().__init__()
         columns = torch.tensor(three_class) if three_class else None
-        # Not in a state dict: they follow from the configuration and the labels.
+        # Not in the state dict: they follow from the configuration and the labels.
         self.register_buffer("three_class", columns, persistent=False)
         self.register_buffer("pos_weight", pos_weight, persistent=False)
 
@@ -63,17 +63,17 @@ class MaskedLoss(nn.Module):
 
 
 def label_scores(logits: Tensor) -> Tensor:
-    """Scores in [0, 1] of the logits of labels: how probable positive is, given that it is positive or negative.
+    """Scores in [0, 1] of label logits: the probability of positive, given positive or negative.
 
-    In float32 at least: in half precision near-equal scores would tie.
+    In float32 at least: in half precision, nearly equal scores would tie.
     """
     return torch.sigmoid(logits.to(torch.promote_types(logits.dtype, torch.float32)))
 
 
 def positive_weights(target: Tensor, mask: Tensor) -> Tensor:
-    """Weights [L] for `masked_loss`: negatives / positives of train, at most 20; 1 for a label with one class.
+    """Weights [L] for `masked_loss`: train's negatives / positives, at most 20; 1 for a label with one class.
 
-    Target and mask [N, L]; a soft target counts in part for either class, an uncertain cell (-1) for none.
+    Target and mask [N, L]; a soft target counts partly for each class, an uncertain cell (-1) for neither.
     """
     positives, negatives = class_counts(target, mask)
     weights = (negatives / positives).clamp(max=MAX_POSITIVE_WEIGHT)
@@ -81,7 +81,7 @@ def positive_weights(target: Tensor, mask: Tensor) -> Tensor:
 
 
 def class_counts(target: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """How many positives and negatives [L] there are among the cells of target and mask [N, L]."""
+    """The numbers of positives and negatives [L] among the cells of target and mask [N, L]."""
     used = mask & (target >= 0)
     positives = torch.where(used, target, 0).sum(dim=0, dtype=torch.float64)
     return positives, used.sum(dim=0) - positives
@@ -97,40 +97,40 @@ class AUCMarginLoss(nn.Module):
 
     which is p(1-p) (Var⁺ h + Var⁻ h + (m + E⁻ h - E⁺ h)₊²): how far, in the mean over pairs of a positive and a
     negative, their scores are from m apart. LibAUC's AUCMLoss and its optimizer PESG find the saddle point by
-    steps of descent in a and b, towards the classes' mean scores, and of ascent in α, towards
-    (m + b - a)₊. It is known in closed form, so here nothing is to be optimized but the network: a and b are
-    running means of the scores of each class, α follows from them, and the gradient of the expression above
-    at that point is the gradient of its value (Danskin's theorem). Means over the batch alone would not do:
-    few batches hold a positive of a rare label. p is of all of train, so that each batch gives an unbiased
-    estimate of the expectation. A label counts once both of its classes were met.
+    steps of descent in a and b, toward the classes' mean scores, and of ascent in α, toward (m + b - a)₊. It is
+    known in closed form, so only the network is optimized here: a and b are running means of each class's scores, α
+    follows from them, and the gradient of the expression above at that point is the gradient of its value (Danskin's
+    theorem). Means over the batch alone would not do, because few batches hold a positive of a rare label. p is
+    over all of train, so that each batch gives an unbiased estimate of the expectation. A label counts once both of
+    its classes have appeared.
 
-    A soft target y is a positive with weight y and a negative with weight 1 - y. With m = 1 the margin is
-    never exceeded by scores in [0, 1]: a smaller one spares pairs that are that far apart.
+    A soft target y is a positive with weight y and a negative with weight 1 - y. Scores in [0, 1] never exceed a
+    margin of 1; a smaller one ignores pairs that are already that far apart.
     """
 
     share: Tensor
     met: Tensor
 
     def __init__(self, target: Tensor, mask: Tensor, margin: float = 1.0) -> None:
-        """Of the targets in [0, 1] and the mask of train, both [N, L]."""
+        """Take the class shares from train's targets in [0, 1] and mask, both [N, L]."""
         super().__init__()
         self.margin = margin
         positives, negatives = class_counts(target, mask)
         self.register_buffer("share", (positives / (positives + negatives).clamp(min=1)).float())
-        # Of positives and of negatives: the sum of their scores and their number, older batches fading.
+        # For positives and negatives: the sum of scores and their number, with older batches decaying.
         self.register_buffer("met", torch.zeros(2, 2, target.shape[1]))
 
     def forward(self, logits: Tensor, target: Tensor, mask: Tensor) -> Tensor:
         """The loss of logits [B, L or more], target and mask [B, L]; updates the running means.
 
-        In float32 at least. 0 where no label counts. Of several ranks each gives a loss for its
-        slice: weighted by the slices' cells they add up to the batch's.
+        In float32 at least; 0 if no label counts. Each of several ranks returns a loss for its slice: weighted by the
+        slices' cells, they add up to the batch's.
         """
         scores = label_scores(logits[:, : target.shape[1]])
         positive, negative = target * mask, (1 - target) * mask
         with torch.no_grad():
             parts = torch.stack([positive * scores, positive, negative * scores, negative])
-            batch = parts.sum(dim=1, dtype=torch.float64)  # so that how images are shared out does not show
+            batch = parts.sum(dim=1, dtype=torch.float64)  # so that the split over ranks does not matter
             if dist.is_initialized():  # the means are those of all ranks' images
                 dist.all_reduce(batch)
             batch = batch.to(self.met.dtype)

@@ -1,8 +1,8 @@
-"""Architecture name → network from gray images [B, 1, H, W] to logits [B, outputs]; weights to start from.
+"""Architecture name → network from gray images [B, 1, H, W] to logits [B, outputs], and its initial weights.
 
 torchvision's networks are changed in one place: the weights of the first convolution are summed over its three
-input channels. So each gives for a gray image what torchvision's gives for that image in all three channels,
-with fresh weights and with those of ImageNet. The last layer is a `Head`: under autocast its logits stay float32.
+input channels. So for a gray image each gives what torchvision's gives for that image in all three channels, with
+fresh weights and with ImageNet's. The last layer is a `Head`: under autocast, its logits stay float32.
 """
 
 import contextlib
@@ -22,9 +22,9 @@ ARCHITECTURES = (*TORCHVISION, "rescnn")
 
 
 def build_network(arch: str, outputs: int, pretrained: bool = False) -> nn.Module:
-    """A freshly initialized network; `pretrained` gives all but its classifier torchvision's ImageNet weights.
+    """A freshly initialized network; `pretrained` loads torchvision's ImageNet weights into all but its classifier.
 
-    Raises CheckpointError where there are no such weights or they cannot be downloaded.
+    Raises CheckpointError if there are no such weights or they cannot be downloaded.
     """
     if arch == "rescnn":
         if pretrained:
@@ -42,13 +42,13 @@ def build_network(arch: str, outputs: int, pretrained: bool = False) -> nn.Modul
 
 
 class Head(nn.Linear):
-    """A linear layer that computes in float32 under autocast too, as the state dict of any other.
+    """A linear layer that computes in float32 even under autocast; its state dict is that of any linear layer.
 
     In bf16 its outputs would have 8 bits: two thirds of an evaluation's scores would tie with others.
     """
 
     def __init__(self, inputs: int, outputs: int, bias: bool = True) -> None:
-        # Without memory or a draw from the generator, which a layer of another class at its place would not make.
+        # On meta: `as_head` sets the parameters, and the random generator must not advance.
         super().__init__(inputs, outputs, bias, device="meta")
 
     def forward(self, features: Tensor) -> Tensor:
@@ -67,14 +67,14 @@ def as_head(layer: nn.Linear) -> Head:
 
 
 def find_head(network: nn.Module) -> tuple[nn.Module, str, nn.Linear]:
-    """The last linear layer, the module that it belongs to, and its name there."""
+    """The last linear layer's parent module, its name there, and the layer."""
     path, head = [named for named in network.named_modules() if isinstance(named[1], nn.Linear)][-1]
     parent, _, name = path.rpartition(".")
     return network.get_submodule(parent), name, head
 
 
 def _with_head(network: nn.Module) -> nn.Module:
-    """The network, whose last linear layer has become a Head."""
+    """The network, with its last linear layer turned into a Head."""
     parent, name, layer = find_head(network)
     setattr(parent, name, as_head(layer))
     return network
@@ -83,8 +83,8 @@ def _with_head(network: nn.Module) -> nn.Module:
 def load_initial(network: nn.Module, path: Path) -> list[str]:
     """Load a torchvision state dict, or the weights of a best.pt; returns the names that stay fresh.
 
-    These are the classifier's, where it has another size there. A first convolution over three channels is
-    summed to one over gray. Raises CheckpointError, naming the file, where anything else does not match.
+    Only the classifier may stay fresh, if its size differs. A first convolution over three channels is summed to one
+    over gray. Raises CheckpointError, naming the file, if anything else does not match.
     """
     saved = load_checkpoint(path)
     inner = saved.get("weights")
@@ -92,7 +92,7 @@ def load_initial(network: nn.Module, path: Path) -> list[str]:
 
 
 def _load_weights(network: nn.Module, weights: Mapping[str, Any], source: str) -> list[str]:
-    """Load them into the network, as `load_initial` says."""
+    """Load weights into the network, as `load_initial` describes."""
     own = network.state_dict()
     # torchvision's file for DenseNet has names that torch no longer allows.
     given = {
@@ -104,10 +104,10 @@ def _load_weights(network: nn.Module, weights: Mapping[str, Any], source: str) -
     if stem in given and given[stem].shape[1:2] == (3,):
         given[stem] = _over_gray(given[stem])
     fits = {name: value for name, value in given.items() if name in own and value.shape == own[name].shape}
-    # Old files lack BatchNorm's counters, which nothing here depends on.
+    # Old files lack BatchNorm's counters, which nothing here uses.
     fresh = [name for name in own if name not in fits and not name.endswith("num_batches_tracked")]
     head = f"{_names(network, nn.Linear)[-1]}."
-    # Those that the network lacks count too: the tensors of a resnet18 are all in a resnet34.
+    # Surplus tensors count too: all tensors of a resnet18 are also in a resnet34.
     wrong = [name for name in fresh if not name.startswith(head)] + sorted(given.keys() - own.keys())
     if wrong:
         raise CheckpointError(
@@ -119,7 +119,7 @@ def _load_weights(network: nn.Module, weights: Mapping[str, Any], source: str) -
 
 
 def _download_imagenet(arch: str) -> Mapping[str, Any]:
-    """The default weights of torchvision, from its cache where they are there."""
+    """The default weights of torchvision, from its cache if they are there."""
     from torchvision.models import get_model_weights
 
     weights = get_model_weights(arch).DEFAULT
@@ -128,9 +128,9 @@ def _download_imagenet(arch: str) -> Mapping[str, Any]:
             state: Mapping[str, Any] = weights.get_state_dict(
                 progress=False, check_hash=True, weights_only=True, map_location="cpu"
             )
-    except Exception as error:  # no way there, a hash that does not match, a damaged file in the cache
+    except Exception as error:  # no connection, a wrong hash, a damaged file in the cache
         raise CheckpointError(
-            f"the ImageNet weights of {arch} cannot be had from {weights.url}: {error}; "
+            f"the ImageNet weights of {arch} cannot be downloaded from {weights.url}: {error}; "
             "download them elsewhere and start with `init` FILE"
         ) from error
     return state

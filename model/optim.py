@@ -9,10 +9,10 @@ MAX_WARMUP_STEPS = 500
 
 
 def build_optimizer(network: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter, 2019) in its fused form: on a CPU it takes half the time of a loop over tensors.
+    """AdamW (Loshchilov and Hutter, 2019) in its fused form, on a CPU twice as fast as a loop over tensors.
 
-    Decay is for matrices and kernels. Norms, biases, and ConvNeXt's scales of channels [C, 1, 1] must be free to
-    scale: they have one weight per output.
+    Weight decay applies to matrices and kernels only, not to parameters with one weight per output: norms, biases,
+    and ConvNeXt's channel scales [C, 1, 1].
     """
     decayed = [parameter for parameter in network.parameters() if parameter[0].numel() > 1]
     others = [parameter for parameter in network.parameters() if parameter[0].numel() == 1]
@@ -21,7 +21,7 @@ def build_optimizer(network: nn.Module, lr: float, weight_decay: float) -> torch
 
 
 def scheduled_lr(peak: float, step: int, total: int) -> float:
-    """Linear warm-up over a tenth of the run, at most 500 steps, then a cosine to zero."""
+    """Linear warmup over a tenth of the run, at most 500 steps, then cosine decay to zero."""
     warmup = min(MAX_WARMUP_STEPS, max(1, total // 10))
     if step < warmup:
         return peak * (step + 1) / warmup
@@ -30,12 +30,12 @@ def scheduled_lr(peak: float, step: int, total: int) -> float:
 
 @torch.no_grad()
 def update_average(average: nn.Module, network: nn.Module, decay: float, updates: int) -> None:
-    """Move `average`, a copy of the network, towards it: its weights' exponential moving average.
+    """Update `average`, a copy of the network that holds the exponential moving average of its weights.
 
     The decay grows with the number of `updates` before this one, (1 + n) / (10 + n) up to `decay`, so that a
-    short run forgets its start; the first update copies. BatchNorm's statistics are averaged too, its counters
-    copied. The same as torch's AveragedModel with `use_buffers`, which reads its counter back from the device
-    at every step, and so waits for the device.
+    short run forgets its start; the first update copies. BatchNorm's statistics are averaged too, and its counters
+    copied. This equals torch's AveragedModel with `use_buffers`, except that the latter reads its counter back from
+    the device at every step, and so waits for it.
     """
     share = 1.0 if updates == 0 else 1 - min(decay, (1 + updates) / (10 + updates))
     averages, values = _tensors(average), _tensors(network)

@@ -1,4 +1,4 @@
-"""Network + batches → scores. Every sample once, in the order of the batches."""
+"""Network + batches → scores, in the order of the batches."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -14,23 +14,23 @@ from pipeline.base.errors import DataError
 
 
 class DivergedError(DataError):
-    """A loss or a score is not finite: with the same settings it would happen again."""
+    """A loss or score is not finite; the same settings would give the same result."""
 
 
 class MemoryExhaustedError(DataError):
-    """The device has too little memory for a step: with the same settings it would run out again."""
+    """The device has too little memory for a step; the same settings would run out again."""
 
 
 class InterruptedEvaluationError(Exception):
-    """Raised in the middle of an evaluation when a stop was asked for; nothing is lost but its scores."""
+    """Raised in the middle of an evaluation when a stop was requested; only its scores are lost."""
 
 
 @contextmanager
 def explain_memory(doing: str, remedy: str) -> Iterator[None]:
-    """Raise MemoryExhaustedError, saying what was done and what helps, where torch cannot allocate memory."""
+    """Raise MemoryExhaustedError, with what was being done and the remedy, if torch cannot allocate memory."""
     try:
         yield
-    except RuntimeError as error:  # torch.OutOfMemoryError is one; a CPU's has no class of its own
+    except RuntimeError as error:  # torch.OutOfMemoryError is one; on a CPU there is no such class
         if not isinstance(error, torch.OutOfMemoryError) and not any(
             words in str(error) for words in ("can't allocate memory", "not enough memory", "out of memory")
         ):
@@ -50,8 +50,8 @@ def predict_scores(
 ) -> npt.NDArray[np.float32]:
     """Scores [N, L] in [0, 1] of the labels `columns` [L], for batches of uint8 images [B, 1, H, W].
 
-    The images may be followed by the network's other inputs; all are on the network's device. Raises
-    DivergedError where a score is not finite.
+    The network's other inputs may follow the images; all are on the network's device. Raises DivergedError if a
+    score is not finite.
     """
     network.eval()
     scores = []

@@ -1,9 +1,9 @@
-"""The processes that train one run together, torchrun's ranks: which one this is, and what they tell each other.
+"""torchrun's ranks, the processes that train a run together: which one this is, and what they exchange.
 
 In: torchrun's environment. Out: `Ranks`, and networks whose gradients are averaged over them. Every rank holds all
 labels and takes its slice of every batch (pipeline.stream.plan), so little is exchanged: gradients, the scores of an
-evaluation, and per step the cells that the batch has and whether somebody was asked to stop. All ranks so decide the
-same, and only the first one reads or writes the run's folder, which the others need not see.
+evaluation, and at each step the number of cells in the batch and whether any rank was asked to stop. So all ranks
+make the same decisions, and only the first one reads or writes the run's folder, which the others need not see.
 """
 
 import contextlib
@@ -24,11 +24,11 @@ from torch import nn
 from pipeline.base.errors import DataError
 from pipeline.base.workers import count_cpus
 
-# A rank that is killed closes its connections, which ends the others at once; this is for a machine that vanishes.
+# A killed rank closes its connections, which ends the others at once; this is for a machine that vanishes.
 TIMEOUT = timedelta(minutes=5)
 
 
-TORCHRUN = ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what it says to a rank, beside RANK
+TORCHRUN = ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what it tells each rank, besides RANK
 
 
 class LostRankError(DataError):
@@ -37,11 +37,11 @@ class LostRankError(DataError):
 
 @dataclass(frozen=True)
 class Ranks:
-    """One process among those of its run; without torchrun it is the only one."""
+    """One process of a run; without torchrun, the only one."""
 
     rank: int = 0
     count: int = 1
-    joined: bool = False  # by a process group, which torchrun makes for a single rank too
+    joined: bool = False  # in a process group, which torchrun creates even for a single rank
 
     @property
     def is_first(self) -> bool:
@@ -55,7 +55,7 @@ class Ranks:
         return self.sum(table)
 
     def sum(self, array: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        """The sum over the ranks of arrays of one shape."""
+        """The sum over ranks of arrays of the same shape."""
         if self.joined:
             array = array.copy()
             dist.all_reduce(torch.from_numpy(array))
@@ -73,9 +73,9 @@ class Ranks:
         return buffer.tobytes()
 
     def average_gradients(self, network: nn.Module, sync_bn: bool) -> nn.Module:
-        """The network to train by: its gradients are averaged over the ranks, its buffers are the first rank's.
+        """The network to train: gradients are averaged over the ranks, buffers are the first rank's.
 
-        With `sync_bn` BatchNorm's statistics are those of the whole batch (GPUs alone can do that).
+        With `sync_bn`, BatchNorm's statistics are over the whole batch (GPUs only).
         """
         if not self.joined:
             return network
@@ -84,7 +84,7 @@ class Ranks:
         return nn.parallel.DistributedDataParallel(network, gradient_as_bucket_view=True)
 
     def exchange(self, network: Any, now: bool) -> contextlib.AbstractContextManager[None]:
-        """Around the backward pass of a part of a batch: gradients are exchanged with the last part's."""
+        """Around the backward pass of a part of a batch: gradients are exchanged in the last part only."""
         return network.no_sync() if self.joined and not now else contextlib.nullcontext()
 
     def align_buffers(self, network: nn.Module) -> None:
@@ -97,16 +97,16 @@ ALONE = Ranks()
 
 
 def share_of_cores() -> int:
-    """The cores of this machine for each of its ranks."""
+    """The number of this machine's cores per rank."""
     return max(1, count_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 @contextlib.contextmanager
 def join_ranks() -> Iterator[Ranks]:
-    """Join the ranks that torchrun has started, if it has; all but the first are silent but for errors.
+    """Join the ranks that torchrun started, if any; all but the first print only errors.
 
-    Raises DataError where there are fewer GPUs than ranks on this machine, and where not torchrun but something else
-    has set RANK; LostRankError where a rank is lost.
+    Raises DataError if this machine has fewer GPUs than ranks, or if something other than torchrun has set RANK;
+    LostRankError if a rank is lost.
     """
     if "RANK" not in os.environ:
         yield ALONE

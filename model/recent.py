@@ -1,4 +1,4 @@
-"""AUROC of the latest training batches: a curve to lay beside dev's, at no extra pass over the data."""
+"""AUROC of the latest training batches: a curve to compare with dev's, without another pass over the data."""
 
 import math
 import statistics
@@ -13,7 +13,7 @@ from model.losses import label_scores
 
 
 class RecentAUROC:
-    """Collects scores of augmented images by weights that change meanwhile: a hint at overfitting, no measurement."""
+    """Collects scores of augmented images while the weights change: a hint of overfitting, not a measurement."""
 
     def __init__(self, labels: int, device: torch.device) -> None:
         self.labels = labels
@@ -25,9 +25,9 @@ class RecentAUROC:
         self.metric.update(label_scores(logits[:, : self.labels]).detach(), known)
 
     def compute(self) -> float:
-        """The mean over labels with both classes, of all ranks' batches since the last call; nan where none has."""
+        """The mean over labels with both classes in all ranks' batches since the last call; NaN if there are none."""
         areas = []
-        # By label: MultilabelAUROC takes 0 for the area of one with one class, and fails without any cell.
+        # Label by label: MultilabelAUROC gives 0 for a label with one class, and fails for one without cells.
         with self.metric.sync_context():
             preds, target = (dim_zero_cat(state) for state in (self.metric.preds, self.metric.target))
             for scores, truth in zip(preds.T, target.T, strict=True):

@@ -1,18 +1,18 @@
-"""Values of some parameters → trials, each an ordinary run, shared by any number of processes.
+"""Parameter values → trials, each an ordinary run, shared by any number of processes.
 
-In: the values, and a function that trains one point of them. Out: run folders below FOLDER/trials, sweep.csv and
-report.html. What is to be done, and who does it, is in Optuna's storage: SQLite in the folder, or a database that
-several machines reach. Every process follows the same three rules, which need no other agreement:
+In: the values, and a function that trains one point. Out: run folders in FOLDER/trials, sweep.csv and report.html.
+Optuna's storage (SQLite in the folder, or a database that several machines reach) holds what there is to do and who
+does it. Every process follows the same three rules, and no other coordination is needed:
 
-1.  A point without a trial that lives (waits, runs, is finished, or has failed by its own settings: it diverged, or
-    memory ran out) gets one that waits. So a trial whose process died, was stopped or met another error is done
-    again; in its point's run folder it continues exactly.
-2.  A waiting trial is claimed by a change of its state, which the storage lets only one process make. A process
-    that is not heard of for `grace` seconds loses its trial.
-3.  Of two trials of one point, which rule 1 may make when processes start at once, the later one is dropped.
+1.  A point without a live trial gets a waiting one. A trial is live if it waits, runs, is finished, or failed because
+    of its own settings (it diverged, or ran out of memory). So a trial whose process died, was stopped or met any
+    other error is run again, and continues exactly in its point's run folder.
+2.  A process claims a waiting trial by changing its state, which the storage allows only one process to do. A process
+    that sends no heartbeat for `grace` seconds loses its trial.
+3.  If processes that start at once create two trials of one point by rule 1, the later one is dropped.
 
-Each trial's outcome is that of `train.py` with its options. Pruning compares trials with those before them, so with
-it, what is pruned depends on their order; without it, nothing does.
+A trial's outcome is that of `train.py` with its options. Pruning compares a trial with earlier ones, so what is
+pruned depends on their order; without pruning, nothing does.
 """
 
 import itertools
@@ -37,13 +37,13 @@ from pipeline.console import say
 Point = dict[str, Any]  # parameter → value
 Watch = Callable[[list[dict[str, Any]]], None]
 ALIVE = (TrialState.WAITING, TrialState.RUNNING, TrialState.COMPLETE, TrialState.PRUNED)
-OUTCOMES = (DivergedError, MemoryExhaustedError)  # errors that the same settings would meet again
-LOCK_SECONDS = 60.0  # SQLite waits so long for other writers
-POLL = 1.0  # seconds between looks at what other processes do
+OUTCOMES = (DivergedError, MemoryExhaustedError)  # errors that the same settings would cause again
+LOCK_SECONDS = 60.0  # how long SQLite waits for other writers
+POLL = 1.0  # seconds between checks on other processes
 
 
 class Outcome(NamedTuple):
-    """What a finished run says, as `scoring.measure_run` has it; sweeps of version 0.1 lack `labels` and `same`."""
+    """The figures of a finished run, from `scoring.measure_run`; sweeps of version 0.1 lack `labels` and `same`."""
 
     dev: float
     labels: int | None
@@ -55,14 +55,14 @@ class Outcome(NamedTuple):
 
 
 class Trial(NamedTuple):
-    """A trial of a sweep; figures are None where it has not got so far."""
+    """A trial of a sweep; figures that it has not reached are None."""
 
     number: int
     state: str  # complete, pruned, running, waiting, failed
-    error: str | None  # what it failed of
+    error: str | None  # why it failed
     parameters: Point  # those that vary
     run: Path  # its run folder
-    dev: float | None  # macro AUROC of the checkpoint kept, by which trials are compared
+    dev: float | None  # macro AUROC of the kept checkpoint, by which trials are compared
     labels: (
         int | None
     )  # how many labels the next three macro AUROCs are over: those with both classes everywhere
@@ -72,19 +72,19 @@ class Trial(NamedTuple):
     low: float | None  # of valid's 95 % interval
     high: float | None
     epochs: float | None  # done
-    seconds: float | None  # of its last attempt
+    seconds: float | None  # in its last attempt
     history: list[dict[str, Any]]  # epoch and dev macro AUROC of each evaluation
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """What is tried: `values` of every parameter, under `options` that all trials share."""
+    """The `values` to try for every parameter, and the `options` that all trials share."""
 
     folder: Path
     values: Mapping[str, Sequence[Any]]
     options: Mapping[str, Any]
     sampler: str
-    trials: int  # of tpe; a grid has as many as points
+    trials: int  # for tpe; a grid has one per point
     pruner: str
     epochs: int  # of a full run, for the pruner
     seed: int
@@ -97,27 +97,27 @@ class Sweep:
         return [name for name, values in self.values.items() if len(values) > 1]
 
     def run_folder(self, point: Point) -> Path:
-        """The run of a point: two trials of a point share it."""
+        """A point's run folder, which two trials of the point share."""
         name = "-".join(f"{parameter}={point[parameter]}" for parameter in self.varying) or "only"
         return self.folder / "trials" / name.replace("/", "_")
 
 
 class TrialDropped(Exception):  # noqa: N818 - not an error
-    """Raised in a trial that is not to be run: another one has its point, or there are enough."""
+    """Raised in a trial that should not run: another one has its point, or there are enough."""
 
 
 class TrialStopped(Exception):  # noqa: N818
-    """Raised in a trial when a signal asked for a stop; it is done again later."""
+    """Raised in a trial when a signal requested a stop; it is run again later."""
 
 
 def run_sweep(
     sweep: Sweep, train_point: Callable[[Point, Path, Watch], Outcome | None], should_stop: Callable[[], bool]
 ) -> bool:
-    """Train points until all are done, by whichever process; returns False where a stop was asked for.
+    """Train points until all are done, by any process; returns False if a stop was requested.
 
-    `train_point` trains one in a run folder, shows its evaluations to `watch`, and returns None where it was
-    stopped; that it raises one of OUTCOMES is the trial's outcome. Raises what else it raises, and DataError where the
-    folder holds a sweep under other options, or the storage is unusable.
+    `train_point` trains a point in a run folder, passes its evaluations to `watch`, and returns None if it was
+    stopped; raising one of OUTCOMES is an outcome too. Propagates its other errors, and raises DataError if the folder
+    holds a sweep under other options or the storage is unusable.
     """
     said = False
     ours: Exception | None = None
@@ -142,7 +142,7 @@ def run_sweep(
             if any(trial.state == TrialState.WAITING for trial in trials) or count_free(sweep, trials) > 0:
                 try:
                     study.optimize(objective, n_trials=1, catch=(TrialDropped, TrialStopped, *OUTCOMES))
-                # What Optuna raises where another process has given this trial up meanwhile.
+                # Raised by Optuna if another process has given up on this trial meanwhile.
                 except (ValueError, AssertionError, optuna.exceptions.UpdateFinishedTrialError) as error:
                     if error is ours or study.get_trials(deepcopy=False)[claimed].state == TrialState.RUNNING:
                         raise
@@ -159,11 +159,11 @@ def run_sweep(
 
 @contextmanager
 def open_study(sweep: Sweep) -> Iterator[tuple[optuna.Study, optuna.storages.RDBStorage]]:
-    """The study, made where it is not there, and its storage. Raises DataError where that cannot be used."""
+    """The study, created if needed, and its storage. Raises DataError if that is unusable."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     sweep.folder.mkdir(parents=True, exist_ok=True)
     url = sweep.storage or f"sqlite:///{sweep.folder.resolve() / 'study.db'}"
-    # SQLite without an isolation level of its own: its transactions are begun below.
+    # Turn off sqlite3's implicit transactions: they are begun explicitly below.
     arguments: dict[str, Any] = {"pool_pre_ping": True}
     if sweep.storage is None:
         arguments = {"connect_args": {"timeout": LOCK_SECONDS, "isolation_level": None}}
@@ -171,7 +171,7 @@ def open_study(sweep: Sweep) -> Iterator[tuple[optuna.Study, optuna.storages.RDB
         with accept_experiments(), locked(sweep.folder / ".lock"):
             storage = make_storage(url, arguments, sweep.grace)
             if sweep.storage is None:
-                # SQLite knows no SELECT … FOR UPDATE: two processes that read a trial as waiting would both get it.
+                # SQLite has no SELECT … FOR UPDATE: two processes that see a trial waiting would both claim it.
                 sqlalchemy.event.listen(
                     storage.engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE")
                 )
@@ -183,7 +183,7 @@ def open_study(sweep: Sweep) -> Iterator[tuple[optuna.Study, optuna.storages.RDB
                 pruner=make_pruner(sweep),
                 sampler=optuna.samplers.RandomSampler(seed=sweep.seed),
             )
-    except Exception as error:  # of many kinds, with the URL and its password in some
+    except Exception as error:  # of many kinds, some with the URL and its password
         kind = "SQLite" if sweep.storage is None else "the database of `storage`"
         raise DataError(f"{sweep.folder}: {kind} cannot be used: {type(error).__name__}") from None
     try:
@@ -196,12 +196,12 @@ def open_study(sweep: Sweep) -> Iterator[tuple[optuna.Study, optuna.storages.RDB
 def make_storage(
     url: str, engine: dict[str, Any], grace: int, attempts: int = 5
 ) -> optuna.storages.RDBStorage:
-    """Optuna's tables at a URL, made where there are none."""
+    """Optuna's tables at a URL, created if needed."""
     try:
         return optuna.storages.RDBStorage(
             url, engine_kwargs=engine, heartbeat_interval=max(1, grace // 3), grace_period=grace
         )
-    # Of two machines that make the same tables at once one fails, and then finds them there.
+    # If two machines create the tables at once, one fails and then finds them there.
     except (sqlalchemy.exc.IntegrityError, sqlalchemy.exc.ProgrammingError):
         if attempts == 1:
             raise
@@ -210,7 +210,7 @@ def make_storage(
 
 
 def check_options(sweep: Sweep, study: optuna.Study) -> None:
-    """Record what all trials share. Raises DataError, with the difference, where that is not what is there."""
+    """Record the options that all trials share. Raises DataError, with the difference, if others are recorded."""
     there = study.user_attrs.get("options")
     if there is None:
         study.set_user_attr("options", dict(sweep.options))
@@ -225,14 +225,14 @@ def check_options(sweep: Sweep, study: optuna.Study) -> None:
 
 @contextmanager
 def accept_experiments() -> Iterator[None]:
-    """Without Optuna's warnings that heartbeats and the liar of parallel searches may change."""
+    """Silence Optuna's warnings that heartbeats and the constant liar are experimental."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         yield
 
 
 def make_pruner(sweep: Sweep) -> optuna.pruners.BasePruner:
-    """Median: after a third of the epochs, below the median of four trials or more; or successive halving."""
+    """The pruner: none, successive halving, or below the median of at least four trials after a third of the epochs."""
     if sweep.pruner == "median":
         return optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=-(-sweep.epochs // 3))
     if sweep.pruner == "halving":
@@ -242,10 +242,10 @@ def make_pruner(sweep: Sweep) -> optuna.pruners.BasePruner:
 
 
 def queue_points(sweep: Sweep, study: optuna.Study) -> None:
-    """Rule 1: the points of the grid, and of trials that were given up, that no living trial has.
+    """Rule 1: queue the points of the grid, and of trials that were given up, that no live trial has.
 
-    Optuna's RetryFailedTrialCallback would do this for stale trials alone: not for one that was stopped, nor for
-    those of a process that died before it began any.
+    Optuna's RetryFailedTrialCallback does this only for stale trials: not for one that was stopped, nor for those of
+    a process that died before starting any.
     """
     trials = study.get_trials(deepcopy=False)
     taken = [trial.user_attrs.get("point") for trial in trials if is_alive(trial)]
@@ -261,16 +261,16 @@ def queue_points(sweep: Sweep, study: optuna.Study) -> None:
 
 
 def beat_for_waiting(study: optuna.Study, storage: optuna.storages.RDBStorage) -> None:
-    """Give waiting trials a heartbeat: Optuna takes a running one that never had any for alive.
+    """Give waiting trials a heartbeat, because Optuna considers a running trial without any alive.
 
-    So would be that of a process which is killed between its claim and its first heartbeat.
+    A process killed between its claim and its first heartbeat would leave such a trial.
     """
     for trial in study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
         storage.record_heartbeat(trial._trial_id)
 
 
 def grid_points(sweep: Sweep) -> list[Point]:
-    """All combinations, in the order of the values given."""
+    """All combinations, in the order of the given values."""
     return [
         dict(zip(sweep.values, combination, strict=True))
         for combination in itertools.product(*sweep.values.values())
@@ -278,12 +278,12 @@ def grid_points(sweep: Sweep) -> list[Point]:
 
 
 def is_alive(trial: FrozenTrial) -> bool:
-    """Whether a trial waits, runs or is finished; one of the errors in OUTCOMES would only come again."""
+    """Whether a trial waits, runs, is finished, or failed by one of OUTCOMES, which would only recur."""
     return trial.state in ALIVE or "error" in trial.user_attrs
 
 
 def count_free(sweep: Sweep, trials: Sequence[FrozenTrial]) -> int:
-    """How many trials the sampler may still propose."""
+    """The number of trials the sampler may still propose."""
     return 0 if sweep.sampler == "grid" else sweep.trials - sum(map(is_alive, trials))
 
 
@@ -296,14 +296,14 @@ def run_trial(
 ) -> float:
     """Train the point of a trial that this process has claimed; returns dev's macro AUROC.
 
-    Raises TrialDropped, TrialStopped, TrialPruned, and what `train_point` does.
+    Raises TrialDropped, TrialStopped, TrialPruned, and whatever `train_point` raises.
     """
     point = trial.user_attrs.get("point")
     others = [other for other in study.get_trials(deepcopy=False) if other.number < trial.number]
     if sweep.sampler == "tpe":
         if point is None and count_free(sweep, others) <= 0:
             raise TrialDropped
-        # By the trial's number: processes that begin together do not propose the same.
+        # Seeded by the trial's number, so that processes starting together propose different points.
         study.sampler = optuna.samplers.TPESampler(
             seed=sweep.seed * 1_000_003 + trial.number, constant_liar=True
         )
@@ -317,13 +317,13 @@ def run_trial(
 
     def watch(history: list[dict[str, Any]]) -> None:
         nonlocal reported
-        # Compared at the ends of epochs, when trials of all batch sizes have seen the same images.
+        # Compare at ends of epochs, when trials of any batch size have seen the same images.
         for line in history[reported:]:
             if line["epoch"] % 1 == 0:
                 trial.report(line["score"], int(line["epoch"]))
         reported = len(history)
         trial.set_user_attr("history", history)
-        # A trial that is trained in full has its outcome, however poor.
+        # A fully trained trial has its outcome, however poor.
         last = history[-1]["epoch"]
         if last % 1 == 0 and last < sweep.epochs and trial.should_prune():
             raise optuna.TrialPruned
@@ -332,7 +332,7 @@ def run_trial(
     say(f"Trial {trial.number}: {shown}")
     try:
         run = sweep.run_folder(point)
-        # One that was paused and lost its trial may still work there.
+        # A process that was paused and lost its trial may still be working there.
         run.parent.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
             try:
@@ -355,7 +355,7 @@ def run_trial(
 
 
 def suggest_point(sweep: Sweep, trial: optuna.Trial) -> Point:
-    """A point between the lowest and highest of the values of float parameters, and one of the values of others."""
+    """A point: floats between the lowest and highest value, other parameters one of their values."""
     point: Point = {}
     for name, values in sweep.values.items():
         if len(values) == 1:
@@ -370,7 +370,7 @@ def suggest_point(sweep: Sweep, trial: optuna.Trial) -> Point:
 
 
 def list_trials(sweep: Sweep) -> list[Trial]:
-    """The living trials of the sweep, by number."""
+    """The live trials of the sweep, by number."""
     found = []
     with open_study(sweep) as (study, _):
         trials = study.get_trials()
@@ -399,7 +399,7 @@ def list_trials(sweep: Sweep) -> list[Trial]:
 def importances(sweep: Sweep, trials: Sequence[Trial]) -> dict[str, float] | None:
     """How much of dev's variance each parameter explains, by fANOVA (Hutter et al., 2014).
 
-    None where fewer than four trials are finished, fewer than two parameters vary, or all trials are equal.
+    None if fewer than four trials are finished, fewer than two parameters vary, or all trials are equal.
     """
     done = [trial for trial in trials if trial.dev is not None]
     if len(done) < 4 or len(sweep.varying) < 2 or len({trial.dev for trial in done}) == 1:

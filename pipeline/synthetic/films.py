@@ -1,10 +1,10 @@
 """Anatomy and findings → one synthetic chest film, drawn procedurally.
 
-A film's density is tissue, less where there is air, more where there is bone; each finding is a function that
-changes the layers in place, more so the higher its severity.
+A film's density is that of tissue, lower where there is air and higher where there is bone. Each finding is a
+function that changes these layers in place, in proportion to its severity.
 
-Places are three-dimensional, so that a study's frontal and lateral views show the same sign. Lengths are in
-units of the image's shorter side: x from the midline to the side, y downwards, z from front to back.
+Positions are three-dimensional, so that a study's frontal and lateral views show the same sign. Lengths are in units
+of the image's shorter side: x from the midline to the side, y downward, z from front to back.
 """
 
 import math
@@ -16,8 +16,8 @@ import numpy.typing as npt
 
 Array = npt.NDArray[Any]  # float32 throughout, which NumPy's stubs cannot follow
 
-# How severe a sign looks on a lateral, as a multiple of what it is, up to 1. A lateral looks through a pneumothorax
-# at the side wall, through a wide mediastinum and broken ribs; it shows free what lies behind heart and diaphragm.
+# How severe a sign looks on a lateral, as a multiple of its severity, up to 1. A lateral does not show a pneumothorax
+# at the side wall, a wide mediastinum or broken ribs; it does show what lies behind the heart and the diaphragm.
 ON_LATERALS = {
     "Enlarged Cardiomediastinum": 0.0,
     "Pneumothorax": 0.0,
@@ -29,11 +29,11 @@ ON_LATERALS = {
     "Pleural Effusion": 2.0,
     "Pleural Other": 2.0,
 }
-SKETCH = 0.5  # films are drawn at this share of the final resolution; metal and grain at the full one
+SKETCH = 0.5  # films are drawn at this share of the final resolution; metal and grain at full resolution
 
 
 class Finding(NamedTuple):
-    """A sign to draw: severity in [0, 1], side -1 (patient's right) or 1, place x, y, z."""
+    """A sign to draw: severity in [0, 1], side -1 (patient's right) or 1, position x, y, z."""
 
     severity: float
     side: int
@@ -43,7 +43,7 @@ class Finding(NamedTuple):
 
 
 class Body(NamedTuple):
-    """What all films of a patient share."""
+    """The build that all films of a patient share."""
 
     width: float  # half the inner thorax
     heart: float  # half the heart's width
@@ -84,7 +84,7 @@ def draw_film(
 ) -> npt.NDArray[np.uint8]:
     """Draw one view, `frontal` or `lateral`: uint8 [height, width], shorter side 320 pixels.
 
-    `patient_rng` decides the build, which a patient's films share; `rng` all that differs between films.
+    `patient_rng` decides the build, which a patient's films share; `rng` everything that differs between films.
     """
     make_film = frontal_film
     if kind == "lateral":

@@ -1,14 +1,13 @@
-"""A synthetic CheXpert: the real set's folders, CSVs and label quirks with procedurally drawn chest films.
+"""A synthetic CheXpert: the real set's folders, CSVs and label quirks, with procedurally drawn chest films.
 
-A study draws correlated latent severities (`FINDINGS`), a severity draws its sign into the film, and the CSV
-tells what a report would say of it. Positive is a clear sign, uncertain a faint one that is really there only
-in a share of the cases (the share that radiologists confirm), negative and blank none (3 % of them a faint
-one). Train follows the real set's frontal state frequencies, but for the rarest labels (Enlarged
-Cardiomediastinum, Lung Lesion, Pneumonia, Pleural Other, Fracture), raised to 5-7 % positive so that a sample
-of 2,000 images has some to evaluate. Valid states the truth, as its radiologists do: no blank, no uncertain.
-A lateral shows some signs better and others not at all (`films`), so that whoever reads both views learns more.
-Lung Opacity follows from its children; Enlarged Cardiomediastinum is only correlated with Cardiomegaly, as in
-the real reports.
+A study draws correlated latent severities (`FINDINGS`). A severity draws its sign into the film, and the CSV says
+what a report would say about it: positive for a clear sign; uncertain for a faint one that is really there only in
+a share of cases (the share that radiologists confirm); negative or blank for none (3 % of them have a faint one).
+Train follows the real set's frontal state frequencies, except that the rarest labels (Enlarged Cardiomediastinum,
+Lung Lesion, Pneumonia, Pleural Other, Fracture) are raised to 5-7 % positive, so that a sample of 2,000 images has
+some to evaluate. Valid states the truth, as its radiologists do, without blank or uncertain cells. A lateral shows
+some signs better and others not at all (`films`), so both views together say more. Lung Opacity follows from its
+children; Enlarged Cardiomediastinum is only correlated with Cardiomegaly, as in the real reports.
 """
 
 import csv
@@ -38,18 +37,18 @@ COMMENT = b"\xff\xfe\x00\x0bsynthetic"
 
 
 class Latent(NamedTuple):
-    """How often a report says what of a finding, and where its sign lies."""
+    """How often a report says what about a finding, and where its sign is."""
 
     positive: float  # share of frontals
     uncertain: float
     negative: float  # the rest is blank
-    confirmed: float  # share of the uncertain that is really there
+    confirmed: float  # share of uncertain findings that are really there
     loads: tuple[float, float, float]  # on the factors congestion, infection, intensive care
     low: tuple[float, float, float] = (0.0, 0.0, 0.0)  # x, y, z: corners of the box that holds its place
     high: tuple[float, float, float] = (0.0, 0.0, 0.0)
 
 
-# Lung Opacity's positive share is that of haze with no other cause: with its children it is 0.52 (real 0.49).
+# Lung Opacity's positive share is for haze with no other cause; with its children it is 0.52 (real: 0.49).
 FINDINGS = {
     "Enlarged Cardiomediastinum": Latent(0.065, 0.054, 0.080, 0.25, (0.3, 0.0, 0.1)),
     "Cardiomegaly": Latent(0.122, 0.035, 0.041, 0.25, (0.5, 0.0, -0.1)),
@@ -99,14 +98,14 @@ def write_sample(
 ) -> Path:
     """Write a synthetic data set of exactly `images` images into `out` and return its CheXpert-v1.0-small.
 
-    `laterals` is the share of studies that have a lateral too; None is about as many as in the real set. It
-    changes no study's frontals or labels, but so many images hold fewer studies of more. `valid` is the share of
-    the images that valid.csv gets.
+    `laterals` is the share of studies that have a lateral too; None is about the real set's share. It does not change
+    a study's frontals or labels, but with more laterals the same number of images makes fewer studies. `valid` is
+    the share of images in valid.csv.
 
-    The bytes depend on images, seed (0 to 2^63-1), laterals and valid alone, at any number of `workers`, which are
-    processes (so a script must call this under `if __name__ == "__main__"`). `progress` is called with the number
-    of images newly finished. Raises FileExistsError if the folder is already there, ValueError if images < 1. The
-    folder appears only when complete.
+    The bytes depend only on images, seed (0 to 2^63-1), laterals and valid, not on the number of `workers`, which are
+    processes (so a script must call this under `if __name__ == "__main__"`). `progress` is called with the number of
+    images just finished. Raises FileExistsError if the folder already exists, ValueError if images < 1. The folder
+    appears only when complete.
     """
     final, partial = out / FOLDER, out / f".{FOLDER}.tmp"
     if images < 1:
@@ -135,7 +134,7 @@ def write_sample(
 def write_patients(task: tuple[Path, int, list[Patient]]) -> int:
     """Draw and write all images of some patients of one split; return their number."""
     folder, seed, patients = task
-    # Freeing a large block raises glibc's trim threshold: otherwise every temporary faults in fresh pages.
+    # Freeing a large block raises glibc's trim threshold; otherwise every temporary array faults in fresh pages.
     np.empty(24 << 20, np.uint8)
     count = 0
     for patient in patients:

@@ -135,7 +135,7 @@ def test_imagenet_weights_come_from_torchvision(tmp_path: Path, monkeypatch: pyt
 
     cached.write_bytes(cached.read_bytes()[:1000])
     with pytest.raises(
-        CheckpointError, match=r"^the ImageNet weights of resnet18 cannot be had from https://"
+        CheckpointError, match=r"^the ImageNet weights of resnet18 cannot be downloaded from https://"
     ):
         build_network("resnet18", 14, pretrained=True)
 
@@ -149,7 +149,7 @@ def test_a_failed_download_names_the_other_way(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(CheckpointError) as caught:
         build_network("densenet121", 14, pretrained=True)
     assert str(caught.value) == (
-        "the ImageNet weights of densenet121 cannot be had from https://download.pytorch.org/models/"
+        "the ImageNet weights of densenet121 cannot be downloaded from https://download.pytorch.org/models/"
         "densenet121-a639ec97.pth: <urlopen error no route>; download them elsewhere and start with `init` FILE"
     )
     with pytest.raises(CheckpointError, match=r"^rescnn has no ImageNet weights; choose another `arch`"):
