@@ -38,6 +38,14 @@ from pipeline.base.store import open_to_read
 
 PROJECTIONS = ("AP", "PA", "lateral", "other")  # a projection's code is its place here
 MOST_VIEWS = 3  # of a study, as in CheXpert
+AGE_BANDS = {
+    "unknown": -1,
+    "0-17": 0,
+    "18-39": 18,
+    "40-59": 40,
+    "60-79": 60,
+    "80+": 80,
+}  # lower bound, in years
 STATES = {"positive": 1, "uncertain": -1, "negative": 0, "blank": None}
 
 
@@ -161,6 +169,12 @@ def label_states(table: pa.Table) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.
         states[:, column] = pc.fill_null(table[label], 0).to_numpy()
         blank[:, column] = pc.is_null(table[label]).to_numpy()
     return states, blank
+
+
+def name_ages(years: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.str_]:
+    """The AGE_BANDS [N] of ages [N], of which -1 is unknown."""
+    bands: npt.NDArray[np.str_] = np.array(list(AGE_BANDS))[np.digitize(years, list(AGE_BANDS.values())) - 1]
+    return bands
 
 
 def line_of(csv: Path, row: int) -> int:

@@ -59,7 +59,7 @@ def run_pipeline(*arguments: object) -> subprocess.CompletedProcess[str]:
         patch.setattr(signal, "signal", lambda *_: None)
         with pytest.raises(SystemExit) as ended:
             main()
-    said = [stream.buffer.getvalue().decode() for stream in (out, err)]  # type: ignore[attr-defined]
+    said = [stream.buffer.getvalue().decode() for stream in (out, err)]
     return subprocess.CompletedProcess(command, ended.value.code or 0, *said)  # type: ignore[arg-type]
 
 

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from model.runs.report import MEANS
+from pipeline.base.pages import show_figure
 
 
 def print_evaluations(reports: Mapping[str, Mapping[str, Any]]) -> None:
@@ -20,7 +21,7 @@ def print_evaluations(reports: Mapping[str, Mapping[str, Any]]) -> None:
         labels = [report["labels"][name] for report in reports.values()]
         cells = [
             (
-                show(label["auroc"]),
+                show_figure(label["auroc"]),
                 f"{'few ' if label['few'] else ''}{label['positives']} / {label['negatives']}",
             )
             for label in labels
@@ -31,8 +32,8 @@ def print_evaluations(reports: Mapping[str, Mapping[str, Any]]) -> None:
         limits = [report["intervals"]["auroc"][name] for report in reports.values()]
         cells = [
             (
-                show(report[f"{name}_auroc"]),
-                f"{show(of['low'])}-{show(of['high'])}" if of["low"] is not None else "",
+                show_figure(report[f"{name}_auroc"]),
+                f"{show_figure(of['low'])}-{show_figure(of['high'])}" if of["low"] is not None else "",
             )
             for report, of in zip(reports.values(), limits, strict=True)
         ]
@@ -51,16 +52,18 @@ def print_comparison(evaluation: Mapping[str, Any]) -> None:
         if len(compared["labels"]) < len(evaluation["labels"]):
             table.caption = f"over the {len(compared['labels'])} labels that both runs have learned"
         for name, title in MEANS.items():
-            table.add_row(title, show(compared["ours"][name]), show_difference(compared["auroc"][name]))
+            table.add_row(
+                title, show_figure(compared["ours"][name]), show_difference(compared["auroc"][name])
+            )
     for group, found in evaluation.get("methods", {}).items():
         ours, *others = found["methods"].items()
         if ours[1]["auroc"] is not None:
             table.add_section()
             table.add_row(f"{group}: {found['studies']:,} studies")
-            table.add_row(ours[0], show(ours[1]["auroc"]))
+            table.add_row(ours[0], show_figure(ours[1]["auroc"]))
             for name, method in others:
                 less = show_difference(method["first_less_this"]["mean"])
-                table.add_row(name, show(method["auroc"]), less)
+                table.add_row(name, show_figure(method["auroc"]), less)
     if table.row_count:
         Console().print(table)
 
@@ -71,8 +74,3 @@ def show_difference(less: Mapping[str, Any]) -> str:
         return "–"
     limits = "" if less["low"] is None else f" [{less['low']:+.3f}, {less['high']:+.3f}]"
     return f"{less['difference']:+.3f}{limits}"
-
-
-def show(value: float | None) -> str:
-    """A figure with three places; an undefined one as a dash."""
-    return "–" if value is None else f"{value:.3f}"

@@ -7,11 +7,11 @@ inks from the page, the PNGs are drawn on white.
 import csv
 import io
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import matplotlib
 import numpy as np
-from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
@@ -80,9 +80,12 @@ def render_sweep(title: str, trials: Sequence[Trial], shares: Mapping[str, float
     """The page; `shares` are the parameters' importances, if there are enough trials for them."""
     ranked = rank(trials)
     best = ranked[0] if ranked and ranked[0].dev is not None else None
+    draw = partial(pages.draw_svg, fitted=True)
     contours = {
-        METRICS[metric]: _svg(
-            lambda axes, points=points: draw_contour(axes, points, pages.INK), f"{metric} contour"
+        METRICS[metric]: draw(
+            partial(draw_contour, points=points, ink=pages.INK),
+            f"{metric} contour",
+            (4.6, 3.6),
         )
         for metric in METRICS
         if (points := best_points(trials, metric))
@@ -98,13 +101,13 @@ def render_sweep(title: str, trials: Sequence[Trial], shares: Mapping[str, float
         parameters={name: NAMES.get(name, name) for name in varying},
         contours=contours,
         shares=shares,
-        importance=_svg(lambda axes: draw_importances(axes, shares), "importances", (4.4, 1.8))
+        importance=draw(lambda axes: draw_importances(axes, shares), "importances", (4.4, 1.8))
         if shares
         else None,
-        parallel=_svg(lambda axes: draw_parallel(axes, done), "parallel coordinates", (8.0, 3.2))
+        parallel=draw(lambda axes: draw_parallel(axes, done), "parallel coordinates", (8.0, 3.2))
         if shown
         else None,
-        curves=_svg(lambda axes: draw_curves(axes, ranked), "learning curves", (8.0, 3.4))
+        curves=draw(lambda axes: draw_curves(axes, ranked), "learning curves", (8.0, 3.4))
         if any(trial.history for trial in trials)
         else None,
         show=show_value,
@@ -249,11 +252,3 @@ def draw_curves(axes: Axes, trials: Sequence[Trial]) -> None:
             )
     axes.set_xlabel("epoch")
     axes.set_ylabel("dev macro AUROC")
-
-
-def _svg(draw: Any, description: str, inches: tuple[float, float] = (4.6, 3.6)) -> Markup:
-    def fill(figure: Figure) -> None:
-        figure.set_layout_engine("constrained")
-        draw(figure.subplots())
-
-    return pages.figure_svg(fill, description, inches)

@@ -65,13 +65,26 @@ def open_templates(package: str) -> jinja2.Environment:
 
 
 def draw_svg(
-    draw: Callable[[Axes], None], description: str, inches: tuple[float, float], unit: bool = False
+    draw: Callable[[Axes], None],
+    description: str,
+    inches: tuple[float, float],
+    *,
+    unit: bool = False,
+    fitted: bool = False,
 ) -> Markup:
-    """A figure of one pair of axes as an SVG element, as wide as its place; `unit`: both from 0 to 1."""
+    """A figure of one pair of axes as an SVG element for an HTML page, as wide as its place.
+
+    `draw` uses colors of INKS. `unit`: both axes from 0 to 1. `fitted`: with room for labels of any length, which takes
+    twice the time.
+    """
     width, height = (72 * side for side in inches)
 
     def fill(figure: Figure) -> None:
-        # Room for tick labels and the axes' names, in points; a layout engine would take half of the time.
+        if fitted:
+            figure.set_layout_engine("constrained")
+            draw(figure.subplots())
+            return
+        # Room for tick labels and the axes' names, in points.
         left = 33 if unit else 40
         axes = figure.add_axes((left / width, 30 / height, 1 - (left + 5) / width, 1 - 35 / height))
         draw(axes)
@@ -80,16 +93,6 @@ def draw_svg(
             axes.set_xticks((0, 0.5, 1), ("0", "0.5", "1"))
             axes.set_yticks((0, 0.5, 1), ("0", "0.5", "1"))
 
-    return figure_svg(fill, description, inches)
-
-
-def figure_svg(fill: Callable[[Figure], None], description: str, inches: tuple[float, float]) -> Markup:
-    """A figure as an SVG element for an HTML page, as wide as its place.
-
-    `fill` draws into the empty figure, in colors of INKS; the style is in force only while it does. Where it
-    places no axes itself it may set a layout engine: `figure.set_layout_engine("constrained")`.
-    """
-    width, height = (72 * side for side in inches)
     with matplotlib.rc_context({**SVG_STYLE, "svg.hashsalt": description}):
         figure = Figure(figsize=inches)
         fill(figure)

@@ -15,7 +15,6 @@ import numpy as np
 import pyarrow as pa
 from markupsafe import Markup
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from PIL import Image
 
 from pipeline.base import pages
@@ -91,7 +90,7 @@ def render_label_report(
     examples: Mapping[str, Mapping[str, list[str]]],
 ) -> str:
     """The page. `report` has `cooccurrence` and may have `policy` and `against`; `scope` says what was counted."""
-    states = _draw(lambda axes: draw_states(axes, report, PAGE), "share of images by state", (4.4, 4.0))
+    states = _draw(lambda axes: draw_states(axes, report, PAGE), "share of images by state")
     cooccurrence = report["cooccurrence"]
     together = _draw(lambda axes: draw_cooccurrence(axes, cooccurrence, PAGE), "co-occurrence", (6.6, 6.0))
     page = pages.open_templates("pipeline.look").get_template("labels.html")
@@ -109,17 +108,11 @@ def render_label_report(
 
 def _draw_groups(groups: Groups) -> Markup:
     description = f"share of positives by {groups['variable']}"
-    return _draw(lambda axes: draw_groups(axes, groups, SERIES, pages.FAINT), description, (4.4, 4.0))
+    return _draw(lambda axes: draw_groups(axes, groups, SERIES, pages.FAINT), description)
 
 
-def _draw(draw: Callable[[Axes], None], description: str, inches: tuple[float, float]) -> Markup:
-    """A figure with room for its labels, however long."""
-
-    def fill(figure: Figure) -> None:
-        figure.set_layout_engine("constrained")
-        draw(figure.subplots())
-
-    return pages.figure_svg(fill, description, inches)
+def _draw(draw: Callable[[Axes], None], description: str, inches: tuple[float, float] = (4.4, 4.0)) -> Markup:
+    return pages.draw_svg(draw, description, inches, fitted=True)
 
 
 def _data_uri(pixels: Gray) -> str:

@@ -25,13 +25,13 @@ from pipeline.labels import (
     STATES,
     count_rows,
     label_states,
+    name_ages,
     number_studies,
 )
 from pipeline.policies import BEST_POLICY, SMOOTH_RANGES, check_blank_policy, parse_uncertain_policy
 
 # What to group by, and the name of the group of images without that fact.
 NO_GROUP = {"view": "unknown", "sex": "Unknown", "age": "unknown", "projection": "none"}
-AGE_BANDS = {"0-17": 0, "18-39": 18, "40-59": 40, "60-79": 60, "80+": 80}  # lower bound, in years
 # What an uncertain cell becomes, averaged over the draws; None: neither class.
 UNCERTAIN_TARGETS: dict[str, float | None] = (
     {"zeros": 0.0, "ones": 1.0}
@@ -263,9 +263,7 @@ def _group_names(table: pa.Table, variable: str) -> pa.ChunkedArray | pa.Array:
     """The group of each row."""
     if variable != "age":
         return pc.fill_null(table[variable], NO_GROUP[variable])
-    ages = pc.fill_null(table["age"], -1).to_numpy()
-    bands = pa.array([NO_GROUP["age"], *AGE_BANDS])
-    return bands.take(pa.array(np.digitize(ages, list(AGE_BANDS.values()))))
+    return pa.array(name_ages(pc.fill_null(table["age"], -1).to_numpy()))
 
 
 def _count_states(column: pa.ChunkedArray) -> dict[str, float]:

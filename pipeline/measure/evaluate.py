@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.labels import name_ages
 from pipeline.measure.bootstrap import (
     describe_difference,
     difference_interval,
@@ -46,7 +47,6 @@ GROUPS = {
     "age": ("18-39", "40-59", "60-79", "80+"),
     "projection": ("AP", "PA"),
 }
-AGES = {"unknown": -1, "0-17": 0, "18-39": 18, "40-59": 40, "60-79": 60, "80+": 80}  # lower bound, in years
 
 
 class Scored(NamedTuple):
@@ -146,8 +146,7 @@ def assess_groups(
     the lowest, over groups with at least 10 positives, with limits in `tpr_gap_limits`; None if there are fewer than
     two such groups.
     """
-    bands = np.array(list(AGES))[np.digitize(images.age, list(AGES.values())) - 1]
-    facts = {"sex": images.sex, "age": bands, "projection": images.projection}
+    facts = {"sex": images.sex, "age": name_ages(images.age), "projection": images.projection}
     report: dict[str, Any] = {}
     for variable, compared in GROUPS.items():
         rows = {name: facts[variable] == name for name in compared}
