@@ -21,7 +21,7 @@ from pipeline.policies import BLANK_HELP, UNCERTAIN_HELP, check_blank_policy, pa
 if TYPE_CHECKING:
     from pipeline.etl.planning import Options
     from pipeline.etl.shards import Execution, RunSummary
-    from pipeline.sources.chexpert import Source
+    from pipeline.sources.sets import Source
 
 WORKERS = click.option("--workers", default=count_cpus, type=click.IntRange(min=1), show_default="all cores")
 
@@ -84,12 +84,24 @@ def parse_split(text: str) -> tuple[str, Path]:
     return split, open_location(csv)
 
 
+def parse_set(text: str) -> str:
+    """The name of a data set. Raises DataError if there is none of that name."""
+    from pipeline.sources.sets import SETS
+
+    if text not in SETS:
+        raise DataError(f"'{text}' is not a data set; choose from {', '.join(SETS)}")
+    return text
+
+
 FOLDER = Parsed(parse_folder, "folder")
 
 
 @click.command(epilog="Example: pipeline shards ~/CheXpert-v1.0-small shards --size 320 --views frontal")
 @click.argument("source", type=FOLDER)
 @click.argument("out", type=FOLDER)
+@click.option(
+    "--set", "dataset", type=Parsed(parse_set, "SET"), help="Data set in SOURCE.", show_default="by its files"
+)
 @click.option(
     "--size",
     default=320,
@@ -147,6 +159,7 @@ FOLDER = Parsed(parse_folder, "folder")
 def shards(
     source: Path,
     out: Path,
+    dataset: str | None,
     uncertain: str | None,
     blank: str | None,
     splits: tuple[tuple[str, Path], ...],
@@ -154,15 +167,15 @@ def shards(
     dry_run: bool,
     **rest: Any,
 ) -> int:
-    """Write the CheXpert folder SOURCE as shards to OUT: tars, Arrow tables, and a manifest at the end.
+    """Write the data set in SOURCE as shards to OUT: tars, Arrow tables, and a manifest at the end.
 
     Raw labels are kept; the policies are recorded as the shards' defaults, which training may override. The
     same command continues a run that was stopped or killed. SOURCE and OUT may be s3://bucket/prefix.
     """
     from pipeline.etl.planning import Options
     from pipeline.etl.shards import Execution, write_shards
-    from pipeline.sources.chexpert import find_source
     from pipeline.sources.load import describe_shards
+    from pipeline.sources.sets import find_source
 
     how = Execution(**{field.name: rest.pop(field.name) for field in fields(Execution)})
     options = Options(**rest)
@@ -172,7 +185,8 @@ def shards(
     )
     refuse_usage(options.size is None and options.square != "no", "--square needs a --size")
     refuse_usage(how.overwrite and how.repair, "--overwrite or --repair, not both")
-    found = find_source(source, _collect("--split", splits), roots)
+    refuse_usage(bool(splits) and dataset not in (None, "chexpert"), "--split is for CheXpert's CSVs")
+    found = find_source(source, _collect("--split", splits), roots, dataset)
     if dry_run:
         return _print_preview(found, options, how)
     start = time.perf_counter()

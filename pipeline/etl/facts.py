@@ -23,7 +23,7 @@ _PATTERNS = {
     "sex": _TEXT,
     "age": r"([0-9]{1,3}(\.0)?)?",
     "projection": _TEXT,
-    **dict.fromkeys(LABELS, r"((-1|0|1)(\.0)?)?"),
+    **dict.fromkeys(LABELS, r"((-2|-1|0|1)(\.0)?)?"),
 }
 _LIMITS = {"study": ", not a number of up to 6 digits", "age": ", not a number of up to 3 digits"}
 _NUMBERS = ("study", "age", *LABELS)

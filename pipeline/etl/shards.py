@@ -53,7 +53,7 @@ from pipeline.etl.writing import (
     write_shard,
 )
 from pipeline.manifest import NAME, Manifest, read_manifest
-from pipeline.sources.chexpert import Source
+from pipeline.sources.sets import SETS, Source
 
 STARTED = "options.json"  # in PARTIAL: what the run was asked for
 POLICIES = {"uncertain": "best", "blank": "zeros"}  # where none are given
@@ -129,7 +129,8 @@ class Run:
 
     def finish_task(self, plan: Plan) -> FinishTask:
         """What finishing needs."""
-        return FinishTask(self.work, self.partial, tuple(plan.rows), self.wanted)
+        dataset = SETS[self.source.set].TERMS._asdict()
+        return FinishTask(self.work, self.partial, tuple(plan.rows), self.wanted, dataset)
 
 
 def write_shards(

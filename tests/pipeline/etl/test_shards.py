@@ -28,7 +28,7 @@ from pipeline.etl.planning import Options
 from pipeline.etl.shards import Execution, RunSummary, write_shards
 from pipeline.labels import LABELS, hash_fraction
 from pipeline.manifest import Manifest, read_manifest, read_table
-from pipeline.sources.chexpert import find_source
+from pipeline.sources.sets import find_source
 from tests.conftest import POLICIES, default_options, make_shards, write_chexpert
 
 Shards = tuple[Path, Manifest]
