@@ -86,7 +86,10 @@ def read_tables(csvs: Mapping[str, Path]) -> dict[str, pa.Table]:
         raise DataError(
             f"{csvs['test']}: {min(both)} is in {csvs['train'].name} too; splits must not share images"
         )
-    inside = {split: pc.is_in(table["path"], value_set=pa.array(names)) for split, names in listed.items()}
+    inside = {
+        split: pc.is_in(table["path"], value_set=pa.array(names, pa.string()))
+        for split, names in listed.items()
+    }
     row = pc.index(pc.or_(*inside.values()), False).as_py()
     if row >= 0:
         raise DataError(

@@ -408,7 +408,7 @@ def test_damaged_tables_and_manifests_are_named(shards: Shards) -> None:
         (text[:100], "damaged: not JSON: "),
         ("[]", "damaged: not a JSON object"),
         ("{}", "not a manifest of chexpert-shards"),
-        (text.replace('"version": 1', '"version": 9'), "format version 9; this program reads 1"),
+        (text.replace('"version": 2', '"version": 9'), "format version 9; this program reads 1 and 2"),
         (text.replace('"splits"', '"parts"'), "damaged: 'splits'"),
         (
             text.replace("train-000000.tar", "../train-000000.tar"),

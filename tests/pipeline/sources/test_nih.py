@@ -54,20 +54,26 @@ def folder(tmp_path: Path) -> Path:
 
 def shard(folder: Path, *options: object) -> Path:
     out = folder.parent / "out"
-    made = run_pipeline("shards", folder, out, "--size", 32, "--dev", 0.5, "--seed", 1, "--workers", 1, *options)
+    made = run_pipeline(
+        "shards", folder, out, "--size", 32, "--dev", 0.5, "--seed", 1, "--workers", 1, *options
+    )
     assert made.returncode == 0, made.stderr
     return out
 
 
-def test_the_real_table_has_the_published_counts() -> None:
-    """It ships in the torchxrayvision wheel, which is not imported."""
+@pytest.fixture(scope="module")
+def real_table() -> Path:
+    """NIH's whole table, from the torchxrayvision wheel (found without importing it)."""
     spec = importlib.util.find_spec("torchxrayvision")
     assert spec is not None
     assert spec.origin is not None
-    table = Path(spec.origin).parent / "data" / "Data_Entry_2017_v2020.csv.gz"
-    report = json.loads(run_pipeline("stats", table, "--format", "json").stdout)
+    return Path(spec.origin).parent / "data" / "Data_Entry_2017_v2020.csv.gz"
+
+
+def test_the_real_table_has_the_published_counts(real_table: Path) -> None:
+    report = json.loads(run_pipeline("stats", real_table, "--format", "json").stdout)
     assert (report["images"], report["patients"]) == (112_120, 30_805)
-    frame = pd.read_csv(table)
+    frame = pd.read_csv(real_table)
     findings = frame["Finding Labels"].str.get_dummies("|").astype(bool)
     for label, names in nih.FINDINGS.items():
         assert report["labels"][label]["positive"] == findings[list(names)].any(axis=1).sum(), label
@@ -79,9 +85,9 @@ def test_the_real_table_has_the_published_counts() -> None:
         "Lung Opacity": 19_632,
     }
     assert report["labels"]["Lung Opacity"]["share_positive"] == round(19_894 / (112_120 - 19_632), 4)
-    groups = json.loads(run_pipeline("stats", table, "--by", "projection", "--format", "json").stdout)["by"][
-        "groups"
-    ]
+    groups = json.loads(run_pipeline("stats", real_table, "--by", "projection", "--format", "json").stdout)[
+        "by"
+    ]["groups"]
     assert {name: group["images"] for name, group in groups.items()} == {"AP": 44_810, "PA": 67_310}
 
 
@@ -186,3 +192,44 @@ def test_labels_blank_in_every_row_are_not_annotated(chexpert: Path, tmp_path: P
     )
     assert counts["Fracture"]["share_positive"] is None
     assert counts["Edema"]["not_annotated"] == 0
+
+
+SAMPLE = Path(__file__).parents[4] / "shared" / "nih-sample" / "CheXpert-v1.0-small"
+
+
+@pytest.mark.skipif(not SAMPLE.exists(), reason="needs the sample of NIH's films")
+def test_real_films_have_the_same_positives_in_either_layout(tmp_path: Path, real_table: Path) -> None:
+    """The sample's films as PNGs under NIH's names, with NIH's own rows."""
+    official = pd.read_csv(real_table)
+    rows = pd.concat([pd.read_csv(SAMPLE / name) for name in ("train.csv", "valid.csv")])
+    states = official["Finding Labels"].str.get_dummies("|")
+    mapped = pd.DataFrame({label: states[list(names)].max(axis=1) for label, names in nih.FINDINGS.items()})
+    named = official[["Patient ID", "Patient Age", "Patient Gender", "View Position"]].join(mapped)
+    columns = ["Patient ID", "Patient Age", "Patient Gender", "View Position", *nih.FINDINGS]
+    wanted = rows.assign(
+        **{
+            "Patient ID": rows["Path"].str.extract(r"patient0*(\d+)/")[0].astype(int),
+            "Patient Age": rows["Age"],
+            "Patient Gender": rows["Sex"].str[0],
+            "View Position": rows["AP/PA"],
+        }
+    )[[*columns, "Path"]].astype(dict.fromkeys(nih.FINDINGS, int))
+    for frame in (wanted, named):  # films of a patient with the same facts are told apart by their order
+        frame["turn"] = frame.groupby(columns).cumcount()
+    matched = wanted.merge(named.reset_index(names="row"), on=[*columns, "turn"], how="left")
+    assert matched["row"].notna().all()
+    images = tmp_path / "nih" / "images"
+    images.mkdir(parents=True)
+    chosen = official.loc[matched["row"].astype(int)]
+    for path, name in zip(matched["Path"], chosen["Image Index"], strict=True):
+        Image.open(SAMPLE.parent / path).save(images / name, compress_level=1)
+    chosen.to_csv(tmp_path / "nih" / nih.TABLES[0], index=False)
+    (tmp_path / "nih" / "train_val_list.txt").write_text("\n".join(chosen["Image Index"]))
+    (tmp_path / "nih" / "test_list.txt").write_text("")
+    out = tmp_path / "out"
+    made = run_pipeline("shards", tmp_path / "nih", out, "--size", 64, "--dev", 0, "--workers", 2)
+    assert made.returncode == 0, made.stderr
+    found = pa.ipc.open_file(out / "train.arrow").read_all().to_pandas()
+    assert {label: (found[label] == 1).sum() for label in nih.FINDINGS} == {
+        label: (rows[label] == 1).sum() for label in nih.FINDINGS
+    }
