@@ -6,7 +6,7 @@ Output: an Arrow table with one row per image:
     key         string   `patient00001_study1_view1_frontal`, unique
     patient     string   `patient00001`
     study       int32    number of the study within the patient
-    view        string   `frontal` or `lateral` (from the column Frontal/Lateral, never from AP/PA)
+    view        string   `frontal` or `lateral` (from the column Frontal/Lateral, never from AP/PA); other sets: `other`
     sex         string   as in the CSV: Female, Male, Unknown
     age         int16    years
     projection  string   AP, PA, LL, RL; null on laterals
@@ -110,7 +110,7 @@ def read_labels(csv: Path) -> pa.Table:
         "view": view,
         **dict(zip(("sex", "age", "projection"), facts, strict=True)),
     }
-    columns |= {label: _parse_states(csv, label, table[label]) for label in LABELS}
+    columns |= {label: parse_states(csv, label, table[label]) for label in LABELS}
     return pa.table(columns).combine_chunks()
 
 
@@ -220,8 +220,8 @@ def _folders_above(paths: pa.ChunkedArray) -> pa.ChunkedArray:
     return pc.if_else(has_some, pa.array(known, pa.string()).take(encoded.indices), "")
 
 
-def _parse_states(csv: Path, label: str, column: pa.ChunkedArray) -> pa.Array:
-    """Label cells as int8: parse the few distinct texts, then look every row up."""
+def parse_states(csv: Path, label: str, column: pa.ChunkedArray) -> pa.Array:
+    """Label cells as int8: parse the few distinct texts, then look every row up. Raises DataError for other texts."""
     encoded = column.combine_chunks().dictionary_encode()
     states = []
     for text in encoded.dictionary.to_pylist():

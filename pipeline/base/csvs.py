@@ -4,7 +4,7 @@ import csv as stdlib_csv
 import gzip
 import io
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
@@ -84,6 +84,16 @@ def demand(
     if row >= 0:
         text = quote(column[row].as_py() or "", 80)
         raise DataError(f"{csv}, line {line_of(csv, row)}, column {name}: '{text}' {complaint}")
+
+
+def demand_columns(csv: Path, table: pa.Table, names: Sequence[str]) -> None:
+    """Raise DataError if the table lacks a column, or has it more than once."""
+    for name in names:
+        count = table.column_names.count(name)
+        if count == 0:
+            raise DataError(f"{csv}: column {name} is missing; the table has {', '.join(names)}")
+        if count > 1:
+            raise DataError(f"{csv}: column {name} appears {count} times")
 
 
 def demand_unique(csv: Path, key: pa.Array) -> None:

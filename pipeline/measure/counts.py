@@ -304,12 +304,12 @@ def _share(part: float, whole: int) -> float | None:
 def describe_views(table: pa.Table) -> str:
     """How many studies of a label table have which views, in words, most common first."""
     study = number_studies(table)
-    lateral = pc.equal(table["view"], "lateral").to_numpy()
-    counts = (np.bincount(study[rows], minlength=study.max() + 1).tolist() for rows in (~lateral, lateral))
+    of_view = (pc.equal(table["view"], view).to_numpy() for view in ("frontal", "lateral", "other"))
+    counts = (np.bincount(study[rows], minlength=study.max() + 1).tolist() for rows in of_view)
     found = Counter(zip(*counts, strict=True)).most_common()
     return "studies: " + ", ".join(f"{count:,} with {_name_views(*views)}" for views, count in found)
 
 
-def _name_views(frontals: int, laterals: int) -> str:
-    named = ((frontals, "frontal"), (laterals, "lateral"))
+def _name_views(frontals: int, laterals: int, others: int) -> str:
+    named = ((frontals, "frontal"), (laterals, "lateral"), (others, "other view"))
     return " and ".join(f"{count} {view}{'s' if count > 1 else ''}" for count, view in named if count)

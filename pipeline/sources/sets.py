@@ -12,7 +12,7 @@ import pyarrow as pa
 from pipeline.base.csvs import read_header
 from pipeline.base.errors import DataError
 from pipeline.base.store import check_access, named_failures
-from pipeline.sources import chexpert, nih
+from pipeline.sources import chexpert, mimic, nih
 from pipeline.sources.terms import Terms
 
 
@@ -61,7 +61,7 @@ class Source(NamedTuple):
     set: str = "chexpert"
 
 
-SETS: dict[str, Adapter] = {"chexpert": chexpert, "nih": nih}
+SETS: dict[str, Adapter] = {"chexpert": chexpert, "mimic": mimic, "nih": nih}
 
 
 def find_source(

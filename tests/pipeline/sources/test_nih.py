@@ -142,7 +142,7 @@ def test_what_is_not_annotated_is_masked_under_every_policy(folder: Path, blank:
         ),
         (
             {"table": ("View Position", "View")},
-            "column View Position is missing; the table of NIH ChestX-ray14 has",
+            "column View Position is missing; the table has Image Index, Finding Labels",
         ),
         (
             {"train": ("00000002_000.png\n", "")},
@@ -175,8 +175,8 @@ def test_a_folder_without_its_lists_or_of_another_set_is_named(folder: Path) -> 
     assert failed.stderr == (
         f"Error: {folder}: neither it nor a folder in it holds a train.csv, valid.csv or test_labels.csv (CheXpert)\n"
     )
-    failed = run_pipeline("shards", folder, folder.parent / "out", "--set", "mimic")
-    assert "'mimic' is not a data set; choose from chexpert, nih" in failed.stderr
+    failed = run_pipeline("shards", folder, folder.parent / "out", "--set", "padchest")
+    assert "'padchest' is not a data set; choose from chexpert, mimic, nih" in failed.stderr
 
 
 def test_labels_blank_in_every_row_are_not_annotated(chexpert: Path, tmp_path: Path) -> None:
