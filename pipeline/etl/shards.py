@@ -1,4 +1,4 @@
-"""A CheXpert folder → tar shards, an Arrow index per split, and the manifest (format: shards/README.md).
+"""A data set's folder → tar shards, an Arrow index per split, and the manifest (format: shards/README.md).
 
 Four steps. The first three run in processes of their own, so that the parent stays small at any size:
     planning   CSVs → the rows of every shard, as `.partial/<split>.plan`
