@@ -65,7 +65,7 @@ class Manifest:
 
     `options` and `sources` (hashes of the CSVs) decided it; `policies` are its defaults; `pixels` are mean and std of
     train's gray levels; `rejects` are the images left out, each with split, key and reason. `dataset` says whose
-    images these are and on what terms (`pipeline.sources.terms`), if that is known; `not_annotated` are the labels that
+    images these are and on what terms (`sources.source.Terms`), if that is known; `not_annotated` are the labels that
     no sample is annotated for.
     """
 

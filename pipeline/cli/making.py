@@ -21,7 +21,7 @@ from pipeline.policies import BLANK_HELP, UNCERTAIN_HELP, check_blank_policy, pa
 if TYPE_CHECKING:
     from pipeline.etl.planning import Options
     from pipeline.etl.shards import Execution, RunSummary
-    from pipeline.sources.sets import Source
+    from pipeline.sources.source import Source
 
 WORKERS = click.option("--workers", default=count_cpus, type=click.IntRange(min=1), show_default="all cores")
 
@@ -93,6 +93,13 @@ def parse_set(text: str) -> str:
     return text
 
 
+def parse_columns(text: str) -> tuple[tuple[str, str], ...]:
+    """Our names and a table's, from `path=Image,patient=MRN`."""
+    from pipeline.sources import table
+
+    return table.parse_columns(text)
+
+
 FOLDER = Parsed(parse_folder, "folder")
 
 
@@ -101,6 +108,11 @@ FOLDER = Parsed(parse_folder, "folder")
 @click.argument("out", type=FOLDER)
 @click.option(
     "--set", "dataset", type=Parsed(parse_set, "SET"), help="Data set in SOURCE.", show_default="by its files"
+)
+@click.option(
+    "--columns",
+    type=Parsed(parse_columns, "NAME=COLUMN,…"),
+    help="Of --set table: path=Image,patient=MRN,Edema=edema.",
 )
 @click.option(
     "--size",
@@ -160,6 +172,7 @@ def shards(
     source: Path,
     out: Path,
     dataset: str | None,
+    columns: tuple[tuple[str, str], ...] | None,
     uncertain: str | None,
     blank: str | None,
     splits: tuple[tuple[str, Path], ...],
@@ -185,8 +198,12 @@ def shards(
     )
     refuse_usage(options.size is None and options.square != "no", "--square needs a --size")
     refuse_usage(how.overwrite and how.repair, "--overwrite or --repair, not both")
-    refuse_usage(bool(splits) and dataset not in (None, "chexpert"), "--split is for CheXpert's CSVs")
-    found = find_source(source, _collect("--split", splits), roots, dataset)
+    refuse_usage((dataset == "table") != bool(columns), "--set table and --columns go together")
+    refuse_usage(
+        bool(splits) and dataset not in (None, "chexpert", "table"),
+        "--split is for CSVs like CheXpert's, or --set table",
+    )
+    found = find_source(source, _collect("--split", splits), roots, dataset, columns or ())
     if dry_run:
         return _print_preview(found, options, how)
     start = time.perf_counter()

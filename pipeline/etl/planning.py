@@ -14,7 +14,8 @@ from pipeline.images import ImageError, ImageOptions, prepare
 from pipeline.manifest import read_manifest
 from pipeline.policies import find_one_class
 from pipeline.sources.rows import Omitted, divide_rows, read_images, read_splits, refuse_dark_images
-from pipeline.sources.sets import SETS, Source
+from pipeline.sources.sets import SETS
+from pipeline.sources.source import Source
 
 SAMPLED = 64  # images of each split to try before shards are replaced
 

@@ -10,7 +10,8 @@ from pipeline.etl.planning import Options, read_rows
 from pipeline.images import ImageError, prepare
 from pipeline.measure.counts import Statistics, count_labels, describe_views
 from pipeline.sources.rows import Omitted, divide_rows, find_missing, read_images
-from pipeline.sources.sets import SETS, Source
+from pipeline.sources.sets import SETS
+from pipeline.sources.source import Source
 
 SAMPLED = 24  # images per split that are prepared to estimate the bytes
 OVERHEAD = 2304  # bytes per sample beside the image: two headers, the JSON and half a block of padding

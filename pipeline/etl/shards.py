@@ -53,7 +53,8 @@ from pipeline.etl.writing import (
     write_shard,
 )
 from pipeline.manifest import NAME, Manifest, read_manifest
-from pipeline.sources.sets import SETS, Source
+from pipeline.sources.sets import SETS
+from pipeline.sources.source import Source
 
 STARTED = "options.json"  # in PARTIAL: what the run was asked for
 POLICIES = {"uncertain": "best", "blank": "zeros"}  # where none are given
@@ -159,7 +160,8 @@ def write_shards(
     given = {name: value for name, value in asdict(options).items() if name != "bits" or value is not None}
     with named_failures(out, "cannot be written"):
         chosen = _choose_policies(out, policies, how.overwrite)
-        wanted = {"options": given | unit, "policies": chosen, "sources": hashes}
+        named = {"columns": dict(source.columns)} if source.columns else {}
+        wanted = {"options": given | unit | named, "policies": chosen, "sources": hashes}
         run = Run(out, source, options, chosen, wanted, how, progress)
         if not run.partial.exists() and (found := _find_finished(run)) is not None:
             return found

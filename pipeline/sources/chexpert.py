@@ -10,7 +10,7 @@ that its CSV names, else from any that has its patient, study and view. Folders 
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -20,7 +20,7 @@ import pyarrow as pa
 from pipeline.base.errors import DataError
 from pipeline.base.store import list_folders, named_failures, open_location
 from pipeline.labels import read_labels
-from pipeline.sources.terms import Terms
+from pipeline.sources.source import Source, Terms
 
 TERMS = Terms(
     name="chexpert",
@@ -65,9 +65,9 @@ def find_tables(folder: Path) -> dict[str, Path] | None:
     return next(iter(inside.values()), None)
 
 
-def read_tables(csvs: Mapping[str, Path]) -> dict[str, pa.Table]:
+def read_tables(source: Source) -> dict[str, pa.Table]:
     """Split → its label table. Raises DataError, naming file, line and column."""
-    return {split: read_labels(csv) for split, csv in csvs.items()}
+    return {split: read_labels(csv) for split, csv in source.csvs.items()}
 
 
 read_table = read_labels

@@ -11,6 +11,7 @@ from pipeline.manifest import NAME, read_manifest, read_table
 from pipeline.measure.counts import describe_views
 from pipeline.policies import find_one_class
 from pipeline.sources.sets import SETS, find_set, read_any_table
+from pipeline.sources.source import Source
 
 
 def load_table(source: Path, split: str | None, views: str) -> pa.Table:
@@ -28,7 +29,7 @@ def load_table(source: Path, split: str | None, views: str) -> pa.Table:
         tables = {name: read_table(source, manifest.split(name)) for name in names}
     else:
         name, csvs = find_set(source)
-        tables = mark_unannotated(SETS[name].read_tables(csvs))
+        tables = mark_unannotated(SETS[name].read_tables(Source(csvs, (), name)))
         if split is not None and split not in tables:
             raise DataError(f"split '{split}' does not exist; {source} holds {', '.join(tables)}")
         tables = {name: table for name, table in tables.items() if split in (None, name)}

@@ -8,7 +8,7 @@ The official splits: train (of which dev is held out), validate, which is valid 
 labels of version 2.1.0, `test` holds the studies that they cover, by these labels, and `test_rest` the others.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from pipeline.base.csvs import demand, demand_columns, demand_unique, line_of, read_strings
 from pipeline.base.errors import DataError
 from pipeline.labels import LABELS, parse_states
-from pipeline.sources.terms import Terms
+from pipeline.sources.source import Source, Terms
 
 TERMS = Terms(
     name="mimic",
@@ -66,8 +66,9 @@ def read_table(csv: Path) -> pa.Table:
     raise DataError(f"{csv}: one of several tables of {TERMS.title}; name the folder that holds them")
 
 
-def read_tables(csvs: Mapping[str, Path]) -> dict[str, pa.Table]:
+def read_tables(source: Source) -> dict[str, pa.Table]:
     """Split → its label table. Raises DataError, naming file, line and column."""
+    csvs = source.csvs
     csv = csvs["split"]
     images = _read(csv, ("dicom_id", "study_id", "subject_id", "split"))
     for name, pattern, complaint in (

@@ -8,7 +8,7 @@ The official lists keep patients apart: train_val_list.txt is train (of which de
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from pipeline.base.csvs import demand, demand_columns, demand_unique, line_of, r
 from pipeline.base.errors import DataError, quote
 from pipeline.base.store import list_files, list_folders, open_to_read
 from pipeline.labels import LABELS, NOT_ANNOTATED
-from pipeline.sources.terms import Terms
+from pipeline.sources.source import Source, Terms
 
 TERMS = Terms(
     name="nih",
@@ -74,11 +74,12 @@ def find_roots(homes: Sequence[Path]) -> list[Path]:
     return []
 
 
-def read_tables(csvs: Mapping[str, Path]) -> dict[str, pa.Table]:
+def read_tables(source: Source) -> dict[str, pa.Table]:
     """The label tables of train and test, by the official lists.
 
     Raises DataError for an image that is in both lists or in none.
     """
+    csvs = source.csvs
     table = read_table(csvs["table"])
     listed = {split: _read_list(csvs[split]) for split in LISTS}
     both = set(listed["train"]).intersection(listed["test"])

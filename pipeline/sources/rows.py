@@ -24,7 +24,8 @@ from pipeline.labels import (
     split_patients,
     study_names,
 )
-from pipeline.sources.sets import SETS, Source
+from pipeline.sources.sets import SETS
+from pipeline.sources.source import Source
 
 SAMPLED = 64  # images whose bit depth is checked
 
@@ -46,7 +47,7 @@ def read_splits(
     is left.
     """
     adapter = SETS[source.set]
-    tables = mark_unannotated(adapter.read_tables(source.csvs))
+    tables = mark_unannotated(adapter.read_tables(source))
     _refuse_shared_patients(source, tables)
     if "train" in tables:
         train, held_out = split_patients(tables.pop("train"), dev, seed)

@@ -5,15 +5,15 @@ A module has the functions of `Adapter`. To add a set, write such a module and a
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import pyarrow as pa
 
 from pipeline.base.csvs import read_header
 from pipeline.base.errors import DataError
 from pipeline.base.store import check_access, named_failures
-from pipeline.sources import chexpert, mimic, nih
-from pipeline.sources.terms import Terms
+from pipeline.sources import chexpert, mimic, nih, table
+from pipeline.sources.source import Source, Terms
 
 
 class Adapter(Protocol):
@@ -40,7 +40,7 @@ class Adapter(Protocol):
     def read_table(self, csv: Path, /) -> pa.Table:
         """The label table of one CSV. Raises DataError, naming file, line and column."""
 
-    def read_tables(self, csvs: Mapping[str, Path], /) -> dict[str, pa.Table]:
+    def read_tables(self, source: Source, /) -> dict[str, pa.Table]:
         """Split → label table (`pipeline.labels`). Raises DataError, naming file, line and column."""
 
     def find_roots(self, homes: Sequence[Path], /) -> list[Path]:
@@ -53,38 +53,40 @@ class Adapter(Protocol):
         """How many images are in another folder than their table says, in words; None for no image."""
 
 
-class Source(NamedTuple):
-    """A data set's tables, by split or role, the folders that images may be read from, and its name in SETS."""
-
-    csvs: dict[str, Path]
-    roots: tuple[Path, ...]
-    set: str = "chexpert"
-
-
-SETS: dict[str, Adapter] = {"chexpert": chexpert, "mimic": mimic, "nih": nih}
+SETS: dict[str, Adapter] = {"chexpert": chexpert, "mimic": mimic, "nih": nih, "table": table}
 
 
 def find_source(
-    folder: Path, splits: Mapping[str, Path], roots: Sequence[Path], name: str | None = None
+    folder: Path,
+    splits: Mapping[str, Path],
+    roots: Sequence[Path],
+    name: str | None = None,
+    columns: Sequence[tuple[str, str]] = (),
 ) -> Source:
-    """The tables of `folder`, or CSVs of CheXpert's kind named in `splits`, and every folder that may hold images.
+    """The tables of `folder`, or the CSVs named in `splits`, and every folder that may hold images.
 
-    `name` forces a set; otherwise each is asked in turn. Raises DataError for a folder or file that does not exist,
-    and if no set is found.
+    `name` forces a set; otherwise each is asked in turn. `columns` are for the set `table`. Raises DataError for a
+    folder or file that does not exist, and if no set is found.
     """
     for path in (folder, *splits.values(), *roots):
         check_access(path)
         if path is not folder and not path.exists():
             raise DataError(f"{path}: no such file or folder")
-    name, csvs = ("chexpert", dict(splits)) if splits else find_set(folder, name)
+    name, csvs = (name or "chexpert", dict(splits)) if splits else find_set(folder, name)
     homes = [folder, *(csv.parent for csv in csvs.values()), *roots]
     more = SETS[name].find_roots(homes[1:])
-    return Source(csvs, tuple(dict.fromkeys(path.resolve() for path in (*homes, *more))), name)
+    return Source(
+        csvs, tuple(dict.fromkeys(path.resolve() for path in (*homes, *more))), name, tuple(columns)
+    )
 
 
 def find_set(folder: Path, name: str | None = None) -> tuple[str, dict[str, Path]]:
     """The set that the folder holds, and its tables. Raises DataError if there is none."""
-    asked = {name: SETS[name]} if name else SETS
+    asked = (
+        {name: SETS[name]}
+        if name
+        else {key: adapter for key, adapter in SETS.items() if adapter is not table}
+    )
     with named_failures(folder, "cannot be read"):
         if not folder.is_dir():
             raise DataError(f"{folder}: no such folder")
