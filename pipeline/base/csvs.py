@@ -17,8 +17,8 @@ from pipeline.base.errors import DataError, quote
 from pipeline.base.store import open_to_read
 
 
-def read_strings(csv: Path) -> pa.Table:
-    """All columns as strings; empty cells are null. Raises DataError, naming the file and the line."""
+def read_strings(csv: Path, names: Sequence[str] | None = None) -> pa.Table:
+    """The columns `names` as strings, or all; empty cells are null. Raises DataError, naming the file and the line."""
     if not csv.is_file():
         raise DataError(f"{csv}: no such file")
     # Into Arrow's own memory: its threads may release it after Python has shut down.
@@ -32,6 +32,9 @@ def read_strings(csv: Path) -> pa.Table:
         # Only for the names of the columns.
         with pacsv.open_csv(pa.input_stream(content, compression), parse_options=parse) as reader:
             convert.column_types = dict.fromkeys(reader.schema.names, pa.string())
+            if names is not None:
+                demand_columns(csv, reader.schema.names, names)
+                convert.include_columns = list(names)
         return pacsv.read_csv(
             pa.input_stream(content, compression), convert_options=convert, parse_options=parse
         )
@@ -86,10 +89,10 @@ def demand(
         raise DataError(f"{csv}, line {line_of(csv, row)}, column {name}: '{text}' {complaint}")
 
 
-def demand_columns(csv: Path, table: pa.Table, names: Sequence[str]) -> None:
-    """Raise DataError if the table lacks a column, or has it more than once."""
+def demand_columns(csv: Path, there: Sequence[str], names: Sequence[str]) -> None:
+    """Raise DataError if one of the names is missing from the columns that are there, or appears more than once."""
     for name in names:
-        count = table.column_names.count(name)
+        count = list(there).count(name)
         if count == 0:
             raise DataError(f"{csv}: column {name} is missing; the table has {', '.join(names)}")
         if count > 1:

@@ -107,7 +107,11 @@ FOLDER = Parsed(parse_folder, "folder")
 @click.argument("source", type=FOLDER)
 @click.argument("out", type=FOLDER)
 @click.option(
-    "--set", "dataset", type=Parsed(parse_set, "SET"), help="Data set in SOURCE.", show_default="by its files"
+    "--set",
+    "dataset",
+    type=Parsed(parse_set, "SET"),
+    help="Data set in SOURCE (docs/datasets.md).",
+    show_default="by its files",
 )
 @click.option(
     "--columns",

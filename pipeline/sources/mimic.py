@@ -70,7 +70,7 @@ def read_tables(source: Source) -> dict[str, pa.Table]:
     """Split → its label table. Raises DataError, naming file, line and column."""
     csvs = source.csvs
     csv = csvs["split"]
-    images = _read(csv, ("dicom_id", "study_id", "subject_id", "split"))
+    images = read_strings(csv, ("dicom_id", "study_id", "subject_id", "split"))
     for name, pattern, complaint in (
         ("dicom_id", r"^[0-9a-f]{8}(-[0-9a-f]{8}){0,7}$", "is not dashed hexadecimal"),
         ("study_id", r"^\d{1,9}$", "is not a number of up to 9 digits"),
@@ -101,12 +101,6 @@ def locate(paths: Sequence[str], roots: Sequence[Path]) -> list[str]:
     return [f"{root}/{path}" for path in paths]
 
 
-def _read(csv: Path, names: Sequence[str]) -> pa.Table:
-    table = read_strings(csv)
-    demand_columns(csv, table, names)
-    return table
-
-
 def _read_identity(images: pa.Table) -> dict[str, Any]:
     patient = pc.binary_join_element_wise("p", images["subject_id"], "")
     study = pc.binary_join_element_wise("s", images["study_id"], "")
@@ -122,7 +116,7 @@ def _read_identity(images: pa.Table) -> dict[str, Any]:
 
 def _read_views(csv: Path, images: Path, dicom: pa.ChunkedArray) -> dict[str, Any]:
     """View and projection of each image; `other` where ViewPosition names neither kind. Raises DataError."""
-    table = _read(csv, ("dicom_id", "ViewPosition"))
+    table = read_strings(csv, ("dicom_id", "ViewPosition"))
     place = pc.index_in(dicom, value_set=table["dicom_id"].combine_chunks())
     if place.null_count:
         row = pc.index(pc.is_null(place), True).as_py()
@@ -141,7 +135,7 @@ def _read_views(csv: Path, images: Path, dicom: pa.ChunkedArray) -> dict[str, An
 
 def _read_labels(csv: Path, study: pa.ChunkedArray) -> dict[str, pa.Array]:
     """The states of each image's study; blank for a study that the table lacks."""
-    table = _read(csv, ("study_id", *LABELS))
+    table = read_strings(csv, ("study_id", *LABELS))
     place = pc.index_in(study, value_set=table["study_id"].combine_chunks())
     return {label: parse_states(csv, label, table[label]).take(place) for label in LABELS}
 
@@ -150,7 +144,7 @@ def _read_radiologist(csv: Path, test: pa.Table) -> dict[str, pa.Table]:
     """Test divided into the studies that a radiologist labeled, with these labels, and the rest."""
     table = read_strings(csv)
     table = table.rename_columns([RADIOLOGISTS_NAMES.get(name, name) for name in table.column_names])
-    demand_columns(csv, table, ("study_id", *LABELS))
+    demand_columns(csv, table.column_names, ("study_id", *LABELS))
     place = pc.index_in(test["study"].cast(pa.string()), value_set=table["study_id"].combine_chunks())
     read = test.filter(place.is_valid())
     for label in LABELS:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.base.csvs import demand, demand_columns, demand_unique, line_of, read_strings
+from pipeline.base.csvs import demand, demand_unique, line_of, read_strings
 from pipeline.base.errors import DataError, quote
 from pipeline.base.store import list_files, list_folders, open_to_read
 from pipeline.labels import LABELS, NOT_ANNOTATED
@@ -102,8 +102,7 @@ def read_tables(source: Source) -> dict[str, pa.Table]:
 
 def read_table(csv: Path) -> pa.Table:
     """The label table of all images. Raises DataError, naming file, line and column."""
-    text = read_strings(csv)
-    demand_columns(csv, text, COLUMNS)
+    text = read_strings(csv, COLUMNS)
     index = text["Image Index"]
     parts = pc.extract_regex(index, _IMAGE)
     demand(csv, "Image Index", index, parts.is_valid(), "is not like 00000001_000.png")

@@ -12,7 +12,7 @@ import pyarrow as pa
 from pipeline.base.csvs import read_header
 from pipeline.base.errors import DataError
 from pipeline.base.store import check_access, named_failures
-from pipeline.sources import chexpert, mimic, nih, table
+from pipeline.sources import chexpert, mimic, nih, plus, table
 from pipeline.sources.source import Source, Terms
 
 
@@ -53,7 +53,13 @@ class Adapter(Protocol):
         """How many images are in another folder than their table says, in words; None for no image."""
 
 
-SETS: dict[str, Adapter] = {"chexpert": chexpert, "mimic": mimic, "nih": nih, "table": table}
+SETS: dict[str, Adapter] = {
+    "chexpert": chexpert,
+    "chexpert-plus": plus,
+    "mimic": mimic,
+    "nih": nih,
+    "table": table,
+}
 
 
 def find_source(

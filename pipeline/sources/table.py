@@ -129,7 +129,10 @@ def _read(csv: Path, columns: Mapping[str, str]) -> pa.Table:
         "projection": found.get("projection", pa.nulls(rows, pa.string())),
     }
     absent = pa.array(np.full(rows, NOT_ANNOTATED, np.int8))
-    states = {label: parse_states(csv, columns[label], found[label]) if label in found else absent for label in LABELS}
+    states = {
+        label: parse_states(csv, columns[label], found[label]) if label in found else absent
+        for label in LABELS
+    }
     return pa.table(facts | states).combine_chunks()
 
 

@@ -176,7 +176,10 @@ def test_a_folder_without_its_lists_or_of_another_set_is_named(folder: Path) -> 
         f"Error: {folder}: neither it nor a folder in it holds a train.csv, valid.csv or test_labels.csv (CheXpert)\n"
     )
     failed = run_pipeline("shards", folder, folder.parent / "out", "--set", "padchest")
-    assert "'padchest' is not a data set; choose from chexpert, mimic, nih" in failed.stderr
+    assert (
+        "'padchest' is not a data set; choose from chexpert, chexpert-plus, mimic, nih, table"
+        in failed.stderr
+    )
 
 
 def test_labels_blank_in_every_row_are_not_annotated(chexpert: Path, tmp_path: Path) -> None:
