@@ -6,35 +6,31 @@ Output: an Arrow table with one row per image:
     key         string   `patient00001_study1_view1_frontal`, unique
     patient     string   `patient00001`
     study       int32    number of the study within the patient
-    view        string   `frontal` or `lateral` (from the column Frontal/Lateral, never from AP/PA)
+    view        string   `frontal` or `lateral` (from the column Frontal/Lateral, never from AP/PA); other sets: `other`
     sex         string   as in the CSV: Female, Male, Unknown
     age         int16    years
     projection  string   AP, PA, LL, RL; null on laterals
-    <14 labels> int8     1 positive, 0 negative, -1 uncertain, null blank (not mentioned)
+    <14 labels> int8     1 positive, 0 negative, -1 uncertain, null blank (not mentioned), -2 not annotated
 The test set's CSVs have only paths and labels: the view comes from the file name, the other facts are null.
 
-The raw states are kept everywhere: `policies` turns them into targets only when labels are read for training.
+The raw states are kept everywhere: `policies` turns them into targets only when labels are read for training. Not
+annotated means that nobody looked for the finding, so the cell says nothing under any policy.
 """
 
-import csv as stdlib_csv
-import gzip
 import hashlib
-import io
 import re
-import zlib
 from collections.abc import Iterator, Mapping
-from itertools import combinations, islice, takewhile
+from itertools import combinations, takewhile
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv as pacsv
 
-from pipeline.base.errors import DataError, quote
-from pipeline.base.store import open_to_read
+from pipeline.base.csvs import demand, demand_unique, read_strings
+from pipeline.base.errors import DataError
 
 PROJECTIONS = ("AP", "PA", "lateral", "other")  # a projection's code is its place here
 MOST_VIEWS = 3  # of a study, as in CheXpert
@@ -47,6 +43,7 @@ AGE_BANDS = {
     "80+": 80,
 }  # lower bound, in years
 STATES = {"positive": 1, "uncertain": -1, "negative": 0, "blank": None}
+NOT_ANNOTATED = -2  # the state of a cell that a data set does not annotate
 
 
 LABELS = (
@@ -87,19 +84,19 @@ def read_labels(csv: Path) -> pa.Table:
     parts = pc.extract_regex(table["Path"], _PATH)
     above = _folders_above(table["Path"])
     valid = pc.and_(parts.is_valid(), above.is_valid())
-    _demand(csv, "Path", table["Path"], valid, "does not end in patientN/studyN/viewN_frontal.jpg")
+    demand(csv, "Path", table["Path"], valid, "does not end in patientN/studyN/viewN_frontal.jpg")
     parts = parts.combine_chunks()
     patient, study, file = (parts.field(name) for name in ("patient", "study", "file"))
     path = pc.binary_join_element_wise(above, parts.field("image"), "")
     key = pc.binary_join_element_wise(patient, pc.binary_join_element_wise("study", study, ""), file, "_")
-    _demand_unique(csv, key)
+    demand_unique(csv, key)
 
     if "Sex" in table.column_names:
         view = pc.utf8_lower(table["Frontal/Lateral"])
         known = pc.is_in(view, value_set=pa.array(["frontal", "lateral"]))
-        _demand(csv, "Frontal/Lateral", table["Frontal/Lateral"], known, "is neither Frontal nor Lateral")
+        demand(csv, "Frontal/Lateral", table["Frontal/Lateral"], known, "is neither Frontal nor Lateral")
         age = pc.match_substring_regex(table["Age"], r"^\d{1,3}(\.0)?$")
-        _demand(csv, "Age", table["Age"], age, "is not a number of years")
+        demand(csv, "Age", table["Age"], age, "is not a number of years")
         facts = (table["Sex"], table["Age"].cast(pa.float32()).cast(pa.int16()), table["AP/PA"])
     else:
         view = pc.list_element(pc.split_pattern(file, "_"), 1)
@@ -113,7 +110,7 @@ def read_labels(csv: Path) -> pa.Table:
         "view": view,
         **dict(zip(("sex", "age", "projection"), facts, strict=True)),
     }
-    columns |= {label: _parse_states(csv, label, table[label]) for label in LABELS}
+    columns |= {label: parse_states(csv, label, table[label]) for label in LABELS}
     return pa.table(columns).combine_chunks()
 
 
@@ -125,13 +122,6 @@ def select_views(table: pa.Table, views: str) -> pa.Table:
 def study_names(table: pa.Table) -> pa.ChunkedArray:
     """`patient00001_study1` of each row: a study's number is unique only within its patient."""
     return pc.binary_join_element_wise(table["patient"], table["study"].cast(pa.string()), "_study")
-
-
-def repeated(column: pa.Array | pa.ChunkedArray) -> list[Any]:
-    """The values that occur more than once."""
-    counts = pc.value_counts(column)
-    values: list[Any] = counts.filter(pc.greater(counts.field("counts"), 1)).field("values").to_pylist()
-    return values
 
 
 def shared(tables: Mapping[str, pa.Table], column: str) -> Iterator[tuple[str, str, str]]:
@@ -162,7 +152,7 @@ def split_patients(table: pa.Table, dev: float, seed: int) -> tuple[pa.Table, pa
 
 
 def label_states(table: pa.Table) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.bool_]]:
-    """States [N, 14] (1, 0, -1; 0 where blank) and whether each cell is blank [N, 14]."""
+    """States [N, 14] (1, 0, -1, NOT_ANNOTATED; 0 where blank) and whether each cell is blank [N, 14]."""
     states = np.empty((table.num_rows, len(LABELS)), np.int8)
     blank = np.empty((table.num_rows, len(LABELS)), np.bool_)
     for column, label in enumerate(LABELS):
@@ -171,56 +161,37 @@ def label_states(table: pa.Table) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.
     return states, blank
 
 
+def find_unannotated(table: pa.Table) -> list[str]:
+    """The labels that no row of a table is annotated for."""
+    return [
+        label
+        for label in LABELS
+        if pc.all(pc.fill_null(pc.equal(table[label], NOT_ANNOTATED), False)).as_py()
+    ]
+
+
+def mark_unannotated(tables: Mapping[str, pa.Table]) -> dict[str, pa.Table]:
+    """The tables, with labels that are blank in every row of all of them as not annotated."""
+    blank = [
+        label for label in LABELS if all(table[label].null_count == len(table) for table in tables.values())
+    ]
+    marked = dict(tables)
+    for split, table in tables.items():
+        for label in blank:
+            column = pa.array(np.full(len(table), NOT_ANNOTATED, np.int8))
+            marked[split] = marked[split].set_column(table.schema.get_field_index(label), label, column)
+    return marked
+
+
 def name_ages(years: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.str_]:
     """The AGE_BANDS [N] of ages [N], of which -1 is unknown."""
     bands: npt.NDArray[np.str_] = np.array(list(AGE_BANDS))[np.digitize(years, list(AGE_BANDS.values())) - 1]
     return bands
 
 
-def line_of(csv: Path, row: int) -> int:
-    """The line of the file, from 1, on which a row of the label table, from 0, begins."""
-    return next(islice(_lines(csv), row + 1, None))[0]
-
-
-def _lines(csv: Path) -> Iterator[tuple[int, list[str]]]:
-    """First line and cells of the header and each row. A blank line is no row; a quoted cell may have many lines."""
-    stdlib_csv.field_size_limit(2**31 - 1)  # Arrow has no such limit
-    with open_to_read(csv) as raw, _unpacked(csv, raw) as text:
-        reader = stdlib_csv.reader(text)
-        line = 1
-        for cells in reader:
-            if cells:
-                yield line, cells
-            line = reader.line_num + 1
-
-
-def _unpacked(csv: Path, raw: BinaryIO) -> TextIO:
-    content = gzip.GzipFile(fileobj=raw) if csv.suffix == ".gz" else raw
-    return io.TextIOWrapper(content, "utf-8-sig", errors="surrogateescape", newline="")
-
-
 def _read_csv(csv: Path) -> pa.Table:
-    """The known columns as strings, under their CheXpert names; empty cells are null."""
-    if not csv.is_file():
-        raise DataError(f"{csv}: no such file")
-    # Into Arrow's own memory: its threads may release it after Python has shut down.
-    with open_to_read(csv) as file, pa.BufferOutputStream() as memory:
-        memory.write(file.read())
-        content = memory.getvalue()
-    compression = "gzip" if csv.suffix == ".gz" else None
-    convert = pacsv.ConvertOptions(null_values=[""], strings_can_be_null=True)
-    parse = pacsv.ParseOptions(newlines_in_values=True)
-    try:
-        # Only for the names of the columns.
-        with pacsv.open_csv(pa.input_stream(content, compression), parse_options=parse) as reader:
-            convert.column_types = dict.fromkeys(reader.schema.names, pa.string())
-        table = pacsv.read_csv(
-            pa.input_stream(content, compression), convert_options=convert, parse_options=parse
-        )
-    except (pa.ArrowInvalid, OSError) as error:  # the latter for a damaged .gz
-        raise DataError(f"{csv}: not a readable CSV: {_find_fault(csv) or quote(str(error), 200)}") from error
-    except UnicodeDecodeError:
-        raise DataError(f"{csv}: not a readable CSV: its header is not UTF-8") from None
+    """The known columns as strings, under their CheXpert names."""
+    table = read_strings(csv)
     table = table.rename_columns([name.strip().replace("_", " ") for name in table.column_names])
     wanted = COLUMNS if any(name in FACTS for name in table.column_names) else ("Path", *LABELS)
     missing = [name for name in wanted if name not in table.column_names]
@@ -232,23 +203,6 @@ def _read_csv(csv: Path) -> pa.Table:
     if table.num_rows == 0:
         raise DataError(f"{csv}: no rows below the header")
     return table.select(wanted)
-
-
-def _find_fault(csv: Path) -> str | None:
-    """What is wrong with the first row that Arrow cannot read; None where it reads them all."""
-    lines = _lines(csv)
-    try:
-        _, header = next(lines)
-        for line, cells in lines:
-            if len(cells) != len(header):
-                at_end = len(cells) < len(header) and next(lines, None) is None
-                hint = "; it is the last row: is a quote left open, or the file cut off?" if at_end else ""
-                return f"line {line}: {len(cells)} cells, but the header has {len(header)}{hint}"
-            if not "".join(cells).isascii() and any("\udc80" <= char <= "\udcff" for char in "".join(cells)):
-                return f"line {line}: not UTF-8; save the file as UTF-8"
-    except (StopIteration, OSError, EOFError, zlib.error, stdlib_csv.Error):
-        pass  # a damaged .gz, or no table at all: Arrow has said so
-    return None
 
 
 def _folders_above(paths: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -266,32 +220,23 @@ def _folders_above(paths: pa.ChunkedArray) -> pa.ChunkedArray:
     return pc.if_else(has_some, pa.array(known, pa.string()).take(encoded.indices), "")
 
 
-def _parse_states(csv: Path, label: str, column: pa.ChunkedArray) -> pa.Array:
-    """Label cells as int8: parse the few distinct texts, then look every row up."""
+def parse_states(csv: Path, label: str, column: pa.ChunkedArray) -> pa.Array:
+    """Label cells as int8: parse the few distinct texts, then look every row up. Raises DataError for other texts."""
     encoded = column.combine_chunks().dictionary_encode()
     states = []
     for text in encoded.dictionary.to_pylist():
         try:
             states.append(_STATES[float(text)])
         except (KeyError, ValueError):
-            _demand(csv, label, column, pc.not_equal(column, text), "is not a label: 1.0, 0.0, -1.0 or blank")
+            demand(
+                csv,
+                label,
+                column,
+                pc.not_equal(column, text),
+                "is not a label: 1.0, 0.0, -1.0 or blank",
+                True,
+            )
     return pa.array(states, pa.int8()).take(encoded.indices)
-
-
-def _demand(csv: Path, name: str, column: pa.ChunkedArray, valid: pa.ChunkedArray, complaint: str) -> None:
-    """Raise DataError for the first row that is not valid (null counts as not valid for required columns)."""
-    row = pc.index(pc.fill_null(valid, name in LABELS), False).as_py()
-    if row >= 0:
-        text = quote(column[row].as_py() or "", 80)
-        raise DataError(f"{csv}, line {line_of(csv, row)}, column {name}: '{text}' {complaint}")
-
-
-def _demand_unique(csv: Path, key: pa.Array) -> None:
-    for name in repeated(key)[:1]:
-        first = pc.index(key, name).as_py()
-        second = pc.index(key.slice(first + 1), name).as_py() + first + 1
-        lines = f"lines {line_of(csv, first)} and {line_of(csv, second)}"
-        raise DataError(f"{csv}, {lines}: the same image {name} twice")
 
 
 def count_rows(table: pa.Table) -> dict[str, int]:

@@ -7,7 +7,7 @@ input and options give the same bytes.
 import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from pipeline.base.store import is_remote
 from pipeline.labels import LABELS
 
 FORMAT = "chexpert-shards"
-VERSION = 1
+VERSION = 2  # 1 lacks `dataset` and `not_annotated`
 NAME = "manifest.json"
 # The columns of every table; those of _FULL have no empty cells.
 FACTS = pa.schema(
@@ -64,7 +64,9 @@ class Manifest:
     """The whole folder.
 
     `options` and `sources` (hashes of the CSVs) decided it; `policies` are its defaults; `pixels` are mean and std of
-    train's gray levels; `rejects` are the images left out, each with split, key and reason.
+    train's gray levels; `rejects` are the images left out, each with split, key and reason. `dataset` says whose
+    images these are and on what terms (`sources.source.Terms`), if that is known; `not_annotated` are the labels that
+    no sample is annotated for.
     """
 
     options: Mapping[str, Any]
@@ -73,6 +75,8 @@ class Manifest:
     pixels: Mapping[str, float]
     splits: Mapping[str, Split]
     rejects: tuple[Mapping[str, str], ...] = ()
+    dataset: Mapping[str, str] = field(default_factory=dict)
+    not_annotated: tuple[str, ...] = ()
 
     def files(self) -> dict[str, str]:
         """Name → sha256 of all tables and shards."""
@@ -102,21 +106,25 @@ def read_manifest(folder: Path) -> Manifest:
         ) from None
     if document.get("format") != FORMAT:
         raise DataError(f"{path}: not a manifest of {FORMAT}")
-    if document.get("version") != VERSION:
+    if document.get("version") not in (1, VERSION):
         found = repr(document.get("version"))[:20]
-        raise DataError(f"{path}: format version {found}; this program reads {VERSION}")
+        raise DataError(f"{path}: format version {found}; this program reads 1 and {VERSION}")
     try:
         splits = {name: _parse_split(split) for name, split in document["splits"].items()}
         policies, sources, rejects = document["policies"], document["sources"], document["rejects"]
-        for texts in (policies, sources, *rejects):
+        dataset, unannotated = document.get("dataset", {}), document.get("not_annotated", [])
+        for texts in (policies, sources, dataset, *rejects):
             _demand(all(isinstance(text, str) for text in texts.values()), "text", texts)
         pixels = {name: float(document["pixels"][name]) for name in ("mean", "std")}
         _demand(all(map(math.isfinite, pixels.values())) and pixels["std"] > 0, "mean and std", pixels)
         _demand({"uncertain", "blank"} <= policies.keys(), "policies", policies)
-        for text in (*splits, *policies.values()):  # quoted in messages
+        for text in (*splits, *policies.values(), *dataset.values()):  # quoted in messages
             _demand(text.isprintable() and len(text) < 1000, "text", text)
+        _demand(set(LABELS).issuperset(unannotated), "not_annotated", unannotated)
         options = dict(document["options"].items())
-        manifest = Manifest(options, policies, sources, pixels, splits, tuple(rejects))
+        manifest = Manifest(
+            options, policies, sources, pixels, splits, tuple(rejects), dataset, tuple(unannotated)
+        )
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise DataError(f"{path}: damaged: {str(error)[:200]}") from error
     for name in manifest.files():
@@ -144,12 +152,12 @@ def read_table(folder: Path, split: Split) -> pa.Table:
         raise DataError(f"{path}: its sha256 is not the manifest's; it is damaged or belongs to other shards")
     source.seek(0)
     table = read_arrow(path, source)
-    for field in (*FACTS, *PLACES):
-        place = table.schema.get_field_index(field.name)  # negative for a duplicate, too
-        if place < 0 or table.schema.types[place] != field.type:
-            raise DataError(f"{path}: column {field.name} is missing, duplicated, or not {field.type}")
-        if field.name in _FULL and table[field.name].null_count:
-            raise DataError(f"{path}: column {field.name} has empty cells")
+    for column in (*FACTS, *PLACES):
+        place = table.schema.get_field_index(column.name)  # negative for a duplicate, too
+        if place < 0 or table.schema.types[place] != column.type:
+            raise DataError(f"{path}: column {column.name} is missing, duplicated, or not {column.type}")
+        if column.name in _FULL and table[column.name].null_count:
+            raise DataError(f"{path}: column {column.name} has empty cells")
     if "member" in table.column_names:  # of shards that others wrote
         names = table["member"]
         if names.type != pa.string() or names.null_count:

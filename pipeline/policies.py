@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pipeline.base.errors import DataError
-from pipeline.labels import LABELS, hash_fraction, label_states
+from pipeline.labels import LABELS, NOT_ANNOTATED, find_unannotated, hash_fraction, label_states
 
 UNCERTAIN_POLICIES = ("zeros", "ones", "ignore", "smooth-zeros", "smooth-ones", "multiclass", "selftrained")
 BLANK_POLICIES = ("zeros", "ignore")
@@ -65,11 +65,12 @@ def make_targets(
 
     `uncertain` holds a policy per label. A smoothing draw is a pure function of (seed, key, label). Under
     `multiclass` an uncertain cell stays -1, which names its class. Under `selftrained` it becomes the score
-    that `teacher` [N, 14] has for it; raises DataError where there is no teacher.
+    that `teacher` [N, 14] has for it; raises DataError where there is no teacher. Cells that are not annotated are
+    masked under every policy.
     """
     states, is_blank = label_states(table)
-    target = states.astype(np.float32)
-    mask = np.ones_like(is_blank)
+    mask = states != NOT_ANNOTATED
+    target = np.where(mask, states, 0).astype(np.float32)
     if blank == "ignore":
         mask &= ~is_blank
     keys = None
@@ -127,7 +128,9 @@ def find_one_class(table: pa.Table, policies: Mapping[str, str]) -> list[str]:
         for label, policy in parse_uncertain_policy(policies["uncertain"]).items()
     }
     # Any seed: each smoothing range lies on one side of 0.5.
-    return describe_one_class(one_class_labels(*make_targets(table, uncertain, policies["blank"], seed=0)))
+    lacking = one_class_labels(*make_targets(table, uncertain, policies["blank"], seed=0))
+    unannotated = find_unannotated(table)  # which no policy could help
+    return describe_one_class(counts for counts in lacking if counts[0] not in unannotated)
 
 
 def evaluation_targets(table: pa.Table, blank: str) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:

@@ -22,7 +22,7 @@ from pipeline.etl.planning import Options
 from pipeline.etl.shards import Execution, RunSummary, write_shards
 from pipeline.labels import COLUMNS, LABELS
 from pipeline.manifest import Manifest, read_manifest
-from pipeline.sources.chexpert import find_source
+from pipeline.sources.sets import find_source
 from pipeline.synthetic.sample import write_sample
 
 REPOSITORY = Path(__file__).parents[1]

@@ -43,7 +43,7 @@ with atheris.instrument_imports(include=["pipeline", "model"]):
     from pipeline.labels import LABELS, read_labels
     from pipeline.manifest import Split, read_manifest, read_table
     from pipeline.policies import make_targets, parse_uncertain_policy
-    from pipeline.sources.chexpert import find_source
+    from pipeline.sources.sets import find_source
     from pipeline.stream.batches import Labels, stream_batches
     from pipeline.stream.dataset import open_shards
     from pipeline.stream.plan import plan_evaluation

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import jinja2
@@ -57,11 +58,14 @@ def render_model_card(
     config: Mapping[str, Any],
     data: Mapping[str, Mapping[str, int]],
     evaluations: Mapping[str, Mapping[str, Any]],
+    dataset: Mapping[str, str] = MappingProxyType({}),
 ) -> str:
-    """The model card of a run; `data` are samples, studies and patients of each split."""
+    """The model card of a run; `data` are samples, studies and patients of each split, `dataset` is the manifest's."""
     gaps = {name: describe_gaps(evaluation) for name, evaluation in evaluations.items()}
     card = _templates().get_template("model-card.md")
-    return card.render(title=title, config=config, data=data, evaluations=evaluations, gaps=gaps)
+    return card.render(
+        title=title, config=config, data=data, evaluations=evaluations, gaps=gaps, dataset=dataset
+    )
 
 
 def describe_gaps(evaluation: Mapping[str, Any]) -> list[str]:
@@ -71,6 +75,11 @@ def describe_gaps(evaluation: Mapping[str, Any]) -> list[str]:
     for level, part in (levels | {"studies": evaluation["study"]}).items():
         intervals = part["intervals"]
         for name in part["skipped"]:
+            if name in evaluation.get("not_annotated", ()):  # which earlier evaluations lack
+                lines.append(
+                    f"{name}, {level}: not annotated by this data set, so no figures, and in no mean."
+                )
+                continue
             label = part["labels"][name]
             lacking = " and ".join(side for side in ("positives", "negatives") if label[side] == 0)
             lines.append(f"{name}, {level}: no {lacking}, so no AUROC, no AUPRC, and in no mean.")

@@ -46,7 +46,7 @@ def finish_run(job: Job) -> None:
     for name in splits:
         split, rows = open_images(job, name)
         data[name] = count_rows(split.table.take(rows))
-    card = render_model_card(job.run.name, config, data, evaluations)
+    card = render_model_card(job.run.name, config, data, evaluations, job.manifest.dataset)
     write_atomically(job.run / "model-card.md", card.encode())
 
 
@@ -74,6 +74,7 @@ def evaluate(
     calibration = find_calibration(job, name, None if chosen_by else scored, sensitivity, combine)
     evaluation = assess(config.labels, scored, calibration, unit=config.unit, resamples=RESAMPLES)
     evaluation |= shared
+    evaluation["not_annotated"] = [label for label in job.manifest.not_annotated if label in config.labels]
     evaluation |= {"chosen_by": list(chosen_by)} if chosen_by else {}
     if against and config.fusion is None:
         add_difference(job, evaluation, found, calibration, against)

@@ -22,9 +22,11 @@ def print_evaluations(reports: Mapping[str, Mapping[str, Any]]) -> None:
         cells = [
             (
                 show_figure(label["auroc"]),
-                f"{'few ' if label['few'] else ''}{label['positives']} / {label['negatives']}",
+                "not annotated"
+                if name in report.get("not_annotated", ())
+                else f"{'few ' if label['few'] else ''}{label['positives']} / {label['negatives']}",
             )
-            for label in labels
+            for report, label in zip(reports.values(), labels, strict=True)
         ]
         table.add_row(name, *(text for cell in cells for text in cell))
     table.add_section()

@@ -13,7 +13,7 @@ from pipeline.console import run_command
 @click.group(context_settings={"show_default": True})
 @click.version_option(package_name="chexpert-pipeline")
 def cli() -> None:
-    """Turn CheXpert into WebDataset shards with Arrow label tables, and report on its labels."""
+    """Turn chest X-ray data sets into WebDataset shards with Arrow label tables, and report on its labels."""
 
 
 for command in (sample, shards, verify, index, stats, show):

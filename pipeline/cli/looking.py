@@ -64,7 +64,7 @@ def stats(
     html: Path | None,
     format_: str,
 ) -> None:
-    """Count positive, uncertain, negative and blank per label in SOURCE (shards, CheXpert folder or CSV)."""
+    """Count positive, uncertain, negative and blank per label in SOURCE (shards, a data set's folder or CSV)."""
     from pipeline.sources.load import load_table
 
     sections = sum(map(bool, (by, cooccurrence, policy, against)))

@@ -21,7 +21,7 @@ from pipeline.policies import BLANK_HELP, UNCERTAIN_HELP, check_blank_policy, pa
 if TYPE_CHECKING:
     from pipeline.etl.planning import Options
     from pipeline.etl.shards import Execution, RunSummary
-    from pipeline.sources.chexpert import Source
+    from pipeline.sources.source import Source
 
 WORKERS = click.option("--workers", default=count_cpus, type=click.IntRange(min=1), show_default="all cores")
 
@@ -84,12 +84,40 @@ def parse_split(text: str) -> tuple[str, Path]:
     return split, open_location(csv)
 
 
+def parse_set(text: str) -> str:
+    """The name of a data set. Raises DataError if there is none of that name."""
+    from pipeline.sources.sets import SETS
+
+    if text not in SETS:
+        raise DataError(f"'{text}' is not a data set; choose from {', '.join(SETS)}")
+    return text
+
+
+def parse_columns(text: str) -> tuple[tuple[str, str], ...]:
+    """Our names and a table's, from `path=Image,patient=MRN`."""
+    from pipeline.sources import table
+
+    return table.parse_columns(text)
+
+
 FOLDER = Parsed(parse_folder, "folder")
 
 
 @click.command(epilog="Example: pipeline shards ~/CheXpert-v1.0-small shards --size 320 --views frontal")
 @click.argument("source", type=FOLDER)
 @click.argument("out", type=FOLDER)
+@click.option(
+    "--set",
+    "dataset",
+    type=Parsed(parse_set, "SET"),
+    help="Data set in SOURCE (docs/datasets.md).",
+    show_default="by its files",
+)
+@click.option(
+    "--columns",
+    type=Parsed(parse_columns, "NAME=COLUMN,…"),
+    help="Of --set table: path=Image,patient=MRN,Edema=edema.",
+)
 @click.option(
     "--size",
     default=320,
@@ -147,6 +175,8 @@ FOLDER = Parsed(parse_folder, "folder")
 def shards(
     source: Path,
     out: Path,
+    dataset: str | None,
+    columns: tuple[tuple[str, str], ...] | None,
     uncertain: str | None,
     blank: str | None,
     splits: tuple[tuple[str, Path], ...],
@@ -154,15 +184,15 @@ def shards(
     dry_run: bool,
     **rest: Any,
 ) -> int:
-    """Write the CheXpert folder SOURCE as shards to OUT: tars, Arrow tables, and a manifest at the end.
+    """Write the data set in SOURCE as shards to OUT: tars, Arrow tables, and a manifest at the end.
 
     Raw labels are kept; the policies are recorded as the shards' defaults, which training may override. The
     same command continues a run that was stopped or killed. SOURCE and OUT may be s3://bucket/prefix.
     """
     from pipeline.etl.planning import Options
     from pipeline.etl.shards import Execution, write_shards
-    from pipeline.sources.chexpert import find_source
     from pipeline.sources.load import describe_shards
+    from pipeline.sources.sets import find_source
 
     how = Execution(**{field.name: rest.pop(field.name) for field in fields(Execution)})
     options = Options(**rest)
@@ -172,7 +202,12 @@ def shards(
     )
     refuse_usage(options.size is None and options.square != "no", "--square needs a --size")
     refuse_usage(how.overwrite and how.repair, "--overwrite or --repair, not both")
-    found = find_source(source, _collect("--split", splits), roots)
+    refuse_usage((dataset == "table") != bool(columns), "--set table and --columns go together")
+    refuse_usage(
+        bool(splits) and dataset not in (None, "chexpert", "table"),
+        "--split is for CSVs like CheXpert's, or --set table",
+    )
+    found = find_source(source, _collect("--split", splits), roots, dataset, columns or ())
     if dry_run:
         return _print_preview(found, options, how)
     start = time.perf_counter()

@@ -24,6 +24,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.base.csvs import repeated
 from pipeline.base.errors import DataError
 from pipeline.base.files import claimed, hash_file, read_arrow
 from pipeline.base.workers import run_threads
@@ -32,7 +33,7 @@ from pipeline.etl.facts import read_facts, read_identity
 from pipeline.etl.tar import Member, map_file, walk_tar
 from pipeline.etl.writing import write_split
 from pipeline.images import decode_stored, gray_statistics
-from pipeline.labels import read_labels, repeated, shared
+from pipeline.labels import read_labels, shared
 from pipeline.manifest import FACTS, NAME, PLACES, Manifest, Shard, write_manifest
 
 PIXEL_SAMPLE = 1000  # images whose gray levels are counted

@@ -18,14 +18,14 @@ _WORD, _TEXT = r"[^\s\ud800-\udfff]+", r"[^\n\ud800-\udfff]*"
 _PATTERNS = {
     "key": _WORD,
     "patient": _WORD,
-    "study": r"[0-9]{1,6}",
-    "view": r"frontal|lateral",
+    "study": r"[0-9]{1,9}",
+    "view": r"frontal|lateral|other",
     "sex": _TEXT,
     "age": r"([0-9]{1,3}(\.0)?)?",
     "projection": _TEXT,
-    **dict.fromkeys(LABELS, r"((-1|0|1)(\.0)?)?"),
+    **dict.fromkeys(LABELS, r"((-2|-1|0|1)(\.0)?)?"),
 }
-_LIMITS = {"study": ", not a number of up to 6 digits", "age": ", not a number of up to 3 digits"}
+_LIMITS = {"study": ", not a number of up to 9 digits", "age": ", not a number of up to 3 digits"}
 _NUMBERS = ("study", "age", *LABELS)
 
 

@@ -13,15 +13,9 @@ from pipeline.base.files import atomic_file
 from pipeline.images import ImageError, ImageOptions, prepare
 from pipeline.manifest import read_manifest
 from pipeline.policies import find_one_class
-from pipeline.sources.chexpert import (
-    Omitted,
-    Source,
-    describe_moved,
-    divide_rows,
-    read_images,
-    read_splits,
-    refuse_dark_images,
-)
+from pipeline.sources.rows import Omitted, divide_rows, read_images, read_splits, refuse_dark_images
+from pipeline.sources.sets import SETS
+from pipeline.sources.source import Source
 
 SAMPLED = 64  # images of each split to try before shards are replaced
 
@@ -91,7 +85,7 @@ def write_plan(task: PlanTask) -> Plan:
             for rows in divide_rows(table.combine_chunks(), options.samples_per_shard, options.views):
                 writer.write_table(rows)
     rows_of = {split: table.num_rows for split, table in tables.items()}
-    return Plan(rows_of, describe_moved(tables.values(), task.source.roots))
+    return Plan(rows_of, SETS[task.source.set].describe_moved(tables.values(), task.source.roots))
 
 
 def count_planned(folder: Path, split: str) -> int:

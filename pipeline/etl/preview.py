@@ -9,7 +9,9 @@ import pyarrow as pa
 from pipeline.etl.planning import Options, read_rows
 from pipeline.images import ImageError, prepare
 from pipeline.measure.counts import Statistics, count_labels, describe_views
-from pipeline.sources.chexpert import Omitted, Source, describe_moved, divide_rows, find_missing, read_images
+from pipeline.sources.rows import Omitted, divide_rows, find_missing, read_images
+from pipeline.sources.sets import SETS
+from pipeline.sources.source import Source
 
 SAMPLED = 24  # images per split that are prepared to estimate the bytes
 OVERHEAD = 2304  # bytes per sample beside the image: two headers, the JSON and half a block of padding
@@ -52,7 +54,10 @@ def preview_shards(source: Source, options: Options) -> Preview:
         )
     kept = pa.concat_tables(list(tables.values()))
     return Preview(
-        splits, count_labels(kept), describe_views(kept), describe_moved(tables.values(), source.roots)
+        splits,
+        count_labels(kept),
+        describe_views(kept),
+        SETS[source.set].describe_moved(tables.values(), source.roots),
     )
 
 

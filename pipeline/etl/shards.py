@@ -1,4 +1,4 @@
-"""A CheXpert folder → tar shards, an Arrow index per split, and the manifest (format: shards/README.md).
+"""A data set's folder → tar shards, an Arrow index per split, and the manifest (format: shards/README.md).
 
 Four steps. The first three run in processes of their own, so that the parent stays small at any size:
     planning   CSVs → the rows of every shard, as `.partial/<split>.plan`
@@ -53,7 +53,8 @@ from pipeline.etl.writing import (
     write_shard,
 )
 from pipeline.manifest import NAME, Manifest, read_manifest
-from pipeline.sources.chexpert import Source
+from pipeline.sources.sets import SETS
+from pipeline.sources.source import Source
 
 STARTED = "options.json"  # in PARTIAL: what the run was asked for
 POLICIES = {"uncertain": "best", "blank": "zeros"}  # where none are given
@@ -129,7 +130,8 @@ class Run:
 
     def finish_task(self, plan: Plan) -> FinishTask:
         """What finishing needs."""
-        return FinishTask(self.work, self.partial, tuple(plan.rows), self.wanted)
+        dataset = SETS[self.source.set].TERMS._asdict()
+        return FinishTask(self.work, self.partial, tuple(plan.rows), self.wanted, dataset)
 
 
 def write_shards(
@@ -158,7 +160,8 @@ def write_shards(
     given = {name: value for name, value in asdict(options).items() if name != "bits" or value is not None}
     with named_failures(out, "cannot be written"):
         chosen = _choose_policies(out, policies, how.overwrite)
-        wanted = {"options": given | unit, "policies": chosen, "sources": hashes}
+        named = {"columns": dict(source.columns)} if source.columns else {}
+        wanted = {"options": given | unit | named, "policies": chosen, "sources": hashes}
         run = Run(out, source, options, chosen, wanted, how, progress)
         if not run.partial.exists() and (found := _find_finished(run)) is not None:
             return found

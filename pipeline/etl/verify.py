@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from pipeline.base.csvs import repeated
 from pipeline.base.errors import DataError
 from pipeline.base.files import hash_file, is_temporary
 from pipeline.base.workers import run_threads
@@ -24,7 +25,7 @@ from pipeline.etl.exchange import PARTIAL, PLANNED
 from pipeline.etl.facts import read_facts
 from pipeline.etl.tar import BLOCK, Member, map_file, walk_tar
 from pipeline.images import ENCODINGS, decode_stored
-from pipeline.labels import count_rows, repeated, shared
+from pipeline.labels import count_rows, shared
 from pipeline.manifest import NAME, Shard, Split, read_manifest, read_table
 
 PRINTED = 20  # lines on one file; a shard of another set would fill the screen

@@ -22,9 +22,9 @@ from pipeline.base.workers import report_item
 from pipeline.etl.planning import count_planned, read_planned
 from pipeline.etl.tar import BLOCK, END, tar_member
 from pipeline.images import ENCODINGS, ImageError, ImageOptions, gray_statistics, prepare
-from pipeline.labels import LABELS, count_rows
+from pipeline.labels import LABELS, count_rows, find_unannotated
 from pipeline.manifest import PLACES, Manifest, Shard, Split, write_manifest
-from pipeline.sources.chexpert import read_images
+from pipeline.sources.rows import read_images
 
 REJECTS = "rejects.csv"
 _FACTS = ("key", "patient", "study", "view", "sex", "age", "projection")
@@ -73,20 +73,22 @@ class ShardSummary(NamedTuple):
 
 
 class FinishTask(NamedTuple):
-    """A run to finish: its splits, and the manifest's options, policies and sources."""
+    """A run to finish: its splits, the manifest's options, policies and sources, and the data set."""
 
     out: Path
     partial: Path
     splits: tuple[str, ...]
     wanted: dict[str, dict[str, Any]]
+    dataset: dict[str, str]
 
 
 class Index(NamedTuple):
-    """A split's entry in the manifest, the counts of its gray levels [256], and its rejects."""
+    """A split's entry in the manifest, the counts of its gray levels [256], its rejects, and labels it lacks."""
 
     entry: Split
     levels: npt.NDArray[np.int64]
     rejects: list[Reject]
+    not_annotated: list[str]
 
 
 def write_shard(task: ShardTask) -> ShardSummary:
@@ -171,6 +173,10 @@ def finish(task: FinishTask) -> Manifest:
         pixels=gray_statistics(measured.levels),
         splits={split: index.entry for split, index in indexes.items()},
         rejects=tuple({"split": r.split, "key": r.key, "reason": r.reason} for r in rejects),
+        dataset=task.dataset,
+        not_annotated=tuple(
+            label for label in LABELS if all(label in index.not_annotated for index in indexes.values())
+        ),
     )
     write_manifest(task.out, manifest)
     return manifest
@@ -192,7 +198,8 @@ def index_split(of: tuple[FinishTask, str]) -> Index:
         shards.append(Shard(**record["shard"]))
         levels += np.array(record["levels"])
         rejects += [Reject(*reject) for reject in record["summary"][-1]]
-    return Index(write_split(task.out, split, pa.concat_tables(tables), shards), levels, rejects)
+    whole = pa.concat_tables(tables)
+    return Index(write_split(task.out, split, whole, shards), levels, rejects, find_unannotated(whole))
 
 
 def write_split(folder: Path, split: str, table: pa.Table, shards: Sequence[Shard]) -> Split:

@@ -75,11 +75,11 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 
 def draw_states(axes: Axes, statistics: Statistics, palette: Palette) -> None:
-    """One 100 % bar per label: its images by state."""
+    """One bar per label: its images by state, of which those that are not annotated are left out."""
     labels = statistics["labels"]
     start = [0.0] * len(labels)
     for state in STATES:
-        shares = [100 * counts[state] / statistics["images"] for counts in labels.values()]
+        shares = [100 * (counts[state] or 0) / statistics["images"] for counts in labels.values()]
         color = palette.states[state]
         bars = axes.barh(range(len(labels)), shares, left=start, height=0.82, color=color, label=state)
         # Thin lines separate the states for readers who cannot tell their colors apart.
@@ -123,13 +123,13 @@ def draw_groups(axes: Axes, groups: Groups, colors: Sequence[str], faint: str) -
     names = list(groups["groups"])
     counts = [group["labels"] for group in groups["groups"].values()]
     labels = list(counts[0])
-    shares = np.array([[100 * found[label]["share_positive"] for label in labels] for found in counts])
+    shares = 100 * np.array([[found[label]["share_positive"] for label in labels] for found in counts], float)
     rows = np.arange(len(labels))
-    axes.hlines(rows, shares.min(axis=0), shares.max(axis=0), colors=faint, linewidth=0.8, zorder=1)
+    axes.hlines(rows, np.fmin.reduce(shares), np.fmax.reduce(shares), colors=faint, linewidth=0.8, zorder=1)
     texts = [name.replace("$", r"\$") for name in names]  # a bare one would start a formula
     for text, share, color, marker in zip(texts, shares, cycle(colors), cycle(MARKERS), strict=False):
         axes.scatter(share, rows, s=16, color=color, marker=marker, linewidth=0, label=text, zorder=2)
-    axes.set_xlim(left=min(0, -0.02 * shares.max()))
+    axes.set_xlim(left=min(0, -0.02 * np.nanmax(shares, initial=0)))
     _name_rows(axes, labels, "positive (% of the group's images)")
 
 

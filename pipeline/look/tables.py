@@ -7,17 +7,20 @@ from pipeline.measure.counts import LabelStatistics
 def print_report(report: LabelStatistics) -> None:
     """Print the counts per label, and a table for each requested section."""
     totals = ", ".join(f"{report[unit]:,} {unit}" for unit in ("images", "studies", "patients"))
-    headings = ["positive", "uncertain", "negative", "blank", "positive %"]
+    headings = ["positive", "uncertain", "negative", "blank"]
+    if any("not_annotated" in counts for counts in report["labels"].values()):
+        headings.append("not annotated")
+    headings.append("positive %")
     rows = {}
     for label, counts in report["labels"].items():
         *states, share = counts.values()
-        rows[label] = [*(f"{count:,}" for count in states), f"{100 * share:.1f}"]
+        rows[label] = [*(f"{count:,}" for count in states), _percent(share)]
     print_table(totals, headings, rows)
     if "by" in report:
         groups = report["by"]["groups"]
         headings = [f"{name} (n = {group['images']:,})" for name, group in groups.items()]
         shares = {
-            label: [f"{100 * group['labels'][label]['share_positive']:.1f}" for group in groups.values()]
+            label: [_percent(group["labels"][label]["share_positive"]) for group in groups.values()]
             for label in report["labels"]
         }
         print_table(f"positive % by {report['by']['variable']}", headings, shares)
@@ -48,9 +51,9 @@ def print_report(report: LabelStatistics) -> None:
         headings = ["here %", "there %", "difference", "standardized"]
         cells = {
             label: [
-                f"{100 * row['share_positive']:.1f}",
-                f"{100 * row['other_share_positive']:.1f}",
-                f"{100 * row['difference']:+.1f}",
+                _percent(row["share_positive"]),
+                _percent(row["other_share_positive"]),
+                "–" if row["difference"] is None else f"{100 * row['difference']:+.1f}",
                 "–" if row["standardized_difference"] is None else f"{row['standardized_difference']:+.3f}",
             ]
             for label, row in other["labels"].items()
@@ -61,6 +64,10 @@ def print_report(report: LabelStatistics) -> None:
             "standardized: (p1 - p2) / sqrt((p1 (1 - p1) + p2 (1 - p2)) / 2), notable above 0.1"
         )
         print_table(title, headings, cells)
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.1f}"
 
 
 def print_table(title: str, headings: list[str], rows: dict[str, list[str]]) -> None:

@@ -35,12 +35,12 @@ def combine_views(scores: pd.DataFrame, name: str) -> dict[str, pd.DataFrame]:
 def group_by_views(table: pa.Table) -> pd.Series:
     """Which views each study in a split has, by (patient, study)."""
     frame = table.select([*STUDY, "view"]).to_pandas()
-    lateral = frame["view"] == "lateral"
-    counts = frame.assign(lateral=lateral, frontal=~lateral).groupby(STUDY)[["frontal", "lateral"]].any()
+    of_view = {view: frame["view"] == view for view in ("frontal", "lateral")}
+    counts = frame.assign(**of_view).groupby(STUDY)[["frontal", "lateral"]].any()
     names = np.select(
-        [counts["frontal"] & counts["lateral"], counts["frontal"]],
-        ["frontal and lateral", "frontal alone"],
-        "lateral alone",
+        [counts["frontal"] & counts["lateral"], counts["frontal"], counts["lateral"]],
+        ["frontal and lateral", "frontal alone", "lateral alone"],
+        "other views alone",
     )
     return pd.Series(names, counts.index)
 

@@ -22,6 +22,7 @@ import pyarrow.compute as pc
 from pipeline.base.files import FORMULA
 from pipeline.labels import (
     LABELS,
+    NOT_ANNOTATED,
     STATES,
     count_rows,
     label_states,
@@ -41,12 +42,15 @@ UNCERTAIN_TARGETS: dict[str, float | None] = (
 
 
 class Statistics(TypedDict):
-    """Totals, and per label the four states and the share of positives among all images."""
+    """Totals, and per label the four states and the share of positives among annotated images.
+
+    A label also has `not_annotated` images, if any label of the table has some; the share is None without others.
+    """
 
     images: int
     studies: int
     patients: int
-    labels: dict[str, dict[str, float]]
+    labels: dict[str, dict[str, float | None]]
 
 
 class Groups(TypedDict):
@@ -79,11 +83,14 @@ class Policies(TypedDict):
 
 
 class Drift(TypedDict):
-    """One label in two sources: share of positives in each, and their difference, plain and standardized."""
+    """One label in two sources: share of positives in each, and their difference, plain and standardized.
 
-    share_positive: float
-    other_share_positive: float
-    difference: float
+    None where a source does not annotate the label.
+    """
+
+    share_positive: float | None
+    other_share_positive: float | None
+    difference: float | None
     standardized_difference: float | None
 
 
@@ -109,11 +116,15 @@ class LabelStatistics(Statistics, total=False):
 def count_labels(table: pa.Table) -> Statistics:
     """Counts of a label table (columns patient, study and the labels)."""
     rows = count_rows(table)
+    labels = {label: _count_states(table[label]) for label in LABELS}
+    if not any(counts["not_annotated"] for counts in labels.values()):
+        for counts in labels.values():
+            del counts["not_annotated"]
     return {
         "images": rows["samples"],
         "studies": rows["studies"],
         "patients": rows["patients"],
-        "labels": {label: _count_states(table[label]) for label in LABELS},
+        "labels": labels,
     }
 
 
@@ -157,9 +168,9 @@ def count_targets(statistics: Statistics, uncertain: Mapping[str, str], blank: s
     """
     labels: dict[str, Targets] = {}
     for label, counts in statistics["labels"].items():
-        positives, unsure, negatives, blanks = (int(counts[state]) for state in STATES)
+        positives, unsure, negatives, blanks = (int(counts[state] or 0) for state in STATES)
         target = UNCERTAIN_TARGETS[uncertain[label]]
-        undecided = masked = 0
+        undecided, masked = 0, int(counts.get("not_annotated") or 0)
         total = float(positives)
         if uncertain[label] == "ignore":
             masked += unsure
@@ -201,15 +212,18 @@ def compare_tables(table: pa.Table, other: pa.Table) -> Comparison:
     shared = pc.is_in(pc.unique(table["patient"]), value_set=pc.unique(other["patient"]))
     labels: dict[str, Drift] = {}
     for label in LABELS:
-        p1 = first["labels"][label]["positive"] / first["images"]
-        p2 = second["labels"][label]["positive"] / second["images"]
-        spread = math.sqrt((p1 * (1 - p1) + p2 * (1 - p2)) / 2)
-        labels[label] = {
-            "share_positive": round(p1, 4),
-            "other_share_positive": round(p2, 4),
-            "difference": round(p1 - p2, 4),
-            "standardized_difference": round((p1 - p2) / spread, 4) if spread else None,
+        p1, p2 = (_share_positive(report, label) for report in (first, second))
+        drift: Drift = {
+            "share_positive": None if p1 is None else round(p1, 4),
+            "other_share_positive": None if p2 is None else round(p2, 4),
+            "difference": None,
+            "standardized_difference": None,
         }
+        if p1 is not None and p2 is not None:
+            spread = math.sqrt((p1 * (1 - p1) + p2 * (1 - p2)) / 2)
+            drift["difference"] = round(p1 - p2, 4)
+            drift["standardized_difference"] = round((p1 - p2) / spread, 4) if spread else None
+        labels[label] = drift
     return {
         "images": second["images"],
         "studies": second["studies"],
@@ -266,21 +280,36 @@ def _group_names(table: pa.Table, variable: str) -> pa.ChunkedArray | pa.Array:
     return pa.array(name_ages(pc.fill_null(table["age"], -1).to_numpy()))
 
 
-def _count_states(column: pa.ChunkedArray) -> dict[str, float]:
+def _count_states(column: pa.ChunkedArray) -> dict[str, float | None]:
     counts = {entry["values"]: entry["counts"] for entry in pc.value_counts(column).to_pylist()}
     states = {state: counts.get(value, 0) for state, value in STATES.items()}
-    return states | {"share_positive": round(states["positive"] / len(column), 4)}
+    unannotated = counts.get(NOT_ANNOTATED, 0)
+    share = _share(states["positive"], len(column) - unannotated)
+    return states | {
+        "not_annotated": unannotated,
+        "share_positive": None if share is None else round(share, 4),
+    }
+
+
+def _share_positive(report: Statistics, label: str) -> float | None:
+    counts = report["labels"][label]
+    annotated = report["images"] - int(counts.get("not_annotated") or 0)
+    return _share(counts["positive"] or 0, annotated)
+
+
+def _share(part: float, whole: int) -> float | None:
+    return part / whole if whole else None
 
 
 def describe_views(table: pa.Table) -> str:
     """How many studies of a label table have which views, in words, most common first."""
     study = number_studies(table)
-    lateral = pc.equal(table["view"], "lateral").to_numpy()
-    counts = (np.bincount(study[rows], minlength=study.max() + 1).tolist() for rows in (~lateral, lateral))
+    of_view = (pc.equal(table["view"], view).to_numpy() for view in ("frontal", "lateral", "other"))
+    counts = (np.bincount(study[rows], minlength=study.max() + 1).tolist() for rows in of_view)
     found = Counter(zip(*counts, strict=True)).most_common()
     return "studies: " + ", ".join(f"{count:,} with {_name_views(*views)}" for views, count in found)
 
 
-def _name_views(frontals: int, laterals: int) -> str:
-    named = ((frontals, "frontal"), (laterals, "lateral"))
+def _name_views(frontals: int, laterals: int, others: int) -> str:
+    named = ((frontals, "frontal"), (laterals, "lateral"), (others, "other view"))
     return " and ".join(f"{count} {view}{'s' if count > 1 else ''}" for count, view in named if count)

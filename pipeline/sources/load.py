@@ -6,11 +6,12 @@ from typing import NamedTuple
 import pyarrow as pa
 
 from pipeline.base.errors import DataError
-from pipeline.labels import LABELS, read_labels, select_views
+from pipeline.labels import LABELS, mark_unannotated, select_views
 from pipeline.manifest import NAME, read_manifest, read_table
 from pipeline.measure.counts import describe_views
 from pipeline.policies import find_one_class
-from pipeline.sources.chexpert import find_csvs
+from pipeline.sources.sets import SETS, find_set, read_any_table
+from pipeline.sources.source import Source
 
 
 def load_table(source: Path, split: str | None, views: str) -> pa.Table:
@@ -21,18 +22,19 @@ def load_table(source: Path, split: str | None, views: str) -> pa.Table:
     if source.is_file():
         if split is not None:
             raise DataError(f"{source} is one CSV without splits; leave out its split")
-        tables = [read_labels(source)]
+        tables = mark_unannotated({"all": read_any_table(source)})
     elif (source / NAME).is_file():
         manifest = read_manifest(source)
         names = manifest.splits if split is None else [split]
-        tables = [read_table(source, manifest.split(name)) for name in names]
+        tables = {name: read_table(source, manifest.split(name)) for name in names}
     else:
-        csvs = find_csvs(source)
-        if split is not None and split not in csvs:
-            raise DataError(f"split '{split}' does not exist; {source} holds {', '.join(csvs)}")
-        tables = [read_labels(csv) for name, csv in csvs.items() if split in (None, name)]
+        name, csvs = find_set(source)
+        tables = mark_unannotated(SETS[name].read_tables(Source(csvs, (), name)))
+        if split is not None and split not in tables:
+            raise DataError(f"split '{split}' does not exist; {source} holds {', '.join(tables)}")
+        tables = {name: table for name, table in tables.items() if split in (None, name)}
     columns = ["patient", "study", "view", "sex", "age", "projection", *LABELS]
-    table = select_views(pa.concat_tables([table.select(columns) for table in tables]), views)
+    table = select_views(pa.concat_tables([table.select(columns) for table in tables.values()]), views)
     if table.num_rows == 0:
         raise DataError(f"{source}: no {views} images")
     return table

@@ -28,7 +28,7 @@ from pipeline.etl.planning import Options
 from pipeline.etl.shards import Execution, RunSummary, write_shards
 from pipeline.labels import LABELS, hash_fraction
 from pipeline.manifest import Manifest, read_manifest, read_table
-from pipeline.sources.chexpert import find_source
+from pipeline.sources.sets import find_source
 from tests.conftest import POLICIES, default_options, make_shards, write_chexpert
 
 Shards = tuple[Path, Manifest]
@@ -408,7 +408,7 @@ def test_damaged_tables_and_manifests_are_named(shards: Shards) -> None:
         (text[:100], "damaged: not JSON: "),
         ("[]", "damaged: not a JSON object"),
         ("{}", "not a manifest of chexpert-shards"),
-        (text.replace('"version": 1', '"version": 9'), "format version 9; this program reads 1"),
+        (text.replace('"version": 2', '"version": 9'), "format version 9; this program reads 1 and 2"),
         (text.replace('"splits"', '"parts"'), "damaged: 'splits'"),
         (
             text.replace("train-000000.tar", "../train-000000.tar"),

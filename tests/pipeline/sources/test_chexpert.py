@@ -14,15 +14,17 @@ from PIL import Image
 from pipeline import DataError
 from pipeline.labels import LABELS
 from pipeline.manifest import read_manifest
-from pipeline.sources.chexpert import describe_moved, find_csvs, find_source, read_splits
+from pipeline.sources.chexpert import describe_moved
+from pipeline.sources.rows import read_splits
+from pipeline.sources.sets import find_set, find_source
 from tests.conftest import default_options, make_shards, run_pipeline, write_chexpert
 
-SELECTION = {"views": "all", "dev": 0.0, "seed": 0}
+SELECTION: dict[str, Any] = {"views": "all", "dev": 0.0, "seed": 0}
 
 
 def files_of(folder: Path, *roots: Path) -> dict[str, list[str]]:
     """Split → the files found for its rows, sorted; all of them exist."""
-    tables, _ = read_splits(find_source(folder, {}, roots), **SELECTION)  # type: ignore[arg-type]
+    tables, _ = read_splits(find_source(folder, {}, roots), **SELECTION)
     files = {split: sorted(table["file"].to_pylist()) for split, table in tables.items()}
     assert all(Path(file).is_file() for split in files.values() for file in split)
     return files
@@ -79,7 +81,7 @@ def test_the_test_set_has_paths_and_labels_only(tmp_path: Path) -> None:
         frame["Path"] = frame["Path"].str.removeprefix("CheXpert-v1.0-small/")
         frame.to_csv(tmp_path / csv, index=False)
         (tmp_path / f"{split}.csv").unlink()
-    tables, _ = read_splits(find_source(tmp_path, {}, []), **SELECTION)  # type: ignore[arg-type]
+    tables, _ = read_splits(find_source(tmp_path, {}, []), **SELECTION)
     assert {split: table.num_rows for split, table in tables.items()} == {"valid": 9, "test": 15}
     table = tables["test"].to_pandas()
     assert (table["view"] == np.where(table["path"].str.contains("lateral"), "lateral", "frontal")).all()
@@ -103,39 +105,39 @@ def test_csvs_of_ones_own(chexpert: Path, tmp_path: Path) -> None:
     for name, half in (("mine", frame[:24]), ("holdout", frame[24:])):
         half.to_csv(tmp_path / f"{name}.csv", index=False)
     splits = {"train": tmp_path / "mine.csv", "holdout": tmp_path / "holdout.csv"}
-    tables, _ = read_splits(find_source(chexpert, splits, []), **SELECTION)  # type: ignore[arg-type]
+    tables, _ = read_splits(find_source(chexpert, splits, []), **SELECTION)
     assert {split: table.num_rows for split, table in tables.items()} == {"train": 24, "holdout": 24}
     frame[20:].to_csv(tmp_path / "holdout.csv", index=False)
     with pytest.raises(
         DataError, match=r"holdout.csv, line 2: patient00007 is in mine.csv too; splits must not sh"
     ):
-        read_splits(find_source(chexpert, splits, []), **SELECTION)  # type: ignore[arg-type]
+        read_splits(find_source(chexpert, splits, []), **SELECTION)
     with pytest.raises(DataError, match=r"none.csv: no such file or folder$"):
         find_source(chexpert, {"train": tmp_path / "none.csv"}, [])
 
 
 def test_limit_keeps_whole_patients(chexpert: Path) -> None:
     source = find_source(chexpert, {}, [])
-    tables, dropped = read_splits(source, **SELECTION, limit=20)  # type: ignore[arg-type]
+    tables, dropped = read_splits(source, **SELECTION, limit=20)
     counts = tables["train"].to_pandas()["patient"].value_counts()
     assert (len(counts), set(counts)) == (6, {3})
     assert dropped["train"].limit == 30
-    one, _ = read_splits(source, **SELECTION, limit=1)  # type: ignore[arg-type]
+    one, _ = read_splits(source, **SELECTION, limit=1)
     assert one["train"].num_rows == 3  # a patient is never cut
 
 
-def test_find_csvs_errors(chexpert: Path, tmp_path: Path) -> None:
+def test_folders_without_a_set_are_named(chexpert: Path, tmp_path: Path) -> None:
     with pytest.raises(
         DataError, match=r"neither it nor a folder in it holds a train.csv, valid.csv or test_lab"
     ):
-        find_csvs(chexpert / "train")
+        find_set(chexpert / "train")
     with pytest.raises(DataError, match=r"nothing: no such folder$"):
-        find_csvs(tmp_path / "nothing")
+        find_set(tmp_path / "nothing")
     shutil.copytree(chexpert, tmp_path / "second")
     with pytest.raises(
         DataError, match=r"CSVs in several folders \(CheXpert-v1.0-small, second\); name one of them"
     ):
-        find_csvs(tmp_path)
+        find_set(tmp_path)
 
 
 def test_folders_that_may_not_be_read_are_passed_over(
@@ -212,7 +214,7 @@ def test_layouts_that_people_have(chexpert: Path, tmp_path: Path, layout: str) -
     files = files_of(given)
     assert [len(files[split]) for split in ("train", "valid")] == [48, 12]
     source = find_source(given, {}, [])
-    tables, _ = read_splits(source, **SELECTION)  # type: ignore[arg-type]
+    tables, _ = read_splits(source, **SELECTION)
     moved = describe_moved(tables.values(), source.roots)
     assert (moved is None) == (layout != "no folder in the CSV")
 
@@ -248,7 +250,7 @@ def test_what_is_nowhere_is_missing_where_the_csv_says(chexpert: Path) -> None:
     shutil.rmtree(chexpert / "train/patient00003")
     (chexpert / "old/patient00003").mkdir(parents=True)
     source = find_source(chexpert, {}, [])
-    tables, _ = read_splits(source, **SELECTION)  # type: ignore[arg-type]
+    tables, _ = read_splits(source, **SELECTION)
     missing = [file for file in tables["train"]["file"].to_pylist() if not Path(file).exists()]
     assert sorted(missing) == [
         str(chexpert / f"train/patient00003/study{name}.jpg")
@@ -265,7 +267,7 @@ def test_splits_that_share_a_patient_name_the_line_of_the_file(
     header, *rows = csv.read_text().splitlines()
     csv.write_text("\n".join([header, "", *rows, rows[0].replace("patient00017", "patient00001")]))
     with pytest.raises(DataError, match=r"valid.csv, line 15: patient00001 is in train.csv too"):
-        read_splits(find_source(chexpert, {}, []), **SELECTION)  # type: ignore[arg-type]
+        read_splits(find_source(chexpert, {}, []), **SELECTION)
 
 
 def test_dark_16_bit_images_need_bits(chexpert: Path, tmp_path: Path) -> None:

@@ -1,0 +1,132 @@
+"""A CSV of any kind, plain or gzipped → its columns as text; errors name the file, the line and the column."""
+
+import csv as stdlib_csv
+import gzip
+import io
+import zlib
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, BinaryIO, TextIO
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as pacsv
+
+from pipeline.base.errors import DataError, quote
+from pipeline.base.store import open_to_read
+
+
+def read_strings(csv: Path, names: Sequence[str] | None = None) -> pa.Table:
+    """The columns `names` as strings, or all; empty cells are null. Raises DataError, naming the file and the line."""
+    if not csv.is_file():
+        raise DataError(f"{csv}: no such file")
+    # Into Arrow's own memory: its threads may release it after Python has shut down.
+    with open_to_read(csv) as file, pa.BufferOutputStream() as memory:
+        memory.write(file.read())
+        content = memory.getvalue()
+    compression = "gzip" if csv.suffix == ".gz" else None
+    convert = pacsv.ConvertOptions(null_values=[""], strings_can_be_null=True)
+    parse = pacsv.ParseOptions(newlines_in_values=True)
+    try:
+        # Only for the names of the columns.
+        with pacsv.open_csv(pa.input_stream(content, compression), parse_options=parse) as reader:
+            convert.column_types = dict.fromkeys(reader.schema.names, pa.string())
+            if names is not None:
+                demand_columns(csv, reader.schema.names, names)
+                convert.include_columns = list(names)
+        return pacsv.read_csv(
+            pa.input_stream(content, compression), convert_options=convert, parse_options=parse
+        )
+    except (pa.ArrowInvalid, OSError) as error:  # the latter for a damaged .gz
+        raise DataError(f"{csv}: not a readable CSV: {_find_fault(csv) or quote(str(error), 200)}") from error
+    except UnicodeDecodeError:
+        raise DataError(f"{csv}: not a readable CSV: its header is not UTF-8") from None
+
+
+def read_header(csv: Path) -> list[str]:
+    """The names of the columns; none where the file cannot be read as a CSV."""
+    try:
+        return next(_lines(csv))[1]
+    except (StopIteration, OSError, EOFError, zlib.error, stdlib_csv.Error):
+        return []
+
+
+def line_of(csv: Path, row: int) -> int:
+    """The line of the file, from 1, on which a row of the label table, from 0, begins."""
+    return next(islice(_lines(csv), row + 1, None))[0]
+
+
+def _lines(csv: Path) -> Iterator[tuple[int, list[str]]]:
+    """First line and cells of the header and each row. A blank line is no row; a quoted cell may have many lines."""
+    stdlib_csv.field_size_limit(2**31 - 1)  # Arrow has no such limit
+    with open_to_read(csv) as raw, _unpacked(csv, raw) as text:
+        reader = stdlib_csv.reader(text)
+        line = 1
+        for cells in reader:
+            if cells:
+                yield line, cells
+            line = reader.line_num + 1
+
+
+def _unpacked(csv: Path, raw: BinaryIO) -> TextIO:
+    content = gzip.GzipFile(fileobj=raw) if csv.suffix == ".gz" else raw
+    return io.TextIOWrapper(content, "utf-8-sig", errors="surrogateescape", newline="")
+
+
+def demand(
+    csv: Path,
+    name: str,
+    column: pa.ChunkedArray,
+    valid: pa.ChunkedArray,
+    complaint: str,
+    optional: bool = False,
+) -> None:
+    """Raise DataError for the first row that is not valid; a null in `valid` is, if the column is `optional`."""
+    row = pc.index(pc.fill_null(valid, optional), False).as_py()
+    if row >= 0:
+        text = quote(column[row].as_py() or "", 80)
+        raise DataError(f"{csv}, line {line_of(csv, row)}, column {name}: '{text}' {complaint}")
+
+
+def demand_columns(csv: Path, there: Sequence[str], names: Sequence[str]) -> None:
+    """Raise DataError if one of the names is missing from the columns that are there, or appears more than once."""
+    for name in names:
+        count = list(there).count(name)
+        if count == 0:
+            raise DataError(f"{csv}: column {name} is missing; the table has {', '.join(names)}")
+        if count > 1:
+            raise DataError(f"{csv}: column {name} appears {count} times")
+
+
+def demand_unique(csv: Path, key: pa.Array) -> None:
+    """Raise DataError for the first key that occurs twice."""
+    for name in repeated(key)[:1]:
+        first = pc.index(key, name).as_py()
+        second = pc.index(key.slice(first + 1), name).as_py() + first + 1
+        lines = f"lines {line_of(csv, first)} and {line_of(csv, second)}"
+        raise DataError(f"{csv}, {lines}: the same image {name} twice")
+
+
+def repeated(column: pa.Array | pa.ChunkedArray) -> list[Any]:
+    """The values that occur more than once."""
+    counts = pc.value_counts(column)
+    values: list[Any] = counts.filter(pc.greater(counts.field("counts"), 1)).field("values").to_pylist()
+    return values
+
+
+def _find_fault(csv: Path) -> str | None:
+    """What is wrong with the first row that Arrow cannot read; None where it reads them all."""
+    lines = _lines(csv)
+    try:
+        _, header = next(lines)
+        for line, cells in lines:
+            if len(cells) != len(header):
+                at_end = len(cells) < len(header) and next(lines, None) is None
+                hint = "; it is the last row: is a quote left open, or the file cut off?" if at_end else ""
+                return f"line {line}: {len(cells)} cells, but the header has {len(header)}{hint}"
+            if not "".join(cells).isascii() and any("\udc80" <= char <= "\udcff" for char in "".join(cells)):
+                return f"line {line}: not UTF-8; save the file as UTF-8"
+    except (StopIteration, OSError, EOFError, zlib.error, stdlib_csv.Error):
+        pass  # a damaged .gz, or no table at all: Arrow has said so
+    return None

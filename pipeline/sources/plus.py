@@ -1,0 +1,140 @@
+"""CheXpert Plus: df_chexpert_plus_240401.csv, CheXbert's labels, PNG/train/patient00001/study1/view1_frontal.png.
+
+Chambon et al., CheXpert Plus, arXiv:2405.19538: 223,462 radiographs of CheXpert's own patients, with reports. Labels
+are in files of their own, of which the first that is there is read: chexbert_labels/report_fixed.json, then
+impression_fixed.json, then findings_fixed.json. An image without a line in it is blank. Reports are not read.
+"""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.json as pajson
+
+from pipeline.base.csvs import demand, demand_unique, read_strings
+from pipeline.base.errors import DataError, quote
+from pipeline.base.store import open_to_read
+from pipeline.labels import LABELS
+from pipeline.sources.source import Source, Terms
+
+TERMS = Terms(
+    name="chexpert-plus",
+    title="CheXpert Plus",
+    patients="chexpert",
+    license="Stanford University Dataset Research Use Agreement",
+    paper="Chambon et al., arXiv:2405.19538",
+)
+LOOKED_FOR = "a df_chexpert_plus_240401.csv"
+COLUMN = "path_to_image"
+TABLE = "df_chexpert_plus_240401.csv"
+LABEL_FILES = tuple(f"chexbert_labels/{part}_fixed.json" for part in ("report", "impression", "findings"))
+COLUMNS = ("path_to_image", "frontal_lateral", "ap_pa", "age", "sex", "split")
+SPLITS = ("train", "valid")
+FOLDERS = ("PNG", ".")  # of the PNGs, below a root
+_PATH = (
+    r"^(?:train|valid)/(?P<patient>patient\d{1,20})/study(?P<study>\d{1,6})/"
+    r"(?P<view>view\d{1,4}_(?:frontal|lateral))\.jpg$"
+)
+
+
+def find_tables(folder: Path) -> dict[str, Path] | None:
+    """The table and the labels; None without the table. Raises DataError if there are no labels."""
+    if not (folder / TABLE).is_file():
+        return None
+    labels = next((folder / name for name in LABEL_FILES if (folder / name).is_file()), None)
+    if labels is None:
+        raise DataError(f"{folder}: {TABLE} is there, but none of {', '.join(LABEL_FILES)}")
+    return {"table": folder / TABLE, "labels": labels}
+
+
+def find_roots(homes: Sequence[Path]) -> list[Path]:
+    """No folder beside the homes."""
+    return []
+
+
+def read_table(csv: Path) -> pa.Table:
+    """The table alone has no labels: raises DataError."""
+    raise DataError(
+        f"{csv}: the labels of {TERMS.title} are in another file; name the folder that holds both"
+    )
+
+
+def read_tables(source: Source) -> dict[str, pa.Table]:
+    """Split → its label table. Raises DataError, naming file, line and column."""
+    csv = source.csvs["table"]
+    text = read_strings(csv, COLUMNS)
+    path = text["path_to_image"]
+    parts = pc.extract_regex(path, _PATH)
+    demand(
+        csv,
+        "path_to_image",
+        path,
+        parts.is_valid(),
+        "is not like train/patient00001/study1/view1_frontal.jpg",
+    )
+    view = pc.utf8_lower(text["frontal_lateral"])
+    for name, valid, complaint in (
+        (
+            "frontal_lateral",
+            pc.is_in(view, value_set=pa.array(["frontal", "lateral"])),
+            "is neither Frontal nor Lateral",
+        ),
+        ("split", pc.is_in(text["split"], value_set=pa.array(SPLITS)), f"is none of {', '.join(SPLITS)}"),
+        ("age", pc.match_substring_regex(text["age"], r"^\d{1,3}(\.0)?$"), "is not a number of years"),
+    ):
+        demand(csv, name, text[name], valid, complaint, name == "age")
+    parts = parts.combine_chunks()
+    patient, study, file = (parts.field(name) for name in ("patient", "study", "view"))
+    key = pc.binary_join_element_wise(patient, pc.binary_join_element_wise("study", study, ""), file, "_")
+    demand_unique(csv, key)
+    projection = pc.if_else(pc.equal(view, "frontal"), text["ap_pa"], pa.nulls(len(text), pa.string()))
+    facts = {
+        "path": path,
+        "key": key,
+        "patient": patient,
+        "study": study.cast(pa.int32()),
+        "view": view,
+        "sex": text["sex"],
+        "age": text["age"].cast(pa.float32()).cast(pa.int16()),
+        "projection": projection,
+    }
+    table = pa.table(facts | _read_states(source.csvs["labels"], path))
+    splits = {split: table.filter(pc.equal(text["split"], split)).combine_chunks() for split in SPLITS}
+    return {split: rows for split, rows in splits.items() if len(rows)}
+
+
+def describe_moved(tables: Iterable[pa.Table], roots: Sequence[Path]) -> str | None:
+    """None: there is one layout."""
+    return None
+
+
+def locate(paths: Sequence[str], roots: Sequence[Path]) -> list[str]:
+    """The PNG of each image, below the first root that has some: the table says .jpg all the same."""
+    folders = [f"{root}/{folder}".removesuffix("/.") for root in roots for folder in FOLDERS]
+    found = (folder for folder in folders if any(Path(folder, split).is_dir() for split in SPLITS))
+    folder = next(found, folders[0])
+    return [f"{folder}/{path.removesuffix('.jpg')}.png" for path in paths]
+
+
+def _read_states(path: Path, images: pa.ChunkedArray) -> dict[str, pa.Array]:
+    """The states of each image, from one JSON object a line."""
+    schema = pa.schema({"path_to_image": pa.string()} | dict.fromkeys(LABELS, pa.float64()))
+    options = pajson.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
+    try:
+        with open_to_read(path) as file:
+            table = pajson.read_json(pa.BufferReader(file.read()), parse_options=options)
+    except pa.ArrowInvalid as error:
+        raise DataError(f"{path}: not readable as a JSON object a line: {quote(str(error), 200)}") from error
+    place = pc.index_in(images, value_set=table["path_to_image"].combine_chunks())
+    states = {}
+    for label in LABELS:
+        column = table[label].combine_chunks()
+        known = pc.fill_null(pc.is_in(column, value_set=pa.array([1.0, 0.0, -1.0])), False)
+        row = pc.index(pc.or_(known, column.is_null()), False).as_py()
+        if row >= 0:
+            raise DataError(
+                f"{path}, line {row + 1}, {label}: {column[row].as_py():g} is not a label: 1, 0, -1 or null"
+            )
+        states[label] = column.cast(pa.int8()).take(place)
+    return states

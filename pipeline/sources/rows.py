@@ -1,0 +1,160 @@
+"""A source's label tables → the shuffled rows of each split, and the content of their images."""
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
+from itertools import islice, pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.base.csvs import line_of
+from pipeline.base.errors import DataError
+from pipeline.base.store import is_remote, list_objects, read_objects
+from pipeline.images import ImageError, unexplained_level
+from pipeline.labels import (
+    hash_fraction,
+    limit_patients,
+    mark_unannotated,
+    select_views,
+    shared,
+    split_patients,
+    study_names,
+)
+from pipeline.sources.sets import SETS
+from pipeline.sources.source import Source
+
+SAMPLED = 64  # images whose bit depth is checked
+
+
+class Omitted(NamedTuple):
+    """Rows of a split that are left out on purpose."""
+
+    views: int
+    limit: int
+
+
+def read_splits(
+    source: Source, *, views: str, dev: float, seed: int, limit: int | None = None
+) -> tuple[dict[str, pa.Table], dict[str, Omitted]]:
+    """Label table per split, shuffled, with the column `file` (absolute path or URL); and what was dropped.
+
+    With all views, studies are shuffled, and the images of each stay together. train is divided into train and dev
+    by patient. Empty splits are left out. Raises DataError where a CSV is bad, a patient is in two CSVs, or no image
+    is left.
+    """
+    adapter = SETS[source.set]
+    tables = mark_unannotated(adapter.read_tables(source))
+    _refuse_shared_patients(source, tables)
+    if "train" in tables:
+        train, held_out = split_patients(tables.pop("train"), dev, seed)
+        tables = {"train": train, "dev": held_out} | tables
+    kept: dict[str, pa.Table] = {}
+    dropped: dict[str, Omitted] = {}
+    for split, table in tables.items():
+        of_view = select_views(table, views)
+        chosen = of_view if limit is None else limit_patients(of_view, limit, seed)
+        chosen = _shuffle(chosen, seed, by_study=views == "all")
+        dropped[split] = Omitted(table.num_rows - of_view.num_rows, of_view.num_rows - chosen.num_rows)
+        if chosen.num_rows:
+            kept[split] = chosen
+    if not kept:
+        raise DataError(f"{', '.join(map(str, source.csvs.values()))}: no {views} images")
+    paths = [path for table in kept.values() for path in table["path"].to_pylist()]
+    files = iter(adapter.locate(paths, source.roots))
+    located = {split: pa.array(islice(files, len(table)), pa.string()) for split, table in kept.items()}
+    return {split: table.append_column("file", located[split]) for split, table in kept.items()}, dropped
+
+
+def divide_rows(table: pa.Table, size: int, views: str) -> Iterator[pa.Table]:
+    """The rows of each shard: `size` rows; with all views a few more or less, so that no study is divided."""
+    starts = np.arange(0, table.num_rows, size)
+    if views == "all":
+        studies = study_names(table).to_pylist()
+        begins = np.array([row for row, study in enumerate(studies) if row == 0 or study != studies[row - 1]])
+        starts = np.unique(begins[begins.searchsorted(starts[starts <= begins[-1]])])
+    for start, stop in pairwise([*starts.tolist(), table.num_rows]):
+        yield table.slice(start, stop - start)
+
+
+def find_missing(files: Sequence[str], roots: Sequence[Path]) -> list[str]:
+    """The files that do not exist, in their order."""
+    stored: set[str] = set().union(*(list_objects(root) for root in roots if is_remote(root)))
+    return [file for file in files if not (file in stored if "://" in file else os.path.exists(file))]
+
+
+def read_images(files: Sequence[str], roots: Sequence[Path]) -> Iterator[bytes | ImageError]:
+    """The content of each file in turn, or why it cannot be used. Raises DataError for a store that fails."""
+    stored = read_objects([file for file in files if "://" in file])
+    for file in files:
+        content = next(stored) if "://" in file else _read_file(file, roots)
+        yield ImageError("no such file, but the CSV lists it") if content is None else content
+
+
+def _read_file(path: str, roots: Sequence[Path]) -> bytes | ImageError | None:
+    """Its content, or what is wrong with it; None for a missing file."""
+    try:
+        # A link may point anywhere: what is read must lie under a folder that the user named.
+        resolved = _resolve(path)
+        if not any(resolved.startswith(f"{root}/") for root in roots):
+            return ImageError(f"leads out of its folder to {resolved}; allow that by --root")
+        with open(path, "rb", buffering=0) as file:  # noqa: PTH123 - once per image
+            return file.read()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        return ImageError(f"cannot be read: {error.strerror}")
+
+
+def _resolve(path: str) -> str:
+    """The path without links. The folders above a patient's are the same for all, and looked up once."""
+    folder, patient, study, name = path.rsplit("/", 3)
+    parts = (f"{folder}/{patient}", f"{folder}/{patient}/{study}", path)
+    if any(map(os.path.islink, parts)):
+        return os.path.realpath(path, strict=True)
+    return f"{_resolve_folder(folder)}/{patient}/{study}/{name}"
+
+
+@cache
+def _resolve_folder(folder: str) -> str:
+    return os.path.realpath(folder)
+
+
+def _refuse_shared_patients(source: Source, tables: Mapping[str, pa.Table]) -> None:
+    for first, second, patient in shared(tables, "patient"):
+        if second not in source.csvs:  # official lists of one table's images
+            raise DataError(f"{patient} is in {first} and {second}; splits must not share patients")
+        line = line_of(source.csvs[second], pc.index(tables[second]["patient"], patient).as_py())
+        raise DataError(
+            f"{source.csvs[second]}, line {line}: {patient} is in {source.csvs[first].name} too; "
+            "splits must not share patients"
+        )
+
+
+def _shuffle(table: pa.Table, seed: int, by_study: bool) -> pa.Table:
+    """Images, or studies with their images by key, in an order that depends only on the seed and their names."""
+    keys = table["key"].to_pylist()
+    units = study_names(table).to_pylist() if by_study else keys
+    draws = np.array([hash_fraction("shuffle", seed, unit) for unit in units])
+    return table.take(np.lexsort((keys, draws)))
+
+
+def refuse_dark_images(tables: Iterable[pa.Table], roots: Sequence[Path], max_pixels: int) -> None:
+    """Raise DataError where a sample of 64 images has 16-bit PNGs and none uses more than 14 of their bits.
+
+    Such images, as many programs make them of DICOM, would be stored nearly black. PNGs come first.
+    """
+    files = [file for table in tables for file in table["file"][:SAMPLED].to_pylist()]
+    files = sorted(files, key=lambda file: not file.lower().endswith(".png"))[:SAMPLED]
+    contents = read_images(files, roots)
+    levels = [unexplained_level(content, max_pixels) for content in contents if isinstance(content, bytes)]
+    deep = [level for level in levels if level is not None]
+    bits = next((bits for bits in (10, 12, 14) if max(deep, default=2**16) < 2**bits), None)
+    if bits is not None:
+        raise DataError(
+            f"{len(deep)} of {len(levels)} images of a sample are 16-bit PNGs, whose highest level is {max(deep):,} of "
+            f"65,535: they would be nearly black; give `bits` {bits} (or 8 to 16, as the images were made)"
+        )

@@ -1,0 +1,111 @@
+"""The data sets that can be sharded: a module each, asked in turn whether a folder holds its set.
+
+A module has the functions of `Adapter`. To add a set, write such a module and add a line to SETS.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import pyarrow as pa
+
+from pipeline.base.csvs import read_header
+from pipeline.base.errors import DataError
+from pipeline.base.store import check_access, named_failures
+from pipeline.sources import chexpert, mimic, nih, plus, table
+from pipeline.sources.source import Source, Terms
+
+
+class Adapter(Protocol):
+    """What a data set's module offers."""
+
+    @property
+    def TERMS(self) -> Terms:  # noqa: N802 - a constant of a module
+        """The set's name, license and paper."""
+
+    @property
+    def LOOKED_FOR(self) -> str:  # noqa: N802
+        """The files that tell the set, in words."""
+
+    @property
+    def COLUMN(self) -> str:  # noqa: N802
+        """A column that only this set's table has."""
+
+    def find_tables(self, folder: Path, /) -> dict[str, Path] | None:
+        """The files that list the set's images, by split or by role; None if the folder does not hold the set.
+
+        Raises DataError if it holds a part of them.
+        """
+
+    def read_table(self, csv: Path, /) -> pa.Table:
+        """The label table of one CSV. Raises DataError, naming file, line and column."""
+
+    def read_tables(self, source: Source, /) -> dict[str, pa.Table]:
+        """Split → label table (`pipeline.labels`). Raises DataError, naming file, line and column."""
+
+    def find_roots(self, homes: Sequence[Path], /) -> list[Path]:
+        """Folders that may hold images, beside the `homes`: those of the tables and those that the user named."""
+
+    def locate(self, paths: Sequence[str], roots: Sequence[Path], /) -> list[str]:
+        """The file, absolute path or URL, of each of the tables' paths."""
+
+    def describe_moved(self, tables: Iterable[pa.Table], roots: Sequence[Path], /) -> str | None:
+        """How many images are in another folder than their table says, in words; None for no image."""
+
+
+SETS: dict[str, Adapter] = {
+    "chexpert": chexpert,
+    "chexpert-plus": plus,
+    "mimic": mimic,
+    "nih": nih,
+    "table": table,
+}
+
+
+def find_source(
+    folder: Path,
+    splits: Mapping[str, Path],
+    roots: Sequence[Path],
+    name: str | None = None,
+    columns: Sequence[tuple[str, str]] = (),
+) -> Source:
+    """The tables of `folder`, or the CSVs named in `splits`, and every folder that may hold images.
+
+    `name` forces a set; otherwise each is asked in turn. `columns` are for the set `table`. Raises DataError for a
+    folder or file that does not exist, and if no set is found.
+    """
+    for path in (folder, *splits.values(), *roots):
+        check_access(path)
+        if path is not folder and not path.exists():
+            raise DataError(f"{path}: no such file or folder")
+    name, csvs = (name or "chexpert", dict(splits)) if splits else find_set(folder, name)
+    homes = [folder, *(csv.parent for csv in csvs.values()), *roots]
+    more = SETS[name].find_roots(homes[1:])
+    return Source(
+        csvs, tuple(dict.fromkeys(path.resolve() for path in (*homes, *more))), name, tuple(columns)
+    )
+
+
+def find_set(folder: Path, name: str | None = None) -> tuple[str, dict[str, Path]]:
+    """The set that the folder holds, and its tables. Raises DataError if there is none."""
+    asked = (
+        {name: SETS[name]}
+        if name
+        else {key: adapter for key, adapter in SETS.items() if adapter is not table}
+    )
+    with named_failures(folder, "cannot be read"):
+        if not folder.is_dir():
+            raise DataError(f"{folder}: no such folder")
+        for candidate, adapter in asked.items():
+            tables = adapter.find_tables(folder)
+            if tables is not None:
+                return candidate, tables
+    wanted = ", or ".join(f"{adapter.LOOKED_FOR} ({adapter.TERMS.title})" for adapter in asked.values())
+    raise DataError(f"{folder}: neither it nor a folder in it holds {wanted}")
+
+
+def read_any_table(csv: Path) -> pa.Table:
+    """The label table of one CSV of any set, told by its columns. Raises DataError, naming file, line and column."""
+    header = read_header(csv)
+    adapter = next((adapter for adapter in SETS.values() if adapter.COLUMN in header), chexpert)
+    return adapter.read_table(csv)

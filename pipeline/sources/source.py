@@ -1,0 +1,27 @@
+"""What is sharded, and on what terms: facts that the modules of all data sets share."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Terms(NamedTuple):
+    """Who made a data set, and how it may be used. Sets with the same `patients` share the names of patients."""
+
+    name: str
+    title: str
+    patients: str
+    license: str
+    paper: str
+
+
+class Source(NamedTuple):
+    """A data set as somebody has it.
+
+    `csvs` are its tables, by split or by role; `roots` are the folders that images may be read from; `set` is its name
+    in `sources.sets.SETS`. `columns` are what a table of no known set calls ours: ("path", "Image"), …
+    """
+
+    csvs: dict[str, Path]
+    roots: tuple[Path, ...]
+    set: str = "chexpert"
+    columns: tuple[tuple[str, str], ...] = ()

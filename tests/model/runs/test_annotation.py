@@ -1,0 +1,53 @@
+"""Training and evaluation on shards whose set does not annotate every label."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+import train
+from model.runs.job import Job
+from model.runs.report import describe_gaps
+from model.runs.summary import print_evaluations
+from pipeline.synthetic.sample import write_sample
+from tests.conftest import default_options, make_shards
+from tests.test_train import few_resamples_and_no_page, make_job  # noqa: F401
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    """Shards of drawn films for which nobody looked for fractures."""
+    films = write_sample(tmp_path, images=100)
+    for name in ("train.csv", "valid.csv"):
+        pd.read_csv(films / name, dtype=str).assign(Fracture="").to_csv(films / name, index=False)
+    make_shards(films, tmp_path / "shards", default_options(size=64, samples_per_shard=40))
+    return tmp_path / "shards"
+
+
+def test_what_nobody_looked_for_is_neither_learned_nor_measured(
+    shards: Path,
+    make_job: Callable[..., Job],  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    job = make_job("run", shards=shards, epochs=1, blank="zeros")
+    assert train.train(job) == 0
+    said = capsys.readouterr().err
+    assert f"not annotated in {shards}, so not learned: Fracture\n" in said
+    assert "Fracture has" not in said
+    report = json.loads((job.run / "evaluation-valid.json").read_text())
+    assert report["not_annotated"] == ["Fracture"]
+    assert report["labels"]["Fracture"]["auroc"] is None
+    assert (report["labels"]["Fracture"]["positives"], report["labels"]["Fracture"]["negatives"]) == (0, 0)
+    assert "Fracture" in report["skipped"]
+    reason = "Fracture, images: not annotated by this data set, so no figures, and in no mean."
+    assert reason in describe_gaps(report)
+    print_evaluations({"valid": report})
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "Fracture" in line]
+    assert "not annotated" in line
+    card = (job.run / "model-card.md").read_text()
+    assert (
+        "Data set: CheXpert (Irvin et al., AAAI 2019). License: Stanford University School of Medicine"
+        in card
+    )

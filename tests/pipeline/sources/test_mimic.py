@@ -1,0 +1,170 @@
+"""MIMIC-CXR-JPG, in its own layout: a small folder of drawn films."""
+
+import gzip
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from PIL import Image
+
+from pipeline.labels import LABELS
+from pipeline.manifest import read_manifest
+from tests.conftest import run_pipeline
+
+# subject, study, image, view, split, labels
+IMAGES = (
+    (10000032, 50414267, "02aa804e-bde0afdd", "PA", "train", {"No Finding": "1.0"}),
+    (10000032, 50414267, "174413ec-4ec4c1f7", "LATERAL", "train", {"No Finding": "1.0"}),
+    (10000033, 53189527, "2a2277a9-b0ded155", "AP", "train", {"Edema": "-1.0", "Fracture": "0.0"}),
+    (
+        10000034,
+        53911762,
+        "68b5c4b1-227d0485",
+        "",
+        "train",
+        None,
+    ),  # a study without labels, a view without a name
+    (10000764, 57375967, "096052b7-d256dc40", "AP", "validate", {"Pleural Effusion": "1.0"}),
+    (10000898, 50771383, "2a280266-c8bae121", "LL", "test", {"Lung Opacity": "1.0", "Edema": "1.0"}),
+    (10000935, 51178377, "9b314ad7-fbcb0422", "PA", "test", {"Edema": "0.0"}),
+)
+KEYS = [f"p{subject}_s{study}_{dicom}" for subject, study, dicom, *_ in IMAGES]
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
+    lines = [",".join(rows[0]), *(",".join(map(str, row.values())) for row in rows)]
+    path.write_bytes(gzip.compress(("\n".join(lines) + "\n").encode()))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    home = tmp_path / "mimic-cxr-jpg"
+    home.mkdir()
+    identity = [{"dicom_id": image[2], "study_id": image[1], "subject_id": image[0]} for image in IMAGES]
+    splits = [row | {"split": image[4]} for row, image in zip(identity, IMAGES, strict=True)]
+    write_csv(home / "mimic-cxr-2.0.0-split.csv.gz", splits)
+    views = [row | {"ViewPosition": image[3]} for row, image in zip(identity, IMAGES, strict=True)]
+    write_csv(home / "mimic-cxr-2.0.0-metadata.csv.gz", views[::-1])  # in another order
+    studies = {image[1]: image for image in IMAGES if image[5] is not None}
+    labels = [
+        {"subject_id": image[0], "study_id": image[1]}
+        | {label: image[5].get(label, "") for label in sorted(LABELS)}
+        for image in studies.values()
+        if image[5] is not None
+    ]
+    write_csv(home / "mimic-cxr-2.0.0-chexpert.csv.gz", labels)
+    random = np.random.default_rng(0)
+    for subject, study, dicom, *_ in IMAGES:
+        path = home / "files" / f"p{subject}"[:3] / f"p{subject}" / f"s{study}" / f"{dicom}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        coarse = Image.fromarray(random.integers(0, 256, (6, 6), dtype=np.uint8))
+        coarse.resize((64, 64)).save(path, quality=90)
+    return home
+
+
+def shard(folder: Path, *options: object) -> dict[str, dict[str, dict[str, object]]]:
+    """Split → key → row of the shards."""
+    out = folder.parent / "out"
+    made = run_pipeline(
+        "shards", folder, out, "--size", 32, "--views", "all", "--dev", 0, "--workers", 1, *options
+    )
+    assert made.returncode == 0, made.stderr
+    assert run_pipeline("verify", out, "--deep").returncode == 0
+    splits = read_manifest(out).splits.items()
+    tables = {name: pa.ipc.open_file(out / split.table).read_all().to_pylist() for name, split in splits}
+    return {name: {row["key"]: row for row in rows} for name, rows in tables.items()}
+
+
+def test_a_folder_becomes_shards_by_the_official_splits(folder: Path) -> None:
+    rows = shard(folder)
+    assert {split: sorted(found) for split, found in rows.items()} == {
+        "train": KEYS[:4],
+        "valid": KEYS[4:5],
+        "test": KEYS[5:],
+    }
+    train = rows["train"]
+    facts = ("patient", "study", "view", "projection", "sex", "age")
+    assert [train[KEYS[0]][name] for name in facts] == ["p10000032", 50414267, "frontal", "PA", None, None]
+    assert [train[KEYS[1]][name] for name in facts[2:4]] == ["lateral", None]
+    assert [train[KEYS[3]][name] for name in facts[2:4]] == ["other", None]
+    assert (train[KEYS[2]]["Edema"], train[KEYS[2]]["Fracture"], train[KEYS[2]]["Pneumonia"]) == (-1, 0, -2)
+    assert (train[KEYS[3]]["Edema"], rows["valid"][KEYS[4]]["Pleural Effusion"]) == (None, 1)
+    assert (
+        read_manifest(folder.parent / "out").dataset["license"]
+        == "PhysioNet Credentialed Health Data License"
+    )
+
+
+def test_the_radiologist_s_labels_are_those_of_test(folder: Path) -> None:
+    names = ["Airspace Opacity" if label == "Lung Opacity" else label for label in sorted(LABELS)]
+    cells = ["1.0" if name == "Airspace Opacity" else "0.0" for name in names]
+    text = f"study_id,{','.join(names)}\n50771383,{','.join(cells)}\n"
+    (folder / "mimic-cxr-2.1.0-test-set-labeled.csv").write_text(text)
+    rows = shard(folder)
+    assert (sorted(rows["test"]), sorted(rows["test_rest"])) == (KEYS[5:6], KEYS[6:])
+    assert [rows["test"][KEYS[5]][label] for label in ("Lung Opacity", "Edema", "Fracture")] == [1, 0, 0]
+
+
+def test_frontals_alone(folder: Path) -> None:
+    out = folder.parent / "frontal"
+    made = run_pipeline("shards", folder, out, "--size", 32, "--dev", 0, "--workers", 1)
+    assert made.returncode == 0, made.stderr
+    assert {name: split.samples for name, split in read_manifest(out).splits.items()} == {
+        "train": 2,
+        "valid": 1,
+        "test": 1,
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("split", ("validate", "valid"), "line 6, column split: 'valid' is none of train, validate, test"),
+        (
+            "split",
+            (",50771383,", ",5O771383,"),
+            "line 7, column study_id: '5O771383' is not a number of up to 9 dig",
+        ),
+        (
+            "split",
+            ("9b314ad7-fbcb0422", "2a280266-c8bae121"),
+            "lines 7 and 8: the same image 2a280266-c8bae121 twice",
+        ),
+        (
+            "split",
+            (",10000898,", ",10000764,"),
+            "p10000764 is in valid and test; splits must not share patients",
+        ),
+        (
+            "metadata",
+            ("02aa804e-bde0afdd", "02aa804e-00000000"),
+            "line 2: 02aa804e-bde0afdd is not in mimic-cxr",
+        ),
+        (
+            "metadata",
+            ("ViewPosition", "View"),
+            "column ViewPosition is missing; the table has dicom_id, ViewPosition",
+        ),
+        ("chexpert", (",-1.0,", ",-2.0,"), "column Edema: '-2.0' is not a label: 1.0, 0.0, -1.0 or blank"),
+    ],
+)
+def test_bad_input_is_named(folder: Path, name: str, change: tuple[str, str], message: str) -> None:
+    path = folder / f"mimic-cxr-2.0.0-{name}.csv.gz"
+    text = gzip.decompress(path.read_bytes()).decode()
+    assert change[0] in text
+    path.write_bytes(gzip.compress(text.replace(*change, 1).encode()))
+    failed = run_pipeline("shards", folder, folder.parent / "out")
+    assert failed.returncode == 1
+    assert message in failed.stderr.splitlines()[-1]
+
+
+def test_a_table_that_is_missing_is_named(folder: Path) -> None:
+    (folder / "mimic-cxr-2.0.0-metadata.csv.gz").unlink()
+    failed = run_pipeline("shards", folder, folder.parent / "out")
+    assert failed.stderr == (
+        f"Error: {folder}: mimic-cxr-2.0.0-split.csv.gz is there, but not mimic-cxr-2.0.0-metadata.csv\n"
+    )
+    failed = run_pipeline("stats", folder / "mimic-cxr-2.0.0-split.csv.gz")
+    assert failed.stderr.endswith("one of several tables of MIMIC-CXR-JPG; name the folder that holds them\n")

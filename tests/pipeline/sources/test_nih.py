@@ -1,0 +1,238 @@
+"""NIH ChestX-ray14, in its own layout: the real table, and a small folder of drawn films."""
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+from PIL import Image
+
+from pipeline import DataError, open_shards
+from pipeline.labels import LABELS, NOT_ANNOTATED
+from pipeline.manifest import read_manifest
+from pipeline.sources import nih
+from tests.conftest import run_pipeline
+
+HEADER = (
+    "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,"
+    "OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y]"
+)
+ROWS = (
+    ("00000001_000.png", "Cardiomegaly|Emphysema", 0, 57, "M", "PA"),
+    ("00000001_001.png", "Nodule", 1, 58, "M", "AP"),
+    ("00000002_000.png", "No Finding", 0, 80, "F", "PA"),
+    ("00000003_000.png", "Infiltration|Mass", 0, 74, "F", "PA"),
+    ("00000004_000.png", "Pleural_Thickening|Effusion", 0, 8, "F", "AP"),
+    ("00000005_000.png", "Pneumonia", 0, 33, "M", "AP"),
+)
+TEST = 2  # the last rows are in the test list
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """NIH's files: the table, the lists, and the images in two of twelve folders, one of them in color."""
+    home = tmp_path / "ChestX-ray14"
+    home.mkdir()
+    cells = [(*row[:3], int(row[0][:8]), *row[3:], 2500, 2048, 0.168, 0.168) for row in ROWS]
+    lines = [HEADER, *(",".join(map(str, row)) for row in cells)]
+    (home / "Data_Entry_2017_v2020.csv").write_text("\n".join(lines) + "\n")
+    names = [row[0] for row in ROWS]
+    (home / "train_val_list.txt").write_text("\n".join(names[:-TEST]))
+    (home / "test_list.txt").write_text("\n".join(names[-TEST:]) + "\n")
+    random = np.random.default_rng(0)
+    for number, name in enumerate(names):
+        images = home / f"images_{1 + number % 2:03d}" / "images"
+        images.mkdir(parents=True, exist_ok=True)
+        coarse = Image.fromarray(random.integers(0, 256, (6, 6), dtype=np.uint8)).resize((64, 64))
+        coarse.convert("RGBA" if number == 0 else "L").save(images / name)
+    return home
+
+
+def shard(folder: Path, *options: object) -> Path:
+    out = folder.parent / "out"
+    made = run_pipeline(
+        "shards", folder, out, "--size", 32, "--dev", 0.5, "--seed", 1, "--workers", 1, *options
+    )
+    assert made.returncode == 0, made.stderr
+    return out
+
+
+@pytest.fixture(scope="module")
+def real_table() -> Path:
+    """NIH's whole table, from the torchxrayvision wheel (found without importing it)."""
+    spec = importlib.util.find_spec("torchxrayvision")
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).parent / "data" / "Data_Entry_2017_v2020.csv.gz"
+
+
+def test_the_real_table_has_the_published_counts(real_table: Path) -> None:
+    report = json.loads(run_pipeline("stats", real_table, "--format", "json").stdout)
+    assert (report["images"], report["patients"]) == (112_120, 30_805)
+    frame = pd.read_csv(real_table)
+    findings = frame["Finding Labels"].str.get_dummies("|").astype(bool)
+    for label, names in nih.FINDINGS.items():
+        assert report["labels"][label]["positive"] == findings[list(names)].any(axis=1).sum(), label
+    unannotated = {label: counts["not_annotated"] for label, counts in report["labels"].items()}
+    assert {label: count for label, count in unannotated.items() if count} == {
+        "Enlarged Cardiomediastinum": 112_120,
+        "Fracture": 112_120,
+        "Support Devices": 112_120,
+        "Lung Opacity": 19_632,
+    }
+    assert report["labels"]["Lung Opacity"]["share_positive"] == round(19_894 / (112_120 - 19_632), 4)
+    groups = json.loads(run_pipeline("stats", real_table, "--by", "projection", "--format", "json").stdout)[
+        "by"
+    ]["groups"]
+    assert {name: group["images"] for name, group in groups.items()} == {"AP": 44_810, "PA": 67_310}
+
+
+def test_a_folder_becomes_shards_by_the_official_lists(folder: Path) -> None:
+    out = shard(folder)
+    manifest = read_manifest(out)
+    assert set(manifest.splits) == {"train", "dev", "test"}
+    assert manifest.splits["test"].samples == TEST
+    assert manifest.dataset["title"] == "NIH ChestX-ray14"
+    assert manifest.not_annotated == ("Enlarged Cardiomediastinum", "Fracture", "Support Devices")
+    tables = {name: pa.ipc.open_file(out / split.table).read_all() for name, split in manifest.splits.items()}
+    rows = {row["key"]: row for table in tables.values() for row in table.to_pylist()}
+    assert rows.keys() == {row[0].removesuffix(".png") for row in ROWS}
+    first, second = rows["00000001_000"], rows["00000001_001"]
+    facts = ("patient", "study", "view", "sex", "age", "projection")
+    assert [first[name] for name in facts] == ["00000001", 0, "frontal", "Male", 57, "PA"]
+    assert (first["Cardiomegaly"], first["Edema"], first["Lung Opacity"], first["Fracture"]) == (
+        1,
+        0,
+        0,
+        NOT_ANNOTATED,
+    )
+    assert (second["Lung Lesion"], second["Lung Opacity"]) == (1, NOT_ANNOTATED)
+    assert (rows["00000003_000"]["Lung Lesion"], rows["00000003_000"]["Lung Opacity"]) == (1, 1)
+    assert (rows["00000004_000"]["Pleural Other"], rows["00000004_000"]["Pleural Effusion"]) == (1, 1)
+    assert rows["00000002_000"]["No Finding"] == 1
+    verified = run_pipeline("verify", out, "--deep")
+    assert verified.returncode == 0, verified.stdout
+
+
+@pytest.mark.parametrize("blank", ["zeros", "ignore"])
+def test_what_is_not_annotated_is_masked_under_every_policy(folder: Path, blank: str) -> None:
+    (batch,) = open_shards(shard(folder))["test"].batches(TEST, 32, blank=blank, epoch=None)
+    masked = {label for column, label in enumerate(LABELS) if not batch.mask[:, column].any()}
+    assert masked == {"Enlarged Cardiomediastinum", "Fracture", "Support Devices"}
+    opacity = LABELS.index("Lung Opacity")
+    assert batch.mask[:, opacity].sum() == 1  # not of the film with Pneumonia alone
+    assert set(batch.target[~batch.mask]) == {0.0}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"table": ("Nodule,1", "Nodul,1")},
+            "line 3, column Finding Labels: 'Nodul' is not a finding of this set",
+        ),
+        ({"table": (",58,M,", ",58,X,")}, "line 3, column Patient Gender: 'X' is neither M nor F"),
+        (
+            {"table": ("00000002_000.png", "00000001_001.png")},
+            "lines 3 and 4: the same image 00000001_001 twice",
+        ),
+        (
+            {"table": ("View Position", "View")},
+            "column View Position is missing; the table has Image Index, Finding Labels",
+        ),
+        (
+            {"train": ("00000002_000.png\n", "")},
+            "line 4: 00000002_000.png is in neither train_val_list.txt nor test_l",
+        ),
+        (
+            {"test": ("00000004_000.png", "00000003_000.png")},
+            "00000003_000.png is in train_val_list.txt too; splits",
+        ),
+    ],
+)
+def test_bad_input_is_named(folder: Path, change: dict[str, tuple[str, str]], message: str) -> None:
+    names: dict[str, Any] = {"table": nih.TABLES[0], **nih.LISTS}
+    for file, (old, new) in change.items():
+        path = folder / names[file]
+        assert old in path.read_text()
+        path.write_text(path.read_text().replace(old, new, 1))
+    failed = run_pipeline("shards", folder, folder.parent / "out")
+    assert failed.returncode == 1
+    assert message in failed.stderr.splitlines()[-1]
+
+
+def test_a_folder_without_its_lists_or_of_another_set_is_named(folder: Path) -> None:
+    (folder / "test_list.txt").unlink()
+    with pytest.raises(
+        DataError, match=r"Data_Entry_2017_v2020.csv is there, but not test_list.txt, NIH's official"
+    ):
+        nih.find_tables(folder)
+    failed = run_pipeline("shards", folder, folder.parent / "out", "--set", "chexpert")
+    assert failed.stderr == (
+        f"Error: {folder}: neither it nor a folder in it holds a train.csv, valid.csv or test_labels.csv (CheXpert)\n"
+    )
+    failed = run_pipeline("shards", folder, folder.parent / "out", "--set", "padchest")
+    assert (
+        "'padchest' is not a data set; choose from chexpert, chexpert-plus, mimic, nih, table"
+        in failed.stderr
+    )
+
+
+def test_labels_blank_in_every_row_are_not_annotated(chexpert: Path, tmp_path: Path) -> None:
+    for name in ("train.csv", "valid.csv"):
+        frame = pd.read_csv(chexpert / name, dtype=str)
+        frame.assign(Fracture="").to_csv(chexpert / name, index=False)
+    out = tmp_path / "out"
+    assert run_pipeline("shards", chexpert, out, "--size", 32, "--workers", 1).returncode == 0
+    assert read_manifest(out).not_annotated == ("Fracture",)
+    counts = json.loads(run_pipeline("stats", out, "--format", "json").stdout)["labels"]
+    assert counts["Fracture"]["not_annotated"] == sum(
+        split.samples for split in read_manifest(out).splits.values()
+    )
+    assert counts["Fracture"]["share_positive"] is None
+    assert counts["Edema"]["not_annotated"] == 0
+
+
+SAMPLE = Path(__file__).parents[4] / "shared" / "nih-sample" / "CheXpert-v1.0-small"
+
+
+@pytest.mark.skipif(not SAMPLE.exists(), reason="needs the sample of NIH's films")
+def test_real_films_have_the_same_positives_in_either_layout(tmp_path: Path, real_table: Path) -> None:
+    """The sample's films as PNGs under NIH's names, with NIH's own rows."""
+    official = pd.read_csv(real_table)
+    rows = pd.concat([pd.read_csv(SAMPLE / name) for name in ("train.csv", "valid.csv")])
+    states = official["Finding Labels"].str.get_dummies("|")
+    mapped = pd.DataFrame({label: states[list(names)].max(axis=1) for label, names in nih.FINDINGS.items()})
+    named = official[["Patient ID", "Patient Age", "Patient Gender", "View Position"]].join(mapped)
+    columns = ["Patient ID", "Patient Age", "Patient Gender", "View Position", *nih.FINDINGS]
+    wanted = rows.assign(
+        **{
+            "Patient ID": rows["Path"].str.extract(r"patient0*(\d+)/")[0].astype(int),
+            "Patient Age": rows["Age"],
+            "Patient Gender": rows["Sex"].str[0],
+            "View Position": rows["AP/PA"],
+        }
+    )[[*columns, "Path"]].astype(dict.fromkeys(nih.FINDINGS, int))
+    for frame in (wanted, named):  # films of a patient with the same facts are told apart by their order
+        frame["turn"] = frame.groupby(columns).cumcount()
+    matched = wanted.merge(named.reset_index(names="row"), on=[*columns, "turn"], how="left")
+    assert matched["row"].notna().all()
+    images = tmp_path / "nih" / "images"
+    images.mkdir(parents=True)
+    chosen = official.loc[matched["row"].astype(int)]
+    for path, name in zip(matched["Path"], chosen["Image Index"], strict=True):
+        Image.open(SAMPLE.parent / path).save(images / name, compress_level=1)
+    chosen.to_csv(tmp_path / "nih" / nih.TABLES[0], index=False)
+    (tmp_path / "nih" / "train_val_list.txt").write_text("\n".join(chosen["Image Index"]))
+    (tmp_path / "nih" / "test_list.txt").write_text("")
+    out = tmp_path / "out"
+    made = run_pipeline("shards", tmp_path / "nih", out, "--size", 64, "--dev", 0, "--workers", 2)
+    assert made.returncode == 0, made.stderr
+    found = pa.ipc.open_file(out / "train.arrow").read_all().to_pandas()
+    assert {label: (found[label] == 1).sum() for label in nih.FINDINGS} == {
+        label: (rows[label] == 1).sum() for label in nih.FINDINGS
+    }

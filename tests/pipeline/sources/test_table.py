@@ -1,0 +1,117 @@
+"""A hospital's own CSV, whose columns are named."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from PIL import Image
+
+from pipeline import DataError
+from pipeline.manifest import read_manifest
+from pipeline.sources.table import parse_columns
+from tests.conftest import run_pipeline
+
+COLUMNS = "path=Image,patient=MRN,sex=Gender,age=Years,Edema=edema,Pleural Effusion=fluid"
+ROWS = (
+    ("Image,MRN,Gender,Years,edema,fluid,note"),
+    ("a/1.png,M-01,F,61,1,0,first"),
+    ('a/2.png,M-01,F,62,,1.0,"two\nlines"'),
+    ("b/3.v2.jpg,M-02,,,-1,,"),
+)
+
+
+@pytest.fixture
+def films(tmp_path: Path) -> Path:
+    folder = tmp_path / "films"
+    random = np.random.default_rng(0)
+    for name in ("a/1.png", "a/2.png", "b/3.v2.jpg"):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(random.integers(0, 256, (40, 40), dtype=np.uint8)).save(path)
+    (folder / "labels.csv").write_text("\n".join(ROWS) + "\n")
+    return folder
+
+
+def shard(films: Path, columns: str = COLUMNS, *options: object) -> tuple[int, str]:
+    words = ("--set", "table", "--columns", columns, "--size", 32, "--dev", 0, "--workers", 1, *options)
+    made = run_pipeline("shards", films, films.parent / "out", *words)
+    return made.returncode, made.stderr.splitlines()[-1]
+
+
+def test_a_table_of_one_s_own_becomes_shards(films: Path) -> None:
+    assert shard(films)[0] == 0
+    out = films.parent / "out"
+    manifest = read_manifest(out)
+    assert len(manifest.not_annotated) == 12
+    assert manifest.options["columns"]["path"] == "Image"
+    rows = {row["key"]: row for row in pa.ipc.open_file(out / "train.arrow").read_all().to_pylist()}
+    facts = ("patient", "study", "view", "sex", "age", "projection", "Edema", "Pleural Effusion", "Fracture")
+    assert {key: [row[name] for name in facts] for key, row in rows.items()} == {
+        "a_1": ["M-01", 1, "frontal", "F", 61, None, 1, 0, -2],
+        "a_2": ["M-01", 2, "frontal", "F", 62, None, None, 1, -2],
+        "b_3_v2": ["M-02", 1, "frontal", None, None, None, -1, None, -2],
+    }
+    verified = run_pipeline("verify", out, "--deep")
+    assert verified.returncode == 0, verified.stdout
+
+
+def test_each_split_may_have_a_csv(films: Path) -> None:
+    lines = (films / "labels.csv").read_text().splitlines()
+    for name, rows in (("train", lines[1:4]), ("valid", lines[4:])):
+        (films.parent / f"{name}.csv").write_text("\n".join([lines[0], *rows]) + "\n")
+    splits = [
+        word for name in ("train", "valid") for word in ("--split", f"{name}={films.parent / f'{name}.csv'}")
+    ]
+    assert shard(films, COLUMNS, *splits)[0] == 0
+    samples = {name: split.samples for name, split in read_manifest(films.parent / "out").splits.items()}
+    assert samples == {"train": 2, "valid": 1}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("a/2.png", "../2.png"), "line 3, column Image: '../2.png' leads out of SOURCE"),
+        (
+            ("a/2.png", "/etc/2.png"),
+            "line 3, column Image: '/etc/2.png' is not a path below SOURCE to a JPEG or PNG",
+        ),
+        (("a/2.png", "a/1.png"), "lines 2 and 3: the same image a_1 twice"),
+        ((",62,", ",old,"), "line 3, column Years: 'old' is not a number of years"),
+        ((",-1,", ",2,"), "line 5, column edema: '2' is not a label: 1.0, 0.0, -1.0 or blank"),
+        (("M-02", ""), "line 5, column MRN: '' is not a name without spaces, of up to 64 characters"),
+        (
+            ("MRN,Gender", "mrn,gender"),
+            "no column MRN, Gender; it has Image, mrn, gender, Years, edema, fluid, note",
+        ),
+    ],
+)
+def test_bad_input_is_named(films: Path, change: tuple[str, str], message: str) -> None:
+    path = films / "labels.csv"
+    path.write_text(path.read_text().replace(*change, 1))
+    code, said = shard(films)
+    assert (code, said) == (1, f"Error: {path}{', ' if message.startswith('line') else ': '}{message}")
+
+
+def test_all_that_is_wrong_with_the_columns_is_said_at_once() -> None:
+    with pytest.raises(DataError) as caught:
+        parse_columns("path=Image,oedema=x,age=")
+    assert str(caught.value) == (
+        "'oedema' is none of path, patient, study, view, sex, age, projection, No Finding, Enlarged Cardiomediastinum, "
+        "Cardiomegaly, Lung Opacity, Lung Lesion, Edema, Consolidation, Pneumonia, Atelectasis, Pneumothorax, "
+        "Pleural Effusion, Pleural Other, Fracture, Support Devices; age has no column; patient must be named; "
+        "no label is named"
+    )
+
+
+def test_the_set_and_the_columns_go_together(films: Path) -> None:
+    failed = run_pipeline("shards", films, films.parent / "out", "--columns", COLUMNS)
+    assert (failed.returncode, failed.stderr.splitlines()[-1]) == (
+        2,
+        "Error: --set table and --columns go together",
+    )
+    (films / "second.csv").write_text("Image\n")
+    assert shard(films) == (
+        1,
+        f"Error: {films}: neither it nor a folder in it holds a single CSV (a table of your own)",
+    )
