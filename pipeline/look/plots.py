@@ -8,7 +8,7 @@ import io
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -75,7 +75,7 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 
 def draw_states(axes: Axes, statistics: Statistics, palette: Palette) -> None:
-    """One bar per label: its images by state, of which those that are not annotated are left out."""
+    """One 100 % bar per label: its images by state, hatched where they are not annotated."""
     labels = statistics["labels"]
     start = [0.0] * len(labels)
     for state in STATES:
@@ -89,6 +89,14 @@ def draw_states(axes: Axes, statistics: Statistics, palette: Palette) -> None:
         text_color = palette.ink if state == "blank" else palette.on_state
         axes.bar_label(bars, texts, label_type="center", fontsize=8, color=text_color)
         start = [left + share for left, share in zip(start, shares, strict=True)]
+    rest = [
+        100 - left if counts.get("not_annotated") else 0.0
+        for left, counts in zip(start, labels.values(), strict=True)
+    ]
+    if any(rest):
+        faint = palette.states["blank"]
+        hatched: dict[str, Any] = {"facecolor": "none", "edgecolor": faint, "hatch": "////", "linewidth": 0.6}
+        axes.barh(range(len(labels)), rest, left=start, height=0.82, label="not annotated", **hatched)
     axes.set_xlim(0, 100)
     _name_rows(axes, list(labels), "share of images (%)")
 

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from model.losses import positive_weights
-from pipeline.labels import LABELS, read_labels
+from pipeline.labels import LABELS, NOT_ANNOTATED, read_labels
 from pipeline.look.plots import draw_groups, draw_report
 from pipeline.manifest import Manifest
 from pipeline.measure.counts import count_cooccurrence, count_groups, count_labels, count_targets
@@ -224,6 +224,16 @@ def test_plots_show_the_numbers(chexpert: Path, tmp_path: Path) -> None:
     for state, row in zip(("positive", "uncertain", "negative", "blank"), widths, strict=True):
         found = [counts[state] or 0 for counts in statistics["labels"].values()]
         assert row == pytest.approx([100 * count / 48 for count in found])
+
+
+def test_plots_hatch_what_is_not_annotated(chexpert: Path) -> None:
+    table = read_labels(chexpert / "train.csv")
+    column = table.schema.get_field_index("Fracture")
+    nowhere = table.set_column(column, "Fracture", pa.array([NOT_ANNOTATED] * len(table), pa.int8()))
+    (axes,) = draw_report(count_labels(nowhere), None).axes
+    bars = axes.containers[-1]
+    assert (bars.get_label(), bars[0].get_hatch()) == ("not annotated", "////")
+    assert [bar.get_width() for bar in bars] == [100.0 if label == "Fracture" else 0.0 for label in LABELS]
 
 
 def test_heat_map_shows_the_share_of_the_row(chexpert: Path) -> None:
