@@ -79,6 +79,7 @@ def test_hostile_shards_are_not_indexed(
     assert [path.name for path in tmp_path.iterdir()] == ["train-000000.tar"]
 
 
+@pytest.mark.soak
 def test_a_million_members_are_read_in_little_memory(tmp_path: Path) -> None:
     """A tenth of a million here; memory is that of their names alone."""
     info, data = member("a.txt", b"")

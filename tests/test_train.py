@@ -210,7 +210,13 @@ def test_interrupted_and_continued_equals_uninterrupted(
     assert_same_run(make_job("parts").run, whole)
 
 
-@pytest.mark.parametrize("change", [{"uncertain": "multiclass"}, {"uncertain": "best,Edema=multiclass"}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param({"uncertain": "multiclass"}, marks=pytest.mark.soak),
+        {"uncertain": "best,Edema=multiclass"},
+    ],
+)
 def test_three_classes_interrupted_and_continued_equal_uninterrupted(
     make_job: Callable[..., Job], change: dict[str, str]
 ) -> None:

@@ -109,6 +109,7 @@ def xrv(real_csv: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return np.load(file)
 
 
+@pytest.mark.soak  # importing torchxrayvision takes ten seconds
 def test_ignoring_both_equals_torchxrayvision(real_table: Any, xrv: Any) -> None:
     # It drops the frontals whose AP/PA is LL or RL.
     rows = real_table.filter(pc.is_in(real_table["projection"], value_set=pc.cast(["AP", "PA"], "string")))

@@ -30,7 +30,7 @@ def make(make_job: Callable[..., Job], drawn_studies: tuple[Path, Manifest]) -> 
     return partial(make_job, shards=drawn_studies[0], batch_size=8)
 
 
-@pytest.mark.parametrize("fusion", ["mean", "attention"])
+@pytest.mark.parametrize("fusion", [pytest.param("mean", marks=pytest.mark.soak), "attention"])
 def test_a_run_by_studies_resumes_exactly(make: Callable[..., Job], fusion: str) -> None:
     options = {"fusion": fusion, "augment": "crop", "accumulate": 2}
     whole = make("whole", **options)
