@@ -6,7 +6,7 @@ Output: an Arrow table with one row per image:
     key         string   `patient00001_study1_view1_frontal`, unique
     patient     string   `patient00001`
     study       int32    number of the study within the patient
-    view        string   `frontal` or `lateral` (from the column Frontal/Lateral, never from AP/PA); other sets: `other`
+    view        string   `frontal` or `lateral` (by the column Frontal/Lateral, never AP/PA); `other` in some sets
     sex         string   as in the CSV: Female, Male, Unknown
     age         int16    years
     projection  string   AP, PA, LL, RL; null on laterals
@@ -34,14 +34,8 @@ from pipeline.base.errors import DataError
 
 PROJECTIONS = ("AP", "PA", "lateral", "other")  # a projection's code is its place here
 MOST_VIEWS = 3  # of a study, as in CheXpert
-AGE_BANDS = {
-    "unknown": -1,
-    "0-17": 0,
-    "18-39": 18,
-    "40-59": 40,
-    "60-79": 60,
-    "80+": 80,
-}  # lower bound, in years
+# Lower bounds, in years.
+AGE_BANDS = {"unknown": -1, "0-17": 0, "18-39": 18, "40-59": 40, "60-79": 60, "80+": 80}
 STATES = {"positive": 1, "uncertain": -1, "negative": 0, "blank": None}
 NOT_ANNOTATED = -2  # the state of a cell that a data set does not annotate
 

@@ -165,13 +165,18 @@ def study_shards(originals: Path, tmp_path: Path) -> tuple[Path, Manifest]:
     return folder, read_manifest(folder)
 
 
-@pytest.fixture(scope="session")
-def real_csv() -> Path:
-    """The real train.csv with 223,414 rows, from the torchxrayvision wheel (found without importing it)."""
+def shipped_table(name: str) -> Path:
+    """A data set's real table, from the torchxrayvision wheel (found without importing it)."""
     spec = importlib.util.find_spec("torchxrayvision")
     assert spec is not None
     assert spec.origin is not None
-    return Path(spec.origin).parent / "data" / "chexpert_train.csv.gz"
+    return Path(spec.origin).parent / "data" / name
+
+
+@pytest.fixture(scope="session")
+def real_csv() -> Path:
+    """CheXpert's real train.csv with 223,414 rows."""
+    return shipped_table("chexpert_train.csv.gz")
 
 
 @pytest.fixture

@@ -263,7 +263,8 @@ def to_csv(report: LabelStatistics) -> str:
     else:
         rows = _label_rows(report.get("cooccurrence", report["labels"]))
     text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+    columns = max(rows, key=len)  # a group may lack `not_annotated`
+    writer = csv.DictWriter(text, columns, restval=0, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue().rstrip("\n")

@@ -8,7 +8,7 @@ The official splits: train (of which dev is held out), validate, which is valid 
 labels of version 2.1.0, `test` holds the studies that they cover, by these labels, and `test_rest` the others.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from pipeline.base.csvs import demand, demand_columns, demand_unique, line_of, read_strings
 from pipeline.base.errors import DataError
 from pipeline.labels import LABELS, parse_states
-from pipeline.sources.source import Source, Terms
+from pipeline.sources.source import Source, Terms, no_more_roots, nothing_moved
 
 TERMS = Terms(
     name="mimic",
@@ -38,6 +38,7 @@ TABLES = {
 SPLITS = {"train": "train", "validate": "valid", "test": "test"}
 RADIOLOGISTS_NAMES = {"Airspace Opacity": "Lung Opacity"}
 VIEWS = {"AP": "frontal", "PA": "frontal", "LATERAL": "lateral", "LL": "lateral", "RL": "lateral"}
+find_roots, describe_moved = no_more_roots, nothing_moved
 
 
 def find_tables(folder: Path) -> dict[str, Path] | None:
@@ -54,11 +55,6 @@ def find_tables(folder: Path) -> dict[str, Path] | None:
     if missing:
         raise DataError(f"{folder}: {found['split'].name} is there, but not {' and '.join(missing)}")
     return found
-
-
-def find_roots(homes: Sequence[Path]) -> list[Path]:
-    """No folder beside the homes."""
-    return []
 
 
 def read_table(csv: Path) -> pa.Table:
@@ -88,11 +84,6 @@ def read_tables(source: Source) -> dict[str, pa.Table]:
     if "radiologist" in csvs:
         tables |= _read_radiologist(csvs["radiologist"], tables["test"])
     return {split: rows for split, rows in tables.items() if len(rows)}
-
-
-def describe_moved(tables: Iterable[pa.Table], roots: Sequence[Path]) -> str | None:
-    """None: there is one layout."""
-    return None
 
 
 def locate(paths: Sequence[str], roots: Sequence[Path]) -> list[str]:

@@ -8,7 +8,7 @@ The official lists keep patients apart: train_val_list.txt is train (of which de
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from pipeline.base.csvs import demand, demand_unique, line_of, read_strings
 from pipeline.base.errors import DataError, quote
 from pipeline.base.store import list_files, list_folders, open_to_read
 from pipeline.labels import LABELS, NOT_ANNOTATED
-from pipeline.sources.source import Source, Terms
+from pipeline.sources.source import Source, Terms, no_more_roots, nothing_moved
 
 TERMS = Terms(
     name="nih",
@@ -53,6 +53,7 @@ UNMAPPED = ("Emphysema", "Fibrosis", "Hernia")
 OPACITIES = ("Atelectasis", "Consolidation", "Edema", "Mass", "Nodule", "Pneumonia")
 SEXES = {"M": "Male", "F": "Female"}
 _IMAGE = r"^(?P<key>(?P<patient>\d{8})_\d{3})\.png$"
+find_roots, describe_moved = no_more_roots, nothing_moved
 
 
 def find_tables(folder: Path) -> dict[str, Path] | None:
@@ -67,11 +68,6 @@ def find_tables(folder: Path) -> dict[str, Path] | None:
             f"{folder}: {table.name} is there, but not {' and '.join(missing)}, NIH's official splits"
         )
     return {"table": table, **lists}
-
-
-def find_roots(homes: Sequence[Path]) -> list[Path]:
-    """No folder beside the homes."""
-    return []
 
 
 def read_tables(source: Source) -> dict[str, pa.Table]:
@@ -126,11 +122,6 @@ def read_table(csv: Path) -> pa.Table:
         "projection": text["View Position"],
     }
     return pa.table(columns | _read_states(csv, text[COLUMN])).combine_chunks()
-
-
-def describe_moved(tables: Iterable[pa.Table], roots: Sequence[Path]) -> str | None:
-    """None: the table names no folders."""
-    return None
 
 
 def locate(paths: Sequence[str], roots: Sequence[Path]) -> list[str]:

@@ -5,7 +5,7 @@ are in files of their own, of which the first that is there is read: chexbert_la
 impression_fixed.json, then findings_fixed.json. An image without a line in it is blank. Reports are not read.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -16,7 +16,7 @@ from pipeline.base.csvs import demand, demand_unique, read_strings
 from pipeline.base.errors import DataError, quote
 from pipeline.base.store import open_to_read
 from pipeline.labels import LABELS
-from pipeline.sources.source import Source, Terms
+from pipeline.sources.source import Source, Terms, no_more_roots, nothing_moved
 
 TERMS = Terms(
     name="chexpert-plus",
@@ -31,11 +31,11 @@ TABLE = "df_chexpert_plus_240401.csv"
 LABEL_FILES = tuple(f"chexbert_labels/{part}_fixed.json" for part in ("report", "impression", "findings"))
 COLUMNS = ("path_to_image", "frontal_lateral", "ap_pa", "age", "sex", "split")
 SPLITS = ("train", "valid")
-FOLDERS = ("PNG", ".")  # of the PNGs, below a root
 _PATH = (
     r"^(?:train|valid)/(?P<patient>patient\d{1,20})/study(?P<study>\d{1,6})/"
     r"(?P<view>view\d{1,4}_(?:frontal|lateral))\.jpg$"
 )
+find_roots, describe_moved = no_more_roots, nothing_moved
 
 
 def find_tables(folder: Path) -> dict[str, Path] | None:
@@ -46,11 +46,6 @@ def find_tables(folder: Path) -> dict[str, Path] | None:
     if labels is None:
         raise DataError(f"{folder}: {TABLE} is there, but none of {', '.join(LABEL_FILES)}")
     return {"table": folder / TABLE, "labels": labels}
-
-
-def find_roots(homes: Sequence[Path]) -> list[Path]:
-    """No folder beside the homes."""
-    return []
 
 
 def read_table(csv: Path) -> pa.Table:
@@ -104,15 +99,10 @@ def read_tables(source: Source) -> dict[str, pa.Table]:
     return {split: rows for split, rows in splits.items() if len(rows)}
 
 
-def describe_moved(tables: Iterable[pa.Table], roots: Sequence[Path]) -> str | None:
-    """None: there is one layout."""
-    return None
-
-
 def locate(paths: Sequence[str], roots: Sequence[Path]) -> list[str]:
     """The PNG of each image, below the first root that has some: the table says .jpg all the same."""
-    folders = [f"{root}/{folder}".removesuffix("/.") for root in roots for folder in FOLDERS]
-    found = (folder for folder in folders if any(Path(folder, split).is_dir() for split in SPLITS))
+    folders = [folder for root in roots for folder in (root / "PNG", root)]
+    found = (folder for folder in folders if any((folder / split).is_dir() for split in SPLITS))
     folder = next(found, folders[0])
     return [f"{folder}/{path.removesuffix('.jpg')}.png" for path in paths]
 

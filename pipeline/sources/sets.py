@@ -60,6 +60,7 @@ SETS: dict[str, Adapter] = {
     "nih": nih,
     "table": table,
 }
+KNOWN = {name: adapter for name, adapter in SETS.items() if adapter is not table}  # told by their files
 
 
 def find_source(
@@ -88,11 +89,7 @@ def find_source(
 
 def find_set(folder: Path, name: str | None = None) -> tuple[str, dict[str, Path]]:
     """The set that the folder holds, and its tables. Raises DataError if there is none."""
-    asked = (
-        {name: SETS[name]}
-        if name
-        else {key: adapter for key, adapter in SETS.items() if adapter is not table}
-    )
+    asked = {name: SETS[name]} if name else KNOWN
     with named_failures(folder, "cannot be read"):
         if not folder.is_dir():
             raise DataError(f"{folder}: no such folder")
@@ -107,5 +104,5 @@ def find_set(folder: Path, name: str | None = None) -> tuple[str, dict[str, Path
 def read_any_table(csv: Path) -> pa.Table:
     """The label table of one CSV of any set, told by its columns. Raises DataError, naming file, line and column."""
     header = read_header(csv)
-    adapter = next((adapter for adapter in SETS.values() if adapter.COLUMN in header), chexpert)
+    adapter = next((adapter for adapter in KNOWN.values() if adapter.COLUMN in header), chexpert)
     return adapter.read_table(csv)

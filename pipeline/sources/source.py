@@ -1,11 +1,17 @@
 """What is sharded, and on what terms: facts that the modules of all data sets share."""
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import pyarrow as pa
+
 
 class Terms(NamedTuple):
-    """Who made a data set, and how it may be used. Sets with the same `patients` share the names of patients."""
+    """Who made a data set, and how it may be used. Sets with the same `patients` share the names of patients.
+
+    `paper` is empty if there is none.
+    """
 
     name: str
     title: str
@@ -25,3 +31,12 @@ class Source(NamedTuple):
     roots: tuple[Path, ...]
     set: str = "chexpert"
     columns: tuple[tuple[str, str], ...] = ()
+
+
+def no_more_roots(homes: Sequence[Path]) -> list[Path]:
+    """For a set whose images lie in its own folder: no other folder may hold some."""
+    return []
+
+
+def nothing_moved(tables: Iterable[pa.Table], roots: Sequence[Path]) -> None:
+    """For a set with one layout: no image can be elsewhere."""

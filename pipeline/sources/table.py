@@ -8,7 +8,7 @@ column is named for are not annotated. All rows are train, of which dev is held 
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +19,11 @@ from pipeline.base.csvs import demand, demand_unique, read_strings
 from pipeline.base.errors import DataError
 from pipeline.base.store import list_files
 from pipeline.labels import LABELS, NOT_ANNOTATED, parse_states
-from pipeline.sources.source import Source, Terms
+from pipeline.sources.source import Source, Terms, no_more_roots, nothing_moved
 
-TERMS = Terms(
-    name="table", title="a table of your own", patients="table", license="your own to know", paper="none"
-)
+TERMS = Terms(name="table", title="a table of your own", patients="table", license="not stated", paper="")
 LOOKED_FOR = "a single CSV"
-COLUMN = ""  # it is never told by its columns
+COLUMN = ""  # it is not told by its columns
 NEEDED = ("path", "patient")
 FACTS = (*NEEDED, "study", "view", "sex", "age", "projection")
 _PATH = r"^(?:[^/\\]+/)*[^/\\]+\.(?i:jpg|jpeg|png)$"
@@ -38,6 +36,7 @@ _CHECKS = {
     "projection": ("^(AP|PA)$", "is neither AP nor PA"),
 }
 _OPTIONAL = ("age", "projection", "sex")  # whose cells may be blank
+find_roots, describe_moved = no_more_roots, nothing_moved
 
 
 def find_tables(folder: Path) -> dict[str, Path] | None:
@@ -68,11 +67,6 @@ def parse_columns(text: str) -> tuple[tuple[str, str], ...]:
     return tuple(pairs)
 
 
-def find_roots(homes: Sequence[Path]) -> list[Path]:
-    """No folder beside the homes."""
-    return []
-
-
 def read_table(csv: Path) -> pa.Table:
     """It cannot be read without names of columns: raises DataError."""
     raise DataError(
@@ -87,18 +81,12 @@ def read_tables(source: Source) -> dict[str, pa.Table]:
     return {split: _read(csv, dict(source.columns)) for split, csv in source.csvs.items()}
 
 
-def describe_moved(tables: Iterable[pa.Table], roots: Sequence[Path]) -> str | None:
-    """None: images lie where the table says."""
-    return None
-
-
 def locate(paths: Sequence[str], roots: Sequence[Path]) -> list[str]:
     """The file of each path, below the first root that has it."""
-    files = []
-    for path in paths:
-        places = [f"{root}/{path}" for root in roots]
-        files.append(next((place for place in places if Path(place).is_file()), places[0]))
-    return files
+    if len(roots) == 1:  # no need to look
+        return [f"{roots[0]}/{path}" for path in paths]
+    found = (next((root for root in roots if (root / path).is_file()), roots[0]) for path in paths)
+    return [f"{root}/{path}" for root, path in zip(found, paths, strict=True)]
 
 
 def _read(csv: Path, columns: Mapping[str, str]) -> pa.Table:

@@ -1,4 +1,4 @@
-"""Exit codes and messages, as a shell sees them."""
+"""Exit codes and messages of the `pipeline` command."""
 
 import subprocess
 import sys

@@ -9,6 +9,7 @@ import click
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 import torch
 from matplotlib.figure import Figure
@@ -18,7 +19,14 @@ from model.losses import positive_weights
 from pipeline.labels import LABELS, NOT_ANNOTATED, read_labels
 from pipeline.look.plots import draw_groups, draw_report
 from pipeline.manifest import Manifest
-from pipeline.measure.counts import count_cooccurrence, count_groups, count_labels, count_targets
+from pipeline.measure.counts import (
+    count_cooccurrence,
+    count_groups,
+    count_labels,
+    count_targets,
+    start_report,
+    to_csv,
+)
 from pipeline.policies import make_targets, parse_uncertain_policy
 from pipeline.sources.load import load_table
 from tests.conftest import run_pipeline
@@ -234,6 +242,18 @@ def test_plots_hatch_what_is_not_annotated(chexpert: Path) -> None:
     bars = axes.containers[-1]
     assert (bars.get_label(), bars[0].get_hatch()) == ("not annotated", "////")
     assert [bar.get_width() for bar in bars] == [100.0 if label == "Fracture" else 0.0 for label in LABELS]
+
+
+def test_a_group_without_cells_that_are_not_annotated_has_none_in_the_csv(chexpert: Path) -> None:
+    table = read_labels(chexpert / "train.csv")
+    men = pc.equal(table["sex"], "Male")
+    states = pc.if_else(men, pa.scalar(NOT_ANNOTATED, pa.int8()), table["Fracture"])
+    mixed = table.set_column(table.schema.get_field_index("Fracture"), "Fracture", states)
+    report = start_report(count_labels(mixed))
+    report["by"] = count_groups(mixed, "sex")
+    rows = {(row["group"], row["label"]): row for row in csv.DictReader(io.StringIO(to_csv(report)))}
+    assert rows["Female", "Fracture"]["not_annotated"] == "0"
+    assert rows["Male", "Fracture"]["not_annotated"] == str(pc.sum(men).as_py())
 
 
 def test_heat_map_shows_the_share_of_the_row(chexpert: Path) -> None:

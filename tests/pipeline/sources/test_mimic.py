@@ -107,6 +107,14 @@ def test_the_radiologist_s_labels_are_those_of_test(folder: Path) -> None:
     assert [rows["test"][KEYS[5]][label] for label in ("Lung Opacity", "Edema", "Fracture")] == [1, 0, 0]
 
 
+def test_the_folder_can_be_counted_and_previewed(folder: Path) -> None:
+    assert run_pipeline("stats", folder).stdout.startswith("7 images, 6 studies, 6 patients")
+    assert run_pipeline("stats", folder, "--split", "test").stdout.startswith("2 images, ")
+    preview = run_pipeline("shards", folder, folder.parent / "none", "--views", "all", "--dry-run")
+    assert preview.returncode == 0, preview.stderr
+    assert not (folder.parent / "none").exists()
+
+
 def test_frontals_alone(folder: Path) -> None:
     out = folder.parent / "frontal"
     made = run_pipeline("shards", folder, out, "--size", 32, "--dev", 0, "--workers", 1)

@@ -1,6 +1,5 @@
 """NIH ChestX-ray14, in its own layout: the real table, and a small folder of drawn films."""
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from pipeline import DataError, open_shards
 from pipeline.labels import LABELS, NOT_ANNOTATED
 from pipeline.manifest import read_manifest
 from pipeline.sources import nih
-from tests.conftest import run_pipeline
+from tests.conftest import run_pipeline, shipped_table
 
 HEADER = (
     "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,"
@@ -63,11 +62,8 @@ def shard(folder: Path, *options: object) -> Path:
 
 @pytest.fixture(scope="module")
 def real_table() -> Path:
-    """NIH's whole table, from the torchxrayvision wheel (found without importing it)."""
-    spec = importlib.util.find_spec("torchxrayvision")
-    assert spec is not None
-    assert spec.origin is not None
-    return Path(spec.origin).parent / "data" / "Data_Entry_2017_v2020.csv.gz"
+    """NIH's whole table."""
+    return shipped_table("Data_Entry_2017_v2020.csv.gz")
 
 
 def test_the_real_table_has_the_published_counts(real_table: Path) -> None:

@@ -75,6 +75,7 @@ def test_a_folder_becomes_shards(folder: Path) -> None:
         ],
         "patient64541_study1_view1_frontal": ["patient64541", 1, "frontal", "AP", "Male", 70, -1, None, -2],
     }
+    assert run_pipeline("stats", folder).stdout.startswith("4 images, 3 studies, 3 patients")
     assert not any(b"Heart" in path.read_bytes() for path in out.iterdir())  # no report
 
 

@@ -56,6 +56,14 @@ def test_a_table_of_one_s_own_becomes_shards(films: Path) -> None:
     assert verified.returncode == 0, verified.stdout
 
 
+def test_another_root_may_hold_the_images(films: Path) -> None:
+    moved = films.parent / "elsewhere"
+    moved.mkdir()
+    (films / "b").rename(moved / "b")
+    assert shard(films, COLUMNS, "--root", moved)[0] == 0
+    assert read_manifest(films.parent / "out").splits["train"].samples == 3
+
+
 def test_each_split_may_have_a_csv(films: Path) -> None:
     lines = (films / "labels.csv").read_text().splitlines()
     for name, rows in (("train", lines[1:4]), ("valid", lines[4:])):
