@@ -21,7 +21,7 @@ from pipeline.base.pages import (
     show_limits,
 )
 from pipeline.measure.calibration import RULES, apply_calibration
-from pipeline.measure.evaluate import AREAS, Scored
+from pipeline.measure.evaluate import AREAS, KEPT, Scored
 from pipeline.measure.metrics import FEW, Bools, Curve, Floats, label_cells, reliability, threshold_curve
 
 MEANS = {"macro": "macro", "macro10": "macro, ≥ 10 positives", "mean5": "mean of competition's 5"}
@@ -191,5 +191,5 @@ def mark_few(label: Mapping[str, Any] | None) -> str:
 def _templates() -> jinja2.Environment:
     environment = open_templates("model.runs")
     environment.filters |= {"cell": show_cell, "few": mark_few, "widest_gap": widest_gap}
-    environment.globals |= {"MEANS": MEANS, "RULES": RULES, "AREAS": AREAS, "TITLES": TITLES}
+    environment.globals |= {"MEANS": MEANS, "RULES": RULES, "AREAS": AREAS, "KEPT": KEPT, "TITLES": TITLES}
     return environment

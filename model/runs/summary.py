@@ -70,6 +70,23 @@ def print_comparison(evaluation: Mapping[str, Any]) -> None:
         Console().print(table)
 
 
+def print_sanity(evaluation: Mapping[str, Any]) -> None:
+    """A table of what --sanity asked for: the mean AUROC of altered images, and the labels that are still told."""
+    if "sanity" not in evaluation:
+        return
+    table = Table(title="Sanity: the same images, altered", title_justify="left")
+    table.add_column("images")
+    for title in ("macro AUROC", "difference [95 %]"):
+        table.add_column(title, justify="right")
+    table.add_column("labels still told")
+    for name, found in evaluation["sanity"].items():
+        macro = found["labels"]["macro"]
+        table.add_row(
+            name, show_figure(macro["auroc"]), show_difference(macro["less"]), ", ".join(found["kept"]) or "–"
+        )
+    Console().print(table)
+
+
 def show_difference(less: Mapping[str, Any]) -> str:
     """The first one's figure less this one's, with its interval."""
     if less["difference"] is None:
