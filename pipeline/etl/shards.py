@@ -317,7 +317,7 @@ def _repair(run: Run) -> RunSummary:
         again = sum(len(read_planned(run.partial, task.split, task.number)) for task in tasks)
         _write_tasks(run, tasks, total - again, total)
         for split in whole:
-            run_alone(index_split, (run.finish_task(plan), split))
+            run_alone(index_split, (run.finish_task(plan)._replace(facts=frozenset(manifest.facts)), split))
         for name in damaged:
             if not _is_intact(run.partial / name, expected[name]):
                 raise DataError(
