@@ -45,12 +45,23 @@ def render_report(
             "evaluation": evaluation,
             "panels": draw_panels(evaluation, images[name]),
             "gaps": describe_gaps(evaluation),
+            "covariates": _names_in(evaluation, "covariates"),
+            "variables": [
+                name for name in _names_in(evaluation, "within") if name not in evaluation["labels"]
+            ],
         }
         for name, evaluation in evaluations.items()
     ]
     training = draw_training(history) if history else None
     page = _templates().get_template("report.html")
     return page.render(title=title, config=config, training=training, sections=sections)
+
+
+def _names_in(evaluation: Mapping[str, Any], part: str) -> list[str]:
+    """What a part of a label's belief is about, over all labels; earlier evaluations have none."""
+    return list(
+        dict.fromkeys(name for found in evaluation.get("belief", {}).values() for name in found[part])
+    )
 
 
 def render_model_card(

@@ -20,7 +20,9 @@ from model.runs.scoring import score_best, score_split
 from pipeline.base.errors import DataError
 from pipeline.base.files import parse_object, read_object, write_atomically, write_json
 from pipeline.labels import count_rows
+from pipeline.measure.belief import assess_belief
 from pipeline.measure.compare import combine_views, compare_methods, group_by_views
+from pipeline.measure.covariates import find_covariates, find_strata
 from pipeline.measure.delong import combine_limits, measure_areas, weigh_labels
 from pipeline.measure.evaluate import Scored, assess, calibrate
 from pipeline.measure.metrics import averaged_labels, mean_of, report_auroc
@@ -79,6 +81,7 @@ def evaluate(
     evaluation["not_annotated"] = [label for label in job.manifest.not_annotated if label in config.labels]
     evaluation |= {"chosen_by": list(chosen_by)} if chosen_by else {}
     evaluation |= {"sanity": dict(sanity)} if sanity else {}
+    evaluation["belief"] = assess_belief(config.labels, scored, find_covariates(table), find_strata(table))
     if against and config.fusion is None:
         add_difference(job, evaluation, found, calibration, against)
     elif against:

@@ -43,12 +43,13 @@ def assess_belief(
     `covariates` are numbers [N] by name, NaN where unknown; `strata` are names [N] by variable, empty where unknown.
     A label has `auroc`, `covariates`, `within`, `tells` and `balanced`, each with limits, and its `verdict`.
     """
-    counts = [
-        (int((images.mask[:, column] & (images.target[:, column] == side)).sum()) for side in (1, 0))
+    enough = [
+        column
         for column in range(len(names))
+        if min(int((images.mask[:, column] & (images.target[:, column] == side)).sum()) for side in (0, 1))
+        >= FEW
     ]
-    enough = [column for column, sides in enumerate(counts) if min(sides) >= FEW]
-    report = {}
+    report: dict[str, dict[str, Any]] = {}
     for column in enough:
         rows = images.mask[:, column]
         own = images.take(rows)
