@@ -24,6 +24,7 @@ from pipeline.measure.counts import (
     to_csv,
     to_json,
 )
+from pipeline.policies import evaluation_targets
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -82,8 +83,8 @@ def stats(
         against and against_split == split and against.samefile(source),
         "--against is SOURCE itself; name another --against-split",
     )
-    _check_output("--plot", plot, (".png", ".svg"))
-    _check_output("--html", html, (".html",))
+    check_output("--plot", plot, (".png", ".svg"))
+    check_output("--html", html, (".html",))
     table = load_table(source, split, views)
     report = _build_report(table, by, cooccurrence, policy)
     if against:
@@ -129,15 +130,20 @@ def _render_page(
     source: Path, split: str | None, views: str, scope: str, report: LabelStatistics, table: "pa.Table"
 ) -> str:
     from pipeline.look.label_report import find_examples, find_groups, render_label_report
+    from pipeline.measure.audit import audit_labels
+    from pipeline.measure.covariates import find_covariates
 
     shown = report.copy()
     shown["cooccurrence"] = count_cooccurrence(table)
-    examples = find_examples(source, split, views) if (source / NAME).is_file() else {}
+    is_shards = (source / NAME).is_file()
+    examples = find_examples(source, split, views) if is_shards else {}
     title = f"Labels of {source.resolve().name}"
-    return render_label_report(title, scope, shown, find_groups(table), examples)
+    truth = evaluation_targets(table, read_manifest(source).policies["blank"] if is_shards else "zeros")
+    audit = audit_labels(table, *truth, find_covariates(table), {}, together=False)  # which takes longer
+    return render_label_report(title, scope, shown, find_groups(table), examples, audit)
 
 
-def _check_output(option: str, path: Path | None, suffixes: Collection[str]) -> None:
+def check_output(option: str, path: Path | None, suffixes: Collection[str]) -> None:
     """Refuse a file that could not be written at the end, before anything is counted."""
     if path:
         wrong = path.suffix.lower() not in suffixes
@@ -179,7 +185,7 @@ def show(
 
     refuse_usage(state and not label, "--state needs --label")
     refuse_usage(augmented, "--augmented is a command now: python train.py inputs --shards … --out …")
-    _check_output("--out", out, FORMATS)
+    check_output("--out", out, FORMATS)
     manifest = read_manifest(shards)
     opened = open_split(shards, manifest, split)
     rows = select_rows(opened.table, where)

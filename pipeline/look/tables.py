@@ -1,6 +1,7 @@
 """Figures → tables in a terminal."""
 
 from pipeline.base.errors import printable
+from pipeline.measure.audit import Audit, Finding, describe_alarms, describe_told, find_alarms, shorten
 from pipeline.measure.counts import LabelStatistics
 
 
@@ -64,6 +65,52 @@ def print_report(report: LabelStatistics) -> None:
             "standardized: (p1 - p2) / sqrt((p1 (1 - p1) + p2 (1 - p2)) / 2), notable above 0.1"
         )
         print_table(title, headings, cells)
+
+
+def print_audit(audit: Audit) -> None:
+    """Print the alarms in words, and what tells each label best, worst first."""
+    for text in describe_alarms(audit):
+        print(f"{text}.")
+    headings, rows = tabulate_audit(audit)
+    if rows:
+        alarms = sum(map(len, find_alarms(audit).values()))
+        title = (
+            f"{audit['images']:,} images of {audit['patients']:,} patients; alarms (!): {alarms}\n"
+            f"of {len(audit['findings'])} tests, those whose lower limit, adjusted by Holm's method "
+            f"at level {audit['level']}, is above {audit['threshold']}"
+        )
+        print_table(title, headings, rows)
+    if audit["left_out"]:
+        reasons = (f"{name} ({reason})" for name, reason in audit["left_out"].items())
+        print(f"Not tested: {', '.join(reasons)}.")
+    if audit["few"]:
+        print(f"Fewer than 10 patients in a class: {', '.join(audit['few'])}.")
+
+
+def tabulate_audit(audit: Audit) -> tuple[list[str], dict[str, list[str]]]:
+    """Headings, and what tells each label best, worst first; ! marks an alarm."""
+    best: dict[str, dict[str, Finding]] = {}
+    for finding in audit["findings"]:
+        best.setdefault(finding["label"], {}).setdefault(finding["kind"], finding)
+    headings = ["acquisition", "tells it", "95 %", "adjusted", "all together"]
+    if any("content" in kinds for kinds in best.values()):
+        headings += ["content: maybe the disease", "tells it"]
+    rows = {}
+    for label, kinds in best.items():
+        cells = ["–"] * len(headings)
+        if alone := kinds.get("acquisition"):
+            limits, adjusted = describe_told(alone), shorten(alone["adjusted"])
+            cells[:4] = alone["covariate"], _mark(alone), limits, adjusted
+        if joint := kinds.get("together"):
+            cells[4] = _mark(joint)
+        if content := kinds.get("content"):
+            cells[5:] = content["covariate"], shorten(content["told"])
+        rows[label] = cells
+    return headings, rows
+
+
+def _mark(finding: Finding) -> str:
+    return f"{'! ' if finding['exceeds'] else ''}{shorten(finding['told'])}"
 
 
 def _percent(share: float | None) -> str:

@@ -1,6 +1,6 @@
 """SOURCE (shards, a data set's folder, or one CSV) → its label table."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +22,11 @@ def load_table(source: Path, split: str | None, views: str, facts: Sequence[Path
     `facts` are files to join, as for `pipeline shards`. Raises DataError where the source, the split or the views do
     not exist.
     """
+    return join_tables(source, load_tables(source, split, facts), views)
+
+
+def load_tables(source: Path, split: str | None, facts: Sequence[Path] = ()) -> dict[str, pa.Table]:
+    """Split → its label table: of one split, or of all. Raises DataError where the source or the split do not exist."""
     if source.is_file():
         if split is not None:
             raise DataError(f"{source} is one CSV without splits; leave out its split")
@@ -36,7 +41,11 @@ def load_table(source: Path, split: str | None, views: str, facts: Sequence[Path
         if split is not None and split not in tables:
             raise DataError(f"split '{split}' does not exist; {source} holds {', '.join(tables)}")
         tables = {name: table for name, table in tables.items() if split in (None, name)}
-    tables, _ = join_facts(tables, facts)
+    return join_facts(tables, facts)[0]
+
+
+def join_tables(source: Path, tables: Mapping[str, pa.Table], views: str) -> pa.Table:
+    """The rows of these views, of one table after the other. Raises DataError, naming the source, if there are none."""
     columns = ["patient", "study", "view", "sex", "age", "projection", *LABELS]
     chosen = [table.select([*columns, *name_facts(table)]) for table in tables.values()]
     table = select_views(pa.concat_tables(chosen, promote_options="default"), views)

@@ -1,0 +1,88 @@
+"""The command that asks what labels can be told by without the disease: audit."""
+
+import json
+from pathlib import Path
+
+import click
+
+from pipeline.base.files import write_atomically
+from pipeline.base.workers import count_cpus
+from pipeline.cli.looking import check_output
+from pipeline.console import progress_bar, refuse_usage, say
+from pipeline.labels import VIEWS
+from pipeline.manifest import NAME, read_manifest
+
+
+@click.command(epilog="Example: pipeline audit shards --html audit.html")
+@click.argument("source", type=click.Path(path_type=Path, exists=True))
+@click.option("--split", help="One split of a folder.  [default: train and dev; all where there is no train]")
+@click.option("--views", default="all", type=click.Choice(VIEWS), help="By the column Frontal/Lateral.")
+@click.option(
+    "--images/--no-images", default=None, help="Measure gray levels, too.  [default: where SOURCE is shards]"
+)
+@click.option(
+    "--threads", default=count_cpus, type=click.IntRange(min=1), show_default="all cores", help="To decode."
+)
+@click.option("--html", type=click.Path(path_type=Path, dir_okay=False), help="Write a page with a heat map.")
+@click.option("--strict", is_flag=True, help="Exit with 3 on any alarm.")
+@click.option("--format", "format_", default="table", type=click.Choice(["table", "json"]))
+def audit(
+    source: Path,
+    split: str | None,
+    views: str,
+    images: bool | None,
+    threads: int,
+    html: Path | None,
+    strict: bool,
+    format_: str,
+) -> int:
+    """Find what tells each label of SOURCE (shards, a data set's folder or CSV) without the disease.
+
+    The patient's number, the projection, the original width, gray levels of border and corners, …: each alone, and
+    all together in a model tested on other patients. A network may learn these instead, and fail elsewhere.
+    """
+    from pipeline.look.tables import print_audit
+    from pipeline.measure.audit import audit_labels, find_alarms
+    from pipeline.measure.covariates import find_covariates
+    from pipeline.policies import evaluation_targets
+    from pipeline.sources.load import join_tables, load_tables
+
+    is_shards = (source / NAME).is_file()
+    refuse_usage(
+        images and not is_shards, "--images needs shards: pipeline shards SOURCE OUT, then audit OUT"
+    )
+    check_output("--html", html, (".html",))
+    tables = load_tables(source, split)
+    if split is None and "train" in tables:  # what is learned from; the others have to stay unseen
+        tables = {name: table for name, table in tables.items() if name in ("train", "dev")}
+    table = join_tables(source, tables, views)
+    acquisition, content = find_covariates(table), {}
+    if "file_bytes" in table.column_names:
+        content["file bytes"] = table["file_bytes"].to_numpy().astype(float)
+    if is_shards and images is not False:
+        from pipeline.look.pixels import measure_shards
+
+        done = 0
+        with progress_bar("Measuring", "images") as advance:
+
+            def count(measured: int) -> None:
+                nonlocal done
+                done += measured
+                advance(done, table.num_rows)
+
+            at_edge, whole = measure_shards(source, list(tables), views, threads, count)
+        acquisition |= at_edge
+        content |= whole
+    blank = read_manifest(source).policies["blank"] if is_shards else "zeros"
+    report = audit_labels(table, *evaluation_targets(table, blank), acquisition, content)
+    if html:
+        from pipeline.look.label_report import render_audit
+
+        scope = f"{', '.join(tables)}; {views} views"
+        write_atomically(html, render_audit(f"Audit of {source.resolve().name}", scope, report).encode())
+        say(f"{html}: written")
+    if format_ == "json":
+        click.echo(json.dumps(report, indent=2))
+    else:
+        print_audit(report)
+    return 3 if strict and find_alarms(report) else 0

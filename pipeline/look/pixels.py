@@ -1,0 +1,82 @@
+"""Shards → gray levels of each image: at its edge, where no disease shows, and as a whole, where it may.
+
+Images are read in table order and measured 224 pixels square, so that a corner is a corner in any format.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.measure.metrics import Floats
+from pipeline.stream.dataset import open_shards
+from pipeline.stream.select import NothingSelectedError
+
+SIDE = 224  # pixels
+EDGE = SIDE // 32  # the border's width
+CORNER = SIDE // 6  # a corner's side: outside of the central box, of two thirds of either side
+LETTER = 12  # pixels that a letter in a corner has at least
+BLACK, SATURATED = 5, 250  # gray levels: at most, at least
+CORNERS = {
+    "upper left": np.s_[:, :CORNER, :CORNER],
+    "upper right": np.s_[:, :CORNER, -CORNER:],
+    "lower left": np.s_[:, -CORNER:, :CORNER],
+    "lower right": np.s_[:, -CORNER:, -CORNER:],
+}
+
+
+def measure_shards(
+    folder: Path,
+    splits: Sequence[str],
+    views: str,
+    threads: int,
+    progress: Callable[[int], None] = lambda images: None,
+) -> tuple[dict[str, Floats], dict[str, Floats]]:
+    """Acquisition and content covariates [N] of the images of these splits and views, one split after the other.
+
+    `progress` is called with the number of images just measured. Raises DataError for a damaged image.
+    """
+    shards = open_shards(folder)
+    at_edge: list[dict[str, Floats]] = []
+    whole: list[dict[str, Floats]] = []
+    for name in splits:
+        try:
+            images = shards[name].where(views=views)
+        except NothingSelectedError:
+            continue
+        for batch in images.batches(64, SIDE, epoch=None, threads=threads):
+            pixels = batch.images[:, 0]
+            at_edge.append(measure_edge(pixels))
+            stored = images.split.length[batch.step.images].astype(float)
+            whole.append(measure_whole(pixels) | {"stored bytes": stored})
+            progress(len(pixels))
+    return _concatenate(at_edge), _concatenate(whole)
+
+
+def measure_edge(pixels: npt.NDArray[np.uint8]) -> dict[str, Floats]:
+    """Gray levels of border and corners of images uint8 [N, 224, 224]; in each corner, the level of a letter there."""
+    border = np.ones(pixels.shape[1:], np.bool_)
+    border[EDGE:-EDGE, EDGE:-EDGE] = False
+    corners = {name: pixels[place].reshape(len(pixels), -1) for name, place in CORNERS.items()}
+    found: dict[str, Floats] = {"border's gray level": pixels[:, border].mean(axis=1)}
+    found["corners' gray level"] = np.concatenate([*corners.values()], axis=1).mean(axis=1)
+    for name, corner in corners.items():
+        found[f"brightest in the {name} corner"] = np.partition(corner, -LETTER, axis=1)[:, -LETTER] * 1.0
+    return found
+
+
+def measure_whole(pixels: npt.NDArray[np.uint8]) -> dict[str, Floats]:
+    """What images uint8 [N, 224, 224] look like; sharpness is the variance of the Laplacian."""
+    return {
+        "mean gray level": pixels.mean(axis=(1, 2)),
+        "spread of gray levels": pixels.std(axis=(1, 2)),
+        "sharpness": np.array([cv2.Laplacian(image, cv2.CV_32F).var() for image in pixels], float),
+        "share of black pixels": (pixels <= BLACK).mean(axis=(1, 2)),
+        "share of saturated pixels": (pixels >= SATURATED).mean(axis=(1, 2)),
+    }
+
+
+def _concatenate(parts: Sequence[dict[str, Floats]]) -> dict[str, Floats]:
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

@@ -1,0 +1,238 @@
+"""Targets and covariates of a label table → what each label can be told by without the disease, worst first.
+
+An acquisition covariate, such as the patient's number or the gray level of the border, says how a film came about; a
+content covariate, such as the film's sharpness, may show the disease itself. Both get the AUROC A with which they tell
+a label, and a test of H0: max(A, 1 - A) <= .6. Either side would be a finding, so the p-value is two-sided:
+
+    p = 2 (1 - Φ((max(A, 1 - A) - .6) / √(design · V(.6))))      (V and design: `delong`; V(θ) = V(1 - θ))
+
+which is at most α exactly where the two-sided limits of A at level 1 - α lie above .6 or below .4. All tests together
+keep the level .05 by Holm's method (A simple sequentially rejective multiple test procedure, Scandinavian Journal of
+Statistics 6, 1979): the k-th smallest of m p-values is compared with .05 / (m - k + 1), and after the first that is too
+large none counts. A test's adjusted limit is that of max(A, 1 - A) at its own level, so it is above .6 where H0 is
+rejected. The covariates together are tested from above alone: a model below .5 on patients it never saw tells nothing.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from statistics import NormalDist
+from typing import NamedTuple, TypedDict
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.labels import LABELS
+from pipeline.measure.covariates import NUMBERS, PAIRS
+from pipeline.measure.delong import measure_areas, score_limits, score_variance, share_below
+from pipeline.measure.metrics import FEW, Bools, Floats, Ints
+
+THRESHOLD = 0.6  # an AUROC that no covariate of a sound data set should exceed
+LEVEL = 0.05
+TOGETHER = "all together"
+FOLDS = 5
+MOST_PATIENTS = 20_000  # that the covariates together are tried on
+
+
+class Finding(TypedDict):
+    """How a covariate tells a label: AUROC with 95 % limits, below .5 where it is lower in positives.
+
+    `kind` is acquisition, content or together. `told` is max(AUROC, 1 - AUROC), `adjusted` its lower limit after Holm,
+    and `exceeds` whether that is above the threshold.
+    """
+
+    label: str
+    covariate: str
+    kind: str
+    auroc: float
+    low: float
+    high: float
+    told: float
+    adjusted: float
+    exceeds: bool
+
+
+class Audit(TypedDict):
+    """All findings, by `adjusted` from the highest down.
+
+    `left_out` says why a covariate is not among them; `few` are the labels with fewer than 10 patients in a class.
+    """
+
+    images: int
+    patients: int
+    threshold: float
+    level: float
+    left_out: dict[str, str]
+    few: list[str]
+    findings: list[Finding]
+
+
+class _Test(NamedTuple):
+    """A finding; how far it is above the threshold, in standard errors; and what these rest on."""
+
+    finding: Finding
+    deviation: float
+    positives: int
+    negatives: int
+    design: float
+
+
+def audit_labels(
+    table: pa.Table,
+    target: Floats,
+    mask: Bools,
+    acquisition: Mapping[str, Floats],
+    content: Mapping[str, Floats],
+    *,
+    together: bool = True,
+) -> Audit:
+    """What tells the labels of a table, whose targets [N, 14] are in {0, 1} on the cells of mask [N, 14].
+
+    Covariates [N] are NaN where unknown; without `together`, no model of all acquisition covariates is fitted.
+    """
+    patient = table["patient"].combine_chunks().dictionary_encode().indices.to_numpy()
+    kinds = dict.fromkeys(acquisition, "acquisition") | dict.fromkeys(content, "content")
+    values = np.column_stack([np.empty((len(patient), 0)), *acquisition.values(), *content.values()])
+    if together and acquisition:
+        kinds |= {TOGETHER: "together"}
+    tests: list[_Test] = []
+    few = []
+    for column, label in enumerate(LABELS):
+        truth, used = target[:, column] == 1, mask[:, column]
+        if min(np.unique(patient[used & side]).size for side in (truth, ~truth)) < FEW:
+            few.append(label)
+            continue
+        scores = values
+        if TOGETHER in kinds:
+            joint = predict_together(values[:, : len(acquisition)], truth, used, patient)
+            scores = np.column_stack([values, joint])
+        tests += _test_label(label, kinds, scores, truth, used, patient)
+    _adjust(tests)
+    findings = [test.finding for test in tests]
+    return {
+        "images": len(patient),
+        "patients": int(patient.max()) + 1,
+        "threshold": THRESHOLD,
+        "level": LEVEL,
+        "left_out": _explain_left_out(table, acquisition),
+        "few": few,
+        "findings": sorted(findings, key=lambda finding: -finding["adjusted"]),
+    }
+
+
+def predict_together(values: Floats, truth: Bools, used: Bools, patient: Ints) -> Floats:
+    """Scores [N] of a label from all covariates [N, C], of patients that the model did not see; NaN where not tried.
+
+    Boosted trees (scikit-learn), which need no scaling and know missing values, on five folds of at most 20,000
+    patients. Scores are ranks within their fold: the models' levels differ by their own patients' share of positives.
+    """
+    from sklearn.ensemble import HistGradientBoostingClassifier  # takes a second
+    from threadpoolctl import threadpool_limits
+
+    order = np.random.default_rng(0).permutation(patient.max() + 1)[patient]
+    fold = np.where(used & (order < MOST_PATIENTS), order % FOLDS, -1)
+    score = np.full(len(truth), np.nan)
+    for number in range(FOLDS):
+        inside, outside = fold == number, (fold != number) & (fold >= 0)
+        if not inside.any() or len(np.unique(truth[outside])) < 2:
+            continue
+        model = HistGradientBoostingClassifier(
+            max_iter=40, max_leaf_nodes=8, early_stopping=False, random_state=0
+        )
+        with threadpool_limits(
+            1
+        ):  # OpenMP's threads wait for each other by spinning: no gain, and none to others
+            found = model.fit(values[outside], truth[outside]).predict_proba(values[inside])[:, 1]
+        score[inside] = share_below(found, np.sort(found))
+    return score
+
+
+def find_alarms(audit: Audit) -> dict[str, list[Finding]]:
+    """The acquisition covariates, and all together, that tell a label, by label, the worst one first."""
+    found: dict[str, list[Finding]] = {}
+    for finding in audit["findings"]:
+        if finding["exceeds"] and finding["kind"] != "content":
+            found.setdefault(finding["label"], []).append(finding)
+    return found
+
+
+def describe_alarms(audit: Audit) -> list[str]:
+    """A sentence for each label that covariates tell, worst first."""
+    texts = []
+    for label, found in find_alarms(audit).items():
+        alone = [finding for finding in found if finding["kind"] == "acquisition"]
+        others = [f"{finding['covariate']} {shorten(finding['told'])}" for finding in alone[1:]]
+        others += [f"{TOGETHER} {shorten(finding['told'])}" for finding in found if finding not in alone]
+        first = alone[0] if alone else found[0]
+        who = f"{first['covariate']} alone tells" if alone else "all covariates together tell"
+        rest = f"; {', '.join(others)}" if alone and others else ""
+        texts.append(f"{label}: {who} it with AUROC {shorten(first['told'])} ({describe_told(first)}){rest}")
+    return texts
+
+
+def describe_told(finding: Finding) -> str:
+    """The 95 % limits of max(AUROC, 1 - AUROC)."""
+    low, high = finding["low"], finding["high"]
+    if finding["told"] != finding["auroc"]:
+        low, high = 1 - high, 1 - low
+    return f"{shorten(low)}–{shorten(high)}"
+
+
+def shorten(figure: float) -> str:
+    """Two decimals, without the zero before them."""
+    return f"{figure:.2f}".removeprefix("0")
+
+
+def _test_label(
+    label: str, kinds: Mapping[str, str], scores: Floats, truth: Bools, used: Bools, patient: Ints
+) -> Iterator[_Test]:
+    """A test for each covariate, a column of scores [N, C], that is known of 10 patients in either class."""
+    known = ~np.isnan(scores) & used[:, None]
+    columns = np.broadcast_to(truth[:, None], known.shape)
+    areas = measure_areas(np.nan_to_num(scores), columns, known, patient)
+    for column, (name, kind) in enumerate(kinds.items()):
+        auroc, low, high, freedom, design = (float(part[column]) for part in areas[:5])
+        if np.isnan(auroc) or freedom + 1 < FEW:
+            continue
+        told = auroc if kind == "together" else max(auroc, 1 - auroc)
+        positives, negatives = (int((known[:, column] & side).sum()) for side in (truth, ~truth))
+        error = (design * score_variance(THRESHOLD, positives, negatives)) ** 0.5
+        finding = Finding(
+            label=label,
+            covariate=name,
+            kind=kind,
+            auroc=auroc,
+            low=low,
+            high=high,
+            told=told,
+            adjusted=0.0,
+            exceeds=False,
+        )
+        yield _Test(finding, (told - THRESHOLD) / error, positives, negatives, design)
+
+
+def _adjust(tests: Sequence[_Test]) -> None:
+    """Fill in the findings' adjusted limits, and which exceed the threshold, by Holm's method."""
+    rejected = True
+    for rank, test in enumerate(sorted(tests, key=lambda test: -test.deviation)):
+        if rejected:
+            quantile = NormalDist().inv_cdf(1 - LEVEL / (len(tests) - rank) / 2)
+            rejected = test.deviation > quantile
+        finding = test.finding
+        low, _ = score_limits(finding["told"], test.positives, test.negatives, test.design, quantile)
+        finding.update(adjusted=low, exceeds=rejected)
+
+
+def _explain_left_out(table: pa.Table, found: Mapping[str, Floats]) -> dict[str, str]:
+    """Why each acquisition covariate of a table is not among those found."""
+    names = {"patient": "patient number", **NUMBERS, **{column: pair[1] for column, pair in PAIRS.items()}}
+    reasons = {}
+    for column, name in names.items():
+        if name in found:
+            continue
+        if column not in table.column_names or table[column].null_count == table.num_rows:
+            reasons[name] = "unknown"
+        elif column == "patient" and pc.count_distinct(table[column]).as_py() > 1:
+            reasons[name] = "not every name ends in a number"
+        else:
+            reasons[name] = "the same in all images"
+    return reasons
