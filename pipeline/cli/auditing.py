@@ -11,6 +11,7 @@ from pipeline.cli.looking import check_output
 from pipeline.console import progress_bar, refuse_usage, say
 from pipeline.labels import VIEWS
 from pipeline.manifest import NAME, read_manifest
+from pipeline.measure.metrics import Floats
 
 
 @click.command(epilog="Example: pipeline audit shards --html audit.html")
@@ -56,9 +57,8 @@ def audit(
     if split is None and "train" in tables:  # what is learned from; the others have to stay unseen
         tables = {name: table for name, table in tables.items() if name in ("train", "dev")}
     table = join_tables(source, tables, views)
-    acquisition, content = find_covariates(table), {}
-    if "file_bytes" in table.column_names:
-        content["file bytes"] = table["file_bytes"].to_numpy().astype(float)
+    edge: dict[str, Floats] = {}
+    content: dict[str, Floats] = {}
     if is_shards and images is not False:
         from pipeline.look.pixels import measure_shards
 
@@ -70,11 +70,12 @@ def audit(
                 done += measured
                 advance(done, table.num_rows)
 
-            at_edge, whole = measure_shards(source, list(tables), views, threads, count)
-        acquisition |= at_edge
-        content |= whole
+            edge, content = measure_shards(source, list(tables), views, threads, count)
+    if "file_bytes" in table.column_names:
+        content["file bytes"] = table["file_bytes"].to_numpy().astype(float)
+        content.pop("stored bytes", None)  # the same, where files are stored as they were
     blank = read_manifest(source).policies["blank"] if is_shards else "zeros"
-    report = audit_labels(table, *evaluation_targets(table, blank), acquisition, content)
+    report = audit_labels(table, *evaluation_targets(table, blank), find_covariates(table), edge, content)
     if html:
         from pipeline.look.label_report import render_audit
 

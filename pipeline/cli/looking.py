@@ -139,7 +139,7 @@ def _render_page(
     examples = find_examples(source, split, views) if is_shards else {}
     title = f"Labels of {source.resolve().name}"
     truth = evaluation_targets(table, read_manifest(source).policies["blank"] if is_shards else "zeros")
-    audit = audit_labels(table, *truth, find_covariates(table), {}, together=False)  # which takes longer
+    audit = audit_labels(table, *truth, find_covariates(table), together=False)  # which takes longer
     return render_label_report(title, scope, shown, find_groups(table), examples, audit)
 
 

@@ -124,8 +124,8 @@ def draw_audit(axes: Axes, audit: Audit, palette: Palette) -> None:
     """How well each covariate tells each label: max(AUROC, 1 - AUROC), in color from .5 on; ! marks what exceeds."""
     found = audit["findings"]
     names = {kind: [f["covariate"] for f in found if f["kind"] == kind] for kind in KINDS}
-    columns = list(dict.fromkeys(name for kind in KINDS for name in names[kind]))
-    labels = list(dict.fromkeys(finding["label"] for finding in found))
+    columns = list(dict.fromkeys(name for kind in KINDS for name in names[kind]))  # of their first kind
+    labels = list(dict.fromkeys(f["label"] for f in sorted(found, key=lambda f: f["kind"] == "content")))
     told = np.full((len(labels), len(columns)), np.nan)
     texts = [[""] * len(columns) for _ in labels]
     for finding in found:

@@ -90,7 +90,7 @@ def print_audit(audit: Audit) -> None:
 def tabulate_audit(audit: Audit) -> tuple[list[str], dict[str, list[str]]]:
     """Headings, and what tells each label best, worst first; ! marks an alarm."""
     best: dict[str, dict[str, Finding]] = {}
-    for finding in audit["findings"]:
+    for finding in sorted(audit["findings"], key=lambda finding: finding["kind"] == "content"):
         best.setdefault(finding["label"], {}).setdefault(finding["kind"], finding)
     headings = ["acquisition", "tells it", "95 %", "adjusted", "all together"]
     if any("content" in kinds for kinds in best.values()):

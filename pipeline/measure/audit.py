@@ -15,6 +15,7 @@ rejected. The covariates together are tested from above alone: a model below .5 
 
 from collections.abc import Iterator, Mapping, Sequence
 from statistics import NormalDist
+from types import MappingProxyType
 from typing import NamedTuple, TypedDict
 
 import numpy as np
@@ -29,6 +30,7 @@ from pipeline.measure.metrics import FEW, Bools, Floats, Ints
 THRESHOLD = 0.6  # an AUROC that no covariate of a sound data set should exceed
 LEVEL = 0.05
 TOGETHER = "all together"
+DEVICES = "Support Devices"
 FOLDS = 5
 MOST_PATIENTS = 20_000  # that the covariates together are tried on
 
@@ -81,19 +83,19 @@ def audit_labels(
     target: Floats,
     mask: Bools,
     acquisition: Mapping[str, Floats],
-    content: Mapping[str, Floats],
+    edge: Mapping[str, Floats] = MappingProxyType({}),
+    content: Mapping[str, Floats] = MappingProxyType({}),
     *,
     together: bool = True,
 ) -> Audit:
     """What tells the labels of a table, whose targets [N, 14] are in {0, 1} on the cells of mask [N, 14].
 
-    Covariates [N] are NaN where unknown; without `together`, no model of all acquisition covariates is fitted.
+    Covariates [N] are NaN where unknown. Those of the image's `edge` are acquisition covariates, but content for
+    Support Devices, whose wires and lines cross the edge. Without `together`, no model of all of them is fitted.
     """
     patient = table["patient"].combine_chunks().dictionary_encode().indices.to_numpy()
-    kinds = dict.fromkeys(acquisition, "acquisition") | dict.fromkeys(content, "content")
-    values = np.column_stack([np.empty((len(patient), 0)), *acquisition.values(), *content.values()])
-    if together and acquisition:
-        kinds |= {TOGETHER: "together"}
+    covariates = {**acquisition, **edge, **content}
+    values = np.column_stack([np.empty((len(patient), 0)), *covariates.values()])
     tests: list[_Test] = []
     few = []
     for column, label in enumerate(LABELS):
@@ -101,10 +103,12 @@ def audit_labels(
         if min(np.unique(patient[used & side]).size for side in (truth, ~truth)) < FEW:
             few.append(label)
             continue
+        inside = len(acquisition) + (0 if label == DEVICES else len(edge))
+        kinds = {name: "acquisition" if at < inside else "content" for at, name in enumerate(covariates)}
         scores = values
-        if TOGETHER in kinds:
-            joint = predict_together(values[:, : len(acquisition)], truth, used, patient)
-            scores = np.column_stack([values, joint])
+        if together and inside:
+            kinds[TOGETHER] = "together"
+            scores = np.column_stack([values, predict_together(values[:, :inside], truth, used, patient)])
         tests += _test_label(label, kinds, scores, truth, used, patient)
     _adjust(tests)
     findings = [test.finding for test in tests]
@@ -187,7 +191,7 @@ def _test_label(
 ) -> Iterator[_Test]:
     """A test for each covariate, a column of scores [N, C], that is known of 10 patients in either class."""
     known = ~np.isnan(scores) & used[:, None]
-    columns = np.broadcast_to(truth[:, None], known.shape)
+    columns = np.broadcast_to(truth[:, None].astype(float), known.shape)
     areas = measure_areas(np.nan_to_num(scores), columns, known, patient)
     for column, (name, kind) in enumerate(kinds.items()):
         auroc, low, high, freedom, design = (float(part[column]) for part in areas[:5])
@@ -217,9 +221,9 @@ def _adjust(tests: Sequence[_Test]) -> None:
         if rejected:
             quantile = NormalDist().inv_cdf(1 - LEVEL / (len(tests) - rank) / 2)
             rejected = test.deviation > quantile
-        finding = test.finding
-        low, _ = score_limits(finding["told"], test.positives, test.negatives, test.design, quantile)
-        finding.update(adjusted=low, exceeds=rejected)
+        told = test.finding["told"]
+        limits = score_limits(told, test.positives, test.negatives, test.design, quantile)
+        test.finding["adjusted"], test.finding["exceeds"] = limits[0], rejected
 
 
 def _explain_left_out(table: pa.Table, found: Mapping[str, Floats]) -> dict[str, str]:
