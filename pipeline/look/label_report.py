@@ -119,7 +119,7 @@ def render_audit(title: str, scope: str, audit: Audit) -> str:
 
 def _describe_audit(audit: Audit) -> dict[str, Any]:
     """What audit-section.html shows."""
-    covariates = len({finding["covariate"] for finding in audit["findings"]})
+    covariates = len({clue["covariate"] for clue in audit["clues"]})
     headings, best = tabulate_audit(audit)
     size = (2.4 + 0.3 * covariates, 4.6)
     told = "how well covariates tell labels"

@@ -16,14 +16,15 @@ from pipeline.stream.select import NothingSelectedError
 
 SIDE = 224  # pixels
 EDGE = SIDE // 32  # the border's width
-CORNER = SIDE // 6  # a corner's side: outside of the central box, of two thirds of either side
+CORNER = SIDE // 6  # from the edge to a corner's inner sides: outside of the central box of two thirds
 LETTER = 12  # pixels that a letter in a corner has at least
 BLACK, SATURATED = 5, 250  # gray levels: at most, at least
+_FIRST, _LAST = slice(EDGE, CORNER), slice(SIDE - CORNER, SIDE - EDGE)
 CORNERS = {
-    "upper left": np.s_[:, :CORNER, :CORNER],
-    "upper right": np.s_[:, :CORNER, -CORNER:],
-    "lower left": np.s_[:, -CORNER:, :CORNER],
-    "lower right": np.s_[:, -CORNER:, -CORNER:],
+    "upper left": np.s_[:, _FIRST, _FIRST],
+    "upper right": np.s_[:, _FIRST, _LAST],
+    "lower left": np.s_[:, _LAST, _FIRST],
+    "lower right": np.s_[:, _LAST, _LAST],
 }
 
 
@@ -56,7 +57,7 @@ def measure_shards(
 
 
 def measure_edge(pixels: npt.NDArray[np.uint8]) -> dict[str, Floats]:
-    """Gray levels of border and corners of images uint8 [N, 224, 224]; in each corner, the level of a letter there."""
+    """Gray levels of images uint8 [N, 224, 224]: of the border; inside it of the corners, and of a letter in each."""
     border = np.ones(pixels.shape[1:], np.bool_)
     border[EDGE:-EDGE, EDGE:-EDGE] = False
     corners = {name: pixels[place].reshape(len(pixels), -1) for name, place in CORNERS.items()}

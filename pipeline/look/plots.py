@@ -122,16 +122,16 @@ def draw_cooccurrence(axes: Axes, cooccurrence: Mapping[str, Mapping[str, int]],
 
 def draw_audit(axes: Axes, audit: Audit, palette: Palette) -> None:
     """How well each covariate tells each label: max(AUROC, 1 - AUROC), in color from .5 on; ! marks what exceeds."""
-    found = audit["findings"]
+    found = audit["clues"]
     names = {kind: [f["covariate"] for f in found if f["kind"] == kind] for kind in KINDS}
     columns = list(dict.fromkeys(name for kind in KINDS for name in names[kind]))  # of their first kind
     labels = list(dict.fromkeys(f["label"] for f in sorted(found, key=lambda f: f["kind"] == "content")))
     told = np.full((len(labels), len(columns)), np.nan)
     texts = [[""] * len(columns) for _ in labels]
-    for finding in found:
-        y, x = labels.index(finding["label"]), columns.index(finding["covariate"])
-        told[y, x] = max(finding["told"], 0.5)
-        texts[y][x] = f"{100 * finding['told']:.0f}{'!' if finding['exceeds'] else ''}"
+    for clue in found:
+        y, x = labels.index(clue["label"]), columns.index(clue["covariate"])
+        told[y, x] = max(clue["told"], 0.5)
+        texts[y][x] = f"{100 * clue['told']:.0f}{'!' if clue['exceeds'] else ''}"
     _draw_cells(axes, 2 * told - 1, texts, palette)
     axes.set_xticks(range(len(columns)), labels=columns, rotation=90)
     axes.set_yticks(range(len(labels)), labels=labels)

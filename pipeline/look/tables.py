@@ -1,7 +1,7 @@
 """Figures → tables in a terminal."""
 
 from pipeline.base.errors import printable
-from pipeline.measure.audit import Audit, Finding, describe_alarms, describe_told, find_alarms, shorten
+from pipeline.measure.audit import Audit, Clue, describe_alarms, describe_told, find_alarms, shorten
 from pipeline.measure.counts import LabelStatistics
 
 
@@ -72,14 +72,16 @@ def print_audit(audit: Audit) -> None:
     for text in describe_alarms(audit):
         print(f"{text}.")
     headings, rows = tabulate_audit(audit)
+    totals = f"{audit['images']:,} images of {audit['patients']:,} patients"
+    alarms = sum(map(len, find_alarms(audit).values()))
+    title = (
+        f"{totals}; alarms (!): {alarms}\nof {len(audit['clues'])} tests, those whose lower limit, adjusted by "
+        f"Holm's method at level {audit['level']}, is above {audit['threshold']}"
+    )
     if rows:
-        alarms = sum(map(len, find_alarms(audit).values()))
-        title = (
-            f"{audit['images']:,} images of {audit['patients']:,} patients; alarms (!): {alarms}\n"
-            f"of {len(audit['findings'])} tests, those whose lower limit, adjusted by Holm's method "
-            f"at level {audit['level']}, is above {audit['threshold']}"
-        )
         print_table(title, headings, rows)
+    else:
+        print(f"{totals}: nothing to test.")
     if audit["left_out"]:
         reasons = (f"{name} ({reason})" for name, reason in audit["left_out"].items())
         print(f"Not tested: {', '.join(reasons)}.")
@@ -89,9 +91,9 @@ def print_audit(audit: Audit) -> None:
 
 def tabulate_audit(audit: Audit) -> tuple[list[str], dict[str, list[str]]]:
     """Headings, and what tells each label best, worst first; ! marks an alarm."""
-    best: dict[str, dict[str, Finding]] = {}
-    for finding in sorted(audit["findings"], key=lambda finding: finding["kind"] == "content"):
-        best.setdefault(finding["label"], {}).setdefault(finding["kind"], finding)
+    best: dict[str, dict[str, Clue]] = {}
+    for clue in sorted(audit["clues"], key=lambda clue: clue["kind"] == "content"):
+        best.setdefault(clue["label"], {}).setdefault(clue["kind"], clue)
     headings = ["acquisition", "tells it", "95 %", "adjusted", "all together"]
     if any("content" in kinds for kinds in best.values()):
         headings += ["content: maybe the disease", "tells it"]
@@ -109,8 +111,8 @@ def tabulate_audit(audit: Audit) -> tuple[list[str], dict[str, list[str]]]:
     return headings, rows
 
 
-def _mark(finding: Finding) -> str:
-    return f"{'! ' if finding['exceeds'] else ''}{shorten(finding['told'])}"
+def _mark(clue: Clue) -> str:
+    return f"{'! ' if clue['exceeds'] else ''}{shorten(clue['told'])}"
 
 
 def _percent(share: float | None) -> str:

@@ -2,7 +2,7 @@
 
 An acquisition covariate, such as the patient's number or the gray level of the border, says how a film came about; a
 content covariate, such as the film's sharpness, may show the disease itself. Both get the AUROC A with which they tell
-a label, and a test of H0: max(A, 1 - A) <= .6. Either side would be a finding, so the p-value is two-sided:
+a label, and a test of H0: max(A, 1 - A) <= .6. Either side would be a clue, so the p-value is two-sided:
 
     p = 2 (1 - Φ((max(A, 1 - A) - .6) / √(design · V(.6))))      (V and design: `delong`; V(θ) = V(1 - θ))
 
@@ -35,7 +35,7 @@ FOLDS = 5
 MOST_PATIENTS = 20_000  # that the covariates together are tried on
 
 
-class Finding(TypedDict):
+class Clue(TypedDict):
     """How a covariate tells a label: AUROC with 95 % limits, below .5 where it is lower in positives.
 
     `kind` is acquisition, content or together. `told` is max(AUROC, 1 - AUROC), `adjusted` its lower limit after Holm,
@@ -54,7 +54,7 @@ class Finding(TypedDict):
 
 
 class Audit(TypedDict):
-    """All findings, by `adjusted` from the highest down.
+    """All clues, by `adjusted` from the highest down.
 
     `left_out` says why a covariate is not among them; `few` are the labels with fewer than 10 patients in a class.
     """
@@ -65,13 +65,13 @@ class Audit(TypedDict):
     level: float
     left_out: dict[str, str]
     few: list[str]
-    findings: list[Finding]
+    clues: list[Clue]
 
 
 class _Test(NamedTuple):
-    """A finding; how far it is above the threshold, in standard errors; and what these rest on."""
+    """A clue; how far it is above the threshold, in standard errors; and what these rest on."""
 
-    finding: Finding
+    clue: Clue
     deviation: float
     positives: int
     negatives: int
@@ -111,7 +111,7 @@ def audit_labels(
             scores = np.column_stack([values, predict_together(values[:, :inside], truth, used, patient)])
         tests += _test_label(label, kinds, scores, truth, used, patient)
     _adjust(tests)
-    findings = [test.finding for test in tests]
+    clues = [test.clue for test in tests]
     return {
         "images": len(patient),
         "patients": int(patient.max()) + 1,
@@ -119,7 +119,7 @@ def audit_labels(
         "level": LEVEL,
         "left_out": _explain_left_out(table, acquisition),
         "few": few,
-        "findings": sorted(findings, key=lambda finding: -finding["adjusted"]),
+        "clues": sorted(clues, key=lambda clue: -clue["adjusted"]),
     }
 
 
@@ -150,12 +150,12 @@ def predict_together(values: Floats, truth: Bools, used: Bools, patient: Ints) -
     return score
 
 
-def find_alarms(audit: Audit) -> dict[str, list[Finding]]:
+def find_alarms(audit: Audit) -> dict[str, list[Clue]]:
     """The acquisition covariates, and all together, that tell a label, by label, the worst one first."""
-    found: dict[str, list[Finding]] = {}
-    for finding in audit["findings"]:
-        if finding["exceeds"] and finding["kind"] != "content":
-            found.setdefault(finding["label"], []).append(finding)
+    found: dict[str, list[Clue]] = {}
+    for clue in audit["clues"]:
+        if clue["exceeds"] and clue["kind"] != "content":
+            found.setdefault(clue["label"], []).append(clue)
     return found
 
 
@@ -163,9 +163,9 @@ def describe_alarms(audit: Audit) -> list[str]:
     """A sentence for each label that covariates tell, worst first."""
     texts = []
     for label, found in find_alarms(audit).items():
-        alone = [finding for finding in found if finding["kind"] == "acquisition"]
-        others = [f"{finding['covariate']} {shorten(finding['told'])}" for finding in alone[1:]]
-        others += [f"{TOGETHER} {shorten(finding['told'])}" for finding in found if finding not in alone]
+        alone = [clue for clue in found if clue["kind"] == "acquisition"]
+        others = [f"{clue['covariate']} {shorten(clue['told'])}" for clue in alone[1:]]
+        others += [f"{TOGETHER} {shorten(clue['told'])}" for clue in found if clue not in alone]
         first = alone[0] if alone else found[0]
         who = f"{first['covariate']} alone tells" if alone else "all covariates together tell"
         rest = f"; {', '.join(others)}" if alone and others else ""
@@ -173,10 +173,10 @@ def describe_alarms(audit: Audit) -> list[str]:
     return texts
 
 
-def describe_told(finding: Finding) -> str:
+def describe_told(clue: Clue) -> str:
     """The 95 % limits of max(AUROC, 1 - AUROC)."""
-    low, high = finding["low"], finding["high"]
-    if finding["told"] != finding["auroc"]:
+    low, high = clue["low"], clue["high"]
+    if clue["told"] != clue["auroc"]:
         low, high = 1 - high, 1 - low
     return f"{shorten(low)}–{shorten(high)}"
 
@@ -200,7 +200,7 @@ def _test_label(
         told = auroc if kind == "together" else max(auroc, 1 - auroc)
         positives, negatives = (int((known[:, column] & side).sum()) for side in (truth, ~truth))
         error = (design * score_variance(THRESHOLD, positives, negatives)) ** 0.5
-        finding = Finding(
+        clue = Clue(
             label=label,
             covariate=name,
             kind=kind,
@@ -211,19 +211,19 @@ def _test_label(
             adjusted=0.0,
             exceeds=False,
         )
-        yield _Test(finding, (told - THRESHOLD) / error, positives, negatives, design)
+        yield _Test(clue, (told - THRESHOLD) / error, positives, negatives, design)
 
 
 def _adjust(tests: Sequence[_Test]) -> None:
-    """Fill in the findings' adjusted limits, and which exceed the threshold, by Holm's method."""
+    """Fill in the clues' adjusted limits, and which exceed the threshold, by Holm's method."""
     rejected = True
     for rank, test in enumerate(sorted(tests, key=lambda test: -test.deviation)):
         if rejected:
             quantile = NormalDist().inv_cdf(1 - LEVEL / (len(tests) - rank) / 2)
             rejected = test.deviation > quantile
-        told = test.finding["told"]
+        told = test.clue["told"]
         limits = score_limits(told, test.positives, test.negatives, test.design, quantile)
-        test.finding["adjusted"], test.finding["exceeds"] = limits[0], rejected
+        test.clue["adjusted"], test.clue["exceeds"] = limits[0], rejected
 
 
 def _explain_left_out(table: pa.Table, found: Mapping[str, Floats]) -> dict[str, str]:
