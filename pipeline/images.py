@@ -25,6 +25,7 @@ from pipeline.containers import (
     read_png_facts,
     strip_metadata,
 )
+from pipeline.dicom import decode_dicom, is_dicom, open_dicom
 
 Gray = npt.NDArray[np.uint8]
 
@@ -78,7 +79,9 @@ class _Source(NamedTuple):
 
 
 def prepare(data: bytes, options: ImageOptions) -> Prepared:
-    """Turn a JPEG or PNG of any kind into what a shard stores. Raises ImageError, ValueError for bad options.
+    """Turn a JPEG, PNG or gray DICOM of any kind into what a shard stores.
+
+    Raises ImageError, ValueError for bad options, and DataError where DICOM files need a package that is missing.
 
     The shorter side becomes `size`, never enlarged; a square is exactly size×size: `pad` keeps the aspect and
     centers on black, `crop` takes the center, `stretch` distorts it. A gray JPEG that fits already
@@ -89,13 +92,16 @@ def prepare(data: bytes, options: ImageOptions) -> Prepared:
         raise ValueError("a square needs a size")
     if not data:
         raise ImageError("the file is empty")
-    kind = "JPEG" if data.startswith(JPEG) else "PNG" if data.startswith(PNG) else None
+    kind = _recognize(data)
     if kind is None:
-        raise ImageError("not a readable JPEG or PNG: cannot identify image file")
+        raise ImageError("not a readable JPEG, PNG or DICOM: cannot identify image file")
     try:
-        source = (
-            _read_jpeg(data, options) if kind == "JPEG" else _read_png(data, options.max_pixels, options.bits)
-        )
+        if kind == "JPEG":
+            source = _read_jpeg(data, options)
+        elif kind == "PNG":
+            source = _read_png(data, options.max_pixels, options.bits)
+        else:
+            source = _read_dicom(data, options.max_pixels)
     except ImageError:
         raise
     except ValueError as error:
@@ -172,6 +178,14 @@ def gray_statistics(levels: npt.NDArray[np.int64]) -> dict[str, float]:
     return {"mean": round(mean, 4), "std": round(max(variance, 0.0) ** 0.5, 4) or 1.0}
 
 
+def _recognize(data: bytes) -> str | None:
+    if data.startswith(JPEG):
+        return "JPEG"
+    if data.startswith(PNG):
+        return "PNG"
+    return "DICOM" if is_dicom(data) else None
+
+
 def _read_jpeg(data: bytes, options: ImageOptions) -> _Source:
     height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
     _check_pixels(width, height, options.max_pixels)
@@ -230,6 +244,13 @@ def _read_png(data: bytes, max_pixels: float, bits: int | None = None) -> _Sourc
         raise ValueError(str(error)) from error
     pixels = _turn(pixels, _orientation(facts.exif))
     return _Source(pixels, pixels.shape, facts.has_metadata)
+
+
+def _read_dicom(data: bytes, max_pixels: int) -> _Source:
+    film = open_dicom(data, max_pixels)
+    _check_pixels(film.width, film.height, max_pixels)
+    pixels = decode_dicom(film)
+    return _Source(pixels, pixels.shape, stripped=True)
 
 
 def _to_gray(image: Image.Image) -> Gray:

@@ -1073,9 +1073,9 @@ def test_predict_gives_the_scores_that_shards_give(
     film = next(films.rglob("*.jpg"))
     options = ["predict", "--run", str(job.run), "--out", str(out), "--strict"]
     assert call_main([*options, str(broken), str(film)]) == 3
-    assert f"{broken}: not a readable JPEG or PNG" in capsys.readouterr().err
+    assert f"{broken}: not a readable JPEG, PNG or DICOM" in capsys.readouterr().err
     assert pd.read_csv(out)["Edema"].isna().tolist() == [True, False]
-    with pytest.raises(DataError, match=r"run: no .jpg, .jpeg or .png file$"):
+    with pytest.raises(DataError, match=r"run: no .jpg, .jpeg, .png, .dcm, .dicom file$"):
         call_main([*options, str(job.run)])
 
 
