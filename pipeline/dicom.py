@@ -17,8 +17,9 @@ import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from io import BytesIO
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import cv2
 import numpy as np
 import numpy.typing as npt
 
@@ -28,7 +29,7 @@ from pipeline.containers import JPEG, read_jpeg_shape
 if TYPE_CHECKING:
     from pydicom import Dataset
 
-Levels = npt.NDArray[np.integer]
+Levels = npt.NDArray[np.integer[Any]]
 
 # Only these are parsed: none of them names a patient. The first ones are checked here, the others are pydicom's to use.
 _CHECKED = (
@@ -50,7 +51,7 @@ _GRAY = ("MONOCHROME1", "MONOCHROME2")
 _lock = threading.Lock()
 
 
-class Film(NamedTuple):
+class DicomImage(NamedTuple):
     """A DICOM with one gray image, not decoded yet."""
 
     dataset: "Dataset"
@@ -63,7 +64,7 @@ def is_dicom(data: bytes) -> bool:
     return data[128:132] == b"DICM" or _NO_PREAMBLE.match(data) is not None
 
 
-def open_dicom(data: bytes, max_pixels: int) -> Film:
+def open_dicom(data: bytes, max_pixels: int) -> DicomImage:
     """The header, checked. Raises ValueError for what is no single gray image, DataError where pydicom is missing.
 
     Messages quote no text of the file: it may be a patient's data.
@@ -82,7 +83,7 @@ def open_dicom(data: bytes, max_pixels: int) -> Film:
             syntax = plain.get(dataset.original_encoding, uid.ExplicitVRBigEndian)
             dataset.file_meta.TransferSyntaxUID = syntax
     if not has_pixels:
-        raise ValueError("it has no pixels")
+        raise ValueError("it has no pixels, or ends early")
     if found["NumberOfFrames"] is not None and _check_number(found, "NumberOfFrames", 1, 2**31 - 1) > 1:
         raise ValueError("more than one frame")
     if found["SamplesPerPixel"] not in (None, 1) or found["PhotometricInterpretation"] not in _GRAY:
@@ -98,16 +99,16 @@ def open_dicom(data: bytes, max_pixels: int) -> Film:
         dataset.HighBit = bits - 1
     else:
         _check_number(found, "HighBit", bits - 1, allocated - 1)
-    return Film(dataset, width, height)
+    return DicomImage(dataset, width, height)
 
 
-def decode_dicom(film: Film) -> npt.NDArray[np.uint8]:
+def decode_dicom(image: DicomImage) -> npt.NDArray[np.uint8]:
     """Gray pixels [H, W]. Raises ValueError for damaged ones, and for those that no decoder is installed for."""
     from pydicom.encaps import get_frame
     from pydicom.pixels import get_decoder
     from pydicom.uid import JPEGExtended12Bit, RLELossless
 
-    dataset, plugin = film.dataset, ""
+    dataset, plugin = image.dataset, ""
     with _quietly("its transfer syntax is unknown"):
         syntax = dataset.file_meta.TransferSyntaxUID
         decoder = get_decoder(syntax)
@@ -124,8 +125,8 @@ def decode_dicom(film: Film) -> npt.NDArray[np.uint8]:
             raise ValueError(f"there is no decoder for {syntax.name}: pip install '.[dicom]'")
         with _quietly(f"its pixels are damaged ({syntax.name})"):
             frame = get_frame(dataset.PixelData, 0, number_of_frames=1)
-            shape = (film.height, film.width, 1) if syntax == RLELossless else _read_shape(frame)
-        if shape != (film.height, film.width, 1):  # before a decoder allots memory for it
+            shape = (image.height, image.width, 1) if syntax == RLELossless else _read_shape(frame)
+        if shape != (image.height, image.width, 1):  # before a decoder allots memory for it
             raise ValueError(f"its pixels are of another size than its header says ({syntax.name})")
     with _quietly(f"its pixels are damaged, or end early ({syntax.name})"):
         stored, _ = decoder.as_array(
@@ -186,39 +187,39 @@ def _read_shape(stream: bytes) -> tuple[int, int, int]:
 
 def _draw(dataset: "Dataset", stored: Levels) -> npt.NDArray[np.uint8]:
     """8-bit gray [H, W] of stored values [H, W], through a table of all the values that their bits can have."""
-    stored = stored.view(stored.dtype.str.replace("i", "u"))
-    if stored.itemsize > 2:
-        values, places = np.unique(stored, return_inverse=True)
-        seen = np.ones(len(values), np.bool_)
-    else:
-        values, places = np.arange(2 ** (8 * stored.itemsize)), stored
-        seen = np.zeros(len(values), np.bool_)
-        seen[stored] = True
-    bits = dataset.BitsStored
-    levels: Levels = (values.astype(np.int64) >> (dataset.HighBit + 1 - bits)) & (2**bits - 1)
-    if dataset.PixelRepresentation == 1:  # two's complement
-        levels -= (levels >> (bits - 1)) << bits
-    gray = _to_gray(dataset, levels, seen)
-    return gray[places].reshape(stored.shape)
-
-
-def _to_gray(dataset: "Dataset", levels: Levels, seen: npt.NDArray[np.bool_]) -> npt.NDArray[np.uint8]:
-    """8-bit gray [N] of levels [N], of which the image has those that are `seen`. Raises ValueError."""
     from pydicom.pixels import apply_modality_lut, apply_voi_lut
 
+    places = stored.astype(stored.dtype.newbyteorder("="), copy=False).view(f"u{stored.itemsize}")
+    if places.itemsize > 2:
+        values, places = np.unique(places, return_inverse=True)
+        places = places.reshape(stored.shape)
+    else:
+        values = np.arange(2 ** (8 * places.itemsize))
+    bits = dataset.BitsStored
+    levels = (values.astype(np.int64) >> (dataset.HighBit + 1 - bits)) & (2**bits - 1)
+    if dataset.PixelRepresentation == 1:  # two's complement
+        levels -= (levels >> (bits - 1)) << bits
     measured = apply_modality_lut(levels, dataset)
     shown = apply_voi_lut(measured, dataset)
     if shown is measured:  # neither a table nor a window
-        black, white = measured[seen].min(), measured[seen].max()
+        there = _look_up(measured.astype(np.float32), places)
+        black, white = there.min(), there.max()
     elif shown.dtype == np.float64:
         black, white = apply_voi_lut(np.array([-1e12, 1e12]), dataset)  # far outside of any window
     else:
-        table = apply_voi_lut(
-            np.arange(-(2**15), 2**16), dataset
-        )  # all its entries: their stated bits are often wrong
+        # The range of its entries: the number of bits that tables state is often wrong.
+        table = apply_voi_lut(np.arange(-(2**15), 2**16), dataset)
         black, white = table.min(), table.max()
     scaled = (shown.astype(np.float64) - black) / ((white - black) or 1) * 255
     if not np.isfinite(scaled).all():
         raise ValueError
-    gray: npt.NDArray[np.uint8] = np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
-    return 255 - gray if dataset.PhotometricInterpretation == "MONOCHROME1" else gray
+    gray = np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
+    return _look_up(255 - gray if dataset.PhotometricInterpretation == "MONOCHROME1" else gray, places)
+
+
+def _look_up(table: npt.NDArray[Any], places: Levels) -> npt.NDArray[Any]:
+    """The table's entry at each place: `table[places]`, nine times as fast by OpenCV."""
+    try:
+        return cv2.LUT(places, table)
+    except cv2.error:  # before version 5 for more than 8 bits, and for more than 16
+        return np.asarray(table[places])

@@ -247,9 +247,9 @@ def _read_png(data: bytes, max_pixels: float, bits: int | None = None) -> _Sourc
 
 
 def _read_dicom(data: bytes, max_pixels: int) -> _Source:
-    film = open_dicom(data, max_pixels)
-    _check_pixels(film.width, film.height, max_pixels)
-    pixels = decode_dicom(film)
+    image = open_dicom(data, max_pixels)
+    _check_pixels(image.width, image.height, max_pixels)
+    pixels = decode_dicom(image)
     return _Source(pixels, pixels.shape, stripped=True)
 
 
