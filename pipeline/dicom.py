@@ -1,11 +1,8 @@
 """DICOM file → 8-bit gray pixels, and nothing of any other tag.
 
-By pydicom (MIT) with decoders under permissive licenses: Pillow (MIT-CMU) for JPEG, pylibjpeg-openjpeg (MIT) for
-JPEG 2000, pylibjpeg-rle (MIT), pyjpegls (MIT) and, for lossless JPEG, python-gdcm (Apache 2.0; GDCM itself: BSD).
-JPEG of 12 bits needs pylibjpeg-libjpeg, which is GPL v3: used where the user has installed it.
-
-Gray levels follow DICOM PS3.3, C.11: modality LUT or rescaling, then the first VOI LUT or window, or else the range of
-the pixels; MONOCHROME1 is inverted. Functions of pydicom's compute all this once per possible level, not per pixel.
+By pydicom and decoders under permissive licenses (pyproject.toml names each). Gray levels follow DICOM PS3.3, C.11:
+modality LUT or rescaling, then the first VOI LUT or window, or else the range of the pixels; MONOCHROME1 is inverted.
+Functions of pydicom's compute all this once per possible level, not per pixel.
 """
 
 import logging
@@ -17,7 +14,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from io import BytesIO
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
@@ -31,18 +28,12 @@ if TYPE_CHECKING:
 
 Levels = npt.NDArray[np.integer[Any]]
 
-# Only these are parsed: none of them names a patient. The first ones are checked here, the others are pydicom's to use.
-_CHECKED = (
-    *("SamplesPerPixel", "PhotometricInterpretation", "NumberOfFrames", "BurnedInAnnotation"),
-    *("Rows", "Columns", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation"),
-)
-_USED = (
-    *("ModalityLUTSequence", "RescaleSlope", "RescaleIntercept"),
-    *("VOILUTSequence", "WindowCenter", "WindowWidth", "VOILUTFunction", "PixelData"),
-)
-_NO_PREAMBLE = re.compile(
-    rb"[\x02\x08]\0[\0-\x18]\0"
-)  # the first tag: of the file meta information, or (0008,…)
+# Only these are parsed: none of them names a patient.
+_CHECKED = ["SamplesPerPixel", "PhotometricInterpretation", "NumberOfFrames", "BurnedInAnnotation"]
+_CHECKED += ["Rows", "Columns", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation"]
+_USED = ["ModalityLUTSequence", "RescaleSlope", "RescaleIntercept", "VOILUTSequence", "VOILUTFunction"]
+_USED += ["WindowCenter", "WindowWidth", "PixelData"]
+_NO_PREAMBLE = re.compile(rb"[\x02\x08]\0[\0-\x18]\0")  # the first tag: (0002,…) or (0008,…)
 _DEFLATED, _EXPLICIT = b"1.2.840.10008.1.2.1.99", b"1.2.840.10008.1.2.1".ljust(22, b"\0")
 _OTHER_TAGS = 2**24  # bytes, at most, beside the pixels of a deflated file
 # Strict decoders before GDCM, which makes something of damaged data too.
@@ -51,20 +42,12 @@ _GRAY = ("MONOCHROME1", "MONOCHROME2")
 _lock = threading.Lock()
 
 
-class DicomImage(NamedTuple):
-    """A DICOM with one gray image, not decoded yet."""
-
-    dataset: "Dataset"
-    width: int
-    height: int
-
-
 def is_dicom(data: bytes) -> bool:
     """Whether a file begins like a DICOM, with or without its preamble."""
     return data[128:132] == b"DICM" or _NO_PREAMBLE.match(data) is not None
 
 
-def open_dicom(data: bytes, max_pixels: int) -> DicomImage:
+def open_dicom(data: bytes, max_pixels: int) -> "Dataset":
     """The header, checked. Raises ValueError for what is no single gray image, DataError where pydicom is missing.
 
     Messages quote no text of the file: it may be a patient's data.
@@ -80,8 +63,8 @@ def open_dicom(data: bytes, max_pixels: int) -> DicomImage:
         has_pixels = "PixelData" in dataset
         if has_pixels and "TransferSyntaxUID" not in dataset.file_meta:
             plain = {(True, True): uid.ImplicitVRLittleEndian, (False, True): uid.ExplicitVRLittleEndian}
-            syntax = plain.get(dataset.original_encoding, uid.ExplicitVRBigEndian)
-            dataset.file_meta.TransferSyntaxUID = syntax
+            guess = plain.get(dataset.original_encoding, uid.ExplicitVRBigEndian)
+            dataset.file_meta.TransferSyntaxUID = guess
     if not has_pixels:
         raise ValueError("it has no pixels, or ends early")
     if found["NumberOfFrames"] is not None and _check_number(found, "NumberOfFrames", 1, 2**31 - 1) > 1:
@@ -90,25 +73,23 @@ def open_dicom(data: bytes, max_pixels: int) -> DicomImage:
         raise ValueError("its pixels are not gray")
     if str(found["BurnedInAnnotation"]).upper() == "YES":
         raise ValueError("it has annotations burned in, which may name the patient (BurnedInAnnotation)")
-    height = _check_number(found, "Rows", 1, 2**16 - 1)
-    width = _check_number(found, "Columns", 1, 2**16 - 1)
+    for name, low, high in (("Rows", 1, 65535), ("Columns", 1, 65535), ("PixelRepresentation", 0, 1)):
+        _check_number(found, name, low, high)
     allocated = _check_number(found, "BitsAllocated", 1, 32)
     bits = _check_number(found, "BitsStored", 1, allocated)
-    _check_number(found, "PixelRepresentation", 0, 1)
     if found["HighBit"] is None:  # in one of twenty of CheXpert Plus
-        dataset.HighBit = bits - 1
-    else:
-        _check_number(found, "HighBit", bits - 1, allocated - 1)
-    return DicomImage(dataset, width, height)
+        found["HighBit"] = dataset.HighBit = bits - 1
+    _check_number(found, "HighBit", bits - 1, allocated - 1)
+    return dataset
 
 
-def decode_dicom(image: DicomImage) -> npt.NDArray[np.uint8]:
-    """Gray pixels [H, W]. Raises ValueError for damaged ones, and for those that no decoder is installed for."""
+def decode_dicom(dataset: "Dataset") -> npt.NDArray[np.uint8]:
+    """Gray pixels [H, W] of an opened DICOM. Raises ValueError for damaged ones, and where a decoder is missing."""
     from pydicom.encaps import get_frame
     from pydicom.pixels import get_decoder
     from pydicom.uid import JPEGExtended12Bit, RLELossless
 
-    dataset, plugin = image.dataset, ""
+    plugin, shape = "", (dataset.Rows, dataset.Columns, 1)
     with _quietly("its transfer syntax is unknown"):
         syntax = dataset.file_meta.TransferSyntaxUID
         decoder = get_decoder(syntax)
@@ -119,14 +100,14 @@ def decode_dicom(image: DicomImage) -> npt.NDArray[np.uint8]:
         plugin = next((name for name in _DECODERS if name in decoder.available_plugins), "")
         if syntax == JPEGExtended12Bit and dataset.BitsStored > 8 and plugin != "pylibjpeg":
             raise ValueError(
-                "a JPEG of 12 bits, whose only decoder is under the GPL: pip install pylibjpeg-libjpeg"
+                "a JPEG of 12 bits, whose decoder is under the GPL: pip install pylibjpeg-libjpeg"
             )
         if not plugin:
             raise ValueError(f"there is no decoder for {syntax.name}: pip install '.[dicom]'")
         with _quietly(f"its pixels are damaged ({syntax.name})"):
             frame = get_frame(dataset.PixelData, 0, number_of_frames=1)
-            shape = (image.height, image.width, 1) if syntax == RLELossless else _read_shape(frame)
-        if shape != (image.height, image.width, 1):  # before a decoder allots memory for it
+            claimed = shape if syntax == RLELossless else _read_shape(frame)
+        if claimed != shape:  # before a decoder allots memory for it
             raise ValueError(f"its pixels are of another size than its header says ({syntax.name})")
     with _quietly(f"its pixels are damaged, or end early ({syntax.name})"):
         stored, _ = decoder.as_array(

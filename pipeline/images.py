@@ -92,8 +92,8 @@ def prepare(data: bytes, options: ImageOptions) -> Prepared:
         raise ValueError("a square needs a size")
     if not data:
         raise ImageError("the file is empty")
-    kind = _recognize(data)
-    if kind is None:
+    kind = "JPEG" if data.startswith(JPEG) else "PNG" if data.startswith(PNG) else "DICOM"
+    if kind == "DICOM" and not is_dicom(data):
         raise ImageError("not a readable JPEG, PNG or DICOM: cannot identify image file")
     try:
         if kind == "JPEG":
@@ -178,14 +178,6 @@ def gray_statistics(levels: npt.NDArray[np.int64]) -> dict[str, float]:
     return {"mean": round(mean, 4), "std": round(max(variance, 0.0) ** 0.5, 4) or 1.0}
 
 
-def _recognize(data: bytes) -> str | None:
-    if data.startswith(JPEG):
-        return "JPEG"
-    if data.startswith(PNG):
-        return "PNG"
-    return "DICOM" if is_dicom(data) else None
-
-
 def _read_jpeg(data: bytes, options: ImageOptions) -> _Source:
     height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
     _check_pixels(width, height, options.max_pixels)
@@ -247,9 +239,9 @@ def _read_png(data: bytes, max_pixels: float, bits: int | None = None) -> _Sourc
 
 
 def _read_dicom(data: bytes, max_pixels: int) -> _Source:
-    image = open_dicom(data, max_pixels)
-    _check_pixels(image.width, image.height, max_pixels)
-    pixels = decode_dicom(image)
+    dataset = open_dicom(data, max_pixels)
+    _check_pixels(dataset.Columns, dataset.Rows, max_pixels)
+    pixels = decode_dicom(dataset)
     return _Source(pixels, pixels.shape, stripped=True)
 
 

@@ -131,7 +131,7 @@ def test_films_that_pydicom_ships_have_the_levels_of_its_functions() -> None:
         "JPEG, PNG or DICOM: cannot identify image file": 11,
     }
     assert {reason: names for reason, names in refused.items() if len(names) <= 2} == {
-        "a JPEG of 12 bits, whose only decoder is under the GPL: pip install pylibjpeg-libjpeg": [
+        "a JPEG of 12 bits, whose decoder is under the GPL: pip install pylibjpeg-libjpeg": [
             "JPEG-lossy.dcm",
             "JPGExtended.dcm",
         ],
