@@ -38,7 +38,6 @@ _DEFLATED, _EXPLICIT = b"1.2.840.10008.1.2.1.99", b"1.2.840.10008.1.2.1".ljust(2
 _OTHER_TAGS = 2**24  # bytes, at most, beside the pixels of a deflated file
 # Strict decoders before GDCM, which makes something of damaged data too.
 _DECODERS = ("pylibjpeg", "pyjpegls", "pillow", "pydicom", "gdcm")
-_GRAY = ("MONOCHROME1", "MONOCHROME2")
 _lock = threading.Lock()
 
 
@@ -69,7 +68,10 @@ def open_dicom(data: bytes, max_pixels: int) -> "Dataset":
         raise ValueError("it has no pixels, or ends early")
     if found["NumberOfFrames"] is not None and _check_number(found, "NumberOfFrames", 1, 2**31 - 1) > 1:
         raise ValueError("more than one frame")
-    if found["SamplesPerPixel"] not in (None, 1) or found["PhotometricInterpretation"] not in _GRAY:
+    if found["SamplesPerPixel"] not in (None, 1) or found["PhotometricInterpretation"] not in (
+        "MONOCHROME1",
+        "MONOCHROME2",
+    ):
         raise ValueError("its pixels are not gray")
     if str(found["BurnedInAnnotation"]).upper() == "YES":
         raise ValueError("it has annotations burned in, which may name the patient (BurnedInAnnotation)")
@@ -129,7 +131,9 @@ def _quietly(failure: str) -> Iterator[None]:
         propagates, logger.propagate = logger.propagate, False
         try:
             yield
-        except Exception:
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException:  # a panic in pylibjpeg-rle's Rust is no Exception
             raise ValueError(failure) from None
         finally:
             logger.propagate = propagates

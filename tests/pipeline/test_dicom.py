@@ -204,6 +204,17 @@ def test_compressed_ones_are_the_same_and_damaged_ones_refused(levels: Array, sy
         assert name in str(refused.value)
 
 
+def test_a_decoder_that_panics_ends_nothing() -> None:
+    film = make_film(np.arange(0, 4000, 40, dtype=np.uint16).reshape(10, 10), uid.RLELossless)
+    first = (
+        film.index(b"\2\0\0\0\x40\0\0\0") + 64
+    )  # byte of the first of two segments: a run of 128 overruns the image
+    with pytest.raises(ImageError) as refused:
+        prepare(film[:first] + b"\x81" + film[first + 1 :], RAW)
+    damaged = "not a readable DICOM: its pixels are damaged, or end early (RLE Lossless)"
+    assert str(refused.value) == damaged
+
+
 def test_hostile_ones_are_refused_with_a_reason(levels: Array) -> None:
     tiny = RAW._replace(max_pixels=100)
     bomb = make_film(np.zeros((4000, 4000), np.uint16), uid.DeflatedExplicitVRLittleEndian)
