@@ -27,6 +27,7 @@ from pipeline.measure.evaluate import Scored
 from pipeline.measure.metrics import FEW, Bools, Floats
 
 ALARM = 0.6  # a covariate that tells a label with at least this AUROC, by the lower limit, is warned of
+SELF_EVIDENT = ("projection", "sex")  # variables whose strata need no explanation: AP, Female
 NO_FINDING = "No Finding"  # has no positives in common with any label, so it makes no strata
 
 Names = npt.NDArray[Any]  # [N]
@@ -165,19 +166,22 @@ def weigh_pairs(score: Floats, truth: Bools, weight: Floats) -> tuple[float, Flo
 
 
 def find_confounder(names: Sequence[str], images: Scored, column: int) -> str | None:
-    """The other label that tells most of the one in `column`: of those with 10 images of each pair of states."""
+    """The other label that tells most of the one in `column`, as a covariate would.
+
+    Of those with a state in which 10 images of each class of the one in `column` can be compared.
+    """
     truth = images.target[:, column] == 1
     told: dict[str, float] = {}
     for other, name in enumerate(names):
-        rows, states = images.mask[:, other], images.target[:, other] == 1
-        cells = [
-            int((rows & (truth == one) & (states == two)).sum())
-            for one in (True, False)
-            for two in (True, False)
-        ]
-        if other == column or NO_FINDING in (name, names[column]) or min(cells) < FEW:
+        if other == column or NO_FINDING in (name, names[column]):
             continue
-        told[name] = abs(cells[0] / (cells[0] + cells[1]) - cells[2] / (cells[2] + cells[3]))
+        known, states = images.mask[:, other], images.target[:, other] == 1
+        cells = np.array(
+            [[(known & (truth == one) & (states == two)).sum() for two in (0, 1)] for one in (0, 1)]
+        )
+        if cells.min(axis=0).max() >= FEW and cells.sum(axis=1).min() > 0:
+            share = cells[:, 1] / cells.sum(axis=1)
+            told[name] = abs(float(share[1] - share[0]))
     return max(told, key=lambda name: told[name], default=None)
 
 
@@ -200,12 +204,6 @@ def judge(name: str, found: Mapping[str, Any]) -> dict[str, Any]:
     disease that shows here. `caution` is for a covariate that alone tells the label, or an AUROC that falls within
     strata by more than .05, each by its interval.
     """
-    strata = [
-        f"{_short(of['auroc'])} within {variable + ' ' if variable not in ('projection', 'sex') else ''}{stratum}"
-        for variable, within in found["within"].items()
-        for stratum, of in within["strata"].items()
-        if of["auroc"] is not None
-    ]
     folded = {
         covariate: max(of["low"], 1 - of["high"])
         for covariate, of in found["covariates"].items()
@@ -217,6 +215,14 @@ def judge(name: str, found: Mapping[str, Any]) -> dict[str, Any]:
         for variable, within in found["within"].items()
         if within["pooled"]["auroc"] is not None
     }
+    # Of all strata the verdict names the projections, which everybody knows, and those that take away most.
+    lowest = min(pooled, key=lambda variable: pooled[variable]["pooled"]["auroc"], default="")
+    strata = [
+        f"{_short(of['auroc'])} within {'' if variable in SELF_EVIDENT else f'{variable} '}{stratum}"
+        for variable in dict.fromkeys(["projection", lowest])
+        for stratum, of in (pooled[variable]["strata"] if variable in pooled else {}).items()
+        if of["auroc"] is not None
+    ]
     lost = [variable for variable, within in pooled.items() if within["pooled"]["low"] <= 0.5]
     fell = [
         variable
@@ -235,7 +241,7 @@ def judge(name: str, found: Mapping[str, Any]) -> dict[str, Any]:
         mark, end = "caution", "treat with caution"
     else:
         mark, end = "none", "no covariate here explains it"
-    shown = f"; {', '.join(strata[:4])}" if strata else ""
+    shown = f"; {', '.join(strata)}" if strata else ""
     return {"mark": mark, "verdict": f"{name} {_short(found['auroc']['auroc'])}{shown}{alone}: {end}."}
 
 

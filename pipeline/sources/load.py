@@ -7,6 +7,7 @@ from typing import NamedTuple
 import pyarrow as pa
 
 from pipeline.base.errors import DataError
+from pipeline.images import Original
 from pipeline.labels import LABELS, mark_unannotated, select_views
 from pipeline.manifest import NAME, name_facts, read_manifest, read_table
 from pipeline.measure.counts import describe_views
@@ -17,10 +18,10 @@ from pipeline.sources.source import Source
 
 
 def load_table(source: Path, split: str | None, views: str, facts: Sequence[Path] = ()) -> pa.Table:
-    """The label table of a source: one split, or all of them one after the other, with its facts at the end.
+    """The label table of a source: one split, or all of them one after the other.
 
-    `facts` are files to join, as for `pipeline shards`. Raises DataError where the source, the split or the views do
-    not exist.
+    Its facts, but for those of `images.Original`, follow the labels; `facts` are files of more, as for
+    `pipeline shards`. Raises DataError where the source, the split or the views do not exist.
     """
     return join_tables(source, load_tables(source, split, facts), views)
 
@@ -47,8 +48,8 @@ def load_tables(source: Path, split: str | None, facts: Sequence[Path] = ()) -> 
 def join_tables(source: Path, tables: Mapping[str, pa.Table], views: str) -> pa.Table:
     """The rows of these views, of one table after the other. Raises DataError, naming the source, if there are none."""
     columns = ["patient", "study", "view", "sex", "age", "projection", *LABELS]
-    chosen = [table.select([*columns, *name_facts(table)]) for table in tables.values()]
-    table = select_views(pa.concat_tables(chosen, promote_options="default"), views)
+    columns += [name for name in name_facts(next(iter(tables.values()))) if name not in Original._fields]
+    table = select_views(pa.concat_tables([table.select(columns) for table in tables.values()]), views)
     if table.num_rows == 0:
         raise DataError(f"{source}: no {views} images")
     return table

@@ -1,5 +1,6 @@
 """Facts from a user's files, against a pandas merge."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 
-from pipeline.base.errors import DataError
+from pipeline import DataError, open_shards
 from pipeline.base.files import hash_file
 from pipeline.images import Original
 from pipeline.labels import read_labels
@@ -171,3 +172,33 @@ def test_rows_that_agree_may_be_repeated_and_files_add_up(chexpert: Path, tmp_pa
     assert notes == ("a.csv: 15 of 16 patients have no row", "b.csv: 15 of 16 patients have no row")
     with pytest.raises(DataError, match="column race: the data set's table has that name"):
         join_facts(tables, [tmp_path / "a.csv"])
+
+
+def test_facts_choose_and_group_images(chexpert: Path, tmp_path: Path) -> None:
+    demographics().to_csv(tmp_path / "facts.csv", index=False)
+    make(chexpert, tmp_path / "out", "--facts", tmp_path / "facts.csv", "--workers", 1)
+    found = read_frame(tmp_path / "out")
+    for source in ((tmp_path / "out",), (chexpert, "--facts", tmp_path / "facts.csv", "--views", "frontal")):
+        for by in ("race", "age_at_cxr"):
+            counted = run_pipeline("stats", *source, "--by", by, "--format", "json")
+            assert counted.returncode == 0, counted.stderr
+            groups = json.loads(counted.stdout)["by"]["groups"]
+            expected = found[by].value_counts()
+            names = [f"{value:.0f}" if by == "age_at_cxr" else value for value in sorted(expected.index)]
+            blank = found[by].isna().sum()
+            assert list(groups) == names + ["unknown"] * bool(blank)
+            assert [group["images"] for group in groups.values()][
+                : len(names)
+            ] == expected.sort_index().tolist()
+            for name, rows in found.groupby(by):
+                key = f"{name:.0f}" if by == "age_at_cxr" else name
+                assert groups[key]["labels"]["Edema"]["positive"] == (rows["Edema"] == 1).sum()
+    refused = run_pipeline("stats", tmp_path / "out", "--by", "width")
+    assert refused.returncode == 2
+    assert refused.stderr.splitlines()[-1] == (
+        "Error: --by width: these images can be grouped by view, sex, age, projection, age_at_cxr, primary_race, "
+        "zip_code, race"
+    )
+    selected = open_shards(tmp_path / "out")["train"].where("race=Black", "age_at_cxr>=42").table
+    train = found[found["key"].isin(open_shards(tmp_path / "out")["train"].table["key"].to_pylist())]
+    assert selected["key"].to_pylist() == train.query("race == 'Black' and age_at_cxr >= 42")["key"].tolist()
