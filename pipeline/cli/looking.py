@@ -141,14 +141,16 @@ def _render_page(
     from pipeline.look.label_report import find_examples, find_groups, render_label_report
     from pipeline.measure.audit import audit_labels
     from pipeline.measure.covariates import find_covariates
+    from pipeline.sources.load import join_tables, load_tables
 
     shown = report.copy()
     shown["cooccurrence"] = count_cooccurrence(table)
     is_shards = (source / NAME).is_file()
     examples = find_examples(source, split, views) if is_shards else {}
     title = f"Labels of {source.resolve().name}"
-    truth = evaluation_targets(table, read_manifest(source).policies["blank"] if is_shards else "zeros")
-    audit = audit_labels(table, *truth, find_covariates(table), together=False)  # which takes longer
+    whole = join_tables(source, load_tables(source, split), views)  # with what the original files were
+    truth = evaluation_targets(whole, read_manifest(source).policies["blank"] if is_shards else "zeros")
+    audit = audit_labels(whole, *truth, find_covariates(whole), together=False)  # which takes longer
     return render_label_report(title, scope, shown, find_groups(table), examples, audit)
 
 

@@ -133,7 +133,7 @@ def draw_audit(axes: Axes, audit: Audit, palette: Palette) -> None:
         told[y, x] = max(clue["told"], 0.5)
         texts[y][x] = f"{100 * clue['told']:.0f}{'!' if clue['exceeds'] else ''}"
     _draw_cells(axes, 2 * told - 1, texts, palette)
-    axes.set_xticks(range(len(columns)), labels=columns, rotation=90)
+    axes.set_xticks(range(len(columns)), labels=[name.replace("$", r"\$") for name in columns], rotation=90)
     axes.set_yticks(range(len(labels)), labels=labels)
     for kind in KINDS[:2]:  # a gap to the next kind
         edge = max((columns.index(name) for name in names[kind]), default=-1) + 0.5

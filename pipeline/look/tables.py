@@ -69,8 +69,10 @@ def print_report(report: LabelStatistics) -> None:
 
 def print_audit(audit: Audit) -> None:
     """Print the alarms in words, and what tells each label best, worst first."""
+    from rich.markup import escape
+
     for text in describe_alarms(audit):
-        print(f"{text}.")
+        print(printable(f"{text}."))
     headings, rows = tabulate_audit(audit)
     totals = f"{audit['images']:,} images of {audit['patients']:,} patients"
     alarms = sum(map(len, find_alarms(audit).values()))
@@ -78,8 +80,9 @@ def print_audit(audit: Audit) -> None:
         f"{totals}; alarms (!): {alarms}\nof {len(audit['clues'])} tests, those whose lower limit, adjusted by "
         f"Holm's method at level {audit['level']}, is above {audit['threshold']}"
     )
-    if rows:
-        print_table(title, headings, rows)
+    if rows:  # whose names of sets may be of any text
+        safe = {label: [escape(printable(cell)) for cell in cells] for label, cells in rows.items()}
+        print_table(title, headings, safe)
     else:
         print(f"{totals}: nothing to test.")
     if audit["left_out"]:

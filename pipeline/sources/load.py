@@ -23,7 +23,8 @@ def load_table(source: Path, split: str | None, views: str, facts: Sequence[Path
     Its facts, but for those of `images.Original`, follow the labels; `facts` are files of more, as for
     `pipeline shards`. Raises DataError where the source, the split or the views do not exist.
     """
-    return join_tables(source, load_tables(source, split, facts), views)
+    table = join_tables(source, load_tables(source, split, facts), views)
+    return table.drop_columns([name for name in Original._fields if name in table.column_names])
 
 
 def load_tables(source: Path, split: str | None, facts: Sequence[Path] = ()) -> dict[str, pa.Table]:
@@ -46,9 +47,12 @@ def load_tables(source: Path, split: str | None, facts: Sequence[Path] = ()) -> 
 
 
 def join_tables(source: Path, tables: Mapping[str, pa.Table], views: str) -> pa.Table:
-    """The rows of these views, of one table after the other. Raises DataError, naming the source, if there are none."""
+    """The rows of these views, of one table after the other, with their facts at the end.
+
+    Raises DataError, naming the source, if there are none.
+    """
     columns = ["patient", "study", "view", "sex", "age", "projection", *LABELS]
-    columns += [name for name in name_facts(next(iter(tables.values()))) if name not in Original._fields]
+    columns += name_facts(next(iter(tables.values())))
     table = select_views(pa.concat_tables([table.select(columns) for table in tables.values()]), views)
     if table.num_rows == 0:
         raise DataError(f"{source}: no {views} images")
