@@ -57,14 +57,15 @@ def measure_shards(
 
 
 def measure_edge(pixels: npt.NDArray[np.uint8]) -> dict[str, Floats]:
-    """Gray levels of images uint8 [N, 224, 224]: of the border; inside it of the corners, and of a letter in each."""
+    """Gray levels of images uint8 [N, 224, 224]: of the border; inside it, of each corner's ground and letter."""
     border = np.ones(pixels.shape[1:], np.bool_)
     border[EDGE:-EDGE, EDGE:-EDGE] = False
     corners = {name: pixels[place].reshape(len(pixels), -1) for name, place in CORNERS.items()}
     found: dict[str, Floats] = {"border's gray level": pixels[:, border].mean(axis=1)}
-    found["corners' gray level"] = np.concatenate([*corners.values()], axis=1).mean(axis=1)
     for name, corner in corners.items():
-        found[f"brightest in the {name} corner"] = np.partition(corner, -LETTER, axis=1)[:, -LETTER] * 1.0
+        levels = np.partition(corner, (LETTER - 1, -LETTER), axis=1).astype(float)
+        found[f"darkest in the {name} corner"] = levels[:, LETTER - 1]
+        found[f"brightest in the {name} corner"] = levels[:, -LETTER]
     return found
 
 

@@ -58,9 +58,9 @@ def test_gray_levels_are_those_of_the_pixels() -> None:
         near, far = slice(7, 37), slice(-37, -7)
         corners = [film[near, near], film[near, far], film[far, near], film[far, far]]
         assert edge["border's gray level"][row] == pytest.approx(frame.mean())
-        assert edge["corners' gray level"][row] == pytest.approx(np.mean(corners))
         names = ("upper left", "upper right", "lower left", "lower right")
         for name, corner in zip(names, corners, strict=True):
+            assert edge[f"darkest in the {name} corner"][row] == np.sort(corner.ravel())[11]
             assert edge[f"brightest in the {name} corner"][row] == np.sort(corner.ravel())[-12]
         assert whole["mean gray level"][row] == pytest.approx(film.mean())
         assert whole["spread of gray levels"][row] == pytest.approx(film.std())
@@ -110,7 +110,7 @@ def test_planted_shortcuts_are_found_unprompted(cued: Path, tmp_path: Path) -> N
             alarms.setdefault(clue["label"], []).append(clue["covariate"])
     assert alarms["Pneumonia"] == ["brightest in the upper left corner"]
     assert alarms["Edema"][0] == "border's gray level"
-    assert alarms["Fracture"][0] in ("corners' gray level", "brightest in the lower right corner")
+    assert alarms["Fracture"][0].startswith("darkest in the ")
     assert alarms.keys() == PLANTED.keys()
     assert set(audit["few"]) == set(LABELS) - PLANTED.keys()
     page = Page(html.read_text())
