@@ -137,7 +137,7 @@ def predict_together(values: Floats, truth: Bools, used: Bools, patient: Ints) -
     score = np.full(len(truth), np.nan)
     for number in range(FOLDS):
         inside, outside = fold == number, (fold != number) & (fold >= 0)
-        if not inside.any() or len(np.unique(truth[outside])) < 2:
+        if not inside.any() or truth[outside].all() or not truth[outside].any():
             continue
         model = HistGradientBoostingClassifier(
             max_iter=40, max_leaf_nodes=8, early_stopping=False, random_state=0

@@ -137,17 +137,18 @@ def _measure(
     centered = (share - auroc) / np.where(truth, *sizes)
     influence = np.zeros(patients)
     independent, kish = 0.0, 1.0
+    owners = []
     for side, size in zip((truth, ~truth), sizes, strict=True):
         cells = np.bincount(codes[side], minlength=patients)
         own = int((cells > 0).sum())
+        owners.append(own)
         influence += np.bincount(codes[side], centered[side], patients) * np.sqrt(own / max(own - 1, 1))
         independent += float((centered[side] ** 2).sum()) * size / max(size - 1, 1)
         kish = max(kish, float((cells.astype(np.int64) ** 2).sum()) / size)
     clustered = float(influence @ influence)
     # Similar images never carry more information; for a perfect AUROC, as much as one image per patient.
     design = max(1, clustered / independent) if independent > 0 else kish
-    freedom = min(len(np.unique(codes[side])) for side in (truth, ~truth)) - 1
-    return auroc, *score_limits(auroc, *sizes, design), max(freedom, 1), design, influence
+    return auroc, *score_limits(auroc, *sizes, design), max(min(owners) - 1, 1), design, influence
 
 
 def share_below(score: Floats, others: Floats) -> Floats:

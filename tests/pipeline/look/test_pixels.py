@@ -110,7 +110,7 @@ def test_planted_shortcuts_are_found_unprompted(cued: Path, tmp_path: Path) -> N
             alarms.setdefault(clue["label"], []).append(clue["covariate"])
     assert alarms["Pneumonia"] == ["brightest in the upper left corner"]
     assert alarms["Edema"][0] == "border's gray level"
-    assert alarms["Fracture"][0].startswith("darkest in the ")
+    assert any(name.startswith("darkest in the ") for name in alarms["Fracture"])
     assert alarms.keys() == PLANTED.keys()
     assert set(audit["few"]) == set(LABELS) - PLANTED.keys()
     page = Page(html.read_text())
