@@ -67,7 +67,8 @@ def read_rows(source: Source, options: Options) -> tuple[dict[str, pa.Table], di
     """What `read_splits` gives. Raises DataError for bad CSVs, and images that need `bits`."""
     tables, dropped = read_splits(source, **options.selection)
     if options.bits is None:
-        refuse_dark_images(tables.values(), source.roots, options.max_pixels)
+        unsaid = [table for table in tables.values() if "bits" not in table.column_names]
+        refuse_dark_images(unsaid, source.roots, options.max_pixels)
     return tables, dropped
 
 

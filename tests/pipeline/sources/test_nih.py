@@ -171,9 +171,9 @@ def test_a_folder_without_its_lists_or_of_another_set_is_named(folder: Path) -> 
     assert failed.stderr == (
         f"Error: {folder}: neither it nor a folder in it holds a train.csv, valid.csv or test_labels.csv (CheXpert)\n"
     )
-    failed = run_pipeline("shards", folder, folder.parent / "out", "--set", "padchest")
+    failed = run_pipeline("shards", folder, folder.parent / "out", "--set", "pad")
     assert (
-        "'padchest' is not a data set; choose from chexpert, chexpert-plus, mimic, nih, table"
+        "'pad' is not a data set; choose from chexpert-plus, mimic, nih, padchest, padchest-all, vindr, chexpert, table"
         in failed.stderr
     )
 
