@@ -26,7 +26,14 @@ from pipeline.base.csvs import demand, demand_unique, line_of, read_strings
 from pipeline.base.errors import DataError, quote
 from pipeline.base.store import list_folders
 from pipeline.labels import LABELS, NOT_ANNOTATED
-from pipeline.sources.source import Source, Terms, leave_parents_open, no_more_roots, nothing_moved
+from pipeline.sources.source import (
+    Source,
+    Terms,
+    leave_parents_open,
+    no_more_roots,
+    nothing_moved,
+    number_studies,
+)
 
 TERMS = Terms(
     name="padchest",
@@ -212,7 +219,7 @@ def _read(csv: Path) -> tuple[pa.Table, pa.ChunkedArray]:
         "path": pc.binary_join_element_wise(text["ImageDir"], text["ImageID"], "/"),
         "key": key,
         "patient": text["PatientID"],
-        "study": _number_studies(text),
+        "study": number_studies(text["PatientID"], text["StudyID"]),
         "view": pa.array([_VIEWS.get(name, "other") for name in projection]),
         "sex": pa.array([_SEXES.get(sex) for sex in text["PatientSex_DICOM"].to_pylist()], pa.string()),
         "age": pc.subtract(year, pc.utf8_slice_codeunits(text["PatientBirth"], 0, 4).cast(pa.int16())),
@@ -221,14 +228,6 @@ def _read(csv: Path) -> tuple[pa.Table, pa.ChunkedArray]:
     bits = {"bits": text["BitsStored_DICOM"].cast(pa.int16())}
     table = pa.table(facts | _read_states(csv, text["Labels"]) | bits).combine_chunks()
     return table, pc.equal(text["MethodLabel"], "Physician")
-
-
-def _number_studies(text: pa.Table) -> pa.Array:
-    """The number of each image's study within its patient, from 1 in the order of the table."""
-    studies: dict[str, dict[str, int]] = {}
-    pairs = zip(text["PatientID"].to_pylist(), text["StudyID"].to_pylist(), strict=True)
-    of_patient = ((studies.setdefault(patient, {}), study) for patient, study in pairs)
-    return pa.array([known.setdefault(study, len(known) + 1) for known, study in of_patient], pa.int32())
 
 
 def _read_states(csv: Path, column: pa.ChunkedArray) -> dict[str, npt.NDArray[np.int8]]:

@@ -2,7 +2,8 @@
 
 Chambon et al., CheXpert Plus, arXiv:2405.19538: 223,462 radiographs of CheXpert's own patients, with reports. Labels
 are in files of their own, of which the first that is there is read: chexbert_labels/report_fixed.json, then
-impression_fixed.json, then findings_fixed.json. An image without a line in it is blank. Reports are not read.
+impression_fixed.json, then findings_fixed.json; without any, CheXpert's own train.csv and valid.csv beside the table.
+To use a later one, move the earlier ones away. An image without a line there is blank. Reports are not read.
 """
 
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ import pyarrow.json as pajson
 from pipeline.base.csvs import demand, demand_unique, read_strings
 from pipeline.base.errors import DataError, quote
 from pipeline.base.store import open_to_read
-from pipeline.labels import LABELS
+from pipeline.labels import LABELS, read_labels
 from pipeline.sources.source import Source, Terms, no_more_roots, nothing_moved
 
 TERMS = Terms(
@@ -43,9 +44,11 @@ def find_tables(folder: Path) -> dict[str, Path] | None:
     if not (folder / TABLE).is_file():
         return None
     labels = next((folder / name for name in LABEL_FILES if (folder / name).is_file()), None)
-    if labels is None:
-        raise DataError(f"{folder}: {TABLE} is there, but none of {', '.join(LABEL_FILES)}")
-    return {"table": folder / TABLE, "labels": labels}
+    own = {f"labels_{split}": folder / f"{split}.csv" for split in SPLITS}
+    found = {"labels": labels} if labels else {role: path for role, path in own.items() if path.is_file()}
+    if not found:
+        raise DataError(f"{folder}: {TABLE} is there, but none of {', '.join(LABEL_FILES)}, train.csv")
+    return {"table": folder / TABLE, **found}
 
 
 def read_table(csv: Path) -> pa.Table:
@@ -94,7 +97,9 @@ def read_tables(source: Source) -> dict[str, pa.Table]:
         "age": text["age"].cast(pa.float32()).cast(pa.int16()),
         "projection": projection,
     }
-    table = pa.table(facts | _read_states(source.csvs["labels"], path))
+    labels = [csv for role, csv in source.csvs.items() if role != "table"]
+    states = _read_states(labels[0], path) if "labels" in source.csvs else _read_own(labels, path)
+    table = pa.table(facts | states)
     splits = {split: table.filter(pc.equal(text["split"], split)).combine_chunks() for split in SPLITS}
     return {split: rows for split, rows in splits.items() if len(rows)}
 
@@ -105,6 +110,14 @@ def locate(paths: Sequence[str], roots: Sequence[Path]) -> list[str]:
     found = (folder for folder in folders if any((folder / split).is_dir() for split in SPLITS))
     folder = next(found, folders[0])
     return [f"{folder}/{path.removesuffix('.jpg')}.png" for path in paths]
+
+
+def _read_own(csvs: Sequence[Path], images: pa.ChunkedArray) -> dict[str, pa.Array]:
+    """The states of each image, from CheXpert's own CSVs."""
+    table = pa.concat_tables(read_labels(csv) for csv in csvs)
+    paths = pc.replace_substring_regex(table["path"], "^.*?((?:train|valid)/patient)", r"\1").combine_chunks()
+    place = pc.index_in(images, value_set=paths)
+    return {label: table[label].combine_chunks().take(place) for label in LABELS}
 
 
 def _read_states(path: Path, images: pa.ChunkedArray) -> dict[str, pa.Array]:

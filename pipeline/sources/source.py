@@ -58,3 +58,13 @@ def leave_parents_open(states: npt.NDArray[np.int8]) -> None:
         column = states[:, LABELS.index(parent)]
         is_kind = np.isin(states[:, [LABELS.index(kind) for kind in kinds]], (1, -1)).any(axis=1)
         column[(column == 0) & is_kind] = NOT_ANNOTATED
+
+
+def number_studies(patients: pa.ChunkedArray, studies: pa.ChunkedArray) -> pa.Array:
+    """The number [N] of each image's study within its patient, from 1 in the order of the table."""
+    known: dict[str, dict[str, int]] = {}
+    pairs = zip(patients.to_pylist(), studies.to_pylist(), strict=True)
+    of_patients = ((known.setdefault(patient, {}), study) for patient, study in pairs)
+    return pa.array(
+        [numbers.setdefault(study, len(numbers) + 1) for numbers, study in of_patients], pa.int32()
+    )

@@ -5,6 +5,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
+from pipeline.labels import LABELS
 from pipeline.manifest import read_manifest
 from tests.conftest import run_pipeline
 from tests.layouts import PLUS_FILMS as FILMS
@@ -84,3 +85,17 @@ def test_labels_that_are_missing_are_named(folder: Path) -> None:
     (folder / "chexbert_labels" / "report_fixed.json").unlink()
     failed = run_pipeline("shards", folder, folder.parent / "out")
     assert f"{TABLE} is there, but none of chexbert_labels/report_fixed.json, " in failed.stderr
+
+
+def test_chexpert_s_own_labels_are_read_without_chexbert_s(folder: Path) -> None:
+    (folder / "chexbert_labels" / "report_fixed.json").unlink()
+    head = ",".join(("Path", "Sex", "Age", "Frontal/Lateral", "AP/PA", *LABELS))
+    cells = ",".join("1.0" if label == "Fracture" else "" for label in LABELS)
+    (folder / "train.csv").write_text(f"{head}\nCheXpert-v1.0/{FILMS[2]}.jpg,Male,50,Frontal,PA,{cells}\n")
+    out = folder.parent / "out"
+    made = run_pipeline("shards", folder, out, "--size", 32, "--dev", 0, "--workers", 1)
+    assert made.returncode == 0, made.stderr
+    rows = pa.ipc.open_file(out / "train.arrow").read_all().to_pylist()
+    assert {row["key"]: row["Fracture"] for row in rows if row["Fracture"] is not None} == {
+        "patient00002_study1_view1_frontal": 1
+    }
