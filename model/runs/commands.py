@@ -23,7 +23,7 @@ from model.runs.options import (
     with_options,
 )
 from model.runs.results import choice_score, measure_run
-from model.runs.summary import print_evaluations
+from model.runs.summary import print_evaluations, print_verdicts
 from model.runs.use import evaluate_command, export_command, inputs_command, predict_command
 from pipeline.base.errors import DataError, SettingError
 from pipeline.base.files import read_object
@@ -109,7 +109,9 @@ def start_job(config: Config, shards: str, run: Path, **others: Any) -> Job:
 def print_run(job: Job) -> None:
     """Print the evaluations of a run that has ended."""
     paths = {name: job.run / f"evaluation-{name}.json" for name in ("dev", "valid")}
-    print_evaluations({name: read_object(path) for name, path in paths.items() if path.exists()})
+    reports = {name: read_object(path) for name, path in paths.items() if path.exists()}
+    print_evaluations(reports)
+    print_verdicts(reports)
     click.echo(f"{job.run / 'report.html'}: the same with curves, intervals and subgroups")
 
 

@@ -21,7 +21,7 @@ from pipeline.base.pages import (
     show_limits,
 )
 from pipeline.measure.calibration import RULES, apply_calibration
-from pipeline.measure.evaluate import AREAS, Scored
+from pipeline.measure.evaluate import AREAS, KEPT, Scored
 from pipeline.measure.metrics import FEW, Bools, Curve, Floats, label_cells, reliability, threshold_curve
 
 MEANS = {"macro": "macro", "macro10": "macro, ≥ 10 positives", "mean5": "mean of competition's 5"}
@@ -45,12 +45,23 @@ def render_report(
             "evaluation": evaluation,
             "panels": draw_panels(evaluation, images[name]),
             "gaps": describe_gaps(evaluation),
+            "covariates": _names_in(evaluation, "covariates"),
+            "variables": [
+                name for name in _names_in(evaluation, "within") if name not in evaluation["labels"]
+            ],
         }
         for name, evaluation in evaluations.items()
     ]
     training = draw_training(history) if history else None
     page = _templates().get_template("report.html")
     return page.render(title=title, config=config, training=training, sections=sections)
+
+
+def _names_in(evaluation: Mapping[str, Any], part: str) -> list[str]:
+    """What a part of a label's belief is about, over all labels; earlier evaluations have none."""
+    return list(
+        dict.fromkeys(name for found in evaluation.get("belief", {}).values() for name in found[part])
+    )
 
 
 def render_model_card(
@@ -191,5 +202,5 @@ def mark_few(label: Mapping[str, Any] | None) -> str:
 def _templates() -> jinja2.Environment:
     environment = open_templates("model.runs")
     environment.filters |= {"cell": show_cell, "few": mark_few, "widest_gap": widest_gap}
-    environment.globals |= {"MEANS": MEANS, "RULES": RULES, "AREAS": AREAS, "TITLES": TITLES}
+    environment.globals |= {"MEANS": MEANS, "RULES": RULES, "AREAS": AREAS, "KEPT": KEPT, "TITLES": TITLES}
     return environment

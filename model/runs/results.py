@@ -20,7 +20,9 @@ from model.runs.scoring import score_best, score_split
 from pipeline.base.errors import DataError
 from pipeline.base.files import parse_object, read_object, write_atomically, write_json
 from pipeline.labels import count_rows
+from pipeline.measure.belief import assess_belief
 from pipeline.measure.compare import combine_views, compare_methods, group_by_views
+from pipeline.measure.covariates import find_covariates, find_strata
 from pipeline.measure.delong import combine_limits, measure_areas, weigh_labels
 from pipeline.measure.evaluate import Scored, assess, calibrate
 from pipeline.measure.metrics import averaged_labels, mean_of, report_auroc
@@ -59,13 +61,15 @@ def evaluate(
     combine: str = "max",
     chosen_by: tuple[str, ...] = (),
     shared: Mapping[str, int | None] = MappingProxyType({}),
+    sanity: Mapping[str, Any] = MappingProxyType({}),
 ) -> tuple[dict[str, Any], Scored]:
     """Evaluate what `score_best` found for a split; writes its scores and evaluation into the run.
 
     `against` are other runs and their scores, as `find_scores` has them. `sensitivity` is what the third threshold
     is to reach on dev, `combine` how a study's score comes from its views: max or mean. `chosen_by` are the conditions
-    that chose the images, where they are not the run's own; they and `shared`, as `check_evaluation` counts it, are
-    kept in the evaluation. Raises DataError where thresholds would have to be chosen on other shards than the run's.
+    that chose the images, where they are not the run's own; they, `shared` as `check_evaluation` counts it, and
+    `sanity` as `check_sanity` has it are kept in the evaluation. Raises DataError where thresholds would have to be
+    chosen on other shards than the run's.
     """
     config = job.config
     scored, table = found
@@ -76,6 +80,8 @@ def evaluate(
     evaluation |= shared
     evaluation["not_annotated"] = [label for label in job.manifest.not_annotated if label in config.labels]
     evaluation |= {"chosen_by": list(chosen_by)} if chosen_by else {}
+    evaluation |= {"sanity": dict(sanity)} if sanity else {}
+    evaluation["belief"] = assess_belief(config.labels, scored, find_covariates(table), find_strata(table))
     if against and config.fusion is None:
         add_difference(job, evaluation, found, calibration, against)
     elif against:

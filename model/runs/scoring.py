@@ -1,7 +1,7 @@
 """A trained run → scores of a split, or of image files."""
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -26,22 +26,27 @@ from pipeline.stream.plan import plan_evaluation
 
 EVALUATION_BATCH = 64  # images
 Scores = npt.NDArray[np.float32]
+Alteration = Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.uint8]]  # of images [N, 1, H, W]
 
 
-def score_best(job: Job, name: str) -> tuple[Scored, pa.Table]:
-    """What best.pt makes of a split, and the rows of its table."""
+def score_best(job: Job, name: str, alter: Alteration | None = None) -> tuple[Scored, pa.Table]:
+    """What best.pt makes of a split, and the rows of its table; `alter` changes the images first."""
     network, best = load_best(job.run, job.config, job.device, job.ranks)
-    return score_split(job, network, open_rows(job, name), best["pixels"])
+    return score_split(job, network, open_rows(job, name), best["pixels"], alter)
 
 
 def score_split(
-    job: Job, network: nn.Module, chosen: Selected, pixels: Mapping[str, float]
+    job: Job,
+    network: nn.Module,
+    chosen: Selected,
+    pixels: Mapping[str, float],
+    alter: Alteration | None = None,
 ) -> tuple[Scored, pa.Table]:
     """A network's scores of the chosen rows, with targets and masks that leave the uncertain cells out.
 
     And those rows of the table. Images that are unusable, as far as --max-bad allows it, are in neither.
     A run by studies scores these, and the rows are those of their first images.
-    Each rank scores its share of the rows, and all get the scores of all.
+    Each rank scores its share of the rows, and all get the scores of all. `alter` changes the images of each batch.
     """
     config, split, rows = job.config, chosen.split, chosen.rows
     columns = learned_columns(config)
@@ -56,7 +61,8 @@ def score_split(
             start = batch.step.step * EVALUATION_BATCH
             bad[[start + position for position in batch.bad]] = 1
             ours[start : start + len(batch.target)] = True
-            yield network_inputs(config, job.device, batch.images, batch.present, batch.projection)
+            images = batch.images if alter is None else alter(batch.images)
+            yield network_inputs(config, job.device, images, batch.present, batch.projection)
             advance(min(int(ours.sum()) * job.ranks.count, len(rows)), len(rows))
 
     with (

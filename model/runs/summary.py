@@ -70,6 +70,34 @@ def print_comparison(evaluation: Mapping[str, Any]) -> None:
         Console().print(table)
 
 
+def print_verdicts(reports: Mapping[str, Mapping[str, Any]]) -> None:
+    """What the AUROCs of the last of some splits rest on: a sentence for each label with 10 of both classes."""
+    split, report = list(reports.items())[-1]
+    verdicts = [found["verdict"] for found in report.get("belief", {}).values()]
+    if verdicts:
+        table = Table(title=f"Can it be believed? AUROC on {split}", title_justify="left", show_header=False)
+        for verdict in verdicts:
+            table.add_row(verdict)
+        Console().print(table)
+
+
+def print_sanity(evaluation: Mapping[str, Any]) -> None:
+    """A table of what --sanity asked for: the mean AUROC of altered images, and the labels that are still told."""
+    if "sanity" not in evaluation:
+        return
+    table = Table(title="Sanity: the same images, altered", title_justify="left")
+    table.add_column("images")
+    for title in ("macro AUROC", "difference [95 %]"):
+        table.add_column(title, justify="right")
+    table.add_column("labels still told")
+    for name, found in evaluation["sanity"].items():
+        macro = found["labels"]["macro"]
+        table.add_row(
+            name, show_figure(macro["auroc"]), show_difference(macro["less"]), ", ".join(found["kept"]) or "–"
+        )
+    Console().print(table)
+
+
 def show_difference(less: Mapping[str, Any]) -> str:
     """The first one's figure less this one's, with its interval."""
     if less["difference"] is None:

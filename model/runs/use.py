@@ -21,8 +21,9 @@ from model.runs.job import Job, StopFlag, choose_device
 from model.runs.options import DATA_OPTIONS, run_option, with_options, workers_option
 from model.runs.overlap import check_evaluation
 from model.runs.results import evaluate, find_scores, name_comparison, name_result, write_report
+from model.runs.sanity import check_sanity
 from model.runs.scoring import score_best, score_files
-from model.runs.summary import print_comparison, print_evaluations
+from model.runs.summary import print_comparison, print_evaluations, print_sanity, print_verdicts
 from pipeline.base.errors import DataError
 from pipeline.base.files import write_csv
 from pipeline.console import Checked, Number, say
@@ -61,6 +62,11 @@ VARIANTS = 4  # epochs that `inputs` shows
 )
 @click.option("--views", type=click.Choice(VIEWS), show_default="the run's", help="Score these views.")
 @click.option("--shared-images", is_flag=True, help="Go on where the run trained on some of the images.")
+@click.option(
+    "--sanity",
+    is_flag=True,
+    help="Score them covered and shuffled, too.",
+)
 def evaluate_command(
     shards: str,
     cache: Path,
@@ -74,6 +80,7 @@ def evaluate_command(
     where: tuple[str, ...],
     views: str | None,
     shared_images: bool,
+    sanity: bool,
 ) -> int:
     """Score the run's best checkpoint on a split.
 
@@ -89,11 +96,14 @@ def evaluate_command(
         others = find_scores(job, split, against)
         shared = check_evaluation(scored, split, others, shared_images)
         found = score_best(scored, split)
-        results = {split: evaluate(job, split, found, others, sensitivity, study, chosen_by, shared)}
+        altered = check_sanity(scored, split, found[0]) if sanity else {}
+        results = {split: evaluate(job, split, found, others, sensitivity, study, chosen_by, shared, altered)}
     except InterruptedEvaluationError:
         return stop.code
     print_evaluations({split: results[split][0]})
+    print_verdicts({split: results[split][0]})
     print_comparison(results[split][0])
+    print_sanity(results[split][0])
     result = name_result(job, split, chosen_by)
     compared = name_comparison(result, others)
     write_report(scored, f"report-{compared}.html", results)

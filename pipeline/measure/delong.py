@@ -95,7 +95,7 @@ def student_quantile(freedom: float) -> float:
     return z + sum(term / freedom ** (power + 1) for power, term in enumerate(terms))
 
 
-def score_limits(auroc: float, positives: int, negatives: int, design: float = 1) -> tuple[float, float]:
+def score_limits(auroc: float, positives: float, negatives: float, design: float = 1) -> tuple[float, float]:
     """Newcombe's method 5, its variance times a design effect: the θ with |θ - AUROC| = 1.96 · √(design · V(θ)).
 
     V(θ) = θ (1 - θ) (1 + n (1 - θ) / (2 - θ) + n θ / (1 + θ)) / (positives · negatives), n = (positives + negatives)

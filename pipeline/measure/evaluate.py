@@ -41,6 +41,7 @@ from pipeline.measure.metrics import (
 
 AVERAGED = ("auroc", "auprc", "brier", "ece", "brier_calibrated", "ece_calibrated")
 AREAS = ("auroc", "auprc")  # the metrics with intervals
+KEPT = 0.6  # the AUROC above which a label is told without what an alteration takes away
 # The groups to compare; images in none of them are counted separately.
 GROUPS = {
     "sex": ("Female", "Male"),
@@ -188,6 +189,40 @@ def assess_groups(
             "tpr_gap_limits": {name: {"low": gap["low"], "high": gap["high"]} for name, gap in gaps.items()},
         }
     return report
+
+
+def assess_altered(
+    names: Sequence[str], images: Scored, altered: Mapping[str, Floats]
+) -> dict[str, dict[str, Any]]:
+    """AUROCs of the scores [N, L] of altered images, with limits: per label, and their mean as in `averaged_labels`.
+
+    `less` is each AUROC less that of the images as they are, paired. `kept` are the labels, of those with 10 of each
+    class, whose AUROC stays above KEPT with the alteration: the lower limit is above it.
+    """
+    plain = measure_areas(*images[:4])
+    labels = {
+        name: {"auroc": areas(score, truth)[0], **_count(truth)}
+        for name, score, truth in label_cells(names, *images[:3])
+    }
+    means = averaged_labels(labels)
+    over = {name: [name] for name in names} | {"macro": means["macro10"] or means["macro"]}
+    found = {}
+    for alteration, scores in altered.items():
+        ours = measure_areas(scores, *images[1:4])
+        both = ours.join(plain)
+        figures: dict[str, dict[str, Any]] = {}
+        for key, of in over.items():
+            share = weigh_labels(names, of)
+            limits = combine_limits(ours, share)
+            paired = combine_limits(both, np.concatenate([share, -share]))
+            auroc, before = (
+                None if limits["low"] is None else float(share @ np.nan_to_num(which.auroc))
+                for which in (ours, plain)
+            )
+            figures[key] = {"auroc": auroc, **limits, "less": describe_difference(auroc, before, paired)}
+        kept = [name for name in means["macro10"] if figures[name]["low"] > KEPT]
+        found[alteration] = {"labels": figures, "macro_labels": over["macro"], "kept": kept}
+    return found
 
 
 def _assess_level(

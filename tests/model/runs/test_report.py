@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from model.runs.report import describe_gaps, render_model_card, render_report
-from model.runs.summary import print_evaluations
+from model.runs.summary import print_evaluations, print_verdicts
+from pipeline.measure.belief import assess_belief
 from pipeline.measure.evaluate import Scored, assess, calibrate
 
 NAMES = ["Edema", "Pleural Effusion", "Fracture", "Rare"]
@@ -53,7 +54,9 @@ def images() -> Scored:
 @pytest.fixture(scope="module")
 def evaluation(images: Scored) -> dict[str, Any]:
     calibration = calibrate(NAMES, draw_images(1))
-    return assess(NAMES, images, calibration, against=("runs/other", images.scores[::-1]), resamples=200)
+    found = assess(NAMES, images, calibration, against=("runs/other", images.scores[::-1]), resamples=200)
+    male = (images.sex == "Male").astype(float)
+    return found | {"belief": assess_belief(NAMES, images, {"Male": male}, {"sex": images.sex})}
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +169,26 @@ def test_the_tables_hold_the_numbers_of_the_json(page: str, evaluation: dict[str
         ]
         macros = [f"{places(group['macro_auroc'])} {limits(group['interval'])}" for group in groups]
         assert rows[-1][1:-1:2] == macros
+
+
+def test_verdicts_stand_beside_the_figures(
+    page: str, evaluation: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    belief = evaluation["belief"]
+    assert list(belief) == ["Edema", "Pleural Effusion"]  # the others are few
+    read = Page(page)
+    text = " ".join(read.text.split())
+    print_verdicts({"dev": {}, "valid": evaluation})
+    printed = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    card = render_model_card("first", CONFIG, {}, {"valid": evaluation})
+    for found, row in zip(belief.values(), read.tables["belief"][0][1:], strict=True):
+        assert all(found["verdict"] in where for where in (text, printed, card))
+        pooled = found["within"]["sex"]["pooled"]
+        figures = [f"{places(of['auroc'])} {limits(of)}" for of in (pooled, found["balanced"])]
+        assert row[1:5] == [places(found["auroc"]["auroc"]), limits(found["auroc"]), *figures]
+    for (name, found), row in zip(belief.items(), read.tables["covariates"][0][1:], strict=True):
+        alone, told = found["covariates"]["Male"], found["tells"]["Male"]
+        assert row == [name, *(f"{places(of['auroc'])} {limits(of)}" for of in (alone, told))]
 
 
 def test_the_page_names_settings_and_what_is_left_out(page: str, evaluation: dict[str, Any]) -> None:

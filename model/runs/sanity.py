@@ -1,0 +1,76 @@
+"""Does a network look at the lungs? Its AUROC on the same images with the lungs covered, and with nothing but them.
+
+A network that still tells a label where the center of the film is covered reads it from elsewhere: a letter, a border,
+the brightness of the corners. One that tells it from shuffled patches reads texture or brightness, not anatomy. (The
+test of Maguolo and Nanni, A critic evaluation of methods for COVID-19 automatic detection from X-ray images, 2021.)
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from model.runs.job import Job
+from model.runs.scoring import score_best
+from pipeline.measure.evaluate import Scored, assess_altered
+
+CENTER = 0.8  # of each side: the lungs lie within
+PATCHES = 8  # along each side
+
+Images = npt.NDArray[np.uint8]  # [N, 1, S, S]
+
+
+def cover_center(level: int, images: Images) -> Images:
+    """The images with their central box, `CENTER` of each side, at one gray level."""
+    covered = images.copy()
+    covered[_center(images)] = level
+    return covered
+
+
+def cover_border(level: int, images: Images) -> Images:
+    """The images with everything but the central box at one gray level."""
+    covered = np.full_like(images, level)
+    covered[_center(images)] = images[_center(images)]
+    return covered
+
+
+def shuffle_patches(level: int, images: Images) -> Images:
+    """The images with their 8×8 patches in another order, the same for all; what fills no patch is at `level`."""
+    side = images.shape[-1] // PATCHES
+    whole = images[..., : side * PATCHES, : side * PATCHES]
+    patches = whole.reshape(-1, 1, PATCHES, side, PATCHES, side).swapaxes(3, 4)
+    order = np.argsort(np.random.Philox(key=0).random_raw(PATCHES**2), kind="stable")
+    moved = patches.reshape(-1, 1, PATCHES**2, side, side)[:, :, order].reshape(patches.shape).swapaxes(3, 4)
+    shuffled = np.full_like(images, level)
+    shuffled[..., : side * PATCHES, : side * PATCHES] = moved.reshape(whole.shape)
+    return shuffled
+
+
+ALTERATIONS: Mapping[str, Callable[[int, Images], Images]] = MappingProxyType(
+    {
+        "center covered": cover_center,
+        "center alone": cover_border,
+        "patches shuffled": shuffle_patches,
+    }
+)
+
+
+def check_sanity(job: Job, split: str, scored: Scored) -> dict[str, Any]:
+    """What `assess_altered` says of the run's best checkpoint; `scored` are its scores of the images as they are.
+
+    Covered parts get train's mean gray level. Raises InterruptedEvaluationError where the job is told to stop.
+    """
+    level = round(job.manifest.pixels["mean"])
+    altered = {
+        name: score_best(job, split, partial(alter, level))[0].scores for name, alter in ALTERATIONS.items()
+    }
+    return assess_altered(job.config.labels, scored, altered)
+
+
+def _center(images: Images) -> tuple[Any, ...]:
+    margin = round(images.shape[-1] * (1 - CENTER) / 2)
+    inside = slice(margin, images.shape[-1] - margin)
+    return (..., inside, inside)
