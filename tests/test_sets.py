@@ -22,7 +22,7 @@ def test_every_set_that_is_told_by_its_files_has_a_layout() -> None:
 def find_seed(home: Path) -> int:
     """The first seed that leaves a batch in train, and gives dev a label with both classes."""
     for seed in range(100):
-        splits, _ = read_splits(find_source(home, {}, []), views="all", dev=0.5, seed=seed)
+        splits, *_ = read_splits(find_source(home, {}, []), views="all", dev=0.5, seed=seed)
         if {"train", "dev"} <= splits.keys() and len(splits["train"]) > 1:
             states, _ = label_states(splits["dev"])
             if ((states == 1).any(axis=0) & (states == 0).any(axis=0)).any():

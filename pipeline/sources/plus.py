@@ -3,7 +3,8 @@
 Chambon et al., CheXpert Plus, arXiv:2405.19538: 223,462 radiographs of CheXpert's own patients, with reports. Labels
 are in files of their own, of which the first that is there is read: chexbert_labels/report_fixed.json, then
 impression_fixed.json, then findings_fixed.json; without any, CheXpert's own train.csv and valid.csv beside the table.
-To use a later one, move the earlier ones away. An image without a line there is blank. Reports are not read.
+To use a later one, move the earlier ones away. An image without a line there is blank. Reports are not read. Race,
+ethnicity, insurance and the need of an interpreter are facts, as far as the table has them.
 """
 
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.json as pajson
 
-from pipeline.base.csvs import demand, demand_unique, read_strings
+from pipeline.base.csvs import demand, demand_unique, read_header, read_strings
 from pipeline.base.errors import DataError, quote
 from pipeline.base.store import open_to_read
 from pipeline.labels import LABELS, read_labels
@@ -31,6 +32,7 @@ COLUMN = "path_to_image"
 TABLE = "df_chexpert_plus_240401.csv"
 LABEL_FILES = tuple(f"chexbert_labels/{part}_fixed.json" for part in ("report", "impression", "findings"))
 COLUMNS = ("path_to_image", "frontal_lateral", "ap_pa", "age", "sex", "split")
+FACTS = ("race", "ethnicity", "interpreter_needed", "insurance_type")
 SPLITS = ("train", "valid")
 _PATH = (
     r"^(?:train|valid)/(?P<patient>patient\d{1,20})/study(?P<study>\d{1,6})/"
@@ -61,7 +63,8 @@ def read_table(csv: Path) -> pa.Table:
 def read_tables(source: Source) -> dict[str, pa.Table]:
     """Split → its label table. Raises DataError, naming file, line and column."""
     csv = source.csvs["table"]
-    text = read_strings(csv, COLUMNS)
+    there = [name for name in FACTS if name in read_header(csv)]
+    text = read_strings(csv, (*COLUMNS, *there))
     path = text["path_to_image"]
     parts = pc.extract_regex(path, _PATH)
     demand(
@@ -99,7 +102,7 @@ def read_tables(source: Source) -> dict[str, pa.Table]:
     }
     labels = [csv for role, csv in source.csvs.items() if role != "table"]
     states = _read_states(labels[0], path) if "labels" in source.csvs else _read_own(labels, path)
-    table = pa.table(facts | states)
+    table = pa.table(facts | states | {name: text[name] for name in there})
     splits = {split: table.filter(pc.equal(text["split"], split)).combine_chunks() for split in SPLITS}
     return {split: rows for split, rows in splits.items() if len(rows)}
 
