@@ -31,7 +31,7 @@ def test_a_folder_becomes_shards(folder: Path) -> None:
     assert (manifest.dataset["name"], manifest.dataset["patients"]) == ("chexpert-plus", "chexpert")
     tables = [pa.ipc.open_file(out / split.table).read_all() for split in manifest.splits.values()]
     rows = {row["key"]: row for row in pa.concat_tables(tables).to_pylist()}
-    assert sorted(row["race"] or "" for row in rows.values()) == ["", "", "White", "White"]
+    assert sorted(row["race"] or "" for row in rows.values()) == ["", "", "", "White", "White", "White"]
     facts = ("patient", "study", "view", "projection", "sex", "age", "Edema", "Cardiomegaly", "Fracture")
     assert {key: [row[name] for name in facts] for key, row in rows.items()} == {
         "patient00001_study1_view1_frontal": ["patient00001", 1, "frontal", "AP", "Female", 61, 0, 1, -2],
