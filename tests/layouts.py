@@ -7,8 +7,10 @@ import gzip
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
 from pipeline.labels import LABELS
@@ -120,7 +122,26 @@ def draw(path: Path, number: int, *, bits: int = 8, kind: str | None = None, mod
     coarse = np.random.default_rng(number).integers(0, 256, (6, 6), dtype=np.uint8)
     film = Image.fromarray(coarse).resize((64, 64), Image.Resampling.BICUBIC)
     deep = np.asarray(film).astype(np.uint16) << (bits - 8)
+    if kind == "DICOM":
+        write_dicom(path, deep, bits)
+        return
     (Image.fromarray(deep) if bits > 8 else film.convert(mode)).save(path, kind)
+
+
+def write_dicom(path: Path, levels: npt.NDArray[Any], bits: int) -> None:
+    """A film as a hospital's archive has it, uncompressed."""
+    from pydicom import Dataset, uid
+    from pydicom.dataset import FileMetaDataset
+
+    film = Dataset()
+    film.file_meta = FileMetaDataset()
+    film.file_meta.TransferSyntaxUID = uid.ExplicitVRLittleEndian
+    film.SOPClassUID, film.SOPInstanceUID = uid.DigitalXRayImageStorageForPresentation, uid.generate_uid()
+    film.Rows, film.Columns = levels.shape
+    film.SamplesPerPixel, film.PhotometricInterpretation, film.PixelRepresentation = 1, "MONOCHROME2", 0
+    film.BitsAllocated, film.BitsStored, film.HighBit = 16, bits, bits - 1
+    film.PixelData = levels.tobytes()
+    film.save_as(path, enforce_file_format=True)
 
 
 def write_gzip(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
@@ -250,7 +271,7 @@ def write_vindr(home: Path) -> None:
             who = [f"R{reader + number % 2}"] if split == "train" else []
             cells = [str(int(name in found)) for name in VINDR_CLASSES]
             lines[split].append(",".join([f"{number:032x}", *who, *cells]))
-        draw(home / split / f"{number:032x}.dicom", number, kind="PNG")
+        draw(home / split / f"{number:032x}.dicom", number, bits=12, kind="DICOM")
     for split, rows in lines.items():
         (home / "annotations" / f"image_labels_{split}.csv").write_text("\n".join(rows) + "\n")
 

@@ -31,7 +31,8 @@ def find_seed(home: Path) -> int:
 
 
 @pytest.mark.parametrize("name", SETS)
-def test_a_set_goes_all_the_way(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("epochs", [2, pytest.param(20, marks=pytest.mark.soak)])
+def test_a_set_goes_all_the_way(name: str, epochs: int, tmp_path: Path) -> None:
     home, out = tmp_path / "home", tmp_path / "out"
     SETS[name](home)
     options = default_options(size=32, views="all", dev=0.5, seed=find_seed(home))
@@ -40,7 +41,7 @@ def test_a_set_goes_all_the_way(name: str, tmp_path: Path) -> None:
     assert run_pipeline("verify", out, "--deep").returncode == 0
     samples = sum(split.samples for split in manifest.splits.values())
     assert json.loads(run_pipeline("stats", out, "--format", "json").stdout)["images"] == samples
-    job = open_small_job(out, tmp_path / "run", batch_size=2, epochs=2)
+    job = open_small_job(out, tmp_path / "run", batch_size=2, epochs=epochs)
     assert train.train(job) == 0
     files = sorted(path for path in home.rglob("*") if path.suffix in (".png", ".jpg", ".dicom"))[:2]
     scores, bad = score_files(job.run, job.config, [[file] for file in files], 1)

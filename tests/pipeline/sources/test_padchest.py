@@ -38,6 +38,7 @@ def shard(folder: Path, *options: object) -> dict[str, dict[str, object]]:
     return {row["key"]: row for row in rows}
 
 
+@pytest.mark.soak
 def test_the_real_table_agrees_with_a_count_of_its_words() -> None:
     path = shipped_table(TABLE)
     report = json.loads(run_pipeline("stats", path, "--by", "projection", "--format", "json").stdout)

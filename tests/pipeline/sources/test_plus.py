@@ -9,6 +9,7 @@ from pipeline.images import Original
 from pipeline.labels import LABELS
 from pipeline.manifest import read_manifest
 from pipeline.sources import plus
+from pipeline.sources.sets import find_source
 from tests.conftest import run_pipeline
 from tests.layouts import PLUS_FILMS as FILMS
 from tests.layouts import PLUS_TABLE as TABLE
@@ -31,7 +32,7 @@ def test_a_folder_becomes_shards(folder: Path) -> None:
     assert (manifest.dataset["name"], manifest.dataset["patients"]) == ("chexpert-plus", "chexpert")
     tables = [pa.ipc.open_file(out / split.table).read_all() for split in manifest.splits.values()]
     rows = {row["key"]: row for row in pa.concat_tables(tables).to_pylist()}
-    assert sorted(row["race"] or "" for row in rows.values()) == ["", "", "", "White", "White", "White"]
+    assert sorted(row["race"] or "" for row in rows.values()) == [*[""] * 4, "White", "White"]
     facts = ("patient", "study", "view", "projection", "sex", "age", "Edema", "Cardiomegaly", "Fracture")
     assert {key: [row[name] for name in facts] for key, row in rows.items()} == {
         "patient00001_study1_view1_frontal": ["patient00001", 1, "frontal", "AP", "Female", 61, 0, 1, -2],
@@ -53,6 +54,18 @@ def test_a_folder_becomes_shards(folder: Path) -> None:
     }
     assert run_pipeline("stats", folder).stdout.startswith("6 images, 5 studies, 5 patients")
     assert not any(b"Heart" in path.read_bytes() for path in out.iterdir())  # no report
+
+
+def test_dicoms_are_read_where_there_are_no_pngs(folder: Path) -> None:
+    source = find_source(folder, {}, [])
+    for film in FILMS:
+        path = folder / "DICOM" / "Uncompressed" / f"{film}.dcm"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    paths = [f"{film}.jpg" for film in FILMS]
+    assert plus.locate(paths, source.roots) == [f"{folder}/PNG/{film}.png" for film in FILMS]
+    (folder / "PNG").rename(folder.parent / "PNG")
+    assert plus.locate(paths, source.roots) == [f"{folder}/DICOM/Uncompressed/{film}.dcm" for film in FILMS]
 
 
 @pytest.mark.parametrize(
