@@ -162,7 +162,9 @@ def write_shards(
     given = {name: value for name, value in asdict(options).items() if name != "bits" or value is not None}
     with named_failures(out, "cannot be written"):
         chosen = _choose_policies(out, policies, how.overwrite)
-        named = {"columns": dict(source.columns)} if source.columns else {}
+        named: dict[str, Any] = {"columns": dict(source.columns)} if source.columns else {}
+        if source.set != SETS[source.set].TERMS.name:  # other rows of the same table
+            named["set"] = source.set
         wanted = {"options": given | unit | named, "policies": chosen, "sources": hashes}
         run = Run(out, source, options, chosen, wanted, how, progress)
         if not run.partial.exists() and (found := _find_finished(run)) is not None:

@@ -12,7 +12,7 @@ import pyarrow as pa
 from pipeline.base.csvs import read_header
 from pipeline.base.errors import DataError
 from pipeline.base.store import check_access, named_failures
-from pipeline.sources import chexpert, mimic, nih, plus, table
+from pipeline.sources import chexpert, mimic, nih, padchest, plus, table, vindr
 from pipeline.sources.source import Source, Terms
 
 
@@ -56,14 +56,19 @@ class Adapter(Protocol):
         """How many images are in another folder than their table says, in words; None for no image."""
 
 
+# In the order in which they are asked: other sets have a train.csv, too, so CheXpert comes last.
 SETS: dict[str, Adapter] = {
-    "chexpert": chexpert,
     "chexpert-plus": plus,
     "mimic": mimic,
     "nih": nih,
+    "padchest": padchest,
+    "padchest-all": padchest,
+    "vindr": vindr,
+    "chexpert": chexpert,
     "table": table,
 }
-KNOWN = {name: adapter for name, adapter in SETS.items() if adapter is not table}  # told by their files
+# Those told by their files.
+KNOWN = {adapter.TERMS.name: adapter for adapter in SETS.values() if adapter is not table}
 
 
 def find_source(
