@@ -5,13 +5,13 @@ ITU-T T.81, annex B; W3C PNG, section 11. Only parts that a decoder needs are no
 
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import takewhile
 from typing import NamedTuple
 
 JPEG, PNG = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"  # how the files begin
 BASELINE, PROGRESSIVE = {0xC0, 0xC1}, 0xC2  # frame markers of a JPEG
-_SOS, _EOI, _APP2, _SCAN_DATA = 0xDA, 0xD9, 0xE2, 0x00  # JPEG markers; 0x00 is none, and ours
+_SOS, _EOI, _APP2, _DQT, _SCAN_DATA = 0xDA, 0xD9, 0xE2, 0xDB, 0x00  # JPEG markers; 0x00 is none, and ours
 _FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 # Frames, Huffman and arithmetic tables, restarts, quantization, scans.
 _JPEG_IMAGE = _FRAMES | {0xC4, 0xCC, 0xDB, 0xDD, _SOS, _SCAN_DATA, _EOI}
@@ -19,12 +19,28 @@ _JPEG_PLAIN = {(0xE0, b"JFIF\0", 18), (0xEE, b"Adobe", 16)}  # fixed fields; a l
 _PNG_PLAIN = set(b"IHDR PLTE IDAT IEND tRNS bKGD sBIT sRGB gAMA cHRM pHYs".split())
 _MARKER = re.compile(rb"\xff+([\x01-\xfe])")
 _AFTER_SCAN = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")  # in a scan, 0xFF precedes 0x00 or a restart marker
+# Annex K.1's luminance table, by rows, and the sum of what libjpeg (jcparam.c) makes of it at qualities 1 to 100.
+_LUMINANCE = (
+    "16 11 10 16 24 40 51 61 12 12 14 19 26 58 60 55 14 13 16 24 40 57 69 56 14 17 22 29 51 87 80 62 "
+    "18 22 37 56 68 109 103 77 24 35 55 64 81 104 113 92 49 64 78 87 103 121 120 101 72 92 95 98 112 100 103 99"
+)
+_PERCENT = [5000 // quality if quality < 50 else 200 - 2 * quality for quality in range(1, 101)]
+_SUMS = [
+    sum(min(max((int(level) * percent + 50) // 100, 1), 255) for level in _LUMINANCE.split())
+    for percent in _PERCENT
+]
 
 
 class JpegFacts(NamedTuple):
-    """A JPEG's frame marker and EXIF, whether it holds several frames, and metadata."""
+    """A JPEG's frame marker, bits per channel, quality and EXIF, whether it holds several frames, and metadata.
+
+    `quality` is libjpeg's, 1 to 100, whose luminance table is nearest in sum: exact for what libjpeg wrote. None for a
+    JPEG without such a table.
+    """
 
     frame: int | None
+    bits: int
+    quality: int | None
     exif: bytes | None
     is_multiple: bool
     has_metadata: bool
@@ -48,8 +64,11 @@ class PngFacts(NamedTuple):
 def read_jpeg_facts(jpeg: bytes) -> JpegFacts:
     """What precedes the first scan. Raises ValueError for damaged segments."""
     head = list(takewhile(lambda segment: segment[0] != _SOS, _segments(jpeg)))
+    frame, header = next((segment for segment in head if segment[0] in _FRAMES), (None, b""))
     return JpegFacts(
-        frame=next((marker for marker, _ in head if marker in _FRAMES), None),
+        frame=frame,
+        bits=header[4] if len(header) > 4 else 8,
+        quality=_estimate_quality(part[4:] for marker, part in head if marker == _DQT),
         exif=next((part[4:] for _, part in head if part[4:10] == b"Exif\0\0"), None),
         is_multiple=any(marker == _APP2 and part[4:8] == b"MPF\0" for marker, part in head),
         has_metadata=any(_is_metadata(*segment) for segment in head) or not jpeg.endswith(b"\xff\xd9"),
@@ -99,6 +118,19 @@ def _segments(jpeg: bytes) -> Iterator[tuple[int, bytes]]:
             position = end.start() if end else len(jpeg)
             yield _SCAN_DATA, jpeg[start:position]
     raise ValueError("its segments are damaged")
+
+
+def _estimate_quality(segments: Iterable[bytes]) -> int | None:
+    """The quality of the last table 0, luminance's, in the quantization segments; None without one."""
+    quality = None
+    for tables in segments:
+        while tables:
+            wide, number = divmod(tables[0], 16)
+            table, tables = tables[1 : 65 + 64 * wide], tables[65 + 64 * wide :]
+            if number == 0:
+                total = sum(table) + wide * 255 * sum(table[::2])  # 16-bit levels begin with their high byte
+                quality = 1 + min(range(100), key=lambda index: abs(_SUMS[index] - total))
+    return quality
 
 
 def _is_metadata(marker: int, segment: bytes) -> bool:

@@ -60,12 +60,23 @@ class ImageOptions(NamedTuple):
     bits: int | None = None  # earlier checkpoints and shards have none
 
 
+class Original(NamedTuple):
+    """An image file as it was: pixels, upright; bytes; bits per channel; JPEG quality as `JpegFacts` has it."""
+
+    width: int
+    height: int
+    file_bytes: int
+    bits: int
+    jpeg_quality: int | None
+
+
 class Prepared(NamedTuple):
-    """The bytes to store, the pixels [H, W] that they encode, and whether metadata was left behind."""
+    """The bytes to store, the pixels [H, W] that they encode, whether metadata was left behind, and the file."""
 
     data: bytes
     pixels: Gray
     stripped: bool
+    original: Original
 
 
 class _Source(NamedTuple):
@@ -74,6 +85,8 @@ class _Source(NamedTuple):
     pixels: Gray
     shape: tuple[int, int]
     stripped: bool
+    bits: int
+    quality: int | None = None
     copy: bytes | None = None
 
 
@@ -100,10 +113,11 @@ def prepare(data: bytes, options: ImageOptions) -> Prepared:
         raise
     except ValueError as error:
         raise ImageError(f"not a readable {kind}: {error}") from error
+    original = Original(source.shape[1], source.shape[0], len(data), source.bits, source.quality)
     if source.copy is not None:
-        return Prepared(source.copy, source.pixels, source.stripped)
+        return Prepared(source.copy, source.pixels, source.stripped, original)
     pixels = _fit(source, options)
-    return Prepared(_encode(pixels, options), pixels, source.stripped)
+    return Prepared(_encode(pixels, options), pixels, source.stripped, original)
 
 
 def unexplained_level(data: bytes, max_pixels: int) -> int | None:
@@ -182,7 +196,7 @@ def _read_jpeg(data: bytes, options: ImageOptions) -> _Source:
     orientation = _orientation(facts.exif)
     if orientation != 1:
         pixels = _turn(_decode_any(data, colorspace), orientation)
-        return _Source(pixels, pixels.shape, facts.has_metadata)
+        return _Source(pixels, pixels.shape, facts.has_metadata, facts.bits, facts.quality)
     # Decode at the smallest scale of at least twice the target; else in full, since simplejpeg picks a wrong one for
     # images of a few pixels.
     scaled = 2 * inner[0] <= height and 2 * inner[1] <= width
@@ -192,8 +206,8 @@ def _read_jpeg(data: bytes, options: ImageOptions) -> _Source:
     keeps = facts.frame in BASELINE or (facts.frame == PROGRESSIVE and options.size is None)
     if fits and keeps and colorspace == "Gray" and options.encoding == "jpeg":
         copy = strip_metadata(data)
-        return _Source(pixels, (height, width), copy != data, copy)
-    return _Source(pixels, (height, width), facts.has_metadata)
+        return _Source(pixels, (height, width), copy != data, facts.bits, facts.quality, copy)
+    return _Source(pixels, (height, width), facts.has_metadata, facts.bits, facts.quality)
 
 
 def _decode_any(data: bytes, colorspace: str, min_height: int = 0, min_width: int = 0) -> Gray:
@@ -229,7 +243,7 @@ def _read_png(data: bytes, max_pixels: float, bits: int | None = None) -> _Sourc
     except Exception as error:  # of many kinds, for a damaged file
         raise ValueError(str(error)) from error
     pixels = _turn(pixels, _orientation(facts.exif))
-    return _Source(pixels, pixels.shape, facts.has_metadata)
+    return _Source(pixels, pixels.shape, facts.has_metadata, facts.depth)
 
 
 def _to_gray(image: Image.Image) -> Gray:

@@ -19,7 +19,7 @@ from pipeline.base.store import is_remote
 from pipeline.labels import LABELS
 
 FORMAT = "chexpert-shards"
-VERSION = 2  # 1 lacks `dataset` and `not_annotated`
+VERSION = 2  # 1 lacks `dataset`, `not_annotated` and `facts`
 NAME = "manifest.json"
 # The columns of every table; those of _FULL have no empty cells.
 FACTS = pa.schema(
@@ -34,6 +34,7 @@ FACTS = pa.schema(
     | dict.fromkeys(LABELS, pa.int8())
 )
 PLACES = pa.schema({"shard": pa.int32(), "offset": pa.int64(), "length": pa.int32(), "crc": pa.uint32()})
+KNOWN = {*FACTS.names, *PLACES.names, "path", "file", "member"}
 _FULL = ("key", "patient", "study", "view", *PLACES.names)
 
 
@@ -66,7 +67,7 @@ class Manifest:
     `options` and `sources` (hashes of the CSVs) decided it; `policies` are its defaults; `pixels` are mean and std of
     train's gray levels; `rejects` are the images left out, each with split, key and reason. `dataset` says whose
     images these are and on what terms (`sources.source.Terms`), if that is known; `not_annotated` are the labels that
-    no sample is annotated for.
+    no sample is annotated for. `facts` are the tables' further columns, each with its type: string or int64.
     """
 
     options: Mapping[str, Any]
@@ -77,6 +78,7 @@ class Manifest:
     rejects: tuple[Mapping[str, str], ...] = ()
     dataset: Mapping[str, str] = field(default_factory=dict)
     not_annotated: tuple[str, ...] = ()
+    facts: Mapping[str, str] = field(default_factory=dict)
 
     def files(self) -> dict[str, str]:
         """Name → sha256 of all tables and shards."""
@@ -88,6 +90,11 @@ class Manifest:
         if name not in self.splits:
             raise DataError(f"split '{name}' does not exist; these shards hold {', '.join(self.splits)}")
         return self.splits[name]
+
+
+def name_facts(table: pa.Table) -> dict[str, str]:
+    """Name → type of the columns that only some tables have: what a set, a user or `images.Original` adds."""
+    return {column.name: str(column.type) for column in table.schema if column.name not in KNOWN}
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -113,17 +120,18 @@ def read_manifest(folder: Path) -> Manifest:
         splits = {name: _parse_split(split) for name, split in document["splits"].items()}
         policies, sources, rejects = document["policies"], document["sources"], document["rejects"]
         dataset, unannotated = document.get("dataset", {}), document.get("not_annotated", [])
-        for texts in (policies, sources, dataset, *rejects):
+        facts = document.get("facts", {})
+        for texts in (policies, sources, dataset, facts, *rejects):
             _demand(all(isinstance(text, str) for text in texts.values()), "text", texts)
         pixels = {name: float(document["pixels"][name]) for name in ("mean", "std")}
         _demand(all(map(math.isfinite, pixels.values())) and pixels["std"] > 0, "mean and std", pixels)
         _demand({"uncertain", "blank"} <= policies.keys(), "policies", policies)
-        for text in (*splits, *policies.values(), *dataset.values()):  # quoted in messages
+        for text in (*splits, *policies.values(), *dataset.values(), *facts):  # quoted in messages
             _demand(text.isprintable() and len(text) < 1000, "text", text)
         _demand(set(LABELS).issuperset(unannotated), "not_annotated", unannotated)
         options = dict(document["options"].items())
         manifest = Manifest(
-            options, policies, sources, pixels, splits, tuple(rejects), dataset, tuple(unannotated)
+            options, policies, sources, pixels, splits, tuple(rejects), dataset, tuple(unannotated), facts
         )
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise DataError(f"{path}: damaged: {str(error)[:200]}") from error
@@ -158,6 +166,9 @@ def read_table(folder: Path, split: Split) -> pa.Table:
             raise DataError(f"{path}: column {column.name} is missing, duplicated, or not {column.type}")
         if column.name in _FULL and table[column.name].null_count:
             raise DataError(f"{path}: column {column.name} has empty cells")
+    for name, kind in name_facts(table).items():
+        if table.column_names.count(name) > 1 or kind not in ("string", "int64"):
+            raise DataError(f"{path}: column {name} is duplicated, or neither string nor int64")
     if "member" in table.column_names:  # of shards that others wrote
         names = table["member"]
         if names.type != pa.string() or names.null_count:

@@ -110,6 +110,8 @@ def describe_gaps(evaluation: Mapping[str, Any]) -> list[str]:
         lines += [
             f"{name}, {level} of dev: {label['note']}." for name, label in fitted.items() if label["note"]
         ]
+    for name, count in evaluation.get("many_groups", {}).items():  # which earlier evaluations lack
+        lines.append(f"{name}: {count:,} values, too many to compare as groups.")
     return lines
 
 

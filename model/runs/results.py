@@ -20,6 +20,7 @@ from model.runs.scoring import score_best, score_split
 from pipeline.base.errors import DataError
 from pipeline.base.files import parse_object, read_object, write_atomically, write_json
 from pipeline.labels import count_rows
+from pipeline.manifest import name_facts
 from pipeline.measure.belief import assess_belief
 from pipeline.measure.compare import combine_views, compare_methods, group_by_views
 from pipeline.measure.covariates import find_covariates, find_strata
@@ -76,7 +77,14 @@ def evaluate(
     result = name_result(job, name, chosen_by)
     write_scores(job.run / f"scores-{result}.arrow", table, config.labels, scored.scores)
     calibration = find_calibration(job, name, None if chosen_by else scored, sensitivity, combine)
-    evaluation = assess(config.labels, scored, calibration, unit=config.unit, resamples=RESAMPLES)
+    facts = {
+        name: table[name].to_numpy().astype(object)
+        for name, kind in name_facts(table).items()
+        if kind == "string"
+    }
+    evaluation = assess(
+        config.labels, scored, calibration, unit=config.unit, resamples=RESAMPLES, facts=facts
+    )
     evaluation |= shared
     evaluation["not_annotated"] = [label for label in job.manifest.not_annotated if label in config.labels]
     evaluation |= {"chosen_by": list(chosen_by)} if chosen_by else {}

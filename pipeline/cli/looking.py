@@ -19,6 +19,7 @@ from pipeline.measure.counts import (
     count_groups,
     count_labels,
     count_targets,
+    list_variables,
     parse_policies,
     start_report,
     to_csv,
@@ -33,7 +34,12 @@ if TYPE_CHECKING:
 @click.argument("source", type=click.Path(path_type=Path, exists=True))
 @click.option("--split", help="One split of a folder.  [default: all together]")
 @click.option("--views", default="all", type=click.Choice(VIEWS), help="By the column Frontal/Lateral.")
-@click.option("--by", type=click.Choice(list(NO_GROUP)), help="Count each group of images.")
+@click.option(
+    "--by", metavar="FACT", help=f"Count each group of images: by {', '.join(NO_GROUP)}, or a fact."
+)
+@click.option(
+    "--facts", multiple=True, metavar="FILE", help="CSV or XLSX of facts to join; shards have theirs."
+)
 @click.option("--cooccurrence", is_flag=True, help="How often two labels are positive together.")
 @click.option(
     "--policy",
@@ -56,6 +62,7 @@ def stats(
     split: str | None,
     views: str,
     by: str | None,
+    facts: tuple[str, ...],
     cooccurrence: bool,
     policy: tuple[dict[str, str], str] | None,
     against: Path | None,
@@ -84,7 +91,9 @@ def stats(
     )
     _check_output("--plot", plot, (".png", ".svg"))
     _check_output("--html", html, (".html",))
-    table = load_table(source, split, views)
+    table = load_table(source, split, views, [*map(Path, facts)])
+    known = list_variables(table)
+    refuse_usage(by not in (None, *known), f"--by {by}: these images can be grouped by {', '.join(known)}")
     report = _build_report(table, by, cooccurrence, policy)
     if against:
         report["against"] = compare_tables(table, load_table(against, against_split, views))

@@ -158,6 +158,7 @@ FOLDER = Parsed(parse_folder, "folder")
     help="CSVs of your own, instead of SOURCE's.",
 )
 @click.option("--root", "roots", multiple=True, type=FOLDER, help="Another folder of images.")
+@click.option("--facts", multiple=True, metavar="FILE", help="CSV or XLSX of facts, by patient or study.")
 @click.option("--max-pixels", default=50_000_000, type=click.IntRange(min=1), help="Reject larger images.")
 @click.option(
     "--bits",
@@ -181,6 +182,7 @@ def shards(
     blank: str | None,
     splits: tuple[tuple[str, Path], ...],
     roots: tuple[Path, ...],
+    facts: tuple[str, ...],
     dry_run: bool,
     **rest: Any,
 ) -> int:
@@ -207,7 +209,8 @@ def shards(
         bool(splits) and dataset not in (None, "chexpert", "table"),
         "--split is for CSVs like CheXpert's, or --set table",
     )
-    found = find_source(source, _collect("--split", splits), roots, dataset, columns or ())
+    files = [open_location(text) for text in facts]
+    found = find_source(source, _collect("--split", splits), roots, dataset, columns or (), files)
     if dry_run:
         return _print_preview(found, options, how)
     start = time.perf_counter()
@@ -264,8 +267,8 @@ def _print_run(out: Path, run: "RunSummary", seconds: float, views: str) -> None
         return
     if run.resumed:
         click.echo(f"{run.resumed:,} images were there already")
-    if run.moved:
-        click.echo(run.moved)
+    for text in filter(None, (run.moved, *run.notes)):
+        click.echo(text)
     if run.stripped:
         click.echo(f"metadata removed from {run.stripped:,} images")
     rate = (images - run.resumed) / seconds
@@ -291,8 +294,8 @@ def _print_preview(source: "Source", options: "Options", how: "Execution") -> in
         )
         if split.missing:
             click.echo(f"       {len(split.missing):,} images are missing, for example {split.missing[0]}")
-    if preview.moved:
-        click.echo(preview.moved)
+    for text in filter(None, (preview.moved, *preview.notes)):
+        click.echo(text)
     if options.views == "all":
         click.echo(preview.views)
     print_report(start_report(preview.statistics))

@@ -57,24 +57,27 @@ class PlanTask(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Rows per split, and what `describe_moved` says of images in other folders."""
+    """Rows per split, what `describe_moved` says of images in other folders, and what `join_facts` notes."""
 
     rows: dict[str, int]
     moved: str | None
+    notes: tuple[str, ...]
 
 
-def read_rows(source: Source, options: Options) -> tuple[dict[str, pa.Table], dict[str, Omitted]]:
+def read_rows(
+    source: Source, options: Options
+) -> tuple[dict[str, pa.Table], dict[str, Omitted], tuple[str, ...]]:
     """What `read_splits` gives. Raises DataError for bad CSVs, and images that need `bits`."""
-    tables, dropped = read_splits(source, **options.selection)
+    tables, dropped, notes = read_splits(source, **options.selection)
     if options.bits is None:
         refuse_dark_images(tables.values(), source.roots, options.max_pixels)
-    return tables, dropped
+    return tables, dropped, notes
 
 
 def write_plan(task: PlanTask) -> Plan:
     """Write the plan of every split. Raises DataError as `read_rows` does, and for what `strict` refuses."""
     options = task.options
-    tables, _ = read_rows(task.source, options)
+    tables, _, notes = read_rows(task.source, options)
     if task.strict and "train" in tables and (found := find_one_class(tables["train"], task.strict)):
         raise DataError(f"`strict`: {'; '.join(found)}; choose other policies")
     for split, table in tables.items():
@@ -85,7 +88,7 @@ def write_plan(task: PlanTask) -> Plan:
             for rows in divide_rows(table.combine_chunks(), options.samples_per_shard, options.views):
                 writer.write_table(rows)
     rows_of = {split: table.num_rows for split, table in tables.items()}
-    return Plan(rows_of, SETS[task.source.set].describe_moved(tables.values(), task.source.roots))
+    return Plan(rows_of, SETS[task.source.set].describe_moved(tables.values(), task.source.roots), notes)
 
 
 def count_planned(folder: Path, split: str) -> int:
@@ -119,7 +122,7 @@ def try_images(task: PlanTask) -> None:
 def find_restored(task: PlanTask) -> tuple[str, ...]:
     """Keys of images that finished shards rejected, and that can be used now."""
     rejected = pa.array([reject["key"] for reject in read_manifest(task.folder).rejects])
-    tables, _ = read_splits(task.source, **task.options.selection)
+    tables, *_ = read_splits(task.source, **task.options.selection)
     again = pa.concat_tables(table.filter(pc.is_in(table["key"], rejected)) for table in tables.values())
     contents = read_images(again["file"].to_pylist(), task.source.roots)
     return tuple(

@@ -29,17 +29,18 @@ class SplitPreview(NamedTuple):
 
 
 class Preview(NamedTuple):
-    """All splits, label counts, how many studies have which views, and what `describe_moved` says."""
+    """All splits, label counts, how many studies have which views, what `describe_moved` says, and notes on facts."""
 
     splits: dict[str, SplitPreview]
     statistics: Statistics
     views: str
     moved: str | None
+    notes: tuple[str, ...]
 
 
 def preview_shards(source: Source, options: Options) -> Preview:
     """What `write_shards` would do. Raises DataError as `read_rows` does."""
-    tables, dropped = read_rows(source, options)
+    tables, dropped, notes = read_rows(source, options)
     splits = {}
     for split, table in tables.items():
         files = table["file"].to_pylist()
@@ -58,6 +59,7 @@ def preview_shards(source: Source, options: Options) -> Preview:
         count_labels(kept),
         describe_views(kept),
         SETS[source.set].describe_moved(tables.values(), source.roots),
+        notes,
     )
 
 

@@ -86,6 +86,7 @@ class RunSummary(NamedTuple):
     stripped: int = 0
     resumed: int = 0  # samples in shards that an earlier run had finished
     moved: str | None = None  # as in `Plan`
+    notes: tuple[str, ...] = ()  # as in `Plan`
     restored: tuple[str, ...] = ()  # keys of rejected images that can be used now
     repaired: tuple[str, ...] = ()  # files that were written again
 
@@ -154,7 +155,8 @@ def write_shards(
             f"{out}: {'`overwrite`' if how.overwrite else '`repair`'} is for folders: an object store cannot exchange "
             "files as a whole; write to another prefix, or remove this one first"
         )
-    hashes = {split: hash_file(csv) for split, csv in source.csvs.items()}
+    named_files = source.csvs | {f"facts-{number}": path for number, path in enumerate(source.facts, 1)}
+    hashes = {name: hash_file(path) for name, path in named_files.items()}
     # Shards of all views from before studies were kept together are other shards.
     unit = {"unit": "study"} if options.views == "all" else {}
     given = {name: value for name, value in asdict(options).items() if name != "bits" or value is not None}
@@ -217,7 +219,9 @@ def _refuse_difference(out: Path, there: Mapping[str, Any], wanted: Mapping[str,
         names = sorted(values.keys() | of_group.keys(), key=lambda name: (name == "unit", name))
         difference = describe_difference(of_group, values, names)
         if difference and group == "sources":
-            difference = f"the CSV of {difference.partition(' ')[0]} differs"
+            name = difference.partition(" ")[0]
+            # A split's name has no hyphen.
+            difference = f"the file {name} differs" if "-" in name else f"the CSV of {name} differs"
         if difference:
             remedy = "choose another prefix" if is_remote(out) else "choose another folder or `overwrite`"
             raise DataError(f"{out} holds other shards: {difference}; {remedy}")
@@ -238,7 +242,7 @@ def _write_all(run: Run) -> RunSummary:
         exchange(run.out, manifest)
     bytes_in = sum(summary.bytes_in for summary in finished)
     stripped = sum(summary.stripped for summary in finished)
-    return RunSummary(manifest, True, bytes_in, stripped, resumed, plan.moved)
+    return RunSummary(manifest, True, bytes_in, stripped, resumed, plan.moved, plan.notes)
 
 
 def _plan(run: Run) -> Plan:
@@ -317,7 +321,7 @@ def _repair(run: Run) -> RunSummary:
         again = sum(len(read_planned(run.partial, task.split, task.number)) for task in tasks)
         _write_tasks(run, tasks, total - again, total)
         for split in whole:
-            run_alone(index_split, (run.finish_task(plan), split))
+            run_alone(index_split, (run.finish_task(plan)._replace(facts=frozenset(manifest.facts)), split))
         for name in damaged:
             if not _is_intact(run.partial / name, expected[name]):
                 raise DataError(

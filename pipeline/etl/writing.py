@@ -21,9 +21,9 @@ from pipeline.base.files import atomic_file, read_object, write_csv, write_json,
 from pipeline.base.workers import report_item
 from pipeline.etl.planning import count_planned, read_planned
 from pipeline.etl.tar import BLOCK, END, tar_member
-from pipeline.images import ENCODINGS, ImageError, ImageOptions, gray_statistics, prepare
+from pipeline.images import ENCODINGS, ImageError, ImageOptions, Original, gray_statistics, prepare
 from pipeline.labels import LABELS, count_rows, find_unannotated
-from pipeline.manifest import PLACES, Manifest, Shard, Split, write_manifest
+from pipeline.manifest import PLACES, Manifest, Shard, Split, name_facts, write_manifest
 from pipeline.sources.rows import read_images
 
 REJECTS = "rejects.csv"
@@ -73,22 +73,27 @@ class ShardSummary(NamedTuple):
 
 
 class FinishTask(NamedTuple):
-    """A run to finish: its splits, the manifest's options, policies and sources, and the data set."""
+    """A run to finish: its splits, the manifest's options, policies and sources, and the data set.
+
+    `facts` are the only facts to keep, as shards to repair may have fewer; None: all.
+    """
 
     out: Path
     partial: Path
     splits: tuple[str, ...]
     wanted: dict[str, dict[str, Any]]
     dataset: dict[str, str]
+    facts: frozenset[str] | None = None
 
 
 class Index(NamedTuple):
-    """A split's entry in the manifest, the counts of its gray levels [256], its rejects, and labels it lacks."""
+    """A split's entry in the manifest, the counts of its gray levels [256], its rejects, labels it lacks, and facts."""
 
     entry: Split
     levels: npt.NDArray[np.int64]
     rejects: list[Reject]
     not_annotated: list[str]
+    facts: dict[str, str]
 
 
 def write_shard(task: ShardTask) -> ShardSummary:
@@ -104,7 +109,8 @@ def find_summary(task: ShardTask) -> ShardSummary | None:
     """The summary of a shard that an earlier run finished. One with rejects is written again."""
     try:
         record = read_object(task.record)
-        complete = (task.out / task.file).stat().st_size == record["shard"]["bytes"]
+        # An earlier version left no `originals`.
+        complete = (task.out / task.file).stat().st_size == record["shard"]["bytes"] and "originals" in record
         summary = ShardSummary(*record["summary"])
     except (FileNotFoundError, DataError, KeyError, TypeError):
         return None
@@ -117,7 +123,7 @@ def _write_tar(
     """Write the members; returns the summary, and the columns that the index needs."""
     sha256 = hashlib.sha256()
     position = bytes_in = stripped = 0
-    kept, places = [], []
+    kept, places, originals = [], [], []
     levels = np.zeros(256, np.int64)
     rejects: list[Reject] = []
     suffix = ENCODINGS[task.options.encoding]
@@ -142,6 +148,7 @@ def _write_tar(
             bytes_in += len(content)
             stripped += image.stripped
             places.append((position + BLOCK, len(image.data), zlib.crc32(image.data)))
+            originals.append(image.original)
             write(tar_member(f"{row['key']}.{suffix}", image.data))
             write(tar_member(f"{row['key']}.json", _sample_json(row)))
             # Every 16th pixel: counting all of them would take as long as encoding them.
@@ -149,7 +156,8 @@ def _write_tar(
         report_item()
     write(END)
     shard = Shard(task.file, len(places), position, sha256.hexdigest())
-    record = {"shard": asdict(shard), "kept": kept, "places": places, "levels": levels.tolist()}
+    record = {"shard": asdict(shard), "kept": kept, "places": places, "originals": originals}
+    record["levels"] = levels.tolist()
     return ShardSummary(len(places), bytes_in, stripped, tuple(rejects)), record
 
 
@@ -177,13 +185,14 @@ def finish(task: FinishTask) -> Manifest:
         not_annotated=tuple(
             label for label in LABELS if all(label in index.not_annotated for index in indexes.values())
         ),
+        facts=measured.facts,
     )
     write_manifest(task.out, manifest)
     return manifest
 
 
 def index_split(of: tuple[FinishTask, str]) -> Index:
-    """Write `<split>.arrow`: the rows that were kept, without paths, plus where each image lies."""
+    """Write `<split>.arrow`: the rows that were kept, without paths, plus where each image lies and what it was."""
     task, split = of
     tables, shards, rejects = [], [], []
     levels = np.zeros(256, np.int64)
@@ -194,12 +203,18 @@ def index_split(of: tuple[FinishTask, str]) -> Index:
         places = np.array(record["places"], np.int64).reshape(-1, 3)
         for field, values in zip(PLACES, (np.full(len(places), number), *places.T), strict=True):
             table = table.append_column(field.name, pa.array(values, field.type))
+        for column, name in enumerate(Original._fields):
+            values = pa.array([original[column] for original in record["originals"]], pa.int64())
+            table = table.append_column(name, values)
         tables.append(table)
         shards.append(Shard(**record["shard"]))
         levels += np.array(record["levels"])
         rejects += [Reject(*reject) for reject in record["summary"][-1]]
     whole = pa.concat_tables(tables)
-    return Index(write_split(task.out, split, whole, shards), levels, rejects, find_unannotated(whole))
+    if task.facts is not None:
+        whole = whole.drop_columns([name for name in name_facts(whole) if name not in task.facts])
+    entry = write_split(task.out, split, whole, shards)
+    return Index(entry, levels, rejects, find_unannotated(whole), name_facts(whole))
 
 
 def write_split(folder: Path, split: str, table: pa.Table, shards: Sequence[Shard]) -> Split:

@@ -33,6 +33,8 @@ from pipeline.policies import BEST_POLICY, SMOOTH_RANGES, check_blank_policy, pa
 
 # What to group by, and the name of the group of images without that fact.
 NO_GROUP = {"view": "unknown", "sex": "Unknown", "age": "unknown", "projection": "none"}
+NO_FACT = "unknown"
+MOST_NUMBERS = 20  # values of a fact of whole numbers that still make groups
 # What an uncertain cell becomes, averaged over the draws; None: neither class.
 UNCERTAIN_TARGETS: dict[str, float | None] = (
     {"zeros": 0.0, "ones": 1.0}
@@ -54,7 +56,7 @@ class Statistics(TypedDict):
 
 
 class Groups(TypedDict):
-    """The statistics of each group of images, by one variable of NO_GROUP."""
+    """The statistics of each group of images, by one variable of `list_variables`."""
 
     variable: str
     groups: dict[str, Statistics]
@@ -129,13 +131,30 @@ def count_labels(table: pa.Table) -> Statistics:
 
 
 def count_groups(table: pa.Table, variable: str) -> Groups:
-    """Counts per view, sex, age band or projection: only groups with images, those without the fact last."""
+    """Counts per view, sex, age band, projection or value of a fact: only groups with images, those without it last."""
     names = _group_names(table, variable)
-    found = sorted(pc.unique(names).to_pylist(), key=lambda name: (name == NO_GROUP[variable], name))
+    last = NO_GROUP.get(variable, NO_FACT)
+    numbers = pa.types.is_integer(table[variable].type) and variable != "age"
+    found = sorted(
+        pc.unique(names).to_pylist(),
+        key=lambda name: (name == last, int(name) if numbers and name != last else name),
+    )
     return {
         "variable": variable,
         "groups": {name: count_labels(table.filter(pc.equal(names, name))) for name in found},
     }
+
+
+def list_variables(table: pa.Table) -> list[str]:
+    """What to group images by: NO_GROUP, and facts (further columns) that are text or whole numbers of few values."""
+    known = {"patient", "study", *NO_GROUP, *LABELS}
+    facts = [field for field in table.schema if field.name not in known]
+    few = (
+        fact.name
+        for fact in facts
+        if fact.type == pa.string() or pc.count_distinct(table[fact.name]).as_py() <= MOST_NUMBERS
+    )
+    return [*NO_GROUP, *few]
 
 
 def count_cooccurrence(table: pa.Table) -> dict[str, dict[str, int]]:
@@ -277,7 +296,7 @@ def _label_rows(labels: Mapping[str, Mapping[str, object]]) -> list[dict[str, ob
 def _group_names(table: pa.Table, variable: str) -> pa.ChunkedArray | pa.Array:
     """The group of each row."""
     if variable != "age":
-        return pc.fill_null(table[variable], NO_GROUP[variable])
+        return pc.fill_null(table[variable].cast(pa.string()), NO_GROUP.get(variable, NO_FACT))
     return pa.array(name_ages(pc.fill_null(table["age"], -1).to_numpy()))
 
 

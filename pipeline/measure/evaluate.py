@@ -9,6 +9,7 @@ and `subgroups` the groups. Undefined figures are None and never part of a mean.
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -48,6 +49,7 @@ GROUPS = {
     "age": ("18-39", "40-59", "60-79", "80+"),
     "projection": ("AP", "PA"),
 }
+MOST_GROUPS = 8  # of a fact
 
 
 class Scored(NamedTuple):
@@ -89,12 +91,15 @@ def assess(
     against: tuple[str, Floats] | None = None,
     resamples: int = 1000,
     seed: int = 0,
+    facts: Mapping[str, npt.NDArray[Any]] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """The whole evaluation of a split, ready for JSON; `calibration` is what `calibrate` returns.
 
     `unit` is what a row of `images` is: image, or study if the run scores studies. `against` is another run's name
     and its scores [N, L] of the same images. AUPRC intervals come from `resamples` resamples of patients, drawn by
-    `seed`; with 0 they are None. Raises ValueError if there are no images or a score is not finite.
+    `seed`; with 0 they are None. `facts` are texts [N] to make further
+    subgroups of, None where unknown; those of more than MOST_GROUPS values are counted in `many_groups` instead. Raises
+    ValueError if there are no images or a score is not finite.
     """
     if len(images.scores) == 0:
         raise ValueError("no images to evaluate")
@@ -105,10 +110,13 @@ def assess(
         other = study_level(images._replace(scores=against[1]), combine)
         against = (against[0], other.scores)
     study = _assess_level(names, studies, calibration["study"], against, resamples, seed)
+    values = {name: _list_values(fact) for name, fact in facts.items()}
+    few = {name: facts[name] for name, texts in values.items() if 1 < len(texts) <= MOST_GROUPS}
     return level | {
         "unit": unit,
         "study": study,
-        "subgroups": assess_groups(names, images, calibration["image"]),
+        "subgroups": assess_groups(names, images, calibration["image"], few),
+        "many_groups": {name: len(texts) for name, texts in values.items() if len(texts) > MOST_GROUPS},
         "calibration": calibration,
     }
 
@@ -137,9 +145,12 @@ def study_level(images: Scored, combine: str = "max") -> Scored:
 
 
 def assess_groups(
-    names: Sequence[str], images: Scored, calibration: Mapping[str, Mapping[str, Any]]
+    names: Sequence[str],
+    images: Scored,
+    calibration: Mapping[str, Mapping[str, Any]],
+    more: Mapping[str, npt.NDArray[Any]] = MappingProxyType({}),
 ) -> dict[str, Any]:
-    """By sex, age and projection: each group's images, AUROC per label, and TPR at dev's Youden threshold.
+    """By sex, age, projection and the texts [N] of `more`: images, AUROC per label, TPR at dev's Youden threshold.
 
     A group's `macro_auroc` is the mean over `macro_labels`: those with 10 positives and 10 negatives in every group
     that has any such label. So groups are compared on the same labels, with enough cells of each; the other groups
@@ -147,9 +158,10 @@ def assess_groups(
     the lowest, over groups with at least 10 positives, with limits in `tpr_gap_limits`; None if there are fewer than
     two such groups.
     """
-    facts = {"sex": images.sex, "age": name_ages(images.age), "projection": images.projection}
+    facts = {"sex": images.sex, "age": name_ages(images.age), "projection": images.projection, **more}
+    groups_of = GROUPS | {name: _list_values(fact) for name, fact in more.items()}
     report: dict[str, Any] = {}
-    for variable, compared in GROUPS.items():
+    for variable, compared in groups_of.items():
         rows = {name: facts[variable] == name for name in compared}
         # Over all patients, so that patients in two groups are recognized.
         measured = {
@@ -223,6 +235,10 @@ def assess_altered(
         kept = [name for name in means["macro10"] if figures[name]["low"] > KEPT]
         found[alteration] = {"labels": figures, "macro_labels": over["macro"], "kept": kept}
     return found
+
+
+def _list_values(fact: npt.NDArray[Any]) -> tuple[str, ...]:
+    return tuple(sorted({text for text in fact.tolist() if text}))
 
 
 def _assess_level(

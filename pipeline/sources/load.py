@@ -1,23 +1,27 @@
 """SOURCE (shards, a data set's folder, or one CSV) → its label table."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import pyarrow as pa
 
 from pipeline.base.errors import DataError
+from pipeline.images import Original
 from pipeline.labels import LABELS, mark_unannotated, select_views
-from pipeline.manifest import NAME, read_manifest, read_table
+from pipeline.manifest import NAME, name_facts, read_manifest, read_table
 from pipeline.measure.counts import describe_views
 from pipeline.policies import find_one_class
+from pipeline.sources.joined import join_facts
 from pipeline.sources.sets import SETS, find_set, read_any_table
 from pipeline.sources.source import Source
 
 
-def load_table(source: Path, split: str | None, views: str) -> pa.Table:
+def load_table(source: Path, split: str | None, views: str, facts: Sequence[Path] = ()) -> pa.Table:
     """The label table of a source: one split, or all of them one after the other.
 
-    Raises DataError where the source, the split or the views do not exist.
+    Its facts, but for those of `images.Original`, follow the labels; `facts` are files of more, as for
+    `pipeline shards`. Raises DataError where the source, the split or the views do not exist.
     """
     if source.is_file():
         if split is not None:
@@ -33,7 +37,9 @@ def load_table(source: Path, split: str | None, views: str) -> pa.Table:
         if split is not None and split not in tables:
             raise DataError(f"split '{split}' does not exist; {source} holds {', '.join(tables)}")
         tables = {name: table for name, table in tables.items() if split in (None, name)}
+    tables, _ = join_facts(tables, facts)
     columns = ["patient", "study", "view", "sex", "age", "projection", *LABELS]
+    columns += [name for name in name_facts(next(iter(tables.values()))) if name not in Original._fields]
     table = select_views(pa.concat_tables([table.select(columns) for table in tables.values()]), views)
     if table.num_rows == 0:
         raise DataError(f"{source}: no {views} images")

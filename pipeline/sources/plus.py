@@ -2,7 +2,8 @@
 
 Chambon et al., CheXpert Plus, arXiv:2405.19538: 223,462 radiographs of CheXpert's own patients, with reports. Labels
 are in files of their own, of which the first that is there is read: chexbert_labels/report_fixed.json, then
-impression_fixed.json, then findings_fixed.json. An image without a line in it is blank. Reports are not read.
+impression_fixed.json, then findings_fixed.json. An image without a line in it is blank. Reports are not read. Race,
+ethnicity, insurance and the need of an interpreter are facts, as far as the table has them.
 """
 
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.json as pajson
 
-from pipeline.base.csvs import demand, demand_unique, read_strings
+from pipeline.base.csvs import demand, demand_unique, read_header, read_strings
 from pipeline.base.errors import DataError, quote
 from pipeline.base.store import open_to_read
 from pipeline.labels import LABELS
@@ -30,6 +31,7 @@ COLUMN = "path_to_image"
 TABLE = "df_chexpert_plus_240401.csv"
 LABEL_FILES = tuple(f"chexbert_labels/{part}_fixed.json" for part in ("report", "impression", "findings"))
 COLUMNS = ("path_to_image", "frontal_lateral", "ap_pa", "age", "sex", "split")
+FACTS = ("race", "ethnicity", "interpreter_needed", "insurance_type")
 SPLITS = ("train", "valid")
 _PATH = (
     r"^(?:train|valid)/(?P<patient>patient\d{1,20})/study(?P<study>\d{1,6})/"
@@ -58,7 +60,8 @@ def read_table(csv: Path) -> pa.Table:
 def read_tables(source: Source) -> dict[str, pa.Table]:
     """Split → its label table. Raises DataError, naming file, line and column."""
     csv = source.csvs["table"]
-    text = read_strings(csv, COLUMNS)
+    there = [name for name in FACTS if name in read_header(csv)]
+    text = read_strings(csv, (*COLUMNS, *there))
     path = text["path_to_image"]
     parts = pc.extract_regex(path, _PATH)
     demand(
@@ -94,7 +97,7 @@ def read_tables(source: Source) -> dict[str, pa.Table]:
         "age": text["age"].cast(pa.float32()).cast(pa.int16()),
         "projection": projection,
     }
-    table = pa.table(facts | _read_states(source.csvs["labels"], path))
+    table = pa.table(facts | _read_states(source.csvs["labels"], path) | {name: text[name] for name in there})
     splits = {split: table.filter(pc.equal(text["split"], split)).combine_chunks() for split in SPLITS}
     return {split: rows for split, rows in splits.items() if len(rows)}
 

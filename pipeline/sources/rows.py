@@ -24,6 +24,7 @@ from pipeline.labels import (
     split_patients,
     study_names,
 )
+from pipeline.sources.joined import join_facts
 from pipeline.sources.sets import SETS
 from pipeline.sources.source import Source
 
@@ -39,15 +40,15 @@ class Omitted(NamedTuple):
 
 def read_splits(
     source: Source, *, views: str, dev: float, seed: int, limit: int | None = None
-) -> tuple[dict[str, pa.Table], dict[str, Omitted]]:
-    """Label table per split, shuffled, with the column `file` (absolute path or URL); and what was dropped.
+) -> tuple[dict[str, pa.Table], dict[str, Omitted], tuple[str, ...]]:
+    """Label table per split, shuffled, with the column `file` (absolute path or URL); what was dropped; notes on facts.
 
     With all views, studies are shuffled, and the images of each stay together. train is divided into train and dev
     by patient. Empty splits are left out. Raises DataError where a CSV is bad, a patient is in two CSVs, or no image
     is left.
     """
     adapter = SETS[source.set]
-    tables = mark_unannotated(adapter.read_tables(source))
+    tables, notes = join_facts(mark_unannotated(adapter.read_tables(source)), source.facts)
     _refuse_shared_patients(source, tables)
     if "train" in tables:
         train, held_out = split_patients(tables.pop("train"), dev, seed)
@@ -66,7 +67,8 @@ def read_splits(
     paths = [path for table in kept.values() for path in table["path"].to_pylist()]
     files = iter(adapter.locate(paths, source.roots))
     located = {split: pa.array(islice(files, len(table)), pa.string()) for split, table in kept.items()}
-    return {split: table.append_column("file", located[split]) for split, table in kept.items()}, dropped
+    whole = {split: table.append_column("file", located[split]) for split, table in kept.items()}
+    return whole, dropped, notes
 
 
 def divide_rows(table: pa.Table, size: int, views: str) -> Iterator[pa.Table]:

@@ -41,7 +41,10 @@ class Adapter(Protocol):
         """The label table of one CSV. Raises DataError, naming file, line and column."""
 
     def read_tables(self, source: Source, /) -> dict[str, pa.Table]:
-        """Split → label table (`pipeline.labels`). Raises DataError, naming file, line and column."""
+        """Split → label table (`pipeline.labels`), all with the same further columns, facts, if the set has some.
+
+        Raises DataError, naming file, line and column.
+        """
 
     def find_roots(self, homes: Sequence[Path], /) -> list[Path]:
         """Folders that may hold images, beside the `homes`: those of the tables and those that the user named."""
@@ -69,22 +72,23 @@ def find_source(
     roots: Sequence[Path],
     name: str | None = None,
     columns: Sequence[tuple[str, str]] = (),
+    facts: Sequence[Path] = (),
 ) -> Source:
     """The tables of `folder`, or the CSVs named in `splits`, and every folder that may hold images.
 
-    `name` forces a set; otherwise each is asked in turn. `columns` are for the set `table`. Raises DataError for a
+    `name` forces a set; otherwise each is asked in turn. `columns` are for the set `table`, `facts` are files
+    to join. Raises DataError for a
     folder or file that does not exist, and if no set is found.
     """
-    for path in (folder, *splits.values(), *roots):
+    for path in (folder, *splits.values(), *roots, *facts):
         check_access(path)
         if path is not folder and not path.exists():
             raise DataError(f"{path}: no such file or folder")
     name, csvs = (name or "chexpert", dict(splits)) if splits else find_set(folder, name)
     homes = [folder, *(csv.parent for csv in csvs.values()), *roots]
     more = SETS[name].find_roots(homes[1:])
-    return Source(
-        csvs, tuple(dict.fromkeys(path.resolve() for path in (*homes, *more))), name, tuple(columns)
-    )
+    whole = tuple(dict.fromkeys(path.resolve() for path in (*homes, *more)))
+    return Source(csvs, whole, name, tuple(columns), tuple(facts))
 
 
 def find_set(folder: Path, name: str | None = None) -> tuple[str, dict[str, Path]]:

@@ -24,13 +24,15 @@ class Source(NamedTuple):
     """A data set as somebody has it.
 
     `csvs` are its tables, by split or by role; `roots` are the folders that images may be read from; `set` is its name
-    in `sources.sets.SETS`. `columns` are what a table of no known set calls ours: ("path", "Image"), …
+    in `sources.sets.SETS`. `columns` are what a table of no known set calls ours: ("path", "Image"), …; `facts` are
+    files of further columns (`sources.joined`).
     """
 
     csvs: dict[str, Path]
     roots: tuple[Path, ...]
     set: str = "chexpert"
     columns: tuple[tuple[str, str], ...] = ()
+    facts: tuple[Path, ...] = ()
 
 
 def no_more_roots(homes: Sequence[Path]) -> list[Path]:

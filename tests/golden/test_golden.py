@@ -17,17 +17,20 @@ from model.checkpoint import load_checkpoint
 from model.runs.config import Config, read_config
 from model.runs.job import open_job
 from pipeline import open_shards
+from pipeline.base.files import hash_file, read_arrow, write_table
+from pipeline.manifest import name_facts
 from pipeline.stream.batches import BatchStream
 
 GOLDEN: dict[str, Any] = json.loads(Path(__file__).with_name("golden.json").read_text())
 
 
 @pytest.mark.parametrize("kind", ["shards", "studies"])
-def test_shards_have_the_same_bytes(originals: Path, kind: str) -> None:
-    paths = [path for path in (originals / kind).iterdir() if path.suffix in (".tar", ".arrow")]
-    assert {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths} == GOLDEN["shards"][
-        kind
-    ]
+def test_shards_have_the_same_bytes(originals: Path, kind: str, tmp_path: Path) -> None:
+    found = {path.name: hash_file(path) for path in (originals / kind).glob("*.tar")}
+    for path in (originals / kind).glob("*.arrow"):  # later ones have further columns
+        table = read_arrow(path, path.read_bytes())
+        found[path.name] = write_table(tmp_path / path.name, table.drop_columns([*name_facts(table)]))
+    assert found == GOLDEN["shards"][kind]
 
 
 def digest(stream: BatchStream) -> str:

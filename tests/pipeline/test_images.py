@@ -1,4 +1,5 @@
 import io
+import itertools
 import struct
 import zlib
 from typing import Any
@@ -8,7 +9,7 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
-from pipeline.containers import strip_metadata
+from pipeline.containers import read_jpeg_facts, strip_metadata
 from pipeline.images import (
     ENCODINGS,
     Gray,
@@ -80,7 +81,7 @@ def test_original_jpeg_keeps_its_coefficients_and_loses_its_metadata(
 ) -> None:
     source = add_metadata(gray, "JPEG", progressive=progressive)
     assert source.count(SECRET) == 37
-    stored, pixels, stripped = prepare(source, ORIGINAL)
+    stored, pixels, stripped, _ = prepare(source, ORIGINAL)
     assert stripped
     assert stored == encode(gray, progressive=progressive)  # to the byte: nothing else was lost
     np.testing.assert_array_equal(decode(stored), decode(source))
@@ -104,7 +105,7 @@ def test_metadata_never_gets_through(gray: Image.Image, kind: str, size: int | N
 @pytest.mark.parametrize("size", [None, 160, 80])
 def test_every_encoding_comes_back_and_repeats(gray: Image.Image, size: int | None, encoding: str) -> None:
     source, options = encode(gray.convert("RGB")), ORIGINAL._replace(size=size, encoding=encoding)
-    stored, pixels, _ = prepare(source, options)
+    stored, pixels, _, _ = prepare(source, options)
     assert stored == prepare(source, options).data
     assert pixels.shape == ((80, 100) if size == 80 else (160, 200))
     back = decode_stored(memoryview(stored), encoding)
@@ -115,7 +116,7 @@ def test_every_encoding_comes_back_and_repeats(gray: Image.Image, size: int | No
 
 
 def test_raw_is_a_view_of_a_npy_file_and_strict(gray: Image.Image) -> None:
-    stored, pixels, _ = prepare(encode(gray), FITTING._replace(encoding="raw"))
+    stored, pixels, _, _ = prepare(encode(gray), FITTING._replace(encoding="raw"))
     np.testing.assert_array_equal(np.load(io.BytesIO(stored), allow_pickle=False), pixels)
     view = memoryview(stored)
     assert np.shares_memory(decode_stored(view, "raw"), np.frombuffer(view, np.uint8))
@@ -139,7 +140,7 @@ def test_raw_is_a_view_of_a_npy_file_and_strict(gray: Image.Image) -> None:
 def test_sizes_and_squares_are_pillows(
     gray: Image.Image, square: str, size: int, shape: tuple[int, int]
 ) -> None:
-    stored, pixels, _ = prepare(encode(gray), FITTING._replace(size=size, square=square))
+    stored, pixels, _, _ = prepare(encode(gray), FITTING._replace(size=size, square=square))
     assert pixels.shape == decode(stored).shape == shape
     source, lanczos = Image.fromarray(decode(encode(gray))), Image.Resampling.LANCZOS
     if square == "pad":
@@ -199,7 +200,7 @@ def test_color_progressive_and_16_bit_sources_become_baseline_gray(gray: Image.I
         "png 16": encode(Image.fromarray(levels.astype(np.uint16) * 257), format="PNG"),
     }
     for name, source in sources.items():
-        stored, pixels, _ = prepare(source, FITTING)
+        stored, pixels, _, _ = prepare(source, FITTING)
         image = Image.open(io.BytesIO(stored))
         assert (image.format, image.mode, "progressive" in image.info) == ("JPEG", "L", False), name
         assert difference(np.asarray(image), levels) < 1.5, name
@@ -402,3 +403,24 @@ def test_an_image_too_long_for_a_jpeg_is_refused_by_reason(size: int | None) -> 
     for encoding in ("png", "raw"):
         stored = prepare(data, options._replace(encoding=encoding)).data
         assert decode_stored(stored, encoding).shape == (20, 70_000)
+
+
+def test_the_original_is_described() -> None:
+    image = Image.effect_noise((90, 70), 40)
+    for quality, mode in itertools.product((1, 10, 50, 75, 95, 100), ("L", "RGB")):
+        data = encode(image.convert(mode), quality=quality)
+        assert prepare(data, ORIGINAL._replace(size=16)).original == (90, 70, len(data), 8, quality)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    data = encode(image, exif=turned)
+    assert prepare(data, FITTING).original == (70, 90, len(data), 8, 90)
+    levels = np.asarray(image)
+    for pixels, bits in ((levels, 8), (levels.astype(np.uint16) << 8, 16), (levels > 128, 1)):
+        data = encode(Image.fromarray(pixels), format="PNG")
+        assert prepare(data, FITTING).original == (90, 70, len(data), bits, None)
+    # Tables of 16 bits, as other programs write them: the same levels, each after a zero byte.
+    data = encode(image, quality=50)
+    table = data[data.index(b"\xff\xdb") :][: 2 + 67]
+    wide = b"\xff\xdb\x00\x83\x10" + b"".join(b"\0" + bytes([level]) for level in table[5:])
+    assert read_jpeg_facts(data.replace(table, wide)).quality == 50
+    assert read_jpeg_facts(data.replace(table, b"")).quality is None

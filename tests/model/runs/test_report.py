@@ -109,6 +109,14 @@ def show_rate(point: dict[str, Any], rate: str) -> str:
     return places(point.get(rate)) + (f" {limits(point['intervals'][rate])}" if ranged else "")
 
 
+def show_group(label: dict[str, Any], figure: str) -> str:
+    if figure == "auroc" and few(label):
+        return f"{label['positives']:,} positives, {label['negatives']:,} negatives (few)"
+    if figure == "tpr" and label["positives"] < 10:
+        return "–"
+    return f"{places(label[figure])} {limits(label['intervals'][figure])}"
+
+
 def limits(found: dict[str, Any]) -> str:
     return "–" if found["low"] is None else f"[{found['low']:.3f}, {found['high']:.3f}]"
 
@@ -160,7 +168,7 @@ def test_the_tables_hold_the_numbers_of_the_json(page: str, evaluation: dict[str
         assert rows[2:-1] == [
             [name]
             + [
-                f"{places(label[figure])} {limits(label['intervals'][figure])}{few(label) if figure == 'auroc' else ''}"
+                show_group(label, figure)
                 for label in (group["labels"][name] for group in groups)
                 for figure in ("auroc", "tpr")
             ]
@@ -205,6 +213,8 @@ def test_the_page_names_settings_and_what_is_left_out(page: str, evaluation: dic
     lost = 200 - evaluation["intervals"]["auprc"]["Rare"]["resamples"]
     assert lost > 0
     gaps = describe_gaps(evaluation)
+    named = describe_gaps(evaluation | {"many_groups": {"zip_code": 1200}})
+    assert named == [*gaps, "zip_code: 1,200 values, too many to compare as groups."]
     assert all(gap in text for gap in gaps)
     assert gaps[:3] == [
         "Fracture, images: no positives, so no AUROC, no AUPRC, and in no mean.",

@@ -8,6 +8,7 @@ import shutil
 import tarfile
 import zlib
 from collections.abc import Callable, Generator, Iterable
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,15 +20,16 @@ import webdataset
 from PIL import Image
 
 from pipeline import DataError, open_shards
-from pipeline.base.files import atomic_file, claimed, write_csv
+from pipeline.base.files import atomic_file, claimed, write_csv, write_table
 from pipeline.base.store import remove_folder
 from pipeline.etl import exchange
 from pipeline.etl import shards as etl
 from pipeline.etl.adopt import write_index
 from pipeline.etl.planning import Options
 from pipeline.etl.shards import Execution, RunSummary, write_shards
+from pipeline.images import Original
 from pipeline.labels import LABELS, hash_fraction
-from pipeline.manifest import Manifest, read_manifest, read_table
+from pipeline.manifest import Manifest, read_manifest, read_table, write_manifest
 from pipeline.sources.sets import find_source
 from tests.conftest import POLICIES, default_options, make_shards, write_chexpert
 
@@ -103,6 +105,56 @@ def test_webdataset_reads_the_same_samples(shards: Shards) -> None:
     for sample, row in zip(samples, rows, strict=True):
         assert sample["json"]["labels"] == {label: row[label] for label in LABELS}
         assert sample["jpg"].size == (60, 48)
+
+
+def test_what_the_files_were_is_in_the_tables(chexpert: Path, shards: Shards) -> None:
+    folder, manifest = shards
+    assert manifest.facts == dict.fromkeys(Original._fields, "int64")
+    for name, split in manifest.splits.items():
+        for row in read_table(folder, split).to_pylist():
+            place = row["key"].replace("_study", "/study").replace("_view", "/view")
+            path = chexpert / ("valid" if name == "valid" else "train") / f"{place}.jpg"
+            with Image.open(path) as image:
+                assert (row["width"], row["height"]) == image.size
+            assert [row[name] for name in ("file_bytes", "bits", "jpeg_quality")] == [
+                path.stat().st_size,
+                8,
+                90,
+            ]
+
+
+def test_shards_and_records_of_earlier_versions_lack_facts(chexpert: Path, shards: Shards) -> None:
+    folder, manifest = shards
+    whole = hashes(folder)
+    files = manifest.splits["train"]
+    bare = read_table(folder, files).drop_columns([*manifest.facts])
+    digest = write_table(folder / "train.arrow", bare)
+    splits = dict(manifest.splits) | {"train": replace(files, table_sha256=digest)}
+    write_manifest(folder, replace(manifest, splits=splits, facts={}))
+    document = json.loads((folder / "manifest.json").read_text())
+    del document["facts"]
+    (folder / "manifest.json").write_text(json.dumps(document))
+    assert not make_shards(chexpert, folder).is_new
+    (folder / "train.arrow").unlink()
+    source, how = find_source(chexpert, {}, []), Execution(workers=1, max_bad=0.0, repair=True)
+    assert write_shards(source, folder, default_options(), POLICIES, how).repaired == ("train.arrow",)
+    assert read_table(folder, read_manifest(folder).splits["train"]).equals(bare)
+
+    # An unfinished run whose records say nothing of the files: they are written again.
+    shutil.rmtree(folder)
+    lost = chexpert / "valid/patient00019/study2/view1_frontal.jpg"
+    lost.rename(chexpert / "away.jpg")
+    with pytest.raises(DataError, match="more than `max_bad`"):
+        make_shards(chexpert, folder)
+    (chexpert / "away.jpg").rename(lost)
+    records = list((folder / exchange.PARTIAL).glob("*-*.json"))
+    assert len(records) >= 5
+    for record in records:
+        document = json.loads(record.read_text())
+        del document["originals"]
+        record.write_text(json.dumps(document))
+    assert make_shards(chexpert, folder).resumed == 0
+    assert hashes(folder) == whole
 
 
 def test_same_bytes_at_any_number_of_workers(chexpert: Path, shards: Shards, tmp_path: Path) -> None:

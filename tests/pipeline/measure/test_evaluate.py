@@ -258,3 +258,31 @@ def test_nothing_to_evaluate_is_refused(images: Scored, calibration: dict[str, A
     broken = images._replace(scores=np.full_like(images.scores, np.nan))
     with pytest.raises(ValueError, match=r"^scores are not finite$"):
         assess(NAMES, broken, calibration)
+
+
+def test_facts_make_subgroups(images: Scored, calibration: dict[str, Any]) -> None:
+    draw = np.random.default_rng(3)
+    race = draw.choice(np.array(["White", "Black", "Asian", None], object), len(images.scores))
+    facts = {
+        "race": race,
+        "nine": draw.choice([f"group {number}" for number in range(9)], len(race)).astype(object),
+        "one": np.array(["yes", None], object)[draw.integers(0, 2, len(race))],
+        "none": np.full(len(race), None),
+    }
+    found = assess(NAMES, images, calibration, resamples=0, facts=facts)
+    assert list(found["subgroups"]) == ["sex", "age", "projection", "race"]
+    assert found["many_groups"] == {"nine": 9}
+    races = found["subgroups"]["race"]
+    assert list(races["groups"]) == ["Asian", "Black", "White"]
+    assert races["others"] == {"unknown": (race == None).sum()}  # noqa: E711
+    for name, group in races["groups"].items():
+        for column, label in enumerate(NAMES):
+            cells = (race == name) & images.mask[:, column]
+            truth, score = images.target[cells, column], images.scores[cells, column]
+            of_label = group["labels"][label]
+            assert of_label["positives"] == truth.sum()
+            if of_label["auroc"] is None:
+                assert not truth.any()
+            else:
+                assert of_label["auroc"] == pytest.approx(roc_auc_score(truth, score), abs=1e-12)
+    assert found["subgroups"]["sex"] == assess(NAMES, images, calibration, resamples=0)["subgroups"]["sex"]

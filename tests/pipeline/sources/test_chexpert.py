@@ -24,7 +24,7 @@ SELECTION: dict[str, Any] = {"views": "all", "dev": 0.0, "seed": 0}
 
 def files_of(folder: Path, *roots: Path) -> dict[str, list[str]]:
     """Split → the files found for its rows, sorted; all of them exist."""
-    tables, _ = read_splits(find_source(folder, {}, roots), **SELECTION)
+    tables, *_ = read_splits(find_source(folder, {}, roots), **SELECTION)
     files = {split: sorted(table["file"].to_pylist()) for split, table in tables.items()}
     assert all(Path(file).is_file() for split in files.values() for file in split)
     return files
@@ -81,7 +81,7 @@ def test_the_test_set_has_paths_and_labels_only(tmp_path: Path) -> None:
         frame["Path"] = frame["Path"].str.removeprefix("CheXpert-v1.0-small/")
         frame.to_csv(tmp_path / csv, index=False)
         (tmp_path / f"{split}.csv").unlink()
-    tables, _ = read_splits(find_source(tmp_path, {}, []), **SELECTION)
+    tables, *_ = read_splits(find_source(tmp_path, {}, []), **SELECTION)
     assert {split: table.num_rows for split, table in tables.items()} == {"valid": 9, "test": 15}
     table = tables["test"].to_pandas()
     assert (table["view"] == np.where(table["path"].str.contains("lateral"), "lateral", "frontal")).all()
@@ -105,7 +105,7 @@ def test_csvs_of_ones_own(chexpert: Path, tmp_path: Path) -> None:
     for name, half in (("mine", frame[:24]), ("holdout", frame[24:])):
         half.to_csv(tmp_path / f"{name}.csv", index=False)
     splits = {"train": tmp_path / "mine.csv", "holdout": tmp_path / "holdout.csv"}
-    tables, _ = read_splits(find_source(chexpert, splits, []), **SELECTION)
+    tables, *_ = read_splits(find_source(chexpert, splits, []), **SELECTION)
     assert {split: table.num_rows for split, table in tables.items()} == {"train": 24, "holdout": 24}
     frame[20:].to_csv(tmp_path / "holdout.csv", index=False)
     with pytest.raises(
@@ -118,11 +118,11 @@ def test_csvs_of_ones_own(chexpert: Path, tmp_path: Path) -> None:
 
 def test_limit_keeps_whole_patients(chexpert: Path) -> None:
     source = find_source(chexpert, {}, [])
-    tables, dropped = read_splits(source, **SELECTION, limit=20)
+    tables, dropped, _ = read_splits(source, **SELECTION, limit=20)
     counts = tables["train"].to_pandas()["patient"].value_counts()
     assert (len(counts), set(counts)) == (6, {3})
     assert dropped["train"].limit == 30
-    one, _ = read_splits(source, **SELECTION, limit=1)
+    one, *_ = read_splits(source, **SELECTION, limit=1)
     assert one["train"].num_rows == 3  # a patient is never cut
 
 
@@ -214,7 +214,7 @@ def test_layouts_that_people_have(chexpert: Path, tmp_path: Path, layout: str) -
     files = files_of(given)
     assert [len(files[split]) for split in ("train", "valid")] == [48, 12]
     source = find_source(given, {}, [])
-    tables, _ = read_splits(source, **SELECTION)
+    tables, *_ = read_splits(source, **SELECTION)
     moved = describe_moved(tables.values(), source.roots)
     assert (moved is None) == (layout != "no folder in the CSV")
 
@@ -250,7 +250,7 @@ def test_what_is_nowhere_is_missing_where_the_csv_says(chexpert: Path) -> None:
     shutil.rmtree(chexpert / "train/patient00003")
     (chexpert / "old/patient00003").mkdir(parents=True)
     source = find_source(chexpert, {}, [])
-    tables, _ = read_splits(source, **SELECTION)
+    tables, *_ = read_splits(source, **SELECTION)
     missing = [file for file in tables["train"]["file"].to_pylist() if not Path(file).exists()]
     assert sorted(missing) == [
         str(chexpert / f"train/patient00003/study{name}.jpg")

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
+from pipeline.images import Original
 from pipeline.labels import LABELS
 from pipeline.manifest import read_manifest
 from tests.conftest import run_pipeline
@@ -55,9 +56,11 @@ def test_a_folder_becomes_shards(folder: Path) -> None:
     assert made.returncode == 0, made.stderr
     manifest = read_manifest(out)
     assert {name: split.samples for name, split in manifest.splits.items()} == {"train": 3, "valid": 1}
+    assert list(manifest.facts) == ["race", *Original._fields]  # the columns that this table has
     assert (manifest.dataset["name"], manifest.dataset["patients"]) == ("chexpert-plus", "chexpert")
     tables = [pa.ipc.open_file(out / split.table).read_all() for split in manifest.splits.values()]
     rows = {row["key"]: row for row in pa.concat_tables(tables).to_pylist()}
+    assert sorted(row["race"] or "" for row in rows.values()) == ["", "", "White", "White"]
     facts = ("patient", "study", "view", "projection", "sex", "age", "Edema", "Cardiomegaly", "Fracture")
     assert {key: [row[name] for name in facts] for key, row in rows.items()} == {
         "patient00001_study1_view1_frontal": ["patient00001", 1, "frontal", "AP", "Female", 61, 0, 1, -2],

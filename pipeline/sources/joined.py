@@ -1,0 +1,178 @@
+"""Facts of patients, studies or images, from a CSV or XLSX of the user's → further columns of the label tables.
+
+    pipeline shards CheXpert-v1.0-small shards --facts "CHEXPERT DEMO.xlsx"
+
+Whose rows these are is told by the columns' names, as in KEYS: `key`, else patient and study, else one of these. Where
+all patients of the file are numbers, they stand for the names that end in them: 1 for 00000001, 12 for p12.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.base.csvs import line_of, read_strings
+from pipeline.base.errors import DataError, quote
+from pipeline.base.store import open_to_read
+from pipeline.images import Original
+from pipeline.labels import LABELS
+from pipeline.manifest import KNOWN, name_facts
+
+KEYS = {"key": "key", "study": "study", "study_id": "study"}
+KEYS |= dict.fromkeys(("patient", "patient_id", "deid_patient_id", "subject_id"), "patient")
+UNITS = {("key",): "images", ("patient", "study"): "studies", ("study",): "studies", ("patient",): "patients"}
+_WHOLE = r"^-?(0|[1-9]\d{0,17})(\.0+)?$"  # 007 is a code, not a number
+# The words by which Glocker et al. group CheXpert's PRIMARY_RACE (Algorithmic encoding of protected characteristics in
+# chest X-ray disease detection models, eBioMedicine 89, 2023). What is no answer stays null here.
+_RACES = {race: rf"(?i)\b{race}\b" for race in ("White", "Black", "Asian")}
+_NO_ANSWER = r"(?i)\b(unknown|refused|declines|declined)\b"
+
+
+def join_facts(
+    tables: Mapping[str, pa.Table], paths: Sequence[Path]
+) -> tuple[dict[str, pa.Table], tuple[str, ...]]:
+    """The tables with the columns of each file, and a note on each file that lacks some of their patients.
+
+    Columns are named in lower case, words joined by `_`; those of whole numbers become int64. With `primary_race`
+    comes `race`, unless there is one. Raises DataError, naming the file, for one that cannot be read or has no key or
+    no row in common with the tables, a column that these have already, and a key with different values.
+    """
+    joined, notes = dict(tables), []
+    for path in paths:
+        columns = _read_columns(path)
+        names = {KEYS[name]: name for name in columns if name in KEYS}
+        used = next((used for used in UNITS if names.keys() >= set(used)), None)
+        if used is None:
+            there, known = ", ".join(columns), ", ".join(KEYS)
+            raise DataError(
+                f"{path}: no column says whose row it is; it has {there}; name one of them {known}"
+            )
+        whole = pa.concat_tables(table.select(["key", "patient", "study"]) for table in joined.values())
+        theirs, ours = _match(path, used, {part: columns[names[part]] for part in used}, whole)
+        place = pc.index_in(ours, value_set=theirs.drop_null())  # of the first row with that key
+        facts = {name: column for name, column in columns.items() if name not in KEYS}
+        _check(path, theirs, facts, joined)
+        facts = {name: _type(column) for name, column in facts.items()}
+        taken = {name for table in joined.values() for name in table.column_names}
+        if "primary_race" in facts and "race" not in taken.union(facts):
+            facts["race"] = _group_races(facts["primary_race"])
+        start = 0
+        for split, table in joined.items():
+            rows = place.slice(start, len(table))
+            start += len(table)
+            for name, column in facts.items():
+                table = table.append_column(name, column.filter(theirs.is_valid()).take(rows))
+            joined[split] = table
+        total, without = len(ours.unique()), len(ours.filter(place.is_null()).unique())
+        if without == total:
+            raise DataError(
+                f"{path}: no row of these {total:,} {UNITS[used]}: its first is '{quote(str(theirs[0]), 80)}', "
+                f"the data set's '{quote(str(ours[0]), 80)}'"
+            )
+        if without:
+            notes.append(f"{path.name}: {without:,} of {total:,} {UNITS[used]} have no row")
+    return joined, tuple(notes)
+
+
+def _read_columns(path: Path) -> dict[str, pa.Array]:
+    """Name in words → cells as text, null where empty. Raises DataError."""
+    table = _read_workbook(path) if path.suffix.lower() == ".xlsx" else read_strings(path)
+    names = ["_".join(re.findall(r"\w+", name.lower())) for name in table.column_names]
+    for number, name in enumerate(names):
+        if not name or name in names[:number]:
+            what = f"'{table.column_names[number]}' is a name twice" if name else "has no name"
+            raise DataError(f"{path}: column {number + 1} {what}; rename or remove it")
+    trimmed = (pc.utf8_trim_whitespace(column.combine_chunks()) for column in table.columns)
+    cells = (pc.if_else(pc.equal(column, ""), None, column) for column in trimmed)
+    return dict(zip(names, cells, strict=True))
+
+
+def _read_workbook(path: Path) -> pa.Table:
+    """The first sheet of an XLSX as text; its first row holds the names. Raises DataError."""
+    import pandas as pd  # slow to import
+
+    try:
+        with open_to_read(path) as file:
+            frame = pd.read_excel(
+                file, header=None, dtype=str, keep_default_na=False, na_values=[""], engine="openpyxl"
+            )
+        header, rows = frame.iloc[0], frame.iloc[1:]
+    except ImportError:
+        raise DataError(f"`facts` {path}: the package openpyxl is missing: pip install '.[xlsx]'") from None
+    except Exception as error:  # of many kinds, for a damaged file
+        raise DataError(f"{path}: not a readable XLSX: {quote(str(error), 200)}") from error
+    names = ["" if pd.isna(name) else str(name) for name in header]
+    arrays = [pa.array(rows[column], pa.string(), from_pandas=True) for column in frame.columns]
+    return pa.table(arrays, names=names)
+
+
+def _match(
+    path: Path, used: tuple[str, ...], cells: Mapping[str, pa.Array], whole: pa.Table
+) -> tuple[pa.Array, pa.Array]:
+    """The key of each row of the file, null where it is blank, and of each row of the tables."""
+    theirs, ours = dict(cells), {part: whole[part].cast(pa.string()).combine_chunks() for part in used}
+    if "study" in used:
+        theirs["study"] = pc.replace_substring_regex(cells["study"], r"^(s|study)?0*(\d)", r"\2")
+    if used == ("study",) and pc.count_distinct(whole["study"]) != len(
+        whole.group_by(["patient", "study"]).aggregate([])
+    ):
+        raise DataError(f"{path}: a study's number is unique only within its patient; add a column patient")
+    if "patient" in used and pc.all(pc.match_substring_regex(cells["patient"], r"^\d+$")).as_py():
+        numbers = pc.replace_substring_regex(ours["patient"], r"^[A-Za-z]*0*(\d+)$", r"\1")
+        if pc.count_distinct(numbers) == pc.count_distinct(ours["patient"]):
+            theirs["patient"] = pc.replace_substring_regex(cells["patient"], r"^0*(\d+)$", r"\1")
+            ours["patient"] = numbers
+    keys = [pc.binary_join_element_wise(*parts.values(), " study ") for parts in (theirs, ours)]
+    return keys[0], keys[1]
+
+
+def _check(path: Path, keys: pa.Array, facts: Mapping[str, pa.Array], tables: Mapping[str, pa.Table]) -> None:
+    """Raise DataError for a name that the tables have, a row without a key, and a key with two values."""
+    known = KNOWN.union(Original._fields, (label.lower().replace(" ", "_") for label in LABELS))
+    known |= {name for table in tables.values() for name in name_facts(table)}
+    for name in facts:
+        if name in known:
+            raise DataError(f"{path}: column {name}: the data set's table has that name; rename or remove it")
+    row = pc.index(keys.is_null(), True).as_py()
+    if row >= 0 and any(column[row].is_valid for column in facts.values()):
+        raise DataError(f"{path}, line {_line(path, row)}: its key is blank")
+    first = _find_first(keys)
+    for name, column in facts.items():
+        cells = pc.fill_null(column, "")
+        row = pc.index(pc.equal(cells, cells.take(pa.array(first))), False).as_py()
+        if row >= 0 and keys[row].is_valid:
+            values = [quote(cells[number].as_py(), 80) for number in (first[row], row)]
+            lines = f"lines {_line(path, int(first[row]))} and {_line(path, row)}"
+            raise DataError(
+                f"{path}, {lines}, column {name}: '{values[0]}' and '{values[1]}' for {quote(keys[row].as_py(), 80)}"
+            )
+
+
+def _find_first(keys: pa.Array) -> npt.NDArray[np.int64]:
+    """The first row [n] with the key of each row."""
+    codes = keys.dictionary_encode("encode").indices.to_numpy()
+    first: npt.NDArray[np.int64] = np.unique(codes, return_index=True)[1][codes]
+    return first
+
+
+def _line(path: Path, row: int) -> int:
+    return row + 2 if path.suffix.lower() == ".xlsx" else line_of(path, row)
+
+
+def _type(column: pa.Array) -> pa.Array:
+    """Whole numbers as int64, if all cells that are not blank hold one; else the text."""
+    if not pc.all(pc.match_substring_regex(column, _WHOLE), min_count=1).as_py():
+        return column.cast(pa.string())
+    return pc.replace_substring_regex(column, r"\.0+$", "").cast(pa.int64())
+
+
+def _group_races(column: pa.Array) -> pa.Array:
+    """White, Black, Asian or Other, by the words of a PRIMARY_RACE; null where that is blank or no answer."""
+    races = pc.if_else(pc.match_substring_regex(column, _NO_ANSWER), None, "Other")
+    for race, pattern in reversed(_RACES.items()):
+        races = pc.if_else(pc.match_substring_regex(column, pattern), race, races)
+    return races
