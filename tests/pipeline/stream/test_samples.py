@@ -49,7 +49,7 @@ def make_split(table: pa.Table, sizes: list[int]) -> OpenSplit:
     shards = tuple(Shard(f"train-{number:06d}.tar", size, 0, "") for number, size in enumerate(sizes))
     projection = find_projections(table)
     return OpenSplit(
-        "train", "jpeg", table, Path(), None, shards, shard, nothing, nothing, nothing, projection
+        "train", "jpeg", table, (Home(Path(), None),), shard[:0], shards, shard, nothing, nothing, nothing, projection
     )
 
 
