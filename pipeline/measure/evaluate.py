@@ -203,6 +203,10 @@ def assess_groups(
     return report
 
 
+def _list_values(fact: npt.NDArray[Any]) -> tuple[str, ...]:
+    return tuple(sorted({text for text in fact.tolist() if text}))
+
+
 def assess_altered(
     names: Sequence[str], images: Scored, altered: Mapping[str, Floats]
 ) -> dict[str, dict[str, Any]]:
@@ -235,10 +239,6 @@ def assess_altered(
         kept = [name for name in means["macro10"] if figures[name]["low"] > KEPT]
         found[alteration] = {"labels": figures, "macro_labels": over["macro"], "kept": kept}
     return found
-
-
-def _list_values(fact: npt.NDArray[Any]) -> tuple[str, ...]:
-    return tuple(sorted({text for text in fact.tolist() if text}))
 
 
 def _assess_level(

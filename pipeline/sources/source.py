@@ -25,7 +25,8 @@ class Source(NamedTuple):
 
     `csvs` are its tables, by split or by role; `roots` are the folders that images may be read from; `set` is its name
     in `sources.sets.SETS`. `columns` are what a table of no known set calls ours: ("path", "Image"), …; `facts` are
-    files of further columns (`sources.joined`).
+    files of further columns (`sources.joined`). `name` is what the user calls a set whose patients are its own, where it
+    has the layout of another one.
     """
 
     csvs: dict[str, Path]
@@ -33,6 +34,7 @@ class Source(NamedTuple):
     set: str = "chexpert"
     columns: tuple[tuple[str, str], ...] = ()
     facts: tuple[Path, ...] = ()
+    name: str = ""
 
 
 def no_more_roots(homes: Sequence[Path]) -> list[Path]:

@@ -21,11 +21,13 @@ import pyarrow.compute as pc
 
 from pipeline.base.errors import DataError
 from pipeline.labels import LABELS, shared
-from pipeline.manifest import Manifest, Split, manifest_digest, name_facts, read_manifest, read_table
+from pipeline.manifest import Manifest, Split, concat_labels, manifest_digest, read_manifest, read_table
 from pipeline.stream.cache import CACHE, CACHE_SIZE, Remote, find_shards, redact
-from pipeline.stream.samples import OpenSplit, open_split
+from pipeline.stream.samples import Home, OpenSplit, open_split
 
 SAME = ("size", "square", "encoding")  # options that folders must share
+
+NAMED = "*"  # the namespace of patients whose names say it themselves
 
 
 class Folder(NamedTuple):
@@ -77,9 +79,9 @@ class Collection:
 
     @property
     def namespace(self) -> str:
-        """The namespace of all patients; empty where it is not known, or stands before each name."""
+        """The namespace of all patients: NAMED where it stands before each name, empty where it is not known."""
         found = {folder.patients for folder in self.folders}
-        return found.pop() if len(found) == 1 else ""
+        return found.pop() if len(found) == 1 else NAMED
 
     @cached_property
     def manifest(self) -> Manifest:
@@ -101,7 +103,9 @@ class Collection:
             policies={key: _common([m.policies[key] for m in manifests]) for key in ("uncertain", "blank")},
             sources={},
             pixels={"mean": round(overall, 4), "std": round(spread**0.5, 4)},
-            splits={name: _add_splits([m.splits[name] for m in manifests if name in m.splits]) for name in names},
+            splits={
+                name: _add_splits([m.splits[name] for m in manifests if name in m.splits]) for name in names
+            },
             dataset=_join_terms([folder.manifest.dataset for folder in self.folders]),
             not_annotated=tuple(
                 label for label in LABELS if all(label in manifest.not_annotated for manifest in manifests)
@@ -109,17 +113,21 @@ class Collection:
         )
 
     def open(self, name: str) -> OpenSplit:
-        """A split over all folders that have it. Raises DataError as `open_split` does, and for an image that is twice in
-        it.
+        """A split over all folders that have it.
+
+        Raises DataError as `open_split` does, and for an image that is in two folders.
         """
         self.manifest.split(name)
-        having = [folder for folder in self.folders if name in folder.manifest.splits]
-        splits = [open_split(folder.path, folder.manifest, name, folder.remote) for folder in having]
+        splits = {
+            number: open_split(folder.path, folder.manifest, name, folder.remote)
+            for number, folder in enumerate(self.folders)
+            if name in folder.manifest.splits
+        }
         if len(self.folders) == 1:
             return splits[0]
         tables, first = [], 0
-        for folder, split in zip(having, splits, strict=True):
-            table = self._name_rows(folder, split.table)
+        for number, split in splits.items():
+            table = self._name_rows(self.folders[number], split.table)
             numbers = pa.array(split.shard + np.int32(first))
             tables.append(table.set_column(table.schema.get_field_index("shard"), "shard", numbers))
             first += len(split.shards)
@@ -128,23 +136,25 @@ class Collection:
         counts = pc.value_counts(keys.combine_chunks())
         again = counts.filter(pc.greater(counts.field("counts"), 1))
         if len(again):
-            raise DataError(f"{name}: {again[0]['values']} is in two of {self}; an image may be in one of them only")
+            raise DataError(
+                f"{name}: {again[0]['values']} is in two of {self}; an image may be in one of them only"
+            )
         columns = ("offset", "length", "crc", "projection")
-        homes = np.repeat(np.arange(len(splits)), [len(split.shards) for split in splits])
+        opened = list(splits.values())
         return OpenSplit(
             name,
-            splits[0].encoding,
+            opened[0].encoding,
             table,
-            tuple(home for split in splits for home in split.homes),
-            homes,
-            tuple(shard for split in splits for shard in split.shards),
+            tuple(Home(folder.path, folder.remote) for folder in self.folders),
+            np.repeat(list(splits), [len(split.shards) for split in opened]),
+            tuple(shard for split in opened for shard in split.shards),
             table["shard"].to_numpy(),
-            *(np.concatenate([getattr(split, column) for split in splits]) for column in columns),
+            *(np.concatenate([getattr(split, column) for split in opened]) for column in columns),
         )
 
     def _name_rows(self, folder: Folder, table: pa.Table) -> pa.Table:
         """A folder's table with its set, and patients under its namespace where there are several."""
-        if len({folder.patients for folder in self.folders}) > 1:
+        if self.namespace == NAMED:
             patients = pc.binary_join_element_wise(folder.patients or folder.set, table["patient"], "/")
             table = table.set_column(table.schema.get_field_index("patient"), "patient", patients)
         return table.append_column("set", pa.array([folder.set] * table.num_rows, pa.string()))
@@ -178,22 +188,6 @@ def open_collection(
     return Collection(folders)
 
 
-def concat_labels(tables: Sequence[pa.Table]) -> pa.Table:
-    """The rows of several label tables; facts that some lack are null there, and text where types differ."""
-    kinds: dict[str, set[str]] = {}
-    for table in tables:
-        for name, kind in name_facts(table).items():
-            kinds.setdefault(name, set()).add(kind)
-    mixed = [name for name, found in kinds.items() if len(found) > 1]
-    same = []
-    for table in tables:
-        for name in set(mixed) & set(table.column_names):
-            place = table.schema.get_field_index(name)
-            table = table.set_column(place, name, table[name].cast(pa.string()))
-        same.append(table)
-    return pa.concat_tables(same, promote_options="default")
-
-
 def _measured(manifest: Manifest) -> int:
     """How many images the manifest's gray levels are of."""
     return manifest.splits.get("train", next(iter(manifest.splits.values()))).samples
@@ -217,4 +211,6 @@ def _add_splits(splits: Sequence[Split]) -> Split:
     counts: dict[str, Any] = {
         name: sum(getattr(split, name) for split in splits) for name in ("samples", "studies", "patients")
     }
-    return Split(**counts, table="", table_sha256="", shards=tuple(s for split in splits for s in split.shards))
+    return Split(
+        **counts, table="", table_sha256="", shards=tuple(s for split in splits for s in split.shards)
+    )

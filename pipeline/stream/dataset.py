@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from pipeline.manifest import Manifest
-from pipeline.policies import check_blank_policy, make_targets, parse_uncertain_policy
+from pipeline.policies import check_blank_policy, choose_policy, make_targets, parse_uncertain_policy
 from pipeline.stream.batches import BatchStream, Labels, stream_batches
 from pipeline.stream.cache import CACHE, CACHE_SIZE
 from pipeline.stream.collection import Collection, open_collection

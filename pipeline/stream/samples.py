@@ -23,7 +23,7 @@ from pipeline.stream.plan import Rows, Samples
 
 
 class Home(NamedTuple):
-    """Where shards lie: in a folder or, with a `remote`, at its URL, of which the folder mirrors manifest and tables."""
+    """Where shards lie: in a folder or, with a `remote`, at a URL whose manifest and tables the folder mirrors."""
 
     folder: Path
     remote: Remote | None
@@ -55,7 +55,7 @@ class OpenSplit(NamedTuple):
 
     def locate(self, number: int, stop: Event | None = None) -> Path:
         """The local file of a shard, downloaded if need be, as in `Remote.path`."""
-        folder, remote = self.homes[self.home[number]]
+        folder, remote = self.homes[int(self.home[number])]
         shard = self.shards[number]
         return remote.path(shard, stop) if remote else folder / shard.file
 
