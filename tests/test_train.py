@@ -50,6 +50,7 @@ from pipeline.labels import LABELS, hash_fraction
 from pipeline.manifest import Manifest, manifest_digest, read_table
 from pipeline.measure.evaluate import calibrate
 from pipeline.policies import evaluation_targets
+from pipeline.stream.collection import open_collection
 from tests.conftest import ROUNDS
 
 REPOSITORY = Path(train.__file__).parent

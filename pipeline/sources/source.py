@@ -25,8 +25,8 @@ class Source(NamedTuple):
 
     `csvs` are its tables, by split or by role; `roots` are the folders that images may be read from; `set` is its name
     in `sources.sets.SETS`. `columns` are what a table of no known set calls ours: ("path", "Image"), …; `facts` are
-    files of further columns (`sources.joined`). `name` is what the user calls a set whose patients are its own, where it
-    has the layout of another one.
+    files of further columns (`sources.joined`). `name` is what the user calls a set that has the layout of another one,
+    but patients of its own.
     """
 
     csvs: dict[str, Path]
