@@ -25,6 +25,7 @@ from pipeline.containers import (
     read_png_facts,
     strip_metadata,
 )
+from pipeline.dicom import decode_dicom, is_dicom, open_dicom
 
 Gray = npt.NDArray[np.uint8]
 
@@ -91,7 +92,9 @@ class _Source(NamedTuple):
 
 
 def prepare(data: bytes, options: ImageOptions) -> Prepared:
-    """Turn a JPEG or PNG of any kind into what a shard stores. Raises ImageError, ValueError for bad options.
+    """Turn a JPEG, PNG or gray DICOM of any kind into what a shard stores.
+
+    Raises ImageError, ValueError for bad options, and DataError where DICOM files need a package that is missing.
 
     The shorter side becomes `size`, never enlarged; a square is exactly size×size: `pad` keeps the aspect and
     centers on black, `crop` takes the center, `stretch` distorts it. A gray JPEG that fits already
@@ -102,13 +105,16 @@ def prepare(data: bytes, options: ImageOptions) -> Prepared:
         raise ValueError("a square needs a size")
     if not data:
         raise ImageError("the file is empty")
-    kind = "JPEG" if data.startswith(JPEG) else "PNG" if data.startswith(PNG) else None
-    if kind is None:
-        raise ImageError("not a readable JPEG or PNG: cannot identify image file")
+    kind = "JPEG" if data.startswith(JPEG) else "PNG" if data.startswith(PNG) else "DICOM"
+    if kind == "DICOM" and not is_dicom(data):
+        raise ImageError("not a readable JPEG, PNG or DICOM: cannot identify image file")
     try:
-        source = (
-            _read_jpeg(data, options) if kind == "JPEG" else _read_png(data, options.max_pixels, options.bits)
-        )
+        if kind == "JPEG":
+            source = _read_jpeg(data, options)
+        elif kind == "PNG":
+            source = _read_png(data, options.max_pixels, options.bits)
+        else:
+            source = _read_dicom(data, options.max_pixels)
     except ImageError:
         raise
     except ValueError as error:
@@ -244,6 +250,13 @@ def _read_png(data: bytes, max_pixels: float, bits: int | None = None) -> _Sourc
         raise ValueError(str(error)) from error
     pixels = _turn(pixels, _orientation(facts.exif))
     return _Source(pixels, pixels.shape, facts.has_metadata, facts.depth)
+
+
+def _read_dicom(data: bytes, max_pixels: int) -> _Source:
+    dataset = open_dicom(data, max_pixels)
+    _check_pixels(dataset.Columns, dataset.Rows, max_pixels)
+    pixels = decode_dicom(dataset)
+    return _Source(pixels, pixels.shape, stripped=True, bits=int(dataset.BitsStored))
 
 
 def _to_gray(image: Image.Image) -> Gray:

@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 import torch
+from PIL import Image
 from sklearn.metrics import roc_auc_score
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
@@ -1077,10 +1078,32 @@ def test_predict_gives_the_scores_that_shards_give(
     film = next(films.rglob("*.jpg"))
     options = ["predict", "--run", str(job.run), "--out", str(out), "--strict"]
     assert call_main([*options, str(broken), str(film)]) == 3
-    assert f"{broken}: not a readable JPEG or PNG" in capsys.readouterr().err
+    assert f"{broken}: not a readable JPEG, PNG or DICOM" in capsys.readouterr().err
     assert pd.read_csv(out)["Edema"].isna().tolist() == [True, False]
-    with pytest.raises(DataError, match=r"run: no .jpg, .jpeg or .png file$"):
+    with pytest.raises(DataError, match=r"run: no .jpg, .jpeg, .png, .dcm, .dicom file$"):
         call_main([*options, str(job.run)])
+
+
+def test_predict_scores_dicoms_as_their_pixels(trained: Job, tmp_path: Path) -> None:
+    pytest.importorskip("pydicom")
+    from tests.pipeline.test_dicom import make_film
+
+    pixels = np.linspace(0, 255, 80 * 96).astype(np.uint8).reshape(80, 96)
+    films = tmp_path / "films"
+    films.mkdir()
+    Image.fromarray(pixels).save(films / "a.png")
+    (films / "b.dcm").write_bytes(make_film(pixels, BitsStored=8, HighBit=7))
+    (films / "c.DICOM").write_bytes(
+        make_film(255 - pixels, BitsStored=8, HighBit=7, PhotometricInterpretation="MONOCHROME1")
+    )
+    (films / "d.dicom").write_bytes(make_film(pixels, BitsStored=8, HighBit=7, BurnedInAnnotation="YES"))
+    out = tmp_path / "scores.csv"
+    main.main(["predict", "--run", str(trained.run), "--out", str(out), str(films)], standalone_mode=False)
+    scores = pd.read_csv(out).set_index("file")
+    assert [Path(file).name for file in scores.index] == ["a.png", "b.dcm", "c.DICOM", "d.dicom"]
+    assert scores.iloc[0].notna().all()
+    np.testing.assert_allclose(scores.iloc[1:3], scores.iloc[[0, 0]], atol=2e-6)
+    assert scores.iloc[3].isna().all()
 
 
 @pytest.mark.parametrize("name", ["model.pt2", "model.onnx"])

@@ -32,7 +32,7 @@ from pipeline.look.sheet import FORMATS, draw_variants, save_sheet, spread_rows
 from pipeline.stream.collection import open_collection
 from pipeline.stream.select import select_rows
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".dcm", ".dicom")
 VARIANTS = 4  # epochs that `inputs` shows
 
 
@@ -133,19 +133,19 @@ def check_pattern(text: str) -> None:
 def predict_command(
     run: Path, images: tuple[Path, ...], out: Path, strict: bool, group_by: str | None, workers: int
 ) -> int:
-    """Score IMAGES (JPEG or PNG files, or folders of them) by the run's best checkpoint.
+    """Score IMAGES (JPEG, PNG or DICOM files, or folders of them) by the run's best checkpoint.
 
     A run by studies scores the images of a study together: those of a folder, or as --group-by says.
     """
     files = [file for path in images for file in find_images(path)]
     for path in images:
         for suffix, count in count_others(path).items():
-            say(f"{path}: {count:,} {suffix} files skipped: only JPEG and PNG can be read")
+            say(f"{path}: {count:,} {suffix} files skipped: only JPEG, PNG and DICOM can be read")
     if any(out.exists() and file.samefile(out) for file in files):
         raise click.UsageError(f"--out {out} is one of the images")
     check_folder(out)
     if not files:
-        raise DataError(f"{', '.join(map(str, images))}: no .jpg, .jpeg or .png file")
+        raise DataError(f"{', '.join(map(str, images))}: no {', '.join(IMAGE_SUFFIXES)} file")
     config = read_config(run)
     if config.fusion is None:
         if group_by is not None:

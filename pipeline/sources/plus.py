@@ -1,5 +1,7 @@
 """CheXpert Plus: df_chexpert_plus_240401.csv, CheXbert's labels, PNG/train/patient00001/study1/view1_frontal.png.
 
+Without the PNGs, its DICOMs are read: DICOM/Uncompressed/train/patient00001/study1/view1_frontal.dcm.
+
 Chambon et al., CheXpert Plus, arXiv:2405.19538: 223,462 radiographs of CheXpert's own patients, with reports. Labels
 are in files of their own, of which the first that is there is read: chexbert_labels/report_fixed.json, then
 impression_fixed.json, then findings_fixed.json. An image without a line in it is blank. Reports are not read. Race,
@@ -103,11 +105,12 @@ def read_tables(source: Source) -> dict[str, pa.Table]:
 
 
 def locate(paths: Sequence[str], roots: Sequence[Path]) -> list[str]:
-    """The PNG of each image, below the first root that has some: the table says .jpg all the same."""
-    folders = [folder for root in roots for folder in (root / "PNG", root)]
-    found = (folder for folder in folders if any((folder / split).is_dir() for split in SPLITS))
-    folder = next(found, folders[0])
-    return [f"{folder}/{path.removesuffix('.jpg')}.png" for path in paths]
+    """The PNG of each image, or its DICOM, below the first root that has some: the table says .jpg all the same."""
+    folders = [(folder, "png") for root in roots for folder in (root / "PNG", root)]
+    folders += [(root / "DICOM" / "Uncompressed", "dcm") for root in roots]
+    found = (pair for pair in folders if any((pair[0] / split).is_dir() for split in SPLITS))
+    folder, suffix = next(found, folders[0])
+    return [f"{folder}/{path.removesuffix('jpg')}{suffix}" for path in paths]
 
 
 def _read_states(path: Path, images: pa.ChunkedArray) -> dict[str, pa.Array]:

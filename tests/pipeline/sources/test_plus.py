@@ -11,6 +11,8 @@ from PIL import Image
 from pipeline.images import Original
 from pipeline.labels import LABELS
 from pipeline.manifest import read_manifest
+from pipeline.sources import plus
+from pipeline.sources.sets import find_source
 from tests.conftest import run_pipeline
 
 TABLE = "df_chexpert_plus_240401.csv"
@@ -80,6 +82,18 @@ def test_a_folder_becomes_shards(folder: Path) -> None:
     }
     assert run_pipeline("stats", folder).stdout.startswith("4 images, 3 studies, 3 patients")
     assert not any(b"Heart" in path.read_bytes() for path in out.iterdir())  # no report
+
+
+def test_dicoms_are_read_where_there_are_no_pngs(folder: Path) -> None:
+    source = find_source(folder, {}, [])
+    for film in FILMS:
+        path = folder / "DICOM" / "Uncompressed" / f"{film}.dcm"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    paths = [f"{film}.jpg" for film in FILMS]
+    assert plus.locate(paths, source.roots) == [f"{folder}/PNG/{film}.png" for film in FILMS]
+    (folder / "PNG").rename(folder.parent / "PNG")
+    assert plus.locate(paths, source.roots) == [f"{folder}/DICOM/Uncompressed/{film}.dcm" for film in FILMS]
 
 
 @pytest.mark.parametrize(
