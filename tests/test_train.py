@@ -141,7 +141,8 @@ def command(sample_shards: tuple[Path, Manifest], monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(StopFlag, "listen", lambda self: self)
 
     def call(name: str, *arguments: object) -> int:
-        options: list[object] = ["--shards", sample_shards[0], "--workers", 2]
+        shards = [] if "--shards" in arguments else ["--shards", sample_shards[0]]
+        options: list[object] = [*shards, "--workers", 2]
         if name == "train":
             options += ["--arch", "rescnn", "--image-size", 32, "--epochs", 1, "--batch-size", 16]
         words = [str(part) for part in (name, *options, *arguments)]
