@@ -78,12 +78,12 @@ def find_source(
     name: str | None = None,
     columns: Sequence[tuple[str, str]] = (),
     facts: Sequence[Path] = (),
+    called: str = "",
 ) -> Source:
     """The tables of `folder`, or the CSVs named in `splits`, and every folder that may hold images.
 
-    `name` forces a set; otherwise each is asked in turn. `columns` are for the set `table`, `facts` are files
-    to join. Raises DataError for a
-    folder or file that does not exist, and if no set is found.
+    `name` forces a set; otherwise each is asked in turn. `columns` are for the set `table`, `facts` are files to join,
+    `called` is `Source.name`. Raises DataError for a folder or file that does not exist, and if no set is found.
     """
     for path in (folder, *splits.values(), *roots, *facts):
         check_access(path)
@@ -93,7 +93,13 @@ def find_source(
     homes = [folder, *(csv.parent for csv in csvs.values()), *roots]
     more = SETS[name].find_roots(homes[1:])
     whole = tuple(dict.fromkeys(path.resolve() for path in (*homes, *more)))
-    return Source(csvs, whole, name, tuple(columns), tuple(facts))
+    return Source(csvs, whole, name, tuple(columns), tuple(facts), called)
+
+
+def find_terms(source: Source) -> Terms:
+    """Whose the images of a source are, and how they may be used."""
+    called = source.name
+    return Terms(called, called, called, "not stated", "") if called else SETS[source.set].TERMS
 
 
 def find_set(folder: Path, name: str | None = None) -> tuple[str, dict[str, Path]]:

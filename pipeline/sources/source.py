@@ -35,7 +35,8 @@ class Source(NamedTuple):
 
     `csvs` are its tables, by split or by role; `roots` are the folders that images may be read from; `set` is its name
     in `sources.sets.SETS`. `columns` are what a table of no known set calls ours: ("path", "Image"), …; `facts` are
-    files of further columns (`sources.joined`).
+    files of further columns (`sources.joined`). `name` is what the user calls a set that has the layout of another one,
+    but patients of its own.
     """
 
     csvs: dict[str, Path]
@@ -43,6 +44,7 @@ class Source(NamedTuple):
     set: str = "chexpert"
     columns: tuple[tuple[str, str], ...] = ()
     facts: tuple[Path, ...] = ()
+    name: str = ""
 
 
 def no_more_roots(homes: Sequence[Path]) -> list[Path]:
