@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from pipeline.base.csvs import read_header
 from pipeline.base.errors import DataError
-from pipeline.base.store import check_access, named_failures
+from pipeline.base.store import check_access, list_files, named_failures
 from pipeline.sources import chexpert, mimic, nih, padchest, plus, table, vindr
 from pipeline.sources.source import Source, Terms
 
@@ -68,6 +68,7 @@ SETS: dict[str, Adapter] = {
     "table": table,
 }
 # Those told by their files.
+SHOWN = 4  # names of what is in a folder without a set
 KNOWN = {adapter.TERMS.name: adapter for adapter in SETS.values() if adapter is not table}
 
 
@@ -113,7 +114,10 @@ def find_set(folder: Path, name: str | None = None) -> tuple[str, dict[str, Path
             if tables is not None:
                 return candidate, tables
     wanted = ", or ".join(f"{adapter.LOOKED_FOR} ({adapter.TERMS.title})" for adapter in asked.values())
-    raise DataError(f"{folder}: neither it nor a folder in it holds {wanted}")
+    names = sorted(path.name for path in list_files(folder))
+    more = f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
+    there = f"it holds {', '.join(names[:SHOWN])}{more}" if names else "it is empty"
+    raise DataError(f"{folder}: neither it nor a folder in it holds {wanted}; {there}")
 
 
 def read_any_table(csv: Path) -> pa.Table:
