@@ -1,6 +1,6 @@
 """The commands that look at labels and images: stats, show."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 @click.command(epilog="Example: pipeline stats train.csv --views frontal --by sex --plot labels.svg")
-@click.argument("source", type=click.Path(path_type=Path, exists=True))
+@click.argument("sources", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
 @click.option("--split", help="One split of a folder.  [default: all together]")
 @click.option("--views", default="all", type=click.Choice(VIEWS), help="By the column Frontal/Lateral.")
 @click.option(
@@ -59,7 +59,7 @@ if TYPE_CHECKING:
 )
 @click.option("--format", "format_", default="table", type=click.Choice(["table", "json", "csv"]))
 def stats(
-    source: Path,
+    sources: tuple[Path, ...],
     split: str | None,
     views: str,
     by: str | None,
@@ -72,8 +72,11 @@ def stats(
     html: Path | None,
     format_: str,
 ) -> None:
-    """Count positive, uncertain, negative and blank per label in SOURCE (shards, a data set's folder or CSV)."""
-    from pipeline.sources.load import load_table
+    """Count positive, uncertain, negative and blank per label in SOURCES (shards, data sets' folders or CSVs).
+
+    Several are counted together; --by set counts each.
+    """
+    from pipeline.sources.load import load_table, load_tables
 
     sections = sum(map(bool, (by, cooccurrence, policy, against)))
     refuse_usage(
@@ -87,12 +90,12 @@ def stats(
     )
     refuse_usage(against_split and not against, "--against-split needs --against")
     refuse_usage(
-        against and against_split == split and against.samefile(source),
+        against and against_split == split and len(sources) == 1 and against.samefile(sources[0]),
         "--against is SOURCE itself; name another --against-split",
     )
     check_output("--plot", plot, (".png", ".svg"))
     check_output("--html", html, (".html",))
-    table = load_table(source, split, views, [*map(Path, facts)])
+    table = load_tables(sources, split, views, [*map(Path, facts)])
     known = list_variables(table)
     refuse_usage(by not in (None, *known), f"--by {by}: these images can be grouped by {', '.join(known)}")
     report = _build_report(table, by, cooccurrence, policy)
@@ -104,11 +107,11 @@ def stats(
         save_figure(draw_report(report, report.get("cooccurrence")), plot)
         say(f"{plot}: written")
     if html:
-        scope = [] if source.is_file() else [f"split {split}" if split else "all splits"]
+        scope = [] if sources[0].is_file() else [f"split {split}" if split else "all splits"]
         scope.append(f"{views} views")
         if against:
             scope.append(f"against {f'{against_split} of ' if against_split else ''}{against.resolve().name}")
-        page = _render_page(source, split, views, ", ".join(scope), report, table)
+        page = _render_page(sources, split, views, ", ".join(scope), report, table)
         write_atomically(html, page.encode())
         say(f"{html}: written")
     if format_ == "table":
@@ -136,22 +139,32 @@ def _build_report(
 
 
 def _render_page(
-    source: Path, split: str | None, views: str, scope: str, report: LabelStatistics, table: "pa.Table"
+    sources: tuple[Path, ...],
+    split: str | None,
+    views: str,
+    scope: str,
+    report: LabelStatistics,
+    table: "pa.Table",
 ) -> str:
     from pipeline.look.label_report import find_examples, find_groups, render_label_report
     from pipeline.measure.audit import audit_labels
     from pipeline.measure.covariates import find_covariates
-    from pipeline.sources.load import join_tables, load_tables
+    from pipeline.sources.load import load_tables
 
     shown = report.copy()
     shown["cooccurrence"] = count_cooccurrence(table)
-    is_shards = (source / NAME).is_file()
-    examples = find_examples(source, split, views) if is_shards else {}
-    title = f"Labels of {source.resolve().name}"
-    whole = join_tables(source, load_tables(source, split), views)  # with what the original files were
-    truth = evaluation_targets(whole, read_manifest(source).policies["blank"] if is_shards else "zeros")
-    audit = audit_labels(whole, *truth, find_covariates(whole), together=False)  # which takes longer
+    alone = len(sources) == 1 and (sources[0] / NAME).is_file()
+    examples = find_examples(sources[0], split, views) if alone else {}
+    title = f"Labels of {', '.join(source.resolve().name for source in sources)}"
+    audited = load_tables(sources, split, views, audited=True)
+    cells = evaluation_targets(audited, find_blank(sources))
+    audit = audit_labels(audited, *cells, find_covariates(audited), together=False)  # which takes longer
     return render_label_report(title, scope, shown, find_groups(table), examples, audit)
+
+
+def find_blank(sources: Sequence[Path]) -> str:
+    """The policy for blank cells of the first source; zeros where it is no folder of shards."""
+    return read_manifest(sources[0]).policies["blank"] if (sources[0] / NAME).is_file() else "zeros"
 
 
 def check_output(option: str, path: Path | None, suffixes: Collection[str]) -> None:

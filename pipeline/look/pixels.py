@@ -29,22 +29,20 @@ CORNERS = {
 
 
 def measure_shards(
-    folder: Path,
-    splits: Sequence[str],
+    sources: Sequence[tuple[Path, Sequence[str]]],
     views: str,
     threads: int,
     progress: Callable[[int], None] = lambda images: None,
 ) -> tuple[dict[str, Floats], dict[str, Floats]]:
-    """Acquisition and content covariates [N] of the images of these splits and views, one split after the other.
+    """Acquisition and content covariates [N] of the images of folders' splits, of these views, one after the other.
 
     `progress` is called with the number of images just measured. Raises DataError for a damaged image.
     """
-    shards = open_shards(folder)
     at_edge: list[dict[str, Floats]] = []
     whole: list[dict[str, Floats]] = []
-    for name in splits:
+    for folder, name in ((folder, name) for folder, splits in sources for name in splits):
         try:
-            images = shards[name].where(views=views)
+            images = open_shards(folder)[name].where(views=views)
         except NothingSelectedError:
             continue
         for batch in images.batches(64, SIDE, epoch=None, threads=threads):

@@ -1,15 +1,16 @@
 """SOURCE (shards, a data set's folder, or one CSV) → its label table."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.base.errors import DataError
 from pipeline.images import Original
 from pipeline.labels import LABELS, mark_unannotated, select_views
-from pipeline.manifest import NAME, name_facts, read_manifest, read_table
+from pipeline.manifest import NAME, concat_labels, name_facts, read_manifest, read_table
 from pipeline.measure.counts import describe_views
 from pipeline.policies import find_one_class
 from pipeline.sources.joined import join_facts
@@ -17,18 +18,51 @@ from pipeline.sources.sets import SETS, find_set, read_any_table
 from pipeline.sources.source import Source
 
 
-def load_table(source: Path, split: str | None, views: str, facts: Sequence[Path] = ()) -> pa.Table:
+def load_tables(
+    sources: Sequence[Path],
+    split: str | None,
+    views: str,
+    facts: Sequence[Path] = (),
+    *,
+    audited: bool = False,
+) -> pa.Table:
+    """The label table of one source, as `load_table`; of several with the column `set`, and all patients apart.
+
+    Unless their sets share the names of patients.
+    """
+    tables = [load_table(source, split, views, facts, audited=audited) for source in sources]
+    if len(tables) == 1:
+        return tables[0]
+    named = []
+    for source, table in zip(sources, tables, strict=True):
+        name, patients = _name_set(source)
+        apart = pc.binary_join_element_wise(patients, table["patient"], "/")
+        table = table.set_column(table.schema.get_field_index("patient"), "patient", apart)
+        named.append(table.append_column("set", pa.array([name] * table.num_rows, pa.string())))
+    return concat_labels(named)
+
+
+def _name_set(source: Path) -> tuple[str, str]:
+    """The names of a source's set and of the namespace of its patients; its own where they are not known."""
+    own = source.resolve().name
+    if source.is_file():
+        return own, own
+    if (source / NAME).is_file():
+        dataset = read_manifest(source).dataset
+        return dataset.get("name", own), dataset.get("patients", own)
+    terms = SETS[find_set(source)[0]].TERMS
+    return terms.name, terms.patients
+
+
+def load_table(
+    source: Path, split: str | None, views: str, facts: Sequence[Path] = (), *, audited: bool = False
+) -> pa.Table:
     """The label table of a source: one split, or all of them one after the other.
 
     Its facts, but for those of `images.Original`, follow the labels; `facts` are files of more, as for
-    `pipeline shards`. Raises DataError where the source, the split or the views do not exist.
+    `pipeline shards`. What is `audited` has the facts of the originals, too, and without a split named is what is
+    learned from. Raises DataError where the source, the split or the views do not exist.
     """
-    table = join_tables(source, load_tables(source, split, facts), views)
-    return table.drop_columns([name for name in Original._fields if name in table.column_names])
-
-
-def load_tables(source: Path, split: str | None, facts: Sequence[Path] = ()) -> dict[str, pa.Table]:
-    """Split → its label table: of one split, or of all. Raises DataError where the source or the split do not exist."""
     if source.is_file():
         if split is not None:
             raise DataError(f"{source} is one CSV without splits; leave out its split")
@@ -43,20 +77,22 @@ def load_tables(source: Path, split: str | None, facts: Sequence[Path] = ()) -> 
         if split is not None and split not in tables:
             raise DataError(f"split '{split}' does not exist; {source} holds {', '.join(tables)}")
         tables = {name: table for name, table in tables.items() if split in (None, name)}
-    return join_facts(tables, facts)[0]
-
-
-def join_tables(source: Path, tables: Mapping[str, pa.Table], views: str) -> pa.Table:
-    """The rows of these views, of one table after the other, with their facts at the end.
-
-    Raises DataError, naming the source, if there are none.
-    """
+    tables, _ = join_facts(tables, facts)
     columns = ["patient", "study", "view", "sex", "age", "projection", *LABELS]
-    columns += name_facts(next(iter(tables.values())))
+    kept = name_facts(next(iter(tables.values())))
+    columns += [name for name in kept if audited or name not in Original._fields]
+    if audited and split is None:
+        tables = {name: tables[name] for name in learned_splits(tables)}
     table = select_views(pa.concat_tables([table.select(columns) for table in tables.values()]), views)
     if table.num_rows == 0:
         raise DataError(f"{source}: no {views} images")
     return table
+
+
+def learned_splits(names: Iterable[str]) -> list[str]:
+    """Train and dev, as the others have to stay unseen; all where there is no train."""
+    names = list(names)
+    return [name for name in names if name in ("train", "dev") or "train" not in names]
 
 
 class Described(NamedTuple):

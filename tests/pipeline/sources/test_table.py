@@ -121,5 +121,6 @@ def test_the_set_and_the_columns_go_together(films: Path) -> None:
     (films / "second.csv").write_text("Image\n")
     assert shard(films) == (
         1,
-        f"Error: {films}: neither it nor a folder in it holds a single CSV (a table of your own)",
+        f"Error: {films}: neither it nor a folder in it holds a single CSV (a table of your own); "
+        "it holds a, b, labels.csv, second.csv",
     )
