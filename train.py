@@ -66,7 +66,7 @@ from model.optim import build_optimizer, scheduled_lr, update_average
 from model.predict import DivergedError, InterruptedEvaluationError, explain_memory
 from model.ranks import Ranks
 from model.runs.commands import main
-from model.runs.config import Config, can_divide, output_count, three_class_columns
+from model.runs.config import Config, can_divide, output_count, split_columns, three_class_columns
 from model.runs.folder import follow_by_wandb, fuse, open_run, record_environment, save_best
 from model.runs.job import (
     Job,
@@ -169,7 +169,8 @@ def train(job: Job, watch: Callable[[list[dict[str, Any]]], None] = lambda histo
     if steps == 0:
         raise DataError(f"{job.shards}: {len(train.rows)} train samples are less than one batch")
     labels = training_labels(job, train)
-    weights = None if config.balance is None else draw_weights(config.balance, labels, train.rows)
+    over = split_columns(config.balance_over) if config.balance_over else []
+    weights = None if config.balance is None else draw_weights(config.balance, over, labels, train)
     state = start_state(job, labels, train.rows)
     if not job.ranks.is_first:
         return train_epochs(job, state, (train, dev), labels, weights, watch)

@@ -20,7 +20,13 @@ from pipeline.labels import LABELS, VIEWS
 from pipeline.policies import BLANK_HELP, UNCERTAIN_HELP, check_blank_policy, parse_uncertain_policy
 
 HELD_OUT = 0.05  # share of the patients, where the shards have no dev split
-SINCE_0_1 = ("sync_bn", "fusion", "freeze", "dev")  # fields that runs of version 0.1 do not have
+SINCE_0_1 = (
+    "sync_bn",
+    "fusion",
+    "freeze",
+    "dev",
+    "balance_over",
+)  # fields that runs of version 0.1 do not have
 
 
 class Option(NamedTuple):
@@ -35,6 +41,14 @@ class Option(NamedTuple):
     check: Callable[[str], object] | None = None  # raises DataError
     metavar: str | None = None
     shown: str | None = None  # in place of the default
+
+
+def split_columns(text: str) -> list[str]:
+    """Names of columns, separated by commas. Raises DataError for an empty name."""
+    names = [name.strip() for name in text.split(",")]
+    if "" in names:
+        raise DataError(f"'{text}' is not like projection,sex")
+    return names
 
 
 def option(default: Any, group: str, help: str = "", **more: Any) -> Any:  # noqa: A002 - as click calls it
@@ -80,6 +94,13 @@ class Config:
         "Draw this label's positives as often as its negatives.",
         choices=LABELS,
         metavar="LABEL",
+    )
+    balance_over: str | None = option(
+        None,
+        "data",
+        "balance: within each combination of these columns' values.",
+        check=split_columns,
+        metavar="COLUMN,…",
     )
     max_bad: float = option(
         0.0,
@@ -169,6 +190,8 @@ def check_config(config: Config, ranks: Ranks) -> None:
         raise SettingError(
             "`balance` goes neither with `loss` aucm nor with `pos_weight`: each corrects alone"
         )
+    if config.balance_over and not config.balance:
+        raise SettingError("`balance_over` is for the label of `balance`: it needs one")
     if not can_divide(config.batch_size, config.accumulate, ranks):
         of_ranks = f" on each of {ranks.count} ranks" if ranks.count > 1 else ""
         raise SettingError(
