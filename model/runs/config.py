@@ -70,7 +70,10 @@ class Config:
     ema: float = option(0.999, "optimization", "Decay of the averaged weights.", low=0, high=1)
     keep: str = option("best", "run", "Weights to keep, by dev macro AUROC.", choices=("best", "last"))
     augment: str = option(
-        "affine", "data", "crop: affine maps and random crops.", choices=tuple(AUGMENTATIONS)
+        "affine",
+        "data",
+        "crop: affine maps and random crops; robust: also random sharpness, noise and borders, on equalized films.",
+        choices=tuple(AUGMENTATIONS),
     )
     uncertain: str = option(  # empty: the shards' own
         "", "labels", UNCERTAIN_HELP, check=parse_uncertain_policy, metavar="POLICY", shown="the shards'"
