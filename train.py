@@ -66,7 +66,7 @@ from model.optim import build_optimizer, scheduled_lr, update_average
 from model.predict import DivergedError, InterruptedEvaluationError, explain_memory
 from model.ranks import Ranks
 from model.runs.commands import main
-from model.runs.config import Config, can_divide, output_count, split_columns, three_class_columns
+from model.runs.config import Config, can_divide, output_count, three_class_columns
 from model.runs.folder import follow_by_wandb, fuse, open_run, record_environment, save_best
 from model.runs.job import (
     Job,
@@ -80,7 +80,7 @@ from model.runs.job import (
 from model.runs.overlap import check_teacher, write_trained_on
 from model.runs.results import CALIBRATION, choice_score, finish_run
 from model.runs.scoring import score_split
-from model.runs.targets import check_reported, draw_weights, no_choice, training_labels
+from model.runs.targets import check_reported, no_choice, training_labels, training_weights
 from pipeline.base.errors import DataError
 from pipeline.base.files import claimed, write_atomically
 from pipeline.console import progress_bar, run_command, say
@@ -169,8 +169,7 @@ def train(job: Job, watch: Callable[[list[dict[str, Any]]], None] = lambda histo
     if steps == 0:
         raise DataError(f"{job.shards}: {len(train.rows)} train samples are less than one batch")
     labels = training_labels(job, train)
-    over = split_columns(config.balance_over) if config.balance_over else []
-    weights = None if config.balance is None else draw_weights(config.balance, over, labels, train)
+    weights = training_weights(job, labels, train)
     state = start_state(job, labels, train.rows)
     if not job.ranks.is_first:
         return train_epochs(job, state, (train, dev), labels, weights, watch)

@@ -2,7 +2,7 @@
 
 import gc
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -98,7 +98,7 @@ def split_options(given: Mapping[str, Any]) -> tuple[Config, dict[str, Any]]:
     return Config(**fields), {name: value for name, value in given.items() if name not in known}
 
 
-def start_job(config: Config, shards: str, run: Path, **others: Any) -> Job:
+def start_job(config: Config, shards: Sequence[str], run: Path, **others: Any) -> Job:
     """The job of `open_job`. Raises UsageError for options that do not go together."""
     try:
         return open_job(config, shards, run, **others)

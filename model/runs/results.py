@@ -110,7 +110,7 @@ def find_calibration(
     calibration = read_object(path) if path.exists() else {}
     if not chosen.items() <= calibration.items():
         if (
-            result_name(job.config, job.shards, name) != name
+            result_name(job.config, job.shards.digest, name) != name
         ):  # whose dev may hold patients of the run's train
             command = (
                 f"python train.py evaluate --run {job.run} --sensitivity {sensitivity} --study {combine}"
@@ -175,7 +175,7 @@ def choose_common(
 
 def name_result(job: Job, name: str, chosen_by: Sequence[str] = ()) -> str:
     """What a run's scores of a split are named by, also where other conditions than the run's own chose its images."""
-    result = result_name(job.config, job.shards, name)
+    result = result_name(job.config, job.shards.digest, name)
     return f"{result}-{hashlib.sha256(' '.join(chosen_by).encode()).hexdigest()[:8]}" if chosen_by else result
 
 
@@ -194,7 +194,7 @@ def find_scores(job: Job, name: str, against: Sequence[Path]) -> dict[Path, Path
     found = {}
     for other in against:
         # Of these shards, where they are not those that it learned from; else of its own, which may be the same images.
-        names = (result_name(read_config(other), job.shards, name), name)
+        names = (result_name(read_config(other), job.shards.digest, name), name)
         files = [path for one in names if (path := other / f"scores-{one}.arrow").exists()]
         if not files:
             command = f"python train.py evaluate --run {other} --split {name}"
