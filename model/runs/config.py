@@ -20,14 +20,8 @@ from pipeline.labels import LABELS, VIEWS
 from pipeline.policies import BLANK_HELP, UNCERTAIN_HELP, check_blank_policy, parse_uncertain_policy
 
 HELD_OUT = 0.05  # share of the patients, where the shards have no dev split
-SINCE_0_1 = (
-    "sync_bn",
-    "fusion",
-    "freeze",
-    "dev",
-    "mix",
-    "balance_over",
-)  # fields that runs of version 0.1 do not have
+# Fields that runs of version 0.1 do not have.
+SINCE_0_1 = ("sync_bn", "fusion", "freeze", "dev", "mix", "balance_over")
 
 
 class Option(NamedTuple):
@@ -99,13 +93,6 @@ class Config:
         choices=LABELS,
         metavar="LABEL",
     )
-    balance_over: str | None = option(
-        None,
-        "data",
-        "balance: within each combination of these columns' values.",
-        check=split_columns,
-        metavar="COLUMN,…",
-    )
     max_bad: float = option(
         0.0,
         "data",
@@ -147,6 +134,13 @@ class Config:
 
     mix: tuple[float, ...] = option(
         (), "data", "Each folder's share of the images drawn.", metavar="0.7,0.3", shown="by size"
+    )
+    balance_over: str | None = option(
+        None,
+        "data",
+        "balance: within each combination of these columns' values.",
+        check=split_columns,
+        metavar="COLUMN,…",
     )
 
     @property
