@@ -1,6 +1,6 @@
 """The commands that look at labels and images: stats, show."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +25,7 @@ from pipeline.measure.counts import (
     to_csv,
     to_json,
 )
+from pipeline.policies import evaluation_targets
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -92,8 +93,8 @@ def stats(
         against and against_split == split and len(sources) == 1 and against.samefile(sources[0]),
         "--against is SOURCE itself; name another --against-split",
     )
-    _check_output("--plot", plot, (".png", ".svg"))
-    _check_output("--html", html, (".html",))
+    check_output("--plot", plot, (".png", ".svg"))
+    check_output("--html", html, (".html",))
     table = load_tables(sources, split, views, [*map(Path, facts)])
     known = list_variables(table)
     refuse_usage(by not in (None, *known), f"--by {by}: these images can be grouped by {', '.join(known)}")
@@ -146,16 +147,27 @@ def _render_page(
     table: "pa.Table",
 ) -> str:
     from pipeline.look.label_report import find_examples, find_groups, render_label_report
+    from pipeline.measure.audit import audit_labels
+    from pipeline.measure.covariates import find_covariates
+    from pipeline.sources.load import load_tables
 
     shown = report.copy()
     shown["cooccurrence"] = count_cooccurrence(table)
     alone = len(sources) == 1 and (sources[0] / NAME).is_file()
     examples = find_examples(sources[0], split, views) if alone else {}
     title = f"Labels of {', '.join(source.resolve().name for source in sources)}"
-    return render_label_report(title, scope, shown, find_groups(table), examples)
+    audited = load_tables(sources, split, views, audited=True)
+    cells = evaluation_targets(audited, find_blank(sources))
+    audit = audit_labels(audited, *cells, find_covariates(audited), together=False)  # which takes longer
+    return render_label_report(title, scope, shown, find_groups(table), examples, audit)
 
 
-def _check_output(option: str, path: Path | None, suffixes: Collection[str]) -> None:
+def find_blank(sources: Sequence[Path]) -> str:
+    """The policy for blank cells of the first source; zeros where it is no folder of shards."""
+    return read_manifest(sources[0]).policies["blank"] if (sources[0] / NAME).is_file() else "zeros"
+
+
+def check_output(option: str, path: Path | None, suffixes: Collection[str]) -> None:
     """Refuse a file that could not be written at the end, before anything is counted."""
     if path:
         wrong = path.suffix.lower() not in suffixes
@@ -197,7 +209,7 @@ def show(
 
     refuse_usage(state and not label, "--state needs --label")
     refuse_usage(augmented, "--augmented is a command now: python train.py inputs --shards … --out …")
-    _check_output("--out", out, FORMATS)
+    check_output("--out", out, FORMATS)
     manifest = read_manifest(shards)
     opened = open_split(shards, manifest, split)
     rows = select_rows(opened.table, where)
