@@ -3,9 +3,13 @@
 The draws are a pure function of (seed, epoch, step) and are made on the CPU, so a resumed run, a run on another
 device, and ranks that each hold a slice of the batch all see the same augmentations. The ranges are those that the
 best CheXpert repositories share; none of them crops, so the crop is an option.
+
+`robust` also changes what tells devices and hospitals apart and not the disease: the aspect, how sharp a film is, its
+gray scale, its noise and its borders. A network that learns from these does worse on another hospital's films.
 """
 
 import hashlib
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,11 +22,29 @@ SHIFT = 0.05  # share of the image's side
 SCALE = 0.05  # 0.95 to 1.05
 BRIGHTNESS = 0.1
 CONTRAST = 0.1
+ASPECT = 0.15  # height by width: up to e^0.3, or its inverse
+DETAIL = 1.5  # gain of what is finer than a random scale, from 0
+FINEST, COARSEST = 0.5, 1 / 16  # that scale: from so many pixels to this share of the side
+NOISE = 0.35  # largest standard deviation, in those of the film
+FRAME = 0.15  # width of a border, as a share of the side
+UNIFORM = 3**0.5  # largest value of an equalized film
+
+
+class Augmentation(NamedTuple):
+    """What training changes, beside the affine map."""
+
+    crop: float = 0.0  # largest share of the side that a crop leaves out
+    robust: bool = (
+        False  # the look of the acquisition; the network equalizes its films, in use as in training
+    )
+
+
 AUGMENTATIONS = {
-    "none": 0.0,
-    "affine": 0.0,
-    "crop": 0.4,
-}  # of training: the largest share that a crop leaves out
+    "none": Augmentation(),
+    "affine": Augmentation(),
+    "crop": Augmentation(crop=0.4),
+    "robust": Augmentation(crop=0.4, robust=True),
+}
 
 
 def normalize(images: Tensor, mean: float, std: float) -> Tensor:
@@ -38,34 +60,97 @@ def augment(
     seed: int,
     epoch: int,
     step: int,
-    crop: float = 0.0,
+    kind: Augmentation = AUGMENTATIONS["affine"],
     places: npt.NDArray[np.int64] | None = None,
     total: int | None = None,
 ) -> Tensor:
     """Normalized float32 images [B, 1, H, W]: random affine, crop, contrast and brightness; no flip.
 
     No flip, because the heart's side is a finding. Areas that the affine map uncovers are filled from the border.
-    `crop` is the largest share of the side that a random square crop of the result leaves out (0: no crop);
-    affine map and crop are a single interpolation. `places` [B] are the images' positions in a batch of `total`
-    (None: this is the whole batch): a part of a batch is transformed as it is in the whole.
+    Affine map, crop and change of aspect are a single interpolation. `places` [B] are the images' positions in a batch
+    of `total` (None: this is the whole batch): a part of a batch is transformed as it is in the whole. With
+    `kind.robust` the images are equalized instead of normalized by `mean` and `std`.
     """
     rows, total = slice(None) if places is None else torch.from_numpy(places), total or len(images)
     generator = torch.Generator().manual_seed(_stream_seed(seed, epoch, step))
     # [B, 6] in (-1, 1): rotation, shift x, shift y, scale, brightness, contrast
     draws = _draw(total, 6, generator)[rows]
-    theta = affine_matrices(draws[:, :4]) @ crop_matrices(_draw(total, 3, generator)[rows], crop)
+    theta = affine_matrices(draws[:, :4]) @ crop_matrices(_draw(total, 3, generator)[rows], kind.crop)
+    if kind.robust:
+        aspect = torch.exp(ASPECT * _draw(total, 1, generator)[rows])
+        theta = theta * torch.stack([aspect, 1 / aspect, torch.ones_like(aspect)], dim=2)
     theta = theta.to(images.device, non_blocking=True)
     brightness, contrast = draws.to(images.device, non_blocking=True)[:, 4:].T[..., None, None, None]
 
+    films = equalize(images.float()) if kind.robust else images.float()
     warped = F.grid_sample(
-        images.float(), _sampling_grid(theta, *images.shape[2:]), padding_mode="border", align_corners=False
+        films, _sampling_grid(theta, *images.shape[2:]), padding_mode="border", align_corners=False
     )
+    if kind.robust:
+        look = _draw(total, 11, generator)[rows].to(images.device, non_blocking=True)
+        grain = torch.randn(images.shape[2:], generator=generator).to(images.device, non_blocking=True)
+        return change_look(warped, look, grain)
     # Contrast about the image's own mean; brightness is a share of the full gray range. Fused with normalization into
     # one product and one sum, since memory traffic dominates the cost.
     center = warped.mean(dim=(1, 2, 3), keepdim=True)
     gain = 1 + CONTRAST * contrast
     augmented: Tensor = warped.mul_(gain / std)
     return augmented.add_((center * (1 - gain) - mean + BRIGHTNESS * 255 * brightness) / std)
+
+
+def change_look(films: Tensor, draws: Tensor, grain: Tensor) -> Tensor:
+    """Equalized films [B, 1, H, W] as another device might have rendered them; no finding moves.
+
+    In this order: detail finer than a random scale is removed or enhanced, noise is added, and half of the films get a
+    border of a random gray. The gray scale needs no change: it is equalized afterwards. `draws` [B, 11] in (-1, 1)
+    decide it all but for `grain` [H, W], a field of standard normal noise, which each film gets from another place.
+    """
+    height, width = films.shape[2:]
+    unit = ((draws + 1) / 2)[..., None, None, None]  # [B, 11, 1, 1, 1] in (0, 1)
+    scale = FINEST * (COARSEST * max(height, width) / FINEST) ** unit[:, 0, 0]
+    coarse = low_pass(films, scale)
+    films = coarse + DETAIL * unit[:, 1] * (films - coarse)
+
+    y, x = (torch.arange(side, device=films.device) for side in (height, width))
+    down, right = (unit[:, 2, 0, 0] * height).long(), (unit[:, 3, 0, 0] * width).long()
+    moved = grain[((y + down) % height)[:, :, None], ((x + right) % width)[:, None]]
+    films = films + NOISE * unit[:, 4] * moved[:, None]
+
+    top, bottom, left, right = (FRAME * unit[:, 5:9, 0, 0] * (draws[:, 9:10, None] < 0)).unbind(1)
+    y, x = (y + 0.5) / height, (x + 0.5) / width
+    inside = ((y > top) & (y < 1 - bottom))[:, :, None] & ((x > left) & (x < 1 - right))[:, None]
+    return torch.where(inside[:, None], films, draws[:, 10, None, None, None] * UNIFORM)
+
+
+def equalize(films: Tensor) -> Tensor:
+    """Float films [B, 1, H, W] with each gray value replaced by the share of darker pixels in the film.
+
+    Scaled to zero mean and unit variance; pixels of the same value count half. What any monotone change of a film's
+    gray scale (gamma, window, exposure) does, this undoes, up to the 256 steps into which each film's range is divided.
+    """
+    flat = films.flatten(1)
+    low, high = flat.amin(1, keepdim=True), flat.amax(1, keepdim=True)
+    steps = ((flat - low) * (255 / (high - low).clamp_min(1e-6))).round().long()
+    counts = flat.new_zeros((flat.shape[0], 256), dtype=torch.int64)
+    counts = counts.scatter_add(1, steps, torch.ones_like(steps))
+    shares = (counts.cumsum(1) - counts / 2) / flat.shape[1]
+    equalized: Tensor = ((2 * shares - 1) * UNIFORM).gather(1, steps).view_as(films)
+    return equalized
+
+
+def low_pass(films: Tensor, scale: Tensor) -> Tensor:
+    """Films [B, 1, H, W], each blurred by a Gaussian of its own standard deviation `scale` [B, 1, 1] in pixels.
+
+    As two products with matrices, so that every film has its kernel; at the border the kernel's inside is reweighted.
+    """
+
+    def kernels(side: int) -> Tensor:
+        place = torch.arange(side, dtype=torch.float32, device=films.device)
+        kernel = torch.exp(-(((place[:, None] - place) / scale) ** 2) / 2)
+        return kernel / kernel.sum(dim=2, keepdim=True)
+
+    blurred = kernels(films.shape[2]) @ films[:, 0] @ kernels(films.shape[3]).transpose(1, 2)
+    return blurred[:, None]
 
 
 def affine_matrices(draws: Tensor) -> Tensor:

@@ -708,10 +708,20 @@ def test_limit_and_balance_choose_what_an_epoch_draws(make_job: Callable[..., Jo
     others = whole.split.table.to_pandas().drop(index=chosen.rows).patient
     assert not set(patients) & set(others)  # whole patients
     labels = training_labels(job, chosen)
-    weights = draw_weights("Support Devices", labels, chosen.rows)
+    weights = draw_weights("Support Devices", [], labels, chosen)
     positive = labels.target[chosen.rows, LABELS.index("Support Devices")] >= 0.5
     assert weights[positive].sum() == pytest.approx(weights[~positive].sum())
     assert train.train(job) == 0
+    over = draw_weights("Support Devices", ["sex", "projection"], labels, chosen)
+    strata = table.select(["sex", "projection"]).to_pandas().fillna("blank")
+    sums = strata.assign(positive=positive, weight=over)[over > 0].groupby(["sex", "projection", "positive"])
+    np.testing.assert_allclose(*sums.weight.sum().unstack().to_numpy().T)
+    wrong = make_job("wrong", balance="Support Devices", balance_over="sex,hospital")
+    expected = (
+        r"^`balance` Support Devices `balance_over` sex,hospital: no column 'hospital'; there are key, "
+    )
+    with pytest.raises(DataError, match=expected):
+        train.train(wrong)
     with pytest.raises(DataError, match=r"^`balance` No Finding: no negatives to balance in train$"):
         train.train(make_job("other", balance="No Finding", blank="ignore"))
 
@@ -1271,6 +1281,16 @@ def test_command_line_killed_twice_warned_by_slurm_and_continued_equals_undistur
             ["--shards", "{shards}", "--run", "{run}", "--balance", "Edema", "--pos-weight"],
             2,
             "Error: --balance goes neither with --loss aucm nor with --pos-weight: each corrects alone",
+        ),
+        (
+            ["--shards", "{shards}", "--run", "{run}", "--balance-over", "sex"],
+            2,
+            "Error: --balance-over is for the label of --balance: it needs one",
+        ),
+        (
+            ["--shards", "{shards}", "--run", "{run}", "--balance", "Edema", "--balance-over", "sex,"],
+            2,
+            "'--balance-over': 'sex,' is not like projection,sex",
         ),
         (["sweep", "--sweep", "{run}", "--lr", "1e-3 nan"], 2, "'--lr': nan is not a finite number"),
         (["sweep", "--sweep", "{run}", "--lr", "1e-3 -1"], 2, "'--lr': -1.0 is not in the range x>0"),

@@ -20,7 +20,8 @@ from pipeline.labels import LABELS, VIEWS
 from pipeline.policies import BLANK_HELP, UNCERTAIN_HELP, check_blank_policy, parse_uncertain_policy
 
 HELD_OUT = 0.05  # share of the patients, where the shards have no dev split
-SINCE_0_1 = ("sync_bn", "fusion", "freeze", "dev", "mix")  # fields that runs of version 0.1 do not have
+# Fields that runs of version 0.1 do not have.
+SINCE_0_1 = ("sync_bn", "fusion", "freeze", "dev", "mix", "balance_over")
 
 
 class Option(NamedTuple):
@@ -35,6 +36,14 @@ class Option(NamedTuple):
     check: Callable[[str], object] | None = None  # raises DataError
     metavar: str | None = None
     shown: str | None = None  # in place of the default
+
+
+def split_columns(text: str) -> list[str]:
+    """Names of columns, separated by commas. Raises DataError for an empty name."""
+    names = [name.strip() for name in text.split(",")]
+    if "" in names:
+        raise DataError(f"'{text}' is not like projection,sex")
+    return names
 
 
 def option(default: Any, group: str, help: str = "", **more: Any) -> Any:  # noqa: A002 - as click calls it
@@ -56,7 +65,10 @@ class Config:
     ema: float = option(0.999, "optimization", "Decay of the averaged weights.", low=0, high=1)
     keep: str = option("best", "run", "Weights to keep, by dev macro AUROC.", choices=("best", "last"))
     augment: str = option(
-        "affine", "data", "crop: affine maps and random crops.", choices=tuple(AUGMENTATIONS)
+        "affine",
+        "data",
+        "crop: affine maps and random crops; robust: also random sharpness, noise and borders, on equalized films.",
+        choices=tuple(AUGMENTATIONS),
     )
     uncertain: str = option(  # empty: the shards' own
         "", "labels", UNCERTAIN_HELP, check=parse_uncertain_policy, metavar="POLICY", shown="the shards'"
@@ -123,6 +135,13 @@ class Config:
     mix: tuple[float, ...] = option(
         (), "data", "Each folder's share of the images drawn.", metavar="0.7,0.3", shown="by size"
     )
+    balance_over: str | None = option(
+        None,
+        "data",
+        "balance: within each combination of these columns' values.",
+        check=split_columns,
+        metavar="COLUMN,…",
+    )
 
     @property
     def unit(self) -> str:
@@ -175,6 +194,8 @@ def check_config(config: Config, ranks: Ranks) -> None:
         raise SettingError(
             "`balance` goes neither with `loss` aucm nor with `pos_weight`: each corrects alone"
         )
+    if config.balance_over and not config.balance:
+        raise SettingError("`balance_over` is for the label of `balance`: it needs one")
     if not can_divide(config.batch_size, config.accumulate, ranks):
         of_ranks = f" on each of {ranks.count} ranks" if ranks.count > 1 else ""
         raise SettingError(

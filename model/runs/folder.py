@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from model.augment import AUGMENTATIONS, equalize
 from model.checkpoint import load_checkpoint, refused, save_checkpoint
 from model.fusion import StudyNetwork
 from model.networks import build_network
@@ -44,7 +45,12 @@ AS_IT_IS = ImageOptions(size=None, square="no", encoding="png", quality=95, max_
 
 
 def fuse(network: nn.Module, config: Config) -> nn.Module:
-    """The network of a run by studies, made of one for images; the same one for a run by images."""
+    """The network of a run by studies, made of one for images; the same one for a run by images.
+
+    That of a `robust` run equalizes its films first, wherever it is used.
+    """
+    if AUGMENTATIONS[config.augment].robust:
+        network.register_forward_pre_hook(lambda _, inputs: (equalize(inputs[0]), *inputs[1:]))
     return network if config.fusion is None else StudyNetwork(network, config.fusion, config.freeze)
 
 

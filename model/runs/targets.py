@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from model.runs.config import learned_columns
+from model.runs.config import learned_columns, split_columns
 from model.runs.job import TEACHER_SCORES, Job, Selected, open_rows
 from model.runs.scores import read_scores
 from pipeline.base.errors import DataError
@@ -14,8 +14,8 @@ from pipeline.console import say
 from pipeline.labels import LABELS, label_states
 from pipeline.policies import describe_one_class, make_targets, one_class_labels, parse_uncertain_policy
 from pipeline.stream.batches import Labels
-from pipeline.stream.plan import Rows, Weights
-from pipeline.stream.select import NothingSelectedError, balance_weights, mix_weights
+from pipeline.stream.plan import Weights
+from pipeline.stream.select import NothingSelectedError, balance_weights, find_strata, mix_weights
 
 
 def check_reported(job: Job, dev: Selected) -> None:
@@ -83,7 +83,8 @@ def training_weights(job: Job, labels: Labels, train: Selected) -> Weights | Non
     Raises DataError where there is nothing to draw for a label or a folder.
     """
     if job.config.balance is not None:
-        return draw_weights(job.config.balance, labels, train.rows)
+        over = split_columns(job.config.balance_over) if job.config.balance_over else []
+        return draw_weights(job.config.balance, over, labels, train)
     if not job.config.mix:
         return None
     try:
@@ -92,13 +93,21 @@ def training_weights(job: Job, labels: Labels, train: Selected) -> Weights | Non
         raise DataError(f"`mix`: {error} of {job.shards}, in train") from None
 
 
-def draw_weights(label: str, labels: Labels, rows: Rows) -> Weights:
-    """Weights [N] of the rows, under which positives and negatives of a label are drawn equally often.
+def draw_weights(label: str, over: Sequence[str], labels: Labels, train: Selected) -> Weights:
+    """Weights [S] of the samples, under which positives and negatives of a label are drawn equally often.
 
-    Raises DataError where the label has no positives or no negatives among them.
+    Within each combination of values of the columns `over`, too: says how many images are in those with one class,
+    which are never drawn. Raises DataError for an unknown column, and where nothing can be balanced.
     """
-    column = LABELS.index(label)
+    rows, column = train.rows, LABELS.index(label)
+    options = f"`balance` {label}" + (f" `balance_over` {','.join(over)}" if over else "")
     try:
-        return balance_weights(labels.target[rows, column], labels.mask[rows, column])
+        strata = find_strata(train.split.table.take(rows), over) if over else None
+        weights = balance_weights(labels.target[rows, column], labels.mask[rows, column], strata)
+    except DataError as error:
+        raise DataError(f"{options}: {error}") from None
     except ValueError as error:
-        raise DataError(f"`balance` {label}: {error} in train") from None
+        raise DataError(f"{options}: {error} in train") from None
+    if left_out := int((weights == 0).sum()):
+        say(f"{options}: {left_out:,} of {len(rows):,} samples are never drawn: all like them have one class")
+    return weights

@@ -276,8 +276,8 @@ def inputs_command(
     mean, std = (collection.manifest.pixels[name] for name in ("mean", "std"))
 
     def vary(images: npt.NDArray[np.uint8]) -> list[npt.NDArray[np.uint8]]:
-        batch, crop = torch.from_numpy(images)[:, None], AUGMENTATIONS[kind]
-        inputs = [augment(batch, mean, std, seed, epoch, 0, crop) for epoch in range(VARIANTS)]
+        batch = torch.from_numpy(images)[:, None]
+        inputs = [augment(batch, mean, std, seed, epoch, 0, AUGMENTATIONS[kind]) for epoch in range(VARIANTS)]
         return [(one * std + mean).round().clamp(0, 255)[:, 0].byte().numpy() for one in inputs]
 
     # A sheet that says sex=Female beside keys would tell of patients: it says that there were conditions.

@@ -120,23 +120,48 @@ def parse_condition(text: str, schema: pa.Schema) -> Condition:
     return Condition(text, column, operator, int(value) if is_number else value)
 
 
-def balance_weights(target: npt.NDArray[np.float32], mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
-    """Weights float64 [N], of mean 1, under which a label's positives and negatives weigh the same in total.
+def balance_weights(
+    target: npt.NDArray[np.float32], mask: npt.NDArray[np.bool_], strata: npt.NDArray[np.int64] | None = None
+) -> npt.NDArray[np.float64]:
+    """Weights float64 [N] under which a label's positives and negatives weigh the same in total.
 
     `target` [N] and `mask` [N] are the label's after its policy; a soft target counts as what it is nearer to.
-    Cells that are masked, or of the third class of `multiclass` (-1), are neither and keep weight 1. Raises
-    ValueError where there are no positives or no negatives.
+    Cells that are masked, or of the third class of `multiclass` (-1), are neither and keep weight 1. With `strata`
+    [N], numbers from 0, the two weigh the same within each stratum, whose cells weigh as much as there are: drawn by
+    these weights, the label is independent of the stratum. No weights do that for a stratum with one class: its cells
+    get 0. Raises ValueError where there are no positives or no negatives, or no stratum has both.
     """
-    positive, negative = divide_cells(target, mask)
-    counts = {"positives": int(positive.sum()), "negatives": int(negative.sum())}
-    for name, count in counts.items():
-        if count == 0:
+    strata = np.zeros(len(target), np.int64) if strata is None else strata
+    classes = divide_cells(target, mask)
+    for name, cells in zip(("positives", "negatives"), classes, strict=True):
+        if not cells.any():
             raise ValueError(f"no {name} to balance")
-    half = sum(counts.values()) / 2
+    counts = np.array([np.bincount(strata[cells], minlength=strata.max() + 1) for cells in classes])
+    usable = counts.all(axis=0)
+    if not usable.any():
+        raise ValueError("no stratum has both positives and negatives")
     weights = np.ones(len(target))
-    weights[positive] = half / counts["positives"]
-    weights[negative] = half / counts["negatives"]
+    for cells, count in zip(classes, counts, strict=True):
+        shares = np.where(usable, counts.sum(axis=0) / 2 / np.maximum(count, 1), 0)
+        weights[cells] = shares[strata[cells]]
     return weights
+
+
+def find_strata(table: pa.Table, columns: Sequence[str]) -> npt.NDArray[np.int64]:
+    """The stratum of each row, int64 [N] from 0: rows with the same values in these columns share one.
+
+    An empty cell is a value of its own. Column names in any case. Raises DataError for an unknown column.
+    """
+    known = {name.casefold(): name for name in table.column_names}
+    for column in columns:
+        if column.casefold() not in known:
+            raise DataError(f"no column '{column}'; there are {', '.join(table.column_names)}")
+    codes = [
+        pc.dictionary_encode(table[known[column.casefold()]].combine_chunks(), null_encoding="encode").indices
+        for column in columns
+    ]
+    strata: npt.NDArray[np.int64] = np.unique(np.stack(codes), axis=1, return_inverse=True)[1]
+    return strata.ravel()
 
 
 def mix_weights(folder: Rows, shares: Sequence[float]) -> npt.NDArray[np.float64]:

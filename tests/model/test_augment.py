@@ -4,10 +4,22 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy.stats import rankdata
 from torch import Tensor
-from torchvision.transforms.functional import InterpolationMode, affine, resized_crop
+from torchvision.transforms.functional import InterpolationMode, affine, gaussian_blur, resized_crop
 
-from model.augment import _sampling_grid, affine_matrices, augment, crop_matrices, normalize
+from model.augment import (
+    AUGMENTATIONS,
+    Augmentation,
+    _sampling_grid,
+    affine_matrices,
+    augment,
+    change_look,
+    crop_matrices,
+    equalize,
+    low_pass,
+    normalize,
+)
 
 
 def smooth_image(side: int) -> Tensor:
@@ -21,13 +33,15 @@ def sample(image: Tensor, theta: Tensor) -> Tensor:
     return F.grid_sample(image, grid, padding_mode="border", align_corners=False)
 
 
-def test_augmentation_is_a_function_of_seed_epoch_and_step() -> None:
+@pytest.mark.parametrize("name", ["affine", "robust"])
+def test_augmentation_is_a_function_of_seed_epoch_and_step(name: str) -> None:
+    kind = AUGMENTATIONS[name]
     images = torch.randint(0, 256, (4, 1, 32, 32), dtype=torch.uint8)
-    first = augment(images, 128.0, 64.0, seed=1, epoch=2, step=3)
+    first = augment(images, 128.0, 64.0, 1, 2, 3, kind)
     torch.manual_seed(99)
-    torch.testing.assert_close(augment(images, 128.0, 64.0, seed=1, epoch=2, step=3), first, rtol=0, atol=0)
+    torch.testing.assert_close(augment(images, 128.0, 64.0, 1, 2, 3, kind), first, rtol=0, atol=0)
     for other in ((0, 2, 3), (1, 0, 3), (1, 2, 0)):
-        assert not torch.equal(augment(images, 128.0, 64.0, *other), first)
+        assert not torch.equal(augment(images, 128.0, 64.0, *other, kind), first)
     assert not torch.equal(first[0], normalize(images, 128.0, 64.0)[0])
 
 
@@ -41,12 +55,12 @@ def test_the_draws_are_written_in_stone() -> None:
     torch.testing.assert_close(augmented[:, 0, [4, 16, 27], [5, 16, 20]], expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("crop", [0.0, 0.2])
-def test_ranks_together_see_the_augmentations_of_one(crop: float) -> None:
+@pytest.mark.parametrize("kind", [Augmentation(), Augmentation(crop=0.2), AUGMENTATIONS["robust"]])
+def test_ranks_together_see_the_augmentations_of_one(kind: Augmentation) -> None:
     images = torch.randint(0, 256, (6, 1, 32, 32), dtype=torch.uint8)
-    whole = augment(images, 128.0, 64.0, 1, 2, 3, crop)
+    whole = augment(images, 128.0, 64.0, 1, 2, 3, kind)
     parts = [
-        augment(images[i : i + 2], 128.0, 64.0, 1, 2, 3, crop, np.arange(i, i + 2), 6) for i in (0, 2, 4)
+        augment(images[i : i + 2], 128.0, 64.0, 1, 2, 3, kind, np.arange(i, i + 2), 6) for i in (0, 2, 4)
     ]
     torch.testing.assert_close(torch.cat(parts), whole, rtol=0, atol=1e-6)
 
@@ -104,11 +118,11 @@ def test_crops_stay_inside_and_leave_the_other_draws_alone() -> None:
     # of a flat image only the brightness is seen
     flat = torch.full((4, 1, 8, 8), 100, dtype=torch.uint8)
     torch.testing.assert_close(
-        augment(flat, 128.0, 64.0, 1, 2, 3, crop=0.2), augment(flat, 128.0, 64.0, 1, 2, 3)
+        augment(flat, 128.0, 64.0, 1, 2, 3, Augmentation(crop=0.2)), augment(flat, 128.0, 64.0, 1, 2, 3)
     )
     images = torch.randint(0, 256, (4, 1, 32, 32), dtype=torch.uint8)
     assert not torch.equal(
-        augment(images, 128.0, 64.0, 1, 2, 3, crop=0.2), augment(images, 128.0, 64.0, 1, 2, 3)
+        augment(images, 128.0, 64.0, 1, 2, 3, Augmentation(crop=0.2)), augment(images, 128.0, 64.0, 1, 2, 3)
     )
 
 
@@ -116,3 +130,70 @@ def test_the_sampling_grid_is_torchs() -> None:
     theta = affine_matrices(torch.rand(3, 4) * 2 - 1)
     grid = F.affine_grid(theta, [3, 1, 20, 30], align_corners=False)
     torch.testing.assert_close(_sampling_grid(theta, 20, 30), grid)
+
+
+def draws_of(**given: float) -> Tensor:
+    """Draws [1, 11] under which a film keeps its look, but for what is given in (-1, 1)."""
+    names = ["scale", "gain", "down", "right", "noise", "top", "bottom", "left", "edge", "no_frame", "gray"]
+    neutral = dict.fromkeys(names, 0.0) | {"gain": 1 / 3, "noise": -1.0, "no_frame": 1.0}
+    return torch.tensor([list((neutral | given).values())])
+
+
+def test_a_film_keeps_its_look_where_the_draws_are_neutral() -> None:
+    film = torch.randn(1, 1, 24, 32)
+    torch.testing.assert_close(change_look(film, draws_of(), torch.randn(24, 32)), film, rtol=0, atol=1e-6)
+
+
+def test_detail_is_what_a_gaussian_blur_removes() -> None:
+    film = torch.randn(2, 1, 48, 64)
+    blurred = low_pass(film, torch.tensor([0.7, 2.0])[:, None, None])
+    for ours, image, sigma in zip(blurred, film, (0.7, 2.0), strict=True):
+        theirs = gaussian_blur(image, [17, 17], [sigma, sigma])
+        torch.testing.assert_close(ours[:, 9:-9, 9:-9], theirs[:, 9:-9, 9:-9], rtol=0, atol=1e-3)
+    torch.testing.assert_close(
+        low_pass(torch.ones(1, 1, 8, 8), torch.full((1, 1, 1), 2.0)), torch.ones(1, 1, 8, 8)
+    )
+    # (1/16 of the side / 0.5) is 8: half of the scale's range is 0.5 · 8^½ pixels
+    softest = change_look(film[:1], draws_of(gain=-1.0), torch.zeros(48, 64))
+    torch.testing.assert_close(softest, low_pass(film[:1], torch.full((1, 1, 1), 2**0.5)))
+    harder = change_look(film[:1], draws_of(gain=1.0), torch.zeros(48, 64))
+    torch.testing.assert_close(harder, softest + 1.5 * (film[:1] - softest), rtol=0, atol=1e-5)
+
+
+def test_noise_is_the_grain_from_another_place() -> None:
+    grain = torch.randn(8, 16)
+    noisy = change_look(torch.zeros(1, 1, 8, 16), draws_of(noise=1.0, down=-0.5, right=0.5), grain)
+    torch.testing.assert_close(noisy[0, 0], 0.35 * torch.roll(grain, (-2, -12), (0, 1)))
+
+
+def test_a_border_is_flat_and_at_most_so_wide() -> None:
+    film = torch.randn(1, 1, 100, 200)
+    widths = {"top": 1.0, "bottom": -1.0, "left": 0.0, "edge": -0.2}
+    framed = change_look(film, draws_of(no_frame=-0.1, gray=0.5, **widths), torch.zeros(100, 200))
+    inside = torch.zeros(100, 200, dtype=torch.bool)
+    inside[15:, 15:188] = True  # 15 % of 100, half of that of 200, and 40 % of it
+    torch.testing.assert_close(framed[0, 0, inside], film[0, 0, inside], rtol=0, atol=1e-5)
+    assert framed[0, 0, ~inside].unique().tolist() == pytest.approx([0.5 * 3**0.5])
+
+
+def test_equalized_values_are_ranks_whatever_the_gray_scale() -> None:
+    levels = np.random.default_rng(0).normal(110, 30, (3, 1, 40, 50)).clip(0, 255).astype(np.uint8)
+    levels[:, :, :5] = 0  # ties
+    levels[2] = 77  # a flat film
+    ranks = np.stack([rankdata(film, method="average").reshape(1, 40, 50) for film in levels])
+    found = equalize(torch.from_numpy(levels).float())
+    expected = (2 * (ranks - 0.5) / 2000 - 1) * 3**0.5
+    torch.testing.assert_close(found.double(), torch.from_numpy(expected), rtol=0, atol=1e-5)
+    brighter = equalize(torch.from_numpy((levels / 255.0) ** 0.7).float())  # where two steps may become one
+    torch.testing.assert_close(brighter, found, rtol=0, atol=0.03)
+    torch.testing.assert_close(equalize(normalize(torch.from_numpy(levels), 128.0, 64.0)), found)
+
+
+def test_robust_is_bounded_and_finite() -> None:
+    images = torch.randint(0, 256, (64, 1, 32, 32), dtype=torch.uint8)
+    images[0] = 0
+    inputs = augment(images, 128.0, 64.0, 1, 2, 3, AUGMENTATIONS["robust"])
+    assert inputs.dtype == torch.float32
+    assert inputs.shape == images.shape
+    assert inputs.abs().max() < 6  # 3.46 of detail at the most, and noise
+    assert equalize(inputs).abs().max() <= 3**0.5

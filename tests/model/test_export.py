@@ -4,12 +4,17 @@ import copy
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from model import export
+from model.augment import equalize, normalize
 from model.export import Scorer, compare_scores, draw_probes, export_scorer
 from model.networks import build_network
+from model.predict import predict_scores
+from model.runs.config import Config
+from model.runs.folder import fuse
 
 
 @pytest.fixture(scope="module")
@@ -77,3 +82,20 @@ def test_probes_span_the_range() -> None:
     assert probes.shape == (12, 1, 48, 48)
     assert (int(probes.min()), int(probes.max())) == (0, 255)
     assert len({probe.double().mean().item() for probe in probes}) >= 9
+
+
+@pytest.mark.parametrize("suffix", [pytest.param(".onnx", marks=pytest.mark.soak), ".pt2"])
+def test_a_robust_network_equalizes_wherever_it_is_used(suffix: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = build_network("rescnn", 14)
+    network(torch.randn(64, 1, 32, 32))
+    plain = copy.deepcopy(network).eval()
+    robust = fuse(network, Config(augment="robust")).eval()
+    assert robust.state_dict().keys() == plain.state_dict().keys()
+    images = torch.randint(0, 200, (5, 1, 32, 32), dtype=torch.uint8)
+    with torch.inference_mode():
+        expected = plain(equalize(images.float()))
+        torch.testing.assert_close(copy.deepcopy(robust)(normalize(images, 120.0, 60.0)), expected)
+        brighter = predict_scores(robust, [7], [(images + 50,)], 120.0, 60.0, torch.float32)
+        np.testing.assert_allclose(brighter[:, 0], torch.sigmoid(expected[:, 7]), atol=1e-5)
+    assert export_scorer(Scorer(robust, [7], 120.0, 60.0), 32, tmp_path / f"model{suffix}") < 1e-3

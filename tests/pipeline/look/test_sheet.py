@@ -119,7 +119,7 @@ def test_a_picture_keeps_its_proportions() -> None:
     assert fit(np.zeros((20, 10), np.uint8), 256).shape == (40, 20)
 
 
-@pytest.mark.parametrize("kind", ["affine", "crop"])
+@pytest.mark.parametrize("kind", ["affine", "crop", "robust"])
 def test_variants_are_what_training_sees(
     shards: tuple[Path, Manifest], tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,7 +12,7 @@ from pipeline.labels import LABELS, hash_fraction, read_labels
 from pipeline.manifest import Manifest, read_table
 from pipeline.policies import make_targets, parse_uncertain_policy
 from pipeline.stream.plan import epoch_order
-from pipeline.stream.select import balance_weights, select_rows
+from pipeline.stream.select import balance_weights, find_strata, select_rows
 
 
 @pytest.fixture(scope="module")
@@ -206,6 +206,44 @@ def test_weights_of_each_class() -> None:
     mask = np.array([1, 1, 1, 1, 1, 1, 0, 0, 1], np.bool_)
     # 2 positives and 4 negatives share the weight of 6; masked cells and the third class of `multiclass` have 1
     assert balance_weights(target, mask).tolist() == [1.5, 1.5, 0.75, 0.75, 0.75, 0.75, 1, 1, 1]
+
+
+def test_within_strata_the_classes_weigh_the_same_and_each_stratum_its_share() -> None:
+    target = np.array([1, 0, 0, 0, 1, 1, 0, 1, 1, 1], np.float32)
+    mask = np.array([1, 1, 1, 1, 1, 1, 1, 1, 0, 0], np.bool_)
+    strata = np.array([0, 0, 0, 0, 1, 1, 1, 2, 2, 3])
+    third = 1.5 / 2
+    # stratum 2 has no negative: no weights make it balanced; a masked cell keeps 1 wherever it is
+    expected = [2, 2 / 3, 2 / 3, 2 / 3, third, third, 1.5, 0, 1, 1]
+    np.testing.assert_allclose(balance_weights(target, mask, strata), expected)
+    with pytest.raises(ValueError, match=r"^no stratum has both positives and negatives$"):
+        balance_weights(target, mask, np.arange(10))
+
+
+def test_drawn_over_columns_a_label_is_independent_of_them(real_table: Any) -> None:
+    target, mask = make_targets(real_table, parse_uncertain_policy("ignore"), "zeros", seed=0)
+    column = LABELS.index("Edema")
+    strata = find_strata(real_table, ["Projection", "sex"])
+    facts = real_table.select(["projection", "sex"]).to_pandas().fillna("blank")
+    groups = facts.groupby(["projection", "sex"]).ngroup()
+    assert pd.crosstab(strata, groups).astype(bool).to_numpy().sum() == groups.nunique() == strata.max() + 1
+    weights = balance_weights(target[:, column], mask[:, column], strata)
+    known = facts.assign(weight=weights, positive=target[:, column] > 0.5)[mask[:, column] & (weights > 0)]
+    shares = known.groupby(["projection", "sex"]).apply(
+        lambda rows: np.average(rows.positive, weights=rows.weight)
+    )
+    np.testing.assert_allclose(shares, 0.5)
+    drawn = epoch_order([1000] * 223 + [len(target) - 223_000], 0, 0, weights=weights)
+    drawn = drawn[mask[drawn, column]]
+    unbalanced = known.groupby("projection").positive.mean()
+    assert unbalanced.max() - unbalanced.min() > 0.1
+    drawn_shares = pd.Series(target[drawn, column] > 0.5).groupby(facts.projection.to_numpy()[drawn]).mean()
+    assert (drawn_shares - 0.5).abs()[["AP", "PA"]].max() < 0.02
+
+
+def test_strata_of_an_unknown_column(real_table: Any) -> None:
+    with pytest.raises(DataError, match=r"^no column 'hospital'; there are path, key, patient, "):
+        find_strata(real_table, ["sex", "hospital"])
 
 
 def test_one_class_cannot_be_balanced() -> None:
