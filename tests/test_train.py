@@ -922,7 +922,7 @@ def test_thresholds_and_studies_are_as_asked_for(command: Callable[..., int], tr
 
 
 def test_results_on_other_shards_leave_the_runs_own_alone(
-    command: Callable[..., int], trained: Job, tmp_path: Path
+    command: Callable[..., int], trained: Job, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     own = {path: path.read_bytes() for path in trained.run.iterdir() if path.is_file()}
     others = tmp_path / "others"
@@ -934,6 +934,23 @@ def test_results_on_other_shards_leave_the_runs_own_alone(
     new = {path.name for path in trained.run.iterdir() if path.is_file() and path not in own}
     assert new == {f"evaluation-{result}.json", f"scores-{result}.arrow", f"report-{result}.html"}
     assert {path: path.read_bytes() for path in own} == own
+    evaluation = json.loads((trained.run / f"evaluation-{result}.json").read_text())
+    plain = json.loads((trained.run / "evaluation-valid.json").read_text())
+    assert "elsewhere" not in plain
+    assert evaluation["calibration"] == json.loads((trained.run / "calibration.json").read_text())
+    elsewhere = evaluation["elsewhere"]
+    edema = elsewhere["less_own"]["labels"]["Edema"]
+    assert edema["less_own"]["difference"] == 0  # the same images
+    assert edema["own"]["auroc"] == plain["labels"]["Edema"]["auroc"]
+    assert "AUROC there and on the run's own valid" in capfd.readouterr().out
+    (trained.run / "evaluation-valid.json").unlink()
+    assert command("evaluate", "--run", trained.run, "--shards", others) == 0
+    path, run = trained.run / "evaluation-valid.json", trained.run
+    note = f"{path}: not there, so nothing to compare with; it is written by: python train.py evaluate --run {run}"
+    assert f"{note}, with --shards the run's own\n" in capfd.readouterr().err
+    path.write_text('{"labels": {}}')
+    with pytest.raises(DataError, match=f"^{path}: damaged, or of other labels than the run's: 'intervals'$"):
+        command("evaluate", "--run", trained.run, "--shards", others)
     with pytest.raises(
         DataError, match=f"^{others}: not the shards that {trained.run} learned from, on whose dev"
     ):

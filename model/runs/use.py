@@ -23,7 +23,13 @@ from model.runs.overlap import check_evaluation
 from model.runs.results import evaluate, find_scores, name_comparison, name_result, write_report
 from model.runs.sanity import check_sanity
 from model.runs.scoring import score_best, score_files
-from model.runs.summary import print_comparison, print_evaluations, print_sanity, print_verdicts
+from model.runs.summary import (
+    print_comparison,
+    print_elsewhere,
+    print_evaluations,
+    print_sanity,
+    print_verdicts,
+)
 from pipeline.base.errors import DataError
 from pipeline.base.files import write_csv
 from pipeline.console import Checked, Number, say
@@ -102,6 +108,7 @@ def evaluate_command(
         return stop.code
     print_evaluations({split: results[split][0]})
     print_verdicts({split: results[split][0]})
+    print_elsewhere(results[split][0])
     print_comparison(results[split][0])
     print_sanity(results[split][0])
     result = name_result(job, split, chosen_by)
