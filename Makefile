@@ -36,6 +36,8 @@ SAMPLER   ?= grid
 PRUNER    ?= none
 TRIALS    ?=
 SWEEP     ?= runs/sweep
+SHARDS    ?=
+CROSS     ?= runs/cross
 ARGS      ?=
 IMAGES    ?=
 RUN       ?= runs/$(NAME)
@@ -48,7 +50,7 @@ PYTHON    ?= python3
 
 # A variable that nothing reads would leave its default in force without a word, so it is refused.
 SETTINGS := DATA OUT SIZE VIEWS UNCERTAIN BLANK DEV WORKERS ARCH LR WD BATCH EPOCHS SEED SPLIT TEACHER SAMPLER PRUNER \
-	TRIALS SWEEP ARGS IMAGES RUN GPUS ROUNDS FUZZ_SECONDS TARGETS FUSION PYTHON SUDO
+	TRIALS SWEEP SHARDS CROSS ARGS IMAGES RUN GPUS ROUNDS FUZZ_SECONDS TARGETS FUSION PYTHON SUDO
 typed    := $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
 unknown  := $(filter-out $(SETTINGS) SHELL MAKE% -%,$(typed))
 ifneq ($(unknown),)
@@ -74,11 +76,11 @@ POLICIES = $(if $(call given,UNCERTAIN),--uncertain $(UNCERTAIN)) $(if $(call gi
 	$(if $(TEACHER),--teacher $(TEACHER))
 tagged   = $(if $(call given,$(1)),-$(2)$($(1)))
 NAME     = $(ARCH)-$(SIZE)-lr$(LR)-wd$(WD)$(call tagged,BATCH,batch)$(call tagged,EPOCHS,epochs)$(call tagged,UNCERTAIN)$(call tagged,BLANK,blank-)$(call tagged,VIEWS)$(if $(FUSION),-$(FUSION))-seed$(SEED)
-SHARDS   = $(BIN)/pipeline shards "$(DATA)" $(OUT) --size $(SIZE) --views $(VIEWS) --dev $(DEV) $(THREADS)
+WRITE    = $(BIN)/pipeline shards "$(DATA)" $(OUT) --size $(SIZE) --views $(VIEWS) --dev $(DEV) $(THREADS)
 $(if $(word 2,$(OUT)),$(error OUT=$(OUT): make takes no spaces there))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup shards verify stats train sweep evaluate predict test test-wheel test-pages test-s3 test-postgres test-cluster soak fuzz audit lint bench-etl bench-stream bench-scale lock clean
+.PHONY: help setup shards verify stats train sweep cross evaluate predict test test-wheel test-pages test-s3 test-postgres test-cluster soak fuzz audit lint bench-etl bench-stream bench-scale lock clean
 
 ##@ Set up
 help:  ## list the targets
@@ -89,7 +91,7 @@ setup: .venv/installed  ## create .venv and install the pinned packages; again o
 ##@ Data
 shards: .venv/installed $(SAMPLE)  ## write DATA (a CheXpert folder) as shards to OUT
 	@$(if $(DATA),,echo 'make shards needs DATA=<CheXpert folder>' >&2; exit 2)
-	$(SHARDS) $(if $(call given,UNCERTAIN),--uncertain $(UNCERTAIN)) $(if $(call given,BLANK),--blank $(BLANK)) $(ARGS)
+	$(WRITE) $(if $(call given,UNCERTAIN),--uncertain $(UNCERTAIN)) $(if $(call given,BLANK),--blank $(BLANK)) $(ARGS)
 
 verify: .venv/installed $(OUT)/manifest.json  ## check the shards in OUT: hashes, structure, every image
 	$(BIN)/pipeline verify $(OUT) --deep $(THREADS)
@@ -117,6 +119,11 @@ sweep: .venv/installed $(OUT)/manifest.json  ## train with each of several LR, W
 		$(if $(TRIALS),--trials $(TRIALS)) --epochs $(EPOCHS) --image-size $(SIZE) --seed $(SEED) $(THREADS) \
 		$(if $(call given,BLANK),--blank $(BLANK)) $(if $(TEACHER),--teacher $(TEACHER)) \
 		$(if $(call given,VIEWS),--views $(VIEWS)) $(if $(FUSION),--fusion $(FUSION)) $(ARGS)
+
+cross: .venv/installed  ## train on each of several folders SHARDS, on all but one and on all; score every run on every folder
+	@$(if $(word 2,$(SHARDS)),,echo 'make cross needs SHARDS="A B": two folders of shards or more' >&2; exit 2)
+	$(BIN)/python train.py cross $(foreach folder,$(SHARDS),--shards $(folder)) --out "$(CROSS)" --arch $(ARCH) --lr $(LR) \
+		--weight-decay $(WD) --batch-size $(BATCH) --epochs $(EPOCHS) --image-size $(SIZE) --seed $(SEED) $(THREADS) $(POLICIES) $(ARGS)
 
 evaluate: .venv/installed  ## score the best checkpoint of RUN on SPLIT of the shards in OUT
 	$(SAY_SAMPLE)
@@ -216,7 +223,7 @@ clean:  ## remove .venv and caches; keeps shards and runs
 # With DATA given, always: shards of other data, or by other settings, are refused, and finished ones left alone.
 $(OUT)/manifest.json: $(if $(call given,DATA),always) | .venv/installed $(SAMPLE)
 	@$(if $(DATA),,echo 'No shards in $(OUT). Write them with: make shards DATA=<CheXpert folder> OUT=$(OUT)' >&2; exit 2)
-	$(SHARDS)
+	$(WRITE)
 
 .PHONY: always
 always:

@@ -80,7 +80,7 @@ from model.runs.job import (
 from model.runs.overlap import check_teacher, write_trained_on
 from model.runs.results import CALIBRATION, choice_score, finish_run
 from model.runs.scoring import score_split
-from model.runs.targets import check_reported, draw_weights, no_choice, training_labels
+from model.runs.targets import check_reported, no_choice, training_labels, training_weights
 from pipeline.base.errors import DataError
 from pipeline.base.files import claimed, write_atomically
 from pipeline.console import progress_bar, run_command, say
@@ -169,7 +169,7 @@ def train(job: Job, watch: Callable[[list[dict[str, Any]]], None] = lambda histo
     if steps == 0:
         raise DataError(f"{job.shards}: {len(train.rows)} train samples are less than one batch")
     labels = training_labels(job, train)
-    weights = None if config.balance is None else draw_weights(config.balance, labels, train.rows)
+    weights = training_weights(job, labels, train)
     state = start_state(job, labels, train.rows)
     if not job.ranks.is_first:
         return train_epochs(job, state, (train, dev), labels, weights, watch)

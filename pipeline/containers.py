@@ -12,6 +12,7 @@ from typing import NamedTuple
 JPEG, PNG = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"  # how the files begin
 BASELINE, PROGRESSIVE = {0xC0, 0xC1}, 0xC2  # frame markers of a JPEG
 _SOS, _EOI, _APP2, _DQT, _SCAN_DATA = 0xDA, 0xD9, 0xE2, 0xDB, 0x00  # JPEG markers; 0x00 is none, and ours
+_JPEG_LS = 0xF7  # its frame marker
 _FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 # Frames, Huffman and arithmetic tables, restarts, quantization, scans.
 _JPEG_IMAGE = _FRAMES | {0xC4, 0xCC, 0xDB, 0xDD, _SOS, _SCAN_DATA, _EOI}
@@ -73,6 +74,14 @@ def read_jpeg_facts(jpeg: bytes) -> JpegFacts:
         is_multiple=any(marker == _APP2 and part[4:8] == b"MPF\0" for marker, part in head),
         has_metadata=any(_is_metadata(*segment) for segment in head) or not jpeg.endswith(b"\xff\xd9"),
     )
+
+
+def read_jpeg_shape(jpeg: bytes) -> tuple[int, int, int]:
+    """Height, width and channels of a JPEG or JPEG-LS. Raises ValueError for damaged segments."""
+    for marker, part in _segments(jpeg):
+        if marker in _FRAMES or marker == _JPEG_LS:
+            return int.from_bytes(part[5:7]), int.from_bytes(part[7:9]), int.from_bytes(part[9:10])
+    raise ValueError("it has no frame")
 
 
 def strip_metadata(jpeg: bytes) -> bytes:

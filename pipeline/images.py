@@ -25,6 +25,7 @@ from pipeline.containers import (
     read_png_facts,
     strip_metadata,
 )
+from pipeline.dicom import decode_dicom, is_dicom, open_dicom
 
 Gray = npt.NDArray[np.uint8]
 
@@ -90,8 +91,11 @@ class _Source(NamedTuple):
     copy: bytes | None = None
 
 
-def prepare(data: bytes, options: ImageOptions) -> Prepared:
-    """Turn a JPEG or PNG of any kind into what a shard stores. Raises ImageError, ValueError for bad options.
+def prepare(data: bytes, options: ImageOptions, said_bits: int | None = None) -> Prepared:
+    """Turn a JPEG, PNG or gray DICOM of any kind into what a shard stores.
+
+    Raises ImageError, ValueError for bad options, and DataError where DICOM files need a package that is missing.
+    `said_bits` is what the set's table says of a 16-bit PNG that does not say itself how many of its bits are used.
 
     The shorter side becomes `size`, never enlarged; a square is exactly size×size: `pad` keeps the aspect and
     centers on black, `crop` takes the center, `stretch` distorts it. A gray JPEG that fits already
@@ -102,13 +106,16 @@ def prepare(data: bytes, options: ImageOptions) -> Prepared:
         raise ValueError("a square needs a size")
     if not data:
         raise ImageError("the file is empty")
-    kind = "JPEG" if data.startswith(JPEG) else "PNG" if data.startswith(PNG) else None
-    if kind is None:
-        raise ImageError("not a readable JPEG or PNG: cannot identify image file")
+    kind = "JPEG" if data.startswith(JPEG) else "PNG" if data.startswith(PNG) else "DICOM"
+    if kind == "DICOM" and not is_dicom(data):
+        raise ImageError("not a readable JPEG, PNG or DICOM: cannot identify image file")
     try:
-        source = (
-            _read_jpeg(data, options) if kind == "JPEG" else _read_png(data, options.max_pixels, options.bits)
-        )
+        if kind == "JPEG":
+            source = _read_jpeg(data, options)
+        elif kind == "PNG":
+            source = _read_png(data, options.max_pixels, options.bits, said_bits)
+        else:
+            source = _read_dicom(data, options.max_pixels)
     except ImageError:
         raise
     except ValueError as error:
@@ -223,8 +230,11 @@ def _decode_any(data: bytes, colorspace: str, min_height: int = 0, min_width: in
     return np.asarray(Image.frombuffer("CMYK", size, 255 - pixels, "raw", "CMYK", 0, 1).convert("L"))
 
 
-def _read_png(data: bytes, max_pixels: float, bits: int | None = None) -> _Source:
+def _read_png(
+    data: bytes, max_pixels: float, bits: int | None = None, said_bits: int | None = None
+) -> _Source:
     facts = read_png_facts(data)
+    said = facts.said_bits or said_bits
     if facts.is_multiple:
         raise ImageError("more than one frame")
     _check_pixels(facts.width, facts.height, max_pixels)
@@ -232,11 +242,11 @@ def _read_png(data: bytes, max_pixels: float, bits: int | None = None) -> _Sourc
         image: Image.Image = Image.open(io.BytesIO(data), formats=("PNG",))
         if image.mode.startswith("I"):
             levels = np.asarray(image, np.uint32)
-            pixels = _to_8_bits(levels, _used_bits(levels, facts.said_bits, bits))
+            pixels = _to_8_bits(levels, _used_bits(levels, said, bits))
         else:
             image.load()
-            if facts.depth == 16 and (bits or facts.said_bits) is not None:
-                image = _rescale_channels(image, data, facts.said_bits, bits)
+            if facts.depth == 16 and (bits or said) is not None:
+                image = _rescale_channels(image, data, said, bits)
             pixels = _to_gray(image)
     except ImageError:
         raise
@@ -244,6 +254,13 @@ def _read_png(data: bytes, max_pixels: float, bits: int | None = None) -> _Sourc
         raise ValueError(str(error)) from error
     pixels = _turn(pixels, _orientation(facts.exif))
     return _Source(pixels, pixels.shape, facts.has_metadata, facts.depth)
+
+
+def _read_dicom(data: bytes, max_pixels: int) -> _Source:
+    dataset = open_dicom(data, max_pixels)
+    _check_pixels(dataset.Columns, dataset.Rows, max_pixels)
+    pixels = decode_dicom(dataset)
+    return _Source(pixels, pixels.shape, stripped=True, bits=int(dataset.BitsStored))
 
 
 def _to_gray(image: Image.Image) -> Gray:

@@ -6,7 +6,7 @@ input and options give the same bytes.
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -95,6 +95,22 @@ class Manifest:
 def name_facts(table: pa.Table) -> dict[str, str]:
     """Name → type of the columns that only some tables have: what a set, a user or `images.Original` adds."""
     return {column.name: str(column.type) for column in table.schema if column.name not in KNOWN}
+
+
+def concat_labels(tables: Sequence[pa.Table]) -> pa.Table:
+    """The rows of several label tables; facts that some lack are null there, and text where types differ."""
+    kinds: dict[str, set[str]] = {}
+    for table in tables:
+        for name, kind in name_facts(table).items():
+            kinds.setdefault(name, set()).add(kind)
+    mixed = [name for name, found in kinds.items() if len(found) > 1]
+    same = []
+    for table in tables:
+        for name in set(mixed) & set(table.column_names):
+            place = table.schema.get_field_index(name)
+            table = table.set_column(place, name, table[name].cast(pa.string()))
+        same.append(table)
+    return pa.concat_tables(same, promote_options="default")
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

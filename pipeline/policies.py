@@ -47,6 +47,16 @@ def parse_uncertain_policy(text: str) -> dict[str, str]:
     return policy
 
 
+def choose_policy(kind: str, given: str | None, defaults: Mapping[str, str]) -> str:
+    """The policy for `kind` of cells, uncertain or blank, that was given, or the shards' own.
+
+    Raises DataError where none was given, and several folders of shards differ in theirs.
+    """
+    if not (given or defaults[kind]):
+        raise DataError(f"`{kind}`: the folders of shards have different policies; give one")
+    return given or defaults[kind]
+
+
 def check_blank_policy(text: str) -> str:
     """The policy itself. Raises DataError where it is unknown."""
     if text not in BLANK_POLICIES:

@@ -31,7 +31,9 @@ import torch
 from PIL import Image
 from torch import _weights_only_unpickler
 
-with atheris.instrument_imports(include=["pipeline", "model"]):
+with atheris.instrument_imports(include=["pipeline", "model", "pydicom"]):
+    import pydicom.pixels
+
     from model.checkpoint import load_checkpoint, save_checkpoint
     from model.runs.config import read_config
     from model.runs.scores import read_scores, write_scores
@@ -54,6 +56,7 @@ unpickler = _weights_only_unpickler.Unpickler
 unpickler.load = atheris.instrument_func(unpickler.load)  # type: ignore[method-assign]
 
 WORK = Path(".fuzz")
+LONGEST = 65536  # bytes of an input
 SECONDS = int(os.environ.get("FUZZ_SECONDS", "600"))
 Target = Callable[[bytes], object]
 
@@ -89,6 +92,9 @@ def make_example(folder: Path) -> Path:
     image.convert("CMYK").save(seeds / "g.jpg")
     Image.fromarray(pixels.astype(np.uint16) * 200).save(seeds / "h.png")
     np.save(seeds / "i.npy", pixels)
+    for film in (Path(pydicom.__file__).parent / "data" / "test_files").glob("*.dcm"):
+        if film.stat().st_size < LONGEST:
+            (folder / film.name).write_bytes(film.read_bytes())
     return folder / "shards"
 
 
@@ -236,6 +242,7 @@ TARGETS: dict[str, tuple[Callable[[Path, Path], Target], str]] = {
     "config": (config_target, "../config.json"),
     "tar": (tar_target, "train-*.tar"),
     "image": (image_target, "../seeds/*"),
+    "dicom": (image_target, "../*.dcm"),
 }
 
 
@@ -260,7 +267,7 @@ def fuzz(name: str, arguments: list[str]) -> None:
         f"-artifact_prefix={WORK}/crash-{name}-",
         "-rss_limit_mb=2048",
         "-timeout=20",
-        "-max_len=65536",
+        f"-max_len={LONGEST}",
     ]
     options += ["-print_final_stats=1", f"-max_total_time={SECONDS}"]
     atheris.Setup([sys.argv[0], *options, *(arguments or [str(corpus)])], feed)

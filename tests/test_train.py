@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 import torch
+from PIL import Image
 from sklearn.metrics import roc_auc_score
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
@@ -50,7 +51,7 @@ from pipeline.labels import LABELS, hash_fraction
 from pipeline.manifest import Manifest, manifest_digest, read_table
 from pipeline.measure.evaluate import calibrate
 from pipeline.policies import evaluation_targets
-from pipeline.stream.samples import open_split
+from pipeline.stream.collection import open_collection
 from tests.conftest import ROUNDS
 
 REPOSITORY = Path(train.__file__).parent
@@ -140,7 +141,8 @@ def command(sample_shards: tuple[Path, Manifest], monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(StopFlag, "listen", lambda self: self)
 
     def call(name: str, *arguments: object) -> int:
-        options: list[object] = ["--shards", sample_shards[0], "--workers", 2]
+        shards = [] if "--shards" in arguments else ["--shards", sample_shards[0]]
+        options: list[object] = [*shards, "--workers", 2]
         if name == "train":
             options += ["--arch", "rescnn", "--image-size", 32, "--epochs", 1, "--batch-size", 16]
         words = [str(part) for part in (name, *options, *arguments)]
@@ -238,7 +240,7 @@ def test_policies_train_and_their_scores_give_the_reported_auroc(
     assert train.train(job) == 0
     assert load_checkpoint(job.run / "best.pt")["weights"]["head.2.weight"].shape == (outputs, 256)
     for name in ("dev", "valid"):
-        table = read_table(job.shards, job.manifest.split(name))
+        table = read_table(job.shards.folders[0].path, job.manifest.split(name))
         scores = pa.ipc.open_file(job.run / f"scores-{name}.arrow").read_all()
         assert scores["key"].equals(table["key"])
         target, mask = evaluation_targets(table, "zeros")
@@ -261,7 +263,7 @@ def test_a_student_learns_its_teachers_scores_of_the_uncertain_cells(
     assert json.loads((teacher.run / "evaluation-train.json").read_text()) == report
 
     student = make_job("student", uncertain="selftrained", teacher=teacher.run)
-    split = open_split(student.shards, student.manifest, "train")
+    split = student.shards.open("train")
     target, mask = training_labels(student, open_rows(student, "train"))
     scores = read_scores(teacher.run / "scores-train.arrow", split.table["key"])
     states = np.column_stack([pc.fill_null(split.table[label], 0).to_numpy() for label in LABELS])
@@ -361,7 +363,9 @@ def test_labels_with_one_class_are_named_and_refused_where_strict(
     make_job: Callable[..., Job], capsys: pytest.CaptureFixture[str]
 ) -> None:
     job = make_job("run", blank="ignore", epochs=1)
-    healthy = pc.sum(read_table(job.shards, job.manifest.split("train"))["No Finding"]).as_py()
+    healthy = pc.sum(
+        read_table(job.shards.folders[0].path, job.manifest.split("train"))["No Finding"]
+    ).as_py()
     assert train.train(job) == 0
     lines = [line for line in capsys.readouterr().err.splitlines() if "cannot be learned" in line]
     assert (
@@ -595,7 +599,7 @@ def test_a_run_learns_and_is_measured_on_what_was_selected(make_job: Callable[..
     job = make_job("run", epochs=1, where=("sex=Female", "age>=40"), labels=("Edema", "Pleural Effusion"))
     assert train.train(job) == 0
     report = json.loads((job.run / "evaluation-valid.json").read_text())
-    table = read_table(job.shards, job.manifest.split("valid"))
+    table = read_table(job.shards.folders[0].path, job.manifest.split("valid"))
     facts = table.select(["key", "patient", "study", "sex", "age"]).to_pandas()
     chosen = (facts.sex == "Female") & (facts.age >= 40)
     scores = pa.ipc.open_file(job.run / "scores-valid.arrow").read_all()
@@ -617,7 +621,9 @@ def test_a_selection_without_valid_is_said_before_the_first_step(
     make_job: Callable[..., Job], capsys: pytest.CaptureFixture[str]
 ) -> None:
     job = make_job("other")
-    patients = read_table(job.shards, job.manifest.split("valid"))["patient"].unique().to_pylist()
+    patients = (
+        read_table(job.shards.folders[0].path, job.manifest.split("valid"))["patient"].unique().to_pylist()
+    )
     job = make_job("run", epochs=1, where=tuple(f"patient!={patient}" for patient in patients))
     assert train.train(job) == 0
     said = capsys.readouterr().err
@@ -713,8 +719,8 @@ def test_limit_and_balance_choose_what_an_epoch_draws(make_job: Callable[..., Jo
 def test_damaged_images_end_the_run_unless_they_are_allowed(
     make_job: Callable[..., Job], tmp_path: Path
 ) -> None:
-    shards = Path(shutil.copytree(make_job("other").shards, tmp_path / "shards"))
-    job = dataclasses.replace(make_job("run", epochs=1), shards=shards)
+    shards = Path(shutil.copytree(make_job("other").shards.folders[0].path, tmp_path / "shards"))
+    job = dataclasses.replace(make_job("run", epochs=1), shards=open_collection(shards))
     split = open_rows(job, "dev").split
     path = shards / split.shards[split.shard[3]].file
     data = bytearray(path.read_bytes())
@@ -926,7 +932,7 @@ def test_results_on_other_shards_leave_the_runs_own_alone(
 ) -> None:
     own = {path: path.read_bytes() for path in trained.run.iterdir() if path.is_file()}
     others = tmp_path / "others"
-    shutil.copytree(trained.shards, others)
+    shutil.copytree(trained.shards.folders[0].path, others)
     with (others / "manifest.json").open("a") as file:
         file.write("\n")
     assert command("evaluate", "--run", trained.run, "--shards", others) == 0
@@ -1090,10 +1096,32 @@ def test_predict_gives_the_scores_that_shards_give(
     film = next(films.rglob("*.jpg"))
     options = ["predict", "--run", str(job.run), "--out", str(out), "--strict"]
     assert call_main([*options, str(broken), str(film)]) == 3
-    assert f"{broken}: not a readable JPEG or PNG" in capsys.readouterr().err
+    assert f"{broken}: not a readable JPEG, PNG or DICOM" in capsys.readouterr().err
     assert pd.read_csv(out)["Edema"].isna().tolist() == [True, False]
-    with pytest.raises(DataError, match=r"run: no .jpg, .jpeg or .png file$"):
+    with pytest.raises(DataError, match=r"run: no .jpg, .jpeg, .png, .dcm, .dicom file$"):
         call_main([*options, str(job.run)])
+
+
+def test_predict_scores_dicoms_as_their_pixels(trained: Job, tmp_path: Path) -> None:
+    pytest.importorskip("pydicom")
+    from tests.pipeline.test_dicom import make_film
+
+    pixels = np.linspace(0, 255, 80 * 96).astype(np.uint8).reshape(80, 96)
+    films = tmp_path / "films"
+    films.mkdir()
+    Image.fromarray(pixels).save(films / "a.png")
+    (films / "b.dcm").write_bytes(make_film(pixels, BitsStored=8, HighBit=7))
+    (films / "c.DICOM").write_bytes(
+        make_film(255 - pixels, BitsStored=8, HighBit=7, PhotometricInterpretation="MONOCHROME1")
+    )
+    (films / "d.dicom").write_bytes(make_film(pixels, BitsStored=8, HighBit=7, BurnedInAnnotation="YES"))
+    out = tmp_path / "scores.csv"
+    main.main(["predict", "--run", str(trained.run), "--out", str(out), str(films)], standalone_mode=False)
+    scores = pd.read_csv(out).set_index("file")
+    assert [Path(file).name for file in scores.index] == ["a.png", "b.dcm", "c.DICOM", "d.dicom"]
+    assert scores.iloc[0].notna().all()
+    np.testing.assert_allclose(scores.iloc[1:3], scores.iloc[[0, 0]], atol=2e-6)
+    assert scores.iloc[3].isna().all()
 
 
 @pytest.mark.parametrize("name", ["model.pt2", "model.onnx"])
@@ -1108,7 +1136,7 @@ def test_exported_networks_give_the_same_scores(
     checked, names = capsys.readouterr().out.splitlines()[-2:]
     assert checked.startswith(f"{out}: checked, within ")
     assert names == "its scores: Edema, Fracture"
-    valid = open_shards(job.shards)["valid"]
+    valid = open_shards(job.shards.folders[0].path)["valid"]
     (batch,) = valid.batches(len(valid.table), 32, epoch=None)
     if name.endswith(".onnx"):
         (scores,) = onnxruntime.InferenceSession(out).run(None, {"images": batch.images})

@@ -2,7 +2,7 @@
 
 import gc
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from model.predict import InterruptedEvaluationError
 from model.ranks import join_ranks
 from model.runs.config import Config, options
+from model.runs.cross import score_runs, train_runs, write_cross
 from model.runs.job import Job, StopFlag, open_job
 from model.runs.options import (
     DATA_OPTIONS,
@@ -23,7 +24,7 @@ from model.runs.options import (
     with_options,
 )
 from model.runs.results import choice_score, measure_run
-from model.runs.summary import print_evaluations, print_verdicts
+from model.runs.summary import print_cross, print_evaluations, print_verdicts
 from model.runs.use import evaluate_command, export_command, inputs_command, predict_command
 from pipeline.base.errors import DataError, SettingError
 from pipeline.base.files import read_object
@@ -48,7 +49,7 @@ class TrainByDefault(click.Group):
 
 @click.group(cls=TrainByDefault, context_settings={"show_default": True})
 def main() -> None:
-    """Train, sweep, evaluate, predict, export, inputs. Without a command's name: train."""
+    """Train, sweep, cross, evaluate, predict, export, inputs. Without a command's name: train."""
 
 
 JOB_OPTIONS = [
@@ -91,6 +92,42 @@ def train_command(train: Train, /, **given: Any) -> int:
         return code
 
 
+@main.command(
+    "cross",
+    cls=GroupedCommand,
+    epilog="Example: python train.py cross --shards shards/nih --shards shards/children --out runs/cross --epochs 15",
+)
+@grouped(
+    "run", "--out", type=click.Path(path_type=Path), required=True, help="Folder of the runs and of the page."
+)
+@with_options(*DATA_OPTIONS, *config_options(), *JOB_OPTIONS)
+@click.pass_obj
+def cross_command(train: Train, /, out: Path, shards: tuple[str, ...], **given: Any) -> int:
+    """Train on each of several --shards, on all but one, and on all, and score every run on every set.
+
+    Writes the matrix of AUROCs, with intervals, to cross.html. The same command continues where it was stopped.
+    """
+    if len(shards) < 2:
+        raise click.UsageError("cross needs --shards twice or more: a set is trained on, another one scored")
+    config, others = split_options(given)
+    stop = StopFlag().listen()
+
+    def make(folders: Sequence[str], run: Path) -> Job:
+        return start_job(config, folders, run, **others, stop=stop)
+
+    try:
+        jobs, code = train_runs(shards, out, make, train)
+        if code:
+            return code
+        found = score_runs(jobs, shards)
+    except InterruptedEvaluationError:
+        return stop.code
+    write_cross(out, found, asdict(config))
+    print_cross(found)
+    click.echo(f"{out / 'cross.html'}: the same by label")
+    return 0
+
+
 def split_options(given: Mapping[str, Any]) -> tuple[Config, dict[str, Any]]:
     """Divide the options of `train` into its configuration and the others."""
     known = options()
@@ -98,7 +135,7 @@ def split_options(given: Mapping[str, Any]) -> tuple[Config, dict[str, Any]]:
     return Config(**fields), {name: value for name, value in given.items() if name not in known}
 
 
-def start_job(config: Config, shards: str, run: Path, **others: Any) -> Job:
+def start_job(config: Config, shards: Sequence[str], run: Path, **others: Any) -> Job:
     """The job of `open_job`. Raises UsageError for options that do not go together."""
     try:
         return open_job(config, shards, run, **others)

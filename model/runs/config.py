@@ -20,7 +20,7 @@ from pipeline.labels import LABELS, VIEWS
 from pipeline.policies import BLANK_HELP, UNCERTAIN_HELP, check_blank_policy, parse_uncertain_policy
 
 HELD_OUT = 0.05  # share of the patients, where the shards have no dev split
-SINCE_0_1 = ("sync_bn", "fusion", "freeze", "dev")  # fields that runs of version 0.1 do not have
+SINCE_0_1 = ("sync_bn", "fusion", "freeze", "dev", "mix")  # fields that runs of version 0.1 do not have
 
 
 class Option(NamedTuple):
@@ -120,6 +120,10 @@ class Config:
         shown=f"{HELD_OUT:g} where the shards have no dev split",
     )
 
+    mix: tuple[float, ...] = option(
+        (), "data", "Each folder's share of the images drawn.", metavar="0.7,0.3", shown="by size"
+    )
+
     @property
     def unit(self) -> str:
         """What a sample is: image, or study."""
@@ -165,6 +169,8 @@ def check_config(config: Config, ranks: Ranks) -> None:
         raise SettingError("`loss` aucm goes neither with `pos_weight` nor with the policy multiclass")
     if config.loss == "aucm" and config.accumulate > 1:
         raise SettingError("`loss` aucm is of a whole batch: it does not go with `accumulate`")
+    if config.mix and config.balance:
+        raise SettingError("`mix` does not go with `balance`: both say how often an image is drawn")
     if config.balance and (config.loss == "aucm" or config.pos_weight):
         raise SettingError(
             "`balance` goes neither with `loss` aucm nor with `pos_weight`: each corrects alone"

@@ -37,7 +37,6 @@ from model.runs.job import Job
 from pipeline.base.errors import DataError, describe_difference
 from pipeline.base.files import write_json
 from pipeline.images import ImageOptions
-from pipeline.manifest import manifest_digest
 from pipeline.stream.cache import redact
 
 PACKAGES = ("torch", "torchvision", "numpy", "pyarrow", "simplejpeg", "opencv-python-headless", "pillow")
@@ -110,9 +109,8 @@ def follow_by_wandb(job: Job) -> Iterator[None]:
         wandb.finish()  # before the next trial of a sweep begins another
 
 
-def result_name(config: Config, shards: Path, split: str) -> str:
-    """What a run's scores of a split are named by: of shards other than its own also by their manifest's hash."""
-    digest = manifest_digest(shards)
+def result_name(config: Config, digest: str, split: str) -> str:
+    """What a run's scores of a split are named by: of shards other than its own also by their digest."""
     return split if digest == config.manifest else f"{split}-{digest[:8]}"
 
 

@@ -6,7 +6,7 @@ train.train(job)
 
 import hashlib
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -23,12 +23,13 @@ from model.runs.config import HELD_OUT, Config, check_config
 from pipeline.base.errors import DataError, SettingError
 from pipeline.console import say
 from pipeline.labels import LABELS, MOST_VIEWS, split_patients
-from pipeline.manifest import Manifest, manifest_digest, read_manifest
-from pipeline.policies import check_blank_policy, evaluation_targets, parse_uncertain_policy
+from pipeline.manifest import Manifest
+from pipeline.policies import check_blank_policy, choose_policy, evaluation_targets, parse_uncertain_policy
 from pipeline.stream.batches import BatchStream, Labels, stream_batches
-from pipeline.stream.cache import CACHE, CACHE_SIZE, Remote, find_shards, redact
+from pipeline.stream.cache import CACHE, CACHE_SIZE
+from pipeline.stream.collection import Collection, open_collection
 from pipeline.stream.plan import Rows, Samples, Step
-from pipeline.stream.samples import OpenSplit, find_images, find_studies, open_split
+from pipeline.stream.samples import OpenSplit, find_images, find_studies
 from pipeline.stream.select import NothingSelectedError, select_rows
 
 TEACHER_SCORES = "scores-train.arrow"
@@ -57,10 +58,8 @@ class Job:
     """What stays the same while a run trains or is scored."""
 
     config: Config
-    shards: Path  # where manifest and tables are
-    remote: Remote | None  # where the tars are, if not there too
+    shards: Collection
     run: Path
-    manifest: Manifest
     device: torch.device
     precision: torch.dtype  # of autocast; float32 means none
     workers: int  # decoding threads
@@ -71,10 +70,15 @@ class Job:
     strict: bool = False  # refuse labels with one class instead of warning about them
     wandb: str | None = None  # the project of Weights & Biases that is told of everything
 
+    @property
+    def manifest(self) -> Manifest:
+        """The shards' manifest."""
+        return self.shards.manifest
+
 
 def open_job(
     config: Config,
-    shards: str | Path,
+    shards: str | Path | Sequence[str | Path],
     run: str | Path,
     *,
     teacher: Path | None = None,
@@ -87,31 +91,35 @@ def open_job(
     stop: StopFlag | None = None,
     ranks: Ranks = ALONE,
 ) -> Job:
-    """The job that trains a run in the folder `run` on shards in a folder or at a URL.
+    """The job that trains a run in the folder `run` on shards in a folder or at a URL, or on those of several.
 
     What the configuration leaves open comes from the shards: policies, and a share of train to hold out where they
     have no dev split. `teacher` is the run whose scores selftrained labels learn from, `init` a file of weights, or a
     run, to start from; `cache` keeps shards of a URL, up to `cache_size` bytes. Raises SettingError for values that
     do not go together, and DataError for unusable shards.
     """
-    folder, remote = find_shards(shards, cache, cache_size)
-    manifest = read_manifest(folder)
-    uncertain = config.uncertain or manifest.policies["uncertain"]
+    collection = open_collection(shards, cache, cache_size)
+    manifest = collection.manifest
+    if config.mix and len(config.mix) != len(collection.folders):
+        raise SettingError(
+            f"`mix` has {len(config.mix)} shares for {len(collection.folders)} folders of `shards`"
+        )
+    uncertain = choose_policy("uncertain", config.uncertain, manifest.policies)
     if teacher is not None and "selftrained" not in parse_uncertain_policy(uncertain).values():
         raise SettingError(f"`teacher` is for the policy selftrained; `uncertain` is {uncertain}")
     if config.dev is not None and "dev" in manifest.splits:
         images = manifest.splits["dev"].samples
         raise SettingError(
-            f"`dev` is for shards without a dev split; {redact(str(shards))} have one, of {images:,} images"
+            f"`dev` is for shards without a dev split; {collection} have one, of {images:,} images"
         )
     if init is not None and init.is_dir():
         init = init / "best.pt"
     config = replace(
         config,
         uncertain=uncertain,
-        blank=check_blank_policy(config.blank or manifest.policies["blank"]),
-        manifest=manifest_digest(folder),
-        teacher=teacher_digest(teacher, str(shards)) if teacher else None,
+        blank=check_blank_policy(choose_policy("blank", config.blank, manifest.policies)),
+        manifest=collection.digest,
+        teacher=teacher_digest(teacher, collection) if teacher else None,
         init=hashlib.sha256(init.read_bytes()).hexdigest() if init else None,
         labels=tuple(label for label in LABELS if label in config.labels) or config.labels,
         dev=config.dev or (None if "dev" in manifest.splits else HELD_OUT),
@@ -120,10 +128,8 @@ def open_job(
     device, precision = choose_device(config.amp)
     return Job(
         config,
-        folder,
-        remote,
+        collection,
         Path(run),
-        manifest,
         device,
         precision,
         workers or share_of_cores(),
@@ -136,12 +142,12 @@ def open_job(
     )
 
 
-def teacher_digest(teacher: Path, shards: str) -> str:
+def teacher_digest(teacher: Path, shards: Collection) -> str:
     """sha256 of a run's scores of train. Raises DataError with the command that writes them."""
     try:
         return hashlib.sha256((teacher / TEACHER_SCORES).read_bytes()).hexdigest()
     except FileNotFoundError:
-        options = f"--shards {redact(shards)} --run {teacher}"
+        options = " ".join([*(f"--shards {folder.name}" for folder in shards.folders), f"--run {teacher}"])
         if (teacher / "best.pt").exists():
             missing, command = TEACHER_SCORES, f"python train.py evaluate {options} --split train"
         else:
@@ -187,7 +193,7 @@ def holds_out(job: Job) -> bool:
     return (
         job.config.dev is not None
         and "dev" not in job.manifest.splits
-        and manifest_digest(job.shards) == job.config.manifest
+        and job.shards.digest == job.config.manifest
     )
 
 
@@ -200,9 +206,9 @@ def open_images(job: Job, name: str) -> tuple[OpenSplit, Rows]:
     config = job.config
     limit = config.limit if name == "train" else None
     if name not in ("train", "dev") or not holds_out(job):
-        split = open_split(job.shards, job.manifest, name, job.remote)
+        split = job.shards.open(name)
         return split, select_rows(split.table, config.where, config.views, limit)
-    split = open_split(job.shards, job.manifest, "train", job.remote)
+    split = job.shards.open("train")
     patients = split.table.select(["patient"]).append_column("row", pa.array(np.arange(split.table.num_rows)))
     parts = split_patients(patients, config.dev or 0.0, config.seed)
     places: Rows = parts[name == "dev"]["row"].to_numpy()
@@ -231,7 +237,7 @@ def open_rows(job: Job, name: str) -> Selected:
     Raises DataError where the images of a study have different labels and the run learns studies.
     """
     split, rows = open_images(job, name)
-    blank = check_blank_policy(job.manifest.policies["blank"])
+    blank = check_blank_policy(job.manifest.policies["blank"] or job.config.blank)
     if job.config.fusion is None:
         return Selected(split, rows, find_images(split, rows), blank)
     samples, left_out = find_studies(split, rows)

@@ -1,5 +1,6 @@
 """Fields of Config → options of a command, and types of option values that only `train.py` needs."""
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -23,6 +24,17 @@ def parse_size(text: str) -> int:
     if match is None:
         raise DataError(f"'{text}' is not like 500MB, 20GB or 1.5TB")
     return int(float(match[1]) * {"M": 1e6, "G": 1e9, "T": 1e12}[match[2]])
+
+
+def parse_shares(text: str) -> tuple[float, ...]:
+    """Positive numbers, separated by commas."""
+    try:
+        shares = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        shares = ()
+    if not shares or not all(0 < share < math.inf for share in shares):
+        raise DataError(f"'{text}' is not like 0.7,0.3")
+    return shares
 
 
 def parse_labels(text: str) -> tuple[str, ...]:
@@ -94,7 +106,13 @@ workers_option = grouped(
     help="Decoding threads.",
 )
 DATA_OPTIONS = [
-    grouped("data", "--shards", default="shards", help="Folder of shards, or its URL: https://… or s3://…."),
+    grouped(
+        "data",
+        "--shards",
+        multiple=True,
+        default=["shards"],
+        help="Folder of shards, or its URL: https://… or s3://…; several are read as one.",
+    ),
     grouped(
         "data",
         "--cache",
@@ -153,6 +171,8 @@ def _value_type(kind: Any, of: Option) -> click.ParamType[Any]:
         return click.IntRange(None if low is None else int(low), None if high is None else int(high))
     if kind in (float, float | None):
         return Number(low, high, min_open=of.open and low is not None, max_open=of.open and high is not None)
+    if kind == tuple[float, ...]:
+        return Parsed(parse_shares, "shares")
     if kind == tuple[str, ...]:
         return Parsed(parse_labels, "labels") if of.choices else click.STRING
     if of.check is not None:

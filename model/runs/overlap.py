@@ -5,7 +5,8 @@ An Arrow IPC file with one row per image of train and dev that the run used:
     crc      uint32  of the image as stored in the shards
     length   int32   bytes of the same
     patient  uint64  first 8 bytes of sha256(the manifest's sha256 + patient)
-The hash keeps names out of the file. It is no secret: who has the run can try all patient numbers.
+The hash keeps names out of the file. It is no secret: who has the run can try all patient numbers. The file's metadata
+has the `namespace` of the names, as `Collection` has it.
 """
 
 import hashlib
@@ -23,7 +24,7 @@ from model.runs.job import Job, Selected, open_images
 from pipeline.base.errors import DataError
 from pipeline.base.files import read_arrow, write_table
 from pipeline.console import say
-from pipeline.manifest import manifest_digest
+from pipeline.stream.collection import NAMED
 
 TRAINED_ON = "trained-on.arrow"
 SCHEMA = pa.schema({"split": pa.string(), "crc": pa.uint32(), "length": pa.int32(), "patient": pa.uint64()})
@@ -45,15 +46,19 @@ def write_trained_on(job: Job, selected: Iterable[tuple[str, Selected]]) -> None
             "split": pa.array([name] * table.num_rows, pa.string()),
             "crc": table["crc"],
             "length": table["length"],
-            "patient": _hash_patients(table, job.config.manifest),
+            "patient": _hash_patients(table["patient"], job.config.manifest),
         }
         tables.append(pa.table(columns, schema=SCHEMA))
-    write_table(job.run / TRAINED_ON, pa.concat_tables(tables))
+    table = pa.concat_tables(tables).replace_schema_metadata({"namespace": job.shards.namespace})
+    write_table(job.run / TRAINED_ON, table)
 
 
-def count_shared(run: Path, table: pa.Table, splits: Iterable[str] = ("train", "dev")) -> Shared | None:
+def count_shared(
+    run: Path, table: pa.Table, namespace: str, splits: Iterable[str] = ("train", "dev")
+) -> Shared | None:
     """The patients and images in rows of a split's table that the run used in its own `splits`.
 
+    `namespace` is that of the table's patients, as `Collection` has it: patients of two namespaces are two people.
     Images are the same where CRC and length are. None where the run, of an earlier version, has no file to tell.
     Raises DataError where that is damaged.
     """
@@ -63,8 +68,10 @@ def count_shared(run: Path, table: pa.Table, splits: Iterable[str] = ("train", "
     used = read_arrow(path, path.read_bytes())
     if used.schema != SCHEMA or any(column.null_count for column in used.columns):
         raise DataError(f"{path}: damaged; the command that trained the run writes it again")
+    theirs = (used.schema.metadata or {}).get(b"namespace", b"").decode()
+    names = _name_patients(table["patient"], namespace, theirs)
     used = used.filter(pc.is_in(used["split"], pa.array(list(splits), pa.string())))
-    patients = np.unique(_hash_patients(table, read_config(run).manifest).to_numpy())
+    patients = np.unique(_hash_patients(names, read_config(run).manifest).to_numpy())
     return Shared(
         patients=int(np.isin(patients, used["patient"].to_numpy()).sum()),
         images=int(np.isin(_join_images(table), _join_images(used)).sum()),
@@ -79,13 +86,13 @@ def check_evaluation(
     Returns `shared_patients` and `shared_images` of the run itself (None: not known), and nothing on its own shards.
     Warns of shared patients. Raises DataError for shared images, unless `shared_images` allows them.
     """
-    digest, found = manifest_digest(job.shards), {}
+    digest, found = job.shards.digest, {}
     split, rows = open_images(job, name)
     table = split.table.take(rows)
     for run in dict.fromkeys((job.run, *against)):
         if read_config(run).manifest == digest:
             continue
-        shared = count_shared(run, table)
+        shared = count_shared(run, table, job.shards.namespace)
         report_shared(run, f"{job.shards}, {name}", shared, table.num_rows, allowed=shared_images)
         if run == job.run:
             found = {
@@ -106,7 +113,7 @@ def check_teacher(job: Job, teacher: Path) -> None:
             continue
         split, rows = open_images(job, name)
         table = split.table.take(rows)
-        shared = count_shared(teacher, table, ["train"])
+        shared = count_shared(teacher, table, job.shards.namespace, ["train"])
         if job.ranks.is_first or (shared and shared.images):
             report_shared(teacher, f"{job.shards}, {name}", shared, table.num_rows)
         if shared is None:
@@ -140,9 +147,20 @@ def report_shared(
         )
 
 
-def _hash_patients(table: pa.Table, digest: str) -> pa.ChunkedArray:
-    """The hash of each row's patient, uint64 [N]."""
-    patients = table["patient"].combine_chunks().dictionary_encode()
+def _name_patients(patient: pa.ChunkedArray, ours: str, theirs: str) -> pa.ChunkedArray:
+    """The patients of the namespace `ours` as a run names them whose namespace is `theirs`; none of others."""
+    if ours == theirs or "" in (ours, theirs):
+        return patient
+    if theirs == NAMED:
+        return pc.binary_join_element_wise(ours, patient, "/")
+    if ours == NAMED:
+        return pc.utf8_slice_codeunits(patient.filter(pc.starts_with(patient, f"{theirs}/")), len(theirs) + 1)
+    return patient[:0]
+
+
+def _hash_patients(patient: pa.ChunkedArray, digest: str) -> pa.ChunkedArray:
+    """The hash of each patient, uint64 [N]."""
+    patients = patient.combine_chunks().dictionary_encode()
     hashes = [
         int.from_bytes(hashlib.sha256(f"{digest}{name}".encode()).digest()[:8])
         for name in patients.dictionary.to_pylist()

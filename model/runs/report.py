@@ -53,7 +53,7 @@ def render_report(
         for name, evaluation in evaluations.items()
     ]
     training = draw_training(history) if history else None
-    page = _templates().get_template("report.html")
+    page = open_run_templates().get_template("report.html")
     return page.render(title=title, config=config, training=training, sections=sections)
 
 
@@ -73,7 +73,7 @@ def render_model_card(
 ) -> str:
     """The model card of a run; `data` are samples, studies and patients of each split, `dataset` is the manifest's."""
     gaps = {name: describe_gaps(evaluation) for name, evaluation in evaluations.items()}
-    card = _templates().get_template("model-card.md")
+    card = open_run_templates().get_template("model-card.md")
     return card.render(
         title=title, config=config, data=data, evaluations=evaluations, gaps=gaps, dataset=dataset
     )
@@ -201,7 +201,8 @@ def mark_few(label: Mapping[str, Any] | None) -> str:
     return " (few)" if label and label["few"] else ""
 
 
-def _templates() -> jinja2.Environment:
+def open_run_templates() -> jinja2.Environment:
+    """The templates of a run's pages."""
     environment = open_templates("model.runs")
     environment.filters |= {"cell": show_cell, "few": mark_few, "widest_gap": widest_gap}
     environment.globals |= {"MEANS": MEANS, "RULES": RULES, "AREAS": AREAS, "KEPT": KEPT, "TITLES": TITLES}

@@ -20,7 +20,7 @@ from model.runs.scoring import score_best, score_split
 from pipeline.base.errors import DataError
 from pipeline.base.files import parse_object, read_object, write_atomically, write_json
 from pipeline.labels import count_rows
-from pipeline.manifest import manifest_digest, name_facts
+from pipeline.manifest import name_facts
 from pipeline.measure.belief import assess_belief
 from pipeline.measure.compare import combine_views, compare_methods, group_by_views
 from pipeline.measure.covariates import find_covariates, find_strata
@@ -95,7 +95,7 @@ def evaluate(
         add_difference(job, evaluation, found, calibration, against)
     elif against:
         add_methods(job, name, evaluation, scored, against)
-    if result_name(config, job.shards, name) != name:
+    if result_name(config, job.shards.digest, name) != name:
         evaluation["elsewhere"] = compare_with_own(job, scored, evaluation)
     write_json(job.run / f"evaluation-{name_comparison(result, against)}.json", evaluation)
     return evaluation, scored
@@ -110,7 +110,7 @@ def compare_with_own(job: Job, scored: Scored, evaluation: Mapping[str, Any]) ->
     path = job.run / "evaluation-valid.json"
     found: dict[str, Any] = {
         "data": job.manifest.dataset.get("title", ""),
-        "manifest": manifest_digest(job.shards),
+        "manifest": job.shards.digest,
         "less_own": None,
         "note": None,
         "recalibration": try_recalibration(job.config.labels, scored, evaluation["calibration"]["image"]),
@@ -138,7 +138,7 @@ def find_calibration(
     calibration = read_object(path) if path.exists() else {}
     if not chosen.items() <= calibration.items():
         if (
-            result_name(job.config, job.shards, name) != name
+            result_name(job.config, job.shards.digest, name) != name
         ):  # whose dev may hold patients of the run's train
             command = (
                 f"python train.py evaluate --run {job.run} --sensitivity {sensitivity} --study {combine}"
@@ -203,7 +203,7 @@ def choose_common(
 
 def name_result(job: Job, name: str, chosen_by: Sequence[str] = ()) -> str:
     """What a run's scores of a split are named by, also where other conditions than the run's own chose its images."""
-    result = result_name(job.config, job.shards, name)
+    result = result_name(job.config, job.shards.digest, name)
     return f"{result}-{hashlib.sha256(' '.join(chosen_by).encode()).hexdigest()[:8]}" if chosen_by else result
 
 
@@ -222,7 +222,7 @@ def find_scores(job: Job, name: str, against: Sequence[Path]) -> dict[Path, Path
     found = {}
     for other in against:
         # Of these shards, where they are not those that it learned from; else of its own, which may be the same images.
-        names = (result_name(read_config(other), job.shards, name), name)
+        names = (result_name(read_config(other), job.shards.digest, name), name)
         files = [path for one in names if (path := other / f"scores-{one}.arrow").exists()]
         if not files:
             command = f"python train.py evaluate --run {other} --split {name}"

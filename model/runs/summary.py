@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from model.runs.report import MEANS
-from pipeline.base.pages import show_figure
+from pipeline.base.pages import show_figure, show_limits
 from pipeline.console import say
 
 
@@ -118,6 +118,18 @@ def print_verdicts(reports: Mapping[str, Mapping[str, Any]]) -> None:
         for verdict in verdicts:
             table.add_row(verdict)
         Console().print(table)
+
+
+def print_cross(found: Mapping[str, Any]) -> None:
+    """The matrix of runs and sets: a mean AUROC and its interval, of the same labels everywhere."""
+    table = Table(title=f"AUROC, mean of {', '.join(found['labels'])}", title_justify="left")
+    table.add_column("trained on")
+    for name, of in found["sets"].items():
+        table.add_column(f"on {name}, {of['split']}", justify="right")
+    for run in found["runs"]:
+        cells = [found["cells"][name][run]["macro"] for name in found["sets"]]
+        table.add_row(run, *(f"{show_figure(cell['auroc'])} {show_limits(cell)}" for cell in cells))
+    Console().print(table)
 
 
 def print_sanity(evaluation: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ from pipeline.labels import LABELS, label_states
 from pipeline.policies import describe_one_class, make_targets, one_class_labels, parse_uncertain_policy
 from pipeline.stream.batches import Labels
 from pipeline.stream.plan import Rows, Weights
-from pipeline.stream.select import NothingSelectedError, balance_weights
+from pipeline.stream.select import NothingSelectedError, balance_weights, mix_weights
 
 
 def check_reported(job: Job, dev: Selected) -> None:
@@ -75,6 +75,21 @@ def teacher_scores(teacher: Path, train: Selected, labels: Sequence[str]) -> npt
     rows = train.rows[(states[train.rows][:, columns] == -1).any(axis=1)]
     scores[np.ix_(rows, columns)] = read_scores(teacher / TEACHER_SCORES, table["key"].take(rows), labels)
     return scores
+
+
+def training_weights(job: Job, labels: Labels, train: Selected) -> Weights | None:
+    """Weights [N] of train's samples, in proportion to which they are drawn; None where each is drawn once.
+
+    Raises DataError where there is nothing to draw for a label or a folder.
+    """
+    if job.config.balance is not None:
+        return draw_weights(job.config.balance, labels, train.rows)
+    if not job.config.mix:
+        return None
+    try:
+        return mix_weights(train.split.home[train.split.shard[train.rows]], job.config.mix)
+    except ValueError as error:
+        raise DataError(f"`mix`: {error} of {job.shards}, in train") from None
 
 
 def draw_weights(label: str, labels: Labels, rows: Rows) -> Weights:

@@ -35,12 +35,10 @@ from pipeline.base.files import write_csv
 from pipeline.console import Checked, Number, say
 from pipeline.labels import MOST_VIEWS, VIEWS
 from pipeline.look.sheet import FORMATS, draw_variants, save_sheet, spread_rows
-from pipeline.manifest import read_manifest
-from pipeline.stream.cache import find_shards
-from pipeline.stream.samples import open_split
+from pipeline.stream.collection import open_collection
 from pipeline.stream.select import select_rows
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".dcm", ".dicom")
 VARIANTS = 4  # epochs that `inputs` shows
 
 
@@ -74,7 +72,7 @@ VARIANTS = 4  # epochs that `inputs` shows
     help="Score them covered and shuffled, too.",
 )
 def evaluate_command(
-    shards: str,
+    shards: tuple[str, ...],
     cache: Path,
     cache_size: int,
     run: Path,
@@ -92,10 +90,10 @@ def evaluate_command(
 
     The run's own --where and --views choose the images, unless others are given: train on one sex, score the other.
     """
-    folder, remote = find_shards(shards, cache, cache_size)
+    collection = open_collection(shards, cache, cache_size)
     config, stop = read_config(run), StopFlag().listen()
     device, precision = choose_device(config.amp)
-    job = Job(config, folder, remote, run, read_manifest(folder), device, precision, workers, stop)
+    job = Job(config, collection, run, device, precision, workers, stop)
     chosen_by = (*where, *([] if views is None else [f"{views} views"]))
     scored = replace(job, config=replace(config, where=where or config.where, views=views or config.views))
     try:
@@ -142,19 +140,19 @@ def check_pattern(text: str) -> None:
 def predict_command(
     run: Path, images: tuple[Path, ...], out: Path, strict: bool, group_by: str | None, workers: int
 ) -> int:
-    """Score IMAGES (JPEG or PNG files, or folders of them) by the run's best checkpoint.
+    """Score IMAGES (JPEG, PNG or DICOM files, or folders of them) by the run's best checkpoint.
 
     A run by studies scores the images of a study together: those of a folder, or as --group-by says.
     """
     files = [file for path in images for file in find_images(path)]
     for path in images:
         for suffix, count in count_others(path).items():
-            say(f"{path}: {count:,} {suffix} files skipped: only JPEG and PNG can be read")
+            say(f"{path}: {count:,} {suffix} files skipped: only JPEG, PNG and DICOM can be read")
     if any(out.exists() and file.samefile(out) for file in files):
         raise click.UsageError(f"--out {out} is one of the images")
     check_folder(out)
     if not files:
-        raise DataError(f"{', '.join(map(str, images))}: no .jpg, .jpeg or .png file")
+        raise DataError(f"{', '.join(map(str, images))}: no {', '.join(IMAGE_SUFFIXES)} file")
     config = read_config(run)
     if config.fusion is None:
         if group_by is not None:
@@ -260,7 +258,7 @@ def count_others(path: Path) -> dict[str, int]:
     "--out", required=True, type=click.Path(path_type=Path, dir_okay=False), help="Picture: .png or .jpg."
 )
 def inputs_command(
-    shards: str,
+    shards: tuple[str, ...],
     cache: Path,
     cache_size: int,
     split: str,
@@ -278,12 +276,11 @@ def inputs_command(
     if out.suffix.lower() not in FORMATS:
         raise click.UsageError(f"--out {out}: the name must end in {' or '.join(FORMATS)}")
     check_folder(out)
-    folder, remote = find_shards(shards, cache, cache_size)
-    manifest = read_manifest(folder)
-    opened = open_split(folder, manifest, split, remote)
+    collection = open_collection(shards, cache, cache_size)
+    opened = collection.open(split)
     rows = select_rows(opened.table, where)
     chosen = spread_rows(rows, n, seed)
-    mean, std = manifest.pixels["mean"], manifest.pixels["std"]
+    mean, std = (collection.manifest.pixels[name] for name in ("mean", "std"))
 
     def vary(images: npt.NDArray[np.uint8]) -> list[npt.NDArray[np.uint8]]:
         batch, crop = torch.from_numpy(images)[:, None], AUGMENTATIONS[kind]

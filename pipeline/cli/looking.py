@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 @click.command(epilog="Example: pipeline stats train.csv --views frontal --by sex --plot labels.svg")
-@click.argument("source", type=click.Path(path_type=Path, exists=True))
+@click.argument("sources", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
 @click.option("--split", help="One split of a folder.  [default: all together]")
 @click.option("--views", default="all", type=click.Choice(VIEWS), help="By the column Frontal/Lateral.")
 @click.option(
@@ -58,7 +58,7 @@ if TYPE_CHECKING:
 )
 @click.option("--format", "format_", default="table", type=click.Choice(["table", "json", "csv"]))
 def stats(
-    source: Path,
+    sources: tuple[Path, ...],
     split: str | None,
     views: str,
     by: str | None,
@@ -71,8 +71,11 @@ def stats(
     html: Path | None,
     format_: str,
 ) -> None:
-    """Count positive, uncertain, negative and blank per label in SOURCE (shards, a data set's folder or CSV)."""
-    from pipeline.sources.load import load_table
+    """Count positive, uncertain, negative and blank per label in SOURCES (shards, data sets' folders or CSVs).
+
+    Several are counted together; --by set counts each.
+    """
+    from pipeline.sources.load import load_table, load_tables
 
     sections = sum(map(bool, (by, cooccurrence, policy, against)))
     refuse_usage(
@@ -86,12 +89,12 @@ def stats(
     )
     refuse_usage(against_split and not against, "--against-split needs --against")
     refuse_usage(
-        against and against_split == split and against.samefile(source),
+        against and against_split == split and len(sources) == 1 and against.samefile(sources[0]),
         "--against is SOURCE itself; name another --against-split",
     )
     _check_output("--plot", plot, (".png", ".svg"))
     _check_output("--html", html, (".html",))
-    table = load_table(source, split, views, [*map(Path, facts)])
+    table = load_tables(sources, split, views, [*map(Path, facts)])
     known = list_variables(table)
     refuse_usage(by not in (None, *known), f"--by {by}: these images can be grouped by {', '.join(known)}")
     report = _build_report(table, by, cooccurrence, policy)
@@ -103,11 +106,11 @@ def stats(
         save_figure(draw_report(report, report.get("cooccurrence")), plot)
         say(f"{plot}: written")
     if html:
-        scope = [] if source.is_file() else [f"split {split}" if split else "all splits"]
+        scope = [] if sources[0].is_file() else [f"split {split}" if split else "all splits"]
         scope.append(f"{views} views")
         if against:
             scope.append(f"against {f'{against_split} of ' if against_split else ''}{against.resolve().name}")
-        page = _render_page(source, split, views, ", ".join(scope), report, table)
+        page = _render_page(sources, split, views, ", ".join(scope), report, table)
         write_atomically(html, page.encode())
         say(f"{html}: written")
     if format_ == "table":
@@ -135,14 +138,20 @@ def _build_report(
 
 
 def _render_page(
-    source: Path, split: str | None, views: str, scope: str, report: LabelStatistics, table: "pa.Table"
+    sources: tuple[Path, ...],
+    split: str | None,
+    views: str,
+    scope: str,
+    report: LabelStatistics,
+    table: "pa.Table",
 ) -> str:
     from pipeline.look.label_report import find_examples, find_groups, render_label_report
 
     shown = report.copy()
     shown["cooccurrence"] = count_cooccurrence(table)
-    examples = find_examples(source, split, views) if (source / NAME).is_file() else {}
-    title = f"Labels of {source.resolve().name}"
+    alone = len(sources) == 1 and (sources[0] / NAME).is_file()
+    examples = find_examples(sources[0], split, views) if alone else {}
+    title = f"Labels of {', '.join(source.resolve().name for source in sources)}"
     return render_label_report(title, scope, shown, find_groups(table), examples)
 
 

@@ -93,6 +93,13 @@ def parse_set(text: str) -> str:
     return text
 
 
+def parse_name(text: str) -> str:
+    """The name of a data set, which stands before its patients' where several sets are read as one."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", text):
+        raise DataError(f"'{text}' is not a name of letters, digits, '.', '_' and '-'")
+    return text
+
+
 def parse_columns(text: str) -> tuple[tuple[str, str], ...]:
     """Our names and a table's, from `path=Image,patient=MRN`."""
     from pipeline.sources import table
@@ -117,6 +124,11 @@ FOLDER = Parsed(parse_folder, "folder")
     "--columns",
     type=Parsed(parse_columns, "NAME=COLUMN,…"),
     help="Of --set table: path=Image,patient=MRN,Edema=edema.",
+)
+@click.option(
+    "--name",
+    type=Parsed(parse_name, "NAME"),
+    help="Call the set this: another hospital's, in the layout of SOURCE.",
 )
 @click.option(
     "--size",
@@ -178,6 +190,7 @@ def shards(
     out: Path,
     dataset: str | None,
     columns: tuple[tuple[str, str], ...] | None,
+    name: str | None,
     uncertain: str | None,
     blank: str | None,
     splits: tuple[tuple[str, Path], ...],
@@ -210,7 +223,7 @@ def shards(
         "--split is for CSVs like CheXpert's, or --set table",
     )
     files = [open_location(text) for text in facts]
-    found = find_source(source, _collect("--split", splits), roots, dataset, columns or (), files)
+    found = find_source(source, _collect("--split", splits), roots, dataset, columns or (), files, name or "")
     if dry_run:
         return _print_preview(found, options, how)
     start = time.perf_counter()

@@ -70,7 +70,8 @@ def read_rows(
     """What `read_splits` gives. Raises DataError for bad CSVs, and images that need `bits`."""
     tables, dropped, notes = read_splits(source, **options.selection)
     if options.bits is None:
-        refuse_dark_images(tables.values(), source.roots, options.max_pixels)
+        unsaid = [table for table in tables.values() if "bits" not in table.column_names]
+        refuse_dark_images(unsaid, source.roots, options.max_pixels)
     return tables, dropped, notes
 
 

@@ -53,7 +53,7 @@ from pipeline.etl.writing import (
     write_shard,
 )
 from pipeline.manifest import NAME, Manifest, read_manifest
-from pipeline.sources.sets import SETS
+from pipeline.sources.sets import SETS, find_terms
 from pipeline.sources.source import Source
 
 STARTED = "options.json"  # in PARTIAL: what the run was asked for
@@ -131,7 +131,7 @@ class Run:
 
     def finish_task(self, plan: Plan) -> FinishTask:
         """What finishing needs."""
-        dataset = SETS[self.source.set].TERMS._asdict()
+        dataset = find_terms(self.source)._asdict()
         return FinishTask(self.work, self.partial, tuple(plan.rows), self.wanted, dataset)
 
 
@@ -162,7 +162,11 @@ def write_shards(
     given = {name: value for name, value in asdict(options).items() if name != "bits" or value is not None}
     with named_failures(out, "cannot be written"):
         chosen = _choose_policies(out, policies, how.overwrite)
-        named = {"columns": dict(source.columns)} if source.columns else {}
+        named: dict[str, Any] = {"columns": dict(source.columns)} if source.columns else {}
+        if source.set != SETS[source.set].TERMS.name:  # other rows of the same table
+            named["set"] = source.set
+        if source.name:
+            named["name"] = source.name
         wanted = {"options": given | unit | named, "policies": chosen, "sources": hashes}
         run = Run(out, source, options, chosen, wanted, how, progress)
         if not run.partial.exists() and (found := _find_finished(run)) is not None:

@@ -139,7 +139,7 @@ def _write_tar(
         try:
             if isinstance(content, ImageError):
                 raise content
-            image = prepare(content, task.options)
+            image = prepare(content, task.options, row.get("bits"))
         except ImageError as error:
             rejects.append(Reject(task.split, row["key"], row["file"], str(error)))
             kept.append(False)
@@ -199,7 +199,8 @@ def index_split(of: tuple[FinishTask, str]) -> Index:
     for number in range(count_planned(task.partial, split)):
         record = read_object(task.partial / f"{split}-{number:06d}.json")
         rows = read_planned(task.partial, split, number).filter(pa.array(record["kept"]))
-        table = pa.Table.from_batches([rows]).drop_columns(["path", "file"])
+        unlisted = [name for name in ("path", "file", "bits") if name in rows.schema.names]
+        table = pa.Table.from_batches([rows]).drop_columns(unlisted)
         places = np.array(record["places"], np.int64).reshape(-1, 3)
         for field, values in zip(PLACES, (np.full(len(places), number), *places.T), strict=True):
             table = table.append_column(field.name, pa.array(values, field.type))

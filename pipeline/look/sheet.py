@@ -80,8 +80,8 @@ def read_images(split: OpenSplit, rows: Rows) -> Iterator[Gray]:
             yield read_image(file, int(offset[0]), int(length[0]), int(crc[0]), split.encoding)
         except (ValueError, OSError) as error:
             row = int(step.images[0])
-            shard, key = split.shards[split.shard[row]].file, split.table["key"][row].as_py()
-            raise DataError(f"{split.folder / shard}: sample {key}: {error}") from None
+            key = split.table["key"][row].as_py()
+            raise DataError(f"{split.locate(split.shard[row])}: sample {key}: {error}") from None
 
 
 def fit(pixels: Gray, side: int) -> Gray:

@@ -5,16 +5,48 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.base.errors import DataError
 from pipeline.images import Original
 from pipeline.labels import LABELS, mark_unannotated, select_views
-from pipeline.manifest import NAME, name_facts, read_manifest, read_table
+from pipeline.manifest import NAME, concat_labels, name_facts, read_manifest, read_table
 from pipeline.measure.counts import describe_views
 from pipeline.policies import find_one_class
 from pipeline.sources.joined import join_facts
 from pipeline.sources.sets import SETS, find_set, read_any_table
 from pipeline.sources.source import Source
+
+
+def load_tables(
+    sources: Sequence[Path], split: str | None, views: str, facts: Sequence[Path] = ()
+) -> pa.Table:
+    """The label table of one source, as `load_table`; of several with the column `set`, and all patients apart.
+
+    Unless their sets share the names of patients.
+    """
+    tables = [load_table(source, split, views, facts) for source in sources]
+    if len(tables) == 1:
+        return tables[0]
+    named = []
+    for source, table in zip(sources, tables, strict=True):
+        name, patients = _name_set(source)
+        apart = pc.binary_join_element_wise(patients, table["patient"], "/")
+        table = table.set_column(table.schema.get_field_index("patient"), "patient", apart)
+        named.append(table.append_column("set", pa.array([name] * table.num_rows, pa.string())))
+    return concat_labels(named)
+
+
+def _name_set(source: Path) -> tuple[str, str]:
+    """The names of a source's set and of the namespace of its patients; its own where they are not known."""
+    own = source.resolve().name
+    if source.is_file():
+        return own, own
+    if (source / NAME).is_file():
+        dataset = read_manifest(source).dataset
+        return dataset.get("name", own), dataset.get("patients", own)
+    terms = SETS[find_set(source)[0]].TERMS
+    return terms.name, terms.patients
 
 
 def load_table(source: Path, split: str | None, views: str, facts: Sequence[Path] = ()) -> pa.Table:

@@ -21,7 +21,7 @@ from pipeline.base.csvs import demand, demand_unique, line_of, read_strings
 from pipeline.base.errors import DataError, quote
 from pipeline.base.store import list_files, list_folders, open_to_read
 from pipeline.labels import LABELS, NOT_ANNOTATED
-from pipeline.sources.source import Source, Terms, no_more_roots, nothing_moved
+from pipeline.sources.source import Source, Terms, leave_parents_open, no_more_roots, nothing_moved
 
 TERMS = Terms(
     name="nih",
@@ -49,8 +49,6 @@ FINDINGS = {
     "Pleural Other": ("Pleural_Thickening",),
 }
 UNMAPPED = ("Emphysema", "Fibrosis", "Hernia")
-# Opacities themselves: a film with one of them and without Infiltration says nothing about their parent, Lung Opacity.
-OPACITIES = ("Atelectasis", "Consolidation", "Edema", "Mass", "Nodule", "Pneumonia")
 SEXES = {"M": "Male", "F": "Female"}
 _IMAGE = r"^(?P<key>(?P<patient>\d{8})_\d{3})\.png$"
 find_roots, describe_moved = no_more_roots, nothing_moved
@@ -154,7 +152,6 @@ def _read_states(csv: Path, found: pa.ChunkedArray) -> dict[str, npt.NDArray[np.
             raise DataError(f"{where}: '{unknown}' is not a finding of this set")
         for label, names in FINDINGS.items():
             states[number, LABELS.index(label)] = not findings.isdisjoint(names)
-        if "Infiltration" not in findings and not findings.isdisjoint(OPACITIES):
-            states[number, LABELS.index("Lung Opacity")] = NOT_ANNOTATED
+    leave_parents_open(states)
     of_rows = states[encoded.indices.to_numpy()]
     return {label: of_rows[:, column] for column, label in enumerate(LABELS)}

@@ -1,8 +1,11 @@
 """CheXpert Plus: df_chexpert_plus_240401.csv, CheXbert's labels, PNG/train/patient00001/study1/view1_frontal.png.
 
+Without the PNGs, its DICOMs are read: DICOM/Uncompressed/train/patient00001/study1/view1_frontal.dcm.
+
 Chambon et al., CheXpert Plus, arXiv:2405.19538: 223,462 radiographs of CheXpert's own patients, with reports. Labels
 are in files of their own, of which the first that is there is read: chexbert_labels/report_fixed.json, then
-impression_fixed.json, then findings_fixed.json. An image without a line in it is blank. Reports are not read. Race,
+impression_fixed.json, then findings_fixed.json; without any, CheXpert's own train.csv and valid.csv beside the table.
+To use a later one, move the earlier ones away. An image without a line there is blank. Reports are not read. Race,
 ethnicity, insurance and the need of an interpreter are facts, as far as the table has them.
 """
 
@@ -16,7 +19,7 @@ import pyarrow.json as pajson
 from pipeline.base.csvs import demand, demand_unique, read_header, read_strings
 from pipeline.base.errors import DataError, quote
 from pipeline.base.store import open_to_read
-from pipeline.labels import LABELS
+from pipeline.labels import LABELS, read_labels
 from pipeline.sources.source import Source, Terms, no_more_roots, nothing_moved
 
 TERMS = Terms(
@@ -45,9 +48,11 @@ def find_tables(folder: Path) -> dict[str, Path] | None:
     if not (folder / TABLE).is_file():
         return None
     labels = next((folder / name for name in LABEL_FILES if (folder / name).is_file()), None)
-    if labels is None:
-        raise DataError(f"{folder}: {TABLE} is there, but none of {', '.join(LABEL_FILES)}")
-    return {"table": folder / TABLE, "labels": labels}
+    own = {f"labels_{split}": folder / f"{split}.csv" for split in SPLITS}
+    found = {"labels": labels} if labels else {role: path for role, path in own.items() if path.is_file()}
+    if not found:
+        raise DataError(f"{folder}: {TABLE} is there, but none of {', '.join(LABEL_FILES)}, train.csv")
+    return {"table": folder / TABLE, **found}
 
 
 def read_table(csv: Path) -> pa.Table:
@@ -97,17 +102,28 @@ def read_tables(source: Source) -> dict[str, pa.Table]:
         "age": text["age"].cast(pa.float32()).cast(pa.int16()),
         "projection": projection,
     }
-    table = pa.table(facts | _read_states(source.csvs["labels"], path) | {name: text[name] for name in there})
+    labels = [csv for role, csv in source.csvs.items() if role != "table"]
+    states = _read_states(labels[0], path) if "labels" in source.csvs else _read_own(labels, path)
+    table = pa.table(facts | states | {name: text[name] for name in there})
     splits = {split: table.filter(pc.equal(text["split"], split)).combine_chunks() for split in SPLITS}
     return {split: rows for split, rows in splits.items() if len(rows)}
 
 
 def locate(paths: Sequence[str], roots: Sequence[Path]) -> list[str]:
-    """The PNG of each image, below the first root that has some: the table says .jpg all the same."""
-    folders = [folder for root in roots for folder in (root / "PNG", root)]
-    found = (folder for folder in folders if any((folder / split).is_dir() for split in SPLITS))
-    folder = next(found, folders[0])
-    return [f"{folder}/{path.removesuffix('.jpg')}.png" for path in paths]
+    """The PNG of each image, or its DICOM, below the first root that has some: the table says .jpg all the same."""
+    folders = [(folder, "png") for root in roots for folder in (root / "PNG", root)]
+    folders += [(root / "DICOM" / "Uncompressed", "dcm") for root in roots]
+    found = (pair for pair in folders if any((pair[0] / split).is_dir() for split in SPLITS))
+    folder, suffix = next(found, folders[0])
+    return [f"{folder}/{path.removesuffix('jpg')}{suffix}" for path in paths]
+
+
+def _read_own(csvs: Sequence[Path], images: pa.ChunkedArray) -> dict[str, pa.Array]:
+    """The states of each image, from CheXpert's own CSVs."""
+    table = pa.concat_tables(read_labels(csv) for csv in csvs)
+    paths = pc.replace_substring_regex(table["path"], "^.*?((?:train|valid)/patient)", r"\1").combine_chunks()
+    place = pc.index_in(images, value_set=paths)
+    return {label: table[label].combine_chunks().take(place) for label in LABELS}
 
 
 def _read_states(path: Path, images: pa.ChunkedArray) -> dict[str, pa.Array]:

@@ -11,8 +11,8 @@ import pyarrow as pa
 
 from pipeline.base.csvs import read_header
 from pipeline.base.errors import DataError
-from pipeline.base.store import check_access, named_failures
-from pipeline.sources import chexpert, mimic, nih, plus, table
+from pipeline.base.store import check_access, list_files, named_failures
+from pipeline.sources import chexpert, mimic, nih, padchest, plus, table, vindr
 from pipeline.sources.source import Source, Terms
 
 
@@ -56,14 +56,20 @@ class Adapter(Protocol):
         """How many images are in another folder than their table says, in words; None for no image."""
 
 
+# In the order in which they are asked: other sets have a train.csv, too, so CheXpert comes last.
 SETS: dict[str, Adapter] = {
-    "chexpert": chexpert,
     "chexpert-plus": plus,
     "mimic": mimic,
     "nih": nih,
+    "padchest": padchest,
+    "padchest-all": padchest,
+    "vindr": vindr,
+    "chexpert": chexpert,
     "table": table,
 }
-KNOWN = {name: adapter for name, adapter in SETS.items() if adapter is not table}  # told by their files
+# Those told by their files.
+SHOWN = 4  # names of what is in a folder without a set
+KNOWN = {adapter.TERMS.name: adapter for adapter in SETS.values() if adapter is not table}
 
 
 def find_source(
@@ -73,12 +79,12 @@ def find_source(
     name: str | None = None,
     columns: Sequence[tuple[str, str]] = (),
     facts: Sequence[Path] = (),
+    called: str = "",
 ) -> Source:
     """The tables of `folder`, or the CSVs named in `splits`, and every folder that may hold images.
 
-    `name` forces a set; otherwise each is asked in turn. `columns` are for the set `table`, `facts` are files
-    to join. Raises DataError for a
-    folder or file that does not exist, and if no set is found.
+    `name` forces a set; otherwise each is asked in turn. `columns` are for the set `table`, `facts` are files to join,
+    `called` is `Source.name`. Raises DataError for a folder or file that does not exist, and if no set is found.
     """
     for path in (folder, *splits.values(), *roots, *facts):
         check_access(path)
@@ -88,7 +94,13 @@ def find_source(
     homes = [folder, *(csv.parent for csv in csvs.values()), *roots]
     more = SETS[name].find_roots(homes[1:])
     whole = tuple(dict.fromkeys(path.resolve() for path in (*homes, *more)))
-    return Source(csvs, whole, name, tuple(columns), tuple(facts))
+    return Source(csvs, whole, name, tuple(columns), tuple(facts), called)
+
+
+def find_terms(source: Source) -> Terms:
+    """Whose the images of a source are, and how they may be used."""
+    called = source.name
+    return Terms(called, called, called, "not stated", "") if called else SETS[source.set].TERMS
 
 
 def find_set(folder: Path, name: str | None = None) -> tuple[str, dict[str, Path]]:
@@ -102,7 +114,10 @@ def find_set(folder: Path, name: str | None = None) -> tuple[str, dict[str, Path
             if tables is not None:
                 return candidate, tables
     wanted = ", or ".join(f"{adapter.LOOKED_FOR} ({adapter.TERMS.title})" for adapter in asked.values())
-    raise DataError(f"{folder}: neither it nor a folder in it holds {wanted}")
+    names = sorted(path.name for path in list_files(folder))
+    more = f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
+    there = f"it holds {', '.join(names[:SHOWN])}{more}" if names else "it is empty"
+    raise DataError(f"{folder}: neither it nor a folder in it holds {wanted}; {there}")
 
 
 def read_any_table(csv: Path) -> pa.Table:

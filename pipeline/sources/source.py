@@ -4,7 +4,17 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
+
+from pipeline.labels import LABELS, NOT_ANNOTATED
+
+# Labels and the kinds of them in CheXpert's hierarchy (Irvin et al., figure 1).
+KINDS = {
+    "Lung Opacity": ("Lung Lesion", "Edema", "Consolidation", "Pneumonia", "Atelectasis"),
+    "Enlarged Cardiomediastinum": ("Cardiomegaly",),
+}
 
 
 class Terms(NamedTuple):
@@ -25,7 +35,8 @@ class Source(NamedTuple):
 
     `csvs` are its tables, by split or by role; `roots` are the folders that images may be read from; `set` is its name
     in `sources.sets.SETS`. `columns` are what a table of no known set calls ours: ("path", "Image"), …; `facts` are
-    files of further columns (`sources.joined`).
+    files of further columns (`sources.joined`). `name` is what the user calls a set that has the layout of another one,
+    but patients of its own.
     """
 
     csvs: dict[str, Path]
@@ -33,6 +44,7 @@ class Source(NamedTuple):
     set: str = "chexpert"
     columns: tuple[tuple[str, str], ...] = ()
     facts: tuple[Path, ...] = ()
+    name: str = ""
 
 
 def no_more_roots(homes: Sequence[Path]) -> list[Path]:
@@ -42,3 +54,21 @@ def no_more_roots(homes: Sequence[Path]) -> list[Path]:
 
 def nothing_moved(tables: Iterable[pa.Table], roots: Sequence[Path]) -> None:
     """For a set with one layout: no image can be elsewhere."""
+
+
+def leave_parents_open(states: npt.NDArray[np.int8]) -> None:
+    """In states [N, 14], mark as not annotated a negative parent of a kind that is positive or uncertain."""
+    for parent, kinds in KINDS.items():
+        column = states[:, LABELS.index(parent)]
+        is_kind = np.isin(states[:, [LABELS.index(kind) for kind in kinds]], (1, -1)).any(axis=1)
+        column[(column == 0) & is_kind] = NOT_ANNOTATED
+
+
+def number_studies(patients: pa.ChunkedArray, studies: pa.ChunkedArray) -> pa.Array:
+    """The number [N] of each image's study within its patient, from 1 in the order of the table."""
+    known: dict[str, dict[str, int]] = {}
+    pairs = zip(patients.to_pylist(), studies.to_pylist(), strict=True)
+    of_patients = ((known.setdefault(patient, {}), study) for patient, study in pairs)
+    return pa.array(
+        [numbers.setdefault(study, len(numbers) + 1) for numbers, study in of_patients], pa.int32()
+    )

@@ -26,9 +26,9 @@ LOOKED_FOR = "a single CSV"
 COLUMN = ""  # it is not told by its columns
 NEEDED = ("path", "patient")
 FACTS = (*NEEDED, "study", "view", "sex", "age", "projection")
-_PATH = r"^(?:[^/\\]+/)*[^/\\]+\.(?i:jpg|jpeg|png)$"
+_PATH = r"^(?:[^/\\]+/)*[^/\\]+\.(?i:jpg|jpeg|png|dcm|dicom)$"
 _CHECKS = {
-    "path": (_PATH, "is not a path below SOURCE to a JPEG or PNG"),
+    "path": (_PATH, "is not a path below SOURCE to a JPEG, PNG or DICOM"),
     "patient": (r"^\S{1,64}$", "is not a name without spaces, of up to 64 characters"),
     "study": (r"^\d{1,9}$", "is not a number of up to 9 digits"),
     "view": ("^(?i:frontal|lateral)$", "is neither frontal nor lateral"),

@@ -28,7 +28,6 @@ import numpy.typing as npt
 
 from pipeline.base.errors import DataError
 from pipeline.images import Gray, decode_stored, resize
-from pipeline.stream.cache import Remote
 from pipeline.stream.plan import WINDOW, Rows, Step
 from pipeline.stream.samples import OpenSplit
 
@@ -190,7 +189,7 @@ def stream_batches(
 def fetch(steps: Iterable[Step], split: OpenSplit) -> Iterator[Encoded]:
     """Say where the images of each step lie, in shards that are open; no image is read before it is decoded."""
     opened: dict[int, ShardFile] = {}  # least recently used first
-    for step in steps if split.remote is None else _download_ahead(steps, split, split.remote):
+    for step in _download_ahead(steps, split) if split.is_remote else steps:
         rows = step.images
         shards = split.shard[rows]
         for number in np.unique(shards).tolist():
@@ -290,15 +289,14 @@ def _decode_batch(batch: Encoded, split: OpenSplit, size: int) -> tuple[Decoded,
 
 
 def _open_shard(split: OpenSplit, number: int) -> ShardFile:
-    shard = split.shards[number]
-    path = split.remote.path(shard) if split.remote else split.folder / shard.file
+    path = split.locate(number)
     try:
         return ShardFile(path)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def _download_ahead(steps: Iterable[Step], split: OpenSplit, remote: Remote) -> Iterator[Step]:
+def _download_ahead(steps: Iterable[Step], split: OpenSplit) -> Iterator[Step]:
     """The steps as they come, each when its shards are there; those of the next window arrive meanwhile."""
     waiting: deque[tuple[Step, list[int]]] = deque()
     arrivals: dict[int, Future[Path]] = {}  # of the shards that the waiting steps need
@@ -321,7 +319,7 @@ def _download_ahead(steps: Iterable[Step], split: OpenSplit, remote: Remote) -> 
                 for number in numbers:
                     needs[number] += 1
                     if number not in arrivals:
-                        arrivals[number] = pool.submit(remote.path, split.shards[number], stop)
+                        arrivals[number] = pool.submit(split.locate, number, stop)
                 waiting.append((step, numbers))
                 while len(arrivals) >= KEPT_OPEN:
                     yield next_step()

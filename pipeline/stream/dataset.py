@@ -1,39 +1,43 @@
 """Shards in a user's own code: `open_shards`, and what it returns."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
 
-from pipeline.manifest import Manifest, read_manifest
-from pipeline.policies import check_blank_policy, make_targets, parse_uncertain_policy
+from pipeline.manifest import Manifest
+from pipeline.policies import check_blank_policy, choose_policy, make_targets, parse_uncertain_policy
 from pipeline.stream.batches import BatchStream, Labels, stream_batches
-from pipeline.stream.cache import CACHE, CACHE_SIZE, Remote, find_shards
+from pipeline.stream.cache import CACHE, CACHE_SIZE
+from pipeline.stream.collection import Collection, open_collection
 from pipeline.stream.plan import Samples, plan_evaluation, plan_training
-from pipeline.stream.samples import OpenSplit, find_images, find_studies, open_split
+from pipeline.stream.samples import OpenSplit, find_images, find_studies
 from pipeline.stream.select import select_rows
 
 
-def open_shards(shards: str | Path, cache: str | Path = CACHE, cache_size: int = CACHE_SIZE) -> "Shards":
-    """The splits of a folder of shards, or of its URL: https://… or s3://….
+def open_shards(
+    shards: str | Path | Sequence[str | Path], cache: str | Path = CACHE, cache_size: int = CACHE_SIZE
+) -> "Shards":
+    """The splits of a folder of shards, of its URL (https://… or s3://…), or of several as one.
 
     Shards at a URL are downloaded into the folder `cache` when they are read, and the least recently used ones are
-    evicted above `cache_size` bytes. Raises DataError naming the file for a folder that holds no usable manifest.
+    evicted above `cache_size` bytes. Raises DataError naming the file for a folder that holds no usable manifest, and
+    for several that cannot be read as one.
     """
-    return Shards(*find_shards(shards, Path(cache), cache_size))
+    return Shards(open_collection(shards, Path(cache), cache_size))
 
 
 class Shards(Mapping[str, "Selection"]):
     """The splits by their names: shards["train"]."""
 
-    def __init__(self, folder: Path, remote: Remote | None) -> None:
-        self.manifest: Manifest = read_manifest(folder)
-        self._folder, self._remote = folder, remote
+    def __init__(self, collection: Collection) -> None:
+        self.manifest: Manifest = collection.manifest
+        self._collection = collection
 
     def __getitem__(self, name: str) -> "Selection":
-        split = open_split(self._folder, self.manifest, name, self._remote)
+        split = self._collection.open(name)
         return Selection(split, self.manifest.policies, find_images(split))
 
     def __iter__(self) -> Iterator[str]:
@@ -93,8 +97,8 @@ class Selection:
         batches where epoch is None. Raises DataError for an unknown policy and, while iterating, for more than
         `max_bad` damaged images.
         """
-        policy = parse_uncertain_policy(uncertain or self.policies["uncertain"])
-        blank = check_blank_policy(blank or self.policies["blank"])
+        policy = parse_uncertain_policy(choose_policy("uncertain", uncertain, self.policies))
+        blank = check_blank_policy(choose_policy("blank", blank, self.policies))
         labels = Labels(*make_targets(self.split.table, policy, blank, seed))
         if epoch is None:
             plan = partial(plan_evaluation, self.samples, batch_size, rank=rank, ranks=ranks)

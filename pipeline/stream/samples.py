@@ -7,6 +7,7 @@ that holds all of them.
 """
 
 from pathlib import Path
+from threading import Event
 from typing import NamedTuple
 
 import numpy as np
@@ -21,23 +22,42 @@ from pipeline.stream.cache import Remote
 from pipeline.stream.plan import Rows, Samples
 
 
+class Home(NamedTuple):
+    """Where shards lie: in a folder or, with a `remote`, at a URL whose manifest and tables the folder mirrors."""
+
+    folder: Path
+    remote: Remote | None
+
+
 class OpenSplit(NamedTuple):
     """A split ready to be read: its table, its shards, and the index as arrays [N].
 
-    `projection` int8 [N] is the place of each image's projection in PROJECTIONS.
+    `home` [number of shards] is the place of each shard's home in `homes`. `projection` int8 [N] is the place of each
+    image's projection in PROJECTIONS.
     """
 
     name: str
     encoding: str
     table: pa.Table
-    folder: Path
-    remote: Remote | None
+    homes: tuple[Home, ...]
+    home: npt.NDArray[np.int64]
     shards: tuple[Shard, ...]
     shard: npt.NDArray[np.int32]
     offset: npt.NDArray[np.int64]
     length: npt.NDArray[np.int32]
     crc: npt.NDArray[np.uint32]
     projection: npt.NDArray[np.int8]
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether any of the shards has to be downloaded."""
+        return any(home.remote for home in self.homes)
+
+    def locate(self, number: int, stop: Event | None = None) -> Path:
+        """The local file of a shard, downloaded if need be, as in `Remote.path`."""
+        folder, remote = self.homes[int(self.home[number])]
+        shard = self.shards[number]
+        return remote.path(shard, stop) if remote else folder / shard.file
 
 
 def open_split(folder: Path, manifest: Manifest, name: str, remote: Remote | None = None) -> OpenSplit:
@@ -67,7 +87,14 @@ def open_split(folder: Path, manifest: Manifest, name: str, remote: Remote | Non
         raise DataError(f"{folder / split.table}: sample {key} lies outside of its shard; it is damaged")
     encoding = str(manifest.options.get("encoding", "jpeg"))
     return OpenSplit(
-        name, encoding, table, folder, remote, split.shards, **arrays, projection=find_projections(table)
+        name,
+        encoding,
+        table,
+        (Home(folder, remote),),
+        np.zeros(len(split.shards), np.int64),
+        split.shards,
+        **arrays,
+        projection=find_projections(table),
     )
 
 

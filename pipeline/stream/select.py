@@ -139,6 +139,19 @@ def balance_weights(target: npt.NDArray[np.float32], mask: npt.NDArray[np.bool_]
     return weights
 
 
+def mix_weights(folder: Rows, shares: Sequence[float]) -> npt.NDArray[np.float64]:
+    """Weights float64 [N], of mean 1, under which each folder's images have its share of the draws.
+
+    `folder` [N] is the place of each image's folder in `shares`, which need not add up to 1. Raises ValueError naming
+    the place of a folder that has no image.
+    """
+    counts = np.bincount(folder, minlength=len(shares))
+    if not counts.all():
+        raise ValueError(f"none of the images is in folder {int(np.argmin(counts)) + 1}")
+    wanted = np.array(shares) / sum(shares) * len(folder)
+    return (wanted / counts)[folder]
+
+
 def _holds(condition: Condition, column: pa.ChunkedArray) -> pa.ChunkedArray:
     """Whether the condition holds in each row, never null."""
     if condition.value is None:

@@ -71,7 +71,7 @@ def test_a_run_has_the_same_configuration_losses_and_weights(
     expected = GOLDEN["runs"][name]
     assert read_config(job.run) == job.config
     written = json.loads((job.run / "config.json").read_text())
-    new = {"dev": None}  # fields since then, which are off
+    new: dict[str, object] = {"dev": None, "mix": []}  # fields since then, which are off
     assert written == expected["config"] | new | {"manifest": job.config.manifest}
     assert list(written) == [*list(expected["config"])[:13], "manifest", *list(expected["config"])[13:], *new]
     lines = [json.loads(line) for line in (job.run / "metrics.jsonl").read_text().splitlines()]

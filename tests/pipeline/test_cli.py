@@ -103,7 +103,7 @@ def test_bad_use_is_one_line_and_an_exit_code(
             "train/patient00002/study1/view1_frontal.jpg",
             None,
             "x",
-            "not a readable JPEG or PNG: cannot identify ima",
+            "not a readable JPEG, PNG or DICOM: cannot identi",
         ),
     ],
 )

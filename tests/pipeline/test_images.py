@@ -272,8 +272,8 @@ def test_damage_to_what_is_stored_is_found(gray: Image.Image) -> None:
     ("data", "message"),
     [
         (b"", "the file is empty"),
-        (b"\0" * 4096, "not a readable JPEG or PNG: cannot identify image file"),
-        (b"GIF89a, not supported", "not a readable JPEG or PNG: cannot identify image file"),
+        (b"\0" * 4096, "not a readable JPEG, PNG or DICOM: cannot identify image file"),
+        (b"GIF89a, not supported", "not a readable JPEG, PNG or DICOM: cannot identify image file"),
         (b"\xff\xd8\xff\xe0 nothing", "not a readable JPEG: "),
         (b"\x89PNG\r\n\x1a\n", "not a readable PNG: the file ends early"),
         (b"\x89PNG\r\n\x1a\n" + chunk(b"IEND", b""), "not a readable PNG: it does not start with its header"),

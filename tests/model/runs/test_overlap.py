@@ -156,5 +156,5 @@ def test_a_student_s_dev_may_not_be_in_its_teacher_s_train(
 def test_a_dev_held_out_by_the_teacher_is_its_own(originals: Path, run: Path) -> None:
     table = read_table(originals / "shards", read_manifest(originals / "shards").split("dev"))
     patients = len(set(table["patient"].to_pylist()))
-    assert count_shared(run, table) == (patients, table.num_rows)
-    assert count_shared(run, table, ["train"]) == (0, 0)
+    assert count_shared(run, table, "chexpert") == (patients, table.num_rows)
+    assert count_shared(run, table, "chexpert", ["train"]) == (0, 0)

@@ -71,15 +71,15 @@ def test_predict_keeps_earlier_scores_where_no_image_can_be_read(
     out.write_text("earlier")
     films = tmp_path / "films"
     films.mkdir()
-    for name in ("a.png", "b.JPG", "c.dcm", "d.DCM", "e.tif", "f"):
+    for name in ("a.png", "b.JPG", "c.bmp", "d.BMP", "e.tif", "f"):
         (films / name).write_bytes(b"x")
     with pytest.raises(DataError, match=f"^none of 2 images can be read; {out} is left as it was$"):
         call_train("predict", "--run", run, "--out", out, films)
     assert out.read_text() == "earlier"
     said = capsys.readouterr().err
-    for text in ("2 .dcm files", "1 .tif files", "1 other files"):
-        assert f"{films}: {text} skipped: only JPEG and PNG can be read\n" in said
-    assert f"{films / 'a.png'}: not a readable JPEG or PNG" in said
+    for text in ("2 .bmp files", "1 .tif files", "1 other files"):
+        assert f"{films}: {text} skipped: only JPEG, PNG and DICOM can be read\n" in said
+    assert f"{films / 'a.png'}: not a readable JPEG, PNG or DICOM" in said
     new = tmp_path / "new.csv"
     with pytest.raises(DataError, match=f"^none of 1 images can be read; {new} is not written$"):
         call_train("predict", "--run", run, "--out", new, films / "a.png")

@@ -1,67 +1,24 @@
 """MIMIC-CXR-JPG, in its own layout: a small folder of drawn films."""
 
 import gzip
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pytest
-from PIL import Image
 
 from pipeline.labels import LABELS
 from pipeline.manifest import read_manifest
 from tests.conftest import run_pipeline
+from tests.layouts import MIMIC_IMAGES as IMAGES
+from tests.layouts import write_mimic
 
-# subject, study, image, view, split, labels
-IMAGES = (
-    (10000032, 50414267, "02aa804e-bde0afdd", "PA", "train", {"No Finding": "1.0"}),
-    (10000032, 50414267, "174413ec-4ec4c1f7", "LATERAL", "train", {"No Finding": "1.0"}),
-    (10000033, 53189527, "2a2277a9-b0ded155", "AP", "train", {"Edema": "-1.0", "Fracture": "0.0"}),
-    (
-        10000034,
-        53911762,
-        "68b5c4b1-227d0485",
-        "",
-        "train",
-        None,
-    ),  # a study without labels, a view without a name
-    (10000764, 57375967, "096052b7-d256dc40", "AP", "validate", {"Pleural Effusion": "1.0"}),
-    (10000898, 50771383, "2a280266-c8bae121", "LL", "test", {"Lung Opacity": "1.0", "Edema": "1.0"}),
-    (10000935, 51178377, "9b314ad7-fbcb0422", "PA", "test", {"Edema": "0.0"}),
-)
 KEYS = [f"p{subject}_s{study}_{dicom}" for subject, study, dicom, *_ in IMAGES]
-
-
-def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
-    lines = [",".join(rows[0]), *(",".join(map(str, row.values())) for row in rows)]
-    path.write_bytes(gzip.compress(("\n".join(lines) + "\n").encode()))
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    home = tmp_path / "mimic-cxr-jpg"
-    home.mkdir()
-    identity = [{"dicom_id": image[2], "study_id": image[1], "subject_id": image[0]} for image in IMAGES]
-    splits = [row | {"split": image[4]} for row, image in zip(identity, IMAGES, strict=True)]
-    write_csv(home / "mimic-cxr-2.0.0-split.csv.gz", splits)
-    views = [row | {"ViewPosition": image[3]} for row, image in zip(identity, IMAGES, strict=True)]
-    write_csv(home / "mimic-cxr-2.0.0-metadata.csv.gz", views[::-1])  # in another order
-    studies = {image[1]: image for image in IMAGES if image[5] is not None}
-    labels = [
-        {"subject_id": image[0], "study_id": image[1]}
-        | {label: image[5].get(label, "") for label in sorted(LABELS)}
-        for image in studies.values()
-        if image[5] is not None
-    ]
-    write_csv(home / "mimic-cxr-2.0.0-chexpert.csv.gz", labels)
-    random = np.random.default_rng(0)
-    for subject, study, dicom, *_ in IMAGES:
-        path = home / "files" / f"p{subject}"[:3] / f"p{subject}" / f"s{study}" / f"{dicom}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        coarse = Image.fromarray(random.integers(0, 256, (6, 6), dtype=np.uint8))
-        coarse.resize((64, 64)).save(path, quality=90)
-    return home
+    write_mimic(tmp_path / "mimic-cxr-jpg")
+    return tmp_path / "mimic-cxr-jpg"
 
 
 def shard(folder: Path, *options: object) -> dict[str, dict[str, dict[str, object]]]:
@@ -80,9 +37,9 @@ def shard(folder: Path, *options: object) -> dict[str, dict[str, dict[str, objec
 def test_a_folder_becomes_shards_by_the_official_splits(folder: Path) -> None:
     rows = shard(folder)
     assert {split: sorted(found) for split, found in rows.items()} == {
-        "train": KEYS[:4],
+        "train": [*KEYS[:4], KEYS[7]],
         "valid": KEYS[4:5],
-        "test": KEYS[5:],
+        "test": KEYS[5:7],
     }
     train = rows["train"]
     facts = ("patient", "study", "view", "projection", "sex", "age")
@@ -103,12 +60,12 @@ def test_the_radiologist_s_labels_are_those_of_test(folder: Path) -> None:
     text = f"study_id,{','.join(names)}\n50771383,{','.join(cells)}\n"
     (folder / "mimic-cxr-2.1.0-test-set-labeled.csv").write_text(text)
     rows = shard(folder)
-    assert (sorted(rows["test"]), sorted(rows["test_rest"])) == (KEYS[5:6], KEYS[6:])
+    assert (sorted(rows["test"]), sorted(rows["test_rest"])) == (KEYS[5:6], KEYS[6:7])
     assert [rows["test"][KEYS[5]][label] for label in ("Lung Opacity", "Edema", "Fracture")] == [1, 0, 0]
 
 
 def test_the_folder_can_be_counted_and_previewed(folder: Path) -> None:
-    assert run_pipeline("stats", folder).stdout.startswith("7 images, 6 studies, 6 patients")
+    assert run_pipeline("stats", folder).stdout.startswith("8 images, 7 studies, 7 patients")
     assert run_pipeline("stats", folder, "--split", "test").stdout.startswith("2 images, ")
     preview = run_pipeline("shards", folder, folder.parent / "none", "--views", "all", "--dry-run")
     assert preview.returncode == 0, preview.stderr
@@ -120,7 +77,7 @@ def test_frontals_alone(folder: Path) -> None:
     made = run_pipeline("shards", folder, out, "--size", 32, "--dev", 0, "--workers", 1)
     assert made.returncode == 0, made.stderr
     assert {name: split.samples for name, split in read_manifest(out).splits.items()} == {
-        "train": 2,
+        "train": 3,
         "valid": 1,
         "test": 1,
     }

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
@@ -15,40 +14,15 @@ from pipeline.labels import LABELS, NOT_ANNOTATED
 from pipeline.manifest import read_manifest
 from pipeline.sources import nih
 from tests.conftest import run_pipeline, shipped_table
-
-HEADER = (
-    "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,"
-    "OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y]"
-)
-ROWS = (
-    ("00000001_000.png", "Cardiomegaly|Emphysema", 0, 57, "M", "PA"),
-    ("00000001_001.png", "Nodule", 1, 58, "M", "AP"),
-    ("00000002_000.png", "No Finding", 0, 80, "F", "PA"),
-    ("00000003_000.png", "Infiltration|Mass", 0, 74, "F", "PA"),
-    ("00000004_000.png", "Pleural_Thickening|Effusion", 0, 8, "F", "AP"),
-    ("00000005_000.png", "Pneumonia", 0, 33, "M", "AP"),
-)
-TEST = 2  # the last rows are in the test list
+from tests.layouts import NIH_ROWS as ROWS
+from tests.layouts import NIH_TEST as TEST
+from tests.layouts import write_nih
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """NIH's files: the table, the lists, and the images in two of twelve folders, one of them in color."""
-    home = tmp_path / "ChestX-ray14"
-    home.mkdir()
-    cells = [(*row[:3], int(row[0][:8]), *row[3:], 2500, 2048, 0.168, 0.168) for row in ROWS]
-    lines = [HEADER, *(",".join(map(str, row)) for row in cells)]
-    (home / "Data_Entry_2017_v2020.csv").write_text("\n".join(lines) + "\n")
-    names = [row[0] for row in ROWS]
-    (home / "train_val_list.txt").write_text("\n".join(names[:-TEST]))
-    (home / "test_list.txt").write_text("\n".join(names[-TEST:]) + "\n")
-    random = np.random.default_rng(0)
-    for number, name in enumerate(names):
-        images = home / f"images_{1 + number % 2:03d}" / "images"
-        images.mkdir(parents=True, exist_ok=True)
-        coarse = Image.fromarray(random.integers(0, 256, (6, 6), dtype=np.uint8)).resize((64, 64))
-        coarse.convert("RGBA" if number == 0 else "L").save(images / name)
-    return home
+    write_nih(tmp_path / "ChestX-ray14")
+    return tmp_path / "ChestX-ray14"
 
 
 def shard(folder: Path, *options: object) -> Path:
@@ -169,11 +143,12 @@ def test_a_folder_without_its_lists_or_of_another_set_is_named(folder: Path) -> 
         nih.find_tables(folder)
     failed = run_pipeline("shards", folder, folder.parent / "out", "--set", "chexpert")
     assert failed.stderr == (
-        f"Error: {folder}: neither it nor a folder in it holds a train.csv, valid.csv or test_labels.csv (CheXpert)\n"
+        f"Error: {folder}: neither it nor a folder in it holds a train.csv, valid.csv or test_labels.csv (CheXpert); "
+        "it holds Data_Entry_2017_v2020.csv, images_001, images_002, train_val_list.txt\n"
     )
-    failed = run_pipeline("shards", folder, folder.parent / "out", "--set", "padchest")
+    failed = run_pipeline("shards", folder, folder.parent / "out", "--set", "pad")
     assert (
-        "'padchest' is not a data set; choose from chexpert, chexpert-plus, mimic, nih, table"
+        "'pad' is not a data set; choose from chexpert-plus, mimic, nih, padchest, padchest-all, vindr, chexpert, table"
         in failed.stderr
     )
 

@@ -82,7 +82,7 @@ def test_each_split_may_have_a_csv(films: Path) -> None:
         (("a/2.png", "../2.png"), "line 3, column Image: '../2.png' leads out of SOURCE"),
         (
             ("a/2.png", "/etc/2.png"),
-            "line 3, column Image: '/etc/2.png' is not a path below SOURCE to a JPEG or PNG",
+            "line 3, column Image: '/etc/2.png' is not a path below SOURCE to a JPEG, PNG or DICOM",
         ),
         (("a/2.png", "a/1.png"), "lines 2 and 3: the same image a_1 twice"),
         ((",62,", ",old,"), "line 3, column Years: 'old' is not a number of years"),
@@ -121,5 +121,6 @@ def test_the_set_and_the_columns_go_together(films: Path) -> None:
     (films / "second.csv").write_text("Image\n")
     assert shard(films) == (
         1,
-        f"Error: {films}: neither it nor a folder in it holds a single CSV (a table of your own)",
+        f"Error: {films}: neither it nor a folder in it holds a single CSV (a table of your own); "
+        "it holds a, b, labels.csv, second.csv",
     )

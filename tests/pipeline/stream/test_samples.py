@@ -19,7 +19,7 @@ from pipeline.measure.counts import describe_views
 from pipeline.policies import make_targets, parse_uncertain_policy
 from pipeline.stream.batches import Batch, Labels, stream_batches
 from pipeline.stream.plan import Rows, plan_evaluation, plan_training
-from pipeline.stream.samples import OpenSplit, find_images, find_projections, find_studies, open_split
+from pipeline.stream.samples import Home, OpenSplit, find_images, find_projections, find_studies, open_split
 from pipeline.stream.select import balance_weights, select_rows
 from tests.conftest import default_options, make_shards, run_pipeline
 from tests.pipeline.stream.test_batches import flip_bit
@@ -49,7 +49,17 @@ def make_split(table: pa.Table, sizes: list[int]) -> OpenSplit:
     shards = tuple(Shard(f"train-{number:06d}.tar", size, 0, "") for number, size in enumerate(sizes))
     projection = find_projections(table)
     return OpenSplit(
-        "train", "jpeg", table, Path(), None, shards, shard, nothing, nothing, nothing, projection
+        "train",
+        "jpeg",
+        table,
+        (Home(Path(), None),),
+        np.zeros(len(sizes), np.int64),
+        shards,
+        shard,
+        nothing,
+        nothing,
+        nothing,
+        projection,
     )
 
 

@@ -1,0 +1,129 @@
+"""Train on each set of shards, on all but one, and on all; score every run on every set: does it hold elsewhere?
+
+A network that was trained and tested at one hospital may have learned that hospital. The matrix shows it: a row is what
+was trained on, a column is whose patients were scored. All AUROCs of a column are of the same images and of the same
+labels, so `less` compares each run with the set's own by paired intervals.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from model.runs.config import read_config
+from model.runs.job import Job
+from model.runs.report import open_run_templates
+from model.runs.scoring import score_best
+from pipeline.base.errors import DataError
+from pipeline.base.files import write_atomically, write_json
+from pipeline.measure.bootstrap import describe_difference
+from pipeline.measure.delong import Areas, combine_limits, measure_areas, weigh_labels
+from pipeline.measure.evaluate import Scored
+from pipeline.measure.metrics import FEW, Floats
+from pipeline.stream.collection import Collection
+
+Make = Callable[[Sequence[str], Path], Job]  # folders and run → its job
+SCORED = ("valid", "test", "dev")  # the split of a set that is scored: the first that it has
+MACRO = "macro"
+
+
+def plan_runs(shards: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Name → folders of shards of every run: each alone, with three or more all but one, and all."""
+    sizes = dict.fromkeys((1, len(shards) - 1, len(shards)))
+    return {
+        " + ".join(Path(folder).name for folder in chosen): chosen
+        for size in sizes
+        for chosen in combinations(shards, size)
+    }
+
+
+def train_runs(
+    shards: Sequence[str], out: Path, make: Make, train: Callable[[Job], int]
+) -> tuple[dict[str, Job], int]:
+    """The job of every run, trained, by its name; and the exit code of the first that was stopped.
+
+    A run that is finished is not trained again. Raises DataError where two folders have one name.
+    """
+    runs = plan_runs(shards)
+    if len({Path(folder).name for folder in shards}) < len(shards):
+        raise DataError("`shards`: two folders have the same name; rename one, by which the runs are called")
+    jobs: dict[str, Job] = {}
+    for name, folders in runs.items():
+        job = make(folders, out / name.replace(" + ", "+"))
+        finished = (job.run / "model-card.md").exists() and read_config(job.run) == job.config
+        code = 0 if finished else train(job)
+        if code:
+            return jobs, code
+        jobs[name] = job
+    return jobs, 0
+
+
+def score_runs(jobs: Mapping[str, Job], shards: Sequence[str]) -> dict[str, Any]:
+    """The matrix: `cells` by set and run, with AUROC, limits and the difference to the set's own run.
+
+    By label and over the `labels` of all runs that have 10 positives and negatives in every set (`macro`).
+    Raises DataError where there is none, and InterruptedEvaluationError.
+    """
+    alone = {Path(folder).name: jobs[Path(folder).name].shards for folder in shards}
+    columns = {name: _choose_split(collection) for name, collection in alone.items()}
+    scored = {
+        name: {run: score_best(replace(job, shards=alone[name]), split)[0] for run, job in jobs.items()}
+        for name, split in columns.items()
+    }
+    names = next(iter(jobs.values())).config.labels
+    labels = [
+        label
+        for column, label in enumerate(names)
+        if all(_has_both(runs[name], column) for name, runs in scored.items())
+    ]
+    if not labels:
+        raise DataError("no label has 10 positives and 10 negatives in every set that is scored")
+    cells: dict[str, dict[str, Any]] = {}
+    for name, runs in scored.items():
+        measured = {run: measure_areas(*found[:4]) for run, found in runs.items()}
+        cells[name] = {
+            run: {
+                key: _compare(areas, measured[name], weigh_labels(names, [key] if key in labels else labels))
+                for key in (*labels, MACRO)
+            }
+            for run, areas in measured.items()
+        }
+    return {
+        "runs": {run: [folder.name for folder in job.shards.folders] for run, job in jobs.items()},
+        "sets": {
+            name: {"split": columns[name], "images": len(runs[name].scores)} for name, runs in scored.items()
+        },
+        "labels": labels,
+        "cells": cells,
+    }
+
+
+def write_cross(out: Path, found: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    """Write cross.json and cross.html; `config` are the settings that all runs share."""
+    write_json(out / "cross.json", found)
+    page = open_run_templates().get_template("cross.html")
+    text = page.render(title=f"Across sets: {out.name}", **found, macro=MACRO, config=config)
+    write_atomically(out / "cross.html", text.encode())
+
+
+def _choose_split(collection: Collection) -> str:
+    return next(split for split in SCORED if split in collection.manifest.splits)
+
+
+def _has_both(scored: Scored, column: int) -> bool:
+    cells = scored.target[scored.mask[:, column], column]
+    return min(int((cells == side).sum()) for side in (0, 1)) >= FEW
+
+
+def _compare(areas: Areas, own: Areas, share: Floats) -> dict[str, Any]:
+    """A mean of AUROCs with its limits, and less that of the set's own run."""
+    auroc, theirs = (float(share[share > 0] @ which.auroc[share > 0]) for which in (areas, own))
+    paired = combine_limits(areas.join(own), np.concatenate([share, -share]))
+    return {
+        "auroc": auroc,
+        **combine_limits(areas, share),
+        "less": describe_difference(auroc, theirs, paired),
+    }

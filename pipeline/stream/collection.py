@@ -1,0 +1,216 @@
+"""One or more folders of shards → one manifest, and splits over the shards of all of them.
+
+Growing a data set is sharding what is new into a folder beside it; adding another hospital is the same. The plan knows
+shards and rows alone, so the batches of several folders are as exact and as resumable as those of one. Folders may be
+local or at a URL. The order of the folders decides the order of batches.
+
+Of several folders, the table of a split has a column `set`, the name of each image's data set. Where the sets do not
+share their patients' names (`Terms.patients`), the namespace stands before each name: `nih/patient00012`.
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from itertools import combinations
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.base.errors import DataError
+from pipeline.labels import LABELS, shared
+from pipeline.manifest import Manifest, Split, concat_labels, manifest_digest, read_manifest, read_table
+from pipeline.stream.cache import CACHE, CACHE_SIZE, Remote, find_shards, redact
+from pipeline.stream.samples import Home, OpenSplit, open_split
+
+SAME = ("size", "square", "encoding")  # options that folders must share
+
+NAMED = "*"  # the namespace of patients whose names say it themselves
+
+
+class Folder(NamedTuple):
+    """A folder of manifest and tables, and where its tars are, if not there too; `name` is what the user called it."""
+
+    name: str
+    path: Path
+    remote: Remote | None
+    manifest: Manifest
+
+    @property
+    def set(self) -> str:
+        """The name of its data set; the folder's own where that is not known."""
+        return self.manifest.dataset.get("name", Path(self.name).name)
+
+    @property
+    def patients(self) -> str:
+        """The namespace of its patients; empty where that is not known, as in shards of version 1."""
+        return self.manifest.dataset.get("patients", "")
+
+
+class Collection:
+    """Folders of shards that are read as one."""
+
+    def __init__(self, folders: Sequence[Folder]) -> None:
+        """Raises DataError, naming both folders, where they differ in what a batch must share."""
+        self.folders = tuple(folders)
+        for one, other in combinations(self.folders, 2):
+            if one.path.resolve() == other.path.resolve():
+                raise DataError(f"{one.name}: given twice")
+            for option in SAME:
+                values = [folder.manifest.options.get(option) for folder in (one, other)]
+                if values[0] != values[1]:
+                    raise DataError(
+                        f"{one.name} and {other.name} differ in {option}: {values[0]} and {values[1]}; shard one of "
+                        "them again as the other"
+                    )
+        if len(self.folders) > 1:
+            self._refuse_shared_patients()
+
+    def __str__(self) -> str:
+        return ", ".join(folder.name for folder in self.folders)
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 that stands for all of the data: the manifest's or, of several, that of all of theirs in turn."""
+        digests = [manifest_digest(folder.path) for folder in self.folders]
+        return digests[0] if len(digests) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()
+
+    @property
+    def namespace(self) -> str:
+        """The namespace of all patients: NAMED where it stands before each name, empty where it is not known."""
+        found = {folder.patients for folder in self.folders}
+        return found.pop() if len(found) == 1 else NAMED
+
+    @cached_property
+    def manifest(self) -> Manifest:
+        """The manifest; of several folders, what they have in common, and sums.
+
+        A policy on which they differ is empty. Mean and deviation of gray levels are those of all of train, each
+        folder weighted by its images.
+        """
+        manifests = [folder.manifest for folder in self.folders]
+        if len(manifests) == 1:
+            return manifests[0]
+        names = dict.fromkeys(name for manifest in manifests for name in manifest.splits)
+        weight = np.array([_measured(manifest) for manifest in manifests], float)
+        mean, std = (np.array([m.pixels[key] for m in manifests]) for key in ("mean", "std"))
+        overall = float(np.average(mean, weights=weight))
+        spread = float(np.average(std**2 + mean**2, weights=weight)) - overall**2
+        return Manifest(
+            options=dict(manifests[0].options),
+            policies={key: _common([m.policies[key] for m in manifests]) for key in ("uncertain", "blank")},
+            sources={},
+            pixels={"mean": round(overall, 4), "std": round(spread**0.5, 4)},
+            splits={
+                name: _add_splits([m.splits[name] for m in manifests if name in m.splits]) for name in names
+            },
+            dataset=_join_terms([folder.manifest.dataset for folder in self.folders]),
+            not_annotated=tuple(
+                label for label in LABELS if all(label in manifest.not_annotated for manifest in manifests)
+            ),
+        )
+
+    def open(self, name: str) -> OpenSplit:
+        """A split over all folders that have it.
+
+        Raises DataError as `open_split` does, and for an image that is in two folders.
+        """
+        self.manifest.split(name)
+        splits = {
+            number: open_split(folder.path, folder.manifest, name, folder.remote)
+            for number, folder in enumerate(self.folders)
+            if name in folder.manifest.splits
+        }
+        if len(self.folders) == 1:
+            return splits[0]
+        tables, first = [], 0
+        for number, split in splits.items():
+            table = self._name_rows(self.folders[number], split.table)
+            numbers = pa.array(split.shard + np.int32(first))
+            tables.append(table.set_column(table.schema.get_field_index("shard"), "shard", numbers))
+            first += len(split.shards)
+        table = concat_labels(tables)
+        keys = pc.binary_join_element_wise(table["set"], table["key"], "/")
+        counts = pc.value_counts(keys.combine_chunks())
+        again = counts.filter(pc.greater(counts.field("counts"), 1))
+        if len(again):
+            raise DataError(
+                f"{name}: {again[0]['values']} is in two of {self}; an image may be in one of them only"
+            )
+        columns = ("offset", "length", "crc", "projection")
+        opened = list(splits.values())
+        return OpenSplit(
+            name,
+            opened[0].encoding,
+            table,
+            tuple(Home(folder.path, folder.remote) for folder in self.folders),
+            np.repeat(list(splits), [len(split.shards) for split in opened]),
+            tuple(shard for split in opened for shard in split.shards),
+            table["shard"].to_numpy(),
+            *(np.concatenate([getattr(split, column) for split in opened]) for column in columns),
+        )
+
+    def _name_rows(self, folder: Folder, table: pa.Table) -> pa.Table:
+        """A folder's table with its set, and patients under its namespace where there are several."""
+        if self.namespace == NAMED:
+            patients = pc.binary_join_element_wise(folder.patients or folder.set, table["patient"], "/")
+            table = table.set_column(table.schema.get_field_index("patient"), "patient", patients)
+        return table.append_column("set", pa.array([folder.set] * table.num_rows, pa.string()))
+
+    def _refuse_shared_patients(self) -> None:
+        """Raise DataError for a patient who is in one split of one folder, and in another split of another folder."""
+        found = [
+            (folder, name, self._name_rows(folder, read_table(folder.path, split)).select(["patient"]))
+            for folder in self.folders
+            for name, split in folder.manifest.splits.items()
+        ]
+        for (folder, split, table), (other, other_split, others) in combinations(found, 2):
+            if folder is other or split == other_split:
+                continue
+            for _, _, patient in shared({"one": table, "other": others}, "patient"):
+                raise DataError(
+                    f"{patient} is in {split} of {folder.name} and in {other_split} of {other.name}; splits must not "
+                    "share patients (where these are two people, shard one of the folders with a `name` of its own)"
+                )
+
+
+def open_collection(
+    shards: str | Path | Sequence[str | Path], cache: Path = CACHE, cache_size: int = CACHE_SIZE
+) -> Collection:
+    """The folders or URLs of shards as one. Raises DataError naming a folder that cannot be read as a part of it."""
+    named = [shards] if isinstance(shards, (str, Path)) else shards
+    folders = []
+    for name in named:
+        path, remote = find_shards(name, cache, cache_size)
+        folders.append(Folder(redact(str(name)), path, remote, read_manifest(path)))
+    return Collection(folders)
+
+
+def _measured(manifest: Manifest) -> int:
+    """How many images the manifest's gray levels are of."""
+    return manifest.splits.get("train", next(iter(manifest.splits.values()))).samples
+
+
+def _common(values: Sequence[str]) -> str:
+    return values[0] if len(set(values)) == 1 else ""
+
+
+def _join_terms(datasets: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """The terms of all data sets, each said once."""
+    keys = dict.fromkeys(key for dataset in datasets for key in dataset)
+    return {key: "; ".join(dict.fromkeys(_present(datasets, key))) for key in keys}
+
+
+def _present(datasets: Sequence[Mapping[str, str]], key: str) -> Iterator[str]:
+    return (dataset[key] for dataset in datasets if dataset.get(key))
+
+
+def _add_splits(splits: Sequence[Split]) -> Split:
+    counts: dict[str, Any] = {
+        name: sum(getattr(split, name) for split in splits) for name in ("samples", "studies", "patients")
+    }
+    return Split(
+        **counts, table="", table_sha256="", shards=tuple(s for split in splits for s in split.shards)
+    )

@@ -1,0 +1,87 @@
+"""Train on each set and on all; score every run on every set."""
+
+import json
+from pathlib import Path
+
+import pytest
+from sklearn.metrics import roc_auc_score
+
+import train
+from model.runs.cross import plan_runs
+from model.runs.scores import read_scores
+from pipeline.etl.shards import Execution, write_shards
+from pipeline.manifest import manifest_digest, read_manifest, read_table
+from pipeline.sources.sets import find_source
+from tests.conftest import POLICIES, default_options, write_chexpert
+from tests.model.runs.test_use import SMALL, call_train
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    base = tmp_path_factory.mktemp("sets")
+    for seed, name in enumerate(("north", "south")):
+        write_chexpert(base / name / "films", "train", range(1, 25), seed)
+        write_chexpert(base / name / "films", "valid", range(30, 50), seed)
+        source = find_source(base / name / "films", {}, [], called=name)
+        write_shards(
+            source, base / name / "shards" / name, default_options(dev=0.3), POLICIES, Execution(1, 0.0)
+        )
+    return [base / name / "shards" / name for name in ("north", "south")]
+
+
+def test_runs_are_each_all_but_one_and_all() -> None:
+    assert list(plan_runs(["x/a", "y/b"])) == ["a", "b", "a + b"]
+    assert plan_runs(["x/a", "b", "c"]) == {
+        "a": ("x/a",),
+        "b": ("b",),
+        "c": ("c",),
+        "a + b": ("x/a", "b"),
+        "a + c": ("x/a", "c"),
+        "b + c": ("b", "c"),
+        "a + b + c": ("x/a", "b", "c"),
+    }
+
+
+def test_every_run_is_scored_on_every_set(
+    sets: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "cross"
+    words = ("cross", *(word for folder in sets for word in ("--shards", folder)), "--out", out, *SMALL)
+    assert call_train(*words) == 0
+    found = json.loads((out / "cross.json").read_text())
+    assert found["sets"] == {name: {"split": "valid", "images": 40} for name in ("north", "south")}
+    assert list(found["runs"]) == ["north", "south", "north + south"]
+    # Against the scores that `evaluate` writes of one set by the other's run.
+    south = sets[1]
+    assert call_train("evaluate", "--shards", south, "--run", out / "north") == 0
+    table = read_table(south, read_manifest(south).split("valid"))
+    label = found["labels"][0]
+    scores = read_scores(
+        out / "north" / f"scores-valid-{manifest_digest(south)[:8]}.arrow", table["key"], [label]
+    )
+    states = table[label].to_pandas()
+    used = (states != -1).to_numpy()
+    auroc = roc_auc_score((states[used] == 1), scores[used, 0])
+    cell = found["cells"]["south"]["north"][label]
+    assert cell["auroc"] == pytest.approx(auroc)
+    own = found["cells"]["south"]["south"][label]
+    assert cell["less"]["difference"] == pytest.approx(cell["auroc"] - own["auroc"])
+    assert own["less"] == {"difference": 0.0, "low": 0.0, "high": 0.0, "excludes_zero": False}
+    macro = found["cells"]["south"]["north"]["macro"]["auroc"]
+    values = [found["cells"]["south"]["north"][name]["auroc"] for name in found["labels"]]
+    assert macro == pytest.approx(sum(values) / len(values))
+    page = (out / "cross.html").read_text()
+    assert all(f"<h2>{name}</h2>" in page for name in found["labels"])
+    assert f"{macro:.3f}" in page
+    # Again: nothing is trained.
+    monkeypatch.setattr(train, "train", lambda *_: pytest.fail("a finished run was trained again"))
+    capsys.readouterr()
+    assert call_train(*words) == 0
+    assert "AUROC, mean of" in capsys.readouterr().out
+
+
+def test_one_set_is_refused(sets: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(
+        Exception, match=r"^cross needs --shards twice or more: a set is trained on, another one"
+    ):
+        call_train("cross", "--shards", sets[0], "--out", tmp_path)

@@ -1,0 +1,71 @@
+"""A run on several folders of shards."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import train
+from model.runs.job import Job, open_rows
+from model.runs.overlap import count_shared
+from model.runs.targets import training_labels, training_weights
+from pipeline.base.errors import SettingError
+from pipeline.etl.shards import Execution, write_shards
+from pipeline.manifest import read_manifest, read_table
+from pipeline.sources.sets import find_source
+from pipeline.stream.plan import epoch_order
+from tests.conftest import POLICIES, default_options, write_chexpert
+from tests.test_train import assert_same_run, open_small_job
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Shards of 20 patients of CheXpert, and of 20 of another hospital under the same numbers."""
+    folders = []
+    for seed, name in enumerate(("", "childrens")):
+        base = tmp_path_factory.mktemp("set")
+        write_chexpert(base / "films", "train", range(1, 21), seed)
+        write_chexpert(base / "films", "valid", range(30, 35), seed)
+        source = find_source(base / "films", {}, [], called=name)
+        write_shards(source, base / "shards", default_options(dev=0.3), POLICIES, Execution(1, 0.0))
+        folders.append(base / "shards")
+    return folders
+
+
+def open_mixed(two: list[Path], run: Path, stop_after: int = 10**9, **changes: Any) -> Job:
+    return open_small_job(two, run, stop_after, mix=(1.0, 3.0), batch_size=8, epochs=2, **changes)  # type: ignore[arg-type]
+
+
+def test_a_mixed_run_that_was_stopped_and_resumed_is_the_same(two: list[Path], tmp_path: Path) -> None:
+    whole, parts = (tmp_path / name for name in ("whole", "parts"))
+    assert train.train(open_mixed(two, whole)) == 0
+    assert train.train(open_mixed(two, parts, stop_after=3)) == 143
+    assert train.train(open_mixed(two, parts)) == 0
+    assert_same_run(parts, whole)
+    groups = json.loads((whole / "evaluation-valid.json").read_text())["subgroups"]["set"]["groups"]
+    assert {name: group["images"] for name, group in groups.items()} == {"chexpert": 10, "childrens": 10}
+    valid = read_table(two[1], read_manifest(two[1]).split("train"))
+    known = valid.num_rows, len(valid["patient"].unique())
+    for namespace, patients in (("childrens", known[1]), ("nih", 0)):
+        found = count_shared(whole, valid, namespace, ["train"])
+        assert found == (patients, known[0])
+
+
+def test_each_folder_is_drawn_as_often_as_its_share_says(two: list[Path], tmp_path: Path) -> None:
+    job = open_mixed(two, tmp_path / "run")
+    chosen = open_rows(job, "train")
+    weights = training_weights(job, training_labels(job, chosen), chosen)
+    folder = chosen.split.home[chosen.split.shard[chosen.rows]]
+    sizes = chosen.samples.shard_sizes
+    drawn = [folder[epoch_order(sizes, 0, epoch, weights=weights)] for epoch in range(40)]
+    assert np.concatenate(drawn).mean() == pytest.approx(0.75, abs=0.03)
+
+
+def test_shares_must_be_as_many_as_folders(two: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match=r"^`mix` has 2 shares for 1 folders of `shards`$"):
+        open_mixed(two[:1], tmp_path / "run")
+    message = "^`mix` does not go with `balance`: both say how often an image is drawn$"
+    with pytest.raises(SettingError, match=message):
+        open_mixed(two, tmp_path / "run", balance="Edema")

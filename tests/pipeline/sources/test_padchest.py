@@ -1,0 +1,215 @@
+"""PadChest, in its own layout: the real table, and a small folder of films of 10 and 12 bits."""
+
+import ast
+import gzip
+import json
+import tarfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+from PIL import Image
+
+from pipeline.labels import LABELS
+from pipeline.manifest import read_manifest
+from pipeline.sources import padchest
+from tests.conftest import run_pipeline, shipped_table
+from tests.layouts import PADCHEST_ROWS, write_padchest
+
+TABLE = f"{padchest.TABLE}.gz"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_padchest(tmp_path / "PadChest")
+    return tmp_path / "PadChest"
+
+
+def shard(folder: Path, *options: object) -> dict[str, dict[str, object]]:
+    """Key → row of the shards of train."""
+    out = folder.parent / "out"
+    words = ("--encoding", "png", "--views", "all", "--dev", 0, "--workers", 1, *options)
+    made = run_pipeline("shards", folder, out, *words)
+    assert made.returncode == 0, made.stderr
+    rows = pa.ipc.open_file(out / "train.arrow").read_all().to_pylist()
+    return {row["key"]: row for row in rows}
+
+
+@pytest.mark.soak
+def test_the_real_table_agrees_with_a_count_of_its_words() -> None:
+    path = shipped_table(TABLE)
+    report = json.loads(run_pipeline("stats", path, "--by", "projection", "--format", "json").stdout)
+    assert (report["images"], report["patients"]) == (160_861, 67_625)
+    groups = {name: group["images"] for name, group in report["by"]["groups"].items()}
+    assert groups == {"AP": 14_346 + 4_559, "PA": 91_728, "none": 49_579 + 630 + 11 + 8}
+    rows = pd.read_csv(path, usecols=["Labels"])["Labels"].fillna("[]").value_counts()
+    lists = [
+        {word.strip() for word in ast.literal_eval(text)} - {"", "suboptimal study"} for text in rows.index
+    ]
+
+    def having(names: Iterable[str]) -> "pd.Series[bool]":
+        wanted = set(names)
+        return pd.Series([not wanted.isdisjoint(words) for words in lists], rows.index)
+
+    positive = pd.DataFrame({label: having(names) for label, names in padchest.FINDINGS.items()})
+    positive["No Finding"] &= ~positive.drop(columns=["No Finding", "Support Devices"]).any(axis=1)
+    opened = {label: having(names) for label, names in padchest.HINTS.items()}
+    opened["Lung Opacity"] = positive[
+        ["Lung Lesion", "Edema", "Consolidation", "Pneumonia", "Atelectasis"]
+    ].any(axis=1)
+    opened["Enlarged Cardiomediastinum"] = positive["Cardiomegaly"]
+    silent = having(padchest.UNSAID) | pd.Series([not words for words in lists], rows.index)
+    found = positive.drop(columns=["No Finding", "Support Devices"]).any(axis=1)
+    for label in LABELS:
+        unsaid = silent | opened.get(label, False)
+        unsaid &= ~positive[label] & ~(found if label == "No Finding" else False)
+        counts = report["labels"][label]
+        assert (counts["positive"], counts["not_annotated"]) == (
+            rows[positive[label]].sum(),
+            rows[unsaid].sum(),
+        ), label
+
+
+def test_the_mapping_has_torchxrayvision_s_words_but_for_named_differences() -> None:
+    """Its PC_Dataset looks for substrings: these words it counts, and we do not, or the other way round."""
+    words = {word for names in (*padchest.FINDINGS.values(), *padchest.HINTS.values()) for word in names}
+    words.update(" ".join(padchest.UNMAPPED.split()).split(", "))
+    infiltration = (
+        "infiltrat",
+        "interstitial pattern",
+        "ground glass pattern",
+        "alveolar pattern",
+        "consolidation",
+    )
+    theirs = {
+        "Lung Opacity": (*infiltration, "air bronchogram"),
+        "Pleural Other": ("pleural_thickening", "pleural thickening"),
+        "Consolidation": ("consolidation", "air bronchogram"),
+        "Support Devices": ("device", "pacemaker"),
+        "Lung Lesion": ("nodule", "mass"),
+        "Pleural Effusion": ("effusion",),
+        "Edema": ("edema",),
+        "Cardiomegaly": ("cardiomegaly",),
+        "Pneumonia": ("pneumonia",),
+        "Atelectasis": ("atelectasis",),
+        "Pneumothorax": ("pneumothorax",),
+        "Fracture": ("fracture",),
+    }
+    extra = {
+        label: {word for word in words if any(part in word for part in parts)} - set(padchest.FINDINGS[label])
+        for label, parts in theirs.items()
+    }
+    assert {label: found for label, found in extra.items() if found} == {
+        "Lung Lesion": {
+            "pseudonodule",
+            "mass",
+            "mediastinal mass",
+            "pleural mass",
+            "breast mass",
+            "soft tissue mass",
+        },
+        "Pleural Effusion": {"pericardial effusion"},
+    }
+
+
+def test_a_folder_becomes_shards_of_the_physicians_labels(folder: Path) -> None:
+    rows = shard(folder)
+    assert read_manifest(folder.parent / "out").dataset["title"] == "PadChest"
+    facts = ("patient", "study", "view", "sex", "age", "projection")
+    assert {key: tuple(row[name] for name in facts) for key, row in rows.items()} == {
+        "2053_k6ga29": ("8398", 1, "frontal", "Female", 84, "PA"),
+        "2053_0hys1a": ("8398", 1, "lateral", "Female", 84, None),
+        "313-2_75sg0k": ("3707", 1, "frontal", "Male", 39, "AP"),
+        "31_km0qf9": ("9353", 1, "frontal", "Male", 58, "AP"),
+        "32_a": ("9354", 1, "frontal", None, None, "PA"),
+        "33_a": ("9355", 1, "other", "Other", 25, None),
+    }
+    states = {key: {label: row[label] for label in LABELS if row[label] != 0} for key, row in rows.items()}
+    assert states == {
+        "2053_k6ga29": {"No Finding": 1},
+        "2053_0hys1a": {"No Finding": 1},
+        "313-2_75sg0k": {
+            label: 1 if label == "Lung Opacity" else -2 for label in LABELS if label != "No Finding"
+        },
+        "31_km0qf9": {"Lung Opacity": -2, "Atelectasis": 1, "Pleural Effusion": 1, "Support Devices": -2},
+        "32_a": {
+            "Enlarged Cardiomediastinum": -2,
+            "Cardiomegaly": 1,
+            "Pleural Effusion": -2,
+            "Pleural Other": -2,
+            "Support Devices": 1,
+        },
+        "33_a": {"Fracture": 1},
+    }
+    verified = run_pipeline("verify", folder.parent / "out", "--deep")
+    assert verified.returncode == 0, verified.stdout
+
+
+def test_all_rows_make_other_shards(folder: Path) -> None:
+    rows = shard(folder, "--set", "padchest-all")
+    assert len(rows) == len(PADCHEST_ROWS)
+    assert {label: rows["34_a"][label] for label in LABELS if rows["34_a"][label] != -2} == {
+        "No Finding": 0,
+        "Lung Lesion": 1,
+    }
+    assert {rows["35_a"][label] for label in LABELS} == {-2}
+    out = folder.parent / "out"
+    again = run_pipeline("shards", folder, out, "--encoding", "png", "--views", "all", "--dev", 0)
+    assert again.returncode == 1
+    assert again.stderr.startswith(f"Error: {out} holds other shards: set ")
+
+
+def test_the_table_says_how_many_bits_a_png_uses(folder: Path) -> None:
+    levels = np.array([[0, 1023], [512, 256]], np.uint16)
+    Image.fromarray(levels << 6).save(folder / "0" / "2053_k6ga29.png")  # 12 bits, it says; scaled to 16
+    Image.fromarray(levels).save(folder / "0" / "31_km0qf9.png")  # of 10 bits
+    shard(folder)
+    with tarfile.open(folder.parent / "out" / "train-000000.tar") as tar:
+        for name in ("2053_k6ga29.png", "31_km0qf9.png"):
+            file = tar.extractfile(name)
+            assert file is not None
+            assert np.array(Image.open(file)).tolist() == [[0, 255], [128, 64]]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            ("'rib fracture'", "'rib fractur'"),
+            "line 7, column Labels: 'rib fractur' is not a label of this set",
+        ),
+        (
+            ("['rib fracture']", "rib fracture"),
+            "line 7, column Labels: 'rib fracture' is not a list of words",
+        ),
+        (
+            ("COSTAL", "OBLIQUE"),
+            "line 7, column Projection: 'OBLIQUE' is none of PA, AP, AP_horizontal, L, COSTAL, EX",
+        ),
+        (("32_a.png", "33_a.png"), "lines 6 and 7: the same image 33_a twice"),
+        (("32_a.png", "../32_a.png"), "line 6, column ImageID: '../32_a.png' is not the name of a PNG"),
+        (
+            ("BitsStored_DICOM", "Bits"),
+            "column BitsStored_DICOM is missing; the table has ImageID, ImageDir, ",
+        ),
+    ],
+)
+def test_bad_input_is_named(folder: Path, change: tuple[str, str], message: str) -> None:
+    text = gzip.decompress((folder / TABLE).read_bytes()).decode()
+    assert change[0] in text
+    (folder / TABLE).write_bytes(gzip.compress(text.replace(*change, 1).encode()))
+    failed = run_pipeline("shards", folder, folder.parent / "out")
+    assert failed.returncode == 1
+    assert message in failed.stderr.splitlines()[-1]
+    assert str(folder / TABLE) in failed.stderr.splitlines()[-1]
+
+
+def test_an_image_that_is_missing_is_rejected_by_name(folder: Path) -> None:
+    (folder / "54" / "32_a.png").unlink()
+    out = folder.parent / "out"
+    run_pipeline("shards", folder, out, "--max-bad", 0.5, "--dev", 0, "--workers", 1)
+    (reject,) = read_manifest(out).rejects
+    assert (reject["key"], reject["reason"]) == ("32_a", "no such file, but the CSV lists it")

@@ -1,0 +1,111 @@
+"""VinDr-CXR: the competition's real table, and a small folder in PhysioNet's layout."""
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pyarrow as pa
+import pytest
+
+from pipeline.labels import LABELS
+from pipeline.manifest import read_manifest
+from pipeline.sources import vindr
+from tests.conftest import run_pipeline, shipped_table
+from tests.layouts import write_vindr
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_vindr(tmp_path / "vindr-cxr")
+    return tmp_path / "vindr-cxr"
+
+
+def test_the_competition_s_table_agrees_with_a_count_of_its_votes(tmp_path: Path) -> None:
+    table = shipped_table("vinbigdata-train.csv.gz")
+    report = json.loads(run_pipeline("stats", table, "--format", "json").stdout)
+    assert (report["images"], report["patients"]) == (15_000, 15_000)
+    rows = pd.read_csv(table, usecols=["image_id", "class_name", "rad_id"])
+    assert rows.groupby("image_id")["rad_id"].nunique().eq(3).all()
+    votes = {}
+    for label, names in vindr.FINDINGS.items():
+        said = rows[rows["class_name"].isin(names)].drop_duplicates(["image_id", "rad_id"])
+        votes[label] = said.groupby("image_id").size().reindex(rows["image_id"].unique(), fill_value=0)
+    frame = pd.DataFrame(votes)
+    kinds = frame[["Lung Lesion", "Consolidation", "Atelectasis"]].gt(0).any(axis=1)
+    for label in set(LABELS) - {
+        "Edema",
+        "Pneumonia",
+        "Fracture",
+        "Enlarged Cardiomediastinum",
+        "Support Devices",
+    }:
+        counts = report["labels"][label]
+        wanted = (frame[label].ge(2).sum(), frame[label].eq(1).sum())
+        assert (counts["positive"], counts["uncertain"]) == wanted, label
+        opened = (kinds & frame[label].eq(0)).sum() if label == "Lung Opacity" else 0
+        assert counts["not_annotated"] == opened
+    for label in ("Edema", "Pneumonia", "Fracture", "Enlarged Cardiomediastinum", "Support Devices"):
+        assert report["labels"][label]["not_annotated"] == 15_000
+    home = tmp_path / "vinbigdata"
+    home.mkdir()
+    rows.head(9).to_csv(home / "train.csv", index=False)  # a name that CheXpert has, too
+    assert run_pipeline("stats", home).stdout.startswith(f"{rows.head(9)['image_id'].nunique()} images, ")
+
+
+def test_a_folder_becomes_shards_by_the_votes_of_its_readers(folder: Path) -> None:
+    out = folder.parent / "out"
+    made = run_pipeline("shards", folder, out, "--size", 32, "--dev", 0, "--workers", 1)
+    assert made.returncode == 0, made.stderr
+    manifest = read_manifest(out)
+    assert {name: split.samples for name, split in manifest.splits.items()} == {"train": 4, "test": 2}
+    assert manifest.not_annotated == ("Enlarged Cardiomediastinum", "Support Devices")
+    tables = [pa.ipc.open_file(out / split.table).read_all() for split in manifest.splits.values()]
+    rows = {int(row["key"], 16): row for row in pa.concat_tables(tables).to_pylist()}
+    kept = [label for label in LABELS if label not in manifest.not_annotated]
+    assert {
+        number: {label: row[label] for label in kept if row[label] != 0} for number, row in rows.items()
+    } == {
+        0: {"Cardiomegaly": 1, "Fracture": -1},
+        1: {"No Finding": 1, "Lung Lesion": -1, "Lung Opacity": -2},
+        2: {"No Finding": -1, "Lung Opacity": 1},
+        3: {"No Finding": 1},
+        4: {"Pleural Effusion": 1, "Edema": 1, "Lung Opacity": -2},
+        5: {"No Finding": 1},
+    }
+    facts = ("study", "view", "sex", "age", "projection")
+    assert rows[0]["patient"] == rows[0]["key"]
+    assert [rows[0][name] for name in facts] == [1, "frontal", None, None, "PA"]
+
+
+@pytest.mark.parametrize(
+    ("split", "change", "message"),
+    [
+        ("train", (",R2,", ",R1,"), f"lines 2 and 3: the same image {0:032x} by R1 twice"),
+        ("train", (",R1,0,0,0,1", ",R1,0,0,0,2"), "line 2, column Cardiomegaly: '2' is neither 0 nor 1"),
+        ("train", ("Cardiomegaly,", "Heart,"), "column Cardiomegaly is missing; the table has Cardiomegaly"),
+        ("test", (f"{4:032x}", "film4"), "line 2, column image_id: 'film4' is not 32 hexadecimal digits"),
+        (
+            "test",
+            (f"{4:032x}", f"{3:032x}"),
+            f"line 2: {3:032x} is in image_labels_train.csv too; splits must not",
+        ),
+    ],
+)
+def test_bad_input_is_named(folder: Path, split: str, change: tuple[str, str], message: str) -> None:
+    path = folder / "annotations" / f"image_labels_{split}.csv"
+    text = path.read_text()
+    assert change[0] in text
+    path.write_text(text.replace(*change, 1))
+    failed = run_pipeline("shards", folder, folder.parent / "out")
+    assert failed.returncode == 1
+    assert message in failed.stderr.splitlines()[-1]
+    assert str(path) in failed.stderr.splitlines()[-1]
+
+
+def test_a_class_of_another_set_is_named(tmp_path: Path) -> None:
+    table = tmp_path / "train.csv"
+    table.write_text(f"image_id,class_name,rad_id\n{1:032x},Hernia,R1\n")
+    failed = run_pipeline("stats", table)
+    assert (
+        failed.stderr == f"Error: {table}, line 2, column class_name: 'Hernia' is not a finding of this set\n"
+    )

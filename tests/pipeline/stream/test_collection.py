@@ -1,0 +1,190 @@
+"""Several folders of shards, read as one."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+
+from pipeline import DataError, open_shards
+from pipeline.etl.shards import Execution, write_shards
+from pipeline.manifest import Manifest, read_manifest, read_table
+from pipeline.sources.sets import find_source
+from pipeline.stream.collection import NAMED, open_collection
+from pipeline.stream.select import mix_weights
+from tests.conftest import default_options, run_pipeline, write_chexpert
+
+from tests.conftest import POLICIES  # isort: skip
+
+
+def write_set(folder: Path, patients: range, name: str = "", **changes: object) -> Path:
+    """Shards of drawn patients, all of train or of train and valid."""
+    write_chexpert(folder / "films", "train", patients)
+    source = find_source(folder / "films", {}, [], called=name)
+    options = default_options(**changes)
+    write_shards(source, folder / "shards", options, POLICIES, Execution(1, 0.0))
+    return folder / "shards"
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """CheXpert's first 30 patients, and 20 of another hospital under the same numbers."""
+    base = tmp_path_factory.mktemp("two")
+    return write_set(base / "a", range(1, 31)), write_set(base / "b", range(1, 21), "childrens")
+
+
+def test_one_folder_is_what_it_was(two: tuple[Path, Path]) -> None:
+    alone = open_collection(two[0])
+    assert alone.manifest == read_manifest(two[0])
+    table = alone.open("train").table
+    assert table.equals(read_table(two[0], alone.manifest.split("train")))
+    assert alone.namespace == "chexpert"
+
+
+def test_tables_follow_each_other_and_patients_are_apart(two: tuple[Path, Path]) -> None:
+    found = open_collection(two)
+    split = found.open("train")
+    expected = pd.concat(
+        [
+            read_table(folder, read_manifest(folder).split("train"))
+            .to_pandas()
+            .assign(set=name, patient=lambda rows, name=name: f"{name}/" + rows["patient"])
+            for folder, name in zip(two, ("chexpert", "childrens"), strict=True)
+        ],
+        ignore_index=True,
+    )
+    numbers = split.table["shard"].to_numpy()
+    first = len(read_manifest(two[0]).split("train").shards)
+    expected["shard"] += np.where(expected["set"] == "childrens", first, 0)
+    pd.testing.assert_frame_equal(split.table.to_pandas(), expected, check_dtype=False)
+    np.testing.assert_array_equal(split.shard, numbers)
+    assert found.namespace == NAMED
+    assert found.manifest.split("train").samples == len(expected)
+    assert found.manifest.dataset["name"] == "chexpert; childrens"
+
+
+def test_every_image_is_read_from_its_own_folder(two: tuple[Path, Path]) -> None:
+    together = open_shards(two)["train"]
+    (alone,) = open_shards(two[1])["train"].batches(1000, 32, epoch=None, uncertain="zeros")
+    (batch,) = together.where("set=childrens").batches(1000, 32, epoch=None, uncertain="zeros")
+    np.testing.assert_array_equal(batch.images, alone.images)
+    np.testing.assert_array_equal(batch.target, alone.target)
+
+
+def test_ranks_share_the_batches_of_all_folders(two: tuple[Path, Path]) -> None:
+    train = open_shards(two)["train"]
+    whole = list(train.batches(8, 32, epoch=1))
+    parts = [list(train.batches(8, 32, epoch=1, rank=rank, ranks=2)) for rank in (0, 1)]
+    assert len(whole) == len(parts[0]) == len(parts[1]) > 3
+    for batch, *shares in zip(whole, *parts, strict=True):
+        np.testing.assert_array_equal(batch.images, np.concatenate([part.images for part in shares]))
+    sets = np.array(train.table["set"])
+    assert len({sets[batch.step.images[0]] for batch in whole}) == 2
+
+
+def test_gray_levels_are_those_of_all_images(two: tuple[Path, Path]) -> None:
+    ours = open_collection(two).manifest
+    parts = [read_manifest(folder) for folder in two]
+    counts = [part.split("train").samples for part in parts]
+    mean = np.average([part.pixels["mean"] for part in parts], weights=counts)
+    squares = [part.pixels["std"] ** 2 + part.pixels["mean"] ** 2 for part in parts]
+    assert ours.pixels["mean"] == pytest.approx(mean, abs=1e-4)
+    assert ours.pixels["std"] == pytest.approx(
+        np.sqrt(np.average(squares, weights=counts) - mean**2), abs=1e-4
+    )
+
+
+def test_a_folder_has_its_share_of_the_draws() -> None:
+    folder = np.repeat([0, 1], [900, 100])
+    weights = mix_weights(folder, (0.7, 0.3))
+    assert weights[folder == 0].sum() == pytest.approx(700)
+    assert weights[folder == 1].sum() == pytest.approx(300)
+    with pytest.raises(ValueError, match=r"^none of the images is in folder 3$"):
+        mix_weights(folder, (1, 1, 1))
+
+
+def test_folders_that_cannot_be_one_are_refused_by_name(two: tuple[Path, Path], tmp_path: Path) -> None:
+    small = write_set(tmp_path / "small", range(40, 44), size=32)
+    message = f"{two[0]} and {small} differ in size: 48 and 32; shard one of them again as the other"
+    with pytest.raises(DataError, match=f"^{re.escape(message)}$"):
+        open_collection([two[0], small])
+    with pytest.raises(DataError, match=f"^{re.escape(str(two[0]))}: given twice$"):
+        open_collection([two[0], two[0]])
+    again = write_set(tmp_path / "again", range(25, 35))
+    name = read_table(again, read_manifest(again).split("train"))["key"].to_pylist()
+    with pytest.raises(DataError, match=r"an image may be in one of them only$") as caught:
+        open_collection([two[0], again]).open("train")
+    assert str(caught.value).split(" is in ")[0].removeprefix("train: chexpert/") in name
+
+
+def test_a_patient_in_two_splits_of_two_folders_is_refused(two: tuple[Path, Path], tmp_path: Path) -> None:
+    write_chexpert(tmp_path / "films", "valid", range(30, 33))
+    write_shards(
+        find_source(tmp_path / "films", {}, []),
+        tmp_path / "v",
+        default_options(),
+        POLICIES,
+        Execution(1, 0.0),
+    )
+    with pytest.raises(DataError) as caught:
+        open_collection([two[0], tmp_path / "v"])
+    assert re.match(
+        rf"patient00030 is in (train|dev) of {two[0]} and in valid of {tmp_path / 'v'}; splits must not share patients "
+        r"\(where these are two people, shard one of the folders with a `name` of its own\)$",
+        str(caught.value),
+    )
+    assert open_collection([two[1], tmp_path / "v"]).open("valid").table.num_rows == 6
+
+
+def test_different_policies_have_to_be_decided(two: tuple[Path, Path], tmp_path: Path) -> None:
+    write_chexpert(tmp_path / "films", "train", range(50, 54))
+    policies = {"uncertain": "ones", "blank": "zeros"}
+    source = find_source(tmp_path / "films", {}, [])
+    write_shards(source, tmp_path / "ones", default_options(), policies, Execution(1, 0.0))
+    train = open_shards([two[0], tmp_path / "ones"])["train"]
+    message = "`uncertain`: the folders of shards have different policies; give one"
+    with pytest.raises(DataError, match=f"^{message}$"):
+        train.batches(2, 32, epoch=0)
+    train.batches(2, 32, epoch=0, uncertain="ones")
+
+
+def test_facts_that_one_folder_lacks_are_null(two: tuple[Path, Path], tmp_path: Path) -> None:
+    write_chexpert(tmp_path / "films", "train", range(60, 63))
+    facts = tmp_path / "facts.csv"
+    facts.write_text("patient,ward\n" + "".join(f"patient{number:05d},W\n" for number in range(60, 63)))
+    source = find_source(tmp_path / "films", {}, [], facts=[facts])
+    write_shards(source, tmp_path / "w", default_options(), POLICIES, Execution(1, 0.0))
+    table = open_collection([two[0], tmp_path / "w"]).open("train").table
+    ward = table.filter(pa.compute.is_valid(table["ward"]))
+    assert set(ward["patient"].to_pylist()) <= {"patient00060", "patient00061", "patient00062"}
+    assert ward.num_rows > 0
+
+
+def test_stats_count_several_sets_and_each(two: tuple[Path, Path]) -> None:
+    done = run_pipeline("stats", *two, "--by", "set", "--format", "json")
+    report = json.loads(done.stdout)
+    assert done.returncode == 0, done.stderr
+    counts = [sum(split.samples for split in read_manifest(folder).splits.values()) for folder in two]
+    groups = report["by"]["groups"]
+    assert {name: group["images"] for name, group in groups.items()} == dict(
+        zip(("chexpert", "childrens"), counts, strict=True)
+    )
+
+
+def test_a_set_can_be_named(two: tuple[Path, Path], tmp_path: Path) -> None:
+    manifest = read_manifest(two[1])
+    assert manifest.dataset == {
+        "name": "childrens",
+        "title": "childrens",
+        "patients": "childrens",
+        "license": "not stated",
+        "paper": "",
+    }
+    assert isinstance(replace(manifest), Manifest)
+    done = run_pipeline("shards", tmp_path, tmp_path / "out", "--name", "a/b")
+    assert done.returncode == 2
+    assert "'a/b' is not a name of letters, digits, '.', '_' and '-'" in done.stderr

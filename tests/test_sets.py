@@ -1,0 +1,49 @@
+"""Every data set, from its files to a prediction: shards, checks, counts, two epochs of training, scores."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import train
+from model.runs.scoring import score_files
+from pipeline.labels import label_states
+from pipeline.sources.rows import read_splits
+from pipeline.sources.sets import KNOWN, find_source
+from tests.conftest import default_options, make_shards, run_pipeline
+from tests.layouts import SETS
+from tests.test_train import few_resamples_and_no_page, open_small_job  # noqa: F401
+
+
+def test_every_set_that_is_told_by_its_files_has_a_layout() -> None:
+    assert SETS.keys() == KNOWN.keys()
+
+
+def find_seed(home: Path) -> int:
+    """The first seed that leaves a batch in train, and gives dev a label with both classes."""
+    for seed in range(100):
+        splits, *_ = read_splits(find_source(home, {}, []), views="all", dev=0.5, seed=seed)
+        if {"train", "dev"} <= splits.keys() and len(splits["train"]) > 1:
+            states, _ = label_states(splits["dev"])
+            if ((states == 1).any(axis=0) & (states == 0).any(axis=0)).any():
+                return seed
+    raise AssertionError
+
+
+@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("epochs", [2, pytest.param(20, marks=pytest.mark.soak)])
+def test_a_set_goes_all_the_way(name: str, epochs: int, tmp_path: Path) -> None:
+    home, out = tmp_path / "home", tmp_path / "out"
+    SETS[name](home)
+    options = default_options(size=32, views="all", dev=0.5, seed=find_seed(home))
+    manifest = make_shards(home, out, options).manifest
+    assert (manifest.dataset["name"], manifest.rejects) == (name, ())
+    assert run_pipeline("verify", out, "--deep").returncode == 0
+    samples = sum(split.samples for split in manifest.splits.values())
+    assert json.loads(run_pipeline("stats", out, "--format", "json").stdout)["images"] == samples
+    job = open_small_job(out, tmp_path / "run", batch_size=2, epochs=epochs)
+    assert train.train(job) == 0
+    files = sorted(path for path in home.rglob("*") if path.suffix in (".png", ".jpg", ".dicom"))[:2]
+    scores, bad = score_files(job.run, job.config, [[file] for file in files], 1)
+    assert (bad, len(scores)) == ([], 2)
+    assert ((scores > 0) & (scores < 1)).any(axis=1).all()
