@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, Generic, Protocol, TypeVar
 
 import click
@@ -96,6 +97,12 @@ def name_options(text: str) -> str:
 def say(text: str) -> None:
     """Print a line on stderr: stdout is for results."""
     click.echo(name_options(text), err=True)
+
+
+@cache
+def say_once(text: str) -> None:
+    """Print a line on stderr, unless this process has done so: a sweep trains many runs."""
+    say(text)
 
 
 def refuse_usage(wrong: object, text: str) -> None:

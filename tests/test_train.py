@@ -865,12 +865,20 @@ def test_the_curve_of_the_loss_is_of_the_steps_since_its_last_point(
 
 
 def test_wandb_reads_what_goes_to_tensorboard(
-    command: Callable[..., int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    command: Callable[..., int],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     wandb = Mock()
+    monkeypatch.setattr(folder, "find_restriction", lambda dataset: f"License of {tmp_path}")
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     for _ in range(2):  # begun and continued
         assert command("train", "--run", tmp_path / "run", "--wandb", "films") == 0
+    warning = (
+        "Warning: --wandb sends settings and figures of this run to others; make sure that the License of "
+    )
+    assert capfd.readouterr().err.count(f"{warning}{tmp_path} allows it\n") == 1
     first, second = wandb.init.call_args_list
     assert first == second
     told = first.kwargs
@@ -1136,12 +1144,25 @@ def test_exported_networks_give_the_same_scores(
     checked, names = capsys.readouterr().out.splitlines()[-2:]
     assert checked.startswith(f"{out}: checked, within ")
     assert names == "its scores: Edema, Fracture"
+    facts = {
+        "labels": '["Edema", "Fracture"]',
+        "image_size": "32",
+        "dataset": "films drawn by `pipeline sample`",
+        "license": "none needed: the films show no patient",
+        "started_from": "random weights",
+        "use": "For research. Not for clinical use.",
+    }
     valid = open_shards(job.shards.folders[0].path)["valid"]
     (batch,) = valid.batches(len(valid.table), 32, epoch=None)
     if name.endswith(".onnx"):
-        (scores,) = onnxruntime.InferenceSession(out).run(None, {"images": batch.images})
+        session = onnxruntime.InferenceSession(out)
+        (scores,) = session.run(None, {"images": batch.images})
+        assert session.get_modelmeta().custom_metadata_map == facts
     else:
-        scores = torch.export.load(out).module()(torch.from_numpy(batch.images)).detach().numpy()
+        found = {"facts.json": ""}
+        program = torch.export.load(out, extra_files=found)
+        scores = program.module()(torch.from_numpy(batch.images)).detach().numpy()
+        assert json.loads(found["facts.json"]) == facts
     expected = read_scores(job.run / "scores-valid.arrow", valid.table["key"], job.config.labels)
     np.testing.assert_allclose(scores, expected, atol=1e-5)
     with pytest.raises(DataError, match=r"model.h5: export writes .onnx or .pt2$"):

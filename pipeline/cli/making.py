@@ -10,18 +10,20 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pipeline.base.errors import DataError, printable
+from pipeline.base.files import is_open_to_all
 from pipeline.base.store import is_remote, open_location
 from pipeline.base.workers import count_cpus, run_alone
 from pipeline.console import Checked, Number, Parsed, progress_bar, refuse_usage, say
 from pipeline.images import ENCODINGS, SQUARES
 from pipeline.labels import VIEWS
 from pipeline.look.tables import print_report
+from pipeline.manifest import find_restriction
 from pipeline.policies import BLANK_HELP, UNCERTAIN_HELP, check_blank_policy, parse_uncertain_policy
 
 if TYPE_CHECKING:
     from pipeline.etl.planning import Options
     from pipeline.etl.shards import Execution, RunSummary
-    from pipeline.sources.source import Source
+    from pipeline.sources.source import Source, Terms
 
 WORKERS = click.option("--workers", default=count_cpus, type=click.IntRange(min=1), show_default="all cores")
 
@@ -207,7 +209,7 @@ def shards(
     from pipeline.etl.planning import Options
     from pipeline.etl.shards import Execution, write_shards
     from pipeline.sources.load import describe_shards
-    from pipeline.sources.sets import find_source
+    from pipeline.sources.sets import find_source, find_terms
 
     how = Execution(**{field.name: rest.pop(field.name) for field in fields(Execution)})
     options = Options(**rest)
@@ -226,6 +228,7 @@ def shards(
     found = find_source(source, _collect("--split", splits), roots, dataset, columns or (), files, name or "")
     if dry_run:
         return _print_preview(found, options, how)
+    _warn_of_terms(find_terms(found), out)
     start = time.perf_counter()
     resumed: int | None = None
     with progress_bar("Sharding", "images") as advance:
@@ -245,6 +248,18 @@ def shards(
         say(f"{text} by these policies: it cannot be learned")
     _print_run(out, run, seconds, described.views)
     return 3 if how.strict and run.manifest.rejects else 0
+
+
+def _warn_of_terms(terms: "Terms", out: Path) -> None:
+    """Warn where films that may not be passed on would be written to a place that others may read."""
+    restricted = find_restriction(terms._asdict())
+    if restricted and is_remote(out):
+        say(f"Warning: {out}: make sure that only people bound by the {restricted} can read it")
+    elif restricted and is_open_to_all(out):
+        say(
+            f"Warning: {out}: every user of this machine can read it; only people bound by the {restricted} may: "
+            f"chmod o-rx {out}"
+        )
 
 
 def _collect(option: str, values: Iterable[tuple[str, Path]]) -> dict[str, Path]:
