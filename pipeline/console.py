@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 import click
@@ -37,6 +38,17 @@ class Number(click.FloatRange):
         return number
 
 
+class PathOrUrl(click.Path):
+    """A path, or a URL as it was written: what it names is looked at later."""
+
+    def __init__(self, exists: bool = False, file_okay: bool = True) -> None:
+        super().__init__(exists, file_okay, path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The path, or the text of the URL."""
+        return value if "://" in str(value) else super().convert(value, param, ctx)
+
+
 class Parsed(click.ParamType[Value], Generic[Value]):
     """The value that the library parses from a text; its DataError becomes a usage error."""
 
@@ -49,6 +61,11 @@ class Parsed(click.ParamType[Value], Generic[Value]):
             return self.parse(str(value))
         except DataError as error:
             self.fail(name_options(str(error)), param, ctx)
+
+
+CACHE_FOLDER = click.option(
+    "--cache", default=".cache", type=click.Path(path_type=Path), help="Where shards of a URL are kept."
+)
 
 
 class Checked(Parsed[str]):

@@ -164,7 +164,7 @@ def assert_same_run(run: Path, other: Path) -> None:
     """Bitwise: weights, averages, optimizer, position, and every number of the metrics."""
     for name in ("last.pt", "best.pt"):
         ours, theirs = load_checkpoint(run / name), load_checkpoint(other / name)
-        for key in ("images", "precision"):  # texts
+        for key in ("images", "precision", "dataset"):  # texts
             assert ours.pop(key, None) == theirs.pop(key, None)
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
     for name in ("metrics.jsonl", "evaluation-dev.json", "evaluation-valid.json", "scores-valid.arrow"):

@@ -13,7 +13,7 @@ from pipeline.base.errors import DataError, printable
 from pipeline.base.files import is_open_to_all
 from pipeline.base.store import is_remote, open_location
 from pipeline.base.workers import count_cpus, run_alone
-from pipeline.console import Checked, Number, Parsed, progress_bar, refuse_usage, say
+from pipeline.console import CACHE_FOLDER, Checked, Number, Parsed, PathOrUrl, progress_bar, refuse_usage, say
 from pipeline.images import ENCODINGS, SQUARES
 from pipeline.labels import VIEWS
 from pipeline.look.tables import print_report
@@ -336,41 +336,44 @@ def _print_preview(source: "Source", options: "Options", how: "Execution") -> in
 
 
 @click.command(epilog="Example: pipeline verify shards --deep")
-@click.argument("shards", type=click.Path(path_type=Path, file_okay=False))
+@click.argument("shards", type=PathOrUrl(file_okay=False))
+@CACHE_FOLDER
 @click.option("--deep", is_flag=True, help="Decode every image too, and compare every JSON with its row.")
 @WORKERS
-def verify(shards: Path, deep: bool, workers: int) -> None:
-    """Check every file of SHARDS against the manifest, and every tar against its table.
+def verify(shards: str | Path, cache: Path, deep: bool, workers: int) -> None:
+    """Check every file of SHARDS (a folder or URL) against the manifest, and every tar against its table.
 
     One line for each problem, on stdout; exit code 1 where there is any.
     """
     from pipeline.etl.verify import PRINTED, verify_shards
+    from pipeline.stream.cache import find_shards, redact
 
-    start = time.perf_counter()
+    start, name = time.perf_counter(), redact(str(shards))
+    folder, remote = find_shards(shards, cache)
     with progress_bar("Verifying", "shards") as advance:
-        report = verify_shards(shards, deep, workers, advance)
+        report = verify_shards(folder, deep, workers, advance, remote.path if remote else None)
     for warning in report.warnings:
         say(f"Warning: {printable(warning)}")
     for file, lines in report.problems.items():
         click.echo(printable("\n".join(lines[:PRINTED])))
         if len(lines) > PRINTED:
-            click.echo(f"{shards / file}: and {len(lines) - PRINTED:,} more")
+            click.echo(f"{name.rstrip('/')}/{file}: and {len(lines) - PRINTED:,} more")
     if report.problems:
         problems = sum(map(len, report.problems.values()))
         repair = (
-            f"; write these again by `pipeline shards SOURCE {shards} --repair`, with the options used before"
+            f"; write these again by `pipeline shards SOURCE {name} --repair`, with the options used before"
         )
         raise click.ClickException(
-            f"{shards}: {problems:,} problems in {len(report.problems)} files{'' if report.indexed else repair}"
+            f"{name}: {problems:,} problems in {len(report.problems)} files{'' if report.indexed or remote else repair}"
         )
     click.echo(
-        f"{shards}: all is well: {report.splits} splits, {report.shards:,} shards, {report.samples:,} samples, "
+        f"{name}: all is well: {report.splits} splits, {report.shards:,} shards, {report.samples:,} samples, "
         f"{report.bytes / 1e6:,.1f} MB in {time.perf_counter() - start:.1f} s"
     )
 
 
 @click.command(epilog="Example: pipeline index ~/wds --csv ~/CheXpert-v1.0-small/train.csv")
-@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path, file_okay=False))
+@click.argument("folder", metavar="DIR", type=PathOrUrl(file_okay=False))
 @click.option(
     "--csv",
     "csvs",
@@ -389,6 +392,11 @@ def index(folder: Path, csvs: tuple[str, ...], split: str | None, workers: int) 
     """
     from pipeline.etl.adopt import write_index
 
+    refuse_usage(
+        "://" in str(folder),
+        f"{folder}: only a folder can be indexed; copy the tars to one, index it, and copy manifest.json and the "
+        ".arrow tables back beside them",
+    )
     csv = _parse_csvs(csvs)
     with progress_bar("Indexing", "shards") as advance:
         manifest = write_index(folder, csv, split, workers, advance)
