@@ -5,6 +5,7 @@ Each command imports what it needs itself, so that `--help` is quick.
 
 import click
 
+from pipeline.cli.auditing import audit
 from pipeline.cli.looking import show, stats
 from pipeline.cli.making import index, sample, shards, verify
 from pipeline.console import run_command
@@ -16,7 +17,7 @@ def cli() -> None:
     """Turn chest X-ray data sets into WebDataset shards with Arrow label tables, and report on its labels."""
 
 
-for command in (sample, shards, verify, index, stats, show):
+for command in (sample, shards, verify, index, stats, show, audit):
     cli.add_command(command)
 
 

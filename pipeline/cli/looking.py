@@ -25,6 +25,7 @@ from pipeline.measure.counts import (
     to_csv,
     to_json,
 )
+from pipeline.policies import evaluation_targets
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -93,8 +94,8 @@ def stats(
         "--by projection has one group under --views lateral: laterals have none",
     )
     refuse_usage(against_split and not against, "--against-split needs --against")
-    _check_output("--plot", plot, (".png", ".svg"))
-    _check_output("--html", html, (".html",))
+    check_output("--plot", plot, (".png", ".svg"))
+    check_output("--html", html, (".html",))
     found = [find_shards(source, cache) for source in sources]
     other = find_shards(against, cache)[0] if against else None
     refuse_usage(
@@ -162,16 +163,27 @@ def _render_page(
     table: "pa.Table",
 ) -> str:
     from pipeline.look.label_report import find_examples, find_groups, render_label_report
+    from pipeline.measure.audit import audit_labels
+    from pipeline.measure.covariates import find_covariates
+    from pipeline.sources.load import load_tables
 
     shown = report.copy()
     shown["cooccurrence"] = count_cooccurrence(table)
-    (folder, remote), *others = found
-    alone = not others and (folder / NAME).is_file()
-    examples = find_examples(folder, split, views, remote) if alone else {}
-    return render_label_report(title, scope, shown, find_groups(table), examples)
+    sources = [path for path, _ in found]
+    alone = len(sources) == 1 and (sources[0] / NAME).is_file()
+    examples = find_examples(sources[0], split, views, found[0][1]) if alone else {}
+    audited = load_tables(sources, split, views, audited=True)
+    cells = evaluation_targets(audited, find_blank(sources))
+    audit = audit_labels(audited, *cells, find_covariates(audited), together=False)  # which takes longer
+    return render_label_report(title, scope, shown, find_groups(table), examples, audit)
 
 
-def _check_output(option: str, path: Path | None, suffixes: Collection[str]) -> None:
+def find_blank(sources: Sequence[Path]) -> str:
+    """The policy for blank cells of the first source; zeros where it is no folder of shards."""
+    return read_manifest(sources[0]).policies["blank"] if (sources[0] / NAME).is_file() else "zeros"
+
+
+def check_output(option: str, path: Path | None, suffixes: Collection[str]) -> None:
     """Refuse a file that could not be written at the end, before anything is counted."""
     if path:
         wrong = path.suffix.lower() not in suffixes
@@ -216,7 +228,7 @@ def show(
 
     refuse_usage(state and not label, "--state needs --label")
     refuse_usage(augmented, "--augmented is a command now: python train.py inputs --shards … --out …")
-    _check_output("--out", out, FORMATS)
+    check_output("--out", out, FORMATS)
     folder, remote = find_shards(shards, cache)
     opened = open_split(folder, read_manifest(folder), split, remote)
     rows = select_rows(opened.table, where)

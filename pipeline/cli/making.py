@@ -24,6 +24,15 @@ if TYPE_CHECKING:
     from pipeline.etl.planning import Options
     from pipeline.etl.shards import Execution, RunSummary
     from pipeline.sources.source import Source, Terms
+    from pipeline.synthetic.shortcuts import Shortcut
+
+
+def parse_shortcut(text: str) -> "Shortcut":
+    """The shortcut of `Pneumonia=marker:0.9`. Raises DataError."""
+    from pipeline.synthetic import shortcuts
+
+    return shortcuts.parse_shortcut(text)
+
 
 WORKERS = click.option("--workers", default=count_cpus, type=click.IntRange(min=1), show_default="all cores")
 
@@ -40,11 +49,28 @@ WORKERS = click.option("--workers", default=count_cpus, type=click.IntRange(min=
     "--laterals", type=Number(0, 1), help="Share of studies with a lateral.", show_default="as in CheXpert"
 )
 @click.option("--valid", default=0.12, type=Number(0.01, 0.9), help="Share of images in valid.csv.")
+@click.option(
+    "--shortcut",
+    "shortcuts",
+    multiple=True,
+    type=Parsed(parse_shortcut, "LABEL=CUE:STRENGTH"),
+    help="Plant a cue (marker, border, corners) in train, tied to a label: Pneumonia=marker:0.9; valid has none.",
+)
 @WORKERS
-def sample(out: Path, images: int, seed: int, laterals: float | None, valid: float, workers: int) -> None:
+def sample(
+    out: Path,
+    images: int,
+    seed: int,
+    laterals: float | None,
+    valid: float,
+    shortcuts: tuple["Shortcut", ...],
+    workers: int,
+) -> None:
     """Write a synthetic CheXpert to OUT: drawn chest films, for trying things out without patient data."""
     from pipeline.synthetic.sample import write_sample
 
+    cues = [shortcut.cue for shortcut in shortcuts]
+    refuse_usage(len(set(cues)) < len(cues), "--shortcut: a cue can be tied to one label")
     done = 0
     with progress_bar("Drawing", "images") as advance:
 
@@ -54,7 +80,14 @@ def sample(out: Path, images: int, seed: int, laterals: float | None, valid: flo
             advance(done, images)
 
         folder = write_sample(
-            out, images=images, seed=seed, workers=workers, progress=count, laterals=laterals, valid=valid
+            out,
+            images=images,
+            seed=seed,
+            workers=workers,
+            progress=count,
+            laterals=laterals,
+            valid=valid,
+            shortcuts=shortcuts,
         )
     click.echo(f"{folder}: {images:,} synthetic images")
 

@@ -10,6 +10,7 @@ import base64
 import io
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,9 +21,11 @@ from PIL import Image
 from pipeline.base import pages
 from pipeline.images import Gray
 from pipeline.labels import LABELS, STATES, label_states, select_views
-from pipeline.look.plots import Palette, draw_cooccurrence, draw_groups, draw_states
+from pipeline.look.plots import Palette, draw_audit, draw_cooccurrence, draw_groups, draw_states
 from pipeline.look.sheet import fit, read_images, spread_rows
+from pipeline.look.tables import tabulate_audit
 from pipeline.manifest import read_manifest
+from pipeline.measure.audit import Audit, describe_alarms
 from pipeline.measure.counts import NO_GROUP, Groups, LabelStatistics, count_groups
 from pipeline.stream.cache import Remote
 from pipeline.stream.plan import Rows
@@ -89,6 +92,7 @@ def render_label_report(
     report: LabelStatistics,
     groups: Sequence[Groups],
     examples: Mapping[str, Mapping[str, list[str]]],
+    audit: Audit,
 ) -> str:
     """The page. `report` has `cooccurrence` and may have `policy` and `against`; `scope` says what was counted."""
     states = _draw(lambda axes: draw_states(axes, report, PAGE), "share of images by state")
@@ -104,7 +108,29 @@ def render_label_report(
         groups=[(found, _draw_groups(found)) for found in groups],
         examples=examples,
         NOTABLE=NOTABLE,
+        **_describe_audit(audit),
     )
+
+
+def render_audit(title: str, scope: str, audit: Audit) -> str:
+    """The page of an audit alone; `scope` says what was audited."""
+    page = pages.open_templates("pipeline.look").get_template("audit.html")
+    return page.render(title=title, scope=scope, **_describe_audit(audit))
+
+
+def _describe_audit(audit: Audit) -> dict[str, Any]:
+    """What audit-section.html shows."""
+    covariates = len({clue["covariate"] for clue in audit["clues"]})
+    headings, best = tabulate_audit(audit)
+    size = (2.4 + 0.3 * covariates, 4.6)
+    told = "how well covariates tell labels"
+    return {
+        "audit": audit,
+        "alarms": describe_alarms(audit),
+        "best": best,
+        "headings": headings,
+        "heat_map": _draw(lambda axes: draw_audit(axes, audit, PAGE), told, size) if covariates else None,
+    }
 
 
 def _draw_groups(groups: Groups) -> Markup:

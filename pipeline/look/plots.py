@@ -18,11 +18,14 @@ from matplotlib.patches import Rectangle
 
 from pipeline.base.files import write_atomically
 from pipeline.labels import STATES
+from pipeline.measure.audit import Audit
 from pipeline.measure.counts import Groups, Statistics
+from pipeline.measure.metrics import Floats
 
 NAMED_SHARE = 5.0  # percent: a narrower bar has no room for its number
 STRENGTH = 0.55  # of the color at 100 %: numbers stay legible on light and dark backgrounds
 DPI = 200
+KINDS = ("acquisition", "together", "content")  # of covariates, from left to right
 MARKERS = "osD^vXP"  # one more than there are colors, so that no pair repeats
 LEGEND = {"handlelength": 1, "handletextpad": 0.5, "columnspacing": 1.2, "borderaxespad": 0.2}
 
@@ -107,21 +110,47 @@ def draw_cooccurrence(axes: Axes, cooccurrence: Mapping[str, Mapping[str, int]],
     The diagonal, always 100, and rows without positives are left out.
     """
     labels = list(cooccurrence)
+    shares = np.full((len(labels), len(labels)), np.nan)
     for y, (label, row) in enumerate(cooccurrence.items()):
         for x, other in enumerate(labels):
-            left_out = label == other or not row[label]
-            share = 0.0 if left_out else row[other] / row[label]
-            color = palette.states["blank"] if left_out else (palette.full, STRENGTH * share)
-            cell = Rectangle(
-                (x - 0.5, y - 0.5), 1, 1, facecolor=color, edgecolor=palette.paper, linewidth=0.6
-            )
-            axes.add_patch(cell)
-            if not left_out:
-                axes.text(x, y, f"{100 * share:.0f}", ha="center", va="center", fontsize=8, color=palette.ink)
-    axes.set_xlim(-0.5, len(labels) - 0.5)
-    axes.set_ylim(len(labels) - 0.5, -0.5)
+            if label != other and row[label]:
+                shares[y, x] = row[other] / row[label]
+    _draw_cells(axes, shares, [[f"{100 * share:.0f}" for share in row] for row in shares], palette)
     axes.set_xticks(range(len(labels)), labels=labels, rotation=90)
     axes.set_yticks(range(len(labels)), labels=labels)
+
+
+def draw_audit(axes: Axes, audit: Audit, palette: Palette) -> None:
+    """How well each covariate tells each label: max(AUROC, 1 - AUROC), in color from .5 on; ! marks what exceeds."""
+    found = audit["clues"]
+    names = {kind: [f["covariate"] for f in found if f["kind"] == kind] for kind in KINDS}
+    columns = list(dict.fromkeys(name for kind in KINDS for name in names[kind]))  # of their first kind
+    labels = list(dict.fromkeys(f["label"] for f in sorted(found, key=lambda f: f["kind"] == "content")))
+    told = np.full((len(labels), len(columns)), np.nan)
+    texts = [[""] * len(columns) for _ in labels]
+    for clue in found:
+        y, x = labels.index(clue["label"]), columns.index(clue["covariate"])
+        told[y, x] = max(clue["told"], 0.5)
+        texts[y][x] = f"{100 * clue['told']:.0f}{'!' if clue['exceeds'] else ''}"
+    _draw_cells(axes, 2 * told - 1, texts, palette)
+    axes.set_xticks(range(len(columns)), labels=[name.replace("$", r"\$") for name in columns], rotation=90)
+    axes.set_yticks(range(len(labels)), labels=labels)
+    for kind in KINDS[:2]:  # a gap to the next kind
+        edge = max((columns.index(name) for name in names[kind]), default=-1) + 0.5
+        axes.axvline(edge, color=palette.paper, linewidth=4)
+
+
+def _draw_cells(axes: Axes, shares: Floats, texts: Sequence[Sequence[str]], palette: Palette) -> None:
+    """A heat map of shares [R, C], with a text in each cell; those that are NaN are gray and empty."""
+    for (y, x), share in np.ndenumerate(shares):
+        left_out = np.isnan(share)
+        color = palette.states["blank"] if left_out else (palette.full, STRENGTH * share)
+        cell = Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=color, edgecolor=palette.paper, linewidth=0.6)
+        axes.add_patch(cell)
+        if not left_out:
+            axes.text(x, y, texts[y][x], ha="center", va="center", fontsize=8, color=palette.ink)
+    axes.set_xlim(-0.5, shares.shape[1] - 0.5)
+    axes.set_ylim(len(shares) - 0.5, -0.5)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
 

@@ -1,6 +1,7 @@
 """Figures → tables in a terminal."""
 
 from pipeline.base.errors import printable
+from pipeline.measure.audit import Audit, Clue, describe_alarms, describe_told, find_alarms, shorten
 from pipeline.measure.counts import LabelStatistics
 
 
@@ -64,6 +65,57 @@ def print_report(report: LabelStatistics) -> None:
             "standardized: (p1 - p2) / sqrt((p1 (1 - p1) + p2 (1 - p2)) / 2), notable above 0.1"
         )
         print_table(title, headings, cells)
+
+
+def print_audit(audit: Audit) -> None:
+    """Print the alarms in words, and what tells each label best, worst first."""
+    from rich.markup import escape
+
+    for text in describe_alarms(audit):
+        print(printable(f"{text}."))
+    headings, rows = tabulate_audit(audit)
+    totals = f"{audit['images']:,} images of {audit['patients']:,} patients"
+    alarms = sum(map(len, find_alarms(audit).values()))
+    title = (
+        f"{totals}; alarms (!): {alarms}\nof {len(audit['clues'])} tests, those whose lower limit, adjusted by "
+        f"Holm's method at level {audit['level']}, is above {audit['threshold']}"
+    )
+    if rows:  # whose names of sets may be of any text
+        safe = {label: [escape(printable(cell)) for cell in cells] for label, cells in rows.items()}
+        print_table(title, headings, safe)
+    else:
+        print(f"{totals}: nothing to test.")
+    if audit["left_out"]:
+        reasons = (f"{name} ({reason})" for name, reason in audit["left_out"].items())
+        print(f"Not tested: {', '.join(reasons)}.")
+    if audit["few"]:
+        print(f"Fewer than 10 patients in a class: {', '.join(audit['few'])}.")
+
+
+def tabulate_audit(audit: Audit) -> tuple[list[str], dict[str, list[str]]]:
+    """Headings, and what tells each label best, worst first; ! marks an alarm."""
+    best: dict[str, dict[str, Clue]] = {}
+    for clue in sorted(audit["clues"], key=lambda clue: clue["kind"] == "content"):
+        best.setdefault(clue["label"], {}).setdefault(clue["kind"], clue)
+    headings = ["acquisition", "tells it", "95 %", "adjusted", "all together"]
+    if any("content" in kinds for kinds in best.values()):
+        headings += ["content: maybe the disease", "tells it"]
+    rows = {}
+    for label, kinds in best.items():
+        cells = ["–"] * len(headings)
+        if alone := kinds.get("acquisition"):
+            limits, adjusted = describe_told(alone), shorten(alone["adjusted"])
+            cells[:4] = alone["covariate"], _mark(alone), limits, adjusted
+        if joint := kinds.get("together"):
+            cells[4] = _mark(joint)
+        if content := kinds.get("content"):
+            cells[5:] = content["covariate"], shorten(content["told"])
+        rows[label] = cells
+    return headings, rows
+
+
+def _mark(clue: Clue) -> str:
+    return f"{'! ' if clue['exceeds'] else ''}{shorten(clue['told'])}"
 
 
 def _percent(share: float | None) -> str:

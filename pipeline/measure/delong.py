@@ -24,6 +24,7 @@ class Areas(NamedTuple):
     low: Floats  # [A]
     high: Floats  # [A]
     freedom: Floats  # [A] degrees of freedom: the patients with the rarer class, minus one
+    design: Floats  # [A] by how much patients as clusters multiply the variance
     influence: Floats  # [P, A], one row for each patient, in the order of their names
 
     def join(self, other: "Areas") -> "Areas":
@@ -38,7 +39,7 @@ def measure_areas(scores: Floats, target: Floats, mask: Bools, patient: npt.NDAr
     """
     names, codes = np.unique(patient, return_inverse=True)
     columns = scores.shape[1]
-    found = np.full((4, columns), np.nan)
+    found = np.full((5, columns), np.nan)
     influence = np.full((len(names), columns), np.nan)
     for column in range(columns):
         used = mask[:, column]
@@ -95,18 +96,14 @@ def student_quantile(freedom: float) -> float:
     return z + sum(term / freedom ** (power + 1) for power, term in enumerate(terms))
 
 
-def score_limits(auroc: float, positives: float, negatives: float, design: float = 1) -> tuple[float, float]:
-    """Newcombe's method 5, its variance times a design effect: the θ with |θ - AUROC| = 1.96 · √(design · V(θ)).
-
-    V(θ) = θ (1 - θ) (1 + n (1 - θ) / (2 - θ) + n θ / (1 + θ)) / (positives · negatives), n = (positives + negatives)
-    / 2 - 1.
-    """
-    spread = (positives + negatives) / 2 - 1
+def score_limits(
+    auroc: float, positives: float, negatives: float, design: float = 1, z: float = Z
+) -> tuple[float, float]:
+    """Newcombe's method 5, its variance times a design effect: the θ with |θ - AUROC| = z · √(design · V(θ))."""
 
     def distance(theta: float) -> float:
-        factor = 1 + spread * ((1 - theta) / (2 - theta) + theta / (1 + theta))
-        variance = design * theta * (1 - theta) * factor / (positives * negatives)
-        return abs(theta - auroc) - Z * float(np.sqrt(variance))
+        variance = design * score_variance(theta, positives, negatives)
+        return abs(theta - auroc) - z * float(np.sqrt(variance))
 
     limits = []
     for end in (0.0, 1.0):
@@ -118,32 +115,43 @@ def score_limits(auroc: float, positives: float, negatives: float, design: float
     return limits[0], limits[1]
 
 
+def score_variance(theta: float, positives: float, negatives: float) -> float:
+    """V(θ) of an AUROC of θ: θ (1 - θ) (1 + n (1 - θ) / (2 - θ) + n θ / (1 + θ)) / (positives · negatives).
+
+    n = (positives + negatives) / 2 - 1; the same for θ and 1 - θ.
+    """
+    spread = (positives + negatives) / 2 - 1
+    factor = 1 + spread * ((1 - theta) / (2 - theta) + theta / (1 + theta))
+    return theta * (1 - theta) * factor / (positives * negatives)
+
+
 def _measure(
     score: Floats, truth: Bools, codes: Ints, patients: int
-) -> tuple[float, float, float, int, Floats]:
-    """AUROC, its limits, degrees of freedom, and influence values [P] of cells [n] of both classes."""
+) -> tuple[float, float, float, int, float, Floats]:
+    """AUROC, its limits, degrees of freedom, design effect, and influence values [P] of cells of both classes."""
     positive, negative = np.sort(score[truth]), np.sort(score[~truth])
     sizes = len(positive), len(negative)
     # The share of the other class that each cell wins against, ties counted half: DeLong's structural components.
-    share = np.where(truth, _share_below(score, negative), 1 - _share_below(score, positive))
+    share = np.where(truth, share_below(score, negative), 1 - share_below(score, positive))
     auroc = float(share[truth].mean())
     centered = (share - auroc) / np.where(truth, *sizes)
     influence = np.zeros(patients)
     independent, kish = 0.0, 1.0
+    owners = []
     for side, size in zip((truth, ~truth), sizes, strict=True):
         cells = np.bincount(codes[side], minlength=patients)
         own = int((cells > 0).sum())
+        owners.append(own)
         influence += np.bincount(codes[side], centered[side], patients) * np.sqrt(own / max(own - 1, 1))
         independent += float((centered[side] ** 2).sum()) * size / max(size - 1, 1)
         kish = max(kish, float((cells.astype(np.int64) ** 2).sum()) / size)
     clustered = float(influence @ influence)
     # Similar images never carry more information; for a perfect AUROC, as much as one image per patient.
     design = max(1, clustered / independent) if independent > 0 else kish
-    freedom = min(len(np.unique(codes[side])) for side in (truth, ~truth)) - 1
-    return auroc, *score_limits(auroc, *sizes, design), max(freedom, 1), influence
+    return auroc, *score_limits(auroc, *sizes, design), max(min(owners) - 1, 1), design, influence
 
 
-def _share_below(score: Floats, others: Floats) -> Floats:
+def share_below(score: Floats, others: Floats) -> Floats:
     """The share of the sorted others [m] that is below each score [n], ties counted half."""
     sides = np.searchsorted(others, score, "left") + np.searchsorted(others, score, "right")
     share: Floats = sides / (2 * len(others))

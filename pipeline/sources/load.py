@@ -1,6 +1,6 @@
 """SOURCE (shards, a data set's folder, or one CSV) → its label table."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,13 +19,18 @@ from pipeline.sources.source import Source
 
 
 def load_tables(
-    sources: Sequence[Path], split: str | None, views: str, facts: Sequence[Path] = ()
+    sources: Sequence[Path],
+    split: str | None,
+    views: str,
+    facts: Sequence[Path] = (),
+    *,
+    audited: bool = False,
 ) -> pa.Table:
     """The label table of one source, as `load_table`; of several with the column `set`, and all patients apart.
 
     Unless their sets share the names of patients.
     """
-    tables = [load_table(source, split, views, facts) for source in sources]
+    tables = [load_table(source, split, views, facts, audited=audited) for source in sources]
     if len(tables) == 1:
         return tables[0]
     named = []
@@ -49,11 +54,14 @@ def _name_set(source: Path) -> tuple[str, str]:
     return terms.name, terms.patients
 
 
-def load_table(source: Path, split: str | None, views: str, facts: Sequence[Path] = ()) -> pa.Table:
+def load_table(
+    source: Path, split: str | None, views: str, facts: Sequence[Path] = (), *, audited: bool = False
+) -> pa.Table:
     """The label table of a source: one split, or all of them one after the other.
 
     Its facts, but for those of `images.Original`, follow the labels; `facts` are files of more, as for
-    `pipeline shards`. Raises DataError where the source, the split or the views do not exist.
+    `pipeline shards`. What is `audited` has the facts of the originals, too, and without a split named is what is
+    learned from. Raises DataError where the source, the split or the views do not exist.
     """
     if source.is_file():
         if split is not None:
@@ -71,11 +79,20 @@ def load_table(source: Path, split: str | None, views: str, facts: Sequence[Path
         tables = {name: table for name, table in tables.items() if split in (None, name)}
     tables, _ = join_facts(tables, facts)
     columns = ["patient", "study", "view", "sex", "age", "projection", *LABELS]
-    columns += [name for name in name_facts(next(iter(tables.values()))) if name not in Original._fields]
+    kept = name_facts(next(iter(tables.values())))
+    columns += [name for name in kept if audited or name not in Original._fields]
+    if audited and split is None:
+        tables = {name: tables[name] for name in learned_splits(tables)}
     table = select_views(pa.concat_tables([table.select(columns) for table in tables.values()]), views)
     if table.num_rows == 0:
         raise DataError(f"{source}: no {views} images")
     return table
+
+
+def learned_splits(names: Iterable[str]) -> list[str]:
+    """Train and dev, as the others have to stay unseen; all where there is no train."""
+    names = list(names)
+    return [name for name in names if name in ("train", "dev") or "train" not in names]
 
 
 class Described(NamedTuple):

@@ -13,7 +13,7 @@ children; Enlarged Cardiomediastinum is only correlated with Cardiomegaly, as in
 import csv
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,10 +24,12 @@ import simplejpeg
 from pipeline.base.workers import run_tasks
 from pipeline.labels import COLUMNS, LABELS
 from pipeline.synthetic.films import Finding, draw_film
+from pipeline.synthetic.shortcuts import CUES, Shortcut
 
 FOLDER = "CheXpert-v1.0-small"
 VALID_SHARE = 0.12
 PATIENTS_PER_TASK = 16
+CUE_DRAWS = 100  # where a study's draws of cues begin: no study has as many views
 NOTICE = (
     "The images in this folder are procedurally generated drawings, not patients. "
     "They follow CheXpert's layout for first runs and tests and have no medical meaning.\n"
@@ -95,17 +97,19 @@ def write_sample(
     progress: Callable[[int], None] = lambda images: None,
     laterals: float | None = None,
     valid: float = VALID_SHARE,
+    shortcuts: Sequence[Shortcut] = (),
 ) -> Path:
     """Write a synthetic data set of exactly `images` images into `out` and return its CheXpert-v1.0-small.
 
     `laterals` is the share of studies that have a lateral too; None is about the real set's share. It does not change
     a study's frontals or labels, but with more laterals the same number of images makes fewer studies. `valid` is
-    the share of images in valid.csv.
+    the share of images in valid.csv. `shortcuts` are drawn into the films of train.csv, so that a network that learns
+    them falls on valid, whose films have no cue; they change nothing else.
 
-    The bytes depend only on images, seed (0 to 2^63-1), laterals and valid, not on the number of `workers`, which are
-    processes (so a script must call this under `if __name__ == "__main__"`). `progress` is called with the number of
-    images just finished. Raises FileExistsError if the folder already exists, ValueError if images < 1. The folder
-    appears only when complete.
+    The bytes depend only on images, seed (0 to 2^63-1), laterals, valid and shortcuts, not on the number of `workers`,
+    which are processes (so a script must call this under `if __name__ == "__main__"`). `progress` is called with the
+    number of images just finished. Raises FileExistsError if the folder already exists, ValueError if images < 1. The
+    folder appears only when complete.
     """
     final, partial = out / FOLDER, out / f".{FOLDER}.tmp"
     if images < 1:
@@ -120,9 +124,17 @@ def write_sample(
     for split, patients in (("train", train), ("valid", held_out)):
         (partial / split).mkdir(parents=True)
         write_csv(partial / f"{split}.csv", split, patients)
-    (partial / "SYNTHETIC.txt").write_text(NOTICE)
+    planted = (
+        f"Planted in train: {cue} for {label}, strength {strength:g}.\n" for label, cue, strength in shortcuts
+    )
+    (partial / "SYNTHETIC.txt").write_text(NOTICE + "".join(planted))
     tasks = [
-        (partial / split, seed, patients[start : start + PATIENTS_PER_TASK])
+        (
+            partial / split,
+            seed,
+            patients[start : start + PATIENTS_PER_TASK],
+            shortcuts if split == "train" else (),
+        )
         for split, patients in (("train", train), ("valid", held_out))
         for start in range(0, len(patients), PATIENTS_PER_TASK)
     ]
@@ -131,9 +143,9 @@ def write_sample(
     return partial.rename(final)
 
 
-def write_patients(task: tuple[Path, int, list[Patient]]) -> int:
-    """Draw and write all images of some patients of one split; return their number."""
-    folder, seed, patients = task
+def write_patients(task: tuple[Path, int, list[Patient], Sequence[Shortcut]]) -> int:
+    """Draw and write all images of some patients of one split, with the cues; return their number."""
+    folder, seed, patients, shortcuts = task
     # Freeing a large block raises glibc's trim threshold; otherwise every temporary array faults in fresh pages.
     np.empty(24 << 20, np.uint8)
     count = 0
@@ -141,10 +153,13 @@ def write_patients(task: tuple[Path, int, list[Patient]]) -> int:
         for study in patient.studies:
             target = folder / f"patient{patient.number:05d}" / f"study{study.number}"
             target.mkdir(parents=True)
+            cues = draw_cues(seed, patient.number, study, shortcuts)
             for view, (kind, projection) in enumerate(study.views, start=1):
                 body = stream(seed, patient.number, view=1)
                 film = stream(seed, patient.number, study.number, view)
                 pixels = draw_film(kind, projection, patient.sex, study.findings, body, film)
+                for cue in cues:
+                    CUES[cue](pixels)
                 jpeg = simplejpeg.encode_jpeg(pixels[..., None], quality=90, colorspace="GRAY")
                 (target / f"view{view}_{kind}.jpg").write_bytes(jpeg[:2] + COMMENT + jpeg[2:])
                 count += 1
@@ -171,6 +186,16 @@ def write_csv(path: Path, split: str, patients: list[Patient]) -> None:
 def stream(seed: int, patient: int, study: int = 0, view: int = 0) -> np.random.Generator:
     """Return the random numbers of a patient (view 0: life, 1: body), a study (view 0) or a view."""
     return np.random.Generator(np.random.Philox(key=[seed, patient], counter=[0, 0, view, study]))
+
+
+def draw_cues(seed: int, patient: int, study: Study, shortcuts: Sequence[Shortcut]) -> list[str]:
+    """The cues that a study's films get: a study is made in one room, so all of its films or none."""
+    found = []
+    for shortcut in shortcuts:
+        rng = stream(seed, patient, study.number, CUE_DRAWS + list(CUES).index(shortcut.cue))
+        if rng.random() < shortcut.chance(study.states[shortcut.label]):
+            found.append(shortcut.cue)
+    return found
 
 
 def draw_patients(

@@ -1,0 +1,88 @@
+"""The command that asks what labels can be told by without the disease: audit."""
+
+import json
+from pathlib import Path
+
+import click
+
+from pipeline.base.files import write_atomically
+from pipeline.base.workers import count_cpus
+from pipeline.cli.looking import check_output, find_blank
+from pipeline.console import progress_bar, refuse_usage, say
+from pipeline.labels import VIEWS
+from pipeline.manifest import NAME, read_manifest
+from pipeline.measure.metrics import Floats
+
+
+@click.command(epilog="Example: pipeline audit shards --html audit.html")
+@click.argument("sources", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
+@click.option("--split", help="One split of a folder.  [default: train and dev; all where there is no train]")
+@click.option("--views", default="all", type=click.Choice(VIEWS), help="By the column Frontal/Lateral.")
+@click.option("--images/--no-images", default=None, help="Measure gray levels, too.  [default: of shards]")
+@click.option(
+    "--threads", default=count_cpus, type=click.IntRange(min=1), show_default="all cores", help="To decode."
+)
+@click.option("--html", type=click.Path(path_type=Path, dir_okay=False), help="Write a page with a heat map.")
+@click.option("--strict", is_flag=True, help="Exit with 3 on any alarm.")
+@click.option("--format", "format_", default="table", type=click.Choice(["table", "json"]))
+def audit(
+    sources: tuple[Path, ...],
+    split: str | None,
+    views: str,
+    images: bool | None,
+    threads: int,
+    html: Path | None,
+    strict: bool,
+    format_: str,
+) -> int:
+    """Find what tells each label of SOURCES (shards, data sets' folders or CSVs) without the disease.
+
+    The patient's number, the projection, the original width, gray levels of border and corners, …: each alone, and
+    all together in a model tested on other patients. A network may learn these instead, and fail elsewhere.
+    """
+    from pipeline.look.tables import print_audit
+    from pipeline.measure.audit import audit_labels, find_alarms
+    from pipeline.measure.covariates import find_covariates
+    from pipeline.policies import evaluation_targets
+    from pipeline.sources.load import learned_splits, load_tables
+
+    are_shards = all((source / NAME).is_file() for source in sources)
+    refuse_usage(
+        images and not are_shards, "--images needs shards: pipeline shards SOURCE OUT, then audit OUT"
+    )
+    check_output("--html", html, (".html",))
+    table = load_tables(sources, split, views, audited=True)
+    edge: dict[str, Floats] = {}
+    content: dict[str, Floats] = {}
+    if are_shards and images is not False:
+        from pipeline.look.pixels import measure_shards
+
+        chosen = [
+            (source, [split] if split else learned_splits(read_manifest(source).splits)) for source in sources
+        ]
+        done = 0
+        with progress_bar("Measuring", "images") as advance:
+
+            def count(measured: int) -> None:
+                nonlocal done
+                done += measured
+                advance(done, table.num_rows)
+
+            edge, content = measure_shards(chosen, views, threads, count)
+    if "file_bytes" in table.column_names:
+        content["file bytes"] = table["file_bytes"].to_numpy().astype(float)
+        content.pop("stored bytes", None)  # the same, where files are stored as they were
+    cells = evaluation_targets(table, find_blank(sources))
+    report = audit_labels(table, *cells, find_covariates(table), edge, content)
+    if html:
+        from pipeline.look.label_report import render_audit
+
+        scope = f"{f'split {split}' if split else 'train and dev, where there are some'}; {views} views"
+        title = f"Audit of {', '.join(source.resolve().name for source in sources)}"
+        write_atomically(html, render_audit(title, scope, report).encode())
+        say(f"{html}: written")
+    if format_ == "json":
+        click.echo(json.dumps(report, indent=2))
+    else:
+        print_audit(report)
+    return 3 if strict and find_alarms(report) else 0

@@ -1,0 +1,82 @@
+"""Shards → gray levels of each image: at its edge, where no disease shows, and as a whole, where it may.
+
+Images are read in table order and measured 224 pixels square, so that a corner is a corner in any format.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.measure.metrics import Floats
+from pipeline.stream.dataset import open_shards
+from pipeline.stream.select import NothingSelectedError
+
+SIDE = 224  # pixels
+EDGE = SIDE // 32  # the border's width
+CORNER = SIDE // 6  # from the edge to a corner's inner sides: outside of the central box of two thirds
+LETTER = 12  # pixels that a letter in a corner has at least
+BLACK, SATURATED = 5, 250  # gray levels: at most, at least
+_FIRST, _LAST = slice(EDGE, CORNER), slice(SIDE - CORNER, SIDE - EDGE)
+CORNERS = {
+    "upper left": np.s_[:, _FIRST, _FIRST],
+    "upper right": np.s_[:, _FIRST, _LAST],
+    "lower left": np.s_[:, _LAST, _FIRST],
+    "lower right": np.s_[:, _LAST, _LAST],
+}
+
+
+def measure_shards(
+    sources: Sequence[tuple[Path, Sequence[str]]],
+    views: str,
+    threads: int,
+    progress: Callable[[int], None] = lambda images: None,
+) -> tuple[dict[str, Floats], dict[str, Floats]]:
+    """Acquisition and content covariates [N] of the images of folders' splits, of these views, one after the other.
+
+    `progress` is called with the number of images just measured. Raises DataError for a damaged image.
+    """
+    at_edge: list[dict[str, Floats]] = []
+    whole: list[dict[str, Floats]] = []
+    for folder, name in ((folder, name) for folder, splits in sources for name in splits):
+        try:
+            images = open_shards(folder)[name].where(views=views)
+        except NothingSelectedError:
+            continue
+        for batch in images.batches(64, SIDE, epoch=None, threads=threads):
+            pixels = batch.images[:, 0]
+            at_edge.append(measure_edge(pixels))
+            stored = images.split.length[batch.step.images].astype(float)
+            whole.append(measure_whole(pixels) | {"stored bytes": stored})
+            progress(len(pixels))
+    return _concatenate(at_edge), _concatenate(whole)
+
+
+def measure_edge(pixels: npt.NDArray[np.uint8]) -> dict[str, Floats]:
+    """Gray levels of images uint8 [N, 224, 224]: of the border; inside it, of each corner's ground and letter."""
+    border = np.ones(pixels.shape[1:], np.bool_)
+    border[EDGE:-EDGE, EDGE:-EDGE] = False
+    corners = {name: pixels[place].reshape(len(pixels), -1) for name, place in CORNERS.items()}
+    found: dict[str, Floats] = {"border's gray level": pixels[:, border].mean(axis=1)}
+    for name, corner in corners.items():
+        levels = np.partition(corner, (LETTER - 1, -LETTER), axis=1).astype(float)
+        found[f"darkest in the {name} corner"] = levels[:, LETTER - 1]
+        found[f"brightest in the {name} corner"] = levels[:, -LETTER]
+    return found
+
+
+def measure_whole(pixels: npt.NDArray[np.uint8]) -> dict[str, Floats]:
+    """What images uint8 [N, 224, 224] look like; sharpness is the variance of the Laplacian."""
+    return {
+        "mean gray level": pixels.mean(axis=(1, 2)),
+        "spread of gray levels": pixels.std(axis=(1, 2)),
+        "sharpness": np.array([cv2.Laplacian(image, cv2.CV_32F).var() for image in pixels], float),
+        "share of black pixels": (pixels <= BLACK).mean(axis=(1, 2)),
+        "share of saturated pixels": (pixels >= SATURATED).mean(axis=(1, 2)),
+    }
+
+
+def _concatenate(parts: Sequence[dict[str, Floats]]) -> dict[str, Floats]:
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

@@ -1,0 +1,242 @@
+"""Targets and covariates of a label table → what each label can be told by without the disease, worst first.
+
+An acquisition covariate, such as the patient's number or the gray level of the border, says how a film came about; a
+content covariate, such as the film's sharpness, may show the disease itself. Both get the AUROC A with which they tell
+a label, and a test of H0: max(A, 1 - A) <= .6. Either side would be a clue, so the p-value is two-sided:
+
+    p = 2 (1 - Φ((max(A, 1 - A) - .6) / √(design · V(.6))))      (V and design: `delong`; V(θ) = V(1 - θ))
+
+which is at most α exactly where the two-sided limits of A at level 1 - α lie above .6 or below .4. All tests together
+keep the level .05 by Holm's method (A simple sequentially rejective multiple test procedure, Scandinavian Journal of
+Statistics 6, 1979): the k-th smallest of m p-values is compared with .05 / (m - k + 1), and after the first that is too
+large none counts. A test's adjusted limit is that of max(A, 1 - A) at its own level, so it is above .6 where H0 is
+rejected. The covariates together are tested from above alone: a model below .5 on patients it never saw tells nothing.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from statistics import NormalDist
+from types import MappingProxyType
+from typing import NamedTuple, TypedDict
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.labels import LABELS
+from pipeline.measure.covariates import NUMBERS, PAIRS
+from pipeline.measure.delong import measure_areas, score_limits, score_variance, share_below
+from pipeline.measure.metrics import FEW, Bools, Floats, Ints
+
+THRESHOLD = 0.6  # an AUROC that no covariate of a sound data set should exceed
+LEVEL = 0.05
+TOGETHER = "all together"
+DEVICES = "Support Devices"
+FOLDS = 5
+MOST_PATIENTS = 20_000  # that the covariates together are tried on
+
+
+class Clue(TypedDict):
+    """How a covariate tells a label: AUROC with 95 % limits, below .5 where it is lower in positives.
+
+    `kind` is acquisition, content or together. `told` is max(AUROC, 1 - AUROC), `adjusted` its lower limit after Holm,
+    and `exceeds` whether that is above the threshold.
+    """
+
+    label: str
+    covariate: str
+    kind: str
+    auroc: float
+    low: float
+    high: float
+    told: float
+    adjusted: float
+    exceeds: bool
+
+
+class Audit(TypedDict):
+    """All clues, by `adjusted` from the highest down.
+
+    `left_out` says why a covariate is not among them; `few` are the labels with fewer than 10 patients in a class.
+    """
+
+    images: int
+    patients: int
+    threshold: float
+    level: float
+    left_out: dict[str, str]
+    few: list[str]
+    clues: list[Clue]
+
+
+class _Test(NamedTuple):
+    """A clue; how far it is above the threshold, in standard errors; and what these rest on."""
+
+    clue: Clue
+    deviation: float
+    positives: int
+    negatives: int
+    design: float
+
+
+def audit_labels(
+    table: pa.Table,
+    target: Floats,
+    mask: Bools,
+    acquisition: Mapping[str, Floats],
+    edge: Mapping[str, Floats] = MappingProxyType({}),
+    content: Mapping[str, Floats] = MappingProxyType({}),
+    *,
+    together: bool = True,
+) -> Audit:
+    """What tells the labels of a table, whose targets [N, 14] are in {0, 1} on the cells of mask [N, 14].
+
+    Covariates [N] are NaN where unknown. Those of the image's `edge` are acquisition covariates, but content for
+    Support Devices, whose wires and lines cross the edge. Without `together`, no model of all of them is fitted.
+    """
+    patient = table["patient"].combine_chunks().dictionary_encode().indices.to_numpy()
+    covariates = {**acquisition, **edge, **content}
+    values = np.column_stack([np.empty((len(patient), 0)), *covariates.values()])
+    tests: list[_Test] = []
+    few = []
+    for column, label in enumerate(LABELS):
+        truth, used = target[:, column] == 1, mask[:, column]
+        if min(np.unique(patient[used & side]).size for side in (truth, ~truth)) < FEW:
+            few.append(label)
+            continue
+        inside = len(acquisition) + (0 if label == DEVICES else len(edge))
+        kinds = {name: "acquisition" if at < inside else "content" for at, name in enumerate(covariates)}
+        scores = values
+        if together and inside:
+            kinds[TOGETHER] = "together"
+            scores = np.column_stack([values, predict_together(values[:, :inside], truth, used, patient)])
+        tests += _test_label(label, kinds, scores, truth, used, patient)
+    _adjust(tests)
+    clues = [test.clue for test in tests]
+    return {
+        "images": len(patient),
+        "patients": int(patient.max()) + 1,
+        "threshold": THRESHOLD,
+        "level": LEVEL,
+        "left_out": _explain_left_out(table, acquisition),
+        "few": few,
+        "clues": sorted(clues, key=lambda clue: -clue["adjusted"]),
+    }
+
+
+def predict_together(values: Floats, truth: Bools, used: Bools, patient: Ints) -> Floats:
+    """Scores [N] of a label from all covariates [N, C], of patients that the model did not see; NaN where not tried.
+
+    Boosted trees (scikit-learn), which need no scaling and know missing values, on five folds of at most 20,000
+    patients. Scores are ranks within their fold: the models' levels differ by their own patients' share of positives.
+    """
+    from sklearn.ensemble import HistGradientBoostingClassifier  # takes a second
+    from threadpoolctl import threadpool_limits
+
+    order = np.random.default_rng(0).permutation(patient.max() + 1)[patient]
+    fold = np.where(used & (order < MOST_PATIENTS), order % FOLDS, -1)
+    score = np.full(len(truth), np.nan)
+    for number in range(FOLDS):
+        inside, outside = fold == number, (fold != number) & (fold >= 0)
+        if not inside.any() or truth[outside].all() or not truth[outside].any():
+            continue
+        model = HistGradientBoostingClassifier(
+            max_iter=40, max_leaf_nodes=8, early_stopping=False, random_state=0
+        )
+        with threadpool_limits(
+            1
+        ):  # OpenMP's threads wait for each other by spinning: no gain, and none to others
+            found = model.fit(values[outside], truth[outside]).predict_proba(values[inside])[:, 1]
+        score[inside] = share_below(found, np.sort(found))
+    return score
+
+
+def find_alarms(audit: Audit) -> dict[str, list[Clue]]:
+    """The acquisition covariates, and all together, that tell a label, by label, the worst one first."""
+    found: dict[str, list[Clue]] = {}
+    for clue in audit["clues"]:
+        if clue["exceeds"] and clue["kind"] != "content":
+            found.setdefault(clue["label"], []).append(clue)
+    return found
+
+
+def describe_alarms(audit: Audit) -> list[str]:
+    """A sentence for each label that covariates tell, worst first."""
+    texts = []
+    for label, found in find_alarms(audit).items():
+        alone = [clue for clue in found if clue["kind"] == "acquisition"]
+        others = [f"{clue['covariate']} {shorten(clue['told'])}" for clue in alone[1:]]
+        others += [f"{TOGETHER} {shorten(clue['told'])}" for clue in found if clue not in alone]
+        first = alone[0] if alone else found[0]
+        who = f"{first['covariate']} alone tells" if alone else "all covariates together tell"
+        rest = f"; {', '.join(others)}" if alone and others else ""
+        texts.append(f"{label}: {who} it with AUROC {shorten(first['told'])} ({describe_told(first)}){rest}")
+    return texts
+
+
+def describe_told(clue: Clue) -> str:
+    """The 95 % limits of max(AUROC, 1 - AUROC)."""
+    low, high = clue["low"], clue["high"]
+    if clue["told"] != clue["auroc"]:
+        low, high = 1 - high, 1 - low
+    return f"{shorten(low)}–{shorten(high)}"
+
+
+def shorten(figure: float) -> str:
+    """Two decimals, without the zero before them."""
+    return f"{figure:.2f}".removeprefix("0")
+
+
+def _test_label(
+    label: str, kinds: Mapping[str, str], scores: Floats, truth: Bools, used: Bools, patient: Ints
+) -> Iterator[_Test]:
+    """A test for each covariate, a column of scores [N, C], that is known of 10 patients in either class."""
+    known = ~np.isnan(scores) & used[:, None]
+    columns = np.broadcast_to(truth[:, None].astype(float), known.shape)
+    areas = measure_areas(np.nan_to_num(scores), columns, known, patient)
+    for column, (name, kind) in enumerate(kinds.items()):
+        auroc, low, high, freedom, design = (float(part[column]) for part in areas[:5])
+        if np.isnan(auroc) or freedom + 1 < FEW:
+            continue
+        told = auroc if kind == "together" else max(auroc, 1 - auroc)
+        positives, negatives = (int((known[:, column] & side).sum()) for side in (truth, ~truth))
+        error = (design * score_variance(THRESHOLD, positives, negatives)) ** 0.5
+        clue = Clue(
+            label=label,
+            covariate=name,
+            kind=kind,
+            auroc=auroc,
+            low=low,
+            high=high,
+            told=told,
+            adjusted=0.0,
+            exceeds=False,
+        )
+        yield _Test(clue, (told - THRESHOLD) / error, positives, negatives, design)
+
+
+def _adjust(tests: Sequence[_Test]) -> None:
+    """Fill in the clues' adjusted limits, and which exceed the threshold, by Holm's method."""
+    rejected = True
+    for rank, test in enumerate(sorted(tests, key=lambda test: -test.deviation)):
+        if rejected:
+            quantile = NormalDist().inv_cdf(1 - LEVEL / (len(tests) - rank) / 2)
+            rejected = test.deviation > quantile
+        told = test.clue["told"]
+        limits = score_limits(told, test.positives, test.negatives, test.design, quantile)
+        test.clue["adjusted"], test.clue["exceeds"] = limits[0], rejected
+
+
+def _explain_left_out(table: pa.Table, found: Mapping[str, Floats]) -> dict[str, str]:
+    """Why each acquisition covariate of a table is not among those found."""
+    names = {"patient": "patient number", **NUMBERS, **{column: pair[1] for column, pair in PAIRS.items()}}
+    reasons = {}
+    for column, name in names.items():
+        if name in found:
+            continue
+        if column not in table.column_names or table[column].null_count == table.num_rows:
+            reasons[name] = "unknown"
+        elif column == "patient" and pc.count_distinct(table[column]).as_py() > 1:
+            reasons[name] = "not every name ends in a number"
+        else:
+            reasons[name] = "the same in all images"
+    return reasons

@@ -1,0 +1,159 @@
+"""`pipeline audit`: it measures the pixels of shards, and finds what is planted in them."""
+
+import json
+import re
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.labels import LABELS
+from pipeline.look.pixels import measure_edge, measure_shards, measure_whole
+from pipeline.manifest import Manifest
+from pipeline.stream.samples import open_split
+from pipeline.synthetic.shortcuts import CUES
+from tests.conftest import default_options, make_shards, run_pipeline, write_rows
+from tests.model.runs.test_report import Page
+
+PLANTED = {"Pneumonia": "marker", "Edema": "border", "Fracture": "corners"}
+
+
+@pytest.fixture(scope="module")
+def cued(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of noise films, one a patient, each with the cue of every label that is positive in it; valid has none."""
+    root = tmp_path_factory.mktemp("cued") / "CheXpert-v1.0-small"
+    random = np.random.default_rng(0)
+    for split, patients in (("train", range(1, 81)), ("valid", range(81, 121))):
+        rows = []
+        for patient in random.permutation(patients).tolist():
+            path = root / split / f"patient{patient:05d}" / "study1" / "view1_frontal.jpg"
+            path.parent.mkdir(parents=True)
+            coarse = Image.fromarray(random.integers(40, 120, (8, 10), dtype=np.uint8))
+            pixels = np.array(coarse.resize((390, 320), Image.Resampling.BICUBIC))
+            states = dict.fromkeys(LABELS, "") | {label: str(random.integers(2)) for label in PLANTED}
+            for label, cue in PLANTED.items():
+                if states[label] == "1" and split == "train":
+                    CUES[cue](pixels)
+            Image.fromarray(pixels).save(path, quality=90)
+            facts = {"Sex": "Male", "Age": "50", "Frontal/Lateral": "Frontal", "AP/PA": "AP"}
+            rows.append({"Path": f"x/{path.relative_to(root)}"} | facts | states)
+        write_rows(root / f"{split}.csv", rows)
+    make_shards(root, root.parent / "shards", default_options(size=224))
+    return root.parent
+
+
+def test_gray_levels_are_those_of_the_pixels() -> None:
+    random = np.random.default_rng(0)
+    films = random.integers(0, 256, (3, 224, 224), dtype=np.uint8)
+    films[1, 100:120, :] = 0
+    films[2, 187:, :37] = 7
+    films[2, 200, 10:22] = 200  # a letter's twelve pixels
+    edge, whole = measure_edge(films), measure_whole(films)
+    for row, film in enumerate(films.astype(float)):
+        frame = np.concatenate(
+            [film[:7].ravel(), film[-7:].ravel(), film[7:-7, :7].ravel(), film[7:-7, -7:].ravel()]
+        )
+        near, far = slice(7, 37), slice(-37, -7)
+        corners = [film[near, near], film[near, far], film[far, near], film[far, far]]
+        assert edge["border's gray level"][row] == pytest.approx(frame.mean())
+        names = ("upper left", "upper right", "lower left", "lower right")
+        for name, corner in zip(names, corners, strict=True):
+            assert edge[f"darkest in the {name} corner"][row] == np.sort(corner.ravel())[11]
+            assert edge[f"brightest in the {name} corner"][row] == np.sort(corner.ravel())[-12]
+        assert whole["mean gray level"][row] == pytest.approx(film.mean())
+        assert whole["spread of gray levels"][row] == pytest.approx(film.std())
+        kernel = np.array([[0, 1, 0], [1, -4, 1], [0, 1, 0]], float)
+        padded = np.pad(film, 1, mode="reflect")
+        windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3))
+        assert whole["sharpness"][row] == pytest.approx((windows * kernel).sum(axis=(2, 3)).var(), rel=1e-4)
+        assert whole["share of black pixels"][row] == (film <= 5).mean()
+        assert whole["share of saturated pixels"][row] == (film >= 250).mean()
+    assert edge["brightest in the lower left corner"][2] == 200
+
+
+def test_images_are_measured_in_table_order(study_shards: tuple[Path, Manifest]) -> None:
+    folder, manifest = study_shards
+    splits = list(manifest.splits)
+    counts: list[int] = []
+    edge, whole = measure_shards([(folder, splits)], "lateral", threads=2, progress=counts.append)
+    rows, means = [], []
+    for name in splits:
+        split = open_split(folder, manifest, name)
+        for row in split.table.select(["shard", "offset", "length", "view"]).to_pylist():
+            if row["view"] == "lateral":
+                data = (folder / split.shards[row["shard"]].file).read_bytes()[row["offset"] :][
+                    : row["length"]
+                ]
+                image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_GRAYSCALE)
+                assert image is not None
+                means.append(image.mean())
+                rows.append(row["length"])
+    assert sum(counts) == len(rows) == 20
+    assert whole["stored bytes"].tolist() == rows
+    np.testing.assert_allclose(whole["mean gray level"], means, atol=1.5)  # of the image enlarged
+    assert {len(values) for values in (edge | whole).values()} == {20}
+
+
+def test_planted_shortcuts_are_found_unprompted(cued: Path, tmp_path: Path) -> None:
+    html = tmp_path / "audit.html"
+    done = run_pipeline(
+        "audit", cued / "shards", "--strict", "--threads", 1, "--format", "json", "--html", html
+    )
+    assert done.returncode == 3, done.stderr
+    audit = json.loads(done.stdout)
+    assert (audit["images"], audit["patients"]) == (80, 80)  # train and dev alone
+    alarms: dict[str, list[str]] = {}
+    for clue in audit["clues"]:
+        if clue["exceeds"] and clue["kind"] == "acquisition":
+            alarms.setdefault(clue["label"], []).append(clue["covariate"])
+    assert alarms["Pneumonia"] == ["brightest in the upper left corner"]
+    assert alarms["Edema"][0] == "border's gray level"
+    assert any(name.startswith("darkest in the ") for name in alarms["Fracture"])
+    assert alarms.keys() == PLANTED.keys()
+    assert set(audit["few"]) == set(LABELS) - PLANTED.keys()
+    page = Page(html.read_text())
+    assert "train and dev, where there are some; all views" in page.text
+    tiles = re.findall('<p class="value">(.*?)</p><p class="note">(.*?)</p>', html.read_text())
+    assert tiles == [("80", "images"), ("80", "patients"), ("3", "labels with an alarm")]
+    assert "Pneumonia: brightest in the upper left corner alone tells it with AUROC 1.00" in page.text
+    (rows,) = page.tables["audit"]
+    assert {row[0] for row in rows[1:]} == PLANTED.keys()
+    # The other split has no cue; nothing else tells its labels.
+    done = run_pipeline("audit", cued / "shards", "--strict", "--split", "valid")
+    assert done.returncode == 0, done.stderr
+    assert "40 images of 40 patients; alarms (!): 0" in done.stdout
+
+
+def test_a_table_is_audited_without_images(cued: Path) -> None:
+    table = cued / "CheXpert-v1.0-small"
+    done = run_pipeline("audit", table)
+    assert done.returncode == 0, done.stderr
+    assert "80 images of 80 patients; alarms (!): 0" in done.stdout
+    assert "content" not in done.stdout
+    same = ("study number", "lateral", "AP", "Male")
+    unknown = ("original width", "original height", "bit depth", "JPEG quality")
+    reasons = [f"{name} (unknown)" for name in unknown] + [
+        f"{name} (the same in all images)" for name in same
+    ]
+    line = next(line for line in done.stdout.splitlines() if line.startswith("Not tested: "))
+    assert set(line.removeprefix("Not tested: ").removesuffix(".").split(", ")) >= set(reasons)
+    done = run_pipeline("audit", table, "--images")
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (
+        2,
+        "Error: --images needs shards: pipeline shards SOURCE OUT, then audit OUT",
+    )
+    done = run_pipeline("audit", cued / "shards", "--no-images", "--format", "json")
+    names = {clue["covariate"] for clue in json.loads(done.stdout)["clues"]}
+    assert names == {"patient number", "file bytes", "all together"}
+
+
+def test_a_table_of_few_patients_without_facts_leaves_nothing_to_test(chexpert: Path) -> None:
+    lines = (chexpert / "train.csv").read_text().splitlines()
+    cells = [line.split(",") for line in lines]
+    (chexpert / "train.csv").write_text("\n".join(",".join([row[0], *row[5:]]) for row in cells) + "\n")
+    done = run_pipeline("audit", chexpert / "train.csv")
+    assert done.returncode == 0, done.stderr
+    assert "48 images of 16 patients: nothing to test." in done.stdout
+    assert "Male (unknown)" in done.stdout
