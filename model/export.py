@@ -7,7 +7,10 @@ Both take uint8 images [B, 1, S, S] for any B and give float32 scores [B, L], eq
 """
 
 import io
+import json
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import cast
 
 import numpy as np
@@ -19,6 +22,7 @@ from model.augment import normalize
 from model.losses import label_scores
 from pipeline.base.files import write_atomically
 
+FACTS = "facts.json"
 TOLERANCE = 0.01  # between logits of the exported network and eager ones
 STEEPEST = 8.0  # larger logits are not compared: a float32 score that near 0 or 1 has lost its logit
 
@@ -42,9 +46,12 @@ class Scorer(nn.Module):
         return label_scores(logits[:, self.columns])
 
 
-def export_scorer(scorer: Scorer, image_size: int, path: Path) -> float:
+def export_scorer(
+    scorer: Scorer, image_size: int, path: Path, facts: Mapping[str, str] = MappingProxyType({})
+) -> float:
     """Write the file; returns the largest difference between its logits and eager ones, on film-like images.
 
+    `facts` go with it: as metadata_props of ONNX, or as facts.json among the extra files of torch.export.
     Raises ValueError for a suffix other than .onnx and .pt2, for missing packages, and if the logits differ or
     none can be compared; DataError if the file cannot be written.
     """
@@ -57,7 +64,7 @@ def export_scorer(scorer: Scorer, image_size: int, path: Path) -> float:
     with torch.no_grad():
         expected = scorer(images)
         program = torch.export.export(scorer, (images[:2],), dynamic_shapes=dynamic)
-        content, scores = (_as_pt2 if path.suffix == ".pt2" else _as_onnx)(program, images)
+        content, scores = (_as_pt2 if path.suffix == ".pt2" else _as_onnx)(program, images, facts)
     try:
         difference = compare_scores(scores, expected)
     except ValueError as error:
@@ -97,15 +104,19 @@ def compare_scores(scores: Tensor, expected: Tensor) -> float:
     return difference
 
 
-def _as_pt2(program: torch.export.ExportedProgram, images: Tensor) -> tuple[bytes, Tensor]:
+def _as_pt2(
+    program: torch.export.ExportedProgram, images: Tensor, facts: Mapping[str, str]
+) -> tuple[bytes, Tensor]:
     """The program as file content, and the scores that content gives for the images."""
     file = io.BytesIO()
-    torch.export.save(program, file)
+    torch.export.save(program, file, extra_files={FACTS: json.dumps(dict(facts))})
     scores: Tensor = torch.export.load(file).module()(images)
     return file.getvalue(), scores
 
 
-def _as_onnx(program: torch.export.ExportedProgram, images: Tensor) -> tuple[bytes, Tensor]:
+def _as_onnx(
+    program: torch.export.ExportedProgram, images: Tensor, facts: Mapping[str, str]
+) -> tuple[bytes, Tensor]:
     """The program as ONNX file content, and the scores onnxruntime gives for the images."""
     try:
         import onnxruntime
@@ -113,7 +124,10 @@ def _as_onnx(program: torch.export.ExportedProgram, images: Tensor) -> tuple[byt
     except ImportError as error:
         raise ValueError(f"{error.name} is missing: pip install '.[onnx]'") from None
     found = torch.onnx.export(program, (), input_names=["images"], output_names=["scores"], verbose=False)
-    content = cast(torch.onnx.ONNXProgram, found).model_proto.SerializeToString()
+    model = cast(torch.onnx.ONNXProgram, found).model_proto
+    for key, value in facts.items():
+        model.metadata_props.add(key=key, value=value)
+    content = model.SerializeToString()
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     scores = session.run(None, {session.get_inputs()[0].name: images.numpy()})[0]
     return content, torch.from_numpy(np.asarray(scores))

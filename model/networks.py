@@ -19,6 +19,9 @@ from model.checkpoint import CheckpointError, load_checkpoint
 
 TORCHVISION = ("resnet18", "resnet34", "resnet50", "resnet101", "densenet121", "convnext_tiny")
 ARCHITECTURES = (*TORCHVISION, "rescnn")
+IMAGENET_TERMS = (  # of `pretrained`
+    "torchvision's ImageNet weights: BSD-3-Clause; trained on ImageNet, whose terms are for non-commercial research"
+)
 
 
 def build_network(arch: str, outputs: int, pretrained: bool = False) -> nn.Module:

@@ -11,6 +11,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 import click
@@ -36,6 +38,17 @@ class Number(click.FloatRange):
         return number
 
 
+class PathOrUrl(click.Path):
+    """A path, or a URL as it was written: what it names is looked at later."""
+
+    def __init__(self, exists: bool = False, file_okay: bool = True) -> None:
+        super().__init__(exists, file_okay, path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The path, or the text of the URL."""
+        return value if "://" in str(value) else super().convert(value, param, ctx)
+
+
 class Parsed(click.ParamType[Value], Generic[Value]):
     """The value that the library parses from a text; its DataError becomes a usage error."""
 
@@ -48,6 +61,11 @@ class Parsed(click.ParamType[Value], Generic[Value]):
             return self.parse(str(value))
         except DataError as error:
             self.fail(name_options(str(error)), param, ctx)
+
+
+CACHE_FOLDER = click.option(
+    "--cache", default=".cache", type=click.Path(path_type=Path), help="Where shards of a URL are kept."
+)
 
 
 class Checked(Parsed[str]):
@@ -96,6 +114,12 @@ def name_options(text: str) -> str:
 def say(text: str) -> None:
     """Print a line on stderr: stdout is for results."""
     click.echo(name_options(text), err=True)
+
+
+@cache
+def say_once(text: str) -> None:
+    """Print a line on stderr, unless this process has done so: a sweep trains many runs."""
+    say(text)
 
 
 def refuse_usage(wrong: object, text: str) -> None:

@@ -35,6 +35,8 @@ FACTS = pa.schema(
 )
 PLACES = pa.schema({"shard": pa.int32(), "offset": pa.int64(), "length": pa.int32(), "crc": pa.uint32()})
 KNOWN = {*FACTS.names, *PLACES.names, "path", "file", "member"}
+# Words of the licenses that forbid passing the data on; told by words, as shards of earlier versions name theirs too.
+RESTRICTED = ("Credentialed", "Research Use Agreement")
 _FULL = ("key", "patient", "study", "view", *PLACES.names)
 
 
@@ -111,6 +113,12 @@ def concat_labels(tables: Sequence[pa.Table]) -> pa.Table:
             table = table.set_column(place, name, table[name].cast(pa.string()))
         same.append(table)
     return pa.concat_tables(same, promote_options="default")
+
+
+def find_restriction(dataset: Mapping[str, str]) -> str:
+    """The license of a manifest's `dataset` if it forbids passing the data on; "" otherwise."""
+    found = dataset.get("license", "")
+    return found if any(words in found for words in RESTRICTED) else ""
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

@@ -164,7 +164,7 @@ def assert_same_run(run: Path, other: Path) -> None:
     """Bitwise: weights, averages, optimizer, position, and every number of the metrics."""
     for name in ("last.pt", "best.pt"):
         ours, theirs = load_checkpoint(run / name), load_checkpoint(other / name)
-        for key in ("images", "precision"):  # texts
+        for key in ("images", "precision", "dataset"):  # texts
             assert ours.pop(key, None) == theirs.pop(key, None)
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
     for name in ("metrics.jsonl", "evaluation-dev.json", "evaluation-valid.json", "scores-valid.arrow"):
@@ -875,12 +875,20 @@ def test_the_curve_of_the_loss_is_of_the_steps_since_its_last_point(
 
 
 def test_wandb_reads_what_goes_to_tensorboard(
-    command: Callable[..., int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    command: Callable[..., int],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     wandb = Mock()
+    monkeypatch.setattr(folder, "find_restriction", lambda dataset: f"License of {tmp_path}")
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     for _ in range(2):  # begun and continued
         assert command("train", "--run", tmp_path / "run", "--wandb", "films") == 0
+    warning = (
+        "Warning: --wandb sends settings and figures of this run to others; make sure that the License of "
+    )
+    assert capfd.readouterr().err.count(f"{warning}{tmp_path} allows it\n") == 1
     first, second = wandb.init.call_args_list
     assert first == second
     told = first.kwargs
@@ -938,7 +946,7 @@ def test_thresholds_and_studies_are_as_asked_for(command: Callable[..., int], tr
 
 
 def test_results_on_other_shards_leave_the_runs_own_alone(
-    command: Callable[..., int], trained: Job, tmp_path: Path
+    command: Callable[..., int], trained: Job, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     own = {path: path.read_bytes() for path in trained.run.iterdir() if path.is_file()}
     others = tmp_path / "others"
@@ -950,6 +958,23 @@ def test_results_on_other_shards_leave_the_runs_own_alone(
     new = {path.name for path in trained.run.iterdir() if path.is_file() and path not in own}
     assert new == {f"evaluation-{result}.json", f"scores-{result}.arrow", f"report-{result}.html"}
     assert {path: path.read_bytes() for path in own} == own
+    evaluation = json.loads((trained.run / f"evaluation-{result}.json").read_text())
+    plain = json.loads((trained.run / "evaluation-valid.json").read_text())
+    assert "elsewhere" not in plain
+    assert evaluation["calibration"] == json.loads((trained.run / "calibration.json").read_text())
+    elsewhere = evaluation["elsewhere"]
+    edema = elsewhere["less_own"]["labels"]["Edema"]
+    assert edema["less_own"]["difference"] == 0  # the same images
+    assert edema["own"]["auroc"] == plain["labels"]["Edema"]["auroc"]
+    assert "AUROC there and on the run's own valid" in capfd.readouterr().out
+    (trained.run / "evaluation-valid.json").unlink()
+    assert command("evaluate", "--run", trained.run, "--shards", others) == 0
+    path, run = trained.run / "evaluation-valid.json", trained.run
+    note = f"{path}: not there, so nothing to compare with; it is written by: python train.py evaluate --run {run}"
+    assert f"{note}, with --shards the run's own\n" in capfd.readouterr().err
+    path.write_text('{"labels": {}}')
+    with pytest.raises(DataError, match=f"^{path}: damaged, or of other labels than the run's: 'intervals'$"):
+        command("evaluate", "--run", trained.run, "--shards", others)
     with pytest.raises(
         DataError, match=f"^{others}: not the shards that {trained.run} learned from, on whose dev"
     ):
@@ -1129,12 +1154,25 @@ def test_exported_networks_give_the_same_scores(
     checked, names = capsys.readouterr().out.splitlines()[-2:]
     assert checked.startswith(f"{out}: checked, within ")
     assert names == "its scores: Edema, Fracture"
+    facts = {
+        "labels": '["Edema", "Fracture"]',
+        "image_size": "32",
+        "dataset": "films drawn by `pipeline sample`",
+        "license": "none needed: the films show no patient",
+        "started_from": "random weights",
+        "use": "For research. Not for clinical use.",
+    }
     valid = open_shards(job.shards.folders[0].path)["valid"]
     (batch,) = valid.batches(len(valid.table), 32, epoch=None)
     if name.endswith(".onnx"):
-        (scores,) = onnxruntime.InferenceSession(out).run(None, {"images": batch.images})
+        session = onnxruntime.InferenceSession(out)
+        (scores,) = session.run(None, {"images": batch.images})
+        assert session.get_modelmeta().custom_metadata_map == facts
     else:
-        scores = torch.export.load(out).module()(torch.from_numpy(batch.images)).detach().numpy()
+        found = {"facts.json": ""}
+        program = torch.export.load(out, extra_files=found)
+        scores = program.module()(torch.from_numpy(batch.images)).detach().numpy()
+        assert json.loads(found["facts.json"]) == facts
     expected = read_scores(job.run / "scores-valid.arrow", valid.table["key"], job.config.labels)
     np.testing.assert_allclose(scores, expected, atol=1e-5)
     with pytest.raises(DataError, match=r"model.h5: export writes .onnx or .pt2$"):

@@ -37,7 +37,9 @@ from model.runs.config import Config, output_count, read_config
 from model.runs.job import Job
 from pipeline.base.errors import DataError, describe_difference
 from pipeline.base.files import write_json
+from pipeline.console import say_once
 from pipeline.images import ImageOptions
+from pipeline.manifest import find_restriction
 from pipeline.stream.cache import redact
 
 PACKAGES = ("torch", "torchvision", "numpy", "pyarrow", "simplejpeg", "opencv-python-headless", "pillow")
@@ -98,6 +100,10 @@ def follow_by_wandb(job: Job) -> Iterator[None]:
         import wandb
     except ImportError:
         raise DataError("`wandb`: the package is missing: pip install '.[wandb]'") from None
+    if terms := find_restriction(job.manifest.dataset):
+        say_once(
+            f"Warning: `wandb` sends settings and figures of this run to others; make sure that the {terms} allows it"
+        )
     digest = hashlib.sha256((job.run / "config.json").read_bytes()).hexdigest()[:8]
     wandb.init(
         project=job.wandb,
@@ -135,6 +141,7 @@ def save_best(job: Job, weights: Mapping[str, Tensor], epoch: float, score: floa
     said = {name: job.manifest.options[name] for name in AS_IT_IS._fields if name in job.manifest.options}
     images = AS_IT_IS._asdict() | said
     about = {"epoch": epoch, "dev_auroc": score, "images": images, "pixels": dict(job.manifest.pixels)}
+    about["dataset"] = dict(job.manifest.dataset)
     save_checkpoint(job.run / "best.pt", {"weights": dict(weights), **about})
 
 

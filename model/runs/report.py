@@ -10,6 +10,7 @@ import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
 
+from model.networks import IMAGENET_TERMS
 from pipeline.base.pages import (
     FAINT,
     FIRST,
@@ -75,8 +76,21 @@ def render_model_card(
     gaps = {name: describe_gaps(evaluation) for name, evaluation in evaluations.items()}
     card = open_run_templates().get_template("model-card.md")
     return card.render(
-        title=title, config=config, data=data, evaluations=evaluations, gaps=gaps, dataset=dataset
+        title=title,
+        config=config,
+        data=data,
+        evaluations=evaluations,
+        gaps=gaps,
+        dataset=dataset,
+        start=describe_start(config),
     )
+
+
+def describe_start(config: Mapping[str, Any]) -> str:
+    """The weights that a run of this configuration starts from, and on what terms."""
+    if config["pretrained"]:
+        return IMAGENET_TERMS
+    return "weights of a file; license not stated" if config["init"] else "random weights"
 
 
 def describe_gaps(evaluation: Mapping[str, Any]) -> list[str]:

@@ -25,6 +25,7 @@ from pipeline.measure.belief import assess_belief
 from pipeline.measure.compare import combine_views, compare_methods, group_by_views
 from pipeline.measure.covariates import find_covariates, find_strata
 from pipeline.measure.delong import combine_limits, measure_areas, weigh_labels
+from pipeline.measure.elsewhere import subtract_own, try_recalibration
 from pipeline.measure.evaluate import Scored, assess, calibrate
 from pipeline.measure.metrics import averaged_labels, mean_of, report_auroc
 
@@ -94,8 +95,35 @@ def evaluate(
         add_difference(job, evaluation, found, calibration, against)
     elif against:
         add_methods(job, name, evaluation, scored, against)
+    if result_name(config, job.shards.digest, name) != name:
+        evaluation["elsewhere"] = compare_with_own(job, scored, evaluation)
     write_json(job.run / f"evaluation-{name_comparison(result, against)}.json", evaluation)
     return evaluation, scored
+
+
+def compare_with_own(job: Job, scored: Scored, evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """What an evaluation on other shards is beside the run's own valid, and what recalibration there would give.
+
+    `less_own` is None, with the reason in `note`, where the run has no evaluation of its own valid. Raises DataError
+    where that is damaged.
+    """
+    path = job.run / "evaluation-valid.json"
+    found: dict[str, Any] = {
+        "data": job.manifest.dataset.get("title", ""),
+        "manifest": job.shards.digest,
+        "less_own": None,
+        "note": None,
+        "recalibration": try_recalibration(job.config.labels, scored, evaluation["calibration"]["image"]),
+    }
+    if path.exists():
+        try:
+            found["less_own"] = subtract_own(scored, evaluation, read_object(path))
+        except (KeyError, TypeError) as error:
+            raise DataError(f"{path}: damaged, or of other labels than the run's: {error}") from error
+    else:
+        command = f"python train.py evaluate --run {job.run}, with --shards the run's own"
+        found["note"] = f"{path}: not there, so nothing to compare with; it is written by: {command}"
+    return found
 
 
 def find_calibration(

@@ -8,6 +8,7 @@ from rich.table import Table
 
 from model.runs.report import MEANS
 from pipeline.base.pages import show_figure, show_limits
+from pipeline.console import say
 
 
 def print_evaluations(reports: Mapping[str, Mapping[str, Any]]) -> None:
@@ -68,6 +69,44 @@ def print_comparison(evaluation: Mapping[str, Any]) -> None:
                 table.add_row(name, show_figure(method["auroc"]), less)
     if table.row_count:
         Console().print(table)
+
+
+def print_elsewhere(evaluation: Mapping[str, Any]) -> None:
+    """For shards other than the run's own: AUROCs beside those on its own valid, and recalibration there."""
+    if "elsewhere" not in evaluation:
+        return
+    found = evaluation["elsewhere"]
+    own, tried = found["less_own"], found["recalibration"]
+    if own is None:
+        say(found["note"])
+    else:
+        table = Table(title="AUROC there and on the run's own valid", title_justify="left")
+        for heading in ("label", "there", "own valid", "there less own [95 %]"):
+            table.add_column(heading, justify="left" if heading == "label" else "right")
+        rows = {f"{name}{' (few)' if row['few'] else ''}": row for name, row in own["labels"].items()}
+        if own["macro"] is not None:
+            rows[f"mean of these {len(own['macro_labels'])}, ≥ 10 positives in both"] = own["macro"]
+        for name, row in rows.items():
+            figures = (show_figure(side["auroc"]) for side in (row, row["own"]))
+            table.add_row(name, *figures, show_difference(row["less_own"]))
+        Console().print(table)
+    table = Table(title="What recalibration there would give", title_justify="left")
+    patients = tried["patients"]
+    table.caption = (
+        f"fitted on {patients['fitted']:,} of its patients, measured on the other {patients['measured']:,}; "
+        "the figures above keep the run's own calibration"
+    )
+    for heading in ("label", "ECE", "Brier", "pos / neg measured"):
+        table.add_column(heading, justify="left" if heading == "label" else "right")
+    for name, row in tried["labels"].items():
+        pairs = [
+            f"{show_figure(row['before'][metric])} → {show_figure(row['after'][metric]) if row['after'] else 'no fit'}"
+            for metric in ("ece", "brier")
+        ]
+        counts = row["measured"]
+        few = "few " if counts["few"] else ""
+        table.add_row(name, *pairs, f"{few}{counts['positives']} / {counts['negatives']}")
+    Console().print(table)
 
 
 def print_verdicts(reports: Mapping[str, Mapping[str, Any]]) -> None:

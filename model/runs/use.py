@@ -1,11 +1,13 @@
 """Commands of train.py that use a run, or look at what it learns from: evaluate, predict, export, inputs."""
 
+import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -15,15 +17,22 @@ import torch
 from model.augment import AUGMENTATIONS, augment
 from model.export import Scorer, export_scorer
 from model.predict import InterruptedEvaluationError
-from model.runs.config import learned_columns, read_config
+from model.runs.config import Config, learned_columns, read_config
 from model.runs.folder import load_best
 from model.runs.job import Job, StopFlag, choose_device
 from model.runs.options import DATA_OPTIONS, run_option, with_options, workers_option
 from model.runs.overlap import check_evaluation
+from model.runs.report import describe_start
 from model.runs.results import evaluate, find_scores, name_comparison, name_result, write_report
 from model.runs.sanity import check_sanity
 from model.runs.scoring import score_best, score_files
-from model.runs.summary import print_comparison, print_evaluations, print_sanity, print_verdicts
+from model.runs.summary import (
+    print_comparison,
+    print_elsewhere,
+    print_evaluations,
+    print_sanity,
+    print_verdicts,
+)
 from pipeline.base.errors import DataError
 from pipeline.base.files import write_csv
 from pipeline.console import Checked, Number, say
@@ -100,6 +109,7 @@ def evaluate_command(
         return stop.code
     print_evaluations({split: results[split][0]})
     print_verdicts({split: results[split][0]})
+    print_elsewhere(results[split][0])
     print_comparison(results[split][0])
     print_sanity(results[split][0])
     result = name_result(job, split, chosen_by)
@@ -206,12 +216,25 @@ def export_command(run: Path, out: Path) -> int:
     network, best = load_best(run, config, torch.device("cpu"))
     scorer = Scorer(network, learned_columns(config), best["pixels"]["mean"], best["pixels"]["std"])
     try:
-        difference = export_scorer(scorer, config.image_size, out)
+        difference = export_scorer(scorer, config.image_size, out, describe_export(config, best))
     except ValueError as error:
         raise DataError(str(error)) from None
     click.echo(f"{out}: checked, within {difference:.1e} of the eager network's logits")
     click.echo(f"its scores: {', '.join(config.labels)}")
     return 0
+
+
+def describe_export(config: Config, best: Mapping[str, Any]) -> dict[str, str]:
+    """What travels with an exported network, texts by name; earlier checkpoints do not name their data set."""
+    dataset = best.get("dataset", {})
+    return {
+        "labels": json.dumps(config.labels),
+        "image_size": str(config.image_size),
+        "dataset": dataset.get("title", "not stated"),
+        "license": dataset.get("license", "not stated"),
+        "started_from": describe_start(asdict(config)),
+        "use": "For research. Not for clinical use.",
+    }
 
 
 def find_images(path: Path) -> list[Path]:

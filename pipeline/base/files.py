@@ -7,6 +7,7 @@ import json
 import os
 import re
 import secrets
+import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -95,6 +96,20 @@ def remove_temporaries(folder: Path) -> None:
     for path in folder.glob(".*.tmp"):
         if is_temporary(path):
             path.unlink(missing_ok=True)
+
+
+def is_open_to_all(folder: Path) -> bool:
+    """Whether every user of the machine can read the files in a folder; one that is not there yet, by the umask."""
+    folder = folder.absolute()
+    if folder.exists():
+        mode = folder.stat().st_mode
+    else:
+        umask = os.umask(0o077)  # there is no way to read it without setting it
+        os.umask(umask)
+        mode = ~umask
+    others = stat.S_IROTH | stat.S_IXOTH
+    parents = (parent.stat().st_mode for parent in folder.parents if parent.exists())
+    return mode & others == others and all(parent & stat.S_IXOTH for parent in parents)
 
 
 def is_temporary(path: Path) -> bool:

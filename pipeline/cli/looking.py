@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from pipeline.base.files import write_atomically
-from pipeline.console import Parsed, refuse_usage, say
+from pipeline.console import CACHE_FOLDER, Parsed, PathOrUrl, refuse_usage, say
 from pipeline.labels import LABELS, STATES, VIEWS
 from pipeline.look.tables import print_report
 from pipeline.manifest import NAME, read_manifest
@@ -30,9 +30,11 @@ from pipeline.policies import evaluation_targets
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from pipeline.stream.cache import Remote
+
 
 @click.command(epilog="Example: pipeline stats train.csv --views frontal --by sex --plot labels.svg")
-@click.argument("sources", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
+@click.argument("sources", nargs=-1, required=True, type=PathOrUrl(exists=True))
 @click.option("--split", help="One split of a folder.  [default: all together]")
 @click.option("--views", default="all", type=click.Choice(VIEWS), help="By the column Frontal/Lateral.")
 @click.option(
@@ -47,7 +49,8 @@ if TYPE_CHECKING:
     type=Parsed(parse_policies, "POLICY"),
     help="Targets under a policy: best,Edema=zeros,blank=ignore.",
 )
-@click.option("--against", type=click.Path(path_type=Path, exists=True), help="Compare with another source.")
+@click.option("--against", type=PathOrUrl(exists=True), help="Compare with another source.")
+@CACHE_FOLDER
 @click.option("--against-split", help="One split of that source.")
 @click.option(
     "--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw the states: .png or .svg."
@@ -59,14 +62,15 @@ if TYPE_CHECKING:
 )
 @click.option("--format", "format_", default="table", type=click.Choice(["table", "json", "csv"]))
 def stats(
-    sources: tuple[Path, ...],
+    sources: tuple[str | Path, ...],
     split: str | None,
     views: str,
     by: str | None,
     facts: tuple[str, ...],
     cooccurrence: bool,
     policy: tuple[dict[str, str], str] | None,
-    against: Path | None,
+    against: str | Path | None,
+    cache: Path,
     against_split: str | None,
     plot: Path | None,
     html: Path | None,
@@ -74,9 +78,10 @@ def stats(
 ) -> None:
     """Count positive, uncertain, negative and blank per label in SOURCES (shards, data sets' folders or CSVs).
 
-    Several are counted together; --by set counts each.
+    Shards may be at a URL: s3://bucket/shards. Several are counted together; --by set counts each.
     """
     from pipeline.sources.load import load_table, load_tables
+    from pipeline.stream.cache import find_shards
 
     sections = sum(map(bool, (by, cooccurrence, policy, against)))
     refuse_usage(
@@ -89,29 +94,32 @@ def stats(
         "--by projection has one group under --views lateral: laterals have none",
     )
     refuse_usage(against_split and not against, "--against-split needs --against")
-    refuse_usage(
-        against and against_split == split and len(sources) == 1 and against.samefile(sources[0]),
-        "--against is SOURCE itself; name another --against-split",
-    )
     check_output("--plot", plot, (".png", ".svg"))
     check_output("--html", html, (".html",))
-    table = load_tables(sources, split, views, [*map(Path, facts)])
+    found = [find_shards(source, cache) for source in sources]
+    other = find_shards(against, cache)[0] if against else None
+    refuse_usage(
+        other and against_split == split and len(found) == 1 and other.samefile(found[0][0]),
+        "--against is SOURCE itself; name another --against-split",
+    )
+    table = load_tables([path for path, _ in found], split, views, [*map(Path, facts)])
     known = list_variables(table)
     refuse_usage(by not in (None, *known), f"--by {by}: these images can be grouped by {', '.join(known)}")
     report = _build_report(table, by, cooccurrence, policy)
-    if against:
-        report["against"] = compare_tables(table, load_table(against, against_split, views))
+    if other:
+        report["against"] = compare_tables(table, load_table(other, against_split, views))
     if plot:
         from pipeline.look.plots import draw_report, save_figure
 
         save_figure(draw_report(report, report.get("cooccurrence")), plot)
         say(f"{plot}: written")
     if html:
-        scope = [] if sources[0].is_file() else [f"split {split}" if split else "all splits"]
+        scope = [] if found[0][0].is_file() else [f"split {split}" if split else "all splits"]
         scope.append(f"{views} views")
         if against:
-            scope.append(f"against {f'{against_split} of ' if against_split else ''}{against.resolve().name}")
-        page = _render_page(sources, split, views, ", ".join(scope), report, table)
+            scope.append(f"against {f'{against_split} of ' if against_split else ''}{_name(against)}")
+        title = f"Labels of {', '.join(map(_name, sources))}"
+        page = _render_page(title, found, split, views, ", ".join(scope), report, table)
         write_atomically(html, page.encode())
         say(f"{html}: written")
     if format_ == "table":
@@ -138,8 +146,16 @@ def _build_report(
     return report
 
 
+def _name(source: str | Path) -> str:
+    """The last part of a path or URL."""
+    from pipeline.stream.cache import redact
+
+    return Path(redact(str(source))).resolve().name
+
+
 def _render_page(
-    sources: tuple[Path, ...],
+    title: str,
+    found: "Sequence[tuple[Path, Remote | None]]",
     split: str | None,
     views: str,
     scope: str,
@@ -153,9 +169,9 @@ def _render_page(
 
     shown = report.copy()
     shown["cooccurrence"] = count_cooccurrence(table)
+    sources = [path for path, _ in found]
     alone = len(sources) == 1 and (sources[0] / NAME).is_file()
-    examples = find_examples(sources[0], split, views) if alone else {}
-    title = f"Labels of {', '.join(source.resolve().name for source in sources)}"
+    examples = find_examples(sources[0], split, views, found[0][1]) if alone else {}
     audited = load_tables(sources, split, views, audited=True)
     cells = evaluation_targets(audited, find_blank(sources))
     audit = audit_labels(audited, *cells, find_covariates(audited), together=False)  # which takes longer
@@ -176,7 +192,8 @@ def check_output(option: str, path: Path | None, suffixes: Collection[str]) -> N
 
 
 @click.command(epilog="Example: pipeline show shards --label Edema --state uncertain --out edema.png")
-@click.argument("shards", type=click.Path(path_type=Path, file_okay=False))
+@click.argument("shards", type=PathOrUrl(file_okay=False))
+@CACHE_FOLDER
 @click.option("--split", default="train")
 @click.option(
     "--label", metavar="LABEL", type=click.Choice(LABELS), help="Images by their state of this label."
@@ -192,7 +209,8 @@ def check_output(option: str, path: Path | None, suffixes: Collection[str]) -> N
     "--out", required=True, type=click.Path(path_type=Path, dir_okay=False), help="Picture: .png or .jpg."
 )
 def show(
-    shards: Path,
+    shards: str | Path,
+    cache: Path,
     split: str,
     label: str | None,
     state: str | None,
@@ -204,14 +222,15 @@ def show(
 ) -> None:
     """Draw a contact sheet of images in SHARDS, spread over the split, with their keys and labels."""
     from pipeline.look.sheet import FORMATS, draw_images, find_state, save_sheet, spread_rows
+    from pipeline.stream.cache import find_shards
     from pipeline.stream.samples import open_split
     from pipeline.stream.select import select_rows
 
     refuse_usage(state and not label, "--state needs --label")
     refuse_usage(augmented, "--augmented is a command now: python train.py inputs --shards … --out …")
     check_output("--out", out, FORMATS)
-    manifest = read_manifest(shards)
-    opened = open_split(shards, manifest, split)
+    folder, remote = find_shards(shards, cache)
+    opened = open_split(folder, read_manifest(folder), split, remote)
     rows = select_rows(opened.table, where)
     if label:
         state = state or "positive"

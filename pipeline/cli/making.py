@@ -10,18 +10,20 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pipeline.base.errors import DataError, printable
+from pipeline.base.files import is_open_to_all
 from pipeline.base.store import is_remote, open_location
 from pipeline.base.workers import count_cpus, run_alone
-from pipeline.console import Checked, Number, Parsed, progress_bar, refuse_usage, say
+from pipeline.console import CACHE_FOLDER, Checked, Number, Parsed, PathOrUrl, progress_bar, refuse_usage, say
 from pipeline.images import ENCODINGS, SQUARES
 from pipeline.labels import VIEWS
 from pipeline.look.tables import print_report
+from pipeline.manifest import find_restriction
 from pipeline.policies import BLANK_HELP, UNCERTAIN_HELP, check_blank_policy, parse_uncertain_policy
 
 if TYPE_CHECKING:
     from pipeline.etl.planning import Options
     from pipeline.etl.shards import Execution, RunSummary
-    from pipeline.sources.source import Source
+    from pipeline.sources.source import Source, Terms
     from pipeline.synthetic.shortcuts import Shortcut
 
 
@@ -240,7 +242,7 @@ def shards(
     from pipeline.etl.planning import Options
     from pipeline.etl.shards import Execution, write_shards
     from pipeline.sources.load import describe_shards
-    from pipeline.sources.sets import find_source
+    from pipeline.sources.sets import find_source, find_terms
 
     how = Execution(**{field.name: rest.pop(field.name) for field in fields(Execution)})
     options = Options(**rest)
@@ -259,6 +261,7 @@ def shards(
     found = find_source(source, _collect("--split", splits), roots, dataset, columns or (), files, name or "")
     if dry_run:
         return _print_preview(found, options, how)
+    _warn_of_terms(find_terms(found), out)
     start = time.perf_counter()
     resumed: int | None = None
     with progress_bar("Sharding", "images") as advance:
@@ -278,6 +281,18 @@ def shards(
         say(f"{text} by these policies: it cannot be learned")
     _print_run(out, run, seconds, described.views)
     return 3 if how.strict and run.manifest.rejects else 0
+
+
+def _warn_of_terms(terms: "Terms", out: Path) -> None:
+    """Warn where films that may not be passed on would be written to a place that others may read."""
+    restricted = find_restriction(terms._asdict())
+    if restricted and is_remote(out):
+        say(f"Warning: {out}: make sure that only people bound by the {restricted} can read it")
+    elif restricted and is_open_to_all(out):
+        say(
+            f"Warning: {out}: every user of this machine can read it; only people bound by the {restricted} may: "
+            f"chmod o-rx {out}"
+        )
 
 
 def _collect(option: str, values: Iterable[tuple[str, Path]]) -> dict[str, Path]:
@@ -354,41 +369,44 @@ def _print_preview(source: "Source", options: "Options", how: "Execution") -> in
 
 
 @click.command(epilog="Example: pipeline verify shards --deep")
-@click.argument("shards", type=click.Path(path_type=Path, file_okay=False))
+@click.argument("shards", type=PathOrUrl(file_okay=False))
+@CACHE_FOLDER
 @click.option("--deep", is_flag=True, help="Decode every image too, and compare every JSON with its row.")
 @WORKERS
-def verify(shards: Path, deep: bool, workers: int) -> None:
-    """Check every file of SHARDS against the manifest, and every tar against its table.
+def verify(shards: str | Path, cache: Path, deep: bool, workers: int) -> None:
+    """Check every file of SHARDS (a folder or URL) against the manifest, and every tar against its table.
 
     One line for each problem, on stdout; exit code 1 where there is any.
     """
     from pipeline.etl.verify import PRINTED, verify_shards
+    from pipeline.stream.cache import find_shards, redact
 
-    start = time.perf_counter()
+    start, name = time.perf_counter(), redact(str(shards))
+    folder, remote = find_shards(shards, cache)
     with progress_bar("Verifying", "shards") as advance:
-        report = verify_shards(shards, deep, workers, advance)
+        report = verify_shards(folder, deep, workers, advance, remote.path if remote else None)
     for warning in report.warnings:
         say(f"Warning: {printable(warning)}")
     for file, lines in report.problems.items():
         click.echo(printable("\n".join(lines[:PRINTED])))
         if len(lines) > PRINTED:
-            click.echo(f"{shards / file}: and {len(lines) - PRINTED:,} more")
+            click.echo(f"{name.rstrip('/')}/{file}: and {len(lines) - PRINTED:,} more")
     if report.problems:
         problems = sum(map(len, report.problems.values()))
         repair = (
-            f"; write these again by `pipeline shards SOURCE {shards} --repair`, with the options used before"
+            f"; write these again by `pipeline shards SOURCE {name} --repair`, with the options used before"
         )
         raise click.ClickException(
-            f"{shards}: {problems:,} problems in {len(report.problems)} files{'' if report.indexed else repair}"
+            f"{name}: {problems:,} problems in {len(report.problems)} files{'' if report.indexed or remote else repair}"
         )
     click.echo(
-        f"{shards}: all is well: {report.splits} splits, {report.shards:,} shards, {report.samples:,} samples, "
+        f"{name}: all is well: {report.splits} splits, {report.shards:,} shards, {report.samples:,} samples, "
         f"{report.bytes / 1e6:,.1f} MB in {time.perf_counter() - start:.1f} s"
     )
 
 
 @click.command(epilog="Example: pipeline index ~/wds --csv ~/CheXpert-v1.0-small/train.csv")
-@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path, file_okay=False))
+@click.argument("folder", metavar="DIR", type=PathOrUrl(file_okay=False))
 @click.option(
     "--csv",
     "csvs",
@@ -407,6 +425,11 @@ def index(folder: Path, csvs: tuple[str, ...], split: str | None, workers: int) 
     """
     from pipeline.etl.adopt import write_index
 
+    refuse_usage(
+        "://" in str(folder),
+        f"{folder}: only a folder can be indexed; copy the tars to one, index it, and copy manifest.json and the "
+        ".arrow tables back beside them",
+    )
     csv = _parse_csvs(csvs)
     with progress_bar("Indexing", "shards") as advance:
         manifest = write_index(folder, csv, split, workers, advance)

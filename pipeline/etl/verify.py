@@ -53,10 +53,15 @@ class _Task(NamedTuple):
 
 
 def verify_shards(
-    folder: Path, deep: bool, workers: int, progress: Callable[[int, int], None] = lambda done, total: None
+    folder: Path,
+    deep: bool,
+    workers: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    fetch: Callable[[Shard], Path] | None = None,
 ) -> Verdict:
     """Check a folder of shards; `progress` gets (shards done, total).
 
+    Where the shards are elsewhere, `fetch` gives a local file of each, whose hash is the manifest's.
     Raises DataError only where there is no readable manifest: all other problems are in the report.
     """
     manifest = read_manifest(folder)
@@ -81,7 +86,7 @@ def verify_shards(
         task for name, split in manifest.splits.items() for task in _tasks(folder, split, tables.get(name))
     ]
     owners = {task.shard.sha256: task.shard.file for task in tasks}
-    check = partial(_check_shard, manifest.options, owners, deep)
+    check = partial(_check_shard, manifest.options, owners, deep, fetch)
     found = run_threads(check, tasks, workers, progress)
     problems |= {task.shard.file: lines for task, lines in zip(tasks, found, strict=True)}
     return Verdict(
@@ -121,9 +126,20 @@ def _tasks(folder: Path, split: Split, table: pa.Table | None) -> Iterator[_Task
         yield _Task(folder / shard.file, shard, rows)
 
 
-def _check_shard(options: Mapping[str, Any], owners: Mapping[str, str], deep: bool, task: _Task) -> list[str]:
+def _check_shard(
+    options: Mapping[str, Any],
+    owners: Mapping[str, str],
+    deep: bool,
+    fetch: Callable[[Shard], Path] | None,
+    task: _Task,
+) -> list[str]:
     """What is wrong with a shard, as precisely as possible."""
     path, shard, rows = task
+    if fetch:
+        try:
+            return _check_tar(Path(shard.file), fetch(shard), rows, options, deep, is_intact=True)
+        except DataError as error:
+            return [str(error)]
     try:
         # Read, not mapped: a bad sector then is an error here, and not the end of the process.
         digest, size = hash_file(path), path.stat().st_size
@@ -136,8 +152,15 @@ def _check_shard(options: Mapping[str, Any], owners: Mapping[str, str], deep: bo
         return [f"{path}: holds what belongs in {owners[digest]}"]
     if size != shard.bytes:
         return [f"{path}: damaged: {size} bytes, not {shard.bytes} as in the manifest"]
+    return _check_tar(path, path, rows, options, deep, is_intact)
+
+
+def _check_tar(
+    path: Path, file: Path, rows: pa.Table | None, options: Mapping[str, Any], deep: bool, is_intact: bool
+) -> list[str]:
+    """What is wrong in a tar of the right size; `path` names it in messages, `file` is where it can be read."""
     try:
-        with map_file(path) as data:
+        with map_file(file) as data:
             members = list(walk_tar(path, data))
             complaints: list[str] = []
             if rows is not None:

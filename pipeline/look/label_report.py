@@ -27,6 +27,7 @@ from pipeline.look.tables import tabulate_audit
 from pipeline.manifest import read_manifest
 from pipeline.measure.audit import Audit, describe_alarms
 from pipeline.measure.counts import NO_GROUP, Groups, LabelStatistics, count_groups
+from pipeline.stream.cache import Remote
 from pipeline.stream.plan import Rows
 from pipeline.stream.samples import open_split
 
@@ -51,14 +52,14 @@ def find_groups(table: pa.Table) -> list[Groups]:
     return [found for found in groups if len(found["groups"]) > 1]
 
 
-def find_examples(folder: Path, split: str | None, views: str) -> Examples:
+def find_examples(folder: Path, split: str | None, views: str, remote: Remote | None = None) -> Examples:
     """Images of each label from shards, spread over one split or all of them; always the same ones.
 
     Up to SHOWN per label, up to UNSURE of them uncertain; a state without images is left out. Raises DataError if an
     image is damaged.
     """
     manifest = read_manifest(folder)
-    splits = [open_split(folder, manifest, name) for name in manifest.splits if split in (None, name)]
+    splits = [open_split(folder, manifest, name, remote) for name in manifest.splits if split in (None, name)]
     # All rows of these views as (split, row) [N, 2], with their states [N, 14], uncertain as -1.
     places, states = [], []
     for number, opened in enumerate(splits):

@@ -34,6 +34,7 @@ from pipeline.measure.metrics import (
     averaged_labels,
     brier_score,
     calibration_error,
+    independent_limits,
     label_cells,
     mean_of,
     rates_at,
@@ -217,7 +218,7 @@ def assess_altered(
     """
     plain = measure_areas(*images[:4])
     labels = {
-        name: {"auroc": areas(score, truth)[0], **_count(truth)}
+        name: {"auroc": areas(score, truth)[0], **count_classes(truth)}
         for name, score, truth in label_cells(names, *images[:3])
     }
     means = averaged_labels(labels)
@@ -312,7 +313,7 @@ def _assess_label(
     return {
         "auroc": auroc,
         "auprc": auprc,
-        **_count(truth),
+        **count_classes(truth),
         "brier": brier_score(score, truth),
         "brier_calibrated": brier_score(calibrated, truth),
         "ece": calibration_error(score, truth),
@@ -342,7 +343,7 @@ def rate_limits(
     return {rate: wilson_limits(hits[of], patient[of]) for rate, (hits, of) in parts.items()}
 
 
-def _count(truth: Bools) -> dict[str, Any]:
+def count_classes(truth: Bools) -> dict[str, Any]:
     """The cells of each class, and whether either has too `few` for figures to mean much."""
     positives, negatives = int(truth.sum()), int((~truth).sum())
     return {"positives": positives, "negatives": negatives, "few": min(positives, negatives) < FEW}
@@ -362,7 +363,7 @@ def _assess_group(
             limits = rate_limits(threshold, score, truth, patient)["sensitivity"]
         labels[name] = {
             "auroc": areas(score, truth)[0],
-            **_count(truth),
+            **count_classes(truth),
             "tpr": tpr,
             "intervals": {
                 "auroc": combine_limits(measured, weigh_labels(names, [name])),
@@ -373,7 +374,7 @@ def _assess_group(
 
 
 def _tpr_gap(results: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
-    """The highest TPR minus the lowest, with limits as for separate patients (Newcombe, 1998, method 10)."""
+    """The highest TPR minus the lowest, with limits as for separate patients."""
     rates = sorted(
         (result["tpr"], result["intervals"]["tpr"]["low"], result["intervals"]["tpr"]["high"])
         for result in results
@@ -381,10 +382,4 @@ def _tpr_gap(results: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
     )
     if len(rates) < 2:
         return dict.fromkeys(("difference", "low", "high"))
-    (worst, low, top), (best, bottom, high) = rates[0], rates[-1]
-    gap = best - worst
-    return {
-        "difference": gap,
-        "low": gap - float(np.hypot(best - bottom, top - worst)),
-        "high": gap + float(np.hypot(high - best, worst - low)),
-    }
+    return {"difference": rates[-1][0] - rates[0][0], **independent_limits(rates[-1], rates[0])}

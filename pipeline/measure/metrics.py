@@ -228,3 +228,18 @@ def wilson_limits(called: Bools, owner: npt.NDArray[Any]) -> dict[str, float | N
     middle = (share + Z**2 / (2 * size)) / (1 + Z**2 / size)
     half = Z / (1 + Z**2 / size) * (share * (1 - share) / size + Z**2 / (4 * size**2)) ** 0.5
     return {"low": max(0.0, middle - half), "high": min(1.0, middle + half)}
+
+
+def independent_limits(
+    ours: tuple[float, float, float], theirs: tuple[float, float, float]
+) -> dict[str, float]:
+    """`low` and `high` of our figure less theirs, from independent samples; each is (figure, low, high).
+
+    Method 10 of Newcombe, Interval estimation for the difference between independent proportions, Statistics in
+    Medicine 17, 1998; for figures of other kinds: Zou, Psychological Methods 12, 2007.
+    """
+    (a, a_low, a_high), (b, b_low, b_high) = ours, theirs
+    return {
+        "low": a - b - float(np.hypot(a - a_low, b_high - b)),
+        "high": a - b + float(np.hypot(a_high - a, b - b_low)),
+    }

@@ -29,6 +29,13 @@ TERMS = Terms(
     license="Stanford University School of Medicine CheXpert Dataset Research Use Agreement",
     paper="Irvin et al., AAAI 2019",
 )
+DRAWN = Terms(
+    name="sample",
+    title="films drawn by `pipeline sample`",
+    patients="sample",
+    license="none needed: the films show no patient",
+    paper="",
+)
 LOOKED_FOR = "a train.csv, valid.csv or test_labels.csv"
 COLUMN = "Path"
 CSV_NAMES = {

@@ -67,6 +67,7 @@ SETS: dict[str, Adapter] = {
     "chexpert": chexpert,
     "table": table,
 }
+DRAWN_NOTE = "SYNTHETIC.txt"  # beside the tables that `pipeline sample` writes
 # Those told by their files.
 SHOWN = 4  # names of what is in a folder without a set
 KNOWN = {adapter.TERMS.name: adapter for adapter in SETS.values() if adapter is not table}
@@ -99,8 +100,10 @@ def find_source(
 
 def find_terms(source: Source) -> Terms:
     """Whose the images of a source are, and how they may be used."""
-    called = source.name
-    return Terms(called, called, called, "not stated", "") if called else SETS[source.set].TERMS
+    if called := source.name:
+        return Terms(called, called, called, "not stated", "")
+    drawn = any((csv.parent / DRAWN_NOTE).exists() for csv in source.csvs.values())
+    return chexpert.DRAWN if drawn and source.set == "chexpert" else SETS[source.set].TERMS
 
 
 def find_set(folder: Path, name: str | None = None) -> tuple[str, dict[str, Path]]:

@@ -47,7 +47,5 @@ def test_what_nobody_looked_for_is_neither_learned_nor_measured(
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "Fracture" in line]
     assert "not annotated" in line
     card = (job.run / "model-card.md").read_text()
-    assert (
-        "Data set: CheXpert (Irvin et al., AAAI 2019). License: Stanford University School of Medicine"
-        in card
-    )
+    assert "films drawn by `pipeline sample`. License: none needed: the films show no patient.\n" in card
+    assert "\nStarted from: random weights.\n" in card

@@ -23,9 +23,11 @@ import numpy as np
 import pytest
 
 from pipeline import DataError, open_shards
+from pipeline.look.label_report import find_examples
 from pipeline.manifest import Manifest, Shard, read_manifest, read_table, write_manifest
 from pipeline.stream import cache as remote
-from pipeline.stream.cache import Cache, Remote, is_url, redact
+from pipeline.stream.cache import Cache, Remote, find_shards, is_url, redact
+from tests.conftest import run_pipeline
 
 GB = 10**9
 Fault = Callable[["Handler", bytes], None]
@@ -719,3 +721,56 @@ def test_downloads_are_not_held_in_memory(server: Server, url: str, tmp_path: Pa
     command = [sys.executable, "-c", MEASURE, url, str(tmp_path / "cache"), *arguments]
     small, large = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     assert float(large) - float(small) < 20
+
+
+def test_the_commands_read_a_url_as_they_read_the_folder(
+    shards: tuple[Path, Manifest], url: str, tmp_path: Path
+) -> None:
+    folder, kept = shards[0], ("--cache", tmp_path / "cache")
+
+    def both(*words: object) -> list[str]:
+        """What a command says of the URL and of the folder."""
+        found = []
+        for source in (url, folder):
+            command, *rest = words
+            done = run_pipeline(command, source, *kept, *rest)
+            assert done.returncode == 0, done.stderr
+            found.append(done.stdout.replace(str(source), "SHARDS"))
+        return found
+
+    there, here = both("verify", "--deep", "--workers", 2)
+    assert there.startswith("SHARDS: all is well: ")
+    assert there.split(" MB in ")[0] == here.split(" MB in ")[0]
+    there, here = both("stats", "--format", "json", "--by", "sex")
+    assert there == here
+    places = (find_shards(url, tmp_path / "cache"), (folder, None))
+    pictures = [find_examples(path, "valid", "all", remote) for path, remote in places]
+    assert pictures[0] == pictures[1]
+    sheets = [tmp_path / "a.png", tmp_path / "b.png"]
+    for source, sheet in zip((url, folder), sheets, strict=True):
+        assert run_pipeline("show", source, *kept, "--n", 4, "--out", sheet).returncode == 0
+    assert sheets[0].read_bytes() == sheets[1].read_bytes()
+
+
+def test_verify_names_what_a_server_gives_wrongly(
+    shards: tuple[Path, Manifest], server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Remote.__init__, "__kwdefaults__", {"attempts": 1, "pause": 0.0, "timeout": 30.0})
+    folder, manifest = shards
+    shard = manifest.splits["valid"].shards[0].file
+    data = bytearray((folder / shard).read_bytes())
+    data[600] ^= 1
+    (folder / shard).write_bytes(data)
+    done = run_pipeline("verify", web(server), "--cache", tmp_path / "cache")
+    assert done.returncode == 1
+    assert done.stdout == f"{web(server)}/{shard}: its sha256 is not the manifest's; tried 1 times\n"
+    assert done.stderr.splitlines()[-1] == f"Error: {web(server)}: 1 problems in 1 files"
+
+
+def test_a_url_is_not_indexed() -> None:
+    done = run_pipeline("index", "s3://bucket/wds")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == (
+        "Error: s3://bucket/wds: only a folder can be indexed; copy the tars to one, index it, and copy manifest.json "
+        "and the .arrow tables back beside them"
+    )

@@ -92,6 +92,25 @@ def test_training_from_the_store_is_training_from_the_folder(
     assert there == here
 
 
+def test_the_commands_read_the_store_as_they_read_the_folder(
+    stored: tuple[Path, Manifest], tmp_path: Path
+) -> None:
+    said = []
+    for shards in (URL, stored[0]):
+        kept = (shards, "--cache", tmp_path / "cache")
+        sheet = tmp_path / "sheet.png"
+        done = [
+            run_pipeline("verify", *kept, "--deep"),
+            run_pipeline("stats", *kept, "--format", "csv"),
+            run_pipeline("show", *kept, "--n", 4, "--out", sheet),
+        ]
+        assert [one.returncode for one in done] == [0, 0, 0], done
+        said.append(
+            (done[0].stdout.split(": ", 1)[1].split(" MB in ")[0], done[1].stdout, sheet.read_bytes())
+        )
+    assert said[0] == said[1]
+
+
 @pytest.mark.parametrize(
     ("name", "value"), [("AWS_SECRET_ACCESS_KEY", "wr0ng-s3cret"), ("AWS_ACCESS_KEY_ID", "test:wr0ng")]
 )
