@@ -43,7 +43,10 @@ def test_its_commands_for_ones_own_chexpert_run(chexpert: Path, tmp_path: Path) 
 
 
 def test_no_block_leaves_settings_behind_for_the_next() -> None:
-    blocks = [block for block in README.read_text().split("```")[1::2] if "\nexport " in block]
+    pages = (README, REPOSITORY / "docs" / "results.md")
+    blocks = [
+        block for page in pages for block in page.read_text().split("```")[1::2] if "\nexport " in block
+    ]
     assert len(blocks) == 2
     for block in blocks:
         ran = subprocess.run(
