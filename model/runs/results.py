@@ -20,6 +20,7 @@ from model.runs.scoring import score_best, score_split
 from pipeline.base.errors import DataError
 from pipeline.base.files import parse_object, read_object, write_atomically, write_json
 from pipeline.labels import count_rows
+from pipeline.look.pixels import measure_edges
 from pipeline.manifest import name_facts
 from pipeline.measure.belief import assess_belief
 from pipeline.measure.compare import combine_views, compare_methods, group_by_views
@@ -28,6 +29,7 @@ from pipeline.measure.delong import combine_limits, measure_areas, weigh_labels
 from pipeline.measure.elsewhere import subtract_own, try_recalibration
 from pipeline.measure.evaluate import Scored, assess, calibrate
 from pipeline.measure.metrics import averaged_labels, mean_of, report_auroc
+from pipeline.stream.samples import find_places
 
 RESAMPLES = 1000  # of patients, for intervals of AUPRC
 TRAIN_SAMPLES = 2000  # that a sweep scores of train
@@ -90,7 +92,11 @@ def evaluate(
     evaluation["not_annotated"] = [label for label in job.manifest.not_annotated if label in config.labels]
     evaluation |= {"chosen_by": list(chosen_by)} if chosen_by else {}
     evaluation |= {"sanity": dict(sanity)} if sanity else {}
-    evaluation["belief"] = assess_belief(config.labels, scored, find_covariates(table), find_strata(table))
+    split, _ = open_images(job, name)
+    edge = measure_edges(split, find_places(split, table), job.workers)
+    evaluation["belief"] = assess_belief(
+        config.labels, scored, find_covariates(table), find_strata(table), edge
+    )
     if against and config.fusion is None:
         add_difference(job, evaluation, found, calibration, against)
     elif against:

@@ -11,13 +11,16 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.measure.metrics import Floats
-from pipeline.stream.dataset import open_shards
+from pipeline.stream.dataset import Selection, open_shards
+from pipeline.stream.plan import Rows
+from pipeline.stream.samples import OpenSplit, find_images
 from pipeline.stream.select import NothingSelectedError
 
 SIDE = 224  # pixels
 EDGE = SIDE // 32  # the border's width
 CORNER = SIDE // 6  # from the edge to a corner's inner sides: outside of the central box of two thirds
 LETTER = 12  # pixels that a letter in a corner has at least
+ANY_POLICY = {"uncertain": "zeros", "blank": "zeros"}  # the labels are not looked at
 BLACK, SATURATED = 5, 250  # gray levels: at most, at least
 _FIRST, _LAST = slice(EDGE, CORNER), slice(SIDE - CORNER, SIDE - EDGE)
 CORNERS = {
@@ -52,6 +55,13 @@ def measure_shards(
             whole.append(measure_whole(pixels) | {"stored bytes": stored})
             progress(len(pixels))
     return _concatenate(at_edge), _concatenate(whole)
+
+
+def measure_edges(split: OpenSplit, rows: Rows, threads: int) -> dict[str, Floats]:
+    """What `measure_edge` says of the images in rows [N], ascending; damaged images are black."""
+    images = Selection(split, ANY_POLICY, find_images(split, rows))
+    batches = images.batches(64, SIDE, epoch=None, threads=threads, max_bad=len(rows))
+    return _concatenate([measure_edge(batch.images[:, 0]) for batch in batches])
 
 
 def measure_edge(pixels: npt.NDArray[np.uint8]) -> dict[str, Floats]:

@@ -16,11 +16,13 @@ score weighting, JASA 113, 2018).
 """
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.measure.audit import DEVICES
 from pipeline.measure.bootstrap import describe_difference
 from pipeline.measure.delong import Areas, combine_limits, measure_areas, score_limits
 from pipeline.measure.evaluate import Scored
@@ -38,10 +40,13 @@ def assess_belief(
     images: Scored,
     covariates: Mapping[str, Floats],
     strata: Mapping[str, Names],
+    edge: Mapping[str, Floats] = MappingProxyType({}),
 ) -> dict[str, dict[str, Any]]:
     """What each label's AUROC rests on; labels with fewer than 10 positives or negatives are left out.
 
     `covariates` are numbers [N] by name, NaN where unknown; `strata` are names [N] by variable, empty where unknown.
+    `edge` are further covariates, gray levels outside of the lungs. They are no covariates of Support Devices, whose
+    wires cross them, and are not balanced: there are too many for the few positives of most labels.
     A label has `auroc`, `covariates`, `within`, `tells` and `balanced`, each with limits, and its `verdict`.
     """
     enough = [
@@ -56,6 +61,7 @@ def assess_belief(
         own = images.take(rows)
         score, truth = own.scores[:, column].astype(float), own.target[:, column] == 1
         values = {name: covariate[rows] for name, covariate in covariates.items()}
+        edges = {} if names[column] == DEVICES else {name: value[rows] for name, value in edge.items()}
         groups = {variable: group[rows] for variable, group in strata.items()}
         other = find_confounder(names, own, column)
         if other is not None:
@@ -66,7 +72,8 @@ def assess_belief(
         found = {
             "auroc": _describe(_measure(score, truth, own.patient)),
             "covariates": {
-                name: _describe(_measure(value, truth, own.patient)) for name, value in values.items()
+                name: _describe(_measure(value, truth, own.patient))
+                for name, value in (values | edges).items()
             },
             "within": {
                 variable: measure_within(score, truth, own.patient, group)
@@ -74,7 +81,7 @@ def assess_belief(
             },
             "tells": {
                 name: _describe(_measure(score[~truth], half[~truth], own.patient[~truth]))
-                for name, half in split_halves(values).items()
+                for name, half in split_halves(values | edges).items()
             },
             "balanced": measure_balanced(score, truth, own.patient, values),
         }

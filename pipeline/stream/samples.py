@@ -127,6 +127,13 @@ def find_studies(split: OpenSplit, rows: Rows | None = None) -> tuple[Samples, i
     return Samples(of_studies, sizes.tolist()), int((~kept).sum())
 
 
+def find_places(split: OpenSplit, table: pa.Table) -> Rows:
+    """The rows [n] of a split, ascending, that a table has been taken from: those of the same place in the shards."""
+    places = split.shard.astype(np.int64) << 40 | split.offset
+    wanted = table["shard"].to_numpy().astype(np.int64) << 40 | table["offset"].to_numpy()
+    return np.flatnonzero(np.isin(places, wanted))
+
+
 def find_projections(table: pa.Table) -> npt.NDArray[np.int8]:
     """The place of each image's projection in PROJECTIONS, int8 [N]."""
     names = pc.if_else(pc.equal(table["view"], "lateral"), "lateral", table["projection"])
