@@ -153,6 +153,8 @@ def write_gzip(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
 def write_chexpert(home: Path) -> None:
     """CheXpert: train.csv and valid.csv, JPEGs by patient, study and view."""
     write_sample(home, images=24, workers=1)
+    for note in home.rglob("SYNTHETIC.txt"):  # by which shards of drawn films are told
+        note.unlink()
 
 
 def write_nih(home: Path) -> None:

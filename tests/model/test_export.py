@@ -41,7 +41,12 @@ def add_noise(scorer: Scorer) -> None:
 
 @pytest.mark.parametrize(
     ("spoil", "suffix"),
-    [(shift_bias, ".onnx"), (shift_bias, ".pt2"), (shift_mean, ".pt2"), (add_noise, ".pt2")],
+    [
+        pytest.param(shift_bias, ".onnx", marks=pytest.mark.soak),
+        (shift_bias, ".pt2"),
+        pytest.param(shift_mean, ".pt2", marks=pytest.mark.soak),
+        (add_noise, ".pt2"),
+    ],
 )
 def test_an_export_that_is_off_is_refused(
     scorer: Scorer,

@@ -20,6 +20,8 @@ CONFIG = {
     "where": (),
     "labels": tuple(NAMES),
     "keep": "best",
+    "pretrained": False,
+    "init": None,
 }
 HISTORY = [
     {"epoch": 0.5, "train_loss": 0.7, "macro_auroc": 0.6, "macro10_auroc": None, "mean5_auroc": None},
@@ -204,7 +206,7 @@ def test_the_page_names_settings_and_what_is_left_out(page: str, evaluation: dic
     assert "For research. Not for clinical use." in text
     settings = dict(re.findall("<dt>(.*?)</dt><dd>(.*?)</dd>", page[page.index('id="settings"') :]))
     expected = CONFIG | {"labels": ", ".join(NAMES)}
-    assert settings == {name: str(value or "–") for name, value in expected.items()}
+    assert settings == {name: "–" if value in (None, ()) else str(value) for name, value in expected.items()}
     macro10 = f"{evaluation['macro10_auroc']:.3f} {limits(evaluation['intervals']['auroc']['macro10'])}"
     assert f"valid, 300 images of 150 patients {macro10} AUROC, macro, ≥ 10 positives" in text
     assert f"In no group: LL {evaluation['subgroups']['projection']['others']['LL']}." in text

@@ -17,7 +17,7 @@ from pipeline.manifest import read_manifest, read_table
 from pipeline.sources.sets import find_source
 from pipeline.stream.plan import epoch_order
 from tests.conftest import POLICIES, default_options, write_chexpert
-from tests.test_train import assert_same_run, open_small_job
+from tests.test_train import assert_same_run, few_resamples_and_no_page, open_small_job  # noqa: F401
 
 
 @pytest.fixture(scope="module")

@@ -110,6 +110,7 @@ def test_batches_hold_what_plain_readers_find(study_shards: Shards, split: OpenS
     assert sorted(map(len, seen.values())) == [1] * (len(seen) // 2) + [2] * (len(seen) // 2)
 
 
+@pytest.mark.soak
 def test_studies_of_the_real_table_equal_pandas(real_csv: Path) -> None:
     table = read_labels(real_csv)
     sizes = [1000] * 223 + [414]
