@@ -220,4 +220,4 @@ def test_a_folder_that_cannot_be_written_is_named(chexpert: Path) -> None:
     for words in (["shards", chexpert, "/proc/none/out"], ["sample", "/proc/none/out"]):
         run = run_pipeline(*words)
         assert run.returncode == 1
-        assert run.stderr.splitlines()[-1] == "Error: /proc/none: No such file or directory"
+        assert run.stderr == "Error: /proc/none: No such file or directory\n"

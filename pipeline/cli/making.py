@@ -261,13 +261,14 @@ def shards(
     found = find_source(source, _collect("--split", splits), roots, dataset, columns or (), files, name or "")
     if dry_run:
         return _print_preview(found, options, how)
-    _warn_of_terms(find_terms(found), out)
     start = time.perf_counter()
     resumed: int | None = None
     with progress_bar("Sharding", "images") as advance:
 
         def show(done: int, total: int, rejects: int) -> None:
             nonlocal resumed
+            if resumed is None:  # once, and only where something is written
+                _warn_of_terms(find_terms(found), out)
             resumed = done if resumed is None else resumed
             rate = (done - resumed) / (time.perf_counter() - start)
             advance(done, total, f"{rate:,.0f} images/s  {rejects} rejects")
