@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, NoReturn, Protocol, TypeVar
 
 import click
 from rich.console import Console
@@ -79,6 +79,10 @@ class Checked(Parsed[str]):
         super().__init__(parse, "text")
 
 
+# SIGTERM, whose exception Python drops where it comes up in a finalizer: the next progress raises it again.
+_received: list[int] = []
+
+
 class Advance(Protocol):
     """Report progress; `note` is shown beside the bar."""
 
@@ -97,6 +101,8 @@ def progress_bar(title: str, unit: str) -> Iterator[Advance]:
 
         def advance(done: int, total: int, note: str = "") -> None:
             nonlocal last, printed
+            if _received:
+                sys.exit(143)
             bar.update(task, completed=done, total=total, note=note)
             now = time.monotonic()
             if not console.is_terminal and done != printed and (done == total or now - last > LINE_SECONDS):
@@ -128,13 +134,18 @@ def refuse_usage(wrong: object, text: str) -> None:
         raise click.UsageError(text)
 
 
+def _terminate(number: int, _: object) -> NoReturn:
+    _received.append(number)
+    sys.exit(143)
+
+
 def run_command(command: click.Command, context: object = None) -> None:
     """Run a click command with this project's error lines and exit codes; never returns.
 
     `context` is handed to commands that ask for it by `click.pass_obj`.
     """
     # As an exception, so that clean-up runs: by default SIGTERM ends Python on the spot.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGTERM, _terminate)
     # A shell that runs this in the background has it ignore Ctrl-C.
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
