@@ -240,7 +240,9 @@ def judge(name: str, found: Mapping[str, Any]) -> dict[str, Any]:
     if worst is not None and folded[worst] > ALARM:
         tells = found["covariates"][worst]["auroc"]
         alone = f"; {worst} alone {_short(max(tells, 1 - tells))}"
-    if found["auroc"]["low"] <= 0.5:
+    if found["auroc"]["high"] < 0.5:
+        mark, end = "nothing", "worse than guessing"
+    elif found["auroc"]["low"] <= 0.5:
         mark, end = "nothing", "not told from guessing"
     elif lost:
         mark, end = "nothing", f"nothing is left within {' or '.join(lost)}: do not believe it"

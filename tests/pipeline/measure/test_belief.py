@@ -90,6 +90,7 @@ def test_halves_are_above_the_median_and_two_values_stay() -> None:
         (0.6, 1.5, "caution", "; marker alone .80: treat with caution."),
         (0.6, 0.0, "nothing", ": nothing is left within marker: do not believe it."),
         (0.0, 0.0, "nothing", ": not told from guessing."),
+        (0.0, -1.5, "nothing", ": worse than guessing."),
     ],
 )
 def test_the_verdict_says_what_a_planted_shortcut_did(
