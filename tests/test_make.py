@@ -47,6 +47,11 @@ def test_make_alone_lists_every_target() -> None:
             ["predict", "RUN=r", "IMAGES=films", "ARGS=--strict"],
             'train.py predict --run "r" --out "r/predictions.csv" --strict films',
         ),
+        (
+            ["cross", "SHARDS=a b", "CROSS=c", "ARGS=--augment crop"],
+            'train.py cross --shards a --shards b --out "c" --arch',
+        ),
+        (["cross", "SHARDS=a b", "ARGS=--augment crop"], "--augment crop"),
         (["evaluate", "OUT=there", "RUN=r", "WORKERS=3"], " --split valid --workers 3"),
         (["train", "FUSION=mean", "ARGS=--init runs/all"], '-mean-seed0" '),
         (["train", "BATCH=16", "EPOCHS=2", "VIEWS=lateral"], "-batch16-epochs2-lateral-seed0"),
@@ -94,6 +99,7 @@ def test_data_is_looked_at_again_where_there_are_shards(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["cross", "SHARDS=a"], 'make cross needs SHARDS="A B": two folders of shards or more'),
         (["train", "OUT=my shards"], "OUT=my shards: make takes no spaces there.  Stop."),
         (["sweep", "GPUS=2"], "A sweep trains each trial on one device: leave GPUS out."),
     ],

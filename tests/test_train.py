@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -94,7 +94,7 @@ SMALL: dict[str, Any] = {
 
 
 def open_small_job(
-    shards: Path,
+    shards: Path | Sequence[Path],
     run: Path,
     stop_after: int = 10**9,
     teacher: Path | None = None,

@@ -142,9 +142,8 @@ def predict_together(values: Floats, truth: Bools, used: Bools, patient: Ints) -
         model = HistGradientBoostingClassifier(
             max_iter=40, max_leaf_nodes=8, early_stopping=False, random_state=0
         )
-        with threadpool_limits(
-            1
-        ):  # OpenMP's threads wait for each other by spinning: no gain, and none to others
+        # OpenMP's threads would wait for each other by spinning, at the cost of everybody else.
+        with threadpool_limits(1):
             found = model.fit(values[outside], truth[outside]).predict_proba(values[inside])[:, 1]
         score[inside] = share_below(found, np.sort(found))
     return score

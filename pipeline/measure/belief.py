@@ -22,13 +22,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.measure.audit import DEVICES
+from pipeline.measure.audit import DEVICES, THRESHOLD, shorten
 from pipeline.measure.bootstrap import describe_difference
 from pipeline.measure.delong import Areas, combine_limits, measure_areas, score_limits
 from pipeline.measure.evaluate import Scored
 from pipeline.measure.metrics import FEW, Bools, Floats
 
-ALARM = 0.6  # a covariate that tells a label with at least this AUROC, by the lower limit, is warned of
 SELF_EVIDENT = ("projection", "sex")  # variables whose strata need no explanation: AP, Female
 NO_FINDING = "No Finding"  # has no positives in common with any label, so it makes no strata
 
@@ -225,7 +224,7 @@ def judge(name: str, found: Mapping[str, Any]) -> dict[str, Any]:
     # Of all strata the verdict names the projections, which everybody knows, and those that take away most.
     lowest = min(pooled, key=lambda variable: pooled[variable]["pooled"]["auroc"], default="")
     strata = [
-        f"{_short(of['auroc'])} within {'' if variable in SELF_EVIDENT else f'{variable} '}{stratum}"
+        f"{shorten(of['auroc'])} within {'' if variable in SELF_EVIDENT else f'{variable} '}{stratum}"
         for variable in dict.fromkeys(["projection", lowest])
         for stratum, of in (pooled[variable]["strata"] if variable in pooled else {}).items()
         if of["auroc"] is not None
@@ -237,9 +236,9 @@ def judge(name: str, found: Mapping[str, Any]) -> dict[str, Any]:
         if within["less"]["difference"] < -0.05 and within["less"]["excludes_zero"]
     ]
     alone = ""
-    if worst is not None and folded[worst] > ALARM:
+    if worst is not None and folded[worst] > THRESHOLD:
         tells = found["covariates"][worst]["auroc"]
-        alone = f"; {worst} alone {_short(max(tells, 1 - tells))}"
+        alone = f"; {worst} alone {shorten(max(tells, 1 - tells))}"
     if found["auroc"]["high"] < 0.5:
         mark, end = "nothing", "worse than guessing"
     elif found["auroc"]["low"] <= 0.5:
@@ -251,7 +250,7 @@ def judge(name: str, found: Mapping[str, Any]) -> dict[str, Any]:
     else:
         mark, end = "none", "no covariate here explains it"
     shown = f"; {', '.join(strata)}" if strata else ""
-    return {"mark": mark, "verdict": f"{name} {_short(found['auroc']['auroc'])}{shown}{alone}: {end}."}
+    return {"mark": mark, "verdict": f"{name} {shorten(found['auroc']['auroc'])}{shown}{alone}: {end}."}
 
 
 def _measure(value: Floats, truth: Floats | Bools, patient: Names, rows: Bools | None = None) -> Areas:
@@ -277,8 +276,3 @@ def _standardize(value: Floats) -> list[Floats]:
     filled = np.zeros(len(value))
     filled[known] = (ranks - ranks.mean()) / ranks.std()
     return [filled] if known.all() else [filled, (~known).astype(float)]
-
-
-def _short(figure: float) -> str:
-    """Two decimals, without the zero before them."""
-    return f"{figure:.2f}".removeprefix("0")

@@ -1,22 +1,26 @@
 """A run on several folders of shards."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import pytest
 
 import train
 from model.runs.job import Job, open_rows
+from model.runs.options import parse_shares
 from model.runs.overlap import count_shared
 from model.runs.targets import training_labels, training_weights
-from pipeline.base.errors import SettingError
+from pipeline.base.errors import DataError, SettingError
 from pipeline.etl.shards import Execution, write_shards
 from pipeline.manifest import read_manifest, read_table
 from pipeline.sources.sets import find_source
 from pipeline.stream.plan import epoch_order
 from tests.conftest import POLICIES, default_options, write_chexpert
+from tests.model.runs.test_use import SMALL, call_train
 from tests.test_train import assert_same_run, few_resamples_and_no_page, open_small_job  # noqa: F401
 
 
@@ -35,7 +39,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 def open_mixed(two: list[Path], run: Path, stop_after: int = 10**9, **changes: Any) -> Job:
-    return open_small_job(two, run, stop_after, mix=(1.0, 3.0), batch_size=8, epochs=2, **changes)  # type: ignore[arg-type]
+    return open_small_job(two, run, stop_after, mix=(1.0, 3.0), batch_size=8, epochs=2, **changes)
 
 
 def test_a_mixed_run_that_was_stopped_and_resumed_is_the_same(two: list[Path], tmp_path: Path) -> None:
@@ -69,3 +73,13 @@ def test_shares_must_be_as_many_as_folders(two: list[Path], tmp_path: Path) -> N
     message = "^`mix` does not go with `balance`: both say how often an image is drawn$"
     with pytest.raises(SettingError, match=message):
         open_mixed(two, tmp_path / "run", balance="Edema")
+
+
+def test_shares_on_the_command_line(two: list[Path], tmp_path: Path) -> None:
+    assert parse_shares("0.7,0.3") == (0.7, 0.3)
+    for text in ("0.7;0.3", "0,1", "1,", "inf,1"):
+        with pytest.raises(DataError, match=f"^'{re.escape(text)}' is not like 0.7,0.3$"):
+            parse_shares(text)
+    folders = [word for folder in two for word in ("--shards", folder)]
+    with pytest.raises(click.UsageError, match=r"^--mix has 3 shares for 2 folders of --shards$"):
+        call_train("train", *folders, "--run", tmp_path / "run", *SMALL, "--mix", "1,2,3")
