@@ -60,13 +60,15 @@ from model.checkpoint import (
     restore_random_state,
     save_checkpoint,
 )
+from model.frozen import after_backbone, begin_training, freeze
 from model.losses import AUCMarginLoss, MaskedLoss, positive_weights
 from model.networks import build_network, load_initial
-from model.optim import build_optimizer, scheduled_lr, update_average
+from model.optim import build_optimizer, scheduled_lr, set_lr, update_average
 from model.predict import DivergedError, InterruptedEvaluationError, explain_memory
 from model.ranks import Ranks
 from model.runs.commands import main
 from model.runs.config import Config, can_divide, output_count, three_class_columns
+from model.runs.embeddings import use_embeddings
 from model.runs.folder import follow_by_wandb, fuse, open_run, record_environment, save_best
 from model.runs.job import (
     Job,
@@ -109,7 +111,9 @@ class TrainState:
     scaler: torch.amp.GradScaler
     precision: str  # of autocast, as `--amp auto` resolves on this device
     ranks: int  # that train it now
-    forward: Callable[..., Tensor]  # the network, averaging gradients over ranks, perhaps compiled
+    forward: Callable[
+        ..., Tensor
+    ]  # the network, or its part after the embeddings; averages gradients over ranks
     auroc: "RecentAUROC"  # of the batches since the last check
     done: int = 0  # steps, of all epochs
     evaluated: int = 0  # steps that were done at the last evaluation
@@ -200,6 +204,11 @@ def train_epochs(
         if state.done < total and not is_out_of_patience(config, state):
             check_ranks(job, state, before)
         say(f"{run}: continuing after step {state.done:,} of {total:,}")
+    if job.on_embeddings:
+        try:
+            train, dev = (use_embeddings(job, state.network, chosen) for chosen in selected)
+        except InterruptedEvaluationError:
+            return say_stopped(job)
     with open_events(job, state.done) as log:
         while True:
             due = state.done % steps == 0 or state.done % steps % every == 0
@@ -236,7 +245,7 @@ def check_ranks(job: Job, state: TrainState, before: int) -> None:
         return
     from torchvision.ops import StochasticDepth
 
-    state.network.train()
+    begin_training(state.network)
     trained = [module for module in state.network.modules() if module.training]
     norms = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in trained)
     reasons = {
@@ -321,7 +330,7 @@ def train_steps(
     Raises DivergedError, naming the step, for a loss or gradient that is not finite.
     """
     config = job.config
-    state.network.train()
+    begin_training(state.network)
     found: list[Tensor] = []
     images, waited, start = 0, 0.0, time.perf_counter()
     saved = start
@@ -335,8 +344,7 @@ def train_steps(
             if job.stop.code:
                 break
             lr = scheduled_lr(config.lr, state.done, config.epochs * steps)
-            for group in state.optimizer.param_groups:
-                group["lr"] = lr
+            set_lr(state.optimizer, lr)
             with explain_memory(*describe_step(job)):
                 found.append(train_step(job, state, batch, cells))
             images += len(batch.images) * job.ranks.count
@@ -414,7 +422,7 @@ def training_inputs(job: Job, batch: Batch, first: int, samples: int) -> tuple[T
 
     `first` is the position of the part's first sample in the whole batch of all ranks, of `samples`.
     """
-    config, pixels = job.config, job.manifest.pixels
+    config, pixels = job.config, job.pixels
     images, *views = network_inputs(config, job.device, batch.images, batch.present, batch.projection)
     if config.augment == "none":
         inputs = normalize(images, pixels["mean"], pixels["std"])
@@ -457,7 +465,8 @@ def check_steps(job: Job, found: list[Tensor], state: TrainState, epoch: int, st
 def evaluate_state(job: Job, state: TrainState, dev: Selected, steps: int, log: Log) -> None:
     """Score the averaged weights on dev, add a line to metrics.jsonl, keep the best weights."""
     job.ranks.align_buffers(state.ema)
-    scored, _ = score_split(job, state.ema, dev, job.manifest.pixels)
+    network = after_backbone(state.ema) if job.on_embeddings else state.ema
+    scored, _ = score_split(job, network, dev, job.pixels)
     report = report_auroc(job.config.labels, *scored[:3])
     score = choice_score(report)
     if score is None:
@@ -500,6 +509,8 @@ def start_state(job: Job, labels: Labels, rows: Rows) -> TrainState:
     if job.init is not None:
         fresh = load_initial(network, job.init)
         say(f"{job.init}: loaded; fresh: {', '.join(fresh) or 'nothing'}")
+    if config.freeze:
+        freeze(network)
     network = fuse(network, config).to(job.device).to(memory_format=torch.channels_last)
     target, mask = (torch.from_numpy(array[rows]) for array in labels)
     loss: nn.Module
@@ -509,12 +520,13 @@ def start_state(job: Job, labels: Labels, rows: Rows) -> TrainState:
         weights = positive_weights(target, mask) if config.pos_weight else None
         loss = MaskedLoss(three_class_columns(config), weights)
     ema = copy.deepcopy(network).requires_grad_(False)
-    forward = job.ranks.average_gradients(network, config.sync_bn)
+    learns = after_backbone(network) if job.on_embeddings else network
+    forward = job.ranks.average_gradients(learns, config.sync_bn)
     return TrainState(
         network,
         loss.to(job.device),
         ema,
-        build_optimizer(network, config.lr, config.weight_decay),
+        build_optimizer(network, config.lr, config.weight_decay, config.layer_decay),
         torch.amp.GradScaler(job.device.type, enabled=job.precision == torch.float16),
         str(job.precision).removeprefix("torch."),
         job.ranks.count,

@@ -1,23 +1,43 @@
 """Network → optimizer; step → learning rate; weights of a step → their running average."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from model.frozen import find_depths
+
 MAX_WARMUP_STEPS = 500
 
 
-def build_optimizer(network: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
+def build_optimizer(
+    network: nn.Module, lr: float, weight_decay: float, layer_decay: float = 1.0
+) -> torch.optim.AdamW:
     """AdamW (Loshchilov and Hutter, 2019) in its fused form, on a CPU twice as fast as a loop over tensors.
 
     Weight decay applies to matrices and kernels only, not to parameters with one weight per output: norms, biases,
-    and ConvNeXt's channel scales [C, 1, 1].
+    and ConvNeXt's channel scales [C, 1, 1]. The learning rate of a parameter is `layer_decay` to the power of its depth
+    below the head (Clark et al., ICLR 2020; Bao et al., ICLR 2022): `scale` of its group.
     """
-    decayed = [parameter for parameter in network.parameters() if parameter[0].numel() > 1]
-    others = [parameter for parameter in network.parameters() if parameter[0].numel() == 1]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    depths = find_depths(network) if layer_decay < 1 else {}
+    groups: list[dict[str, Any]] = []
+    for depth in sorted({0, *depths.values()}):
+        members = [parameter for parameter in network.parameters() if depths.get(parameter, 0) == depth]
+        decayed = [parameter for parameter in members if parameter[0].numel() > 1]
+        others = [parameter for parameter in members if parameter[0].numel() == 1]
+        scale = layer_decay**depth
+        groups += [
+            {"params": decayed, "weight_decay": weight_decay, "scale": scale},
+            {"params": others, "weight_decay": 0.0, "scale": scale},
+        ]
     return torch.optim.AdamW(groups, lr=lr, fused=True)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of each group to its share of `lr`."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("scale", 1.0)  # which a last.pt of version 0.1 does not have
 
 
 def scheduled_lr(peak: float, step: int, total: int) -> float:

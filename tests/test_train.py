@@ -582,6 +582,7 @@ def test_another_number_of_ranks_is_said_where_they_learn_the_same(
             {"blank": "ignore"},
         ),
         *({"loss": "aucm"}, {"pos_weight": True}, {"weight_decay": 0.5}, {"ema": 0.0}, {"accumulate": 2}),
+        {"layer_decay": 0.5},
     ],
 )
 def test_options_change_the_result(make_job: Callable[..., Job], whole: Path, change: dict[str, Any]) -> None:
@@ -1295,6 +1296,21 @@ def test_command_line_killed_twice_warned_by_slurm_and_continued_equals_undistur
             ["--shards", "{shards}", "--run", "{run}", "--arch", "rescnn", "--pretrained"],
             1,
             "Error: rescnn has no ImageNet weights; choose another --arch, or --init FILE",
+        ),
+        (
+            ["--shards", "{shards}", "--run", "{run}", "--freeze"],
+            2,
+            "Error: --freeze keeps the weights that a run starts from: it needs --init or --pretrained",
+        ),
+        (
+            ["--shards", "{shards}", "--run", "{run}", "--freeze", "--pretrained", "--layer-decay", "0.9"],
+            2,
+            "Error: --layer-decay is for the blocks that --freeze keeps as they are: choose one of them",
+        ),
+        (
+            ["--shards", "{shards}", "--run", "{run}", "--layer-decay", "1.1"],
+            2,
+            "'--layer-decay': 1.1 is not in",
         ),
         (["--shards", "{shards}"], 2, "Missing option '--run'."),
         *(

@@ -21,7 +21,7 @@ from pipeline.policies import BLANK_HELP, UNCERTAIN_HELP, check_blank_policy, pa
 
 HELD_OUT = 0.05  # share of the patients, where the shards have no dev split
 # Fields that runs of version 0.1 do not have.
-SINCE_0_1 = ("sync_bn", "fusion", "freeze", "dev", "mix", "balance_over")
+SINCE_0_1 = ("sync_bn", "fusion", "freeze", "dev", "mix", "balance_over", "layer_decay")
 
 
 class Option(NamedTuple):
@@ -121,7 +121,11 @@ class Config:
     fusion: str | None = option(
         None, "network", "Train on studies, pooling their views this way.", choices=FUSIONS
     )
-    freeze: bool = option(False, "network", "fusion: keep the weights of --init; train only what is new.")
+    freeze: bool = option(
+        False,
+        "network",
+        "Keep the weights of --init or --pretrained; train only the last layer, or what fusion adds.",
+    )
     dev: float | None = option(
         None,
         "data",
@@ -141,6 +145,9 @@ class Config:
         "balance: within each combination of these columns' values.",
         check=split_columns,
         metavar="COLUMN,…",
+    )
+    layer_decay: float = option(
+        1.0, "optimization", "Learning rate of each block, as a share of the next one's.", low=0, high=1
     )
 
     @property
@@ -204,8 +211,14 @@ def check_config(config: Config, ranks: Ranks) -> None:
         )
     if config.sync_bn and not (ranks.joined and torch.cuda.is_available()):
         raise SettingError("`sync_bn` is for training by torchrun on GPUs")
-    if config.freeze and not (config.fusion and (config.init or config.pretrained)):
-        raise SettingError("`freeze` keeps the weights that a `fusion` starts from: it needs `init` too")
+    if config.freeze and not (config.init or config.pretrained):
+        raise SettingError(
+            "`freeze` keeps the weights that a run starts from: it needs `init` or `pretrained`"
+        )
+    if config.freeze and config.layer_decay < 1:
+        raise SettingError(
+            "`layer_decay` is for the blocks that `freeze` keeps as they are: choose one of them"
+        )
     if config.pretrained and config.init:
         raise SettingError("`pretrained` or `init`, not both")
 

@@ -9,8 +9,10 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from model.checkpoint import load_checkpoint, save_checkpoint
+from model.frozen import find_depths
+from model.fusion import StudyNetwork
 from model.networks import build_network
-from model.optim import build_optimizer, scheduled_lr, update_average
+from model.optim import build_optimizer, scheduled_lr, set_lr, update_average
 
 
 def step(network: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
@@ -68,6 +70,88 @@ def test_steps_are_adamws_and_continue_from_a_checkpoint_to_the_bit(tmp_path: Pa
         step(ours, optimizer, seed)
         step(resumed, restored, seed)
     torch.testing.assert_close(resumed.state_dict(), ours.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("arch", "rates"),
+    [
+        (
+            "rescnn",
+            {
+                "stem.0.weight": 2**-9,
+                "stem.1.bias": 2**-9,
+                "blocks.0.branch.0.weight": 2**-8,
+                "blocks.2.shortcut.1.weight": 2**-6,
+                "blocks.6.branch.3.weight": 2**-2,
+                "blocks.7.branch.7.bias": 2**-1,
+                "head.2.weight": 1.0,
+                "head.2.bias": 1.0,
+            },
+        ),
+        (
+            "resnet18",
+            {
+                "conv1.weight": 2**-9,
+                "bn1.weight": 2**-9,
+                "layer1.0.conv1.weight": 2**-8,
+                "layer4.0.downsample.0.weight": 2**-2,
+                "layer4.1.bn2.bias": 2**-1,
+                "fc.bias": 1.0,
+            },
+        ),
+        (
+            "densenet121",
+            {
+                "features.conv0.weight": 2**-5,
+                "features.norm0.bias": 2**-5,
+                "features.denseblock1.denselayer6.conv2.weight": 2**-4,
+                "features.transition1.conv.weight": 2**-4,
+                "features.denseblock4.denselayer1.norm1.weight": 2**-1,
+                "features.norm5.weight": 2**-1,
+                "classifier.weight": 1.0,
+            },
+        ),
+    ],
+)
+def test_blocks_learn_at_rates_that_decay_with_depth(arch: str, rates: dict[str, float]) -> None:
+    network = build_network(arch, 14)
+    optimizer = build_optimizer(network, lr=1.0, weight_decay=0.1, layer_decay=0.5)
+    set_lr(optimizer, 0.3)
+    names = {parameter: name for name, parameter in network.named_parameters()}
+    groups = {names[p]: group for group in optimizer.param_groups for p in group["params"]}
+    assert groups.keys() == set(names.values())
+    assert {name: groups[name]["lr"] for name in rates} == {name: 0.3 * rate for name, rate in rates.items()}
+    plain = build_optimizer(network, lr=1.0, weight_decay=0.1)
+    decay = {names[p]: group["weight_decay"] for group in plain.param_groups for p in group["params"]}
+    assert {name: group["weight_decay"] for name, group in groups.items()} == decay
+    study = StudyNetwork(network, "attention", frozen=False)
+    depths = find_depths(study)
+    new = ("projection", "attention.weight", "head.weight", "head.bias")
+    for name, parameter in study.named_parameters():
+        rate = 1.0 if name in new else groups[name.removeprefix("backbone.")]["scale"]
+        assert 0.5 ** depths[parameter] == rate, name
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "tf_efficientnet_lite0", "vit_tiny_patch16_224"])
+def test_depths_are_timms(arch: str) -> None:
+    timm = pytest.importorskip("timm")
+    from timm.optim._param_groups import param_groups_layer_decay
+
+    network = timm.create_model(arch, num_classes=14, in_chans=1)
+    groups = param_groups_layer_decay(network, layer_decay=0.5)
+    theirs = {parameter: group["lr_scale"] for group in groups for parameter in group["params"]}
+    assert {parameter: 0.5**depth for parameter, depth in find_depths(network).items()} == theirs
+
+
+def test_without_decay_an_optimizer_of_before_goes_on() -> None:
+    network = build_network("rescnn", 14)
+    optimizer = build_optimizer(network, lr=1.0, weight_decay=0.1)
+    saved = optimizer.state_dict()
+    for group in saved["param_groups"]:
+        del group["scale"]
+    optimizer.load_state_dict(saved)
+    set_lr(optimizer, 0.3)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.3, 0.3]
 
 
 @pytest.mark.parametrize(("total", "warmup"), [(1, 1), (9, 1), (200, 20), (20_000, 500)])
