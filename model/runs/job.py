@@ -6,7 +6,7 @@ train.train(job)
 
 import hashlib
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -18,8 +18,9 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from model.networks import own_input
 from model.ranks import ALONE, Ranks, share_of_cores
-from model.runs.config import HELD_OUT, Config, check_config
+from model.runs.config import HELD_OUT, IMAGE_SIZE, Config, check_config
 from pipeline.base.errors import DataError, SettingError
 from pipeline.console import say
 from pipeline.labels import LABELS, MOST_VIEWS, split_patients
@@ -75,6 +76,12 @@ class Job:
         """The shards' manifest."""
         return self.shards.manifest
 
+    @property
+    def pixels(self) -> Mapping[str, float]:
+        """Mean and std of gray levels by which the run's images are normalized: the shards', or the network's own."""
+        scale = dict(zip(("mean", "std"), self.config.input_scale, strict=False))
+        return scale or self.manifest.pixels
+
 
 def open_job(
     config: Config,
@@ -94,9 +101,10 @@ def open_job(
     """The job that trains a run in the folder `run` on shards in a folder or at a URL, or on those of several.
 
     What the configuration leaves open comes from the shards: policies, and a share of train to hold out where they
-    have no dev split. `teacher` is the run whose scores selftrained labels learn from, `init` a file of weights, or a
-    run, to start from; `cache` keeps shards of a URL, up to `cache_size` bytes. Raises SettingError for values that
-    do not go together, and DataError for unusable shards.
+    have no dev split; or from the network: the size and the normalization of its input. `teacher` is the run whose
+    scores selftrained labels learn from, `init` a file of weights, or a run, to start from; `cache` keeps shards of a
+    URL, up to `cache_size` bytes. Raises SettingError for values that do not go together, and DataError for unusable
+    shards.
     """
     collection = open_collection(shards, cache, cache_size)
     manifest = collection.manifest
@@ -114,6 +122,7 @@ def open_job(
         )
     if init is not None and init.is_dir():
         init = init / "best.pt"
+    own = own_input(config.arch)
     config = replace(
         config,
         uncertain=uncertain,
@@ -123,6 +132,8 @@ def open_job(
         init=hashlib.sha256(init.read_bytes()).hexdigest() if init else None,
         labels=tuple(label for label in LABELS if label in config.labels) or config.labels,
         dev=config.dev or (None if "dev" in manifest.splits else HELD_OUT),
+        image_size=config.image_size or (own.size if own else IMAGE_SIZE),
+        input_scale=(own.mean, own.std) if own else (),
     )
     check_config(config, ranks)
     device, precision = choose_device(config.amp)
