@@ -27,6 +27,7 @@ TORCHVISION = ("resnet18", "resnet34", "resnet50", "resnet101", "densenet121", "
 EMBEDDED = "efficientnet_lite0"  # timm's, with the weights of a package
 ARCHITECTURES = (*TORCHVISION, EMBEDDED, "rescnn")
 TIMM = "timm/"  # in front of any of timm's names
+_OTHER_WAYS = "choose another `arch`, or `init` FILE"
 _OF_IMAGENET = "trained on ImageNet, whose terms are for non-commercial research"
 
 
@@ -106,7 +107,7 @@ def build_network(arch: str, outputs: int, pretrained: bool = False) -> nn.Modul
     """
     if arch == "rescnn":
         if pretrained:
-            raise CheckpointError("rescnn has no ImageNet weights; choose another `arch`, or `init` FILE")
+            raise CheckpointError(f"rescnn has no ImageNet weights; {_OTHER_WAYS}")
         return _with_head(ResCNN(outputs))
     if own_input(arch) is not None:
         return _build_timm(arch, outputs, pretrained)
@@ -133,14 +134,12 @@ def _build_timm(arch: str, outputs: int, pretrained: bool) -> nn.Module:
             raise
         config = timm.get_pretrained_cfg(name)
         if not config.has_weights:
-            raise CheckpointError(
-                f"{arch} has no weights in timm; choose another `arch`, or `init` FILE"
-            ) from None
+            raise CheckpointError(f"{arch} has no weights in timm; {_OTHER_WAYS}") from None
         url = config.url
         if config.hf_hub_id:
             file = config.hf_hub_filename or "model.safetensors"
             url = f"https://huggingface.co/{config.hf_hub_id}/resolve/main/{file}"
-        raise CheckpointError(_cannot_download(arch, url, error)) from error
+        raise CheckpointError(_cannot_download(f"the weights of {arch}", url, error)) from error
     last = network.get_classifier()  # type: ignore[operator]
     if not isinstance(last, nn.Linear):
         raise DataError(
@@ -209,14 +208,14 @@ def _with_head(network: nn.Module) -> nn.Module:
 
 
 def load_initial(network: nn.Module, path: Path) -> list[str]:
-    """Load a torchvision state dict, or the weights of a best.pt; returns the names that stay fresh.
+    """Load a state dict of torchvision or timm, or the weights of a best.pt; returns the names that stay fresh.
 
     Only the classifier may stay fresh, if its size differs. A first convolution over three channels is summed to one
     over gray. Raises CheckpointError, naming the file, if anything else does not match.
     """
     saved = load_checkpoint(path)
-    inner = saved.get("weights")
-    return _load_weights(network, inner if isinstance(inner, dict) else saved, str(path))
+    inner = (saved.get(name) for name in ("weights", "state_dict", "model"))
+    return _load_weights(network, next((one for one in inner if isinstance(one, dict)), saved), str(path))
 
 
 def _load_weights(network: nn.Module, weights: Mapping[str, Any], source: str) -> list[str]:
@@ -258,14 +257,22 @@ def _download_imagenet(arch: str) -> Mapping[str, Any]:
                 progress=False, check_hash=True, weights_only=True, map_location="cpu"
             )
     except Exception as error:  # no connection, a wrong hash, a damaged file in the cache
-        raise CheckpointError(_cannot_download(arch, weights.url, error)) from error
+        what, place = f"the ImageNet weights of {arch}", _hub_path(weights.url)
+        raise CheckpointError(_cannot_download(what, weights.url, error, place)) from error
     return state
 
 
-def _cannot_download(arch: str, url: str, error: Exception) -> str:
+def _hub_path(url: str) -> Path:
+    """Where torch keeps the file that it has downloaded from there."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+
+
+def _cannot_download(what: str, url: str, error: Exception, place: Path | None = None) -> str:
+    reason = " ".join(str(error).split())[:200]
+    put = f"as {place}, or anywhere for `init` FILE" if place else "for `init` FILE"
     return (
-        f"the ImageNet weights of {arch} cannot be downloaded from {url}: {error}; "
-        "download them elsewhere and start with `init` FILE"
+        f"{what} cannot be downloaded from {url}: {reason}; download that file elsewhere and put it here, {put}; "
+        "without `pretrained` (in make: PRETRAINED=no) a run starts from random weights"
     )
 
 

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import train
 from model.augment import normalize
-from model.checkpoint import load_checkpoint
-from model.networks import Head, build_network, check_arch, find_head, own_input
+from model.checkpoint import CheckpointError, load_checkpoint
+from model.networks import Head, build_network, check_arch, find_head, load_initial, own_input
 from model.runs import results
 from model.runs.commands import main
 from pipeline.base.errors import DataError
@@ -114,3 +115,41 @@ def test_a_run_keeps_the_networks_own_input(
     fixed = ["--shards", shards, "--run", tmp_path / "other", "--arch", "timm/vit_tiny_patch16_224"]
     with pytest.raises(Exception, match="takes images of 224 pixels alone: leave --image-size out"):
         command(*fixed, "--image-size", 320)
+
+
+def test_weights_of_timm_that_cannot_be_downloaded_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(CheckpointError) as caught:
+        build_network("timm/resnet10t.c3_in1k", 14, pretrained=True)
+    text = str(caught.value)
+    assert text.startswith(
+        "the weights of timm/resnet10t.c3_in1k cannot be downloaded from "
+        "https://huggingface.co/timm/resnet10t.c3_in1k/resolve/main/model.safetensors: "
+    )
+    assert "; download that file elsewhere and put it here, for `init` FILE; without `pretrained` " in text
+    with pytest.raises(CheckpointError, match=r"^timm/resnet50t has no weights in timm; choose another"):
+        build_network("timm/resnet50t", 14, pretrained=True)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "kind"), [("resnet10t", "safetensors"), ("convnext_atto", "pth")])
+def test_a_file_of_timm_is_summed_over_colors_as_timm_does(name: str, kind: str, tmp_path: Path) -> None:
+    of_color, path = timm.create_model(name, num_classes=5).eval(), tmp_path / f"weights.{kind}"
+    if kind == "safetensors":
+        save_file(of_color.state_dict(), path)
+    else:
+        torch.save({"state_dict": of_color.state_dict()}, path)
+    theirs = timm.create_model(
+        name, pretrained=True, in_chans=1, num_classes=14, pretrained_cfg_overlay={"file": str(path)}
+    )
+    ours = build_network(f"timm/{name}", 14)
+    fresh = load_initial(ours, path)
+    assert [key.rpartition(".")[2] for key in fresh] == ["weight", "bias"]
+    for key in fresh:
+        theirs.get_parameter(key).copy_(ours.get_parameter(key))
+    images = torch.rand(2, 1, 96, 96)
+    torch.testing.assert_close(ours.eval()(images), theirs.eval()(images), rtol=0, atol=1e-6)
+
+    path.write_bytes(b"no weights at all")
+    with pytest.raises(CheckpointError, match=rf"weights.{kind}: damaged, or not a checkpoint"):
+        load_initial(ours, path)
