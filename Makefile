@@ -46,11 +46,12 @@ ROUNDS    ?= 25
 FUZZ_SECONDS ?= 600
 TARGETS   ?=
 FUSION    ?=
+PRETRAINED ?=
 PYTHON    ?= python3
 
 # A variable that nothing reads would leave its default in force without a word, so it is refused.
 SETTINGS := DATA OUT SIZE VIEWS UNCERTAIN BLANK DEV WORKERS ARCH LR WD BATCH EPOCHS SEED SPLIT TEACHER SAMPLER PRUNER \
-	TRIALS SWEEP SHARDS CROSS ARGS IMAGES RUN GPUS ROUNDS FUZZ_SECONDS TARGETS FUSION PYTHON SUDO
+	TRIALS SWEEP SHARDS CROSS ARGS IMAGES RUN GPUS ROUNDS FUZZ_SECONDS TARGETS FUSION PRETRAINED PYTHON SUDO
 typed    := $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
 unknown  := $(filter-out $(SETTINGS) SHELL MAKE% -%,$(typed))
 ifneq ($(unknown),)
@@ -75,7 +76,13 @@ given    = $(filter command environment override,$(firstword $(origin $(1))))
 POLICIES = $(if $(call given,UNCERTAIN),--uncertain $(UNCERTAIN)) $(if $(call given,BLANK),--blank $(BLANK)) \
 	$(if $(TEACHER),--teacher $(TEACHER))
 tagged   = $(if $(call given,$(1)),-$(2)$($(1)))
-NAME     = $(ARCH)-$(SIZE)-lr$(LR)-wd$(WD)$(call tagged,BATCH,batch)$(call tagged,EPOCHS,epochs)$(call tagged,UNCERTAIN)$(call tagged,BLANK,blank-)$(call tagged,VIEWS)$(if $(FUSION),-$(FUSION))-seed$(SEED)
+# A timm network has a size of its own, where none was set by hand.
+SIZED    = $(if $(SAMPLE)$(call given,SIZE),yes,$(if $(filter timm/% efficientnet_lite0,$(ARCH)),,yes))
+IMAGE_SIZE = $(if $(SIZED),--image-size $(SIZE))
+# On real data a network with weights starts from them: all but rescnn, and where ARGS say another start.
+SCRATCH  = $(SAMPLE)$(filter no,$(PRETRAINED))$(filter rescnn,$(ARCH))$(filter --init% --pretrained,$(ARGS))
+START    = $(if $(filter yes,$(PRETRAINED)),--pretrained,$(if $(SCRATCH),,--pretrained))
+NAME     = $(subst /,-,$(ARCH))$(if $(SIZED),-$(SIZE))-lr$(LR)-wd$(WD)$(call tagged,BATCH,batch)$(call tagged,EPOCHS,epochs)$(call tagged,UNCERTAIN)$(call tagged,BLANK,blank-)$(call tagged,VIEWS)$(if $(FUSION),-$(FUSION))$(call tagged,PRETRAINED,pretrained-)-seed$(SEED)
 WRITE    = $(BIN)/pipeline shards "$(DATA)" $(OUT) --size $(SIZE) --views $(VIEWS) --dev $(DEV) $(THREADS)
 $(if $(word 2,$(OUT)),$(error OUT=$(OUT): make takes no spaces there))
 
@@ -107,7 +114,7 @@ train: sweep
 else
 	$(SAY_SAMPLE)
 	$(BIN)/python $(LAUNCH) train.py --shards $(OUT) --run "$(RUN)" --arch $(ARCH) --lr $(LR) --weight-decay $(WD) \
-		--batch-size $(BATCH) --epochs $(EPOCHS) --image-size $(SIZE) --seed $(SEED) \
+		--batch-size $(BATCH) --epochs $(EPOCHS) $(IMAGE_SIZE) $(START) --seed $(SEED) \
 		$(if $(call given,VIEWS),--views $(VIEWS)) $(if $(FUSION),--fusion $(FUSION)) $(THREADS) $(POLICIES) $(ARGS)
 endif
 
@@ -116,14 +123,14 @@ sweep: .venv/installed $(OUT)/manifest.json  ## train with each of several LR, W
 	@$(if $(GPUS),echo 'A sweep trains each trial on one device: leave GPUS out.' >&2; exit 2)
 	$(BIN)/python train.py sweep --shards $(OUT) --sweep $(SWEEP) --arch "$(ARCH)" --lr "$(LR)" --weight-decay "$(WD)" \
 		--batch-size "$(BATCH)" $(if $(call given,UNCERTAIN),--uncertain "$(UNCERTAIN)") --sampler $(SAMPLER) --pruner $(PRUNER) \
-		$(if $(TRIALS),--trials $(TRIALS)) --epochs $(EPOCHS) --image-size $(SIZE) --seed $(SEED) $(THREADS) \
+		$(if $(TRIALS),--trials $(TRIALS)) --epochs $(EPOCHS) $(IMAGE_SIZE) $(START) --seed $(SEED) $(THREADS) \
 		$(if $(call given,BLANK),--blank $(BLANK)) $(if $(TEACHER),--teacher $(TEACHER)) \
 		$(if $(call given,VIEWS),--views $(VIEWS)) $(if $(FUSION),--fusion $(FUSION)) $(ARGS)
 
 cross: .venv/installed  ## train on each of several folders SHARDS, on all but one and on all; score every run on every folder
 	@$(if $(word 2,$(SHARDS)),,echo 'make cross needs SHARDS="A B": two folders of shards or more' >&2; exit 2)
 	$(BIN)/python train.py cross $(foreach folder,$(SHARDS),--shards $(folder)) --out "$(CROSS)" --arch $(ARCH) --lr $(LR) \
-		--weight-decay $(WD) --batch-size $(BATCH) --epochs $(EPOCHS) --image-size $(SIZE) --seed $(SEED) $(THREADS) $(POLICIES) $(ARGS)
+		--weight-decay $(WD) --batch-size $(BATCH) --epochs $(EPOCHS) $(IMAGE_SIZE) $(START) --seed $(SEED) $(THREADS) $(POLICIES) $(ARGS)
 
 evaluate: .venv/installed  ## score the best checkpoint of RUN on SPLIT of the shards in OUT
 	$(SAY_SAMPLE)

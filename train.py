@@ -95,6 +95,10 @@ if TYPE_CHECKING:
     from model.recent import RecentAUROC
 
 CLIP_NORM = 1.0
+DEPTHS = {
+    "StochasticDepth": "p",
+    "DropPath": "drop_prob",
+}  # torchvision's and timm's layer, and its probability
 CHECK_STEPS = 20  # how often the loss is read back: each read waits for the device
 SAVE_SECONDS = 300.0  # a killed run loses little more work than this
 Log = Callable[[str, float, int], None]  # name of a curve, value, step
@@ -243,15 +247,13 @@ def check_ranks(job: Job, state: TrainState, before: int) -> None:
     now = job.ranks.count
     if before == now:
         return
-    from torchvision.ops import StochasticDepth
-
     begin_training(state.network)
     trained = [module for module in state.network.modules() if module.training]
     norms = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in trained)
     reasons = {
         "BatchNorm's statistics are of a rank's part of a batch": norms and not job.config.sync_bn,
         "stochastic depth is drawn for a rank's part of a batch": any(
-            isinstance(module, StochasticDepth) and module.p > 0 for module in trained
+            (getattr(module, DEPTHS.get(type(module).__name__, ""), None) or 0) > 0 for module in trained
         ),
     }
     for reason in (reason for reason, holds in reasons.items() if holds):
@@ -422,7 +424,7 @@ def training_inputs(job: Job, batch: Batch, first: int, samples: int) -> tuple[T
 
     `first` is the position of the part's first sample in the whole batch of all ranks, of `samples`.
     """
-    config, pixels = job.config, job.pixels
+    config, pixels = job.config, job.scale
     images, *views = network_inputs(config, job.device, batch.images, batch.present, batch.projection)
     if config.augment == "none":
         inputs = normalize(images, pixels["mean"], pixels["std"])
@@ -466,7 +468,7 @@ def evaluate_state(job: Job, state: TrainState, dev: Selected, steps: int, log: 
     """Score the averaged weights on dev, add a line to metrics.jsonl, keep the best weights."""
     job.ranks.align_buffers(state.ema)
     network = after_backbone(state.ema) if job.on_embeddings else state.ema
-    scored, _ = score_split(job, network, dev, job.pixels)
+    scored, _ = score_split(job, network, dev, job.scale)
     report = report_auroc(job.config.labels, *scored[:3])
     score = choice_score(report)
     if score is None:

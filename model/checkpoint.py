@@ -43,11 +43,21 @@ def load_checkpoint(path: Path, ranks: Ranks = ALONE, remedy: str = "") -> dict[
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
     try:
+        if path.suffix == ".safetensors":
+            return _read_safetensors(content)
         _refuse_bombs(content)
         # weights_only: a pickle can run code, tensors and plain values cannot.
         return dict(torch.load(io.BytesIO(content), map_location="cpu", weights_only=True))
+    except ImportError as error:
+        raise CheckpointError(f"{path}: {error.name} is missing: pip install '.[timm]'") from None
     except Exception as error:  # a damaged file makes torch raise anything: IndexError, struct.error, …
         raise CheckpointError(f"{path}: damaged, or not a checkpoint of this program{remedy}") from error
+
+
+def _read_safetensors(content: bytes) -> dict[str, Any]:
+    import safetensors.torch  # which timm brings along
+
+    return dict(safetensors.torch.load(content))
 
 
 def _refuse_bombs(content: bytes) -> None:

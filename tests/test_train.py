@@ -997,7 +997,7 @@ def test_runs_with_other_policies_are_measured_on_the_same_cells(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"arch": "foonet"}, "arch is 'foonet'"),
+        ({"arch": "foonet"}, "'foonet' is not one of 'resnet18', "),
         ({"lr": "fast"}, "lr is 'fast'"),
         ({"labels": ["Edema", "Hope"]}, "labels is ('Edema', 'Hope')"),
         ({"uncertain": "perhaps"}, "uncertain policy 'perhaps' is unknown"),

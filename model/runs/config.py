@@ -13,7 +13,7 @@ import torch
 from model.augment import AUGMENTATIONS
 from model.fusion import FUSIONS
 from model.losses import LOSSES
-from model.networks import ARCHITECTURES
+from model.networks import ARCHITECTURES, check_arch, own_input
 from model.ranks import Ranks
 from pipeline.base.errors import DataError, SettingError
 from pipeline.labels import LABELS, VIEWS
@@ -21,7 +21,8 @@ from pipeline.policies import BLANK_HELP, UNCERTAIN_HELP, check_blank_policy, pa
 
 HELD_OUT = 0.05  # share of the patients, where the shards have no dev split
 # Fields that runs of version 0.1 do not have.
-SINCE_0_1 = ("sync_bn", "fusion", "freeze", "dev", "mix", "balance_over", "layer_decay")
+SINCE_0_1 = ("sync_bn", "fusion", "freeze", "dev", "mix", "balance_over", "layer_decay", "input_scale")
+IMAGE_SIZE = 320  # of a network that has no size of its own
 
 
 class Option(NamedTuple):
@@ -55,12 +56,24 @@ def option(default: Any, group: str, help: str = "", **more: Any) -> Any:  # noq
 class Config:
     """Everything that decides a run's outcome, in the order of config.json."""
 
-    arch: str = option("resnet50", "network", choices=ARCHITECTURES)
+    arch: str = option(
+        "resnet50",
+        "network",
+        f"{', '.join(ARCHITECTURES)}, or timm/NAME for any network of timm.",
+        check=check_arch,
+        metavar="NAME",
+    )
     lr: float = option(1e-4, "optimization", "Peak learning rate.", low=0, open=True)
     weight_decay: float = option(1e-2, "optimization", "AdamW's.", low=0)
     batch_size: int = option(64, "optimization", low=2)
     epochs: int = option(5, "optimization", low=1)
-    image_size: int = option(320, "network", "Side of the square input, in pixels.", low=32)
+    image_size: int = option(  # 0, until it is resolved: the network's own
+        0,
+        "network",
+        "Side of the square input, in pixels.",
+        low=32,
+        shown=f"{IMAGE_SIZE}; of timm's, the network's own",
+    )
     amp: str = option("auto", "optimization", "Mixed precision.", choices=("auto", "bf16", "fp16", "off"))
     ema: float = option(0.999, "optimization", "Decay of the averaged weights.", low=0, high=1)
     keep: str = option("best", "run", "Weights to keep, by dev macro AUROC.", choices=("best", "last"))
@@ -111,7 +124,7 @@ class Config:
     patience: int | None = option(
         None, "run", "Stop after this many evaluations without a better one.", low=1
     )
-    pretrained: bool = option(False, "network", "Start from torchvision's ImageNet weights (downloads them).")
+    pretrained: bool = option(False, "network", "Start from ImageNet weights (downloads them).")
     init: str | None = None  # sha256 of the file of weights that the run starts from
     compile: bool = option(False, "optimization", "Compile the network with torch.compile.")
     teacher: str | None = None  # sha256 of its scores, where a label is selftrained
@@ -149,6 +162,8 @@ class Config:
     layer_decay: float = option(
         1.0, "optimization", "Learning rate of each block, as a share of the next one's.", low=0, high=1
     )
+    # Mean and deviation of gray levels that the input is normalized by; empty: the shards'.
+    input_scale: tuple[float, ...] = ()
 
     @property
     def unit(self) -> str:
@@ -218,6 +233,11 @@ def check_config(config: Config, ranks: Ranks) -> None:
     if config.freeze and config.layer_decay < 1:
         raise SettingError(
             "`layer_decay` is for the blocks that `freeze` keeps as they are: choose one of them"
+        )
+    own = own_input(config.arch)
+    if own is not None and own.fixed and config.image_size != own.size:
+        raise SettingError(
+            f"`arch` {config.arch} takes images of {own.size} pixels alone: leave `image_size` out"
         )
     if config.pretrained and config.init:
         raise SettingError("`pretrained` or `init`, not both")

@@ -94,7 +94,7 @@ def compute_embeddings(
         plan_evaluation, single.samples, EVALUATION_BATCH, rank=job.ranks.rank, ranks=job.ranks.count
     )
     values, done = np.zeros((len(missing), size), np.float32), np.zeros(len(missing))
-    pixels = job.manifest.pixels
+    pixels = job.pixels
     network.eval()
     with progress_bar(f"Embedding {chosen.split.name}", "images") as advance:
         for batch in read_batches(job, single, chosen.truth, plan):
@@ -128,7 +128,7 @@ def describe(job: Job, network: nn.Module, split: str) -> bytes:
         "arch": config.arch,
         "weights": hash_backbone(network),
         "image_size": config.image_size,
-        "pixels": dict(job.manifest.pixels),
+        "pixels": dict(job.pixels),
         "equalized": AUGMENTATIONS[config.augment].robust,
         "device": job.device.type,
         "precision": str(job.precision),

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from model.augment import AUGMENTATIONS, equalize
 from model.checkpoint import load_checkpoint, refused, save_checkpoint
 from model.fusion import StudyNetwork
-from model.networks import build_network
+from model.networks import build_network, own_input
 from model.ranks import ALONE, Ranks
 from model.runs.config import Config, output_count, read_config
 from model.runs.job import Job
@@ -72,11 +72,12 @@ def open_run(run: Path, config: Config) -> None:
 
 def record_environment(job: Job) -> None:
     """Add a line on what this start runs with to environment.jsonl: with config.json it reproduces the run."""
+    packages = PACKAGES if own_input(job.config.arch) is None else (*PACKAGES, "timm")
     line = {
         "command": [redact(word) for word in sys.argv],
         "code": describe_code(),
         "python": platform.python_version(),
-        "packages": {name: version(name) for name in PACKAGES},
+        "packages": {name: version(name) for name in packages},
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name() if job.device.type == "cuda" else "cpu",
         "precision": str(job.precision),
@@ -140,7 +141,7 @@ def save_best(job: Job, weights: Mapping[str, Tensor], epoch: float, score: floa
     # Shards that others wrote do not say how: their images are taken as they are.
     said = {name: job.manifest.options[name] for name in AS_IT_IS._fields if name in job.manifest.options}
     images = AS_IT_IS._asdict() | said
-    about = {"epoch": epoch, "dev_auroc": score, "images": images, "pixels": dict(job.manifest.pixels)}
+    about = {"epoch": epoch, "dev_auroc": score, "images": images, "pixels": dict(job.pixels)}
     about["dataset"] = dict(job.manifest.dataset)
     save_checkpoint(job.run / "best.pt", {"weights": dict(weights), **about})
 

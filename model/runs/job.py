@@ -18,8 +18,9 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from model.networks import own_input
 from model.ranks import ALONE, Ranks, share_of_cores
-from model.runs.config import HELD_OUT, Config, check_config
+from model.runs.config import HELD_OUT, IMAGE_SIZE, Config, check_config
 from pipeline.base.errors import DataError, SettingError
 from pipeline.console import say
 from pipeline.labels import LABELS, MOST_VIEWS, split_patients
@@ -76,14 +77,20 @@ class Job:
         return self.shards.manifest
 
     @property
+    def pixels(self) -> Mapping[str, float]:
+        """Mean and std of gray levels by which the run's images are normalized: the shards', or the network's own."""
+        scale = dict(zip(("mean", "std"), self.config.input_scale, strict=False))
+        return scale or self.manifest.pixels
+
+    @property
     def on_embeddings(self) -> bool:
         """Whether the run trains on its backbone's embeddings of the images, which are the same in every epoch."""
         return self.config.freeze and self.config.augment == "none"
 
     @property
-    def pixels(self) -> Mapping[str, float]:
-        """Mean and deviation by which training normalizes its inputs; embeddings stay as they are."""
-        return {"mean": 0.0, "std": 1.0} if self.on_embeddings else self.manifest.pixels
+    def scale(self) -> Mapping[str, float]:
+        """Mean and std by which training normalizes its inputs: those of the images; embeddings stay as they are."""
+        return {"mean": 0.0, "std": 1.0} if self.on_embeddings else self.pixels
 
 
 def open_job(
@@ -104,9 +111,10 @@ def open_job(
     """The job that trains a run in the folder `run` on shards in a folder or at a URL, or on those of several.
 
     What the configuration leaves open comes from the shards: policies, and a share of train to hold out where they
-    have no dev split. `teacher` is the run whose scores selftrained labels learn from, `init` a file of weights, or a
-    run, to start from; `cache` keeps shards of a URL, up to `cache_size` bytes. Raises SettingError for values that
-    do not go together, and DataError for unusable shards.
+    have no dev split; or from the network: the size and the normalization of its input. `teacher` is the run whose
+    scores selftrained labels learn from, `init` a file of weights, or a run, to start from; `cache` keeps shards of a
+    URL, up to `cache_size` bytes. Raises SettingError for values that do not go together, and DataError for unusable
+    shards.
     """
     collection = open_collection(shards, cache, cache_size)
     manifest = collection.manifest
@@ -124,6 +132,7 @@ def open_job(
         )
     if init is not None and init.is_dir():
         init = init / "best.pt"
+    own = own_input(config.arch)
     config = replace(
         config,
         uncertain=uncertain,
@@ -133,6 +142,8 @@ def open_job(
         init=hashlib.sha256(init.read_bytes()).hexdigest() if init else None,
         labels=tuple(label for label in LABELS if label in config.labels) or config.labels,
         dev=config.dev or (None if "dev" in manifest.splits else HELD_OUT),
+        image_size=config.image_size or (own.size if own else IMAGE_SIZE),
+        input_scale=(own.mean, own.std) if own else (),
     )
     check_config(config, ranks)
     device, precision = choose_device(config.amp)

@@ -9,6 +9,7 @@ from typing import Any, get_type_hints
 
 import click
 
+from model.networks import check_arch
 from model.ranks import share_of_cores
 from model.runs.config import Config, Option, options
 from pipeline.base.errors import DataError
@@ -175,6 +176,8 @@ def _value_type(kind: Any, of: Option) -> click.ParamType[Any]:
         return Parsed(parse_shares, "shares")
     if kind == tuple[str, ...]:
         return Parsed(parse_labels, "labels") if of.choices else click.STRING
+    if of.check is check_arch:
+        return Parsed(check_arch, "name")  # in a list of several, unlike a policy, also separated by commas
     if of.check is not None:
         return Checked(of.check)
     return click.Choice(list(of.choices))

@@ -10,7 +10,7 @@ import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
 
-from model.networks import IMAGENET_TERMS
+from model.networks import weights_terms
 from pipeline.base.pages import (
     FAINT,
     FIRST,
@@ -89,7 +89,7 @@ def render_model_card(
 def describe_start(config: Mapping[str, Any]) -> str:
     """The weights that a run of this configuration starts from, and on what terms."""
     if config["pretrained"]:
-        return IMAGENET_TERMS
+        return weights_terms(config["arch"])
     return "weights of a file; license not stated" if config["init"] else "random weights"
 
 

@@ -79,7 +79,7 @@ def count_reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return count
 
 
-@pytest.mark.parametrize("augment", ["crop", "robust"])
+@pytest.mark.parametrize("augment", ["robust", pytest.param("crop", marks=pytest.mark.soak)])
 def test_only_the_last_layer_learns(make: Callable[..., Job], init: Path, augment: str) -> None:
     job = make("run", augment=augment, epochs=1, ema=0.0)
     assert train.train(job) == 0
@@ -187,7 +187,11 @@ def damage(path: Path) -> None:
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize("how", [damage, lambda path: path.write_bytes(b"foreign"), "swap"])
+def overwrite(path: Path) -> None:
+    path.write_bytes(b"foreign")
+
+
+@pytest.mark.parametrize("how", [damage, pytest.param(overwrite, marks=pytest.mark.soak), "swap"])
 def test_a_damaged_or_foreign_file_is_named_and_computed_again(
     make: Callable[..., Job], tmp_path: Path, capsys: pytest.CaptureFixture[str], how: Any
 ) -> None:

