@@ -6,11 +6,12 @@ train.train(job)
 
 import hashlib
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -69,11 +70,20 @@ class Job:
     init: Path | None = None  # the weights to start from
     strict: bool = False  # refuse labels with one class instead of warning about them
     wandb: str | None = None  # the project of Weights & Biases that is told of everything
+    tta: int = 1  # copies of each image that are scored
+    members: "tuple[MemberRun, ...]" = ()  # of an ensemble, whose folder `run` is
 
     @property
     def manifest(self) -> Manifest:
         """The shards' manifest."""
         return self.shards.manifest
+
+
+class MemberRun(NamedTuple):
+    """A run of an ensemble, and its calibration of samples, by label."""
+
+    job: Job
+    calibration: Mapping[str, Any]
 
 
 def open_job(
