@@ -56,9 +56,9 @@ def vary_images(
     A map is drawn from (seed, copy, the image's own pixels): the same in any batch, in shards and as a file.
     """
     yield normalize(images, mean, std)
-    digests = (
-        [hashlib.blake2b(image.tobytes()).digest() for image in images.cpu().numpy()] if copies > 1 else []
-    )
+    if copies == 1:
+        return
+    digests = [hashlib.blake2b(image.tobytes()).digest() for image in images.cpu().numpy()]
     for copy in range(1, copies):
         bits = [hashlib.blake2b(f"{seed}/{copy}/".encode() + one, digest_size=56).digest() for one in digests]
         words = np.frombuffer(b"".join(bits), "<u8").reshape(len(bits), 7)

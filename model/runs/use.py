@@ -32,13 +32,7 @@ from model.runs.job import StopFlag
 from model.runs.options import DATA_OPTIONS, runs_option, tta_option, with_options, workers_option
 from model.runs.overlap import check_evaluation
 from model.runs.report import describe_start
-from model.runs.results import (
-    evaluate,
-    find_scores,
-    name_comparison,
-    name_result,
-    write_report,
-)
+from model.runs.results import evaluate, find_scores, name_comparison, name_result, write_report
 from model.runs.sanity import check_sanity
 from model.runs.scoring import score_best, score_members
 from model.runs.summary import (
@@ -61,10 +55,7 @@ from pipeline.stream.select import select_rows
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".dcm", ".dicom")
 VARIANTS = 4  # epochs that `inputs` shows
 threshold_option = click.option(
-    "--threshold",
-    default="none",
-    type=click.Choice([*RULES, "none"]),
-    help="Decide by the thresholds that this rule chose on dev.",
+    "--threshold", default="none", type=click.Choice([*RULES, "none"]), help="Decide by dev's thresholds."
 )
 
 
@@ -207,13 +198,13 @@ def predict_command(
         raise DataError(f"{', '.join(map(str, images))}: no {', '.join(IMAGE_SUFFIXES)} file")
     model = open_model(runs, tta)
     config = model.config
-    decision = choose_decision(model, threshold, tta)
     if config.fusion is None:
         if group_by is not None:
             raise click.UsageError(f"--group-by is for runs by studies; {model.name} learned single images")
         samples = {str(file): [file] for file in files}
     else:
         samples = group_files(files, group_by)
+    decision = choose_decision(model, threshold, tta)
     scores, bad = score_samples(model, list(samples.values()), workers, tta)
     for file, reason in bad:
         say(f"{file}: {reason}")

@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import click
 import numpy as np
 import onnxruntime
 import pandas as pd
@@ -128,7 +129,9 @@ def test_an_ensemble_is_the_mean_of_calibrated_scores_everywhere(
     for label in known:
         assert shown[label] == pytest.approx(apply_calibration(np.array([limits[label]]), fitted[label])[0])
 
-    assert call_train("evaluate", *shards, "--run", out, "--split", "dev") == 0
+    assert call_train("evaluate", *shards, "--run", out, "--split", "dev", "--tta", 2) == 0
+    assert json.loads((out / "evaluation-dev-tta2.json").read_text())["gain"].keys() >= {"Edema", "macro"}
+    assert all((run / "calibration-tta2.json").exists() for run in (*runs, out))
     (two / "best.pt").write_bytes((one / "best.pt").read_bytes())
     with pytest.raises(
         DataError, match=f"^{two}: trained on since {out} was evaluated; first run: python train.py"
@@ -147,6 +150,10 @@ def test_runs_that_make_no_ensemble_are_refused(
         with pytest.raises(DataError, match=message):
             call_train("evaluate", *shards, "--run", one, "--run", two, *words)
 
+    with pytest.raises(
+        click.UsageError, match=f"^--out is for several --run: the results of {one} go into its"
+    ):
+        call_train("evaluate", *shards, "--run", one, "--out", tmp_path / "out")
     refuse("make no ensemble: `views` is all and frontal$", views="frontal")
     refuse("make no ensemble: `fusion` is image and study$", fusion="max")
     refuse("make no ensemble: `shards` is ", manifest="0" * 64)
