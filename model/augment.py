@@ -9,6 +9,7 @@ gray scale, its noise and its borders. A network that learns from these does wor
 """
 
 import hashlib
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -47,8 +48,29 @@ AUGMENTATIONS = {
 }
 
 
+def vary_images(
+    images: Tensor, mean: float, std: float, seed: int, copies: int, kind: Augmentation
+) -> Iterator[Tensor]:
+    """Normalized float32 images [B, 1, H, W], first as they are, then in `copies` - 1 of training's affine maps.
+
+    A map is drawn from (seed, copy, the image's own pixels): the same in any batch, in shards and as a file.
+    """
+    yield normalize(images, mean, std)
+    if copies == 1:
+        return
+    digests = [hashlib.blake2b(image.tobytes()).digest() for image in images.cpu().numpy()]
+    for copy in range(1, copies):
+        bits = [hashlib.blake2b(f"{seed}/{copy}/".encode() + one, digest_size=56).digest() for one in digests]
+        words = np.frombuffer(b"".join(bits), "<u8").reshape(len(bits), 7)
+        draws = torch.from_numpy(((words >> np.uint64(11)) / 2**52 - 1).astype(np.float32))
+        theta = affine_matrices(draws[:, :4]) @ crop_matrices(draws[:, 4:], kind.crop)
+        grid = _sampling_grid(theta.to(images.device), *images.shape[2:])
+        warped = F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
+        yield normalize(warped, mean, std)
+
+
 def normalize(images: Tensor, mean: float, std: float) -> Tensor:
-    """uint8 images as float32 with zero mean and unit variance; `mean` and `std` are in gray levels."""
+    """Images in gray levels as float32 with zero mean and unit variance; `mean` and `std` are in gray levels."""
     normalized: Tensor = (images.float() - mean) / std
     return normalized
 

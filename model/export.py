@@ -3,12 +3,13 @@
     .onnx  ONNX (onnxruntime, OpenCV, TensorRT)
     .pt2   torch.export (PyTorch without this package)
 
-Both take uint8 images [B, 1, S, S] for any B and give float32 scores [B, L], equal to those of `predict_scores`.
+Both take uint8 images [B, 1, S, S] for any B and give float32 scores [B, L] as `predict` does: those of one network, or
+the mean of several networks' calibrated scores, calibrated; and, where thresholds are given, decisions, bool [B, L].
 """
 
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import cast
@@ -24,30 +25,62 @@ from pipeline.base.files import write_atomically
 
 FACTS = "facts.json"
 TOLERANCE = 0.01  # between logits of the exported network and eager ones
+SMALLEST = 2.0**-24  # a float32 score nearer to 0 or 1 has lost its logit
 STEEPEST = 8.0  # larger logits are not compared: a float32 score that near 0 or 1 has lost its logit
+
+
+Fits = Sequence[tuple[float, float] | None]  # slope and bias of each label's logit
 
 
 class Scorer(nn.Module):
     """A network wrapped with normalization by mean and std (gray levels) and the sigmoid.
 
-    `columns` [L] selects the logits that become scores.
+    `columns` [L] selects the logits that become scores, which `fits`, as in `fit_scores`, calibrate.
     """
 
-    def __init__(self, network: nn.Module, columns: list[int], mean: float, std: float) -> None:
+    def __init__(
+        self, network: nn.Module, columns: list[int], mean: float, std: float, fits: Fits = ()
+    ) -> None:
         super().__init__()
         self.network = network
         self.columns = columns
         self.mean = mean
         self.std = std
+        self.fits = fits
 
     def forward(self, images: Tensor) -> Tensor:
         """float32 scores [B, L] of uint8 images [B, 1, S, S]."""
         logits = self.network(normalize(images, self.mean, self.std))
-        return label_scores(logits[:, self.columns])
+        return fit_scores(label_scores(logits[:, self.columns]), self.fits)
+
+
+class Committee(nn.Module):
+    """The mean of several scorers, or one scorer's scores, calibrated by `fits` and decided on by `limits` [L]."""
+
+    def __init__(self, scorers: Sequence[Scorer], fits: Fits, limits: Sequence[float]) -> None:
+        super().__init__()
+        self.scorers = nn.ModuleList(scorers)
+        self.fits = fits
+        self.limits = limits
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """float32 scores [B, L] of uint8 images [B, 1, S, S]; with limits also decisions, bool [B, L], False at nan."""
+        mean = torch.stack([scorer(images) for scorer in self.scorers]).mean(dim=0)
+        scores = fit_scores(mean, self.fits)
+        return (scores, mean >= torch.tensor(self.limits)) if self.limits else (scores,)
+
+
+def fit_scores(scores: Tensor, fits: Fits) -> Tensor:
+    """Scores [B, L], calibrated by the slope and bias of each label's logit, or as they are for None and no fits."""
+    columns = [
+        one if fit is None else torch.sigmoid(torch.logit(one, SMALLEST) * fit[0] + fit[1])
+        for one, fit in zip(scores.unbind(1), fits, strict=False)
+    ]
+    return torch.stack(columns, dim=1) if columns else scores
 
 
 def export_scorer(
-    scorer: Scorer, image_size: int, path: Path, facts: Mapping[str, str] = MappingProxyType({})
+    scorer: Scorer | Committee, image_size: int, path: Path, facts: Mapping[str, str] = MappingProxyType({})
 ) -> float:
     """Write the file; returns the largest difference between its logits and eager ones, on film-like images.
 
@@ -62,7 +95,7 @@ def export_scorer(
     dynamic = ({0: torch.export.Dim("batch")},)
     # In evaluation mode, for dropout and normalization layers.
     with torch.no_grad():
-        expected = scorer(images)
+        expected = first_output(scorer(images))
         program = torch.export.export(scorer, (images[:2],), dynamic_shapes=dynamic)
         content, scores = (_as_pt2 if path.suffix == ".pt2" else _as_onnx)(program, images, facts)
     try:
@@ -89,6 +122,11 @@ def draw_probes(size: int) -> Tensor:
     return torch.stack([*flat, *gradients, *shades]).round().to(torch.uint8)[:, None]
 
 
+def first_output(found: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """The scores, of which decisions may follow."""
+    return found if isinstance(found, Tensor) else found[0]
+
+
 def compare_scores(scores: Tensor, expected: Tensor) -> float:
     """The largest difference in logits between scores [B, L] and the expected ones, where these are not saturated.
 
@@ -110,8 +148,7 @@ def _as_pt2(
     """The program as file content, and the scores that content gives for the images."""
     file = io.BytesIO()
     torch.export.save(program, file, extra_files={FACTS: json.dumps(dict(facts))})
-    scores: Tensor = torch.export.load(file).module()(images)
-    return file.getvalue(), scores
+    return file.getvalue(), first_output(torch.export.load(file).module()(images))
 
 
 def _as_onnx(
@@ -123,7 +160,8 @@ def _as_onnx(
         import onnxscript  # noqa: F401 - torch.onnx needs it
     except ImportError as error:
         raise ValueError(f"{error.name} is missing: pip install '.[onnx]'") from None
-    found = torch.onnx.export(program, (), input_names=["images"], output_names=["scores"], verbose=False)
+    names = ["scores", "decisions"][: len(program.graph_signature.user_outputs)]
+    found = torch.onnx.export(program, (), input_names=["images"], output_names=names, verbose=False)
     model = cast(torch.onnx.ONNXProgram, found).model_proto
     for key, value in facts.items():
         model.metadata_props.add(key=key, value=value)

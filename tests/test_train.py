@@ -49,6 +49,7 @@ from pipeline.console import run_command
 from pipeline.etl.adopt import write_index
 from pipeline.labels import LABELS, hash_fraction
 from pipeline.manifest import Manifest, manifest_digest, read_table
+from pipeline.measure.calibration import RULES, apply_calibration, apply_calibrations
 from pipeline.measure.evaluate import calibrate
 from pipeline.policies import evaluation_targets
 from pipeline.stream.collection import open_collection
@@ -1108,7 +1109,9 @@ def test_predict_gives_the_scores_that_shards_give(
     keys = predicted.file.str.extract(r"(patient\d+)/(study\d+)/(view\d+_\w+)\.jpg").agg("_".join, axis=1)
     scores = pa.ipc.open_file(job.run / "scores-valid.arrow").read_all().to_pandas().set_index("key")
     ours = predicted.set_index(keys).loc[scores.index, ["Edema", "Fracture"]]
-    np.testing.assert_allclose(ours, scores[["Edema", "Fracture"]], atol=2e-6)
+    fits = json.loads((job.run / "calibration.json").read_text())["image"]
+    expected = apply_calibrations(job.config.labels, scores[["Edema", "Fracture"]].to_numpy(), fits)
+    np.testing.assert_allclose(ours, expected, atol=2e-6)
 
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"x")
@@ -1136,7 +1139,7 @@ def test_predict_scores_dicoms_as_their_pixels(trained: Job, tmp_path: Path) -> 
     (films / "d.dicom").write_bytes(make_film(pixels, BitsStored=8, HighBit=7, BurnedInAnnotation="YES"))
     out = tmp_path / "scores.csv"
     main.main(["predict", "--run", str(trained.run), "--out", str(out), str(films)], standalone_mode=False)
-    scores = pd.read_csv(out).set_index("file")
+    scores = pd.read_csv(out).set_index("file")[list(LABELS)]
     assert [Path(file).name for file in scores.index] == ["a.png", "b.dcm", "c.DICOM", "d.dicom"]
     assert scores.iloc[0].notna().all()
     np.testing.assert_allclose(scores.iloc[1:3], scores.iloc[[0, 0]], atol=2e-6)
@@ -1155,9 +1158,24 @@ def test_exported_networks_give_the_same_scores(
     checked, names = capsys.readouterr().out.splitlines()[-2:]
     assert checked.startswith(f"{out}: checked, within ")
     assert names == "its scores: Edema, Fracture"
+    chosen = json.loads((job.run / "calibration.json").read_text())["image"]
+    thresholds = {
+        rule: {
+            label: apply_calibration(np.array([fit["thresholds"][rule]]), fit)[0]
+            for label, fit in chosen.items()
+        }
+        for rule in RULES
+    }
     facts = {
         "labels": '["Edema", "Fracture"]',
         "image_size": "32",
+        "run": str(job.run),
+        "shards": job.config.manifest,
+        "normalization": json.dumps([{name: job.manifest.pixels[name] for name in ("mean", "std")}]),
+        "member_calibrations": "[null]",
+        "calibration": json.dumps(chosen),
+        "thresholds": json.dumps(thresholds),
+        "threshold_rule": "none",
         "dataset": "films drawn by `pipeline sample`",
         "license": "none needed: the films show no patient",
         "started_from": "random weights",
@@ -1172,9 +1190,10 @@ def test_exported_networks_give_the_same_scores(
     else:
         found = {"facts.json": ""}
         program = torch.export.load(out, extra_files=found)
-        scores = program.module()(torch.from_numpy(batch.images)).detach().numpy()
+        scores = program.module()(torch.from_numpy(batch.images))[0].detach().numpy()
         assert json.loads(found["facts.json"]) == facts
     expected = read_scores(job.run / "scores-valid.arrow", valid.table["key"], job.config.labels)
+    expected = apply_calibrations(job.config.labels, expected, chosen).astype(np.float32)
     np.testing.assert_allclose(scores, expected, atol=1e-5)
     with pytest.raises(DataError, match=r"model.h5: export writes .onnx or .pt2$"):
         call_main(["export", "--run", str(job.run), "--out", str(tmp_path / "model.h5")])

@@ -11,6 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -70,6 +71,8 @@ class Job:
     init: Path | None = None  # the weights to start from
     strict: bool = False  # refuse labels with one class instead of warning about them
     wandb: str | None = None  # the project of Weights & Biases that is told of everything
+    tta: int = 1  # copies of each image that are scored
+    members: "tuple[MemberRun, ...]" = ()  # of an ensemble, whose folder `run` is
 
     @property
     def manifest(self) -> Manifest:
@@ -91,6 +94,13 @@ class Job:
     def scale(self) -> Mapping[str, float]:
         """Mean and std by which training normalizes its inputs: those of the images; embeddings stay as they are."""
         return {"mean": 0.0, "std": 1.0} if self.on_embeddings else self.pixels
+
+
+class MemberRun(NamedTuple):
+    """A run of an ensemble, and its calibration of samples, by label."""
+
+    job: Job
+    calibration: Mapping[str, Any]
 
 
 def open_job(

@@ -98,6 +98,23 @@ def grouped(group: str, *names: str, **more: Any) -> Callable[[Any], Any]:
 run_option = grouped(
     "run", "--run", type=click.Path(path_type=Path), required=True, help="Folder of the run."
 )
+runs_option = grouped(
+    "run",
+    "--run",
+    "runs",
+    type=click.Path(path_type=Path),
+    required=True,
+    multiple=True,
+    help="Folder of the run, or of an ensemble; several make an ensemble.",
+)
+tta_option = grouped(
+    "run",
+    "--tta",
+    default=1,
+    type=click.IntRange(1),
+    metavar="N",
+    help="Mean over N copies of each image: as it is, and in maps as in training.",
+)
 workers_option = grouped(
     "run",
     "--workers",

@@ -89,12 +89,13 @@ def check_evaluation(
     digest, found = job.shards.digest, {}
     split, rows = open_images(job, name)
     table = split.table.take(rows)
-    for run in dict.fromkeys((job.run, *against)):
+    ours = [member.job.run for member in job.members] or [job.run]
+    for run in dict.fromkeys((*ours, *against)):
         if read_config(run).manifest == digest:
             continue
         shared = count_shared(run, table, job.shards.namespace)
         report_shared(run, f"{job.shards}, {name}", shared, table.num_rows, allowed=shared_images)
-        if run == job.run:
+        if run == ours[0]:  # members have the same shards
             found = {
                 "shared_patients": shared.patients if shared else None,
                 "shared_images": shared.images if shared else None,

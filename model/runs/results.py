@@ -23,17 +23,16 @@ from pipeline.labels import count_rows
 from pipeline.look.pixels import measure_edges
 from pipeline.manifest import name_facts
 from pipeline.measure.belief import assess_belief
-from pipeline.measure.compare import combine_views, compare_methods, group_by_views
+from pipeline.measure.compare import combine_views, compare_methods, group_by_views, measure_gain
 from pipeline.measure.covariates import find_covariates, find_strata
 from pipeline.measure.delong import combine_limits, measure_areas, weigh_labels
 from pipeline.measure.elsewhere import subtract_own, try_recalibration
 from pipeline.measure.evaluate import Scored, assess, calibrate
-from pipeline.measure.metrics import averaged_labels, mean_of, report_auroc
+from pipeline.measure.metrics import Floats, averaged_labels, mean_of, report_auroc
 from pipeline.stream.samples import find_places
 
 RESAMPLES = 1000  # of patients, for intervals of AUPRC
 TRAIN_SAMPLES = 2000  # that a sweep scores of train
-CALIBRATION = "calibration.json"
 
 
 def finish_run(job: Job) -> None:
@@ -43,7 +42,7 @@ def finish_run(job: Job) -> None:
     found = {name: score_best(job, name) for name in names}
     if not job.ranks.is_first:
         return
-    (job.run / CALIBRATION).unlink(missing_ok=True)  # one of an earlier best.pt
+    forget_calibrations(job.run)  # of an earlier best.pt
     results = {name: evaluate(job, name, found[name]) for name in names}
     evaluations = {name: evaluation for name, (evaluation, _) in results.items()}
     config = asdict(job.config)
@@ -56,6 +55,12 @@ def finish_run(job: Job) -> None:
     write_atomically(job.run / "model-card.md", card.encode())
 
 
+def forget_calibrations(run: Path) -> None:
+    """Remove the calibrations of weights that are no more."""
+    for path in run.glob("calibration*.json"):
+        path.unlink(missing_ok=True)
+
+
 def evaluate(
     job: Job,
     name: str,
@@ -66,14 +71,15 @@ def evaluate(
     chosen_by: tuple[str, ...] = (),
     shared: Mapping[str, int | None] = MappingProxyType({}),
     sanity: Mapping[str, Any] = MappingProxyType({}),
+    members: Mapping[str, Floats] = MappingProxyType({}),
 ) -> tuple[dict[str, Any], Scored]:
     """Evaluate what `score_best` found for a split; writes its scores and evaluation into the run.
 
     `against` are other runs and their scores, as `find_scores` has them. `sensitivity` is what the third threshold
     is to reach on dev, `combine` how a study's score comes from its views: max or mean. `chosen_by` are the conditions
     that chose the images, where they are not the run's own; they, `shared` as `check_evaluation` counts it, and
-    `sanity` as `check_sanity` has it are kept in the evaluation. Raises DataError where thresholds would have to be
-    chosen on other shards than the run's.
+    `sanity` as `check_sanity` has it are kept in the evaluation. `members` are the scores by those of an ensemble.
+    Raises DataError where thresholds would have to be chosen on other shards than the run's.
     """
     config = job.config
     scored, table = found
@@ -92,6 +98,8 @@ def evaluate(
     evaluation["not_annotated"] = [label for label in job.manifest.not_annotated if label in config.labels]
     evaluation |= {"chosen_by": list(chosen_by)} if chosen_by else {}
     evaluation |= {"sanity": dict(sanity)} if sanity else {}
+    evaluation |= {"tta": job.tta} if job.tta > 1 else {}
+    evaluation |= {"gain": measure_gain(config.labels, scored, members)} if members else {}
     split, _ = open_images(job, name)
     edge = measure_edges(split, find_places(split, table), job.workers)
     evaluation["belief"] = assess_belief(
@@ -113,7 +121,7 @@ def compare_with_own(job: Job, scored: Scored, evaluation: Mapping[str, Any]) ->
     `less_own` is None, with the reason in `note`, where the run has no evaluation of its own valid. Raises DataError
     where that is damaged.
     """
-    path = job.run / "evaluation-valid.json"
+    path = job.run / f"evaluation-valid{name_tta(job.tta)}.json"
     found: dict[str, Any] = {
         "data": job.manifest.dataset.get("title", ""),
         "manifest": job.shards.digest,
@@ -140,7 +148,8 @@ def find_calibration(
     `scored` are the scores of the split, where all of its images were scored: those of dev are not scored again.
     Raises DataError where thresholds would have to be chosen on other shards than the run's.
     """
-    path, chosen = job.run / CALIBRATION, {"sensitivity": sensitivity, "combine": combine}
+    path = job.run / f"calibration{name_tta(job.tta)}.json"
+    chosen = {"sensitivity": sensitivity, "combine": combine}
     calibration = read_object(path) if path.exists() else {}
     if not chosen.items() <= calibration.items():
         if (
@@ -149,6 +158,7 @@ def find_calibration(
             command = (
                 f"python train.py evaluate --run {job.run} --sensitivity {sensitivity} --study {combine}"
             )
+            command += f" --tta {job.tta}" if job.tta > 1 else ""
             raise DataError(
                 f"{job.shards}: not the shards that {job.run} learned from, on whose dev thresholds are chosen; "
                 f"first run: {command} with those"
@@ -209,8 +219,13 @@ def choose_common(
 
 def name_result(job: Job, name: str, chosen_by: Sequence[str] = ()) -> str:
     """What a run's scores of a split are named by, also where other conditions than the run's own chose its images."""
-    result = result_name(job.config, job.shards.digest, name)
+    result = result_name(job.config, job.shards.digest, name) + name_tta(job.tta)
     return f"{result}-{hashlib.sha256(' '.join(chosen_by).encode()).hexdigest()[:8]}" if chosen_by else result
+
+
+def name_tta(tta: int) -> str:
+    """What ends the names of files about the mean over several copies of each image."""
+    return f"-tta{tta}" if tta > 1 else ""
 
 
 def name_comparison(result: str, against: Collection[Path]) -> str:
@@ -242,9 +257,23 @@ def write_report(job: Job, file: str, results: Mapping[str, tuple[dict[str, Any]
     evaluations = {name: evaluation for name, (evaluation, _) in results.items()}
     images = {name: scored for name, (_, scored) in results.items()}
     path = job.run / "metrics.jsonl"
-    history = [parse_object(path, line) for line in path.read_bytes().splitlines()]
-    page = render_report(job.run.name, asdict(job.config), history, evaluations, images)
+    lines = [] if job.members else path.read_bytes().splitlines()  # an ensemble was not trained as a whole
+    history = [parse_object(path, line) for line in lines]
+    page = render_report(job.run.name, describe_settings(job), history, evaluations, images)
     write_atomically(job.run / file, page.encode())
+
+
+def describe_settings(job: Job) -> dict[str, Any]:
+    """A run's configuration; of an ensemble, its members and theirs: all values where they differ."""
+    configs = [asdict(member.job.config) for member in job.members] or [asdict(job.config)]
+    settings = {
+        name: value
+        if all(one[name] == value for one in configs)
+        else "; ".join(str(one[name]) for one in configs)
+        for name, value in configs[0].items()
+    }
+    settings |= {"tta": job.tta} if job.tta > 1 else {}
+    return settings | ({"members": [str(member.job.run) for member in job.members]} if job.members else {})
 
 
 def choice_score(report: Mapping[str, Any]) -> float | None:

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -12,15 +13,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from torch import Tensor, nn
 
+from model.augment import AUGMENTATIONS, vary_images
 from model.fusion import UNKNOWN_FRONTAL
-from model.predict import InterruptedEvaluationError, predict_scores
+from model.predict import InterruptedEvaluationError, Vary, predict_scores
 from model.runs.config import Config, learned_columns
 from model.runs.folder import load_best
 from model.runs.job import Job, Selected, agree, choose_device, network_inputs, open_rows, read_batches
 from pipeline.console import Advance, progress_bar
 from pipeline.images import Gray, ImageError, ImageOptions, decode_stored, prepare, resize
 from pipeline.labels import PROJECTIONS
+from pipeline.measure.calibration import apply_calibrations
 from pipeline.measure.evaluate import Scored
+from pipeline.measure.metrics import Floats
 from pipeline.stream.batches import choose_usable
 from pipeline.stream.plan import plan_evaluation
 
@@ -30,9 +34,32 @@ Alteration = Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.uint8]]  # of imag
 
 
 def score_best(job: Job, name: str, alter: Alteration | None = None) -> tuple[Scored, pa.Table]:
-    """What best.pt makes of a split, and the rows of its table; `alter` changes the images first."""
+    """What best.pt makes of a split, and the rows of its table; `alter` changes the images first.
+
+    Of an ensemble, the mean of its members' calibrated scores.
+    """
+    if job.members:
+        return score_members(job, name, alter)[:2]
     network, best = load_best(job.run, job.config, job.device, job.ranks)
     return score_split(job, network, open_rows(job, name), best["pixels"], alter)
+
+
+def score_members(
+    job: Job, name: str, alter: Alteration | None = None
+) -> tuple[Scored, pa.Table, list[Floats]]:
+    """As `score_best` for an ensemble, and the calibrated scores by each member, one network after the other."""
+    chosen = {field: getattr(job.config, field) for field in ("where", "views", "limit", "max_bad")}
+    found = []
+    for member, calibration in job.members:
+        one = replace(member, config=replace(member.config, **chosen))
+        scored, table = score_best(one, name, alter)
+        found.append(apply_calibrations(job.config.labels, scored.scores, calibration))
+    return scored._replace(scores=np.mean(found, axis=0).astype(np.float32)), table, found
+
+
+def vary_as_trained(config: Config, tta: int) -> Vary:
+    """`tta` copies of each image: as it is, and in maps that the run has trained with."""
+    return partial(vary_images, seed=config.seed, copies=tta, kind=AUGMENTATIONS[config.augment])
 
 
 def score_split(
@@ -77,6 +104,7 @@ def score_split(
             pixels["std"],
             job.precision,
             should_stop=job.stop,
+            vary=vary_as_trained(config, job.tta),
         )
     agree(job)
     if job.stop.code:
@@ -101,13 +129,13 @@ def score_split(
 
 
 def score_files(
-    run: Path, config: Config, samples: Sequence[Sequence[Path]], workers: int
+    run: Path, config: Config, samples: Sequence[Sequence[Path]], workers: int, tta: int = 1
 ) -> tuple[Scores, list[tuple[Path, str]]]:
     """Scores [N, L] by best.pt of samples: image files one by one or, for a run by studies, a study's together.
 
     NaN where none of a sample's files can be read; and which files cannot, and why. An image takes the way it
     would take through shards: the same resize, encoding and decoding. A view is a lateral if its name says so,
-    else a frontal that may be AP or PA.
+    else a frontal that may be AP or PA. A score is the mean over `tta` copies.
     """
     device, precision = choose_device(config.amp)
     network, best = load_best(run, config, device)
@@ -152,7 +180,13 @@ def score_files(
     pixels = best["pixels"]
     with progress_bar("Scoring", config.units) as advance:
         scores = predict_scores(
-            network, learned_columns(config), batches(advance), pixels["mean"], pixels["std"], precision
+            network,
+            learned_columns(config),
+            batches(advance),
+            pixels["mean"],
+            pixels["std"],
+            precision,
+            vary=vary_as_trained(config, tta),
         )
     scores[~usable] = np.nan
     return scores, bad

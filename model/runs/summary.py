@@ -44,6 +44,22 @@ def print_evaluations(reports: Mapping[str, Mapping[str, Any]]) -> None:
     Console().print(table)
 
 
+def print_gain(evaluation: Mapping[str, Any]) -> None:
+    """A table of what an ensemble gains over the mean of its members, by label and in the mean."""
+    if "gain" not in evaluation:
+        return
+    table = Table(title="The ensemble less the mean of its members", title_justify="left")
+    table.add_column("AUROC")
+    for title in ("ensemble", "mean member", "gain [95 %]"):
+        table.add_column(title, justify="right")
+    for name, found in evaluation["gain"].items():
+        if found["auroc"] is not None:
+            figures = (show_figure(found[side]) for side in ("auroc", "mean_member"))
+            few = " (few)" if name in evaluation["labels"] and evaluation["labels"][name]["few"] else ""
+            table.add_row(f"{MEANS.get(name, name)}{few}", *figures, show_difference(found))
+    Console().print(table)
+
+
 def print_comparison(evaluation: Mapping[str, Any]) -> None:
     """A table of what --against asked for: a run by images beside another, or the methods that score studies."""
     table = Table(title="Compared on the same patients", title_justify="left")

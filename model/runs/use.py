@@ -4,7 +4,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -15,21 +15,31 @@ import numpy.typing as npt
 import torch
 
 from model.augment import AUGMENTATIONS, augment
-from model.export import Scorer, export_scorer
+from model.export import Committee, Scorer, export_scorer
 from model.predict import InterruptedEvaluationError
-from model.runs.config import Config, learned_columns, read_config
+from model.runs.config import learned_columns
+from model.runs.ensemble import (
+    Decision,
+    Model,
+    choose_decision,
+    member_calibrations,
+    open_model,
+    open_scoring,
+    score_samples,
+)
 from model.runs.folder import load_best
-from model.runs.job import Job, StopFlag, choose_device
-from model.runs.options import DATA_OPTIONS, run_option, with_options, workers_option
+from model.runs.job import StopFlag
+from model.runs.options import DATA_OPTIONS, runs_option, tta_option, with_options, workers_option
 from model.runs.overlap import check_evaluation
 from model.runs.report import describe_start
 from model.runs.results import evaluate, find_scores, name_comparison, name_result, write_report
 from model.runs.sanity import check_sanity
-from model.runs.scoring import score_best, score_files
+from model.runs.scoring import score_best, score_members
 from model.runs.summary import (
     print_comparison,
     print_elsewhere,
     print_evaluations,
+    print_gain,
     print_sanity,
     print_verdicts,
 )
@@ -38,15 +48,25 @@ from pipeline.base.files import write_csv
 from pipeline.console import Checked, Number, say
 from pipeline.labels import MOST_VIEWS, VIEWS
 from pipeline.look.sheet import FORMATS, draw_variants, save_sheet, spread_rows
+from pipeline.measure.calibration import RULES, apply_calibration, apply_calibrations, read_fit
 from pipeline.stream.collection import open_collection
 from pipeline.stream.select import select_rows
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".dcm", ".dicom")
 VARIANTS = 4  # epochs that `inputs` shows
+threshold_option = click.option(
+    "--threshold", default="none", type=click.Choice([*RULES, "none"]), help="Decide by dev's thresholds."
+)
 
 
 @click.command("evaluate", epilog="Example: python train.py evaluate --run runs/first --split valid")
-@with_options(run_option, *DATA_OPTIONS)
+@with_options(runs_option, *DATA_OPTIONS, tta_option)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    show_default="the runs' names, beside the first",
+    help="Folder of an ensemble's results.",
+)
 @click.option("--split", default="valid", help="Of the shards, which may be others than the run's.")
 @click.option(
     "--against",
@@ -78,8 +98,10 @@ def evaluate_command(
     shards: tuple[str, ...],
     cache: Path,
     cache_size: int,
-    run: Path,
+    runs: tuple[Path, ...],
     workers: int,
+    tta: int,
+    out: Path | None,
     split: str,
     against: tuple[Path, ...],
     sensitivity: float,
@@ -89,25 +111,34 @@ def evaluate_command(
     shared_images: bool,
     sanity: bool,
 ) -> int:
-    """Score the run's best checkpoint on a split.
+    """Score the run's best checkpoint on a split; of several runs, the mean of their calibrated scores.
 
     The run's own --where and --views choose the images, unless others are given: train on one sex, score the other.
     """
     collection = open_collection(shards, cache, cache_size)
-    config, stop = read_config(run), StopFlag().listen()
-    device, precision = choose_device(config.amp)
-    job = Job(config, collection, run, device, precision, workers, stop)
+    stop = StopFlag().listen()
+    model = open_model(runs, tta)
+    if out is not None and (len(model.members) == 1 or model.folder is not None):
+        raise click.UsageError(f"--out is for several --run: the results of {model.name} go into its folder")
     chosen_by = (*where, *([] if views is None else [f"{views} views"]))
-    scored = replace(job, config=replace(config, where=where or config.where, views=views or config.views))
     try:
+        job = open_scoring(model, out, collection, workers, stop, tta)
+        config = job.config
+        scored = replace(
+            job, config=replace(config, where=where or config.where, views=views or config.views)
+        )
         others = find_scores(job, split, against)
         shared = check_evaluation(scored, split, others, shared_images)
-        found = score_best(scored, split)
+        *two, each = score_members(scored, split) if job.members else (*score_best(scored, split), [])
+        found = (two[0], two[1])
+        members = {str(member.job.run): scores for member, scores in zip(job.members, each, strict=True)}
         altered = check_sanity(scored, split, found[0]) if sanity else {}
-        results = {split: evaluate(job, split, found, others, sensitivity, study, chosen_by, shared, altered)}
+        given = (others, sensitivity, study, chosen_by, shared, altered, members)
+        results = {split: evaluate(job, split, found, *given)}
     except InterruptedEvaluationError:
         return stop.code
     print_evaluations({split: results[split][0]})
+    print_gain(results[split][0])
     print_verdicts({split: results[split][0]})
     print_elsewhere(results[split][0])
     print_comparison(results[split][0])
@@ -116,7 +147,7 @@ def evaluate_command(
     compared = name_comparison(result, others)
     write_report(scored, f"report-{compared}.html", results)
     for file in (f"scores-{result}.arrow", f"evaluation-{compared}.json", f"report-{compared}.html"):
-        click.echo(f"{run / file}: written")
+        click.echo(f"{job.run / file}: written")
     return 0
 
 
@@ -129,7 +160,7 @@ def check_pattern(text: str) -> None:
 
 
 @click.command("predict", epilog="Example: python train.py predict --run runs/first --out scores.csv films/")
-@run_option
+@with_options(runs_option, tta_option)
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
 @click.option("--out", required=True, type=click.Path(path_type=Path, dir_okay=False), help="CSV to write.")
 @click.option("--strict", is_flag=True, help="Exit with 3 where an image cannot be read.")
@@ -139,12 +170,21 @@ def check_pattern(text: str) -> None:
     type=Checked(check_pattern),
     help="Files in whose paths it finds the same text are one study.  [default: those of a folder]",
 )
+@threshold_option
 @workers_option
 def predict_command(
-    run: Path, images: tuple[Path, ...], out: Path, strict: bool, group_by: str | None, workers: int
+    runs: tuple[Path, ...],
+    tta: int,
+    images: tuple[Path, ...],
+    out: Path,
+    strict: bool,
+    group_by: str | None,
+    threshold: str,
+    workers: int,
 ) -> int:
-    """Score IMAGES (JPEG, PNG or DICOM files, or folders of them) by the run's best checkpoint.
+    """Score IMAGES (JPEG, PNG or DICOM files, or folders of them) by the run's best checkpoint: calibrated scores.
 
+    Of several runs, the mean of their calibrated scores.
     A run by studies scores the images of a study together: those of a folder, or as --group-by says.
     """
     files = [file for path in images for file in find_images(path)]
@@ -156,22 +196,35 @@ def predict_command(
     check_folder(out)
     if not files:
         raise DataError(f"{', '.join(map(str, images))}: no {', '.join(IMAGE_SUFFIXES)} file")
-    config = read_config(run)
+    model = open_model(runs, tta)
+    config = model.config
     if config.fusion is None:
         if group_by is not None:
-            raise click.UsageError(f"--group-by is for runs by studies; {run} learned single images")
+            raise click.UsageError(f"--group-by is for runs by studies; {model.name} learned single images")
         samples = {str(file): [file] for file in files}
     else:
         samples = group_files(files, group_by)
-    scores, bad = score_files(run, config, list(samples.values()), workers)
+    decision = choose_decision(model, threshold, tta)
+    scores, bad = score_samples(model, list(samples.values()), workers, tta)
     for file, reason in bad:
         say(f"{file}: {reason}")
     if len(bad) == len(files):
         kept = f"{out} is left as it was" if out.exists() else f"{out} is not written"
         raise DataError(f"none of {len(files):,} images can be read; {kept}")
+    # Of those that calibration has not changed yet, as thresholds were chosen.
+    limits = np.array(decision.limits)
+    unknown = np.isnan(scores[:, : len(limits)]) | np.isnan(limits)
+    decided = np.where(unknown, np.nan, scores[:, : len(limits)] >= limits)
+    if decision.calibration is not None:
+        scores = apply_calibrations(config.labels, scores, decision.calibration)
     cells = [["" if math.isnan(score) else f"{score:.6f}" for score in row] for row in scores.tolist()]
-    heading = ["study" if config.fusion else "file", *config.labels]
-    write_csv(out, [heading, *([name, *row] for name, row in zip(samples, cells, strict=True))])
+    for row, calls in zip(cells, decided.tolist(), strict=True):
+        row += ["" if math.isnan(call) else str(int(call)) for call in calls]
+    facts = {"run": model.name, "shards": config.manifest, "threshold_rule": decision.rule, "tta": tta}
+    columns = [*config.labels, *(f"{label} positive" for label in config.labels[: len(limits)]), *facts]
+    heading = ["study" if config.fusion else "file", *columns]
+    rows = ([name, *row, *facts.values()] for name, row in zip(samples, cells, strict=True))
+    write_csv(out, [heading, *rows])
     of_studies = f" in {len(samples):,} studies" if config.fusion else ""
     click.echo(f"{out}: scores of {len(files) - len(bad):,} images{of_studies}, {len(bad):,} unusable")
     return 3 if strict and bad else 0
@@ -202,21 +255,41 @@ def group_files(files: Iterable[Path], pattern: str | None) -> dict[str, list[Pa
 
 
 @click.command("export", epilog="Example: python train.py export --run runs/first --out model.onnx")
-@run_option
+@with_options(runs_option)
 @click.option("--out", required=True, type=click.Path(path_type=Path, dir_okay=False), help=".onnx or .pt2")
-def export_command(run: Path, out: Path) -> int:
-    """Write the run's best network for other programs: uint8 images [B, 1, S, S] in, scores [B, L] out.
+@threshold_option
+def export_command(runs: tuple[Path, ...], out: Path, threshold: str) -> int:
+    """Write the run's best network for other programs: uint8 images [B, 1, S, S] in, calibrated scores [B, L] out.
+
+    Of several runs, one network for all. With --threshold also decisions, bool [B, L].
 
     Of the L labels that the run has learned, in their usual order.
     """
-    config = read_config(run)
+    model = open_model(runs)
+    config = model.config
     check_folder(out)
     if config.fusion:
-        raise DataError(f"{run}: a network over studies cannot be exported, only one for images")
-    network, best = load_best(run, config, torch.device("cpu"))
-    scorer = Scorer(network, learned_columns(config), best["pixels"]["mean"], best["pixels"]["std"])
+        raise DataError(f"{model.name}: a network over studies cannot be exported, only one for images")
+    if len({one.image_size for one in model.members.values()}) > 1:
+        raise DataError(
+            f"{model.name}: members of different `image_size` take no images in common: no single file"
+        )
+    decision = choose_decision(model, threshold)
+    scorers = []
+    members: dict[str, list[Any]] = {"normalization": [], "member_calibrations": []}
+    for (run, one), fitted in zip(model.members.items(), member_calibrations(model), strict=True):
+        network, best = load_best(run, one, torch.device("cpu"))
+        pixels = {name: best["pixels"][name] for name in ("mean", "std")}
+        fits = [read_fit(fitted[label]) for label in config.labels] if fitted else []
+        scorers.append(Scorer(network, learned_columns(one), **pixels, fits=fits))
+        members["normalization"].append(pixels)
+        members["member_calibrations"].append(fitted)
+    chosen = decision.calibration
+    fits = [read_fit(chosen[label]) for label in config.labels] if chosen else []
+    whole = Committee(scorers, fits, decision.limits)
+    facts = describe_export(model, members, best, decision)
     try:
-        difference = export_scorer(scorer, config.image_size, out, describe_export(config, best))
+        difference = export_scorer(whole, config.image_size, out, facts)
     except ValueError as error:
         raise DataError(str(error)) from None
     click.echo(f"{out}: checked, within {difference:.1e} of the eager network's logits")
@@ -224,15 +297,33 @@ def export_command(run: Path, out: Path) -> int:
     return 0
 
 
-def describe_export(config: Config, best: Mapping[str, Any]) -> dict[str, str]:
-    """What travels with an exported network, texts by name; earlier checkpoints do not name their data set."""
-    dataset = best.get("dataset", {})
+def describe_export(
+    model: Model, members: Mapping[str, Sequence[Any]], best: Mapping[str, Any], decision: Decision
+) -> dict[str, str]:
+    """What travels with an exported network, texts by name; earlier checkpoints do not name their data set.
+
+    `members` has a list for each fact that every member has of its own. Thresholds are of the scores it gives.
+    """
+    dataset, calibration = best.get("dataset", {}), decision.calibration or {}
+    thresholds: dict[str, dict[str, float | None]] = {rule: {} for rule in RULES}
+    for label, fitted in calibration.items():
+        for rule, limit in fitted["thresholds"].items():
+            scaled = None if limit is None else float(apply_calibration(np.array([limit]), fitted)[0])
+            thresholds[rule][label] = scaled
     return {
-        "labels": json.dumps(config.labels),
-        "image_size": str(config.image_size),
+        "labels": json.dumps(model.config.labels),
+        "image_size": str(model.config.image_size),
+        "run": model.name,
+        "shards": model.config.manifest,
+        **{name: json.dumps(values) for name, values in members.items()},
+        "calibration": json.dumps(calibration),
+        "thresholds": json.dumps(thresholds),
+        "threshold_rule": decision.rule,
         "dataset": dataset.get("title", "not stated"),
         "license": dataset.get("license", "not stated"),
-        "started_from": describe_start(asdict(config)),
+        "started_from": "; ".join(
+            dict.fromkeys(describe_start(asdict(config)) for config in model.members.values())
+        ),
         "use": "For research. Not for clinical use.",
     }
 

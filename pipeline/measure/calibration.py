@@ -129,10 +129,24 @@ def apply_calibration(score: Floats, calibration: Mapping[str, Any]) -> Floats:
 
     `calibration` is one label's, from `fit_calibration`; earlier versions wrote no bias.
     """
+    fit = read_fit(calibration)
+    return score.astype(np.float64) if fit is None else _sigmoid(_logits(score) * fit.slope + fit.bias)
+
+
+def read_fit(calibration: Mapping[str, Any]) -> Fit | None:
+    """The fit in one label's calibration; None where scores stay as they are."""
     temperature = calibration["temperature"]
-    if temperature is None:
-        return score.astype(np.float64)
-    return _sigmoid(_logits(score) / temperature + calibration.get("bias", 0.0))
+    return None if temperature is None else Fit(1 / temperature, calibration.get("bias", 0.0))
+
+
+def apply_calibrations(
+    names: Sequence[str], scores: Floats, calibration: Mapping[str, Mapping[str, Any]]
+) -> Floats:
+    """The calibrated scores [N, L], float64, by the calibration of each of the labels `names` [L]; NaN stays NaN."""
+    columns = [
+        apply_calibration(score, calibration[name]) for name, score in zip(names, scores.T, strict=True)
+    ]
+    return np.column_stack(columns)
 
 
 def choose_thresholds(score: Floats, truth: Bools, sensitivity: float) -> dict[str, float]:

@@ -74,6 +74,31 @@ def compare_methods(
     }
 
 
+def measure_gain(names: Sequence[str], rows: Scored, members: Mapping[str, Floats]) -> dict[str, Any]:
+    """What an ensemble's scores of `rows` gain over the mean of its members' AUROCs, ready for JSON.
+
+    `members` are their scores [N, L] of the same rows, by name. Per label and mean (macro, …): `auroc`, the `members`'
+    AUROCs, their mean as `mean_member`, and the difference, paired by patient: a contrast of correlated AUROCs.
+    """
+    reports = [report_auroc(names, scores, *rows[1:3]) for scores in (rows.scores, *members.values())]
+    areas = measure_areas(*rows[:4])
+    for scores in members.values():
+        areas = areas.join(measure_areas(scores, *rows[1:4]))
+    labels = reports[0]["labels"]
+    kept = {name: [name] if labels[name]["auroc"] is not None else [] for name in names} | averaged_labels(
+        labels
+    )
+    gain = {}
+    for key, over in kept.items():
+        share = weigh_labels(names, over)
+        limits = combine_limits(areas, np.concatenate([share, *[-share / len(members)] * len(members)]))
+        ours, *theirs = (mean_of(of["labels"], over, "auroc") for of in reports)
+        mean = sum(found for found in theirs if found is not None) / len(theirs) if over else None
+        gain[key] = {"auroc": ours, "mean_member": mean, "members": dict(zip(members, theirs, strict=True))}
+        gain[key] |= describe_difference(ours, mean, limits)
+    return gain
+
+
 def _compare(names: Sequence[str], studies: Scored, methods: Mapping[str, Floats]) -> dict[str, Any]:
     reports = {name: report_auroc(names, scores, *studies[1:3]) for name, scores in methods.items()}
     areas = {name: measure_areas(scores, *studies[1:4]) for name, scores in methods.items()}

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from model.runs.report import describe_gaps, render_model_card, render_report
-from model.runs.summary import print_evaluations, print_verdicts
+from model.runs.summary import print_evaluations, print_gain, print_verdicts
 from pipeline.measure.belief import assess_belief
+from pipeline.measure.compare import measure_gain
 from pipeline.measure.evaluate import Scored, assess, calibrate
 
 NAMES = ["Edema", "Pleural Effusion", "Fracture", "Rare"]
@@ -336,3 +337,17 @@ def test_the_model_card_states_data_metrics_and_limits(evaluation: dict[str, Any
         line.count("|") for block in card.split("\n\n") if "| label |" in block for line in block.split("\n")
     }
     assert columns == {10}
+
+
+def test_the_gain_of_an_ensemble_is_a_table(
+    images: Scored, evaluation: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    members = {"runs/a": images.scores**2 * 0.5, "runs/b": images.scores[::-1]}
+    told = evaluation | {"gain": measure_gain(NAMES, images, members)}
+    table = Page(render_report("both", CONFIG, [], {"valid": told}, {"valid": images})).tables["gain"][0]
+    gain = told["gain"]["Edema"]
+    figures = [gain["auroc"], *gain["members"].values(), gain["mean_member"], gain["difference"]]
+    assert table[0][:4] == ["label", "ensemble", "runs/a", "runs/b"]
+    assert table[1] == ["Edema", *map(places, figures), limits(gain)]
+    print_gain(told)
+    assert f"{gain['difference']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}]" in capsys.readouterr().out

@@ -15,7 +15,9 @@ from model.runs import commands, results
 from model.runs.job import StopFlag
 from model.runs.scores import read_frame
 from pipeline import DataError
+from pipeline.labels import LABELS
 from pipeline.manifest import Manifest, read_table
+from pipeline.measure.calibration import apply_calibrations
 from tests.conftest import default_options, make_shards, write_chexpert
 
 
@@ -177,8 +179,10 @@ def test_predict_reads_16_bit_images_as_the_shards_did(tmp_path: Path) -> None:
     frontals = sorted((folder / "valid").rglob("*_frontal.png"))
     assert call_train("predict", "--run", run, "--out", out, "--workers", 1, *frontals) == 0
     scores = read_frame(run / "scores-valid.arrow").set_index(["patient", "study"])
+    fits = json.loads((run / "calibration.json").read_text())["image"]
     for row in pd.read_csv(out).itertuples(index=False):
         patient, study = Path(row.file).parts[-3:-1]
         expected = scores.loc[(patient, int(study.removeprefix("study")))].to_numpy()
-        np.testing.assert_allclose(np.array(row[1:], float), expected, atol=1e-5)
+        expected = apply_calibrations(LABELS, expected[None], fits)[0]
+        np.testing.assert_allclose(np.array(row[1:15], float), expected, atol=1e-5)
     assert len(frontals) == len(scores) == 8

@@ -7,7 +7,7 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from pipeline import DataError
-from pipeline.measure.compare import combine_views, compare_methods, group_by_views
+from pipeline.measure.compare import combine_views, compare_methods, group_by_views, measure_gain
 from pipeline.measure.evaluate import Scored
 
 NAMES = ["Edema", "Fracture"]
@@ -107,3 +107,29 @@ def test_studies_of_one_class_have_no_figures(studies: Scored) -> None:
     assert ours["auroc"] is theirs["auroc"] is None
     assert ours["interval"] == nothing
     assert theirs["first_less_this"]["mean"] == nothing | {"difference": None, "excludes_zero": None}
+
+
+def test_a_gain_is_over_the_mean_of_members() -> None:
+    random = np.random.default_rng(0)
+    target = (random.random((400, 2)) < 0.4).astype(float)
+    target[:, 1] = 0
+    patient = np.arange(400) // 2
+    members = {name: target + random.normal(0, 1.5, target.shape) for name in "ab"}
+    rows = Scored(np.mean([*members.values()], axis=0), target, np.ones((400, 2), bool), *[patient] * 5)
+    gain = measure_gain(["Edema", "Fracture"], rows, members)
+    scores = [rows.scores[:, 0], *(of[:, 0] for of in members.values())]
+    ours, *theirs = (roc_auc_score(target[:, 0], score) for score in scores)
+    assert gain["Edema"]["members"] == pytest.approx(dict(zip("ab", theirs, strict=True)))
+    assert gain["Edema"]["difference"] == pytest.approx(ours - sum(theirs) / 2)
+    assert gain["macro"] == gain["Edema"]
+    assert gain["Fracture"]["difference"] is gain["Fracture"]["low"] is None
+    drawn = []
+    for _ in range(300):
+        places = (2 * random.integers(200, size=200)[:, None] + [0, 1]).ravel()
+        one, *others = (roc_auc_score(target[places, 0], score[places]) for score in scores)
+        drawn.append(one - sum(others) / 2)
+    half = (gain["Edema"]["high"] - gain["Edema"]["low"]) / 2
+    assert half == pytest.approx(1.96 * np.std(drawn), rel=0.2)
+    same = measure_gain(["Edema", "Fracture"], rows, dict.fromkeys("ab", rows.scores))["Edema"]
+    assert same["difference"] == pytest.approx(0)
+    assert same["high"] == pytest.approx(0, abs=1e-9)

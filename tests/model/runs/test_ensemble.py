@@ -1,0 +1,201 @@
+"""Several runs as one, test-time augmentation, and what predict and export make of them."""
+
+import json
+import shutil
+from pathlib import Path
+
+import click
+import numpy as np
+import onnxruntime
+import pandas as pd
+import pytest
+
+from model.runs import results, use
+from model.runs.scores import read_frame
+from pipeline import DataError, open_shards
+from pipeline.labels import LABELS
+from pipeline.manifest import Manifest
+from pipeline.measure.calibration import apply_calibration
+from tests.model.runs.test_use import SMALL, call_train, trained  # noqa: F401 - a fixture
+
+
+def read_json(path: Path) -> dict[str, object]:
+    return dict(json.loads(path.read_text()))
+
+
+@pytest.fixture(scope="module")
+def pair(
+    trained: Path,  # noqa: F811
+    sample_shards: tuple[Path, Manifest],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Path, Path]:
+    """Two runs that differ in their seed, and how their scores are calibrated; tests get copies."""
+    folder = tmp_path_factory.mktemp("pair")
+    runs = folder / "a", folder / "b"
+    shutil.copytree(trained, runs[0])
+    assert call_train("train", "--shards", sample_shards[0], "--run", runs[1], *SMALL, "--seed", 1) == 0
+    for run, temperature in zip(runs, (0.8, 1.5), strict=True):
+        chosen = read_json(run / "calibration.json")
+        for label in ("Edema", "Fracture"):
+            chosen["image"][label] |= {"temperature": temperature, "bias": -0.4}  # type: ignore[index]
+        (run / "calibration.json").write_text(json.dumps(chosen))
+    return runs
+
+
+@pytest.fixture
+def runs(pair: tuple[Path, Path], tmp_path: Path) -> tuple[Path, Path]:
+    return tuple(Path(shutil.copytree(run, tmp_path / run.name)) for run in pair)  # type: ignore[return-value]
+
+
+def calibrated(run: Path, scores: pd.DataFrame, name: str = "calibration.json") -> np.ndarray:
+    fits = json.loads((run / name).read_text())["image"]
+    return np.column_stack([apply_calibration(scores[label].to_numpy(), fits[label]) for label in LABELS])
+
+
+def test_an_ensemble_is_the_mean_of_calibrated_scores_everywhere(
+    runs: tuple[Path, Path],
+    sample_shards: tuple[Path, Manifest],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    one, two = runs
+    both, out = ("--run", one, "--run", two), tmp_path / "both"
+    shards = ("--shards", sample_shards[0])
+    with pytest.MonkeyPatch.context() as patch:
+        settings: list[dict[str, object]] = []
+        patch.setattr(use, "write_report", lambda job, *_: settings.append(results.describe_settings(job)))
+        assert call_train("evaluate", *shards, *both, "--out", out) == 0
+    assert settings[0]["seed"] == "0; 1"
+    assert settings[0]["members"] == [str(one), str(two)]
+    assert "The ensemble less the mean of its members" in capsys.readouterr().out
+    frames = [read_frame(run / "scores-valid.arrow") for run in runs]
+    expected = np.mean([calibrated(run, frame) for run, frame in zip(runs, frames, strict=True)], axis=0)
+    scores = read_frame(out / "scores-valid.arrow")[list(LABELS)].to_numpy()
+    np.testing.assert_allclose(scores, expected, atol=1e-6)
+
+    found = json.loads((out / "evaluation-valid.json").read_text())
+    theirs = [json.loads((run / "evaluation-valid.json").read_text()) for run in runs]
+    for key in ("Edema", "macro"):
+        gain, figure = (
+            found["gain"][key],
+            [of["labels"].get(key, {}).get("auroc") or of["macro_auroc"] for of in theirs],
+        )
+        assert list(gain["members"].values()) == pytest.approx(figure)
+        assert gain["difference"] == pytest.approx(gain["auroc"] - np.mean(figure))
+        assert gain["low"] < gain["difference"] < gain["high"]
+    assert found["calibration"] == json.loads((out / "calibration.json").read_text())
+
+    films = sample_shards[0].parent / "CheXpert-v1.0-small" / "valid"
+    table = tmp_path / "mean.csv"
+    assert call_train("predict", *both, "--out", table, films) == 0
+    means = pd.read_csv(table)
+    keys = means.file.str.extract(r"(patient\d+)/(study\d+)/(view\d+_\w+)\.jpg").agg("_".join, axis=1)
+    order = open_shards(sample_shards[0])["valid"].table["key"].to_pylist()
+    np.testing.assert_allclose(means.set_index(keys).loc[order, list(LABELS)], expected, atol=2e-6)
+    assert set(means["run"]) == {f"{one} + {two}"}
+    assert set(means["shards"]) == {settings[0]["manifest"]}
+    with pytest.raises(
+        DataError, match=r"^`threshold` is of an ensemble's folder; first run: python train.py eval"
+    ):
+        call_train("predict", *both, "--out", table, "--threshold", "youden", films)
+
+    assert call_train("predict", "--run", out, "--out", table, "--threshold", "youden", films) == 0
+    decided = pd.read_csv(table).set_index(keys).loc[order]
+    ours = read_frame(out / "scores-valid.arrow")
+    np.testing.assert_allclose(decided[list(LABELS)], calibrated(out, ours), atol=2e-6)
+    limits = {name: of["thresholds"]["youden"] for name, of in found["calibration"]["image"].items()}
+    for label, limit in limits.items():
+        column = decided[f"{label} positive"]
+        assert column.isna().all() if limit is None else (column == (ours[label].to_numpy() >= limit)).all()
+    assert set(decided["threshold_rule"]) == {"youden"}
+
+    model = tmp_path / "model.onnx"
+    assert call_train("export", "--run", out, "--out", model, "--threshold", "youden") == 0
+    session = onnxruntime.InferenceSession(model)
+    (batch,) = open_shards(sample_shards[0])["valid"].batches(len(order), 32, epoch=None)
+    values, decisions = session.run(["scores", "decisions"], {"images": batch.images})
+    np.testing.assert_allclose(values, decided[list(LABELS)], atol=1e-5)
+    known = [label for label, limit in limits.items() if limit is not None]
+    columns = [LABELS.index(label) for label in known]
+    assert (
+        decisions[:, columns] == decided[[f"{label} positive" for label in known]].to_numpy()
+    ).mean() > 0.999
+    facts = session.get_modelmeta().custom_metadata_map
+    assert facts["threshold_rule"] == "youden"
+    assert facts["run"] == str(out)
+    assert json.loads(facts["normalization"])[1].keys() == {"mean", "std"}
+    shown = json.loads(facts["thresholds"])["youden"]
+    fitted = found["calibration"]["image"]
+    for label in known:
+        assert shown[label] == pytest.approx(apply_calibration(np.array([limits[label]]), fitted[label])[0])
+
+    assert call_train("evaluate", *shards, "--run", out, "--split", "dev", "--tta", 2) == 0
+    assert json.loads((out / "evaluation-dev-tta2.json").read_text())["gain"].keys() >= {"Edema", "macro"}
+    assert all((run / "calibration-tta2.json").exists() for run in (*runs, out))
+    (two / "best.pt").write_bytes((one / "best.pt").read_bytes())
+    with pytest.raises(
+        DataError, match=f"^{two}: trained on since {out} was evaluated; first run: python train.py"
+    ):
+        call_train("predict", "--run", out, "--out", table, films)
+
+
+def test_runs_that_make_no_ensemble_are_refused(
+    runs: tuple[Path, Path], sample_shards: tuple[Path, Manifest], tmp_path: Path
+) -> None:
+    one, two = runs
+    shards, config = ("--shards", sample_shards[0]), json.loads((two / "config.json").read_text())
+
+    def refuse(message: str, *words: object, **changes: object) -> None:
+        (two / "config.json").write_text(json.dumps(config | changes))
+        with pytest.raises(DataError, match=message):
+            call_train("evaluate", *shards, "--run", one, "--run", two, *words)
+
+    with pytest.raises(
+        click.UsageError, match=f"^--out is for several --run: the results of {one} go into its"
+    ):
+        call_train("evaluate", *shards, "--run", one, "--out", tmp_path / "out")
+    refuse("make no ensemble: `views` is all and frontal$", views="frontal")
+    refuse("make no ensemble: `fusion` is image and study$", fusion="max")
+    refuse("make no ensemble: `shards` is ", manifest="0" * 64)
+    refuse("`run` names the same run twice", "--run", one)
+    refuse("trained with `augment` none: there are no maps for `tta`$", "--tta", 2, augment="none")
+    refuse(f"^{one} is a run, or an ensemble of others; choose another `out`$", "--out", one)
+    (two / "config.json").write_text(json.dumps(config | {"image_size": 48}))
+    with pytest.raises(DataError, match="members of different `image_size`"):
+        call_train("export", "--run", one, "--run", two, "--out", tmp_path / "model.onnx")
+
+
+def test_copies_of_an_image_do_not_depend_on_its_batch(
+    runs: tuple[Path, Path],
+    sample_shards: tuple[Path, Manifest],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run, shards = runs[0], ("--shards", sample_shards[0])
+    plain = (run / "scores-valid.arrow").read_bytes()
+    words = ("evaluate", *shards, "--run", run, "--tta", 3)
+    assert call_train(*words) == 0
+    assert (run / "scores-valid.arrow").read_bytes() == plain
+    document = json.loads((run / "evaluation-valid-tta3.json").read_text())
+    assert document["tta"] == 3
+    assert document["calibration"] == json.loads((run / "calibration-tta3.json").read_text())
+    scores = read_frame(run / "scores-valid-tta3.arrow")[list(LABELS)]
+    monkeypatch.setattr("model.runs.scoring.EVALUATION_BATCH", 7)
+    assert call_train(*words, "--workers", 1, "--where", "sex=Male") == 0
+    (file,) = run.glob("scores-valid-tta3-*.arrow")
+    table = open_shards(sample_shards[0])["valid"].table.to_pandas()
+    np.testing.assert_allclose(
+        read_frame(file)[list(LABELS)], scores[(table["sex"] == "Male").to_numpy()], atol=1e-6
+    )
+    films = sample_shards[0].parent / "CheXpert-v1.0-small" / "valid"
+    out = tmp_path / "scores.csv"
+    assert call_train("predict", "--run", run, "--out", out, "--tta", 3, films) == 0
+    found = pd.read_csv(out)
+    keys = found.file.str.extract(r"(patient\d+)/(study\d+)/(view\d+_\w+)\.jpg").agg("_".join, axis=1)
+    ours = found.set_index(keys).loc[table["key"], list(LABELS)]
+    np.testing.assert_allclose(ours, calibrated(run, scores, "calibration-tta3.json"), atol=2e-6)
+    assert set(found["tta"]) == {3}
+    with pytest.raises(
+        DataError, match=r"no calibration-tta4.json; first run: python train.py evaluate .* --tta 4$"
+    ):
+        call_train("predict", "--run", run, "--out", out, "--tta", 4, films)
