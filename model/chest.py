@@ -78,7 +78,7 @@ def read_initial(path: Path) -> dict[str, Any]:
             raise
     content = path.read_bytes()
     theirs = ("DenseNet", "_DenseLayer", "_DenseBlock", "_Transition")
-    allowed = [*_LAYERS, *((_Pickled, f"torchxrayvision.models.{name}") for name in theirs)]
+    allowed: list[Any] = [*_LAYERS, *((_Pickled, f"torchxrayvision.models.{name}") for name in theirs)]
     try:
         refuse_bombs(content)
         with torch.serialization.safe_globals(allowed):
@@ -104,8 +104,9 @@ def initial_scale(arch: str, path: Path | None) -> tuple[float, ...]:
 def is_chest(weights: dict[str, Any]) -> bool:
     """Whether it is the state dict of a DenseNet of torchxrayvision: over gray, with its outputs."""
     stem, head = (weights.get(name) for name in ("features.conv0.weight", "classifier.weight"))
-    both = isinstance(stem, Tensor) and isinstance(head, Tensor)
-    return both and stem.shape[1:2] == (1,) and head.shape[:1] == (len(OUTPUTS),)
+    if not (isinstance(stem, Tensor) and isinstance(head, Tensor)):
+        return False
+    return stem.shape[1:2] == (1,) and head.shape[:1] == (len(OUTPUTS),)
 
 
 def adapt_chest(

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from model.augment import normalize
-from model.checkpoint import CheckpointError
+from model.checkpoint import CheckpointError, save_checkpoint
 from model.chest import OUTPUTS, SCALE, TERMS, adapt_chest, download_chest, initial_scale
 from model.networks import build_network, load_initial
 from model.runs.config import Config
@@ -140,3 +140,7 @@ def test_a_name_is_downloaded_once(
     assert job.pixels == {"mean": 127.5, "std": 255 / 2048}
     start = {"arch": "densenet121", "pretrained": False, "init": job.config.init}
     assert describe_start(start | {"input_scale": list(job.config.input_scale)}) == TERMS
+
+    # A run that starts from that run sees films as it did.
+    save_checkpoint(tmp_path / "best.pt", {"weights": {}, "input_scale": list(job.config.input_scale)})
+    assert initial_scale("densenet121", tmp_path / "best.pt") == SCALE
