@@ -45,7 +45,7 @@ def load_checkpoint(path: Path, ranks: Ranks = ALONE, remedy: str = "") -> dict[
     try:
         if path.suffix == ".safetensors":
             return _read_safetensors(content)
-        _refuse_bombs(content)
+        refuse_bombs(content)
         # weights_only: a pickle can run code, tensors and plain values cannot.
         return dict(torch.load(io.BytesIO(content), map_location="cpu", weights_only=True))
     except ImportError as error:
@@ -60,13 +60,25 @@ def _read_safetensors(content: bytes) -> dict[str, Any]:
     return dict(safetensors.torch.load(content))
 
 
-def _refuse_bombs(content: bytes) -> None:
+def refuse_bombs(content: bytes) -> None:
     """Raise ValueError for a zip whose members claim more bytes than it has: torch would allocate them all."""
     file = io.BytesIO(content)
     if zipfile.is_zipfile(file):
         with zipfile.ZipFile(file) as archive:
             if sum(member.file_size for member in archive.infolist()) > len(content):
                 raise ValueError("its members are larger than the file")
+
+
+def hub_path(url: str) -> Path:
+    """Where torch keeps the file that it has downloaded from there."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+
+
+def cannot_download(what: str, url: str, error: Exception, place: Path | None = None) -> str:
+    """Why a file of weights is not there, and how to do without a network."""
+    reason = " ".join(str(error).split())[:200]
+    put = f"as {place}, or anywhere for `init` FILE" if place else "for `init` FILE"
+    return f"{what} cannot be downloaded from {url}: {reason}; download that file elsewhere and put it here, {put}"
 
 
 @contextmanager

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from model.checkpoint import CheckpointError, load_checkpoint
+from model.checkpoint import CheckpointError, cannot_download, hub_path, load_checkpoint
+from model.chest import adapt_chest, is_chest, read_initial
 from pipeline.base.errors import DataError
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ EMBEDDED = "efficientnet_lite0"  # timm's, with the weights of a package
 ARCHITECTURES = (*TORCHVISION, EMBEDDED, "rescnn")
 TIMM = "timm/"  # in front of any of timm's names
 _OTHER_WAYS = "choose another `arch`, or `init` FILE"
+_WITHOUT = "; without `pretrained` (in make: PRETRAINED=no) a run starts from random weights"
 _OF_IMAGENET = "trained on ImageNet, whose terms are for non-commercial research"
 
 
@@ -139,7 +141,7 @@ def _build_timm(arch: str, outputs: int, pretrained: bool) -> nn.Module:
         if config.hf_hub_id:
             file = config.hf_hub_filename or "model.safetensors"
             url = f"https://huggingface.co/{config.hf_hub_id}/resolve/main/{file}"
-        raise CheckpointError(_cannot_download(f"the weights of {arch}", url, error)) from error
+        raise CheckpointError(cannot_download(f"the weights of {arch}", url, error) + _WITHOUT) from error
     last = network.get_classifier()  # type: ignore[operator]
     if not isinstance(last, nn.Linear):
         raise DataError(
@@ -208,12 +210,19 @@ def _with_head(network: nn.Module) -> nn.Module:
 
 
 def load_initial(network: nn.Module, path: Path) -> list[str]:
-    """Load a state dict of torchvision or timm, or the weights of a best.pt; returns the names that stay fresh.
+    """Load a file of torchvision, timm or torchxrayvision, or the weights of a best.pt; returns what stays fresh.
 
     Only the classifier may stay fresh, if its size differs. A first convolution over three channels is summed to one
     over gray. Raises CheckpointError, naming the file, if anything else does not match.
     """
-    saved = load_checkpoint(path)
+    saved = read_initial(path)
+    if is_chest(saved):
+        own = network.state_dict()
+        if "features.conv0.weight" not in own:
+            raise CheckpointError(f"{path}: a DenseNet of torchxrayvision: it needs `arch` densenet121")
+        weights, fresh = adapt_chest(saved, own, path.name)
+        _load_weights(network, weights, str(path))
+        return [f"the classifier of {', '.join(fresh)}"]
     inner = (saved.get(name) for name in ("weights", "state_dict", "model"))
     return _load_weights(network, next((one for one in inner if isinstance(one, dict)), saved), str(path))
 
@@ -257,23 +266,9 @@ def _download_imagenet(arch: str) -> Mapping[str, Any]:
                 progress=False, check_hash=True, weights_only=True, map_location="cpu"
             )
     except Exception as error:  # no connection, a wrong hash, a damaged file in the cache
-        what, place = f"the ImageNet weights of {arch}", _hub_path(weights.url)
-        raise CheckpointError(_cannot_download(what, weights.url, error, place)) from error
+        what, place = f"the ImageNet weights of {arch}", hub_path(weights.url)
+        raise CheckpointError(cannot_download(what, weights.url, error, place) + _WITHOUT) from error
     return state
-
-
-def _hub_path(url: str) -> Path:
-    """Where torch keeps the file that it has downloaded from there."""
-    return Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
-
-
-def _cannot_download(what: str, url: str, error: Exception, place: Path | None = None) -> str:
-    reason = " ".join(str(error).split())[:200]
-    put = f"as {place}, or anywhere for `init` FILE" if place else "for `init` FILE"
-    return (
-        f"{what} cannot be downloaded from {url}: {reason}; download that file elsewhere and put it here, {put}; "
-        "without `pretrained` (in make: PRETRAINED=no) a run starts from random weights"
-    )
 
 
 def _over_gray(weight: Tensor) -> Tensor:

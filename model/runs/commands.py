@@ -18,6 +18,7 @@ from model.runs.job import Job, StopFlag, open_job
 from model.runs.options import (
     DATA_OPTIONS,
     GroupedCommand,
+    InitPath,
     config_options,
     grouped,
     run_option,
@@ -57,8 +58,8 @@ JOB_OPTIONS = [
         "network",
         "--init",
         metavar="FILE",
-        type=click.Path(path_type=Path, exists=True),
-        help="Start from these weights, or those of a run.",
+        type=InitPath(path_type=Path, exists=True),
+        help="Start from these weights, or those of a run, or xrv:NAME: torchxrayvision's for chest films.",
     ),
     grouped(
         "labels",

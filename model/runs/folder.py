@@ -143,6 +143,7 @@ def save_best(job: Job, weights: Mapping[str, Tensor], epoch: float, score: floa
     images = AS_IT_IS._asdict() | said
     about = {"epoch": epoch, "dev_auroc": score, "images": images, "pixels": dict(job.pixels)}
     about["dataset"] = dict(job.manifest.dataset)
+    about["input_scale"] = list(job.config.input_scale)  # `pixels`, where they are not the shards' own
     save_checkpoint(job.run / "best.pt", {"weights": dict(weights), **about})
 
 

@@ -19,6 +19,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from model.chest import XRV, download_chest, initial_scale
 from model.networks import own_input
 from model.ranks import ALONE, Ranks, share_of_cores
 from model.runs.config import HELD_OUT, IMAGE_SIZE, Config, check_config
@@ -121,10 +122,10 @@ def open_job(
     """The job that trains a run in the folder `run` on shards in a folder or at a URL, or on those of several.
 
     What the configuration leaves open comes from the shards: policies, and a share of train to hold out where they
-    have no dev split; or from the network: the size and the normalization of its input. `teacher` is the run whose
-    scores selftrained labels learn from, `init` a file of weights, or a run, to start from; `cache` keeps shards of a
-    URL, up to `cache_size` bytes. Raises SettingError for values that do not go together, and DataError for unusable
-    shards.
+    have no dev split; or from the network or its first weights: the size and scale of its input. `teacher` is the run
+    whose scores selftrained labels learn from, `init` a file of weights, or a run, to start from; `cache` keeps shards
+    of a URL, up to `cache_size` bytes. Raises SettingError for values that do not go together, and DataError for
+    unusable shards.
     """
     collection = open_collection(shards, cache, cache_size)
     manifest = collection.manifest
@@ -140,6 +141,8 @@ def open_job(
         raise SettingError(
             f"`dev` is for shards without a dev split; {collection} have one, of {images:,} images"
         )
+    if init is not None and str(init).startswith(XRV):
+        init = download_chest(str(init).removeprefix(XRV))
     if init is not None and init.is_dir():
         init = init / "best.pt"
     own = own_input(config.arch)
@@ -153,7 +156,7 @@ def open_job(
         labels=tuple(label for label in LABELS if label in config.labels) or config.labels,
         dev=config.dev or (None if "dev" in manifest.splits else HELD_OUT),
         image_size=config.image_size or (own.size if own else IMAGE_SIZE),
-        input_scale=(own.mean, own.std) if own else (),
+        input_scale=(own.mean, own.std) if own else initial_scale(config.arch, init),
     )
     check_config(config, ranks)
     device, precision = choose_device(config.amp)

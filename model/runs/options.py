@@ -9,6 +9,7 @@ from typing import Any, get_type_hints
 
 import click
 
+from model.chest import XRV
 from model.networks import check_arch
 from model.ranks import share_of_cores
 from model.runs.config import Config, Option, options
@@ -66,6 +67,14 @@ class Values(click.ParamType[tuple[Any, ...]]):
         if not words or words == [""]:
             self.fail("no value", param, ctx)
         return tuple(dict.fromkeys(self.one.convert(word, param, ctx) for word in words))
+
+
+class InitPath(click.Path):
+    """A path, or xrv:NAME as one."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The path."""
+        return Path(value) if str(value).startswith(XRV) else super().convert(value, param, ctx)
 
 
 class GroupedOption(click.Option):

@@ -10,6 +10,7 @@ import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
 
+from model.chest import SCALE, TERMS
 from model.networks import weights_terms
 from pipeline.base.pages import (
     FAINT,
@@ -90,6 +91,8 @@ def describe_start(config: Mapping[str, Any]) -> str:
     """The weights that a run of this configuration starts from, and on what terms."""
     if config["pretrained"]:
         return weights_terms(config["arch"])
+    if config["init"] and tuple(config.get("input_scale", ())) == SCALE:
+        return TERMS
     return "weights of a file; license not stated" if config["init"] else "random weights"
 
 
