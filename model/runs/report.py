@@ -11,6 +11,7 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 
 from model.networks import IMAGENET_TERMS
+from model.runs.config import name_choice
 from pipeline.base.pages import (
     FAINT,
     FIRST,
@@ -83,6 +84,7 @@ def render_model_card(
         gaps=gaps,
         dataset=dataset,
         start=describe_start(config),
+        choice=name_choice(config["choose_by"]),
     )
 
 

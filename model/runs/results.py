@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 
-from model.runs.config import Config, read_config
+from model.runs.config import Config, parse_choice, read_config
 from model.runs.folder import load_best, result_name
 from model.runs.job import Job, open_images, open_rows, selected_splits
 from model.runs.report import MEANS, render_model_card, render_report
@@ -36,13 +36,16 @@ TRAIN_SAMPLES = 2000  # that a sweep scores of train
 CALIBRATION = "calibration.json"
 
 
-def finish_run(job: Job) -> None:
-    """Choose thresholds on dev, evaluate best.pt on dev and valid, and write report.html and model-card.md."""
+def finish_run(job: Job) -> dict[str, dict[str, Any]]:
+    """Choose thresholds on dev, evaluate best.pt on dev and valid, and write report.html and model-card.md.
+
+    Returns the evaluations, by split, on the first rank.
+    """
     splits = selected_splits(job)
     names: list[str] = [name for name in ("dev", "valid") if name in splits]
     found = {name: score_best(job, name) for name in names}
     if not job.ranks.is_first:
-        return
+        return {}
     (job.run / CALIBRATION).unlink(missing_ok=True)  # one of an earlier best.pt
     results = {name: evaluate(job, name, found[name]) for name in names}
     evaluations = {name: evaluation for name, (evaluation, _) in results.items()}
@@ -54,6 +57,7 @@ def finish_run(job: Job) -> None:
         data[name] = count_rows(split.table.take(rows))
     card = render_model_card(job.run.name, config, data, evaluations, job.manifest.dataset)
     write_atomically(job.run / "model-card.md", card.encode())
+    return evaluations
 
 
 def evaluate(
@@ -247,20 +251,24 @@ def write_report(job: Job, file: str, results: Mapping[str, tuple[dict[str, Any]
     write_atomically(job.run / file, page.encode())
 
 
-def choice_score(report: Mapping[str, Any]) -> float | None:
-    """The macro AUROC a checkpoint is chosen by: over the labels with 10 positives or more, if there are any.
+def choice_score(line: Mapping[str, Any], choose_by: str) -> float | None:
+    """The AUROC a checkpoint is chosen by, of a line of metrics.jsonl: the mean over the labels of `choose_by`.
 
-    On the real dev split these are all labels; on a small one the others would add chance alone.
+    None where one of them has one class. `all` are the labels with 10 positives or more, if there are any: on the
+    real dev split these are all labels; on a small one the others would add chance alone.
     """
-    score: float | None = report["macro10_auroc"]
-    return report["macro_auroc"] if score is None else score
+    if labels := parse_choice(choose_by):
+        areas = [line["labels"][label] for label in labels]
+        return None if None in areas else sum(areas) / len(areas)
+    score: float | None = line["macro10_auroc"]
+    return line["macro_auroc"] if score is None else score
 
 
 def measure_run(job: Job) -> dict[str, Any]:
-    """A finished run's dev macro AUROC, by which its checkpoint was chosen, and what it compares with.
+    """A finished run's AUROC on dev, by which its checkpoint was chosen, and what it compares with.
 
     `same` (on dev), `train` (on a part of it) and `valid`, with its limits `low` and `high`, are over the same `labels`
-    (their number): those that dev's macro is over and that have both classes in all of these.
+    (their number): those that the first is over and that have both classes in all of these.
     """
     names = job.config.labels
     network, best = load_best(job.run, job.config, job.device)
@@ -275,7 +283,7 @@ def measure_run(job: Job) -> dict[str, Any]:
     means = averaged_labels(labels["dev"])
     same = [
         name
-        for name in means["macro10"] or means["macro"]
+        for name in parse_choice(job.config.choose_by) or means["macro10"] or means["macro"]
         if all(of[name]["auroc"] is not None for of in labels.values())
     ]
     figures = {split: mean_of(of, same, "auroc") for split, of in labels.items()}

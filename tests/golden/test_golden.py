@@ -75,6 +75,7 @@ def test_a_run_has_the_same_configuration_losses_and_weights(
         "dev": None,
         "mix": [],
         "balance_over": None,
+        "choose_by": "all",
     }  # fields since then, which are off
     assert written == expected["config"] | new | {"manifest": job.config.manifest}
     assert list(written) == [*list(expected["config"])[:13], "manifest", *list(expected["config"])[13:], *new]

@@ -20,6 +20,7 @@ CONFIG = {
     "where": (),
     "labels": tuple(NAMES),
     "keep": "best",
+    "choose_by": "all",
     "pretrained": False,
     "init": None,
 }
