@@ -866,7 +866,7 @@ def test_a_choice_is_the_mean_over_its_labels_and_patience_waits_for_it(
     ("changes", "message"),
     [
         (
-            {"choose_by": "Support Devices,Edema", "where": ("Edema=positive",)},
+            {"choose_by": "Edema", "where": ("Edema=positive",)},
             "`choose_by`: Edema has one class on dev; raise `dev`, or choose by other labels$",
         ),
         ({"choose_by": "competition", "labels": ("Edema",)}, "`choose_by` competition: Atelectasis, Card"),

@@ -27,8 +27,9 @@ from pipeline.measure.compare import combine_views, compare_methods, group_by_vi
 from pipeline.measure.covariates import find_covariates, find_strata
 from pipeline.measure.delong import combine_limits, measure_areas, weigh_labels
 from pipeline.measure.elsewhere import subtract_own, try_recalibration
-from pipeline.measure.evaluate import Scored, assess, calibrate
+from pipeline.measure.evaluate import Scored, assess, calibrate, study_level
 from pipeline.measure.metrics import averaged_labels, mean_of, report_auroc
+from pipeline.measure.readers import Reads, assess_readers
 from pipeline.stream.samples import find_places
 
 RESAMPLES = 1000  # of patients, for intervals of AUPRC
@@ -70,14 +71,15 @@ def evaluate(
     chosen_by: tuple[str, ...] = (),
     shared: Mapping[str, int | None] = MappingProxyType({}),
     sanity: Mapping[str, Any] = MappingProxyType({}),
+    readers: Mapping[str, Reads] = MappingProxyType({}),
 ) -> tuple[dict[str, Any], Scored]:
     """Evaluate what `score_best` found for a split; writes its scores and evaluation into the run.
 
     `against` are other runs and their scores, as `find_scores` has them. `sensitivity` is what the third threshold
     is to reach on dev, `combine` how a study's score comes from its views: max or mean. `chosen_by` are the conditions
     that chose the images, where they are not the run's own; they, `shared` as `check_evaluation` counts it, and
-    `sanity` as `check_sanity` has it are kept in the evaluation. Raises DataError where thresholds would have to be
-    chosen on other shards than the run's.
+    `sanity` as `check_sanity` has it are kept in the evaluation. `readers` is what each said of the studies.
+    Raises DataError where thresholds would have to be chosen on other shards than the run's.
     """
     config = job.config
     scored, table = found
@@ -96,6 +98,8 @@ def evaluate(
     evaluation["not_annotated"] = [label for label in job.manifest.not_annotated if label in config.labels]
     evaluation |= {"chosen_by": list(chosen_by)} if chosen_by else {}
     evaluation |= {"sanity": dict(sanity)} if sanity else {}
+    if readers:
+        evaluation["readers"] = assess_readers(config.labels, study_level(scored, combine), readers)
     split, _ = open_images(job, name)
     edge = measure_edges(split, find_places(split, table), job.workers)
     evaluation["belief"] = assess_belief(

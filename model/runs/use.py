@@ -30,6 +30,7 @@ from model.runs.summary import (
     print_comparison,
     print_elsewhere,
     print_evaluations,
+    print_readers,
     print_sanity,
     print_verdicts,
 )
@@ -38,6 +39,7 @@ from pipeline.base.files import write_csv
 from pipeline.console import Checked, Number, say
 from pipeline.labels import MOST_VIEWS, VIEWS
 from pipeline.look.sheet import FORMATS, draw_variants, save_sheet, spread_rows
+from pipeline.measure.readers import read_reader
 from pipeline.stream.collection import open_collection
 from pipeline.stream.select import select_rows
 
@@ -70,6 +72,14 @@ VARIANTS = 4  # epochs that `inputs` shows
 @click.option("--views", type=click.Choice(VIEWS), show_default="the run's", help="Score these views.")
 @click.option("--shared-images", is_flag=True, help="Go on where the run trained on some of the images.")
 @click.option(
+    "--readers",
+    "reader_files",
+    multiple=True,
+    metavar="CSV",
+    type=click.Path(path_type=Path),
+    help="Show this reader's labels of the studies beside the ROC curves; several times.",
+)
+@click.option(
     "--sanity",
     is_flag=True,
     help="Score them covered and shuffled, too.",
@@ -87,6 +97,7 @@ def evaluate_command(
     where: tuple[str, ...],
     views: str | None,
     shared_images: bool,
+    reader_files: tuple[Path, ...],
     sanity: bool,
 ) -> int:
     """Score the run's best checkpoint on a split.
@@ -99,12 +110,18 @@ def evaluate_command(
     job = Job(config, collection, run, device, precision, workers, stop)
     chosen_by = (*where, *([] if views is None else [f"{views} views"]))
     scored = replace(job, config=replace(config, where=where or config.where, views=views or config.views))
+    readers = {path.name.split(".")[0]: read_reader(path, config.labels) for path in reader_files}
+    if len(readers) < len(reader_files):
+        raise click.UsageError("--readers: two files of one name, by which a reader is shown; rename one")
     try:
         others = find_scores(job, split, against)
         shared = check_evaluation(scored, split, others, shared_images)
         found = score_best(scored, split)
         altered = check_sanity(scored, split, found[0]) if sanity else {}
-        results = {split: evaluate(job, split, found, others, sensitivity, study, chosen_by, shared, altered)}
+        evaluated = evaluate(
+            job, split, found, others, sensitivity, study, chosen_by, shared, altered, readers
+        )
+        results = {split: evaluated}
     except InterruptedEvaluationError:
         return stop.code
     print_evaluations({split: results[split][0]})
@@ -112,6 +129,7 @@ def evaluate_command(
     print_elsewhere(results[split][0])
     print_comparison(results[split][0])
     print_sanity(results[split][0])
+    print_readers(results[split][0])
     result = name_result(job, split, chosen_by)
     compared = name_comparison(result, others)
     write_report(scored, f"report-{compared}.html", results)
