@@ -174,8 +174,9 @@ def test_readers_stand_beside_the_network(
             for _, row in table.iterrows()
         ]
         path.write_text("\n".join(["Study,Edema", *rows]))
-    words = [word for path in readers for word in ("--readers", path)]
-    assert call_train("evaluate", "--run", run, "--shards", sample_shards[0], *words) == 0
+    shards = ("--shards", sample_shards[0])
+    words = ("--readers", readers[0], "--readers", readers[1])
+    assert call_train("evaluate", "--run", run, *shards, *words) == 0
     found = json.loads((run / "evaluation-valid.json").read_text())["readers"]
     edema = found["labels"]["Edema"]
     assert [edema[name]["sensitivity"] for name in ("bc4", "bc6")] == [1, 0]
@@ -185,7 +186,7 @@ def test_readers_stand_beside_the_network(
     (tmp_path / "b").mkdir()
     shutil.copy(readers[0], tmp_path / "b")
     with pytest.raises(click.UsageError, match=r"^--readers: two files of one name"):
-        call_train("evaluate", "--run", run, "--readers", readers[0], "--readers", tmp_path / "b" / "bc4.csv")
+        call_train("evaluate", "--run", run, *shards, *words[:2], "--readers", tmp_path / "b" / "bc4.csv")
 
 
 def test_predict_reads_16_bit_images_as_the_shards_did(tmp_path: Path) -> None:
