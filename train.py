@@ -10,8 +10,8 @@
 `torchrun --nproc-per-node 8 train.py …` trains on 8 GPUs: every rank takes its slice of the same batches.
 
 A run folder holds config.json, environment.jsonl (a line per start), metrics.jsonl (a line per evaluation) and
-TensorBoard's events; last.pt (all that a resume restores) and best.pt (the averaged weights with the best dev
-macro AUROC); calibration.json (thresholds and calibrations chosen on dev), and for every split that was scored
+TensorBoard's events; last.pt (all that a resume restores) and best.pt (the averaged weights that are best on dev,
+by --choose-by); calibration.json (thresholds and calibrations chosen on dev), and for every split that was scored
 evaluation-<split>.json and scores-<split>.arrow; report.html and model-card.md. The same command on the same
 folder continues where it stopped, exactly: batches and augmentations are functions of (seed, epoch, step).
 
@@ -40,7 +40,7 @@ import copy
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -67,7 +67,7 @@ from model.optim import build_optimizer, scheduled_lr, set_lr, update_average
 from model.predict import DivergedError, InterruptedEvaluationError, explain_memory
 from model.ranks import Ranks
 from model.runs.commands import main
-from model.runs.config import Config, can_divide, output_count, three_class_columns
+from model.runs.config import Config, can_divide, name_choice, output_count, parse_choice, three_class_columns
 from model.runs.embeddings import use_embeddings
 from model.runs.folder import follow_by_wandb, fuse, open_run, record_environment, save_best
 from model.runs.job import (
@@ -232,11 +232,21 @@ def train_epochs(
             agree(job)
             if job.stop.code:
                 return stop_run(job, state)
-    try:
-        finish_run(job)
-    except InterruptedEvaluationError:
-        return say_stopped(job)
+        try:
+            found = finish_run(job)
+        except InterruptedEvaluationError:
+            return say_stopped(job)
+        if "valid" in found:  # of best.pt, once: no choice is made by it
+            labels = found["valid"]["labels"].items()
+            log_labels(log, "valid", {label: row["auroc"] for label, row in labels}, state.done)
     return 0
+
+
+def log_labels(log: Log, split: str, labels: Mapping[str, float | None], step: int) -> None:
+    """Add the AUROC of each label that has one to its curve."""
+    for label, auroc in labels.items():
+        if auroc is not None:
+            log(f"auroc_{split}/{label}", auroc, step)
 
 
 def check_ranks(job: Job, state: TrainState, before: int) -> None:
@@ -470,14 +480,18 @@ def evaluate_state(job: Job, state: TrainState, dev: Selected, steps: int, log: 
     network = after_backbone(state.ema) if job.on_embeddings else state.ema
     scored, _ = score_split(job, network, dev, job.scale)
     report = report_auroc(job.config.labels, *scored[:3])
-    score = choice_score(report)
-    if score is None:
-        raise DataError(no_choice(job))  # now that unusable images are left out
     epoch = round(state.done / steps, 4)
     line: dict[str, Any] = {"epoch": epoch, "step": state.done}
     line["train_loss"] = state.loss_sum / (state.done - state.evaluated)
     line |= {name: value for name, value in report.items() if name.endswith("_auroc")}
-    state.history.append(line | {"labels": {label: row["auroc"] for label, row in report["labels"].items()}})
+    line["labels"] = {label: row["auroc"] for label, row in report["labels"].items()}
+    chosen = job.config.choose_by
+    score, macro = (choice_score(line, labels) for labels in (chosen, "all"))
+    if score is None or macro is None:  # now that unusable images are left out
+        raise DataError(
+            no_choice(job, [label for label in parse_choice(chosen) if line["labels"][label] is None])
+        )
+    state.history.append(line)
     state.evaluated, state.loss_sum = state.done, 0.0
     is_best = score > state.best
     state.best = max(score, state.best)
@@ -488,16 +502,19 @@ def evaluate_state(job: Job, state: TrainState, dev: Selected, steps: int, log: 
         # Rewritten from the checkpoint's own history, so that steps run again are not listed twice.
         lines = "".join(json.dumps(line) + "\n" for line in state.history)
         write_atomically(job.run / "metrics.jsonl", lines.encode())
-    log("dev/macro_auroc", score, state.done)
+    log("dev/macro_auroc", macro, state.done)
+    if chosen != "all":
+        log("dev/choice_auroc", score, state.done)
+    log_labels(log, "dev", line["labels"], state.done)
     note = "  (best)" if is_best else ""
-    say(f"Epoch {epoch:g}: dev macro AUROC {score:.4f}{note}")
+    say(f"Epoch {epoch:g}: dev {name_choice(chosen)} AUROC {score:.4f}{note}")
 
 
 def is_out_of_patience(config: Config, state: TrainState) -> bool:
     """Whether none of the last `patience` evaluations beat the best one before them."""
     if config.patience is None:
         return False
-    scores = [choice_score(line) or 0.0 for line in state.history]
+    scores = [choice_score(line, config.choose_by) or 0.0 for line in state.history]
     return bool(scores) and len(scores) - 1 - scores.index(max(scores)) >= config.patience
 
 

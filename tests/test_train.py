@@ -197,7 +197,7 @@ def test_a_run_writes_what_it_promises(trained: Job) -> None:
     assert report["macro_auroc"] == pytest.approx(sum(defined.values()) / len(defined))
     assert report["skipped"] == [label for label in LABELS if label not in defined]
     # best.pt is the better of the two epochs, and what the report was made of
-    best = max(lines, key=lambda line: results.choice_score(line) or 0)
+    best = max(lines, key=lambda line: results.choice_score(line, "all") or 0)
     assert load_checkpoint(trained.run / "best.pt")["epoch"] == best["epoch"]
     assert {label: row["auroc"] for label, row in report["labels"].items()} == best["labels"]
 
@@ -813,9 +813,73 @@ def test_patience_ends_a_run_that_gets_no_better(make_job: Callable[..., Job]) -
     job = make_job("run", epochs=50, lr=1e-9, ema=1.0, eval_every=1, patience=3)  # the average stays as it is
     assert train.train(job) == 0
     lines = [json.loads(line) for line in (job.run / "metrics.jsonl").read_text().splitlines()]
-    scores = [results.choice_score(line) for line in lines]
+    scores = [results.choice_score(line, "all") for line in lines]
     assert len(scores) < 50
     assert scores.index(max(scores)) == len(scores) - 4  # type: ignore[type-var]
+
+
+def test_a_checkpoint_is_chosen_by_the_labels_asked_for(
+    make_job: Callable[..., Job], capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = make_job("run", epochs=2, eval_every=1, choose_by="Support Devices,Edema")
+    assert train.train(job) == 0
+    lines = [json.loads(line) for line in (job.run / "metrics.jsonl").read_text().splitlines()]
+    scores = [(line["labels"]["Edema"] + line["labels"]["Support Devices"]) / 2 for line in lines]
+    macro = [results.choice_score(line, "all") for line in lines]
+    best = load_checkpoint(job.run / "best.pt")
+    assert best["dev_auroc"] == max(scores)
+    assert best["epoch"] == lines[scores.index(max(scores))]["epoch"]
+    assert scores.index(max(scores)) != macro.index(max(macro))  # type: ignore[type-var]
+    assert f": dev Edema, Support Devices AUROC {max(scores):.4f}  (best)" in capsys.readouterr().err
+    events = EventAccumulator(str(job.run / "tensorboard"))
+    events.Reload()
+    for tag, expected in {"dev/choice_auroc": scores, "dev/macro_auroc": macro}.items():
+        assert [point.value for point in events.Scalars(tag)] == pytest.approx(expected)
+    card = (job.run / "model-card.md").read_text()
+    assert "The checkpoint is the one with the best Edema, Support Devices AUROC on dev." in card
+    figures = results.measure_run(job)
+    assert (figures["dev"], figures["labels"]) == (max(scores), 2)
+    assert figures["same"] == pytest.approx(max(scores))
+
+
+@pytest.mark.parametrize(
+    ("choose_by", "expected", "waits"),
+    [
+        ("all", [0.9, 0.8, 0.7], True),
+        ("competition", [0.5, 0.6, 0.7], False),
+        ("Edema", [0.3, 0.8, 0.5], False),
+        ("Edema,Fracture", [None] * 3, True),
+    ],
+)
+def test_a_choice_is_the_mean_over_its_labels_and_patience_waits_for_it(
+    choose_by: str, expected: list[float | None], waits: bool
+) -> None:
+    others = {"Atelectasis": 0.5, "Cardiomegaly": 0.5, "Consolidation": 0.5, "Fracture": None}
+    history = [
+        {"macro10_auroc": macro, "labels": {**others, "Edema": edema, "Pleural Effusion": effusion}}
+        for macro, edema, effusion in ((0.9, 0.3, 0.7), (0.8, 0.8, 0.7), (0.7, 0.5, 1.5))
+    ]
+    assert [results.choice_score(line, choose_by) for line in history] == pytest.approx(expected)
+    config = Config(patience=2, choose_by=choose_by)
+    assert train.is_out_of_patience(config, Mock(history=history)) == waits
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"choose_by": "Edema", "where": ("Edema=positive",)},
+            "`choose_by`: Edema has one class on dev; raise `dev`, or choose by other labels$",
+        ),
+        ({"choose_by": "competition", "labels": ("Edema",)}, "`choose_by` competition: Atelectasis, Card"),
+        ({"choose_by": "edema"}, "'edema' is none of No Finding, Enlarged"),
+    ],
+)
+def test_a_choice_that_cannot_be_made_is_refused_before_training(
+    make_job: Callable[..., Job], changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(DataError, match=message):
+        train.train(make_job("run", **changes))
 
 
 def test_a_run_starts_from_the_weights_it_is_given(
@@ -846,7 +910,16 @@ def test_logs_say_what_the_run_did_and_with_what(
     (auroc,) = events.Scalars("dev/macro_auroc")
     (loss,) = events.Scalars("train/loss")
     assert (auroc.step, loss.step) == (line["step"], line["step"])
-    assert auroc.value == pytest.approx(results.choice_score(line))
+    assert auroc.value == pytest.approx(results.choice_score(line, "all"))
+    for split in ("dev", "valid"):
+        labels = json.loads((job.run / f"evaluation-{split}.json").read_text())["labels"]
+        defined = {label: row["auroc"] for label, row in labels.items() if row["auroc"] is not None}
+        curves = {label: events.Scalars(f"auroc_{split}/{label}") for label in defined}
+        assert {label: curve.value for label, (curve,) in curves.items()} == pytest.approx(defined)
+        assert {curve.step for (curve,) in curves.values()} == {line["step"]}
+        tags = {tag for tag in events.Tags()["scalars"] if tag.startswith(f"auroc_{split}/")}
+        assert tags == {f"auroc_{split}/{label}" for label in defined}  # no curve of one with one class
+    assert "dev/choice_auroc" not in events.Tags()["scalars"]
     assert loss.value == pytest.approx(line["train_loss"])
     (recent,) = events.Scalars("train/macro_auroc")
     assert 0.3 < recent.value < 0.8  # an untrained network's, of a few images

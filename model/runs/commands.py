@@ -254,7 +254,7 @@ def sweep_command(
         torch.compiler.reset()  # it gives up after several networks in one process
         gc.collect()  # a trial that failed is held by its traceback, and so is its memory
         torch.cuda.empty_cache()
-        if train(job, lambda history: watch([summarise(line) for line in history])):
+        if train(job, lambda history: watch([summarise(line, base.choose_by) for line in history])):
             return None
         try:
             return s.Outcome(**measure_run(job))
@@ -275,10 +275,10 @@ def sweep_command(
     return stop.code if not done else 1 if failed and not complete else 0
 
 
-def summarise(line: Mapping[str, Any]) -> dict[str, Any]:
+def summarise(line: Mapping[str, Any], choose_by: str) -> dict[str, Any]:
     """What a sweep keeps of an evaluation; `score` is what trials are compared by."""
     kept = ("epoch", "train_loss", "macro_auroc", "macro10_auroc")
-    return {name: line[name] for name in kept} | {"score": choice_score(line)}
+    return {name: line[name] for name in kept} | {"score": choice_score(line, choose_by)}
 
 
 for command in (evaluate_command, predict_command, export_command, inputs_command):

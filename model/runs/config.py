@@ -17,11 +17,22 @@ from model.networks import ARCHITECTURES, check_arch, own_input
 from model.ranks import Ranks
 from pipeline.base.errors import DataError, SettingError
 from pipeline.labels import LABELS, VIEWS
+from pipeline.measure.metrics import COMPETITION
 from pipeline.policies import BLANK_HELP, UNCERTAIN_HELP, check_blank_policy, parse_uncertain_policy
 
 HELD_OUT = 0.05  # share of the patients, where the shards have no dev split
 # Fields that runs of version 0.1 do not have.
-SINCE_0_1 = ("sync_bn", "fusion", "freeze", "dev", "mix", "balance_over", "layer_decay", "input_scale")
+SINCE_0_1 = (
+    "sync_bn",
+    "fusion",
+    "freeze",
+    "dev",
+    "mix",
+    "balance_over",
+    "layer_decay",
+    "input_scale",
+    "choose_by",
+)
 IMAGE_SIZE = 320  # of a network that has no size of its own
 
 
@@ -45,6 +56,29 @@ def split_columns(text: str) -> list[str]:
     if "" in names:
         raise DataError(f"'{text}' is not like projection,sex")
     return names
+
+
+def parse_labels(text: str) -> tuple[str, ...]:
+    """Names of labels, separated by commas; in the order of LABELS. Raises DataError for another name."""
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in LABELS:
+            raise DataError(f"'{name}' is none of {', '.join(LABELS)}")
+    return tuple(label for label in LABELS if label in names)
+
+
+def parse_choice(text: str) -> tuple[str, ...]:
+    """The labels whose mean AUROC chooses a checkpoint; none for `all`. Raises DataError for another name."""
+    return (
+        {"all": (), "competition": COMPETITION}[text]
+        if text in ("all", "competition")
+        else parse_labels(text)
+    )
+
+
+def name_choice(text: str) -> str:
+    """What chooses a checkpoint, in words, to be followed by AUROC: macro, competition, or the labels."""
+    return {"all": "macro", "competition": "competition"}.get(text) or ", ".join(parse_labels(text))
 
 
 def option(default: Any, group: str, help: str = "", **more: Any) -> Any:  # noqa: A002 - as click calls it
@@ -76,7 +110,9 @@ class Config:
     )
     amp: str = option("auto", "optimization", "Mixed precision.", choices=("auto", "bf16", "fp16", "off"))
     ema: float = option(0.999, "optimization", "Decay of the averaged weights.", low=0, high=1)
-    keep: str = option("best", "run", "Weights to keep, by dev macro AUROC.", choices=("best", "last"))
+    keep: str = option(
+        "best", "run", "Weights to keep: the best on dev, or the last.", choices=("best", "last")
+    )
     augment: str = option(
         "affine",
         "data",
@@ -164,6 +200,13 @@ class Config:
     )
     # Mean and deviation of gray levels that the input is normalized by; empty: the shards'.
     input_scale: tuple[float, ...] = ()
+    choose_by: str = option(
+        "all",
+        "run",
+        "Labels whose mean AUROC on dev chooses the checkpoint; all: those with 10 positives there.",
+        check=parse_choice,
+        metavar="all|competition|A,B",
+    )
 
     @property
     def unit(self) -> str:
@@ -218,6 +261,8 @@ def check_config(config: Config, ranks: Ranks) -> None:
         )
     if config.balance_over and not config.balance:
         raise SettingError("`balance_over` is for the label of `balance`: it needs one")
+    if unlearned := [label for label in parse_choice(config.choose_by) if label not in config.labels]:
+        raise SettingError(f"`choose_by` {config.choose_by}: {', '.join(unlearned)} not among `labels`")
     if not can_divide(config.batch_size, config.accumulate, ranks):
         of_ranks = f" on each of {ranks.count} ranks" if ranks.count > 1 else ""
         raise SettingError(

@@ -5,7 +5,7 @@ environment.jsonl     a line per start: the code, packages and device it ran wit
 metrics.jsonl         a line per evaluation
 tensorboard/          the same and the loss, as TensorBoard's events
 last.pt               all that a resume restores
-best.pt               the averaged weights with the best dev macro AUROC, and what scoring an image needs
+best.pt               the averaged weights that are best on dev, by `choose_by`, and what scoring an image needs
 trained-on.arrow      checksums of the images of train and dev, and hashes of their patients, as `overlap` says
 calibration.json      thresholds and calibrations chosen on dev
 evaluation-<split>.json, scores-<split>.arrow    for every split that was scored; of other shards than the

@@ -12,10 +12,9 @@ import click
 from model.chest import XRV
 from model.networks import check_arch
 from model.ranks import share_of_cores
-from model.runs.config import Config, Option, options
+from model.runs.config import Config, Option, options, parse_labels
 from pipeline.base.errors import DataError
 from pipeline.console import Checked, Number, Parsed
-from pipeline.labels import LABELS
 
 GROUPS = ("sweep", "run", "data", "labels", "network", "optimization")
 
@@ -37,15 +36,6 @@ def parse_shares(text: str) -> tuple[float, ...]:
     if not shares or not all(0 < share < math.inf for share in shares):
         raise DataError(f"'{text}' is not like 0.7,0.3")
     return shares
-
-
-def parse_labels(text: str) -> tuple[str, ...]:
-    """Names of labels, separated by commas; in the order of LABELS."""
-    names = [name.strip() for name in text.split(",")]
-    for name in names:
-        if name not in LABELS:
-            raise DataError(f"'{name}' is none of {', '.join(LABELS)}")
-    return tuple(label for label in LABELS if label in names)
 
 
 class Values(click.ParamType[tuple[Any, ...]]):

@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 
 from model.chest import SCALE, TERMS
 from model.networks import weights_terms
+from model.runs.config import name_choice
 from pipeline.base.pages import (
     FAINT,
     FIRST,
@@ -23,8 +24,17 @@ from pipeline.base.pages import (
     show_limits,
 )
 from pipeline.measure.calibration import RULES, apply_calibration
-from pipeline.measure.evaluate import AREAS, KEPT, Scored
-from pipeline.measure.metrics import FEW, Bools, Curve, Floats, label_cells, reliability, threshold_curve
+from pipeline.measure.evaluate import AREAS, KEPT, Scored, study_level
+from pipeline.measure.metrics import (
+    FEW,
+    Bools,
+    Curve,
+    Floats,
+    label_cells,
+    net_benefit,
+    reliability,
+    threshold_curve,
+)
 
 MEANS = {"macro": "macro", "macro10": "macro, ≥ 10 positives", "mean5": "mean of competition's 5"}
 TITLES = {"youden": "Youden's J", "max_f1": "highest F1", "sensitivity": "sensitivity"}
@@ -84,6 +94,7 @@ def render_model_card(
         gaps=gaps,
         dataset=dataset,
         start=describe_start(config),
+        choice=name_choice(config["choose_by"]),
     )
 
 
@@ -155,8 +166,9 @@ def draw_training(history: Sequence[Mapping[str, Any]]) -> list[tuple[str, Marku
 
 
 def draw_panels(evaluation: Mapping[str, Any], images: Scored) -> dict[str, dict[str, Markup]]:
-    """ROC, precision-recall and reliability curves: kind → label → SVG; none of a label that is skipped."""
-    panels: dict[str, dict[str, Markup]] = {"ROC": {}, "precision-recall": {}, "reliability": {}}
+    """ROC, precision-recall, reliability and decision curves: kind → label → SVG; none of a label that is skipped."""
+    kinds = ("ROC", "precision-recall", "reliability", "decision")
+    panels: dict[str, dict[str, Markup]] = {kind: {} for kind in kinds}
     for name, score, truth in label_cells(list(evaluation["labels"]), *images[:3]):
         label = evaluation["labels"][name]
         if label["auroc"] is None:
@@ -167,10 +179,33 @@ def draw_panels(evaluation: Mapping[str, Any], images: Scored) -> dict[str, dict
             "ROC": partial(_draw_roc, curve, label["operating_points"]["youden"]),
             "precision-recall": partial(_draw_pr, curve),
             "reliability": partial(_draw_reliability, score, calibrated, truth),
+            "decision": partial(_draw_decision, calibrated, truth),
         }
         for kind, draw in draws.items():
-            panels[kind][name] = draw_svg(draw, f"{kind} curve of {name}", (2.1, 2.0), unit=True)
-    return panels
+            panels[kind][name] = draw_svg(
+                draw, f"{kind} curve of {name}", (2.1, 2.0), unit=kind != "decision"
+            )
+    return panels | {"readers": draw_readers(evaluation, images)}
+
+
+def draw_readers(evaluation: Mapping[str, Any], images: Scored) -> dict[str, Markup]:
+    """Where readers were given: label → ROC curve of the studies, with a point for each reader, as SVG."""
+    if "readers" not in evaluation:
+        return {}
+    drawn = {}
+    studies = study_level(images, evaluation["calibration"]["combine"])
+    for name, score, truth in label_cells(list(evaluation["labels"]), *studies[:3]):
+        places = [of for of in evaluation["readers"]["labels"][name].values() if of["below"] is not None]
+        if places:
+            draw = partial(_draw_readers, threshold_curve(score, truth), places)
+            drawn[name] = draw_svg(draw, f"readers beside the ROC curve of {name}", (2.1, 2.0), unit=True)
+    return drawn
+
+
+def _draw_readers(curve: Curve, places: Sequence[Mapping[str, Any]], axes: Axes) -> None:
+    _draw_roc(curve, None, axes)
+    x, y = [1 - of["specificity"] for of in places], [of["sensitivity"] for of in places]
+    axes.plot(x, y, "D", color=THIRD, markersize=3.5)
 
 
 def _draw_roc(curve: Curve, chosen: Mapping[str, float] | None, axes: Axes) -> None:
@@ -199,6 +234,15 @@ def _draw_reliability(score: Floats, calibrated: Floats, truth: Bools, axes: Axe
     axes.set(xlabel="mean score", ylabel="share of positives")
 
 
+def _draw_decision(calibrated: Floats, truth: Bools, axes: Axes) -> None:
+    thresholds, share = np.arange(1, 100) / 100, float(truth.mean())
+    for probability, style, color in ((np.ones(len(truth)), "--", SECOND), (calibrated, "-", FIRST)):
+        heights = [net_benefit(probability, truth, at).mean() for at in thresholds]
+        axes.plot(thresholds, heights, style, color=color)
+    axes.axhline(0, linestyle=":", color=FAINT)
+    axes.set(xlabel="threshold", ylabel="net benefit", xlim=(0, 1), ylim=(-0.25 * share, 1.05 * share))
+
+
 def show_cell(text: str) -> str:
     """A text as a line of Markdown that holds no markup, and no end of a table's cell."""
     return " ".join(text.replace("&", "&amp;").replace("<", "&lt;").replace("|", "/").split())
@@ -218,9 +262,21 @@ def mark_few(label: Mapping[str, Any] | None) -> str:
     return " (few)" if label and label["few"] else ""
 
 
+def count_below(places: Mapping[str, Mapping[str, Any]]) -> str:
+    """How many of the readers of a label are below the ROC curve, of those that can be placed."""
+    below = [place["below"] for place in places.values() if place["below"] is not None]
+    few = "few " if any(place["few"] for place in places.values()) else ""
+    return f"{few}{sum(below)} of {len(below)}" if below else "–"
+
+
 def open_run_templates() -> jinja2.Environment:
     """The templates of a run's pages."""
     environment = open_templates("model.runs")
-    environment.filters |= {"cell": show_cell, "few": mark_few, "widest_gap": widest_gap}
+    environment.filters |= {
+        "below": count_below,
+        "cell": show_cell,
+        "few": mark_few,
+        "widest_gap": widest_gap,
+    }
     environment.globals |= {"MEANS": MEANS, "RULES": RULES, "AREAS": AREAS, "KEPT": KEPT, "TITLES": TITLES}
     return environment

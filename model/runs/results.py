@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 
-from model.runs.config import Config, read_config
+from model.runs.config import Config, parse_choice, read_config
 from model.runs.folder import load_best, result_name
 from model.runs.job import Job, open_images, open_rows, selected_splits
 from model.runs.report import MEANS, render_model_card, render_report
@@ -27,21 +27,25 @@ from pipeline.measure.compare import combine_views, compare_methods, group_by_vi
 from pipeline.measure.covariates import find_covariates, find_strata
 from pipeline.measure.delong import combine_limits, measure_areas, weigh_labels
 from pipeline.measure.elsewhere import subtract_own, try_recalibration
-from pipeline.measure.evaluate import Scored, assess, calibrate
+from pipeline.measure.evaluate import Scored, assess, calibrate, study_level
 from pipeline.measure.metrics import Floats, averaged_labels, mean_of, report_auroc
+from pipeline.measure.readers import Reads, assess_readers
 from pipeline.stream.samples import find_places
 
 RESAMPLES = 1000  # of patients, for intervals of AUPRC
 TRAIN_SAMPLES = 2000  # that a sweep scores of train
 
 
-def finish_run(job: Job) -> None:
-    """Choose thresholds on dev, evaluate best.pt on dev and valid, and write report.html and model-card.md."""
+def finish_run(job: Job) -> dict[str, dict[str, Any]]:
+    """Choose thresholds on dev, evaluate best.pt on dev and valid, and write report.html and model-card.md.
+
+    Returns the evaluations, by split, on the first rank.
+    """
     splits = selected_splits(job)
     names: list[str] = [name for name in ("dev", "valid") if name in splits]
     found = {name: score_best(job, name) for name in names}
     if not job.ranks.is_first:
-        return
+        return {}
     forget_calibrations(job.run)  # of an earlier best.pt
     results = {name: evaluate(job, name, found[name]) for name in names}
     evaluations = {name: evaluation for name, (evaluation, _) in results.items()}
@@ -53,6 +57,7 @@ def finish_run(job: Job) -> None:
         data[name] = count_rows(split.table.take(rows))
     card = render_model_card(job.run.name, config, data, evaluations, job.manifest.dataset)
     write_atomically(job.run / "model-card.md", card.encode())
+    return evaluations
 
 
 def forget_calibrations(run: Path) -> None:
@@ -72,13 +77,15 @@ def evaluate(
     shared: Mapping[str, int | None] = MappingProxyType({}),
     sanity: Mapping[str, Any] = MappingProxyType({}),
     members: Mapping[str, Floats] = MappingProxyType({}),
+    readers: Mapping[str, Reads] = MappingProxyType({}),
 ) -> tuple[dict[str, Any], Scored]:
     """Evaluate what `score_best` found for a split; writes its scores and evaluation into the run.
 
     `against` are other runs and their scores, as `find_scores` has them. `sensitivity` is what the third threshold
     is to reach on dev, `combine` how a study's score comes from its views: max or mean. `chosen_by` are the conditions
     that chose the images, where they are not the run's own; they, `shared` as `check_evaluation` counts it, and
-    `sanity` as `check_sanity` has it are kept in the evaluation. `members` are the scores by those of an ensemble.
+    `sanity` as `check_sanity` has it are kept in the evaluation. `members` are the scores by those of an ensemble,
+    `readers` what each said of the studies.
     Raises DataError where thresholds would have to be chosen on other shards than the run's.
     """
     config = job.config
@@ -100,6 +107,8 @@ def evaluate(
     evaluation |= {"sanity": dict(sanity)} if sanity else {}
     evaluation |= {"tta": job.tta} if job.tta > 1 else {}
     evaluation |= {"gain": measure_gain(config.labels, scored, members)} if members else {}
+    if readers:
+        evaluation["readers"] = assess_readers(config.labels, study_level(scored, combine), readers)
     split, _ = open_images(job, name)
     edge = measure_edges(split, find_places(split, table), job.workers)
     evaluation["belief"] = assess_belief(
@@ -276,20 +285,24 @@ def describe_settings(job: Job) -> dict[str, Any]:
     return settings | ({"members": [str(member.job.run) for member in job.members]} if job.members else {})
 
 
-def choice_score(report: Mapping[str, Any]) -> float | None:
-    """The macro AUROC a checkpoint is chosen by: over the labels with 10 positives or more, if there are any.
+def choice_score(line: Mapping[str, Any], choose_by: str) -> float | None:
+    """The AUROC a checkpoint is chosen by, of a line of metrics.jsonl: the mean over the labels of `choose_by`.
 
-    On the real dev split these are all labels; on a small one the others would add chance alone.
+    None where one of them has one class. `all` are the labels with 10 positives or more, if there are any: on the
+    real dev split these are all labels; on a small one the others would add chance alone.
     """
-    score: float | None = report["macro10_auroc"]
-    return report["macro_auroc"] if score is None else score
+    if labels := parse_choice(choose_by):
+        areas = [line["labels"][label] for label in labels]
+        return None if None in areas else sum(areas) / len(areas)
+    score: float | None = line["macro10_auroc"]
+    return line["macro_auroc"] if score is None else score
 
 
 def measure_run(job: Job) -> dict[str, Any]:
-    """A finished run's dev macro AUROC, by which its checkpoint was chosen, and what it compares with.
+    """A finished run's AUROC on dev, by which its checkpoint was chosen, and what it compares with.
 
     `same` (on dev), `train` (on a part of it) and `valid`, with its limits `low` and `high`, are over the same `labels`
-    (their number): those that dev's macro is over and that have both classes in all of these.
+    (their number): those that the first is over and that have both classes in all of these.
     """
     names = job.config.labels
     network, best = load_best(job.run, job.config, job.device)
@@ -304,7 +317,7 @@ def measure_run(job: Job) -> dict[str, Any]:
     means = averaged_labels(labels["dev"])
     same = [
         name
-        for name in means["macro10"] or means["macro"]
+        for name in parse_choice(job.config.choose_by) or means["macro10"] or means["macro"]
         if all(of[name]["auroc"] is not None for of in labels.values())
     ]
     figures = {split: mean_of(of, same, "auroc") for split, of in labels.items()}

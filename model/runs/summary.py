@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from model.runs.report import MEANS
+from model.runs.report import MEANS, count_below
 from pipeline.base.pages import show_figure, show_limits
 from pipeline.console import say
 
@@ -162,6 +162,29 @@ def print_sanity(evaluation: Mapping[str, Any]) -> None:
         table.add_row(
             name, show_figure(macro["auroc"]), show_difference(macro["less"]), ", ".join(found["kept"]) or "–"
         )
+    Console().print(table)
+
+
+def print_readers(evaluation: Mapping[str, Any]) -> None:
+    """A table of what --readers asked for: readers below the ROC curve, and each one's sensitivity and specificity."""
+    if "readers" not in evaluation:
+        return
+    found = evaluation["readers"]
+    table = Table(
+        title="Readers beside the ROC curve, per study: sensitivity, specificity", title_justify="left"
+    )
+    table.add_column("label")
+    for title in ("below the curve", *(f"{name} (n = {n:,})" for name, n in found["readers"].items())):
+        table.add_column(title, justify="right")
+    for label, of in found["labels"].items():
+        cells = [
+            f"{show_figure(of[name]['sensitivity'])}, {show_figure(of[name]['specificity'])}"
+            if name in of
+            else "–"
+            for name in found["readers"]
+        ]
+        table.add_row(label, count_below(of), *cells)
+    table.caption = f"below the curve: {found['below']} of {found['of']}, readers times labels"
     Console().print(table)
 
 

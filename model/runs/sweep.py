@@ -30,6 +30,7 @@ import sqlalchemy
 from optuna.trial import FrozenTrial, TrialState
 
 from model.predict import DivergedError, MemoryExhaustedError
+from model.runs.config import name_choice
 from pipeline.base.errors import DataError, describe_difference
 from pipeline.base.files import locked
 from pipeline.console import say
@@ -62,10 +63,10 @@ class Trial(NamedTuple):
     error: str | None  # why it failed
     parameters: Point  # those that vary
     run: Path  # its run folder
-    dev: float | None  # macro AUROC of the kept checkpoint, by which trials are compared
+    dev: float | None  # AUROC of the kept checkpoint by `choose_by`, by which trials are compared
     labels: (
         int | None
-    )  # how many labels the next three macro AUROCs are over: those with both classes everywhere
+    )  # how many labels the next three mean AUROCs are over: those with both classes everywhere
     same: float | None  # on dev
     train: float | None  # on a part of train
     valid: float | None
@@ -73,7 +74,7 @@ class Trial(NamedTuple):
     high: float | None
     epochs: float | None  # done
     seconds: float | None  # in its last attempt
-    history: list[dict[str, Any]]  # epoch and dev macro AUROC of each evaluation
+    history: list[dict[str, Any]]  # epoch and `score` on dev of each evaluation
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,11 @@ class Sweep:
     def varying(self) -> list[str]:
         """The parameters with more than one value."""
         return [name for name, values in self.values.items() if len(values) > 1]
+
+    @property
+    def choice(self) -> str:
+        """What trials are compared by, in words, to be followed by AUROC."""
+        return name_choice(self.options.get("choose_by", "all"))
 
     def run_folder(self, point: Point) -> Path:
         """A point's run folder, which two trials of the point share."""
@@ -294,7 +300,7 @@ def run_trial(
     train_point: Callable[[Point, Path, Watch], Outcome | None],
     should_stop: Callable[[], bool],
 ) -> float:
-    """Train the point of a trial that this process has claimed; returns dev's macro AUROC.
+    """Train the point of a trial that this process has claimed; returns its AUROC on dev.
 
     Raises TrialDropped, TrialStopped, TrialPruned, and whatever `train_point` raises.
     """
@@ -350,7 +356,7 @@ def run_trial(
     if outcome is None:
         raise TrialStopped
     trial.set_user_attr("outcome", outcome._asdict())
-    say(f"Trial {trial.number}: dev macro AUROC {outcome.dev:.4f}")
+    say(f"Trial {trial.number}: dev {sweep.choice} AUROC {outcome.dev:.4f}")
     return outcome.dev
 
 

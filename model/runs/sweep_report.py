@@ -43,7 +43,7 @@ LEVELS = 12  # of the contours
 
 def write_sweep_report(sweep: Sweep, trials: Sequence[Trial]) -> None:
     """Write sweep.csv, report.html, contour-dev.png and contour-train.png into the sweep's folder."""
-    page = render_sweep(sweep.folder.name, trials, importances(sweep, trials))
+    page = render_sweep(sweep.folder.name, trials, importances(sweep, trials), sweep.choice)
     with locked(sweep.folder / ".lock"):  # processes that share a sweep end at the same time
         write_atomically(sweep.folder / "sweep.csv", format_csv(trials).encode())
         write_atomically(sweep.folder / "report.html", page.encode())
@@ -52,7 +52,7 @@ def write_sweep_report(sweep: Sweep, trials: Sequence[Trial]) -> None:
                 figure = Figure(figsize=(5.2, 4.0), layout="constrained")
                 axes = figure.subplots()
                 draw_contour(axes, points, "black")
-                axes.set_title(f"{METRICS[metric]} macro AUROC", fontsize=11)
+                axes.set_title(f"{METRICS[metric]} {sweep.choice} AUROC", fontsize=11)
                 save_figure(figure, sweep.folder / f"contour-{metric}.png")
 
 
@@ -76,8 +76,13 @@ def rank(trials: Sequence[Trial]) -> list[Trial]:
     return sorted(trials, key=lambda trial: (trial.dev is None, -(trial.dev or 0), trial.number))
 
 
-def render_sweep(title: str, trials: Sequence[Trial], shares: Mapping[str, float] | None) -> str:
-    """The page; `shares` are the parameters' importances, if there are enough trials for them."""
+def render_sweep(
+    title: str, trials: Sequence[Trial], shares: Mapping[str, float] | None, choice: str = "macro"
+) -> str:
+    """The page; `shares` are the parameters' importances, if there are enough trials for them.
+
+    `choice` is the AUROC that trials are compared by, as `name_choice` has it.
+    """
     ranked = rank(trials)
     best = ranked[0] if ranked and ranked[0].dev is not None else None
     draw = partial(pages.draw_svg, fitted=True)
@@ -107,7 +112,8 @@ def render_sweep(title: str, trials: Sequence[Trial], shares: Mapping[str, float
         parallel=draw(lambda axes: draw_parallel(axes, done), "parallel coordinates", (8.0, 3.2))
         if shown
         else None,
-        curves=draw(lambda axes: draw_curves(axes, ranked), "learning curves", (8.0, 3.4))
+        choice=choice,
+        curves=draw(lambda axes: draw_curves(axes, ranked, choice), "learning curves", (8.0, 3.4))
         if any(trial.history for trial in trials)
         else None,
         show=show_value,
@@ -233,8 +239,8 @@ def draw_importances(axes: Axes, shares: Mapping[str, float]) -> None:
     axes.tick_params(length=0)
 
 
-def draw_curves(axes: Axes, trials: Sequence[Trial]) -> None:
-    """Dev macro AUROC by epoch: the best trial thick, pruned ones dashed with a cross at their end."""
+def draw_curves(axes: Axes, trials: Sequence[Trial], choice: str = "macro") -> None:
+    """AUROC on dev by epoch: the best trial thick, pruned ones dashed with a cross at their end."""
     best = trials[0] if trials[0].dev is not None else None
     for trial in reversed(trials):
         if trial.history:
@@ -251,4 +257,4 @@ def draw_curves(axes: Axes, trials: Sequence[Trial]) -> None:
                 markevery=[-1],
             )
     axes.set_xlabel("epoch")
-    axes.set_ylabel("dev macro AUROC")
+    axes.set_ylabel(f"dev {choice} AUROC")

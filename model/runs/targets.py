@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from model.runs.config import learned_columns, split_columns
+from model.runs.config import learned_columns, parse_choice, split_columns
 from model.runs.job import TEACHER_SCORES, Job, Selected, open_rows
 from model.runs.scores import read_scores
 from pipeline.base.errors import DataError
@@ -25,8 +25,9 @@ def check_reported(job: Job, dev: Selected) -> None:
     """
     found = one_class_labels(dev.truth.target[dev.rows], dev.truth.mask[dev.rows])
     one_class = {label for label, *_ in found}
-    if one_class.issuperset(job.config.labels):
-        raise DataError(no_choice(job))
+    chosen = parse_choice(job.config.choose_by)
+    if one_class.issuperset(job.config.labels) or one_class.intersection(chosen):
+        raise DataError(no_choice(job, [label for label in chosen if label in one_class]))
     if "valid" in job.manifest.splits:
         try:
             open_rows(job, "valid")
@@ -34,8 +35,12 @@ def check_reported(job: Job, dev: Selected) -> None:
             say(f"valid: {error}: the report is without valid")
 
 
-def no_choice(job: Job) -> str:
-    """What is said where dev does not suffice."""
+def no_choice(job: Job, lacking: Sequence[str] = ()) -> str:
+    """What is said where dev does not suffice: for the labels of `choose_by` that lack a class there, or for any."""
+    if lacking:
+        what = "have" if len(lacking) > 1 else "has"
+        how = "raise `dev`, or choose by other labels"
+        return f"{job.shards}: `choose_by`: {', '.join(lacking)} {what} one class on dev; {how}"
     return f"{job.shards}: no label of dev has both classes to choose a checkpoint by; raise `dev`"
 
 

@@ -40,6 +40,7 @@ from model.runs.summary import (
     print_elsewhere,
     print_evaluations,
     print_gain,
+    print_readers,
     print_sanity,
     print_verdicts,
 )
@@ -49,6 +50,7 @@ from pipeline.console import Checked, Number, say
 from pipeline.labels import MOST_VIEWS, VIEWS
 from pipeline.look.sheet import FORMATS, draw_variants, save_sheet, spread_rows
 from pipeline.measure.calibration import RULES, apply_calibration, apply_calibrations, read_fit
+from pipeline.measure.readers import read_reader
 from pipeline.stream.collection import open_collection
 from pipeline.stream.select import select_rows
 
@@ -90,6 +92,14 @@ threshold_option = click.option(
 @click.option("--views", type=click.Choice(VIEWS), show_default="the run's", help="Score these views.")
 @click.option("--shared-images", is_flag=True, help="Go on where the run trained on some of the images.")
 @click.option(
+    "--readers",
+    "reader_files",
+    multiple=True,
+    metavar="CSV",
+    type=click.Path(path_type=Path),
+    help="Show this reader's labels of the studies beside the ROC curves; several times.",
+)
+@click.option(
     "--sanity",
     is_flag=True,
     help="Score them covered and shuffled, too.",
@@ -109,6 +119,7 @@ def evaluate_command(
     where: tuple[str, ...],
     views: str | None,
     shared_images: bool,
+    reader_files: tuple[Path, ...],
     sanity: bool,
 ) -> int:
     """Score the run's best checkpoint on a split; of several runs, the mean of their calibrated scores.
@@ -121,12 +132,16 @@ def evaluate_command(
     if out is not None and (len(model.members) == 1 or model.folder is not None):
         raise click.UsageError(f"--out is for several --run: the results of {model.name} go into its folder")
     chosen_by = (*where, *([] if views is None else [f"{views} views"]))
+    readers = {path.name.split(".")[0]: path for path in reader_files}
+    if len(readers) < len(reader_files):
+        raise click.UsageError("--readers: two files of one name, by which a reader is shown; rename one")
     try:
         job = open_scoring(model, out, collection, workers, stop, tta)
         config = job.config
         scored = replace(
             job, config=replace(config, where=where or config.where, views=views or config.views)
         )
+        reads = {name: read_reader(path, config.labels) for name, path in readers.items()}
         others = find_scores(job, split, against)
         shared = check_evaluation(scored, split, others, shared_images)
         *two, each = score_members(scored, split) if job.members else (*score_best(scored, split), [])
@@ -134,7 +149,7 @@ def evaluate_command(
         members = {str(member.job.run): scores for member, scores in zip(job.members, each, strict=True)}
         altered = check_sanity(scored, split, found[0]) if sanity else {}
         given = (others, sensitivity, study, chosen_by, shared, altered, members)
-        results = {split: evaluate(job, split, found, *given)}
+        results = {split: evaluate(job, split, found, *given, reads)}
     except InterruptedEvaluationError:
         return stop.code
     print_evaluations({split: results[split][0]})
@@ -143,6 +158,7 @@ def evaluate_command(
     print_elsewhere(results[split][0])
     print_comparison(results[split][0])
     print_sanity(results[split][0])
+    print_readers(results[split][0])
     result = name_result(job, split, chosen_by)
     compared = name_comparison(result, others)
     write_report(scored, f"report-{compared}.html", results)

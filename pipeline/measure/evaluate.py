@@ -34,6 +34,7 @@ from pipeline.measure.metrics import (
     averaged_labels,
     brier_score,
     calibration_error,
+    decide,
     independent_limits,
     label_cells,
     mean_of,
@@ -43,6 +44,7 @@ from pipeline.measure.metrics import (
 
 AVERAGED = ("auroc", "auprc", "brier", "ece", "brier_calibrated", "ece_calibrated")
 AREAS = ("auroc", "auprc")  # the metrics with intervals
+DECISIONS = (0.05, 0.1, 0.2, 0.3, 0.5)  # probabilities at which to act, for the net benefit
 KEPT = 0.6  # the AUROC above which a label is told without what an alteration takes away
 # The groups to compare; images in none of them are counted separately.
 GROUPS = {
@@ -318,6 +320,7 @@ def _assess_label(
         "brier_calibrated": brier_score(calibrated, truth),
         "ece": calibration_error(score, truth),
         "ece_calibrated": calibration_error(calibrated, truth),
+        "net_benefit": [decide(calibrated, truth, patient, at) for at in DECISIONS] if len(truth) else [],
         "operating_points": {
             rule: None
             if threshold is None

@@ -77,6 +77,7 @@ def test_a_run_has_the_same_configuration_losses_and_weights(
         "balance_over": None,
         "layer_decay": 1.0,
         "input_scale": [],
+        "choose_by": "all",
     }  # fields since then, which are off
     assert written == expected["config"] | new | {"manifest": job.config.manifest}
     assert list(written) == [*list(expected["config"])[:13], "manifest", *list(expected["config"])[13:], *new]

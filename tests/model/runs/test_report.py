@@ -9,7 +9,8 @@ from model.runs.report import describe_gaps, render_model_card, render_report
 from model.runs.summary import print_evaluations, print_gain, print_verdicts
 from pipeline.measure.belief import assess_belief
 from pipeline.measure.compare import measure_gain
-from pipeline.measure.evaluate import Scored, assess, calibrate
+from pipeline.measure.evaluate import Scored, assess, calibrate, study_level
+from pipeline.measure.readers import assess_readers
 
 NAMES = ["Edema", "Pleural Effusion", "Fracture", "Rare"]
 CONFIG = {
@@ -21,6 +22,7 @@ CONFIG = {
     "where": (),
     "labels": tuple(NAMES),
     "keep": "best",
+    "choose_by": "all",
     "pretrained": False,
     "init": None,
 }
@@ -261,13 +263,49 @@ def test_figures_follow_the_page_and_none_is_of_a_skipped_label(page: str) -> No
     names = [re.findall(r'aria-label="(.*?)"', svg)[0] for svg in svgs]
     assert names == ["train loss by epoch", "AUROC on dev by epoch"] + [
         f"{kind} curve of {name}"
-        for kind in ("ROC", "precision-recall", "reliability")
+        for kind in ("ROC", "precision-recall", "reliability", "decision")
         for name in ("Edema", "Pleural Effusion", "Rare")
     ]
     for svg in svgs:
         assert "var(--first)" in svg
         assert "currentColor" in svg
         assert not re.findall(r"(?:fill|stroke): #", svg)
+
+
+def test_a_decision_curve_has_its_gain_below(page: str, evaluation: dict[str, Any]) -> None:
+    text = " ".join(Page(page).text.split())
+    for name in ("Edema", "Pleural Effusion"):
+        gains = {at["threshold"]: at["gain"] for at in evaluation["labels"][name]["net_benefit"]}
+        assert list(gains) == [0.05, 0.1, 0.2, 0.3, 0.5]
+        shown = [f"at {at} {places(gains[at]['difference'])} {limits(gains[at])}" for at in (0.1, 0.3)]
+        assert f"{name} {', '.join(shown)}" in text
+
+
+def test_readers_are_points_on_the_curves_of_studies(images: Scored, evaluation: dict[str, Any]) -> None:
+    studies = study_level(images)
+    keys = [f"{p}/study{s}" for p, s in zip(studies.patient, studies.study, strict=True)]
+    reads: dict[str, dict[str, int | None]] = {
+        key: {"Edema": int(cell)} for key, cell in zip(keys, studies.target[:, 0], strict=True)
+    }
+    found = assess_readers(NAMES, studies, {"<bc4>": reads, "always": {key: {"Edema": 1} for key in keys}})
+    page = render_report("run", CONFIG, [], {"valid": evaluation | {"readers": found}}, {"valid": images})
+    (svg,) = re.findall(
+        r'<svg[^>]*aria-label="readers beside the ROC curve of Edema".*?</svg>', page, re.DOTALL
+    )
+    assert svg.count("<use") - svg.count("xtick") >= 2 or svg.count("var(--third)") >= 2
+    assert "0 of 2 (readers times labels) are below" in page
+    ((heading, edema, *_),) = Page(page).tables["readers"]
+    of = found["labels"]["Edema"]["<bc4>"]
+    assert heading[2].startswith(f"<bc4> (n = {len(keys)})")
+    rates = [f"1.000 {limits(of['intervals'][rate])}" for rate in ("sensitivity", "specificity")]
+    assert edema[:7] == [
+        "Edema",
+        "0 of 2",
+        f"{of['positives']}",
+        f"{of['negatives']}",
+        *rates,
+        places(of["network"]),
+    ]
 
 
 def test_the_same_run_gives_the_same_page(page: str, images: Scored, evaluation: dict[str, Any]) -> None:

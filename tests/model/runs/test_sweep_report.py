@@ -45,6 +45,13 @@ def test_the_csv_has_every_figure(trials: list[Trial]) -> None:
     assert format_csv([]).startswith("number,state,dev_auroc")
 
 
+def test_the_page_says_what_trials_are_compared_by(trials: list[Trial]) -> None:
+    page = render_sweep("first", trials, None, "Edema")
+    assert page.count("dev Edema AUROC") == 3  # the tile, a contour and the curves
+    assert "Sorted by the first dev, the Edema AUROC that decides. The second" in page
+    assert "the macro AUROC that decides, over the labels with 10" in render_sweep("first", trials, None)
+
+
 def test_the_page_has_the_best_first_and_valid_beside_it(trials: list[Trial]) -> None:
     page = render_sweep("<first>", trials, {"lr": 0.9, "weight_decay": 0.1})
     assert "<h1>&lt;first&gt;</h1>" in page

@@ -5,6 +5,7 @@ import re
 import shutil
 from pathlib import Path
 
+import click
 import numpy as np
 import pandas as pd
 import pytest
@@ -162,6 +163,32 @@ def test_other_conditions_than_the_runs_own_choose_what_is_scored(
     assert re.fullmatch(r"evaluation-valid-[0-9a-f]{8}.json", Path(files[1]).name)
     with pytest.raises(DataError, match=r"no lateral images among the"):
         call_train("evaluate", "--shards", shards, "--run", run, "--views", "lateral")
+
+
+def test_readers_stand_beside_the_network(
+    run: Path, sample_shards: tuple[Path, Manifest], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = read_table(sample_shards[0], sample_shards[1].splits["valid"]).to_pandas()
+    readers = [tmp_path / "bc4.csv", tmp_path / "bc6.csv"]
+    for path, flip in zip(readers, (False, True), strict=True):
+        rows = [
+            f"test/{row.patient}/study{row.study},{int(row['Edema'] == 1) ^ flip}"
+            for _, row in table.iterrows()
+        ]
+        path.write_text("\n".join(["Study,Edema", *rows]))
+    shards = ("--shards", sample_shards[0])
+    words = ("--readers", readers[0], "--readers", readers[1])
+    assert call_train("evaluate", "--run", run, *shards, *words) == 0
+    found = json.loads((run / "evaluation-valid.json").read_text())["readers"]
+    edema = found["labels"]["Edema"]
+    assert [edema[name]["sensitivity"] for name in ("bc4", "bc6")] == [1, 0]
+    assert edema["bc4"]["positives"] == (table.groupby(["patient", "study"])["Edema"].max() == 1).sum()
+    assert (edema["bc4"]["below"], found["of"]) == (False, 2)
+    assert f"below the curve: {found['below']} of 2" in capsys.readouterr().out
+    (tmp_path / "b").mkdir()
+    shutil.copy(readers[0], tmp_path / "b")
+    with pytest.raises(click.UsageError, match=r"^--readers: two files of one name"):
+        call_train("evaluate", "--run", run, *shards, *words[:2], "--readers", tmp_path / "b" / "bc4.csv")
 
 
 def test_predict_reads_16_bit_images_as_the_shards_did(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pipeline.measure.bootstrap import resample_auprc
 from pipeline.measure.calibration import apply_calibration
 from pipeline.measure.delong import combine_limits, measure_areas
 from pipeline.measure.evaluate import Scored, assess, calibrate, study_level
-from pipeline.measure.metrics import COMPETITION, brier_score, report_auroc, wilson_limits
+from pipeline.measure.metrics import COMPETITION, brier_score, decide, report_auroc, wilson_limits
 
 NAMES = [*COMPETITION, "Fracture", "Rare"]
 
@@ -91,6 +91,9 @@ def test_the_document_holds_each_figure(
     assert calibrated is not None
     assert calibrated < edema["brier"]
     assert edema["ece_calibrated"] < edema["ece"]
+    by_hand = decide(apply_calibration(score, fitted), truth, images.patient[used], 0.2)
+    assert edema["net_benefit"][2] == by_hand
+    assert by_hand["gain"]["low"] > 0
     best = edema["operating_points"]["sensitivity"]
     assert best["threshold"] == fitted["thresholds"]["sensitivity"]
     assert best["sensitivity"] == pytest.approx(recall_score(truth, score >= best["threshold"]))

@@ -10,6 +10,8 @@ from pipeline.measure.metrics import (
     areas,
     brier_score,
     calibration_error,
+    decide,
+    net_benefit,
     rank,
     rates_at,
     reliability,
@@ -150,3 +152,26 @@ def test_shares_have_wilsons_limits_on_as_many_cells_as_patients_are_worth() -> 
         found = wilson_limits(np.ones(20 * repeat, bool), np.repeat(np.arange(20), repeat))
         assert found == {"low": pytest.approx(sure.low), "high": pytest.approx(1)}
     assert wilson_limits(called[:0], np.arange(0)) == {"low": None, "high": None}
+
+
+def test_net_benefit_is_hits_less_the_price_of_false_alarms() -> None:
+    random = np.random.default_rng(4)
+    truth, probability = random.random(400) < 0.3, random.random(400).round(2)
+    owner = np.arange(400) // 2
+    for threshold in (0.05, 0.2, 0.5):
+        called = [p >= threshold for p in probability]
+        hits = sum(c and t for c, t in zip(called, truth, strict=True))
+        alarms = sum(c and not t for c, t in zip(called, truth, strict=True))
+        price = threshold / (1 - threshold)
+        found = decide(probability, truth, owner, threshold)
+        assert found["model"] == pytest.approx(hits / 400 - alarms / 400 * price)
+        assert found["all"] == pytest.approx(truth.mean() - (1 - truth.mean()) * price)
+        gain = found["gain"]
+        assert gain["difference"] == pytest.approx(found["model"] - max(0, found["all"]))
+        # patients resampled
+        ours, everyone = (net_benefit(p, truth, threshold) for p in (probability, np.ones(400)))
+        each = (ours - everyone if found["all"] > 0 else ours).reshape(200, 2).sum(axis=1)
+        means = each[random.integers(0, 200, (4000, 200))].sum(axis=1) / 400
+        limits = np.quantile(means, [0.025, 0.975])
+        assert (gain["low"], gain["high"]) == pytest.approx(limits, abs=0.1 * (limits[1] - limits[0]))
+    assert decide(probability, truth, np.zeros(400), 0.2)["gain"]["low"] is None
