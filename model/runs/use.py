@@ -18,6 +18,7 @@ from model.augment import AUGMENTATIONS, augment
 from model.export import Scorer, export_scorer
 from model.predict import InterruptedEvaluationError
 from model.runs.config import Config, learned_columns, read_config
+from model.runs.explain import write_heatmaps
 from model.runs.folder import load_best
 from model.runs.job import Job, StopFlag, choose_device
 from model.runs.options import DATA_OPTIONS, run_option, with_options, workers_option
@@ -139,9 +140,25 @@ def check_pattern(text: str) -> None:
     type=Checked(check_pattern),
     help="Files in whose paths it finds the same text are one study.  [default: those of a folder]",
 )
+@click.option(
+    "--heatmaps",
+    metavar="DIR",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Write heat maps there, too.",
+)
+@click.option(
+    "--heatmap-labels", default=1, type=click.IntRange(1), help="For this many labels of an image, by score."
+)
 @workers_option
 def predict_command(
-    run: Path, images: tuple[Path, ...], out: Path, strict: bool, group_by: str | None, workers: int
+    run: Path,
+    images: tuple[Path, ...],
+    out: Path,
+    strict: bool,
+    group_by: str | None,
+    heatmaps: Path | None,
+    heatmap_labels: int,
+    workers: int,
 ) -> int:
     """Score IMAGES (JPEG, PNG or DICOM files, or folders of them) by the run's best checkpoint.
 
@@ -161,6 +178,8 @@ def predict_command(
         if group_by is not None:
             raise click.UsageError(f"--group-by is for runs by studies; {run} learned single images")
         samples = {str(file): [file] for file in files}
+    elif heatmaps is not None:
+        raise click.UsageError(f"--heatmaps is for runs by images; {run} learned studies")
     else:
         samples = group_files(files, group_by)
     scores, bad = score_files(run, config, list(samples.values()), workers)
@@ -174,6 +193,9 @@ def predict_command(
     write_csv(out, [heading, *([name, *row] for name, row in zip(samples, cells, strict=True))])
     of_studies = f" in {len(samples):,} studies" if config.fusion else ""
     click.echo(f"{out}: scores of {len(files) - len(bad):,} images{of_studies}, {len(bad):,} unusable")
+    if heatmaps is not None:
+        count = write_heatmaps(run, config, files, scores, heatmaps, heatmap_labels)
+        click.echo(f"{heatmaps}: {count:,} heat maps")
     return 3 if strict and bad else 0
 
 
