@@ -153,7 +153,8 @@ def show(film: Film, tissue: Array) -> Array:
 def find_density(film: Film, tissue: Array) -> Array:
     """Air darkens tissue, bones brighten: density, mostly in [0, 1]."""
     markings = film.vessels * 0.6 + 0.05 * film.coarse
-    return tissue * (1 - film.air * (0.66 - markings)) + film.bright + 0.02 * film.coarse
+    density: Array = tissue * (1 - film.air * (0.66 - markings)) + film.bright + 0.02 * film.coarse
+    return density
 
 
 def draw_body(rng: np.random.Generator, sex: str) -> Body:
