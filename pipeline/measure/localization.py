@@ -90,8 +90,15 @@ def measure_localization(cells: Sequence[Cell]) -> dict[str, Any]:
 
     `fixed` is the hit rate of a map that does not look at the film: the mean of the label's maps of other patients.
     """
-    hit = np.array([cell.heat.max() > 0 and bool(_top(cell.heat, cell.marked)) for cell in cells], bool)
-    fixed = np.array([_hit_by_others(cells, cell) for cell in cells], bool)
+    hit = np.array([cell.heat.max() > 0 and _top(cell.heat, cell.marked) for cell in cells], bool)
+    sums: dict[tuple[str, ...], Any] = {}  # of the maps of a label, and of those of a patient
+    for cell in cells:
+        for group in ((cell.label,), (cell.label, cell.patient)):
+            sums[group] = sums.get(group, 0) + cell.heat.astype(float)
+    others = (sums[cell.label,] - sums[cell.label, cell.patient] for cell in cells)
+    fixed = np.array(
+        [heat.max() > 1e-6 and _top(heat, cell.marked) for heat, cell in zip(others, cells, strict=True)]
+    )
     iou = np.array([_iou(cell.heat >= THRESHOLD, cell.marked) for cell in cells])
     share = np.array([cell.marked.mean() for cell in cells])
     label, patient = (np.array([getattr(cell, name) for cell in cells]) for name in ("label", "patient"))
@@ -135,13 +142,8 @@ def _centers(frame: Sequence[float], side: int) -> tuple[Floats, Floats]:
     return frame[0] + frame[2] * middle, frame[1] + frame[3] * middle
 
 
-def _top(heat: npt.NDArray[np.float32], marked: Bools) -> bool:
+def _top(heat: npt.NDArray[Any], marked: Bools) -> bool:
     return bool(marked.flat[int(heat.argmax())])
-
-
-def _hit_by_others(cells: Sequence[Cell], cell: Cell) -> bool:
-    others = [other.heat for other in cells if other.label == cell.label and other.patient != cell.patient]
-    return bool(others) and _top(np.mean(others, axis=0), cell.marked)
 
 
 def _iou(found: Bools, marked: Bools) -> float:
