@@ -49,6 +49,7 @@ IMPORTERS = {
         "pipeline.console",
         "model.runs.options",
         "model.runs.commands",
+        "model.runs.explain",
         "model.runs.use",
     ),
 }

@@ -14,6 +14,7 @@ from model.predict import InterruptedEvaluationError
 from model.ranks import join_ranks
 from model.runs.config import Config, options
 from model.runs.cross import score_runs, train_runs, write_cross
+from model.runs.explain import gallery_command, localize_command
 from model.runs.job import Job, StopFlag, open_job
 from model.runs.options import (
     DATA_OPTIONS,
@@ -50,7 +51,7 @@ class TrainByDefault(click.Group):
 
 @click.group(cls=TrainByDefault, context_settings={"show_default": True})
 def main() -> None:
-    """Train, sweep, cross, evaluate, predict, export, inputs. Without a command's name: train."""
+    """Train, use a run, and look at what it does. Without a command's name: train."""
 
 
 JOB_OPTIONS = [
@@ -281,5 +282,12 @@ def summarise(line: Mapping[str, Any], choose_by: str) -> dict[str, Any]:
     return {name: line[name] for name in kept} | {"score": choice_score(line, choose_by)}
 
 
-for command in (evaluate_command, predict_command, export_command, inputs_command):
+for command in (
+    evaluate_command,
+    predict_command,
+    export_command,
+    inputs_command,
+    localize_command,
+    gallery_command,
+):
     main.add_command(command)

@@ -27,6 +27,7 @@ from model.runs.ensemble import (
     open_scoring,
     score_samples,
 )
+from model.runs.explain import write_heatmaps
 from model.runs.folder import load_best
 from model.runs.job import StopFlag
 from model.runs.options import DATA_OPTIONS, runs_option, tta_option, with_options, workers_option
@@ -186,6 +187,15 @@ def check_pattern(text: str) -> None:
     type=Checked(check_pattern),
     help="Files in whose paths it finds the same text are one study.  [default: those of a folder]",
 )
+@click.option(
+    "--heatmaps",
+    metavar="DIR",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Write heat maps there, too.",
+)
+@click.option(
+    "--heatmap-labels", default=1, type=click.IntRange(1), help="For this many labels of an image, by score."
+)
 @threshold_option
 @workers_option
 def predict_command(
@@ -196,6 +206,8 @@ def predict_command(
     strict: bool,
     group_by: str | None,
     threshold: str,
+    heatmaps: Path | None,
+    heatmap_labels: int,
     workers: int,
 ) -> int:
     """Score IMAGES (JPEG, PNG or DICOM files, or folders of them) by the run's best checkpoint: calibrated scores.
@@ -214,6 +226,9 @@ def predict_command(
         raise DataError(f"{', '.join(map(str, images))}: no {', '.join(IMAGE_SUFFIXES)} file")
     model = open_model(runs, tta)
     config = model.config
+    if heatmaps is not None and (config.fusion or len(model.members) > 1):
+        kind = "learned studies" if config.fusion else "are several networks"
+        raise click.UsageError(f"--heatmaps is for one run by images; {model.name} {kind}")
     if config.fusion is None:
         if group_by is not None:
             raise click.UsageError(f"--group-by is for runs by studies; {model.name} learned single images")
@@ -243,6 +258,9 @@ def predict_command(
     write_csv(out, [heading, *rows])
     of_studies = f" in {len(samples):,} studies" if config.fusion else ""
     click.echo(f"{out}: scores of {len(files) - len(bad):,} images{of_studies}, {len(bad):,} unusable")
+    if heatmaps is not None:
+        count = write_heatmaps(next(iter(model.members)), config, files, scores, heatmaps, heatmap_labels)
+        click.echo(f"{heatmaps}: {count:,} heat maps")
     return 3 if strict and bad else 0
 
 

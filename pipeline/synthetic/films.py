@@ -7,10 +7,12 @@ Positions are three-dimensional, so that a study's frontal and lateral views sho
 of the image's shorter side: x from the midline to the side, y downward, z from front to back.
 """
 
+import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
+import cv2
 import numpy as np
 import numpy.typing as npt
 
@@ -30,6 +32,10 @@ ON_LATERALS = {
     "Pleural Other": 2.0,
 }
 SKETCH = 0.5  # films are drawn at this share of the final resolution; metal and grain at full resolution
+SEEN = 0.02  # of black to white: a smaller change is lost in the grain
+ROOM = 2  # pixels of the sketch by which a box is larger than the change that it holds
+
+Box = tuple[int, int, int, int]  # left, top, width, height in pixels of the film
 
 
 class Finding(NamedTuple):
@@ -86,6 +92,22 @@ def draw_film(
 
     `patient_rng` decides the build, which a patient's films share; `rng` everything that differs between films.
     """
+    return draw_boxed_film(kind, projection, sex, findings, patient_rng, rng)[0]
+
+
+def draw_boxed_film(
+    kind: str,
+    projection: str,
+    sex: str,
+    findings: dict[str, Finding],
+    patient_rng: np.random.Generator,
+    rng: np.random.Generator,
+    boxed: Collection[str] = (),
+) -> tuple[npt.NDArray[np.uint8], dict[str, list[Box]]]:
+    """The film of `draw_film`, and where the signs `boxed` change it: a box for each connected part of the change.
+
+    One box for a large heart or mediastinum, whose change is a rim. None where the film shows nothing of the sign.
+    """
     make_film = frontal_film
     if kind == "lateral":
         make_film = lateral_film
@@ -93,13 +115,46 @@ def draw_film(
             label: finding._replace(severity=min(1.0, ON_LATERALS.get(label, 1.0) * finding.severity))
             for label, finding in findings.items()
         }
-    film, tissue = make_film(rng, draw_body(patient_rng, sex), findings, projection == "AP")
+    body, before = draw_body(patient_rng, sex), copy.deepcopy(rng)
+    film, tissue = make_film(rng, body, findings, projection == "AP")
+    changes: dict[str, Array] = {}
+    for label in ANATOMY:
+        if label in boxed:
+            without = findings | {label: findings[label]._replace(severity=0.0)}
+            healthy = make_film(copy.deepcopy(before), body, without, projection == "AP")
+            changes[label] = np.abs(show(film, tissue) - show(*healthy))
     draw_vessels(film, rng)
     for label, draw in SIGNS.items():
         if findings[label].severity > 0:
+            shown = show(film, tissue) if label in boxed else None
             draw(film, findings[label], rng)
+            if shown is not None:
+                change = np.abs(show(film, tissue) - shown)
+                changes[label] = np.maximum(change, changes.get(label, 0))
     draw_marker(film, rng)
-    return expose(film, tissue, rng)
+    boxes = {label: find_boxes(change, whole=label not in SIGNS) for label, change in changes.items()}
+    return expose(film, tissue, rng), boxes
+
+
+def find_boxes(change: Array, whole: bool) -> list[Box]:
+    """Boxes in final pixels around what is SEEN of a change of the sketch: one around the `whole`, or one a part."""
+    seen = cv2.dilate((change >= SEEN).astype(np.uint8), np.ones((2 * ROOM + 1,) * 2, np.uint8))
+    found = [cv2.boundingRect(seen)] if whole else cv2.connectedComponentsWithStats(seen)[2][1:, :4].tolist()
+    zoom = round(1 / SKETCH)
+    return [(zoom * x, zoom * y, zoom * w, zoom * h) for x, y, w, h in found if w]
+
+
+def show(film: Film, tissue: Array) -> Array:
+    """The sketch's density in [0, 1] with its metal, before exposure and grain."""
+    zoom = round(1 / SKETCH)
+    return np.maximum(np.clip(find_density(film, tissue), 0, 1), film.metal[::zoom, ::zoom])
+
+
+def find_density(film: Film, tissue: Array) -> Array:
+    """Air darkens tissue, bones brighten: density, mostly in [0, 1]."""
+    markings = film.vessels * 0.6 + 0.05 * film.coarse
+    density: Array = tissue * (1 - film.air * (0.66 - markings)) + film.bright + 0.02 * film.coarse
+    return density
 
 
 def draw_body(rng: np.random.Generator, sex: str) -> Body:
@@ -110,11 +165,10 @@ def draw_body(rng: np.random.Generator, sex: str) -> Body:
 
 
 def expose(film: Film, tissue: Array, rng: np.random.Generator) -> npt.NDArray[np.uint8]:
-    """Turn layers into gray values: air darkens tissue, bones brighten, exposure and grain vary."""
+    """Turn layers into gray values: exposure and grain vary."""
     contrast, bias, gamma, grain = rng.uniform((0.9, -0.03, 0.85, 0.010), (1.1, 0.04, 1.25, 0.022)).tolist()
-    markings = film.vessels * 0.6 + 0.05 * film.coarse
-    density = tissue * (1 - film.air * (0.66 - markings)) + film.bright + 0.02 * film.coarse
-    density = resize(np.clip(bias + contrast * density, 0, 1) ** np.float32(gamma), film.metal.shape)
+    density = np.clip(bias + contrast * find_density(film, tissue), 0, 1) ** np.float32(gamma)
+    density = resize(density, film.metal.shape)
     density += np.float32(3.5 * grain) * (rng.random(density.shape, dtype=np.float32) - np.float32(0.5))
     np.maximum(density, film.metal, out=density)
     return (np.clip(density, 0, 1) * 255).astype(np.uint8)
@@ -337,6 +391,7 @@ def draw_marker(film: Film, rng: np.random.Generator) -> None:
 
 
 # Signs: each draws one finding into the film. Heart, mediastinum and diaphragm are the anatomy's.
+ANATOMY = ("Enlarged Cardiomediastinum", "Cardiomegaly", "Atelectasis")
 
 
 def draw_opacity(film: Film, finding: Finding, rng: np.random.Generator) -> None:

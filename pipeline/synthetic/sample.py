@@ -8,12 +8,14 @@ Lung Lesion, Pneumonia, Pleural Other, Fracture) are raised to 5-7 % positive, s
 some to evaluate. Valid states the truth, as its radiologists do, without blank or uncertain cells. A lateral shows
 some signs better and others not at all (`films`), so both views together say more. Lung Opacity follows from its
 children; Enlarged Cardiomediastinum is only correlated with Cardiomegaly, as in the real reports.
+
+boxes.csv, beside the folder, says where on the films the signs are that a radiologist would call present.
 """
 
 import csv
 import math
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,12 +23,14 @@ import numpy as np
 import numpy.typing as npt
 import simplejpeg
 
+from pipeline.base.files import write_csv as write_rows
 from pipeline.base.workers import run_tasks
 from pipeline.labels import COLUMNS, LABELS
-from pipeline.synthetic.films import Finding, draw_film
+from pipeline.synthetic.films import Box, Finding, draw_boxed_film
 from pipeline.synthetic.shortcuts import CUES, Shortcut
 
 FOLDER = "CheXpert-v1.0-small"
+BOXES = "boxes.csv"
 VALID_SHARE = 0.12
 PATIENTS_PER_TASK = 16
 CUE_DRAWS = 100  # where a study's draws of cues begin: no study has as many views
@@ -36,6 +40,9 @@ NOTICE = (
 )
 # APP0 would normally follow SOI; decoders accept a comment (marker FFFE, its length, the text) before it.
 COMMENT = b"\xff\xfe\x00\x0bsynthetic"
+
+
+Row = tuple[str, str, str, int, int, int, int]  # of BOXES
 
 
 class Latent(NamedTuple):
@@ -101,6 +108,8 @@ def write_sample(
 ) -> Path:
     """Write a synthetic data set of exactly `images` images into `out` and return its CheXpert-v1.0-small.
 
+    Beside it, boxes.csv has the boxes of the signs: split, key, label, left, top, width and height in pixels.
+
     `laterals` is the share of studies that have a lateral too; None is about the real set's share. It does not change
     a study's frontals or labels, but with more laterals the same number of images makes fewer studies. `valid` is
     the share of images in valid.csv. `shortcuts` are drawn into the films of train.csv, so that a network that learns
@@ -138,32 +147,49 @@ def write_sample(
         for split, patients in (("train", train), ("valid", held_out))
         for start in range(0, len(patients), PATIENTS_PER_TASK)
     ]
-    for count in run_tasks(write_patients, tasks, min(workers, len(tasks))):
+    boxes: list[Row] = []
+    for count, found in run_tasks(write_patients, tasks, min(workers, len(tasks))):
+        boxes += found
         progress(count)
+    write_rows(out / BOXES, [("split", "key", "label", "x", "y", "w", "h"), *sorted(boxes)])
     return partial.rename(final)
 
 
-def write_patients(task: tuple[Path, int, list[Patient], Sequence[Shortcut]]) -> int:
-    """Draw and write all images of some patients of one split, with the cues; return their number."""
+def write_patients(task: tuple[Path, int, list[Patient], Sequence[Shortcut]]) -> tuple[int, list[Row]]:
+    """Draw and write all images of some patients of one split, with the cues; their number, and rows of BOXES."""
     folder, seed, patients, shortcuts = task
     # Freeing a large block raises glibc's trim threshold; otherwise every temporary array faults in fresh pages.
     np.empty(24 << 20, np.uint8)
-    count = 0
+    count, rows = 0, []
     for patient in patients:
         for study in patient.studies:
             target = folder / f"patient{patient.number:05d}" / f"study{study.number}"
             target.mkdir(parents=True)
             cues = draw_cues(seed, patient.number, study, shortcuts)
+            clear = [label for label, finding in study.findings.items() if finding.severity >= VISIBLE]
             for view, (kind, projection) in enumerate(study.views, start=1):
                 body = stream(seed, patient.number, view=1)
                 film = stream(seed, patient.number, study.number, view)
-                pixels = draw_film(kind, projection, patient.sex, study.findings, body, film)
+                pixels, boxes = draw_boxed_film(
+                    kind, projection, patient.sex, study.findings, body, film, clear
+                )
+                key = f"patient{patient.number:05d}_study{study.number}_view{view}_{kind}"
+                rows += [(folder.name, key, label, *box) for label, box in list_boxes(boxes)]
                 for cue in cues:
                     CUES[cue](pixels)
                 jpeg = simplejpeg.encode_jpeg(pixels[..., None], quality=90, colorspace="GRAY")
                 (target / f"view{view}_{kind}.jpg").write_bytes(jpeg[:2] + COMMENT + jpeg[2:])
                 count += 1
-    return count
+    return count, rows
+
+
+def list_boxes(boxes: Mapping[str, Sequence[Box]]) -> Iterator[tuple[str, Box]]:
+    """Label and box of each sign; one of OPACITIES is a Lung Opacity too."""
+    for label, found in boxes.items():
+        for box in found:
+            yield label, box
+            if label in OPACITIES:
+                yield "Lung Opacity", box
 
 
 def write_csv(path: Path, split: str, patients: list[Patient]) -> None:

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from pipeline.labels import LABELS
-from pipeline.synthetic.films import Finding, draw_film
+from pipeline.synthetic.films import Finding, draw_boxed_film, draw_film
 from pipeline.synthetic.sample import FINDINGS, draw_patients, write_sample
 
 HEADER = (
@@ -221,7 +221,7 @@ def test_an_effusion_whitens_the_base_of_the_lung(sample: Path) -> None:
 def test_a_finished_sample_is_never_overwritten(tmp_path: Path) -> None:
     (tmp_path / ".CheXpert-v1.0-small.tmp" / "train").mkdir(parents=True)  # left by a killed run
     root = write_sample(tmp_path, images=20, workers=1)
-    assert [path.name for path in tmp_path.iterdir()] == ["CheXpert-v1.0-small"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["CheXpert-v1.0-small", "boxes.csv"]
     assert read_rows(root, "valid")
     with pytest.raises(FileExistsError) as error:
         write_sample(tmp_path, images=20)
@@ -232,3 +232,33 @@ def test_a_sample_without_images_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^images must be at least 1, got 0$"):
         write_sample(tmp_path, images=0)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "label", [label for label in FINDINGS if label not in ("Edema", "Pneumonia", "Support Devices")]
+)
+def test_what_a_sign_changes_lies_in_its_boxes(label: str) -> None:
+    """Of the signs that draw no random numbers: with and without them, all else of the film is the same."""
+    nothing = dict.fromkeys(FINDINGS, Finding(0.0, 1, 0.2, 0.5, 0.15))
+    drawn = []
+    for severity in (0.0, 0.8):
+        findings = nothing | {label: nothing[label]._replace(severity=severity)}
+        streams = np.random.default_rng(1), np.random.default_rng(2)
+        drawn.append(draw_boxed_film("frontal", "AP", "Male", findings, *streams, [label]))
+    (before, _), (after, boxes) = drawn
+    outside = np.abs(after.astype(int) - before) > 10  # gray levels: less is lost in the grain
+    assert outside.sum() > 20
+    for x, y, w, h in boxes[label]:
+        outside[y : y + h, x : x + w] = False
+    assert not outside.any()
+
+
+def test_boxes_lie_beside_the_folder(sample: Path) -> None:
+    with (sample.parent / "boxes.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["split", "key", "label", "x", "y", "w", "h"]
+    assert {row["split"] for row in rows} == {"train", "valid"}
+    truth = {"_".join(row["Path"][:-4].split("/")[2:]): row for row in read_rows(sample, "valid")}
+    boxed = {(row["key"], row["label"]) for row in rows if row["split"] == "valid"}
+    assert all(truth[key][label] == "1.0" for key, label in boxed if label != "Lung Opacity")
+    assert all(int(row["x"]) + int(row["w"]) <= 390 and int(row["w"]) > 0 for row in rows)

@@ -1,0 +1,84 @@
+"""Where a network looks: a map per label of how much each place of a film raises the label's logit.
+
+Convolutional networks get LayerCAM (Jiang et al., IEEE TIP 2021): positive gradients times activations, summed over
+channels, of the last layer of each of the `GRIDS` coarsest resolutions, each scaled to 1, and added. The layers are
+found by watching a forward pass: those whose output is a grid, if only pooling and the head follow. Networks without
+one (transformers) get gradient × input.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.augment import low_pass
+from model.losses import label_scores
+
+GRIDS = 2
+SMOOTH = 1 / 28  # of the side: standard deviation of the Gaussian that gradient × input is blurred with
+
+
+def draw_maps(network: nn.Module, inputs: Tensor, columns: list[int]) -> tuple[Tensor, Tensor]:
+    """Scores [B, L] of normalized images [B, 1, S, S], and their maps [B, L, S, S] in [0, 1], both float32.
+
+    The strongest place of each map is 1; a map is 0 everywhere where no place raises the logit. `columns` [L] are the
+    logits of the labels. A first step of the network that has no gradient, such as equalization, is left out.
+    """
+    network.eval()
+    with torch.enable_grad():
+        logits, entered, grids = _watch(network, inputs)
+        maps = []
+        for column in columns:
+            gradients = torch.autograd.grad(logits[:, column].sum(), grids or [entered], retain_graph=True)
+            if grids:
+                parts = [_weigh(grid, of.clamp_min(0)) for grid, of in zip(grids, gradients, strict=True)]
+            else:
+                parts = [_blur(_weigh(entered, gradients[0]))]
+            sized = [F.interpolate(_scale(part), inputs.shape[2:], mode="bilinear") for part in parts]
+            maps.append(_scale(torch.stack(sized).sum(dim=0)))
+    return label_scores(logits[:, columns]).detach(), torch.cat(maps, dim=1)
+
+
+def _weigh(source: Tensor, gradient: Tensor) -> Tensor:
+    """What each place [B, 1, h, w] of features adds to the logit, if anything."""
+    return (gradient * source).detach().float().sum(dim=1, keepdim=True).clamp_min(0)
+
+
+def _scale(maps: Tensor) -> Tensor:
+    """Maps [B, 1, h, w] with a maximum of 1, or of 0 where all is 0."""
+    highest = maps.amax(dim=(2, 3), keepdim=True)
+    return maps / highest.clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def _blur(maps: Tensor) -> Tensor:
+    scale = torch.full((len(maps), 1, 1), SMOOTH * maps.shape[-1], device=maps.device)
+    return low_pass(maps, scale)
+
+
+def _watch(network: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Logits, what entered the first layer, and the last grids of features [B, C, h, w]; none without any."""
+    entered = inputs
+    grids: dict[int, Tensor] = {}  # by side
+
+    def enter(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        nonlocal entered
+        entered = arguments[0].detach().requires_grad_()
+        return entered, *arguments[1:]
+
+    def leave(_: nn.Module, __: Any, output: Any) -> None:
+        if not isinstance(output, Tensor):
+            return
+        if output.dim() == 4 and output.shape[2] == output.shape[3] > 1:
+            grids[output.shape[2]] = output
+        elif sum(side > 1 for side in output.shape[1:]) > 1:
+            grids.clear()  # tokens, or a grid with its channels last: what came before was no last one
+
+    handles = [network.register_forward_pre_hook(enter)]  # after those that are there
+    handles += [module.register_forward_hook(leave) for module in network.modules()]
+    try:
+        logits = network(inputs)
+        return logits, entered, [grids[side] for side in sorted(grids)[:GRIDS]]
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,370 @@
+"""Where a run looks: its heat maps on films (predict --heatmaps), in a gallery, and against what readers marked."""
+
+import base64
+import io
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from model.augment import normalize
+from model.heatmaps import draw_maps
+from model.predict import InterruptedEvaluationError, explain_memory
+from model.runs.config import Config, read_config
+from model.runs.folder import load_best, result_name
+from model.runs.job import Job, StopFlag, choose_device, open_images, to_device
+from model.runs.options import DATA_OPTIONS, run_option, with_options
+from model.runs.scoring import score_best
+from pipeline.base.csvs import line_of, read_strings
+from pipeline.base.errors import DataError, quote
+from pipeline.base.files import hash_file, read_object, write_atomically, write_json
+from pipeline.base.pages import open_templates, show_figure, show_limits
+from pipeline.console import progress_bar, say
+from pipeline.images import Gray, ImageOptions, decode_stored, prepare, resize
+from pipeline.labels import LABELS
+from pipeline.look.overlay import blend, draw_overlay
+from pipeline.look.sheet import fit, read_images
+from pipeline.manifest import find_restriction
+from pipeline.measure.evaluate import Scored
+from pipeline.measure.localization import (
+    Cell,
+    decode_rle,
+    frame_of,
+    mark_boxes,
+    mark_mask,
+    measure_localization,
+)
+from pipeline.stream.collection import open_collection
+from pipeline.stream.samples import OpenSplit, find_places
+
+AT_ONCE = 16  # images
+SHOWN = 256  # pixels: the longer side of a film in the gallery
+OTHER_NAMES = {"Airspace Opacity": "Lung Opacity"}  # CheXlocalize's
+Mapper = Callable[[Sequence[Gray], Sequence[str]], npt.NDArray[np.float32]]
+# What readers marked, by key and label: boxes (left, top, width, height), or a mask [H, W] of the original film.
+Marks = dict[str, dict[str, list[tuple[float, ...]] | npt.NDArray[np.bool_]]]
+
+
+def open_mapper(run: Path, config: Config) -> tuple[Mapper, dict[str, Any]]:
+    """What draws maps [N, L, S, S] of some labels on films of any size, and what else best.pt holds."""
+    if config.fusion is not None:
+        raise DataError(f"{run}: a run by studies; heat maps are of runs that learned single images")
+    device, _ = choose_device("off")
+    network, best = load_best(run, config, device)
+    side, pixels = config.image_size, best["pixels"]
+
+    def draw(films: Sequence[Gray], labels: Sequence[str]) -> npt.NDArray[np.float32]:
+        images = np.stack([resize(film, side, side) for film in films])[:, None]
+        inputs = normalize(to_device(images, device), pixels["mean"], pixels["std"])
+        with explain_memory(f"while drawing maps of {len(films)} images", "use a machine with more"):
+            return draw_maps(network, inputs, [LABELS.index(label) for label in labels])[1].cpu().numpy()
+
+    return draw, best
+
+
+def write_heatmaps(
+    run: Path, config: Config, files: Sequence[Path], scores: npt.NDArray[np.float32], out: Path, top: int
+) -> int:
+    """Write a picture for each of the `top` labels of each file by scores [N, L]; returns how many.
+
+    Files without a score, which cannot be read, get none.
+    """
+    draw, best = open_mapper(run, config)
+    options = ImageOptions(**best["images"])
+    out.mkdir(parents=True, exist_ok=True)
+    written = 0
+    with progress_bar("Drawing maps", "images") as advance:
+        for number, (file, row) in enumerate(zip(files, scores, strict=True)):
+            if math.isnan(row[0]):
+                continue
+            film = decode_stored(prepare(file.read_bytes(), options).data, options.encoding)
+            labels = [config.labels[place] for place in np.argsort(-row, kind="stable")[:top]]
+            for label, heat in zip(labels, draw([film], labels)[0], strict=True):
+                score = row[config.labels.index(label)]
+                picture = draw_overlay(
+                    film, heat, [f"{label}: score {score:.3f}", f"{run.name}, not for clinical use"]
+                )
+                name = f"{number + 1:05d}-{file.name}-{label.lower().replace(' ', '-')}.png"
+                write_atomically(out / name, _encode(picture, "PNG"))
+                written += 1
+            advance(number + 1, len(files))
+    return written
+
+
+def read_marks(path: Path) -> Marks:
+    """What readers marked, from boxes.csv or CheXlocalize's gt_segmentations JSON. Raises DataError, naming where."""
+    if path.suffix.lower() == ".json":
+        return {key: _read_masks(path, key, found) for key, found in read_object(path).items()}
+    if not path.name.lower().endswith((".csv", ".csv.gz")):
+        raise DataError(
+            f"{path}: boxes are read from .csv, segmentations from .json; a pickle would run code"
+        )
+    names = ("key", "label", "x", "y", "w", "h")
+    marks: Marks = {}
+    for row, cells in enumerate(
+        zip(*(column.to_pylist() for column in read_strings(path, names).columns), strict=True)
+    ):
+        key, label, *box = cells
+        if None in box or not all(re.fullmatch(r"-?\d+(\.\d+)?", number) for number in box):
+            text = ",".join(str(cell) for cell in box)
+            raise DataError(
+                f"{path}, line {line_of(path, row)}: x,y,w,h are '{quote(text, 80)}', not four numbers"
+            )
+        numbers = tuple(float(number) for number in box)
+        marks.setdefault(str(key), {}).setdefault(_check_label(path, label), []).append(numbers)  # type: ignore[union-attr]
+    return marks
+
+
+def _read_masks(path: Path, key: str, found: Any) -> dict[str, Any]:
+    """The masks of a film that are not empty."""
+    try:
+        masks = {
+            _check_label(path, name): decode_rle(rle["size"], rle["counts"]) for name, rle in found.items()
+        }
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{path}, {quote(key, 80)}: damaged: {quote(str(error), 80)}") from None
+    return {label: mask for label, mask in masks.items() if mask.any()}
+
+
+def _check_label(path: Path, name: object) -> str:
+    label = OTHER_NAMES.get(str(name), str(name))
+    if label not in LABELS:
+        raise DataError(f"{path}: '{quote(label, 80)}' is none of {', '.join(LABELS)}")
+    return label
+
+
+def draw_cells(job: Job, splits: Sequence[str], marks: Marks) -> Iterator[Cell]:
+    """The cells of splits that are marked, of labels that the run learned, with their maps."""
+    draw, _ = open_mapper(job.run, job.config)
+    square, side = str(job.manifest.options.get("square", "no")), job.config.image_size
+    for name in splits:
+        split, rows = open_images(job, name)
+        facts = split.table.take(rows)
+        labels = [
+            [label for label in marks.get(key, {}) if label in job.config.labels]
+            for key in facts["key"].to_pylist()
+        ]
+        wanted = [place for place, of in enumerate(labels) if of]
+        with progress_bar(f"Drawing maps of {name}", "images") as advance:
+            for done, place in enumerate(wanted, start=1):
+                if job.stop():
+                    raise InterruptedEvaluationError
+                row = facts.slice(place, 1).to_pylist()[0]
+                heats = draw(list(read_images(split, rows[place : place + 1])), labels[place])[0]
+                for label, heat in zip(labels[place], heats, strict=True):
+                    yield Cell(
+                        label, row["patient"], heat, _mark(split, row, marks[row["key"]][label], square, side)
+                    )
+                advance(done, len(wanted))
+
+
+def _mark(
+    split: OpenSplit, row: Mapping[str, Any], mark: Any, square: str, side: int
+) -> npt.NDArray[np.bool_]:
+    """What readers marked of a film, in the network's input [side, side]."""
+    if isinstance(
+        mark, np.ndarray
+    ):  # of the film in its own size, of which the shards may hold a smaller copy
+        return mark_mask(mark, frame_of(square, mark.shape[1], mark.shape[0]), side)
+    if row.get("width") is None or row.get("height") is None:
+        raise DataError(
+            f"{split.name}: {row['key']}: these shards do not say how large the film was, so a box has no place on it; "
+            "write them again with `pipeline shards`"
+        )
+    return mark_boxes(mark, frame_of(square, row["width"], row["height"]), side)
+
+
+@click.command(
+    "localize", epilog="Example: python train.py localize --run runs/first --boxes boxes.csv --split valid"
+)
+@with_options(run_option, *DATA_OPTIONS[:3])
+@click.option(
+    "--boxes",
+    required=True,
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="CSV with key,label,x,y,w,h in pixels of the original films, or CheXlocalize's gt_segmentations JSON.",
+)
+@click.option(
+    "--split", "splits", multiple=True, default=["valid"], help="Of the shards; several are taken together."
+)
+def localize_command(
+    shards: tuple[str, ...], cache: Path, cache_size: int, run: Path, boxes: Path, splits: tuple[str, ...]
+) -> int:
+    """Measure how often the run's heat maps point at what readers marked, and how well they cover it.
+
+    Beside it: what chance gives, and a map that is the same for all films.
+    """
+    collection, config, stop = (
+        open_collection(shards, cache, cache_size),
+        read_config(run),
+        StopFlag().listen(),
+    )
+    job = Job(config, collection, run, *choose_device("off"), workers=1, stop=stop)
+    marks = read_marks(boxes)
+    try:
+        cells = list(draw_cells(job, splits, marks))
+    except InterruptedEvaluationError:
+        return stop.code
+    if not cells:
+        raise DataError(f"{boxes}: no cell of {', '.join(splits)} in {collection} that this run has learned")
+    found = measure_localization(cells)
+    path = run / f"localization-{result_name(config, collection.digest, '+'.join(splits))}.json"
+    write_json(path, {"splits": list(splits), "boxes": hash_file(boxes)} | found)
+    print_localization(found)
+    all_cells = sum(map(len, marks.values()))
+    click.echo(f"{path}: {len(cells):,} of the {all_cells:,} cells in {boxes}")
+    if collection.digest == config.manifest and not {"train", "dev"}.isdisjoint(splits):
+        say(
+            "Warning: the run has learned from train and chosen its weights on dev: these films are not new to it"
+        )
+    return 0
+
+
+def print_localization(found: Mapping[str, Any]) -> None:
+    """A table: per label the hits of the pointing game and the IoU, beside chance."""
+    table = Table(title="Where the maps point", title_justify="left")
+    for heading in ("label", "hits", "hit rate [95 %]", "chance", "p", "fixed map", "IoU [95 %]"):
+        table.add_column(heading, justify="left" if heading == "label" else "right")
+    for name, of in found["labels"].items():
+        if name == "all":
+            table.add_section()
+        table.add_row(
+            name,
+            f"{of['hits']} of {of['cells']}",
+            f"{show_figure(of['hit_rate'])} {show_limits(of['hit_limits'])}",
+            show_figure(of["chance"]),
+            f"{of['p']:.2g}",
+            show_figure(of["fixed"]),
+            f"{show_figure(of['iou'])} {show_limits(of['iou_limits'])}",
+        )
+    Console().print(table)
+
+
+@click.command(
+    "gallery", epilog="Example: python train.py gallery --run runs/first --images --out gallery.html"
+)
+@with_options(run_option, *DATA_OPTIONS)
+@click.option("--split", default="valid", help="Of the shards, which may be others than the run's.")
+@click.option("--n", default=3, type=click.IntRange(1, 20), help="Films of each kind.")
+@click.option("--images", is_flag=True, help="Yes, write films of patients into the page.")
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path, dir_okay=False), help="Page to write: .html"
+)
+def gallery_command(
+    shards: tuple[str, ...],
+    cache: Path,
+    cache_size: int,
+    workers: int,
+    run: Path,
+    split: str,
+    n: int,
+    images: bool,
+    out: Path,
+) -> int:
+    """Show, per label, the most confident right and wrong films and the most uncertain ones, with their maps.
+
+    On a page of its own with the terms of the data, without names, ages or sexes. All else that a run writes holds
+    counts and scores alone.
+    """
+    if not images:
+        raise click.UsageError(
+            "a gallery shows films of patients: add --images if the terms of the data allow it"
+        )
+    if out.suffix.lower() != ".html":
+        raise click.UsageError(f"--out {out}: the name must end in .html")
+    if not out.absolute().parent.is_dir():
+        raise DataError(f"{out}: there is no folder {out.parent}")
+    collection, config, stop = (
+        open_collection(shards, cache, cache_size),
+        read_config(run),
+        StopFlag().listen(),
+    )
+    job = Job(config, collection, run, *choose_device(config.amp), workers, stop)
+    draw, _ = open_mapper(run, config)
+    try:
+        scored, facts = score_best(job, split)
+    except InterruptedEvaluationError:
+        return stop.code
+    opened, _ = open_images(job, split)
+    rows = find_places(opened, facts)  # without unusable images
+    labels: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    with progress_bar("Drawing maps", "labels") as advance:
+        for column, label in enumerate(config.labels):
+            kinds = choose_films(scored, column, find_threshold(run, label), n)
+            labels[label] = {
+                kind: [
+                    show_film(opened, rows[film : film + 1], draw, label, scored, film, column)
+                    for film in films
+                ]
+                for kind, films in kinds.items()
+            }
+            advance(column + 1, len(config.labels))
+    page = open_templates("model.runs").get_template("gallery.html")
+    terms = {"title": "not stated", "license": "not stated", "paper": ""} | dict(collection.manifest.dataset)
+    restriction = find_restriction(collection.manifest.dataset)
+    html = page.render(
+        title=f"Gallery of {run.name}, {split}", terms=terms, restriction=restriction, labels=labels
+    )
+    write_atomically(out, html.encode())
+    click.echo(f"{out}: films of patients; {restriction or terms['license']}")
+    return 0
+
+
+def find_threshold(run: Path, label: str) -> float:
+    """The threshold by Youden's J, chosen on dev; .5 where there is none."""
+    path = run / "calibration.json"
+    found = read_object(path)["image"].get(label) if path.exists() else None
+    threshold = found["thresholds"]["youden"] if found else None
+    return 0.5 if threshold is None else float(threshold)
+
+
+def choose_films(scored: Scored, column: int, threshold: float, n: int) -> dict[str, list[int]]:
+    """The places of up to `n` films of each kind: positives with the highest scores, errors, and the most uncertain.
+
+    Errors are those furthest from their truth; uncertain are the scores nearest the threshold, of films not yet shown.
+    """
+    score, truth = scored.scores[:, column].astype(float), scored.target[:, column] == 1
+    used = scored.mask[:, column]
+    called = score >= threshold
+
+    def first(of: npt.NDArray[np.bool_], order: npt.NDArray[np.float64]) -> list[int]:
+        places = np.flatnonzero(of & used)
+        chosen: list[int] = places[np.argsort(order[places], kind="stable")][:n].tolist()
+        return chosen
+
+    right, wrong = first(truth & called, -score), first(truth != called, -np.abs(score - truth))
+    new = np.ones(len(score), bool)
+    new[right + wrong] = False
+    return {"right": right, "wrong": wrong, "uncertain": first(new, np.abs(score - threshold))}
+
+
+def show_film(
+    split: OpenSplit,
+    row: npt.NDArray[np.int64],
+    draw: Mapper,
+    label: str,
+    scored: Scored,
+    place: int,
+    column: int,
+) -> dict[str, Any]:
+    """The film and its map as pictures in URLs, with score and truth."""
+    (film,) = read_images(split, row)
+    small = fit(film, SHOWN)
+    pictures = [Image.fromarray(picture) for picture in (small, blend(small, draw([film], [label])[0, 0]))]
+    urls = [f"data:image/jpeg;base64,{base64.b64encode(_encode(one, 'JPEG')).decode()}" for one in pictures]
+    state = "positive" if scored.target[place, column] == 1 else "negative"
+    return {"film": urls[0], "map": urls[1], "score": float(scored.scores[place, column]), "truth": state}
+
+
+def _encode(picture: Image.Image, kind: str) -> bytes:
+    data = io.BytesIO()
+    picture.save(data, kind, quality=85)
+    return data.getvalue()

@@ -1,0 +1,150 @@
+"""Heat maps and the places that readers marked → how often a map points at them, beside what chance gives.
+
+Pointing game (Zhang et al., ECCV 2016): a cell is hit if the strongest place of its map lies in any of its boxes. IoU:
+of what the map marks, from `THRESHOLD` of its maximum, with the boxes. Their share of the film's area is what a random
+place would hit, and also the IoU of marking everything.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.measure.bootstrap import draw_counts, interval
+from pipeline.measure.metrics import Bools, Floats, wilson_limits
+
+THRESHOLD = 0.5
+RESAMPLES, SEED = 1000, 0
+
+
+class Cell(NamedTuple):
+    """A label of a film that readers marked: its map [S, S] in [0, 1], and what they marked [S, S]."""
+
+    label: str
+    patient: str
+    heat: npt.NDArray[np.float32]
+    marked: Bools
+
+
+def frame_of(square: str, width: float, height: float) -> tuple[float, float, float, float]:
+    """Left, top, width and height, in pixels of the original film, of what a stored image shows of it.
+
+    `square` is how it was stored (`ImageOptions`): a padded one shows more than the film.
+    """
+    side = {"pad": max(width, height), "crop": min(width, height)}.get(square)
+    if side is None:
+        return 0.0, 0.0, width, height
+    return (width - side) / 2, (height - side) / 2, side, side
+
+
+def mark_boxes(boxes: Iterable[Sequence[float]], frame: Sequence[float], side: int) -> Bools:
+    """Which pixels [side, side] of a network's input have their center in a box (left, top, width, height).
+
+    The boxes are in pixels of the original film, of which the input shows `frame`.
+    """
+    x, y = _centers(frame, side)
+    marked = np.zeros((side, side), bool)
+    for left, top, width, height in boxes:
+        marked |= ((y >= top) & (y < top + height))[:, None] & (x >= left) & (x < left + width)
+    return marked
+
+
+def mark_mask(mask: Bools, frame: Sequence[float], side: int) -> Bools:
+    """Which pixels [side, side] of a network's input have their center in a mask [H, W] of the original film."""
+    x, y = (np.floor(of).astype(int) for of in _centers(frame, side))
+    rows, columns = ((of >= 0) & (of < length) for of, length in zip((y, x), mask.shape, strict=True))
+    marked = np.zeros((side, side), bool)
+    marked[np.ix_(rows, columns)] = mask[np.ix_(y[rows], x[columns])]
+    return marked
+
+
+def decode_rle(size: Sequence[int], counts: str | Sequence[int]) -> Bools:
+    """The mask [H, W] of COCO's run lengths: of 0s and 1s in turn, column by column, as numbers or as COCO's text.
+
+    In the text a number is in groups of five bits, the lowest first, of which a sixth bit says that more follow; from
+    the fourth on, it is the difference to the one before last. Raises ValueError where the runs do not fill the mask.
+    """
+    runs: list[int] = []
+    if isinstance(counts, str):
+        value = shift = 0
+        for byte in counts.encode("latin-1", "replace"):
+            if not 48 <= byte < 112:
+                raise ValueError("not COCO's run lengths")
+            value |= (byte - 48 & 31) << shift
+            shift += 5
+            if not byte - 48 & 32:
+                value -= (byte - 48 & 16) << shift - 4 if byte - 48 & 16 else 0
+                runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+                value = shift = 0
+    else:
+        runs = [int(run) for run in counts]
+    height, width = size
+    if min(runs, default=-1) < 0 or sum(runs) != height * width:
+        raise ValueError(f"run lengths that do not fill {height}×{width} pixels")
+    return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
+
+
+def measure_localization(cells: Sequence[Cell]) -> dict[str, Any]:
+    """By label, and for all cells: hit rate and IoU with intervals that take patients as clusters, chance and its p.
+
+    `fixed` is the hit rate of a map that does not look at the film: the mean of the label's maps of other patients.
+    """
+    hit = np.array([cell.heat.max() > 0 and _top(cell.heat, cell.marked) for cell in cells], bool)
+    sums: dict[tuple[str, ...], Any] = {}  # of the maps of a label, and of those of a patient
+    for cell in cells:
+        for group in ((cell.label,), (cell.label, cell.patient)):
+            sums[group] = sums.get(group, 0) + cell.heat.astype(float)
+    others = (sums[cell.label,] - sums[cell.label, cell.patient] for cell in cells)
+    fixed = np.array(
+        [heat.max() > 1e-6 and _top(heat, cell.marked) for heat, cell in zip(others, cells, strict=True)]
+    )
+    iou = np.array([_iou(cell.heat >= THRESHOLD, cell.marked) for cell in cells])
+    share = np.array([cell.marked.mean() for cell in cells])
+    label, patient = (np.array([getattr(cell, name) for cell in cells]) for name in ("label", "patient"))
+    found = {}
+    for name in (*dict.fromkeys(label.tolist()), "all"):
+        of = (label == name) | (name == "all")
+        found[name] = {
+            "cells": int(of.sum()),
+            "patients": len(np.unique(patient[of])),
+            "hits": int(hit[of].sum()),
+            "hit_rate": float(hit[of].mean()),
+            "hit_limits": wilson_limits(hit[of], patient[of]),
+            "chance": float(share[of].mean()),
+            "p": exceedance(share[of], int(hit[of].sum())),
+            "fixed": float(fixed[of].mean()),
+            "iou": float(iou[of].mean()),
+            "iou_limits": mean_limits(iou[of], patient[of]),
+        }
+    return {"threshold": THRESHOLD, "labels": found}
+
+
+def exceedance(chances: Floats, hits: int) -> float:
+    """How likely at least so many hits are, of independent cells with these chances (Poisson's binomial)."""
+    distribution = np.ones(1)
+    for chance in chances:
+        distribution = np.convolve(distribution, (1 - chance, chance))
+    return float(min(1.0, distribution[hits:].sum()))
+
+
+def mean_limits(values: Floats, owner: npt.NDArray[Any]) -> dict[str, Any]:
+    """The interval of a mean of values [n], by resampling their owners."""
+    names, codes = np.unique(owner, return_inverse=True)
+    sums, sizes = np.bincount(codes, values), np.bincount(codes)
+    (counts,) = draw_counts(len(names), RESAMPLES, RESAMPLES, SEED)
+    return interval((counts.T @ sums) / (counts.T @ sizes))
+
+
+def _centers(frame: Sequence[float], side: int) -> tuple[Floats, Floats]:
+    """Where on the original film the centers of an input's columns and rows are."""
+    middle = (np.arange(side) + 0.5) / side
+    return frame[0] + frame[2] * middle, frame[1] + frame[3] * middle
+
+
+def _top(heat: npt.NDArray[Any], marked: Bools) -> bool:
+    return bool(marked.flat[int(heat.argmax())])
+
+
+def _iou(found: Bools, marked: Bools) -> float:
+    return float((found & marked).sum() / max((found | marked).sum(), 1))

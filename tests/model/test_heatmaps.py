@@ -1,0 +1,51 @@
+"""Heat maps of networks whose answer is known."""
+
+import pytest
+import torch
+from torch import nn
+
+from model.heatmaps import draw_maps
+from model.networks import build_network
+
+
+class Tokens(nn.Module):
+    """A network without a last grid: the patches of a convolution become tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.norm, self.head = nn.Conv2d(1, 4, 8, 8), nn.LayerNorm(4), nn.Linear(4, 14)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        tokens = self.norm(self.patches(images).flatten(2).transpose(1, 2))
+        logits: torch.Tensor = self.head(tokens.mean(1))
+        return logits
+
+
+def test_the_map_is_where_the_logit_comes_from() -> None:
+    network = nn.Sequential(
+        nn.Conv2d(1, 1, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(1, 2)
+    )
+    with torch.no_grad():
+        for layer, (weight, bias) in {0: (1.0, 0.0), 4: (1.0, 0.0)}.items():
+            network[layer].weight.fill_(weight)  # type: ignore[union-attr, operator]
+            network[layer].bias.fill_(bias)  # type: ignore[union-attr, operator]
+        network[4].weight[1] = -1  # type: ignore[union-attr, index, operator]
+    images = torch.zeros(1, 1, 8, 8)
+    images[0, 0, 2, 5], images[0, 0, 6, 1] = 4.0, 2.0
+    scores, maps = draw_maps(network, images, [0, 1])
+    torch.testing.assert_close(scores[0, 0], torch.sigmoid(torch.tensor(6 / 64)))
+    torch.testing.assert_close(maps[0, 0], images[0, 0] / 4)
+    assert maps[0, 1].max() == 0  # what lowers a logit is not on its map
+
+
+@pytest.mark.parametrize("network", [build_network("rescnn", 14), build_network("densenet121", 14), Tokens()])
+def test_maps_of_any_network_are_in_range_and_change_nothing(network: nn.Module) -> None:
+    images = torch.randn(2, 1, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = torch.sigmoid(network.eval()(images))[:, [3, 0]]
+    scores, maps = draw_maps(network, images, [3, 0])
+    torch.testing.assert_close(scores, expected)
+    assert maps.shape == (2, 2, 64, 64)
+    assert 0 <= maps.min() <= maps.max() <= 1
+    assert all(parameter.grad is None for parameter in network.parameters())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in network.modules())

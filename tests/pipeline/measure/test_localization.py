@@ -1,0 +1,56 @@
+"""Maps against what readers marked, by hand-made boxes, masks and run lengths."""
+
+import numpy as np
+import pytest
+
+from pipeline.measure.localization import (
+    Cell,
+    decode_rle,
+    exceedance,
+    frame_of,
+    mark_boxes,
+    mark_mask,
+    measure_localization,
+)
+
+
+def test_run_lengths_are_read_as_numbers_and_as_coco_s_text() -> None:
+    mask = np.zeros((3, 4), bool)
+    mask[1:, 1] = mask[0, 2] = True
+    # Column by column: 4 zeros, 3 ones, 5 zeros.
+    np.testing.assert_array_equal(decode_rle([3, 4], [4, 3, 5]), mask)
+    np.testing.assert_array_equal(decode_rle([3, 4], "435"), mask)
+    # From the fourth on, differences: 3, 1, 3, 2, 3 are 3, 1, 3, +1, +0; 40 needs two groups of bits.
+    np.testing.assert_array_equal(decode_rle([3, 4], "31310"), decode_rle([3, 4], [3, 1, 3, 2, 3]))
+    assert decode_rle([10, 5], "X1:").sum() == 10
+    np.testing.assert_array_equal(decode_rle([2, 5], "141N1"), decode_rle([2, 5], [1, 4, 1, 2, 2]))
+    with pytest.raises(ValueError, match="do not fill 3×4"):
+        decode_rle([3, 4], [4, 3])
+    with pytest.raises(ValueError, match="not COCO"):
+        decode_rle([3, 4], "4 5")
+
+
+def test_boxes_and_masks_are_placed_on_the_input() -> None:
+    frame = frame_of("stretch", 40, 20)
+    found = mark_boxes([(20, 0, 20, 10)], frame, 4)
+    assert np.argwhere(found).tolist() == [[0, 2], [0, 3], [1, 2], [1, 3]]
+    mask = np.zeros((20, 40), bool)
+    mask[:10, 20:] = True
+    np.testing.assert_array_equal(mark_mask(mask, frame, 4), found)
+    assert frame_of("pad", 40, 20) == (0, -10, 40, 40)
+    assert frame_of("crop", 40, 20) == (10, 0, 20, 20)
+    assert np.argwhere(mark_mask(mask, frame_of("pad", 40, 20), 4)).tolist() == [[1, 2], [1, 3]]
+
+
+def test_hits_iou_and_chance() -> None:
+    marked = np.zeros((2, 2), bool)
+    marked[0, 0] = True
+    top, low, none = (
+        np.array(of, np.float32) for of in ([[1, 0.5], [0, 0]], [[0, 0], [0, 1]], [[0, 0], [0, 0]])
+    )
+    cells = [Cell("Edema", f"p{number}", heat, marked) for number, heat in enumerate((top, top, low, none))]
+    of = measure_localization(cells)["labels"]["Edema"]
+    assert (of["hits"], of["cells"], of["chance"], of["iou"]) == (2, 4, 0.25, 0.25)
+    assert of["p"] == pytest.approx(1 - 0.75**4 - 4 * 0.25 * 0.75**3)
+    assert of["fixed"] == 1.0
+    assert exceedance(np.array([0.5, 0.25]), 2) == 0.125
