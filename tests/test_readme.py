@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from docs.options import render_options
 from pipeline.manifest import Manifest
 from tests.conftest import REPOSITORY
 
 README = REPOSITORY / "README.md"
 CONTRIBUTING = REPOSITORY / "CONTRIBUTING.md"
-RELIABILITY = REPOSITORY / "docs" / "reliability.md"
+PAGES = [README, *sorted((REPOSITORY / "docs").rglob("*.md"))]
 
 
 def test_its_python_runs(
@@ -43,9 +44,8 @@ def test_its_commands_for_ones_own_chexpert_run(chexpert: Path, tmp_path: Path) 
 
 
 def test_no_block_leaves_settings_behind_for_the_next() -> None:
-    pages = (README, REPOSITORY / "docs" / "results.md")
     blocks = [
-        block for page in pages for block in page.read_text().split("```")[1::2] if "\nexport " in block
+        block for page in PAGES for block in page.read_text().split("```")[1::2] if "\nexport " in block
     ]
     assert len(blocks) == 2
     for block in blocks:
@@ -59,8 +59,9 @@ def test_no_block_leaves_settings_behind_for_the_next() -> None:
         assert ran.stdout == "[]\n"
 
 
-def test_every_test_that_reliability_names_exists() -> None:
-    named = re.findall(r"(tests/[\w/]*test_\w+\.py)(?:::(\w+))?", RELIABILITY.read_text())
+def test_every_test_that_the_pages_name_exists() -> None:
+    text = "".join(page.read_text() for page in PAGES)
+    named = re.findall(r"(tests/[\w/]*test_\w+\.py)(?:::(\w+))?", text)
     assert len(named) > 150
     for file, test in named:
         assert not test or f"\ndef {test}(" in (REPOSITORY / file).read_text(), (file, test)
@@ -78,7 +79,31 @@ def test_every_name_that_contributing_points_to_exists() -> None:
 
 def test_every_target_that_the_documents_name_exists() -> None:
     targets = set(re.findall(r"^([a-z0-9-]+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE))
-    documents = [README, RELIABILITY, *(REPOSITORY / "benchmarks").glob("*.md")]
-    for document in documents:
+    for document in (*PAGES, *(REPOSITORY / "benchmarks").glob("*.md")):
         named = set(re.findall(r"(?:`|^|\n)make ([a-z][a-z0-9-]*)", document.read_text()))
         assert named <= targets, document
+
+
+def test_the_readme_is_short_and_so_is_every_page() -> None:
+    assert len(README.read_text().splitlines()) <= 180
+    long = {page.name for page in PAGES if len(page.read_text().splitlines()) > 150}
+    assert long <= {"options.md"}  # a table that a program writes
+
+
+def test_every_link_leads_somewhere() -> None:
+    """Files that exist; and headings, by the names that GitHub gives them."""
+    for page in (*PAGES, CONTRIBUTING, *(REPOSITORY / "benchmarks").glob("*.md")):
+        prose = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+        for target in re.findall(r"\]\(([^)\s]+)\)", prose):
+            if target.startswith("http"):
+                continue
+            name, _, anchor = target.partition("#")
+            file = (page.parent / name) if name else page
+            assert file.exists(), f"{page.name}: {target}"
+            headings = re.findall(r"^#+ (.*)$", file.read_text(), re.MULTILINE) if anchor else []
+            anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+            assert not anchor or anchor in anchors, f"{page.name}: {target}"
+
+
+def test_the_page_of_options_is_what_the_commands_say() -> None:
+    assert (REPOSITORY / "docs" / "options.md").read_text() == render_options()

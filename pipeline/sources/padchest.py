@@ -51,7 +51,7 @@ COLUMNS = (
 )
 # In PadChest's tree (Bustos et al., appendix) a word includes the words below it: laminar atelectasis is atelectasis,
 # consolidation is an infiltrate. Which words make a label follows the phrases of CheXpert's labeler (Irvin et al.,
-# 2019); where torchxrayvision maps a word otherwise, docs/datasets.md says why.
+# 2019); where torchxrayvision maps a word otherwise, docs/mappings.md says why.
 FINDINGS = {
     "No Finding": ("normal",),  # and none of the others but Support Devices, as in CheXpert
     "Enlarged Cardiomediastinum": (

@@ -1,4 +1,4 @@
-"""BRAX, the example of docs/datasets.md: the module there, registered and run on a small folder."""
+"""BRAX, the example of docs/adding-a-set.md: the module there, registered and run on a small folder."""
 
 import sys
 from importlib.machinery import ModuleSpec
@@ -31,7 +31,7 @@ ROWS = (
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A small folder of BRAX, whose module the page has registered."""
-    code = (REPOSITORY / "docs" / "datasets.md").read_text().split("```python\n")[1].split("```")[0]
+    code = (REPOSITORY / "docs" / "adding-a-set.md").read_text().split("```python\n")[1].split("```")[0]
     module = module_from_spec(ModuleSpec("pipeline.sources.brax", None))
     exec(code, module.__dict__)  # noqa: S102 - our own page
     monkeypatch.setitem(sys.modules, module.__name__, module)
