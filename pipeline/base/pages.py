@@ -61,6 +61,7 @@ def open_templates(package: str) -> jinja2.Environment:
         "limits": show_limits,
         "setting": show_setting,
     }
+    environment.tests["filled"] = has_figures
     return environment
 
 
@@ -107,6 +108,12 @@ def draw_svg(
         body = body.replace(drawn, shown)
     opening = f'<svg role="img" aria-label="{escape(description)}" viewBox="0 0 {width:g} {height:g}">'
     return Markup(opening + body)  # noqa: S704
+
+
+def has_figures(body: str) -> bool:
+    """Whether a cell of a table's body holds more than dashes, and the counts of what is too few."""
+    cells = re.findall("<td[^>]*>(.*?)</td>", body, re.DOTALL)
+    return any("(few)" not in cell and re.search(r"\d", cell) for cell in cells)
 
 
 def show_count(value: int) -> str:

@@ -134,8 +134,9 @@ def test_the_tables_hold_the_numbers_of_the_json(page: str, evaluation: dict[str
         auroc, auprc = (part["intervals"][name] for name in ("auroc", "auprc"))
         calibrations = ("brier", "brier_calibrated", "ece", "ece_calibrated")
         expected = [
-            [name + few(label), f"{label['positives']:,}", f"{label['negatives']:,}"]
+            [name + few(label)]
             + [places(label["auroc"]), limits(auroc[name]), places(label["auprc"]), limits(auprc[name])]
+            + [f"{label['positives']:,}", f"{label['negatives']:,}"]
             + [places(label[metric]) for metric in calibrations]
             for name, label in part["labels"].items()
         ]
@@ -144,7 +145,7 @@ def test_the_tables_hold_the_numbers_of_the_json(page: str, evaluation: dict[str
             areas = [places(part[f"{mean}_auroc"]), limits(auroc[mean])]
             areas += [places(part[f"{mean}_auprc"]), limits(auprc[mean])]
             others = [places(part[f"{mean}_{metric}"]) for metric in calibrations]
-            expected.append([title, "", "", *areas, *others])
+            expected.append([title, *areas, "", "", *others])
         assert metrics[1:] == expected
         assert rates[2:] == [
             [name + few(label)]
