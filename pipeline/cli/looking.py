@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 @CACHE_FOLDER
 @click.option("--against-split", help="One split of that source.")
 @click.option(
-    "--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw the states: .png or .svg."
+    "--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw states and groups: .png or .svg."
 )
 @click.option(
     "--html",
@@ -111,7 +111,7 @@ def stats(
     if plot:
         from pipeline.look.plots import draw_report, save_figure
 
-        save_figure(draw_report(report, report.get("cooccurrence")), plot)
+        save_figure(draw_report(report, report.get("cooccurrence"), report.get("by")), plot)
         say(f"{plot}: written")
     if html:
         scope = [] if found[0][0].is_file() else [f"split {split}" if split else "all splits"]

@@ -48,21 +48,27 @@ PRINTED = Palette(
     full="#0072B2",
     paper="white",
 )
+SERIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "black", "#888888")  # of groups, by the same authors
 
 
-def draw_report(statistics: Statistics, cooccurrence: Mapping[str, Mapping[str, int]] | None) -> Figure:
-    """Bars of each label's states in percent of images; beside them the heat map, if there is one."""
-    size = (7.5, 5.0) if cooccurrence is None else (13.0, 6.2)
-    figure = Figure(figsize=size, layout="constrained")
+def draw_report(
+    statistics: Statistics,
+    cooccurrence: Mapping[str, Mapping[str, int]] | None,
+    groups: Groups | None = None,
+) -> Figure:
+    """Bars of each label's states in percent of images; beside them the groups and the heat map, if there are any."""
+    beside = (groups is not None) + (cooccurrence is not None)
+    figure = Figure(figsize=(7.5 + 5.5 * beside, 6.2 if cooccurrence else 5.0), layout="constrained")
     totals = (f"{statistics[unit]:,} {unit}" for unit in ("images", "studies", "patients"))
     figure.suptitle(", ".join(totals), fontsize=12)
-    if cooccurrence is None:
-        draw_states(figure.subplots(), statistics, PRINTED)
-    else:
-        left, right = figure.subplots(1, 2, sharey=True)
-        draw_states(left, statistics, PRINTED)
-        draw_cooccurrence(right, cooccurrence, PRINTED)
-        right.set_title("of the images positive for the row, % positive for the column too", fontsize=10)
+    first, *others = figure.subplots(1, 1 + beside, sharey=True, squeeze=False)[0]
+    draw_states(first, statistics, PRINTED)
+    if groups is not None:
+        draw_groups(others[0], groups, SERIES, PRINTED.states["blank"])
+    if cooccurrence is not None:
+        draw_cooccurrence(others[-1], cooccurrence, PRINTED)
+        title = "of the images positive for the row, % positive for the column too"
+        others[-1].set_title(title, fontsize=10)
     return figure
 
 
@@ -178,5 +184,5 @@ def _name_rows(axes: Axes, labels: list[str], xlabel: str) -> None:
     axes.tick_params(axis="y", length=0)
     axes.spines[["top", "right", "left"]].set_visible(False)
     handles, _ = axes.get_legend_handles_labels()
-    legend = axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=len(handles), **LEGEND)
+    legend = axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=min(len(handles), 5), **LEGEND)
     legend.set_frame_on(False)

@@ -266,10 +266,16 @@ def test_heat_map_shows_the_share_of_the_row(chexpert: Path) -> None:
     }
 
 
-def test_dots_show_the_shares_of_the_groups(chexpert: Path) -> None:
+def test_dots_show_the_shares_of_the_groups(chexpert: Path, tmp_path: Path) -> None:
     table = read_labels(chexpert / "train.csv")
     axes = Figure().subplots()
     draw_groups(axes, count_groups(table, "sex"), ["red", "blue"], "gray")
+    drawn = draw_report(count_labels(table), None, count_groups(table, "sex")).axes[1]
+    for found, same in zip(drawn.collections, axes.collections, strict=True):
+        assert np.array_equal(found.get_offsets(), same.get_offsets())
+    path = tmp_path / "groups.svg"
+    assert run(chexpert, "--by", "sex", "--plot", path).returncode == 0
+    assert all(f">{text}<" in path.read_text() for text in ("Female", "Male"))
     frame = table.to_pandas()
     _, *dots = axes.collections
     shares = (frame[list(LABELS)] == 1).groupby(frame["sex"]).mean()
