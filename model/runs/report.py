@@ -1,6 +1,7 @@
 """Evaluations of a run → one HTML page that needs nothing else, and a model card in Markdown."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, fields
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -9,10 +10,11 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from model.chest import SCALE, TERMS
 from model.networks import weights_terms
-from model.runs.config import name_choice
+from model.runs.config import Config, name_choice
 from pipeline.base.pages import (
     FAINT,
     FIRST,
@@ -46,27 +48,62 @@ def render_report(
     history: Sequence[Mapping[str, Any]],
     evaluations: Mapping[str, Mapping[str, Any]],
     images: Mapping[str, Scored],
+    dataset: Mapping[str, str] = MappingProxyType({}),
 ) -> str:
-    """The page of a run: settings, training curves, and by split what `assess` gives with the curves behind it.
+    """The page of a run: what to make of it, training curves, and by split what `assess` gives, with its curves.
 
-    `history` are the lines of metrics.jsonl; `evaluations` and `images` have the same splits.
+    `history` are the lines of metrics.jsonl; `evaluations` and `images` have the same splits; `dataset` is the
+    manifest's. Dev, which chose the checkpoint, comes last.
     """
+    defaults = {one.name: one.default for one in fields(Config)}
+    changed = {name: value for name, value in config.items() if defaults.get(name, MISSING) != value}
     sections = [
         {
             "name": name,
             "evaluation": evaluation,
             "panels": draw_panels(evaluation, images[name]),
             "gaps": describe_gaps(evaluation),
+            "summary": summarize(name, evaluation),
             "covariates": _names_in(evaluation, "covariates"),
             "variables": [
                 name for name in _names_in(evaluation, "within") if name not in evaluation["labels"]
             ],
         }
-        for name, evaluation in evaluations.items()
+        for name, evaluation in sorted(evaluations.items(), key=lambda item: item[0] == "dev")
     ]
     training = draw_training(history) if history else None
     page = open_run_templates().get_template("report.html")
-    return page.render(title=title, config=config, training=training, sections=sections)
+    return page.render(
+        title=title, config=config, changed=changed, training=training, sections=sections, dataset=dataset
+    )
+
+
+def summarize(split: str, evaluation: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What to believe of a split and what not, each as a mark and a sentence that names the labels."""
+    labels, belief = evaluation["labels"], evaluation.get("belief", {})
+    told = {name for found in evaluation.get("sanity", {}).values() for name in found["kept"]}
+    few = {name for name, label in labels.items() if label["few"]}
+    lines = [
+        ("nothing", "Do not believe", {name for name, found in belief.items() if found["mark"] == "nothing"}),
+        (
+            "caution",
+            "Treat with caution",
+            {name for name, found in belief.items() if found["mark"] == "caution"},
+        ),
+        (
+            "none",
+            "No covariate here explains",
+            {name for name, found in belief.items() if found["mark"] == "none"},
+        ),
+        ("caution", "Told without the lungs", told),
+        ("caution", "Too few positives or negatives to tell", few),
+    ]
+    dev = [("caution", "Chose checkpoint and thresholds, so its figures flatter.")] if split == "dev" else []
+    return dev + [
+        (mark, f"{text}: {', '.join(name for name in labels if name in found)}.")
+        for mark, text, found in lines
+        if found
+    ]
 
 
 def _names_in(evaluation: Mapping[str, Any], part: str) -> list[str]:
@@ -150,14 +187,18 @@ def draw_training(history: Sequence[Mapping[str, Any]]) -> list[tuple[str, Marku
     def draw_loss(axes: Axes) -> None:
         axes.plot(epochs, [line["train_loss"] for line in history], ".-", color=FIRST)
         axes.set(xlabel="epoch", ylabel="train loss")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
     def draw_auroc(axes: Axes) -> None:
         for mean, color in zip(MEANS, (FIRST, SECOND, THIRD), strict=True):
             values = [line.get(f"{mean}_auroc") for line in history]
-            heights = [np.nan if value is None else value for value in values]
-            axes.plot(epochs, heights, ".-", color=color, label=MEANS[mean])
+            if any(value is not None for value in values):
+                heights = [np.nan if value is None else value for value in values]
+                axes.plot(epochs, heights, ".-", color=color, label=MEANS[mean])
         axes.set(xlabel="epoch", ylabel="AUROC, dev")
-        axes.legend()
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        if axes.lines:
+            axes.legend()
 
     return [
         ("Training loss", draw_svg(draw_loss, "train loss by epoch", (4.4, 2.6))),
@@ -241,6 +282,7 @@ def _draw_decision(calibrated: Floats, truth: Bools, axes: Axes) -> None:
         axes.plot(thresholds, heights, style, color=color)
     axes.axhline(0, linestyle=":", color=FAINT)
     axes.set(xlabel="threshold", ylabel="net benefit", xlim=(0, 1), ylim=(-0.25 * share, 1.05 * share))
+    axes.set_xticks((0, 0.5, 1), ("0", "0.5", "1"))
 
 
 def show_cell(text: str) -> str:

@@ -268,7 +268,8 @@ def write_report(job: Job, file: str, results: Mapping[str, tuple[dict[str, Any]
     path = job.run / "metrics.jsonl"
     lines = [] if job.members else path.read_bytes().splitlines()  # an ensemble was not trained as a whole
     history = [parse_object(path, line) for line in lines]
-    page = render_report(job.run.name, describe_settings(job), history, evaluations, images)
+    settings = describe_settings(job)
+    page = render_report(job.run.name, settings, history, evaluations, images, job.manifest.dataset)
     write_atomically(job.run / file, page.encode())
 
 

@@ -86,7 +86,7 @@ def draw_svg(
             draw(figure.subplots())
             return
         # Room for tick labels and the axes' names, in points.
-        left = 33 if unit else 40
+        left = 33 if unit else 48
         axes = figure.add_axes((left / width, 30 / height, 1 - (left + 5) / width, 1 - 35 / height))
         draw(axes)
         if unit:

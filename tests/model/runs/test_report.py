@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from model.runs.report import describe_gaps, render_model_card, render_report
+from model.runs.report import describe_gaps, draw_training, render_model_card, render_report, summarize
 from model.runs.summary import print_evaluations, print_gain, print_verdicts
 from pipeline.measure.belief import assess_belief
 from pipeline.measure.compare import measure_gain
@@ -211,6 +211,9 @@ def test_the_page_names_settings_and_what_is_left_out(page: str, evaluation: dic
     settings = dict(re.findall("<dt>(.*?)</dt><dd>(.*?)</dd>", page[page.index('id="settings"') :]))
     expected = CONFIG | {"labels": ", ".join(NAMES)}
     assert settings == {name: "–" if value in (None, ()) else str(value) for name, value in expected.items()}
+    shown, folded = page[page.index('id="settings"') :].split("<details>")
+    assert re.findall("<dt>(.*?)</dt>", shown) == ["arch", "manifest", "uncertain", "blank", "labels"]
+    assert "<summary>6 more, at their defaults</summary>" in folded
     macro10 = f"{evaluation['macro10_auroc']:.3f} {limits(evaluation['intervals']['auroc']['macro10'])}"
     assert f"valid, 300 images of 150 patients {macro10} AUROC, macro, ≥ 10 positives" in text
     assert f"In no group: LL {evaluation['subgroups']['projection']['others']['LL']}." in text
@@ -232,6 +235,52 @@ def test_the_page_names_settings_and_what_is_left_out(page: str, evaluation: dic
     )
     assert not [gap for gap in gaps if ": 0 of" in gap]
     assert "Fracture, images of dev: one class: no thresholds, scores as they are." in gaps
+
+
+def test_the_first_screen_says_what_was_measured_and_what_to_distrust(
+    images: Scored, evaluation: dict[str, Any]
+) -> None:
+    scores = {name: {"auroc": 0.5, "low": 0.4, "high": 0.6} for name in NAMES}
+    told = evaluation | {"sanity": {"center covered": {"labels": scores, "kept": ["Edema"]}}}
+    found = {"dev": told, "valid": evaluation}
+    data = {"title": "films drawn by `pipeline sample`"}
+    page = Page(render_report("r", CONFIG, [], found, dict.fromkeys(found, images), data))
+    first = " ".join(page.text.split()).split(" Settings ")[0]
+    studies = f"{evaluation['study']['rows']} studies of 150 patients"
+    assert first.index(f"valid of films drawn by pipeline sample: {studies}.") < first.index("dev of films")
+    marks = [found["mark"] for found in evaluation["belief"].values()]
+    assert summarize("valid", evaluation) == [
+        *(
+            [("none", "No covariate here explains: Edema, Pleural Effusion.")]
+            if marks == ["none"] * 2
+            else []
+        ),
+        ("caution", "Too few positives or negatives to tell: Fracture, Rare."),
+    ]
+    assert [text for _, text in summarize("dev", told) if "few" not in text and "covariate" not in text] == [
+        "Chose checkpoint and thresholds, so its figures flatter.",
+        "Told without the lungs: Edema.",
+    ]
+    assert all(text in first for _, text in summarize("dev", told))
+    less = evaluation["against"]["auroc"]["macro10"]
+    assert f"less runs/other {less['difference']:+.3f} {limits(less)} difference in AUROC" in first
+    assert "valid, compared" in first
+
+
+def test_tables_without_figures_are_left_out(images: Scored) -> None:
+    lone = images.take(np.arange(3))
+    evaluation = assess(NAMES, lone, calibrate(NAMES, lone), resamples=0)
+    tables = Page(render_report("r", CONFIG, [], {"dev": evaluation}, {"dev": lone})).tables
+    assert "groups" not in tables
+
+
+def test_the_legend_names_the_lines_that_are_there() -> None:
+    (_, loss), (_, auroc) = draw_training(HISTORY)
+    assert ">macro, ≥ 10 positives<" in auroc
+    assert "competition" not in auroc
+    for svg in (loss, auroc):
+        texts = re.findall(r"<text[^>]*>(.*?)</text>", svg)
+        assert texts[: texts.index("epoch")] == ["1"]
 
 
 def test_the_terminal_marks_the_same_labels(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from model.runs.report import render_report
@@ -18,6 +19,7 @@ from model.runs.sweep_report import render_sweep
 from pipeline.labels import LABELS
 from pipeline.look.plots import STRENGTH
 from pipeline.manifest import Manifest
+from pipeline.measure.compare import compare_methods
 from pipeline.measure.evaluate import Scored, assess, calibrate
 from tests.conftest import run_pipeline
 from tests.model.runs.test_sweep_report import make_trial
@@ -51,9 +53,18 @@ addEventListener("load", () => {
     ticks: styles("svg text", "fill"),
     series: styles("svg path", "stroke"),
     flat: all("svg").filter((svg) => svg.getBoundingClientRect().height < 80).length,
+    cut: all("svg text").filter((text) => {
+      const inner = text.getBoundingClientRect(), outer = text.closest("svg").getBoundingClientRect();
+      return inner.left < outer.left - 1 || inner.right > outer.right + 1;
+    }).map((text) => text.textContent),
+    scaled: all("svg").every((svg) => svg.getAttribute("viewBox")
+      && Math.abs(svg.getBoundingClientRect().width - svg.parentElement.clientWidth) < 1),
+    beyond: Object.fromEntries(["metrics", "methods"].map((kind) => [kind, all(
+      kind == "metrics" ? ".metrics tr > :nth-child(3).limits" : `.${kind} td`,
+    ).filter((cell) => cell.getBoundingClientRect().right > view.innerWidth).length])),
     broken: all("img").filter((image) => !image.naturalWidth).length,
     states: Object.fromEntries(["positive", "uncertain", "negative", "blank"].map((name) => [name, color(name)])),
-    first: color("first"),
+    blue: color("first"),
     headline: all(".tile .value").map((value) => value.innerText.trim()),
   });
 });
@@ -77,7 +88,14 @@ def evaluation() -> tuple[Scored, dict[str, Any]]:
         random.choice(["AP", "PA"], 400),
     )
     against = ("runs/" + "a-long-name-" * 12, images.scores**2)
-    return images, assess(LABELS, images, calibrate(LABELS, images), against=against, resamples=100)
+    found = assess(LABELS, images, calibrate(LABELS, images), against=against, resamples=100)
+    index = pd.MultiIndex.from_arrays([images.patient, images.study], names=["patient", "study"])
+    others = {
+        f"runs/{'long-' * 9}{number}, max of views": pd.DataFrame(images.scores**number, index, LABELS)
+        for number in range(2, 7)
+    }
+    methods = compare_methods(LABELS, images, "runs/first, mean fusion", others, pd.Series("frontal", index))
+    return images, found | {"methods": methods}
 
 
 def open_page(folder: Path, page: str, width: int, scheme: int) -> dict[str, Any]:
@@ -138,7 +156,11 @@ def test_the_report_is_legible(
     assert seen["wide"] == []
     assert seen["scrolled"] == width
     assert seen["flat"] == 0
-    assert seen["headline"] == [
+    assert seen["cut"] == []
+    assert seen["scaled"]
+    assert seen["beyond"]["metrics"] == 0  # AUROC beside the label, with its limits
+    assert width == 390 or seen["beyond"]["methods"] == 0
+    assert seen["headline"][:2] == [
         f"{part['macro10_auroc']:.3f} [{limits['low']:.3f}, {limits['high']:.3f}]"
         for part in (found, found["study"])
         for limits in [part["intervals"]["auroc"]["macro10"]]
@@ -179,6 +201,8 @@ def test_the_label_report_is_legible(
     assert seen["wide"] == []
     assert seen["scrolled"] == width
     assert seen["flat"] == 0
+    assert seen["cut"] == []
+    assert seen["scaled"]
     assert seen["headline"] == [str(document[unit]) for unit in ("images", "studies", "patients")]
     assert seen["broken"] == 0
     background = seen["background"]
@@ -189,7 +213,7 @@ def test_the_label_report_is_legible(
     assert len(set(states.values())) == 3
     assert all(contrast("rgb(0, 0, 0)", color) > 4.5 for color in states.values())
     assert contrast(seen["color"], seen["states"]["blank"]) > 4.5
-    strongest = blend(seen["first"], background, STRENGTH)
+    strongest = blend(seen["blue"], background, STRENGTH)
     assert contrast(seen["color"], strongest) > 4
 
 
