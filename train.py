@@ -22,6 +22,7 @@ out, its scores of train, and a student whose uncertain targets they are:
     python train.py --run runs/student --uncertain selftrained --teacher runs/teacher
 """
 
+import importlib
 import os
 import signal
 import sys
@@ -34,6 +35,14 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 # other load on the cores a network on a CPU then trains at a tenth of its speed. With a short spin it is half, and
 # 15 % less on idle cores.
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+
+if __name__ == "__main__":
+    # Here, and not at the end: the imports below take seconds, which a mistyped option should not wait for. A command
+    # that trains gets `train` of this module, imported under its own name.
+    from model.runs.commands import main
+    from pipeline.console import run_command
+
+    run_command(main, lambda *given: importlib.import_module("train").train(*given))
 
 import contextlib
 import copy
@@ -51,7 +60,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
-from model.augment import AUGMENTATIONS, augment, normalize
+from model.augment import augment, normalize
 from model.checkpoint import (
     CheckpointError,
     load_checkpoint,
@@ -62,11 +71,11 @@ from model.checkpoint import (
 )
 from model.frozen import after_backbone, begin_training, freeze
 from model.losses import AUCMarginLoss, MaskedLoss, positive_weights
+from model.names import AUGMENTATIONS
 from model.networks import build_network, load_initial
 from model.optim import build_optimizer, scheduled_lr, set_lr, update_average
 from model.predict import DivergedError, InterruptedEvaluationError, explain_memory
 from model.ranks import Ranks
-from model.runs.commands import main
 from model.runs.config import Config, can_divide, name_choice, output_count, parse_choice, three_class_columns
 from model.runs.embeddings import use_embeddings
 from model.runs.folder import follow_by_wandb, fuse, open_run, record_environment, save_best
@@ -85,7 +94,7 @@ from model.runs.scoring import score_split
 from model.runs.targets import check_reported, no_choice, training_labels, training_weights
 from pipeline.base.errors import DataError
 from pipeline.base.files import claimed, write_atomically
-from pipeline.console import progress_bar, run_command, say
+from pipeline.console import progress_bar, say
 from pipeline.labels import LABELS
 from pipeline.measure.metrics import report_auroc
 from pipeline.stream.batches import Batch, BatchStream, Labels
@@ -552,7 +561,3 @@ def start_state(job: Job, labels: Labels, rows: Rows) -> TrainState:
         torch.compile(forward) if config.compile else forward,
         RecentAUROC(len(LABELS), job.device),
     )
-
-
-if __name__ == "__main__":
-    run_command(main, train)
