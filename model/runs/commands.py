@@ -5,6 +5,7 @@ Each command imports what needs torch itself, so that `--help` and usage errors 
 
 import gc
 import os
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from importlib import import_module
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from model.runs.config import Config, options
+from model.runs.config import MEANS, Config, options
 from model.runs.options import (
     DATA_OPTIONS,
     GroupedCommand,
@@ -25,7 +26,7 @@ from model.runs.options import (
 )
 from pipeline.base.errors import DataError, SettingError
 from pipeline.base.files import read_object
-from pipeline.console import name_options
+from pipeline.console import name_options, say
 from pipeline.manifest import read_manifest
 
 if TYPE_CHECKING:
@@ -193,7 +194,31 @@ def print_run(job: "Job") -> None:
     reports = {name: read_object(path) for name, path in paths.items() if path.exists()}
     print_evaluations(reports)
     print_verdicts(reports)
+    limits = reports["dev"]["intervals"]["auroc"]
+    name = "macro" if limits["macro10"]["low"] is None else "macro10"
+    low, high = (limits[name][side] for side in ("low", "high"))
+    if low is not None and low <= 0.5:
+        guess = f"dev AUROC ({MEANS[name]}) is {low:.2f} to {high:.2f}, not told from guessing"
+        say(f"{job.run}: {guess}: try a lower `lr`, more `epochs` or more images")
     click.echo(f"{job.run / 'report.html'}: the same with curves, intervals and subgroups")
+    click.echo(f"next: python train.py predict --run {job.run} --out scores.csv FILMS")
+
+
+def repeat_options(config: Config, others: Mapping[str, Any]) -> list[str]:
+    """The words of a command line that give a run this configuration, and these other options, where not defaults."""
+    values = {
+        name: getattr(config, name) for name in options() if getattr(config, name) != getattr(Config(), name)
+    }
+    values |= {name: others[name] for name in ("init", "teacher") if others[name]} | {
+        "shards": others["shards"]
+    }
+    words = []
+    for name, value in values.items():
+        several = value if name in ("shards", "where") else [value]
+        for one in several:
+            text = ",".join(map(str, one)) if isinstance(one, tuple) else str(one)
+            words += [f"--{name.replace('_', '-')}", *([] if value is True else [shlex.quote(text)])]
+    return words
 
 
 def refuse_run(_: click.Context, param: click.Parameter, value: str | None) -> None:
@@ -274,6 +299,7 @@ def sweep_command(
     from model.predict import InterruptedEvaluationError
     from model.runs.job import StopFlag
     from model.runs.results import choice_score, measure_run
+    from model.runs.summary import print_trials
 
     stop = StopFlag().listen()
     tried = {name: given.pop(name) for name in SWEPT}
@@ -326,7 +352,16 @@ def sweep_command(
     write_sweep_report(sweep, found)
     complete, failed = (sum(trial.state == state for trial in found) for state in ("complete", "failed"))
     of_failed = f", {failed} failed" if failed else ""
-    click.echo(f"{folder / 'report.html'}: {complete} trials complete{of_failed}")
+    if complete:
+        print_trials(found)
+    plural = "" if complete == 1 else "s"
+    click.echo(f"{folder / 'report.html'}: {complete} trial{plural} complete{of_failed}")
+    if complete:
+        best = max((trial for trial in found if trial.dev is not None), key=lambda trial: trial.dev or 0.0)
+        point = {name: values[0] for name, values in tried.items()} | best.parameters
+        words = repeat_options(replace(base, **point), others)
+        click.echo(f"trial {best.number} is the best, in {best.run}; the same once more:")
+        click.echo(f"next: python train.py {' '.join(words)} --run RUN")
     return stop.code if not done else 1 if failed and not complete else 0
 
 

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple, get_args, get_origin, get_typ
 
 from model.names import ARCHITECTURES, AUGMENTATIONS, FUSIONS, LOSSES, check_arch, own_input
 from pipeline.base.errors import DataError, SettingError
-from pipeline.labels import LABELS, VIEWS
+from pipeline.labels import LABELS, VIEWS, find_label
 from pipeline.measure.metrics import COMPETITION
 from pipeline.policies import BLANK_HELP, UNCERTAIN_HELP, check_blank_policy, parse_uncertain_policy
 
 if TYPE_CHECKING:
     from model.ranks import Ranks
 
+MEANS = {"macro": "macro", "macro10": "macro, ≥ 10 positives", "mean5": "mean of competition's 5"}
 HELD_OUT = 0.05  # share of the patients, where the shards have no dev split
 # Fields that runs of version 0.1 do not have.
 SINCE_0_1 = (
@@ -56,8 +57,8 @@ def split_columns(text: str) -> list[str]:
 
 
 def parse_labels(text: str) -> tuple[str, ...]:
-    """Names of labels, separated by commas; in the order of LABELS. Raises DataError for another name."""
-    names = [name.strip() for name in text.split(",")]
+    """Names of labels in any case, separated by commas; in the order of LABELS. Raises DataError for another name."""
+    names = [find_label(name.strip()) or name.strip() for name in text.split(",")]
     for name in names:
         if name not in LABELS:
             raise DataError(f"'{name}' is none of {', '.join(LABELS)}")
@@ -74,8 +75,8 @@ def parse_choice(text: str) -> tuple[str, ...]:
 
 
 def name_choice(text: str) -> str:
-    """What chooses a checkpoint, in words, to be followed by AUROC: macro, competition, or the labels."""
-    return {"all": "macro", "competition": "competition"}.get(text) or ", ".join(parse_labels(text))
+    """What chooses a checkpoint, in words, as the tables have it."""
+    return {"all": MEANS["macro10"], "competition": MEANS["mean5"]}.get(text) or ", ".join(parse_labels(text))
 
 
 def option(default: Any, group: str, help: str = "", **more: Any) -> Any:  # noqa: A002 - as click calls it

@@ -195,4 +195,4 @@ def _value_type(kind: Any, of: Option) -> click.ParamType[Any]:
         return Parsed(check_arch, "name")  # in a list of several, unlike a policy, also separated by commas
     if of.check is not None:
         return Checked(of.check)
-    return click.Choice(list(of.choices))
+    return click.Choice(list(of.choices), case_sensitive=False)

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 
 from model.chest import SCALE, TERMS
 from model.networks import weights_terms
-from model.runs.config import name_choice
+from model.runs.config import MEANS, name_choice
 from pipeline.base.pages import (
     FAINT,
     FIRST,
@@ -36,7 +36,6 @@ from pipeline.measure.metrics import (
     threshold_curve,
 )
 
-MEANS = {"macro": "macro", "macro10": "macro, ≥ 10 positives", "mean5": "mean of competition's 5"}
 TITLES = {"youden": "Youden's J", "max_f1": "highest F1", "sensitivity": "sensitivity"}
 
 
