@@ -22,6 +22,7 @@ out, its scores of train, and a student whose uncertain targets they are:
     python train.py --run runs/student --uncertain selftrained --teacher runs/teacher
 """
 
+import importlib
 import os
 import signal
 import sys
@@ -34,6 +35,14 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 # other load on the cores a network on a CPU then trains at a tenth of its speed. With a short spin it is half, and
 # 15 % less on idle cores.
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+
+if __name__ == "__main__":
+    # Here, and not at the end: the imports below take seconds, which a mistyped option should not wait for. A command
+    # that trains gets `train` of this module, imported under its own name.
+    from model.runs.commands import main
+    from pipeline.console import run_command
+
+    run_command(main, lambda *given: importlib.import_module("train").train(*given))
 
 import contextlib
 import copy
@@ -51,7 +60,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
-from model.augment import AUGMENTATIONS, augment, normalize
+from model.augment import augment, normalize
 from model.checkpoint import (
     CheckpointError,
     load_checkpoint,
@@ -62,12 +71,20 @@ from model.checkpoint import (
 )
 from model.frozen import after_backbone, begin_training, freeze
 from model.losses import AUCMarginLoss, MaskedLoss, positive_weights
+from model.names import AUGMENTATIONS
 from model.networks import build_network, load_initial
 from model.optim import build_optimizer, scheduled_lr, set_lr, update_average
 from model.predict import DivergedError, InterruptedEvaluationError, explain_memory
 from model.ranks import Ranks
-from model.runs.commands import main
-from model.runs.config import Config, can_divide, name_choice, output_count, parse_choice, three_class_columns
+from model.runs.config import (
+    MEANS,
+    Config,
+    can_divide,
+    name_choice,
+    output_count,
+    parse_choice,
+    three_class_columns,
+)
 from model.runs.embeddings import use_embeddings
 from model.runs.folder import follow_by_wandb, fuse, open_run, record_environment, save_best
 from model.runs.job import (
@@ -80,12 +97,12 @@ from model.runs.job import (
     to_device,
 )
 from model.runs.overlap import check_teacher, write_trained_on
-from model.runs.results import choice_score, finish_run, forget_calibrations
+from model.runs.results import choice_score, finish_run, forget_calibrations, is_reported
 from model.runs.scoring import score_split
 from model.runs.targets import check_reported, no_choice, training_labels, training_weights
 from pipeline.base.errors import DataError
 from pipeline.base.files import claimed, write_atomically
-from pipeline.console import progress_bar, run_command, say
+from pipeline.console import progress_bar, say, say_once
 from pipeline.labels import LABELS
 from pipeline.measure.metrics import report_auroc
 from pipeline.stream.batches import Batch, BatchStream, Labels
@@ -175,7 +192,12 @@ def train(job: Job, watch: Callable[[list[dict[str, Any]]], None] = lambda histo
         check_teacher(job, job.teacher)
     steps = training_steps(len(train.rows), config.batch_size)
     if steps == 0:
-        raise DataError(f"{job.shards}: {len(train.rows)} train samples are less than one batch")
+        most = len(train.rows) // 2 * 2
+        how = f"choose one of {most} or less" if most else "there must be 2 or more"
+        raise DataError(
+            f"{job.shards}: {len(train.rows)} train {config.units} are less than one batch of `batch_size` "
+            f"{config.batch_size}: {how}"
+        )
     labels = training_labels(job, train)
     weights = training_weights(job, labels, train)
     state = start_state(job, labels, train.rows)
@@ -205,9 +227,15 @@ def train_epochs(
     total, every = config.epochs * steps, config.eval_every or steps
     if job.ranks.gather((run / "last.pt").exists())[0, 0]:
         before = state.restore(run / "last.pt", job.ranks)
-        if state.done < total and not is_out_of_patience(config, state):
+        if state.done == total or is_out_of_patience(config, state):
+            say(
+                f"{run}: finished, after step {state.done:,} of {total:,}; another `run` goes on by `init` {run}"
+            )
+            if job.ranks.gather(is_reported(run))[0, 0]:
+                return 0
+        else:
             check_ranks(job, state, before)
-        say(f"{run}: continuing after step {state.done:,} of {total:,}")
+            say(f"{run}: continuing after step {state.done:,} of {total:,}")
     if job.on_embeddings:
         try:
             train, dev = (use_embeddings(job, state.network, chosen) for chosen in selected)
@@ -506,8 +534,12 @@ def evaluate_state(job: Job, state: TrainState, dev: Selected, steps: int, log: 
     if chosen != "all":
         log("dev/choice_auroc", score, state.done)
     log_labels(log, "dev", line["labels"], state.done)
-    note = "  (best)" if is_best else ""
-    say(f"Epoch {epoch:g}: dev {name_choice(chosen)} AUROC {score:.4f}{note}")
+    name = name_choice(chosen)
+    if chosen == "all" and line["macro10_auroc"] is None:
+        name = MEANS["macro"]
+        few = "no label has 10 positives on dev, so chance chooses the checkpoint"
+        say_once(f"{job.shards}: {few}; raise `dev`")
+    say(f"Epoch {epoch:g}: dev AUROC {score:.4f} ({name}){'  (best)' if is_best else ''}")
 
 
 def is_out_of_patience(config: Config, state: TrainState) -> bool:
@@ -552,7 +584,3 @@ def start_state(job: Job, labels: Labels, rows: Rows) -> TrainState:
         torch.compile(forward) if config.compile else forward,
         RecentAUROC(len(LABELS), job.device),
     )
-
-
-if __name__ == "__main__":
-    run_command(main, train)

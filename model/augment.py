@@ -10,13 +10,14 @@ gray scale, its noise and its borders. A network that learns from these does wor
 
 import hashlib
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from model.names import AUGMENTATIONS, Augmentation
 
 ROTATION = 15.0  # degrees
 SHIFT = 0.05  # share of the image's side
@@ -29,23 +30,6 @@ FINEST, COARSEST = 0.5, 1 / 16  # that scale: from so many pixels to this share 
 NOISE = 0.35  # largest standard deviation, in those of the film
 FRAME = 0.15  # width of a border, as a share of the side
 UNIFORM = 3**0.5  # largest value of an equalized film
-
-
-class Augmentation(NamedTuple):
-    """What training changes, beside the affine map."""
-
-    crop: float = 0.0  # largest share of the side that a crop leaves out
-    robust: bool = (
-        False  # the look of the acquisition; the network equalizes its films, in use as in training
-    )
-
-
-AUGMENTATIONS = {
-    "none": Augmentation(),
-    "affine": Augmentation(),
-    "crop": Augmentation(crop=0.4),
-    "robust": Augmentation(crop=0.4, robust=True),
-}
 
 
 def vary_images(

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from model.checkpoint import CheckpointError, cannot_download, hub_path, load_checkpoint, refuse_bombs
+from model.names import XRV
 from pipeline.base.errors import DataError
 from pipeline.labels import LABELS
 
-XRV = "xrv:"  # in front of any name of torchxrayvision's DenseNets, in place of a file
 SCALE = (127.5, 255 / 2048)  # (x / 255 · 2 - 1) · 1024
 TERMS = (
     "torchxrayvision's weights: Apache-2.0; trained on NIH, PadChest, CheXpert, MIMIC-CXR, Google, OpenI and RSNA "

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from model.networks import as_head, find_head
 from pipeline.labels import PROJECTIONS
 
-FUSIONS = ("max", "mean", "attention")
 # A frontal that may be AP or PA takes the mean of the two.
 UNKNOWN_FRONTAL = len(PROJECTIONS)
 

@@ -10,7 +10,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-LOSSES = ("bce", "aucm")
 MAX_POSITIVE_WEIGHT = 20.0  # if positives are rarer than 1 in 21, a few would dominate the gradient
 MEMORY = 0.99  # decay per batch of the class means of AUCMarginLoss
 

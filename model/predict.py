@@ -9,8 +9,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from model.augment import AUGMENTATIONS, vary_images
+from model.augment import vary_images
 from model.losses import label_scores
+from model.names import AUGMENTATIONS
 from pipeline.base.errors import DataError
 
 # Images, mean and std → the images as the network takes them, once or in several copies.

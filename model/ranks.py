@@ -22,7 +22,6 @@ import torch.distributed as dist
 from torch import nn
 
 from pipeline.base.errors import DataError
-from pipeline.base.workers import count_cpus
 
 # A killed rank closes its connections, which ends the others at once; this is for a machine that vanishes.
 TIMEOUT = timedelta(minutes=5)
@@ -94,11 +93,6 @@ class Ranks:
 
 
 ALONE = Ranks()
-
-
-def share_of_cores() -> int:
-    """The number of this machine's cores per rank."""
-    return max(1, count_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 @contextlib.contextmanager

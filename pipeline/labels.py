@@ -177,6 +177,11 @@ def mark_unannotated(tables: Mapping[str, pa.Table]) -> dict[str, pa.Table]:
     return marked
 
 
+def find_label(name: str) -> str | None:
+    """The label of that name in any case; None if there is none."""
+    return {label.casefold(): label for label in LABELS}.get(name.casefold())
+
+
 def name_ages(years: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.str_]:
     """The AGE_BANDS [N] of ages [N], of which -1 is unknown."""
     bands: npt.NDArray[np.str_] = np.array(list(AGE_BANDS))[np.digitize(years, list(AGE_BANDS.values())) - 1]

@@ -132,8 +132,12 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         document = read_object(path)
     except FileNotFoundError:
+        near = (
+            [] if is_remote(folder) else sorted({*folder.glob(f"*/{NAME}"), *folder.parent.glob(f"*/{NAME}")})
+        )
+        meant = f", or did you mean {near[0].parent}?" if near else ""
         raise DataError(
-            f"{folder}: no {NAME}, so no finished shards; write them with `pipeline shards`"
+            f"{folder}: no {NAME}, so no finished shards; write them with `pipeline shards`{meant}"
         ) from None
     if document.get("format") != FORMAT:
         raise DataError(f"{path}: not a manifest of {FORMAT}")

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pipeline.base.errors import DataError
-from pipeline.labels import LABELS, NOT_ANNOTATED, find_unannotated, hash_fraction, label_states
+from pipeline.labels import LABELS, NOT_ANNOTATED, find_label, find_unannotated, hash_fraction, label_states
 
 UNCERTAIN_POLICIES = ("zeros", "ones", "ignore", "smooth-zeros", "smooth-ones", "multiclass", "selftrained")
 BLANK_POLICIES = ("zeros", "ignore")
@@ -38,9 +38,10 @@ def parse_uncertain_policy(text: str) -> dict[str, str]:
         )
     policy = dict(BEST_POLICY) if default == "best" else dict.fromkeys(LABELS, default)
     for override in overrides:
-        label, _, value = override.partition("=")
-        if label not in LABELS:
-            raise DataError(f"uncertain policy '{override}': '{label}' is not a label; write LABEL=POLICY")
+        name, _, value = override.partition("=")
+        label = find_label(name)
+        if label is None:
+            raise DataError(f"uncertain policy '{override}': '{name}' is not a label; write LABEL=POLICY")
         if value not in UNCERTAIN_POLICIES:
             raise DataError(f"uncertain policy '{override}': choose from {', '.join(UNCERTAIN_POLICIES)}")
         policy[label] = value

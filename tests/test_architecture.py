@@ -1,6 +1,8 @@
 """The rules of docs/architecture.md, read from the imports: arrows go down, and never round."""
 
 import ast
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -111,6 +113,23 @@ def test_heavy_packages_stay_where_they_are_needed(package: str) -> None:
     assert {
         name for name in importers if not any(f"{name}.".startswith(f"{one}.") for one in allowed)
     } == set()
+
+
+@pytest.mark.parametrize(
+    ("options", "code"),
+    [(["--help"], 0), (["train", "--help"], 0), (["--lrr", "1"], 2), (["--shards", "no", "--run", "r"], 1)],
+)
+def test_a_command_line_that_trains_nothing_does_not_wait_for_torch(options: list[str], code: int) -> None:
+    program = f"""
+import runpy, sys
+sys.modules["torch"] = sys.modules["scipy"] = sys.modules["pandas"] = None  # an import of them fails
+sys.argv = {["train.py", *options]!r}
+runpy.run_path("train.py", run_name="__main__")
+"""
+    ran = subprocess.run(
+        [sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == code, ran.stderr
 
 
 def test_the_documentation_names_every_module() -> None:

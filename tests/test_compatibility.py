@@ -81,3 +81,10 @@ def test_a_run_of_version_1_scores_as_it_did_and_continues(
     assert call("--shards", shards, "--run", run, *options, "--workers", 1) == 0
     assert f"{run}: continuing after step 6 of 12" in capsys.readouterr().err
     assert (run / "metrics.jsonl").read_text().count("\n") == 2
+    assert (
+        call("--shards", shards, "--run", run, *options, "--workers", 1) == 0
+    )  # and is finished, not scored again
+    said = capsys.readouterr()
+    assert f"{run}: finished, after step 12 of 12; another --run goes on by --init {run}\n" in said.err
+    assert "Scoring" not in said.err
+    assert said.out.endswith(f"next: python train.py predict --run {run} --out scores.csv FILMS\n")

@@ -872,7 +872,7 @@ def test_a_choice_is_the_mean_over_its_labels_and_patience_waits_for_it(
             "`choose_by`: Edema has one class on dev; raise `dev`, or choose by other labels$",
         ),
         ({"choose_by": "competition", "labels": ("Edema",)}, "`choose_by` competition: Atelectasis, Card"),
-        ({"choose_by": "edema"}, "'edema' is none of No Finding, Enlarged"),
+        ({"choose_by": "oedema"}, "'oedema' is none of No Finding, Enlarged"),
     ],
 )
 def test_a_choice_that_cannot_be_made_is_refused_before_training(
@@ -1335,6 +1335,11 @@ def test_command_line_killed_twice_warned_by_slurm_and_continued_equals_undistur
             "Error: {run}: no config.json, so not",
         ),
         (
+            ["--shards", "{shards}/..", "--run", "{run}"],
+            1,
+            "or did you mean {shards}/../",
+        ),
+        (
             ["--shards", "{shards}", "--run", "{run}", "--amp", "fp16"],
             1,
             "Error: --amp fp16 needs a GPU; use bf16",
@@ -1342,7 +1347,7 @@ def test_command_line_killed_twice_warned_by_slurm_and_continued_equals_undistur
         (
             ["--shards", "{shards}", "--run", "{run}", "--batch-size", "999"],
             1,
-            "samples are less than one batch",
+            "train images are less than one batch of --batch-size 999: choose one of 104 or less",
         ),
         (
             ["--shards", "{shards}", "--run", "{run}", "--uncertain", "perhaps"],

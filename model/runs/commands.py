@@ -1,21 +1,20 @@
-"""The command line of train.py, and its commands train and sweep: parse, call, print."""
+"""The command line of train.py, and its commands train, cross and sweep: parse, call, print.
+
+Each command imports what needs torch itself, so that `--help` and usage errors are quick.
+"""
 
 import gc
 import os
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-import torch
 
-from model.predict import InterruptedEvaluationError
-from model.ranks import join_ranks
-from model.runs.config import Config, options
-from model.runs.cross import score_runs, train_runs, write_cross
-from model.runs.explain import gallery_command, localize_command
-from model.runs.job import Job, StopFlag, open_job
+from model.runs.config import MEANS, Config, options
 from model.runs.options import (
     DATA_OPTIONS,
     GroupedCommand,
@@ -25,16 +24,35 @@ from model.runs.options import (
     run_option,
     with_options,
 )
-from model.runs.results import choice_score, measure_run
-from model.runs.summary import print_cross, print_evaluations, print_verdicts
-from model.runs.use import evaluate_command, export_command, inputs_command, predict_command
 from pipeline.base.errors import DataError, SettingError
 from pipeline.base.files import read_object
-from pipeline.console import name_options
+from pipeline.console import name_options, say
+from pipeline.manifest import read_manifest
+
+if TYPE_CHECKING:
+    from model.runs.job import Job
+    from model.runs.sweep import Outcome, Watch
 
 # Options of which a sweep takes several values.
 SWEPT = ("lr", "weight_decay", "batch_size", "arch", "uncertain")
 Train = Callable[..., int]  # train.train
+
+
+class Later(click.Command):
+    """A command of a module that imports torch: loaded when it is called."""
+
+    def __init__(self, module: str, name: str, summary: str) -> None:
+        super().__init__(name, help=summary)
+        self.module = module
+
+    def load(self) -> click.Command:
+        """The command itself."""
+        command: click.Command = getattr(import_module(f"model.runs.{self.module}"), f"{self.name}_command")
+        return command
+
+    def make_context(self, *args: Any, **more: Any) -> click.Context:
+        """The context of the command itself."""
+        return self.load().make_context(*args, **more)
 
 
 class TrainByDefault(click.Group):
@@ -49,7 +67,11 @@ class TrainByDefault(click.Group):
         return super().parse_args(ctx, args)
 
 
-@click.group(cls=TrainByDefault, context_settings={"show_default": True})
+@click.group(
+    cls=TrainByDefault,
+    context_settings={"show_default": True},
+    epilog="The options of train: python train.py train --help",
+)
 def main() -> None:
     """Train, use a run, and look at what it does. Without a command's name: train."""
 
@@ -85,6 +107,10 @@ JOB_OPTIONS = [
 @click.pass_obj
 def train_command(train: Train, /, **given: Any) -> int:
     """Train a network on shards; the same command continues an interrupted run."""
+    check_shards(given["shards"])
+    from model.ranks import join_ranks
+    from model.runs.job import StopFlag
+
     with join_ranks() as ranks:
         config, others = split_options(given)
         job = start_job(config, **others, stop=StopFlag().listen(), ranks=ranks)
@@ -111,10 +137,16 @@ def cross_command(train: Train, /, out: Path, shards: tuple[str, ...], **given: 
     """
     if len(shards) < 2:
         raise click.UsageError("cross needs --shards twice or more: a set is trained on, another one scored")
+    check_shards(shards)
+    from model.predict import InterruptedEvaluationError
+    from model.runs.cross import score_runs, train_runs, write_cross
+    from model.runs.job import StopFlag
+    from model.runs.summary import print_cross
+
     config, others = split_options(given)
     stop = StopFlag().listen()
 
-    def make(folders: Sequence[str], run: Path) -> Job:
+    def make(folders: Sequence[str], run: Path) -> "Job":
         return start_job(config, folders, run, **others, stop=stop)
 
     try:
@@ -130,6 +162,13 @@ def cross_command(train: Train, /, out: Path, shards: tuple[str, ...], **given: 
     return 0
 
 
+def check_shards(folders: Sequence[str]) -> None:
+    """Raise DataError for a folder without shards, before torch is imported."""
+    for folder in folders:
+        if "://" not in folder:
+            read_manifest(Path(folder))
+
+
 def split_options(given: Mapping[str, Any]) -> tuple[Config, dict[str, Any]]:
     """Divide the options of `train` into its configuration and the others."""
     known = options()
@@ -137,21 +176,49 @@ def split_options(given: Mapping[str, Any]) -> tuple[Config, dict[str, Any]]:
     return Config(**fields), {name: value for name, value in given.items() if name not in known}
 
 
-def start_job(config: Config, shards: Sequence[str], run: Path, **others: Any) -> Job:
+def start_job(config: Config, shards: Sequence[str], run: Path, **others: Any) -> "Job":
     """The job of `open_job`. Raises UsageError for options that do not go together."""
+    from model.runs.job import open_job
+
     try:
         return open_job(config, shards, run, **others)
     except SettingError as error:
         raise click.UsageError(name_options(str(error))) from None
 
 
-def print_run(job: Job) -> None:
+def print_run(job: "Job") -> None:
     """Print the evaluations of a run that has ended."""
+    from model.runs.summary import print_evaluations, print_verdicts
+
     paths = {name: job.run / f"evaluation-{name}.json" for name in ("dev", "valid")}
     reports = {name: read_object(path) for name, path in paths.items() if path.exists()}
     print_evaluations(reports)
     print_verdicts(reports)
+    limits = reports["dev"]["intervals"]["auroc"]
+    name = "macro" if limits["macro10"]["low"] is None else "macro10"
+    low, high = (limits[name][side] for side in ("low", "high"))
+    if low is not None and low <= 0.5:
+        guess = f"dev AUROC ({MEANS[name]}) is {low:.2f} to {high:.2f}, not told from guessing"
+        say(f"{job.run}: {guess}: try a lower `lr`, more `epochs` or more images")
     click.echo(f"{job.run / 'report.html'}: the same with curves, intervals and subgroups")
+    click.echo(f"next: python train.py predict --run {job.run} --out scores.csv FILMS")
+
+
+def repeat_options(config: Config, others: Mapping[str, Any]) -> list[str]:
+    """The words of a command line that give a run this configuration, and these other options, where not defaults."""
+    values = {
+        name: getattr(config, name) for name in options() if getattr(config, name) != getattr(Config(), name)
+    }
+    values |= {name: others[name] for name in ("init", "teacher") if others[name]} | {
+        "shards": others["shards"]
+    }
+    words = []
+    for name, value in values.items():
+        several = value if name in ("shards", "where") else [value]
+        for one in several:
+            text = ",".join(map(str, one)) if isinstance(one, tuple) else str(one)
+            words += [f"--{name.replace('_', '-')}", *([] if value is True else [shlex.quote(text)])]
+    return words
 
 
 def refuse_run(_: click.Context, param: click.Parameter, value: str | None) -> None:
@@ -217,21 +284,29 @@ def sweep_command(
     Separate the values of an option by spaces or commas; --sampler tpe searches between them. Every trial is a run,
     as `train` makes it. The same command continues a sweep; started again while it runs, it shares the work.
     """
+    if sampler == "tpe" and trials is None:
+        raise click.UsageError("--sampler tpe needs --trials")
+    if sampler == "grid" and trials is not None:
+        raise click.UsageError("--trials needs --sampler tpe: a grid has as many as combinations")
+    check_shards(given["shards"])
     try:
         from model.runs import sweep as s
         from model.runs.sweep_report import write_sweep_report
     except ImportError as error:
         raise DataError(f"{error.name} is missing: pip install '.[sweep]'") from None
-    if sampler == "tpe" and trials is None:
-        raise click.UsageError("--sampler tpe needs --trials")
-    if sampler == "grid" and trials is not None:
-        raise click.UsageError("--trials needs --sampler tpe: a grid has as many as combinations")
+    import torch
+
+    from model.predict import InterruptedEvaluationError
+    from model.runs.job import StopFlag
+    from model.runs.results import choice_score, measure_run
+    from model.runs.summary import print_trials
+
     stop = StopFlag().listen()
     tried = {name: given.pop(name) for name in SWEPT}
     tried = {name: values for name, values in tried.items() if values is not None}
     base, others = split_options(given)
 
-    def make(point: Mapping[str, Any], run: Path) -> Job:
+    def make(point: Mapping[str, Any], run: Path) -> "Job":
         return start_job(replace(base, **point), run=run, **others, stop=stop)
 
     unused = folder / "trials" / "unused"
@@ -246,16 +321,21 @@ def sweep_command(
         folder, tried, shared, sampler, trials or 0, pruner, base.epochs, base.seed, grace, storage
     )
 
+    def summarize(line: Mapping[str, Any]) -> dict[str, Any]:
+        """What a sweep keeps of an evaluation; `score` is what trials are compared by."""
+        kept = ("epoch", "train_loss", "macro_auroc", "macro10_auroc")
+        return {name: line[name] for name in kept} | {"score": choice_score(line, base.choose_by)}
+
     started = False
 
-    def train_point(point: Mapping[str, Any], run: Path, watch: s.Watch) -> s.Outcome | None:
+    def train_point(point: Mapping[str, Any], run: Path, watch: "Watch") -> "Outcome | None":
         nonlocal started
         started = True
         job = make(point, run)
         torch.compiler.reset()  # it gives up after several networks in one process
         gc.collect()  # a trial that failed is held by its traceback, and so is its memory
         torch.cuda.empty_cache()
-        if train(job, lambda history: watch([summarise(line, base.choose_by) for line in history])):
+        if train(job, lambda history: watch([summarize(line) for line in history])):
             return None
         try:
             return s.Outcome(**measure_run(job))
@@ -272,22 +352,25 @@ def sweep_command(
     write_sweep_report(sweep, found)
     complete, failed = (sum(trial.state == state for trial in found) for state in ("complete", "failed"))
     of_failed = f", {failed} failed" if failed else ""
-    click.echo(f"{folder / 'report.html'}: {complete} trials complete{of_failed}")
+    if complete:
+        print_trials(found)
+    plural = "" if complete == 1 else "s"
+    click.echo(f"{folder / 'report.html'}: {complete} trial{plural} complete{of_failed}")
+    if complete:
+        best = max((trial for trial in found if trial.dev is not None), key=lambda trial: trial.dev or 0.0)
+        point = {name: values[0] for name, values in tried.items()} | best.parameters
+        words = repeat_options(replace(base, **point), others)
+        click.echo(f"trial {best.number} is the best, in {best.run}; the same once more:")
+        click.echo(f"next: python train.py {' '.join(words)} --run RUN")
     return stop.code if not done else 1 if failed and not complete else 0
 
 
-def summarise(line: Mapping[str, Any], choose_by: str) -> dict[str, Any]:
-    """What a sweep keeps of an evaluation; `score` is what trials are compared by."""
-    kept = ("epoch", "train_loss", "macro_auroc", "macro10_auroc")
-    return {name: line[name] for name in kept} | {"score": choice_score(line, choose_by)}
-
-
 for command in (
-    evaluate_command,
-    predict_command,
-    export_command,
-    inputs_command,
-    localize_command,
-    gallery_command,
+    Later("use", "evaluate", "Score the run's best checkpoint on a split."),
+    Later("use", "predict", "Score image files: JPEG, PNG or DICOM."),
+    Later("use", "export", "Write the run's best network for other programs."),
+    Later("use", "inputs", "Draw images as training reads them."),
+    Later("explain", "localize", "Measure how often heat maps point at what readers marked."),
+    Later("explain", "gallery", "Show heat maps of hits, misses and false alarms on a page."),
 ):
     main.add_command(command)

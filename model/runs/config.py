@@ -6,20 +6,18 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import UnionType
-from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args, get_origin, get_type_hints
 
-import torch
-
-from model.augment import AUGMENTATIONS
-from model.fusion import FUSIONS
-from model.losses import LOSSES
-from model.networks import ARCHITECTURES, check_arch, own_input
-from model.ranks import Ranks
+from model.names import ARCHITECTURES, AUGMENTATIONS, FUSIONS, LOSSES, check_arch, own_input
 from pipeline.base.errors import DataError, SettingError
-from pipeline.labels import LABELS, VIEWS
+from pipeline.labels import LABELS, VIEWS, find_label
 from pipeline.measure.metrics import COMPETITION
 from pipeline.policies import BLANK_HELP, UNCERTAIN_HELP, check_blank_policy, parse_uncertain_policy
 
+if TYPE_CHECKING:
+    from model.ranks import Ranks
+
+MEANS = {"macro": "macro", "macro10": "macro, ≥ 10 positives", "mean5": "mean of competition's 5"}
 HELD_OUT = 0.05  # share of the patients, where the shards have no dev split
 # Fields that runs of version 0.1 do not have.
 SINCE_0_1 = (
@@ -59,8 +57,8 @@ def split_columns(text: str) -> list[str]:
 
 
 def parse_labels(text: str) -> tuple[str, ...]:
-    """Names of labels, separated by commas; in the order of LABELS. Raises DataError for another name."""
-    names = [name.strip() for name in text.split(",")]
+    """Names of labels in any case, separated by commas; in the order of LABELS. Raises DataError for another name."""
+    names = [find_label(name.strip()) or name.strip() for name in text.split(",")]
     for name in names:
         if name not in LABELS:
             raise DataError(f"'{name}' is none of {', '.join(LABELS)}")
@@ -77,8 +75,8 @@ def parse_choice(text: str) -> tuple[str, ...]:
 
 
 def name_choice(text: str) -> str:
-    """What chooses a checkpoint, in words, to be followed by AUROC: macro, competition, or the labels."""
-    return {"all": "macro", "competition": "competition"}.get(text) or ", ".join(parse_labels(text))
+    """What chooses a checkpoint, in words, as the tables have it."""
+    return {"all": MEANS["macro10"], "competition": MEANS["mean5"]}.get(text) or ", ".join(parse_labels(text))
 
 
 def option(default: Any, group: str, help: str = "", **more: Any) -> Any:  # noqa: A002 - as click calls it
@@ -240,13 +238,13 @@ def learned_columns(config: Config) -> list[int]:
     return [LABELS.index(label) for label in config.labels]
 
 
-def can_divide(batch_size: int, accumulate: int, ranks: Ranks) -> bool:
+def can_divide(batch_size: int, accumulate: int, ranks: "Ranks") -> bool:
     """Whether every rank gets this many equal parts of a batch, of 2 images or more."""
     parts = accumulate * ranks.count
     return batch_size % parts == 0 and batch_size // parts >= 2
 
 
-def check_config(config: Config, ranks: Ranks) -> None:
+def check_config(config: Config, ranks: "Ranks") -> None:
     """Raise SettingError for values that no run can have, contradict each other, or do not go with these ranks."""
     check_values(config)
     if config.loss == "aucm" and (config.pos_weight or three_class_columns(config)):
@@ -269,7 +267,7 @@ def check_config(config: Config, ranks: Ranks) -> None:
             f"`batch_size` {config.batch_size} for `accumulate` {config.accumulate}{of_ranks}: "
             "the parts must be equal, of 2 images or more"
         )
-    if config.sync_bn and not (ranks.joined and torch.cuda.is_available()):
+    if config.sync_bn and not (ranks.joined and _has_gpu()):
         raise SettingError("`sync_bn` is for training by torchrun on GPUs")
     if config.freeze and not (config.init or config.pretrained):
         raise SettingError(
@@ -286,6 +284,12 @@ def check_config(config: Config, ranks: Ranks) -> None:
         )
     if config.pretrained and config.init:
         raise SettingError("`pretrained` or `init`, not both")
+
+
+def _has_gpu() -> bool:
+    import torch  # here, because it takes seconds
+
+    return torch.cuda.is_available()
 
 
 def check_values(config: Config) -> None:

@@ -23,8 +23,9 @@ import pyarrow as pa
 import torch
 from torch import nn
 
-from model.augment import AUGMENTATIONS, normalize
+from model.augment import normalize
 from model.frozen import embed, hash_backbone
+from model.names import AUGMENTATIONS
 from model.networks import find_head
 from model.predict import InterruptedEvaluationError, explain_memory
 from model.runs.job import Job, Selected, agree, read_batches, to_device

@@ -28,10 +28,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from model.augment import AUGMENTATIONS, equalize
+from model.augment import equalize
 from model.checkpoint import load_checkpoint, refused, save_checkpoint
 from model.fusion import StudyNetwork
-from model.networks import build_network, own_input
+from model.names import AUGMENTATIONS, own_input
+from model.networks import build_network
 from model.ranks import ALONE, Ranks
 from model.runs.config import Config, output_count, read_config
 from model.runs.job import Job

@@ -19,11 +19,12 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from model.chest import XRV, download_chest, initial_scale
-from model.networks import own_input
-from model.ranks import ALONE, Ranks, share_of_cores
+from model.chest import download_chest, initial_scale
+from model.names import XRV, own_input
+from model.ranks import ALONE, Ranks
 from model.runs.config import HELD_OUT, IMAGE_SIZE, Config, check_config
 from pipeline.base.errors import DataError, SettingError
+from pipeline.base.workers import share_of_cores
 from pipeline.console import say
 from pipeline.labels import LABELS, MOST_VIEWS, split_patients
 from pipeline.manifest import Manifest

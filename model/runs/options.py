@@ -9,11 +9,10 @@ from typing import Any, get_type_hints
 
 import click
 
-from model.chest import XRV
-from model.networks import check_arch
-from model.ranks import share_of_cores
+from model.names import XRV, check_arch
 from model.runs.config import Config, Option, options, parse_labels
 from pipeline.base.errors import DataError
+from pipeline.base.workers import share_of_cores
 from pipeline.console import Checked, Number, Parsed
 
 GROUPS = ("sweep", "run", "data", "labels", "network", "optimization")
@@ -196,4 +195,4 @@ def _value_type(kind: Any, of: Option) -> click.ParamType[Any]:
         return Parsed(check_arch, "name")  # in a list of several, unlike a policy, also separated by commas
     if of.check is not None:
         return Checked(of.check)
-    return click.Choice(list(of.choices))
+    return click.Choice(list(of.choices), case_sensitive=False)

@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 
 from model.chest import SCALE, TERMS
 from model.networks import weights_terms
-from model.runs.config import Config, name_choice
+from model.runs.config import MEANS, Config, name_choice
 from pipeline.base.pages import (
     FAINT,
     FIRST,
@@ -38,7 +38,6 @@ from pipeline.measure.metrics import (
     threshold_curve,
 )
 
-MEANS = {"macro": "macro", "macro10": "macro, ≥ 10 positives", "mean5": "mean of competition's 5"}
 TITLES = {"youden": "Youden's J", "max_f1": "highest F1", "sensitivity": "sensitivity"}
 
 

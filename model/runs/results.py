@@ -11,10 +11,10 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 
-from model.runs.config import Config, parse_choice, read_config
+from model.runs.config import MEANS, Config, parse_choice, read_config
 from model.runs.folder import load_best, result_name
 from model.runs.job import Job, open_images, open_rows, selected_splits
-from model.runs.report import MEANS, render_model_card, render_report
+from model.runs.report import render_model_card, render_report
 from model.runs.scores import read_frame, read_scores, write_scores
 from model.runs.scoring import score_best, score_split
 from pipeline.base.errors import DataError
@@ -49,15 +49,20 @@ def finish_run(job: Job) -> dict[str, dict[str, Any]]:
     forget_calibrations(job.run)  # of an earlier best.pt
     results = {name: evaluate(job, name, found[name]) for name in names}
     evaluations = {name: evaluation for name, (evaluation, _) in results.items()}
-    config = asdict(job.config)
     write_report(job, "report.html", results)
     data = {}
     for name in splits:
         split, rows = open_images(job, name)
         data[name] = count_rows(split.table.take(rows))
-    card = render_model_card(job.run.name, config, data, evaluations, job.manifest.dataset)
+    card = render_model_card(job.run.name, describe_settings(job), data, evaluations, job.manifest.dataset)
     write_atomically(job.run / "model-card.md", card.encode())
     return evaluations
+
+
+def is_reported(run: Path) -> bool:
+    """Whether the folder holds all that `finish_run` writes, of which the model card comes last."""
+    files = ("calibration.json", "evaluation-dev.json", "scores-dev.arrow", "report.html", "model-card.md")
+    return all((run / name).exists() for name in files)
 
 
 def forget_calibrations(run: Path) -> None:
@@ -282,6 +287,8 @@ def describe_settings(job: Job) -> dict[str, Any]:
         else "; ".join(str(one[name]) for one in configs)
         for name, value in configs[0].items()
     }
+    if settings["views"] == "all":  # of the shards, which may hold fewer
+        settings["views"] = job.manifest.options.get("views", "all")
     settings |= {"tta": job.tta} if job.tta > 1 else {}
     return settings | ({"members": [str(member.job.run) for member in job.members]} if job.members else {})
 

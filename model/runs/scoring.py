@@ -13,8 +13,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from torch import Tensor, nn
 
-from model.augment import AUGMENTATIONS, vary_images
+from model.augment import vary_images
 from model.fusion import UNKNOWN_FRONTAL
+from model.names import AUGMENTATIONS
 from model.predict import InterruptedEvaluationError, Vary, predict_scores
 from model.runs.config import Config, learned_columns
 from model.runs.folder import load_best

@@ -1,14 +1,18 @@
 """Evaluations → tables on the terminal."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
-from model.runs.report import MEANS, count_below
+from model.runs.config import MEANS
+from model.runs.report import count_below
 from pipeline.base.pages import show_figure, show_limits
 from pipeline.console import say
+
+if TYPE_CHECKING:
+    from model.runs.sweep import Trial
 
 
 def print_evaluations(reports: Mapping[str, Mapping[str, Any]]) -> None:
@@ -62,18 +66,27 @@ def print_gain(evaluation: Mapping[str, Any]) -> None:
 
 def print_comparison(evaluation: Mapping[str, Any]) -> None:
     """A table of what --against asked for: a run by images beside another, or the methods that score studies."""
-    table = Table(title="Compared on the same patients", title_justify="left")
+    compared = evaluation.get("against", {})
+    theirs = f" with {compared['run']}" if compared else ""
+    table = Table(title=f"Compared{theirs} on the same patients", title_justify="left")
     table.add_column("")
-    for title in ("AUROC", "difference [95 %]"):
+    for title in ("AUROC", *(["the other's"] if compared else []), "difference [95 %]"):
         table.add_column(title, justify="right")
-    if "against" in evaluation:
-        compared = evaluation["against"]
+    if compared:
         if len(compared["labels"]) < len(evaluation["labels"]):
             table.caption = f"over the {len(compared['labels'])} labels that both runs have learned"
-        for name, title in MEANS.items():
+        enough = [name for name in compared["labels"] if not evaluation["labels"][name]["few"]]
+        most = sorted(enough, key=lambda name: -abs(compared["auroc"][name]["difference"]))[:3]
+        ours = compared["ours"] | {name: evaluation["labels"][name]["auroc"] for name in most}
+        for name in (*MEANS, *most):
+            one = compared["auroc"][name]
+            other = None if one["difference"] is None else ours[name] - one["difference"]
             table.add_row(
-                title, show_figure(compared["ours"][name]), show_difference(compared["auroc"][name])
+                MEANS.get(name, name), show_figure(ours[name]), show_figure(other), show_difference(one)
             )
+        if most:
+            parts = [*([table.caption] if table.caption else []), "below, the labels that differ most"]
+            table.caption = "; ".join(map(str, parts))
     for group, found in evaluation.get("methods", {}).items():
         ours, *others = found["methods"].items()
         if ours[1]["auroc"] is not None:
@@ -134,6 +147,18 @@ def print_verdicts(reports: Mapping[str, Mapping[str, Any]]) -> None:
         for verdict in verdicts:
             table.add_row(verdict)
         Console().print(table)
+
+
+def print_trials(trials: "Sequence[Trial]") -> None:
+    """A table of the five best trials of a sweep, by AUROC on dev, with the parameters that vary."""
+    done = sorted((one for one in trials if one.dev is not None), key=lambda one: -(one.dev or 0.0))
+    table = Table(title=f"The best of {len(trials):,}, by AUROC on dev", title_justify="left")
+    for title in ("trial", *done[0].parameters, "dev", "train", "valid"):
+        table.add_column(title.replace("_", " "), justify="right")
+    for one in done[:5]:
+        figures = (show_figure(value) for value in (one.dev, one.train, one.valid))
+        table.add_row(str(one.number), *map(str, one.parameters.values()), *figures)
+    Console().print(table)
 
 
 def print_cross(found: Mapping[str, Any]) -> None:

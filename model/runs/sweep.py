@@ -356,7 +356,7 @@ def run_trial(
     if outcome is None:
         raise TrialStopped
     trial.set_user_attr("outcome", outcome._asdict())
-    say(f"Trial {trial.number}: dev {sweep.choice} AUROC {outcome.dev:.4f}")
+    say(f"Trial {trial.number}: dev AUROC {outcome.dev:.4f} ({sweep.choice})")
     return outcome.dev
 
 

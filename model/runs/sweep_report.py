@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 from matplotlib.tri import LinearTriInterpolator, Triangulation
 
+from model.runs.config import MEANS
 from model.runs.sweep import Sweep, Trial, importances
 from pipeline.base import pages
 from pipeline.base.files import locked, write_atomically
@@ -52,7 +53,7 @@ def write_sweep_report(sweep: Sweep, trials: Sequence[Trial]) -> None:
                 figure = Figure(figsize=(5.2, 4.0), layout="constrained")
                 axes = figure.subplots()
                 draw_contour(axes, points, "black")
-                axes.set_title(f"{METRICS[metric]} {sweep.choice} AUROC", fontsize=11)
+                axes.set_title(f"{METRICS[metric]} AUROC: {sweep.choice}", fontsize=11)
                 save_figure(figure, sweep.folder / f"contour-{metric}.png")
 
 
@@ -77,7 +78,7 @@ def rank(trials: Sequence[Trial]) -> list[Trial]:
 
 
 def render_sweep(
-    title: str, trials: Sequence[Trial], shares: Mapping[str, float] | None, choice: str = "macro"
+    title: str, trials: Sequence[Trial], shares: Mapping[str, float] | None, choice: str = MEANS["macro10"]
 ) -> str:
     """The page; `shares` are the parameters' importances, if there are enough trials for them.
 
@@ -239,7 +240,7 @@ def draw_importances(axes: Axes, shares: Mapping[str, float]) -> None:
     axes.tick_params(length=0)
 
 
-def draw_curves(axes: Axes, trials: Sequence[Trial], choice: str = "macro") -> None:
+def draw_curves(axes: Axes, trials: Sequence[Trial], choice: str = MEANS["macro10"]) -> None:
     """AUROC on dev by epoch: the best trial thick, pruned ones dashed with a cross at their end."""
     best = trials[0] if trials[0].dev is not None else None
     for trial in reversed(trials):
@@ -257,4 +258,4 @@ def draw_curves(axes: Axes, trials: Sequence[Trial], choice: str = "macro") -> N
                 markevery=[-1],
             )
     axes.set_xlabel("epoch")
-    axes.set_ylabel(f"dev {choice} AUROC")
+    axes.set_ylabel(f"dev AUROC: {choice}")

@@ -14,8 +14,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from model.augment import AUGMENTATIONS, augment
+from model.augment import augment
 from model.export import Committee, Scorer, export_scorer
+from model.names import AUGMENTATIONS
 from model.predict import InterruptedEvaluationError
 from model.runs.config import learned_columns
 from model.runs.ensemble import (

@@ -181,3 +181,8 @@ def _slot() -> int:
 def count_cpus() -> int:
     """The processors that this process may use: fewer than the machine's under Slurm or in a container."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def share_of_cores() -> int:
+    """The number of this machine's cores for each of torchrun's ranks, if any."""
+    return max(1, count_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

@@ -10,8 +10,6 @@ from torch import Tensor
 from torchvision.transforms.functional import InterpolationMode, affine, gaussian_blur, resized_crop
 
 from model.augment import (
-    AUGMENTATIONS,
-    Augmentation,
     _sampling_grid,
     affine_matrices,
     augment,
@@ -22,6 +20,7 @@ from model.augment import (
     normalize,
     vary_images,
 )
+from model.names import AUGMENTATIONS, Augmentation
 
 
 def smooth_image(side: int) -> Tensor:

@@ -9,7 +9,8 @@ from torch import nn
 from torchvision.models import get_model
 
 from model.checkpoint import CheckpointError, save_checkpoint
-from model.networks import ARCHITECTURES, build_network, load_initial
+from model.names import ARCHITECTURES
+from model.networks import build_network, load_initial
 
 # One of each family, and the name of its classifier.
 HEADS = {"resnet18": "fc", "densenet121": "classifier", "convnext_tiny": "classifier.2"}

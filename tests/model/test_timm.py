@@ -14,7 +14,8 @@ from torch import nn
 import train
 from model.augment import normalize
 from model.checkpoint import CheckpointError, load_checkpoint
-from model.networks import Head, build_network, check_arch, find_head, load_initial, own_input
+from model.names import check_arch, own_input
+from model.networks import Head, build_network, find_head, load_initial
 from model.runs import results
 from model.runs.commands import main
 from pipeline.base.errors import DataError

@@ -350,3 +350,7 @@ def test_errors_name_the_line_of_the_file(chexpert: Path) -> None:
         f"{unreadable} 6: 2 cells, but the header has 20; it is the last row: is a quote left open, or the file cut "
         "off?"
     )
+
+
+def test_a_policy_names_labels_in_any_case() -> None:
+    assert parse_uncertain_policy("ones,edema=zeros") == parse_uncertain_policy("ones,Edema=zeros")

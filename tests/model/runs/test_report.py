@@ -392,7 +392,7 @@ def test_the_model_card_states_data_metrics_and_limits(evaluation: dict[str, Any
     assert "**For research. Not for clinical use.**" in card
     assert "A network that scores 4 findings on chest" in card
     assert "manifest of sha256 `ab12`" in card
-    assert "The checkpoint is the one with the best macro AUROC on dev." in lines
+    assert "The checkpoint is the one with the best AUROC on dev: macro, ≥ 10 positives." in lines
     assert "| train | 1,200 | 1,100 | 700 |" in lines
     assert "| lr | 0.0001 |" in lines
     label, found = evaluation["labels"]["Edema"], evaluation["intervals"]

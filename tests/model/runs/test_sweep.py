@@ -363,7 +363,14 @@ def test_trials_are_the_runs_that_train_makes(
     given = ("--arch", "rescnn", "--batch-size", 16, "--augment", "none", "--seed", 3)
     sweep = tmp_path / "sweep"
     assert command("sweep", "--sweep", sweep, "--lr", "1e-3 1e-2", "--weight-decay", "0.01", *given) == 0
-    assert capsys.readouterr().out == f"{sweep / 'report.html'}: 2 trials complete\n"
+    *table, counted, best, again = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in table if line.startswith("│")] == ["0", "1"]
+    assert counted == f"{sweep / 'report.html'}: 2 trials complete"
+    assert best == f"trial 0 is the best, in {sweep / 'trials' / 'lr=0.001'}; the same once more:"
+    words = again.removeprefix("next: python train.py ").removesuffix("RUN").split()
+    assert main.main([*words, str(tmp_path / "again")], standalone_mode=False, obj=train.train) == 0
+    config = (sweep / "trials" / "lr=0.001" / "config.json").read_text()
+    assert (tmp_path / "again" / "config.json").read_text() == config
     assert command("train", "--run", tmp_path / "run", "--lr", "1e-2", *given) == 0
     trial = sweep / "trials" / "lr=0.01"
     for name in ("config.json", "metrics.jsonl", "evaluation-valid.json", "scores-dev.arrow"):

@@ -47,9 +47,10 @@ def test_the_csv_has_every_figure(trials: list[Trial]) -> None:
 
 def test_the_page_says_what_trials_are_compared_by(trials: list[Trial]) -> None:
     page = render_sweep("first", trials, None, "Edema")
-    assert page.count("dev Edema AUROC") == 3  # the tile, a contour and the curves
-    assert "Sorted by the first dev, the Edema AUROC that decides. The second" in page
-    assert "the macro AUROC that decides, over the labels with 10" in render_sweep("first", trials, None)
+    assert page.count("dev AUROC: Edema") == 3  # the tile, a contour and the curves
+    assert "Sorted by the first dev, the AUROC that decides: Edema. The second" in page
+    page = render_sweep("first", trials, None)
+    assert "the AUROC that decides: macro, ≥ 10 positives, or macro where no label" in page
 
 
 def test_the_page_has_the_best_first_and_valid_beside_it(trials: list[Trial]) -> None:

@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from model.augment import AUGMENTATIONS, augment
+from model.augment import augment
+from model.names import AUGMENTATIONS
 from model.runs.commands import main
 from pipeline import open_shards
 from pipeline.labels import LABELS

@@ -1,0 +1,92 @@
+"""What networks, losses, augmentations and fusions are called, for a command line that does not wait for torch."""
+
+import difflib
+from typing import TYPE_CHECKING, NamedTuple
+
+from pipeline.base.errors import DataError
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+TORCHVISION = ("resnet18", "resnet34", "resnet50", "resnet101", "densenet121", "convnext_tiny")
+EMBEDDED = "efficientnet_lite0"  # timm's, with the weights of a package
+ARCHITECTURES = (*TORCHVISION, EMBEDDED, "rescnn")
+TIMM = "timm/"  # in front of any of timm's names
+FUSIONS = ("max", "mean", "attention")
+LOSSES = ("bce", "aucm")
+XRV = "xrv:"  # in front of any name of torchxrayvision's DenseNets, in place of a file
+
+
+class Augmentation(NamedTuple):
+    """What training changes, beside the affine map."""
+
+    crop: float = 0.0  # largest share of the side that a crop leaves out
+    robust: bool = (
+        False  # the look of the acquisition; the network equalizes its films, in use as in training
+    )
+
+
+AUGMENTATIONS = {
+    "none": Augmentation(),
+    "affine": Augmentation(),
+    "crop": Augmentation(crop=0.4),
+    "robust": Augmentation(crop=0.4, robust=True),
+}
+
+
+class Input(NamedTuple):
+    """What a network was trained on."""
+
+    size: int  # side of the square, in pixels
+    fixed: bool  # it takes no other size
+    mean: float  # of gray levels
+    std: float
+
+
+def check_arch(arch: str) -> str:
+    """The name, if it is of a network. Raises DataError, for one of timm's with the names that are close to it."""
+    if arch in ARCHITECTURES:
+        return arch
+    if not arch.startswith(TIMM):
+        raise DataError(f"'{arch}' is not one of {', '.join(map(repr, ARCHITECTURES))}, or 'timm/NAME'")
+    timm, name = import_timm(arch), arch.removeprefix(TIMM)
+    try:
+        if timm.is_model(name):
+            timm.get_pretrained_cfg(name)
+            return arch
+    except RuntimeError:  # the network has no such weights
+        pass
+    close = difflib.get_close_matches(name, timm.list_models() + timm.list_pretrained())
+    hint = f"; there are {', '.join(TIMM + one for one in close)}" if close else ""
+    raise DataError(f"'{arch}': timm {timm.__version__} has no such network{hint}")
+
+
+def own_input(arch: str) -> Input | None:
+    """The input that a network of timm was trained on; None for others, which take any size, and the shards' scale."""
+    if not (arch == EMBEDDED or arch.startswith(TIMM)):
+        return None
+    timm = import_timm(check_arch(arch))
+    config = timm.get_pretrained_cfg(timm_name(arch))
+    _, height, width = config.input_size
+    if height != width:
+        raise DataError(
+            f"'{arch}' takes images of {height}×{width}, and these are square: choose another `arch`"
+        )
+    if arch == EMBEDDED:
+        return Input(height, config.fixed_input_size, 127.0, 128.0)
+    mean, std = (255 * sum(values) / len(values) for values in (config.mean, config.std))
+    return Input(height, config.fixed_input_size, round(mean, 4), round(std, 4))
+
+
+def import_timm(arch: str) -> "ModuleType":
+    """Timm. Raises DataError where it is missing."""
+    try:
+        import timm  # here, because it takes seconds
+    except ImportError:
+        raise DataError(f"'{arch}' is a network of timm, which is missing: pip install '.[timm]'") from None
+    return timm
+
+
+def timm_name(arch: str) -> str:
+    """What timm calls a network of ours."""
+    return "tf_efficientnet_lite0" if arch == EMBEDDED else arch.removeprefix(TIMM)
