@@ -87,7 +87,7 @@ WRITE    = $(BIN)/pipeline shards "$(DATA)" $(OUT) --size $(SIZE) --views $(VIEW
 $(if $(word 2,$(OUT)),$(error OUT=$(OUT): make takes no spaces there))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup shards verify stats train sweep cross evaluate predict test test-wheel test-pages test-s3 test-postgres test-cluster soak fuzz audit lint bench-etl bench-stream bench-scale lock clean
+.PHONY: help setup shards verify stats train sweep cross evaluate predict test test-wheel test-pages test-s3 test-postgres test-cluster soak fuzz audit docs docs-check lint bench-etl bench-stream bench-scale lock clean
 
 ##@ Set up
 help:  ## list the targets
@@ -170,6 +170,12 @@ fuzz: .venv/installed .venv-fuzz/installed  ## feed damaged files to every reade
 audit: .venv/installed .venv-audit/installed  ## look the pinned packages up in the database of known vulnerabilities
 	.venv-audit/bin/pip-audit --requirement requirements.lock --no-deps --disable-pip --strict
 
+docs: .venv-docs/installed  ## build the pages as a site in build/docs (MkDocs)
+	.venv-docs/bin/mkdocs build --strict --config-file .ci/mkdocs.yml
+
+docs-check: .venv/installed  ## run the commands of the pages that take longer than make test should
+	$(BIN)/python -m pytest tests/test_docs.py -m docs
+
 lint: .venv/installed  ## check style (ruff) and types (mypy)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -191,7 +197,7 @@ lock:  ## resolve the dependencies anew into requirements.lock (needs uv)
 		--custom-compile-command "make lock" --output-file requirements.lock
 
 clean:  ## remove .venv and caches; keeps shards and runs
-	rm -rf .venv .venv-peers .venv-peers-stream .venv-s3 .venv-fuzz .venv-audit .fuzz *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-peers .venv-peers-stream .venv-s3 .venv-fuzz .venv-audit .venv-docs .fuzz *.egg-info .mypy_cache .pytest_cache .ruff_cache
 
 # The stamp is written last: an interrupted installation is repeated.
 .venv/installed: requirements.lock pyproject.toml
@@ -220,6 +226,11 @@ clean:  ## remove .venv and caches; keeps shards and runs
 .venv-audit/installed: tests/audit.txt
 	$(PYTHON) -m venv .venv-audit
 	.venv-audit/bin/python -m pip install --quiet --requirement tests/audit.txt
+	@touch $@
+
+.venv-docs/installed: tests/docs.txt
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --quiet --requirement tests/docs.txt
 	@touch $@
 
 .venv-s3/installed: tests/s3.txt

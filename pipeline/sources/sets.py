@@ -116,6 +116,10 @@ def find_set(folder: Path, name: str | None = None) -> tuple[str, dict[str, Path
             tables = adapter.find_tables(folder)
             if tables is not None:
                 return candidate, tables
+        if (folder / "manifest.json").is_file():
+            raise DataError(
+                f"{folder}: holds shards, not a data set: name the data set first, then the folder of shards to write"
+            )
     wanted = ", or ".join(f"{adapter.LOOKED_FOR} ({adapter.TERMS.title})" for adapter in asked.values())
     names = sorted(path.name for path in list_files(folder))
     more = f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""

@@ -1,0 +1,215 @@
+"""docs/mistakes.md: each mistake is made, and says what the page says that it says."""
+
+import importlib.abc
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import pytest
+import torch
+
+import train
+from model.runs import results
+from model.runs.commands import main
+from model.runs.job import StopFlag
+from pipeline.base.files import claimed
+from pipeline.console import run_command
+from tests.conftest import REPOSITORY, default_options, make_shards, run_pipeline, write_chexpert
+
+PAGE = REPOSITORY / "docs" / "mistakes.md"
+# Of a small run, instead of make's own; what a row types comes on top.
+SETTINGS = {
+    "ARCH": "rescnn",
+    "SIZE": "32",
+    "BATCH": "8",
+    "EPOCHS": "1",
+    "DEV": "0.3",
+    "LR": "1e-3",
+    "WORKERS": "1",
+}
+# Packages that are not there, by the row that misses them.
+MISSING = {
+    "a URL without its extra": "s3fs",
+    "timm's network without its extra": "timm",
+    "a sweep without its extra": "optuna",
+    "ONNX without its extra": "onnxscript",
+}
+
+
+class Mistake(NamedTuple):
+    """A row of the page."""
+
+    name: str
+    typed: str
+    message: str
+    code: str
+    then: str
+
+
+def read_page() -> list[Mistake]:
+    rows = [
+        [cell.strip().strip("`") for cell in line.strip("| ").split(" | ")]
+        for line in PAGE.read_text().splitlines()
+        if line.startswith("| ") and not line.startswith("| mistake")
+    ]
+    return [Mistake(*row) for row in rows]
+
+
+MISTAKES = read_page()
+
+
+class Absent(importlib.abc.MetaPathFinder):
+    """A package that is not installed."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> None:
+        if name.partition(".")[0] == self.name:
+            raise ModuleNotFoundError(f"No module named '{self.name}'", name=self.name)
+
+
+class StopAtOnce(StopFlag):
+    """Asks for a stop before the second step."""
+
+    looks = 0
+
+    def listen(self) -> "StopAtOnce":
+        return self
+
+    def __call__(self) -> bool:
+        self.looks += 1
+        self.code = 143 if self.looks > 1 else 0
+        return self.code != 0
+
+
+def call(words: Sequence[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    """`pipeline` or `train.py` in this process; returns the exit code and what it printed."""
+    if words[0] == "pipeline":
+        ran = run_pipeline(*words[1:])
+        return ran.returncode, ran.stdout + ran.stderr
+    capsys.readouterr()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", list(words))
+        patch.setattr(signal, "signal", lambda *_: None)
+        with pytest.raises(SystemExit) as caught:
+            run_command(main, train.train)
+    said = capsys.readouterr()
+    return int(caught.value.code or 0), said.err + said.out
+
+
+def type_in(line: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    """What a user types in the folder. make itself runs; what it starts is then run in this process."""
+    words = shlex.split(line)
+    if words[0] != "make":
+        return call(words[words[0] == "python" :], capsys)
+    kept = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL")}
+    command = ["make", "--no-print-directory", "-f", str(REPOSITORY / "Makefile"), *words[1:]]
+    made = subprocess.run(
+        command, cwd=folder, env=kept | SETTINGS, capture_output=True, text=True, check=False
+    )
+    code, said = made.returncode, made.stdout + made.stderr
+    started = folder / "started"
+    for part in started.read_text().split("\0\n") if started.exists() else []:
+        if part and code == 0:
+            code, more = call(part.split("\0"), capsys)
+            said += more
+    return code, said
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that the page types in: data sets, shards, runs; tests get copies."""
+    folder = tmp_path_factory.mktemp("world")
+    chexpert = folder / "CheXpert-v1.0-small"
+    write_chexpert(chexpert, "train", range(1, 17))
+    write_chexpert(chexpert, "valid", range(17, 21))
+    make_shards(
+        chexpert, folder / "shards", default_options(size=32, max_pixels=50_000_000, samples_per_shard=1000)
+    )
+    write_chexpert(folder / "other", "train", range(31, 35))
+    for name, tables in {"tables-alone": ("train", "valid"), "valid-alone": ("valid",)}.items():
+        (folder / name).mkdir()
+        for table in tables:
+            shutil.copy(chexpert / f"{table}.csv", folder / name)
+    shutil.copytree(chexpert / "valid", folder / "valid-alone" / "valid")
+    for name in ("films", "notes", "runs/begun", "runs/busy", ".venv/bin"):
+        (folder / name).mkdir(parents=True)
+    (folder / "notes" / "read me.txt").touch()
+    (folder / "report.dcm").write_bytes(b"A report, not a film.")
+    for name in ("requirements.lock", "pyproject.toml", ".venv/installed"):
+        (folder / name).touch()
+    for name, first in {"pipeline": "pipeline\\0", "python": ""}.items():
+        program = folder / ".venv" / "bin" / name
+        program.write_text(
+            f"#!/bin/sh\nprintf '{first}' >> started\nprintf '%s\\0' \"$@\" >> started\necho >> started\n"
+        )
+        program.chmod(0o755)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(world: Path) -> Path:
+    """The runs of the page: one that ended, one that was stopped, one that has just begun."""
+    small = ["--arch", "rescnn", "--image-size", "32", "--batch-size", "8", "--epochs", "1", "--lr", "1e-3"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(results, "RESAMPLES", 20)
+        patch.setattr(results, "render_report", lambda *_: "a page")
+        for name, stop in {"first": StopFlag, "killed": StopAtOnce}.items():
+            patch.setattr(StopFlag, "listen", lambda self, stop=stop: stop())
+            words = [
+                "train",
+                "--shards",
+                world / "shards",
+                "--run",
+                world / "runs" / name,
+                *small,
+                "--workers",
+                1,
+            ]
+            main.main([str(word) for word in words], standalone_mode=False, obj=train.train)
+    shutil.copy(world / "runs" / "first" / "config.json", world / "runs" / "begun")
+    return world / "runs"
+
+
+@pytest.mark.parametrize("mistake", MISTAKES, ids=[mistake.name for mistake in MISTAKES])
+def test_each_mistake_says_what_the_page_says(
+    mistake: Mistake,
+    world: Path,
+    runs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = Path(shutil.copytree(world, tmp_path / "world"))
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(StopFlag, "listen", lambda self: self)
+    monkeypatch.setattr(results, "RESAMPLES", 20)
+    monkeypatch.setattr(results, "render_report", lambda *_: "a page")
+    with ExitStack() as stack:
+        if mistake.name in MISSING:
+            package = MISSING[mistake.name]
+            monkeypatch.setattr(sys, "meta_path", [Absent(package), *sys.meta_path])
+            for name in [name for name in sys.modules if name.partition(".")[0] == package]:
+                monkeypatch.delitem(sys.modules, name)
+            monkeypatch.setattr(torch.export, "export", lambda *_, **__: None)  # which takes seconds
+        if "second process" in mistake.name:
+            stack.enter_context(claimed(folder / "runs" / "busy"))
+        code, said = type_in(mistake.typed, folder, capsys)
+    pattern = ".*".join(re.escape(part) for part in mistake.message.split("…"))
+    assert any(re.fullmatch(pattern, line) for line in said.splitlines()), said
+    assert code == int(mistake.code)
+
+
+def test_the_page_has_them_all() -> None:
+    assert len({mistake.name for mistake in MISTAKES}) == len(MISTAKES) >= 20
+    assert set(MISSING) <= {mistake.name for mistake in MISTAKES}
