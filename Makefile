@@ -87,7 +87,7 @@ WRITE    = $(BIN)/pipeline shards "$(DATA)" $(OUT) --size $(SIZE) --views $(VIEW
 $(if $(word 2,$(OUT)),$(error OUT=$(OUT): make takes no spaces there))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup shards verify stats train sweep cross evaluate predict test test-wheel test-pages test-s3 test-postgres test-cluster soak fuzz audit docs docs-check lint bench-etl bench-stream bench-scale lock clean
+.PHONY: help setup shards verify stats train sweep cross evaluate predict test test-wheel test-pages test-s3 test-postgres test-cluster soak fuzz audit docs lint bench-etl bench-stream bench-scale lock clean
 
 ##@ Set up
 help:  ## list the targets
@@ -172,9 +172,6 @@ audit: .venv/installed .venv-audit/installed  ## look the pinned packages up in 
 
 docs: .venv-docs/installed  ## build the pages as a site in build/docs (MkDocs)
 	.venv-docs/bin/mkdocs build --strict --config-file .ci/mkdocs.yml
-
-docs-check: .venv/installed  ## run the commands of the pages that take longer than make test should
-	$(BIN)/python -m pytest tests/test_docs.py -m docs
 
 lint: .venv/installed  ## check style (ruff) and types (mypy)
 	$(BIN)/ruff check

@@ -47,7 +47,7 @@ def test_no_block_leaves_settings_behind_for_the_next() -> None:
     blocks = [
         block for page in PAGES for block in page.read_text().split("```")[1::2] if "\nexport " in block
     ]
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     for block in blocks:
         ran = subprocess.run(
             ["bash", "-c", f'make() {{ :; }}\n{re.sub(r".venv/bin/.*", ":", block)}\necho "[$OUT]"'],
@@ -86,7 +86,7 @@ def test_every_target_that_the_documents_name_exists() -> None:
 
 def test_the_readme_is_short_and_so_is_every_page() -> None:
     assert len(README.read_text().splitlines()) <= 180
-    long = {page.name for page in PAGES if len(page.read_text().splitlines()) > 150}
+    long = {page.name for page in PAGES if page != README and len(page.read_text().splitlines()) > 150}
     assert long <= {"options.md"}  # a table that a program writes
 
 

@@ -147,7 +147,8 @@ def find_boxes(change: Array, whole: bool) -> list[Box]:
 def show(film: Film, tissue: Array) -> Array:
     """The sketch's density in [0, 1] with its metal, before exposure and grain."""
     zoom = round(1 / SKETCH)
-    return np.maximum(np.clip(find_density(film, tissue), 0, 1), film.metal[::zoom, ::zoom])
+    shown: Array = np.maximum(np.clip(find_density(film, tissue), 0, 1), film.metal[::zoom, ::zoom])
+    return shown
 
 
 def find_density(film: Film, tissue: Array) -> Array:

@@ -27,9 +27,9 @@ def test_the_map_is_where_the_logit_comes_from() -> None:
     )
     with torch.no_grad():
         for layer, (weight, bias) in {0: (1.0, 0.0), 4: (1.0, 0.0)}.items():
-            network[layer].weight.fill_(weight)  # type: ignore[union-attr, operator]
-            network[layer].bias.fill_(bias)  # type: ignore[union-attr, operator]
-        network[4].weight[1] = -1  # type: ignore[union-attr, index, operator]
+            network[layer].weight.fill_(weight)  # type: ignore[operator]
+            network[layer].bias.fill_(bias)  # type: ignore[operator]
+        network[4].weight[1] = -1  # type: ignore[operator]
     images = torch.zeros(1, 1, 8, 8)
     images[0, 0, 2, 5], images[0, 0, 6, 1] = 4.0, 2.0
     scores, maps = draw_maps(network, images, [0, 1])

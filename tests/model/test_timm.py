@@ -19,7 +19,9 @@ from model.networks import Head, build_network, find_head, load_initial
 from model.runs import results
 from model.runs.commands import main
 from pipeline.base.errors import DataError
+from pipeline.labels import LABELS
 from pipeline.manifest import Manifest
+from pipeline.measure.calibration import apply_calibrations
 
 
 @torch.no_grad()
@@ -111,8 +113,11 @@ def test_a_run_keeps_the_networks_own_input(
     images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 1, 160, 160), np.uint8))
     exported = torch.export.load(tmp_path / "network.pt2").module()
     with torch.no_grad():
-        expected = network(images.float() / 127.5 - 1).sigmoid()
-        torch.testing.assert_close(exported(images), expected, rtol=0, atol=1e-5)
+        scores = network(images.float() / 127.5 - 1).sigmoid()
+        (calibrated,) = exported(images)
+    fits = json.loads((run / "calibration.json").read_text())["image"]
+    expected = apply_calibrations(LABELS, scores.numpy(), fits)
+    np.testing.assert_allclose(calibrated, expected, rtol=0, atol=1e-5)
     fixed = ["--shards", shards, "--run", tmp_path / "other", "--arch", "timm/vit_tiny_patch16_224"]
     with pytest.raises(Exception, match="takes images of 224 pixels alone: leave --image-size out"):
         command(*fixed, "--image-size", 320)

@@ -4,10 +4,12 @@ import json
 from pathlib import Path
 
 import click
+import pandas as pd
 import pytest
 from PIL import Image
 
 from pipeline import DataError
+from pipeline.labels import LABELS
 from pipeline.manifest import Manifest
 from tests.model.runs.test_use import call_train, run, trained  # noqa: F401 - fixtures
 
@@ -16,9 +18,8 @@ def test_predict_writes_a_picture_for_the_highest_scores(run: Path, tmp_path: Pa
     Image.effect_noise((80, 60), 50).save(tmp_path / "a.png")
     words = ("predict", "--run", run, "--out", tmp_path / "s.csv", "--heatmaps", tmp_path / "maps")
     assert call_train(*words, "--heatmap-labels", 2, tmp_path / "a.png") == 0
-    names, scores = (line.split(",")[1:] for line in (tmp_path / "s.csv").read_text().splitlines())
-    best = sorted(zip(map(float, scores), names, strict=True), reverse=True)[:2]
-    expected = {f"00001-a.png-{name.lower().replace(' ', '-')}.png" for _, name in best}
+    scores = pd.read_csv(tmp_path / "s.csv").loc[0, list(LABELS)].astype(float)
+    expected = {f"00001-a.png-{name.lower().replace(' ', '-')}.png" for name in scores.nlargest(2).index}
     assert {path.name for path in (tmp_path / "maps").iterdir()} == expected
 
 
