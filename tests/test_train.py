@@ -830,13 +830,13 @@ def test_a_checkpoint_is_chosen_by_the_labels_asked_for(
     assert best["dev_auroc"] == max(scores)
     assert best["epoch"] == lines[scores.index(max(scores))]["epoch"]
     assert scores.index(max(scores)) != macro.index(max(macro))  # type: ignore[type-var]
-    assert f": dev Edema, Support Devices AUROC {max(scores):.4f}  (best)" in capsys.readouterr().err
+    assert f": dev AUROC {max(scores):.4f} (Edema, Support Devices)  (best)" in capsys.readouterr().err
     events = EventAccumulator(str(job.run / "tensorboard"))
     events.Reload()
     for tag, expected in {"dev/choice_auroc": scores, "dev/macro_auroc": macro}.items():
         assert [point.value for point in events.Scalars(tag)] == pytest.approx(expected)
     card = (job.run / "model-card.md").read_text()
-    assert "The checkpoint is the one with the best Edema, Support Devices AUROC on dev." in card
+    assert "The checkpoint is the one with the best AUROC on dev: Edema, Support Devices." in card
     figures = results.measure_run(job)
     assert (figures["dev"], figures["labels"]) == (max(scores), 2)
     assert figures["same"] == pytest.approx(max(scores))
@@ -960,6 +960,7 @@ def test_wandb_reads_what_goes_to_tensorboard(
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     for _ in range(2):  # begun and continued
         assert command("train", "--run", tmp_path / "run", "--wandb", "films") == 0
+        (tmp_path / "run" / "report.html").unlink()  # as if it had been stopped before its report
     warning = (
         "Warning: --wandb sends settings and figures of this run to others; make sure that the License of "
     )
@@ -997,7 +998,8 @@ def test_two_runs_are_compared_on_the_same_images(
     difference = ours["macro_auroc"] - theirs["macro_auroc"]
     shown = re.escape(f"{difference:+.3f}")
     assert re.search(
-        rf"│ macro +│ {ours['macro_auroc']:.3f} │ +{shown}( \[.*\])? +│", capsys.readouterr().out
+        rf"│ macro +│ {ours['macro_auroc']:.3f} │ +{theirs['macro_auroc']:.3f} │ +{shown}( \[.*\])? +│",
+        capsys.readouterr().out,
     )
     (b / "scores-valid.arrow").unlink()
     said = (

@@ -44,6 +44,8 @@ urls = {name: one for name, one in torchxrayvision.models.model_urls.items() if 
 json.dump([torchxrayvision.datasets.default_pathologies, urls], open("facts.json", "w"))
 """
 
+pytestmark = pytest.mark.soak  # it trains, or builds large networks: half a minute
+
 
 @pytest.fixture(scope="module")
 def theirs(tmp_path_factory: pytest.TempPathFactory) -> Path:

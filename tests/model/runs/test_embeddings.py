@@ -91,7 +91,7 @@ def test_only_the_last_layer_learns(make: Callable[..., Job], init: Path, augmen
     assert [tuple(state["exp_avg"].shape) for state in optimizer["state"].values()] == [(14, 256), (14,)]
 
 
-@pytest.mark.parametrize("fusion", [None, "attention"])
+@pytest.mark.parametrize("fusion", [None, pytest.param("attention", marks=pytest.mark.soak)])
 def test_embeddings_give_what_the_images_give(
     make: Callable[..., Job],
     study_shards: tuple[Path, Manifest],
@@ -143,6 +143,7 @@ def test_an_interrupted_run_continues_exactly_and_keeps_what_was_embedded(
     assert_same_run(tmp_path / "parts", whole.run)
 
 
+@pytest.mark.soak
 def test_each_use_has_the_embeddings_of_its_own_inputs(
     make: Callable[..., Job], tmp_path: Path, sample_shards: tuple[Path, Manifest]
 ) -> None:
@@ -191,7 +192,9 @@ def overwrite(path: Path) -> None:
     path.write_bytes(b"foreign")
 
 
-@pytest.mark.parametrize("how", [damage, pytest.param(overwrite, marks=pytest.mark.soak), "swap"])
+@pytest.mark.parametrize(
+    "how", [*(pytest.param(how, marks=pytest.mark.soak) for how in (damage, overwrite)), "swap"]
+)
 def test_a_damaged_or_foreign_file_is_named_and_computed_again(
     make: Callable[..., Job], tmp_path: Path, capsys: pytest.CaptureFixture[str], how: Any
 ) -> None:
@@ -211,6 +214,7 @@ def test_a_damaged_or_foreign_file_is_named_and_computed_again(
     assert_same_run(tmp_path / "second", first.run)
 
 
+@pytest.mark.soak
 def test_unusable_images_are_left_out_and_counted_each_time(
     make: Callable[..., Job], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -231,6 +235,7 @@ def test_unusable_images_are_left_out_and_counted_each_time(
         train.train(make("strict", epochs=1))
 
 
+@pytest.mark.soak
 def test_where_the_shards_cannot_be_written_the_run_keeps_them(
     make: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,6 +18,8 @@ from pipeline.manifest import Manifest
 from pipeline.measure.calibration import apply_calibration
 from tests.model.runs.test_use import SMALL, call_train, trained  # noqa: F401 - a fixture
 
+pytestmark = pytest.mark.soak  # it trains, or builds large networks: half a minute
+
 
 def read_json(path: Path) -> dict[str, object]:
     return dict(json.loads(path.read_text()))
