@@ -112,10 +112,8 @@ if TYPE_CHECKING:
     from model.recent import RecentAUROC
 
 CLIP_NORM = 1.0
-DEPTHS = {
-    "StochasticDepth": "p",
-    "DropPath": "drop_prob",
-}  # torchvision's and timm's layer, and its probability
+# The layers of stochastic depth, torchvision's and timm's, and the attribute with their probability.
+DEPTHS = {"StochasticDepth": "p", "DropPath": "drop_prob"}
 CHECK_STEPS = 20  # how often the loss is read back: each read waits for the device
 SAVE_SECONDS = 300.0  # a killed run loses little more work than this
 Log = Callable[[str, float, int], None]  # name of a curve, value, step
@@ -132,9 +130,8 @@ class TrainState:
     scaler: torch.amp.GradScaler
     precision: str  # of autocast, as `--amp auto` resolves on this device
     ranks: int  # that train it now
-    forward: Callable[
-        ..., Tensor
-    ]  # the network, or its part after the embeddings; averages gradients over ranks
+    # The network, or its part after the embeddings, averaging gradients over ranks, perhaps compiled.
+    forward: Callable[..., Tensor]
     auroc: "RecentAUROC"  # of the batches since the last check
     done: int = 0  # steps, of all epochs
     evaluated: int = 0  # steps that were done at the last evaluation

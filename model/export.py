@@ -25,10 +25,8 @@ from pipeline.base.files import write_atomically
 
 FACTS = "facts.json"
 TOLERANCE = 0.01  # between logits of the exported network and eager ones
-SMALLEST = 2.0**-24  # a float32 score nearer to 0 or 1 has lost its logit
 STEEPEST = 8.0  # larger logits are not compared: a float32 score that near 0 or 1 has lost its logit
-
-
+SMALLEST = 2.0**-24  # scores nearer to 0 or 1 are calibrated as if they were this near
 Fits = Sequence[tuple[float, float] | None]  # slope and bias of each label's logit
 
 

@@ -1,9 +1,9 @@
 """Where a network looks: a map per label of how much each place of a film raises the label's logit.
 
 Convolutional networks get LayerCAM (Jiang et al., IEEE TIP 2021): positive gradients times activations, summed over
-channels, of the last layer of each of the `GRIDS` coarsest resolutions, each scaled to 1, and added. The layers are
-found by watching a forward pass: those whose output is a grid, if only pooling and the head follow. Networks without
-one (transformers) get gradient × input.
+channels, of the last layer of each of the `GRIDS` coarsest resolutions, each blurred and scaled to 1, and added. The
+layers are found by watching a forward pass: those whose output is a grid, if only pooling and the head follow.
+Networks without one (transformers) get gradient × input.
 """
 
 from typing import Any
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from model.augment import low_pass
 from model.losses import label_scores
 
-GRIDS = 2
-SMOOTH = 1 / 28  # of the side: standard deviation of the Gaussian that gradient × input is blurred with
+GRIDS = 3
+SMOOTH = 1 / 20  # of the side: the blur's standard deviation; it moves the strongest place into a strong area
 
 
 def draw_maps(network: nn.Module, inputs: Tensor, columns: list[int]) -> tuple[Tensor, Tensor]:
@@ -32,10 +32,9 @@ def draw_maps(network: nn.Module, inputs: Tensor, columns: list[int]) -> tuple[T
         for column in columns:
             gradients = torch.autograd.grad(logits[:, column].sum(), grids or [entered], retain_graph=True)
             if grids:
-                parts = [_weigh(grid, of.clamp_min(0)) for grid, of in zip(grids, gradients, strict=True)]
-            else:
-                parts = [_blur(_weigh(entered, gradients[0]))]
-            sized = [F.interpolate(_scale(part), inputs.shape[2:], mode="bilinear") for part in parts]
+                gradients = tuple(gradient.clamp_min(0) for gradient in gradients)
+            parts = map(_weigh, grids or [entered], gradients)
+            sized = [_smooth(part, inputs.shape[-1]) for part in parts]
             maps.append(_scale(torch.stack(sized).sum(dim=0)))
     return label_scores(logits[:, columns]).detach(), torch.cat(maps, dim=1)
 
@@ -51,9 +50,10 @@ def _scale(maps: Tensor) -> Tensor:
     return maps / highest.clamp_min(torch.finfo(torch.float32).tiny)
 
 
-def _blur(maps: Tensor) -> Tensor:
-    scale = torch.full((len(maps), 1, 1), SMOOTH * maps.shape[-1], device=maps.device)
-    return low_pass(maps, scale)
+def _smooth(maps: Tensor, side: int) -> Tensor:
+    """Maps [B, 1, h, w] at the size of the input, blurred."""
+    sized = F.interpolate(maps, (side, side), mode="bilinear")
+    return _scale(low_pass(sized, torch.full((len(maps), 1, 1), SMOOTH * side, device=maps.device)))
 
 
 def _watch(network: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:

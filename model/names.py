@@ -21,9 +21,8 @@ class Augmentation(NamedTuple):
     """What training changes, beside the affine map."""
 
     crop: float = 0.0  # largest share of the side that a crop leaves out
-    robust: bool = (
-        False  # the look of the acquisition; the network equalizes its films, in use as in training
-    )
+    # The look of the acquisition. The network equalizes its films, in use as in training.
+    robust: bool = False
 
 
 AUGMENTATIONS = {

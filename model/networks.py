@@ -11,7 +11,7 @@ import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +20,6 @@ from model.checkpoint import CheckpointError, cannot_download, hub_path, load_ch
 from model.chest import adapt_chest, is_chest, read_initial
 from model.names import EMBEDDED, TIMM, import_timm, own_input, timm_name
 from pipeline.base.errors import DataError
-
-if TYPE_CHECKING:
-    pass
 
 _OTHER_WAYS = "choose another `arch`, or `init` FILE"
 _WITHOUT = "; without `pretrained` (in make: PRETRAINED=no) a run starts from random weights"

@@ -172,6 +172,17 @@ def assert_same_run(run: Path, other: Path) -> None:
         assert (run / name).read_bytes() == (other / name).read_bytes()
 
 
+def test_a_dev_too_small_to_choose_by_is_said(
+    make_job: Callable[..., Job], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "finish_run", lambda job: {})
+    monkeypatch.setattr(train, "say_once", train.say)  # whatever other tests have said
+    job = make_job("run", epochs=1)
+    assert train.train(job) == 0
+    few = f"{job.shards}: no label has 10 positives on dev, so chance chooses the checkpoint; raise --dev\n"
+    assert few in capsys.readouterr().err
+
+
 def test_a_run_writes_what_it_promises(trained: Job) -> None:
     assert sorted(path.name for path in trained.run.iterdir()) == [
         "best.pt",

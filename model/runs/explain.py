@@ -1,9 +1,6 @@
 """Where a run looks: its heat maps on films (predict --heatmaps), in a gallery, and against what readers marked."""
 
-import base64
-import io
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +8,7 @@ from typing import Any
 import click
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+import pyarrow.compute as pc
 from rich.console import Console
 from rich.table import Table
 
@@ -23,15 +20,15 @@ from model.runs.folder import load_best, result_name
 from model.runs.job import Job, StopFlag, choose_device, open_images, to_device
 from model.runs.options import DATA_OPTIONS, run_option, with_options
 from model.runs.scoring import score_best
-from pipeline.base.csvs import line_of, read_strings
+from pipeline.base.csvs import demand, read_strings
 from pipeline.base.errors import DataError, quote
-from pipeline.base.files import hash_file, read_object, write_atomically, write_json
+from pipeline.base.files import check_folder, hash_file, read_object, write_atomically, write_json
 from pipeline.base.pages import open_templates, show_figure, show_limits
 from pipeline.console import progress_bar, say
 from pipeline.images import Gray, ImageOptions, decode_stored, prepare, resize
 from pipeline.labels import LABELS
 from pipeline.look.overlay import blend, draw_overlay
-from pipeline.look.sheet import fit, read_images
+from pipeline.look.sheet import data_uri, fit, read_images, save_sheet
 from pipeline.manifest import find_restriction
 from pipeline.measure.evaluate import Scored
 from pipeline.measure.localization import (
@@ -50,7 +47,8 @@ SHOWN = 256  # pixels: the longer side of a film in the gallery
 OTHER_NAMES = {"Airspace Opacity": "Lung Opacity"}  # CheXlocalize's
 Mapper = Callable[[Sequence[Gray], Sequence[str]], npt.NDArray[np.float32]]
 # What readers marked, by key and label: boxes (left, top, width, height), or a mask [H, W] of the original film.
-Marks = dict[str, dict[str, list[tuple[float, ...]] | npt.NDArray[np.bool_]]]
+Marks = Mapping[str, Mapping[str, list[tuple[float, ...]] | npt.NDArray[np.bool_]]]
+_NUMBER = r"^-?\d+(\.\d+)?$"
 
 
 def open_mapper(run: Path, config: Config) -> tuple[Mapper, dict[str, Any]]:
@@ -93,7 +91,7 @@ def write_heatmaps(
                     film, heat, [f"{label}: score {score:.3f}", f"{run.name}, not for clinical use"]
                 )
                 name = f"{number + 1:05d}-{file.name}-{label.lower().replace(' ', '-')}.png"
-                write_atomically(out / name, _encode(picture, "PNG"))
+                save_sheet(picture, out / name)
                 written += 1
             advance(number + 1, len(files))
     return written
@@ -108,19 +106,15 @@ def read_marks(path: Path) -> Marks:
             f"{path}: boxes are read from .csv, segmentations from .json; a pickle would run code"
         )
     names = ("key", "label", "x", "y", "w", "h")
-    marks: Marks = {}
-    for row, cells in enumerate(
-        zip(*(column.to_pylist() for column in read_strings(path, names).columns), strict=True)
-    ):
-        key, label, *box = cells
-        if None in box or not all(re.fullmatch(r"-?\d+(\.\d+)?", number) for number in box):
-            text = ",".join(str(cell) for cell in box)
-            raise DataError(
-                f"{path}, line {line_of(path, row)}: x,y,w,h are '{quote(text, 80)}', not four numbers"
-            )
-        numbers = tuple(float(number) for number in box)
-        marks.setdefault(str(key), {}).setdefault(_check_label(path, label), []).append(numbers)  # type: ignore[union-attr]
-    return marks
+    table = read_strings(path, names)
+    for name in names[2:]:
+        demand(path, name, table[name], pc.match_substring_regex(table[name], _NUMBER), "is not a number")
+    boxes: dict[str, dict[str, list[tuple[float, ...]]]] = {}
+    for key, label, *box in zip(*(column.to_pylist() for column in table.columns), strict=True):
+        boxes.setdefault(str(key), {}).setdefault(_check_label(path, label), []).append(
+            tuple(map(float, box))
+        )
+    return boxes
 
 
 def _read_masks(path: Path, key: str, found: Any) -> dict[str, Any]:
@@ -170,9 +164,8 @@ def _mark(
     split: OpenSplit, row: Mapping[str, Any], mark: Any, square: str, side: int
 ) -> npt.NDArray[np.bool_]:
     """What readers marked of a film, in the network's input [side, side]."""
-    if isinstance(
-        mark, np.ndarray
-    ):  # of the film in its own size, of which the shards may hold a smaller copy
+    if isinstance(mark, np.ndarray):
+        # Of the film in its own size, of which the shards may hold a smaller copy.
         return mark_mask(mark, frame_of(square, mark.shape[1], mark.shape[0]), side)
     if row.get("width") is None or row.get("height") is None:
         raise DataError(
@@ -280,8 +273,7 @@ def gallery_command(
         )
     if out.suffix.lower() != ".html":
         raise click.UsageError(f"--out {out}: the name must end in .html")
-    if not out.absolute().parent.is_dir():
-        raise DataError(f"{out}: there is no folder {out.parent}")
+    check_folder(out)
     collection, config, stop = (
         open_collection(shards, cache, cache_size),
         read_config(run),
@@ -358,13 +350,6 @@ def show_film(
     """The film and its map as pictures in URLs, with score and truth."""
     (film,) = read_images(split, row)
     small = fit(film, SHOWN)
-    pictures = [Image.fromarray(picture) for picture in (small, blend(small, draw([film], [label])[0, 0]))]
-    urls = [f"data:image/jpeg;base64,{base64.b64encode(_encode(one, 'JPEG')).decode()}" for one in pictures]
+    urls = [data_uri(picture) for picture in (small, blend(small, draw([film], [label])[0, 0]))]
     state = "positive" if scored.target[place, column] == 1 else "negative"
     return {"film": urls[0], "map": urls[1], "score": float(scored.scores[place, column]), "truth": state}
-
-
-def _encode(picture: Image.Image, kind: str) -> bytes:
-    data = io.BytesIO()
-    picture.save(data, kind, quality=85)
-    return data.getvalue()

@@ -40,22 +40,23 @@ def score_best(job: Job, name: str, alter: Alteration | None = None) -> tuple[Sc
     Of an ensemble, the mean of its members' calibrated scores.
     """
     if job.members:
-        return score_members(job, name, alter)[:2]
+        return score_members(job, name, alter)[0]
     network, best = load_best(job.run, job.config, job.device, job.ranks)
     return score_split(job, network, open_rows(job, name), best["pixels"], alter)
 
 
 def score_members(
     job: Job, name: str, alter: Alteration | None = None
-) -> tuple[Scored, pa.Table, list[Floats]]:
-    """As `score_best` for an ensemble, and the calibrated scores by each member, one network after the other."""
+) -> tuple[tuple[Scored, pa.Table], dict[str, Floats]]:
+    """What `score_best` gives for an ensemble, and the calibrated scores [N, L] of each member, by its folder."""
     chosen = {field: getattr(job.config, field) for field in ("where", "views", "limit", "max_bad")}
-    found = []
+    found = {}
     for member, calibration in job.members:
         one = replace(member, config=replace(member.config, **chosen))
         scored, table = score_best(one, name, alter)
-        found.append(apply_calibrations(job.config.labels, scored.scores, calibration))
-    return scored._replace(scores=np.mean(found, axis=0).astype(np.float32)), table, found
+        found[str(member.run)] = apply_calibrations(job.config.labels, scored.scores, calibration)
+    mean = np.mean(list(found.values()), axis=0).astype(np.float32)
+    return (scored._replace(scores=mean), table), found
 
 
 def vary_as_trained(config: Config, tta: int) -> Vary:

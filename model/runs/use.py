@@ -47,7 +47,7 @@ from model.runs.summary import (
     print_verdicts,
 )
 from pipeline.base.errors import DataError
-from pipeline.base.files import write_csv
+from pipeline.base.files import check_folder, write_csv
 from pipeline.console import Checked, Number, say
 from pipeline.labels import MOST_VIEWS, VIEWS
 from pipeline.look.sheet import FORMATS, draw_variants, save_sheet, spread_rows
@@ -146,12 +146,12 @@ def evaluate_command(
         reads = {name: read_reader(path, config.labels) for name, path in readers.items()}
         others = find_scores(job, split, against)
         shared = check_evaluation(scored, split, others, shared_images)
-        *two, each = score_members(scored, split) if job.members else (*score_best(scored, split), [])
-        found = (two[0], two[1])
-        members = {str(member.job.run): scores for member, scores in zip(job.members, each, strict=True)}
+        found, members = score_members(scored, split) if job.members else (score_best(scored, split), {})
         altered = check_sanity(scored, split, found[0]) if sanity else {}
-        given = (others, sensitivity, study, chosen_by, shared, altered, members)
-        results = {split: evaluate(job, split, found, *given, reads)}
+        evaluated = evaluate(
+            job, split, found, others, sensitivity, study, chosen_by, shared, altered, members, reads
+        )
+        results = {split: evaluated}
     except InterruptedEvaluationError:
         return stop.code
     print_evaluations({split: results[split][0]})
@@ -243,7 +243,7 @@ def predict_command(
     if len(bad) == len(files):
         kept = f"{out} is left as it was" if out.exists() else f"{out} is not written"
         raise DataError(f"none of {len(files):,} images can be read; {kept}")
-    # Of those that calibration has not changed yet, as thresholds were chosen.
+    # Thresholds were chosen on scores before calibration.
     limits = np.array(decision.limits)
     unknown = np.isnan(scores[:, : len(limits)]) | np.isnan(limits)
     decided = np.where(unknown, np.nan, scores[:, : len(limits)] >= limits)
@@ -263,12 +263,6 @@ def predict_command(
         count = write_heatmaps(next(iter(model.members)), config, files, scores, heatmaps, heatmap_labels)
         click.echo(f"{heatmaps}: {count:,} heat maps")
     return 3 if strict and bad else 0
-
-
-def check_folder(out: Path) -> None:
-    """Raise DataError if the folder of an output file does not exist: before the work, not after it."""
-    if not out.absolute().parent.is_dir():
-        raise DataError(f"{out}: there is no folder {out.parent}")
 
 
 def group_files(files: Iterable[Path], pattern: str | None) -> dict[str, list[Path]]:

@@ -123,6 +123,12 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def check_folder(out: Path) -> None:
+    """Raise DataError if the folder of an output file does not exist: before the work, not after it."""
+    if not out.absolute().parent.is_dir():
+        raise DataError(f"{out}: there is no folder {out.parent}")
+
+
 def write_csv(path: Path, rows: Iterable[Sequence[object]]) -> None:
     """Write rows as a CSV, atomically. Cells that a spreadsheet would run get a quote in front (OWASP)."""
     text = io.StringIO()

@@ -6,8 +6,6 @@ The page shows the numbers of `pipeline stats --format json`, for every grouping
 anonymous thumbnails: no key, patient, age or sex.
 """
 
-import base64
-import io
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,13 +14,11 @@ import numpy as np
 import pyarrow as pa
 from markupsafe import Markup
 from matplotlib.axes import Axes
-from PIL import Image
 
 from pipeline.base import pages
-from pipeline.images import Gray
 from pipeline.labels import LABELS, STATES, label_states, select_views
 from pipeline.look.plots import Palette, draw_audit, draw_cooccurrence, draw_groups, draw_states
-from pipeline.look.sheet import fit, read_images, spread_rows
+from pipeline.look.sheet import data_uri, fit, read_images, spread_rows
 from pipeline.look.tables import tabulate_audit
 from pipeline.manifest import read_manifest
 from pipeline.measure.audit import Audit, describe_alarms
@@ -79,7 +75,9 @@ def find_examples(folder: Path, split: str | None, views: str, remote: Remote | 
     for number, opened in enumerate(splits):
         here = needed[place[needed, 0] == number]
         pixels = read_images(opened, place[here, 1])
-        images |= {row: _data_uri(image) for row, image in zip(here.tolist(), pixels, strict=True)}
+        images |= {
+            row: data_uri(fit(image, THUMBNAIL)) for row, image in zip(here.tolist(), pixels, strict=True)
+        }
     return {
         label: {name: [images[row] for row in rows.tolist()] for name, rows in found.items() if len(rows)}
         for label, found in chosen.items()
@@ -140,10 +138,3 @@ def _draw_groups(groups: Groups) -> Markup:
 
 def _draw(draw: Callable[[Axes], None], description: str, inches: tuple[float, float] = (4.4, 4.0)) -> Markup:
     return pages.draw_svg(draw, description, inches, fitted=True)
-
-
-def _data_uri(pixels: Gray) -> str:
-    """A thumbnail as a JPEG in a URL."""
-    file = io.BytesIO()
-    Image.fromarray(fit(pixels, THUMBNAIL)).save(file, "JPEG", quality=80)
-    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"

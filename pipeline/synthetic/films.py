@@ -87,26 +87,13 @@ def draw_film(
     findings: dict[str, Finding],
     patient_rng: np.random.Generator,
     rng: np.random.Generator,
-) -> npt.NDArray[np.uint8]:
-    """Draw one view, `frontal` or `lateral`: uint8 [height, width], shorter side 320 pixels.
-
-    `patient_rng` decides the build, which a patient's films share; `rng` everything that differs between films.
-    """
-    return draw_boxed_film(kind, projection, sex, findings, patient_rng, rng)[0]
-
-
-def draw_boxed_film(
-    kind: str,
-    projection: str,
-    sex: str,
-    findings: dict[str, Finding],
-    patient_rng: np.random.Generator,
-    rng: np.random.Generator,
     boxed: Collection[str] = (),
 ) -> tuple[npt.NDArray[np.uint8], dict[str, list[Box]]]:
-    """The film of `draw_film`, and where the signs `boxed` change it: a box for each connected part of the change.
+    """Draw one view, `frontal` or `lateral`, and say where the signs `boxed` change it.
 
-    One box for a large heart or mediastinum, whose change is a rim. None where the film shows nothing of the sign.
+    The film is uint8 [height, width], shorter side 320 pixels. `patient_rng` decides the build, which a patient's films
+    share; `rng` everything that differs between films. There is a box for each connected part of a change, and one box
+    for a large heart or mediastinum, whose change is a rim; none where the film shows nothing of the sign.
     """
     make_film = frontal_film
     if kind == "lateral":

@@ -26,7 +26,7 @@ import simplejpeg
 from pipeline.base.files import write_csv as write_rows
 from pipeline.base.workers import run_tasks
 from pipeline.labels import COLUMNS, LABELS
-from pipeline.synthetic.films import Box, Finding, draw_boxed_film
+from pipeline.synthetic.films import Box, Finding, draw_film
 from pipeline.synthetic.shortcuts import CUES, Shortcut
 
 FOLDER = "CheXpert-v1.0-small"
@@ -170,9 +170,7 @@ def write_patients(task: tuple[Path, int, list[Patient], Sequence[Shortcut]]) ->
             for view, (kind, projection) in enumerate(study.views, start=1):
                 body = stream(seed, patient.number, view=1)
                 film = stream(seed, patient.number, study.number, view)
-                pixels, boxes = draw_boxed_film(
-                    kind, projection, patient.sex, study.findings, body, film, clear
-                )
+                pixels, boxes = draw_film(kind, projection, patient.sex, study.findings, body, film, clear)
                 key = f"patient{patient.number:05d}_study{study.number}_view{view}_{kind}"
                 rows += [(folder.name, key, label, *box) for label, box in list_boxes(boxes)]
                 for cue in cues:

@@ -34,7 +34,9 @@ def test_the_map_is_where_the_logit_comes_from() -> None:
     images[0, 0, 2, 5], images[0, 0, 6, 1] = 4.0, 2.0
     scores, maps = draw_maps(network, images, [0, 1])
     torch.testing.assert_close(scores[0, 0], torch.sigmoid(torch.tensor(6 / 64)))
-    torch.testing.assert_close(maps[0, 0], images[0, 0] / 4)
+    assert int(maps[0, 0].argmax()) == 8 * 2 + 5  # row 2, column 5
+    assert maps[0, 0, 6, 1] == pytest.approx(2 / 4, abs=0.01)
+    assert maps[0, 0, 0, 0] < 0.01  # blurred, but not so far
     assert maps[0, 1].max() == 0  # what lowers a logit is not on its map
 
 

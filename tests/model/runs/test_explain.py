@@ -1,6 +1,8 @@
 """predict --heatmaps, gallery and localize, on a run of one epoch."""
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 import click
@@ -8,7 +10,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from pipeline import DataError
+from pipeline import DataError, open_shards
 from pipeline.labels import LABELS
 from pipeline.manifest import Manifest
 from tests.model.runs.test_use import call_train, run, trained  # noqa: F401 - fixtures
@@ -21,6 +23,31 @@ def test_predict_writes_a_picture_for_the_highest_scores(run: Path, tmp_path: Pa
     scores = pd.read_csv(tmp_path / "s.csv").loc[0, list(LABELS)].astype(float)
     expected = {f"00001-a.png-{name.lower().replace(' ', '-')}.png" for name in scores.nlargest(2).index}
     assert {path.name for path in (tmp_path / "maps").iterdir()} == expected
+
+
+def test_maps_are_of_one_run_by_images(run: Path, tmp_path: Path) -> None:  # noqa: F811
+    Image.effect_noise((80, 60), 50).save(tmp_path / "a.png")
+    other = shutil.copytree(run, tmp_path / "other")
+    runs = (
+        "predict",
+        "--run",
+        run,
+        "--run",
+        other,
+        "--out",
+        tmp_path / "s.csv",
+        "--heatmaps",
+        tmp_path / "maps",
+    )
+    said = f"--heatmaps is for one run by images; {run} + {other} are several networks"
+    with pytest.raises(click.UsageError, match=re.escape(said)):
+        call_train(*runs, tmp_path / "a.png")
+    settings = json.loads((other / "config.json").read_text()) | {"fusion": "max"}
+    (other / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(
+        click.UsageError, match=r"--heatmaps is for one run by images; .*/other learned studies"
+    ):
+        call_train("predict", "--run", other, *runs[5:], tmp_path / "a.png")
 
 
 def test_gallery_needs_consent_and_names_no_patient(
@@ -51,8 +78,15 @@ def test_localize_measures_the_boxes_of_drawn_signs(
     assert found["labels"]["all"]["cells"] > 20
     bad = tmp_path / "boxes.csv"
     bad.write_text("key,label,x,y,w,h\npatient1,Edema,1,2,3,\n")
-    with pytest.raises(DataError, match=r"boxes\.csv, line 2: x,y,w,h are '1,2,3,None', not four numbers$"):
+    with pytest.raises(DataError, match=r"boxes\.csv, line 2, column h: '' is not a number$"):
         call_train(*words, bad)
+    key = open_shards(sample_shards[0])["valid"].table["key"][0].as_py()
+    everywhere = {"size": [10, 12], "counts": [0, 120]}  # COCO's run lengths: no 0s, then 1s alone
+    masks = tmp_path / "gt_segmentations.json"
+    masks.write_text(json.dumps({key: {"Airspace Opacity": everywhere}}))
+    assert call_train(*words, masks) == 0
+    (label, cell), _ = json.loads((run / "localization-valid.json").read_text())["labels"].items()
+    assert (label, cell["hits"], cell["cells"], cell["chance"]) == ("Lung Opacity", 1, 1, 1.0)
     pickled = tmp_path / "map.pkl"
     pickled.write_bytes(b"x")
     with pytest.raises(DataError, match=r"a pickle would run code$"):

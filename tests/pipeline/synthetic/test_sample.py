@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from pipeline.labels import LABELS
-from pipeline.synthetic.films import Finding, draw_boxed_film, draw_film
+from pipeline.synthetic.films import Finding, draw_film
 from pipeline.synthetic.sample import FINDINGS, draw_patients, write_sample
 
 HEADER = (
@@ -152,9 +152,9 @@ def test_a_lateral_shows_some_signs_better_and_some_not_at_all() -> None:
     def visible(kind: str, label: str, severity: float) -> float:
         """By how many gray levels the sign changes the film on average."""
         films = [
-            draw_film(
-                kind, "AP", "Male", findings, np.random.default_rng(1), np.random.default_rng(2)
-            ).astype(float)
+            draw_film(kind, "AP", "Male", findings, np.random.default_rng(1), np.random.default_rng(2))[
+                0
+            ].astype(float)
             for findings in (nothing, nothing | {label: nothing[label]._replace(severity=severity)})
         ]
         return float(np.abs(films[1] - films[0]).mean())
@@ -244,7 +244,7 @@ def test_what_a_sign_changes_lies_in_its_boxes(label: str) -> None:
     for severity in (0.0, 0.8):
         findings = nothing | {label: nothing[label]._replace(severity=severity)}
         streams = np.random.default_rng(1), np.random.default_rng(2)
-        drawn.append(draw_boxed_film("frontal", "AP", "Male", findings, *streams, [label]))
+        drawn.append(draw_film("frontal", "AP", "Male", findings, *streams, [label]))
     (before, _), (after, boxes) = drawn
     outside = np.abs(after.astype(int) - before) > 10  # gray levels: less is lost in the grain
     assert outside.sum() > 20
