@@ -24,6 +24,7 @@ def test_its_python_runs(
     assert "\n0 (8, 1, 224, 224) (8, 14) 0." in capsys.readouterr().out
 
 
+@pytest.mark.soak
 def test_its_commands_for_ones_own_chexpert_run(chexpert: Path, tmp_path: Path) -> None:
     """As they stand there, with the home folder and the settings of a small run in the environment."""
     (block,) = re.findall(r"```\n(make shards DATA=~.*?)```", README.read_text(), re.DOTALL)

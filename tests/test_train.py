@@ -779,7 +779,7 @@ def test_a_batch_in_parts_gives_the_same_gradients(make_job: Callable[..., Job])
     torch.testing.assert_close(*weights)
 
 
-@pytest.mark.parametrize("loss", ["bce", "aucm"])
+@pytest.mark.parametrize("loss", ["bce", pytest.param("aucm", marks=pytest.mark.soak)])
 def test_what_draws_or_remembers_resumes_exactly_between_evaluations(
     make_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch, loss: str
 ) -> None:
@@ -1232,7 +1232,7 @@ def test_predict_scores_dicoms_as_their_pixels(trained: Job, tmp_path: Path) -> 
     assert scores.iloc[3].isna().all()
 
 
-@pytest.mark.parametrize("name", ["model.pt2", "model.onnx"])
+@pytest.mark.parametrize("name", ["model.onnx", pytest.param("model.pt2", marks=pytest.mark.soak)])
 def test_exported_networks_give_the_same_scores(
     make_job: Callable[..., Job], tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

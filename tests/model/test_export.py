@@ -43,7 +43,7 @@ def add_noise(scorer: Scorer) -> None:
     ("spoil", "suffix"),
     [
         pytest.param(shift_bias, ".onnx", marks=pytest.mark.soak),
-        (shift_bias, ".pt2"),
+        pytest.param(shift_bias, ".pt2", marks=pytest.mark.soak),
         pytest.param(shift_mean, ".pt2", marks=pytest.mark.soak),
         (add_noise, ".pt2"),
     ],

@@ -218,6 +218,7 @@ def test_halving_ends_most_trials_early(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.soak
 def test_a_search_stays_between_the_values_and_repeats_itself(tmp_path: Path) -> None:
     found = []
     for name in ("a", "b"):
@@ -295,6 +296,7 @@ def start_worker(
     return subprocess.Popen([sys.executable, "-c", script, str(folder), storage])
 
 
+@pytest.mark.soak
 def test_a_claim_without_a_heartbeat_is_given_up_too(tmp_path: Path) -> None:
     """As of a process that was killed in between."""
     sweep = make_sweep(tmp_path / "sweep")

@@ -94,6 +94,7 @@ def test_workers_end_with_a_killed_parent(tmp_path: Path) -> None:
     assert not [pid for pid in pids if Path(f"/proc/{pid}/stat").exists()]
 
 
+@pytest.mark.soak
 def test_a_long_tmpdir_is_no_matter(tmp_path: Path) -> None:
     folder = tmp_path / ("x" * 100)
     folder.mkdir()

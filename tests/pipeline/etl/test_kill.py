@@ -96,7 +96,9 @@ def test_a_full_disk_is_named_and_the_run_resumes(
     assert hashes(out) == expected
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [pytest.param(signal.SIGINT, 130, marks=pytest.mark.soak), (signal.SIGTERM, 143)]
+)
 def test_a_signal_ends_the_run_and_its_workers(
     reference: tuple[Path, dict[str, str], float], tmp_path: Path, number: signal.Signals, code: int
 ) -> None:

@@ -416,7 +416,7 @@ def load(stream_: BatchStream, context: str) -> Iterable[Any]:
         yield Batch(batch.step._replace(rows=batch.step.rows.numpy()), **arrays, bad=batch.bad)
 
 
-@pytest.mark.parametrize("context", ["fork", "spawn", "forkserver"])
+@pytest.mark.parametrize("context", ["fork", pytest.param("spawn", marks=pytest.mark.soak), "forkserver"])
 def test_the_workers_of_a_loader_share_the_batches_in_their_order(
     split: OpenSplit, labels: Labels, context: str
 ) -> None:
