@@ -43,7 +43,7 @@ from model.runs.results import evaluate
 from model.runs.scores import read_scores, write_scores
 from model.runs.scoring import score_best
 from model.runs.targets import draw_weights, training_labels
-from pipeline import DataError, open_shards
+from pipeline import DataError, console, open_shards
 from pipeline.base.files import claimed
 from pipeline.console import run_command
 from pipeline.etl.adopt import write_index
@@ -176,7 +176,7 @@ def test_a_dev_too_small_to_choose_by_is_said(
     make_job: Callable[..., Job], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(train, "finish_run", lambda job: {})
-    monkeypatch.setattr(train, "say_once", train.say)  # whatever other tests have said
+    monkeypatch.setattr(train, "say_once", console.say)  # whatever other tests have said
     job = make_job("run", epochs=1)
     assert train.train(job) == 0
     few = f"{job.shards}: no label has 10 positives on dev, so chance chooses the checkpoint; raise --dev\n"

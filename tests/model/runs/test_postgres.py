@@ -66,7 +66,7 @@ def test_processes_with_folders_of_their_own_share_a_sweep(database: str, tmp_pa
     """As two machines would: what they have in common is the database and the sweep's name."""
     folders = [tmp_path / machine / "sweep" for machine in ("one", "two")]
     workers = [start_worker(folder, database) for folder in folders]
-    assert [worker.wait(timeout=60) for worker in workers] == [0, 0]
+    assert [worker.wait(timeout=240) for worker in workers] == [0, 0]
     plain = make_sweep(tmp_path / "plain")
     run_sweep(plain, train_point, never)
     expected = [(trial.parameters, trial.dev, trial.history) for trial in list_trials(plain)]

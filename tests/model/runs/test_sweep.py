@@ -313,7 +313,7 @@ def test_a_claim_without_a_heartbeat_is_given_up_too(tmp_path: Path) -> None:
 def test_processes_that_begin_at_once_train_no_point_twice(tmp_path: Path) -> None:
     values = tuple(round(1e-3 * step, 6) for step in range(1, 13))
     workers = [start_worker(tmp_path / "sweep", seconds=0, lr=values) for _ in range(3)]
-    assert [worker.wait(timeout=120) for worker in workers] == [0, 0, 0]
+    assert [worker.wait(timeout=240) for worker in workers] == [0, 0, 0]
     logs = [path.read_text() for path in (tmp_path / "sweep" / "trials").glob("*/log")]
     assert logs == ["trained\n"] * len(values) * len(WD)
 
@@ -337,7 +337,7 @@ def test_two_processes_killed_and_restarted_finish_every_point_once(
             if worker.wait() == -signal.SIGKILL:
                 record_property("survived", "SIGKILL of a sweep's process")
     workers = [start_worker(sweep.folder) for _ in range(2)]
-    assert [worker.wait(timeout=60) for worker in workers] == [0, 0]
+    assert [worker.wait(timeout=240) for worker in workers] == [0, 0]
     ours, undisturbed = (
         sorted(
             (tuple(trial.parameters.items()), trial.state, trial.dev, trial.valid) for trial in list_trials(s)
