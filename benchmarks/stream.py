@@ -40,7 +40,7 @@ from PIL import Image
 from benchmarks.scale import PIPELINE, descendants, read_table
 from benchmarks.stream_peers import BATCH, SIZE, WARM_UP, WORKERS, Batches, measure
 from pipeline import open_shards
-from pipeline.images import decode_jpeg, resize
+from pipeline.images import decode_into
 from pipeline.labels import LABELS, label_states
 from pipeline.stream.plan import Rows, epoch_order, training_steps
 from pipeline.synthetic.sample import FOLDER, write_sample
@@ -112,7 +112,7 @@ def measure_bare_loop(shards: Path, passes: int) -> float:
 
     def loop(images: npt.NDArray[np.uint8], count: int) -> None:
         for number in range(count):
-            images[number % BATCH, 0] = resize(decode_jpeg(contents[number % len(contents)]), SIZE, SIZE)
+            decode_into(images[number % BATCH, 0], contents[number % len(contents)], "jpeg")
 
     def run(count: int) -> float:
         batches = [np.empty((BATCH, 1, SIZE, SIZE), np.uint8) for _ in range(WORKERS)]

@@ -6,13 +6,15 @@ ITU-T T.81, annex B; W3C PNG, section 11. Only parts that a decoder needs are no
 import re
 import zlib
 from collections.abc import Iterable, Iterator
-from itertools import takewhile
+from functools import lru_cache
 from typing import NamedTuple
 
 JPEG, PNG = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"  # how the files begin
 BASELINE, PROGRESSIVE = {0xC0, 0xC1}, 0xC2  # frame markers of a JPEG
 _SOS, _EOI, _APP2, _DQT, _SCAN_DATA = 0xDA, 0xD9, 0xE2, 0xDB, 0x00  # JPEG markers; 0x00 is none, and ours
 _JPEG_LS = 0xF7  # its frame marker
+_END = bytes([0xFF, _EOI])
+_LONGEST_KEPT = 4096  # bytes of a file's head that is remembered
 _FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 # Frames, Huffman and arithmetic tables, restarts, quantization, scans.
 _JPEG_IMAGE = _FRAMES | {0xC4, 0xCC, 0xDB, 0xDD, _SOS, _SCAN_DATA, _EOI}
@@ -64,7 +66,19 @@ class PngFacts(NamedTuple):
 
 def read_jpeg_facts(jpeg: bytes) -> JpegFacts:
     """What precedes the first scan. Raises ValueError for damaged segments."""
-    head = list(takewhile(lambda segment: segment[0] != _SOS, _segments(jpeg)))
+    position = 2
+    while (found := _MARKER.match(jpeg, position)) and found[1][0] not in (_SOS, _EOI):
+        position = found.end() + int.from_bytes(jpeg[found.end() : found.end() + 2])
+    if found is None:
+        raise ValueError("its segments are damaged")
+    facts = (_read_head if position <= _LONGEST_KEPT else _read_head.__wrapped__)(jpeg[:position] + _END)
+    return facts if jpeg.endswith(_END) else facts._replace(has_metadata=True)
+
+
+@lru_cache(1024)
+def _read_head(jpeg: bytes) -> JpegFacts:
+    """The facts of a JPEG without scans. Most files of a data set begin alike."""
+    head = list(_segments(jpeg))
     frame, header = next((segment for segment in head if segment[0] in _FRAMES), (None, b""))
     return JpegFacts(
         frame=frame,
@@ -72,7 +86,7 @@ def read_jpeg_facts(jpeg: bytes) -> JpegFacts:
         quality=_estimate_quality(part[4:] for marker, part in head if marker == _DQT),
         exif=next((part[4:] for _, part in head if part[4:10] == b"Exif\0\0"), None),
         is_multiple=any(marker == _APP2 and part[4:8] == b"MPF\0" for marker, part in head),
-        has_metadata=any(_is_metadata(*segment) for segment in head) or not jpeg.endswith(b"\xff\xd9"),
+        has_metadata=any(_is_metadata(*segment) for segment in head),
     )
 
 

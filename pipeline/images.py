@@ -7,6 +7,8 @@ resizing release the interpreter lock.
 
 import io
 import re
+import threading
+from functools import lru_cache
 from math import ceil
 from typing import Any, NamedTuple
 
@@ -31,11 +33,13 @@ Gray = npt.NDArray[np.uint8]
 
 ENCODINGS = {"jpeg": "jpg", "png": "png", "raw": "npy"}  # encoding → file suffix
 LONGEST_JPEG = 65_500  # libjpeg's limit, in pixels of a side
+KEPT_PIXELS = 2**24  # of a thread's memory that is used again
 STORED_PIXELS = 2**28  # at most in a stored image, whoever wrote it: a forged header costs no memory
 SQUARES = ("no", "pad", "crop", "stretch")
 
 Image.MAX_IMAGE_PIXELS = None  # our own limit is checked, which the user can set
 _ORIENTATION = 0x0112  # the EXIF tag
+_thread = threading.local()
 _NPY_HEADER = re.compile(
     rb"\x93NUMPY\x01\x00(..){'descr': '\|u1', 'fortran_order': False, 'shape': \((\d+), (\d+)\), } *\n",
     re.DOTALL,
@@ -157,6 +161,22 @@ def decode_stored(data: bytes | memoryview, encoding: str) -> Gray:
     return np.frombuffer(data, np.uint8, offset=header.end()).reshape(height, width)
 
 
+def decode_into(out: Gray, data: bytes | memoryview, encoding: str) -> None:
+    """Decode a stored image and resize it to fill `out` [H, W], contiguous. Raises ValueError for damaged data."""
+    if encoding != "jpeg":
+        pixels = decode_stored(data, encoding)
+    else:
+        height, width, _, _ = simplejpeg.decode_jpeg_header(data)
+        _check_pixels(width, height, STORED_PIXELS)
+        if (height, width) == out.shape:
+            simplejpeg.decode_jpeg(data, colorspace="GRAY", buffer=out)
+            return
+        pixels = simplejpeg.decode_jpeg(data, colorspace="GRAY", buffer=_borrow(height * width))[:, :, 0]
+    resized = resize(pixels, *out.shape, out)
+    if resized is not out:
+        out[:] = resized
+
+
 def decode_jpeg(data: bytes | memoryview) -> Gray:
     """Gray pixels [H, W]. Raises ValueError for damaged data: libjpeg's warnings count as errors."""
     height, width, _, _ = simplejpeg.decode_jpeg_header(data)
@@ -165,8 +185,20 @@ def decode_jpeg(data: bytes | memoryview) -> Gray:
     return pixels
 
 
-def resize(pixels: Gray, height: int, width: int) -> Gray:
+def _borrow(pixels: int) -> npt.NDArray[np.uint8]:
+    """Memory for an image that is gone before this thread decodes the next: fresh pages cost a tenth of decoding."""
+    if pixels > KEPT_PIXELS:
+        return np.empty(pixels, np.uint8)
+    memory: npt.NDArray[np.uint8] | None = getattr(_thread, "memory", None)
+    if memory is None or memory.size < pixels:
+        memory = _thread.memory = np.empty(pixels, np.uint8)
+    return memory
+
+
+def resize(pixels: Gray, height: int, width: int, out: Gray | None = None) -> Gray:
     """The pixels resized to [height, width], antialiased; the image itself where it has that shape.
+
+    `out` [height, width] may be used for the result.
 
     Up to a scale of two, OpenCV's bilinear filter is as close to Lanczos as Pillow's antialiased ones, at a
     quarter of their time, and its levels are the same on every CPU. Beyond it would alias. Mean absolute
@@ -180,7 +212,7 @@ def resize(pixels: Gray, height: int, width: int) -> Gray:
     if pixels.shape == (height, width):
         return pixels
     if pixels.shape[0] <= 2 * height and pixels.shape[1] <= 2 * width:
-        return cv2.resize(pixels, (width, height), interpolation=cv2.INTER_LINEAR_EXACT)  # type: ignore[return-value]
+        return cv2.resize(pixels, (width, height), out, interpolation=cv2.INTER_LINEAR_EXACT)  # type: ignore[return-value]
     return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.HAMMING))
 
 
@@ -207,7 +239,9 @@ def _read_jpeg(data: bytes, options: ImageOptions) -> _Source:
     # Decode at the smallest scale of at least twice the target; else in full, since simplejpeg picks a wrong one for
     # images of a few pixels.
     scaled = 2 * inner[0] <= height and 2 * inner[1] <= width
-    pixels = _decode_any(data, colorspace, *((2 * inner[0], 2 * inner[1]) if scaled else (0, 0)))
+    minimum = (2 * inner[0], 2 * inner[1]) if scaled else (0, 0)
+    is_resized = options.square == "no" and inner != (height, width)  # so these pixels are soon gone
+    pixels = _decode_any(data, colorspace, *minimum, _borrow(height * width) if is_resized else None)
     fits = inner == (height, width) and (options.square == "no" or height == width)
     # A progressive JPEG decodes three times slower: it is kept only where the original is asked for.
     keeps = facts.frame in BASELINE or (facts.frame == PROGRESSIVE and options.size is None)
@@ -217,14 +251,18 @@ def _read_jpeg(data: bytes, options: ImageOptions) -> _Source:
     return _Source(pixels, (height, width), facts.has_metadata, facts.bits, facts.quality)
 
 
-def _decode_any(data: bytes, colorspace: str, min_height: int = 0, min_width: int = 0) -> Gray:
-    """Gray pixels [H, W] at the smallest of libjpeg's scales 1/8 … 8/8 that has the given minimum."""
-    gray = colorspace in ("Gray", "YCbCr", "RGB")
-    pixels = simplejpeg.decode_jpeg(
-        data, colorspace="GRAY" if gray else "CMYK", min_height=min_height, min_width=min_width
-    )
-    if gray:
-        return pixels[:, :, 0]  # type: ignore[no-any-return]
+def _decode_any(
+    data: bytes,
+    colorspace: str,
+    min_height: int = 0,
+    min_width: int = 0,
+    memory: npt.NDArray[np.uint8] | None = None,
+) -> Gray:
+    """Gray pixels [H, W], in `memory` if given, at the smallest of libjpeg's scales 1/8 … 8/8 with the minimum."""
+    least = {"min_height": min_height, "min_width": min_width}
+    if colorspace in ("Gray", "YCbCr", "RGB"):
+        return simplejpeg.decode_jpeg(data, "GRAY", buffer=memory, **least)[:, :, 0]  # type: ignore[no-any-return]
+    pixels = simplejpeg.decode_jpeg(data, "CMYK", **least)
     # Adobe stores inks inverted, and every reader expects it.
     size = (pixels.shape[1], pixels.shape[0])
     return np.asarray(Image.frombuffer("CMYK", size, 255 - pixels, "raw", "CMYK", 0, 1).convert("L"))
@@ -324,9 +362,11 @@ def _rescale_channels(image: Image.Image, data: bytes, said: int | None, bits: i
 
 def _orientation(exif: bytes | None) -> int:
     """The EXIF orientation, 1 (upright) to 8; 1 where none can be read, as in viewers."""
+    if exif is None:
+        return 1
     tags = Image.Exif()
     try:
-        tags.load(exif or b"")
+        tags.load(exif)
         value = tags.get(_ORIENTATION, 1)
     except Exception:  # of many kinds, for a damaged tag
         return 1
@@ -342,6 +382,7 @@ def _turn(pixels: Gray, orientation: int) -> Gray:
     return np.asarray(ImageOps.exif_transpose(image))
 
 
+@lru_cache
 def _inner_shape(shape: tuple[int, int], options: ImageOptions) -> tuple[int, int]:
     """Height and width that the image, or its crop, is resized to; a padded square has bars around it."""
     if options.size is None:

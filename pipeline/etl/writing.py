@@ -6,7 +6,6 @@ the run was killed and started again.
 
 import hashlib
 import json
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+from zlib_ng import zlib_ng
 
 from pipeline.base.errors import DataError
 from pipeline.base.files import atomic_file, read_object, write_csv, write_json, write_table
@@ -134,8 +134,10 @@ def _write_tar(
         sha256.update(data)
         position += len(data)
 
+    # All at once: between two images, the codec has driven this code out of the processor's caches.
+    labels = [tar_member(f"{row['key']}.json", _sample_json(row)) for row in rows]
     contents = read_images([row["file"] for row in rows], task.roots)
-    for row, content in zip(rows, contents, strict=True):
+    for row, label, content in zip(rows, labels, contents, strict=True):
         try:
             if isinstance(content, ImageError):
                 raise content
@@ -147,10 +149,9 @@ def _write_tar(
             kept.append(True)
             bytes_in += len(content)
             stripped += image.stripped
-            places.append((position + BLOCK, len(image.data), zlib.crc32(image.data)))
+            places.append((position + BLOCK, len(image.data), zlib_ng.crc32(image.data)))
             originals.append(image.original)
-            write(tar_member(f"{row['key']}.{suffix}", image.data))
-            write(tar_member(f"{row['key']}.json", _sample_json(row)))
+            write(tar_member(f"{row['key']}.{suffix}", image.data) + label)
             # Every 16th pixel: counting all of them would take as long as encoding them.
             levels += np.bincount(image.pixels[::4, ::4].ravel(), minlength=256)
         report_item()

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cache
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -29,6 +28,7 @@ from pipeline.sources.sets import SETS
 from pipeline.sources.source import Source
 
 SAMPLED = 64  # images whose bit depth is checked
+READ = 2**16  # bytes, at first: most images are smaller
 
 
 class Omitted(NamedTuple):
@@ -99,30 +99,30 @@ def read_images(files: Sequence[str], roots: Sequence[Path]) -> Iterator[bytes |
 def _read_file(path: str, roots: Sequence[Path]) -> bytes | ImageError | None:
     """Its content, or what is wrong with it; None for a missing file."""
     try:
-        # A link may point anywhere: what is read must lie under a folder that the user named.
-        resolved = _resolve(path)
-        if not any(resolved.startswith(f"{root}/") for root in roots):
-            return ImageError(f"leads out of its folder to {resolved}; allow that by --root")
-        with open(path, "rb", buffering=0) as file:  # noqa: PTH123 - once per image
-            return file.read()
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would wait for its writer
+        try:
+            # A link may point anywhere: what is read must lie under a folder that the user named.
+            opened = _find_opened(descriptor, path)
+            if not any(opened.startswith(f"{root}/") for root in roots):
+                return ImageError(f"leads out of its folder to {opened}; allow that by --root")
+            content = b""
+            while part := os.read(descriptor, max(READ, len(content))):
+                content += part
+            return content
+        finally:
+            os.close(descriptor)
     except FileNotFoundError:
         return None
     except OSError as error:
         return ImageError(f"cannot be read: {error.strerror}")
 
 
-def _resolve(path: str) -> str:
-    """The path without links. The folders above a patient's are the same for all, and looked up once."""
-    folder, patient, study, name = path.rsplit("/", 3)
-    parts = (f"{folder}/{patient}", f"{folder}/{patient}/{study}", path)
-    if any(map(os.path.islink, parts)):
+def _find_opened(descriptor: int, path: str) -> str:
+    """The path of an open file without links: Linux knows it, elsewhere it is looked up."""
+    try:
+        return os.readlink(f"/proc/self/fd/{descriptor}")  # noqa: PTH115 - once per image
+    except FileNotFoundError:
         return os.path.realpath(path, strict=True)
-    return f"{_resolve_folder(folder)}/{patient}/{study}/{name}"
-
-
-@cache
-def _resolve_folder(folder: str) -> str:
-    return os.path.realpath(folder)
 
 
 def _refuse_shared_patients(source: Source, tables: Mapping[str, pa.Table]) -> None:

@@ -13,7 +13,6 @@ cut short under a running stream is an error with a name.
 
 import logging
 import os
-import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,9 +24,10 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 import numpy.typing as npt
+from zlib_ng import zlib_ng
 
 from pipeline.base.errors import DataError
-from pipeline.images import Gray, decode_stored, resize
+from pipeline.images import Gray, decode_into, decode_stored
 from pipeline.stream.plan import WINDOW, Rows, Step
 from pipeline.stream.samples import OpenSplit
 
@@ -241,10 +241,19 @@ def read_image(file: ShardFile, offset: int, length: int, crc: int, encoding: st
 
     Raises ValueError where it does not match its checksum or does not decode, and OSError.
     """
+    return decode_stored(_read_bytes(file, offset, length, crc), encoding)
+
+
+def read_into(out: Gray, file: ShardFile, offset: int, length: int, crc: int, encoding: str) -> None:
+    """The same, resized to fill `out` [H, W]."""
+    decode_into(out, _read_bytes(file, offset, length, crc), encoding)
+
+
+def _read_bytes(file: ShardFile, offset: int, length: int, crc: int) -> bytes:
     data = os.pread(file.descriptor, length, offset)
-    if zlib.crc32(data) != crc:
+    if zlib_ng.crc32(data) != crc:
         raise ValueError("its bytes do not match the checksum in the index")
-    return decode_stored(data, encoding)
+    return data
 
 
 def label(decoded: Iterable[Decoded], split: OpenSplit, labels: Labels) -> Iterator[Batch]:
@@ -275,7 +284,7 @@ def _decode_batch(batch: Encoded, split: OpenSplit, size: int) -> tuple[Decoded,
     places = zip(batch.files, batch.offset.tolist(), batch.length.tolist(), batch.crc.tolist(), strict=True)
     for position, (file, offset, length, crc) in enumerate(places):
         try:
-            images[position, 0] = resize(read_image(file, offset, length, crc, split.encoding), size, size)
+            read_into(images[position, 0], file, offset, length, crc, split.encoding)
         except (ValueError, OSError) as error:
             row = int(rows[sample[position], place[position]])
             shard, key = split.shards[split.shard[row]].file, split.table["key"][row].as_py()

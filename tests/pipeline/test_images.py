@@ -12,9 +12,11 @@ from PIL import Image
 from pipeline.containers import read_jpeg_facts, strip_metadata
 from pipeline.images import (
     ENCODINGS,
+    SQUARES,
     Gray,
     ImageError,
     ImageOptions,
+    decode_into,
     decode_jpeg,
     decode_stored,
     prepare,
@@ -113,6 +115,27 @@ def test_every_encoding_comes_back_and_repeats(gray: Image.Image, size: int | No
         assert difference(back, pixels) < 1
     else:
         np.testing.assert_array_equal(back, pixels)
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_images_decoded_into_a_batch_are_the_same(gray: Image.Image, encoding: str) -> None:
+    for size in (None, 80):
+        stored = prepare(encode(gray), ORIGINAL._replace(size=size, encoding=encoding)).data
+        for shape in ((160, 200), (80, 100), (120, 120), (300, 300), (20, 30)):  # itself, and each filter
+            batch = np.full((3, *shape), 7, np.uint8)
+            decode_into(batch[1], stored, encoding)
+            np.testing.assert_array_equal(batch[1], resize(decode_stored(stored, encoding), *shape))
+            assert (batch[[0, 2]] == 7).all()
+
+
+@pytest.mark.parametrize("square", SQUARES)
+def test_the_next_image_leaves_the_pixels_of_the_last_alone(gray: Image.Image, square: str) -> None:
+    for size in (160, 120, 60):
+        options = ORIGINAL._replace(size=size, square=square, encoding="png")
+        first = prepare(encode(gray), options).pixels
+        before = first.copy()
+        prepare(encode(Image.eval(gray, lambda level: 255 - level)), options)
+        np.testing.assert_array_equal(first, before)
 
 
 def test_raw_is_a_view_of_a_npy_file_and_strict(gray: Image.Image) -> None:

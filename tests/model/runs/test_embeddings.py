@@ -69,13 +69,13 @@ def assert_same_run(run: Path, other: Path) -> None:
 
 def count_reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many images were read, as one number in a list."""
-    count, read = [0], batches.read_image
+    count, read = [0], batches.read_into
 
     def reading(*arguments: Any) -> Any:
         count[0] += 1
         return read(*arguments)
 
-    monkeypatch.setattr(batches, "read_image", reading)
+    monkeypatch.setattr(batches, "read_into", reading)
     return count
 
 

@@ -421,6 +421,14 @@ def test_link_out_of_the_root_is_rejected_unless_its_target_is_named(chexpert: P
     assert run.manifest.rejects == ()
 
 
+def test_a_pipe_is_rejected_instead_of_waited_for(chexpert: Path, tmp_path: Path) -> None:
+    image = chexpert / "train/patient00003/study2/view1_frontal.jpg"
+    image.unlink()
+    os.mkfifo(image)
+    with pytest.raises(DataError, match=f"{image}: the file is empty$"):
+        make_shards(chexpert, tmp_path / "out")
+
+
 def test_encodings_and_squares_stream_alike(chexpert: Path, tmp_path: Path) -> None:
     batches = {}
     for encoding, suffix in (("jpeg", "jpg"), ("png", "png"), ("raw", "npy")):

@@ -22,7 +22,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from torchvision.transforms.functional import pil_to_tensor
 
 from pipeline import BatchDataset, DataError
-from pipeline.images import decode_stored, resize
+from pipeline.images import decode_into, decode_stored, resize
 from pipeline.labels import LABELS
 from pipeline.manifest import FACTS, Manifest, read_table
 from pipeline.policies import make_targets, parse_uncertain_policy
@@ -162,8 +162,8 @@ def test_same_batches_for_any_threads_and_ranks_and_from_any_step(
 
 
 def test_a_resume_decodes_nothing_of_what_was_done(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
-    counted = Mock(wraps=decode_stored)
-    monkeypatch.setattr(stream, "decode_stored", counted)
+    counted = Mock(wraps=decode_into)
+    monkeypatch.setattr(stream, "decode_into", counted)
     batches = source.epoch(start_step=3)
     assert len(batches) == source.units // 4 - 3
     assert counted.call_count == sum((batch.step.rows >= 0).sum() for batch in batches)
