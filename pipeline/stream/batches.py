@@ -28,6 +28,7 @@ from zlib_ng import zlib_ng
 
 from pipeline.base.errors import DataError
 from pipeline.images import Gray, decode_into, decode_stored
+from pipeline.stream.cache import DOWNLOADS
 from pipeline.stream.plan import WINDOW, Rows, Step
 from pipeline.stream.samples import OpenSplit
 
@@ -35,7 +36,6 @@ from pipeline.stream.samples import OpenSplit
 cv2.setNumThreads(1)
 
 KEPT_OPEN = 2 * WINDOW  # shards: the window that is read, and the next
-DOWNLOADS = 4  # at the same time
 
 Stage = Callable[[Iterator[Any]], Iterator[Any]]
 

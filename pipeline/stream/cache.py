@@ -8,11 +8,13 @@ whose sha256 is the manifest's. The cache folder holds
 
     <sha256>                  a shard; its modification time is when it was last asked for
     <sha256>.<bytes>.part     a download under way, locked by who does it; counts with all its bytes
-                              (a table's, whose size no manifest says, once it is there)
+                              (a table's, whose size no manifest says, once it is there). One that was
+                              interrupted is continued by whoever wants the file next
     sets/<sha256>/            manifest and tables of some shards; they stay, and count, until somebody deletes them
     lock                      held by whoever looks, makes room or renames; never while bytes travel
 """
 
+import asyncio
 import errno
 import fcntl
 import hashlib
@@ -20,7 +22,8 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import wait
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -33,12 +36,16 @@ from pipeline.base.errors import DataError
 from pipeline.base.files import locked, write_atomically
 from pipeline.base.store import AWS_CREDENTIALS, is_refusal
 from pipeline.manifest import NAME, Shard, read_manifest
+from pipeline.stream.plan import WINDOW
 
 Result = TypeVar("Result")
 
 SCHEMES = ("http", "https", "s3")
 CACHE, CACHE_SIZE = Path(".cache"), 20 * 10**9  # bytes
-POLL = 0.05  # seconds between looks at what other downloads do
+DOWNLOADS = 4  # at the same time
+AT_ONCE = 2 * WINDOW + DOWNLOADS  # shards: the window that is read, the next, and what is arriving
+PIECE = 2**16  # bytes that are read at a time
+POLL = 0.05  # seconds between looks at what other downloads do, and whether this one is still wanted
 GRACE = 2.0  # seconds in which whoever asked for a file opens it: until then it stays
 MANIFEST_BYTES = 2**28  # that are read of one, whatever the server sends
 _SHA256, _PART = re.compile("[0-9a-f]{64}"), re.compile(r"[0-9a-f]{64}\.(\d+)\.part")
@@ -109,8 +116,8 @@ class Cache:
                 is_there = path.exists()
                 if is_there:
                     os.utime(path)
-                elif not _is_held(part) and self.make_room(size, name):
-                    file = part.open("wb")
+                elif not _is_held(part) and self.make_room(size, name, part):
+                    file = part.open("ab")
                     fcntl.flock(file, fcntl.LOCK_EX)
                     break
             if not is_there:
@@ -135,7 +142,8 @@ class Cache:
                     os.utime(part)
                     part.replace(path)
             except BaseException:
-                part.unlink(missing_ok=True)
+                if part.exists() and part.stat().st_size == 0:
+                    part.unlink()
                 raise
         self._verified.add(path)
         return path
@@ -146,8 +154,8 @@ class Cache:
         with locked(self.folder / "lock"):
             yield
 
-    def make_room(self, size: int, name: str) -> bool:
-        """Evict until `size` more bytes fit, and delete what killed downloads left; call it while `locked`.
+    def make_room(self, size: int, name: str, kept: Path | None = None) -> bool:
+        """Evict until `size` bytes fit, those of the file `kept` among them; call it while `locked`.
 
         False where that has to wait for downloads, or for files to be opened. Raises DataError naming `name`
         where `size` bytes never fit.
@@ -160,14 +168,12 @@ class Cache:
             )
         rest, files = self.limit - pinned - size, []
         for path in self.folder.iterdir():  # others may keep files here too
-            if _SHA256.fullmatch(path.name):
+            part = _PART.fullmatch(path.name)
+            if part and _is_held(path):
+                rest -= int(part[1])
+            elif path != kept and (part or _SHA256.fullmatch(path.name)):
                 files.append((path.stat().st_mtime, path.stat().st_size, path))
                 rest -= path.stat().st_size
-            elif part := _PART.fullmatch(path.name):
-                if _is_held(path):
-                    rest -= int(part[1])
-                else:
-                    path.unlink(missing_ok=True)
         for used, length, path in sorted(files):
             if rest < 0 and abs(time.time() - used) > GRACE:
                 path.unlink()
@@ -192,6 +198,7 @@ class Remote:
             raise DataError(f"{redact(url)}: not like https://host/path or s3://bucket/path")
         try:
             self._files, self._failures = (_open_s3 if self.is_s3 else _open_http)(timeout)
+            self._read = _read_s3 if self.is_s3 else _read_http
         except ImportError as error:
             raise DataError(f"{redact(url)}: {error}; install it with: pip install '.[remote]'") from None
 
@@ -216,10 +223,27 @@ class Remote:
             self.cache.make_room(0, redact(self.url))
         return folder
 
+    def describe_room(self, shards: Sequence[Shard]) -> str:
+        """What reading these shards takes of the cache. Raises DataError where the disk has no room for it."""
+        need, limit = sum(sorted((shard.bytes for shard in shards), reverse=True)[:AT_ONCE]), self.cache.limit
+        taken = sum(path.stat().st_size for path in self.cache.folder.iterdir() if path.is_file())
+        lacking = min(need, limit) - taken - shutil.disk_usage(self.cache.folder).free
+        if lacking > 0:
+            raise DataError(
+                f"{self.cache.folder}: its disk lacks {lacking:,} bytes to read {redact(self.url)}; choose another "
+                "folder (`cache`)"
+            )
+        text = (
+            f"{redact(self.url)}: reading takes up to {need:,} bytes of the cache, {AT_ONCE} shards at once"
+        )
+        if need <= limit:
+            return text
+        return f"{text}; it holds {limit:,}, so some are downloaded again: raise `cache_size`"
+
     def path(self, shard: Shard, stop: Event | None = None) -> Path:
         """The verified local file of a shard, downloaded if need be. Raises DataError naming its URL.
 
-        Once `stop` is set it raises DownloadStopped: at the next byte, or after `timeout` where there comes none.
+        Once `stop` is set it raises DownloadStopped.
         """
         return self._get(self.cache.folder / shard.sha256, shard.file, shard.sha256, shard.bytes, stop)
 
@@ -229,11 +253,15 @@ class Remote:
         stop = stop or Event()
 
         def fetch(part: Path, url: str) -> None:
-            self._fetch(part, self.cache.limit if size is None else size, stop, url)
+            if size is None:
+                os.truncate(part, 0)  # it may be whole, and then has no next byte to ask for
+            if part.stat().st_size != size:
+                self._fetch(part, self.cache.limit if size is None else size, stop, url)
             length = part.stat().st_size
-            if size not in (None, length):
+            if size is not None and length < size:
                 raise OSError(f"{length:,} bytes, not {size:,} as in the manifest")
             if _digest(part) != sha256:
+                os.truncate(part, 0)  # nothing to go on from
                 raise OSError("its sha256 is not the manifest's")
 
         def download(part: Path) -> None:
@@ -242,18 +270,27 @@ class Remote:
         return self.cache.get(path, redact(self._locate(name)), sha256, size or 0, download, stop)
 
     def _fetch(self, file: Path, most: int, stop: Event, url: str) -> None:
-        """Download at most this many bytes: do not trust Content-Length."""
-        from fsspec.callbacks import Callback  # type: ignore[import-untyped]
+        """Download what `file` lacks, at most to this many bytes: do not trust Content-Length."""
 
-        class Watch(Callback):  # type: ignore[misc]
-            def relative_update(self, inc: int = 1) -> None:
-                super().relative_update(inc)
+        async def download() -> None:
+            with file.open("r+b") as target:
+                async for offset, piece in self._read(self._files, url, target.seek(0, os.SEEK_END)):
+                    if offset + len(piece) > most:
+                        target.truncate(0)
+                        raise OSError(f"more than the {most:,} bytes that it may have")
+                    target.seek(offset)
+                    target.write(piece)
+                target.truncate()
+
+        file.touch()
+        task = asyncio.run_coroutine_threadsafe(download(), self._files.loop)
+        try:
+            while not wait([task], POLL).done:
                 if stop.is_set():
                     raise DownloadStopped
-                if self.value > most:
-                    raise OSError(f"more than the {most:,} bytes that it may have")
-
-        self._files.get_file(url, str(file), callback=Watch())
+            task.result()
+        finally:
+            task.cancel()
 
     def _locate(self, name: str) -> str:
         base, mark, query = self.url.partition("?")
@@ -299,6 +336,30 @@ def _open_http(timeout: float) -> tuple[Any, tuple[type[Exception], ...]]:
     return files, (OSError, ValueError, aiohttp.ClientError)
 
 
+async def _read_http(files: Any, url: str, start: int) -> AsyncIterator[tuple[int, bytes]]:
+    """The pieces of a file and their offsets, from byte `start` on; from 0 where the server gives no parts."""
+    session = await files.set_session()
+    headers = {"Range": f"bytes={start}-"} if start else {}
+    async with session.get(files.encode_url(url), headers=headers) as response:
+        files._raise_not_found_for_status(response, url)
+        offset = start if response.status == 206 else 0
+        async for piece in response.content.iter_chunked(PIECE):
+            yield offset, piece
+            offset += len(piece)
+
+
+async def _read_s3(files: Any, url: str, start: int) -> AsyncIterator[tuple[int, bytes]]:
+    """As `_read_http`."""
+    bucket, key, _ = files.split_path(url)
+    part = {"Range": f"bytes={start}-"} if start else {}
+    response = await files._call_s3("get_object", Bucket=bucket, Key=key, **part, **files.req_kw)
+    offset = start if "ContentRange" in response else 0
+    async with response["Body"] as body:
+        while piece := await body.read(PIECE):
+            yield offset, piece
+            offset += len(piece)
+
+
 def _open_s3(timeout: float) -> tuple[Any, tuple[type[Exception], ...]]:
     import botocore.exceptions
     import s3fs
@@ -309,8 +370,7 @@ def _open_s3(timeout: float) -> tuple[Any, tuple[type[Exception], ...]]:
         "retries": {"total_max_attempts": 1},
         "response_checksum_validation": "when_required",  # others than AWS have none; the manifest has
     }
-    # By default ten parts of 50 MB each would be held in memory.
-    files = s3fs.S3FileSystem(config_kwargs=config, max_concurrency=1, skip_instance_cache=True)
+    files = s3fs.S3FileSystem(config_kwargs=config, skip_instance_cache=True)
     files.retries = 1
     return files, (OSError, botocore.exceptions.BotoCoreError, *s3fs.core.S3_RETRYABLE_ERRORS)
 

@@ -17,6 +17,7 @@ from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import repeat
 from pathlib import Path
+from unittest.mock import Mock
 from urllib.parse import unquote, urlsplit
 
 import numpy as np
@@ -44,10 +45,16 @@ class Handler(BaseHTTPRequestHandler):
         self.server.times.append(time.monotonic())
         self.server.seen = (self.path, self.headers.get("Authorization"))
         data = (self.server.folder / name).read_bytes()
-        next(self.server.faults, serve)(self, data)
+        asked = int(self.headers.get("Range", "bytes=0-")[len("bytes=") : -1])
+        self.server.starts.append(asked)
+        self.first = asked if self.server.gives_parts else 0
+        self.whole = len(data)
+        next(self.server.faults, serve)(self, data[self.first :])
 
     def start(self, length: int, status: int = 200) -> None:
-        self.send_response(status)
+        self.send_response(206 if self.first and status == 200 else status)
+        if self.first:
+            self.send_header("Content-Range", f"bytes {self.first}-{self.whole - 1}/{self.whole}")
         self.send_header("Content-Length", str(length))
         self.end_headers()
 
@@ -65,6 +72,8 @@ class Server(ThreadingHTTPServer):
         self.folder = folder
         self.requests: Counter[str] = Counter()
         self.times: list[float] = []
+        self.starts: list[int] = []  # the first byte that each request asks for
+        self.gives_parts = True
         self.seen: tuple[str, str | None] = ("", None)
         self.faults: Iterator[Fault] = iter(())
         self.stopped = threading.Event()
@@ -279,7 +288,7 @@ def test_failures_are_named(
     server: Server, url: str, tmp_path: Path, fault: Fault, requests: int, message: str
 ) -> None:
     [shard] = make_files(server.folder, 1)
-    server.faults = repeat(fault)
+    server.gives_parts, server.faults = False, repeat(fault)
     with pytest.raises(DataError) as caught:
         quick(url, tmp_path / "cache", timeout=0.3 if fault is stall else 10).path(shard)
     scheme = url.partition(":")[0]
@@ -287,17 +296,44 @@ def test_failures_are_named(
     assert str(caught.value) == f"{url}/0.tar: {expected}"
     assert server.requests["0.tar"] == requests
     assert server.times[-1] - server.times[0] < 10
-    assert not cached(tmp_path / "cache")
+    assert cached(tmp_path / "cache") <= {f"{shard.sha256}.1000.part"}
 
 
 @pytest.mark.parametrize("fault", [status(503), status(429), stall, truncate, flip])
 def test_two_failures_are_got_over(server: Server, tmp_path: Path, fault: Fault) -> None:
     [shard] = make_files(server.folder, 1)
-    server.faults = iter([fault, fault])
+    server.gives_parts, server.faults = False, iter([fault, fault])
     path = quick(web(server), tmp_path / "cache", timeout=0.5 if fault is stall else 10).path(shard)
     assert path.read_bytes() == (server.folder / "0.tar").read_bytes()
     assert server.requests["0.tar"] == 3
     assert cached(tmp_path / "cache") == shard_names(shard)
+
+
+@pytest.mark.parametrize("gives_parts", [True, False])
+def test_an_interrupted_download_is_continued(
+    server: Server, url: str, tmp_path: Path, gives_parts: bool
+) -> None:
+    [shard] = make_files(server.folder, 1)
+    server.gives_parts, server.faults = gives_parts, iter([truncate])
+    path = quick(url, tmp_path / "cache").path(shard)
+    assert path.read_bytes() == (server.folder / "0.tar").read_bytes()
+    assert server.starts == [0, 900]
+    assert cached(tmp_path / "cache") == shard_names(shard)
+
+
+def test_what_is_damaged_is_not_continued(server: Server, tmp_path: Path) -> None:
+    [shard] = make_files(server.folder, 1)
+    server.faults = iter([truncate, flip])
+    assert quick(web(server), tmp_path / "cache").path(shard).stat().st_size == 1000
+    assert server.starts == [0, 900, 0]
+
+
+def test_a_download_that_was_whole_is_not_repeated(server: Server, tmp_path: Path) -> None:
+    [shard] = make_files(server.folder, 1)
+    far = quick(web(server), tmp_path / "cache")
+    (tmp_path / "cache" / f"{shard.sha256}.1000.part").write_bytes((server.folder / "0.tar").read_bytes())
+    assert far.path(shard).stat().st_size == 1000
+    assert server.starts == []
 
 
 def test_a_slow_link_is_no_failure(server: Server, url: str, tmp_path: Path) -> None:
@@ -458,22 +494,23 @@ def test_a_killed_download_leaves_nothing_that_looks_finished(server: Server, tm
     server.faults = iter([stall])
     cache = tmp_path / "cache"
     asker = Asker(server, cache, first)
+    part = cache / f"{first.sha256}.1000.part"
     with asker.process as process:
         asker.ask()
-        while not server.requests:
+        while not part.exists() or not part.stat().st_size:
             time.sleep(0.01)
-        part = cache / f"{first.sha256}.1000.part"
         quick(web(server), cache).path(second)
         assert cached(cache) == {part.name} | shard_names(second), "nobody deletes what is being downloaded"
         process.kill()
     assert cached(cache) == {part.name} | shard_names(second)
-    quick(web(server), cache).path(third)
-    assert cached(cache) == shard_names(second, third), "and somebody deletes what was"
+    age(cache, second)
+    os.utime(part, (0, 0))
+    quick(web(server), cache, limit=2000).path(third)
+    assert cached(cache) == shard_names(second, third), "and it goes like any other file that is not in use"
     assert quick(web(server), cache).path(first).stat().st_size == 1000
 
 
-def test_an_interrupted_download_is_deleted(server: Server, tmp_path: Path) -> None:
-    """Once it has begun to write: fsspec's own thread would create the file after it was deleted, otherwise."""
+def test_an_interrupted_command_is_continued(server: Server, tmp_path: Path) -> None:
     [shard] = make_files(server.folder, 1, size=100_000)
     part = tmp_path / "cache" / f"{shard.sha256}.100000.part"
 
@@ -485,10 +522,13 @@ def test_an_interrupted_download_is_deleted(server: Server, tmp_path: Path) -> N
         os.kill(os.getpid(), signal.SIGINT)
         handler.server.stopped.wait()
 
-    server.faults = repeat(interrupt)
+    server.faults = iter([interrupt])
     with pytest.raises(KeyboardInterrupt):
         Remote(web(server), Cache(tmp_path / "cache", GB)).path(shard)
-    assert not cached(tmp_path / "cache")
+    assert cached(tmp_path / "cache") == {part.name}
+    path = quick(web(server), tmp_path / "cache").path(shard)
+    assert path.read_bytes() == (server.folder / "0.tar").read_bytes()
+    assert server.starts[0] == 0 < server.starts[1]
 
 
 def age(cache: Path, *shards: Shard, ago: float = 3600.0) -> None:
@@ -630,7 +670,7 @@ def test_a_server_that_never_ends_fills_neither_disk_nor_memory(
     assert cached(tmp_path / "cache") == set()
 
 
-@pytest.mark.parametrize("fault", [status(503), partial(drip, seconds=20)])
+@pytest.mark.parametrize("fault", [status(503), partial(drip, seconds=20), stall])
 def test_a_download_that_is_wanted_no_more_ends(server: Server, tmp_path: Path, fault: Fault) -> None:
     """A trainer that was told to stop has to save before it is killed."""
     (shard,) = make_files(server.folder, 1, size=10**6)
@@ -642,8 +682,28 @@ def test_a_download_that_is_wanted_no_more_ends(server: Server, tmp_path: Path, 
         time.sleep(0.5)
         stop.set()
         with pytest.raises(remote.DownloadStopped):
-            download.result(timeout=10)
-    assert cached(tmp_path / "cache") == set()
+            download.result(timeout=3)
+    assert cached(tmp_path / "cache") <= {f"{shard.sha256}.1000000.part"}
+
+
+def test_what_reading_takes_of_the_cache_is_said(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards = [Shard(f"{number}.tar", 1, 1000 + number, "0" * 64) for number in range(50)]
+    far, need = quick(web(server), tmp_path / "cache"), sum(range(1014, 1050))
+    said = f"{web(server)}: reading takes up to {need:,} bytes of the cache, 36 shards at once"
+    assert far.describe_room(shards) == said
+    assert quick(web(server), tmp_path / "small", limit=5000).describe_room(shards) == (
+        f"{said}; it holds 5,000, so some are downloaded again: raise `cache_size`"
+    )
+    (tmp_path / "cache" / "others").write_bytes(bytes(1000))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: Mock(free=30_000))
+    with pytest.raises(DataError) as caught:
+        far.describe_room(shards)
+    assert str(caught.value) == (
+        f"{tmp_path / 'cache'}: its disk lacks {need - 31_000:,} bytes to read {web(server)}; choose another "
+        "folder (`cache`)"
+    )
 
 
 def test_a_lower_limit_holds_from_the_start(
