@@ -87,7 +87,7 @@ WRITE    = $(BIN)/pipeline shards "$(DATA)" $(OUT) --size $(SIZE) --views $(VIEW
 $(if $(word 2,$(OUT)),$(error OUT=$(OUT): make takes no spaces there))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup shards verify stats train sweep cross evaluate predict test test-wheel test-pages test-s3 test-postgres test-cluster soak fuzz audit docs lint bench-etl bench-stream bench-scale lock clean
+.PHONY: help setup shards verify stats train sweep cross evaluate predict test test-wheel test-pages test-s3 test-postgres test-cluster soak fuzz audit docs lint bench-etl bench-stream bench-scale pictures lock clean
 
 ##@ Set up
 help:  ## list the targets
@@ -189,6 +189,10 @@ bench-scale: .venv/installed  ## shard the whole real label table; measure time 
 	$(BIN)/python benchmarks/scale.py
 
 ##@ Maintain
+pictures: .venv/installed  ## draw docs/pictures and docs/sample anew from the sample (installs Debian's chromium where there is none)
+	@command -v chromium >/dev/null || { $(SUDO) apt-get update --quiet && $(SUDO) apt-get install --yes --quiet chromium; }
+	$(BIN)/python -m docs.pictures
+
 lock:  ## resolve the dependencies anew into requirements.lock (needs uv)
 	uv pip compile --quiet --upgrade --universal --python-version 3.11 --no-annotate --extra dev pyproject.toml \
 		--custom-compile-command "make lock" --output-file requirements.lock

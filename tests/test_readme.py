@@ -88,7 +88,7 @@ def test_every_target_that_the_documents_name_exists() -> None:
 def test_the_readme_is_short_and_so_is_every_page() -> None:
     assert len(README.read_text().splitlines()) <= 180
     long = {page.name for page in PAGES if page != README and len(page.read_text().splitlines()) > 150}
-    assert long <= {"options.md"}  # a table that a program writes
+    assert long <= {"options.md", "model-card.md"}  # which programs write
 
 
 def test_every_link_leads_somewhere() -> None:

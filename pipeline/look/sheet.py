@@ -133,25 +133,28 @@ def draw_variants(
     return draw_sheet(title, tiles, captions, len(variants))
 
 
-def draw_sheet(title: str, tiles: Sequence[Gray], captions: Sequence[Caption], columns: int) -> Image.Image:
+def draw_sheet(
+    title: str, tiles: Sequence[Gray], captions: Sequence[Caption], columns: int, text_size: int = TEXT
+) -> Image.Image:
     """Images (uint8 [H, W]) row by row at full size, each with its caption below, and the title on top."""
-    font = ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), TEXT)
+    font = ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), text_size)
+    spacing = round(text_size * LINE / TEXT)
     columns = min(columns, len(tiles))
     width = max(NARROWEST, *(tile.shape[1] for tile in tiles))
     full = columns * (width + GAP) + GAP
     heading = _wrap([(title, INK)], full - 2 * GAP, font)
     texts = [_wrap(caption, width, font) for caption in captions]
-    heights = [len(tile) + LINE * len(text) for tile, text in zip(tiles, texts, strict=True)]
+    heights = [len(tile) + spacing * len(text) for tile, text in zip(tiles, texts, strict=True)]
     rows = [max(heights[start : start + columns]) for start in range(0, len(tiles), columns)]
-    top = LINE * len(heading) + 2 * GAP
+    top = spacing * len(heading) + 2 * GAP
     sheet = Image.new("RGB", (full, top + sum(rows) + GAP * len(rows)), PAPER)
     drawing = ImageDraw.Draw(sheet)
-    _write(drawing, heading, GAP, GAP, font)
+    _write(drawing, heading, GAP, GAP, font, spacing)
     for number, (tile, text) in enumerate(zip(tiles, texts, strict=True)):
         row, column = divmod(number, columns)
         left, upper = GAP + column * (width + GAP), top + sum(rows[:row]) + GAP * row
         sheet.paste(Image.fromarray(tile), (left + (width - tile.shape[1]) // 2, upper))
-        _write(drawing, text, left, upper + len(tile) + 2, font)
+        _write(drawing, text, left, upper + len(tile) + 2, font, spacing)
     return sheet
 
 
@@ -189,6 +192,7 @@ def _write(
     left: int,
     top: int,
     font: ImageFont.FreeTypeFont,
+    spacing: int,
 ) -> None:
     for number, (line, color) in enumerate(lines):
-        drawing.text((left, top + number * LINE), line, color, font)
+        drawing.text((left, top + number * spacing), line, color, font)
