@@ -185,6 +185,11 @@ bench-etl: .venv/installed .venv-peers/installed  ## measure sharding beside img
 bench-stream: .venv/installed .venv-peers-stream/installed  ## measure the stream beside its peers
 	$(BIN)/python -m benchmarks.stream --peers .venv-peers-stream/bin/python
 
+bench-gpu: .venv/installed $(OUT)/manifest.json  ## measure the training step on a GPU: resnet50 at 320, bf16 and fp16, compiled or not
+	@$(BIN)/python -c 'import torch; torch.cuda.is_available() or exit("make bench-gpu needs a GPU that torch can use")'
+	for options in "--amp bf16" "--amp bf16 --compile" "--amp fp16"; do \
+		$(BIN)/python -m benchmarks.step --shards $(OUT) --arch resnet50 --size 320 --batch 64 --steps 50 $$options || exit; done
+
 bench-scale: .venv/installed  ## shard the whole real label table; measure time and memory
 	$(BIN)/python benchmarks/scale.py
 
