@@ -138,7 +138,7 @@ def write_sample(
     )
     (partial / "SYNTHETIC.txt").write_text(NOTICE + "".join(planted))
     tasks = [
-        (
+        DrawTask(
             partial / split,
             seed,
             patients[start : start + PATIENTS_PER_TASK],
@@ -155,7 +155,19 @@ def write_sample(
     return partial.rename(final)
 
 
-def write_patients(task: tuple[Path, int, list[Patient], Sequence[Shortcut]]) -> tuple[int, list[Row]]:
+class DrawTask(NamedTuple):
+    """Some patients of one split to draw into `folder`, with cues."""
+
+    folder: Path
+    seed: int
+    patients: list[Patient]
+    shortcuts: Sequence[Shortcut]
+
+    def __str__(self) -> str:
+        return f"{self.folder}, patients {self.patients[0].number} to {self.patients[-1].number}"
+
+
+def write_patients(task: DrawTask) -> tuple[int, list[Row]]:
     """Draw and write all images of some patients of one split, with the cues; their number, and rows of BOXES."""
     folder, seed, patients, shortcuts = task
     # Freeing a large block raises glibc's trim threshold; otherwise every temporary array faults in fresh pages.
