@@ -8,7 +8,15 @@ from typing import Any
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parents[1]
-MORE = ("README.md", "CONTRIBUTING.md", "LICENSE", "shards/README.md", "benchmarks/*.md", "benchmarks/*.png")
+MORE = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "LICENSE",
+    "shards/README.md",
+    "examples/*.py",
+    "benchmarks/*.md",
+    "benchmarks/*.png",
+)
 
 
 def on_files(files: Any, config: Any) -> Any:
