@@ -87,7 +87,7 @@ WRITE    = $(BIN)/pipeline shards "$(DATA)" $(OUT) --size $(SIZE) --views $(VIEW
 $(if $(word 2,$(OUT)),$(error OUT=$(OUT): make takes no spaces there))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup shards verify stats train sweep cross evaluate predict test test-wheel test-pages test-s3 test-postgres test-cluster soak fuzz audit docs lint bench-etl bench-stream bench-scale pictures lock clean
+.PHONY: help setup shards verify stats train sweep cross evaluate predict test test-wheel test-pages test-s3 test-postgres test-examples test-cluster soak fuzz audit docs lint bench-etl bench-stream bench-gpu bench-scale pictures lock clean
 
 ##@ Set up
 help:  ## list the targets
@@ -158,6 +158,9 @@ test-postgres: .venv/installed  ## share a sweep through a real PostgreSQL on lo
 	@ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || { $(SUDO) apt-get update --quiet && $(SUDO) apt-get install --yes --quiet postgresql; }
 	POSTGRES_BIN="$$(dirname "$$(ls /usr/lib/postgresql/*/bin/initdb | tail -1)")" $(BIN)/python -m pytest tests/model/runs/test_postgres.py
 
+test-examples: .venv/installed .venv-examples/installed  ## train in the loops of Lightning, Accelerate and MONAI, stop and resume
+	PYTHONPATH="$(CURDIR)/.venv-examples" $(BIN)/python -m pytest tests/test_examples.py -m examples
+
 test-cluster: .venv/installed .venv-s3/installed  ## work with several processes and hosts, and lose some of them
 	SWIFT_BIN=.venv-s3/bin $(BIN)/python -m pytest -m cluster
 
@@ -203,7 +206,7 @@ lock:  ## resolve the dependencies anew into requirements.lock (needs uv)
 		--custom-compile-command "make lock" --output-file requirements.lock
 
 clean:  ## remove .venv and caches; keeps shards and runs
-	rm -rf .venv .venv-peers .venv-peers-stream .venv-s3 .venv-fuzz .venv-audit .venv-docs .fuzz *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-peers .venv-peers-stream .venv-s3 .venv-examples .venv-fuzz .venv-audit .venv-docs .fuzz *.egg-info .mypy_cache .pytest_cache .ruff_cache
 
 # The stamp is written last: an interrupted installation is repeated.
 .venv/installed: requirements.lock pyproject.toml
@@ -224,9 +227,13 @@ clean:  ## remove .venv and caches; keeps shards and runs
 	.venv-peers-stream/bin/python -m pip install --quiet --requirement benchmarks/peers-stream.txt
 	@touch $@
 
-# Into a folder of its own, beside the project's packages, which the fuzzed code needs.
+# Each into a folder of its own, beside the project's packages, which it needs as well.
 .venv-fuzz/installed: tests/fuzz.txt .venv/installed
 	$(BIN)/python -m pip install --quiet --target .venv-fuzz --upgrade --requirement tests/fuzz.txt
+	@touch $@
+
+.venv-examples/installed: examples/requirements.txt .venv/installed
+	$(BIN)/python -m pip install --quiet --no-deps --target .venv-examples --upgrade --requirement examples/requirements.txt
 	@touch $@
 
 .venv-audit/installed: tests/audit.txt

@@ -8,7 +8,7 @@ from typing import Any
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parents[1]
-MORE = ("README.md", "CONTRIBUTING.md", "LICENSE", "shards/README.md", "benchmarks/*.md")
+MORE = ("README.md", "CONTRIBUTING.md", "LICENSE", "shards/README.md", "examples/*.py", "benchmarks/*.md")
 
 
 def on_files(files: Any, config: Any) -> Any:

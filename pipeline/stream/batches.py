@@ -142,6 +142,10 @@ class BatchStream:
     def __iter__(self) -> Iterator[Batch]:
         return self.run(self.plan(self.step))
 
+    def __len__(self) -> int:
+        """The number of batches of the whole epoch, wherever the stream is."""
+        return sum(1 for _ in self.plan(0))
+
     def run(self, steps: Iterator[Step]) -> Iterator[Batch]:
         """The batches of these steps."""
         batches: Iterator[Any] = steps

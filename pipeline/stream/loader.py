@@ -1,27 +1,33 @@
 """A stream of batches → a dataset for torch's DataLoader: the one module of this package that imports torch."""
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from itertools import islice
 
 import webdataset
-from torch.utils.data import get_worker_info
+from torch.utils.data import default_convert, get_worker_info
 
 from pipeline.stream.batches import BatchStream
 from pipeline.stream.plan import Step
 
 
 class BatchDataset(webdataset.DataPipeline):  # type: ignore[misc] # webdataset has no types
-    """The batches of a stream as an IterableDataset, which the workers of a DataLoader share.
+    """The batches of a stream, their arrays as tensors: an IterableDataset, which the workers of a DataLoader share.
 
-    `DataLoader(dataset, batch_size=None, num_workers=W)` yields them in the same order as without workers. Each
-    worker counts `max_bad` by itself. A dataset is one epoch: make a new loader for the next epoch instead of keeping
-    workers alive. torchdata's StatefulDataLoader calls `state_dict` and `load_state_dict`.
+    Iterated by itself, it can save its state after any batch. `DataLoader(dataset, batch_size=None, num_workers=W)`
+    yields the batches in the same order, for any number of workers. Each worker counts `max_bad` by itself. A dataset
+    is one epoch: make a new loader for the next epoch instead of keeping workers alive. torchdata's StatefulDataLoader
+    calls `state_dict` and `load_state_dict`.
     """
 
     def __init__(self, stream: BatchStream) -> None:
-        super().__init__(self._share, stream.run)
+        super().__init__(self._share, stream.run, partial(map, default_convert))
         self.stream = stream
         self.worker: int | None = None  # whose state was loaded
+
+    def __len__(self) -> int:
+        """The number of batches of the whole epoch."""
+        return len(self.stream)
 
     def _share(self) -> Iterator[Step]:
         """Every W-th step in each of W workers, whose batches the loader takes in turn; all steps elsewhere."""

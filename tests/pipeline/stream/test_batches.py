@@ -436,6 +436,31 @@ def test_the_workers_of_a_loader_share_studies(study_shards: Shards) -> None:
     assert len(shared) == len(studies.rows) // 4
 
 
+def test_the_length_is_that_of_the_whole_epoch(split: OpenSplit, labels: Labels) -> None:
+    for ranks in (1, 2):
+        for rank in range(ranks):
+            stream_ = training(split, labels, size=16, start_step=3, rank=rank, ranks=ranks)
+            assert len(stream_) == len(BatchDataset(stream_)) == len(list(stream_)) + 3 == 6
+    short = evaluation(split, labels, 16, 5)
+    assert len(short) == len(list(short)) == 5
+
+
+def test_a_dataset_by_itself_yields_tensors_and_resumes_after_any_batch(
+    split: OpenSplit, labels: Labels
+) -> None:
+    whole = list(training(split, labels, size=16))
+    for done in range(len(whole) + 1):
+        first, second = (BatchDataset(training(split, labels, size=16)) for _ in range(2))
+        batches = [batch for _, batch in zip(range(done), first, strict=False)]
+        second.load_state_dict(first.state_dict())
+        batches += second
+        assert [batch.step.step for batch in batches] == list(range(len(whole)))
+        for batch, expected in zip(batches, whole, strict=True):
+            assert torch.equal(batch.images, torch.from_numpy(expected.images))
+            assert torch.equal(batch.target, torch.from_numpy(expected.target))
+            assert torch.equal(batch.mask, torch.from_numpy(expected.mask))
+
+
 @pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_stateful_loader_continues_where_it_was(split: OpenSplit, labels: Labels, workers: int) -> None:
