@@ -4,7 +4,6 @@ from pathlib import Path
 
 import click
 
-from model.runs.commands import Later
 from model.runs.commands import main as train
 from pipeline.cli import cli as pipeline
 
@@ -23,8 +22,7 @@ def render_options() -> str:
         context = click.Context(group, info_name=name, **group.context_settings)
         common: set[str] = set()
         # `train` first: it has what the others share.
-        for named in sorted(group.commands.values(), key=lambda command: command.name != "train"):
-            command = named.load() if isinstance(named, Later) else named
+        for command in sorted(group.commands.values(), key=lambda command: command.name != "train"):
             rows = list_options(command, context)
             parts.append(f"## {name} {command.name}\n\n{(command.help or '').partition(chr(10))[0]}\n")
             own = [row for row in rows if row not in common]

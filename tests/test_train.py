@@ -1255,6 +1255,7 @@ def test_exported_networks_give_the_same_scores(
     facts = {
         "labels": '["Edema", "Fracture"]',
         "image_size": "32",
+        "images": json.dumps({name: job.manifest.options.get(name) for name in ImageOptions._fields}),
         "run": str(job.run),
         "shards": job.config.manifest,
         "normalization": json.dumps([{name: job.manifest.pixels[name] for name in ("mean", "std")}]),
