@@ -14,8 +14,9 @@ def render_options() -> str:
     """The page."""
     parts = [
         "# All options\n",
-        "```\npipeline COMMAND --help\npython train.py COMMAND --help\n```\n",
-        "say the same. This page is made of them by `.venv/bin/python -m docs.options`, and a test compares the two.\n",
+        "```\npipeline shards --help\npython train.py train --help\n```\n",
+        "The `--help` of each command says the same. This page is made of it by `.venv/bin/python -m docs.options`, "
+        "and a test compares the two.\n",
         "Options that `train` has too are not repeated under the other commands of train.py.\n",
     ]
     for group, name in ((pipeline, "pipeline"), (train, "train.py")):

@@ -1,6 +1,7 @@
 """Several runs as one, test-time augmentation, and what predict and export make of them."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from pipeline import DataError, open_shards
 from pipeline.labels import LABELS
 from pipeline.manifest import Manifest
 from pipeline.measure.calibration import apply_calibration
+from tests.conftest import REPOSITORY
 from tests.model.runs.test_use import SMALL, call_train, trained  # noqa: F401 - a fixture
 
 pytestmark = pytest.mark.soak  # it trains, or builds large networks: half a minute
