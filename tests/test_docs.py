@@ -21,8 +21,10 @@ import pytest
 
 from model.runs.commands import main as train
 from pipeline.cli import cli as pipeline
+from pipeline.etl.shards import Execution, write_shards
+from pipeline.sources.sets import find_source
 from pipeline.synthetic.sample import write_sample
-from tests.conftest import REPOSITORY, default_options, make_shards, write_chexpert
+from tests.conftest import POLICIES, REPOSITORY, default_options, make_shards, write_chexpert
 from tests.layouts import draw, write_mimic, write_nih
 from tests.model.runs.test_use import call_train
 
@@ -128,7 +130,9 @@ def trained(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     own = home / "CheXpert-v1.0-small"
     other = write_sample(home / "other", images=160, seed=1, laterals=0.4, valid=0.3)
     for place, source in {"a": own, "b": other, "nih": own, "children": other, "other": other}.items():
-        make_shards(source, home / "shards" / place, default_options(size=64, dev=0.2, samples_per_shard=40))
+        named = find_source(source, {}, [], called=place)
+        options = default_options(size=64, dev=0.2, samples_per_shard=40)
+        write_shards(named, home / "shards" / place, options, POLICIES, Execution(1, 0.0))
     for seed, run in enumerate("abc"):
         call_train("train", "--shards", home / "shards", "--run", home / "runs" / run, "--seed", seed, *SMALL)
     return home

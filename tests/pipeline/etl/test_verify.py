@@ -257,7 +257,7 @@ def test_healthy_shards_pass(shards: Shards, options: tuple[str, ...]) -> None:
     found = f"3 splits, {number} shards, {samples} samples, {size:,.1f} MB"
     assert re.fullmatch(rf"{folder}: all is well: {found} in \d+\.\d s\n", run.stdout)
     assert run.returncode == 0
-    assert run.stderr == f"Verifying: {number} of {number} shards\n"
+    assert run.stderr == f"Verifying: {number} of {number} shards\nnext: pipeline audit {folder}\n"
 
 
 def deep_only(folder: Path, lines: list[str]) -> None:
