@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 import click
 import matplotlib
-import openpyxl
 import pytest
 
 from model.runs.commands import main as train
@@ -92,15 +91,14 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder, which is also the home, with the data that the pages speak of; tests get copies."""
     home = tmp_path_factory.mktemp("docs")
     (home / ".venv").mkdir()
-    for file in (
-        *Path(sys.prefix).iterdir(),
-        *(REPOSITORY / of for of in ("Makefile", "train.py", "benchmarks")),
-    ):
-        if file.name != "installed":
-            (home / (".venv" if file.parent == Path(sys.prefix) else "") / file.name).symlink_to(file)
+    for part in Path(sys.prefix).iterdir():
+        if part.name != "installed":
+            (home / ".venv" / part.name).symlink_to(part)
+    for link in ("Makefile", "train.py"):
+        (home / link).symlink_to(REPOSITORY / link)
     for file in ("requirements.lock", "pyproject.toml", ".venv/installed"):
         (home / file).touch()
-    source = write_sample(home, images=160, laterals=0.4, valid=0.3)
+    source = write_sample(home, images=200, laterals=0.4, valid=0.4)
     make_shards(source, home / "shards", default_options(size=64, views="all", dev=0.2, samples_per_shard=40))
     shutil.copy(source / "train.csv", home)
     shutil.copytree(
@@ -115,7 +113,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         draw(home / "films" / f"{number}.png", number)
         rows.append(f"{number}.png,{number},50,{number % 2},{number % 3 % 2}")
     (home / "films" / "films.csv").write_text("\n".join(rows))
-    book = openpyxl.Workbook()
+    book = pytest.importorskip("openpyxl").Workbook()
     book.active.append(["PATIENT", "PRIMARY_RACE"])
     for number in range(1, 400):
         book.active.append([number, ("White", "Black")[number % 2]])
@@ -128,7 +126,7 @@ def trained(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same with runs a, b and c, and with shards of other patients."""
     home = Path(shutil.copytree(world, tmp_path_factory.mktemp("trained") / "docs", symlinks=True))
     own = home / "CheXpert-v1.0-small"
-    other = write_sample(home / "other", images=160, seed=1, laterals=0.4, valid=0.3)
+    other = write_sample(home / "other", images=200, seed=1, laterals=0.4, valid=0.4)
     for place, source in {"a": own, "b": other, "nih": own, "children": other, "other": other}.items():
         named = find_source(source, {}, [], called=place)
         options = default_options(size=64, dev=0.2, samples_per_shard=40)
@@ -177,12 +175,12 @@ def recorder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for file in ("requirements.lock", "pyproject.toml", ".venv/installed"):
         (home / file).touch()
     for program in PROGRAMS:
-        file = home / ".venv" / "bin" / program
-        file.write_text(
+        stub = home / ".venv" / "bin" / program
+        stub.write_text(
             f'#!/bin/sh\nprintf \'%s\\037\' {program} "$@" >> "$TYPED"; echo >> "$TYPED"\n'
             '[ "$1" != shards ] || { mkdir -p "$3"; touch "$3/manifest.json"; }\n'
         )
-        file.chmod(0o755)
+        stub.chmod(0o755)
     for folder in ("shards", "shards/nih", "shards/other"):
         (home / folder).mkdir()
         (home / folder / "manifest.json").touch()

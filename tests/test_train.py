@@ -835,7 +835,12 @@ def test_a_checkpoint_is_chosen_by_the_labels_asked_for(
 ) -> None:
     job = make_job("run", epochs=2, eval_every=1, choose_by="Support Devices,Edema")
     left: list[float] = []
-    monkeypatch.setattr(train, "show_left", lambda seconds: left.append(seconds) or f"; {len(left)}")
+
+    def show_left(seconds: float) -> str:
+        left.append(seconds)
+        return f"; {len(left)}"
+
+    monkeypatch.setattr(train, "show_left", show_left)
     assert train.train(job) == 0
     lines = [json.loads(line) for line in (job.run / "metrics.jsonl").read_text().splitlines()]
     scores = [(line["labels"]["Edema"] + line["labels"]["Support Devices"]) / 2 for line in lines]

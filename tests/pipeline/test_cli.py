@@ -303,5 +303,5 @@ def test_each_command_ends_with_the_next_one(
         (("audit", chexpert), f"pipeline shards {chexpert} shards"),
     ):
         assert run(*words).stderr.splitlines()[-1] == f"next: {then}"
-    for words in (("stats", folder, "--format", "csv"), ("audit", folder, "--no-images", "--format", "json")):
-        assert "next: " not in run(*words).stderr
+    for data in (("stats", folder, "--format", "csv"), ("audit", folder, "--no-images", "--format", "json")):
+        assert "next: " not in run(*data).stderr

@@ -56,7 +56,7 @@ def test_plain_progress_says_the_time_left_at_the_pace_of_this_start(
     begin = time.monotonic()
     with console.progress_bar("Working", "images") as advance:
         for seconds, done in ((1, 100), (21, 200)):
-            monkeypatch.setattr(console.time, "monotonic", lambda seconds=seconds: begin + seconds)
+            monkeypatch.setattr(time, "monotonic", lambda seconds=seconds: begin + seconds)
             advance(done, 1000, "fast")
     assert capsys.readouterr().err == "Working: 200 of 1,000 images  fast  3 min left\n"
 

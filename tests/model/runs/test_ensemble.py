@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -133,7 +134,8 @@ def test_an_ensemble_is_the_mean_of_calibrated_scores_everywhere(
     )
     assert code.count("\n") <= 15
     monkeypatch.chdir(tmp_path)
-    exec(compile(code, "ensembles.md", "exec"), named := {})  # noqa: S102
+    named: dict[str, Any] = {}
+    exec(compile(code, "ensembles.md", "exec"), named)  # noqa: S102
     np.testing.assert_allclose(named["scores"], decided[list(LABELS)].iloc[:1], atol=1e-5)
     facts = session.get_modelmeta().custom_metadata_map
     assert facts["threshold_rule"] == "youden"
