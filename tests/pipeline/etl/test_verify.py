@@ -301,6 +301,7 @@ def test_leftovers_are_warnings(shards: Shards) -> None:
         f"Warning: {folder / '.partial'}: left over from an interrupted run; delete it",
         f"Warning: {folder / '.train-000000.tar.0123abcd.tmp'}: left over from an interrupted run; delete it",
         f"Warning: {folder / 'test-000000.tar'}: the manifest does not list it",
+        f"next: pipeline audit {folder}",
     ]
 
 
