@@ -87,7 +87,7 @@ WRITE    = $(BIN)/pipeline shards "$(DATA)" $(OUT) --size $(SIZE) --views $(VIEW
 $(if $(word 2,$(OUT)),$(error OUT=$(OUT): make takes no spaces there))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup shards verify stats train sweep cross evaluate predict test test-wheel test-pages test-s3 test-postgres test-examples test-cluster soak fuzz audit docs lint bench-etl bench-stream bench-gpu bench-scale pictures lock clean
+.PHONY: help setup shards verify stats train sweep cross evaluate predict test test-wheel test-pages test-s3 test-postgres test-examples test-cluster docs-check soak fuzz audit docs lint bench-etl bench-stream bench-gpu bench-scale pictures lock clean
 
 ##@ Set up
 help:  ## list the targets
@@ -163,6 +163,9 @@ test-examples: .venv/installed .venv-examples/installed  ## train in the loops o
 
 test-cluster: .venv/installed .venv-s3/installed  ## work with several processes and hosts, and lose some of them
 	SWIFT_BIN=.venv-s3/bin $(BIN)/python -m pytest -m cluster
+
+docs-check: .venv/installed  ## run the blocks of the pages that take longer
+	$(BIN)/python -m pytest tests/test_docs.py -m docs
 
 soak: .venv/installed  ## kill ETL, trainer, sweep, ranks and Dask workers at random moments, ROUNDS times over
 	KILL_ROUNDS=$(ROUNDS) $(BIN)/python -m pytest -n auto --dist worksteal -m soak

@@ -102,7 +102,7 @@ from model.runs.scoring import score_split
 from model.runs.targets import check_reported, no_choice, training_labels, training_weights
 from pipeline.base.errors import DataError
 from pipeline.base.files import claimed, write_atomically
-from pipeline.console import progress_bar, say, say_once
+from pipeline.console import progress_bar, say, say_once, show_left
 from pipeline.labels import LABELS
 from pipeline.measure.metrics import report_auroc
 from pipeline.stream.batches import Batch, BatchStream, Labels
@@ -238,14 +238,17 @@ def train_epochs(
             train, dev = (use_embeddings(job, state.network, chosen) for chosen in selected)
         except InterruptedEvaluationError:
             return say_stopped(job)
+    began, before = time.perf_counter(), state.done
     with open_events(job, state.done) as log:
         while True:
             due = state.done % steps == 0 or state.done % steps % every == 0
             if state.evaluated < state.done and due:
                 try:
-                    evaluate_state(job, state, dev, steps, log)
+                    line = evaluate_state(job, state, dev, steps, log)
                 except InterruptedEvaluationError:
                     return stop_run(job, state)  # a resume begins with this evaluation
+                pace = (time.perf_counter() - began) / max(state.done - before, 1)  # with the scoring
+                say(line + show_left(pace * (total - state.done)))
                 save_state(job, state)
                 watch(state.history)
             if state.done == total or is_out_of_patience(config, state):
@@ -499,8 +502,8 @@ def check_steps(job: Job, found: list[Tensor], state: TrainState, epoch: int, st
     return float(sums[:, 0].mean()) if len(sums) else math.nan
 
 
-def evaluate_state(job: Job, state: TrainState, dev: Selected, steps: int, log: Log) -> None:
-    """Score the averaged weights on dev, add a line to metrics.jsonl, keep the best weights."""
+def evaluate_state(job: Job, state: TrainState, dev: Selected, steps: int, log: Log) -> str:
+    """Score the averaged weights on dev, add a line to metrics.jsonl, keep the best weights; returns it in words."""
     job.ranks.align_buffers(state.ema)
     network = after_backbone(state.ema) if job.on_embeddings else state.ema
     scored, _ = score_split(job, network, dev, job.scale)
@@ -536,7 +539,7 @@ def evaluate_state(job: Job, state: TrainState, dev: Selected, steps: int, log: 
         name = MEANS["macro"]
         few = "no label has 10 positives on dev, so chance chooses the checkpoint"
         say_once(f"{job.shards}: {few}; raise `dev`")
-    say(f"Epoch {epoch:g}: dev AUROC {score:.4f} ({name}){'  (best)' if is_best else ''}")
+    return f"Epoch {epoch:g}: dev AUROC {score:.4f} ({name}){'  (best)' if is_best else ''}"
 
 
 def is_out_of_patience(config: Config, state: TrainState) -> bool:

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import click
 
-from model.runs.commands import Later
 from model.runs.commands import main as train
 from pipeline.cli import cli as pipeline
 
@@ -15,16 +14,16 @@ def render_options() -> str:
     """The page."""
     parts = [
         "# All options\n",
-        "```\npipeline COMMAND --help\npython train.py COMMAND --help\n```\n",
-        "say the same. This page is made of them by `.venv/bin/python -m docs.options`, and a test compares the two.\n",
+        "```\npipeline shards --help\npython train.py train --help\n```\n",
+        "The `--help` of each command says the same. This page is made of it by `.venv/bin/python -m docs.options`, "
+        "and a test compares the two.\n",
         "Options that `train` has too are not repeated under the other commands of train.py.\n",
     ]
     for group, name in ((pipeline, "pipeline"), (train, "train.py")):
         context = click.Context(group, info_name=name, **group.context_settings)
         common: set[str] = set()
         # `train` first: it has what the others share.
-        for named in sorted(group.commands.values(), key=lambda command: command.name != "train"):
-            command = named.load() if isinstance(named, Later) else named
+        for command in sorted(group.commands.values(), key=lambda command: command.name != "train"):
             rows = list_options(command, context)
             parts.append(f"## {name} {command.name}\n\n{(command.help or '').partition(chr(10))[0]}\n")
             own = [row for row in rows if row not in common]

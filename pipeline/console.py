@@ -5,7 +5,10 @@ Exit codes: 0 done, 1 failed, 2 usage, 3 done but with rejects under --strict, 1
 
 import io
 import math
+import os
 import re
+import shlex
+import shutil
 import signal
 import sys
 import time
@@ -98,23 +101,38 @@ def progress_bar(title: str, unit: str) -> Iterator[Advance]:
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task(title, total=None, note="")
         last, printed = time.monotonic(), -1
+        first: tuple[int, float] | None = None  # done at the first call, by an earlier start too; and when
 
         def advance(done: int, total: int, note: str = "") -> None:
-            nonlocal last, printed
+            nonlocal last, printed, first
             if _received:
                 sys.exit(143)
             bar.update(task, completed=done, total=total, note=note)
             now = time.monotonic()
+            first = first or (done, now)
             if not console.is_terminal and done != printed and (done == total or now - last > LINE_SECONDS):
                 last, printed = now, done
-                click.echo(f"{title}: {done:,} of {total:,} {unit}{note and '  '}{note}", err=True)
+                left = show_left((now - first[1]) / max(done - first[0], 1) * (total - done))
+                click.echo(f"{title}: {done:,} of {total:,} {unit}{note and '  '}{note}{left}", err=True)
 
         yield advance
+
+
+def show_left(seconds: float) -> str:
+    """The time that is left, to stand at the end of a line; nothing below a minute."""
+    if seconds < 60:
+        return ""
+    return f"  {seconds / 60:.0f} min left" if seconds < 5400 else f"  {seconds / 3600:.1f} h left"
 
 
 def name_options(text: str) -> str:
     """A message of the library, whose parameters are written `max_bad`, with a command's options: --max-bad."""
     return re.sub("`([a-z_]+)`", lambda match: f"--{match[1].replace('_', '-')}", text)
+
+
+def count_of(count: int, noun: str) -> str:
+    """`1 trial`, `2 trials`."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def say(text: str) -> None:
@@ -126,6 +144,15 @@ def say(text: str) -> None:
 def say_once(text: str) -> None:
     """Print a line on stderr, unless this process has done so: a sweep trains many runs."""
     say(text)
+
+
+def say_next(*words: object) -> None:
+    """Print the command to type next, on stderr; by its path where the shell would find another or none."""
+    name, *rest = map(str, words)
+    here = Path(sys.executable).with_name(name)
+    if here.exists() and shutil.which(name) != str(here):
+        name = min(os.path.relpath(here), str(here), key=len)
+    click.echo(f"next: {shlex.join([name, *rest])}", err=True)
 
 
 def refuse_usage(wrong: object, text: str) -> None:

@@ -29,6 +29,8 @@ REPOSITORY = Path(__file__).parents[1]
 PIPELINE = Path(sys.executable).with_name("pipeline")  # the console script of this environment
 # OpenMP's barriers spin: on a busy machine two threads of a tiny network are a hundred times slower than one.
 os.environ["OMP_NUM_THREADS"] = "1"
+# Commands that name the next one to type name it as in an activated environment.
+os.environ["PATH"] = os.pathsep.join([str(PIPELINE.parent), os.environ["PATH"]])
 # A shell that runs the tests in the background has them, and what they start, ignore Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

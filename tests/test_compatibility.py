@@ -87,4 +87,4 @@ def test_a_run_of_version_1_scores_as_it_did_and_continues(
     said = capsys.readouterr()
     assert f"{run}: finished, after step 12 of 12; another --run goes on by --init {run}\n" in said.err
     assert "Scoring" not in said.err
-    assert said.out.endswith(f"next: python train.py predict --run {run} --out scores.csv FILMS\n")
+    assert said.err.endswith(f"next: python train.py predict --run {run} --out scores.csv FILMS\n")

@@ -1,47 +1,13 @@
 import os
 import re
-import shutil
 import subprocess
-from pathlib import Path
-
-import pytest
 
 from docs.options import render_options
-from pipeline.manifest import Manifest
 from tests.conftest import REPOSITORY
 
 README = REPOSITORY / "README.md"
 CONTRIBUTING = REPOSITORY / "CONTRIBUTING.md"
 PAGES = [README, *sorted((REPOSITORY / "docs").rglob("*.md"))]
-
-
-def test_its_python_runs(
-    shards: tuple[Path, Manifest], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    monkeypatch.chdir(shards[0].parent)
-    exec(compile(code, "README.md", "exec"), {})  # noqa: S102
-    assert "\n0 (8, 1, 224, 224) (8, 14) 0." in capsys.readouterr().out
-
-
-@pytest.mark.soak
-def test_its_commands_for_ones_own_chexpert_run(chexpert: Path, tmp_path: Path) -> None:
-    """As they stand there, with the home folder and the settings of a small run in the environment."""
-    (block,) = re.findall(r"```\n(make shards DATA=~.*?)```", README.read_text(), re.DOTALL)
-    shutil.copytree(chexpert / "valid", tmp_path / "films")
-    settings = {"OUT": tmp_path / "out", "RUN": tmp_path / "run", "SIZE": 32, "ARCH": "rescnn"}
-    settings |= {"EPOCHS": 1, "BATCH": 8, "DEV": 0.3, "HOME": tmp_path, "LR": "", "WD": ""}
-    environment = {
-        name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL")
-    }
-    environment |= {name: str(value) for name, value in settings.items() if value != ""}
-    ran = subprocess.run(
-        ["bash", "-ec", block], cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False
-    )
-    assert ran.returncode == 0, ran.stderr[-2000:]
-    assert f"{tmp_path / 'out'}: all is well" in ran.stdout
-    assert (tmp_path / "run" / "report.html").exists()
-    assert (tmp_path / "run" / "predictions.csv").read_text().count("\n") == 13  # 12 films
 
 
 def test_no_block_leaves_settings_behind_for_the_next() -> None:

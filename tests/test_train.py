@@ -47,6 +47,7 @@ from pipeline import DataError, console, open_shards
 from pipeline.base.files import claimed
 from pipeline.console import run_command
 from pipeline.etl.adopt import write_index
+from pipeline.images import ImageOptions
 from pipeline.labels import LABELS, hash_fraction
 from pipeline.manifest import Manifest, manifest_digest, read_table
 from pipeline.measure.calibration import RULES, apply_calibration, apply_calibrations
@@ -830,9 +831,16 @@ def test_patience_ends_a_run_that_gets_no_better(make_job: Callable[..., Job]) -
 
 
 def test_a_checkpoint_is_chosen_by_the_labels_asked_for(
-    make_job: Callable[..., Job], capsys: pytest.CaptureFixture[str]
+    make_job: Callable[..., Job], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = make_job("run", epochs=2, eval_every=1, choose_by="Support Devices,Edema")
+    left: list[float] = []
+
+    def show_left(seconds: float) -> str:
+        left.append(seconds)
+        return f"; {len(left)}"
+
+    monkeypatch.setattr(train, "show_left", show_left)
     assert train.train(job) == 0
     lines = [json.loads(line) for line in (job.run / "metrics.jsonl").read_text().splitlines()]
     scores = [(line["labels"]["Edema"] + line["labels"]["Support Devices"]) / 2 for line in lines]
@@ -841,7 +849,14 @@ def test_a_checkpoint_is_chosen_by_the_labels_asked_for(
     assert best["dev_auroc"] == max(scores)
     assert best["epoch"] == lines[scores.index(max(scores))]["epoch"]
     assert scores.index(max(scores)) != macro.index(max(macro))  # type: ignore[type-var]
-    assert f": dev AUROC {max(scores):.4f} (Edema, Support Devices)  (best)" in capsys.readouterr().err
+    said = (
+        f": dev AUROC {max(scores):.4f} (Edema, Support Devices)  (best); {scores.index(max(scores)) + 1}\n"
+    )
+    assert said in capsys.readouterr().err
+    assert len(left) == len(lines)
+    assert [seconds > 0 for seconds in left] == [True] * (len(lines) - 1) + [
+        False
+    ]  # of the time for all epochs
     events = EventAccumulator(str(job.run / "tensorboard"))
     events.Reload()
     for tag, expected in {"dev/choice_auroc": scores, "dev/macro_auroc": macro}.items():
@@ -1255,6 +1270,7 @@ def test_exported_networks_give_the_same_scores(
     facts = {
         "labels": '["Edema", "Fracture"]',
         "image_size": "32",
+        "images": json.dumps({name: job.manifest.options.get(name) for name in ImageOptions._fields}),
         "run": str(job.run),
         "shards": job.config.manifest,
         "normalization": json.dumps([{name: job.manifest.pixels[name] for name in ("mean", "std")}]),

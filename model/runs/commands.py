@@ -5,20 +5,20 @@ Each command imports what needs torch itself, so that `--help` and usage errors 
 
 import gc
 import os
-import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from model.runs import use
 from model.runs.config import MEANS, Config, options
 from model.runs.options import (
     DATA_OPTIONS,
     GroupedCommand,
     InitPath,
+    check_folders,
     config_options,
     grouped,
     run_option,
@@ -26,8 +26,7 @@ from model.runs.options import (
 )
 from pipeline.base.errors import DataError, SettingError
 from pipeline.base.files import read_object
-from pipeline.console import name_options, say
-from pipeline.manifest import read_manifest
+from pipeline.console import count_of, name_options, say, say_next
 
 if TYPE_CHECKING:
     from model.runs.job import Job
@@ -36,23 +35,6 @@ if TYPE_CHECKING:
 # Options of which a sweep takes several values.
 SWEPT = ("lr", "weight_decay", "batch_size", "arch", "uncertain")
 Train = Callable[..., int]  # train.train
-
-
-class Later(click.Command):
-    """A command of a module that imports torch: loaded when it is called."""
-
-    def __init__(self, module: str, name: str, summary: str) -> None:
-        super().__init__(name, help=summary)
-        self.module = module
-
-    def load(self) -> click.Command:
-        """The command itself."""
-        command: click.Command = getattr(import_module(f"model.runs.{self.module}"), f"{self.name}_command")
-        return command
-
-    def make_context(self, *args: Any, **more: Any) -> click.Context:
-        """The context of the command itself."""
-        return self.load().make_context(*args, **more)
 
 
 class TrainByDefault(click.Group):
@@ -107,7 +89,7 @@ JOB_OPTIONS = [
 @click.pass_obj
 def train_command(train: Train, /, **given: Any) -> int:
     """Train a network on shards; the same command continues an interrupted run."""
-    check_shards(given["shards"])
+    check_folders(given["shards"])
     from model.ranks import join_ranks
     from model.runs.job import StopFlag
 
@@ -137,7 +119,7 @@ def cross_command(train: Train, /, out: Path, shards: tuple[str, ...], **given: 
     """
     if len(shards) < 2:
         raise click.UsageError("cross needs --shards twice or more: a set is trained on, another one scored")
-    check_shards(shards)
+    check_folders(shards)
     from model.predict import InterruptedEvaluationError
     from model.runs.cross import score_runs, train_runs, write_cross
     from model.runs.job import StopFlag
@@ -159,14 +141,9 @@ def cross_command(train: Train, /, out: Path, shards: tuple[str, ...], **given: 
     write_cross(out, found, asdict(config))
     print_cross(found)
     click.echo(f"{out / 'cross.html'}: the same by label")
+    *_, last = jobs.values()
+    say_next(*use.TRAIN, "predict", "--run", last.run, "--out", "scores.csv", "FILMS")
     return 0
-
-
-def check_shards(folders: Sequence[str]) -> None:
-    """Raise DataError for a folder without shards, before torch is imported."""
-    for folder in folders:
-        if "://" not in folder:
-            read_manifest(Path(folder))
 
 
 def split_options(given: Mapping[str, Any]) -> tuple[Config, dict[str, Any]]:
@@ -201,7 +178,7 @@ def print_run(job: "Job") -> None:
         guess = f"dev AUROC ({MEANS[name]}) is {low:.2f} to {high:.2f}, not told from guessing"
         say(f"{job.run}: {guess}: try a lower `lr`, more `epochs` or more images")
     click.echo(f"{job.run / 'report.html'}: the same with curves, intervals and subgroups")
-    click.echo(f"next: python train.py predict --run {job.run} --out scores.csv FILMS")
+    say_next(*use.TRAIN, "predict", "--run", job.run, "--out", "scores.csv", "FILMS")
 
 
 def repeat_options(config: Config, others: Mapping[str, Any]) -> list[str]:
@@ -217,7 +194,7 @@ def repeat_options(config: Config, others: Mapping[str, Any]) -> list[str]:
         several = value if name in ("shards", "where") else [value]
         for one in several:
             text = ",".join(map(str, one)) if isinstance(one, tuple) else str(one)
-            words += [f"--{name.replace('_', '-')}", *([] if value is True else [shlex.quote(text)])]
+            words += [f"--{name.replace('_', '-')}", *([] if value is True else [text])]
     return words
 
 
@@ -288,7 +265,7 @@ def sweep_command(
         raise click.UsageError("--sampler tpe needs --trials")
     if sampler == "grid" and trials is not None:
         raise click.UsageError("--trials needs --sampler tpe: a grid has as many as combinations")
-    check_shards(given["shards"])
+    check_folders(given["shards"])
     try:
         from model.runs import sweep as s
         from model.runs.sweep_report import write_sweep_report
@@ -354,23 +331,22 @@ def sweep_command(
     of_failed = f", {failed} failed" if failed else ""
     if complete:
         print_trials(found)
-    plural = "" if complete == 1 else "s"
-    click.echo(f"{folder / 'report.html'}: {complete} trial{plural} complete{of_failed}")
+    click.echo(f"{folder / 'report.html'}: {count_of(complete, 'trial')} complete{of_failed}")
     if complete:
         best = max((trial for trial in found if trial.dev is not None), key=lambda trial: trial.dev or 0.0)
         point = {name: values[0] for name, values in tried.items()} | best.parameters
         words = repeat_options(replace(base, **point), others)
         click.echo(f"trial {best.number} is the best, in {best.run}; the same once more:")
-        click.echo(f"next: python train.py {' '.join(words)} --run RUN")
+        say_next(*use.TRAIN, *words, "--run", "RUN")
     return stop.code if not done else 1 if failed and not complete else 0
 
 
 for command in (
-    Later("use", "evaluate", "Score the run's best checkpoint on a split."),
-    Later("use", "predict", "Score image files: JPEG, PNG or DICOM."),
-    Later("use", "export", "Write the run's best network for other programs."),
-    Later("use", "inputs", "Draw images as training reads them."),
-    Later("explain", "localize", "Measure how often heat maps point at what readers marked."),
-    Later("explain", "gallery", "Show heat maps of hits, misses and false alarms on a page."),
+    use.evaluate_command,
+    use.predict_command,
+    use.export_command,
+    use.inputs_command,
+    use.localize_command,
+    use.gallery_command,
 ):
     main.add_command(command)

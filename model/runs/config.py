@@ -31,6 +31,7 @@ SINCE_0_1 = (
     "input_scale",
     "choose_by",
 )
+ENSEMBLE = "ensemble.json"  # in the folder of an ensemble, instead of config.json
 IMAGE_SIZE = 320  # of a network that has no size of its own
 
 

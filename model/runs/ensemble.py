@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from model.runs.config import Config, read_config
+from model.runs.config import ENSEMBLE, Config, read_config
 from model.runs.job import Job, MemberRun, StopFlag, choose_device
 from model.runs.results import find_calibration, forget_calibrations, name_tta
 from model.runs.scoring import Scores, score_files
@@ -22,7 +22,6 @@ from pipeline.console import say
 from pipeline.measure.calibration import RULES, apply_calibration, apply_calibrations
 from pipeline.stream.collection import Collection
 
-ENSEMBLE = "ensemble.json"
 # What members share, by the option that decides it: without, their scores are not of the same.
 SAME = {"unit": "fusion", "manifest": "shards", "dev": "dev"} | {
     name: name for name in ("labels", "blank", "where", "views")

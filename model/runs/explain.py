@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import click
 import numpy as np
 import numpy.typing as npt
 import pyarrow.compute as pc
@@ -15,21 +14,18 @@ from rich.table import Table
 from model.augment import normalize
 from model.heatmaps import draw_maps
 from model.predict import InterruptedEvaluationError, explain_memory
-from model.runs.config import Config, read_config
-from model.runs.folder import load_best, result_name
-from model.runs.job import Job, StopFlag, choose_device, open_images, to_device
-from model.runs.options import DATA_OPTIONS, run_option, with_options
-from model.runs.scoring import score_best
+from model.runs.config import Config
+from model.runs.folder import load_best
+from model.runs.job import Job, choose_device, open_images, to_device
 from pipeline.base.csvs import demand, read_strings
 from pipeline.base.errors import DataError, quote
-from pipeline.base.files import check_folder, hash_file, read_object, write_atomically, write_json
-from pipeline.base.pages import open_templates, show_figure, show_limits
-from pipeline.console import progress_bar, say
+from pipeline.base.files import read_object
+from pipeline.base.pages import show_figure, show_limits
+from pipeline.console import progress_bar
 from pipeline.images import Gray, ImageOptions, decode_stored, prepare, resize
 from pipeline.labels import LABELS
 from pipeline.look.overlay import blend, draw_overlay
 from pipeline.look.sheet import data_uri, fit, read_images, save_sheet
-from pipeline.manifest import find_restriction
 from pipeline.measure.evaluate import Scored
 from pipeline.measure.localization import (
     Cell,
@@ -37,10 +33,8 @@ from pipeline.measure.localization import (
     frame_of,
     mark_boxes,
     mark_mask,
-    measure_localization,
 )
-from pipeline.stream.collection import open_collection
-from pipeline.stream.samples import OpenSplit, find_places
+from pipeline.stream.samples import OpenSplit
 
 AT_ONCE = 16  # images
 SHOWN = 256  # pixels: the longer side of a film in the gallery
@@ -175,52 +169,6 @@ def _mark(
     return mark_boxes(mark, frame_of(square, row["width"], row["height"]), side)
 
 
-@click.command(
-    "localize", epilog="Example: python train.py localize --run runs/first --boxes boxes.csv --split valid"
-)
-@with_options(run_option, *DATA_OPTIONS[:3])
-@click.option(
-    "--boxes",
-    required=True,
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="CSV with key,label,x,y,w,h in pixels of the original films, or CheXlocalize's gt_segmentations JSON.",
-)
-@click.option(
-    "--split", "splits", multiple=True, default=["valid"], help="Of the shards; several are taken together."
-)
-def localize_command(
-    shards: tuple[str, ...], cache: Path, cache_size: int, run: Path, boxes: Path, splits: tuple[str, ...]
-) -> int:
-    """Measure how often the run's heat maps point at what readers marked, and how well they cover it.
-
-    Beside it: what chance gives, and a map that is the same for all films.
-    """
-    collection, config, stop = (
-        open_collection(shards, cache, cache_size),
-        read_config(run),
-        StopFlag().listen(),
-    )
-    job = Job(config, collection, run, *choose_device("off"), workers=1, stop=stop)
-    marks = read_marks(boxes)
-    try:
-        cells = list(draw_cells(job, splits, marks))
-    except InterruptedEvaluationError:
-        return stop.code
-    if not cells:
-        raise DataError(f"{boxes}: no cell of {', '.join(splits)} in {collection} that this run has learned")
-    found = measure_localization(cells)
-    path = run / f"localization-{result_name(config, collection.digest, '+'.join(splits))}.json"
-    write_json(path, {"splits": list(splits), "boxes": hash_file(boxes)} | found)
-    print_localization(found)
-    all_cells = sum(map(len, marks.values()))
-    click.echo(f"{path}: {len(cells):,} of the {all_cells:,} cells in {boxes}")
-    if collection.digest == config.manifest and not {"train", "dev"}.isdisjoint(splits):
-        say(
-            "Warning: the run has learned from train and chosen its weights on dev: these films are not new to it"
-        )
-    return 0
-
-
 def print_localization(found: Mapping[str, Any]) -> None:
     """A table: per label the hits of the pointing game and the IoU, beside chance."""
     table = Table(title="Where the maps point", title_justify="left")
@@ -239,75 +187,6 @@ def print_localization(found: Mapping[str, Any]) -> None:
             f"{show_figure(of['iou'])} {show_limits(of['iou_limits'])}",
         )
     Console().print(table)
-
-
-@click.command(
-    "gallery", epilog="Example: python train.py gallery --run runs/first --images --out gallery.html"
-)
-@with_options(run_option, *DATA_OPTIONS)
-@click.option("--split", default="valid", help="Of the shards, which may be others than the run's.")
-@click.option("--n", default=3, type=click.IntRange(1, 20), help="Films of each kind.")
-@click.option("--images", is_flag=True, help="Yes, write films of patients into the page.")
-@click.option(
-    "--out", required=True, type=click.Path(path_type=Path, dir_okay=False), help="Page to write: .html"
-)
-def gallery_command(
-    shards: tuple[str, ...],
-    cache: Path,
-    cache_size: int,
-    workers: int,
-    run: Path,
-    split: str,
-    n: int,
-    images: bool,
-    out: Path,
-) -> int:
-    """Show, per label, the most confident right and wrong films and the most uncertain ones, with their maps.
-
-    On a page of its own with the terms of the data, without names, ages or sexes. All else that a run writes holds
-    counts and scores alone.
-    """
-    if not images:
-        raise click.UsageError(
-            "a gallery shows films of patients: add --images if the terms of the data allow it"
-        )
-    if out.suffix.lower() != ".html":
-        raise click.UsageError(f"--out {out}: the name must end in .html")
-    check_folder(out)
-    collection, config, stop = (
-        open_collection(shards, cache, cache_size),
-        read_config(run),
-        StopFlag().listen(),
-    )
-    job = Job(config, collection, run, *choose_device(config.amp), workers, stop)
-    draw, _ = open_mapper(run, config)
-    try:
-        scored, facts = score_best(job, split)
-    except InterruptedEvaluationError:
-        return stop.code
-    opened, _ = open_images(job, split)
-    rows = find_places(opened, facts)  # without unusable images
-    labels: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    with progress_bar("Drawing maps", "labels") as advance:
-        for column, label in enumerate(config.labels):
-            kinds = choose_films(scored, column, find_threshold(run, label), n)
-            labels[label] = {
-                kind: [
-                    show_film(opened, rows[film : film + 1], draw, label, scored, film, column)
-                    for film in films
-                ]
-                for kind, films in kinds.items()
-            }
-            advance(column + 1, len(config.labels))
-    page = open_templates("model.runs").get_template("gallery.html")
-    terms = {"title": "not stated", "license": "not stated", "paper": ""} | dict(collection.manifest.dataset)
-    restriction = find_restriction(collection.manifest.dataset)
-    html = page.render(
-        title=f"Gallery of {run.name}, {split}", terms=terms, restriction=restriction, labels=labels
-    )
-    write_atomically(out, html.encode())
-    click.echo(f"{out}: films of patients; {restriction or terms['license']}")
-    return 0
 
 
 def find_threshold(run: Path, label: str) -> float:

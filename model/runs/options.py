@@ -10,10 +10,11 @@ from typing import Any, get_type_hints
 import click
 
 from model.names import XRV, check_arch
-from model.runs.config import Config, Option, options, parse_labels
+from model.runs.config import ENSEMBLE, Config, Option, options, parse_labels, read_config
 from pipeline.base.errors import DataError
 from pipeline.base.workers import share_of_cores
 from pipeline.console import Checked, Number, Parsed
+from pipeline.manifest import read_manifest
 
 GROUPS = ("sweep", "run", "data", "labels", "network", "optimization")
 
@@ -145,6 +146,16 @@ DATA_OPTIONS = [
     ),
     workers_option,
 ]
+
+
+def check_folders(shards: Sequence[str] = (), runs: Sequence[Path] = ()) -> None:
+    """Raise DataError for a folder without shards or without a run, before torch is imported."""
+    for folder in shards:
+        if "://" not in folder:
+            read_manifest(Path(folder))
+    for run in runs:
+        if not (run / ENSEMBLE).exists():
+            read_config(run)
 
 
 def with_options(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:

@@ -22,6 +22,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,7 +34,7 @@ from model.predict import DivergedError, MemoryExhaustedError
 from model.runs.config import name_choice
 from pipeline.base.errors import DataError, describe_difference
 from pipeline.base.files import locked
-from pipeline.console import say
+from pipeline.console import count_of, say, show_left
 
 Point = dict[str, Any]  # parameter → value
 Watch = Callable[[list[dict[str, Any]]], None]
@@ -356,8 +357,24 @@ def run_trial(
     if outcome is None:
         raise TrialStopped
     trial.set_user_attr("outcome", outcome._asdict())
-    say(f"Trial {trial.number}: dev AUROC {outcome.dev:.4f} ({sweep.choice})")
+    say(f"Trial {trial.number}: dev AUROC {outcome.dev:.4f} ({sweep.choice}){show_rest(sweep, trial)}")
     return outcome.dev
+
+
+def show_rest(sweep: Sweep, trial: optuna.Trial) -> str:
+    """How many trials are left after this one, and how long they take, if as long as those before and alone."""
+    others = [one for one in trial.study.get_trials(deepcopy=False) if one.number != trial.number]
+    ended = [one.duration for one in others if one.state in (TrialState.COMPLETE, TrialState.PRUNED)]
+    spent = [one.total_seconds() for one in ended if one is not None]
+    if trial.datetime_start is not None:
+        spent.append((datetime.now() - trial.datetime_start).total_seconds())
+    left = (len(grid_points(sweep)) if sweep.sampler == "grid" else sweep.trials) - 1
+    left -= sum(one.state not in (TrialState.WAITING, TrialState.RUNNING) and is_alive(one) for one in others)
+    return (
+        f"; {count_of(left, 'trial')} to go{show_left(left * sum(spent) / len(spent))}"
+        if left and spent
+        else ""
+    )
 
 
 def suggest_point(sweep: Sweep, trial: optuna.Trial) -> Point:

@@ -1,4 +1,7 @@
-"""Commands of train.py that use a run, or look at what it learns from: evaluate, predict, export, inputs."""
+"""Commands of train.py that use a run, or look at what it learns from.
+
+evaluate, predict, export, inputs, localize, gallery: each imports what needs torch itself, as those of `commands` do.
+"""
 
 import json
 import math
@@ -7,56 +10,35 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from model.augment import augment
-from model.export import Committee, Scorer, export_scorer
 from model.names import AUGMENTATIONS
-from model.predict import InterruptedEvaluationError
-from model.runs.config import learned_columns
-from model.runs.ensemble import (
-    Decision,
-    Model,
-    choose_decision,
-    member_calibrations,
-    open_model,
-    open_scoring,
-    score_samples,
-)
-from model.runs.explain import write_heatmaps
-from model.runs.folder import load_best
-from model.runs.job import StopFlag
-from model.runs.options import DATA_OPTIONS, runs_option, tta_option, with_options, workers_option
-from model.runs.overlap import check_evaluation
-from model.runs.report import describe_start
-from model.runs.results import evaluate, find_scores, name_comparison, name_result, write_report
-from model.runs.sanity import check_sanity
-from model.runs.scoring import score_best, score_members
-from model.runs.summary import (
-    print_comparison,
-    print_elsewhere,
-    print_evaluations,
-    print_gain,
-    print_readers,
-    print_sanity,
-    print_verdicts,
+from model.runs.config import learned_columns, read_config
+from model.runs.options import (
+    DATA_OPTIONS,
+    check_folders,
+    run_option,
+    runs_option,
+    tta_option,
+    with_options,
+    workers_option,
 )
 from pipeline.base.errors import DataError
-from pipeline.base.files import check_folder, write_csv
-from pipeline.console import Checked, Number, say
+from pipeline.base.files import check_folder, hash_file, write_atomically, write_csv, write_json
+from pipeline.console import Checked, Number, count_of, progress_bar, say, say_next
 from pipeline.labels import MOST_VIEWS, VIEWS
-from pipeline.look.sheet import FORMATS, draw_variants, save_sheet, spread_rows
+from pipeline.manifest import find_restriction
 from pipeline.measure.calibration import RULES, apply_calibration, apply_calibrations, read_fit
-from pipeline.measure.readers import read_reader
-from pipeline.stream.collection import open_collection
-from pipeline.stream.select import select_rows
+
+if TYPE_CHECKING:
+    from model.runs.ensemble import Decision, Model
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".dcm", ".dicom")
+TRAIN = ("python", "train.py")
 VARIANTS = 4  # epochs that `inputs` shows
 threshold_option = click.option(
     "--threshold", default="none", type=click.Choice([*RULES, "none"]), help="Decide by dev's thresholds."
@@ -128,6 +110,18 @@ def evaluate_command(
 
     The run's own --where and --views choose the images, unless others are given: train on one sex, score the other.
     """
+    check_folders(shards, runs)
+    from model.predict import InterruptedEvaluationError
+    from model.runs import summary
+    from model.runs.ensemble import open_model, open_scoring
+    from model.runs.job import StopFlag
+    from model.runs.overlap import check_evaluation
+    from model.runs.results import evaluate, find_scores, name_comparison, name_result, write_report
+    from model.runs.sanity import check_sanity
+    from model.runs.scoring import score_best, score_members
+    from pipeline.measure.readers import read_reader
+    from pipeline.stream.collection import open_collection
+
     collection = open_collection(shards, cache, cache_size)
     stop = StopFlag().listen()
     model = open_model(runs, tta)
@@ -151,22 +145,28 @@ def evaluate_command(
         evaluated = evaluate(
             job, split, found, others, sensitivity, study, chosen_by, shared, altered, members, reads
         )
-        results = {split: evaluated}
     except InterruptedEvaluationError:
         return stop.code
-    print_evaluations({split: results[split][0]})
-    print_gain(results[split][0])
-    print_verdicts({split: results[split][0]})
-    print_elsewhere(results[split][0])
-    print_comparison(results[split][0])
-    print_sanity(results[split][0])
-    print_readers(results[split][0])
+    evaluation = evaluated[0]
+    summary.print_evaluations({split: evaluation})
+    summary.print_gain(evaluation)
+    summary.print_verdicts({split: evaluation})
+    summary.print_elsewhere(evaluation)
+    summary.print_comparison(evaluation)
+    summary.print_sanity(evaluation)
+    summary.print_readers(evaluation)
     result = name_result(job, split, chosen_by)
     compared = name_comparison(result, others)
-    write_report(scored, f"report-{compared}.html", results)
+    write_report(scored, f"report-{compared}.html", {split: evaluated})
     for file in (f"scores-{result}.arrow", f"evaluation-{compared}.json", f"report-{compared}.html"):
         click.echo(f"{job.run / file}: written")
+    say_next(*TRAIN, "predict", "--run", job.run, "--out", "scores.csv", "FILMS")
     return 0
+
+
+def repeat(option: str, values: Iterable[object]) -> list[object]:
+    """The words of an option that is given several times."""
+    return [word for value in values for word in (option, value)]
 
 
 def check_pattern(text: str) -> None:
@@ -225,6 +225,9 @@ def predict_command(
     check_folder(out)
     if not files:
         raise DataError(f"{', '.join(map(str, images))}: no {', '.join(IMAGE_SUFFIXES)} file")
+    check_folders(runs=runs)
+    from model.runs.ensemble import choose_decision, open_model, score_samples
+
     model = open_model(runs, tta)
     config = model.config
     if heatmaps is not None and (config.fusion or len(model.members) > 1):
@@ -242,7 +245,7 @@ def predict_command(
         say(f"{file}: {reason}")
     if len(bad) == len(files):
         kept = f"{out} is left as it was" if out.exists() else f"{out} is not written"
-        raise DataError(f"none of {len(files):,} images can be read; {kept}")
+        raise DataError(f"none of {count_of(len(files), 'image')} can be read; {kept}")
     # Thresholds were chosen on scores before calibration.
     limits = np.array(decision.limits)
     unknown = np.isnan(scores[:, : len(limits)]) | np.isnan(limits)
@@ -257,11 +260,16 @@ def predict_command(
     heading = ["study" if config.fusion else "file", *columns]
     rows = ([name, *row, *facts.values()] for name, row in zip(samples, cells, strict=True))
     write_csv(out, [heading, *rows])
-    of_studies = f" in {len(samples):,} studies" if config.fusion else ""
-    click.echo(f"{out}: scores of {len(files) - len(bad):,} images{of_studies}, {len(bad):,} unusable")
+    of_studies = f" in {len(samples):,} stud{'y' if len(samples) == 1 else 'ies'}" if config.fusion else ""
+    scored = count_of(len(files) - len(bad), "image")
+    click.echo(f"{out}: scores of {scored}{of_studies}, {len(bad):,} unusable")
     if heatmaps is not None:
+        from model.runs.explain import write_heatmaps
+
         count = write_heatmaps(next(iter(model.members)), config, files, scores, heatmaps, heatmap_labels)
-        click.echo(f"{heatmaps}: {count:,} heat maps")
+        click.echo(f"{heatmaps}: {count_of(count, 'heat map')}")
+    if config.fusion is None:
+        say_next(*TRAIN, "export", *repeat("--run", runs), "--out", "model.onnx")
     return 3 if strict and bad else 0
 
 
@@ -294,9 +302,16 @@ def export_command(runs: tuple[Path, ...], out: Path, threshold: str) -> int:
 
     Of the L labels that the run has learned, in their usual order.
     """
+    check_folder(out)
+    check_folders(runs=runs)
+    import torch
+
+    from model.export import Committee, Scorer, export_scorer
+    from model.runs.ensemble import choose_decision, member_calibrations, open_model
+    from model.runs.folder import load_best
+
     model = open_model(runs)
     config = model.config
-    check_folder(out)
     if config.fusion:
         raise DataError(f"{model.name}: a network over studies cannot be exported, only one for images")
     if len({one.image_size for one in model.members.values()}) > 1:
@@ -327,12 +342,14 @@ def export_command(runs: tuple[Path, ...], out: Path, threshold: str) -> int:
 
 
 def describe_export(
-    model: Model, members: Mapping[str, Sequence[Any]], best: Mapping[str, Any], decision: Decision
+    model: "Model", members: Mapping[str, Sequence[Any]], best: Mapping[str, Any], decision: "Decision"
 ) -> dict[str, str]:
     """What travels with an exported network, texts by name; earlier checkpoints do not name their data set.
 
     `members` has a list for each fact that every member has of its own. Thresholds are of the scores it gives.
     """
+    from model.runs.report import describe_start
+
     dataset, calibration = best.get("dataset", {}), decision.calibration or {}
     thresholds: dict[str, dict[str, float | None]] = {rule: {} for rule in RULES}
     for label, fitted in calibration.items():
@@ -342,6 +359,7 @@ def describe_export(
     return {
         "labels": json.dumps(model.config.labels),
         "image_size": str(model.config.image_size),
+        "images": json.dumps(best["images"]),
         "run": model.name,
         "shards": model.config.manifest,
         **{name: json.dumps(values) for name, values in members.items()},
@@ -409,9 +427,18 @@ def inputs_command(
 
     As in the first step of the first epochs, were these images the batch.
     """
+    from pipeline.look.sheet import FORMATS, draw_variants, save_sheet, spread_rows
+
     if out.suffix.lower() not in FORMATS:
         raise click.UsageError(f"--out {out}: the name must end in {' or '.join(FORMATS)}")
     check_folder(out)
+    check_folders(shards)
+    import torch
+
+    from model.augment import augment
+    from pipeline.stream.collection import open_collection
+    from pipeline.stream.select import select_rows
+
     collection = open_collection(shards, cache, cache_size)
     opened = collection.open(split)
     rows = select_rows(opened.table, where)
@@ -428,3 +455,133 @@ def inputs_command(
     title = f"{split}: {len(chosen):,} of {len(rows):,} images{conditions}, seed {seed}, augmented ({kind})"
     save_sheet(draw_variants(title, opened, chosen, image_size, vary), out)
     click.echo(f"{out}: {title}")
+    how = ("--augment", kind, "--image-size", image_size, "--run", "RUN")
+    say_next(*TRAIN, *repeat("--shards", shards), *how)
+
+
+@click.command(
+    "localize", epilog="Example: python train.py localize --run runs/first --boxes boxes.csv --split valid"
+)
+@with_options(run_option, *DATA_OPTIONS[:3])
+@click.option(
+    "--boxes",
+    required=True,
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="CSV with key,label,x,y,w,h in pixels of the original films, or CheXlocalize's gt_segmentations JSON.",
+)
+@click.option(
+    "--split", "splits", multiple=True, default=["valid"], help="Of the shards; several are taken together."
+)
+def localize_command(
+    shards: tuple[str, ...], cache: Path, cache_size: int, run: Path, boxes: Path, splits: tuple[str, ...]
+) -> int:
+    """Measure how often the run's heat maps point at what readers marked, and how well they cover it.
+
+    Beside it: what chance gives, and a map that is the same for all films.
+    """
+    check_folders(shards)
+    config = read_config(run)
+    from model.predict import InterruptedEvaluationError
+    from model.runs.explain import draw_cells, print_localization, read_marks
+    from model.runs.folder import result_name
+    from model.runs.job import Job, StopFlag, choose_device
+    from pipeline.measure.localization import measure_localization
+    from pipeline.stream.collection import open_collection
+
+    collection, stop = open_collection(shards, cache, cache_size), StopFlag().listen()
+    job = Job(config, collection, run, *choose_device("off"), workers=1, stop=stop)
+    marks = read_marks(boxes)
+    try:
+        cells = list(draw_cells(job, splits, marks))
+    except InterruptedEvaluationError:
+        return stop.code
+    if not cells:
+        raise DataError(f"{boxes}: no cell of {', '.join(splits)} in {collection} that this run has learned")
+    found = measure_localization(cells)
+    path = run / f"localization-{result_name(config, collection.digest, '+'.join(splits))}.json"
+    write_json(path, {"splits": list(splits), "boxes": hash_file(boxes)} | found)
+    print_localization(found)
+    all_cells = sum(map(len, marks.values()))
+    click.echo(f"{path}: {len(cells):,} of the {all_cells:,} cells in {boxes}")
+    if collection.digest == config.manifest and not {"train", "dev"}.isdisjoint(splits):
+        say(
+            "Warning: the run has learned from train and chosen its weights on dev: these films are not new to it"
+        )
+    say_next(*TRAIN, "evaluate", "--run", run, *repeat("--shards", shards), "--split", splits[0], "--sanity")
+    return 0
+
+
+@click.command(
+    "gallery", epilog="Example: python train.py gallery --run runs/first --images --out gallery.html"
+)
+@with_options(run_option, *DATA_OPTIONS)
+@click.option("--split", default="valid", help="Of the shards, which may be others than the run's.")
+@click.option("--n", default=3, type=click.IntRange(1, 20), help="Films of each kind.")
+@click.option("--images", is_flag=True, help="Yes, write films of patients into the page.")
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path, dir_okay=False), help="Page to write: .html"
+)
+def gallery_command(
+    shards: tuple[str, ...],
+    cache: Path,
+    cache_size: int,
+    workers: int,
+    run: Path,
+    split: str,
+    n: int,
+    images: bool,
+    out: Path,
+) -> int:
+    """Show, per label, the most confident right and wrong films and the most uncertain ones, with their maps.
+
+    On a page of its own with the terms of the data, without names, ages or sexes. All else that a run writes holds
+    counts and scores alone.
+    """
+    if not images:
+        raise click.UsageError(
+            "a gallery shows films of patients: add --images if the terms of the data allow it"
+        )
+    if out.suffix.lower() != ".html":
+        raise click.UsageError(f"--out {out}: the name must end in .html")
+    check_folder(out)
+    check_folders(shards)
+    config = read_config(run)
+    from model.predict import InterruptedEvaluationError
+    from model.runs.explain import choose_films, find_threshold, open_mapper, show_film
+    from model.runs.job import Job, StopFlag, choose_device, open_images
+    from model.runs.scoring import score_best
+    from pipeline.base.pages import open_templates
+    from pipeline.stream.collection import open_collection
+    from pipeline.stream.samples import find_places
+
+    collection, stop = open_collection(shards, cache, cache_size), StopFlag().listen()
+    job = Job(config, collection, run, *choose_device(config.amp), workers, stop)
+    draw, _ = open_mapper(run, config)
+    try:
+        scored, facts = score_best(job, split)
+    except InterruptedEvaluationError:
+        return stop.code
+    opened, _ = open_images(job, split)
+    rows = find_places(opened, facts)  # without unusable images
+    labels: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    with progress_bar("Drawing maps", "labels") as advance:
+        for column, label in enumerate(config.labels):
+            kinds = choose_films(scored, column, find_threshold(run, label), n)
+            labels[label] = {
+                kind: [
+                    show_film(opened, rows[film : film + 1], draw, label, scored, film, column)
+                    for film in films
+                ]
+                for kind, films in kinds.items()
+            }
+            advance(column + 1, len(config.labels))
+    page = open_templates("model.runs").get_template("gallery.html")
+    terms = {"title": "not stated", "license": "not stated", "paper": ""} | dict(collection.manifest.dataset)
+    restriction = find_restriction(collection.manifest.dataset)
+    html = page.render(
+        title=f"Gallery of {run.name}, {split}", terms=terms, restriction=restriction, labels=labels
+    )
+    write_atomically(out, html.encode())
+    click.echo(f"{out}: films of patients; {restriction or terms['license']}")
+    say_next(*TRAIN, "evaluate", "--run", run, *repeat("--shards", shards), "--split", split, "--sanity")
+    return 0

@@ -8,7 +8,7 @@ import click
 from pipeline.base.files import write_atomically
 from pipeline.base.workers import count_cpus
 from pipeline.cli.looking import check_output, find_blank
-from pipeline.console import progress_bar, refuse_usage, say
+from pipeline.console import progress_bar, refuse_usage, say, say_next
 from pipeline.labels import VIEWS
 from pipeline.manifest import NAME, read_manifest
 from pipeline.measure.metrics import Floats
@@ -85,4 +85,9 @@ def audit(
         click.echo(json.dumps(report, indent=2))
     else:
         print_audit(report)
+        if are_shards:
+            words = (word for source in sources for word in ("--shards", source))
+            say_next("python", "train.py", *words, "--run", "RUN")
+        elif len(sources) == 1 and sources[0].is_dir():
+            say_next("pipeline", "shards", sources[0], "shards")
     return 3 if strict and find_alarms(report) else 0

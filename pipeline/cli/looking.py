@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from pipeline.base.files import write_atomically
-from pipeline.console import CACHE_FOLDER, Parsed, PathOrUrl, refuse_usage, say
+from pipeline.console import CACHE_FOLDER, Parsed, PathOrUrl, refuse_usage, say, say_next
 from pipeline.labels import LABELS, STATES, VIEWS
 from pipeline.look.tables import print_report
 from pipeline.manifest import NAME, read_manifest
@@ -124,6 +124,8 @@ def stats(
         say(f"{html}: written")
     if format_ == "table":
         print_report(report)
+        if all(remote is None for _, remote in found):
+            say_next("pipeline", "audit", *sources)
     else:
         click.echo(to_json(report) if format_ == "json" else to_csv(report))
 
@@ -196,7 +198,10 @@ def check_output(option: str, path: Path | None, suffixes: Collection[str]) -> N
 @CACHE_FOLDER
 @click.option("--split", default="train")
 @click.option(
-    "--label", metavar="LABEL", type=click.Choice(LABELS), help="Images by their state of this label."
+    "--label",
+    metavar="LABEL",
+    type=click.Choice(LABELS, case_sensitive=False),
+    help="Images by their state of this label.",
 )
 @click.option("--state", type=click.Choice(list(STATES)), help="State of --label.", show_default="positive")
 @click.option(

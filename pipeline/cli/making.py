@@ -1,6 +1,7 @@
 """The commands that write and check shards: sample, shards, verify, index."""
 
 import re
+import sys
 import time
 from collections.abc import Iterable
 from dataclasses import fields
@@ -13,7 +14,18 @@ from pipeline.base.errors import DataError, printable
 from pipeline.base.files import is_open_to_all
 from pipeline.base.store import is_remote, open_location
 from pipeline.base.workers import count_cpus, run_alone
-from pipeline.console import CACHE_FOLDER, Checked, Number, Parsed, PathOrUrl, progress_bar, refuse_usage, say
+from pipeline.console import (
+    CACHE_FOLDER,
+    Checked,
+    Number,
+    Parsed,
+    PathOrUrl,
+    count_of,
+    progress_bar,
+    refuse_usage,
+    say,
+    say_next,
+)
 from pipeline.images import ENCODINGS, SQUARES
 from pipeline.labels import VIEWS
 from pipeline.look.tables import print_report
@@ -90,6 +102,7 @@ def sample(
             shortcuts=shortcuts,
         )
     click.echo(f"{folder}: {images:,} synthetic images")
+    say_next("pipeline", "shards", out, Path("shards", out.resolve().name))
 
 
 def parse_size(text: str) -> int | None:
@@ -260,7 +273,9 @@ def shards(
     files = [open_location(text) for text in facts]
     found = find_source(source, _collect("--split", splits), roots, dataset, columns or (), files, name or "")
     if dry_run:
-        return _print_preview(found, options, how)
+        code = _print_preview(found, options, how)
+        say_next("pipeline", *(word for word in sys.argv[1:] if word != "--dry-run"))
+        return code
     start = time.perf_counter()
     resumed: int | None = None
     with progress_bar("Sharding", "images") as advance:
@@ -281,6 +296,7 @@ def shards(
     for text in described.one_class:
         say(f"{text} by these policies: it cannot be learned")
     _print_run(out, run, seconds, described.views)
+    say_next("pipeline", "verify", out, "--deep")
     return 3 if how.strict and run.manifest.rejects else 0
 
 
@@ -338,8 +354,6 @@ def _print_run(out: Path, run: "RunSummary", seconds: float, views: str) -> None
         f"{out}: written in {seconds:,.1f} s, {rate:,.0f} images/s, "
         f"{run.bytes_in / 1e6:,.1f} MB in, {size / 1e6:,.1f} MB out"
     )
-    checks = "" if is_remote(out) else f"pipeline stats {out}, pipeline verify {out}, "
-    click.echo(f"next: {checks}python train.py --shards {out} --run RUN")
 
 
 def _print_preview(source: "Source", options: "Options", how: "Execution") -> int:
@@ -393,16 +407,20 @@ def verify(shards: str | Path, cache: Path, deep: bool, workers: int) -> None:
         if len(lines) > PRINTED:
             click.echo(f"{name.rstrip('/')}/{file}: and {len(lines) - PRINTED:,} more")
     if report.problems:
-        problems = sum(map(len, report.problems.values()))
+        problems = count_of(sum(map(len, report.problems.values())), "problem")
+        files = count_of(len(report.problems), "file")
         repair = (
             f"; write these again by `pipeline shards SOURCE {name} --repair`, with the options used before"
         )
         raise click.ClickException(
-            f"{name}: {problems:,} problems in {len(report.problems)} files{'' if report.indexed or remote else repair}"
+            f"{name}: {problems} in {files}{'' if report.indexed or remote else repair}"
         )
     click.echo(
         f"{name}: all is well: {report.splits} splits, {report.shards:,} shards, {report.samples:,} samples, "
         f"{report.bytes / 1e6:,.1f} MB in {time.perf_counter() - start:.1f} s"
+    )
+    say_next(
+        *(("python", "train.py", "--run", "RUN", "--shards", name) if remote else ("pipeline", "audit", name))
     )
 
 
@@ -439,6 +457,7 @@ def index(folder: Path, csvs: tuple[str, ...], split: str | None, workers: int) 
             f"{name:6} {entry.samples:8,} samples {entry.patients:7,} patients {len(entry.shards):4} shards"
         )
     click.echo(f"{folder}: indexed")
+    say_next("pipeline", "verify", folder, "--deep")
 
 
 def _parse_csvs(texts: tuple[str, ...]) -> Path | dict[str, Path] | None:

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from pipeline.base.csvs import demand, demand_unique, read_strings
 from pipeline.base.errors import DataError
 from pipeline.base.store import list_files
-from pipeline.labels import LABELS, NOT_ANNOTATED, parse_states
+from pipeline.labels import LABELS, NOT_ANNOTATED, find_label, parse_states
 from pipeline.sources.source import Source, Terms, no_more_roots, nothing_moved
 
 TERMS = Terms(name="table", title="a table of your own", patients="table", license="not stated", paper="")
@@ -51,7 +51,8 @@ def parse_columns(text: str) -> tuple[tuple[str, str], ...]:
     wrong = []
     known = (*FACTS, *LABELS)
     for part in text.split(","):
-        ours, _, theirs = part.partition("=")
+        name, _, theirs = part.partition("=")
+        ours = find_label(name) or name
         if ours not in known:
             wrong.append(f"'{ours}' is none of {', '.join(known)}")
         elif not theirs:

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.base.errors import DataError, quote
-from pipeline.labels import LABELS
+from pipeline.labels import find_label
 
 Pixels = npt.NDArray[np.uint8]  # [H, W]
 
@@ -41,10 +41,11 @@ class Shortcut(NamedTuple):
 
 def parse_shortcut(text: str) -> Shortcut:
     """The shortcut that `Pneumonia=marker:0.9` describes. Raises DataError."""
-    label, _, tie = text.partition("=")
+    name, _, tie = text.partition("=")
     cue, _, number = tie.partition(":")
-    if label not in LABELS:
-        raise DataError(f"'{quote(text, 80)}': '{quote(label, 80)}' is not a label; write LABEL=CUE:STRENGTH")
+    label = find_label(name)
+    if label is None:
+        raise DataError(f"'{quote(text, 80)}': '{quote(name, 80)}' is not a label; write LABEL=CUE:STRENGTH")
     if cue not in CUES:
         raise DataError(
             f"'{quote(text, 80)}': '{quote(cue, 80)}' is not a cue; choose from {', '.join(CUES)}"

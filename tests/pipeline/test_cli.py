@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from pipeline.manifest import Manifest
 from tests.conftest import REPOSITORY
 from tests.conftest import run_pipeline as run
 
@@ -18,7 +19,7 @@ def test_sample_shards_and_stats_work_together(tmp_path: Path) -> None:
     assert run("sample", tmp_path, "--images", 40).returncode == 0
     made = run("shards", tmp_path, tmp_path / "out", "--size", 64, "--views", "all", "--workers", 2)
     assert made.returncode == 0, made.stderr
-    assert made.stdout.splitlines()[-2].startswith(f"{tmp_path / 'out'}: written in ")
+    assert made.stdout.splitlines()[-1].startswith(f"{tmp_path / 'out'}: written in ")
     assert "Sharding: 40 of 40 images" in made.stderr
     assert run("stats", tmp_path / "out").stdout.startswith("40 images, ")
     again = run("shards", tmp_path, tmp_path / "out", "--size", 64, "--views", "all")
@@ -282,3 +283,25 @@ def test_a_problem_names_the_command_that_repairs_it(chexpert: Path, tmp_path: P
     repaired = run(*command, "--repair")
     assert repaired.stdout.splitlines()[-1] == f"{out}: written again: dev-000000.tar"
     assert run("verify", out).returncode == 0
+
+
+def test_each_command_ends_with_the_next_one(
+    chexpert: Path, tmp_path: Path, shards: tuple[Path, Manifest]
+) -> None:
+    folder, _ = shards
+    drawn, out = tmp_path / "drawn", tmp_path / "out"
+    verify = f"pipeline verify {out} --deep"
+    write = ("shards", chexpert, out, "--size", 48, "--dev", 0.3)
+    for words, then in (
+        (("sample", drawn, "--images", 20), f"pipeline shards {drawn} shards/drawn"),
+        ((*write, "--dry-run"), f"pipeline shards {chexpert} {out} --size 48 --dev 0.3"),
+        (write, verify),
+        (write, verify),  # complete already
+        (("verify", folder), f"pipeline audit {folder}"),
+        (("stats", folder), f"pipeline audit {folder}"),
+        (("audit", folder, "--no-images"), f"python train.py --shards {folder} --run RUN"),
+        (("audit", chexpert), f"pipeline shards {chexpert} shards"),
+    ):
+        assert run(*words).stderr.splitlines()[-1] == f"next: {then}"
+    for data in (("stats", folder, "--format", "csv"), ("audit", folder, "--no-images", "--format", "json")):
+        assert "next: " not in run(*data).stderr

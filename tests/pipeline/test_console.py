@@ -1,7 +1,14 @@
-"""What commands have in common: signals, progress."""
+"""What commands have in common: signals, progress, the next command."""
 
 import subprocess
 import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline import console
+from tests.conftest import PIPELINE
 
 SWALLOWED = """
 import os, signal
@@ -27,3 +34,41 @@ def test_a_sigterm_that_a_finalizer_swallows_ends_the_next_progress() -> None:
     done = subprocess.run([sys.executable, "-c", SWALLOWED], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (143, "still here\n")
     assert "Exception ignored" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [
+        (59, ""),
+        (60, "  1 min left"),
+        (5399, "  90 min left"),
+        (5400, "  1.5 h left"),
+        (36000, "  10.0 h left"),
+    ],
+)
+def test_time_left_is_said_from_a_minute_on(seconds: float, said: str) -> None:
+    assert console.show_left(seconds) == said
+
+
+def test_plain_progress_says_the_time_left_at_the_pace_of_this_start(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begin = time.monotonic()
+    with console.progress_bar("Working", "images") as advance:
+        for seconds, done in ((1, 100), (21, 200)):
+            monkeypatch.setattr(time, "monotonic", lambda seconds=seconds: begin + seconds)
+            advance(done, 1000, "fast")
+    assert capsys.readouterr().err == "Working: 200 of 1,000 images  fast  3 min left\n"
+
+
+def test_the_next_command_can_be_typed_as_it_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def said() -> str:
+        console.say_next("pipeline", "verify", "my shards", "--deep")
+        return capsys.readouterr().err
+
+    assert said() == "next: pipeline verify 'my shards' --deep\n"
+    monkeypatch.setenv("PATH", str(tmp_path))  # an environment that is not activated
+    monkeypatch.chdir(PIPELINE.parents[2])
+    assert said() == f"next: {PIPELINE.relative_to(Path.cwd())} verify 'my shards' --deep\n"

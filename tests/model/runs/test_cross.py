@@ -1,6 +1,7 @@
 """Train on each set and on all; score every run on every set."""
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,8 @@ def test_every_run_is_scored_on_every_set(
     out = tmp_path / "cross"
     words = ("cross", *(word for folder in sets for word in ("--shards", folder)), "--out", out, *SMALL)
     assert call_train(*words) == 0
+    then = f"predict --run {shlex.quote(str(out / 'north+south'))} --out scores.csv FILMS"
+    assert capsys.readouterr().err.endswith(f"\nnext: python train.py {then}\n")
     found = json.loads((out / "cross.json").read_text())
     assert found["sets"] == {name: {"split": "valid", "images": 40} for name in ("north", "south")}
     assert list(found["runs"]) == ["north", "south", "north + south"]

@@ -1,8 +1,10 @@
 """Several runs as one, test-time augmentation, and what predict and export make of them."""
 
 import json
+import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -10,12 +12,13 @@ import onnxruntime
 import pandas as pd
 import pytest
 
-from model.runs import results, use
+from model.runs import results
 from model.runs.scores import read_frame
 from pipeline import DataError, open_shards
 from pipeline.labels import LABELS
 from pipeline.manifest import Manifest
 from pipeline.measure.calibration import apply_calibration
+from tests.conftest import REPOSITORY
 from tests.model.runs.test_use import SMALL, call_train, trained  # noqa: F401 - a fixture
 
 pytestmark = pytest.mark.soak  # it trains, or builds large networks: half a minute
@@ -58,6 +61,7 @@ def test_an_ensemble_is_the_mean_of_calibrated_scores_everywhere(
     runs: tuple[Path, Path],
     sample_shards: tuple[Path, Manifest],
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     one, two = runs
@@ -65,7 +69,9 @@ def test_an_ensemble_is_the_mean_of_calibrated_scores_everywhere(
     shards = ("--shards", sample_shards[0])
     with pytest.MonkeyPatch.context() as patch:
         settings: list[dict[str, object]] = []
-        patch.setattr(use, "write_report", lambda job, *_: settings.append(results.describe_settings(job)))
+        patch.setattr(
+            results, "write_report", lambda job, *_: settings.append(results.describe_settings(job))
+        )
         assert call_train("evaluate", *shards, *both, "--out", out) == 0
     assert settings[0]["seed"] == "0; 1"
     assert settings[0]["members"] == [str(one), str(two)]
@@ -122,6 +128,15 @@ def test_an_ensemble_is_the_mean_of_calibrated_scores_everywhere(
     assert (
         decisions[:, columns] == decided[[f"{label} positive" for label in known]].to_numpy()
     ).mean() > 0.999
+    shutil.copy(decided["file"].iloc[0], tmp_path / "film.jpg")
+    (code,) = re.findall(
+        r"```python\n(.*?)```", (REPOSITORY / "docs" / "ensembles.md").read_text(), re.DOTALL
+    )
+    assert code.count("\n") <= 15
+    monkeypatch.chdir(tmp_path)
+    named: dict[str, Any] = {}
+    exec(compile(code, "ensembles.md", "exec"), named)  # noqa: S102
+    np.testing.assert_allclose(named["scores"], decided[list(LABELS)].iloc[:1], atol=1e-5)
     facts = session.get_modelmeta().custom_metadata_map
     assert facts["threshold_rule"] == "youden"
     assert facts["run"] == str(out)

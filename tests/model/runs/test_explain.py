@@ -54,12 +54,15 @@ def test_gallery_needs_consent_and_names_no_patient(
     run: Path,  # noqa: F811
     sample_shards: tuple[Path, Manifest],
     tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     out = tmp_path / "gallery.html"
     words = ("gallery", "--run", run, "--shards", sample_shards[0], "--n", 1, "--out", out)
     with pytest.raises(click.UsageError, match="add --images"):
         call_train(*words)
     assert call_train(*words, "--images") == 0
+    then = f"evaluate --run {run} --shards {sample_shards[0]} --split valid --sanity"
+    assert capsys.readouterr().err.endswith(f"\nnext: python train.py {then}\n")
     page = out.read_text()
     assert "License: none needed: the films show no patient" in page
     assert "patient0" not in page
@@ -70,9 +73,12 @@ def test_localize_measures_the_boxes_of_drawn_signs(
     run: Path,  # noqa: F811
     sample_shards: tuple[Path, Manifest],
     tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     words = ("localize", "--run", run, "--shards", sample_shards[0], "--boxes")
     assert call_train(*words, sample_shards[0].parent / "boxes.csv") == 0
+    then = f"evaluate --run {run} --shards {sample_shards[0]} --split valid --sanity"
+    assert capsys.readouterr().err.endswith(f"\nnext: python train.py {then}\n")
     found = json.loads((run / "localization-valid.json").read_text())
     assert found["splits"] == ["valid"]
     assert found["labels"]["all"]["cells"] > 20

@@ -6,6 +6,7 @@ import fcntl
 import itertools
 import json
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -365,11 +366,14 @@ def test_trials_are_the_runs_that_train_makes(
     given = ("--arch", "rescnn", "--batch-size", 16, "--augment", "none", "--seed", 3)
     sweep = tmp_path / "sweep"
     assert command("sweep", "--sweep", sweep, "--lr", "1e-3 1e-2", "--weight-decay", "0.01", *given) == 0
-    *table, counted, best, again = capsys.readouterr().out.splitlines()
+    said = capsys.readouterr()
+    assert re.search(r"^Trial 0: dev AUROC 0\.\d{4} \(.*\); 1 trial to go$", said.err, re.MULTILINE)
+    assert re.search(r"^Trial 1: dev AUROC 0\.\d{4} \(.*\)$", said.err, re.MULTILINE)
+    *table, counted, best = said.out.splitlines()
     assert [line.split()[1] for line in table if line.startswith("│")] == ["0", "1"]
     assert counted == f"{sweep / 'report.html'}: 2 trials complete"
     assert best == f"trial 0 is the best, in {sweep / 'trials' / 'lr=0.001'}; the same once more:"
-    words = again.removeprefix("next: python train.py ").removesuffix("RUN").split()
+    words = said.err.splitlines()[-1].removeprefix("next: python train.py ").removesuffix("RUN").split()
     assert main.main([*words, str(tmp_path / "again")], standalone_mode=False, obj=train.train) == 0
     config = (sweep / "trials" / "lr=0.001" / "config.json").read_text()
     assert (tmp_path / "again" / "config.json").read_text() == config

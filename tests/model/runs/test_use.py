@@ -84,7 +84,7 @@ def test_predict_keeps_earlier_scores_where_no_image_can_be_read(
         assert f"{films}: {text} skipped: only JPEG, PNG and DICOM can be read\n" in said
     assert f"{films / 'a.png'}: not a readable JPEG, PNG or DICOM" in said
     new = tmp_path / "new.csv"
-    with pytest.raises(DataError, match=f"^none of 1 images can be read; {new} is not written$"):
+    with pytest.raises(DataError, match=f"^none of 1 image can be read; {new} is not written$"):
         call_train("predict", "--run", run, "--out", new, films / "a.png")
     assert not new.exists()
 
@@ -97,7 +97,9 @@ def test_what_evaluate_wrote_is_said_and_a_comparison_stays(
 
     def written(*words: object) -> list[Path]:
         assert call_train(*command, *words) == 0
-        lines = capsys.readouterr().out.splitlines()
+        said = capsys.readouterr()
+        assert said.err.endswith(f"next: python train.py predict --run {run} --out scores.csv FILMS\n")
+        lines = said.out.splitlines()
         return [Path(line.removesuffix(": written")) for line in lines if line.endswith(": written")]
 
     compared = written("--against", other)
@@ -191,7 +193,9 @@ def test_readers_stand_beside_the_network(
         call_train("evaluate", "--run", run, *shards, *words[:2], "--readers", tmp_path / "b" / "bc4.csv")
 
 
-def test_predict_reads_16_bit_images_as_the_shards_did(tmp_path: Path) -> None:
+def test_predict_reads_16_bit_images_as_the_shards_did(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "CheXpert"
     write_chexpert(folder, "train", range(1, 17))
     write_chexpert(folder, "valid", range(17, 21))
@@ -205,6 +209,7 @@ def test_predict_reads_16_bit_images_as_the_shards_did(tmp_path: Path) -> None:
     assert call_train("train", "--shards", shards, "--run", run, *SMALL, "--batch-size", 4) == 0
     frontals = sorted((folder / "valid").rglob("*_frontal.png"))
     assert call_train("predict", "--run", run, "--out", out, "--workers", 1, *frontals) == 0
+    assert capsys.readouterr().err.endswith(f"next: python train.py export --run {run} --out model.onnx\n")
     scores = read_frame(run / "scores-valid.arrow").set_index(["patient", "study"])
     fits = json.loads((run / "calibration.json").read_text())["image"]
     for row in pd.read_csv(out).itertuples(index=False):

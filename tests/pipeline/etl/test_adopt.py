@@ -95,6 +95,7 @@ def test_shards_of_others_stream(chexpert: Path, tmp_path: Path, layout: str) ->
         f"{name:6}       48 samples      16 patients    3 shards",
         f"{folder}: indexed",
     ]
+    assert run.stderr.splitlines()[-1] == f"next: pipeline verify {folder} --deep"
     assert {path: path.read_bytes() for path in folder.glob("*.tar")} == before
 
     manifest = read_manifest(folder)

@@ -242,7 +242,9 @@ def test_damage_is_named(chexpert: Path, shards: Shards, damage: Damage) -> None
     assert run.stdout.splitlines() == lines
     assert run.returncode == 1
     repair = f"write these again by `pipeline shards SOURCE {folder} --repair`, with the options used before"
-    assert re.fullmatch(rf"Error: {folder}: \d+ problems in \d+ files; {repair}", run.stderr.splitlines()[-1])
+    assert re.fullmatch(
+        rf"Error: {folder}: \d+ problems? in \d+ files?; {repair}", run.stderr.splitlines()[-1]
+    )
 
 
 @pytest.mark.parametrize("options", [(), ("--deep",)])
@@ -255,7 +257,7 @@ def test_healthy_shards_pass(shards: Shards, options: tuple[str, ...]) -> None:
     found = f"3 splits, {number} shards, {samples} samples, {size:,.1f} MB"
     assert re.fullmatch(rf"{folder}: all is well: {found} in \d+\.\d s\n", run.stdout)
     assert run.returncode == 0
-    assert run.stderr == f"Verifying: {number} of {number} shards\n"
+    assert run.stderr == f"Verifying: {number} of {number} shards\nnext: pipeline audit {folder}\n"
 
 
 def deep_only(folder: Path, lines: list[str]) -> None:
@@ -299,6 +301,7 @@ def test_leftovers_are_warnings(shards: Shards) -> None:
         f"Warning: {folder / '.partial'}: left over from an interrupted run; delete it",
         f"Warning: {folder / '.train-000000.tar.0123abcd.tmp'}: left over from an interrupted run; delete it",
         f"Warning: {folder / 'test-000000.tar'}: the manifest does not list it",
+        f"next: pipeline audit {folder}",
     ]
 
 

@@ -41,7 +41,7 @@ def test_the_sheet_has_the_images_of_that_state(shards: tuple[Path, Manifest], t
     split = open_split(folder, manifest, "train")
     rows = [row for row, value in enumerate(split.table["Edema"].to_pylist()) if value == -1]
     out = tmp_path / "edema.png"
-    said = show(folder, "--label", "Edema", "--state", "uncertain", "--out", out)
+    said = show(folder, "--label", "edema", "--state", "uncertain", "--out", out)
     assert said == f"{out}: train: {len(rows)} of {len(rows)} images uncertain for Edema, seed 0\n"
     sheet = np.asarray(Image.open(out).convert("RGB"))
     height, width = np.asarray(Image.open(io.BytesIO(stored(folder, split, rows[0])))).shape
@@ -149,7 +149,10 @@ def test_variants_are_what_training_sees(
         out,
     )
     main.main(["inputs", *map(str, options)], standalone_mode=False)
-    assert capsys.readouterr().out == f"{out}: train: 3 of 24 images, seed 7, augmented ({kind})\n"
+    said = capsys.readouterr()
+    assert said.out == f"{out}: train: 3 of 24 images, seed 7, augmented ({kind})\n"
+    then = f"--shards {folder} --augment {kind} --image-size 192 --run RUN"
+    assert said.err == f"next: python train.py {then}\n"
     split = open_split(folder, manifest, "train")
     rows = spread_rows(np.arange(split.table.num_rows), 3, seed=7)
     chosen = dataclasses.replace(open_shards(folder)["train"], samples=find_images(split, rows))

@@ -12,7 +12,7 @@ from pipeline.manifest import read_manifest
 from pipeline.sources.table import parse_columns
 from tests.conftest import run_pipeline
 
-COLUMNS = "path=Image,patient=MRN,sex=Gender,age=Years,Edema=edema,Pleural Effusion=fluid"
+COLUMNS = "path=Image,patient=MRN,sex=Gender,age=Years,Edema=edema,pleural effusion=fluid"
 ROWS = (
     ("Image,MRN,Gender,Years,edema,fluid,note"),
     ("a/1.png,M-01,F,61,1,0,first"),

@@ -824,7 +824,7 @@ def test_verify_names_what_a_server_gives_wrongly(
     done = run_pipeline("verify", web(server), "--cache", tmp_path / "cache")
     assert done.returncode == 1
     assert done.stdout == f"{web(server)}/{shard}: its sha256 is not the manifest's; tried 1 times\n"
-    assert done.stderr.splitlines()[-1] == f"Error: {web(server)}: 1 problems in 1 files"
+    assert done.stderr.splitlines()[-1] == f"Error: {web(server)}: 1 problem in 1 file"
 
 
 def test_a_url_is_not_indexed() -> None:
