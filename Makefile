@@ -87,7 +87,7 @@ WRITE    = $(BIN)/pipeline shards "$(DATA)" $(OUT) --size $(SIZE) --views $(VIEW
 $(if $(word 2,$(OUT)),$(error OUT=$(OUT): make takes no spaces there))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup shards verify stats train sweep cross evaluate predict test test-wheel test-pages test-s3 test-postgres test-cluster soak fuzz audit docs lint bench-etl bench-stream bench-scale lock clean
+.PHONY: help setup shards verify stats train sweep cross evaluate predict test test-wheel test-pages test-s3 test-postgres test-cluster soak fuzz audit docs lint bench-etl bench-stream bench-auroc bench-scale lock clean
 
 ##@ Set up
 help:  ## list the targets
@@ -182,8 +182,12 @@ lint: .venv/installed  ## check style (ruff) and types (mypy)
 bench-etl: .venv/installed .venv-peers/installed  ## measure sharding beside img2dataset, Pillow and the codec
 	$(BIN)/python benchmarks/etl.py --peers .venv-peers/bin/python
 
-bench-stream: .venv/installed .venv-peers-stream/installed  ## measure the stream beside its peers
+bench-stream: .venv/installed .venv-peers-stream/installed  ## measure the stream beside its peers (installs Debian's ffmpeg where there is none)
+	@command -v ffmpeg >/dev/null || { $(SUDO) apt-get update --quiet && $(SUDO) apt-get install --yes --quiet ffmpeg; }
 	$(BIN)/python -m benchmarks.stream --peers .venv-peers-stream/bin/python
+
+bench-auroc: .venv/installed  ## measure minutes from CSV and JPEGs to dev AUROC .90, beside two usual recipes; ARGS="--images 600 …"
+	$(BIN)/python -m benchmarks.auroc $(ARGS)
 
 bench-scale: .venv/installed  ## shard the whole real label table; measure time and memory
 	$(BIN)/python benchmarks/scale.py
