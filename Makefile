@@ -87,7 +87,7 @@ WRITE    = $(BIN)/pipeline shards "$(DATA)" $(OUT) --size $(SIZE) --views $(VIEW
 $(if $(word 2,$(OUT)),$(error OUT=$(OUT): make takes no spaces there))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup shards verify stats train sweep cross evaluate predict test test-wheel test-pages test-s3 test-postgres test-examples test-cluster docs-check soak fuzz audit docs lint bench-etl bench-stream bench-gpu bench-scale pictures lock clean
+.PHONY: help setup shards verify stats train sweep cross evaluate predict test test-wheel test-pages test-s3 test-postgres test-examples test-cluster docs-check soak fuzz audit docs lint bench-etl bench-stream bench-auroc bench-gpu bench-scale pictures lock clean
 
 ##@ Set up
 help:  ## list the targets
@@ -188,13 +188,17 @@ lint: .venv/installed  ## check style (ruff) and types (mypy)
 bench-etl: .venv/installed .venv-peers/installed  ## measure sharding beside img2dataset, Pillow and the codec
 	$(BIN)/python benchmarks/etl.py --peers .venv-peers/bin/python
 
-bench-stream: .venv/installed .venv-peers-stream/installed  ## measure the stream beside its peers
+bench-stream: .venv/installed .venv-peers-stream/installed  ## measure the stream beside its peers (installs Debian's ffmpeg where there is none)
+	@command -v ffmpeg >/dev/null || { $(SUDO) apt-get update --quiet && $(SUDO) apt-get install --yes --quiet ffmpeg; }
 	$(BIN)/python -m benchmarks.stream --peers .venv-peers-stream/bin/python
 
 bench-gpu: .venv/installed $(OUT)/manifest.json  ## measure the training step on a GPU: resnet50 at 320, bf16 and fp16, compiled or not
 	@$(BIN)/python -c 'import torch; torch.cuda.is_available() or exit("make bench-gpu needs a GPU that torch can use")'
 	for options in "--amp bf16" "--amp bf16 --compile" "--amp fp16"; do \
 		$(BIN)/python -m benchmarks.step --shards $(OUT) --arch resnet50 --size 320 --batch 64 --steps 50 $$options || exit; done
+
+bench-auroc: .venv/installed  ## measure minutes from CSV and JPEGs to dev AUROC .90, beside two usual recipes; ARGS="--images 600 …"
+	$(BIN)/python -m benchmarks.auroc $(ARGS)
 
 bench-scale: .venv/installed  ## shard the whole real label table; measure time and memory
 	$(BIN)/python benchmarks/scale.py

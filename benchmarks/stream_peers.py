@@ -13,13 +13,17 @@ of its own (peers-stream.txt), and each function imports only what it measures.
 # mypy: disable-error-code="import-not-found, import-untyped, misc, no-any-return, no-untyped-call, untyped-decorator"
 
 import csv
+import io
 import json
 import random
 import subprocess
 import sys
+import tarfile
 import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +205,231 @@ def torchxrayvision(source: Path) -> Batches:
         yield batch["img"], batch["lab"], [keys[row] for row in batch["idx"]]
 
 
+def energon(shards: Path) -> Batches:
+    """The same tars; crude samples, which its documentation offers for own fields, and the gray decoder."""
+    from megatron import energon as mega
+    from torchvision.transforms import v2
+
+    transform = v2.Compose([v2.Resize((SIZE, SIZE)), v2.PILToTensor()])
+
+    class Films(mega.DefaultTaskEncoder):
+        decoder = mega.SampleDecoder(image_decode="pill")
+        cookers = (mega.Cooker(mega.stateless(lambda sample: sample)),)
+
+        @mega.stateless
+        def encode_sample(self, sample: dict[str, Any]) -> tuple[Any, Any, str]:
+            return transform(sample["jpg"]), read_labels(sample["json"]), sample["json"]["key"]
+
+        @mega.stateless
+        def batch(self, samples: list[tuple[Any, Any, str]]) -> tuple[Any, Any, list[str]]:
+            images, labels, keys = zip(*samples, strict=True)
+            return mega.batch_stack(images), mega.batch_stack(labels), list(keys)
+
+    dataset = mega.get_train_dataset(
+        shards / "energon",
+        batch_size=BATCH,
+        shuffle_buffer_size=1000,
+        max_samples_per_sequence=100,
+        worker_config=mega.WorkerConfig(rank=0, world_size=1, num_workers=WORKERS),
+        task_encoder=Films(),
+        repeat=False,
+    )
+    yield from mega.get_loader(dataset)
+
+
+def prepare_energon(shards: Path) -> None:
+    """Its index, beside links to the shards: DALI's has the same file names."""
+    from megatron.energon.flavors import BaseWebdatasetFactory
+
+    folder = shards / "energon"
+    folder.mkdir()
+    files = [Path(file) for file in _list_shards(shards)]
+    for file in files:
+        (folder / file.name).hardlink_to(file)
+    BaseWebdatasetFactory.prepare_dataset(
+        folder, [file.name for file in files], split_parts_ratio=[("train", 1.0)], workers=WORKERS
+    )
+    (folder / ".nv-meta" / "dataset.yaml").write_text(
+        "__module__: megatron.energon\n__class__: CrudeWebdataset\n"
+    )
+
+
+def turboloader(shards: Path) -> Batches:
+    """Its fused pass in C++ over one tar, as float32 RGB, which is all that it offers; labels by its indices."""
+    return _turboloader(shards, shards / "turboloader.tar")
+
+
+def turboloader_raw(shards: Path) -> Batches:
+    """Pixels decoded beforehand, mapped into memory."""
+    return _turboloader(shards, shards / "turboloader.tbl")
+
+
+def _turboloader(shards: Path, file: Path) -> Batches:
+    import torch
+    import turboloader
+
+    keys, _, states = zip(*read_tars(shards), strict=True)
+    labels = torch.from_numpy(np.array(states))
+    loader = turboloader.DataLoader(
+        str(file), BATCH, num_workers=WORKERS, shuffle=True, image_size=SIZE, output_format="pytorch"
+    )
+    for images, facts in loader:
+        if facts.get("decode_failures"):
+            raise ValueError("TurboLoader could not decode an image")
+        rows = facts["indices"]
+        yield images[:, :1], labels[rows], [keys[row] for row in rows]
+
+
+def prepare_turboloader(shards: Path) -> None:
+    """One tar of images alone: it opens one, and counts every member."""
+    with tarfile.open(shards / "turboloader.tar", "w") as out:
+        for key, jpeg, _ in read_tars(shards):
+            member = tarfile.TarInfo(f"{key}.jpg")
+            member.size = len(jpeg)
+            out.addfile(member, io.BytesIO(jpeg))
+
+
+def prepare_turboloader_raw(shards: Path) -> None:
+    import turboloader
+
+    prepare_turboloader(shards)
+    tar, file = shards / "turboloader.tar", shards / "turboloader.tbl"
+    turboloader.preprocess_to_tbl(str(tar), str(file), SIZE, num_workers=WORKERS)
+
+
+def grain(shards: Path) -> Batches:
+    """Its records, shuffled over all of them; it has no decoder, and OpenCV's is the fastest that it leaves open."""
+    import grain
+    import msgpack
+
+    def load(record: bytes) -> tuple[Any, Any, str]:
+        sample = msgpack.unpackb(record)
+        return _load_by_opencv(sample["jpg"]), np.array(sample["labels"], np.float32), sample["key"]
+
+    def collate(samples: list[tuple[Any, Any, str]]) -> tuple[Any, Any, list[str]]:
+        images, labels, keys = zip(*samples, strict=True)
+        return np.stack(images), np.stack(labels), list(keys)
+
+    source = grain.sources.ArrayRecordDataSource(str(shards / "grain.array_record"))
+    options = grain.ReadOptions(num_threads=WORKERS, prefetch_buffer_size=4)
+    films = grain.MapDataset.source(source).shuffle(seed=0).map(load)
+    yield from films.batch(BATCH, drop_remainder=True, batch_fn=collate).to_iter_dataset(options)
+
+
+def prepare_grain(shards: Path) -> None:
+    import msgpack
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    writer = ArrayRecordWriter(str(shards / "grain.array_record"), "group_size:1,uncompressed")
+    for key, jpeg, labels in read_tars(shards):
+        writer.write(msgpack.packb({"key": key, "jpg": jpeg, "labels": labels.tolist()}))
+    writer.close()
+
+
+def datasets_streaming(shards: Path) -> Batches:
+    """The same tars as a stream; its Image feature decodes with Pillow, in gray."""
+    import datasets
+    from torch.utils.data import DataLoader
+    from torchvision.transforms import v2
+
+    transform = v2.Compose([v2.Resize((SIZE, SIZE)), v2.PILToTensor()])
+
+    def load(sample: dict[str, Any]) -> dict[str, Any]:
+        return {"images": transform(sample["jpg"]), "labels": read_labels(sample["json"])}
+
+    films = datasets.load_dataset(
+        "webdataset", data_files=_list_shards(shards), split="train", streaming=True
+    )
+    films = films.cast_column("jpg", datasets.Image(mode="L")).shuffle(0, buffer_size=1000)
+    films = films.map(load, remove_columns=["jpg", "json", "__url__"])
+    for batch in DataLoader(films, BATCH, num_workers=WORKERS):
+        yield batch["images"], batch["labels"], batch["__key__"]
+
+
+def datasets_arrow(source: Path) -> Batches:
+    """A table with the JPEGs in it, shuffled over all rows."""
+    import datasets
+    import torch
+    from torch.utils.data import DataLoader
+    from torchvision.transforms import v2
+
+    transform = v2.Compose([v2.Resize((SIZE, SIZE)), v2.PILToTensor()])
+
+    def load(samples: dict[str, Any]) -> dict[str, Any]:
+        images = [transform(image) for image in samples["image"]]
+        return samples | {"image": images, "labels": [torch.tensor(row) for row in samples["labels"]]}
+
+    films = datasets.load_from_disk(str(source / "datasets")).with_transform(load)
+    for batch in DataLoader(films, BATCH, shuffle=True, num_workers=WORKERS, drop_last=True):
+        yield batch["image"], batch["labels"], batch["key"]
+
+
+def prepare_datasets(source: Path) -> None:
+    import datasets
+
+    paths, labels = read_csv(source)
+    keys = [key_of(path) for path in paths]
+    columns = {"image": [str(path) for path in paths], "labels": labels.tolist(), "key": keys}
+    films = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image(mode="L"))
+    films.cast_column("labels", datasets.List(datasets.Value("float32"))).save_to_disk(source / "datasets")
+
+
+def decoder_torchcodec(shards: Path) -> Batches:
+    """The decoder that torchvision hands over to."""
+    import cv2
+    from torchcodec.decoders import decode_jpeg
+
+    def load(jpeg: bytes) -> npt.NDArray[np.uint8]:
+        return cv2.resize(decode_jpeg(jpeg, mode="GRAY")[0].numpy(), (SIZE, SIZE))[None]
+
+    return _bare_loop(shards, load)
+
+
+def decoder_leanjpeg(shards: Path) -> Batches:
+    """A fork of simplejpeg with pooled handles."""
+    if sys.version_info < (3, 13):
+        raise RuntimeError("leanjpeg needs Python 3.13")
+    import cv2
+    from leanjpeg_simple import decode_jpeg
+
+    def load(jpeg: bytes) -> npt.NDArray[np.uint8]:
+        return cv2.resize(decode_jpeg(jpeg, "GRAY")[..., 0], (SIZE, SIZE))[None]
+
+    return _bare_loop(shards, load)
+
+
+def _load_by_opencv(jpeg: bytes) -> npt.NDArray[np.uint8]:
+    import cv2
+
+    pixels = cv2.imdecode(np.frombuffer(jpeg, np.uint8), cv2.IMREAD_GRAYSCALE)
+    return cv2.resize(pixels, (SIZE, SIZE))[None]
+
+
+def _bare_loop(shards: Path, load: Callable[[bytes], npt.NDArray[np.uint8]]) -> Batches:
+    """Batches loaded from memory, one a thread, into the same three over and over."""
+    import cv2
+
+    cv2.setNumThreads(0)
+    samples = list(read_tars(shards))
+    buffers = [np.empty((BATCH, 1, SIZE, SIZE), np.uint8) for _ in range(WORKERS + 1)]
+
+    def fill(number: int) -> tuple[Any, Any, list[str]]:
+        keys, jpegs, labels = zip(*samples[number * BATCH : (number + 1) * BATCH], strict=True)
+        images = buffers[number % len(buffers)]
+        for at, jpeg in enumerate(jpegs):
+            images[at] = load(jpeg)
+        return images, np.array(labels), list(keys)
+
+    count = len(samples) // BATCH
+    with ThreadPoolExecutor(WORKERS) as pool:
+        ahead = deque(pool.submit(fill, number) for number in range(WORKERS))
+        for number in range(count):
+            batch = ahead.popleft().result()
+            if number + WORKERS < count:
+                ahead.append(pool.submit(fill, number + WORKERS))
+            yield batch
+
+
 PEERS: dict[str, Callable[[Path], Batches]] = {
     "webdataset_usual": webdataset_usual,
     "webdataset_best": webdataset_best,
@@ -209,8 +438,25 @@ PEERS: dict[str, Callable[[Path], Batches]] = {
     "mosaicml": mosaicml,
     "dali": dali,
     "torchxrayvision": torchxrayvision,
+    "energon": energon,
+    "turboloader": turboloader,
+    "turboloader_raw": turboloader_raw,
+    "grain": grain,
+    "datasets_streaming": datasets_streaming,
+    "datasets_arrow": datasets_arrow,
+    "decoder_torchcodec": decoder_torchcodec,
+    "decoder_leanjpeg": decoder_leanjpeg,
 }
-PREPARE = {"litdata": prepare_litdata, "mosaicml": prepare_mosaicml, "dali": prepare_dali}
+PREPARE = {
+    "litdata": prepare_litdata,
+    "mosaicml": prepare_mosaicml,
+    "dali": prepare_dali,
+    "energon": prepare_energon,
+    "turboloader": prepare_turboloader,
+    "turboloader_raw": prepare_turboloader_raw,
+    "grain": prepare_grain,
+    "datasets_arrow": prepare_datasets,
+}
 
 
 def read_csv(source: Path) -> tuple[list[Path], npt.NDArray[np.float32]]:
@@ -219,6 +465,18 @@ def read_csv(source: Path) -> tuple[list[Path], npt.NDArray[np.float32]]:
         rows = list(csv.reader(file))[1:]
     labels = [[float(cell or 0) for cell in row[5:]] for row in rows]
     return [source.parent / row[0] for row in rows], np.array(labels, np.float32)
+
+
+def read_tars(shards: Path) -> Iterator[tuple[str, bytes, npt.NDArray[np.float32]]]:
+    """Key, JPEG and labels [14] of each sample, by the standard library."""
+    for file in _list_shards(shards):
+        with tarfile.open(file) as tar:
+            parts = {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
+        for name, jpeg in parts.items():
+            if name.endswith(".jpg"):
+                key = name.removesuffix(".jpg")
+                states = json.loads(parts[f"{key}.json"])["labels"].values()
+                yield key, jpeg, np.array([float(state or 0) for state in states], np.float32)
 
 
 def read_labels(document: dict[str, Any]) -> Any:
