@@ -206,7 +206,7 @@ bench-scale: .venv/installed  ## shard the whole real label table; measure time 
 ##@ Maintain
 pictures: .venv/installed  ## draw docs/pictures and docs/sample anew from the sample (installs Debian's chromium where there is none)
 	@command -v chromium >/dev/null || { $(SUDO) apt-get update --quiet && $(SUDO) apt-get install --yes --quiet chromium; }
-	$(BIN)/python -m docs.pictures
+	$(BIN)/python -m docs.redraw
 
 lock:  ## resolve the dependencies anew into requirements.lock (needs uv)
 	uv pip compile --quiet --upgrade --universal --python-version 3.11 --no-annotate --extra dev pyproject.toml \

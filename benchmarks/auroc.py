@@ -216,8 +216,8 @@ def train(name: str, source: Path, setting: Setting, seed: int, films: int, star
                 asked = time.time()
                 auroc = score(average, read("dev", 0))
                 scoring += time.time() - asked
-        spent = (began - started, waiting, time.time() - began - waiting - scoring, scoring)
-        return Result(*(seconds / 60 for seconds in spent), step, auroc)
+        network_time = time.time() - began - waiting - scoring
+        return Result((began - started) / 60, waiting / 60, network_time / 60, scoring / 60, step, auroc)
 
 
 def score(network: nn.Module, dev: Batches) -> float:

@@ -172,7 +172,7 @@ def decode_into(out: Gray, data: bytes | memoryview, encoding: str) -> None:
             simplejpeg.decode_jpeg(data, colorspace="GRAY", buffer=out)
             return
         pixels = simplejpeg.decode_jpeg(data, colorspace="GRAY", buffer=_borrow(height * width))[:, :, 0]
-    resized = resize(pixels, *out.shape, out)
+    resized = resize(pixels, out.shape[0], out.shape[1], out)
     if resized is not out:
         out[:] = resized
 

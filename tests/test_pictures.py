@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from docs.pictures import PICTURES, SAMPLE, draw_recording
+from docs.redraw import PICTURES, SAMPLE, draw_recording
 from tests.conftest import REPOSITORY
 
 PAGES = [REPOSITORY / "README.md", *(REPOSITORY / "docs").rglob("*.md")]
