@@ -87,7 +87,7 @@ WRITE    = $(BIN)/pipeline shards "$(DATA)" $(OUT) --size $(SIZE) --views $(VIEW
 $(if $(word 2,$(OUT)),$(error OUT=$(OUT): make takes no spaces there))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup shards verify stats train sweep cross evaluate predict test test-wheel test-pages test-s3 test-postgres test-examples test-cluster docs-check soak fuzz audit docs lint bench-etl bench-stream bench-auroc bench-gpu bench-scale pictures lock clean
+.PHONY: help setup shards verify stats train sweep cross evaluate predict test test-wheel test-pages test-s3 test-postgres test-examples test-cluster docs-check soak fuzz audit docs lint bench-etl bench-stream bench-gpu bench-auroc bench-scale pictures lock clean
 
 ##@ Set up
 help:  ## list the targets
