@@ -135,9 +135,9 @@ def _write_tar(
         position += len(data)
 
     # All at once: between two images, the codec has driven this code out of the processor's caches.
-    labels = [tar_member(f"{row['key']}.json", _sample_json(row)) for row in rows]
+    documents = [tar_member(f"{row['key']}.json", _sample_json(row)) for row in rows]
     contents = read_images([row["file"] for row in rows], task.roots)
-    for row, label, content in zip(rows, labels, contents, strict=True):
+    for row, document, content in zip(rows, documents, contents, strict=True):
         try:
             if isinstance(content, ImageError):
                 raise content
@@ -151,7 +151,7 @@ def _write_tar(
             stripped += image.stripped
             places.append((position + BLOCK, len(image.data), zlib_ng.crc32(image.data)))
             originals.append(image.original)
-            write(tar_member(f"{row['key']}.{suffix}", image.data) + label)
+            write(tar_member(f"{row['key']}.{suffix}", image.data) + document)
             # Every 16th pixel: counting all of them would take as long as encoding them.
             levels += np.bincount(image.pixels[::4, ::4].ravel(), minlength=256)
         report_item()

@@ -28,14 +28,12 @@ from zlib_ng import zlib_ng
 
 from pipeline.base.errors import DataError
 from pipeline.images import Gray, decode_into, decode_stored
-from pipeline.stream.cache import DOWNLOADS
-from pipeline.stream.plan import WINDOW, Rows, Step
+from pipeline.stream.cache import DOWNLOADS, KEPT_OPEN
+from pipeline.stream.plan import Rows, Step
 from pipeline.stream.samples import OpenSplit
 
 # This module decodes on threads of its own; OpenCV's would only be in their way.
 cv2.setNumThreads(1)
-
-KEPT_OPEN = 2 * WINDOW  # shards: the window that is read, and the next
 
 Stage = Callable[[Iterator[Any]], Iterator[Any]]
 

@@ -42,8 +42,9 @@ Result = TypeVar("Result")
 
 SCHEMES = ("http", "https", "s3")
 CACHE, CACHE_SIZE = Path(".cache"), 20 * 10**9  # bytes
+KEPT_OPEN = 2 * WINDOW  # shards: the window that is read, and the next
 DOWNLOADS = 4  # at the same time
-AT_ONCE = 2 * WINDOW + DOWNLOADS  # shards: the window that is read, the next, and what is arriving
+AT_ONCE = KEPT_OPEN + DOWNLOADS  # shards
 PIECE = 2**16  # bytes that are read at a time
 POLL = 0.05  # seconds between looks at what other downloads do, and whether this one is still wanted
 GRACE = 2.0  # seconds in which whoever asked for a file opens it: until then it stays
@@ -253,10 +254,10 @@ class Remote:
         stop = stop or Event()
 
         def fetch(part: Path, url: str) -> None:
-            if size is None:
-                os.truncate(part, 0)  # it may be whole, and then has no next byte to ask for
-            if part.stat().st_size != size:
-                self._fetch(part, self.cache.limit if size is None else size, stop, url)
+            # One of unknown size may be whole, and then has no next byte to ask for.
+            start = 0 if size is None else part.stat().st_size
+            if start != size:
+                self._fetch(part, self.cache.limit if size is None else size, stop, url, start)
             length = part.stat().st_size
             if size is not None and length < size:
                 raise OSError(f"{length:,} bytes, not {size:,} as in the manifest")
@@ -269,12 +270,12 @@ class Remote:
 
         return self.cache.get(path, redact(self._locate(name)), sha256, size or 0, download, stop)
 
-    def _fetch(self, file: Path, most: int, stop: Event, url: str) -> None:
-        """Download what `file` lacks, at most to this many bytes: do not trust Content-Length."""
+    def _fetch(self, file: Path, most: int, stop: Event, url: str, start: int = 0) -> None:
+        """Download what follows the `start` bytes in `file`, `most` in all: do not trust Content-Length."""
 
         async def download() -> None:
-            with file.open("r+b") as target:
-                async for offset, piece in self._read(self._files, url, target.seek(0, os.SEEK_END)):
+            with file.open("r+b" if start else "wb") as target:
+                async for offset, piece in self._read(self._files, url, start):
                     if offset + len(piece) > most:
                         target.truncate(0)
                         raise OSError(f"more than the {most:,} bytes that it may have")
@@ -282,7 +283,6 @@ class Remote:
                     target.write(piece)
                 target.truncate()
 
-        file.touch()
         task = asyncio.run_coroutine_threadsafe(download(), self._files.loop)
         try:
             while not wait([task], POLL).done:

@@ -321,6 +321,14 @@ def test_an_interrupted_download_is_continued(
     assert cached(tmp_path / "cache") == shard_names(shard)
 
 
+def test_a_manifest_is_never_put_together_from_two(
+    shards: tuple[Path, Manifest], server: Server, tmp_path: Path
+) -> None:
+    server.faults = iter([truncate])
+    assert read_manifest(quick(web(server), tmp_path / "cache").mirror()) == shards[1]
+    assert server.starts[:2] == [0, 0]
+
+
 def test_what_is_damaged_is_not_continued(server: Server, tmp_path: Path) -> None:
     [shard] = make_files(server.folder, 1)
     server.faults = iter([truncate, flip])
