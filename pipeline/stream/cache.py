@@ -260,10 +260,13 @@ class Remote:
                 self._fetch(part, self.cache.limit if size is None else size, stop, url, start)
             length = part.stat().st_size
             if size is not None and length < size:
-                raise OSError(f"{length:,} bytes, not {size:,} as in the manifest")
-            if _digest(part) != sha256:
-                os.truncate(part, 0)  # nothing to go on from
-                raise OSError("its sha256 is not the manifest's")
+                wrong = f"{length:,} bytes, not {size:,} as in the manifest"
+            elif _digest(part) != sha256:
+                wrong = "its sha256 is not the manifest's"
+            else:
+                return
+            os.truncate(part, 0)  # whole, but of another file: nothing to go on from
+            raise OSError(wrong)
 
         def download(part: Path) -> None:
             self._attempt(name, partial(fetch, part), stop)
@@ -337,10 +340,15 @@ def _open_http(timeout: float) -> tuple[Any, tuple[type[Exception], ...]]:
 
 
 async def _read_http(files: Any, url: str, start: int) -> AsyncIterator[tuple[int, bytes]]:
-    """The pieces of a file and their offsets, from byte `start` on; from 0 where the server gives no parts."""
+    """The pieces of a file and their offsets, from byte `start` on; from 0 where the server gives no parts.
+
+    Nothing where the file ends before `start`.
+    """
     session = await files.set_session()
     headers = {"Range": f"bytes={start}-"} if start else {}
     async with session.get(files.encode_url(url), headers=headers) as response:
+        if start and response.status == 416:  # Range Not Satisfiable
+            return
         files._raise_not_found_for_status(response, url)
         offset = start if response.status == 206 else 0
         async for piece in response.content.iter_chunked(PIECE):
@@ -352,7 +360,12 @@ async def _read_s3(files: Any, url: str, start: int) -> AsyncIterator[tuple[int,
     """As `_read_http`."""
     bucket, key, _ = files.split_path(url)
     part = {"Range": f"bytes={start}-"} if start else {}
-    response = await files._call_s3("get_object", Bucket=bucket, Key=key, **part, **files.req_kw)
+    try:
+        response = await files._call_s3("get_object", Bucket=bucket, Key=key, **part, **files.req_kw)
+    except OSError as error:
+        if start and error.errno == errno.EINVAL:  # InvalidRange
+            return
+        raise
     offset = start if "ContentRange" in response else 0
     async with response["Body"] as body:
         while piece := await body.read(PIECE):

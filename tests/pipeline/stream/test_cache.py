@@ -49,6 +49,9 @@ class Handler(BaseHTTPRequestHandler):
         self.server.starts.append(asked)
         self.first = asked if self.server.gives_parts else 0
         self.whole = len(data)
+        if self.first and self.first >= len(data):
+            self.start(0, 416)
+            return
         next(self.server.faults, serve)(self, data[self.first :])
 
     def start(self, length: int, status: int = 200) -> None:
@@ -334,6 +337,22 @@ def test_what_is_damaged_is_not_continued(server: Server, tmp_path: Path) -> Non
     server.faults = iter([truncate, flip])
     assert quick(web(server), tmp_path / "cache").path(shard).stat().st_size == 1000
     assert server.starts == [0, 900, 0]
+
+
+def test_what_another_file_left_is_given_up(server: Server, tmp_path: Path) -> None:
+    """Longer than what is there now: the server has no byte that follows it."""
+    [shard] = make_files(server.folder, 1)
+    good = (server.folder / "0.tar").read_bytes()
+    (server.folder / "0.tar").write_bytes(good[:500])
+    far = quick(web(server), tmp_path / "cache")
+    part = tmp_path / "cache" / f"{shard.sha256}.1000.part"
+    part.write_bytes(bytes(600))
+    with pytest.raises(DataError, match=r"500 bytes, not 1,000 as in the manifest; tried 3 times$"):
+        far.path(shard)
+    assert server.starts == [600, 0, 0]
+    assert not part.exists()
+    (server.folder / "0.tar").write_bytes(good)
+    assert far.path(shard).read_bytes() == good
 
 
 def test_a_download_that_was_whole_is_not_repeated(server: Server, tmp_path: Path) -> None:

@@ -145,6 +145,20 @@ def test_another_object_under_the_name_is_refused(stored: tuple[Path, Manifest],
     assert str(caught.value) == f"{URL}/{first.file}: {reason}"
 
 
+def test_what_another_object_left_is_given_up(stored: tuple[Path, Manifest], tmp_path: Path) -> None:
+    """Longer than what is there now: the store has no byte that follows it."""
+    import s3fs
+
+    shard = stored[1].split("train").shards[0]
+    s3fs.S3FileSystem(skip_instance_cache=True).pipe_file(f"{URL}/{shard.file}", bytes(10))
+    far = quick(URL, tmp_path / "cache")
+    (tmp_path / "cache" / f"{shard.sha256}.{shard.bytes}.part").write_bytes(bytes(100))
+    with pytest.raises(DataError, match=f"10 bytes, not {shard.bytes:,} as in the manifest; tried 2 times$"):
+        far.path(shard)
+    with pytest.raises(DataError, match=f"10 bytes, not {shard.bytes:,} as in the manifest; tried 2 times$"):
+        far.path(shard)
+
+
 def objects_of(prefix: str) -> dict[str, bytes]:
     import s3fs
 
