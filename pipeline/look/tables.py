@@ -97,19 +97,19 @@ def tabulate_audit(audit: Audit) -> tuple[list[str], dict[str, list[str]]]:
     best: dict[str, dict[str, Clue]] = {}
     for clue in sorted(audit["clues"], key=lambda clue: clue["kind"] == "content"):
         best.setdefault(clue["label"], {}).setdefault(clue["kind"], clue)
-    headings = ["acquisition", "tells it", "95 %", "adjusted", "all together"]
+    headings = ["tells it", "95 %", "acquisition", "adjusted", "all together"]
     if any("content" in kinds for kinds in best.values()):
-        headings += ["content: maybe the disease", "tells it"]
+        headings += ["tells it", "content: maybe the disease"]
     rows = {}
     for label, kinds in best.items():
         cells = ["–"] * len(headings)
         if alone := kinds.get("acquisition"):
             limits, adjusted = describe_told(alone), shorten(alone["adjusted"])
-            cells[:4] = alone["covariate"], _mark(alone), limits, adjusted
+            cells[:4] = _mark(alone), limits, alone["covariate"], adjusted
         if joint := kinds.get("together"):
             cells[4] = _mark(joint)
         if content := kinds.get("content"):
-            cells[5:] = content["covariate"], shorten(content["told"])
+            cells[5:] = shorten(content["told"]), content["covariate"]
         rows[label] = cells
     return headings, rows
 
