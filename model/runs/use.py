@@ -582,6 +582,6 @@ def gallery_command(
         title=f"Gallery of {run.name}, {split}", terms=terms, restriction=restriction, labels=labels
     )
     write_atomically(out, html.encode())
-    click.echo(f"{out}: films of patients; {restriction or terms['license']}")
+    click.echo(f"{out}: its films are under this license: {restriction or terms['license']}")
     say_next(*TRAIN, "evaluate", "--run", run, *repeat("--shards", shards), "--split", split, "--sanity")
     return 0

@@ -64,7 +64,8 @@ def test_gallery_needs_consent_and_names_no_patient(
     then = f"evaluate --run {run} --shards {sample_shards[0]} --split valid --sanity"
     assert capsys.readouterr().err.endswith(f"\nnext: python train.py {then}\n")
     page = out.read_text()
-    assert "License: none needed: the films show no patient" in page
+    terms = "From: films drawn by pipeline sample. License: none needed: the films show no patient.\n"
+    assert terms in page and "identify people" not in page
     assert "patient0" not in page
     assert page.count("its heat map") == page.count("<img") / 2 > 14
 
