@@ -63,6 +63,7 @@ endif
 $(foreach name,DATA OUT RUN SWEEP TEACHER,$(if $(filter ~ ~/%,$(firstword $($(name)))),\
 	$(eval override $(name) := $(patsubst ~,$(HOME),$(patsubst ~/%,$(HOME)/%,$($(name)))))))
 
+COMPILE   = uv pip compile --quiet --upgrade --universal --python-version 3.11 --no-annotate --custom-compile-command "make lock"
 SUDO      = $(if $(filter-out 0,$(shell id -u)),sudo)
 
 BIN := .venv/bin
@@ -208,9 +209,9 @@ pictures: .venv/installed  ## draw docs/pictures and docs/sample anew from the s
 	@command -v chromium >/dev/null || { $(SUDO) apt-get update --quiet && $(SUDO) apt-get install --yes --quiet chromium; }
 	$(BIN)/python -m docs.redraw
 
-lock:  ## resolve the dependencies anew into requirements.lock (needs uv)
-	uv pip compile --quiet --upgrade --universal --python-version 3.11 --no-annotate --extra dev pyproject.toml \
-		--custom-compile-command "make lock" --output-file requirements.lock
+lock:  ## resolve the dependencies anew, and those of the stream's peers, into files of pinned versions (needs uv)
+	$(COMPILE) --extra dev pyproject.toml --output-file requirements.lock
+	$(COMPILE) benchmarks/peers-stream.in --output-file benchmarks/peers-stream.txt
 
 clean:  ## remove .venv and caches; keeps shards and runs
 	rm -rf .venv .venv-peers .venv-peers-stream .venv-s3 .venv-examples .venv-fuzz .venv-audit .venv-docs .fuzz *.egg-info .mypy_cache .pytest_cache .ruff_cache
@@ -231,7 +232,7 @@ clean:  ## remove .venv and caches; keeps shards and runs
 
 .venv-peers-stream/installed: benchmarks/peers-stream.txt
 	$(PYTHON) -m venv .venv-peers-stream
-	.venv-peers-stream/bin/python -m pip install --quiet --requirement benchmarks/peers-stream.txt
+	.venv-peers-stream/bin/python -m pip install --quiet --no-deps --requirement benchmarks/peers-stream.txt
 	@touch $@
 
 # Each into a folder of its own, beside the project's packages, which it needs as well.
