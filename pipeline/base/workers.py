@@ -83,13 +83,16 @@ def run_tasks(
             yield run_alone(function, task)
 
 
-def run_alone(function: Callable[[Task], Result], task: Task) -> Result:
-    """Run one task in a process of its own, so that its memory is freed. Raises DataError where it is killed."""
+def run_alone(function: Callable[[Task], Result], task: Task, step: str = "") -> Result:
+    """Run one task in a process of its own, so that its memory is freed.
+
+    Raises DataError where it is killed, naming the `step`, such as `planning shards`; else the task.
+    """
     with _worker_pool(function, 1) as (pool, _):
         try:
             return _submit(pool, function, task).result()
         except BrokenProcessPool:
-            raise DataError(f"{task}: its process was killed; is there enough memory?") from None
+            raise DataError(f"{step or task}: its process was killed; is there enough memory?") from None
 
 
 def run_threads(

@@ -290,7 +290,7 @@ def shards(
 
         run = write_shards(found, out, options, {"uncertain": uncertain, "blank": blank}, how, show)
     seconds = time.perf_counter() - start
-    described = run_alone(describe_shards, out)
+    described = run_alone(describe_shards, out, f"counting the labels of {out}")
     if how.strict and described.one_class:
         raise DataError(f"--strict: {'; '.join(described.one_class)}; choose other policies")
     for text in described.one_class:

@@ -205,8 +205,11 @@ def _find_finished(run: Run) -> RunSummary | None:
             if not path.exists() or path.stat().st_size != shard.bytes:
                 raise DataError(f"{path}: missing, or not of its size; `repair` writes it again")
     remove_folder(run.partial)
-    task = PlanTask(run.out, run.source, run.options)
-    return RunSummary(manifest, False, restored=run_alone(find_restored, task) if manifest.rejects else ())
+    restored: tuple[str, ...] = ()
+    if manifest.rejects:
+        task = PlanTask(run.out, run.source, run.options)
+        restored = run_alone(find_restored, task, f"trying the rejects of {run.out} again")
+    return RunSummary(manifest, False, restored=restored)
 
 
 def _read_same(run: Run) -> Manifest:
@@ -239,7 +242,7 @@ def _write_all(run: Run) -> RunSummary:
     resumed = sum(summary.samples for summary in finished)
     unfinished = [task for task, summary in records if summary is None]
     finished += _write_tasks(run, unfinished, resumed, sum(plan.rows.values()))
-    manifest = run_alone(finish, run.finish_task(plan))
+    manifest = run_alone(finish, run.finish_task(plan), f"writing the tables of {run.out}")
     if is_remote(run.out):
         remove_folder(run.partial)
     else:
@@ -259,11 +262,11 @@ def _plan(run: Run) -> Plan:
         _refuse_difference(out, before, run.started)
     make_folder(planned)
     task = PlanTask(planned, run.source, run.options, run.policies if run.how.strict else None)
-    plan = run_alone(write_plan, task)
+    plan = run_alone(write_plan, task, f"planning {out}")
     if before is None or not is_remote(out):
         refuse_others(out, planned, plan.rows)
     if overwrite:
-        run_alone(try_images, task)
+        run_alone(try_images, task, f"trying some images for {out}")
     if planned != partial:
         if before != run.started:
             remove_folder(partial)
@@ -325,7 +328,8 @@ def _repair(run: Run) -> RunSummary:
         again = sum(len(read_planned(run.partial, task.split, task.number)) for task in tasks)
         _write_tasks(run, tasks, total - again, total)
         for split in whole:
-            run_alone(index_split, (run.finish_task(plan)._replace(facts=frozenset(manifest.facts)), split))
+            of = run.finish_task(plan)._replace(facts=frozenset(manifest.facts))
+            run_alone(index_split, (of, split), f"writing the tables of {run.out}")
         for name in damaged:
             if not _is_intact(run.partial / name, expected[name]):
                 raise DataError(

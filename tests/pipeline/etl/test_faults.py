@@ -66,7 +66,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
             yield function(task)
 
     monkeypatch.setattr(sharding, "run_tasks", run_tasks)
-    monkeypatch.setattr(sharding, "run_alone", lambda function, task: function(task))
+    monkeypatch.setattr(sharding, "run_alone", lambda function, task, _: function(task))
 
 
 def test_sharding_survives_each_failure_of_the_disk(

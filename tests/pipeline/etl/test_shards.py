@@ -5,6 +5,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import tarfile
 import zlib
 from collections.abc import Callable, Generator, Iterable
@@ -480,6 +481,23 @@ def test_damaged_tables_and_manifests_are_named(shards: Shards) -> None:
             read_manifest(folder)
 
 
+def kill_process(_: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_step_whose_process_is_killed_is_named(
+    chexpert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    for name, step in (("write_plan", "planning"), ("finish", "writing the tables of")):
+        with monkeypatch.context() as patch:
+            patch.setattr(etl, name, kill_process)
+            with pytest.raises(DataError) as caught:
+                make_shards(chexpert, out)
+        assert str(caught.value) == f"{step} {out}: its process was killed; is there enough memory?"
+    assert make_shards(chexpert, out).is_new
+
+
 def test_two_processes_do_not_write_to_one_folder(chexpert: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
@@ -594,7 +612,7 @@ def test_killed_at_any_move_an_overwrite_loses_nothing(
     chexpert: Path, shards: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     old, new = hashes(shards[0]), default_options(seed=1, samples_per_shard=14)
-    monkeypatch.setattr(etl, "run_alone", lambda function, task: function(task))
+    monkeypatch.setattr(etl, "run_alone", lambda function, task, _: function(task))
     monkeypatch.setattr(etl, "run_tasks", run_here)
     make_shards(chexpert, tmp_path / "new", new)
     expected = hashes(tmp_path / "new")

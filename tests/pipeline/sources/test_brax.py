@@ -38,7 +38,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setitem(sets.SETS, "brax", module)
     monkeypatch.setitem(sets.KNOWN, "brax", module)
     # Processes of their own would not know the set: what they do is done in this one.
-    monkeypatch.setattr(shards, "run_alone", lambda function, task: function(task))
+    monkeypatch.setattr(shards, "run_alone", lambda function, task, _: function(task))
     monkeypatch.setattr(shards, "run_tasks", lambda function, tasks, *_: (function(task) for task in tasks))
     home = tmp_path / "brax"
     lines = [",".join([HEADER, *LABELS])]
