@@ -22,7 +22,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from pipeline.base.errors import DataError, printable
+from pipeline.base.errors import DataError, explain_os_error, printable
 
 Value = TypeVar("Value")
 LINE_SECONDS = 10.0  # between plain lines where there is no terminal
@@ -196,5 +196,5 @@ def _describe(error: DataError | UnicodeEncodeError | OSError) -> str:
     if isinstance(error, UnicodeEncodeError):  # Arrow, JSON and TensorBoard take no path that is not UTF-8
         return f"{error.object[:1000]}: not UTF-8; rename that file or folder"
     if isinstance(error, OSError) and error.filename:  # such as a folder that may not be written to
-        return f"{error.filename}: {error.strerror}"
+        return f"{error.filename}: {explain_os_error(error)}"
     return name_options(str(error))

@@ -1,5 +1,6 @@
 """Errors of input, and how their messages quote others' texts."""
 
+import errno
 from collections.abc import Iterable, Mapping
 
 
@@ -9,6 +10,12 @@ class DataError(Exception):
 
 class SettingError(DataError):
     """Settings that do not go together; a command reports them as wrong usage."""
+
+
+def explain_os_error(error: OSError) -> str:
+    """Why the system refused, and what to do where a disk, or a user's share of it, is full."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return f"{error.strerror or error}{'; make room, and run it again' if full else ''}"
 
 
 def printable(text: str, kept: str = "\n") -> str:

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 from filelock import FileLock
 
-from pipeline.base.errors import DataError
+from pipeline.base.errors import DataError, explain_os_error
 from pipeline.base.store import is_remote, object_to_put, open_to_read
 
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # how a spreadsheet's formulas begin
@@ -167,10 +167,17 @@ def write_atomically(path: Path, data: bytes | pa.Buffer) -> None:
 
 def move_file(source: Path, target: Path) -> None:
     """Move a file within a file system. Raises DataError, naming the target, where that fails."""
-    try:
+    with named_writes(target):
         source.replace(target)
+
+
+@contextmanager
+def named_writes(path: Path) -> Iterator[None]:
+    """Raise DataError, naming the file or folder, where the system refuses to write it."""
+    try:
+        yield
     except OSError as error:
-        raise DataError(f"{target}: cannot be written: {error.strerror}") from error
+        raise DataError(f"{path}: cannot be written: {explain_os_error(error)}") from error
 
 
 @contextmanager
@@ -186,12 +193,11 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     # A unique name: on a cluster, a worker that was given up for lost may still be writing the same file.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be written: {error.strerror}") from error
+        with named_writes(path):
+            with temporary.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

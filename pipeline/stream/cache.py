@@ -32,7 +32,7 @@ from threading import Event
 from typing import Any, TypeVar
 from urllib.parse import quote
 
-from pipeline.base.errors import DataError
+from pipeline.base.errors import DataError, explain_os_error
 from pipeline.base.files import locked, write_atomically
 from pipeline.base.store import AWS_CREDENTIALS, is_refusal
 from pipeline.manifest import NAME, Shard, read_manifest
@@ -320,7 +320,7 @@ class Remote:
         if is_refusal(error) or status in (401, 403):
             return f"no access; {AWS_CREDENTIALS if self.is_s3 else 'credentials come from ~/.netrc'}", False
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            return f"{self.cache.folder}: cannot be written: {error.strerror}", False
+            return f"{self.cache.folder}: cannot be written: {explain_os_error(error)}", False
         if isinstance(error, TimeoutError):
             return f"no byte for {self.timeout:g} seconds", True
         text = f"HTTP status {status}" if status else redact(str(error))
