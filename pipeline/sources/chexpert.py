@@ -56,7 +56,8 @@ def find_tables(folder: Path) -> dict[str, Path] | None:
     with named_failures(folder, "cannot be read"):
         if csvs := _csvs_in(folder):
             return csvs
-        names = list_folders(folder)
+        # A hidden folder is no data set, but what `pipeline sample` leaves of one where it is killed.
+        names = [name for name in list_folders(folder) if not name.startswith(".")]
         inside = {name: csvs for name in names if (csvs := _csvs_in(folder / name))}
         holds_images = any(name in _SPLIT_FOLDERS or _PATIENT.fullmatch(name) for name in names)
         whole = folder.resolve()

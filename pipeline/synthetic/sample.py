@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import simplejpeg
 
+from pipeline.base.files import named_writes
 from pipeline.base.files import write_csv as write_rows
 from pipeline.base.workers import run_tasks
 from pipeline.labels import COLUMNS, LABELS
@@ -117,8 +118,8 @@ def write_sample(
 
     The bytes depend only on images, seed (0 to 2^63-1), laterals, valid and shortcuts, not on the number of `workers`,
     which are processes (so a script must call this under `if __name__ == "__main__"`). `progress` is called with the
-    number of images just finished. Raises FileExistsError if the folder already exists, ValueError if images < 1. The
-    folder appears only when complete.
+    number of images just finished. Raises FileExistsError if the folder already exists, ValueError if images < 1,
+    DataError, naming the file, where one cannot be written. The folder appears only when complete.
     """
     final, partial = out / FOLDER, out / f".{FOLDER}.tmp"
     if images < 1:
@@ -136,7 +137,8 @@ def write_sample(
     planted = (
         f"Planted in train: {cue} for {label}, strength {strength:g}.\n" for label, cue, strength in shortcuts
     )
-    (partial / "SYNTHETIC.txt").write_text(NOTICE + "".join(planted))
+    with named_writes(notice := partial / "SYNTHETIC.txt"):
+        notice.write_text(NOTICE + "".join(planted))
     tasks = [
         DrawTask(
             partial / split,
@@ -176,7 +178,8 @@ def write_patients(task: DrawTask) -> tuple[int, list[Row]]:
     for patient in patients:
         for study in patient.studies:
             target = folder / f"patient{patient.number:05d}" / f"study{study.number}"
-            target.mkdir(parents=True)
+            with named_writes(target):
+                target.mkdir(parents=True)
             cues = draw_cues(seed, patient.number, study, shortcuts)
             clear = [label for label, finding in study.findings.items() if finding.severity >= VISIBLE]
             for view, (kind, projection) in enumerate(study.views, start=1):
@@ -188,7 +191,8 @@ def write_patients(task: DrawTask) -> tuple[int, list[Row]]:
                 for cue in cues:
                     CUES[cue](pixels)
                 jpeg = simplejpeg.encode_jpeg(pixels[..., None], quality=90, colorspace="GRAY")
-                (target / f"view{view}_{kind}.jpg").write_bytes(jpeg[:2] + COMMENT + jpeg[2:])
+                with named_writes(file := target / f"view{view}_{kind}.jpg"):
+                    file.write_bytes(jpeg[:2] + COMMENT + jpeg[2:])
                 count += 1
     return count, rows
 
@@ -204,7 +208,7 @@ def list_boxes(boxes: Mapping[str, Sequence[Box]]) -> Iterator[tuple[str, Box]]:
 
 def write_csv(path: Path, split: str, patients: list[Patient]) -> None:
     """Write the rows of one split in path order."""
-    with path.open("w", newline="") as file:
+    with named_writes(path), path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(COLUMNS)
         for patient in patients:

@@ -39,6 +39,15 @@ def test_the_folder_its_parent_and_any_name(chexpert: Path, tmp_path: Path) -> N
     assert [len(files) for files in files_of(renamed).values()] == [48, 12]
 
 
+def test_a_half_drawn_sample_is_no_data_set(chexpert: Path, tmp_path: Path) -> None:
+    expected = files_of(chexpert)
+    half = shutil.copytree(chexpert, tmp_path / ".CheXpert-v1.0-small.tmp")
+    assert files_of(tmp_path) == expected
+    shutil.rmtree(chexpert)
+    with pytest.raises(DataError, match=rf"^{tmp_path}: neither it nor .*; it holds {re.escape(half.name)}$"):
+        find_set(tmp_path)
+
+
 def test_gzipped_csvs(chexpert: Path) -> None:
     expected = files_of(chexpert)
     for name in ("train.csv", "valid.csv"):

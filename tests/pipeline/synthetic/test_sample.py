@@ -1,7 +1,9 @@
 """The synthetic data set: CheXpert's layout and quirks, the same bytes anywhere, signs that show."""
 
 import csv
+import errno
 import hashlib
+import os
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -9,9 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline import DataError
 from pipeline.labels import LABELS
 from pipeline.synthetic.films import Finding, draw_film
-from pipeline.synthetic.sample import FINDINGS, draw_patients, write_sample
+from pipeline.synthetic.sample import FINDINGS, DrawTask, draw_patients, write_patients, write_sample
 
 HEADER = (
     "Path,Sex,Age,Frontal/Lateral,AP/PA,No Finding,Enlarged Cardiomediastinum,Cardiomegaly,Lung Opacity,"
@@ -232,6 +235,19 @@ def test_a_sample_without_images_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^images must be at least 1, got 0$"):
         write_sample(tmp_path, images=0)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", refuse)
+    with pytest.raises(DataError) as error:
+        write_patients(DrawTask(tmp_path, 0, list(draw_patients(0, 1, 1, False)), ()))
+    assert str(error.value) == (
+        f"{tmp_path}/patient00001/study1/view1_frontal.jpg: cannot be written: No space left on device; "
+        "make room, and run it again"
+    )
 
 
 @pytest.mark.parametrize(
