@@ -48,6 +48,7 @@ import contextlib
 import copy
 import json
 import math
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -101,7 +102,7 @@ from model.runs.results import choice_score, finish_run, forget_calibrations, is
 from model.runs.scoring import score_split
 from model.runs.targets import check_reported, no_choice, training_labels, training_weights
 from pipeline.base.errors import DataError
-from pipeline.base.files import claimed, write_atomically
+from pipeline.base.files import claimed, named_writes, write_atomically
 from pipeline.console import progress_bar, say, say_once, show_left
 from pipeline.labels import LABELS
 from pipeline.measure.metrics import report_auroc
@@ -339,15 +340,43 @@ def save_state(job: Job, state: TrainState) -> None:
 
 @contextlib.contextmanager
 def open_events(job: Job, done: int) -> Iterator[Log]:
-    """A function that adds a value to a curve in TensorBoard's events; drops the events after step `done`."""
+    """A function that adds a value to a curve in TensorBoard's events; drops the events after step `done`.
+
+    Raises DataError, naming their folder, where they cannot be written.
+    """
     if not job.ranks.is_first:
         yield lambda name, value, step: None
         return
-    with (
-        follow_by_wandb(job),
-        SummaryWriter(str(job.run / "tensorboard"), purge_step=done + 1) as events,
-    ):
-        yield events.add_scalar
+    folder = job.run / "tensorboard"
+    with follow_by_wandb(job), quiet_writer():
+        with named_writes(folder):
+            events = SummaryWriter(str(folder), purge_step=done + 1)
+
+        def log(name: str, value: float, step: int) -> None:
+            with named_writes(folder):
+                events.add_scalar(name, value, step)
+
+        try:
+            yield log
+        finally:
+            with named_writes(folder):
+                events.close()
+
+
+@contextlib.contextmanager
+def quiet_writer() -> Iterator[None]:
+    """Print no traceback of TensorBoard's thread: what it fails with, the next value is refused with."""
+    usual = threading.excepthook
+
+    def hook(args: threading.ExceptHookArgs) -> None:
+        if not isinstance(args.exc_value, OSError):
+            usual(args)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = usual
 
 
 def say_stopped(job: Job) -> int:

@@ -1,8 +1,10 @@
 import copy
 import dataclasses
+import errno
 import hashlib
 import json
 import math
+import os
 import random
 import re
 import shutil
@@ -27,6 +29,7 @@ import torch
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.compat.tensorflow_stub.io.gfile import LocalFileSystem
 from torch import nn
 from torchvision.ops import StochasticDepth, stochastic_depth
 
@@ -37,7 +40,7 @@ from model.predict import DivergedError, MemoryExhaustedError
 from model.runs import folder, results
 from model.runs.commands import main
 from model.runs.config import Config, read_config
-from model.runs.folder import open_run
+from model.runs.folder import open_run, record_environment
 from model.runs.job import Job, StopFlag, open_job, open_rows
 from model.runs.results import evaluate
 from model.runs.scores import read_scores, write_scores
@@ -973,6 +976,45 @@ def test_the_curve_of_the_loss_is_of_the_steps_since_its_last_point(
     assert json.loads((job.run / "metrics.jsonl").read_text())["train_loss"] == pytest.approx(
         sum(each.values()) / 6
     )
+
+
+def refuse(*_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+FULL = "cannot be written: No space left on device; make room, and run it again"
+
+
+def test_a_full_disk_under_tensorboard_is_named_in_one_line(
+    make_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    job = make_job("run", epochs=1)
+    with monkeypatch.context() as patch:
+        for name in ("write", "append"):
+            patch.setattr(LocalFileSystem, name, refuse)
+        with pytest.raises(DataError) as error:
+            train.train(job)
+    assert str(error.value) == f"{job.run / 'tensorboard'}: {FULL}"
+    assert "Traceback" not in capfd.readouterr().err
+    assert train.train(job) == 0
+
+
+def test_a_full_disk_leaves_the_earlier_starts(
+    make_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = make_job("run", epochs=1)
+    open_run(job.run, job.config)
+    record_environment(job)
+    path = job.run / "environment.jsonl"
+    before = path.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", refuse)
+        with pytest.raises(DataError) as error:
+            record_environment(job)
+    assert str(error.value) == f"{path}: {FULL}"
+    assert path.read_bytes() == before
+    record_environment(job)
+    assert path.read_bytes().count(b"\n") == 2
 
 
 def test_wandb_reads_what_goes_to_tensorboard(

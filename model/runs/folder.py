@@ -37,7 +37,7 @@ from model.ranks import ALONE, Ranks
 from model.runs.config import Config, output_count, read_config
 from model.runs.job import Job
 from pipeline.base.errors import DataError, describe_difference
-from pipeline.base.files import write_json
+from pipeline.base.files import write_atomically, write_json
 from pipeline.console import say_once
 from pipeline.images import ImageOptions
 from pipeline.manifest import find_restriction
@@ -85,8 +85,9 @@ def record_environment(job: Job) -> None:
         "threads": torch.get_num_threads(),
         "ranks": job.ranks.count,
     }
-    with (job.run / "environment.jsonl").open("a") as file:
-        file.write(json.dumps(line) + "\n")
+    path = job.run / "environment.jsonl"
+    before = path.read_bytes() if path.exists() else b""
+    write_atomically(path, before + (json.dumps(line) + "\n").encode())
 
 
 @contextmanager
