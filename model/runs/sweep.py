@@ -191,8 +191,10 @@ def open_study(sweep: Sweep) -> Iterator[tuple[optuna.Study, optuna.storages.RDB
                 sampler=optuna.samplers.RandomSampler(seed=sweep.seed),
             )
     except Exception as error:  # of many kinds, some with the URL and its password
-        kind = "SQLite" if sweep.storage is None else "the database of `storage`"
-        raise DataError(f"{sweep.folder}: {kind} cannot be used: {type(error).__name__}") from None
+        kind, reason = "the database of `storage`", type(error).__name__
+        if sweep.storage is None:
+            kind, reason = "SQLite", getattr(error, "orig", reason)  # such as `database or disk is full`
+        raise DataError(f"{sweep.folder}: {kind} cannot be used: {reason}") from None
     try:
         yield study, storage
     finally:

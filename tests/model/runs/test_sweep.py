@@ -263,6 +263,13 @@ def test_a_point_that_was_queued_twice_is_trained_once(tmp_path: Path) -> None:
     assert {(trial.run / "log").read_text() for trial in list_trials(sweep)} == {"trained\n"}
 
 
+def test_a_database_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
+    (tmp_path / "sweep" / "study.db").mkdir(parents=True)
+    with pytest.raises(DataError) as caught:
+        run_sweep(make_sweep(tmp_path / "sweep"), train_point, never)
+    assert str(caught.value) == f"{tmp_path / 'sweep'}: SQLite cannot be used: unable to open database file"
+
+
 def test_passwords_of_a_storage_are_in_no_error(tmp_path: Path) -> None:
     sweep = make_sweep(tmp_path / "sweep", storage="nosuch://me:secret@host/base")
     with pytest.raises(DataError) as caught:
