@@ -71,7 +71,9 @@ def locked(path: Path, wait: float = -1, should_stop: Callable[[], bool] = lambd
 
 @contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-    """Be the only process of this machine that writes to a folder. Raises DataError where another one does.
+    """Be the only process of this machine that writes to a folder.
+
+    Raises DataError where another one does, or this one may not.
 
     Removes half-written files: at the start those of killed processes, at the end those of workers on a cluster.
     """
@@ -83,6 +85,8 @@ def claimed(folder: Path) -> Iterator[None]:
             )  # not 0: the last owner may be removing the file
         except TimeoutError:
             raise DataError(f"{folder}: another process is writing to it; wait for it, or stop it") from None
+        except OSError as error:
+            raise DataError(f"{folder}: cannot be written: {explain_os_error(error)}") from None
         try:
             remove_temporaries(folder)
             yield
@@ -124,9 +128,11 @@ def hash_file(path: Path) -> str:
 
 
 def check_folder(out: Path) -> None:
-    """Raise DataError if the folder of an output file does not exist: before the work, not after it."""
+    """Raise DataError if the folder of an output file does not exist or is not ours: before the work, not after it."""
     if not out.absolute().parent.is_dir():
         raise DataError(f"{out}: there is no folder {out.parent}")
+    if not os.access(out.absolute().parent, os.W_OK):
+        raise DataError(f"{out}: cannot be written: no right to write to {out.parent}; choose another folder")
 
 
 def write_csv(path: Path, rows: Iterable[Sequence[object]]) -> None:
