@@ -194,6 +194,8 @@ def run_command(command: click.Command, context: object = None) -> None:
 
 def _describe(error: DataError | UnicodeEncodeError | OSError) -> str:
     if isinstance(error, UnicodeEncodeError):  # Arrow, JSON and TensorBoard take no path that is not UTF-8
+        if (encoding := sys.getfilesystemencoding()) != "utf-8":
+            return f"{error.object[:1000]}: not {encoding}, which the locale asks for; set LC_ALL=C.UTF-8"
         return f"{error.object[:1000]}: not UTF-8; rename that file or folder"
     if isinstance(error, OSError) and error.filename:  # such as a folder that may not be written to
         return f"{error.filename}: {explain_os_error(error)}"

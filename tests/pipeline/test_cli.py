@@ -1,5 +1,6 @@
 """Exit codes and messages of the `pipeline` command."""
 
+import os
 import subprocess
 import sys
 import tarfile
@@ -192,6 +193,21 @@ def test_options_that_make_no_sense_are_usage_errors(
     failed = run("shards", tmp_path, tmp_path / "out", *options)
     assert failed.returncode == 2
     assert message in failed.stderr.splitlines()[-1]
+
+
+def test_a_locale_without_the_letters_of_a_name_is_named(chexpert: Path, tmp_path: Path) -> None:
+    chexpert.rename(folder := tmp_path / "Röntgen")
+    failed = subprocess.run(
+        [sys.executable, "-m", "pipeline", "shards", folder, tmp_path / "out"],
+        cwd=REPOSITORY,
+        env=os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert failed.returncode == 1
+    assert failed.stderr.splitlines()[-1].startswith(f"Error: {tmp_path}/R\\udcc3\\udcb6ntgen/train/patient")
+    assert failed.stderr.endswith(".jpg: not ascii, which the locale asks for; set LC_ALL=C.UTF-8\n")
 
 
 def test_a_folder_whose_name_is_not_utf_8_is_named(chexpert: Path, tmp_path: Path) -> None:
