@@ -13,7 +13,6 @@ from pathlib import Path
 
 import click
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 import pyarrow as pa
 from sklearn.model_selection import StratifiedGroupKFold
@@ -21,6 +20,7 @@ from sklearn.model_selection import StratifiedGroupKFold
 from pipeline import open_shards
 from pipeline.labels import LABELS
 from pipeline.measure.delong import Areas, combine_limits, measure_areas, weigh_labels
+from pipeline.measure.metrics import Floats
 
 FEWEST = 10  # of each class
 
@@ -66,7 +66,7 @@ def areas_of(films: pd.DataFrame) -> Areas:
     return measure_areas(scores, target, np.isin(target, (0, 1)), films["patient"].to_numpy())
 
 
-def describe(title: str, first: Areas, second: Areas, weights: npt.NDArray[np.float64]) -> str:
+def describe(title: str, first: Areas, second: Areas, weights: Floats) -> str:
     """Both means and the second less the first, with limits."""
     both, none = first.join(second), np.zeros(len(LABELS))
     shown = []

@@ -74,7 +74,8 @@ def test_folds_are_compared_by_the_difference_of_their_aurocs() -> None:
     truth["patient"] = np.arange(80).astype(str)
     runs = [truth.join(pd.DataFrame(rng.random((80, len(LABELS))), columns=[f"{x} score" for x in LABELS]))]
     runs.append(runs[0].assign(**{"Edema score": truth["Edema"]}))
-    shown = folds.describe("Edema", *map(folds.areas_of, runs), weigh_labels(LABELS, ["Edema"]))
+    first, second = map(folds.areas_of, runs)
+    shown = folds.describe("Edema", first, second, weigh_labels(LABELS, ["Edema"]))
     auroc = roc_auc_score(truth["Edema"], runs[0]["Edema score"])
     assert shown.startswith(f"Edema              {auroc:.3f} [")
     assert f"   1.000 [0.950, 1.000]   difference {1 - auroc:+.3f} [" in shown
