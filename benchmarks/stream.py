@@ -429,12 +429,15 @@ def print_shuffle(many: Path, epochs: int = 10) -> None:
     type=click.Path(path_type=Path),
     help="Python that has peers-stream.txt installed.",
 )
-@click.option("--images", default=6400, show_default=True, help="Read per turn; a multiple of 128.")
+@click.option(
+    "--images", default=6400, show_default=True, help="Read per turn; a multiple of 128, 1,280 at least."
+)
 @click.option("--rounds", default=5, show_default=True)
 def main(parts: tuple[str, ...], peers: Path, images: int, rounds: int) -> None:
     """Print the PARTS (all of them by default)."""
-    if images % (WORKERS * BATCH):
-        raise click.BadParameter(f"{images} is not a multiple of {WORKERS * BATCH}", param_hint="--images")
+    if images % (WORKERS * BATCH) or images < 2 * WARM_UP * BATCH:
+        needed = f"a multiple of {WORKERS * BATCH}, and {2 * WARM_UP * BATCH:,} at least"
+        raise click.BadParameter(f"{images} is not {needed}", param_hint="--images")
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
     parts = parts or PARTS
     with tempfile.TemporaryDirectory() as name:
