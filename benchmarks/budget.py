@@ -92,6 +92,7 @@ def clock_shards(clocks: Clocks, tasks: list[writing.ShardTask]) -> float:
     functions = {
         (simplejpeg, "decode_jpeg"): "decode",
         (codec, "resize"): "resize",
+        (codec.Image.Image, "resize"): "resize",  # of images that are decoded at a smaller scale
         (simplejpeg, "encode_jpeg"): "encode",
         (simplejpeg, "decode_jpeg_header"): "JPEG header and markers",
         (codec, "read_jpeg_facts"): "JPEG header and markers",
