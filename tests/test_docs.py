@@ -177,7 +177,8 @@ def recorder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for program in PROGRAMS:
         stub = home / ".venv" / "bin" / program
         stub.write_text(
-            f'#!/bin/sh\nprintf \'%s\\037\' {program} "$@" >> "$TYPED"; echo >> "$TYPED"\n'
+            # In a single write: a program behind & runs beside the next one.
+            f'#!/bin/sh\nprintf \'%s\\n\' "$(printf \'%s\\037\' {program} "$@")" >> "$TYPED"\n'
             '[ "$1" != shards ] || { mkdir -p "$3"; touch "$3/manifest.json"; }\n'
         )
         stub.chmod(0o755)
