@@ -109,7 +109,7 @@ def flip(handler: Handler, data: bytes) -> None:
 
 def stall(handler: Handler, data: bytes) -> None:
     handler.start(len(data))
-    handler.wfile.write(data[:500])
+    handler.wfile.write(data[: len(data) // 2])
     handler.server.stopped.wait()
 
 
@@ -517,11 +517,11 @@ def test_processes_share_a_download(server: Server, tmp_path: Path) -> None:
 
 
 def test_a_killed_download_leaves_nothing_that_looks_finished(server: Server, tmp_path: Path) -> None:
-    first, second, third = make_files(server.folder, 3)
+    first, second, third = make_files(server.folder, 3, size=100_000)  # more than a file's buffer holds
     server.faults = iter([stall])
     cache = tmp_path / "cache"
     asker = Asker(server, cache, first)
-    part = cache / f"{first.sha256}.1000.part"
+    part = cache / f"{first.sha256}.100000.part"
     with asker.process as process:
         asker.ask()
         while not part.exists() or not part.stat().st_size:
@@ -532,9 +532,9 @@ def test_a_killed_download_leaves_nothing_that_looks_finished(server: Server, tm
     assert cached(cache) == {part.name} | shard_names(second)
     age(cache, second)
     os.utime(part, (0, 0))
-    quick(web(server), cache, limit=2000).path(third)
+    quick(web(server), cache, limit=200_000).path(third)
     assert cached(cache) == shard_names(second, third), "and it goes like any other file that is not in use"
-    assert quick(web(server), cache).path(first).stat().st_size == 1000
+    assert quick(web(server), cache).path(first).stat().st_size == 100_000
 
 
 def test_an_interrupted_command_is_continued(server: Server, tmp_path: Path) -> None:
