@@ -12,9 +12,9 @@ import hashlib
 import statistics
 import tempfile
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +22,7 @@ from unittest.mock import patch
 
 import click
 import simplejpeg
+from PIL import Image
 
 from benchmarks.etl import QUALITY, SIZE, codec_loop, make_source
 from pipeline import images as codec
@@ -37,7 +38,7 @@ class Clocks:
     """Seconds by part; a part that is within another is taken off it."""
 
     def __init__(self) -> None:
-        self.seconds: Counter[str] = Counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
         self._within = [0.0]
 
     def start(self) -> float:
@@ -87,44 +88,37 @@ def clock_shards(clocks: Clocks, tasks: list[writing.ShardTask]) -> float:
         yield SimpleNamespace(write=clocks.around("write", file.write))
         clocks.around("create, flush, rename", entered.__exit__)(None, None, None)
 
-    whole = writing.atomic_file
-    crc = "zlib_ng" if hasattr(writing, "zlib_ng") else "zlib"
-    functions = {
-        (simplejpeg, "decode_jpeg"): "decode",
-        (codec, "resize"): "resize",
-        (codec.Image.Image, "resize"): "resize",  # of images that are decoded at a smaller scale
-        (simplejpeg, "encode_jpeg"): "encode",
-        (simplejpeg, "decode_jpeg_header"): "JPEG header and markers",
-        (codec, "read_jpeg_facts"): "JPEG header and markers",
-        (writing, "prepare"): "what joins them",
-        (writing, "_sample_json"): "labels as JSON, tar headers",
-        (writing, "tar_member"): "labels as JSON, tar headers",
-        (writing, "read_planned"): "plan, record",
-        (writing, "write_json"): "plan, record",
-        (writing.np, "bincount"): "gray levels",
-    }
-    with (
-        patch.object(writing, "hashlib", SimpleNamespace(sha256=Hash)),
-        patch.object(writing, "atomic_file", open_file),
-        patch.object(writing, "read_images", clocks.each("open, check and read", writing.read_images)),
-        patch.object(
-            writing, crc, SimpleNamespace(crc32=clocks.around("CRC-32", getattr(writing, crc).crc32))
-        ),
-    ):
-        patches = [
-            patch.object(place, name, clocks.around(part, getattr(place, name)))
-            for (place, name), part in functions.items()
-        ]
-        for each in patches:
-            each.start()
-        try:
-            start = time.perf_counter()
-            for task in tasks:
-                writing.write_shard(task)
-            return time.perf_counter() - start
-        finally:
-            for each in patches:
-                each.stop()
+    module: Any = writing  # with what it imports
+    whole = module.atomic_file
+    crc = "zlib_ng" if hasattr(module, "zlib_ng") else "zlib"
+    functions: list[tuple[Any, str, str]] = [
+        (simplejpeg, "decode_jpeg", "decode"),
+        (codec, "resize", "resize"),
+        (Image.Image, "resize", "resize"),  # of images that are decoded at a smaller scale
+        (simplejpeg, "encode_jpeg", "encode"),
+        (simplejpeg, "decode_jpeg_header", "JPEG header and markers"),
+        (codec, "read_jpeg_facts", "JPEG header and markers"),
+        (module, "prepare", "what joins them"),
+        (module, "_sample_json", "labels as JSON, tar headers"),
+        (module, "tar_member", "labels as JSON, tar headers"),
+        (module, "read_planned", "plan, record"),
+        (module, "write_json", "plan, record"),
+        (module.np, "bincount", "gray levels"),
+    ]
+    of_crc = SimpleNamespace(crc32=clocks.around("CRC-32", getattr(module, crc).crc32))
+    with ExitStack() as stack:
+        for place, name, clocked in (
+            (module, "hashlib", SimpleNamespace(sha256=Hash)),
+            (module, "atomic_file", open_file),
+            (module, "read_images", clocks.each("open, check and read", module.read_images)),
+            (module, crc, of_crc),
+            *((place, name, clocks.around(part, getattr(place, name))) for place, name, part in functions),
+        ):
+            stack.enter_context(patch.object(place, name, clocked))
+        start = time.perf_counter()
+        for task in tasks:
+            writing.write_shard(task)
+        return time.perf_counter() - start
 
 
 def plan_shards(source: Path, out: Path) -> list[writing.ShardTask]:
@@ -142,7 +136,7 @@ def plan_shards(source: Path, out: Path) -> list[writing.ShardTask]:
 def main(images: int, rounds: int, large: bool) -> None:
     """Print the budget, and the share that is the codec's."""
     count = images // 10 if large else images
-    rows: list[Counter[str]] = []
+    rows: list[dict[str, float]] = []
     totals, bare = [], []
     with tempfile.TemporaryDirectory() as name:
         source, paths = make_source(Path(name), count, large)
@@ -153,7 +147,7 @@ def main(images: int, rounds: int, large: bool) -> None:
             bare.append(1e6 / codec_loop(paths))
             clocks = Clocks()
             totals.append(clock_shards(clocks, tasks) / count * 1e6)
-            rows.append(Counter({part: of_part / count * 1e6 for part, of_part in clocks.seconds.items()}))
+            rows.append({part: of_part / count * 1e6 for part, of_part in clocks.seconds.items()})
     del totals[0], bare[0], rows[0]
     print(f"{'2828×2320' if large else '390×320'} to {SIZE}, {count:,} images, {rounds} rounds, µs per image")
     middle = {part: statistics.median(row[part] for row in rows) for part in rows[0]}

@@ -1,5 +1,6 @@
-"""Time to AUROC: its table, and that its contestants train on the same films. Folds: patients apart, each film once."""
+"""The benchmarks count what they say: the same films for all, patients apart, parts that add up."""
 
+import time
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,9 @@ from click.testing import CliRunner
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
-from benchmarks import auroc, folds
+from benchmarks import auroc, budget, folds
 from benchmarks.auroc import CONTESTANTS, Result, Setting, describe, list_films, read_rows
+from pipeline.etl.writing import write_shard
 from pipeline.labels import LABELS
 from pipeline.measure.delong import weigh_labels
 from pipeline.synthetic.sample import write_sample
@@ -79,3 +81,23 @@ def test_folds_are_compared_by_the_difference_of_their_aurocs() -> None:
     auroc = roc_auc_score(truth["Edema"], runs[0]["Edema score"])
     assert shown.startswith(f"Edema              {auroc:.3f} [")
     assert f"   1.000 [0.950, 1.000]   difference {1 - auroc:+.3f} [" in shown
+
+
+def test_the_parts_of_sharding_an_image_add_up_and_change_no_byte(tmp_path: Path) -> None:
+    source, out = write_sample(tmp_path, images=20), tmp_path / "out"
+    out.mkdir()
+    [task] = budget.plan_shards(source, out)
+    write_shard(task)
+    tar = (out / task.file).read_bytes()
+    clocks = budget.Clocks()
+    total = budget.clock_shards(clocks, [task])
+    assert (out / task.file).read_bytes() == tar
+    assert {*budget.CODEC, "write", "SHA-256 of the tar", "CRC-32", "gray levels"} < set(clocks.seconds)
+    assert 0.5 * total < sum(clocks.seconds.values()) < total
+
+
+def test_a_part_within_another_is_taken_off_it() -> None:
+    clocks = budget.Clocks()
+    inner = clocks.around("inner", lambda: time.sleep(0.05))
+    clocks.around("outer", inner)()
+    assert clocks.seconds["inner"] >= 0.05 > clocks.seconds["outer"]

@@ -55,6 +55,7 @@ def test_the_readme_is_short_and_so_is_every_page() -> None:
     assert len(README.read_text().splitlines()) <= 180
     long = {page.name for page in PAGES if page != README and len(page.read_text().splitlines()) > 150}
     assert long <= {"options.md", "model-card.md"}  # which programs write
+    assert all(page.stat().st_size < 30_000 for page in (*PAGES, *(REPOSITORY / "benchmarks").glob("*.md")))
 
 
 def test_every_link_leads_somewhere() -> None:
