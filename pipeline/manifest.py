@@ -34,7 +34,7 @@ FACTS = pa.schema(
     | dict.fromkeys(LABELS, pa.int8())
 )
 PLACES = pa.schema({"shard": pa.int32(), "offset": pa.int64(), "length": pa.int32(), "crc": pa.uint32()})
-KNOWN = {*FACTS.names, *PLACES.names, "path", "file", "member"}
+KNOWN = {*FACTS.names, *PLACES.names, "path", "file"}
 # Words of the licenses that forbid passing the data on; told by words, as shards of earlier versions name theirs too.
 RESTRICTED = ("Credentialed", "Research Use Agreement")
 _FULL = ("key", "patient", "study", "view", *PLACES.names)
@@ -197,10 +197,6 @@ def read_table(folder: Path, split: Split) -> pa.Table:
     for name, kind in name_facts(table).items():
         if table.column_names.count(name) > 1 or kind not in ("string", "int64"):
             raise DataError(f"{path}: column {name} is duplicated, or neither string nor int64")
-    if "member" in table.column_names:  # of shards that others wrote
-        names = table["member"]
-        if names.type != pa.string() or names.null_count:
-            raise DataError(f"{path}: column member is not string, or has empty cells")
     return table
 
 

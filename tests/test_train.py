@@ -49,10 +49,9 @@ from model.runs.targets import draw_weights, training_labels
 from pipeline import DataError, console, open_shards
 from pipeline.base.files import claimed
 from pipeline.console import run_command
-from pipeline.etl.adopt import write_index
 from pipeline.images import ImageOptions
 from pipeline.labels import LABELS, hash_fraction
-from pipeline.manifest import Manifest, manifest_digest, read_table
+from pipeline.manifest import Manifest, manifest_digest, read_table, write_manifest
 from pipeline.measure.calibration import RULES, apply_calibration, apply_calibrations
 from pipeline.measure.evaluate import calibrate
 from pipeline.policies import evaluation_targets
@@ -672,16 +671,18 @@ def test_a_dev_that_cannot_choose_is_refused_before_the_first_step(make_job: Cal
 def test_shards_without_a_dev_split_are_trained_on_with_patients_held_out(
     command: Callable[..., int], sample_shards: tuple[Path, Manifest], tmp_path: Path
 ) -> None:
-    indexed = tmp_path / "indexed"
-    indexed.mkdir()
-    for path in sample_shards[0].glob("[tv]*.tar"):
-        shutil.copy(path, indexed)
-    assert list(write_index(indexed).splits) == ["train", "valid"]
+    folder, manifest = sample_shards
+    undivided = tmp_path / "undivided"
+    undivided.mkdir()
+    for path in folder.glob("[tv]*"):
+        shutil.copy(path, undivided)
+    splits = {name: split for name, split in manifest.splits.items() if name != "dev"}
+    write_manifest(undivided, dataclasses.replace(manifest, splits=splits))
     run = tmp_path / "run"
-    own = ("--shards", indexed, "--run", run)
+    own = ("--shards", undivided, "--run", run)
     options = (*own, "--seed", 3, "--dev", 0.2)
     assert command("train", *options) == 0
-    table = pa.ipc.open_file(indexed / "train.arrow").read_all().to_pandas()
+    table = pa.ipc.open_file(undivided / "train.arrow").read_all().to_pandas()
     held = table.patient.map(lambda patient: hash_fraction("dev", 3, patient) < 0.2)
     assert 0 < held.sum() < len(held) / 2
 
@@ -701,9 +702,9 @@ def test_shards_without_a_dev_split_are_trained_on_with_patients_held_out(
     assert f"| dev | {held.sum()} |" in card
     with pytest.raises(DataError, match=r"run of another configuration: dev is 0.2 there and 0.05 here"):
         command("train", *own, "--seed", 3, "--lr", 1e-4)  # the default share
-    message = f"^{indexed}: `dev` 1e-09 leaves no patient of train for dev; raise it$"
+    message = f"^{undivided}: `dev` 1e-09 leaves no patient of train for dev; raise it$"
     with pytest.raises(DataError, match=message):
-        command("train", "--shards", indexed, "--run", tmp_path / "none", "--dev", 1e-9)
+        command("train", "--shards", undivided, "--run", tmp_path / "none", "--dev", 1e-9)
 
     with pytest.raises(click.UsageError) as caught:
         command("train", "--run", tmp_path / "other", "--dev", 0.2)

@@ -7,7 +7,7 @@ import click
 
 from pipeline.cli.auditing import audit
 from pipeline.cli.looking import show, stats
-from pipeline.cli.making import index, sample, shards, verify
+from pipeline.cli.making import sample, shards, verify
 from pipeline.console import run_command
 
 
@@ -17,7 +17,7 @@ def cli() -> None:
     """Turn chest X-ray data sets into WebDataset shards with Arrow label tables, and report on its labels."""
 
 
-for command in (sample, shards, verify, index, stats, show, audit):
+for command in (sample, shards, verify, stats, show, audit):
     cli.add_command(command)
 
 

@@ -1,4 +1,4 @@
-"""The commands that write and check shards: sample, shards, verify, index."""
+"""The commands that write and check shards: sample, shards, verify."""
 
 import re
 import sys
@@ -412,9 +412,7 @@ def verify(shards: str | Path, cache: Path, deep: bool, workers: int) -> None:
         repair = (
             f"; write these again by `pipeline shards SOURCE {name} --repair`, with the options used before"
         )
-        raise click.ClickException(
-            f"{name}: {problems} in {files}{'' if report.indexed or remote else repair}"
-        )
+        raise click.ClickException(f"{name}: {problems} in {files}{'' if remote else repair}")
     click.echo(
         f"{name}: all is well: {report.splits} splits, {report.shards:,} shards, {report.samples:,} samples, "
         f"{report.bytes / 1e6:,.1f} MB in {time.perf_counter() - start:.1f} s"
@@ -422,51 +420,3 @@ def verify(shards: str | Path, cache: Path, deep: bool, workers: int) -> None:
     say_next(
         *(("python", "train.py", "--run", "RUN", "--shards", name) if remote else ("pipeline", "audit", name))
     )
-
-
-@click.command(epilog="Example: pipeline index ~/wds --csv ~/CheXpert-v1.0-small/train.csv")
-@click.argument("folder", metavar="DIR", type=PathOrUrl(file_okay=False))
-@click.option(
-    "--csv",
-    "csvs",
-    metavar="[SPLIT=]FILE",
-    multiple=True,
-    help="A CheXpert CSV for all, or one per split.  [default: labels in each JSON]",
-)
-@click.option("--split", metavar="NAME", help="Split of all shards.  [default: their names up to the last -]")
-@WORKERS
-def index(folder: Path, csvs: tuple[str, ...], split: str | None, workers: int) -> None:
-    """Write tables and a manifest for WebDataset shards in DIR that other programs made.
-
-    The labels come from each sample's JSON, in our layout or with the columns of CheXpert's CSV; or from --csv,
-    joined by the patient, study and view in a sample's key or JSON. Images are JPEGs, PNGs or .npy files of uint8
-    [height, width], all of one kind, and each is decoded once. The tars stay as they are.
-    """
-    from pipeline.etl.adopt import write_index
-
-    refuse_usage(
-        "://" in str(folder),
-        f"{folder}: only a folder can be indexed; copy the tars to one, index it, and copy manifest.json and the "
-        ".arrow tables back beside them",
-    )
-    csv = _parse_csvs(csvs)
-    with progress_bar("Indexing", "shards") as advance:
-        manifest = write_index(folder, csv, split, workers, advance)
-    for name, entry in manifest.splits.items():
-        click.echo(
-            f"{name:6} {entry.samples:8,} samples {entry.patients:7,} patients {len(entry.shards):4} shards"
-        )
-    click.echo(f"{folder}: indexed")
-    say_next("pipeline", "verify", folder, "--deep")
-
-
-def _parse_csvs(texts: tuple[str, ...]) -> Path | dict[str, Path] | None:
-    """The CSV of all splits, or those of each: `labels.csv`, or `train=a.csv` and `valid=b.csv`."""
-    named = []
-    for text in texts:
-        match = re.fullmatch(r"([a-z0-9_-]+)=(.+)", text)
-        if match is None:
-            refuse_usage(len(texts) > 1, f"--csv {text}: with several, each is like train=FILE")
-            return Path(text)
-        named.append((match[1], Path(match[2])))
-    return _collect("--csv", named) or None

@@ -1,1 +1,1 @@
-"""Rows → shards: write, preview, verify, and adopt those that others wrote."""
+"""Rows → shards: write, preview and verify."""

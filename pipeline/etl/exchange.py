@@ -74,8 +74,6 @@ def find_written(out: Path) -> list[str]:
     if not (out / NAME).exists():
         return []
     manifest = read_manifest(out)
-    if manifest.options.get("indexed"):
-        raise DataError(f"{out}: its shards come from another program; choose another folder")
     return [name for name in (NAME, REJECTS, *manifest.files()) if (out / name).exists()]
 
 

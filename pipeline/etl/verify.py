@@ -19,23 +19,19 @@ import pyarrow as pa
 
 from pipeline.base.csvs import repeated
 from pipeline.base.errors import DataError
-from pipeline.base.files import hash_file, is_temporary
+from pipeline.base.files import hash_file, is_temporary, parse_object
+from pipeline.base.tar import BLOCK, Member, read_members
 from pipeline.base.workers import run_threads
 from pipeline.etl.exchange import PARTIAL, PLANNED
-from pipeline.etl.facts import read_facts
-from pipeline.etl.tar import BLOCK, Member, map_file, walk_tar
 from pipeline.images import ENCODINGS, decode_stored
 from pipeline.labels import count_rows, shared
-from pipeline.manifest import NAME, Shard, Split, read_manifest, read_table
+from pipeline.manifest import FACTS, NAME, Shard, Split, read_manifest, read_table
 
 PRINTED = 20  # lines on one file; a shard of another set would fill the screen
 
 
 class Verdict(NamedTuple):
-    """What was checked, a line for each problem by file, and warnings. `bytes` are those of the shards.
-
-    `indexed` shards come from another program: `pipeline shards` cannot write them again.
-    """
+    """What was checked, a line for each problem by file, and warnings. `bytes` are those of the shards."""
 
     splits: int
     shards: int
@@ -43,7 +39,6 @@ class Verdict(NamedTuple):
     bytes: int
     problems: dict[str, list[str]]
     warnings: list[str]
-    indexed: bool
 
 
 class _Task(NamedTuple):
@@ -96,7 +91,6 @@ def verify_shards(
         bytes=sum(task.shard.bytes for task in tasks),
         problems={file: lines for file, lines in problems.items() if lines},
         warnings=_find_leftovers(folder, problems.keys()),
-        indexed=bool(manifest.options.get("indexed")),
     )
 
 
@@ -160,9 +154,9 @@ def _check_tar(
 ) -> list[str]:
     """What is wrong in a tar of the right size; `path` names it in messages, `file` is where it can be read."""
     try:
-        with map_file(file) as data:
-            members = list(walk_tar(path, data))
-            complaints: list[str] = []
+        members = list(read_members(file, path))
+        complaints: list[str] = []
+        with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
             if rows is not None:
                 complaints += _check_samples(rows, members, data, options, deep or not is_intact)
     except DataError as error:
@@ -178,18 +172,13 @@ def _check_samples(
     """A complaint for each row that does not match its members, and for members that no row asks for."""
     encoding = options.get("encoding", "jpeg")
     suffix = ENCODINGS[encoding]
-    if "member" in rows.column_names:  # the tars of others: any names, any further members
-        names = rows["member"].to_pylist()
-    else:
-        names = [f"{key}.{suffix}" for key in rows["key"].to_pylist()]
-        expected = [f"{name.removesuffix(suffix)}{end}" for name in names for end in (suffix, "json")]
-        yield from _check_layout(members, expected, len(data))
+    expected = [f"{key}.{end}" for key in rows["key"].to_pylist() for end in (suffix, "json")]
+    yield from _check_layout(members, expected, len(data))
     by_name = {member.name: member for member in members}
     needed = rows if deep else rows.select(["key", "offset", "length"])
-    for row, name in zip(needed.to_pylist(), names, strict=True):
-        image = by_name.get(name)
-        # The labels of an indexed folder may come from a CSV; its JSONs then say something else.
-        json = None if options.get("labels") == "csv" else by_name.get(f"{name.rpartition('.')[0]}.json")
+    for row in needed.to_pylist():
+        name = f"{row['key']}.{suffix}"
+        image, json = by_name.get(name), by_name.get(f"{row['key']}.json")
         complaint = _check_place(row, name, image)
         if deep and image and not complaint:
             complaint = _check_content(row, image, json, data, encoding)
@@ -229,14 +218,15 @@ def _check_content(
         decode_stored(content, encoding)
     except ValueError as error:
         return f"does not decode: {error}"
+    if json is None:
+        return None  # the layout says so
     try:
-        facts = read_facts(data[json.offset : json.offset + json.size], row["key"]) if json else {}
-    except ValueError as error:
-        return str(error)
-    for name, value in facts.items():
-        if value != row[name]:
-            return f"{name} is {value} in its JSON, {row[name]} in the table"
-    return None
+        document = parse_object("its JSON", data[json.offset : json.offset + json.size])
+        facts = document | document["labels"]
+        differing = next((name for name in FACTS.names if facts[name] != row[name]), None)
+    except (DataError, KeyError, TypeError) as error:
+        return f"its JSON is damaged: {error}"
+    return differing and f"{differing} is {facts[differing]} in its JSON, {row[differing]} in the table"
 
 
 def _find_leftovers(folder: Path, known: Collection[str]) -> list[str]:

@@ -18,9 +18,9 @@ from zlib_ng import zlib_ng
 
 from pipeline.base.errors import DataError
 from pipeline.base.files import atomic_file, read_object, write_csv, write_json, write_table
+from pipeline.base.tar import BLOCK, END, tar_member
 from pipeline.base.workers import report_item
 from pipeline.etl.planning import count_planned, read_planned
-from pipeline.etl.tar import BLOCK, END, tar_member
 from pipeline.images import ENCODINGS, ImageError, ImageOptions, Original, gray_statistics, prepare
 from pipeline.labels import LABELS, count_rows, find_unannotated
 from pipeline.manifest import PLACES, Manifest, Shard, Split, name_facts, write_manifest

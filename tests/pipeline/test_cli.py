@@ -28,7 +28,7 @@ def test_sample_shards_and_stats_work_together(tmp_path: Path) -> None:
 
 
 def test_help_has_an_example_and_does_not_import_torch() -> None:
-    for command in ("sample", "shards", "verify", "index", "stats", "audit", "show"):
+    for command in ("sample", "shards", "verify", "stats", "audit", "show"):
         assert f"Example: pipeline {command} " in run(command, "--help").stdout
     modules = (
         "pipeline.cli, pipeline.etl.shards, pipeline.etl.verify, pipeline.measure.counts, pipeline.look.sheet"

@@ -92,7 +92,7 @@ def flip_padding(folder: Path, manifest: Manifest) -> list[str]:
 def flip_end(folder: Path, manifest: Manifest) -> list[str]:
     path, _, _, _ = first_row(folder, manifest)
     flip(path, -1)
-    return [f"{path}: byte {path.stat().st_size - 1024}: an empty block, but not the end of the tar"]
+    return [f"{path}: byte {path.stat().st_size - 1024}: neither a tar header nor the end of the tar"]
 
 
 def truncate(folder: Path, manifest: Manifest) -> list[str]:
@@ -334,6 +334,5 @@ def test_a_table_without_a_column(shards: Shards) -> None:
     assert json.loads((folder / "manifest.json").read_bytes())["splits"]["train"]["table_sha256"] == digest
 
 
-@pytest.mark.parametrize("command", ["verify", "index"])
-def test_help_has_an_example(command: str) -> None:
-    assert f"Example: pipeline {command} " in run_pipeline(command, "--help").stdout
+def test_help_has_an_example() -> None:
+    assert "Example: pipeline verify " in run_pipeline("verify", "--help").stdout

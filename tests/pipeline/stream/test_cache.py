@@ -852,12 +852,3 @@ def test_verify_names_what_a_server_gives_wrongly(
     assert done.returncode == 1
     assert done.stdout == f"{web(server)}/{shard}: its sha256 is not the manifest's; tried 1 times\n"
     assert done.stderr.splitlines()[-1] == f"Error: {web(server)}: 1 problem in 1 file"
-
-
-def test_a_url_is_not_indexed() -> None:
-    done = run_pipeline("index", "s3://bucket/wds")
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1] == (
-        "Error: s3://bucket/wds: only a folder can be indexed; copy the tars to one, index it, and copy manifest.json "
-        "and the .arrow tables back beside them"
-    )
