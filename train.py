@@ -98,7 +98,7 @@ from model.runs.job import (
     to_device,
 )
 from model.runs.overlap import check_teacher, write_trained_on
-from model.runs.results import choice_score, finish_run, forget_calibrations, is_reported
+from model.runs.results import choice_score, finish_run, forget_calibration, is_reported
 from model.runs.scoring import score_split
 from model.runs.targets import check_reported, no_choice, training_labels, training_weights
 from pipeline.base.errors import DataError
@@ -555,7 +555,7 @@ def evaluate_state(job: Job, state: TrainState, dev: Selected, steps: int, log: 
     if job.ranks.is_first:
         if is_best or job.config.keep == "last":
             save_best(job, state.ema.state_dict(), epoch, score)
-            forget_calibrations(job.run)  # of the weights before
+            forget_calibration(job.run)  # of the weights before
         # Rewritten from the checkpoint's own history, so that steps run again are not listed twice.
         lines = "".join(json.dumps(line) + "\n" for line in state.history)
         write_atomically(job.run / "metrics.jsonl", lines.encode())

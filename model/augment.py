@@ -9,7 +9,6 @@ gray scale, its noise and its borders. A network that learns from these does wor
 """
 
 import hashlib
-from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -30,27 +29,6 @@ FINEST, COARSEST = 0.5, 1 / 16  # that scale: from so many pixels to this share 
 NOISE = 0.35  # largest standard deviation, in those of the film
 FRAME = 0.15  # width of a border, as a share of the side
 UNIFORM = 3**0.5  # largest value of an equalized film
-
-
-def vary_images(
-    images: Tensor, mean: float, std: float, seed: int, copies: int, kind: Augmentation
-) -> Iterator[Tensor]:
-    """Normalized float32 images [B, 1, H, W], first as they are, then in `copies` - 1 of training's affine maps.
-
-    A map is drawn from (seed, copy, the image's own pixels): the same in any batch, in shards and as a file.
-    """
-    yield normalize(images, mean, std)
-    if copies == 1:
-        return
-    digests = [hashlib.blake2b(image.tobytes()).digest() for image in images.cpu().numpy()]
-    for copy in range(1, copies):
-        bits = [hashlib.blake2b(f"{seed}/{copy}/".encode() + one, digest_size=56).digest() for one in digests]
-        words = np.frombuffer(b"".join(bits), "<u8").reshape(len(bits), 7)
-        draws = torch.from_numpy(((words >> np.uint64(11)) / 2**52 - 1).astype(np.float32))
-        theta = affine_matrices(draws[:, :4]) @ crop_matrices(draws[:, 4:], kind.crop)
-        grid = _sampling_grid(theta.to(images.device), *images.shape[2:])
-        warped = F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
-        yield normalize(warped, mean, std)
 
 
 def normalize(images: Tensor, mean: float, std: float) -> Tensor:

@@ -2,21 +2,15 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from model.augment import vary_images
+from model.augment import normalize
 from model.losses import label_scores
-from model.names import AUGMENTATIONS
 from pipeline.base.errors import DataError
-
-# Images, mean and std → the images as the network takes them, once or in several copies.
-Vary = Callable[[Tensor, float, float], Iterable[Tensor]]
-AS_THEY_ARE: Vary = partial(vary_images, seed=0, copies=1, kind=AUGMENTATIONS["none"])
 
 
 class DivergedError(DataError):
@@ -53,29 +47,24 @@ def predict_scores(
     std: float,
     precision: torch.dtype,
     should_stop: Callable[[], bool] = lambda: False,
-    vary: Vary = AS_THEY_ARE,
 ) -> npt.NDArray[np.float32]:
     """Scores [N, L] in [0, 1] of the labels `columns` [L], for batches of uint8 images [B, 1, H, W].
 
-    The network's other inputs may follow the images; all are on the network's device. A score is the mean over what
-    `vary` makes of an image. Raises DivergedError if a score is not finite.
+    The network's other inputs may follow the images; all are on the network's device. Raises DivergedError if a
+    score is not finite.
     """
     network.eval()
     scores = []
     for images, *others in batches:
         if should_stop():
             raise InterruptedEvaluationError
-        copies = []
-        for inputs in vary(images, mean, std):
-            with (
-                explain_memory(
-                    f"while scoring {len(images)} images at once", "choose a smaller `image_size`"
-                ),
-                torch.autocast(images.device.type, precision, enabled=precision != torch.float32),
-            ):
-                logits = network(inputs.contiguous(memory_format=torch.channels_last), *others)
-            copies.append(label_scores(logits[:, columns]))
-        scores.append(torch.stack(copies).mean(dim=0).cpu())
+        inputs = normalize(images, mean, std).contiguous(memory_format=torch.channels_last)
+        with (
+            explain_memory(f"while scoring {len(images)} images at once", "choose a smaller `image_size`"),
+            torch.autocast(images.device.type, precision, enabled=precision != torch.float32),
+        ):
+            logits = network(inputs, *others)
+        scores.append(label_scores(logits[:, columns]).cpu())
     found = torch.cat(scores).numpy() if scores else np.empty((0, len(columns)), np.float32)
     if not np.isfinite(found).all():
         raise DivergedError("the network's scores are not finite; train with a lower `lr`, or `amp` off")

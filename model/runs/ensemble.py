@@ -14,7 +14,7 @@ import numpy as np
 
 from model.runs.config import ENSEMBLE, Config, read_config
 from model.runs.job import Job, MemberRun, StopFlag, choose_device
-from model.runs.results import find_calibration, forget_calibrations, name_tta
+from model.runs.results import find_calibration, forget_calibration
 from model.runs.scoring import Scores, score_files
 from pipeline.base.errors import DataError
 from pipeline.base.files import hash_file, read_object, write_json
@@ -49,7 +49,7 @@ class Decision(NamedTuple):
     rule: str
 
 
-def open_model(runs: Sequence[Path], tta: int = 1) -> Model:
+def open_model(runs: Sequence[Path]) -> Model:
     """The run or the ensemble that --run names. Raises DataError, naming the option, for runs that make none."""
     folder = runs[0] if len(runs) == 1 else None
     if folder is not None and (folder / ENSEMBLE).exists():
@@ -65,8 +65,6 @@ def open_model(runs: Sequence[Path], tta: int = 1) -> Model:
             ours, theirs = getattr(config, field), getattr(other, field)
             if ours != theirs:
                 raise DataError(f"{first} and {run} make no ensemble: `{option}` is {ours} and {theirs}")
-        if tta > 1 and other.augment == "none":
-            raise DataError(f"{run} was trained with `augment` none: there are no maps for `tta`")
     return Model(" + ".join(map(str, members)) if folder is None else str(folder), folder, members)
 
 
@@ -83,15 +81,13 @@ def read_members(folder: Path) -> list[Path]:
     return runs
 
 
-def open_scoring(
-    model: Model, out: Path | None, shards: Collection, workers: int, stop: StopFlag, tta: int
-) -> Job:
+def open_scoring(model: Model, out: Path | None, shards: Collection, workers: int, stop: StopFlag) -> Job:
     """The job that scores a run, or an ensemble: into `out`, or else a folder beside its first member.
 
     Members get a calibration where they have none. Raises DataError for a folder that is another's.
     """
     jobs = [
-        Job(config, shards, run, *choose_device(config.amp), workers, stop, tta=tta)
+        Job(config, shards, run, *choose_device(config.amp), workers, stop)
         for run, config in model.members.items()
     ]
     if len(jobs) == 1:
@@ -104,22 +100,21 @@ def open_scoring(
         raise DataError(f"{folder} is a run, or an ensemble of others; choose another `out`")
     if before != best:
         folder.mkdir(parents=True, exist_ok=True)
-        forget_calibrations(folder)
+        forget_calibration(folder)
         write_json(path, {"members": best})
     members = []
     for job in jobs:
-        if not (job.run / f"calibration{name_tta(tta)}.json").exists():
+        if not (job.run / "calibration.json").exists():
             find_calibration(job, "dev", None, 0.9, "max")
-        members.append(MemberRun(job, read_calibration(job.run, job.config.labels, tta)["image"]))
+        members.append(MemberRun(job, read_calibration(job.run, job.config.labels)["image"]))
     return replace(jobs[0], run=folder, members=tuple(members))
 
 
-def read_calibration(run: Path, labels: Sequence[str], tta: int = 1) -> dict[str, Any]:
+def read_calibration(run: Path, labels: Sequence[str]) -> dict[str, Any]:
     """What was chosen on dev for a run. Raises DataError, with the command that does so where it is not there."""
-    path = run / f"calibration{name_tta(tta)}.json"
+    path = run / "calibration.json"
     if not path.exists():
-        command = f"python train.py evaluate --run {run}{f' --tta {tta}' if tta > 1 else ''}"
-        raise DataError(f"{run}: no {path.name}; first run: {command}")
+        raise DataError(f"{run}: no {path.name}; first run: python train.py evaluate --run {run}")
     document = read_object(path)
     try:
         for found in (document["image"][label] for label in labels):
@@ -130,14 +125,14 @@ def read_calibration(run: Path, labels: Sequence[str], tta: int = 1) -> dict[str
     return document
 
 
-def member_calibrations(model: Model, tta: int = 1) -> list[dict[str, Any] | None]:
+def member_calibrations(model: Model) -> list[dict[str, Any] | None]:
     """The calibrations of an ensemble's members; None for a run, whose score is what its network gives."""
     if len(model.members) == 1:
         return [None]
-    return [read_calibration(run, config.labels, tta)["image"] for run, config in model.members.items()]
+    return [read_calibration(run, config.labels)["image"] for run, config in model.members.items()]
 
 
-def choose_decision(model: Model, threshold: str, tta: int = 1) -> Decision:
+def choose_decision(model: Model, threshold: str) -> Decision:
     """The calibration of a model's scores, and their thresholds by a rule. Raises DataError where dev gave none."""
     if model.folder is None:
         if threshold != "none":
@@ -147,7 +142,7 @@ def choose_decision(model: Model, threshold: str, tta: int = 1) -> Decision:
                 f"`threshold` is of an ensemble's folder; first run: {command}; then `run` FOLDER"
             )
         return Decision(None, [], threshold)
-    document = read_calibration(model.folder, model.config.labels, tta)
+    document = read_calibration(model.folder, model.config.labels)
     chosen = document["image"]
     if threshold == "none":
         return Decision(chosen, [], threshold)
@@ -160,11 +155,11 @@ def choose_decision(model: Model, threshold: str, tta: int = 1) -> Decision:
 
 
 def score_samples(
-    model: Model, samples: Sequence[Sequence[Path]], workers: int, tta: int
+    model: Model, samples: Sequence[Sequence[Path]], workers: int
 ) -> tuple[Scores, list[tuple[Path, str]]]:
     """As `score_files`, by a run or an ensemble."""
     found = []
-    for (run, config), fit in zip(model.members.items(), member_calibrations(model, tta), strict=True):
-        scores, bad = score_files(run, config, samples, workers, tta)
+    for (run, config), fit in zip(model.members.items(), member_calibrations(model), strict=True):
+        scores, bad = score_files(run, config, samples, workers)
         found.append(scores if fit is None else apply_calibrations(config.labels, scores, fit))
     return np.asarray(np.mean(found, axis=0), np.float32), bad

@@ -73,7 +73,6 @@ class Job:
     init: Path | None = None  # the weights to start from
     strict: bool = False  # refuse labels with one class instead of warning about them
     wandb: str | None = None  # the project of Weights & Biases that is told of everything
-    tta: int = 1  # copies of each image that are scored
     members: "tuple[MemberRun, ...]" = ()  # of an ensemble, whose folder `run` is
 
     @property

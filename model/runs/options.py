@@ -106,14 +106,6 @@ runs_option = grouped(
     multiple=True,
     help="Folder of the run, or of an ensemble; several make an ensemble.",
 )
-tta_option = grouped(
-    "run",
-    "--tta",
-    default=1,
-    type=click.IntRange(1),
-    metavar="N",
-    help="Mean over N copies of each image: as it is, and in maps as in training.",
-)
 workers_option = grouped(
     "run",
     "--workers",

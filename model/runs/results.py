@@ -46,7 +46,7 @@ def finish_run(job: Job) -> dict[str, dict[str, Any]]:
     found = {name: score_best(job, name) for name in names}
     if not job.ranks.is_first:
         return {}
-    forget_calibrations(job.run)  # of an earlier best.pt
+    forget_calibration(job.run)  # of an earlier best.pt
     results = {name: evaluate(job, name, found[name]) for name in names}
     evaluations = {name: evaluation for name, (evaluation, _) in results.items()}
     write_report(job, "report.html", results)
@@ -65,10 +65,9 @@ def is_reported(run: Path) -> bool:
     return all((run / name).exists() for name in files)
 
 
-def forget_calibrations(run: Path) -> None:
-    """Remove the calibrations of weights that are no more."""
-    for path in run.glob("calibration*.json"):
-        path.unlink(missing_ok=True)
+def forget_calibration(run: Path) -> None:
+    """Remove the calibration of weights that are no more."""
+    (run / "calibration.json").unlink(missing_ok=True)
 
 
 def evaluate(
@@ -110,7 +109,6 @@ def evaluate(
     evaluation["not_annotated"] = [label for label in job.manifest.not_annotated if label in config.labels]
     evaluation |= {"chosen_by": list(chosen_by)} if chosen_by else {}
     evaluation |= {"sanity": dict(sanity)} if sanity else {}
-    evaluation |= {"tta": job.tta} if job.tta > 1 else {}
     evaluation |= {"gain": measure_gain(config.labels, scored, members)} if members else {}
     if readers:
         evaluation["readers"] = assess_readers(config.labels, study_level(scored, combine), readers)
@@ -135,7 +133,7 @@ def compare_with_own(job: Job, scored: Scored, evaluation: Mapping[str, Any]) ->
     `less_own` is None, with the reason in `note`, where the run has no evaluation of its own valid. Raises DataError
     where that is damaged.
     """
-    path = job.run / f"evaluation-valid{name_tta(job.tta)}.json"
+    path = job.run / "evaluation-valid.json"
     found: dict[str, Any] = {
         "data": job.manifest.dataset.get("title", ""),
         "manifest": job.shards.digest,
@@ -162,7 +160,7 @@ def find_calibration(
     `scored` are the scores of the split, where all of its images were scored: those of dev are not scored again.
     Raises DataError where thresholds would have to be chosen on other shards than the run's.
     """
-    path = job.run / f"calibration{name_tta(job.tta)}.json"
+    path = job.run / "calibration.json"
     chosen = {"sensitivity": sensitivity, "combine": combine}
     calibration = read_object(path) if path.exists() else {}
     if not chosen.items() <= calibration.items():
@@ -172,7 +170,6 @@ def find_calibration(
             command = (
                 f"python train.py evaluate --run {job.run} --sensitivity {sensitivity} --study {combine}"
             )
-            command += f" --tta {job.tta}" if job.tta > 1 else ""
             raise DataError(
                 f"{job.shards}: not the shards that {job.run} learned from, on whose dev thresholds are chosen; "
                 f"first run: {command} with those"
@@ -233,13 +230,8 @@ def choose_common(
 
 def name_result(job: Job, name: str, chosen_by: Sequence[str] = ()) -> str:
     """What a run's scores of a split are named by, also where other conditions than the run's own chose its images."""
-    result = result_name(job.config, job.shards.digest, name) + name_tta(job.tta)
+    result = result_name(job.config, job.shards.digest, name)
     return f"{result}-{hashlib.sha256(' '.join(chosen_by).encode()).hexdigest()[:8]}" if chosen_by else result
-
-
-def name_tta(tta: int) -> str:
-    """What ends the names of files about the mean over several copies of each image."""
-    return f"-tta{tta}" if tta > 1 else ""
 
 
 def name_comparison(result: str, against: Collection[Path]) -> str:
@@ -289,7 +281,6 @@ def describe_settings(job: Job) -> dict[str, Any]:
     }
     if settings["views"] == "all":  # of the shards, which may hold fewer
         settings["views"] = job.manifest.options.get("views", "all")
-    settings |= {"tta": job.tta} if job.tta > 1 else {}
     return settings | ({"members": [str(member.job.run) for member in job.members]} if job.members else {})
 
 

@@ -13,10 +13,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from torch import Tensor, nn
 
-from model.augment import vary_images
 from model.fusion import UNKNOWN_FRONTAL
-from model.names import AUGMENTATIONS
-from model.predict import InterruptedEvaluationError, Vary, predict_scores
+from model.predict import InterruptedEvaluationError, predict_scores
 from model.runs.config import Config, learned_columns
 from model.runs.folder import load_best
 from model.runs.job import Job, Selected, agree, choose_device, network_inputs, open_rows, read_batches
@@ -57,11 +55,6 @@ def score_members(
         found[str(member.run)] = apply_calibrations(job.config.labels, scored.scores, calibration)
     mean = np.mean(list(found.values()), axis=0).astype(np.float32)
     return (scored._replace(scores=mean), table), found
-
-
-def vary_as_trained(config: Config, tta: int) -> Vary:
-    """`tta` copies of each image: as it is, and in maps that the run has trained with."""
-    return partial(vary_images, seed=config.seed, copies=tta, kind=AUGMENTATIONS[config.augment])
 
 
 def score_split(
@@ -106,7 +99,6 @@ def score_split(
             pixels["std"],
             job.precision,
             should_stop=job.stop,
-            vary=vary_as_trained(config, job.tta),
         )
     agree(job)
     if job.stop.code:
@@ -131,13 +123,13 @@ def score_split(
 
 
 def score_files(
-    run: Path, config: Config, samples: Sequence[Sequence[Path]], workers: int, tta: int = 1
+    run: Path, config: Config, samples: Sequence[Sequence[Path]], workers: int
 ) -> tuple[Scores, list[tuple[Path, str]]]:
     """Scores [N, L] by best.pt of samples: image files one by one or, for a run by studies, a study's together.
 
     NaN where none of a sample's files can be read; and which files cannot, and why. An image takes the way it
     would take through shards: the same resize, encoding and decoding. A view is a lateral if its name says so,
-    else a frontal that may be AP or PA. A score is the mean over `tta` copies.
+    else a frontal that may be AP or PA.
     """
     device, precision = choose_device(config.amp)
     network, best = load_best(run, config, device)
@@ -188,7 +180,6 @@ def score_files(
             pixels["mean"],
             pixels["std"],
             precision,
-            vary=vary_as_trained(config, tta),
         )
     scores[~usable] = np.nan
     return scores, bad

@@ -23,7 +23,6 @@ from model.runs.options import (
     check_folders,
     run_option,
     runs_option,
-    tta_option,
     with_options,
     workers_option,
 )
@@ -46,7 +45,7 @@ threshold_option = click.option(
 
 
 @click.command("evaluate", epilog="Example: python train.py evaluate --run runs/first --split valid")
-@with_options(runs_option, *DATA_OPTIONS, tta_option)
+@with_options(runs_option, *DATA_OPTIONS)
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
@@ -94,7 +93,6 @@ def evaluate_command(
     cache_size: int,
     runs: tuple[Path, ...],
     workers: int,
-    tta: int,
     out: Path | None,
     split: str,
     against: tuple[Path, ...],
@@ -124,7 +122,7 @@ def evaluate_command(
 
     collection = open_collection(shards, cache, cache_size)
     stop = StopFlag().listen()
-    model = open_model(runs, tta)
+    model = open_model(runs)
     if out is not None and (len(model.members) == 1 or model.folder is not None):
         raise click.UsageError(f"--out is for several --run: the results of {model.name} go into its folder")
     chosen_by = (*where, *([] if views is None else [f"{views} views"]))
@@ -132,7 +130,7 @@ def evaluate_command(
     if len(readers) < len(reader_files):
         raise click.UsageError("--readers: two files of one name, by which a reader is shown; rename one")
     try:
-        job = open_scoring(model, out, collection, workers, stop, tta)
+        job = open_scoring(model, out, collection, workers, stop)
         config = job.config
         scored = replace(
             job, config=replace(config, where=where or config.where, views=views or config.views)
@@ -178,7 +176,7 @@ def check_pattern(text: str) -> None:
 
 
 @click.command("predict", epilog="Example: python train.py predict --run runs/first --out scores.csv films/")
-@with_options(runs_option, tta_option)
+@with_options(runs_option)
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
 @click.option("--out", required=True, type=click.Path(path_type=Path, dir_okay=False), help="CSV to write.")
 @click.option("--strict", is_flag=True, help="Exit with 3 where an image cannot be read.")
@@ -201,7 +199,6 @@ def check_pattern(text: str) -> None:
 @workers_option
 def predict_command(
     runs: tuple[Path, ...],
-    tta: int,
     images: tuple[Path, ...],
     out: Path,
     strict: bool,
@@ -228,7 +225,7 @@ def predict_command(
     check_folders(runs=runs)
     from model.runs.ensemble import choose_decision, open_model, score_samples
 
-    model = open_model(runs, tta)
+    model = open_model(runs)
     config = model.config
     if heatmaps is not None and (config.fusion or len(model.members) > 1):
         kind = "learned studies" if config.fusion else "are several networks"
@@ -239,8 +236,8 @@ def predict_command(
         samples = {str(file): [file] for file in files}
     else:
         samples = group_files(files, group_by)
-    decision = choose_decision(model, threshold, tta)
-    scores, bad = score_samples(model, list(samples.values()), workers, tta)
+    decision = choose_decision(model, threshold)
+    scores, bad = score_samples(model, list(samples.values()), workers)
     for file, reason in bad:
         say(f"{file}: {reason}")
     if len(bad) == len(files):
@@ -255,7 +252,7 @@ def predict_command(
     cells = [["" if math.isnan(score) else f"{score:.6f}" for score in row] for row in scores.tolist()]
     for row, calls in zip(cells, decided.tolist(), strict=True):
         row += ["" if math.isnan(call) else str(int(call)) for call in calls]
-    facts = {"run": model.name, "shards": config.manifest, "threshold_rule": decision.rule, "tta": tta}
+    facts = {"run": model.name, "shards": config.manifest, "threshold_rule": decision.rule}
     columns = [*config.labels, *(f"{label} positive" for label in config.labels[: len(limits)]), *facts]
     heading = ["study" if config.fusion else "file", *columns]
     rows = ([name, *row, *facts.values()] for name, row in zip(samples, cells, strict=True))

@@ -1,4 +1,3 @@
-import hashlib
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,6 @@ from model.augment import (
     equalize,
     low_pass,
     normalize,
-    vary_images,
 )
 from model.names import AUGMENTATIONS, Augmentation
 
@@ -198,27 +196,3 @@ def test_robust_is_bounded_and_finite() -> None:
     assert inputs.shape == images.shape
     assert inputs.abs().max() < 6  # 3.46 of detail at the most, and noise
     assert equalize(inputs).abs().max() <= 3**0.5
-
-
-@pytest.mark.parametrize("crop", [0.0, 0.4])
-def test_a_copys_map_is_of_the_seed_the_copy_and_the_image(crop: float) -> None:
-    kind = Augmentation(crop=crop)
-    images = torch.randint(
-        0, 256, (5, 1, 24, 24), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
-    )
-    plain, *copies = vary_images(images, 100.0, 50.0, 3, 4, kind)
-    assert torch.equal(plain, normalize(images, 100.0, 50.0))
-    assert len(copies) == 3
-    order = [4, 0, 2]
-    for copy, again in zip(copies, [*vary_images(images[order], 100.0, 50.0, 3, 4, kind)][1:], strict=True):
-        assert torch.equal(again, copy[order])
-    other = [*vary_images(images, 100.0, 50.0, 4, 2, kind)][1]
-    one = copies[0]
-    assert not torch.allclose(one, copies[1])
-    assert not torch.allclose(one, other)
-    # By torch's own grid, from the bits that the hash is made of.
-    digest = hashlib.blake2b(images[0].numpy().tobytes()).digest()
-    words = np.frombuffer(hashlib.blake2b(b"3/1/" + digest, digest_size=56).digest(), "<u8")
-    draws = torch.tensor([[(int(word) >> 11) / 2**52 - 1 for word in words]])
-    theta = affine_matrices(draws[:, :4]) @ crop_matrices(draws[:, 4:], crop)
-    torch.testing.assert_close(one[:1], normalize(sample(images[:1].float(), theta.float()), 100.0, 50.0))

@@ -1,4 +1,4 @@
-"""Several runs as one, test-time augmentation, and what predict and export make of them."""
+"""Several runs as one, and what predict and export make of them."""
 
 import json
 import re
@@ -52,8 +52,8 @@ def runs(pair: tuple[Path, Path], tmp_path: Path) -> tuple[Path, Path]:
     return tuple(Path(shutil.copytree(run, tmp_path / run.name)) for run in pair)  # type: ignore[return-value]
 
 
-def calibrated(run: Path, scores: pd.DataFrame, name: str = "calibration.json") -> np.ndarray:
-    fits = json.loads((run / name).read_text())["image"]
+def calibrated(run: Path, scores: pd.DataFrame) -> np.ndarray:
+    fits = json.loads((run / "calibration.json").read_text())["image"]
     return np.column_stack([apply_calibration(scores[label].to_numpy(), fits[label]) for label in LABELS])
 
 
@@ -146,9 +146,14 @@ def test_an_ensemble_is_the_mean_of_calibrated_scores_everywhere(
     for label in known:
         assert shown[label] == pytest.approx(apply_calibration(np.array([limits[label]]), fitted[label])[0])
 
-    assert call_train("evaluate", *shards, "--run", out, "--split", "dev", "--tta", 2) == 0
-    assert json.loads((out / "evaluation-dev-tta2.json").read_text())["gain"].keys() >= {"Edema", "macro"}
-    assert all((run / "calibration-tta2.json").exists() for run in (*runs, out))
+    (two / "calibration.json").unlink()
+    with pytest.raises(
+        DataError, match=rf"no calibration.json; first run: python train.py evaluate --run {two}$"
+    ):
+        call_train("predict", "--run", two, "--out", table, films)
+    assert call_train("evaluate", *shards, "--run", out, "--split", "dev") == 0
+    assert json.loads((out / "evaluation-dev.json").read_text())["gain"].keys() >= {"Edema", "macro"}
+    assert (two / "calibration.json").exists()
     (two / "best.pt").write_bytes((one / "best.pt").read_bytes())
     with pytest.raises(
         DataError, match=f"^{two}: trained on since {out} was evaluated; first run: python train.py"
@@ -175,44 +180,7 @@ def test_runs_that_make_no_ensemble_are_refused(
     refuse("make no ensemble: `fusion` is image and study$", fusion="max")
     refuse("make no ensemble: `shards` is ", manifest="0" * 64)
     refuse("`run` names the same run twice", "--run", one)
-    refuse("trained with `augment` none: there are no maps for `tta`$", "--tta", 2, augment="none")
     refuse(f"^{one} is a run, or an ensemble of others; choose another `out`$", "--out", one)
     (two / "config.json").write_text(json.dumps(config | {"image_size": 48}))
     with pytest.raises(DataError, match="members of different `image_size`"):
         call_train("export", "--run", one, "--run", two, "--out", tmp_path / "model.onnx")
-
-
-def test_copies_of_an_image_do_not_depend_on_its_batch(
-    runs: tuple[Path, Path],
-    sample_shards: tuple[Path, Manifest],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    run, shards = runs[0], ("--shards", sample_shards[0])
-    plain = (run / "scores-valid.arrow").read_bytes()
-    words = ("evaluate", *shards, "--run", run, "--tta", 3)
-    assert call_train(*words) == 0
-    assert (run / "scores-valid.arrow").read_bytes() == plain
-    document = json.loads((run / "evaluation-valid-tta3.json").read_text())
-    assert document["tta"] == 3
-    assert document["calibration"] == json.loads((run / "calibration-tta3.json").read_text())
-    scores = read_frame(run / "scores-valid-tta3.arrow")[list(LABELS)]
-    monkeypatch.setattr("model.runs.scoring.EVALUATION_BATCH", 7)
-    assert call_train(*words, "--workers", 1, "--where", "sex=Male") == 0
-    (file,) = run.glob("scores-valid-tta3-*.arrow")
-    table = open_shards(sample_shards[0])["valid"].table.to_pandas()
-    np.testing.assert_allclose(
-        read_frame(file)[list(LABELS)], scores[(table["sex"] == "Male").to_numpy()], atol=1e-6
-    )
-    films = sample_shards[0].parent / "CheXpert-v1.0-small" / "valid"
-    out = tmp_path / "scores.csv"
-    assert call_train("predict", "--run", run, "--out", out, "--tta", 3, films) == 0
-    found = pd.read_csv(out)
-    keys = found.file.str.extract(r"(patient\d+)/(study\d+)/(view\d+_\w+)\.jpg").agg("_".join, axis=1)
-    ours = found.set_index(keys).loc[table["key"], list(LABELS)]
-    np.testing.assert_allclose(ours, calibrated(run, scores, "calibration-tta3.json"), atol=2e-6)
-    assert set(found["tta"]) == {3}
-    with pytest.raises(
-        DataError, match=r"no calibration-tta4.json; first run: python train.py evaluate .* --tta 4$"
-    ):
-        call_train("predict", "--run", run, "--out", out, "--tta", 4, films)
