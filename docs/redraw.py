@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from PIL import Image, ImageChops
 from rich.console import Console
 from rich.text import Text
@@ -29,16 +30,16 @@ PICTURES, SAMPLE = DOCS / "pictures", DOCS / "sample"
 WORK = DOCS.parent / "build" / "pictures"
 NEEDED = ("Makefile", "pyproject.toml", "requirements.lock", "train.py", ".venv")  # in WORK, by make
 RUN, SWEEP = "runs/sample-rescnn-128-lr2e-3-wd1e-2-seed0", "runs/sample-sweep"
-GALLERY = "--images --n 2 --out gallery.html"
 CUED = "cued --images 1000 --shortcut Atelectasis=corners:0.9 --shortcut Pneumonia=marker:0.9"
 FILMS = " ".join(f"sample/CheXpert-v1.0-small/valid/patient{number:05}" for number in range(580, 592))
+PREDICT = ".venv/bin/python train.py predict"
 COMMANDS = {  # what makes what is in WORK, besides make train
     "shards/films/manifest.json": "make shards DATA=sample OUT=shards/films SIZE=320 DEV=0.2",
     "labels.html": ".venv/bin/pipeline stats shards/films --policy best --html labels.html",
     "shards/cued/manifest.json": f".venv/bin/pipeline sample {CUED} && .venv/bin/pipeline shards cued shards/cued",
     "audit.html": ".venv/bin/pipeline audit shards/cued --html audit.html",
     f"{RUN}/predictions.csv": f"make predict IMAGES='{FILMS}'",
-    "gallery.html": f".venv/bin/python train.py gallery --run {RUN} --shards shards/films {GALLERY}",
+    "maps.csv": f"{PREDICT} --run {RUN} --out maps.csv --heatmaps maps --heatmap-labels 14 {FILMS}",
     "report.html": f"cp {RUN}/report.html .",
     f"{SWEEP}/sweep.csv": "make sweep LR='5e-4 2e-3 8e-3' WD='1e-4 1e-2 1' SIZE=32 EPOCHS=3",
 }
@@ -46,8 +47,8 @@ OF_RUN = ("model-card.md", "metrics.jsonl", "evaluation-dev.json", "evaluation-v
 COPIED = {f"{RUN}/{name}": name for name in OF_RUN}  # to SAMPLE
 COPIED |= {f"{SWEEP}/report.html": "sweep.html", f"{SWEEP}/sweep.csv": "sweep.csv"}
 COPIED |= {name: name for name in ("report.html", "labels.html", "audit.html")}
-# How much of a page is drawn, in pixels; as JPEG where there are films.
-HEIGHTS = {"report.png": 850, "labels.png": 870, "audit.png": 1000, "gallery.jpg": 2000}
+# How much of a page is drawn, in pixels.
+HEIGHTS = {"report.png": 850, "labels.png": 870, "audit.png": 1000}
 CURVES, MAPS = ("Cardiomegaly", "Atelectasis"), ("Cardiomegaly", "Pleural Effusion")  # in front
 COLUMNS, ROWS, SPACING = 100, 46, 24.4  # of the recorded terminal; rich's pixels from line to line
 PAUSE, HOLD = 0.5, 10.0  # seconds: the longest wait for a line, and how long the end stays
@@ -89,10 +90,7 @@ def main() -> None:
     (PICTURES / "make-train.svg").write_text(draw_recording(json.loads(recorded.read_text())))
     photograph("front.jpg", compose_front(), 830, 2000)
     for name, height in HEIGHTS.items():
-        page = (WORK / name).with_suffix(".html").read_text()
-        if name == "gallery.jpg":  # one label is enough
-            page = re.sub(rf"<section>\s*<h2>(?!{MAPS[-1]}<).*?</section>", "", page, flags=re.DOTALL)
-        photograph(name, page, 1200, height)
+        photograph(name, (WORK / name).with_suffix(".html").read_text(), 1200, height)
     save(Image.open(WORK / SWEEP / "contour-dev.png").convert("RGB"), "sweep.png")
 
 
@@ -133,14 +131,13 @@ def compose_front() -> str:
     captions = [describe_sample(row)[1:] for row in split.table.take(rows).to_pylist()]
     tiles = [fit(film, 256) for film in read_images(split, rows)]
     sheet = draw_sheet("Drawn films: + positive, ? uncertain, − negative", tiles, captions, 3, text_size=20)
-    report, gallery = ((WORK / f"{name}.html").read_text() for name in ("report", "gallery"))
+    report, scores = (WORK / "report.html").read_text(), pd.read_csv(WORK / "maps.csv")
     named = f'<figure><svg[^>]*"ROC curve of (?:{"|".join(CURVES)})".*?</figure>'
     curves = re.findall(named, report, re.DOTALL)[: len(CURVES)]  # of valid, which comes first
-    parts = [gallery.partition(f"<h2>{label}<")[2] for label in MAPS]
-    maps = {
-        label: part.partition('" alt="its')[0].rpartition('"')[2]
-        for label, part in zip(MAPS, parts, strict=True)
-    }
+    maps = {}
+    for label in MAPS:  # on the film with the highest score
+        name = f"{scores[label].idxmax() + 1:05d}-*-{label.lower().replace(' ', '-')}.png"
+        maps[label] = data_uri(np.asarray(Image.open(next((WORK / "maps").glob(name)))))
     template = open_templates("pipeline.look").from_string(FRONT)
     return template.render(title="", sheet=data_uri(np.asarray(sheet)), curves=curves, maps=maps)
 

@@ -127,7 +127,6 @@ def test_heavy_packages_stay_where_they_are_needed(package: str) -> None:
         ("export --run r --out model.onnx", 1),
         ("inputs --shards no --out inputs.png", 1),
         ("localize --shards no --run r --boxes README.md", 1),
-        ("gallery --shards no --run r --images --out page.html", 1),
     ],
 )
 def test_a_command_line_that_trains_nothing_does_not_wait_for_torch(words: str, code: int) -> None:

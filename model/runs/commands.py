@@ -347,6 +347,5 @@ for command in (
     use.export_command,
     use.inputs_command,
     use.localize_command,
-    use.gallery_command,
 ):
     main.add_command(command)

@@ -1,4 +1,4 @@
-"""Where a run looks: its heat maps on films (predict --heatmaps), in a gallery, and against what readers marked."""
+"""Where a run looks: its heat maps on films (predict --heatmaps), and against what readers marked."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,9 +24,8 @@ from pipeline.base.pages import show_figure, show_limits
 from pipeline.console import progress_bar
 from pipeline.images import Gray, ImageOptions, decode_stored, prepare, resize
 from pipeline.labels import LABELS
-from pipeline.look.overlay import blend, draw_overlay
-from pipeline.look.sheet import data_uri, fit, read_images, save_sheet
-from pipeline.measure.evaluate import Scored
+from pipeline.look.overlay import draw_overlay
+from pipeline.look.sheet import read_images, save_sheet
 from pipeline.measure.localization import (
     Cell,
     decode_rle,
@@ -37,7 +36,6 @@ from pipeline.measure.localization import (
 from pipeline.stream.samples import OpenSplit
 
 AT_ONCE = 16  # images
-SHOWN = 256  # pixels: the longer side of a film in the gallery
 OTHER_NAMES = {"Airspace Opacity": "Lung Opacity"}  # CheXlocalize's
 Mapper = Callable[[Sequence[Gray], Sequence[str]], npt.NDArray[np.float32]]
 # What readers marked, by key and label: boxes (left, top, width, height), or a mask [H, W] of the original film.
@@ -187,48 +185,3 @@ def print_localization(found: Mapping[str, Any]) -> None:
             f"{show_figure(of['iou'])} {show_limits(of['iou_limits'])}",
         )
     Console().print(table)
-
-
-def find_threshold(run: Path, label: str) -> float:
-    """The threshold by Youden's J, chosen on dev; .5 where there is none."""
-    path = run / "calibration.json"
-    found = read_object(path)["image"].get(label) if path.exists() else None
-    threshold = found["thresholds"]["youden"] if found else None
-    return 0.5 if threshold is None else float(threshold)
-
-
-def choose_films(scored: Scored, column: int, threshold: float, n: int) -> dict[str, list[int]]:
-    """The places of up to `n` films of each kind: positives with the highest scores, errors, and the most uncertain.
-
-    Errors are those furthest from their truth; uncertain are the scores nearest the threshold, of films not yet shown.
-    """
-    score, truth = scored.scores[:, column].astype(float), scored.target[:, column] == 1
-    used = scored.mask[:, column]
-    called = score >= threshold
-
-    def first(of: npt.NDArray[np.bool_], order: npt.NDArray[np.float64]) -> list[int]:
-        places = np.flatnonzero(of & used)
-        chosen: list[int] = places[np.argsort(order[places], kind="stable")][:n].tolist()
-        return chosen
-
-    right, wrong = first(truth & called, -score), first(truth != called, -np.abs(score - truth))
-    new = np.ones(len(score), bool)
-    new[right + wrong] = False
-    return {"right": right, "wrong": wrong, "uncertain": first(new, np.abs(score - threshold))}
-
-
-def show_film(
-    split: OpenSplit,
-    row: npt.NDArray[np.int64],
-    draw: Mapper,
-    label: str,
-    scored: Scored,
-    place: int,
-    column: int,
-) -> dict[str, Any]:
-    """The film and its map as pictures in URLs, with score and truth."""
-    (film,) = read_images(split, row)
-    small = fit(film, SHOWN)
-    urls = [data_uri(picture) for picture in (small, blend(small, draw([film], [label])[0, 0]))]
-    state = "positive" if scored.target[place, column] == 1 else "negative"
-    return {"film": urls[0], "map": urls[1], "score": float(scored.scores[place, column]), "truth": state}

@@ -1,6 +1,6 @@
 """Commands of train.py that use a run, or look at what it learns from.
 
-evaluate, predict, export, inputs, localize, gallery: each imports what needs torch itself, as those of `commands` do.
+evaluate, predict, export, inputs, localize: each imports what needs torch itself, as those of `commands` do.
 """
 
 import json
@@ -27,10 +27,9 @@ from model.runs.options import (
     workers_option,
 )
 from pipeline.base.errors import DataError
-from pipeline.base.files import check_folder, hash_file, write_atomically, write_csv, write_json
-from pipeline.console import Checked, Number, count_of, progress_bar, say, say_next
+from pipeline.base.files import check_folder, hash_file, write_csv, write_json
+from pipeline.console import Checked, Number, count_of, say, say_next
 from pipeline.labels import MOST_VIEWS, VIEWS
-from pipeline.manifest import find_restriction
 from pipeline.measure.calibration import RULES, apply_calibration, apply_calibrations, read_fit
 
 if TYPE_CHECKING:
@@ -505,80 +504,4 @@ def localize_command(
             "Warning: the run has learned from train and chosen its weights on dev: these films are not new to it"
         )
     say_next(*TRAIN, "evaluate", "--run", run, *repeat("--shards", shards), "--split", splits[0], "--sanity")
-    return 0
-
-
-@click.command(
-    "gallery", epilog="Example: python train.py gallery --run runs/first --images --out gallery.html"
-)
-@with_options(run_option, *DATA_OPTIONS)
-@click.option("--split", default="valid", help="Of the shards, which may be others than the run's.")
-@click.option("--n", default=3, type=click.IntRange(1, 20), help="Films of each kind.")
-@click.option("--images", is_flag=True, help="Yes, write films of patients into the page.")
-@click.option(
-    "--out", required=True, type=click.Path(path_type=Path, dir_okay=False), help="Page to write: .html"
-)
-def gallery_command(
-    shards: tuple[str, ...],
-    cache: Path,
-    cache_size: int,
-    workers: int,
-    run: Path,
-    split: str,
-    n: int,
-    images: bool,
-    out: Path,
-) -> int:
-    """Show, per label, the most confident right and wrong films and the most uncertain ones, with their maps.
-
-    On a page of its own with the terms of the data, without names, ages or sexes. All else that a run writes holds
-    counts and scores alone.
-    """
-    if not images:
-        raise click.UsageError(
-            "a gallery shows films of patients: add --images if the terms of the data allow it"
-        )
-    if out.suffix.lower() != ".html":
-        raise click.UsageError(f"--out {out}: the name must end in .html")
-    check_folder(out)
-    check_folders(shards)
-    config = read_config(run)
-    from model.predict import InterruptedEvaluationError
-    from model.runs.explain import choose_films, find_threshold, open_mapper, show_film
-    from model.runs.job import Job, StopFlag, choose_device, open_images
-    from model.runs.scoring import score_best
-    from pipeline.base.pages import open_templates
-    from pipeline.stream.collection import open_collection
-    from pipeline.stream.samples import find_places
-
-    collection, stop = open_collection(shards, cache, cache_size), StopFlag().listen()
-    job = Job(config, collection, run, *choose_device(config.amp), workers, stop)
-    draw, _ = open_mapper(run, config)
-    try:
-        scored, facts = score_best(job, split)
-    except InterruptedEvaluationError:
-        return stop.code
-    opened, _ = open_images(job, split)
-    rows = find_places(opened, facts)  # without unusable images
-    labels: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    with progress_bar("Drawing maps", "labels") as advance:
-        for column, label in enumerate(config.labels):
-            kinds = choose_films(scored, column, find_threshold(run, label), n)
-            labels[label] = {
-                kind: [
-                    show_film(opened, rows[film : film + 1], draw, label, scored, film, column)
-                    for film in films
-                ]
-                for kind, films in kinds.items()
-            }
-            advance(column + 1, len(config.labels))
-    page = open_templates("model.runs").get_template("gallery.html")
-    terms = {"title": "not stated", "license": "not stated", "paper": ""} | dict(collection.manifest.dataset)
-    restriction = find_restriction(collection.manifest.dataset)
-    html = page.render(
-        title=f"Gallery of {run.name}, {split}", terms=terms, restriction=restriction, labels=labels
-    )
-    write_atomically(out, html.encode())
-    click.echo(f"{out}: its films are under this license: {restriction or terms['license']}")
-    say_next(*TRAIN, "evaluate", "--run", run, *repeat("--shards", shards), "--split", split, "--sanity")
     return 0

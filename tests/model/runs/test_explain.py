@@ -1,4 +1,4 @@
-"""predict --heatmaps, gallery and localize, on a run of one epoch."""
+"""predict --heatmaps and localize, on a run of one epoch."""
 
 import json
 import re
@@ -48,27 +48,6 @@ def test_maps_are_of_one_run_by_images(run: Path, tmp_path: Path) -> None:  # no
         click.UsageError, match=r"--heatmaps is for one run by images; .*/other learned studies"
     ):
         call_train("predict", "--run", other, *runs[5:], tmp_path / "a.png")
-
-
-def test_gallery_needs_consent_and_names_no_patient(
-    run: Path,  # noqa: F811
-    sample_shards: tuple[Path, Manifest],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    out = tmp_path / "gallery.html"
-    words = ("gallery", "--run", run, "--shards", sample_shards[0], "--n", 1, "--out", out)
-    with pytest.raises(click.UsageError, match="add --images"):
-        call_train(*words)
-    assert call_train(*words, "--images") == 0
-    then = f"evaluate --run {run} --shards {sample_shards[0]} --split valid --sanity"
-    assert capsys.readouterr().err.endswith(f"\nnext: python train.py {then}\n")
-    page = out.read_text()
-    terms = "From: films drawn by pipeline sample. License: none needed: the films show no patient.\n"
-    assert terms in page
-    assert "identify people" not in page
-    assert "patient0" not in page
-    assert page.count("its heat map") == page.count("<img") / 2 > 14
 
 
 def test_localize_measures_the_boxes_of_drawn_signs(
