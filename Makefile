@@ -78,7 +78,7 @@ POLICIES = $(if $(call given,UNCERTAIN),--uncertain $(UNCERTAIN)) $(if $(call gi
 	$(if $(TEACHER),--teacher $(TEACHER))
 tagged   = $(if $(call given,$(1)),-$(2)$($(1)))
 # A timm network has a size of its own, where none was set by hand.
-SIZED    = $(if $(SAMPLE)$(call given,SIZE),yes,$(if $(filter timm/% efficientnet_lite0,$(ARCH)),,yes))
+SIZED    = $(if $(SAMPLE)$(call given,SIZE),yes,$(if $(filter timm/%,$(ARCH)),,yes))
 IMAGE_SIZE = $(if $(SIZED),--image-size $(SIZE))
 # On real data a network with weights starts from them: all but rescnn, and where ARGS say another start.
 SCRATCH  = $(SAMPLE)$(filter no,$(PRETRAINED))$(filter rescnn,$(ARCH))$(filter --init% --pretrained,$(ARGS))

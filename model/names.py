@@ -9,8 +9,7 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 TORCHVISION = ("resnet18", "resnet34", "resnet50", "resnet101", "densenet121", "convnext_tiny")
-EMBEDDED = "efficientnet_lite0"  # timm's, with the weights of a package
-ARCHITECTURES = (*TORCHVISION, EMBEDDED, "rescnn")
+ARCHITECTURES = (*TORCHVISION, "rescnn")
 TIMM = "timm/"  # in front of any of timm's names
 FUSIONS = ("max", "mean", "attention")
 LOSSES = ("bce", "aucm")
@@ -62,17 +61,15 @@ def check_arch(arch: str) -> str:
 
 def own_input(arch: str) -> Input | None:
     """The input that a network of timm was trained on; None for others, which take any size, and the shards' scale."""
-    if not (arch == EMBEDDED or arch.startswith(TIMM)):
+    if not arch.startswith(TIMM):
         return None
     timm = import_timm(check_arch(arch))
-    config = timm.get_pretrained_cfg(timm_name(arch))
+    config = timm.get_pretrained_cfg(arch.removeprefix(TIMM))
     _, height, width = config.input_size
     if height != width:
         raise DataError(
             f"'{arch}' takes images of {height}×{width}, and these are square: choose another `arch`"
         )
-    if arch == EMBEDDED:
-        return Input(height, config.fixed_input_size, 127.0, 128.0)
     mean, std = (255 * sum(values) / len(values) for values in (config.mean, config.std))
     return Input(height, config.fixed_input_size, round(mean, 4), round(std, 4))
 
@@ -84,8 +81,3 @@ def import_timm(arch: str) -> "ModuleType":
     except ImportError:
         raise DataError(f"'{arch}' is a network of timm, which is missing: pip install '.[timm]'") from None
     return timm
-
-
-def timm_name(arch: str) -> str:
-    """What timm calls a network of ours."""
-    return "tf_efficientnet_lite0" if arch == EMBEDDED else arch.removeprefix(TIMM)

