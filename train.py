@@ -159,7 +159,7 @@ class TrainState:
         instead = f", or start another `run` with `init` {path.parent}" if best.exists() else ""
         remedy = f"; remove it to train from the beginning{instead}"
         saved = load_checkpoint(path, ranks, remedy)
-        before = saved.get("precision", self.precision)  # version 0.1 did not say
+        before = saved["precision"]
         if before != self.precision:
             how = "continue on such a device as before, or choose another `run`"
             raise CheckpointError(
@@ -173,7 +173,7 @@ class TrainState:
                     raise TypeError(f"{name} is {saved[name]!r}")
                 setattr(self, name, saved[name])
             restore_random_state(saved["random"])
-            return int(saved.get("ranks", self.ranks))  # nor this
+            return int(saved["ranks"])
 
 
 def train(job: Job, watch: Callable[[list[dict[str, Any]]], None] = lambda history: None) -> int:

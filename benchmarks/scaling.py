@@ -150,7 +150,9 @@ def write_collection(folder: Path, rows: int) -> None:
         shards.append(shard)
     split = Split(**count_rows(table), table="train.arrow", table_sha256=digest, shards=tuple(shards))
     policies = {"uncertain": "best", "blank": "zeros"}
-    write_manifest(folder, Manifest({}, policies, {}, {"mean": 0.0, "std": 1.0}, {"train": split}))
+    dataset = {"name": "scaling", "patients": "scaling"}
+    pixels = {"mean": 0.0, "std": 1.0}
+    write_manifest(folder, Manifest({}, policies, {}, pixels, {"train": split}, dataset))
 
 
 @main.command()

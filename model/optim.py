@@ -37,7 +37,7 @@ def build_optimizer(
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Set the learning rate of each group to its share of `lr`."""
     for group in optimizer.param_groups:
-        group["lr"] = lr * group.get("scale", 1.0)  # which a last.pt of version 0.1 does not have
+        group["lr"] = lr * group["scale"]
 
 
 def scheduled_lr(peak: float, step: int, total: int) -> float:

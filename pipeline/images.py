@@ -62,7 +62,7 @@ class ImageOptions(NamedTuple):
     encoding: str
     quality: int
     max_pixels: int
-    bits: int | None = None  # earlier checkpoints and shards have none
+    bits: int | None = None
 
 
 class Original(NamedTuple):

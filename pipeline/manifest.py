@@ -19,7 +19,7 @@ from pipeline.base.store import is_remote
 from pipeline.labels import LABELS
 
 FORMAT = "chexpert-shards"
-VERSION = 2  # 1 lacks `dataset`, `not_annotated` and `facts`
+VERSION = 1
 NAME = "manifest.json"
 # The columns of every table; those of _FULL have no empty cells.
 FACTS = pa.schema(
@@ -35,7 +35,7 @@ FACTS = pa.schema(
 )
 PLACES = pa.schema({"shard": pa.int32(), "offset": pa.int64(), "length": pa.int32(), "crc": pa.uint32()})
 KNOWN = {*FACTS.names, *PLACES.names, "path", "file"}
-# Words of the licenses that forbid passing the data on; told by words, as shards of earlier versions name theirs too.
+# Words of the licenses that forbid passing the data on.
 RESTRICTED = ("Credentialed", "Research Use Agreement")
 _FULL = ("key", "patient", "study", "view", *PLACES.names)
 
@@ -68,7 +68,7 @@ class Manifest:
 
     `options` and `sources` (hashes of the CSVs) decided it; `policies` are its defaults; `pixels` are mean and std of
     train's gray levels; `rejects` are the images left out, each with split, key and reason. `dataset` says whose
-    images these are and on what terms (`sources.source.Terms`), if that is known; `not_annotated` are the labels that
+    images these are and on what terms (`sources.source.Terms`); `not_annotated` are the labels that
     no sample is annotated for. `facts` are the tables' further columns, each with its type: string or int64.
     """
 
@@ -77,8 +77,8 @@ class Manifest:
     sources: Mapping[str, str]
     pixels: Mapping[str, float]
     splits: Mapping[str, Split]
+    dataset: Mapping[str, str]
     rejects: tuple[Mapping[str, str], ...] = ()
-    dataset: Mapping[str, str] = field(default_factory=dict)
     not_annotated: tuple[str, ...] = ()
     facts: Mapping[str, str] = field(default_factory=dict)
 
@@ -141,25 +141,27 @@ def read_manifest(folder: Path) -> Manifest:
         ) from None
     if document.get("format") != FORMAT:
         raise DataError(f"{path}: not a manifest of {FORMAT}")
-    if document.get("version") not in (1, VERSION):
-        found = repr(document.get("version"))[:20]
-        raise DataError(f"{path}: format version {found}; this program reads 1 and {VERSION}")
+    if document.get("version") != VERSION:
+        version = repr(document.get("version"))[:20]
+        raise DataError(
+            f"{path}: format version {version}; this program reads {VERSION}: write the shards again into a new folder"
+        )
     try:
         splits = {name: _parse_split(split) for name, split in document["splits"].items()}
         policies, sources, rejects = document["policies"], document["sources"], document["rejects"]
-        dataset, unannotated = document.get("dataset", {}), document.get("not_annotated", [])
-        facts = document.get("facts", {})
+        dataset, unannotated, facts = (document[name] for name in ("dataset", "not_annotated", "facts"))
         for texts in (policies, sources, dataset, facts, *rejects):
             _demand(all(isinstance(text, str) for text in texts.values()), "text", texts)
         pixels = {name: float(document["pixels"][name]) for name in ("mean", "std")}
         _demand(all(map(math.isfinite, pixels.values())) and pixels["std"] > 0, "mean and std", pixels)
         _demand({"uncertain", "blank"} <= policies.keys(), "policies", policies)
+        _demand({"name", "patients"} <= dataset.keys(), "dataset", dataset)
         for text in (*splits, *policies.values(), *dataset.values(), *facts):  # quoted in messages
             _demand(text.isprintable() and len(text) < 1000, "text", text)
         _demand(set(LABELS).issuperset(unannotated), "not_annotated", unannotated)
         options = dict(document["options"].items())
         manifest = Manifest(
-            options, policies, sources, pixels, splits, tuple(rejects), dataset, tuple(unannotated), facts
+            options, policies, sources, pixels, splits, dataset, tuple(rejects), tuple(unannotated), facts
         )
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise DataError(f"{path}: damaged: {str(error)[:200]}") from error

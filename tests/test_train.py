@@ -557,7 +557,7 @@ def test_a_run_with_batchnorm_goes_on_on_as_many_ranks_as_it_began_on(make_job: 
     assert train.train(make_job("run", stop_after=2)) == 143
     path = make_job("run").run / "last.pt"
     saved = load_checkpoint(path)
-    assert saved.pop("ranks") == 1
+    assert saved["ranks"] == 1
     save_checkpoint(path, saved | {"ranks": 2})
     with pytest.raises(CheckpointError) as caught:
         train.train(make_job("run"))
@@ -565,8 +565,6 @@ def test_a_run_with_batchnorm_goes_on_on_as_many_ranks_as_it_began_on(make_job: 
         f"{path}: trained on 2 ranks, and 1 here would learn otherwise: BatchNorm's statistics are of a rank's part "
         "of a batch; continue on 2, or choose another `run`"
     )
-    save_checkpoint(path, saved)  # as before checkpoints said so
-    assert train.train(make_job("run", stop_after=1)) == 143
 
 
 def test_another_number_of_ranks_is_said_where_they_learn_the_same(

@@ -19,18 +19,6 @@ if TYPE_CHECKING:
 
 MEANS = {"macro": "macro", "macro10": "macro, ≥ 10 positives", "mean5": "mean of competition's 5"}
 HELD_OUT = 0.05  # share of the patients, where the shards have no dev split
-# Fields that runs of version 0.1 do not have.
-SINCE_0_1 = (
-    "sync_bn",
-    "fusion",
-    "freeze",
-    "dev",
-    "mix",
-    "balance_over",
-    "layer_decay",
-    "input_scale",
-    "choose_by",
-)
 ENSEMBLE = "ensemble.json"  # in the folder of an ensemble, instead of config.json
 IMAGE_SIZE = 320  # of a network that has no size of its own
 
@@ -316,10 +304,10 @@ def _allows(of: Option, value: Any) -> bool:
 
 
 def _check_names(values: Mapping[str, Any]) -> None:
-    """Raise ValueError for a config.json that lacks what a run of any version has."""
-    for one in fields(Config):
-        if one.name not in values and one.name not in SINCE_0_1:
-            raise ValueError(f"{one.name} is missing")
+    """Raise ValueError for a config.json without one of the fields: its default may not be what the run had."""
+    for item in fields(Config):
+        if item.name not in values:
+            raise ValueError(f"{item.name} is missing")
 
 
 def read_config(run: Path) -> Config:

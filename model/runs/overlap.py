@@ -55,20 +55,25 @@ def write_trained_on(job: Job, selected: Iterable[tuple[str, Selected]]) -> None
 
 def count_shared(
     run: Path, table: pa.Table, namespace: str, splits: Iterable[str] = ("train", "dev")
-) -> Shared | None:
+) -> Shared:
     """The patients and images in rows of a split's table that the run used in its own `splits`.
 
     `namespace` is that of the table's patients, as `Collection` has it: patients of two namespaces are two people.
-    Images are the same where CRC and length are. None where the run, of an earlier version, has no file to tell.
-    Raises DataError where that is damaged.
+    Images are the same where CRC and length are. Raises DataError where the run's file is missing or damaged.
     """
     path = run / TRAINED_ON
+    again = "the command that trained the run writes it again"
     if not path.exists():
-        return None
+        raise DataError(f"{path}: missing; {again}")
     used = read_arrow(path, path.read_bytes())
-    if used.schema != SCHEMA or any(column.null_count for column in used.columns):
-        raise DataError(f"{path}: damaged; the command that trained the run writes it again")
-    theirs = (used.schema.metadata or {}).get(b"namespace", b"").decode()
+    metadata = used.schema.metadata or {}
+    if (
+        used.schema != SCHEMA
+        or b"namespace" not in metadata
+        or any(column.null_count for column in used.columns)
+    ):
+        raise DataError(f"{path}: damaged; {again}")
+    theirs = metadata[b"namespace"].decode()
     names = _name_patients(table["patient"], namespace, theirs)
     used = used.filter(pc.is_in(used["split"], pa.array(list(splits), pa.string())))
     patients = np.unique(_hash_patients(names, read_config(run).manifest).to_numpy())
@@ -78,12 +83,10 @@ def count_shared(
     )
 
 
-def check_evaluation(
-    job: Job, name: str, against: Iterable[Path], shared_images: bool
-) -> dict[str, int | None]:
+def check_evaluation(job: Job, name: str, against: Iterable[Path], shared_images: bool) -> dict[str, int]:
     """Check a split against what the run, and those it is compared with, trained on, if that is other shards.
 
-    Returns `shared_patients` and `shared_images` of the run itself (None: not known), and nothing on its own shards.
+    Returns `shared_patients` and `shared_images` of the run itself, and nothing on its own shards.
     Warns of shared patients. Raises DataError for shared images, unless `shared_images` allows them.
     """
     digest, found = job.shards.digest, {}
@@ -96,10 +99,7 @@ def check_evaluation(
         shared = count_shared(run, table, job.shards.namespace)
         report_shared(run, f"{job.shards}, {name}", shared, table.num_rows, allowed=shared_images)
         if run == ours[0]:  # members have the same shards
-            found = {
-                "shared_patients": shared.patients if shared else None,
-                "shared_images": shared.images if shared else None,
-            }
+            found = {"shared_patients": shared.patients, "shared_images": shared.images}
     return found
 
 
@@ -115,25 +115,15 @@ def check_teacher(job: Job, teacher: Path) -> None:
         split, rows = open_images(job, name)
         table = split.table.take(rows)
         shared = count_shared(teacher, table, job.shards.namespace, ["train"])
-        if job.ranks.is_first or (shared and shared.images):
+        if job.ranks.is_first or shared.images:
             report_shared(teacher, f"{job.shards}, {name}", shared, table.num_rows)
-        if shared is None:
-            return
 
 
-def report_shared(
-    run: Path, what: str, shared: Shared | None, images: int, allowed: bool | None = None
-) -> None:
+def report_shared(run: Path, what: str, shared: Shared, images: int, allowed: bool | None = None) -> None:
     """Warn of patients in `what` that a run trained on. Raises DataError for images, unless they are `allowed`.
 
     `allowed` is None where no option can allow them.
     """
-    if shared is None:
-        say(
-            f"{run}: no {TRAINED_ON}, as in runs of earlier versions: whether it trained on patients or images of "
-            f"{what} is not checked"
-        )
-        return
     if shared.images:
         text = f"{what}: {run} trained on {shared.images:,} of these {images:,} images"
         if allowed is None:
@@ -150,7 +140,7 @@ def report_shared(
 
 def _name_patients(patient: pa.ChunkedArray, ours: str, theirs: str) -> pa.ChunkedArray:
     """The patients of the namespace `ours` as a run names them whose namespace is `theirs`; none of others."""
-    if ours == theirs or "" in (ours, theirs):
+    if ours == theirs:
         return patient
     if theirs == NAMED:
         return pc.binary_join_element_wise(ours, patient, "/")

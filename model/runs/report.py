@@ -106,7 +106,7 @@ def summarize(split: str, evaluation: Mapping[str, Any]) -> list[tuple[str, str]
 
 
 def _names_in(evaluation: Mapping[str, Any], part: str) -> list[str]:
-    """What a part of a label's belief is about, over all labels; earlier evaluations have none."""
+    """What a part of a label's belief is about, over all labels."""
     return list(
         dict.fromkeys(name for found in evaluation.get("belief", {}).values() for name in found[part])
     )
@@ -138,7 +138,7 @@ def describe_start(config: Mapping[str, Any]) -> str:
     """The weights that a run of this configuration starts from, and on what terms."""
     if config["pretrained"]:
         return weights_terms(config["arch"])
-    if config["init"] and tuple(config.get("input_scale", ())) == SCALE:
+    if config["init"] and tuple(config["input_scale"]) == SCALE:
         return TERMS
     return "weights of a file; license not stated" if config["init"] else "random weights"
 
@@ -150,7 +150,7 @@ def describe_gaps(evaluation: Mapping[str, Any]) -> list[str]:
     for level, part in (levels | {"studies": evaluation["study"]}).items():
         intervals = part["intervals"]
         for name in part["skipped"]:
-            if name in evaluation.get("not_annotated", ()):  # which earlier evaluations lack
+            if name in evaluation.get("not_annotated", ()):
                 lines.append(
                     f"{name}, {level}: not annotated by this data set, so no figures, and in no mean."
                 )
@@ -174,7 +174,7 @@ def describe_gaps(evaluation: Mapping[str, Any]) -> list[str]:
         lines += [
             f"{name}, {level} of dev: {label['note']}." for name, label in fitted.items() if label["note"]
         ]
-    for name, count in evaluation.get("many_groups", {}).items():  # which earlier evaluations lack
+    for name, count in evaluation["many_groups"].items():
         lines.append(f"{name}: {count:,} values, too many to compare as groups.")
     return lines
 
@@ -190,7 +190,7 @@ def draw_training(history: Sequence[Mapping[str, Any]]) -> list[tuple[str, Marku
 
     def draw_auroc(axes: Axes) -> None:
         for mean, color in zip(MEANS, (FIRST, SECOND, THIRD), strict=True):
-            values = [line.get(f"{mean}_auroc") for line in history]
+            values = [line[f"{mean}_auroc"] for line in history]
             if any(value is not None for value in values):
                 heights = [np.nan if value is None else value for value in values]
                 axes.plot(epochs, heights, ".-", color=color, label=MEANS[mean])

@@ -340,13 +340,13 @@ def export_command(runs: tuple[Path, ...], out: Path, threshold: str) -> int:
 def describe_export(
     model: "Model", members: Mapping[str, Sequence[Any]], best: Mapping[str, Any], decision: "Decision"
 ) -> dict[str, str]:
-    """What travels with an exported network, texts by name; earlier checkpoints do not name their data set.
+    """What travels with an exported network, texts by name.
 
     `members` has a list for each fact that every member has of its own. Thresholds are of the scores it gives.
     """
     from model.runs.report import describe_start
 
-    dataset, calibration = best.get("dataset", {}), decision.calibration or {}
+    dataset, calibration = best["dataset"], decision.calibration or {}
     thresholds: dict[str, dict[str, float | None]] = {rule: {} for rule in RULES}
     for label, fitted in calibration.items():
         for rule, limit in fitted["thresholds"].items():

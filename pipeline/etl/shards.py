@@ -157,9 +157,6 @@ def write_shards(
         )
     named_files = source.csvs | {f"facts-{number}": path for number, path in enumerate(source.facts, 1)}
     hashes = {name: hash_file(path) for name, path in named_files.items()}
-    # Shards of all views from before studies were kept together are other shards.
-    unit = {"unit": "study"} if options.views == "all" else {}
-    given = {name: value for name, value in asdict(options).items() if name != "bits" or value is not None}
     with named_failures(out, "cannot be written"):
         chosen = _choose_policies(out, policies, how.overwrite)
         named: dict[str, Any] = {"columns": dict(source.columns)} if source.columns else {}
@@ -167,7 +164,7 @@ def write_shards(
             named["set"] = source.set
         if source.name:
             named["name"] = source.name
-        wanted = {"options": given | unit | named, "policies": chosen, "sources": hashes}
+        wanted = {"options": asdict(options) | named, "policies": chosen, "sources": hashes}
         run = Run(out, source, options, chosen, wanted, how, progress)
         if not run.partial.exists() and (found := _find_finished(run)) is not None:
             return found
@@ -222,9 +219,7 @@ def _read_same(run: Run) -> Manifest:
 def _refuse_difference(out: Path, there: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     for group, values in wanted.items():
         of_group = there.get(group, {})
-        # The unit last: it follows from the views.
-        names = sorted(values.keys() | of_group.keys(), key=lambda name: (name == "unit", name))
-        difference = describe_difference(of_group, values, names)
+        difference = describe_difference(of_group, values, sorted(values.keys() | of_group.keys()))
         if difference and group == "sources":
             name = difference.partition(" ")[0]
             # A split's name has no hyphen.

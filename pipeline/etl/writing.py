@@ -109,8 +109,7 @@ def find_summary(task: ShardTask) -> ShardSummary | None:
     """The summary of a shard that an earlier run finished. One with rejects is written again."""
     try:
         record = read_object(task.record)
-        # An earlier version left no `originals`.
-        complete = (task.out / task.file).stat().st_size == record["shard"]["bytes"] and "originals" in record
+        complete = (task.out / task.file).stat().st_size == record["shard"]["bytes"]
         summary = ShardSummary(*record["summary"])
     except (FileNotFoundError, DataError, KeyError, TypeError):
         return None

@@ -127,7 +127,7 @@ def fit_logistic(logits: Floats, truth: Bools) -> Fit:
 def apply_calibration(score: Floats, calibration: Mapping[str, Any]) -> Floats:
     """The calibrated scores [n], float64; unchanged without a temperature.
 
-    `calibration` is one label's, from `fit_calibration`; earlier versions wrote no bias.
+    `calibration` is one label's, from `fit_calibration`.
     """
     fit = read_fit(calibration)
     return score.astype(np.float64) if fit is None else _sigmoid(_logits(score) * fit.slope + fit.bias)
@@ -136,7 +136,7 @@ def apply_calibration(score: Floats, calibration: Mapping[str, Any]) -> Floats:
 def read_fit(calibration: Mapping[str, Any]) -> Fit | None:
     """The fit in one label's calibration; None where scores stay as they are."""
     temperature = calibration["temperature"]
-    return None if temperature is None else Fit(1 / temperature, calibration.get("bias", 0.0))
+    return None if temperature is None else Fit(1 / temperature, calibration["bias"])
 
 
 def apply_calibrations(

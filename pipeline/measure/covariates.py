@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from pipeline.labels import name_ages
 from pipeline.measure.metrics import Floats
 
-# Columns of numbers, and what to call them. Those of the original file are in shards since version 2 of the format.
+# Columns of numbers, and what to call them.
 NUMBERS = {
     "study": "study number",
     "age": "age",

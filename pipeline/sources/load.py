@@ -43,13 +43,13 @@ def load_tables(
 
 
 def _name_set(source: Path) -> tuple[str, str]:
-    """The names of a source's set and of the namespace of its patients; its own where they are not known."""
+    """The names of a source's set and of the namespace of its patients; a CSV's own name."""
     own = source.resolve().name
     if source.is_file():
         return own, own
     if (source / NAME).is_file():
         dataset = read_manifest(source).dataset
-        return dataset.get("name", own), dataset.get("patients", own)
+        return dataset["name"], dataset["patients"]
     terms = SETS[find_set(source)[0]].TERMS
     return terms.name, terms.patients
 
@@ -109,7 +109,7 @@ class Described(NamedTuple):
 def describe_shards(folder: Path) -> Described:
     """Describe the labels of some shards: by train's table, and by all where shards hold whole studies."""
     manifest = read_manifest(folder)
-    of_studies = manifest.options.get("unit") == "study"
+    of_studies = manifest.options.get("views") == "all"
     tables = {
         name: read_table(folder, split)
         for name, split in manifest.splits.items()

@@ -40,13 +40,13 @@ class Folder(NamedTuple):
 
     @property
     def set(self) -> str:
-        """The name of its data set; the folder's own where that is not known."""
-        return self.manifest.dataset.get("name", Path(self.name).name)
+        """The name of its data set."""
+        return self.manifest.dataset["name"]
 
     @property
     def patients(self) -> str:
-        """The namespace of its patients; empty where that is not known, as in shards of version 1."""
-        return self.manifest.dataset.get("patients", "")
+        """The namespace of its patients."""
+        return self.manifest.dataset["patients"]
 
 
 class Collection:
@@ -79,7 +79,7 @@ class Collection:
 
     @property
     def namespace(self) -> str:
-        """The namespace of all patients: NAMED where it stands before each name, empty where it is not known."""
+        """The namespace of all patients: NAMED where it stands before each name."""
         found = {folder.patients for folder in self.folders}
         return found.pop() if len(found) == 1 else NAMED
 
@@ -155,7 +155,7 @@ class Collection:
     def _name_rows(self, folder: Folder, table: pa.Table) -> pa.Table:
         """A folder's table with its set, and patients under its namespace where there are several."""
         if self.namespace == NAMED:
-            patients = pc.binary_join_element_wise(folder.patients or folder.set, table["patient"], "/")
+            patients = pc.binary_join_element_wise(folder.patients, table["patient"], "/")
             table = table.set_column(table.schema.get_field_index("patient"), "patient", patients)
         return table.append_column("set", pa.array([folder.set] * table.num_rows, pa.string()))
 

@@ -143,17 +143,6 @@ def test_depths_are_timms(arch: str) -> None:
     assert {parameter: 0.5**depth for parameter, depth in find_depths(network).items()} == theirs
 
 
-def test_without_decay_an_optimizer_of_before_goes_on() -> None:
-    network = build_network("rescnn", 14)
-    optimizer = build_optimizer(network, lr=1.0, weight_decay=0.1)
-    saved = optimizer.state_dict()
-    for group in saved["param_groups"]:
-        del group["scale"]
-    optimizer.load_state_dict(saved)
-    set_lr(optimizer, 0.3)
-    assert [group["lr"] for group in optimizer.param_groups] == [0.3, 0.3]
-
-
 @pytest.mark.parametrize(("total", "warmup"), [(1, 1), (9, 1), (200, 20), (20_000, 500)])
 def test_the_schedule_is_linear_then_a_cosine_to_zero(total: int, warmup: int) -> None:
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.3)

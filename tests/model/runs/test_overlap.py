@@ -113,25 +113,16 @@ def test_a_run_compared_with_is_checked_too(folder: Path, originals: Path, run: 
     assert call_train("evaluate", "--run", other, *options, "--against", run, "--shared-images") == 0
 
 
-def test_an_older_run_says_that_nothing_is_checked(
-    folder: Path, run: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    again = folder / "again"
+def test_a_run_without_its_list_of_images_is_not_evaluated(folder: Path, run: Path) -> None:
+    again, restored = folder / "again", "the command that trained the run writes it again"
     (run / TRAINED_ON).unlink()
-    assert evaluate(run, again, "dev") == {"shared_patients": None, "shared_images": None}
-    assert (
-        capfd.readouterr().err.count(
-            f"{run}: no trained-on.arrow, as in runs of earlier versions: whether it trained on patients or images of "
-            f"{again}, dev is not checked\n"
-        )
-        == 1
-    )
+    with pytest.raises(DataError) as caught:
+        evaluate(run, again, "dev")
+    assert str(caught.value) == f"{run / TRAINED_ON}: missing; {restored}"
     pa.feather.write_feather(pa.table({"crc": [1]}), run / TRAINED_ON, compression="uncompressed")
     with pytest.raises(DataError) as caught:
         evaluate(run, again, "dev")
-    assert (
-        str(caught.value) == f"{run / TRAINED_ON}: damaged; the command that trained the run writes it again"
-    )
+    assert str(caught.value) == f"{run / TRAINED_ON}: damaged; {restored}"
 
 
 def test_a_student_s_dev_may_not_be_in_its_teacher_s_train(

@@ -21,7 +21,7 @@ from pipeline.stream.batches import Batch, Labels, stream_batches
 from pipeline.stream.plan import Rows, plan_evaluation, plan_training
 from pipeline.stream.samples import Home, OpenSplit, find_images, find_projections, find_studies, open_split
 from pipeline.stream.select import balance_weights, select_rows
-from tests.conftest import default_options, make_shards, run_pipeline
+from tests.conftest import run_pipeline
 from tests.pipeline.stream.test_batches import flip_bit
 
 Shards = tuple[Path, Manifest]
@@ -246,19 +246,3 @@ def test_the_command_counts_the_studies_by_their_views(chexpert: Path, tmp_path:
     arguments = ("shards", chexpert, tmp_path / "out", "--size", 48, "--views", "all")
     assert expected in run_pipeline(*arguments, "--dry-run").stdout.splitlines()
     assert expected in run_pipeline(*arguments).stdout.splitlines()
-
-
-def test_shards_of_all_views_whose_studies_lie_apart_are_other_shards(
-    chexpert: Path, study_shards: Shards
-) -> None:
-    """As made before studies lay together: going on with them would mix two orders."""
-    folder, _ = study_shards
-    path = folder / "manifest.json"
-    text = path.read_text()
-    assert text.count(',\n  "unit": "study"') == 1
-    path.write_text(text.replace(',\n  "unit": "study"', ""))
-    with pytest.raises(DataError) as caught:
-        make_shards(chexpert, folder, default_options(views="all"))
-    assert str(caught.value) == (
-        f"{folder} holds other shards: unit is None there and study here; choose another folder or `overwrite`"
-    )
