@@ -6,6 +6,7 @@
     python train.py predict --run runs/first --out scores.csv films   score image files
     python train.py export --run runs/first --out model.onnx          for other programs (.onnx or .pt2)
     python train.py inputs --out inputs.png                           draw what training makes of the images
+    python train.py embed runs/first --out train.parquet              embeddings of a split, for other models
 
 `torchrun --nproc-per-node 8 train.py …` trains on 8 GPUs: every rank takes its slice of the same batches.
 
@@ -70,7 +71,7 @@ from model.checkpoint import (
     restore_random_state,
     save_checkpoint,
 )
-from model.frozen import after_backbone, begin_training, freeze
+from model.frozen import begin_training, freeze
 from model.losses import AUCMarginLoss, MaskedLoss, positive_weights
 from model.names import AUGMENTATIONS
 from model.networks import build_network, load_initial
@@ -86,7 +87,6 @@ from model.runs.config import (
     parse_choice,
     three_class_columns,
 )
-from model.runs.embeddings import use_embeddings
 from model.runs.folder import follow_by_wandb, fuse, open_run, record_environment, save_best
 from model.runs.job import (
     Job,
@@ -131,8 +131,7 @@ class TrainState:
     scaler: torch.amp.GradScaler
     precision: str  # of autocast, as `--amp auto` resolves on this device
     ranks: int  # that train it now
-    # The network, or its part after the embeddings, averaging gradients over ranks, perhaps compiled.
-    forward: Callable[..., Tensor]
+    forward: Callable[..., Tensor]  # the network, averaging gradients over ranks, perhaps compiled
     auroc: "RecentAUROC"  # of the batches since the last check
     done: int = 0  # steps, of all epochs
     evaluated: int = 0  # steps that were done at the last evaluation
@@ -234,11 +233,6 @@ def train_epochs(
         else:
             check_ranks(job, state, before)
             say(f"{run}: continuing after step {state.done:,} of {total:,}")
-    if job.on_embeddings:
-        try:
-            train, dev = (use_embeddings(job, state.network, chosen) for chosen in selected)
-        except InterruptedEvaluationError:
-            return say_stopped(job)
     began, before = time.perf_counter(), state.done
     with open_events(job, state.done) as log:
         while True:
@@ -491,7 +485,7 @@ def training_inputs(job: Job, batch: Batch, first: int, samples: int) -> tuple[T
 
     `first` is the position of the part's first sample in the whole batch of all ranks, of `samples`.
     """
-    config, pixels = job.config, job.scale
+    config, pixels = job.config, job.pixels
     images, *views = network_inputs(config, job.device, batch.images, batch.present, batch.projection)
     if config.augment == "none":
         inputs = normalize(images, pixels["mean"], pixels["std"])
@@ -534,8 +528,7 @@ def check_steps(job: Job, found: list[Tensor], state: TrainState, epoch: int, st
 def evaluate_state(job: Job, state: TrainState, dev: Selected, steps: int, log: Log) -> str:
     """Score the averaged weights on dev, add a line to metrics.jsonl, keep the best weights; returns it in words."""
     job.ranks.align_buffers(state.ema)
-    network = after_backbone(state.ema) if job.on_embeddings else state.ema
-    scored, _ = score_split(job, network, dev, job.scale)
+    scored, _ = score_split(job, state.ema, dev, job.pixels)
     report = report_auroc(job.config.labels, *scored[:3])
     epoch = round(state.done / steps, 4)
     line: dict[str, Any] = {"epoch": epoch, "step": state.done}
@@ -600,8 +593,7 @@ def start_state(job: Job, labels: Labels, rows: Rows) -> TrainState:
         weights = positive_weights(target, mask) if config.pos_weight else None
         loss = MaskedLoss(three_class_columns(config), weights)
     ema = copy.deepcopy(network).requires_grad_(False)
-    learns = after_backbone(network) if job.on_embeddings else network
-    forward = job.ranks.average_gradients(learns, config.sync_bn)
+    forward = job.ranks.average_gradients(network, config.sync_bn)
     return TrainState(
         network,
         loss.to(job.device),

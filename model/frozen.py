@@ -1,7 +1,5 @@
-"""A network in parts: its backbone, which may be frozen, and what comes after it; the depth of each block."""
+"""A network in parts: its backbone, which may be frozen, and its head; the depth of each block."""
 
-import copy
-import hashlib
 from collections.abc import Iterator
 
 import torch
@@ -41,29 +39,8 @@ def embed(network: nn.Module, inputs: Tensor) -> Tensor:
     finally:
         handle.remove()
     if not (found and found[-1].ndim == 2 and torch.equal(head(found[-1]), logits)):
-        raise DataError("`freeze` with `augment` none is for networks that end in a linear layer")
+        raise DataError("embeddings are for networks that end in a linear layer")
     return found[-1]
-
-
-def after_backbone(network: nn.Module) -> nn.Module:
-    """What comes after the backbone: embeddings [N, features, 1, 1] → logits. It shares the network's parameters."""
-    if not isinstance(network, StudyNetwork):
-        return nn.Sequential(nn.Flatten(), find_head(network)[2])
-    part = copy.copy(network)
-    part._modules = {**network._modules, "backbone": nn.Flatten()}
-    return part
-
-
-def hash_backbone(network: nn.Module) -> str:
-    """sha256 of all weights and buffers but the head's; that of a network is also that of a study's made of it."""
-    trunk = network.backbone if isinstance(network, StudyNetwork) else network
-    head = {id(parameter) for parameter in find_head(network)[2].parameters()}
-    digest = hashlib.sha256()
-    for name, value in trunk.state_dict(keep_vars=True).items():
-        if id(value) not in head:
-            digest.update(f"{name} {tuple(value.shape)} ".encode())
-            digest.update(value.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def find_depths(network: nn.Module) -> dict[nn.Parameter, int]:

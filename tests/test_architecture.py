@@ -125,6 +125,7 @@ def test_heavy_packages_stay_where_they_are_needed(package: str) -> None:
         ("evaluate --shards no --run r", 1),
         ("predict --run r --out scores.csv tests", 1),
         ("export --run r --out model.onnx", 1),
+        ("embed rescnn --pretrained --shards no --out train.parquet", 1),
         ("inputs --shards no --out inputs.png", 1),
         ("localize --shards no --run r --boxes README.md", 1),
     ],

@@ -1,4 +1,4 @@
-"""The command line of train.py, and its commands train, cross and sweep: parse, call, print.
+"""The command line of train.py, and its commands train, cross, sweep and embed: parse, call, print.
 
 Each command imports what needs torch itself, so that `--help` and usage errors are quick.
 """
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from model.names import check_arch
 from model.runs import use
 from model.runs.config import MEANS, Config, options
 from model.runs.options import (
@@ -25,8 +26,8 @@ from model.runs.options import (
     with_options,
 )
 from pipeline.base.errors import DataError, SettingError
-from pipeline.base.files import read_object
-from pipeline.console import count_of, name_options, say, say_next
+from pipeline.base.files import check_folder, read_object
+from pipeline.console import count_of, name_options, refuse_usage, say, say_next
 
 if TYPE_CHECKING:
     from model.runs.job import Job
@@ -143,6 +144,43 @@ def cross_command(train: Train, /, out: Path, shards: tuple[str, ...], **given: 
     click.echo(f"{out / 'cross.html'}: the same by label")
     *_, last = jobs.values()
     say_next(*use.TRAIN, "predict", "--run", last.run, "--out", "scores.csv", "FILMS")
+    return 0
+
+
+@main.command(
+    "embed",
+    cls=GroupedCommand,
+    epilog="Example: python train.py embed runs/first --shards shards --split train --out train.parquet",
+)
+@click.argument("source", metavar="RUN_OR_ARCH")
+@click.option("--split", default="train", help="Of the shards, which may be others than the run's.")
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path, dir_okay=False), help=".arrow or .parquet"
+)
+@with_options(*DATA_OPTIONS, *config_options(only=("pretrained", "image_size")), JOB_OPTIONS[0])
+def embed_command(source: str, split: str, out: Path, **given: Any) -> int:
+    """Write what a run, or a network with --init or --pretrained, makes of a split's images before its last layer.
+
+    A table of keys, patients, labels and embeddings, for models that are fitted on top.
+    """
+    run, (config, others) = Path(source), split_options(given)
+    started = config.pretrained or others["init"] is not None
+    refuse_usage(out.suffix not in (".arrow", ".parquet"), f"--out {out}: it must end in .arrow or .parquet")
+    if run.is_dir():
+        refuse_usage(started or config.image_size, f"{run} is a run: it has its own weights and image size")
+    else:
+        refuse_usage(not started, f"{source} is no folder, and a network needs --init or --pretrained")
+        config = replace(config, arch=check_arch(source), amp="off", uncertain="ignore", blank="ignore")
+    check_folder(out)
+    check_folders(given["shards"], [run] if run.is_dir() else [])
+    from model.runs.embeddings import embed_split, open_run, start_network, write_embeddings
+    from pipeline.stream.dataset import open_shards
+
+    shards = open_shards(given["shards"], given["cache"], given["cache_size"])
+    encoder = open_run(run) if run.is_dir() else start_network(start_job(config, run=run, **others))
+    table = embed_split(encoder, shards[split], given["workers"])
+    write_embeddings(out, table)
+    click.echo(f"{out}: {count_of(len(table), 'image')}, {table['embedding'].type.list_size} features each")
     return 0
 
 

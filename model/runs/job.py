@@ -9,7 +9,7 @@ import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +29,7 @@ from pipeline.console import say
 from pipeline.labels import LABELS, MOST_VIEWS, split_patients
 from pipeline.manifest import Manifest
 from pipeline.policies import check_blank_policy, choose_policy, evaluation_targets, parse_uncertain_policy
-from pipeline.stream.batches import BatchStream, Labels, Stage, label, stream_batches
+from pipeline.stream.batches import BatchStream, Labels, stream_batches
 from pipeline.stream.cache import CACHE, CACHE_SIZE
 from pipeline.stream.collection import Collection, open_collection
 from pipeline.stream.plan import Rows, Samples, Step
@@ -85,16 +85,6 @@ class Job:
         """Mean and std of gray levels by which the run's images are normalized: the shards', or the network's own."""
         scale = dict(zip(("mean", "std"), self.config.input_scale, strict=False))
         return scale or self.manifest.pixels
-
-    @property
-    def on_embeddings(self) -> bool:
-        """Whether the run trains on its backbone's embeddings of the images, which are the same in every epoch."""
-        return self.config.freeze and self.config.augment == "none"
-
-    @property
-    def scale(self) -> Mapping[str, float]:
-        """Mean and std by which training normalizes its inputs: those of the images; embeddings stay as they are."""
-        return {"mean": 0.0, "std": 1.0} if self.on_embeddings else self.pixels
 
 
 class MemberRun(NamedTuple):
@@ -210,7 +200,6 @@ class Selected:
     images: Rows
     samples: Samples
     blank: str  # the shards' own policy, under which runs of other policies are measured on the same cells
-    recall: Stage | None = None  # steps → what was made of their images before, which are then not read
 
     @property
     def rows(self) -> Rows:
@@ -285,8 +274,6 @@ def read_batches(
     job: Job, chosen: Selected, labels: Labels, plan: Callable[[int], Iterator[Step]]
 ) -> BatchStream:
     """The batches of a plan over the chosen samples, as the run reads them."""
-    if chosen.recall is not None:
-        return BatchStream(plan, chosen.recall, partial(label, split=chosen.split, labels=labels))
     max_bad = int(job.config.max_bad * len(chosen.images))
     return stream_batches(
         chosen.split, labels, plan, size=job.config.image_size, threads=job.workers, max_bad=max_bad

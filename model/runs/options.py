@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -161,10 +161,16 @@ def with_options(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return decorate
 
 
-def config_options(several: Sequence[str] = ()) -> list[Callable[[Any], Any]]:
-    """An option for each field of Config that has one; those in `several` take several values."""
+def config_options(
+    several: Sequence[str] = (), only: Collection[str] | None = None
+) -> list[Callable[[Any], Any]]:
+    """An option for each field of Config that has one, or for `only` these; those in `several` take several values."""
     defaults = {one.name: one.default for one in fields(Config)}
-    return [_make_option(name, of, defaults[name], several=name in several) for name, of in options().items()]
+    return [
+        _make_option(name, of, defaults[name], several=name in several)
+        for name, of in options().items()
+        if only is None or name in only
+    ]
 
 
 def _make_option(name: str, of: Option, default: Any, *, several: bool) -> Callable[[Any], Any]:

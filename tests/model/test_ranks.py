@@ -1,10 +1,8 @@
 """Training by torchrun: real processes, with gloo between them (make test-cluster)."""
 
-import json
 import os
 import random
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,12 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 import train
-from model.networks import build_network
 from model.runs.scores import read_scores
-from pipeline.base.files import read_arrow
 from pipeline.manifest import Manifest, read_table
 from tests.conftest import ROUNDS
 from tests.test_train import assert_same_run
@@ -136,38 +131,6 @@ def test_a_lost_rank_ends_all_and_the_same_command_continues_exactly(
     np.testing.assert_allclose(
         scores, read_scores(tmp_path / "whole" / "scores-valid.arrow", keys), atol=1e-6
     )
-
-
-def test_ranks_share_the_embeddings_and_learn_the_same(
-    sample_shards: tuple[Path, Manifest], tmp_path: Path
-) -> None:
-    """Computed by 1 or by 2 ranks, and read by 2; the backbone's BatchNorm does not see a batch."""
-    torch.save(build_network("rescnn", 14).state_dict(), tmp_path / "weights.pth")
-    options = [*OPTIONS, "--batch-size", 16, "--epochs", 2, "--lr", 1e-2, "--amp", "off"]
-    options += ["--init", tmp_path / "weights.pth", "--freeze", "--augment", "none"]
-    found = []
-    for ranks, shards, run in ((0, "one", "alone"), (2, "two", "computed"), (2, "two", "read")):
-        folder = tmp_path / shards
-        if not folder.exists():
-            shutil.copytree(sample_shards[0], folder)
-        code, said = finish(start(ranks, "train.py", *options, "--shards", folder, "--run", tmp_path / run))
-        assert code == 0, said
-        assert ("Embedding train" in said) == (run != "read")
-        lines = (tmp_path / run / "metrics.jsonl").read_text().splitlines()
-        found.append([json.loads(line)["train_loss"] for line in lines])
-    assert found[1] == found[2]
-    assert found[0] == pytest.approx(found[1], abs=1e-5)
-    tables = [
-        [
-            read_arrow(path, path.read_bytes())
-            for path in sorted((tmp_path / shards / "embeddings").glob("*.arrow"))
-        ]
-        for shards in ("one", "two")
-    ]
-    for ours, theirs in zip(*tables, strict=True):
-        assert ours["row"].equals(theirs["row"])
-        one, two = (table["embedding"].combine_chunks().flatten().to_numpy() for table in (ours, theirs))
-        np.testing.assert_allclose(one, two, rtol=0, atol=1e-6)
 
 
 def test_what_several_ranks_cannot_do_is_refused(
