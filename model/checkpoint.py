@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from model.ranks import ALONE, Ranks
-from pipeline.base.errors import DataError
+from pipeline.base.errors import DataError, MissingPackageError, needs
 from pipeline.base.files import atomic_file
 
 
@@ -48,14 +48,15 @@ def load_checkpoint(path: Path, ranks: Ranks = ALONE, remedy: str = "") -> dict[
         refuse_bombs(content)
         # weights_only: a pickle can run code, tensors and plain values cannot.
         return dict(torch.load(io.BytesIO(content), map_location="cpu", weights_only=True))
-    except ImportError as error:
-        raise CheckpointError(f"{path}: {error.name} is missing: pip install '.[timm]'") from None
+    except MissingPackageError:
+        raise
     except Exception as error:  # a damaged file makes torch raise anything: IndexError, struct.error, …
         raise CheckpointError(f"{path}: damaged, or not a checkpoint of this program{remedy}") from error
 
 
 def _read_safetensors(content: bytes) -> dict[str, Any]:
-    import safetensors.torch  # which timm brings along
+    with needs("timm"):
+        import safetensors.torch  # which timm brings along
 
     return dict(safetensors.torch.load(content))
 

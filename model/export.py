@@ -21,6 +21,7 @@ from torch.nn import functional
 
 from model.augment import normalize
 from model.losses import label_scores
+from pipeline.base.errors import needs
 from pipeline.base.files import write_atomically
 
 FACTS = "facts.json"
@@ -153,11 +154,9 @@ def _as_onnx(
     program: torch.export.ExportedProgram, images: Tensor, facts: Mapping[str, str]
 ) -> tuple[bytes, Tensor]:
     """The program as ONNX file content, and the scores onnxruntime gives for the images."""
-    try:
+    with needs("onnx"):
         import onnxruntime
         import onnxscript  # noqa: F401 - torch.onnx needs it
-    except ImportError as error:
-        raise ValueError(f"{error.name} is missing: pip install '.[onnx]'") from None
     names = ["scores", "decisions"][: len(program.graph_signature.user_outputs)]
     found = torch.onnx.export(program, (), input_names=["images"], output_names=names, verbose=False)
     model = cast(torch.onnx.ONNXProgram, found).model_proto

@@ -3,7 +3,7 @@
 import difflib
 from typing import TYPE_CHECKING, NamedTuple
 
-from pipeline.base.errors import DataError
+from pipeline.base.errors import DataError, needs
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -76,8 +76,6 @@ def own_input(arch: str) -> Input | None:
 
 def import_timm(arch: str) -> "ModuleType":
     """Timm. Raises DataError where it is missing."""
-    try:
+    with needs("timm", f"'{arch}'"):
         import timm  # here, because it takes seconds
-    except ImportError:
-        raise DataError(f"'{arch}' is a network of timm, which is missing: pip install '.[timm]'") from None
     return timm

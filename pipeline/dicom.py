@@ -20,7 +20,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.base.errors import DataError
+from pipeline.base.errors import needs
 from pipeline.containers import JPEG, read_jpeg_shape
 
 if TYPE_CHECKING:
@@ -51,10 +51,8 @@ def open_dicom(data: bytes, max_pixels: int) -> "Dataset":
 
     Messages quote no text of the file: it may be a patient's data.
     """
-    try:
+    with needs("dicom"):
         from pydicom import dcmread, uid
-    except ImportError:
-        raise DataError("DICOM files need the package pydicom: pip install '.[dicom]'") from None
     data = _inflate(data, 4 * max_pixels + _OTHER_TAGS)
     with _quietly("its header is damaged"):
         dataset = dcmread(BytesIO(data), force=True, specific_tags=[*_CHECKED, *_USED])
@@ -105,7 +103,7 @@ def decode_dicom(dataset: "Dataset") -> npt.NDArray[np.uint8]:
                 "a JPEG of 12 bits, whose decoder is under the GPL: pip install pylibjpeg-libjpeg"
             )
         if not plugin:
-            raise ValueError(f"there is no decoder for {syntax.name}: pip install '.[dicom]'")
+            raise ValueError(f"there is no decoder for {syntax.name}: pip install 'chexpert-pipeline[dicom]'")
         with _quietly(f"its pixels are damaged ({syntax.name})"):
             frame = get_frame(dataset.PixelData, 0, number_of_frames=1)
             claimed = shape if syntax == RLELossless else _read_shape(frame)

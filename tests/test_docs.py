@@ -81,7 +81,7 @@ def test_every_block_runs_or_says_why_not() -> None:
 
 def test_the_table_of_extras_has_each_of_them() -> None:
     page = (REPOSITORY / "docs" / "getting-started.md").read_text()
-    rows = re.findall(r"^\| `(\w+)` \| [^|]+ \| (?:about )?\d+ MB \| [^|]+ \|$", page, re.MULTILINE)
+    rows = re.findall(r"^\| `(\w+)` \| [^|]+ \| (?:about )?[\d,]+ MB \| [^|]+ \|$", page, re.MULTILINE)
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     assert rows == list(project["optional-dependencies"])
 

@@ -1040,7 +1040,7 @@ def test_wandb_reads_what_goes_to_tensorboard(
         (tmp_path / "run" / "config.json").read_text()
     )
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(DataError, match=r"^`wandb`: the package is missing: pip install '.\[wandb\]'$"):
+    with pytest.raises(DataError, match=r"^wandb is missing: pip install 'chexpert-pipeline\[wandb\]'$"):
         command("train", "--run", tmp_path / "run", "--wandb", "films")
 
 

@@ -1,11 +1,15 @@
-"""The wheel holds everything that runs: both commands work outside the clone, from the wheel alone."""
+"""The wheel holds everything that runs: `pipeline` without any extra, and train.py with that of training."""
 
+import os
 import subprocess
 import sys
+import tomllib
 import zipfile
+from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 import train
 
@@ -29,19 +33,40 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return found
 
 
-@pytest.fixture(scope="module")
-def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A fresh virtual environment with the wheel, which borrows the packages it depends on from this one."""
-    folder = tmp_path_factory.mktemp("environment")
+def install(wheel: Path, folder: Path, extra: str = "") -> Path:
+    """A fresh virtual environment with the wheel, and links to the packages it needs with that extra, in this one."""
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-    install = ["-m", "pip", "install", "--quiet", "--no-deps"]
-    subprocess.run([folder / "bin" / "python", *install, wheel], check=True)
+    quietly = ["-m", "pip", "install", "--quiet", "--no-deps"]
+    subprocess.run([folder / "bin" / "python", *quietly, wheel], check=True)
     (packages,) = folder.glob("lib/python*/site-packages")
-    # A path file does not follow those in the folder it names, so the clone's own editable install stays out.
-    (packages / "borrowed.pth").write_text(
-        "\n".join(path for path in sys.path if path.endswith("site-packages"))
-    )
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    wanted = project["dependencies"] + (project["optional-dependencies"][extra] if extra else [])
+    installed: set[str] = set()
+    while wanted:
+        requirement = Requirement(wanted.pop())
+        needed = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+        if needed and requirement.name.lower() not in installed:
+            installed.add(requirement.name.lower())
+            package = distribution(requirement.name)
+            wanted += package.requires or []
+            for part in {file.parts[0] for file in package.files or []} - {"..", "__pycache__"}:
+                if not (packages / part).exists():
+                    (packages / part).symlink_to(str(package.locate_file(part)))
     return folder
+
+
+def run(environment: Path, folder: Path, *command: object, code: int = 0) -> str:
+    """Its stdout, or its stderr where it fails as it should."""
+    done = subprocess.run(
+        [environment / "bin" / str(command[0]), *map(str, command[1:])],
+        cwd=folder,
+        env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == code, done.stderr
+    return done.stderr if code else done.stdout
 
 
 def test_the_wheel_holds_every_module_and_template_of_the_clone(wheel: Path) -> None:
@@ -56,23 +81,27 @@ def test_the_wheel_holds_every_module_and_template_of_the_clone(wheel: Path) -> 
     assert held == set(tracked.stdout.split())
 
 
-def test_both_commands_work_outside_the_clone(environment: Path, tmp_path: Path) -> None:
-    def run(*command: object) -> str:
-        done = subprocess.run(
-            [environment / "bin" / str(command[0]), *map(str, command[1:])],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+def test_pipeline_and_the_stream_work_without_any_extra(wheel: Path, tmp_path: Path) -> None:
+    bare = install(wheel, tmp_path / "environment")
+    run(bare, tmp_path, "pipeline", "sample", "sample", "--images", 60, "--workers", 1)
+    run(bare, tmp_path, "pipeline", "shards", "sample", "shards", "--size", 64, "--dev", 0.3, "--workers", 1)
+    run(bare, tmp_path, "pipeline", "stats", "shards", "--html", "labels.html")
+    run(bare, tmp_path, "pipeline", "verify", "shards", "--deep", "--workers", 1)
+    run(bare, tmp_path, "pipeline", "audit", "shards")
+    batch = "next(iter(pipeline.open_shards('shards')['train'].batches(4, 32, epoch=0)))"
+    read = f"import pipeline; print({batch}.images.shape)"
+    assert run(bare, tmp_path, "python", "-c", read) == "(4, 1, 32, 32)\n"
+    message = "Error: torch is missing: pip install 'chexpert-pipeline[train]'\n"
+    assert run(bare, tmp_path, "python", "-m", "train", "--shards", "shards", "--run", "r", code=1) == message
 
-    where = "import pipeline, model, train; print(pipeline.__file__, model.__file__, train.__file__)"
-    assert all(str(environment) in path for path in run("python", "-c", where).split())
-    run("pipeline", "sample", "sample", "--images", 60, "--workers", 1)
-    run("pipeline", "shards", "sample", "shards", "--size", 64, "--dev", 0.3, "--workers", 1)
-    run("pipeline", "stats", "shards", "--html", "labels.html")
+
+def test_both_commands_work_outside_the_clone(wheel: Path, tmp_path: Path) -> None:
+    environment = install(wheel, tmp_path / "environment", "train")
+    modules = "import pipeline, model, train; print(pipeline.__file__, model.__file__, train.__file__)"
+    paths = run(environment, tmp_path, "python", "-c", modules).split()
+    assert all(str(environment) in path for path in paths)
+    run(environment, tmp_path, "pipeline", "sample", "sample", "--images", 60, "--workers", 1)
+    run(environment, tmp_path, "pipeline", "shards", "sample", "shards", "--size", 64, "--dev", 0.3)
     options = ("--arch", "rescnn", "--image-size", 32, "--batch-size", 8, "--epochs", 1, "--workers", 1)
-    run("python", "-m", "train", "--shards", "shards", "--run", "run", *options)
+    run(environment, tmp_path, "python", "-m", "train", "--shards", "shards", "--run", "run", *options)
     assert {"report.html", "model-card.md", "best.pt"} <= {path.name for path in (tmp_path / "run").iterdir()}

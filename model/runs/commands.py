@@ -25,7 +25,7 @@ from model.runs.options import (
     run_option,
     with_options,
 )
-from pipeline.base.errors import DataError, SettingError
+from pipeline.base.errors import SettingError, needs
 from pipeline.base.files import check_folder, read_object
 from pipeline.console import count_of, name_options, refuse_usage, say, say_next
 
@@ -40,6 +40,11 @@ Train = Callable[..., int]  # train.train
 
 class TrainByDefault(click.Group):
     """A group whose command `train` needs not be named, and is the only one for several ranks."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command, which imports torch itself; `pipeline` does without."""
+        with needs("train"):
+            return super().invoke(ctx)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Put `train` in front of options."""
@@ -304,11 +309,9 @@ def sweep_command(
     if sampler == "grid" and trials is not None:
         raise click.UsageError("--trials needs --sampler tpe: a grid has as many as combinations")
     check_folders(given["shards"])
-    try:
+    with needs("sweep"):
         from model.runs import sweep as s
         from model.runs.sweep_report import write_sweep_report
-    except ImportError as error:
-        raise DataError(f"{error.name} is missing: pip install '.[sweep]'") from None
     import torch
 
     from model.predict import InterruptedEvaluationError

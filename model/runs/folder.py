@@ -36,7 +36,7 @@ from model.networks import build_network
 from model.ranks import ALONE, Ranks
 from model.runs.config import Config, output_count, read_config
 from model.runs.job import Job
-from pipeline.base.errors import DataError, describe_difference
+from pipeline.base.errors import DataError, describe_difference, needs
 from pipeline.base.files import write_atomically, write_json
 from pipeline.console import say_once
 from pipeline.images import ImageOptions
@@ -99,10 +99,8 @@ def follow_by_wandb(job: Job) -> Iterator[None]:
     if job.wandb is None:
         yield
         return
-    try:
+    with needs("wandb"):
         import wandb
-    except ImportError:
-        raise DataError("`wandb`: the package is missing: pip install '.[wandb]'") from None
     if terms := find_restriction(job.manifest.dataset):
         say_once(
             f"Warning: `wandb` sends settings and figures of this run to others; make sure that the {terms} allows it"

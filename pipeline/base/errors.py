@@ -1,7 +1,8 @@
 """Errors of input, and how their messages quote others' texts."""
 
 import errno
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 
 class DataError(Exception):
@@ -10,6 +11,23 @@ class DataError(Exception):
 
 class SettingError(DataError):
     """Settings that do not go together; a command reports them as wrong usage."""
+
+
+class MissingPackageError(DataError, ImportError):
+    """A package of an extra that is not installed; the message is the command that installs it."""
+
+
+@contextmanager
+def needs(extra: str, user: str = "") -> Iterator[None]:
+    """Around imports of packages that an extra brings: raises MissingPackageError, which names it, and the user."""
+    try:
+        yield
+    except MissingPackageError:  # of an inner extra
+        raise
+    except ImportError as error:
+        package = error.name.partition(".")[0] if error.name else error
+        install = f"{package} is missing: pip install 'chexpert-pipeline[{extra}]'"
+        raise MissingPackageError(f"{user}: {install}" if user else install) from None
 
 
 def explain_os_error(error: OSError) -> str:

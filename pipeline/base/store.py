@@ -15,7 +15,7 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any, BinaryIO
 
-from pipeline.base.errors import DataError
+from pipeline.base.errors import DataError, needs
 
 TOGETHER = 32  # objects to fetch at a time; an image of the full set has 2 MB
 AWS_CREDENTIALS = "credentials come from AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
@@ -33,15 +33,14 @@ def open_location(location: str) -> Path:
             f"{scheme}://…: a URL with a password or a query; credentials come from the environment"
         )
     try:
-        from upath import UPath
+        with needs("remote", location):
+            from upath import UPath
 
-        options: dict[str, Any] = {"use_listings_cache": False}
-        if scheme == "s3":
-            options["config_kwargs"] = _S3
-        path: Any = UPath(location.rstrip("/"), **options)
-        path.fs  # noqa: B018 - its package may be missing
-    except ImportError as error:
-        raise DataError(f"{location}: {error}; install it with: pip install '.[remote]'") from None
+            options: dict[str, Any] = {"use_listings_cache": False}
+            if scheme == "s3":
+                options["config_kwargs"] = _S3
+            path: Any = UPath(location.rstrip("/"), **options)
+            path.fs  # noqa: B018 - its package may be missing
     except ValueError as error:
         raise DataError(f"{location}: not a URL of a store: {error}") from None
     return path  # type: ignore[no-any-return]

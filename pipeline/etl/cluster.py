@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pipeline.base.errors import DataError
+from pipeline.base.errors import DataError, needs
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -28,11 +28,9 @@ def run_on_cluster(
     `witness` is a file that every worker must see. Raises DataError where the scheduler cannot be reached, workers
     are unfit, or a task's worker was lost again and again; and whatever a task raises.
     """
-    try:
+    with needs("dask", "`scheduler`"):
         from distributed import Client, KilledWorker
         from distributed.comm.core import CommClosedError
-    except ImportError:
-        raise DataError("`scheduler`: the package distributed is missing: pip install '.[dask]'") from None
     try:
         connect: Any = Client  # which has no types
         client = connect(scheduler, timeout=CONNECT_SECONDS, set_as_default=False)

@@ -8,6 +8,7 @@ all patients of the file are numbers, they stand for the names that end in them:
 
 import re
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.base.csvs import line_of, read_strings
-from pipeline.base.errors import DataError, quote
+from pipeline.base.errors import DataError, needs, quote
 from pipeline.base.store import open_to_read
 from pipeline.images import Original
 from pipeline.labels import LABELS
@@ -95,14 +96,14 @@ def _read_workbook(path: Path) -> pa.Table:
     """The first sheet of an XLSX as text; its first row holds the names. Raises DataError."""
     import pandas as pd  # slow to import
 
+    with needs("xlsx", f"`facts` {path}"):
+        import_module("openpyxl")  # which pandas reads it with
     try:
         with open_to_read(path) as file:
             frame = pd.read_excel(
                 file, header=None, dtype=str, keep_default_na=False, na_values=[""], engine="openpyxl"
             )
         header, rows = frame.iloc[0], frame.iloc[1:]
-    except ImportError:
-        raise DataError(f"`facts` {path}: the package openpyxl is missing: pip install '.[xlsx]'") from None
     except Exception as error:  # of many kinds, for a damaged file
         raise DataError(f"{path}: not a readable XLSX: {quote(str(error), 200)}") from error
     names = ["" if pd.isna(name) else str(name) for name in header]

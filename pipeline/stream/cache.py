@@ -1,6 +1,6 @@
 """Shards at a URL → local files, through a bounded cache that all processes of a machine share.
 
-    python train.py --shards https://host/path     or s3://bucket/path, after pip install '.[remote]'
+    python train.py --shards https://host/path     or s3://bucket/path, after pip install 'chexpert-pipeline[remote]'
 
 In: a folder of shards on a web server or in an object store. Credentials come from where their owner keeps
 them: AWS_PROFILE, AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL and the like for s3, ~/.netrc for https. Out: files
@@ -32,7 +32,7 @@ from threading import Event
 from typing import Any, TypeVar
 from urllib.parse import quote
 
-from pipeline.base.errors import DataError, explain_os_error
+from pipeline.base.errors import DataError, explain_os_error, needs
 from pipeline.base.files import locked, write_atomically
 from pipeline.base.store import AWS_CREDENTIALS, is_refusal
 from pipeline.manifest import NAME, Shard, read_manifest
@@ -197,11 +197,9 @@ class Remote:
         self.is_s3 = url.startswith("s3:")
         if not re.match("s3://[^/@]+(/|$)|https?://[^/?]", url):
             raise DataError(f"{redact(url)}: not like https://host/path or s3://bucket/path")
-        try:
+        with needs("remote", redact(url)):
             self._files, self._failures = (_open_s3 if self.is_s3 else _open_http)(timeout)
-            self._read = _read_s3 if self.is_s3 else _read_http
-        except ImportError as error:
-            raise DataError(f"{redact(url)}: {error}; install it with: pip install '.[remote]'") from None
+        self._read = _read_s3 if self.is_s3 else _read_http
 
     def mirror(self) -> Path:
         """A local folder with the manifest as it is now and its tables. Raises DataError naming the URL."""

@@ -4,11 +4,13 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from itertools import islice
 
-import webdataset
-from torch.utils.data import default_convert, get_worker_info
-
+from pipeline.base.errors import needs
 from pipeline.stream.batches import BatchStream
 from pipeline.stream.plan import Step
+
+with needs("train"):
+    import webdataset
+    from torch.utils.data import default_convert, get_worker_info
 
 
 class BatchDataset(webdataset.DataPipeline):  # type: ignore[misc] # webdataset has no types

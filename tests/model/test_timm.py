@@ -57,9 +57,7 @@ def test_without_timm_its_networks_say_how_to_install_it(monkeypatch: pytest.Mon
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(DataError) as caught:
         build_network("timm/resnet10t", 14)
-    assert str(caught.value) == (
-        "'timm/resnet10t' is a network of timm, which is missing: pip install '.[timm]'"
-    )
+    assert str(caught.value) == "'timm/resnet10t': timm is missing: pip install 'chexpert-pipeline[timm]'"
     build_network("rescnn", 14)
 
 

@@ -257,7 +257,7 @@ def test_without_pydicom_the_command_says_what_to_install(
     levels: Array, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "pydicom", None)
-    message = r"^DICOM files need the package pydicom: pip install '\.\[dicom\]'$"
+    message = r"^pydicom is missing: pip install 'chexpert-pipeline\[dicom\]'$"
     with pytest.raises(DataError, match=message):
         prepare(b"\0" * 128 + b"DICM", RAW)
 

@@ -228,7 +228,7 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     monkeypatch.setitem(sys.modules, "s3fs", None)
     with pytest.raises(DataError) as caught:
         Remote("s3://bucket/path", Cache(tmp_path, GB))
-    message = "import of s3fs halted; None in sys.modules; install it with: pip install '.[remote]'"
+    message = "s3fs is missing: pip install 'chexpert-pipeline[remote]'"
     assert str(caught.value) == f"s3://bucket/path: {message}"
 
 

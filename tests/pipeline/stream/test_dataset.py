@@ -73,6 +73,18 @@ def test_reading_does_without_torch(shards: Shards) -> None:
     assert ran.stdout == "(4, 1, 32, 32) []\n"
 
 
+def test_without_torch_its_extra_is_named(shards: Shards, tmp_path: Path) -> None:
+    code = (
+        "import runpy, sys; sys.modules['torch'] = None; import pipeline\n"
+        "try: pipeline.BatchDataset\nexcept ImportError as error: print(error)\n"
+        f"sys.argv = ['train.py', '--shards', {str(shards[0])!r}, '--run', {str(tmp_path / 'run')!r}]\n"
+        "runpy.run_module('train', run_name='__main__')"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    message = "torch is missing: pip install 'chexpert-pipeline[train]'\n"
+    assert (ran.returncode, ran.stdout, ran.stderr) == (1, message, f"Error: {message}")
+
+
 def test_what_the_package_does_not_have_is_named() -> None:
     with pytest.raises(AttributeError, match=r"^module 'pipeline' has no attribute 'open_shard'$"):
         pipeline.open_shard  # type: ignore[attr-defined] # noqa: B018
