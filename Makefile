@@ -48,10 +48,14 @@ TARGETS   ?=
 FUSION    ?=
 PRETRAINED ?=
 PYTHON    ?= python3
+# `cpu` installs torch's CPU build, from TORCH_INDEX; .venv/installed keeps which one it is.
+installed := $(shell cat .venv/installed 2>/dev/null)
+TORCH     ?= $(installed)
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 # A variable that nothing reads would leave its default in force without a word, so it is refused.
 SETTINGS := DATA OUT SIZE VIEWS UNCERTAIN BLANK DEV WORKERS ARCH LR WD BATCH EPOCHS SEED SPLIT TEACHER SAMPLER PRUNER \
-	TRIALS SWEEP SHARDS CROSS ARGS IMAGES RUN GPUS ROUNDS FUZZ_SECONDS TARGETS FUSION PRETRAINED PYTHON SUDO
+	TRIALS SWEEP SHARDS CROSS ARGS IMAGES RUN GPUS ROUNDS FUZZ_SECONDS TARGETS FUSION PRETRAINED PYTHON TORCH TORCH_INDEX SUDO
 typed    := $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
 unknown  := $(filter-out $(SETTINGS) SHELL MAKE% -%,$(typed))
 ifneq ($(unknown),)
@@ -63,10 +67,16 @@ endif
 $(foreach name,DATA OUT RUN SWEEP TEACHER,$(if $(filter ~ ~/%,$(firstword $($(name)))),\
 	$(eval override $(name) := $(patsubst ~,$(HOME),$(patsubst ~/%,$(HOME)/%,$($(name)))))))
 
-COMPILE   = uv pip compile --quiet --upgrade --universal --python-version 3.11 --no-annotate --custom-compile-command "make lock"
+COMPILE   = $(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --no-annotate --custom-compile-command "make lock"
 SUDO      = $(if $(filter-out 0,$(shell id -u)),sudo)
 
 BIN := .venv/bin
+# uv takes a minute; where it fails, as behind a mirror that only pip is configured for, pip takes its time.
+INSTALL   = install() { \
+	VIRTUAL_ENV="$(CURDIR)/.venv" "$$(command -v uv || echo $(BIN)/uv)" pip install "$$@" || { \
+	echo 'uv failed: pip installs the same packages, which takes 3 to 15 minutes' >&2; \
+	$(BIN)/python -m pip install "$$@"; }; }
+CPU       = $(filter cpu,$(TORCH))
 SAY_SAMPLE = @$(if $(SAMPLE),echo 'No shards and no DATA: this is the synthetic sample with small and quick settings.')
 # A policy is passed on to training only where it was set by hand: otherwise the shards' own is used.
 THREADS  = $(if $(WORKERS),--workers $(WORKERS))
@@ -74,6 +84,9 @@ THREADS  = $(if $(WORKERS),--workers $(WORKERS))
 LAUNCH   = $(if $(GPUS),-m torch.distributed.run --standalone --nproc-per-node $(GPUS) --signals-to-handle SIGTERM$(,)SIGINT$(,)SIGUSR1 --)
 ,        := ,
 given    = $(filter command environment override,$(firstword $(origin $(1))))
+$(if $(filter-out cpu,$(TORCH)),$(error TORCH=$(TORCH): give cpu, or leave it out for the build with CUDA))
+$(if $(call given,TORCH),$(if $(wildcard .venv/installed),$(if $(filter-out =$(TORCH),=$(installed)),\
+	$(error .venv holds the other build of torch: make clean first))))
 POLICIES = $(if $(call given,UNCERTAIN),--uncertain $(UNCERTAIN)) $(if $(call given,BLANK),--blank $(BLANK)) \
 	$(if $(TEACHER),--teacher $(TEACHER))
 tagged   = $(if $(call given,$(1)),-$(2)$($(1)))
@@ -209,7 +222,7 @@ pictures: .venv/installed  ## draw docs/pictures and docs/sample anew from the s
 	@command -v chromium >/dev/null || { $(SUDO) apt-get update --quiet && $(SUDO) apt-get install --yes --quiet chromium; }
 	$(BIN)/python -m docs.redraw
 
-lock:  ## resolve the dependencies anew, and those of the stream's peers, into files of pinned versions (needs uv)
+lock: .venv/installed  ## resolve the dependencies anew, and those of the stream's peers, into files of pinned versions
 	$(COMPILE) --extra dev pyproject.toml --output-file requirements.lock
 	$(COMPILE) benchmarks/peers-stream.in --output-file benchmarks/peers-stream.txt
 
@@ -219,10 +232,15 @@ clean:  ## remove .venv and caches; keeps shards and runs
 # The stamp is written last: an interrupted installation is repeated.
 .venv/installed: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("Python 3.11 or newer is needed, this is %d.%d" % v[:2])'
+	@echo 'Installing the pinned packages into .venv: $(if $(CPU),0.5 GB to download and 2 GB on disk,3 GB to download and 7 GB on disk; without a GPU: make setup TORCH=cpu)'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --requirement requirements.lock
-	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
-	@touch $@
+	@command -v uv || $(BIN)/python -m pip install "$$(grep ^uv== requirements.lock)" || true
+	@grep -vE '^#$(if $(CPU),|^(cuda|nvidia)-|^triton==)' requirements.lock > .venv/requirements.txt
+	@$(if $(CPU),grep -E '^torch(vision)?==' requirements.lock > .venv/torch.txt)
+	@$(INSTALL); $(if $(CPU),(export PIP_INDEX_URL=$(TORCH_INDEX) UV_DEFAULT_INDEX=$(TORCH_INDEX) UV_INDEX=; \
+		install --no-deps --requirement .venv/torch.txt) &&) \
+		install --requirement .venv/requirements.txt && install --no-deps --no-build-isolation --editable .
+	@echo $(TORCH) > $@
 
 # The peers that benchmarks measure against, apart from the project's own packages.
 .venv-peers/installed: benchmarks/peers.txt
