@@ -19,10 +19,9 @@ from pathlib import Path
 from typing import Any, Generic, NoReturn, Protocol, TypeVar
 
 import click
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from pipeline.base.errors import DataError, explain_os_error, printable
+from pipeline.base.workers import skip_pandas
 
 Value = TypeVar("Value")
 LINE_SECONDS = 10.0  # between plain lines where there is no terminal
@@ -95,6 +94,9 @@ class Advance(Protocol):
 @contextmanager
 def progress_bar(title: str, unit: str) -> Iterator[Advance]:
     """Show a bar on stderr, or a plain line every few seconds where stderr is no terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
     console = Console(stderr=True)
     columns = [TextColumn(title), BarColumn(), MofNCompleteColumn(), TextColumn(unit)]
     columns += [TextColumn("{task.fields[note]}"), TimeRemainingColumn()]
@@ -171,6 +173,7 @@ def run_command(command: click.Command, context: object = None) -> None:
 
     `context` is handed to commands that ask for it by `click.pass_obj`.
     """
+    command.callback = skip_pandas  # which a group calls before the command, and not for --help
     # As an exception, so that clean-up runs: by default SIGTERM ends Python on the spot.
     signal.signal(signal.SIGTERM, _terminate)
     # A shell that runs this in the background has it ignore Ctrl-C.

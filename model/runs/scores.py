@@ -9,16 +9,19 @@ An Arrow IPC file with one row per image, in the order of the split's table:
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.base.errors import DataError
 from pipeline.base.files import read_arrow, write_table
 from pipeline.labels import LABELS
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def write_scores(path: Path, table: pa.Table, labels: Sequence[str], scores: npt.NDArray[np.float32]) -> None:
@@ -27,16 +30,18 @@ def write_scores(path: Path, table: pa.Table, labels: Sequence[str], scores: npt
     write_table(path, pa.table({name: table[name] for name in ("key", "patient", "study")} | columns))
 
 
-def read_frame(path: Path, labels: Sequence[str] = LABELS) -> pd.DataFrame:
+def read_frame(path: Path, labels: Sequence[str] = LABELS) -> "pd.DataFrame":
     """Patient, study and the scores of the labels, in the order of the file. Raises DataError as `read_scores` does."""
+    import pandas as pd  # here, because it takes a second, and only studies' methods are compared by it
+
     table = _open(path)
     for name in ("patient", "study"):
         if table.column_names.count(name) != 1:
             what = f"column {name} twice" if name in table.column_names else f"no column {name}"
             raise DataError(f"{path}: damaged, or not a file of scores: it has {what}")
     scores = _check_scores(path, table, labels)
-    facts = table.select(["patient", "study"]).to_pandas()
-    return facts.assign(**dict(zip(labels, scores.T, strict=True)))
+    facts = {name: table[name].to_numpy() for name in ("patient", "study")}
+    return pd.DataFrame(facts | dict(zip(labels, scores.T, strict=True)))
 
 
 def read_scores(path: Path, keys: pa.ChunkedArray, labels: Sequence[str] = LABELS) -> npt.NDArray[np.float32]:

@@ -24,6 +24,7 @@ from concurrent.futures import (
 )
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from importlib.abc import MetaPathFinder
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -135,11 +136,9 @@ def _prepare_sockets() -> None:
 def _worker_pool(function: Callable[..., Any], workers: int) -> Iterator[tuple[ProcessPoolExecutor, Any]]:
     _prepare_sockets()
     context = multiprocessing.get_context("forkserver")
-    # When the server starts, at the first task, it imports these modules, which every worker then has: all of this
-    # package that its parent has, and pandas, which pyarrow imports in each process wherever it is installed.
+    # When the server starts, at the first task, it imports what its parent has of this package: every worker has it.
     package = function.__module__.partition(".")[0]
-    ours = [name for name in sys.modules if name.partition(".")[0] == package]
-    context.set_forkserver_preload([*ours, "pandas"])
+    context.set_forkserver_preload([name for name in sys.modules if name.partition(".")[0] == package])
     slots = context.RawArray("q", _SLOTS)
     pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(slots,))
     try:
@@ -162,7 +161,28 @@ def _submit(pool: ProcessPoolExecutor, function: Callable[[Task], Result], task:
         signal.pthread_sigmask(signal.SIG_SETMASK, previous)
 
 
+class _WithoutPandas(MetaPathFinder):
+    """Finds no pandas, wherever it is installed."""
+
+    def find_spec(self, name: str, *_: object) -> None:
+        if name == "pandas":
+            raise ModuleNotFoundError(name=name)
+
+
+def skip_pandas() -> None:
+    """Have pyarrow do without pandas, which it imports with its first value: a second.
+
+    For processes of our own: Arrow's `to_pandas` fails there from now on.
+    """
+    import pyarrow as pa
+
+    sys.meta_path.insert(0, finder := _WithoutPandas())
+    pa.scalar(0)
+    sys.meta_path.remove(finder)
+
+
 def _start_worker(slots: Any) -> None:
+    skip_pandas()
     global _shared
     _shared = slots
     threading.Thread(target=_exit_with_parent, daemon=True).start()

@@ -6,10 +6,9 @@ A method is a run that scores studies, or a run that scores images whose scores 
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 
 from pipeline.base.errors import DataError
@@ -18,10 +17,13 @@ from pipeline.measure.delong import combine_limits, measure_areas, weigh_labels
 from pipeline.measure.evaluate import Scored
 from pipeline.measure.metrics import Floats, averaged_labels, mean_of, report_auroc
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 STUDY = ["patient", "study"]
 
 
-def combine_views(scores: pd.DataFrame, name: str) -> dict[str, pd.DataFrame]:
+def combine_views(scores: "pd.DataFrame", name: str) -> "dict[str, pd.DataFrame]":
     """A run's scores of images → scores of studies, by max and by mean over views; unchanged if all have one view.
 
     `scores` has the columns patient, study and labels; the result maps a method's name to a row per study.
@@ -32,9 +34,11 @@ def combine_views(scores: pd.DataFrame, name: str) -> dict[str, pd.DataFrame]:
     return {f"{name}, {how} of views": groups.agg(how) for how in ("max", "mean")}
 
 
-def group_by_views(table: pa.Table) -> pd.Series:
+def group_by_views(table: pa.Table) -> "pd.Series":
     """Which views each study in a split has, by (patient, study)."""
-    frame = table.select([*STUDY, "view"]).to_pandas()
+    import pandas as pd  # here and below, because it takes a second
+
+    frame = pd.DataFrame({name: table[name].to_numpy() for name in (*STUDY, "view")})
     of_view = {view: frame["view"] == view for view in ("frontal", "lateral")}
     counts = frame.assign(**of_view).groupby(STUDY)[["frontal", "lateral"]].any()
     names = np.select(
@@ -49,8 +53,8 @@ def compare_methods(
     names: Sequence[str],
     studies: Scored,
     name: str,
-    others: Mapping[str, pd.DataFrame],
-    views: pd.Series,
+    others: "Mapping[str, pd.DataFrame]",
+    views: "pd.Series",
 ) -> dict[str, Any]:
     """The method `name`, with its `studies` (one row each), beside the `others`, ready for JSON.
 
@@ -58,6 +62,8 @@ def compare_methods(
     interval, its AUROC per label, and the first method's minus its own. The mean is over labels with at least 10
     positives, if there are any. Raises DataError if the methods have no study in common.
     """
+    import pandas as pd
+
     index = pd.MultiIndex.from_arrays([studies.patient, studies.study], names=STUDY)
     found = {other: frame.reindex(index)[list(names)].to_numpy() for other, frame in others.items()}
     common = np.all([~np.isnan(scores).any(axis=1) for scores in found.values()], axis=0)
