@@ -4,13 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
 from functools import partial
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jinja2
 import numpy as np
 from markupsafe import Markup
-from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator
 
 from model.chest import SCALE, TERMS
 from model.networks import weights_terms
@@ -20,6 +17,7 @@ from pipeline.base.pages import (
     FIRST,
     SECOND,
     THIRD,
+    Panel,
     draw_svg,
     open_templates,
     show_figure,
@@ -37,6 +35,11 @@ from pipeline.measure.metrics import (
     reliability,
     threshold_curve,
 )
+from pipeline.measure.readers import count_below
+
+if TYPE_CHECKING:
+    import jinja2
+    from matplotlib.axes import Axes
 
 TITLES = {"youden": "Youden's J", "max_f1": "highest F1", "sensitivity": "sensitivity"}
 
@@ -181,14 +184,16 @@ def describe_gaps(evaluation: Mapping[str, Any]) -> list[str]:
 
 def draw_training(history: Sequence[Mapping[str, Any]]) -> list[tuple[str, Markup]]:
     """Train loss and dev AUROC by epoch, each as caption and SVG."""
+    from matplotlib.ticker import MaxNLocator
+
     epochs = [line["epoch"] for line in history]
 
-    def draw_loss(axes: Axes) -> None:
+    def draw_loss(axes: "Axes") -> None:
         axes.plot(epochs, [line["train_loss"] for line in history], ".-", color=FIRST)
         axes.set(xlabel="epoch", ylabel="train loss")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
-    def draw_auroc(axes: Axes) -> None:
+    def draw_auroc(axes: "Axes") -> None:
         for mean, color in zip(MEANS, (FIRST, SECOND, THIRD), strict=True):
             values = [line[f"{mean}_auroc"] for line in history]
             if any(value is not None for value in values):
@@ -209,6 +214,7 @@ def draw_panels(evaluation: Mapping[str, Any], images: Scored) -> dict[str, dict
     """ROC, precision-recall, reliability and decision curves: kind → label → SVG; none of a label that is skipped."""
     kinds = ("ROC", "precision-recall", "reliability", "decision")
     panels: dict[str, dict[str, Markup]] = {kind: {} for kind in kinds}
+    axes = {kind: Panel((2.1, 2.0), unit=kind != "decision") for kind in kinds}
     for name, score, truth in label_cells(list(evaluation["labels"]), *images[:3]):
         label = evaluation["labels"][name]
         if label["auroc"] is None:
@@ -222,9 +228,7 @@ def draw_panels(evaluation: Mapping[str, Any], images: Scored) -> dict[str, dict
             "decision": partial(_draw_decision, calibrated, truth),
         }
         for kind, draw in draws.items():
-            panels[kind][name] = draw_svg(
-                draw, f"{kind} curve of {name}", (2.1, 2.0), unit=kind != "decision"
-            )
+            panels[kind][name] = axes[kind].draw(draw, f"{kind} curve of {name}")
     return panels | {"readers": draw_readers(evaluation, images)}
 
 
@@ -242,13 +246,13 @@ def draw_readers(evaluation: Mapping[str, Any], images: Scored) -> dict[str, Mar
     return drawn
 
 
-def _draw_readers(curve: Curve, places: Sequence[Mapping[str, Any]], axes: Axes) -> None:
+def _draw_readers(curve: Curve, places: Sequence[Mapping[str, Any]], axes: "Axes") -> None:
     _draw_roc(curve, None, axes)
     x, y = [1 - of["specificity"] for of in places], [of["sensitivity"] for of in places]
     axes.plot(x, y, "D", color=THIRD, markersize=3.5)
 
 
-def _draw_roc(curve: Curve, chosen: Mapping[str, float] | None, axes: Axes) -> None:
+def _draw_roc(curve: Curve, chosen: Mapping[str, float] | None, axes: "Axes") -> None:
     hits, alarms = curve.true_positives, curve.false_positives
     axes.plot([0, 1], [0, 1], ":", color=FAINT)
     axes.plot([0, *alarms / alarms[-1]], [0, *hits / hits[-1]], color=FIRST)
@@ -257,7 +261,7 @@ def _draw_roc(curve: Curve, chosen: Mapping[str, float] | None, axes: Axes) -> N
     axes.set(xlabel="1 − specificity", ylabel="sensitivity")
 
 
-def _draw_pr(curve: Curve, axes: Axes) -> None:
+def _draw_pr(curve: Curve, axes: "Axes") -> None:
     hits, called = curve.true_positives, curve.true_positives + curve.false_positives
     precision = hits / called
     axes.axhline(precision[-1], linestyle=":", color=FAINT)  # of calling all positive
@@ -265,7 +269,7 @@ def _draw_pr(curve: Curve, axes: Axes) -> None:
     axes.set(xlabel="recall", ylabel="precision")
 
 
-def _draw_reliability(score: Floats, calibrated: Floats, truth: Bools, axes: Axes) -> None:
+def _draw_reliability(score: Floats, calibrated: Floats, truth: Bools, axes: "Axes") -> None:
     axes.plot([0, 1], [0, 1], ":", color=FAINT)
     for values, style, color in ((score, "s--", SECOND), (calibrated, "o-", FIRST)):
         bins = reliability(values, truth)
@@ -274,7 +278,7 @@ def _draw_reliability(score: Floats, calibrated: Floats, truth: Bools, axes: Axe
     axes.set(xlabel="mean score", ylabel="share of positives")
 
 
-def _draw_decision(calibrated: Floats, truth: Bools, axes: Axes) -> None:
+def _draw_decision(calibrated: Floats, truth: Bools, axes: "Axes") -> None:
     thresholds, share = np.arange(1, 100) / 100, float(truth.mean())
     for probability, style, color in ((np.ones(len(truth)), "--", SECOND), (calibrated, "-", FIRST)):
         heights = [net_benefit(probability, truth, at).mean() for at in thresholds]
@@ -303,14 +307,7 @@ def mark_few(label: Mapping[str, Any] | None) -> str:
     return " (few)" if label and label["few"] else ""
 
 
-def count_below(places: Mapping[str, Mapping[str, Any]]) -> str:
-    """How many of the readers of a label are below the ROC curve, of those that can be placed."""
-    below = [place["below"] for place in places.values() if place["below"] is not None]
-    few = "few " if any(place["few"] for place in places.values()) else ""
-    return f"{few}{sum(below)} of {len(below)}" if below else "–"
-
-
-def open_run_templates() -> jinja2.Environment:
+def open_run_templates() -> "jinja2.Environment":
     """The templates of a run's pages."""
     environment = open_templates("model.runs")
     environment.filters |= {

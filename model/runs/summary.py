@@ -7,7 +7,6 @@ from rich.console import Console
 from rich.table import Table
 
 from model.runs.config import MEANS
-from model.runs.report import count_below
 from pipeline.base.pages import show_figure, show_limits
 from pipeline.console import say
 
@@ -194,6 +193,8 @@ def print_readers(evaluation: Mapping[str, Any]) -> None:
     """A table of what --readers asked for: readers below the ROC curve, and each one's sensitivity and specificity."""
     if "readers" not in evaluation:
         return
+    from pipeline.measure.readers import count_below
+
     found = evaluation["readers"]
     table = Table(
         title="Readers beside the ROC curve, per study: sensitivity, specificity", title_justify="left"

@@ -8,13 +8,13 @@ HTML, never matplotlib's text.
 import io
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jinja2
-import matplotlib
 from markupsafe import Markup, escape
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+
+if TYPE_CHECKING:
+    import jinja2
+    from matplotlib.axes import Axes
 
 INK, FAINT, FIRST, SECOND, THIRD, FOURTH, PAPER = (f"#00000{number}" for number in range(1, 8))
 POSITIVE, UNCERTAIN, NEGATIVE, BLANK, ON_STATE = (f"#00001{number}" for number in range(1, 6))
@@ -46,8 +46,10 @@ SVG_STYLE: dict[Any, Any] = {
 }
 
 
-def open_templates(package: str) -> jinja2.Environment:
+def open_templates(package: str) -> "jinja2.Environment":
     """The templates of a package, and behind them the shared ones: a page extends `base.html`."""
+    import jinja2  # here and below, because they are slow to import, and a terminal shows figures, too
+
     environment = jinja2.Environment(
         loader=jinja2.ChoiceLoader([jinja2.PackageLoader(package), jinja2.PackageLoader("pipeline.base")]),
         autoescape=jinja2.select_autoescape(["html"]),
@@ -65,49 +67,65 @@ def open_templates(package: str) -> jinja2.Environment:
     return environment
 
 
+class Panel:
+    """One pair of axes for several figures, one after the other: making them takes as long as drawing."""
+
+    def __init__(self, inches: tuple[float, float], *, unit: bool = False, fitted: bool = False) -> None:
+        import matplotlib
+        from matplotlib.backends.backend_svg import FigureCanvasSVG
+        from matplotlib.figure import Figure
+
+        self.width, self.height = (72 * side for side in inches)
+        with matplotlib.rc_context(SVG_STYLE):
+            figure = Figure(figsize=inches, layout="constrained" if fitted else None)
+            # Room for tick labels and the axes' names, in points.
+            left = 33 if unit else 48
+            place = (left / self.width, 30 / self.height, 1 - (left + 5) / self.width, 1 - 35 / self.height)
+            self.axes = figure.subplots() if fitted else figure.add_axes(place)
+            if unit:
+                self.axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
+                self.axes.set_xticks((0, 0.5, 1), ("0", "0.5", "1"))
+                self.axes.set_yticks((0, 0.5, 1), ("0", "0.5", "1"))
+        figure.patch.set_visible(False)
+        self.axes.patch.set_visible(False)
+        self.canvas = FigureCanvasSVG(figure)
+
+    def draw(self, draw: "Callable[[Axes], None]", description: str) -> Markup:
+        """A figure as an SVG element for an HTML page, as wide as its place, by `draw` with colors of INKS.
+
+        Its lines are gone with the next one; limits and ticks stay, where `draw` does not set them.
+        """
+        import matplotlib
+
+        file = io.StringIO()
+        for line in [*self.axes.lines]:
+            line.remove()
+        with matplotlib.rc_context({**SVG_STYLE, "svg.hashsalt": description}):
+            draw(self.axes)
+            self.canvas.print_svg(file, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+        body = file.getvalue().split("<svg", 1)[1].split(">", 1)[1]
+        body = re.sub('<g id="[^"]*"', "<g", body)  # the same in every figure, and not referred to
+        # A hundredth of a point is enough for coordinates; text stays unchanged.
+        body = re.sub(r"<[^>]*>", lambda tag: re.sub(r"(\.\d\d)\d{2,}", r"\1", tag[0]), body)
+        for drawn, shown in INKS.items():
+            body = body.replace(drawn, shown)
+        size = f"0 0 {self.width:g} {self.height:g}"
+        return Markup(f'<svg role="img" aria-label="{escape(description)}" viewBox="{size}">' + body)  # noqa: S704
+
+
 def draw_svg(
-    draw: Callable[[Axes], None],
+    draw: "Callable[[Axes], None]",
     description: str,
     inches: tuple[float, float],
     *,
     unit: bool = False,
     fitted: bool = False,
 ) -> Markup:
-    """A figure of one pair of axes as an SVG element for an HTML page, as wide as its place.
+    """A figure of one pair of axes, as `Panel` draws it.
 
-    `draw` uses colors of INKS. `unit`: both axes from 0 to 1. `fitted`: with room for labels of any length, which takes
-    twice the time.
+    `unit`: both axes from 0 to 1. `fitted`: with room for labels of any length, which takes twice the time.
     """
-    width, height = (72 * side for side in inches)
-
-    def fill(figure: Figure) -> None:
-        if fitted:
-            figure.set_layout_engine("constrained")
-            draw(figure.subplots())
-            return
-        # Room for tick labels and the axes' names, in points.
-        left = 33 if unit else 48
-        axes = figure.add_axes((left / width, 30 / height, 1 - (left + 5) / width, 1 - 35 / height))
-        draw(axes)
-        if unit:
-            axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
-            axes.set_xticks((0, 0.5, 1), ("0", "0.5", "1"))
-            axes.set_yticks((0, 0.5, 1), ("0", "0.5", "1"))
-
-    with matplotlib.rc_context({**SVG_STYLE, "svg.hashsalt": description}):
-        figure = Figure(figsize=inches)
-        fill(figure)
-        file = io.StringIO()
-        metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(file, format="svg", transparent=True, metadata=metadata)
-    body = file.getvalue().split("<svg", 1)[1].split(">", 1)[1]
-    body = re.sub('<g id="[^"]*"', "<g", body)  # the same in every figure, and not referred to
-    # A hundredth of a point is enough for coordinates; text stays unchanged.
-    body = re.sub(r"<[^>]*>", lambda tag: re.sub(r"(\.\d\d)\d{2,}", r"\1", tag[0]), body)
-    for drawn, shown in INKS.items():
-        body = body.replace(drawn, shown)
-    opening = f'<svg role="img" aria-label="{escape(description)}" viewBox="0 0 {width:g} {height:g}">'
-    return Markup(opening + body)  # noqa: S704
+    return Panel(inches, unit=unit, fitted=fitted).draw(draw, description)
 
 
 def has_figures(body: str) -> bool:

@@ -92,3 +92,10 @@ def _place(called: Floats, score: Floats, truth: Bools) -> dict[str, Any]:
         found["network"] = float(np.interp(1 - rates["specificity"], alarms[highest], hits[highest]))
         found["below"] = found["network"] > rates["sensitivity"] + 1e-9  # not by rounding
     return found
+
+
+def count_below(places: Mapping[str, Mapping[str, Any]]) -> str:
+    """How many of the readers of a label are below the ROC curve, of those that can be placed."""
+    below = [place["below"] for place in places.values() if place["below"] is not None]
+    few = "few " if any(place["few"] for place in places.values()) else ""
+    return f"{few}{sum(below)} of {len(below)}" if below else "–"
