@@ -82,6 +82,7 @@ from model.runs.config import (
     MEANS,
     Config,
     can_divide,
+    is_reported,
     name_choice,
     output_count,
     parse_choice,
@@ -98,7 +99,7 @@ from model.runs.job import (
     to_device,
 )
 from model.runs.overlap import check_teacher, write_trained_on
-from model.runs.results import choice_score, finish_run, forget_calibration, is_reported
+from model.runs.results import choice_score, finish_run, forget_calibration
 from model.runs.scoring import score_split
 from model.runs.targets import check_reported, no_choice, training_labels, training_weights
 from pipeline.base.errors import DataError
@@ -233,6 +234,8 @@ def train_epochs(
         else:
             check_ranks(job, state, before)
             say(f"{run}: continuing after step {state.done:,} of {total:,}")
+    elif job.ranks.is_first:
+        forget_calibration(run)  # of training whose last.pt was removed: this run has no report yet
     began, before = time.perf_counter(), state.done
     with open_events(job, state.done) as log:
         while True:

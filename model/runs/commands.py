@@ -4,6 +4,7 @@ Each command imports what needs torch itself, so that `--help` and usage errors 
 """
 
 import gc
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -14,7 +15,15 @@ import click
 
 from model.names import check_arch
 from model.runs import use
-from model.runs.config import MEANS, Config, options
+from model.runs.config import (
+    MEANS,
+    Config,
+    find_initial,
+    is_reported,
+    options,
+    read_config,
+    resolve_config,
+)
 from model.runs.options import (
     DATA_OPTIONS,
     GroupedCommand,
@@ -96,15 +105,18 @@ JOB_OPTIONS = [
 def train_command(train: Train, /, **given: Any) -> int:
     """Train a network on shards; the same command continues an interrupted run."""
     check_folders(given["shards"])
+    config, others = split_options(given)
+    if "RANK" not in os.environ and is_finished(config, **others):
+        print_run(given["run"])
+        return 0
     from model.ranks import join_ranks
     from model.runs.job import StopFlag
 
     with join_ranks() as ranks:
-        config, others = split_options(given)
         job = start_job(config, **others, stop=StopFlag().listen(), ranks=ranks)
         code = train(job)
         if code == 0 and job.ranks.is_first:
-            print_run(job)
+            print_run(job.run)
         return code
 
 
@@ -206,11 +218,31 @@ def start_job(config: Config, shards: Sequence[str], run: Path, **others: Any) -
         raise click.UsageError(name_options(str(error))) from None
 
 
-def print_run(job: "Job") -> None:
+def is_finished(
+    config: Config, shards: Sequence[str], run: Path, cache: Path, cache_size: int, **others: Any
+) -> bool:
+    """Whether this run is trained and reported already, which is seen here without torch, and said."""
+    if not is_reported(run):
+        return False
+    from pipeline.stream.collection import open_collection
+
+    init = find_initial(others["init"])
+    try:
+        resolved = resolve_config(config, open_collection(shards, cache, cache_size), others["teacher"], init)
+    except SettingError as error:
+        raise click.UsageError(name_options(str(error))) from None
+    if resolved != read_config(run):
+        return False  # `open_run` says how they differ
+    done = json.loads((run / "metrics.jsonl").read_bytes().splitlines()[-1])["step"]
+    say(f"{run}: finished, after step {done:,}; another `run` goes on by `init` {run}")
+    return True
+
+
+def print_run(run: Path) -> None:
     """Print the evaluations of a run that has ended."""
     from model.runs.summary import print_evaluations, print_verdicts
 
-    paths = {name: job.run / f"evaluation-{name}.json" for name in ("dev", "valid")}
+    paths = {name: run / f"evaluation-{name}.json" for name in ("dev", "valid")}
     reports = {name: read_object(path) for name, path in paths.items() if path.exists()}
     print_evaluations(reports)
     print_verdicts(reports)
@@ -219,9 +251,9 @@ def print_run(job: "Job") -> None:
     low, high = (limits[name][side] for side in ("low", "high"))
     if low is not None and low <= 0.5:
         guess = f"dev AUROC ({MEANS[name]}) is {low:.2f} to {high:.2f}, not told from guessing"
-        say(f"{job.run}: {guess}: try a lower `lr`, more `epochs` or more images")
-    click.echo(f"{job.run / 'report.html'}: the same with curves, intervals and subgroups")
-    say_next(*use.TRAIN, "predict", "--run", job.run, "--out", "scores.csv", "FILMS")
+        say(f"{run}: {guess}: try a lower `lr`, more `epochs` or more images")
+    click.echo(f"{run / 'report.html'}: the same with curves, intervals and subgroups")
+    say_next(*use.TRAIN, "predict", "--run", run, "--out", "scores.csv", "FILMS")
 
 
 def repeat_options(config: Config, others: Mapping[str, Any]) -> list[str]:

@@ -1,25 +1,34 @@
 """What decides a run's outcome: config.json, and one definition of each option for command line, checks and sweep."""
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args, get_origin, get_type_hints
 
-from model.names import ARCHITECTURES, AUGMENTATIONS, FUSIONS, LOSSES, check_arch, own_input
+from model.names import ARCHITECTURES, AUGMENTATIONS, FUSIONS, LOSSES, XRV, check_arch, own_input
 from pipeline.base.errors import DataError, SettingError
 from pipeline.labels import LABELS, VIEWS, find_label
 from pipeline.measure.metrics import COMPETITION
-from pipeline.policies import BLANK_HELP, UNCERTAIN_HELP, check_blank_policy, parse_uncertain_policy
+from pipeline.policies import (
+    BLANK_HELP,
+    UNCERTAIN_HELP,
+    check_blank_policy,
+    choose_policy,
+    parse_uncertain_policy,
+)
 
 if TYPE_CHECKING:
     from model.ranks import Ranks
+    from pipeline.stream.collection import Collection
 
 MEANS = {"macro": "macro", "macro10": "macro, ≥ 10 positives", "mean5": "mean of competition's 5"}
 HELD_OUT = 0.05  # share of the patients, where the shards have no dev split
 ENSEMBLE = "ensemble.json"  # in the folder of an ensemble, instead of config.json
+TEACHER_SCORES = "scores-train.arrow"
 IMAGE_SIZE = 320  # of a network that has no size of its own
 
 
@@ -279,6 +288,69 @@ def _has_gpu() -> bool:
     import torch  # here, because it takes seconds
 
     return torch.cuda.is_available()
+
+
+def find_initial(init: Path | None) -> Path | None:
+    """The file of weights to start from: that file, a run's best.pt, or torchxrayvision's weights, downloaded."""
+    if init is not None and str(init).startswith(XRV):
+        from model.chest import download_chest
+
+        return download_chest(str(init).removeprefix(XRV))
+    return init / "best.pt" if init is not None and init.is_dir() else init
+
+
+def resolve_config(config: Config, shards: "Collection", teacher: Path | None, init: Path | None) -> Config:
+    """The configuration with what it leaves open: see `job.open_job`, which raises the same errors."""
+    manifest = shards.manifest
+    if config.mix and len(config.mix) != len(shards.folders):
+        raise SettingError(
+            f"`mix` has {len(config.mix)} shares for {len(shards.folders)} folders of `shards`"
+        )
+    uncertain = choose_policy("uncertain", config.uncertain, manifest.policies)
+    if teacher is not None and "selftrained" not in parse_uncertain_policy(uncertain).values():
+        raise SettingError(f"`teacher` is for the policy selftrained; `uncertain` is {uncertain}")
+    if config.dev is not None and "dev" in manifest.splits:
+        images = manifest.splits["dev"].samples
+        raise SettingError(
+            f"`dev` is for shards without a dev split; {shards} have one, of {images:,} images"
+        )
+    own = own_input(config.arch)
+    scale = (own.mean, own.std) if own else ()
+    if own is None and init is not None:
+        from model.chest import initial_scale
+
+        scale = initial_scale(config.arch, init)
+    return replace(
+        config,
+        uncertain=uncertain,
+        blank=check_blank_policy(choose_policy("blank", config.blank, manifest.policies)),
+        manifest=shards.digest,
+        teacher=teacher_digest(teacher, shards) if teacher else None,
+        init=hashlib.sha256(init.read_bytes()).hexdigest() if init else None,
+        labels=tuple(label for label in LABELS if label in config.labels) or config.labels,
+        dev=config.dev or (None if "dev" in manifest.splits else HELD_OUT),
+        image_size=config.image_size or (own.size if own else IMAGE_SIZE),
+        input_scale=scale,
+    )
+
+
+def teacher_digest(teacher: Path, shards: "Collection") -> str:
+    """sha256 of a run's scores of train. Raises DataError with the command that writes them."""
+    try:
+        return hashlib.sha256((teacher / TEACHER_SCORES).read_bytes()).hexdigest()
+    except FileNotFoundError:
+        options = " ".join([*(f"--shards {folder.name}" for folder in shards.folders), f"--run {teacher}"])
+        if (teacher / "best.pt").exists():
+            missing, command = TEACHER_SCORES, f"python train.py evaluate {options} --split train"
+        else:
+            missing, command = "best.pt", f"python train.py {options} --uncertain ignore"
+        raise DataError(f"{teacher}: no {missing}; first run: {command}") from None
+
+
+def is_reported(run: Path) -> bool:
+    """Whether the folder holds all that a finished run writes, of which the model card comes last."""
+    files = ("last.pt", "calibration.json", "evaluation-dev.json", "scores-dev.arrow", "report.html")
+    return all((run / name).exists() for name in (*files, "model-card.md"))
 
 
 def check_values(config: Config) -> None:

@@ -4,11 +4,10 @@ job = open_job(Config(lr=1e-3, epochs=3), "shards", "runs/first")
 train.train(job)
 """
 
-import hashlib
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,24 +18,20 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from model.chest import download_chest, initial_scale
-from model.names import XRV, own_input
 from model.ranks import ALONE, Ranks
-from model.runs.config import HELD_OUT, IMAGE_SIZE, Config, check_config
-from pipeline.base.errors import DataError, SettingError
+from model.runs.config import Config, check_config, find_initial, resolve_config
+from pipeline.base.errors import DataError
 from pipeline.base.workers import share_of_cores
 from pipeline.console import say
-from pipeline.labels import LABELS, MOST_VIEWS, split_patients
+from pipeline.labels import MOST_VIEWS, split_patients
 from pipeline.manifest import Manifest
-from pipeline.policies import check_blank_policy, choose_policy, evaluation_targets, parse_uncertain_policy
+from pipeline.policies import check_blank_policy, evaluation_targets
 from pipeline.stream.batches import BatchStream, Labels, stream_batches
 from pipeline.stream.cache import CACHE, CACHE_SIZE
 from pipeline.stream.collection import Collection, open_collection
 from pipeline.stream.plan import Rows, Samples, Step
 from pipeline.stream.samples import OpenSplit, find_images, find_studies
 from pipeline.stream.select import NothingSelectedError, select_rows
-
-TEACHER_SCORES = "scores-train.arrow"
 
 
 class StopFlag:
@@ -118,36 +113,8 @@ def open_job(
     unusable shards.
     """
     collection = open_collection(shards, cache, cache_size)
-    manifest = collection.manifest
-    if config.mix and len(config.mix) != len(collection.folders):
-        raise SettingError(
-            f"`mix` has {len(config.mix)} shares for {len(collection.folders)} folders of `shards`"
-        )
-    uncertain = choose_policy("uncertain", config.uncertain, manifest.policies)
-    if teacher is not None and "selftrained" not in parse_uncertain_policy(uncertain).values():
-        raise SettingError(f"`teacher` is for the policy selftrained; `uncertain` is {uncertain}")
-    if config.dev is not None and "dev" in manifest.splits:
-        images = manifest.splits["dev"].samples
-        raise SettingError(
-            f"`dev` is for shards without a dev split; {collection} have one, of {images:,} images"
-        )
-    if init is not None and str(init).startswith(XRV):
-        init = download_chest(str(init).removeprefix(XRV))
-    if init is not None and init.is_dir():
-        init = init / "best.pt"
-    own = own_input(config.arch)
-    config = replace(
-        config,
-        uncertain=uncertain,
-        blank=check_blank_policy(choose_policy("blank", config.blank, manifest.policies)),
-        manifest=collection.digest,
-        teacher=teacher_digest(teacher, collection) if teacher else None,
-        init=hashlib.sha256(init.read_bytes()).hexdigest() if init else None,
-        labels=tuple(label for label in LABELS if label in config.labels) or config.labels,
-        dev=config.dev or (None if "dev" in manifest.splits else HELD_OUT),
-        image_size=config.image_size or (own.size if own else IMAGE_SIZE),
-        input_scale=(own.mean, own.std) if own else initial_scale(config.arch, init),
-    )
+    init = find_initial(init)
+    config = resolve_config(config, collection, teacher, init)
     check_config(config, ranks)
     device, precision = choose_device(config.amp)
     return Job(
@@ -164,19 +131,6 @@ def open_job(
         strict,
         wandb,
     )
-
-
-def teacher_digest(teacher: Path, shards: Collection) -> str:
-    """sha256 of a run's scores of train. Raises DataError with the command that writes them."""
-    try:
-        return hashlib.sha256((teacher / TEACHER_SCORES).read_bytes()).hexdigest()
-    except FileNotFoundError:
-        options = " ".join([*(f"--shards {folder.name}" for folder in shards.folders), f"--run {teacher}"])
-        if (teacher / "best.pt").exists():
-            missing, command = TEACHER_SCORES, f"python train.py evaluate {options} --split train"
-        else:
-            missing, command = "best.pt", f"python train.py {options} --uncertain ignore"
-        raise DataError(f"{teacher}: no {missing}; first run: {command}") from None
 
 
 def choose_device(amp: str) -> tuple[torch.device, torch.dtype]:

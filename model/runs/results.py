@@ -8,7 +8,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import pandas as pd
 import pyarrow as pa
 
 from model.runs.config import MEANS, Config, parse_choice, read_config
@@ -57,12 +56,6 @@ def finish_run(job: Job) -> dict[str, dict[str, Any]]:
     card = render_model_card(job.run.name, describe_settings(job), data, evaluations, job.manifest.dataset)
     write_atomically(job.run / "model-card.md", card.encode())
     return evaluations
-
-
-def is_reported(run: Path) -> bool:
-    """Whether the folder holds all that `finish_run` writes, of which the model card comes last."""
-    files = ("calibration.json", "evaluation-dev.json", "scores-dev.arrow", "report.html", "model-card.md")
-    return all((run / name).exists() for name in files)
 
 
 def forget_calibration(run: Path) -> None:
@@ -203,7 +196,7 @@ def add_methods(
 ) -> None:
     """Add what other ways of scoring studies come to: by the views' scores of other runs."""
     labels, common = choose_common(job.config, scored, against)
-    methods: dict[str, pd.DataFrame] = {}
+    methods: dict[str, Any] = {}
     for other, path in against.items():
         methods |= combine_views(read_frame(path, labels), str(other))
     views = group_by_views(open_images(job, name)[0].table)

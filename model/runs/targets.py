@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from model.runs.config import learned_columns, parse_choice, split_columns
-from model.runs.job import TEACHER_SCORES, Job, Selected, open_rows
+from model.runs.config import TEACHER_SCORES, learned_columns, parse_choice, split_columns
+from model.runs.job import Job, Selected, open_rows
 from model.runs.scores import read_scores
 from pipeline.base.errors import DataError
 from pipeline.console import say
