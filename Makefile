@@ -101,7 +101,7 @@ WRITE    = $(BIN)/pipeline shards "$(DATA)" $(OUT) --size $(SIZE) --views $(VIEW
 $(if $(word 2,$(OUT)),$(error OUT=$(OUT): make takes no spaces there))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup shards verify stats train sweep cross evaluate predict test test-wheel test-pages test-s3 test-postgres test-examples test-cluster docs-check soak fuzz audit docs lint bench-etl bench-stream bench-gpu bench-auroc bench-scale pictures lock clean
+.PHONY: help setup shards verify stats train sweep cross evaluate predict test test-wheel test-pages test-s3 test-postgres test-examples test-cluster docs-check soak fuzz audit docs lint bench-etl bench-stream bench-gpu bench-auroc bench-scale bench-waits pictures lock clean
 
 ##@ Set up
 help:  ## list the targets
@@ -216,6 +216,9 @@ bench-auroc: .venv/installed  ## measure minutes from CSV and JPEGs to dev AUROC
 
 bench-scale: .venv/installed  ## shard the whole real label table; measure time and memory
 	$(BIN)/python benchmarks/scale.py
+
+bench-waits: .venv/installed $(OUT)/manifest.json  ## measure the CPU seconds of commands on the sample's finished run; ARGS="--against ../before"
+	$(BIN)/python -m benchmarks.waits $(ARGS)
 
 ##@ Maintain
 pictures: .venv/installed  ## draw docs/pictures and docs/sample anew from the sample (installs Debian's chromium where there is none)

@@ -1378,6 +1378,18 @@ def test_command_line_killed_twice_warned_by_slurm_and_continued_equals_undistur
     continued = run_train(*options, "--run", run)
     assert continued.returncode == 0, continued.stderr
     assert f"{run}: continuing after step " in continued.stderr
+    # A finished run is recognized without what takes long to import.
+    program = "import runpy, sys; sys.modules |= dict.fromkeys(('torch', 'scipy', 'pandas', 'matplotlib')); "
+    program += "runpy.run_path('train.py', run_name='__main__')"
+    again = subprocess.run(
+        [sys.executable, "-c", program, *command[2:]],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert again.returncode == 0, again.stderr
+    assert f"{run}: finished, after step 78; another --run goes on by --init {run}\n" in again.stderr
     assert run_train(*options, "--run", tmp_path / "whole").returncode == 0
     assert_same_run(run, tmp_path / "whole")
     assert count_lines(run / "environment.jsonl") == 4

@@ -23,7 +23,7 @@ from pipeline.policies import (
 
 if TYPE_CHECKING:
     from model.ranks import Ranks
-    from pipeline.stream.collection import Collection
+    from pipeline.stream.collection import Collection as Shards
 
 MEANS = {"macro": "macro", "macro10": "macro, ≥ 10 positives", "mean5": "mean of competition's 5"}
 HELD_OUT = 0.05  # share of the patients, where the shards have no dev split
@@ -299,7 +299,7 @@ def find_initial(init: Path | None) -> Path | None:
     return init / "best.pt" if init is not None and init.is_dir() else init
 
 
-def resolve_config(config: Config, shards: "Collection", teacher: Path | None, init: Path | None) -> Config:
+def resolve_config(config: Config, shards: "Shards", teacher: Path | None, init: Path | None) -> Config:
     """The configuration with what it leaves open: see `job.open_job`, which raises the same errors."""
     manifest = shards.manifest
     if config.mix and len(config.mix) != len(shards.folders):
@@ -315,7 +315,7 @@ def resolve_config(config: Config, shards: "Collection", teacher: Path | None, i
             f"`dev` is for shards without a dev split; {shards} have one, of {images:,} images"
         )
     own = own_input(config.arch)
-    scale = (own.mean, own.std) if own else ()
+    scale: tuple[float, ...] = (own.mean, own.std) if own else ()
     if own is None and init is not None:
         from model.chest import initial_scale
 
@@ -334,7 +334,7 @@ def resolve_config(config: Config, shards: "Collection", teacher: Path | None, i
     )
 
 
-def teacher_digest(teacher: Path, shards: "Collection") -> str:
+def teacher_digest(teacher: Path, shards: "Shards") -> str:
     """sha256 of a run's scores of train. Raises DataError with the command that writes them."""
     try:
         return hashlib.sha256((teacher / TEACHER_SCORES).read_bytes()).hexdigest()

@@ -102,7 +102,8 @@ class Panel:
             line.remove()
         with matplotlib.rc_context({**SVG_STYLE, "svg.hashsalt": description}):
             draw(self.axes)
-            self.canvas.print_svg(file, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+            metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+            self.canvas.print_svg(file, metadata=metadata)  # type: ignore[no-untyped-call]
         body = file.getvalue().split("<svg", 1)[1].split(">", 1)[1]
         body = re.sub('<g id="[^"]*"', "<g", body)  # the same in every figure, and not referred to
         # A hundredth of a point is enough for coordinates; text stays unchanged.

@@ -174,6 +174,8 @@ def skip_pandas() -> None:
 
     For processes of our own: Arrow's `to_pandas` fails there from now on.
     """
+    if "pandas" in sys.modules:
+        return
     import pyarrow as pa
 
     sys.meta_path.insert(0, finder := _WithoutPandas())
