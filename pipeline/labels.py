@@ -60,7 +60,7 @@ FACTS = ("Sex", "Age", "Frontal/Lateral", "AP/PA")
 COLUMNS = ("Path", *FACTS, *LABELS)
 VIEWS = ("frontal", "lateral", "all")
 
-_STATES = {1.0: 1, 0.0: 0, -1.0: -1}
+CELLS = {1.0: 1, 0.0: 0, -1.0: -1}  # number → state
 _PATH = (
     r"(?:^|/)(?P<image>(?P<patient>patient\d{1,20})/study(?P<study>\d{1,6})/"
     r"(?P<file>view\d{1,4}_(?:frontal|lateral))\.(?i:jpg|jpeg|png))$"
@@ -219,13 +219,15 @@ def _folders_above(paths: pa.ChunkedArray) -> pa.ChunkedArray:
     return pc.if_else(has_some, pa.array(known, pa.string()).take(encoded.indices), "")
 
 
-def parse_states(csv: Path, label: str, column: pa.ChunkedArray) -> pa.Array:
+def parse_states(
+    csv: Path | list[str], label: str, column: pa.ChunkedArray, cells: Mapping[float, int] = CELLS
+) -> pa.Array:
     """Label cells as int8: parse the few distinct texts, then look every row up. Raises DataError for other texts."""
     encoded = column.combine_chunks().dictionary_encode()
     states = []
     for text in encoded.dictionary.to_pylist():
         try:
-            states.append(_STATES[float(text)])
+            states.append(cells[float(text)])
         except (KeyError, ValueError):
             demand(
                 csv,

@@ -38,13 +38,13 @@ with atheris.instrument_imports(include=["pipeline", "model", "pydicom"]):
     from model.runs.config import read_config
     from model.runs.scores import read_scores, write_scores
     from pipeline import DataError
-    from pipeline.base.tar import read_members
     from pipeline.etl.planning import Options
     from pipeline.etl.shards import Execution, write_shards
     from pipeline.images import ENCODINGS, ImageError, ImageOptions, decode_stored, prepare
     from pipeline.labels import LABELS, read_labels
     from pipeline.manifest import Split, read_manifest, read_table
     from pipeline.policies import make_targets, parse_uncertain_policy
+    from pipeline.sources.rows import read_images, read_splits
     from pipeline.sources.sets import find_source
     from pipeline.stream.batches import Labels, stream_batches
     from pipeline.stream.plan import plan_evaluation
@@ -196,12 +196,18 @@ def config_target(folder: Path, _: Path) -> Target:
 
 
 def tar_target(folder: Path, _: Path) -> Target:
-    """A tar that another program wrote: its members lie in it."""
+    """A tar that another program wrote: its labels, and the images of its samples."""
     path = folder / "train-000000.tar"
+    columns = [("patient", "patient"), ("Edema", "labels.Edema")]
 
     def read(data: bytes) -> None:
         path.write_bytes(data)
-        assert all(0 <= member.offset <= len(data) - member.size for member in read_members(path))
+        source = find_source(folder, {}, [], "webdataset", columns)
+        tables, _, _ = read_splits(source, views="all", dev=0, seed=0)
+        for table in tables.values():
+            assert all(
+                isinstance(content, bytes) for content in read_images(table["file"].to_pylist(), source.roots)
+            )
 
     return read
 

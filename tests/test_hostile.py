@@ -2,7 +2,10 @@
 
 import hashlib
 import io
+import json
 import os
+import pickle
+import tarfile
 import zlib
 from collections.abc import Callable
 from dataclasses import replace
@@ -29,6 +32,63 @@ class Payload:
 
     def __reduce__(self) -> tuple[Callable[..., object], tuple[str]]:
         return os.system, ("touch unpickled",)
+
+
+def member(
+    name: str, data: bytes = b"x", kind: bytes = tarfile.REGTYPE, link: str = "", **pax: str
+) -> tuple[tarfile.TarInfo, bytes]:
+    info = tarfile.TarInfo(name)
+    info.size, info.type, info.linkname = len(data) if kind == tarfile.REGTYPE else 0, kind, link
+    info.pax_headers = pax
+    return info, data
+
+
+WORDS = ("--set", "webdataset", "--columns", "patient=__key__,Edema=labels.Edema", "--workers", 1)
+LABEL = json.dumps({"labels": {"Edema": 1}}).encode()
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        [member("/etc/cron.d/x.jpg")],
+        [member("../../x.jpg")],
+        [member("a.jpg", kind=tarfile.SYMTYPE, link="/etc/passwd")],
+        [member("a.jpg", kind=tarfile.LNKTYPE, link="/etc/passwd")],
+        [member("a.jpg", kind=tarfile.CHRTYPE)],
+        [member("a.jpg", kind=tarfile.FIFOTYPE)],
+        [member("a.pyd", pickle.dumps(Payload())), member("a.json", LABEL)],
+        [member("a.jpg", pickle.dumps(Payload())), member("a.json", LABEL)],
+        [member("a.jpg.gz", b"\x1f\x8b"), member("a.json", LABEL)],
+        [member("a.json", b"[" * 100_000)],
+        [member("a.jpg", comment="x" * 70_000)],
+        [member("a/" * 3000 + "x.jpg")],
+        [member("a.json", b'{"labels": {"Edema": 1e999}}')],
+    ],
+)
+def test_hostile_tars_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, members: list[tuple[tarfile.TarInfo, bytes]]
+) -> None:
+    with tarfile.open(tmp_path / "train-000000.tar", "w") as tar:
+        for info, data in members:
+            tar.addfile(info, io.BytesIO(data))
+    monkeypatch.chdir(tmp_path)
+    run = run_pipeline("shards", tmp_path, tmp_path / "out", *WORDS)
+    assert run.returncode == 1
+    assert "\nError: " in f"\n{run.stderr}"
+    assert str(tmp_path) in run.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "train-000000.tar"]
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+@pytest.mark.soak
+def test_a_million_members_are_read_in_little_memory(tmp_path: Path) -> None:
+    """A tenth of a million here; memory is that of their names alone."""
+    info, data = member("a.txt", b"")
+    block = info.tobuf() + data
+    (tmp_path / "train-000000.tar").write_bytes(block * 100_000 + bytes(1024))
+    run = run_pipeline("shards", tmp_path, tmp_path / "out", *WORDS)
+    assert run.returncode == 1
+    assert "train-000000.tar" in run.stderr
 
 
 @pytest.mark.parametrize(

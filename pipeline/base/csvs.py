@@ -75,18 +75,22 @@ def _unpacked(csv: Path, raw: BinaryIO) -> TextIO:
 
 
 def demand(
-    csv: Path,
+    csv: Path | list[str],
     name: str,
     column: pa.ChunkedArray,
     valid: pa.ChunkedArray,
     complaint: str,
     optional: bool = False,
 ) -> None:
-    """Raise DataError for the first row that is not valid; a null in `valid` is, if the column is `optional`."""
+    """Raise DataError for the first row that is not valid; a null in `valid` is, if the column is `optional`.
+
+    `csv` may also be what each row is called in messages.
+    """
     row = pc.index(pc.fill_null(valid, optional), False).as_py()
     if row >= 0:
         text = quote(column[row].as_py() or "", 80)
-        raise DataError(f"{csv}, line {line_of(csv, row)}, column {name}: '{text}' {complaint}")
+        place = csv[row] if isinstance(csv, list) else f"{csv}, line {line_of(csv, row)}"
+        raise DataError(f"{place}, column {name}: '{text}' {complaint}")
 
 
 def demand_columns(csv: Path, there: Sequence[str], names: Sequence[str]) -> None:

@@ -171,7 +171,7 @@ FOLDER = Parsed(parse_folder, "folder")
 @click.option(
     "--columns",
     type=Parsed(parse_columns, "NAME=COLUMN,…"),
-    help="Of --set table: path=Image,patient=MRN,Edema=edema.",
+    help="Of --set table or webdataset: path=Image,patient=MRN,Edema=edema.",
 )
 @click.option(
     "--name",
@@ -215,7 +215,7 @@ FOLDER = Parsed(parse_folder, "folder")
     "splits",
     multiple=True,
     type=Parsed(parse_split, "SPLIT=CSV"),
-    help="CSVs of your own, instead of SOURCE's.",
+    help="CSVs of your own, instead of SOURCE's; or tars.",
 )
 @click.option("--root", "roots", multiple=True, type=FOLDER, help="Another folder of images.")
 @click.option("--facts", multiple=True, metavar="FILE", help="CSV or XLSX of facts, by patient or study.")
@@ -265,10 +265,13 @@ def shards(
     )
     refuse_usage(options.size is None and options.square != "no", "--square needs a --size")
     refuse_usage(how.overwrite and how.repair, "--overwrite or --repair, not both")
-    refuse_usage((dataset == "table") != bool(columns), "--set table and --columns go together")
     refuse_usage(
-        bool(splits) and dataset not in (None, "chexpert", "table"),
-        "--split is for CSVs like CheXpert's, or --set table",
+        (dataset == "table" and not columns) or (columns and dataset not in ("table", "webdataset")),
+        "--columns goes with --set table, which needs it, or --set webdataset",
+    )
+    refuse_usage(
+        bool(splits) and dataset not in (None, "chexpert", "table", "webdataset"),
+        "--split is for CSVs like CheXpert's, --set table or --set webdataset",
     )
     files = [open_location(text) for text in facts]
     found = find_source(source, _collect("--split", splits), roots, dataset, columns or (), files, name or "")

@@ -25,7 +25,7 @@ from pipeline.labels import (
 )
 from pipeline.sources.joined import join_facts
 from pipeline.sources.sets import SETS
-from pipeline.sources.source import Source
+from pipeline.sources.source import Source, find_place
 
 SAMPLED = 64  # images whose bit depth is checked
 READ = 2**16  # bytes, at first: most images are smaller
@@ -85,7 +85,11 @@ def divide_rows(table: pa.Table, size: int, views: str) -> Iterator[pa.Table]:
 def find_missing(files: Sequence[str], roots: Sequence[Path]) -> list[str]:
     """The files that do not exist, in their order."""
     stored: set[str] = set().union(*(list_objects(root) for root in roots if is_remote(root)))
-    return [file for file in files if not (file in stored if "://" in file else os.path.exists(file))]
+    return [
+        file
+        for file in files
+        if not (file in stored if "://" in file else os.path.exists(find_place(file)[0]))
+    ]
 
 
 def read_images(files: Sequence[str], roots: Sequence[Path]) -> Iterator[bytes | ImageError]:
@@ -96,8 +100,9 @@ def read_images(files: Sequence[str], roots: Sequence[Path]) -> Iterator[bytes |
         yield ImageError("no such file, but the CSV lists it") if content is None else content
 
 
-def _read_file(path: str, roots: Sequence[Path]) -> bytes | ImageError | None:
+def _read_file(file: str, roots: Sequence[Path]) -> bytes | ImageError | None:
     """Its content, or what is wrong with it; None for a missing file."""
+    path, offset, size = find_place(file)
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would wait for its writer
         try:
@@ -105,6 +110,8 @@ def _read_file(path: str, roots: Sequence[Path]) -> bytes | ImageError | None:
             opened = _find_opened(descriptor, path)
             if not any(opened.startswith(f"{root}/") for root in roots):
                 return ImageError(f"leads out of its folder to {opened}; allow that by --root")
+            if size is not None:
+                return os.pread(descriptor, size, offset)
             content = b""
             while part := os.read(descriptor, max(READ, len(content))):
                 content += part

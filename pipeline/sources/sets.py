@@ -12,7 +12,7 @@ import pyarrow as pa
 from pipeline.base.csvs import read_header
 from pipeline.base.errors import DataError
 from pipeline.base.store import check_access, list_files, named_failures
-from pipeline.sources import chexpert, mimic, nih, padchest, plus, table, vindr
+from pipeline.sources import chexpert, mimic, nih, padchest, plus, table, vindr, webdataset
 from pipeline.sources.source import Source, Terms
 
 
@@ -66,11 +66,12 @@ SETS: dict[str, Adapter] = {
     "vindr": vindr,
     "chexpert": chexpert,
     "table": table,
+    "webdataset": webdataset,
 }
 DRAWN_NOTE = "SYNTHETIC.txt"  # beside the tables that `pipeline sample` writes
 # Those told by their files.
 SHOWN = 4  # names of what is in a folder without a set
-KNOWN = {adapter.TERMS.name: adapter for adapter in SETS.values() if adapter is not table}
+KNOWN = {adapter.TERMS.name: adapter for adapter in SETS.values() if adapter not in (table, webdataset)}
 
 
 def find_source(
@@ -91,17 +92,25 @@ def find_source(
         check_access(path)
         if path is not folder and not path.exists():
             raise DataError(f"{path}: no such file or folder")
-    name, csvs = (name or "chexpert", dict(splits)) if splits else find_set(folder, name)
+    if splits and name == "webdataset":
+        csvs = webdataset.find_tables(folder, splits) or {}
+    else:
+        name, csvs = (name or "chexpert", dict(splits)) if splits else find_set(folder, name)
     homes = [folder, *(csv.parent for csv in csvs.values()), *roots]
     more = SETS[name].find_roots(homes[1:])
     whole = tuple(dict.fromkeys(path.resolve() for path in (*homes, *more)))
-    return Source(csvs, whole, name, tuple(columns), tuple(facts), called)
+    source = Source(csvs, whole, name, tuple(columns), tuple(facts), called)
+    if name == "webdataset" and not columns:
+        webdataset.read_tables(source)  # it says what to name: before the tars are hashed
+    return source
 
 
 def find_terms(source: Source) -> Terms:
     """Whose the images of a source are, and how they may be used."""
     if called := source.name:
         return Terms(called, called, called, "not stated", "")
+    if source.set == "webdataset":
+        return webdataset.find_terms(source)
     drawn = any((csv.parent / DRAWN_NOTE).exists() for csv in source.csvs.values())
     return chexpert.DRAWN if drawn and source.set == "chexpert" else SETS[source.set].TERMS
 
@@ -120,6 +129,8 @@ def find_set(folder: Path, name: str | None = None) -> tuple[str, dict[str, Path
             raise DataError(
                 f"{folder}: holds shards, not a data set: name the data set first, then the folder of shards to write"
             )
+        if name is None and (tables := webdataset.find_tables(folder)):
+            return "webdataset", tables
     wanted = ", or ".join(f"{adapter.LOOKED_FOR} ({adapter.TERMS.title})" for adapter in asked.values())
     names = sorted(path.name for path in list_files(folder))
     more = f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""

@@ -1,5 +1,7 @@
 """What is sharded, and on what terms: facts that the modules of all data sets share."""
 
+import hashlib
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -8,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from pipeline.base.tar import Member
 from pipeline.labels import LABELS, NOT_ANNOTATED
 
 # Labels and the kinds of them in CheXpert's hierarchy (Irvin et al., figure 1).
@@ -15,6 +18,7 @@ KINDS = {
     "Lung Opacity": ("Lung Lesion", "Edema", "Consolidation", "Pneumonia", "Atelectasis"),
     "Enlarged Cardiomediastinum": ("Cardiomegaly",),
 }
+_IN_TAR = re.compile(r"(.+\.tar)@(\d+)\+(\d+)#.*", re.DOTALL)
 
 
 class Terms(NamedTuple):
@@ -54,6 +58,28 @@ def no_more_roots(homes: Sequence[Path]) -> list[Path]:
 
 def nothing_moved(tables: Iterable[pa.Table], roots: Sequence[Path]) -> None:
     """For a set with one layout: no image can be elsewhere."""
+
+
+def make_key(name: str) -> str:
+    """The key of an image of that name: up to 90 letters, digits, _ and -.
+
+    / and . become _; of a name with any other character, or a longer one, a hash keeps it apart from others.
+    """
+    plain = re.sub(r"[^A-Za-z0-9_-]", "_", name)
+    if len(plain) <= 90 and re.fullmatch(r"[A-Za-z0-9_./-]*", name):
+        return plain
+    return f"{plain[:80]}-{hashlib.blake2b(name.encode(), digest_size=4).hexdigest()}"
+
+
+def place_in_tar(tar: Path, member: Member) -> str:
+    """The file of an image that is a member of a tar."""
+    return f"{tar}@{member.offset}+{member.size}#{member.name}"
+
+
+def find_place(file: str) -> tuple[str, int, int | None]:
+    """Path, offset and size in bytes of an image; its size is None if it is a file of its own."""
+    match = _IN_TAR.fullmatch(file)
+    return (match[1], int(match[2]), int(match[3])) if match else (file, 0, None)
 
 
 def leave_parents_open(states: npt.NDArray[np.int8]) -> None:

@@ -2,12 +2,12 @@
 
     pipeline shards films out --set table --columns path=Image,patient=MRN,Edema=edema
 
-`path`, the image's file relative to SOURCE, and `patient` are needed. `study` (a number), `view` (frontal or lateral;
-frontal by default), `sex`, `age` and `projection` (AP or PA) may be named. Labels are 1, 0, -1 or blank; those that no
-column is named for are not annotated. All rows are train, of which dev is held out; `--split` gives each split a CSV.
+`path`, the image's file relative to SOURCE, and `patient` are needed. `study` (a number), `view` (frontal, lateral
+or other; frontal by default), `sex`, `age` and `projection` (AP, PA, LL or RL) may be named. Labels are 1, 0, -1 or
+blank; those that no column is named for are not annotated. All rows are train, of which dev is held out; `--split`
+gives each split a CSV.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -18,8 +18,8 @@ import pyarrow.compute as pc
 from pipeline.base.csvs import demand, demand_unique, read_strings
 from pipeline.base.errors import DataError
 from pipeline.base.store import list_files
-from pipeline.labels import LABELS, NOT_ANNOTATED, find_label, parse_states
-from pipeline.sources.source import Source, Terms, no_more_roots, nothing_moved
+from pipeline.labels import CELLS, LABELS, NOT_ANNOTATED, find_label, parse_states
+from pipeline.sources.source import Source, Terms, make_key, no_more_roots, nothing_moved
 
 TERMS = Terms(name="table", title="a table of your own", patients="table", license="not stated", paper="")
 LOOKED_FOR = "a single CSV"
@@ -28,12 +28,11 @@ NEEDED = ("path", "patient")
 FACTS = (*NEEDED, "study", "view", "sex", "age", "projection")
 _PATH = r"^(?:[^/\\]+/)*[^/\\]+\.(?i:jpg|jpeg|png|dcm|dicom)$"
 _CHECKS = {
-    "path": (_PATH, "is not a path below SOURCE to a JPEG, PNG or DICOM"),
     "patient": (r"^\S{1,64}$", "is not a name without spaces, of up to 64 characters"),
     "study": (r"^\d{1,9}$", "is not a number of up to 9 digits"),
-    "view": ("^(?i:frontal|lateral)$", "is neither frontal nor lateral"),
+    "view": ("^(?i:frontal|lateral|other)$", "is none of frontal, lateral, other"),
     "age": (r"^\d{1,3}(\.0)?$", "is not a number of years"),
-    "projection": ("^(AP|PA)$", "is neither AP nor PA"),
+    "projection": ("^(AP|PA|LL|RL)$", "is none of AP, PA, LL, RL"),
 }
 _OPTIONAL = ("age", "projection", "sex")  # whose cells may be blank
 find_roots, describe_moved = no_more_roots, nothing_moved
@@ -46,10 +45,13 @@ def find_tables(folder: Path) -> dict[str, Path] | None:
 
 
 def parse_columns(text: str) -> tuple[tuple[str, str], ...]:
-    """Our names and the table's, from `path=Image,patient=MRN`. Raises DataError, naming all that is wrong."""
+    """Our names and the table's, from `path=Image,patient=MRN`. Raises DataError, naming all that is wrong.
+
+    Which of them are needed, the set knows.
+    """
     pairs: list[tuple[str, str]] = []
     wrong = []
-    known = (*FACTS, *LABELS)
+    known = (*FACTS, "key", *LABELS)
     for part in text.split(","):
         name, _, theirs = part.partition("=")
         ours = find_label(name) or name
@@ -60,9 +62,6 @@ def parse_columns(text: str) -> tuple[tuple[str, str], ...]:
         elif ours in dict(pairs):
             wrong.append(f"{ours} is there twice")
         pairs.append((ours, theirs))
-    missing = [name for name in NEEDED if name not in dict(pairs)]
-    wrong += [f"{' and '.join(missing)} must be named"] if missing else []
-    wrong += [] if any(ours in LABELS for ours, _ in pairs) else ["no label is named"]
     if wrong:
         raise DataError("; ".join(wrong))
     return tuple(pairs)
@@ -77,8 +76,12 @@ def read_table(csv: Path) -> pa.Table:
 
 def read_tables(source: Source) -> dict[str, pa.Table]:
     """Split → its label table. Raises DataError, naming file, line and column."""
-    if not source.columns:
-        raise DataError("`set` table: say what its columns are called by `columns`")
+    columns = dict(source.columns)
+    wrong = [f"{name} must be named" for name in NEEDED if name not in columns]
+    wrong += [] if any(name in LABELS for name in columns) else ["no label is named"]
+    wrong += ["key is for `set` webdataset"] if "key" in columns else []
+    if wrong:
+        raise DataError(f"`set` table, `columns`: {'; '.join(wrong)}")
     return {split: _read(csv, dict(source.columns)) for split, csv in source.csvs.items()}
 
 
@@ -95,19 +98,36 @@ def _read(csv: Path, columns: Mapping[str, str]) -> pa.Table:
     missing = [theirs for theirs in columns.values() if theirs not in text.column_names]
     if missing:
         raise DataError(f"{csv}: no column {', '.join(missing)}; it has {', '.join(text.column_names)}")
-    rows = len(text)
-    found = {ours: text[theirs] for ours, theirs in columns.items()}
+    cells = {ours: text[theirs] for ours, theirs in columns.items()}
+    path = cells.pop("path")
+    is_image = pc.match_substring_regex(path, _PATH)
+    demand(csv, columns["path"], path, is_image, "is not a path below SOURCE to a JPEG, PNG or DICOM")
+    outside = pc.match_substring_regex(path, r"(^|/)\.\.?(/|$)")
+    demand(csv, columns["path"], path, pc.invert(outside), "leads out of SOURCE")
+    keys = pa.array([make_key(name.rpartition(".")[0]) for name in path.to_pylist()])
+    demand_unique(csv, keys)
+    return make_table(csv, columns, cells, path, keys)
+
+
+def make_table(
+    csv: Path | list[str],
+    columns: Mapping[str, str],
+    found: Mapping[str, pa.ChunkedArray],
+    path: pa.ChunkedArray,
+    key: pa.Array,
+) -> pa.Table:
+    """The label table of cells by our names; `csv`, or what each row is called, and their names are for errors.
+
+    Raises DataError for the first cell that is not what its column holds.
+    """
+    rows = len(key)
     for ours, (pattern, complaint) in _CHECKS.items():
         if ours in found:
             valid = pc.match_substring_regex(found[ours], pattern)
             demand(csv, columns[ours], found[ours], valid, complaint, ours in _OPTIONAL)
-    outside = pc.match_substring_regex(found["path"], r"(^|/)\.\.?(/|$)")
-    demand(csv, columns["path"], found["path"], pc.invert(outside), "leads out of SOURCE")
-    names = [re.sub(r"[^A-Za-z0-9_-]", "_", path.rpartition(".")[0]) for path in found["path"].to_pylist()]
-    demand_unique(csv, pa.array(names))
     facts = {
-        "path": found["path"],
-        "key": pa.array(names),
+        "path": path,
+        "key": key,
         "patient": found["patient"],
         "study": found["study"].cast(pa.int32()) if "study" in found else _number_within(found["patient"]),
         "view": pc.utf8_lower(found["view"]) if "view" in found else pa.array(["frontal"] * rows),
@@ -117,9 +137,10 @@ def _read(csv: Path, columns: Mapping[str, str]) -> pa.Table:
         else pa.nulls(rows, pa.int16()),
         "projection": found.get("projection", pa.nulls(rows, pa.string())),
     }
+    cells = CELLS | {NOT_ANNOTATED: NOT_ANNOTATED}  # as our own shards have it
     absent = pa.array(np.full(rows, NOT_ANNOTATED, np.int8))
     states = {
-        label: parse_states(csv, columns[label], found[label]) if label in found else absent
+        label: parse_states(csv, columns[label], found[label], cells) if label in found else absent
         for label in LABELS
     }
     return pa.table(facts | states).combine_chunks()

@@ -105,18 +105,22 @@ def test_all_that_is_wrong_with_the_columns_is_said_at_once() -> None:
     with pytest.raises(DataError) as caught:
         parse_columns("path=Image,oedema=x,age=")
     assert str(caught.value) == (
-        "'oedema' is none of path, patient, study, view, sex, age, projection, No Finding, Enlarged Cardiomediastinum, "
-        "Cardiomegaly, Lung Opacity, Lung Lesion, Edema, Consolidation, Pneumonia, Atelectasis, Pneumothorax, "
-        "Pleural Effusion, Pleural Other, Fracture, Support Devices; age has no column; patient must be named; "
-        "no label is named"
+        "'oedema' is none of path, patient, study, view, sex, age, projection, key, No Finding, "
+        "Enlarged Cardiomediastinum, Cardiomegaly, Lung Opacity, Lung Lesion, Edema, Consolidation, Pneumonia, "
+        "Atelectasis, Pneumothorax, Pleural Effusion, Pleural Other, Fracture, Support Devices; age has no column"
     )
+
+
+def test_all_columns_that_are_needed_are_listed_at_once(films: Path) -> None:
+    message = "Error: --set table, --columns: path must be named; patient must be named; no label is named"
+    assert shard(films, "age=Years") == (1, message)
 
 
 def test_the_set_and_the_columns_go_together(films: Path) -> None:
     failed = run_pipeline("shards", films, films.parent / "out", "--columns", COLUMNS)
     assert (failed.returncode, failed.stderr.splitlines()[-1]) == (
         2,
-        "Error: --set table and --columns go together",
+        "Error: --columns goes with --set table, which needs it, or --set webdataset",
     )
     (films / "second.csv").write_text("Image\n")
     assert shard(films) == (

@@ -1,0 +1,281 @@
+"""WebDataset tars that another program wrote, whose fields the user names.
+
+    pipeline shards tars out --set webdataset --columns patient=mrn,Edema=edema
+
+A sample is the members of one key: their names up to the first dot of the last part. Its fields are the keys of its
+JSON (`labels.Edema` if nested), its text members by suffix (`cls`, `txt`), `__key__`, and with `key=COLUMN` the columns
+of the only CSV beside the tars, joined by that column. `patient` and a label are needed; the rest is as for the set
+`table`. A word of the tar's name tells its split; `--split` gives each split a tar or a folder of tars.
+"""
+
+import re
+import shlex
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import pyarrow as pa
+
+from pipeline.base.csvs import demand_unique, read_header, read_strings, repeated
+from pipeline.base.errors import DataError
+from pipeline.base.files import parse_object
+from pipeline.base.store import is_remote, list_files
+from pipeline.base.tar import Member, read_members
+from pipeline.labels import LABELS
+from pipeline.manifest import read_manifest
+from pipeline.sources import table
+from pipeline.sources.source import Source, Terms, make_key, no_more_roots, nothing_moved, place_in_tar
+
+TERMS = Terms("webdataset", "WebDataset tars of your own", "webdataset", "not stated", "")
+LOOKED_FOR = ".tar files"
+COLUMN = ""  # it is not recognized by a CSV's columns
+CSV = "labels.csv"  # the role of the CSV beside the tars
+KEY = "__key__"  # webdataset's name for a sample's key
+IMAGES, TEXTS = ("jpg", "jpeg", "png", "dcm", "dicom"), ("cls", "txt")
+MOST = dict.fromkeys(IMAGES, 2**30) | dict.fromkeys((*TEXTS, "json"), 2**20)  # bytes of a member
+SHOWN = 20  # problems in an error
+# dev is held out of train by a hash of the patient, so our own dev becomes dev again.
+_SPLITS = dict.fromkeys(("train", "training", "dev"), "train") | {"test": "test", "testing": "test"}
+_SPLITS |= dict.fromkeys(("val", "valid", "validate", "validation"), "valid")
+_NAME = re.compile(r"((?:.*/|)[^./]+)\.([^/]+)", re.DOTALL)  # key and suffix, as webdataset divides a name
+_COUNTED = re.compile(r"(.*-)\d+(-of-(\d+)\.tar)")  # train-00000-of-00003.tar
+# What fields are often called, in letters alone: for the command that an error proposes.
+_USUAL = {
+    "patient": ("patient", "patientid", "subject", "subjectid", "deidpatientid", "mrn"),
+    "study": ("study", "studyid"),
+    "view": ("view",),
+    "sex": ("sex", "gender", "patientsex"),
+    "age": ("age", "patientage"),
+    "projection": ("projection", "appa"),
+    **{label: (label.replace(" ", "").lower(),) for label in LABELS},
+}
+find_roots, describe_moved, read_table = no_more_roots, nothing_moved, table.read_table
+
+
+class Sample(NamedTuple):
+    """The members of one key by suffix, and the text of its fields."""
+
+    tar: str  # split/path
+    key: str
+    members: dict[str, Member]
+    fields: dict[str, str | None]
+
+
+def find_tables(folder: Path, splits: Mapping[str, Path] | None = None) -> dict[str, Path] | None:
+    """The tars in a folder and in its folders, as split/path, and the only CSV; None without tars.
+
+    `splits` are the tar or the folder of tars of each split. Raises DataError if one has none.
+    """
+    if is_remote(folder):
+        if any(path.name.endswith(".tar") for path in list_files(folder)):
+            raise DataError(f"{folder}: other programs' tars are read from a folder; copy them to one")
+        return None
+    tables: dict[str, Path] = {}
+    for split, path in (splits or {"": folder}).items():
+        tars = [path] if path.is_file() else sorted([*path.glob("*.tar"), *path.glob("*/*.tar")])
+        tars = [tar for tar in tars if not tar.name.startswith(".")]
+        if split and not tars:
+            raise DataError(f"`split` {split}={path}: a folder without tars")
+        for tar in tars:
+            name = tar.name if tar == path else tar.relative_to(path).as_posix()
+            words = [
+                word for part in reversed(name.lower().split("/")) for word in re.findall("[a-z]+", part)
+            ]
+            known = next((_SPLITS[word] for word in words if word in _SPLITS), "train")
+            tables[f"{split or known}/{name}"] = tar
+    csvs = [path for path in list_files(folder) if path.name.endswith((".csv", ".csv.gz"))]
+    return tables | ({CSV: csvs[0]} if len(csvs) == 1 else {}) if tables else None
+
+
+def find_terms(source: Source) -> Terms:
+    """Whose the images are: of shards of this project, the manifest says it."""
+    try:
+        dataset = read_manifest(next(iter(source.csvs.values())).parent).dataset
+        return TERMS._replace(**{name: dataset[name] for name in TERMS._fields if name in dataset})
+    except DataError:  # another program's manifest.json, or none
+        return TERMS
+
+
+def locate(paths: Sequence[str], roots: Sequence[Path]) -> list[str]:
+    """The paths themselves: they name a tar and bytes in it."""
+    return list(paths)
+
+
+def read_tables(source: Source) -> dict[str, pa.Table]:
+    """Split → its label table. Raises DataError with all that is missing, and the command to give."""
+    tars = {name: path for name, path in source.csvs.items() if name != CSV}
+    columns, csv = dict(source.columns), source.csvs.get(CSV)
+    fields = {ours: field for ours, field in columns.items() if ours != "key"}
+    problems = _find_gaps(tars.values())
+    samples: list[Sample] = []
+    for name, path in tars.items():
+        try:
+            samples += _read_tar(name, path, set(fields.values()))
+        except DataError as error:
+            problems.append(str(error))
+    images = [_find_images(sample) for sample in samples]
+    wrong = [sample for sample, choice in zip(samples, images, strict=True) if len(choice) != 1]
+    for suffixes, count in Counter(tuple(sample.members) for sample in wrong).items():
+        first = next(sample for sample in wrong if tuple(sample.members) == suffixes)
+        listed = ", ".join(f".{suffix}" for suffix in suffixes)
+        problems.append(f"{count:,} samples need one image and have {listed}: {tars[first.tar]}: {first.key}")
+    if csv and "key" in columns:
+        problems += _join(csv, columns["key"], samples, set(fields.values()))
+    _demand_all(source, samples, problems)
+    names = [sample.key for sample in samples]
+    if repeated(pa.array(names)):  # as where each tar counts from 0
+        names = [f"{sample.tar.removesuffix('.tar')}/{sample.key}" for sample in samples]
+    for sample, name in zip(samples, names, strict=True):
+        sample.fields[KEY] = make_key(name)
+    tables = {}
+    for split in dict.fromkeys(name.partition("/")[0] for name in tars):
+        rows = [row for row, sample in enumerate(samples) if sample.tar.startswith(f"{split}/")]
+        text = {
+            ours: pa.chunked_array([[samples[row].fields.get(field) for row in rows]], pa.string())
+            for ours, field in fields.items()
+        }
+        places = [place_in_tar(tars[samples[row].tar], images[row][0]) for row in rows]
+        keys = pa.array([samples[row].fields[KEY] for row in rows], pa.string())
+        labels = [f"{tars[samples[row].tar]}: sample {samples[row].key}" for row in rows]
+        tables[split] = table.make_table(labels, columns, text, pa.array(places, pa.string()), keys)
+    return tables
+
+
+def _find_gaps(paths: Iterable[Path]) -> list[str]:
+    """A complaint for files that the number in a name such as `train-00000-of-00003.tar` promises."""
+    matches = [(path.parent, match) for path in paths if (match := _COUNTED.fullmatch(path.name))]
+    counts = Counter((folder / f"{match[1]}*{match[2]}", int(match[3])) for folder, match in matches)
+    return [
+        f"{name}: {count:,} files of {total:,}" for (name, total), count in counts.items() if count != total
+    ]
+
+
+def _read_tar(name: str, path: Path, wanted: set[str]) -> Iterator[Sample]:
+    """The samples of a tar with the fields wanted, the first with all. Raises DataError, naming the sample."""
+    groups: dict[str, dict[str, Member]] = {}
+    for member in read_members(path):
+        match = _NAME.fullmatch(member.name)
+        if match is None:  # webdataset leaves out what has no key or no suffix
+            continue
+        members, suffix = groups.setdefault(match[1], {}), match[2].lower()
+        if suffix in members:
+            raise DataError(f"{path}: sample {match[1]}: two members .{suffix}")
+        if member.size > MOST.get(_kind(suffix), member.size):
+            raise DataError(f"{path}: sample {match[1]}: .{suffix} has {member.size:,} bytes, too many")
+        members[suffix] = member
+    with path.open("rb") as file:
+        for number, (key, members) in enumerate(groups.items()):
+            fields = _read_fields(f"{path}: sample {key}", file, members) if wanted or not number else {}
+            kept = {field: text for field, text in fields.items() if not number or field in wanted}
+            yield Sample(name, key, members, kept | {KEY: key})
+
+
+def _kind(suffix: str) -> str:
+    return suffix.rpartition(".")[2]
+
+
+def _find_images(sample: Sample) -> list[Member]:
+    """The images of a sample; `jpg` alone if `mask.png` is beside it."""
+    images = {suffix: member for suffix, member in sample.members.items() if _kind(suffix) in IMAGES}
+    return [member for suffix, member in images.items() if suffix in IMAGES] or [*images.values()]
+
+
+def _read_fields(name: str, file: BinaryIO, members: Mapping[str, Member]) -> dict[str, str | None]:
+    """Field → its text, None if it is blank."""
+    values: dict[str, Any] = {}
+    for suffix, member in members.items():
+        if _kind(suffix) not in (*TEXTS, "json"):
+            continue
+        file.seek(member.offset)
+        content = file.read(member.size)
+        if _kind(suffix) != "json":
+            values[suffix] = content.decode(errors="replace")
+            continue
+        for field, value in parse_object(f"{name}: .{suffix}", content).items():
+            nested = value if isinstance(value, dict) else None
+            values |= (
+                {field: value} if nested is None else {f"{field}.{inner}": v for inner, v in nested.items()}
+            )
+    return {field: _as_text(value) for field, value in values.items() if not isinstance(value, (dict, list))}
+
+
+def _as_text(value: Any) -> str | None:
+    if value is None or value != value:  # JSON as Python writes it has NaN
+        return None
+    if isinstance(value, bool) or (isinstance(value, float) and value.is_integer()):
+        value = int(value)
+    # JSON can spell half a surrogate pair, which is no text.
+    return str(value).strip().encode(errors="replace").decode() or None
+
+
+def _join(csv: Path, column: str, samples: list[Sample], wanted: set[str]) -> list[str]:
+    """Give the samples the cells of their rows. Returns what is wrong: no row, or one of several samples."""
+    text = read_strings(csv)
+    if column not in text.column_names:
+        return [f"{csv}: no column {column}; it has {', '.join(text.column_names)}"]
+    demand_unique(csv, text[column])
+    rows = {key: row for row, key in enumerate(text[column].to_pylist())}
+    used = [rows.get(sample.key, rows.get(sample.key.rpartition("/")[2])) for sample in samples]
+    for name in wanted.intersection(text.column_names):
+        cells = text[name].to_pylist()
+        for sample, row in zip(samples, used, strict=True):
+            sample.fields[name] = None if row is None else cells[row]
+    missing = [sample.key for sample, row in zip(samples, used, strict=True) if row is None]
+    shared = repeated(pa.array([row for row in used if row is not None], pa.int64()))
+    problems = [f"{csv}: {len(missing):,} samples have no row, such as {missing[0]}"] if missing else []
+    return problems + ([f"{csv}: {len(shared):,} rows have several samples each"] if shared else [])
+
+
+def _demand_all(source: Source, samples: Sequence[Sample], problems: list[str]) -> None:
+    """Raise DataError with all problems and, if columns are missing, the command that names them."""
+    csv, columns = source.csvs.get(CSV), dict(source.columns)
+    known = list(dict.fromkeys(field for sample in samples for field in sample.fields))
+    header = read_header(csv) if csv else []
+    absent = [field for ours, field in columns.items() if ours != "key" and field not in known]
+    absent = [f"no sample has the field {field}" for field in absent]
+    absent += ["the images are in the tars: leave out path"] if "path" in columns else []
+    absent += ["no patient is named"] if "patient" not in columns else []
+    absent += ["no label is named"] if not any(ours in LABELS for ours in columns) else []
+    problems += ["no samples in the tars"] if not samples else []
+    if not problems + absent:
+        return
+    suffixes = dict.fromkeys(f".{suffix}" for sample in samples for suffix in sample.members)
+    lines = [f"{source.roots[0]}: {len(samples):,} samples of {', '.join([*suffixes][:SHOWN])}"]
+    lines += [f"  {problem}" for problem in [*problems[:SHOWN], *absent]]
+    if len(problems) > SHOWN:
+        lines.append(f"  and {len(problems) - SHOWN:,} more problems")
+    if absent:
+        lines.append(
+            f"fields: {', '.join(known[: SHOWN * 2])}" + (f"; of {csv}: {', '.join(header)}" if csv else "")
+        )
+        lines += _propose(source.roots[0], columns, known, header)
+    raise DataError("\n".join(lines))
+
+
+def _propose(
+    folder: Path, columns: Mapping[str, str], known: Sequence[str], header: Sequence[str]
+) -> list[str]:
+    """Advice, and the command whose `columns` have all that is needed."""
+    named = {ours: field for ours, field in columns.items() if field in (*known, *header) and ours != "path"}
+    for ours, names in _USUAL.items():
+        if fits := [
+            field for field in (*known, *header) if re.sub("[^a-z]", "", _kind(field).lower()) in names
+        ]:
+            named.setdefault(ours, fits[0])
+    advice = []
+    if "patient" not in named:
+        named["patient"] = KEY
+        advice.append(
+            f"patient={KEY} takes every image for another patient's; if they are not, name a field that says"
+        )
+    if not any(ours in LABELS for ours in named):
+        named["LABEL"] = next((text for text in TEXTS if text in known), "FIELD")
+        advice.append(f"LABEL is one of {', '.join(LABELS)}; its values must be 1, 0, -1 or blank")
+    if any(field in header and field not in known for field in named.values()):
+        named.setdefault("key", "key" if "key" in header else header[0])
+    text = ",".join(f"{ours}={field}" for ours, field in named.items())
+    return [
+        *advice,
+        f"pipeline shards {shlex.quote(str(folder))} OUT `set` webdataset `columns` {shlex.quote(text)}",
+    ]

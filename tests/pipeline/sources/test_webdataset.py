@@ -1,0 +1,254 @@
+"""Six layouts of WebDataset tars that people have, written by webdataset and tarfile."""
+
+import io
+import json
+import shlex
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import webdataset
+from PIL import Image
+
+from pipeline import DataError
+from pipeline.manifest import Manifest, read_manifest, read_table
+from pipeline.sources.sets import find_source
+from pipeline.sources.webdataset import read_tables
+from tests.conftest import run_pipeline
+
+Layout = Callable[[Path], None]
+
+
+def image(number: int, form: str = "PNG", deep: int = 0) -> bytes:
+    """An image of 40×40 that the number decides; `deep` bits in 16, if any."""
+    pixels = np.random.default_rng(number).integers(0, 2 ** (deep or 8), (40, 40))
+    file = io.BytesIO()
+    Image.fromarray(pixels.astype(np.uint16 if deep else np.uint8)).save(file, form)
+    return file.getvalue()
+
+
+def write(path: Path, samples: list[dict[str, Any]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with webdataset.TarWriter(str(path), encoder=False) as tar:
+        for sample in samples:
+            tar.write(sample)
+    return path
+
+
+def jpg_and_cls(folder: Path) -> None:
+    for split in ("train", "val"):  # as most do, each counts from 0
+        samples = [
+            {"__key__": f"sample{i}", "jpg": image(i, "JPEG"), "cls": b"%d" % (i % 2)} for i in range(3)
+        ]
+        write(folder / f"{split}-000000.tar", samples)
+
+
+def jpg_and_json(folder: Path) -> None:
+    facts: tuple[dict[str, Any], ...] = (
+        {"mrn": 7, "Gender": "F", "findings": {"edema": True}},
+        {"mrn": 8.0, "Gender": None, "findings": {}},
+    )
+    samples = [{"__key__": f"{i}", "jpg": image(i), "json": json.dumps(facts[i]).encode()} for i in range(2)]
+    write(folder / "cxr.tar", samples)
+
+
+def png_and_txt(folder: Path) -> None:
+    write(
+        folder / "shard.tar",
+        [
+            {"__key__": "左", "png": image(0), "txt": b"1\n"},
+            {"__key__": "右", "png": image(1), "txt": b"-1.0"},
+        ],
+    )
+
+
+def nested_folders(folder: Path) -> None:
+    """Packed by tar: folders are members, a sample's members need not be neighbors, and the labels are in a CSV."""
+    (folder / "part").mkdir(parents=True)
+    with tarfile.open(folder / "part" / "test.tar", "w") as tar:
+        for name, data in (
+            ("a", b""),
+            ("a/1.png", image(0)),
+            ("a/2.PNG", image(1)),
+            ("a/1.mask.png", b"x"),
+        ):
+            info = tarfile.TarInfo(name)
+            info.type, info.size = (tarfile.REGTYPE if data else tarfile.DIRTYPE), len(data)
+            tar.addfile(info, io.BytesIO(data))
+    (folder / "labels.csv").write_text("image,mrn,edema\n1,P1,1\na/2,P2,\n3,P3,0\n")
+
+
+def tars_without_numbers(folder: Path) -> None:
+    for i, name in enumerate(("hospital_train", "hospital_test")):
+        write(folder / f"{name}.tar", [{"__key__": f"{i}", "png": image(i), "cls": b"1", "patient": b"x"}])
+
+
+def counted(folder: Path) -> None:
+    for number in range(2):
+        document = {"patient": f"P{number}", "Edema": 0.0, "age": 50}
+        samples = [{"__key__": f"{number}", "png": image(number), "json": json.dumps(document).encode()}]
+        write(folder / f"valid-{number:05}-of-00002.tar", samples)
+
+
+LAYOUTS: tuple[tuple[Layout, str, list[tuple[Any, ...]]], ...] = (
+    (
+        jpg_and_cls,
+        "patient=__key__,LABEL=cls",
+        [
+            (split, f"{split}_{tar}-000000_sample{i}", f"{split}_{tar}-000000_sample{i}", i % 2)
+            for split, tar in (("train", "train"), ("valid", "val"))
+            for i in range(3)
+        ],
+    ),
+    (
+        jpg_and_json,
+        "patient=mrn,sex=Gender,Edema=findings.edema",
+        [("train", "0", "7", 1), ("train", "1", "8", None)],
+    ),
+    (
+        png_and_txt,
+        "patient=__key__,LABEL=txt",
+        [("train", "_-ae59eb70", "_-ae59eb70", 1), ("train", "_-77eef4fe", "_-77eef4fe", -1)],  # b2sum -l 32
+    ),
+    (
+        nested_folders,
+        "patient=mrn,Edema=edema,key=image",
+        [("test", "a_1", "P1", 1), ("test", "a_2", "P2", None)],
+    ),
+    (
+        tars_without_numbers,
+        "patient=__key__,LABEL=cls",
+        [("train", "0", "0", 1), ("test", "1", "1", 1)],
+    ),
+    (counted, "patient=patient,age=age,Edema=Edema", [("valid", "0", "P0", 0), ("valid", "1", "P1", 0)]),
+)
+
+
+@pytest.mark.parametrize(
+    ("layout", "columns", "rows"), LAYOUTS, ids=lambda value: getattr(value, "__name__", "")
+)
+def test_the_first_error_spells_out_the_command(
+    tmp_path: Path, layout: Layout, columns: str, rows: list[tuple[Any, ...]]
+) -> None:
+    folder, out = tmp_path / "tars", tmp_path / "out"
+    folder.mkdir()
+    layout(folder)
+    failed = run_pipeline("shards", folder, out)
+    command = f"pipeline shards {folder} OUT --set webdataset --columns {shlex.quote(columns)}"
+    assert (failed.returncode, failed.stderr.splitlines()[-1]) == (1, command)
+    words = command.replace("OUT", str(out)).replace("LABEL", "Edema")
+    made = run_pipeline(*shlex.split(words)[1:], "--dev", 0, "--encoding", "png", "--workers", 1)
+    assert made.returncode == 0, made.stderr
+    made_rows = [
+        (split, row["key"], row["patient"], row["Edema"])
+        for split, entry in read_manifest(out).splits.items()
+        for row in read_table(out, entry).to_pylist()
+    ]
+    assert sorted(made_rows, key=str) == sorted(rows, key=str)
+    verified = run_pipeline("verify", out, "--deep")
+    assert verified.returncode == 0, verified.stdout
+
+
+def test_images_are_prepared_as_those_of_any_set(tmp_path: Path) -> None:
+    film = image(0, deep=12)
+    write(tmp_path / "tars" / "a.tar", [{"__key__": "film", "png": film, "cls": b"1"}])
+    options = ("--set", "webdataset", "--columns", "patient=__key__,Edema=cls", "--dev", 0, "--workers", 1)
+    deep = ("--bits", 12, "--encoding", "png")
+    made = run_pipeline("shards", tmp_path / "tars", tmp_path / "out", *options, *deep)
+    assert made.returncode == 0, made.stderr
+    with tarfile.open(tmp_path / "out" / "train-000000.tar") as tar:
+        stored = np.asarray(Image.open(tar.extractfile("film.png")))  # type: ignore[arg-type]
+    levels = np.asarray(Image.open(io.BytesIO(film)), np.uint32)
+    np.testing.assert_array_equal(stored, (levels * 255 + 2047) // 4095)
+
+
+def test_our_own_shards_become_the_same_again(shards: tuple[Path, Manifest], tmp_path: Path) -> None:
+    folder, manifest = shards
+    command = run_pipeline("shards", folder, tmp_path / "out", "--set", "webdataset").stderr.splitlines()[-1]
+    words = shlex.split(command.replace("OUT", str(tmp_path / "out")))[1:]
+    made = run_pipeline(*words, "--size", "original", "--dev", 0.3, "--samples-per-shard", 7, "--workers", 1)
+    assert made.returncode == 0, made.stderr
+    again = read_manifest(tmp_path / "out")
+    assert again.dataset == manifest.dataset
+    for name, split in manifest.splits.items():
+        assert again.splits[name].shards == split.shards  # the same bytes
+
+
+def test_each_split_may_have_tars(tmp_path: Path) -> None:
+    one, other = (
+        write(tmp_path / name / "0.tar", [{"__key__": name, "jpg": image(0), "cls": b"1"}]) for name in "ab"
+    )
+    columns = (("patient", "__key__"), ("Edema", "cls"))
+    source = find_source(tmp_path, {"train": one, "test": other.parent}, [], "webdataset", columns)
+    assert {split: table["key"].to_pylist() for split, table in read_tables(source).items()} == {
+        "train": ["a"],
+        "test": ["b"],
+    }
+    (tmp_path / "none").mkdir()
+    with pytest.raises(DataError, match=r"^`split` train=.*/none: a folder without tars$"):
+        find_source(tmp_path, {"train": tmp_path / "none"}, [], "webdataset", columns)
+
+
+def test_all_that_is_missing_is_listed_at_once(tmp_path: Path) -> None:
+    samples: list[dict[str, Any]] = [{"__key__": f"{i}", "npy": b"x", "cls": b"1"} for i in range(2)]
+    samples += [{"__key__": "2", "jpg": image(0), "png": image(0)}]
+    path = write(tmp_path / "train-1-of-3.tar", samples)
+    damaged = tmp_path / "z.tar"
+    data = bytearray(path.read_bytes())
+    data[2048] ^= 1  # in the third header
+    damaged.write_bytes(data)
+    (tmp_path / "labels.csv").write_text("id,mrn\n0,A\n1,B\n")
+    failed = run_pipeline(
+        "shards", tmp_path, tmp_path / "out", "--set", "webdataset", "--columns", "key=id,sex=Sex"
+    )
+    assert failed.stderr.splitlines() == [
+        f"Error: {tmp_path}: 3 samples of .cls, .npy, .jpg, .png",
+        f"  {tmp_path / 'train-*-of-3.tar'}: 1 files of 3",
+        f"  {damaged}: byte 2048: neither a tar header nor the end of the tar",
+        f"  2 samples need one image and have .cls, .npy: {path}: 0",
+        f"  1 samples need one image and have .jpg, .png: {path}: 2",
+        f"  {tmp_path / 'labels.csv'}: 1 samples have no row, such as 2",
+        "  no sample has the field Sex",
+        "  no patient is named",
+        "  no label is named",
+        f"fields: cls, __key__; of {tmp_path / 'labels.csv'}: id, mrn",
+        "LABEL is one of No Finding, Enlarged Cardiomediastinum, Cardiomegaly, Lung Opacity, Lung Lesion, Edema, "
+        "Consolidation, Pneumonia, Atelectasis, Pneumothorax, Pleural Effusion, Pleural Other, Fracture, "
+        "Support Devices; its values must be 1, 0, -1 or blank",
+        f"pipeline shards {tmp_path} OUT --set webdataset --columns key=id,patient=mrn,LABEL=cls",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("sample", "message"),
+    [
+        ({"cls": b"7"}, "column cls: '7' is not a label: 1.0, 0.0, -1.0 or blank"),
+        ({"json": b"{"}, ".json: damaged: not JSON: Expecting property name enclosed in double quotes: "),
+        (
+            {"json": b'{"mrn": "\\ud800 x"}'},
+            "column mrn: '? x' is not a name without spaces, of up to 64 characters",
+        ),
+        ({"json": b" " * (2**20 + 1)}, ".json has 1,048,577 bytes, too many"),
+        ({"cls": b""}, "two members .jpg"),
+    ],
+)
+def test_a_bad_sample_is_named(tmp_path: Path, sample: dict[str, bytes], message: str) -> None:
+    whole = {"__key__": "a/b", "jpg": image(0), "cls": b"1", "json": b'{"mrn": "M"}'} | sample
+    path = write(
+        tmp_path / "x.tar", [whole, *([{"__key__": "a/b", "jpg": b"x"}] if sample == {"cls": b""} else [])]
+    )
+    columns = (("patient", "mrn"), ("Edema", "cls"))
+    with pytest.raises(DataError) as caught:
+        read_tables(find_source(tmp_path, {}, [], "webdataset", columns))
+    assert f"{path}: sample a/b{', ' if message.startswith('column') else ': '}{message}" in str(caught.value)
+
+
+def test_patients_are_not_shared_among_splits(tmp_path: Path) -> None:
+    for name in ("train", "test"):
+        write(tmp_path / f"{name}.tar", [{"__key__": name, "jpg": image(0), "cls": b"1", "txt": b"P1"}])
+    options = ("--set", "webdataset", "--columns", "patient=txt,Edema=cls", "--workers", 1)
+    failed = run_pipeline("shards", tmp_path, tmp_path / "out", *options)
+    assert failed.stderr.splitlines()[-1] == "Error: P1 is in test and train; splits must not share patients"
