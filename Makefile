@@ -101,7 +101,7 @@ WRITE    = $(BIN)/pipeline shards "$(DATA)" $(OUT) --size $(SIZE) --views $(VIEW
 $(if $(word 2,$(OUT)),$(error OUT=$(OUT): make takes no spaces there))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup shards verify stats train sweep cross evaluate predict test test-wheel test-pages test-s3 test-postgres test-examples test-cluster docs-check soak fuzz audit docs lint bench-etl bench-stream bench-gpu bench-auroc bench-scale bench-waits pictures lock clean
+.PHONY: help setup shards verify stats train sweep cross evaluate predict test test-wheel test-pages test-s3 test-examples test-cluster docs-check soak fuzz audit docs lint bench-etl bench-stream bench-gpu bench-auroc bench-scale bench-waits pictures lock clean
 
 ##@ Set up
 help:  ## list the targets
@@ -167,10 +167,6 @@ test-pages: .venv/installed  ## look at the report in headless Chromium (install
 
 test-s3: .venv/installed .venv-s3/installed  ## read shards from a real object store on loopback (OpenStack Swift)
 	SWIFT_BIN=.venv-s3/bin $(BIN)/python -m pytest tests/pipeline/stream/test_s3.py
-
-test-postgres: .venv/installed  ## share a sweep through a real PostgreSQL on loopback (installs Debian's where there is none)
-	@ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || { $(SUDO) apt-get update --quiet && $(SUDO) apt-get install --yes --quiet postgresql; }
-	POSTGRES_BIN="$$(dirname "$$(ls /usr/lib/postgresql/*/bin/initdb | tail -1)")" $(BIN)/python -m pytest tests/model/runs/test_postgres.py
 
 test-examples: .venv/installed .venv-examples/installed  ## train in the loops of Lightning, Accelerate and MONAI, stop and resume
 	PYTHONPATH="$(CURDIR)/.venv-examples" $(BIN)/python -m pytest tests/test_examples.py -m examples

@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +41,7 @@ from pipeline.console import count_of, name_options, refuse_usage, say, say_next
 
 if TYPE_CHECKING:
     from model.runs.job import Job
-    from model.runs.sweep import Outcome, Watch
+    from model.runs.sweep import Watch
 
 # Options of which a sweep takes several values.
 SWEPT = ("lr", "weight_decay", "batch_size", "arch", "uncertain")
@@ -281,55 +282,43 @@ def refuse_run(_: click.Context, param: click.Parameter, value: str | None) -> N
         )
 
 
+SWEEP_OPTIONS = [
+    grouped(
+        "sweep",
+        "--sweep",
+        "folder",
+        type=click.Path(path_type=Path),
+        required=True,
+        help="Folder of the sweep; processes and machines that share it share the work.",
+    ),
+    click.option("--run", hidden=True, expose_value=False, callback=refuse_run),
+    grouped(
+        "sweep",
+        "--sampler",
+        default="grid",
+        type=click.Choice(["grid", "tpe"]),
+        help="tpe: search between the values.",
+    ),
+    grouped("sweep", "--trials", type=click.IntRange(1), help="tpe: how many at most."),
+    grouped(
+        "sweep",
+        "--pruner",
+        default="none",
+        type=click.Choice(["none", "median", "halving"]),
+        help="Ends poor trials early.",
+    ),
+]
+
+
 @main.command(
     "sweep",
     cls=GroupedCommand,
     epilog='Example: python train.py sweep --sweep runs/sweep --lr "1e-4 1e-3" --weight-decay "1e-4 1e-2" --epochs 3',
 )
-@grouped(
-    "sweep", "--sweep", "folder", type=click.Path(path_type=Path), required=True, help="Folder of the sweep."
-)
-@click.option("--run", hidden=True, expose_value=False, callback=refuse_run)
-@grouped(
-    "sweep",
-    "--sampler",
-    default="grid",
-    type=click.Choice(["grid", "tpe"]),
-    help="tpe: search between the values.",
-)
-@grouped("sweep", "--trials", type=click.IntRange(1), help="tpe: how many.")
-@grouped(
-    "sweep",
-    "--pruner",
-    default="none",
-    type=click.Choice(["none", "median", "halving"]),
-    help="Ends poor trials early.",
-)
-@grouped(
-    "sweep",
-    "--storage",
-    metavar="URL",
-    help="A database for processes on several machines.  [default: SQLite in the folder]",
-)
-@grouped(
-    "sweep",
-    "--grace",
-    default=120,
-    type=click.IntRange(3),
-    help="Seconds until a silent process loses its trial.",
-)
-@with_options(*DATA_OPTIONS, *config_options(several=SWEPT), *JOB_OPTIONS)
+@with_options(*SWEEP_OPTIONS, *DATA_OPTIONS, *config_options(several=SWEPT), *JOB_OPTIONS)
 @click.pass_obj
 def sweep_command(
-    train: Train,
-    /,
-    folder: Path,
-    sampler: str,
-    trials: int | None,
-    pruner: str,
-    storage: str | None,
-    grace: int,
-    **given: Any,
+    train: Train, /, folder: Path, sampler: str, trials: int | None, pruner: str, **given: Any
 ) -> int:
     """Train with all combinations of the values of --lr, --weight-decay, --batch-size, --arch and --uncertain.
 
@@ -342,76 +331,67 @@ def sweep_command(
         raise click.UsageError("--trials needs --sampler tpe: a grid has as many as combinations")
     check_folders(given["shards"])
     with needs("sweep"):
-        from model.runs import sweep as s
+        from model.runs.sweep import Sweep, list_trials, open_study, run_sweep
         from model.runs.sweep_report import write_sweep_report
-    import torch
-
-    from model.predict import InterruptedEvaluationError
     from model.runs.job import StopFlag
-    from model.runs.results import choice_score, measure_run
     from model.runs.summary import print_trials
 
     stop = StopFlag().listen()
-    tried = {name: given.pop(name) for name in SWEPT}
-    tried = {name: values for name, values in tried.items() if values is not None}
+    values = {name: tried for name in SWEPT if (tried := given.pop(name)) is not None}
     base, others = split_options(given)
 
     def make(point: Mapping[str, Any], run: Path) -> "Job":
         return start_job(replace(base, **point), run=run, **others, stop=stop)
 
-    unused = folder / "trials" / "unused"
-    point = {name: values[0] for name, values in tried.items()}
-    first = make(point, unused)
     # A value that does not go with the options is refused before any point is trained.
-    for name, values in tried.items():
-        for value in values[1:]:
-            make({**point, name: value}, unused)
-    shared = {name: value for name, value in asdict(first.config).items() if name not in tried}
-    sweep = s.Sweep(
-        folder, tried, shared, sampler, trials or 0, pruner, base.epochs, base.seed, grace, storage
+    first = {name: tried[0] for name, tried in values.items()}
+    points = [first, *(first | {name: value} for name, tried in values.items() for value in tried[1:])]
+    config, *_ = [make(point, folder / "trials" / "unused").config for point in points]
+    shared = {name: value for name, value in asdict(config).items() if name not in values}
+    sweep = Sweep(folder, values, shared, sampler, trials or 0, pruner, base.epochs, base.seed)
+    open_study(sweep)  # a sweep under other options keeps its report
+    try:
+        done = run_sweep(sweep, partial(train_trial, train, make), stop)
+    finally:  # also after an error in one trial: the others deserve a report
+        found = list_trials(sweep)
+        write_sweep_report(sweep, found)
+    finished = sorted(
+        (trial for trial in found if trial.dev is not None), key=lambda trial: -(trial.dev or 0.0)
     )
+    failed = sum(trial.state == "failed" for trial in found)
+    if finished:
+        print_trials(found)
+    counted = f"{count_of(len(finished), 'trial')} complete{f', {failed} failed' if failed else ''}"
+    click.echo(f"{folder / 'report.html'}: {counted}")
+    if finished:
+        best = finished[0]
+        click.echo(f"trial {best.number} is the best, in {best.run}; the same once more:")
+        words = repeat_options(replace(base, **first | best.parameters), others)
+        say_next(*use.TRAIN, *words, "--run", "RUN")
+    return stop.code if not done else 1 if failed and not finished else 0
 
-    def summarize(line: Mapping[str, Any]) -> dict[str, Any]:
-        """What a sweep keeps of an evaluation; `score` is what trials are compared by."""
-        kept = ("epoch", "train_loss", "macro_auroc", "macro10_auroc")
-        return {name: line[name] for name in kept} | {"score": choice_score(line, base.choose_by)}
 
-    started = False
+def train_trial(
+    train: Train, make: Callable[..., "Job"], point: Mapping[str, Any], run: Path, watch: "Watch"
+) -> dict[str, Any] | None:
+    """Train a point of a sweep in its run folder; returns the run's figures, or None if it was stopped."""
+    import torch
 
-    def train_point(point: Mapping[str, Any], run: Path, watch: "Watch") -> "Outcome | None":
-        nonlocal started
-        started = True
-        job = make(point, run)
-        torch.compiler.reset()  # it gives up after several networks in one process
-        gc.collect()  # a trial that failed is held by its traceback, and so is its memory
-        torch.cuda.empty_cache()
-        if train(job, lambda history: watch([summarize(line) for line in history])):
-            return None
-        try:
-            return s.Outcome(**measure_run(job))
-        except InterruptedEvaluationError:
-            return None
+    from model.predict import InterruptedEvaluationError
+    from model.runs.results import choice_score, measure_run
+
+    job = make(point, run)
+    torch.compiler.reset()  # it gives up after several networks in one process
+    gc.collect()  # a trial that failed is held by its traceback, and so is its memory
+    torch.cuda.empty_cache()
+
+    def report(history: Sequence[Mapping[str, Any]]) -> None:
+        watch([(line["epoch"], choice_score(line, job.config.choose_by) or 0.0) for line in history])
 
     try:
-        done = s.run_sweep(sweep, train_point, stop)
-    except BaseException:
-        if started:  # an error in one trial: the outcomes of the others deserve a report
-            write_sweep_report(sweep, s.list_trials(sweep))
-        raise
-    found = s.list_trials(sweep)
-    write_sweep_report(sweep, found)
-    complete, failed = (sum(trial.state == state for trial in found) for state in ("complete", "failed"))
-    of_failed = f", {failed} failed" if failed else ""
-    if complete:
-        print_trials(found)
-    click.echo(f"{folder / 'report.html'}: {count_of(complete, 'trial')} complete{of_failed}")
-    if complete:
-        best = max((trial for trial in found if trial.dev is not None), key=lambda trial: trial.dev or 0.0)
-        point = {name: values[0] for name, values in tried.items()} | best.parameters
-        words = repeat_options(replace(base, **point), others)
-        click.echo(f"trial {best.number} is the best, in {best.run}; the same once more:")
-        say_next(*use.TRAIN, *words, "--run", "RUN")
-    return stop.code if not done else 1 if failed and not complete else 0
+        return None if train(job, report) else measure_run(job)
+    except InterruptedEvaluationError:
+        return None
 
 
 for command in (

@@ -245,8 +245,7 @@ def draw_curves(axes: Axes, trials: Sequence[Trial], choice: str = MEANS["macro1
     best = trials[0] if trials[0].dev is not None else None
     for trial in reversed(trials):
         if trial.history:
-            epochs = [line["epoch"] for line in trial.history]
-            scores = [line["score"] for line in trial.history]
+            epochs, scores = zip(*trial.history, strict=True)
             first = trial is best
             axes.plot(
                 epochs,

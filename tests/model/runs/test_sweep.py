@@ -2,22 +2,20 @@
 
 import csv
 import dataclasses
-import fcntl
 import itertools
 import json
 import random
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from multiprocessing import get_context
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import Any
 
 import click
-import optuna
 import pytest
 
 import train
@@ -25,16 +23,17 @@ from model.predict import DivergedError, MemoryExhaustedError
 from model.runs.commands import main
 from model.runs.job import Job, StopFlag
 from model.runs.sweep import (
-    Outcome,
+    Figures,
+    History,
     Point,
     Sweep,
     Watch,
-    beat_for_waiting,
+    begin_trial,
     grid_points,
     importances,
     list_trials,
+    lock_run,
     open_study,
-    queue_points,
     run_sweep,
 )
 from pipeline import DataError
@@ -55,8 +54,6 @@ def make_sweep(folder: Path, **changes: Any) -> Sweep:
         pruner="none",
         epochs=4,
         seed=0,
-        grace=3,
-        storage=None,
     )
     return dataclasses.replace(sweep, **changes)
 
@@ -66,15 +63,23 @@ def score(point: Point) -> float:
     return float(0.9 - abs(point["lr"] - 1e-3) - point["weight_decay"])
 
 
-def train_point(point: Point, run: Path, watch: Watch) -> Outcome:
+def train_point(point: Point, run: Path, watch: Watch) -> Figures:
     run.mkdir(parents=True, exist_ok=True)
     with (run / "log").open("a") as log:
         log.write("trained\n")
-    history: list[dict[str, Any]] = []
+    history: History = []
     for epoch in range(1, 5):
-        history.append({"epoch": epoch, "score": score(point) * epoch / 4})
+        history.append((epoch, score(point) * epoch / 4))
         watch(history)
-    return Outcome(dev=score(point), labels=14, same=score(point), train=0.95, valid=0.8, low=0.7, high=0.9)
+    return {
+        "dev": score(point),
+        "labels": 14,
+        "same": score(point),
+        "train": 0.95,
+        "valid": 0.8,
+        "low": 0.7,
+        "high": 0.9,
+    }
 
 
 def never() -> bool:
@@ -117,7 +122,7 @@ def test_a_stopped_trial_is_done_again_and_a_diverged_one_is_not(tmp_path: Path)
     sweep = make_sweep(tmp_path / "sweep")
     calls: list[Point] = []
 
-    def stop_and_fail(point: Point, run: Path, watch: Watch) -> Outcome | None:
+    def stop_and_fail(point: Point, run: Path, watch: Watch) -> Figures | None:
         calls.append(point)
         if len(calls) == 3:
             return None
@@ -139,7 +144,7 @@ def test_a_stopped_trial_is_done_again_and_a_diverged_one_is_not(tmp_path: Path)
 def test_running_out_of_memory_is_one_trial_s_outcome(tmp_path: Path) -> None:
     sweep = make_sweep(tmp_path / "sweep", values={"batch_size": (32, 64, 128)})
 
-    def fail(point: Point, run: Path, watch: Watch) -> Outcome:
+    def fail(point: Point, run: Path, watch: Watch) -> Figures:
         if point["batch_size"] == 64:
             raise MemoryExhaustedError("out of memory; `accumulate` 2 computes the same batch in 2 parts")
         return train_point({"lr": 1e-3, "weight_decay": 0.0}, run, watch)
@@ -158,17 +163,17 @@ def test_trials_are_pruned_at_ends_of_epochs_and_never_at_the_last(
     sweep = make_sweep(tmp_path / "sweep", values={"lr": tuple(range(1, 7))}, pruner=pruner)
     seen: dict[int, float] = {}
 
-    def train_scores(point: Point, run: Path, watch: Watch) -> Outcome:
+    def train_scores(point: Point, run: Path, watch: Watch) -> Figures:
         poor_from = {5: 0.25, 6: 4.0}.get(point["lr"], 9.0)
-        history: list[dict[str, Any]] = []
+        history: History = []
         # The fifth is evaluated four times an epoch, and poor from the first time; the sixth at the very end alone.
         for quarter in range(1, 17):
             if point["lr"] == 5 or quarter % 4 == 0:
                 epoch = quarter / 4
-                history.append({"epoch": epoch, "score": 0.1 if epoch >= poor_from else 0.9})
+                history.append((epoch, 0.1 if epoch >= poor_from else 0.9))
                 seen[point["lr"]] = epoch
                 watch(history)
-        return Outcome(history[-1]["score"], *[None] * 6)
+        return {"dev": history[-1][1]}
 
     assert run_sweep(sweep, train_scores, never)
     assert [trial.state for trial in list_trials(sweep)] == [*["complete"] * 4, "pruned", "complete"]
@@ -179,7 +184,7 @@ def test_trials_are_pruned_at_ends_of_epochs_and_never_at_the_last(
 def test_an_error_ends_the_sweep_and_its_trial_is_done_again(tmp_path: Path, error: Exception) -> None:
     sweep = make_sweep(tmp_path / "sweep")
 
-    def fail(point: Point, run: Path, watch: Watch) -> Outcome:
+    def fail(point: Point, run: Path, watch: Watch) -> Figures:
         raise error
 
     with pytest.raises(type(error), match=str(error)):
@@ -188,16 +193,16 @@ def test_an_error_ends_the_sweep_and_its_trial_is_done_again(tmp_path: Path, err
     assert [trial.state for trial in list_trials(sweep)] == ["complete"] * 6
 
 
-def test_a_stop_ends_waiting_for_a_run_that_another_process_has(tmp_path: Path) -> None:
-    sweep = make_sweep(tmp_path / "sweep")
+def test_a_process_waits_for_the_others_until_it_is_stopped(tmp_path: Path) -> None:
+    sweep = make_sweep(tmp_path / "sweep", values={"lr": (1e-3,), "weight_decay": (0.0,)})
+    trial = begin_trial(sweep, open_study(sweep))
+    assert trial is not None
     asked = iter([False, True])
-    first = sweep.run_folder(grid_points(sweep)[0])
-    first.parent.mkdir(parents=True)
-    with first.with_name(f"{first.name}.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        assert not run_sweep(sweep, train_point, lambda: next(asked, True))
-    assert not first.exists()
-    assert run_sweep(sweep, train_point, never)
+    with lock_run(sweep, trial):
+        assert not run_sweep(sweep, train_point, lambda: next(asked))
+    assert [trial.state for trial in list_trials(sweep)] == ["running"]
+    assert run_sweep(sweep, train_point, never)  # without its lock, the trial has lost its process
+    assert [(trial.number, trial.state) for trial in list_trials(sweep)] == [(1, "complete")]
 
 
 def test_the_median_prunes_what_lags_behind(tmp_path: Path) -> None:
@@ -250,78 +255,56 @@ def test_what_matters_is_said(tmp_path: Path) -> None:
     assert shares["lr"] > 0.9
 
 
-def test_a_point_that_was_queued_twice_is_trained_once(tmp_path: Path) -> None:
-    sweep = make_sweep(tmp_path / "sweep")
-    with open_study(sweep) as (study, _):
-        queue_points(sweep, study)
-        for point in grid_points(sweep)[:2]:
-            study.enqueue_trial(
-                {}, user_attrs={"point": point}
-            )  # as another process may do at the same moment
-    run_sweep(sweep, train_point, never)
-    assert [trial.parameters["lr"] for trial in list_trials(sweep)] == [lr for lr in LR for _ in WD]
-    assert {(trial.run / "log").read_text() for trial in list_trials(sweep)} == {"trained\n"}
-
-
-def test_a_database_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
-    (tmp_path / "sweep" / "study.db").mkdir(parents=True)
-    with pytest.raises(DataError) as caught:
-        run_sweep(make_sweep(tmp_path / "sweep"), train_point, never)
-    assert str(caught.value) == f"{tmp_path / 'sweep'}: SQLite cannot be used: unable to open database file"
-
-
-def test_passwords_of_a_storage_are_in_no_error(tmp_path: Path) -> None:
-    sweep = make_sweep(tmp_path / "sweep", storage="nosuch://me:secret@host/base")
+def test_a_torn_line_is_cut_off_and_a_damaged_journal_is_named(tmp_path: Path) -> None:
+    sweep = make_sweep(tmp_path / "a?b#c")  # a name that no URL could have
+    journal = sweep.folder / "journal.log"
+    assert run_sweep(sweep, train_point, never)
+    trials = list_trials(sweep)
+    with journal.open("a") as file:
+        file.write('{"op_code":')
+    assert run_sweep(make_sweep(sweep.folder, values={**sweep.values, "lr": (*LR, 0.5)}), train_point, never)
+    assert list_trials(sweep)[: len(trials)] == trials
+    assert len(list_trials(sweep)) == len(trials) + 2
+    journal.write_text("x\n" * 2)
     with pytest.raises(DataError) as caught:
         run_sweep(sweep, train_point, never)
-    assert str(caught.value) == (
-        f"{tmp_path / 'sweep'}: the database of `storage` cannot be used: NoSuchModuleError"
-    )
-    assert caught.value.__cause__ is None
+    assert str(caught.value) == f"{journal}: damaged; remove it: finished runs are not trained again"
 
 
-WORKER = """
-import sys, time
-from pathlib import Path
-sys.path[:0] = [{tests!r}, {root!r}]
-from test_sweep import make_sweep, never, train_point
-from model.runs.sweep import run_sweep
-
-def slow(point, run, watch):
-    time.sleep({seconds})
-    return train_point(point, run, watch)
-
-values = {{"lr": {lr}, "weight_decay": {wd}}}
-run_sweep(make_sweep(Path(sys.argv[1]), storage=sys.argv[2] or None, values=values), slow, never)
-"""
-
-
-def start_worker(
-    folder: Path, storage: str = "", seconds: float = 0.15, lr: tuple[float, ...] = LR
-) -> subprocess.Popen[bytes]:
-    root = Path(train.__file__).parent
-    script = WORKER.format(tests=str(Path(__file__).parent), root=str(root), seconds=seconds, lr=lr, wd=WD)
-    return subprocess.Popen([sys.executable, "-c", script, str(folder), storage])
-
-
-@pytest.mark.soak
-def test_a_claim_without_a_heartbeat_is_given_up_too(tmp_path: Path) -> None:
-    """As of a process that was killed in between."""
-    sweep = make_sweep(tmp_path / "sweep")
-    with open_study(sweep) as (study, storage):
-        queue_points(sweep, study)
-        beat_for_waiting(study, storage)
-        first = study.get_trials()[0]
-        assert storage.set_trial_state_values(first._trial_id, optuna.trial.TrialState.RUNNING)
+def test_a_search_ends_when_its_points_are_used_up(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = {"batch_size": (16, 32), "arch": ("rescnn", "resnet18"), "lr": (1e-3,), "weight_decay": (0.0,)}
+    sweep = make_sweep(tmp_path / "sweep", sampler="tpe", trials=860, values=values)
     assert run_sweep(sweep, train_point, never)
-    assert len(list_trials(sweep)) == 6
+    assert [trial.number for trial in list_trials(sweep)] == [0, 1, 2, 3]
+    points = {tuple(trial.parameters.values()) for trial in list_trials(sweep)}
+    assert points == set(itertools.product((16, 32), ("rescnn", "resnet18")))
+    assert f"{sweep.folder}: all points are tried: 4 trials, not 860" in capsys.readouterr().err
+
+
+def start_worker(sweep: Sweep, seconds: float) -> ForkProcess:
+    def slow(point: Point, run: Path, watch: Watch) -> Figures:
+        time.sleep(seconds)
+        return train_point(point, run, watch)
+
+    # Forked, because to import torch takes longer than the sweep.
+    worker = get_context("fork").Process(target=run_sweep, args=(sweep, slow, never))
+    worker.start()
+    return worker
+
+
+def join(worker: ForkProcess) -> int | None:
+    worker.join(timeout=240)
+    return worker.exitcode
 
 
 @pytest.mark.soak
 def test_processes_that_begin_at_once_train_no_point_twice(tmp_path: Path) -> None:
     values = tuple(round(1e-3 * step, 6) for step in range(1, 13))
-    workers = [start_worker(tmp_path / "sweep", seconds=0, lr=values) for _ in range(3)]
-    assert [worker.wait(timeout=240) for worker in workers] == [0, 0, 0]
+    sweep = make_sweep(tmp_path / "sweep", values={"lr": values, "weight_decay": WD})
+    workers = [start_worker(sweep, 0) for _ in range(3)]
+    assert [join(worker) for worker in workers] == [0, 0, 0]
     logs = [path.read_text() for path in (tmp_path / "sweep" / "trials").glob("*/log")]
     assert logs == ["trained\n"] * len(values) * len(WD)
 
@@ -336,16 +319,16 @@ def test_two_processes_killed_and_restarted_finish_every_point_once(
     sweep = make_sweep(tmp_path / "sweep")
     delays = random.Random(round_)
     for _ in range(3):
-        workers = [start_worker(sweep.folder) for _ in range(2)]
-        while not (sweep.folder / "trials").exists() and any(worker.poll() is None for worker in workers):
+        workers = [start_worker(sweep, 0.15) for _ in range(2)]
+        while not (sweep.folder / "trials").exists() and any(worker.is_alive() for worker in workers):
             time.sleep(0.01)
         time.sleep(delays.uniform(0, 0.4))
         for worker in workers:
-            worker.send_signal(signal.SIGKILL)
-            if worker.wait() == -signal.SIGKILL:
+            worker.kill()
+            if join(worker) == -signal.SIGKILL:
                 record_property("survived", "SIGKILL of a sweep's process")
-    workers = [start_worker(sweep.folder) for _ in range(2)]
-    assert [worker.wait(timeout=240) for worker in workers] == [0, 0]
+    workers = [start_worker(sweep, 0.15) for _ in range(2)]
+    assert [join(worker) for worker in workers] == [0, 0]
     ours, undisturbed = (
         sorted(
             (tuple(trial.parameters.items()), trial.state, trial.dev, trial.valid) for trial in list_trials(s)
@@ -377,19 +360,20 @@ def test_trials_are_the_runs_that_train_makes(
     assert re.search(r"^Trial 0: dev AUROC 0\.\d{4} \(.*\); 1 trial to go$", said.err, re.MULTILINE)
     assert re.search(r"^Trial 1: dev AUROC 0\.\d{4} \(.*\)$", said.err, re.MULTILINE)
     *table, counted, best = said.out.splitlines()
-    assert [line.split()[1] for line in table if line.startswith("│")] == ["0", "1"]
+    rows = {row["lr"]: row for row in csv.DictReader((sweep / "sweep.csv").read_text().splitlines())}
+    assert list(rows) == ["0.001", "0.01"]
+    ranked = sorted(rows.values(), key=lambda row: -float(row["dev_auroc"]))
+    assert [line.split()[1] for line in table if line.startswith("│")] == [row["number"] for row in ranked]
     assert counted == f"{sweep / 'report.html'}: 2 trials complete"
-    assert best == f"trial 0 is the best, in {sweep / 'trials' / 'lr=0.001'}; the same once more:"
+    kept = sweep / "trials" / ranked[0]["run"]
+    assert best == f"trial {ranked[0]['number']} is the best, in {kept}; the same once more:"
     words = said.err.splitlines()[-1].removeprefix("next: python train.py ").removesuffix("RUN").split()
     assert main.main([*words, str(tmp_path / "again")], standalone_mode=False, obj=train.train) == 0
-    config = (sweep / "trials" / "lr=0.001" / "config.json").read_text()
-    assert (tmp_path / "again" / "config.json").read_text() == config
+    assert (tmp_path / "again" / "config.json").read_text() == (kept / "config.json").read_text()
     assert command("train", "--run", tmp_path / "run", "--lr", "1e-2", *given) == 0
     trial = sweep / "trials" / "lr=0.01"
     for name in ("config.json", "metrics.jsonl", "evaluation-valid.json", "scores-dev.arrow"):
         assert (trial / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
-    rows = {row["lr"]: row for row in csv.DictReader((sweep / "sweep.csv").read_text().splitlines())}
-    assert list(rows) == ["0.001", "0.01"]
     (line,) = (trial / "metrics.jsonl").read_text().splitlines()
     assert float(rows["0.01"]["dev_auroc"]) == pytest.approx(json.loads(line)["macro_auroc"], abs=1e-6)
     labels = {

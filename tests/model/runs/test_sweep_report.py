@@ -9,22 +9,19 @@ from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
 from PIL import Image
 
-from model.runs.sweep import Outcome, Trial
+from model.runs.sweep import Trial
 from model.runs.sweep_report import best_points, draw_contour, format_csv, positions, render_sweep
 
 DEV = {(1e-4, 1e-4): 0.71, (1e-4, 1e-2): 0.72, (1e-3, 1e-4): 0.81, (1e-3, 1e-2): 0.84}
 
 
 def make_trial(number: int, dev: float | None, state: str = "complete", **parameters: Any) -> Trial:
-    history = [{"epoch": epoch, "score": (dev or 0.5) - 0.1 / epoch} for epoch in (1.0, 2.0)]
+    history = [(epoch, (dev or 0.5) - 0.1 / epoch) for epoch in (1.0, 2.0)]
     steps = (0.0, 0.01, 0.1, -0.05, -0.08, -0.02)
     values = [None if dev is None else dev + step for step in steps]
-    figures: dict[str, Any] = dict(zip(Outcome._fields, [values[0], dev and 9, *values[1:]], strict=True))
     seconds = 30.0 if dev is None else 90.0
-    run = Path(f"t{number}")
-    return Trial(
-        number, state, None, parameters, run, **figures, epochs=2.0, seconds=seconds, history=history
-    )
+    figures: tuple[Any, ...] = (values[0], dev and 9, *values[1:])
+    return Trial(number, state, None, parameters, Path(f"t{number}"), seconds, history, *figures)
 
 
 @pytest.fixture
@@ -72,7 +69,7 @@ def test_the_page_has_the_best_first_and_valid_beside_it(trials: list[Trial]) ->
     [
         [],
         [make_trial(0, 0.8, lr=1e-3)],
-        [make_trial(0, None, "waiting", lr=1e-3, weight_decay=0.0)],
+        [make_trial(0, None, "running", lr=1e-3, weight_decay=0.0)],
         [make_trial(n, 0.8, arch=arch) for n, arch in enumerate(("rescnn", "resnet18"))],
         [make_trial(n, 0.8, lr=1e-3 * n, weight_decay=1e-3 * n) for n in range(5)],
     ],
