@@ -22,7 +22,6 @@ from model.runs.config import MEANS
 from model.runs.sweep import Sweep, Trial, importances
 from pipeline.base import pages
 from pipeline.base.files import locked, write_atomically
-from pipeline.look.plots import save_figure
 
 MAP = matplotlib.colormaps["cividis"]
 AXES = ("lr", "weight_decay")  # of the contour plots
@@ -54,7 +53,9 @@ def write_sweep_report(sweep: Sweep, trials: Sequence[Trial]) -> None:
                 axes = figure.subplots()
                 draw_contour(axes, points, "black")
                 axes.set_title(f"{METRICS[metric]} AUROC: {sweep.choice}", fontsize=11)
-                save_figure(figure, sweep.folder / f"contour-{metric}.png")
+                picture = io.BytesIO()
+                figure.savefig(picture, format="png", dpi=200)
+                write_atomically(sweep.folder / f"contour-{metric}.png", picture.getvalue())
 
 
 def format_csv(trials: Sequence[Trial]) -> str:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from pipeline.stream.cache import Remote
 
 
-@click.command(epilog="Example: pipeline stats train.csv --views frontal --by sex --plot labels.svg")
+@click.command(epilog="Example: pipeline stats train.csv --views frontal --by sex --html labels.html")
 @click.argument("sources", nargs=-1, required=True, type=PathOrUrl(exists=True))
 @click.option("--split", help="One split of a folder.  [default: all together]")
 @click.option("--views", default="all", type=click.Choice(VIEWS), help="By the column Frontal/Lateral.")
@@ -53,9 +53,6 @@ if TYPE_CHECKING:
 @CACHE_FOLDER
 @click.option("--against-split", help="One split of that source.")
 @click.option(
-    "--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw states and groups: .png or .svg."
-)
-@click.option(
     "--html",
     type=click.Path(path_type=Path, dir_okay=False),
     help="Write a page with everything, and images.",
@@ -72,7 +69,6 @@ def stats(
     against: str | Path | None,
     cache: Path,
     against_split: str | None,
-    plot: Path | None,
     html: Path | None,
     format_: str,
 ) -> None:
@@ -94,7 +90,6 @@ def stats(
         "--by projection has one group under --views lateral: laterals have none",
     )
     refuse_usage(against_split and not against, "--against-split needs --against")
-    check_output("--plot", plot, (".png", ".svg"))
     check_output("--html", html, (".html",))
     found = [find_shards(source, cache) for source in sources]
     other = find_shards(against, cache)[0] if against else None
@@ -108,11 +103,6 @@ def stats(
     report = _build_report(table, by, cooccurrence, policy)
     if other:
         report["against"] = compare_tables(table, load_table(other, against_split, views))
-    if plot:
-        from pipeline.look.plots import draw_report, save_figure
-
-        save_figure(draw_report(report, report.get("cooccurrence"), report.get("by")), plot)
-        say(f"{plot}: written")
     if html:
         scope = [] if found[0][0].is_file() else [f"split {split}" if split else "all splits"]
         scope.append(f"{views} views")

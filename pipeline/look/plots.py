@@ -4,19 +4,14 @@ Import it only to draw: matplotlib is slow to load. Figures are made without pyp
 global state. The same numbers and matplotlib version give the same bytes.
 """
 
-import io
 from collections.abc import Mapping, Sequence
 from itertools import cycle
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from pipeline.base.files import write_atomically
 from pipeline.labels import STATES
 from pipeline.measure.audit import Audit
 from pipeline.measure.counts import Groups, Statistics
@@ -24,7 +19,6 @@ from pipeline.measure.metrics import Floats
 
 NAMED_SHARE = 5.0  # percent: a narrower bar has no room for its number
 STRENGTH = 0.55  # of the color at 100 %: numbers stay legible on light and dark backgrounds
-DPI = 200
 KINDS = ("acquisition", "together", "content")  # of covariates, from left to right
 MARKERS = "osD^vXP"  # one more than there are colors, so that no pair repeats
 LEGEND = {"handlelength": 1, "handletextpad": 0.5, "columnspacing": 1.2, "borderaxespad": 0.2}
@@ -38,49 +32,6 @@ class Palette(NamedTuple):
     ink: str
     full: str
     paper: str
-
-
-# Okabe and Ito's colors, which color-blind readers can tell apart; gray for blank.
-PRINTED = Palette(
-    {"positive": "#D55E00", "uncertain": "#F0E442", "negative": "#56B4E9", "blank": "#E3E3E3"},
-    on_state="black",
-    ink="black",
-    full="#0072B2",
-    paper="white",
-)
-SERIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "black", "#888888")  # of groups, by the same authors
-
-
-def draw_report(
-    statistics: Statistics,
-    cooccurrence: Mapping[str, Mapping[str, int]] | None,
-    groups: Groups | None = None,
-) -> Figure:
-    """Bars of each label's states in percent of images; beside them the groups and the heat map, if there are any."""
-    beside = (groups is not None) + (cooccurrence is not None)
-    figure = Figure(figsize=(7.5 + 5.5 * beside, 6.2 if cooccurrence else 5.0), layout="constrained")
-    totals = (f"{statistics[unit]:,} {unit}" for unit in ("images", "studies", "patients"))
-    figure.suptitle(", ".join(totals), fontsize=12)
-    first, *others = figure.subplots(1, 1 + beside, sharey=True, squeeze=False)[0]
-    draw_states(first, statistics, PRINTED)
-    if groups is not None:
-        draw_groups(others[0], groups, SERIES, PRINTED.states["blank"])
-    if cooccurrence is not None:
-        draw_cooccurrence(others[-1], cooccurrence, PRINTED)
-        title = "of the images positive for the row, % positive for the column too"
-        others[-1].set_title(title, fontsize=10)
-    return figure
-
-
-def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure atomically, as PNG or SVG by its suffix; text in an SVG stays text."""
-    data = io.BytesIO()
-    # A fixed salt for ids and no date, so that the same numbers give the same file.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "pipeline"}):
-        kind = path.suffix.lower().removeprefix(".")
-        metadata = {"Date": None} if kind == "svg" else None
-        figure.savefig(data, format=kind, dpi=DPI, metadata=metadata)
-    write_atomically(path, data.getvalue())
 
 
 def draw_states(axes: Axes, statistics: Statistics, palette: Palette) -> None:

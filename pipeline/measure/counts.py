@@ -2,7 +2,7 @@
 
 SOURCE may be a folder of shards, a CheXpert folder, or one CSV (`.csv` or `.csv.gz`):
 
-    pipeline stats CheXpert-v1.0-small/train.csv --by sex --cooccurrence --policy best --plot labels.svg
+    pipeline stats CheXpert-v1.0-small/train.csv --by sex --cooccurrence --policy best --html labels.html
 
 Everything is counted on whole columns, with no Python per row.
 """

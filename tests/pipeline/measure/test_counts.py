@@ -13,11 +13,11 @@ import pyarrow.compute as pc
 import pytest
 import torch
 from matplotlib.figure import Figure
-from PIL import Image
 
 from model.losses import positive_weights
 from pipeline.labels import LABELS, NOT_ANNOTATED, read_labels
-from pipeline.look.plots import draw_groups, draw_report
+from pipeline.look.label_report import PAGE
+from pipeline.look.plots import draw_cooccurrence, draw_groups, draw_states
 from pipeline.manifest import Manifest
 from pipeline.measure.counts import (
     count_cooccurrence,
@@ -217,29 +217,22 @@ def test_weights_of_positives_are_those_of_training(chexpert: Path, uncertain: s
         assert expected is None or weight == pytest.approx(min(expected, 20), rel=0.1)
 
 
-def test_plots_show_the_numbers(chexpert: Path, tmp_path: Path) -> None:
-    for name in ("plot.svg", "plot.png", "again.svg"):
-        assert run(chexpert, "--cooccurrence", "--plot", tmp_path / name).returncode == 0
-    svg = (tmp_path / "plot.svg").read_text()
-    assert svg == (tmp_path / "again.svg").read_text()
-    assert all(f">{label}<" in svg for label in LABELS)
-    assert ">60 images, 40 studies, 20 patients<" in svg
-    with Image.open(tmp_path / "plot.png") as image:
-        image.load()
-        assert image.format == "PNG"
+def test_bars_show_the_numbers(chexpert: Path) -> None:
     statistics = count_labels(read_labels(chexpert / "train.csv"))
-    (axes,) = draw_report(statistics, None).axes
+    axes = Figure().subplots()
+    draw_states(axes, statistics, PAGE)
     widths = [[bar.get_width() for bar in bars] for bars in axes.containers]
     for state, row in zip(("positive", "uncertain", "negative", "blank"), widths, strict=True):
         found = [counts[state] or 0 for counts in statistics["labels"].values()]
         assert row == pytest.approx([100 * count / 48 for count in found])
 
 
-def test_plots_hatch_what_is_not_annotated(chexpert: Path) -> None:
+def test_bars_hatch_what_is_not_annotated(chexpert: Path) -> None:
     table = read_labels(chexpert / "train.csv")
     column = table.schema.get_field_index("Fracture")
     nowhere = table.set_column(column, "Fracture", pa.array([NOT_ANNOTATED] * len(table), pa.int8()))
-    (axes,) = draw_report(count_labels(nowhere), None).axes
+    axes = Figure().subplots()
+    draw_states(axes, count_labels(nowhere), PAGE)
     bars = axes.containers[-1]
     assert (bars.get_label(), bars[0].get_hatch()) == ("not annotated", "////")
     assert [bar.get_width() for bar in bars] == [100.0 if label == "Fracture" else 0.0 for label in LABELS]
@@ -261,22 +254,17 @@ def test_heat_map_shows_the_share_of_the_row(chexpert: Path) -> None:
     table = read_labels(chexpert / "train.csv")
     frame = (table.to_pandas()[list(LABELS)] == 1).astype(int)
     shares = 100 * (frame.T @ frame).div(frame.sum(), axis=0)
-    _, axes = draw_report(count_labels(table), count_cooccurrence(table)).axes
+    axes = Figure().subplots()
+    draw_cooccurrence(axes, count_cooccurrence(table), PAGE)
     assert {text.get_position(): text.get_text() for text in axes.texts} == {
         (x, y): f"{shares.iloc[y, x]:.0f}" for y in range(len(LABELS)) for x in range(len(LABELS)) if x != y
     }
 
 
-def test_dots_show_the_shares_of_the_groups(chexpert: Path, tmp_path: Path) -> None:
+def test_dots_show_the_shares_of_the_groups(chexpert: Path) -> None:
     table = read_labels(chexpert / "train.csv")
     axes = Figure().subplots()
     draw_groups(axes, count_groups(table, "sex"), ["red", "blue"], "gray")
-    drawn = draw_report(count_labels(table), None, count_groups(table, "sex")).axes[1]
-    for found, same in zip(drawn.collections, axes.collections, strict=True):
-        assert np.array_equal(found.get_offsets(), same.get_offsets())
-    path = tmp_path / "groups.svg"
-    assert run(chexpert, "--by", "sex", "--plot", path).returncode == 0
-    assert all(f">{text}<" in path.read_text() for text in ("Female", "Male"))
     frame = table.to_pandas()
     _, *dots = axes.collections
     shares = (frame[list(LABELS)] == 1).groupby(frame["sex"]).mean()
@@ -345,8 +333,8 @@ def test_tables_of_the_sections_show_the_json(chexpert: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--plot", "labels.pdf"], "Error: --plot labels.pdf: the name must end in .png or .svg"),
-        (["--plot", "missing/labels.png"], "Error: --plot missing/labels.png: there is no folder missing"),
+        (["--html", "labels.pdf"], "Error: --html labels.pdf: the name must end in .html"),
+        (["--html", "missing/labels.html"], "Error: --html missing/labels.html: there is no folder missing"),
         (["--against-split", "dev"], "Error: --against-split needs --against"),
         (["--against", "."], "Error: --against is SOURCE itself; name another --against-split"),
         (["--by", "view", "--views", "frontal"], "Error: --by view has one group under --views frontal"),
