@@ -43,10 +43,8 @@ COMMANDS = {  # what makes what is in WORK, besides make train
     "report.html": f"cp {RUN}/report.html .",
     f"{SWEEP}/sweep.csv": "make sweep LR='5e-4 2e-3 8e-3' WD='1e-4 1e-2 1' SIZE=32 EPOCHS=3",
 }
-OF_RUN = ("model-card.md", "metrics.jsonl", "evaluation-dev.json", "evaluation-valid.json", "predictions.csv")
-COPIED = {f"{RUN}/{name}": name for name in OF_RUN}  # to SAMPLE
-COPIED |= {f"{SWEEP}/report.html": "sweep.html", f"{SWEEP}/sweep.csv": "sweep.csv"}
-COPIED |= {name: name for name in ("report.html", "labels.html", "audit.html")}
+COPIED = [f"{RUN}/{name}" for name in ("model-card.md", "metrics.jsonl", "predictions.csv")]  # to SAMPLE
+COPIED.append(f"{SWEEP}/sweep.csv")
 # How much of a page is drawn, in pixels.
 HEIGHTS = {"report.png": 850, "labels.png": 870, "audit.png": 1000}
 CURVES, MAPS = ("Cardiomegaly", "Atelectasis"), ("Cardiomegaly", "Pleural Effusion")  # in front
@@ -85,8 +83,8 @@ def main() -> None:
     for made, command in COMMANDS.items():
         if not (WORK / made).exists():
             subprocess.run(command, shell=True, cwd=WORK, check=True)
-    for path, name in COPIED.items():
-        shutil.copy(WORK / path, SAMPLE / name)
+    for path in COPIED:
+        shutil.copy(WORK / path, SAMPLE)
     (PICTURES / "make-train.svg").write_text(draw_recording(json.loads(recorded.read_text())))
     photograph("front.jpg", compose_front(), 830, 2000)
     for name, height in HEIGHTS.items():

@@ -23,7 +23,7 @@ def test_every_picture_is_small_and_shown_on_a_page() -> None:
 
 def test_the_sample_is_small_and_its_readme_names_every_file() -> None:
     files = [path for path in SAMPLE.iterdir() if path.name != "README.md"]
-    assert sum(path.stat().st_size for path in files) < 3_000_000
+    assert sum(path.stat().st_size for path in files) < 600_000
     readme = (SAMPLE / "README.md").read_text()
     assert len(readme.splitlines()) <= 30
     assert set(re.findall(r"\]\(([\w.-]+)\)", readme)) == {path.name for path in files}
