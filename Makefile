@@ -146,9 +146,9 @@ cross: .venv/installed  ## train on each of several folders SHARDS, on all but o
 	$(BIN)/python train.py cross $(foreach folder,$(SHARDS),--shards $(folder)) --out "$(CROSS)" --arch $(ARCH) --lr $(LR) \
 		--weight-decay $(WD) --batch-size $(BATCH) --epochs $(EPOCHS) $(IMAGE_SIZE) $(START) --seed $(SEED) $(THREADS) $(POLICIES) $(ARGS)
 
-evaluate: .venv/installed  ## score the best checkpoint of RUN on SPLIT of the shards in OUT
+evaluate: .venv/installed  ## score the best checkpoint of RUN on SPLIT of its own shards, or of those in OUT
 	$(SAY_SAMPLE)
-	$(BIN)/python train.py evaluate --shards $(OUT) --run "$(RUN)" --split $(SPLIT) $(THREADS) $(ARGS)
+	$(BIN)/python train.py evaluate $(if $(call given,OUT),--shards $(OUT)) --run "$(RUN)" --split $(SPLIT) $(THREADS) $(ARGS)
 
 predict: .venv/installed  ## score IMAGES (files or folders) by the best checkpoint of RUN, into RUN/predictions.csv
 	@$(if $(IMAGES),,echo 'make predict needs IMAGES=<files or folders>' >&2; exit 2)

@@ -345,11 +345,11 @@ def test_self_training_says_which_command_is_missing(
         "label Edema is selftrained: it needs a `teacher`, a run that was scored on train"
     )
     assert refuse(*as_student, "--teacher", teacher) == (
-        f"{teacher}: no best.pt; first run: python train.py {options} --uncertain ignore"
+        f"{teacher}: no best.pt; first run: python -m train {options} --uncertain ignore"
     )
     assert command("train", "--run", teacher, "--uncertain", "ignore") == 0
     assert refuse(*as_student, "--teacher", teacher) == (
-        f"{teacher}: no scores-train.arrow; first run: python train.py evaluate {options} --split train"
+        f"{teacher}: no scores-train.arrow; first run: python -m train evaluate {options} --split train"
     )
     assert command("evaluate", "--run", teacher, "--split", "train") == 0
     file = teacher / "scores-train.arrow"
@@ -952,7 +952,7 @@ def test_logs_say_what_the_run_did_and_with_what(
     (recent,) = events.Scalars("train/macro_auroc")
     assert 0.3 < recent.value < 0.8  # an untrained network's, of a few images
     environment = json.loads((job.run / "environment.jsonl").read_text())
-    assert environment["packages"]["torch"] == torch.__version__.partition("+")[0]
+    assert environment["packages"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
     assert environment["code"]
     assert environment["command"] == ["train.py", "--shards", "https://host/set"]
 
@@ -1070,7 +1070,7 @@ def test_two_runs_are_compared_on_the_same_images(
     )
     (b / "scores-valid.arrow").unlink()
     said = (
-        f"`against` {b}: no scores-valid.arrow; first run: python train.py evaluate --run {b} --split valid"
+        f"`against` {b}: no scores-valid.arrow; first run: python -m train evaluate --run {b} --split valid"
     )
     with pytest.raises(DataError, match=f"^{re.escape(said)}$"):
         command("evaluate", "--run", a, "--split", "valid", "--against", b)
@@ -1114,8 +1114,8 @@ def test_results_on_other_shards_leave_the_runs_own_alone(
     (trained.run / "evaluation-valid.json").unlink()
     assert command("evaluate", "--run", trained.run, "--shards", others) == 0
     path, run = trained.run / "evaluation-valid.json", trained.run
-    note = f"{path}: not there, so nothing to compare with; it is written by: python train.py evaluate --run {run}"
-    assert f"{note}, with --shards the run's own\n" in capfd.readouterr().err
+    note = f"{path}: not there, so nothing to compare with; it is written by: python -m train evaluate --run {run}"
+    assert f"{note}\n" in capfd.readouterr().err
     path.write_text('{"labels": {}}')
     with pytest.raises(DataError, match=f"^{path}: damaged, or of other labels than the run's: 'intervals'$"):
         command("evaluate", "--run", trained.run, "--shards", others)

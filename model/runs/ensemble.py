@@ -76,7 +76,7 @@ def read_members(folder: Path) -> list[Path]:
     runs = [Path(os.path.normpath(folder / name)) for name in members]
     for run, best in zip(runs, members.values(), strict=True):
         if hash_file(run / "best.pt") != best:
-            command = f"python train.py evaluate {' '.join(f'--run {one}' for one in runs)} --out {folder}"
+            command = f"python -m train evaluate {' '.join(f'--run {one}' for one in runs)} --out {folder}"
             raise DataError(f"{run}: trained on since {folder} was evaluated; first run: {command}")
     return runs
 
@@ -114,7 +114,7 @@ def read_calibration(run: Path, labels: Sequence[str]) -> dict[str, Any]:
     """What was chosen on dev for a run. Raises DataError, with the command that does so where it is not there."""
     path = run / "calibration.json"
     if not path.exists():
-        raise DataError(f"{run}: no {path.name}; first run: python train.py evaluate --run {run}")
+        raise DataError(f"{run}: no {path.name}; first run: python -m train evaluate --run {run}")
     document = read_object(path)
     try:
         for found in (document["image"][label] for label in labels):
@@ -137,7 +137,7 @@ def choose_decision(model: Model, threshold: str) -> Decision:
     if model.folder is None:
         if threshold != "none":
             runs = " ".join(f"--run {run}" for run in model.members)
-            command = f"python train.py evaluate {runs} --out FOLDER"
+            command = f"python -m train evaluate {runs} --out FOLDER"
             raise DataError(
                 f"`threshold` is of an ensemble's folder; first run: {command}; then `run` FOLDER"
             )

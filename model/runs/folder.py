@@ -15,6 +15,7 @@ report.html, model-card.md
 
 import hashlib
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -77,6 +78,11 @@ def record_environment(job: Job) -> None:
     line = {
         "command": [redact(word) for word in sys.argv],
         "code": describe_code(),
+        # Relative to the run, so that both can move together.
+        "shards": [
+            one.name if "://" in one.name else os.path.relpath(one.path, job.run)
+            for one in job.shards.folders
+        ],
         "python": platform.python_version(),
         "packages": {name: version(name) for name in packages},
         "platform": platform.platform(),

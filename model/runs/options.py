@@ -1,6 +1,8 @@
 """Fields of Config → options of a command, and types of option values that only `train.py` needs."""
 
+import json
 import math
+import os
 import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import fields
@@ -114,13 +116,17 @@ workers_option = grouped(
     show_default="cores",
     help="Decoding threads.",
 )
+SHARDS_HELP = "Folder of shards, or its URL: https://… or s3://…; several are read as one."
+own_shards_option = grouped(
+    "data", "--shards", multiple=True, show_default="those the run was trained on", help=SHARDS_HELP
+)
 DATA_OPTIONS = [
     grouped(
         "data",
         "--shards",
         multiple=True,
         default=["shards"],
-        help="Folder of shards, or its URL: https://… or s3://…; several are read as one.",
+        help=SHARDS_HELP,
     ),
     grouped(
         "data",
@@ -138,6 +144,16 @@ DATA_OPTIONS = [
     ),
     workers_option,
 ]
+
+
+def read_own_shards(run: Path) -> tuple[str, ...]:
+    """Folders, or URLs, of the shards that a run was last trained on; `shards` where it does not say."""
+    try:
+        lines = (run / "environment.jsonl").read_text().splitlines()
+        shards = json.loads(lines[-1])["shards"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return ("shards",)
+    return tuple(name if "://" in name else os.path.relpath(run / name) for name in shards)
 
 
 def check_folders(shards: Sequence[str] = (), runs: Sequence[Path] = ()) -> None:

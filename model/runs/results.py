@@ -140,7 +140,7 @@ def compare_with_own(job: Job, scored: Scored, evaluation: Mapping[str, Any]) ->
         except (KeyError, TypeError) as error:
             raise DataError(f"{path}: damaged, or of other labels than the run's: {error}") from error
     else:
-        command = f"python train.py evaluate --run {job.run}, with --shards the run's own"
+        command = f"python -m train evaluate --run {job.run}"
         found["note"] = f"{path}: not there, so nothing to compare with; it is written by: {command}"
     return found
 
@@ -161,7 +161,7 @@ def find_calibration(
             result_name(job.config, job.shards.digest, name) != name
         ):  # whose dev may hold patients of the run's train
             command = (
-                f"python train.py evaluate --run {job.run} --sensitivity {sensitivity} --study {combine}"
+                f"python -m train evaluate --run {job.run} --sensitivity {sensitivity} --study {combine}"
             )
             raise DataError(
                 f"{job.shards}: not the shards that {job.run} learned from, on whose dev thresholds are chosen; "
@@ -245,7 +245,7 @@ def find_scores(job: Job, name: str, against: Sequence[Path]) -> dict[Path, Path
         names = (result_name(read_config(other), job.shards.digest, name), name)
         files = [path for one in names if (path := other / f"scores-{one}.arrow").exists()]
         if not files:
-            command = f"python train.py evaluate --run {other} --split {name}"
+            command = f"python -m train evaluate --run {other} --split {name}"
             raise DataError(f"`against` {other}: no scores-{name}.arrow; first run: {command}")
         found[other] = files[0]
     return found

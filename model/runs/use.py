@@ -21,6 +21,8 @@ from model.runs.config import learned_columns, read_config
 from model.runs.options import (
     DATA_OPTIONS,
     check_folders,
+    own_shards_option,
+    read_own_shards,
     run_option,
     runs_option,
     with_options,
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
     from model.runs.ensemble import Decision, Model
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".dcm", ".dicom")
-TRAIN = ("python", "train.py")
+TRAIN = ("python", "-m", "train")  # in a clone, and from a wheel
 VARIANTS = 4  # epochs that `inputs` shows
 threshold_option = click.option(
     "--threshold", default="none", type=click.Choice([*RULES, "none"]), help="Decide by dev's thresholds."
@@ -44,7 +46,7 @@ threshold_option = click.option(
 
 
 @click.command("evaluate", epilog="Example: python train.py evaluate --run runs/first --split valid")
-@with_options(runs_option, *DATA_OPTIONS)
+@with_options(runs_option, own_shards_option, *DATA_OPTIONS[1:])
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
@@ -107,6 +109,7 @@ def evaluate_command(
 
     The run's own --where and --views choose the images, unless others are given: train on one sex, score the other.
     """
+    shards = shards or read_own_shards(runs[0])
     check_folders(shards, runs)
     from model.predict import InterruptedEvaluationError
     from model.runs import summary
@@ -458,7 +461,7 @@ def inputs_command(
 @click.command(
     "localize", epilog="Example: python train.py localize --run runs/first --boxes boxes.csv --split valid"
 )
-@with_options(run_option, *DATA_OPTIONS[:3])
+@with_options(run_option, own_shards_option, *DATA_OPTIONS[1:3])
 @click.option(
     "--boxes",
     required=True,
@@ -475,6 +478,7 @@ def localize_command(
 
     Beside it: what chance gives, and a map that is the same for all films.
     """
+    shards = shards or read_own_shards(run)
     check_folders(shards)
     config = read_config(run)
     from model.predict import InterruptedEvaluationError

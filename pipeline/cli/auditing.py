@@ -87,7 +87,7 @@ def audit(
         print_audit(report)
         if are_shards:
             words = (word for source in sources for word in ("--shards", source))
-            say_next("python", "train.py", *words, "--run", "RUN")
+            say_next("python", "-m", "train", *words, "--run", "RUN")
         elif len(sources) == 1 and sources[0].is_dir():
             say_next("pipeline", "shards", sources[0], "shards")
     return 3 if strict and find_alarms(report) else 0

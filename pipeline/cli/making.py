@@ -421,5 +421,9 @@ def verify(shards: str | Path, cache: Path, deep: bool, workers: int) -> None:
         f"{report.bytes / 1e6:,.1f} MB in {time.perf_counter() - start:.1f} s"
     )
     say_next(
-        *(("python", "train.py", "--run", "RUN", "--shards", name) if remote else ("pipeline", "audit", name))
+        *(
+            ("python", "-m", "train", "--run", "RUN", "--shards", name)
+            if remote
+            else ("pipeline", "audit", name)
+        )
     )

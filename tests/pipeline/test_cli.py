@@ -315,7 +315,7 @@ def test_each_command_ends_with_the_next_one(
         (write, verify),  # complete already
         (("verify", folder), f"pipeline audit {folder}"),
         (("stats", folder), f"pipeline audit {folder}"),
-        (("audit", folder, "--no-images"), f"python train.py --shards {folder} --run RUN"),
+        (("audit", folder, "--no-images"), f"python -m train --shards {folder} --run RUN"),
         (("audit", chexpert), f"pipeline shards {chexpert} shards"),
     ):
         assert run(*words).stderr.splitlines()[-1] == f"next: {then}"

@@ -103,7 +103,7 @@ def test_an_ensemble_is_the_mean_of_calibrated_scores_everywhere(
     assert set(means["run"]) == {f"{one} + {two}"}
     assert set(means["shards"]) == {settings[0]["manifest"]}
     with pytest.raises(
-        DataError, match=r"^`threshold` is of an ensemble's folder; first run: python train.py eval"
+        DataError, match=r"^`threshold` is of an ensemble's folder; first run: python -m train eval"
     ):
         call_train("predict", *both, "--out", table, "--threshold", "youden", films)
 
@@ -148,7 +148,7 @@ def test_an_ensemble_is_the_mean_of_calibrated_scores_everywhere(
 
     (two / "calibration.json").unlink()
     with pytest.raises(
-        DataError, match=rf"no calibration.json; first run: python train.py evaluate --run {two}$"
+        DataError, match=rf"no calibration.json; first run: python -m train evaluate --run {two}$"
     ):
         call_train("predict", "--run", two, "--out", table, films)
     assert call_train("evaluate", *shards, "--run", out, "--split", "dev") == 0
@@ -156,7 +156,7 @@ def test_an_ensemble_is_the_mean_of_calibrated_scores_everywhere(
     assert (two / "calibration.json").exists()
     (two / "best.pt").write_bytes((one / "best.pt").read_bytes())
     with pytest.raises(
-        DataError, match=f"^{two}: trained on since {out} was evaluated; first run: python train.py"
+        DataError, match=f"^{two}: trained on since {out} was evaluated; first run: python -m train"
     ):
         call_train("predict", "--run", out, "--out", table, films)
 

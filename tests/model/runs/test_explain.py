@@ -59,7 +59,7 @@ def test_localize_measures_the_boxes_of_drawn_signs(
     words = ("localize", "--run", run, "--shards", sample_shards[0], "--boxes")
     assert call_train(*words, sample_shards[0].parent / "boxes.csv") == 0
     then = f"evaluate --run {run} --shards {sample_shards[0]} --split valid --sanity"
-    assert capsys.readouterr().err.endswith(f"\nnext: python train.py {then}\n")
+    assert capsys.readouterr().err.endswith(f"\nnext: python -m train {then}\n")
     found = json.loads((run / "localization-valid.json").read_text())
     assert found["splits"] == ["valid"]
     assert found["labels"]["all"]["cells"] > 20

@@ -367,7 +367,7 @@ def test_trials_are_the_runs_that_train_makes(
     assert counted == f"{sweep / 'report.html'}: 2 trials complete"
     kept = sweep / "trials" / ranked[0]["run"]
     assert best == f"trial {ranked[0]['number']} is the best, in {kept}; the same once more:"
-    words = said.err.splitlines()[-1].removeprefix("next: python train.py ").removesuffix("RUN").split()
+    words = said.err.splitlines()[-1].removeprefix("next: python -m train ").removesuffix("RUN").split()
     assert main.main([*words, str(tmp_path / "again")], standalone_mode=False, obj=train.train) == 0
     assert (tmp_path / "again" / "config.json").read_text() == (kept / "config.json").read_text()
     assert command("train", "--run", tmp_path / "run", "--lr", "1e-2", *given) == 0

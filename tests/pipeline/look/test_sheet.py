@@ -152,7 +152,7 @@ def test_variants_are_what_training_sees(
     said = capsys.readouterr()
     assert said.out == f"{out}: train: 3 of 24 images, seed 7, augmented ({kind})\n"
     then = f"--shards {folder} --augment {kind} --image-size 192 --run RUN"
-    assert said.err == f"next: python train.py {then}\n"
+    assert said.err == f"next: python -m train {then}\n"
     split = open_split(folder, manifest, "train")
     rows = spread_rows(np.arange(split.table.num_rows), 3, seed=7)
     chosen = dataclasses.replace(open_shards(folder)["train"], samples=find_images(split, rows))
