@@ -16,14 +16,12 @@ SWEEP  ?= runs/sample-sweep
 endif
 
 # The settings for real CheXpert: make shards DATA=<CheXpert folder>, then make train.
-DATA      ?=
 OUT       ?= shards
 SIZE      ?= 320
 VIEWS     ?= frontal
 UNCERTAIN ?= best
 BLANK     ?= zeros
 DEV       ?= 0.05
-WORKERS   ?=
 ARCH      ?= resnet50
 LR        ?= 1e-4
 WD        ?= 1e-2
@@ -31,22 +29,13 @@ BATCH     ?= 64
 EPOCHS    ?= 5
 SEED      ?= 0
 SPLIT     ?= valid
-TEACHER   ?=
 SAMPLER   ?= grid
 PRUNER    ?= none
-TRIALS    ?=
 SWEEP     ?= runs/sweep
-SHARDS    ?=
 CROSS     ?= runs/cross
-ARGS      ?=
-IMAGES    ?=
 RUN       ?= runs/$(NAME)
-GPUS      ?=
 ROUNDS    ?= 25
 FUZZ_SECONDS ?= 600
-TARGETS   ?=
-FUSION    ?=
-PRETRAINED ?=
 PYTHON    ?= python3
 # `cpu` installs torch's CPU build, from TORCH_INDEX; .venv/installed keeps which one it is.
 installed := $(shell cat .venv/installed 2>/dev/null)
@@ -58,11 +47,7 @@ SETTINGS := DATA OUT SIZE VIEWS UNCERTAIN BLANK DEV WORKERS ARCH LR WD BATCH EPO
 	TRIALS SWEEP SHARDS CROSS ARGS IMAGES RUN GPUS ROUNDS FUZZ_SECONDS TARGETS FUSION PRETRAINED PYTHON TORCH TORCH_INDEX SUDO
 typed    := $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
 unknown  := $(filter-out $(SETTINGS) SHELL MAKE% -%,$(typed))
-ifneq ($(unknown),)
-upper    := $(shell echo '$(firstword $(unknown))' | tr a-z A-Z)
-meant    := $(firstword $(filter $(upper) $(upper)%,$(SETTINGS)) $(foreach name,$(SETTINGS),$(filter $(name),$(upper:$(name)%=$(name)))))
-$(error $(firstword $(unknown)) is no setting$(if $(meant),: did you mean $(meant)?,; there are $(filter-out SUDO,$(SETTINGS))))
-endif
+$(if $(unknown),$(error $(firstword $(unknown)) is no setting; there are $(filter-out SUDO,$(SETTINGS))))
 # Expand a leading ~ here: within quotes no shell does, and after NAME= not every shell does.
 $(foreach name,DATA OUT RUN SWEEP TEACHER,$(if $(filter ~ ~/%,$(firstword $($(name)))),\
 	$(eval override $(name) := $(patsubst ~,$(HOME),$(patsubst ~/%,$(HOME)/%,$($(name)))))))
@@ -97,6 +82,7 @@ IMAGE_SIZE = $(if $(SIZED),--image-size $(SIZE))
 SCRATCH  = $(SAMPLE)$(filter no,$(PRETRAINED))$(filter rescnn,$(ARCH))$(filter --init% --pretrained,$(ARGS))
 START    = $(if $(filter yes,$(PRETRAINED)),--pretrained,$(if $(SCRATCH),,--pretrained))
 NAME     = $(subst /,-,$(ARCH))$(if $(SIZED),-$(SIZE))-lr$(LR)-wd$(WD)$(call tagged,BATCH,batch)$(call tagged,EPOCHS,epochs)$(call tagged,UNCERTAIN)$(call tagged,BLANK,blank-)$(call tagged,VIEWS)$(if $(FUSION),-$(FUSION))$(call tagged,PRETRAINED,pretrained-)-seed$(SEED)
+SHARED   = --epochs $(EPOCHS) $(IMAGE_SIZE) $(START) --seed $(SEED) $(if $(call given,VIEWS),--views $(VIEWS)) $(if $(FUSION),--fusion $(FUSION)) $(THREADS)
 WRITE    = $(BIN)/pipeline shards "$(DATA)" $(OUT) --size $(SIZE) --views $(VIEWS) --dev $(DEV) $(THREADS)
 $(if $(word 2,$(OUT)),$(error OUT=$(OUT): make takes no spaces there))
 
@@ -128,8 +114,7 @@ train: sweep
 else
 	$(SAY_SAMPLE)
 	$(BIN)/python $(LAUNCH) train.py --shards $(OUT) --run "$(RUN)" --arch $(ARCH) --lr $(LR) --weight-decay $(WD) \
-		--batch-size $(BATCH) --epochs $(EPOCHS) $(IMAGE_SIZE) $(START) --seed $(SEED) \
-		$(if $(call given,VIEWS),--views $(VIEWS)) $(if $(FUSION),--fusion $(FUSION)) $(THREADS) $(POLICIES) $(ARGS)
+		--batch-size $(BATCH) $(SHARED) $(POLICIES) $(ARGS)
 endif
 
 sweep: .venv/installed $(OUT)/manifest.json  ## train with each of several LR, WD, BATCH, ARCH, UNCERTAIN; or SAMPLER=tpe TRIALS=40
@@ -137,14 +122,12 @@ sweep: .venv/installed $(OUT)/manifest.json  ## train with each of several LR, W
 	@$(if $(GPUS),echo 'A sweep trains each trial on one device: leave GPUS out.' >&2; exit 2)
 	$(BIN)/python train.py sweep --shards $(OUT) --sweep $(SWEEP) --arch "$(ARCH)" --lr "$(LR)" --weight-decay "$(WD)" \
 		--batch-size "$(BATCH)" $(if $(call given,UNCERTAIN),--uncertain "$(UNCERTAIN)") --sampler $(SAMPLER) --pruner $(PRUNER) \
-		$(if $(TRIALS),--trials $(TRIALS)) --epochs $(EPOCHS) $(IMAGE_SIZE) $(START) --seed $(SEED) $(THREADS) \
-		$(if $(call given,BLANK),--blank $(BLANK)) $(if $(TEACHER),--teacher $(TEACHER)) \
-		$(if $(call given,VIEWS),--views $(VIEWS)) $(if $(FUSION),--fusion $(FUSION)) $(ARGS)
+		$(if $(TRIALS),--trials $(TRIALS)) $(if $(call given,BLANK),--blank $(BLANK)) $(if $(TEACHER),--teacher $(TEACHER)) $(SHARED) $(ARGS)
 
 cross: .venv/installed  ## train on each of several folders SHARDS, on all but one and on all; score every run on every folder
 	@$(if $(word 2,$(SHARDS)),,echo 'make cross needs SHARDS="A B": two folders of shards or more' >&2; exit 2)
 	$(BIN)/python train.py cross $(foreach folder,$(SHARDS),--shards $(folder)) --out "$(CROSS)" --arch $(ARCH) --lr $(LR) \
-		--weight-decay $(WD) --batch-size $(BATCH) --epochs $(EPOCHS) $(IMAGE_SIZE) $(START) --seed $(SEED) $(THREADS) $(POLICIES) $(ARGS)
+		--weight-decay $(WD) --batch-size $(BATCH) $(SHARED) $(POLICIES) $(ARGS)
 
 evaluate: .venv/installed  ## score the best checkpoint of RUN on SPLIT of its own shards, or of those in OUT
 	$(SAY_SAMPLE)
@@ -241,39 +224,23 @@ clean:  ## remove .venv and caches; keeps shards and runs
 		install --requirement .venv/requirements.txt && install --no-deps --no-build-isolation --editable .
 	@echo $(TORCH) > $@
 
-# The peers that benchmarks measure against, apart from the project's own packages.
+# Environments of their own: the peers of benchmarks, and tools.
 .venv-peers/installed: benchmarks/peers.txt
-	$(PYTHON) -m venv .venv-peers
-	.venv-peers/bin/python -m pip install --quiet --requirement benchmarks/peers.txt
-	@touch $@
-
 .venv-peers-stream/installed: benchmarks/peers-stream.txt
-	$(PYTHON) -m venv .venv-peers-stream
-	.venv-peers-stream/bin/python -m pip install --quiet --no-deps --requirement benchmarks/peers-stream.txt
-	@touch $@
-
-# Each into a folder of its own, beside the project's packages, which it needs as well.
-.venv-fuzz/installed: tests/fuzz.txt .venv/installed
-	$(BIN)/python -m pip install --quiet --target .venv-fuzz --upgrade --requirement tests/fuzz.txt
-	@touch $@
-
-.venv-examples/installed: examples/requirements.txt .venv/installed
-	$(BIN)/python -m pip install --quiet --no-deps --target .venv-examples --upgrade --requirement examples/requirements.txt
-	@touch $@
-
 .venv-audit/installed: tests/audit.txt
-	$(PYTHON) -m venv .venv-audit
-	.venv-audit/bin/python -m pip install --quiet --requirement tests/audit.txt
-	@touch $@
-
 .venv-docs/installed: tests/docs.txt
-	$(PYTHON) -m venv .venv-docs
-	.venv-docs/bin/python -m pip install --quiet --requirement tests/docs.txt
+.venv-s3/installed: tests/s3.txt
+.venv-peers-stream/installed .venv-examples/installed: PIP = --no-deps
+.venv-peers/installed .venv-peers-stream/installed .venv-audit/installed .venv-docs/installed .venv-s3/installed:
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet $(PIP) --requirement $<
 	@touch $@
 
-.venv-s3/installed: tests/s3.txt
-	$(PYTHON) -m venv .venv-s3
-	.venv-s3/bin/python -m pip install --quiet --requirement tests/s3.txt
+# Folders beside the project's packages, which these need as well.
+.venv-fuzz/installed: tests/fuzz.txt .venv/installed
+.venv-examples/installed: examples/requirements.txt .venv/installed
+.venv-fuzz/installed .venv-examples/installed:
+	$(BIN)/python -m pip install --quiet $(PIP) --target $(@D) --upgrade --requirement $<
 	@touch $@
 
 # With DATA given, always: shards of other data, or by other settings, are refused, and finished ones left alone.
