@@ -89,7 +89,6 @@ def make_shards(
     *,
     workers: int = 1,
     max_bad: float = 0.0,
-    overwrite: bool = False,
 ) -> RunSummary:
     """Shards of a CheXpert folder, by the library."""
     source = find_source(folder, {}, [])
@@ -98,7 +97,7 @@ def make_shards(
         out,
         options or default_options(),
         POLICIES,
-        Execution(workers, max_bad, overwrite=overwrite),
+        Execution(workers, max_bad),
     )
 
 

@@ -100,7 +100,7 @@ def run_threads(
     function: Callable[[Task], Result],
     tasks: Sequence[Task],
     workers: int,
-    progress: Callable[[int, int], None],
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Result]:
     """Results in the order of the tasks; `progress` gets (tasks done, total). An error cancels waiting tasks."""
     results = []

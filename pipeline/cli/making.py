@@ -230,8 +230,6 @@ FOLDER = Parsed(parse_folder, "folder")
 @click.option("--strict", is_flag=True, help="Refuse labels with one class; exit with 3 on any reject.")
 @WORKERS
 @click.option("--scheduler", metavar="URL", help="Run on the Dask cluster at tcp://host:8786.")
-@click.option("--overwrite", is_flag=True, help="Replace the shards in OUT once the new ones are complete.")
-@click.option("--repair", is_flag=True, help="Rewrite missing or damaged files of finished shards.")
 @click.option("--dry-run", is_flag=True, help="Say what would be written, and which images are missing.")
 def shards(
     source: Path,
@@ -250,7 +248,8 @@ def shards(
     """Write the data set in SOURCE as shards to OUT: tars, Arrow tables, and a manifest at the end.
 
     Raw labels are kept; the policies are recorded as the shards' defaults, which training may override. The
-    same command continues a run that was stopped or killed. SOURCE and OUT may be s3://bucket/prefix.
+    same command continues a run that was stopped or killed, and restores missing or damaged files of finished
+    shards. SOURCE and OUT may be s3://bucket/prefix.
     """
     from pipeline.etl.planning import Options
     from pipeline.etl.shards import Execution, write_shards
@@ -264,7 +263,6 @@ def shards(
         f"{out}: a web server is only read from; write to a folder or s3://bucket/prefix",
     )
     refuse_usage(options.size is None and options.square != "no", "--square needs a --size")
-    refuse_usage(how.overwrite and how.repair, "--overwrite or --repair, not both")
     refuse_usage(
         (dataset == "table" and not columns) or (columns and dataset not in ("table", "webdataset")),
         "--columns goes with --set table, which needs it, or --set webdataset",
@@ -338,13 +336,10 @@ def _print_run(out: Path, run: "RunSummary", seconds: float, views: str) -> None
     if run.manifest.rejects:
         click.echo(f"rejected images: {len(run.manifest.rejects):,}, see {out / 'rejects.csv'}")
     if not run.is_new:
-        rewritten = f"written again: {', '.join(run.repaired)}"
-        click.echo(f"{out}: {rewritten if run.repaired else 'complete already, nothing to do'}")
-        if run.restored:
-            click.echo(
-                f"{len(run.restored):,} of the rejected images can be used now, such as {run.restored[0]}; "
-                "--overwrite writes the shards again with them"
-            )
+        if run.manifest.rejects:
+            click.echo("to try rejected images again, write to a new folder")
+        restored = f"restored: {', '.join(run.restored)}"
+        click.echo(f"{out}: {restored if run.restored else 'complete already, nothing to do'}")
         return
     if run.resumed:
         click.echo(f"{run.resumed:,} images were there already")
@@ -412,10 +407,8 @@ def verify(shards: str | Path, cache: Path, deep: bool, workers: int) -> None:
     if report.problems:
         problems = count_of(sum(map(len, report.problems.values())), "problem")
         files = count_of(len(report.problems), "file")
-        repair = (
-            f"; write these again by `pipeline shards SOURCE {name} --repair`, with the options used before"
-        )
-        raise click.ClickException(f"{name}: {problems} in {files}{'' if remote else repair}")
+        again = "" if remote else "; to restore them, run the command that wrote them again"
+        raise click.ClickException(f"{name}: {problems} in {files}{again}")
     click.echo(
         f"{name}: all is well: {report.splits} splits, {report.shards:,} shards, {report.samples:,} samples, "
         f"{report.bytes / 1e6:,.1f} MB in {time.perf_counter() - start:.1f} s"

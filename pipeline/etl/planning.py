@@ -6,18 +6,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from pipeline.base.errors import DataError
 from pipeline.base.files import atomic_file
-from pipeline.images import ImageError, ImageOptions, prepare
-from pipeline.manifest import read_manifest
+from pipeline.images import ImageOptions
 from pipeline.policies import find_one_class
-from pipeline.sources.rows import Omitted, divide_rows, read_images, read_splits, refuse_dark_images
+from pipeline.sources.rows import Omitted, divide_rows, read_splits, refuse_dark_images
 from pipeline.sources.sets import SETS
 from pipeline.sources.source import Source
 
-SAMPLED = 64  # images of each split to try before shards are replaced
+PARTIAL = ".partial"  # inside the output folder, until the run is finished
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,7 @@ class Options:
 
 
 class PlanTask(NamedTuple):
-    """What to plan; in `folder` lie the plans, or finished shards."""
+    """What to plan, into `folder`."""
 
     folder: Path
     source: Source
@@ -106,42 +104,6 @@ def read_planned(folder: Path, split: str, number: int) -> pa.RecordBatch:
             return pa.ipc.open_file(file).get_batch(number)
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{path}: cannot be read: {error}; the same command writes it again") from error
-
-
-def try_images(task: PlanTask) -> None:
-    """Raise DataError where no image of a sample can be used: a disk may not be mounted."""
-    files: list[str] = []
-    for path in sorted(task.folder.glob("*.plan")):
-        files += read_planned(task.folder, path.stem, 0)["file"][:SAMPLED].to_pylist()
-    reasons = [_reason(content, task.options) for content in read_images(files, task.source.roots)]
-    if None not in reasons:
-        raise DataError(
-            f"{files[0]}: {reasons[0]}; none of {len(files)} images tried can be used, so nothing was changed"
-        )
-
-
-def find_restored(task: PlanTask) -> tuple[str, ...]:
-    """Keys of images that finished shards rejected, and that can be used now."""
-    rejected = pa.array([reject["key"] for reject in read_manifest(task.folder).rejects])
-    tables, *_ = read_splits(task.source, **task.options.selection)
-    again = pa.concat_tables(table.filter(pc.is_in(table["key"], rejected)) for table in tables.values())
-    contents = read_images(again["file"].to_pylist(), task.source.roots)
-    return tuple(
-        key
-        for key, content in zip(again["key"].to_pylist(), contents, strict=True)
-        if _reason(content, task.options) is None
-    )
-
-
-def _reason(content: bytes | ImageError, options: Options) -> str | None:
-    """Why an image cannot be used; None where it can."""
-    if isinstance(content, ImageError):
-        return str(content)
-    try:
-        prepare(content, options.image)
-    except ImageError as error:
-        return str(error)
-    return None
 
 
 def _plan_path(folder: Path, split: str) -> Path:

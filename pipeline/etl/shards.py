@@ -1,16 +1,16 @@
 """A data set's folder → tar shards, an Arrow index per split, and the manifest (format: shards/README.md).
 
-Four steps. The first three run in processes of their own, so that the parent stays small at any size:
+Three steps, in processes of their own, so that the parent stays small at any size:
     planning   CSVs → the rows of every shard, as `.partial/<split>.plan`
     writing    one shard's rows + images → its tar, and `.partial/<shard>.json`: what the index needs of it
     finish     all of these → the Arrow tables, rejects.csv, and the manifest, last
-    exchange   all files → from `.partial` into the folder, as a whole
 
-A run that was killed is continued: finished shards are kept, anything else is done again. An object store cannot
-rename: there, files are put where they belong, and `--overwrite` is refused.
+Shards converge: what is in the folder and has the hash that its record or the manifest says stays, anything else is
+written. So the same command continues a run that was killed, and restores finished shards that were damaged. Every
+file appears whole under its name, and none is removed to be written again.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline.base.errors import DataError, describe_difference
-from pipeline.base.files import claimed, hash_file, move_file, remove_temporaries, write_json
+from pipeline.base.files import claimed, hash_file, read_object, remove_temporaries, write_json
 from pipeline.base.store import (
     check_access,
     is_remote,
@@ -27,20 +27,11 @@ from pipeline.base.store import (
     named_failures,
     remove_folder,
 )
-from pipeline.base.workers import run_alone, run_tasks
+from pipeline.base.workers import run_alone, run_tasks, run_threads
 from pipeline.etl.cluster import PACKAGES, run_on_cluster
-from pipeline.etl.exchange import PARTIAL, PLANNED, exchange, publish, read_unfinished, refuse_others
-from pipeline.etl.planning import (
-    Options,
-    Plan,
-    PlanTask,
-    count_planned,
-    find_restored,
-    read_planned,
-    try_images,
-    write_plan,
-)
+from pipeline.etl.planning import PARTIAL, Options, Plan, PlanTask, count_planned, read_planned, write_plan
 from pipeline.etl.writing import (
+    CHANGED,
     REJECTS,
     FinishTask,
     Reject,
@@ -49,6 +40,7 @@ from pipeline.etl.writing import (
     find_summary,
     finish,
     index_split,
+    is_intact,
     write_rejects,
     write_shard,
 )
@@ -65,16 +57,13 @@ class Execution:
     """How shards are written; it decides none of their bytes.
 
     In `workers` processes, or on the Dask cluster of a `scheduler`. `max_bad` is the share of images that may be
-    unusable. `strict` refuses labels that train's policies leave with one class. `overwrite` replaces shards of other
-    options or CSVs when the new ones are whole; `repair` rewrites missing or damaged files of finished shards.
+    unusable. `strict` refuses labels that train's policies leave with one class.
     """
 
     workers: int
     max_bad: float
     scheduler: str | None = None
     strict: bool = False
-    overwrite: bool = False
-    repair: bool = False
 
 
 class RunSummary(NamedTuple):
@@ -87,8 +76,7 @@ class RunSummary(NamedTuple):
     resumed: int = 0  # samples in shards that an earlier run had finished
     moved: str | None = None  # as in `Plan`
     notes: tuple[str, ...] = ()  # as in `Plan`
-    restored: tuple[str, ...] = ()  # keys of rejected images that can be used now
-    repaired: tuple[str, ...] = ()  # files that were written again
+    restored: tuple[str, ...] = ()  # files of finished shards that were missing or damaged
 
 
 Progress = Callable[[int, int, int], None]  # images done, images in all, rejects
@@ -112,11 +100,6 @@ class Run:
         return self.out / PARTIAL
 
     @property
-    def work(self) -> Path:
-        """The folder that the shards are written into."""
-        return self.out if is_remote(self.out) else self.partial
-
-    @property
     def started(self) -> dict[str, dict[str, Any]]:
         """What must not change until the run is finished: the versions decide its bytes, too."""
         return self.wanted | {"versions": {name: version(name) for name in (*PACKAGES, "chexpert-pipeline")}}
@@ -124,7 +107,7 @@ class Run:
     def list_tasks(self, plan: Plan) -> list[ShardTask]:
         """A task for each planned shard."""
         return [
-            ShardTask(self.work, self.partial, split, number, self.source.roots, self.options.image)
+            ShardTask(self.out, self.partial, split, number, self.source.roots, self.options.image)
             for split in plan.rows
             for number in range(count_planned(self.partial, split))
         ]
@@ -132,7 +115,7 @@ class Run:
     def finish_task(self, plan: Plan) -> FinishTask:
         """What finishing needs."""
         dataset = find_terms(self.source)._asdict()
-        return FinishTask(self.work, self.partial, tuple(plan.rows), self.wanted, dataset)
+        return FinishTask(self.out, self.partial, tuple(plan.rows), self.wanted, dataset)
 
 
 def write_shards(
@@ -146,19 +129,14 @@ def write_shards(
     """Write `source` into `out`, or continue where an earlier run with the same options stopped.
 
     `out` may be a path of `pipeline.base.store`. A policy of None is that of the shards there, else the default.
-    Raises DataError for bad input, too many unusable images, shards of other options or CSVs in `out` without
-    `overwrite`, and what `strict` refuses before it writes shards.
+    Raises DataError for bad input, too many unusable images, shards of other options or CSVs in `out`, and what
+    `strict` refuses before it writes shards.
     """
     check_access(out)
-    if is_remote(out) and (how.overwrite or how.repair):
-        raise DataError(
-            f"{out}: {'`overwrite`' if how.overwrite else '`repair`'} is for folders: an object store cannot exchange "
-            "files as a whole; write to another prefix, or remove this one first"
-        )
     named_files = source.csvs | {f"facts-{number}": path for number, path in enumerate(source.facts, 1)}
     hashes = {name: hash_file(path) for name, path in named_files.items()}
     with named_failures(out, "cannot be written"):
-        chosen = _choose_policies(out, policies, how.overwrite)
+        chosen = _choose_policies(out, policies)
         named: dict[str, Any] = {"columns": dict(source.columns)} if source.columns else {}
         if source.set != SETS[source.set].TERMS.name:  # other rows of the same table
             named["set"] = source.set
@@ -166,110 +144,106 @@ def write_shards(
             named["name"] = source.name
         wanted = {"options": asdict(options) | named, "policies": chosen, "sources": hashes}
         run = Run(out, source, options, chosen, wanted, how, progress)
-        if not run.partial.exists() and (found := _find_finished(run)) is not None:
-            return found
-        make_folder(out)
-        with nullcontext() if is_remote(out) else claimed(out):
-            publish(out)  # what a killed run had begun to move
-            # Look again: another process may have finished them before it released the folder.
-            if (found := _find_finished(run)) is not None:
-                return found
-            try:
-                return _repair(run) if how.repair else _write_all(run)
-            finally:
-                if not is_remote(out):
-                    remove_temporaries(out / PARTIAL)
-                    remove_folder(out / PLANNED)
+        manifest, damaged = _read_finished(run)
+        if manifest is None or damaged:
+            make_folder(out)
+            with nullcontext() if is_remote(out) else claimed(out):
+                # Look again: another process may have finished them before it released the folder.
+                manifest, damaged = _read_finished(run)
+                try:
+                    if manifest is None:
+                        return _write_all(run)
+                    if damaged:
+                        _restore(run, manifest, damaged)
+                finally:
+                    if not is_remote(out):
+                        remove_temporaries(run.partial)
+        return RunSummary(manifest, False, restored=tuple(damaged))
 
 
-def _choose_policies(out: Path, given: Mapping[str, str | None], overwrite: bool) -> dict[str, str]:
+def _choose_policies(out: Path, given: Mapping[str, str | None]) -> dict[str, str]:
     """The given policies; else those of the shards already there, finished or begun; else the defaults."""
-    there: Mapping[str, str] = {}
-    if not overwrite:
-        begun = read_unfinished(out / PARTIAL / STARTED) or {}
-        there = read_manifest(out).policies if (out / NAME).exists() else begun.get("policies", {})
-    return {name: given.get(name) or there.get(name, default) for name, default in POLICIES.items()}
+    begun: Mapping[str, Any] = _read_started(out / PARTIAL) or {}
+    before = read_manifest(out).policies if (out / NAME).exists() else begun.get("policies", {})
+    return {name: given.get(name) or before.get(name, default) for name, default in POLICIES.items()}
 
 
-def _find_finished(run: Run) -> RunSummary | None:
-    """The summary of shards that are already there. Raises DataError where they differ or are not whole."""
-    if run.how.overwrite or run.how.repair or not (run.out / NAME).exists():
+def _read_started(partial: Path) -> dict[str, Any] | None:
+    """What the unfinished run was asked for; None where there is none, or its file is damaged."""
+    try:
+        return read_object(partial / STARTED)
+    except (FileNotFoundError, DataError):
         return None
-    manifest = _read_same(run)
-    for split in manifest.splits.values():
-        for shard in split.shards:
-            path = run.out / shard.file
-            if not path.exists() or path.stat().st_size != shard.bytes:
-                raise DataError(f"{path}: missing, or not of its size; `repair` writes it again")
-    remove_folder(run.partial)
-    restored: tuple[str, ...] = ()
-    if manifest.rejects:
-        task = PlanTask(run.out, run.source, run.options)
-        restored = run_alone(find_restored, task, f"trying the rejects of {run.out} again")
-    return RunSummary(manifest, False, restored=restored)
 
 
-def _read_same(run: Run) -> Manifest:
-    """The manifest in the folder. Raises DataError where its options, policies or CSVs are others."""
+def _read_finished(run: Run) -> tuple[Manifest | None, list[str]]:
+    """The manifest, if there is one, and the files that are missing or do not have the hash it says.
+
+    Raises DataError where its options, policies or CSVs are others.
+    """
+    if not (run.out / NAME).exists():
+        return None, []
     manifest = read_manifest(run.out)
     _refuse_difference(run.out, {name: getattr(manifest, name) for name in run.wanted}, run.wanted)
-    return manifest
+    files = manifest.files()
+    intact = run_threads(lambda name: is_intact(run.out / name, files[name]), list(files), run.how.workers)
+    damaged = sorted(name for name, whole in zip(files, intact, strict=True) if not whole)
+    if not damaged:
+        remove_folder(run.partial)  # of a run that was killed at its very end
+    return manifest, damaged
 
 
-def _refuse_difference(out: Path, there: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+def _refuse_difference(out: Path, before: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     for group, values in wanted.items():
-        of_group = there.get(group, {})
-        difference = describe_difference(of_group, values, sorted(values.keys() | of_group.keys()))
+        was = before.get(group, {})
+        difference = describe_difference(was, values, sorted(values.keys() | was.keys()))
         if difference and group == "sources":
             name = difference.partition(" ")[0]
             # A split's name has no hyphen.
             difference = f"the file {name} differs" if "-" in name else f"the CSV of {name} differs"
         if difference:
-            remedy = "choose another prefix" if is_remote(out) else "choose another folder or `overwrite`"
-            raise DataError(f"{out} holds other shards: {difference}; {remedy}")
+            raise DataError(f"{out} holds other shards: {difference}; remove it, or name another folder")
 
 
 def _write_all(run: Run) -> RunSummary:
-    """Plan, write what is not yet written, finish, and put it in its place."""
+    """Plan, write what is not yet written, and finish."""
+    before = _read_started(run.partial)
+    if before != run.started:
+        # A run that has written no shard yet may be started anew with other options.
+        if before is not None and any(path.suffix == ".tar" for path in list_files(run.out)):
+            _refuse_difference(run.out, before, run.started)
+        remove_folder(run.partial)
     plan = _plan(run)
-    records = [(task, find_summary(task)) for task in run.list_tasks(plan)]
-    finished = [summary for _, summary in records if summary is not None]
+    tasks = run.list_tasks(plan)
+    if before != run.started:
+        tables = {f"{split}.arrow" for split in plan.rows}
+        _refuse_others(run.out, {REJECTS} | tables | {task.file for task in tasks})
+        write_json(run.partial / STARTED, run.started)
+    summaries = run_threads(find_summary, tasks, run.how.workers)
+    finished = [summary for summary in summaries if summary is not None]
     resumed = sum(summary.samples for summary in finished)
-    unfinished = [task for task, summary in records if summary is None]
+    unfinished = [task for task, summary in zip(tasks, summaries, strict=True) if summary is None]
     finished += _write_tasks(run, unfinished, resumed, sum(plan.rows.values()))
     manifest = run_alone(finish, run.finish_task(plan), f"writing the tables of {run.out}")
-    if is_remote(run.out):
-        remove_folder(run.partial)
-    else:
-        exchange(run.out, manifest)
+    remove_folder(run.partial)
     bytes_in = sum(summary.bytes_in for summary in finished)
     stripped = sum(summary.stripped for summary in finished)
     return RunSummary(manifest, True, bytes_in, stripped, resumed, plan.moved, plan.notes)
 
 
 def _plan(run: Run) -> Plan:
-    """Plan the shards, and check what can be checked, before existing files are touched."""
-    out, partial, overwrite = run.out, run.partial, run.how.overwrite
-    planned = partial if is_remote(out) else out / PLANNED
-    before = read_unfinished(partial / STARTED)
-    has_shards = any(path.suffix == ".tar" for path in list_files(run.work))
-    if before is not None and has_shards and not overwrite:
-        _refuse_difference(out, before, run.started)
-    make_folder(planned)
-    task = PlanTask(planned, run.source, run.options, run.policies if run.how.strict else None)
-    plan = run_alone(write_plan, task, f"planning {out}")
-    if before is None or not is_remote(out):
-        refuse_others(out, planned, plan.rows)
-    if overwrite:
-        run_alone(try_images, task, f"trying some images for {out}")
-    if planned != partial:
-        if before != run.started:
-            remove_folder(partial)
-        make_folder(partial)
-        for path in planned.iterdir():
-            move_file(path, partial / path.name)
-    write_json(partial / STARTED, run.started)
-    return plan
+    make_folder(run.partial)
+    task = PlanTask(run.partial, run.source, run.options, run.policies if run.how.strict else None)
+    return run_alone(write_plan, task, f"planning {run.out}")
+
+
+def _refuse_others(out: Path, names: Collection[str]) -> None:
+    """Raise DataError if a file has one of these names, before a run writes the first of them."""
+    for path in list_files(out):
+        if path.name in names:
+            raise DataError(
+                f"{path}: not written by this command, which would replace it; remove it, or name another folder"
+            )
 
 
 def _write_tasks(run: Run, tasks: Sequence[ShardTask], resumed: int, total: int) -> list[ShardSummary]:
@@ -296,46 +270,34 @@ def _write_tasks(run: Run, tasks: Sequence[ShardTask], resumed: int, total: int)
             if scheduler is not None:
                 tick(done)
             if len(rejects) > max_bad * total:
-                write_rejects(run.work, rejects)
+                write_rejects(run.partial, rejects)
                 raise DataError(
                     f"{len(rejects)} of {total:,} images cannot be used, more than `max_bad` {max_bad:.2%}; "
-                    f"{run.work / REJECTS} lists them; the first: {rejects[0].file}: {rejects[0].reason}"
+                    f"{run.partial / REJECTS} lists them; the first: {rejects[0].file}: {rejects[0].reason}"
                 )
     run.progress(total, total, len(rejects))
     return finished
 
 
-def _repair(run: Run) -> RunSummary:
-    """Write missing or damaged files of finished shards again, to the same bytes.
+def _restore(run: Run, manifest: Manifest, damaged: Collection[str]) -> None:
+    """Write missing or damaged files of finished shards again.
 
-    Raises DataError where the source no longer gives these bytes.
+    Raises DataError where the source no longer gives the bytes that the manifest says.
     """
-    manifest = _read_same(run)
-    expected = manifest.files()
-    damaged = sorted(name for name in expected if not _is_intact(run.out / name, expected[name]))
+    plan, files = _plan(run), manifest.files()
+    write_json(run.partial / STARTED, run.started)
+    # A table needs the records of all shards of its split.
+    splits = [name for name, split in manifest.splits.items() if split.table in damaged]
+    tasks = [
+        task._replace(sha256=files[task.file])
+        for task in run.list_tasks(plan)
+        if task.split in splits or task.file in damaged
+    ]
+    total = sum(plan.rows.values())  # the share of rejects is one of all images
+    again = sum(read_planned(run.partial, task.split, task.number).num_rows for task in tasks)
+    _write_tasks(run, tasks, total - again, total)
+    for split in splits:
+        index = run_alone(index_split, (run.finish_task(plan), split), f"writing the tables of {run.out}")
+        if index.entry != manifest.splits[split]:
+            raise DataError(f"{run.out / index.entry.table}: {CHANGED}")
     remove_folder(run.partial)
-    if damaged:
-        plan = _plan(run)
-        # A table needs the records of all shards of its split.
-        whole = [name for name, split in manifest.splits.items() if split.table in damaged]
-        tasks = [task for task in run.list_tasks(plan) if task.split in whole or task.file in damaged]
-        total = sum(plan.rows.values())  # the share of rejects is one of all images
-        again = sum(len(read_planned(run.partial, task.split, task.number)) for task in tasks)
-        _write_tasks(run, tasks, total - again, total)
-        for split in whole:
-            of = run.finish_task(plan)._replace(facts=frozenset(manifest.facts))
-            run_alone(index_split, (of, split), f"writing the tables of {run.out}")
-        for name in damaged:
-            if not _is_intact(run.partial / name, expected[name]):
-                raise DataError(
-                    f"{run.out / name}: the source does not give the same bytes any more, so it cannot be repaired; "
-                    "`overwrite` writes all shards again"
-                )
-        for name in damaged:
-            move_file(run.partial / name, run.out / name)
-        remove_folder(run.partial)
-    return RunSummary(manifest, False, repaired=tuple(damaged))
-
-
-def _is_intact(path: Path, sha256: str) -> bool:
-    return path.is_file() and hash_file(path) == sha256

@@ -22,7 +22,7 @@ from pipeline.base.errors import DataError
 from pipeline.base.files import hash_file, is_temporary, parse_object
 from pipeline.base.tar import BLOCK, Member, read_members
 from pipeline.base.workers import run_threads
-from pipeline.etl.exchange import PARTIAL, PLANNED
+from pipeline.etl.planning import PARTIAL
 from pipeline.images import ENCODINGS, decode_stored
 from pipeline.labels import count_rows, shared
 from pipeline.manifest import FACTS, NAME, Shard, Split, read_manifest, read_table
@@ -233,7 +233,7 @@ def _find_leftovers(folder: Path, known: Collection[str]) -> list[str]:
     """A line for each file that an interrupted run left, and for each shard or table of another set."""
     lines = []
     for path in sorted(folder.iterdir()):
-        if path.name in (PARTIAL, PLANNED) or is_temporary(path):
+        if path.name == PARTIAL or is_temporary(path):
             lines.append(f"{path}: left over from an interrupted run; delete it")
         elif path.suffix in (".tar", ".arrow") and path.name not in known:
             lines.append(f"{path}: the manifest does not list it")

@@ -17,7 +17,7 @@ import pyarrow as pa
 from zlib_ng import zlib_ng
 
 from pipeline.base.errors import DataError
-from pipeline.base.files import atomic_file, read_object, write_csv, write_json, write_table
+from pipeline.base.files import atomic_file, hash_file, read_object, write_csv, write_json, write_table
 from pipeline.base.tar import BLOCK, END, tar_member
 from pipeline.base.workers import report_item
 from pipeline.etl.planning import count_planned, read_planned
@@ -27,11 +27,15 @@ from pipeline.manifest import PLACES, Manifest, Shard, Split, name_facts, write_
 from pipeline.sources.rows import read_images
 
 REJECTS = "rejects.csv"
+CHANGED = "the source no longer gives the bytes of these shards; remove the folder, or name another"
 _FACTS = ("key", "patient", "study", "view", "sex", "age", "projection")
 
 
 class ShardTask(NamedTuple):
-    """One shard to write into `out`, by the plan in `partial`, where its record goes."""
+    """One shard to write into `out`, by the plan in `partial`, where its record goes.
+
+    `sha256` is what the tar must hash to, if it restores a finished one.
+    """
 
     out: Path
     partial: Path
@@ -39,6 +43,7 @@ class ShardTask(NamedTuple):
     number: int
     roots: tuple[Path, ...]
     options: ImageOptions
+    sha256: str | None = None
 
     @property
     def file(self) -> str:
@@ -73,17 +78,13 @@ class ShardSummary(NamedTuple):
 
 
 class FinishTask(NamedTuple):
-    """A run to finish: its splits, the manifest's options, policies and sources, and the data set.
-
-    `facts` are the only facts to keep, as shards to repair may have fewer; None: all.
-    """
+    """A run to finish: its splits, the manifest's options, policies and sources, and the data set."""
 
     out: Path
     partial: Path
     splits: tuple[str, ...]
     wanted: dict[str, dict[str, Any]]
     dataset: dict[str, str]
-    facts: frozenset[str] | None = None
 
 
 class Index(NamedTuple):
@@ -97,23 +98,36 @@ class Index(NamedTuple):
 
 
 def write_shard(task: ShardTask) -> ShardSummary:
-    """Write one tar, then its record; images that cannot be used are left out and reported."""
+    """Write one tar, then its record; images that cannot be used are left out and reported.
+
+    Raises DataError, and leaves the file as it is, where the tar would have another hash than `sha256`.
+    """
     rows = read_planned(task.partial, task.split, task.number).to_pylist()
     with atomic_file(task.out / task.file) as file:
         summary, record = _write_tar(task, rows, file)
+        if task.sha256 not in (None, record["shard"]["sha256"]):
+            raise DataError(f"{task}: {CHANGED}")
     write_json(task.record, {"summary": summary, **record})
     return summary
 
 
 def find_summary(task: ShardTask) -> ShardSummary | None:
-    """The summary of a shard that an earlier run finished. One with rejects is written again."""
+    """The summary of a shard that an earlier start finished. One with rejects is written again."""
     try:
         record = read_object(task.record)
-        complete = (task.out / task.file).stat().st_size == record["shard"]["bytes"]
         summary = ShardSummary(*record["summary"])
+        intact = is_intact(task.out / task.file, record["shard"]["sha256"])
     except (FileNotFoundError, DataError, KeyError, TypeError):
         return None
-    return summary if complete and not summary.rejects else None
+    return summary if intact and not summary.rejects else None
+
+
+def is_intact(path: Path, sha256: str) -> bool:
+    """Whether a file exists, can be read, and has this hash."""
+    try:
+        return path.is_file() and hash_file(path) == sha256
+    except OSError:
+        return False
 
 
 def _write_tar(
@@ -212,8 +226,6 @@ def index_split(of: tuple[FinishTask, str]) -> Index:
         levels += np.array(record["levels"])
         rejects += [Reject(*reject) for reject in record["summary"][-1]]
     whole = pa.concat_tables(tables)
-    if task.facts is not None:
-        whole = whole.drop_columns([name for name in name_facts(whole) if name not in task.facts])
     entry = write_split(task.out, split, whole, shards)
     return Index(entry, levels, rejects, find_unannotated(whole), name_facts(whole))
 

@@ -130,7 +130,6 @@ def test_strict_exits_with_3_where_an_image_was_rejected(chexpert: Path, tmp_pat
     again = run(*command, "--strict")
     assert again.returncode == 3
     assert f"rejected images: 1, see {tmp_path / 'out' / 'rejects.csv'}" in again.stdout.splitlines()
-    assert run(*command, "--overwrite", "--size", 32, "--strict").returncode == 3
 
 
 def test_labels_with_one_class_are_warned_about_and_refused_where_strict(
@@ -257,7 +256,7 @@ runpy.run_path({program!r}, run_name="__main__")
     assert (ran.returncode, ran.stdout, ran.stderr) == (130, "", errors)
 
 
-def test_rejects_that_can_be_used_now_are_said(chexpert: Path, tmp_path: Path) -> None:
+def test_rejects_are_part_of_finished_shards(chexpert: Path, tmp_path: Path) -> None:
     image = chexpert / "valid/patient00019/study2/view1_frontal.jpg"
     content = image.read_bytes()
     image.unlink()
@@ -267,10 +266,7 @@ def test_rejects_that_can_be_used_now_are_said(chexpert: Path, tmp_path: Path) -
     image.write_bytes(content)
     again = run(*command)
     assert again.returncode == 0
-    assert again.stdout.splitlines()[-1] == (
-        "1 of the rejected images can be used now, such as patient00019_study2_view1_frontal; "
-        "--overwrite writes the shards again with them"
-    )
+    assert "to try rejected images again, write to a new folder" in again.stdout.splitlines()
 
 
 def test_a_dry_run_exits_as_the_run_would(chexpert: Path, tmp_path: Path) -> None:
@@ -290,14 +286,13 @@ def test_an_empty_name_is_no_folder(arguments: tuple[str, str]) -> None:
     assert "the name is empty; for the folder you are in, write ." in refused.stderr
 
 
-def test_a_problem_names_the_command_that_repairs_it(chexpert: Path, tmp_path: Path) -> None:
+def test_the_same_command_restores_what_verify_finds(chexpert: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = ("shards", chexpert, out, "--size", 48)
     assert run(*command).returncode == 0
     (out / "dev-000000.tar").write_bytes(b"")
-    assert f"`pipeline shards SOURCE {out} --repair`" in run("verify", out).stderr
-    repaired = run(*command, "--repair")
-    assert repaired.stdout.splitlines()[-1] == f"{out}: written again: dev-000000.tar"
+    assert "; to restore them, run the command that wrote them again\n" in run("verify", out).stderr
+    assert run(*command).stdout.splitlines()[-1] == f"{out}: restored: dev-000000.tar"
     assert run("verify", out).returncode == 0
 
 

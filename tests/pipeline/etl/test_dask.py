@@ -81,7 +81,7 @@ def test_a_lost_worker_changes_no_byte(
     workers = [start("worker", scheduler) for _ in range(3)]
     command = [PIPELINE, "shards", source, tmp_path / "cluster", *OPTIONS, "--max-bad", "0.01", "--strict"]
     run = subprocess.Popen([*map(str, command), "--scheduler", scheduler], stderr=subprocess.PIPE, text=True)
-    while not list((tmp_path / "cluster").glob(".partial/*.tar")):
+    while not list((tmp_path / "cluster").glob("*.tar")):
         time.sleep(0.01)
         assert run.poll() is None
     time.sleep(random.Random(round_).random() / 10)
@@ -101,7 +101,7 @@ def test_a_stopped_run_continues_on_a_cluster(
     words = [PIPELINE, "shards", source, tmp_path / "out", *OPTIONS, "--max-bad", "0.01"]
     command = [*map(str, words), "--scheduler", scheduler]
     run = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    while len(list((tmp_path / "out").glob(".partial/*.tar"))) < 3:
+    while len(list((tmp_path / "out").glob("*.tar"))) < 3:
         time.sleep(0.01)
         assert run.poll() is None
     run.send_signal(signal.SIGTERM)
@@ -120,7 +120,7 @@ def test_a_lost_scheduler_is_named(start: Start, source: Path, tmp_path: Path) -
     words = [PIPELINE, "shards", source, tmp_path / "out", *OPTIONS, "--max-bad", "0.01"]
     command = [*map(str, words), "--scheduler", f"tcp://127.0.0.1:{port}"]
     run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    while len(list((tmp_path / "out").glob(".partial/*.tar"))) < 2:
+    while len(list((tmp_path / "out").glob("*.tar"))) < 2:
         time.sleep(0.01)
         assert run.poll() is None
     scheduler.kill()

@@ -106,7 +106,7 @@ def test_a_signal_ends_the_run_and_its_workers(
     out = tmp_path / "out"
     command = [str(PIPELINE), "shards", str(source), str(out), *OPTIONS]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        while not list(out.glob(".partial/*.tar")):
+        while not list(out.glob("*.tar")):
             time.sleep(0.01)
         process.send_signal(number)
         _, errors = process.communicate(timeout=30)  # returns once the workers have closed stderr too

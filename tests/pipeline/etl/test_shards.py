@@ -8,10 +8,8 @@ import shutil
 import signal
 import tarfile
 import zlib
-from collections.abc import Callable, Generator, Iterable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -21,8 +19,6 @@ from PIL import Image
 
 from pipeline import DataError, open_shards
 from pipeline.base.files import atomic_file, claimed, write_csv
-from pipeline.base.store import remove_folder
-from pipeline.etl import exchange
 from pipeline.etl import shards as etl
 from pipeline.etl.planning import Options
 from pipeline.etl.shards import Execution, RunSummary, write_shards
@@ -203,26 +199,11 @@ def test_finished_shards_are_left_alone_and_other_options_refused(chexpert: Path
     assert (again.manifest, again.is_new) == (manifest, False)
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
 
-    with pytest.raises(
-        DataError, match=r"holds other shards: size is 48 there and 32 here; choose another f"
-    ):
+    with pytest.raises(DataError) as caught:
         make_shards(chexpert, folder, default_options(size=32))
-    few = default_options(size=32, samples_per_shard=100)
-    assert make_shards(chexpert, folder, few, overwrite=True).is_new
-    assert sorted(path.name for path in folder.glob("*.tar")) == [
-        f"{name}-000000.tar" for name in ("dev", "train", "valid")
-    ]
-
-
-def test_finished_shards_that_are_not_whole_are_named(chexpert: Path, shards: Shards) -> None:
-    path = shards[0] / "train-000001.tar"
-    for damage in (lambda: path.write_bytes(path.read_bytes()[:-512]), path.unlink):
-        damage()
-        with pytest.raises(DataError) as caught:
-            make_shards(chexpert, shards[0])
-        reason = "missing, or not of its size; `repair` writes it again"
-        assert str(caught.value) == f"{path}: {reason}"
-    assert make_shards(chexpert, shards[0], overwrite=True).manifest == shards[1]
+    difference = "size is 48 there and 32 here; remove it, or name another folder"
+    assert str(caught.value) == f"{folder} holds other shards: {difference}"
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
 
 
 def test_files_of_others_are_neither_replaced_nor_removed(
@@ -232,46 +213,42 @@ def test_files_of_others_are_neither_replaced_nor_removed(
     out.mkdir()
     for name in ("dev.arrow", "train-000000.tar", "rejects.csv"):
         (out / name).write_text("mine")
-        for overwrite in (False, True):
-            with pytest.raises(DataError) as caught:
-                make_shards(chexpert, out, overwrite=overwrite)
-            reason = "not written by this command, which would replace it; choose another folder"
-            assert str(caught.value) == f"{out / name}: {reason}"
-        assert [path.read_text() for path in out.iterdir()] == ["mine"]
+        with pytest.raises(DataError) as caught:
+            make_shards(chexpert, out)
+        reason = "not written by this command, which would replace it; remove it, or name another folder"
+        assert str(caught.value) == f"{out / name}: {reason}"
+        assert (out / name).read_text() == "mine"
         (out / name).unlink()
+    (out / "imagenet-000000.tar").write_text("mine")
+    make_shards(chexpert, out)
+    assert (out / "imagenet-000000.tar").read_text() == "mine"
+    (out / "imagenet-000000.tar").unlink()
+    (out / "manifest.json").unlink()  # now nothing says whose the others are
+    with pytest.raises(DataError, match="not written by this command, which would replace it; remove it"):
+        make_shards(chexpert, out)
 
-    folder, _ = shards
-    (folder / "imagenet-000000.tar").write_text("mine")
-    (folder / "notes.arrow").write_text("mine")
-    assert make_shards(chexpert, folder, default_options(seed=1), overwrite=True).is_new
-    assert (folder / "imagenet-000000.tar").read_text() == (folder / "notes.arrow").read_text() == "mine"
 
+def test_an_interrupted_run_continues_and_no_other(chexpert: Path, tmp_path: Path) -> None:
+    source, out = find_source(chexpert, {}, []), tmp_path / "out"
+    few, options = default_options(samples_per_shard=3), default_options(seed=1, samples_per_shard=4)
 
-@pytest.mark.parametrize("finished", [True, False])
-def test_an_interrupted_overwrite_continues(
-    chexpert: Path, shards: Shards, tmp_path: Path, finished: bool
-) -> None:
-    """Over finished shards, or over a run that was interrupted itself."""
-    folder = shards[0] if finished else tmp_path / "out"
-    source, options = find_source(chexpert, {}, []), default_options(seed=1, samples_per_shard=4)
-
-    def write(options: Options, stop_at: int, overwrite: bool = True) -> RunSummary:
+    def write(options: Options, stop_at: int) -> RunSummary:
         def stop(done: int, total: int, rejects: int) -> None:
             if done >= stop_at:
                 raise KeyboardInterrupt
 
-        how = Execution(workers=1, max_bad=0, overwrite=overwrite)
-        return write_shards(source, folder, options, POLICIES, how, stop)
+        return write_shards(source, out, options, POLICIES, Execution(workers=1, max_bad=0), stop)
 
-    if not finished:
-        with pytest.raises(KeyboardInterrupt):
-            write(default_options(samples_per_shard=3), 12, overwrite=False)
+    with pytest.raises(KeyboardInterrupt):
+        write(few, 0)  # before the first shard: a mistyped option costs nothing
     for stop_at in (9, 17):
         with pytest.raises(KeyboardInterrupt):
             write(options, stop_at)
+    with pytest.raises(DataError, match=r"holds other shards: samples_per_shard is 4 there and 3 here"):
+        write(few, 1000)
     assert write(options, 1000).resumed >= 8
     make_shards(chexpert, tmp_path / "fresh", options)
-    assert hashes(folder) == hashes(tmp_path / "fresh")
+    assert hashes(out) == hashes(tmp_path / "fresh")
 
 
 def test_a_run_does_not_go_on_with_other_versions(chexpert: Path, tmp_path: Path) -> None:
@@ -282,10 +259,9 @@ def test_a_run_does_not_go_on_with_other_versions(chexpert: Path, tmp_path: Path
     text = started.read_text()
     assert f'"simplejpeg": "{version("simplejpeg")}"' in text
     started.write_text(text.replace(f'"simplejpeg": "{version("simplejpeg")}"', '"simplejpeg": "0.1"'))
-    message = rf"holds other shards: simplejpeg is 0.1 there and {version('simplejpeg')} here; choose another"
+    message = rf"holds other shards: simplejpeg is 0.1 there and {version('simplejpeg')} here; remove it"
     with pytest.raises(DataError, match=message):
         make_shards(chexpert, tmp_path / "out", max_bad=0.5)
-    assert make_shards(chexpert, tmp_path / "out", max_bad=0.5, overwrite=True).is_new
 
 
 def test_images_of_one_level_make_shards_that_can_be_read(chexpert: Path, tmp_path: Path) -> None:
@@ -477,18 +453,16 @@ def test_a_start_that_failed_leaves_the_folder_to_the_next(chexpert: Path, tmp_p
 
 
 def test_policies_not_given_are_those_of_the_shards_there(chexpert: Path, tmp_path: Path) -> None:
-    def policies(blank: str | None, uncertain: str | None, overwrite: bool = False) -> dict[str, str]:
+    def policies(blank: str | None, uncertain: str | None) -> dict[str, str]:
         source, given = find_source(chexpert, {}, []), {"uncertain": uncertain, "blank": blank}
         options = default_options()
-        how = Execution(workers=1, max_bad=0, overwrite=overwrite)
-        run = write_shards(source, tmp_path, options, given, how)
+        run = write_shards(source, tmp_path, options, given, Execution(workers=1, max_bad=0))
         return dict(run.manifest.policies)
 
     assert policies("ignore", None) == {"uncertain": "best", "blank": "ignore"}
     assert policies(None, None) == {"uncertain": "best", "blank": "ignore"}
     with pytest.raises(DataError, match=r"uncertain is best there and ones here"):
         policies(None, "ones")
-    assert policies(None, "ones", overwrite=True) == {"uncertain": "ones", "blank": "zeros"}
 
 
 def test_names_that_a_spreadsheet_would_run_are_text(tmp_path: Path) -> None:
@@ -522,148 +496,93 @@ def test_what_a_killed_writer_left_goes_and_nothing_else(tmp_path: Path) -> None
     assert {path.name for path in tmp_path.iterdir()} == {"last.pt", ".mine.tmp"}
 
 
-def test_an_overwrite_that_cannot_work_leaves_the_shards_alone(
-    chexpert: Path,
-    shards: Shards,
-    edit_csv: Callable[[str, str], None],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    folder, manifest = shards
-    before = hashes(folder)
-    other = default_options(seed=1)
-    monkeypatch.setattr("pipeline.etl.cluster.CONNECT_SECONDS", 0.5)
-
-    def refuse(match: str, scheduler: str | None = None) -> None:
-        how = Execution(1, 0.0, scheduler, overwrite=True)
-        with pytest.raises(DataError, match=match):
-            write_shards(find_source(chexpert, {}, []), folder, other, POLICIES, how)
-        assert {path.name: sha256(path) for path in folder.iterdir() if path.is_file()} == before
-        assert read_manifest(folder) == manifest
-
-    refuse("cannot be reached", scheduler="tcp://127.0.0.1:9")
-    images = chexpert / "train"
-    images.rename(chexpert.parent / "unmounted")
-    (chexpert / "valid").rename(chexpert.parent / "unmounted too")
-    refuse("no such file, but the CSV lists it; none of 18 images tried can be used, so nothing was changed$")
-    (chexpert.parent / "unmounted").rename(images)
-    (chexpert.parent / "unmounted too").rename(chexpert / "valid")
-    edit_csv("Pneumonia", "Pnemonia")
-    refuse("column Pneumonia is missing")
-
-
-def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def run_here(function: Callable[[Any], Any], tasks: Iterable[Any], *_: object) -> Generator[Any, None, None]:
-    """Instead of `run_tasks`: in this process, which starts in no time."""
-    yield from map(function, tasks)
-
-
 class Killed(BaseException):
     """Stands in for SIGKILL: nothing catches it."""
 
 
-def test_killed_at_any_move_an_overwrite_loses_nothing(
-    chexpert: Path, shards: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    old, new = hashes(shards[0]), default_options(seed=1, samples_per_shard=14)
-    monkeypatch.setattr(etl, "run_alone", lambda function, task, _: function(task))
-    monkeypatch.setattr(etl, "run_tasks", run_here)
-    make_shards(chexpert, tmp_path / "new", new)
-    expected = hashes(tmp_path / "new")
-    moves = 0
-    for kill in range(1000):
-        folder = Path(shutil.copytree(shards[0], tmp_path / f"kill-{kill}"))
-        with monkeypatch.context() as patch:
-            done = 0
-
-            def move(source: Path, target: Path, kill: int = kill) -> None:
-                nonlocal done
-                done += 1
-                if done > kill:
-                    raise Killed
-                source.replace(target)
-
-            patch.setattr(etl, "move_file", move)
-            patch.setattr(exchange, "move_file", move)
-            try:
-                make_shards(chexpert, folder, new, overwrite=True)
-            except Killed:
-                found = {sha256(path) for path in folder.rglob("*") if path.is_file()}
-                # Before the exchange the old set is where it was; within it both are whole on the disk.
-                begun = (folder / ".partial" / "publish.json").exists()
-                assert set(old.values()) <= found
-                assert set(expected.values()) <= found or not begun
-                if not begun:
-                    assert {path.name: sha256(path) for path in folder.iterdir() if path.is_file()} == old
-            else:
-                moves = done
-        if moves:
-            break
-        make_shards(chexpert, folder, new, overwrite=True)
-        assert hashes(folder) == expected
-        shutil.rmtree(folder)
-    assert moves > 15
-
-
-def test_damaged_and_missing_files_are_repaired_to_the_same_bytes(chexpert: Path, shards: Shards) -> None:
-    folder, manifest = shards
-    before = hashes(folder)
-
-    def repair(options: Options | None = None) -> RunSummary:
-        source = find_source(chexpert, {}, [])
-        chosen = options or default_options()
-        how = Execution(workers=1, max_bad=0.0, repair=True)
-        return write_shards(source, folder, chosen, POLICIES, how)
-
+def damage_files(folder: Path) -> None:
+    """One file of each kind is missing or damaged."""
     (folder / "train-000001.tar").unlink()
-    damaged = folder / "valid-000000.tar"
-    damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
+    flipped = folder / "valid-000000.tar"
+    flipped.write_bytes(flipped.read_bytes()[:-1] + b"x")
+    cut = folder / "valid-000001.tar"
+    cut.write_bytes(cut.read_bytes()[:-512])
     (folder / "dev.arrow").write_bytes(b"")
-    kept = (folder / "train-000000.tar").stat().st_mtime_ns
-    assert repair().repaired == ("dev.arrow", "train-000001.tar", "valid-000000.tar")
+
+
+DAMAGED = ("dev.arrow", "train-000001.tar", "valid-000000.tar", "valid-000001.tar")
+
+
+def test_damaged_and_missing_files_are_restored_to_the_same_bytes(chexpert: Path, shards: Shards) -> None:
+    folder, manifest = shards
+    before, kept = hashes(folder), (folder / "train-000000.tar").stat().st_mtime_ns
+    damage_files(folder)
+    assert make_shards(chexpert, folder).restored == DAMAGED
     assert hashes(folder) == before
     assert (folder / "train-000000.tar").stat().st_mtime_ns == kept
-    assert repair().repaired == ()
-    with pytest.raises(DataError, match=r"holds other shards: seed is 0 there and 1 here"):
-        repair(default_options(seed=1))
+    assert make_shards(chexpert, folder).restored == ()
+
     (folder / "train-000001.tar").unlink()
     first = read_table(folder, manifest.split("train"))["key"][7].as_py().replace("_", "/", 2)
     Image.new("L", (80, 64)).save(chexpert / "train" / f"{first}.jpg")
     with pytest.raises(DataError) as caught:
-        repair()
+        make_shards(chexpert, folder)
     assert str(caught.value) == (
-        f"{folder / 'train-000001.tar'}: the source does not give the same bytes any more, so it cannot be repaired; "
-        "`overwrite` writes all shards again"
+        f"{folder / 'train-000001.tar'}: the source no longer gives the bytes of these shards; "
+        "remove the folder, or name another"
     )
+    assert not (folder / "train-000001.tar").exists()
 
 
-def test_shards_whose_manifest_is_gone_are_finished_again(chexpert: Path, shards: Shards) -> None:
-    folder = shards[0]
-    before = hashes(folder)
-    (folder / "manifest.json").unlink()
-    make_shards(chexpert, folder)
-    assert hashes(folder) == before
-    (folder / "manifest.json").unlink()
-    table = folder / "dev.arrow"
-    table.write_bytes(table.read_bytes()[:-8] + bytes(8))
-    with pytest.raises(DataError, match=rf"^{table}: not written by this command, which would replace it"):
-        make_shards(chexpert, folder)
+def test_killed_at_any_file_a_run_converges(
+    chexpert: Path, shards: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While new shards are written, and while finished ones are restored."""
+    expected, replace = hashes(shards[0]), Path.replace
+    monkeypatch.setattr(etl, "run_alone", lambda function, task, _: function(task))
+    monkeypatch.setattr(etl, "run_tasks", lambda function, tasks, *_: (function(task) for task in tasks))
+    damaged = tmp_path / "damaged"
+    shutil.copytree(shards[0], damaged)
+    damage_files(damaged)
+    for start, least in ((None, 20), (damaged, 10)):
+        for kill in range(1000):
+            out = tmp_path / f"{least}-{kill}"
+            if start:
+                shutil.copytree(start, out)
+            done = 0
+
+            def move(path: Path, target: Path, kill: int = kill) -> None:
+                nonlocal done
+                done += 1
+                if done > kill:
+                    raise Killed
+                replace(path, target)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(Path, "replace", move)
+                try:
+                    make_shards(chexpert, out)
+                except Killed:
+                    assert start or not (out / "manifest.json").exists()
+            make_shards(chexpert, out)
+            assert hashes(out) == expected
+            if done <= kill:
+                break
+        assert done > least
 
 
-@pytest.mark.parametrize("name", ["options.json", "train-000000.json", "train.plan"])
-def test_an_empty_file_of_an_unfinished_run_is_made_again(chexpert: Path, shards: Shards, name: str) -> None:
-    folder = shards[0]
-    before = hashes(folder)
-    (folder / "manifest.json").unlink()
-    (chexpert / "valid/patient00019/study2/view1_frontal.jpg").rename(chexpert / "away.jpg")
+@pytest.mark.parametrize("name", ["train-000000.json", "train.plan"])
+def test_an_empty_file_of_an_unfinished_run_is_made_again(
+    chexpert: Path, shards: Shards, tmp_path: Path, name: str
+) -> None:
+    image = chexpert / "valid/patient00019/study2/view1_frontal.jpg"
+    image.rename(chexpert / "away.jpg")
     with pytest.raises(DataError, match="more than `max_bad`"):
-        make_shards(chexpert, folder)
-    (chexpert / "away.jpg").rename(chexpert / "valid/patient00019/study2/view1_frontal.jpg")
-    (folder / ".partial" / name).write_bytes(b"")
-    make_shards(chexpert, folder)
-    assert hashes(folder) == before
+        make_shards(chexpert, tmp_path / "out")
+    (chexpert / "away.jpg").rename(image)
+    (tmp_path / "out" / ".partial" / name).write_bytes(b"")
+    make_shards(chexpert, tmp_path / "out")
+    assert hashes(tmp_path / "out") == hashes(shards[0])
 
 
 def test_a_file_system_without_locks_is_named(
@@ -680,35 +599,7 @@ def test_a_file_system_without_locks_is_named(
     )
 
 
-def test_what_an_earlier_exchange_left_is_not_in_the_way_of_the_next(
-    chexpert: Path, shards: Shards, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = shards[0]
-    other = default_options(seed=1)
-    with monkeypatch.context() as patch:  # killed when all is in its place, before .partial is removed
-        patch.setattr(
-            exchange,
-            "remove_folder",
-            lambda path: None if (path / "replaced").exists() else remove_folder(path),
-        )
-        make_shards(chexpert, folder, other, overwrite=True)
-    assert (folder / ".partial" / "replaced" / "manifest.json").exists()
-    moved: list[tuple[str, str]] = []
-
-    def move(source: Path, target: Path) -> None:
-        moved.append((source.name, target.parent.name))
-        source.replace(target)
-
-    monkeypatch.setattr(exchange, "move_file", move)
-    make_shards(chexpert, folder, other, overwrite=True)
-    # The manifest moves out first and in last: in between no reader takes the folder for finished.
-    files = [name for name in moved if name[1] in ("replaced", folder.name)]
-    assert files[0] == ("manifest.json", "replaced")
-    assert files[-1] == ("manifest.json", folder.name)
-    assert not (folder / ".partial").exists()
-
-
-def test_a_repair_allows_the_rejects_that_the_shards_have(chexpert: Path, tmp_path: Path) -> None:
+def test_restoring_allows_the_rejects_that_the_shards_have(chexpert: Path, tmp_path: Path) -> None:
     (chexpert / "train/patient00003/study2/view1_frontal.jpg").unlink()
     out, options = tmp_path / "out", default_options()
     manifest = make_shards(chexpert, out, options, max_bad=0.03).manifest  # one of 40
@@ -716,6 +607,5 @@ def test_a_repair_allows_the_rejects_that_the_shards_have(chexpert: Path, tmp_pa
     before = hashes(out)
     for path in out.glob("*.tar"):
         path.unlink()
-        how = Execution(workers=1, max_bad=0.03, repair=True)
-        write_shards(find_source(chexpert, {}, []), out, options, POLICIES, how)
+        make_shards(chexpert, out, options, max_bad=0.03)
     assert hashes(out) == before

@@ -241,9 +241,9 @@ def test_damage_is_named(chexpert: Path, shards: Shards, damage: Damage) -> None
     run = run_pipeline("verify", folder, "--workers", 2)
     assert run.stdout.splitlines() == lines
     assert run.returncode == 1
-    repair = f"write these again by `pipeline shards SOURCE {folder} --repair`, with the options used before"
+    remedy = "to restore them, run the command that wrote them again"
     assert re.fullmatch(
-        rf"Error: {folder}: \d+ problems? in \d+ files?; {repair}", run.stderr.splitlines()[-1]
+        rf"Error: {folder}: \d+ problems? in \d+ files?; {remedy}", run.stderr.splitlines()[-1]
     )
 
 

@@ -79,7 +79,7 @@ def test_a_workbook_is_joined_as_pandas_merges_it(chexpert: Path, tmp_path: Path
 
     # A file with other bytes is noticed like another CSV.
     frame.iloc[::-1].to_excel(book, index=False)
-    assert "holds other shards: the file facts-1 differs; choose another folder or --overwrite" in make(
+    assert "holds other shards: the file facts-1 differs; remove it, or name another folder" in make(
         chexpert, tmp_path / "one", "--facts", book
     )
     book.write_bytes(book.read_bytes()[:500])

@@ -191,16 +191,15 @@ def test_the_etl_writes_to_the_store_what_it_writes_to_a_folder(stored: object, 
     assert not any(SECRET.encode() in content or KEY.encode() in content for content in expected.values())
     third = subprocess.run([*command, "1"], capture_output=True, text=True, check=False)
     assert "s3://chest/written/small: complete already, nothing to do" in third.stdout
+    store.pipe_file("chest/written/small/train-000001.tar", b"damaged")
+    store.rm("chest/written/small/dev.arrow")
+    fourth = subprocess.run([*command, "1"], capture_output=True, text=True, check=False)
+    assert "s3://chest/written/small: restored: dev.arrow, train-000001.tar" in fourth.stdout, fourth.stderr
+    assert objects_of("chest/written/small") == expected
     other = subprocess.run([*command, "1", "--seed", "1"], capture_output=True, text=True, check=False)
     assert other.stderr == (
         "Error: s3://chest/written/small holds other shards: seed is 0 there and 1 here; "
-        "choose another prefix\n"
-    )
-    refused = subprocess.run([*command, "1", "--overwrite"], capture_output=True, text=True, check=False)
-    assert refused.returncode == 1
-    assert refused.stderr == (
-        "Error: s3://chest/written/small: --overwrite is for folders: an object store cannot exchange files as a "
-        "whole; write to another prefix, or remove this one first\n"
+        "remove it, or name another folder\n"
     )
     assert objects_of("chest/written/small") == expected
 
