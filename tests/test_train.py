@@ -2,6 +2,7 @@ import copy
 import dataclasses
 import errno
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -44,7 +45,7 @@ from model.runs.folder import open_run, record_environment
 from model.runs.job import Job, StopFlag, open_job, open_rows
 from model.runs.results import evaluate
 from model.runs.scores import read_scores, write_scores
-from model.runs.scoring import score_best
+from model.runs.scoring import score_best, score_split
 from model.runs.targets import draw_weights, training_labels
 from pipeline import DataError, console, open_shards
 from pipeline.base.files import claimed
@@ -53,7 +54,7 @@ from pipeline.images import ImageOptions
 from pipeline.labels import LABELS, hash_fraction
 from pipeline.manifest import Manifest, manifest_digest, read_table, write_manifest
 from pipeline.measure.calibration import RULES, apply_calibration, apply_calibrations
-from pipeline.measure.evaluate import calibrate
+from pipeline.measure.evaluate import Scored, calibrate
 from pipeline.policies import evaluation_targets
 from pipeline.stream.collection import open_collection
 from tests.conftest import ROUNDS
@@ -604,7 +605,8 @@ def test_options_change_the_result(make_job: Callable[..., Job], whole: Path, ch
     ours, theirs = (
         json.loads((run / "metrics.jsonl").read_text().splitlines()[0]) for run in (whole, changed.run)
     )
-    assert ours["labels"] != theirs["labels"]
+    # The loss as well: with some processors' rounding, every AUROC of so few images stays as it was.
+    assert (ours["train_loss"], ours["labels"]) != (theirs["train_loss"], theirs["labels"])
     if change.keys() & {"amp", "accumulate"}:
         assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=0.02)
 
@@ -832,6 +834,20 @@ def test_patience_ends_a_run_that_gets_no_better(make_job: Callable[..., Job]) -
     assert scores.index(max(scores)) == len(scores) - 4  # type: ignore[type-var]
 
 
+@pytest.fixture
+def random_dev(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores of dev during training that are random numbers: which evaluation is best depends on no processor."""
+    evaluations = itertools.count()
+
+    def draw(*arguments: Any) -> tuple[Scored, pa.Table]:
+        scored, table = score_split(*arguments)
+        scores = np.random.default_rng(next(evaluations)).random(scored.scores.shape)
+        return scored._replace(scores=scores), table
+
+    monkeypatch.setattr(train, "score_split", draw)
+
+
+@pytest.mark.usefixtures("random_dev")
 def test_a_checkpoint_is_chosen_by_the_labels_asked_for(
     make_job: Callable[..., Job], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -867,7 +883,8 @@ def test_a_checkpoint_is_chosen_by_the_labels_asked_for(
     assert "The checkpoint is the one with the best AUROC on dev: Edema, Support Devices." in card
     figures = results.measure_run(job)
     assert (figures["dev"], figures["labels"]) == (max(scores), 2)
-    assert figures["same"] == pytest.approx(max(scores))
+    dev = json.loads((job.run / "evaluation-dev.json").read_text())["labels"]
+    assert figures["same"] == pytest.approx((dev["Edema"]["auroc"] + dev["Support Devices"]["auroc"]) / 2)
 
 
 @pytest.mark.parametrize(
@@ -1220,8 +1237,9 @@ def test_thresholds_go_with_the_weights_they_were_chosen_for(trained: Job) -> No
     assert not old.exists()
 
 
+@pytest.mark.usefixtures("random_dev")
 def test_the_last_weights_are_kept_where_that_is_asked_for(make_job: Callable[..., Job]) -> None:
-    job = make_job("run", keep="last", epochs=1, eval_every=1, lr=1e-2, seed=3)
+    job = make_job("run", keep="last", epochs=1, eval_every=2)
     assert train.train(job) == 0
     ema = load_checkpoint(job.run / "last.pt")["ema"]
     kept = load_checkpoint(job.run / "best.pt")

@@ -90,7 +90,7 @@ def test_an_ensemble_is_the_mean_of_calibrated_scores_everywhere(
         )
         assert list(gain["members"].values()) == pytest.approx(figure)
         assert gain["difference"] == pytest.approx(gain["auroc"] - np.mean(figure))
-        assert gain["low"] < gain["difference"] < gain["high"]
+        assert gain["low"] <= gain["difference"] <= gain["high"]  # equal if no pair changes its order
     assert found["calibration"] == json.loads((out / "calibration.json").read_text())
 
     films = sample_shards[0].parent / "CheXpert-v1.0-small" / "valid"
