@@ -87,7 +87,7 @@ WRITE    = $(BIN)/pipeline shards "$(DATA)" $(OUT) --size $(SIZE) --views $(VIEW
 $(if $(word 2,$(OUT)),$(error OUT=$(OUT): make takes no spaces there))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup shards verify stats train sweep cross evaluate predict test test-wheel test-pages test-s3 test-examples test-cluster docs-check soak fuzz audit docs lint bench-etl bench-stream bench-gpu bench-auroc bench-scale bench-waits pictures lock clean
+.PHONY: help setup shards verify stats train sweep cross evaluate predict test test-cpus test-wheel test-pages test-s3 test-examples test-cluster docs-check soak fuzz audit docs lint bench-etl bench-stream bench-gpu bench-auroc bench-scale bench-waits pictures lock clean
 
 ##@ Set up
 help:  ## list the targets
@@ -140,6 +140,11 @@ predict: .venv/installed  ## score IMAGES (files or folders) by the best checkpo
 ##@ Test
 test: .venv/installed  ## run the tests
 	$(BIN)/python -m pytest -n auto --dist worksteal
+
+test-cpus: .venv/installed  ## run the tests that compute with torch as processors with SSE4.1, AVX2 and, if it is here, AVX-512 would
+	for cpu in default:SSE41 avx2:AVX2 $$(grep -qsw avx512f /proc/cpuinfo && echo avx512:AVX512_CORE); do \
+		ATEN_CPU_CAPABILITY=$${cpu%:*} ONEDNN_MAX_CPU_ISA=$${cpu#*:} \
+		$(BIN)/python -m pytest -n auto --dist worksteal tests/golden tests/model tests/test_train.py || exit; done
 
 test-wheel: .venv/installed  ## build the wheel, and run both commands from it outside this folder
 	$(BIN)/python -m pytest tests/test_wheel.py -m wheel
