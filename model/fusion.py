@@ -28,6 +28,7 @@ class StudyNetwork(nn.Module):
         super().__init__()
         self.fusion, self.frozen = fusion, frozen
         parent, name, head = find_head(network)
+        self.place = next(path for path, module in network.named_modules() if module is head)
         setattr(parent, name, nn.Identity())
         self.backbone, self.head = network.requires_grad_(not frozen), head
         self.projection = nn.Parameter(

@@ -13,6 +13,7 @@ from model.frozen import find_depths
 from model.fusion import StudyNetwork
 from model.networks import build_network
 from model.optim import build_optimizer, scheduled_lr, set_lr, update_average
+from pipeline.base.errors import DataError
 
 
 def step(network: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
@@ -24,7 +25,8 @@ def step(network: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> Non
 
 
 def test_matrices_and_kernels_decay_and_nothing_else() -> None:
-    network = build_network("convnext_tiny", 14)
+    with torch.device("meta"):
+        network = build_network("convnext_tiny", 14)
     decayed, others = build_optimizer(network, lr=1e-3, weight_decay=0.1).param_groups
     assert (decayed["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
     names = {id(parameter): name for name, parameter in network.named_parameters()}
@@ -132,15 +134,47 @@ def test_blocks_learn_at_rates_that_decay_with_depth(arch: str, rates: dict[str,
         assert 0.5 ** depths[parameter] == rate, name
 
 
-@pytest.mark.parametrize("arch", ["resnet18", "tf_efficientnet_lite0", "vit_tiny_patch16_224"])
-def test_depths_are_timms(arch: str) -> None:
-    timm = pytest.importorskip("timm")
-    from timm.optim._param_groups import param_groups_layer_decay
+SMALL_TIMM = [
+    "beit_base_patch16_224",
+    "dm_nfnet_f0",
+    "maxvit_pico_rw_256",
+    "resnet18",
+    "swin_tiny_patch4_window7_224",
+    "tf_efficientnet_lite0",
+    "vit_tiny_patch16_224",
+]
 
-    network = timm.create_model(arch, num_classes=14, in_chans=1)
-    groups = param_groups_layer_decay(network, layer_decay=0.5)
-    theirs = {parameter: group["lr_scale"] for group in groups for parameter in group["params"]}
-    assert {parameter: 0.5**depth for parameter, depth in find_depths(network).items()} == theirs
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("names", [SMALL_TIMM, pytest.param(None, marks=pytest.mark.soak)])
+def test_groups_of_timms_networks_are_timms(names: list[str] | None) -> None:
+    timm = pytest.importorskip("timm")
+    from timm.optim._param_groups import param_groups_layer_decay, param_groups_weight_decay
+
+    def values_of(groups: list[dict[str, Any]]) -> dict[nn.Parameter, tuple[float, float]]:
+        scale = "scale" if "scale" in groups[0] else "lr_scale"
+        return {p: (of["weight_decay"], of.get(scale, 1.0)) for of in groups for p in of["params"]}
+
+    for name in names or timm.list_models():
+        try:
+            with torch.device("meta"):
+                network = build_network(f"timm/{name}", 14)
+        except DataError:  # its classifier is not one linear layer
+            assert names is None
+            continue
+        kept = network.no_weight_decay() if hasattr(network, "no_weight_decay") else ()  # type: ignore[operator]
+        theirs = {
+            1.0: values_of(param_groups_weight_decay(network, 0.1, no_weight_decay_list=kept)),
+            0.5: values_of(param_groups_layer_decay(network, 0.1, kept, layer_decay=0.5)),
+        }
+        for share, expected in theirs.items():
+            assert values_of(build_optimizer(network, 1.0, 0.1, share).param_groups) == expected, name
+        study = StudyNetwork(network, "attention", frozen=False)
+        new = dict.fromkeys([study.projection, study.attention.weight], (0.1, 1.0))
+        for share, expected in theirs.items():
+            fused = values_of(build_optimizer(study, 1.0, 0.1, share).param_groups)
+            assert fused == expected | new, name
+            assert fused.keys() == set(study.parameters()), name
 
 
 @pytest.mark.parametrize(("total", "warmup"), [(1, 1), (9, 1), (200, 20), (20_000, 500)])
