@@ -18,6 +18,7 @@ SMALLEST = 2.0**-24  # a float32 score nearer to 0 or 1 has lost its logit
 SLOPES = (0.05, 20.0)  # of a fit; outside them, scores say almost nothing, or the opposite
 PRIOR = 4.0  # holds the slope near 1: a normal prior with standard deviation 0.5
 FOLDS = 5
+GAP = 1e-3  # in logits: more than batch sizes, processors and runtimes change a float32 score
 
 
 class Fit(NamedTuple):
@@ -150,15 +151,27 @@ def apply_calibrations(
 
 
 def choose_thresholds(score: Floats, truth: Bools, sensitivity: float) -> dict[str, float]:
-    """The threshold of each of RULES for scores [n] of both classes."""
-    thresholds, hits, alarms = threshold_curve(score, truth)
+    """The threshold of each of RULES for scores [n] of both classes, halfway between two scores, in logits.
+
+    A threshold that were a score itself would be at the mercy of the last bit, which differs by processor, batch size
+    and runtime. So scores too close to each other are not parted: nearer than GAP in logits (or half of the gaps, where
+    scores are dense) or than 16 units of a float32's last place. Below all scores, the threshold is 0.
+    """
+    curve = threshold_curve(score, truth)
+    logits = _logits(curve.threshold)
+    gaps = -np.diff(logits)
+    steps = -np.diff(curve.threshold.astype(np.float64)) / np.spacing(curve.threshold[:-1].astype(np.float32))
+    wide = gaps > min(GAP, float(np.median(gaps))) * (1 - 1e-9) if len(gaps) else gaps > 0
+    apart = np.append(wide & (steps > 16), True)
+    limits = np.append(_sigmoid((logits[:-1] + logits[1:]) / 2), 0.0)[apart]
+    hits, alarms = curve.true_positives[apart], curve.false_positives[apart]
     positives, negatives = hits[-1], alarms[-1]
     places = (
         np.argmax(hits / positives - alarms / negatives),
         np.argmax(2 * hits / (hits + alarms + positives)),
         np.argmax(hits / positives >= sensitivity),
     )
-    return {rule: float(thresholds[place]) for rule, place in zip(RULES, places, strict=True)}
+    return {rule: float(limits[place]) for rule, place in zip(RULES, places, strict=True)}
 
 
 def _sigmoid(logits: Floats) -> Floats:

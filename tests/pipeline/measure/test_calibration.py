@@ -3,6 +3,7 @@ import json
 import numpy as np
 import numpy.typing as npt
 import pytest
+from scipy.special import expit, logit
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 
@@ -93,14 +94,6 @@ def test_scores_stay_as_they_are_where_a_fit_is_worth_nothing() -> None:
     assert np.isfinite(apply_calibration(saturated, {"temperature": 0.05, "bias": 3.0})).all()
 
 
-def test_a_file_without_a_bias_is_read_as_before() -> None:
-    score, _ = draw(1.0)
-    logits = np.log(score / (1 - score.astype(float)))
-    old = apply_calibration(score, {"temperature": 2.0, "thresholds": {}, "note": None})
-    np.testing.assert_allclose(old, 1 / (1 + np.exp(-logits / 2)), atol=1e-9)
-    np.testing.assert_array_equal(old, apply_calibration(score, {"temperature": 2.0, "bias": 0.0}))
-
-
 def test_a_patient_is_in_one_fold_and_positives_are_dealt_out() -> None:
     codes = np.repeat(np.arange(50), 3)
     truth = codes % 5 == 0  # ten patients with positives alone
@@ -114,17 +107,40 @@ def test_thresholds_are_the_best_of_all() -> None:
     score, truth = draw(1.0, 300)
     score = score.round(2)
     found = choose_thresholds(score, truth, 0.8)
-    rates = {float(cut): rates_at(float(cut), score, truth) for cut in sorted(set(score), reverse=True)}
+    logits = logit(np.array(sorted(set(score), reverse=True)))
+    cuts = [*expit((logits[:-1] + logits[1:]) / 2), 0.0]
+    rates = {float(cut): rates_at(float(cut), score, truth) for cut in cuts}
     youden = {cut: row["sensitivity"] + row["specificity"] for cut, row in rates.items()}  # type: ignore[operator]
     f1 = {cut: row["f1"] for cut, row in rates.items()}
     reaching = [cut for cut, row in rates.items() if row["sensitivity"] >= 0.8]  # type: ignore[operator]
-    assert found == {
-        "youden": max(youden, key=lambda cut: round(youden[cut], 12)),
-        "max_f1": max(f1, key=lambda cut: round(f1[cut], 12)),  # type: ignore[arg-type]
-        "sensitivity": max(reaching),
-    }
+    assert found == pytest.approx(
+        {
+            "youden": max(youden, key=lambda cut: round(youden[cut], 12)),
+            "max_f1": max(f1, key=lambda cut: round(f1[cut], 12)),  # type: ignore[arg-type]
+            "sensitivity": max(reaching),
+        }
+    )
     even = choose_thresholds(np.array([0.9, 0.8, 0.2, 0.1]), np.array([True, False, True, False]), 0.5)
-    assert even == {"youden": 0.9, "max_f1": 0.2, "sensitivity": 0.9}  # of equals the highest
+    high, low = expit((logit(0.9) + logit(0.8)) / 2), expit((logit(0.2) + logit(0.1)) / 2)
+    assert even == pytest.approx(
+        {"youden": high, "max_f1": low, "sensitivity": high}
+    )  # of equals the highest
+
+
+@pytest.mark.parametrize(("rows", "center"), [(200, 0.0), (20_000, 0.0), (2000, 12.0), (2000, -12.0)])
+def test_no_decision_rests_on_the_last_bits_of_a_score(rows: int, center: float) -> None:
+    random = np.random.default_rng(0)
+    truth = random.random(rows) < 0.2
+    score = expit(random.normal(center, 1, rows) + truth).astype(np.float32)
+    other = score + random.integers(-4, 5, rows).astype(np.float32) * np.spacing(score)
+    for cut in choose_thresholds(score, truth, 0.9).values():
+        np.testing.assert_array_equal(score >= cut, other >= cut)
+
+
+def test_scores_too_close_to_part_are_called_alike() -> None:
+    score = np.array([0.9, 0.5 + 1e-5, 0.5, 0.1])
+    cut = choose_thresholds(score, np.array([True, True, False, False]), 0.9)["sensitivity"]
+    assert cut == pytest.approx(expit((logit(0.5) + logit(0.1)) / 2))
 
 
 def test_what_cannot_be_fitted_is_said() -> None:
