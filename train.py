@@ -532,7 +532,7 @@ def evaluate_state(job: Job, state: TrainState, dev: Selected, steps: int, log: 
     """Score the averaged weights on dev, add a line to metrics.jsonl, keep the best weights; returns it in words."""
     job.ranks.align_buffers(state.ema)
     scored, _ = score_split(job, state.ema, dev, job.pixels)
-    report = report_auroc(job.config.labels, *scored[:3])
+    report = report_auroc(job.config.labels, *scored[:4])
     epoch = round(state.done / steps, 4)
     line: dict[str, Any] = {"epoch": epoch, "step": state.done}
     line["train_loss"] = state.loss_sum / (state.done - state.evaluated)
@@ -562,7 +562,7 @@ def evaluate_state(job: Job, state: TrainState, dev: Selected, steps: int, log: 
     name = name_choice(chosen)
     if chosen == "all" and line["macro10_auroc"] is None:
         name = MEANS["macro"]
-        few = "no label has 10 positives on dev, so chance chooses the checkpoint"
+        few = "no label has 10 patients of each class on dev, so chance chooses the checkpoint"
         say_once(f"{job.shards}: {few}; raise `dev`")
     return f"Epoch {epoch:g}: dev AUROC {score:.4f} ({name}){'  (best)' if is_best else ''}"
 

@@ -27,6 +27,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import click
+import numpy as np
 import torch
 from torch import nn
 
@@ -224,7 +225,8 @@ def score(network: nn.Module, dev: Batches) -> float:
     """Mean AUROC of the labels with ten positives, or 0 where there is none."""
     images, target, mask = zip(*(map(torch.as_tensor, batch) for batch in dev), strict=True)
     scores = predict_scores(network, list(range(len(LABELS))), zip(images), MEAN, STD, torch.float32)
-    report = report_auroc(LABELS, scores, torch.cat(target).numpy(), torch.cat(mask).numpy())
+    cells = torch.cat(target).numpy(), torch.cat(mask).numpy()
+    report = report_auroc(LABELS, scores, *cells, np.arange(len(scores)))
     return report["macro10_auroc"] or 0.0
 
 

@@ -183,7 +183,7 @@ def test_a_dev_too_small_to_choose_by_is_said(
     monkeypatch.setattr(train, "say_once", console.say)  # whatever other tests have said
     job = make_job("run", epochs=1)
     assert train.train(job) == 0
-    few = f"{job.shards}: no label has 10 positives on dev, so chance chooses the checkpoint; raise --dev\n"
+    few = f"{job.shards}: no label has 10 patients of each class on dev, so chance chooses the checkpoint; "
     assert few in capsys.readouterr().err
 
 

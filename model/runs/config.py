@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from model.ranks import Ranks
     from pipeline.stream.collection import Collection as Shards
 
-MEANS = {"macro": "macro", "macro10": "macro, ≥ 10 positives", "mean5": "mean of competition's 5"}
+MEANS = {"macro": "macro", "macro10": "macro, ≥ 10 patients", "mean5": "mean of competition's 5"}
 HELD_OUT = 0.05  # share of the patients, where the shards have no dev split
 ENSEMBLE = "ensemble.json"  # in the folder of an ensemble, instead of config.json
 TEACHER_SCORES = "scores-train.arrow"
@@ -199,7 +199,7 @@ class Config:
     choose_by: str = option(
         "all",
         "run",
-        "Labels whose mean AUROC on dev chooses the checkpoint; all: those with 10 positives there.",
+        "Labels whose mean AUROC on dev chooses the checkpoint; all: those with 10 patients of each class there.",
         check=parse_choice,
         metavar="all|competition|A,B",
     )
@@ -341,9 +341,9 @@ def teacher_digest(teacher: Path, shards: "Shards") -> str:
     except FileNotFoundError:
         options = " ".join([*(f"--shards {folder.name}" for folder in shards.folders), f"--run {teacher}"])
         if (teacher / "best.pt").exists():
-            missing, command = TEACHER_SCORES, f"python train.py evaluate {options} --split train"
+            missing, command = TEACHER_SCORES, f"python -m train evaluate {options} --split train"
         else:
-            missing, command = "best.pt", f"python train.py {options} --uncertain ignore"
+            missing, command = "best.pt", f"python -m train {options} --uncertain ignore"
         raise DataError(f"{teacher}: no {missing}; first run: {command}") from None
 
 

@@ -22,7 +22,7 @@ from pipeline.base.files import write_atomically, write_json
 from pipeline.measure.bootstrap import describe_difference
 from pipeline.measure.delong import Areas, combine_limits, measure_areas, weigh_labels
 from pipeline.measure.evaluate import Scored
-from pipeline.measure.metrics import FEW, Floats
+from pipeline.measure.metrics import Floats, count_classes
 from pipeline.stream.collection import Collection
 
 Make = Callable[[Sequence[str], Path], Job]  # folders and run → its job
@@ -64,7 +64,7 @@ def train_runs(
 def score_runs(jobs: Mapping[str, Job], shards: Sequence[str]) -> dict[str, Any]:
     """The matrix: `cells` by set and run, with AUROC, limits and the difference to the set's own run.
 
-    By label and over the `labels` of all runs that have 10 positives and negatives in every set (`macro`).
+    By label and over the `labels` of all runs that have 10 patients of each class in every set (`macro`).
     Raises DataError where there is none, and InterruptedEvaluationError.
     """
     alone = {Path(folder).name: jobs[Path(folder).name].shards for folder in shards}
@@ -80,7 +80,7 @@ def score_runs(jobs: Mapping[str, Job], shards: Sequence[str]) -> dict[str, Any]
         if all(_has_both(runs[name], column) for name, runs in scored.items())
     ]
     if not labels:
-        raise DataError("no label has 10 positives and 10 negatives in every set that is scored")
+        raise DataError("no label has 10 patients of each class in every set that is scored")
     cells: dict[str, dict[str, Any]] = {}
     for name, runs in scored.items():
         measured = {run: measure_areas(*found[:4]) for run, found in runs.items()}
@@ -114,8 +114,8 @@ def _choose_split(collection: Collection) -> str:
 
 
 def _has_both(scored: Scored, column: int) -> bool:
-    cells = scored.target[scored.mask[:, column], column]
-    return min(int((cells == side).sum()) for side in (0, 1)) >= FEW
+    known = scored.mask[:, column]
+    return not count_classes(scored.target[known, column] == 1, scored.patient[known])["few"]
 
 
 def _compare(areas: Areas, own: Areas, share: Floats) -> dict[str, Any]:

@@ -280,7 +280,7 @@ def describe_settings(job: Job) -> dict[str, Any]:
 def choice_score(line: Mapping[str, Any], choose_by: str) -> float | None:
     """The AUROC a checkpoint is chosen by, of a line of metrics.jsonl: the mean over the labels of `choose_by`.
 
-    None where one of them has one class. `all` are the labels with 10 positives or more, if there are any: on the
+    None where one of them has one class. `all` are the labels with 10 patients of each class, if there are any: on the
     real dev split these are all labels; on a small one the others would add chance alone.
     """
     if labels := parse_choice(choose_by):
@@ -304,7 +304,7 @@ def measure_run(job: Job) -> dict[str, Any]:
     scored = {"train": score_split(job, network, part, best["pixels"])[0]}
     if "valid" in selected_splits(job):
         scored["valid"] = score_split(job, network, open_rows(job, "valid"), best["pixels"])[0]
-    labels = {name: report_auroc(names, *found[:3])["labels"] for name, found in scored.items()}
+    labels = {name: report_auroc(names, *found[:4])["labels"] for name, found in scored.items()}
     labels["dev"] = read_object(job.run / "evaluation-dev.json")["labels"]
     means = averaged_labels(labels["dev"])
     same = [

@@ -113,7 +113,7 @@ def print_elsewhere(evaluation: Mapping[str, Any]) -> None:
             table.add_column(heading, justify="left" if heading == "label" else "right")
         rows = {f"{name}{' (few)' if row['few'] else ''}": row for name, row in own["labels"].items()}
         if own["macro"] is not None:
-            rows[f"mean of these {len(own['macro_labels'])}, ≥ 10 positives in both"] = own["macro"]
+            rows[f"mean of these {len(own['macro_labels'])}, ≥ 10 patients in both"] = own["macro"]
         for name, row in rows.items():
             figures = (show_figure(side["auroc"]) for side in (row, row["own"]))
             table.add_row(name, *figures, show_difference(row["less_own"]))

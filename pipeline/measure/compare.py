@@ -86,7 +86,7 @@ def measure_gain(names: Sequence[str], rows: Scored, members: Mapping[str, Float
     `members` are their scores [N, L] of the same rows, by name. Per label and mean (macro, …): `auroc`, the `members`'
     AUROCs, their mean as `mean_member`, and the difference, paired by patient: a contrast of correlated AUROCs.
     """
-    reports = [report_auroc(names, scores, *rows[1:3]) for scores in (rows.scores, *members.values())]
+    reports = [report_auroc(names, scores, *rows[1:4]) for scores in (rows.scores, *members.values())]
     areas = measure_areas(*rows[:4])
     for scores in members.values():
         areas = areas.join(measure_areas(scores, *rows[1:4]))
@@ -106,7 +106,7 @@ def measure_gain(names: Sequence[str], rows: Scored, members: Mapping[str, Float
 
 
 def _compare(names: Sequence[str], studies: Scored, methods: Mapping[str, Floats]) -> dict[str, Any]:
-    reports = {name: report_auroc(names, scores, *studies[1:3]) for name, scores in methods.items()}
+    reports = {name: report_auroc(names, scores, *studies[1:4]) for name, scores in methods.items()}
     areas = {name: measure_areas(scores, *studies[1:4]) for name, scores in methods.items()}
     first, ours = next(iter(reports.values())), next(iter(areas.values()))
     kept = averaged_labels(first["labels"])

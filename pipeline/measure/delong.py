@@ -3,12 +3,17 @@
 A single AUROC gets Newcombe's score interval (method 5 in: Confidence intervals for an effect size measure based on
 the Mann-Whitney statistic, part 2, Statistics in Medicine 25, 2006), which never has zero width. A patient's images
 are alike, so its variance is multiplied by a design effect: DeLong's variance with clusters (Obuchowski, Nonparametric
-analysis of clustered ROC curve data, Biometrics 53, 1997) divided by the one without. The limits of a mean or a
-difference follow from those of its AUROCs and their correlations (MOVER: Zou, Toward using confidence intervals to
-compare correlations, Psychological Methods 12, 2007). `benchmarks/coverage.py` compares this with other methods.
+analysis of clustered ROC curve data, Biometrics 53, 1997) divided by the one without. That effect is an estimate from
+few patients if a class has few, so Student's t takes the place of the normal distribution wherever patients have
+several images, with Satterthwaite's degrees of freedom; a class of a single patient leaves the interval [0, 1].
+
+An AUROC within strata, Σ w_k A_k with w_k the stratum's share of all pairs that share a stratum, has the variance
+Σ w_k² V_k. The limits of a mean or a difference follow from those of its AUROCs and their correlations (MOVER: Zou,
+Toward using confidence intervals to compare correlations, Psychological Methods 12, 2007). `benchmarks/coverage.py`
+compares this with other methods.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,23 +37,39 @@ class Areas(NamedTuple):
         return Areas._make(np.concatenate(pair, axis=-1) for pair in zip(self, other, strict=True))
 
 
-def measure_areas(scores: Floats, target: Floats, mask: Bools, patient: npt.NDArray[Any]) -> Areas:
+def measure_areas(
+    scores: Floats,
+    target: Floats,
+    mask: Bools,
+    patient: npt.NDArray[Any],
+    stratum: npt.NDArray[Any] | None = None,
+) -> Areas:
     """The areas of scores [N, L] against targets [N, L] in {0, 1}, on the cells of mask [N, L], of patients [N].
 
-    Every patient has a row in `influence`, even without a cell in the mask.
+    Every patient has a row in `influence`, even without a cell in the mask. With strata [N], only pairs of a positive
+    and a negative of the same stratum count.
     """
     names, codes = np.unique(patient, return_inverse=True)
+    strata = np.zeros(len(codes)) if stratum is None else stratum
     columns = scores.shape[1]
-    found = np.full((5, columns), np.nan)
+    fields = np.full((5, columns), np.nan)
     influence = np.full((len(names), columns), np.nan)
     for column in range(columns):
         used = mask[:, column]
         truth = target[used, column] == 1
-        if truth.any() and not truth.all():
-            *found[:, column], influence[:, column] = _measure(
-                scores[used, column], truth, codes[used], len(names)
-            )
-    return Areas._make((*found, influence))
+        used[used] = share_stratum(truth, strata[used])
+        if used.any():
+            cells = scores[used, column], target[used, column] == 1, codes[used], strata[used]
+            *fields[:, column], influence[:, column] = _measure(*cells, len(names))
+    return Areas._make((*fields, influence))
+
+
+def share_stratum(truth: Bools, stratum: npt.NDArray[Any]) -> Bools:
+    """Which cells [n] have a cell of the other class in their stratum."""
+    _, codes = np.unique(stratum, return_inverse=True)
+    both = (np.bincount(codes, truth) > 0) & (np.bincount(codes, ~truth) > 0)
+    shared: Bools = both[codes]
+    return shared
 
 
 def weigh_labels(names: Sequence[str], over: Sequence[str]) -> Floats:
@@ -56,8 +77,13 @@ def weigh_labels(names: Sequence[str], over: Sequence[str]) -> Floats:
     return np.array([1 / len(over) if name in over else 0.0 for name in names])
 
 
-def combine_limits(areas: Areas, weights: Sequence[float] | Floats) -> dict[str, float | None]:
-    """`low` and `high` of Σ weight · AUROC, for weights [A]; None if an area with a weight is undefined."""
+def combine_limits(
+    areas: Areas, weights: Sequence[float] | Floats, level: float = 0.05
+) -> dict[str, float | None]:
+    """`low` and `high` of Σ weight · AUROC, for weights [A]; None if an area with a weight is undefined.
+
+    `level` is the chance that they miss it.
+    """
     weight = np.asarray(weights, float)
     kept = weight != 0
     if not kept.any() or np.isnan(areas.auroc[kept]).any():
@@ -74,45 +100,39 @@ def combine_limits(areas: Areas, weights: Sequence[float] | Floats) -> dict[str,
         return float(np.sqrt(max((weight * sides) @ correlation @ (weight * sides), 0)))
 
     if (weight > 0).all():
-        return {"low": middle - margin(auroc - low), "high": middle + margin(high - auroc)}
+        scale = student_quantile(np.inf, level) / Z
+        return {"low": middle - scale * margin(auroc - low), "high": middle + scale * margin(high - auroc)}
     halves = (high - low) / 2  # symmetric, so that two runs with the same scores cancel out
     widest = max(margin(halves), Z * float(np.linalg.norm(influence @ weight)))
     shares = (
         weight * halves
     ) ** 2  # Satterthwaite's degrees of freedom; two runs have the same positives, hence half
     pooled = float(shares.sum() ** 2 / (shares**2 / freedom).sum()) / 2
-    half = widest * student_quantile(max(pooled, 1)) / Z
+    half = widest * student_quantile(max(pooled, 1), level) / Z
     return {"low": middle - half, "high": middle + half}
 
 
-def student_quantile(freedom: float) -> float:
-    """Student's t of 0.975, by Abramowitz and Stegun (1964), 26.7.5; from 5 degrees on within 0.2 %."""
-    z = Z
-    terms = (
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-    )
-    return z + sum(term / freedom ** (power + 1) for power, term in enumerate(terms))
+def student_quantile(freedom: float, level: float = 0.05) -> float:
+    """Student's t of 1 - level / 2."""
+    from scipy.special import stdtrit  # takes a tenth of a second
+
+    return float(-stdtrit(freedom, level / 2))
 
 
-def score_limits(
-    auroc: float, positives: float, negatives: float, design: float = 1, z: float = Z
-) -> tuple[float, float]:
-    """Newcombe's method 5, its variance times a design effect: the θ with |θ - AUROC| = z · √(design · V(θ))."""
+def score_limits(auroc: float, variance: Callable[[float], float], z: float = Z) -> tuple[float, float]:
+    """Newcombe's method 5: the θ on either side of an AUROC with |θ - AUROC| = z · √variance(θ)."""
 
-    def distance(theta: float) -> float:
-        variance = design * score_variance(theta, positives, negatives)
-        return abs(theta - auroc) - z * float(np.sqrt(variance))
-
-    limits = []
-    for end in (0.0, 1.0):
+    def limit(end: float) -> float:
         inside, outside = auroc, end
         for _ in range(50):
             middle = (inside + outside) / 2
-            inside, outside = (middle, outside) if distance(middle) < 0 else (inside, middle)
-        limits.append(outside)
-    return limits[0], limits[1]
+            if abs(middle - auroc) < z * variance(middle) ** 0.5:
+                inside = middle
+            else:
+                outside = middle
+        return outside
+
+    return limit(0.0), limit(1.0)
 
 
 def score_variance(theta: float, positives: float, negatives: float) -> float:
@@ -126,29 +146,51 @@ def score_variance(theta: float, positives: float, negatives: float) -> float:
 
 
 def _measure(
-    score: Floats, truth: Bools, codes: Ints, patients: int
-) -> tuple[float, float, float, int, float, Floats]:
-    """AUROC, its limits, degrees of freedom, design effect, and influence values [P] of cells of both classes."""
-    positive, negative = np.sort(score[truth]), np.sort(score[~truth])
-    sizes = len(positive), len(negative)
+    score: Floats, truth: Bools, codes: Ints, stratum: npt.NDArray[Any], patients: int
+) -> tuple[float, float, float, float, float, Floats]:
+    """AUROC, its limits, degrees of freedom, design effect, and influence values [P]; strata have both classes."""
+    _, strata = np.unique(stratum, return_inverse=True)
+    sizes = np.array([np.bincount(strata, side) for side in (truth, ~truth)])  # [2, K]
+    weights = sizes.prod(axis=0) / sizes.prod(axis=0).sum()
     # The share of the other class that each cell wins against, ties counted half: DeLong's structural components.
-    share = np.where(truth, share_below(score, negative), 1 - share_below(score, positive))
-    auroc = float(share[truth].mean())
-    centered = (share - auroc) / np.where(truth, *sizes)
-    influence = np.zeros(patients)
-    independent, kish = 0.0, 1.0
-    owners = []
-    for side, size in zip((truth, ~truth), sizes, strict=True):
+    share = np.empty(len(score))
+    for number in range(len(weights)):
+        rows = strata == number
+        sides = truth & rows, ~truth & rows
+        for side, other in (sides, sides[::-1]):
+            share[side] = share_below(score[side], np.sort(score[other]))
+    share[~truth] = 1 - share[~truth]
+    areas = np.bincount(strata, np.where(truth, share, 0)) / sizes[0]
+    auroc = float(weights @ areas)
+    own = np.where(truth, *sizes[:, strata])
+    centered = (share - areas[strata]) * weights[strata] / own
+    independent = float((centered**2 * own / np.maximum(own - 1, 1)).sum())
+    influence, kish, errors = np.zeros(patients), 1.0, []
+    for side in (truth, ~truth):
         cells = np.bincount(codes[side], minlength=patients)
-        own = int((cells > 0).sum())
-        owners.append(own)
-        influence += np.bincount(codes[side], centered[side], patients) * np.sqrt(own / max(own - 1, 1))
-        independent += float((centered[side] ** 2).sum()) * size / max(size - 1, 1)
-        kish = max(kish, float((cells.astype(np.int64) ** 2).sum()) / size)
+        owners = int((cells > 0).sum())
+        part = np.bincount(codes[side], centered[side], patients) * np.sqrt(owners / max(owners - 1, 1))
+        influence += part
+        kish = max(kish, float((cells**2.0).sum()) / side.sum())
+        errors.append((float(part @ part), owners))
     clustered = float(influence @ influence)
     # Similar images never carry more information; for a perfect AUROC, as much as one image per patient.
     design = max(1, clustered / independent) if independent > 0 else kish
-    return auroc, *score_limits(auroc, *sizes, design), max(min(owners) - 1, 1), design, influence
+
+    def variance(theta: float) -> float:
+        parts = (score_variance(theta, *counts) for counts in sizes.T)
+        return design * float(sum(weight**2 * part for weight, part in zip(weights, parts, strict=True)))
+
+    freedom = max(min(owners for _, owners in errors) - 1, 1)
+    if kish == 1:
+        limits = score_limits(auroc, variance)
+    elif any(owners == 1 for _, owners in errors):
+        limits = 0.0, 1.0  # one patient's images say nothing about how much patients differ
+    else:
+        total = sum(error for error, _ in errors)
+        parts = sum(error**2 / (owners - 1) for error, owners in errors)
+        limits = score_limits(auroc, variance, student_quantile(total**2 / parts if total > 0 else freedom))
+    return auroc, *limits, freedom, design, influence
 
 
 def share_below(score: Floats, others: Floats) -> Floats:

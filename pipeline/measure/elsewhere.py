@@ -13,17 +13,18 @@ from pipeline.labels import hash_fraction
 from pipeline.measure.bootstrap import describe_difference
 from pipeline.measure.calibration import apply_calibration, fit_calibration
 from pipeline.measure.delong import combine_limits, measure_areas, weigh_labels
-from pipeline.measure.evaluate import Scored, count_classes
+from pipeline.measure.evaluate import Scored
 from pipeline.measure.metrics import (
-    FEW,
     Bools,
     Floats,
     averaged_labels,
     brier_score,
     calibration_error,
+    count_classes,
     independent_limits,
     label_cells,
     mean_of,
+    report_auroc,
 )
 
 
@@ -31,8 +32,9 @@ def subtract_own(there: Scored, evaluation: Mapping[str, Any], own: Mapping[str,
     """AUROC there less that on the run's own valid, ready for JSON: `labels`, and the mean over some as `macro`.
 
     `evaluation` is what `assess` made of `there`; `own` is evaluation-valid.json. `labels` are those with an AUROC on
-    both sides, `macro_labels` those of them with 10 positives on both. The own macro's limits are as evaluated where
-    it is over the same labels; otherwise `widened`: the means of its labels' limits, as if their errors were one.
+    both sides, `macro_labels` those of them with 10 patients of each class on both. The own macro's limits are as
+    evaluated where it is over the same labels; otherwise `widened`: the means of its labels' limits, as if their
+    errors were one.
     """
     names, owns = list(evaluation["labels"]), own["labels"]
     limits, own_limits = evaluation["intervals"]["auroc"], own["intervals"]["auroc"]
@@ -48,8 +50,8 @@ def subtract_own(there: Scored, evaluation: Mapping[str, Any], own: Mapping[str,
             "own_negatives": other["negatives"],
         }
         found = _subtract(label["auroc"], limits[name], other["auroc"], own_limits[name])
-        labels[name] = found | counts | {"few": min(counts.values()) < FEW}
-        if min(label["positives"], other["positives"]) >= FEW:
+        labels[name] = found | counts | {"few": label["few"] or other["few"]}
+        if not labels[name]["few"]:
             kept.append(name)
     widened = set(kept) != set(averaged_labels(owns)["macro10"])
     macro = None
@@ -84,15 +86,15 @@ def try_recalibration(
     fitting = np.array([chosen[name] for name in there.patient.tolist()], np.bool_)
     fitted, measured = there.take(fitting), there.take(~fitting)
     fits = fit_calibration(names, *fitted[:4])
-    counts = {name: count_classes(truth) for name, _, truth in label_cells(names, *fitted[:3])}
+    counts = report_auroc(names, *fitted[:4])["labels"]
     labels = {}
-    for name, score, truth in label_cells(names, *measured[:3]):
+    for column, (name, score, truth) in enumerate(label_cells(names, *measured[:3])):
         if truth.all() or not truth.any():
             continue
         fit, own = fits[name], calibration[name]
         labels[name] = {
-            "fitted": counts[name],
-            "measured": count_classes(truth),
+            "fitted": {key: counts[name][key] for key in ("positives", "negatives", "few")},
+            "measured": count_classes(truth, measured.patient[measured.mask[:, column]]),
             "before": _measure(apply_calibration(score, own), truth),
             "after": None if fit["note"] else _measure(apply_calibration(score, fit), truth),
             "note": fit["note"] and fit["note"].partition(":")[0],

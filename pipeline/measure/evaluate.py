@@ -9,6 +9,7 @@ and `subgroups` the groups. Undefined figures are None and never part of a mean.
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from math import comb
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -34,11 +35,13 @@ from pipeline.measure.metrics import (
     averaged_labels,
     brier_score,
     calibration_error,
+    count_classes,
     decide,
     independent_limits,
     label_cells,
     mean_of,
     rates_at,
+    report_auroc,
     wilson_limits,
 )
 
@@ -53,6 +56,7 @@ GROUPS = {
     "projection": ("AP", "PA"),
 }
 MOST_GROUPS = 8  # of a fact
+LEVEL = 0.05  # of all gaps between groups together
 
 
 class Scored(NamedTuple):
@@ -155,14 +159,16 @@ def assess_groups(
 ) -> dict[str, Any]:
     """By sex, age, projection and the texts [N] of `more`: images, AUROC per label, TPR at dev's Youden threshold.
 
-    A group's `macro_auroc` is the mean over `macro_labels`: those with 10 positives and 10 negatives in every group
+    A group's `macro_auroc` is the mean over `macro_labels`: those with 10 patients of each class in every group
     that has any such label. So groups are compared on the same labels, with enough cells of each; the other groups
     have None. `less_first` is each later group's macro minus the first group's. `tpr_gap` is the highest TPR minus
-    the lowest, over groups with at least 10 positives, with limits in `tpr_gap_limits`; None if there are fewer than
-    two such groups.
+    the lowest, over groups with positives of at least 10 patients, with limits in `tpr_gap_limits`; None if there are
+    fewer than two such groups. Which two groups differ most is chosen by the data, and so is the label that a reader
+    looks at: the limits of all pairs of groups, of all variables and labels, hold together at 95 % (Bonferroni).
     """
     facts = {"sex": images.sex, "age": name_ages(images.age), "projection": images.projection, **more}
     groups_of = GROUPS | {name: _list_values(fact) for name, fact in more.items()}
+    limits = {name: calibration[name]["thresholds"]["youden"] for name in names}
     report: dict[str, Any] = {}
     for variable, compared in groups_of.items():
         rows = {name: facts[variable] == name for name in compared}
@@ -187,7 +193,6 @@ def assess_groups(
             nothing = np.zeros_like(share)
             result["interval"] = combine_limits(measured[group], share if group in told else nothing)
         others = Counter(name or "unknown" for name in facts[variable].tolist() if name not in compared)
-        gaps = {name: _tpr_gap([group["labels"][name] for group in groups.values()]) for name in names}
         report[variable] = {
             "groups": groups,
             "macro_labels": kept,
@@ -200,9 +205,15 @@ def assess_groups(
                 for group in told[1:]
             },
             "others": dict(sorted(others.items())),
-            "tpr_gap": {name: gap["difference"] for name, gap in gaps.items()},
-            "tpr_gap_limits": {name: {"low": gap["low"], "high": gap["high"]} for name, gap in gaps.items()},
+            "tpr": {
+                name: _find_calls(images, column, limits[name], rows) for column, name in enumerate(names)
+            },
         }
+    pairs = sum(comb(len(calls), 2) for of in report.values() for calls in of["tpr"].values())
+    for of in report.values():
+        gaps = {name: _tpr_gap(calls, LEVEL / max(pairs, 1)) for name, calls in of.pop("tpr").items()}
+        of["tpr_gap"] = {name: gap["difference"] for name, gap in gaps.items()}
+        of["tpr_gap_limits"] = {name: {"low": gap["low"], "high": gap["high"]} for name, gap in gaps.items()}
     return report
 
 
@@ -215,15 +226,11 @@ def assess_altered(
 ) -> dict[str, dict[str, Any]]:
     """AUROCs of the scores [N, L] of altered images, with limits: per label, and their mean as in `averaged_labels`.
 
-    `less` is each AUROC less that of the images as they are, paired. `kept` are the labels, of those with 10 of each
-    class, whose AUROC stays above KEPT with the alteration: the lower limit is above it.
+    `less` is each AUROC less that of the images as they are, paired. `kept` are the labels, of those with 10 patients
+    of each class, whose AUROC stays above KEPT with the alteration: the lower limit is above it.
     """
     plain = measure_areas(*images[:4])
-    labels = {
-        name: {"auroc": areas(score, truth)[0], **count_classes(truth)}
-        for name, score, truth in label_cells(names, *images[:3])
-    }
-    means = averaged_labels(labels)
+    means = averaged_labels(report_auroc(names, *images[:4])["labels"])
     over = {name: [name] for name in names} | {"macro": means["macro10"] or means["macro"]}
     found = {}
     for alteration, scores in altered.items():
@@ -315,7 +322,7 @@ def _assess_label(
     return {
         "auroc": auroc,
         "auprc": auprc,
-        **count_classes(truth),
+        **count_classes(truth, patient),
         "brier": brier_score(score, truth),
         "brier_calibrated": brier_score(calibrated, truth),
         "ece": calibration_error(score, truth),
@@ -346,12 +353,6 @@ def rate_limits(
     return {rate: wilson_limits(hits[of], patient[of]) for rate, (hits, of) in parts.items()}
 
 
-def count_classes(truth: Bools) -> dict[str, Any]:
-    """The cells of each class, and whether either has too `few` for figures to mean much."""
-    positives, negatives = int(truth.sum()), int((~truth).sum())
-    return {"positives": positives, "negatives": negatives, "few": min(positives, negatives) < FEW}
-
-
 def _assess_group(
     names: Sequence[str], images: Scored, calibration: Mapping[str, Mapping[str, Any]], measured: Areas
 ) -> dict[str, Any]:
@@ -360,13 +361,13 @@ def _assess_group(
     for column, (name, score, truth) in enumerate(label_cells(names, *images[:3])):
         threshold = calibration[name]["thresholds"]["youden"]
         tpr, limits = None, wilson_limits(truth[:0], truth[:0])
+        patient = images.patient[images.mask[:, column]]
         if threshold is not None:
-            patient = images.patient[images.mask[:, column]]
             tpr = rates_at(threshold, score, truth)["sensitivity"]
             limits = rate_limits(threshold, score, truth, patient)["sensitivity"]
         labels[name] = {
             "auroc": areas(score, truth)[0],
-            **count_classes(truth),
+            **count_classes(truth, patient),
             "tpr": tpr,
             "intervals": {
                 "auroc": combine_limits(measured, weigh_labels(names, [name])),
@@ -376,13 +377,29 @@ def _assess_group(
     return {"images": len(images.scores), "labels": labels}
 
 
-def _tpr_gap(results: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
-    """The highest TPR minus the lowest, with limits as for separate patients."""
-    rates = sorted(
-        (result["tpr"], result["intervals"]["tpr"]["low"], result["intervals"]["tpr"]["high"])
-        for result in results
-        if result["positives"] >= FEW and result["tpr"] is not None
-    )
+Calls = tuple[Bools, npt.NDArray[Any]]  # which of a group's positives [n] are called, and their patients
+
+
+def _find_calls(
+    images: Scored, column: int, threshold: float | None, rows: Mapping[str, Bools]
+) -> list[Calls]:
+    """A label's calls in each of the groups that have positives of 10 patients; none without a threshold."""
+    if threshold is None:
+        return []
+    sick = images.mask[:, column] & (images.target[:, column] == 1)
+    groups = [
+        (images.scores[sick & of, column] >= threshold, images.patient[sick & of]) for of in rows.values()
+    ]
+    return [(called, patient) for called, patient in groups if len(np.unique(patient)) >= FEW]
+
+
+def _tpr_gap(groups: Sequence[Calls], level: float) -> dict[str, float | None]:
+    """The highest TPR minus the lowest, with limits at a level, as for separate patients."""
+    rates = []
+    for called, patient in groups:
+        limits = wilson_limits(called, patient, level)
+        rates.append((float(called.mean()), limits["low"] or 0.0, limits["high"] or 0.0))
     if len(rates) < 2:
         return dict.fromkeys(("difference", "low", "high"))
-    return {"difference": rates[-1][0] - rates[0][0], **independent_limits(rates[-1], rates[0])}
+    lowest, *_, highest = sorted(rates)
+    return {"difference": highest[0] - lowest[0], **independent_limits(highest, lowest)}

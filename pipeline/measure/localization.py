@@ -112,7 +112,7 @@ def measure_localization(cells: Sequence[Cell]) -> dict[str, Any]:
             "hit_rate": float(hit[of].mean()),
             "hit_limits": wilson_limits(hit[of], patient[of]),
             "chance": float(share[of].mean()),
-            "p": exceedance(share[of], int(hit[of].sum())),
+            "p": exceedance(share[of], patient[of], int(hit[of].sum())),
             "fixed": float(fixed[of].mean()),
             "iou": float(iou[of].mean()),
             "iou_limits": mean_limits(iou[of], patient[of]),
@@ -120,11 +120,16 @@ def measure_localization(cells: Sequence[Cell]) -> dict[str, Any]:
     return {"threshold": THRESHOLD, "labels": found}
 
 
-def exceedance(chances: Floats, hits: int) -> float:
-    """How likely at least so many hits are, of independent cells with these chances (Poisson's binomial)."""
+def exceedance(chances: Floats, owner: npt.NDArray[Any], hits: int) -> float:
+    """How likely at least `hits` hits are, of cells with these chances [n], if only owners [n] are independent.
+
+    An owner's cells are as alike as they can be: one uniform draw decides them all. With a cell an owner, this is
+    Poisson's binomial distribution.
+    """
     distribution = np.ones(1)
-    for chance in chances:
-        distribution = np.convolve(distribution, (1 - chance, chance))
+    for name in np.unique(owner):
+        at_least = np.sort(chances[owner == name])[::-1]  # the chance of 1, 2, … hits
+        distribution = np.convolve(distribution, -np.diff([1.0, *at_least, 0.0]))
     return float(min(1.0, distribution[hits:].sum()))
 
 

@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.base.csvs import demand, demand_columns, line_of, read_strings
 from pipeline.base.errors import DataError, quote
 from pipeline.labels import parse_states
-from pipeline.measure.evaluate import Scored, count_classes, rate_limits
-from pipeline.measure.metrics import Bools, Floats, rates_at, threshold_curve
+from pipeline.measure.evaluate import Scored, rate_limits
+from pipeline.measure.metrics import Bools, Floats, count_classes, rates_at, threshold_curve
 
 _STUDY = r"(?P<study>[^/]+/study\d+)(?:/[^/]+)?/?$"
 Reads = Mapping[str, Mapping[str, int | None]]  # study → label → 1, 0 or None
@@ -73,17 +74,17 @@ def assess_readers(names: Sequence[str], studies: Scored, readers: Mapping[str, 
             used = studies.mask[:, column] & ~np.isnan(cells)
             truth, score = studies.target[used, column] == 1, studies.scores[used, column]
             if len(truth):
-                found = _place(cells[used], score, truth)
+                found = _place(cells[used], score, truth, studies.patient[used])
                 found["intervals"] = rate_limits(0.5, cells[used], truth, studies.patient[used])
                 document["labels"][name][reader] = found
     places = [place["below"] for of in document["labels"].values() for place in of.values()]
     return document | {"below": places.count(True), "of": len(places) - places.count(None)}
 
 
-def _place(called: Floats, score: Floats, truth: Bools) -> dict[str, Any]:
+def _place(called: Floats, score: Floats, truth: Bools, patient: npt.NDArray[Any]) -> dict[str, Any]:
     """A reader's calls [n] of 0 and 1: rates, counts, and the network's sensitivity at the same specificity."""
     rates = rates_at(0.5, called, truth)
-    found: dict[str, Any] = {**rates, **count_classes(truth), "network": None, "below": None}
+    found: dict[str, Any] = {**rates, **count_classes(truth, patient), "network": None, "below": None}
     if rates["sensitivity"] is not None and rates["specificity"] is not None:
         curve = threshold_curve(score, truth)
         hits = np.concatenate([[0], curve.true_positives]) / truth.sum()

@@ -69,7 +69,9 @@ def test_every_run_is_scored_on_every_set(
     assert cell["auroc"] == pytest.approx(auroc)
     own = found["cells"]["south"]["south"][label]
     assert cell["less"]["difference"] == pytest.approx(cell["auroc"] - own["auroc"])
-    assert own["less"] == {"difference": 0.0, "low": 0.0, "high": 0.0, "excludes_zero": False}
+    assert own["less"] == pytest.approx(
+        {"difference": 0.0, "low": 0.0, "high": 0.0, "excludes_zero": False}, abs=1e-6
+    )
     macro = found["cells"]["south"]["north"]["macro"]["auroc"]
     values = [found["cells"]["south"]["north"][name]["auroc"] for name in found["labels"]]
     assert macro == pytest.approx(sum(values) / len(values))

@@ -47,7 +47,7 @@ def test_the_page_says_what_trials_are_compared_by(trials: list[Trial]) -> None:
     assert page.count("dev AUROC: Edema") == 3  # the tile, a contour and the curves
     assert "Sorted by the first dev, the AUROC that decides: Edema. The second" in page
     page = render_sweep("first", trials, None)
-    assert "the AUROC that decides: macro, ≥ 10 positives, or macro where no label" in page
+    assert "the AUROC that decides: macro, ≥ 10 patients, or macro where no label" in page
 
 
 def test_the_page_has_the_best_first_and_valid_beside_it(trials: list[Trial]) -> None:

@@ -7,7 +7,7 @@ from scipy.optimize import brentq
 from scipy.stats import t
 from sklearn.metrics import roc_auc_score
 
-from pipeline.measure.delong import combine_limits, measure_areas, score_limits, student_quantile
+from pipeline.measure.delong import combine_limits, measure_areas, score_limits, score_variance
 from pipeline.measure.metrics import Z
 
 Array = npt.NDArray[np.float64]
@@ -69,7 +69,14 @@ def test_patients_with_several_rows_have_obuchowskis_variance() -> None:
     assert error == pytest.approx(variance, rel=0.002)  # but for the last term's factor
     independent = values[truth].var(ddof=1) / truth.sum() + values[~truth].var(ddof=1) / (~truth).sum()
     assert error / independent > 1.2
-    limits = score_limits(auroc, int(truth.sum()), int((~truth).sum()), error / independent)
+    sizes = int(truth.sum()), int((~truth).sum())
+    parts = (
+        with_positive / (with_positive - 1) * (a**2).sum(),
+        with_negative / (with_negative - 1) * (b**2).sum(),
+    )
+    freedom = sum(parts) ** 2 / (parts[0] ** 2 / (with_positive - 1) + parts[1] ** 2 / (with_negative - 1))
+    design = error / independent
+    limits = score_limits(auroc, lambda theta: design * score_variance(theta, *sizes), t.ppf(0.975, freedom))
     assert (found.low[0], found.high[0]) == pytest.approx(limits)
     assert found.freedom[0] == with_positive - 1
     order = np.tile(np.arange(len(patient)), 2)
@@ -85,7 +92,7 @@ def test_limits_solve_newcombes_equation(auroc: float, positives: int, negatives
         variance = theta * (1 - theta) * (1 + half * (1 - theta) / (2 - theta) + half * theta / (1 + theta))
         return (theta - auroc) ** 2 - 1.3 * Z**2 * variance / (positives * negatives)
 
-    low, high = score_limits(auroc, positives, negatives, 1.3)
+    low, high = score_limits(auroc, lambda theta: 1.3 * score_variance(theta, positives, negatives))
     expected = [brentq(distance, 1e-9, auroc - 1e-9), 1 if auroc == 1 else brentq(distance, auroc, 1 - 1e-9)]
     assert [low, high] == pytest.approx(expected, abs=1e-7)
 
@@ -131,9 +138,40 @@ def test_means_and_differences_honor_covariance() -> None:
     assert combine_limits(lacking, [1, 0, 0])["low"] is not None
 
 
-def test_the_quantile_is_students() -> None:
-    for freedom in (5, 9, 30.5, 1000):
-        assert student_quantile(freedom) == pytest.approx(t.ppf(0.975, freedom), rel=0.002)
+def test_pairs_within_strata_are_weighed_by_their_number() -> None:
+    scores, target, mask, patient = draw()
+    stratum = np.arange(len(patient)) % 3
+    areas = measure_areas(scores, target, mask, patient, stratum)
+    right = pairs = 0.0
+    for number in range(3):
+        rows = mask[:, 0] & (stratum == number)
+        truth = target[rows, 0] == 1
+        count = truth.sum() * (~truth).sum()
+        right += count * roc_auc_score(truth, scores[rows, 0])
+        pairs += count
+    assert areas.auroc[0] == pytest.approx(right / pairs)
+    assert areas.low[0] < areas.auroc[0] < areas.high[0]
+
+
+@pytest.mark.parametrize(("sick", "images"), [(2, 15), (5, 6), (10, 3)])
+def test_a_class_of_few_patients_is_covered(sick: int, images: int) -> None:
+    held = []
+    for seed in range(200):
+        random = np.random.default_rng(seed)
+        owner = np.concatenate([np.repeat(np.arange(sick), images), np.arange(sick, sick + 300)])
+        truth = (owner < sick)[:, None]
+        noise = random.normal(size=sick + 300)[owner] * 0.6**0.5 + random.normal(size=len(owner)) * 0.4**0.5
+        scores = noise[:, None] + 1.1902 * truth  # an AUROC of .8
+        areas = measure_areas(scores, truth.astype(float), np.ones(truth.shape, bool), owner)
+        held.append(areas.low[0] <= 0.8 <= areas.high[0])
+    assert np.mean(held) > 0.9  # 0.80 to 0.93 with the normal distribution
+
+
+def test_a_class_of_one_patient_leaves_the_interval_open() -> None:
+    truth = np.arange(60)[:, None] < 30
+    owner = np.where(truth[:, 0], 0, np.arange(60))
+    areas = measure_areas(np.arange(60.0)[:, None] % 7, truth.astype(float), np.ones((60, 1), bool), owner)
+    assert (areas.low[0], areas.high[0]) == (0, 1)
 
 
 def test_ten_positives_are_covered() -> None:

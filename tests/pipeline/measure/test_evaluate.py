@@ -9,7 +9,7 @@ from sklearn.metrics import average_precision_score, recall_score, roc_auc_score
 from pipeline.measure.bootstrap import resample_auprc
 from pipeline.measure.calibration import apply_calibration
 from pipeline.measure.delong import combine_limits, measure_areas
-from pipeline.measure.evaluate import Scored, assess, calibrate, study_level
+from pipeline.measure.evaluate import Scored, assess, assess_groups, calibrate, study_level
 from pipeline.measure.metrics import COMPETITION, brier_score, decide, report_auroc, wilson_limits
 
 NAMES = [*COMPETITION, "Fracture", "Rare"]
@@ -76,7 +76,7 @@ def test_an_unknown_way_to_combine_is_refused(images: Scored) -> None:
 def test_the_document_holds_each_figure(
     images: Scored, calibration: dict[str, Any], evaluation: dict[str, Any]
 ) -> None:
-    report = report_auroc(NAMES, *images[:3])
+    report = report_auroc(NAMES, *images[:4])
     assert {
         name: evaluation[name] for name in ("macro_auroc", "macro10_auroc", "mean5_auroc", "skipped")
     } == {name: value for name, value in report.items() if name != "labels"}
@@ -163,7 +163,7 @@ def test_two_runs_are_compared_on_the_same_patients(images: Scored, calibration:
     studies = study_level(images)
     other = study_level(images._replace(scores=worse))
     assert found["study"]["against"]["auroc"]["macro"]["difference"] == pytest.approx(
-        report_auroc(NAMES, *studies[:3])["macro_auroc"] - report_auroc(NAMES, *other[:3])["macro_auroc"]  # type: ignore[operator]
+        report_auroc(NAMES, *studies[:4])["macro_auroc"] - report_auroc(NAMES, *other[:4])["macro_auroc"]  # type: ignore[operator]
     )
     zero = assess(NAMES, images, calibration, against=("same", same), resamples=200)["against"]["auroc"]
     assert zero["macro10"]["difference"] == pytest.approx(0, abs=1e-12)
@@ -193,8 +193,12 @@ def test_subgroups_are_those_of_a_filter(
         assert label["auroc"] == pytest.approx(roc_auc_score(truth, score), abs=1e-12)
         assert label["tpr"] == pytest.approx(recall_score(truth, score >= threshold))
         assert (label["positives"], label["negatives"]) == (int(truth.sum()), int((~truth).sum()))
-        if label["positives"] >= 10:
+        if len(np.unique(images.patient[used][truth])) >= 10:
             rates.append(label["tpr"])
+        if name == "80+":  # of 14 patients
+            assert all(label["few"] for label in group["labels"].values())
+            assert group["macro_auroc"] is None
+            continue
         assert group["macro_auroc"] == pytest.approx(
             np.mean([group["labels"][name]["auroc"] for name in found["age"]["macro_labels"]])
         )
@@ -288,4 +292,20 @@ def test_facts_make_subgroups(images: Scored, calibration: dict[str, Any]) -> No
                 assert not truth.any()
             else:
                 assert of_label["auroc"] == pytest.approx(roc_auc_score(truth, score), abs=1e-12)
-    assert found["subgroups"]["sex"] == assess(NAMES, images, calibration, resamples=0)["subgroups"]["sex"]
+    plain = assess(NAMES, images, calibration, resamples=0)["subgroups"]["sex"]
+    limits, wider = plain.pop("tpr_gap_limits"), found["subgroups"]["sex"].pop("tpr_gap_limits")
+    assert found["subgroups"]["sex"] == plain
+    assert wider["Edema"]["low"] < limits["Edema"]["low"]  # among more gaps, the widest is wider by chance
+
+
+def test_the_widest_gap_of_a_fair_network_is_not_significant() -> None:
+    for seed in range(10):
+        random = np.random.default_rng(seed)
+        truth = random.random((600, 7)) < 0.25
+        score = 1 / (1 + np.exp(-random.normal(size=truth.shape) - 1.2 * truth))
+        sex, projection = random.choice(["Female", "Male"], 600), random.choice(["AP", "PA"], 600)
+        rows, ages = np.arange(600), random.integers(20, 95, 600)
+        mask = np.ones(truth.shape, bool)
+        fair = Scored(score, truth.astype(float), mask, rows, rows, sex, ages, projection)
+        groups = assess_groups(NAMES, fair, {name: {"thresholds": {"youden": 0.6}} for name in NAMES})
+        assert all(limits["low"] < 0 for of in groups.values() for limits in of["tpr_gap_limits"].values())

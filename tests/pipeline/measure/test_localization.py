@@ -53,4 +53,8 @@ def test_hits_iou_and_chance() -> None:
     assert (of["hits"], of["cells"], of["chance"], of["iou"]) == (2, 4, 0.25, 0.25)
     assert of["p"] == pytest.approx(1 - 0.75**4 - 4 * 0.25 * 0.75**3)
     assert of["fixed"] == 1.0
-    assert exceedance(np.array([0.5, 0.25]), 2) == 0.125
+    assert exceedance(np.array([0.5, 0.25]), np.array(["a", "b"]), 2) == 0.125
+    assert (
+        exceedance(np.array([0.5, 0.25]), np.array(["a", "a"]), 2) == 0.25
+    )  # a patient's cells may hit together
+    assert exceedance(np.array([0.5, 0.25]), np.array(["a", "a"]), 1) == 0.5
