@@ -1,21 +1,26 @@
-"""How often 95 % intervals hold the true figure: AUROC by several methods, its means, differences, and rates.
+"""How often 95 % intervals hold the true figure, and how often verdicts on shortcuts are wrong.
 
     OMP_NUM_THREADS=1 nice python -m benchmarks.coverage --replicates 2000
+    OMP_NUM_THREADS=1 nice python -m benchmarks.coverage --replicates 200 --parts few verdicts gaps
 
-Drawn data: 200 patients with 1 to 3 films, whose labels and scores are alike within a patient.
+Simulated data: 200 patients with 1 to 3 images, whose labels and scores are alike within a patient; for verdicts,
+scores of known origin beside covariates. Run as a file, with PYTHONPATH at another checkout, it measures that one.
 """
 
 import argparse
 from collections.abc import Callable
-from math import erf
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from scipy.special import ndtri as quantile
 
+from pipeline.labels import LABELS
+from pipeline.measure.belief import assess_belief
 from pipeline.measure.bootstrap import draw_counts
-from pipeline.measure.delong import combine_limits, measure_areas, score_limits
-from pipeline.measure.metrics import Z, wilson_limits
+from pipeline.measure.delong import combine_limits, measure_areas
+from pipeline.measure.evaluate import Scored, assess_groups
+from pipeline.measure.metrics import wilson_limits
 
 PATIENTS = 200
 RESAMPLES = 1000
@@ -23,19 +28,6 @@ ALIKE = 0.5  # the share of a score's variance that is the patient's
 POSITIVES = (5, 8, 10, 30, 100)
 AUROCS = (0.7, 0.85, 0.95)
 Array = npt.NDArray[Any]
-
-
-def quantile(share: float) -> float:
-    """The normal distribution's quantile, by bisection."""
-    low, high = -9.0, 9.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if cumulative(middle) < share else (low, middle)
-    return low
-
-
-def cumulative(value: float) -> float:
-    return (1 + erf(value / 2**0.5)) / 2
 
 
 def draw_films(random: np.random.Generator) -> Array:
@@ -72,37 +64,14 @@ def percentile(values: Array, shares: tuple[float, float] = (0.025, 0.975)) -> t
     return float(low), float(high)
 
 
-def bca(auroc: float, values: Array, jackknife: Array) -> tuple[float, float]:
-    """Bias-corrected and accelerated (Efron, 1987)."""
-    kept = values[~np.isnan(values)]
-    below = (np.mean(kept < auroc) + np.mean(kept <= auroc)) / 2
-    bias = quantile(min(max(below, 1e-4), 1 - 1e-4))
-    left = jackknife[~np.isnan(jackknife)]
-    lack = left.mean() - left
-    scale = 6 * (lack @ lack) ** 1.5
-    bend = (lack**3).sum() / scale if scale > 0 else 0.0
-    shares = (cumulative(bias + (bias + z) / (1 - bend * (bias + z))) for z in (-Z, Z))
-    low, high = shares
-    return percentile(kept, (low, high))
-
-
-def logit_limits(auroc: float, error: float) -> tuple[float, float]:
-    """Normal on the logit; of a perfect AUROC both limits are 1."""
-    if not 0 < auroc < 1:
-        return auroc, auroc
-    middle, half = np.log(auroc / (1 - auroc)), Z * error / (auroc * (1 - auroc))
-    return 1 / (1 + np.exp(half - middle)), 1 / (1 + np.exp(-half - middle))
-
-
 def compare_single(replicates: int, seed: int = 0) -> None:
     print("AUROC: share of intervals that hold the true one (width of the median)")
-    methods = ("percentile", "BCa", "logit DeLong", "Newcombe", "ours")
+    methods = ("percentile", "ours")
     print("| positives | AUROC |", " | ".join(methods), "| zero width: percentile, ours |")
     print("|---:" * (len(methods) + 3) + "|")
     counts = np.concatenate(list(draw_counts(PATIENTS, RESAMPLES, RESAMPLES, seed)), axis=1).astype(
         np.float32
     )
-    leave = (1 - np.eye(PATIENTS)).astype(np.float32)
     for positives in POSITIVES:
         for true in AUROCS:
             random = np.random.default_rng([seed, positives, int(100 * true)])
@@ -112,13 +81,9 @@ def compare_single(replicates: int, seed: int = 0) -> None:
                 truth = draw_truth(random, patient, positives)
                 score = draw_alike(random, patient, ALIKE) + 2**0.5 * quantile(true) * truth
                 areas = measure_areas(score[:, None], truth[:, None], np.ones((len(score), 1), bool), patient)
-                auroc = float(areas.auroc[0])
                 values = resampled(score, truth, patient, counts)
                 found[number] = (
                     percentile(values),
-                    bca(auroc, values, resampled(score, truth, patient, leave)),
-                    logit_limits(auroc, float(np.linalg.norm(areas.influence))),
-                    score_limits(auroc, positives, len(score) - positives),
                     (areas.low[0], areas.high[0]),
                 )
             holds = (found[..., 0] <= true) & (true <= found[..., 1])
@@ -204,8 +169,86 @@ def compare_rates(replicates: int, seed: int = 2) -> None:
             )
 
 
+def compare_few(replicates: int) -> None:
+    print("\nAUROC .8, a class of few patients with many images, 300 other patients: coverage")
+    for sick, images in ((2, 15), (3, 10), (5, 6), (10, 3), (30, 1)):
+        holds = []
+        for seed in range(replicates):
+            random = np.random.default_rng(seed)
+            owner = np.concatenate([np.repeat(np.arange(sick), images), np.arange(sick, sick + 300)])
+            truth = (owner < sick)[:, None]
+            own, rest = random.normal(size=sick + 300)[owner], random.normal(size=len(owner))
+            score = 0.6**0.5 * own + 0.4**0.5 * rest + 2**0.5 * quantile(0.8) * truth[:, 0]
+            areas = measure_areas(score[:, None], truth.astype(float), np.ones(truth.shape, bool), owner)
+            holds.append(areas.low[0] <= 0.8 <= areas.high[0])
+        print(f"| {sick} patients, {images} images each | {np.mean(holds):.3f} |", flush=True)
+
+
+def as_scored(score: Array, truth: Array, random: np.random.Generator) -> Scored:
+    """Scores [n, L] of one image a patient, with groups drawn at random."""
+    rows = np.arange(len(score))
+    ranks = (np.argsort(np.argsort(score, axis=0), axis=0) + 0.5) / len(score)
+    groups = random.choice(["Female", "Male"], len(rows)), random.integers(20, 95, len(rows))
+    projection = random.choice(["AP", "PA"], len(rows))
+    return Scored(ranks, truth * 1.0, np.ones(truth.shape, bool), rows, rows, *groups, projection)
+
+
+def count_verdicts(replicates: int) -> None:
+    print("\nVerdicts: cleared, condemned, either in part or not told")
+    print("| the score is | images, positives | cleared | condemned | neither |")
+    print("|---|---|---:|---:|---:|")
+    for kind, images, positives, auroc in (
+        ("the patient number", 200, 20, 0.7), ("the patient number", 1000, 60, 0.65),
+        ("the patient number", 3000, 300, 0.7), ("the sum of six covariates", 2000, 600, 0.72),
+        ("the distance of the number to its middle", 2000, 800, 0.9),
+        ("the disease, half by the number", 2000, 600, 0.84),
+        ("the disease", 200, 25, 0.75), ("the disease", 500, 100, 0.8), ("the disease", 2000, 400, 0.65),
+    ):  # fmt: skip
+        counts = np.zeros(3, int)
+        for seed in range(replicates):
+            random = np.random.default_rng(seed)
+            truth = np.arange(images) < positives
+            noise, shift = random.normal(size=(images, 6)), 2**0.5 * quantile(auroc) * truth
+            score, covariates = noise[:, 0] + shift, {"number": noise[:, 1], "other": noise[:, 2]}
+            if kind == "the patient number":
+                covariates = {"number": score}
+            elif kind.startswith("the sum"):
+                parts = noise + shift[:, None] / 6**0.5
+                score, covariates = parts.sum(axis=1), {f"c{n}": part for n, part in enumerate(parts.T)}
+            elif kind.startswith("the distance"):
+                score = np.abs(noise[:, 0]) + shift
+                covariates = {"number": score * random.choice([-1, 1], images)}
+            elif "half" in kind:
+                covariates["number"] = noise[:, 1] + truth
+                score = noise[:, 0] + truth + covariates["number"]
+            images_of = as_scored(score[:, None], truth[:, None], random)
+            strata = {"sex": images_of.sex, "projection": images_of.projection}
+            verdict = assess_belief(["Edema"], images_of, covariates, strata).get("Edema", {"verdict": ""})[
+                "verdict"
+            ]
+            cleared = "no covariate" in verdict or "no shortcut" in verdict
+            condemned = "nothing is left" in verdict or "shortcut shown" in verdict
+            counts += (cleared, condemned, not cleared and not condemned)
+        shares = " | ".join(f"{share:.0%}" for share in counts / replicates)
+        print(f"| {kind} (AUROC {auroc}) | {images}, {positives} | {shares} |", flush=True)
+
+
+def count_gaps(replicates: int) -> None:
+    wide = 0
+    for seed in range(replicates):
+        random = np.random.default_rng(seed)
+        truth = random.random((800, len(LABELS))) < 0.25
+        images = as_scored(random.normal(size=truth.shape) + 1.2 * truth, truth, random)
+        groups = assess_groups(LABELS, images, {name: {"thresholds": {"youden": 0.6}} for name in LABELS})
+        wide += any(of["low"] > 0 for group in groups.values() for of in group["tpr_gap_limits"].values())
+    print(
+        f"\nA fair network with some significant gap of sensitivity between groups: {wide / replicates:.0%}"
+    )
+
+
 PARTS: dict[str, Callable[[int], None]] = {
     "single": compare_single, "combined": compare_combined, "rates": compare_rates,
+    "few": compare_few, "verdicts": count_verdicts, "gaps": count_gaps,
 }  # fmt: skip
 
 

@@ -44,6 +44,14 @@ if TYPE_CHECKING:
 TITLES = {"youden": "Youden's J", "max_f1": "highest F1", "sensitivity": "sensitivity"}
 
 
+MARKS = {  # of verdicts
+    "shown": "Shortcut shown",
+    "partly": "Partly a shortcut",
+    "unclear": "Cannot tell whether a shortcut explains",
+    "none": "No shortcut found for",
+}
+
+
 def render_report(
     title: str,
     config: Mapping[str, Any],
@@ -66,10 +74,7 @@ def render_report(
             "panels": draw_panels(evaluation, images[name]),
             "gaps": describe_gaps(evaluation),
             "summary": summarize(name, evaluation),
-            "covariates": _names_in(evaluation, "covariates"),
-            "variables": [
-                name for name in _names_in(evaluation, "within") if name not in evaluation["labels"]
-            ],
+            "variables": list_variables(evaluation),
         }
         for name, evaluation in sorted(evaluations.items(), key=lambda item: item[0] == "dev")
     ]
@@ -86,21 +91,14 @@ def summarize(split: str, evaluation: Mapping[str, Any]) -> list[tuple[str, str]
     told = {name for found in evaluation.get("sanity", {}).values() for name in found["kept"]}
     few = {name for name, label in labels.items() if label["few"]}
     lines = [
-        ("nothing", "Do not believe", {name for name, found in belief.items() if found["mark"] == "nothing"}),
-        (
-            "caution",
-            "Treat with caution",
-            {name for name, found in belief.items() if found["mark"] == "caution"},
+        *(
+            (mark, text, {name for name, rest in belief.items() if rest["mark"] == mark})
+            for mark, text in MARKS.items()
         ),
-        (
-            "none",
-            "No covariate here explains",
-            {name for name, found in belief.items() if found["mark"] == "none"},
-        ),
-        ("caution", "Told without the lungs", told),
-        ("caution", "Too few positives or negatives to tell", few),
+        ("partly", "Recognized without the lungs", told),
+        ("unclear", "Too few patients of a class to tell", few),
     ]
-    dev = [("caution", "Chose checkpoint and thresholds, so its figures flatter.")] if split == "dev" else []
+    dev = [("partly", "Chose checkpoint and thresholds, so its figures flatter.")] if split == "dev" else []
     return dev + [
         (mark, f"{text}: {', '.join(name for name in labels if name in found)}.")
         for mark, text, found in lines
@@ -108,10 +106,11 @@ def summarize(split: str, evaluation: Mapping[str, Any]) -> list[tuple[str, str]
     ]
 
 
-def _names_in(evaluation: Mapping[str, Any], part: str) -> list[str]:
-    """What a part of a label's belief is about, over all labels."""
+def list_variables(evaluation: Mapping[str, Any]) -> list[str]:
+    """What the verdicts hold equal, over all labels, other than another label."""
+    belief, labels = evaluation.get("belief", {}), evaluation["labels"]
     return list(
-        dict.fromkeys(name for found in evaluation.get("belief", {}).values() for name in found[part])
+        dict.fromkeys(name for rest in belief.values() for name in rest["within"] if name not in labels)
     )
 
 

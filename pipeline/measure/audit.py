@@ -13,7 +13,8 @@ large none counts. A test's adjusted limit is that of max(A, 1 - A) at its own l
 rejected. The covariates together are tested from above alone: a model below .5 on patients it never saw tells nothing.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from statistics import NormalDist
 from types import MappingProxyType
 from typing import NamedTuple, TypedDict
@@ -73,9 +74,7 @@ class _Test(NamedTuple):
 
     clue: Clue
     deviation: float
-    positives: int
-    negatives: int
-    design: float
+    variance: Callable[[float], float]
 
 
 def audit_labels(
@@ -108,7 +107,7 @@ def audit_labels(
         scores = values
         if together and inside:
             kinds[TOGETHER] = "together"
-            scores = np.column_stack([values, predict_together(values[:, :inside], truth, used, patient)])
+            scores = np.column_stack([values, predict(values[:, :inside], truth, used, patient)])
         tests += _test_label(label, kinds, scores, truth, used, patient)
     _adjust(tests)
     clues = [test.clue for test in tests]
@@ -123,29 +122,38 @@ def audit_labels(
     }
 
 
-def predict_together(values: Floats, truth: Bools, used: Bools, patient: Ints) -> Floats:
-    """Scores [N] of a label from all covariates [N, C], of patients that the model did not see; NaN where not tried.
+def predict(values: Floats, goal: Bools | Floats, used: Bools, patient: Ints) -> Floats:
+    """What covariates [N, C] predict of a label or a number [N], for patients that the model did not see.
 
     Boosted trees (scikit-learn), which need no scaling and know missing values, on five folds of at most 20,000
-    patients. Scores are ranks within their fold: the models' levels differ by their own patients' share of positives.
+    patients; NaN where not tried. Predictions are ranks within their fold: the models' levels differ by their own
+    patients' share of positives.
     """
-    from sklearn.ensemble import HistGradientBoostingClassifier  # takes a second
+    from sklearn.ensemble import (  # take a second
+        HistGradientBoostingClassifier,
+        HistGradientBoostingRegressor,
+    )
     from threadpoolctl import threadpool_limits
+
+    trees = HistGradientBoostingClassifier if goal.dtype == bool else HistGradientBoostingRegressor
 
     order = np.random.default_rng(0).permutation(patient.max() + 1)[patient]
     fold = np.where(used & (order < MOST_PATIENTS), order % FOLDS, -1)
-    score = np.full(len(truth), np.nan)
+    score = np.full(len(goal), np.nan)
     for number in range(FOLDS):
         inside, outside = fold == number, (fold != number) & (fold >= 0)
-        if not inside.any() or truth[outside].all() or not truth[outside].any():
+        if not inside.any() or not outside.any() or np.ptp(goal[outside].astype(float)) == 0:
             continue
-        model = HistGradientBoostingClassifier(
-            max_iter=40, max_leaf_nodes=8, early_stopping=False, random_state=0
-        )
+        model = trees(max_iter=20, learning_rate=0.2, max_leaf_nodes=8, early_stopping=False, random_state=0)
         # OpenMP's threads would wait for each other by spinning, at the cost of everybody else.
         with threadpool_limits(1):
-            found = model.fit(values[outside], truth[outside]).predict_proba(values[inside])[:, 1]
-        score[inside] = share_below(found, np.sort(found))
+            model.fit(values[outside], goal[outside])
+            called = (
+                model.predict_proba(values[inside])[:, 1]
+                if goal.dtype == bool
+                else model.predict(values[inside])
+            )
+        score[inside] = share_below(called, np.sort(called))
     return score
 
 
@@ -198,7 +206,7 @@ def _test_label(
             continue
         told = auroc if kind == "together" else max(auroc, 1 - auroc)
         positives, negatives = (int((known[:, column] & side).sum()) for side in (truth, ~truth))
-        error = (design * score_variance(THRESHOLD, positives, negatives)) ** 0.5
+        variance = partial(_spread, design, positives, negatives)
         clue = Clue(
             label=label,
             covariate=name,
@@ -210,7 +218,12 @@ def _test_label(
             adjusted=0.0,
             exceeds=False,
         )
-        yield _Test(clue, (told - THRESHOLD) / error, positives, negatives, design)
+        yield _Test(clue, (told - THRESHOLD) / variance(THRESHOLD) ** 0.5, variance)
+
+
+def _spread(design: float, positives: int, negatives: int, theta: float) -> float:
+    """The variance of an AUROC of θ."""
+    return design * score_variance(theta, positives, negatives)
 
 
 def _adjust(tests: Sequence[_Test]) -> None:
@@ -220,8 +233,7 @@ def _adjust(tests: Sequence[_Test]) -> None:
         if rejected:
             quantile = NormalDist().inv_cdf(1 - LEVEL / (len(tests) - rank) / 2)
             rejected = test.deviation > quantile
-        told = test.clue["told"]
-        limits = score_limits(told, test.positives, test.negatives, test.design, quantile)
+        limits = score_limits(test.clue["told"], test.variance, quantile)
         test.clue["adjusted"], test.clue["exceeds"] = limits[0], rejected
 
 

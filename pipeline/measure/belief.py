@@ -1,18 +1,25 @@
-"""Scores, truth and covariates of a split → how much of each label's AUROC can be told without the disease.
+"""Scores, truth and covariates of a split → whether a shortcut explains each label's AUROC.
 
-A covariate is a fact of a film that is not the disease: the patient's number, the projection, the sex. Where one goes
+A covariate is a fact of an image that is not the disease: the patient's number, the projection, the sex. If one goes
 with a label, a network may learn the covariate, and its AUROC falls at the next hospital (Zech et al., Variable
 generalization performance of a deep learning model to detect pneumonia, PLOS Medicine 15, 2018; DeGrave et al., AI for
-radiographic COVID-19 detection selects shortcuts over signal, Nature Machine Intelligence 3, 2021). Three views of it:
+radiographic COVID-19 detection selects shortcuts over signal, Nature Machine Intelligence 3, 2021).
 
-    within strata    only pairs of films with the same projection, sex, age band, … are compared
-    balanced         films are weighted so that the covariates do not differ between positives and negatives
-    tells            how well the score itself tells the covariate, among the negatives
+What a score owes to a covariate disappears among images with equal values of it. So the AUROC A of all pairs is
+compared with W, that of the pairs within the same stratum: of each name or group of equal size of each covariate, of
+the label that goes with this one most, of the label's propensity given all covariates together, and of the score that
+the covariates predict. Both predictions are of boosted trees, for patients that they did not see (`predict`).
+Groups of equal propensity balance all covariates at once (Rosenbaum and Rubin, Reducing bias in observational studies
+using subclassification on the propensity score, JASA 79, 1984). With paired 95 % intervals, patients as clusters:
 
-The AUROC within strata weighs each stratum by its pairs of a positive and a negative, so it is the share of pairs from
-one stratum that are ranked right. Balancing takes overlap weights: 1 - e for positives and e for negatives, with the
-propensity e from a logistic regression on the covariates (Li, Morgan and Zaslavsky, Balancing covariates via propensity
-score weighting, JASA 113, 2018).
+    shown     somewhere A - W > 0 (Bonferroni over the strata) and less than half of what A has over .5 is left
+    partly    somewhere A - W > 0 in that sense and above .05, but half or more may be left
+    none      everywhere more than half of it is left, and the balanced AUROC, too, is above .5
+    unclear   anything else: the intervals are too wide to tell
+
+The balanced AUROC weighs images so that the covariates do not differ between positives and negatives: by 1 - e for
+positives and e for negatives, with e from a logistic regression on the covariates (Li, Morgan and Zaslavsky, Balancing
+covariates via propensity score weighting, JASA 113, 2018). Without a penalty these overlap weights balance exactly.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,14 +29,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.measure.audit import DEVICES, THRESHOLD, shorten
-from pipeline.measure.bootstrap import describe_difference
-from pipeline.measure.delong import Areas, combine_limits, measure_areas, score_limits
+from pipeline.measure.audit import DEVICES, predict, shorten
+from pipeline.measure.delong import Areas, combine_limits, measure_areas, score_limits, score_variance
 from pipeline.measure.evaluate import Scored
-from pipeline.measure.metrics import FEW, Bools, Floats
+from pipeline.measure.metrics import FEW, Bools, Floats, Ints, count_classes
 
-SELF_EVIDENT = ("projection", "sex")  # variables whose strata need no explanation: AP, Female
 NO_FINDING = "No Finding"  # has no positives in common with any label, so it makes no strata
+PROPENSITY, PREDICTED = "propensity", "predicted score"
+GROUPS = (5, 20)  # at least and at most, of equal size, of a covariate's values
+GROUP_CELLS = 20  # of the rarer class in a group, where there are more than the fewest groups
+LEVEL = 0.05
+SMALL = 0.05  # a fall of AUROC that nobody needs to be told
 
 Names = npt.NDArray[Any]  # [N]
 
@@ -41,91 +51,100 @@ def assess_belief(
     strata: Mapping[str, Names],
     edge: Mapping[str, Floats] = MappingProxyType({}),
 ) -> dict[str, dict[str, Any]]:
-    """What each label's AUROC rests on; labels with fewer than 10 positives or negatives are left out.
+    """What each label's AUROC rests on; labels with fewer than 10 patients in a class are left out.
 
     `covariates` are numbers [N] by name, NaN where unknown; `strata` are names [N] by variable, empty where unknown.
-    `edge` are further covariates, gray levels outside of the lungs. They are no covariates of Support Devices, whose
-    wires cross them, and are not balanced: there are too many for the few positives of most labels.
-    A label has `auroc`, `covariates`, `within`, `tells` and `balanced`, each with limits, and its `verdict`.
+    `edge` are further covariates, gray levels outside of the lungs, which count in the predictions alone. They are no
+    covariates of Support Devices, whose wires cross them. A label has its `auroc`; `within`, by what is held equal;
+    the `projections`; `balanced`; and its `verdict` and `mark`.
     """
-    enough = [
-        column
-        for column in range(len(names))
-        if min(int((images.mask[:, column] & (images.target[:, column] == side)).sum()) for side in (0, 1))
-        >= FEW
-    ]
     report: dict[str, dict[str, Any]] = {}
-    for column in enough:
-        rows = images.mask[:, column]
-        own = images.take(rows)
+    for column, name in enumerate(names):
+        own = images.take(images.mask[:, column])
         score, truth = own.scores[:, column].astype(float), own.target[:, column] == 1
-        values = {name: covariate[rows] for name, covariate in covariates.items()}
-        edges = {} if names[column] == DEVICES else {name: value[rows] for name, value in edge.items()}
-        groups = {variable: group[rows] for variable, group in strata.items()}
+        if count_classes(truth, own.patient)["few"]:
+            continue
+        rows = images.mask[:, column]
+        values = {key: covariate[rows] for key, covariate in covariates.items()}
+        edges = {} if name == DEVICES else {key: value[rows] for key, value in edge.items()}
+        named = {variable: group[rows] for variable, group in strata.items()}
+        groups = named | {key: split_values(value, truth) for key, value in values.items()}
         other = find_confounder(names, own, column)
         if other is not None:
-            states = own.target[:, names.index(other)] == 1
-            groups[other] = np.where(
-                own.mask[:, names.index(other)], np.where(states, "positive", "negative"), ""
-            )
-        found = {
-            "auroc": _describe(_measure(score, truth, own.patient)),
-            "covariates": {
-                name: _describe(_measure(value, truth, own.patient))
-                for name, value in (values | edges).items()
-            },
-            "within": {
-                variable: measure_within(score, truth, own.patient, group)
-                for variable, group in groups.items()
-            },
-            "tells": {
-                name: _describe(_measure(score[~truth], half[~truth], own.patient[~truth]))
-                for name, half in split_halves(values | edges).items()
-            },
+            place = names.index(other)
+            groups[other] = np.where(own.mask[:, place], own.target[:, place], -1)
+        groups |= predict_groups(list((values | edges).values()), score, truth, own.patient)
+        figures = {
+            "auroc": _describe(measure_within(score, truth, own.patient)),
+            "within": compare_within(score, truth, own.patient, groups),
+            "projections": _measure_projections(score, truth, own.patient, named.get("projection")),
             "balanced": measure_balanced(score, truth, own.patient, values),
         }
-        report[names[column]] = found | judge(names[column], found)
+        report[name] = figures | judge(name, figures)
     return report
 
 
-def measure_within(score: Floats, truth: Bools, patient: Names, group: Names) -> dict[str, Any]:
-    """AUROC within each stratum with 10 of each class, and over pairs of the same stratum (`pooled`), with limits.
+def split_values(value: Floats, truth: Bools) -> Ints:
+    """The group of each value [n]: of groups of equal size, or of equal values if these are few; -1 where unknown."""
+    known = ~np.isnan(value)
+    levels = np.unique(value[known])
+    count = int(np.clip(min(truth.sum(), (~truth).sum()) // GROUP_CELLS, *GROUPS))
+    edges = levels[1:]
+    if len(levels) > count:
+        edges = np.unique(np.quantile(value[known], np.arange(1, count) / count))
+    return np.where(known, np.searchsorted(edges, value, "right"), -1)
 
-    Of scores [n] against truth [n]. `less` is the pooled AUROC less that of all pairs. `pairs` is the share of all
-    pairs that are of one of the strata.
+
+def predict_groups(
+    covariates: Sequence[Floats], score: Floats, truth: Bools, patient: Names
+) -> dict[str, Names]:
+    """Groups [n] of equal propensity, and of equal predicted score, given all covariates; empty where not tried."""
+    if not covariates:
+        return {}
+    table, codes = np.column_stack(covariates), np.unique(patient, return_inverse=True)[1]
+    ranks = np.unique(score, return_inverse=True)[1] / len(score)
+    goals: dict[str, Bools | Floats] = {PROPENSITY: truth, PREDICTED: ranks}
+    every = np.ones(len(score), bool)
+    return {name: split_values(predict(table, goal, every, codes), truth) for name, goal in goals.items()}
+
+
+def compare_within(
+    score: Floats, truth: Bools, patient: Names, groups: Mapping[str, Names]
+) -> dict[str, dict[str, Any]]:
+    """Per variable whose strata hold pairs: the AUROC within them, the share of `pairs`, its `fall` from all pairs.
+
+    `fall` has limits that hold for all variables together, and `left` the limits of W - .5 - (A - .5) / 2: above 0 if
+    more than half of what the AUROC has over .5 is left.
     """
-    strata: dict[str, Any] = {}
-    measured, weights = [_measure(score, truth, patient)], [0.0]
-    for name in sorted(set(group.tolist()) - {""}):
-        rows = group == name
-        positives, negatives = int((truth & rows).sum()), int((~truth & rows).sum())
-        strata[name] = {"positives": positives, "negatives": negatives}
-        if min(positives, negatives) < FEW:
-            strata[name] |= _describe(None)
-            continue
-        measured.append(_measure(score, truth, patient, rows))
-        weights.append(float(positives * negatives))
-        strata[name] |= _describe(measured[-1])
-    pairs = sum(weights)
-    if not pairs:
-        nothing = _describe(None)
-        return {
-            "strata": strata,
-            "pooled": nothing,
-            "less": describe_difference(None, None, nothing),
-            "pairs": 0.0,
+    # The same groups under two names, such as AP and projection, are compared once.
+    distinct = {_code_groups(group).tobytes(): variable for variable, group in reversed(list(groups.items()))}
+    plain = measure_within(score, truth, patient)
+    compared: dict[str, dict[str, Any]] = {}
+    for variable in (name for name in groups if name in distinct.values()):
+        codes = _code_groups(groups[variable])
+        area = measure_within(score, truth, patient, codes)
+        positives, negatives = np.bincount(codes, truth), np.bincount(codes, ~truth)
+        compared[variable] = {
+            **_describe(area),
+            "pairs": float((positives * negatives).sum() / (truth.sum() * (~truth).sum())),
+            "fall": dict.fromkeys(("difference", "low", "high")),
+            "left": dict.fromkeys(("low", "high")),
         }
-    areas = Areas._make(np.concatenate(parts, axis=-1) for parts in zip(*measured, strict=True))
-    share = np.array(weights) / pairs
-    pooled = float(share @ areas.auroc)
-    less = share.copy()
-    less[0] = -1
-    return {
-        "strata": strata,
-        "pooled": {"auroc": pooled, **combine_limits(areas, share)},
-        "less": describe_difference(pooled, float(areas.auroc[0]), combine_limits(areas, less)),
-        "pairs": pairs / float(truth.sum() * (~truth).sum()),
-    }
+        if not np.isnan(area.auroc[0]):
+            both = plain.join(area)
+            fall = combine_limits(both, [1, -1], LEVEL / len(distinct))
+            left = combine_limits(both, [-0.5, 1])
+            compared[variable] |= {
+                "fall": {"difference": float(plain.auroc[0] - area.auroc[0]), **fall},
+                "left": {end: None if limit is None else limit - 0.25 for end, limit in left.items()},
+            }
+    return compared
+
+
+def measure_within(score: Floats, truth: Bools, patient: Names, group: Names | None = None) -> Areas:
+    """The AUROC of scores [n] against truth [n], of all pairs or of those within the same group [n]."""
+    mask = np.ones((len(score), 1), bool)
+    return measure_areas(score[:, None], truth[:, None].astype(float), mask, patient, group)
 
 
 def measure_balanced(
@@ -133,28 +152,37 @@ def measure_balanced(
 ) -> dict[str, Any]:
     """AUROC of scores [n] under overlap weights, with limits, and the cells of each class that the weights are worth.
 
-    Weights count as given, so the limits do not know how uncertain they are.
+    None without covariates, and where these tell the classes apart completely. Weights count as given, so the limits do
+    not know how uncertain they are.
     """
     table = [column for value in covariates.values() for column in _standardize(value)]
+    nothing = {**dict.fromkeys(("auroc", "low", "high")), "positives": 0.0, "negatives": 0.0}
     if not table:
-        return _describe(None) | {"positives": None, "negatives": None}
-    # Imported late: it takes half a second.
-    from sklearn.linear_model import LogisticRegression
-
-    features = np.column_stack(table)
-    propensity = LogisticRegression(max_iter=1000).fit(features, truth).predict_proba(features)[:, 1]
+        return nothing
+    propensity = fit_propensity(np.column_stack(table), truth)
     weight = np.where(truth, 1 - propensity, propensity)
+    sums = [float(weight[side].sum()) for side in (truth, ~truth)]
+    if min(sums) < 0.5:  # of an image: the classes do not overlap
+        return nothing
     auroc, influence = weigh_pairs(score, truth, weight)
     positives, negatives = (
-        float(weight[side].sum() ** 2 / (weight[side] ** 2).sum()) for side in (truth, ~truth)
+        total**2 / float((weight[side] ** 2).sum()) for total, side in zip(sums, (truth, ~truth), strict=True)
     )
-    codes = np.unique(patient, return_inverse=True)[1]
-    independent, clustered = (
-        (np.bincount(of, influence) ** 2).sum() for of in (np.arange(len(codes)), codes)
-    )
-    design = max(1.0, float(clustered / independent)) if independent > 0 else 1.0
-    low, high = score_limits(auroc, positives, negatives, design)
+    _, codes = np.unique(patient, return_inverse=True)
+    independent, clustered = float((influence**2).sum()), float((np.bincount(codes, influence) ** 2).sum())
+    design = max(1.0, clustered / independent) if independent > 0 else 1.0
+    low, high = score_limits(auroc, lambda theta: design * score_variance(theta, positives, negatives))
     return {"auroc": auroc, "low": low, "high": high, "positives": positives, "negatives": negatives}
+
+
+def fit_propensity(features: Floats, truth: Bools) -> Floats:
+    """The chance [n] of a positive given features [n, C], by a logistic regression without a penalty."""
+    from sklearn.linear_model import LogisticRegression  # takes half a second
+
+    chances: Floats = (
+        LogisticRegression(C=np.inf, max_iter=1000).fit(features, truth).predict_proba(features)[:, 1]
+    )
+    return chances
 
 
 def weigh_pairs(score: Floats, truth: Bools, weight: Floats) -> tuple[float, Floats]:
@@ -177,87 +205,64 @@ def find_confounder(names: Sequence[str], images: Scored, column: int) -> str | 
     Of those with a state in which 10 images of each class of the one in `column` can be compared.
     """
     truth = images.target[:, column] == 1
-    told: dict[str, float] = {}
+    gaps: dict[str, float] = {}
     for other, name in enumerate(names):
         if other == column or NO_FINDING in (name, names[column]):
             continue
         known, states = images.mask[:, other], images.target[:, other] == 1
         cells = np.array(
-            [[(known & (truth == one) & (states == two)).sum() for two in (0, 1)] for one in (0, 1)]
+            [[(known & (truth == own) & (states == state)).sum() for state in (0, 1)] for own in (0, 1)]
         )
         if cells.min(axis=0).max() >= FEW and cells.sum(axis=1).min() > 0:
             share = cells[:, 1] / cells.sum(axis=1)
-            told[name] = abs(float(share[1] - share[0]))
-    return max(told, key=lambda name: told[name], default=None)
+            gaps[name] = abs(float(share[1] - share[0]))
+    return max(gaps, key=lambda name: gaps[name], default=None)
 
 
-def split_halves(covariates: Mapping[str, Floats]) -> dict[str, Floats]:
-    """Each covariate as 1 above its median, 0 below or at it, NaN where unknown; those of two values as they are."""
-    halves = {}
-    for name, value in covariates.items():
-        known = value[~np.isnan(value)]
-        if len(known) and known.min() < known.max():
-            middle = float(np.median(known))
-            middle = middle if middle < known.max() else float(known[known < middle].max())
-            halves[name] = np.where(np.isnan(value), np.nan, value > middle)
-    return halves
-
-
-def judge(name: str, found: Mapping[str, Any]) -> dict[str, Any]:
-    """A `verdict` in a sentence, and its `mark`: nothing, caution, or none.
-
-    A label whose AUROC is above guessing, but not within the strata of some variable, has learned `nothing` of the
-    disease that shows here. `caution` is for a covariate that alone tells the label, or an AUROC that falls within
-    strata by more than .05, each by its interval.
-    """
-    folded = {
-        covariate: max(of["low"], 1 - of["high"])
-        for covariate, of in found["covariates"].items()
-        if of["auroc"] is not None
-    }
-    worst = max(folded, key=lambda covariate: folded[covariate], default=None)
-    pooled = {
-        variable: within
-        for variable, within in found["within"].items()
-        if within["pooled"]["auroc"] is not None
-    }
-    # Of all strata the verdict names the projections, which everybody knows, and those that take away most.
-    lowest = min(pooled, key=lambda variable: pooled[variable]["pooled"]["auroc"], default="")
-    strata = [
-        f"{shorten(of['auroc'])} within {'' if variable in SELF_EVIDENT else f'{variable} '}{stratum}"
-        for variable in dict.fromkeys(["projection", lowest])
-        for stratum, of in (pooled[variable]["strata"] if variable in pooled else {}).items()
-        if of["auroc"] is not None
-    ]
-    lost = [variable for variable, within in pooled.items() if within["pooled"]["low"] <= 0.5]
-    fell = [
-        variable
-        for variable, within in pooled.items()
-        if within["less"]["difference"] < -0.05 and within["less"]["excludes_zero"]
-    ]
-    alone = ""
-    if worst is not None and folded[worst] > THRESHOLD:
-        tells = found["covariates"][worst]["auroc"]
-        alone = f"; {worst} alone {shorten(max(tells, 1 - tells))}"
-    if found["auroc"]["high"] < 0.5:
-        mark, end = "nothing", "worse than guessing"
-    elif found["auroc"]["low"] <= 0.5:
-        mark, end = "nothing", "not told from guessing"
-    elif lost:
-        mark, end = "nothing", f"nothing is left within {' or '.join(lost)}: do not believe it"
-    elif alone or fell:
-        mark, end = "caution", "treat with caution"
+def judge(name: str, figures: Mapping[str, Any]) -> dict[str, Any]:
+    """A `verdict` in a sentence with its evidence, and its `mark`: shown, partly, none or unclear."""
+    area, within, balanced = figures["auroc"], figures["within"], figures["balanced"]
+    falls = {variable: group for variable, group in within.items() if (group["fall"]["low"] or 0) > 0}
+    shown = {variable: group for variable, group in falls.items() if group["left"]["high"] < 0}
+    partly = {variable: group for variable, group in falls.items() if group["fall"]["difference"] > SMALL}
+    unclear = [variable for variable, group in within.items() if (group["left"]["low"] or 0) <= 0]
+    if balanced["auroc"] is not None and balanced["low"] <= 0.5:
+        unclear.append("balanced covariates")
+    elif balanced["auroc"] is None and within:
+        unclear.append("the overlap of covariates")
+    if area["high"] < 0.5:
+        mark, end = "unclear", "cannot tell: below chance"
+    elif area["low"] <= 0.5:
+        mark, end = "unclear", "cannot tell: not distinguishable from chance"
+    elif shown or partly:
+        mark = "shown" if shown else "partly"
+        groups = shown or partly
+        worst = min(groups, key=lambda variable: groups[variable]["auroc"])
+        end = f"{shorten(groups[worst]['auroc'])} among images of equal {worst}"
+        end = f"shortcut shown: {end}" if shown else f"partly a shortcut: {end}"
+    elif unclear:
+        mark, end = "unclear", f"cannot tell: too few pairs within {', '.join(unclear)}"
     else:
-        mark, end = "none", "no covariate here explains it"
-    shown = f"; {', '.join(strata)}" if strata else ""
-    return {"mark": mark, "verdict": f"{name} {shorten(found['auroc']['auroc'])}{shown}{alone}: {end}."}
+        mark, end = "none", f"no shortcut found among {', '.join(within) or 'no covariates'}"
+    sides = [
+        f"; {shorten(side['auroc'])} within {projection}"
+        for projection, side in figures["projections"].items()
+        if side["auroc"] is not None
+    ]
+    return {"mark": mark, "verdict": f"{name} {shorten(area['auroc'])}{''.join(sides)}: {end}."}
 
 
-def _measure(value: Floats, truth: Floats | Bools, patient: Names, rows: Bools | None = None) -> Areas:
-    """The AUROC of values [n] against truth [n], of the rows where both are known."""
-    known = ~(np.isnan(value) | np.isnan(truth.astype(float)))
-    mask = known if rows is None else known & rows
-    return measure_areas(np.nan_to_num(value)[:, None], truth.astype(float)[:, None], mask[:, None], patient)
+def _measure_projections(
+    score: Floats, truth: Bools, patient: Names, projection: Names | None
+) -> dict[str, dict[str, Any]]:
+    """The AUROC within each projection, which readers ask for first; None with fewer than 10 patients in a class."""
+    sides: dict[str, dict[str, Any]] = {}
+    for side in sorted(set([] if projection is None else projection.tolist()) - {""}):
+        rows = projection == side
+        counts = count_classes(truth[rows], patient[rows])
+        area = None if counts["few"] else measure_within(score[rows], truth[rows], patient[rows])
+        sides[side] = {**counts, **_describe(area)}
+    return sides
 
 
 def _describe(areas: Areas | None) -> dict[str, Any]:
@@ -267,8 +272,15 @@ def _describe(areas: Areas | None) -> dict[str, Any]:
     return {name: float(getattr(areas, name)[0]) for name in ("auroc", "low", "high")}
 
 
+def _code_groups(group: Names) -> Ints:
+    """Groups [n] as numbers in the order in which they first appear, so that equal partitions are equal arrays."""
+    _, first, codes = np.unique(group, return_index=True, return_inverse=True)
+    order: Ints = np.argsort(np.argsort(first))[codes]
+    return order
+
+
 def _standardize(value: Floats) -> list[Floats]:
-    """A covariate as its standardized ranks, 0 where unknown; beside it whether it is, if that differs by film."""
+    """A covariate as its standardized ranks, 0 where unknown; beside it whether it is, if that differs by image."""
     known = ~np.isnan(value)
     ranks = np.unique(value[known], return_inverse=True)[1].astype(float)
     if not len(ranks) or ranks.std() == 0:

@@ -5,7 +5,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from model.runs.report import describe_gaps, draw_training, render_model_card, render_report, summarize
+from model.runs.report import (
+    describe_gaps,
+    draw_training,
+    list_variables,
+    render_model_card,
+    render_report,
+    summarize,
+)
 from model.runs.summary import print_evaluations, print_gain, print_verdicts
 from pipeline.measure.belief import assess_belief
 from pipeline.measure.compare import measure_gain
@@ -140,7 +147,7 @@ def test_the_tables_hold_the_numbers_of_the_json(page: str, evaluation: dict[str
             + [places(label[metric]) for metric in calibrations]
             for name, label in part["labels"].items()
         ]
-        titles = {"macro": "macro", "macro10": "macro, ≥ 10 positives", "mean5": "mean of competition's 5"}
+        titles = {"macro": "macro", "macro10": "macro, ≥ 10 patients", "mean5": "mean of competition's 5"}
         for mean, title in titles.items():
             areas = [places(part[f"{mean}_auroc"]), limits(auroc[mean])]
             areas += [places(part[f"{mean}_auprc"]), limits(auprc[mean])]
@@ -197,12 +204,11 @@ def test_verdicts_stand_beside_the_figures(
     card = render_model_card("first", CONFIG, {}, {"valid": evaluation})
     for found, row in zip(belief.values(), read.tables["belief"][0][1:], strict=True):
         assert all(found["verdict"] in where for where in (text, printed, card))
-        pooled = found["within"]["sex"]["pooled"]
-        figures = [f"{places(of['auroc'])} {limits(of)}" for of in (pooled, found["balanced"])]
-        assert row[1:5] == [places(found["auroc"]["auroc"]), limits(found["auroc"]), *figures]
-    for (name, found), row in zip(belief.items(), read.tables["covariates"][0][1:], strict=True):
-        alone, told = found["covariates"]["Male"], found["tells"]["Male"]
-        assert row == [name, *(f"{places(of['auroc'])} {limits(of)}" for of in (alone, told))]
+        figures = [
+            f"{places(part['auroc'])} {limits(part)}"
+            for part in (*(found["within"][name] for name in list_variables(evaluation)), found["balanced"])
+        ]
+        assert row[1:7] == [places(found["auroc"]["auroc"]), limits(found["auroc"]), *figures]
 
 
 def test_the_page_names_settings_and_what_is_left_out(page: str, evaluation: dict[str, Any]) -> None:
@@ -215,7 +221,7 @@ def test_the_page_names_settings_and_what_is_left_out(page: str, evaluation: dic
     assert re.findall("<dt>(.*?)</dt>", shown) == ["arch", "manifest", "uncertain", "blank", "labels"]
     assert "<summary>6 more, at their defaults</summary>" in folded
     macro10 = f"{evaluation['macro10_auroc']:.3f} {limits(evaluation['intervals']['auroc']['macro10'])}"
-    assert f"valid, 300 images of 150 patients {macro10} AUROC, macro, ≥ 10 positives" in text
+    assert f"valid, 300 images of 150 patients {macro10} AUROC, macro, ≥ 10 patients" in text
     assert f"In no group: LL {evaluation['subgroups']['projection']['others']['LL']}." in text
     less = evaluation["subgroups"]["sex"]["less_first"]["Male"]
     assert f"Macro less the first group's: Male {less['difference']:.3f} {limits(less)}." in text
@@ -250,16 +256,12 @@ def test_the_first_screen_says_what_was_measured_and_what_to_distrust(
     assert first.index(f"valid of films drawn by pipeline sample: {studies}.") < first.index("dev of films")
     marks = [found["mark"] for found in evaluation["belief"].values()]
     assert summarize("valid", evaluation) == [
-        *(
-            [("none", "No covariate here explains: Edema, Pleural Effusion.")]
-            if marks == ["none"] * 2
-            else []
-        ),
-        ("caution", "Too few positives or negatives to tell: Fracture, Rare."),
+        *([("none", "No shortcut found for: Edema, Pleural Effusion.")] if marks == ["none"] * 2 else []),
+        ("unclear", "Too few patients of a class to tell: Fracture, Rare."),
     ]
-    assert [text for _, text in summarize("dev", told) if "few" not in text and "covariate" not in text] == [
+    assert [text for _, text in summarize("dev", told) if "few" not in text and "shortcut" not in text] == [
         "Chose checkpoint and thresholds, so its figures flatter.",
-        "Told without the lungs: Edema.",
+        "Recognized without the lungs: Edema.",
     ]
     assert all(text in first for _, text in summarize("dev", told))
     less = evaluation["against"]["auroc"]["macro10"]
@@ -276,7 +278,7 @@ def test_tables_without_figures_are_left_out(images: Scored) -> None:
 
 def test_the_legend_names_the_lines_that_are_there() -> None:
     (_, loss), (_, auroc) = draw_training(HISTORY)
-    assert ">macro, ≥ 10 positives<" in auroc
+    assert ">macro, ≥ 10 patients<" in auroc
     assert "competition" not in auroc
     for svg in (loss, auroc):
         texts = re.findall(r"<text[^>]*>(.*?)</text>", svg)
@@ -392,7 +394,7 @@ def test_the_model_card_states_data_metrics_and_limits(evaluation: dict[str, Any
     assert "**For research. Not for clinical use.**" in card
     assert "A network that scores 4 findings on chest" in card
     assert "manifest of sha256 `ab12`" in card
-    assert "The checkpoint is the one with the best AUROC on dev: macro, ≥ 10 positives." in lines
+    assert "The checkpoint is the one with the best AUROC on dev: macro, ≥ 10 patients." in lines
     assert "| train | 1,200 | 1,100 | 700 |" in lines
     assert "| lr | 0.0001 |" in lines
     label, found = evaluation["labels"]["Edema"], evaluation["intervals"]

@@ -1,5 +1,6 @@
 """The audit's figures against scikit-learn and SciPy, its level over many tables, and its words."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from scipy.stats import binom, norm
 from sklearn.metrics import roc_auc_score
 
 from pipeline.labels import LABELS
-from pipeline.measure.audit import Audit, audit_labels, describe_alarms, find_alarms, predict_together
+from pipeline.measure.audit import Audit, audit_labels, describe_alarms, find_alarms, predict
 from pipeline.measure.covariates import find_covariates
 from pipeline.measure.delong import score_limits, score_variance
 from pipeline.policies import evaluation_targets
@@ -40,6 +41,10 @@ def by_name(audit: Audit) -> dict[tuple[str, str], dict[str, Any]]:
     return {(clue["label"], clue["covariate"]): {**clue} for clue in audit["clues"]}
 
 
+def spread_of(positives: int, negatives: int) -> Callable[[float], float]:
+    return lambda theta: score_variance(theta, positives, negatives)
+
+
 def test_figures_are_scikit_learn_s_and_holm_s_by_hand() -> None:
     random = np.random.default_rng(0)
     labels = ("Edema", "Fracture", "Pneumonia")
@@ -67,7 +72,7 @@ def test_figures_are_scikit_learn_s_and_holm_s_by_hand() -> None:
         assert clue["auroc"] == pytest.approx(auroc, abs=1e-12)
         assert clue["told"] == max(clue["auroc"], 1 - clue["auroc"])
         sizes = int(side.sum()), int((~side).sum())
-        assert (clue["low"], clue["high"]) == pytest.approx(score_limits(auroc, *sizes))
+        assert (clue["low"], clue["high"]) == pytest.approx(score_limits(auroc, spread_of(*sizes)))
         # One image a patient: no design effect.
         error = score_variance(0.6, *sizes) ** 0.5
         assert error == pytest.approx(score_variance(0.4, *sizes) ** 0.5)
@@ -79,7 +84,7 @@ def test_figures_are_scikit_learn_s_and_holm_s_by_hand() -> None:
             going = p_value <= level
         if going:
             rejected.add(pair)
-        limits = score_limits(found[pair]["auroc"], *sizes, z=norm.isf(level / 2))
+        limits = score_limits(found[pair]["auroc"], spread_of(*sizes), norm.isf(level / 2))
         assert found[pair]["adjusted"] == pytest.approx(max(limits[0], 1 - limits[1]))
         assert (found[pair]["adjusted"] > 0.6) == found[pair]["exceeds"] == (pair in rejected)
     assert ("Edema", "c-1.5") in rejected
@@ -93,16 +98,16 @@ def test_covariates_together_are_tried_on_other_patients() -> None:
     random = np.random.default_rng(1)
     values = random.normal(size=(800, 2))
     truth, used = values.prod(axis=1) > 0, np.ones(800, np.bool_)
-    score = predict_together(values, truth, used, np.arange(800))
+    score = predict(values, truth, used, np.arange(800))
     assert max(roc_auc_score(truth, column) for column in values.T) < 0.56
     assert roc_auc_score(truth, score) > 0.9  # neither alone, but both together
     # Eight images of each patient, who are known by their values: what was learned of them must not count.
     owner = np.repeat(np.arange(100), 8)
     sick = random.random(100) < 0.5
-    score = predict_together(random.normal(size=(100, 2))[owner], sick[owner], used, owner)
+    score = predict(random.normal(size=(100, 2))[owner], sick[owner], used, owner)
     assert abs(roc_auc_score(sick[owner], score) - 0.5) < 0.2
     used[:80] = False
-    assert np.isnan(predict_together(values, truth, used, owner)).sum() == 80
+    assert np.isnan(predict(values, truth, used, owner)).sum() == 80
 
 
 def test_alarms_are_told_in_words() -> None:
