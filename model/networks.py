@@ -195,16 +195,17 @@ def _over_gray(weight: Tensor) -> Tensor:
 class ResCNN(nn.Module):
     """A small residual network (0.9 M weights, 0.2 G multiply-adds at 224 pixels) for CPUs and small sets.
 
-    Stem (convolution, BatchNorm, ReLU, pooling), then per width of 32, 64, 128, 256 channels a residual
-    block, which halves the resolution from the second on, and a bottleneck block; then a pooled classifier.
+    Stem (convolution, BatchNorm, ReLU, pooling), then per width in channels a residual block, which
+    halves the resolution from the second on, and a bottleneck block; then a pooled classifier.
     """
 
-    def __init__(self, outputs: int) -> None:
+    def __init__(self, outputs: int, widths: tuple[int, ...] = (32, 64, 128, 256)) -> None:
         super().__init__()
-        self.stem = nn.Sequential(*_conv_norm(1, 32, kernel=5, stride=2), nn.ReLU(), nn.MaxPool2d(3, 2, 1))
+        channels = widths[0]
+        stem = _conv_norm(1, channels, kernel=5, stride=2)
+        self.stem = nn.Sequential(*stem, nn.ReLU(), nn.MaxPool2d(3, 2, 1))
         blocks: list[nn.Module] = []
-        channels = 32
-        for width in (32, 64, 128, 256):
+        for width in widths:
             blocks += [residual_block(channels, width, stride=width // channels), bottleneck_block(width)]
             channels = width
         self.blocks = nn.Sequential(*blocks)

@@ -1,6 +1,7 @@
 """Real files for the tests: a small CheXpert folder of noise images, and shards made from it."""
 
 import csv
+import gc
 import importlib.util
 import io
 import os
@@ -29,6 +30,8 @@ REPOSITORY = Path(__file__).parents[1]
 PIPELINE = Path(sys.executable).with_name("pipeline")  # the console script of this environment
 # OpenMP's barriers spin: on a busy machine two threads of a tiny network are a hundred times slower than one.
 os.environ["OMP_NUM_THREADS"] = "1"
+# What the imports allocate stays: the collector, which would look through it again and again, takes a third of them.
+gc.disable()
 # Commands that name the next one to type name it as in an activated environment.
 os.environ["PATH"] = os.pathsep.join([str(PIPELINE.parent), os.environ["PATH"]])
 # A shell that runs the tests in the background has them, and what they start, ignore Ctrl-C.
@@ -39,6 +42,12 @@ ROUNDS = range(int(os.environ.get("KILL_ROUNDS", "1")))
 
 POLICIES = {"uncertain": "best", "blank": "zeros"}
 CELLS = ("1.0", "0.0", "-1.0", "")
+
+
+def pytest_collection_finish() -> None:
+    """Now that all is imported, collect garbage again, but not in what the imports left."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

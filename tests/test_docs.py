@@ -25,7 +25,7 @@ from pipeline.sources.sets import find_source
 from pipeline.synthetic.sample import write_sample
 from tests.conftest import POLICIES, REPOSITORY, default_options, make_shards, write_chexpert
 from tests.layouts import draw, write_mimic, write_nih
-from tests.model.runs.test_use import call_train
+from tests.training import call_train
 
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 # Of small runs, instead of make's own.

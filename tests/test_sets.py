@@ -1,6 +1,7 @@
 """Every data set, from its files to a prediction: shards, checks, counts, two epochs of training, scores."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from pipeline.sources.rows import read_splits
 from pipeline.sources.sets import KNOWN, find_source
 from tests.conftest import default_options, make_shards, run_pipeline
 from tests.layouts import SETS
-from tests.test_train import few_resamples_and_no_page, open_small_job  # noqa: F401
+from tests.training import narrow_networks, open_small_job, quick_ends
 
 
 def test_every_set_that_is_told_by_its_files_has_a_layout() -> None:
@@ -28,6 +29,12 @@ def find_seed(home: Path) -> int:
             if ((states == 1).any(axis=0) & (states == 0).any(axis=0)).any():
                 return seed
     raise AssertionError
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_training() -> Iterator[None]:
+    with narrow_networks(), quick_ends():
+        yield
 
 
 @pytest.mark.parametrize("name", SETS)

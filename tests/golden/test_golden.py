@@ -3,7 +3,7 @@
 The images are noise, the same on every machine. Of training only the first step is compared, because the rounding of
 a convolution depends on the processor, and Adam turns the rounding of a gradient near zero into a whole step: after two
 epochs, losses differ by 1e-2 from one processor to another. Later steps are compared between runs on one machine, in
-`tests/test_train.py`; optimizer and schedule with torch's own, in `tests/model/test_optim.py`.
+`tests/model/runs/test_train.py`; optimizer and schedule with torch's own, in `tests/model/test_optim.py`.
 """
 
 import hashlib

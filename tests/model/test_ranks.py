@@ -17,7 +17,7 @@ import train
 from model.runs.scores import read_scores
 from pipeline.manifest import Manifest, read_table
 from tests.conftest import ROUNDS
-from tests.test_train import assert_same_run
+from tests.training import assert_same_run
 
 pytestmark = pytest.mark.cluster
 REPOSITORY = Path(train.__file__).parent

@@ -15,7 +15,7 @@ import pytest
 import train
 from pipeline.manifest import Manifest
 from tests.swift import KEY, SECRET, free_ports, run_swift
-from tests.test_train import assert_same_run
+from tests.training import assert_same_run
 
 ADDRESSES = ("10.77.31.1", "10.77.31.2")
 LINKS = ("chest0", "chest1")

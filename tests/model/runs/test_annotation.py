@@ -13,7 +13,6 @@ from model.runs.report import describe_gaps
 from model.runs.summary import print_evaluations
 from pipeline.synthetic.sample import write_sample
 from tests.conftest import default_options, make_shards
-from tests.test_train import few_resamples_and_no_page, make_job  # noqa: F401
 
 
 @pytest.fixture
@@ -28,7 +27,7 @@ def shards(tmp_path: Path) -> Path:
 
 def test_what_nobody_looked_for_is_neither_learned_nor_measured(
     shards: Path,
-    make_job: Callable[..., Job],  # noqa: F811
+    make_job: Callable[..., Job],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     job = make_job("run", shards=shards, epochs=1, blank="zeros")

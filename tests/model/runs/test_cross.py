@@ -14,7 +14,7 @@ from pipeline.etl.shards import Execution, write_shards
 from pipeline.manifest import manifest_digest, read_manifest, read_table
 from pipeline.sources.sets import find_source
 from tests.conftest import POLICIES, default_options, write_chexpert
-from tests.model.runs.test_use import SMALL, call_train
+from tests.training import WORDS, call_train
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def test_every_run_is_scored_on_every_set(
     sets: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "cross"
-    words = ("cross", *(word for folder in sets for word in ("--shards", folder)), "--out", out, *SMALL)
+    words = ("cross", *(word for folder in sets for word in ("--shards", folder)), "--out", out, *WORDS)
     assert call_train(*words) == 0
     then = f"predict --run {shlex.quote(str(out / 'north+south'))} --out scores.csv FILMS"
     assert capsys.readouterr().err.endswith(f"\nnext: python -m train {then}\n")

@@ -14,16 +14,16 @@ import torch
 from torchvision.models import resnet18
 
 import train
+from model import networks
 from model.checkpoint import load_checkpoint
 from model.frozen import embed
-from model.networks import ResCNN, build_network
+from model.networks import build_network
 from model.runs import embeddings
 from model.runs.job import Job
 from pipeline import DataError, open_shards
 from pipeline.labels import LABELS
 from pipeline.manifest import Manifest
-from tests.model.runs.test_use import call_train, trained  # noqa: F401 - a fixture
-from tests.test_train import make_job  # noqa: F401 - a fixture
+from tests.training import call_train
 
 
 def values_of(table: pa.Table) -> np.ndarray:
@@ -32,12 +32,12 @@ def values_of(table: pa.Table) -> np.ndarray:
 
 @torch.no_grad()
 def test_a_runs_embeddings_are_what_its_last_layer_takes(
-    trained: Path,  # noqa: F811
+    one_epoch: Path,
     sample_shards: tuple[Path, Manifest],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    words = ("embed", trained, "--shards", sample_shards[0], "--split", "valid", "--out")
+    words = ("embed", one_epoch, "--shards", sample_shards[0], "--split", "valid", "--out")
     assert call_train(*words, tmp_path / "valid.arrow") == 0
     monkeypatch.setattr(embeddings, "EVALUATION_BATCH", 7)
     assert call_train(*words, tmp_path / "valid.parquet") == 0
@@ -46,14 +46,14 @@ def test_a_runs_embeddings_are_what_its_last_layer_takes(
     columns = ["key", "patient", *LABELS]
     selected = open_shards(sample_shards[0])["valid"]
     assert arrow.column_names == [*columns, "embedding"]
-    assert arrow.schema.field("embedding").type == pa.list_(pa.float32(), 256)
+    assert arrow.schema.field("embedding").type == pa.list_(pa.float32(), 32)
     assert parquet.schema.equals(arrow.schema)
     assert arrow.select(columns).equals(selected.table.select(columns))
     assert parquet.select(columns).equals(arrow.select(columns))
     np.testing.assert_allclose(values_of(parquet), values_of(arrow), rtol=0, atol=1e-5)
 
     (batch,) = selected.batches(len(arrow), 32, epoch=None)
-    network, best = ResCNN(14).eval(), load_checkpoint(trained / "best.pt")
+    network, best = networks.ResCNN(14).eval(), load_checkpoint(one_epoch / "best.pt")
     network.load_state_dict(best["weights"])
     inputs = (torch.from_numpy(batch.images).float() - best["pixels"]["mean"]) / best["pixels"]["std"]
     expected = network.blocks(network.stem(inputs)).mean(dim=(2, 3))
@@ -84,12 +84,12 @@ def test_a_networks_embeddings_are_torchvisions(sample_shards: tuple[Path, Manif
     ],
 )
 def test_what_cannot_be_embedded_is_a_usage_error(
-    trained: Path,  # noqa: F811
+    one_epoch: Path,
     words: list[str],
     message: str,
 ) -> None:
-    typed = [word.format(run=trained) for word in words]
-    with pytest.raises(click.UsageError, match=f"^{re.escape(message.format(run=trained))}$"):
+    typed = [word.format(run=one_epoch) for word in words]
+    with pytest.raises(click.UsageError, match=f"^{re.escape(message.format(run=one_epoch))}$"):
         call_train("embed", "--out", "e.arrow", *typed)
 
 
@@ -102,16 +102,16 @@ def test_a_network_that_does_not_end_in_a_linear_layer_has_no_embeddings() -> No
 
 @pytest.mark.parametrize("augment", ["none", pytest.param("robust", marks=pytest.mark.soak)])
 def test_only_the_last_layer_learns(
-    make_job: Callable[..., Job],  # noqa: F811
-    trained: Path,  # noqa: F811
+    make_job: Callable[..., Job],
+    one_epoch: Path,
     monkeypatch: pytest.MonkeyPatch,
     augment: str,
 ) -> None:
     monkeypatch.setattr(train, "finish_run", lambda job: {})
-    job = make_job("run", init=trained / "best.pt", freeze=True, augment=augment, epochs=1, ema=0.0)
+    job = make_job("run", init=one_epoch / "best.pt", freeze=True, augment=augment, epochs=1, ema=0.0)
     assert train.train(job) == 0
-    before, after = (load_checkpoint(run / "best.pt")["weights"] for run in (trained, job.run))
+    before, after = (load_checkpoint(run / "best.pt")["weights"] for run in (one_epoch, job.run))
     changed = {name for name, value in before.items() if not torch.equal(value, after[name])}
     assert changed == {"head.2.weight", "head.2.bias"}
     optimizer = load_checkpoint(job.run / "last.pt")["optimizer"]
-    assert [tuple(state["exp_avg"].shape) for state in optimizer["state"].values()] == [(14, 256), (14,)]
+    assert [tuple(state["exp_avg"].shape) for state in optimizer["state"].values()] == [(14, 32), (14,)]

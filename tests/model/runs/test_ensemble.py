@@ -19,7 +19,7 @@ from pipeline.labels import LABELS
 from pipeline.manifest import Manifest
 from pipeline.measure.calibration import apply_calibration
 from tests.conftest import REPOSITORY
-from tests.model.runs.test_use import SMALL, call_train, trained  # noqa: F401 - a fixture
+from tests.training import WORDS, call_train
 
 pytestmark = pytest.mark.soak  # it trains, or builds large networks: half a minute
 
@@ -30,15 +30,15 @@ def read_json(path: Path) -> dict[str, object]:
 
 @pytest.fixture(scope="module")
 def pair(
-    trained: Path,  # noqa: F811
+    one_epoch: Path,
     sample_shards: tuple[Path, Manifest],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[Path, Path]:
     """Two runs that differ in their seed, and how their scores are calibrated; tests get copies."""
     folder = tmp_path_factory.mktemp("pair")
     runs = folder / "a", folder / "b"
-    shutil.copytree(trained, runs[0])
-    assert call_train("train", "--shards", sample_shards[0], "--run", runs[1], *SMALL, "--seed", 1) == 0
+    shutil.copytree(one_epoch, runs[0])
+    assert call_train("train", "--shards", sample_shards[0], "--run", runs[1], *WORDS, "--seed", 1) == 0
     for run, temperature in zip(runs, (0.8, 1.5), strict=True):
         chosen = read_json(run / "calibration.json")
         for label in ("Edema", "Fracture"):
@@ -156,7 +156,7 @@ def test_an_ensemble_is_the_mean_of_calibrated_scores_everywhere(
     assert (two / "calibration.json").exists()
     (two / "best.pt").write_bytes((one / "best.pt").read_bytes())
     with pytest.raises(
-        DataError, match=f"^{two}: trained on since {out} was evaluated; first run: python -m train"
+        DataError, match=f"^{two}: one_epoch on since {out} was evaluated; first run: python -m train"
     ):
         call_train("predict", "--run", out, "--out", table, films)
 

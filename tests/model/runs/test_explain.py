@@ -13,10 +13,10 @@ from PIL import Image
 from pipeline import DataError, open_shards
 from pipeline.labels import LABELS
 from pipeline.manifest import Manifest
-from tests.model.runs.test_use import call_train, run, trained  # noqa: F401 - fixtures
+from tests.training import call_train
 
 
-def test_predict_writes_a_picture_for_the_highest_scores(run: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_predict_writes_a_picture_for_the_highest_scores(run: Path, tmp_path: Path) -> None:
     Image.effect_noise((80, 60), 50).save(tmp_path / "a.png")
     words = ("predict", "--run", run, "--out", tmp_path / "s.csv", "--heatmaps", tmp_path / "maps")
     assert call_train(*words, "--heatmap-labels", 2, tmp_path / "a.png") == 0
@@ -25,7 +25,7 @@ def test_predict_writes_a_picture_for_the_highest_scores(run: Path, tmp_path: Pa
     assert {path.name for path in (tmp_path / "maps").iterdir()} == expected
 
 
-def test_maps_are_of_one_run_by_images(run: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_maps_are_of_one_run_by_images(run: Path, tmp_path: Path) -> None:
     Image.effect_noise((80, 60), 50).save(tmp_path / "a.png")
     other = shutil.copytree(run, tmp_path / "other")
     runs = (
@@ -51,7 +51,7 @@ def test_maps_are_of_one_run_by_images(run: Path, tmp_path: Path) -> None:  # no
 
 
 def test_localize_measures_the_boxes_of_drawn_signs(
-    run: Path,  # noqa: F811
+    run: Path,
     sample_shards: tuple[Path, Manifest],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],

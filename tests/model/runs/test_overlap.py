@@ -14,9 +14,9 @@ from model.runs.overlap import TRAINED_ON, count_shared
 from pipeline import DataError
 from pipeline.manifest import manifest_digest, read_manifest, read_table
 from tests.conftest import default_options, make_shards, write_chexpert
-from tests.model.runs.test_use import SMALL, call_train
+from tests.training import WORDS, call_train
 
-TINY = (*SMALL, "--batch-size", 4, "--workers", 1)
+TINY = (*WORDS, "--batch-size", 4, "--workers", 1)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from model.runs.sanity import ALTERATIONS
 from pipeline.labels import LABELS
 from pipeline.manifest import Manifest
 from pipeline.measure.evaluate import Scored, assess_altered
-from tests.model.runs.test_use import call_train, run, trained  # noqa: F401 - fixtures
+from tests.training import call_train
 
 
 def draw_images() -> npt.NDArray[np.uint8]:
@@ -61,7 +61,7 @@ def test_labels_that_are_still_told_are_named() -> None:
 
 
 def test_evaluate_scores_altered_images(
-    run: Path,  # noqa: F811
+    run: Path,
     sample_shards: tuple[Path, Manifest],
     capsys: pytest.CaptureFixture[str],
 ) -> None:

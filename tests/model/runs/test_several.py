@@ -20,8 +20,7 @@ from pipeline.manifest import read_manifest, read_table
 from pipeline.sources.sets import find_source
 from pipeline.stream.plan import epoch_order
 from tests.conftest import POLICIES, default_options, write_chexpert
-from tests.model.runs.test_use import SMALL, call_train
-from tests.test_train import assert_same_run, few_resamples_and_no_page, open_small_job  # noqa: F401
+from tests.training import WORDS, assert_same_run, call_train, open_small_job
 
 
 @pytest.fixture(scope="module")
@@ -82,4 +81,4 @@ def test_shares_on_the_command_line(two: list[Path], tmp_path: Path) -> None:
             parse_shares(text)
     folders = [word for folder in two for word in ("--shards", folder)]
     with pytest.raises(click.UsageError, match=r"^--mix has 3 shares for 2 folders of --shards$"):
-        call_train("train", *folders, "--run", tmp_path / "run", *SMALL, "--mix", "1,2,3")
+        call_train("train", *folders, "--run", tmp_path / "run", *WORDS, "--mix", "1,2,3")

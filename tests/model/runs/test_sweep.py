@@ -21,7 +21,7 @@ import pytest
 import train
 from model.predict import DivergedError, MemoryExhaustedError
 from model.runs.commands import main
-from model.runs.job import Job, StopFlag
+from model.runs.job import Job
 from model.runs.sweep import (
     Figures,
     History,
@@ -37,9 +37,7 @@ from model.runs.sweep import (
     run_sweep,
 )
 from pipeline import DataError
-from pipeline.manifest import Manifest
 from tests.conftest import ROUNDS
-from tests.test_train import few_resamples_and_no_page  # noqa: F401
 
 LR, WD = (1e-4, 1e-3, 1e-2), (1e-5, 0.0)
 
@@ -336,18 +334,6 @@ def test_two_processes_killed_and_restarted_finish_every_point_once(
         for s in (sweep, plain)
     )
     assert ours == undisturbed
-
-
-@pytest.fixture
-def command(sample_shards: tuple[Path, Manifest], monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    monkeypatch.setattr(StopFlag, "listen", lambda self: self)
-    shared = ["--shards", str(sample_shards[0]), "--workers", "2", "--image-size", "32", "--epochs", "1"]
-
-    def call(name: str, *arguments: object) -> int:
-        words = [name, *shared, *map(str, arguments)]
-        return int(main.main(words, standalone_mode=False, obj=train.train))
-
-    return call
 
 
 def test_trials_are_the_runs_that_train_makes(

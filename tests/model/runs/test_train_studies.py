@@ -22,11 +22,11 @@ from model.runs.scoring import score_best
 from pipeline import DataError
 from pipeline.manifest import Manifest
 from pipeline.measure.calibration import apply_calibrations
-from tests.test_train import assert_same_run, few_resamples_and_no_page, make_job  # noqa: F401
+from tests.training import assert_same_run
 
 
 @pytest.fixture
-def make(make_job: Callable[..., Job], drawn_studies: tuple[Path, Manifest]) -> Callable[..., Job]:  # noqa: F811
+def make(make_job: Callable[..., Job], drawn_studies: tuple[Path, Manifest]) -> Callable[..., Job]:
     """A small job on shards of all views."""
     return partial(make_job, shards=drawn_studies[0], batch_size=8)
 

@@ -11,60 +11,13 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-import train
-from model.runs import commands, results
-from model.runs.job import StopFlag
 from model.runs.scores import read_frame
 from pipeline import DataError
 from pipeline.labels import LABELS
 from pipeline.manifest import Manifest, read_table
 from pipeline.measure.calibration import apply_calibrations
 from tests.conftest import default_options, make_shards, write_chexpert
-
-
-@pytest.fixture(scope="module")
-def trained(sample_shards: tuple[Path, Manifest], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of one epoch; tests get copies."""
-    run = tmp_path_factory.mktemp("trained") / "run"
-    assert call_train("train", "--shards", sample_shards[0], "--run", run, *SMALL) == 0
-    return run
-
-
-SMALL = (
-    "--arch",
-    "rescnn",
-    "--image-size",
-    32,
-    "--epochs",
-    1,
-    "--batch-size",
-    16,
-    "--amp",
-    "off",
-    "--workers",
-    2,
-)
-
-
-class NeverStop(StopFlag):
-    """Leaves the signals of the tests' process alone."""
-
-    def listen(self) -> "NeverStop":
-        return self
-
-
-def call_train(*words: object) -> int:
-    """`python train.py` in this process, with few resamples and no page, which would take longest."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(results, "RESAMPLES", 20)
-        patch.setattr(results, "render_report", lambda *_: "a page")
-        patch.setattr(StopFlag, "listen", lambda self: self)
-        return int(commands.main.main([str(word) for word in words], standalone_mode=False, obj=train.train))
-
-
-@pytest.fixture
-def run(trained: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(trained, tmp_path / "run"))
+from tests.training import WORDS, call_train
 
 
 def test_predict_keeps_earlier_scores_where_no_image_can_be_read(
@@ -125,7 +78,7 @@ def test_a_run_with_fewer_labels_is_compared_over_those_of_both(
     other = run.with_name("few")
     shards = ("--shards", sample_shards[0])
     assert (
-        call_train("train", *shards, "--run", other, *SMALL, "--labels", "Edema,Fracture,Pleural Effusion")
+        call_train("train", *shards, "--run", other, *WORDS, "--labels", "Edema,Fracture,Pleural Effusion")
         == 0
     )
     capsys.readouterr()
@@ -142,7 +95,7 @@ def test_a_run_with_fewer_labels_is_compared_over_those_of_both(
         differences += [] if ours is None else [ours - his]
     assert found["macro"]["difference"] == pytest.approx(sum(differences) / len(differences))
     alone = run.with_name("none")
-    assert call_train("train", *shards, "--run", alone, *SMALL, "--labels", "Cardiomegaly") == 0
+    assert call_train("train", *shards, "--run", alone, *WORDS, "--labels", "Cardiomegaly") == 0
     with pytest.raises(DataError, match=r"few: no label that both runs have learned$"):
         call_train("evaluate", *shards, "--run", alone, "--against", other)
 
@@ -206,7 +159,7 @@ def test_predict_reads_16_bit_images_as_the_shards_did(
         csv.write_text(csv.read_text().replace(".jpg", ".png"))
     shards, run, out = tmp_path / "shards", tmp_path / "run", tmp_path / "scores.csv"
     make_shards(folder, shards, default_options(bits=12))
-    assert call_train("train", "--shards", shards, "--run", run, *SMALL, "--batch-size", 4) == 0
+    assert call_train("train", "--shards", shards, "--run", run, *WORDS, "--batch-size", 4) == 0
     frontals = sorted((folder / "valid").rglob("*_frontal.png"))
     assert call_train("predict", "--run", run, "--out", out, "--workers", 1, *frontals) == 0
     assert capsys.readouterr().err.endswith(f"next: python -m train export --run {run} --out model.onnx\n")

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ from model.runs import folder, results
 from model.runs.commands import main
 from model.runs.config import Config, read_config
 from model.runs.folder import open_run, record_environment
-from model.runs.job import Job, StopFlag, open_job, open_rows
+from model.runs.job import Job, open_rows
 from model.runs.results import evaluate
 from model.runs.scores import read_scores, write_scores
 from model.runs.scoring import score_best, score_split
@@ -57,103 +57,8 @@ from pipeline.measure.calibration import RULES, apply_calibration, apply_calibra
 from pipeline.measure.evaluate import Scored, calibrate
 from pipeline.policies import evaluation_targets
 from pipeline.stream.collection import open_collection
-from tests.conftest import ROUNDS
-
-REPOSITORY = Path(train.__file__).parent
-
-
-class StopAfter(StopFlag):
-    """Asks for a stop at the n-th time it is looked at."""
-
-    def __init__(self, looks: int) -> None:
-        self.looks = looks
-
-    def listen(self) -> "StopAfter":
-        return self
-
-    def __call__(self) -> bool:
-        self.looks -= 1
-        if self.looks == 0:
-            self.code = 143
-        return self.code != 0
-
-
-@pytest.fixture(autouse=True, scope="module")
-def few_resamples_and_no_page() -> Iterator[None]:
-    """What takes longest at the end of a run; the command line's test has both."""
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(results, "RESAMPLES", 20)
-        monkeypatch.setattr(results, "render_report", lambda *_: "a page")
-        yield
-
-
-SMALL: dict[str, Any] = {
-    "arch": "rescnn",
-    "lr": 1e-3,
-    "batch_size": 16,
-    "epochs": 2,
-    "image_size": 32,
-    "amp": "off",
-    "ema": 0.9,
-}
-
-
-def open_small_job(
-    shards: Path | Sequence[Path],
-    run: Path,
-    stop_after: int = 10**9,
-    teacher: Path | None = None,
-    init: Path | None = None,
-    strict: bool = False,
-    **changes: Any,
-) -> Job:
-    """A small job; keyword arguments change its configuration."""
-    config, stop = Config(**SMALL | changes), StopAfter(stop_after)
-    job = open_job(config, shards, run, teacher=teacher, init=init, strict=strict, workers=2, stop=stop)
-    open_run(job.run, job.config)
-    return job
-
-
-@pytest.fixture
-def make_job(sample_shards: tuple[Path, Manifest], tmp_path: Path) -> Callable[..., Job]:
-    """A small job on the sample, in a folder of that name; keyword arguments change its configuration."""
-
-    def make(run: str, *, shards: Path = sample_shards[0], **changes: Any) -> Job:
-        return open_small_job(shards, tmp_path / run, **changes)
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def whole(sample_shards: tuple[Path, Manifest], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run of a small job that nothing interrupted. Read it, and change nothing."""
-    job = open_small_job(sample_shards[0], tmp_path_factory.mktemp("whole") / "run")
-    assert train.train(job) == 0
-    return job.run
-
-
-@pytest.fixture
-def trained(whole: Path, make_job: Callable[..., Job]) -> Job:
-    """The job of such a run, in a folder of one's own."""
-    job = make_job("trained")
-    shutil.copytree(whole, job.run, dirs_exist_ok=True)
-    return job
-
-
-@pytest.fixture
-def command(sample_shards: tuple[Path, Manifest], monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """`python train.py` with options for a small run, in this process, whose signals it leaves alone."""
-    monkeypatch.setattr(StopFlag, "listen", lambda self: self)
-
-    def call(name: str, *arguments: object) -> int:
-        shards = [] if "--shards" in arguments else ["--shards", sample_shards[0]]
-        options: list[object] = [*shards, "--workers", 2]
-        if name == "train":
-            options += ["--arch", "rescnn", "--image-size", 32, "--epochs", 1, "--batch-size", 16]
-        words = [str(part) for part in (name, *options, *arguments)]
-        return int(main.main(words, standalone_mode=False, obj=train.train))
-
-    return call
+from tests.conftest import REPOSITORY, ROUNDS
+from tests.training import StopAfter, assert_same_run
 
 
 def run_train(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -163,17 +68,6 @@ def run_train(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 def count_lines(path: Path) -> int:
     return len(path.read_text().splitlines()) if path.exists() else 0
-
-
-def assert_same_run(run: Path, other: Path) -> None:
-    """Bitwise: weights, averages, optimizer, position, and every number of the metrics."""
-    for name in ("last.pt", "best.pt"):
-        ours, theirs = load_checkpoint(run / name), load_checkpoint(other / name)
-        for key in ("images", "precision", "dataset"):  # texts
-            assert ours.pop(key, None) == theirs.pop(key, None)
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
-    for name in ("metrics.jsonl", "evaluation-dev.json", "evaluation-valid.json", "scores-valid.arrow"):
-        assert (run / name).read_bytes() == (other / name).read_bytes()
 
 
 def test_a_dev_too_small_to_choose_by_is_said(
@@ -254,7 +148,7 @@ def test_policies_train_and_their_scores_give_the_reported_auroc(
 ) -> None:
     job = make_job("run", uncertain=policy, epochs=1)
     assert train.train(job) == 0
-    assert load_checkpoint(job.run / "best.pt")["weights"]["head.2.weight"].shape == (outputs, 256)
+    assert load_checkpoint(job.run / "best.pt")["weights"]["head.2.weight"].shape == (outputs, 32)
     for name in ("dev", "valid"):
         table = read_table(job.shards.folders[0].path, job.manifest.split(name))
         scores = pa.ipc.open_file(job.run / f"scores-{name}.arrow").read_all()

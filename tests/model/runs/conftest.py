@@ -1,0 +1,71 @@
+"""Runs that tests start from, each trained once; tests get copies."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+import train
+from model.runs.job import Job
+from pipeline.manifest import Manifest
+from tests.training import WORDS, call_train, narrow_networks, open_small_job, quick_ends
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_training() -> Iterator[None]:
+    with narrow_networks(), quick_ends():
+        yield
+
+
+@pytest.fixture
+def make_job(sample_shards: tuple[Path, Manifest], tmp_path: Path) -> Callable[..., Job]:
+    """A small job on the sample, in a folder of that name; keyword arguments change its configuration."""
+
+    def make(run: str, *, shards: Path = sample_shards[0], **changes: object) -> Job:
+        return open_small_job(shards, tmp_path / run, **changes)  # type: ignore[arg-type]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def whole(sample_shards: tuple[Path, Manifest], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of a small job that nothing interrupted. Read it, and change nothing."""
+    with narrow_networks(), quick_ends():
+        job = open_small_job(sample_shards[0], tmp_path_factory.mktemp("whole") / "run")
+        assert train.train(job) == 0
+    return job.run
+
+
+@pytest.fixture
+def trained(whole: Path, make_job: Callable[..., Job]) -> Job:
+    """The job of such a run, in a folder of one's own."""
+    job = make_job("trained")
+    shutil.copytree(whole, job.run, dirs_exist_ok=True)
+    return job
+
+
+@pytest.fixture(scope="session")
+def one_epoch(sample_shards: tuple[Path, Manifest], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one epoch, by the command. Read it, and change nothing."""
+    run = tmp_path_factory.mktemp("trained") / "run"
+    with narrow_networks():
+        assert call_train("train", "--shards", sample_shards[0], "--run", run, *WORDS) == 0
+    return run
+
+
+@pytest.fixture
+def run(one_epoch: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(one_epoch, tmp_path / "run"))
+
+
+@pytest.fixture
+def command(sample_shards: tuple[Path, Manifest]) -> Callable[..., int]:
+    """`python train.py` with options for a small run on the sample; the arguments come on top."""
+
+    def call(name: str, *arguments: object) -> int:
+        shards = [] if "--shards" in arguments else ["--shards", sample_shards[0]]
+        small = WORDS[:8] if name in ("train", "sweep") else ()
+        return call_train(name, *shards, "--workers", 2, *small, *arguments)
+
+    return call

@@ -1,0 +1,101 @@
+"""Small training runs in this process, for tests of what a run writes and of what follows it."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import train
+from model import networks
+from model.checkpoint import load_checkpoint
+from model.runs import results
+from model.runs.commands import main
+from model.runs.config import Config
+from model.runs.folder import open_run
+from model.runs.job import Job, StopFlag, open_job
+
+SMALL: dict[str, Any] = {
+    "arch": "rescnn",
+    "lr": 1e-3,
+    "batch_size": 16,
+    "epochs": 2,
+    "image_size": 32,
+    "amp": "off",
+    "ema": 0.9,
+}
+# The same of one epoch, to type.
+WORDS: tuple[object, ...] = (
+    *("--arch", "rescnn", "--image-size", 32, "--epochs", 1),
+    *("--batch-size", 16, "--amp", "off", "--workers", 2),
+)
+
+
+class StopAfter(StopFlag):
+    """Asks for a stop at the n-th time it is looked at; leaves the signals of the tests' process alone."""
+
+    def __init__(self, looks: int = 10**9) -> None:
+        self.looks = looks
+
+    def listen(self) -> "StopAfter":
+        return self
+
+    def __call__(self) -> bool:
+        self.looks -= 1
+        if self.looks == 0:
+            self.code = 143
+        return self.code != 0
+
+
+@contextmanager
+def narrow_networks() -> Iterator[None]:
+    """rescnn with a hundredth of its weights: what these tests ask of a network, any network does."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(networks, "ResCNN", partial(networks.ResCNN, widths=(16, 32)))
+        yield
+
+
+@contextmanager
+def quick_ends() -> Iterator[None]:
+    """Few resamples and no page, which take longest at the end of a run; `make soak` has both."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(results, "RESAMPLES", 20)
+        patch.setattr(results, "render_report", lambda *_: "a page")
+        patch.setattr(StopFlag, "listen", lambda self: self)
+        yield
+
+
+def call_train(*words: object) -> int:
+    """`python train.py` in this process."""
+    with quick_ends():
+        return int(main.main([str(word) for word in words], standalone_mode=False, obj=train.train))
+
+
+def open_small_job(
+    shards: Path | Sequence[Path],
+    run: Path,
+    stop_after: int = 10**9,
+    teacher: Path | None = None,
+    init: Path | None = None,
+    strict: bool = False,
+    **changes: Any,
+) -> Job:
+    """A small job; keyword arguments change its configuration."""
+    config, stop = Config(**SMALL | changes), StopAfter(stop_after)
+    job = open_job(config, shards, run, teacher=teacher, init=init, strict=strict, workers=2, stop=stop)
+    open_run(job.run, job.config)
+    return job
+
+
+def assert_same_run(run: Path, other: Path) -> None:
+    """Bitwise: weights, averages, optimizer, position, and every number of the metrics."""
+    for name in ("last.pt", "best.pt"):
+        ours, theirs = load_checkpoint(run / name), load_checkpoint(other / name)
+        for key in ("images", "precision", "dataset"):  # texts
+            assert ours.pop(key, None) == theirs.pop(key, None)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    for name in ("metrics.jsonl", "evaluation-dev.json", "evaluation-valid.json", "scores-valid.arrow"):
+        assert (run / name).read_bytes() == (other / name).read_bytes()
