@@ -13,7 +13,7 @@ import numpy.typing as npt
 from pipeline.measure.metrics import Floats
 from pipeline.stream.dataset import Selection, open_shards
 from pipeline.stream.plan import Rows
-from pipeline.stream.samples import OpenSplit, find_images
+from pipeline.stream.samples import OpenSplit
 from pipeline.stream.select import NothingSelectedError
 
 SIDE = 224  # pixels
@@ -59,7 +59,7 @@ def measure_shards(
 
 def measure_edges(split: OpenSplit, rows: Rows, threads: int) -> dict[str, Floats]:
     """What `measure_edge` says of the images in rows [N], ascending; damaged images are black."""
-    images = Selection(split, ANY_POLICY, find_images(split, rows))
+    images = Selection(split, ANY_POLICY, rows)
     batches = images.batches(64, SIDE, epoch=None, threads=threads, max_bad=len(rows))
     return _concatenate([measure_edge(batch.images[:, 0]) for batch in batches])
 

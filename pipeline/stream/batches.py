@@ -3,7 +3,7 @@
     plan    steps: which samples make each batch (pipeline.stream.plan)
     fetch   rows → where their stored bytes lie in open shards, by the Arrow index; remote shards arrive ahead of use
     decode  stored bytes → uint8 [N, 1, size, size]; a few threads work on the next batches ahead
-    label   + targets and masks [B, 14], rows of arrays that were vectorized once
+    label   + targets and masks [B, L], rows of arrays that were vectorized once
 
 Nothing is parsed per sample and no tar is walked. Threads, not worker processes: reading, libjpeg-turbo and
 OpenCV release the interpreter lock, so nothing is pickled or copied between processes, and batches leave in
@@ -13,10 +13,12 @@ cut short under a running stream is an error with a name.
 
 import logging
 import os
+import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from threading import Event
 from typing import Any, NamedTuple
@@ -37,11 +39,13 @@ cv2.setNumThreads(1)
 
 Stage = Callable[[Iterator[Any]], Iterator[Any]]
 
+NOBODY = -2  # no iteration; those of loaders are known by seeds from 0 on
+
 logger = logging.getLogger(__name__)
 
 
 class Labels(NamedTuple):
-    """Target float32 [N, 14] and mask bool [N, 14] of all rows of a split."""
+    """Target float32 [N, L] and mask bool [N, L] of all rows of a split, for L labels."""
 
     target: npt.NDArray[np.float32]
     mask: npt.NDArray[np.bool_]
@@ -84,7 +88,7 @@ class Decoded(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Images uint8 [N, 1, H, W] of B samples, with target float32 [B, 14] and mask bool [B, 14].
+    """Images uint8 [N, 1, H, W] of B samples, with target float32 [B, L] and mask bool [B, L] of L labels.
 
     The images of a sample follow each other: `sample` [N] is the position of each image's sample in the batch,
     `place` [N] the image's place in the sample, `projection` int8 [N] its place in PROJECTIONS. Where samples are
@@ -99,6 +103,10 @@ class Batch(NamedTuple):
     target: npt.NDArray[np.float32]
     mask: npt.NDArray[np.bool_]
     bad: list[int]
+
+    def __repr__(self) -> str:
+        shapes = f"images {list(self.images.shape)}, target {list(self.target.shape)}"
+        return f"<Batch {int(self.step.step)} of epoch {int(self.step.epoch)}: {shapes}>"
 
     @property
     def present(self) -> npt.NDArray[np.bool_]:
@@ -129,28 +137,48 @@ class BatchStream:
 
         stream.stages.insert(2, equalize)  # between decode and label
 
-    Iterating starts at the first step or, once, where the state that `load_state_dict` was given left off.
+    Iterating starts at the first step or, once, at the state that `load_state_dict` was given. The workers of a
+    torch DataLoader(stream, batch_size=None) share the batches, which it yields in the order of the plan for any
+    number of workers; each worker counts `max_bad` by itself. A stream is one epoch, however often it is iterated.
     """
 
     def __init__(self, plan: Callable[[int], Iterator[Step]], *stages: Stage) -> None:
         """`plan` takes the number of the first step."""
         self.plan, self.stages = plan, list(stages)
-        self.step = 0  # the next one
+        self.step = 0  # the position: the step after the last batch
+        self._start = (
+            0  # of the next iteration; the position is no start, or leaving a loop would lose batches
+        )
+        self._started: Any = None  # whose iteration took the loaded start, where worker processes can see it
+        if (data := sys.modules.get("torch.utils.data")) is not None:
+            data.IterableDataset.register(BatchStream)
+
+    def __repr__(self) -> str:
+        return f"<BatchStream at step {self.step} of {len(self)}>"
 
     def __iter__(self) -> Iterator[Batch]:
-        return self.run(self.plan(self.step))
+        worker, workers, iteration = _find_worker()
+        start, self._start = self._start, 0
+        if self._started is not None:
+            # A loader starts its workers from copies that never learn of each other: the first iteration signs.
+            if self._started.item() == NOBODY:
+                self._started.fill_(iteration)
+            if self._started.item() != iteration:
+                start = 0
+        self.step = start
+        return self._run(islice(self.plan(start), worker, None, workers), workers - worker)
 
     def __len__(self) -> int:
         """The number of batches of the whole epoch, wherever the stream is."""
         return sum(1 for _ in self.plan(0))
 
-    def run(self, steps: Iterator[Step]) -> Iterator[Batch]:
-        """The batches of these steps."""
+    def _run(self, steps: Iterator[Step], ahead: int) -> Iterator[Batch]:
         batches: Iterator[Any] = steps
         for stage in self.stages:
             batches = stage(batches)
         for batch in batches:
-            self.step = batch.step.step + 1
+            # In a worker, what brings it to its next batch when `__iter__` has skipped those of the workers before.
+            self.step = batch.step.step + ahead
             yield batch
         self.step = 0
 
@@ -160,7 +188,16 @@ class BatchStream:
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Continue at the step of this state."""
-        self.step = state["step"]
+        self.step = self._start = state["step"]
+        torch = sys.modules.get("torch")
+        self._started = None if torch is None else torch.tensor(NOBODY).share_memory_()
+
+
+def _find_worker() -> tuple[int, int, int]:
+    """Number of the DataLoader worker, how many there are, and the seed of their iteration; elsewhere 0, 1, -1."""
+    data = sys.modules.get("torch.utils.data")
+    worker = data and data.get_worker_info()
+    return (worker.id, worker.num_workers, worker.seed - worker.id) if worker else (0, 1, -1)
 
 
 def stream_batches(

@@ -2,17 +2,21 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
+from pipeline.base.errors import DataError
+from pipeline.labels import LABELS
 from pipeline.manifest import Manifest
 from pipeline.policies import check_blank_policy, choose_policy, make_targets, parse_uncertain_policy
 from pipeline.stream.batches import BatchStream, Labels, stream_batches
 from pipeline.stream.cache import CACHE, CACHE_SIZE
 from pipeline.stream.collection import Collection, open_collection
-from pipeline.stream.plan import Samples, plan_evaluation, plan_training
+from pipeline.stream.plan import Rows, Samples, plan_evaluation, plan_training, share_batch
 from pipeline.stream.samples import OpenSplit, find_images, find_studies
 from pipeline.stream.select import select_rows
 
@@ -36,9 +40,20 @@ class Shards(Mapping[str, "Selection"]):
         self.manifest: Manifest = collection.manifest
         self._collection = collection
 
+    def __repr__(self) -> str:
+        counts = (f"{name} {split.samples:,}" for name, split in self.manifest.splits.items())
+        return f"<Shards {self._collection}: {', '.join(counts)} images>"
+
     def __getitem__(self, name: str) -> "Selection":
         split = self._collection.open(name)
-        return Selection(split, self.manifest.policies, find_images(split))
+        return Selection(split, self.manifest.policies, np.arange(split.table.num_rows))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.manifest.splits
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The split, or the default if there is none of that name."""
+        return self[name] if name in self else default  # noqa: SIM401 - this is get
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.manifest.splits)
@@ -47,13 +62,28 @@ class Shards(Mapping[str, "Selection"]):
         return len(self.manifest.splits)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False, eq=False)
 class Selection:
-    """Samples of a split: its images, those that a condition leaves, or its studies."""
+    """Samples of a split: its images, those that all conditions leave, or the studies of these.
+
+    Selecting is adding a condition: `where` and `studies` commute.
+    """
 
     split: OpenSplit
     policies: Mapping[str, str]  # that `pipeline shards` was given, for uncertain and blank labels
-    samples: Samples
+    rows: Rows  # of the selected images, ascending
+    by_study: bool = False
+
+    def __repr__(self) -> str:
+        units = f"{len(self.samples.rows):,} studies of " if self.by_study else ""
+        return f"<{self.split.name}: {units}{len(self.rows):,} of {self.split.table.num_rows:,} images>"
+
+    @cached_property
+    def samples(self) -> Samples:
+        """The images, or studies of up to MOST_VIEWS images. Raises DataError as `find_studies`."""
+        if self.by_study:
+            return find_studies(self.split, self.rows)[0]
+        return find_images(self.split, self.rows)
 
     @property
     def table(self) -> pa.Table:
@@ -64,17 +94,17 @@ class Selection:
         return self.split.table.take(self.samples.rows[:, 0])
 
     def where(self, *conditions: str, views: str = "all") -> "Selection":
-        """The images of these views for which all conditions hold, as `where("sex=Female", "age>=60")`.
+        """The images of these views for which all conditions hold, too, as `where("sex=Female", "age>=60")`.
 
-        Raises DataError for a condition that cannot be understood, and where none is left.
+        Of studies, the studies of these images. Raises DataError for a condition that cannot be understood, and if
+        no image is left.
         """
-        rows = select_rows(self.split.table, conditions, views)
-        return replace(self, samples=find_images(self.split, rows))
+        table = self.split.table.take(self.rows)
+        return replace(self, rows=self.rows[select_rows(table, conditions, views)])
 
     def studies(self) -> "Selection":
         """The same images, as samples of up to three views each: those of a study."""
-        rows = self.samples.images
-        return replace(self, samples=find_studies(self.split, rows)[0])
+        return replace(self, by_study=True)
 
     def batches(
         self,
@@ -82,6 +112,7 @@ class Selection:
         size: int,
         *,
         epoch: int | None,
+        labels: Sequence[str] = LABELS,
         seed: int = 0,
         uncertain: str | None = None,
         blank: str | None = None,
@@ -90,18 +121,27 @@ class Selection:
         rank: int = 0,
         ranks: int = 1,
     ) -> BatchStream:
-        """Batches of images `size` pixels square, with targets and masks by the policies (None: the shards' own).
+        """Batches of images `size` pixels square, with target and mask [batch_size, labels] by the policies.
 
         In an order that `seed` and `epoch` determine, without the samples that do not fill a batch; with epoch None
-        in the table's order, every sample once. Rank `rank` of `ranks` gets its share of every batch, or of the
-        batches where epoch is None. Raises DataError for an unknown policy and, while iterating, for more than
+        in the table's order, every sample once. Policies of None are the shards' own. `batch_size` is that of all
+        `ranks` together: rank `rank` gets its share of every batch or, with epoch None, batches of that share.
+        Raises DataError for an unknown label or policy, a batch that cannot be and, while iterating, for more than
         `max_bad` damaged images.
         """
+        share, samples = share_batch(batch_size, rank, ranks), len(self.samples.rows)
+        if epoch is not None and batch_size > samples:
+            raise DataError(f"`batch_size` {batch_size} is more than the {samples:,} samples of {self!r}")
+        for label in labels:
+            if label not in LABELS:
+                raise DataError(f"label '{label}' is unknown; choose from {', '.join(LABELS)}")
         policy = parse_uncertain_policy(choose_policy("uncertain", uncertain, self.policies))
         blank = check_blank_policy(choose_policy("blank", blank, self.policies))
-        labels = Labels(*make_targets(self.split.table, policy, blank, seed))
+        columns = [LABELS.index(label) for label in labels]
+        target, mask = make_targets(self.split.table, policy, blank, seed)
+        cells = Labels(target.take(columns, axis=1), mask.take(columns, axis=1))
         if epoch is None:
-            plan = partial(plan_evaluation, self.samples, batch_size, rank=rank, ranks=ranks)
+            plan = partial(plan_evaluation, self.samples, share, rank=rank, ranks=ranks)
         else:
             plan = partial(plan_training, self.samples, batch_size, seed, epoch, rank=rank, ranks=ranks)
-        return stream_batches(self.split, labels, plan, size=size, threads=threads, max_bad=max_bad)
+        return stream_batches(self.split, cells, plan, size=size, threads=threads, max_bad=max_bad)

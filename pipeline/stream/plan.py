@@ -14,6 +14,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.base.errors import DataError
+
 Rows = npt.NDArray[np.int64]
 Weights = npt.NDArray[np.float64]
 
@@ -72,13 +74,10 @@ def plan_training(
     """The steps of one epoch, from `start_step` on; `weights` as in `epoch_order`.
 
     `batch_size` is that of all ranks together: each takes its slice of every batch, so any number of ranks sees
-    the same batches in the same order. Raises ValueError where the ranks do not divide it.
+    the same batches in the same order. Raises DataError if the ranks do not divide it.
     """
-    _check_rank(rank, ranks)
-    if batch_size % ranks:
-        raise ValueError(f"{ranks} ranks do not divide a batch of {batch_size}")
+    share = share_batch(batch_size, rank, ranks)
     order = epoch_order(samples.shard_sizes, seed, epoch, weights=weights)
-    share = batch_size // ranks
     for step in range(start_step, training_steps(len(order), batch_size)):
         start = step * batch_size + rank * share
         yield Step(epoch, step, samples.rows[order[start : start + share]])
@@ -89,10 +88,10 @@ def plan_evaluation(
 ) -> Iterator[Step]:
     """Every sample exactly once over the ranks, in table order; from `start_step` on.
 
-    Each rank takes whole, consecutive batches, at most one more than another rank: it reads shards of its own, and
-    the ranks' results, concatenated, are in table order. The very last batch may be short.
+    `batch_size` is that of one rank: each takes consecutive batches, at most one more than another rank. It reads
+    shards of its own, and the ranks' results, concatenated, are in table order. The very last batch may be short.
     """
-    _check_rank(rank, ranks)
+    share_batch(batch_size * ranks, rank, ranks)
     steps = -(-len(samples.rows) // batch_size)
     for step in range(max(start_step, steps * rank // ranks), steps * (rank + 1) // ranks):
         yield Step(0, step, samples.rows[step * batch_size : (step + 1) * batch_size])
@@ -151,6 +150,12 @@ def _key(seed: int, epoch: int) -> int:
     return int.from_bytes(hashlib.blake2b(f"{seed}/{epoch}".encode(), digest_size=16).digest(), "little")
 
 
-def _check_rank(rank: int, ranks: int) -> None:
+def share_batch(batch_size: int, rank: int, ranks: int) -> int:
+    """The samples that each rank takes of a batch. Raises DataError for a rank or a batch that cannot be."""
     if not 0 <= rank < ranks:
-        raise ValueError(f"rank {rank} is not one of {ranks} ranks")
+        raise DataError(f"rank {rank} is not one of {ranks} ranks")
+    if batch_size < 1:
+        raise DataError(f"`batch_size` {batch_size}: a batch has at least 1 sample")
+    if batch_size % ranks:
+        raise DataError(f"`batch_size` {batch_size}: {ranks} ranks do not divide it")
+    return batch_size // ranks

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 from unittest.mock import Mock
 
 import cv2
@@ -222,6 +222,50 @@ def test_a_stream_continues_from_its_state_and_then_starts_over(split: OpenSplit
     assert_equal(list(second), whole)
 
 
+def test_whoever_leaves_a_stream_finds_the_beginning_next(split: OpenSplit, labels: Labels) -> None:
+    stream_ = training(split, labels, size=16)
+    every = list(range(len(stream_)))
+
+    def steps(batches: Iterable[Batch]) -> list[int]:
+        return [batch.step.step for batch in batches]
+
+    for _ in zip(range(2), stream_, strict=False):
+        pass
+    assert stream_.state_dict() == {"step": 2}
+    assert steps(stream_) == every
+    assert [(a.step.step, b.step.step) for a, b in zip(stream_, stream_, strict=True)] == list(
+        zip(every, every, strict=True)
+    )
+    assert [steps(stream_) for _ in stream_] == [every] * len(every)
+    with suppress(KeyError):
+        for _ in stream_:
+            raise KeyError
+    stream_.load_state_dict({"step": 3})
+    assert (stream_.step, len(stream_)) == (3, len(every))
+    left = iter(stream_)
+    assert next(left).step.step == 3
+    assert stream_.state_dict() == {"step": 4}
+    assert steps(stream_) == every, "a loaded state is a start once"
+
+
+@pytest.mark.parametrize(("workers", "persistent"), [(0, False), (1, True), (2, False), (3, True)])
+@pytest.mark.parametrize("wrap", [lambda stream_: stream_, BatchDataset])
+def test_a_loader_starts_over_after_it_was_left_early(
+    split: OpenSplit, labels: Labels, workers: int, persistent: bool, wrap: Callable[[BatchStream], Any]
+) -> None:
+    stream_ = training(split, labels, size=16, start_step=1)
+    loader: DataLoader[Any] = DataLoader(
+        wrap(stream_), batch_size=None, num_workers=workers, persistent_workers=persistent
+    )
+    every = list(range(len(stream_)))
+    batches = iter(loader)
+    first = next(batches)
+    assert isinstance(first.images, torch.Tensor)
+    assert [first.step.step, next(batches).step.step] == [1, 2]
+    for _ in range(2):
+        assert [batch.step.step for batch in loader] == every
+
+
 def flip_bit(folder: Path, split: OpenSplit, row: int) -> str:
     """Damage the image of a row; returns the error that names it."""
     path = folder / split.shards[split.shard[row]].file
@@ -407,7 +451,7 @@ def test_an_abandoned_stream_ends_its_threads(split: OpenSplit, labels: Labels) 
 def load(stream_: BatchStream, context: str) -> Iterable[Any]:
     """The batches through two workers of a DataLoader that are started this way."""
     loader: DataLoader[Any] = DataLoader(
-        BatchDataset(stream_), batch_size=None, num_workers=2, multiprocessing_context=context
+        cast("Any", stream_), batch_size=None, num_workers=2, multiprocessing_context=context
     )
     for batch in loader:
         arrays = {
@@ -422,9 +466,9 @@ def test_the_workers_of_a_loader_share_the_batches_in_their_order(
 ) -> None:
     streams = [training(split, labels, size=16, start_step=1), evaluation(split, labels, 16, 4)]
     for stream_ in streams if context == "fork" else streams[:1]:
-        shared = list(load(stream_, context))
+        start, shared = stream_.step, list(load(stream_, context))
         assert len(shared) > 2
-        assert_equal(shared, list(stream_))
+        assert_equal(shared, list(stream_)[start:])
 
 
 def test_the_workers_of_a_loader_share_studies(study_shards: Shards) -> None:

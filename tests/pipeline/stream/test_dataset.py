@@ -1,16 +1,24 @@
 """`open_shards`: shards in a user's own code."""
 
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import pipeline
 from pipeline import DataError, open_shards
+from pipeline.labels import LABELS
 from pipeline.manifest import Manifest, read_table
 from pipeline.policies import make_targets, parse_uncertain_policy
+from pipeline.stream.dataset import Selection
+from pipeline.stream.select import NothingSelectedError
 
 Shards = tuple[Path, Manifest]
 
@@ -46,21 +54,98 @@ def test_policies_are_those_given(shards: Shards) -> None:
         train.batches(5, 32, epoch=0, uncertain="perhaps")
 
 
-def test_conditions_studies_and_ranks_narrow_what_is_read(study_shards: Shards) -> None:
-    train = open_shards(study_shards[0])["train"]
-    frame = train.table.to_pandas()
-    women = train.where("sex=Female", views="frontal")
-    chosen = frame[(frame.sex == "Female") & (frame["view"] == "frontal")]
-    assert women.table.to_pandas().equals(chosen.reset_index(drop=True))
-    studies = train.where("sex=Female").studies()
-    assert len(studies.table) == frame[frame.sex == "Female"].groupby(["patient", "study"]).ngroups
-    whole = [batch.step.rows for batch in studies.batches(4, 32, epoch=2, seed=1)]
-    halves = [
-        [batch.step.rows for batch in studies.batches(4, 32, epoch=2, seed=1, rank=rank, ranks=2)]
-        for rank in (0, 1)
-    ]
-    for rows, *parts in zip(whole, *halves, strict=True):
-        np.testing.assert_array_equal(np.concatenate(parts), rows)
+CONDITIONS: dict[str, tuple[Callable[[Selection], Selection], str]] = {
+    "women": (lambda selection: selection.where("sex=Female"), "sex == 'Female'"),
+    "old": (lambda selection: selection.where("age>=50", "age<80"), "50 <= age < 80"),
+    "frontal": (lambda selection: selection.where(views="frontal"), "view == 'frontal'"),
+    "lateral": (lambda selection: selection.where(views="lateral"), "view == 'lateral'"),
+    "studies": (lambda selection: selection.studies(), "age == age"),
+}
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=25)
+@given(steps=st.lists(st.sampled_from(sorted(CONDITIONS)), min_size=2, max_size=4))
+def test_selections_in_any_order_hold_together(study_shards: Shards, steps: list[str]) -> None:
+    selection = open_shards(study_shards[0])["train"]
+    frame = selection.table.to_pandas()
+    chosen = frame.query(" and ".join(f"({CONDITIONS[step][1]})" for step in steps))
+    groups = ["patient", "study"] if "studies" in steps else ["key"]
+    expected = sorted(sorted(rows.index[:3]) for _, rows in chosen.groupby(groups))
+    try:
+        for step in steps:
+            selection = CONDITIONS[step][0](selection)
+        samples = selection.samples.rows.tolist()
+    except NothingSelectedError:
+        samples = []
+    assert sorted([row for row in rows if row >= 0] for rows in samples) == expected
+    if samples:
+        first = frame.loc[[rows[0] for rows in samples], "key"].tolist()
+        assert selection.table["key"].to_pylist() == first
+
+
+def test_each_rank_takes_its_share_of_a_batch_in_training_and_in_evaluation(study_shards: Shards) -> None:
+    studies = open_shards(study_shards[0])["train"].where("sex=Female").studies()
+    for epoch in (2, None):
+        every = [batch.step.rows for batch in studies.batches(4, 32, epoch=epoch, seed=1)]
+        halves = [
+            [batch.step.rows for batch in studies.batches(4, 32, epoch=epoch, seed=1, rank=rank, ranks=2)]
+            for rank in (0, 1)
+        ]
+        assert {len(rows) for half in halves for rows in half[:-1]} == {2}
+        if epoch is None:
+            np.testing.assert_array_equal(np.concatenate([*halves[0], *halves[1]]), np.concatenate(every))
+        else:
+            for rows, *parts in zip(every, *halves, strict=True):
+                np.testing.assert_array_equal(np.concatenate(parts), rows)
+
+
+def test_batches_of_some_labels_have_their_columns(shards: Shards) -> None:
+    train = open_shards(shards[0])["train"]
+    labels = ("Pleural Effusion", "Edema")
+    columns = [LABELS.index(label) for label in labels]
+    options: dict[str, Any] = {"batch_size": 4, "size": 16, "epoch": 0, "uncertain": "ignore"}
+    for batch, other in zip(train.batches(**options, labels=labels), train.batches(**options), strict=True):
+        np.testing.assert_array_equal(batch.target, other.target[:, columns])
+        np.testing.assert_array_equal(batch.mask, other.mask[:, columns])
+
+
+def test_what_is_not_there_and_batches_that_cannot_be_are_refused(shards: Shards) -> None:
+    opened = open_shards(shards[0])
+    assert "train" in opened
+    assert "test" not in opened
+    assert opened.get("test") is None
+    train = opened["train"]
+    rows = len(train.rows)
+    for batch_size, message in (
+        (0, "`batch_size` 0: a batch has at least 1 sample"),
+        (-1, "`batch_size` -1: a batch has at least 1 sample"),
+        (
+            rows + 1,
+            f"`batch_size` {rows + 1} is more than the {rows} samples of <train: {rows} of {rows} images>",
+        ),
+    ):
+        with pytest.raises(DataError, match=f"^{re.escape(message)}$"):
+            train.batches(batch_size, 16, epoch=0)
+    assert len(list(train.batches(rows + 1, 16, epoch=None))) == 1
+    with pytest.raises(DataError, match=r"^label 'Oedema' is unknown; choose from No Finding, "):
+        train.batches(4, 16, epoch=0, labels=("Oedema",))
+
+
+def test_each_object_shows_itself_on_one_line(study_shards: Shards) -> None:
+    folder, manifest = study_shards
+    opened = open_shards(folder)
+    rows = manifest.splits["train"].samples
+    assert repr(opened).startswith(f"<Shards {folder}: train {rows}, dev ")
+    train = opened["train"]
+    assert (
+        repr(train.where(views="frontal"))
+        == f"<train: {len(train.where(views='frontal').rows)} of {rows} images>"
+    )
+    studies = train.studies()
+    assert repr(studies) == f"<train: {len(studies.samples.rows)} studies of {rows} of {rows} images>"
+    stream = train.batches(4, 16, epoch=1)
+    assert repr(next(iter(stream))) == "<Batch 0 of epoch 1: images [4, 1, 16, 16], target [4, 14]>"
+    assert repr(stream) == f"<BatchStream at step 1 of {len(stream)}>"
 
 
 def test_reading_does_without_torch(shards: Shards) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
+from pipeline import DataError
 from pipeline.stream.plan import (
     Rows,
     Samples,
@@ -169,11 +170,22 @@ def test_evaluation_sees_every_sample_once_over_the_ranks(ranks: int) -> None:
         assert max(lengths) - min(lengths) <= 1
 
 
-def test_ranks_that_do_not_divide_the_batch_or_do_not_exist_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"^3 ranks do not divide a batch of 32$"):
-        next(plan_training(IMAGES, 32, 0, 0, ranks=3))
-    for rank in (-1, 2):
-        with pytest.raises(ValueError, match=rf"^rank {rank} is not one of 2 ranks$"):
-            next(plan_training(IMAGES, 32, 0, 0, rank=rank, ranks=2))
-        with pytest.raises(ValueError, match=rf"^rank {rank} is not one of 2 ranks$"):
-            next(plan_evaluation(IMAGES, 32, rank=rank, ranks=2))
+@pytest.mark.parametrize(
+    ("batch_size", "rank", "ranks", "message"),
+    [
+        (32, 0, 3, "`batch_size` 32: 3 ranks do not divide it"),
+        (0, 0, 1, "`batch_size` 0: a batch has at least 1 sample"),
+        (-1, 0, 1, "`batch_size` -1: a batch has at least 1 sample"),
+        (32, -1, 2, "rank -1 is not one of 2 ranks"),
+        (32, 2, 2, "rank 2 is not one of 2 ranks"),
+    ],
+)
+def test_batches_and_ranks_that_cannot_be_are_refused(
+    batch_size: int, rank: int, ranks: int, message: str
+) -> None:
+    plans = [plan_training(IMAGES, batch_size, 0, 0, rank=rank, ranks=ranks)]
+    if "divide" not in message:
+        plans.append(plan_evaluation(IMAGES, batch_size, rank=rank, ranks=ranks))
+    for plan in plans:
+        with pytest.raises(DataError, match=f"^{message}$"):
+            next(plan)
