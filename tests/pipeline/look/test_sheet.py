@@ -24,7 +24,7 @@ from pipeline.look.sheet import (
     spread_rows,
 )
 from pipeline.manifest import Manifest, read_manifest
-from pipeline.stream.samples import OpenSplit, find_images, open_split
+from pipeline.stream.samples import OpenSplit, open_split
 from tests.conftest import default_options, make_shards, run_pipeline
 
 TOP = LINE + 2 * GAP  # pixels: where the first picture begins
@@ -155,7 +155,7 @@ def test_variants_are_what_training_sees(
     assert said.err == f"next: python -m train {then}\n"
     split = open_split(folder, manifest, "train")
     rows = spread_rows(np.arange(split.table.num_rows), 3, seed=7)
-    chosen = dataclasses.replace(open_shards(folder)["train"], samples=find_images(split, rows))
+    chosen = dataclasses.replace(open_shards(folder)["train"], rows=rows)
     (batch,) = chosen.batches(3, 192, epoch=None)
     mean, std = manifest.pixels["mean"], manifest.pixels["std"]
     expected = [batch.images[:, 0]]
