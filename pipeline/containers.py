@@ -90,11 +90,11 @@ def _read_head(jpeg: bytes) -> JpegFacts:
     )
 
 
-def read_jpeg_shape(jpeg: bytes) -> tuple[int, int, int]:
-    """Height, width and channels of a JPEG or JPEG-LS. Raises ValueError for damaged segments."""
+def read_jpeg_frame(jpeg: bytes) -> tuple[int, int, int, int]:
+    """Height, width, channels and bits per channel of a JPEG or JPEG-LS. Raises ValueError for damaged segments."""
     for marker, part in _segments(jpeg):
         if marker in _FRAMES or marker == _JPEG_LS:
-            return int.from_bytes(part[5:7]), int.from_bytes(part[7:9]), int.from_bytes(part[9:10])
+            return int.from_bytes(part[5:7]), int.from_bytes(part[7:9]), part[9], part[4]
     raise ValueError("it has no frame")
 
 

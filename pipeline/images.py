@@ -18,6 +18,7 @@ import numpy.typing as npt
 import simplejpeg
 from PIL import Image, ImageOps
 
+from pipeline.base.errors import DataError
 from pipeline.containers import (
     BASELINE,
     JPEG,
@@ -36,6 +37,10 @@ LONGEST_JPEG = 65_500  # libjpeg's limit, in pixels of a side
 KEPT_PIXELS = 2**24  # of a thread's memory that is used again
 STORED_PIXELS = 2**28  # at most in a stored image, whoever wrote it: a forged header costs no memory
 SQUARES = ("no", "pad", "crop", "stretch")
+FEW = 16  # gray levels: no picture of a chest has fewer
+ONE_LEVEL, FEW_LEVELS = "one level of gray", f"fewer than {FEW} gray levels, though the file has more"
+NEARLY_BLACK = "nearly black: less than a quarter of the bits stated are used"
+DOUBTS = (ONE_LEVEL, FEW_LEVELS, NEARLY_BLACK)
 
 Image.MAX_IMAGE_PIXELS = None  # our own limit is checked, which the user can set
 _ORIENTATION = 0x0112  # the EXIF tag
@@ -54,7 +59,7 @@ class ImageOptions(NamedTuple):
     """How images are stored; meanings and defaults are those of `pipeline shards --help`.
 
     `size` is the shorter side; None keeps the original. With a `square` the result is size×size, enlarged if need be.
-    `bits` is how many bits of a 16-bit PNG hold the picture; None: as the PNG itself says, else all 16.
+    `bits` is how many bits of a 16-bit PNG hold the picture; None: as the PNG itself says, else as its levels need.
     """
 
     size: int | None
@@ -76,12 +81,18 @@ class Original(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """The bytes to store, the pixels [H, W] that they encode, whether metadata was left behind, and the file."""
+    """The bytes to store, the pixels [H, W] that they encode, whether metadata was left behind, and the file.
+
+    `levels` [256] counts the gray levels of every 16th pixel: counting all would take as long as encoding them.
+    `notes` say what was assumed of the image, and what became of its gray levels if that is doubtful (`DOUBTS`).
+    """
 
     data: bytes
     pixels: Gray
     stripped: bool
     original: Original
+    levels: npt.NDArray[np.int64]
+    notes: tuple[str, ...]
 
 
 class _Source(NamedTuple):
@@ -93,6 +104,8 @@ class _Source(NamedTuple):
     bits: int
     quality: int | None = None
     copy: bytes | None = None
+    levels: int | None = None  # in the file; None: as in `pixels`
+    notes: tuple[str, ...] = ()
 
 
 def prepare(data: bytes, options: ImageOptions, said_bits: int | None = None) -> Prepared:
@@ -120,28 +133,34 @@ def prepare(data: bytes, options: ImageOptions, said_bits: int | None = None) ->
             source = _read_png(data, options.max_pixels, options.bits, said_bits)
         else:
             source = _read_dicom(data, options.max_pixels)
-    except ImageError:
+    except (ImageError, DataError):
         raise
-    except ValueError as error:
+    except Exception as error:  # of any kind, for a damaged file
         raise ImageError(f"not a readable {kind}: {error}") from error
     original = Original(source.shape[1], source.shape[0], len(data), source.bits, source.quality)
     if source.copy is not None:
-        return Prepared(source.copy, source.pixels, source.stripped, original)
-    pixels = _fit(source, options)
-    return Prepared(_encode(pixels, options), pixels, source.stripped, original)
+        data, pixels = source.copy, source.pixels
+    else:
+        pixels = _fit(source, options)
+        data = _encode(pixels, options)
+    sampled = np.bincount(pixels[::4, ::4].ravel(), minlength=256)
+    doubts = () if np.count_nonzero(sampled) >= FEW else _find_doubts(source, pixels)
+    return Prepared(data, pixels, source.stripped, original, sampled, (*source.notes, *doubts))
 
 
-def unexplained_level(data: bytes, max_pixels: int) -> int | None:
-    """The highest level of a 16-bit PNG without a number of significant bits; None for any other file."""
-    if not data.startswith(PNG):
-        return None
-    try:
-        facts = read_png_facts(data)
-        _check_pixels(facts.width, facts.height, max_pixels)
-        is_unexplained = facts.depth == 16 and facts.said_bits is None
-        return int(_deep_levels(data)[0].max()) if is_unexplained else None
-    except ValueError:  # an image that is rejected, with its reason, when its turn comes
-        return None
+def _find_doubts(source: _Source, pixels: Gray) -> tuple[str, ...]:
+    """What to say of an image that has lost its gray levels."""
+    levels = _count_levels(pixels)
+    if levels == 1:
+        return (ONE_LEVEL,)
+    in_file = _count_levels(source.pixels) if source.levels is None else source.levels
+    return (FEW_LEVELS,) if levels < min(FEW, in_file) else ()
+
+
+def _count_levels(levels: npt.NDArray[Any]) -> int:
+    """The number of different levels, uint8 or uint16."""
+    bins = 2 ** (8 * levels.itemsize)
+    return int(np.count_nonzero(cv2.calcHist([levels.reshape(1, -1)], [0], None, [bins], [0, bins])))
 
 
 def decode_stored(data: bytes | memoryview, encoding: str) -> Gray:
@@ -272,43 +291,44 @@ def _read_png(
     data: bytes, max_pixels: float, bits: int | None = None, said_bits: int | None = None
 ) -> _Source:
     facts = read_png_facts(data)
-    said = facts.said_bits or said_bits
     if facts.is_multiple:
         raise ImageError("more than one frame")
     _check_pixels(facts.width, facts.height, max_pixels)
+    levels: int | None = None
+    notes: tuple[str, ...] = ()
     try:
-        image: Image.Image = Image.open(io.BytesIO(data), formats=("PNG",))
-        if image.mode.startswith("I"):
-            levels = np.asarray(image, np.uint32)
-            pixels = _to_8_bits(levels, _used_bits(levels, said, bits))
+        if facts.depth == 16:
+            pixels, levels, notes = _read_deep(data, facts.said_bits or said_bits, bits)
         else:
-            image.load()
-            if facts.depth == 16 and (bits or said) is not None:
-                image = _rescale_channels(image, data, said, bits)
-            pixels = _to_gray(image)
+            pixels = _to_gray(Image.open(io.BytesIO(data), formats=("PNG",)))
     except ImageError:
         raise
     except Exception as error:  # of many kinds, for a damaged file
         raise ValueError(str(error)) from error
     pixels = _turn(pixels, _orientation(facts.exif))
-    return _Source(pixels, pixels.shape, facts.has_metadata, facts.depth)
+    return _Source(pixels, pixels.shape, facts.has_metadata, facts.depth, levels=levels, notes=notes)
 
 
 def _read_dicom(data: bytes, max_pixels: int) -> _Source:
     dataset = open_dicom(data, max_pixels)
     _check_pixels(dataset.Columns, dataset.Rows, max_pixels)
-    pixels = decode_dicom(dataset)
-    return _Source(pixels, pixels.shape, stripped=True, bits=int(dataset.BitsStored))
+    film = decode_dicom(dataset)
+    notes = (film.note,) if film.note else ()
+    return _Source(
+        film.pixels, film.pixels.shape, stripped=True, bits=film.bits, levels=film.levels, notes=notes
+    )
 
 
 def _to_gray(image: Image.Image) -> Gray:
-    """8-bit levels [H, W], transparency over black."""
+    """8-bit levels [H, W], transparency over black; where all is transparent, that is a mistake and ignored."""
     image.load()
-    if not image.has_transparency_data:
-        return np.asarray(image.convert("L"))
-    image = image.convert("RGBA")
+    gray, alpha = image.convert("L"), None
+    if image.has_transparency_data:
+        alpha = image.convert("RGBA").getchannel("A")
+    if alpha is None or not alpha.getbbox():
+        return np.asarray(gray)
     black = Image.new("L", image.size)
-    black.paste(image.convert("L"), mask=image.getchannel("A"))
+    black.paste(gray, mask=alpha)
     return np.asarray(black)
 
 
@@ -320,16 +340,37 @@ def _to_8_bits(levels: npt.NDArray[Any], bits: int) -> Gray:
     return np.asarray((levels.astype(np.uint32) * 255 + full // 2) // full, np.uint8)
 
 
-def _used_bits(levels: npt.NDArray[Any], said: int | None, bits: int | None) -> int:
-    """How many bits hold the picture: the user's word, then the file's, else 16.
+def _read_deep(data: bytes, stated: int | None, bits: int | None) -> tuple[Gray, int, tuple[str, ...]]:
+    """Gray pixels [H, W] of a 16-bit PNG, how many levels the file has, and notes.
 
-    The PNG specification (W3C, 11.3.2.7) has levels of fewer bits scaled up to 16, zeros or a repetition below
-    them; exports of DICOM often leave them as they are, and then none is beyond the bits that sBIT gives.
+    The bits that hold the picture are the user's word, then the file's or the table's, else as many as a device may
+    have that made these levels. The PNG specification (W3C, 11.3.2.7) has levels of fewer bits scaled up to 16;
+    exports of DICOM often leave them as they are, and then none is beyond the bits stated.
     """
-    if bits is not None or said is None:
-        return bits or 16
-    scaled_up = int(levels.max()) >> said or not (levels & (2 ** (16 - said) - 1)).any()
-    return 16 if scaled_up else said
+    image: Image.Image = Image.open(io.BytesIO(data), formats=("PNG",))
+    image.load()
+    alpha = None
+    if image.mode.startswith("I"):
+        levels = np.asarray(image).astype(np.uint16)
+    else:
+        levels, alpha = _deep_levels(data)
+    highest, notes = int(levels.max()), []
+    if bits is None and stated is not None and highest >> stated:
+        stated = 16
+    used = bits or stated
+    if used is None:
+        used = next(depth for depth in (8, 10, 12, 14, 16) if not highest >> depth)
+        if used < 16:
+            notes.append(f"a 16-bit PNG read as {used} bits, by its highest level (--bits)")
+    elif not highest >> (used - 2):
+        notes.append(NEARLY_BLACK)
+    pixels = _to_8_bits(levels, used)
+    if levels.ndim == 3:
+        image = Image.fromarray(pixels).convert("RGB")
+        if alpha is not None:
+            image.putalpha(Image.fromarray((alpha >> 8).astype(np.uint8)))
+        pixels = _to_gray(image)
+    return pixels, _count_levels(levels), tuple(notes)
 
 
 def _deep_levels(data: bytes) -> tuple[npt.NDArray[Any], npt.NDArray[Any] | None]:
@@ -346,18 +387,6 @@ def _deep_levels(data: bytes) -> tuple[npt.NDArray[Any], npt.NDArray[Any] | None
     if levels.ndim == 2:
         return levels, None
     return levels[:, :, 2::-1], levels[:, :, 3] if levels.shape[2] == 4 else None
-
-
-def _rescale_channels(image: Image.Image, data: bytes, said: int | None, bits: int | None) -> Image.Image:
-    """A 16-bit image of several channels with the bits that hold the picture scaled to 8; itself if all do."""
-    levels, alpha = _deep_levels(data)
-    used = _used_bits(levels, said, bits)
-    if used == 16:
-        return image
-    scaled = Image.fromarray(_to_8_bits(levels, used)).convert("RGB")
-    if alpha is not None:
-        scaled.putalpha(Image.fromarray((alpha >> 8).astype(np.uint8)))
-    return scaled
 
 
 def _orientation(exif: bytes | None) -> int:

@@ -6,7 +6,7 @@ input and options give the same bytes.
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ FACTS = pa.schema(
     | dict.fromkeys(LABELS, pa.int8())
 )
 PLACES = pa.schema({"shard": pa.int32(), "offset": pa.int64(), "length": pa.int32(), "crc": pa.uint32()})
-KNOWN = {*FACTS.names, *PLACES.names, "path", "file"}
+KNOWN = {*FACTS.names, *PLACES.names, "path", "file", "note"}
 # Words of the licenses that forbid passing the data on.
 RESTRICTED = ("Credentialed", "Research Use Agreement")
 _FULL = ("key", "patient", "study", "view", *PLACES.names)
@@ -97,6 +97,19 @@ class Manifest:
 def name_facts(table: pa.Table) -> dict[str, str]:
     """Name → type of the columns that only some tables have: what a set, a user or `images.Original` adds."""
     return {column.name: str(column.type) for column in table.schema if column.name not in KNOWN}
+
+
+def find_notes(tables: Iterable[pa.Table]) -> dict[str, list[str]]:
+    """What sharding noted of images (`images.Prepared`), and the keys of those images."""
+    keys: dict[str, list[str]] = {}
+    for table in tables:
+        noted = table.filter(table["note"].is_valid()) if "note" in table.column_names else table.slice(0, 0)
+        for key, notes in zip(
+            noted["key"].to_pylist(), noted["note"].to_pylist() if len(noted) else (), strict=True
+        ):
+            for note in notes.split("; "):
+                keys.setdefault(note, []).append(key)
+    return keys
 
 
 def concat_labels(tables: Sequence[pa.Table]) -> pa.Table:
@@ -199,6 +212,8 @@ def read_table(folder: Path, split: Split) -> pa.Table:
     for name, kind in name_facts(table).items():
         if table.column_names.count(name) > 1 or kind not in ("string", "int64"):
             raise DataError(f"{path}: column {name} is duplicated, or neither string nor int64")
+    if "note" in table.column_names and table.schema.field("note").type != pa.string():
+        raise DataError(f"{path}: column note is not string")
     return table
 
 

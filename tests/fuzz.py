@@ -24,6 +24,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import atheris
 import numpy as np
@@ -33,6 +34,7 @@ from torch import _weights_only_unpickler
 
 with atheris.instrument_imports(include=["pipeline", "model", "pydicom"]):
     import pydicom.pixels
+    from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
     from model.checkpoint import load_checkpoint, save_checkpoint
     from model.runs.config import read_config
@@ -50,6 +52,7 @@ with atheris.instrument_imports(include=["pipeline", "model", "pydicom"]):
     from pipeline.stream.plan import plan_evaluation
     from pipeline.stream.samples import find_images, open_split
     from pipeline.synthetic.sample import write_sample
+    from tests.films import make_film, make_table, render
 
 unpickler = _weights_only_unpickler.Unpickler
 unpickler.load = atheris.instrument_func(unpickler.load)  # type: ignore[method-assign]
@@ -233,6 +236,60 @@ def image_target(_: Path, __: Path) -> Target:
     return read
 
 
+def film_target(_: Path, __: Path) -> Target:
+    """DICOM headers and lookup tables, in any of their encodings, beside the standard's formulas."""
+
+    def read(data: bytes) -> None:
+        draw = atheris.FuzzedDataProvider(data)
+        bits, is_signed = draw.ConsumeIntInRange(8, 16), draw.ConsumeBool()
+        words = np.frombuffer(draw.ConsumeBytes(96).ljust(96, b"\1"), np.uint16).reshape(6, 8)
+        stored = (words.astype(np.int64) & (2**bits - 1)) - 2 ** (bits - 1) * is_signed
+        tags: dict[str, Any] = {
+            "BitsStored": bits,
+            "HighBit": bits - 1,
+            "PixelRepresentation": int(is_signed),
+        }
+        facts: dict[str, Any] = {"inverted": draw.ConsumeBool()}
+        tags["PhotometricInterpretation"] = "MONOCHROME1" if facts["inverted"] else "MONOCHROME2"
+        if draw.ConsumeBool():
+            facts["slope"], facts["intercept"] = (
+                draw.ConsumeIntInRange(1, 3),
+                draw.ConsumeIntInRange(-9999, 0),
+            )
+            tags |= {"RescaleSlope": facts["slope"], "RescaleIntercept": facts["intercept"]}
+        if draw.ConsumeBool():
+            facts["padding"] = sorted(int(stored.ravel()[draw.ConsumeIntInRange(0, 47)]) for _ in range(2))
+            tags["PixelPaddingValue"], tags["PixelPaddingRangeLimit"] = facts["padding"]
+        if draw.ConsumeBool():
+            width = draw.ConsumeIntInRange(1, 5000)
+            function = draw.PickValueInList(["LINEAR", "LINEAR_EXACT", "SIGMOID"])
+            facts["window"] = draw.ConsumeIntInRange(-9999, 9999), width, function
+            tags |= dict(zip(("WindowCenter", "WindowWidth", "VOILUTFunction"), facts["window"], strict=True))
+        for name, sequence in (("modality", "ModalityLUTSequence"), ("voi", "VOILUTSequence")):
+            if not draw.ConsumeBool():
+                continue
+            depth, count = draw.ConsumeIntInRange(8, 16), draw.ConsumeIntInRange(2, 3000)
+            # The entry of the lowest pixel or of one above: the sign of the first then has one reading.
+            low = int(stored.min()) * facts.get("slope", 1) + facts.get("intercept", 0)
+            first = max(
+                -(2**15), (0 if name == "voi" and "modality" in facts else low) - draw.ConsumeIntInRange(0, 9)
+            )
+            step = draw.ConsumeIntInRange(1, 2**depth - 1)
+            entries = np.arange(count) * step % 2**depth
+            packed = entries.astype("u1" if depth == 8 and draw.ConsumeBool() else "<u2").tobytes()
+            packed += b"\0" * (len(packed) % 2)
+            tags[sequence] = make_table(
+                [count, first % 2**16, depth], packed, draw.PickValueInList(["OW", "OB"])
+            )
+            facts[name] = first, entries.tolist()
+        syntax = draw.PickValueInList([ExplicitVRLittleEndian, ImplicitVRLittleEndian])
+        film = make_film(stored.astype(np.int16 if is_signed else np.uint16), syntax, **tags)
+        pixels = prepare(film, ImageOptions(None, "no", "raw", 95, 100)).pixels
+        np.testing.assert_allclose(pixels, render(stored, **facts), atol=0.51)
+
+    return read
+
+
 # Name: the reader, and which sound files its inputs are bred from.
 TARGETS: dict[str, tuple[Callable[[Path, Path], Target], str]] = {
     "csv": (csv_target, "../*/*.csv"),
@@ -245,6 +302,7 @@ TARGETS: dict[str, tuple[Callable[[Path, Path], Target], str]] = {
     "tar": (tar_target, "train-*.tar"),
     "image": (image_target, "../seeds/*"),
     "dicom": (image_target, "../*.dcm"),
+    "film": (film_target, "../*.dcm"),
 }
 
 

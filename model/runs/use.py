@@ -8,6 +8,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -378,14 +379,22 @@ def find_images(path: Path) -> list[Path]:
     """The file itself, or the image files below a folder, sorted."""
     if path.is_file():
         return [path]
-    return sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+    return sorted(file for file in path.rglob("*") if _is_image(file))
 
 
 def count_others(path: Path) -> dict[str, int]:
     """How many files of each other suffix are below a folder; none for a file."""
-    others = (file.suffix.lower() for file in path.rglob("*") if file.is_file())
-    counts = Counter(suffix or "other" for suffix in others if suffix not in IMAGE_SUFFIXES)
-    return dict(sorted(counts.items()))
+    others = (file for file in path.rglob("*") if file.is_file() and not _is_image(file))
+    return dict(sorted(Counter(file.suffix.lower() or "other" for file in others).items()))
+
+
+def _is_image(file: Path) -> bool:
+    """Whether its suffix is an image's or, as DICOM files often have none, its content a DICOM's."""
+    if file.suffix.lower() in IMAGE_SUFFIXES or not file.is_file() or file.name == "DICOMDIR":
+        return file.suffix.lower() in IMAGE_SUFFIXES
+    with suppress(OSError), file.open("rb") as opened:
+        return opened.read(132)[128:] == b"DICM"
+    return False
 
 
 @click.command(

@@ -26,7 +26,7 @@ from pipeline.console import (
     say,
     say_next,
 )
-from pipeline.images import ENCODINGS, SQUARES
+from pipeline.images import DOUBTS, ENCODINGS, SQUARES
 from pipeline.labels import VIEWS
 from pipeline.look.tables import print_report
 from pipeline.manifest import find_restriction
@@ -223,11 +223,15 @@ FOLDER = Parsed(parse_folder, "folder")
 @click.option(
     "--bits",
     type=click.IntRange(8, 16),
-    show_default="as the file says, else 16",
+    show_default="as the file says, else by its levels",
     help="How many bits of a 16-bit PNG hold the picture.",
 )
 @click.option("--max-bad", default=0.001, type=Number(0, 1), help="Stop above this share of rejects.")
-@click.option("--strict", is_flag=True, help="Refuse labels with one class; exit with 3 on any reject.")
+@click.option(
+    "--strict",
+    is_flag=True,
+    help="Refuse labels with one class; exit with 3 on any reject or lost picture.",
+)
 @WORKERS
 @click.option("--scheduler", metavar="URL", help="Run on the Dask cluster at tcp://host:8786.")
 @click.option("--dry-run", is_flag=True, help="Say what would be written, and which images are missing.")
@@ -297,8 +301,10 @@ def shards(
     for text in described.one_class:
         say(f"{text} by these policies: it cannot be learned")
     _print_run(out, run, seconds, described.views)
+    for note, keys in described.notes.items():
+        click.echo(f"{len(keys):,} of the images: {note}; the first is {keys[0]}")
     say_next("pipeline", "verify", out, "--deep")
-    return 3 if how.strict and run.manifest.rejects else 0
+    return 3 if how.strict and (run.manifest.rejects or not described.notes.keys().isdisjoint(DOUBTS)) else 0
 
 
 def _warn_of_terms(terms: "Terms", out: Path) -> None:

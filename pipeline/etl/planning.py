@@ -11,7 +11,7 @@ from pipeline.base.errors import DataError
 from pipeline.base.files import atomic_file
 from pipeline.images import ImageOptions
 from pipeline.policies import find_one_class
-from pipeline.sources.rows import Omitted, divide_rows, read_splits, refuse_dark_images
+from pipeline.sources.rows import divide_rows, read_splits
 from pipeline.sources.sets import SETS
 from pipeline.sources.source import Source
 
@@ -62,21 +62,10 @@ class Plan(NamedTuple):
     notes: tuple[str, ...]
 
 
-def read_rows(
-    source: Source, options: Options
-) -> tuple[dict[str, pa.Table], dict[str, Omitted], tuple[str, ...]]:
-    """What `read_splits` gives. Raises DataError for bad CSVs, and images that need `bits`."""
-    tables, dropped, notes = read_splits(source, **options.selection)
-    if options.bits is None:
-        unsaid = [table for table in tables.values() if "bits" not in table.column_names]
-        refuse_dark_images(unsaid, source.roots, options.max_pixels)
-    return tables, dropped, notes
-
-
 def write_plan(task: PlanTask) -> Plan:
-    """Write the plan of every split. Raises DataError as `read_rows` does, and for what `strict` refuses."""
+    """Write the plan of every split. Raises DataError as `read_splits` does, and for what `strict` refuses."""
     options = task.options
-    tables, _, notes = read_rows(task.source, options)
+    tables, _, notes = read_splits(task.source, **options.selection)
     if task.strict and "train" in tables and (found := find_one_class(tables["train"], task.strict)):
         raise DataError(f"`strict`: {'; '.join(found)}; choose other policies")
     for split, table in tables.items():

@@ -6,10 +6,10 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from pipeline.etl.planning import Options, read_rows
+from pipeline.etl.planning import Options
 from pipeline.images import ImageError, prepare
 from pipeline.measure.counts import Statistics, count_labels, describe_views
-from pipeline.sources.rows import Omitted, divide_rows, find_missing, read_images
+from pipeline.sources.rows import Omitted, divide_rows, find_missing, read_images, read_splits
 from pipeline.sources.sets import SETS
 from pipeline.sources.source import Source
 
@@ -39,8 +39,8 @@ class Preview(NamedTuple):
 
 
 def preview_shards(source: Source, options: Options) -> Preview:
-    """What `write_shards` would do. Raises DataError as `read_rows` does."""
-    tables, dropped, notes = read_rows(source, options)
+    """What `write_shards` would do. Raises DataError as `read_splits` does."""
+    tables, dropped, notes = read_splits(source, **options.selection)
     splits = {}
     for split, table in tables.items():
         files = table["file"].to_pylist()

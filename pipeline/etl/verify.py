@@ -23,9 +23,9 @@ from pipeline.base.files import hash_file, is_temporary, parse_object
 from pipeline.base.tar import BLOCK, Member, read_members
 from pipeline.base.workers import run_threads
 from pipeline.etl.planning import PARTIAL
-from pipeline.images import ENCODINGS, decode_stored
+from pipeline.images import DOUBTS, ENCODINGS, decode_stored
 from pipeline.labels import count_rows, shared
-from pipeline.manifest import FACTS, NAME, Shard, Split, read_manifest, read_table
+from pipeline.manifest import FACTS, NAME, Shard, Split, find_notes, read_manifest, read_table
 
 PRINTED = 20  # lines on one file; a shard of another set would fill the screen
 
@@ -90,7 +90,12 @@ def verify_shards(
         samples=sum(split.samples for split in manifest.splits.values()),
         bytes=sum(task.shard.bytes for task in tasks),
         problems={file: lines for file, lines in problems.items() if lines},
-        warnings=_find_leftovers(folder, problems.keys()),
+        warnings=_find_leftovers(folder, problems.keys())
+        + [
+            f"{len(keys):,} of the images: {note}; the first is {keys[0]}"
+            for note, keys in find_notes(tables.values()).items()
+            if note in DOUBTS
+        ],
     )
 
 

@@ -136,7 +136,7 @@ def _write_tar(
     """Write the members; returns the summary, and the columns that the index needs."""
     sha256 = hashlib.sha256()
     position = bytes_in = stripped = 0
-    kept, places, originals = [], [], []
+    kept, places, originals, notes = [], [], [], []
     levels = np.zeros(256, np.int64)
     rejects: list[Reject] = []
     suffix = ENCODINGS[task.options.encoding]
@@ -164,14 +164,14 @@ def _write_tar(
             stripped += image.stripped
             places.append((position + BLOCK, len(image.data), zlib_ng.crc32(image.data)))
             originals.append(image.original)
+            notes.append("; ".join(image.notes) or None)
             write(tar_member(f"{row['key']}.{suffix}", image.data) + document)
-            # Every 16th pixel: counting all of them would take as long as encoding them.
-            levels += np.bincount(image.pixels[::4, ::4].ravel(), minlength=256)
+            levels += image.levels
         report_item()
     write(END)
     shard = Shard(task.file, len(places), position, sha256.hexdigest())
     record = {"shard": asdict(shard), "kept": kept, "places": places, "originals": originals}
-    record["levels"] = levels.tolist()
+    record |= {"notes": notes, "levels": levels.tolist()}
     return ShardSummary(len(places), bytes_in, stripped, tuple(rejects)), record
 
 
@@ -221,11 +221,13 @@ def index_split(of: tuple[FinishTask, str]) -> Index:
         for column, name in enumerate(Original._fields):
             values = pa.array([original[column] for original in record["originals"]], pa.int64())
             table = table.append_column(name, values)
-        tables.append(table)
+        tables.append(table.append_column("note", pa.array(record["notes"], pa.string())))
         shards.append(Shard(**record["shard"]))
         levels += np.array(record["levels"])
         rejects += [Reject(*reject) for reject in record["summary"][-1]]
     whole = pa.concat_tables(tables)
+    if whole["note"].null_count == len(whole):
+        whole = whole.drop_columns(["note"])
     entry = write_split(task.out, split, whole, shards)
     return Index(entry, levels, rejects, find_unannotated(whole), name_facts(whole))
 

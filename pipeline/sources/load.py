@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 from pipeline.base.errors import DataError
 from pipeline.images import Original
 from pipeline.labels import LABELS, mark_unannotated, select_views
-from pipeline.manifest import NAME, concat_labels, name_facts, read_manifest, read_table
+from pipeline.manifest import NAME, concat_labels, find_notes, name_facts, read_manifest, read_table
 from pipeline.measure.counts import describe_views
 from pipeline.policies import find_one_class
 from pipeline.sources.joined import join_facts
@@ -99,23 +99,21 @@ class Described(NamedTuple):
     """What the labels of some shards are like, in words.
 
     `views`: how many studies have which views, "" unless shards hold whole studies. `one_class`: a text for each
-    label that the shards' policies leave with one class in train.
+    label that the shards' policies leave with one class in train. `notes`: as of `find_notes`.
     """
 
     views: str
     one_class: list[str]
+    notes: dict[str, list[str]]
 
 
 def describe_shards(folder: Path) -> Described:
-    """Describe the labels of some shards: by train's table, and by all where shards hold whole studies."""
+    """Describe some shards by their tables: labels by train's, and views where shards hold whole studies."""
     manifest = read_manifest(folder)
     of_studies = manifest.options.get("views") == "all"
-    tables = {
-        name: read_table(folder, split)
-        for name, split in manifest.splits.items()
-        if of_studies or name == "train"
-    }
+    tables = {name: read_table(folder, split) for name, split in manifest.splits.items()}
     return Described(
-        describe_views(pa.concat_tables(tables.values())) if of_studies else "",
+        describe_views(concat_labels([*tables.values()])) if of_studies else "",
         find_one_class(tables["train"], manifest.policies) if "train" in tables else [],
+        find_notes(tables.values()),
     )

@@ -1,7 +1,7 @@
 """A source's label tables → the shuffled rows of each split, and the content of their images."""
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from pipeline.base.csvs import line_of
 from pipeline.base.errors import DataError
 from pipeline.base.store import is_remote, list_objects, read_objects
-from pipeline.images import ImageError, unexplained_level
+from pipeline.images import ImageError
 from pipeline.labels import (
     hash_fraction,
     limit_patients,
@@ -27,7 +27,6 @@ from pipeline.sources.joined import join_facts
 from pipeline.sources.sets import SETS
 from pipeline.sources.source import Source, find_place
 
-SAMPLED = 64  # images whose bit depth is checked
 READ = 2**16  # bytes, at first: most images are smaller
 
 
@@ -149,21 +148,3 @@ def _shuffle(table: pa.Table, seed: int, by_study: bool) -> pa.Table:
     units = study_names(table).to_pylist() if by_study else keys
     draws = np.array([hash_fraction("shuffle", seed, unit) for unit in units])
     return table.take(np.lexsort((keys, draws)))
-
-
-def refuse_dark_images(tables: Iterable[pa.Table], roots: Sequence[Path], max_pixels: int) -> None:
-    """Raise DataError where a sample of 64 images has 16-bit PNGs and none uses more than 14 of their bits.
-
-    Such images, as many programs make them of DICOM, would be stored nearly black. PNGs come first.
-    """
-    files = [file for table in tables for file in table["file"][:SAMPLED].to_pylist()]
-    files = sorted(files, key=lambda file: not file.lower().endswith(".png"))[:SAMPLED]
-    contents = read_images(files, roots)
-    levels = [unexplained_level(content, max_pixels) for content in contents if isinstance(content, bytes)]
-    deep = [level for level in levels if level is not None]
-    bits = next((bits for bits in (10, 12, 14) if max(deep, default=2**16) < 2**bits), None)
-    if bits is not None:
-        raise DataError(
-            f"{len(deep)} of {len(levels)} images of a sample are 16-bit PNGs, whose highest level is {max(deep):,} of "
-            f"65,535: they would be nearly black; give `bits` {bits} (or 8 to 16, as the images were made)"
-        )

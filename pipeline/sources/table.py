@@ -8,6 +8,7 @@ blank; those that no column is named for are not annotated. All rows are train, 
 gives each split a CSV.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -26,7 +27,9 @@ LOOKED_FOR = "a single CSV"
 COLUMN = ""  # it is not told by its columns
 NEEDED = ("path", "patient")
 FACTS = (*NEEDED, "study", "view", "sex", "age", "projection")
-_PATH = r"^(?:[^/\\]+/)*[^/\\]+\.(?i:jpg|jpeg|png|dcm|dicom)$"
+_SUFFIX = r"\.(?i:jpg|jpeg|png|dcm|dicom)$"
+# DICOM files often have no suffix, or are named by a UID.
+_PATH = rf"^(?:[^/\\]+/)*(?:[^/\\]+{_SUFFIX}|[^/\\.]+$|[^/\\]+\.\d+$)"
 _CHECKS = {
     "patient": (r"^\S{1,64}$", "is not a name without spaces, of up to 64 characters"),
     "study": (r"^\d{1,9}$", "is not a number of up to 9 digits"),
@@ -104,7 +107,7 @@ def _read(csv: Path, columns: Mapping[str, str]) -> pa.Table:
     demand(csv, columns["path"], path, is_image, "is not a path below SOURCE to a JPEG, PNG or DICOM")
     outside = pc.match_substring_regex(path, r"(^|/)\.\.?(/|$)")
     demand(csv, columns["path"], path, pc.invert(outside), "leads out of SOURCE")
-    keys = pa.array([make_key(name.rpartition(".")[0]) for name in path.to_pylist()])
+    keys = pa.array([make_key(re.sub(_SUFFIX, "", name)) for name in path.to_pylist()])
     demand_unique(csv, keys)
     return make_table(csv, columns, cells, path, keys)
 

@@ -1,9 +1,10 @@
-"""DICOM films, beside pydicom's own functions for gray levels; and what must not get through."""
+"""DICOM films, beside the standard's formulas (tests/films.py); and what must not get through."""
 
 import io
 import logging
 import sys
 import tarfile
+import threading
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,14 +15,18 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from pipeline import dicom
 from pipeline.base.errors import DataError
 from pipeline.images import ImageError, ImageOptions, prepare
+from pipeline.manifest import find_notes, read_manifest, read_table
 from tests.conftest import run_pipeline
 
 pydicom = pytest.importorskip("pydicom")
+from openjpeg.utils import encode_array  # noqa: E402
 from pydicom import Dataset, dcmread, uid  # noqa: E402
-from pydicom.dataset import FileMetaDataset  # noqa: E402
-from pydicom.pixels import apply_modality_lut, apply_voi_lut  # noqa: E402
+from pydicom.encaps import encapsulate, get_frame  # noqa: E402
+
+from tests.films import change, make_film, make_table, render  # noqa: E402
 
 FILMS = sorted((Path(pydicom.__file__).parent / "data" / "test_files").rglob("*"))
 FILMS = [path for path in FILMS if path.is_file()]
@@ -34,43 +39,20 @@ PLAIN = {
 Array = npt.NDArray[Any]
 
 
-def make_film(pixels: Array, syntax: str = uid.ExplicitVRLittleEndian, **tags: object) -> bytes:
-    """A DICOM of 16-bit pixels, of which 12 are stored; tags that are None are left out."""
-    film = Dataset()
-    film.file_meta = FileMetaDataset()
-    film.file_meta.TransferSyntaxUID = uid.ExplicitVRLittleEndian
-    film.SOPClassUID, film.SOPInstanceUID = uid.DigitalXRayImageStorageForPresentation, "1.2.3.4567"
-    film.PatientName, film.PatientID, film.PatientBirthDate = "DOE^JANE", "MRN-4711", "19300101"
-    film.Rows, film.Columns = pixels.shape
-    known: dict[str, object] = {
-        "SamplesPerPixel": 1,
-        "PhotometricInterpretation": "MONOCHROME2",
-        "BitsAllocated": 8 * pixels.itemsize,
-        "BitsStored": 12,
-        "HighBit": 11,
-        "PixelRepresentation": int(pixels.dtype.kind == "i"),
-    }
-    film.PixelData = pixels.tobytes()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for name, value in (known | tags).items():
-            if value is not None:
-                setattr(film, name, value)
-    if syntax != uid.ExplicitVRLittleEndian:
-        if syntax == uid.DeflatedExplicitVRLittleEndian:
-            film.file_meta.TransferSyntaxUID = syntax
-        else:
-            film.compress(syntax, generate_instance_uid=False)
-    file = io.BytesIO()
-    film.save_as(file, enforce_file_format=True)
-    return file.getvalue()
+def pixels_of(film: bytes) -> Array:
+    return prepare(film, RAW).pixels
+
+
+def expect(film: bytes, stored: Array, **facts: Any) -> None:
+    """The film's pixels are what the standard makes of the stored values."""
+    np.testing.assert_allclose(pixels_of(film), render(stored, **facts), atol=0.5 + 1e-9)
 
 
 def table(entries: Array, first: int, bits: int) -> list[Dataset]:
-    item = Dataset()
-    item.add_new("LUTDescriptor", "SS" if first < 0 else "US", [len(entries), first, bits])
-    item.add_new("LUTData", "US", entries.tolist())
-    return [item]
+    """A lookup table as the standard wants it."""
+    return make_table(
+        [len(entries) % 65536, first, bits], entries.tolist(), first="SS" if first < 0 else "US"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -80,26 +62,23 @@ def levels() -> Array:
     return np.asarray((np.sin(rows / 9) + np.cos(columns / 7) + 2) / 4 * 4095, np.uint16)
 
 
-def read_by_pydicom(data: bytes) -> tuple[Array, str]:
-    """Gray levels 0 to 255, by pydicom's functions over the pixels, and the transfer syntax."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        film = dcmread(io.BytesIO(data), force=True)
-        if "TransferSyntaxUID" not in film.file_meta:
-            film.file_meta.TransferSyntaxUID = PLAIN[film.original_encoding]
-        measured = apply_modality_lut(film.pixel_array, film)
-        shown = apply_voi_lut(measured, film)
-        low, high = measured.min(), measured.max()
-        if film.get("VOILUTSequence"):
-            low, high = min(film.VOILUTSequence[0].LUTData), max(film.VOILUTSequence[0].LUTData)
-        elif shown is not measured:
-            low, high = apply_voi_lut(np.array([-1e9, 1e9]), film)
-    gray = (shown - float(low)) / ((float(high) - float(low)) or 1) * 255
-    inverted = film.PhotometricInterpretation == "MONOCHROME1"
-    return 255 - gray if inverted else gray, film.file_meta.TransferSyntaxUID.name
+def read_facts(film: Dataset) -> dict[str, Any]:
+    """What decides the gray levels of a film that is sound, as `render` takes it."""
+    facts: dict[str, Any] = {"inverted": film.PhotometricInterpretation == "MONOCHROME1"}
+    if "RescaleSlope" in film:
+        facts |= {"slope": float(film.RescaleSlope), "intercept": float(film.RescaleIntercept)}
+    if film.get("PixelPaddingValue") is not None:
+        facts |= {"padding": (film.PixelPaddingValue, film.PixelPaddingValue)}
+    for name, sequence in (("modality", "ModalityLUTSequence"), ("voi", "VOILUTSequence")):
+        for item in film.get(sequence) or []:
+            facts[name] = item.LUTDescriptor[1], item.LUTData
+    if film.get("WindowCenter") is not None and film.get("WindowWidth") is not None:
+        center, width = (np.atleast_1d(film[f"Window{name}"].value)[0] for name in ("Center", "Width"))
+        facts["window"] = float(center), float(width), film.get("VOILUTFunction") or "LINEAR"
+    return facts
 
 
-def test_films_that_pydicom_ships_have_the_levels_of_its_functions() -> None:
+def test_films_that_pydicom_ships_have_the_levels_of_the_standard() -> None:
     compared: dict[str, int] = {}
     refused: dict[str, list[str]] = {}
     for path in FILMS:
@@ -110,8 +89,14 @@ def test_films_that_pydicom_ships_have_the_levels_of_its_functions() -> None:
             reason = str(error).removeprefix("not a readable ").removeprefix("DICOM: ")
             refused.setdefault(reason, []).append(path.name)
             continue
-        expected, syntax = read_by_pydicom(data)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            film = dcmread(path, force=True)
+            if "TransferSyntaxUID" not in film.file_meta:
+                film.file_meta.TransferSyntaxUID = PLAIN[film.original_encoding]
+            expected = render(film.pixel_array, **read_facts(film))
         assert np.abs(pixels - expected).max() <= 0.5 + 1e-9, path.name
+        syntax = film.file_meta.TransferSyntaxUID.name
         compared[syntax] = compared.get(syntax, 0) + 1
     assert compared == {
         "Explicit VR Little Endian": 36,
@@ -156,19 +141,168 @@ RISING, FALLING = np.arange(0, 4096, dtype=np.uint16), np.arange(4095, -1, -1, d
         {"WindowCenter": [2000, 100], "WindowWidth": [700, 10], "PhotometricInterpretation": "MONOCHROME1"},
         {"WindowCenter": 1500, "WindowWidth": 900, "VOILUTFunction": "SIGMOID"},
         {"WindowCenter": 1500, "WindowWidth": 1, "VOILUTFunction": "LINEAR_EXACT"},
-        {"WindowCenter": 1500, "WindowWidth": 900, "RescaleSlope": 0.5, "RescaleIntercept": -1000},
+        {"WindowCenter": -500, "WindowWidth": 900, "RescaleSlope": 0.5, "RescaleIntercept": -1000},
         {"WindowCenter": -900, "WindowWidth": 900, "RescaleSlope": -0.5, "RescaleIntercept": 10},
         {"WindowCenter": None, "WindowWidth": "", "RescaleSlope": 2, "RescaleIntercept": -7},
         {"VOILUTSequence": table(FALLING, 0, 12)},
         {"VOILUTSequence": table(RISING[:1000] // 4, 500, 16), "WindowCenter": 5, "WindowWidth": 9},
         {"VOILUTSequence": table(RISING, -100, 12), "RescaleSlope": 1, "RescaleIntercept": -50},
         {"ModalityLUTSequence": table(FALLING * 2, 0, 16), "WindowCenter": 4000, "WindowWidth": 2000},
+        *({"ModalityLUTSequence": table(FALLING >> (12 - bits), 0, bits)} for bits in (8, 10, 11, 12)),
+        *({"ModalityLUTSequence": table(FALLING << (bits - 12), 0, bits)} for bits in (13, 14, 15)),
+        {"WindowCenter": 9000, "WindowWidth": 100},
+        {"PixelPaddingValue": 0, "PhotometricInterpretation": "MONOCHROME1"},
     ],
 )
 @pytest.mark.parametrize("signed", [False, True])
 def test_every_kind_of_table_and_window(levels: Array, tags: dict[str, Any], signed: bool) -> None:
-    film = make_film((levels.astype(np.int16) - 2048) if signed else levels, **tags)
-    np.testing.assert_allclose(prepare(film, RAW).pixels, read_by_pydicom(film)[0], atol=0.5 + 1e-9)
+    stored = (levels.astype(np.int16) - 2048) if signed else levels
+    film = make_film(stored, **tags)
+    expect(film, stored, **read_facts(dcmread(io.BytesIO(film))))
+
+
+@pytest.mark.parametrize("bits", [8, 12])
+@pytest.mark.parametrize("count", [4096, 4095, 257])
+@pytest.mark.parametrize(
+    "syntax", [uid.ExplicitVRLittleEndian, uid.ImplicitVRLittleEndian, uid.ExplicitVRBigEndian]
+)
+def test_tables_of_one_or_two_entries_a_word(levels: Array, bits: int, count: int, syntax: str) -> None:
+    entries = np.arange(count) * (2**bits - 1) // (count - 1)
+    order = ">u2" if syntax == uid.ExplicitVRBigEndian else "<u2"
+    forms = [("US", entries.tolist()), ("OW", entries.astype("<u2").tobytes())]
+    if bits == 8:
+        packed = entries.astype("u1").tobytes() + b"\0" * (count % 2)
+        forms += [("OW", packed), ("OB", packed), ("US", np.frombuffer(packed, "<u2").tolist())]
+    for kind, data in forms:
+        if kind == "OW":
+            data = np.frombuffer(data, "<u2").astype(order).tobytes()
+        voi = make_table([count, 0, bits], data, kind)
+        expect(make_film(levels, syntax, VOILUTSequence=voi), levels, voi=(0, entries.tolist()))
+    whole = make_table([0, 0, 16], np.arange(65536, dtype=order).tobytes(), "OW")
+    expect(make_film(levels, syntax, VOILUTSequence=whole), levels, voi=(0, range(65536)))
+
+
+@pytest.mark.parametrize("syntax", [uid.ExplicitVRLittleEndian, uid.ImplicitVRLittleEndian])
+@pytest.mark.parametrize("first", [-1024, 40000])
+def test_the_sign_of_the_first_entry_follows_from_what_precedes_it(
+    levels: Array, first: int, syntax: str
+) -> None:
+    signed = make_table([4096, first % 65536, 12], np.arange(4096).tolist())  # as US
+    wrong = make_table([4096, (first + 32768) % 65536 - 32768, 12], np.arange(4096).tolist(), first="SS")
+    for voi in (signed, wrong):
+        film = make_film(levels, syntax, RescaleSlope=1, RescaleIntercept=first, VOILUTSequence=voi)
+        expect(film, levels, intercept=first, voi=(first, range(4096)))
+    stored = levels.astype(np.int16) - 2048
+    modality = make_table([4096, 63488, 12], np.arange(4096).tolist())
+    expect(make_film(stored, syntax, ModalityLUTSequence=modality), stored, modality=(-2048, range(4096)))
+
+
+def test_empty_elements_are_as_absent(levels: Array) -> None:
+    film = make_film(
+        levels, RescaleSlope=1, RescaleIntercept=0, PixelPaddingValue=7, VOILUTFunction="SIGMOID"
+    )
+    film = change(film, **dict.fromkeys(("RescaleSlope", "RescaleIntercept", "PixelPaddingValue"), None))
+    expect(change(film, VOILUTSequence=[], ModalityLUTSequence=[]), levels)
+    expect(change(film, WindowCenter=5, WindowWidth=None), levels)
+    window = change(film, VOILUTFunction=None, WindowCenter=1500, WindowWidth=900, RescaleSlope="2")
+    expect(window, levels, slope=2, window=(1500, 900, "LINEAR"))
+    without_data = change(window, VOILUTSequence=make_table([4096, 0, 12], None))
+    expect(without_data, levels, slope=2, window=(1500, 900, "LINEAR"))
+
+
+@pytest.mark.parametrize("inverted", [False, True])
+@pytest.mark.parametrize(
+    ("value", "limit", "tags"),
+    [
+        (4095, None, {}),
+        (4000, 4095, {}),
+        (4095, 4000, {"WindowCenter": 700, "WindowWidth": 400}),
+        (65535, None, {}),  # beyond the bits stored
+        (-2000, None, {}),
+        (-32768, -2000, {"RescaleSlope": -1, "RescaleIntercept": 9}),
+    ],
+)
+def test_padding_is_black_and_has_no_part_in_the_range(
+    levels: Array, value: int, limit: int | None, tags: dict[str, Any], inverted: bool
+) -> None:
+    stored = (levels // 4 + 200).astype(np.int16 if value < 0 else np.uint16)
+    stored[:, :10] = value
+    photometric = f"MONOCHROME{1 if inverted else 2}"
+    film = make_film(
+        stored,
+        **{
+            "PixelPaddingValue": value,
+            "PixelPaddingRangeLimit": limit,
+            "PhotometricInterpretation": photometric,
+        }
+        | tags,
+    )
+    unsigned = film.replace(b"\x28\0\x20\1SS", b"\x28\0\x20\1US")
+    np.testing.assert_array_equal(pixels_of(unsigned), pixels_of(film))
+    ends = sorted((value, value if limit is None else limit))
+    facts = read_facts(dcmread(io.BytesIO(film))) | {"padding": ends}
+    expect(film, stored, **facts)
+    assert set(pixels_of(film)[:, :10].ravel()) == {0}
+
+
+def replace_stream(film: bytes, *streams: bytes, **tags: object) -> bytes:
+    return change(film, PixelData=encapsulate([*streams], has_bot=False), **tags)
+
+
+@pytest.mark.parametrize("stated", [8, 10, 12, 14, 16])
+@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
+@pytest.mark.parametrize("syntax", [uid.JPEG2000Lossless, uid.JPEGLSLossless])
+def test_the_bits_of_a_stream_count_more_than_those_of_its_header(
+    levels: Array, bits: int, stated: int, syntax: str
+) -> None:
+    """Unsigned, and signed where stream and header agree on it, too."""
+    unsigned = (levels.astype(np.uint32) << 4 >> (16 - bits)).astype(np.uint8 if bits == 8 else np.uint16)
+    signed = (unsigned.astype(np.int32) - 2 ** (bits - 1)).astype(np.int8 if bits == 8 else np.int16)
+    for stored in (unsigned, signed):
+        film = make_film(stored, syntax, BitsStored=bits, HighBit=bits - 1)
+        wide = 8 if stated == 8 else 16
+        expect(change(film, BitsAllocated=wide, BitsStored=stated, HighBit=stated - 1), stored)
+
+
+def test_a_sign_that_stream_and_header_disagree_on_is_the_one_of_a_picture(levels: Array) -> None:
+    film, signed = make_film(levels, uid.JPEG2000Lossless), levels.astype(np.int16) - 2048
+    two = signed.view(np.uint16) & 4095  # signed values in an unsigned stream
+    for stored, is_signed, expected in ((levels, 1, levels), (signed, 0, signed), (two, 1, signed)):
+        stream = encode_array(stored, bits_stored=12, use_mct=False, codec_format=0)
+        expect(replace_stream(film, stream, PixelRepresentation=is_signed), expected)
+    # Sign bits that a stream of 16 bits lacks.
+    masked = make_film(signed.view(np.uint16) & 4095, uid.JPEGLSLossless, BitsStored=16, HighBit=15)
+    expect(change(masked, BitsStored=12, HighBit=11, PixelRepresentation=1), signed)
+
+
+def test_more_frames_than_the_header_says_are_refused(levels: Array) -> None:
+    films = [make_film(np.concatenate([levels, levels]), Rows=40)]
+    for syntax in (uid.JPEG2000Lossless, uid.JPEGLSLossless, uid.RLELossless):
+        film = make_film(levels, syntax)
+        stream = get_frame(dcmread(io.BytesIO(film)).PixelData, 0, number_of_frames=1)
+        films += [replace_stream(film, stream, stream)]
+        if syntax != uid.RLELossless:  # one frame may lie in several fragments
+            expect(replace_stream(film, stream[:100], stream[100:]), levels)
+            films += [change(film, PixelData=encapsulate([stream, stream]))]
+    for film in films:
+        with pytest.raises(ImageError, match=r"^not a readable DICOM: more than one frame$"):
+            prepare(film, RAW)
+
+
+def test_films_are_decoded_side_by_side(levels: Array, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two threads are between the same two lines at the same time."""
+    both, render_film = threading.Barrier(2, timeout=60), dicom._render
+
+    def wait(*film: Any) -> dicom.Decoded:
+        both.wait()
+        return render_film(*film)
+
+    monkeypatch.setattr(dicom, "_render", wait)
+    filters, film = [*warnings.filters], make_film(levels)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(pixels_of, [film, film])
+    np.testing.assert_array_equal(first, second)
+    assert (warnings.filters, logging.getLogger("pydicom").propagate) == (filters, True)
 
 
 def test_only_the_stored_bits_count(levels: Array) -> None:
@@ -220,7 +354,7 @@ def test_hostile_ones_are_refused_with_a_reason(levels: Array) -> None:
     bomb = make_film(np.zeros((4000, 4000), np.uint16), uid.DeflatedExplicitVRLittleEndian)
     damaged = "its pixels are damaged, or end early (Explicit VR Little Endian)"
     not_applied = "its window or lookup table cannot be applied"
-    odd_table = table(RISING, 0, 99)
+    odd_table, short_table = table(RISING, 0, 99), make_table([4096, 0, 12], [1, 2, 3])
     numbers = "is missing, or is not a number from"
     for tags, reason in (
         ({"BurnedInAnnotation": "YES"}, "it has annotations burned in, which may name the patient"),
@@ -232,8 +366,10 @@ def test_hostile_ones_are_refused_with_a_reason(levels: Array) -> None:
         ({"HighBit": 3}, f"its HighBit {numbers} 11 to 15"),
         ({"PixelRepresentation": None}, f"its PixelRepresentation {numbers} 0 to 1"),
         ({"WindowCenter": 5, "WindowWidth": 0}, not_applied),
-        ({"RescaleSlope": "1e300", "RescaleIntercept": "1e308"}, not_applied),
+        ({"RescaleSlope": "1e300", "RescaleIntercept": "1e309"}, not_applied),
         ({"VOILUTSequence": odd_table}, not_applied),
+        ({"ModalityLUTSequence": short_table}, not_applied),
+        ({"WindowCenter": 5, "WindowWidth": 9, "VOILUTFunction": "CUBIC"}, not_applied),
         ({"PixelData": b"12"}, damaged),
     ):
         with pytest.raises(ImageError) as refused:
@@ -324,7 +460,7 @@ def test_a_table_of_films_becomes_shards(levels: Array, tmp_path: Path) -> None:
     folder, out = tmp_path / "films", tmp_path / "out"
     folder.mkdir()
     syntaxes = (uid.ExplicitVRLittleEndian, uid.JPEG2000Lossless, uid.RLELossless, uid.JPEGLSLossless)
-    names = ("a.dcm", "b.dicom", "c.DCM", "d.dcm")
+    names = ("a.dcm", "b.dicom", "c.000001", "d")
     for name, syntax in zip(names, syntaxes, strict=True):
         (folder / name).write_bytes(make_film(levels, syntax, WindowCenter=1500, WindowWidth=2000))
     (folder / "labels.csv").write_text(
@@ -350,3 +486,35 @@ def test_a_table_of_films_becomes_shards(levels: Array, tmp_path: Path) -> None:
     with tarfile.open(out / "train-000000.tar") as tar:
         files = [tar.extractfile(member) for member in tar if member.name.endswith(".png")]
         assert [file.read() for file in files if file] == [expected.data] * 4
+
+
+def test_films_without_a_picture_are_counted(levels: Array, tmp_path: Path) -> None:
+    folder, out = tmp_path / "films", tmp_path / "out"
+    folder.mkdir()
+    films = {
+        "a": make_film(levels, WindowCenter=9000, WindowWidth=100),
+        "b": make_film(levels * 0 + 7),
+        "c": make_film(levels, WindowCenter=1500, WindowWidth=1),
+        "d": make_film(levels),
+    }
+    for name, film in films.items():
+        (folder / name).write_bytes(film)
+    (folder / "labels.csv").write_text("Image,MRN,edema\n" + "a,a,1\nb,b,0\nc,c,1\nd,d,0\n")
+    columns = ("--set", "table", "--columns", "path=Image,patient=MRN,Edema=edema", "--dev", 0)
+    made = run_pipeline("shards", folder, out, *columns, "--workers", 1, "--encoding", "png")
+    lost = [
+        "1 of the images: one level of gray; the first is b",
+        "1 of the images: fewer than 16 gray levels, though the file has more; the first is c",
+    ]
+    missed = f"1 of the images: {dicom.MISSED}; the first is a"
+    assert [line for line in made.stdout.splitlines() if "of the images" in line] == sorted(
+        [*lost, missed], key=made.stdout.index
+    )
+    manifest = read_manifest(out)
+    assert len(find_notes([read_table(out, manifest.split("train"))])) == 3
+    verified = run_pipeline("verify", out)
+    assert verified.returncode == 0
+    assert {line for line in verified.stderr.splitlines() if "of the images" in line} == {
+        f"Warning: {line}" for line in lost
+    }
+    assert run_pipeline("shards", folder, out, *columns, "--strict", "--encoding", "png").returncode == 3

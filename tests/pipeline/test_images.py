@@ -12,6 +12,9 @@ from PIL import Image
 from pipeline.containers import read_jpeg_facts, strip_metadata
 from pipeline.images import (
     ENCODINGS,
+    FEW_LEVELS,
+    NEARLY_BLACK,
+    ONE_LEVEL,
     SQUARES,
     Gray,
     ImageError,
@@ -21,7 +24,6 @@ from pipeline.images import (
     decode_stored,
     prepare,
     resize,
-    unexplained_level,
 )
 from tests.conftest import REPOSITORY
 
@@ -83,12 +85,12 @@ def test_original_jpeg_keeps_its_coefficients_and_loses_its_metadata(
 ) -> None:
     source = add_metadata(gray, "JPEG", progressive=progressive)
     assert source.count(SECRET) == 37
-    stored, pixels, stripped, _ = prepare(source, ORIGINAL)
+    stored, pixels, stripped, *_ = prepare(source, ORIGINAL)
     assert stripped
     assert stored == encode(gray, progressive=progressive)  # to the byte: nothing else was lost
     np.testing.assert_array_equal(decode(stored), decode(source))
     np.testing.assert_array_equal(pixels, decode_jpeg(stored))
-    assert prepare(stored, ORIGINAL)[0::2] == (stored, False)
+    assert prepare(stored, ORIGINAL)[0:3:2] == (stored, False)
     assert strip_metadata(stored) == stored
 
 
@@ -107,7 +109,7 @@ def test_metadata_never_gets_through(gray: Image.Image, kind: str, size: int | N
 @pytest.mark.parametrize("size", [None, 160, 80])
 def test_every_encoding_comes_back_and_repeats(gray: Image.Image, size: int | None, encoding: str) -> None:
     source, options = encode(gray.convert("RGB")), ORIGINAL._replace(size=size, encoding=encoding)
-    stored, pixels, _, _ = prepare(source, options)
+    stored, pixels, *_ = prepare(source, options)
     assert stored == prepare(source, options).data
     assert pixels.shape == ((80, 100) if size == 80 else (160, 200))
     back = decode_stored(memoryview(stored), encoding)
@@ -139,7 +141,7 @@ def test_the_next_image_leaves_the_pixels_of_the_last_alone(gray: Image.Image, s
 
 
 def test_raw_is_a_view_of_a_npy_file_and_strict(gray: Image.Image) -> None:
-    stored, pixels, _, _ = prepare(encode(gray), FITTING._replace(encoding="raw"))
+    stored, pixels, *_ = prepare(encode(gray), FITTING._replace(encoding="raw"))
     np.testing.assert_array_equal(np.load(io.BytesIO(stored), allow_pickle=False), pixels)
     view = memoryview(stored)
     assert np.shares_memory(decode_stored(view, "raw"), np.frombuffer(view, np.uint8))
@@ -163,7 +165,7 @@ def test_raw_is_a_view_of_a_npy_file_and_strict(gray: Image.Image) -> None:
 def test_sizes_and_squares_are_pillows(
     gray: Image.Image, square: str, size: int, shape: tuple[int, int]
 ) -> None:
-    stored, pixels, _, _ = prepare(encode(gray), FITTING._replace(size=size, square=square))
+    stored, pixels, *_ = prepare(encode(gray), FITTING._replace(size=size, square=square))
     assert pixels.shape == decode(stored).shape == shape
     source, lanczos = Image.fromarray(decode(encode(gray))), Image.Resampling.LANCZOS
     if square == "pad":
@@ -223,7 +225,7 @@ def test_color_progressive_and_16_bit_sources_become_baseline_gray(gray: Image.I
         "png 16": encode(Image.fromarray(levels.astype(np.uint16) * 257), format="PNG"),
     }
     for name, source in sources.items():
-        stored, pixels, _, _ = prepare(source, FITTING)
+        stored, pixels, *_ = prepare(source, FITTING)
         image = Image.open(io.BytesIO(stored))
         assert (image.format, image.mode, "progressive" in image.info) == ("JPEG", "L", False), name
         assert difference(np.asarray(image), levels) < 1.5, name
@@ -386,9 +388,8 @@ def test_the_bits_of_a_16_bit_png_that_hold_the_picture(bits: int, channels: int
     np.testing.assert_array_equal(pixels(gray, bits, None), expected)
     np.testing.assert_array_equal(pixels(gray, None, bits), expected)
     np.testing.assert_array_equal(pixels(gray, 16, bits), expected)  # the user's word counts most
-    dark = pixels(gray, None, None)
-    assert dark.max() <= 256 >> (16 - bits)
-    np.testing.assert_array_equal(pixels(gray, bits, 16), dark)
+    np.testing.assert_array_equal(pixels(gray, None, None), expected)
+    np.testing.assert_array_equal(pixels(gray, bits, 16), np.floor(gray / 257 + 0.5))
     # As the PNG specification wants it: scaled up, with the lower bits repeating the upper ones.
     whole = gray << (16 - bits) | gray >> (2 * bits - 16)
     np.testing.assert_array_equal(pixels(whole, bits, None), pixels(whole, None, None))
@@ -397,20 +398,42 @@ def test_the_bits_of_a_16_bit_png_that_hold_the_picture(bits: int, channels: int
         pixels(whole, None, 12)
 
 
-def test_the_level_of_a_png_that_does_not_say_its_bits() -> None:
-    levels = np.array([[5, 4000]], np.uint16)
-    assert unexplained_level(deep_png(levels), 100) == 4000
-    assert unexplained_level(deep_png(np.stack([levels // 2, levels, levels], 2)), 100) == 4000
-    assert unexplained_level(deep_png(np.stack([levels, levels + 9], 2)), 100) == 4000  # alpha apart
-    others = (
-        deep_png(levels, chunk(b"sBIT", b"\x0c")),
-        encode(Image.fromarray(levels.astype(np.uint8)), format="PNG"),
-        encode(Image.fromarray(levels.astype(np.uint8))),
-        deep_png(levels)[:-20],
-        deep_png(np.zeros((11, 10), np.uint16)),
-        b"",
-    )
-    assert [unexplained_level(data, 100) for data in others] == [None] * len(others)
+def test_bits_are_stated_or_seen_and_what_was_assumed_is_noted() -> None:
+    """Highest level, bits of the table and of the user → highest gray level, and notes."""
+    raw = ORIGINAL._replace(encoding="raw")
+    levels = np.arange(1, 257).reshape(16, 16)
+    for highest, stated, bits, gray, notes in (
+        (255, None, None, 255, ("a 16-bit PNG read as 8 bits, by its highest level (--bits)",)),
+        (4080, None, None, 254, ("a 16-bit PNG read as 12 bits, by its highest level (--bits)",)),
+        (4080, 12, None, 254, ()),
+        (65280, 12, None, 254, ()),
+        (65280, None, None, 254, ()),
+        (1020, 12, None, 64, (NEARLY_BLACK,)),
+        (1020, None, 16, 4, (NEARLY_BLACK, FEW_LEVELS)),
+    ):
+        film = deep_png((levels * highest // 256).astype(np.uint16))
+        prepared = prepare(film, raw._replace(bits=bits), stated)
+        assert (prepared.pixels.max(), prepared.notes) == (gray, notes)
+
+
+def test_images_of_few_gray_levels_are_noted(gray: Image.Image) -> None:
+    flat = Image.new("L", gray.size, 90)
+    assert prepare(encode(flat), FITTING).notes == (ONE_LEVEL,)
+    assert prepare(encode(flat, format="PNG"), FITTING).notes == (ONE_LEVEL,)
+    few = gray.point(lambda level: level // 32 * 32)
+    assert prepare(encode(few, format="PNG"), ORIGINAL).notes == ()  # as many as in the file
+    assert prepare(encode(gray), FITTING).notes == ()
+
+
+def test_alpha_of_0_everywhere_is_ignored(gray: Image.Image) -> None:
+    clear = gray.convert("LA")
+    clear.putalpha(0)
+    expected = np.asarray(gray)
+    for image in (clear, clear.convert("RGBA")):
+        np.testing.assert_array_equal(prepare(encode(image, format="PNG"), ORIGINAL).pixels, expected)
+    deep = expected.astype(np.uint16) * 257
+    for channels in ((deep, deep * 0), (deep, deep, deep, deep * 0)):
+        np.testing.assert_array_equal(prepare(deep_png(np.stack(channels, 2)), ORIGINAL).pixels, expected)
 
 
 @pytest.mark.parametrize("size", [None, 320])

@@ -1180,7 +1180,7 @@ def test_predict_gives_the_scores_that_shards_give(
 
 def test_predict_scores_dicoms_as_their_pixels(trained: Job, tmp_path: Path) -> None:
     pytest.importorskip("pydicom")
-    from tests.pipeline.test_dicom import make_film
+    from tests.films import make_film
 
     pixels = np.linspace(0, 255, 80 * 96).astype(np.uint8).reshape(80, 96)
     films = tmp_path / "films"

@@ -1,0 +1,117 @@
+"""Small DICOM films, and what the standard says they look like."""
+
+import io
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from pydicom import Dataset, dcmread, uid
+from pydicom.dataset import FileMetaDataset
+
+Array = npt.NDArray[Any]
+Table = tuple[int, Sequence[int]]  # the value of the first entry, and the entries
+
+
+def make_film(pixels: Array, syntax: str = uid.ExplicitVRLittleEndian, **tags: object) -> bytes:
+    """A DICOM of 16-bit pixels, of which 12 are stored; tags that are None are left out."""
+    film = Dataset()
+    film.file_meta = FileMetaDataset()
+    film.file_meta.TransferSyntaxUID = uid.ExplicitVRLittleEndian
+    film.SOPClassUID, film.SOPInstanceUID = uid.DigitalXRayImageStorageForPresentation, "1.2.3.4567"
+    film.PatientName, film.PatientID, film.PatientBirthDate = "DOE^JANE", "MRN-4711", "19300101"
+    film.Rows, film.Columns = pixels.shape
+    known: dict[str, object] = {
+        "SamplesPerPixel": 1,
+        "PhotometricInterpretation": "MONOCHROME2",
+        "BitsAllocated": 8 * pixels.itemsize,
+        "BitsStored": 12,
+        "HighBit": 11,
+        "PixelRepresentation": int(pixels.dtype.kind == "i"),
+    }
+    film.PixelData = pixels.tobytes()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name, value in (known | tags).items():
+            if value is not None:
+                setattr(film, name, value)
+    if syntax == uid.ExplicitVRBigEndian:
+        film.PixelData = pixels.astype(pixels.dtype.newbyteorder(">")).tobytes()
+    if syntax in (uid.ImplicitVRLittleEndian, uid.ExplicitVRBigEndian, uid.DeflatedExplicitVRLittleEndian):
+        film.file_meta.TransferSyntaxUID = syntax
+    elif syntax != uid.ExplicitVRLittleEndian:
+        film.compress(syntax, generate_instance_uid=False)
+    file = io.BytesIO()
+    film.save_as(file, enforce_file_format=True)
+    return file.getvalue()
+
+
+def change(film: bytes, **tags: object) -> bytes:
+    """The film with other values of its tags; None makes one empty, as anonymizers do."""
+    dataset = dcmread(io.BytesIO(film))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name, value in tags.items():
+            setattr(dataset, name, value)
+    file = io.BytesIO()
+    dataset.save_as(file)
+    return file.getvalue()
+
+
+def make_table(descriptor: Sequence[int], data: object, kind: str = "US", first: str = "US") -> list[Dataset]:
+    """A sequence of one lookup table, whose data and descriptor have these value representations."""
+    item = Dataset()
+    item.add_new("LUTDescriptor", first, list(descriptor))
+    item.add_new("LUTData", kind, data)
+    return [item]
+
+
+def render(
+    stored: Array,
+    *,
+    slope: float = 1,
+    intercept: float = 0,
+    modality: Table | None = None,
+    voi: Table | None = None,
+    window: tuple[float, float, str] | None = None,
+    padding: tuple[int, int] | None = None,
+    inverted: bool = False,
+) -> Array:
+    """Gray levels 0 to 255 of stored values, not rounded: PS3.3, C.7.5.1.1.2, C.11.1.1 and C.11.2.1, value by value."""
+    present = set(stored.ravel().tolist())
+    pixels = {
+        value for value in present if padding is None or not padding[0] <= value <= padding[1]
+    } or present
+
+    def look_up(table: Table, value: float) -> int:
+        first, entries = table
+        return entries[min(max(round(value) - first, 0), len(entries) - 1)]
+
+    measured = {v: look_up(modality, v) if modality else v * slope + intercept for v in present}
+    low, high = min(measured[v] for v in pixels), max(measured[v] for v in pixels)
+
+    def show(x: float) -> float:
+        if voi:
+            black, white = min(voi[1]), max(voi[1])
+            return (look_up(voi, x) - black) / ((white - black) or 1)
+        assert window
+        center, width, function = window
+        if function == "SIGMOID":
+            return float(1 / (1 + np.exp(-4 * (x - center) / width)))
+        if function == "LINEAR":
+            center, width = center - 0.5, width - 1
+        if x <= center - width / 2:
+            return 0
+        return 1 if x > center + width / 2 else (x - center) / width + 0.5
+
+    gray = {v: 255 * show(x) for v, x in measured.items()} if voi or window else {}
+    if len({round(gray[v]) for v in pixels if gray}) <= 1 and (
+        not gray or low < high
+    ):  # none, or it misses them
+        gray = {v: min(max(255 * (x - low) / ((high - low) or 1), 0), 255) for v, x in measured.items()}
+    if inverted:
+        gray = {v: 255 - level for v, level in gray.items()}
+    if padding:
+        gray |= {v: 0 for v in present if padding[0] <= v <= padding[1]}
+    return np.array([gray[value] for value in stored.ravel().tolist()]).reshape(stored.shape)
