@@ -364,11 +364,11 @@ def _apply_table(
         raise ValueError
     # Entries of 8 bits may be one or two a word, whatever the type says.
     entries = np.frombuffer(data, "<u2" if len(data) >= 2 * count else "u1", count)
-    # The sign of the first level depends on what precedes the table, and its type is often the other one.
-    starts = [first & 0xFFFF, (first & 0xFFFF) - 2**16]
-    first = max(
-        starts[: 1 + (starts[0] >= 2**15)], key=lambda start: min(high, start + count) - max(low, start)
-    )
+    # The first level is signed if levels can be negative; its type is often the other one, and implicit in many files.
+    if not 0 <= first < 2**15:
+        starts = sorted((first & 0xFFFF, (first & 0xFFFF) - 2**16), reverse=bool(low >= 0))
+        likely = starts[0] if low < 0 else first
+        first = next((start for start in starts if start <= high and start + count > low), likely)
     places = np.clip(np.rint(levels - first), 0, count - 1).astype(np.int64)
     return entries[places].astype(np.float64), entries.astype(np.int64)
 

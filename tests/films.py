@@ -91,9 +91,10 @@ def render(
     measured = {v: look_up(modality, v) if modality else v * slope + intercept for v in present}
     low, high = min(measured[v] for v in pixels), max(measured[v] for v in pixels)
 
+    black, white = (min(voi[1]), max(voi[1])) if voi else (0, 1)
+
     def show(x: float) -> float:
         if voi:
-            black, white = min(voi[1]), max(voi[1])
             return (look_up(voi, x) - black) / ((white - black) or 1)
         assert window
         center, width, function = window

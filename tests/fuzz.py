@@ -269,11 +269,10 @@ def film_target(_: Path, __: Path) -> Target:
             if not draw.ConsumeBool():
                 continue
             depth, count = draw.ConsumeIntInRange(8, 16), draw.ConsumeIntInRange(2, 3000)
-            # The entry of the lowest pixel or of one above: the sign of the first then has one reading.
-            low = int(stored.min()) * facts.get("slope", 1) + facts.get("intercept", 0)
-            first = max(
-                -(2**15), (0 if name == "voi" and "modality" in facts else low) - draw.ConsumeIntInRange(0, 9)
-            )
+            low = int(stored.min())
+            if name == "voi":
+                low = 0 if "modality" in facts else low * facts.get("slope", 1) + facts.get("intercept", 0)
+            first = max(low - draw.ConsumeIntInRange(0, 9), -(2**15) if low < 0 else 0)
             step = draw.ConsumeIntInRange(1, 2**depth - 1)
             entries = np.arange(count) * step % 2**depth
             packed = entries.astype("u1" if depth == 8 and draw.ConsumeBool() else "<u2").tobytes()
