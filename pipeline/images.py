@@ -18,7 +18,6 @@ import numpy.typing as npt
 import simplejpeg
 from PIL import Image, ImageOps
 
-from pipeline.base.errors import DataError
 from pipeline.containers import (
     BASELINE,
     JPEG,
@@ -133,7 +132,7 @@ def prepare(data: bytes, options: ImageOptions, said_bits: int | None = None) ->
             source = _read_png(data, options.max_pixels, options.bits, said_bits)
         else:
             source = _read_dicom(data, options.max_pixels)
-    except (ImageError, DataError):
+    except (ImageError, ImportError):  # the latter names a package to install
         raise
     except Exception as error:  # of any kind, for a damaged file
         raise ImageError(f"not a readable {kind}: {error}") from error
