@@ -45,7 +45,7 @@ _STREAMS = (JPEG, _J2K, b"\0\0\0\x0cjP  ")
 MISSED = "a window that shows all pixels as one level, replaced by their range"
 
 
-class Decoded(NamedTuple):
+class GrayFilm(NamedTuple):
     """8-bit gray [H, W], the bits of a stored value, how many values the file has beside padding, and a note or ""."""
 
     pixels: npt.NDArray[np.uint8]
@@ -142,7 +142,7 @@ def open_dicom(data: bytes, max_pixels: int) -> "Dataset":
     return dataset
 
 
-def decode_dicom(dataset: "Dataset") -> Decoded:
+def decode_dicom(dataset: "Dataset") -> GrayFilm:
     """Gray pixels [H, W] of an opened DICOM. Raises ValueError for damaged ones, and where a decoder is missing."""
     stored = _decode(dataset)
     with _quietly("its window or lookup table cannot be applied"):
@@ -266,7 +266,7 @@ def _read_frame(stream: bytes) -> _Frame:
     return _Frame(shape, (fields[5] & 127) + 1, fields[5] > 127)
 
 
-def _render(dataset: "Dataset", stored: _Stored) -> Decoded:
+def _render(dataset: "Dataset", stored: _Stored) -> GrayFilm:
     """8-bit gray [H, W], computed once for each value that occurs."""
     words, bits, shift, is_signed = stored
     width = 8 * words.itemsize
@@ -300,7 +300,7 @@ def _render(dataset: "Dataset", stored: _Stored) -> Decoded:
         table = np.zeros(2**width, np.uint8)
         table[values] = gray
         pixels = _look_up(table, words)
-    return Decoded(pixels, bits, len(np.unique(measured[seen])), note)
+    return GrayFilm(pixels, bits, len(np.unique(measured[seen])), note)
 
 
 def _find_padding(dataset: "Dataset", is_signed: bool, levels: Levels) -> npt.NDArray[np.bool_]:

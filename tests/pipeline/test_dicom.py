@@ -293,7 +293,7 @@ def test_films_are_decoded_side_by_side(levels: Array, monkeypatch: pytest.Monke
     """Two threads are between the same two lines at the same time."""
     both, render_film = threading.Barrier(2, timeout=60), dicom._render
 
-    def wait(*film: Any) -> dicom.Decoded:
+    def wait(*film: Any) -> dicom.GrayFilm:
         both.wait()
         return render_film(*film)
 
