@@ -19,8 +19,8 @@ annotated means that nobody looked for the finding, so the cell says nothing und
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
-from itertools import combinations, takewhile
+from collections.abc import Mapping
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -118,14 +118,6 @@ def study_names(table: pa.Table) -> pa.ChunkedArray:
     return pc.binary_join_element_wise(table["patient"], table["study"].cast(pa.string()), "_study")
 
 
-def shared(tables: Mapping[str, pa.Table], column: str) -> Iterator[tuple[str, str, str]]:
-    """(split, later split, value) for every value of the column that two splits have in common."""
-    for first, second in combinations(tables, 2):
-        values = tables[second][column].unique()
-        common = values.filter(pc.is_in(values, value_set=tables[first][column].combine_chunks()))
-        yield from ((first, second, value) for value in common.to_pylist())
-
-
 def hash_fraction(*parts: object) -> float:
     """A number in [0, 1) that depends only on the parts: the same on every machine and in every version."""
     digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
@@ -162,19 +154,6 @@ def find_unannotated(table: pa.Table) -> list[str]:
         for label in LABELS
         if pc.all(pc.fill_null(pc.equal(table[label], NOT_ANNOTATED), False)).as_py()
     ]
-
-
-def mark_unannotated(tables: Mapping[str, pa.Table]) -> dict[str, pa.Table]:
-    """The tables, with labels that are blank in every row of all of them as not annotated."""
-    blank = [
-        label for label in LABELS if all(table[label].null_count == len(table) for table in tables.values())
-    ]
-    marked = dict(tables)
-    for split, table in tables.items():
-        for label in blank:
-            column = pa.array(np.full(len(table), NOT_ANNOTATED, np.int8))
-            marked[split] = marked[split].set_column(table.schema.get_field_index(label), label, column)
-    return marked
 
 
 def find_label(name: str) -> str | None:

@@ -4,9 +4,8 @@ An Arrow IPC file with one row per image of train and dev that the run used:
     split    string  train, or dev, on which its checkpoint and thresholds are chosen
     crc      uint32  of the image as stored in the shards
     length   int32   bytes of the same
-    patient  uint64  first 8 bytes of sha256(the manifest's sha256 + patient)
-The hash keeps names out of the file. It is no secret: who has the run can try all patient numbers. The file's metadata
-has the `namespace` of the names, as `Collection` has it.
+    patient  uint64  first 8 bytes of sha256(the manifest's sha256 + `namespace/id`)
+The hash keeps names out of the file. It is no secret: who has the run can try all patient numbers.
 """
 
 import hashlib
@@ -14,8 +13,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -24,7 +21,7 @@ from model.runs.job import Job, Selected, open_images
 from pipeline.base.errors import DataError
 from pipeline.base.files import read_arrow, write_table
 from pipeline.console import say
-from pipeline.stream.collection import NAMED
+from pipeline.identity import join_content, name_patients
 
 TRAINED_ON = "trained-on.arrow"
 SCHEMA = pa.schema({"split": pa.string(), "crc": pa.uint32(), "length": pa.int32(), "patient": pa.uint64()})
@@ -46,11 +43,12 @@ def write_trained_on(job: Job, selected: Iterable[tuple[str, Selected]]) -> None
             "split": pa.array([name] * table.num_rows, pa.string()),
             "crc": table["crc"],
             "length": table["length"],
-            "patient": _hash_patients(table["patient"], job.config.manifest),
+            "patient": _hash_patients(
+                name_patients(table["patient"], job.shards.namespace), job.config.manifest
+            ),
         }
         tables.append(pa.table(columns, schema=SCHEMA))
-    table = pa.concat_tables(tables).replace_schema_metadata({"namespace": job.shards.namespace})
-    write_table(job.run / TRAINED_ON, table)
+    write_table(job.run / TRAINED_ON, pa.concat_tables(tables))
 
 
 def count_shared(
@@ -58,28 +56,23 @@ def count_shared(
 ) -> Shared:
     """The patients and images in rows of a split's table that the run used in its own `splits`.
 
-    `namespace` is that of the table's patients, as `Collection` has it: patients of two namespaces are two people.
-    Images are the same where CRC and length are. Raises DataError where the run's file is missing or damaged.
+    `namespace` is that of the table's patients, as `Collection` has it. Raises DataError where the run's file is
+    missing or damaged.
     """
     path = run / TRAINED_ON
     again = "the command that trained the run writes it again"
     if not path.exists():
         raise DataError(f"{path}: missing; {again}")
     used = read_arrow(path, path.read_bytes())
-    metadata = used.schema.metadata or {}
-    if (
-        used.schema != SCHEMA
-        or b"namespace" not in metadata
-        or any(column.null_count for column in used.columns)
-    ):
+    if used.schema != SCHEMA or any(column.null_count for column in used.columns):
         raise DataError(f"{path}: damaged; {again}")
-    theirs = metadata[b"namespace"].decode()
-    names = _name_patients(table["patient"], namespace, theirs)
+    names = name_patients(table["patient"], namespace)
     used = used.filter(pc.is_in(used["split"], pa.array(list(splits), pa.string())))
-    patients = np.unique(_hash_patients(names, read_config(run).manifest).to_numpy())
+    patients = _hash_patients(names, read_config(run).manifest).unique()
+    images = pc.is_in(join_content(table), value_set=join_content(used))
     return Shared(
-        patients=int(np.isin(patients, used["patient"].to_numpy()).sum()),
-        images=int(np.isin(_join_images(table), _join_images(used)).sum()),
+        patients=pc.sum(pc.is_in(patients, value_set=used["patient"].combine_chunks())).as_py() or 0,
+        images=pc.sum(images).as_py() or 0,
     )
 
 
@@ -138,29 +131,11 @@ def report_shared(run: Path, what: str, shared: Shared, images: int, allowed: bo
         )
 
 
-def _name_patients(patient: pa.ChunkedArray, ours: str, theirs: str) -> pa.ChunkedArray:
-    """The patients of the namespace `ours` as a run names them whose namespace is `theirs`; none of others."""
-    if ours == theirs:
-        return patient
-    if theirs == NAMED:
-        return pc.binary_join_element_wise(ours, patient, "/")
-    if ours == NAMED:
-        return pc.utf8_slice_codeunits(patient.filter(pc.starts_with(patient, f"{theirs}/")), len(theirs) + 1)
-    return patient[:0]
-
-
-def _hash_patients(patient: pa.ChunkedArray, digest: str) -> pa.ChunkedArray:
+def _hash_patients(names: pa.Array, digest: str) -> pa.Array:
     """The hash of each patient, uint64 [N]."""
-    patients = patient.combine_chunks().dictionary_encode()
+    patients = names.dictionary_encode()
     hashes = [
         int.from_bytes(hashlib.sha256(f"{digest}{name}".encode()).digest()[:8])
         for name in patients.dictionary.to_pylist()
     ]
-    return pa.chunked_array([pa.array(hashes, pa.uint64()).take(patients.indices)])
-
-
-def _join_images(table: pa.Table) -> npt.NDArray[np.uint64]:
-    """CRC and length of each row's image as one number [N]."""
-    crc, length = (table[name].to_numpy().astype(np.uint64) for name in ("crc", "length"))
-    joined: npt.NDArray[np.uint64] = crc << np.uint64(32) | length
-    return joined
+    return pa.array(hashes, pa.uint64()).take(patients.indices)

@@ -97,7 +97,7 @@ def stats(
         other and against_split == split and len(found) == 1 and other.samefile(found[0][0]),
         "--against is SOURCE itself; name another --against-split",
     )
-    table = load_tables([path for path, _ in found], split, views, [*map(Path, facts)])
+    table = load_tables([path for path, _ in found], split, views, [*map(Path, facts)], note=say)
     known = list_variables(table)
     refuse_usage(by not in (None, *known), f"--by {by}: these images can be grouped by {', '.join(known)}")
     report = _build_report(table, by, cooccurrence, policy)

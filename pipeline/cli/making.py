@@ -1,9 +1,11 @@
 """The commands that write and check shards: sample, shards, verify."""
 
 import re
+import shlex
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +29,7 @@ from pipeline.console import (
     say_next,
 )
 from pipeline.images import DOUBTS, ENCODINGS, SQUARES
-from pipeline.labels import VIEWS
+from pipeline.labels import LABELS, VIEWS, find_label
 from pipeline.look.tables import print_report
 from pipeline.manifest import find_restriction
 from pipeline.policies import BLANK_HELP, UNCERTAIN_HELP, check_blank_policy, parse_uncertain_policy
@@ -155,6 +157,26 @@ def parse_columns(text: str) -> tuple[tuple[str, str], ...]:
     return table.parse_columns(text)
 
 
+def parse_labels(text: str) -> tuple[str, ...]:
+    """The labels of `Edema,pneumonia`. Raises DataError for one that there is not."""
+    labels = {name: find_label(name.strip()) for name in text.split(",")}
+    if wrong := [name for name, label in labels.items() if label is None]:
+        raise DataError(f"'{wrong[0]}' is none of {', '.join(LABELS)}")
+    return tuple(label for label in LABELS if label in labels.values())
+
+
+@contextmanager
+def proposing_blanks() -> Iterator[None]:
+    """Around reading a set: where its owner must say what blanks mean, the error ends in the command that does."""
+    from pipeline.sources.source import UnsaidBlanksError
+
+    try:
+        yield
+    except UnsaidBlanksError as error:
+        words = ["--annotated", ",".join(error.annotated), "--blanks", "not-annotated"]
+        raise DataError(f"{error}:\n  {shlex.join(['pipeline', *sys.argv[1:], *words])}") from None
+
+
 FOLDER = Parsed(parse_folder, "folder")
 
 
@@ -177,6 +199,17 @@ FOLDER = Parsed(parse_folder, "folder")
     "--name",
     type=Parsed(parse_name, "NAME"),
     help="Call the set this: another hospital's, in the layout of SOURCE.",
+)
+@click.option(
+    "--annotated",
+    type=Parsed(parse_labels, "LABEL,…"),
+    help="Labels that were looked for in a set with --name or a table; the others are not annotated.",
+)
+@click.option(
+    "--blanks",
+    type=click.Choice(("blank", "not-annotated")),
+    show_default="blank",
+    help="What an empty cell of such a set means: not mentioned, or not annotated.",
 )
 @click.option(
     "--size",
@@ -241,6 +274,8 @@ def shards(
     dataset: str | None,
     columns: tuple[tuple[str, str], ...] | None,
     name: str | None,
+    annotated: tuple[str, ...] | None,
+    blanks: str | None,
     uncertain: str | None,
     blank: str | None,
     splits: tuple[tuple[str, Path], ...],
@@ -277,8 +312,10 @@ def shards(
     )
     files = [open_location(text) for text in facts]
     found = find_source(source, _collect("--split", splits), roots, dataset, columns or (), files, name or "")
+    found = found._replace(annotated=annotated or (), blanks=blanks or "")
     if dry_run:
-        code = _print_preview(found, options, how)
+        with proposing_blanks():
+            code = _print_preview(found, options, how)
         say_next("pipeline", *(word for word in sys.argv[1:] if word != "--dry-run"))
         return code
     start = time.perf_counter()
@@ -293,7 +330,8 @@ def shards(
             rate = (done - resumed) / (time.perf_counter() - start)
             advance(done, total, f"{rate:,.0f} images/s  {rejects} rejects")
 
-        run = write_shards(found, out, options, {"uncertain": uncertain, "blank": blank}, how, show)
+        with proposing_blanks():
+            run = write_shards(found, out, options, {"uncertain": uncertain, "blank": blank}, how, show)
     seconds = time.perf_counter() - start
     described = run_alone(describe_shards, out, f"counting the labels of {out}")
     if how.strict and described.one_class:

@@ -137,11 +137,9 @@ def write_shards(
     hashes = {name: hash_file(path) for name, path in named_files.items()}
     with named_failures(out, "cannot be written"):
         chosen = _choose_policies(out, policies)
-        named: dict[str, Any] = {"columns": dict(source.columns)} if source.columns else {}
+        named = source.told
         if source.set != SETS[source.set].TERMS.name:  # other rows of the same table
             named["set"] = source.set
-        if source.name:
-            named["name"] = source.name
         wanted = {"options": asdict(options) | named, "policies": chosen, "sources": hashes}
         run = Run(out, source, options, chosen, wanted, how, progress)
         manifest, damaged = _read_finished(run)

@@ -23,8 +23,9 @@ from pipeline.base.files import hash_file, is_temporary, parse_object
 from pipeline.base.tar import BLOCK, Member, read_members
 from pipeline.base.workers import run_threads
 from pipeline.etl.planning import PARTIAL
+from pipeline.identity import Ids, find_shared, identify_patients
 from pipeline.images import DOUBTS, ENCODINGS, decode_stored
-from pipeline.labels import count_rows, shared
+from pipeline.labels import count_rows
 from pipeline.manifest import FACTS, NAME, Shard, Split, find_notes, read_manifest, read_table
 
 PRINTED = 20  # lines on one file; a shard of another set would fill the screen
@@ -68,14 +69,18 @@ def verify_shards(
         problems[split.table], table = _check_table(folder, split)
         if table is not None:
             tables[name] = table
-    for first, second, key in shared(tables, "key"):
-        table_file = manifest.splits[second].table
-        problems[table_file].append(f"{folder / table_file}: sample {key}: is in {first} too")
-    for first, second, patient in shared(tables, "patient"):
-        table_file = manifest.splits[second].table
-        problems[table_file].append(
-            f"{folder / table_file}: {patient} is in {first} too; splits must not share patients"
-        )
+    for first, second, names in find_shared(
+        {split: Ids(table["key"], table["key"]) for split, table in tables.items()}
+    ):
+        file = manifest.splits[second].table
+        problems[file] += [f"{folder / file}: sample {name}: is in {first} too" for name in names]
+    for first, second, names in find_shared(
+        {split: identify_patients(table) for split, table in tables.items()}
+    ):
+        file = manifest.splits[second].table
+        problems[file] += [
+            f"{folder / file}: {name} is in {first} too; splits must not share patients" for name in names
+        ]
 
     tasks = [
         task for name, split in manifest.splits.items() for task in _tasks(folder, split, tables.get(name))

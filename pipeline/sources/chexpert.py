@@ -19,6 +19,7 @@ import pyarrow as pa
 
 from pipeline.base.errors import DataError
 from pipeline.base.store import list_folders, named_failures, open_location
+from pipeline.identity import Note, ignore
 from pipeline.labels import read_labels
 from pipeline.sources.source import Source, Terms
 
@@ -73,7 +74,7 @@ def find_tables(folder: Path) -> dict[str, Path] | None:
     return next(iter(inside.values()), None)
 
 
-def read_tables(source: Source) -> dict[str, pa.Table]:
+def read_tables(source: Source, note: Note = ignore) -> dict[str, pa.Table]:
     """Split → its label table. Raises DataError, naming file, line and column."""
     return {split: read_labels(csv) for split, csv in source.csvs.items()}
 

@@ -2,23 +2,21 @@
 
     pipeline shards CheXpert-v1.0-small shards --facts "CHEXPERT DEMO.xlsx"
 
-Whose rows these are is told by the columns' names, as in KEYS: `key`, else patient and study, else one of these. Where
-all patients of the file are numbers, they stand for the names that end in them: 1 for 00000001, 12 for p12.
+Whose rows these are is told by the columns' names, as in KEYS: `key`, else patient and study, else one of these.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.base.csvs import line_of, read_strings
 from pipeline.base.errors import DataError, needs, quote
 from pipeline.base.store import open_to_read
+from pipeline.identity import Note, ignore, join, normalize_ids, normalize_paths
 from pipeline.images import Original
 from pipeline.labels import LABELS
 from pipeline.manifest import KNOWN, name_facts
@@ -26,6 +24,15 @@ from pipeline.manifest import KNOWN, name_facts
 KEYS = {"key": "key", "study": "study", "study_id": "study"}
 KEYS |= dict.fromkeys(("patient", "patient_id", "deid_patient_id", "subject_id"), "patient")
 UNITS = {("key",): "images", ("patient", "study"): "studies", ("study",): "studies", ("patient",): "patients"}
+OURS = (
+    "set",
+    "row",
+    "split",
+    "label",
+    "score",
+    "group",
+    "views",
+)  # columns of other tables, and words of options
 _WHOLE = r"^-?(0|[1-9]\d{0,17})(\.0+)?$"  # 007 is a code, not a number
 # The words by which Glocker et al. group CheXpert's PRIMARY_RACE (Algorithmic encoding of protected characteristics in
 # chest X-ray disease detection models, eBioMedicine 89, 2023). What is no answer stays null here.
@@ -34,15 +41,16 @@ _NO_ANSWER = r"(?i)\b(unknown|refused|declines|declined)\b"
 
 
 def join_facts(
-    tables: Mapping[str, pa.Table], paths: Sequence[Path]
-) -> tuple[dict[str, pa.Table], tuple[str, ...]]:
-    """The tables with the columns of each file, and a note on each file that lacks some of their patients.
+    tables: Mapping[str, pa.Table], paths: Sequence[Path], note: Note = ignore, numbered: bool = False
+) -> dict[str, pa.Table]:
+    """The tables with the columns of each file.
 
     Columns are named in lower case, words joined by `_`; those of whole numbers become int64. With `primary_race`
     comes `race`, unless there is one. Raises DataError, naming the file, for one that cannot be read or has no key or
-    no row in common with the tables, a column that these have already, and a key with different values.
+    no row in common with the tables, a column that these have already, a key with different values, and studies if
+    the tables' were `numbered` here, as no file of the user's can know such numbers.
     """
-    joined, notes = dict(tables), []
+    joined = dict(tables)
     for path in paths:
         columns = _read_columns(path)
         names = {KEYS[name]: name for name in columns if name in KEYS}
@@ -52,11 +60,25 @@ def join_facts(
             raise DataError(
                 f"{path}: no column says whose row it is; it has {there}; name one of them {known}"
             )
+        if numbered and "study" in used:
+            raise DataError(
+                f"{path}: column {names['study']} cannot be a key: the data set's studies have no names, and were "
+                "numbered here; use patient or key, or name the data set's column study"
+            )
         whole = pa.concat_tables(table.select(["key", "patient", "study"]) for table in joined.values())
-        theirs, ours = _match(path, used, {part: columns[names[part]] for part in used}, whole)
-        place = pc.index_in(ours, value_set=theirs.drop_null())  # of the first row with that key
+        if used == ("study",) and pc.count_distinct(whole["study"]) != len(
+            whole.group_by(["patient", "study"]).aggregate([])
+        ):
+            raise DataError(
+                f"{path}: a study's number is unique only within its patient; add a column patient"
+            )
         facts = {name: column for name, column in columns.items() if name not in KEYS}
-        _check(path, theirs, facts, joined)
+        _check_names(path, facts, joined)
+        ours, theirs = (
+            pc.binary_join_element_wise(*(table[name].cast(pa.string()) for name in parts), " study ")
+            for table, parts in ((whole, used), (columns, [names[part] for part in used]))
+        )
+        place = join(ours, path, pa.table(facts), theirs, UNITS[used], note, _normalize, _line)
         facts = {name: _type(column) for name, column in facts.items()}
         taken = {name for table in joined.values() for name in table.column_names}
         if "primary_race" in facts and "race" not in taken.union(facts):
@@ -66,17 +88,16 @@ def join_facts(
             rows = place.slice(start, len(table))
             start += len(table)
             for name, column in facts.items():
-                table = table.append_column(name, column.filter(theirs.is_valid()).take(rows))
+                table = table.append_column(name, column.take(rows))
             joined[split] = table
-        total, without = len(ours.unique()), len(ours.filter(place.is_null()).unique())
-        if without == total:
-            raise DataError(
-                f"{path}: no row of these {total:,} {UNITS[used]}: its first is '{quote(str(theirs[0]), 80)}', "
-                f"the data set's '{quote(str(ours[0]), 80)}'"
-            )
-        if without:
-            notes.append(f"{path.name}: {without:,} of {total:,} {UNITS[used]} have no row")
-    return joined, tuple(notes)
+    return joined
+
+
+def _normalize(names: pa.Array) -> pa.Array:
+    """Keys, patients, and studies of patients as `P study N`."""
+    parts = pc.split_pattern(normalize_paths(names), " study ")
+    ids = normalize_ids(pc.list_flatten(parts))
+    return pc.binary_join(pa.ListArray.from_arrays(parts.offsets, ids, mask=parts.is_null()), " study ")
 
 
 def _read_columns(path: Path) -> dict[str, pa.Array]:
@@ -107,57 +128,17 @@ def _read_workbook(path: Path) -> pa.Table:
     except Exception as error:  # of many kinds, for a damaged file
         raise DataError(f"{path}: not a readable XLSX: {quote(str(error), 200)}") from error
     names = ["" if pd.isna(name) else str(name) for name in header]
-    arrays = [pa.array(rows[column], pa.string(), from_pandas=True) for column in frame.columns]
+    arrays = [pa.array(rows[column].tolist(), pa.string(), from_pandas=True) for column in frame.columns]
     return pa.table(arrays, names=names)
 
 
-def _match(
-    path: Path, used: tuple[str, ...], cells: Mapping[str, pa.Array], whole: pa.Table
-) -> tuple[pa.Array, pa.Array]:
-    """The key of each row of the file, null where it is blank, and of each row of the tables."""
-    theirs, ours = dict(cells), {part: whole[part].cast(pa.string()).combine_chunks() for part in used}
-    if "study" in used:
-        theirs["study"] = pc.replace_substring_regex(cells["study"], r"^(s|study)?0*(\d)", r"\2")
-    if used == ("study",) and pc.count_distinct(whole["study"]) != len(
-        whole.group_by(["patient", "study"]).aggregate([])
-    ):
-        raise DataError(f"{path}: a study's number is unique only within its patient; add a column patient")
-    if "patient" in used and pc.all(pc.match_substring_regex(cells["patient"], r"^\d+$")).as_py():
-        numbers = pc.replace_substring_regex(ours["patient"], r"^[A-Za-z]*0*(\d+)$", r"\1")
-        if pc.count_distinct(numbers) == pc.count_distinct(ours["patient"]):
-            theirs["patient"] = pc.replace_substring_regex(cells["patient"], r"^0*(\d+)$", r"\1")
-            ours["patient"] = numbers
-    keys = [pc.binary_join_element_wise(*parts.values(), " study ") for parts in (theirs, ours)]
-    return keys[0], keys[1]
-
-
-def _check(path: Path, keys: pa.Array, facts: Mapping[str, pa.Array], tables: Mapping[str, pa.Table]) -> None:
-    """Raise DataError for a name that the tables have, a row without a key, and a key with two values."""
-    known = KNOWN.union(Original._fields, (label.lower().replace(" ", "_") for label in LABELS))
+def _check_names(path: Path, facts: Iterable[str], tables: Mapping[str, pa.Table]) -> None:
+    """Raise DataError for a name that the tables have, or that other tables made of them have."""
+    known = KNOWN.union(OURS, Original._fields, (label.lower().replace(" ", "_") for label in LABELS))
     known |= {name for table in tables.values() for name in name_facts(table)}
     for name in facts:
         if name in known:
             raise DataError(f"{path}: column {name}: the data set's table has that name; rename or remove it")
-    row = pc.index(keys.is_null(), True).as_py()
-    if row >= 0 and any(column[row].is_valid for column in facts.values()):
-        raise DataError(f"{path}, line {_line(path, row)}: its key is blank")
-    first = _find_first(keys)
-    for name, column in facts.items():
-        cells = pc.fill_null(column, "")
-        row = pc.index(pc.equal(cells, cells.take(pa.array(first))), False).as_py()
-        if row >= 0 and keys[row].is_valid:
-            values = [quote(cells[number].as_py(), 80) for number in (first[row], row)]
-            lines = f"lines {_line(path, int(first[row]))} and {_line(path, row)}"
-            raise DataError(
-                f"{path}, {lines}, column {name}: '{values[0]}' and '{values[1]}' for {quote(keys[row].as_py(), 80)}"
-            )
-
-
-def _find_first(keys: pa.Array) -> npt.NDArray[np.int64]:
-    """The first row [n] with the key of each row."""
-    codes = keys.dictionary_encode("encode").indices.to_numpy()
-    first: npt.NDArray[np.int64] = np.unique(codes, return_index=True)[1][codes]
-    return first
 
 
 def _line(path: Path, row: int) -> int:

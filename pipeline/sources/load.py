@@ -5,16 +5,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from pipeline.base.errors import DataError
+from pipeline.identity import Note, ignore, name_patients, spell_alike
 from pipeline.images import Original
-from pipeline.labels import LABELS, mark_unannotated, select_views
+from pipeline.labels import LABELS, select_views
 from pipeline.manifest import NAME, concat_labels, find_notes, name_facts, read_manifest, read_table
 from pipeline.measure.counts import describe_views
 from pipeline.policies import find_one_class
 from pipeline.sources.joined import join_facts
-from pipeline.sources.sets import SETS, find_set, read_any_table
+from pipeline.sources.sets import SETS, find_set, numbers_studies, read_any_table
 from pipeline.sources.source import Source
 
 
@@ -25,27 +25,31 @@ def load_tables(
     facts: Sequence[Path] = (),
     *,
     audited: bool = False,
+    note: Note = ignore,
 ) -> pa.Table:
     """The label table of one source, as `load_table`; of several with the column `set`, and all patients apart.
 
     Unless their sets share the names of patients.
     """
-    tables = [load_table(source, split, views, facts, audited=audited) for source in sources]
+    tables = [load_table(source, split, views, facts, audited=audited, note=note) for source in sources]
     if len(tables) == 1:
         return tables[0]
     named = []
     for source, table in zip(sources, tables, strict=True):
-        name, patients = _name_set(source)
-        apart = pc.binary_join_element_wise(patients, table["patient"], "/")
+        name, patients = _name_set(source, sources)
+        apart = name_patients(table["patient"], patients)
         table = table.set_column(table.schema.get_field_index("patient"), "patient", apart)
         named.append(table.append_column("set", pa.array([name] * table.num_rows, pa.string())))
     return concat_labels(named)
 
 
-def _name_set(source: Path) -> tuple[str, str]:
-    """The names of a source's set and of the namespace of its patients; a CSV's own name."""
-    own = source.resolve().name
+def _name_set(source: Path, sources: Sequence[Path]) -> tuple[str, str]:
+    """The names of a source's set and of the namespace of its patients; of a CSV as much of its path as is its own."""
     if source.is_file():
+        whole = source.resolve()
+        tails = (Path(*whole.parts[-length:]) for length in range(1, len(whole.parts) + 1))
+        others = [other.resolve() for other in sources if other.resolve() != whole]
+        own = next(str(tail) for tail in tails if not any(other.match(str(tail)) for other in others))
         return own, own
     if (source / NAME).is_file():
         dataset = read_manifest(source).dataset
@@ -55,29 +59,39 @@ def _name_set(source: Path) -> tuple[str, str]:
 
 
 def load_table(
-    source: Path, split: str | None, views: str, facts: Sequence[Path] = (), *, audited: bool = False
+    source: Path,
+    split: str | None,
+    views: str,
+    facts: Sequence[Path] = (),
+    *,
+    audited: bool = False,
+    note: Note = ignore,
 ) -> pa.Table:
     """The label table of a source: one split, or all of them one after the other.
 
     Its facts, but for those of `images.Original`, follow the labels; `facts` are files of more, as for
     `pipeline shards`. What is `audited` has the facts of the originals, too, and without a split named is what is
-    learned from. Raises DataError where the source, the split or the views do not exist.
+    learned from. `note` is told what joins left over. Raises DataError where the source, the split or the views do not
+    exist.
     """
+    numbered = False
     if source.is_file():
         if split is not None:
             raise DataError(f"{source} is one CSV without splits; leave out its split")
-        tables = mark_unannotated({"all": read_any_table(source)})
+        tables = {"all": read_any_table(source)}
     elif (source / NAME).is_file():
         manifest = read_manifest(source)
         names = manifest.splits if split is None else [split]
         tables = {name: read_table(source, manifest.split(name)) for name in names}
+        numbered = numbers_studies(manifest.dataset["name"], manifest.options.get("columns", ()))
     else:
         name, csvs = find_set(source)
-        tables = mark_unannotated(SETS[name].read_tables(Source(csvs, (), name)))
+        tables = SETS[name].read_tables(Source(csvs, (), name), note)
+        numbered = numbers_studies(name, ())
         if split is not None and split not in tables:
             raise DataError(f"split '{split}' does not exist; {source} holds {', '.join(tables)}")
         tables = {name: table for name, table in tables.items() if split in (None, name)}
-    tables, _ = join_facts(tables, facts)
+    tables = join_facts(spell_alike(tables), facts, note, numbered)
     columns = ["patient", "study", "view", "sex", "age", "projection", *LABELS]
     kept = name_facts(next(iter(tables.values())))
     columns += [name for name in kept if audited or name not in Original._fields]

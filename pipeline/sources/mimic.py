@@ -2,7 +2,7 @@
 
 Johnson et al., MIMIC-CXR-JPG, a large publicly available database of labeled chest radiographs, arXiv:1901.07042:
 377,110 images of 227,835 studies. Its labels are CheXpert's 14, by the CheXpert labeler (NegBio's, if only those are
-there); a study without a row in them is blank. Sex and age are not in these tables.
+there); a study without a row in them is not annotated. Sex and age are not in these tables.
 
 The official splits: train (of which dev is held out), validate, which is valid here, and test. With the radiologist's
 labels of version 2.1.0, `test` holds the studies that they cover, by these labels, and `test_rest` the others.
@@ -15,10 +15,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.base.csvs import demand, demand_columns, demand_unique, line_of, read_strings
+from pipeline.base.csvs import demand, demand_columns, demand_unique, read_strings
 from pipeline.base.errors import DataError
+from pipeline.identity import Note, ignore, join, normalize_ids, normalize_paths
 from pipeline.labels import LABELS, parse_states
-from pipeline.sources.source import Source, Terms, no_more_roots, nothing_moved
+from pipeline.sources.source import Source, Terms, locate_below, no_more_roots, nothing_moved, take_states
 
 TERMS = Terms(
     name="mimic",
@@ -62,11 +63,13 @@ def read_table(csv: Path) -> pa.Table:
     raise DataError(f"{csv}: one of several tables of {TERMS.title}; name the folder that holds them")
 
 
-def read_tables(source: Source) -> dict[str, pa.Table]:
+def read_tables(source: Source, note: Note = ignore) -> dict[str, pa.Table]:
     """Split → its label table. Raises DataError, naming file, line and column."""
     csvs = source.csvs
     csv = csvs["split"]
     images = read_strings(csv, ("dicom_id", "study_id", "subject_id", "split"))
+    for name in ("study_id", "subject_id"):
+        images = images.set_column(images.column_names.index(name), name, normalize_ids(images[name]))
     for name, pattern, complaint in (
         ("dicom_id", r"^[0-9a-f]{8}(-[0-9a-f]{8}){0,7}$", "is not dashed hexadecimal"),
         ("study_id", r"^\d{1,9}$", "is not a number of up to 9 digits"),
@@ -75,21 +78,22 @@ def read_tables(source: Source) -> dict[str, pa.Table]:
     ):
         demand(csv, name, images[name], pc.match_substring_regex(images[name], pattern), complaint)
     demand_unique(csv, images["dicom_id"].combine_chunks())
-    columns = _read_identity(images) | _read_views(csvs["metadata"], csv, images["dicom_id"])
-    table = pa.table(columns | _read_labels(csvs["labels"], images["study_id"]))
+    columns = _read_identity(images) | _read_views(csvs["metadata"], images["dicom_id"], note)
+    table = pa.table(columns | _read_labels(csvs["labels"], images["study_id"], note))
     tables = {
         ours: table.filter(pc.equal(images["split"], theirs)).combine_chunks()
         for theirs, ours in SPLITS.items()
     }
     if "radiologist" in csvs:
-        tables |= _read_radiologist(csvs["radiologist"], tables["test"])
+        tables |= _read_radiologist(csvs["radiologist"], tables["test"], note)
     return {split: rows for split, rows in tables.items() if len(rows)}
 
 
 def locate(paths: Sequence[str], roots: Sequence[Path]) -> list[str]:
-    """The file of each image, below the first folder that holds `files`."""
-    root = next((root for root in roots if (root / "files").is_dir()), roots[0])
-    return [f"{root}/{path}" for path in paths]
+    """The file of each image, below the first folder that holds it in `files`."""
+    return locate_below(
+        paths, [(root, "") for root in roots if (root / "files").is_dir()] or [(roots[0], "")]
+    )
 
 
 def _read_identity(images: pa.Table) -> dict[str, Any]:
@@ -105,13 +109,10 @@ def _read_identity(images: pa.Table) -> dict[str, Any]:
     }
 
 
-def _read_views(csv: Path, images: Path, dicom: pa.ChunkedArray) -> dict[str, Any]:
-    """View and projection of each image; `other` where ViewPosition names neither kind. Raises DataError."""
+def _read_views(csv: Path, dicom: pa.ChunkedArray, note: Note) -> dict[str, Any]:
+    """View and projection of each image; `other` where ViewPosition names neither kind, or there is no row."""
     table = read_strings(csv, ("dicom_id", "ViewPosition"))
-    place = pc.index_in(dicom, value_set=table["dicom_id"].combine_chunks())
-    if place.null_count:
-        row = pc.index(pc.is_null(place), True).as_py()
-        raise DataError(f"{images}, line {line_of(images, row)}: {dicom[row]} is not in {csv.name}")
+    place = join(dicom, csv, table, table["dicom_id"], "images", note, normalize_paths)
     position = table["ViewPosition"].take(place)
     view = [VIEWS.get(name or "", "other") for name in position.to_pylist()]
     frontal = pc.is_in(position, value_set=pa.array(["AP", "PA"]))
@@ -124,19 +125,20 @@ def _read_views(csv: Path, images: Path, dicom: pa.ChunkedArray) -> dict[str, An
     }
 
 
-def _read_labels(csv: Path, study: pa.ChunkedArray) -> dict[str, pa.Array]:
-    """The states of each image's study; blank for a study that the table lacks."""
+def _read_labels(csv: Path, study: pa.ChunkedArray, note: Note) -> dict[str, pa.Array]:
+    """The states of each image's study; not annotated for a study that the table lacks."""
     table = read_strings(csv, ("study_id", *LABELS))
-    place = pc.index_in(study, value_set=table["study_id"].combine_chunks())
-    return {label: parse_states(csv, label, table[label]).take(place) for label in LABELS}
+    place = join(study, csv, table.select(LABELS), table["study_id"], "studies", note)
+    return {label: take_states(parse_states(csv, label, table[label]), place) for label in LABELS}
 
 
-def _read_radiologist(csv: Path, test: pa.Table) -> dict[str, pa.Table]:
+def _read_radiologist(csv: Path, test: pa.Table, note: Note) -> dict[str, pa.Table]:
     """Test divided into the studies that a radiologist labeled, with these labels, and the rest."""
     table = read_strings(csv)
     table = table.rename_columns([RADIOLOGISTS_NAMES.get(name, name) for name in table.column_names])
     demand_columns(csv, table.column_names, ("study_id", *LABELS))
-    place = pc.index_in(test["study"].cast(pa.string()), value_set=table["study_id"].combine_chunks())
+    studies = test["study"].cast(pa.string())
+    place = join(studies, csv, table.select(LABELS), table["study_id"], "studies", note)
     read = test.filter(place.is_valid())
     for label in LABELS:
         states = parse_states(csv, label, table[label]).take(place.drop_null())

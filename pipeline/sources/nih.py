@@ -5,6 +5,7 @@ Wang et al., ChestX-ray8: hospital-scale chest X-ray database and benchmarks, CV
 and Hernia have no counterpart. Enlarged Cardiomediastinum, Fracture and Support Devices are not annotated.
 
 The official lists keep patients apart: train_val_list.txt is train (of which dev is held out), test_list.txt is test.
+Without them, as in Kaggle's copy, all is train.
 """
 
 import re
@@ -19,9 +20,10 @@ import pyarrow.compute as pc
 
 from pipeline.base.csvs import demand, demand_unique, line_of, read_strings
 from pipeline.base.errors import DataError, quote
-from pipeline.base.store import list_files, list_folders, open_to_read
+from pipeline.base.store import list_folders, open_to_read
+from pipeline.identity import Note, ignore, join, normalize_paths
 from pipeline.labels import LABELS, NOT_ANNOTATED
-from pipeline.sources.source import Source, Terms, leave_parents_open, no_more_roots, nothing_moved
+from pipeline.sources.source import Source, Terms, leave_open, list_images, no_more_roots, nothing_moved
 
 TERMS = Terms(
     name="nih",
@@ -32,7 +34,7 @@ TERMS = Terms(
 )
 LOOKED_FOR = "a Data_Entry_2017_v2020.csv"
 COLUMN = "Finding Labels"
-TABLES = ("Data_Entry_2017_v2020.csv", "Data_Entry_2017_v2020.csv.gz")
+TABLES = tuple(f"Data_Entry_2017{end}.csv{packed}" for end in ("_v2020", "") for packed in ("", ".gz"))
 LISTS = {"train": "train_val_list.txt", "test": "test_list.txt"}
 COLUMNS = ("Image Index", COLUMN, "Follow-up #", "Patient Age", "Patient Gender", "View Position")
 FINDINGS = {
@@ -55,43 +57,45 @@ find_roots, describe_moved = no_more_roots, nothing_moved
 
 
 def find_tables(folder: Path) -> dict[str, Path] | None:
-    """The table and the official lists; None without a table. Raises DataError if a list is missing."""
+    """The table and the official lists, if any; None without a table. Raises DataError if one list is missing."""
     table = next((folder / name for name in TABLES if (folder / name).is_file()), None)
     if table is None:
         return None
     lists = {split: folder / name for split, name in LISTS.items()}
     missing = [path.name for path in lists.values() if not path.is_file()]
-    if missing:
-        raise DataError(
-            f"{folder}: {table.name} is there, but not {' and '.join(missing)}, NIH's official splits"
-        )
-    return {"table": table, **lists}
+    if len(missing) == 1:
+        raise DataError(f"{folder}: {missing[0]} is missing: NIH's official splits are two lists, or none")
+    return {"table": table} if missing else {"table": table, **lists}
 
 
-def read_tables(source: Source) -> dict[str, pa.Table]:
-    """The label tables of train and test, by the official lists.
+def read_tables(source: Source, note: Note = ignore) -> dict[str, pa.Table]:
+    """The label tables of train and test, by the official lists; all as train without them.
 
     Raises DataError for an image that is in both lists or in none.
     """
     csvs = source.csvs
     table = read_table(csvs["table"])
+    if "train" not in csvs:
+        return {"train": table}
     listed = {split: _read_list(csvs[split]) for split in LISTS}
     both = set(listed["train"]).intersection(listed["test"])
     if both:
         raise DataError(
             f"{csvs['test']}: {min(both)} is in {csvs['train'].name} too; splits must not share images"
         )
-    inside = {
-        split: pc.is_in(table["path"], value_set=pa.array(names, pa.string()))
-        for split, names in listed.items()
-    }
-    row = pc.index(pc.or_(*inside.values()), False).as_py()
+    names = pa.array([name for names in listed.values() for name in names], pa.string())
+    splits = pa.array([split for split, names in listed.items() for _ in names], pa.string())
+    both_lists = csvs["train"].with_name(" and ".join(LISTS.values()))
+    place = join(
+        table["path"], both_lists, pa.table({"split": splits}), names, "images", note, normalize_paths
+    )
+    row = pc.index(place.is_null(), True).as_py()
     if row >= 0:
         raise DataError(
             f"{csvs['table']}, line {line_of(csvs['table'], row)}: {table['path'][row]} is in neither "
             f"{' nor '.join(LISTS.values())}"
         )
-    return {split: table.filter(chosen) for split, chosen in inside.items()}
+    return {split: table.filter(pc.equal(splits.take(place), split)) for split in LISTS}
 
 
 def read_table(csv: Path) -> pa.Table:
@@ -128,8 +132,8 @@ def locate(paths: Sequence[str], roots: Sequence[Path]) -> list[str]:
     for root in roots:
         names = [name for name in list_folders(root) if re.fullmatch(r"images(_\d{3})?", name)]
         folders += [root, *(root / name for name in names), *(root / name / "images" for name in names)]
-    found = {file.name: str(file) for folder in reversed(folders) for file in list_files(folder)}
-    return [found.get(path, f"{roots[0]}/images/{path}") for path in paths]
+    files = list_images(folders)
+    return [files.get(path.rpartition(".")[0], f"{roots[0]}/images/{path}") for path in paths]
 
 
 def _read_list(path: Path) -> list[str]:
@@ -152,6 +156,6 @@ def _read_states(csv: Path, found: pa.ChunkedArray) -> dict[str, npt.NDArray[np.
             raise DataError(f"{where}: '{unknown}' is not a finding of this set")
         for label, names in FINDINGS.items():
             states[number, LABELS.index(label)] = not findings.isdisjoint(names)
-    leave_parents_open(states)
+    leave_open(states)
     of_rows = states[encoded.indices.to_numpy()]
     return {label: of_rows[:, column] for column, label in enumerate(LABELS)}

@@ -25,11 +25,13 @@ import pyarrow.compute as pc
 from pipeline.base.csvs import demand, demand_unique, line_of, read_strings
 from pipeline.base.errors import DataError, quote
 from pipeline.base.store import list_folders
+from pipeline.identity import Note, ignore
 from pipeline.labels import LABELS, NOT_ANNOTATED
 from pipeline.sources.source import (
     Source,
     Terms,
-    leave_parents_open,
+    leave_open,
+    locate_below,
     no_more_roots,
     nothing_moved,
     number_studies,
@@ -123,7 +125,6 @@ HINTS = {
         *("heart insufficiency", "kerley lines", "hilar congestion", "vascular redistribution"),
         *("central vascular redistribution", "pulmonary venous hypertension"),
     ),
-    "Consolidation": ("infiltrates", "alveolar pattern", "pneumonia"),
     "Atelectasis": ("volume loss",),
     "Pleural Effusion": ("costophrenic angle blunting",),
     "Pleural Other": ("costophrenic angle blunting", "asbestosis signs"),
@@ -172,7 +173,7 @@ def find_tables(folder: Path) -> dict[str, Path] | None:
     return None if table is None else {"train": table}
 
 
-def read_tables(source: Source) -> dict[str, pa.Table]:
+def read_tables(source: Source, note: Note = ignore) -> dict[str, pa.Table]:
     """The label table of the images that physicians labeled, or of all, as train. Raises DataError as `read_table`."""
     table, is_physicians = _read(source.csvs["train"])
     return {"train": table if source.set == "padchest-all" else table.filter(is_physicians).combine_chunks()}
@@ -184,12 +185,13 @@ def read_table(csv: Path) -> pa.Table:
 
 
 def locate(paths: Sequence[str], roots: Sequence[Path]) -> list[str]:
-    """The file of each image, below the first root, or folder `images` in one, that has a numbered folder."""
+    """The file of each image, below the first root, or folder `images` in one, that has it."""
     folders = [folder for root in roots for folder in (root, root / "images")]
     numbers = {path.partition("/")[0] for path in paths}
-    found = (folder for folder in folders if folder.is_dir() and numbers.intersection(list_folders(folder)))
-    folder = next(found, folders[0])
-    return [f"{folder}/{path}" for path in paths]
+    having = [
+        (folder, "") for folder in folders if folder.is_dir() and numbers.intersection(list_folders(folder))
+    ]
+    return locate_below(paths, having or [(folders[0], "")])
 
 
 def _read(csv: Path) -> tuple[pa.Table, pa.ChunkedArray]:
@@ -258,6 +260,6 @@ def _read_states(csv: Path, column: pa.ChunkedArray) -> dict[str, npt.NDArray[np
     for label, names in FINDINGS.items():
         states[having(names), LABELS.index(label)] = 1
     states[(states[:, 1:-1] == 1).any(axis=1), 0] = 0
-    leave_parents_open(states)
+    leave_open(states)
     of_rows = states[encoded.indices.to_numpy()]
     return {label: of_rows[:, number] for number, label in enumerate(LABELS)}

@@ -5,11 +5,12 @@ Without the PNGs, its DICOMs are read: DICOM/Uncompressed/train/patient00001/stu
 Chambon et al., CheXpert Plus, arXiv:2405.19538: 223,462 radiographs of CheXpert's own patients, with reports. Labels
 are in files of their own, of which the first that is there is read: chexbert_labels/report_fixed.json, then
 impression_fixed.json, then findings_fixed.json; without any, CheXpert's own train.csv and valid.csv beside the table.
-To use a later one, move the earlier ones away. An image without a line there is blank. Reports are not read. Race,
-ethnicity, insurance and the need of an interpreter are facts, as far as the table has them.
+To use a later one, move the earlier ones away. An image without a line there is not annotated. Reports are not read.
+Race, ethnicity, insurance and the need of an interpreter are facts, as far as the table has them.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -19,8 +20,9 @@ import pyarrow.json as pajson
 from pipeline.base.csvs import demand, demand_unique, read_header, read_strings
 from pipeline.base.errors import DataError, quote
 from pipeline.base.store import open_to_read
+from pipeline.identity import Note, ignore, join, normalize_paths
 from pipeline.labels import LABELS, read_labels
-from pipeline.sources.source import Source, Terms, no_more_roots, nothing_moved
+from pipeline.sources.source import Source, Terms, locate_below, no_more_roots, nothing_moved, take_states
 
 TERMS = Terms(
     name="chexpert-plus",
@@ -62,7 +64,7 @@ def read_table(csv: Path) -> pa.Table:
     )
 
 
-def read_tables(source: Source) -> dict[str, pa.Table]:
+def read_tables(source: Source, note: Note = ignore) -> dict[str, pa.Table]:
     """Split → its label table. Raises DataError, naming file, line and column."""
     csv = source.csvs["table"]
     there = [name for name in FACTS if name in read_header(csv)]
@@ -102,32 +104,31 @@ def read_tables(source: Source) -> dict[str, pa.Table]:
         "age": text["age"].cast(pa.float32()).cast(pa.int16()),
         "projection": projection,
     }
-    labels = [csv for role, csv in source.csvs.items() if role != "table"]
-    states = _read_states(labels[0], path) if "labels" in source.csvs else _read_own(labels, path)
-    table = pa.table(facts | states | {name: text[name] for name in there})
+    files = [file for role, file in source.csvs.items() if role != "table"]
+    labels = _read_json(files[0]) if "labels" in source.csvs else pa.concat_tables(map(_read_own, files))
+    names, by = labels["path"], partial(normalize_paths, parts=3)
+    place = join(path, files[0], labels.select(LABELS), names, "images", note, by, lambda _, row: row + 1)
+    columns = {label: take_states(labels[label].combine_chunks(), place) for label in LABELS}
+    table = pa.table(facts | columns | {name: text[name] for name in there})
     splits = {split: table.filter(pc.equal(text["split"], split)).combine_chunks() for split in SPLITS}
     return {split: rows for split, rows in splits.items() if len(rows)}
 
 
 def locate(paths: Sequence[str], roots: Sequence[Path]) -> list[str]:
-    """The PNG of each image, or its DICOM, below the first root that has some: the table says .jpg all the same."""
-    folders = [(folder, "png") for root in roots for folder in (root / "PNG", root)]
-    folders += [(root / "DICOM" / "Uncompressed", "dcm") for root in roots]
-    found = (pair for pair in folders if any((pair[0] / split).is_dir() for split in SPLITS))
-    folder, suffix = next(found, folders[0])
-    return [f"{folder}/{path.removesuffix('jpg')}{suffix}" for path in paths]
+    """The PNG of each image, or its DICOM, below the first root that has it: the table says .jpg all the same."""
+    places = [(folder, ".png") for root in roots for folder in (root / "PNG", root)]
+    places += [(root / "DICOM" / "Uncompressed", ".dcm") for root in roots]
+    having = [place for place in places if any((place[0] / split).is_dir() for split in SPLITS)]
+    return locate_below(paths, having or places[:1])
 
 
-def _read_own(csvs: Sequence[Path], images: pa.ChunkedArray) -> dict[str, pa.Array]:
-    """The states of each image, from CheXpert's own CSVs."""
-    table = pa.concat_tables(read_labels(csv) for csv in csvs)
-    paths = pc.replace_substring_regex(table["path"], "^.*?((?:train|valid)/patient)", r"\1").combine_chunks()
-    place = pc.index_in(images, value_set=paths)
-    return {label: table[label].combine_chunks().take(place) for label in LABELS}
+def _read_own(csv: Path) -> pa.Table:
+    """Paths and states from one of CheXpert's own CSVs."""
+    return read_labels(csv).select(["path", *LABELS])
 
 
-def _read_states(path: Path, images: pa.ChunkedArray) -> dict[str, pa.Array]:
-    """The states of each image, from one JSON object a line."""
+def _read_json(path: Path) -> pa.Table:
+    """Paths and states from one JSON object a line."""
     schema = pa.schema({"path_to_image": pa.string()} | dict.fromkeys(LABELS, pa.float64()))
     options = pajson.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
     try:
@@ -135,8 +136,7 @@ def _read_states(path: Path, images: pa.ChunkedArray) -> dict[str, pa.Array]:
             table = pajson.read_json(pa.BufferReader(file.read()), parse_options=options)
     except pa.ArrowInvalid as error:
         raise DataError(f"{path}: not readable as a JSON object a line: {quote(str(error), 200)}") from error
-    place = pc.index_in(images, value_set=table["path_to_image"].combine_chunks())
-    states = {}
+    states = {"path": table["path_to_image"]}
     for label in LABELS:
         column = table[label].combine_chunks()
         known = pc.fill_null(pc.is_in(column, value_set=pa.array([1.0, 0.0, -1.0])), False)
@@ -145,5 +145,5 @@ def _read_states(path: Path, images: pa.ChunkedArray) -> dict[str, pa.Array]:
             raise DataError(
                 f"{path}, line {row + 1}, {label}: {column[row].as_py():g} is not a label: 1, 0, -1 or null"
             )
-        states[label] = column.cast(pa.int8()).take(place)
-    return states
+        states[label] = column.cast(pa.int8())
+    return pa.table(states)

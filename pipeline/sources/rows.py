@@ -13,19 +13,12 @@ import pyarrow.compute as pc
 from pipeline.base.csvs import line_of
 from pipeline.base.errors import DataError
 from pipeline.base.store import is_remote, list_objects, read_objects
+from pipeline.identity import find_shared, identify_patients, spell_alike
 from pipeline.images import ImageError
-from pipeline.labels import (
-    hash_fraction,
-    limit_patients,
-    mark_unannotated,
-    select_views,
-    shared,
-    split_patients,
-    study_names,
-)
+from pipeline.labels import hash_fraction, limit_patients, select_views, split_patients, study_names
 from pipeline.sources.joined import join_facts
-from pipeline.sources.sets import SETS
-from pipeline.sources.source import Source, find_place
+from pipeline.sources.sets import SETS, numbers_studies
+from pipeline.sources.source import Source, find_place, settle_blanks
 
 READ = 2**16  # bytes, at first: most images are smaller
 
@@ -40,14 +33,16 @@ class Omitted(NamedTuple):
 def read_splits(
     source: Source, *, views: str, dev: float, seed: int, limit: int | None = None
 ) -> tuple[dict[str, pa.Table], dict[str, Omitted], tuple[str, ...]]:
-    """Label table per split, shuffled, with the column `file` (absolute path or URL); what was dropped; notes on facts.
+    """Label table per split, shuffled, with the column `file` (absolute path or URL); what was dropped; notes.
 
     With all views, studies are shuffled, and the images of each stay together. train is divided into train and dev
     by patient. Empty splits are left out. Raises DataError where a CSV is bad, a patient is in two CSVs, or no image
     is left.
     """
     adapter = SETS[source.set]
-    tables, notes = join_facts(mark_unannotated(adapter.read_tables(source)), source.facts)
+    notes: list[str] = []
+    tables = spell_alike(settle_blanks(source, adapter.read_tables(source, notes.append)))
+    tables = join_facts(tables, source.facts, notes.append, numbers_studies(source.set, dict(source.columns)))
     _refuse_shared_patients(source, tables)
     if "train" in tables:
         train, held_out = split_patients(tables.pop("train"), dev, seed)
@@ -67,7 +62,7 @@ def read_splits(
     files = iter(adapter.locate(paths, source.roots))
     located = {split: pa.array(islice(files, len(table)), pa.string()) for split, table in kept.items()}
     whole = {split: table.append_column("file", located[split]) for split, table in kept.items()}
-    return whole, dropped, notes
+    return whole, dropped, tuple(notes)
 
 
 def divide_rows(table: pa.Table, size: int, views: str) -> Iterator[pa.Table]:
@@ -132,7 +127,9 @@ def _find_opened(descriptor: int, path: str) -> str:
 
 
 def _refuse_shared_patients(source: Source, tables: Mapping[str, pa.Table]) -> None:
-    for first, second, patient in shared(tables, "patient"):
+    for first, second, (patient, *_) in find_shared(
+        {split: identify_patients(table) for split, table in tables.items()}
+    ):
         if second not in source.csvs:  # official lists of one table's images
             raise DataError(f"{patient} is in {first} and {second}; splits must not share patients")
         line = line_of(source.csvs[second], pc.index(tables[second]["patient"], patient).as_py())

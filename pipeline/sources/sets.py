@@ -3,7 +3,7 @@
 A module has the functions of `Adapter`. To add a set, write such a module and add a line to SETS.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -12,6 +12,7 @@ import pyarrow as pa
 from pipeline.base.csvs import read_header
 from pipeline.base.errors import DataError
 from pipeline.base.store import check_access, list_files, named_failures
+from pipeline.identity import Note
 from pipeline.sources import chexpert, mimic, nih, padchest, plus, table, vindr, webdataset
 from pipeline.sources.source import Source, Terms
 
@@ -40,10 +41,10 @@ class Adapter(Protocol):
     def read_table(self, csv: Path, /) -> pa.Table:
         """The label table of one CSV. Raises DataError, naming file, line and column."""
 
-    def read_tables(self, source: Source, /) -> dict[str, pa.Table]:
+    def read_tables(self, source: Source, note: Note, /) -> dict[str, pa.Table]:
         """Split → label table (`pipeline.labels`), all with the same further columns, facts, if the set has some.
 
-        Raises DataError, naming file, line and column.
+        `note` is told of rows that find no partner in another file. Raises DataError, naming file, line and column.
         """
 
     def find_roots(self, homes: Sequence[Path], /) -> list[Path]:
@@ -113,6 +114,13 @@ def find_terms(source: Source) -> Terms:
         return webdataset.find_terms(source)
     drawn = any((csv.parent / DRAWN_NOTE).exists() for csv in source.csvs.values())
     return chexpert.DRAWN if drawn and source.set == "chexpert" else SETS[source.set].TERMS
+
+
+def numbers_studies(name: str, columns: Container[str]) -> bool:
+    """Whether the studies of a set were numbered here, as its tables do not name them by numbers."""
+    return name in ("vindr", "padchest", "padchest-all") or (
+        name in ("table", "webdataset") and "study" not in columns
+    )
 
 
 def find_set(folder: Path, name: str | None = None) -> tuple[str, dict[str, Path]]:

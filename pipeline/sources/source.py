@@ -2,23 +2,42 @@
 
 import hashlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from pipeline.base.errors import DataError
+from pipeline.base.store import list_files
 from pipeline.base.tar import Member
 from pipeline.labels import LABELS, NOT_ANNOTATED
 
-# Labels and the kinds of them in CheXpert's hierarchy (Irvin et al., figure 1).
-KINDS = {
+# A set that names a finding need not name what it is a kind of, in CheXpert's hierarchy (Irvin et al., figure 1). And
+# who writes pneumonia, infiltrate or opacity leaves open whether the lung is consolidated. docs/mappings.md says more.
+LEFT_OPEN = {
     "Lung Opacity": ("Lung Lesion", "Edema", "Consolidation", "Pneumonia", "Atelectasis"),
     "Enlarged Cardiomediastinum": ("Cardiomegaly",),
+    "Consolidation": ("Pneumonia", "Lung Opacity"),
 }
+RANKS = (
+    ("dcm", "dicom"),
+    ("png",),
+    ("jpg", "jpeg"),
+)  # of two files of one image, the earlier is the original
+BLANKS = ("blank", "not-annotated")
 _IN_TAR = re.compile(r"(.+\.tar)@(\d+)\+(\d+)#.*", re.DOTALL)
+
+
+class UnsaidBlanksError(DataError):
+    """Nobody has said what the blanks of a set mean; `annotated` are its labels that have states."""
+
+    def __init__(self, text: str, annotated: tuple[str, ...] = ()) -> None:
+        super().__init__(text)
+        self.annotated = annotated
 
 
 class Terms(NamedTuple):
@@ -40,7 +59,8 @@ class Source(NamedTuple):
     `csvs` are its tables, by split or by role; `roots` are the folders that images may be read from; `set` is its name
     in `sources.sets.SETS`. `columns` are what a table of no known set calls ours: ("path", "Image"), …; `facts` are
     files of further columns (`sources.joined`). `name` is what the user calls a set that has the layout of another one,
-    but patients of its own.
+    but patients of its own. Of such a set and of a table, `annotated` are the labels that were looked for, and `blanks`
+    is what an empty cell means, one of BLANKS; empty if the user says neither.
     """
 
     csvs: dict[str, Path]
@@ -49,6 +69,17 @@ class Source(NamedTuple):
     columns: tuple[tuple[str, str], ...] = ()
     facts: tuple[Path, ...] = ()
     name: str = ""
+    annotated: tuple[str, ...] = ()
+    blanks: str = ""
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """What the user says of the set, as far as it decides what is in the shards."""
+        given = {name: getattr(self, name) for name in ("name", "annotated", "blanks")}
+        given["columns"] = dict(self.columns)
+        return {
+            name: list(value) if isinstance(value, tuple) else value for name, value in given.items() if value
+        }
 
 
 def no_more_roots(homes: Sequence[Path]) -> list[Path]:
@@ -63,10 +94,10 @@ def nothing_moved(tables: Iterable[pa.Table], roots: Sequence[Path]) -> None:
 def make_key(name: str) -> str:
     """The key of an image of that name: up to 90 letters, digits, _ and -.
 
-    / and . become _; of a name with any other character, or a longer one, a hash keeps it apart from others.
+    Other characters become _; a hash keeps a name with such, or a longer one, apart from others.
     """
     plain = re.sub(r"[^A-Za-z0-9_-]", "_", name)
-    if len(plain) <= 90 and re.fullmatch(r"[A-Za-z0-9_./-]*", name):
+    if len(plain) <= 90 and plain == name:
         return plain
     return f"{plain[:80]}-{hashlib.blake2b(name.encode(), digest_size=4).hexdigest()}"
 
@@ -82,12 +113,88 @@ def find_place(file: str) -> tuple[str, int, int | None]:
     return (match[1], int(match[2]), int(match[3])) if match else (file, 0, None)
 
 
-def leave_parents_open(states: npt.NDArray[np.int8]) -> None:
-    """In states [N, 14], mark as not annotated a negative parent of a kind that is positive or uncertain."""
-    for parent, kinds in KINDS.items():
-        column = states[:, LABELS.index(parent)]
-        is_kind = np.isin(states[:, [LABELS.index(kind) for kind in kinds]], (1, -1)).any(axis=1)
-        column[(column == 0) & is_kind] = NOT_ANNOTATED
+def leave_open(states: npt.NDArray[np.int8]) -> None:
+    """In states [N, 14], mark as not annotated what is negative only because another finding was named: LEFT_OPEN."""
+    for label, named in LEFT_OPEN.items():
+        column = states[:, LABELS.index(label)]
+        is_named = np.isin(states[:, [LABELS.index(name) for name in named]], (1, -1)).any(axis=1)
+        column[(column == 0) & is_named] = NOT_ANNOTATED
+
+
+def settle_blanks(source: Source, tables: Mapping[str, pa.Table]) -> dict[str, pa.Table]:
+    """The tables, with every cell as not annotated that nobody looked at.
+
+    CheXpert's labeler and those of the sets known here looked for all that they label, so their blanks are blanks. Of
+    another hospital's set and of a table, only its owner knows. Raises UnsaidBlanksError if the owner has to say it,
+    and DataError for labels that were not looked for, yet have states.
+    """
+    is_foreign = bool(source.name) or source.set in ("table", "webdataset")
+    if (source.annotated or source.blanks) and not is_foreign and source.set != "chexpert":
+        raise DataError(
+            f"`annotated`, `blanks`: {source.set} says itself what its blanks are; leave these out"
+        )
+    silent = [label for label in LABELS if all(not _has_states(table[label]) for table in tables.values())]
+    blank = [label for label in silent if any(table[label].null_count for table in tables.values())]
+    if is_foreign and blank and not (source.annotated or source.blanks):
+        raise UnsaidBlanksError(
+            f"{', '.join(blank)}: blank in every row. Did nobody look for these, or was none of them ever mentioned? "
+            "Say which labels were looked for, and what a blank cell means",
+            tuple(label for label in LABELS if label not in silent),
+        )
+    absent = [label for label in LABELS if source.annotated and label not in source.annotated]
+    if labeled := [label for label in absent if label not in silent]:
+        raise DataError(f"`annotated`: {', '.join(labeled)} has states, so it was looked for; name it too")
+    changed = absent if source.blanks != "not-annotated" else LABELS
+    return {split: _fill_blanks(table, changed) for split, table in tables.items()}
+
+
+def _fill_blanks(table: pa.Table, labels: Iterable[str]) -> pa.Table:
+    for label in labels:
+        column = pc.fill_null(table[label], pa.scalar(NOT_ANNOTATED, pa.int8()))
+        table = table.set_column(table.schema.get_field_index(label), label, column)
+    return table
+
+
+def _has_states(column: pa.ChunkedArray) -> bool:
+    return bool(pc.any(pc.not_equal(column, NOT_ANNOTATED), min_count=0).as_py())
+
+
+def list_images(folders: Iterable[Path]) -> dict[str, str]:
+    """The file of each image by its name without suffix: in the first folder that has it, and there by RANKS.
+
+    Other files are ignored. Raises DataError for two files of one image and rank.
+    """
+    images: dict[str, str] = {}
+    for folder in folders:
+        ranked: dict[str, tuple[int, Path]] = {}
+        for path in sorted(list_files(folder), key=lambda path: path.name):
+            stem, _, suffix = path.name.rpartition(".")
+            rank = next((rank for rank, names in enumerate(RANKS) if suffix.lower() in names), len(RANKS))
+            best, other = ranked.get(stem, (len(RANKS), path))
+            if rank < best:
+                ranked[stem] = rank, path
+            elif rank == best < len(RANKS):
+                raise DataError(f"{other} and {path.name}: which of them is the image? Move one away")
+        images = {stem: str(path) for stem, (_, path) in ranked.items()} | images
+    return images
+
+
+def locate_below(paths: Sequence[str], places: Sequence[tuple[Path, str]]) -> list[str]:
+    """The file of each path in the first place, a folder and a suffix, that has it; else where it should be."""
+
+    def choose(path: str) -> str:
+        stem = path.rpartition(".")[0]
+        choices = [(folder, f"{stem}{suffix}" if suffix else path) for folder, suffix in places]
+        having = (pair for pair in choices if len(choices) == 1 or (pair[0] / pair[1]).is_file())
+        folder, name = next(having, choices[0])
+        return f"{folder}/{name}"
+
+    return [choose(path) for path in paths]
+
+
+def take_states(states: pa.Array, place: pa.Array) -> pa.Array:
+    """The states of the rows [N] that `place` names; an image without one is not annotated, which is not blank."""
+    return pc.if_else(place.is_null(), pa.scalar(NOT_ANNOTATED, pa.int8()), states.take(place))
 
 
 def number_studies(patients: pa.ChunkedArray, studies: pa.ChunkedArray) -> pa.Array:

@@ -19,8 +19,9 @@ import pyarrow.compute as pc
 from pipeline.base.csvs import demand, demand_unique, read_strings
 from pipeline.base.errors import DataError
 from pipeline.base.store import list_files
+from pipeline.identity import Note, ignore
 from pipeline.labels import CELLS, LABELS, NOT_ANNOTATED, find_label, parse_states
-from pipeline.sources.source import Source, Terms, make_key, no_more_roots, nothing_moved
+from pipeline.sources.source import Source, Terms, locate_below, make_key, no_more_roots, nothing_moved
 
 TERMS = Terms(name="table", title="a table of your own", patients="table", license="not stated", paper="")
 LOOKED_FOR = "a single CSV"
@@ -77,7 +78,7 @@ def read_table(csv: Path) -> pa.Table:
     )
 
 
-def read_tables(source: Source) -> dict[str, pa.Table]:
+def read_tables(source: Source, note: Note = ignore) -> dict[str, pa.Table]:
     """Split → its label table. Raises DataError, naming file, line and column."""
     columns = dict(source.columns)
     wrong = [f"{name} must be named" for name in NEEDED if name not in columns]
@@ -90,10 +91,7 @@ def read_tables(source: Source) -> dict[str, pa.Table]:
 
 def locate(paths: Sequence[str], roots: Sequence[Path]) -> list[str]:
     """The file of each path, below the first root that has it."""
-    if len(roots) == 1:  # no need to look
-        return [f"{roots[0]}/{path}" for path in paths]
-    found = (next((root for root in roots if (root / path).is_file()), roots[0]) for path in paths)
-    return [f"{root}/{path}" for root, path in zip(found, paths, strict=True)]
+    return locate_below(paths, [(root, "") for root in roots])
 
 
 def _read(csv: Path, columns: Mapping[str, str]) -> pa.Table:

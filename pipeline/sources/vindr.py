@@ -18,9 +18,9 @@ import pyarrow.compute as pc
 
 from pipeline.base.csvs import demand, demand_columns, demand_unique, read_header, read_strings
 from pipeline.base.errors import DataError
-from pipeline.base.store import list_files
+from pipeline.identity import Note, ignore
 from pipeline.labels import LABELS, NOT_ANNOTATED
-from pipeline.sources.source import Source, Terms, leave_parents_open, no_more_roots, nothing_moved
+from pipeline.sources.source import Source, Terms, leave_open, list_images, no_more_roots, nothing_moved
 
 TERMS = Terms(
     name="vindr",
@@ -39,7 +39,7 @@ FINDINGS = {
     "No Finding": ("No finding",),
     "Cardiomegaly": ("Cardiomegaly",),
     "Lung Opacity": ("Lung Opacity", "Infiltration"),
-    "Lung Lesion": ("Nodule/Mass",),
+    "Lung Lesion": ("Nodule/Mass", "Lung tumor"),
     "Edema": ("Edema",),
     "Consolidation": ("Consolidation",),
     "Pneumonia": ("Pneumonia",),
@@ -72,7 +72,7 @@ def find_tables(folder: Path) -> dict[str, Path] | None:
     return None if table is None else {"train": table}
 
 
-def read_tables(source: Source) -> dict[str, pa.Table]:
+def read_tables(source: Source, note: Note = ignore) -> dict[str, pa.Table]:
     """Split → its label table. Raises DataError, naming file, line and column."""
     return {split: _read(csv, split) for split, csv in source.csvs.items()}
 
@@ -83,13 +83,10 @@ def read_table(csv: Path) -> pa.Table:
 
 
 def locate(paths: Sequence[str], roots: Sequence[Path]) -> list[str]:
-    """The file of each path, below the first root that holds its split; films may have been converted to PNG."""
-    found: dict[str, str] = {}
-    for root in reversed(roots):
-        for split in SPLITS:
-            files = list_files(root / split)
-            found |= {f"{split}/{file.name.partition('.')[0]}": str(file) for file in files}
-    return [found.get(path.partition(".")[0], f"{roots[0]}/{path}") for path in paths]
+    """The file of each path, below the first root that holds it; images may have been converted to PNG."""
+    files = {split: list_images(root / split for root in roots) for split in SPLITS}
+    places = ((path, *path.partition(".")[0].split("/")) for path in paths)
+    return [files[split].get(stem, f"{roots[0]}/{path}") for path, split, stem in places]
 
 
 def _read(csv: Path, split: str) -> pa.Table:
@@ -125,7 +122,7 @@ def _read(csv: Path, split: str) -> pa.Table:
     states = np.where(votes * 2 > of_film, 1, np.where(votes > 0, -1, 0)).astype(np.int8)
     absent = [label for label in LABELS if label not in FINDINGS or (is_boxes and label in ABSENT)]
     states[:, [LABELS.index(label) for label in absent]] = NOT_ANNOTATED
-    leave_parents_open(states)
+    leave_open(states)
     nothing = pa.nulls(len(names_of), pa.string())
     facts = {
         "path": pc.binary_join_element_wise(split, pc.binary_join_element_wise(names_of, "dicom", "."), "/"),

@@ -17,11 +17,12 @@ from typing import Any, BinaryIO, NamedTuple
 
 import pyarrow as pa
 
-from pipeline.base.csvs import demand_unique, read_header, read_strings, repeated
+from pipeline.base.csvs import read_header, read_strings, repeated
 from pipeline.base.errors import DataError
 from pipeline.base.files import parse_object
 from pipeline.base.store import is_remote, list_files
 from pipeline.base.tar import Member, read_members
+from pipeline.identity import Note, ignore, join, normalize_paths
 from pipeline.labels import LABELS
 from pipeline.manifest import read_manifest
 from pipeline.sources import table
@@ -102,7 +103,7 @@ def locate(paths: Sequence[str], roots: Sequence[Path]) -> list[str]:
     return list(paths)
 
 
-def read_tables(source: Source) -> dict[str, pa.Table]:
+def read_tables(source: Source, note: Note = ignore) -> dict[str, pa.Table]:
     """Split → its label table. Raises DataError with all that is missing, and the command to give."""
     tars = {name: path for name, path in source.csvs.items() if name != CSV}
     columns, csv = dict(source.columns), source.csvs.get(CSV)
@@ -121,7 +122,7 @@ def read_tables(source: Source) -> dict[str, pa.Table]:
         listed = ", ".join(f".{suffix}" for suffix in suffixes)
         problems.append(f"{count:,} samples need one image and have {listed}: {tars[first.tar]}: {first.key}")
     if csv and "key" in columns:
-        problems += _join(csv, columns["key"], samples, set(fields.values()))
+        problems += _join(csv, columns["key"], samples, set(fields.values()), note)
     _demand_all(source, samples, problems)
     names = [sample.key for sample in samples]
     if repeated(pa.array(names)):  # as where each tar counts from 0
@@ -209,15 +210,15 @@ def _as_text(value: Any) -> str | None:
     return str(value).strip().encode(errors="replace").decode() or None
 
 
-def _join(csv: Path, column: str, samples: list[Sample], wanted: set[str]) -> list[str]:
+def _join(csv: Path, column: str, samples: list[Sample], wanted: set[str], note: Note) -> list[str]:
     """Give the samples the cells of their rows. Returns what is wrong: no row, or one of several samples."""
     text = read_strings(csv)
     if column not in text.column_names:
         return [f"{csv}: no column {column}; it has {', '.join(text.column_names)}"]
-    demand_unique(csv, text[column])
-    rows = {key: row for row, key in enumerate(text[column].to_pylist())}
-    used = [rows.get(sample.key, rows.get(sample.key.rpartition("/")[2])) for sample in samples]
-    for name in wanted.intersection(text.column_names):
+    names = [name for name in text.column_names if name in wanted]
+    keys = pa.array([sample.key for sample in samples], pa.string())
+    used = join(keys, csv, text.select(names), text[column], "images", note, normalize_paths).to_pylist()
+    for name in names:
         cells = text[name].to_pylist()
         for sample, row in zip(samples, used, strict=True):
             sample.fields[name] = None if row is None else cells[row]

@@ -11,23 +11,29 @@ share their patients' names (`Terms.patients`), the namespace stands before each
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from itertools import combinations
+from itertools import chain, combinations
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.base.errors import DataError
-from pipeline.labels import LABELS, shared
+from pipeline.identity import (
+    NAMED,
+    find_shared,
+    identify_images,
+    identify_keys,
+    identify_patients,
+    spell_alike,
+)
+from pipeline.labels import LABELS, count_rows
 from pipeline.manifest import Manifest, Split, concat_labels, manifest_digest, read_manifest, read_table
 from pipeline.stream.cache import CACHE, CACHE_SIZE, Remote, find_shards, redact
 from pipeline.stream.samples import Home, OpenSplit, open_split
 
 SAME = ("size", "square", "encoding")  # options that folders must share
-
-NAMED = "*"  # the namespace of patients whose names say it themselves
 
 
 class Folder(NamedTuple):
@@ -65,8 +71,9 @@ class Collection:
                         f"{one.name} and {other.name} differ in {option}: {values[0]} and {values[1]}; shard one of "
                         "them again as the other"
                     )
-        if len(self.folders) > 1:
-            self._refuse_shared_patients()
+        self.warnings: list[str] = []
+        self._counts: dict[str, dict[str, int]] = {}
+        self._check_identity()
 
     def __str__(self) -> str:
         return ", ".join(folder.name for folder in self.folders)
@@ -104,7 +111,13 @@ class Collection:
             sources={},
             pixels={"mean": round(overall, 4), "std": round(spread**0.5, 4)},
             splits={
-                name: _add_splits([m.splits[name] for m in manifests if name in m.splits]) for name in names
+                name: Split(
+                    **self._counts[name],
+                    table="",
+                    table_sha256="",
+                    shards=tuple(s for m in manifests if name in m.splits for s in m.splits[name].shards),
+                )
+                for name in names
             },
             dataset=_join_terms([folder.manifest.dataset for folder in self.folders]),
             not_annotated=tuple(
@@ -115,7 +128,7 @@ class Collection:
     def open(self, name: str) -> OpenSplit:
         """A split over all folders that have it.
 
-        Raises DataError as `open_split` does, and for an image that is in two folders.
+        Raises DataError as `open_split` does.
         """
         self.manifest.split(name)
         splits = {
@@ -125,20 +138,13 @@ class Collection:
         }
         if len(self.folders) == 1:
             return splits[0]
-        tables, first = [], 0
+        tables, first = {}, 0
         for number, split in splits.items():
             table = self._name_rows(self.folders[number], split.table)
             numbers = pa.array(split.shard + np.int32(first))
-            tables.append(table.set_column(table.schema.get_field_index("shard"), "shard", numbers))
+            tables[number] = table.set_column(table.schema.get_field_index("shard"), "shard", numbers)
             first += len(split.shards)
-        table = concat_labels(tables)
-        keys = pc.binary_join_element_wise(table["set"], table["key"], "/")
-        counts = pc.value_counts(keys.combine_chunks())
-        again = counts.filter(pc.greater(counts.field("counts"), 1))
-        if len(again):
-            raise DataError(
-                f"{name}: {again[0]['values']} is in two of {self}; an image may be in one of them only"
-            )
+        table = concat_labels([*spell_alike(tables, self.namespace).values()])
         columns = ("offset", "length", "crc", "projection")
         opened = list(splits.values())
         return OpenSplit(
@@ -159,21 +165,42 @@ class Collection:
             table = table.set_column(table.schema.get_field_index("patient"), "patient", patients)
         return table.append_column("set", pa.array([folder.set] * table.num_rows, pa.string()))
 
-    def _refuse_shared_patients(self) -> None:
-        """Raise DataError for a patient who is in one split of one folder, and in another split of another folder."""
-        found = [
-            (folder, name, self._name_rows(folder, read_table(folder.path, split)).select(["patient"]))
-            for folder in self.folders
-            for name, split in folder.manifest.splits.items()
-        ]
-        for (folder, split, table), (other, other_split, others) in combinations(found, 2):
-            if folder is other or split == other_split:
-                continue
-            for _, _, patient in shared({"one": table, "other": others}, "patient"):
+    def _check_identity(self) -> None:
+        """Count the rows of each split of several folders, and find what is in two splits or folders.
+
+        Raises DataError for a patient in two splits of two folders, and an image in two folders, by name or content.
+        """
+        tables = {
+            (number, split): self._name_rows(folder, read_table(folder.path, entry))
+            for number, folder in enumerate(self.folders)
+            for split, entry in folder.manifest.splits.items()
+        }
+        patients = {side: identify_patients(table, self.namespace) for side, table in tables.items()}
+        called = [folder.name for folder in self.folders]
+        for (one, split), (other, other_split), (name, *_) in find_shared(patients):
+            if one != other and split != other_split:
                 raise DataError(
-                    f"{patient} is in {split} of {folder.name} and in {other_split} of {other.name}; splits must not "
+                    f"{name} is in {split} of {called[one]} and in {other_split} of {called[other]}; splits must not "
                     "share patients (where these are two people, shard one of the folders with a `name` of its own)"
                 )
+        names = {side: identify_keys(table, self.folders[side[0]].patients) for side, table in tables.items()}
+        contents = {side: identify_images(table) for side, table in tables.items()}
+        shared = chain(find_shared(names), find_shared(contents))
+        for (one, split), (other, other_split), (name, *more) in shared:
+            if one != other:
+                others = f" and {len(more):,} others are" if more else " is"
+                raise DataError(
+                    f"{name}{others} in {other_split} of {called[other]} and, maybe under another name, in {split} of "
+                    f"{called[one]}; an image may be in one folder only: take it out of one's table, and shard that "
+                    "again"
+                )
+            self.warnings.append(
+                f"{called[one]}: {len(more) + 1:,} images of {other_split}, such as {name}, are in {split} too: "
+                "results on them are too good"
+            )
+        for split in dict.fromkeys(split for _, split in tables):
+            of_split = {side: table for side, table in tables.items() if side[1] == split}
+            self._counts[split] = count_rows(concat_labels([*spell_alike(of_split, self.namespace).values()]))
 
 
 def open_collection(
@@ -205,12 +232,3 @@ def _join_terms(datasets: Sequence[Mapping[str, str]]) -> dict[str, str]:
 
 def _present(datasets: Sequence[Mapping[str, str]], key: str) -> Iterator[str]:
     return (dataset[key] for dataset in datasets if dataset.get(key))
-
-
-def _add_splits(splits: Sequence[Split]) -> Split:
-    counts: dict[str, Any] = {
-        name: sum(getattr(split, name) for split in splits) for name in ("samples", "studies", "patients")
-    }
-    return Split(
-        **counts, table="", table_sha256="", shards=tuple(s for split in splits for s in split.shards)
-    )

@@ -1,5 +1,6 @@
 """Shards in a user's own code: `open_shards`, and what it returns."""
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -30,7 +31,10 @@ def open_shards(
     evicted above `cache_size` bytes. Raises DataError naming the file for a folder that holds no usable manifest, and
     for several that cannot be read as one.
     """
-    return Shards(open_collection(shards, Path(cache), cache_size))
+    collection = open_collection(shards, Path(cache), cache_size)
+    for text in collection.warnings:
+        warnings.warn(text, stacklevel=2)
+    return Shards(collection)
 
 
 class Shards(Mapping[str, "Selection"]):

@@ -11,8 +11,11 @@ import train
 from model.runs.job import Job
 from model.runs.report import describe_gaps
 from model.runs.summary import print_evaluations
+from pipeline.etl.shards import Execution, write_shards
+from pipeline.labels import LABELS
+from pipeline.sources.sets import find_source
 from pipeline.synthetic.sample import write_sample
-from tests.conftest import default_options, make_shards
+from tests.conftest import POLICIES, default_options
 
 
 @pytest.fixture
@@ -21,7 +24,11 @@ def shards(tmp_path: Path) -> Path:
     films = write_sample(tmp_path, images=100)
     for name in ("train.csv", "valid.csv"):
         pd.read_csv(films / name, dtype=str).assign(Fracture="").to_csv(films / name, index=False)
-    make_shards(films, tmp_path / "shards", default_options(size=64, samples_per_shard=40))
+    source = find_source(films, {}, [])._replace(
+        annotated=tuple(label for label in LABELS if label != "Fracture")
+    )
+    options = default_options(size=64, samples_per_shard=40)
+    write_shards(source, tmp_path / "shards", options, POLICIES, Execution(1, 0.0))
     return tmp_path / "shards"
 
 

@@ -59,11 +59,11 @@ def test_the_page_s_module_makes_shards(folder: Path) -> None:
     rows = {row["key"]: row for row in pa.ipc.open_file(out / "train.arrow").read_all().to_pylist()}
     facts = ("patient", "study", "view", "sex", "age", "projection", "Edema", "No Finding", "Fracture")
     assert {key: tuple(row[name] for name in facts) for key, row in rows.items()} == {
-        "image-0_1": ("p1", 1, "frontal", "Male", 85, "PA", 1, None, -2),
-        "image-1_1": ("p1", 1, "lateral", "Male", 85, None, 1, None, -2),
-        "image-2_1": ("p1", 2, "other", "Male", 85, None, -1, None, -2),
-        "image-3_1": ("p2", 1, "frontal", "Female", 40, "AP", None, 1, -2),
-        "image-4_1": ("p3", 1, "frontal", "Other", None, "AP", 0, None, -2),
+        "image-0_1": ("p1", 1, "frontal", "Male", 85, "PA", 1, None, None),
+        "image-1_1": ("p1", 1, "lateral", "Male", 85, None, 1, None, None),
+        "image-2_1": ("p1", 2, "other", "Male", 85, None, -1, None, None),
+        "image-3_1": ("p2", 1, "frontal", "Female", 40, "AP", None, 1, None),
+        "image-4_1": ("p3", 1, "frontal", "Other", None, "AP", 0, None, None),
     }
     assert run_pipeline("verify", out, "--deep").returncode == 0
 

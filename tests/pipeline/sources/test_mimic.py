@@ -46,8 +46,9 @@ def test_a_folder_becomes_shards_by_the_official_splits(folder: Path) -> None:
     assert [train[KEYS[0]][name] for name in facts] == ["p10000032", 50414267, "frontal", "PA", None, None]
     assert [train[KEYS[1]][name] for name in facts[2:4]] == ["lateral", None]
     assert [train[KEYS[3]][name] for name in facts[2:4]] == ["other", None]
-    assert (train[KEYS[2]]["Edema"], train[KEYS[2]]["Fracture"], train[KEYS[2]]["Pneumonia"]) == (-1, 0, -2)
-    assert (train[KEYS[3]]["Edema"], rows["valid"][KEYS[4]]["Pleural Effusion"]) == (None, 1)
+    assert (train[KEYS[2]]["Edema"], train[KEYS[2]]["Fracture"], train[KEYS[2]]["Pneumonia"]) == (-1, 0, None)
+    assert {train[KEYS[3]][label] for label in LABELS} == {-2}  # its study has no row of labels
+    assert rows["valid"][KEYS[4]]["Pleural Effusion"] == 1
     assert (
         read_manifest(folder.parent / "out").dataset["license"]
         == "PhysioNet Credentialed Health Data License"
@@ -103,9 +104,9 @@ def test_frontals_alone(folder: Path) -> None:
             "p10000764 is in valid and test; splits must not share patients",
         ),
         (
-            "metadata",
-            ("02aa804e-bde0afdd", "02aa804e-00000000"),
-            "line 2: 02aa804e-bde0afdd is not in mimic-cxr",
+            "chexpert",
+            ("10000033,53189527", "10000032,50414267"),
+            "lines 2 and 3, column No Finding: '1.0' and '' for 50414267",
         ),
         (
             "metadata",
@@ -123,6 +124,26 @@ def test_bad_input_is_named(folder: Path, name: str, change: tuple[str, str], me
     failed = run_pipeline("shards", folder, folder.parent / "out")
     assert failed.returncode == 1
     assert message in failed.stderr.splitlines()[-1]
+
+
+def test_ids_are_compared_as_ids_and_what_has_no_partner_is_counted(folder: Path) -> None:
+    path = folder / "mimic-cxr-2.0.0-chexpert.csv.gz"
+    head, first, *rest = gzip.decompress(path.read_bytes()).decode().splitlines()
+    rest = [row.replace(",5", ",s5", 1).replace("57375967", "999.0") for row in rest]
+    path.write_bytes(
+        gzip.compress("\n".join([head, first.replace("50414267", "050414267.0"), *rest]).encode())
+    )
+    (folder / "more").mkdir()
+    moved = folder / "files" / "p10" / "p10000032"
+    target = folder / "more" / "files" / "p10"
+    target.mkdir(parents=True)
+    moved.rename(target / moved.name)
+    rows = shard(folder, "--root", folder / "more")  # where images of any patient may be
+    assert (rows["train"][KEYS[0]]["No Finding"], rows["train"][KEYS[2]]["Edema"]) == (1, -1)
+    assert {rows["valid"][KEYS[4]][label] for label in LABELS} == {-2}
+    preview = run_pipeline("shards", folder, folder / "none", "--views", "all", "--dry-run").stdout
+    assert f"{path.name}: 2 of 7 studies have no row, such as 53911762\n" in preview
+    assert f"{path.name}: 1 of its studies are not in the data set, such as s999.0\n" in preview
 
 
 def test_a_table_that_is_missing_is_named(folder: Path) -> None:

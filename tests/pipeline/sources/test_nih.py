@@ -1,6 +1,8 @@
 """NIH ChestX-ray14, in its own layout: the real table, and a small folder of drawn films."""
 
 import json
+import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +49,14 @@ def test_the_real_table_has_the_published_counts(real_table: Path) -> None:
     findings = frame["Finding Labels"].str.get_dummies("|").astype(bool)
     for label, names in nih.FINDINGS.items():
         assert report["labels"][label]["positive"] == findings[list(names)].any(axis=1).sum(), label
+    opened = (findings["Pneumonia"] | findings["Infiltration"]) & ~findings["Consolidation"]
     unannotated = {label: counts["not_annotated"] for label, counts in report["labels"].items()}
     assert {label: count for label, count in unannotated.items() if count} == {
         "Enlarged Cardiomediastinum": 112_120,
         "Fracture": 112_120,
         "Support Devices": 112_120,
         "Lung Opacity": 19_632,
+        "Consolidation": opened.sum(),
     }
     assert report["labels"]["Lung Opacity"]["share_positive"] == round(19_894 / (112_120 - 19_632), 4)
     groups = json.loads(run_pipeline("stats", real_table, "--by", "projection", "--format", "json").stdout)[
@@ -138,7 +142,7 @@ def test_bad_input_is_named(folder: Path, change: dict[str, tuple[str, str]], me
 def test_a_folder_without_its_lists_or_of_another_set_is_named(folder: Path) -> None:
     (folder / "test_list.txt").unlink()
     with pytest.raises(
-        DataError, match=r"Data_Entry_2017_v2020.csv is there, but not test_list.txt, NIH's official"
+        DataError, match=r": test_list.txt is missing: NIH's official splits are two lists, or none"
     ):
         nih.find_tables(folder)
     failed = run_pipeline("shards", folder, folder.parent / "out", "--set", "chexpert")
@@ -153,19 +157,57 @@ def test_a_folder_without_its_lists_or_of_another_set_is_named(folder: Path) -> 
     )
 
 
-def test_labels_blank_in_every_row_are_not_annotated(chexpert: Path, tmp_path: Path) -> None:
+def test_kaggle_s_copy_without_lists_is_train(folder: Path) -> None:
+    for name in nih.LISTS.values():
+        (folder / name).unlink()
+    (folder / nih.TABLES[0]).rename(folder / "Data_Entry_2017.csv")
+    film = next(folder.glob("images_*/images/00000002_000.png"))
+    film.rename(film.with_suffix(".PNG"))
+    out = folder.parent / "out"
+    made = run_pipeline("shards", folder, out, "--size", 32, "--dev", 0, "--workers", 1)
+    assert made.returncode == 0, made.stderr
+    assert {name: split.samples for name, split in read_manifest(out).splits.items()} == {"train": 6}
+    film.with_suffix(".png").touch()
+    failed = run_pipeline("shards", folder, out, "--dry-run")
+    assert failed.stderr == (
+        f"Error: {film.with_suffix('.PNG')} and {film.name}: which of them is the image? Move one away\n"
+    )
+
+
+def test_what_blanks_mean_is_said_by_the_owner_of_a_set(chexpert: Path, tmp_path: Path) -> None:
     for name in ("train.csv", "valid.csv"):
         frame = pd.read_csv(chexpert / name, dtype=str)
         frame.assign(Fracture="").to_csv(chexpert / name, index=False)
     out = tmp_path / "out"
-    assert run_pipeline("shards", chexpert, out, "--size", 32, "--workers", 1).returncode == 0
+    words = ("shards", str(chexpert), str(out), "--size", "32", "--workers", "1")
+    assert run_pipeline(*words).returncode == 0
+    assert read_manifest(out).not_annotated == ()  # CheXpert's labeler looked for all 14
+    shutil.rmtree(out)
+    refused = run_pipeline(*words, "--name", "ours")
+    rest = [label for label in LABELS if label != "Fracture"]
+    command = shlex.join(["pipeline", *words, "--name", "ours", "--annotated", ",".join(rest)])
+    assert refused.returncode == 1
+    assert refused.stderr.splitlines()[0].startswith("Error: Fracture: blank in every row. ")
+    assert refused.stderr.splitlines()[-1] == f"  {command} --blanks not-annotated"
+    wrong = run_pipeline(*words, "--name", "ours", "--annotated", "edema")
+    assert "--annotated: No Finding, " in wrong.stderr
+    assert wrong.returncode == 1
+    assert "'Oedema' is none of No Finding, " in run_pipeline(*words, "--annotated", "Oedema").stderr
+    made = run_pipeline(*words, "--name", "ours", "--annotated", ",".join(rest).lower())
+    assert made.returncode == 0, made.stderr
     assert read_manifest(out).not_annotated == ("Fracture",)
+    assert read_manifest(out).options["annotated"] == rest
     counts = json.loads(run_pipeline("stats", out, "--format", "json").stdout)["labels"]
     assert counts["Fracture"]["not_annotated"] == sum(
         split.samples for split in read_manifest(out).splits.values()
     )
     assert counts["Fracture"]["share_positive"] is None
     assert counts["Edema"]["not_annotated"] == 0
+    assert counts["Edema"]["blank"] > 0
+    shutil.rmtree(out)
+    assert run_pipeline(*words, "--name", "ours", "--blanks", "not-annotated").returncode == 0
+    counts = json.loads(run_pipeline("stats", out, "--format", "json").stdout)["labels"]
+    assert {label: entry["blank"] for label, entry in counts.items()} == dict.fromkeys(LABELS, 0)
 
 
 SAMPLE = Path(__file__).parents[4] / "shared" / "nih-sample" / "CheXpert-v1.0-small"

@@ -5,6 +5,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
+from pipeline import DataError
 from pipeline.images import Original
 from pipeline.labels import LABELS
 from pipeline.manifest import read_manifest
@@ -35,25 +36,40 @@ def test_a_folder_becomes_shards(folder: Path) -> None:
     assert sorted(row["race"] or "" for row in rows.values()) == [*[""] * 4, "White", "White"]
     facts = ("patient", "study", "view", "projection", "sex", "age", "Edema", "Cardiomegaly", "Fracture")
     assert {key: [row[name] for name in facts] for key, row in rows.items()} == {
-        "patient00001_study1_view1_frontal": ["patient00001", 1, "frontal", "AP", "Female", 61, 0, 1, -2],
-        "patient00001_study1_view2_lateral": ["patient00001", 1, "lateral", None, "Female", 61, 0, 1, -2],
-        "patient00002_study1_view1_frontal": [
-            "patient00002",
+        "patient00001_study1_view1_frontal": ["patient00001", 1, "frontal", "AP", "Female", 61, 0, 1, None],
+        "patient00001_study1_view2_lateral": ["patient00001", 1, "lateral", None, "Female", 61, 0, 1, None],
+        "patient00002_study1_view1_frontal": ["patient00002", 1, "frontal", "PA", "Male", None, -2, -2, -2],
+        "patient00003_study1_view1_frontal": ["patient00003", 1, "frontal", "AP", "Male", 30, 1, None, None],
+        "patient00004_study1_view1_frontal": [
+            "patient00004",
             1,
             "frontal",
-            "PA",
-            "Male",
+            "AP",
+            "Female",
+            40,
+            0,
             None,
             None,
-            None,
-            -2,
         ],
-        "patient00003_study1_view1_frontal": ["patient00003", 1, "frontal", "AP", "Male", 30, 1, None, -2],
-        "patient00004_study1_view1_frontal": ["patient00004", 1, "frontal", "AP", "Female", 40, 0, None, -2],
-        "patient64541_study1_view1_frontal": ["patient64541", 1, "frontal", "AP", "Male", 70, -1, None, -2],
+        "patient64541_study1_view1_frontal": ["patient64541", 1, "frontal", "AP", "Male", 70, -1, None, None],
     }
     assert run_pipeline("stats", folder).stdout.startswith("6 images, 5 studies, 5 patients")
     assert not any(b"Heart" in path.read_bytes() for path in out.iterdir())  # no report
+
+
+def test_labels_are_joined_whatever_folder_stands_before_a_path(folder: Path) -> None:
+    path = folder / "chexbert_labels" / "report_fixed.json"
+    text = path.read_text()
+    path.write_text(text.replace('"train/', '"CheXpert-v1.0/train/').replace(".jpg", ".PNG"))
+    notes: list[str] = []
+    tables = plus.read_tables(find_source(folder, {}, []), notes.append)
+    assert tables["train"]["Edema"].to_pylist() == [0, 0, -2, 1, 0]
+    assert notes == [f"{path.name}: 1 of 6 images have no row, such as {FILMS[2]}.jpg"]
+    path.write_text(text.replace("/patient", "/person"))
+    with pytest.raises(
+        DataError, match=r"report_fixed\.json: no row of these 6 images: its first is '(train|valid)/person"
+    ):
+        plus.read_tables(find_source(folder, {}, []))
 
 
 def test_dicoms_are_read_where_there_are_no_pngs(folder: Path) -> None:
@@ -113,6 +129,6 @@ def test_chexpert_s_own_labels_are_read_without_chexbert_s(folder: Path) -> None
     made = run_pipeline("shards", folder, out, "--size", 32, "--dev", 0, "--workers", 1)
     assert made.returncode == 0, made.stderr
     rows = pa.ipc.open_file(out / "train.arrow").read_all().to_pylist()
-    assert {row["key"]: row["Fracture"] for row in rows if row["Fracture"] is not None} == {
+    assert {row["key"]: row["Fracture"] for row in rows if row["Fracture"] != -2} == {
         "patient00002_study1_view1_frontal": 1
     }

@@ -47,10 +47,10 @@ def test_a_table_of_one_s_own_becomes_shards(films: Path) -> None:
     assert manifest.options["columns"]["path"] == "Image"
     rows = {row["key"]: row for row in pa.ipc.open_file(out / "train.arrow").read_all().to_pylist()}
     facts = ("patient", "study", "view", "sex", "age", "projection", "Edema", "Pleural Effusion", "Fracture")
-    assert {key: [row[name] for name in facts] for key, row in rows.items()} == {
-        "a_1": ["M-01", 1, "frontal", "F", 61, None, 1, 0, -2],
-        "a_2": ["M-01", 2, "frontal", "F", 62, None, None, 1, -2],
-        "b_3_v2": ["M-02", 1, "frontal", None, None, None, -1, None, -2],
+    assert {key: [row[name] for name in facts] for key, row in rows.items()} == {  # printf a/1 | b2sum -l 32
+        "a_1-acf34a58": ["M-01", 1, "frontal", "F", 61, None, 1, 0, -2],
+        "a_2-2f2c9317": ["M-01", 2, "frontal", "F", 62, None, None, 1, -2],
+        "b_3_v2-d81e5529": ["M-02", 1, "frontal", None, None, None, -1, None, -2],
     }
     verified = run_pipeline("verify", out, "--deep")
     assert verified.returncode == 0, verified.stdout
@@ -84,7 +84,7 @@ def test_each_split_may_have_a_csv(films: Path) -> None:
             ("a/2.png", "/etc/2.png"),
             "line 3, column Image: '/etc/2.png' is not a path below SOURCE to a JPEG, PNG or DICOM",
         ),
-        (("a/2.png", "a/1.png"), "lines 2 and 3: the same image a_1 twice"),
+        (("a/2.png", "a/1.png"), "lines 2 and 3: the same image a_1-acf34a58 twice"),
         ((",62,", ",old,"), "line 3, column Years: 'old' is not a number of years"),
         ((",-1,", ",2,"), "line 5, column edema: '2' is not a label: 1.0, 0.0, -1.0 or blank"),
         (("M-02", ""), "line 5, column MRN: '' is not a name without spaces, of up to 64 characters"),

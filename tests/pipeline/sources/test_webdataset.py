@@ -16,6 +16,7 @@ from PIL import Image
 from pipeline import DataError
 from pipeline.manifest import Manifest, read_manifest, read_table
 from pipeline.sources.sets import find_source
+from pipeline.sources.source import make_key
 from pipeline.sources.webdataset import read_tables
 from tests.conftest import run_pipeline
 
@@ -98,9 +99,10 @@ LAYOUTS: tuple[tuple[Layout, str, list[tuple[Any, ...]]], ...] = (
         jpg_and_cls,
         "patient=__key__,LABEL=cls",
         [
-            (split, f"{split}_{tar}-000000_sample{i}", f"{split}_{tar}-000000_sample{i}", i % 2)
+            (split, key, key, i % 2)
             for split, tar in (("train", "train"), ("valid", "val"))
             for i in range(3)
+            for key in [make_key(f"{split}/{tar}-000000/sample{i}")]
         ],
     ),
     (
@@ -116,7 +118,7 @@ LAYOUTS: tuple[tuple[Layout, str, list[tuple[Any, ...]]], ...] = (
     (
         nested_folders,
         "patient=mrn,Edema=edema,key=image",
-        [("test", "a_1", "P1", 1), ("test", "a_2", "P2", None)],
+        [("test", "a_1-acf34a58", "P1", 1), ("test", "a_2-2f2c9317", "P2", None)],
     ),
     (
         tars_without_numbers,

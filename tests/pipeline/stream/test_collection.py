@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,9 +13,10 @@ import pytest
 
 from pipeline import DataError, open_shards
 from pipeline.etl.shards import Execution, write_shards
+from pipeline.identity import NAMED
 from pipeline.manifest import Manifest, read_manifest, read_table
 from pipeline.sources.sets import find_source
-from pipeline.stream.collection import NAMED, open_collection
+from pipeline.stream.collection import open_collection
 from pipeline.stream.select import mix_weights
 from tests.conftest import default_options, run_pipeline, write_chexpert
 
@@ -22,8 +24,8 @@ from tests.conftest import POLICIES  # isort: skip
 
 
 def write_set(folder: Path, patients: range, name: str = "", **changes: object) -> Path:
-    """Shards of drawn patients, all of train or of train and valid."""
-    write_chexpert(folder / "films", "train", patients)
+    """Shards of drawn patients, all of train or of train and valid; another hospital's have images of their own."""
+    write_chexpert(folder / "films", "train", patients, seed=bool(name))
     source = find_source(folder / "films", {}, [], called=name)
     options = default_options(**changes)
     write_shards(source, folder / "shards", options, POLICIES, Execution(1, 0.0))
@@ -116,9 +118,55 @@ def test_folders_that_cannot_be_one_are_refused_by_name(two: tuple[Path, Path], 
         open_collection([two[0], two[0]])
     again = write_set(tmp_path / "again", range(25, 35))
     name = read_table(again, read_manifest(again).split("train"))["key"].to_pylist()
-    with pytest.raises(DataError, match=r"an image may be in one of them only$") as caught:
-        open_collection([two[0], again]).open("train")
-    assert str(caught.value).split(" is in ")[0].removeprefix("train: chexpert/") in name
+    with pytest.raises(DataError, match=r"an image may be in one folder only: take") as caught:
+        open_collection([two[0], again])
+    assert str(caught.value).split(" and ")[0] in name
+
+
+def test_the_same_images_under_other_names_are_noticed(two: tuple[Path, Path], tmp_path: Path) -> None:
+    copied = tmp_path / "films"
+    shutil.copytree(two[0].parent / "films", copied)
+    for patient in sorted((copied / "train").iterdir()):
+        patient.rename(patient.with_name(f"patient9{patient.name[-4:]}"))
+    rows = (copied / "train.csv").read_text().replace("/patient0", "/patient9")
+    (copied / "train.csv").unlink()
+    (copied / "test.csv").write_text(rows)
+    other = tmp_path / "other"
+    write_shards(
+        find_source(copied, {}, [], called="other"), other, default_options(), POLICIES, Execution(1, 0.0)
+    )
+    with pytest.raises(DataError) as caught:
+        open_shards([two[0], other])
+    count = len(read_table(two[0], read_manifest(two[0]).split("train")))
+    assert re.fullmatch(
+        rf"patient9\d+_study\d_view1_frontal and {count - 1} others are in test of {other} and, maybe under "
+        rf"another name, in train of {two[0]}; an image may be in one folder only: take it out of "
+        r"one's table, and shard that again",
+        str(caught.value),
+    )
+    (copied / "train.csv").write_text((two[0].parent / "films" / "train.csv").read_text())
+    shutil.copytree(two[0].parent / "films" / "train", copied / "train", dirs_exist_ok=True)
+    both = find_source(copied, {}, [], called="both")
+    write_shards(both, tmp_path / "both", default_options(dev=0), POLICIES, Execution(1, 0.0))
+    with pytest.warns(
+        UserWarning, match=r"both: 60 images of test, such as patient9\d{4}_.*, are in train too: results"
+    ):
+        open_shards(tmp_path / "both")
+
+
+def test_a_patient_is_one_whatever_the_spelling(two: tuple[Path, Path], tmp_path: Path) -> None:
+    write_chexpert(tmp_path / "films", "train", range(30, 33))
+    rows = (tmp_path / "films" / "train.csv").read_text()
+    for folder in sorted((tmp_path / "films" / "train").iterdir()):
+        folder.rename(folder.with_name(folder.name.replace("patient000", "patient")))
+    (tmp_path / "films" / "train.csv").write_text(rows.replace("/patient000", "/patient"))
+    source = find_source(tmp_path / "films", {}, [])
+    write_shards(source, tmp_path / "w", default_options(dev=0), POLICIES, Execution(1, 0.0))
+    grown = open_collection([two[0], tmp_path / "w"])
+    patients = set(grown.open("train").table["patient"].to_pylist())
+    assert "patient00030" in patients
+    assert "patient30" not in patients
+    assert grown.manifest.split("train").patients == len(patients)
 
 
 def test_a_patient_in_two_splits_of_two_folders_is_refused(two: tuple[Path, Path], tmp_path: Path) -> None:

@@ -1,0 +1,171 @@
+"""Who a patient is and which image an image is, whatever their names; and the one join of tables by such ids.
+
+A patient is (namespace, id): `007`, `7.0` and `patient7` are one person in one namespace, and two in two. An image is
+the CRC-32 and length of its stored bytes. Ids are compared in this form; tables keep the names as a set writes them.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from itertools import combinations
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.base.csvs import line_of
+from pipeline.base.errors import DataError, quote
+
+NAMED = "*"  # the namespace of patients whose names begin with theirs: `nih/patient00012`
+IMAGE_SUFFIX = r"\.(?i:dcm|dicom|png|jpg|jpeg)$"
+# Letters that sets write before a number, and what programs append that take it for a measurement.
+_NUMBER = r"^\s*(?i:patient|subject|study|pat|sub|id|p|s)?[_-]?0*(\d+)(?:\.0+)?\s*$"
+
+Side = TypeVar("Side")
+Normalize = Callable[[pa.Array], pa.Array]
+Note = Callable[[str], None]  # takes a sentence about what a join left over
+
+
+def ignore(text: str) -> None:
+    """For callers to whom notes do not matter."""
+
+
+def normalize_ids(names: pa.Array | pa.ChunkedArray) -> pa.Array:
+    """Ids [N] as they are compared: numbers without the letters, zeros and `.0` around them; others as they are."""
+    return pc.replace_substring_regex(_flatten(names.cast(pa.string())), _NUMBER, r"\1")
+
+
+def normalize_paths(paths: pa.Array | pa.ChunkedArray, parts: int = 1) -> pa.Array:
+    """The last parts of image paths [N] without the suffix: folders in front, and the format, tell no images apart."""
+    bare = pc.replace_substring_regex(pc.utf8_trim_whitespace(_flatten(paths)), IMAGE_SUFFIX, "")
+    return pc.replace_substring_regex(bare, rf"^.*?((?:[^/]+/){{0,{parts - 1}}}[^/]+)$", r"\1")
+
+
+def name_patients(patients: pa.Array | pa.ChunkedArray, namespace: str) -> pa.Array:
+    """`namespace/id` of each patient [N]."""
+    spaces: str | pa.Array = namespace
+    if namespace == NAMED:
+        parts = pc.split_pattern(_flatten(patients), "/", max_splits=1)
+        spaces, patients = pc.list_element(parts, 0), pc.list_element(parts, 1)
+    return pc.binary_join_element_wise(spaces, normalize_ids(patients), "/")
+
+
+def _flatten(column: pa.Array | pa.ChunkedArray) -> pa.Array:
+    return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+
+
+class Ids(NamedTuple):
+    """What tells each of some rows [N] from others, and how the rows are called in messages."""
+
+    ids: pa.Array
+    names: pa.ChunkedArray
+
+
+def identify_patients(table: pa.Table, namespace: str = "") -> Ids:
+    """The patients of a label table, by namespace and id."""
+    return Ids(name_patients(table["patient"], namespace), table["patient"])
+
+
+def identify_keys(table: pa.Table, namespace: str) -> Ids:
+    """The images of a table by namespace and key."""
+    return Ids(pc.binary_join_element_wise(namespace, _flatten(table["key"]), "/"), table["key"])
+
+
+def identify_images(table: pa.Table) -> Ids:
+    """The images of a table of shards, whatever their keys are."""
+    return Ids(join_content(table), table["key"])
+
+
+def join_content(table: pa.Table) -> pa.Array:
+    """CRC-32 and length of each row's image as one uint64 [N]."""
+    crc, length = (table[name].to_numpy().astype(np.uint64) for name in ("crc", "length"))
+    return pa.array(crc << np.uint64(32) | length)
+
+
+def spell_alike(tables: Mapping[Side, pa.Table], namespace: str = "") -> dict[Side, pa.Table]:
+    """The tables, with each patient under one name: the first that stands for the id."""
+    names = pa.chunked_array([chunk for table in tables.values() for chunk in table["patient"].chunks])
+    distinct = names.unique()
+    ids = name_patients(distinct, namespace)
+    if len(ids.unique()) == len(distinct):
+        return dict(tables)
+    first = distinct.take(pc.index_in(ids, value_set=ids))
+    return {
+        split: table.set_column(
+            table.schema.get_field_index("patient"),
+            "patient",
+            first.take(pc.index_in(table["patient"].combine_chunks(), value_set=distinct)),
+        )
+        for split, table in tables.items()
+    }
+
+
+def find_shared(sides: Mapping[Side, Ids]) -> Iterator[tuple[Side, Side, list[str]]]:
+    """(side, later side, names) for each two sides that share patients or images, as the later side calls them."""
+    distinct = {side: found.ids.unique() for side, found in sides.items()}
+    for one, other in combinations(distinct, 2):
+        common = distinct[other].filter(pc.is_in(distinct[other], value_set=distinct[one]))
+        if len(common):
+            rows = pc.index_in(common, value_set=sides[other].ids)
+            yield one, other, sides[other].names.take(rows).to_pylist()
+
+
+def join(
+    names: pa.Array | pa.ChunkedArray,
+    path: Path,
+    rows: pa.Table,
+    row_names: pa.Array | pa.ChunkedArray,
+    unit: str,
+    note: Note,
+    normalize: Normalize = normalize_ids,
+    find_line: Callable[[Path, int], int] = line_of,
+) -> pa.Array:
+    """The row [N] of a file's table, whose rows are called `row_names`, for each of the names [N]; null without one.
+
+    `unit` is what is named: images, studies, patients. What finds no partner, on either side, is noted. Raises
+    DataError if nothing does, if a row that holds something has no name, and for two unlike rows of one name.
+    """
+    names, row_names = _flatten(names), _flatten(row_names)
+    keys, row_keys = normalize(names), normalize(row_names)
+    _refuse_unlike(path, rows, row_names, row_keys, find_line)
+    place = pc.index_in(keys, value_set=row_keys)
+    alone = names.filter(place.is_null()).unique()
+    total = len(names.unique())
+    if total and len(alone) == total:
+        raise DataError(
+            f"{path}: no row of these {total:,} {unit}: its first is '{_quote(row_names)}', the data set's "
+            f"'{_quote(names)}'"
+        )
+    unused = row_names.filter(pc.invert(pc.is_in(row_keys, value_set=keys))).drop_null().unique()
+    if len(alone):
+        note(f"{path.name}: {len(alone):,} of {total:,} {unit} have no row, such as {_quote(alone)}")
+    if len(unused):
+        note(f"{path.name}: {len(unused):,} of its {unit} are not in the data set, such as {_quote(unused)}")
+    return place
+
+
+def _quote(names: pa.Array) -> str:
+    return quote(str(names[0]), 80) if len(names) else ""
+
+
+def _refuse_unlike(
+    path: Path, rows: pa.Table, names: pa.Array, keys: pa.Array, find_line: Callable[[Path, int], int]
+) -> None:
+    row = pc.index(keys.is_null(), True).as_py()
+    if row >= 0 and any(column[row].is_valid for column in rows.columns):
+        raise DataError(f"{path}, line {find_line(path, row)}: its key is blank")
+    if len(keys.unique()) == len(keys):
+        return
+    codes = keys.dictionary_encode("encode").indices.to_numpy()
+    first: npt.NDArray[np.int64] = np.unique(codes, return_index=True)[1][codes]
+    for name, column in zip(rows.column_names, rows.columns, strict=True):
+        cells = pc.fill_null(column.cast(pa.string()).combine_chunks(), "")
+        row = pc.index(pc.equal(cells, cells.take(pa.array(first))), False).as_py()
+        if row >= 0 and keys[row].is_valid:
+            values = [quote(cells[number].as_py(), 80) for number in (int(first[row]), row)]
+            lines = " and ".join(str(find_line(path, number)) for number in (int(first[row]), row))
+            raise DataError(
+                f"{path}, lines {lines}, column {name}: '{values[0]}' and '{values[1]}' for "
+                f"{_quote(names[row:])}"
+            )
