@@ -269,7 +269,9 @@ def film_target(_: Path, __: Path) -> Target:
             if not draw.ConsumeBool():
                 continue
             depth, count = draw.ConsumeIntInRange(8, 16), draw.ConsumeIntInRange(2, 3000)
-            low = int(stored.min())
+            first, last = facts.get("padding", (1, 0))
+            shown = stored[(stored < first) | (stored > last)]
+            low = int((shown if shown.size else stored).min())
             if name == "voi":
                 low = 0 if "modality" in facts else low * facts.get("slope", 1) + facts.get("intercept", 0)
             first = max(low - draw.ConsumeIntInRange(0, 9), -(2**15) if low < 0 else 0)
