@@ -12,7 +12,8 @@ the covariates predict. Both predictions are of boosted trees, for patients that
 Groups of equal propensity balance all covariates at once (Rosenbaum and Rubin, Reducing bias in observational studies
 using subclassification on the propensity score, JASA 79, 1984). With paired 95 % intervals, patients as clusters:
 
-    shown     somewhere A - W > 0 (Bonferroni over the strata) and less than half of what A has over .5 is left
+    shown     somewhere A - W > 0 (Bonferroni over the strata), and less than half of what A has over .5 is left there,
+              or W is not distinguishable from .5
     partly    somewhere A - W > 0 in that sense and above .05, but half or more may be left
     none      everywhere more than half of it is left, and the balanced AUROC, too, is above .5
     unclear   anything else: the intervals are too wide to tell
@@ -152,18 +153,18 @@ def measure_balanced(
 ) -> dict[str, Any]:
     """AUROC of scores [n] under overlap weights, with limits, and the cells of each class that the weights are worth.
 
-    None without covariates, and where these tell the classes apart completely. Weights count as given, so the limits do
-    not know how uncertain they are.
+    None without covariates; an AUROC of None, and cells of 0, if these tell the classes apart completely. Weights count
+    as given, so the limits do not know how uncertain they are.
     """
     table = [column for value in covariates.values() for column in _standardize(value)]
-    nothing = {**dict.fromkeys(("auroc", "low", "high")), "positives": 0.0, "negatives": 0.0}
+    nothing = dict.fromkeys(("auroc", "low", "high", "positives", "negatives"))
     if not table:
         return nothing
     propensity = fit_propensity(np.column_stack(table), truth)
     weight = np.where(truth, 1 - propensity, propensity)
     sums = [float(weight[side].sum()) for side in (truth, ~truth)]
     if min(sums) < 0.5:  # of an image: the classes do not overlap
-        return nothing
+        return nothing | {"positives": 0.0, "negatives": 0.0}
     auroc, influence = weigh_pairs(score, truth, weight)
     positives, negatives = (
         total**2 / float((weight[side] ** 2).sum()) for total, side in zip(sums, (truth, ~truth), strict=True)
@@ -223,12 +224,16 @@ def judge(name: str, figures: Mapping[str, Any]) -> dict[str, Any]:
     """A `verdict` in a sentence with its evidence, and its `mark`: shown, partly, none or unclear."""
     area, within, balanced = figures["auroc"], figures["within"], figures["balanced"]
     falls = {variable: group for variable, group in within.items() if (group["fall"]["low"] or 0) > 0}
-    shown = {variable: group for variable, group in falls.items() if group["left"]["high"] < 0}
+    shown = {
+        variable: group
+        for variable, group in falls.items()
+        if group["left"]["high"] < 0 or group["low"] <= 0.5
+    }
     partly = {variable: group for variable, group in falls.items() if group["fall"]["difference"] > SMALL}
     unclear = [variable for variable, group in within.items() if (group["left"]["low"] or 0) <= 0]
     if balanced["auroc"] is not None and balanced["low"] <= 0.5:
         unclear.append("balanced covariates")
-    elif balanced["auroc"] is None and within:
+    elif balanced["positives"] == 0:
         unclear.append("the overlap of covariates")
     if area["high"] < 0.5:
         mark, end = "unclear", "cannot tell: below chance"
