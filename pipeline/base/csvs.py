@@ -5,6 +5,7 @@ import gzip
 import io
 import zlib
 from collections.abc import Iterator, Sequence
+from io import BufferedReader
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
@@ -14,34 +15,44 @@ import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 
 from pipeline.base.errors import DataError, quote
+from pipeline.base.files import check_expansion
 from pipeline.base.store import open_to_read
+
+PIECE = 2**20  # bytes to unpack at a time
+LONGEST = 2**26  # characters of a line and of a cell
 
 
 def read_strings(csv: Path, names: Sequence[str] | None = None) -> pa.Table:
     """The columns `names` as strings, or all; empty cells are null. Raises DataError, naming the file and the line."""
     if not csv.is_file():
         raise DataError(f"{csv}: no such file")
-    # Into Arrow's own memory: its threads may release it after Python has shut down.
-    with open_to_read(csv) as file, pa.BufferOutputStream() as memory:
-        memory.write(file.read())
-        content = memory.getvalue()
-    compression = "gzip" if csv.suffix == ".gz" else None
     convert = pacsv.ConvertOptions(null_values=[""], strings_can_be_null=True)
     parse = pacsv.ParseOptions(newlines_in_values=True)
     try:
+        content = _read_content(csv)
         # Only for the names of the columns.
-        with pacsv.open_csv(pa.input_stream(content, compression), parse_options=parse) as reader:
+        with pacsv.open_csv(pa.BufferReader(content), parse_options=parse) as reader:
             convert.column_types = dict.fromkeys(reader.schema.names, pa.string())
             if names is not None:
                 demand_columns(csv, reader.schema.names, names)
                 convert.include_columns = list(names)
-        return pacsv.read_csv(
-            pa.input_stream(content, compression), convert_options=convert, parse_options=parse
-        )
-    except (pa.ArrowInvalid, OSError) as error:  # the latter for a damaged .gz
+        return pacsv.read_csv(pa.BufferReader(content), convert_options=convert, parse_options=parse)
+    except (pa.ArrowInvalid, OSError, EOFError, zlib.error) as error:  # the latter for a damaged .gz
         raise DataError(f"{csv}: not a readable CSV: {_find_fault(csv) or quote(str(error), 200)}") from error
     except UnicodeDecodeError:
         raise DataError(f"{csv}: not a readable CSV: its header is not UTF-8") from None
+
+
+def _read_content(csv: Path) -> pa.Buffer:
+    """The text of the file, unpacked. Raises DataError if it is a bomb, and what gzip raises."""
+    stored = csv.stat().st_size
+    # Into Arrow's own memory: its threads may release it after Python has shut down.
+    with open_to_read(csv) as file, _unpacked(csv, file) as content, pa.BufferOutputStream() as memory:
+        while piece := content.read(PIECE):
+            memory.write(piece)
+            if content is not file:
+                check_expansion(csv, stored, memory.tell())
+        return memory.getvalue()
 
 
 def read_header(csv: Path) -> list[str]:
@@ -59,9 +70,13 @@ def line_of(csv: Path, row: int) -> int:
 
 def _lines(csv: Path) -> Iterator[tuple[int, list[str]]]:
     """First line and cells of the header and each row. A blank line is no row; a quoted cell may have many lines."""
-    stdlib_csv.field_size_limit(2**31 - 1)  # Arrow has no such limit
-    with open_to_read(csv) as raw, _unpacked(csv, raw) as text:
-        reader = stdlib_csv.reader(text)
+    stdlib_csv.field_size_limit(LONGEST)
+    with (
+        open_to_read(csv) as raw,
+        _unpacked(csv, raw) as content,
+        io.TextIOWrapper(content, "utf-8-sig", errors="surrogateescape", newline="") as text,
+    ):
+        reader = stdlib_csv.reader(_limited_lines(text))
         line = 1
         for cells in reader:
             if cells:
@@ -69,9 +84,16 @@ def _lines(csv: Path) -> Iterator[tuple[int, list[str]]]:
             line = reader.line_num + 1
 
 
-def _unpacked(csv: Path, raw: BinaryIO) -> TextIO:
-    content = gzip.GzipFile(fileobj=raw) if csv.suffix == ".gz" else raw
-    return io.TextIOWrapper(content, "utf-8-sig", errors="surrogateescape", newline="")
+def _limited_lines(text: TextIO) -> Iterator[str]:
+    """Lines of a size that memory holds."""
+    while line := text.readline(LONGEST):
+        if len(line) == LONGEST:
+            raise stdlib_csv.Error("a line without end")
+        yield line
+
+
+def _unpacked(csv: Path, raw: BufferedReader) -> BinaryIO:
+    return gzip.GzipFile(fileobj=raw) if csv.suffix == ".gz" else raw  # type: ignore[return-value]
 
 
 def demand(

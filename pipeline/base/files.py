@@ -8,6 +8,7 @@ import os
 import re
 import secrets
 import stat
+import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -20,18 +21,76 @@ from pipeline.base.errors import DataError, explain_os_error
 from pipeline.base.store import is_remote, object_to_put, open_to_read
 
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # how a spreadsheet's formulas begin
+MAGIC = b"ARROW1"  # how an Arrow IPC file begins and ends
+SMALL, EXPANSION = (
+    2**26,
+    100,
+)  # bytes of a table that need no proof, and how many more it may have for each stored
 POLL = 0.01  # seconds between tries of a lock
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 
 
+def check_expansion(path: object, stored: int, claimed: int) -> None:
+    """Raise DataError if a file of `stored` bytes claims to hold more than a table of that size can.
+
+    Ask before the memory is taken. Tables of labels shrink to a 10th or a 20th, a bomb to a 1000th and less.
+    """
+    if claimed > SMALL + EXPANSION * stored:
+        raise DataError(
+            f"{path}: its {stored:,} bytes expand to {claimed:,} or more, as no table does; it is damaged or forged"
+        )
+
+
 def read_arrow(path: Path, source: pa.NativeFile | bytes) -> pa.Table:
     """The table of an Arrow IPC file, each value checked. Raises DataError naming `path`."""
+    data = pa.py_buffer(source) if isinstance(source, bytes) else source.read_buffer()
     try:
-        table = pa.ipc.open_file(source).read_all()
+        if data[-len(MAGIC) :].to_pybytes() != MAGIC:
+            raise DataError(f"{path}: not an Arrow table: its end is missing")
+        # Not by the footer, which may name a batch many times: what is measured is what is read.
+        stream = data[8:]
+        messages = list(pa.ipc.MessageReader.open_stream(stream))
+        check_expansion(path, data.size, sum(map(_claimed_bytes, messages)))
+        table = pa.ipc.open_stream(stream).read_all()
+        check_expansion(path, data.size, table.num_rows // 8)  # columns of nulls have rows and no bytes
         table.validate(full=True)  # a forged file's offsets may lead anywhere
-    except (OSError, ValueError, pa.ArrowException) as error:
+    except (OSError, ValueError, struct.error, pa.ArrowException) as error:
         raise DataError(f"{path}: not an Arrow table: {error}") from error
     return table
+
+
+def _claimed_bytes(message: pa.ipc.Message) -> int:
+    """The bytes that the compressed buffers of an IPC message say they expand to.
+
+    Message.fbs of Arrow's format: a message's header is a RecordBatch (length, nodes, buffers, compression) or a
+    DictionaryBatch (id, data: RecordBatch). A compressed buffer begins with its length, -1 if it is stored as it is.
+    """
+    if message.type not in ("record batch", "dictionary"):
+        return 0
+    data, body = message.metadata.to_pybytes(), message.body
+
+    def follow(place: int) -> int:
+        return place + int(struct.unpack_from("<I", data, place)[0])
+
+    def field(table: int, number: int) -> int:
+        """Where a field of a flatbuffer's table lies; 0 if it is absent."""
+        layout = table - struct.unpack_from("<i", data, table)[0]
+        size, offset = struct.unpack_from("<H", data, layout)[0], 4 + 2 * number
+        place = struct.unpack_from("<H", data, layout + offset)[0] if offset < size else 0
+        return table + place if place else 0
+
+    batch = follow(field(follow(0), 2))
+    if message.type == "dictionary":
+        batch = follow(field(batch, 1))
+    if not field(batch, 3):
+        return 0
+    buffers = follow(field(batch, 2))
+    claimed = 0
+    for number in range(struct.unpack_from("<I", data, buffers)[0]):
+        offset, length = struct.unpack_from("<qq", data, buffers + 4 + 16 * number)
+        if length:
+            claimed += max(struct.unpack_from("<q", body, offset)[0], 0)
+    return claimed
 
 
 def write_table(path: Path, table: pa.Table) -> str:

@@ -5,16 +5,21 @@
 Whose rows these are is told by the columns' names, as in KEYS: `key`, else patient and study, else one of these.
 """
 
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import import_module
+from itertools import zip_longest
 from pathlib import Path
+from typing import Any
+from zipfile import ZipFile
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.base.csvs import line_of, read_strings
 from pipeline.base.errors import DataError, needs, quote
+from pipeline.base.files import check_expansion
 from pipeline.base.store import open_to_read
 from pipeline.identity import Note, ignore, join, normalize_ids, normalize_paths
 from pipeline.images import Original
@@ -115,21 +120,44 @@ def _read_columns(path: Path) -> dict[str, pa.Array]:
 
 def _read_workbook(path: Path) -> pa.Table:
     """The first sheet of an XLSX as text; its first row holds the names. Raises DataError."""
-    import pandas as pd  # slow to import
-
     with needs("xlsx", f"`facts` {path}"):
-        import_module("openpyxl")  # which pandas reads it with
+        openpyxl: Any = import_module("openpyxl")
     try:
         with open_to_read(path) as file:
-            frame = pd.read_excel(
-                file, header=None, dtype=str, keep_default_na=False, na_values=[""], engine="openpyxl"
-            )
-        header, rows = frame.iloc[0], frame.iloc[1:]
+            stored = file.seek(0, os.SEEK_END)
+            check_expansion(path, stored, sum(member.file_size for member in ZipFile(file).infolist()))
+            sheet = openpyxl.load_workbook(file, read_only=True, data_only=True).worksheets[0]
+            sheet.reset_dimensions()  # those that the file states may be wrong
+            rows: list[list[str | None]] = []
+            width = 0
+            for cells in sheet.rows:
+                texts = [_cell_text(cell) for cell in cells]
+                while texts and texts[-1] is None:
+                    texts.pop()
+                rows.append(texts)
+                width = max(width, len(texts))
+                # A cell far out stands for a table of empty ones, of at least the 8 bytes of a reference each.
+                check_expansion(path, stored, 8 * width * len(rows))
+        header = [name or "" for name in rows[0]] + [""] * (width - len(rows[0]))
+        while not rows[-1]:
+            rows.pop()
+    except DataError:
+        raise
     except Exception as error:  # of many kinds, for a damaged file
         raise DataError(f"{path}: not a readable XLSX: {quote(str(error), 200)}") from error
-    names = ["" if pd.isna(name) else str(name) for name in header]
-    arrays = [pa.array(rows[column].tolist(), pa.string(), from_pandas=True) for column in frame.columns]
-    return pa.table(arrays, names=names)
+    columns = list(zip_longest(*rows[1:]))
+    columns += [()] * (width - len(columns))
+    return pa.table(
+        [pa.array(column or [None] * len(rows[1:]), pa.string()) for column in columns], names=header
+    )
+
+
+def _cell_text(cell: Any) -> str | None:
+    """A cell as text; whole numbers as such, errors and empty texts as empty."""
+    value = cell.value
+    if value is None or value == "" or cell.data_type == "e":
+        return None
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
 def _check_names(path: Path, facts: Iterable[str], tables: Mapping[str, pa.Table]) -> None:

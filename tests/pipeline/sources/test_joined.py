@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import openpyxl  # type: ignore[import-untyped]
 import pandas as pd
 import pyarrow as pa
 import pytest
@@ -84,6 +85,17 @@ def test_a_workbook_is_joined_as_pandas_merges_it(chexpert: Path, tmp_path: Path
     )
     book.write_bytes(book.read_bytes()[:500])
     assert f"{book}: not a readable XLSX: " in make(chexpert, tmp_path / "out", "--facts", book)
+
+
+def test_a_workbook_of_empty_cells_takes_no_memory(chexpert: Path, tmp_path: Path) -> None:
+    book = openpyxl.Workbook()
+    for cell in ("A1", "XFD1", "A1048576"):
+        book.active[cell] = "patient"
+    book.save(tmp_path / "bomb.xlsx")
+    with pytest.raises(
+        DataError, match=r"bomb.xlsx: its 4,\d+ bytes expand to 67,\d+,\d+ or more, as no table does"
+    ):
+        load_table(chexpert, None, "all", [tmp_path / "bomb.xlsx"])
 
 
 def test_a_missing_package_is_named(chexpert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
