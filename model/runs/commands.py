@@ -331,7 +331,7 @@ def sweep_command(
         raise click.UsageError("--trials needs --sampler tpe: a grid has as many as combinations")
     check_folders(given["shards"])
     with needs("sweep"):
-        from model.runs.sweep import Sweep, list_trials, open_study, run_sweep
+        from model.runs.sweep import Sweep, list_trials, open_sweep, rank, run_sweep
         from model.runs.sweep_report import write_sweep_report
     from model.runs.job import StopFlag
     from model.runs.summary import print_trials
@@ -348,27 +348,25 @@ def sweep_command(
     points = [first, *(first | {name: value} for name, tried in values.items() for value in tried[1:])]
     config, *_ = [make(point, folder / "trials" / "unused").config for point in points]
     shared = {name: value for name, value in asdict(config).items() if name not in values}
-    sweep = Sweep(folder, values, shared, sampler, trials or 0, pruner, base.epochs, base.seed)
-    open_study(sweep)  # a sweep under other options keeps its report
+    sweep = Sweep(folder, values, shared, sampler, trials or 0, pruner)
+    open_sweep(sweep)  # a sweep under other options keeps its report
     try:
         done = run_sweep(sweep, partial(train_trial, train, make), stop)
     finally:  # also after an error in one trial: the others deserve a report
-        found = list_trials(sweep)
-        write_sweep_report(sweep, found)
-    finished = sorted(
-        (trial for trial in found if trial.dev is not None), key=lambda trial: -(trial.dev or 0.0)
-    )
-    failed = sum(trial.state == "failed" for trial in found)
-    if finished:
-        print_trials(found)
-    counted = f"{count_of(len(finished), 'trial')} complete{f', {failed} failed' if failed else ''}"
+        listed = list_trials(sweep)
+        write_sweep_report(sweep, listed)
+    ranked = rank(listed)
+    complete, failed = (sum(trial.state == state for trial in ranked) for state in ("complete", "failed"))
+    if complete:
+        print_trials(ranked)
+    counted = f"{count_of(complete, 'trial')} complete{f', {failed} failed' if failed else ''}"
     click.echo(f"{folder / 'report.html'}: {counted}")
-    if finished:
-        best = finished[0]
+    if complete:
+        best = ranked[0]
         click.echo(f"trial {best.number} is the best, in {best.run}; the same once more:")
-        words = repeat_options(replace(base, **first | best.parameters), others)
+        words = repeat_options(replace(base, **best.point), others)
         say_next(*use.TRAIN, *words, "--run", "RUN")
-    return stop.code if not done else 1 if failed and not finished else 0
+    return stop.code if not done else 1 if failed and not complete else 0
 
 
 def train_trial(

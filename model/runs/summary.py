@@ -149,14 +149,14 @@ def print_verdicts(reports: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def print_trials(trials: "Sequence[Trial]") -> None:
-    """A table of the five best trials of a sweep, by AUROC on dev, with the parameters that vary."""
-    done = sorted((one for one in trials if one.dev is not None), key=lambda one: -(one.dev or 0.0))
+    """A table of the five best of a sweep's ranked trials, with the parameters that vary."""
     table = Table(title=f"The best of {len(trials):,}, by AUROC on dev", title_justify="left")
-    for title in ("trial", *done[0].parameters, "dev", "train", "valid"):
+    for title in ("trial", *trials[0].parameters, "dev", "train", "valid"):
         table.add_column(title.replace("_", " "), justify="right")
-    for one in done[:5]:
-        figures = (show_figure(value) for value in (one.dev, one.train, one.valid))
-        table.add_row(str(one.number), *map(str, one.parameters.values()), *figures)
+    for trial in trials[:5]:
+        if trial.dev is not None:
+            figures = (show_figure(value) for value in (trial.dev, trial.train, trial.valid))
+            table.add_row(str(trial.number), *map(str, trial.parameters.values()), *figures)
     Console().print(table)
 
 

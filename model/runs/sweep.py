@@ -1,12 +1,12 @@
 """Parameter values → trials, each an ordinary run, shared by any number of processes and machines.
 
-In: the values, and a function that trains one point. Out: run folders in FOLDER/trials, sweep.csv and report.html.
-Optuna's journal in the folder lists the trials, and proposes points for a search. Two locks, which the kernel
-releases when a process is killed, are all the coordination:
+In: the values, and a function that trains one point. Out: in FOLDER/trials a run folder per trial and beside it its
+record (`Trial` as JSON); sweep.csv and report.html. The records are all that processes share: Optuna proposes and
+prunes by a study that is made of them in memory. Two locks, which the kernel releases when a process is killed:
 
 *   A process begins a trial while it holds the lock of the sweep, so no point is begun twice.
-*   It trains the trial while it holds the lock of the point's run folder. If a trial is running in the journal but
-    nobody holds that lock, its process is gone: the point is begun again, and continues exactly in its run folder.
+*   It trains the trial while it holds the trial's lock. If a record says running but nobody holds that lock, its
+    process is gone: the trial is begun again, and continues exactly in its run folder.
 
 A trial's outcome is that of `train.py` with its options. Pruning compares a trial with earlier ones, so what is
 pruned depends on their order; without pruning, nothing does.
@@ -17,18 +17,19 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import MappingProxyType
+from typing import Any
 
 import optuna
-from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock, JournalStorage
-from optuna.trial import FrozenTrial, TrialState
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+from optuna.trial import TrialState
 
 from model.predict import DivergedError, MemoryExhaustedError
 from model.runs.config import name_choice
 from pipeline.base.errors import DataError, describe_difference
-from pipeline.base.files import locked, named_writes
+from pipeline.base.files import locked, named_writes, read_object, write_json
 from pipeline.console import count_of, say, say_once, show_left
 
 Point = dict[str, Any]  # parameter → value
@@ -37,21 +38,26 @@ History = list[
 ]  # epoch and AUROC on dev, by which trials are compared, of each evaluation
 Watch = Callable[[History], None]
 Figures = dict[str, Any]  # of a finished run, by `results.measure_run`
+TrainPoint = Callable[[Point, Path, Watch], Figures | None]
 OUTCOMES = (DivergedError, MemoryExhaustedError)  # errors that the same settings would cause again
 POLL = 1.0  # seconds between checks on other processes
 PROPOSALS = 10  # by TPE, which repeats itself if parameters have few values
+STATES = {state.name.lower(): state for state in TrialState}  # a stopped or failed trial is none to Optuna
 
 
-class Trial(NamedTuple):
+@dataclass
+class Trial:
     """A trial of a sweep; figures that it has not reached are None."""
 
-    number: int
-    state: str  # complete, pruned, running, failed
-    error: str | None  # why it failed
-    parameters: Point  # those that vary
     run: Path  # its run folder
-    seconds: float | None  # in its last attempt
-    history: History
+    parameters: Point  # those that vary
+    number: int  # in the order of their beginning
+    point: Point  # all parameters
+    state: str = "running"  # or stopped, complete, pruned, failed by one of OUTCOMES
+    error: str | None = None  # why it failed
+    seconds: float | None = None  # in its last attempt
+    history: History = field(default_factory=list)
+    rungs: dict[str, Any] = field(default_factory=dict)  # what Optuna's halving has noted
     # The figures of a finished run.
     dev: float | None = None  # AUROC of the kept checkpoint by `choose_by`, by which trials are compared
     labels: int | None = None  # number of labels in the next three means: those with both classes everywhere
@@ -66,6 +72,20 @@ class Trial(NamedTuple):
         """How many are done."""
         return self.history[-1][0] if self.history else None
 
+    def lock(self, wait: float = -1) -> AbstractContextManager[None]:
+        """The trial's lock, beside its run folder: the trainer has one inside. TimeoutError after `wait` seconds."""
+        return locked(self.run.with_name(f"{self.run.name}.lock"), wait)
+
+    @property
+    def record(self) -> Path:
+        """The file of its record."""
+        return self.run.with_name(f"{self.run.name}.json")
+
+    def write(self) -> None:
+        """Write the record."""
+        hidden = ("run", "parameters")
+        write_json(self.record, {name: value for name, value in vars(self).items() if name not in hidden})
+
 
 @dataclass(frozen=True)
 class Sweep:
@@ -77,8 +97,6 @@ class Sweep:
     sampler: str
     trials: int  # for tpe; a grid has one per point
     pruner: str
-    epochs: int  # of a full run, for the pruner
-    seed: int
 
     @property
     def varying(self) -> list[str]:
@@ -90,96 +108,63 @@ class Sweep:
         """What trials are compared by, in words, to be followed by AUROC."""
         return name_choice(self.options.get("choose_by", "all"))
 
-    def describe(self, point: Point) -> dict[str, Any]:
-        """A point, and the name of its run folder."""
-        name = "-".join(f"{parameter}={point[parameter]}" for parameter in self.varying) or "only"
-        return {"run": name.replace("/", "_"), "point": point}
 
-    def run_folder(self, trial: FrozenTrial | optuna.Trial) -> Path:
-        """A trial's run folder, which two trials of a point share."""
-        return self.folder / "trials" / str(trial.user_attrs["run"])
+def open_sweep(sweep: Sweep) -> None:
+    """Make the folder. Raises DataError if it cannot be written, or has a sweep under other options."""
+    path, options = sweep.folder / "sweep.json", json.loads(json.dumps(sweep.options))
+    with named_writes(path):
+        (sweep.folder / "trials").mkdir(parents=True, exist_ok=True)
+    with locked(sweep.folder / ".lock"):
+        earlier = read_object(path) if path.exists() else options
+        if difference := describe_difference(earlier, options, options):
+            raise DataError(
+                f"{sweep.folder} is a sweep under other options: {difference}; choose another `sweep`"
+            )
+        write_json(path, options)
 
 
-def run_sweep(
-    sweep: Sweep, train_point: Callable[[Point, Path, Watch], Figures | None], should_stop: Callable[[], bool]
-) -> bool:
+def run_sweep(sweep: Sweep, train_point: TrainPoint, should_stop: Callable[[], bool]) -> bool:
     """Train points until all are done, by any process; returns False if a stop was requested.
 
     `train_point` trains a point in a run folder, passes its evaluations to `watch`, and returns None if it was
-    stopped; raising one of OUTCOMES is an outcome too. Propagates its other errors, and raises DataError if the folder
-    holds a sweep under other options or cannot be used.
+    stopped; raising one of OUTCOMES is an outcome too. Propagates its other errors.
     """
-    study = open_study(sweep)
     while not should_stop():
-        with ExitStack() as run_lock:
+        with ExitStack() as lock:
             with locked(sweep.folder / ".lock"):
-                live = live_trials(study)
-                trial = begin_trial(sweep, study)
-                if trial is not None:
-                    run_lock.enter_context(lock_run(sweep, trial))
+                trial = begin_trial(sweep, lock)
+                trials = list_trials(sweep)
             if trial is not None:
-                run_trial(sweep, study, trial, train_point)
+                run_trial(sweep, trial, train_point)
                 continue
-        if not any(trial.state == TrialState.RUNNING for trial in live):
-            if len(live) < sweep.trials:
-                say(f"{sweep.folder}: all points are tried: {len(live)} trials, not {sweep.trials}")
+        if not any(trial.state == "running" for trial in trials):
+            if len(trials) < sweep.trials:
+                say(f"{sweep.folder}: all points are tried: {len(trials)} trials, not {sweep.trials}")
             return True
         say_once(f"{sweep.folder}: waiting for the trials of other processes")
         time.sleep(POLL)
     return False
 
 
-class JournalLock(JournalFileOpenLock):
-    """A lock of the kernel: Optuna's own would outlive a killed process."""
-
-    def __init__(self, journal: Path) -> None:
-        self.journal = journal
-        self.held = ExitStack()
-
-    def acquire(self) -> bool:
-        """Wait for the lock, and cut off the half of a line that a killed process or a full disk has left."""
-        self.held.enter_context(locked(self.journal.with_suffix(".lock")))
-        with self.journal.open("rb+") as file:
-            file.truncate(file.read().rfind(b"\n") + 1)
-        return True
-
-    def release(self) -> None:
-        """Give the lock back."""
-        self.held.close()
+def read_trial(sweep: Sweep, path: Path) -> Trial:
+    """The trial of a record. Raises DataError if it is damaged."""
+    record = read_object(path)
+    try:
+        parameters = {name: record["point"][name] for name in sweep.varying}
+        return Trial(path.with_suffix(""), parameters, **record)
+    except (LookupError, TypeError):
+        raise DataError(f"{path}: damaged; remove it: a finished run is not trained again") from None
 
 
-def open_study(sweep: Sweep) -> optuna.Study:
-    """The study, created if needed. Raises DataError if its journal cannot be used or is of other options."""
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    path = sweep.folder / "journal.log"
-    with named_writes(path):
-        (sweep.folder / "trials").mkdir(parents=True, exist_ok=True)
-        try:
-            storage = JournalStorage(JournalFileBackend(str(path), JournalLock(path)))
-            study = optuna.create_study(
-                study_name="sweep", storage=storage, direction="maximize", load_if_exists=True
-            )
-        except (ValueError, LookupError, TypeError, AssertionError):  # depending on what is damaged
-            raise DataError(f"{path}: damaged; remove it: finished runs are not trained again") from None
-    study.pruner = make_pruner(sweep)
-    here = json.loads(json.dumps(sweep.options))
-    with locked(sweep.folder / ".lock"):
-        if difference := describe_difference(study.user_attrs.get("options", here), here, here):
-            raise DataError(
-                f"{sweep.folder} is a sweep under other options: {difference}; choose another `sweep`"
-            )
-        study.set_user_attr("options", here)
-    return study
+def list_trials(sweep: Sweep) -> list[Trial]:
+    """The trials of the sweep, by number."""
+    records = (sweep.folder / "trials").glob("*.json")
+    return sorted((read_trial(sweep, path) for path in records), key=lambda trial: trial.number)
 
 
-def make_pruner(sweep: Sweep) -> optuna.pruners.BasePruner:
-    """The pruner: none, successive halving, or below the median of at least four trials after a third of the epochs."""
-    if sweep.pruner == "median":
-        return optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=-(-sweep.epochs // 3))
-    if sweep.pruner == "halving":
-        first = max(1, sweep.epochs // 4)
-        return optuna.pruners.SuccessiveHalvingPruner(min_resource=first, reduction_factor=2)
-    return optuna.pruners.NopPruner()
+def rank(trials: Sequence[Trial]) -> list[Trial]:
+    """Finished trials by dev, the best first; behind them the others by number."""
+    return sorted(trials, key=lambda trial: (trial.dev is None, -(trial.dev or 0), trial.number))
 
 
 def grid_points(sweep: Sweep) -> list[Point]:
@@ -190,76 +175,118 @@ def grid_points(sweep: Sweep) -> list[Point]:
     ]
 
 
-def live_trials(study: optuna.Study) -> list[FrozenTrial]:
-    """The trials that run, are finished, or failed by one of OUTCOMES, which would only recur."""
-    states = (TrialState.RUNNING, TrialState.COMPLETE, TrialState.PRUNED)
-    trials = study.get_trials(deepcopy=False)
-    begun = [one for one in trials if "point" in one.user_attrs]
-    return [one for one in begun if one.state in states or "error" in one.user_attrs]
-
-
-def begin_trial(sweep: Sweep, study: optuna.Study) -> optuna.Trial | None:
-    """Begin the next trial, or return None if no point is left; for the process that holds the sweep's lock."""
-    for running in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        if is_abandoned(sweep, running):
-            study.tell(running.number, state=TrialState.FAIL)
-    live = live_trials(study)
-    taken = [trial.user_attrs["point"] for trial in live]
+def begin_trial(sweep: Sweep, lock: ExitStack) -> Trial | None:
+    """Begin the next trial and enter its lock, or return None if no point is left; under the lock of the sweep."""
+    for trial in list_trials(sweep):
+        if trial.state == "running":
+            with (
+                suppress(TimeoutError),
+                trial.lock(wait=0),
+            ):  # nobody held it: killed, unless it has just ended
+                trial = read_trial(sweep, trial.record)
+                if trial.state == "running":
+                    trial.state = "stopped"
+                    trial.write()
+    trials = list_trials(sweep)
+    stopped = [trial for trial in trials if trial.state == "stopped"]
+    taken = [trial.point for trial in trials if trial.state != "stopped"]
     points = grid_points(sweep)
     if sweep.sampler == "tpe":
-        if len(live) >= sweep.trials:
-            return None
-        points = propose(sweep, live) + points
-    # A trial that was stopped or abandoned begins again, with its folder and history, before any other.
-    failed = study.get_trials(deepcopy=False, states=(TrialState.FAIL,))[::-1]
-    wanted = [one.user_attrs for one in failed if "point" in one.user_attrs]
-    if sweep.sampler == "grid":
-        wanted = [attributes for attributes in wanted if attributes["point"] in points]
-    wanted += map(sweep.describe, points)
-    attributes = next((one for one in wanted if one["point"] not in taken), None)
-    if attributes is None:
+        # A search finishes what it has begun. Points of the grid are for parameters with few values.
+        fresh = propose(sweep, trials) + points if len(taken) < sweep.trials and not stopped else []
+        points = [trial.point for trial in stopped] + fresh
+    point = next((point for point in points if point not in taken), None)
+    if point is None:
         return None
-    trial = study.ask()
-    for name, value in attributes.items():
-        trial.set_user_attr(name, value)
+    name = "-".join(f"{parameter}={point[parameter]}" for parameter in sweep.varying) or "only"
+    run = sweep.folder / "trials" / name.replace("/", "_")
+    number = trials[-1].number + 1 if trials else 0
+    new = Trial(run, {name: point[name] for name in sweep.varying}, number, point)
+    trial = next((trial for trial in stopped if trial.point == point), new)
+    lock.enter_context(trial.lock())
+    trial.state = "running"
+    trial.write()
     return trial
 
 
-def is_abandoned(sweep: Sweep, trial: FrozenTrial) -> bool:
-    """Whether a running trial's process is gone; for the process that holds the sweep's lock."""
-    if "point" not in trial.user_attrs:  # killed as it began
-        return True
+def run_trial(sweep: Sweep, trial: Trial, train_point: TrainPoint) -> None:
+    """Train the point of a trial that this process has begun, and record how it ended."""
+
+    def watch(history: History) -> None:
+        trial.history, epoch = history, history[-1][0]
+        # Compare at ends of epochs, when trials of any batch size have seen the same images. A fully trained trial
+        # has its outcome, however poor.
+        poor = epoch % 1 == 0 and epoch < sweep.options["epochs"] and is_poor(sweep, trial)
+        trial.write()
+        if poor:
+            raise optuna.TrialPruned
+
+    say(f"Trial {trial.number}: {', '.join(f'{name} {value}' for name, value in trial.parameters.items())}")
+    start, state, ending = time.monotonic(), "stopped", ""
     try:
-        with lock_run(sweep, trial):
-            return True
-    except TimeoutError:
-        return False
+        figures = train_point(trial.point, trial.run, watch)
+        if figures is not None:
+            vars(trial).update(figures)
+            state, ending = "complete", f"dev AUROC {trial.dev:.4f} ({sweep.choice})"
+    except optuna.TrialPruned:
+        state = ending = "pruned"
+    except OUTCOMES as error:
+        state, trial.error, ending = "failed", str(error), f"failed: {error}"
+    finally:
+        trial.state, trial.seconds = state, time.monotonic() - start
+        trial.write()
+    if ending:
+        say(f"Trial {trial.number}: {ending}{show_rest(sweep)}")
 
 
-def lock_run(sweep: Sweep, trial: FrozenTrial | optuna.Trial) -> AbstractContextManager[None]:
-    """The lock of a trial's run folder, beside it: the trainer has one inside. Raises TimeoutError if it is held."""
-    run = sweep.run_folder(trial)
-    return locked(run.with_name(f"{run.name}.lock"), wait=0)
+def show_rest(sweep: Sweep) -> str:
+    """How many trials are left, and how long they take, if as long as those before and alone."""
+    spent = [trial.seconds for trial in list_trials(sweep) if trial.seconds and trial.state != "stopped"]
+    left = (len(grid_points(sweep)) if sweep.sampler == "grid" else sweep.trials) - len(spent)
+    return f"; {count_of(left, 'trial')} to go{show_left(left * sum(spent) / len(spent))}" if left > 0 else ""
 
 
-def propose(sweep: Sweep, live: Sequence[FrozenTrial]) -> list[Point]:
+def make_study(
+    trials: Sequence[Trial], space: Mapping[str, BaseDistribution] = MappingProxyType({}), **parts: Any
+) -> optuna.Study:
+    """Optuna's view of the trials, with their parameters of the space, and its sampler or pruner."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    study = optuna.create_study(direction="maximize", **parts)
+    for trial in trials:
+        if trial.state in STATES:
+            with suppress(ValueError):  # of other values, by an earlier command
+                study.add_trial(
+                    optuna.create_trial(
+                        state=STATES[trial.state],
+                        value=trial.dev,
+                        params={name: trial.point[name] for name in space},
+                        distributions=dict(space),
+                        intermediate_values={
+                            int(epoch): dev for epoch, dev in trial.history if epoch % 1 == 0
+                        },
+                        system_attrs=trial.rungs,
+                    )
+                )
+    return study
+
+
+def make_space(values: Mapping[str, Sequence[Any]]) -> dict[str, BaseDistribution]:
+    """What is searched: floats from the lowest to the highest value, other parameters among their values."""
+    return {
+        name: FloatDistribution(min(some), max(some), log=min(some) > 0)
+        if all(isinstance(value, float) for value in some) and len(some) > 1
+        else CategoricalDistribution(list(some))
+        for name, some in values.items()
+    }
+
+
+def propose(sweep: Sweep, trials: Sequence[Trial]) -> list[Point]:
     """A point by TPE that no trial has; none if TPE repeats itself."""
     space = make_space({name: sweep.values[name] for name in sweep.varying})
     # Seeded by the number of trials, so that a search repeats itself.
-    sampler = optuna.samplers.TPESampler(seed=sweep.seed * 1_000_003 + len(live), constant_liar=True)
-    study = optuna.create_study(direction="maximize", sampler=sampler)
-    for trial in live:
-        with suppress(ValueError):  # of other values, by an earlier command
-            study.add_trial(
-                optuna.create_trial(
-                    state=trial.state,
-                    params={name: trial.user_attrs["point"][name] for name in space},
-                    distributions=space,
-                    value=trial.value,
-                    intermediate_values=trial.intermediate_values,
-                )
-            )
-    taken = [trial.user_attrs["point"] for trial in live]
+    seed = sweep.options["seed"] * 1_000_003 + len(trials)
+    study = make_study(trials, space, sampler=optuna.samplers.TPESampler(seed=seed, constant_liar=True))
+    taken = [trial.point for trial in trials]
     for _ in range(PROPOSALS):
         point = {name: values[0] for name, values in sweep.values.items()}
         for name, value in study.ask(space).params.items():
@@ -270,79 +297,19 @@ def propose(sweep: Sweep, live: Sequence[FrozenTrial]) -> list[Point]:
     return []
 
 
-def make_space(values: Mapping[str, Sequence[Any]]) -> dict[str, optuna.distributions.BaseDistribution]:
-    """What is searched: floats from the lowest to the highest value, other parameters among their values."""
-    return {
-        name: optuna.distributions.FloatDistribution(min(some), max(some), log=min(some) > 0)
-        if all(isinstance(value, float) for value in some) and len(some) > 1
-        else optuna.distributions.CategoricalDistribution(list(some))
-        for name, some in values.items()
-    }
-
-
-def run_trial(
-    sweep: Sweep,
-    study: optuna.Study,
-    trial: optuna.Trial,
-    train_point: Callable[[Point, Path, Watch], Figures | None],
-) -> None:
-    """Train the point of a trial that this process has begun, and record how it ended."""
-    point, reported = trial.user_attrs["point"], 0
-
-    def watch(history: History) -> None:
-        nonlocal reported
-        # Compare at ends of epochs, when trials of any batch size have seen the same images.
-        for epoch, score in history[reported:]:
-            if epoch % 1 == 0:
-                trial.report(score, int(epoch))
-        reported = len(history)
-        trial.set_user_attr("history", history)
-        # A fully trained trial has its outcome, however poor.
-        last = history[-1][0]
-        if last % 1 == 0 and last < sweep.epochs and trial.should_prune():
-            raise optuna.TrialPruned
-
-    say(f"Trial {trial.number}: {', '.join(f'{name} {point[name]}' for name in sweep.varying)}")
-    state, dev, ending = TrialState.FAIL, None, ""
-    try:
-        figures = train_point(point, sweep.run_folder(trial), watch)
-        if figures is not None:
-            trial.set_user_attr("figures", figures)
-            state, dev = TrialState.COMPLETE, figures["dev"]
-            ending = f"dev AUROC {dev:.4f} ({sweep.choice})"
-    except optuna.TrialPruned:
-        state, ending = TrialState.PRUNED, "pruned"
-    except OUTCOMES as error:
-        trial.set_user_attr("error", str(error))
-        ending = f"failed: {error}"
-    finally:
-        study.tell(trial, dev, state)
-    if ending:
-        say(f"Trial {trial.number}: {ending}{show_rest(sweep, study)}")
-
-
-def show_rest(sweep: Sweep, study: optuna.Study) -> str:
-    """How many trials are left, and how long they take, if as long as those before and alone."""
-    spent = [one.duration.total_seconds() for one in live_trials(study) if one.duration is not None]
-    left = (len(grid_points(sweep)) if sweep.sampler == "grid" else sweep.trials) - len(spent)
-    return f"; {count_of(left, 'trial')} to go{show_left(left * sum(spent) / len(spent))}" if left > 0 else ""
-
-
-def list_trials(sweep: Sweep) -> list[Trial]:
-    """The live trials of the sweep, by number."""
-    return [
-        Trial(
-            number=trial.number,
-            state="failed" if trial.state == TrialState.FAIL else trial.state.name.lower(),
-            error=trial.user_attrs.get("error"),
-            parameters={name: trial.user_attrs["point"][name] for name in sweep.varying},
-            run=sweep.run_folder(trial),
-            seconds=trial.duration.total_seconds() if trial.duration else None,
-            history=trial.user_attrs.get("history", []),
-            **trial.user_attrs.get("figures", {}),
-        )
-        for trial in live_trials(open_study(sweep))
-    ]
+def is_poor(sweep: Sweep, trial: Trial) -> bool:
+    """Whether the pruner ends a trial: by successive halving, or below the median of at least four others."""
+    if sweep.pruner == "none":
+        return False
+    epochs = sweep.options["epochs"]
+    halving = optuna.pruners.SuccessiveHalvingPruner(min_resource=max(1, epochs // 4), reduction_factor=2)
+    median = optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=-(-epochs // 3))
+    others = [other for other in list_trials(sweep) if other.number != trial.number]
+    waiting = replace(trial, state="waiting")
+    study = make_study([*others, waiting], pruner=halving if sweep.pruner == "halving" else median)
+    poor = study.ask().should_prune()  # of the trial that waits
+    trial.rungs = study.trials[-1].system_attrs
+    return poor
 
 
 def importances(sweep: Sweep, trials: Sequence[Trial]) -> dict[str, float] | None:
@@ -354,8 +321,5 @@ def importances(sweep: Sweep, trials: Sequence[Trial]) -> dict[str, float] | Non
     if len(done) < 4 or len(sweep.varying) < 2 or len({trial.dev for trial in done}) == 1:
         return None
     space = make_space({name: sorted({trial.parameters[name] for trial in done}) for name in sweep.varying})
-    study = optuna.create_study(direction="maximize")
-    for trial in done:
-        study.add_trial(optuna.create_trial(params=trial.parameters, distributions=space, value=trial.dev))
     evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
-    return dict(optuna.importance.get_param_importances(study, evaluator=evaluator))
+    return dict(optuna.importance.get_param_importances(make_study(done, space), evaluator=evaluator))

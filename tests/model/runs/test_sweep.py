@@ -10,6 +10,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
 from multiprocessing import get_context
 from multiprocessing.context import ForkProcess
 from pathlib import Path
@@ -27,13 +28,13 @@ from model.runs.sweep import (
     History,
     Point,
     Sweep,
+    TrainPoint,
     Watch,
     begin_trial,
     grid_points,
     importances,
     list_trials,
-    lock_run,
-    open_study,
+    open_sweep,
     run_sweep,
 )
 from pipeline import DataError
@@ -50,8 +51,6 @@ def make_sweep(folder: Path, **changes: Any) -> Sweep:
         sampler="grid",
         trials=0,
         pruner="none",
-        epochs=4,
-        seed=0,
     )
     return dataclasses.replace(sweep, **changes)
 
@@ -84,9 +83,14 @@ def never() -> bool:
     return False
 
 
+def run(sweep: Sweep, train: TrainPoint = train_point, stop: Callable[[], bool] = never) -> bool:
+    open_sweep(sweep)
+    return run_sweep(sweep, train, stop)
+
+
 def test_a_grid_trains_every_combination_once(tmp_path: Path) -> None:
     sweep = make_sweep(tmp_path / "sweep")
-    assert run_sweep(sweep, train_point, never)
+    assert run(sweep)
     trials = list_trials(sweep)
     points = [{"lr": lr, "weight_decay": wd} for lr, wd in itertools.product(LR, WD)]
     assert [trial.parameters for trial in trials] == points  # arch does not vary
@@ -98,19 +102,19 @@ def test_a_grid_trains_every_combination_once(tmp_path: Path) -> None:
     assert {trial.run for trial in trials} == {
         path for path in (tmp_path / "sweep" / "trials").iterdir() if path.is_dir()
     }
-    assert run_sweep(sweep, train_point, never)  # nothing is left to do
+    assert run(sweep)  # nothing is left to do
     assert list_trials(sweep) == trials
     assert (first.run / "log").read_text() == "trained\n"
 
 
 def test_values_can_be_added_and_other_options_are_refused(tmp_path: Path) -> None:
     sweep = make_sweep(tmp_path / "sweep", values={"lr": LR[:1], "weight_decay": WD})
-    run_sweep(sweep, train_point, never)
+    run(sweep)
     wider = make_sweep(tmp_path / "sweep", values={"lr": LR, "weight_decay": WD})
-    run_sweep(wider, train_point, never)
+    run(wider)
     assert [trial.parameters for trial in list_trials(wider)] == grid_points(wider)
     with pytest.raises(DataError) as caught:
-        run_sweep(make_sweep(tmp_path / "sweep", options={"epochs": 5, "seed": 0}), train_point, never)
+        run(make_sweep(tmp_path / "sweep", options={"epochs": 5, "seed": 0}))
     assert str(caught.value) == (
         f"{tmp_path / 'sweep'} is a sweep under other options: epochs is 4 there and 5 here; choose another `sweep`"
     )
@@ -128,8 +132,8 @@ def test_a_stopped_trial_is_done_again_and_a_diverged_one_is_not(tmp_path: Path)
             raise DivergedError("the loss is nan")
         return train_point(point, run, watch)
 
-    assert not run_sweep(sweep, stop_and_fail, lambda: len(calls) == 3)
-    assert run_sweep(sweep, stop_and_fail, never)
+    assert not run(sweep, stop_and_fail, lambda: len(calls) == 3)
+    assert run(sweep, stop_and_fail)
     assert Counter(point["lr"] for point in calls) == {1e-4: 2, 1e-3: 3, 1e-2: 2}
     trials = list_trials(sweep)
     states = {(trial.parameters["lr"], trial.parameters["weight_decay"]): trial.state for trial in trials}
@@ -148,7 +152,7 @@ def test_running_out_of_memory_is_one_trial_s_outcome(tmp_path: Path) -> None:
         return train_point({"lr": 1e-3, "weight_decay": 0.0}, run, watch)
 
     for _ in range(2):  # and the same command does not try it again
-        assert run_sweep(sweep, fail, never)
+        assert run(sweep, fail)
         trials = list_trials(sweep)
         assert [trial.state for trial in trials] == ["complete", "failed", "complete"]
         assert trials[1].error == "out of memory; `accumulate` 2 computes the same batch in 2 parts"
@@ -173,7 +177,7 @@ def test_trials_are_pruned_at_ends_of_epochs_and_never_at_the_last(
                 watch(history)
         return {"dev": history[-1][1]}
 
-    assert run_sweep(sweep, train_scores, never)
+    assert run(sweep, train_scores)
     assert [trial.state for trial in list_trials(sweep)] == [*["complete"] * 4, "pruned", "complete"]
     assert seen == {1: 4.0, 2: 4.0, 3: 4.0, 4: 4.0, 5: float(checked), 6: 4.0}
 
@@ -186,40 +190,33 @@ def test_an_error_ends_the_sweep_and_its_trial_is_done_again(tmp_path: Path, err
         raise error
 
     with pytest.raises(type(error), match=str(error)):
-        run_sweep(sweep, fail, never)
-    assert run_sweep(sweep, train_point, never)
+        run(sweep, fail)
+    assert run(sweep)
     assert [trial.state for trial in list_trials(sweep)] == ["complete"] * 6
 
 
 def test_a_process_waits_for_the_others_until_it_is_stopped(tmp_path: Path) -> None:
     sweep = make_sweep(tmp_path / "sweep", values={"lr": (1e-3,), "weight_decay": (0.0,)})
-    trial = begin_trial(sweep, open_study(sweep))
-    assert trial is not None
+    open_sweep(sweep)
     asked = iter([False, True])
-    with lock_run(sweep, trial):
-        assert not run_sweep(sweep, train_point, lambda: next(asked))
-    assert [trial.state for trial in list_trials(sweep)] == ["running"]
-    assert run_sweep(sweep, train_point, never)  # without its lock, the trial has lost its process
-    assert [(trial.number, trial.state) for trial in list_trials(sweep)] == [(1, "complete")]
+    with ExitStack() as lock:
+        assert begin_trial(sweep, lock) is not None
+        assert not run(sweep, train_point, lambda: next(asked))
+        assert [trial.state for trial in list_trials(sweep)] == ["running"]
+    assert run(sweep)  # without its lock, the trial has lost its process
+    assert [(trial.number, trial.state) for trial in list_trials(sweep)] == [(0, "complete")]
 
 
-def test_the_median_prunes_what_lags_behind(tmp_path: Path) -> None:
-    lr = (1e-3, 1.1e-3, 1.2e-3, 1.3e-3, 0.5, 1.05e-3)
-    sweep = make_sweep(tmp_path / "sweep", pruner="median", values={"lr": lr, "weight_decay": (0.0,)})
-    run_sweep(sweep, train_point, never)
-    states = {trial.parameters["lr"]: (trial.state, trial.epochs) for trial in list_trials(sweep)}
-    assert states == {value: ("pruned", 2) if value == 0.5 else ("complete", 4) for value in lr}
-
-
-def test_halving_ends_most_trials_early(tmp_path: Path) -> None:
-    sweep = make_sweep(tmp_path / "sweep", pruner="halving")
-    run_sweep(sweep, train_point, never)
-    states = Counter(trial.state for trial in list_trials(sweep))
-    assert states["pruned"] >= 2
-    assert max(list_trials(sweep), key=lambda trial: trial.dev or 0).parameters == {
-        "lr": 1e-3,
-        "weight_decay": 0.0,
-    }
+def test_a_lost_trial_of_a_value_that_was_taken_back_is_left_alone(tmp_path: Path) -> None:
+    sweep = make_sweep(tmp_path / "sweep", values={"lr": LR[:2]})
+    open_sweep(sweep)
+    with ExitStack() as lock:
+        begin_trial(sweep, lock)
+    assert run(make_sweep(tmp_path / "sweep", values={"lr": LR[1:2]}), lambda *_: {"dev": 0.5})
+    assert [(trial.state, trial.point) for trial in list_trials(sweep)] == [
+        ("stopped", {"lr": 1e-4}),
+        ("complete", {"lr": 1e-3}),
+    ]
 
 
 @pytest.mark.soak
@@ -228,7 +225,7 @@ def test_a_search_stays_between_the_values_and_repeats_itself(tmp_path: Path) ->
     for name in ("a", "b"):
         values = {"lr": (1e-4, 1e-2), "weight_decay": (0.0, 0.1), "arch": ("rescnn", "resnet18")}
         sweep = make_sweep(tmp_path / name, sampler="tpe", trials=15, values=values)
-        run_sweep(sweep, train_point, never)
+        run(sweep)
         found.append([(trial.parameters, trial.dev) for trial in list_trials(sweep)])
     assert found[0] == found[1]
     points = [point for point, _ in found[0]]
@@ -236,7 +233,7 @@ def test_a_search_stays_between_the_values_and_repeats_itself(tmp_path: Path) ->
     assert all(1e-4 <= point["lr"] <= 1e-2 and 0 <= point["weight_decay"] <= 0.1 for point in points)
     assert {point["arch"] for point in points} == {"rescnn", "resnet18"}
     more = dataclasses.replace(sweep, trials=17)
-    run_sweep(more, train_point, never)
+    run(more)
     assert [(trial.parameters, trial.dev) for trial in list_trials(more)][:15] == found[0]
     assert len(list_trials(more)) == 17
 
@@ -246,27 +243,21 @@ def test_what_matters_is_said(tmp_path: Path) -> None:
         tmp_path / "sweep", values={"lr": (1e-4, 1e-2, 0.1), "weight_decay": (1e-5, 1e-4, 1e-3)}
     )
     assert importances(sweep, list_trials(sweep)) is None
-    run_sweep(sweep, train_point, never)
+    run(sweep)
     shares = importances(sweep, list_trials(sweep))
     assert shares is not None
     assert sum(shares.values()) == pytest.approx(1)
     assert shares["lr"] > 0.9
 
 
-def test_a_torn_line_is_cut_off_and_a_damaged_journal_is_named(tmp_path: Path) -> None:
-    sweep = make_sweep(tmp_path / "a?b#c")  # a name that no URL could have
-    journal = sweep.folder / "journal.log"
-    assert run_sweep(sweep, train_point, never)
-    trials = list_trials(sweep)
-    with journal.open("a") as file:
-        file.write('{"op_code":')
-    assert run_sweep(make_sweep(sweep.folder, values={**sweep.values, "lr": (*LR, 0.5)}), train_point, never)
-    assert list_trials(sweep)[: len(trials)] == trials
-    assert len(list_trials(sweep)) == len(trials) + 2
-    journal.write_text("x\n" * 2)
-    with pytest.raises(DataError) as caught:
-        run_sweep(sweep, train_point, never)
-    assert str(caught.value) == f"{journal}: damaged; remove it: finished runs are not trained again"
+@pytest.mark.parametrize("text", ["{", "{}", '{"point": {"lr": 1, "weight_decay": 0}, "color": "red"}'])
+def test_a_damaged_record_is_named(tmp_path: Path, text: str) -> None:
+    sweep = make_sweep(tmp_path / "sweep")
+    open_sweep(sweep)
+    record = sweep.folder / "trials" / "lr=0.1.json"
+    record.write_text(text)
+    with pytest.raises(DataError, match=f"^{re.escape(str(record))}: damaged"):
+        list_trials(sweep)
 
 
 def test_a_search_ends_when_its_points_are_used_up(
@@ -274,7 +265,7 @@ def test_a_search_ends_when_its_points_are_used_up(
 ) -> None:
     values = {"batch_size": (16, 32), "arch": ("rescnn", "resnet18"), "lr": (1e-3,), "weight_decay": (0.0,)}
     sweep = make_sweep(tmp_path / "sweep", sampler="tpe", trials=860, values=values)
-    assert run_sweep(sweep, train_point, never)
+    assert run(sweep)
     assert [trial.number for trial in list_trials(sweep)] == [0, 1, 2, 3]
     points = {tuple(trial.parameters.values()) for trial in list_trials(sweep)}
     assert points == set(itertools.product((16, 32), ("rescnn", "resnet18")))
@@ -287,7 +278,7 @@ def start_worker(sweep: Sweep, seconds: float) -> ForkProcess:
         return train_point(point, run, watch)
 
     # Forked, because to import torch takes longer than the sweep.
-    worker = get_context("fork").Process(target=run_sweep, args=(sweep, slow, never))
+    worker = get_context("fork").Process(target=run, args=(sweep, slow))
     worker.start()
     return worker
 
@@ -313,7 +304,7 @@ def test_two_processes_killed_and_restarted_finish_every_point_once(
     tmp_path: Path, round_: int, record_property: Callable[[str, object], None]
 ) -> None:
     plain = make_sweep(tmp_path / "plain")
-    run_sweep(plain, train_point, never)
+    run(plain)
     sweep = make_sweep(tmp_path / "sweep")
     delays = random.Random(round_)
     for _ in range(3):

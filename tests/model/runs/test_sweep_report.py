@@ -20,8 +20,10 @@ def make_trial(number: int, dev: float | None, state: str = "complete", **parame
     steps = (0.0, 0.01, 0.1, -0.05, -0.08, -0.02)
     values = [None if dev is None else dev + step for step in steps]
     seconds = 30.0 if dev is None else 90.0
-    figures: tuple[Any, ...] = (values[0], dev and 9, *values[1:])
-    return Trial(number, state, None, parameters, Path(f"t{number}"), seconds, history, *figures)
+    trial = Trial(Path(f"t{number}"), parameters, number, parameters, state, seconds=seconds, history=history)
+    trial.dev, trial.same, trial.train, trial.valid, trial.low, trial.high = values
+    trial.labels = None if dev is None else 9
+    return trial
 
 
 @pytest.fixture
