@@ -52,7 +52,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,7 +84,7 @@ from model.runs.config import (
     can_divide,
     is_reported,
     name_choice,
-    output_count,
+    name_outputs,
     parse_choice,
     three_class_columns,
 )
@@ -98,7 +98,7 @@ from model.runs.job import (
     read_batches,
     to_device,
 )
-from model.runs.overlap import check_teacher, write_trained_on
+from model.runs.overlap import list_seen
 from model.runs.results import choice_score, finish_run, forget_calibration
 from model.runs.scoring import score_split
 from model.runs.targets import check_reported, no_choice, training_labels, training_weights
@@ -186,8 +186,7 @@ def train(job: Job, watch: Callable[[list[dict[str, Any]]], None] = lambda histo
         raise DataError(f"{job.shards}: no dev split to choose a checkpoint by; hold one out by `dev`")
     train, dev = open_rows(job, "train"), open_rows(job, "dev")
     check_reported(job, dev)
-    if job.teacher is not None:
-        check_teacher(job, job.teacher)
+    job = replace(job, seen=list_seen(job, [("train", train), ("dev", dev)]))
     steps = training_steps(len(train.rows), config.batch_size)
     if steps == 0:
         most = len(train.rows) // 2 * 2
@@ -204,7 +203,6 @@ def train(job: Job, watch: Callable[[list[dict[str, Any]]], None] = lambda histo
     run.mkdir(parents=True, exist_ok=True)  # only now: a run that cannot start leaves no folder
     with claimed(run):
         open_run(run, config)
-        write_trained_on(job, [("train", train), ("dev", dev)])
         record_environment(job)
         return train_epochs(job, state, (train, dev), labels, weights, watch)
 
@@ -581,10 +579,10 @@ def start_state(job: Job, labels: Labels, rows: Rows) -> TrainState:
 
     config = job.config
     torch.manual_seed(config.seed)
-    network = build_network(config.arch, output_count(config), config.pretrained)
-    if job.init is not None:
-        fresh = load_initial(network, job.init)
-        say(f"{job.init}: loaded; fresh: {', '.join(fresh) or 'nothing'}")
+    outputs = name_outputs(config)
+    network = build_network(config.arch, len(outputs), config.pretrained)
+    if job.start is not None:
+        say(f"{job.start.path}: {load_initial(network, job.start, outputs)}")
     if config.freeze:
         freeze(network)
     network = fuse(network, config).to(job.device).to(memory_format=torch.channels_last)

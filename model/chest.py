@@ -1,4 +1,4 @@
-"""torchxrayvision's weights for chest films → weights and input scale of our densenet121.
+"""torchxrayvision's weights for chest films → what our densenet121 starts from.
 
 Its networks take films scaled to ±1024 and have 18 outputs, of which those that are labels of ours begin from its
 classifier's rows. Its published files are pickles of whole networks: they are read as weights alone, with torch's
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from model.checkpoint import CheckpointError, cannot_download, hub_path, load_checkpoint, refuse_bombs
 from model.names import XRV
 from pipeline.base.errors import DataError
-from pipeline.labels import LABELS
 
 SCALE = (127.5, 255 / 2048)  # (x / 255 · 2 - 1) · 1024
 TERMS = (
@@ -93,14 +92,6 @@ def read_initial(path: Path) -> dict[str, Any]:
         ) from error
 
 
-def initial_scale(arch: str, path: Path | None) -> tuple[float, ...]:
-    """The input scale that a file's weights were trained on; empty where it is that of their shards."""
-    if arch != "densenet121" or path is None:
-        return ()
-    saved = read_initial(path)
-    return SCALE if is_chest(saved) else tuple(saved.get("input_scale", ()))
-
-
 def is_chest(weights: dict[str, Any]) -> bool:
     """Whether it is the state dict of a DenseNet of torchxrayvision: over gray, with its outputs."""
     stem, head = (weights.get(name) for name in ("features.conv0.weight", "classifier.weight"))
@@ -109,22 +100,15 @@ def is_chest(weights: dict[str, Any]) -> bool:
     return stem.shape[1:2] == (1,) and head.shape[:1] == (len(OUTPUTS),)
 
 
-def adapt_chest(
-    weights: dict[str, Any], own: dict[str, Tensor], file: str
-) -> tuple[dict[str, Any], list[str]]:
-    """Its weights as ours, and the labels whose classifier stays fresh, as in our state dict `own`.
+def name_outputs(weights: dict[str, Any], file: str) -> list[str]:
+    """What the outputs of its classifier are, "" for those that were not trained and so are of no use.
 
-    An output that was not trained is of no use: it is one whose threshold is NaN, or known by the published `file`'s
-    name. The thresholds themselves (`op_threshs`) are dropped: a run chooses its own.
+    Those are the ones whose threshold is NaN, or known by the published `file`'s name. The thresholds themselves
+    (`op_threshs`) are not used: a run chooses its own.
     """
-    thresholds = weights.get("op_threshs", torch.zeros(len(OUTPUTS)))
-    fresh = {name for name, value in zip(OUTPUTS, thresholds.tolist(), strict=True) if value != value}
-    fresh |= _UNTRAINED.get(file.partition("-densenet121-")[0], set())
-    rows = {
-        LABELS.index(name): row for row, name in enumerate(OUTPUTS) if name in LABELS and name not in fresh
-    }
-    adapted = {name: value for name, value in weights.items() if name != "op_threshs"}
-    for name in ("classifier.weight", "classifier.bias"):
-        adapted[name] = own[name].clone()
-        adapted[name][list(rows)] = weights[name][list(rows.values())].to(own[name])
-    return adapted, [label for column, label in enumerate(LABELS) if column not in rows]
+    thresholds = weights.get("op_threshs", torch.zeros(len(OUTPUTS))).tolist()
+    untrained = _UNTRAINED.get(file.partition("-densenet121-")[0], set())
+    return [
+        "" if value != value or name in untrained else name
+        for name, value in zip(OUTPUTS, thresholds, strict=True)
+    ]

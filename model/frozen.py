@@ -13,7 +13,7 @@ from pipeline.base.errors import DataError
 def freeze(network: nn.Module) -> nn.Module:
     """The network for images, of which only the last layer learns."""
     network.requires_grad_(False)
-    find_head(network)[2].requires_grad_(True)
+    find_head(network)[1].requires_grad_(True)
     return network
 
 
@@ -31,7 +31,7 @@ def embed(network: nn.Module, inputs: Tensor) -> Tensor:
     if isinstance(network, StudyNetwork):
         features: Tensor = network.backbone(inputs)
         return features
-    head = find_head(network)[2]
+    head = find_head(network)[1]
     found: list[Tensor] = []
     handle = head.register_forward_pre_hook(lambda _, given: found.append(given[0]))
     try:
@@ -51,7 +51,7 @@ def find_depths(network: nn.Module) -> dict[nn.Parameter, int]:
     first block takes what comes before, such as the position embeddings of a transformer. So ResNets have their
     residual blocks and a stem, DenseNets their dense blocks, vision transformers their layers.
     """
-    head = find_head(network)[2]
+    head = find_head(network)[1]
     trunk = network.backbone if isinstance(network, StudyNetwork) else network
     number = 0
     blocks = dict.fromkeys(trunk.parameters(recurse=False), 0)

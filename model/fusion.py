@@ -27,9 +27,8 @@ class StudyNetwork(nn.Module):
         """Split a network for images: everything before its last linear layer is the backbone."""
         super().__init__()
         self.fusion, self.frozen = fusion, frozen
-        parent, name, head = find_head(network)
-        self.place = next(path for path, module in network.named_modules() if module is head)
-        setattr(parent, name, nn.Identity())
+        self.place, head = find_head(network)
+        network.set_submodule(self.place, nn.Identity())
         self.backbone, self.head = network.requires_grad_(not frozen), head
         self.projection = nn.Parameter(
             torch.zeros(len(PROJECTIONS), 2, head.in_features)

@@ -9,17 +9,17 @@ of their input along (`own_input`). The last layer is a `Head`: under autocast, 
 import contextlib
 import re
 import sys
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from model.checkpoint import CheckpointError, cannot_download, hub_path
-from model.chest import adapt_chest, is_chest, read_initial
+from model.initial import Start
 from model.names import TIMM, import_timm, own_input
 from pipeline.base.errors import DataError
+from pipeline.labels import LABELS
 
 _OTHER_WAYS = "choose another `arch`, or `init` FILE"
 _WITHOUT = "; without `pretrained` (in make: PRETRAINED=no) a run starts from random weights"
@@ -75,7 +75,7 @@ def _build_timm(arch: str, outputs: int, pretrained: bool) -> nn.Module:
             file = config.hf_hub_filename or "model.safetensors"
             url = f"https://huggingface.co/{config.hf_hub_id}/resolve/main/{file}"
         raise CheckpointError(cannot_download(f"the weights of {arch}", url, error) + _WITHOUT) from error
-    last = network.get_classifier()  # type: ignore[operator]
+    last = network.get_classifier() if hasattr(network, "get_classifier") else None  # type: ignore[operator]
     if not isinstance(last, nn.Linear):
         raise DataError(
             f"'{arch}' ends in {type(last).__name__} and not in one linear layer: choose another `arch`"
@@ -110,37 +110,44 @@ def as_head(layer: nn.Linear) -> Head:
     return head
 
 
-def find_head(network: nn.Module) -> tuple[nn.Module, str, nn.Linear]:
-    """The Head's, or the last linear layer's, parent module, its name there, and the layer."""
+def find_head(network: nn.Module) -> tuple[str, nn.Linear]:
+    """The Head, or else the last linear layer, and its path in the network."""
     layers = [named for named in network.named_modules() if isinstance(named[1], nn.Linear)]
-    path, head = next((named for named in layers if isinstance(named[1], Head)), layers[-1])
-    parent, _, name = path.rpartition(".")
-    return network.get_submodule(parent), name, head
+    path, layer = next((named for named in layers if isinstance(named[1], Head)), layers[-1])
+    return path, layer
 
 
 def _with_head(network: nn.Module) -> nn.Module:
     """The network, with its last linear layer turned into a Head."""
-    parent, name, layer = find_head(network)
-    setattr(parent, name, as_head(layer))
+    path, layer = find_head(network)
+    network.set_submodule(path, as_head(layer))
     return network
 
 
-def load_initial(network: nn.Module, path: Path) -> list[str]:
-    """Load a file of torchvision, timm or torchxrayvision, or the weights of a best.pt; returns what stays fresh.
+def load_initial(network: nn.Module, start: Start, outputs: Sequence[str] = LABELS) -> str:
+    """Load weights into a network whose outputs are these; returns, in words, which are loaded and which stay fresh.
 
-    Only the classifier may stay fresh, if its size differs. A first convolution over three channels is summed to one
-    over gray. Raises CheckpointError, naming the file, if anything else does not match.
+    The classifier's rows are loaded for outputs of the same name; where the file's are not known, it stays fresh. A
+    first convolution over three channels is summed to one over gray. Raises CheckpointError, naming the file, if
+    anything else does not match.
     """
-    saved = read_initial(path)
-    if is_chest(saved):
-        own = network.state_dict()
-        if "features.conv0.weight" not in own:
-            raise CheckpointError(f"{path}: a DenseNet of torchxrayvision: it needs `arch` densenet121")
-        weights, fresh = adapt_chest(saved, own, path.name)
-        _load_weights(network, weights, str(path))
-        return [f"the classifier of {', '.join(fresh)}"]
-    inner = (saved.get(name) for name in ("weights", "state_dict", "model"))
-    return _load_weights(network, next((one for one in inner if isinstance(one, dict)), saved), str(path))
+    own, weights, head = network.state_dict(), dict(start.weights), find_head(network)[0]
+    rows = {outputs.index(name): row for row, name in enumerate(start.outputs) if name in outputs}
+    for name in (f"{head}.weight", f"{head}.bias"):
+        given = weights.pop(name, None)
+        if rows and given is not None and name in own and given.shape[1:] == own[name].shape[1:]:
+            if len(given) != len(start.outputs):
+                raise CheckpointError(
+                    f"{start.path}: `init_labels` names {len(start.outputs)} outputs of {len(given)}"
+                )
+            weights[name] = own[name].clone()
+            weights[name][list(rows)] = given[list(rows.values())].to(own[name])
+    fresh = _load_weights(network, weights, str(start.path))
+    lacking = [name for number, name in enumerate(outputs) if number not in rows]
+    if not fresh and lacking:
+        fresh = [f"the classifier of {', '.join(lacking)}"]
+    said = f"loaded {len(weights):,} tensors; fresh: {', '.join(fresh) or 'nothing'}"
+    return said + (f"; of no network, so left out: {', '.join(start.left_out)}" if start.left_out else "")
 
 
 def _load_weights(network: nn.Module, weights: Mapping[str, Any], source: str) -> list[str]:
@@ -158,8 +165,7 @@ def _load_weights(network: nn.Module, weights: Mapping[str, Any], source: str) -
     fits = {name: value for name, value in given.items() if name in own and value.shape == own[name].shape}
     # Old files lack BatchNorm's counters, which nothing here uses.
     fresh = [name for name in own if name not in fits and not name.endswith("num_batches_tracked")]
-    layer = find_head(network)[2]
-    head = f"{next(name for name, module in network.named_modules() if module is layer)}."
+    head = f"{find_head(network)[0]}."
     # Surplus tensors count too: all tensors of a resnet18 are also in a resnet34.
     wrong = [name for name in fresh if not name.startswith(head)] + sorted(given.keys() - own.keys())
     if wrong:

@@ -19,8 +19,8 @@ from model.runs import use
 from model.runs.config import (
     MEANS,
     Config,
-    find_initial,
     is_reported,
+    open_start,
     options,
     read_config,
     resolve_config,
@@ -33,6 +33,7 @@ from model.runs.options import (
     config_options,
     grouped,
     run_option,
+    shared_images_option,
     with_options,
 )
 from pipeline.base.errors import SettingError, needs
@@ -175,8 +176,10 @@ def cross_command(train: Train, /, out: Path, shards: tuple[str, ...], **given: 
 @click.option(
     "--out", required=True, type=click.Path(path_type=Path, dir_okay=False), help=".arrow or .parquet"
 )
-@with_options(*DATA_OPTIONS, *config_options(only=("pretrained", "image_size")), JOB_OPTIONS[0])
-def embed_command(source: str, split: str, out: Path, **given: Any) -> int:
+@with_options(
+    *DATA_OPTIONS, shared_images_option, *config_options(only=("pretrained", "image_size")), JOB_OPTIONS[0]
+)
+def embed_command(source: str, split: str, out: Path, shared_images: bool, **given: Any) -> int:
     """Write what a run, or a network with --init or --pretrained, makes of a split's images before its last layer.
 
     A table of keys, patients, labels and embeddings, for models that are fitted on top.
@@ -192,10 +195,20 @@ def embed_command(source: str, split: str, out: Path, **given: Any) -> int:
     check_folder(out)
     check_folders(given["shards"], [run] if run.is_dir() else [])
     from model.runs.embeddings import embed_split, open_run, start_network, write_embeddings
+    from model.runs.job import Job, StopFlag, choose_device
+    from pipeline.stream.collection import open_collection
     from pipeline.stream.dataset import open_shards
 
-    shards = open_shards(given["shards"], given["cache"], given["cache_size"])
-    encoder = open_run(run) if run.is_dir() else start_network(start_job(config, run=run, **others))
+    where = given["shards"], given["cache"], given["cache_size"]
+    shards = open_shards(*where)
+    if run.is_dir():
+        of_all = replace(read_config(run), where=(), views="all", limit=None)
+        collection, stop = open_collection(*where), StopFlag()
+        job = Job(of_all, collection, run, *choose_device("off"), given["workers"], stop)
+    else:
+        job = start_job(config, run=run, **others)
+    load = open_run if run.is_dir() else start_network
+    encoder = load(replace(job, shared_images=shared_images), split)
     table = embed_split(encoder, shards[split], given["workers"])
     write_embeddings(out, table)
     click.echo(f"{out}: {count_of(len(table), 'image')}, {table['embedding'].type.list_size} features each")
@@ -227,9 +240,9 @@ def is_finished(
         return False
     from pipeline.stream.collection import open_collection
 
-    init = find_initial(others["init"])
     try:
-        resolved = resolve_config(config, open_collection(shards, cache, cache_size), others["teacher"], init)
+        collection, start = open_collection(shards, cache, cache_size), open_start(config, others["init"])
+        resolved = resolve_config(config, collection, others["teacher"], start)
     except SettingError as error:
         raise click.UsageError(name_options(str(error))) from None
     if resolved != read_config(run):

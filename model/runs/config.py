@@ -22,6 +22,7 @@ from pipeline.policies import (
 )
 
 if TYPE_CHECKING:
+    from model.initial import Start
     from model.ranks import Ranks
     from pipeline.stream.collection import Collection as Shards
 
@@ -70,6 +71,11 @@ def parse_choice(text: str) -> tuple[str, ...]:
         if text in ("all", "competition")
         else parse_labels(text)
     )
+
+
+def parse_outputs(text: str) -> tuple[str, ...]:
+    """What a network's outputs are, separated by commas, labels in any case. Raises DataError for an empty name."""
+    return tuple(find_label(name) or name for name in split_columns(text))
 
 
 def name_choice(text: str) -> str:
@@ -158,6 +164,15 @@ class Config:
     )
     pretrained: bool = option(False, "network", "Start from ImageNet weights (downloads them).")
     init: str | None = None  # sha256 of the file of weights that the run starts from
+    init_terms: str = ""  # their license, and what they were trained on
+    init_labels: str | None = option(
+        None,
+        "network",
+        "What the outputs of --init are, in their order, if its file does not say.",
+        check=parse_outputs,
+        metavar="A,B",
+        shown="not known: a new last layer",
+    )
     compile: bool = option(False, "optimization", "Compile the network with torch.compile.")
     teacher: str | None = None  # sha256 of its scores, where a label is selftrained
     sync_bn: bool = option(
@@ -196,6 +211,7 @@ class Config:
     )
     # Mean and deviation of gray levels that the input is normalized by; empty: the shards'.
     input_scale: tuple[float, ...] = ()
+    equalize: bool = False  # the network equalizes its films: one that is or was `robust`
     choose_by: str = option(
         "all",
         "run",
@@ -220,9 +236,9 @@ def options() -> dict[str, Option]:
     return {one.name: one.metadata["option"] for one in fields(Config) if "option" in one.metadata}
 
 
-def output_count(config: Config) -> int:
-    """A logit per label, and one more per label with three classes."""
-    return len(LABELS) + len(three_class_columns(config))
+def name_outputs(config: Config) -> list[str]:
+    """What the network's logits are: each label and, of each label with three classes, also uncertain."""
+    return [*LABELS, *(f"{LABELS[column]}: uncertain" for column in three_class_columns(config))]
 
 
 def three_class_columns(config: Config) -> list[int]:
@@ -280,6 +296,8 @@ def check_config(config: Config, ranks: "Ranks") -> None:
         raise SettingError(
             f"`arch` {config.arch} takes images of {own.size} pixels alone: leave `image_size` out"
         )
+    if config.init_labels and not config.init:
+        raise SettingError("`init_labels` are those of the weights of `init`: it needs one")
     if config.pretrained and config.init:
         raise SettingError("`pretrained` or `init`, not both")
 
@@ -290,16 +308,20 @@ def _has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def find_initial(init: Path | None) -> Path | None:
-    """The file of weights to start from: that file, a run's best.pt, or torchxrayvision's weights, downloaded."""
-    if init is not None and str(init).startswith(XRV):
-        from model.chest import download_chest
+def open_start(config: Config, init: Path | None) -> "Start | None":
+    """The weights to start from: of that file, of a run's best.pt, or torchxrayvision's, downloaded."""
+    if init is None:
+        return None
+    from model.chest import download_chest
+    from model.initial import read_start
 
-        return download_chest(str(init).removeprefix(XRV))
-    return init / "best.pt" if init is not None and init.is_dir() else init
+    if str(init).startswith(XRV):
+        init = download_chest(str(init).removeprefix(XRV))
+    outputs = parse_outputs(config.init_labels) if config.init_labels else ()
+    return read_start(init / "best.pt" if init.is_dir() else init, outputs)
 
 
-def resolve_config(config: Config, shards: "Shards", teacher: Path | None, init: Path | None) -> Config:
+def resolve_config(config: Config, shards: "Shards", teacher: Path | None, start: "Start | None") -> Config:
     """The configuration with what it leaves open: see `job.open_job`, which raises the same errors."""
     manifest = shards.manifest
     if config.mix and len(config.mix) != len(shards.folders):
@@ -316,21 +338,19 @@ def resolve_config(config: Config, shards: "Shards", teacher: Path | None, init:
         )
     own = own_input(config.arch)
     scale: tuple[float, ...] = (own.mean, own.std) if own else ()
-    if own is None and init is not None:
-        from model.chest import initial_scale
-
-        scale = initial_scale(config.arch, init)
     return replace(
         config,
         uncertain=uncertain,
         blank=check_blank_policy(choose_policy("blank", config.blank, manifest.policies)),
         manifest=shards.digest,
         teacher=teacher_digest(teacher, shards) if teacher else None,
-        init=hashlib.sha256(init.read_bytes()).hexdigest() if init else None,
+        init=start.digest if start else None,
+        init_terms=start.terms if start else "",
         labels=tuple(label for label in LABELS if label in config.labels) or config.labels,
         dev=config.dev or (None if "dev" in manifest.splits else HELD_OUT),
         image_size=config.image_size or (own.size if own else IMAGE_SIZE),
-        input_scale=scale,
+        input_scale=(start.scale if start else ()) or scale,
+        equalize=AUGMENTATIONS[config.augment].robust or (start is not None and start.equalize),
     )
 
 

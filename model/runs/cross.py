@@ -70,7 +70,7 @@ def score_runs(jobs: Mapping[str, Job], shards: Sequence[str]) -> dict[str, Any]
     alone = {Path(folder).name: jobs[Path(folder).name].shards for folder in shards}
     columns = {name: _choose_split(collection) for name, collection in alone.items()}
     scored = {
-        name: {run: score_best(replace(job, shards=alone[name]), split)[0] for run, job in jobs.items()}
+        name: {run: score_best(replace(job, shards=alone[name]), split).images for run, job in jobs.items()}
         for name, split in columns.items()
     }
     names = next(iter(jobs.values())).config.labels

@@ -21,9 +21,9 @@ from model.augment import normalize
 from model.frozen import embed
 from model.networks import build_network, load_initial
 from model.predict import explain_memory
-from model.runs.config import read_config
-from model.runs.folder import load_best
-from model.runs.job import Job, choose_device, to_device
+from model.runs.folder import fuse, load_best
+from model.runs.job import Job, to_device
+from model.runs.overlap import check_seen
 from model.runs.scoring import EVALUATION_BATCH
 from pipeline.base.files import atomic_file
 from pipeline.console import progress_bar
@@ -67,19 +67,20 @@ def embed_images(encoder: Encoder, batches: Iterable[Batch], total: int) -> npt.
     return np.concatenate(parts)
 
 
-def open_run(run: Path) -> Encoder:
-    """The network of a run with its best weights, as the run reads images. Raises DataError."""
-    config = read_config(run)
-    network, best = load_best(run, config, choose_device("off")[0])
-    return Encoder(network, config.image_size, best["pixels"])
+def open_run(job: Job, split: str) -> Encoder:
+    """The network of a run with its best weights, as the run reads images. Raises DataError as `score_best` does."""
+    network, best = load_best(job.run, job.config, job.device)
+    check_seen(job, split, best["seen"])
+    return Encoder(network, job.config.image_size, best["pixels"])
 
 
-def start_network(job: Job) -> Encoder:
-    """The network that a job would start from, as it would read images. Raises CheckpointError."""
+def start_network(job: Job, split: str) -> Encoder:
+    """The network that a job would start from, as it would read images. Raises DataError as `score_best` does."""
+    check_seen(job, split, job.start.seen if job.start else ())
     network = build_network(job.config.arch, len(LABELS), job.config.pretrained)
-    if job.init is not None:
-        load_initial(network, job.init)
-    network = network.to(job.device).to(memory_format=torch.channels_last)
+    if job.start is not None:
+        load_initial(network, job.start)
+    network = fuse(network, job.config).to(job.device).to(memory_format=torch.channels_last)
     return Encoder(network, job.config.image_size, job.pixels)
 
 

@@ -6,7 +6,6 @@ metrics.jsonl         a line per evaluation
 tensorboard/          the same and the loss, as TensorBoard's events
 last.pt               all that a resume restores
 best.pt               the averaged weights that are best on dev, by `choose_by`, and what scoring an image needs
-trained-on.arrow      checksums of the images of train and dev, and hashes of their patients, as `overlap` says
 calibration.json      thresholds and calibrations chosen on dev
 evaluation-<split>.json, scores-<split>.arrow    for every split that was scored; of other shards than the
                       run's own they are named <split>-<first 8 digits of the manifest's sha256>
@@ -32,10 +31,10 @@ from torch import Tensor, nn
 from model.augment import equalize
 from model.checkpoint import load_checkpoint, refused, save_checkpoint
 from model.fusion import StudyNetwork
-from model.names import AUGMENTATIONS, own_input
-from model.networks import build_network
+from model.names import own_input
+from model.networks import build_network, weights_terms
 from model.ranks import ALONE, Ranks
-from model.runs.config import Config, output_count, read_config
+from model.runs.config import Config, name_outputs, read_config
 from model.runs.job import Job
 from pipeline.base.errors import DataError, describe_difference, needs
 from pipeline.base.files import write_atomically, write_json
@@ -51,9 +50,9 @@ AS_IT_IS = ImageOptions(size=None, square="no", encoding="png", quality=95, max_
 def fuse(network: nn.Module, config: Config) -> nn.Module:
     """The network of a run by studies, made of one for images; the same one for a run by images.
 
-    That of a `robust` run equalizes its films first, wherever it is used.
+    One that is, or was, `robust` equalizes its films first, wherever it is used.
     """
-    if AUGMENTATIONS[config.augment].robust:
+    if config.equalize:
         network.register_forward_pre_hook(lambda _, inputs: (equalize(inputs[0]), *inputs[1:]))
     return network if config.fusion is None else StudyNetwork(network, config.fusion, config.freeze)
 
@@ -133,6 +132,13 @@ def result_name(config: Config, digest: str, split: str) -> str:
     return split if digest == config.manifest else f"{split}-{digest[:8]}"
 
 
+def describe_start(config: Mapping[str, Any]) -> str:
+    """The weights that a run of this configuration starts from, and on what terms."""
+    if config["pretrained"]:
+        return weights_terms(config["arch"])
+    return config["init_terms"] or "random weights"
+
+
 def describe_code() -> str:
     """The commit of this checkout, with `-dirty` where files were changed; else the package's version."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
@@ -148,8 +154,10 @@ def save_best(job: Job, weights: Mapping[str, Tensor], epoch: float, score: floa
     said = {name: job.manifest.options[name] for name in AS_IT_IS._fields if name in job.manifest.options}
     images = AS_IT_IS._asdict() | said
     about = {"epoch": epoch, "dev_auroc": score, "images": images, "pixels": dict(job.pixels)}
-    about["dataset"] = dict(job.manifest.dataset)
-    about["input_scale"] = list(job.config.input_scale)  # `pixels`, where they are not the shards' own
+    about |= {"dataset": dict(job.manifest.dataset), "equalize": job.config.equalize, "seen": list(job.seen)}
+    about["outputs"] = name_outputs(job.config)
+    title, terms = (job.manifest.dataset.get(name, "not stated") for name in ("title", "license"))
+    about["terms"] = f"{describe_start(asdict(job.config))}; trained on {title}: {terms}"
     save_checkpoint(job.run / "best.pt", {"weights": dict(weights), **about})
 
 
@@ -158,7 +166,7 @@ def load_best(
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The network with the weights of best.pt, and what else that holds. Raises CheckpointError."""
     best = load_checkpoint(run / "best.pt", ranks)
-    network = fuse(build_network(config.arch, output_count(config)), config)
+    network = fuse(build_network(config.arch, len(name_outputs(config))), config)
     with refused(run / "best.pt"):
         network.load_state_dict(best["weights"])
         ImageOptions(**best["images"])

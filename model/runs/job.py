@@ -18,8 +18,9 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from model.initial import Start
 from model.ranks import ALONE, Ranks
-from model.runs.config import Config, check_config, find_initial, resolve_config
+from model.runs.config import Config, check_config, open_start, resolve_config
 from pipeline.base.errors import DataError
 from pipeline.base.workers import share_of_cores
 from pipeline.console import say
@@ -65,10 +66,12 @@ class Job:
     stop: StopFlag
     ranks: Ranks = ALONE
     teacher: Path | None = None  # the run whose scores selftrained labels learn from
-    init: Path | None = None  # the weights to start from
+    start: Start | None = None  # the weights to start from
     strict: bool = False  # refuse labels with one class instead of warning about them
     wandb: str | None = None  # the project of Weights & Biases that is told of everything
     members: "tuple[MemberRun, ...]" = ()  # of an ensemble, whose folder `run` is
+    shared_images: bool = False  # score images that the weights have learned from, too
+    seen: Sequence[Mapping[str, Any]] = ()  # what the weights will have learned from, as `overlap` has it
 
     @property
     def manifest(self) -> Manifest:
@@ -113,8 +116,8 @@ def open_job(
     unusable shards.
     """
     collection = open_collection(shards, cache, cache_size)
-    init = find_initial(init)
-    config = resolve_config(config, collection, teacher, init)
+    start = open_start(config, init)
+    config = resolve_config(config, collection, teacher, start)
     check_config(config, ranks)
     device, precision = choose_device(config.amp)
     return Job(
@@ -127,7 +130,7 @@ def open_job(
         stop or StopFlag(),
         ranks,
         teacher,
-        init,
+        start,
         strict,
         wandb,
     )
@@ -175,18 +178,21 @@ def holds_out(job: Job) -> bool:
     )
 
 
+def open_split(job: Job, name: str) -> OpenSplit:
+    """A split of the shards; a dev that the run holds out is train, under the name dev."""
+    return job.shards.open("train" if name == "dev" and holds_out(job) else name)._replace(name=name)
+
+
 def open_images(job: Job, name: str) -> tuple[OpenSplit, Rows]:
     """A split and the rows of the images that the run's conditions leave of it.
 
     Where the run holds out its dev, that is rows of train, under the name dev. Raises DataError, of which
     NothingSelectedError where no row is left.
     """
-    config = job.config
+    config, split = job.config, open_split(job, name)
     limit = config.limit if name == "train" else None
     if name not in ("train", "dev") or not holds_out(job):
-        split = job.shards.open(name)
         return split, select_rows(split.table, config.where, config.views, limit)
-    split = job.shards.open("train")
     patients = split.table.select(["patient"]).append_column("row", pa.array(np.arange(split.table.num_rows)))
     parts = split_patients(patients, config.dev or 0.0, config.seed)
     places: Rows = parts[name == "dev"]["row"].to_numpy()
@@ -196,7 +202,7 @@ def open_images(job: Job, name: str) -> tuple[OpenSplit, Rows]:
             f"{job.shards}: `dev` {config.dev:g} leaves no patient of train for {name}; {less} it"
         )
     chosen = select_rows(split.table.take(places), config.where, config.views, limit)
-    return split._replace(name=name), places[chosen]
+    return split, places[chosen]
 
 
 def selected_splits(job: Job) -> list[str]:

@@ -146,6 +146,14 @@ DATA_OPTIONS = [
 ]
 
 
+shared_images_option = grouped(
+    "data",
+    "--shared-images",
+    is_flag=True,
+    help="Go on where the weights have learned from some of the images.",
+)
+
+
 def read_own_shards(run: Path) -> tuple[str, ...]:
     """Folders, or URLs, of the shards that a run was last trained on; `shards` where it does not say."""
     try:

@@ -1,141 +1,113 @@
-"""What a run trained on ↔ `trained-on.arrow`, to notice patients and images that it is evaluated on as well.
+"""What weights have seen, to notice it where they are scored: images and patients that they learned from.
 
-An Arrow IPC file with one row per image of train and dev that the run used:
-    split    string  train, or dev, on which its checkpoint and thresholds are chosen
-    crc      uint32  of the image as stored in the shards
-    length   int32   bytes of the same
-    patient  uint64  first 8 bytes of sha256(the manifest's sha256 + `namespace/id`)
-The hash keeps names out of the file. It is no secret: who has the run can try all patient numbers.
+best.pt has an entry for train and dev of its run, and hands them on to runs that start from it (`init`) or learn from
+its scores (`teacher`):
+    run       str    file of weights that has learned from it; empty: these weights
+    split     str    train, or dev, on which checkpoint and thresholds are chosen
+    images    int64 [N]  CRC-32 and length of each image, as stored in the shards
+    patients  int64 [P]  first 8 bytes of sha256(`namespace/id`)
+The hash keeps names out of the file. It is no secret: who has the file can try all patient numbers.
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
+import torch
 
-from model.runs.config import read_config
-from model.runs.job import Job, Selected, open_images
+from model.checkpoint import load_checkpoint, refused
+from model.runs.job import Job, Selected, open_images, selected_splits
 from pipeline.base.errors import DataError
-from pipeline.base.files import read_arrow, write_table
-from pipeline.console import say
+from pipeline.console import say_once
 from pipeline.identity import join_content, name_patients
 
-TRAINED_ON = "trained-on.arrow"
-SCHEMA = pa.schema({"split": pa.string(), "crc": pa.uint32(), "length": pa.int32(), "patient": pa.uint64()})
+Seen = Sequence[Mapping[str, Any]]
 
 
-class Shared(NamedTuple):
-    """How many patients and images of a table a run trained on."""
+def list_seen(job: Job, selected: Iterable[tuple[str, Selected]]) -> Seen:
+    """The entries of a run that learns from these splits, after those of the weights and the teacher it starts from.
 
-    patients: int
-    images: int
-
-
-def write_trained_on(job: Job, selected: Iterable[tuple[str, Selected]]) -> None:
-    """Write the file of the rows that a run uses of the named splits, atomically."""
-    tables = []
+    Raises DataError for a dev or valid of which they have learned from images, before a step is trained on them.
+    """
+    before = list(job.start.seen) if job.start else []
+    if job.teacher:
+        before += [
+            dict(entry) | {"run": entry["run"] or str(job.teacher)} for entry in read_seen(job.teacher)
+        ]
+    for name in selected_splits(job) if before else ():
+        check_seen(job, name, before, "keep its split (`dev`, `seed`), or start from another")
+    own = []
     for name, chosen in selected:
         table = chosen.split.table.take(chosen.images)
-        columns = {
-            "split": pa.array([name] * table.num_rows, pa.string()),
-            "crc": table["crc"],
-            "length": table["length"],
-            "patient": _hash_patients(
-                name_patients(table["patient"], job.shards.namespace), job.config.manifest
-            ),
-        }
-        tables.append(pa.table(columns, schema=SCHEMA))
-    write_table(job.run / TRAINED_ON, pa.concat_tables(tables))
+        arrays = {"images": _list_images(table), "patients": hash_patients(table, job.shards.namespace)}
+        tensors = {field: torch.from_numpy(np.unique(values)) for field, values in arrays.items()}
+        own.append({"run": "", "split": name} | tensors)
+    return [*own, *before]
 
 
-def count_shared(
-    run: Path, table: pa.Table, namespace: str, splits: Iterable[str] = ("train", "dev")
-) -> Shared:
-    """The patients and images in rows of a split's table that the run used in its own `splits`.
+def read_seen(run: Path) -> Seen:
+    """The entries in the best.pt of a run. Raises CheckpointError."""
+    saved = load_checkpoint(run / "best.pt")
+    with refused(run / "best.pt"):
+        entries: Seen = saved["seen"]
+        return entries
 
-    `namespace` is that of the table's patients, as `Collection` has it. Raises DataError where the run's file is
-    missing or damaged.
+
+def check_seen(
+    job: Job, name: str, seen: Seen, remedy: str = "evaluate on others, or go on with `shared_images`"
+) -> dict[str, int]:
+    """Count the patients and images of a split that weights have learned from; every score passes here.
+
+    A run's own train and dev are known to be that: nothing is counted of its train, and of a dev what is in a train.
+    Says what is shared. Raises DataError, with the remedy, for images unless the job allows it; only those that a run's
+    own splits share, which is a fault of the shards, are always allowed.
     """
-    path = run / TRAINED_ON
-    again = "the command that trained the run writes it again"
-    if not path.exists():
-        raise DataError(f"{path}: missing; {again}")
-    used = read_arrow(path, path.read_bytes())
-    if used.schema != SCHEMA or any(column.null_count for column in used.columns):
-        raise DataError(f"{path}: damaged; {again}")
-    names = name_patients(table["patient"], namespace)
-    used = used.filter(pc.is_in(used["split"], pa.array(list(splits), pa.string())))
-    patients = _hash_patients(names, read_config(run).manifest).unique()
-    images = pc.is_in(join_content(table), value_set=join_content(used))
-    return Shared(
-        patients=pc.sum(pc.is_in(patients, value_set=used["patient"].combine_chunks())).as_py() or 0,
-        images=pc.sum(images).as_py() or 0,
-    )
-
-
-def check_evaluation(job: Job, name: str, against: Iterable[Path], shared_images: bool) -> dict[str, int]:
-    """Check a split against what the run, and those it is compared with, trained on, if that is other shards.
-
-    Returns `shared_patients` and `shared_images` of the run itself, and nothing on its own shards.
-    Warns of shared patients. Raises DataError for shared images, unless `shared_images` allows them.
-    """
-    digest, found = job.shards.digest, {}
+    at_home = job.shards.digest == job.config.manifest
+    if at_home and name == "train":
+        return {}
     split, rows = open_images(job, name)
     table = split.table.take(rows)
-    ours = [member.job.run for member in job.members] or [job.run]
-    for run in dict.fromkeys((*ours, *against)):
-        if read_config(run).manifest == digest:
+    images, patients = _list_images(table), hash_patients(table, job.shards.namespace)
+    shared_images, shared_patients = (np.zeros(len(table), np.bool_) for _ in range(2))
+    tell = say_once if job.ranks.is_first else (lambda _: None)
+    for entry in seen:
+        if name == entry["split"] == "dev":
             continue
-        shared = count_shared(run, table, job.shards.namespace)
-        report_shared(run, f"{job.shards}, {name}", shared, table.num_rows, allowed=shared_images)
-        if run == ours[0]:  # members have the same shards
-            found = {"shared_patients": shared.patients, "shared_images": shared.images}
-    return found
+        run = entry["run"] or job.run
+        again, known = np.isin(images, entry["images"].numpy()), np.isin(patients, entry["patients"].numpy())
+        shared_images, shared_patients = shared_images | again, shared_patients | known
+        if count := int(again.sum()):
+            text = f"{job.shards}, {name}: {run} trained on {count:,} of these {len(table):,} images"
+            if not (job.shared_images or (at_home and not entry["run"])):
+                raise DataError(f"{text}; {remedy}")
+            tell(f"{text}: its scores of them are too good")
+        if count := len(np.unique(patients[known])):
+            tell(
+                f"{job.shards}, {name}: {count:,} patient names are among those that {run} trained on: if they are "
+                "the same people, figures are too good"
+            )
+    return {
+        "shared_patients": len(np.unique(patients[shared_patients])),
+        "shared_images": int(shared_images.sum()),
+    }
 
 
-def check_teacher(job: Job, teacher: Path) -> None:
-    """Check a student's dev and valid against the train of its teacher, whose scores would give them away.
-
-    On the same shards too: a dev held out by another seed is in the teacher's train. Warns of shared patients.
-    Raises DataError for shared images.
-    """
-    for name in ("dev", "valid"):
-        if name == "valid" and name not in job.manifest.splits:
-            continue
-        split, rows = open_images(job, name)
-        table = split.table.take(rows)
-        shared = count_shared(teacher, table, job.shards.namespace, ["train"])
-        if job.ranks.is_first or shared.images:
-            report_shared(teacher, f"{job.shards}, {name}", shared, table.num_rows)
-
-
-def report_shared(run: Path, what: str, shared: Shared, images: int, allowed: bool | None = None) -> None:
-    """Warn of patients in `what` that a run trained on. Raises DataError for images, unless they are `allowed`.
-
-    `allowed` is None where no option can allow them.
-    """
-    if shared.images:
-        text = f"{what}: {run} trained on {shared.images:,} of these {images:,} images"
-        if allowed is None:
-            raise DataError(f"{text}; train with the teacher's own split, or take another teacher")
-        if not allowed:
-            raise DataError(f"{text}; evaluate on others, or go on with `shared_images`")
-        say(f"{text}: its scores of them are too good")
-    if shared.patients:
-        say(
-            f"{what}: {shared.patients:,} patient names are among those that {run} trained on: if they are the same "
-            "people, figures are too good"
-        )
-
-
-def _hash_patients(names: pa.Array, digest: str) -> pa.Array:
-    """The hash of each patient, uint64 [N]."""
-    patients = names.dictionary_encode()
+def hash_patients(table: pa.Table, namespace: str) -> npt.NDArray[np.int64]:
+    """The hash of each row's patient, int64 [N]; `namespace` is that of the table, as `Collection` has it."""
+    patients = name_patients(table["patient"], namespace).dictionary_encode()
     hashes = [
-        int.from_bytes(hashlib.sha256(f"{digest}{name}".encode()).digest()[:8])
+        int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], signed=True)
         for name in patients.dictionary.to_pylist()
     ]
-    return pa.array(hashes, pa.uint64()).take(patients.indices)
+    values: npt.NDArray[np.int64] = np.array(hashes, np.int64)[patients.indices.to_numpy()]
+    return values
+
+
+def _list_images(table: pa.Table) -> npt.NDArray[np.int64]:
+    """CRC and length of each row's image as one number [N]; signed, because torch's checkpoints know no other."""
+    joined: npt.NDArray[np.int64] = join_content(table).to_numpy().view(np.int64)
+    return joined

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from markupsafe import Markup
 
-from model.chest import SCALE, TERMS
-from model.networks import weights_terms
 from model.runs.config import MEANS, Config, name_choice
+from model.runs.folder import describe_start
 from pipeline.base.pages import (
     FAINT,
     FIRST,
@@ -134,15 +133,6 @@ def render_model_card(
         start=describe_start(config),
         choice=name_choice(config["choose_by"]),
     )
-
-
-def describe_start(config: Mapping[str, Any]) -> str:
-    """The weights that a run of this configuration starts from, and on what terms."""
-    if config["pretrained"]:
-        return weights_terms(config["arch"])
-    if config["init"] and tuple(config["input_scale"]) == SCALE:
-        return TERMS
-    return "weights of a file; license not stated" if config["init"] else "random weights"
 
 
 def describe_gaps(evaluation: Mapping[str, Any]) -> list[str]:

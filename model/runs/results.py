@@ -8,14 +8,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import pyarrow as pa
-
 from model.runs.config import MEANS, Config, parse_choice, read_config
 from model.runs.folder import load_best, result_name
-from model.runs.job import Job, open_images, open_rows, selected_splits
+from model.runs.job import Job, open_images, open_rows, open_split, selected_splits
 from model.runs.report import render_model_card, render_report
 from model.runs.scores import read_frame, read_scores, write_scores
-from model.runs.scoring import score_best, score_split
+from model.runs.scoring import Result, score_best, score_split
 from pipeline.base.errors import DataError
 from pipeline.base.files import parse_object, read_object, write_atomically, write_json
 from pipeline.labels import count_rows
@@ -27,7 +25,7 @@ from pipeline.measure.covariates import find_covariates, find_strata
 from pipeline.measure.delong import combine_limits, measure_areas, weigh_labels
 from pipeline.measure.elsewhere import subtract_own, try_recalibration
 from pipeline.measure.evaluate import Scored, assess, calibrate, study_level
-from pipeline.measure.metrics import Floats, averaged_labels, mean_of, report_auroc
+from pipeline.measure.metrics import averaged_labels, mean_of, report_auroc
 from pipeline.measure.readers import Reads, assess_readers
 from pipeline.stream.samples import find_places
 
@@ -66,27 +64,24 @@ def forget_calibration(run: Path) -> None:
 def evaluate(
     job: Job,
     name: str,
-    found: tuple[Scored, pa.Table],
+    found: Result,
     against: Mapping[Path, Path] = MappingProxyType({}),
     sensitivity: float = 0.9,
     combine: str = "max",
     chosen_by: tuple[str, ...] = (),
-    shared: Mapping[str, int | None] = MappingProxyType({}),
     sanity: Mapping[str, Any] = MappingProxyType({}),
-    members: Mapping[str, Floats] = MappingProxyType({}),
     readers: Mapping[str, Reads] = MappingProxyType({}),
 ) -> tuple[dict[str, Any], Scored]:
     """Evaluate what `score_best` found for a split; writes its scores and evaluation into the run.
 
     `against` are other runs and their scores, as `find_scores` has them. `sensitivity` is what the third threshold
     is to reach on dev, `combine` how a study's score comes from its views: max or mean. `chosen_by` are the conditions
-    that chose the images, where they are not the run's own; they, `shared` as `check_evaluation` counts it, and
-    `sanity` as `check_sanity` has it are kept in the evaluation. `members` are the scores by those of an ensemble,
-    `readers` what each said of the studies.
+    that chose the images, where they are not the run's own; they, and `sanity` as `check_sanity` has it, are kept in
+    the evaluation. `readers` are what each said of the studies.
     Raises DataError where thresholds would have to be chosen on other shards than the run's.
     """
     config = job.config
-    scored, table = found
+    scored, table = found.images, found.table
     result = name_result(job, name, chosen_by)
     write_scores(job.run / f"scores-{result}.arrow", table, config.labels, scored.scores)
     calibration = find_calibration(job, name, None if chosen_by else scored, sensitivity, combine)
@@ -98,14 +93,15 @@ def evaluate(
     evaluation = assess(
         config.labels, scored, calibration, unit=config.unit, resamples=RESAMPLES, facts=facts
     )
-    evaluation |= shared
+    evaluation |= found.shared
     evaluation["not_annotated"] = [label for label in job.manifest.not_annotated if label in config.labels]
     evaluation |= {"chosen_by": list(chosen_by)} if chosen_by else {}
     evaluation |= {"sanity": dict(sanity)} if sanity else {}
-    evaluation |= {"gain": measure_gain(config.labels, scored, members)} if members else {}
+    if found.members:
+        evaluation["gain"] = measure_gain(config.labels, scored, found.members)
     if readers:
         evaluation["readers"] = assess_readers(config.labels, study_level(scored, combine), readers)
-    split, _ = open_images(job, name)
+    split = open_split(job, name)
     edge = measure_edges(split, find_places(split, table), job.workers)
     evaluation["belief"] = assess_belief(
         config.labels, scored, find_covariates(table), find_strata(table), edge
@@ -167,7 +163,7 @@ def find_calibration(
                 f"{job.shards}: not the shards that {job.run} learned from, on whose dev thresholds are chosen; "
                 f"first run: {command} with those"
             )
-        dev = scored if name == "dev" and scored is not None else score_best(job, "dev")[0]
+        dev = scored if name == "dev" and scored is not None else score_best(job, "dev").images
         calibration = calibrate(job.config.labels, dev, sensitivity, combine)
         write_json(path, calibration)
     return calibration
@@ -176,12 +172,12 @@ def find_calibration(
 def add_difference(
     job: Job,
     evaluation: dict[str, Any],
-    found: tuple[Scored, pa.Table],
+    found: Result,
     calibration: dict[str, Any],
     against: Mapping[Path, Path],
 ) -> None:
     """Add the paired differences from another run by images, on the labels that both have learned."""
-    scored, table = found
+    scored, table = found.images, found.table
     ((other, path),) = against.items()
     labels, common = choose_common(job.config, scored, against)
     theirs = (str(other), read_scores(path, table["key"], labels))
@@ -199,7 +195,7 @@ def add_methods(
     methods: dict[str, Any] = {}
     for other, path in against.items():
         methods |= combine_views(read_frame(path, labels), str(other))
-    views = group_by_views(open_images(job, name)[0].table)
+    views = group_by_views(open_split(job, name).table)
     ours = f"{job.run}, {job.config.fusion} fusion"
     evaluation["methods"] = compare_methods(labels, common, ours, methods, views)
 

@@ -65,7 +65,8 @@ def check_sanity(job: Job, split: str, scored: Scored) -> dict[str, Any]:
     """
     level = round(job.manifest.pixels["mean"])
     altered = {
-        name: score_best(job, split, partial(alter, level))[0].scores for name, alter in ALTERATIONS.items()
+        name: score_best(job, split, partial(alter, level)).images.scores
+        for name, alter in ALTERATIONS.items()
     }
     return assess_altered(job.config.labels, scored, altered)
 

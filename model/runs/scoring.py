@@ -6,6 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +20,7 @@ from model.predict import InterruptedEvaluationError, predict_scores
 from model.runs.config import Config, learned_columns
 from model.runs.folder import load_best
 from model.runs.job import Job, Selected, agree, choose_device, network_inputs, open_rows, read_batches
+from model.runs.overlap import check_seen
 from pipeline.console import Advance, progress_bar
 from pipeline.images import Gray, ImageError, ImageOptions, decode_stored, prepare, resize
 from pipeline.labels import PROJECTIONS
@@ -32,29 +35,36 @@ Scores = npt.NDArray[np.float32]
 Alteration = Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.uint8]]  # of images [N, 1, H, W]
 
 
-def score_best(job: Job, name: str, alter: Alteration | None = None) -> tuple[Scored, pa.Table]:
-    """What best.pt makes of a split, and the rows of its table; `alter` changes the images first.
+class Result(NamedTuple):
+    """Scores of a split, the rows of its table, and what it shares with what the weights have learned from.
 
-    Of an ensemble, the mean of its members' calibrated scores.
+    `members` are the calibrated scores [N, L] of those of an ensemble, by their folder.
     """
-    if job.members:
-        return score_members(job, name, alter)[0]
-    network, best = load_best(job.run, job.config, job.device, job.ranks)
-    return score_split(job, network, open_rows(job, name), best["pixels"], alter)
+
+    images: Scored
+    table: pa.Table
+    shared: Mapping[str, int] = MappingProxyType({})
+    members: Mapping[str, Floats] = MappingProxyType({})
 
 
-def score_members(
-    job: Job, name: str, alter: Alteration | None = None
-) -> tuple[tuple[Scored, pa.Table], dict[str, Floats]]:
-    """What `score_best` gives for an ensemble, and the calibrated scores [N, L] of each member, by its folder."""
+def score_best(job: Job, name: str, alter: Alteration | None = None) -> Result:
+    """What best.pt makes of a split, or the mean of an ensemble's calibrated scores; `alter` changes the images first.
+
+    Raises DataError for images that the weights have learned from (`check_seen`), before any is scored.
+    """
+    if not job.members:
+        network, best = load_best(job.run, job.config, job.device, job.ranks)
+        shared = check_seen(job, name, best["seen"])
+        return Result(*score_split(job, network, open_rows(job, name), best["pixels"], alter), shared)
     chosen = {field: getattr(job.config, field) for field in ("where", "views", "limit", "max_bad")}
-    found = {}
+    found, shared = {}, dict[str, int]()
     for member, calibration in job.members:
-        one = replace(member, config=replace(member.config, **chosen))
-        scored, table = score_best(one, name, alter)
-        found[str(member.run)] = apply_calibrations(job.config.labels, scored.scores, calibration)
+        config = replace(member.config, **chosen)
+        one = score_best(replace(member, config=config, shared_images=job.shared_images), name, alter)
+        found[str(member.run)] = apply_calibrations(job.config.labels, one.images.scores, calibration)
+        shared |= {key: max(count, shared.get(key, 0)) for key, count in one.shared.items()}
     mean = np.mean(list(found.values()), axis=0).astype(np.float32)
-    return (scored._replace(scores=mean), table), found
+    return Result(one.images._replace(scores=mean), one.table, shared, found)
 
 
 def score_split(

@@ -26,6 +26,7 @@ from model.runs.options import (
     read_own_shards,
     run_option,
     runs_option,
+    shared_images_option,
     with_options,
     workers_option,
 )
@@ -75,7 +76,7 @@ threshold_option = click.option(
     help="Score these images instead of those chosen by the run's own conditions: sex=Male.",
 )
 @click.option("--views", type=click.Choice(VIEWS), show_default="the run's", help="Score these views.")
-@click.option("--shared-images", is_flag=True, help="Go on where the run trained on some of the images.")
+@shared_images_option
 @click.option(
     "--readers",
     "reader_files",
@@ -116,10 +117,17 @@ def evaluate_command(
     from model.runs import summary
     from model.runs.ensemble import open_model, open_scoring
     from model.runs.job import StopFlag
-    from model.runs.overlap import check_evaluation
-    from model.runs.results import evaluate, find_scores, name_comparison, name_result, write_report
+    from model.runs.overlap import check_seen, read_seen
+    from model.runs.results import (
+        evaluate,
+        find_calibration,
+        find_scores,
+        name_comparison,
+        name_result,
+        write_report,
+    )
     from model.runs.sanity import check_sanity
-    from model.runs.scoring import score_best, score_members
+    from model.runs.scoring import score_best
     from pipeline.measure.readers import read_reader
     from pipeline.stream.collection import open_collection
 
@@ -135,17 +143,17 @@ def evaluate_command(
     try:
         job = open_scoring(model, out, collection, workers, stop)
         config = job.config
-        scored = replace(
-            job, config=replace(config, where=where or config.where, views=views or config.views)
-        )
+        chosen = replace(config, where=where or config.where, views=views or config.views)
+        scored = replace(job, config=chosen, shared_images=shared_images)
         reads = {name: read_reader(path, config.labels) for name, path in readers.items()}
         others = find_scores(job, split, against)
-        shared = check_evaluation(scored, split, others, shared_images)
-        found, members = score_members(scored, split) if job.members else (score_best(scored, split), {})
-        altered = check_sanity(scored, split, found[0]) if sanity else {}
-        evaluated = evaluate(
-            job, split, found, others, sensitivity, study, chosen_by, shared, altered, members, reads
-        )
+        for other in others:
+            check_seen(replace(scored, run=other, config=read_config(other)), split, read_seen(other))
+        if split != "dev" or job.shards.digest != config.manifest:
+            find_calibration(job, split, None, sensitivity, study)  # before the split is scored
+        found = score_best(scored, split)
+        altered = check_sanity(scored, split, found.images) if sanity else {}
+        evaluated = evaluate(job, split, found, others, sensitivity, study, chosen_by, altered, reads)
     except InterruptedEvaluationError:
         return stop.code
     evaluation = evaluated[0]
@@ -348,7 +356,7 @@ def describe_export(
 
     `members` has a list for each fact that every member has of its own. Thresholds are of the scores it gives.
     """
-    from model.runs.report import describe_start
+    from model.runs.folder import describe_start
 
     dataset, calibration = best["dataset"], decision.calibration or {}
     thresholds: dict[str, dict[str, float | None]] = {rule: {} for rule in RULES}

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from urllib.error import URLError
 
@@ -11,12 +12,13 @@ import pytest
 import torch
 
 from model.augment import normalize
-from model.checkpoint import CheckpointError, save_checkpoint
-from model.chest import OUTPUTS, SCALE, TERMS, adapt_chest, download_chest, initial_scale
+from model.checkpoint import CheckpointError
+from model.chest import OUTPUTS, SCALE, TERMS, download_chest, name_outputs
+from model.initial import read_start
 from model.networks import build_network, load_initial
 from model.runs.config import Config
+from model.runs.folder import describe_start
 from model.runs.job import open_job
-from model.runs.report import describe_start
 from pipeline.base.errors import DataError
 from pipeline.labels import LABELS
 from pipeline.manifest import Manifest
@@ -64,10 +66,11 @@ def our_label(name: str) -> str:
 def test_films_get_its_own_logits(theirs: Path, file: str) -> None:
     pathologies, _ = json.loads((theirs / "facts.json").read_text())
     assert tuple(map(our_label, pathologies)) == OUTPUTS
-    assert initial_scale("densenet121", theirs / file) == SCALE
+    start = read_start(theirs / file)
+    assert (start.scale, start.terms) == (SCALE, TERMS)
     ours = build_network("densenet121", 14).eval()
     fresh = ours.get_parameter("classifier.weight").clone()
-    assert load_initial(ours, theirs / file) == ["the classifier of No Finding, Support Devices"]
+    assert load_initial(ours, start).endswith("; fresh: the classifier of No Finding, Support Devices")
     reference = torch.load(theirs / "films.pt", weights_only=True)
     logits = ours(normalize(reference["films"], *SCALE))
     both = [row for row, name in enumerate(OUTPUTS) if name in LABELS]
@@ -82,22 +85,24 @@ def test_outputs_that_were_not_trained_stay_fresh(theirs: Path, tmp_path: Path) 
     """Their thresholds are NaN; of a published file they are known by its name."""
     _, urls = json.loads((theirs / "facts.json").read_text())
     state = torch.load(theirs / "state.pt", weights_only=True)
-    own = {name: torch.zeros(14, *state[name].shape[1:]) for name in ("classifier.weight", "classifier.bias")}
     without = {name: value for name, value in state.items() if name != "op_threshs"}
     assert len(urls) == 7
     for of in urls.values():
         trained = set(map(our_label, of["labels"]))
-        expected = [label for label in LABELS if label not in trained]
-        assert adapt_chest(without, own, of["weights_url"].rpartition("/")[2])[1] == expected
+        expected = [name if name in trained else "" for name in OUTPUTS]
+        found = name_outputs(without, of["weights_url"].rpartition("/")[2])
+        assert [name for name in found if name in LABELS] == [name for name in expected if name in LABELS]
         state["op_threshs"] = torch.tensor(of["op_threshs"])
-        assert adapt_chest(state, own, "state.pt")[1] == expected
+        assert name_outputs(state, "state.pt") == expected
 
 
 def test_what_is_not_its_weights_is_refused(theirs: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"a DenseNet of torchxrayvision: it needs `arch` densenet121$"):
-        load_initial(build_network("resnet18", 14), theirs / "state.pt")
+    with pytest.raises(
+        CheckpointError, match=r"not weights of this network: .*they must be of the same `arch`$"
+    ):
+        load_initial(build_network("resnet18", 14), read_start(theirs / "state.pt"))
     with pytest.raises(CheckpointError) as caught:
-        load_initial(build_network("densenet121", 14), theirs / "more.pt")
+        read_start(theirs / "more.pt")
     assert str(caught.value) == (
         f"{theirs / 'more.pt'}: a whole network of torchxrayvision that holds more than weights; "
         "convert it where you trust it: torch.save(model.state_dict(), FILE)"
@@ -138,11 +143,7 @@ def test_a_name_is_downloaded_once(
         tmp_path / "run",
         init=Path("xrv:densenet121-res224-nih"),
     )
-    assert job.init == place
+    assert job.start is not None
+    assert job.start.path == place
     assert job.pixels == {"mean": 127.5, "std": 255 / 2048}
-    start = {"arch": "densenet121", "pretrained": False, "init": job.config.init}
-    assert describe_start(start | {"input_scale": list(job.config.input_scale)}) == TERMS
-
-    # A run that starts from that run sees films as it did.
-    save_checkpoint(tmp_path / "best.pt", {"weights": {}, "input_scale": list(job.config.input_scale)})
-    assert initial_scale("densenet121", tmp_path / "best.pt") == SCALE
+    assert describe_start(asdict(job.config)) == TERMS

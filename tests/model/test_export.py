@@ -95,7 +95,7 @@ def test_a_robust_network_equalizes_wherever_it_is_used(suffix: str, tmp_path: P
     network = build_network("rescnn", 14)
     network(torch.randn(64, 1, 32, 32))
     plain = copy.deepcopy(network).eval()
-    robust = fuse(network, Config(augment="robust")).eval()
+    robust = fuse(network, Config(equalize=True)).eval()
     assert robust.state_dict().keys() == plain.state_dict().keys()
     images = torch.randint(0, 200, (5, 1, 32, 32), dtype=torch.uint8)
     with torch.inference_mode():

@@ -8,9 +8,11 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.models import get_model
 
-from model.checkpoint import CheckpointError, save_checkpoint
+from model.checkpoint import CheckpointError
+from model.initial import read_start
 from model.names import ARCHITECTURES
 from model.networks import build_network, load_initial
+from pipeline.labels import LABELS
 
 # One of each family, and the name of its classifier.
 HEADS = {"resnet18": "fc", "densenet121": "classifier", "convnext_tiny": "classifier.2"}
@@ -77,24 +79,37 @@ def test_weights_over_three_channels_give_the_same_on_gray(arch: str, tmp_path: 
     torch.save(old if arch == "densenet121" else theirs.state_dict(), tmp_path / "weights.pth")
     ours, head = build_network(arch, 14), HEADS[arch]
     before = ours.state_dict()[f"{head}.weight"].clone()
-    assert load_initial(ours, tmp_path / "weights.pth") == [f"{head}.weight", f"{head}.bias"]
+    loaded = load_initial(ours, read_start(tmp_path / "weights.pth"))
+    count = len(ours.state_dict()) - 2
+    assert loaded == f"loaded {count} tensors; fresh: {head}.weight, {head}.bias"
     assert torch.equal(ours.state_dict()[f"{head}.weight"], before)
     theirs.set_submodule(head, ours.get_submodule(head))
     assert_same_on_gray(ours, theirs)
 
 
-def test_best_weights_of_a_run_are_loaded_with_their_classifier_if_it_fits(tmp_path: Path) -> None:
-    run, path = build_network("rescnn", 14), tmp_path / "best.pt"
-    save_checkpoint(path, {"weights": run.state_dict(), "pixels": {"mean": 1.0, "std": 2.0}, "epoch": 3})
-    same, wider = build_network("rescnn", 14), build_network("rescnn", 28)
-    assert load_initial(same, path) == []
-    torch.testing.assert_close(same.state_dict(), run.state_dict(), rtol=0, atol=0)
-    assert load_initial(wider, path) == ["head.2.weight", "head.2.bias"]
-    body = [
-        {name: value for name, value in network.state_dict().items() if not name.startswith("head")}
-        for network in (wider, run)
-    ]
-    torch.testing.assert_close(*body, rtol=0, atol=0)
+def test_a_classifier_is_loaded_by_the_names_of_its_outputs(tmp_path: Path) -> None:
+    theirs, path = build_network("rescnn", 14).state_dict(), tmp_path / "weights.pth"
+    # As Lightning writes a compiled network, whose outputs are in an order of its own.
+    wrapped = {f"model._orig_mod.{name}": value for name, value in theirs.items()}
+    torch.save({"epoch": 3, "state_dict": wrapped | {"loss.weight": torch.ones(14)}}, path)
+    body = len(theirs) - 2
+    left_out = "; of no network, so left out: loss.weight"
+    fresh, ours = build_network("rescnn", 14), build_network("rescnn", 14)
+    before = fresh.state_dict()["head.2.weight"].clone()
+    said = load_initial(fresh, read_start(path))
+    assert said == f"loaded {body} tensors; fresh: head.2.weight, head.2.bias{left_out}"
+    assert torch.equal(fresh.state_dict()["head.2.weight"], before)
+
+    order = [*LABELS[::-1][:13], "Hernia"]
+    said = load_initial(ours, read_start(path, order))
+    assert said == f"loaded {body + 2} tensors; fresh: the classifier of No Finding{left_out}"
+    for part in ("head.2.weight", "head.2.bias"):
+        assert torch.equal(ours.state_dict()[part][1:], theirs[part][:13].flip(0))
+    without = [name for name in theirs if not name.startswith("head.2")]
+    for network in (fresh, ours):
+        assert all(torch.equal(network.state_dict()[name], theirs[name]) for name in without)
+    with pytest.raises(CheckpointError, match=r"weights.pth: `init_labels` names 2 outputs of 14$"):
+        load_initial(ours, read_start(path, ["Edema", "Fracture"]))
 
 
 def test_weights_of_another_network_are_refused_and_change_nothing(tmp_path: Path) -> None:
@@ -106,7 +121,7 @@ def test_weights_of_another_network_are_refused_and_change_nothing(tmp_path: Pat
     def refuse(weights: dict[str, object]) -> str:
         torch.save(weights, path)
         with pytest.raises(CheckpointError) as caught:
-            load_initial(network, path)
+            load_initial(network, read_start(path))
         torch.testing.assert_close(network.state_dict(), before, rtol=0, atol=0)
         return str(caught.value)
 
@@ -121,7 +136,7 @@ def test_weights_of_another_network_are_refused_and_change_nothing(tmp_path: Pat
 
     path.write_bytes(b"no weights at all")
     with pytest.raises(CheckpointError, match=r"weights.pth: damaged, or not a checkpoint"):
-        load_initial(network, path)
+        load_initial(network, read_start(path))
 
 
 def test_imagenet_weights_come_from_torchvision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 import train
 from model.checkpoint import CheckpointError, load_checkpoint
+from model.initial import read_start
 from model.names import check_arch, own_input
 from model.networks import Head, build_network, find_head, load_initial
 from model.runs import results
@@ -31,8 +32,8 @@ def test_a_network_of_timm_is_timms_own(name: str) -> None:
     theirs = timm.create_model(name, in_chans=1, num_classes=14).eval()
     images = torch.rand(2, 1, 224, 224)
     torch.testing.assert_close(ours(images), theirs(images), rtol=0, atol=1e-6)
-    parent, last, head = find_head(ours)
-    assert type(head) is Head is type(getattr(parent, last))
+    path, head = find_head(ours)
+    assert type(head) is Head is type(ours.get_submodule(path))
 
 
 @pytest.mark.parametrize(
@@ -123,13 +124,13 @@ def test_a_file_of_timm_is_summed_over_colors_as_timm_does(name: str, kind: str,
         name, pretrained=True, in_chans=1, num_classes=14, pretrained_cfg_overlay={"file": str(path)}
     )
     ours = build_network(f"timm/{name}", 14)
-    fresh = load_initial(ours, path)
-    assert [key.rpartition(".")[2] for key in fresh] == ["weight", "bias"]
-    for key in fresh:
+    head, _ = find_head(ours)
+    assert load_initial(ours, read_start(path)).endswith(f" tensors; fresh: {head}.weight, {head}.bias")
+    for key in (f"{head}.weight", f"{head}.bias"):
         theirs.get_parameter(key).copy_(ours.get_parameter(key))
     images = torch.rand(2, 1, 96, 96)
     torch.testing.assert_close(ours.eval()(images), theirs.eval()(images), rtol=0, atol=1e-6)
 
     path.write_bytes(b"no weights at all")
     with pytest.raises(CheckpointError, match=rf"weights.{kind}: damaged, or not a checkpoint"):
-        load_initial(ours, path)
+        load_initial(ours, read_start(path))

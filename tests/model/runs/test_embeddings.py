@@ -1,5 +1,6 @@
 """Embeddings as a table, and training with a frozen backbone."""
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from torchvision.models import resnet18
 
 import train
 from model import networks
-from model.checkpoint import load_checkpoint
+from model.checkpoint import load_checkpoint, save_checkpoint
 from model.frozen import embed
 from model.networks import build_network
 from model.runs import embeddings
@@ -73,6 +74,22 @@ def test_a_networks_embeddings_are_torchvisions(sample_shards: tuple[Path, Manif
     inputs = (torch.from_numpy(batch.images).float() - pixels["mean"]) / pixels["std"]
     found = values_of(feather.read_table(tmp_path / "dev.arrow"))
     np.testing.assert_allclose(found, theirs(inputs.expand(-1, 3, -1, -1)), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("equalize", [False, True])
+def test_weights_of_a_run_take_images_as_it_did(
+    run: Path, originals: Path, tmp_path: Path, equalize: bool
+) -> None:
+    """On shards of other gray levels, too."""
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {"equalize": equalize}))
+    save_checkpoint(run / "best.pt", load_checkpoint(run / "best.pt") | {"equalize": equalize})
+    words = ("--shards", originals / "shards", "--split", "valid", "--out")
+    assert call_train("embed", run, *words, tmp_path / "run.arrow") == 0
+    start = ("embed", "rescnn", "--init", run / "best.pt", "--image-size", 32)
+    assert call_train(*start, *words, tmp_path / "init.arrow") == 0
+    ours, theirs = (values_of(feather.read_table(tmp_path / name)) for name in ("init.arrow", "run.arrow"))
+    np.testing.assert_array_equal(ours, theirs)
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
-import pyarrow.feather
 import pytest
 
-from model.runs.overlap import TRAINED_ON, count_shared
+from model.runs.overlap import read_seen
 from pipeline import DataError
 from pipeline.manifest import manifest_digest, read_manifest, read_table
 from tests.conftest import default_options, make_shards, write_chexpert
@@ -51,17 +49,22 @@ def evaluate(run: Path, shards: Path, split: str, *words: object) -> dict[str, o
     return {key: value for key, value in found.items() if key.startswith("shared_")}
 
 
-def test_the_run_keeps_checksums_and_no_names(originals: Path, run: Path) -> None:
+def test_best_weights_keep_checksums_and_no_names(originals: Path, run: Path) -> None:
     own = originals / "shards"
-    kept = pa.ipc.open_file(run / TRAINED_ON).read_all().to_pandas()
-    used = read_frame(own, "train", "dev")
-    np.testing.assert_array_equal(kept[["crc", "length"]], used[["crc", "length"]])
-    assert kept["split"].value_counts().to_dict() == {
-        name: read_manifest(own).splits[name].samples for name in ("train", "dev")
-    }
-    assert len(set(zip(kept["patient"], used["patient"], strict=True))) == used["patient"].nunique() == 16
-    assert b"patient0" not in (run / TRAINED_ON).read_bytes()
+    names: set[int] = set()
+    for entry, split in zip(read_seen(run), ("train", "dev"), strict=True):
+        used = read_frame(own, split)
+        assert (entry["split"], entry["run"]) == (split, "")
+        assert sorted(entry["images"].tolist()) == sorted(
+            used["crc"].astype(np.int64) * 2**32 + used["length"]
+        )
+        assert len(entry["patients"]) == used["patient"].nunique()
+        names |= set(entry["patients"].tolist())
+    assert len(names) == 16
+    assert b"patient0" not in (run / "best.pt").read_bytes()
     assert "shared_images" not in json.loads((run / "evaluation-train.json").read_text())
+    assert json.loads((run / "evaluation-valid.json").read_text())["shared_images"] == 0
+    assert "Of valid, 0 patients and 0 images are among" in (run / "model-card.md").read_text()
 
 
 def test_images_that_the_run_trained_on_are_refused(
@@ -69,15 +72,16 @@ def test_images_that_the_run_trained_on_are_refused(
 ) -> None:
     again = folder / "again"
     images = read_frame(again, "dev")  # the same files, so the same keys
-    count = int(images["key"].isin(read_frame(originals / "shards", "train", "dev")["key"]).sum())
-    assert count == len(images) > 0
-    said = f"{again}, dev: {run} trained on {count} of these {count} images"
+    seen = read_frame(originals / "shards", "train")["key"]
+    count = int(images["key"].isin(seen).sum())
+    assert count > 0
+    said = f"{again}, dev: {run} trained on {count} of these {len(images)} images"
     before = sorted(run.iterdir())
     with pytest.raises(DataError) as caught:
         evaluate(run, again, "dev")
     assert str(caught.value) == f"{said}; evaluate on others, or go on with `shared_images`"
     assert sorted(run.iterdir()) == before
-    patients = images["patient"].nunique()
+    patients = images.loc[images["key"].isin(seen), "patient"].nunique()
     expected = {"shared_patients": patients, "shared_images": count}
     assert evaluate(run, again, "dev", "--shared-images") == expected
     assert f"{said}: its scores of them are too good\n" in capfd.readouterr().err
@@ -87,11 +91,11 @@ def test_patients_that_the_run_trained_on_are_counted(
     folder: Path, run: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     others = folder / "same-names"
-    patients = read_frame(others, "dev")["patient"].nunique()
-    assert evaluate(run, others, "dev") == {"shared_patients": patients, "shared_images": 0}
+    patients = read_frame(others, "train")["patient"].nunique()
+    assert evaluate(run, others, "train") == {"shared_patients": patients, "shared_images": 0}
     assert (
         capfd.readouterr().err.count(
-            f"{others}, dev: {patients} patient names are among those that {run} trained on: "
+            f"{others}, train: {patients} patient names are among those that {run} trained on: "
             "if they are the same people, figures are too good\n"
         )
         == 1
@@ -113,18 +117,6 @@ def test_a_run_compared_with_is_checked_too(folder: Path, originals: Path, run: 
     assert call_train("evaluate", "--run", other, *options, "--against", run, "--shared-images") == 0
 
 
-def test_a_run_without_its_list_of_images_is_not_evaluated(folder: Path, run: Path) -> None:
-    again, restored = folder / "again", "the command that trained the run writes it again"
-    (run / TRAINED_ON).unlink()
-    with pytest.raises(DataError) as caught:
-        evaluate(run, again, "dev")
-    assert str(caught.value) == f"{run / TRAINED_ON}: missing; {restored}"
-    pa.feather.write_feather(pa.table({"crc": [1]}), run / TRAINED_ON, compression="uncompressed")
-    with pytest.raises(DataError) as caught:
-        evaluate(run, again, "dev")
-    assert str(caught.value) == f"{run / TRAINED_ON}: damaged; {restored}"
-
-
 def test_a_student_s_dev_may_not_be_in_its_teacher_s_train(
     folder: Path, originals: Path, run: Path, tmp_path: Path
 ) -> None:
@@ -139,13 +131,33 @@ def test_a_student_s_dev_may_not_be_in_its_teacher_s_train(
         call_train("train", "--shards", again, *student)
     assert str(caught.value) == (
         f"{again}, dev: {run} trained on {count} of these {len(dev)} images; "
-        "train with the teacher's own split, or take another teacher"
+        "keep its split (`dev`, `seed`), or start from another"
     )
     assert not (tmp_path / "student").exists()
 
 
-def test_a_dev_held_out_by_the_teacher_is_its_own(originals: Path, run: Path) -> None:
-    table = read_table(originals / "shards", read_manifest(originals / "shards").split("dev"))
-    patients = len(set(table["patient"].to_pylist()))
-    assert count_shared(run, table, "chexpert") == (patients, table.num_rows)
-    assert count_shared(run, table, "chexpert", ["train"]) == (0, 0)
+def test_what_weights_have_seen_is_handed_on(
+    folder: Path, originals: Path, run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """By `init` of its best.pt alone, to a run on other images, and from there to the next."""
+    again, own, others = folder / "again", originals / "shards", folder / "same-names"
+    best = Path(shutil.copy(run / "best.pt", tmp_path / "weights.pt"))
+    second, third = tmp_path / "second", tmp_path / "third"
+    with pytest.raises(
+        DataError, match=rf"^{again}, dev: .*weights.pt trained on \d+ of these .*; keep its split"
+    ):
+        call_train("train", "--shards", again, "--run", second, *TINY, "--init", best)
+    assert not second.exists()
+    assert call_train("train", "--shards", others, "--run", second, *TINY, "--init", best) == 0
+    with pytest.raises(
+        DataError, match=rf"^{again}, dev: .*weights.pt trained on \d+ of these .*; evaluate on others"
+    ):
+        evaluate(second, again, "dev")
+    assert call_train("train", "--shards", own, "--run", third, *TINY, "--init", second) == 0
+    assert [(entry["split"], entry["run"]) for entry in read_seen(third)] == [
+        (split, of) for of in ("", str(second / "best.pt"), str(best)) for split in ("train", "dev")
+    ]
+    words = ("embed", second, "--shards", again, "--split", "dev", "--out", tmp_path / "dev.arrow")
+    with pytest.raises(DataError, match=r"trained on \d+ of these .*; evaluate on others, or go on with"):
+        call_train(*words)
+    assert call_train(*words, "--shared-images") == 0

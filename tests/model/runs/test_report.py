@@ -32,6 +32,7 @@ CONFIG = {
     "choose_by": "all",
     "pretrained": False,
     "init": None,
+    "init_terms": "",
 }
 HISTORY = [
     {"epoch": 0.5, "train_loss": 0.7, "macro_auroc": 0.6, "macro10_auroc": None, "mean5_auroc": None},
@@ -219,7 +220,7 @@ def test_the_page_names_settings_and_what_is_left_out(page: str, evaluation: dic
     assert settings == {name: "–" if value in (None, ()) else str(value) for name, value in expected.items()}
     shown, folded = page[page.index('id="settings"') :].split("<details>")
     assert re.findall("<dt>(.*?)</dt>", shown) == ["arch", "manifest", "uncertain", "blank", "labels"]
-    assert "<summary>6 more, at their defaults</summary>" in folded
+    assert "<summary>7 more, at their defaults</summary>" in folded
     macro10 = f"{evaluation['macro10_auroc']:.3f} {limits(evaluation['intervals']['auroc']['macro10'])}"
     assert f"valid, 300 images of 150 patients {macro10} AUROC, macro, ≥ 10 patients" in text
     assert f"In no group: LL {evaluation['subgroups']['projection']['others']['LL']}." in text

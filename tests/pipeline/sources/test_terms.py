@@ -7,7 +7,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
-from model.runs.report import describe_start
+from model.runs.folder import describe_start
 from pipeline.base.files import is_open_to_all
 from pipeline.cli import making
 from pipeline.manifest import find_restriction
@@ -69,7 +69,7 @@ def test_shards_in_an_open_folder_are_warned_of(
 
 
 def test_the_start_of_a_run_names_its_terms() -> None:
-    config = {"arch": "resnet18", "pretrained": False, "init": None}
+    config = {"arch": "resnet18", "pretrained": False, "init_terms": ""}
     assert describe_start(config) == "random weights"
     of_imagenet = "trained on ImageNet, whose terms are for non-commercial research"
     for arch, terms in {
@@ -78,4 +78,4 @@ def test_the_start_of_a_run_names_its_terms() -> None:
         "https://huggingface.co/timm/convnextv2_atto.fcmae_ft_in1k names, on its terms",
     }.items():
         assert describe_start(config | {"arch": arch, "pretrained": True}) == terms
-    assert describe_start(config | {"init": "00ff"}) == "weights of a file; license not stated"
+    assert describe_start(config | {"init_terms": "CC0"}) == "CC0"

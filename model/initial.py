@@ -1,0 +1,69 @@
+"""A file of weights → its tensors, and what belongs to them: outputs, input, terms, and what they have seen.
+
+That is best.pt of a run, a state dict of torchvision, timm or torchxrayvision, or a checkpoint that holds one, as
+Lightning, DataParallel and torch.compile write it. All are read as tensors and plain values: no code of a file runs.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from model.checkpoint import refused
+from model.chest import SCALE, TERMS, is_chest, name_outputs, read_initial
+from pipeline.base.files import hash_file
+
+CONTAINERS = ("weights", "state_dict", "model_state_dict", "model")
+PREFIXES = ("module.", "model.", "_orig_mod.")
+UNKNOWN = "weights of a file; license not stated, nor what they were trained on"
+
+
+class Start(NamedTuple):
+    """Weights that a run starts from."""
+
+    path: Path
+    digest: str  # sha256 of the file
+    weights: Mapping[str, Tensor]
+    left_out: Sequence[str] = ()  # tensors that are of no network, such as those of a loss
+    outputs: Sequence[
+        str
+    ] = ()  # what the head's outputs are, in their order; "" was not trained. Empty: not known
+    scale: tuple[float, ...] = ()  # mean and deviation of the gray levels they take; empty: not known
+    equalize: bool = False  # whether films are equalized for them
+    terms: str = UNKNOWN
+    seen: Sequence[Mapping[str, Any]] = ()  # as `model.runs.overlap` has it
+
+
+def read_start(path: Path, outputs: Sequence[str] = ()) -> Start:
+    """The weights in a file. `outputs` name those of its head, where it does not say. Raises CheckpointError."""
+    saved, digest = read_initial(path), hash_file(path)
+    if "seen" in saved:
+        with refused(path):
+            scale = (saved["pixels"]["mean"], saved["pixels"]["std"])
+            seen = [dict(entry) | {"run": entry["run"] or str(path)} for entry in saved["seen"]]
+            about = (scale, saved["equalize"], saved["terms"], seen)
+            return Start(path, digest, saved["weights"], (), outputs or saved["outputs"], *about)
+    if is_chest(saved):
+        weights = {name: value for name, value in saved.items() if name != "op_threshs"}
+        return Start(path, digest, weights, (), name_outputs(saved, path.name), SCALE, terms=TERMS)
+    return Start(path, digest, *unwrap(saved), outputs)
+
+
+def unwrap(saved: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors of a network in a checkpoint, by its own names; and the other tensors' names."""
+    while inner := next((saved[name] for name in CONTAINERS if isinstance(saved.get(name), dict)), None):
+        saved = inner
+    weights = {str(name): value for name, value in saved.items() if isinstance(value, Tensor)}
+    left_out: list[str] = []
+    while prefix := next((text for text in PREFIXES if _is_usual(text, weights)), None):
+        left_out += [name for name in weights if not name.startswith(prefix)]
+        weights = {
+            name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)
+        }
+    return weights, left_out
+
+
+def _is_usual(prefix: str, names: Mapping[str, Any]) -> bool:
+    """Whether more than half of the names begin with it."""
+    return 2 * sum(name.startswith(prefix) for name in names) > len(names)
