@@ -1,6 +1,7 @@
 """Real files for the tests: a small CheXpert folder of noise images, and shards made from it."""
 
 import csv
+import fcntl
 import gc
 import importlib.util
 import io
@@ -203,18 +204,29 @@ def edit_csv(chexpert: Path) -> Callable[[str, str], None]:
 
 
 @pytest.fixture(scope="session")
-def sample_shards(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest]:
-    """Shards of 160 drawn films, for those who learn from them; nobody changes them."""
-    folder = tmp_path_factory.mktemp("sample")
-    write_sample(folder, images=160, seed=0, workers=2)
-    options = default_options(size=64, samples_per_shard=40)
-    return folder / "shards", make_shards(folder, folder / "shards", options, workers=2).manifest
+def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with 160 synthetic images and their shards, which the processes of a test run share."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    folder = base / "sample"
+    with (base / "sample.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            write_sample(partial := base / "partial", images=160, seed=0, workers=2)
+            for name, views in {"shards": "frontal", "studies": "all"}.items():
+                options = default_options(size=64, samples_per_shard=40, views=views)
+                make_shards(partial, partial / name, options, workers=2)
+            partial.rename(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")
-def drawn_studies(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest]:
-    """Shards of 160 drawn films of all views, whose studies have one or two; nobody changes them."""
-    folder = tmp_path_factory.mktemp("studies")
-    write_sample(folder, images=160, seed=0, workers=2)
-    options = default_options(size=64, samples_per_shard=40, views="all")
-    return folder / "shards", make_shards(folder, folder / "shards", options, workers=2).manifest
+def sample_shards(sample: Path) -> tuple[Path, Manifest]:
+    """Shards of the sample's frontals, for those who learn from them; nobody changes them."""
+    return sample / "shards", read_manifest(sample / "shards")
+
+
+@pytest.fixture(scope="session")
+def drawn_studies(sample: Path) -> tuple[Path, Manifest]:
+    """Shards of the sample's images of all views, whose studies have one or two; nobody changes them."""
+    return sample / "studies", read_manifest(sample / "studies")

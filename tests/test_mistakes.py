@@ -18,12 +18,12 @@ import pytest
 import torch
 
 import train
-from model.runs import results
 from model.runs.commands import main
 from model.runs.job import StopFlag
 from pipeline.base.files import claimed
 from pipeline.console import run_command
 from tests.conftest import REPOSITORY, default_options, make_shards, run_pipeline, write_chexpert
+from tests.training import narrow_networks, quick_ends
 
 PAGE = REPOSITORY / "docs" / "mistakes.md"
 # Of a small run, instead of make's own; what a row types comes on top.
@@ -161,9 +161,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def runs(world: Path) -> Path:
     """The runs of the page: one that ended, one that was stopped, one that has just begun."""
     small = ["--arch", "rescnn", "--image-size", "32", "--batch-size", "8", "--epochs", "1", "--lr", "1e-3"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(results, "RESAMPLES", 20)
-        patch.setattr(results, "render_report", lambda *_: "a page")
+    with pytest.MonkeyPatch.context() as patch, narrow_networks(), quick_ends():
         for name, stop in {"first": StopFlag, "killed": StopAtOnce}.items():
             patch.setattr(StopFlag, "listen", lambda self, stop=stop: stop())
             words = [
@@ -192,10 +190,9 @@ def test_each_mistake_says_what_the_page_says(
 ) -> None:
     folder = Path(shutil.copytree(world, tmp_path / "world"))
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(StopFlag, "listen", lambda self: self)
-    monkeypatch.setattr(results, "RESAMPLES", 20)
-    monkeypatch.setattr(results, "render_report", lambda *_: "a page")
     with ExitStack() as stack:
+        stack.enter_context(narrow_networks())
+        stack.enter_context(quick_ends())
         if mistake.name in MISSING:
             package = MISSING[mistake.name]
             monkeypatch.setattr(sys, "meta_path", [Absent(package), *sys.meta_path])

@@ -11,7 +11,7 @@ import torch
 from model import export
 from model.augment import equalize, normalize
 from model.export import Scorer, compare_scores, draw_probes, export_scorer
-from model.networks import build_network
+from model.networks import ResCNN
 from model.predict import predict_scores
 from model.runs.config import Config
 from model.runs.folder import fuse
@@ -20,7 +20,7 @@ from model.runs.folder import fuse
 @pytest.fixture(scope="module")
 def scorer() -> Scorer:
     torch.manual_seed(0)
-    network = build_network("rescnn", 14, pretrained=False)
+    network = ResCNN(14, widths=(16, 32))
     network(torch.randn(64, 1, 32, 32))  # so that BatchNorm has seen something
     return Scorer(network, list(range(14)), 120.0, 60.0).eval()
 
@@ -92,7 +92,7 @@ def test_probes_span_the_range() -> None:
 @pytest.mark.parametrize("suffix", [pytest.param(".onnx", marks=pytest.mark.soak), ".pt2"])
 def test_a_robust_network_equalizes_wherever_it_is_used(suffix: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    network = build_network("rescnn", 14)
+    network = ResCNN(14, widths=(16, 32))
     network(torch.randn(64, 1, 32, 32))
     plain = copy.deepcopy(network).eval()
     robust = fuse(network, Config(equalize=True)).eval()

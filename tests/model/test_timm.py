@@ -10,17 +10,15 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-import train
 from model.checkpoint import CheckpointError, load_checkpoint
 from model.initial import read_start
 from model.names import check_arch, own_input
 from model.networks import Head, build_network, find_head, load_initial
-from model.runs import results
-from model.runs.commands import main
 from pipeline.base.errors import DataError
 from pipeline.labels import LABELS
 from pipeline.manifest import Manifest
 from pipeline.measure.calibration import apply_calibrations
+from tests.training import call_train
 
 
 @torch.no_grad()
@@ -62,27 +60,19 @@ def test_without_timm_its_networks_say_how_to_install_it(monkeypatch: pytest.Mon
     build_network("rescnn", 14)
 
 
-def test_a_run_keeps_the_networks_own_input(
-    sample_shards: tuple[Path, Manifest], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_keeps_the_networks_own_input(sample_shards: tuple[Path, Manifest], tmp_path: Path) -> None:
     """Its size and its gray scale, from config.json through best.pt to scores and the exported network."""
     assert own_input("timm/resnet10t") == (176, False, 114.495, 57.63)
     assert own_input("timm/vit_tiny_patch16_224") == (224, True, 127.5, 127.5)
-    monkeypatch.setattr(results, "RESAMPLES", 20)
-    monkeypatch.setattr(results, "render_report", lambda *_: "a page")
     run, shards = tmp_path / "run", sample_shards[0]
-
-    def command(*words: object) -> int:
-        return int(main.main(list(map(str, words)), standalone_mode=False, obj=train.train))
-
     options = ["--shards", shards, "--run", run, "--arch", "timm/test_resnet", "--epochs", 1, "--limit", 16]
-    assert command(*options, "--batch-size", 16) == 0
+    assert call_train(*options, "--batch-size", 16) == 0
     config = json.loads((run / "config.json").read_text())
     assert (config["image_size"], config["input_scale"]) == (160, [127.5, 127.5])
     assert load_checkpoint(run / "best.pt")["pixels"] == {"mean": 127.5, "std": 127.5}
     assert json.loads((run / "environment.jsonl").read_text())["packages"]["timm"] == timm.__version__
 
-    assert command("export", "--run", run, "--out", tmp_path / "network.pt2") == 0
+    assert call_train("export", "--run", run, "--out", tmp_path / "network.pt2") == 0
     network = build_network("timm/test_resnet", 14).eval()
     network.load_state_dict(load_checkpoint(run / "best.pt")["weights"])
     images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 1, 160, 160), np.uint8))
@@ -95,7 +85,7 @@ def test_a_run_keeps_the_networks_own_input(
     np.testing.assert_allclose(calibrated, expected, rtol=0, atol=1e-5)
     fixed = ["--shards", shards, "--run", tmp_path / "other", "--arch", "timm/vit_tiny_patch16_224"]
     with pytest.raises(Exception, match="takes images of 224 pixels alone: leave --image-size out"):
-        command(*fixed, "--image-size", 320)
+        call_train(*fixed, "--image-size", 320)
 
 
 def test_weights_of_timm_that_cannot_be_downloaded_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
