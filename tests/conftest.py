@@ -51,6 +51,10 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # or triton's bindings count what is left as leaked, on the terminal
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Say what the tests that passed have survived: kills, and failures of the disk."""
     reports = terminalreporter.stats.get("passed", [])
