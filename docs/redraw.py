@@ -89,7 +89,7 @@ def main() -> None:
     photograph("front.jpg", compose_front(), 830, 2000)
     for name, height in HEIGHTS.items():
         photograph(name, (WORK / name).with_suffix(".html").read_text(), 1200, height)
-    save(Image.open(WORK / SWEEP / "contour-dev.png").convert("RGB"), "sweep.png")
+    save(Image.open(WORK / SWEEP / "auroc-dev.png").convert("RGB"), "sweep.png")
 
 
 def record(command: str) -> list[tuple[float, str]]:

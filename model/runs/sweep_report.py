@@ -1,32 +1,31 @@
-"""Trials of a sweep → sweep.csv, report.html, and the two contour plots as PNG.
+"""Trials of a sweep → sweep.csv, report.html, and AUROC over learning rate and weight decay as PNG.
 
 Colors are those of cividis, which the color-blind and a gray printer tell apart. The report's figures take their
-inks from the page, the PNGs are drawn on white.
+inks from the page, the PNGs are drawn on white. Every figure marks the trial that is best on dev.
 """
 
-import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullLocator
-from matplotlib.tri import LinearTriInterpolator, Triangulation
+from matplotlib.ticker import MaxNLocator
 
 from model.runs.config import MEANS
-from model.runs.sweep import Sweep, Trial, importances
+from model.runs.sweep import Sweep, Trial, importances, rank
 from pipeline.base import pages
-from pipeline.base.files import locked, write_atomically
+from pipeline.base.files import locked, write_atomically, write_csv
 
 MAP = matplotlib.colormaps["cividis"]
-AXES = ("lr", "weight_decay")  # of the contour plots
+AXES = ("lr", "weight_decay")  # of the planes
 NAMES = {"lr": "learning rate", "weight_decay": "weight decay", "batch_size": "batch size"}
-METRICS = {"dev": "dev", "train": "train"}
+METRICS = ("dev", "train")
 FIGURES = {
     "dev": "dev_auroc",
     "labels": "same_labels",  # that the rest are over
@@ -38,44 +37,34 @@ FIGURES = {
     "epochs": "epochs",
     "seconds": "seconds",
 }
-LEVELS = 12  # of the contours
+FEW = 6  # values of a parameter that get a place each; more lie on a logarithmic scale
+LEVELS = 12  # of the contours between many points
 
 
 def write_sweep_report(sweep: Sweep, trials: Sequence[Trial]) -> None:
-    """Write sweep.csv, report.html, contour-dev.png and contour-train.png into the sweep's folder."""
+    """Write sweep.csv, report.html, auroc-dev.png and auroc-train.png into the sweep's folder."""
     page = render_sweep(sweep.folder.name, trials, importances(sweep, trials), sweep.choice)
     with locked(sweep.folder / ".lock"):  # processes that share a sweep end at the same time
-        write_atomically(sweep.folder / "sweep.csv", format_csv(trials).encode())
+        write_csv(sweep.folder / "sweep.csv", list_rows(trials))
         write_atomically(sweep.folder / "report.html", page.encode())
         for metric in METRICS:
             if points := best_points(trials, metric):
                 figure = Figure(figsize=(5.2, 4.0), layout="constrained")
                 axes = figure.subplots()
-                draw_contour(axes, points, "black")
-                axes.set_title(f"{METRICS[metric]} AUROC: {sweep.choice}", fontsize=11)
+                draw_plane(axes, points, metric, "black")
+                axes.set_title(f"{metric} AUROC: {sweep.choice}", fontsize=11)
                 picture = io.BytesIO()
                 figure.savefig(picture, format="png", dpi=200)
-                write_atomically(sweep.folder / f"contour-{metric}.png", picture.getvalue())
+                write_atomically(sweep.folder / f"auroc-{metric}.png", picture.getvalue())
 
 
-def format_csv(trials: Sequence[Trial]) -> str:
-    """A row per trial, in their order; empty where there is no figure."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    parameters = list(trials[0].parameters) if trials else []
-    writer.writerow(["number", "state", *parameters, *FIGURES.values(), "run"])
+def list_rows(trials: Sequence[Trial]) -> Iterator[list[object]]:
+    """The rows of sweep.csv: one per trial, in their order; empty where there is no figure."""
+    yield ["number", "state", *(trials[0].parameters if trials else ()), *FIGURES.values(), "run"]
     for trial in trials:
         values = [getattr(trial, name) for name in FIGURES]
-        shown = [
-            "" if value is None else f"{value:.6f}" if isinstance(value, float) else value for value in values
-        ]
-        writer.writerow([trial.number, trial.state, *trial.parameters.values(), *shown, trial.run.name])
-    return text.getvalue()
-
-
-def rank(trials: Sequence[Trial]) -> list[Trial]:
-    """Finished trials by dev, the best first; behind them the others by number."""
-    return sorted(trials, key=lambda trial: (trial.dev is None, -(trial.dev or 0), trial.number))
+        shown = [f"{value:.6f}" if isinstance(value, float) else value for value in values]
+        yield [trial.number, trial.state, *trial.parameters.values(), *shown, trial.run.name]
 
 
 def render_sweep(
@@ -86,38 +75,34 @@ def render_sweep(
     `choice` is the AUROC that trials are compared by, as `name_choice` has it.
     """
     ranked = rank(trials)
-    best = ranked[0] if ranked and ranked[0].dev is not None else None
+    done = [trial for trial in ranked if trial.dev is not None]
     draw = partial(pages.draw_svg, fitted=True)
-    contours = {
-        METRICS[metric]: draw(
-            partial(draw_contour, points=points, ink=pages.INK),
-            f"{metric} contour",
-            (4.6, 3.6),
+    varying = list(trials[0].parameters) if trials else []
+    curves = partial(draw_curves, trials=ranked, choice=choice)
+    planes = {
+        metric: draw(
+            partial(draw_plane, points=points, metric=metric, ink=pages.INK), f"{metric} plane", (4.6, 3.6)
         )
         for metric in METRICS
         if (points := best_points(trials, metric))
     }
-    varying = list(trials[0].parameters) if trials else []
-    done = [trial for trial in ranked if trial.dev is not None]
-    shown = len(done) > 1 and len(varying) > 0
+    slices = [
+        draw(partial(draw_slice, trials=done, name=name), f"dev AUROC by {name}", (4.0, 2.6))
+        for name in varying
+        if name not in AXES and len(done) > 1
+    ]
     page = pages.open_templates("model.runs").get_template("sweep.html")
     return page.render(
         title=title,
-        best=best,
         trials=ranked,
+        done=done,
         parameters={name: NAMES.get(name, name) for name in varying},
-        contours=contours,
+        hints=list(hint_at_edges(done)),
+        planes=planes,
+        slices=slices,
         shares=shares,
-        importance=draw(lambda axes: draw_importances(axes, shares), "importances", (4.4, 1.8))
-        if shares
-        else None,
-        parallel=draw(lambda axes: draw_parallel(axes, done), "parallel coordinates", (8.0, 3.2))
-        if shown
-        else None,
         choice=choice,
-        curves=draw(lambda axes: draw_curves(axes, ranked, choice), "learning curves", (8.0, 3.4))
-        if any(trial.history for trial in trials)
-        else None,
+        curves=draw(curves, "learning curves", (8.0, 3.4)) if any(t.history for t in trials) else None,
         show=show_value,
     )
 
@@ -127,135 +112,104 @@ def show_value(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def best_points(trials: Sequence[Trial], metric: str) -> dict[tuple[float, float], float]:
-    """(learning rate, weight decay) → the metric of the trial there that is best on dev; empty if neither varies."""
-    points: dict[tuple[float, float], float] = {}
+def hint_at_edges(done: Sequence[Trial]) -> Iterator[str]:
+    """What to try next, for each parameter of which the best trial has the lowest or the highest value."""
+    for name, best in done[0].parameters.items() if done else ():
+        values = sorted({trial.parameters[name] for trial in done})
+        if not isinstance(best, (int, float)) or not 1 < len(values) <= FEW:
+            continue
+        for edge, neighbor, which in ((values[0], values[1], "lowest"), (values[-1], values[-2], "highest")):
+            if best == edge and edge and neighbor:
+                further = show_value(float(f"{edge * edge / neighbor:.2g}"))
+                shown = f"{NAMES.get(name, name)}, {show_value(best)}"
+                yield f"The best {shown}, is the {which} of those tried: try {further}, too."
+
+
+def best_points(trials: Sequence[Trial], metric: str) -> dict[tuple[Any, Any], Trial]:
+    """(learning rate, weight decay) → the trial there that is best on dev, the best first; empty if neither varies."""
+    points: dict[tuple[Any, Any], Trial] = {}
     for trial in rank(trials):
-        value = getattr(trial, metric)
-        if value is not None and any(name in trial.parameters for name in AXES):
-            place = (float(trial.parameters.get("lr", 1)), float(trial.parameters.get("weight_decay", 1)))
-            points.setdefault(place, value)
+        if getattr(trial, metric) is not None and any(name in trial.parameters for name in AXES):
+            x, y = (trial.parameters.get(name, "one value") for name in AXES)
+            points.setdefault((x, y), trial)
     return points
 
 
-def positions(values: Sequence[float]) -> tuple[list[float], dict[float, str]]:
-    """Places of the values on a logarithmic axis, and the tick labels there; 0 is a decade below the lowest other."""
-    lowest = min((value for value in values if value > 0), default=1.0)
-    places = [float(np.log10(value if value > 0 else lowest / 10)) for value in values]
-    return places, {place: show_value(value) for place, value in zip(places, values, strict=True)}
+def place(axis: Axis, values: Sequence[Any], name: str) -> list[float]:
+    """Places of a parameter's values on an axis, which gets its ticks and name.
 
-
-def draw_contour(axes: Axes, points: Mapping[tuple[float, float], float], ink: str) -> None:
-    """Filled contours between the points, interpolated in the logarithms; the points, and the best one as a star.
-
-    Without four points that span an area there are the points alone.
+    FEW values lie side by side, more numbers on a logarithmic scale; 0 is a decade below the lowest other.
     """
-    x, x_ticks = positions([place[0] for place in points])
-    y, y_ticks = positions([place[1] for place in points])
-    values = np.array(list(points.values()))
+    known = sorted(set(values))
+    places = {value: float(number) for number, value in enumerate(known)}
+    if len(known) > FEW and not isinstance(known[0], str):
+        lowest = min(value for value in known if value > 0)
+        places = {value: float(np.log10(value or lowest / 10)) for value in known}
+        known = [known[0], known[len(known) // 2], known[-1]]
+    axis.set_ticks(
+        [places[value] for value in known],
+        [value if isinstance(value, str) else f"{value:.3g}" for value in known],
+    )
+    axis.set_label_text(NAMES.get(name, name))
+    return [places[value] for value in values]
+
+
+def draw_plane(axes: Axes, points: Mapping[tuple[Any, Any], Trial], metric: str, ink: str) -> None:
+    """A metric over both AXES: a cell with its number per point, or contours between many; a star at the best one."""
+    x, y = (
+        place(axis, values, name)
+        for axis, values, name in zip((axes.xaxis, axes.yaxis), zip(*points, strict=True), AXES, strict=True)
+    )
+    values = np.array([getattr(trial, metric) for trial in points.values()])
     scale = Normalize(values.min(), max(values.max(), values.min() + 1e-3))
-    corners = np.column_stack([x, y])
-    if len(points) >= 4 and np.linalg.matrix_rank(corners - corners[0]) == 2:
-        mesh = Triangulation(x, y)
-        # On a fine grid: contours straight between few points would have corners that mean nothing.
-        fine_x, fine_y = np.meshgrid(np.linspace(min(x), max(x), 80), np.linspace(min(y), max(y), 80))
-        field = LinearTriInterpolator(mesh, values)(fine_x, fine_y)
-        levels = np.linspace(scale.vmin or 0.0, scale.vmax or 1.0, LEVELS)
-        axes.contourf(fine_x, fine_y, field, levels=levels, cmap=MAP, norm=scale, extend="both")
-    drawn = axes.scatter(x, y, c=values, cmap=MAP, norm=scale, edgecolors=ink, linewidths=0.8, s=36, zorder=3)
-    top = int(values.argmax())
-    axes.plot(x[top], y[top], "*", markersize=17, markerfacecolor="white", markeredgecolor="black", zorder=4)
-    for axis, ticks, name in ((axes.xaxis, x_ticks, AXES[0]), (axes.yaxis, y_ticks, AXES[1])):
-        kept = sorted(ticks)
-        if len(kept) > 8:  # a search has as many values as trials
-            kept = kept[:: len(kept) // 5]
-        axis.set_major_locator(FixedLocator(kept))
-        axis.set_minor_locator(NullLocator())
-        axis.set_ticklabels([ticks[place] for place in kept])
-        axis.set_label_text(NAMES[name])
-        low, high = min(ticks), max(ticks)
-        room = 0.06 * (high - low) or 0.5
-        axis.set_view_interval(low - room, high + room, ignore=True)
+    width, height = len(set(x)), len(set(y))
+    drawn: Any
+    if max(width, height) <= FEW:
+        cells = np.full((height, width), np.nan)
+        cells[np.array(y, int), np.array(x, int)] = values
+        edges = (np.arange(length + 1) - 0.5 for length in (width, height))
+        drawn = axes.pcolormesh(*edges, cells, cmap=MAP, norm=scale)
+        for number, (column, row, value) in enumerate(zip(x, y, values, strict=True)):
+            color = (
+                "#111111" if scale(value) > 0.5 else "white"
+            )  # on cividis; SVG takes black for the page's ink
+            text = f"{value:.3f}" if number else f"\N{BLACK STAR} {value:.3f}"
+            axes.text(column, row, text, color=color, ha="center", va="center")
+    else:
+        corners = np.column_stack([x, y])
+        axes.use_sticky_edges = False  # room for the outer points
+        if np.linalg.matrix_rank(corners - corners[0]) == 2:
+            axes.tricontourf(x, y, values, LEVELS, cmap=MAP, norm=scale)
+        drawn = axes.scatter(x, y, c=values, cmap=MAP, norm=scale, edgecolors=ink, linewidths=0.8, s=36)
+        axes.plot(x[0], y[0], "*", markersize=17, markerfacecolor="white", markeredgecolor="black")
     figure = axes.get_figure()
     if figure is not None:
-        bar = figure.colorbar(drawn, ax=axes)
-        bar.outline.set_visible(False)
+        figure.colorbar(drawn, ax=axes).outline.set_visible(False)
 
 
-def draw_parallel(axes: Axes, trials: Sequence[Trial]) -> None:
-    """A line per finished trial across its parameters and its AUROC on dev, stronger the higher that is.
-
-    The best one is thick.
-    """
-    columns: dict[str, tuple[list[float], dict[float, str]]] = {}
-    for name in trials[0].parameters:
-        values = [trial.parameters[name] for trial in trials]
-        if all(isinstance(value, float) for value in values):
-            columns[NAMES.get(name, name)] = positions(values)
-        else:
-            order = sorted(set(values))
-            places = [float(order.index(value)) for value in values]
-            columns[NAMES.get(name, name)] = (places, {float(n): str(value) for n, value in enumerate(order)})
+def draw_slice(axes: Axes, trials: Sequence[Trial], name: str) -> None:
+    """AUROC on dev by a parameter, of ranked finished trials; a star at the best one."""
+    places = place(axes.xaxis, [trial.parameters[name] for trial in trials], name)
     scores = [trial.dev or 0.0 for trial in trials]
-    columns["dev AUROC"] = (scores, {value: f"{value:.3f}" for value in (min(scores), max(scores))})
-    color = Normalize(min(scores), max(max(scores), min(scores) + 1e-3))
-    heights = []
-    for column, (places, ticks) in enumerate(columns.values()):
-        low, high = min(places), max(places)
-        height = {place: (place - low) / (high - low) if high > low else 0.5 for place in {*places, *ticks}}
-        heights.append([height[place] for place in places])
-        axes.axvline(column, color=pages.FAINT, linewidth=0.6, zorder=0)
-        kept = sorted(ticks)
-        for place in kept if len(kept) <= 8 else (kept[0], kept[-1]):
-            axes.annotate(
-                ticks[place],
-                (column, height[place]),
-                (4, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=7,
-            )
-    for number in reversed(range(len(trials))):  # the best one on top
-        line = [of_column[number] for of_column in heights]
-        if number:
-            axes.plot(range(len(columns)), line, pages.FIRST, alpha=0.15 + 0.7 * color(scores[number]))
-        else:
-            axes.plot(range(len(columns)), line, pages.SECOND, linewidth=2.6)
-    axes.set_xticks(range(len(columns)), list(columns))
-    axes.set_yticks([])
-    axes.set_xlim(-0.1, len(columns) - 0.65)
-    axes.spines[:].set_visible(False)
-    axes.tick_params(length=0)
-
-
-def draw_importances(axes: Axes, shares: Mapping[str, float]) -> None:
-    """Bars, the most important parameter on top."""
-    names = sorted(shares, key=lambda name: shares[name])
-    bars = axes.barh(
-        [NAMES.get(name, name) for name in names], [shares[name] for name in names], color=pages.FIRST
-    )
-    axes.bar_label(bars, [f"{shares[name]:.0%}" for name in names], padding=3)
-    axes.set_xlim(0, 1.1)
-    axes.set_xticks([])
-    axes.spines["bottom"].set_visible(False)
-    axes.tick_params(length=0)
+    axes.plot(places, scores, "o", color=pages.FIRST, markersize=4)
+    axes.plot(places[0], scores[0], "*", color=pages.SECOND, markersize=13)
+    axes.set_ylabel("dev AUROC")
 
 
 def draw_curves(axes: Axes, trials: Sequence[Trial], choice: str = MEANS["macro10"]) -> None:
-    """AUROC on dev by epoch: the best trial thick, pruned ones dashed with a cross at their end."""
-    best = trials[0] if trials[0].dev is not None else None
+    """AUROC on dev by epoch of ranked trials: the best thick, pruned ones dashed with a cross at their end."""
     for trial in reversed(trials):
         if trial.history:
-            epochs, scores = zip(*trial.history, strict=True)
-            first = trial is best
+            first = trial is trials[0] and trial.dev is not None
+            pruned = trial.state == "pruned"
             axes.plot(
-                epochs,
-                scores,
+                *zip(*trial.history, strict=True),
                 color=pages.SECOND if first else pages.FAINT,
                 linewidth=2.2 if first else 0.9,
-                linestyle="--" if trial.state == "pruned" else "-",
-                marker="x" if trial.state == "pruned" else None,
+                linestyle="--" if pruned else "-",
+                marker="x" if pruned else None,
                 markevery=[-1],
             )
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("epoch")
     axes.set_ylabel(f"dev AUROC: {choice}")

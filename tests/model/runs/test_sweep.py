@@ -371,7 +371,7 @@ def test_trials_are_the_runs_that_train_makes(
         mean = sum(labels[split][label]["auroc"] for label in same) / len(same)
         assert float(row[name]) == pytest.approx(mean, abs=1e-6)
     assert float(row["valid_low"]) < float(row["valid_auroc"]) < float(row["valid_high"])
-    for name in ("report.html", "contour-dev.png", "contour-train.png"):
+    for name in ("report.html", "auroc-dev.png", "auroc-train.png"):
         assert (sweep / name).stat().st_size > 1000
     with pytest.raises(DataError, match=r"augment is none there and affine here; choose another `sweep`$"):
         command("sweep", "--sweep", sweep, "--lr", "1e-3 1e-2", *given[:4], "--seed", 3)

@@ -233,7 +233,7 @@ def test_the_sweep_report_is_legible(tmp_path: Path, width: int, scheme: int) ->
     assert seen["flat"] == 0
     assert seen["headline"] == ["0.860", "0.810 [0.780, 0.840]"]
     assert (luminance(seen["background"]) < 0.1) == (scheme == DARK)
-    assert set(seen["ticks"]) == {seen["color"]}
+    assert set(seen["ticks"]) == {seen["color"], "rgb(17, 17, 17)", "rgb(255, 255, 255)"}  # on cells
 
 
 def blend(color: str, background: str, share: float) -> str:
