@@ -260,7 +260,7 @@ def predict_command(
     decided = np.where(unknown, np.nan, scores[:, : len(limits)] >= limits)
     if decision.calibration is not None:
         scores = apply_calibrations(config.labels, scores, decision.calibration)
-    cells = [["" if math.isnan(score) else f"{score:.6f}" for score in row] for row in scores.tolist()]
+    cells = [["" if math.isnan(score) else show_score(score) for score in row] for row in scores.tolist()]
     for row, calls in zip(cells, decided.tolist(), strict=True):
         row += ["" if math.isnan(call) else str(int(call)) for call in calls]
     facts = {"run": model.name, "shards": config.manifest, "threshold_rule": decision.rule}
@@ -279,6 +279,11 @@ def predict_command(
     if config.fusion is None:
         say_next(*TRAIN, "export", *repeat("--run", runs), "--out", "model.onnx")
     return 3 if strict and bad else 0
+
+
+def show_score(score: float) -> str:
+    """A score with 9 significant digits; near 1 with all it has, so that rounding makes no ties."""
+    return f"{score:.{9 if score < 0.999 else 17}g}"
 
 
 def group_files(files: Iterable[Path], pattern: str | None) -> dict[str, list[Path]]:
