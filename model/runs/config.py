@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import UnionType
@@ -346,12 +346,21 @@ def resolve_config(config: Config, shards: "Shards", teacher: Path | None, start
         teacher=teacher_digest(teacher, shards) if teacher else None,
         init=start.digest if start else None,
         init_terms=start.terms if start else "",
-        labels=tuple(label for label in LABELS if label in config.labels) or config.labels,
+        labels=_choose_labels(config.labels, shards),
         dev=config.dev or (None if "dev" in manifest.splits else HELD_OUT),
         image_size=config.image_size or (own.size if own else IMAGE_SIZE),
         input_scale=(start.scale if start else ()) or scale,
         equalize=AUGMENTATIONS[config.augment].robust or (start is not None and start.equalize),
     )
+
+
+def _choose_labels(labels: Sequence[str], shards: "Shards") -> tuple[str, ...]:
+    """The labels that somebody annotated, in the order of LABELS: a score of another would mean nothing."""
+    known = [label for label in LABELS if label in labels]
+    chosen = tuple(label for label in known if label not in shards.manifest.not_annotated)
+    if known and not chosen:
+        raise SettingError(f"`labels`: nobody annotated {', '.join(known)} in {shards}; choose others")
+    return chosen or tuple(labels)
 
 
 def teacher_digest(teacher: Path, shards: "Shards") -> str:

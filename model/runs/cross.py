@@ -19,6 +19,7 @@ from model.runs.report import open_run_templates
 from model.runs.scoring import score_best
 from pipeline.base.errors import DataError
 from pipeline.base.files import write_atomically, write_json
+from pipeline.labels import LABELS
 from pipeline.measure.bootstrap import describe_difference
 from pipeline.measure.delong import Areas, combine_limits, measure_areas, weigh_labels
 from pipeline.measure.evaluate import Scored
@@ -50,9 +51,10 @@ def train_runs(
     runs = plan_runs(shards)
     if len({Path(folder).name for folder in shards}) < len(shards):
         raise DataError("`shards`: two folders have the same name; rename one, by which the runs are called")
+    # All of them first: folders that share patients or images are refused before hours of training.
+    made = {name: make(folders, out / name.replace(" + ", "+")) for name, folders in runs.items()}
     jobs: dict[str, Job] = {}
-    for name, folders in runs.items():
-        job = make(folders, out / name.replace(" + ", "+"))
+    for name, job in made.items():
         finished = (job.run / "model-card.md").exists() and read_config(job.run) == job.config
         code = 0 if finished else train(job)
         if code:
@@ -73,7 +75,14 @@ def score_runs(jobs: Mapping[str, Job], shards: Sequence[str]) -> dict[str, Any]
         name: {run: score_best(replace(job, shards=alone[name]), split).images for run, job in jobs.items()}
         for name, split in columns.items()
     }
-    names = next(iter(jobs.values())).config.labels
+    names = [label for label in LABELS if all(label in job.config.labels for job in jobs.values())]
+    for runs in scored.values():  # of labels that every set annotates
+        for run, found in runs.items():
+            learned = jobs[run].config.labels
+            columns_of = [learned.index(label) for label in names]
+            runs[run] = found._replace(
+                **{field: getattr(found, field)[:, columns_of] for field in ("scores", "target", "mask")}
+            )
     labels = [
         label
         for column, label in enumerate(names)

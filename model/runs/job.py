@@ -23,7 +23,7 @@ from model.ranks import ALONE, Ranks
 from model.runs.config import Config, check_config, open_start, resolve_config
 from pipeline.base.errors import DataError
 from pipeline.base.workers import share_of_cores
-from pipeline.console import say
+from pipeline.console import say, say_once
 from pipeline.labels import MOST_VIEWS, split_patients
 from pipeline.manifest import Manifest
 from pipeline.policies import check_blank_policy, evaluation_targets
@@ -116,6 +116,8 @@ def open_job(
     unusable shards.
     """
     collection = open_collection(shards, cache, cache_size)
+    for text in collection.warnings:
+        say_once(text)
     start = open_start(config, init)
     config = resolve_config(config, collection, teacher, start)
     check_config(config, ranks)

@@ -137,7 +137,10 @@ def render_model_card(
 
 def describe_gaps(evaluation: Mapping[str, Any]) -> list[str]:
     """A line for everything of an evaluation that is undefined or rests on fewer resamples, and why."""
-    lines = []
+    absent = [name for name in evaluation.get("not_annotated", ()) if name not in evaluation["labels"]]
+    lines = [
+        f"{name}: not annotated by this data set, so not learned, and without scores." for name in absent
+    ]
     levels = {"images": evaluation} if evaluation["unit"] == "image" else {}
     for level, part in (levels | {"studies": evaluation["study"]}).items():
         intervals = part["intervals"]

@@ -94,7 +94,7 @@ def evaluate(
         config.labels, scored, calibration, unit=config.unit, resamples=RESAMPLES, facts=facts
     )
     evaluation |= found.shared
-    evaluation["not_annotated"] = [label for label in job.manifest.not_annotated if label in config.labels]
+    evaluation["not_annotated"] = list(job.manifest.not_annotated)
     evaluation |= {"chosen_by": list(chosen_by)} if chosen_by else {}
     evaluation |= {"sanity": dict(sanity)} if sanity else {}
     if found.members:

@@ -56,12 +56,10 @@ def training_labels(job: Job, train: Selected) -> Labels:
     wanted = [label for label in config.labels if policy[label] == "selftrained"]
     scores = None if job.teacher is None else teacher_scores(job.teacher, train, wanted)
     labels = Labels(*make_targets(table, policy, config.blank, config.seed, scores))
-    unannotated = [label for label in job.manifest.not_annotated if label in config.labels]
-    if unannotated:
-        say(f"not annotated in {job.shards}, so not learned: {', '.join(unannotated)}")
+    if job.manifest.not_annotated:
+        say(f"not annotated in {job.shards}, so not learned: {', '.join(job.manifest.not_annotated)}")
     found = one_class_labels(labels.target[train.rows], labels.mask[train.rows])
-    known = set(config.labels).difference(unannotated)
-    lacking = describe_one_class(counts for counts in found if counts[0] in known)
+    lacking = describe_one_class(counts for counts in found if counts[0] in config.labels)
     if lacking and job.strict:
         raise DataError(f"`strict`: {'; '.join(lacking)}")
     for text in lacking:

@@ -31,7 +31,7 @@ from model.runs.options import (
     workers_option,
 )
 from pipeline.base.errors import DataError
-from pipeline.base.files import check_folder, hash_file, write_csv, write_json
+from pipeline.base.files import check_folder, hash_file, read_object, write_csv, write_json
 from pipeline.console import Checked, Number, count_of, say, say_next
 from pipeline.labels import MOST_VIEWS, VIEWS
 from pipeline.measure.calibration import RULES, apply_calibration, apply_calibrations, read_fit
@@ -247,6 +247,7 @@ def predict_command(
         samples = {str(file): [file] for file in files}
     else:
         samples = group_files(files, group_by)
+    say_unlearned(model)
     decision = choose_decision(model, threshold)
     scores, bad = score_samples(model, list(samples.values()), workers)
     for file, reason in bad:
@@ -331,6 +332,7 @@ def export_command(runs: tuple[Path, ...], out: Path, threshold: str) -> int:
         raise DataError(
             f"{model.name}: members of different `image_size` take no images in common: no single file"
         )
+    say_unlearned(model)
     decision = choose_decision(model, threshold)
     scorers = []
     members: dict[str, list[Any]] = {"normalization": [], "member_calibrations": []}
@@ -352,6 +354,14 @@ def export_command(runs: tuple[Path, ...], out: Path, threshold: str) -> int:
     click.echo(f"{out}: checked, within {difference:.1e} of the eager network's logits")
     click.echo(f"its scores: {', '.join(config.labels)}")
     return 0
+
+
+def say_unlearned(model: "Model") -> None:
+    """Say which labels have no scores because nobody annotated them in the shards of a model's run."""
+    path = next(iter(model.members)) / "evaluation-dev.json"
+    labels = read_object(path).get("not_annotated") if path.exists() else None
+    if labels:
+        say(f"{model.name}: no scores of {', '.join(labels)}: not annotated in its shards, so not learned")
 
 
 def describe_export(

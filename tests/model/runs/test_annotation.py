@@ -5,12 +5,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
+import pyarrow as pa
 import pytest
 
 import train
 from model.runs.job import Job
 from model.runs.report import describe_gaps
-from model.runs.summary import print_evaluations
+from pipeline.base.errors import SettingError
 from pipeline.etl.shards import Execution, write_shards
 from pipeline.labels import LABELS
 from pipeline.sources.sets import find_source
@@ -44,14 +45,15 @@ def test_what_nobody_looked_for_is_neither_learned_nor_measured(
     assert "Fracture has" not in said
     report = json.loads((job.run / "evaluation-valid.json").read_text())
     assert report["not_annotated"] == ["Fracture"]
-    assert report["labels"]["Fracture"]["auroc"] is None
-    assert (report["labels"]["Fracture"]["positives"], report["labels"]["Fracture"]["negatives"]) == (0, 0)
-    assert "Fracture" in report["skipped"]
-    reason = "Fracture, images: not annotated by this data set, so no figures, and in no mean."
-    assert reason in describe_gaps(report)
-    print_evaluations({"valid": report})
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if "Fracture" in line]
-    assert "not annotated" in line
+    assert "Fracture" not in report["labels"]
+    assert "Fracture: not annotated by this data set, so not learned, and without scores." in describe_gaps(
+        report
+    )
+    assert "Fracture" not in json.loads((job.run / "calibration.json").read_text())["image"]
+    scores = pa.ipc.open_file(job.run / "scores-valid.arrow").read_all()
+    assert set(LABELS).difference(scores.column_names) == {"Fracture"}
+    with pytest.raises(SettingError, match=r"^`labels`: nobody annotated Fracture in .*; choose others$"):
+        make_job("none", shards=shards, labels=("Fracture",))
     card = (job.run / "model-card.md").read_text()
     assert "films drawn by `pipeline sample`. License: none needed: the films show no patient.\n" in card
     assert "\nStarted from: random weights.\n" in card
