@@ -11,7 +11,6 @@ ARCH   ?= rescnn
 LR     ?= 2e-3
 BATCH  ?= 32
 EPOCHS ?= 12
-RUN    ?= runs/sample-$(NAME)
 SWEEP  ?= runs/sample-sweep
 endif
 
@@ -75,13 +74,15 @@ $(if $(call given,TORCH),$(if $(wildcard .venv/installed),$(if $(filter-out =$(T
 POLICIES = $(if $(call given,UNCERTAIN),--uncertain $(UNCERTAIN)) $(if $(call given,BLANK),--blank $(BLANK)) \
 	$(if $(TEACHER),--teacher $(TEACHER))
 tagged   = $(if $(call given,$(1)),-$(2)$($(1)))
+# The sample's run is named by what was set by hand alone.
+named    = $(if $(SAMPLE),$(call tagged,$(1),$(2)),-$(2)$($(1)))
 # A timm network has a size of its own, where none was set by hand.
 SIZED    = $(if $(SAMPLE)$(call given,SIZE),yes,$(if $(filter timm/%,$(ARCH)),,yes))
 IMAGE_SIZE = $(if $(SIZED),--image-size $(SIZE))
 # On real data a network with weights starts from them: all but rescnn, and where ARGS say another start.
 SCRATCH  = $(SAMPLE)$(filter no,$(PRETRAINED))$(filter rescnn,$(ARCH))$(filter --init% --pretrained,$(ARGS))
 START    = $(if $(filter yes,$(PRETRAINED)),--pretrained,$(if $(SCRATCH),,--pretrained))
-NAME     = $(subst /,-,$(ARCH))$(if $(SIZED),-$(SIZE))-lr$(LR)-wd$(WD)$(call tagged,BATCH,batch)$(call tagged,EPOCHS,epochs)$(call tagged,UNCERTAIN)$(call tagged,BLANK,blank-)$(call tagged,VIEWS)$(if $(FUSION),-$(FUSION))$(call tagged,PRETRAINED,pretrained-)-seed$(SEED)
+NAME     = $(subst /,-,$(if $(SAMPLE),sample$(call tagged,ARCH),$(ARCH)))$(if $(SIZED),$(call named,SIZE))$(call named,LR,lr)$(call named,WD,wd)$(call tagged,BATCH,batch)$(call tagged,EPOCHS,epochs)$(call tagged,UNCERTAIN)$(call tagged,BLANK,blank-)$(call tagged,VIEWS)$(if $(FUSION),-$(FUSION))$(call tagged,PRETRAINED,pretrained-)$(call named,SEED,seed)
 SHARED   = --epochs $(EPOCHS) $(IMAGE_SIZE) $(START) --seed $(SEED) $(if $(call given,VIEWS),--views $(VIEWS)) $(if $(FUSION),--fusion $(FUSION)) $(THREADS)
 WRITE    = $(BIN)/pipeline shards "$(DATA)" $(OUT) --size $(SIZE) --views $(VIEWS) --dev $(DEV) $(THREADS)
 $(if $(word 2,$(OUT)),$(error OUT=$(OUT): make takes no spaces there))

@@ -1,12 +1,12 @@
 """Train a network on shards. The commands, which `model/runs/commands.py` and `use.py` define:
 
-    python train.py --shards shards --run runs/first --lr 1e-4        train, or continue where it stopped
-    python train.py sweep --sweep runs/sweep --lr "1e-4 1e-3"         a run for each value
-    python train.py evaluate --run runs/first --split valid           score its best checkpoint on a split
-    python train.py predict --run runs/first --out scores.csv films   score image files
-    python train.py export --run runs/first --out model.onnx          for other programs (.onnx or .pt2)
-    python train.py inputs --out inputs.png                           draw what training makes of the images
-    python train.py embed runs/first --out train.parquet              embeddings of a split, for other models
+    python -m train --shards shards --run runs/first --lr 1e-4        train, or continue where it stopped
+    python -m train sweep --sweep runs/sweep --lr "1e-4 1e-3"         a run for each value
+    python -m train evaluate --run runs/first --split valid           score its best checkpoint on a split
+    python -m train predict --run runs/first --out scores.csv films   score image files
+    python -m train export --run runs/first --out model.onnx          for other programs (.onnx or .pt2)
+    python -m train inputs --out inputs.png                           draw what training makes of the images
+    python -m train embed runs/first --out train.parquet              embeddings of a split, for other models
 
 `torchrun --nproc-per-node 8 train.py …` trains on 8 GPUs: every rank takes its slice of the same batches.
 
@@ -18,9 +18,9 @@ folder continues where it stopped, exactly: batches and augmentations are functi
 
 Self-training (U-SelfTrained of Irvin et al., 2019) is three commands: a teacher that leaves uncertain cells
 out, its scores of train, and a student whose uncertain targets they are:
-    python train.py --run runs/teacher --uncertain ignore
-    python train.py evaluate --run runs/teacher --split train
-    python train.py --run runs/student --uncertain selftrained --teacher runs/teacher
+    python -m train --run runs/teacher --uncertain ignore
+    python -m train evaluate --run runs/teacher --split train
+    python -m train --run runs/student --uncertain selftrained --teacher runs/teacher
 """
 
 import importlib

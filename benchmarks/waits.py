@@ -16,7 +16,7 @@ from pathlib import Path
 
 import click
 
-SHARDS, RUN = Path("shards/sample"), Path("runs/sample-rescnn-128-lr2e-3-wd1e-2-seed0")
+SHARDS, RUN = Path("shards/sample"), Path("runs/sample")
 # What draws a report, without what it imports: the one line that is timed inside.
 DRAW = """
 import json, pathlib, sys, time

@@ -14,12 +14,11 @@ def render_options() -> str:
     """The page."""
     parts = [
         "# All options\n",
-        "```\npipeline shards --help\npython train.py train --help\n```\n",
-        "The `--help` of each command says the same. This page is made of it by `.venv/bin/python -m docs.options`, "
-        "and a test compares the two.\n",
-        "Options that `train` has too are not repeated under the other commands of train.py.\n",
+        "```\npipeline shards --help\npython -m train train --help\n```\n",
+        "Written from the `--help` of each command by `python -m docs.options`.\n",
+        "Options that `python -m train train` has too are not repeated under its other commands.\n",
     ]
-    for group, name in ((pipeline, "pipeline"), (train, "train.py")):
+    for group, name in ((pipeline, "pipeline"), (train, "python -m train")):
         context = click.Context(group, info_name=name, **group.context_settings)
         common: set[str] = set()
         # `train` first: it has what the others share.

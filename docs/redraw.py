@@ -29,10 +29,10 @@ DOCS = Path(__file__).resolve().parent
 PICTURES, SAMPLE = DOCS / "pictures", DOCS / "sample"
 WORK = DOCS.parent / "build" / "pictures"
 NEEDED = ("Makefile", "pyproject.toml", "requirements.lock", "train.py", ".venv")  # in WORK, by make
-RUN, SWEEP = "runs/sample-rescnn-128-lr2e-3-wd1e-2-seed0", "runs/sample-sweep"
+RUN, SWEEP = "runs/sample", "runs/sample-sweep"
 CUED = "cued --images 1000 --shortcut Atelectasis=corners:0.9 --shortcut Pneumonia=marker:0.9"
 FILMS = " ".join(f"sample/CheXpert-v1.0-small/valid/patient{number:05}" for number in range(580, 592))
-PREDICT = ".venv/bin/python train.py predict"
+PREDICT = ".venv/bin/python -m train predict"
 COMMANDS = {  # what makes what is in WORK, besides make train
     "shards/films/manifest.json": "make shards DATA=sample OUT=shards/films SIZE=320 DEV=0.2",
     "labels.html": ".venv/bin/pipeline stats shards/films --policy best --html labels.html",

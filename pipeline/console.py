@@ -66,7 +66,7 @@ class Parsed(click.ParamType[Value], Generic[Value]):
 
 
 CACHE_FOLDER = click.option(
-    "--cache", default=".cache", type=click.Path(path_type=Path), help="Where shards of a URL are kept."
+    "--cache", default=".cache", type=click.Path(path_type=Path), help="Cache folder of shards from URLs."
 )
 
 

@@ -1,8 +1,8 @@
-"""What the pages show runs: their shell and Python blocks, typed as they stand there, in a folder with small data.
+"""What the pages show runs: their shell and Python blocks, typed as they stand there, after `make train`.
 
 A block runs in `make test`; with `<!-- docs-check -->` on the line above it, in `make docs-check`, as it takes longer;
-and with `<!-- not run: why -->` nowhere, but its commands and options must exist. Output is ```text, or
-```console, where lines with a $ are commands.
+and with `<!-- not run: why -->` nowhere, but its commands and options must exist. It runs in what `make train` leaves,
+with the data of `<!-- needs ~/films -->`. Output is ```text, or ```console, where lines with a $ are commands.
 """
 
 import os
@@ -20,17 +20,13 @@ import pytest
 
 from model.runs.commands import main as train
 from pipeline.cli import cli as pipeline
-from pipeline.etl.shards import Execution, write_shards
-from pipeline.sources.sets import find_source
 from pipeline.synthetic.sample import write_sample
-from tests.conftest import POLICIES, REPOSITORY, default_options, make_shards, write_chexpert
+from tests.conftest import REPOSITORY, default_options, make_shards, write_chexpert
 from tests.layouts import draw, write_mimic, write_nih
-from tests.training import call_train
 
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 # Of small runs, instead of make's own.
-SETTINGS = {"ARCH": "rescnn", "SIZE": "64", "BATCH": "16", "EPOCHS": "1", "DEV": "0.2", "WORKERS": "1"}
-SMALL = ["--arch", "rescnn", "--image-size", "64", "--batch-size", "16", "--epochs", "1", "--workers", "1"]
+SETTINGS = {"ARCH": "rescnn", "SIZE": "64", "BATCH": "16", "EPOCHS": "1", "DEV": "0.2"}
 PROGRAMS = ("pipeline", "python", "torchrun", "dask")
 
 
@@ -42,6 +38,12 @@ class Block(NamedTuple):
     language: str
     code: str
     note: str
+
+    @property
+    def needs(self) -> list[str]:
+        """Data that the block needs beside what `make train` leaves."""
+        _, _, names = self.note.partition("needs ")
+        return [name.removeprefix("~/") for name in names.split(", ") if name]
 
     @property
     def commands(self) -> str:
@@ -62,8 +64,8 @@ def find_blocks(page: Path) -> list[Block]:
 BLOCKS = [block for page in PAGES for block in find_blocks(page)]
 SHELL = [block for block in BLOCKS if block.language in ("", "console")]
 RUNNABLE = [block for block in BLOCKS if block.language in ("", "python")]
-SHORT = [block for block in RUNNABLE if not block.note]
-LONG = [block for block in RUNNABLE if block.note == "docs-check"]
+SHORT = [block for block in RUNNABLE if not block.note or block.note.startswith("needs ")]
+LONG = [block for block in RUNNABLE if block.note.startswith("docs-check")]
 
 
 def name(block: Block) -> str:
@@ -75,8 +77,9 @@ def test_every_block_runs_or_says_why_not() -> None:
     assert len(LONG) > 10
     for block in BLOCKS:
         assert block.language in ("", "python", "console", "text"), name(block)
-        assert block.note in ("", "docs-check") or re.match(r"not run: \w+", block.note), name(block)
-        assert block.language in ("", "python", "text") or block.note not in ("", "docs-check"), name(block)
+        runs = re.fullmatch(r"|docs-check|(docs-check, )?needs .+", block.note)
+        assert runs or re.match(r"not run: \w+", block.note), name(block)
+        assert block.language in ("", "python", "text") or not runs, name(block)
 
 
 def test_the_table_of_extras_has_each_of_them() -> None:
@@ -88,82 +91,87 @@ def test_the_table_of_extras_has_each_of_them() -> None:
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder, which is also the home, with the data that the pages speak of; tests get copies."""
+    """A clone, which is also the home, with `make train`'s sample and its shards, of fewer images; tests get copies."""
     home = tmp_path_factory.mktemp("docs")
     (home / ".venv").mkdir()
     for part in Path(sys.prefix).iterdir():
         if part.name != "installed":
             (home / ".venv" / part.name).symlink_to(part)
-    for link in ("Makefile", "train.py"):
-        (home / link).symlink_to(REPOSITORY / link)
+    makefile = (REPOSITORY / "Makefile").read_text()
+    for variable, value in SETTINGS.items():
+        makefile = re.sub(rf"^({variable} *\?=).*", rf"\1 {value}", makefile, flags=re.MULTILINE)
+    (home / "Makefile").write_text(makefile)
+    (home / "train.py").symlink_to(REPOSITORY / "train.py")
     for file in ("requirements.lock", "pyproject.toml", ".venv/installed"):
         (home / file).touch()
-    source = write_sample(home, images=200, laterals=0.4, valid=0.4)
-    make_shards(source, home / "shards", default_options(size=64, views="all", dev=0.2, samples_per_shard=40))
-    shutil.copy(source / "train.csv", home)
-    shutil.copytree(
-        home / "shards", home / "wds", ignore=shutil.ignore_patterns("*.json", "*.arrow", "valid*")
-    )
-    write_nih(home / "nih")
-    (home / "nih" / "Data_Entry_2017_v2020.csv").rename(home / "Data_Entry_2017_v2020.csv")
-    write_mimic(home / "mimic-cxr-jpg")
-    write_chexpert(home / "childrens-films", "train", range(1, 9))
-    rows = ["Image,MRN,Years,edema,fluid"]
-    for number in range(8):
-        draw(home / "films" / f"{number}.png", number)
-        rows.append(f"{number}.png,{number},50,{number % 2},{number % 3 % 2}")
-    (home / "films" / "films.csv").write_text("\n".join(rows))
-    book = pytest.importorskip("openpyxl").Workbook()
-    book.active.append(["PATIENT", "PRIMARY_RACE"])
-    for number in range(1, 400):
-        book.active.append([number, ("White", "Black")[number % 2]])
-    book.save(home / "CHEXPERT DEMO.xlsx")
+    source = write_sample(home / "sample", images=200, laterals=0.4, valid=0.4)
+    make_shards(source, home / "shards" / "sample", default_options(size=64, views="frontal", dev=0.2))
     return home
 
 
 @pytest.fixture(scope="session")
 def trained(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same with runs a, b and c, and with shards of other patients."""
+    """The same with the sample's run: all that `make train` leaves."""
     home = Path(shutil.copytree(world, tmp_path_factory.mktemp("trained") / "docs", symlinks=True))
-    own = home / "CheXpert-v1.0-small"
-    other = write_sample(home / "other", images=200, seed=1, laterals=0.4, valid=0.4)
-    for place, source in {"a": own, "b": other, "nih": own, "children": other, "other": other}.items():
-        named = find_source(source, {}, [], called=place)
-        options = default_options(size=64, dev=0.2, samples_per_shard=40)
-        write_shards(named, home / "shards" / place, options, POLICIES, Execution(1, 0.0))
-    for seed, run in enumerate("abc"):
-        call_train("train", "--shards", home / "shards", "--run", home / "runs" / run, "--seed", seed, *SMALL)
+    type_in(["make", "train"], home)
+    assert (home / "runs" / "sample" / "report.html").exists()
     return home
 
 
-def run_block(block: Block, home: Path) -> None:
-    """Type a block in that folder."""
-    if re.search(r"\bpipeline shards \S+ shards( |$)|^make shards (?!.*OUT=)", block.code, re.MULTILINE):
-        shutil.rmtree(home / "shards")  # which it writes
+@pytest.fixture(scope="session")
+def needed(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the data that blocks need beside."""
+    folder = tmp_path_factory.mktemp("needed")
+    shutil.copytree(world / "sample" / "CheXpert-v1.0-small", folder / "CheXpert-v1.0-small")
+    shutil.copytree(
+        world / "shards" / "sample",
+        folder / "wds",
+        ignore=shutil.ignore_patterns("*.json", "*.arrow", "valid*"),
+    )
+    write_nih(folder / "nih")
+    (folder / "nih" / "Data_Entry_2017_v2020.csv").rename(folder / "Data_Entry_2017_v2020.csv")
+    write_mimic(folder / "mimic-cxr-jpg")
+    write_chexpert(folder / "childrens-films", "train", range(1, 9))
+    rows = ["Image,MRN,Years,edema,fluid"]
+    for number in range(8):
+        draw(folder / "films" / f"{number}.png", number)
+        rows.append(f"{number}.png,{number},50,{number % 2},{number % 3 % 2}")
+    (folder / "films" / "films.csv").write_text("\n".join(rows))
+    book = pytest.importorskip("openpyxl").Workbook()
+    book.active.append(["PATIENT", "PRIMARY_RACE"])
+    for number in range(1, 400):
+        book.active.append([number, ("White", "Black")[number % 2]])
+    book.save(folder / "CHEXPERT DEMO.xlsx")
+    return folder
+
+
+def type_in(command: list[str], home: Path) -> None:
+    """Run a command in that folder, whose .venv is activated."""
     kept = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MAKELEVEL")}
     path = os.pathsep.join([str(home / ".venv" / "bin"), os.environ["PATH"]])
     set_here = {"HOME": str(home), "PATH": path, "MPLCONFIGDIR": matplotlib.get_configdir()}
-    command = ["python", "-c"] if block.language == "python" else ["bash", "-ec"]
-    ran = subprocess.run(
-        [*command, block.code],
-        cwd=home,
-        env=kept | SETTINGS | set_here,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    ran = subprocess.run(command, cwd=home, env=kept | set_here, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stdout[-2000:] + ran.stderr[-2000:]
 
 
+def run_block(block: Block, clone: Path, needed: Path, home: Path) -> None:
+    """Type a block in a copy of that clone."""
+    shutil.copytree(clone, home, symlinks=True)
+    for path in block.needs:
+        copy = shutil.copytree if (needed / path).is_dir() else shutil.copy
+        copy(needed / path, home / path)
+    type_in([*(["python", "-c"] if block.language == "python" else ["bash", "-ec"]), block.code], home)
+
+
 @pytest.mark.parametrize("block", SHORT, ids=name)
-def test_a_block_runs(block: Block, world: Path, tmp_path: Path) -> None:
-    run_block(block, Path(shutil.copytree(world, tmp_path / "docs", symlinks=True)))
+def test_a_block_runs(block: Block, world: Path, needed: Path, tmp_path: Path) -> None:
+    run_block(block, world, needed, tmp_path / "docs")
 
 
 @pytest.mark.docs
 @pytest.mark.parametrize("block", LONG, ids=name)
-def test_a_longer_block_runs(block: Block, trained: Path, tmp_path: Path) -> None:
-    run_block(block, Path(shutil.copytree(trained, tmp_path / "docs", symlinks=True)))
+def test_a_longer_block_runs(block: Block, trained: Path, needed: Path, tmp_path: Path) -> None:
+    run_block(block, trained, needed, tmp_path / "docs")
 
 
 @pytest.fixture(scope="session")
@@ -182,9 +190,8 @@ def recorder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             '[ "$1" != shards ] || { mkdir -p "$3"; touch "$3/manifest.json"; }\n'
         )
         stub.chmod(0o755)
-    for folder in ("shards", "shards/nih", "shards/other"):
-        (home / folder).mkdir()
-        (home / folder / "manifest.json").touch()
+    (home / "shards" / "sample").mkdir(parents=True)
+    (home / "shards" / "sample" / "manifest.json").touch()
     return home
 
 
@@ -224,6 +231,8 @@ def test_the_commands_and_options_of_a_block_exist(block: Block, recorder: Path,
     for program, *words in calls:
         if program == "pipeline":
             check_options(pipeline, words)
+        elif words[:2] == ["-m", "train"]:
+            check_options(train, words[2:])
         elif "train.py" in words:
             check_options(train, words[words.index("train.py") + 1 :])
 

@@ -32,6 +32,8 @@ from model.runs.options import (
     check_folders,
     config_options,
     grouped,
+    own_shards_option,
+    read_own_shards,
     run_option,
     shared_images_option,
     with_options,
@@ -69,10 +71,10 @@ class TrainByDefault(click.Group):
 @click.group(
     cls=TrainByDefault,
     context_settings={"show_default": True},
-    epilog="The options of train: python train.py train --help",
+    epilog="The options of train: python -m train train --help",
 )
 def main() -> None:
-    """Train, use a run, and look at what it does. Without a command's name: train."""
+    """Train networks; evaluate, apply and inspect runs. Default command: train."""
 
 
 JOB_OPTIONS = [
@@ -81,14 +83,14 @@ JOB_OPTIONS = [
         "--init",
         metavar="FILE",
         type=InitPath(path_type=Path, exists=True),
-        help="Start from these weights, or those of a run, or xrv:NAME: torchxrayvision's for chest films.",
+        help="Start from this file, a run, or torchxrayvision's chest X-ray weights (xrv:NAME).",
     ),
     grouped(
         "labels",
         "--teacher",
         metavar="RUN",
         type=click.Path(path_type=Path),
-        help="selftrained: learn from this run's scores.",
+        help="With the policy selftrained: learn from this run's scores.",
     ),
     grouped(
         "labels", "--strict", is_flag=True, help="Refuse labels with one class in train instead of warning."
@@ -100,7 +102,7 @@ JOB_OPTIONS = [
 @main.command(
     "train",
     cls=GroupedCommand,
-    epilog="Example: python train.py --shards shards --run runs/first --lr 1e-4 --weight-decay 1e-2",
+    epilog="Example: python -m train --shards shards --run runs/first --lr 1e-4 --weight-decay 1e-2",
 )
 @with_options(run_option, *DATA_OPTIONS, *config_options(), *JOB_OPTIONS)
 @click.pass_obj
@@ -125,7 +127,7 @@ def train_command(train: Train, /, **given: Any) -> int:
 @main.command(
     "cross",
     cls=GroupedCommand,
-    epilog="Example: python train.py cross --shards shards/nih --shards shards/children --out runs/cross --epochs 15",
+    epilog="Example: python -m train cross --shards shards/nih --shards shards/children --out runs/cross --epochs 15",
 )
 @grouped(
     "run", "--out", type=click.Path(path_type=Path), required=True, help="Folder of the runs and of the page."
@@ -162,29 +164,37 @@ def cross_command(train: Train, /, out: Path, shards: tuple[str, ...], **given: 
     print_cross(found)
     click.echo(f"{out / 'cross.html'}: the same by label")
     *_, last = jobs.values()
-    say_next(*use.TRAIN, "predict", "--run", last.run, "--out", "scores.csv", "FILMS")
+    say_next(*use.TRAIN, "predict", "--run", last.run, "--out", "scores.csv", "IMAGES")
     return 0
 
 
 @main.command(
     "embed",
     cls=GroupedCommand,
-    epilog="Example: python train.py embed runs/first --shards shards --split train --out train.parquet",
+    epilog="Example: python -m train embed runs/first --split train --out train.parquet",
 )
 @click.argument("source", metavar="RUN_OR_ARCH")
-@click.option("--split", default="train", help="Of the shards, which may be others than the run's.")
+@click.option(
+    "--split", default="train", help="Split to score; --shards may differ from the training shards."
+)
 @click.option(
     "--out", required=True, type=click.Path(path_type=Path, dir_okay=False), help=".arrow or .parquet"
 )
 @with_options(
-    *DATA_OPTIONS, shared_images_option, *config_options(only=("pretrained", "image_size")), JOB_OPTIONS[0]
+    own_shards_option,
+    *DATA_OPTIONS[1:],
+    shared_images_option,
+    *config_options(only=("pretrained", "image_size")),
+    JOB_OPTIONS[0],
 )
 def embed_command(source: str, split: str, out: Path, shared_images: bool, **given: Any) -> int:
-    """Write what a run, or a network with --init or --pretrained, makes of a split's images before its last layer.
+    """Write the embeddings (input of the last layer) of a split by a run, or by a network with --init or --pretrained.
 
     A table of keys, patients, labels and embeddings, for models that are fitted on top.
     """
-    run, (config, others) = Path(source), split_options(given)
+    run = Path(source)
+    given["shards"] = given["shards"] or read_own_shards(run)
+    config, others = split_options(given)
     started = config.pretrained or others["init"] is not None
     refuse_usage(out.suffix not in (".arrow", ".parquet"), f"--out {out}: it must end in .arrow or .parquet")
     if run.is_dir():
@@ -267,7 +277,7 @@ def print_run(run: Path) -> None:
         guess = f"dev AUROC ({MEANS[name]}) is {low:.2f} to {high:.2f}, not told from guessing"
         say(f"{run}: {guess}: try a lower `lr`, more `epochs` or more images")
     click.echo(f"{run / 'report.html'}: the same with curves, intervals and subgroups")
-    say_next(*use.TRAIN, "predict", "--run", run, "--out", "scores.csv", "FILMS")
+    say_next(*use.TRAIN, "predict", "--run", run, "--out", "scores.csv", "IMAGES")
 
 
 def repeat_options(config: Config, others: Mapping[str, Any]) -> list[str]:
@@ -310,15 +320,15 @@ SWEEP_OPTIONS = [
         "--sampler",
         default="grid",
         type=click.Choice(["grid", "tpe"]),
-        help="tpe: search between the values.",
+        help="tpe: search between the values given.",
     ),
-    grouped("sweep", "--trials", type=click.IntRange(1), help="tpe: how many at most."),
+    grouped("sweep", "--trials", type=click.IntRange(1), help="With tpe: maximum number of trials."),
     grouped(
         "sweep",
         "--pruner",
         default="none",
         type=click.Choice(["none", "median", "halving"]),
-        help="Ends poor trials early.",
+        help="Stop poor trials early.",
     ),
 ]
 
@@ -326,7 +336,7 @@ SWEEP_OPTIONS = [
 @main.command(
     "sweep",
     cls=GroupedCommand,
-    epilog='Example: python train.py sweep --sweep runs/sweep --lr "1e-4 1e-3" --weight-decay "1e-4 1e-2" --epochs 3',
+    epilog='Example: python -m train sweep --sweep runs/sweep --lr "1e-4 1e-3" --weight-decay "1e-4 1e-2" --epochs 3',
 )
 @with_options(*SWEEP_OPTIONS, *DATA_OPTIONS, *config_options(several=SWEPT), *JOB_OPTIONS)
 @click.pass_obj

@@ -100,7 +100,7 @@ class Config:
         metavar="NAME",
     )
     lr: float = option(1e-4, "optimization", "Peak learning rate.", low=0, open=True)
-    weight_decay: float = option(1e-2, "optimization", "AdamW's.", low=0)
+    weight_decay: float = option(1e-2, "optimization", "AdamW weight decay.", low=0)
     batch_size: int = option(64, "optimization", low=2)
     epochs: int = option(5, "optimization", low=1)
     image_size: int = option(  # 0, until it is resolved: the network's own
@@ -118,7 +118,7 @@ class Config:
     augment: str = option(
         "affine",
         "data",
-        "crop: affine maps and random crops; robust: also random sharpness, noise and borders, on equalized films.",
+        "crop: affine maps and random crops; robust: also random sharpness, noise and borders, on equalized images.",
         choices=tuple(AUGMENTATIONS),
     )
     uncertain: str = option(  # empty: the shards' own
@@ -147,21 +147,19 @@ class Config:
     max_bad: float = option(
         0.0,
         "data",
-        "Share of images that may be damaged and are left out, on each rank and between evaluations.",
+        "Fraction of damaged images to tolerate and skip, per rank and between evaluations.",
         low=0,
         high=1,
     )
     loss: str = option("bce", "optimization", "aucm: the AUC margin loss.", choices=LOSSES)
-    pos_weight: bool = option(False, "optimization", "Weight positives by how rare they are in train.")
+    pos_weight: bool = option(False, "optimization", "Weight positives by their inverse frequency in train.")
     accumulate: int = option(
         1, "optimization", "Compute each batch in this many parts, to save memory.", low=1
     )
     eval_every: int | None = option(
         None, "run", "Evaluate on dev this often.", low=1, metavar="STEPS", shown="once per epoch"
     )
-    patience: int | None = option(
-        None, "run", "Stop after this many evaluations without a better one.", low=1
-    )
+    patience: int | None = option(None, "run", "Stop after this many evaluations without improvement.", low=1)
     pretrained: bool = option(False, "network", "Start from ImageNet weights (downloads them).")
     init: str | None = None  # sha256 of the file of weights that the run starts from
     init_terms: str = ""  # their license, and what they were trained on
@@ -176,7 +174,7 @@ class Config:
     compile: bool = option(False, "optimization", "Compile the network with torch.compile.")
     teacher: str | None = None  # sha256 of its scores, where a label is selftrained
     sync_bn: bool = option(
-        False, "optimization", "torchrun: BatchNorm over the whole batch instead of each rank's part."
+        False, "optimization", "With torchrun: BatchNorm over the whole batch instead of each rank's part."
     )
     fusion: str | None = option(
         None, "network", "Train on studies, pooling their views this way.", choices=FUSIONS
@@ -189,7 +187,7 @@ class Config:
     dev: float | None = option(
         None,
         "data",
-        "Share of train's patients to choose the checkpoint by.",
+        "Fraction of training patients held out as dev.",
         low=0,
         high=1,
         open=True,
@@ -197,17 +195,17 @@ class Config:
     )
 
     mix: tuple[float, ...] = option(
-        (), "data", "Each folder's share of the images drawn.", metavar="0.7,0.3", shown="by size"
+        (), "data", "Sampling fraction of each folder.", metavar="0.7,0.3", shown="by size"
     )
     balance_over: str | None = option(
         None,
         "data",
-        "balance: within each combination of these columns' values.",
+        "With --balance: stratify by these columns.",
         check=split_columns,
         metavar="COLUMN,…",
     )
     layer_decay: float = option(
-        1.0, "optimization", "Learning rate of each block, as a share of the next one's.", low=0, high=1
+        1.0, "optimization", "Learning rate of each block, as a fraction of the next one's.", low=0, high=1
     )
     # Mean and deviation of gray levels that the input is normalized by; empty: the shards'.
     input_scale: tuple[float, ...] = ()

@@ -133,7 +133,7 @@ DATA_OPTIONS = [
         "--cache",
         type=click.Path(path_type=Path),
         default=Path(".cache"),
-        help="Where shards of a URL are kept, shared by all runs.",
+        help="Cache folder of shards from URLs, shared by all runs.",
     ),
     grouped(
         "data",
@@ -150,7 +150,7 @@ shared_images_option = grouped(
     "data",
     "--shared-images",
     is_flag=True,
-    help="Go on where the weights have learned from some of the images.",
+    help="Allow images the weights were trained on.",
 )
 
 

@@ -43,11 +43,14 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".dcm", ".dicom")
 TRAIN = ("python", "-m", "train")  # in a clone, and from a wheel
 VARIANTS = 4  # epochs that `inputs` shows
 threshold_option = click.option(
-    "--threshold", default="none", type=click.Choice([*RULES, "none"]), help="Decide by dev's thresholds."
+    "--threshold",
+    default="none",
+    type=click.Choice([*RULES, "none"]),
+    help="Also write decisions, by thresholds chosen on dev.",
 )
 
 
-@click.command("evaluate", epilog="Example: python train.py evaluate --run runs/first --split valid")
+@click.command("evaluate", epilog="Example: python -m train evaluate --run runs/first --split valid")
 @with_options(runs_option, own_shards_option, *DATA_OPTIONS[1:])
 @click.option(
     "--out",
@@ -55,25 +58,33 @@ threshold_option = click.option(
     show_default="the runs' names, beside the first",
     help="Folder of an ensemble's results.",
 )
-@click.option("--split", default="valid", help="Of the shards, which may be others than the run's.")
+@click.option(
+    "--split", default="valid", help="Split to score; --shards may differ from the training shards."
+)
 @click.option(
     "--against",
     multiple=True,
     metavar="RUN",
     type=click.Path(path_type=Path),
-    help="Compare with its scores; a run by studies with those of several.",
+    help="Compare with this run; a run on studies may be compared with several.",
 )
 @click.option(
-    "--sensitivity", default=0.9, type=Number(0, 1), help="Sensitivity the third threshold must reach on dev."
+    "--sensitivity",
+    default=0.9,
+    type=Number(0, 1),
+    help="Sensitivity that the third threshold must reach on dev.",
 )
 @click.option(
-    "--study", default="max", type=click.Choice(["max", "mean"]), help="A study's score, from its views'."
+    "--study",
+    default="max",
+    type=click.Choice(["max", "mean"]),
+    help="How a study's score is computed from its views.",
 )
 @click.option(
     "--where",
     multiple=True,
     metavar="CONDITION",
-    help="Score these images instead of those chosen by the run's own conditions: sex=Male.",
+    help="Score the images that meet this, instead of the run's own conditions: sex=Male.",
 )
 @click.option("--views", type=click.Choice(VIEWS), show_default="the run's", help="Score these views.")
 @shared_images_option
@@ -83,12 +94,12 @@ threshold_option = click.option(
     multiple=True,
     metavar="CSV",
     type=click.Path(path_type=Path),
-    help="Show this reader's labels of the studies beside the ROC curves; several times.",
+    help="Add this reader as a point to the ROC curves; may be repeated.",
 )
 @click.option(
     "--sanity",
     is_flag=True,
-    help="Score them covered and shuffled, too.",
+    help="Also run occlusion and patch-shuffle checks.",
 )
 def evaluate_command(
     shards: tuple[str, ...],
@@ -169,7 +180,7 @@ def evaluate_command(
     write_report(scored, f"report-{compared}.html", {split: evaluated})
     for file in (f"scores-{result}.arrow", f"evaluation-{compared}.json", f"report-{compared}.html"):
         click.echo(f"{job.run / file}: written")
-    say_next(*TRAIN, "predict", "--run", job.run, "--out", "scores.csv", "FILMS")
+    say_next(*TRAIN, "predict", "--run", job.run, "--out", "scores.csv", "IMAGES")
     return 0
 
 
@@ -186,25 +197,25 @@ def check_pattern(text: str) -> None:
         raise DataError(f"'{text}' is not a regular expression: {error}") from None
 
 
-@click.command("predict", epilog="Example: python train.py predict --run runs/first --out scores.csv films/")
+@click.command("predict", epilog="Example: python -m train predict --run runs/first --out scores.csv images/")
 @with_options(runs_option)
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
 @click.option("--out", required=True, type=click.Path(path_type=Path, dir_okay=False), help="CSV to write.")
-@click.option("--strict", is_flag=True, help="Exit with 3 where an image cannot be read.")
+@click.option("--strict", is_flag=True, help="Exit with 3 if an image cannot be read.")
 @click.option(
     "--group-by",
     metavar="REGEX",
     type=Checked(check_pattern),
-    help="Files in whose paths it finds the same text are one study.  [default: those of a folder]",
+    help="Files whose paths match it with the same text form a study.  [default: files of a folder]",
 )
 @click.option(
     "--heatmaps",
     metavar="DIR",
     type=click.Path(path_type=Path, file_okay=False),
-    help="Write heat maps there, too.",
+    help="Also write heat maps to this folder.",
 )
 @click.option(
-    "--heatmap-labels", default=1, type=click.IntRange(1), help="For this many labels of an image, by score."
+    "--heatmap-labels", default=1, type=click.IntRange(1), help="Number of labels per image, by score."
 )
 @threshold_option
 @workers_option
@@ -305,7 +316,7 @@ def group_files(files: Iterable[Path], pattern: str | None) -> dict[str, list[Pa
     return studies
 
 
-@click.command("export", epilog="Example: python train.py export --run runs/first --out model.onnx")
+@click.command("export", epilog="Example: python -m train export --run runs/first --out model.onnx")
 @with_options(runs_option)
 @click.option("--out", required=True, type=click.Path(path_type=Path, dir_okay=False), help=".onnx or .pt2")
 @threshold_option
@@ -421,7 +432,7 @@ def _is_image(file: Path) -> bool:
 
 
 @click.command(
-    "inputs", epilog="Example: python train.py inputs --shards shards --augment crop --out inputs.png"
+    "inputs", epilog="Example: python -m train inputs --shards shards --augment crop --out inputs.png"
 )
 @with_options(*DATA_OPTIONS[:3])
 @click.option("--split", default="train")
@@ -454,7 +465,7 @@ def inputs_command(
     image_size: int,
     out: Path,
 ) -> None:
-    """Draw images as training reads them, beside what its augmentation makes of them.
+    """Draw images as training reads them, before and after augmentation.
 
     As in the first step of the first epochs, were these images the batch.
     """
@@ -491,24 +502,24 @@ def inputs_command(
 
 
 @click.command(
-    "localize", epilog="Example: python train.py localize --run runs/first --boxes boxes.csv --split valid"
+    "localize", epilog="Example: python -m train localize --run runs/first --boxes boxes.csv --split valid"
 )
 @with_options(run_option, own_shards_option, *DATA_OPTIONS[1:3])
 @click.option(
     "--boxes",
     required=True,
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="CSV with key,label,x,y,w,h in pixels of the original films, or CheXlocalize's gt_segmentations JSON.",
+    help="CSV with key,label,x,y,w,h in pixels of the original images, or CheXlocalize's gt_segmentations JSON.",
 )
 @click.option(
-    "--split", "splits", multiple=True, default=["valid"], help="Of the shards; several are taken together."
+    "--split", "splits", multiple=True, default=["valid"], help="Split of the shards; several are pooled."
 )
 def localize_command(
     shards: tuple[str, ...], cache: Path, cache_size: int, run: Path, boxes: Path, splits: tuple[str, ...]
 ) -> int:
-    """Measure how often the run's heat maps point at what readers marked, and how well they cover it.
+    """Measure how often the run's heat maps hit what readers marked, and how much they overlap.
 
-    Beside it: what chance gives, and a map that is the same for all films.
+    Baselines: chance, and the average heat map of other patients.
     """
     shards = shards or read_own_shards(run)
     check_folders(shards)
@@ -537,7 +548,7 @@ def localize_command(
     click.echo(f"{path}: {len(cells):,} of the {all_cells:,} cells in {boxes}")
     if collection.digest == config.manifest and not {"train", "dev"}.isdisjoint(splits):
         say(
-            "Warning: the run has learned from train and chosen its weights on dev: these films are not new to it"
+            "Warning: the run has learned from train and chosen its weights on dev: these images are not new to it"
         )
     say_next(*TRAIN, "evaluate", "--run", run, *repeat("--shards", shards), "--split", splits[0], "--sanity")
     return 0

@@ -16,11 +16,15 @@ from pipeline.measure.metrics import Floats
 
 @click.command(epilog="Example: pipeline audit shards --html audit.html")
 @click.argument("sources", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
-@click.option("--split", help="One split of a folder.  [default: train and dev; all where there is no train]")
+@click.option("--split", help="Split to audit.  [default: train and dev; all if there is no train]")
 @click.option("--views", default="all", type=click.Choice(VIEWS), help="By the column Frontal/Lateral.")
-@click.option("--images/--no-images", default=None, help="Measure gray levels, too.  [default: of shards]")
+@click.option("--images/--no-images", default=None, help="Also measure gray levels.  [default: for shards]")
 @click.option(
-    "--threads", default=count_cpus, type=click.IntRange(min=1), show_default="all cores", help="To decode."
+    "--threads",
+    default=count_cpus,
+    type=click.IntRange(min=1),
+    show_default="all cores",
+    help="Decoding threads.",
 )
 @click.option("--html", type=click.Path(path_type=Path, dir_okay=False), help="Write a page with a heat map.")
 @click.option("--strict", is_flag=True, help="Exit with 3 on any alarm.")
@@ -35,7 +39,7 @@ def audit(
     strict: bool,
     format_: str,
 ) -> int:
-    """Find what tells each label of SOURCES (shards, data sets' folders or CSVs) without the disease.
+    """Audit SOURCES (shards, dataset folders or CSVs) for shortcuts: which non-disease factors predict each label.
 
     The patient's number, the projection, the original width, gray levels of border and corners, …: each alone, and
     all together in a model tested on other patients. A network may learn these instead, and fail elsewhere.

@@ -35,15 +35,15 @@ if TYPE_CHECKING:
 
 @click.command(epilog="Example: pipeline stats train.csv --views frontal --by sex --html labels.html")
 @click.argument("sources", nargs=-1, required=True, type=PathOrUrl(exists=True))
-@click.option("--split", help="One split of a folder.  [default: all together]")
+@click.option("--split", help="Split to count.  [default: all]")
 @click.option("--views", default="all", type=click.Choice(VIEWS), help="By the column Frontal/Lateral.")
 @click.option(
     "--by", metavar="FACT", help=f"Count each group of images: by {', '.join(NO_GROUP)}, or a fact."
 )
 @click.option(
-    "--facts", multiple=True, metavar="FILE", help="CSV or XLSX of facts to join; shards have theirs."
+    "--facts", multiple=True, metavar="FILE", help="CSV or XLSX with extra columns to join; not for shards."
 )
-@click.option("--cooccurrence", is_flag=True, help="How often two labels are positive together.")
+@click.option("--cooccurrence", is_flag=True, help="Count how often two labels are positive together.")
 @click.option(
     "--policy",
     type=Parsed(parse_policies, "POLICY"),
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 )
 @click.option("--against", type=PathOrUrl(exists=True), help="Compare with another source.")
 @CACHE_FOLDER
-@click.option("--against-split", help="One split of that source.")
+@click.option("--against-split", help="Split of that source.")
 @click.option(
     "--html",
     type=click.Path(path_type=Path, dir_okay=False),
@@ -72,7 +72,7 @@ def stats(
     html: Path | None,
     format_: str,
 ) -> None:
-    """Count positive, uncertain, negative and blank per label in SOURCES (shards, data sets' folders or CSVs).
+    """Count positive, uncertain, negative and blank per label in SOURCES (shards, dataset folders or CSVs).
 
     Shards may be at a URL: s3://bucket/shards. Several are counted together; --by set counts each.
     """
@@ -191,7 +191,7 @@ def check_output(option: str, path: Path | None, suffixes: Collection[str]) -> N
     "--label",
     metavar="LABEL",
     type=click.Choice(LABELS, case_sensitive=False),
-    help="Images by their state of this label.",
+    help="Show images by their state of this label.",
 )
 @click.option("--state", type=click.Choice(list(STATES)), help="State of --label.", show_default="positive")
 @click.option(
@@ -222,7 +222,7 @@ def show(
     from pipeline.stream.select import select_rows
 
     refuse_usage(state and not label, "--state needs --label")
-    refuse_usage(augmented, "--augmented is a command now: python train.py inputs --shards … --out …")
+    refuse_usage(augmented, "--augmented is a command now: python -m train inputs --shards … --out …")
     check_output("--out", out, FORMATS)
     folder, remote = find_shards(shards, cache)
     opened = open_split(folder, read_manifest(folder), split, remote)

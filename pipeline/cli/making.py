@@ -80,7 +80,7 @@ def sample(
     shortcuts: tuple["Shortcut", ...],
     workers: int,
 ) -> None:
-    """Write a synthetic CheXpert to OUT: drawn chest films, for trying things out without patient data."""
+    """Write a synthetic CheXpert to OUT, to try things out without patient data."""
     from pipeline.synthetic.sample import write_sample
 
     cues = [shortcut.cue for shortcut in shortcuts]
@@ -193,12 +193,12 @@ FOLDER = Parsed(parse_folder, "folder")
 @click.option(
     "--columns",
     type=Parsed(parse_columns, "NAME=COLUMN,…"),
-    help="Of --set table or webdataset: path=Image,patient=MRN,Edema=edema.",
+    help="With --set table or webdataset: path=Image,patient=MRN,Edema=edema.",
 )
 @click.option(
     "--name",
     type=Parsed(parse_name, "NAME"),
-    help="Call the set this: another hospital's, in the layout of SOURCE.",
+    help="Dataset name; required if another hospital's data uses this layout.",
 )
 @click.option(
     "--annotated",
@@ -237,7 +237,7 @@ FOLDER = Parsed(parse_folder, "folder")
     show_default="zeros, or as existing shards have it",
     help=BLANK_HELP,
 )
-@click.option("--dev", default=0.05, type=Number(0, 1), help="Share of train's patients that make up dev.")
+@click.option("--dev", default=0.05, type=Number(0, 1), help="Fraction of training patients held out as dev.")
 @click.option("--seed", default=0, type=click.IntRange(min=0), help="Decides the dev patients and the order.")
 @click.option(
     "--limit", type=click.IntRange(min=1), help="Most images per split; whole patients, at least one."
@@ -248,10 +248,12 @@ FOLDER = Parsed(parse_folder, "folder")
     "splits",
     multiple=True,
     type=Parsed(parse_split, "SPLIT=CSV"),
-    help="CSVs of your own, instead of SOURCE's; or tars.",
+    help="CSV (or tars) of a split, instead of SOURCE's own.",
 )
 @click.option("--root", "roots", multiple=True, type=FOLDER, help="Another folder of images.")
-@click.option("--facts", multiple=True, metavar="FILE", help="CSV or XLSX of facts, by patient or study.")
+@click.option(
+    "--facts", multiple=True, metavar="FILE", help="CSV or XLSX with extra columns, by patient or study."
+)
 @click.option("--max-pixels", default=50_000_000, type=click.IntRange(min=1), help="Reject larger images.")
 @click.option(
     "--bits",
@@ -267,7 +269,9 @@ FOLDER = Parsed(parse_folder, "folder")
 )
 @WORKERS
 @click.option("--scheduler", metavar="URL", help="Run on the Dask cluster at tcp://host:8786.")
-@click.option("--dry-run", is_flag=True, help="Say what would be written, and which images are missing.")
+@click.option(
+    "--dry-run", is_flag=True, help="Print what would be written and which images are missing; write nothing."
+)
 def shards(
     source: Path,
     out: Path,

@@ -1,6 +1,6 @@
 """Shards at a URL → local files, through a bounded cache that all processes of a machine share.
 
-    python train.py --shards https://host/path     or s3://bucket/path, after pip install 'chexpert-pipeline[remote]'
+    python -m train --shards https://host/path     or s3://bucket/path, after pip install 'chexpert-pipeline[remote]'
 
 In: a folder of shards on a web server or in an object store. Credentials come from where their owner keeps
 them: AWS_PROFILE, AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL and the like for s3, ~/.netrc for https. Out: files

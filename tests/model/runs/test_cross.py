@@ -49,7 +49,7 @@ def test_every_run_is_scored_on_every_set(
     out = tmp_path / "cross"
     words = ("cross", *(word for folder in sets for word in ("--shards", folder)), "--out", out, *WORDS)
     assert call_train(*words) == 0
-    then = f"predict --run {shlex.quote(str(out / 'north+south'))} --out scores.csv FILMS"
+    then = f"predict --run {shlex.quote(str(out / 'north+south'))} --out scores.csv IMAGES"
     assert capsys.readouterr().err.endswith(f"\nnext: python -m train {then}\n")
     found = json.loads((out / "cross.json").read_text())
     assert found["sets"] == {name: {"split": "valid", "images": 40} for name in ("north", "south")}

@@ -51,7 +51,7 @@ def test_what_evaluate_wrote_is_said_and_a_comparison_stays(
     def written(*words: object) -> list[Path]:
         assert call_train(*command, *words) == 0
         said = capsys.readouterr()
-        assert said.err.endswith(f"next: python -m train predict --run {run} --out scores.csv FILMS\n")
+        assert said.err.endswith(f"next: python -m train predict --run {run} --out scores.csv IMAGES\n")
         lines = said.out.splitlines()
         return [Path(line.removesuffix(": written")) for line in lines if line.endswith(": written")]
 

@@ -223,7 +223,7 @@ def test_damage_is_named(shards: tuple[Path, Manifest], tmp_path: Path) -> None:
         (
             ["--augmented", "--out", "x.png"],
             2,
-            "Error: --augmented is a command now: python train.py inputs --shards … --out …",
+            "Error: --augmented is a command now: python -m train inputs --shards … --out …",
         ),
         (
             ["--split", "test", "--out", "x.png"],
