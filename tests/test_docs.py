@@ -26,7 +26,7 @@ from tests.layouts import draw, write_mimic, write_nih
 
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 # Of small runs, instead of make's own.
-SETTINGS = {"ARCH": "rescnn", "SIZE": "64", "BATCH": "16", "EPOCHS": "1", "DEV": "0.2"}
+SETTINGS = {"ARCH": "rescnn", "SIZE": "128", "BATCH": "16", "EPOCHS": "1", "DEV": "0.2"}
 PROGRAMS = ("pipeline", "python", "torchrun", "dask")
 
 
@@ -105,7 +105,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for file in ("requirements.lock", "pyproject.toml", ".venv/installed"):
         (home / file).touch()
     source = write_sample(home / "sample", images=200, laterals=0.4, valid=0.4)
-    make_shards(source, home / "shards" / "sample", default_options(size=64, views="frontal", dev=0.2))
+    make_shards(source, home / "shards" / "sample", default_options(size=128, views="frontal", dev=0.2))
     return home
 
 
