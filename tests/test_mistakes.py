@@ -111,7 +111,7 @@ def type_in(line: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> tupl
     """What a user types in the folder. make itself runs; what it starts is then run in this process."""
     words = shlex.split(line)
     if words[0] != "make":
-        return call(words[words[0] == "python" :], capsys)
+        return call(words[2 * (words[0] == "python") :], capsys)
     kept = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL")}
     command = ["make", "--no-print-directory", "-f", str(REPOSITORY / "Makefile"), *words[1:]]
     made = subprocess.run(

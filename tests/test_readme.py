@@ -14,10 +14,10 @@ def test_no_block_leaves_settings_behind_for_the_next() -> None:
     blocks = [
         block for page in PAGES for block in page.read_text().split("```")[1::2] if "\nexport " in block
     ]
-    assert len(blocks) == 4
+    assert len(blocks) == 3
     for block in blocks:
         ran = subprocess.run(
-            ["bash", "-c", f'make() {{ :; }}\n{re.sub(r".venv/bin/.*", ":", block)}\necho "[$OUT]"'],
+            ["bash", "-c", f'make() {{ :; }}\n{re.sub(r"(pipeline|python) .*", ":", block)}\necho "[$OUT]"'],
             capture_output=True,
             text=True,
             check=False,
@@ -29,7 +29,7 @@ def test_no_block_leaves_settings_behind_for_the_next() -> None:
 def test_every_test_that_the_pages_name_exists() -> None:
     text = "".join(page.read_text() for page in PAGES)
     named = re.findall(r"(tests/[\w/]*test_\w+\.py)(?:::(\w+))?", text)
-    assert len(named) > 150
+    assert len(named) > 40
     for file, test in named:
         assert not test or f"\ndef {test}(" in (REPOSITORY / file).read_text(), (file, test)
 
