@@ -16,7 +16,7 @@ from pipeline.images import Original
 from pipeline.labels import read_labels
 from pipeline.manifest import read_manifest, read_table
 from pipeline.sources.joined import join_facts
-from pipeline.sources.load import load_table
+from pipeline.sources.load import load_table, load_tables
 from tests.conftest import run_pipeline
 
 RACES = (
@@ -146,6 +146,7 @@ def test_rows_are_told_by_key_study_or_number(chexpert: Path, tmp_path: Path, ke
             "patient,width\npatient00001,7\n",
             ": column width: the data set's table has that name",
         ),
+        ("patient,set\npatient00001,7\n", ": column set: the data set's table has that name"),
         ("patient,a b,A_B\npatient00001,7,8\n", ": column 3 'A_B' is a name twice"),
         ("patient,?\npatient00001,7\n", ": column 2 has no name"),
         (
@@ -188,6 +189,21 @@ def test_rows_that_agree_may_be_repeated_and_files_add_up(chexpert: Path, tmp_pa
     ]
     with pytest.raises(DataError, match="column race: the data set's table has that name"):
         join_facts(tables, [tmp_path / "a.csv"])
+
+
+def test_numbers_given_here_are_no_key_and_csvs_named_alike_are_two_sets(
+    chexpert: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "facts.csv").write_text("patient,study,ward\npatient00001,1,W\n")
+    tables = {"all": read_labels(chexpert / "train.csv")}
+    with pytest.raises(DataError, match="column study cannot be a key: the data set's studies have no names"):
+        join_facts(tables, [tmp_path / "facts.csv"], numbered=True)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.csv").write_bytes((chexpert / "train.csv").read_bytes())
+    both = load_tables([tmp_path / "a" / "train.csv", tmp_path / "b" / "train.csv"], None, "all")
+    assert both["set"].unique().to_pylist() == ["a/train.csv", "b/train.csv"]
+    assert len(both["patient"].unique()) == 2 * len(tables["all"]["patient"].unique())
 
 
 def test_facts_choose_and_group_images(chexpert: Path, tmp_path: Path) -> None:
