@@ -38,7 +38,7 @@ SETTINGS = {
 }
 # Packages that are not there, by the row that misses them.
 MISSING = {
-    "a URL without its extra": "s3fs",
+    "a URL without its extra": "botocore",
     "timm's network without its extra": "timm",
     "a sweep without its extra": "optuna",
     "ONNX without its extra": "onnxscript",

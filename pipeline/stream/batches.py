@@ -52,12 +52,31 @@ class Labels(NamedTuple):
 
 
 class ShardFile:
-    """An open shard; closed when the last batch that reads it is gone."""
+    """A shard to read from: open until the last batch that reads it is gone or, if not `kept`, for each read anew."""
 
-    descriptor = -1  # if it cannot be opened
+    descriptor = -1  # if it is not open
 
-    def __init__(self, path: Path) -> None:
-        self.descriptor = os.open(path, os.O_RDONLY)
+    def __init__(self, locate: Callable[[], Path], kept: bool = True) -> None:
+        self.locate = locate
+        if kept:
+            self.descriptor = self._open()
+
+    def read(self, length: int, offset: int) -> bytes:
+        """The bytes at a place. Raises DataError if the file cannot be opened, and OSError."""
+        if self.descriptor >= 0:
+            return os.pread(self.descriptor, length, offset)
+        descriptor = self._open()
+        try:
+            return os.pread(descriptor, length, offset)
+        finally:
+            os.close(descriptor)
+
+    def _open(self) -> int:
+        path = self.locate()
+        try:
+            return os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read: {error.strerror}") from None
 
     def __del__(self) -> None:
         if self.descriptor >= 0:
@@ -231,9 +250,16 @@ def fetch(steps: Iterable[Step], split: OpenSplit) -> Iterator[Encoded]:
     for step in _download_ahead(steps, split) if split.is_remote else steps:
         rows = step.images
         shards = split.shard[rows]
-        for number in np.unique(shards).tolist():
-            opened[number] = opened.pop(number) if number in opened else _open_shard(split, number)
-        files = [opened[number] for number in shards.tolist()]
+        numbers = np.unique(shards).tolist()
+        # A batch of more shards, and others that wait, would have more open than a process may.
+        kept = len(numbers) <= KEPT_OPEN
+        by_number = {
+            number: opened.pop(number) if number in opened else ShardFile(partial(split.locate, number), kept)
+            for number in numbers
+        }
+        if kept:
+            opened |= by_number
+        files = [by_number[number] for number in shards.tolist()]
         while len(opened) > KEPT_OPEN:
             del opened[next(iter(opened))]
         yield Encoded(step, files, split.offset[rows], split.length[rows], split.crc[rows])
@@ -289,7 +315,7 @@ def read_into(out: Gray, file: ShardFile, offset: int, length: int, crc: int, en
 
 
 def _read_bytes(file: ShardFile, offset: int, length: int, crc: int) -> bytes:
-    data = os.pread(file.descriptor, length, offset)
+    data = file.read(length, offset)
     if zlib_ng.crc32(data) != crc:
         raise ValueError("its bytes do not match the checksum in the index")
     return data
@@ -336,43 +362,35 @@ def _decode_batch(batch: Encoded, split: OpenSplit, size: int) -> tuple[Decoded,
     return Decoded(batch.step, images, sample, place, bad), reasons
 
 
-def _open_shard(split: OpenSplit, number: int) -> ShardFile:
-    path = split.locate(number)
-    try:
-        return ShardFile(path)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-
-
 def _download_ahead(steps: Iterable[Step], split: OpenSplit) -> Iterator[Step]:
     """The steps as they come, each when its shards are there; those of the next window arrive meanwhile."""
     waiting: deque[tuple[Step, list[int]]] = deque()
     arrivals: dict[int, Future[Path]] = {}  # of the shards that the waiting steps need
     needs: Counter[int] = Counter()  # how many of them need it
     stop = Event()
-    with ThreadPoolExecutor(DOWNLOADS, thread_name_prefix="download") as pool:
+    pool = ThreadPoolExecutor(DOWNLOADS, thread_name_prefix="download")
 
-        def next_step() -> Step:
-            step, numbers = waiting.popleft()
+    def next_step() -> Step:
+        step, numbers = waiting.popleft()
+        for number in numbers:
+            arrivals[number].result()
+            needs[number] -= 1
+            if needs[number] == 0:
+                del arrivals[number], needs[number]
+        return step
+
+    try:
+        for step in steps:
+            numbers = np.unique(split.shard[step.images]).tolist()
             for number in numbers:
-                arrivals[number].result()
-                needs[number] -= 1
-                if needs[number] == 0:
-                    del arrivals[number], needs[number]
-            return step
-
-        try:
-            for step in steps:
-                numbers = np.unique(split.shard[step.images]).tolist()
-                for number in numbers:
-                    needs[number] += 1
-                    if number not in arrivals:
-                        arrivals[number] = pool.submit(split.locate, number, stop)
-                waiting.append((step, numbers))
-                while len(arrivals) >= KEPT_OPEN:
-                    yield next_step()
-            while waiting:
+                needs[number] += 1
+                if number not in arrivals:
+                    arrivals[number] = pool.submit(split.locate, number, stop)
+            waiting.append((step, numbers))
+            while len(arrivals) >= KEPT_OPEN:
                 yield next_step()
-        finally:
-            stop.set()  # what is under way ends too: a trainer that was told to stop has to save
-            pool.shutdown(wait=True, cancel_futures=True)
+        while waiting:
+            yield next_step()
+    finally:
+        stop.set()  # what is under way ends with its next piece: a trainer that was told to stop has to save
+        pool.shutdown(wait=False, cancel_futures=True)

@@ -14,7 +14,6 @@ whose sha256 is the manifest's. The cache folder holds
     lock                      held by whoever looks, makes room or renames; never while bytes travel
 """
 
-import asyncio
 import errno
 import fcntl
 import hashlib
@@ -22,10 +21,10 @@ import os
 import re
 import shutil
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from concurrent.futures import wait
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
+from functools import lru_cache, partial
+from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Event
@@ -195,11 +194,11 @@ class Remote:
         self.url, self.cache = url, cache
         self.attempts, self.pause, self.timeout = attempts, pause, timeout
         self.is_s3 = url.startswith("s3:")
+        self._read = _read_s3 if self.is_s3 else _read_http
         if not re.match("s3://[^/@]+(/|$)|https?://[^/?]", url):
             raise DataError(f"{redact(url)}: not like https://host/path or s3://bucket/path")
         with needs("remote", redact(url)):
-            self._files, self._failures = (_open_s3 if self.is_s3 else _open_http)(timeout)
-        self._read = _read_s3 if self.is_s3 else _read_http
+            import_module("botocore.session" if self.is_s3 else "requests")
 
     def mirror(self) -> Path:
         """A local folder with the manifest as it is now and its tables. Raises DataError naming the URL."""
@@ -273,25 +272,19 @@ class Remote:
 
     def _fetch(self, file: Path, most: int, stop: Event, url: str, start: int = 0) -> None:
         """Download what follows the `start` bytes in `file`, `most` in all: do not trust Content-Length."""
-
-        async def download() -> None:
-            with file.open("r+b" if start else "wb") as target:
-                async for offset, piece in self._read(self._files, url, start):
-                    if offset + len(piece) > most:
-                        target.truncate(0)
-                        raise OSError(f"more than the {most:,} bytes that it may have")
-                    target.seek(offset)
-                    target.write(piece)
-                target.truncate()
-
-        task = asyncio.run_coroutine_threadsafe(download(), self._files.loop)
-        try:
-            while not wait([task], POLL).done:
+        with (
+            file.open("r+b" if start else "wb") as target,
+            closing(self._read(url, start, self.timeout)) as pieces,
+        ):
+            for offset, piece in pieces:
                 if stop.is_set():
                     raise DownloadStopped
-            task.result()
-        finally:
-            task.cancel()
+                if offset + len(piece) > most:
+                    target.truncate(0)
+                    raise OSError(f"more than the {most:,} bytes that it may have")
+                target.seek(offset)
+                target.write(piece)
+            target.truncate()
 
     def _locate(self, name: str) -> str:
         base, mark, query = self.url.partition("?")
@@ -304,7 +297,9 @@ class Remote:
             _wait(self.pause * 2 ** (attempt - 1) if attempt else 0, stop)
             try:
                 return action(url)
-            except self._failures as error:
+            except DownloadStopped:
+                raise
+            except Exception as error:  # of a client's own kinds
                 reason, may_pass = self._describe(error)
             if not may_pass:
                 raise DataError(f"{redact(url)}: {reason}")
@@ -312,78 +307,74 @@ class Remote:
 
     def _describe(self, error: Exception) -> tuple[str, bool]:
         """What happened, without secrets, and whether it may pass."""
-        status = getattr(error, "status", None)
-        if isinstance(error, FileNotFoundError):
+        response = getattr(error, "response", None)
+        if isinstance(response, dict):  # of botocore
+            status = response["ResponseMetadata"].get("HTTPStatusCode")
+        else:
+            status = getattr(response, "status_code", None)
+        if status == 404:
             return "not found", False
         if is_refusal(error) or status in (401, 403):
             return f"no access; {AWS_CREDENTIALS if self.is_s3 else 'credentials come from ~/.netrc'}", False
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return f"{self.cache.folder}: cannot be written: {explain_os_error(error)}", False
-        if isinstance(error, TimeoutError):
+        if "timed out" in str(error) or "Read timeout" in str(error):
             return f"no byte for {self.timeout:g} seconds", True
         text = f"HTTP status {status}" if status else redact(str(error))
         return text, not isinstance(error, ValueError)  # of a URL that is none
 
 
-def _open_http(timeout: float) -> tuple[Any, tuple[type[Exception], ...]]:
-    """A file system, and what it raises."""
-    import aiohttp
-    import fsspec
+def _read_http(url: str, start: int, timeout: float) -> Generator[tuple[int, bytes]]:
+    """The pieces of a file and their offsets, from byte `start` on; from 0 if the server gives no parts.
 
-    limits = aiohttp.ClientTimeout(total=None, sock_connect=timeout, sock_read=timeout)
-    # As it is: expanding what a server compressed would let a few bytes fill the disk. Proxies and ~/.netrc.
-    client = {"timeout": limits, "trust_env": True, "headers": {"Accept-Encoding": "identity"}}
-    files = fsspec.filesystem("https", client_kwargs=client, skip_instance_cache=True)
-    return files, (OSError, ValueError, aiohttp.ClientError)
-
-
-async def _read_http(files: Any, url: str, start: int) -> AsyncIterator[tuple[int, bytes]]:
-    """The pieces of a file and their offsets, from byte `start` on; from 0 where the server gives no parts.
-
-    Nothing where the file ends before `start`.
+    Nothing if the file ends before `start`.
     """
-    session = await files.set_session()
-    headers = {"Range": f"bytes={start}-"} if start else {}
-    async with session.get(files.encode_url(url), headers=headers) as response:
-        if start and response.status == 416:  # Range Not Satisfiable
+    import requests
+
+    # As it is: expanding what a server compressed would let a few bytes fill the disk.
+    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
+    with requests.get(url, headers=headers, stream=True, timeout=timeout) as response:
+        if start and response.status_code == 416:  # Range Not Satisfiable
             return
-        files._raise_not_found_for_status(response, url)
-        offset = start if response.status == 206 else 0
-        async for piece in response.content.iter_chunked(PIECE):
+        response.raise_for_status()
+        offset = start if response.status_code == 206 else 0
+        for piece in response.iter_content(PIECE):
             yield offset, piece
             offset += len(piece)
 
 
-async def _read_s3(files: Any, url: str, start: int) -> AsyncIterator[tuple[int, bytes]]:
+def _read_s3(url: str, start: int, timeout: float) -> Generator[tuple[int, bytes]]:
     """As `_read_http`."""
-    bucket, key, _ = files.split_path(url)
+    from botocore.exceptions import ClientError
+
+    bucket, _, key = url.removeprefix("s3://").partition("/")
     part = {"Range": f"bytes={start}-"} if start else {}
     try:
-        response = await files._call_s3("get_object", Bucket=bucket, Key=key, **part, **files.req_kw)
-    except OSError as error:
-        if start and error.errno == errno.EINVAL:  # InvalidRange
+        response = _open_s3(os.getpid(), timeout).get_object(Bucket=bucket, Key=key, **part)
+    except ClientError as error:
+        if start and error.response["ResponseMetadata"]["HTTPStatusCode"] == 416:
             return
         raise
     offset = start if "ContentRange" in response else 0
-    async with response["Body"] as body:
-        while piece := await body.read(PIECE):
+    with closing(response["Body"]) as body:
+        while piece := body.read(PIECE):
             yield offset, piece
             offset += len(piece)
 
 
-def _open_s3(timeout: float) -> tuple[Any, tuple[type[Exception], ...]]:
-    import botocore.exceptions
-    import s3fs
+@lru_cache
+def _open_s3(process: int, timeout: float) -> Any:
+    """A client that all threads of a process share; a forked one, which may not use it, makes its own."""
+    from botocore.config import Config
+    from botocore.session import Session
 
-    config = {
-        "connect_timeout": timeout,
-        "read_timeout": timeout,
-        "retries": {"total_max_attempts": 1},
-        "response_checksum_validation": "when_required",  # others than AWS have none; the manifest has
-    }
-    files = s3fs.S3FileSystem(config_kwargs=config, skip_instance_cache=True)
-    files.retries = 1
-    return files, (OSError, botocore.exceptions.BotoCoreError, *s3fs.core.S3_RETRYABLE_ERRORS)
+    config = Config(
+        connect_timeout=timeout,
+        read_timeout=timeout,
+        retries={"total_max_attempts": 1},
+        response_checksum_validation="when_required",  # others than AWS have none; the manifest has
+    )
+    return Session().create_client("s3", config=config)
 
 
 def _wait(seconds: float, stop: Event) -> None:

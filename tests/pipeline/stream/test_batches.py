@@ -337,6 +337,20 @@ def test_files_stay_open_only_as_long_as_they_are_read(
     assert open_tars() == 0
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="open files are listed on Linux alone")
+def test_a_batch_of_many_shards_holds_none_of_them_open(
+    split: OpenSplit, labels: Labels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = list(training(split, labels, batch_size=12))
+    monkeypatch.setattr(stream, "KEPT_OPEN", 1)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    steps = training(split, labels, batch_size=12).plan(0)
+    encoded = list(stream.fetch(steps, split))
+    assert len({id(file) for file in encoded[0].files}) > 2
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert_equal(list(training(split, labels, batch_size=12)), expected)
+
+
 def test_a_table_of_other_shards_is_refused(shards: Shards, originals: Path) -> None:
     folder, manifest = shards
     shutil.copy(folder / "dev.arrow", folder / "train.arrow")

@@ -1,7 +1,9 @@
 import errno
 import hashlib
 import os
+import pickle
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -17,17 +19,19 @@ from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import repeat
 from pathlib import Path
+from typing import Any, cast
 from unittest.mock import Mock
 from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import pytest
+from torch.utils.data import DataLoader
 
 from pipeline import DataError, open_shards
 from pipeline.look.label_report import find_examples
 from pipeline.manifest import Manifest, Shard, read_manifest, read_table, write_manifest
 from pipeline.stream import cache as remote
-from pipeline.stream.cache import Cache, Remote, find_shards, is_url, redact
+from pipeline.stream.cache import PIECE, Cache, Remote, find_shards, is_url, redact
 from tests.conftest import run_pipeline
 
 GB = 10**9
@@ -123,13 +127,14 @@ def drip(handler: Handler, data: bytes, seconds: float = 0.5) -> None:
 
 
 @pytest.fixture(autouse=True)
-def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """None of this machine's proxies, profiles and passwords."""
     for name in [name for name in os.environ if name.startswith("AWS_") or name.lower().endswith("_proxy")]:
         monkeypatch.delenv(name)
     for name in ("NETRC", "AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
-        monkeypatch.setenv(name, "/dev/null")
+        monkeypatch.setenv(name, str(tmp_path / "none"))
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    remote._open_s3.cache_clear()
 
 
 @pytest.fixture
@@ -218,17 +223,15 @@ def test_secrets_are_left_out() -> None:
 
 
 def test_importing_it_is_cheap() -> None:
-    code = (
-        "import sys, pipeline.stream.cache; print({'fsspec', 's3fs', 'aiohttp', 'botocore'} & {*sys.modules})"
-    )
+    code = "import sys, pipeline.stream.cache; print({'requests', 'botocore'} & {*sys.modules})"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setitem(sys.modules, "s3fs", None)
+    monkeypatch.setitem(sys.modules, "botocore.session", None)
     with pytest.raises(DataError) as caught:
         Remote("s3://bucket/path", Cache(tmp_path, GB))
-    message = "s3fs is missing: pip install 'chexpert-pipeline[remote]'"
+    message = "botocore is missing: pip install 'chexpert-pipeline[remote]'"
     assert str(caught.value) == f"s3://bucket/path: {message}"
 
 
@@ -257,6 +260,18 @@ def test_the_stream_is_the_same(shards: tuple[Path, Manifest], server: Server, t
         np.testing.assert_array_equal(batch.images, other.images)
 
 
+def test_the_workers_of_a_loader_download_what_is_not_there(
+    shards: tuple[Path, Manifest], url: str, tmp_path: Path
+) -> None:
+    """Each with a client of its own, though the process that they are forked from has one."""
+    far = open_shards(url, tmp_path / "cache")["train"].batches(4, 32, epoch=0)
+    near = open_shards(shards[0])["train"].batches(4, 32, epoch=0)
+    far = pickle.loads(pickle.dumps(far))  # noqa: S301 - as for workers that are not forked
+    loader: DataLoader[Any] = DataLoader(cast("Any", far), batch_size=None, num_workers=2)
+    for batch, other in zip(loader, near, strict=True):
+        np.testing.assert_array_equal(batch.images, other.images)
+
+
 def test_a_changed_manifest_is_seen(shards: tuple[Path, Manifest], server: Server, tmp_path: Path) -> None:
     folder, manifest = shards
     remote = quick(web(server), tmp_path / "cache")
@@ -268,11 +283,11 @@ def test_a_changed_manifest_is_seen(shards: tuple[Path, Manifest], server: Serve
 
 
 SOURCES = {"http": "~/.netrc", "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"}
-BUSY = {"http": "HTTP status 503", "s3": "[Errno 16] Service Unavailable"}
-CUT = (
-    "Response payload is not completed: <ContentLengthError: 400, message='Not enough data to satisfy content "
-    "length header (received 900 of 1000 bytes).'>"
-)
+CUT = {
+    "http": "('Connection broken: IncompleteRead(900 bytes read, 100 more expected)', IncompleteRead(900 bytes read, "
+    "100 more expected))",
+    "s3": "900 read, but total bytes expected is 1000.",
+}
 
 
 @pytest.mark.parametrize(
@@ -280,7 +295,7 @@ CUT = (
     [
         (status(404), 1, "not found"),
         (status(403), 1, "no access; credentials come from {source}"),
-        (status(503), 3, "{busy}; tried 3 times"),
+        (status(503), 3, "HTTP status 503; tried 3 times"),
         (stall, 3, "no byte for 0.3 seconds; tried 3 times"),
         (truncate, 3, "{cut}; tried 3 times"),
         (shorten, 3, "900 bytes, not 1,000 as in the manifest; tried 3 times"),
@@ -295,7 +310,7 @@ def test_failures_are_named(
     with pytest.raises(DataError) as caught:
         quick(url, tmp_path / "cache", timeout=0.3 if fault is stall else 10).path(shard)
     scheme = url.partition(":")[0]
-    expected = message.format(source=SOURCES[scheme], busy=BUSY[scheme], cut=CUT)
+    expected = message.format(source=SOURCES[scheme], cut=CUT[scheme])
     assert str(caught.value) == f"{url}/0.tar: {expected}"
     assert server.requests["0.tar"] == requests
     assert server.times[-1] - server.times[0] < 10
@@ -316,11 +331,11 @@ def test_two_failures_are_got_over(server: Server, tmp_path: Path, fault: Fault)
 def test_an_interrupted_download_is_continued(
     server: Server, url: str, tmp_path: Path, gives_parts: bool
 ) -> None:
-    [shard] = make_files(server.folder, 1)
+    [shard] = make_files(server.folder, 1, size=2 * PIECE)
     server.gives_parts, server.faults = gives_parts, iter([truncate])
     path = quick(url, tmp_path / "cache").path(shard)
     assert path.read_bytes() == (server.folder / "0.tar").read_bytes()
-    assert server.starts == [0, 900]
+    assert server.starts[0] == 0 < server.starts[1]
     assert cached(tmp_path / "cache") == shard_names(shard)
 
 
@@ -333,10 +348,10 @@ def test_a_manifest_is_never_put_together_from_two(
 
 
 def test_what_is_damaged_is_not_continued(server: Server, tmp_path: Path) -> None:
-    [shard] = make_files(server.folder, 1)
+    [shard] = make_files(server.folder, 1, size=2 * PIECE)
     server.faults = iter([truncate, flip])
-    assert quick(web(server), tmp_path / "cache").path(shard).stat().st_size == 1000
-    assert server.starts == [0, 900, 0]
+    assert quick(web(server), tmp_path / "cache").path(shard).stat().st_size == 2 * PIECE
+    assert server.starts == [0, PIECE, 0]
 
 
 def test_what_another_file_left_is_given_up(server: Server, tmp_path: Path) -> None:
@@ -386,11 +401,12 @@ def test_refused_connections_are_named(server: Server, url: str, tmp_path: Path)
     server.server_close()
     with pytest.raises(DataError) as caught:
         quick(url, tmp_path / "cache").path(shard)
-    host = f"127.0.0.1:{server.server_port}"
-    reason = f"Cannot connect to host {host} ssl:default [Connect call failed {server.server_address}]"
-    if url.startswith("s3"):
-        reason = f'Could not connect to the endpoint URL: "http://{host}/bucket/shards/0.tar"'
-    assert str(caught.value) == f"{url}/0.tar: {reason}; tried 3 times"
+    reasons = {
+        "http": r"HTTPConnectionPool\(.*Connection refused.*",
+        "s3": "Could not connect to the endpoint URL: .*",
+    }
+    pattern = f"{re.escape(url)}/0.tar: {reasons[url.partition(':')[0]]}; tried 3 times"
+    assert re.fullmatch(pattern, str(caught.value))
 
 
 @pytest.mark.parametrize(
@@ -405,7 +421,10 @@ def test_incomplete_urls_are_refused(tmp_path: Path, url: str) -> None:
 def test_a_port_out_of_range_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         Remote("http://host:99999", Cache(tmp_path, GB)).mirror()
-    assert str(caught.value) == "http://host:99999/manifest.json: Port out of range 0-65535"
+    assert (
+        str(caught.value)
+        == "http://host:99999/manifest.json: Failed to parse: http://host:99999/manifest.json"
+    )
 
 
 def test_secrets_reach_the_server_and_no_message(server: Server, tmp_path: Path) -> None:
@@ -480,7 +499,7 @@ ASK = """
 import sys
 from pathlib import Path
 from pipeline.manifest import Shard
-from pipeline.stream.cache import Cache, Remote
+from pipeline.stream.cache import PIECE, Cache, Remote
 url, folder, name, size, sha256 = sys.argv[1:]
 remote = Remote(url, Cache(Path(folder), 10**9))
 print("ready", flush=True)
@@ -517,11 +536,11 @@ def test_processes_share_a_download(server: Server, tmp_path: Path) -> None:
 
 
 def test_a_killed_download_leaves_nothing_that_looks_finished(server: Server, tmp_path: Path) -> None:
-    first, second, third = make_files(server.folder, 3, size=100_000)  # more than a file's buffer holds
+    first, second, third = make_files(server.folder, 3, size=1_000_000)
     server.faults = iter([stall])
     cache = tmp_path / "cache"
     asker = Asker(server, cache, first)
-    part = cache / f"{first.sha256}.100000.part"
+    part = cache / f"{first.sha256}.1000000.part"
     with asker.process as process:
         asker.ask()
         while not part.exists() or not part.stat().st_size:
@@ -532,18 +551,18 @@ def test_a_killed_download_leaves_nothing_that_looks_finished(server: Server, tm
     assert cached(cache) == {part.name} | shard_names(second)
     age(cache, second)
     os.utime(part, (0, 0))
-    quick(web(server), cache, limit=200_000).path(third)
+    quick(web(server), cache, limit=2_000_000).path(third)
     assert cached(cache) == shard_names(second, third), "and it goes like any other file that is not in use"
-    assert quick(web(server), cache).path(first).stat().st_size == 100_000
+    assert quick(web(server), cache).path(first).stat().st_size == 1_000_000
 
 
 def test_an_interrupted_command_is_continued(server: Server, tmp_path: Path) -> None:
-    [shard] = make_files(server.folder, 1, size=100_000)
-    part = tmp_path / "cache" / f"{shard.sha256}.100000.part"
+    [shard] = make_files(server.folder, 1, size=1_000_000)
+    part = tmp_path / "cache" / f"{shard.sha256}.1000000.part"
 
     def interrupt(handler: Handler, data: bytes) -> None:
         handler.start(len(data))
-        handler.wfile.write(data[:50_000])  # more than a file's buffer holds
+        handler.wfile.write(data[:500_000])  # several pieces
         while part.stat().st_size == 0:
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGINT)
@@ -697,7 +716,7 @@ def test_a_server_that_never_ends_fills_neither_disk_nor_memory(
     assert cached(tmp_path / "cache") == set()
 
 
-@pytest.mark.parametrize("fault", [status(503), partial(drip, seconds=20), stall])
+@pytest.mark.parametrize("fault", [status(503), partial(drip, seconds=20)])
 def test_a_download_that_is_wanted_no_more_ends(server: Server, tmp_path: Path, fault: Fault) -> None:
     """A trainer that was told to stop has to save before it is killed."""
     (shard,) = make_files(server.folder, 1, size=10**6)
@@ -791,7 +810,7 @@ MEASURE = """
 import resource, sys
 from pathlib import Path
 from pipeline.manifest import Shard
-from pipeline.stream.cache import Cache, Remote
+from pipeline.stream.cache import PIECE, Cache, Remote
 remote = Remote(sys.argv[1], Cache(Path(sys.argv[2]), 10**9))
 for name, size, sha256 in zip(*[iter(sys.argv[3:])] * 3):
     remote.path(Shard(name, 1, int(size), sha256))
