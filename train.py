@@ -8,7 +8,7 @@
     python -m train inputs --out inputs.png                           draw what training makes of the images
     python -m train embed runs/first --out train.parquet              embeddings of a split, for other models
 
-`torchrun --nproc-per-node 8 train.py …` trains on 8 GPUs: every rank takes its slice of the same batches.
+`torchrun --nproc-per-node 8 -- train.py …` trains on 8 GPUs: every rank takes its slice of the same batches.
 
 A run folder holds config.json, environment.jsonl (a line per start), metrics.jsonl (a line per evaluation) and
 TensorBoard's events; last.pt (all that a resume restores) and best.pt (the averaged weights that are best on dev,

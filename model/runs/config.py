@@ -127,7 +127,7 @@ class Config:
     blank: str = option(
         "", "labels", BLANK_HELP, check=check_blank_policy, metavar="POLICY", shown="the shards'"
     )
-    seed: int = option(0, "run", low=0)
+    seed: int = option(0, "run", low=0, high=2**63 - 1)
     manifest: str = ""  # its sha256, which stands for all of the data
     labels: tuple[str, ...] = option(
         LABELS, "labels", "Learn only these.", choices=LABELS, metavar="A,B", shown="all 14"

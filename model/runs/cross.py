@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from model.runs.config import read_config
-from model.runs.job import Job
+from model.runs.job import Job, open_rows
 from model.runs.report import open_run_templates
 from model.runs.scoring import score_best
 from pipeline.base.errors import DataError
@@ -22,13 +23,13 @@ from pipeline.base.files import write_atomically, write_json
 from pipeline.labels import LABELS
 from pipeline.measure.bootstrap import describe_difference
 from pipeline.measure.delong import Areas, combine_limits, measure_areas, weigh_labels
-from pipeline.measure.evaluate import Scored
-from pipeline.measure.metrics import Floats, count_classes
+from pipeline.measure.metrics import Bools, Floats, count_classes
 from pipeline.stream.collection import Collection
 
 Make = Callable[[Sequence[str], Path], Job]  # folders and run → its job
 SCORED = ("valid", "test", "dev")  # the split of a set that is scored: the first that it has
 MACRO = "macro"
+NO_LABEL = "no label has 10 patients of each class in every set that is scored"
 
 
 def plan_runs(shards: Sequence[str]) -> dict[str, tuple[str, ...]]:
@@ -46,13 +47,14 @@ def train_runs(
 ) -> tuple[dict[str, Job], int]:
     """The job of every run, trained, by its name; and the exit code of the first that was stopped.
 
-    A run that is finished is not trained again. Raises DataError where two folders have one name.
+    A run that is finished is not trained again. Raises DataError where two folders have one name, and as `check_sets`.
     """
     runs = plan_runs(shards)
     if len({Path(folder).name for folder in shards}) < len(shards):
         raise DataError("`shards`: two folders have the same name; rename one, by which the runs are called")
     # All of them first: folders that share patients or images are refused before hours of training.
     made = {name: make(folders, out / name.replace(" + ", "+")) for name, folders in runs.items()}
+    check_sets([made[Path(folder).name] for folder in shards])
     jobs: dict[str, Job] = {}
     for name, job in made.items():
         finished = (job.run / "model-card.md").exists() and read_config(job.run) == job.config
@@ -61,6 +63,22 @@ def train_runs(
             return jobs, code
         jobs[name] = job
     return jobs, 0
+
+
+def check_sets(jobs: Sequence[Job]) -> None:
+    """Raise DataError, before any run is trained, if a set has no split to score, or if all have no label to score."""
+    labels = set(LABELS)
+    for job in jobs:
+        chosen = open_rows(job, _choose_split(job.shards))
+        patient = chosen.split.table["patient"].to_numpy()[chosen.rows]
+        target, mask = chosen.truth.target[chosen.rows], chosen.truth.mask[chosen.rows]
+        labels &= {
+            label
+            for column, label in enumerate(LABELS)
+            if _has_both(target[:, column], mask[:, column], patient)
+        }
+    if not labels.intersection(jobs[0].config.labels):
+        raise DataError(NO_LABEL)
 
 
 def score_runs(jobs: Mapping[str, Job], shards: Sequence[str]) -> dict[str, Any]:
@@ -86,10 +104,13 @@ def score_runs(jobs: Mapping[str, Job], shards: Sequence[str]) -> dict[str, Any]
     labels = [
         label
         for column, label in enumerate(names)
-        if all(_has_both(runs[name], column) for name, runs in scored.items())
+        if all(
+            _has_both(of[name].target[:, column], of[name].mask[:, column], of[name].patient)
+            for name, of in scored.items()
+        )
     ]
     if not labels:
-        raise DataError("no label has 10 patients of each class in every set that is scored")
+        raise DataError(NO_LABEL)
     cells: dict[str, dict[str, Any]] = {}
     for name, runs in scored.items():
         measured = {run: measure_areas(*found[:4]) for run, found in runs.items()}
@@ -119,12 +140,14 @@ def write_cross(out: Path, found: Mapping[str, Any], config: Mapping[str, Any]) 
 
 
 def _choose_split(collection: Collection) -> str:
-    return next(split for split in SCORED if split in collection.manifest.splits)
+    for split in SCORED:
+        if split in collection.manifest.splits:
+            return split
+    raise DataError(f"{collection}: no split to score on, of {', '.join(SCORED)}; shard it again with `dev`")
 
 
-def _has_both(scored: Scored, column: int) -> bool:
-    known = scored.mask[:, column]
-    return not count_classes(scored.target[known, column] == 1, scored.patient[known])["few"]
+def _has_both(target: Floats, known: Bools, patient: npt.NDArray[Any]) -> bool:
+    return not count_classes(target[known] == 1, patient[known])["few"]
 
 
 def _compare(areas: Areas, own: Areas, share: Floats) -> dict[str, Any]:

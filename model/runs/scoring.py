@@ -138,8 +138,8 @@ def score_files(
     """Scores [N, L] by best.pt of samples: image files one by one or, for a run by studies, a study's together.
 
     NaN where none of a sample's files can be read; and which files cannot, and why. An image takes the way it
-    would take through shards: the same resize, encoding and decoding. A view is a lateral if its name says so,
-    else a frontal that may be AP or PA.
+    would take through shards: the same resize, encoding and decoding. A view is a lateral if it has CheXpert's
+    name of one, else a frontal that may be AP or PA.
     """
     device, precision = choose_device(config.amp)
     network, best = load_best(run, config, device)
@@ -172,7 +172,7 @@ def score_files(
                         readable[position] = False
                         continue
                     images[position, 0] = pixels
-                    if "lateral" in file.name.lower():
+                    if file.stem.lower() == "view2_lateral":
                         projection[position] = PROJECTIONS.index("lateral")
                 kept, without = choose_usable(sample, place, readable)
                 usable[[start + position for position in without]] = False

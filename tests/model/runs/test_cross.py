@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from sklearn.metrics import roc_auc_score
 import train
 from model.runs.cross import plan_runs
 from model.runs.scores import read_scores
+from pipeline.base.errors import DataError
 from pipeline.etl.shards import Execution, write_shards
 from pipeline.manifest import manifest_digest, read_manifest, read_table
 from pipeline.sources.sets import find_source
@@ -83,6 +85,26 @@ def test_every_run_is_scored_on_every_set(
     capsys.readouterr()
     assert call_train(*words) == 0
     assert "AUROC, mean of" in capsys.readouterr().out
+
+
+def test_sets_that_cannot_be_scored_are_refused_before_training(
+    sets: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "train", lambda *_: pytest.fail("a run was trained"))
+    folders = [Path(shutil.copytree(folder, tmp_path / folder.name)) for folder in sets]
+    words = (
+        "cross",
+        *(word for folder in folders for word in ("--shards", folder)),
+        "--out",
+        tmp_path / "out",
+    )
+    with pytest.raises(DataError, match=r"^no label has 10 patients of each class in every set"):
+        call_train(*words, *WORDS, "--where", "age<55")
+    manifest = json.loads((folders[1] / "manifest.json").read_text())
+    manifest["splits"] = {"train": manifest["splits"]["train"]}
+    (folders[1] / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match=r"south: no split to score on, of valid, test, dev; shard it again"):
+        call_train(*words, *WORDS)
 
 
 def test_one_set_is_refused(sets: list[Path], tmp_path: Path) -> None:
