@@ -57,9 +57,10 @@ SUDO      = $(if $(filter-out 0,$(shell id -u)),sudo)
 BIN := .venv/bin
 # uv takes a minute; where it fails, as behind a mirror that only pip is configured for, pip takes its time.
 INSTALL   = install() { \
-	VIRTUAL_ENV="$(CURDIR)/.venv" "$$(command -v uv || echo $(BIN)/uv)" pip install "$$@" || { \
+	VIRTUAL_ENV="$(CURDIR)/$(VENV)" "$$(command -v uv || echo $(BIN)/uv)" pip install "$$@" || { \
 	echo 'uv failed: pip installs the same packages, which takes 3 to 15 minutes' >&2; \
-	$(BIN)/python -m pip install "$$@"; }; }
+	$(VENV)/bin/python -m pip install "$$@"; }; }
+VENV      = .venv
 CPU       = $(filter cpu,$(TORCH))
 SAY_SAMPLE = @$(if $(SAMPLE),echo 'No shards and no DATA: this is the synthetic sample with small and quick settings.')
 # A policy is passed on to training only where it was set by hand: otherwise the shards' own is used.
@@ -237,16 +238,17 @@ clean:  ## remove .venv and caches; keeps shards and runs
 .venv-docs/installed: tests/docs.txt
 .venv-s3/installed: tests/s3.txt
 .venv-peers-stream/installed .venv-examples/installed: PIP = --no-deps
+.venv-peers/installed .venv-peers-stream/installed .venv-audit/installed .venv-docs/installed .venv-s3/installed: VENV = $(@D)
 .venv-peers/installed .venv-peers-stream/installed .venv-audit/installed .venv-docs/installed .venv-s3/installed:
 	$(PYTHON) -m venv $(@D)
-	$(@D)/bin/python -m pip install --quiet $(PIP) --requirement $<
+	@$(INSTALL); install --quiet $(PIP) --requirement $<
 	@touch $@
 
 # Folders beside the project's packages, which these need as well.
 .venv-fuzz/installed: tests/fuzz.txt .venv/installed
 .venv-examples/installed: examples/requirements.txt .venv/installed
 .venv-fuzz/installed .venv-examples/installed:
-	$(BIN)/python -m pip install --quiet $(PIP) --target $(@D) --upgrade --requirement $<
+	@$(INSTALL); install --quiet $(PIP) --target $(@D) --upgrade --requirement $<
 	@touch $@
 
 # With DATA given, always: shards of other data, or by other settings, are refused, and finished ones left alone.
