@@ -156,7 +156,7 @@ def test_an_ensemble_is_the_mean_of_calibrated_scores_everywhere(
     assert (two / "calibration.json").exists()
     (two / "best.pt").write_bytes((one / "best.pt").read_bytes())
     with pytest.raises(
-        DataError, match=f"^{two}: one_epoch on since {out} was evaluated; first run: python -m train"
+        DataError, match=f"^{two}: trained on since {out} was evaluated; first run: python -m train"
     ):
         call_train("predict", "--run", out, "--out", table, films)
 
