@@ -33,6 +33,7 @@ LOOKED_FOR = ".tar files"
 COLUMN = ""  # it is not recognized by a CSV's columns
 CSV = "labels.csv"  # the role of the CSV beside the tars
 KEY = "__key__"  # webdataset's name for a sample's key
+PLACE = "__place__"  # ours for where its image lies
 IMAGES, TEXTS = ("jpg", "jpeg", "png", "dcm", "dicom"), ("cls", "txt")
 MOST = dict.fromkeys(IMAGES, 2**30) | dict.fromkeys((*TEXTS, "json"), 2**20)  # bytes of a member
 SHOWN = 20  # problems in an error
@@ -58,9 +59,16 @@ class Sample(NamedTuple):
     """The members of one key by suffix, and the text of its fields."""
 
     tar: str  # split/path
+    path: Path
     key: str
     members: dict[str, Member]
     fields: dict[str, str | None]
+
+    @property
+    def images(self) -> list[Member]:
+        """Its images; `jpg` alone if `mask.png` is beside it."""
+        plain = [member for suffix, member in self.members.items() if suffix in IMAGES]
+        return plain or [member for suffix, member in self.members.items() if _kind(suffix) in IMAGES]
 
 
 def find_tables(folder: Path, splits: Mapping[str, Path] | None = None) -> dict[str, Path] | None:
@@ -80,9 +88,7 @@ def find_tables(folder: Path, splits: Mapping[str, Path] | None = None) -> dict[
             raise DataError(f"`split` {split}={path}: a folder without tars")
         for tar in tars:
             name = tar.name if tar == path else tar.relative_to(path).as_posix()
-            words = [
-                word for part in reversed(name.lower().split("/")) for word in re.findall("[a-z]+", part)
-            ]
+            words = reversed(re.findall("[a-z]+", name.lower()))
             known = next((_SPLITS[word] for word in words if word in _SPLITS), "train")
             tables[f"{split or known}/{name}"] = tar
     csvs = [path for path in list_files(folder) if path.name.endswith((".csv", ".csv.gz"))]
@@ -115,31 +121,31 @@ def read_tables(source: Source, note: Note = ignore) -> dict[str, pa.Table]:
             samples += _read_tar(name, path, set(fields.values()))
         except DataError as error:
             problems.append(str(error))
-    images = [_find_images(sample) for sample in samples]
-    wrong = [sample for sample, choice in zip(samples, images, strict=True) if len(choice) != 1]
-    for suffixes, count in Counter(tuple(sample.members) for sample in wrong).items():
-        first = next(sample for sample in wrong if tuple(sample.members) == suffixes)
-        listed = ", ".join(f".{suffix}" for suffix in suffixes)
-        problems.append(f"{count:,} samples need one image and have {listed}: {tars[first.tar]}: {first.key}")
+    wrong: dict[tuple[str, ...], list[Sample]] = {}
+    for sample in samples:
+        if len(sample.images) != 1:
+            wrong.setdefault(tuple(sample.members), []).append(sample)
+    problems += [
+        f"{len(some):,} samples need one image and have .{', .'.join(suffixes)}: {some[0].path}: {some[0].key}"
+        for suffixes, some in wrong.items()
+    ]
     if csv and "key" in columns:
         problems += _join(csv, columns["key"], samples, set(fields.values()), note)
     _demand_all(source, samples, problems)
     names = [sample.key for sample in samples]
-    if repeated(pa.array(names)):  # as where each tar counts from 0
+    if len(set(names)) < len(names):  # as where each tar counts from 0
         names = [f"{sample.tar.removesuffix('.tar')}/{sample.key}" for sample in samples]
     for sample, name in zip(samples, names, strict=True):
-        sample.fields[KEY] = make_key(name)
+        sample.fields.update({KEY: make_key(name), PLACE: place_in_tar(sample.path, sample.images[0])})
     tables = {}
     for split in dict.fromkeys(name.partition("/")[0] for name in tars):
-        rows = [row for row, sample in enumerate(samples) if sample.tar.startswith(f"{split}/")]
-        text = {
-            ours: pa.chunked_array([[samples[row].fields.get(field) for row in rows]], pa.string())
-            for ours, field in fields.items()
+        rows = [sample for sample in samples if sample.tar.startswith(f"{split}/")]
+        cells = {
+            ours: pa.chunked_array([[sample.fields.get(field) for sample in rows]], pa.string())
+            for ours, field in (fields | {"path": PLACE, "key": KEY}).items()
         }
-        places = [place_in_tar(tars[samples[row].tar], images[row][0]) for row in rows]
-        keys = pa.array([samples[row].fields[KEY] for row in rows], pa.string())
-        labels = [f"{tars[samples[row].tar]}: sample {samples[row].key}" for row in rows]
-        tables[split] = table.make_table(labels, columns, text, pa.array(places, pa.string()), keys)
+        labels = [f"{sample.path}: sample {sample.key}" for sample in rows]
+        tables[split] = table.make_table(labels, columns, cells, cells["path"], cells["key"])
     return tables
 
 
@@ -169,35 +175,26 @@ def _read_tar(name: str, path: Path, wanted: set[str]) -> Iterator[Sample]:
         for number, (key, members) in enumerate(groups.items()):
             fields = _read_fields(f"{path}: sample {key}", file, members) if wanted or not number else {}
             kept = {field: text for field, text in fields.items() if not number or field in wanted}
-            yield Sample(name, key, members, kept | {KEY: key})
+            yield Sample(name, path, key, members, kept | {KEY: key})
 
 
 def _kind(suffix: str) -> str:
     return suffix.rpartition(".")[2]
 
 
-def _find_images(sample: Sample) -> list[Member]:
-    """The images of a sample; `jpg` alone if `mask.png` is beside it."""
-    images = {suffix: member for suffix, member in sample.members.items() if _kind(suffix) in IMAGES}
-    return [member for suffix, member in images.items() if suffix in IMAGES] or [*images.values()]
-
-
 def _read_fields(name: str, file: BinaryIO, members: Mapping[str, Member]) -> dict[str, str | None]:
-    """Field → its text, None if it is blank."""
+    """Field → its text, None if it is blank: texts by suffix, and values of JSON, nested ones as `outer.inner`."""
     values: dict[str, Any] = {}
     for suffix, member in members.items():
-        if _kind(suffix) not in (*TEXTS, "json"):
-            continue
-        file.seek(member.offset)
-        content = file.read(member.size)
-        if _kind(suffix) != "json":
-            values[suffix] = content.decode(errors="replace")
-            continue
-        for field, value in parse_object(f"{name}: .{suffix}", content).items():
-            nested = value if isinstance(value, dict) else None
-            values |= (
-                {field: value} if nested is None else {f"{field}.{inner}": v for inner, v in nested.items()}
-            )
+        if _kind(suffix) in (*TEXTS, "json"):
+            file.seek(member.offset)
+            content = file.read(member.size)
+            if _kind(suffix) != "json":
+                values[suffix] = content.decode(errors="replace")
+                continue
+            for field, value in parse_object(f"{name}: .{suffix}", content).items():
+                nested = value if isinstance(value, dict) else {}
+                values |= {f"{field}.{inner}": cell for inner, cell in nested.items()} or {field: value}
     return {field: _as_text(value) for field, value in values.items() if not isinstance(value, (dict, list))}
 
 
@@ -215,68 +212,57 @@ def _join(csv: Path, column: str, samples: list[Sample], wanted: set[str], note:
     text = read_strings(csv)
     if column not in text.column_names:
         return [f"{csv}: no column {column}; it has {', '.join(text.column_names)}"]
-    names = [name for name in text.column_names if name in wanted]
+    chosen = text.select([name for name in text.column_names if name in wanted])
     keys = pa.array([sample.key for sample in samples], pa.string())
-    used = join(keys, csv, text.select(names), text[column], "images", note, normalize_paths).to_pylist()
-    for name in names:
-        cells = text[name].to_pylist()
-        for sample, row in zip(samples, used, strict=True):
+    rows = join(keys, csv, chosen, text[column], "images", note, normalize_paths)
+    for name, cells in chosen.to_pydict().items():
+        for sample, row in zip(samples, rows.to_pylist(), strict=True):
             sample.fields[name] = None if row is None else cells[row]
-    missing = [sample.key for sample, row in zip(samples, used, strict=True) if row is None]
-    shared = repeated(pa.array([row for row in used if row is not None], pa.int64()))
-    problems = [f"{csv}: {len(missing):,} samples have no row, such as {missing[0]}"] if missing else []
+    missing, shared = keys.filter(rows.is_null()), repeated(rows.drop_null())
+    problems = [f"{csv}: {len(missing):,} samples have no row, such as {missing[0]}"] if len(missing) else []
     return problems + ([f"{csv}: {len(shared):,} rows have several samples each"] if shared else [])
 
 
-def _demand_all(source: Source, samples: Sequence[Sample], problems: list[str]) -> None:
+def _demand_all(source: Source, samples: Sequence[Sample], problems: Sequence[str]) -> None:
     """Raise DataError with all problems and, if columns are missing, the command that names them."""
-    csv, columns = source.csvs.get(CSV), dict(source.columns)
+    folder, csv, columns = source.roots[0], source.csvs.get(CSV), dict(source.columns)
     known = list(dict.fromkeys(field for sample in samples for field in sample.fields))
     header = read_header(csv) if csv else []
-    absent = [field for ours, field in columns.items() if ours != "key" and field not in known]
-    absent = [f"no sample has the field {field}" for field in absent]
+    absent = [
+        f"no sample has the field {field}"
+        for ours, field in columns.items()
+        if ours != "key" and field not in known
+    ]
     absent += ["the images are in the tars: leave out path"] if "path" in columns else []
     absent += ["no patient is named"] if "patient" not in columns else []
     absent += ["no label is named"] if not any(ours in LABELS for ours in columns) else []
-    problems += ["no samples in the tars"] if not samples else []
+    problems = [*problems, *([] if samples else ["no samples in the tars"])]
     if not problems + absent:
         return
     suffixes = dict.fromkeys(f".{suffix}" for sample in samples for suffix in sample.members)
-    lines = [f"{source.roots[0]}: {len(samples):,} samples of {', '.join([*suffixes][:SHOWN])}"]
+    lines = [f"{folder}: {len(samples):,} samples of {', '.join([*suffixes][:SHOWN])}"]
     lines += [f"  {problem}" for problem in [*problems[:SHOWN], *absent]]
-    if len(problems) > SHOWN:
-        lines.append(f"  and {len(problems) - SHOWN:,} more problems")
+    lines += [f"  and {len(problems) - SHOWN:,} more problems"] if len(problems) > SHOWN else []
     if absent:
-        lines.append(
-            f"fields: {', '.join(known[: SHOWN * 2])}" + (f"; of {csv}: {', '.join(header)}" if csv else "")
-        )
-        lines += _propose(source.roots[0], columns, known, header)
+        more = f"; of {csv}: {', '.join(header)}" if csv else ""
+        lines += [f"fields: {', '.join(known[: SHOWN * 2])}{more}", *_propose(folder, columns, known, header)]
     raise DataError("\n".join(lines))
 
 
-def _propose(
-    folder: Path, columns: Mapping[str, str], known: Sequence[str], header: Sequence[str]
-) -> list[str]:
+def _propose(folder: Path, columns: Mapping[str, str], known: list[str], header: list[str]) -> Iterator[str]:
     """Advice, and the command whose `columns` have all that is needed."""
-    named = {ours: field for ours, field in columns.items() if field in (*known, *header) and ours != "path"}
+    fields = known + header
+    named = {ours: field for ours, field in columns.items() if field in fields and ours != "path"}
+    plain = {re.sub("[^a-z]", "", _kind(field).lower()): field for field in reversed(fields)}
     for ours, names in _USUAL.items():
-        if fits := [
-            field for field in (*known, *header) if re.sub("[^a-z]", "", _kind(field).lower()) in names
-        ]:
+        if fits := [plain[name] for name in names if name in plain]:
             named.setdefault(ours, fits[0])
-    advice = []
-    if "patient" not in named:
-        named["patient"] = KEY
-        advice.append(
-            f"patient={KEY} takes every image for another patient's; if they are not, name a field that says"
-        )
+    if named.setdefault("patient", KEY) == KEY:
+        yield f"patient={KEY} takes every image for another patient's; if they are not, name a field that says"
     if not any(ours in LABELS for ours in named):
         named["LABEL"] = next((text for text in TEXTS if text in known), "FIELD")
-        advice.append(f"LABEL is one of {', '.join(LABELS)}; its values must be 1, 0, -1 or blank")
+        yield f"LABEL is one of {', '.join(LABELS)}; its values must be 1, 0, -1 or blank"
     if any(field in header and field not in known for field in named.values()):
         named.setdefault("key", "key" if "key" in header else header[0])
-    text = ",".join(f"{ours}={field}" for ours, field in named.items())
-    return [
-        *advice,
-        f"pipeline shards {shlex.quote(str(folder))} OUT `set` webdataset `columns` {shlex.quote(text)}",
-    ]
+    text = shlex.quote(",".join(f"{ours}={field}" for ours, field in named.items()))
+    yield f"pipeline shards {shlex.quote(str(folder))} OUT `set` webdataset `columns` {text}"
