@@ -230,12 +230,6 @@ def write_atomically(path: Path, data: bytes | pa.Buffer) -> None:
         file.write(data)
 
 
-def move_file(source: Path, target: Path) -> None:
-    """Move a file within a file system. Raises DataError, naming the target, where that fails."""
-    with named_writes(target):
-        source.replace(target)
-
-
 @contextmanager
 def named_writes(path: Path) -> Iterator[None]:
     """Raise DataError, naming the file or folder, where the system refuses to write it."""

@@ -69,19 +69,15 @@ def verify_shards(
         problems[split.table], table = _check_table(folder, split)
         if table is not None:
             tables[name] = table
-    for first, second, names in find_shared(
-        {split: Ids(table["key"], table["key"]) for split, table in tables.items()}
+    keys = {split: Ids(table["key"], table["key"]) for split, table in tables.items()}
+    patients = {split: identify_patients(table) for split, table in tables.items()}
+    for ids, form in (
+        (keys, "sample {}: is in {} too"),
+        (patients, "{} is in {} too; splits must not share patients"),
     ):
-        file = manifest.splits[second].table
-        problems[file] += [f"{folder / file}: sample {name}: is in {first} too" for name in names]
-    for first, second, names in find_shared(
-        {split: identify_patients(table) for split, table in tables.items()}
-    ):
-        file = manifest.splits[second].table
-        problems[file] += [
-            f"{folder / file}: {name} is in {first} too; splits must not share patients" for name in names
-        ]
-
+        for first, second, names in find_shared(ids):
+            file = manifest.splits[second].table
+            problems[file] += [f"{folder / file}: {form.format(name, first)}" for name in names]
     tasks = [
         task for name, split in manifest.splits.items() for task in _tasks(folder, split, tables.get(name))
     ]

@@ -6,7 +6,7 @@ the run was killed and started again.
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -228,15 +228,9 @@ def index_split(of: tuple[FinishTask, str]) -> Index:
     whole = pa.concat_tables(tables)
     if whole["note"].null_count == len(whole):
         whole = whole.drop_columns(["note"])
-    entry = write_split(task.out, split, whole, shards)
+    digest = write_table(task.out / f"{split}.arrow", whole)
+    entry = Split(**count_rows(whole), table=f"{split}.arrow", table_sha256=digest, shards=tuple(shards))
     return Index(entry, levels, rejects, find_unannotated(whole), name_facts(whole))
-
-
-def write_split(folder: Path, split: str, table: pa.Table, shards: Sequence[Shard]) -> Split:
-    """Write a split's table; returns its entry in the manifest."""
-    file = f"{split}.arrow"
-    digest = write_table(folder / file, table)
-    return Split(**count_rows(table), table=file, table_sha256=digest, shards=tuple(shards))
 
 
 def write_rejects(folder: Path, rejects: list[Reject]) -> None:
