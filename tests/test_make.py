@@ -16,7 +16,8 @@ def make(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {
         name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL")
     }
-    command = ["make", "--no-print-directory", "-C", str(REPOSITORY), *arguments]
+    # An environment that is older than the lock is not installed anew amid a test.
+    command = ["make", "--no-print-directory", "-o", ".venv/installed", "-C", str(REPOSITORY), *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
 
 
