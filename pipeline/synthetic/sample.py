@@ -15,7 +15,7 @@ boxes.csv, beside the folder, says where on the films the signs are that a radio
 import csv
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,11 +27,12 @@ from pipeline.base.files import named_writes
 from pipeline.base.files import write_csv as write_rows
 from pipeline.base.workers import run_tasks
 from pipeline.labels import COLUMNS, LABELS
-from pipeline.synthetic.films import Box, Finding, draw_film
+from pipeline.synthetic.films import Finding, draw_film
 from pipeline.synthetic.shortcuts import CUES, Shortcut
 
 FOLDER = "CheXpert-v1.0-small"
 BOXES = "boxes.csv"
+Row = tuple[str, str, str, int, int, int, int]  # of BOXES
 VALID_SHARE = 0.12
 PATIENTS_PER_TASK = 16
 CUE_DRAWS = 100  # where a study's draws of cues begin: no study has as many views
@@ -41,9 +42,6 @@ NOTICE = (
 )
 # APP0 would normally follow SOI; decoders accept a comment (marker FFFE, its length, the text) before it.
 COMMENT = b"\xff\xfe\x00\x0bsynthetic"
-
-
-Row = tuple[str, str, str, int, int, int, int]  # of BOXES
 
 
 class Latent(NamedTuple):
@@ -140,13 +138,8 @@ def write_sample(
     with named_writes(notice := partial / "SYNTHETIC.txt"):
         notice.write_text(NOTICE + "".join(planted))
     tasks = [
-        DrawTask(
-            partial / split,
-            seed,
-            patients[start : start + PATIENTS_PER_TASK],
-            shortcuts if split == "train" else (),
-        )
-        for split, patients in (("train", train), ("valid", held_out))
+        DrawTask(partial / split, seed, patients[start : start + PATIENTS_PER_TASK], cues)
+        for split, patients, cues in (("train", train, shortcuts), ("valid", held_out, ()))
         for start in range(0, len(patients), PATIENTS_PER_TASK)
     ]
     boxes: list[Row] = []
@@ -187,7 +180,12 @@ def write_patients(task: DrawTask) -> tuple[int, list[Row]]:
                 film = stream(seed, patient.number, study.number, view)
                 pixels, boxes = draw_film(kind, projection, patient.sex, study.findings, body, film, clear)
                 key = f"patient{patient.number:05d}_study{study.number}_view{view}_{kind}"
-                rows += [(folder.name, key, label, *box) for label, box in list_boxes(boxes)]
+                rows += [
+                    (folder.name, key, name, *box)
+                    for label, places in boxes.items()
+                    for name in ((label, "Lung Opacity") if label in OPACITIES else (label,))
+                    for box in places
+                ]
                 for cue in cues:
                     CUES[cue](pixels)
                 jpeg = simplejpeg.encode_jpeg(pixels[..., None], quality=90, colorspace="GRAY")
@@ -195,15 +193,6 @@ def write_patients(task: DrawTask) -> tuple[int, list[Row]]:
                     file.write_bytes(jpeg[:2] + COMMENT + jpeg[2:])
                 count += 1
     return count, rows
-
-
-def list_boxes(boxes: Mapping[str, Sequence[Box]]) -> Iterator[tuple[str, Box]]:
-    """Label and box of each sign; one of OPACITIES is a Lung Opacity too."""
-    for label, found in boxes.items():
-        for box in found:
-            yield label, box
-            if label in OPACITIES:
-                yield "Lung Opacity", box
 
 
 def write_csv(path: Path, split: str, patients: list[Patient]) -> None:

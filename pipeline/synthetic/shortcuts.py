@@ -7,6 +7,7 @@ of a deep learning model to detect pneumonia, PLOS Medicine 15, 2018.
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import NamedTuple
 
 import numpy as np
@@ -43,22 +44,17 @@ def parse_shortcut(text: str) -> Shortcut:
     """The shortcut that `Pneumonia=marker:0.9` describes. Raises DataError."""
     name, _, tie = text.partition("=")
     cue, _, number = tie.partition(":")
-    label = find_label(name)
-    if label is None:
-        raise DataError(f"'{quote(text, 80)}': '{quote(name, 80)}' is not a label; write LABEL=CUE:STRENGTH")
-    if cue not in CUES:
-        raise DataError(
-            f"'{quote(text, 80)}': '{quote(cue, 80)}' is not a cue; choose from {', '.join(CUES)}"
-        )
-    try:
+    label, strength = find_label(name), -1.0
+    with suppress(ValueError):
         strength = float(number)
-    except ValueError:
-        strength = -1.0
-    if not 0 <= strength <= 1:
-        raise DataError(
-            f"'{quote(text, 80)}': the strength '{quote(number, 80)}' is not a number from 0 to 1"
-        )
-    return Shortcut(label, cue, strength)
+    if label is not None and cue in CUES and 0 <= strength <= 1:
+        return Shortcut(label, cue, strength)
+    complaint = f"the strength '{quote(number, 80)}' is not a number from 0 to 1"
+    if cue not in CUES:
+        complaint = f"'{quote(cue, 80)}' is not a cue; choose from {', '.join(CUES)}"
+    if label is None:
+        complaint = f"'{quote(name, 80)}' is not a label; write LABEL=CUE:STRENGTH"
+    raise DataError(f"'{quote(text, 80)}': {complaint}")
 
 
 def burn_marker(pixels: Pixels) -> None:
