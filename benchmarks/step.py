@@ -20,7 +20,7 @@ from torch import nn
 
 import train
 from model.augment import normalize
-from model.runs.config import Config
+from model.runs.config import Config, Setup
 from model.runs.job import open_job, open_rows, to_device
 from model.runs.targets import training_labels
 from pipeline.stream.batches import Batch
@@ -48,7 +48,7 @@ def main(
 ) -> None:
     """Print images/s of the three, and their ratios."""
     config = Config(arch=arch, image_size=size, batch_size=batch, amp=amp, compile=compiled)
-    job = open_job(config, shards, Path("unused"))
+    job = open_job(config, Setup(shards=(shards,)), Path("unused"))
     chosen = open_rows(job, "train")
     labels = training_labels(job, chosen)
     state = train.start_state(job, labels, chosen.rows)

@@ -1,10 +1,9 @@
-"""What the commands share: types of options, exit codes, and a progress bar on stderr.
+"""What the commands share: exit codes, lines on stderr, and a progress bar.
 
 Exit codes: 0 done, 1 failed, 2 usage, 3 done but with rejects under --strict, 130 interrupted, 143 terminated.
 """
 
 import io
-import math
 import os
 import re
 import shlex
@@ -12,73 +11,18 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any, Generic, NoReturn, Protocol, TypeVar
+from typing import NoReturn, Protocol
 
 import click
 
 from pipeline.base.errors import DataError, explain_os_error, printable
 from pipeline.base.workers import skip_pandas
 
-Value = TypeVar("Value")
 LINE_SECONDS = 10.0  # between plain lines where there is no terminal
-
-
-class Number(click.FloatRange):
-    """A number in a range; nan, which passes every comparison, and infinity are in none."""
-
-    name = "number"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """The number."""
-        number: float = super().convert(value, param, ctx)
-        if not math.isfinite(number):
-            self.fail(f"{value} is not a finite number", param, ctx)
-        return number
-
-
-class PathOrUrl(click.Path):
-    """A path, or a URL as it was written: what it names is looked at later."""
-
-    def __init__(self, exists: bool = False, file_okay: bool = True) -> None:
-        super().__init__(exists, file_okay, path_type=Path)
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """The path, or the text of the URL."""
-        return value if "://" in str(value) else super().convert(value, param, ctx)
-
-
-class Parsed(click.ParamType[Value], Generic[Value]):
-    """The value that the library parses from a text; its DataError becomes a usage error."""
-
-    def __init__(self, parse: Callable[[str], Value], name: str) -> None:
-        self.parse, self.name = parse, name
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Value:
-        """The value."""
-        try:
-            return self.parse(str(value))
-        except DataError as error:
-            self.fail(name_options(str(error)), param, ctx)
-
-
-CACHE_FOLDER = click.option(
-    "--cache", default=".cache", type=click.Path(path_type=Path), help="Cache folder of shards from URLs."
-)
-
-
-class Checked(Parsed[str]):
-    """A text that the library accepts, unchanged."""
-
-    def __init__(self, check: Callable[[str], object]) -> None:
-        def parse(text: str) -> str:
-            check(text)
-            return text
-
-        super().__init__(parse, "text")
 
 
 # SIGTERM, whose exception Python drops where it comes up in a finalizer: the next progress raises it again.

@@ -161,6 +161,15 @@ def find_label(name: str) -> str | None:
     return {label.casefold(): label for label in LABELS}.get(name.casefold())
 
 
+def parse_labels(text: str) -> tuple[str, ...]:
+    """Names of labels in any case, separated by commas; in the order of LABELS. Raises DataError for another name."""
+    names = [find_label(name.strip()) or name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in LABELS:
+            raise DataError(f"'{name}' is none of {', '.join(LABELS)}")
+    return tuple(label for label in LABELS if label in names)
+
+
 def name_ages(years: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.str_]:
     """The AGE_BANDS [N] of ages [N], of which -1 is unknown."""
     bands: npt.NDArray[np.str_] = np.array(list(AGE_BANDS))[np.digitize(years, list(AGE_BANDS.values())) - 1]

@@ -37,12 +37,20 @@ ALLOWED = {
     "pipeline.stream": READING,
     "pipeline.look": {*READING, "pipeline.stream"},
     "pipeline.console": {"pipeline.base"},
+    "pipeline.command": {"pipeline.base", "pipeline.console"},
     "pipeline.cli": {
         *READING,
-        *(f"pipeline.{name}" for name in ("console", "sources", "synthetic", "etl", "stream", "look")),
+        *(
+            f"pipeline.{name}"
+            for name in ("console", "command", "sources", "synthetic", "etl", "stream", "look")
+        ),
     },
     "model": {"pipeline.base", "pipeline.labels"},
-    "model.runs": {*READING, "pipeline.console", "pipeline.stream", "pipeline.look", "model"},
+    "model.runs": {
+        *READING,
+        *(f"pipeline.{name}" for name in ("console", "command", "stream", "look")),
+        "model",
+    },
     "train": {*READING, "pipeline.console", "pipeline.stream", "pipeline.look", "model", "model.runs"},
 }
 # Heavy packages, and the modules that may import them: all else starts fast, and works without them.
@@ -50,8 +58,8 @@ IMPORTERS = {
     "torch": ("model", "train", "pipeline.stream.loader"),
     "click": (
         "pipeline.cli",
+        "pipeline.command",
         "pipeline.console",
-        "model.runs.options",
         "model.runs.commands",
         "model.runs.use",
     ),

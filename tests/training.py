@@ -15,7 +15,7 @@ from model import networks
 from model.checkpoint import load_checkpoint
 from model.runs import results
 from model.runs.commands import main
-from model.runs.config import Config
+from model.runs.config import Config, Setup
 from model.runs.folder import open_run
 from model.runs.job import Job, StopFlag, open_job
 from pipeline.measure import belief
@@ -88,7 +88,9 @@ def open_small_job(
 ) -> Job:
     """A small job; keyword arguments change its configuration."""
     config, stop = Config(**SMALL | changes), StopAfter(stop_after)
-    job = open_job(config, shards, run, teacher=teacher, init=init, strict=strict, workers=2, stop=stop)
+    folders = [shards] if isinstance(shards, Path) else shards
+    setup = Setup(shards=tuple(map(str, folders)), teacher=teacher, init=init, strict=strict, workers=2)
+    job = open_job(config, setup, run, stop)
     open_run(job.run, job.config)
     return job
 

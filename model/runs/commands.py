@@ -7,7 +7,7 @@ import gc
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,36 +19,30 @@ from model.runs import use
 from model.runs.config import (
     MEANS,
     Config,
+    OwnData,
+    Setup,
+    SharedImages,
+    check_folders,
     is_reported,
     open_start,
-    options,
     read_config,
     resolve_config,
-)
-from model.runs.options import (
-    DATA_OPTIONS,
-    GroupedCommand,
-    InitPath,
-    check_folders,
-    config_options,
-    grouped,
-    own_shards_option,
-    read_own_shards,
     run_option,
-    shared_images_option,
-    with_options,
 )
-from pipeline.base.errors import SettingError, needs
+from pipeline.base.errors import needs
 from pipeline.base.files import check_folder, read_object
-from pipeline.console import count_of, name_options, refuse_usage, say, say_next
+from pipeline.base.options import list_options, option
+from pipeline.command import FILE, Fields, Several, command
+from pipeline.console import count_of, refuse_usage, say, say_next
 
 if TYPE_CHECKING:
     from model.runs.job import Job
     from model.runs.sweep import Watch
 
-# Options of which a sweep takes several values.
+# Options of which a sweep may get further values later.
 SWEPT = ("lr", "weight_decay", "batch_size", "arch", "uncertain")
 Train = Callable[..., int]  # train.train
+sweep_option = partial(option, group="sweep")
 
 
 class TrainByDefault(click.Group):
@@ -77,185 +71,156 @@ def main() -> None:
     """Train networks; evaluate, apply and inspect runs. Default command: train."""
 
 
-JOB_OPTIONS = [
-    grouped(
-        "network",
-        "--init",
-        metavar="FILE",
-        type=InitPath(path_type=Path, exists=True),
-        help="Start from this file, a run, or torchxrayvision's chest X-ray weights (xrv:NAME).",
-    ),
-    grouped(
-        "labels",
-        "--teacher",
-        metavar="RUN",
-        type=click.Path(path_type=Path),
-        help="With the policy selftrained: learn from this run's scores.",
-    ),
-    grouped(
-        "labels", "--strict", is_flag=True, help="Refuse labels with one class in train instead of warning."
-    ),
-    grouped("run", "--wandb", metavar="PROJECT", help="Send the logs to Weights & Biases too."),
-]
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where `train` writes."""
+
+    run: Path = run_option(..., "Folder of the run.")
 
 
-@main.command(
+@dataclass(frozen=True, kw_only=True)
+class Cross:
+    """What `cross` takes of its own."""
+
+    out: Path = run_option(..., "Folder of the runs and of the page.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Embedding(SharedImages, OwnData):
+    """What `embed` takes of its own."""
+
+    source: str = option(..., argument=True, metavar="RUN_OR_ARCH")
+    split: str = option("train", "Split to score; --shards may differ from the training shards.")
+    out: Path = option(..., ".arrow or .parquet", type=FILE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Search:
+    """What `sweep` takes of its own."""
+
+    sweep: Path = sweep_option(
+        ..., "Folder of the sweep; processes and machines that share it share the work."
+    )
+    sampler: str = sweep_option("grid", "tpe: search between the values given.", choices=("grid", "tpe"))
+    trials: int | None = sweep_option(None, "With tpe: maximum number of trials.", low=1)
+    pruner: str = sweep_option("none", "Stop poor trials early.", choices=("none", "median", "halving"))
+
+
+@command(
     "train",
-    cls=GroupedCommand,
-    epilog="Example: python -m train --shards shards --run runs/first --lr 1e-4 --weight-decay 1e-2",
+    Place,
+    Setup,
+    Config,
+    example="python -m train --shards shards --run runs/first --lr 1e-4 --weight-decay 1e-2",
 )
-@with_options(run_option, *DATA_OPTIONS, *config_options(), *JOB_OPTIONS)
 @click.pass_obj
-def train_command(train: Train, /, **given: Any) -> int:
+def train_command(train: Train, place: Place, setup: Setup, config: Config) -> int:
     """Train a network on shards; the same command continues an interrupted run."""
-    check_folders(given["shards"])
-    config, others = split_options(given)
-    if "RANK" not in os.environ and is_finished(config, **others):
-        print_run(given["run"])
+    check_folders(setup.shards)
+    if "RANK" not in os.environ and is_finished(config, setup, place.run):
+        print_run(place.run)
         return 0
     from model.ranks import join_ranks
-    from model.runs.job import StopFlag
+    from model.runs.job import StopFlag, open_job
 
     with join_ranks() as ranks:
-        job = start_job(config, **others, stop=StopFlag().listen(), ranks=ranks)
+        job = open_job(config, setup, place.run, StopFlag().listen(), ranks)
         code = train(job)
         if code == 0 and job.ranks.is_first:
             print_run(job.run)
         return code
 
 
-@main.command(
+@command(
     "cross",
-    cls=GroupedCommand,
-    epilog="Example: python -m train cross --shards shards/nih --shards shards/children --out runs/cross --epochs 15",
+    Cross,
+    Setup,
+    Config,
+    example="python -m train cross --shards shards/nih --shards shards/children --out runs/cross --epochs 15",
 )
-@grouped(
-    "run", "--out", type=click.Path(path_type=Path), required=True, help="Folder of the runs and of the page."
-)
-@with_options(*DATA_OPTIONS, *config_options(), *JOB_OPTIONS)
 @click.pass_obj
-def cross_command(train: Train, /, out: Path, shards: tuple[str, ...], **given: Any) -> int:
+def cross_command(train: Train, given: Cross, setup: Setup, config: Config) -> int:
     """Train on each of several --shards, on all but one, and on all, and score every run on every set.
 
     Writes the matrix of AUROCs, with intervals, to cross.html. The same command continues where it was stopped.
     """
-    if len(shards) < 2:
-        raise click.UsageError("cross needs --shards twice or more: a set is trained on, another one scored")
-    check_folders(shards)
+    too_few = "cross needs --shards twice or more: a set is trained on, another one scored"
+    refuse_usage(len(setup.shards) < 2, too_few)
+    check_folders(setup.shards)
     from model.predict import InterruptedEvaluationError
     from model.runs.cross import score_runs, train_runs, write_cross
-    from model.runs.job import StopFlag
+    from model.runs.job import StopFlag, open_job
     from model.runs.summary import print_cross
 
-    config, others = split_options(given)
     stop = StopFlag().listen()
 
     def make(folders: Sequence[str], run: Path) -> "Job":
-        return start_job(config, folders, run, **others, stop=stop)
+        return open_job(config, replace(setup, shards=tuple(folders)), run, stop)
 
     try:
-        jobs, code = train_runs(shards, out, make, train)
+        jobs, code = train_runs(setup.shards, given.out, make, train)
         if code:
             return code
-        found = score_runs(jobs, shards)
+        found = score_runs(jobs, setup.shards)
     except InterruptedEvaluationError:
         return stop.code
-    write_cross(out, found, asdict(config))
+    write_cross(given.out, found, asdict(config))
     print_cross(found)
-    click.echo(f"{out / 'cross.html'}: the same by label")
+    click.echo(f"{given.out / 'cross.html'}: the same by label")
     *_, last = jobs.values()
     say_next(*use.TRAIN, "predict", "--run", last.run, "--out", "scores.csv", "IMAGES")
     return 0
 
 
-@main.command(
+@command(
     "embed",
-    cls=GroupedCommand,
-    epilog="Example: python -m train embed runs/first --split train --out train.parquet",
+    Embedding,
+    Fields(Setup, ("workers", "init")),
+    Fields(Config, ("pretrained", "image_size")),
+    example="python -m train embed runs/first --split train --out train.parquet",
 )
-@click.argument("source", metavar="RUN_OR_ARCH")
-@click.option(
-    "--split", default="train", help="Split to score; --shards may differ from the training shards."
-)
-@click.option(
-    "--out", required=True, type=click.Path(path_type=Path, dir_okay=False), help=".arrow or .parquet"
-)
-@with_options(
-    own_shards_option,
-    *DATA_OPTIONS[1:],
-    shared_images_option,
-    *config_options(only=("pretrained", "image_size")),
-    JOB_OPTIONS[0],
-)
-def embed_command(source: str, split: str, out: Path, shared_images: bool, **given: Any) -> int:
+def embed_command(given: Embedding, setup: Setup, config: Config) -> int:
     """Write the embeddings (input of the last layer) of a split by a run, or by a network with --init or --pretrained.
 
     A table of keys, patients, labels and embeddings, for models that are fitted on top.
     """
-    run = Path(source)
-    given["shards"] = given["shards"] or read_own_shards(run)
-    config, others = split_options(given)
-    started = config.pretrained or others["init"] is not None
+    run, out = Path(given.source), given.out
+    data = given.of(run)
+    setup = replace(setup, shards=data.shards, cache=data.cache, cache_size=data.cache_size)
+    started = config.pretrained or setup.init is not None
     refuse_usage(out.suffix not in (".arrow", ".parquet"), f"--out {out}: it must end in .arrow or .parquet")
     if run.is_dir():
         refuse_usage(started or config.image_size, f"{run} is a run: it has its own weights and image size")
     else:
-        refuse_usage(not started, f"{source} is no folder, and a network needs --init or --pretrained")
-        config = replace(config, arch=check_arch(source), amp="off", uncertain="ignore", blank="ignore")
+        refuse_usage(not started, f"{run} is no folder, and a network needs --init or --pretrained")
+        config = replace(config, arch=check_arch(given.source), amp="off", uncertain="ignore", blank="ignore")
     check_folder(out)
-    check_folders(given["shards"], [run] if run.is_dir() else [])
+    check_folders(setup.shards, [run] if run.is_dir() else [])
     from model.runs.embeddings import embed_split, open_run, start_network, write_embeddings
-    from model.runs.job import Job, StopFlag, choose_device
-    from pipeline.stream.collection import open_collection
+    from model.runs.job import Job, StopFlag, choose_device, open_job
     from pipeline.stream.dataset import open_shards
 
-    where = given["shards"], given["cache"], given["cache_size"]
-    shards = open_shards(*where)
     if run.is_dir():
         of_all = replace(read_config(run), where=(), views="all", limit=None)
-        collection, stop = open_collection(*where), StopFlag()
-        job = Job(of_all, collection, run, *choose_device("off"), given["workers"], stop)
+        job = Job(of_all, setup.open(), run, *choose_device("off"), setup, StopFlag())
     else:
-        job = start_job(config, run=run, **others)
+        job = open_job(config, setup, run)
     load = open_run if run.is_dir() else start_network
-    encoder = load(replace(job, shared_images=shared_images), split)
-    table = embed_split(encoder, shards[split], given["workers"])
+    encoder = load(replace(job, shared_images=given.shared_images), given.split)
+    table = embed_split(
+        encoder, open_shards(data.shards, data.cache, data.cache_size)[given.split], setup.workers
+    )
     write_embeddings(out, table)
     click.echo(f"{out}: {count_of(len(table), 'image')}, {table['embedding'].type.list_size} features each")
     return 0
 
 
-def split_options(given: Mapping[str, Any]) -> tuple[Config, dict[str, Any]]:
-    """Divide the options of `train` into its configuration and the others."""
-    known = options()
-    fields = {name: value for name, value in given.items() if name in known and value is not None}
-    return Config(**fields), {name: value for name, value in given.items() if name not in known}
-
-
-def start_job(config: Config, shards: Sequence[str], run: Path, **others: Any) -> "Job":
-    """The job of `open_job`. Raises UsageError for options that do not go together."""
-    from model.runs.job import open_job
-
-    try:
-        return open_job(config, shards, run, **others)
-    except SettingError as error:
-        raise click.UsageError(name_options(str(error))) from None
-
-
-def is_finished(
-    config: Config, shards: Sequence[str], run: Path, cache: Path, cache_size: int, **others: Any
-) -> bool:
+def is_finished(config: Config, setup: Setup, run: Path) -> bool:
     """Whether this run is trained and reported already, which is seen here without torch, and said."""
     if not is_reported(run):
         return False
-    from pipeline.stream.collection import open_collection
-
-    try:
-        collection, start = open_collection(shards, cache, cache_size), open_start(config, others["init"])
-        resolved = resolve_config(config, collection, others["teacher"], start)
-    except SettingError as error:
-        raise click.UsageError(name_options(str(error))) from None
-    if resolved != read_config(run):
+    start = open_start(config, setup.init)
+    if resolve_config(config, setup.open(), setup.teacher, start) != read_config(run):
         return False  # `open_run` says how they differ
     done = json.loads((run / "metrics.jsonl").read_bytes().splitlines()[-1])["step"]
     say(f"{run}: finished, after step {done:,}; another `run` goes on by `init` {run}")
@@ -280,115 +245,92 @@ def print_run(run: Path) -> None:
     say_next(*use.TRAIN, "predict", "--run", run, "--out", "scores.csv", "IMAGES")
 
 
-def repeat_options(config: Config, others: Mapping[str, Any]) -> list[str]:
-    """The words of a command line that give a run this configuration, and these other options, where not defaults."""
-    values = {
-        name: getattr(config, name) for name in options() if getattr(config, name) != getattr(Config(), name)
+def repeat_options(config: Config, setup: Setup) -> list[str]:
+    """The words of a command line that give a run this configuration and setup, where they are not the defaults."""
+    values: dict[str, Any] = {
+        name: getattr(config, name)
+        for name in list_options(Config)
+        if getattr(config, name) != getattr(Config(), name)
     }
-    values |= {name: others[name] for name in ("init", "teacher") if others[name]} | {
-        "shards": others["shards"]
-    }
+    values |= {name: path for name in ("init", "teacher") if (path := getattr(setup, name))}
+    values["shards"] = setup.shards
     words = []
     for name, value in values.items():
         several = value if name in ("shards", "where") else [value]
-        for one in several:
-            text = ",".join(map(str, one)) if isinstance(one, tuple) else str(one)
+        for single in several:
+            text = ",".join(map(str, single)) if isinstance(single, tuple) else str(single)
             words += [f"--{name.replace('_', '-')}", *([] if value is True else [text])]
     return words
 
 
 def refuse_run(_: click.Context, param: click.Parameter, value: str | None) -> None:
     """Raise UsageError for --run, which a command line of `train` may have brought along."""
-    if value is not None:
-        raise click.UsageError(
-            f"--{param.name} is for one run: those of a sweep are in its folder, by --sweep"
-        )
+    text = f"--{param.name} is for one run: those of a sweep are in its folder, by --sweep"
+    refuse_usage(value is not None, text)
 
 
-SWEEP_OPTIONS = [
-    grouped(
-        "sweep",
-        "--sweep",
-        "folder",
-        type=click.Path(path_type=Path),
-        required=True,
-        help="Folder of the sweep; processes and machines that share it share the work.",
-    ),
-    click.option("--run", hidden=True, expose_value=False, callback=refuse_run),
-    grouped(
-        "sweep",
-        "--sampler",
-        default="grid",
-        type=click.Choice(["grid", "tpe"]),
-        help="tpe: search between the values given.",
-    ),
-    grouped("sweep", "--trials", type=click.IntRange(1), help="With tpe: maximum number of trials."),
-    grouped(
-        "sweep",
-        "--pruner",
-        default="none",
-        type=click.Choice(["none", "median", "halving"]),
-        help="Stop poor trials early.",
-    ),
-]
-
-
-@main.command(
+@click.option("--run", hidden=True, expose_value=False, callback=refuse_run)
+@command(
     "sweep",
-    cls=GroupedCommand,
-    epilog='Example: python -m train sweep --sweep runs/sweep --lr "1e-4 1e-3" --weight-decay "1e-4 1e-2" --epochs 3',
+    Search,
+    Setup,
+    Fields(Config, several=True),
+    example='python -m train sweep --sweep runs/sweep --lr "1e-4 1e-3" --weight-decay "1e-4 1e-2" --epochs 3',
 )
-@with_options(*SWEEP_OPTIONS, *DATA_OPTIONS, *config_options(several=SWEPT), *JOB_OPTIONS)
 @click.pass_obj
-def sweep_command(
-    train: Train, /, folder: Path, sampler: str, trials: int | None, pruner: str, **given: Any
-) -> int:
-    """Train with all combinations of the values of --lr, --weight-decay, --batch-size, --arch and --uncertain.
+def sweep_command(train: Train, search: Search, setup: Setup, given: dict[str, Any]) -> int:
+    """Train with all combinations of the values of options of `train`, such as --lr, --arch, --uncertain and --seed.
 
     Separate the values of an option by spaces or commas; --sampler tpe searches between them. Every trial is a run,
     as `train` makes it. The same command continues a sweep; started again while it runs, it shares the work.
     """
-    if sampler == "tpe" and trials is None:
-        raise click.UsageError("--sampler tpe needs --trials")
-    if sampler == "grid" and trials is not None:
-        raise click.UsageError("--trials needs --sampler tpe: a grid has as many as combinations")
-    check_folders(given["shards"])
+    refuse_usage(search.sampler == "tpe" and search.trials is None, "--sampler tpe needs --trials")
+    refuse_usage(
+        search.sampler == "grid" and search.trials is not None,
+        "--trials needs --sampler tpe: a grid has as many as combinations",
+    )
+    check_folders(setup.shards)
     with needs("sweep"):
         from model.runs.sweep import Sweep, list_trials, open_sweep, rank, run_sweep
         from model.runs.sweep_report import write_sweep_report
-    from model.runs.job import StopFlag
+    from model.runs.job import StopFlag, open_job
     from model.runs.summary import print_trials
 
     stop = StopFlag().listen()
-    values = {name: tried for name in SWEPT if (tried := given.pop(name)) is not None}
-    base, others = split_options(given)
+    lists = {name: tried for name, tried in given.items() if isinstance(tried, Several)}
+    base = Config(**given | {name: tried[0] for name, tried in lists.items()})
+    values: dict[str, tuple[Any, ...]] = {
+        name: (getattr(base, name),) for name in SWEPT if getattr(base, name)
+    }
+    values |= {name: tried for name, tried in lists.items() if name in SWEPT or len(tried) > 1}
 
     def make(point: Mapping[str, Any], run: Path) -> "Job":
-        return start_job(replace(base, **point), run=run, **others, stop=stop)
+        return open_job(replace(base, **point), setup, run, stop)
 
     # A value that does not go with the options is refused before any point is trained.
-    first = {name: tried[0] for name, tried in values.items()}
-    points = [first, *(first | {name: value} for name, tried in values.items() for value in tried[1:])]
-    config, *_ = [make(point, folder / "trials" / "unused").config for point in points]
+    points: list[dict[str, Any]] = [
+        {},
+        *({name: value} for name, tried in values.items() for value in tried[1:]),
+    ]
+    config, *_ = [make(point, search.sweep / "trials" / "unused").config for point in points]
     shared = {name: value for name, value in asdict(config).items() if name not in values}
-    sweep = Sweep(folder, values, shared, sampler, trials or 0, pruner)
+    sweep = Sweep(search.sweep, values, shared, search.sampler, search.trials or 0, search.pruner)
     open_sweep(sweep)  # a sweep under other options keeps its report
     try:
         done = run_sweep(sweep, partial(train_trial, train, make), stop)
     finally:  # also after an error in one trial: the others deserve a report
-        listed = list_trials(sweep)
-        write_sweep_report(sweep, listed)
-    ranked = rank(listed)
+        trials = list_trials(sweep)
+        write_sweep_report(sweep, trials)
+    ranked = rank(trials)
     complete, failed = (sum(trial.state == state for trial in ranked) for state in ("complete", "failed"))
     if complete:
         print_trials(ranked)
     counted = f"{count_of(complete, 'trial')} complete{f', {failed} failed' if failed else ''}"
-    click.echo(f"{folder / 'report.html'}: {counted}")
+    click.echo(f"{search.sweep / 'report.html'}: {counted}")
     if complete:
         best = ranked[0]
         click.echo(f"trial {best.number} is the best, in {best.run}; the same once more:")
-        words = repeat_options(replace(base, **best.point), others)
-        say_next(*use.TRAIN, *words, "--run", "RUN")
+        say_next(*use.TRAIN, *repeat_options(replace(base, **best.point), setup), "--run", "RUN")
     return stop.code if not done else 1 if failed and not complete else 0
 
 
@@ -415,11 +357,15 @@ def train_trial(
         return None
 
 
-for command in (
+for each in (
+    train_command,
+    cross_command,
+    embed_command,
+    sweep_command,
     use.evaluate_command,
     use.predict_command,
     use.export_command,
     use.inputs_command,
     use.localize_command,
 ):
-    main.add_command(command)
+    main.add_command(each)

@@ -1,17 +1,22 @@
-"""What decides a run's outcome: config.json, and one definition of each option for command line, checks and sweep."""
+"""What decides a run's outcome (config.json), and what it works with: the options that commands share."""
 
 import hashlib
 import json
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
-from types import UnionType
-from typing import TYPE_CHECKING, Any, NamedTuple, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Self
 
 from model.names import ARCHITECTURES, AUGMENTATIONS, FUSIONS, LOSSES, XRV, check_arch, own_input
 from pipeline.base.errors import DataError, SettingError
-from pipeline.labels import LABELS, VIEWS, find_label
+from pipeline.base.options import check_values, option
+from pipeline.base.workers import share_of_cores
+from pipeline.labels import LABELS, VIEWS, find_label, parse_labels
+from pipeline.manifest import read_manifest
 from pipeline.measure.metrics import COMPETITION
 from pipeline.policies import (
     BLANK_HELP,
@@ -24,27 +29,14 @@ from pipeline.policies import (
 if TYPE_CHECKING:
     from model.initial import Start
     from model.ranks import Ranks
-    from pipeline.stream.collection import Collection as Shards
+    from pipeline.stream.collection import Collection
 
 MEANS = {"macro": "macro", "macro10": "macro, ≥ 10 patients", "mean5": "mean of competition's 5"}
 HELD_OUT = 0.05  # share of the patients, where the shards have no dev split
 ENSEMBLE = "ensemble.json"  # in the folder of an ensemble, instead of config.json
+SHARDS_HELP = "Folder of shards, or its URL: https://… or s3://…; several are read as one."
 TEACHER_SCORES = "scores-train.arrow"
 IMAGE_SIZE = 320  # of a network that has no size of its own
-
-
-class Option(NamedTuple):
-    """What a command line says of a field, and which values it may have."""
-
-    group: str  # what it decides: data, labels, network, optimization, or run
-    help: str = ""
-    choices: Collection[str] = ()
-    low: float = -math.inf
-    high: float = math.inf
-    open: bool = False  # low and high themselves are not allowed
-    check: Callable[[str], object] | None = None  # raises DataError
-    metavar: str | None = None
-    shown: str | None = None  # in place of the default
 
 
 def split_columns(text: str) -> list[str]:
@@ -53,15 +45,6 @@ def split_columns(text: str) -> list[str]:
     if "" in names:
         raise DataError(f"'{text}' is not like projection,sex")
     return names
-
-
-def parse_labels(text: str) -> tuple[str, ...]:
-    """Names of labels in any case, separated by commas; in the order of LABELS. Raises DataError for another name."""
-    names = [find_label(name.strip()) or name.strip() for name in text.split(",")]
-    for name in names:
-        if name not in LABELS:
-            raise DataError(f"'{name}' is none of {', '.join(LABELS)}")
-    return tuple(label for label in LABELS if label in names)
 
 
 def parse_choice(text: str) -> tuple[str, ...]:
@@ -83,136 +66,138 @@ def name_choice(text: str) -> str:
     return {"all": MEANS["macro10"], "competition": MEANS["mean5"]}.get(text) or ", ".join(parse_labels(text))
 
 
-def option(default: Any, group: str, help: str = "", **more: Any) -> Any:  # noqa: A002 - as click calls it
-    """A field of Config that is an option of `train`; `more` are further fields of Option."""
-    return field(default=default, metadata={"option": Option(group, help, **more)})
+def parse_size(text: str) -> int:
+    """Bytes, of 500MB, 20GB or 1.5TB."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([MGT])B", text)
+    if match is None:
+        raise DataError(f"'{text}' is not like 500MB, 20GB or 1.5TB")
+    return int(float(match[1]) * {"M": 1e6, "G": 1e9, "T": 1e12}[match[2]])
+
+
+def parse_shares(text: str) -> tuple[float, ...]:
+    """Positive numbers, separated by commas."""
+    try:
+        shares = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        shares = ()
+    if not shares or not all(0 < share < math.inf for share in shares):
+        raise DataError(f"'{text}' is not like 0.7,0.3")
+    return shares
+
+
+def parse_initial(text: str) -> Path:
+    """The path of weights to start from, or xrv:NAME as one."""
+    path = Path(text)
+    if not text.startswith(XRV) and not path.exists():
+        raise DataError(f"Path '{text}' does not exist.")
+    return path
+
+
+run_option, data_option, label_option, network_option, optimization_option = (
+    partial(option, group=group) for group in ("run", "data", "labels", "network", "optimization")
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """Everything that decides a run's outcome, in the order of config.json."""
 
-    arch: str = option(
+    arch: str = network_option(
         "resnet50",
-        "network",
         f"{', '.join(ARCHITECTURES)}, or timm/NAME for any network of timm.",
         check=check_arch,
         metavar="NAME",
     )
-    lr: float = option(1e-4, "optimization", "Peak learning rate.", low=0, open=True)
-    weight_decay: float = option(1e-2, "optimization", "AdamW weight decay.", low=0)
-    batch_size: int = option(64, "optimization", low=2)
-    epochs: int = option(5, "optimization", low=1)
-    image_size: int = option(  # 0, until it is resolved: the network's own
-        0,
-        "network",
-        "Side of the square input, in pixels.",
-        low=32,
-        shown=f"{IMAGE_SIZE}; of timm's, the network's own",
+    lr: float = optimization_option(1e-4, "Peak learning rate.", low=0, open=True)
+    weight_decay: float = optimization_option(1e-2, "AdamW weight decay.", low=0)
+    batch_size: int = optimization_option(64, low=2)
+    epochs: int = optimization_option(5, low=1)
+    # 0, until it is resolved: the network's own
+    image_size: int = network_option(
+        0, "Side of the square input, in pixels.", low=32, shown=f"{IMAGE_SIZE}; of timm's, the network's own"
     )
-    amp: str = option("auto", "optimization", "Mixed precision.", choices=("auto", "bf16", "fp16", "off"))
-    ema: float = option(0.999, "optimization", "Decay of the averaged weights.", low=0, high=1)
-    keep: str = option(
-        "best", "run", "Weights to keep: the best on dev, or the last.", choices=("best", "last")
-    )
-    augment: str = option(
+    amp: str = optimization_option("auto", "Mixed precision.", choices=("auto", "bf16", "fp16", "off"))
+    ema: float = optimization_option(0.999, "Decay of the averaged weights.", low=0, high=1)
+    keep: str = run_option("best", "Weights to keep: the best on dev, or the last.", choices=("best", "last"))
+    augment: str = data_option(
         "affine",
-        "data",
         "crop: affine maps and random crops; robust: also random sharpness, noise and borders, on equalized images.",
         choices=tuple(AUGMENTATIONS),
     )
-    uncertain: str = option(  # empty: the shards' own
-        "", "labels", UNCERTAIN_HELP, check=parse_uncertain_policy, metavar="POLICY", shown="the shards'"
+    # Empty, until they are resolved: the shards' own
+    uncertain: str = label_option(
+        "", UNCERTAIN_HELP, check=parse_uncertain_policy, metavar="POLICY", shown="the shards'"
     )
-    blank: str = option(
-        "", "labels", BLANK_HELP, check=check_blank_policy, metavar="POLICY", shown="the shards'"
-    )
-    seed: int = option(0, "run", low=0, high=2**63 - 1)
+    blank: str = label_option("", BLANK_HELP, check=check_blank_policy, metavar="POLICY", shown="the shards'")
+    seed: int = run_option(0, low=0, high=2**63 - 1)
     manifest: str = ""  # its sha256, which stands for all of the data
-    labels: tuple[str, ...] = option(
-        LABELS, "labels", "Learn only these.", choices=LABELS, metavar="A,B", shown="all 14"
+    labels: tuple[str, ...] = label_option(
+        LABELS, "Learn only these.", choices=LABELS, split=parse_labels, metavar="A,B", shown="all 14"
     )
-    views: str = option("all", "data", "Use only these of the shards' views.", choices=VIEWS)
-    where: tuple[str, ...] = option(
-        (), "data", "Use only these images: sex=Female, age>=60, Edema=1.", metavar="CONDITION"
+    views: str = data_option("all", "Use only these of the shards' views.", choices=VIEWS)
+    where: tuple[str, ...] = data_option(
+        (), "Use only these images: sex=Female, age>=60, Edema=1.", metavar="CONDITION"
     )
-    limit: int | None = option(None, "data", "Train on at most this many images, of whole patients.", low=1)
-    balance: str | None = option(
-        None,
-        "data",
-        "Draw this label's positives as often as its negatives.",
-        choices=LABELS,
-        metavar="LABEL",
+    limit: int | None = data_option(None, "Train on at most this many images, of whole patients.", low=1)
+    balance: str | None = data_option(
+        None, "Draw this label's positives as often as its negatives.", choices=LABELS, metavar="LABEL"
     )
-    max_bad: float = option(
+    max_bad: float = data_option(
         0.0,
-        "data",
         "Fraction of damaged images to tolerate and skip, per rank and between evaluations.",
         low=0,
         high=1,
     )
-    loss: str = option("bce", "optimization", "aucm: the AUC margin loss.", choices=LOSSES)
-    pos_weight: bool = option(False, "optimization", "Weight positives by their inverse frequency in train.")
-    accumulate: int = option(
-        1, "optimization", "Compute each batch in this many parts, to save memory.", low=1
+    loss: str = optimization_option("bce", "aucm: the AUC margin loss.", choices=LOSSES)
+    pos_weight: bool = optimization_option(False, "Weight positives by their inverse frequency in train.")
+    accumulate: int = optimization_option(1, "Compute each batch in this many parts, to save memory.", low=1)
+    eval_every: int | None = run_option(
+        None, "Evaluate on dev this often.", low=1, metavar="STEPS", shown="once per epoch"
     )
-    eval_every: int | None = option(
-        None, "run", "Evaluate on dev this often.", low=1, metavar="STEPS", shown="once per epoch"
-    )
-    patience: int | None = option(None, "run", "Stop after this many evaluations without improvement.", low=1)
-    pretrained: bool = option(False, "network", "Start from ImageNet weights (downloads them).")
+    patience: int | None = run_option(None, "Stop after this many evaluations without improvement.", low=1)
+    pretrained: bool = network_option(False, "Start from ImageNet weights (downloads them).")
     init: str | None = None  # sha256 of the file of weights that the run starts from
     init_terms: str = ""  # their license, and what they were trained on
-    init_labels: str | None = option(
+    init_labels: str | None = network_option(
         None,
-        "network",
         "What the outputs of --init are, in their order, if its file does not say.",
         check=parse_outputs,
         metavar="A,B",
         shown="not known: a new last layer",
     )
-    compile: bool = option(False, "optimization", "Compile the network with torch.compile.")
+    compile: bool = optimization_option(False, "Compile the network with torch.compile.")
     teacher: str | None = None  # sha256 of its scores, where a label is selftrained
-    sync_bn: bool = option(
-        False, "optimization", "With torchrun: BatchNorm over the whole batch instead of each rank's part."
+    sync_bn: bool = optimization_option(
+        False, "With torchrun: BatchNorm over the whole batch instead of each rank's part."
     )
-    fusion: str | None = option(
-        None, "network", "Train on studies, pooling their views this way.", choices=FUSIONS
+    fusion: str | None = network_option(
+        None, "Train on studies, pooling their views this way.", choices=FUSIONS
     )
-    freeze: bool = option(
-        False,
-        "network",
-        "Keep the weights of --init or --pretrained; train only the last layer, or what fusion adds.",
+    freeze: bool = network_option(
+        False, "Keep the weights of --init or --pretrained; train only the last layer, or what fusion adds."
     )
-    dev: float | None = option(
+    dev: float | None = data_option(
         None,
-        "data",
         "Fraction of training patients held out as dev.",
         low=0,
         high=1,
         open=True,
         shown=f"{HELD_OUT:g} where the shards have no dev split",
     )
-
-    mix: tuple[float, ...] = option(
-        (), "data", "Sampling fraction of each folder.", metavar="0.7,0.3", shown="by size"
+    mix: tuple[float, ...] = data_option(
+        (), "Sampling fraction of each folder.", split=parse_shares, metavar="0.7,0.3", shown="by size"
     )
-    balance_over: str | None = option(
-        None,
-        "data",
-        "With --balance: stratify by these columns.",
-        check=split_columns,
-        metavar="COLUMN,…",
+    balance_over: str | None = data_option(
+        None, "With --balance: stratify by these columns.", check=split_columns, metavar="COLUMN,…"
     )
-    layer_decay: float = option(
-        1.0, "optimization", "Learning rate of each block, as a fraction of the next one's.", low=0, high=1
+    layer_decay: float = optimization_option(
+        1.0, "Learning rate of each block, as a fraction of the next one's.", low=0, high=1
     )
     # Mean and deviation of gray levels that the input is normalized by; empty: the shards'.
     input_scale: tuple[float, ...] = ()
     equalize: bool = False  # the network equalizes its films: one that is or was `robust`
-    choose_by: str = option(
+    choose_by: str = run_option(
         "all",
-        "run",
         "Labels whose mean AUROC on dev chooses the checkpoint; all: those with 10 patients of each class there.",
         check=parse_choice,
         metavar="all|competition|A,B",
@@ -229,9 +214,85 @@ class Config:
         return "images" if self.fusion is None else "studies"
 
 
-def options() -> dict[str, Option]:
-    """The options of `train` that decide a run's outcome, by the names of their fields."""
-    return {one.name: one.metadata["option"] for one in fields(Config) if "option" in one.metadata}
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """The shards that a command reads."""
+
+    shards: tuple[str, ...] = data_option(("shards",), SHARDS_HELP)
+    cache: Path = data_option(Path(".cache"), "Cache folder of shards from URLs, shared by all runs.")
+    cache_size: int = data_option(
+        parse_size("20GB"),
+        "Evict the least recently used shards above this size.",
+        parse=parse_size,
+        shown="20GB",
+    )
+
+    def open(self) -> "Collection":
+        """The collection of all these shards. Raises DataError."""
+        from pipeline.stream.collection import open_collection
+
+        return open_collection(self.shards, self.cache, self.cache_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workers:
+    """How images are decoded."""
+
+    workers: int = run_option(share_of_cores, "Decoding threads.", low=1, shown="cores")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedImages:
+    """Whether images may be scored that the weights have learned from."""
+
+    shared_images: bool = data_option(False, "Allow images the weights were trained on.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup(Workers, Data):
+    """What a run works with beside its configuration."""
+
+    init: Path | None = network_option(
+        None,
+        "Start from this file, a run, or torchxrayvision's chest X-ray weights (xrv:NAME).",
+        parse=parse_initial,
+        metavar="FILE",
+    )
+    teacher: Path | None = label_option(
+        None, "With the policy selftrained: learn from this run's scores.", metavar="RUN"
+    )
+    strict: bool = label_option(False, "Refuse labels with one class in train instead of warning.")
+    wandb: str | None = run_option(None, "Send the logs to Weights & Biases too.", metavar="PROJECT")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnData(Data):
+    """The shards that a run is used on."""
+
+    shards: tuple[str, ...] = data_option((), SHARDS_HELP, shown="those the run was trained on")
+
+    def of(self, run: Path) -> Self:
+        """With the shards that a run was last trained on, if none are given; `shards` if it does not say."""
+        if self.shards:
+            return self
+        try:
+            lines = (run / "environment.jsonl").read_text().splitlines()
+            own = tuple(map(str, json.loads(lines[-1])["shards"]))
+        except (OSError, ValueError, LookupError, TypeError):
+            return replace(self, shards=("shards",))
+        return replace(
+            self, shards=tuple(name if "://" in name else os.path.relpath(run / name) for name in own)
+        )
+
+
+def check_folders(shards: Sequence[str] = (), runs: Sequence[Path] = ()) -> None:
+    """Raise DataError for a folder without shards or without a run, before torch is imported."""
+    for folder in shards:
+        if "://" not in folder:
+            read_manifest(Path(folder))
+    for run in runs:
+        if not (run / ENSEMBLE).exists():
+            read_config(run)
 
 
 def name_outputs(config: Config) -> list[str]:
@@ -319,7 +380,9 @@ def open_start(config: Config, init: Path | None) -> "Start | None":
     return read_start(init / "best.pt" if init.is_dir() else init, outputs)
 
 
-def resolve_config(config: Config, shards: "Shards", teacher: Path | None, start: "Start | None") -> Config:
+def resolve_config(
+    config: Config, shards: "Collection", teacher: Path | None, start: "Start | None"
+) -> Config:
     """The configuration with what it leaves open: see `job.open_job`, which raises the same errors."""
     manifest = shards.manifest
     if config.mix and len(config.mix) != len(shards.folders):
@@ -352,7 +415,7 @@ def resolve_config(config: Config, shards: "Shards", teacher: Path | None, start
     )
 
 
-def _choose_labels(labels: Sequence[str], shards: "Shards") -> tuple[str, ...]:
+def _choose_labels(labels: Sequence[str], shards: "Collection") -> tuple[str, ...]:
     """The labels that somebody annotated, in the order of LABELS: a score of another would mean nothing."""
     known = [label for label in LABELS if label in labels]
     chosen = tuple(label for label in known if label not in shards.manifest.not_annotated)
@@ -361,7 +424,7 @@ def _choose_labels(labels: Sequence[str], shards: "Shards") -> tuple[str, ...]:
     return chosen or tuple(labels)
 
 
-def teacher_digest(teacher: Path, shards: "Shards") -> str:
+def teacher_digest(teacher: Path, shards: "Collection") -> str:
     """sha256 of a run's scores of train. Raises DataError with the command that writes them."""
     try:
         return hashlib.sha256((teacher / TEACHER_SCORES).read_bytes()).hexdigest()
@@ -378,28 +441,6 @@ def is_reported(run: Path) -> bool:
     """Whether the folder holds all that a finished run writes, of which the model card comes last."""
     files = ("last.pt", "calibration.json", "evaluation-dev.json", "scores-dev.arrow", "report.html")
     return all((run / name).exists() for name in (*files, "model-card.md"))
-
-
-def check_values(config: Config) -> None:
-    """Raise SettingError for a value of another type than its field's, or that its option does not allow."""
-    known = options()
-    for name, kind in get_type_hints(Config).items():
-        value = getattr(config, name)
-        kinds = get_args(kind) if isinstance(kind, UnionType) else (get_origin(kind) or kind,)
-        fits = isinstance(value, (*kinds, int) if float in kinds else kinds)
-        if not fits or (value is not None and name in known and not _allows(known[name], value)):
-            raise SettingError(f"{name} is {value!r}")
-
-
-def _allows(of: Option, value: Any) -> bool:
-    """Whether an option allows a value of its type."""
-    if isinstance(value, (int, float)):
-        within = of.low < value < of.high if of.open else of.low <= value <= of.high
-        return within and math.isfinite(value)
-    if of.check is not None:
-        of.check(value)
-    values = value if isinstance(value, tuple) else (value,)
-    return not of.choices or (bool(values) and set(values) <= set(of.choices))
 
 
 def _check_names(values: Mapping[str, Any]) -> None:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from model.runs.config import ENSEMBLE, Config, read_config
+from model.runs.config import ENSEMBLE, Config, Setup, read_config
 from model.runs.job import Job, MemberRun, StopFlag, choose_device
 from model.runs.results import find_calibration, forget_calibration
 from model.runs.scoring import Scores, score_files
@@ -87,7 +87,7 @@ def open_scoring(model: Model, out: Path | None, shards: Collection, workers: in
     Members get a calibration where they have none. Raises DataError for a folder that is another's.
     """
     jobs = [
-        Job(config, shards, run, *choose_device(config.amp), workers, stop)
+        Job(config, shards, run, *choose_device(config.amp), Setup(workers=workers), stop)
         for run, config in model.members.items()
     ]
     if len(jobs) == 1:

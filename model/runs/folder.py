@@ -101,7 +101,7 @@ def follow_by_wandb(job: Job) -> Iterator[None]:
 
     Raises DataError where it is missing.
     """
-    if job.wandb is None:
+    if job.setup.wandb is None:
         yield
         return
     with needs("wandb"):
@@ -112,7 +112,7 @@ def follow_by_wandb(job: Job) -> Iterator[None]:
         )
     digest = hashlib.sha256((job.run / "config.json").read_bytes()).hexdigest()[:8]
     wandb.init(
-        project=job.wandb,
+        project=job.setup.wandb,
         name=job.run.name,
         id=f"{job.run.name}-{digest}",
         resume="allow",

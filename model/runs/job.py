@@ -1,6 +1,6 @@
 """What a run works on: its configuration, shards and device, and the batches that the shards give it.
 
-job = open_job(Config(lr=1e-3, epochs=3), "shards", "runs/first")
+job = open_job(Config(lr=1e-3, epochs=3), Setup(shards=("shards",)), "runs/first")
 train.train(job)
 """
 
@@ -20,16 +20,14 @@ from torch import Tensor
 
 from model.initial import Start
 from model.ranks import ALONE, Ranks
-from model.runs.config import Config, check_config, open_start, resolve_config
+from model.runs.config import Config, Setup, check_config, open_start, resolve_config
 from pipeline.base.errors import DataError
-from pipeline.base.workers import share_of_cores
 from pipeline.console import say, say_once
 from pipeline.labels import MOST_VIEWS, split_patients
 from pipeline.manifest import Manifest
 from pipeline.policies import check_blank_policy, evaluation_targets
 from pipeline.stream.batches import BatchStream, Labels, stream_batches
-from pipeline.stream.cache import CACHE, CACHE_SIZE
-from pipeline.stream.collection import Collection, open_collection
+from pipeline.stream.collection import Collection
 from pipeline.stream.plan import Rows, Samples, Step
 from pipeline.stream.samples import OpenSplit, find_images, find_studies
 from pipeline.stream.select import NothingSelectedError, select_rows
@@ -62,13 +60,10 @@ class Job:
     run: Path
     device: torch.device
     precision: torch.dtype  # of autocast; float32 means none
-    workers: int  # decoding threads
+    setup: Setup
     stop: StopFlag
     ranks: Ranks = ALONE
-    teacher: Path | None = None  # the run whose scores selftrained labels learn from
     start: Start | None = None  # the weights to start from
-    strict: bool = False  # refuse labels with one class instead of warning about them
-    wandb: str | None = None  # the project of Weights & Biases that is told of everything
     members: "tuple[MemberRun, ...]" = ()  # of an ensemble, whose folder `run` is
     shared_images: bool = False  # score images that the weights have learned from, too
     seen: Sequence[Mapping[str, Any]] = ()  # what the weights will have learned from, as `overlap` has it
@@ -94,48 +89,24 @@ class MemberRun(NamedTuple):
 
 def open_job(
     config: Config,
-    shards: str | Path | Sequence[str | Path],
+    setup: Setup,
     run: str | Path,
-    *,
-    teacher: Path | None = None,
-    init: Path | None = None,
-    cache: Path = CACHE,
-    cache_size: int = CACHE_SIZE,
-    workers: int | None = None,
-    strict: bool = False,
-    wandb: str | None = None,
     stop: StopFlag | None = None,
     ranks: Ranks = ALONE,
 ) -> Job:
-    """The job that trains a run in the folder `run` on shards in a folder or at a URL, or on those of several.
+    """The job that trains a run in the folder `run`.
 
     What the configuration leaves open comes from the shards: policies, and a share of train to hold out where they
-    have no dev split; or from the network or its first weights: the size and scale of its input. `teacher` is the run
-    whose scores selftrained labels learn from, `init` a file of weights, or a run, to start from; `cache` keeps shards
-    of a URL, up to `cache_size` bytes. Raises SettingError for values that do not go together, and DataError for
-    unusable shards.
+    have no dev split; or from the network or its first weights: the size and scale of its input. Raises SettingError
+    for values that do not go together, and DataError for unusable shards.
     """
-    collection = open_collection(shards, cache, cache_size)
+    collection, start = setup.open(), open_start(config, setup.init)
     for text in collection.warnings:
         say_once(text)
-    start = open_start(config, init)
-    config = resolve_config(config, collection, teacher, start)
+    config = resolve_config(config, collection, setup.teacher, start)
     check_config(config, ranks)
-    device, precision = choose_device(config.amp)
-    return Job(
-        config,
-        collection,
-        Path(run),
-        device,
-        precision,
-        workers or share_of_cores(),
-        stop or StopFlag(),
-        ranks,
-        teacher,
-        start,
-        strict,
-        wandb,
-    )
+    device = choose_device(config.amp)
+    return Job(config, collection, Path(run), *device, setup, stop or StopFlag(), ranks, start)
 
 
 def choose_device(amp: str) -> tuple[torch.device, torch.dtype]:
@@ -238,7 +209,7 @@ def read_batches(
     """The batches of a plan over the chosen samples, as the run reads them."""
     max_bad = int(job.config.max_bad * len(chosen.images))
     return stream_batches(
-        chosen.split, labels, plan, size=job.config.image_size, threads=job.workers, max_bad=max_bad
+        chosen.split, labels, plan, size=job.config.image_size, threads=job.setup.workers, max_bad=max_bad
     )
 
 

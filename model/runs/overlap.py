@@ -34,9 +34,10 @@ def list_seen(job: Job, selected: Iterable[tuple[str, Selected]]) -> Seen:
     Raises DataError for a dev or valid of which they have learned from images, before a step is trained on them.
     """
     before = list(job.start.seen) if job.start else []
-    if job.teacher:
+    if job.setup.teacher:
         before += [
-            dict(entry) | {"run": entry["run"] or str(job.teacher)} for entry in read_seen(job.teacher)
+            dict(entry) | {"run": entry["run"] or str(job.setup.teacher)}
+            for entry in read_seen(job.setup.teacher)
         ]
     for name in selected_splits(job) if before else ():
         check_seen(job, name, before, "keep its split (`dev`, `seed`), or start from another")

@@ -102,7 +102,7 @@ def evaluate(
     if readers:
         evaluation["readers"] = assess_readers(config.labels, study_level(scored, combine), readers)
     split = open_split(job, name)
-    edge = measure_edges(split, find_places(split, table), job.workers)
+    edge = measure_edges(split, find_places(split, table), job.setup.workers)
     evaluation["belief"] = assess_belief(
         config.labels, scored, find_covariates(table), find_strata(table), edge
     )

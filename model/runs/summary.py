@@ -47,6 +47,15 @@ def print_evaluations(reports: Mapping[str, Mapping[str, Any]]) -> None:
     Console().print(table)
 
 
+def print_evaluation(split: str, evaluation: Mapping[str, Any]) -> None:
+    """All tables of the evaluation of a split."""
+    print_evaluations({split: evaluation})
+    print_gain(evaluation)
+    print_verdicts({split: evaluation})
+    for show in (print_elsewhere, print_comparison, print_sanity, print_readers):
+        show(evaluation)
+
+
 def print_gain(evaluation: Mapping[str, Any]) -> None:
     """A table of what an ensemble gains over the mean of its members, by label and in the mean."""
     if "gain" not in evaluation:

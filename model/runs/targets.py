@@ -54,13 +54,13 @@ def training_labels(job: Job, train: Selected) -> Labels:
         say(text)
     policy = parse_uncertain_policy(config.uncertain)
     wanted = [label for label in config.labels if policy[label] == "selftrained"]
-    scores = None if job.teacher is None else teacher_scores(job.teacher, train, wanted)
+    scores = None if job.setup.teacher is None else teacher_scores(job.setup.teacher, train, wanted)
     labels = Labels(*make_targets(table, policy, config.blank, config.seed, scores))
     if job.manifest.not_annotated:
         say(f"not annotated in {job.shards}, so not learned: {', '.join(job.manifest.not_annotated)}")
     found = one_class_labels(labels.target[train.rows], labels.mask[train.rows])
     lacking = describe_one_class(counts for counts in found if counts[0] in config.labels)
-    if lacking and job.strict:
+    if lacking and job.setup.strict:
         raise DataError(f"`strict`: {'; '.join(lacking)}")
     for text in lacking:
         say(f"{text}: it cannot be learned")

@@ -9,7 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,21 +18,22 @@ import numpy as np
 import numpy.typing as npt
 
 from model.names import AUGMENTATIONS
-from model.runs.config import learned_columns, read_config
-from model.runs.options import (
-    DATA_OPTIONS,
+from model.runs.config import (
+    Data,
+    OwnData,
+    Setup,
+    SharedImages,
+    Workers,
     check_folders,
-    own_shards_option,
-    read_own_shards,
+    learned_columns,
+    read_config,
     run_option,
-    runs_option,
-    shared_images_option,
-    with_options,
-    workers_option,
 )
 from pipeline.base.errors import DataError
 from pipeline.base.files import check_folder, hash_file, read_object, write_csv, write_json
-from pipeline.console import Checked, Number, count_of, say, say_next
+from pipeline.base.options import option
+from pipeline.command import EXISTING, EXISTING_FILE, FILE, FOLDER, command
+from pipeline.console import count_of, refuse_usage, say, say_next
 from pipeline.labels import MOST_VIEWS, VIEWS
 from pipeline.measure.calibration import RULES, apply_calibration, apply_calibrations, read_fit
 
@@ -42,88 +43,64 @@ if TYPE_CHECKING:
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".dcm", ".dicom")
 TRAIN = ("python", "-m", "train")  # in a clone, and from a wheel
 VARIANTS = 4  # epochs that `inputs` shows
-threshold_option = click.option(
-    "--threshold",
-    default="none",
-    type=click.Choice([*RULES, "none"]),
-    help="Also write decisions, by thresholds chosen on dev.",
-)
 
 
-@click.command("evaluate", epilog="Example: python -m train evaluate --run runs/first --split valid")
-@with_options(runs_option, own_shards_option, *DATA_OPTIONS[1:])
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    show_default="the runs' names, beside the first",
-    help="Folder of an ensemble's results.",
-)
-@click.option(
-    "--split", default="valid", help="Split to score; --shards may differ from the training shards."
-)
-@click.option(
-    "--against",
-    multiple=True,
-    metavar="RUN",
-    type=click.Path(path_type=Path),
-    help="Compare with this run; a run on studies may be compared with several.",
-)
-@click.option(
-    "--sensitivity",
-    default=0.9,
-    type=Number(0, 1),
-    help="Sensitivity that the third threshold must reach on dev.",
-)
-@click.option(
-    "--study",
-    default="max",
-    type=click.Choice(["max", "mean"]),
-    help="How a study's score is computed from its views.",
-)
-@click.option(
-    "--where",
-    multiple=True,
-    metavar="CONDITION",
-    help="Score the images that meet this, instead of the run's own conditions: sex=Male.",
-)
-@click.option("--views", type=click.Choice(VIEWS), show_default="the run's", help="Score these views.")
-@shared_images_option
-@click.option(
-    "--readers",
-    "reader_files",
-    multiple=True,
-    metavar="CSV",
-    type=click.Path(path_type=Path),
-    help="Add this reader as a point to the ROC curves; may be repeated.",
-)
-@click.option(
-    "--sanity",
-    is_flag=True,
-    help="Also run occlusion and patch-shuffle checks.",
-)
-def evaluate_command(
-    shards: tuple[str, ...],
-    cache: Path,
-    cache_size: int,
-    runs: tuple[Path, ...],
-    workers: int,
-    out: Path | None,
-    split: str,
-    against: tuple[Path, ...],
-    sensitivity: float,
-    study: str,
-    where: tuple[str, ...],
-    views: str | None,
-    shared_images: bool,
-    reader_files: tuple[Path, ...],
-    sanity: bool,
-) -> int:
+@dataclass(frozen=True, kw_only=True)
+class Runs:
+    """The runs, or the ensemble, that a command uses."""
+
+    runs: tuple[Path, ...] = run_option(
+        ..., "Folder of the run, or of an ensemble; several make an ensemble.", flag="run"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decided(Runs):
+    """Runs whose scores may be decided on."""
+
+    threshold: str = option(
+        "none", "Also write decisions, by thresholds chosen on dev.", choices=(*RULES, "none")
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation(SharedImages, Workers, OwnData, Runs):
+    """What `evaluate` takes."""
+
+    out: Path | None = option(
+        None, "Folder of an ensemble's results.", shown="the runs' names, beside the first"
+    )
+    split: str = option("valid", "Split to score; --shards may differ from the training shards.")
+    against: tuple[Path, ...] = option(
+        (), "Compare with this run; a run on studies may be compared with several.", metavar="RUN"
+    )
+    sensitivity: float = option(0.9, "Sensitivity that the third threshold must reach on dev.", low=0, high=1)
+    study: str = option("max", "How a study's score is computed from its views.", choices=("max", "mean"))
+    where: tuple[str, ...] = option(
+        (),
+        "Score the images that meet this, instead of the run's own conditions: sex=Male.",
+        metavar="CONDITION",
+    )
+    views: str | None = option(None, "Score these views.", choices=VIEWS, shown="the run's")
+    readers: tuple[Path, ...] = option(
+        (), "Add this reader as a point to the ROC curves; may be repeated.", metavar="CSV"
+    )
+    sanity: bool = option(False, "Also run occlusion and patch-shuffle checks.")
+
+    @property
+    def conditions(self) -> tuple[str, ...]:
+        """What chose the images, in place of the run's own conditions."""
+        return (*self.where, *([] if self.views is None else [f"{self.views} views"]))
+
+
+@command("evaluate", Evaluation, example="python -m train evaluate --run runs/first --split valid")
+def evaluate_command(given: Evaluation) -> int:
     """Score the run's best checkpoint on a split; of several runs, the mean of their calibrated scores.
 
     The run's own --where and --views choose the images, unless others are given: train on one sex, score the other.
     """
-    shards = shards or read_own_shards(runs[0])
-    check_folders(shards, runs)
+    data = given.of(given.runs[0])
+    check_folders(data.shards, given.runs)
     from model.predict import InterruptedEvaluationError
     from model.runs import summary
     from model.runs.ensemble import open_model, open_scoring
@@ -140,42 +117,34 @@ def evaluate_command(
     from model.runs.sanity import check_sanity
     from model.runs.scoring import score_best
     from pipeline.measure.readers import read_reader
-    from pipeline.stream.collection import open_collection
 
-    collection = open_collection(shards, cache, cache_size)
-    stop = StopFlag().listen()
-    model = open_model(runs)
-    if out is not None and (len(model.members) == 1 or model.folder is not None):
-        raise click.UsageError(f"--out is for several --run: the results of {model.name} go into its folder")
-    chosen_by = (*where, *([] if views is None else [f"{views} views"]))
-    readers = {path.name.split(".")[0]: path for path in reader_files}
-    if len(readers) < len(reader_files):
-        raise click.UsageError("--readers: two files of one name, by which a reader is shown; rename one")
+    split, collection, stop, model = given.split, data.open(), StopFlag().listen(), open_model(given.runs)
+    refuse_usage(
+        given.out is not None and (len(model.members) == 1 or model.folder is not None),
+        f"--out is for several --run: the results of {model.name} go into its folder",
+    )
+    readers = {path.name.split(".")[0]: path for path in given.readers}
+    same = "--readers: two files of one name, by which a reader is shown; rename one"
+    refuse_usage(len(readers) < len(given.readers), same)
     try:
-        job = open_scoring(model, out, collection, workers, stop)
+        job = open_scoring(model, given.out, collection, given.workers, stop)
         config = job.config
-        chosen = replace(config, where=where or config.where, views=views or config.views)
-        scored = replace(job, config=chosen, shared_images=shared_images)
+        chosen = replace(config, where=given.where or config.where, views=given.views or config.views)
+        scored = replace(job, config=chosen, shared_images=given.shared_images)
         reads = {name: read_reader(path, config.labels) for name, path in readers.items()}
-        others = find_scores(job, split, against)
+        others = find_scores(job, split, given.against)
         for other in others:
             check_seen(replace(scored, run=other, config=read_config(other)), split, read_seen(other))
         if split != "dev" or job.shards.digest != config.manifest:
-            find_calibration(job, split, None, sensitivity, study)  # before the split is scored
+            find_calibration(job, split, None, given.sensitivity, given.study)  # before the split is scored
         found = score_best(scored, split)
-        altered = check_sanity(scored, split, found.images) if sanity else {}
-        evaluated = evaluate(job, split, found, others, sensitivity, study, chosen_by, altered, reads)
+        altered = check_sanity(scored, split, found.images) if given.sanity else {}
+        how = (given.sensitivity, given.study, given.conditions)
+        evaluated = evaluate(job, split, found, others, *how, altered, reads)
     except InterruptedEvaluationError:
         return stop.code
-    evaluation = evaluated[0]
-    summary.print_evaluations({split: evaluation})
-    summary.print_gain(evaluation)
-    summary.print_verdicts({split: evaluation})
-    summary.print_elsewhere(evaluation)
-    summary.print_comparison(evaluation)
-    summary.print_sanity(evaluation)
-    summary.print_readers(evaluation)
-    result = name_result(job, split, chosen_by)
+    summary.print_evaluation(split, evaluated[0])
+    result = name_result(job, split, given.conditions)
     compared = name_comparison(result, others)
     write_report(scored, f"report-{compared}.html", {split: evaluated})
     for file in (f"scores-{result}.arrow", f"evaluation-{compared}.json", f"report-{compared}.html"):
@@ -197,70 +166,64 @@ def check_pattern(text: str) -> None:
         raise DataError(f"'{text}' is not a regular expression: {error}") from None
 
 
-@click.command("predict", epilog="Example: python -m train predict --run runs/first --out scores.csv images/")
-@with_options(runs_option)
-@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
-@click.option("--out", required=True, type=click.Path(path_type=Path, dir_okay=False), help="CSV to write.")
-@click.option("--strict", is_flag=True, help="Exit with 3 if an image cannot be read.")
-@click.option(
-    "--group-by",
-    metavar="REGEX",
-    type=Checked(check_pattern),
-    help="Files whose paths match it with the same text form a study.  [default: files of a folder]",
-)
-@click.option(
-    "--heatmaps",
-    metavar="DIR",
-    type=click.Path(path_type=Path, file_okay=False),
-    help="Also write heat maps to this folder.",
-)
-@click.option(
-    "--heatmap-labels", default=1, type=click.IntRange(1), help="Number of labels per image, by score."
-)
-@threshold_option
-@workers_option
-def predict_command(
-    runs: tuple[Path, ...],
-    images: tuple[Path, ...],
-    out: Path,
-    strict: bool,
-    group_by: str | None,
-    threshold: str,
-    heatmaps: Path | None,
-    heatmap_labels: int,
-    workers: int,
-) -> int:
+@dataclass(frozen=True, kw_only=True)
+class Prediction(Workers, Decided):
+    """What `predict` takes."""
+
+    images: tuple[Path, ...] = option(..., argument=True, type=EXISTING)
+    out: Path = option(..., "CSV to write.", type=FILE)
+    strict: bool = option(False, "Exit with 3 if an image cannot be read.")
+    group_by: str | None = option(
+        None,
+        "Files whose paths match it with the same text form a study.  [default: files of a folder]",
+        check=check_pattern,
+        metavar="REGEX",
+    )
+    heatmaps: Path | None = option(None, "Also write heat maps to this folder.", type=FOLDER, metavar="DIR")
+    heatmap_labels: int = option(1, "Number of labels per image, by score.", low=1)
+
+    def check(self, files: Sequence[Path]) -> None:
+        """Refuse what could not be written, or has no image, before any is scored."""
+        for path in self.images:
+            for suffix, count in count_others(path).items():
+                say(f"{path}: {count:,} {suffix} files skipped: only JPEG, PNG and DICOM can be read")
+        same = any(self.out.exists() and file.samefile(self.out) for file in files)
+        refuse_usage(same, f"--out {self.out} is one of the images")
+        check_folder(self.out)
+        if not files:
+            raise DataError(f"{', '.join(map(str, self.images))}: no {', '.join(IMAGE_SUFFIXES)} file")
+        check_folders(runs=self.runs)
+
+    def group(self, files: Sequence[Path], model: "Model") -> dict[str, list[Path]]:
+        """The files of each sample of a model, by its name."""
+        fusion = model.config.fusion
+        if self.heatmaps is not None and (fusion or len(model.members) > 1):
+            kind = "learned studies" if fusion else "are several networks"
+            raise click.UsageError(f"--heatmaps is for one run by images; {model.name} {kind}")
+        if fusion is not None:
+            return group_files(files, self.group_by)
+        learned = f"--group-by is for runs by studies; {model.name} learned single images"
+        refuse_usage(self.group_by is not None, learned)
+        return {str(file): [file] for file in files}
+
+
+@command("predict", Prediction, example="python -m train predict --run runs/first --out scores.csv images/")
+def predict_command(given: Prediction) -> int:
     """Score IMAGES (JPEG, PNG or DICOM files, or folders of them) by the run's best checkpoint: calibrated scores.
 
     Of several runs, the mean of their calibrated scores.
     A run by studies scores the images of a study together: those of a folder, or as --group-by says.
     """
-    files = [file for path in images for file in find_images(path)]
-    for path in images:
-        for suffix, count in count_others(path).items():
-            say(f"{path}: {count:,} {suffix} files skipped: only JPEG, PNG and DICOM can be read")
-    if any(out.exists() and file.samefile(out) for file in files):
-        raise click.UsageError(f"--out {out} is one of the images")
-    check_folder(out)
-    if not files:
-        raise DataError(f"{', '.join(map(str, images))}: no {', '.join(IMAGE_SUFFIXES)} file")
-    check_folders(runs=runs)
+    files = [file for path in given.images for file in find_images(path)]
+    given.check(files)
     from model.runs.ensemble import choose_decision, open_model, score_samples
 
-    model = open_model(runs)
+    model, out = open_model(given.runs), given.out
     config = model.config
-    if heatmaps is not None and (config.fusion or len(model.members) > 1):
-        kind = "learned studies" if config.fusion else "are several networks"
-        raise click.UsageError(f"--heatmaps is for one run by images; {model.name} {kind}")
-    if config.fusion is None:
-        if group_by is not None:
-            raise click.UsageError(f"--group-by is for runs by studies; {model.name} learned single images")
-        samples = {str(file): [file] for file in files}
-    else:
-        samples = group_files(files, group_by)
+    samples = given.group(files, model)
     say_unlearned(model)
-    decision = choose_decision(model, threshold)
-    scores, bad = score_samples(model, list(samples.values()), workers)
+    decision = choose_decision(model, given.threshold)
+    scores, bad = score_samples(model, list(samples.values()), given.workers)
     for file, reason in bad:
         say(f"{file}: {reason}")
     if len(bad) == len(files):
@@ -283,14 +246,15 @@ def predict_command(
     of_studies = f" in {len(samples):,} stud{'y' if len(samples) == 1 else 'ies'}" if config.fusion else ""
     scored = count_of(len(files) - len(bad), "image")
     click.echo(f"{out}: scores of {scored}{of_studies}, {len(bad):,} unusable")
-    if heatmaps is not None:
+    if given.heatmaps is not None:
         from model.runs.explain import write_heatmaps
 
-        count = write_heatmaps(next(iter(model.members)), config, files, scores, heatmaps, heatmap_labels)
-        click.echo(f"{heatmaps}: {count_of(count, 'heat map')}")
+        run = next(iter(model.members))
+        count = write_heatmaps(run, config, files, scores, given.heatmaps, given.heatmap_labels)
+        click.echo(f"{given.heatmaps}: {count_of(count, 'heat map')}")
     if config.fusion is None:
-        say_next(*TRAIN, "export", *repeat("--run", runs), "--out", "model.onnx")
-    return 3 if strict and bad else 0
+        say_next(*TRAIN, "export", *repeat("--run", given.runs), "--out", "model.onnx")
+    return 3 if given.strict and bad else 0
 
 
 def show_score(score: float) -> str:
@@ -316,26 +280,30 @@ def group_files(files: Iterable[Path], pattern: str | None) -> dict[str, list[Pa
     return studies
 
 
-@click.command("export", epilog="Example: python -m train export --run runs/first --out model.onnx")
-@with_options(runs_option)
-@click.option("--out", required=True, type=click.Path(path_type=Path, dir_okay=False), help=".onnx or .pt2")
-@threshold_option
-def export_command(runs: tuple[Path, ...], out: Path, threshold: str) -> int:
+@dataclass(frozen=True, kw_only=True)
+class Export(Decided):
+    """What `export` takes."""
+
+    out: Path = option(..., ".onnx or .pt2", type=FILE)
+
+
+@command("export", Export, example="python -m train export --run runs/first --out model.onnx")
+def export_command(given: Export) -> int:
     """Write the run's best network for other programs: uint8 images [B, 1, S, S] in, calibrated scores [B, L] out.
 
     Of several runs, one network for all. With --threshold also decisions, bool [B, L].
 
     Of the L labels that the run has learned, in their usual order.
     """
-    check_folder(out)
-    check_folders(runs=runs)
+    check_folder(given.out)
+    check_folders(runs=given.runs)
     import torch
 
     from model.export import Committee, Scorer, export_scorer
     from model.runs.ensemble import choose_decision, member_calibrations, open_model
     from model.runs.folder import load_best
 
-    model = open_model(runs)
+    model = open_model(given.runs)
     config = model.config
     if config.fusion:
         raise DataError(f"{model.name}: a network over studies cannot be exported, only one for images")
@@ -344,7 +312,7 @@ def export_command(runs: tuple[Path, ...], out: Path, threshold: str) -> int:
             f"{model.name}: members of different `image_size` take no images in common: no single file"
         )
     say_unlearned(model)
-    decision = choose_decision(model, threshold)
+    decision = choose_decision(model, given.threshold)
     scorers = []
     members: dict[str, list[Any]] = {"normalization": [], "member_calibrations": []}
     for (run, one), fitted in zip(model.members.items(), member_calibrations(model), strict=True):
@@ -359,10 +327,10 @@ def export_command(runs: tuple[Path, ...], out: Path, threshold: str) -> int:
     whole = Committee(scorers, fits, decision.limits)
     facts = describe_export(model, members, best, decision)
     try:
-        difference = export_scorer(whole, config.image_size, out, facts)
+        difference = export_scorer(whole, config.image_size, given.out, facts)
     except ValueError as error:
         raise DataError(str(error)) from None
-    click.echo(f"{out}: checked, within {difference:.1e} of the eager network's logits")
+    click.echo(f"{given.out}: checked, within {difference:.1e} of the eager network's logits")
     click.echo(f"its scores: {', '.join(config.labels)}")
     return 0
 
@@ -431,60 +399,44 @@ def _is_image(file: Path) -> bool:
     return False
 
 
-@click.command(
-    "inputs", epilog="Example: python -m train inputs --shards shards --augment crop --out inputs.png"
-)
-@with_options(*DATA_OPTIONS[:3])
-@click.option("--split", default="train")
-@click.option(
-    "--where", multiple=True, metavar="CONDITION", help="Only images that meet this: sex=Female, age>=60."
-)
-@click.option("--n", default=6, type=click.IntRange(1, 400), help="Number of images.")
-@click.option("--seed", default=0, type=click.IntRange(0), help="Another seed shows other images.")
-@click.option(
-    "--augment",
-    "kind",
-    default="affine",
-    type=click.Choice([name for name in AUGMENTATIONS if name != "none"]),
-)
-@click.option(
-    "--image-size", default=320, type=click.IntRange(32), help="Side of the square input, in pixels."
-)
-@click.option(
-    "--out", required=True, type=click.Path(path_type=Path, dir_okay=False), help="Picture: .png or .jpg."
-)
-def inputs_command(
-    shards: tuple[str, ...],
-    cache: Path,
-    cache_size: int,
-    split: str,
-    where: tuple[str, ...],
-    n: int,
-    seed: int,
-    kind: str,
-    image_size: int,
-    out: Path,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Inputs(Data):
+    """What `inputs` takes."""
+
+    split: str = option("train")
+    where: tuple[str, ...] = option(
+        (), "Only images that meet this: sex=Female, age>=60.", metavar="CONDITION"
+    )
+    n: int = option(6, "Number of images.", low=1, high=400)
+    seed: int = option(0, "Another seed shows other images.", low=0)
+    augment: str = option("affine", choices=[name for name in AUGMENTATIONS if name != "none"])
+    image_size: int = option(320, "Side of the square input, in pixels.", low=32)
+    out: Path = option(..., "Picture: .png or .jpg.", type=FILE)
+
+
+@command("inputs", Inputs, example="python -m train inputs --shards shards --augment crop --out inputs.png")
+def inputs_command(given: Inputs) -> None:
     """Draw images as training reads them, before and after augmentation.
 
     As in the first step of the first epochs, were these images the batch.
     """
     from pipeline.look.sheet import FORMATS, draw_variants, save_sheet, spread_rows
 
-    if out.suffix.lower() not in FORMATS:
-        raise click.UsageError(f"--out {out}: the name must end in {' or '.join(FORMATS)}")
+    out, kind, seed = given.out, given.augment, given.seed
+    refuse_usage(
+        out.suffix.lower() not in FORMATS, f"--out {out}: the name must end in {' or '.join(FORMATS)}"
+    )
     check_folder(out)
-    check_folders(shards)
+    check_folders(given.shards)
     import torch
 
     from model.augment import augment
-    from pipeline.stream.collection import open_collection
     from pipeline.stream.select import select_rows
 
-    collection = open_collection(shards, cache, cache_size)
-    opened = collection.open(split)
-    rows = select_rows(opened.table, where)
-    chosen = spread_rows(rows, n, seed)
+    collection = given.open()
+    opened = collection.open(given.split)
+    rows = select_rows(opened.table, given.where)
+    chosen = spread_rows(rows, given.n, seed)
     mean, std = (collection.manifest.pixels[name] for name in ("mean", "std"))
 
     def vary(images: npt.NDArray[np.uint8]) -> list[npt.NDArray[np.uint8]]:
@@ -493,46 +445,49 @@ def inputs_command(
         return [(one * std + mean).round().clamp(0, 255)[:, 0].byte().numpy() for one in inputs]
 
     # A sheet that says sex=Female beside keys would tell of patients: it says that there were conditions.
-    conditions = " under conditions" if where else ""
-    title = f"{split}: {len(chosen):,} of {len(rows):,} images{conditions}, seed {seed}, augmented ({kind})"
-    save_sheet(draw_variants(title, opened, chosen, image_size, vary), out)
+    conditions = " under conditions" if given.where else ""
+    counts = f"{len(chosen):,} of {len(rows):,} images{conditions}"
+    title = f"{given.split}: {counts}, seed {seed}, augmented ({kind})"
+    save_sheet(draw_variants(title, opened, chosen, given.image_size, vary), out)
     click.echo(f"{out}: {title}")
-    how = ("--augment", kind, "--image-size", image_size, "--run", "RUN")
-    say_next(*TRAIN, *repeat("--shards", shards), *how)
+    how = ("--augment", kind, "--image-size", given.image_size, "--run", "RUN")
+    say_next(*TRAIN, *repeat("--shards", given.shards), *how)
 
 
-@click.command(
-    "localize", epilog="Example: python -m train localize --run runs/first --boxes boxes.csv --split valid"
+@dataclass(frozen=True, kw_only=True)
+class Localization(OwnData):
+    """What `localize` takes."""
+
+    run: Path = run_option(..., "Folder of the run.")
+    boxes: Path = option(
+        ...,
+        "CSV with key,label,x,y,w,h in pixels of the original images, or CheXlocalize's gt_segmentations JSON.",
+        type=EXISTING_FILE,
+    )
+    splits: tuple[str, ...] = option(("valid",), "Split of the shards; several are pooled.", flag="split")
+
+
+@command(
+    "localize",
+    Localization,
+    example="python -m train localize --run runs/first --boxes boxes.csv --split valid",
 )
-@with_options(run_option, own_shards_option, *DATA_OPTIONS[1:3])
-@click.option(
-    "--boxes",
-    required=True,
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="CSV with key,label,x,y,w,h in pixels of the original images, or CheXlocalize's gt_segmentations JSON.",
-)
-@click.option(
-    "--split", "splits", multiple=True, default=["valid"], help="Split of the shards; several are pooled."
-)
-def localize_command(
-    shards: tuple[str, ...], cache: Path, cache_size: int, run: Path, boxes: Path, splits: tuple[str, ...]
-) -> int:
+def localize_command(given: Localization) -> int:
     """Measure how often the run's heat maps hit what readers marked, and how much they overlap.
 
     Baselines: chance, and the average heat map of other patients.
     """
-    shards = shards or read_own_shards(run)
-    check_folders(shards)
+    run, splits, boxes, data = given.run, given.splits, given.boxes, given.of(given.run)
+    check_folders(data.shards)
     config = read_config(run)
     from model.predict import InterruptedEvaluationError
     from model.runs.explain import draw_cells, print_localization, read_marks
     from model.runs.folder import result_name
     from model.runs.job import Job, StopFlag, choose_device
     from pipeline.measure.localization import measure_localization
-    from pipeline.stream.collection import open_collection
 
-    collection, stop = open_collection(shards, cache, cache_size), StopFlag().listen()
-    job = Job(config, collection, run, *choose_device("off"), workers=1, stop=stop)
+    collection, stop = data.open(), StopFlag().listen()
+    job = Job(config, collection, run, *choose_device("off"), Setup(workers=1), stop)
     marks = read_marks(boxes)
     try:
         cells = list(draw_cells(job, splits, marks))
@@ -550,5 +505,7 @@ def localize_command(
         say(
             "Warning: the run has learned from train and chosen its weights on dev: these images are not new to it"
         )
-    say_next(*TRAIN, "evaluate", "--run", run, *repeat("--shards", shards), "--split", splits[0], "--sanity")
+    say_next(
+        *TRAIN, "evaluate", "--run", run, *repeat("--shards", data.shards), "--split", splits[0], "--sanity"
+    )
     return 0

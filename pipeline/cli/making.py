@@ -4,86 +4,66 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from pipeline.base.errors import DataError, printable
 from pipeline.base.files import is_open_to_all
+from pipeline.base.options import option
 from pipeline.base.store import is_remote, open_location
 from pipeline.base.workers import count_cpus, run_alone
-from pipeline.console import (
-    CACHE_FOLDER,
-    Checked,
-    Number,
-    Parsed,
-    PathOrUrl,
-    count_of,
-    progress_bar,
-    refuse_usage,
-    say,
-    say_next,
-)
-from pipeline.images import DOUBTS, ENCODINGS, SQUARES
-from pipeline.labels import LABELS, VIEWS, find_label
+from pipeline.cli.looking import Cached
+from pipeline.command import FOLDER, PathOrUrl, command
+from pipeline.console import count_of, progress_bar, refuse_usage, say, say_next
+from pipeline.etl.planning import Options
+from pipeline.etl.shards import Execution, write_shards
+from pipeline.images import DOUBTS
+from pipeline.labels import parse_labels
 from pipeline.look.tables import print_report
 from pipeline.manifest import find_restriction
 from pipeline.policies import BLANK_HELP, UNCERTAIN_HELP, check_blank_policy, parse_uncertain_policy
+from pipeline.sources.sets import SETS, find_terms
+from pipeline.sources.table import parse_columns
+from pipeline.synthetic.shortcuts import Shortcut, parse_shortcut
 
 if TYPE_CHECKING:
-    from pipeline.etl.planning import Options
-    from pipeline.etl.shards import Execution, RunSummary
+    from pipeline.etl.shards import RunSummary
     from pipeline.sources.source import Source, Terms
-    from pipeline.synthetic.shortcuts import Shortcut
 
 
-def parse_shortcut(text: str) -> "Shortcut":
-    """The shortcut of `Pneumonia=marker:0.9`. Raises DataError."""
-    from pipeline.synthetic import shortcuts
+@dataclass(frozen=True, kw_only=True)
+class Drawing:
+    """What `sample` takes."""
 
-    return shortcuts.parse_shortcut(text)
+    out: Path = option(..., argument=True, type=FOLDER)
+    images: int = option(2000, "Number of images, train and valid together.", low=20)
+    seed: int = option(0, "Another seed gives other patients.", low=0, high=2**63 - 1)
+    laterals: float | None = option(
+        None, "Share of studies with a lateral.", low=0, high=1, shown="as in CheXpert"
+    )
+    valid: float = option(0.12, "Share of images in valid.csv.", low=0.01, high=0.9)
+    shortcuts: tuple[Shortcut, ...] = option(
+        (),
+        "Plant a cue (marker, border, corners) in train, tied to a label: Pneumonia=marker:0.9; valid has none.",
+        parse=parse_shortcut,
+        metavar="LABEL=CUE:STRENGTH",
+        flag="shortcut",
+    )
+    workers: int = option(count_cpus, low=1, shown="all cores")
 
 
-WORKERS = click.option("--workers", default=count_cpus, type=click.IntRange(min=1), show_default="all cores")
-
-
-@click.command(epilog="Example: pipeline sample sample && pipeline shards sample shards/sample")
-@click.argument("out", type=click.Path(path_type=Path, file_okay=False))
-@click.option(
-    "--images", default=2000, type=click.IntRange(min=20), help="Number of images, train and valid together."
-)
-@click.option(
-    "--seed", default=0, type=click.IntRange(0, 2**63 - 1), help="Another seed gives other patients."
-)
-@click.option(
-    "--laterals", type=Number(0, 1), help="Share of studies with a lateral.", show_default="as in CheXpert"
-)
-@click.option("--valid", default=0.12, type=Number(0.01, 0.9), help="Share of images in valid.csv.")
-@click.option(
-    "--shortcut",
-    "shortcuts",
-    multiple=True,
-    type=Parsed(parse_shortcut, "LABEL=CUE:STRENGTH"),
-    help="Plant a cue (marker, border, corners) in train, tied to a label: Pneumonia=marker:0.9; valid has none.",
-)
-@WORKERS
-def sample(
-    out: Path,
-    images: int,
-    seed: int,
-    laterals: float | None,
-    valid: float,
-    shortcuts: tuple["Shortcut", ...],
-    workers: int,
-) -> None:
+@command("sample", Drawing, example="pipeline sample sample && pipeline shards sample shards/sample")
+def sample(given: Drawing) -> None:
     """Write a synthetic CheXpert to OUT, to try things out without patient data."""
     from pipeline.synthetic.sample import write_sample
 
-    cues = [shortcut.cue for shortcut in shortcuts]
+    cues = [shortcut.cue for shortcut in given.shortcuts]
     refuse_usage(len(set(cues)) < len(cues), "--shortcut: a cue can be tied to one label")
     done = 0
     with progress_bar("Drawing", "images") as advance:
@@ -91,29 +71,11 @@ def sample(
         def count(finished: int) -> None:
             nonlocal done
             done += finished
-            advance(done, images)
+            advance(done, given.images)
 
-        folder = write_sample(
-            out,
-            images=images,
-            seed=seed,
-            workers=workers,
-            progress=count,
-            laterals=laterals,
-            valid=valid,
-            shortcuts=shortcuts,
-        )
-    click.echo(f"{folder}: {images:,} synthetic images")
-    say_next("pipeline", "shards", out, Path("shards", out.resolve().name))
-
-
-def parse_size(text: str) -> int | None:
-    """A number of pixels; None for `original`."""
-    if text == "original":
-        return None
-    if not text.isdecimal() or int(text) < 16:
-        raise DataError(f"'{text}' is neither a number of pixels, 16 or more, nor original")
-    return int(text)
+        folder = write_sample(progress=count, **vars(given))
+    click.echo(f"{folder}: {given.images:,} synthetic images")
+    say_next("pipeline", "shards", given.out, Path("shards", given.out.resolve().name))
 
 
 def parse_folder(text: str) -> Path:
@@ -134,35 +96,16 @@ def parse_split(text: str) -> tuple[str, Path]:
     return split, open_location(csv)
 
 
-def parse_set(text: str) -> str:
-    """The name of a data set. Raises DataError if there is none of that name."""
-    from pipeline.sources.sets import SETS
-
+def check_set(text: str) -> None:
+    """Raise DataError if there is no data set of that name."""
     if text not in SETS:
         raise DataError(f"'{text}' is not a data set; choose from {', '.join(SETS)}")
-    return text
 
 
-def parse_name(text: str) -> str:
-    """The name of a data set, which stands before its patients' where several sets are read as one."""
+def check_name(text: str) -> None:
+    """Raise DataError for a name that cannot stand before patients' where several sets are read as one."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", text):
         raise DataError(f"'{text}' is not a name of letters, digits, '.', '_' and '-'")
-    return text
-
-
-def parse_columns(text: str) -> tuple[tuple[str, str], ...]:
-    """Our names and a table's, from `path=Image,patient=MRN`."""
-    from pipeline.sources import table
-
-    return table.parse_columns(text)
-
-
-def parse_labels(text: str) -> tuple[str, ...]:
-    """The labels of `Edema,pneumonia`. Raises DataError for one that there is not."""
-    labels = {name: find_label(name.strip()) for name in text.split(",")}
-    if wrong := [name for name, label in labels.items() if label is None]:
-        raise DataError(f"'{wrong[0]}' is none of {', '.join(LABELS)}")
-    return tuple(label for label in LABELS if label in labels.values())
 
 
 @contextmanager
@@ -177,149 +120,107 @@ def proposing_blanks() -> Iterator[None]:
         raise DataError(f"{error}:\n  {shlex.join(['pipeline', *sys.argv[1:], *words])}") from None
 
 
-FOLDER = Parsed(parse_folder, "folder")
+policy_option = partial(option, None, metavar="POLICY")
 
 
-@click.command(epilog="Example: pipeline shards ~/CheXpert-v1.0-small shards --size 320 --views frontal")
-@click.argument("source", type=FOLDER)
-@click.argument("out", type=FOLDER)
-@click.option(
-    "--set",
-    "dataset",
-    type=Parsed(parse_set, "SET"),
-    help="Data set in SOURCE (docs/datasets.md).",
-    show_default="by its files",
+@dataclass(frozen=True, kw_only=True)
+class Sharding:
+    """Which data set `shards` reads, and where it writes."""
+
+    source: Path = option(..., argument=True, parse=parse_folder)
+    out: Path = option(..., argument=True, parse=parse_folder)
+    dataset: str | None = option(
+        None, "Data set in SOURCE (docs/datasets.md).", check=check_set, flag="set", shown="by its files"
+    )
+    columns: tuple[tuple[str, str], ...] = option(
+        (),
+        "With --set table or webdataset: path=Image,patient=MRN,Edema=edema.",
+        split=parse_columns,
+        metavar="NAME=COLUMN,…",
+    )
+    name: str = option(
+        "", "Dataset name; required if another hospital's data uses this layout.", check=check_name
+    )
+    annotated: tuple[str, ...] = option(
+        (),
+        "Labels that were looked for in a set with --name or a table; the others are not annotated.",
+        split=parse_labels,
+        metavar="LABEL,…",
+    )
+    blanks: str = option(
+        "",
+        "What an empty cell of such a set means: not mentioned, or not annotated.",
+        choices=("blank", "not-annotated"),
+        shown="blank",
+    )
+    uncertain: str | None = policy_option(
+        UNCERTAIN_HELP, check=parse_uncertain_policy, shown="best, or as existing shards have it"
+    )
+    blank: str | None = policy_option(
+        BLANK_HELP, check=check_blank_policy, shown="zeros, or as existing shards have it"
+    )
+    splits: tuple[tuple[str, Path], ...] = option(
+        (),
+        "CSV (or tars) of a split, instead of SOURCE's own.",
+        parse=parse_split,
+        metavar="SPLIT=CSV",
+        flag="split",
+    )
+    roots: tuple[Path, ...] = option(
+        (), "Another folder of images.", parse=parse_folder, metavar="FOLDER", flag="root"
+    )
+    facts: tuple[str, ...] = option(
+        (), "CSV or XLSX with extra columns, by patient or study.", metavar="FILE"
+    )
+    dry_run: bool = option(False, "Print what would be written and which images are missing; write nothing.")
+
+    def find_source(self) -> "Source":
+        """The data set. Raises UsageError for options that do not go together, and DataError as the library does."""
+        from pipeline.sources.sets import find_source
+
+        refuse_usage(
+            str(self.out).startswith(("http:", "https:")),
+            f"{self.out}: a web server is only read from; write to a folder or s3://bucket/prefix",
+        )
+        tables = self.dataset in ("table", "webdataset")
+        refuse_usage(
+            (self.dataset == "table" and not self.columns) or (self.columns and not tables),
+            "--columns goes with --set table, which needs it, or --set webdataset",
+        )
+        refuse_usage(
+            self.splits and not tables and self.dataset not in (None, "chexpert"),
+            "--split is for CSVs like CheXpert's, --set table or --set webdataset",
+        )
+        csvs: dict[str, Path] = {}
+        for split, csv in self.splits:
+            refuse_usage(split in csvs, f"--split {split} given twice: a split takes one CSV")
+            csvs[split] = csv
+        files = [open_location(text) for text in self.facts]
+        source = find_source(self.source, csvs, self.roots, self.dataset, self.columns, files, self.name)
+        return source._replace(annotated=self.annotated, blanks=self.blanks)
+
+
+@command(
+    "shards",
+    Sharding,
+    Options,
+    Execution,
+    example="pipeline shards ~/CheXpert-v1.0-small shards --size 320 --views frontal",
 )
-@click.option(
-    "--columns",
-    type=Parsed(parse_columns, "NAME=COLUMN,…"),
-    help="With --set table or webdataset: path=Image,patient=MRN,Edema=edema.",
-)
-@click.option(
-    "--name",
-    type=Parsed(parse_name, "NAME"),
-    help="Dataset name; required if another hospital's data uses this layout.",
-)
-@click.option(
-    "--annotated",
-    type=Parsed(parse_labels, "LABEL,…"),
-    help="Labels that were looked for in a set with --name or a table; the others are not annotated.",
-)
-@click.option(
-    "--blanks",
-    type=click.Choice(("blank", "not-annotated")),
-    show_default="blank",
-    help="What an empty cell of such a set means: not mentioned, or not annotated.",
-)
-@click.option(
-    "--size",
-    default=320,
-    type=Parsed(parse_size, "PIXELS|original"),
-    help="Shorter side, never enlarged; original keeps it.",
-)
-@click.option("--square", default="no", type=click.Choice(SQUARES), help="How an image becomes SIZE×SIZE.")
-@click.option(
-    "--encoding", default="jpeg", type=click.Choice(ENCODINGS), help="raw: for slow CPUs, 5 times as large."
-)
-@click.option("--quality", default=95, type=click.IntRange(1, 100), help="JPEG quality of resized images.")
-@click.option("--views", default="frontal", type=click.Choice(VIEWS), help="By the column Frontal/Lateral.")
-@click.option(
-    "--uncertain",
-    metavar="POLICY",
-    type=Checked(parse_uncertain_policy),
-    show_default="best, or as existing shards have it",
-    help=UNCERTAIN_HELP,
-)
-@click.option(
-    "--blank",
-    metavar="POLICY",
-    type=Checked(check_blank_policy),
-    show_default="zeros, or as existing shards have it",
-    help=BLANK_HELP,
-)
-@click.option("--dev", default=0.05, type=Number(0, 1), help="Fraction of training patients held out as dev.")
-@click.option("--seed", default=0, type=click.IntRange(min=0), help="Decides the dev patients and the order.")
-@click.option(
-    "--limit", type=click.IntRange(min=1), help="Most images per split; whole patients, at least one."
-)
-@click.option("--samples-per-shard", default=1000, type=click.IntRange(min=1))
-@click.option(
-    "--split",
-    "splits",
-    multiple=True,
-    type=Parsed(parse_split, "SPLIT=CSV"),
-    help="CSV (or tars) of a split, instead of SOURCE's own.",
-)
-@click.option("--root", "roots", multiple=True, type=FOLDER, help="Another folder of images.")
-@click.option(
-    "--facts", multiple=True, metavar="FILE", help="CSV or XLSX with extra columns, by patient or study."
-)
-@click.option("--max-pixels", default=50_000_000, type=click.IntRange(min=1), help="Reject larger images.")
-@click.option(
-    "--bits",
-    type=click.IntRange(8, 16),
-    show_default="as the file says, else by its levels",
-    help="How many bits of a 16-bit PNG hold the picture.",
-)
-@click.option("--max-bad", default=0.001, type=Number(0, 1), help="Stop above this share of rejects.")
-@click.option(
-    "--strict",
-    is_flag=True,
-    help="Refuse labels with one class; exit with 3 on any reject or lost picture.",
-)
-@WORKERS
-@click.option("--scheduler", metavar="URL", help="Run on the Dask cluster at tcp://host:8786.")
-@click.option(
-    "--dry-run", is_flag=True, help="Print what would be written and which images are missing; write nothing."
-)
-def shards(
-    source: Path,
-    out: Path,
-    dataset: str | None,
-    columns: tuple[tuple[str, str], ...] | None,
-    name: str | None,
-    annotated: tuple[str, ...] | None,
-    blanks: str | None,
-    uncertain: str | None,
-    blank: str | None,
-    splits: tuple[tuple[str, Path], ...],
-    roots: tuple[Path, ...],
-    facts: tuple[str, ...],
-    dry_run: bool,
-    **rest: Any,
-) -> int:
+def shards(given: Sharding, options: Options, how: Execution) -> int:
     """Write the data set in SOURCE as shards to OUT: tars, Arrow tables, and a manifest at the end.
 
     Raw labels are kept; the policies are recorded as the shards' defaults, which training may override. The
     same command continues a run that was stopped or killed, and restores missing or damaged files of finished
     shards. SOURCE and OUT may be s3://bucket/prefix.
     """
-    from pipeline.etl.planning import Options
-    from pipeline.etl.shards import Execution, write_shards
     from pipeline.sources.load import describe_shards
-    from pipeline.sources.sets import find_source, find_terms
 
-    how = Execution(**{field.name: rest.pop(field.name) for field in fields(Execution)})
-    options = Options(**rest)
-    refuse_usage(
-        str(out).startswith(("http:", "https:")),
-        f"{out}: a web server is only read from; write to a folder or s3://bucket/prefix",
-    )
     refuse_usage(options.size is None and options.square != "no", "--square needs a --size")
-    refuse_usage(
-        (dataset == "table" and not columns) or (columns and dataset not in ("table", "webdataset")),
-        "--columns goes with --set table, which needs it, or --set webdataset",
-    )
-    refuse_usage(
-        bool(splits) and dataset not in (None, "chexpert", "table", "webdataset"),
-        "--split is for CSVs like CheXpert's, --set table or --set webdataset",
-    )
-    files = [open_location(text) for text in facts]
-    found = find_source(source, _collect("--split", splits), roots, dataset, columns or (), files, name or "")
-    found = found._replace(annotated=annotated or (), blanks=blanks or "")
-    if dry_run:
+    source, out = given.find_source(), given.out
+    if given.dry_run:
         with proposing_blanks():
-            code = _print_preview(found, options, how)
+            code = _print_preview(source, options, how)
         say_next("pipeline", *(word for word in sys.argv[1:] if word != "--dry-run"))
         return code
     start = time.perf_counter()
@@ -329,13 +230,14 @@ def shards(
         def show(done: int, total: int, rejects: int) -> None:
             nonlocal resumed
             if resumed is None:  # once, and only where something is written
-                _warn_of_terms(find_terms(found), out)
+                _warn_of_terms(find_terms(source), out)
             resumed = done if resumed is None else resumed
             rate = (done - resumed) / (time.perf_counter() - start)
             advance(done, total, f"{rate:,.0f} images/s  {rejects} rejects")
 
         with proposing_blanks():
-            run = write_shards(found, out, options, {"uncertain": uncertain, "blank": blank}, how, show)
+            policies = {"uncertain": given.uncertain, "blank": given.blank}
+            run = write_shards(source, out, options, policies, how, show)
     seconds = time.perf_counter() - start
     described = run_alone(describe_shards, out, f"counting the labels of {out}")
     if how.strict and described.one_class:
@@ -359,15 +261,6 @@ def _warn_of_terms(terms: "Terms", out: Path) -> None:
             f"Warning: {out}: every user of this machine can read it; only people bound by the {restricted} may: "
             f"chmod o-rx {out}"
         )
-
-
-def _collect(option: str, values: Iterable[tuple[str, Path]]) -> dict[str, Path]:
-    """The CSV of each split."""
-    csvs: dict[str, Path] = {}
-    for split, csv in values:
-        refuse_usage(split in csvs, f"{option} {split} given twice: a split takes one CSV")
-        csvs[split] = csv
-    return csvs
 
 
 def _print_run(out: Path, run: "RunSummary", seconds: float, views: str) -> None:
@@ -429,12 +322,17 @@ def _print_preview(source: "Source", options: "Options", how: "Execution") -> in
     return 3 if how.strict and missing else 0
 
 
-@click.command(epilog="Example: pipeline verify shards --deep")
-@click.argument("shards", type=PathOrUrl(file_okay=False))
-@CACHE_FOLDER
-@click.option("--deep", is_flag=True, help="Decode every image too, and compare every JSON with its row.")
-@WORKERS
-def verify(shards: str | Path, cache: Path, deep: bool, workers: int) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Verification(Cached):
+    """What `verify` takes."""
+
+    shards: Path | str = option(..., argument=True, type=PathOrUrl(file_okay=False))
+    deep: bool = option(False, "Decode every image too, and compare every JSON with its row.")
+    workers: int = option(count_cpus, low=1, shown="all cores")
+
+
+@command("verify", Verification, example="pipeline verify shards --deep")
+def verify(given: Verification) -> None:
     """Check every file of SHARDS (a folder or URL) against the manifest, and every tar against its table.
 
     One line for each problem, on stdout; exit code 1 where there is any.
@@ -442,10 +340,10 @@ def verify(shards: str | Path, cache: Path, deep: bool, workers: int) -> None:
     from pipeline.etl.verify import PRINTED, verify_shards
     from pipeline.stream.cache import find_shards, redact
 
-    start, name = time.perf_counter(), redact(str(shards))
-    folder, remote = find_shards(shards, cache)
+    start, name = time.perf_counter(), redact(str(given.shards))
+    folder, remote = find_shards(given.shards, given.cache)
     with progress_bar("Verifying", "shards") as advance:
-        report = verify_shards(folder, deep, workers, advance, remote.path if remote else None)
+        report = verify_shards(folder, given.deep, given.workers, advance, remote.path if remote else None)
     for warning in report.warnings:
         say(f"Warning: {printable(warning)}")
     for file, lines in report.problems.items():

@@ -9,7 +9,9 @@ import pyarrow as pa
 
 from pipeline.base.errors import DataError
 from pipeline.base.files import atomic_file
-from pipeline.images import ImageOptions
+from pipeline.base.options import option
+from pipeline.images import ENCODINGS, SQUARES, ImageOptions
+from pipeline.labels import VIEWS
 from pipeline.policies import find_one_class
 from pipeline.sources.rows import divide_rows, read_splits
 from pipeline.sources.sets import SETS
@@ -18,21 +20,38 @@ from pipeline.sources.source import Source
 PARTIAL = ".partial"  # inside the output folder, until the run is finished
 
 
+def parse_size(text: str) -> int | None:
+    """A number of pixels; None for `original`."""
+    if text == "original":
+        return None
+    if not text.isdecimal() or int(text) < 16:
+        raise DataError(f"'{text}' is neither a number of pixels, 16 or more, nor original")
+    return int(text)
+
+
 @dataclass(frozen=True)
 class Options:
-    """What decides the bytes of the shards; meanings and defaults are those of `pipeline shards --help`."""
+    """What decides the bytes of the shards."""
 
-    size: int | None
-    square: str
-    encoding: str
-    quality: int
-    max_pixels: int
-    views: str
-    dev: float
-    seed: int
-    limit: int | None
-    samples_per_shard: int
-    bits: int | None = None
+    size: int | None = option(
+        320, "Shorter side, never enlarged; original keeps it.", parse=parse_size, metavar="PIXELS|original"
+    )
+    square: str = option("no", "How an image becomes SIZE×SIZE.", choices=SQUARES)
+    encoding: str = option("jpeg", "raw: for slow CPUs, 5 times as large.", choices=ENCODINGS)
+    quality: int = option(95, "JPEG quality of resized images.", low=1, high=100)
+    max_pixels: int = option(50_000_000, "Reject larger images.", low=1)
+    views: str = option("frontal", "By the column Frontal/Lateral.", choices=VIEWS)
+    dev: float = option(0.05, "Fraction of training patients held out as dev.", low=0, high=1)
+    seed: int = option(0, "Decides the dev patients and the order.", low=0)
+    limit: int | None = option(None, "Most images per split; whole patients, at least one.", low=1)
+    samples_per_shard: int = option(1000, low=1)
+    bits: int | None = option(
+        None,
+        "How many bits of a 16-bit PNG hold the picture.",
+        low=8,
+        high=16,
+        shown="as the file says, else by its levels",
+    )
 
     @property
     def image(self) -> ImageOptions:

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from pipeline.base.errors import DataError, describe_difference
 from pipeline.base.files import claimed, hash_file, read_object, remove_temporaries, write_json
+from pipeline.base.options import option
 from pipeline.base.store import (
     check_access,
     is_remote,
@@ -27,7 +28,7 @@ from pipeline.base.store import (
     named_failures,
     remove_folder,
 )
-from pipeline.base.workers import run_alone, run_tasks, run_threads
+from pipeline.base.workers import count_cpus, run_alone, run_tasks, run_threads
 from pipeline.etl.cluster import PACKAGES, run_on_cluster
 from pipeline.etl.planning import PARTIAL, Options, Plan, PlanTask, count_planned, read_planned, write_plan
 from pipeline.etl.writing import (
@@ -54,16 +55,12 @@ POLICIES = {"uncertain": "best", "blank": "zeros"}  # where none are given
 
 @dataclass(frozen=True)
 class Execution:
-    """How shards are written; it decides none of their bytes.
+    """How shards are written; it decides none of their bytes."""
 
-    In `workers` processes, or on the Dask cluster of a `scheduler`. `max_bad` is the share of images that may be
-    unusable. `strict` refuses labels that train's policies leave with one class.
-    """
-
-    workers: int
-    max_bad: float
-    scheduler: str | None = None
-    strict: bool = False
+    workers: int = option(count_cpus, low=1, shown="all cores")
+    max_bad: float = option(0.001, "Stop above this share of rejects.", low=0, high=1)
+    scheduler: str | None = option(None, "Run on the Dask cluster at tcp://host:8786.", metavar="URL")
+    strict: bool = option(False, "Refuse labels with one class; exit with 3 on any reject or lost picture.")
 
 
 class RunSummary(NamedTuple):

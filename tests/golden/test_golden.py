@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import train
-from model.runs.config import Config, read_config
+from model.runs.config import Config, Setup, read_config
 from model.runs.folder import open_run
 from model.runs.job import open_job, open_rows
 from model.runs.targets import training_labels
@@ -65,7 +65,7 @@ def test_a_run_has_the_same_configuration_and_first_step(
     config = Config(
         arch="rescnn", image_size=32, batch_size=4, epochs=2, lr=1e-3, seed=5, amp="off", **changes
     )
-    job = open_job(config, originals / shards, tmp_path / "run", workers=1)
+    job = open_job(config, Setup(shards=(str(originals / shards),), workers=1), tmp_path / "run")
     open_run(job.run, job.config)
     expected = GOLDEN["runs"][name]
     assert read_config(job.run) == job.config

@@ -16,7 +16,7 @@ from model.checkpoint import CheckpointError
 from model.chest import OUTPUTS, SCALE, TERMS, download_chest, name_outputs
 from model.initial import read_start
 from model.networks import build_network, load_initial
-from model.runs.config import Config
+from model.runs.config import Config, Setup
 from model.runs.folder import describe_start
 from model.runs.job import open_job
 from pipeline.base.errors import DataError
@@ -137,12 +137,8 @@ def test_a_name_is_downloaded_once(
         download_chest("all")
 
     shutil.copy(theirs / "published.pt", place)
-    job = open_job(
-        Config(arch="densenet121"),
-        sample_shards[0],
-        tmp_path / "run",
-        init=Path("xrv:densenet121-res224-nih"),
-    )
+    setup = Setup(shards=(str(sample_shards[0]),), init=Path("xrv:densenet121-res224-nih"))
+    job = open_job(Config(arch="densenet121"), setup, tmp_path / "run")
     assert job.start is not None
     assert job.start.path == place
     assert job.pixels == {"mean": 127.5, "std": 255 / 2048}

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import train
+from model.runs.config import parse_shares
 from model.runs.job import Job, open_rows
-from model.runs.options import parse_shares
 from model.runs.overlap import hash_patients, read_seen
 from model.runs.targets import training_labels, training_weights
 from pipeline.base.errors import DataError, SettingError

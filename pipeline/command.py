@@ -1,0 +1,201 @@
+"""Fields of a dataclass → options of a click command, and the types of their values."""
+
+import inspect
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import MISSING, fields
+from pathlib import Path
+from types import UnionType
+from typing import Any, Generic, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
+
+import click
+from click.core import ParameterSource
+
+from pipeline.base.errors import DataError, SettingError
+from pipeline.base.options import Option, list_options
+from pipeline.console import name_options
+
+Value = TypeVar("Value")
+
+
+class Number(click.FloatRange):
+    """A number in a range; nan, which passes every comparison, and infinity are in none."""
+
+    name = "number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """The number."""
+        number: float = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number", param, ctx)
+        return number
+
+
+class PathOrUrl(click.Path):
+    """A path, or a URL as it was written: what it names is looked at later."""
+
+    def __init__(self, exists: bool = False, file_okay: bool = True) -> None:
+        super().__init__(exists, file_okay, path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The path, or the text of the URL."""
+        return value if "://" in str(value) else super().convert(value, param, ctx)
+
+
+class Parsed(click.ParamType[Value], Generic[Value]):
+    """The value that the library parses from a text; its DataError becomes a usage error."""
+
+    def __init__(self, parse: Callable[[str], Value], name: str) -> None:
+        self.parse, self.name = parse, name
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Value:
+        """The value."""
+        try:
+            return self.parse(str(value))
+        except DataError as error:
+            self.fail(name_options(str(error)), param, ctx)
+
+
+class Checked(Parsed[str]):
+    """A text that the library accepts, unchanged."""
+
+    def __init__(self, check: Callable[[str], object]) -> None:
+        def parse(text: str) -> str:
+            check(text)
+            return text
+
+        super().__init__(parse, "text")
+
+
+FILE = click.Path(path_type=Path, dir_okay=False)
+FOLDER = click.Path(path_type=Path, file_okay=False)
+EXISTING = click.Path(path_type=Path, exists=True)
+EXISTING_FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
+
+
+class Several(tuple[Any, ...]):
+    """Values of an option of which a command tries each."""
+
+
+class FieldOption(click.Option):
+    """An option made from a field; `several` values of it may be given as one text."""
+
+    def __init__(self, names: Sequence[str], item: Option, several: bool, **more: Any) -> None:
+        super().__init__(names, help=item.help, **more)
+        self.group, self.several = item.group, several
+        self.separator = r"\s+" if item.check else r"[\s,]+"  # a policy has commas of its own
+
+    def type_cast_value(self, ctx: click.Context, value: Any) -> Any:
+        """The value; of several, Several: without repetitions, separated by spaces or commas."""
+        if not self.several or not isinstance(value, str):
+            return super().type_cast_value(ctx, value)
+        try:
+            return Several([super().type_cast_value(ctx, value)])
+        except click.BadParameter:
+            words = re.split(self.separator, value.strip())
+        if words == [""]:
+            raise click.BadParameter("no value", ctx, self)
+        return Several(dict.fromkeys(self.type(word, self, ctx) for word in words))
+
+
+class GroupedCommand(click.Command):
+    """A command whose --help lists its options under what they decide."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write a section for each group."""
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for param in self.get_params(ctx):
+            if (record := param.get_help_record(ctx)) is not None:
+                sections.setdefault(getattr(param, "group", None) or "options", []).append(record)
+        for group, records in sections.items():
+            with formatter.section(group.capitalize()):
+                formatter.write_dl(records)
+
+
+class Fields(NamedTuple):
+    """The fields of a dataclass that are options of a command: all, or those of these names."""
+
+    kind: type
+    names: Sequence[str] = ()
+    several: bool = False  # an option may take several values, and the command gets a dict of all options
+
+    def build(self, given: dict[str, Any]) -> Any:
+        """What the command gets; options that are not given have the field's default."""
+        names = self.names or list_options(self.kind)
+        values = {name: given[name] for name in names if name in given}
+        return values if self.several else self.kind(**values)
+
+
+def command(name: str, *kinds: type | Fields, example: str) -> Callable[[Callable[..., Any]], click.Command]:
+    """Click's command, which is called with an instance of each dataclass, in order; their fields are its options."""
+    parts = [kind if isinstance(kind, Fields) else Fields(kind) for kind in kinds]
+    params = [param for part in parts for param in _make_params(part)]
+
+    def decorate(function: Callable[..., Any]) -> click.Command:
+        def call(**values: Any) -> Any:
+            source = click.get_current_context().get_parameter_source
+            given = {name: value for name, value in values.items() if source(name) != ParameterSource.DEFAULT}
+            try:
+                return function(*(part.build(given) for part in parts))
+            except SettingError as error:
+                raise click.UsageError(name_options(str(error))) from None
+
+        help_text, epilog = inspect.getdoc(function), f"Example: {example}"
+        return GroupedCommand(name, callback=call, params=params, help=help_text, epilog=epilog)
+
+    return decorate
+
+
+def _make_params(part: Fields) -> Iterator[click.Parameter]:
+    """Click's options, and arguments, for fields."""
+    kinds, options = get_type_hints(part.kind), list_options(part.kind)
+    known = {item.name: item for item in fields(part.kind)}
+    for name in part.names or options:
+        item, kind, default = options[name], kinds[name], known[name].default
+        flag = f"--{(item.flag or name).replace('_', '-')}"
+        if bool in (kind, *get_args(kind)):
+            switch = flag if kind is bool else f"{flag}/--no-{flag[2:]}"
+            shown = {"show_default": item.shown} if item.shown else {}
+            yield FieldOption([name, switch], item, False, is_flag=True, default=default, **shown)
+            continue
+        multiple = get_origin(kind) is tuple and item.split is None
+        more: dict[str, Any] = {
+            "type": _choose_type(kind, item),
+            "metavar": item.metavar or _name_value(item, flag),
+        }
+        more["required"] = default is known[name].default_factory  # both are MISSING
+        if item.argument:
+            yield click.Argument([name], nargs=-1 if multiple else 1, **more)
+            continue
+        if item.shown or default in (None, MISSING, (), ""):
+            more["show_default"] = item.shown or False
+        else:
+            more["default"] = default
+        several = part.several and get_origin(kind) is not tuple
+        yield FieldOption([name, flag], item, several, multiple=multiple, **more)
+
+
+def _name_value(item: Option, flag: str) -> str | None:
+    """What --help calls the value of a text that is parsed: the last word of the option's name."""
+    return flag.rpartition("-")[2].upper() if item.parse or item.split or item.check else None
+
+
+def _choose_type(kind: Any, item: Option) -> click.ParamType[Any]:
+    """Click's type of a value."""
+    if item.type is not None:
+        chosen: click.ParamType[Any] = item.type
+        return chosen
+    if parse := item.split or item.parse:
+        return Parsed(parse, "text")
+    if item.check is not None:
+        return Checked(item.check)
+    if item.choices:
+        return click.Choice(list(item.choices), case_sensitive=False)
+    kinds = get_args(kind) if isinstance(kind, UnionType) or get_origin(kind) is tuple else (kind,)
+    low, high = (None if math.isinf(limit) else limit for limit in (item.low, item.high))
+    if int in kinds:
+        return click.IntRange(low, high)  # type: ignore[arg-type]  # limits of an int are ints
+    if float in kinds:
+        return Number(low, high, item.open and low is not None, item.open and high is not None)
+    return click.Path(path_type=Path) if Path in kinds else click.STRING
