@@ -60,13 +60,20 @@ def narrow_networks() -> Iterator[None]:
         yield
 
 
+def assess_quickly(*arguments: Any) -> dict[str, dict[str, Any]]:
+    """`assess_belief`, whose boosted trees predict the first covariate."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(belief, "predict", lambda covariates, *_: np.nan_to_num(covariates[:, 0]))
+        return belief.assess_belief(*arguments)
+
+
 @contextmanager
 def quick_ends() -> Iterator[None]:
     """Few resamples, no page and no boosted trees, which take longest at the end of a run; `make soak` has them."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(results, "RESAMPLES", 20)
         patch.setattr(results, "render_report", lambda *_: "a page")
-        patch.setattr(belief, "predict", lambda covariates, *_: np.nan_to_num(covariates[:, 0]))
+        patch.setattr(results, "assess_belief", assess_quickly)
         patch.setattr(StopFlag, "listen", lambda self: self)
         yield
 
