@@ -81,18 +81,7 @@ def run_pipeline(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 def default_options(**changes: object) -> Options:
     """Options fit for small images."""
-    values: dict[str, object] = {
-        "size": 48,
-        "square": "no",
-        "encoding": "jpeg",
-        "quality": 95,
-        "max_pixels": 1_000_000,
-        "views": "frontal",
-        "dev": 0.3,
-        "seed": 0,
-        "limit": None,
-        "samples_per_shard": 7,
-    }
+    values: dict[str, object] = {"size": 48, "max_pixels": 1_000_000, "dev": 0.3, "samples_per_shard": 7}
     return Options(**(values | changes))  # type: ignore[arg-type]
 
 
