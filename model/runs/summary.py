@@ -151,7 +151,11 @@ def print_verdicts(reports: Mapping[str, Mapping[str, Any]]) -> None:
     split, report = list(reports.items())[-1]
     verdicts = [found["verdict"] for found in report.get("belief", {}).values()]
     if verdicts:
-        table = Table(title=f"Can it be believed? AUROC on {split}", title_justify="left", show_header=False)
+        table = Table(
+            title=f"Does the model rely on shortcuts? AUROC on {split}",
+            title_justify="left",
+            show_header=False,
+        )
         for verdict in verdicts:
             table.add_row(verdict)
         Console().print(table)

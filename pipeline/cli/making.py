@@ -356,7 +356,7 @@ def verify(given: Verification) -> None:
         again = "" if remote else "; to restore them, run the command that wrote them again"
         raise click.ClickException(f"{name}: {problems} in {files}{again}")
     click.echo(
-        f"{name}: all is well: {report.splits} splits, {report.shards:,} shards, {report.samples:,} samples, "
+        f"{name}: OK: {report.splits} splits, {report.shards:,} shards, {report.samples:,} samples, "
         f"{report.bytes / 1e6:,.1f} MB in {time.perf_counter() - start:.1f} s"
     )
     say_next(

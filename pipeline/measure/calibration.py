@@ -82,7 +82,7 @@ def choose_fit(score: Floats, truth: Bools, patient: npt.NDArray[Any]) -> tuple[
     if not SLOPES[0] <= fit.slope <= SLOPES[1]:
         return None, "the scores tell nothing or the contrary: scores as they are"
     if gain <= 0:
-        return None, "a fit makes patients left out no likelier: scores as they are"
+        return None, "calibration did not help on held-out patients: raw scores shown"
     return fit, None
 
 

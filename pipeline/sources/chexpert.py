@@ -32,9 +32,9 @@ TERMS = Terms(
 )
 DRAWN = Terms(
     name="sample",
-    title="films drawn by `pipeline sample`",
+    title="synthetic images by `pipeline sample`",
     patients="sample",
-    license="none needed: the films show no patient",
+    license="none needed: the images show no patient",
     paper="",
 )
 LOOKED_FOR = "a train.csv, valid.csv or test_labels.csv"

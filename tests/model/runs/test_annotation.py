@@ -55,5 +55,7 @@ def test_what_nobody_looked_for_is_neither_learned_nor_measured(
     with pytest.raises(SettingError, match=r"^`labels`: nobody annotated Fracture in .*; choose others$"):
         make_job("none", shards=shards, labels=("Fracture",))
     card = (job.run / "model-card.md").read_text()
-    assert "films drawn by `pipeline sample`. License: none needed: the films show no patient.\n" in card
+    assert (
+        "synthetic images by `pipeline sample`. License: none needed: the images show no patient.\n" in card
+    )
     assert "\nStarted from: random weights.\n" in card

@@ -250,18 +250,20 @@ def test_the_first_screen_says_what_was_measured_and_what_to_distrust(
     scores = {name: {"auroc": 0.5, "low": 0.4, "high": 0.6} for name in NAMES}
     told = evaluation | {"sanity": {"center covered": {"labels": scores, "kept": ["Edema"]}}}
     found = {"dev": told, "valid": evaluation}
-    data = {"title": "films drawn by `pipeline sample`"}
+    data = {"title": "synthetic images by `pipeline sample`"}
     page = Page(render_report("r", CONFIG, [], found, dict.fromkeys(found, images), data))
     first = " ".join(page.text.split()).split(" Settings ")[0]
     studies = f"{evaluation['study']['rows']} studies of 150 patients"
-    assert first.index(f"valid of films drawn by pipeline sample: {studies}.") < first.index("dev of films")
+    assert first.index(f"valid of synthetic images by pipeline sample: {studies}.") < first.index(
+        "dev of synthetic"
+    )
     marks = [found["mark"] for found in evaluation["belief"].values()]
     assert summarize("valid", evaluation) == [
         *([("none", "No shortcut found for: Edema, Pleural Effusion.")] if marks == ["none"] * 2 else []),
         ("unclear", "Too few patients of a class to tell: Fracture, Rare."),
     ]
     assert [text for _, text in summarize("dev", told) if "few" not in text and "shortcut" not in text] == [
-        "Chose checkpoint and thresholds, so its figures flatter.",
+        "Used to select the checkpoint and thresholds, so its figures are optimistic.",
         "Recognized without the lungs: Edema.",
     ]
     assert all(text in first for _, text in summarize("dev", told))

@@ -1224,8 +1224,8 @@ def test_exported_networks_give_the_same_scores(
         "calibration": json.dumps(chosen),
         "thresholds": json.dumps(thresholds),
         "threshold_rule": "none",
-        "dataset": "films drawn by `pipeline sample`",
-        "license": "none needed: the films show no patient",
+        "dataset": "synthetic images by `pipeline sample`",
+        "license": "none needed: the images show no patient",
         "started_from": "random weights",
         "use": "For research. Not for clinical use.",
     }

@@ -255,7 +255,7 @@ def test_healthy_shards_pass(shards: Shards, options: tuple[str, ...]) -> None:
     number = sum(len(split.shards) for split in manifest.splits.values())
     size = sum(shard.bytes for split in manifest.splits.values() for shard in split.shards) / 1e6
     found = f"3 splits, {number} shards, {samples} samples, {size:,.1f} MB"
-    assert re.fullmatch(rf"{folder}: all is well: {found} in \d+\.\d s\n", run.stdout)
+    assert re.fullmatch(rf"{folder}: OK: {found} in \d+\.\d s\n", run.stdout)
     assert run.returncode == 0
     assert run.stderr == f"Verifying: {number} of {number} shards\nnext: pipeline audit {folder}\n"
 

@@ -59,7 +59,7 @@ def test_the_page_has_the_numbers_of_the_json(chexpert: Path, tmp_path: Path) ->
     report = found["view"]
     text = " ".join(page.text.split())
     assert "Labels of train.csv all views, against valid of CheXpert-v1.0-small" in text
-    assert "Told without the disease" in text
+    assert "Shortcut audit" in text
     assert f"Fewer than 10 patients in a class: {', '.join(LABELS)}." in text
     tiles = re.findall('<p class="value">(.*?)</p><p class="note">(.*?)</p>', html)
     assert tiles == [(f"{report[unit]}", unit) for unit in ("images", "studies", "patients")]
@@ -107,7 +107,7 @@ def test_the_page_has_the_numbers_of_the_json(chexpert: Path, tmp_path: Path) ->
 def test_what_was_not_asked_for_or_is_not_there_is_left_out(chexpert: Path, tmp_path: Path) -> None:
     page = write_page(tmp_path / "labels.html", chexpert, "--split", "valid", "--views", "frontal")
     assert "split valid, frontal views" in page
-    headings = ["States", "Groups", "Co-occurrence", "Told without the disease"]
+    headings = ["States", "Groups", "Co-occurrence", "Shortcut audit"]
     assert re.findall("<h2>(.*?)</h2>", page) == headings
     assert re.findall('<a href="#.*?">(.*?)</a>', page) == headings
     assert re.findall("<h3>(.*?)</h3>", page) == ["By sex", "By age"]  # all are frontal, AP

@@ -845,7 +845,7 @@ def test_the_commands_read_a_url_as_they_read_the_folder(
         return found
 
     there, here = both("verify", "--deep", "--workers", 2)
-    assert there.startswith("SHARDS: all is well: ")
+    assert there.startswith("SHARDS: OK: ")
     assert there.split(" MB in ")[0] == here.split(" MB in ")[0]
     there, here = both("stats", "--format", "json", "--by", "sex")
     assert there == here
