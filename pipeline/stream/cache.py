@@ -199,6 +199,7 @@ class Remote:
             raise DataError(f"{redact(url)}: not like https://host/path or s3://bucket/path")
         with needs("remote", redact(url)):
             import_module("botocore.session" if self.is_s3 else "requests")
+        _open_s3.cache_clear()  # credentials may be others than when shards were opened before
 
     def mirror(self) -> Path:
         """A local folder with the manifest as it is now and its tables. Raises DataError naming the URL."""
