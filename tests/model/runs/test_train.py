@@ -1284,7 +1284,7 @@ def test_command_line_killed_twice_warned_by_slurm_and_continued_equals_undistur
     assert continued.returncode == 0, continued.stderr
     assert f"{run}: continuing after step " in continued.stderr
     # A finished run is recognized without what takes long to import.
-    program = "import runpy, sys; sys.modules |= dict.fromkeys(('torch', 'scipy', 'pandas', 'matplotlib')); "
+    program = "import runpy, sys; sys.modules |= dict.fromkeys(('torch', 'scipy', 'matplotlib')); "
     program += "runpy.run_path('train.py', run_name='__main__')"
     again = subprocess.run(
         [sys.executable, "-c", program, *command[2:]],
