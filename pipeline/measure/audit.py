@@ -140,20 +140,19 @@ def predict(values: Floats, goal: Bools | Floats, used: Bools, patient: Ints) ->
     order = np.random.default_rng(0).permutation(patient.max() + 1)[patient]
     fold = np.where(used & (order < MOST_PATIENTS), order % FOLDS, -1)
     score = np.full(len(goal), np.nan)
-    for number in range(FOLDS):
-        inside, outside = fold == number, (fold != number) & (fold >= 0)
-        if not inside.any() or not outside.any() or np.ptp(goal[outside].astype(float)) == 0:
-            continue
-        model = trees(max_iter=20, learning_rate=0.2, max_leaf_nodes=8, early_stopping=False, random_state=0)
-        # OpenMP's threads would wait for each other by spinning, at the cost of everybody else.
-        with threadpool_limits(1):
-            model.fit(values[outside], goal[outside])
-            called = (
-                model.predict_proba(values[inside])[:, 1]
-                if goal.dtype == bool
-                else model.predict(values[inside])
+    # OpenMP's threads would wait for each other by spinning, at the cost of everybody else.
+    with threadpool_limits(1):
+        for number in range(FOLDS):
+            inside, outside = fold == number, (fold != number) & (fold >= 0)
+            if not inside.any() or not outside.any() or np.ptp(goal[outside].astype(float)) == 0:
+                continue
+            model = trees(
+                max_iter=20, learning_rate=0.2, max_leaf_nodes=8, early_stopping=False, random_state=0
             )
-        score[inside] = share_below(called, np.sort(called))
+            model.fit(values[outside], goal[outside])
+            rows = values[inside]
+            called = model.predict_proba(rows)[:, 1] if goal.dtype == bool else model.predict(rows)
+            score[inside] = share_below(called, np.sort(called))
     return score
 
 

@@ -34,7 +34,6 @@ COLUMN = "image_id"
 READER = "rad_id"
 SPLITS = ("train", "test")
 BOXES = ("train.csv", "train.csv.gz", "vinbigdata-train.csv", "vinbigdata-train.csv.gz")
-BOX_COLUMNS = ("image_id", "class_name", "rad_id")
 FINDINGS = {
     "No Finding": ("No finding",),
     "Cardiomegaly": ("Cardiomegaly",),
