@@ -196,14 +196,7 @@ def assess_groups(
         report[variable] = {
             "groups": groups,
             "macro_labels": kept,
-            "less_first": {
-                group: describe_difference(
-                    groups[group]["macro_auroc"],
-                    groups[told[0]]["macro_auroc"],
-                    combine_limits(measured[group].join(measured[told[0]]), np.concatenate([share, -share])),
-                )
-                for group in told[1:]
-            },
+            "less_first": _subtract_first(told, groups, measured, share),
             "others": dict(sorted(others.items())),
             "tpr": {
                 name: _find_calls(images, column, limits[name], rows) for column, name in enumerate(names)
@@ -215,6 +208,23 @@ def assess_groups(
         of["tpr_gap"] = {name: gap["difference"] for name, gap in gaps.items()}
         of["tpr_gap_limits"] = {name: {"low": gap["low"], "high": gap["high"]} for name, gap in gaps.items()}
     return report
+
+
+def _subtract_first(
+    names: Sequence[str],
+    groups: Mapping[str, Mapping[str, Any]],
+    measured: Mapping[str, Areas],
+    share: Floats,
+) -> dict[str, Any]:
+    """Each later group's macro less the first one's, paired by patient; `share` are the labels' weights in a macro."""
+    return {
+        name: describe_difference(
+            groups[name]["macro_auroc"],
+            groups[names[0]]["macro_auroc"],
+            combine_limits(measured[name].join(measured[names[0]]), np.concatenate([share, -share])),
+        )
+        for name in names[1:]
+    }
 
 
 def _list_values(fact: npt.NDArray[Any]) -> tuple[str, ...]:
