@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from model.names import ARCHITECTURES, AUGMENTATIONS, FUSIONS, LOSSES, XRV, check_arch, own_input
 from pipeline.base.errors import DataError, SettingError
+from pipeline.base.files import hash_file, read_object
 from pipeline.base.options import check_values, option
 from pipeline.base.workers import share_of_cores
 from pipeline.labels import LABELS, VIEWS, find_label, parse_labels
@@ -272,9 +273,10 @@ class OwnData(Data):
     shards: tuple[str, ...] = data_option((), SHARDS_HELP, shown="those the run was trained on")
 
     def of(self, run: Path) -> Self:
-        """With the shards that a run was last trained on, if none are given; `shards` if it does not say."""
+        """With the shards that a run, or an ensemble's members, learned last; `shards` if it does not say."""
         if self.shards:
             return self
+        run = read_members(run)[0]
         try:
             lines = (run / "environment.jsonl").read_text().splitlines()
             own = tuple(map(str, json.loads(lines[-1])["shards"]))
@@ -291,8 +293,23 @@ def check_folders(shards: Sequence[str] = (), runs: Sequence[Path] = ()) -> None
         if "://" not in folder:
             read_manifest(Path(folder))
     for run in runs:
-        if not (run / ENSEMBLE).exists():
-            read_config(run)
+        for member in read_members(run):
+            read_config(member)
+
+
+def read_members(run: Path) -> list[Path]:
+    """The members of an ensemble's folder, or a run alone. Raises DataError for other weights than were evaluated."""
+    if not (run / ENSEMBLE).exists():
+        return [run]
+    members = read_object(run / ENSEMBLE).get("members")
+    if not isinstance(members, dict) or not members:
+        raise DataError(f"{run / ENSEMBLE}: damaged: it names no members")
+    runs = [Path(os.path.normpath(run / name)) for name in members]
+    for member, best in zip(runs, members.values(), strict=True):
+        if hash_file(member / "best.pt") != best:
+            command = f"python -m train evaluate {' '.join(f'--run {one}' for one in runs)} --out {run}"
+            raise DataError(f"{member}: trained on since {run} was evaluated; first run: {command}")
+    return runs
 
 
 def name_outputs(config: Config) -> list[str]:
@@ -430,7 +447,7 @@ def teacher_digest(teacher: Path, shards: "Collection") -> str:
         return hashlib.sha256((teacher / TEACHER_SCORES).read_bytes()).hexdigest()
     except FileNotFoundError:
         options = " ".join([*(f"--shards {folder.name}" for folder in shards.folders), f"--run {teacher}"])
-        if (teacher / "best.pt").exists():
+        if any((teacher / file).exists() for file in ("best.pt", ENSEMBLE)):
             missing, command = TEACHER_SCORES, f"python -m train evaluate {options} --split train"
         else:
             missing, command = "best.pt", f"python -m train {options} --uncertain ignore"

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from model.runs.config import read_config
 from model.runs.job import Job, open_rows
+from model.runs.overlap import check_start
 from model.runs.report import open_run_templates
 from model.runs.scoring import score_best
 from pipeline.base.errors import DataError
@@ -55,6 +56,8 @@ def train_runs(
     # All of them first: folders that share patients or images are refused before hours of training.
     made = {name: make(folders, out / name.replace(" + ", "+")) for name, folders in runs.items()}
     check_sets([made[Path(folder).name] for folder in shards])
+    for job in made.values():
+        check_start(job)
     jobs: dict[str, Job] = {}
     for name, job in made.items():
         finished = (job.run / "model-card.md").exists() and read_config(job.run) == job.config
@@ -89,8 +92,12 @@ def score_runs(jobs: Mapping[str, Job], shards: Sequence[str]) -> dict[str, Any]
     """
     alone = {Path(folder).name: jobs[Path(folder).name].shards for folder in shards}
     columns = {name: _choose_split(collection) for name, collection in alone.items()}
+    # Sets that share images are refused before training. What the splits of one set share was said when it was opened.
     scored = {
-        name: {run: score_best(replace(job, shards=alone[name]), split).images for run, job in jobs.items()}
+        name: {
+            run: score_best(replace(job, shards=alone[name], shared_images=True), split).images
+            for run, job in jobs.items()
+        }
         for name, split in columns.items()
     }
     names = [label for label in LABELS if all(label in job.config.labels for job in jobs.values())]

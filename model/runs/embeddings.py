@@ -7,6 +7,7 @@ A row per image, in the order of the split's table:
 """
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -76,7 +77,9 @@ def open_run(job: Job, split: str) -> Encoder:
 
 def start_network(job: Job, split: str) -> Encoder:
     """The network that a job would start from, as it would read images. Raises DataError as `score_best` does."""
-    check_seen(job, split, job.start.seen if job.start else ())
+    # The weights come from elsewhere: these shards are not their own, whatever the job would learn from them.
+    elsewhere = replace(job, config=replace(job.config, manifest=""))
+    check_seen(elsewhere, split, job.start.seen if job.start else ())
     network = build_network(job.config.arch, len(LABELS), job.config.pretrained)
     if job.start is not None:
         load_initial(network, job.start)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from model.runs.config import ENSEMBLE, Config, Setup, read_config
+from model.runs.config import ENSEMBLE, Config, Setup, read_config, read_members
 from model.runs.job import Job, MemberRun, StopFlag, choose_device
 from model.runs.results import find_calibration, forget_calibration
 from model.runs.scoring import Scores, score_files
@@ -52,8 +52,7 @@ class Decision(NamedTuple):
 def open_model(runs: Sequence[Path]) -> Model:
     """The run or the ensemble that --run names. Raises DataError, naming the option, for runs that make none."""
     folder = runs[0] if len(runs) == 1 else None
-    if folder is not None and (folder / ENSEMBLE).exists():
-        runs = read_members(folder)
+    runs = runs if folder is None else read_members(folder)
     members = {run: read_config(run) for run in runs}
     if len(members) < len(runs):
         raise DataError("`run` names the same run twice")
@@ -66,19 +65,6 @@ def open_model(runs: Sequence[Path]) -> Model:
             if ours != theirs:
                 raise DataError(f"{first} and {run} make no ensemble: `{option}` is {ours} and {theirs}")
     return Model(" + ".join(map(str, members)) if folder is None else str(folder), folder, members)
-
-
-def read_members(folder: Path) -> list[Path]:
-    """The members of an ensemble's folder. Raises DataError where one has other weights than were evaluated."""
-    members = read_object(folder / ENSEMBLE).get("members")
-    if not isinstance(members, dict) or not members:
-        raise DataError(f"{folder / ENSEMBLE}: damaged: it names no members")
-    runs = [Path(os.path.normpath(folder / name)) for name in members]
-    for run, best in zip(runs, members.values(), strict=True):
-        if hash_file(run / "best.pt") != best:
-            command = f"python -m train evaluate {' '.join(f'--run {one}' for one in runs)} --out {folder}"
-            raise DataError(f"{run}: trained on since {folder} was evaluated; first run: {command}")
-    return runs
 
 
 def open_scoring(model: Model, out: Path | None, shards: Collection, workers: int, stop: StopFlag) -> Job:

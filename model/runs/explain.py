@@ -17,6 +17,7 @@ from model.predict import InterruptedEvaluationError, explain_memory
 from model.runs.config import Config
 from model.runs.folder import load_best
 from model.runs.job import Job, choose_device, open_images, to_device
+from model.runs.overlap import check_seen
 from pipeline.base.csvs import demand, read_strings
 from pipeline.base.errors import DataError, quote
 from pipeline.base.files import read_object
@@ -128,8 +129,13 @@ def _check_label(path: Path, name: object) -> str:
 
 
 def draw_cells(job: Job, splits: Sequence[str], marks: Marks) -> Iterator[Cell]:
-    """The cells of splits that are marked, of labels that the run learned, with their maps."""
-    draw, _ = open_mapper(job.run, job.config)
+    """The cells of splits that are marked, of labels that the run learned, with their maps.
+
+    Raises DataError as `check_seen` does, before any map is drawn.
+    """
+    draw, best = open_mapper(job.run, job.config)
+    for name in splits:
+        check_seen(job, name, best["seen"])
     square, side = str(job.manifest.options.get("square", "no")), job.config.image_size
     for name in splits:
         split, rows = open_images(job, name)

@@ -20,6 +20,7 @@ import pyarrow as pa
 import torch
 
 from model.checkpoint import load_checkpoint, refused
+from model.runs.config import read_members
 from model.runs.job import Job, Selected, open_images, selected_splits
 from pipeline.base.errors import DataError
 from pipeline.console import say_once
@@ -33,21 +34,23 @@ def list_seen(job: Job, selected: Iterable[tuple[str, Selected]]) -> Seen:
 
     Raises DataError for a dev or valid of which they have learned from images, before a step is trained on them.
     """
-    before = list(job.start.seen) if job.start else []
-    if job.setup.teacher:
-        before += [
-            dict(entry) | {"run": entry["run"] or str(job.setup.teacher)}
-            for entry in read_seen(job.setup.teacher)
-        ]
-    for name in selected_splits(job) if before else ():
-        check_seen(job, name, before, "keep its split (`dev`, `seed`), or start from another")
-    own = []
+    before, own = check_start(job), []
     for name, chosen in selected:
         table = chosen.split.table.take(chosen.images)
         arrays = {"images": _list_images(table), "patients": hash_patients(table, job.shards.namespace)}
         tensors = {field: torch.from_numpy(np.unique(values)) for field, values in arrays.items()}
         own.append({"run": "", "split": name} | tensors)
     return [*own, *before]
+
+
+def check_start(job: Job) -> Seen:
+    """The entries of the weights and the teacher that a job starts from; raises DataError as `list_seen` does."""
+    before = list(job.start.seen) if job.start else []
+    for run in read_members(job.setup.teacher) if job.setup.teacher else ():
+        before += [dict(entry) | {"run": entry["run"] or str(run)} for entry in read_seen(run)]
+    for name in selected_splits(job) if before else ():
+        check_seen(job, name, before, "keep its split (`dev`, `seed`), or start from another")
+    return before
 
 
 def read_seen(run: Path) -> Seen:

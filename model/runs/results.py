@@ -1,19 +1,18 @@
 """Scores of a run → its calibration, evaluations, comparisons and pages."""
 
 import hashlib
-import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from model.runs.config import MEANS, Config, parse_choice, read_config
 from model.runs.folder import load_best, result_name
-from model.runs.job import Job, open_images, open_rows, open_split, selected_splits
+from model.runs.job import Job, open_images, open_split, selected_splits
 from model.runs.report import render_model_card, render_report
 from model.runs.scores import read_frame, read_scores, write_scores
-from model.runs.scoring import Result, score_best, score_split
+from model.runs.scoring import Result, score_best
 from pipeline.base.errors import DataError
 from pipeline.base.files import parse_object, read_object, write_atomically, write_json
 from pipeline.labels import count_rows
@@ -293,13 +292,9 @@ def measure_run(job: Job) -> dict[str, Any]:
     (their number): those that the first is over and that have both classes in all of these.
     """
     names = job.config.labels
-    network, best = load_best(job.run, job.config, job.device)
-    chosen = open_rows(job, "train")
-    samples = chosen.samples.thin(math.ceil(len(chosen.rows) / TRAIN_SAMPLES))
-    part = replace(chosen, samples=samples)
-    scored = {"train": score_split(job, network, part, best["pixels"])[0]}
+    scored = {"train": score_best(job, "train", most=TRAIN_SAMPLES).images}
     if "valid" in selected_splits(job):
-        scored["valid"] = score_split(job, network, open_rows(job, "valid"), best["pixels"])[0]
+        scored["valid"] = score_best(job, "valid").images
     labels = {name: report_auroc(names, *found[:4])["labels"] for name, found in scored.items()}
     labels["dev"] = read_object(job.run / "evaluation-dev.json")["labels"]
     means = averaged_labels(labels["dev"])
@@ -313,7 +308,7 @@ def measure_run(job: Job) -> dict[str, Any]:
     if "valid" in scored:
         limits = combine_limits(measure_areas(*scored["valid"][:4]), weigh_labels(names, same))
     return {
-        "dev": best["dev_auroc"],
+        "dev": load_best(job.run, job.config, job.device)[1]["dev_auroc"],
         "labels": len(same),
         "same": figures["dev"],
         "train": figures["train"],

@@ -1,6 +1,7 @@
 """A trained run → scores of a split, or of image files."""
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -47,20 +48,25 @@ class Result(NamedTuple):
     members: Mapping[str, Floats] = MappingProxyType({})
 
 
-def score_best(job: Job, name: str, alter: Alteration | None = None) -> Result:
+def score_best(job: Job, name: str, alter: Alteration | None = None, most: float = math.inf) -> Result:
     """What best.pt makes of a split, or the mean of an ensemble's calibrated scores; `alter` changes the images first.
+
+    Of a split with more samples than `most`, every second, third, … is scored.
 
     Raises DataError for images that the weights have learned from (`check_seen`), before any is scored.
     """
     if not job.members:
         network, best = load_best(job.run, job.config, job.device, job.ranks)
         shared = check_seen(job, name, best["seen"])
-        return Result(*score_split(job, network, open_rows(job, name), best["pixels"], alter), shared)
-    chosen = {field: getattr(job.config, field) for field in ("where", "views", "limit", "max_bad")}
+        chosen = open_rows(job, name)
+        if len(chosen.rows) > most:
+            chosen = replace(chosen, samples=chosen.samples.thin(math.ceil(len(chosen.rows) / most)))
+        return Result(*score_split(job, network, chosen, best["pixels"], alter), shared)
+    conditions = {field: getattr(job.config, field) for field in ("where", "views", "limit", "max_bad")}
     found, shared = {}, dict[str, int]()
     for member, calibration in job.members:
-        config = replace(member.config, **chosen)
-        one = score_best(replace(member, config=config, shared_images=job.shared_images), name, alter)
+        config = replace(member.config, **conditions)
+        one = score_best(replace(member, config=config, shared_images=job.shared_images), name, alter, most)
         found[str(member.run)] = apply_calibrations(job.config.labels, one.images.scores, calibration)
         shared |= {key: max(count, shared.get(key, 0)) for key, count in one.shared.items()}
     mean = np.mean(list(found.values()), axis=0).astype(np.float32)

@@ -455,7 +455,7 @@ def inputs_command(given: Inputs) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Localization(OwnData):
+class Localization(SharedImages, OwnData):
     """What `localize` takes."""
 
     run: Path = run_option(..., "Folder of the run.")
@@ -487,7 +487,8 @@ def localize_command(given: Localization) -> int:
     from pipeline.measure.localization import measure_localization
 
     collection, stop = data.open(), StopFlag().listen()
-    job = Job(config, collection, run, *choose_device("off"), Setup(workers=1), stop)
+    shared = given.shared_images
+    job = Job(config, collection, run, *choose_device("off"), Setup(workers=1), stop, shared_images=shared)
     marks = read_marks(boxes)
     try:
         cells = list(draw_cells(job, splits, marks))

@@ -5,14 +5,20 @@ import shlex
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from sklearn.metrics import roc_auc_score
 
 import train
+from model.checkpoint import save_checkpoint
+from model.networks import build_network
 from model.runs.cross import plan_runs
 from model.runs.scores import read_scores
 from pipeline.base.errors import DataError
 from pipeline.etl.shards import Execution, write_shards
+from pipeline.identity import join_content
+from pipeline.labels import LABELS
 from pipeline.manifest import manifest_digest, read_manifest, read_table
 from pipeline.sources.sets import find_source
 from tests.conftest import POLICIES, default_options, write_chexpert
@@ -98,6 +104,15 @@ def test_sets_that_cannot_be_scored_are_refused_before_training(
         "--out",
         tmp_path / "out",
     )
+    # Its weights have seen the other set's valid: said before a run on the first set is trained.
+    seen = {"split": "train", "run": "before", "patients": torch.tensor([], dtype=torch.int64)}
+    valid = read_table(folders[1], read_manifest(folders[1]).split("valid"))
+    seen["images"] = torch.tensor(join_content(valid).to_numpy().view(np.int64))
+    about = {"pixels": {"mean": 100.0, "std": 50.0}, "equalize": False, "terms": "", "outputs": list(LABELS)}
+    weights = build_network("rescnn", len(LABELS)).state_dict()
+    save_checkpoint(tmp_path / "start.pt", about | {"weights": weights, "seen": [seen]})
+    with pytest.raises(DataError, match=r"south, valid: before trained on 40 of these 40 images; keep its"):
+        call_train(*words, *WORDS, "--init", tmp_path / "start.pt")
     with pytest.raises(DataError, match=r"^no label has 10 patients of each class in every set"):
         call_train(*words, *WORDS, "--where", "age<55")
     manifest = json.loads((folders[1] / "manifest.json").read_text())

@@ -134,6 +134,14 @@ def test_a_student_s_dev_may_not_be_in_its_teacher_s_train(
         "keep its split (`dev`, `seed`), or start from another"
     )
     assert not (tmp_path / "student").exists()
+    # Nor in one of an ensemble that teaches, whose folder knows its members' shards.
+    two, both = Path(shutil.copytree(run, tmp_path / "two")), tmp_path / "both"
+    members = ("--run", run, "--run", two, "--out", both)
+    assert call_train("evaluate", *members, "--split", "train", "--workers", 1) == 0
+    assert call_train("evaluate", "--run", both, "--workers", 1) == 0
+    with pytest.raises(DataError, match=rf"^{again}, dev: {run} trained on {count} of these"):
+        call_train("train", "--shards", again, *student[:-1], both)
+    assert call_train("train", "--shards", originals / "shards", *student[:-1], both) == 0
 
 
 def test_what_weights_have_seen_is_handed_on(
@@ -157,7 +165,22 @@ def test_what_weights_have_seen_is_handed_on(
     assert [(entry["split"], entry["run"]) for entry in read_seen(third)] == [
         (split, of) for of in ("", str(second / "best.pt"), str(best)) for split in ("train", "dev")
     ]
-    words = ("embed", second, "--shards", again, "--split", "dev", "--out", tmp_path / "dev.arrow")
-    with pytest.raises(DataError, match=r"trained on \d+ of these .*; evaluate on others, or go on with"):
-        call_train(*words)
-    assert call_train(*words, "--shared-images") == 0
+    boxes = tmp_path / "boxes.csv"
+    boxes.write_text(f"key,label,x,y,w,h\n{read_frame(again, 'dev')['key'].iloc[0]},Edema,1,1,9,9\n")
+    elsewhere = ("--shards", again, "--split", "dev")
+    at_home = (
+        "--shards",
+        own,
+        "--split",
+        "train",
+    )  # of the weights' run, not of a network that starts from them
+    fresh = ("embed", "rescnn", "--init", second, "--image-size", 32, "--out", tmp_path / "fresh.arrow")
+    for words in (
+        ("embed", second, *elsewhere, "--out", tmp_path / "dev.arrow"),
+        ("localize", "--run", second, *elsewhere, "--boxes", boxes),
+        (*fresh, *elsewhere),
+        (*fresh, *at_home),
+    ):
+        with pytest.raises(DataError, match=r"trained on \d+ of these .*; evaluate on others, or go on with"):
+            call_train(*words)
+        assert call_train(*words, "--shared-images") == 0
