@@ -10,6 +10,7 @@ the mean of several networks' calibrated scores, calibrated; and, where threshol
 import io
 import json
 from collections.abc import Mapping, Sequence
+from math import nan
 from pathlib import Path
 from types import MappingProxyType
 from typing import cast
@@ -71,11 +72,10 @@ class Committee(nn.Module):
 
 def fit_scores(scores: Tensor, fits: Fits) -> Tensor:
     """Scores [B, L], calibrated by the slope and bias of each label's logit, or as they are for None and no fits."""
-    columns = [
-        one if fit is None else torch.sigmoid(torch.logit(one, SMALLEST) * fit[0] + fit[1])
-        for one, fit in zip(scores.unbind(1), fits, strict=False)
-    ]
-    return torch.stack(columns, dim=1) if columns else scores
+    if not fits:
+        return scores
+    slope, bias = (torch.tensor([fit[part] if fit else nan for fit in fits]) for part in (0, 1))
+    return torch.where(slope.isnan(), scores, torch.sigmoid(torch.logit(scores, SMALLEST) * slope + bias))
 
 
 def export_scorer(
