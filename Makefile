@@ -83,7 +83,7 @@ IMAGE_SIZE = $(if $(SIZED),--image-size $(SIZE))
 # On real data a network with weights starts from them: all but rescnn, and where ARGS say another start.
 SCRATCH  = $(SAMPLE)$(filter no,$(PRETRAINED))$(filter rescnn,$(ARCH))$(filter --init% --pretrained,$(ARGS))
 START    = $(if $(filter yes,$(PRETRAINED)),--pretrained,$(if $(SCRATCH),,--pretrained))
-NAME     = $(subst /,-,$(if $(SAMPLE),sample$(call tagged,ARCH),$(ARCH)))$(if $(SIZED),$(call named,SIZE))$(call named,LR,lr)$(call named,WD,wd)$(call tagged,BATCH,batch)$(call tagged,EPOCHS,epochs)$(call tagged,UNCERTAIN)$(call tagged,BLANK,blank-)$(call tagged,VIEWS)$(if $(FUSION),-$(FUSION))$(call tagged,PRETRAINED,pretrained-)$(call named,SEED,seed)
+NAME     = $(subst /,-,$(if $(SAMPLE),sample$(call tagged,ARCH),$(ARCH)$(call tagged,OUT)))$(if $(SIZED),$(call named,SIZE))$(call named,LR,lr)$(call named,WD,wd)$(call tagged,BATCH,batch)$(call tagged,EPOCHS,epochs)$(call tagged,UNCERTAIN)$(call tagged,BLANK,blank-)$(call tagged,VIEWS)$(if $(FUSION),-$(FUSION))$(call tagged,PRETRAINED,pretrained-)$(call named,SEED,seed)
 SHARED   = --epochs $(EPOCHS) $(IMAGE_SIZE) $(START) --seed $(SEED) $(if $(call given,VIEWS),--views $(VIEWS)) $(if $(FUSION),--fusion $(FUSION)) $(THREADS)
 WRITE    = $(BIN)/pipeline shards "$(DATA)" $(OUT) --size $(SIZE) --views $(VIEWS) --dev $(DEV) $(THREADS)
 $(if $(word 2,$(OUT)),$(error OUT=$(OUT): make takes no spaces there))

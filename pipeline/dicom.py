@@ -142,6 +142,15 @@ def open_dicom(data: bytes, max_pixels: int) -> "Dataset":
     return dataset
 
 
+def read_position(data: bytes) -> str:
+    """The ViewPosition of a DICOM that can be opened, in capitals: AP, PA, LL, RL, …; empty where it has none."""
+    from pydicom import dcmread
+
+    with _quietly("its header is damaged"):
+        dataset = dcmread(BytesIO(data), stop_before_pixels=True, force=True, specific_tags=["ViewPosition"])
+        return str(dataset.get("ViewPosition") or "").strip().upper()
+
+
 def decode_dicom(dataset: "Dataset") -> GrayFilm:
     """Gray pixels [H, W] of an opened DICOM. Raises ValueError for damaged ones, and where a decoder is missing."""
     stored = _decode(dataset)

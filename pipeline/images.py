@@ -27,7 +27,7 @@ from pipeline.containers import (
     read_png_facts,
     strip_metadata,
 )
-from pipeline.dicom import decode_dicom, is_dicom, open_dicom
+from pipeline.dicom import decode_dicom, is_dicom, open_dicom, read_position
 
 Gray = npt.NDArray[np.uint8]
 
@@ -160,6 +160,11 @@ def _count_levels(levels: npt.NDArray[Any]) -> int:
     """The number of different levels, uint8 or uint16."""
     bins = 2 ** (8 * levels.itemsize)
     return int(np.count_nonzero(cv2.calcHist([levels.reshape(1, -1)], [0], None, [bins], [0, bins])))
+
+
+def find_position(data: bytes) -> str:
+    """The ViewPosition of a file that `prepare` takes: AP, PA, LL, …; empty where it says none."""
+    return "" if data.startswith((JPEG, PNG)) else read_position(data)
 
 
 def decode_stored(data: bytes | memoryview, encoding: str) -> Gray:

@@ -33,6 +33,8 @@ from pipeline.base.csvs import demand, demand_unique, read_strings
 from pipeline.base.errors import DataError
 
 PROJECTIONS = ("AP", "PA", "lateral", "other")  # a projection's code is its place here
+# What ViewPosition, in DICOMs and in tables made of them, says of a view.
+POSITIONS = {"AP": "frontal", "PA": "frontal", "LATERAL": "lateral", "LL": "lateral", "RL": "lateral"}
 MOST_VIEWS = 3  # of a study, as in CheXpert
 # Lower bounds, in years.
 AGE_BANDS = {"unknown": -1, "0-17": 0, "18-39": 18, "40-59": 40, "60-79": 60, "80+": 80}

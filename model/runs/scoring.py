@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -23,8 +24,8 @@ from model.runs.folder import load_best
 from model.runs.job import Job, Selected, agree, choose_device, network_inputs, open_rows, read_batches
 from model.runs.overlap import check_seen
 from pipeline.console import Advance, progress_bar
-from pipeline.images import Gray, ImageError, ImageOptions, decode_stored, prepare, resize
-from pipeline.labels import PROJECTIONS
+from pipeline.images import Gray, ImageError, ImageOptions, decode_stored, find_position, prepare, resize
+from pipeline.labels import POSITIONS, PROJECTIONS
 from pipeline.measure.calibration import apply_calibrations
 from pipeline.measure.evaluate import Scored
 from pipeline.measure.metrics import Floats
@@ -138,14 +139,22 @@ def score_split(
     return scored, facts
 
 
+def find_projection(file: Path, content: bytes) -> int:
+    """The place of an image's projection in PROJECTIONS, or UNKNOWN_FRONTAL, as `score_files` describes."""
+    name = "lateral" if re.fullmatch(r"view\d{1,4}_lateral", file.stem) else ""
+    if position := find_position(content):
+        name = POSITIONS.get(position, "other").replace("frontal", position)
+    return PROJECTIONS.index(name) if name else UNKNOWN_FRONTAL
+
+
 def score_files(
     run: Path, config: Config, samples: Sequence[Sequence[Path]], workers: int
 ) -> tuple[Scores, list[tuple[Path, str]]]:
     """Scores [N, L] by best.pt of samples: image files one by one or, for a run by studies, a study's together.
 
     NaN where none of a sample's files can be read; and which files cannot, and why. An image takes the way it
-    would take through shards: the same resize, encoding and decoding. A view is a lateral if it has CheXpert's
-    name of one, else a frontal that may be AP or PA.
+    would take through shards: the same resize, encoding and decoding. A view is what its DICOM says, or a lateral by
+    CheXpert's name of one; else a frontal that may be AP or PA.
     """
     device, precision = choose_device(config.amp)
     network, best = load_best(run, config, device)
@@ -153,10 +162,12 @@ def score_files(
     bad: list[tuple[Path, str]] = []
     usable = np.ones(len(samples), bool)
 
-    def read(file: Path) -> Gray | str:
+    def read(file: Path) -> tuple[Gray, int] | str:
         try:
-            stored = prepare(file.read_bytes(), options).data
-            return resize(decode_stored(stored, options.encoding), config.image_size, config.image_size)
+            content = file.read_bytes()
+            pixels = decode_stored(prepare(content, options).data, options.encoding)
+            projection = UNKNOWN_FRONTAL if config.fusion is None else find_projection(file, content)
+            return resize(pixels, config.image_size, config.image_size), projection
         except OSError as error:
             return f"cannot be read: {error.strerror}"
         except ImageError as error:
@@ -172,14 +183,12 @@ def score_files(
                 images = np.zeros((len(files), 1, config.image_size, config.image_size), np.uint8)
                 projection = np.full(len(files), UNKNOWN_FRONTAL, np.int8)
                 readable = np.ones(len(files), np.bool_)
-                for position, (file, pixels) in enumerate(zip(files, pool.map(read, files), strict=True)):
-                    if isinstance(pixels, str):
-                        bad.append((file, pixels))
+                for position, (file, view) in enumerate(zip(files, pool.map(read, files), strict=True)):
+                    if isinstance(view, str):
+                        bad.append((file, view))
                         readable[position] = False
-                        continue
-                    images[position, 0] = pixels
-                    if file.stem.lower() == "view2_lateral":
-                        projection[position] = PROJECTIONS.index("lateral")
+                    else:
+                        images[position, 0], projection[position] = view
                 kept, without = choose_usable(sample, place, readable)
                 usable[[start + position for position in without]] = False
                 present = np.zeros((len(some), place.max() + 1), np.bool_)

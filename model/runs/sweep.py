@@ -103,6 +103,10 @@ class Sweep:
         """The parameters with more than one value."""
         return [name for name, values in self.values.items() if len(values) > 1]
 
+    def settings(self, point: Point) -> Mapping[str, Any]:
+        """All settings of a trial at this point."""
+        return {**self.options, **point}
+
     @property
     def choice(self) -> str:
         """What trials are compared by, in words, to be followed by AUROC."""
@@ -216,7 +220,7 @@ def run_trial(sweep: Sweep, trial: Trial, train_point: TrainPoint) -> None:
         trial.history, epoch = history, history[-1][0]
         # Compare at ends of epochs, when trials of any batch size have seen the same images. A fully trained trial
         # has its outcome, however poor.
-        poor = epoch % 1 == 0 and epoch < sweep.options["epochs"] and is_poor(sweep, trial)
+        poor = epoch % 1 == 0 and epoch < sweep.settings(trial.point)["epochs"] and is_poor(sweep, trial)
         trial.write()
         if poor:
             raise optuna.TrialPruned
@@ -283,8 +287,8 @@ def make_space(values: Mapping[str, Sequence[Any]]) -> dict[str, BaseDistributio
 def propose(sweep: Sweep, trials: Sequence[Trial]) -> list[Point]:
     """A point by TPE that no trial has; none if TPE repeats itself."""
     space = make_space({name: sweep.values[name] for name in sweep.varying})
-    # Seeded by the number of trials, so that a search repeats itself.
-    seed = sweep.options["seed"] * 1_000_003 + len(trials)
+    # Seeded by the number of trials, so that a search repeats itself. Optuna takes 32 bits.
+    seed = (sweep.settings(grid_points(sweep)[0])["seed"] * 1_000_003 + len(trials)) % 2**32
     study = make_study(trials, space, sampler=optuna.samplers.TPESampler(seed=seed, constant_liar=True))
     taken = [trial.point for trial in trials]
     for _ in range(PROPOSALS):
@@ -301,7 +305,7 @@ def is_poor(sweep: Sweep, trial: Trial) -> bool:
     """Whether the pruner ends a trial: by successive halving, or below the median of at least four others."""
     if sweep.pruner == "none":
         return False
-    epochs = sweep.options["epochs"]
+    epochs = sweep.settings(trial.point)["epochs"]
     halving = optuna.pruners.SuccessiveHalvingPruner(min_resource=max(1, epochs // 4), reduction_factor=2)
     median = optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=-(-epochs // 3))
     others = [other for other in list_trials(sweep) if other.number != trial.number]

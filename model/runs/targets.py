@@ -19,7 +19,7 @@ from pipeline.stream.select import NothingSelectedError, balance_weights, find_s
 
 
 def check_reported(job: Job, dev: Selected) -> None:
-    """Before the first step: say where the run's conditions leave nothing of valid, which is then not reported.
+    """Before the first step: say which folders dev leaves out, and where the conditions leave nothing of valid.
 
     Raises DataError where no checkpoint could be chosen by dev, and where valid cannot be read.
     """
@@ -28,6 +28,13 @@ def check_reported(job: Job, dev: Selected) -> None:
     chosen = parse_choice(job.config.choose_by)
     if one_class.issuperset(job.config.labels) or one_class.intersection(chosen):
         raise DataError(no_choice(job, [label for label in chosen if label in one_class]))
+    has_dev = {folder.name: "dev" in folder.manifest.splits for folder in job.shards.folders}
+    if lacking := [name for name, has in has_dev.items() if not has and any(has_dev.values())]:
+        others = ", ".join(name for name, has in has_dev.items() if has)
+        say(
+            f"{', '.join(lacking)}: no dev split, so checkpoint and thresholds are chosen on {others} alone; to choose "
+            "on all, write these shards with `dev`"
+        )
     if "valid" in job.manifest.splits:
         try:
             open_rows(job, "valid")

@@ -56,13 +56,19 @@ def assess_readers(names: Sequence[str], studies: Scored, readers: Mapping[str, 
 
     On the studies that the reader has read. `below`: the curve, straight between its points, has a higher sensitivity
     (`network`) at the reader's specificity; None where the studies have one class. `readers` of the document is the
-    number of studies that each has read. Raises DataError for a reader of none of these studies.
+    number of studies that each has read. Raises DataError for a reader of none of these studies, or of several sets.
     """
     # Of several sets, patients have a namespace in front, which readers need not write.
     known = [f"{p.split('/')[-1]}/study{s}" for p, s in zip(studies.patient, studies.study, strict=True)]
     document: dict[str, Any] = {"readers": {}, "labels": {name: {} for name in names}}
     for reader, reads in readers.items():
         rows = [reads.get(study, {}) for study in known]
+        sets = {p.rpartition("/")[0] for p, row in zip(studies.patient, rows, strict=True) if row}
+        if len(sets) > 1:
+            raise DataError(
+                f"{reader}: its studies have names of {' and of '.join(sorted(sets))}: choose the set that was read, "
+                "by `where` set=…"
+            )
         document["readers"][reader] = sum(map(bool, rows))
         if not any(rows):
             theirs, ours = next(iter(reads), "no row"), known[0]

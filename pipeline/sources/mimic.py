@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from pipeline.base.csvs import demand, demand_columns, demand_unique, read_strings
 from pipeline.base.errors import DataError
 from pipeline.identity import Note, ignore, join, normalize_ids, normalize_paths
-from pipeline.labels import LABELS, parse_states
+from pipeline.labels import LABELS, POSITIONS, parse_states
 from pipeline.sources.source import Source, Terms, locate_below, no_more_roots, nothing_moved, take_states
 
 TERMS = Terms(
@@ -38,7 +38,6 @@ TABLES = {
 }
 SPLITS = {"train": "train", "validate": "valid", "test": "test"}
 RADIOLOGISTS_NAMES = {"Airspace Opacity": "Lung Opacity"}
-VIEWS = {"AP": "frontal", "PA": "frontal", "LATERAL": "lateral", "LL": "lateral", "RL": "lateral"}
 find_roots, describe_moved = no_more_roots, nothing_moved
 
 
@@ -114,7 +113,7 @@ def _read_views(csv: Path, dicom: pa.ChunkedArray, note: Note) -> dict[str, Any]
     table = read_strings(csv, ("dicom_id", "ViewPosition"))
     place = join(dicom, csv, table, table["dicom_id"], "images", note, normalize_paths)
     position = table["ViewPosition"].take(place)
-    view = [VIEWS.get(name or "", "other") for name in position.to_pylist()]
+    view = [POSITIONS.get(name or "", "other") for name in position.to_pylist()]
     frontal = pc.is_in(position, value_set=pa.array(["AP", "PA"]))
     nothing = pa.nulls(len(view), pa.string())
     return {

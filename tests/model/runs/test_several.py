@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import train
 from model.runs.config import parse_shares
 from model.runs.job import Job, open_rows
 from model.runs.overlap import hash_patients, read_seen
-from model.runs.targets import training_labels, training_weights
+from model.runs.targets import check_reported, training_labels, training_weights
 from pipeline.base.errors import DataError, SettingError
 from pipeline.etl.shards import Execution, write_shards
 from pipeline.manifest import read_manifest, read_table
@@ -64,6 +65,20 @@ def test_each_folder_is_drawn_as_often_as_its_share_says(two: list[Path], tmp_pa
     sizes = chosen.samples.shard_sizes
     drawn = [folder[epoch_order(sizes, 0, epoch, weights=weights)] for epoch in range(40)]
     assert np.concatenate(drawn).mean() == pytest.approx(0.75, abs=0.03)
+
+
+def test_folders_that_dev_leaves_out_are_said(
+    two: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = Path(shutil.copytree(two[1], tmp_path / "other"))
+    manifest = json.loads((other / "manifest.json").read_text())
+    del manifest["splits"]["dev"]
+    (other / "manifest.json").write_text(json.dumps(manifest))
+    said = f"{other}: no dev split, so checkpoint and thresholds are chosen on {two[0]} alone"
+    for folders, count in (([two[0], other], 1), (two, 0)):
+        job = open_small_job(folders, tmp_path / str(count), epochs=1)
+        check_reported(job, open_rows(job, "dev"))
+        assert capsys.readouterr().err.count(said) == count
 
 
 def test_shares_must_be_as_many_as_folders(two: list[Path], tmp_path: Path) -> None:

@@ -162,7 +162,8 @@ def test_running_out_of_memory_is_one_trial_s_outcome(tmp_path: Path) -> None:
 def test_trials_are_pruned_at_ends_of_epochs_and_never_at_the_last(
     tmp_path: Path, pruner: str, checked: int
 ) -> None:
-    sweep = make_sweep(tmp_path / "sweep", values={"lr": tuple(range(1, 7))}, pruner=pruner)
+    values = {"lr": tuple(range(1, 7)), "epochs": (4,)}  # which may vary, too
+    sweep = make_sweep(tmp_path / "sweep", values=values, options={}, pruner=pruner)
     seen: dict[int, float] = {}
 
     def train_scores(point: Point, run: Path, watch: Watch) -> Figures:
@@ -223,8 +224,9 @@ def test_a_lost_trial_of_a_value_that_was_taken_back_is_left_alone(tmp_path: Pat
 def test_a_search_stays_between_the_values_and_repeats_itself(tmp_path: Path) -> None:
     found = []
     for name in ("a", "b"):
-        values = {"lr": (1e-4, 1e-2), "weight_decay": (0.0, 0.1), "arch": ("rescnn", "resnet18")}
-        sweep = make_sweep(tmp_path / name, sampler="tpe", trials=15, values=values)
+        values: dict[str, tuple[object, ...]] = {"lr": (1e-4, 1e-2), "weight_decay": (0.0, 0.1)}
+        values |= {"arch": ("rescnn", "resnet18"), "seed": (2**63 - 1,)}
+        sweep = make_sweep(tmp_path / name, sampler="tpe", trials=15, values=values, options={"epochs": 4})
         run(sweep)
         found.append([(trial.parameters, trial.dev) for trial in list_trials(sweep)])
     assert found[0] == found[1]

@@ -10,6 +10,7 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 import torch
+from pydicom import dcmread
 from sklearn.metrics import roc_auc_score
 
 import train
@@ -18,10 +19,12 @@ from model.runs.commands import main
 from model.runs.job import Job, open_rows
 from model.runs.results import evaluate, find_scores
 from model.runs.scores import read_frame
-from model.runs.scoring import score_best
+from model.runs.scoring import find_projection, score_best
 from pipeline import DataError
+from pipeline.labels import PROJECTIONS
 from pipeline.manifest import Manifest
 from pipeline.measure.calibration import apply_calibrations
+from tests.layouts import write_dicom
 from tests.training import assert_same_run
 
 
@@ -114,6 +117,29 @@ def test_predict_scores_the_files_of_a_study_together(
         theirs = apply_calibrations(list(expected)[2:], theirs, fits)
         np.testing.assert_allclose(ours, theirs, atol=2e-6)
     assert capsys.readouterr().out.splitlines()[-1].endswith(f"images in {len(expected)} studies, 0 unusable")
+
+
+@pytest.mark.parametrize(
+    ("name", "position", "expected"),
+    [
+        ("view1_lateral.dcm", "PA", "PA"),
+        ("a.dcm", "LL", "lateral"),
+        ("a.dcm", "LLD", "other"),
+        ("view3_lateral.dcm", "", "lateral"),
+        ("a_view2_lateral.dcm", None, None),
+    ],
+)
+def test_a_view_is_what_its_dicom_says_or_chexperts_name(
+    tmp_path: Path, name: str, position: str | None, expected: str | None
+) -> None:
+    path = tmp_path / name
+    write_dicom(path, np.zeros((9, 9), np.uint16), bits=12)
+    film = dcmread(path)
+    if position is not None:
+        film.ViewPosition = position
+    film.save_as(path)
+    place = len(PROJECTIONS) if expected is None else PROJECTIONS.index(expected)
+    assert find_projection(path, path.read_bytes()) == place
 
 
 @pytest.mark.parametrize(

@@ -98,3 +98,14 @@ def test_a_reader_of_other_studies_is_refused() -> None:
         DataError, match=r"^bc4: no study of these 200: its first is p/study1, theirs patient00000/study1$"
     ):
         assess_readers(NAMES, draw_studies(), {"bc4": {"p/study1": {"Edema": 1}}})
+
+
+def test_a_reader_is_not_credited_with_another_sets_studies_of_equal_names() -> None:
+    studies = draw_studies()
+    both = studies._replace(patient=np.where(np.arange(200) < 3, "nih/patient00000", studies.patient))
+    reader = {"bc4": {"patient00000/study1": {"Edema": 1}, "patient00005/study1": {"Edema": 1}}}
+    with pytest.raises(
+        DataError,
+        match=r"^bc4: its studies have names of chexpert and of nih: choose the set that was read, by `where` set=…$",
+    ):
+        assess_readers(NAMES, both, reader)
