@@ -81,9 +81,14 @@ def count_of(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
+def echo(text: str) -> None:
+    """Print results on stdout, without control characters that they may quote from files."""
+    click.echo(printable(text))
+
+
 def say(text: str) -> None:
-    """Print a line on stderr: stdout is for results."""
-    click.echo(name_options(text), err=True)
+    """Print a line on stderr, as `echo` does: stdout is for results."""
+    click.echo(printable(name_options(text)), err=True)
 
 
 @cache
@@ -98,7 +103,7 @@ def say_next(*words: object) -> None:
     here = Path(sys.executable).with_name(name)
     if here.exists() and shutil.which(name) != str(here):
         name = min(os.path.relpath(here), str(here), key=len)
-    click.echo(f"next: {shlex.join([name, *rest])}", err=True)
+    say(f"next: {shlex.join([name, *rest])}")
 
 
 def refuse_usage(wrong: object, text: str) -> None:
@@ -135,7 +140,7 @@ def run_command(command: click.Command, context: object = None) -> None:
         click.echo("Interrupted.", err=True)
         sys.exit(130)
     except (DataError, UnicodeEncodeError, OSError) as error:
-        click.echo(f"Error: {printable(_describe(error))}", err=True)
+        say(f"Error: {_describe(error)}")
         sys.exit(1)
 
 
@@ -146,4 +151,4 @@ def _describe(error: DataError | UnicodeEncodeError | OSError) -> str:
         return f"{error.object[:1000]}: not UTF-8; rename that file or folder"
     if isinstance(error, OSError) and error.filename:  # such as a folder that may not be written to
         return f"{error.filename}: {explain_os_error(error)}"
-    return name_options(str(error))
+    return str(error)

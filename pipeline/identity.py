@@ -21,6 +21,7 @@ NAMED = "*"  # the namespace of patients whose names begin with theirs: `nih/pat
 IMAGE_SUFFIX = r"\.(?i:dcm|dicom|png|jpg|jpeg)$"
 # Letters that sets write before a number, and what programs append that take it for a measurement.
 _NUMBER = r"^\s*(?i:patient|subject|study|pat|sub|id|p|s)?[_-]?0*(\d+)(?:\.0+)?\s*$"
+_CODE = r"^\s*([A-Za-z]+[_-]?)0+(\d+)\s*$"
 
 Side = TypeVar("Side")
 Normalize = Callable[[pa.Array], pa.Array]
@@ -32,14 +33,26 @@ def ignore(text: str) -> None:
 
 
 def normalize_ids(names: pa.Array | pa.ChunkedArray) -> pa.Array:
-    """Ids [N] as they are compared: numbers without the letters, zeros and `.0` around them; others as they are."""
-    return pc.replace_substring_regex(_flatten(names.cast(pa.string())), _NUMBER, r"\1")
+    """Ids [N] as they are compared: numbers without letters that mean `patient` or `study`, zeros, and `.0` around.
+
+    Other letters in front of a number stay (`MRN007` is MRN7), and so do all other ids.
+    """
+    numbers = pc.replace_substring_regex(_flatten(names.cast(pa.string())), _NUMBER, r"\1")
+    return pc.replace_substring_regex(numbers, _CODE, r"\1\2")
 
 
 def normalize_paths(paths: pa.Array | pa.ChunkedArray, parts: int = 1) -> pa.Array:
     """The last parts of image paths [N] without the suffix: folders in front, and the format, tell no images apart."""
-    bare = pc.replace_substring_regex(pc.utf8_trim_whitespace(_flatten(paths)), IMAGE_SUFFIX, "")
+    slashed = pc.replace_substring(pc.utf8_trim_whitespace(_flatten(paths)), "\\", "/")
+    bare = pc.replace_substring_regex(slashed, IMAGE_SUFFIX, "")
     return pc.replace_substring_regex(bare, rf"^.*?((?:[^/]+/){{0,{parts - 1}}}[^/]+)$", r"\1")
+
+
+def normalize_studies(names: pa.Array | pa.ChunkedArray) -> pa.Array:
+    """`…/PATIENT/STUDY` [N] as normalized ids, `7/1`."""
+    parts = pc.split_pattern(normalize_paths(names, 2), "/")
+    ids = normalize_ids(pc.list_flatten(parts))
+    return pc.binary_join(pa.ListArray.from_arrays(parts.offsets, ids, mask=parts.is_null()), "/")
 
 
 def name_patients(patients: pa.Array | pa.ChunkedArray, namespace: str) -> pa.Array:
@@ -67,18 +80,21 @@ def identify_patients(table: pa.Table, namespace: str = "") -> Ids:
     return Ids(name_patients(table["patient"], namespace), table["patient"])
 
 
-def identify_keys(table: pa.Table, namespace: str) -> Ids:
-    """The images of a table by namespace and key."""
-    return Ids(pc.binary_join_element_wise(namespace, _flatten(table["key"]), "/"), table["key"])
-
-
 def identify_images(table: pa.Table) -> Ids:
     """The images of a table of shards, whatever their keys are."""
     return Ids(join_content(table), table["key"])
 
 
+def describe_repeats(splits: Mapping[str, pa.Table]) -> list[str]:
+    """A text for each two splits of some shards that hold the same images, whatever their keys are."""
+    return [
+        f"{1 + len(more):,} images of {other}, such as {name}, are in {split} too: results on them are too good"
+        for split, other, (name, *more) in find_shared({s: identify_images(t) for s, t in splits.items()})
+    ]
+
+
 def join_content(table: pa.Table) -> pa.Array:
-    """CRC-32 and length of each row's image as one uint64 [N]."""
+    """Checksum and length of each row's image as one uint64 [N]."""
     crc, length = (table[name].to_numpy().astype(np.uint64) for name in ("crc", "length"))
     return pa.array(crc << np.uint64(32) | length)
 

@@ -181,7 +181,7 @@ def name_ages(years: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.str_]:
 def _read_csv(csv: Path) -> pa.Table:
     """The known columns as strings, under their CheXpert names."""
     table = read_strings(csv)
-    table = table.rename_columns([name.strip().replace("_", " ") for name in table.column_names])
+    table = table.rename_columns([name.replace("_", " ") for name in table.column_names])
     wanted = COLUMNS if any(name in FACTS for name in table.column_names) else ("Path", *LABELS)
     missing = [name for name in wanted if name not in table.column_names]
     if missing:
@@ -189,8 +189,6 @@ def _read_csv(csv: Path) -> pa.Table:
     twice = [name for name in wanted if table.column_names.count(name) > 1]
     if twice:
         raise DataError(f"{csv}: column {twice[0]} appears {table.column_names.count(twice[0])} times")
-    if table.num_rows == 0:
-        raise DataError(f"{csv}: no rows below the header")
     return table.select(wanted)
 
 

@@ -30,7 +30,7 @@ ALLOWED = {
     "pipeline.images": {"pipeline.containers", "pipeline.dicom"},
     "pipeline.manifest": {"pipeline.base", "pipeline.labels"},
     "pipeline.policies": {"pipeline.base", "pipeline.labels"},
-    "pipeline.measure": {"pipeline.base", "pipeline.labels", "pipeline.policies"},
+    "pipeline.measure": {"pipeline.base", "pipeline.identity", "pipeline.labels", "pipeline.policies"},
     "pipeline.sources": READING,
     "pipeline.synthetic": {"pipeline.base", "pipeline.labels"},
     "pipeline.etl": {*READING, "pipeline.sources"},

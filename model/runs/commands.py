@@ -33,7 +33,7 @@ from pipeline.base.errors import needs
 from pipeline.base.files import check_folder, read_object
 from pipeline.base.options import list_options, option
 from pipeline.command import FILE, Fields, Several, command
-from pipeline.console import count_of, refuse_usage, say, say_next
+from pipeline.console import count_of, echo, refuse_usage, say, say_next
 
 if TYPE_CHECKING:
     from model.runs.job import Job
@@ -166,7 +166,7 @@ def cross_command(train: Train, given: Cross, setup: Setup, config: Config) -> i
         return stop.code
     write_cross(given.out, found, asdict(config))
     print_cross(found)
-    click.echo(f"{given.out / 'cross.html'}: the same by label")
+    echo(f"{given.out / 'cross.html'}: the same by label")
     *_, last = jobs.values()
     say_next(*use.TRAIN, "predict", "--run", last.run, "--out", "scores.csv", "IMAGES")
     return 0
@@ -211,7 +211,7 @@ def embed_command(given: Embedding, setup: Setup, config: Config) -> int:
         encoder, open_shards(data.shards, data.cache, data.cache_size)[given.split], setup.workers
     )
     write_embeddings(out, table)
-    click.echo(f"{out}: {count_of(len(table), 'image')}, {table['embedding'].type.list_size} features each")
+    echo(f"{out}: {count_of(len(table), 'image')}, {table['embedding'].type.list_size} features each")
     return 0
 
 
@@ -241,7 +241,7 @@ def print_run(run: Path) -> None:
     if low is not None and low <= 0.5:
         guess = f"dev AUROC ({MEANS[name]}) is {low:.2f} to {high:.2f}, not told from guessing"
         say(f"{run}: {guess}: try a lower `lr`, more `epochs` or more images")
-    click.echo(f"{run / 'report.html'}: the same with curves, intervals and subgroups")
+    echo(f"{run / 'report.html'}: the same with curves, intervals and subgroups")
     say_next(*use.TRAIN, "predict", "--run", run, "--out", "scores.csv", "IMAGES")
 
 
@@ -326,10 +326,10 @@ def sweep_command(train: Train, search: Search, setup: Setup, given: dict[str, A
     if complete:
         print_trials(ranked)
     counted = f"{count_of(complete, 'trial')} complete{f', {failed} failed' if failed else ''}"
-    click.echo(f"{search.sweep / 'report.html'}: {counted}")
+    echo(f"{search.sweep / 'report.html'}: {counted}")
     if complete:
         best = ranked[0]
-        click.echo(f"trial {best.number} is the best, in {best.run}; the same once more:")
+        echo(f"trial {best.number} is the best, in {best.run}; the same once more:")
         say_next(*use.TRAIN, *repeat_options(replace(base, **best.point), setup), "--run", "RUN")
     return stop.code if not done else 1 if failed and not complete else 0
 

@@ -33,7 +33,7 @@ from pipeline.base.errors import DataError
 from pipeline.base.files import check_folder, hash_file, read_object, write_csv, write_json
 from pipeline.base.options import option
 from pipeline.command import EXISTING, EXISTING_FILE, FILE, FOLDER, command
-from pipeline.console import count_of, refuse_usage, say, say_next
+from pipeline.console import count_of, echo, refuse_usage, say, say_next
 from pipeline.labels import MOST_VIEWS, VIEWS
 from pipeline.measure.calibration import RULES, apply_calibration, apply_calibrations, read_fit
 
@@ -148,7 +148,7 @@ def evaluate_command(given: Evaluation) -> int:
     compared = name_comparison(result, others)
     write_report(scored, f"report-{compared}.html", {split: evaluated})
     for file in (f"scores-{result}.arrow", f"evaluation-{compared}.json", f"report-{compared}.html"):
-        click.echo(f"{job.run / file}: written")
+        echo(f"{job.run / file}: written")
     say_next(*TRAIN, "predict", "--run", job.run, "--out", "scores.csv", "IMAGES")
     return 0
 
@@ -245,13 +245,13 @@ def predict_command(given: Prediction) -> int:
     write_csv(out, [heading, *rows])
     of_studies = f" in {len(samples):,} stud{'y' if len(samples) == 1 else 'ies'}" if config.fusion else ""
     scored = count_of(len(files) - len(bad), "image")
-    click.echo(f"{out}: scores of {scored}{of_studies}, {len(bad):,} unusable")
+    echo(f"{out}: scores of {scored}{of_studies}, {len(bad):,} unusable")
     if given.heatmaps is not None:
         from model.runs.explain import write_heatmaps
 
         run = next(iter(model.members))
         count = write_heatmaps(run, config, files, scores, given.heatmaps, given.heatmap_labels)
-        click.echo(f"{given.heatmaps}: {count_of(count, 'heat map')}")
+        echo(f"{given.heatmaps}: {count_of(count, 'heat map')}")
     if config.fusion is None:
         say_next(*TRAIN, "export", *repeat("--run", given.runs), "--out", "model.onnx")
     return 3 if given.strict and bad else 0
@@ -330,8 +330,8 @@ def export_command(given: Export) -> int:
         difference = export_scorer(whole, config.image_size, given.out, facts)
     except ValueError as error:
         raise DataError(str(error)) from None
-    click.echo(f"{given.out}: checked, within {difference:.1e} of the eager network's logits")
-    click.echo(f"its scores: {', '.join(config.labels)}")
+    echo(f"{given.out}: checked, within {difference:.1e} of the eager network's logits")
+    echo(f"its scores: {', '.join(config.labels)}")
     return 0
 
 
@@ -449,7 +449,7 @@ def inputs_command(given: Inputs) -> None:
     counts = f"{len(chosen):,} of {len(rows):,} images{conditions}"
     title = f"{given.split}: {counts}, seed {seed}, augmented ({kind})"
     save_sheet(draw_variants(title, opened, chosen, given.image_size, vary), out)
-    click.echo(f"{out}: {title}")
+    echo(f"{out}: {title}")
     how = ("--augment", kind, "--image-size", given.image_size, "--run", "RUN")
     say_next(*TRAIN, *repeat("--shards", given.shards), *how)
 
@@ -501,7 +501,7 @@ def localize_command(given: Localization) -> int:
     write_json(path, {"splits": list(splits), "boxes": hash_file(boxes)} | found)
     print_localization(found)
     all_cells = sum(map(len, marks.values()))
-    click.echo(f"{path}: {len(cells):,} of the {all_cells:,} cells in {boxes}")
+    echo(f"{path}: {len(cells):,} of the {all_cells:,} cells in {boxes}")
     if collection.digest == config.manifest and not {"train", "dev"}.isdisjoint(splits):
         say(
             "Warning: the run has learned from train and chosen its weights on dev: these images are not new to it"

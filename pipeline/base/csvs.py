@@ -23,7 +23,10 @@ LONGEST = 2**26  # characters of a line and of a cell
 
 
 def read_strings(csv: Path, names: Sequence[str] | None = None) -> pa.Table:
-    """The columns `names` as strings, or all; empty cells are null. Raises DataError, naming the file and the line."""
+    """The columns `names` as strings, or all, without spaces around names and cells; empty cells are null.
+
+    Raises DataError, naming the file and the line, also for a table without rows.
+    """
     if not csv.is_file():
         raise DataError(f"{csv}: no such file")
     convert = pacsv.ConvertOptions(null_values=[""], strings_can_be_null=True)
@@ -32,15 +35,22 @@ def read_strings(csv: Path, names: Sequence[str] | None = None) -> pa.Table:
         content = _read_content(csv)
         # Only for the names of the columns.
         with pacsv.open_csv(pa.BufferReader(content), parse_options=parse) as reader:
-            convert.column_types = dict.fromkeys(reader.schema.names, pa.string())
-            if names is not None:
-                demand_columns(csv, reader.schema.names, names)
-                convert.include_columns = list(names)
-        return pacsv.read_csv(pa.BufferReader(content), convert_options=convert, parse_options=parse)
+            written = reader.schema.names
+        header = [name.strip() for name in written]
+        convert.column_types = dict.fromkeys(written, pa.string())
+        if names is not None:
+            demand_columns(csv, header, names)
+            convert.include_columns = [written[header.index(name)] for name in names]
+        table = pacsv.read_csv(pa.BufferReader(content), convert_options=convert, parse_options=parse)
     except (pa.ArrowInvalid, OSError, EOFError, zlib.error) as error:  # the latter for a damaged .gz
         raise DataError(f"{csv}: not a readable CSV: {_find_fault(csv) or quote(str(error), 200)}") from error
     except UnicodeDecodeError:
         raise DataError(f"{csv}: not a readable CSV: its header is not UTF-8") from None
+    if table.num_rows == 0:
+        raise DataError(f"{csv}: no rows below the header")
+    trimmed = (pc.utf8_trim_whitespace(column) for column in table.columns)
+    cells = [pc.if_else(pc.equal(column, ""), None, column) for column in trimmed]
+    return pa.Table.from_arrays(cells, names=header if names is None else list(names))
 
 
 def _read_content(csv: Path) -> pa.Buffer:
@@ -120,7 +130,7 @@ def demand_columns(csv: Path, there: Sequence[str], names: Sequence[str]) -> Non
     for name in names:
         count = list(there).count(name)
         if count == 0:
-            raise DataError(f"{csv}: column {name} is missing; the table has {', '.join(names)}")
+            raise DataError(f"{csv}: column {name} is missing; it has {quote(', '.join(there), 300)}")
         if count > 1:
             raise DataError(f"{csv}: column {name} appears {count} times")
 

@@ -8,6 +8,9 @@ from contextlib import contextmanager
 class DataError(Exception):
     """Input that cannot be used; the message names the file, row, column or option and says what to do."""
 
+    def __str__(self) -> str:
+        return printable(super().__str__())
+
 
 class SettingError(DataError):
     """Settings that do not go together; a command reports them as wrong usage."""

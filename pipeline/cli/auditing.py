@@ -4,14 +4,12 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import click
-
 from pipeline.base.files import write_atomically
 from pipeline.base.options import option
 from pipeline.base.workers import count_cpus
 from pipeline.cli.looking import check_output, find_blank
 from pipeline.command import EXISTING, FILE, command
-from pipeline.console import progress_bar, refuse_usage, say, say_next
+from pipeline.console import echo, progress_bar, refuse_usage, say, say_next
 from pipeline.labels import VIEWS
 from pipeline.manifest import NAME, read_manifest
 from pipeline.measure.metrics import Floats
@@ -81,7 +79,7 @@ def audit(given: Auditing) -> int:
         write_atomically(given.html, render_audit(title, scope, report).encode())
         say(f"{given.html}: written")
     if given.format == "json":
-        click.echo(json.dumps(report, indent=2))
+        echo(json.dumps(report, indent=2))
     else:
         print_audit(report)
         if are_shards:

@@ -10,7 +10,7 @@ import click
 from pipeline.base.files import write_atomically
 from pipeline.base.options import option
 from pipeline.command import FILE, PathOrUrl, command
-from pipeline.console import refuse_usage, say, say_next
+from pipeline.console import echo, refuse_usage, say, say_next
 from pipeline.labels import LABELS, STATES, VIEWS
 from pipeline.look.tables import print_report
 from pipeline.manifest import NAME, read_manifest
@@ -114,7 +114,7 @@ def stats(given: Stats) -> None:
         if all(remote is None for _, remote in shards):
             say_next("pipeline", "audit", *given.sources)
     else:
-        click.echo(to_json(report) if given.format == "json" else to_csv(report))
+        echo(to_json(report) if given.format == "json" else to_csv(report))
 
 
 def _build_report(table: "pa.Table", given: Stats) -> LabelStatistics:
@@ -228,4 +228,4 @@ def show(given: Show) -> None:
     title = f"{given.split}: {len(chosen):,} of {len(rows):,} images{what}, seed {given.seed}"
     sheet = draw_images(title, opened, chosen)
     save_sheet(sheet, out)
-    click.echo(f"{out}: {title}")
+    echo(f"{out}: {title}")

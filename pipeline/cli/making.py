@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from pipeline.base.errors import DataError, printable
+from pipeline.base.errors import DataError
 from pipeline.base.files import is_open_to_all
 from pipeline.base.options import option
 from pipeline.base.store import is_remote, open_location
 from pipeline.base.workers import count_cpus, run_alone
 from pipeline.cli.looking import Cached
 from pipeline.command import FOLDER, PathOrUrl, command
-from pipeline.console import count_of, progress_bar, refuse_usage, say, say_next
+from pipeline.console import count_of, echo, progress_bar, refuse_usage, say, say_next
 from pipeline.etl.planning import Options
 from pipeline.etl.shards import Execution, write_shards
 from pipeline.images import DOUBTS
@@ -74,7 +74,7 @@ def sample(given: Drawing) -> None:
             advance(done, given.images)
 
         folder = write_sample(progress=count, **vars(given))
-    click.echo(f"{folder}: {given.images:,} synthetic images")
+    echo(f"{folder}: {given.images:,} synthetic images")
     say_next("pipeline", "shards", given.out, Path("shards", given.out.resolve().name))
 
 
@@ -244,9 +244,11 @@ def shards(given: Sharding, options: Options, how: Execution) -> int:
         raise DataError(f"--strict: {'; '.join(described.one_class)}; choose other policies")
     for text in described.one_class:
         say(f"{text} by these policies: it cannot be learned")
+    for text in described.repeats:
+        say(f"Warning: {text}")
     _print_run(out, run, seconds, described.views)
     for note, keys in described.notes.items():
-        click.echo(f"{len(keys):,} of the images: {note}; the first is {keys[0]}")
+        echo(f"{len(keys):,} of the images: {note}; the first is {keys[0]}")
     say_next("pipeline", "verify", out, "--deep")
     return 3 if how.strict and (run.manifest.rejects or not described.notes.keys().isdisjoint(DOUBTS)) else 0
 
@@ -268,28 +270,28 @@ def _print_run(out: Path, run: "RunSummary", seconds: float, views: str) -> None
     for name, split in run.manifest.splits.items():
         bytes_out = sum(shard.bytes for shard in split.shards)
         images, size = images + split.samples, size + bytes_out
-        click.echo(
+        echo(
             f"{name:6} {split.samples:8,} images {split.studies:8,} studies {split.patients:7,} patients "
             f"{len(split.shards):4} shards {bytes_out / 1e6:10,.1f} MB"
         )
     if views:
-        click.echo(views)
+        echo(views)
     if run.manifest.rejects:
-        click.echo(f"rejected images: {len(run.manifest.rejects):,}, see {out / 'rejects.csv'}")
+        echo(f"rejected images: {len(run.manifest.rejects):,}, see {out / 'rejects.csv'}")
     if not run.is_new:
         if run.manifest.rejects:
-            click.echo("to try rejected images again, write to a new folder")
+            echo("to try rejected images again, write to a new folder")
         restored = f"restored: {', '.join(run.restored)}"
-        click.echo(f"{out}: {restored if run.restored else 'complete already, nothing to do'}")
+        echo(f"{out}: {restored if run.restored else 'complete already, nothing to do'}")
         return
     if run.resumed:
-        click.echo(f"{run.resumed:,} images were there already")
+        echo(f"{run.resumed:,} images were there already")
     for text in filter(None, (run.moved, *run.notes)):
-        click.echo(text)
+        echo(text)
     if run.stripped:
-        click.echo(f"metadata removed from {run.stripped:,} images")
+        echo(f"metadata removed from {run.stripped:,} images")
     rate = (images - run.resumed) / seconds
-    click.echo(
+    echo(
         f"{out}: written in {seconds:,.1f} s, {rate:,.0f} images/s, "
         f"{run.bytes_in / 1e6:,.1f} MB in, {size / 1e6:,.1f} MB out"
     )
@@ -303,18 +305,18 @@ def _print_preview(source: "Source", options: "Options", how: "Execution") -> in
     preview = preview_shards(source, options)
     for name, split in preview.splits.items():
         dropped = [f"{count:,} by --{why}" for why, count in split.dropped._asdict().items() if count]
-        click.echo(
+        echo(
             f"{name:6} {split.rows:8,} rows, {split.kept:,} kept, dropped: {', '.join(dropped) or 'none'}; "
             f"{split.shards:,} shards, about {split.bytes / 1e6:,.1f} MB"
         )
         if split.missing:
-            click.echo(f"       {len(split.missing):,} images are missing, for example {split.missing[0]}")
+            echo(f"       {len(split.missing):,} images are missing, for example {split.missing[0]}")
     for text in filter(None, (preview.moved, *preview.notes)):
-        click.echo(text)
+        echo(text)
     if options.views == "all":
-        click.echo(preview.views)
+        echo(preview.views)
     print_report(start_report(preview.statistics))
-    click.echo("dry run: nothing was written")
+    echo("dry run: nothing was written")
     missing = sum(len(split.missing) for split in preview.splits.values())
     total = sum(split.kept for split in preview.splits.values())
     if missing > how.max_bad * total:
@@ -345,17 +347,17 @@ def verify(given: Verification) -> None:
     with progress_bar("Verifying", "shards") as advance:
         report = verify_shards(folder, given.deep, given.workers, advance, remote.path if remote else None)
     for warning in report.warnings:
-        say(f"Warning: {printable(warning)}")
+        say(f"Warning: {warning}")
     for file, lines in report.problems.items():
-        click.echo(printable("\n".join(lines[:PRINTED])))
+        echo("\n".join(lines[:PRINTED]))
         if len(lines) > PRINTED:
-            click.echo(f"{name.rstrip('/')}/{file}: and {len(lines) - PRINTED:,} more")
+            echo(f"{name.rstrip('/')}/{file}: and {len(lines) - PRINTED:,} more")
     if report.problems:
         problems = count_of(sum(map(len, report.problems.values())), "problem")
         files = count_of(len(report.problems), "file")
         again = "" if remote else "; to restore them, run the command that wrote them again"
         raise click.ClickException(f"{name}: {problems} in {files}{again}")
-    click.echo(
+    echo(
         f"{name}: OK: {report.splits} splits, {report.shards:,} shards, {report.samples:,} samples, "
         f"{report.bytes / 1e6:,.1f} MB in {time.perf_counter() - start:.1f} s"
     )

@@ -7,8 +7,7 @@ Each file is read and hashed once, and the headers of each tar are walked. Only 
 """
 
 import mmap
-import zlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import partial
 from itertools import accumulate, zip_longest
 from pathlib import Path
@@ -23,10 +22,10 @@ from pipeline.base.files import hash_file, is_temporary, parse_object
 from pipeline.base.tar import BLOCK, Member, read_members
 from pipeline.base.workers import run_threads
 from pipeline.etl.planning import PARTIAL
-from pipeline.identity import Ids, find_shared, identify_patients
-from pipeline.images import DOUBTS, ENCODINGS, decode_stored
+from pipeline.identity import Ids, describe_repeats, find_shared, identify_patients
+from pipeline.images import DOUBTS, ENCODINGS, ONE_LEVEL, decode_stored
 from pipeline.labels import count_rows
-from pipeline.manifest import FACTS, NAME, Shard, Split, find_notes, read_manifest, read_table
+from pipeline.manifest import FACTS, NAME, Shard, Split, checksum, find_notes, read_manifest, read_table
 
 PRINTED = 20  # lines on one file; a shard of another set would fill the screen
 
@@ -40,6 +39,16 @@ class Verdict(NamedTuple):
     bytes: int
     problems: dict[str, list[str]]
     warnings: list[str]
+
+
+class _Checks(NamedTuple):
+    """How shards are checked, and what the checks add to: the keys of images of one level."""
+
+    encoding: str
+    owners: Mapping[str, str]  # hash → the shard that it belongs to
+    deep: bool
+    fetch: Callable[[Shard], Path] | None
+    flat: list[str]
 
 
 class _Task(NamedTuple):
@@ -61,8 +70,9 @@ def verify_shards(
     Raises DataError only where there is no readable manifest: all other problems are in the report.
     """
     manifest = read_manifest(folder)
-    if str(manifest.options.get("encoding", "jpeg")) not in ENCODINGS:
-        raise DataError(f"{folder / NAME}: encoding '{manifest.options['encoding']}' is unknown")
+    encoding = str(manifest.options.get("encoding", "jpeg"))
+    if encoding not in ENCODINGS:
+        raise DataError(f"{folder / NAME}: encoding '{encoding}' is unknown")
     problems: dict[str, list[str]] = {}
     tables = {}
     for name, split in manifest.splits.items():
@@ -82,8 +92,8 @@ def verify_shards(
         task for name, split in manifest.splits.items() for task in _tasks(folder, split, tables.get(name))
     ]
     owners = {task.shard.sha256: task.shard.file for task in tasks}
-    check = partial(_check_shard, manifest.options, owners, deep, fetch)
-    found = run_threads(check, tasks, workers, progress)
+    checks = _Checks(encoding, owners, deep, fetch, flat=[])
+    found = run_threads(partial(_check_shard, checks), tasks, workers, progress)
     problems |= {task.shard.file: lines for task, lines in zip(tasks, found, strict=True)}
     return Verdict(
         splits=len(manifest.splits),
@@ -91,13 +101,24 @@ def verify_shards(
         samples=sum(split.samples for split in manifest.splits.values()),
         bytes=sum(task.shard.bytes for task in tasks),
         problems={file: lines for file, lines in problems.items() if lines},
-        warnings=_find_leftovers(folder, problems.keys())
-        + [
-            f"{len(keys):,} of the images: {note}; the first is {keys[0]}"
-            for note, keys in find_notes(tables.values()).items()
-            if note in DOUBTS
+        warnings=[
+            *_find_leftovers(folder, problems.keys()),
+            *describe_repeats(tables),
+            *_describe_doubts(tables.values(), sorted(checks.flat) if deep else None),
         ],
     )
+
+
+def _describe_doubts(tables: Iterable[pa.Table], flat: list[str] | None) -> list[str]:
+    """What sharding noted of images without a picture; `flat` are those of one level, if they were looked for."""
+    notes = find_notes(tables)
+    if flat is not None:
+        notes[ONE_LEVEL] = flat
+    return [
+        f"{len(notes[doubt]):,} of the images: {doubt}; the first is {notes[doubt][0]}"
+        for doubt in DOUBTS
+        if notes.get(doubt)
+    ]
 
 
 def _check_table(folder: Path, split: Split) -> tuple[list[str], pa.Table | None]:
@@ -126,18 +147,12 @@ def _tasks(folder: Path, split: Split, table: pa.Table | None) -> Iterator[_Task
         yield _Task(folder / shard.file, shard, rows)
 
 
-def _check_shard(
-    options: Mapping[str, Any],
-    owners: Mapping[str, str],
-    deep: bool,
-    fetch: Callable[[Shard], Path] | None,
-    task: _Task,
-) -> list[str]:
+def _check_shard(checks: _Checks, task: _Task) -> list[str]:
     """What is wrong with a shard, as precisely as possible."""
     path, shard, rows = task
-    if fetch:
+    if checks.fetch:
         try:
-            return _check_tar(Path(shard.file), fetch(shard), rows, options, deep, is_intact=True)
+            return _check_tar(checks, Path(shard.file), checks.fetch(shard), rows, is_intact=True)
         except DataError as error:
             return [str(error)]
     try:
@@ -148,23 +163,22 @@ def _check_shard(
     except OSError as error:
         return [f"{path}: cannot be read: {error.strerror}"]
     is_intact = digest == shard.sha256
-    if not is_intact and digest in owners:
-        return [f"{path}: holds what belongs in {owners[digest]}"]
+    if not is_intact and digest in checks.owners:
+        return [f"{path}: holds what belongs in {checks.owners[digest]}"]
     if size != shard.bytes:
         return [f"{path}: damaged: {size} bytes, not {shard.bytes} as in the manifest"]
-    return _check_tar(path, path, rows, options, deep, is_intact)
+    return _check_tar(checks, path, path, rows, is_intact)
 
 
-def _check_tar(
-    path: Path, file: Path, rows: pa.Table | None, options: Mapping[str, Any], deep: bool, is_intact: bool
-) -> list[str]:
+def _check_tar(checks: _Checks, path: Path, file: Path, rows: pa.Table | None, is_intact: bool) -> list[str]:
     """What is wrong in a tar of the right size; `path` names it in messages, `file` is where it can be read."""
     try:
         members = list(read_members(file, path))
         complaints: list[str] = []
         with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
             if rows is not None:
-                complaints += _check_samples(rows, members, data, options, deep or not is_intact)
+                deep = checks._replace(deep=checks.deep or not is_intact)
+                complaints += _check_samples(deep, rows, members, data)
     except DataError as error:
         return [str(error)]
     if not complaints and not is_intact:
@@ -172,22 +186,19 @@ def _check_tar(
     return [f"{path}: {complaint}" for complaint in complaints]
 
 
-def _check_samples(
-    rows: pa.Table, members: list[Member], data: mmap.mmap, options: Mapping[str, Any], deep: bool
-) -> Iterator[str]:
+def _check_samples(checks: _Checks, rows: pa.Table, members: list[Member], data: mmap.mmap) -> Iterator[str]:
     """A complaint for each row that does not match its members, and for members that no row asks for."""
-    encoding = options.get("encoding", "jpeg")
-    suffix = ENCODINGS[encoding]
+    suffix = ENCODINGS[checks.encoding]
     expected = [f"{key}.{end}" for key in rows["key"].to_pylist() for end in (suffix, "json")]
     yield from _check_layout(members, expected, len(data))
     by_name = {member.name: member for member in members}
-    needed = rows if deep else rows.select(["key", "offset", "length"])
+    needed = rows if checks.deep else rows.select(["key", "offset", "length"])
     for row in needed.to_pylist():
         name = f"{row['key']}.{suffix}"
         image, json = by_name.get(name), by_name.get(f"{row['key']}.json")
         complaint = _check_place(row, name, image)
-        if deep and image and not complaint:
-            complaint = _check_content(row, image, json, data, encoding)
+        if checks.deep and image and not complaint:
+            complaint = _check_content(checks, row, image, json, data)
         if complaint:
             yield f"sample {row['key']}: {complaint}"
 
@@ -215,15 +226,17 @@ def _check_place(row: Mapping[str, Any], name: str, image: Member | None) -> str
 
 
 def _check_content(
-    row: Mapping[str, Any], image: Member, json: Member | None, data: mmap.mmap, encoding: str
+    checks: _Checks, row: Mapping[str, Any], image: Member, json: Member | None, data: mmap.mmap
 ) -> str | None:
     content = data[image.offset : image.offset + image.size]
-    if zlib.crc32(content) != row["crc"]:
+    if checksum(content, checks.encoding) != row["crc"]:
         return "its bytes do not match the checksum in the index"
     try:
-        decode_stored(content, encoding)
+        levels = decode_stored(content, checks.encoding)
     except ValueError as error:
         return f"does not decode: {error}"
+    if levels.min() == levels.max():
+        checks.flat.append(row["key"])
     if json is None:
         return None  # the layout says so
     try:

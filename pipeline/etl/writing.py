@@ -14,7 +14,6 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from zlib_ng import zlib_ng
 
 from pipeline.base.errors import DataError
 from pipeline.base.files import atomic_file, hash_file, read_object, write_csv, write_json, write_table
@@ -23,7 +22,7 @@ from pipeline.base.workers import report_item
 from pipeline.etl.planning import count_planned, read_planned
 from pipeline.images import ENCODINGS, ImageError, ImageOptions, Original, gray_statistics, prepare
 from pipeline.labels import LABELS, count_rows, find_unannotated
-from pipeline.manifest import PLACES, Manifest, Shard, Split, name_facts, write_manifest
+from pipeline.manifest import PLACES, Manifest, Shard, Split, checksum, name_facts, write_manifest
 from pipeline.sources.rows import read_images
 
 REJECTS = "rejects.csv"
@@ -162,7 +161,7 @@ def _write_tar(
             kept.append(True)
             bytes_in += len(content)
             stripped += image.stripped
-            places.append((position + BLOCK, len(image.data), zlib_ng.crc32(image.data)))
+            places.append((position + BLOCK, len(image.data), checksum(image.data, task.options.encoding)))
             originals.append(image.original)
             notes.append("; ".join(image.notes) or None)
             write(tar_member(f"{row['key']}.{suffix}", image.data) + document)

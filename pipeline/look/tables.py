@@ -128,7 +128,7 @@ def print_table(title: str, headings: list[str], rows: dict[str, list[str]]) -> 
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=title, title_justify="left")
+    table = Table(title=Text(printable(title)), title_justify="left")
     table.add_column("label")
     for heading, column in zip(map(printable, headings), zip(*rows.values(), strict=True), strict=True):
         width = max(map(len, (heading, *column)))

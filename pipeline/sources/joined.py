@@ -21,7 +21,7 @@ from pipeline.base.csvs import line_of, read_strings
 from pipeline.base.errors import DataError, needs, quote
 from pipeline.base.files import check_expansion
 from pipeline.base.store import open_to_read
-from pipeline.identity import Note, ignore, join, normalize_ids, normalize_paths
+from pipeline.identity import Normalize, Note, ignore, join, normalize_ids, normalize_paths, normalize_studies
 from pipeline.images import Original
 from pipeline.labels import LABELS
 from pipeline.manifest import KNOWN, name_facts
@@ -29,6 +29,10 @@ from pipeline.manifest import KNOWN, name_facts
 KEYS = {"key": "key", "study": "study", "study_id": "study"}
 KEYS |= dict.fromkeys(("patient", "patient_id", "deid_patient_id", "subject_id"), "patient")
 UNITS = {("key",): "images", ("patient", "study"): "studies", ("study",): "studies", ("patient",): "patients"}
+NORMALIZED: dict[tuple[str, ...], Normalize] = {
+    ("key",): normalize_paths,
+    ("patient", "study"): normalize_studies,
+}
 OURS = (
     "set",
     "row",
@@ -80,10 +84,11 @@ def join_facts(
         facts = {name: column for name, column in columns.items() if name not in KEYS}
         _check_names(path, facts, joined)
         ours, theirs = (
-            pc.binary_join_element_wise(*(table[name].cast(pa.string()) for name in parts), " study ")
+            pc.binary_join_element_wise(*(table[name].cast(pa.string()) for name in parts), "/")
             for table, parts in ((whole, used), (columns, [names[part] for part in used]))
         )
-        place = join(ours, path, pa.table(facts), theirs, UNITS[used], note, _normalize, _line)
+        by = NORMALIZED.get(used, normalize_ids)
+        place = join(ours, path, pa.table(facts), theirs, UNITS[used], note, by, _line)
         facts = {name: _type(column) for name, column in facts.items()}
         taken = {name for table in joined.values() for name in table.column_names}
         if "primary_race" in facts and "race" not in taken.union(facts):
@@ -98,13 +103,6 @@ def join_facts(
     return joined
 
 
-def _normalize(names: pa.Array) -> pa.Array:
-    """Keys, patients, and studies of patients as `P study N`."""
-    parts = pc.split_pattern(normalize_paths(names), " study ")
-    ids = normalize_ids(pc.list_flatten(parts))
-    return pc.binary_join(pa.ListArray.from_arrays(parts.offsets, ids, mask=parts.is_null()), " study ")
-
-
 def _read_columns(path: Path) -> dict[str, pa.Array]:
     """Name in words → cells as text, null where empty. Raises DataError."""
     table = _read_workbook(path) if path.suffix.lower() == ".xlsx" else read_strings(path)
@@ -113,9 +111,9 @@ def _read_columns(path: Path) -> dict[str, pa.Array]:
         if not name or name in names[:number]:
             what = f"'{table.column_names[number]}' is a name twice" if name else "has no name"
             raise DataError(f"{path}: column {number + 1} {what}; rename or remove it")
-    trimmed = (pc.utf8_trim_whitespace(column.combine_chunks()) for column in table.columns)
-    cells = (pc.if_else(pc.equal(column, ""), None, column) for column in trimmed)
-    return dict(zip(names, cells, strict=True))
+    if set(names) <= KEYS.keys():
+        raise DataError(f"{path}: no column of facts beside {', '.join(names)}")
+    return dict(zip(names, (column.combine_chunks() for column in table.columns), strict=True))
 
 
 def _read_workbook(path: Path) -> pa.Table:
@@ -154,10 +152,12 @@ def _read_workbook(path: Path) -> pa.Table:
 
 def _cell_text(cell: Any) -> str | None:
     """A cell as text; whole numbers as such, errors and empty texts as empty."""
-    value = cell.value
-    if value is None or value == "" or cell.data_type == "e":
+    value = None if cell.data_type == "e" else cell.value
+    if value is None:
         return None
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+    return (
+        str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+    ).strip() or None
 
 
 def _check_names(path: Path, facts: Iterable[str], tables: Mapping[str, pa.Table]) -> None:

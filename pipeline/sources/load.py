@@ -7,7 +7,7 @@ from typing import NamedTuple
 import pyarrow as pa
 
 from pipeline.base.errors import DataError
-from pipeline.identity import Note, ignore, name_patients, spell_alike
+from pipeline.identity import Note, describe_repeats, ignore, name_patients, spell_alike
 from pipeline.images import Original
 from pipeline.labels import LABELS, select_views
 from pipeline.manifest import NAME, concat_labels, find_notes, name_facts, read_manifest, read_table
@@ -113,11 +113,13 @@ class Described(NamedTuple):
     """What the labels of some shards are like, in words.
 
     `views`: how many studies have which views, "" unless shards hold whole studies. `one_class`: a text for each
-    label that the shards' policies leave with one class in train. `notes`: as of `find_notes`.
+    label that the shards' policies leave with one class in train. `repeats`: of images in two splits. `notes`: as of
+    `find_notes`.
     """
 
     views: str
     one_class: list[str]
+    repeats: list[str]
     notes: dict[str, list[str]]
 
 
@@ -129,5 +131,6 @@ def describe_shards(folder: Path) -> Described:
     return Described(
         describe_views(concat_labels([*tables.values()])) if of_studies else "",
         find_one_class(tables["train"], manifest.policies) if "train" in tables else [],
+        describe_repeats(tables),
         find_notes(tables.values()),
     )

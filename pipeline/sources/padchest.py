@@ -201,7 +201,7 @@ def _read(csv: Path) -> tuple[pa.Table, pa.ChunkedArray]:
         cells = pc.if_else(pc.equal(text[name], "nan"), None, text[name])
         text = text.set_column(text.column_names.index(name), name, cells)
     for name, pattern, complaint, optional in (
-        ("ImageID", r"^[0-9A-Za-z_-]+\.png$", "is not the name of a PNG", False),
+        ("ImageID", r"^[0-9A-Za-z_-]{1,90}\.png$", "is not the name of a PNG", False),
         ("ImageDir", r"^\d{1,4}$", "is not a number", False),
         ("StudyDate_DICOM", r"^\d{8}$", "is not a date like 20140915", False),
         ("StudyID", r"^\S{1,80}$", "is not a name of up to 80 characters", False),

@@ -102,7 +102,7 @@ def _read_file(file: str, roots: Sequence[Path]) -> bytes | ImageError | None:
         try:
             # A link may point anywhere: what is read must lie under a folder that the user named.
             opened = _find_opened(descriptor, path)
-            if not any(opened.startswith(f"{root}/") for root in roots):
+            if not any(opened.startswith(f"{str(root).rstrip('/')}/") for root in roots):
                 return ImageError(f"leads out of its folder to {opened}; allow that by --root")
             if size is not None:
                 return os.pread(descriptor, size, offset)

@@ -141,6 +141,11 @@ def settle_blanks(source: Source, tables: Mapping[str, pa.Table]) -> dict[str, p
             "Say which labels were looked for, and what a blank cell means",
             tuple(label for label in LABELS if label not in silent),
         )
+    missing = [label for label in silent if label in source.annotated and label not in blank]
+    if missing:
+        raise DataError(
+            f"`annotated`: no column is named for {', '.join(missing)}; name it in `columns`, too"
+        )
     absent = [label for label in LABELS if source.annotated and label not in source.annotated]
     if labeled := [label for label in absent if label not in silent]:
         raise DataError(f"`annotated`: {', '.join(labeled)} has states, so it was looked for; name it too")

@@ -16,10 +16,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.base.csvs import demand, demand_unique, read_strings
+from pipeline.base.csvs import demand, demand_columns, demand_unique, read_strings
 from pipeline.base.errors import DataError
 from pipeline.base.store import list_files
-from pipeline.identity import Note, ignore
+from pipeline.identity import Note, ignore, normalize_ids
 from pipeline.labels import CELLS, LABELS, NOT_ANNOTATED, find_label, parse_states
 from pipeline.sources.source import Source, Terms, locate_below, make_key, no_more_roots, nothing_moved
 
@@ -96,9 +96,7 @@ def locate(paths: Sequence[str], roots: Sequence[Path]) -> list[str]:
 
 def _read(csv: Path, columns: Mapping[str, str]) -> pa.Table:
     text = read_strings(csv)
-    missing = [theirs for theirs in columns.values() if theirs not in text.column_names]
-    if missing:
-        raise DataError(f"{csv}: no column {', '.join(missing)}; it has {', '.join(text.column_names)}")
+    demand_columns(csv, text.column_names, list(columns.values()))
     cells = {ours: text[theirs] for ours, theirs in columns.items()}
     path = cells.pop("path")
     is_image = pc.match_substring_regex(path, _PATH)
@@ -122,6 +120,8 @@ def make_table(
     Raises DataError for the first cell that is not what its column holds.
     """
     rows = len(key)
+    if "study" in found:
+        found = {**found, "study": pa.chunked_array([normalize_ids(found["study"])])}
     for ours, (pattern, complaint) in _CHECKS.items():
         if ours in found:
             valid = pc.match_substring_regex(found[ours], pattern)

@@ -26,10 +26,10 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 import numpy.typing as npt
-from zlib_ng import zlib_ng
 
-from pipeline.base.errors import DataError
+from pipeline.base.errors import DataError, printable
 from pipeline.images import Gray, decode_into, decode_stored
+from pipeline.manifest import checksum
 from pipeline.stream.cache import DOWNLOADS, KEPT_OPEN
 from pipeline.stream.plan import Rows, Step
 from pipeline.stream.samples import OpenSplit
@@ -206,8 +206,11 @@ class BatchStream:
         return {"step": self.step}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Continue at the step of this state."""
-        self.step = self._start = state["step"]
+        """Continue at the step of this state. Raises DataError for another's."""
+        step = state.get("step")
+        if type(step) is not int or step < 0:
+            raise DataError(f"{dict(state)} is not the state of a stream: its step is a number from 0 on")
+        self.step = self._start = step
         torch = sys.modules.get("torch")
         self._started = None if torch is None else torch.tensor(NOBODY).share_memory_()
 
@@ -306,17 +309,17 @@ def read_image(file: ShardFile, offset: int, length: int, crc: int, encoding: st
 
     Raises ValueError where it does not match its checksum or does not decode, and OSError.
     """
-    return decode_stored(_read_bytes(file, offset, length, crc), encoding)
+    return decode_stored(_read_bytes(file, offset, length, crc, encoding), encoding)
 
 
 def read_into(out: Gray, file: ShardFile, offset: int, length: int, crc: int, encoding: str) -> None:
     """The same, resized to fill `out` [H, W]."""
-    decode_into(out, _read_bytes(file, offset, length, crc), encoding)
+    decode_into(out, _read_bytes(file, offset, length, crc, encoding), encoding)
 
 
-def _read_bytes(file: ShardFile, offset: int, length: int, crc: int) -> bytes:
+def _read_bytes(file: ShardFile, offset: int, length: int, crc: int, encoding: str) -> bytes:
     data = file.read(length, offset)
-    if zlib_ng.crc32(data) != crc:
+    if checksum(data, encoding) != crc:
         raise ValueError("its bytes do not match the checksum in the index")
     return data
 
@@ -353,7 +356,7 @@ def _decode_batch(batch: Encoded, split: OpenSplit, size: int) -> tuple[Decoded,
         except (ValueError, OSError) as error:
             row = int(rows[sample[position], place[position]])
             shard, key = split.shards[split.shard[row]].file, split.table["key"][row].as_py()
-            reasons[row] = f"{shard}: sample {key}: {error}"
+            reasons[row] = printable(f"{shard}: sample {key}: {error}")
             images[position], usable[position] = 0, False
     bad: list[int] = []
     if reasons:

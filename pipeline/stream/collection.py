@@ -19,12 +19,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.base.errors import DataError
+from pipeline.base.errors import DataError, printable
 from pipeline.identity import (
     NAMED,
+    Ids,
+    describe_repeats,
     find_shared,
     identify_images,
-    identify_keys,
     identify_patients,
     spell_alike,
 )
@@ -71,9 +72,20 @@ class Collection:
                         f"{one.name} and {other.name} differ in {option}: {values[0]} and {values[1]}; shard one of "
                         "them again as the other"
                     )
-        self.warnings: list[str] = []
-        self._counts: dict[str, dict[str, int]] = {}
-        self._check_identity()
+        self._tables = {
+            (number, split): read_table(folder.path, entry)
+            for number, folder in enumerate(self.folders)
+            for split, entry in folder.manifest.splits.items()
+        }
+        if len(self.folders) > 1:
+            self._refuse_shared()
+        self.warnings = [
+            f"{folder.name}: {printable(text)}"
+            for number, folder in enumerate(self.folders)
+            for text in describe_repeats(
+                {split: self._tables[number, split] for split in folder.manifest.splits}
+            )
+        ]
 
     def __str__(self) -> str:
         return ", ".join(folder.name for folder in self.folders)
@@ -101,6 +113,14 @@ class Collection:
         if len(manifests) == 1:
             return manifests[0]
         names = dict.fromkeys(name for manifest in manifests for name in manifest.splits)
+        tables = {
+            name: {
+                number: self._name_rows(self.folders[number], table)
+                for (number, split), table in self._tables.items()
+                if split == name
+            }
+            for name in names
+        }
         weight = np.array([_measured(manifest) for manifest in manifests], float)
         mean, std = (np.array([m.pixels[key] for m in manifests]) for key in ("mean", "std"))
         overall = float(np.average(mean, weights=weight))
@@ -112,7 +132,7 @@ class Collection:
             pixels={"mean": round(overall, 4), "std": round(spread**0.5, 4)},
             splits={
                 name: Split(
-                    **self._counts[name],
+                    **count_rows(concat_labels([*spell_alike(tables[name], self.namespace).values()])),
                     table="",
                     table_sha256="",
                     shards=tuple(s for m in manifests if name in m.splits for s in m.splits[name].shards),
@@ -132,7 +152,7 @@ class Collection:
         """
         self.manifest.split(name)
         splits = {
-            number: open_split(folder.path, folder.manifest, name, folder.remote)
+            number: open_split(folder.path, folder.manifest, name, folder.remote, self._tables[number, name])
             for number, folder in enumerate(self.folders)
             if name in folder.manifest.splits
         }
@@ -165,15 +185,11 @@ class Collection:
             table = table.set_column(table.schema.get_field_index("patient"), "patient", patients)
         return table.append_column("set", pa.array([folder.set] * table.num_rows, pa.string()))
 
-    def _check_identity(self) -> None:
-        """Count the rows of each split of several folders, and find what is in two splits or folders.
-
-        Raises DataError for a patient in two splits of two folders, and an image in two folders, by name or content.
-        """
+    def _refuse_shared(self) -> None:
+        """Raise DataError for a patient in two splits of two folders, and an image in two folders."""
         tables = {
-            (number, split): self._name_rows(folder, read_table(folder.path, entry))
-            for number, folder in enumerate(self.folders)
-            for split, entry in folder.manifest.splits.items()
+            (number, split): self._name_rows(self.folders[number], table)
+            for (number, split), table in self._tables.items()
         }
         patients = {side: identify_patients(table, self.namespace) for side, table in tables.items()}
         called = [folder.name for folder in self.folders]
@@ -183,10 +199,17 @@ class Collection:
                     f"{name} is in {split} of {called[one]} and in {other_split} of {called[other]}; splits must not "
                     "share patients (where these are two people, shard one of the folders with a `name` of its own)"
                 )
-        names = {side: identify_keys(table, self.folders[side[0]].patients) for side, table in tables.items()}
+        # By name too: an image that was resized or encoded in another way has other content.
+        names = {
+            side: Ids(
+                pc.binary_join_element_wise(self.folders[side[0]].patients, table["key"], "/"), table["key"]
+            )
+            for side, table in tables.items()
+        }
         contents = {side: identify_images(table) for side, table in tables.items()}
-        shared = chain(find_shared(names), find_shared(contents))
-        for (one, split), (other, other_split), (name, *more) in shared:
+        for (one, split), (other, other_split), (name, *more) in chain(
+            find_shared(names), find_shared(contents)
+        ):
             if one != other:
                 others = f" and {len(more):,} others are" if more else " is"
                 raise DataError(
@@ -194,13 +217,6 @@ class Collection:
                     f"{called[one]}; an image may be in one folder only: take it out of one's table, and shard that "
                     "again"
                 )
-            self.warnings.append(
-                f"{called[one]}: {len(more) + 1:,} images of {other_split}, such as {name}, are in {split} too: "
-                "results on them are too good"
-            )
-        for split in dict.fromkeys(split for _, split in tables):
-            of_split = {side: table for side, table in tables.items() if side[1] == split}
-            self._counts[split] = count_rows(concat_labels([*spell_alike(of_split, self.namespace).values()]))
 
 
 def open_collection(

@@ -68,13 +68,16 @@ class OpenSplit(NamedTuple):
         return remote.path(shard, stop) if remote else folder / shard.file
 
 
-def open_split(folder: Path, manifest: Manifest, name: str, remote: Remote | None = None) -> OpenSplit:
+def open_split(
+    folder: Path, manifest: Manifest, name: str, remote: Remote | None = None, table: pa.Table | None = None
+) -> OpenSplit:
     """Check the table, and the sizes of local shards, against the manifest. Raises DataError naming the file.
 
-    With a `remote`, `folder` is its mirror of manifest and tables, and shards are downloaded when needed.
+    With a `remote`, `folder` is its mirror of manifest and tables, and shards are downloaded when needed. `table` is
+    the split's, if it has been read.
     """
     split = manifest.split(name)
-    table = read_table(folder, split)
+    table = read_table(folder, split) if table is None else table
     if table.num_rows != split.samples or sum(shard.samples for shard in split.shards) != split.samples:
         raise DataError(f"{folder / split.table}: {table.num_rows} rows, the manifest says {split.samples}")
     for shard in () if remote else split.shards:

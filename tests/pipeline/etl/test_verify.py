@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from PIL import Image
 
 from pipeline.base.files import write_table
 from pipeline.etl.verify import verify_shards
@@ -303,6 +304,30 @@ def test_leftovers_are_warnings(shards: Shards) -> None:
         f"Warning: {folder / 'test-000000.tar'}: the manifest does not list it",
         f"next: pipeline audit {folder}",
     ]
+
+
+def test_images_of_two_splits_and_of_one_level_are_warned_of(tmp_path: Path) -> None:
+    splits: list[object] = []
+    for name, levels in (("train", (50, 60)), ("test", (60, 70))):
+        for level in levels:
+            Image.new("L", (32, 32), level).save(tmp_path / f"{name}{level}.png")
+        lines = ["path,patient,Edema", *(f"{name}{level}.png,{name}{level},1" for level in levels)]
+        (tmp_path / f"{name}.csv").write_text("\n".join(lines) + "\n")
+        splits += ["--split", f"{name}={tmp_path / name}.csv"]
+    words = ("--set", "table", "--columns", "path=path,patient=patient,Edema=Edema", "--dev", 0, *splits)
+    out = tmp_path / "out"
+    twice = "Warning: 1 images of test, such as test60, are in train too: results on them are too good"
+    assert twice in run_pipeline("shards", tmp_path, out, *words, "--workers", 1).stderr.splitlines()
+    manifest = read_manifest(out)
+    unnoted = {}
+    for name, split in manifest.splits.items():
+        digest = write_table(out / split.table, read_table(out, split).drop_columns(["note"]))
+        unnoted[name] = replace(split, table_sha256=digest)
+    write_manifest(out, replace(manifest, splits=unnoted))
+    flat = "Warning: 4 of the images: one level of gray; the first is test60"
+    for deep in ((), ("--deep",)):
+        said = run_pipeline("verify", out, *deep).stderr.splitlines()
+        assert (twice in said, flat in said) == (True, bool(deep))
 
 
 def test_any_flipped_bit_is_found(shards: Shards) -> None:

@@ -111,7 +111,7 @@ def test_frontals_alone(folder: Path) -> None:
         (
             "metadata",
             ("ViewPosition", "View"),
-            "column ViewPosition is missing; the table has dicom_id, ViewPosition",
+            "column ViewPosition is missing; it has dicom_id, study_id",
         ),
         ("chexpert", (",-1.0,", ",-2.0,"), "column Edema: '-2.0' is not a label: 1.0, 0.0, -1.0 or blank"),
     ],

@@ -116,7 +116,7 @@ def test_what_is_not_annotated_is_masked_under_every_policy(folder: Path, blank:
         ),
         (
             {"table": ("View Position", "View")},
-            "column View Position is missing; the table has Image Index, Finding Labels",
+            "column View Position is missing; it has Image Index, Finding Labels",
         ),
         (
             {"train": ("00000002_000.png\n", "")},

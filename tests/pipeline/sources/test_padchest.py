@@ -194,7 +194,7 @@ def test_the_table_says_how_many_bits_a_png_uses(folder: Path) -> None:
         (("32_a.png", "../32_a.png"), "line 6, column ImageID: '../32_a.png' is not the name of a PNG"),
         (
             ("BitsStored_DICOM", "Bits"),
-            "column BitsStored_DICOM is missing; the table has ImageID, ImageDir, ",
+            "column BitsStored_DICOM is missing; it has , ImageID, ImageDir, ",
         ),
     ],
 )

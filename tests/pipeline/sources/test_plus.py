@@ -96,7 +96,7 @@ def test_dicoms_are_read_where_there_are_no_pngs(folder: Path) -> None:
         (
             TABLE,
             ("frontal_lateral", "view"),
-            "column frontal_lateral is missing; the table has path_to_image, frontal_",
+            "column frontal_lateral is missing; it has path_to_image, path_to_dcm",
         ),
         (
             "chexbert_labels/report_fixed.json",

@@ -11,11 +11,12 @@ from pipeline import DataError
 from pipeline.manifest import read_manifest
 from pipeline.sources.table import parse_columns
 from tests.conftest import run_pipeline
+from tests.layouts import draw
 
 COLUMNS = "path=Image,patient=MRN,sex=Gender,age=Years,Edema=edema,pleural effusion=fluid"
 ROWS = (
-    ("Image,MRN,Gender,Years,edema,fluid,note"),
-    ("a/1.png,M-01,F,61,1,0,first"),
+    ("Image, MRN,Gender ,Years,edema,fluid,note"),  # spaces around names and cells do not count
+    ("a/1.png , M-01,F,61,1,0,first"),
     ('a/2.png,M-01,F,62,,1.0,"two\nlines"'),
     ("b/3.v2.jpg,M-02,,,-1,,"),
 )
@@ -87,10 +88,11 @@ def test_each_split_may_have_a_csv(films: Path) -> None:
         (("a/2.png", "a/1.png"), "lines 2 and 3: the same image a_1-acf34a58 twice"),
         ((",62,", ",old,"), "line 3, column Years: 'old' is not a number of years"),
         ((",-1,", ",2,"), "line 5, column edema: '2' is not a label: 1.0, 0.0, -1.0 or blank"),
+        (("note", "edema"), "column edema appears 2 times"),
         (("M-02", ""), "line 5, column MRN: '' is not a name without spaces, of up to 64 characters"),
         (
             ("MRN,Gender", "mrn,gender"),
-            "no column MRN, Gender; it has Image, mrn, gender, Years, edema, fluid, note",
+            "column MRN is missing; it has Image, mrn, gender, Years, edema, fluid, note",
         ),
     ],
 )
@@ -99,6 +101,37 @@ def test_bad_input_is_named(films: Path, change: tuple[str, str], message: str) 
     path.write_text(path.read_text().replace(*change, 1))
     code, said = shard(films)
     assert (code, said) == (1, f"Error: {path}{', ' if message.startswith('line') else ': '}{message}")
+
+
+def test_names_that_only_look_alike_are_apart_and_any_root_and_text_is_safe(tmp_path: Path) -> None:
+    names = ("a/b.png", "a_b.png", "左.png", f"{'d' * 80}/{'e' * 80}.png", "\x1b[31mred.png")
+    lines = ["Image,MRN,edema", *(f"{name},{n},1" for n, name in enumerate(names))]
+    (tmp_path / "labels.csv").write_text("\n".join(lines) + "\n")
+    for number, name in enumerate(names[:-1]):
+        draw(tmp_path / name, number)
+    words = ("--set", "table", "--columns", "path=Image,patient=MRN,Edema=edema", "--root", "/", "--dev", 0)
+    dry = run_pipeline("shards", tmp_path, tmp_path / "out", *words, "--dry-run", "--max-bad", 1)
+    assert f"1 images are missing, for example {tmp_path}/\\x1b[31mred.png" in dry.stdout
+    assert "\x1b" not in dry.stdout + dry.stderr
+    made = run_pipeline("shards", tmp_path, tmp_path / "out", *words, "--max-bad", 1, "--workers", 1)
+    assert made.returncode == 0, made.stderr
+    assert read_manifest(tmp_path / "out").splits["train"].samples == 4
+    assert len(read_manifest(tmp_path / "out").rejects) == 1
+
+
+@pytest.mark.parametrize("other", ["7", "7.0", "patient7", "P-007"])
+def test_a_patient_s_spelling_does_not_hide_it(films: Path, other: str) -> None:
+    text = (films / "labels.csv").read_text().replace("M-01", "007")
+    (films.parent / "valid.csv").write_text(text.replace("007", other))
+    (films.parent / "train.csv").write_text(text)
+    splits = [
+        word for name in ("train", "valid") for word in ("--split", f"{name}={films.parent / name}.csv")
+    ]
+    code, said = shard(films, COLUMNS, *splits)
+    assert (code, said) == (
+        1,
+        f"Error: {films.parent / 'valid.csv'}, line 2: 007 is in train.csv too; splits must not share patients",
+    )
 
 
 def test_all_that_is_wrong_with_the_columns_is_said_at_once() -> None:

@@ -83,7 +83,7 @@ def test_a_folder_becomes_shards_by_the_votes_of_its_readers(folder: Path) -> No
     [
         ("train", (",R2,", ",R1,"), f"lines 2 and 3: the same image {0:032x} by R1 twice"),
         ("train", (",R1,0,0,0,1", ",R1,0,0,0,2"), "line 2, column Cardiomegaly: '2' is neither 0 nor 1"),
-        ("train", ("Cardiomegaly,", "Heart,"), "column Cardiomegaly is missing; the table has Cardiomegaly"),
+        ("train", ("Cardiomegaly,", "Heart,"), "column Cardiomegaly is missing; it has image_id, rad_id"),
         ("test", (f"{4:032x}", "film4"), "line 2, column image_id: 'film4' is not 32 hexadecimal digits"),
         (
             "test",
@@ -101,6 +101,18 @@ def test_bad_input_is_named(folder: Path, split: str, change: tuple[str, str], m
     assert failed.returncode == 1
     assert message in failed.stderr.splitlines()[-1]
     assert str(path) in failed.stderr.splitlines()[-1]
+
+
+def test_three_readers_agree_on_a_tumor(folder: Path) -> None:
+    path = folder / "annotations" / "image_labels_train.csv"
+    rows = pd.read_csv(path, dtype=str)
+    rows.loc[rows["image_id"] == f"{3:032x}", ["Lung tumor", "No finding"]] = ["1", "0"]
+    rows.to_csv(path, index=False)
+    film = vindr.read_table(path).to_pylist()[3]
+    assert {label: film[label] for label in LABELS if film[label] != 0} == {
+        **dict.fromkeys(("Enlarged Cardiomediastinum", "Lung Opacity", "Support Devices"), -2),
+        "Lung Lesion": 1,
+    }
 
 
 def test_a_class_of_another_set_is_named(tmp_path: Path) -> None:

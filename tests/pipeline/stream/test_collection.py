@@ -1,5 +1,6 @@
 """Several folders of shards, read as one."""
 
+import io
 import json
 import re
 import shutil
@@ -10,11 +11,12 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
+from PIL import Image
 
 from pipeline import DataError, open_shards
 from pipeline.etl.shards import Execution, write_shards
 from pipeline.identity import NAMED
-from pipeline.manifest import Manifest, read_manifest, read_table
+from pipeline.manifest import Manifest, checksum, read_manifest, read_table
 from pipeline.sources.sets import find_source
 from pipeline.stream.collection import open_collection
 from pipeline.stream.select import mix_weights
@@ -152,6 +154,16 @@ def test_the_same_images_under_other_names_are_noticed(two: tuple[Path, Path], t
         UserWarning, match=r"both: 60 images of test, such as patient9\d{4}_.*, are in train too: results"
     ):
         open_shards(tmp_path / "both")
+
+
+def test_pngs_of_one_length_are_told_apart() -> None:
+    random = np.random.default_rng(0)
+    films = [io.BytesIO() for _ in range(2000)]
+    for film in films:
+        pixels = random.integers(0, 256, (8, 8), dtype=np.uint8)
+        Image.fromarray(pixels).save(film, "PNG", compress_level=0)
+    assert len({film.tell() for film in films}) == 1
+    assert len({checksum(film.getvalue(), "png") for film in films}) == 2000  # CRC-32 tells 1970 apart
 
 
 def test_a_patient_is_one_whatever_the_spelling(two: tuple[Path, Path], tmp_path: Path) -> None:
