@@ -1,4 +1,4 @@
-"""JPEG and PNG files as containers: what their segments and chunks say, without decoding a pixel.
+"""JPEG and PNG files as containers: what their segments and chunks say, without decoding a pixel; and what is decoded.
 
 ITU-T T.81, annex B; W3C PNG, section 11. Only parts that a decoder needs are no metadata: the rest may say anything.
 """
@@ -7,15 +7,18 @@ import re
 import zlib
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
 
 JPEG, PNG = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"  # how the files begin
 BASELINE, PROGRESSIVE = {0xC0, 0xC1}, 0xC2  # frame markers of a JPEG
+FEW = 16  # gray levels: no picture of a chest has fewer
 _SOS, _EOI, _APP2, _DQT, _SCAN_DATA = 0xDA, 0xD9, 0xE2, 0xDB, 0x00  # JPEG markers; 0x00 is none, and ours
-_JPEG_LS = 0xF7  # its frame marker
 _END = bytes([0xFF, _EOI])
 _LONGEST_KEPT = 4096  # bytes of a file's head that is remembered
-_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
+_FRAMES = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}  # of JPEG and JPEG-LS
 # Frames, Huffman and arithmetic tables, restarts, quantization, scans.
 _JPEG_IMAGE = _FRAMES | {0xC4, 0xCC, 0xDB, 0xDD, _SOS, _SCAN_DATA, _EOI}
 _JPEG_PLAIN = {(0xE0, b"JFIF\0", 18), (0xEE, b"Adobe", 16)}  # fixed fields; a longer JFIF holds a thumbnail
@@ -34,38 +37,45 @@ _SUMS = [
 ]
 
 
-class JpegFacts(NamedTuple):
-    """A JPEG's frame marker, bits per channel, quality and EXIF, whether it holds several frames, and metadata.
+class Picture(NamedTuple):
+    """A decoded image: gray pixels, full size or DCT-scaled; its full shape (H, W); bits per channel of the file.
 
-    `quality` is libjpeg's, 1 to 100, whose luminance table is nearest in sum: exact for what libjpeg wrote. None for a
-    JPEG without such a table.
+    `stripped` says whether the file has metadata, `copy` is the file without it, if that can be stored; `levels` holds
+    each gray level of the file; None: as in `pixels`. `notes` say what was assumed.
     """
 
-    frame: int | None
+    pixels: npt.NDArray[np.uint8]
+    shape: tuple[int, int]
     bits: int
-    quality: int | None
-    exif: bytes | None
-    is_multiple: bool
-    has_metadata: bool
+    stripped: bool = True
+    quality: int | None = None
+    copy: bytes | None = None
+    levels: npt.NDArray[Any] | None = None
+    notes: tuple[str, ...] = ()
 
 
-class PngFacts(NamedTuple):
-    """A PNG's size, bits per channel, EXIF, whether it holds several frames, and metadata.
+class Facts(NamedTuple):
+    """What a JPEG or PNG says of itself: size, channels and bits per channel, EXIF, and what else is in it.
 
-    `said_bits` are the significant bits that the sBIT chunk gives 16-bit levels, alpha apart; None without one.
+    `frame` is a JPEG's marker; `quality` is libjpeg's, 1 to 100, whose luminance table is nearest in sum: exact for
+    what libjpeg wrote; None without such a table. `said_bits` are the significant bits that a PNG's sBIT chunk gives
+    16-bit levels, alpha apart; None without one.
     """
 
-    width: int
     height: int
-    depth: int
-    said_bits: int | None
+    width: int
+    channels: int
+    bits: int
     exif: bytes | None
     is_multiple: bool
     has_metadata: bool
+    frame: int | None = None
+    quality: int | None = None
+    said_bits: int | None = None
 
 
-def read_jpeg_facts(jpeg: bytes) -> JpegFacts:
-    """What precedes the first scan. Raises ValueError for damaged segments."""
+def read_jpeg_facts(jpeg: bytes) -> Facts:
+    """What precedes the first scan of a JPEG or JPEG-LS. Raises ValueError for damaged segments."""
     position = 2
     while (found := _MARKER.match(jpeg, position)) and found[1][0] not in (_SOS, _EOI):
         position = found.end() + int.from_bytes(jpeg[found.end() : found.end() + 2])
@@ -76,26 +86,23 @@ def read_jpeg_facts(jpeg: bytes) -> JpegFacts:
 
 
 @lru_cache(1024)
-def _read_head(jpeg: bytes) -> JpegFacts:
+def _read_head(jpeg: bytes) -> Facts:
     """The facts of a JPEG without scans. Most files of a data set begin alike."""
     head = list(_segments(jpeg))
-    frame, header = next((segment for segment in head if segment[0] in _FRAMES), (None, b""))
-    return JpegFacts(
-        frame=frame,
-        bits=header[4] if len(header) > 4 else 8,
-        quality=_estimate_quality(part[4:] for marker, part in head if marker == _DQT),
+    frame, header = next(
+        (part for part in head if part[0] in _FRAMES and len(part[1]) > 9), (None, bytes(10))
+    )
+    return Facts(
+        height=int.from_bytes(header[5:7]),
+        width=int.from_bytes(header[7:9]),
+        channels=header[9],
+        bits=header[4],
         exif=next((part[4:] for _, part in head if part[4:10] == b"Exif\0\0"), None),
         is_multiple=any(marker == _APP2 and part[4:8] == b"MPF\0" for marker, part in head),
         has_metadata=any(_is_metadata(*segment) for segment in head),
+        frame=frame,
+        quality=_estimate_quality(part[4:] for marker, part in head if marker == _DQT),
     )
-
-
-def read_jpeg_frame(jpeg: bytes) -> tuple[int, int, int, int]:
-    """Height, width, channels and bits per channel of a JPEG or JPEG-LS. Raises ValueError for damaged segments."""
-    for marker, part in _segments(jpeg):
-        if marker in _FRAMES or marker == _JPEG_LS:
-            return int.from_bytes(part[5:7]), int.from_bytes(part[7:9]), part[9], part[4]
-    raise ValueError("it has no frame")
 
 
 def strip_metadata(jpeg: bytes) -> bytes:
@@ -103,7 +110,7 @@ def strip_metadata(jpeg: bytes) -> bytes:
     return b"".join([JPEG, *(part for marker, part in _segments(jpeg) if not _is_metadata(marker, part))])
 
 
-def read_png_facts(png: bytes) -> PngFacts:
+def read_png_facts(png: bytes) -> Facts:
     """What the chunks say. Raises ValueError for damaged ones, pixels included."""
     (first, header), *rest = _chunks(png)
     if first != b"IHDR" or len(header) < 13:
@@ -111,14 +118,15 @@ def read_png_facts(png: bytes) -> PngFacts:
     chunks = dict(rest)
     depth, channels = header[8], 3 if header[9] & 2 else 1
     said = max(chunks.get(b"sBIT", b"")[:channels], default=0) if depth == 16 else 0
-    return PngFacts(
-        width=int.from_bytes(header[:4]),
+    return Facts(
         height=int.from_bytes(header[4:8]),
-        depth=depth,
-        said_bits=said if 1 <= said <= 16 else None,
+        width=int.from_bytes(header[:4]),
+        channels=channels,
+        bits=depth,
         exif=chunks.get(b"eXIf"),
         is_multiple=b"acTL" in chunks,
         has_metadata=not chunks.keys() <= _PNG_PLAIN,
+        said_bits=said if 1 <= said <= 16 else None,
     )
 
 

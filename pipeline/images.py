@@ -18,15 +18,8 @@ import numpy.typing as npt
 import simplejpeg
 from PIL import Image, ImageOps
 
-from pipeline.containers import (
-    BASELINE,
-    JPEG,
-    PNG,
-    PROGRESSIVE,
-    read_jpeg_facts,
-    read_png_facts,
-    strip_metadata,
-)
+from pipeline import containers
+from pipeline.containers import FEW, Picture
 from pipeline.dicom import decode_dicom, is_dicom, open_dicom, read_position
 
 Gray = npt.NDArray[np.uint8]
@@ -36,7 +29,6 @@ LONGEST_JPEG = 65_500  # libjpeg's limit, in pixels of a side
 KEPT_PIXELS = 2**24  # of a thread's memory that is used again
 STORED_PIXELS = 2**28  # at most in a stored image, whoever wrote it: a forged header costs no memory
 SQUARES = ("no", "pad", "crop", "stretch")
-FEW = 16  # gray levels: no picture of a chest has fewer
 ONE_LEVEL, FEW_LEVELS = "one level of gray", f"fewer than {FEW} gray levels, though the file has more"
 NEARLY_BLACK = "nearly black: less than a quarter of the bits stated are used"
 DOUBTS = (ONE_LEVEL, FEW_LEVELS, NEARLY_BLACK)
@@ -70,7 +62,7 @@ class ImageOptions(NamedTuple):
 
 
 class Original(NamedTuple):
-    """An image file as it was: pixels, upright; bytes; bits per channel; JPEG quality as `JpegFacts` has it."""
+    """An image file as it was: pixels, upright; bytes; bits per channel; JPEG quality as `Facts` has it."""
 
     width: int
     height: int
@@ -94,19 +86,6 @@ class Prepared(NamedTuple):
     notes: tuple[str, ...]
 
 
-class _Source(NamedTuple):
-    """Pixels at full size or DCT-scaled, full shape (H, W), and a clean copy where that can be stored."""
-
-    pixels: Gray
-    shape: tuple[int, int]
-    stripped: bool
-    bits: int
-    quality: int | None = None
-    copy: bytes | None = None
-    levels: int | None = None  # in the file; None: as in `pixels`
-    notes: tuple[str, ...] = ()
-
-
 def prepare(data: bytes, options: ImageOptions, said_bits: int | None = None) -> Prepared:
     """Turn a JPEG, PNG or gray DICOM of any kind into what a shard stores.
 
@@ -122,7 +101,9 @@ def prepare(data: bytes, options: ImageOptions, said_bits: int | None = None) ->
         raise ValueError("a square needs a size")
     if not data:
         raise ImageError("the file is empty")
-    kind = "JPEG" if data.startswith(JPEG) else "PNG" if data.startswith(PNG) else "DICOM"
+    kind = (
+        "JPEG" if data.startswith(containers.JPEG) else "PNG" if data.startswith(containers.PNG) else "DICOM"
+    )
     if kind == "DICOM" and not is_dicom(data):
         raise ImageError("not a readable JPEG, PNG or DICOM: cannot identify image file")
     try:
@@ -131,48 +112,45 @@ def prepare(data: bytes, options: ImageOptions, said_bits: int | None = None) ->
         elif kind == "PNG":
             source = _read_png(data, options.max_pixels, options.bits, said_bits)
         else:
-            source = _read_dicom(data, options.max_pixels)
+            film = open_dicom(data, options.max_pixels)
+            _check_pixels(film.Columns, film.Rows, options.max_pixels)
+            source = decode_dicom(film)
     except (ImageError, ImportError):  # the latter names a package to install
         raise
     except Exception as error:  # of any kind, for a damaged file
         raise ImageError(f"not a readable {kind}: {error}") from error
     original = Original(source.shape[1], source.shape[0], len(data), source.bits, source.quality)
-    if source.copy is not None:
-        data, pixels = source.copy, source.pixels
-    else:
-        pixels = _fit(source, options)
-        data = _encode(pixels, options)
+    pixels = source.pixels if source.copy else _fit(source, options)
     sampled = np.bincount(pixels[::4, ::4].ravel(), minlength=256)
     doubts = () if np.count_nonzero(sampled) >= FEW else _find_doubts(source, pixels)
-    return Prepared(data, pixels, source.stripped, original, sampled, (*source.notes, *doubts))
+    stored = source.copy or _encode(pixels, options)
+    return Prepared(stored, pixels, source.stripped, original, sampled, (*source.notes, *doubts))
 
 
-def _find_doubts(source: _Source, pixels: Gray) -> tuple[str, ...]:
+def _find_doubts(source: Picture, pixels: Gray) -> tuple[str, ...]:
     """What to say of an image that has lost its gray levels."""
-    levels = _count_levels(pixels)
+    levels = len(np.unique(pixels))
     if levels == 1:
         return (ONE_LEVEL,)
-    in_file = _count_levels(source.pixels) if source.levels is None else source.levels
+    in_file = len(np.unique(source.pixels if source.levels is None else source.levels))
     return (FEW_LEVELS,) if levels < min(FEW, in_file) else ()
-
-
-def _count_levels(levels: npt.NDArray[Any]) -> int:
-    """The number of different levels, uint8 or uint16."""
-    bins = 2 ** (8 * levels.itemsize)
-    return int(np.count_nonzero(cv2.calcHist([levels.reshape(1, -1)], [0], None, [bins], [0, bins])))
 
 
 def find_position(data: bytes) -> str:
     """The ViewPosition of a file that `prepare` takes: AP, PA, LL, …; empty where it says none."""
-    return "" if data.startswith((JPEG, PNG)) else read_position(data)
+    return "" if data.startswith((containers.JPEG, containers.PNG)) else read_position(data)
 
 
 def decode_stored(data: bytes | memoryview, encoding: str) -> Gray:
     """Gray pixels [H, W] of a stored image; raw ones are a view of `data`. Raises ValueError for damaged data."""
-    if encoding == "jpeg":
-        return decode_jpeg(data)
+    if encoding == "jpeg":  # libjpeg's warnings count as errors
+        _read_shape(data, STORED_PIXELS)
+        return simplejpeg.decode_jpeg(data, colorspace="GRAY")[:, :, 0]  # type: ignore[no-any-return]
     if encoding == "png":
-        return _read_png(bytes(data), STORED_PIXELS).pixels
+        try:
+            return _read_png(bytes(data), STORED_PIXELS).pixels
+        except Exception as error:  # of many kinds, for a damaged file
+            raise ValueError(str(error)) from error
     header = _NPY_HEADER.match(data)
     if header is None or int.from_bytes(header[1], "little") != header.end() - 10:
         raise ValueError("not a .npy file of gray pixels, uint8 [H, W]")
@@ -189,8 +167,7 @@ def decode_into(out: Gray, data: bytes | memoryview, encoding: str) -> None:
     if encoding != "jpeg":
         pixels = decode_stored(data, encoding)
     else:
-        height, width, _, _ = simplejpeg.decode_jpeg_header(data)
-        _check_pixels(width, height, STORED_PIXELS)
+        height, width, _ = _read_shape(data, STORED_PIXELS)
         if (height, width) == out.shape:
             simplejpeg.decode_jpeg(data, colorspace="GRAY", buffer=out)
             return
@@ -198,14 +175,6 @@ def decode_into(out: Gray, data: bytes | memoryview, encoding: str) -> None:
     resized = resize(pixels, out.shape[0], out.shape[1], out)
     if resized is not out:
         out[:] = resized
-
-
-def decode_jpeg(data: bytes | memoryview) -> Gray:
-    """Gray pixels [H, W]. Raises ValueError for damaged data: libjpeg's warnings count as errors."""
-    height, width, _, _ = simplejpeg.decode_jpeg_header(data)
-    _check_pixels(width, height, STORED_PIXELS)
-    pixels: Gray = simplejpeg.decode_jpeg(data, colorspace="GRAY")[:, :, 0]
-    return pixels
 
 
 def _borrow(pixels: int) -> npt.NDArray[np.uint8]:
@@ -223,14 +192,9 @@ def resize(pixels: Gray, height: int, width: int, out: Gray | None = None) -> Gr
 
     `out` [height, width] may be used for the result.
 
-    Up to a scale of two, OpenCV's bilinear filter is as close to Lanczos as Pillow's antialiased ones, at a
-    quarter of their time, and its levels are the same on every CPU. Beyond it would alias. Mean absolute
-    difference from Lanczos in gray levels, and time, for X-rays of 320×320:
-
-                            → 224×224         → 128×128
-        OpenCV bilinear   0.46  0.10 ms     0.97  0.04 ms
-        Pillow Hamming    0.45  0.38 ms     0.57  0.27 ms
-        Pillow bilinear   0.56  0.35 ms     0.78  0.26 ms
+    Up to a scale of two, OpenCV's bilinear filter is as close to Lanczos as Pillow's antialiased ones, at a quarter of
+    their time, and its levels are the same on every CPU: from 320×320 to 224×224, it differs by 0.46 gray levels and
+    takes 0.10 ms, Pillow's Hamming 0.45 and 0.38 ms. Beyond it would alias: to 128×128, 0.97 beside Hamming's 0.57.
     """
     if pixels.shape == (height, width):
         return pixels
@@ -248,41 +212,45 @@ def gray_statistics(levels: npt.NDArray[np.int64]) -> dict[str, float]:
     return {"mean": round(mean, 4), "std": round(max(variance, 0.0) ** 0.5, 4) or 1.0}
 
 
-def _read_jpeg(data: bytes, options: ImageOptions) -> _Source:
-    height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
-    _check_pixels(width, height, options.max_pixels)
-    facts = read_jpeg_facts(data)
+def _read_jpeg(data: bytes, options: ImageOptions) -> Picture:
+    height, width, colorspace = _read_shape(data, options.max_pixels)
+    facts = containers.read_jpeg_facts(data)
     if facts.is_multiple:
         raise ImageError("more than one frame")
-    inner = _inner_shape((height, width), options)
     orientation = _orientation(facts.exif)
     if orientation != 1:
         pixels = _turn(_decode_any(data, colorspace), orientation)
-        return _Source(pixels, pixels.shape, facts.has_metadata, facts.bits, facts.quality)
+        return Picture(pixels, pixels.shape, facts.bits, facts.has_metadata, facts.quality)
+    inner = _inner_shape((height, width), options)
     # Decode at the smallest scale of at least twice the target; else in full, since simplejpeg picks a wrong one for
     # images of a few pixels.
     scaled = 2 * inner[0] <= height and 2 * inner[1] <= width
     minimum = (2 * inner[0], 2 * inner[1]) if scaled else (0, 0)
     is_resized = options.square == "no" and inner != (height, width)  # so these pixels are soon gone
-    pixels = _decode_any(data, colorspace, *minimum, _borrow(height * width) if is_resized else None)
+    pixels = _decode_any(data, colorspace, minimum, _borrow(height * width) if is_resized else None)
     fits = inner == (height, width) and (options.square == "no" or height == width)
     # A progressive JPEG decodes three times slower: it is kept only where the original is asked for.
-    keeps = facts.frame in BASELINE or (facts.frame == PROGRESSIVE and options.size is None)
-    if fits and keeps and colorspace == "Gray" and options.encoding == "jpeg":
-        copy = strip_metadata(data)
-        return _Source(pixels, (height, width), copy != data, facts.bits, facts.quality, copy)
-    return _Source(pixels, (height, width), facts.has_metadata, facts.bits, facts.quality)
+    keeps = facts.frame in containers.BASELINE or (
+        facts.frame == containers.PROGRESSIVE and options.size is None
+    )
+    is_kept = fits and keeps and colorspace == "Gray" and options.encoding == "jpeg"
+    copy = containers.strip_metadata(data) if is_kept else None
+    stripped = copy != data if copy else facts.has_metadata
+    return Picture(pixels, (height, width), facts.bits, stripped, facts.quality, copy)
+
+
+def _read_shape(data: bytes | memoryview, max_pixels: float) -> tuple[int, int, str]:
+    """Height, width and color space of a JPEG."""
+    height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
+    _check_pixels(width, height, max_pixels)
+    return height, width, colorspace
 
 
 def _decode_any(
-    data: bytes,
-    colorspace: str,
-    min_height: int = 0,
-    min_width: int = 0,
-    memory: npt.NDArray[np.uint8] | None = None,
+    data: bytes, colorspace: str, minimum: tuple[int, int] = (0, 0), memory: Gray | None = None
 ) -> Gray:
     """Gray pixels [H, W], in `memory` if given, at the smallest of libjpeg's scales 1/8 … 8/8 with the minimum."""
-    least = {"min_height": min_height, "min_width": min_width}
+    least = dict(zip(("min_height", "min_width"), minimum, strict=True))
     if colorspace in ("Gray", "YCbCr", "RGB"):
         return simplejpeg.decode_jpeg(data, "GRAY", buffer=memory, **least)[:, :, 0]  # type: ignore[no-any-return]
     pixels = simplejpeg.decode_jpeg(data, "CMYK", **least)
@@ -293,104 +261,67 @@ def _decode_any(
 
 def _read_png(
     data: bytes, max_pixels: float, bits: int | None = None, said_bits: int | None = None
-) -> _Source:
-    facts = read_png_facts(data)
+) -> Picture:
+    """Gray pixels of a PNG. Raises exceptions of many kinds for a damaged one."""
+    facts = containers.read_png_facts(data)
     if facts.is_multiple:
         raise ImageError("more than one frame")
     _check_pixels(facts.width, facts.height, max_pixels)
-    levels: int | None = None
-    notes: tuple[str, ...] = ()
-    try:
-        if facts.depth == 16:
-            pixels, levels, notes = _read_deep(data, facts.said_bits or said_bits, bits)
-        else:
-            pixels = _to_gray(Image.open(io.BytesIO(data), formats=("PNG",)))
-    except ImageError:
-        raise
-    except Exception as error:  # of many kinds, for a damaged file
-        raise ValueError(str(error)) from error
-    pixels = _turn(pixels, _orientation(facts.exif))
-    return _Source(pixels, pixels.shape, facts.has_metadata, facts.depth, levels=levels, notes=notes)
-
-
-def _read_dicom(data: bytes, max_pixels: int) -> _Source:
-    dataset = open_dicom(data, max_pixels)
-    _check_pixels(dataset.Columns, dataset.Rows, max_pixels)
-    film = decode_dicom(dataset)
-    notes = (film.note,) if film.note else ()
-    return _Source(
-        film.pixels, film.pixels.shape, stripped=True, bits=film.bits, levels=film.levels, notes=notes
-    )
-
-
-def _to_gray(image: Image.Image) -> Gray:
-    """8-bit levels [H, W], transparency over black; where all is transparent, that is a mistake and ignored."""
+    image: Image.Image = Image.open(io.BytesIO(data), formats=("PNG",))
     image.load()
-    gray, alpha = image.convert("L"), None
-    if image.has_transparency_data:
-        alpha = image.convert("RGBA").getchannel("A")
-    if alpha is None or not alpha.getbbox():
-        return np.asarray(gray)
-    black = Image.new("L", image.size)
-    black.paste(gray, mask=alpha)
-    return np.asarray(black)
+    levels, alpha, notes = None, None, tuple[str, ...]()
+    if facts.bits == 16:
+        levels, alpha = _deep_levels(image, data)
+        full, notes = _choose_full(int(levels.max()), facts.said_bits or said_bits, bits)
+        image = Image.fromarray(((levels.astype(np.uint32) * 255 + full // 2) // full).astype(np.uint8))
+    elif image.has_transparency_data:
+        if facts.bits < 8 and image.mode == "L":  # Pillow scales levels of fewer bits to 8, but not this one
+            image.info["transparency"] *= 255 // (2**facts.bits - 1)
+        alpha = np.asarray(image.convert("RGBA").getchannel("A"))
+    pixels = np.asarray(image.convert("L"))
+    if alpha is not None and alpha.any():  # where all is transparent, that is a mistake and ignored
+        pixels = ((pixels * alpha.astype(np.uint32) + 127) // 255).astype(np.uint8)
+    pixels = _turn(pixels, _orientation(facts.exif))
+    return Picture(pixels, pixels.shape, facts.bits, facts.has_metadata, levels=levels, notes=notes)
 
 
-def _to_8_bits(levels: npt.NDArray[Any], bits: int) -> Gray:
-    """Levels of `bits` bits, full scale to full scale. Raises ImageError where one has more bits."""
-    full, highest = 2**bits - 1, int(levels.max())
-    if highest > full:
-        raise ImageError(f"a level of {highest:,} has more than {bits} bits (--bits)")
-    return np.asarray((levels.astype(np.uint32) * 255 + full // 2) // full, np.uint8)
-
-
-def _read_deep(data: bytes, stated: int | None, bits: int | None) -> tuple[Gray, int, tuple[str, ...]]:
-    """Gray pixels [H, W] of a 16-bit PNG, how many levels the file has, and notes.
+def _choose_full(highest: int, stated: int | None, bits: int | None) -> tuple[int, tuple[str, ...]]:
+    """The level that is white in a 16-bit PNG, by its highest one, and notes. Raises ImageError for too few `bits`.
 
     The bits that hold the picture are the user's word, then the file's or the table's, else as many as a device may
     have that made these levels. The PNG specification (W3C, 11.3.2.7) has levels of fewer bits scaled up to 16;
     exports of DICOM often leave them as they are, and then none is beyond the bits stated.
     """
-    image: Image.Image = Image.open(io.BytesIO(data), formats=("PNG",))
-    image.load()
-    alpha = None
+    used = bits or stated or next(depth for depth in (8, 10, 12, 14, 16) if not highest >> depth)
+    if bits and highest >> bits:
+        raise ImageError(f"a level of {highest:,} has more than {bits} bits (--bits)")
+    if highest >> used:
+        used = 16
+    notes = () if highest >> (used - 2) else (NEARLY_BLACK,)
+    if not bits and not stated:
+        notes = () if used == 16 else (f"a 16-bit PNG read as {used} bits, by its highest level (--bits)",)
+    return 2**used - 1, notes
+
+
+def _deep_levels(image: Image.Image, data: bytes) -> tuple[npt.NDArray[np.uint16], npt.NDArray[Any] | None]:
+    """Levels [H, W] or RGB [H, W, 3] of a 16-bit PNG, and alpha [H, W] or None. Transparent pixels are black.
+
+    Those of color by OpenCV, as Pillow gives them 8 bits.
+    """
+    clear = image.info.get("transparency")
     if image.mode.startswith("I"):
         levels = np.asarray(image).astype(np.uint16)
+        alpha = np.where(levels == clear, 0, 255) if isinstance(clear, int) else None
     else:
-        levels, alpha = _deep_levels(data)
-    highest, notes = int(levels.max()), []
-    if bits is None and stated is not None and highest >> stated:
-        stated = 16
-    used = bits or stated
-    if used is None:
-        used = next(depth for depth in (8, 10, 12, 14, 16) if not highest >> depth)
-        if used < 16:
-            notes.append(f"a 16-bit PNG read as {used} bits, by its highest level (--bits)")
-    elif not highest >> (used - 2):
-        notes.append(NEARLY_BLACK)
-    pixels = _to_8_bits(levels, used)
-    if levels.ndim == 3:
-        image = Image.fromarray(pixels).convert("RGB")
-        if alpha is not None:
-            image.putalpha(Image.fromarray((alpha >> 8).astype(np.uint8)))
-        pixels = _to_gray(image)
-    return pixels, _count_levels(levels), tuple(notes)
-
-
-def _deep_levels(data: bytes) -> tuple[npt.NDArray[Any], npt.NDArray[Any] | None]:
-    """Levels uint16 [H, W] or RGB [H, W, 3] of a 16-bit PNG, and alpha [H, W] or None. Raises ValueError.
-
-    By OpenCV, as Pillow gives channels of color 8 bits.
-    """
-    try:
-        levels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
-    except cv2.error as error:
-        raise ValueError(str(error)) from error
-    if levels is None or levels.dtype != np.uint16:
-        raise ValueError("its 16-bit levels cannot be decoded")
-    if levels.ndim == 2:
-        return levels, None
-    return levels[:, :, 2::-1], levels[:, :, 3] if levels.shape[2] == 4 else None
+        decoded = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+        if decoded is None or decoded.dtype != np.uint16:
+            raise ValueError("its 16-bit levels cannot be decoded")
+        levels = np.asarray(decoded if decoded.ndim == 2 else decoded[:, :, 2::-1], np.uint16)
+        alpha = decoded[:, :, 3] // 256 if decoded.shape[2:] == (4,) else None
+    if alpha is not None and alpha.any():
+        levels = levels.copy()
+        levels[alpha == 0] = 0
+    return levels, alpha
 
 
 def _orientation(exif: bytes | None) -> int:
@@ -426,7 +357,7 @@ def _inner_shape(shape: tuple[int, int], options: ImageOptions) -> tuple[int, in
     return max(1, round(shape[0] * scale)), max(1, round(shape[1] * scale))
 
 
-def _fit(source: _Source, options: ImageOptions) -> Gray:
+def _fit(source: Picture, options: ImageOptions) -> Gray:
     """The pixels resized, cropped or padded to what the options ask for."""
     pixels, (height, width) = source.pixels, source.shape
     inner = _inner_shape(source.shape, options)
@@ -435,16 +366,14 @@ def _fit(source: _Source, options: ImageOptions) -> Gray:
         side = min(height, width)
         top, left = (height - side) // 2, (width - side) // 2
         bottom, right = top + side, left + side
-    shape = (inner[1], inner[0])
+    scale, method = 1.0, Image.Resampling.LANCZOS
     if pixels.shape != source.shape:
         # A DCT-scaled image is n/8 of its source, rounded up to whole pixels: the box is the exact part.
-        scales = (n / 8 for n in range(1, 8))
+        scales, method = (n / 8 for n in range(1, 8)), Image.Resampling.HAMMING
         scale = next(s for s in scales if (ceil(height * s), ceil(width * s)) == pixels.shape)
+    if scale < 1 or inner[0] > bottom - top or inner[1] > right - left:
         box = (left * scale, top * scale, right * scale, bottom * scale)
-        pixels = np.asarray(Image.fromarray(pixels).resize(shape, Image.Resampling.HAMMING, box))
-    elif inner[0] > bottom - top or inner[1] > right - left:
-        box = (left, top, right, bottom)
-        pixels = np.asarray(Image.fromarray(pixels).resize(shape, Image.Resampling.LANCZOS, box))
+        pixels = np.asarray(Image.fromarray(pixels).resize((inner[1], inner[0]), method, box))
     else:
         pixels = resize(pixels[top:bottom, left:right], *inner)
     if options.square == "pad" and options.size is not None:

@@ -1,17 +1,20 @@
 """Small DICOM films, and what the standard says they look like."""
 
 import io
+import tempfile
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import gdcm
 import numpy as np
 import numpy.typing as npt
 from pydicom import Dataset, dcmread, uid
 from pydicom.dataset import FileMetaDataset
 
 Array = npt.NDArray[Any]
-Table = tuple[int, Sequence[int]]  # the value of the first entry, and the entries
+Table = tuple[int, Sequence[int], int]  # the value of the first entry, the entries, and the bits of each
 
 
 def make_film(pixels: Array, syntax: str = uid.ExplicitVRLittleEndian, **tags: object) -> bytes:
@@ -40,11 +43,31 @@ def make_film(pixels: Array, syntax: str = uid.ExplicitVRLittleEndian, **tags: o
         film.PixelData = pixels.astype(pixels.dtype.newbyteorder(">")).tobytes()
     if syntax in (uid.ImplicitVRLittleEndian, uid.ExplicitVRBigEndian, uid.DeflatedExplicitVRLittleEndian):
         film.file_meta.TransferSyntaxUID = syntax
+    elif syntax in (uid.JPEGLossless, uid.JPEGLosslessSV1):
+        return compress_lossless_jpeg(make_film(pixels, uid.ExplicitVRLittleEndian, **tags), syntax)
     elif syntax != uid.ExplicitVRLittleEndian:
         film.compress(syntax, generate_instance_uid=False)
     file = io.BytesIO()
     film.save_as(file, enforce_file_format=True)
     return file.getvalue()
+
+
+def compress_lossless_jpeg(film: bytes, syntax: str) -> bytes:
+    """The film as GDCM compresses it: pydicom has no encoder for lossless JPEG."""
+    names = {uid.JPEGLossless: "JPEGLosslessProcess14", uid.JPEGLosslessSV1: "JPEGLosslessProcess14_1"}
+    with tempfile.TemporaryDirectory() as folder:
+        reader, change, writer = gdcm.ImageReader(), gdcm.ImageChangeTransferSyntax(), gdcm.ImageWriter()
+        (Path(folder) / "a").write_bytes(film)
+        reader.SetFileName(f"{folder}/a")
+        reader.Read()
+        change.SetTransferSyntax(gdcm.TransferSyntax(getattr(gdcm.TransferSyntax, names[syntax])))
+        change.SetInput(reader.GetImage())
+        change.Change()
+        writer.SetFile(reader.GetFile())
+        writer.SetImage(change.GetOutput())
+        writer.SetFileName(f"{folder}/b")
+        writer.Write()
+        return (Path(folder) / "b").read_bytes()
 
 
 def change(film: bytes, **tags: object) -> bytes:
@@ -85,17 +108,20 @@ def render(
     } or present
 
     def look_up(table: Table, value: float) -> int:
-        first, entries = table
+        first, entries, _ = table
         return entries[min(max(round(value) - first, 0), len(entries) - 1)]
 
     measured = {v: look_up(modality, v) if modality else v * slope + intercept for v in present}
     low, high = min(measured[v] for v in pixels), max(measured[v] for v in pixels)
 
-    black, white = (min(voi[1]), max(voi[1])) if voi else (0, 1)
+    if voi:
+        bits, highest = voi[2], max(voi[1])
+        plausible = 2 ** (bits - 2) <= highest < 2**bits  # stated bits are often wrong
+        white = 2 ** (bits if plausible else max(highest.bit_length(), 1)) - 1
 
     def show(x: float) -> float:
         if voi:
-            return (look_up(voi, x) - black) / ((white - black) or 1)
+            return float(look_up(voi, x) / white)
         assert window
         center, width, function = window
         if function == "SIGMOID":

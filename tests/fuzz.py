@@ -282,7 +282,7 @@ def film_target(_: Path, __: Path) -> Target:
             tags[sequence] = make_table(
                 [count, first % 2**16, depth], packed, draw.PickValueInList(["OW", "OB"])
             )
-            facts[name] = first, entries.tolist()
+            facts[name] = first, entries.tolist(), depth
         syntax = draw.PickValueInList([ExplicitVRLittleEndian, ImplicitVRLittleEndian])
         film = make_film(stored.astype(np.int16 if is_signed else np.uint16), syntax, **tags)
         pixels = prepare(film, ImageOptions(None, "no", "raw", 95, 100)).pixels

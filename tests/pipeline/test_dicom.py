@@ -17,6 +17,7 @@ import pytest
 
 from pipeline import dicom
 from pipeline.base.errors import DataError
+from pipeline.containers import Picture
 from pipeline.images import ImageError, ImageOptions, prepare
 from pipeline.manifest import find_notes, read_manifest, read_table
 from tests.conftest import run_pipeline
@@ -70,8 +71,8 @@ def read_facts(film: Dataset) -> dict[str, Any]:
     if film.get("PixelPaddingValue") is not None:
         facts |= {"padding": (film.PixelPaddingValue, film.PixelPaddingValue)}
     for name, sequence in (("modality", "ModalityLUTSequence"), ("voi", "VOILUTSequence")):
-        for item in film.get(sequence) or []:
-            facts[name] = item.LUTDescriptor[1], item.LUTData
+        for item in (film.get(sequence) or [])[:1]:
+            facts[name] = item.LUTDescriptor[1], item.LUTData, item.LUTDescriptor[2]
     if film.get("WindowCenter") is not None and film.get("WindowWidth") is not None:
         center, width = (np.atleast_1d(film[f"Window{name}"].value)[0] for name in ("Center", "Width"))
         facts["window"] = float(center), float(width), film.get("VOILUTFunction") or "LINEAR"
@@ -146,6 +147,8 @@ RISING, FALLING = np.arange(0, 4096, dtype=np.uint16), np.arange(4095, -1, -1, d
         {"WindowCenter": None, "WindowWidth": "", "RescaleSlope": 2, "RescaleIntercept": -7},
         {"VOILUTSequence": table(FALLING, 0, 12)},
         {"VOILUTSequence": table(RISING[:1000] // 4, 500, 16), "WindowCenter": 5, "WindowWidth": 9},
+        {"VOILUTSequence": [*table(40 + RISING // 32, 9, 8), *table(FALLING, 0, 12)]},  # a part of its 8 bits
+        {"VOILUTSequence": table(RISING, 0, 8)},  # it states too few
         {"VOILUTSequence": table(RISING, -100, 12), "RescaleSlope": 1, "RescaleIntercept": -50},
         {"ModalityLUTSequence": table(FALLING * 2, 0, 16), "WindowCenter": 4000, "WindowWidth": 2000},
         *({"ModalityLUTSequence": table(FALLING >> (12 - bits), 0, bits)} for bits in (8, 10, 11, 12)),
@@ -177,9 +180,9 @@ def test_tables_of_one_or_two_entries_a_word(levels: Array, bits: int, count: in
         if kind == "OW":
             data = np.frombuffer(data, "<u2").astype(order).tobytes()
         voi = make_table([count, 0, bits], data, kind)
-        expect(make_film(levels, syntax, VOILUTSequence=voi), levels, voi=(0, entries.tolist()))
+        expect(make_film(levels, syntax, VOILUTSequence=voi), levels, voi=(0, entries.tolist(), bits))
     whole = make_table([0, 0, 16], np.arange(65536, dtype=order).tobytes(), "OW")
-    expect(make_film(levels, syntax, VOILUTSequence=whole), levels, voi=(0, range(65536)))
+    expect(make_film(levels, syntax, VOILUTSequence=whole), levels, voi=(0, range(65536), 16))
 
 
 @pytest.mark.parametrize("syntax", [uid.ExplicitVRLittleEndian, uid.ImplicitVRLittleEndian])
@@ -191,10 +194,10 @@ def test_the_sign_of_the_first_entry_follows_from_what_precedes_it(
     wrong = make_table([4096, (first + 32768) % 65536 - 32768, 12], np.arange(4096).tolist(), first="SS")
     for voi in (signed, wrong):
         film = make_film(levels, syntax, RescaleSlope=1, RescaleIntercept=first, VOILUTSequence=voi)
-        expect(film, levels, intercept=first, voi=(first, range(4096)))
+        expect(film, levels, intercept=first, voi=(first, range(4096), 12))
     stored = levels.astype(np.int16) - 2048
     modality = make_table([4096, 63488, 12], np.arange(4096).tolist())
-    expect(make_film(stored, syntax, ModalityLUTSequence=modality), stored, modality=(-2048, range(4096)))
+    expect(make_film(stored, syntax, ModalityLUTSequence=modality), stored, modality=(-2048, range(4096), 12))
 
 
 def test_empty_elements_are_as_absent(levels: Array) -> None:
@@ -206,8 +209,10 @@ def test_empty_elements_are_as_absent(levels: Array) -> None:
     expect(change(film, WindowCenter=5, WindowWidth=None), levels)
     window = change(film, VOILUTFunction=None, WindowCenter=1500, WindowWidth=900, RescaleSlope="2")
     expect(window, levels, slope=2, window=(1500, 900, "LINEAR"))
-    without_data = change(window, VOILUTSequence=make_table([4096, 0, 12], None))
-    expect(without_data, levels, slope=2, window=(1500, 900, "LINEAR"))
+    empty = make_table([4096, 0, 12], None)
+    expect(change(window, VOILUTSequence=empty), levels, slope=2, window=(1500, 900, "LINEAR"))
+    full = change(window, VOILUTSequence=[*empty, *table(FALLING, 0, 12)])
+    expect(full, levels, slope=2, voi=(0, FALLING.tolist(), 12))
 
 
 @pytest.mark.parametrize("inverted", [False, True])
@@ -293,7 +298,7 @@ def test_films_are_decoded_side_by_side(levels: Array, monkeypatch: pytest.Monke
     """Two threads are between the same two lines at the same time."""
     both, render_film = threading.Barrier(2, timeout=60), dicom._render
 
-    def wait(*film: Any) -> dicom.GrayFilm:
+    def wait(*film: Any) -> Picture:
         both.wait()
         return render_film(*film)
 
@@ -303,6 +308,13 @@ def test_films_are_decoded_side_by_side(levels: Array, monkeypatch: pytest.Monke
         first, second = pool.map(pixels_of, [film, film])
     np.testing.assert_array_equal(first, second)
     assert (warnings.filters, logging.getLogger("pydicom").propagate) == (filters, True)
+
+
+def test_a_window_is_kept_for_a_few_pixels_that_lie_between_those_sampled(levels: Array) -> None:
+    sparse = np.full((320, 384), 100, np.uint16)
+    sparse[3::8, 5::8] = levels
+    for center, kept in ((2000, (2000, 1000, "LINEAR")), (9000, None)):
+        expect(make_film(sparse, WindowCenter=center, WindowWidth=1000), sparse, window=kept)
 
 
 def test_only_the_stored_bits_count(levels: Array) -> None:
@@ -319,7 +331,10 @@ def test_only_the_stored_bits_count(levels: Array) -> None:
 
 @pytest.mark.parametrize(
     "syntax",
-    [uid.JPEG2000Lossless, uid.JPEGLSLossless, uid.RLELossless, uid.DeflatedExplicitVRLittleEndian],
+    [
+        *(uid.JPEG2000Lossless, uid.JPEGLSLossless, uid.RLELossless, uid.DeflatedExplicitVRLittleEndian),
+        *(uid.JPEGLossless, uid.JPEGLosslessSV1),
+    ],
 )
 def test_compressed_ones_are_the_same_and_damaged_ones_refused(levels: Array, syntax: uid.UID) -> None:
     film = make_film(levels, syntax, PixelRepresentation=0)

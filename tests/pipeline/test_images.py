@@ -20,7 +20,6 @@ from pipeline.images import (
     ImageError,
     ImageOptions,
     decode_into,
-    decode_jpeg,
     decode_stored,
     prepare,
     resize,
@@ -89,7 +88,7 @@ def test_original_jpeg_keeps_its_coefficients_and_loses_its_metadata(
     assert stripped
     assert stored == encode(gray, progressive=progressive)  # to the byte: nothing else was lost
     np.testing.assert_array_equal(decode(stored), decode(source))
-    np.testing.assert_array_equal(pixels, decode_jpeg(stored))
+    np.testing.assert_array_equal(pixels, decode_stored(stored, "jpeg"))
     assert prepare(stored, ORIGINAL)[0:3:2] == (stored, False)
     assert strip_metadata(stored) == stored
 
@@ -423,6 +422,24 @@ def test_images_of_few_gray_levels_are_noted(gray: Image.Image) -> None:
     few = gray.point(lambda level: level // 32 * 32)
     assert prepare(encode(few, format="PNG"), ORIGINAL).notes == ()  # as many as in the file
     assert prepare(encode(gray), FITTING).notes == ()
+
+
+def test_a_transparent_level_is_black_whatever_its_bits(gray: Image.Image) -> None:
+    levels = np.asarray(gray).astype(np.uint16) * 16
+    expected = np.floor(levels * (255 / 4095) + 0.5)
+    marked = levels.copy()
+    marked[:, :9] = 65535  # beyond the 12 bits of the picture
+    expected[:, :9] = 0
+    raw = ORIGINAL._replace(encoding="raw")
+    for film in (marked, np.stack([marked] * 3, 2)):
+        clear = chunk(b"tRNS", b"\xff" * (2 if film.ndim == 2 else 6))
+        np.testing.assert_array_equal(prepare(deep_png(film, clear), raw).pixels, expected)
+    for bits, pixel, pixels in ((4, b"\x7f\xe0", [119, 0, 238]), (2, b"\x78", [85, 0, 170])):
+        header = chunk(b"IHDR", struct.pack(">IIBBBBB", 3, 1, bits, 0, 0, 0, 0))
+        clear = chunk(b"tRNS", struct.pack(">H", 2**bits - 1))
+        parts = [header, clear, chunk(b"IDAT", zlib.compress(b"\0" + pixel)), chunk(b"IEND", b"")]
+        data = b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+        assert prepare(data, raw).pixels.tolist() == [pixels]
 
 
 def test_alpha_of_0_everywhere_is_ignored(gray: Image.Image) -> None:
