@@ -13,210 +13,175 @@ BATCH  ?= 32
 EPOCHS ?= 12
 SWEEP  ?= runs/sample-sweep
 endif
-
-# The settings for real CheXpert: make shards DATA=<CheXpert folder>, then make train.
-OUT       ?= shards
-SIZE      ?= 320
-VIEWS     ?= frontal
-UNCERTAIN ?= best
-BLANK     ?= zeros
-DEV       ?= 0.05
-ARCH      ?= resnet50
-LR        ?= 1e-4
-WD        ?= 1e-2
-BATCH     ?= 64
-EPOCHS    ?= 5
-SEED      ?= 0
-SPLIT     ?= valid
-SAMPLER   ?= grid
-PRUNER    ?= none
-SWEEP     ?= runs/sweep
-CROSS     ?= runs/cross
-RUN       ?= runs/$(NAME)
-ROUNDS    ?= 25
+OUT    ?= shards
+ARCH   ?= resnet50
+SWEEP  ?= runs/sweep
+CROSS  ?= runs/cross
+SPLIT  ?= valid
+ROUNDS ?= 25
 FUZZ_SECONDS ?= 600
-PYTHON    ?= python3
+PYTHON ?= python3
 # `cpu` installs torch's CPU build, from TORCH_INDEX; .venv/installed keeps which one it is.
 installed := $(shell cat .venv/installed 2>/dev/null)
-TORCH     ?= $(installed)
+TORCH  ?= $(installed)
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+# On real data a network with weights starts from them, unless ARGS say another start.
+PRETRAINED ?= $(if $(SAMPLE)$(filter rescnn,$(ARCH))$(filter --init% --pretrained,$(ARGS)),no,yes)
+
+# Settings that are passed on as options if they are set, and else left to the command's own defaults.
+SHARDING := --size=SIZE --views=VIEWS --dev=DEV --workers=WORKERS
+TRAINING := --arch=ARCH --lr=LR --weight-decay=WD --batch-size=BATCH --epochs=EPOCHS --image-size=SIZE --seed=SEED \
+	--uncertain=UNCERTAIN --blank=BLANK --teacher=TEACHER --views=VIEWS --fusion=FUSION --workers=WORKERS
+SEARCH   := --sampler=SAMPLER --trials=TRIALS --pruner=PRUNER
+# What a run's folder is named by: the settings given by hand, each after a word of its own.
+NAMED    := -=SIZE -lr=LR -wd=WD -batch=BATCH -epochs=EPOCHS -=UNCERTAIN -blank-=BLANK -=VIEWS -=FUSION \
+	-pretrained-=PRETRAINED -seed=SEED
 
 # A variable that nothing reads would leave its default in force without a word, so it is refused.
-SETTINGS := DATA OUT SIZE VIEWS UNCERTAIN BLANK DEV WORKERS ARCH LR WD BATCH EPOCHS SEED SPLIT TEACHER SAMPLER PRUNER \
-	TRIALS SWEEP SHARDS CROSS ARGS IMAGES RUN GPUS ROUNDS FUZZ_SECONDS TARGETS FUSION PRETRAINED PYTHON TORCH TORCH_INDEX SUDO
+SETTINGS := DATA OUT $(sort $(filter-out -%,$(subst =, ,$(SHARDING) $(TRAINING) $(SEARCH)))) RUN SPLIT SWEEP SHARDS CROSS \
+	IMAGES ARGS GPUS PRETRAINED ROUNDS FUZZ_SECONDS TARGETS PYTHON TORCH TORCH_INDEX SUDO
 typed    := $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
 unknown  := $(filter-out $(SETTINGS) SHELL MAKE% -%,$(typed))
 $(if $(unknown),$(error $(firstword $(unknown)) is no setting; there are $(filter-out SUDO,$(SETTINGS))))
 # Expand a leading ~ here: within quotes no shell does, and after NAME= not every shell does.
 $(foreach name,DATA OUT RUN SWEEP TEACHER,$(if $(filter ~ ~/%,$(firstword $($(name)))),\
 	$(eval override $(name) := $(patsubst ~,$(HOME),$(patsubst ~/%,$(HOME)/%,$($(name)))))))
+$(if $(word 2,$(OUT)),$(error OUT=$(OUT): make takes no spaces there))
 
-COMPILE   = $(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --no-annotate --custom-compile-command "make lock"
-SUDO      = $(if $(filter-out 0,$(shell id -u)),sudo)
+,       := ,
+space   := $(subst ,, )
+given    = $(filter command environment override,$(firstword $(origin $(1))))
+left     = $(firstword $(subst =, ,$(1)))
+right    = $(lastword $(subst =, ,$(1)))
+options  = $(foreach pair,$(1),$(if $($(call right,$(pair))),$(call left,$(pair)) "$($(call right,$(pair)))"))
+tagged   = $(if $(call given,$(call right,$(1))),$(call left,$(1))$($(call right,$(1))))
+NAME     = $(subst /,-,$(if $(SAMPLE),sample$(call tagged,-=ARCH),$(ARCH)$(call tagged,-=OUT)))
+RUN     ?= runs/$(NAME)$(subst $(space),,$(foreach pair,$(NAMED),$(call tagged,$(pair))))
 
-BIN := .venv/bin
-# uv takes a minute; where it fails, as behind a mirror that only pip is configured for, pip takes its time.
-INSTALL   = install() { \
-	VIRTUAL_ENV="$(CURDIR)/$(VENV)" "$$(command -v uv || echo $(BIN)/uv)" pip install "$$@" || { \
-	echo 'uv failed: pip installs the same packages, which takes 3 to 15 minutes' >&2; \
-	$(VENV)/bin/python -m pip install "$$@"; }; }
-VENV      = .venv
-CPU       = $(filter cpu,$(TORCH))
-SAY_SAMPLE = @$(if $(SAMPLE),echo 'No shards and no DATA: this is the synthetic sample with small and quick settings.')
-# A policy is passed on to training only where it was set by hand: otherwise the shards' own is used.
-THREADS  = $(if $(WORKERS),--workers $(WORKERS))
+BIN     := .venv/bin
+PYTEST   = $(BIN)/python -m pytest
+PARALLEL = $(PYTEST) -n auto --dist worksteal
+SUDO     = $(if $(filter-out 0,$(shell id -u)),sudo)
+APT      = $(SUDO) apt-get update --quiet && $(SUDO) apt-get install --yes --quiet
+CHROMIUM = @command -v chromium >/dev/null || { $(APT) chromium; }
+COMPILE  = $(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --no-annotate --custom-compile-command "make lock"
 # torchrun, which would take --run for its own without the --; SIGUSR1 is Slurm's warning.
 LAUNCH   = $(if $(GPUS),-m torch.distributed.run --standalone --nproc-per-node $(GPUS) --signals-to-handle SIGTERM$(,)SIGINT$(,)SIGUSR1 --)
-,        := ,
-given    = $(filter command environment override,$(firstword $(origin $(1))))
-$(if $(filter-out cpu,$(TORCH)),$(error TORCH=$(TORCH): give cpu, or leave it out for the build with CUDA))
-$(if $(call given,TORCH),$(if $(wildcard .venv/installed),$(if $(filter-out =$(TORCH),=$(installed)),\
-	$(error .venv holds the other build of torch: make clean first))))
-POLICIES = $(if $(call given,UNCERTAIN),--uncertain $(UNCERTAIN)) $(if $(call given,BLANK),--blank $(BLANK)) \
-	$(if $(TEACHER),--teacher $(TEACHER))
-tagged   = $(if $(call given,$(1)),-$(2)$($(1)))
-# The sample's run is named by what was set by hand alone.
-named    = $(if $(SAMPLE),$(call tagged,$(1),$(2)),-$(2)$($(1)))
-# A timm network has a size of its own, where none was set by hand.
-SIZED    = $(if $(SAMPLE)$(call given,SIZE),yes,$(if $(filter timm/%,$(ARCH)),,yes))
-IMAGE_SIZE = $(if $(SIZED),--image-size $(SIZE))
-# On real data a network with weights starts from them: all but rescnn, and where ARGS say another start.
-SCRATCH  = $(SAMPLE)$(filter no,$(PRETRAINED))$(filter rescnn,$(ARCH))$(filter --init% --pretrained,$(ARGS))
-START    = $(if $(filter yes,$(PRETRAINED)),--pretrained,$(if $(SCRATCH),,--pretrained))
-NAME     = $(subst /,-,$(if $(SAMPLE),sample$(call tagged,ARCH),$(ARCH)$(call tagged,OUT)))$(if $(SIZED),$(call named,SIZE))$(call named,LR,lr)$(call named,WD,wd)$(call tagged,BATCH,batch)$(call tagged,EPOCHS,epochs)$(call tagged,UNCERTAIN)$(call tagged,BLANK,blank-)$(call tagged,VIEWS)$(if $(FUSION),-$(FUSION))$(call tagged,PRETRAINED,pretrained-)$(call named,SEED,seed)
-SHARED   = --epochs $(EPOCHS) $(IMAGE_SIZE) $(START) --seed $(SEED) $(if $(call given,VIEWS),--views $(VIEWS)) $(if $(FUSION),--fusion $(FUSION)) $(THREADS)
-WRITE    = $(BIN)/pipeline shards "$(DATA)" $(OUT) --size $(SIZE) --views $(VIEWS) --dev $(DEV) $(THREADS)
-$(if $(word 2,$(OUT)),$(error OUT=$(OUT): make takes no spaces there))
+LEARN    = $(call options,$(TRAINING)) $(if $(filter yes,$(PRETRAINED)),--pretrained) $(ARGS)
+WRITE    = $(BIN)/pipeline shards "$(DATA)" $(OUT) $(call options,$(SHARDING))
+SAY_SAMPLE = @$(if $(SAMPLE),echo 'No shards and no DATA: this is the synthetic sample with small and quick settings.')
 
 .DEFAULT_GOAL := help
 .PHONY: help setup shards verify stats train sweep cross evaluate predict test test-cpus test-wheel test-pages test-s3 test-examples test-cluster docs-check soak fuzz audit docs lint bench-etl bench-stream bench-gpu bench-auroc bench-scale bench-waits pictures lock clean
+# All but these need the pinned packages.
+$(filter-out help clean,$(shell sed -n 's/^\.PHONY: help //p' $(firstword $(MAKEFILE_LIST)))): .venv/installed
 
 ##@ Set up
 help:  ## list the targets
 	@sed -nE 's/^##@ (.*)/\n\1:/p; s/^([a-z0-9-]+):.*## (.*)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 17
-
-setup: .venv/installed  ## create .venv and install the pinned packages; again only when the lock changes
+setup:  ## create .venv and install the pinned packages; again only when the lock changes
 
 ##@ Data
-shards: .venv/installed $(SAMPLE)  ## write DATA (a CheXpert folder) as shards to OUT
+shards: $(SAMPLE)  ## write DATA (a CheXpert folder) as shards to OUT
 	@$(if $(DATA),,echo 'make shards needs DATA=<CheXpert folder>' >&2; exit 2)
-	$(WRITE) $(if $(call given,UNCERTAIN),--uncertain $(UNCERTAIN)) $(if $(call given,BLANK),--blank $(BLANK)) $(ARGS)
-
-verify: .venv/installed $(OUT)/manifest.json  ## check the shards in OUT: hashes, structure, every image
-	$(BIN)/pipeline verify $(OUT) --deep $(THREADS)
-
-stats: .venv/installed $(OUT)/manifest.json  ## count the labels of the shards in OUT
+	$(WRITE) $(call options,--uncertain=UNCERTAIN --blank=BLANK) $(ARGS)
+verify: $(OUT)/manifest.json  ## check the shards in OUT: hashes, structure, every image
+	$(BIN)/pipeline verify $(OUT) --deep $(call options,--workers=WORKERS)
+stats: $(OUT)/manifest.json  ## count the labels of the shards in OUT
 	$(SAY_SAMPLE)
 	$(BIN)/pipeline stats $(OUT)
 
 ##@ Train and use
-train: .venv/installed $(OUT)/manifest.json  ## train on OUT with LR, WD, EPOCHS, BATCH, ARCH, SEED, GPUS; continue RUN if it is there
-ifneq ($(words $(LR) $(WD) $(BATCH) $(ARCH) $(UNCERTAIN)),5)
+train: $(OUT)/manifest.json  ## train on OUT with LR, WD, EPOCHS, BATCH, ARCH, SEED, GPUS; continue RUN if it is there
+ifneq ($(strip $(foreach name,LR WD BATCH ARCH UNCERTAIN,$(word 2,$($(name))))),)
 train: sweep
 else
 	$(SAY_SAMPLE)
-	$(BIN)/python $(LAUNCH) train.py --shards $(OUT) --run "$(RUN)" --arch $(ARCH) --lr $(LR) --weight-decay $(WD) \
-		--batch-size $(BATCH) $(SHARED) $(POLICIES) $(ARGS)
+	$(BIN)/python $(LAUNCH) train.py --shards $(OUT) --run "$(RUN)" $(LEARN)
 endif
-
-sweep: .venv/installed $(OUT)/manifest.json  ## train with each of several LR, WD, BATCH, ARCH, UNCERTAIN; or SAMPLER=tpe TRIALS=40
+sweep: $(OUT)/manifest.json  ## train with each of several LR, WD, BATCH, ARCH, UNCERTAIN; or SAMPLER=tpe TRIALS=40
 	$(SAY_SAMPLE)
 	@$(if $(GPUS),echo 'A sweep trains each trial on one device: leave GPUS out.' >&2; exit 2)
-	$(BIN)/python train.py sweep --shards $(OUT) --sweep $(SWEEP) --arch "$(ARCH)" --lr "$(LR)" --weight-decay "$(WD)" \
-		--batch-size "$(BATCH)" $(if $(call given,UNCERTAIN),--uncertain "$(UNCERTAIN)") --sampler $(SAMPLER) --pruner $(PRUNER) \
-		$(if $(TRIALS),--trials $(TRIALS)) $(if $(call given,BLANK),--blank $(BLANK)) $(if $(TEACHER),--teacher $(TEACHER)) $(SHARED) $(ARGS)
-
-cross: .venv/installed  ## train on each of several folders SHARDS, on all but one and on all; score every run on every folder
+	$(BIN)/python train.py sweep --shards $(OUT) --sweep $(SWEEP) $(call options,$(SEARCH)) $(LEARN)
+cross:  ## train on each of several folders SHARDS, on all but one and on all; score every run on every folder
 	@$(if $(word 2,$(SHARDS)),,echo 'make cross needs SHARDS="A B": two folders of shards or more' >&2; exit 2)
-	$(BIN)/python train.py cross $(foreach folder,$(SHARDS),--shards $(folder)) --out "$(CROSS)" --arch $(ARCH) --lr $(LR) \
-		--weight-decay $(WD) --batch-size $(BATCH) $(SHARED) $(POLICIES) $(ARGS)
-
-evaluate: .venv/installed  ## score the best checkpoint of RUN on SPLIT of its own shards, or of those in OUT
+	$(BIN)/python train.py cross $(foreach folder,$(SHARDS),--shards $(folder)) --out "$(CROSS)" $(LEARN)
+evaluate:  ## score the best checkpoint of RUN on SPLIT of its own shards, or of those in OUT
 	$(SAY_SAMPLE)
-	$(BIN)/python train.py evaluate $(if $(call given,OUT),--shards $(OUT)) --run "$(RUN)" --split $(SPLIT) $(THREADS) $(ARGS)
-
-predict: .venv/installed  ## score IMAGES (files or folders) by the best checkpoint of RUN, into RUN/predictions.csv
+	$(BIN)/python train.py evaluate $(if $(call given,OUT),--shards $(OUT)) --run "$(RUN)" --split $(SPLIT) $(call options,--workers=WORKERS) $(ARGS)
+predict:  ## score IMAGES (files or folders) by the best checkpoint of RUN, into RUN/predictions.csv
 	@$(if $(IMAGES),,echo 'make predict needs IMAGES=<files or folders>' >&2; exit 2)
-	$(BIN)/python train.py predict --run "$(RUN)" --out "$(RUN)/predictions.csv" $(THREADS) $(ARGS) $(IMAGES)
+	$(BIN)/python train.py predict --run "$(RUN)" --out "$(RUN)/predictions.csv" $(call options,--workers=WORKERS) $(ARGS) $(IMAGES)
 
 ##@ Test
-test: .venv/installed  ## run the tests
-	$(BIN)/python -m pytest -n auto --dist worksteal
-
-test-cpus: .venv/installed  ## run the tests that compute with torch as processors with SSE4.1, AVX2 and, if it is here, AVX-512 would
+test:  ## run the tests
+	$(PARALLEL)
+test-cpus:  ## run the tests that compute with torch as processors with SSE4.1, AVX2 and, if it is here, AVX-512 would
 	for cpu in default:SSE41 avx2:AVX2 $$(grep -qsw avx512f /proc/cpuinfo && echo avx512:AVX512_CORE); do \
-		ATEN_CPU_CAPABILITY=$${cpu%:*} ONEDNN_MAX_CPU_ISA=$${cpu#*:} \
-		$(BIN)/python -m pytest -n auto --dist worksteal tests/golden tests/model || exit; done
-
-test-wheel: .venv/installed  ## build the wheel, and run both commands from it outside this folder
-	$(BIN)/python -m pytest tests/test_wheel.py -m wheel
-
-test-pages: .venv/installed  ## look at the report in headless Chromium (installs Debian's chromium where there is none)
-	@command -v chromium >/dev/null || { $(SUDO) apt-get update --quiet && $(SUDO) apt-get install --yes --quiet chromium; }
-	$(BIN)/python -m pytest tests/pipeline/look/test_pages.py -m pages
-
-test-s3: .venv/installed .venv-s3/installed  ## read shards from a real object store on loopback (OpenStack Swift)
-	SWIFT_BIN=.venv-s3/bin $(BIN)/python -m pytest tests/pipeline/stream/test_s3.py
-
-test-examples: .venv/installed .venv-examples/installed  ## train in the loops of Lightning, Accelerate and MONAI, stop and resume
-	PYTHONPATH="$(CURDIR)/.venv-examples" $(BIN)/python -m pytest tests/test_examples.py -m examples
-
-test-cluster: .venv/installed .venv-s3/installed  ## work with several processes and hosts, and lose some of them
-	SWIFT_BIN=.venv-s3/bin $(BIN)/python -m pytest -m cluster
-
-docs-check: .venv/installed  ## run the blocks of the pages that take longer
-	$(BIN)/python -m pytest tests/test_docs.py -m docs
-
-soak: .venv/installed  ## kill ETL, trainer, sweep, ranks and Dask workers at random moments, ROUNDS times over
-	KILL_ROUNDS=$(ROUNDS) $(BIN)/python -m pytest -n auto --dist worksteal -m soak
-
-fuzz: .venv/installed .venv-fuzz/installed  ## feed damaged files to every reader, FUZZ_SECONDS each (Atheris)
+		ATEN_CPU_CAPABILITY=$${cpu%:*} ONEDNN_MAX_CPU_ISA=$${cpu#*:} $(PARALLEL) tests/golden tests/model || exit; done
+test-wheel:  ## build the wheel, and run both commands from it outside this folder
+	$(PYTEST) -m wheel
+test-pages:  ## look at the report in headless Chromium (installs Debian's chromium where there is none)
+	$(CHROMIUM)
+	$(PYTEST) -m pages
+test-s3: .venv-s3/installed  ## read shards from a real object store on loopback (OpenStack Swift)
+	SWIFT_BIN=.venv-s3/bin $(PYTEST) tests/pipeline/stream/test_s3.py
+test-examples: .venv-examples/installed  ## train in the loops of Lightning, Accelerate and MONAI, stop and resume
+	PYTHONPATH="$(CURDIR)/.venv-examples" $(PYTEST) -m examples
+test-cluster: .venv-s3/installed  ## work with several processes and hosts, and lose some of them
+	SWIFT_BIN=.venv-s3/bin $(PYTEST) -m cluster
+docs-check:  ## run the blocks of the pages that take longer
+	$(PYTEST) -m docs
+soak:  ## kill ETL, trainer, sweep, ranks and Dask workers at random moments, ROUNDS times over
+	KILL_ROUNDS=$(ROUNDS) $(PARALLEL) -m soak
+fuzz: .venv-fuzz/installed  ## feed damaged files to every reader, FUZZ_SECONDS each (Atheris)
 	PYTHONPATH=.:.venv-fuzz FUZZ_SECONDS=$(FUZZ_SECONDS) TARGETS="$(TARGETS)" $(BIN)/python tests/fuzz.py
-
-audit: .venv/installed .venv-audit/installed  ## look the pinned packages up in the database of known vulnerabilities
+audit: .venv-audit/installed  ## look the pinned packages up in the database of known vulnerabilities
 	.venv-audit/bin/pip-audit --requirement requirements.lock --no-deps --disable-pip --strict
-
 docs: .venv-docs/installed  ## build the pages as a site in build/docs (MkDocs)
 	.venv-docs/bin/mkdocs build --strict --config-file .ci/mkdocs.yml
-
-lint: .venv/installed  ## check style (ruff) and types (mypy)
+lint:  ## check style (ruff) and types (mypy)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
 ##@ Measure
-bench-etl: .venv/installed .venv-peers/installed  ## measure sharding beside img2dataset, Pillow and the codec
+bench-etl: .venv-peers/installed  ## measure sharding beside img2dataset, Pillow and the codec
 	$(BIN)/python benchmarks/etl.py --peers .venv-peers/bin/python
-
-bench-stream: .venv/installed .venv-peers-stream/installed  ## measure the stream beside its peers (installs Debian's ffmpeg where there is none)
-	@command -v ffmpeg >/dev/null || { $(SUDO) apt-get update --quiet && $(SUDO) apt-get install --yes --quiet ffmpeg; }
+bench-stream: .venv-peers-stream/installed  ## measure the stream beside its peers (installs Debian's ffmpeg where there is none)
+	@command -v ffmpeg >/dev/null || { $(APT) ffmpeg; }
 	$(BIN)/python -m benchmarks.stream --peers .venv-peers-stream/bin/python
-
-bench-gpu: .venv/installed $(OUT)/manifest.json  ## measure the training step on a GPU: resnet50 at 320, bf16 and fp16, compiled or not
+bench-gpu: $(OUT)/manifest.json  ## measure the training step on a GPU: resnet50 at 320, bf16 and fp16, compiled or not
 	@$(BIN)/python -c 'import torch; torch.cuda.is_available() or exit("make bench-gpu needs a GPU that torch can use")'
 	for options in "--amp bf16" "--amp bf16 --compile" "--amp fp16"; do \
 		$(BIN)/python -m benchmarks.step --shards $(OUT) --arch resnet50 --size 320 --batch 64 --steps 50 $$options || exit; done
-
-bench-auroc: .venv/installed  ## measure minutes from CSV and JPEGs to dev AUROC .90, beside two usual recipes; ARGS="--images 600 …"
+bench-auroc:  ## measure minutes from CSV and JPEGs to dev AUROC .90, beside two usual recipes; ARGS="--images 600 …"
 	$(BIN)/python -m benchmarks.auroc $(ARGS)
-
-bench-scale: .venv/installed  ## shard the whole real label table; measure time and memory
+bench-scale:  ## shard the whole real label table; measure time and memory
 	$(BIN)/python benchmarks/scale.py
-
-bench-waits: .venv/installed $(OUT)/manifest.json  ## measure the CPU seconds of commands on the sample's finished run; ARGS="--against ../before"
+bench-waits: $(OUT)/manifest.json  ## measure the CPU seconds of commands on the sample's finished run; ARGS="--against ../before"
 	$(BIN)/python -m benchmarks.waits $(ARGS)
 
 ##@ Maintain
-pictures: .venv/installed  ## draw docs/pictures and docs/sample anew from the sample (installs Debian's chromium where there is none)
-	@command -v chromium >/dev/null || { $(SUDO) apt-get update --quiet && $(SUDO) apt-get install --yes --quiet chromium; }
+pictures:  ## draw docs/pictures and docs/sample anew from the sample (installs Debian's chromium where there is none)
+	$(CHROMIUM)
 	$(BIN)/python -m docs.redraw
-
-lock: .venv/installed  ## resolve the dependencies anew, and those of the stream's peers, into files of pinned versions
+lock:  ## resolve the dependencies anew, and those of the stream's peers, into files of pinned versions
 	$(COMPILE) --extra dev pyproject.toml --output-file requirements.lock
 	$(COMPILE) benchmarks/peers-stream.in --output-file benchmarks/peers-stream.txt
-
 clean:  ## remove .venv and caches; keeps shards and runs
-	rm -rf .venv .venv-peers .venv-peers-stream .venv-s3 .venv-examples .venv-fuzz .venv-audit .venv-docs .fuzz *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv $(patsubst %/installed,%,$(TOOLS)) .venv-fuzz .venv-examples .fuzz *.egg-info .mypy_cache .pytest_cache .ruff_cache
+
+# uv takes a minute; if it fails, as behind a mirror that only pip is configured for, pip takes its time.
+VENV     = .venv
+CPU      = $(filter cpu,$(TORCH))
+INSTALL  = install() { \
+	VIRTUAL_ENV="$(CURDIR)/$(VENV)" "$$(command -v uv || echo $(BIN)/uv)" pip install "$$@" || { \
+	echo 'uv failed: pip installs the same packages, which takes 3 to 15 minutes' >&2; \
+	$(VENV)/bin/python -m pip install "$$@"; }; }
+$(if $(filter-out cpu,$(TORCH)),$(error TORCH=$(TORCH): give cpu, or leave it out for the build with CUDA))
+$(if $(call given,TORCH),$(if $(wildcard .venv/installed),$(if $(filter-out =$(TORCH),=$(installed)),\
+	$(error .venv holds the other build of torch: make clean first))))
 
 # The stamp is written last: an interrupted installation is repeated.
 .venv/installed: requirements.lock pyproject.toml
@@ -232,14 +197,15 @@ clean:  ## remove .venv and caches; keeps shards and runs
 	@echo $(TORCH) > $@
 
 # Environments of their own: the peers of benchmarks, and tools.
+TOOLS := .venv-peers/installed .venv-peers-stream/installed .venv-audit/installed .venv-docs/installed .venv-s3/installed
 .venv-peers/installed: benchmarks/peers.txt
 .venv-peers-stream/installed: benchmarks/peers-stream.txt
 .venv-audit/installed: tests/audit.txt
 .venv-docs/installed: tests/docs.txt
 .venv-s3/installed: tests/s3.txt
 .venv-peers-stream/installed .venv-examples/installed: PIP = --no-deps
-.venv-peers/installed .venv-peers-stream/installed .venv-audit/installed .venv-docs/installed .venv-s3/installed: VENV = $(@D)
-.venv-peers/installed .venv-peers-stream/installed .venv-audit/installed .venv-docs/installed .venv-s3/installed:
+$(TOOLS): VENV = $(@D)
+$(TOOLS):
 	$(PYTHON) -m venv $(@D)
 	@$(INSTALL); install --quiet $(PIP) --requirement $<
 	@touch $@
@@ -255,9 +221,7 @@ clean:  ## remove .venv and caches; keeps shards and runs
 $(OUT)/manifest.json: $(if $(call given,DATA),always) | .venv/installed $(SAMPLE)
 	@$(if $(DATA),,echo 'No shards in $(OUT). Write them with: make shards DATA=<CheXpert folder> OUT=$(OUT)' >&2; exit 2)
 	$(WRITE)
-
 .PHONY: always
 always:
-
 sample/CheXpert-v1.0-small/train.csv: | .venv/installed
 	$(BIN)/pipeline sample sample
