@@ -134,8 +134,8 @@ def write_shards(
     hashes = {name: hash_file(path) for name, path in named_files.items()}
     with named_failures(out, "cannot be written"):
         chosen = _choose_policies(out, policies)
-        named = source.told
-        if source.set != SETS[source.set].TERMS.name:  # other rows of the same table
+        named = source.stated
+        if source.set != SETS[source.set].terms.name:  # other rows of the same table
             named["set"] = source.set
         wanted = {"options": asdict(options) | named, "policies": chosen, "sources": hashes}
         run = Run(out, source, options, chosen, wanted, how, progress)

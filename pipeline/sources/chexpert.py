@@ -19,26 +19,9 @@ import pyarrow as pa
 
 from pipeline.base.errors import DataError
 from pipeline.base.store import list_folders, named_failures, open_location
-from pipeline.identity import Note, ignore
 from pipeline.labels import read_labels
-from pipeline.sources.source import Source, Terms
+from pipeline.sources.source import DataSet, Terms
 
-TERMS = Terms(
-    name="chexpert",
-    title="CheXpert",
-    patients="chexpert",
-    license="Stanford University School of Medicine CheXpert Dataset Research Use Agreement",
-    paper="Irvin et al., AAAI 2019",
-)
-DRAWN = Terms(
-    name="sample",
-    title="synthetic images by `pipeline sample`",
-    patients="sample",
-    license="none needed: the images show no patient",
-    paper="",
-)
-LOOKED_FOR = "a train.csv, valid.csv or test_labels.csv"
-COLUMN = "Path"
 CSV_NAMES = {
     "train": ("train.csv", "train.csv.gz"),
     "valid": ("valid.csv", "valid.csv.gz", "val_labels.csv"),
@@ -72,14 +55,6 @@ def find_tables(folder: Path) -> dict[str, Path] | None:
     if len(inside) > 1:
         raise DataError(f"{folder}: CSVs in several folders ({', '.join(inside)}); name one of them")
     return next(iter(inside.values()), None)
-
-
-def read_tables(source: Source, note: Note = ignore) -> dict[str, pa.Table]:
-    """Split → its label table. Raises DataError, naming file, line and column."""
-    return {split: read_labels(csv) for split, csv in source.csvs.items()}
-
-
-read_table = read_labels
 
 
 def find_roots(homes: Sequence[Path]) -> list[Path]:
@@ -191,3 +166,29 @@ def describe_moved(tables: Iterable[pa.Table], roots: Sequence[Path]) -> str | N
         return None
     path, file = moved[0]
     return f"{len(moved):,} images are in another folder than the CSV says, for example {file} for {path}"
+
+
+SET = DataSet(
+    Terms(
+        name="chexpert",
+        title="CheXpert",
+        patients="chexpert",
+        license="Stanford University School of Medicine CheXpert Dataset Research Use Agreement",
+        paper="Irvin et al., AAAI 2019",
+    ),
+    files="a train.csv, valid.csv or test_labels.csv",
+    find_tables=find_tables,
+    read_tables=lambda source, note: {split: read_labels(csv) for split, csv in source.csvs.items()},
+    read_table=read_labels,
+    column="Path",
+    locate=locate,
+    find_roots=find_roots,
+    describe_moved=describe_moved,
+)
+DRAWN = Terms(
+    name="sample",
+    title="synthetic images by `pipeline sample`",
+    patients="sample",
+    license="none needed: the images show no patient",
+    paper="",
+)

@@ -54,7 +54,7 @@ def _name_set(source: Path, sources: Sequence[Path]) -> tuple[str, str]:
     if (source / NAME).is_file():
         dataset = read_manifest(source).dataset
         return dataset["name"], dataset["patients"]
-    terms = SETS[find_set(source)[0]].TERMS
+    terms = SETS[find_set(source)[0]].terms
     return terms.name, terms.patients
 
 

@@ -10,26 +10,24 @@ labels of version 2.1.0, `test` holds the studies that they cover, by these labe
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.base.csvs import demand, demand_columns, demand_unique, read_strings
+from pipeline.base.csvs import demand_cells, demand_columns, demand_unique, read_strings
 from pipeline.base.errors import DataError
 from pipeline.identity import Note, ignore, join, normalize_ids, normalize_paths
-from pipeline.labels import LABELS, POSITIONS, parse_states
-from pipeline.sources.source import Source, Terms, locate_below, no_more_roots, nothing_moved, take_states
-
-TERMS = Terms(
-    name="mimic",
-    title="MIMIC-CXR-JPG",
-    patients="mimic",
-    license="PhysioNet Credentialed Health Data License",
-    paper="Johnson et al., arXiv:1901.07042",
+from pipeline.labels import LABELS, parse_states
+from pipeline.sources.source import (
+    DataSet,
+    Source,
+    Terms,
+    first_file,
+    locate_below,
+    make_table,
+    take_states,
 )
-LOOKED_FOR = "a mimic-cxr-2.0.0-split.csv"
-COLUMN = "subject_id"
+
 TABLES = {
     "split": ("mimic-cxr-2.0.0-split.csv",),
     "metadata": ("mimic-cxr-2.0.0-metadata.csv",),
@@ -37,55 +35,62 @@ TABLES = {
     "radiologist": ("mimic-cxr-2.1.0-test-set-labeled.csv",),
 }
 SPLITS = {"train": "train", "validate": "valid", "test": "test"}
+CHECKS = {
+    "dicom_id": (r"^[0-9a-f]{8}(-[0-9a-f]{8}){0,7}$", "is not dashed hexadecimal"),
+    "study_id": (r"^\d{1,9}$", "is not a number of up to 9 digits"),
+    "subject_id": (r"^\d{1,10}$", "is not a number of up to 10 digits"),
+    "split": (f"^({'|'.join(SPLITS)})$", f"is none of {', '.join(SPLITS)}"),
+}
 RADIOLOGISTS_NAMES = {"Airspace Opacity": "Lung Opacity"}
-find_roots, describe_moved = no_more_roots, nothing_moved
+VIEWS = {"AP": "frontal", "PA": "frontal", "LATERAL": "lateral", "LL": "lateral", "RL": "lateral"}
 
 
 def find_tables(folder: Path) -> dict[str, Path] | None:
     """The tables, plain or gzipped; None without the split's. Raises DataError if another one is missing."""
-    found = {}
-    for role, names in TABLES.items():
-        files = (folder / f"{name}{end}" for name in names for end in ("", ".gz"))
-        path = next((file for file in files if file.is_file()), None)
-        if path is not None:
-            found[role] = path
-    if "split" not in found:
+    files = {role: first_file(folder, names) for role, names in TABLES.items()}
+    tables = {role: path for role, path in files.items() if path}
+    if "split" not in tables:
         return None
-    missing = [TABLES[role][0] for role in ("metadata", "labels") if role not in found]
+    missing = [TABLES[role][0] for role in ("metadata", "labels") if role not in tables]
     if missing:
-        raise DataError(f"{folder}: {found['split'].name} is there, but not {' and '.join(missing)}")
-    return found
-
-
-def read_table(csv: Path) -> pa.Table:
-    """One of its tables alone does not make a label table: raises DataError."""
-    raise DataError(f"{csv}: one of several tables of {TERMS.title}; name the folder that holds them")
+        raise DataError(f"{folder}: {tables['split'].name} is there, but not {' and '.join(missing)}")
+    return tables
 
 
 def read_tables(source: Source, note: Note = ignore) -> dict[str, pa.Table]:
-    """Split → its label table. Raises DataError, naming file, line and column."""
+    """Split → its label table."""
     csvs = source.csvs
-    csv = csvs["split"]
-    images = read_strings(csv, ("dicom_id", "study_id", "subject_id", "split"))
+    images = read_strings(csvs["split"], tuple(CHECKS))
     for name in ("study_id", "subject_id"):
         images = images.set_column(images.column_names.index(name), name, normalize_ids(images[name]))
-    for name, pattern, complaint in (
-        ("dicom_id", r"^[0-9a-f]{8}(-[0-9a-f]{8}){0,7}$", "is not dashed hexadecimal"),
-        ("study_id", r"^\d{1,9}$", "is not a number of up to 9 digits"),
-        ("subject_id", r"^\d{1,10}$", "is not a number of up to 10 digits"),
-        ("split", f"^({'|'.join(SPLITS)})$", f"is none of {', '.join(SPLITS)}"),
-    ):
-        demand(csv, name, images[name], pc.match_substring_regex(images[name], pattern), complaint)
-    demand_unique(csv, images["dicom_id"].combine_chunks())
-    columns = _read_identity(images) | _read_views(csvs["metadata"], images["dicom_id"], note)
-    table = pa.table(columns | _read_labels(csvs["labels"], images["study_id"], note))
-    tables = {
-        ours: table.filter(pc.equal(images["split"], theirs)).combine_chunks()
-        for theirs, ours in SPLITS.items()
-    }
+    demand_cells(csvs["split"], images, CHECKS)
+    dicom, study_id = images["dicom_id"].combine_chunks(), images["study_id"]
+    demand_unique(csvs["split"], dicom)
+    patient = pc.binary_join_element_wise("p", images["subject_id"], "")
+    study = pc.binary_join_element_wise("s", study_id, "")
+    folder = pc.binary_join_element_wise(
+        "files", pc.utf8_slice_codeunits(patient, 0, 3), patient, study, dicom, "/"
+    )
+    views = read_strings(csvs["metadata"], ("dicom_id", "ViewPosition"))
+    place = join(dicom, csvs["metadata"], views, views["dicom_id"], "images", note, normalize_paths)
+    position = views["ViewPosition"].take(place)
+    frontal = pc.is_in(position, value_set=pa.array(["AP", "PA"]))
+    labels = read_strings(csvs["labels"], ("study_id", *LABELS))
+    place = join(study_id, csvs["labels"], labels.select(LABELS), labels["study_id"], "studies", note)
+    table = make_table(
+        {label: take_states(parse_states(csvs["labels"], label, labels[label]), place) for label in LABELS},
+        path=pc.binary_join_element_wise(folder, "jpg", "."),
+        key=pc.binary_join_element_wise(patient, study, dicom, "_"),
+        patient=patient,
+        study=study_id,
+        # `other` where ViewPosition names neither kind, or there is no row.
+        view=[VIEWS.get(name or "", "other") for name in position.to_pylist()],
+        projection=pc.if_else(frontal, position, None),
+    )
+    tables = {ours: table.filter(pc.equal(images["split"], name)) for name, ours in SPLITS.items()}
     if "radiologist" in csvs:
         tables |= _read_radiologist(csvs["radiologist"], tables["test"], note)
-    return {split: rows for split, rows in tables.items() if len(rows)}
+    return {split: rows.combine_chunks() for split, rows in tables.items() if len(rows)}
 
 
 def locate(paths: Sequence[str], roots: Sequence[Path]) -> list[str]:
@@ -93,42 +98,6 @@ def locate(paths: Sequence[str], roots: Sequence[Path]) -> list[str]:
     return locate_below(
         paths, [(root, "") for root in roots if (root / "files").is_dir()] or [(roots[0], "")]
     )
-
-
-def _read_identity(images: pa.Table) -> dict[str, Any]:
-    patient = pc.binary_join_element_wise("p", images["subject_id"], "")
-    study = pc.binary_join_element_wise("s", images["study_id"], "")
-    group = pc.utf8_slice_codeunits(patient, 0, 3)
-    folder = pc.binary_join_element_wise("files", group, patient, study, images["dicom_id"], "/")
-    return {
-        "path": pc.binary_join_element_wise(folder, "jpg", "."),
-        "key": pc.binary_join_element_wise(patient, study, images["dicom_id"], "_"),
-        "patient": patient,
-        "study": images["study_id"].cast(pa.int32()),
-    }
-
-
-def _read_views(csv: Path, dicom: pa.ChunkedArray, note: Note) -> dict[str, Any]:
-    """View and projection of each image; `other` where ViewPosition names neither kind, or there is no row."""
-    table = read_strings(csv, ("dicom_id", "ViewPosition"))
-    place = join(dicom, csv, table, table["dicom_id"], "images", note, normalize_paths)
-    position = table["ViewPosition"].take(place)
-    view = [POSITIONS.get(name or "", "other") for name in position.to_pylist()]
-    frontal = pc.is_in(position, value_set=pa.array(["AP", "PA"]))
-    nothing = pa.nulls(len(view), pa.string())
-    return {
-        "view": pa.array(view),
-        "sex": nothing,
-        "age": pa.nulls(len(view), pa.int16()),
-        "projection": pc.if_else(frontal, position, nothing),
-    }
-
-
-def _read_labels(csv: Path, study: pa.ChunkedArray, note: Note) -> dict[str, pa.Array]:
-    """The states of each image's study; not annotated for a study that the table lacks."""
-    table = read_strings(csv, ("study_id", *LABELS))
-    place = join(study, csv, table.select(LABELS), table["study_id"], "studies", note)
-    return {label: take_states(parse_states(csv, label, table[label]), place) for label in LABELS}
 
 
 def _read_radiologist(csv: Path, test: pa.Table, note: Note) -> dict[str, pa.Table]:
@@ -143,3 +112,19 @@ def _read_radiologist(csv: Path, test: pa.Table, note: Note) -> dict[str, pa.Tab
         states = parse_states(csv, label, table[label]).take(place.drop_null())
         read = read.set_column(read.schema.get_field_index(label), label, states)
     return {"test": read, "test_rest": test.filter(place.is_null())}
+
+
+SET = DataSet(
+    Terms(
+        name="mimic",
+        title="MIMIC-CXR-JPG",
+        patients="mimic",
+        license="PhysioNet Credentialed Health Data License",
+        paper="Johnson et al., arXiv:1901.07042",
+    ),
+    files=f"a {TABLES['split'][0]}",
+    find_tables=find_tables,
+    read_tables=read_tables,
+    column="subject_id",
+    locate=locate,
+)

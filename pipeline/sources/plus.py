@@ -17,32 +17,26 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.json as pajson
 
-from pipeline.base.csvs import demand, demand_unique, read_header, read_strings
+from pipeline.base.csvs import demand, demand_cells, demand_unique, read_header, read_strings
 from pipeline.base.errors import DataError, quote
 from pipeline.base.store import open_to_read
 from pipeline.identity import Note, ignore, join, normalize_paths
 from pipeline.labels import LABELS, read_labels
-from pipeline.sources.source import Source, Terms, locate_below, no_more_roots, nothing_moved, take_states
+from pipeline.sources.source import DataSet, Source, Terms, locate_below, make_table, take_states
 
-TERMS = Terms(
-    name="chexpert-plus",
-    title="CheXpert Plus",
-    patients="chexpert",
-    license="Stanford University Dataset Research Use Agreement",
-    paper="Chambon et al., arXiv:2405.19538",
-)
-LOOKED_FOR = "a df_chexpert_plus_240401.csv"
-COLUMN = "path_to_image"
 TABLE = "df_chexpert_plus_240401.csv"
 LABEL_FILES = tuple(f"chexbert_labels/{part}_fixed.json" for part in ("report", "impression", "findings"))
-COLUMNS = ("path_to_image", "frontal_lateral", "ap_pa", "age", "sex", "split")
+CHECKS = {
+    "frontal_lateral": ("^(?i:frontal|lateral)$", "is neither Frontal nor Lateral"),
+    "split": ("^(train|valid)$", "is none of train, valid"),
+    "age": (r"^\d{1,3}(\.0)?$", "is not a number of years"),
+}
 FACTS = ("race", "ethnicity", "interpreter_needed", "insurance_type")
 SPLITS = ("train", "valid")
 _PATH = (
     r"^(?:train|valid)/(?P<patient>patient\d{1,20})/study(?P<study>\d{1,6})/"
-    r"(?P<view>view\d{1,4}_(?:frontal|lateral))\.jpg$"
+    r"(?P<view>view\d{1,4}_(?:frontal|lateral))\.(?i:jpg|jpeg|png|dcm)$"
 )
-find_roots, describe_moved = no_more_roots, nothing_moved
 
 
 def find_tables(folder: Path) -> dict[str, Path] | None:
@@ -51,65 +45,43 @@ def find_tables(folder: Path) -> dict[str, Path] | None:
         return None
     labels = next((folder / name for name in LABEL_FILES if (folder / name).is_file()), None)
     own = {f"labels_{split}": folder / f"{split}.csv" for split in SPLITS}
-    found = {"labels": labels} if labels else {role: path for role, path in own.items() if path.is_file()}
-    if not found:
+    files = {"labels": labels} if labels else {role: path for role, path in own.items() if path.is_file()}
+    if not files:
         raise DataError(f"{folder}: {TABLE} is there, but none of {', '.join(LABEL_FILES)}, train.csv")
-    return {"table": folder / TABLE, **found}
-
-
-def read_table(csv: Path) -> pa.Table:
-    """The table alone has no labels: raises DataError."""
-    raise DataError(
-        f"{csv}: the labels of {TERMS.title} are in another file; name the folder that holds both"
-    )
+    return {"table": folder / TABLE, **files}
 
 
 def read_tables(source: Source, note: Note = ignore) -> dict[str, pa.Table]:
-    """Split → its label table. Raises DataError, naming file, line and column."""
+    """Split → its label table."""
     csv = source.csvs["table"]
-    there = [name for name in FACTS if name in read_header(csv)]
-    text = read_strings(csv, (*COLUMNS, *there))
+    facts = [name for name in FACTS if name in read_header(csv)]
+    text = read_strings(csv, ("path_to_image", *CHECKS, "ap_pa", "sex", *facts))
     path = text["path_to_image"]
     parts = pc.extract_regex(path, _PATH)
-    demand(
-        csv,
-        "path_to_image",
-        path,
-        parts.is_valid(),
-        "is not like train/patient00001/study1/view1_frontal.jpg",
-    )
-    view = pc.utf8_lower(text["frontal_lateral"])
-    for name, valid, complaint in (
-        (
-            "frontal_lateral",
-            pc.is_in(view, value_set=pa.array(["frontal", "lateral"])),
-            "is neither Frontal nor Lateral",
-        ),
-        ("split", pc.is_in(text["split"], value_set=pa.array(SPLITS)), f"is none of {', '.join(SPLITS)}"),
-        ("age", pc.match_substring_regex(text["age"], r"^\d{1,3}(\.0)?$"), "is not a number of years"),
-    ):
-        demand(csv, name, text[name], valid, complaint, name == "age")
+    complaint = "is not like train/patient00001/study1/view1_frontal.jpg"
+    demand(csv, "path_to_image", path, parts.is_valid(), complaint)
+    demand_cells(csv, text, CHECKS, ("age",))
     parts = parts.combine_chunks()
     patient, study, file = (parts.field(name) for name in ("patient", "study", "view"))
     key = pc.binary_join_element_wise(patient, pc.binary_join_element_wise("study", study, ""), file, "_")
     demand_unique(csv, key)
-    projection = pc.if_else(pc.equal(view, "frontal"), text["ap_pa"], pa.nulls(len(text), pa.string()))
-    facts = {
-        "path": path,
-        "key": key,
-        "patient": patient,
-        "study": study.cast(pa.int32()),
-        "view": view,
-        "sex": text["sex"],
-        "age": text["age"].cast(pa.float32()).cast(pa.int16()),
-        "projection": projection,
-    }
+    view = pc.utf8_lower(text["frontal_lateral"])
     files = [file for role, file in source.csvs.items() if role != "table"]
     labels = _read_json(files[0]) if "labels" in source.csvs else pa.concat_tables(map(_read_own, files))
     names, by = labels["path"], partial(normalize_paths, parts=3)
     place = join(path, files[0], labels.select(LABELS), names, "images", note, by, lambda _, row: row + 1)
-    columns = {label: take_states(labels[label].combine_chunks(), place) for label in LABELS}
-    table = pa.table(facts | columns | {name: text[name] for name in there})
+    table = make_table(
+        {label: take_states(labels[label].combine_chunks(), place) for label in LABELS},
+        path=path,
+        key=key,
+        patient=patient,
+        study=study,
+        view=view,
+        sex=text["sex"],
+        age=text["age"].cast(pa.float32()),
+        projection=pc.if_else(pc.equal(view, "frontal"), text["ap_pa"], None),
+        **{name: text[name] for name in facts},
+    )
     splits = {split: table.filter(pc.equal(text["split"], split)).combine_chunks() for split in SPLITS}
     return {split: rows for split, rows in splits.items() if len(rows)}
 
@@ -147,3 +119,19 @@ def _read_json(path: Path) -> pa.Table:
             )
         states[label] = column.cast(pa.int8())
     return pa.table(states)
+
+
+SET = DataSet(
+    Terms(
+        name="chexpert-plus",
+        title="CheXpert Plus",
+        patients="chexpert",
+        license="Stanford University Dataset Research Use Agreement",
+        paper="Chambon et al., arXiv:2405.19538",
+    ),
+    files=f"a {TABLE}",
+    find_tables=find_tables,
+    read_tables=read_tables,
+    column="path_to_image",
+    locate=locate,
+)

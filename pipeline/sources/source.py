@@ -1,33 +1,23 @@
-"""What is sharded, and on what terms: facts that the modules of all data sets share."""
+"""What a data set is to this program, `DataSet`; and what the modules of all sets share."""
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.base.errors import DataError
 from pipeline.base.store import list_files
 from pipeline.base.tar import Member
+from pipeline.identity import Note
 from pipeline.labels import LABELS, NOT_ANNOTATED
 
-# A set that names a finding need not name what it is a kind of, in CheXpert's hierarchy (Irvin et al., figure 1). And
-# who writes pneumonia, infiltrate or opacity leaves open whether the lung is consolidated. docs/mappings.md says more.
-LEFT_OPEN = {
-    "Lung Opacity": ("Lung Lesion", "Edema", "Consolidation", "Pneumonia", "Atelectasis"),
-    "Enlarged Cardiomediastinum": ("Cardiomegaly",),
-    "Consolidation": ("Pneumonia", "Lung Opacity"),
-}
-RANKS = (
-    ("dcm", "dicom"),
-    ("png",),
-    ("jpg", "jpeg"),
-)  # of two files of one image, the earlier is the original
+# Of two files of one image, the earlier is the original.
+RANKS = (("dcm", "dicom"), ("png",), ("jpg", "jpeg"))
 BLANKS = ("blank", "not-annotated")
 _IN_TAR = re.compile(r"(.+\.tar)@(\d+)\+(\d+)#.*", re.DOTALL)
 
@@ -54,7 +44,7 @@ class Terms(NamedTuple):
 
 
 class Source(NamedTuple):
-    """A data set as somebody has it.
+    """A data set on the user's disk.
 
     `csvs` are its tables, by split or by role; `roots` are the folders that images may be read from; `set` is its name
     in `sources.sets.SETS`. `columns` are what a table of no known set calls ours: ("path", "Image"), …; `facts` are
@@ -73,8 +63,8 @@ class Source(NamedTuple):
     blanks: str = ""
 
     @property
-    def told(self) -> dict[str, Any]:
-        """What the user says of the set, as far as it decides what is in the shards."""
+    def stated(self) -> dict[str, Any]:
+        """What the user states about the set, as far as it decides what is in the shards."""
         given = {name: getattr(self, name) for name in ("name", "annotated", "blanks")}
         given["columns"] = dict(self.columns)
         return {
@@ -82,13 +72,79 @@ class Source(NamedTuple):
         }
 
 
-def no_more_roots(homes: Sequence[Path]) -> list[Path]:
-    """For a set whose images lie in its own folder: no other folder may hold some."""
-    return []
+def locate_below(paths: Sequence[str], places: Sequence[tuple[Path, str]]) -> list[str]:
+    """The file of each path in the first place, a folder and a suffix, that has it; else where it should be."""
+
+    def choose(path: str) -> str:
+        stem = path.rpartition(".")[0]
+        choices = [(folder, f"{stem}{suffix}" if suffix else path) for folder, suffix in places]
+        having = (pair for pair in choices if len(choices) == 1 or (pair[0] / pair[1]).is_file())
+        folder, name = next(having, choices[0])
+        return f"{folder}/{name}"
+
+    return [choose(path) for path in paths]
 
 
-def nothing_moved(tables: Iterable[pa.Table], roots: Sequence[Path]) -> None:
-    """For a set with one layout: no image can be elsewhere."""
+@dataclass(frozen=True)
+class DataSet:
+    """A kind of data set: its terms, how a folder that holds it is recognized, and how it is read.
+
+    Functions raise DataError, naming file, line and column.
+    """
+
+    terms: Terms
+    files: str  # that tell the set, in words
+    # The files that list the images, by split or role; None if the folder does not hold the set.
+    find_tables: Callable[[Path], dict[str, Path] | None]
+    # Split → label table (`pipeline.labels`), all with the same facts, if the set has some.
+    read_tables: Callable[[Source, Note], dict[str, pa.Table]]
+    # The label table of one CSV; None if that takes several files.
+    read_table: Callable[[Path], pa.Table] | None = None
+    column: str = ""  # that only this set's table has
+    # The file, absolute path or URL, of each of the tables' paths.
+    locate: Callable[[Sequence[str], Sequence[Path]], list[str]] = lambda paths, roots: locate_below(
+        paths, [(root, "") for root in roots]
+    )
+    # Folders that may hold images, beside those of the tables and those that the user named.
+    find_roots: Callable[[Sequence[Path]], list[Path]] = lambda homes: []
+    # How many images are in another folder than their table says, in words; None for no image.
+    describe_moved: Callable[[Iterable[pa.Table], Sequence[Path]], str | None] = lambda tables, roots: None
+    numbers_studies: bool = False  # here, as its tables do not
+
+
+def first_file(folder: Path, names: Iterable[str]) -> Path | None:
+    """The first of these files that the folder holds, plain or gzipped; None if it holds none."""
+    paths = (folder / f"{name}{end}" for name in names for end in ("", ".gz"))
+    return next((path for path in paths if path.is_file()), None)
+
+
+def make_table(
+    states: Mapping[str, Any],
+    *,
+    view: Any = "frontal",
+    sex: Any = None,
+    age: Any = None,
+    projection: Any = None,
+    **columns: Any,
+) -> pa.Table:
+    """A label table of states [N] of the 14 labels, and columns [N]: path, key, patient, study, and those of the set.
+
+    A text or None stands for a column of it.
+    """
+    rows = len(columns["key"])
+    facts = {"view": view, "sex": sex, "age": age, "projection": projection}
+    kinds = {name: pa.int16() if name == "age" else pa.string() for name in facts}
+    whole = {
+        name: pa.repeat(pa.scalar(value, kinds[name]), rows)
+        if value is None or isinstance(value, str)
+        else pa.array(value, kinds[name])
+        if isinstance(value, list)
+        else value.cast(kinds[name])
+        for name, value in facts.items()
+    }
+    first = {name: columns.pop(name) for name in ("path", "key", "patient", "study")}
+    first["study"] = first["study"].cast(pa.int32())
+    return pa.table(first | whole | dict(states) | columns).combine_chunks()
 
 
 def make_key(name: str) -> str:
@@ -113,14 +169,6 @@ def find_place(file: str) -> tuple[str, int, int | None]:
     return (match[1], int(match[2]), int(match[3])) if match else (file, 0, None)
 
 
-def leave_open(states: npt.NDArray[np.int8]) -> None:
-    """In states [N, 14], mark as not annotated what is negative only because another finding was named: LEFT_OPEN."""
-    for label, named in LEFT_OPEN.items():
-        column = states[:, LABELS.index(label)]
-        is_named = np.isin(states[:, [LABELS.index(name) for name in named]], (1, -1)).any(axis=1)
-        column[(column == 0) & is_named] = NOT_ANNOTATED
-
-
 def settle_blanks(source: Source, tables: Mapping[str, pa.Table]) -> dict[str, pa.Table]:
     """The tables, with every cell as not annotated that nobody looked at.
 
@@ -141,8 +189,7 @@ def settle_blanks(source: Source, tables: Mapping[str, pa.Table]) -> dict[str, p
             "Say which labels were looked for, and what a blank cell means",
             tuple(label for label in LABELS if label not in silent),
         )
-    missing = [label for label in silent if label in source.annotated and label not in blank]
-    if missing:
+    if missing := [label for label in silent if label in source.annotated and label not in blank]:
         raise DataError(
             f"`annotated`: no column is named for {', '.join(missing)}; name it in `columns`, too"
         )
@@ -184,19 +231,6 @@ def list_images(folders: Iterable[Path]) -> dict[str, str]:
     return images
 
 
-def locate_below(paths: Sequence[str], places: Sequence[tuple[Path, str]]) -> list[str]:
-    """The file of each path in the first place, a folder and a suffix, that has it; else where it should be."""
-
-    def choose(path: str) -> str:
-        stem = path.rpartition(".")[0]
-        choices = [(folder, f"{stem}{suffix}" if suffix else path) for folder, suffix in places]
-        having = (pair for pair in choices if len(choices) == 1 or (pair[0] / pair[1]).is_file())
-        folder, name = next(having, choices[0])
-        return f"{folder}/{name}"
-
-    return [choose(path) for path in paths]
-
-
 def take_states(states: pa.Array, place: pa.Array) -> pa.Array:
     """The states of the rows [N] that `place` names; an image without one is not annotated, which is not blank."""
     return pc.if_else(place.is_null(), pa.scalar(NOT_ANNOTATED, pa.int8()), states.take(place))
@@ -205,8 +239,8 @@ def take_states(states: pa.Array, place: pa.Array) -> pa.Array:
 def number_studies(patients: pa.ChunkedArray, studies: pa.ChunkedArray) -> pa.Array:
     """The number [N] of each image's study within its patient, from 1 in the order of the table."""
     known: dict[str, dict[str, int]] = {}
-    pairs = zip(patients.to_pylist(), studies.to_pylist(), strict=True)
-    of_patients = ((known.setdefault(patient, {}), study) for patient, study in pairs)
-    return pa.array(
-        [numbers.setdefault(study, len(numbers) + 1) for numbers, study in of_patients], pa.int32()
-    )
+    numbers = []
+    for patient, study in zip(patients.to_pylist(), studies.to_pylist(), strict=True):
+        studies_of_patient = known.setdefault(patient, {})
+        numbers.append(studies_of_patient.setdefault(study, len(studies_of_patient) + 1))
+    return pa.array(numbers, pa.int32())

@@ -9,10 +9,9 @@ gives each split a CSV.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -21,11 +20,8 @@ from pipeline.base.errors import DataError
 from pipeline.base.store import list_files
 from pipeline.identity import Note, ignore, normalize_ids
 from pipeline.labels import CELLS, LABELS, NOT_ANNOTATED, find_label, parse_states
-from pipeline.sources.source import Source, Terms, locate_below, make_key, no_more_roots, nothing_moved
+from pipeline.sources.source import DataSet, Source, Terms, make_key, make_table, number_studies
 
-TERMS = Terms(name="table", title="a table of your own", patients="table", license="not stated", paper="")
-LOOKED_FOR = "a single CSV"
-COLUMN = ""  # it is not told by its columns
 NEEDED = ("path", "patient")
 FACTS = (*NEEDED, "study", "view", "sex", "age", "projection")
 _SUFFIX = r"\.(?i:jpg|jpeg|png|dcm|dicom)$"
@@ -39,7 +35,6 @@ _CHECKS = {
     "projection": ("^(AP|PA|LL|RL)$", "is none of AP, PA, LL, RL"),
 }
 _OPTIONAL = ("age", "projection", "sex")  # whose cells may be blank
-find_roots, describe_moved = no_more_roots, nothing_moved
 
 
 def find_tables(folder: Path) -> dict[str, Path] | None:
@@ -57,101 +52,77 @@ def parse_columns(text: str) -> tuple[tuple[str, str], ...]:
     wrong = []
     known = (*FACTS, "key", *LABELS)
     for part in text.split(","):
-        name, _, theirs = part.partition("=")
+        name, _, column = part.partition("=")
         ours = find_label(name) or name
         if ours not in known:
             wrong.append(f"'{ours}' is none of {', '.join(known)}")
-        elif not theirs:
+        elif not column:
             wrong.append(f"{ours} has no column")
         elif ours in dict(pairs):
-            wrong.append(f"{ours} is there twice")
-        pairs.append((ours, theirs))
+            wrong.append(f"{ours} is given twice")
+        pairs.append((ours, column))
     if wrong:
         raise DataError("; ".join(wrong))
     return tuple(pairs)
 
 
-def read_table(csv: Path) -> pa.Table:
-    """It cannot be read without names of columns: raises DataError."""
-    raise DataError(
-        f"{csv}: not the table of a known set; `pipeline shards` takes it with `set` table and `columns`"
-    )
-
-
 def read_tables(source: Source, note: Note = ignore) -> dict[str, pa.Table]:
-    """Split → its label table. Raises DataError, naming file, line and column."""
+    """Split → its label table."""
     columns = dict(source.columns)
     wrong = [f"{name} must be named" for name in NEEDED if name not in columns]
     wrong += [] if any(name in LABELS for name in columns) else ["no label is named"]
     wrong += ["key is for `set` webdataset"] if "key" in columns else []
     if wrong:
         raise DataError(f"`set` table, `columns`: {'; '.join(wrong)}")
-    return {split: _read(csv, dict(source.columns)) for split, csv in source.csvs.items()}
-
-
-def locate(paths: Sequence[str], roots: Sequence[Path]) -> list[str]:
-    """The file of each path, below the first root that has it."""
-    return locate_below(paths, [(root, "") for root in roots])
+    return {split: _read(csv, columns) for split, csv in source.csvs.items()}
 
 
 def _read(csv: Path, columns: Mapping[str, str]) -> pa.Table:
     text = read_strings(csv)
     demand_columns(csv, text.column_names, list(columns.values()))
-    cells = {ours: text[theirs] for ours, theirs in columns.items()}
-    path = cells.pop("path")
+    path, name = text[columns["path"]], columns["path"]
     is_image = pc.match_substring_regex(path, _PATH)
-    demand(csv, columns["path"], path, is_image, "is not a path below SOURCE to a JPEG, PNG or DICOM")
+    demand(csv, name, path, is_image, "is not a path below SOURCE to a JPEG, PNG or DICOM")
     outside = pc.match_substring_regex(path, r"(^|/)\.\.?(/|$)")
-    demand(csv, columns["path"], path, pc.invert(outside), "leads out of SOURCE")
+    demand(csv, name, path, pc.invert(outside), "leads out of SOURCE")
     keys = pa.array([make_key(re.sub(_SUFFIX, "", name)) for name in path.to_pylist()])
     demand_unique(csv, keys)
-    return make_table(csv, columns, cells, path, keys)
+    return read_cells(csv, columns, {ours: text[column] for ours, column in columns.items()}, keys)
 
 
-def make_table(
-    csv: Path | list[str],
-    columns: Mapping[str, str],
-    found: Mapping[str, pa.ChunkedArray],
-    path: pa.ChunkedArray,
-    key: pa.Array,
+def read_cells(
+    csv: Path | list[str], columns: Mapping[str, str], cells: Mapping[str, pa.ChunkedArray], key: pa.Array
 ) -> pa.Table:
-    """The label table of cells by our names; `csv`, or what each row is called, and their names are for errors.
+    """The label table of cells by our names; `csv`, or what each row is called, and `columns` are for errors.
 
     Raises DataError for the first cell that is not what its column holds.
     """
-    rows = len(key)
-    if "study" in found:
-        found = {**found, "study": pa.chunked_array([normalize_ids(found["study"])])}
+    cells = dict(cells)
+    if "study" in cells:
+        cells["study"] = pa.chunked_array([normalize_ids(cells["study"])])
     for ours, (pattern, complaint) in _CHECKS.items():
-        if ours in found:
-            valid = pc.match_substring_regex(found[ours], pattern)
-            demand(csv, columns[ours], found[ours], valid, complaint, ours in _OPTIONAL)
-    facts = {
-        "path": path,
-        "key": key,
-        "patient": found["patient"],
-        "study": found["study"].cast(pa.int32()) if "study" in found else _number_within(found["patient"]),
-        "view": pc.utf8_lower(found["view"]) if "view" in found else pa.array(["frontal"] * rows),
-        "sex": found.get("sex", pa.nulls(rows, pa.string())),
-        "age": found["age"].cast(pa.float32()).cast(pa.int16())
-        if "age" in found
-        else pa.nulls(rows, pa.int16()),
-        "projection": found.get("projection", pa.nulls(rows, pa.string())),
-    }
-    cells = CELLS | {NOT_ANNOTATED: NOT_ANNOTATED}  # as our own shards have it
-    absent = pa.array(np.full(rows, NOT_ANNOTATED, np.int8))
-    states = {
-        label: parse_states(csv, columns[label], found[label], cells) if label in found else absent
+        if ours in cells:
+            valid = pc.match_substring_regex(cells[ours], pattern)
+            demand(csv, columns[ours], cells[ours], valid, complaint, ours in _OPTIONAL)
+    if "view" in cells:
+        cells["view"] = pc.utf8_lower(cells["view"])
+    if "age" in cells:
+        cells["age"] = cells["age"].cast(pa.float32())
+    if "study" not in cells:  # each image has one of its own
+        cells["study"] = number_studies(cells["patient"], key)
+    states = CELLS | {NOT_ANNOTATED: NOT_ANNOTATED}  # as our own shards have it
+    absent = pa.repeat(pa.scalar(NOT_ANNOTATED, pa.int8()), len(key))
+    labels = {
+        label: parse_states(csv, columns[label], cells.pop(label), states) if label in cells else absent
         for label in LABELS
     }
-    return pa.table(facts | states).combine_chunks()
+    return make_table(labels, key=key, **cells)
 
 
-def _number_within(patient: pa.ChunkedArray) -> pa.Array:
-    """A study of its own for each image: numbers from 1 within a patient."""
-    seen: dict[str, int] = {}
-    numbers = []
-    for name in patient.to_pylist():
-        seen[name] = seen.get(name, 0) + 1
-        numbers.append(seen[name])
-    return pa.array(numbers, pa.int32())
+SET = DataSet(
+    Terms(name="table", title="a table of your own", patients="table", license="not stated", paper=""),
+    files="a single CSV",
+    find_tables=find_tables,
+    read_tables=read_tables,
+    numbers_studies=True,
+)

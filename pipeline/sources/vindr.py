@@ -5,7 +5,7 @@ frontal films read by three radiologists each, and 3,000 for test by consensus o
 VinBigData competition (train.csv: image_id, class_name, rad_id, …) is read too; it has 14 of the findings.
 
 A finding that most readers of a film name is positive; one that fewer name is uncertain. There are no patients' names,
-so each film is a patient of its own; and no sex or age. What maps to which label is in `FINDINGS`.
+so each film is a patient of its own; and no sex or age. findings.csv has the findings as CheXpert's labels.
 """
 
 from collections.abc import Sequence
@@ -16,68 +16,38 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.base.csvs import demand, demand_columns, demand_unique, read_header, read_strings
-from pipeline.base.errors import DataError
+from pipeline.base.csvs import demand, demand_cells, demand_columns, demand_unique, read_header, read_strings
 from pipeline.identity import Note, ignore
 from pipeline.labels import LABELS, NOT_ANNOTATED
-from pipeline.sources.source import Source, Terms, leave_open, list_images, no_more_roots, nothing_moved
+from pipeline.sources.findings import leave_open, read_findings
+from pipeline.sources.source import DataSet, Source, Terms, list_images, make_table
 
-TERMS = Terms(
-    name="vindr",
-    title="VinDr-CXR",
-    patients="vindr",
-    license="PhysioNet Credentialed Health Data License",
-    paper="Nguyen et al., Scientific Data 2022",
-)
-LOOKED_FOR = "an annotations/image_labels_train.csv"
-COLUMN = "image_id"
-READER = "rad_id"
+COLUMN, READER = "image_id", "rad_id"
 SPLITS = ("train", "test")
 BOXES = ("train.csv", "train.csv.gz", "vinbigdata-train.csv", "vinbigdata-train.csv.gz")
-FINDINGS = {
-    "No Finding": ("No finding",),
-    "Cardiomegaly": ("Cardiomegaly",),
-    "Lung Opacity": ("Lung Opacity", "Infiltration"),
-    "Lung Lesion": ("Nodule/Mass", "Lung tumor"),
-    "Edema": ("Edema",),
-    "Consolidation": ("Consolidation",),
-    "Pneumonia": ("Pneumonia",),
-    "Atelectasis": ("Atelectasis",),
-    "Pneumothorax": ("Pneumothorax",),
-    "Pleural Effusion": ("Pleural effusion",),
-    "Pleural Other": ("Pleural thickening",),
-    "Fracture": ("Clavicle fracture", "Rib fracture"),
-}
+FINDINGS = read_findings("VinDr")
 ABSENT = ("Edema", "Pneumonia", "Fracture")  # from the table of boxes
-UNMAPPED = (
-    "Aortic enlargement",
-    "Calcification",
-    "ILD",
-    "Other lesion",
-    "Pulmonary fibrosis",
-)  # of those there
-find_roots, describe_moved = no_more_roots, nothing_moved
 
 
 def find_tables(folder: Path) -> dict[str, Path] | None:
     """The labels of train and test, or of one of them; else the competition's table, as train; None without any."""
     for home in (folder / "annotations", folder):
-        found = {split: home / f"image_labels_{split}.csv" for split in SPLITS}
-        found = {split: path for split, path in found.items() if path.is_file()}
-        if found:
-            return found
+        files = {split: home / f"image_labels_{split}.csv" for split in SPLITS}
+        tables = {split: path for split, path in files.items() if path.is_file()}
+        if tables:
+            return tables
     boxes = (folder / name for name in BOXES)
     table = next((path for path in boxes if path.is_file() and READER in read_header(path)), None)
-    return None if table is None else {"train": table}
+    return {"train": table} if table else None
 
 
 def read_tables(source: Source, note: Note = ignore) -> dict[str, pa.Table]:
-    """Split → its label table. Raises DataError, naming file, line and column."""
+    """Split → its label table."""
     return {split: _read(csv, split) for split, csv in source.csvs.items()}
 
 
 def read_table(csv: Path) -> pa.Table:
-    """The label table of one CSV. Raises DataError, naming file, line and column."""
+    """The label table of one CSV."""
     return _read(csv, "test" if "test" in csv.name else "train")
 
 
@@ -90,17 +60,9 @@ def locate(paths: Sequence[str], roots: Sequence[Path]) -> list[str]:
 
 def _read(csv: Path, split: str) -> pa.Table:
     text = read_strings(csv)
-    image = text["image_id"] if "image_id" in text.column_names else None
-    if image is None:
-        raise DataError(f"{csv}: column image_id is missing; the table has {', '.join(text.column_names)}")
-    demand(
-        csv,
-        "image_id",
-        image,
-        pc.match_substring_regex(image, "^[0-9a-f]{32}$"),
-        "is not 32 hexadecimal digits",
-    )
-    readers = image
+    demand_columns(csv, text.column_names, [COLUMN])
+    demand_cells(csv, text, {COLUMN: ("^[0-9a-f]{32}$", "is not 32 hexadecimal digits")})
+    image = readers = text[COLUMN]
     if READER in text.column_names:
         demand(csv, READER, text[READER], text[READER].is_valid(), "is no reader")
         readers = pc.binary_join_element_wise(image, text[READER], " by ")
@@ -108,50 +70,43 @@ def _read(csv: Path, split: str) -> pa.Table:
     number = _number(readers) if is_boxes else np.arange(len(text))
     if not is_boxes:
         demand_unique(csv, readers.combine_chunks())
-    said = np.zeros((number.max(initial=-1) + 1, len(LABELS)), np.bool_)
-    for label, names in FINDINGS.items():
+    marks = np.zeros((number.max(initial=-1) + 1, len(LABELS)), np.bool_)  # by reader and film
+    for label, names in FINDINGS.positive.items():
         rows = _rows_of_class(csv, text, names) if is_boxes else _marked_rows(csv, text, names)
-        said[number[rows], LABELS.index(label)] = True
-    names_of = pc.unique(image)
-    film = np.empty(len(said), np.int64)
+        marks[number[rows], LABELS.index(label)] = True
+    films = pc.unique(image)
+    film = np.empty(len(marks), np.int64)
     film[number] = _number(image)
-    votes = np.zeros((len(names_of), len(LABELS)), np.int64)
-    np.add.at(votes, film, said)
-    of_film = np.bincount(film, minlength=len(names_of))[:, None]
-    states = np.where(votes * 2 > of_film, 1, np.where(votes > 0, -1, 0)).astype(np.int8)
-    absent = [label for label in LABELS if label not in FINDINGS or (is_boxes and label in ABSENT)]
+    votes = np.zeros((len(films), len(LABELS)), np.int64)
+    np.add.at(votes, film, marks)
+    readers_of = np.bincount(film, minlength=len(films))[:, None]
+    states = np.where(votes * 2 > readers_of, 1, np.where(votes > 0, -1, 0)).astype(np.int8)
+    absent = [label for label in LABELS if label not in FINDINGS.positive or (is_boxes and label in ABSENT)]
     states[:, [LABELS.index(label) for label in absent]] = NOT_ANNOTATED
     leave_open(states)
-    nothing = pa.nulls(len(names_of), pa.string())
-    facts = {
-        "path": pc.binary_join_element_wise(split, pc.binary_join_element_wise(names_of, "dicom", "."), "/"),
-        "key": names_of,
-        "patient": names_of,
-        "study": pa.array(np.ones(len(names_of), np.int32)),
-        "view": pa.array(["frontal"] * len(names_of)),
-        "sex": nothing,
-        "age": nothing.cast(pa.int16()),
-        "projection": pa.array(["PA"] * len(names_of)),
-    }
-    return pa.table(facts | {label: states[:, column] for column, label in enumerate(LABELS)})
+    return make_table(
+        {label: states[:, column] for column, label in enumerate(LABELS)},
+        path=pc.binary_join_element_wise(split, pc.binary_join_element_wise(films, "dicom", "."), "/"),
+        key=films,
+        patient=films,
+        study=pa.array(np.ones(len(films), np.int32)),
+        projection="PA",
+    )
 
 
 def _rows_of_class(csv: Path, text: pa.Table, names: Sequence[str]) -> npt.NDArray[np.bool_]:
     """Rows [N] of boxes of the classes. Raises DataError for a class of another set."""
     classes = text["class_name"]
-    known = pa.array([*(name for of in FINDINGS.values() for name in of), *UNMAPPED])
-    demand(csv, "class_name", classes, pc.is_in(classes, value_set=known), "is not a finding of this set")
+    known = pc.is_in(classes, value_set=pa.array(FINDINGS.known))
+    demand(csv, "class_name", classes, known, "is not a finding of this set")
     return np.asarray(pc.is_in(classes, value_set=pa.array(names)))
 
 
 def _marked_rows(csv: Path, text: pa.Table, names: Sequence[str]) -> npt.NDArray[np.bool_]:
     """Rows [N] with a 1 in one of the columns. Raises DataError for a missing column, and cells but 0 and 1."""
-    marked = np.zeros(len(text), np.bool_)
     demand_columns(csv, text.column_names, names)
-    for name in names:
-        valid = pc.match_substring_regex(text[name], r"^[01](\.0)?$")
-        demand(csv, name, text[name], valid, "is neither 0 nor 1")
-        marked |= np.asarray(pc.starts_with(text[name], "1"))
+    demand_cells(csv, text, dict.fromkeys(names, (r"^[01](\.0)?$", "is neither 0 nor 1")))
+    marked: npt.NDArray[np.bool_] = np.any([np.asarray(pc.starts_with(text[name], "1")) for name in names], 0)
     return marked
 
 
@@ -159,3 +114,21 @@ def _number(names: pa.ChunkedArray) -> npt.NDArray[np.int64]:
     """The number [N] of each name, from 0 in the order of first occurrence."""
     numbers: npt.NDArray[np.int64] = names.combine_chunks().dictionary_encode().indices.to_numpy()
     return numbers
+
+
+SET = DataSet(
+    Terms(
+        name="vindr",
+        title="VinDr-CXR",
+        patients="vindr",
+        license="PhysioNet Credentialed Health Data License",
+        paper="Nguyen et al., Scientific Data 2022",
+    ),
+    files="an annotations/image_labels_train.csv",
+    find_tables=find_tables,
+    read_tables=read_tables,
+    read_table=read_table,
+    column=COLUMN,
+    locate=locate,
+    numbers_studies=True,
+)

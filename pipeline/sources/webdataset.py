@@ -26,11 +26,9 @@ from pipeline.identity import Note, ignore, join, normalize_paths
 from pipeline.labels import LABELS
 from pipeline.manifest import read_manifest
 from pipeline.sources import table
-from pipeline.sources.source import Source, Terms, make_key, no_more_roots, nothing_moved, place_in_tar
+from pipeline.sources.source import DataSet, Source, Terms, make_key, place_in_tar
 
 TERMS = Terms("webdataset", "WebDataset tars of your own", "webdataset", "not stated", "")
-LOOKED_FOR = ".tar files"
-COLUMN = ""  # it is not recognized by a CSV's columns
 CSV = "labels.csv"  # the role of the CSV beside the tars
 KEY = "__key__"  # webdataset's name for a sample's key
 PLACE = "__place__"  # ours for where its image lies
@@ -52,7 +50,6 @@ _USUAL = {
     "projection": ("projection", "appa"),
     **{label: (label.replace(" ", "").lower(),) for label in LABELS},
 }
-find_roots, describe_moved, read_table = no_more_roots, nothing_moved, table.read_table
 
 
 class Sample(NamedTuple):
@@ -104,11 +101,6 @@ def find_terms(source: Source) -> Terms:
         return TERMS
 
 
-def locate(paths: Sequence[str], roots: Sequence[Path]) -> list[str]:
-    """The paths themselves: they name a tar and bytes in it."""
-    return list(paths)
-
-
 def read_tables(source: Source, note: Note = ignore) -> dict[str, pa.Table]:
     """Split → its label table. Raises DataError with all that is missing, and the command to give."""
     tars = {name: path for name, path in source.csvs.items() if name != CSV}
@@ -142,10 +134,11 @@ def read_tables(source: Source, note: Note = ignore) -> dict[str, pa.Table]:
         rows = [sample for sample in samples if sample.tar.startswith(f"{split}/")]
         cells = {
             ours: pa.chunked_array([[sample.fields.get(field) for sample in rows]], pa.string())
-            for ours, field in (fields | {"path": PLACE, "key": KEY}).items()
+            for ours, field in (fields | {"path": PLACE}).items()
         }
+        keys = pa.array([sample.fields[KEY] for sample in rows], pa.string())
         labels = [f"{sample.path}: sample {sample.key}" for sample in rows]
-        tables[split] = table.make_table(labels, columns, cells, cells["path"], cells["key"])
+        tables[split] = table.read_cells(labels, columns, cells, keys)
     return tables
 
 
@@ -266,3 +259,13 @@ def _propose(folder: Path, columns: Mapping[str, str], known: list[str], header:
         named.setdefault("key", "key" if "key" in header else header[0])
     text = shlex.quote(",".join(f"{ours}={field}" for ours, field in named.items()))
     yield f"pipeline shards {shlex.quote(str(folder))} OUT `set` webdataset `columns` {text}"
+
+
+SET = DataSet(
+    TERMS,
+    files=".tar files",
+    find_tables=find_tables,
+    read_tables=read_tables,
+    locate=lambda paths, roots: list(paths),  # they name a tar and bytes in it
+    numbers_studies=True,
+)

@@ -35,8 +35,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     module = module_from_spec(ModuleSpec("pipeline.sources.brax", None))
     exec(code, module.__dict__)  # noqa: S102 - our own page
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setitem(sets.SETS, "brax", module)
-    monkeypatch.setitem(sets.KNOWN, "brax", module)
+    monkeypatch.setitem(sets.SETS, "brax", module.SET)
+    monkeypatch.setitem(sets.KNOWN, "brax", module.SET)
     # Processes of their own would not know the set: what they do is done in this one.
     monkeypatch.setattr(shards, "run_alone", lambda function, task, _: function(task))
     monkeypatch.setattr(shards, "run_tasks", lambda function, tasks, *_: (function(task) for task in tasks))

@@ -47,7 +47,7 @@ def test_the_real_table_has_the_published_counts(real_table: Path) -> None:
     assert (report["images"], report["patients"]) == (112_120, 30_805)
     frame = pd.read_csv(real_table)
     findings = frame["Finding Labels"].str.get_dummies("|").astype(bool)
-    for label, names in nih.FINDINGS.items():
+    for label, names in nih.FINDINGS.positive.items():
         assert report["labels"][label]["positive"] == findings[list(names)].any(axis=1).sum(), label
     opened = (findings["Pneumonia"] | findings["Infiltration"]) & ~findings["Consolidation"]
     unannotated = {label: counts["not_annotated"] for label, counts in report["labels"].items()}
@@ -124,7 +124,7 @@ def test_what_is_not_annotated_is_masked_under_every_policy(folder: Path, blank:
         ),
         (
             {"test": ("00000004_000.png", "00000003_000.png")},
-            "00000003_000.png is in train_val_list.txt too; splits",
+            "lines 4 and 1, column list: 'train_val_list.txt' and 'test_list.txt' for 00000003_000.png",
         ),
     ],
 )
@@ -219,9 +219,11 @@ def test_real_films_have_the_same_positives_in_either_layout(tmp_path: Path, rea
     official = pd.read_csv(real_table)
     rows = pd.concat([pd.read_csv(SAMPLE / name) for name in ("train.csv", "valid.csv")])
     states = official["Finding Labels"].str.get_dummies("|")
-    mapped = pd.DataFrame({label: states[list(names)].max(axis=1) for label, names in nih.FINDINGS.items()})
+    mapped = pd.DataFrame(
+        {label: states[list(names)].max(axis=1) for label, names in nih.FINDINGS.positive.items()}
+    )
     named = official[["Patient ID", "Patient Age", "Patient Gender", "View Position"]].join(mapped)
-    columns = ["Patient ID", "Patient Age", "Patient Gender", "View Position", *nih.FINDINGS]
+    columns = ["Patient ID", "Patient Age", "Patient Gender", "View Position", *nih.FINDINGS.positive]
     wanted = rows.assign(
         **{
             "Patient ID": rows["Path"].str.extract(r"patient0*(\d+)/")[0].astype(int),
@@ -229,7 +231,7 @@ def test_real_films_have_the_same_positives_in_either_layout(tmp_path: Path, rea
             "Patient Gender": rows["Sex"].str[0],
             "View Position": rows["AP/PA"],
         }
-    )[[*columns, "Path"]].astype(dict.fromkeys(nih.FINDINGS, int))
+    )[[*columns, "Path"]].astype(dict.fromkeys(nih.FINDINGS.positive, int))
     for frame in (wanted, named):  # films of a patient with the same facts are told apart by their order
         frame["turn"] = frame.groupby(columns).cumcount()
     matched = wanted.merge(named.reset_index(names="row"), on=[*columns, "turn"], how="left")
@@ -246,6 +248,6 @@ def test_real_films_have_the_same_positives_in_either_layout(tmp_path: Path, rea
     made = run_pipeline("shards", tmp_path / "nih", out, "--size", 64, "--dev", 0, "--workers", 2)
     assert made.returncode == 0, made.stderr
     found = pa.ipc.open_file(out / "train.arrow").read_all().to_pandas()
-    assert {label: (found[label] == 1).sum() for label in nih.FINDINGS} == {
-        label: (rows[label] == 1).sum() for label in nih.FINDINGS
+    assert {label: (found[label] == 1).sum() for label in nih.FINDINGS.positive} == {
+        label: (rows[label] == 1).sum() for label in nih.FINDINGS.positive
     }

@@ -16,6 +16,7 @@ from PIL import Image
 from pipeline.labels import LABELS
 from pipeline.manifest import read_manifest
 from pipeline.sources import padchest
+from pipeline.sources.findings import EVERY
 from tests.conftest import run_pipeline, shipped_table
 from tests.layouts import PADCHEST_ROWS, write_padchest
 
@@ -54,15 +55,15 @@ def test_the_real_table_agrees_with_a_count_of_its_words() -> None:
         wanted = set(names)
         return pd.Series([not wanted.isdisjoint(words) for words in lists], rows.index)
 
-    positive = pd.DataFrame({label: having(names) for label, names in padchest.FINDINGS.items()})
+    positive = pd.DataFrame({label: having(names) for label, names in padchest.FINDINGS.positive.items()})
     positive["No Finding"] &= ~positive.drop(columns=["No Finding", "Support Devices"]).any(axis=1)
-    opened = {label: having(names) for label, names in padchest.HINTS.items()}
+    opened = {label: having(names) for label, names in padchest.FINDINGS.open.items()}
     opened["Lung Opacity"] = positive[
         ["Lung Lesion", "Edema", "Consolidation", "Pneumonia", "Atelectasis"]
     ].any(axis=1)
     opened["Enlarged Cardiomediastinum"] = positive["Cardiomegaly"]
     opened["Consolidation"] = positive["Pneumonia"] | positive["Lung Opacity"]
-    silent = having(padchest.UNSAID) | pd.Series([not words for words in lists], rows.index)
+    silent = opened.pop(EVERY) | pd.Series([not words for words in lists], rows.index)
     found = positive.drop(columns=["No Finding", "Support Devices"]).any(axis=1)
     for label in LABELS:
         unsaid = silent | opened.get(label, False)
@@ -76,8 +77,7 @@ def test_the_real_table_agrees_with_a_count_of_its_words() -> None:
 
 def test_the_mapping_has_torchxrayvision_s_words_but_for_named_differences() -> None:
     """Its PC_Dataset looks for substrings: these words it counts, and we do not, or the other way round."""
-    words = {word for names in (*padchest.FINDINGS.values(), *padchest.HINTS.values()) for word in names}
-    words.update(" ".join(padchest.UNMAPPED.split()).split(", "))
+    words = padchest.FINDINGS.known
     infiltration = (
         "infiltrat",
         "interstitial pattern",
@@ -100,7 +100,8 @@ def test_the_mapping_has_torchxrayvision_s_words_but_for_named_differences() -> 
         "Fracture": ("fracture",),
     }
     extra = {
-        label: {word for word in words if any(part in word for part in parts)} - set(padchest.FINDINGS[label])
+        label: {word for word in words if any(part in word for part in parts)}
+        - set(padchest.FINDINGS.positive[label])
         for label, parts in theirs.items()
     }
     assert {label: found for label, found in extra.items() if found} == {
@@ -180,7 +181,7 @@ def test_the_table_says_how_many_bits_a_png_uses(folder: Path) -> None:
     [
         (
             ("'rib fracture'", "'rib fractur'"),
-            "line 7, column Labels: 'rib fractur' is not a label of this set",
+            "line 7, column Labels: 'rib fractur' is not a finding of this set",
         ),
         (
             ("['rib fracture']", "rib fracture"),

@@ -19,7 +19,7 @@ STANFORD = "Stanford University School of Medicine CheXpert Dataset Research Use
 
 
 def test_every_set_is_restricted_or_not() -> None:
-    free = {name for name, adapter in SETS.items() if not find_restriction(adapter.TERMS._asdict())}
+    free = {name for name, adapter in SETS.items() if not find_restriction(adapter.terms._asdict())}
     assert free == {"nih", "table", "webdataset"}
     assert find_restriction({}) == ""
     assert find_restriction({"license": f"not stated; {STANFORD}"})  # of several sets at once
