@@ -7,9 +7,11 @@ make the same decisions, and only the first one reads or writes the run's folder
 """
 
 import contextlib
+import gc
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,13 +21,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # now: its defaults would hold the process group, if one existed
 from torch import nn
 
 from pipeline.base.errors import DataError
 
 # A killed rank closes its connections, which ends the others at once; this is for a machine that vanishes.
 TIMEOUT = timedelta(minutes=5)
-
+LONGEST = timedelta(days=7)  # for the first rank's work after training, for which the others wait
 
 TORCHRUN = ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what it tells each rank, besides RANK
 
@@ -116,10 +119,9 @@ def join_ranks() -> Iterator[Ranks]:
             found = torch.cuda.device_count()
             raise DataError(f"local rank {local} has no GPU, there are {found}: --nproc-per-node {found}")
         torch.cuda.set_device(local)
+    backends = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     try:
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT
-        )
+        dist.init_process_group(backends, timeout=TIMEOUT)
         ranks = Ranks(dist.get_rank(), dist.get_world_size(), True)
         with contextlib.ExitStack() as stack:
             if not ranks.is_first:
@@ -127,10 +129,41 @@ def join_ranks() -> Iterator[Ranks]:
                 silence = stack.enter_context(open(os.devnull, "w"))  # noqa: PTH123
                 stack.enter_context(contextlib.redirect_stdout(silence))
                 stack.enter_context(contextlib.redirect_stderr(silence))
+            stack.enter_context(_leave_together())
             yield ranks
-    except RuntimeError as error:
-        if isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "NCCL")):
+    except BaseException as error:
+        if dist.group.WORLD is not None:
+            dist.group.WORLD.abort()  # a thread may be waiting for a rank that does not come
+        _clear_frames(error)
+        lost = isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "NCCL"))
+        if isinstance(error, RuntimeError) and lost:
             first = str(error).splitlines()[0]
             raise LostRankError(f"rank {os.environ['RANK']}: another rank is lost: {first}") from error
         raise
-    dist.destroy_process_group()
+    finally:
+        _leave()
+
+
+@contextlib.contextmanager
+def _leave_together() -> Iterator[None]:
+    """Wait at the end for all ranks: torchrun kills the others when one exits with a code, such as a stop's."""
+    end: Any = dist.new_group(backend="gloo", timeout=LONGEST)
+    yield
+    dist.barrier(end)
+
+
+def _clear_frames(error: BaseException | None) -> None:
+    """Drop the local variables of the functions that an error has left, which its traceback holds."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__
+
+
+def _leave() -> None:
+    """Destroy the process group, and with the last reference to it the threads of gloo.
+
+    A thread that is still giving back the tensors of the last exchange when Python exits aborts the process.
+    """
+    gc.collect()  # DistributedDataParallel is part of reference cycles
+    if dist.is_initialized():
+        dist.destroy_process_group()
