@@ -47,11 +47,11 @@ def predict_scores(
     std: float,
     precision: torch.dtype,
     should_stop: Callable[[], bool] = lambda: False,
-) -> npt.NDArray[np.float32]:
+) -> npt.NDArray[np.float64]:
     """Scores [N, L] in [0, 1] of the labels `columns` [L], for batches of uint8 images [B, 1, H, W].
 
-    The network's other inputs may follow the images; all are on the network's device. Raises DivergedError if a
-    score is not finite.
+    In float64, where scores tie beyond logits of ±36, not of 16. The network's other inputs may follow the images; all
+    are on the network's device. Raises DivergedError if a score is not finite.
     """
     network.eval()
     scores = []
@@ -64,8 +64,8 @@ def predict_scores(
             torch.autocast(images.device.type, precision, enabled=precision != torch.float32),
         ):
             logits = network(inputs, *others)
-        scores.append(label_scores(logits[:, columns]).cpu())
-    found = torch.cat(scores).numpy() if scores else np.empty((0, len(columns)), np.float32)
+        scores.append(label_scores(logits[:, columns].cpu().double()))
+    found = torch.cat(scores).numpy() if scores else np.empty((0, len(columns)))
     if not np.isfinite(found).all():
         raise DivergedError("the network's scores are not finite; train with a lower `lr`, or `amp` off")
     return found

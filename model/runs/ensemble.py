@@ -148,4 +148,4 @@ def score_samples(
     for (run, config), fit in zip(model.members.items(), member_calibrations(model), strict=True):
         scores, bad = score_files(run, config, samples, workers)
         found.append(scores if fit is None else apply_calibrations(config.labels, scores, fit))
-    return np.asarray(np.mean(found, axis=0), np.float32), bad
+    return np.mean(found, axis=0), bad

@@ -34,6 +34,7 @@ from pipeline.measure.localization import (
     mark_boxes,
     mark_mask,
 )
+from pipeline.measure.metrics import Floats
 from pipeline.stream.samples import OpenSplit
 
 AT_ONCE = 16  # images
@@ -62,7 +63,7 @@ def open_mapper(run: Path, config: Config) -> tuple[Mapper, dict[str, Any]]:
 
 
 def write_heatmaps(
-    run: Path, config: Config, files: Sequence[Path], scores: npt.NDArray[np.float32], out: Path, top: int
+    run: Path, config: Config, files: Sequence[Path], scores: Floats, out: Path, top: int
 ) -> int:
     """Write a picture for each of the `top` labels of each file by scores [N, L]; returns how many.
 

@@ -4,7 +4,7 @@ An Arrow IPC file with one row per image, in the order of the split's table:
     key         string   as in that table
     patient     string
     study       int32
-    <labels>    float32  score in [0, 1], of those that the run learned
+    <labels>    float64  score in [0, 1], of those that the run learned
 """
 
 from collections.abc import Sequence
@@ -12,19 +12,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.base.errors import DataError
 from pipeline.base.files import read_arrow, write_table
 from pipeline.labels import LABELS
+from pipeline.measure.metrics import Floats
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
-def write_scores(path: Path, table: pa.Table, labels: Sequence[str], scores: npt.NDArray[np.float32]) -> None:
+def write_scores(path: Path, table: pa.Table, labels: Sequence[str], scores: Floats) -> None:
     """Write the scores [N, L] of the labels, for the rows of a split's table, atomically."""
     columns = dict(zip(labels, scores.T.copy(), strict=True))
     write_table(path, pa.table({name: table[name] for name in ("key", "patient", "study")} | columns))
@@ -44,7 +44,7 @@ def read_frame(path: Path, labels: Sequence[str] = LABELS) -> "pd.DataFrame":
     return pd.DataFrame(facts | dict(zip(labels, scores.T, strict=True)))
 
 
-def read_scores(path: Path, keys: pa.ChunkedArray, labels: Sequence[str] = LABELS) -> npt.NDArray[np.float32]:
+def read_scores(path: Path, keys: pa.ChunkedArray, labels: Sequence[str] = LABELS) -> Floats:
     """The scores [N, L] of the labels for the images `keys` [N], in whatever order the file has them.
 
     Raises DataError where the file is not one of scores, lacks an image, or has a score outside [0, 1].
@@ -58,14 +58,14 @@ def read_scores(path: Path, keys: pa.ChunkedArray, labels: Sequence[str] = LABEL
             f"{path}: no scores of {rows.null_count:,} of {len(keys):,} images, such as {example}; "
             "they are of other shards, or of other images of these"
         )
-    chosen: npt.NDArray[np.float32] = scores[rows.to_numpy()]
+    chosen: Floats = scores[rows.to_numpy()]
     return chosen
 
 
-def _check_scores(path: Path, table: pa.Table, labels: Sequence[str]) -> npt.NDArray[np.float32]:
+def _check_scores(path: Path, table: pa.Table, labels: Sequence[str]) -> Floats:
     """The scores [N, L] of the labels, in the order of the file. Raises DataError for one outside [0, 1]."""
     try:
-        scores = np.column_stack([table[label].cast(pa.float32()).to_numpy() for label in labels])
+        scores = np.column_stack([table[label].cast(pa.float64()).to_numpy() for label in labels])
     except (KeyError, pa.ArrowException) as error:
         raise DataError(f"{path}: damaged, or not a file of scores: {error}") from error
     wrong = ~((scores >= 0) & (scores <= 1))  # so, because NaN is in no range

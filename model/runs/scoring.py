@@ -33,7 +33,7 @@ from pipeline.stream.batches import choose_usable
 from pipeline.stream.plan import plan_evaluation
 
 EVALUATION_BATCH = 64  # images
-Scores = npt.NDArray[np.float32]
+Scores = Floats
 Alteration = Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.uint8]]  # of images [N, 1, H, W]
 
 
@@ -70,7 +70,7 @@ def score_best(job: Job, name: str, alter: Alteration | None = None, most: float
         one = score_best(replace(member, config=config, shared_images=job.shared_images), name, alter, most)
         found[str(member.run)] = apply_calibrations(job.config.labels, one.images.scores, calibration)
         shared |= {key: max(count, shared.get(key, 0)) for key, count in one.shared.items()}
-    mean = np.mean(list(found.values()), axis=0).astype(np.float32)
+    mean = np.mean(list(found.values()), axis=0)
     return Result(one.images._replace(scores=mean), one.table, shared, found)
 
 
@@ -122,7 +122,7 @@ def score_split(
         raise InterruptedEvaluationError
     scores = np.zeros((len(rows), len(columns)))
     scores[ours] = found
-    scores = job.ranks.sum(scores).astype(np.float32)
+    scores = job.ranks.sum(scores)
     usable = job.ranks.sum(bad) == 0
     rows = rows[usable]
     facts = split.table.take(rows)

@@ -14,7 +14,6 @@ import numpy.typing as npt
 from pipeline.measure.metrics import Bools, Floats, Ints, label_cells, threshold_curve
 
 RULES = ("youden", "max_f1", "sensitivity")
-SMALLEST = 2.0**-24  # a float32 score nearer to 0 or 1 has lost its logit
 SLOPES = (0.05, 20.0)  # of a fit; outside them, scores say almost nothing, or the opposite
 PRIOR = 4.0  # holds the slope near 1: a normal prior with standard deviation 0.5
 FOLDS = 5
@@ -184,6 +183,9 @@ def _log_likelihood(logits: Floats, truth: Bools, fit: Fit) -> float:
 
 
 def _logits(score: Floats) -> Floats:
-    inside = np.clip(score.astype(np.float64), SMALLEST, 1 - SMALLEST)
+    lost = (
+        float(np.finfo(score.dtype).eps) / 2
+    )  # a score of this type that is nearer to 0 or 1 has lost its logit
+    inside = np.clip(score.astype(np.float64), lost, 1 - lost)
     logits: Floats = np.log(inside / (1 - inside))
     return logits
