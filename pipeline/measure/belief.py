@@ -42,6 +42,8 @@ GROUP_CELLS = 20  # of the rarer class in a group, where there are more than the
 LEVEL = 0.05
 SMALL = 0.05  # a fall of AUROC that nobody needs to be told
 
+UNKNOWN = (-1, "")  # among numbers of groups, and among names
+
 Names = npt.NDArray[Any]  # [N]
 
 
@@ -114,17 +116,23 @@ def compare_within(
 ) -> dict[str, dict[str, Any]]:
     """Per variable whose strata hold pairs: the AUROC within them, the share of `pairs`, its `fall` from all pairs.
 
-    `fall` has limits that hold for all variables together, and `left` the limits of W - .5 - (A - .5) / 2: above 0 if
-    more than half of what the AUROC has over .5 is left.
+    Only images of known value count, in both: those of unknown value are not equal in it. A variable that is known of
+    fewer than 10 patients of a class is left out: it cannot explain more than their share. `fall` has limits that hold
+    for all variables together, and `left` the limits of W - .5 - (A - .5) / 2: above 0 if more than half of what the
+    AUROC has over .5 is left.
     """
     # The same groups under two names, such as AP and projection, are compared once.
     distinct = {_code_groups(group).tobytes(): variable for variable, group in reversed(list(groups.items()))}
-    plain = measure_within(score, truth, patient)
+    every = measure_within(score, truth, patient)
     compared: dict[str, dict[str, Any]] = {}
     for variable in (name for name in groups if name in distinct.values()):
         codes = _code_groups(groups[variable])
-        area = measure_within(score, truth, patient, codes)
-        positives, negatives = np.bincount(codes, truth), np.bincount(codes, ~truth)
+        known = ~np.isin(groups[variable], UNKNOWN[groups[variable].dtype.kind in "OU"])
+        if count_classes(truth[known], patient[known])["few"]:
+            continue
+        plain = every if known.all() else measure_within(score, truth, patient, used=known)
+        area = measure_within(score, truth, patient, codes, known)
+        positives, negatives = (np.bincount(codes, side & known) for side in (truth, ~truth))
         compared[variable] = {
             **_describe(area),
             "pairs": float((positives * negatives).sum() / (truth.sum() * (~truth).sum())),
@@ -142,10 +150,12 @@ def compare_within(
     return compared
 
 
-def measure_within(score: Floats, truth: Bools, patient: Names, group: Names | None = None) -> Areas:
-    """The AUROC of scores [n] against truth [n], of all pairs or of those within the same group [n]."""
-    mask = np.ones((len(score), 1), bool)
-    return measure_areas(score[:, None], truth[:, None].astype(float), mask, patient, group)
+def measure_within(
+    score: Floats, truth: Bools, patient: Names, group: Names | None = None, used: Bools | None = None
+) -> Areas:
+    """The AUROC of scores [n] against truth [n], of all pairs or of those within the same group [n], of cells used."""
+    mask = np.ones(len(score), bool) if used is None else used
+    return measure_areas(score[:, None], truth[:, None].astype(float), mask[:, None], patient, group)
 
 
 def measure_balanced(

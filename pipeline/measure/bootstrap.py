@@ -30,14 +30,15 @@ def resample_auprc(
     """AUPRC [R, L] of resamples of scores [N, L] against targets [N, L] in {0, 1}, on the cells of mask [N, L].
 
     The same patients [N] and seed give the same resamples, whatever the scores and the order of the rows. NaN in
-    resamples in which a label has lost a class; in all of them if it has only one.
+    resamples in which a label has lost a class; in all of them if it has only one, or if one patient has all positives:
+    resamples then say nothing about how much patients differ.
     """
     patients, codes = np.unique(patient, return_inverse=True)
     columns: dict[int, tuple[Ranking, Ints]] = {}
     for column in range(scores.shape[1]):
         used = mask[:, column]
         truth = target[used, column] == 1
-        if truth.any() and not truth.all():
+        if truth.any() and not truth.all() and len(np.unique(codes[used][truth])) > 1:
             ranking = rank(scores[used, column], truth)
             columns[column] = ranking, codes[used][ranking.order]
     found = np.full((resamples, scores.shape[1]), np.nan)

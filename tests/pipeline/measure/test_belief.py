@@ -121,6 +121,12 @@ def test_many_weak_covariates_and_a_u_shaped_one_are_found_together() -> None:
     number = np.where(truth, random.choice([2500, 7500], 2000), 5000) + random.normal(size=2000) * 600
     ends = assess_belief(["Edema"], scored(truth * 1.0, abs(number - 5000)), {"n": number}, {})["Edema"]
     assert ends["mark"] in ("shown", "partly")
+    # Images of unknown number are not equal in it, although they are in one group.
+    half = np.where(random.random(2000) < 0.5, number, np.nan)
+    unknown = assess_belief(["Edema"], scored(truth * 1.0, abs(number - 5000)), {"n": half}, {})["Edema"]
+    assert unknown["mark"] in ("shown", "partly")
+    few = np.where(np.arange(2000) < 20, number, np.nan)
+    assert "n" not in assess_belief(["Edema"], scored(truth * 1.0, number), {"n": few}, {})["Edema"]["within"]
 
 
 def test_classes_that_covariates_tell_apart_completely_are_not_balanced() -> None:

@@ -68,6 +68,13 @@ def test_labels_with_one_class_have_no_resamples() -> None:
     assert np.isnan(resample_auprc(scores, target, mask, patient, 5, seed=0)).all()
 
 
+def test_positives_of_one_patient_have_no_resamples() -> None:
+    scores, target, mask, patient = draw_rows(120, 2)
+    target[:, 0], mask[:] = np.arange(120) < 9, True
+    patient[:9] = "one"
+    assert np.isnan(resample((scores, target, mask, patient))).all(axis=0).tolist() == [True, False]
+
+
 def test_intervals_leave_out_what_is_undefined() -> None:
     values = np.append(np.arange(201.0), [np.nan] * 30)
     assert interval(values) == {"low": 5, "high": 195, "resamples": 201}
