@@ -106,7 +106,7 @@ from pipeline.base.errors import DataError
 from pipeline.base.files import claimed, named_writes, write_atomically
 from pipeline.console import progress_bar, say, say_once, show_left
 from pipeline.labels import LABELS
-from pipeline.measure.metrics import report_auroc
+from pipeline.measure.metrics import cross_entropy, report_auroc
 from pipeline.stream.batches import Batch, BatchStream, Labels
 from pipeline.stream.plan import Rows, Weights, plan_training, training_steps
 
@@ -534,6 +534,7 @@ def evaluate_state(job: Job, state: TrainState, dev: Selected, steps: int, log: 
     epoch = round(state.done / steps, 4)
     line: dict[str, Any] = {"epoch": epoch, "step": state.done}
     line["train_loss"] = state.loss_sum / (state.done - state.evaluated)
+    line["dev_loss"] = cross_entropy(*scored[:3])
     line |= {name: value for name, value in report.items() if name.endswith("_auroc")}
     line["labels"] = {label: row["auroc"] for label, row in report["labels"].items()}
     chosen = job.config.choose_by
@@ -553,6 +554,7 @@ def evaluate_state(job: Job, state: TrainState, dev: Selected, steps: int, log: 
         # Rewritten from the checkpoint's own history, so that steps run again are not listed twice.
         lines = "".join(json.dumps(line) + "\n" for line in state.history)
         write_atomically(job.run / "metrics.jsonl", lines.encode())
+    log("dev/loss", line["dev_loss"], state.done)
     log("dev/macro_auroc", macro, state.done)
     if chosen != "all":
         log("dev/choice_auroc", score, state.done)

@@ -179,14 +179,16 @@ def describe_gaps(evaluation: Mapping[str, Any]) -> list[str]:
 
 
 def draw_training(history: Sequence[Mapping[str, Any]]) -> list[tuple[str, Markup]]:
-    """Train loss and dev AUROC by epoch, each as caption and SVG."""
+    """The losses and dev's AUROC by epoch, each as caption and SVG."""
     from matplotlib.ticker import MaxNLocator
 
     epochs = [line["epoch"] for line in history]
 
     def draw_loss(axes: "Axes") -> None:
-        axes.plot(epochs, [line["train_loss"] for line in history], ".-", color=FIRST)
-        axes.set(xlabel="epoch", ylabel="train loss")
+        for split, color in (("train", FIRST), ("dev", SECOND)):
+            axes.plot(epochs, [line[f"{split}_loss"] for line in history], ".-", color=color, label=split)
+        axes.set(xlabel="epoch", ylabel="loss")
+        axes.legend()
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
     def draw_auroc(axes: "Axes") -> None:
@@ -201,7 +203,7 @@ def draw_training(history: Sequence[Mapping[str, Any]]) -> list[tuple[str, Marku
             axes.legend()
 
     return [
-        ("Training loss", draw_svg(draw_loss, "train loss by epoch", (4.4, 2.6))),
+        ("Loss", draw_svg(draw_loss, "loss of train and dev by epoch", (4.4, 2.6))),
         ("AUROC on dev", draw_svg(draw_auroc, "AUROC on dev by epoch", (4.4, 2.6))),
     ]
 

@@ -170,6 +170,12 @@ def brier_score(score: Floats, truth: Bools) -> float | None:
     return float(np.mean((score.astype(np.float64) - truth) ** 2)) if len(truth) else None
 
 
+def cross_entropy(score: Floats, target: Floats, mask: Bools) -> float:
+    """The mean of -log p over the cells of mask [N, L], p the score of a target of 1, else 1 less it; nan for none."""
+    chance = np.where(target == 1, score, 1 - score)[mask].astype(np.float64)
+    return float(-np.log(np.maximum(chance, np.finfo(chance.dtype).eps)).mean())
+
+
 def reliability(score: Floats, truth: Bools) -> Reliability:
     """Scores in 15 bins of equal width, closed on the right."""
     bins = np.searchsorted(np.arange(1, BINS) / BINS, score.astype(np.float64))

@@ -35,8 +35,22 @@ CONFIG = {
     "init_terms": "",
 }
 HISTORY = [
-    {"epoch": 0.5, "train_loss": 0.7, "macro_auroc": 0.6, "macro10_auroc": None, "mean5_auroc": None},
-    {"epoch": 1, "train_loss": 0.5, "macro_auroc": 0.7, "macro10_auroc": 0.72, "mean5_auroc": None},
+    {
+        "epoch": 0.5,
+        "train_loss": 0.7,
+        "dev_loss": 0.8,
+        "macro_auroc": 0.6,
+        "macro10_auroc": None,
+        "mean5_auroc": None,
+    },
+    {
+        "epoch": 1,
+        "train_loss": 0.5,
+        "dev_loss": 0.6,
+        "macro_auroc": 0.7,
+        "macro10_auroc": 0.72,
+        "mean5_auroc": None,
+    },
 ]
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>"
 
@@ -283,6 +297,7 @@ def test_the_legend_names_the_lines_that_are_there() -> None:
     (_, loss), (_, auroc) = draw_training(HISTORY)
     assert ">macro, ≥ 10 patients<" in auroc
     assert "competition" not in auroc
+    assert [f">{split}<" in loss for split in ("train", "dev", "valid")] == [True, True, False]
     for svg in (loss, auroc):
         texts = re.findall(r"<text[^>]*>(.*?)</text>", svg)
         assert texts[: texts.index("epoch")] == ["1"]
@@ -316,7 +331,7 @@ def test_the_page_needs_nothing_else(page: str) -> None:
 def test_figures_follow_the_page_and_none_is_of_a_skipped_label(page: str) -> None:
     svgs = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
     names = [re.findall(r'aria-label="(.*?)"', svg)[0] for svg in svgs]
-    assert names == ["train loss by epoch", "AUROC on dev by epoch"] + [
+    assert names == ["loss of train and dev by epoch", "AUROC on dev by epoch"] + [
         f"{kind} curve of {name}"
         for kind in ("ROC", "precision-recall", "reliability", "decision")
         for name in ("Edema", "Pleural Effusion", "Rare")

@@ -29,7 +29,7 @@ import pyarrow.compute as pc
 import pytest
 import torch
 from PIL import Image
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import log_loss, roc_auc_score
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.compat.tensorflow_stub.io.gfile import LocalFileSystem
 from torch import nn
@@ -180,7 +180,7 @@ def test_a_student_learns_its_teachers_scores_of_the_uncertain_cells(
     states = np.column_stack([pc.fill_null(split.table[label], 0).to_numpy() for label in LABELS])
     assert (states == -1).any()
     assert mask.all()
-    np.testing.assert_array_equal(target, np.where(states == -1, scores, states))
+    np.testing.assert_array_equal(target, np.where(states == -1, scores, states).astype(np.float32))
 
     assert train.train(student) == 0
     assert train.train(make_job("parts", stop_after=4, teacher=teacher.run, uncertain="selftrained")) == 143
@@ -852,6 +852,10 @@ def test_logs_say_what_the_run_did_and_with_what(
         assert tags == {f"auroc_{split}/{label}" for label in defined}  # no curve of one with one class
     assert "dev/choice_auroc" not in events.Tags()["scalars"]
     assert loss.value == pytest.approx(line["train_loss"])
+    (dev_loss,) = events.Scalars("dev/loss")
+    scored = score_best(job, "dev").images
+    truth, score = (array[scored.mask] for array in (scored.target, scored.scores))
+    assert line["dev_loss"] == pytest.approx(log_loss(truth, score)) == pytest.approx(dev_loss.value)
     (recent,) = events.Scalars("train/macro_auroc")
     assert 0.3 < recent.value < 0.8  # an untrained network's, of a few images
     environment = json.loads((job.run / "environment.jsonl").read_text())

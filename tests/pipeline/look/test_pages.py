@@ -143,6 +143,7 @@ def test_the_report_is_legible(
         {
             "epoch": epoch,
             "train_loss": 1 / epoch,
+            "dev_loss": 2 / epoch,
             "macro_auroc": 0.5,
             "macro10_auroc": 0.5,
             "mean5_auroc": 0.5,
