@@ -20,17 +20,9 @@ Array = npt.NDArray[Any]  # float32 throughout, which NumPy's stubs cannot follo
 
 # How severe a sign looks on a lateral, as a multiple of its severity, up to 1. A lateral does not show a pneumothorax
 # at the side wall, a wide mediastinum or broken ribs; it does show what lies behind the heart and the diaphragm.
-ON_LATERALS = {
-    "Enlarged Cardiomediastinum": 0.0,
-    "Pneumothorax": 0.0,
-    "Fracture": 0.0,
-    "Lung Lesion": 2.0,
-    "Consolidation": 2.0,
-    "Pneumonia": 2.0,
-    "Atelectasis": 2.0,
-    "Pleural Effusion": 2.0,
-    "Pleural Other": 2.0,
-}
+ON_LATERALS = dict.fromkeys(("Enlarged Cardiomediastinum", "Pneumothorax", "Fracture"), 0.0)
+ON_LATERALS |= dict.fromkeys(("Lung Lesion", "Consolidation", "Pneumonia", "Atelectasis"), 2.0)
+ON_LATERALS |= dict.fromkeys(("Pleural Effusion", "Pleural Other"), 2.0)
 SKETCH = 0.5  # films are drawn at this share of the final resolution; metal and grain at full resolution
 SEEN = 0.02  # of black to white: a smaller change is lost in the grain
 ROOM = 2  # pixels of the sketch by which a box is larger than the change that it holds
@@ -78,6 +70,68 @@ class Film(NamedTuple):
     metal: Array  # tubes, wires, markers
     coarse: Array  # noise in about [-1, 1]
     fine: Array
+    tissue: Array | float = 0.0  # density without air
+
+    def ellipse(self, x: float, y: float, rx: float, ry: float, turn: float = 0.0) -> Array:
+        """The distance from the center of an ellipse: 0 there, 1 on its edge."""
+        c, s = math.cos(turn), math.sin(turn)
+        du, dv = self.u - x, self.v - y
+        along, aside = du * (c / rx) + dv * (s / rx), dv * (c / ry) - du * (s / ry)
+        return np.sqrt(along * along + aside * aside)
+
+    def opacify(self, amount: Array) -> None:
+        """Fill a share `amount` in [0, 1] of the air with fluid or tissue."""
+        self.air[...] *= 1 - amount
+
+    def across(self, finding: Finding) -> float:
+        """The horizontal place of a finding."""
+        return finding.z if self.lateral else finding.side * finding.x
+
+    def on_side(self, side: int) -> Array:
+        """A mask of one side's lung; a lateral shows both lungs over each other."""
+        return np.full_like(self.u, 0.85) if self.lateral else soft(side * self.u, 0.02)
+
+    def rib_height(self, across: Array | float) -> Array | float:
+        """By how much a rib lies lower at a place than at its origin at the spine."""
+        return (self.body.tilt - 0.05) * across + (0.6 if self.lateral else 1.1) * across * across
+
+    def stroke(self, layer: Array, curves: npt.ArrayLike, radius: float, value: float) -> None:
+        """Draw smooth curves through points [curves, points, 2] (u, v) into a layer; radius in final pixels."""
+        zoom = layer.shape[0] / self.metal.shape[0]
+        knots = (np.asarray(curves) @ self.pose[:, :2].T + self.pose[:, 2]) * zoom - 0.5
+        for _ in range(2):  # Chaikin's corner cutting
+            first, last = knots[:, :-1], knots[:, 1:]
+            cut = np.stack([0.75 * first + 0.25 * last, 0.25 * first + 0.75 * last], 2)
+            knots = np.concatenate([knots[:, :1], cut.reshape(len(knots), -1, 2), knots[:, -1:]], 1)
+        steps = np.hypot(*np.moveaxis(np.diff(knots, axis=1), 2, 0)).max()
+        radius *= zoom
+        share = np.linspace(0, 1, max(1, math.ceil(steps / max(1.0, radius / 3))), endpoint=False)[:, None]
+        points = (knots[:, :-1, None] * (1 - share) + knots[:, 1:, None] * share).reshape(-1, 2)
+        reach = math.ceil(radius + 1)
+        offset = np.arange(-reach, reach + 1)
+        nearest = np.rint(points).astype(np.intp)
+        columns, rows = (nearest[:, axis, None, None] + offset for axis in (0, 1))
+        dx = (columns - points[:, 0, None, None]).astype(np.float32)
+        dy = (rows - points[:, 1, None, None]).astype(np.float32)
+        profile = np.float32(value) * np.clip(
+            radius + 0.5 - np.sqrt(dx * dx + (dy * dy).swapaxes(1, 2)), 0, 1
+        )
+        inside = (columns >= 0) & (columns < layer.shape[1])
+        drawn = (profile > 0) & inside & ((rows >= 0) & (rows < layer.shape[0])).swapaxes(1, 2)
+        np.maximum.at(
+            layer.reshape(-1), (rows.swapaxes(1, 2) * layer.shape[1] + columns)[drawn], profile[drawn]
+        )
+
+    def find_density(self) -> Array:
+        """Air darkens tissue, bones brighten: density, mostly in [0, 1]."""
+        markings = self.vessels * 0.6 + 0.05 * self.coarse
+        density: Array = self.tissue * (1 - self.air * (0.66 - markings)) + self.bright + 0.02 * self.coarse
+        return density
+
+    def show(self) -> Array:
+        """The sketch's density in [0, 1] with its metal, before exposure and grain."""
+        zoom = round(1 / SKETCH)
+        return np.maximum(np.clip(self.find_density(), 0, 1), self.metal[::zoom, ::zoom])  # type: ignore[no-any-return]
 
 
 def draw_film(
@@ -103,24 +157,24 @@ def draw_film(
             for label, finding in findings.items()
         }
     body, before = draw_body(patient_rng, sex), copy.deepcopy(rng)
-    film, tissue = make_film(rng, body, findings, projection == "AP")
+    film = make_film(rng, body, findings, projection == "AP")
     changes: dict[str, Array] = {}
     for label in ANATOMY:
         if label in boxed:
             without = findings | {label: findings[label]._replace(severity=0.0)}
             healthy = make_film(copy.deepcopy(before), body, without, projection == "AP")
-            changes[label] = np.abs(show(film, tissue) - show(*healthy))
+            changes[label] = np.abs(film.show() - healthy.show())
     draw_vessels(film, rng)
     for label, draw in SIGNS.items():
         if findings[label].severity > 0:
-            shown = show(film, tissue) if label in boxed else None
+            shown = film.show() if label in boxed else None
             draw(film, findings[label], rng)
             if shown is not None:
-                change = np.abs(show(film, tissue) - shown)
+                change = np.abs(film.show() - shown)
                 changes[label] = np.maximum(change, changes.get(label, 0))
     draw_marker(film, rng)
     boxes = {label: find_boxes(change, whole=label not in SIGNS) for label, change in changes.items()}
-    return expose(film, tissue, rng), boxes
+    return expose(film, rng), boxes
 
 
 def find_boxes(change: Array, whole: bool) -> list[Box]:
@@ -131,20 +185,6 @@ def find_boxes(change: Array, whole: bool) -> list[Box]:
     return [(zoom * x, zoom * y, zoom * w, zoom * h) for x, y, w, h in found if w]
 
 
-def show(film: Film, tissue: Array) -> Array:
-    """The sketch's density in [0, 1] with its metal, before exposure and grain."""
-    zoom = round(1 / SKETCH)
-    shown: Array = np.maximum(np.clip(find_density(film, tissue), 0, 1), film.metal[::zoom, ::zoom])
-    return shown
-
-
-def find_density(film: Film, tissue: Array) -> Array:
-    """Air darkens tissue, bones brighten: density, mostly in [0, 1]."""
-    markings = film.vessels * 0.6 + 0.05 * film.coarse
-    density: Array = tissue * (1 - film.air * (0.66 - markings)) + film.bright + 0.02 * film.coarse
-    return density
-
-
 def draw_body(rng: np.random.Generator, sex: str) -> Body:
     """Draw a patient's build."""
     low, high = (0.35, 0.155, 0.04, 0.073, -0.15, 0.3), (0.4, 0.175, 0.16, 0.085, 0.15, 1.0)
@@ -152,14 +192,13 @@ def draw_body(rng: np.random.Generator, sex: str) -> Body:
     return body if sex == "Female" else body._replace(breast=0.0)
 
 
-def expose(film: Film, tissue: Array, rng: np.random.Generator) -> npt.NDArray[np.uint8]:
+def expose(film: Film, rng: np.random.Generator) -> npt.NDArray[np.uint8]:
     """Turn layers into gray values: exposure and grain vary."""
     contrast, bias, gamma, grain = rng.uniform((0.9, -0.03, 0.85, 0.010), (1.1, 0.04, 1.25, 0.022)).tolist()
-    density = np.clip(bias + contrast * find_density(film, tissue), 0, 1) ** np.float32(gamma)
+    density = np.clip(bias + contrast * film.find_density(), 0, 1) ** np.float32(gamma)
     density = resize(density, film.metal.shape)
     density += np.float32(3.5 * grain) * (rng.random(density.shape, dtype=np.float32) - np.float32(0.5))
-    np.maximum(density, film.metal, out=density)
-    return (np.clip(density, 0, 1) * 255).astype(np.uint8)
+    return (np.clip(np.maximum(density, film.metal), 0, 1) * 255).astype(np.uint8)
 
 
 def soft(distance: Array, width: float) -> Array:
@@ -172,32 +211,6 @@ def zigzag(phase: Array) -> Array:
     return np.abs(phase - np.floor(phase) - 0.5)
 
 
-def ellipse(film: Film, x: float, y: float, rx: float, ry: float, turn: float = 0.0) -> Array:
-    """Return the distance from the center of an ellipse: 0 there, 1 on its edge."""
-    c, s = math.cos(turn), math.sin(turn)
-    du, dv = film.u - x, film.v - y
-    along, aside = du * (c / rx) + dv * (s / rx), dv * (c / ry) - du * (s / ry)
-    along *= along
-    aside *= aside
-    along += aside
-    return np.sqrt(along, out=along)
-
-
-def opacify(film: Film, amount: Array) -> None:
-    """Fill a share `amount` in [0, 1] of the air with fluid or tissue."""
-    film.air[...] *= 1 - amount
-
-
-def across(film: Film, finding: Finding) -> float:
-    """Return the horizontal place of a finding on this film."""
-    return finding.z if film.lateral else finding.side * finding.x
-
-
-def on_side(film: Film, side: int) -> Array:
-    """Return a mask of one side's lung; a lateral shows both lungs over each other."""
-    return np.full_like(film.u, 0.85) if film.lateral else soft(side * film.u, 0.02)
-
-
 def resize(grid: Array, shape: tuple[int, ...], smooth: bool = False) -> Array:
     """Interpolate a grid up to a shape, linearly or with a smooth step between the nodes."""
     for axis in (0, 1):
@@ -208,39 +221,13 @@ def resize(grid: Array, shape: tuple[int, ...], smooth: bool = False) -> Array:
         if smooth:
             share = share * share * (3 - 2 * share)
         low, high = np.take(grid, below, axis), np.take(grid, below + 1, axis)
-        high -= low
-        high *= share[:, None] if axis == 0 else share
-        grid = low + high
+        grid = low + (high - low) * (share[:, None] if axis == 0 else share)
     return grid
 
 
 def noise(rng: np.random.Generator, shape: tuple[int, ...], cells: int) -> Array:
     """Return smooth value noise in [-1, 1] with about `cells` cells along either side."""
     return resize(rng.uniform(-1, 1, (cells, cells)).astype(np.float32), shape, smooth=True)
-
-
-def stroke(film: Film, layer: Array, curves: npt.ArrayLike, radius: float, value: float) -> None:
-    """Draw smooth curves through points [curves, points, 2] (u, v) into a layer; radius in final pixels."""
-    zoom = layer.shape[0] / film.metal.shape[0]
-    knots = (np.asarray(curves) @ film.pose[:, :2].T + film.pose[:, 2]) * zoom - 0.5
-    for _ in range(2):  # Chaikin's corner cutting
-        first, last = knots[:, :-1], knots[:, 1:]
-        cut = np.stack([0.75 * first + 0.25 * last, 0.25 * first + 0.75 * last], 2)
-        knots = np.concatenate([knots[:, :1], cut.reshape(len(knots), -1, 2), knots[:, -1:]], 1)
-    steps = np.hypot(*np.moveaxis(np.diff(knots, axis=1), 2, 0)).max()
-    radius *= zoom
-    share = np.linspace(0, 1, max(1, math.ceil(steps / max(1.0, radius / 3))), endpoint=False)[:, None]
-    points = (knots[:, :-1, None] * (1 - share) + knots[:, 1:, None] * share).reshape(-1, 2)
-    reach = math.ceil(radius + 1)
-    offset = np.arange(-reach, reach + 1)
-    nearest = np.rint(points).astype(np.intp)
-    columns, rows = (nearest[:, axis, None, None] + offset for axis in (0, 1))
-    dx = (columns - points[:, 0, None, None]).astype(np.float32)
-    dy = (rows - points[:, 1, None, None]).astype(np.float32)
-    profile = np.float32(value) * np.clip(radius + 0.5 - np.sqrt(dx * dx + (dy * dy).swapaxes(1, 2)), 0, 1)
-    inside = (columns >= 0) & (columns < layer.shape[1])
-    drawn = (profile > 0) & inside & ((rows >= 0) & (rows < layer.shape[0])).swapaxes(1, 2)
-    np.maximum.at(layer.reshape(-1), (rows.swapaxes(1, 2) * layer.shape[1] + columns)[drawn], profile[drawn])
 
 
 def draw_grid(rng: np.random.Generator) -> tuple[Array, Array, npt.NDArray[np.float64], Array]:
@@ -267,10 +254,8 @@ def raised(findings: dict[str, Finding], side: int) -> float:
     return 0.09 * finding.severity if side == finding.side else 0.0
 
 
-def frontal_film(
-    rng: np.random.Generator, body: Body, findings: dict[str, Finding], portable: bool
-) -> tuple[Film, Array]:
-    """Draw the anatomy of an AP (portable) or PA film; return it and the tissue's density."""
+def frontal_film(rng: np.random.Generator, body: Body, findings: dict[str, Finding], portable: bool) -> Film:
+    """Draw the anatomy of an AP (portable) or PA film."""
     u, v, pose, metal = draw_grid(rng)
     a = np.abs(u)
     base = rng.uniform(0.73, 0.77) - (0.03 if portable else 0.0)
@@ -282,7 +267,7 @@ def frontal_film(
     air = soft(wall, 0.014) * soft(dome - v, 0.014) * soft(a - apex, 0.02)
     film = Film(False, body, pose, u, v, wall, top + 0.65 * body.width**2, air, *empty_layers(rng, metal, u))
     size = body.heart * (1 + 0.72 * findings["Cardiomegaly"].severity) * (1.06 if portable else 1.0)
-    heart = soft(1 - ellipse(film, 0.3 * size, 0.655, 1.1 * size, 0.1 + 0.24 * size, 0.55), 0.08)
+    heart = soft(1 - film.ellipse(0.3 * size, 0.655, 1.1 * size, 0.1 + 0.24 * size, 0.55), 0.08)
     spread = 0.085 * findings["Enlarged Cardiomediastinum"].severity
     knob = 0.02 * soft(0.045 - np.abs(v - 0.33), 0.05) * (u > 0)
     edge = 0.05 + spread - 0.3 * spread * np.abs(v - 0.25) + 0.35 * np.clip(v - 0.42, 0, 0.2) + knob
@@ -296,20 +281,18 @@ def frontal_film(
     belly = np.maximum(0.14 * soft(v - dome, 0.05), 0.09 * np.maximum(heart, middle))
     tissue = inside * (0.68 + belly + 0.08 * spine - 0.14 * trachea)
     for x in (-0.19, 0.19):
-        film.bright[...] += 0.06 * body.breast * soft(1 - ellipse(film, x, 0.62, 0.17, 0.18), 0.15)
+        film.bright[...] += 0.06 * body.breast * soft(1 - film.ellipse(x, 0.62, 0.17, 0.18), 0.15)
     draw_ribs(film, a, 1.0)
     collar = 0.215 - 0.34 * a + 0.45 * a * a
     clavicle = soft(0.012 - np.abs(v - collar), 0.012) * soft(a - 0.035, 0.02) * soft(0.36 - a, 0.03)
     film.bright[...] += 0.13 * clavicle * inside
     if rng.random() < 0.4:  # gas in the stomach
-        film.air[...] += 0.5 * soft(1 - ellipse(film, 0.2, left + 0.08, 0.07, 0.03), 0.3)
-    return film, tissue
+        film.air[...] += 0.5 * soft(1 - film.ellipse(0.2, left + 0.08, 0.07, 0.03), 0.3)
+    return film._replace(tissue=tissue)
 
 
-def lateral_film(
-    rng: np.random.Generator, body: Body, findings: dict[str, Finding], portable: bool
-) -> tuple[Film, Array]:
-    """Draw the anatomy of a lateral film, the patient facing left; return it and the tissue's density."""
+def lateral_film(rng: np.random.Generator, body: Body, findings: dict[str, Finding], portable: bool) -> Film:
+    """Draw the anatomy of a lateral film, the patient facing left."""
     u, v, pose, metal = draw_grid(rng)
     depth = 0.88 * body.width
     reach = bulge(v, 0.05, 0.62)
@@ -321,7 +304,7 @@ def lateral_film(
     angle = np.full_like(u, low + 1.3 * (depth + 0.06) ** 2 + 0.2 * depth)
     film = Film(True, body, pose, u, v, wall, angle, air, *empty_layers(rng, metal, u))
     size = body.heart * (1 + 0.75 * findings["Cardiomegaly"].severity)
-    heart = soft(1 - ellipse(film, 0.9 * size - 0.27, 0.63, 1.05 * size, 0.07 + 0.35 * size, -0.7), 0.1)
+    heart = soft(1 - film.ellipse(0.9 * size - 0.27, 0.63, 1.05 * size, 0.07 + 0.35 * size, -0.7), 0.1)
     spread = 0.03 + 0.06 * findings["Enlarged Cardiomediastinum"].severity
     middle = soft(spread - np.abs(u + 0.04), 0.04) * soft(0.5 - v, 0.1)
     film.air[...] *= (1 - 0.85 * heart) * (1 - 0.6 * middle)
@@ -335,7 +318,7 @@ def lateral_film(
     tissue = inside * (0.68 + 0.12 * soft(v - dome, 0.05) + 0.05 * heart + 0.1 * spine - 0.12 * trachea)
     film.bright[...] += 0.1 * soft(0.01 - np.abs(front + 0.01), 0.01) * soft(0.6 - v, 0.05)  # sternum
     draw_ribs(film, 0.25 - u, 0.6)
-    return film, tissue
+    return film._replace(tissue=tissue)
 
 
 def empty_layers(rng: np.random.Generator, metal: Array, like: Array) -> tuple[Array, ...]:
@@ -344,16 +327,11 @@ def empty_layers(rng: np.random.Generator, metal: Array, like: Array) -> tuple[A
     return zero, zero.copy(), metal, noise(rng, like.shape, 8), noise(rng, like.shape, 50)
 
 
-def rib_height(film: Film, across: Array | float) -> Array | float:
-    """Return by how much a rib lies lower at a place than at its origin at the spine."""
-    return (film.body.tilt - 0.05) * across + (0.6 if film.lateral else 1.1) * across * across
-
-
 def draw_ribs(film: Film, across: Array, value: float) -> None:
     """Posterior ribs as bands with a bright cortex, and fainter anterior ones that cross them."""
     thorax = soft(film.wall + 0.012, 0.01) * soft(across - 0.045, 0.02) * soft(film.v - 0.08, 0.04)
     thorax *= 0.15 + 0.85 * film.air
-    for share, level in ((0.075, film.v - rib_height(film, across)), (0.03, film.v + 0.5 * across - 0.2)):
+    for share, level in ((0.075, film.v - film.rib_height(across)), (0.03, film.v + 0.5 * across - 0.2)):
         phase = zigzag(level * (1 / film.body.rib_gap))
         band = soft(0.17 - phase, 0.06) + 0.5 * soft(0.035 - np.abs(phase - 0.15), 0.03)
         film.bright[...] += value * share * band * thorax
@@ -368,14 +346,14 @@ def draw_vessels(film: Film, rng: np.random.Generator) -> None:
     way = rng.uniform(0.1, 0.3, (22, 1)) * np.column_stack([side * np.cos(heading), np.sin(heading)])
     middle = start + 0.45 * way + rng.normal(0, 0.02, (22, 2))
     curves = np.stack([start, middle, start + way], 1)
-    stroke(film, film.vessels, curves[:, :2], 2.2, 0.3)
-    stroke(film, film.vessels, curves, 1.2, 0.22)
+    film.stroke(film.vessels, curves[:, :2], 2.2, 0.3)
+    film.stroke(film.vessels, curves, 1.2, 0.22)
 
 
 def draw_marker(film: Film, rng: np.random.Generator) -> None:
     """Burn an L into the upper right corner."""
     x, y = rng.uniform((0.4, 0.04), (0.45, 0.1))
-    stroke(film, film.metal, [[[x, y], [x, y + 0.05]], [[x, y + 0.05], [x + 0.025, y + 0.05]]], 1.3, 0.95)
+    film.stroke(film.metal, [[[x, y], [x, y + 0.05]], [[x, y + 0.05], [x + 0.025, y + 0.05]]], 1.3, 0.95)
 
 
 # Signs: each draws one finding into the film. Heart, mediastinum and diaphragm are the anatomy's.
@@ -384,62 +362,62 @@ ANATOMY = ("Enlarged Cardiomediastinum", "Cardiomegaly", "Atelectasis")
 
 def draw_opacity(film: Film, finding: Finding, rng: np.random.Generator) -> None:
     """Hazy veil over a zone of one lung; vessels stay visible through it."""
-    r = ellipse(film, across(film, finding), finding.y, 0.17, 0.2)
-    veil = soft(1 - r + 0.3 * film.coarse, 0.6) * on_side(film, finding.side)
-    opacify(film, 0.62 * finding.severity * veil)
+    r = film.ellipse(film.across(finding), finding.y, 0.17, 0.2)
+    veil = soft(1 - r + 0.3 * film.coarse, 0.6) * film.on_side(finding.side)
+    film.opacify(0.62 * finding.severity * veil)
 
 
 def draw_lesion(film: Film, finding: Finding, rng: np.random.Generator) -> None:
     """Round, sharply bounded nodule or mass."""
     radius = 0.025 + 0.033 * finding.severity
-    r = ellipse(film, across(film, finding), finding.y, radius, 0.9 * radius)
-    opacify(film, (0.4 + 0.55 * finding.severity) * soft(1.05 - r + 0.08 * film.fine, 0.35))
+    r = film.ellipse(film.across(finding), finding.y, radius, 0.9 * radius)
+    film.opacify((0.4 + 0.55 * finding.severity) * soft(1.05 - r + 0.08 * film.fine, 0.35))
 
 
 def draw_edema(film: Film, finding: Finding, rng: np.random.Generator) -> None:
     """Perihilar haze of both lungs (bat wings), thick vessels and short septal lines at the bases."""
     for x in (0.0,) if film.lateral else (-0.13, 0.13):
-        r = ellipse(film, x, 0.47, 0.2, 0.27)
-        opacify(film, 0.72 * finding.severity * soft(0.85 - r + 0.15 * film.coarse, 0.9))
+        r = film.ellipse(x, 0.47, 0.2, 0.27)
+        film.opacify(0.72 * finding.severity * soft(0.85 - r + 0.15 * film.coarse, 0.9))
     film.vessels[...] *= 1 + 1.2 * finding.severity
     count = round(18 * finding.severity)
     outer = np.where(np.arange(count) % 2, 1, -1) * film.body.width * (0.7 if film.lateral else 0.95)
     start = np.column_stack([outer, rng.uniform(0.52, 0.72, count)])
     if count:
-        stroke(film, film.vessels, np.stack([start, start * (0.86, 1.01)], 1), 1.0, 0.7 * finding.severity)
+        film.stroke(film.vessels, np.stack([start, start * (0.86, 1.01)], 1), 1.0, 0.7 * finding.severity)
 
 
 def draw_consolidation(film: Film, finding: Finding, rng: np.random.Generator) -> None:
     """Dense lobar patch with one straight border, the fissure."""
-    x, up = across(film, finding), 1 if finding.y < 0.5 else -1
-    r = ellipse(film, x, finding.y, 0.15, 0.16)
+    x, up = film.across(finding), 1 if finding.y < 0.5 else -1
+    r = film.ellipse(x, finding.y, 0.15, 0.16)
     fissure = up * (finding.y + 0.07 * up - film.v + 0.25 * (film.u - x))
     patch = soft(1 - r + 0.12 * film.coarse + 0.05 * film.fine, 0.15) * soft(fissure, 0.012)
-    opacify(film, 0.97 * min(1.0, 1.1 * finding.severity) * patch * on_side(film, finding.side))
+    film.opacify(0.97 * min(1.0, 1.1 * finding.severity) * patch * film.on_side(finding.side))
 
 
 def draw_pneumonia(film: Film, finding: Finding, rng: np.random.Generator) -> None:
     """Patchy, ill-defined focus: many small soft spots that run together."""
-    x = across(film, finding)
+    x = film.across(finding)
     clear = np.ones_like(film.air)
     for du, dv, radius in rng.uniform((-0.09, -0.11, 0.025), (0.09, 0.11, 0.05), (9, 3)).tolist():
-        r = ellipse(film, x + du, finding.y + dv, radius, radius)
+        r = film.ellipse(x + du, finding.y + dv, radius, radius)
         clear *= 1 - 0.75 * finding.severity * soft(0.8 - r, 0.9)
-    opacify(film, (1 - clear) * on_side(film, finding.side))
+    film.opacify((1 - clear) * film.on_side(finding.side))
 
 
 def draw_atelectasis(film: Film, finding: Finding, rng: np.random.Generator) -> None:
     """Plate-like bands above the raised diaphragm."""
-    x, lift = across(film, finding), 0.09 * finding.severity
+    x, lift = film.across(finding), 0.09 * finding.severity
     for step in range(1 + round(1.5 * finding.severity)):
         y, turn = finding.y + 0.03 - lift - 0.05 * step, 0.15 * step - 0.3 * finding.side
-        r = ellipse(film, x, y, 0.15, 0.014, turn)
-        opacify(film, 0.9 * finding.severity * soft(1 - r, 0.4) * on_side(film, finding.side))
+        r = film.ellipse(x, y, 0.15, 0.014, turn)
+        film.opacify(0.9 * finding.severity * soft(1 - r, 0.4) * film.on_side(finding.side))
 
 
 def draw_pneumothorax(film: Film, finding: Finding, rng: np.random.Generator) -> None:
     """Dark apical and lateral rim without markings, and the thin white pleural line."""
-    side = on_side(film, finding.side)
+    side = film.on_side(finding.side)
     gap = film.wall - (0.02 + 0.14 * finding.severity) * np.clip((0.78 - film.v) * 1.7, 0, 1)
     empty = soft(-gap, 0.01) * side
     film.vessels[...] *= 1 - empty
@@ -452,22 +430,22 @@ def draw_effusion(film: Film, finding: Finding, rng: np.random.Generator) -> Non
     """White base: a meniscus that blunts the costophrenic angle and climbs the wall."""
     climb = (0.05 + 0.1 * finding.severity) * np.exp(-np.maximum(film.wall, 0) * 14)
     depth = film.v - film.angle + 0.33 * finding.severity**1.5 + climb
-    opacify(film, soft(depth, 0.03) * on_side(film, finding.side))
+    film.opacify(soft(depth, 0.03) * film.on_side(finding.side))
 
 
 def draw_pleural_other(film: Film, finding: Finding, rng: np.random.Generator) -> None:
     """Thickened, calcified pleura: a bright lumpy plaque along the wall."""
     thickness = (0.01 + 0.045 * finding.severity) * (1 + 0.4 * film.coarse)
     reach = soft(0.2 - np.abs(film.v - finding.y), 0.06)
-    plaque = soft(thickness - film.wall, 0.008) * soft(film.wall, 0.008) * reach * on_side(film, finding.side)
-    opacify(film, 0.85 * plaque)
+    plaque = soft(thickness - film.wall, 0.008) * soft(film.wall, 0.008) * reach * film.on_side(finding.side)
+    film.opacify(0.85 * plaque)
     film.bright[...] += (0.06 + 0.14 * finding.severity) * plaque * (1 + 0.8 * film.fine)
 
 
 def draw_fracture(film: Film, finding: Finding, rng: np.random.Generator) -> None:
     """Break neighboring ribs: a step between the fragments and a ball of callus at each."""
-    x, step = across(film, finding), 0.035 * finding.side
-    drop = float(rib_height(film, 0.25 - x if film.lateral else abs(x)))
+    x, step = film.across(finding), 0.035 * finding.side
+    drop = float(film.rib_height(0.25 - x if film.lateral else abs(x)))
     first = math.floor((finding.y - drop) / film.body.rib_gap)
     y = drop + (first + np.arange(1 + round(3 * finding.severity)) + 0.5) * film.body.rib_gap
     for start, stop, shift, radius, value in (
@@ -476,33 +454,24 @@ def draw_fracture(film: Film, finding: Finding, rng: np.random.Generator) -> Non
         (-0.1 * step, 0.1 * step, 0.003, 6.0, 0.42),
     ):
         ends = [np.column_stack([np.full_like(y, x + at), y + shift]) for at in (start, stop)]
-        stroke(film, film.bright, np.stack(ends, 1), radius, value * (0.3 + 0.8 * finding.severity))
+        film.stroke(film.bright, np.stack(ends, 1), radius, value * (0.3 + 0.8 * finding.severity))
 
 
-# Radius in pixels, points (x, y, z) in hundredths.
-Curve = tuple[float, tuple[tuple[float, float, float], ...]]
-DEVICES: tuple[tuple[Curve, ...], ...] = (
-    (  # endotracheal and gastric tube
-        (1.8, ((0, -10, 0), (0.5, 20, 1), (0, 36, 2))),
-        (1.4, ((1, -10, 3), (1, 50, 6), (5, 80, 3), (20, 84, -5))),
+# Each device's curves: the radius in pixels, and points (x, y, z) in hundredths.
+DEVICES = (
+    (
+        "1.8: 0 -10 0, 0.5 20 1, 0 36 2",
+        "1.4: 1 -10 3, 1 50 6, 5 80 3, 20 84 -5",
+    ),  # endotracheal and gastric tube
+    ("1.4: -50 10 0, -28 16 -5, -6 20 -4, -5 50 0",),  # central venous line
+    # A pacemaker's box and lead; electrodes, as wires that end in discs; sternal wires.
+    ("13: 27 22 -25, 29 25 -25", "1.4: 27 22 -25, 10 12 -10, -8 30 -5, -5 70 -10, 13 70 -20"),
+    (
+        *("1.0: -55 50 -30, -30 36 -27, -24 26 -25", "4.5: -24 26 -25, -24 26.2 -25"),
+        *("1.0: 55 75 -30, 42 35 -27, 27 28 -25", "4.5: 27 28 -25, 27 28.2 -25"),
+        *("1.0: 55 90 -20, 40 85 -22, 31 70 -24", "4.5: 31 70 -24, 31 70.2 -24"),
     ),
-    ((1.4, ((-50, 10, 0), (-28, 16, -5), (-6, 20, -4), (-5, 50, 0))),),  # central venous line
-    (  # pacemaker: box and lead
-        (13.0, ((27, 22, -25), (29, 25, -25))),
-        (1.4, ((27, 22, -25), (10, 12, -10), (-8, 30, -5), (-5, 70, -10), (13, 70, -20))),
-    ),
-    (  # electrodes: wires that end in discs
-        (1.0, ((-55, 50, -30), (-30, 36, -27), (-24, 26, -25))),
-        (4.5, ((-24, 26, -25), (-24, 26.2, -25))),
-        (1.0, ((55, 75, -30), (42, 35, -27), (27, 28, -25))),
-        (4.5, ((27, 28, -25), (27, 28.2, -25))),
-        (1.0, ((55, 90, -20), (40, 85, -22), (31, 70, -24))),
-        (4.5, ((31, 70, -24), (31, 70.2, -24))),
-    ),
-    tuple(  # sternal wires
-        (1.3, ((-1.6, y, -27), (1.2, y - 1.2, -27), (1.4, y + 1.2, -27), (-1.4, y, -27)))
-        for y in (30, 37, 44, 51, 58)
-    ),
+    tuple(f"1.3: -1.6 {y} -27, 1.2 {y - 1.2} -27, 1.4 {y + 1.2} -27, -1.4 {y} -27" for y in range(30, 60, 7)),
 )
 
 
@@ -510,21 +479,15 @@ def draw_devices(film: Film, finding: Finding, rng: np.random.Generator) -> None
     """Tubes, lines, a pacemaker, electrodes, sternal wires: bright thin curves."""
     shift = rng.normal(0, 0.012, 3)
     for kit in rng.permutation(len(DEVICES))[: 1 + round(2.5 * finding.severity)]:
-        for radius, points in DEVICES[kit]:
-            place = (np.array(points) / 100 + shift)[:, [2, 1] if film.lateral else [0, 1]]
-            stroke(film, film.metal, place[None], radius, 0.55 + 0.4 * finding.severity)
+        for radius, points in (curve.split(":") for curve in DEVICES[kit]):
+            places = np.array([point.split() for point in points.split(",")], float) / 100 + shift
+            place = places[None, :, [2, 1] if film.lateral else [0, 1]]
+            film.stroke(film.metal, place, float(radius), 0.55 + 0.4 * finding.severity)
 
 
 SIGNS: dict[str, Callable[[Film, Finding, np.random.Generator], None]] = {
-    "Lung Opacity": draw_opacity,
-    "Edema": draw_edema,
-    "Consolidation": draw_consolidation,
-    "Pneumonia": draw_pneumonia,
-    "Lung Lesion": draw_lesion,
-    "Atelectasis": draw_atelectasis,
-    "Pneumothorax": draw_pneumothorax,
-    "Pleural Effusion": draw_effusion,
-    "Pleural Other": draw_pleural_other,
-    "Fracture": draw_fracture,
-    "Support Devices": draw_devices,
+    **{"Lung Opacity": draw_opacity, "Edema": draw_edema, "Consolidation": draw_consolidation},
+    **{"Pneumonia": draw_pneumonia, "Lung Lesion": draw_lesion, "Atelectasis": draw_atelectasis},
+    **{"Pneumothorax": draw_pneumothorax, "Pleural Effusion": draw_effusion},
+    **{"Pleural Other": draw_pleural_other, "Fracture": draw_fracture, "Support Devices": draw_devices},
 }

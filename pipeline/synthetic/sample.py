@@ -109,15 +109,14 @@ def write_sample(
 
     Beside it, boxes.csv has the boxes of the signs: split, key, label, left, top, width and height in pixels.
 
-    `laterals` is the share of studies that have a lateral too; None is about the real set's share. It does not change
-    a study's frontals or labels, but with more laterals the same number of images makes fewer studies. `valid` is
-    the share of images in valid.csv. `shortcuts` are drawn into the films of train.csv, so that a network that learns
-    them falls on valid, whose films have no cue; they change nothing else.
+    `laterals` is the share of studies that have a lateral too; None is about the real set's share. It changes no
+    frontal or label, but more laterals make fewer studies of as many images. `valid` is the share of images in
+    valid.csv. `shortcuts` are drawn into the films of train.csv alone: a network that learns them falls on valid.
 
-    The bytes depend only on images, seed (0 to 2^63-1), laterals, valid and shortcuts, not on the number of `workers`,
-    which are processes (so a script must call this under `if __name__ == "__main__"`). `progress` is called with the
-    number of images just finished. Raises FileExistsError if the folder already exists, ValueError if images < 1,
-    DataError, naming the file, where one cannot be written. The folder appears only when complete.
+    The bytes depend only on these options, seed from 0 to 2^63-1, not on the number of `workers`, which are processes
+    (a script must call this under `if __name__ == "__main__"`). `progress` is called with the number of images just
+    finished. Raises FileExistsError if the folder exists, ValueError if images < 1, DataError, naming the file, where
+    one cannot be written. The folder appears only when complete.
     """
     final, partial = out / FOLDER, out / f".{FOLDER}.tmp"
     if images < 1:
