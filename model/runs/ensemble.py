@@ -47,6 +47,7 @@ class Decision(NamedTuple):
     calibration: dict[str, Any] | None
     limits: list[float]  # [] without a rule
     rule: str
+    combine: str = "max"  # how a study's score is computed from its views
 
 
 def open_model(runs: Sequence[Path]) -> Model:
@@ -96,16 +97,19 @@ def open_scoring(model: Model, out: Path | None, shards: Collection, workers: in
     return replace(jobs[0], run=folder, members=tuple(members))
 
 
-def read_calibration(run: Path, labels: Sequence[str]) -> dict[str, Any]:
-    """What was chosen on dev for a run. Raises DataError, with the command that does so where it is not there."""
+def read_calibration(run: Path, labels: Sequence[str], level: str = "image") -> dict[str, Any]:
+    """What was chosen on dev for a run, checked at a level. Raises DataError, if it is missing with the command."""
     path = run / "calibration.json"
     if not path.exists():
         raise DataError(f"{run}: no {path.name}; first run: python -m train evaluate --run {run}")
     document = read_object(path)
     try:
-        for found in (document["image"][label] for label in labels):
+        for found in (document[level][label] for label in labels):
             apply_calibration(np.zeros(1), found)
-            [found["thresholds"][rule] for rule in RULES] + [f"{document['sensitivity']:g}"]
+            [found["thresholds"][rule] for rule in RULES] + [
+                f"{document['sensitivity']:g}",
+                document["combine"],
+            ]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(f"{path}: damaged, or of other labels than the run's: {error}") from error
     return document
@@ -118,26 +122,30 @@ def member_calibrations(model: Model) -> list[dict[str, Any] | None]:
     return [read_calibration(run, config.labels)["image"] for run, config in model.members.items()]
 
 
-def choose_decision(model: Model, threshold: str) -> Decision:
-    """The calibration of a model's scores, and their thresholds by a rule. Raises DataError where dev gave none."""
+def choose_decision(model: Model, threshold: str, level: str = "image") -> Decision:
+    """The calibration of a model's scores at a level, and their thresholds by a rule.
+
+    Raises DataError where dev gave none.
+    """
     if model.folder is None:
-        if threshold != "none":
+        if threshold != "none" or level == "study":
             runs = " ".join(f"--run {run}" for run in model.members)
             command = f"python -m train evaluate {runs} --out FOLDER"
             raise DataError(
-                f"`threshold` is of an ensemble's folder; first run: {command}; then `run` FOLDER"
+                f"`{'threshold' if level == 'image' else 'group_by'}` is of an ensemble's folder; first run: "
+                f"{command}; then `run` FOLDER"
             )
         return Decision(None, [], threshold)
-    document = read_calibration(model.folder, model.config.labels)
-    chosen = document["image"]
+    document = read_calibration(model.folder, model.config.labels, level)
+    chosen, combine = document[level], document["combine"]
     if threshold == "none":
-        return Decision(chosen, [], threshold)
+        return Decision(chosen, [], threshold, combine)
     limits = {label: chosen[label]["thresholds"][threshold] for label in model.config.labels}
     without = [label for label, limit in limits.items() if limit is None]
     if without:
         say(f"{model.folder}: no decisions on {', '.join(without)}: one class in dev")
     rule = f"sensitivity>={document['sensitivity']:g}" if threshold == "sensitivity" else threshold
-    return Decision(chosen, [np.nan if limit is None else limit for limit in limits.values()], rule)
+    return Decision(chosen, [np.nan if limit is None else limit for limit in limits.values()], rule, combine)
 
 
 def score_samples(

@@ -36,6 +36,8 @@ from pipeline.command import EXISTING, EXISTING_FILE, FILE, FOLDER, command
 from pipeline.console import count_of, echo, refuse_usage, say, say_next
 from pipeline.labels import MOST_VIEWS, VIEWS
 from pipeline.measure.calibration import RULES, apply_calibration, apply_calibrations, read_fit
+from pipeline.measure.evaluate import Scored, study_level
+from pipeline.measure.metrics import Floats
 
 if TYPE_CHECKING:
     from model.runs.ensemble import Decision, Model
@@ -175,9 +177,10 @@ class Prediction(Workers, Decided):
     strict: bool = option(False, "Exit with 3 if an image cannot be read.")
     group_by: str | None = option(
         None,
-        "Files whose paths match it with the same text form a study.  [default: files of a folder]",
+        "Score studies: the files of a folder (study), those of the folders in one (patient), or those whose paths "
+        "match this with the same text.  [default: files one by one; of a run by studies, study]",
         check=check_pattern,
-        metavar="REGEX",
+        metavar="study|patient|REGEX",
     )
     heatmaps: Path | None = option(None, "Also write heat maps to this folder.", type=FOLDER, metavar="DIR")
     heatmap_labels: int = option(1, "Number of labels per image, by score.", low=1)
@@ -195,16 +198,17 @@ class Prediction(Workers, Decided):
         check_folders(runs=self.runs)
 
     def group(self, files: Sequence[Path], model: "Model") -> dict[str, list[Path]]:
-        """The files of each sample of a model, by its name."""
+        """The files of each sample that is scored, by its name."""
         fusion = model.config.fusion
         if self.heatmaps is not None and (fusion or len(model.members) > 1):
             kind = "learned studies" if fusion else "are several networks"
             raise click.UsageError(f"--heatmaps is for one run by images; {model.name} {kind}")
+        refuse_usage(
+            self.heatmaps is not None and self.group_by is not None, "--heatmaps is for single images"
+        )
         if fusion is not None:
-            return group_files(files, self.group_by)
-        learned = f"--group-by is for runs by studies; {model.name} learned single images"
-        refuse_usage(self.group_by is not None, learned)
-        return {str(file): [file] for file in files}
+            return group_files(files, self.group_by or "study", MOST_VIEWS)
+        return group_files(files, self.group_by) if self.group_by else {str(file): [file] for file in files}
 
 
 @command("predict", Prediction, example="python -m train predict --run runs/first --out scores.csv images/")
@@ -212,7 +216,7 @@ def predict_command(given: Prediction) -> int:
     """Score IMAGES (JPEG, PNG or DICOM files, or folders of them) by the run's best checkpoint: calibrated scores.
 
     Of several runs, the mean of their calibrated scores.
-    A run by studies scores the images of a study together: those of a folder, or as --group-by says.
+    A run by studies scores the images of a study together. --group-by combines scores of images, as evaluate does.
     """
     files = [file for path in given.images for file in find_images(path)]
     given.check(files)
@@ -222,13 +226,17 @@ def predict_command(given: Prediction) -> int:
     config = model.config
     samples = given.group(files, model)
     say_unlearned(model)
-    decision = choose_decision(model, given.threshold)
-    scores, bad = score_samples(model, list(samples.values()), given.workers)
+    combined = given.group_by is not None and config.fusion is None
+    decision = choose_decision(model, given.threshold, "study" if combined else "image")
+    single = [[file] for group in samples.values() for file in group]
+    scores, bad = score_samples(model, single if combined else list(samples.values()), given.workers)
     for file, reason in bad:
         say(f"{file}: {reason}")
     if len(bad) == len(files):
         kept = f"{out} is left as it was" if out.exists() else f"{out} is not written"
         raise DataError(f"none of {count_of(len(files), 'image')} can be read; {kept}")
+    if combined:
+        scores = combine_scores(scores, [len(group) for group in samples.values()], decision.combine)
     # Thresholds were chosen on scores before calibration.
     limits = np.array(decision.limits)
     unknown = np.isnan(scores[:, : len(limits)]) | np.isnan(limits)
@@ -240,10 +248,11 @@ def predict_command(given: Prediction) -> int:
         row += ["" if math.isnan(call) else str(int(call)) for call in calls]
     facts = {"run": model.name, "shards": config.manifest, "threshold_rule": decision.rule}
     columns = [*config.labels, *(f"{label} positive" for label in config.labels[: len(limits)]), *facts]
-    heading = ["study" if config.fusion else "file", *columns]
+    by_study = config.fusion is not None or combined
+    heading = ["study" if by_study else "file", *columns]
     rows = ([name, *row, *facts.values()] for name, row in zip(samples, cells, strict=True))
     write_csv(out, [heading, *rows])
-    of_studies = f" in {len(samples):,} stud{'y' if len(samples) == 1 else 'ies'}" if config.fusion else ""
+    of_studies = f" in {len(samples):,} stud{'y' if len(samples) == 1 else 'ies'}" if by_study else ""
     scored = count_of(len(files) - len(bad), "image")
     echo(f"{out}: scores of {scored}{of_studies}, {len(bad):,} unusable")
     if given.heatmaps is not None:
@@ -262,22 +271,31 @@ def show_score(score: float) -> str:
     return f"{score:.{9 if score < 0.999 else 17}g}"
 
 
-def group_files(files: Iterable[Path], pattern: str | None) -> dict[str, list[Path]]:
-    """The files of each study, by its name: their folder, or the text that the pattern finds in their paths.
+def group_files(files: Iterable[Path], by: str, most: float = math.inf) -> dict[str, list[Path]]:
+    """The files of each study, by its name: their folder, the one above it, or what a pattern finds in their paths.
 
-    Raises DataError where the pattern finds nothing, or more files than a study has views.
+    Raises DataError where the pattern finds nothing, or more files than `most`.
     """
     studies: dict[str, list[Path]] = {}
     for file in files:
-        match = None if pattern is None else re.search(pattern, str(file))
-        if pattern is not None and match is None:
-            raise DataError(f"{file}: --group-by '{pattern}' is not in its path")
-        studies.setdefault(str(file.parent) if match is None else match[0], []).append(file)
+        match = re.search(by, str(file))
+        name = {"study": str(file.parent), "patient": str(file.parent.parent)}.get(by) or (match and match[0])
+        if name is None:
+            raise DataError(f"{file}: --group-by '{by}' is not in its path")
+        studies.setdefault(name, []).append(file)
     for name, views in studies.items():
-        if len(views) > MOST_VIEWS:
+        if len(views) > most:
             how = "a study's images must lie in a folder of their own, or name it by --group-by"
-            raise DataError(f"{name}: {len(views)} images, of a study there are at most {MOST_VIEWS}; {how}")
+            raise DataError(f"{name}: {len(views)} images, of a study there are at most {most}; {how}")
     return studies
+
+
+def combine_scores(scores: Floats, sizes: Sequence[int], combine: str) -> Floats:
+    """Scores [S, L] of studies, whose images have scores [N, L] in turn, as `study_level` makes them; NaN for none."""
+    study = np.repeat(np.arange(len(sizes)), sizes)
+    nothing = np.zeros((4, len(study)), np.int64)
+    rows = study_level(Scored(scores, scores, ~np.isnan(scores), study, *nothing), combine)
+    return np.where(rows.mask, rows.scores, np.nan)
 
 
 @dataclass(frozen=True, kw_only=True)

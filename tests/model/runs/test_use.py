@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from model.runs.scores import read_frame
-from pipeline import DataError
+from pipeline import DataError, open_shards
 from pipeline.labels import LABELS
 from pipeline.manifest import Manifest, read_table
 from pipeline.measure.calibration import apply_calibrations
@@ -70,6 +70,37 @@ def test_what_evaluate_wrote_is_said_and_a_comparison_stays(
     ]
     assert all(path.is_file() for path in (*compared, *plain))
     assert compared[1].read_bytes() == before
+
+
+@pytest.mark.parametrize(("by", "columns"), [("study", ["patient", "study"]), (r"patient\d+", ["patient"])])
+def test_predict_decides_on_studies_as_evaluate_does(
+    by: str, columns: list[str], run: Path, sample_shards: tuple[Path, Manifest], tmp_path: Path
+) -> None:
+    shards, films = sample_shards[0], sample_shards[0].parent / "CheXpert-v1.0-small" / "train"
+    assert (
+        call_train("evaluate", "--run", run, "--shards", shards, "--split", "train", "--study", "mean") == 0
+    )
+    scores = read_frame(run / "scores-train.arrow")
+    views = scores.groupby(columns).size()
+    assert views.max() > 1
+    fits = json.loads((run / "calibration.json").read_text())["study"]
+    keys = open_shards(shards)["train"].table["key"].to_pylist()
+    files = [films.joinpath(*key.split("_", 2)).with_suffix(".jpg") for key in keys]
+    out = tmp_path / "scores.csv"
+    words = ("predict", "--run", run, "--out", out, "--threshold", "youden", "--group-by", by)
+    assert call_train(*words, *files) == 0
+    found = pd.read_csv(out)
+    parts = found["study"].str.extract(r"(?P<patient>patient\d+)(?:/study(?P<study>\d+))?")
+    order = [
+        (row.patient, int(row.study)) if "study" in columns else row.patient for row in parts.itertuples()
+    ]
+    expected = scores.groupby(columns)[list(LABELS)].mean().loc[order]
+    np.testing.assert_allclose(
+        found[list(LABELS)], apply_calibrations(LABELS, expected.to_numpy(), fits), atol=2e-6
+    )
+    for label in LABELS:
+        limit, calls = fits[label]["thresholds"]["youden"], found[f"{label} positive"]
+        assert calls.isna().all() if limit is None else ((expected[label].to_numpy() >= limit) == calls).all()
 
 
 def test_a_run_with_fewer_labels_is_compared_over_those_of_both(
