@@ -101,13 +101,14 @@ class Run:
         """What must not change until the run is finished: the versions decide its bytes, too."""
         return self.wanted | {"versions": {name: version(name) for name in (*PACKAGES, "chexpert-pipeline")}}
 
-    def list_tasks(self, plan: Plan) -> list[ShardTask]:
-        """A task for each planned shard."""
-        return [
+    def list_tasks(self, plan: Plan, hashes: Mapping[str, str]) -> list[ShardTask]:
+        """A task for each planned shard, whose hash is known if it was finished before."""
+        tasks = (
             ShardTask(self.out, self.partial, split, number, self.source.roots, self.options.image)
             for split in plan.rows
             for number in range(count_planned(self.partial, split))
-        ]
+        )
+        return [task._replace(sha256=hashes.get(task.file)) for task in tasks]
 
     def finish_task(self, plan: Plan) -> FinishTask:
         """What finishing needs."""
@@ -146,14 +147,12 @@ def write_shards(
                 # Look again: another process may have finished them before it released the folder.
                 manifest, damaged = _read_finished(run)
                 try:
-                    if manifest is None:
-                        return _write_all(run)
-                    if damaged:
-                        _restore(run, manifest, damaged)
+                    if manifest is None or damaged:
+                        return _converge(run, manifest, damaged)
                 finally:
                     if not is_remote(out):
                         remove_temporaries(run.partial)
-        return RunSummary(manifest, False, restored=tuple(damaged))
+        return RunSummary(manifest, False)
 
 
 def _choose_policies(out: Path, given: Mapping[str, str | None]) -> dict[str, str]:
@@ -200,36 +199,50 @@ def _refuse_difference(out: Path, before: Mapping[str, Any], wanted: Mapping[str
             raise DataError(f"{out} holds other shards: {difference}; remove it, or name another folder")
 
 
-def _write_all(run: Run) -> RunSummary:
-    """Plan, write what is not yet written, and finish."""
+def _converge(run: Run, manifest: Manifest | None, damaged: Collection[str]) -> RunSummary:
+    """Plan, write what is not there, and finish; of the finished shards of a manifest, what is damaged.
+
+    Raises DataError where the source no longer gives the bytes that the manifest says.
+    """
     before = _read_started(run.partial)
-    if before != run.started:
+    starts = manifest is None and before != run.started
+    if starts:
         # A run that has written no shard yet may be started anew with other options.
         if before is not None and any(path.suffix == ".tar" for path in list_files(run.out)):
             _refuse_difference(run.out, before, run.started)
         remove_folder(run.partial)
-    plan = _plan(run)
-    tasks = run.list_tasks(plan)
-    if before != run.started:
-        tables = {f"{split}.arrow" for split in plan.rows}
-        _refuse_others(run.out, {REJECTS} | tables | {task.file for task in tasks})
-        write_json(run.partial / STARTED, run.started)
-    summaries = run_threads(find_summary, tasks, run.how.workers)
-    finished = [summary for summary in summaries if summary is not None]
-    resumed = sum(summary.samples for summary in finished)
-    unfinished = [task for task, summary in zip(tasks, summaries, strict=True) if summary is None]
-    finished += _write_tasks(run, unfinished, resumed, sum(plan.rows.values()))
-    manifest = run_alone(finish, run.finish_task(plan), f"writing the tables of {run.out}")
-    remove_folder(run.partial)
-    bytes_in = sum(summary.bytes_in for summary in finished)
-    stripped = sum(summary.stripped for summary in finished)
-    return RunSummary(manifest, True, bytes_in, stripped, resumed, plan.moved, plan.notes)
-
-
-def _plan(run: Run) -> Plan:
     make_folder(run.partial)
     task = PlanTask(run.partial, run.source, run.options, run.policies if run.how.strict else None)
-    return run_alone(write_plan, task, f"planning {run.out}")
+    plan = run_alone(write_plan, task, f"planning {run.out}")
+    tasks = run.list_tasks(plan, manifest.files() if manifest else {})
+    if starts:
+        _refuse_others(
+            run.out, {REJECTS, *(f"{split}.arrow" for split in plan.rows), *(t.file for t in tasks)}
+        )
+    write_json(run.partial / STARTED, run.started)
+    # A table needs the records of all shards of its split.
+    splits = [name for name in plan.rows if manifest is None or manifest.splits[name].table in damaged]
+    needed = [task for task in tasks if task.split in splits or task.file in damaged]
+    summaries = run_threads(find_summary, needed, run.how.workers)
+    unfinished = [task for task, summary in zip(needed, summaries, strict=True) if summary is None]
+    total = sum(plan.rows.values())  # the share of rejects is one of all images
+    rows = sum(read_planned(run.partial, task.split, task.number).num_rows for task in unfinished)
+    finished = [summary for summary in summaries if summary is not None]
+    resumed = sum(summary.samples for summary in finished)
+    finished += _write_tasks(run, unfinished, total - rows, total)
+    finishing, step = run.finish_task(plan), f"writing the tables of {run.out}"
+    if manifest is None:
+        manifest = run_alone(finish, finishing, step)
+    else:
+        for split in splits:
+            index = run_alone(index_split, (finishing, split), step)
+            if index.entry != manifest.splits[split]:
+                raise DataError(f"{run.out / index.entry.table}: {CHANGED}")
+    remove_folder(run.partial)
+    bytes_in, stripped = (sum(s.bytes_in for s in finished), sum(s.stripped for s in finished))
+    return RunSummary(
+        manifest, not damaged, bytes_in, stripped, resumed, plan.moved, plan.notes, tuple(damaged)
+    )
 
 
 def _refuse_others(out: Path, names: Collection[str]) -> None:
@@ -272,27 +285,3 @@ def _write_tasks(run: Run, tasks: Sequence[ShardTask], resumed: int, total: int)
                 )
     run.progress(total, total, len(rejects))
     return finished
-
-
-def _restore(run: Run, manifest: Manifest, damaged: Collection[str]) -> None:
-    """Write missing or damaged files of finished shards again.
-
-    Raises DataError where the source no longer gives the bytes that the manifest says.
-    """
-    plan, files = _plan(run), manifest.files()
-    write_json(run.partial / STARTED, run.started)
-    # A table needs the records of all shards of its split.
-    splits = [name for name, split in manifest.splits.items() if split.table in damaged]
-    tasks = [
-        task._replace(sha256=files[task.file])
-        for task in run.list_tasks(plan)
-        if task.split in splits or task.file in damaged
-    ]
-    total = sum(plan.rows.values())  # the share of rejects is one of all images
-    again = sum(read_planned(run.partial, task.split, task.number).num_rows for task in tasks)
-    _write_tasks(run, tasks, total - again, total)
-    for split in splits:
-        index = run_alone(index_split, (run.finish_task(plan), split), f"writing the tables of {run.out}")
-        if index.entry != manifest.splits[split]:
-            raise DataError(f"{run.out / index.entry.table}: {CHANGED}")
-    remove_folder(run.partial)
