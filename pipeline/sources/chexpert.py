@@ -20,7 +20,7 @@ import pyarrow as pa
 from pipeline.base.errors import DataError
 from pipeline.base.store import list_folders, named_failures, open_location
 from pipeline.labels import read_labels
-from pipeline.sources.source import DataSet, Terms
+from pipeline.sources.source import DataSet, read_terms
 
 CSV_NAMES = {
     "train": ("train.csv", "train.csv.gz"),
@@ -169,26 +169,12 @@ def describe_moved(tables: Iterable[pa.Table], roots: Sequence[Path]) -> str | N
 
 
 SET = DataSet(
-    Terms(
-        name="chexpert",
-        title="CheXpert",
-        patients="chexpert",
-        license="Stanford University School of Medicine CheXpert Dataset Research Use Agreement",
-        paper="Irvin et al., AAAI 2019",
-    ),
+    read_terms("chexpert"),
     files="a train.csv, valid.csv or test_labels.csv",
     find_tables=find_tables,
-    read_tables=lambda source, note: {split: read_labels(csv) for split, csv in source.csvs.items()},
     read_table=read_labels,
     column="Path",
     locate=locate,
     find_roots=find_roots,
     describe_moved=describe_moved,
-)
-DRAWN = Terms(
-    name="sample",
-    title="synthetic images by `pipeline sample`",
-    patients="sample",
-    license="none needed: the images show no patient",
-    paper="",
 )

@@ -86,7 +86,7 @@ def load_table(
         numbered = numbers_studies(manifest.dataset["name"], manifest.options.get("columns", ()))
     else:
         name, csvs = find_set(source)
-        tables = SETS[name].read_tables(Source(csvs, (), name), note)
+        tables = SETS[name].read(Source(csvs, (), name), note)
         numbered = numbers_studies(name, ())
         if split is not None and split not in tables:
             raise DataError(f"split '{split}' does not exist; {source} holds {', '.join(tables)}")

@@ -8,7 +8,6 @@ The official splits: train (of which dev is held out), validate, which is valid 
 labels of version 2.1.0, `test` holds the studies that they cover, by these labels, and `test_rest` the others.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -21,10 +20,9 @@ from pipeline.labels import LABELS, parse_states
 from pipeline.sources.source import (
     DataSet,
     Source,
-    Terms,
     first_file,
-    locate_below,
     make_table,
+    read_terms,
     take_states,
 )
 
@@ -93,13 +91,6 @@ def read_tables(source: Source, note: Note = ignore) -> dict[str, pa.Table]:
     return {split: rows.combine_chunks() for split, rows in tables.items() if len(rows)}
 
 
-def locate(paths: Sequence[str], roots: Sequence[Path]) -> list[str]:
-    """The file of each image, below the first folder that holds it in `files`."""
-    return locate_below(
-        paths, [(root, "") for root in roots if (root / "files").is_dir()] or [(roots[0], "")]
-    )
-
-
 def _read_radiologist(csv: Path, test: pa.Table, note: Note) -> dict[str, pa.Table]:
     """Test divided into the studies that a radiologist labeled, with these labels, and the rest."""
     table = read_strings(csv)
@@ -115,16 +106,9 @@ def _read_radiologist(csv: Path, test: pa.Table, note: Note) -> dict[str, pa.Tab
 
 
 SET = DataSet(
-    Terms(
-        name="mimic",
-        title="MIMIC-CXR-JPG",
-        patients="mimic",
-        license="PhysioNet Credentialed Health Data License",
-        paper="Johnson et al., arXiv:1901.07042",
-    ),
+    read_terms("mimic"),
     files=f"a {TABLES['split'][0]}",
     find_tables=find_tables,
     read_tables=read_tables,
     column="subject_id",
-    locate=locate,
 )

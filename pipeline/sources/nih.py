@@ -20,7 +20,7 @@ from pipeline.base.errors import DataError
 from pipeline.base.store import list_folders, open_to_read
 from pipeline.identity import Note, ignore, join, normalize_paths
 from pipeline.sources.findings import parse_findings, read_findings
-from pipeline.sources.source import DataSet, Source, Terms, first_file, list_images, make_table
+from pipeline.sources.source import DataSet, Source, first_file, list_images, make_table, read_terms
 
 TABLES = ("Data_Entry_2017_v2020.csv", "Data_Entry_2017.csv")
 LISTS = {"train": "train_val_list.txt", "test": "test_list.txt"}
@@ -111,13 +111,7 @@ def locate(paths: Sequence[str], roots: Sequence[Path]) -> list[str]:
 
 
 SET = DataSet(
-    Terms(
-        name="nih",
-        title="NIH ChestX-ray14",
-        patients="nih",
-        license="no restrictions, with acknowledgment of the NIH Clinical Center",
-        paper="Wang et al., CVPR 2017",
-    ),
+    read_terms("nih"),
     files=f"a {TABLES[0]}",
     find_tables=find_tables,
     read_tables=read_tables,

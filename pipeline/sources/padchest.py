@@ -23,17 +23,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.base.csvs import demand, demand_cells, demand_unique, read_strings
-from pipeline.base.store import list_folders
 from pipeline.identity import Note, ignore
 from pipeline.sources.findings import parse_findings, read_findings
 from pipeline.sources.source import (
     DataSet,
     Source,
-    Terms,
-    first_file,
+    find_train,
     locate_below,
     make_table,
     number_studies,
+    read_terms,
 )
 
 TABLE = "PADCHEST_chest_x_ray_images_labels_160K_01.02.19.csv"
@@ -61,12 +60,6 @@ FINDINGS = read_findings("PadChest")
 _LIST = r"^\[('[^'\\]*'(, '[^'\\]*')*)?\]$"  # a Python list as text
 
 
-def find_tables(folder: Path) -> dict[str, Path] | None:
-    """The table, plain or gzipped."""
-    table = first_file(folder, [TABLE])
-    return {"train": table} if table else None
-
-
 def read_tables(source: Source, note: Note = ignore) -> dict[str, pa.Table]:
     """The label table of the images that physicians labeled, or of all, as train."""
     table, is_physicians = _read(source.csvs["train"])
@@ -80,12 +73,7 @@ def read_table(csv: Path) -> pa.Table:
 
 def locate(paths: Sequence[str], roots: Sequence[Path]) -> list[str]:
     """The file of each image, below the first root, or folder `images` in one, that has it."""
-    folders = [folder for root in roots for folder in (root, root / "images")]
-    numbers = {path.partition("/")[0] for path in paths}
-    having = [
-        (folder, "") for folder in folders if folder.is_dir() and numbers.intersection(list_folders(folder))
-    ]
-    return locate_below(paths, having or [(folders[0], "")])
+    return locate_below(paths, [(folder, "") for root in roots for folder in (root, root / "images")])
 
 
 def _split(lists: pa.Array) -> pa.ListArray:
@@ -124,15 +112,9 @@ def _read(csv: Path) -> tuple[pa.Table, pa.ChunkedArray]:
 
 
 SET = DataSet(
-    Terms(
-        name="padchest",
-        title="PadChest",
-        patients="padchest",
-        license="PadChest Dataset Research Use Agreement",
-        paper="Bustos et al., Medical Image Analysis 2020",
-    ),
+    read_terms("padchest"),
     files=f"a {TABLE}",
-    find_tables=find_tables,
+    find_tables=find_train(TABLE),
     read_tables=read_tables,
     read_table=read_table,
     column="ImageID",

@@ -22,7 +22,7 @@ from pipeline.base.errors import DataError, quote
 from pipeline.base.store import open_to_read
 from pipeline.identity import Note, ignore, join, normalize_paths
 from pipeline.labels import LABELS, read_labels
-from pipeline.sources.source import DataSet, Source, Terms, locate_below, make_table, take_states
+from pipeline.sources.source import DataSet, Source, locate_below, make_table, read_terms, take_states
 
 TABLE = "df_chexpert_plus_240401.csv"
 LABEL_FILES = tuple(f"chexbert_labels/{part}_fixed.json" for part in ("report", "impression", "findings"))
@@ -90,8 +90,7 @@ def locate(paths: Sequence[str], roots: Sequence[Path]) -> list[str]:
     """The PNG of each image, or its DICOM, below the first root that has it: the table says .jpg all the same."""
     places = [(folder, ".png") for root in roots for folder in (root / "PNG", root)]
     places += [(root / "DICOM" / "Uncompressed", ".dcm") for root in roots]
-    having = [place for place in places if any((place[0] / split).is_dir() for split in SPLITS)]
-    return locate_below(paths, having or places[:1])
+    return locate_below(paths, places)
 
 
 def _read_own(csv: Path) -> pa.Table:
@@ -122,13 +121,7 @@ def _read_json(path: Path) -> pa.Table:
 
 
 SET = DataSet(
-    Terms(
-        name="chexpert-plus",
-        title="CheXpert Plus",
-        patients="chexpert",
-        license="Stanford University Dataset Research Use Agreement",
-        paper="Chambon et al., arXiv:2405.19538",
-    ),
+    read_terms("chexpert-plus"),
     files=f"a {TABLE}",
     find_tables=find_tables,
     read_tables=read_tables,

@@ -41,7 +41,7 @@ def read_splits(
     """
     adapter = SETS[source.set]
     notes: list[str] = []
-    tables = spell_alike(settle_blanks(source, adapter.read_tables(source, notes.append)))
+    tables = spell_alike(settle_blanks(source, adapter.read(source, notes.append)))
     tables = join_facts(tables, source.facts, notes.append, numbers_studies(source.set, dict(source.columns)))
     _refuse_shared_patients(source, tables)
     if "train" in tables:

@@ -12,7 +12,7 @@ from pipeline.base.csvs import read_header
 from pipeline.base.errors import DataError
 from pipeline.base.store import check_access, list_files, named_failures
 from pipeline.sources import chexpert, mimic, nih, padchest, plus, table, vindr, webdataset
-from pipeline.sources.source import DataSet, Source, Terms
+from pipeline.sources.source import DataSet, Source, Terms, read_terms
 
 # In the order in which they are asked: other sets have a train.csv, too, so CheXpert comes last.
 SETS: dict[str, DataSet] = {
@@ -70,7 +70,7 @@ def find_terms(source: Source) -> Terms:
     if source.set == "webdataset":
         return webdataset.find_terms(source)
     drawn = any((csv.parent / DRAWN_NOTE).exists() for csv in source.csvs.values())
-    return chexpert.DRAWN if drawn and source.set == "chexpert" else SETS[source.set].terms
+    return read_terms("sample") if drawn and source.set == "chexpert" else SETS[source.set].terms
 
 
 def numbers_studies(name: str, columns: Container[str]) -> bool:

@@ -1,9 +1,11 @@
 """What a data set is to this program, `DataSet`; and what the modules of all sets share."""
 
+import csv
 import hashlib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +15,7 @@ import pyarrow.compute as pc
 from pipeline.base.errors import DataError
 from pipeline.base.store import list_files
 from pipeline.base.tar import Member
-from pipeline.identity import Note
+from pipeline.identity import Note, ignore
 from pipeline.labels import LABELS, NOT_ANNOTATED
 
 # Of two files of one image, the earlier is the original.
@@ -31,9 +33,9 @@ class UnsaidBlanksError(DataError):
 
 
 class Terms(NamedTuple):
-    """Who made a data set, and how it may be used. Sets with the same `patients` share the names of patients.
+    """Who made a data set, and how it may be used: a row of terms.csv; `paper` is empty if there is none.
 
-    `paper` is empty if there is none.
+    Sets with the same `patients` share the names of patients.
     """
 
     name: str
@@ -41,6 +43,13 @@ class Terms(NamedTuple):
     patients: str
     license: str
     paper: str
+
+
+@cache
+def read_terms(name: str) -> Terms:
+    """The terms of a data set that terms.csv has."""
+    with Path(__file__).with_name("terms.csv").open(newline="") as file:
+        return next(Terms(**row) for row in csv.DictReader(file) if row["name"] == name)
 
 
 class Source(NamedTuple):
@@ -74,6 +83,9 @@ class Source(NamedTuple):
 
 def locate_below(paths: Sequence[str], places: Sequence[tuple[Path, str]]) -> list[str]:
     """The file of each path in the first place, a folder and a suffix, that has it; else where it should be."""
+    heads = {path.partition("/")[0] for path in paths}
+    holding = [place for place in places if not heads.isdisjoint(path.name for path in list_files(place[0]))]
+    places = holding or places[:1]
 
     def choose(path: str) -> str:
         stem = path.rpartition(".")[0]
@@ -96,10 +108,10 @@ class DataSet:
     files: str  # that tell the set, in words
     # The files that list the images, by split or role; None if the folder does not hold the set.
     find_tables: Callable[[Path], dict[str, Path] | None]
-    # Split → label table (`pipeline.labels`), all with the same facts, if the set has some.
-    read_tables: Callable[[Source, Note], dict[str, pa.Table]]
-    # The label table of one CSV; None if that takes several files.
+    # The label table (`pipeline.labels`) of one CSV, the one of a split; None if that takes several files.
     read_table: Callable[[Path], pa.Table] | None = None
+    # Split → label table, all with the same facts, if the set has some; None if each has a CSV.
+    read_tables: Callable[[Source, Note], dict[str, pa.Table]] | None = None
     column: str = ""  # that only this set's table has
     # The file, absolute path or URL, of each of the tables' paths.
     locate: Callable[[Sequence[str], Sequence[Path]], list[str]] = lambda paths, roots: locate_below(
@@ -110,6 +122,23 @@ class DataSet:
     # How many images are in another folder than their table says, in words; None for no image.
     describe_moved: Callable[[Iterable[pa.Table], Sequence[Path]], str | None] = lambda tables, roots: None
     numbers_studies: bool = False  # here, as its tables do not
+
+    def read(self, source: Source, note: Note = ignore) -> dict[str, pa.Table]:
+        """Split → label table. `note` is told of rows that find no partner in another file."""
+        if self.read_tables:
+            return self.read_tables(source, note)
+        assert self.read_table is not None, self  # noqa: S101 - one of the two is given
+        return {split: self.read_table(csv) for split, csv in source.csvs.items()}
+
+
+def find_train(*names: str) -> Callable[[Path], dict[str, Path] | None]:
+    """`DataSet.find_tables` of a set whose only table, of one of these names, is train."""
+
+    def find_tables(folder: Path) -> dict[str, Path] | None:
+        table = first_file(folder, names)
+        return {"train": table} if table else None
+
+    return find_tables
 
 
 def first_file(folder: Path, names: Iterable[str]) -> Path | None:

@@ -20,7 +20,7 @@ from pipeline.base.errors import DataError
 from pipeline.base.store import list_files
 from pipeline.identity import Note, ignore, normalize_ids
 from pipeline.labels import CELLS, LABELS, NOT_ANNOTATED, find_label, parse_states
-from pipeline.sources.source import DataSet, Source, Terms, make_key, make_table, number_studies
+from pipeline.sources.source import DataSet, Source, make_key, make_table, number_studies, read_terms
 
 NEEDED = ("path", "patient")
 FACTS = (*NEEDED, "study", "view", "sex", "age", "projection")
@@ -120,7 +120,7 @@ def read_cells(
 
 
 SET = DataSet(
-    Terms(name="table", title="a table of your own", patients="table", license="not stated", paper=""),
+    read_terms("table"),
     files="a single CSV",
     find_tables=find_tables,
     read_tables=read_tables,

@@ -17,10 +17,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.base.csvs import demand, demand_cells, demand_columns, demand_unique, read_header, read_strings
-from pipeline.identity import Note, ignore
 from pipeline.labels import LABELS, NOT_ANNOTATED
 from pipeline.sources.findings import leave_open, read_findings
-from pipeline.sources.source import DataSet, Source, Terms, list_images, make_table
+from pipeline.sources.source import DataSet, list_images, make_table, read_terms
 
 COLUMN, READER = "image_id", "rad_id"
 SPLITS = ("train", "test")
@@ -41,16 +40,6 @@ def find_tables(folder: Path) -> dict[str, Path] | None:
     return {"train": table} if table else None
 
 
-def read_tables(source: Source, note: Note = ignore) -> dict[str, pa.Table]:
-    """Split → its label table."""
-    return {split: _read(csv, split) for split, csv in source.csvs.items()}
-
-
-def read_table(csv: Path) -> pa.Table:
-    """The label table of one CSV."""
-    return _read(csv, "test" if "test" in csv.name else "train")
-
-
 def locate(paths: Sequence[str], roots: Sequence[Path]) -> list[str]:
     """The file of each path, below the first root that holds it; images may have been converted to PNG."""
     files = {split: list_images(root / split for root in roots) for split in SPLITS}
@@ -58,7 +47,9 @@ def locate(paths: Sequence[str], roots: Sequence[Path]) -> list[str]:
     return [files[split].get(stem, f"{roots[0]}/{path}") for path, split, stem in places]
 
 
-def _read(csv: Path, split: str) -> pa.Table:
+def read_table(csv: Path) -> pa.Table:
+    """The label table of one CSV."""
+    split = "test" if "test" in csv.name else "train"
     text = read_strings(csv)
     demand_columns(csv, text.column_names, [COLUMN])
     demand_cells(csv, text, {COLUMN: ("^[0-9a-f]{32}$", "is not 32 hexadecimal digits")})
@@ -117,16 +108,9 @@ def _number(names: pa.ChunkedArray) -> npt.NDArray[np.int64]:
 
 
 SET = DataSet(
-    Terms(
-        name="vindr",
-        title="VinDr-CXR",
-        patients="vindr",
-        license="PhysioNet Credentialed Health Data License",
-        paper="Nguyen et al., Scientific Data 2022",
-    ),
+    read_terms("vindr"),
     files="an annotations/image_labels_train.csv",
     find_tables=find_tables,
-    read_tables=read_tables,
     read_table=read_table,
     column=COLUMN,
     locate=locate,

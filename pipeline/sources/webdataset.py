@@ -26,9 +26,9 @@ from pipeline.identity import Note, ignore, join, normalize_paths
 from pipeline.labels import LABELS
 from pipeline.manifest import read_manifest
 from pipeline.sources import table
-from pipeline.sources.source import DataSet, Source, Terms, make_key, place_in_tar
+from pipeline.sources.source import DataSet, Source, Terms, make_key, place_in_tar, read_terms
 
-TERMS = Terms("webdataset", "WebDataset tars of your own", "webdataset", "not stated", "")
+TERMS = read_terms("webdataset")
 CSV = "labels.csv"  # the role of the CSV beside the tars
 KEY = "__key__"  # webdataset's name for a sample's key
 PLACE = "__place__"  # ours for where its image lies
