@@ -52,7 +52,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -88,7 +88,14 @@ from model.runs.config import (
     parse_choice,
     three_class_columns,
 )
-from model.runs.folder import follow_by_wandb, fuse, open_run, record_environment, save_best
+from model.runs.folder import (
+    describe_software,
+    follow_by_wandb,
+    fuse,
+    open_run,
+    record_environment,
+    save_best,
+)
 from model.runs.job import (
     Job,
     Selected,
@@ -182,6 +189,7 @@ def train(job: Job, watch: Callable[[list[dict[str, Any]]], None] = lambda histo
     `watch` gets all evaluations so far after each one is saved; what it raises ends the run there.
     """
     config, run = job.config, job.run
+    job.ranks.compare({"shards": job.shards.digest} | asdict(config) | describe_software(job))
     if "dev" not in job.manifest.splits and config.dev is None:
         raise DataError(f"{job.shards}: no dev split to choose a checkpoint by; hold one out by `dev`")
     train, dev = open_rows(job, "train"), open_rows(job, "dev")
@@ -253,8 +261,7 @@ def train_epochs(
             batches = stream_epoch(job, train, labels, weights, epoch)
             batches.load_state_dict({"step": step})
             train_steps(job, state, batches, epoch, min(steps, (step // every + 1) * every), steps, log)
-            agree(job)
-            if job.stop.code:
+            if agree(job)[0]:
                 return stop_run(job, state)
         try:
             found = finish_run(job)
@@ -375,9 +382,9 @@ def quiet_writer() -> Iterator[None]:
 
 
 def say_stopped(job: Job) -> int:
-    """Say how to continue; returns the exit code."""
+    """Say how to continue; returns the exit code, which is the same on all ranks."""
     say(f"{job.run}: stopped and saved; the same command continues")
-    return job.stop.code
+    return int(agree(job)[0])
 
 
 def train_steps(
@@ -404,8 +411,8 @@ def train_steps(
             asked = time.perf_counter()
             batch = next(iterator)
             waited += time.perf_counter() - asked
-            (cells,) = agree(job, batch.mask.sum())
-            if job.stop.code:
+            stop, cells = agree(job, batch.mask.sum())
+            if stop:
                 break
             lr = scheduled_lr(config.lr, state.done, config.epochs * steps)
             set_lr(state.optimizer, lr)
@@ -595,8 +602,10 @@ def start_state(job: Job, labels: Labels, rows: Rows) -> TrainState:
     else:
         weights = positive_weights(target, mask) if config.pos_weight else None
         loss = MaskedLoss(three_class_columns(config), weights)
+    forward = job.ranks.average_gradients(
+        network, config.sync_bn
+    )  # now all ranks have the first one's weights
     ema = copy.deepcopy(network).requires_grad_(False)
-    forward = job.ranks.average_gradients(network, config.sync_bn)
     return TrainState(
         network,
         loss.to(job.device),

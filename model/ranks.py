@@ -12,9 +12,10 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -73,6 +74,19 @@ class Ranks:
             buffer[:] = np.frombuffer(content, np.uint8)
         dist.broadcast(torch.from_numpy(buffer), 0)
         return buffer.tobytes()
+
+    def compare(self, values: Mapping[str, object]) -> None:
+        """Raise DataError on every rank, naming the first value that a rank does not share with the first rank."""
+        table: list[Any] = [values] * self.count
+        if self.joined:
+            dist.all_gather_object(table, dict(values))
+        for rank, name in product(range(self.count), table[0]):
+            first, other = table[0][name], table[rank].get(name)
+            if other != first:
+                raise DataError(
+                    f"rank {rank} has {name} {other} and rank 0 has {first}: start every rank by the same command, "
+                    "with the same shards and packages"
+                )
 
     def average_gradients(self, network: nn.Module, sync_bn: bool) -> nn.Module:
         """The network to train: gradients are averaged over the ranks, buffers are the first rank's.

@@ -47,7 +47,7 @@ def run_steps(job: Job) -> int:
     rows, losses, gradients = [], [], []
     while state.done < int(sys.argv[2]):
         batch = next(iter(train.stream_epoch(job, chosen, labels, None, state.done)))
-        (cells,) = agree(job, batch.mask.sum())
+        _, cells = agree(job, batch.mask.sum())
         loss, _ = train.train_step(job, state, batch, cells)
         state.done += 1
         rows.append(batch.step.rows[:, 0])

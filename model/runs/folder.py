@@ -71,22 +71,28 @@ def open_run(run: Path, config: Config) -> None:
     write_json(run / "config.json", asdict(config))
 
 
+def describe_software(job: Job) -> dict[str, object]:
+    """What must be the same on all ranks, besides the configuration, so that they train one network."""
+    packages = PACKAGES if own_input(job.config.arch) is None else (*PACKAGES, "timm")
+    return {
+        "code": describe_code(),
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in packages},
+        "precision": str(job.precision),
+    }
+
+
 def record_environment(job: Job) -> None:
     """Add a line on what this start runs with to environment.jsonl: with config.json it reproduces the run."""
-    packages = PACKAGES if own_input(job.config.arch) is None else (*PACKAGES, "timm")
-    line = {
+    line = describe_software(job) | {
         "command": [redact(word) for word in sys.argv],
-        "code": describe_code(),
         # Relative to the run, so that both can move together.
         "shards": [
             one.name if "://" in one.name else os.path.relpath(one.path, job.run)
             for one in job.shards.folders
         ],
-        "python": platform.python_version(),
-        "packages": {name: version(name) for name in packages},
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name() if job.device.type == "cuda" else "cpu",
-        "precision": str(job.precision),
         "threads": torch.get_num_threads(),
         "ranks": job.ranks.count,
     }

@@ -34,7 +34,7 @@ from pipeline.stream.select import NothingSelectedError, select_rows
 
 
 class StopFlag:
-    """Set by a signal; the loop finishes its step, saves, and exits with `code`."""
+    """Set by a signal, and by nothing else; the loop finishes its step, saves, and exits with `code`."""
 
     code = 0
 
@@ -229,11 +229,9 @@ def network_inputs(
 
 
 def agree(job: Job, *values: float) -> npt.NDArray[np.float64]:
-    """The sums of values over the ranks; a stop that one of them was asked for becomes one of all."""
+    """The exit code of a stop that a signal to any rank asked for, else 0, and the sums of values over the ranks."""
     table = job.ranks.gather(job.stop.code if job.stop() else 0, *values)
-    job.stop.code = int(table[:, 0].max())
-    sums: npt.NDArray[np.float64] = table[:, 1:].sum(axis=0)
-    return sums
+    return np.array([table[:, 0].max(), *table[:, 1:].sum(axis=0)])
 
 
 def to_device(array: npt.NDArray[np.generic], device: torch.device) -> Tensor:

@@ -117,8 +117,7 @@ def score_split(
             job.precision,
             should_stop=job.stop,
         )
-    agree(job)
-    if job.stop.code:
+    if agree(job)[0]:
         raise InterruptedEvaluationError
     scores = np.zeros((len(rows), len(columns)))
     scores[ours] = found

@@ -3,6 +3,7 @@
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,8 @@ import pytest
 import train
 from model.runs.scores import read_scores
 from pipeline.manifest import Manifest, read_table
-from tests.conftest import ROUNDS
+from tests.conftest import ROUNDS, default_options, make_shards
+from tests.swift import free_ports
 from tests.training import assert_same_run
 
 pytestmark = pytest.mark.cluster
@@ -131,6 +133,45 @@ def test_a_lost_rank_ends_all_and_the_same_command_continues_exactly(
     np.testing.assert_allclose(
         scores, read_scores(tmp_path / "whole" / "scores-valid.arrow", keys), atol=1e-6
     )
+
+
+@pytest.mark.parametrize("field", ["policy", "dev", "--epochs", "--lr", "--seed"])
+def test_ranks_that_differ_all_end_and_name_the_field(
+    shards: tuple[Path, Manifest], chexpert: Path, tmp_path: Path, field: str
+) -> None:
+    """The command typed on two hosts, with a difference; each rank connects to the first as under torchrun."""
+    other = tmp_path / "other"
+    if field == "dev":
+        make_shards(chexpert, other, default_options(dev=0.5))
+    else:
+        shutil.copytree(shards[0], other)
+    if field == "policy":
+        text = (other / "manifest.json").read_text()
+        (other / "manifest.json").write_text(text.replace('"blank": "zeros"', '"blank": "ignore"', 1))
+    (port,) = free_ports(1)
+    processes = []
+    for rank, folder in enumerate((shards[0], other)):
+        values = {"--epochs": "1", "--lr": "0.001", "--seed": "0"}
+        if rank and field in values:
+            values[field] = "0.5" if field == "--lr" else "3"
+        words = [REPOSITORY / "train.py", *OPTIONS, "--shards", folder, "--run", tmp_path / f"run{rank}"]
+        words += [
+            "--batch-size",
+            "8",
+            "--uncertain",
+            "ignore",
+            *(word for pair in values.items() for word in pair),
+        ]
+        environment = os.environ | {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        command = [sys.executable, *map(str, words)]
+        processes.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+    name = {"policy": "shards", "dev": "shards"}.get(field, field.removeprefix("--"))
+    remedy = "start every rank by the same command, with the same shards and packages"
+    for code, said in map(finish, processes):
+        assert code == 1
+        assert re.search(rf"Error: rank 1 has {name} \S+ and rank 0 has \S+: {remedy}\n$", said), said
+    assert not [*tmp_path.glob("run*")]
 
 
 def test_what_several_ranks_cannot_do_is_refused(

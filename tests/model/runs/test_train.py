@@ -22,6 +22,7 @@ from unittest.mock import Mock
 
 import click
 import numpy as np
+import numpy.typing as npt
 import onnxruntime
 import pandas as pd
 import pyarrow as pa
@@ -39,11 +40,12 @@ import train
 from model.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from model.networks import build_network
 from model.predict import DivergedError, MemoryExhaustedError
+from model.ranks import Ranks
 from model.runs import folder, results
 from model.runs.commands import main
 from model.runs.config import Config, read_config
 from model.runs.folder import open_run, record_environment
-from model.runs.job import Job, open_rows
+from model.runs.job import Job, StopFlag, agree, open_rows
 from model.runs.results import evaluate
 from model.runs.scores import read_scores, write_scores
 from model.runs.scoring import score_best, score_split
@@ -1119,6 +1121,16 @@ def test_scores_that_are_not_finite_are_named(make_job: Callable[..., Job]) -> N
     """One step of an absurd rate ruins the weights after the last loss that is looked at."""
     with pytest.raises(DataError, match=r"^the network's scores are not finite; train with a lower `lr`, or"):
         train.train(make_job("run", lr=1e30, eval_every=1, ema=0.0))
+
+
+def test_a_signal_is_kept_while_a_rank_waits_for_another(trained: Job) -> None:
+    class Waiting(Ranks):
+        def gather(self, *values: float) -> npt.NDArray[np.float64]:
+            job.stop._set(143)  # as a signal does, after the rank has sent that it has none
+            return super().gather(*values)
+
+    job = dataclasses.replace(trained, stop=StopFlag(), ranks=Waiting())
+    assert [agree(job, 5).tolist() for _ in range(2)] == [[0, 5], [143, 5]]
 
 
 def test_thresholds_go_with_the_weights_they_were_chosen_for(trained: Job) -> None:
