@@ -72,14 +72,14 @@ WRITE    = $(BIN)/pipeline shards "$(DATA)" $(OUT) $(call options,$(SHARDING))
 SAY_SAMPLE = @$(if $(SAMPLE),echo 'No shards and no DATA: this is the synthetic sample with small and quick settings.')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup shards verify stats train sweep cross evaluate predict test test-cpus test-wheel test-pages test-s3 test-examples test-cluster docs-check soak fuzz audit docs lint bench-etl bench-stream bench-gpu bench-auroc bench-scale bench-waits pictures lock clean
+.PHONY: help setup shards verify stats audit train sweep cross evaluate predict export test test-cpus test-wheel test-pages test-s3 test-examples test-cluster docs-check soak fuzz audit-deps docs lint bench-etl bench-stream bench-gpu bench-auroc bench-scale bench-waits pictures lock clean
 # All but these need the pinned packages.
 $(filter-out help clean,$(shell sed -n 's/^\.PHONY: help //p' $(firstword $(MAKEFILE_LIST)))): .venv/installed
 
 ##@ Set up
 help:  ## list the targets
 	@sed -nE 's/^##@ (.*)/\n\1:/p; s/^([a-z0-9-]+):.*## (.*)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 17
-setup:  ## create .venv and install the pinned packages; again only when the lock changes
+setup:  ## create .venv and install the pinned packages
 
 ##@ Data
 shards: $(SAMPLE)  ## write DATA (a CheXpert folder) as shards to OUT
@@ -90,41 +90,46 @@ verify: $(OUT)/manifest.json  ## check the shards in OUT: hashes, structure, eve
 stats: $(OUT)/manifest.json  ## count the labels of the shards in OUT
 	$(SAY_SAMPLE)
 	$(BIN)/pipeline stats $(OUT)
+audit: $(OUT)/manifest.json  ## ask which non-disease factors predict each label of the shards in OUT
+	$(SAY_SAMPLE)
+	$(BIN)/pipeline audit $(OUT) $(ARGS)
 
 ##@ Train and use
-train: $(OUT)/manifest.json  ## train on OUT with LR, WD, EPOCHS, BATCH, ARCH, SEED, GPUS; continue RUN if it is there
+train: $(OUT)/manifest.json  ## train on OUT with LR, WD, EPOCHS, BATCH, ARCH, SEED, GPUS; or resume RUN
 ifneq ($(strip $(foreach name,LR WD BATCH ARCH UNCERTAIN,$(word 2,$($(name))))),)
 train: sweep
 else
 	$(SAY_SAMPLE)
 	$(BIN)/python $(LAUNCH) train.py --shards $(OUT) --run "$(RUN)" $(LEARN)
 endif
-sweep: $(OUT)/manifest.json  ## train with each of several LR, WD, BATCH, ARCH, UNCERTAIN; or SAMPLER=tpe TRIALS=40
+sweep: $(OUT)/manifest.json  ## try several LR, WD, BATCH, ARCH, UNCERTAIN; or SAMPLER=tpe TRIALS=40
 	$(SAY_SAMPLE)
 	@$(if $(GPUS),echo 'A sweep trains each trial on one device: leave GPUS out.' >&2; exit 2)
 	$(BIN)/python train.py sweep --shards $(OUT) --sweep $(SWEEP) $(call options,$(SEARCH)) $(LEARN)
-cross:  ## train on each of several folders SHARDS, on all but one and on all; score every run on every folder
+cross:  ## train on each folder of SHARDS, on all but one, and on all; score every run on each
 	@$(if $(word 2,$(SHARDS)),,echo 'make cross needs SHARDS="A B": two folders of shards or more' >&2; exit 2)
 	$(BIN)/python train.py cross $(foreach folder,$(SHARDS),--shards $(folder)) --out "$(CROSS)" $(LEARN)
-evaluate:  ## score the best checkpoint of RUN on SPLIT of its own shards, or of those in OUT
+evaluate:  ## score RUN on SPLIT of its own shards, or of those in OUT
 	$(SAY_SAMPLE)
 	$(BIN)/python train.py evaluate $(if $(call given,OUT),--shards $(OUT)) --run "$(RUN)" --split $(SPLIT) $(call options,--workers=WORKERS) $(ARGS)
-predict:  ## score IMAGES (files or folders) by the best checkpoint of RUN, into RUN/predictions.csv
+predict:  ## score IMAGES (files or folders) by RUN, into RUN/predictions.csv
 	@$(if $(IMAGES),,echo 'make predict needs IMAGES=<files or folders>' >&2; exit 2)
 	$(BIN)/python train.py predict --run "$(RUN)" --out "$(RUN)/predictions.csv" $(call options,--workers=WORKERS) $(ARGS) $(IMAGES)
+export:  ## write the network of RUN for other programs, as RUN/model.onnx
+	$(BIN)/python train.py export --run "$(RUN)" --out "$(RUN)/model.onnx" $(ARGS)
 
 ##@ Test
 test:  ## run the tests
 	$(PARALLEL)
-test-cpus:  ## run the tests that compute with torch as processors with SSE4.1, AVX2 and, if it is here, AVX-512 would
+test-cpus:  ## run the tests that compute, as CPUs with SSE4.1, AVX2 and AVX-512 do
 	for cpu in default:SSE41 avx2:AVX2 $$(grep -qsw avx512f /proc/cpuinfo && echo avx512:AVX512_CORE); do \
 		ATEN_CPU_CAPABILITY=$${cpu%:*} ONEDNN_MAX_CPU_ISA=$${cpu#*:} $(PARALLEL) tests/golden tests/model || exit; done
 test-wheel:  ## build the wheel, and run both commands from it outside this folder
 	$(PYTEST) -m wheel
-test-pages:  ## look at the report in headless Chromium (installs Debian's chromium where there is none)
+test-pages:  ## look at the report in headless Chromium (installs it if needed)
 	$(CHROMIUM)
 	$(PYTEST) -m pages
-test-s3: .venv-s3/installed  ## read shards from a real object store on loopback (OpenStack Swift)
+test-s3: .venv-s3/installed  ## read shards from an object store on loopback (OpenStack Swift)
 	SWIFT_BIN=.venv-s3/bin $(PYTEST) tests/pipeline/stream/test_s3.py
 test-examples: .venv-examples/installed  ## train in the loops of Lightning, Accelerate and MONAI, stop and resume
 	PYTHONPATH="$(CURDIR)/.venv-examples" $(PYTEST) -m examples
@@ -132,11 +137,11 @@ test-cluster: .venv-s3/installed  ## work with several processes and hosts, and 
 	SWIFT_BIN=.venv-s3/bin $(PYTEST) -m cluster
 docs-check:  ## run the blocks of the pages that take longer
 	$(PYTEST) -m docs
-soak:  ## kill ETL, trainer, sweep, ranks and Dask workers at random moments, ROUNDS times over
+soak:  ## kill ETL, trainer, sweep, ranks and Dask workers at random, ROUNDS times
 	KILL_ROUNDS=$(ROUNDS) $(PARALLEL) -m soak
 fuzz: .venv-fuzz/installed  ## feed damaged files to every reader, FUZZ_SECONDS each (Atheris)
 	PYTHONPATH=.:.venv-fuzz FUZZ_SECONDS=$(FUZZ_SECONDS) TARGETS="$(TARGETS)" $(BIN)/python tests/fuzz.py
-audit: .venv-audit/installed  ## look the pinned packages up in the database of known vulnerabilities
+audit-deps: .venv-audit/installed  ## look the pinned packages up in the database of vulnerabilities
 	.venv-audit/bin/pip-audit --requirement requirements.lock --no-deps --disable-pip --strict
 docs: .venv-docs/installed  ## build the pages as a site in build/docs (MkDocs)
 	.venv-docs/bin/mkdocs build --strict --config-file .ci/mkdocs.yml
@@ -148,25 +153,25 @@ lint:  ## check style (ruff) and types (mypy)
 ##@ Measure
 bench-etl: .venv-peers/installed  ## measure sharding beside img2dataset, Pillow and the codec
 	$(BIN)/python benchmarks/etl.py --peers .venv-peers/bin/python
-bench-stream: .venv-peers-stream/installed  ## measure the stream beside its peers (installs Debian's ffmpeg where there is none)
+bench-stream: .venv-peers-stream/installed  ## measure the stream beside its peers (installs ffmpeg if needed)
 	@command -v ffmpeg >/dev/null || { $(APT) ffmpeg; }
 	$(BIN)/python -m benchmarks.stream --peers .venv-peers-stream/bin/python
-bench-gpu: $(OUT)/manifest.json  ## measure the training step on a GPU: resnet50 at 320, bf16 and fp16, compiled or not
+bench-gpu: $(OUT)/manifest.json  ## measure the training step on a GPU: bf16 and fp16, compiled or not
 	@$(BIN)/python -c 'import torch; torch.cuda.is_available() or exit("make bench-gpu needs a GPU that torch can use")'
 	for options in "--amp bf16" "--amp bf16 --compile" "--amp fp16"; do \
 		$(BIN)/python -m benchmarks.step --shards $(OUT) --arch resnet50 --size 320 --batch 64 --steps 50 $$options || exit; done
-bench-auroc:  ## measure minutes from CSV and JPEGs to dev AUROC .90, beside two usual recipes; ARGS="--images 600 …"
+bench-auroc:  ## measure minutes to dev AUROC .90, beside two usual recipes
 	$(BIN)/python -m benchmarks.auroc $(ARGS)
 bench-scale:  ## shard the whole real label table; measure time and memory
 	$(BIN)/python benchmarks/scale.py
-bench-waits: $(OUT)/manifest.json  ## measure the CPU seconds of commands on the sample's finished run; ARGS="--against ../before"
+bench-waits: $(OUT)/manifest.json  ## measure the CPU seconds of commands on the sample's finished run
 	$(BIN)/python -m benchmarks.waits $(ARGS)
 
 ##@ Maintain
-pictures:  ## draw docs/pictures and docs/sample anew from the sample (installs Debian's chromium where there is none)
+pictures:  ## draw docs/pictures and docs/sample anew (installs Chromium if needed)
 	$(CHROMIUM)
 	$(BIN)/python -m docs.redraw
-lock:  ## resolve the dependencies anew, and those of the stream's peers, into files of pinned versions
+lock:  ## resolve the dependencies anew into files of pinned versions
 	$(COMPILE) --extra dev pyproject.toml --output-file requirements.lock
 	$(COMPILE) benchmarks/peers-stream.in --output-file benchmarks/peers-stream.txt
 clean:  ## remove .venv and caches; keeps shards and runs

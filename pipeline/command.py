@@ -102,6 +102,10 @@ class FieldOption(click.Option):
 class GroupedCommand(click.Command):
     """A command whose --help lists its options under what they decide."""
 
+    def get_short_help_str(self, limit: int = 0) -> str:
+        """The whole first sentence of the help, which click would cut at the width of a line."""
+        return super().get_short_help_str(limit=10_000)
+
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write a section for each group."""
         sections: dict[str, list[tuple[str, str]]] = {}

@@ -110,6 +110,8 @@ def test_make_alone_lists_every_target() -> None:
             ["evaluate", "OUT=there", "RUN=~/runs/a", "WORKERS=3"],
             f"--run {Path.home()}/runs/a --split valid --workers 3 ;",
         ),
+        (["audit", "OUT=there", "ARGS=--where sex=Female"], "pipeline audit there --where sex=Female ;"),
+        (["export", "RUN=r"], "train.py export --run r --out r/model.onnx ;"),
         (
             ["predict", "RUN=r", "IMAGES=films", "ARGS=--strict"],
             "train.py predict --run r --out r/predictions.csv --strict films ;",
