@@ -210,7 +210,7 @@ def train(job: Job, watch: Callable[[list[dict[str, Any]]], None] = lambda histo
         return train_epochs(job, state, (train, dev), labels, weights, watch)
     run.mkdir(parents=True, exist_ok=True)  # only now: a run that cannot start leaves no folder
     with claimed(run):
-        open_run(run, config)
+        job = replace(job, config=open_run(run, config, steps))
         record_environment(job)
         return train_epochs(job, state, (train, dev), labels, weights, watch)
 
@@ -233,7 +233,8 @@ def train_epochs(
         before = state.restore(run / "last.pt", job.ranks)
         if state.done == total or is_out_of_patience(config, state):
             say(
-                f"{run}: finished, after step {state.done:,} of {total:,}; another `run` goes on by `init` {run}"
+                f"{run}: finished, after step {state.done:,} of {total:,}; to train further, raise `epochs`, or start "
+                f"another `run` with `init` {run}"
             )
             if job.ranks.gather(is_reported(run))[0, 0]:
                 return 0

@@ -20,7 +20,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -33,12 +33,13 @@ from model.checkpoint import load_checkpoint, refused, save_checkpoint
 from model.fusion import StudyNetwork
 from model.names import own_input
 from model.networks import build_network, weights_terms
+from model.optim import scheduled_lr
 from model.ranks import ALONE, Ranks
 from model.runs.config import Config, name_outputs, read_config
 from model.runs.job import Job
 from pipeline.base.errors import DataError, describe_difference, needs
 from pipeline.base.files import write_atomically, write_json
-from pipeline.console import say_once
+from pipeline.console import say, say_once
 from pipeline.images import ImageOptions
 from pipeline.manifest import find_restriction
 from pipeline.stream.cache import redact
@@ -57,18 +58,45 @@ def fuse(network: nn.Module, config: Config) -> nn.Module:
     return network if config.fusion is None else StudyNetwork(network, config.fusion, config.freeze)
 
 
-def open_run(run: Path, config: Config) -> None:
-    """Create the run folder. Raises DataError, with the difference, where it has another configuration."""
+def open_run(run: Path, config: Config, steps: int = 0) -> Config:
+    """Create the run folder, or open it; returns the configuration in it.
+
+    A run that has done all of its epochs, of `steps` each, may get more. Raises DataError, with the difference, where
+    the folder has another configuration.
+    """
     if (run / "config.json").exists():
-        here = asdict(config)
-        difference = describe_difference(asdict(read_config(run)), here, here)
-        if difference:
-            raise DataError(
-                f"{run} is a run of another configuration: {difference}; choose another `run` (in make: RUN=)"
-            )
-        return
+        before = read_config(run)
+        config = replace(config, extended=before.extended)
+        if config.epochs <= before.epochs or replace(config, epochs=before.epochs) != before:
+            if difference := describe_difference(asdict(before), asdict(config), asdict(config)):
+                raise DataError(
+                    f"{run} is a run of another configuration: {difference}; choose another `run` (in make: RUN=)"
+                )
+            return config
+        config = _extend(run, config, before.epochs, steps)
     run.mkdir(parents=True, exist_ok=True)
     write_json(run / "config.json", asdict(config))
+    return config
+
+
+def _extend(run: Path, config: Config, epochs: int, steps: int) -> Config:
+    """The configuration of a run that goes on after its last epoch; says at what learning rate."""
+    done = load_checkpoint(run / "last.pt").get("done")
+    if done != epochs * steps:
+        raise DataError(
+            f"{run}: `epochs` can be raised after all {epochs} are done; its last step is {done:,}"
+        )
+    rates = (
+        scheduled_lr(config.lr, step, total * steps)
+        for step, total in ((done - 1, epochs), (done, config.epochs))
+    )
+    then, now = (f"{rate:.2g}" for rate in rates)
+    say(
+        f"{run}: {epochs} epochs ended at a learning rate of {then}; the next follow the schedule of {config.epochs} "
+        f"from {now} down, so the result is not that of {config.epochs} epochs at once"
+    )
+    (run / "model-card.md").unlink(missing_ok=True)  # by which a finished run is known
+    return replace(config, extended=(*config.extended, epochs))
 
 
 def describe_software(job: Job) -> dict[str, object]:

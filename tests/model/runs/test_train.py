@@ -39,6 +39,7 @@ from torchvision.ops import StochasticDepth, stochastic_depth
 import train
 from model.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from model.networks import build_network
+from model.optim import scheduled_lr
 from model.predict import DivergedError, MemoryExhaustedError
 from model.ranks import Ranks
 from model.runs import folder, results
@@ -61,7 +62,7 @@ from pipeline.measure.evaluate import Scored, calibrate
 from pipeline.policies import evaluation_targets
 from pipeline.stream.collection import open_collection
 from tests.conftest import REPOSITORY, ROUNDS
-from tests.training import StopAfter, assert_same_run
+from tests.training import WORDS, StopAfter, assert_same_run, call_train
 
 
 def run_train(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -866,6 +867,52 @@ def test_logs_say_what_the_run_did_and_with_what(
     assert environment["command"] == ["train.py", "--shards", "https://host/set"]
 
 
+def test_a_finished_run_gets_more_epochs(
+    run: Path,
+    sample_shards: tuple[Path, Manifest],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    other, new = Path(shutil.copytree(run, tmp_path / "other")), tmp_path / "new"
+    before = (run / "metrics.jsonl").read_text()
+    steps = json.loads(before)["step"]
+
+    def extend(folder: Path, epochs: int = 3) -> int:
+        words = ("--shards", sample_shards[0], "--run", folder, *WORDS, "--epochs", epochs)
+        return call_train("train", *words)
+
+    assert extend(run) == 0
+    now = f"{scheduled_lr(1e-4, steps, 3 * steps):.2g}"
+    said = f"the next follow the schedule of 3 from {now} down, so the result is not that of 3 epochs at once"
+    assert said in capsys.readouterr().err
+    assert (run / "metrics.jsonl").read_text().startswith(before)
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    rates = {point.step: point.value for point in events.Scalars("train/lr")}
+    lasts = [(steps, 1), (2 * steps, 3), (3 * steps, 3)]
+    assert rates == pytest.approx({last: scheduled_lr(1e-4, last - 1, of * steps) for last, of in lasts})
+    config = json.loads((run / "config.json").read_text())
+    assert (config["epochs"], config["extended"]) == (3, [1])
+    assert extend(run) == 0
+    assert (
+        f"{run}: finished, after step {3 * steps}; to train further, raise --epochs"
+        in capsys.readouterr().err
+    )
+    with pytest.raises(DataError, match="another configuration: epochs is 3 there and 2 here"):
+        extend(run, 2)
+    # Stopped in between, it resumes exactly; what has not done its epochs gets no more.
+    with monkeypatch.context() as patch:
+        patch.setattr("model.runs.job.StopFlag", partial(StopAfter, steps + 2))
+        assert [extend(other), extend(new, 2)] == [143, 143]
+    assert extend(other) == 0
+    assert_same_run(other, run)
+    with pytest.raises(
+        DataError, match=rf"^{new}: `epochs` can be raised after all 2 are done; its last step is"
+    ):
+        extend(new)
+
+
 def test_the_curve_of_the_loss_is_of_the_steps_since_its_last_point(
     make_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1310,7 +1357,8 @@ def test_command_line_killed_twice_warned_by_slurm_and_continued_equals_undistur
         check=False,
     )
     assert again.returncode == 0, again.stderr
-    assert f"{run}: finished, after step 78; another --run goes on by --init {run}\n" in again.stderr
+    further = f"to train further, raise --epochs, or start another --run with --init {run}"
+    assert f"{run}: finished, after step 78; {further}\n" in again.stderr
     assert run_train(*options, "--run", tmp_path / "whole").returncode == 0
     assert_same_run(run, tmp_path / "whole")
     assert count_lines(run / "environment.jsonl") == 4
