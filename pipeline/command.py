@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, fields
+from functools import partial
 from pathlib import Path
 from types import UnionType
 from typing import Any, Generic, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
@@ -55,17 +56,6 @@ class Parsed(click.ParamType[Value], Generic[Value]):
             return self.parse(str(value))
         except DataError as error:
             self.fail(name_options(str(error)), param, ctx)
-
-
-class Checked(Parsed[str]):
-    """A text that the library accepts, unchanged."""
-
-    def __init__(self, check: Callable[[str], object]) -> None:
-        def parse(text: str) -> str:
-            check(text)
-            return text
-
-        super().__init__(parse, "text")
 
 
 FILE = click.Path(path_type=Path, dir_okay=False)
@@ -185,6 +175,12 @@ def _name_value(item: Option, flag: str) -> str | None:
     return flag.rpartition("-")[2].upper() if item.parse or item.split or item.check else None
 
 
+def _accept(check: Callable[[str], object], text: str) -> str:
+    """The text, if the library accepts it."""
+    check(text)
+    return text
+
+
 def _choose_type(kind: Any, item: Option) -> click.ParamType[Any]:
     """Click's type of a value."""
     if item.type is not None:
@@ -193,7 +189,8 @@ def _choose_type(kind: Any, item: Option) -> click.ParamType[Any]:
     if parse := item.split or item.parse:
         return Parsed(parse, "text")
     if item.check is not None:
-        return Checked(item.check)
+        check = item.check
+        return Parsed(lambda text: (check(text) and text) or text, "text")
     if item.choices:
         return click.Choice(list(item.choices), case_sensitive=False)
     kinds = get_args(kind) if isinstance(kind, UnionType) or get_origin(kind) is tuple else (kind,)

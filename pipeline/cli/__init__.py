@@ -5,8 +5,7 @@ Each command imports what it needs itself, so that `--help` is quick.
 
 import click
 
-from pipeline.cli.auditing import audit
-from pipeline.cli.looking import show, stats
+from pipeline.cli.looking import audit, show, stats
 from pipeline.cli.making import sample, shards, verify
 from pipeline.console import run_command
 

@@ -21,7 +21,7 @@ from pipeline.base.workers import count_cpus, run_alone
 from pipeline.cli.looking import Cached
 from pipeline.command import FOLDER, PathOrUrl, command
 from pipeline.console import count_of, echo, progress_bar, refuse_usage, say, say_next
-from pipeline.etl.planning import Options
+from pipeline.etl.planning import Options, preview_shards
 from pipeline.etl.shards import Execution, write_shards
 from pipeline.images import DOUBTS
 from pipeline.labels import parse_labels
@@ -96,12 +96,6 @@ def parse_split(text: str) -> tuple[str, Path]:
     return split, open_location(csv)
 
 
-def check_set(text: str) -> None:
-    """Raise DataError if there is no data set of that name."""
-    if text not in SETS:
-        raise DataError(f"'{text}' is not a data set; choose from {', '.join(SETS)}")
-
-
 def check_name(text: str) -> None:
     """Raise DataError for a name that cannot stand before patients' where several sets are read as one."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", text):
@@ -130,7 +124,12 @@ class Sharding:
     source: Path = option(..., argument=True, parse=parse_folder)
     out: Path = option(..., argument=True, parse=parse_folder)
     dataset: str | None = option(
-        None, "Data set in SOURCE (docs/datasets.md).", check=check_set, flag="set", shown="by its files"
+        None,
+        "Data set in SOURCE (docs/datasets.md).",
+        choices=tuple(SETS),
+        flag="set",
+        metavar="SET",
+        shown="by its files",
     )
     columns: tuple[tuple[str, str], ...] = option(
         (),
@@ -299,7 +298,6 @@ def _print_run(out: Path, run: "RunSummary", seconds: float, views: str) -> None
 
 def _print_preview(source: "Source", options: "Options", how: "Execution") -> int:
     """Say what would be written; returns the exit code that the same images would lead to."""
-    from pipeline.etl.preview import preview_shards
     from pipeline.measure.counts import start_report
 
     preview = preview_shards(source, options)

@@ -221,11 +221,6 @@ def test_damage_is_named(shards: tuple[Path, Manifest], tmp_path: Path) -> None:
         (["--out", "missing/x.png"], 2, "Error: --out missing/x.png: there is no folder missing"),
         (["--state", "blank", "--out", "x.png"], 2, "Error: --state needs --label"),
         (
-            ["--augmented", "--out", "x.png"],
-            2,
-            "Error: --augmented is a command now: python -m train inputs --shards … --out …",
-        ),
-        (
             ["--split", "test", "--out", "x.png"],
             1,
             "Error: split 'test' does not exist; these shards hold train, dev, valid",
