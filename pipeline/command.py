@@ -5,7 +5,6 @@ import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, fields
-from functools import partial
 from pathlib import Path
 from types import UnionType
 from typing import Any, Generic, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
