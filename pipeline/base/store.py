@@ -7,6 +7,7 @@ then it is read back and compared) and a way to read many small ones, several at
 
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,15 +24,28 @@ AWS_CREDENTIALS = "credentials come from AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS
 _S3 = dict.fromkeys(("request_checksum_calculation", "response_checksum_validation"), "when_required")
 
 
+def find_scheme(location: str) -> str:
+    """The scheme of scheme://bucket/prefix or scheme://host/path; "" for a path of this machine.
+
+    Raises DataError for anything between the two, such as s3://$BUCKET/shards where BUCKET is empty.
+    """
+    scheme, separator, rest = location.partition(":/")
+    if not separator or "/" in scheme:
+        return ""
+    if not re.fullmatch("/[^/]+(/[^/]+)*/?", rest):
+        raise DataError(f"{location}: not like https://host/path or s3://bucket/path")
+    return scheme
+
+
 def open_location(location: str) -> Path:
     """A folder, or a path of the universal_pathlib for a URL, which behaves as one. Raises DataError."""
-    scheme, separator, rest = location.partition("://")
-    if not separator:
-        return Path(location)
+    scheme, _, rest = location.partition("://")
     if "@" in rest.partition("/")[0] or "?" in rest:  # they would be in every message
         raise DataError(
             f"{scheme}://…: a URL with a password or a query; credentials come from the environment"
         )
+    if not find_scheme(location):
+        return Path(location)
     try:
         with needs("remote", location):
             from upath import UPath
@@ -83,8 +97,9 @@ def remove_folder(path: Any) -> None:
     """Remove a folder with its contents, if it exists."""
     if not is_remote(path):
         shutil.rmtree(path, ignore_errors=True)
-    elif path.exists():
-        path.fs.rm(path.path, recursive=True)
+        return
+    for key in path.fs.find(path.path):
+        path.fs.rm_file(key)  # and not all by `rm`, for which * and [ in a key stand for others
 
 
 @contextmanager
@@ -119,14 +134,14 @@ def read_objects(urls: Sequence[str]) -> Iterator[bytes | None]:
     """The content of each object in turn; None for a missing one. Raises DataError for other failures."""
     for start in range(0, len(urls), TOGETHER):
         paths: list[Any] = list(map(open_location, urls[start : start + TOGETHER]))
-        found: dict[tuple[Any, str], bytes | Exception] = {}
+        found: dict[Any, bytes | Exception] = {}
         for store in {path.fs for path in paths}:
             here = [path for path in paths if path.fs is store]
             with named_failures(here[0], "cannot be read"):
-                contents = store.cat([path.path for path in here], on_error="return")
-            found |= {(store, name): content for name, content in contents.items()}
+                contents = store.cat_ranges([path.path for path in here], None, None, on_error="return")
+            found |= zip(here, contents, strict=True)
         for path in paths:
-            content = found[path.fs, path.path]
+            content = found[path]
             with named_failures(path, "cannot be read"):
                 if isinstance(content, Exception) and not isinstance(content, FileNotFoundError):
                     raise content

@@ -33,7 +33,7 @@ from urllib.parse import quote
 
 from pipeline.base.errors import DataError, explain_os_error, needs
 from pipeline.base.files import locked, write_atomically
-from pipeline.base.store import AWS_CREDENTIALS, is_refusal
+from pipeline.base.store import AWS_CREDENTIALS, find_scheme, is_refusal
 from pipeline.manifest import NAME, Shard, read_manifest
 from pipeline.stream.plan import WINDOW
 
@@ -54,12 +54,10 @@ SECRETS = re.compile(r"(?<=://)[^/\s'\"]*@|\?[^\s'\"]*")
 
 def is_url(location: str) -> bool:
     """Whether shards lie at a URL rather than in a folder. Raises DataError for URLs that are not read."""
-    scheme, separator, _ = location.partition("://")
-    if scheme.startswith("pipe:"):
-        scheme, separator = "pipe", ":"
-    if separator and scheme not in SCHEMES:
-        raise DataError(f"shards cannot be read from {scheme}{separator}: give a folder, https:// or s3://")
-    return bool(separator)
+    scheme = find_scheme(redact(location)).partition(":")[0]
+    if scheme and scheme not in SCHEMES:
+        raise DataError(f"shards cannot be read from {scheme}: give a folder, https:// or s3://")
+    return bool(scheme)
 
 
 def redact(text: str) -> str:
@@ -195,7 +193,7 @@ class Remote:
         self.attempts, self.pause, self.timeout = attempts, pause, timeout
         self.is_s3 = url.startswith("s3:")
         self._read = _read_s3 if self.is_s3 else _read_http
-        if not re.match("s3://[^/@]+(/|$)|https?://[^/?]", url):
+        if not is_url(url) or (self.is_s3 and redact(url) != url):
             raise DataError(f"{redact(url)}: not like https://host/path or s3://bucket/path")
         with needs("remote", redact(url)):
             import_module("botocore.session" if self.is_s3 else "requests")
