@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 Levels = npt.NDArray[np.integer[Any]]
 Measured = npt.NDArray[np.floating[Any]]
+Bools = npt.NDArray[np.bool_]
 
 # Only these are parsed: none of them names a patient.
 _TAGS = ["SamplesPerPixel", "PhotometricInterpretation", "NumberOfFrames", "BurnedInAnnotation", "PixelData"]
@@ -180,7 +181,7 @@ def _decode(film: "Dataset") -> tuple[Levels, int, int, bool]:
         if frame:
             # Sign bits would lie above the stored ones: without any, the values are those of the header.
             bits = depth if has_sign or int(words.max()) >> bits or bits > depth else bits
-            if has_sign not in (None, is_signed):
+            if is_signed != bool(has_sign):
                 is_signed = _is_smoother_signed(words, bits)
             shift = 0
     return words, bits, shift, is_signed
@@ -247,13 +248,18 @@ def _render(film: "Dataset", words: Levels, bits: int, shift: int, is_signed: bo
     if is_signed:
         levels, values = _to_signed(levels, bits), _to_signed(values, size)
     is_padding = _find_padding(film, is_signed, levels) | _find_padding(film, is_signed, values)
-    has_table = any(_find_table(film, name) for name in ("ModalityLUTSequence", "VOILUTSequence"))
+    modality, voi = _find_table(film, "ModalityLUTSequence"), _find_table(film, "VOILUTSequence")
+    count = len(values)
     # A window is the same whatever the pixels are: that it shows a picture, a sample of them can tell.
-    for step in (1,) if has_table else (8, 1):
-        occurs = _find_occurring(places[::step, ::step], len(values))
+    for step in (1,) if modality or voi else (8, 1):
+        part = places[::step, ::step]
+        if size > 16:
+            occurs = np.bincount(part.ravel(), minlength=count) > 0
+        else:
+            occurs = cv2.calcHist([part], [0], None, [count], [0, count]).ravel() > 0
         seen = occurs & ~is_padding if (occurs & ~is_padding).any() else occurs
-        measured = _measure(film, levels, seen)
-        shown = _apply_voi(film, measured, seen)
+        measured = _measure(film, modality, levels, seen)
+        shown = _apply_voi(film, voi, measured, seen)
         if shown is not None and len(np.unique(np.rint(255 * shown[seen]))) >= FEW:
             break
     low, high = measured[seen].min(), measured[seen].max()
@@ -277,14 +283,7 @@ def _render(film: "Dataset", words: Levels, bits: int, shift: int, is_signed: bo
     )
 
 
-def _find_occurring(places: Levels, count: int) -> npt.NDArray[np.bool_]:
-    """Which of the numbers below `count` are in the array [H, W]."""
-    if places.itemsize > 2:
-        return np.bincount(places.ravel(), minlength=count) > 0
-    return np.asarray(cv2.calcHist([places], [0], None, [count], [0, count])).ravel() > 0
-
-
-def _find_padding(film: "Dataset", is_signed: bool, levels: Levels) -> npt.NDArray[np.bool_]:
+def _find_padding(film: "Dataset", is_signed: bool, levels: Levels) -> Bools:
     """Which levels are padding (C.7.5.1.1.2)."""
     given = [film.get(name) for name in ("PixelPaddingValue", "PixelPaddingRangeLimit")]
     # Their type depends on that of the pixels, and is often the other one.
@@ -296,18 +295,16 @@ def _find_padding(film: "Dataset", is_signed: bool, levels: Levels) -> npt.NDArr
     return np.asarray((ends.min() <= levels) & (levels <= ends.max()))
 
 
-def _measure(film: "Dataset", levels: Levels, seen: npt.NDArray[np.bool_]) -> Measured:
+def _measure(film: "Dataset", table: "Dataset | None", levels: Levels, seen: Bools) -> Measured:
     """Levels after the modality LUT or rescaling (C.11.1)."""
-    table = _find_table(film, "ModalityLUTSequence")
     if table:
         return _apply_table(film, table, levels, seen)[0]
     slope, intercept = _read_number(film, "RescaleSlope"), _read_number(film, "RescaleIntercept")
     return levels * (slope or 1.0) + (intercept or 0.0)
 
 
-def _apply_voi(film: "Dataset", measured: Measured, seen: npt.NDArray[np.bool_]) -> Measured | None:
+def _apply_voi(film: "Dataset", table: "Dataset | None", measured: Measured, seen: Bools) -> Measured | None:
     """The first VOI LUT or window (C.11.2), black 0 to white 1; None without one."""
-    table = _find_table(film, "VOILUTSequence")
     if table:
         entries, white = _apply_table(film, table, measured, seen)
         return entries / white
@@ -327,7 +324,7 @@ def _apply_voi(film: "Dataset", measured: Measured, seen: npt.NDArray[np.bool_])
 
 
 def _apply_table(
-    film: "Dataset", table: "Dataset", levels: npt.NDArray[Any], seen: npt.NDArray[np.bool_]
+    film: "Dataset", table: "Dataset", levels: Levels | Measured, seen: Bools
 ) -> tuple[Measured, int]:
     """A table's entries at the levels (C.11.1.1, C.11.2.1.1), and the highest that its bits can have."""
     count, first, bits = (int(number) for number in table.LUTDescriptor)
@@ -337,9 +334,9 @@ def _apply_table(
         data = (np.atleast_1d(data) & 0xFFFF).astype("<u2").tobytes()
     elif table["LUTData"].VR == "OW" and not film.original_encoding[1]:
         data = np.frombuffer(data, ">u2", len(data) // 2).astype("<u2").tobytes()
-    if len(data) < count or not 8 <= bits <= 16:
-        raise ValueError
     # Entries of 8 bits may be one or two a word, whatever the type says.
+    if not 8 <= bits <= 16 or (len(data) < 2 * count and len(data) not in (count, count + 1)):
+        raise ValueError
     entries = np.frombuffer(data, "<u2" if len(data) >= 2 * count else "u1", count)
     low, high, highest = levels[seen].min(), levels[seen].max(), int(entries.max())
     if highest >> bits or not highest >> (bits - 2):  # the number of bits that tables state is often wrong

@@ -20,7 +20,7 @@ from PIL import Image, ImageOps
 
 from pipeline import containers
 from pipeline.containers import FEW, Picture
-from pipeline.dicom import decode_dicom, is_dicom, open_dicom, read_position
+from pipeline.dicom import MISSED, decode_dicom, is_dicom, open_dicom, read_position
 
 Gray = npt.NDArray[np.uint8]
 
@@ -31,7 +31,7 @@ STORED_PIXELS = 2**28  # at most in a stored image, whoever wrote it: a forged h
 SQUARES = ("no", "pad", "crop", "stretch")
 ONE_LEVEL, FEW_LEVELS = "one level of gray", f"fewer than {FEW} gray levels, though the file has more"
 NEARLY_BLACK = "nearly black: less than a quarter of the bits stated are used"
-DOUBTS = (ONE_LEVEL, FEW_LEVELS, NEARLY_BLACK)
+DOUBTS = (ONE_LEVEL, FEW_LEVELS, NEARLY_BLACK, MISSED)
 
 Image.MAX_IMAGE_PIXELS = None  # our own limit is checked, which the user can set
 _ORIENTATION = 0x0112  # the EXIF tag
@@ -122,18 +122,12 @@ def prepare(data: bytes, options: ImageOptions, said_bits: int | None = None) ->
     original = Original(source.shape[1], source.shape[0], len(data), source.bits, source.quality)
     pixels = source.pixels if source.copy else _fit(source, options)
     sampled = np.bincount(pixels[::4, ::4].ravel(), minlength=256)
-    doubts = () if np.count_nonzero(sampled) >= FEW else _find_doubts(source, pixels)
+    notes, levels = source.notes, int(np.count_nonzero(sampled))
+    if levels < FEW and (levels := len(np.unique(pixels))) < FEW:
+        in_file = len(np.unique(source.pixels if source.levels is None else source.levels))
+        notes += (ONE_LEVEL,) if levels == 1 else (FEW_LEVELS,) if levels < min(FEW, in_file) else ()
     stored = source.copy or _encode(pixels, options)
-    return Prepared(stored, pixels, source.stripped, original, sampled, (*source.notes, *doubts))
-
-
-def _find_doubts(source: Picture, pixels: Gray) -> tuple[str, ...]:
-    """What to say of an image that has lost its gray levels."""
-    levels = len(np.unique(pixels))
-    if levels == 1:
-        return (ONE_LEVEL,)
-    in_file = len(np.unique(source.pixels if source.levels is None else source.levels))
-    return (FEW_LEVELS,) if levels < min(FEW, in_file) else ()
+    return Prepared(stored, pixels, source.stripped, original, sampled, notes)
 
 
 def find_position(data: bytes) -> str:
