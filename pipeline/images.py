@@ -267,12 +267,17 @@ def _read_png(
     if facts.bits == 16:
         levels, alpha = _deep_levels(image, data)
         full, notes = _choose_full(int(levels.max()), facts.said_bits or said_bits, bits)
-        image = Image.fromarray(((levels.astype(np.uint32) * 255 + full // 2) // full).astype(np.uint8))
-    elif image.has_transparency_data:
-        if facts.bits < 8 and image.mode == "L":  # Pillow scales levels of fewer bits to 8, but not this one
-            image.info["transparency"] *= 255 // (2**facts.bits - 1)
-        alpha = np.asarray(image.convert("RGBA").getchannel("A"))
-    pixels = np.asarray(image.convert("L"))
+        pixels = ((levels.astype(np.uint32) * 255 + full // 2) // full).astype(np.uint8)
+        if pixels.ndim == 3:
+            pixels = np.asarray(Image.fromarray(pixels).convert("L"))
+    else:
+        if image.has_transparency_data:
+            if (
+                facts.bits < 8 and image.mode == "L"
+            ):  # Pillow scales levels of fewer bits to 8, but not this one
+                image.info["transparency"] *= 255 // (2**facts.bits - 1)
+            alpha = np.asarray(image.convert("RGBA").getchannel("A"))
+        pixels = np.asarray(image.convert("L"))
     if alpha is not None and alpha.any():  # where all is transparent, that is a mistake and ignored
         pixels = ((pixels * alpha.astype(np.uint32) + 127) // 255).astype(np.uint8)
     pixels = _turn(pixels, _orientation(facts.exif))
@@ -304,7 +309,7 @@ def _deep_levels(image: Image.Image, data: bytes) -> tuple[npt.NDArray[np.uint16
     """
     clear = image.info.get("transparency")
     if image.mode.startswith("I"):
-        levels = np.asarray(image).astype(np.uint16)
+        levels = np.asarray(image).astype(np.uint16, copy=False)
         alpha = np.where(levels == clear, 0, 255) if isinstance(clear, int) else None
     else:
         decoded = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
