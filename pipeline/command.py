@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, fields
+from functools import partial
 from pathlib import Path
 from types import UnionType
 from typing import Any, Generic, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
@@ -188,8 +189,7 @@ def _choose_type(kind: Any, item: Option) -> click.ParamType[Any]:
     if parse := item.split or item.parse:
         return Parsed(parse, "text")
     if item.check is not None:
-        check = item.check
-        return Parsed(lambda text: (check(text) and text) or text, "text")
+        return Parsed(partial(_accept, item.check), "text")
     if item.choices:
         return click.Choice(list(item.choices), case_sensitive=False)
     kinds = get_args(kind) if isinstance(kind, UnionType) or get_origin(kind) is tuple else (kind,)

@@ -110,7 +110,8 @@ def proposing_blanks() -> Iterator[None]:
     try:
         yield
     except UnsaidBlanksError as error:
-        words = ["--annotated", ",".join(error.annotated), "--blanks", "not-annotated"]
+        words = ["--annotated", ",".join(error.annotated)] if error.annotated else []
+        words += ["--blanks", "not-annotated"]
         raise DataError(f"{error}:\n  {shlex.join(['pipeline', *sys.argv[1:], *words])}") from None
 
 

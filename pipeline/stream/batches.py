@@ -164,27 +164,28 @@ class BatchStream:
     def __init__(self, plan: Callable[[int], Iterator[Step]], *stages: Stage) -> None:
         """`plan` takes the number of the first step."""
         self.plan, self.stages = plan, list(stages)
-        self.step = 0  # the position: the step after the last batch
-        self._start = (
-            0  # of the next iteration; the position is no start, or leaving a loop would lose batches
+        self.step = (
+            0  # the position: the step after the last batch, no start, or leaving a loop would lose batches
         )
-        self._started: Any = None  # whose iteration took the loaded start, where worker processes can see it
+        # How many states were loaded, the last one's step, and whose iteration takes it; workers see it in torch.
+        self._loaded: Any = [0, 0, NOBODY]
+        self._known = 0  # states that this copy of the stream has seen
         if (data := sys.modules.get("torch.utils.data")) is not None:
             data.IterableDataset.register(BatchStream)
+            self._share()
 
     def __repr__(self) -> str:
         return f"<BatchStream at step {self.step} of {len(self)}>"
 
     def __iter__(self) -> Iterator[Batch]:
         worker, workers, iteration = _find_worker()
-        start, self._start = self._start, 0
-        if self._started is not None:
-            # A loader starts its workers from copies that never learn of each other: the first iteration signs.
-            if self._started.item() == NOBODY:
-                self._started.fill_(iteration)
-            if self._started.item() != iteration:
-                start = 0
-        self.step = start
+        loaded, start, taker = map(int, self._loaded)
+        # A loader starts its workers from copies that never learn of each other: the first iteration signs.
+        if taker == NOBODY:
+            self._loaded[2] = taker = iteration
+        if loaded == self._known or taker != iteration:
+            start = 0
+        self._known, self.step = loaded, start
         return self._run(islice(self.plan(start), worker, None, workers), workers - worker)
 
     def __len__(self) -> int:
@@ -210,9 +211,16 @@ class BatchStream:
         step = state.get("step")
         if type(step) is not int or step < 0:
             raise DataError(f"{dict(state)} is not the state of a stream: its step is a number from 0 on")
-        self.step = self._start = step
+        self._share()
+        self.step, loaded = step, int(self._loaded[0]) + 1
+        for place, value in enumerate((loaded, step, NOBODY)):
+            self._loaded[place] = value
+
+    def _share(self) -> None:
+        """Keep the loaded state where all processes see it, in torch, as soon as it is there."""
         torch = sys.modules.get("torch")
-        self._started = None if torch is None else torch.tensor(NOBODY).share_memory_()
+        if torch is not None and isinstance(self._loaded, list):
+            self._loaded = torch.tensor(self._loaded).share_memory_()
 
 
 def _find_worker() -> tuple[int, int, int]:

@@ -262,8 +262,13 @@ def test_a_loader_starts_over_after_it_was_left_early(
     first = next(batches)
     assert isinstance(first.images, torch.Tensor)
     assert [first.step.step, next(batches).step.step] == [1, 2]
-    for _ in range(2):
-        assert [batch.step.step for batch in loader] == every
+    for start in (0, 0, 2, 0):
+        if start:
+            stream_.load_state_dict({"step": start})  # which workers that persist have to learn
+        assert [batch.step.step for batch in loader] == every[start:]
+    for state in ({}, {"step": -1}):
+        with pytest.raises(DataError, match=r"is not the state of a stream: its step is a number from 0 on$"):
+            stream_.load_state_dict(state)
 
 
 def flip_bit(folder: Path, split: OpenSplit, row: int) -> str:
