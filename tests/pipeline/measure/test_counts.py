@@ -5,7 +5,6 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import click
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -298,11 +297,10 @@ def test_names_of_groups_are_text(chexpert: Path, tmp_path: Path, name: str) -> 
     frame.to_csv(tmp_path / "train.csv", index=False)
     printed = run(tmp_path / "train.csv", "--by", "sex", "--html", tmp_path / "labels.html")
     assert printed.returncode == 0, printed.stderr
-    assert f"{name.replace(chr(27), chr(92) + 'x1b')} (n = 48)" in printed.stdout
+    shown = name.replace("\x1b", "\\x1b")
+    assert f"{shown} (n = 48)" in printed.stdout
     text = run(tmp_path / "train.csv", "--by", "sex", "--format", "csv").stdout
-    assert {row["group"] for row in csv.DictReader(io.StringIO(text))} == {
-        click.unstyle(name).replace("=", "'=")
-    }
+    assert {row["group"] for row in csv.DictReader(io.StringIO(text))} == {shown.replace("=", "'=")}
 
 
 def test_tables_of_the_sections_show_the_json(chexpert: Path) -> None:
