@@ -79,7 +79,6 @@ from model.optim import build_optimizer, scheduled_lr, set_lr, update_average
 from model.predict import DivergedError, InterruptedEvaluationError, explain_memory
 from model.ranks import Ranks
 from model.runs.config import (
-    MEANS,
     Config,
     can_divide,
     is_reported,
@@ -113,6 +112,7 @@ from pipeline.base.errors import DataError
 from pipeline.base.files import claimed, named_writes, write_atomically
 from pipeline.console import progress_bar, say, say_once, show_left
 from pipeline.labels import LABELS
+from pipeline.measure.evaluation import MEANS
 from pipeline.measure.metrics import cross_entropy, report_auroc
 from pipeline.stream.batches import Batch, BatchStream, Labels
 from pipeline.stream.plan import Rows, Weights, plan_training, training_steps
@@ -269,8 +269,10 @@ def train_epochs(
         except InterruptedEvaluationError:
             return say_stopped(job)
         if "valid" in found:  # of best.pt, once: no choice is made by it
-            labels = found["valid"]["labels"].items()
-            log_labels(log, "valid", {label: row["auroc"] for label, row in labels}, state.done)
+            valid = found["valid"]
+            log_labels(
+                log, "valid", {name: valid.get("auroc", name).value for name in valid.labels}, state.done
+            )
     return 0
 
 

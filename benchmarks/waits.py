@@ -22,15 +22,16 @@ DRAW = """
 import json, pathlib, sys, time
 import matplotlib.figure, matplotlib.backends.backend_svg
 from model.runs.report import render_report
-from model.runs.scores import read_scores
+from pipeline.measure.scores import read_scores
 from pipeline import open_shards
 from pipeline.measure.evaluate import Scored
+from pipeline.measure.evaluation import read_evaluation
 from pipeline.policies import evaluation_targets
 shards, run = map(pathlib.Path, sys.argv[1:])
-evaluations, images = {}, {}
+evaluations, images = [], {}
 for split in ("dev", "valid"):
     table = open_shards(shards)[split].table
-    evaluations[split] = json.loads((run / f"evaluation-{split}.json").read_text())
+    evaluations.append(read_evaluation(run / f"evaluation-{split}.json"))
     scores = read_scores(run / f"scores-{split}.arrow", table["key"])
     images[split] = Scored(scores, *evaluation_targets(table, "zeros"), *[None] * 5)  # which no curve needs
 history = [json.loads(line) for line in (run / "metrics.jsonl").open()]

@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.base.errors import DataError
 
-__all__ = ["BatchDataset", "DataError", "open_shards"]
+__all__ = ["BatchDataset", "DataError", "Judging", "judge", "open_shards"]
 
 if TYPE_CHECKING:
+    from pipeline.judging import Judging, judge
     from pipeline.stream.dataset import open_shards
     from pipeline.stream.loader import BatchDataset
 else:
     MODULES = {"open_shards": "pipeline.stream.dataset", "BatchDataset": "pipeline.stream.loader"}
+    MODULES |= dict.fromkeys(("Judging", "judge"), "pipeline.judging")
 
     def __getattr__(name: str) -> Any:
         """Import what is asked for only then: Arrow and OpenCV would slow down every command, torch even more."""

@@ -38,13 +38,13 @@ with atheris.instrument_imports(include=["pipeline", "model", "pydicom"]):
 
     from model.checkpoint import load_checkpoint, save_checkpoint
     from model.runs.config import read_config
-    from model.runs.scores import read_scores, write_scores
     from pipeline import DataError
     from pipeline.etl.planning import Options
     from pipeline.etl.shards import Execution, write_shards
     from pipeline.images import ENCODINGS, ImageError, ImageOptions, decode_stored, prepare
     from pipeline.labels import LABELS, read_labels
     from pipeline.manifest import Split, read_manifest, read_table
+    from pipeline.measure.scores import read_scores, write_scores
     from pipeline.policies import make_targets, parse_uncertain_policy
     from pipeline.sources.rows import read_images, read_splits
     from pipeline.sources.sets import find_source

@@ -20,7 +20,7 @@ GROUND = {f"pipeline.{name}" for name in ("base", "identity", "labels", "images"
 READING = {*GROUND, "pipeline.policies", "pipeline.measure"}
 # The parts, and what each may import besides itself. A module belongs to the part with the longest name that fits.
 ALLOWED = {
-    "pipeline": {"pipeline.base", "pipeline.stream"},
+    "pipeline": {"pipeline.base", "pipeline.judging", "pipeline.stream"},
     "pipeline.__main__": {"pipeline.cli"},
     "pipeline.base": set(),
     "pipeline.identity": {"pipeline.base"},
@@ -30,19 +30,22 @@ ALLOWED = {
     "pipeline.images": {"pipeline.containers", "pipeline.dicom"},
     "pipeline.manifest": {"pipeline.base", "pipeline.labels"},
     "pipeline.policies": {"pipeline.base", "pipeline.labels"},
-    "pipeline.measure": {"pipeline.base", "pipeline.identity", "pipeline.labels", "pipeline.policies"},
+    "pipeline.measure": {
+        f"pipeline.{name}" for name in ("base", "identity", "labels", "manifest", "policies")
+    },
     "pipeline.sources": READING,
     "pipeline.synthetic": {"pipeline.base", "pipeline.labels"},
     "pipeline.etl": {*READING, "pipeline.sources"},
     "pipeline.stream": READING,
     "pipeline.look": {*READING, "pipeline.stream"},
+    "pipeline.judging": {*READING, "pipeline.sources", "pipeline.stream", "pipeline.look"},
     "pipeline.console": {"pipeline.base"},
     "pipeline.command": {"pipeline.base", "pipeline.console"},
     "pipeline.cli": {
         *READING,
         *(
             f"pipeline.{name}"
-            for name in ("console", "command", "sources", "synthetic", "etl", "stream", "look")
+            for name in ("console", "command", "sources", "synthetic", "etl", "stream", "look", "judging")
         ),
     },
     "model": {"pipeline.base", "pipeline.labels"},

@@ -18,7 +18,7 @@ from model.runs.commands import main
 from model.runs.config import Config, Setup
 from model.runs.folder import open_run
 from model.runs.job import Job, StopFlag, open_job
-from pipeline.measure import belief
+from pipeline.measure import belief, judge
 
 SMALL: dict[str, Any] = {
     "arch": "rescnn",
@@ -60,20 +60,13 @@ def narrow_networks() -> Iterator[None]:
         yield
 
 
-def assess_quickly(*arguments: Any) -> dict[str, dict[str, Any]]:
-    """`assess_belief`, whose boosted trees predict the first covariate."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(belief, "predict", lambda covariates, *_: np.nan_to_num(covariates[:, 0]))
-        return belief.assess_belief(*arguments)
-
-
 @contextmanager
 def quick_ends() -> Iterator[None]:
     """Few resamples, no page and no boosted trees, which take longest at the end of a run; `make soak` has them."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(results, "RESAMPLES", 20)
+        patch.setattr(judge, "RESAMPLES", 20)
         patch.setattr(results, "render_report", lambda *_: "a page")
-        patch.setattr(results, "assess_belief", assess_quickly)
+        patch.setattr(belief, "predict", lambda covariates, *_: np.nan_to_num(covariates[:, 0]))
         patch.setattr(StopFlag, "listen", lambda self: self)
         yield
 

@@ -17,7 +17,6 @@ import click
 from model.names import check_arch
 from model.runs import use
 from model.runs.config import (
-    MEANS,
     Config,
     OwnData,
     Setup,
@@ -30,7 +29,7 @@ from model.runs.config import (
     run_option,
 )
 from pipeline.base.errors import needs
-from pipeline.base.files import check_folder, read_object
+from pipeline.base.files import check_folder
 from pipeline.base.options import list_options, option
 from pipeline.command import FILE, Fields, Several, command
 from pipeline.console import count_of, echo, refuse_usage, say, say_next
@@ -230,17 +229,17 @@ def is_finished(config: Config, setup: Setup, run: Path) -> bool:
 
 def print_run(run: Path) -> None:
     """Print the evaluations of a run that has ended."""
-    from model.runs.summary import print_evaluations, print_verdicts
+    from pipeline.look.judged import tabulate_auroc, tabulate_verdicts
+    from pipeline.measure.evaluation import MEANS, read_evaluation
 
-    paths = {name: run / f"evaluation-{name}.json" for name in ("dev", "valid")}
-    reports = {name: read_object(path) for name, path in paths.items() if path.exists()}
-    print_evaluations(reports)
-    print_verdicts(reports)
-    limits = reports["dev"]["intervals"]["auroc"]
-    name = "macro" if limits["macro10"]["low"] is None else "macro10"
-    low, high = (limits[name][side] for side in ("low", "high"))
-    if low is not None and low <= 0.5:
-        guess = f"dev AUROC ({MEANS[name]}) is {low:.2f} to {high:.2f}, not told from guessing"
+    paths = [run / f"evaluation-{name}.json" for name in ("dev", "valid")]
+    evaluations = [read_evaluation(path) for path in paths if path.exists()]
+    tabulate_auroc(evaluations).print()
+    tabulate_verdicts(evaluations[-1]).print()
+    name = evaluations[0].best_mean()
+    mean = evaluations[0].get("auroc", name)
+    if mean.low is not None and mean.low <= 0.5:
+        guess = f"dev AUROC ({MEANS[name]}) is {mean.low:.2f} to {mean.high:.2f}, not told from guessing"
         say(f"{run}: {guess}: try a lower `lr`, more `epochs` or more images")
     echo(f"{run / 'report.html'}: the same with curves, intervals and subgroups")
     say_next(*use.TRAIN, "predict", "--run", run, "--out", "scores.csv", "IMAGES")

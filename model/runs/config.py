@@ -18,6 +18,7 @@ from pipeline.base.options import check_values, option
 from pipeline.base.workers import share_of_cores
 from pipeline.labels import LABELS, VIEWS, find_label, parse_labels
 from pipeline.manifest import read_manifest
+from pipeline.measure.evaluation import MEANS
 from pipeline.measure.metrics import COMPETITION
 from pipeline.policies import (
     BLANK_HELP,
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from model.ranks import Ranks
     from pipeline.stream.collection import Collection
 
-MEANS = {"macro": "macro", "macro10": "macro, ≥ 10 patients", "mean5": "mean of competition's 5"}
 HELD_OUT = 0.05  # share of the patients, where the shards have no dev split
 ENSEMBLE = "ensemble.json"  # in the folder of an ensemble, instead of config.json
 SHARDS_HELP = "Folder of shards, or its URL: https://… or s3://…; several are read as one."

@@ -5,34 +5,34 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
-from model.runs.config import MEANS, Config, parse_choice, read_config
+import numpy as np
+import pyarrow as pa
+
+from model.runs.config import Config, parse_choice, read_config
 from model.runs.folder import load_best, result_name
 from model.runs.job import Job, open_images, open_split, selected_splits
 from model.runs.report import render_model_card, render_report
-from model.runs.scores import read_frame, read_scores, write_scores
 from model.runs.scoring import Result, score_best
 from pipeline.base.errors import DataError
 from pipeline.base.files import parse_object, read_object, write_atomically, write_json
+from pipeline.console import say
 from pipeline.labels import count_rows
 from pipeline.look.pixels import measure_edges
-from pipeline.manifest import name_facts
-from pipeline.measure.belief import assess_belief
-from pipeline.measure.compare import combine_views, compare_methods, group_by_views, measure_gain
-from pipeline.measure.covariates import find_covariates, find_strata
+from pipeline.measure.compare import add_methods, add_own, add_recalibration, combine_views, group_by_views
 from pipeline.measure.delong import combine_limits, measure_areas, weigh_labels
-from pipeline.measure.elsewhere import subtract_own, try_recalibration
-from pipeline.measure.evaluate import Scored, assess, calibrate, study_level
-from pipeline.measure.metrics import averaged_labels, mean_of, report_auroc
-from pipeline.measure.readers import Reads, assess_readers
+from pipeline.measure.evaluate import Scored, calibrate
+from pipeline.measure.evaluation import Evaluation, read_evaluation
+from pipeline.measure.judge import Beside, judge_scores
+from pipeline.measure.metrics import Floats, averaged_labels, mean_of, report_auroc
+from pipeline.measure.scores import Scores, read_frame, read_scores, write_scores
 from pipeline.stream.samples import find_places
 
-RESAMPLES = 1000  # of patients, for intervals of AUPRC
 TRAIN_SAMPLES = 2000  # that a sweep scores of train
 
 
-def finish_run(job: Job) -> dict[str, dict[str, Any]]:
+def finish_run(job: Job) -> dict[str, Evaluation]:
     """Choose thresholds on dev, evaluate best.pt on dev and valid, and write report.html and model-card.md.
 
     Returns the evaluations, by split, on the first rank.
@@ -43,14 +43,15 @@ def finish_run(job: Job) -> dict[str, dict[str, Any]]:
     if not job.ranks.is_first:
         return {}
     forget_calibration(job.run)  # of an earlier best.pt
-    results = {name: evaluate(job, name, found[name]) for name in names}
-    evaluations = {name: evaluation for name, (evaluation, _) in results.items()}
-    write_report(job, "report.html", results)
+    evaluations = {name: evaluate(job, name, found[name]) for name in names}
+    write_report(job, "report.html", evaluations, {name: found[name].images for name in names})
     data = {}
     for name in splits:
         split, rows = open_images(job, name)
         data[name] = count_rows(split.table.take(rows))
-    card = render_model_card(job.run.name, describe_settings(job), data, evaluations, job.manifest.dataset)
+    card = render_model_card(
+        job.run.name, describe_settings(job), data, [*evaluations.values()], job.manifest.dataset
+    )
     write_atomically(job.run / "model-card.md", card.encode())
     return evaluations
 
@@ -60,84 +61,77 @@ def forget_calibration(run: Path) -> None:
     (run / "calibration.json").unlink(missing_ok=True)
 
 
-def evaluate(
-    job: Job,
-    name: str,
-    found: Result,
-    against: Mapping[Path, Path] = MappingProxyType({}),
-    sensitivity: float = 0.9,
-    combine: str = "max",
-    chosen_by: tuple[str, ...] = (),
-    sanity: Mapping[str, Any] = MappingProxyType({}),
-    readers: Mapping[str, Reads] = MappingProxyType({}),
-) -> tuple[dict[str, Any], Scored]:
-    """Evaluate what `score_best` found for a split; writes its scores and evaluation into the run.
+class How(NamedTuple):
+    """How `evaluate` judges, apart from the run: `chosen_by` are conditions in place of the run's own.
 
-    `against` are other runs and their scores, as `find_scores` has them. `sensitivity` is what the third threshold
-    is to reach on dev, `combine` how a study's score comes from its views: max or mean. `chosen_by` are the conditions
-    that chose the images, where they are not the run's own; they, and `sanity` as `check_sanity` has it, are kept in
-    the evaluation. `readers` are what each said of the studies.
-    Raises DataError where thresholds would have to be chosen on other shards than the run's.
+    `sensitivity` is what the third threshold is to reach on dev, `combine` how a study's score comes from its views:
+    max or mean. `against` are other runs and their scores, as `find_scores` has them; `altered` scores of altered
+    images, and `readers` files of calls, each by its name.
     """
-    config = job.config
-    scored, table = found.images, found.table
-    result = name_result(job, name, chosen_by)
+
+    sensitivity: float = 0.9
+    combine: str = "max"
+    chosen_by: tuple[str, ...] = ()
+    against: Mapping[Path, Path] = MappingProxyType({})
+    altered: Mapping[str, Floats] = MappingProxyType({})
+    readers: Mapping[str, Scores] = MappingProxyType({})
+
+
+def evaluate(job: Job, name: str, found: Result, how: How = How()) -> Evaluation:  # noqa: B008 - immutable
+    """Write the scores that `score_best` found for a split, judge them, and write the evaluation into the run.
+
+    Raises DataError if thresholds would have to be chosen on other shards than the run's.
+    """
+    config, scored, table = job.config, found.images, found.table
+    result = name_result(job, name, how.chosen_by)
     write_scores(job.run / f"scores-{result}.arrow", table, config.labels, scored.scores)
-    calibration = find_calibration(job, name, None if chosen_by else scored, sensitivity, combine)
-    facts = {
-        name: table[name].to_numpy().astype(object)
-        for name, kind in name_facts(table).items()
-        if kind == "string"
-    }
-    evaluation = assess(
-        config.labels, scored, calibration, unit=config.unit, resamples=RESAMPLES, facts=facts
-    )
-    evaluation |= found.shared
-    evaluation["not_annotated"] = list(job.manifest.not_annotated)
-    evaluation |= {"chosen_by": list(chosen_by)} if chosen_by else {}
-    evaluation |= {"sanity": dict(sanity)} if sanity else {}
-    if found.members:
-        evaluation["gain"] = measure_gain(config.labels, scored, found.members)
-    if readers:
-        evaluation["readers"] = assess_readers(config.labels, study_level(scored, combine), readers)
+    calibration = find_calibration(job, name, None if how.chosen_by else scored, how.sensitivity, how.combine)
     split = open_split(job, name)
+    readers = {
+        reader: calls.take(calls.align(table, say), config.labels) for reader, calls in how.readers.items()
+    }
+    others = how.against if config.fusion is None else {}
+    against = {str(other): read_others(other, path, table, config.labels) for other, path in others.items()}
     edge = measure_edges(split, find_places(split, table), job.setup.workers)
-    evaluation["belief"] = assess_belief(
-        config.labels, scored, find_covariates(table), find_strata(table), edge
-    )
-    if against and config.fusion is None:
-        add_difference(job, evaluation, found, calibration, against)
-    elif against:
-        add_methods(job, name, evaluation, scored, against)
+    evaluated = {"split": name, "unit": config.unit, "labels": list(config.labels)}
+    evaluated |= {"chosen_by": list(how.chosen_by)} if how.chosen_by else {}
+    beside = Beside(against, readers, found.members, how.altered, edge)
+    evaluation = judge_scores(evaluated | dict(found.shared), scored, table, calibration, beside)
+    if how.against and config.fusion is not None:
+        add_late_fusion(job, name, evaluation, scored, how.against)
     if result_name(config, job.shards.digest, name) != name:
-        evaluation["elsewhere"] = compare_with_own(job, scored, evaluation)
-    write_json(job.run / f"evaluation-{name_comparison(result, against)}.json", evaluation)
-    return evaluation, scored
+        compare_with_own(job, scored, evaluation, calibration)
+    write_atomically(
+        job.run / f"evaluation-{name_comparison(result, how.against)}.json", evaluation.to_json()
+    )
+    return evaluation
 
 
-def compare_with_own(job: Job, scored: Scored, evaluation: Mapping[str, Any]) -> dict[str, Any]:
-    """What an evaluation on other shards is beside the run's own valid, and what recalibration there would give.
+def compare_with_own(
+    job: Job, scored: Scored, evaluation: Evaluation, calibration: Mapping[str, Any]
+) -> None:
+    """Add what other shards' figures are beside the run's own valid, and what recalibration on them would give.
 
-    `less_own` is None, with the reason in `note`, where the run has no evaluation of its own valid. Raises DataError
-    where that is damaged.
+    `own` of the head says why there is no comparison, if there is none. Raises DataError if that is damaged.
     """
     path = job.run / "evaluation-valid.json"
-    found: dict[str, Any] = {
+    evaluation.head |= {
         "data": job.manifest.dataset.get("title", ""),
         "manifest": job.shards.digest,
-        "less_own": None,
-        "note": None,
-        "recalibration": try_recalibration(job.config.labels, scored, evaluation["calibration"]["image"]),
+        "own": "",
     }
+    add_recalibration(evaluation, scored, calibration["image"])
     if path.exists():
-        try:
-            found["less_own"] = subtract_own(scored, evaluation, read_object(path))
-        except (KeyError, TypeError) as error:
-            raise DataError(f"{path}: damaged, or of other labels than the run's: {error}") from error
+        own = read_evaluation(path)
+        if set(own.labels) != set(evaluation.labels):
+            raise DataError(
+                f"{path}: of other labels than the run's; first run: python -m train evaluate --run {job.run}"
+            )
+        add_own(evaluation, scored, own)
     else:
         command = f"python -m train evaluate --run {job.run}"
-        found["note"] = f"{path}: not there, so nothing to compare with; it is written by: {command}"
-    return found
+        evaluation.head["own"] = f"{path}: not there, so nothing to compare with; it is written by: {command}"
+        say(evaluation.head["own"])
 
 
 def find_calibration(
@@ -168,35 +162,29 @@ def find_calibration(
     return calibration
 
 
-def add_difference(
-    job: Job,
-    evaluation: dict[str, Any],
-    found: Result,
-    calibration: dict[str, Any],
-    against: Mapping[Path, Path],
-) -> None:
-    """Add the paired differences from another run by images, on the labels that both have learned."""
-    scored, table = found.images, found.table
-    ((other, path),) = against.items()
-    labels, common = choose_common(job.config, scored, against)
-    theirs = (str(other), read_scores(path, table["key"], labels))
-    compared = assess(labels, common, calibration, unit="image", against=theirs, resamples=RESAMPLES)
-    ours = {mean: compared[f"{mean}_auroc"] for mean in MEANS}
-    evaluation["against"] = {"labels": list(labels), "ours": ours, **compared["against"]}
-    evaluation["study"]["against"] = compared["study"]["against"]
+def read_others(other: Path, path: Path, table: pa.Table, labels: Sequence[str]) -> Floats:
+    """Another run's scores [N, L] of the same images; NaN for labels that it has not learned.
+
+    Raises DataError if it has learned none of them.
+    """
+    learned = read_config(other).labels
+    common = [label for label in labels if label in learned]
+    if not common:
+        raise DataError(f"`against` {other}: no label that both runs have learned")
+    scores = np.full((len(table), len(labels)), np.nan)
+    scores[:, [labels.index(label) for label in common]] = read_scores(path, table["key"], common)
+    return scores
 
 
-def add_methods(
-    job: Job, name: str, evaluation: dict[str, Any], scored: Scored, against: Mapping[Path, Path]
+def add_late_fusion(
+    job: Job, name: str, evaluation: Evaluation, scored: Scored, against: Mapping[Path, Path]
 ) -> None:
     """Add what other ways of scoring studies come to: by the views' scores of other runs."""
     labels, common = choose_common(job.config, scored, against)
     methods: dict[str, Any] = {}
     for other, path in against.items():
         methods |= combine_views(read_frame(path, labels), str(other))
-    views = group_by_views(open_split(job, name).table)
-    ours = f"{job.run}, {job.config.fusion} fusion"
-    evaluation["methods"] = compare_methods(labels, common, ours, methods, views)
+    add_methods(evaluation, labels, common, methods, group_by_views(open_split(job, name).table))
 
 
 def choose_common(
@@ -246,15 +234,17 @@ def find_scores(job: Job, name: str, against: Sequence[Path]) -> dict[Path, Path
     return found
 
 
-def write_report(job: Job, file: str, results: Mapping[str, tuple[dict[str, Any], Scored]]) -> None:
-    """Write the page of the splits that `evaluate` gave results for."""
-    evaluations = {name: evaluation for name, (evaluation, _) in results.items()}
-    images = {name: scored for name, (_, scored) in results.items()}
+def write_report(
+    job: Job, file: str, evaluations: Mapping[str, Evaluation], images: Mapping[str, Scored]
+) -> None:
+    """Write the page of the splits that `evaluate` gave evaluations of; `images` are their scores."""
     path = job.run / "metrics.jsonl"
     lines = [] if job.members else path.read_bytes().splitlines()  # an ensemble was not trained as a whole
     history = [parse_object(path, line) for line in lines]
     settings = describe_settings(job)
-    page = render_report(job.run.name, settings, history, evaluations, images, job.manifest.dataset)
+    page = render_report(
+        job.run.name, settings, history, [*evaluations.values()], images, job.manifest.dataset
+    )
     write_atomically(job.run / file, page.encode())
 
 
@@ -295,8 +285,13 @@ def measure_run(job: Job) -> dict[str, Any]:
     scored = {"train": score_best(job, "train", most=TRAIN_SAMPLES).images}
     if "valid" in selected_splits(job):
         scored["valid"] = score_best(job, "valid").images
-    labels = {name: report_auroc(names, *found[:4])["labels"] for name, found in scored.items()}
-    labels["dev"] = read_object(job.run / "evaluation-dev.json")["labels"]
+    labels: dict[str, Any] = {
+        name: report_auroc(names, *found[:4])["labels"] for name, found in scored.items()
+    }
+    chosen_on = read_evaluation(job.run / "evaluation-dev.json")
+    labels["dev"] = {
+        name: {"auroc": row.value, "few": row.few} for name in names for row in [chosen_on.get("auroc", name)]
+    }
     means = averaged_labels(labels["dev"])
     same = [
         name

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from model.runs.job import Job
 from model.runs.scoring import score_best
-from pipeline.measure.evaluate import Scored, assess_altered
+from pipeline.measure.metrics import Floats
 
 CENTER = 0.8  # of each side: the lungs lie within
 PATCHES = 8  # along each side
@@ -58,17 +58,16 @@ ALTERATIONS: Mapping[str, Callable[[int, Images], Images]] = MappingProxyType(
 )
 
 
-def check_sanity(job: Job, split: str, scored: Scored) -> dict[str, Any]:
-    """What `assess_altered` says of the run's best checkpoint; `scored` are its scores of the images as they are.
+def score_altered(job: Job, split: str) -> dict[str, Floats]:
+    """The scores [N, L] by the run's best checkpoint of altered images, by what was altered.
 
     Covered parts get train's mean gray level. Raises InterruptedEvaluationError where the job is told to stop.
     """
     level = round(job.manifest.pixels["mean"])
-    altered = {
+    return {
         name: score_best(job, split, partial(alter, level)).images.scores
         for name, alter in ALTERATIONS.items()
     }
-    return assess_altered(job.config.labels, scored, altered)
 
 
 def _center(images: Images) -> tuple[Any, ...]:

@@ -17,10 +17,10 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from model.runs.config import MEANS
 from model.runs.sweep import Sweep, Trial, importances, rank
 from pipeline.base import pages
 from pipeline.base.files import locked, write_atomically, write_csv
+from pipeline.measure.evaluation import MEANS
 
 MAP = matplotlib.colormaps["cividis"]
 AXES = ("lr", "weight_decay")  # of the planes

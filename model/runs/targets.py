@@ -8,10 +8,10 @@ import numpy.typing as npt
 
 from model.runs.config import TEACHER_SCORES, learned_columns, parse_choice, split_columns
 from model.runs.job import Job, Selected, open_rows
-from model.runs.scores import read_scores
 from pipeline.base.errors import DataError
 from pipeline.console import say
 from pipeline.labels import LABELS, label_states
+from pipeline.measure.scores import read_scores
 from pipeline.policies import describe_one_class, make_targets, one_class_labels, parse_uncertain_policy
 from pipeline.stream.batches import Labels
 from pipeline.stream.plan import Weights

@@ -30,13 +30,14 @@ from model.runs.config import (
     run_option,
 )
 from pipeline.base.errors import DataError
-from pipeline.base.files import check_folder, hash_file, read_object, write_csv, write_json
+from pipeline.base.files import check_folder, hash_file, write_csv, write_json
 from pipeline.base.options import option
 from pipeline.command import EXISTING, EXISTING_FILE, FILE, FOLDER, command
 from pipeline.console import count_of, echo, refuse_usage, say, say_next
 from pipeline.labels import MOST_VIEWS, VIEWS
 from pipeline.measure.calibration import RULES, apply_calibration, apply_calibrations, read_fit
 from pipeline.measure.evaluate import Scored, study_level
+from pipeline.measure.evaluation import read_evaluation
 from pipeline.measure.metrics import Floats
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ class Decided(Runs):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluation(SharedImages, Workers, OwnData, Runs):
+class Evaluated(SharedImages, Workers, OwnData, Runs):
     """What `evaluate` takes."""
 
     out: Path | None = option(
@@ -95,8 +96,8 @@ class Evaluation(SharedImages, Workers, OwnData, Runs):
         return (*self.where, *([] if self.views is None else [f"{self.views} views"]))
 
 
-@command("evaluate", Evaluation, example="python -m train evaluate --run runs/first --split valid")
-def evaluate_command(given: Evaluation) -> int:
+@command("evaluate", Evaluated, example="python -m train evaluate --run runs/first --split valid")
+def evaluate_command(given: Evaluated) -> int:
     """Score the run's best checkpoint on a split; of several runs, the mean of their calibrated scores.
 
     The run's own --where and --views choose the images, unless others are given: train on one sex, score the other.
@@ -104,11 +105,11 @@ def evaluate_command(given: Evaluation) -> int:
     data = given.of(given.runs[0])
     check_folders(data.shards, given.runs)
     from model.predict import InterruptedEvaluationError
-    from model.runs import summary
     from model.runs.ensemble import open_model, open_scoring
     from model.runs.job import StopFlag
     from model.runs.overlap import check_seen, read_seen
     from model.runs.results import (
+        How,
         evaluate,
         find_calibration,
         find_scores,
@@ -116,9 +117,10 @@ def evaluate_command(given: Evaluation) -> int:
         name_result,
         write_report,
     )
-    from model.runs.sanity import check_sanity
+    from model.runs.sanity import score_altered
     from model.runs.scoring import score_best
-    from pipeline.measure.readers import read_reader
+    from pipeline.look.judged import print_evaluation
+    from pipeline.measure.scores import open_scores
 
     split, collection, stop, model = given.split, data.open(), StopFlag().listen(), open_model(given.runs)
     refuse_usage(
@@ -133,22 +135,22 @@ def evaluate_command(given: Evaluation) -> int:
         config = job.config
         chosen = replace(config, where=given.where or config.where, views=given.views or config.views)
         scored = replace(job, config=chosen, shared_images=given.shared_images)
-        reads = {name: read_reader(path, config.labels) for name, path in readers.items()}
+        reads = {name: open_scores(path, calls=True) for name, path in readers.items()}
         others = find_scores(job, split, given.against)
         for other in others:
             check_seen(replace(scored, run=other, config=read_config(other)), split, read_seen(other))
         if split != "dev" or job.shards.digest != config.manifest:
             find_calibration(job, split, None, given.sensitivity, given.study)  # before the split is scored
         found = score_best(scored, split)
-        altered = check_sanity(scored, split, found.images) if given.sanity else {}
-        how = (given.sensitivity, given.study, given.conditions)
-        evaluated = evaluate(job, split, found, others, *how, altered, reads)
+        altered = score_altered(scored, split) if given.sanity else {}
+        how = How(given.sensitivity, given.study, given.conditions, others, altered, reads)
+        evaluation = evaluate(job, split, found, how)
     except InterruptedEvaluationError:
         return stop.code
-    summary.print_evaluation(split, evaluated[0])
+    print_evaluation(evaluation)
     result = name_result(job, split, given.conditions)
     compared = name_comparison(result, others)
-    write_report(scored, f"report-{compared}.html", {split: evaluated})
+    write_report(scored, f"report-{compared}.html", {split: evaluation}, {split: found.images})
     for file in (f"scores-{result}.arrow", f"evaluation-{compared}.json", f"report-{compared}.html"):
         echo(f"{job.run / file}: written")
     say_next(*TRAIN, "predict", "--run", job.run, "--out", "scores.csv", "IMAGES")
@@ -356,7 +358,7 @@ def export_command(given: Export) -> int:
 def say_unlearned(model: "Model") -> None:
     """Say which labels have no scores because nobody annotated them in the shards of a model's run."""
     path = next(iter(model.members)) / "evaluation-dev.json"
-    labels = read_object(path).get("not_annotated") if path.exists() else None
+    labels = read_evaluation(path).head.get("not_annotated") if path.exists() else None
     if labels:
         say(f"{model.name}: no scores of {', '.join(labels)}: not annotated in its shards, so not learned")
 

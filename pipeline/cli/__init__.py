@@ -5,7 +5,7 @@ Each command imports what it needs itself, so that `--help` is quick.
 
 import click
 
-from pipeline.cli.looking import audit, show, stats
+from pipeline.cli.looking import audit, judge, show, stats
 from pipeline.cli.making import sample, shards, verify
 from pipeline.console import run_command
 
@@ -16,7 +16,7 @@ def cli() -> None:
     """Turn chest X-ray data sets into WebDataset shards with Arrow label tables, and report on its labels."""
 
 
-for command in (sample, shards, verify, stats, show, audit):
+for command in (sample, shards, verify, stats, show, audit, judge):
     cli.add_command(command)
 
 

@@ -1,4 +1,4 @@
-"""The commands that look at labels and images: stats, show, audit."""
+"""The commands that look at labels, images and scores: stats, show, audit, judge."""
 
 import json
 from collections.abc import Collection, Sequence
@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.base.files import write_atomically
-from pipeline.base.options import option
+from pipeline.base.options import list_options, option
 from pipeline.base.workers import count_cpus
-from pipeline.command import EXISTING, FILE, PathOrUrl, command
+from pipeline.command import EXISTING, EXISTING_FILE, FILE, FOLDER, PathOrUrl, command
 from pipeline.console import echo, progress_bar, refuse_usage, say, say_next
+from pipeline.judging import Judging, parse_columns
 from pipeline.labels import LABELS, STATES, VIEWS
 from pipeline.look.tables import print_report
 from pipeline.manifest import NAME, read_manifest
@@ -298,3 +299,81 @@ def audit(given: Auditing) -> int:
         elif len(sources) == 1 and sources[0].is_dir():
             say_next("pipeline", "shards", sources[0], "shards")
     return 3 if given.strict and find_alarms(report) else 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judge:
+    """What `judge` takes."""
+
+    scores: Path = option(..., argument=True, type=EXISTING_FILE)
+    source: Path = option(..., argument=True, type=EXISTING)
+    columns: tuple[Any, ...] = option(
+        (), 'Columns by other names: Edema=prob_Edema,key="Image Index".', split=parse_columns
+    )
+    logits: bool = option(False, "The scores are logits.")
+    split: str | None = option(None, "Split to judge.  [default: all]")
+    dev: str | None = option(
+        None, "Split on which calibrations and thresholds are fitted; without it, neither."
+    )
+    threshold: float | None = option(None, "Your own threshold of the scores, without --dev.", low=0, high=1)
+    sensitivity: float = option(0.9, "Sensitivity that the third threshold must reach on dev.", low=0, high=1)
+    study: str = option("max", "How a study's score is computed from its views.", choices=("max", "mean"))
+    open: str = option(
+        "ignore",
+        "Cells that a set leaves open: left out, or zeros, as in most published figures.",
+        choices=("ignore", "zeros"),
+    )
+    against: tuple[Path, ...] = option(
+        (), "Compare with other scores of the same images.", type=EXISTING_FILE, metavar="SCORES"
+    )
+    readers: tuple[Path, ...] = option(
+        (), "A reader's calls of 1, 0 or blank; may be repeated.", type=EXISTING_FILE, metavar="FILE"
+    )
+    facts: tuple[Path, ...] = option(
+        (), "CSV or XLSX with extra columns to compare groups by.", type=EXISTING_FILE, metavar="FILE"
+    )
+    name: str = option("", "What the scores are called.", shown="the file's name")
+    out: Path | None = option(None, "Folder for evaluation.json, report.html and card.md.", type=FOLDER)
+
+
+@command(
+    "judge", Judge, example="pipeline judge scores.csv Data_Entry_2017_v2020.csv --threshold 0.5 --out judged"
+)
+def judge(given: Judge) -> None:
+    """Judge SCORES of any network or reader against the labels of SOURCE (shards, a data set's folder or its CSV).
+
+    SCORES is a CSV, Parquet or Arrow file with a row for each image or study, and a column for each label: AUROC,
+    thresholds, calibration, subgroups, and what each label's AUROC rests on. No image is needed, and no network.
+    """
+    from pipeline.judging import judge as judge_files
+    from pipeline.look.judged import print_evaluation
+
+    refuse_usage(
+        given.dev is not None and given.threshold is not None, "--threshold is for scores without --dev"
+    )
+    refuse_usage(
+        given.dev is not None and given.dev == given.split, "--dev is the split to be judged; name another"
+    )
+    asked = Judging(
+        **{
+            name: getattr(given, name)
+            for name in list_options(Judge)
+            if name not in ("scores", "source", "name", "out")
+        }
+    )
+    judged = judge_files(given.scores, given.source, asked, say)
+    print_evaluation(judged.evaluation)
+    if given.out is not None:
+        from pipeline.look.judge_report import render_card, render_page
+
+        name, split = given.name or given.scores.name.split(".")[0], judged.evaluation.split
+        source = given.source.resolve().name
+        given.out.mkdir(parents=True, exist_ok=True)
+        written = {
+            "evaluation.json": judged.evaluation.to_json(),
+            "report.html": render_page(name, [judged.evaluation], {split: judged.images}, source).encode(),
+            "card.md": render_card(name, [], [judged.evaluation], source).encode(),
+        }
+        for file, data in written.items():
+            write_atomically(given.out / file, data)
+            echo(f"{given.out / file}: written")

@@ -1,6 +1,7 @@
 """Figures → tables in a terminal."""
 
 from pipeline.base.errors import printable
+from pipeline.base.tabular import Table
 from pipeline.measure.audit import Audit, Clue, describe_alarms, describe_told, find_alarms, shorten
 from pipeline.measure.counts import LabelStatistics
 
@@ -16,7 +17,7 @@ def print_report(report: LabelStatistics) -> None:
     for label, counts in report["labels"].items():
         *states, share = counts.values()
         rows[label] = [*(f"{count:,}" for count in states), _percent(share)]
-    print_table(totals, headings, rows)
+    _print(totals, headings, rows)
     if "by" in report:
         groups = report["by"]["groups"]
         headings = [f"{name} (n = {group['images']:,})" for name, group in groups.items()]
@@ -24,18 +25,18 @@ def print_report(report: LabelStatistics) -> None:
             label: [_percent(group["labels"][label]["share_positive"]) for group in groups.values()]
             for label in report["labels"]
         }
-        print_table(f"positive % by {report['by']['variable']}", headings, shares)
+        _print(f"positive % by {report['by']['variable']}", headings, shares)
     if "cooccurrence" in report:
         numbered = enumerate(report["cooccurrence"].items(), 1)
         together = {f"{number:2} {label}": (label, row) for number, (label, row) in numbered}
         headings = [str(number) for number in range(1, len(together) + 1)]
         cells = {name: [str(count) for count in row.values()] for name, (_, row) in together.items()}
-        print_table("images positive for the row and the column", headings, cells)
+        _print("images positive for the row and the column", headings, cells)
         cells = {
             name: [f"{100 * count / row[label]:.0f}" if row[label] else "–" for count in row.values()]
             for name, (label, row) in together.items()
         }
-        print_table("P(column | row), %: of the images positive for the row", headings, cells)
+        _print("P(column | row), %: of the images positive for the row", headings, cells)
     if "policy" in report:
         headings = ["uncertain", "positives", "negatives", "open", "masked", "mean target", "pos. weight"]
         cells = {
@@ -46,7 +47,7 @@ def print_report(report: LabelStatistics) -> None:
             ]
             for label, row in report["policy"]["labels"].items()
         }
-        print_table(f"under the policies below, and {report['policy']['blank']} for blank", headings, cells)
+        _print(f"under the policies below, and {report['policy']['blank']} for blank", headings, cells)
     if "against" in report:
         other = report["against"]
         headings = ["here %", "there %", "difference", "standardized"]
@@ -64,13 +65,11 @@ def print_report(report: LabelStatistics) -> None:
             f"{other['shared_patients']:,} of them in both\n"
             "standardized: (p1 - p2) / sqrt((p1 (1 - p1) + p2 (1 - p2)) / 2), notable above 0.1"
         )
-        print_table(title, headings, cells)
+        _print(title, headings, cells)
 
 
 def print_audit(audit: Audit) -> None:
     """Print the alarms in words, and what tells each label best, worst first."""
-    from rich.markup import escape
-
     for text in describe_alarms(audit):
         print(printable(f"{text}."))
     headings, rows = tabulate_audit(audit)
@@ -80,9 +79,8 @@ def print_audit(audit: Audit) -> None:
         f"{totals}; alarms (!): {alarms}\nof {len(audit['clues'])} tests, those whose lower limit, adjusted by "
         f"Holm's method at level {audit['level']}, is above {audit['threshold']}"
     )
-    if rows:  # whose names of sets may be of any text
-        safe = {label: [escape(printable(cell)) for cell in cells] for label, cells in rows.items()}
-        print_table(title, headings, safe)
+    if rows:
+        _print(title, headings, rows)
     else:
         print(f"{totals}: nothing to test.")
     if audit["left_out"]:
@@ -122,21 +120,5 @@ def _percent(share: float | None) -> str:
     return "–" if share is None else f"{100 * share:.1f}"
 
 
-def print_table(title: str, headings: list[str], rows: dict[str, list[str]]) -> None:
-    """Print a row per label; in a terminal, labels may wrap, but numbers are never cut."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title=Text(printable(title)), title_justify="left")
-    table.add_column("label")
-    for heading, column in zip(map(printable, headings), zip(*rows.values(), strict=True), strict=True):
-        width = max(map(len, (heading, *column)))
-        table.add_column(Text(heading), justify="right", no_wrap=True, min_width=width)
-    for label, cells in rows.items():
-        table.add_row(label, *cells)
-    console = Console()
-    # Labels may wrap to fit a terminal, numbers are never cut; a file or pipe has no width to fit.
-    needed = console.measure(table, options=console.options.update(width=1000))
-    console.width = max(console.width, needed.minimum) if console.is_terminal else needed.maximum
-    console.print(table)
+def _print(title: str, headings: list[str], rows: dict[str, list[str]]) -> None:
+    Table(title, ["label", *headings], [[label, *cells] for label, cells in rows.items()]).print()

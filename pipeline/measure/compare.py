@@ -1,26 +1,42 @@
-"""Several methods' scores of the same studies → how good each method is, and whether they differ.
+"""Scores beside others': another run's, other ways to score studies, an ensemble's members, altered images, other data.
 
-A method is a run that scores studies, or a run that scores images whose scores are combined over a study's views
-(late fusion). All are measured on the studies that every method has scored; differences are paired by patient
-(pipeline.measure.delong).
+Differences between scores of the same patients are paired (pipeline.measure.delong). Two data sets are independent
+samples, so the limits of their difference follow from the limits of its sides (Newcombe, 1998, method 10; Zou, 2007);
+the thresholds and calibration stay those of the run's own dev.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
 from pipeline.base.errors import DataError
-from pipeline.measure.bootstrap import describe_difference
+from pipeline.labels import hash_fraction
+from pipeline.measure.bootstrap import interval, resample_auprc, resampled_mean
+from pipeline.measure.calibration import apply_calibration, fit_calibration
 from pipeline.measure.delong import combine_limits, measure_areas, weigh_labels
-from pipeline.measure.evaluate import Scored
-from pipeline.measure.metrics import Floats, averaged_labels, mean_of, report_auroc
+from pipeline.measure.evaluate import AREAS, LIMITS, Scored, average
+from pipeline.measure.evaluation import COMMON, OWN, Evaluation, Row
+from pipeline.measure.metrics import (
+    Floats,
+    areas,
+    brier_score,
+    calibration_error,
+    count_classes,
+    independent_limits,
+    label_cells,
+    mean_of,
+    report_auroc,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
 
 STUDY = ["patient", "study"]
+MEMBERS = "mean of the members"
+ALTERED = "altered: "  # in front of the name of an alteration, as a scorer
 
 
 def combine_views(scores: "pd.DataFrame", name: str) -> "dict[str, pd.DataFrame]":
@@ -49,89 +65,192 @@ def group_by_views(table: pa.Table) -> "pd.Series":
     return pd.Series(names, counts.index)
 
 
-def compare_methods(
+def add_methods(
+    evaluation: Evaluation,
     names: Sequence[str],
     studies: Scored,
-    name: str,
     others: "Mapping[str, pd.DataFrame]",
     views: "pd.Series",
-) -> dict[str, Any]:
-    """The method `name`, with its `studies` (one row each), beside the `others`, ready for JSON.
+) -> None:
+    """Add other methods' AUROCs, and ours less theirs, on the studies that all have scored, and by their views.
 
-    For all studies and for each group of `views`: the number of studies, and per method its mean AUROC with an
-    interval, its AUROC per label, and the first method's minus its own. The mean is over labels with at least 10
-    positives, if there are any. Raises DataError if the methods have no study in common.
+    `others` are their scores by (patient, study). Raises DataError if no study is scored by all.
     """
     import pandas as pd
 
     index = pd.MultiIndex.from_arrays([studies.patient, studies.study], names=STUDY)
-    found = {other: frame.reindex(index)[list(names)].to_numpy() for other, frame in others.items()}
-    common = np.all([~np.isnan(scores).any(axis=1) for scores in found.values()], axis=0)
+    methods = {name: frame.reindex(index)[list(names)].to_numpy() for name, frame in others.items()}
+    common = np.all([~np.isnan(scores).any(axis=1) for scores in methods.values()], axis=0)
     if not common.any():
-        raise DataError(f"{name}: none of its studies is scored by all of {', '.join(found)}")
-    methods = {name: studies.scores, **found}
-    groups = {"all": common}
+        raise DataError(f"none of these studies is scored by all of {', '.join(methods)}")
     of_study = views.reindex(index).to_numpy()
-    groups |= {group: common & (of_study == group) for group in sorted(set(of_study[common]))}
-    return {
-        group: {"studies": int(rows.sum())}
-        | _compare(names, studies.take(rows), {key: scores[rows] for key, scores in methods.items()})
-        for group, rows in groups.items()
-    }
+    groups = {"all": common} | {name: common & (of_study == name) for name in sorted(set(of_study[common]))}
+    for group, rows in groups.items():
+        place, chosen = f"studies={group}", studies.take(rows)
+        evaluation.add("study", None, "studies", int(rows.sum()), group=place)
+        means, area = average(names, chosen)
+        labels = report_auroc(names, *chosen[:4])["labels"]
+        for label, over in means.items():
+            limits = combine_limits(area, weigh_labels(names, over))
+            evaluation.add("study", label, "auroc", mean_of(labels, over, "auroc"), limits, group=place)
+        add_comparison(
+            evaluation, "study", chosen, {name: scores[rows] for name, scores in methods.items()}, place
+        )
 
 
-def measure_gain(names: Sequence[str], rows: Scored, members: Mapping[str, Floats]) -> dict[str, Any]:
-    """What an ensemble's scores of `rows` gain over the mean of its members' AUROCs, ready for JSON.
+def add_comparison(
+    evaluation: Evaluation,
+    level: str,
+    rows: Scored,
+    others: Mapping[str, Floats],
+    group: str | None = None,
+    names: Sequence[str] | None = None,
+) -> None:
+    """Add the AUROCs of others' scores [N, L] of the same rows, and ours less theirs, for findings and means.
 
-    `members` are their scores [N, L] of the same rows, by name. Per label and mean (macro, …): `auroc`, the `members`'
-    AUROCs, their mean as `mean_member`, and the difference, paired by patient: a contrast of correlated AUROCs.
+    `names` are those of the columns, by default the evaluation's. Means are over the findings that ours is over.
     """
-    reports = [report_auroc(names, scores, *rows[1:4]) for scores in (rows.scores, *members.values())]
-    areas = measure_areas(*rows[:4])
-    for scores in members.values():
-        areas = areas.join(measure_areas(scores, *rows[1:4]))
-    labels = reports[0]["labels"]
-    kept = {name: [name] if labels[name]["auroc"] is not None else [] for name in names} | averaged_labels(
-        labels
-    )
-    gain = {}
-    for key, over in kept.items():
-        share = weigh_labels(names, over)
-        limits = combine_limits(areas, np.concatenate([share, *[-share / len(members)] * len(members)]))
-        ours, *theirs = (mean_of(of["labels"], over, "auroc") for of in reports)
-        mean = sum(found for found in theirs if found is not None) / len(theirs) if over else None
-        gain[key] = {"auroc": ours, "mean_member": mean, "members": dict(zip(members, theirs, strict=True))}
-        gain[key] |= describe_difference(ours, mean, limits)
-    return gain
+    names = names or evaluation.labels
+    means, ours = average(names, rows)
+    cells = measure_cells(names, rows, rows.scores)
+    for scorer, scores in others.items():
+        area, theirs = measure_areas(scores, *rows[1:4]), measure_cells(names, rows, scores)
+        both = ours.join(area)
+        for label, over in means.items():
+            share = weigh_labels(names, over)
+            value, own = (mean_of(figures, over, "auroc") for figures in (theirs, cells))
+            limits = combine_limits(area, share)
+            evaluation.add(level, label, "auroc", value, limits, group=group, scorer=scorer)
+            limits, less = combine_limits(both, np.concatenate([share, -share])), _subtract(own, value)
+            evaluation.add(level, label, "auroc_difference", less, limits, group=group, scorer=scorer)
 
 
-def _compare(names: Sequence[str], studies: Scored, methods: Mapping[str, Floats]) -> dict[str, Any]:
-    reports = {name: report_auroc(names, scores, *studies[1:4]) for name, scores in methods.items()}
-    areas = {name: measure_areas(scores, *studies[1:4]) for name, scores in methods.items()}
-    first, ours = next(iter(reports.values())), next(iter(areas.values()))
-    kept = averaged_labels(first["labels"])
-    mean = "macro10" if kept["macro10"] else "macro"
-    shares = {label: weigh_labels(names, [label]) for label in names} | {
-        "mean": weigh_labels(names, kept[mean])
+def measure_cells(names: Sequence[str], rows: Scored, scores: Floats) -> dict[str, dict[str, float | None]]:
+    """AUROC and AUPRC of scores [N, L] of the rows, by finding."""
+    return {
+        name: dict(zip(AREAS, areas(score, truth), strict=True))
+        for name, score, truth in label_cells(names, scores, *rows[1:3])
     }
-    result: dict[str, Any] = {"mean": mean, "methods": {}}
-    for name, report in reports.items():
-        figures = {label: row["auroc"] for label, row in report["labels"].items()}
-        figure = mean_of(report["labels"], kept[mean], "auroc")
-        firsts = {label: row["auroc"] for label, row in first["labels"].items()}
-        firsts["mean"] = mean_of(first["labels"], kept[mean], "auroc")
-        both = ours.join(areas[name])
-        result["methods"][name] = {
-            "auroc": figure,
-            "interval": combine_limits(areas[name], shares["mean"]),
-            "labels": figures,
-            "first_less_this": {
-                key: describe_difference(
-                    firsts[key],
-                    (figures | {"mean": figure})[key],
-                    combine_limits(both, np.concatenate([share, -share])),
-                )
-                for key, share in shares.items()
-            },
-        }
-    return result
+
+
+def add_auprc(
+    evaluation: Evaluation, level: str, rows: Scored, scorer: str, scores: Floats, names: Sequence[str]
+) -> None:
+    """Add our AUPRC less that of another's scores [N, L] of the same rows, on the same resamples."""
+    resamples, seed = evaluation.head["resamples"], evaluation.head["seed"]
+    means, _ = average(names, rows)
+    ours, theirs = (measure_cells(names, rows, which) for which in (rows.scores, scores))
+    drawn = [resample_auprc(which, *rows[1:4], resamples, seed) for which in (rows.scores, scores)]
+    for label, over in means.items():
+        mine, other = (resampled_mean(values, names, over) for values in drawn)
+        limits = {side: interval(mine - other)[side] for side in LIMITS}
+        value = _subtract(mean_of(ours, over, "auprc"), mean_of(theirs, over, "auprc"))
+        evaluation.add(level, label, "auprc_difference", value, limits, scorer=scorer)
+
+
+def add_gain(evaluation: Evaluation, rows: Scored, members: Mapping[str, Floats]) -> None:
+    """Add the AUROCs of an ensemble's members, their mean, and what the ensemble gains over it, paired by patient.
+
+    `members` are their scores [N, L] of the same rows: the gain is a contrast of correlated AUROCs.
+    """
+    names, level = evaluation.labels, evaluation.unit
+    means, joined = average(names, rows)
+    add_comparison(evaluation, level, rows, members)
+    for scores in members.values():
+        joined = joined.join(measure_areas(scores, *rows[1:4]))
+    for label, over in means.items():
+        share = weigh_labels(names, over)
+        limits = combine_limits(joined, np.concatenate([share, *[-share / len(members)] * len(members)]))
+        values = [evaluation.get("auroc", label, scorer=name).value for name in members]
+        mean = None if None in values else sum(value or 0 for value in values) / len(values)
+        evaluation.add(level, label, "auroc", mean, scorer=MEMBERS)
+        gain = _subtract(evaluation.get("auroc", label).value, mean)
+        evaluation.add(level, label, "auroc_difference", gain, limits, scorer=MEMBERS)
+
+
+def add_own(evaluation: Evaluation, there: Scored, own: Evaluation) -> None:
+    """Add a run's AUROCs on its own valid, and those there less these, for findings with one on both sides.
+
+    Their mean is over those with 10 patients of each class on both sides, which its note names. The own mean's limits
+    are as evaluated if it is over the same findings; otherwise the means of its findings' limits, as if their errors
+    were one: the note of the difference is then `widened`.
+    """
+    level, names, kept = evaluation.unit, evaluation.labels, list[str]()
+    for name in names:
+        here, other = evaluation.get("auroc", name), own.get("auroc", name)
+        if here.value is not None and other.low is not None:
+            _add_pair(evaluation, here, other)
+            kept += [] if here.few or other.few else [name]
+    if not kept:
+        return
+    rows = [own.get("auroc", name) for name in kept]
+    value, low, high = (sum(getattr(row, name) for row in rows) / len(rows) for name in ("value", *LIMITS))
+    mean = Row(level, own.split, COMMON, OWN, "auroc", None, value, low, high, note=", ".join(kept))
+    enough = {
+        row.label for row in own.select(metric="auroc", level=level, group=None, scorer=None) if not row.few
+    }
+    defined = {name for name in own.labels if own.get("auroc", name).value is not None}
+    widened = set(kept) != enough & defined
+    if not widened:
+        same = own.get("auroc", "macro10")
+        mean = replace(mean, value=same.value, low=same.low, high=same.high)
+    limits = combine_limits(measure_areas(*there[:4]), weigh_labels(names, kept))
+    value = sum(evaluation.get("auroc", name).value or 0 for name in kept) / len(kept)
+    evaluation.add(level, COMMON, "auroc", value, limits, note=", ".join(kept))
+    _add_pair(evaluation, evaluation.get("auroc", COMMON), mean, "widened" if widened else "")
+
+
+def _add_pair(evaluation: Evaluation, here: Row, own: Row, note: str = "") -> None:
+    """The own figure and the difference of a finding or of the mean."""
+    sides = [(row.value, row.low, row.high) for row in (here, own)]
+    limits = independent_limits(*sides)  # type: ignore[arg-type]  # both are defined
+    counts = {"positives": own.positives, "negatives": own.negatives}
+    limits_own = {side: getattr(own, side) for side in LIMITS}
+    evaluation.add(here.level, here.label, "auroc", own.value, limits_own | counts, group=OWN, note=own.note)
+    less = _subtract(here.value, own.value)
+    few = {"few": here.few or own.few}
+    evaluation.add(here.level, here.label, "auroc_difference", less, limits | few, group=OWN, note=note)
+
+
+def add_recalibration(
+    evaluation: Evaluation, there: Scored, calibration: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Add what a calibration fitted on half of the patients there does to ECE and Brier score of the other half.
+
+    `calibration` is the run's own, finding by finding: the figures `before` are under it. Halves are by a hash of the
+    patient's name. If `fit_calibration` finds no fit that helps, `after` has no value and the note says why; findings
+    without both classes in the half that is measured are left out.
+    """
+    names, level = evaluation.labels, evaluation.unit
+    chosen = {name: hash_fraction("recalibrate", name) < 0.5 for name in np.unique(there.patient).tolist()}
+    fitting = np.array([chosen[name] for name in there.patient.tolist()], np.bool_)
+    fitted, measured = there.take(fitting), there.take(~fitting)
+    for group, half in (("fitted", fitted), ("measured", measured)):
+        evaluation.add(level, None, "patients", len(np.unique(half.patient)), group=group)
+    fits = fit_calibration(names, *fitted[:4])
+    counts = report_auroc(names, *fitted[:4])["labels"]
+    for column, (name, score, truth) in enumerate(label_cells(names, *measured[:3])):
+        if truth.all() or not truth.any():
+            continue
+        fit, note = fits[name], (fits[name]["note"] or "").partition(":")[0]
+        more: dict[str, Any] = {key: counts[name][key] for key in ("positives", "negatives", "few")}
+        evaluation.add(level, name, "cells", None, more, group="fitted")
+        evaluation.add(
+            level,
+            name,
+            "cells",
+            None,
+            count_classes(truth, measured.patient[measured.mask[:, column]]),
+            group="measured",
+        )
+        scores = {"before": apply_calibration(score, calibration[name])}
+        scores["after"] = apply_calibration(score, fit)
+        for group, values in scores.items():
+            left_out = group == "after" and bool(note)
+            for metric, measure in (("ece", calibration_error), ("brier", brier_score)):
+                value = None if left_out else measure(values, truth)
+                evaluation.add(level, name, metric, value, group=group, note=note if left_out else "")
+
+
+def _subtract(ours: float | None, theirs: float | None) -> float | None:
+    return None if ours is None or theirs is None else ours - theirs

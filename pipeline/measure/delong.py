@@ -55,7 +55,7 @@ def measure_areas(
     fields = np.full((5, columns), np.nan)
     influence = np.full((len(names), columns), np.nan)
     for column in range(columns):
-        used = mask[:, column]
+        used = mask[:, column].copy()  # for what follows changes it
         truth = target[used, column] == 1
         used[used] = share_stratum(truth, strata[used])
         if used.any():

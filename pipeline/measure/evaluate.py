@@ -19,13 +19,13 @@ import numpy.typing as npt
 from pipeline.labels import name_ages
 from pipeline.measure.bootstrap import (
     describe_difference,
-    difference_interval,
     interval,
     resample_auprc,
     resampled_mean,
 )
 from pipeline.measure.calibration import apply_calibration, fit_calibration
 from pipeline.measure.delong import Areas, combine_limits, measure_areas, weigh_labels
+from pipeline.measure.evaluation import MEANS, UNITS, Evaluation
 from pipeline.measure.metrics import (
     FEW,
     Bools,
@@ -45,7 +45,6 @@ from pipeline.measure.metrics import (
     wilson_limits,
 )
 
-AVERAGED = ("auroc", "auprc", "brier", "ece", "brier_calibrated", "ece_calibrated")
 AREAS = ("auroc", "auprc")  # the metrics with intervals
 DECISIONS = (0.05, 0.1, 0.2, 0.3, 0.5)  # probabilities at which to act, for the net benefit
 KEPT = 0.6  # the AUROC above which a label is told without what an alteration takes away
@@ -56,6 +55,8 @@ GROUPS = {
     "projection": ("AP", "PA"),
 }
 MOST_GROUPS = 8  # of a fact
+GIVEN = "given"  # the rule of a threshold that the user chose
+LIMITS = ("low", "high")
 LEVEL = 0.05  # of all gaps between groups together
 
 
@@ -94,38 +95,40 @@ def assess(
     images: Scored,
     calibration: Mapping[str, Any],
     *,
+    split: str = "",
     unit: str = "image",
-    against: tuple[str, Floats] | None = None,
     resamples: int = 1000,
     seed: int = 0,
     facts: Mapping[str, npt.NDArray[Any]] = MappingProxyType({}),
-) -> dict[str, Any]:
-    """The whole evaluation of a split, ready for JSON; `calibration` is what `calibrate` returns.
+) -> Evaluation:
+    """The figures of a split's scores; `calibration` is what `calibrate` or `leave_uncalibrated` returns.
 
-    `unit` is what a row of `images` is: image, or study if the run scores studies. `against` is another run's name
-    and its scores [N, L] of the same images. AUPRC intervals come from `resamples` resamples of patients, drawn by
-    `seed`; with 0 they are None. `facts` are texts [N] to make further
-    subgroups of, None where unknown; those of more than MOST_GROUPS values are counted in `many_groups` instead. Raises
-    ValueError if there are no images or a score is not finite.
+    `unit` is what a row of `images` is: image or study. AUPRC intervals come from `resamples` resamples of patients,
+    drawn by `seed`; with 0 they are None. `facts` are texts [N] to make further subgroups of, None where unknown;
+    those of more than MOST_GROUPS values are counted in `many_groups` of the head instead. Raises ValueError if there
+    are no images or a score is not finite.
     """
     if len(images.scores) == 0:
         raise ValueError("no images to evaluate")
-    combine = calibration["combine"]
-    level = _assess_level(names, images, calibration["image"], against, resamples, seed)
-    studies = study_level(images, combine)
-    if against is not None:
-        other = study_level(images._replace(scores=against[1]), combine)
-        against = (against[0], other.scores)
-    study = _assess_level(names, studies, calibration["study"], against, resamples, seed)
     values = {name: _list_values(fact) for name, fact in facts.items()}
     few = {name: facts[name] for name, texts in values.items() if 1 < len(texts) <= MOST_GROUPS}
-    return level | {
-        "unit": unit,
-        "study": study,
-        "subgroups": assess_groups(names, images, calibration["image"], few),
-        "many_groups": {name: len(texts) for name, texts in values.items() if len(texts) > MOST_GROUPS},
-        "calibration": calibration,
-    }
+    head: dict[str, Any] = {"split": split, "unit": unit, "labels": list(names)}
+    head |= {name: calibration[name] for name in ("combine", "sensitivity")}
+    head |= {"resamples": resamples, "seed": seed}
+    head["many_groups"] = {name: len(texts) for name, texts in values.items() if len(texts) > MOST_GROUPS}
+    evaluation = Evaluation(head)
+    levels = {"image": images} if unit == "image" else {}
+    for level, rows in (levels | {"study": study_level(images, calibration["combine"])}).items():
+        _add_level(evaluation, level, rows, calibration[level])
+    _add_groups(evaluation, assess_groups(names, images, calibration["image"], few))
+    return evaluation
+
+
+def leave_uncalibrated(names: Sequence[str], threshold: float | None, combine: str = "max") -> dict[str, Any]:
+    """In place of `calibrate` without a dev: scores as they are, and a threshold of the user's own, if any."""
+    fit = {"temperature": None, "bias": None, "note": None}
+    fits = {name: fit | {"thresholds": {} if threshold is None else {GIVEN: threshold}} for name in names}
+    return {"sensitivity": None, "combine": combine, "image": fits, "study": fits}
 
 
 def study_level(images: Scored, combine: str = "max") -> Scored:
@@ -168,7 +171,7 @@ def assess_groups(
     """
     facts = {"sex": images.sex, "age": name_ages(images.age), "projection": images.projection, **more}
     groups_of = GROUPS | {name: _list_values(fact) for name, fact in more.items()}
-    limits = {name: calibration[name]["thresholds"]["youden"] for name in names}
+    limits = {name: first_threshold(calibration[name]) for name in names}
     report: dict[str, Any] = {}
     for variable, compared in groups_of.items():
         rows = {name: facts[variable] == name for name in compared}
@@ -210,6 +213,11 @@ def assess_groups(
     return report
 
 
+def first_threshold(fit: Mapping[str, Any]) -> float | None:
+    """The threshold of groups' TPR: Youden's, which comes first, or the user's own."""
+    return next(iter(fit["thresholds"].values()), None)
+
+
 def _subtract_first(
     names: Sequence[str],
     groups: Mapping[str, Mapping[str, Any]],
@@ -231,122 +239,130 @@ def _list_values(fact: npt.NDArray[Any]) -> tuple[str, ...]:
     return tuple(sorted({text for text in fact.tolist() if text}))
 
 
-def assess_altered(
-    names: Sequence[str], images: Scored, altered: Mapping[str, Floats]
-) -> dict[str, dict[str, Any]]:
-    """AUROCs of the scores [N, L] of altered images, with limits: per label, and their mean as in `averaged_labels`.
+def _add_level(
+    evaluation: Evaluation, level: str, rows: Scored, calibration: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Findings and their means, of images or of studies."""
+    names, resamples, seed = evaluation.labels, evaluation.head["resamples"], evaluation.head["seed"]
+    evaluation.add(level, None, UNITS[level], len(rows.scores))
+    evaluation.add(level, None, "patients", len(np.unique(rows.patient)))
+    means, ours = average(names, rows)
+    drawn = resample_auprc(*rows[:4], resamples, seed)
+    cells = list(label_cells(names, *rows[:3]))
+    figures: dict[str, dict[str, float | None]] = {}
+    for column, (name, score, truth) in enumerate(cells):
+        fit, fitted = calibration[name], evaluation.head["sensitivity"] is not None
+        figures[name] = dict(zip(AREAS, areas(score, truth), strict=True))
+        for suffix, scores in {
+            "": score,
+            "_calibrated": apply_calibration(score, fit) if fitted else None,
+        }.items():
+            if scores is not None:
+                figures[name] |= {f"brier{suffix}": brier_score(scores, truth)}
+                figures[name] |= {f"ece{suffix}": calibration_error(scores, truth)}
+        counts = count_classes(truth, rows.patient[rows.mask[:, column]])
+        for metric, value in figures[name].items():
+            more: dict[str, Any] = dict(counts)
+            if metric == "auroc":
+                more |= combine_limits(ours, weigh_labels(names, means[name]))
+            elif metric == "auprc":
+                more |= _add_resamples(evaluation, level, name, resampled_mean(drawn, names, means[name]))
+            evaluation.add(level, name, metric, value, more)
+    for mean in MEANS:
+        for metric in figures[names[0]]:
+            more = {}
+            if metric == "auroc":
+                more = combine_limits(ours, weigh_labels(names, means[mean]))
+            elif metric == "auprc":
+                more = _add_resamples(evaluation, level, mean, resampled_mean(drawn, names, means[mean]))
+            evaluation.add(level, mean, metric, mean_of(figures, means[mean], metric), more)
+    for column, (name, score, truth) in enumerate(cells):
+        patient = rows.patient[rows.mask[:, column]]
+        _add_decisions(evaluation, (level, name), score, truth, patient, calibration[name])
 
-    `less` is each AUROC less that of the images as they are, paired. `kept` are the labels, of those with 10 patients
-    of each class, whose AUROC stays above KEPT with the alteration: the lower limit is above it.
-    """
-    plain = measure_areas(*images[:4])
-    means = averaged_labels(report_auroc(names, *images[:4])["labels"])
-    over = {name: [name] for name in names} | {"macro": means["macro10"] or means["macro"]}
-    found = {}
-    for alteration, scores in altered.items():
-        ours = measure_areas(scores, *images[1:4])
-        both = ours.join(plain)
-        figures: dict[str, dict[str, Any]] = {}
-        for key, of in over.items():
-            share = weigh_labels(names, of)
-            limits = combine_limits(ours, share)
-            paired = combine_limits(both, np.concatenate([share, -share]))
-            auroc, before = (
-                None if limits["low"] is None else float(share @ np.nan_to_num(which.auroc))
-                for which in (ours, plain)
-            )
-            figures[key] = {"auroc": auroc, **limits, "less": describe_difference(auroc, before, paired)}
-        kept = [name for name in means["macro10"] if figures[name]["low"] > KEPT]
-        found[alteration] = {"labels": figures, "macro_labels": over["macro"], "kept": kept}
+
+def _add_resamples(evaluation: Evaluation, level: str, label: str, values: Floats) -> dict[str, Any]:
+    """The limits of an AUPRC; the number of resamples that they rest on is a figure too."""
+    found = interval(values)
+    evaluation.add(level, label, "auprc_resamples", found.pop("resamples"))
     return found
 
 
-def _assess_level(
-    names: Sequence[str],
-    rows: Scored,
-    calibration: Mapping[str, Mapping[str, Any]],
-    against: tuple[str, Floats] | None,
-    resamples: int,
-    seed: int,
-) -> dict[str, Any]:
-    """Labels, means, intervals and comparison of images or of studies."""
-    labels = {
-        name: _assess_label(score, truth, rows.patient[rows.mask[:, column]], calibration[name])
-        for column, (name, score, truth) in enumerate(label_cells(names, *rows[:3]))
-    }
-    means = averaged_labels(labels)
-    report: dict[str, Any] = {
-        f"{mean}_{metric}": mean_of(labels, kept, metric)
-        for mean, kept in means.items()
-        for metric in AVERAGED
-    }
-    # A label is a mean over itself, or over nothing if it is undefined.
-    kept = {name: [name] if label["auroc"] is not None else [] for name, label in labels.items()} | means
-    shares = {key: weigh_labels(names, over) for key, over in kept.items()}
-    ours = measure_areas(*rows[:4])
-    drawn = resample_auprc(*rows[:4], resamples, seed)
-    report |= {
-        "skipped": [name for name in names if not kept[name]],
-        "rows": len(rows.scores),
-        "patients": len(np.unique(rows.patient)),
-        "labels": labels,
-        "intervals": {"resamples": resamples, "seed": seed}
-        | {
-            "auroc": {key: combine_limits(ours, share) for key, share in shares.items()},
-            "auprc": {key: interval(resampled_mean(drawn, names, over)) for key, over in kept.items()},
-        },
-    }
-    if against is not None:
-        both = ours.join(measure_areas(against[1], *rows[1:4]))
-        theirs = resample_auprc(against[1], *rows[1:4], resamples, seed)
-        cells = label_cells(names, against[1], *rows[1:3])
-        other = {name: dict(zip(AREAS, areas(score, truth), strict=True)) for name, score, truth in cells}
-        report["against"] = {
-            "run": against[0],
-            "auroc": {
-                key: describe_difference(
-                    mean_of(labels, over, "auroc"),
-                    mean_of(other, over, "auroc"),
-                    combine_limits(both, np.concatenate([shares[key], -shares[key]])),
-                )
-                for key, over in kept.items()
-            },
-            "auprc": {
-                key: difference_interval(
-                    mean_of(labels, over, "auprc"),
-                    mean_of(other, over, "auprc"),
-                    *(resampled_mean(values, names, over) for values in (drawn, theirs)),
-                )
-                for key, over in kept.items()
-            },
-        }
-    return report
+def average(names: Sequence[str], rows: Scored) -> tuple[dict[str, list[str]], Areas]:
+    """The findings of each mean, and the areas: a finding is a mean over itself, or over nothing if it is undefined."""
+    labels = report_auroc(names, *rows[:4])["labels"]
+    alone = {name: [name] if label["auroc"] is not None else [] for name, label in labels.items()}
+    return alone | averaged_labels(labels), measure_areas(*rows[:4])
 
 
-def _assess_label(
-    score: Floats, truth: Bools, patient: npt.NDArray[Any], calibration: Mapping[str, Any]
-) -> dict[str, Any]:
-    """All figures of one label's cells [n]."""
-    auroc, auprc = areas(score, truth)
-    calibrated = apply_calibration(score, calibration)
-    return {
-        "auroc": auroc,
-        "auprc": auprc,
-        **count_classes(truth, patient),
-        "brier": brier_score(score, truth),
-        "brier_calibrated": brier_score(calibrated, truth),
-        "ece": calibration_error(score, truth),
-        "ece_calibrated": calibration_error(calibrated, truth),
-        "net_benefit": [decide(calibrated, truth, patient, at) for at in DECISIONS] if len(truth) else [],
-        "operating_points": {
-            rule: None
-            if threshold is None
-            else {"threshold": threshold}
-            | rates_at(threshold, score, truth)
-            | {"intervals": rate_limits(threshold, score, truth, patient)}
-            for rule, threshold in calibration["thresholds"].items()
-        },
-    }
+def _add_decisions(
+    evaluation: Evaluation,
+    place: tuple[str, str],
+    score: Floats,
+    truth: Bools,
+    patient: npt.NDArray[Any],
+    fit: Mapping[str, Any],
+) -> None:
+    """A finding's calibration, rates at its thresholds, and net benefit, from its cells [n]; `place`: level, name."""
+    for metric in ("temperature", "bias"):
+        evaluation.add(*place, metric, fit[metric], note=fit["note"] or "")
+    for rule, threshold in fit["thresholds"].items():
+        evaluation.add(*place, "threshold", threshold, group=rule)
+        if threshold is not None:
+            limits = rate_limits(threshold, score, truth, patient)
+            for rate, value in rates_at(threshold, score, truth).items():
+                evaluation.add(*place, rate, value, limits.get(rate), group=rule)
+    calibrated = apply_calibration(score, fit)
+    for at in DECISIONS if len(truth) else ():
+        found = decide(calibrated, truth, patient, at)
+        gain = found["gain"]
+        evaluation.add(*place, "net_benefit", found["model"], group=f"at {at}")
+        evaluation.add(*place, "net_benefit_all", found["all"], group=f"at {at}")
+        evaluation.add(*place, "net_benefit_gain", gain.pop("difference"), gain, group=f"at {at}")
+
+
+def _add_groups(evaluation: Evaluation, report: Mapping[str, Any]) -> None:
+    """What `assess_groups` says, as rows; a macro's note names its findings."""
+    level = evaluation.unit
+    for variable, compared in report.items():
+        over = ", ".join(compared["macro_labels"])
+        for name, found in compared["groups"].items():
+            group = f"{variable}={name}"
+            evaluation.add(level, None, "images", found["images"], group=group)
+            for label, figures in found["labels"].items():
+                counts = {key: figures[key] for key in ("positives", "negatives", "few")}
+                for metric in ("auroc", "tpr"):
+                    more = counts | figures["intervals"][metric]
+                    evaluation.add(level, label, metric, figures[metric], more, group=group)
+            evaluation.add(
+                level, "macro", "auroc", found["macro_auroc"], found["interval"], group=group, note=over
+            )
+        for name, less in compared["less_first"].items():
+            limits = {side: less[side] for side in ("low", "high")}
+            group = f"{variable}={name}"
+            evaluation.add(level, "macro", "auroc_less_first", less["difference"], limits, group=group)
+        for name, count in compared["others"].items():
+            evaluation.add(level, None, "images", count, group=f"{variable}={name}", note="in no group")
+        for label, gap in compared["tpr_gap"].items():
+            evaluation.add(level, label, "tpr_gap", gap, compared["tpr_gap_limits"][label], group=variable)
+
+
+def add_belief(evaluation: Evaluation, belief: Mapping[str, Mapping[str, Any]]) -> None:
+    """Add what `assess_belief` says of images: `within` each variable, and a verdict whose group is its mark."""
+    level = evaluation.unit
+    for label, found in belief.items():
+        sides = {f"projection={side}": area for side, area in found["projections"].items()}
+        for group, area in (found["within"] | sides).items():
+            more = {key: area[key] for key in (*LIMITS, "positives", "negatives", "few") if key in area}
+            evaluation.add(level, label, "auroc_within", area["auroc"], more, group=group)
+        for group, area in found["within"].items():
+            fall = {side: area["fall"][side] for side in LIMITS}
+            evaluation.add(level, label, "pairs_within", area["pairs"], group=group)
+            evaluation.add(level, label, "fall_within", area["fall"]["difference"], fall, group=group)
+            evaluation.add(level, label, "left_within", None, area["left"], group=group)
+        balanced = dict(found["balanced"])
+        evaluation.add(level, label, "auroc_balanced", balanced.pop("auroc"), balanced)
+        evaluation.add(level, label, "verdict", None, group=found["mark"], note=found["verdict"])
 
 
 def rate_limits(
@@ -369,7 +385,7 @@ def _assess_group(
     """A group's figures per label."""
     labels: dict[str, Any] = {}
     for column, (name, score, truth) in enumerate(label_cells(names, *images[:3])):
-        threshold = calibration[name]["thresholds"]["youden"]
+        threshold = first_threshold(calibration[name])
         tpr, limits = None, wilson_limits(truth[:0], truth[:0])
         patient = images.patient[images.mask[:, column]]
         if threshold is not None:

@@ -65,14 +65,15 @@ def load_table(
     facts: Sequence[Path] = (),
     *,
     audited: bool = False,
+    keyed: bool = False,
     note: Note = ignore,
 ) -> pa.Table:
     """The label table of a source: one split, or all of them one after the other.
 
     Its facts, but for those of `images.Original`, follow the labels; `facts` are files of more, as for
     `pipeline shards`. What is `audited` has the facts of the originals, too, and without a split named is what is
-    learned from. `note` is told what joins left over. Raises DataError where the source, the split or the views do not
-    exist.
+    learned from; what is `keyed` has them, and the images' keys. `note` is told what joins left over. Raises DataError
+    where the source, the split or the views do not exist.
     """
     numbered = False
     if source.is_file():
@@ -92,9 +93,9 @@ def load_table(
             raise DataError(f"split '{split}' does not exist; {source} holds {', '.join(tables)}")
         tables = {name: table for name, table in tables.items() if split in (None, name)}
     tables = join_facts(spell_alike(tables), facts, note, numbered)
-    columns = ["patient", "study", "view", "sex", "age", "projection", *LABELS]
+    columns = [*(["key"] if keyed else []), "patient", "study", "view", "sex", "age", "projection", *LABELS]
     kept = name_facts(next(iter(tables.values())))
-    columns += [name for name in kept if audited or name not in Original._fields]
+    columns += [name for name in kept if audited or keyed or name not in Original._fields]
     if audited and split is None:
         tables = {name: tables[name] for name in learned_splits(tables)}
     table = select_views(pa.concat_tables([table.select(columns) for table in tables.values()]), views)

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 import train
-from model.runs.scores import read_scores
 from pipeline.manifest import Manifest, read_table
+from pipeline.measure.scores import read_scores
 from tests.conftest import ROUNDS, default_options, make_shards
 from tests.swift import free_ports
 from tests.training import assert_same_run

@@ -10,10 +10,11 @@ import pytest
 
 import train
 from model.runs.job import Job
-from model.runs.report import describe_gaps
 from pipeline.base.errors import SettingError
 from pipeline.etl.shards import Execution, write_shards
 from pipeline.labels import LABELS
+from pipeline.look.judged import describe_gaps
+from pipeline.measure.evaluation import read_evaluation
 from pipeline.sources.sets import find_source
 from pipeline.synthetic.sample import write_sample
 from tests.conftest import POLICIES, default_options
@@ -43,9 +44,9 @@ def test_what_nobody_looked_for_is_neither_learned_nor_measured(
     said = capsys.readouterr().err
     assert f"not annotated in {shards}, so not learned: Fracture\n" in said
     assert "Fracture has" not in said
-    report = json.loads((job.run / "evaluation-valid.json").read_text())
-    assert report["not_annotated"] == ["Fracture"]
-    assert "Fracture" not in report["labels"]
+    report = read_evaluation(job.run / "evaluation-valid.json")
+    assert report.head["not_annotated"] == ["Fracture"]
+    assert "Fracture" not in report.labels
     assert "Fracture: not annotated by this data set, so not learned, and without scores." in describe_gaps(
         report
     )

@@ -14,12 +14,12 @@ import train
 from model.checkpoint import save_checkpoint
 from model.networks import build_network
 from model.runs.cross import plan_runs
-from model.runs.scores import read_scores
 from pipeline.base.errors import DataError
 from pipeline.etl.shards import Execution, write_shards
 from pipeline.identity import join_content
 from pipeline.labels import LABELS
 from pipeline.manifest import manifest_digest, read_manifest, read_table
+from pipeline.measure.scores import read_scores
 from pipeline.sources.sets import find_source
 from tests.conftest import POLICIES, default_options, write_chexpert
 from tests.training import WORDS, call_train

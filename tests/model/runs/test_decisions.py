@@ -9,10 +9,10 @@ import pandas as pd
 import pytest
 import torch
 
-from model.runs.scores import read_frame
 from pipeline import open_shards
 from pipeline.labels import LABELS
 from pipeline.manifest import Manifest
+from pipeline.measure.scores import read_frame
 from tests.training import WORDS, call_train
 
 

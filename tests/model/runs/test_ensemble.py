@@ -13,11 +13,13 @@ import pandas as pd
 import pytest
 
 from model.runs import results
-from model.runs.scores import read_frame
 from pipeline import DataError, open_shards
 from pipeline.labels import LABELS
 from pipeline.manifest import Manifest
 from pipeline.measure.calibration import apply_calibration
+from pipeline.measure.compare import MEMBERS
+from pipeline.measure.evaluation import read_evaluation
+from pipeline.measure.scores import read_frame
 from tests.conftest import REPOSITORY
 from tests.training import WORDS, call_train
 
@@ -81,17 +83,16 @@ def test_an_ensemble_is_the_mean_of_calibrated_scores_everywhere(
     scores = read_frame(out / "scores-valid.arrow")[list(LABELS)].to_numpy()
     np.testing.assert_allclose(scores, expected, atol=1e-6)
 
-    found = json.loads((out / "evaluation-valid.json").read_text())
-    theirs = [json.loads((run / "evaluation-valid.json").read_text()) for run in runs]
+    found = read_evaluation(out / "evaluation-valid.json")
+    theirs = [read_evaluation(run / "evaluation-valid.json") for run in runs]
+    calibration = json.loads((out / "calibration.json").read_text())
     for key in ("Edema", "macro"):
-        gain, figure = (
-            found["gain"][key],
-            [of["labels"].get(key, {}).get("auroc") or of["macro_auroc"] for of in theirs],
-        )
-        assert list(gain["members"].values()) == pytest.approx(figure)
-        assert gain["difference"] == pytest.approx(gain["auroc"] - np.mean(figure))
-        assert gain["low"] <= gain["difference"] <= gain["high"]  # equal if no pair changes its order
-    assert found["calibration"] == json.loads((out / "calibration.json").read_text())
+        figures = [one.get("auroc", key).number for one in theirs]
+        members = [found.get("auroc", key, scorer=str(run)).value for run in runs]
+        assert members == pytest.approx(figures)
+        gain = found.get("auroc_difference", key, scorer=MEMBERS)
+        assert gain.value == pytest.approx(found.get("auroc", key).number - np.mean(figures))
+        assert (gain.low or 0) <= gain.number <= (gain.high or 0)  # equal if no pair changes its order
 
     films = sample_shards[0].parent / "CheXpert-v1.0-small" / "valid"
     table = tmp_path / "mean.csv"
@@ -111,7 +112,7 @@ def test_an_ensemble_is_the_mean_of_calibrated_scores_everywhere(
     decided = pd.read_csv(table).set_index(keys).loc[order]
     ours = read_frame(out / "scores-valid.arrow")
     np.testing.assert_allclose(decided[list(LABELS)], calibrated(out, ours), atol=2e-6)
-    limits = {name: of["thresholds"]["youden"] for name, of in found["calibration"]["image"].items()}
+    limits = {name: of["thresholds"]["youden"] for name, of in calibration["image"].items()}
     for label, limit in limits.items():
         column = decided[f"{label} positive"]
         assert column.isna().all() if limit is None else (column == (ours[label].to_numpy() >= limit)).all()
@@ -142,7 +143,7 @@ def test_an_ensemble_is_the_mean_of_calibrated_scores_everywhere(
     assert facts["run"] == str(out)
     assert json.loads(facts["normalization"])[1].keys() == {"mean", "std"}
     shown = json.loads(facts["thresholds"])["youden"]
-    fitted = found["calibration"]["image"]
+    fitted = calibration["image"]
     for label in known:
         assert shown[label] == pytest.approx(apply_calibration(np.array([limits[label]]), fitted[label])[0])
 
@@ -152,7 +153,8 @@ def test_an_ensemble_is_the_mean_of_calibrated_scores_everywhere(
     ):
         call_train("predict", "--run", two, "--out", table, films)
     assert call_train("evaluate", *shards, "--run", out, "--split", "dev") == 0
-    assert json.loads((out / "evaluation-dev.json").read_text())["gain"].keys() >= {"Edema", "macro"}
+    gains = read_evaluation(out / "evaluation-dev.json").select(scorer=MEMBERS, metric="auroc_difference")
+    assert {row.label for row in gains} >= {"Edema", "macro"}
     assert (two / "calibration.json").exists()
     (two / "best.pt").write_bytes((one / "best.pt").read_bytes())
     with pytest.raises(

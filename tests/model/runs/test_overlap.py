@@ -11,6 +11,7 @@ import pytest
 from model.runs.overlap import read_seen
 from pipeline import DataError
 from pipeline.manifest import manifest_digest, read_manifest, read_table
+from pipeline.measure.evaluation import read_evaluation
 from tests.conftest import default_options, make_shards, write_chexpert
 from tests.training import WORDS, call_train
 
@@ -45,8 +46,8 @@ def evaluate(run: Path, shards: Path, split: str, *words: object) -> dict[str, o
     options = ("--shards", shards, "--run", run, "--split", split, "--workers", 1)
     assert call_train("evaluate", *options, *words) == 0
     name = f"evaluation-{split}-{manifest_digest(shards)[:8]}.json"
-    found = json.loads((run / name).read_text())
-    return {key: value for key, value in found.items() if key.startswith("shared_")}
+    head = read_evaluation(run / name).head
+    return {key: value for key, value in head.items() if key.startswith("shared_")}
 
 
 def test_best_weights_keep_checksums_and_no_names(originals: Path, run: Path) -> None:

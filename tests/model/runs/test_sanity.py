@@ -1,18 +1,17 @@
 """A network's AUROC on altered images: lungs covered, all but the lungs covered, patches shuffled."""
 
-import json
 import re
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pytest
-from sklearn.metrics import roc_auc_score
 
 from model.runs.sanity import ALTERATIONS
 from pipeline.labels import LABELS
 from pipeline.manifest import Manifest
-from pipeline.measure.evaluate import Scored, assess_altered
+from pipeline.measure.compare import ALTERED
+from pipeline.measure.evaluation import MEANS, read_evaluation
 from tests.training import call_train
 
 
@@ -43,23 +42,6 @@ def test_patches_move_as_a_whole() -> None:
     assert not shuffled[..., 80:].any()
 
 
-def test_labels_that_are_still_told_are_named() -> None:
-    random = np.random.default_rng(1)
-    target = (random.random((300, 2)) < 0.5).astype(float)
-    scores = np.clip(target * 0.4 + random.random((300, 2)) * 0.6, 0, 1)
-    facts = np.arange(300)
-    images = Scored(scores, target, np.ones((300, 2), bool), facts, facts, facts, facts, facts)
-    altered = np.column_stack([scores[:, 0], random.random(300)])
-    found = assess_altered(["Edema", "Fracture"], images, {"covered": altered})["covered"]
-    for column, label in enumerate(("Edema", "Fracture")):
-        auroc = roc_auc_score(target[:, column], altered[:, column])
-        assert found["labels"][label]["auroc"] == pytest.approx(auroc)
-        less = auroc - roc_auc_score(target[:, column], scores[:, column])
-        assert found["labels"][label]["less"]["difference"] == pytest.approx(less)
-    assert found["kept"] == ["Edema"]
-    assert found["macro_labels"] == ["Edema", "Fracture"]
-
-
 def test_evaluate_scores_altered_images(
     run: Path,
     sample_shards: tuple[Path, Manifest],
@@ -68,8 +50,10 @@ def test_evaluate_scores_altered_images(
     assert (
         call_train("evaluate", "--shards", sample_shards[0], "--run", run, "--split", "dev", "--sanity") == 0
     )
-    sanity = json.loads((run / "evaluation-dev.json").read_text())["sanity"]
-    assert list(sanity) == list(ALTERATIONS)
-    assert all(set(found["labels"]) == {*LABELS, "macro"} for found in sanity.values())
+    evaluation = read_evaluation(run / "evaluation-dev.json")
+    assert evaluation.head["altered"] == list(ALTERATIONS)
+    for name in ALTERATIONS:
+        altered = list(evaluation.select(metric="auroc", scorer=f"{ALTERED}{name}"))
+        assert [row.label for row in altered] == [*LABELS, *MEANS]
     table = capsys.readouterr().out.partition("Sanity: the same images, altered")[2]
-    assert [name for name in ALTERATIONS if re.search(f"│ {name} ", table)] == list(ALTERATIONS)
+    assert [name for name in ALTERATIONS if re.search(rf"┃ +{name} ", table)] == list(ALTERATIONS)

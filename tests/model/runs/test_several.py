@@ -18,6 +18,7 @@ from model.runs.targets import check_reported, training_labels, training_weights
 from pipeline.base.errors import DataError, SettingError
 from pipeline.etl.shards import Execution, write_shards
 from pipeline.manifest import read_manifest, read_table
+from pipeline.measure.evaluation import read_evaluation
 from pipeline.sources.sets import find_source
 from pipeline.stream.plan import epoch_order
 from tests.conftest import POLICIES, default_options, write_chexpert
@@ -48,8 +49,9 @@ def test_a_mixed_run_that_was_stopped_and_resumed_is_the_same(two: list[Path], t
     assert train.train(open_mixed(two, parts, stop_after=3)) == 143
     assert train.train(open_mixed(two, parts)) == 0
     assert_same_run(parts, whole)
-    groups = json.loads((whole / "evaluation-valid.json").read_text())["subgroups"]["set"]["groups"]
-    assert {name: group["images"] for name, group in groups.items()} == {"chexpert": 10, "childrens": 10}
+    evaluation = read_evaluation(whole / "evaluation-valid.json")
+    sizes = {row.group: row.value for row in evaluation.select(metric="images", label=None)}
+    assert (sizes["set=chexpert"], sizes["set=childrens"]) == (10, 10)
     seen, _ = read_seen(whole)
     table = read_table(two[1], read_manifest(two[1]).split("train"))
     for namespace, known in (("childrens", True), ("nih", False)):

@@ -38,6 +38,8 @@ from model.runs.sweep import (
     run_sweep,
 )
 from pipeline import DataError
+from pipeline.labels import LABELS
+from pipeline.measure.evaluation import read_evaluation
 from tests.conftest import ROUNDS
 
 LR, WD = (1e-4, 1e-3, 1e-2), (1e-5, 0.0)
@@ -356,21 +358,23 @@ def test_trials_are_the_runs_that_train_makes(
     (line,) = (trial / "metrics.jsonl").read_text().splitlines()
     assert float(rows["0.01"]["dev_auroc"]) == pytest.approx(json.loads(line)["macro_auroc"], abs=1e-6)
     labels = {
-        split: json.loads((trial / f"evaluation-{split}.json").read_text())["labels"]
+        split: {
+            str(row.label): (row.value, row.positives or 0)
+            for row in read_evaluation(trial / f"evaluation-{split}.json").select(
+                metric="auroc", level="image", group=None
+            )
+            if row.label in LABELS
+        }
         for split in ("dev", "valid")
     }
     row = rows["0.01"]
+    same = [name for name, label in labels["dev"].items() if label[1] >= 10 and label[0] is not None]
     same = [
-        name
-        for name, label in labels["dev"].items()
-        if label["positives"] >= 10 and label["auroc"] is not None
-    ]
-    same = [
-        name for name in same or labels["dev"] if all(of[name]["auroc"] is not None for of in labels.values())
+        name for name in same or labels["dev"] if all(one[name][0] is not None for one in labels.values())
     ]
     assert int(row["same_labels"]) == len(same)  # all of them have both classes in train
     for split, name in {"dev": "dev_same_auroc", "valid": "valid_auroc"}.items():
-        mean = sum(labels[split][label]["auroc"] for label in same) / len(same)
+        mean = sum(labels[split][label][0] or 0 for label in same) / len(same)
         assert float(row[name]) == pytest.approx(mean, abs=1e-6)
     assert float(row["valid_low"]) < float(row["valid_auroc"]) < float(row["valid_high"])
     for name in ("report.html", "auroc-dev.png", "auroc-train.png"):

@@ -48,7 +48,6 @@ from model.runs.config import Config, read_config
 from model.runs.folder import open_run, record_environment
 from model.runs.job import Job, StopFlag, agree, open_rows
 from model.runs.results import evaluate
-from model.runs.scores import read_scores, write_scores
 from model.runs.scoring import score_best, score_split
 from model.runs.targets import draw_weights, training_labels
 from pipeline import DataError, console, open_shards
@@ -59,6 +58,8 @@ from pipeline.labels import LABELS, hash_fraction
 from pipeline.manifest import Manifest, manifest_digest, read_table, write_manifest
 from pipeline.measure.calibration import RULES, apply_calibration, apply_calibrations
 from pipeline.measure.evaluate import Scored, calibrate
+from pipeline.measure.evaluation import OWN, read_evaluation
+from pipeline.measure.scores import read_scores, write_scores
 from pipeline.policies import evaluation_targets
 from pipeline.stream.collection import open_collection
 from tests.conftest import REPOSITORY, ROUNDS
@@ -103,15 +104,15 @@ def test_a_run_writes_what_it_promises(trained: Job) -> None:
     ]
     lines = [json.loads(line) for line in (trained.run / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [1, 2]
-    report = json.loads((trained.run / "evaluation-dev.json").read_text())
-    assert list(report["labels"]) == list(LABELS)
-    defined = {label: row["auroc"] for label, row in report["labels"].items() if row["auroc"] is not None}
-    assert report["macro_auroc"] == pytest.approx(sum(defined.values()) / len(defined))
-    assert report["skipped"] == [label for label in LABELS if label not in defined]
+    report = read_evaluation(trained.run / "evaluation-dev.json")
+    assert report.labels == list(LABELS)
+    aurocs = {label: report.get("auroc", label).value for label in LABELS}
+    defined = [value for value in aurocs.values() if value is not None]
+    assert report.get("auroc", "macro").value == pytest.approx(sum(defined) / len(defined))
     # best.pt is the better of the two epochs, and what the report was made of
     best = max(lines, key=lambda line: results.choice_score(line, "all") or 0)
     assert load_checkpoint(trained.run / "best.pt")["epoch"] == best["epoch"]
-    assert {label: row["auroc"] for label, row in report["labels"].items()} == best["labels"]
+    assert aurocs == best["labels"]
 
 
 def test_interrupted_and_continued_equals_uninterrupted(make_job: Callable[..., Job], whole: Path) -> None:
@@ -156,11 +157,11 @@ def test_policies_train_and_their_scores_give_the_reported_auroc(
         scores = pa.ipc.open_file(job.run / f"scores-{name}.arrow").read_all()
         assert scores["key"].equals(table["key"])
         target, mask = evaluation_targets(table, "zeros")
-        report = json.loads((job.run / f"evaluation-{name}.json").read_text())
-        assert len(report["skipped"]) < len(LABELS)
+        report = read_evaluation(job.run / f"evaluation-{name}.json")
+        assert report.get("auroc", "macro").value is not None
         for column, label in enumerate(LABELS):
             used = mask[:, column]
-            auroc = report["labels"][label]["auroc"]
+            auroc = report.get("auroc", label).value
             if auroc is not None:
                 expected = roc_auc_score(target[used, column], scores[label].to_numpy()[used])
                 assert auroc == pytest.approx(expected, abs=1e-6)
@@ -171,8 +172,8 @@ def test_a_student_learns_its_teachers_scores_of_the_uncertain_cells(
 ) -> None:
     teacher = make_job("teacher", uncertain="ignore", epochs=1)
     assert train.train(teacher) == 0
-    report, _ = evaluate(teacher, "train", score_best(teacher, "train"))
-    assert json.loads((teacher.run / "evaluation-train.json").read_text()) == report
+    report = evaluate(teacher, "train", score_best(teacher, "train"))
+    assert read_evaluation(teacher.run / "evaluation-train.json") == report
 
     student = make_job("student", uncertain="selftrained", teacher=teacher.run)
     taught = (teacher.run / "scores-train.arrow").read_bytes()
@@ -504,18 +505,18 @@ def test_options_change_the_result(make_job: Callable[..., Job], whole: Path, ch
 def test_a_run_learns_and_is_measured_on_what_was_selected(make_job: Callable[..., Job]) -> None:
     job = make_job("run", epochs=1, where=("sex=Female", "age>=40"), labels=("Edema", "Pleural Effusion"))
     assert train.train(job) == 0
-    report = json.loads((job.run / "evaluation-valid.json").read_text())
+    report = read_evaluation(job.run / "evaluation-valid.json")
     table = read_table(job.shards.folders[0].path, job.manifest.split("valid"))
     facts = table.select(["key", "patient", "study", "sex", "age"]).to_pandas()
     chosen = (facts.sex == "Female") & (facts.age >= 40)
     scores = pa.ipc.open_file(job.run / "scores-valid.arrow").read_all()
     assert scores["key"].to_pylist() == facts.key[chosen].tolist()
-    assert tuple(report["labels"]) == job.config.labels == ("Edema", "Pleural Effusion")
+    assert tuple(report.labels) == job.config.labels == ("Edema", "Pleural Effusion")
     target, mask = evaluation_targets(table, "zeros")
     column = LABELS.index("Pleural Effusion")
     used = mask[:, column] & chosen.to_numpy()
     expected = roc_auc_score(target[used, column], scores["Pleural Effusion"].to_numpy()[used[chosen]])
-    assert report["labels"]["Pleural Effusion"]["auroc"] == pytest.approx(expected, abs=1e-6)
+    assert report.get("auroc", "Pleural Effusion").value == pytest.approx(expected, abs=1e-6)
     assert read_config(job.run) == job.config
     card = (job.run / "model-card.md").read_text()
     studies = facts[chosen].drop_duplicates(["patient", "study"]).groupby("patient").size()
@@ -772,8 +773,9 @@ def test_a_checkpoint_is_chosen_by_the_labels_asked_for(
     assert "The checkpoint is the one with the best AUROC on dev: Edema, Support Devices." in card
     figures = results.measure_run(job)
     assert (figures["dev"], figures["labels"]) == (max(scores), 2)
-    dev = json.loads((job.run / "evaluation-dev.json").read_text())["labels"]
-    assert figures["same"] == pytest.approx((dev["Edema"]["auroc"] + dev["Support Devices"]["auroc"]) / 2)
+    dev = read_evaluation(job.run / "evaluation-dev.json")
+    aurocs = [dev.get("auroc", label).value or 0 for label in ("Edema", "Support Devices")]
+    assert figures["same"] == pytest.approx(sum(aurocs) / 2)
 
 
 @pytest.mark.parametrize(
@@ -846,8 +848,9 @@ def test_logs_say_what_the_run_did_and_with_what(
     assert (auroc.step, loss.step) == (line["step"], line["step"])
     assert auroc.value == pytest.approx(results.choice_score(line, "all"))
     for split in ("dev", "valid"):
-        labels = json.loads((job.run / f"evaluation-{split}.json").read_text())["labels"]
-        defined = {label: row["auroc"] for label, row in labels.items() if row["auroc"] is not None}
+        found = read_evaluation(job.run / f"evaluation-{split}.json")
+        aurocs = {label: found.get("auroc", label).value for label in found.labels}
+        defined = {label: value for label, value in aurocs.items() if value is not None}
         curves = {label: events.Scalars(f"auroc_{split}/{label}") for label in defined}
         assert {label: curve.value for label, (curve,) in curves.items()} == pytest.approx(defined)
         assert {curve.step for (curve,) in curves.values()} == {line["step"]}
@@ -1012,18 +1015,14 @@ def test_two_runs_are_compared_on_the_same_images(
     a, b = trained.run, other.run
     assert command("evaluate", "--run", a, "--split", "valid", "--against", b) == 0
     files = (a / "evaluation-valid-against-b.json", b / "evaluation-valid.json")
-    ours, theirs = (json.loads(file.read_text()) for file in files)
-    assert "against" not in json.loads((a / "evaluation-valid.json").read_text())
-    assert ours["against"]["run"] == str(b)
-    assert ours["against"]["auroc"]["macro"]["difference"] == pytest.approx(
-        ours["macro_auroc"] - theirs["macro_auroc"]
-    )
-    difference = ours["macro_auroc"] - theirs["macro_auroc"]
-    shown = re.escape(f"{difference:+.3f}")
-    assert re.search(
-        rf"│ macro +│ {ours['macro_auroc']:.3f} │ +{theirs['macro_auroc']:.3f} │ +{shown}( \[.*\])? +│",
-        capsys.readouterr().out,
-    )
+    ours, theirs = (read_evaluation(file) for file in files)
+    assert read_evaluation(a / "evaluation-valid.json").head["against"] == []
+    assert ours.head["against"] == [str(b)]
+    means = [one.get("auroc", "macro").value or 0 for one in (ours, theirs)]
+    assert ours.get("auroc_difference", "macro", scorer=str(b)).value == pytest.approx(means[0] - means[1])
+    less = ours.get("auroc_difference", "macro", scorer=str(b)).change
+    cells = [re.escape(text) for text in (f"{means[0]:.3f}", theirs.get("auroc", "macro").shown, less)]
+    assert re.search(rf"│ macro +│ +{cells[0]} │ +{cells[1]} │ +{cells[2]} +│", capsys.readouterr().out)
     (b / "scores-valid.arrow").unlink()
     said = (
         f"`against` {b}: no scores-valid.arrow; first run: python -m train evaluate --run {b} --split valid"
@@ -1034,15 +1033,22 @@ def test_two_runs_are_compared_on_the_same_images(
 
 def test_thresholds_and_studies_are_as_asked_for(command: Callable[..., int], trained: Job) -> None:
     path = trained.run / "evaluation-valid.json"
-    first = json.loads(path.read_text())
+    first = read_evaluation(path)
     assert command("evaluate", "--run", trained.run, "--sensitivity", 0.5, "--study", "mean") == 0
-    second = json.loads(path.read_text())
+    second = read_evaluation(path)
     dev = score_best(trained, "dev").images
-    assert second["calibration"] == json.loads(json.dumps(calibrate(LABELS, dev, 0.5, "mean")))
-    assert second["calibration"]["image"] != first["calibration"]["image"]
-    assert second["macro_auroc"] == first["macro_auroc"]
+    written = json.loads((trained.run / "calibration.json").read_text())
+    assert written == json.loads(json.dumps(calibrate(LABELS, dev, 0.5, "mean")))
+    limits = [
+        list(one.select(metric="threshold", group="sensitivity", level="image")) for one in (first, second)
+    ]
+    assert limits[0] != limits[1]
+    assert [row.value for row in limits[1]] == [
+        written["image"][label]["thresholds"]["sensitivity"] for label in LABELS
+    ]
+    assert second.get("auroc", "macro") == first.get("auroc", "macro")
     assert command("evaluate", "--run", trained.run) == 0
-    assert json.loads(path.read_text()) == first
+    assert read_evaluation(path) == first
 
 
 def test_results_on_other_shards_leave_the_runs_own_alone(
@@ -1058,22 +1064,19 @@ def test_results_on_other_shards_leave_the_runs_own_alone(
     new = {path.name for path in trained.run.iterdir() if path.is_file() and path not in own}
     assert new == {f"evaluation-{result}.json", f"scores-{result}.arrow", f"report-{result}.html"}
     assert {path: path.read_bytes() for path in own} == own
-    evaluation = json.loads((trained.run / f"evaluation-{result}.json").read_text())
-    plain = json.loads((trained.run / "evaluation-valid.json").read_text())
-    assert "elsewhere" not in plain
-    assert evaluation["calibration"] == json.loads((trained.run / "calibration.json").read_text())
-    elsewhere = evaluation["elsewhere"]
-    edema = elsewhere["less_own"]["labels"]["Edema"]
-    assert edema["less_own"]["difference"] == 0  # the same images
-    assert edema["own"]["auroc"] == plain["labels"]["Edema"]["auroc"]
-    assert "AUROC there and on the run's own valid" in capfd.readouterr().out
+    evaluation = read_evaluation(trained.run / f"evaluation-{result}.json")
+    plain = read_evaluation(trained.run / "evaluation-valid.json")
+    assert "own" not in plain.head
+    assert evaluation.get("auroc_difference", "Edema", group=OWN).value == 0  # the same images
+    assert evaluation.get("auroc", "Edema", group=OWN).value == plain.get("auroc", "Edema").value
+    assert "AUROC on these images and on the run's own valid" in capfd.readouterr().out
     (trained.run / "evaluation-valid.json").unlink()
     assert command("evaluate", "--run", trained.run, "--shards", others) == 0
     path, run = trained.run / "evaluation-valid.json", trained.run
     note = f"{path}: not there, so nothing to compare with; it is written by: python -m train evaluate --run {run}"
     assert f"{note}\n" in capfd.readouterr().err
     path.write_text('{"labels": {}}')
-    with pytest.raises(DataError, match=f"^{path}: damaged, or of other labels than the run's: 'intervals'$"):
+    with pytest.raises(DataError, match=f"^{path}: not an evaluation: 'rows'; write it again"):
         command("evaluate", "--run", trained.run, "--shards", others)
     with pytest.raises(
         DataError, match=f"^{others}: not the shards that {trained.run} learned from, on whose dev"
@@ -1088,8 +1091,10 @@ def test_runs_with_other_policies_are_measured_on_the_same_cells(
     assert train.train(other) == 0
     counts = []
     for run in (whole, other.run):
-        labels = json.loads((run / "evaluation-dev.json").read_text())["labels"]
-        counts.append({label: (row["positives"], row["negatives"]) for label, row in labels.items()})
+        rows = list(
+            read_evaluation(run / "evaluation-dev.json").select(metric="auroc", level="image", group=None)
+        )
+        counts.append({row.label: (row.positives, row.negatives) for row in rows})
     assert counts[0] == counts[1]
 
 

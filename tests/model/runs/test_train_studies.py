@@ -17,13 +17,14 @@ import train
 from model.checkpoint import load_checkpoint
 from model.runs.commands import main
 from model.runs.job import Job, open_rows
-from model.runs.results import evaluate, find_scores
-from model.runs.scores import read_frame
+from model.runs.results import How, evaluate, find_scores
 from model.runs.scoring import find_projection, score_best
 from pipeline import DataError
 from pipeline.labels import PROJECTIONS
 from pipeline.manifest import Manifest
 from pipeline.measure.calibration import apply_calibrations
+from pipeline.measure.evaluation import read_evaluation
+from pipeline.measure.scores import read_frame
 from tests.layouts import write_dicom
 from tests.training import assert_same_run
 
@@ -62,24 +63,26 @@ def test_each_study_is_scored_once_and_compared_with_late_fusion(
     )
 
     others = find_scores(fused, "valid", [images.run, frontal.run])
-    found = evaluate(fused, "valid", score_best(fused, "valid"), others)[0]
-    assert found["unit"] == "study"
-    methods = found["methods"]["all"]["methods"]
-    assert list(methods) == [
-        f"{fused.run}, max fusion",
+    found = evaluate(fused, "valid", score_best(fused, "valid"), How(against=others))
+    assert found.unit == "study"
+    late = {
+        row.scorer: row for row in found.select(metric="auroc", group="studies=all", label="Support Devices")
+    }
+    assert list(late) == [
+        None,
         f"{images.run}, max of views",
         f"{images.run}, mean of views",
         str(frontal.run),
     ]
-    late = read_frame(images.run / "scores-valid.arrow").groupby(["patient", "study"]).max()
+    views = read_frame(images.run / "scores-valid.arrow").groupby(["patient", "study"]).max()
     truth = table.groupby(["patient", "study"])["Support Devices"].first() == 1
-    expected = roc_auc_score(truth, late["Support Devices"])
-    assert methods[f"{images.run}, max of views"]["labels"]["Support Devices"] == pytest.approx(expected)
-    groups = {group: part["studies"] for group, part in found["methods"].items()}
-    assert groups["all"] == len(firsts) == groups["frontal alone"] + groups["frontal and lateral"]
+    expected = roc_auc_score(truth, views["Support Devices"])
+    assert late[f"{images.run}, max of views"].value == pytest.approx(expected)
+    sizes = {row.group: row.number for row in found.select(metric="studies")}
+    assert sizes["studies=all"] == len(firsts)
+    assert len(firsts) == sizes["studies=frontal alone"] + sizes["studies=frontal and lateral"]
     (file,) = fused.run.glob("evaluation-valid-against-*.json")
-    document = json.loads(file.read_bytes())
-    assert document["methods"]["all"]["methods"].keys() == methods.keys()
+    assert read_evaluation(file) == found
 
 
 def test_a_frozen_backbone_is_the_first_runs(make: Callable[..., Job]) -> None:

@@ -8,14 +8,19 @@ from pathlib import Path
 import click
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 from PIL import Image
 
-from model.runs.scores import read_frame
-from pipeline import DataError, open_shards
+import pipeline.measure.judge
+from pipeline import DataError, Judging, judge, open_shards
+from pipeline.base.files import read_arrow
 from pipeline.labels import LABELS
 from pipeline.manifest import Manifest, read_table
+from pipeline.measure import belief
 from pipeline.measure.calibration import apply_calibrations
+from pipeline.measure.evaluation import MEANS, read_evaluation
+from pipeline.measure.scores import read_frame
 from tests.conftest import default_options, make_shards, write_chexpert
 from tests.training import WORDS, call_train
 
@@ -114,17 +119,20 @@ def test_a_run_with_fewer_labels_is_compared_over_those_of_both(
     )
     capsys.readouterr()
     assert call_train("evaluate", *shards, "--run", run, "--against", other) == 0
-    assert "over the 3 labels that both runs have learned" in capsys.readouterr().out
-    compared = json.loads((run / "evaluation-valid-against-few.json").read_text())
-    theirs = json.loads((other / "evaluation-valid.json").read_text())
-    found = compared["against"]["auroc"]
-    assert compared["against"]["labels"] == ["Edema", "Pleural Effusion", "Fracture"]
+    assert "over the 3 labels that both have scores of" in capsys.readouterr().out
+    compared = read_evaluation(run / "evaluation-valid-against-few.json")
+    theirs = read_evaluation(other / "evaluation-valid.json")
+    found = {
+        row.label: row.value
+        for row in compared.select(metric="auroc_difference", level="image", scorer=str(other))
+    }
+    assert list(found) == ["Edema", "Pleural Effusion", "Fracture", *MEANS]
     differences = []
-    for label in compared["against"]["labels"]:
-        ours, his = (of["labels"][label]["auroc"] for of in (compared, theirs))
-        assert found[label]["difference"] == (None if ours is None else pytest.approx(ours - his))
-        differences += [] if ours is None else [ours - his]
-    assert found["macro"]["difference"] == pytest.approx(sum(differences) / len(differences))
+    for label in theirs.labels:
+        ours, his = (one.get("auroc", label).value for one in (compared, theirs))
+        assert found[label] == (None if ours is None or his is None else pytest.approx(ours - his))
+        differences += [] if ours is None or his is None else [ours - his]
+    assert found["macro"] == pytest.approx(sum(differences) / len(differences))
     alone = run.with_name("none")
     assert call_train("train", *shards, "--run", alone, *WORDS, "--labels", "Cardiomegaly") == 0
     with pytest.raises(DataError, match=r"few: no label that both runs have learned$"):
@@ -142,9 +150,9 @@ def test_other_conditions_than_the_runs_own_choose_what_is_scored(
         line.removesuffix(": written") for line in capsys.readouterr().out.splitlines() if "written" in line
     ]
     table = read_table(shards, manifest.split("valid")).to_pandas()
-    document = json.loads(Path(files[1]).read_bytes())
-    assert document["rows"] == (table["sex"] == "Male").sum() < len(table)
-    assert document["chosen_by"] == ["sex=Male"]
+    evaluation = read_evaluation(Path(files[1]))
+    assert evaluation.get("images").value == (table["sex"] == "Male").sum() < len(table)
+    assert evaluation.head["chosen_by"] == ["sex=Male"]
     assert (run / "evaluation-valid.json").read_bytes() == before
     assert re.fullmatch(r"evaluation-valid-[0-9a-f]{8}.json", Path(files[1]).name)
     with pytest.raises(DataError, match=r"no lateral images among the"):
@@ -165,12 +173,13 @@ def test_readers_stand_beside_the_network(
     shards = ("--shards", sample_shards[0])
     words = ("--readers", readers[0], "--readers", readers[1])
     assert call_train("evaluate", "--run", run, *shards, *words) == 0
-    found = json.loads((run / "evaluation-valid.json").read_text())["readers"]
-    edema = found["labels"]["Edema"]
-    assert [edema[name]["sensitivity"] for name in ("bc4", "bc6")] == [1, 0]
-    assert edema["bc4"]["positives"] == (table.groupby(["patient", "study"])["Edema"].max() == 1).sum()
-    assert (edema["bc4"]["below"], found["of"]) == (False, 2)
-    assert f"below the curve: {found['below']} of 2" in capsys.readouterr().out
+    found = read_evaluation(run / "evaluation-valid.json")
+    rates = [found.get("sensitivity", "Edema", "study", scorer=name) for name in ("bc4", "bc6")]
+    assert [row.value for row in rates] == [1, 0]
+    assert rates[0].positives == (table.groupby(["patient", "study"])["Edema"].max() == 1).sum()
+    below = [row.number for row in found.select(metric="below")]
+    assert (below[0], len(below)) == (0, 2)
+    assert f"below the curve: {sum(below):.0f} of 2" in capsys.readouterr().out
     (tmp_path / "b").mkdir()
     shutil.copy(readers[0], tmp_path / "b")
     with pytest.raises(click.UsageError, match=r"^--readers: two files of one name"):
@@ -202,3 +211,28 @@ def test_predict_reads_16_bit_images_as_the_shards_did(
         expected = apply_calibrations(LABELS, expected[None], fits)[0]
         np.testing.assert_allclose(np.array(row[1:15], float), expected, atol=1e-5)
     assert len(frontals) == len(scores) == 8
+
+
+def test_a_runs_scores_through_judge_are_its_evaluation(
+    run: Path, sample_shards: tuple[Path, Manifest], tmp_path: Path
+) -> None:
+    """The same scores, thresholds chosen on dev's, against the same shards: the same rows."""
+    shards, manifest = sample_shards
+    assert call_train("evaluate", "--run", run, "--shards", shards) == 0
+    files = [run / f"scores-{split}.arrow" for split in ("dev", "valid")]
+    both = pa.concat_tables(read_arrow(file, file.read_bytes()) for file in files)
+    path = tmp_path / "scores.arrow"
+    with pa.ipc.new_file(path, both.schema) as writer:
+        writer.write_table(both)
+    asked = Judging(split="valid", dev="dev")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline.measure.judge, "RESAMPLES", 20)
+        patch.setattr(belief, "predict", lambda covariates, *_: np.nan_to_num(covariates[:, 0]))
+        judged = judge(path, shards, asked).evaluation
+    own = read_evaluation(run / "evaluation-valid.json")
+    assert judged.rows == own.rows
+    shared = {name: value for name, value in own.head.items() if name.startswith("shared_")}
+    left_out = judged.head.pop("left_out")
+    assert len(left_out) == 1  # the scores of dev are not of valid
+    assert judged.head | shared == own.head
+    assert len(read_table(shards, manifest.split("valid"))) == own.get("images").value

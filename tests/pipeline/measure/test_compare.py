@@ -1,14 +1,28 @@
-"""Methods compared on the same studies, against scikit-learn and pandas."""
+"""Scores beside others': methods, members, altered images, the run's own valid; against scikit-learn and pandas."""
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
-from sklearn.metrics import roc_auc_score
+from scipy.stats import binomtest
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import brier_score_loss, roc_auc_score
 
 from pipeline import DataError
-from pipeline.measure.compare import combine_views, compare_methods, group_by_views, measure_gain
-from pipeline.measure.evaluate import Scored
+from pipeline.labels import hash_fraction
+from pipeline.measure.compare import (
+    MEMBERS,
+    add_comparison,
+    add_gain,
+    add_methods,
+    add_own,
+    add_recalibration,
+    combine_views,
+    group_by_views,
+)
+from pipeline.measure.evaluate import Scored, assess, calibrate, leave_uncalibrated
+from pipeline.measure.evaluation import COMMON, OWN, Evaluation
+from pipeline.measure.metrics import independent_limits
 
 NAMES = ["Edema", "Fracture"]
 STUDIES = 300
@@ -24,6 +38,10 @@ def studies() -> Scored:
     patient = np.char.mod("patient%05d", np.arange(STUDIES) // 2)
     facts = np.full(STUDIES, "Female"), np.full(STUDIES, 60), np.full(STUDIES, "AP")
     return Scored(scores, target, np.ones_like(target, bool), patient, np.arange(STUDIES) % 2, *facts)
+
+
+def start(studies: Scored) -> Evaluation:
+    return Evaluation({"split": "valid", "unit": "study", "labels": NAMES})
 
 
 def frame_of(studies: Scored, scores: np.ndarray) -> pd.DataFrame:
@@ -60,53 +78,58 @@ def test_methods_are_compared_on_the_studies_that_all_have(studies: Scored) -> N
         np.where(np.arange(STUDIES) < 200, "frontal alone", "frontal and lateral"),
         pd.MultiIndex.from_arrays([studies.patient, studies.study], names=["patient", "study"]),
     )
-    found = compare_methods(NAMES, studies, "learned", others, views)
-    assert {group: part["studies"] for group, part in found.items()} == {
-        "all": 280,
-        "frontal alone": 180,
-        "frontal and lateral": 100,
+    found = start(studies)
+    add_methods(found, NAMES, studies, others, views)
+    assert {row.group: row.value for row in found.select(metric="studies")} == {
+        "studies=all": 280,
+        "studies=frontal alone": 180,
+        "studies=frontal and lateral": 100,
     }
-    for group, rows in {"all": slice(20, 300), "frontal and lateral": slice(200, 300)}.items():
+    for group, rows in {
+        "studies=all": slice(20, 300),
+        "studies=frontal and lateral": slice(200, 300),
+    }.items():
         truth = studies.target[rows, 0]
         ours, theirs = (roc_auc_score(truth, scores[rows, 0]) for scores in (studies.scores, worse))
-        learned, other = found[group]["methods"].values()
-        assert learned["auroc"] == learned["labels"]["Edema"] == pytest.approx(ours)
-        assert other["auroc"] == pytest.approx(theirs)
-        assert other["labels"]["Fracture"] is None
-        less = other["first_less_this"]
-        assert less["mean"] == less["Edema"]
-        assert less["mean"]["difference"] == pytest.approx(ours - theirs)
-        assert less["mean"]["low"] < ours - theirs < less["mean"]["high"]
-        assert less["mean"]["low"] > 0
-        assert less["Fracture"]["difference"] is None
-        assert learned["first_less_this"]["mean"] == {
-            "difference": 0.0,
-            "low": pytest.approx(0, abs=1e-6),
-            "high": pytest.approx(0, abs=1e-6),
-            "excludes_zero": False,
-        }
+        assert found.get("auroc", "macro10", group=group).value == pytest.approx(ours)
+        assert found.get("auroc", "Edema", group=group).value == pytest.approx(ours)
+        assert found.get("auroc", "macro10", group=group, scorer="worse").value == pytest.approx(theirs)
+        assert found.get("auroc", "Fracture", group=group, scorer="worse").value is None
+        mean, edema, fracture = (
+            found.get("auroc_difference", label, group=group, scorer="worse")
+            for label in ("macro10", "Edema", "Fracture")
+        )
+        assert (mean.value, mean.low, mean.high) == (edema.value, edema.low, edema.high)
+        assert mean.value == pytest.approx(ours - theirs)
+        assert 0 < (mean.low or 0) < ours - theirs < (mean.high or 0)
+        assert fracture.value is fracture.low is None
 
 
 def test_methods_without_a_study_in_common_are_named(studies: Scored) -> None:
     index = pd.MultiIndex.from_arrays([studies.patient, studies.study], names=["patient", "study"])
     frame = frame_of(studies, studies.scores).set_index(["patient", "study"])
     others = {"late": frame[:150], "one each": frame[150:]}
-    with pytest.raises(DataError, match=r"^learned: none of its studies is scored by all of late, one each$"):
-        compare_methods(NAMES, studies, "learned", others, pd.Series("frontal alone", index))
+    with pytest.raises(DataError, match=r"^none of these studies is scored by all of late, one each$"):
+        add_methods(start(studies), NAMES, studies, others, pd.Series("frontal alone", index))
 
 
 def test_studies_of_one_class_have_no_figures(studies: Scored) -> None:
     """Such as the one study of a split that has a frontal alone."""
     index = pd.MultiIndex.from_arrays([studies.patient, studies.study], names=["patient", "study"])
     views = pd.Series(np.where(np.arange(STUDIES) < 1, "frontal alone", "frontal and lateral"), index)
-    others = {"same": frame_of(studies, studies.scores).set_index(["patient", "study"])}
-    (ours, theirs) = compare_methods(NAMES, studies, "learned", others, views)["frontal alone"][
-        "methods"
-    ].values()
-    nothing = {"low": None, "high": None}
-    assert ours["auroc"] is theirs["auroc"] is None
-    assert ours["interval"] == nothing
-    assert theirs["first_less_this"]["mean"] == nothing | {"difference": None, "excludes_zero": None}
+    found = start(studies)
+    add_methods(
+        found,
+        NAMES,
+        studies,
+        {"same": frame_of(studies, studies.scores).set_index(["patient", "study"])},
+        views,
+    )
+    alone = list(found.select(group="studies=frontal alone"))
+    assert (
+        len(alone) == 16
+    )  # the number of studies, and for 5 labels and means: ours, theirs and the difference
+    assert {(row.value, row.low) for row in alone[1:]} == {(None, None)}
 
 
 def test_a_gain_is_over_the_mean_of_members() -> None:
@@ -116,20 +139,128 @@ def test_a_gain_is_over_the_mean_of_members() -> None:
     patient = np.arange(400) // 2
     members = {name: target + random.normal(0, 1.5, target.shape) for name in "ab"}
     rows = Scored(np.mean([*members.values()], axis=0), target, np.ones((400, 2), bool), *[patient] * 5)
-    gain = measure_gain(["Edema", "Fracture"], rows, members)
-    scores = [rows.scores[:, 0], *(of[:, 0] for of in members.values())]
+
+    def measure(members: dict[str, np.ndarray]) -> Evaluation:
+        found = start(rows)
+        found.add("study", "Edema", "auroc", roc_auc_score(target[:, 0], rows.scores[:, 0]))
+        add_gain(found, rows, members)
+        return found
+
+    found = measure(members)
+    scores = [rows.scores[:, 0], *(one[:, 0] for one in members.values())]
     ours, *theirs = (roc_auc_score(target[:, 0], score) for score in scores)
-    assert gain["Edema"]["members"] == pytest.approx(dict(zip("ab", theirs, strict=True)))
-    assert gain["Edema"]["difference"] == pytest.approx(ours - sum(theirs) / 2)
-    assert gain["macro"] == gain["Edema"]
-    assert gain["Fracture"]["difference"] is gain["Fracture"]["low"] is None
+    assert [found.get("auroc", "Edema", scorer=name).value for name in "ab"] == pytest.approx(theirs)
+    gain = found.get("auroc_difference", "Edema", scorer=MEMBERS)
+    assert gain.value == pytest.approx(ours - sum(theirs) / 2)
+    assert found.get("auroc_difference", "Fracture", scorer=MEMBERS).low is None
     drawn = []
     for _ in range(300):
         places = (2 * random.integers(200, size=200)[:, None] + [0, 1]).ravel()
         one, *others = (roc_auc_score(target[places, 0], score[places]) for score in scores)
         drawn.append(one - sum(others) / 2)
-    half = (gain["Edema"]["high"] - gain["Edema"]["low"]) / 2
-    assert half == pytest.approx(1.96 * np.std(drawn), rel=0.2)
-    same = measure_gain(["Edema", "Fracture"], rows, dict.fromkeys("ab", rows.scores))["Edema"]
-    assert same["difference"] == pytest.approx(0)
-    assert same["high"] == pytest.approx(0, abs=1e-9)
+    assert ((gain.high or 0) - (gain.low or 0)) / 2 == pytest.approx(1.96 * np.std(drawn), rel=0.2)
+    same = measure(dict.fromkeys("ab", rows.scores)).get("auroc_difference", "Edema", scorer=MEMBERS)
+    assert [same.value, same.high] == pytest.approx([0, 0], abs=1e-9)
+
+
+def test_what_an_alteration_takes_away_is_paired(studies: Scored) -> None:
+    altered = np.column_stack([np.random.default_rng(4).random(STUDIES), studies.scores[:, 1]])
+    found = start(studies)
+    add_comparison(found, "study", studies, {"altered: center covered": altered})
+    plain, changed = (
+        roc_auc_score(studies.target[:, 0], scores[:, 0]) for scores in (studies.scores, altered)
+    )
+    loss = found.get("auroc_difference", "Edema", scorer="altered: center covered")
+    assert loss.value == pytest.approx(plain - changed)
+    assert loss.excludes_zero
+
+
+OTHERS = ["Edema", "Pneumonia", "Fracture", "Pleural Other"]
+
+
+def draw(seed: int, cells: int, less: float) -> Scored:
+    """Scores whose logits are `less` too low; Fracture is not annotated, Pleural Other has 4 positives."""
+    random = np.random.default_rng(seed)
+    logits = random.normal(size=(cells, 4))
+    target = (random.random((cells, 4)) < 1 / (1 + np.exp(-logits))).astype(np.float32)
+    target[:, 3] = np.arange(cells) < 4
+    mask = np.ones((cells, 4), np.bool_)
+    mask[:, 2] = False
+    patient = np.array([f"patient{row // 2}" for row in range(cells)])
+    nothing = np.array([None] * cells, object)
+    scores = (1 / (1 + np.exp(less - logits))).astype(np.float32)
+    return Scored(scores, target, mask, patient, patient, nothing, np.full(cells, -1), nothing)
+
+
+def evaluate(scored: Scored) -> Evaluation:
+    return assess(OTHERS, scored, calibrate(OTHERS, scored), resamples=0)
+
+
+def test_limits_of_a_difference_are_those_newcombe_published() -> None:
+    # Table II of Newcombe (1998), method 10: 56 of 70 less 48 of 80.
+    sides = []
+    for hits, cells in ((56, 70), (48, 80)):
+        limits = binomtest(hits, cells).proportion_ci(method="wilson")
+        sides.append((hits / cells, limits.low, limits.high))
+    found = independent_limits(sides[0], sides[1])
+    assert (round(found["low"], 4), round(found["high"], 4)) == (0.0524, 0.3339)
+
+
+def test_labels_of_both_sets_are_compared() -> None:
+    there, own = draw(1, 400, 2.0), draw(2, 300, 0.0)
+    found, ours = evaluate(there), evaluate(own)
+    macro10 = found.get("auroc", "macro10")
+    add_own(found, there, ours)
+    less = {row.label: row for row in found.select(metric="auroc_difference", group=OWN)}
+    assert {label: row.few for label, row in less.items()} == {
+        "Edema": False, "Pneumonia": False, "Pleural Other": True, COMMON: False,
+    }  # fmt: skip
+    aurocs = [[roc_auc_score(one.target[:, c], one.scores[:, c]) for c in (0, 1)] for one in (there, own)]
+    assert less["Pneumonia"].value == pytest.approx(aurocs[0][1] - aurocs[1][1], abs=1e-12)
+    assert found.get("auroc", "Pneumonia", group=OWN).positives == own.target[:, 1].sum()
+    common = found.get("auroc", COMMON)
+    assert (common.note, less[COMMON].note) == ("Edema, Pneumonia", "")
+    assert less[COMMON].value == pytest.approx(np.mean(aurocs[0]) - np.mean(aurocs[1]), abs=1e-12)
+    assert (common.low, found.get("auroc", COMMON, group=OWN).low) == (
+        macro10.low,
+        ours.get("auroc", "macro10").low,
+    )
+
+
+def test_where_the_own_macro_is_over_other_labels_its_limits_are_widened() -> None:
+    there, own = draw(1, 400, 2.0), draw(2, 300, 0.0)
+    there.mask[:, 0] = False
+    found, ours = evaluate(there), evaluate(own)
+    add_own(found, there, ours)
+    assert found.get("auroc_difference", COMMON, group=OWN).note == "widened"
+    mean, label = (found.get("auroc", name, group=OWN) for name in (COMMON, "Pneumonia"))
+    assert (mean.note, mean.value, mean.low) == ("Pneumonia", label.value, label.low)
+    there.mask[:] = False
+    nothing = evaluate(there)
+    add_own(nothing, there, ours)
+    assert not list(nothing.select(group=OWN))
+
+
+def test_half_of_the_patients_recalibrate_the_other_half() -> None:
+    there = draw(1, 4000, 2.0)
+    there.scores[:, 0] = 1 - there.scores[:, 0]  # the contrary: no fit
+    raw = leave_uncalibrated(OTHERS, None)
+    found = assess(OTHERS, there, raw, resamples=0)
+    add_recalibration(found, there, raw["image"])
+    half = np.array([hash_fraction("recalibrate", name) < 0.5 for name in there.patient])
+    for group, chosen in (("fitted", half), ("measured", ~half)):
+        assert found.get("patients", None, group=group).value == len(set(there.patient[chosen]))
+    after = {row.label: row for row in found.select(metric="ece", group="after")}
+    assert list(after) == ["Edema", "Pneumonia", "Pleural Other"]
+    assert (after["Edema"].value, after["Edema"].note) == (None, "the scores tell nothing or the contrary")
+    score, truth = there.scores[:, 1].astype(float), there.target[:, 1] == 1
+    cells = [found.get("cells", "Pneumonia", group=group) for group in ("fitted", "measured")]
+    assert (cells[0].positives, cells[0].negatives) == (truth[half].sum(), (~truth[half]).sum())
+    assert cells[1].positives == truth[~half].sum()
+    brier = [found.get("brier", "Pneumonia", group=group).value for group in ("before", "after")]
+    assert brier[0] == pytest.approx(brier_score_loss(truth[~half], score[~half]))
+    logits = np.log(score / (1 - score))[:, None]
+    reference = LogisticRegression(C=np.inf).fit(logits[half], truth[half]).predict_proba(logits[~half])[:, 1]
+    assert brier[1] == pytest.approx(brier_score_loss(truth[~half], reference), abs=1e-4)
+    before = found.get("ece", "Pneumonia", group="before").value
+    assert (before or 0) > 0.2 > 0.05 > (after["Pneumonia"].value or 1)

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -6,10 +7,20 @@ import pandas as pd
 import pytest
 from sklearn.metrics import average_precision_score, recall_score, roc_auc_score
 
+from pipeline import DataError
 from pipeline.measure.bootstrap import resample_auprc
 from pipeline.measure.calibration import apply_calibration
 from pipeline.measure.delong import combine_limits, measure_areas
-from pipeline.measure.evaluate import Scored, assess, assess_groups, calibrate, study_level
+from pipeline.measure.evaluate import (
+    Scored,
+    assess,
+    assess_groups,
+    calibrate,
+    leave_uncalibrated,
+    study_level,
+)
+from pipeline.measure.evaluation import MEANS, Evaluation, read_evaluation
+from pipeline.measure.judge import add_other
 from pipeline.measure.metrics import COMPETITION, brier_score, decide, report_auroc, wilson_limits
 
 NAMES = [*COMPETITION, "Fracture", "Rare"]
@@ -49,7 +60,7 @@ def calibration() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def evaluation(images: Scored, calibration: dict[str, Any]) -> dict[str, Any]:
+def evaluation(images: Scored, calibration: dict[str, Any]) -> Evaluation:
     return assess(NAMES, images, calibration, resamples=200)
 
 
@@ -73,107 +84,135 @@ def test_an_unknown_way_to_combine_is_refused(images: Scored) -> None:
         study_level(images, "median")
 
 
-def test_the_document_holds_each_figure(
-    images: Scored, calibration: dict[str, Any], evaluation: dict[str, Any]
+def test_the_rows_hold_each_figure(
+    images: Scored, calibration: dict[str, Any], evaluation: Evaluation, tmp_path: Path
 ) -> None:
-    report = report_auroc(NAMES, *images[:4])
-    assert {
-        name: evaluation[name] for name in ("macro_auroc", "macro10_auroc", "mean5_auroc", "skipped")
-    } == {name: value for name, value in report.items() if name != "labels"}
+    report, get = report_auroc(NAMES, *images[:4]), evaluation.get
+    assert {f"{mean}_auroc": get("auroc", mean).value for mean in MEANS} == {
+        name: value for name, value in report.items() if name.endswith("_auroc")
+    }
     used = images.mask[:, 3]
     truth, score = images.target[used, 3] == 1, images.scores[used, 3]
-    edema, fitted = evaluation["labels"]["Edema"], calibration["image"]["Edema"]
+    fitted = calibration["image"]["Edema"]
+    edema = {row.metric: row.value for row in evaluation.select(label="Edema", level="image", group=None)}
     assert edema["auroc"] == report["labels"]["Edema"]["auroc"]
     assert edema["auprc"] == pytest.approx(average_precision_score(truth, score), abs=1e-12)
     assert edema["brier"] == brier_score(score, truth)
     calibrated = brier_score(apply_calibration(score, fitted), truth)
     assert edema["brier_calibrated"] == calibrated
-    assert calibrated is not None
-    assert calibrated < edema["brier"]
-    assert edema["ece_calibrated"] < edema["ece"]
+    assert (calibrated or 1) < (edema["brier"] or 0)
+    assert (edema["ece_calibrated"] or 1) < (edema["ece"] or 0)
+    assert (edema["temperature"], edema["bias"]) == (fitted["temperature"], fitted["bias"])
     by_hand = decide(apply_calibration(score, fitted), truth, images.patient[used], 0.2)
-    assert edema["net_benefit"][2] == by_hand
-    assert by_hand["gain"]["low"] > 0
-    best = edema["operating_points"]["sensitivity"]
-    assert best["threshold"] == fitted["thresholds"]["sensitivity"]
-    assert best["sensitivity"] == pytest.approx(recall_score(truth, score >= best["threshold"]))
-
-    called, owner = score >= best["threshold"], images.patient[used]
-    assert best["intervals"] == {
+    gain = get("net_benefit_gain", "Edema", group="at 0.2")
+    assert {"difference": gain.value, "low": gain.low, "high": gain.high} == by_hand["gain"]
+    assert (gain.low or 0) > 0
+    threshold = get("threshold", "Edema", group="sensitivity").value
+    assert threshold == fitted["thresholds"]["sensitivity"]
+    assert threshold is not None
+    called, owner = score >= threshold, images.patient[used]
+    rates = {row.metric: row for row in evaluation.select(label="Edema", level="image", group="sensitivity")}
+    assert rates["sensitivity"].value == pytest.approx(recall_score(truth, called))
+    assert {
+        name: {"low": rates[name].low, "high": rates[name].high} for name in rates if rates[name].low
+    } == {
         "sensitivity": wilson_limits(called[truth], owner[truth]),
         "specificity": wilson_limits(~called[~truth], owner[~truth]),
         "ppv": wilson_limits(truth[called], owner[called]),
         "npv": wilson_limits(~truth[~called], owner[~called]),
     }
-    few = {name for name, label in evaluation["labels"].items() if label["few"]}
-    assert few == {"Fracture", "Rare"}
+    assert {name for name in NAMES if get("auroc", name).few} == {"Fracture", "Rare"}
 
-    fracture = evaluation["labels"]["Fracture"]
-    assert (fracture["auroc"], fracture["auprc"], fracture["positives"]) == (None, None, 0)
-    assert fracture["operating_points"] == {"youden": None, "max_f1": None, "sensitivity": None}
-    assert evaluation["skipped"] == ["Fracture"]
-    assert evaluation["macro10_auprc"] == pytest.approx(
-        np.mean([evaluation["labels"][name]["auprc"] for name in COMPETITION]), abs=1e-12
+    fracture = get("auroc", "Fracture")
+    assert (fracture.value, get("auprc", "Fracture").value, fracture.positives) == (None, None, 0)
+    assert {row.value for row in evaluation.select(metric="threshold", label="Fracture")} == {None}
+    assert get("auroc", "Fracture", "study").negatives == study_level(images).mask[:, 5].sum()  # none is lost
+    assert get("auprc", "macro10").value == pytest.approx(
+        np.mean([get("auprc", name).value or 0 for name in COMPETITION]), abs=1e-12
     )
-    assert (evaluation["rows"], evaluation["patients"]) == (600, len(set(images.patient.tolist())))
+    assert (get("images").value, get("patients").value) == (600, len(set(images.patient.tolist())))
     studies = study_level(images)
-    assert evaluation["study"]["rows"] == len(studies.scores)
-    assert evaluation["study"]["labels"]["Edema"]["auroc"] == pytest.approx(
+    assert get("studies", level="study").value == len(studies.scores)
+    assert get("auroc", "Edema", "study").value == pytest.approx(
         roc_auc_score(studies.target[studies.mask[:, 3], 3], studies.scores[studies.mask[:, 3], 3])
     )
-    chosen = evaluation["study"]["labels"]["Edema"]["operating_points"]["youden"]["threshold"]
-    assert chosen == calibration["study"]["Edema"]["thresholds"]["youden"] != best["threshold"]
-    assert evaluation["calibration"] == calibration
-    assert json.loads(json.dumps(evaluation, allow_nan=False)) == evaluation
+    chosen = get("threshold", "Edema", "study", "youden").value
+    assert chosen == calibration["study"]["Edema"]["thresholds"]["youden"] != threshold
+    path = tmp_path / "evaluation.json"
+    path.write_bytes(evaluation.to_json())
+    assert read_evaluation(path) == evaluation
+    row = next(row for row in json.loads(path.read_text())["rows"] if row["metric"] == "auroc")
+    assert list(row) == [
+        *("level", "split", "label", "group", "metric", "scorer"),
+        *("value", "low", "high", "positives", "negatives", "note"),
+    ]
+    path.write_text('{"labels": {}}')
+    with pytest.raises(DataError, match=f"^{path}: not an evaluation: 'rows'; write it again with evaluate$"):
+        read_evaluation(path)
 
 
-def test_intervals_are_of_patients(images: Scored, evaluation: dict[str, Any]) -> None:
+def test_intervals_are_of_patients(images: Scored, evaluation: Evaluation) -> None:
     measured, auprc = measure_areas(*images[:4]), resample_auprc(*images[:4], 200, 0)
-    found = evaluation["intervals"]
-    assert (found["resamples"], found["seed"]) == (200, 0)
-    edema, macro = found["auroc"]["Edema"], found["auroc"]["macro"]
-    assert [edema["low"], edema["high"]] == pytest.approx([measured.low[3], measured.high[3]])
-    assert found["auroc"]["mean5"] == combine_limits(measured, [0.2] * 5 + [0, 0])
-    assert found["auprc"]["macro10"]["high"] == np.percentile(auprc[:, :5].mean(axis=1), 97.5)
+    get = evaluation.get
+    assert (evaluation.head["resamples"], evaluation.head["seed"]) == (200, 0)
+    edema, macro, mean5 = (get("auroc", label) for label in ("Edema", "macro", "mean5"))
+    assert [edema.low, edema.high] == pytest.approx([measured.low[3], measured.high[3]])
+    assert {"low": mean5.low, "high": mean5.high} == combine_limits(measured, [0.2] * 5 + [0, 0])
+    assert get("auprc", "macro10").high == np.percentile(auprc[:, :5].mean(axis=1), 97.5)
     lost = int(np.isnan(auprc[:, 6]).sum())  # resamples without the rare label's patients
     assert lost > 0
-    assert found["auprc"]["Rare"]["resamples"] == found["auprc"]["macro"]["resamples"] == 200 - lost
-    assert found["auprc"]["Fracture"] == {"low": None, "high": None, "resamples": 0}
-    assert found["auroc"]["Fracture"] == {"low": None, "high": None}
-    assert macro["low"] < evaluation["macro_auroc"] < macro["high"]
+    assert get("auprc_resamples", "Rare").value == get("auprc_resamples", "macro").value == 200 - lost
+    assert get("auprc_resamples", "Fracture").value == 0
+    assert get("auprc", "Fracture").low is get("auroc", "Fracture").low is None
+    assert (macro.low or 1) < (macro.value or 0) < (macro.high or 0)
+
+
+def test_without_dev_there_is_no_calibration(images: Scored) -> None:
+    plain = assess(NAMES, images, leave_uncalibrated(NAMES, None), resamples=0)
+    assert not {"brier_calibrated", "threshold", "sensitivity"} & {row.metric for row in plain.rows}
+    given = assess(NAMES, images, leave_uncalibrated(NAMES, 0.5), resamples=0)
+    used = images.mask[:, 3]
+    hits = recall_score(images.target[used, 3], images.scores[used, 3] >= 0.5)
+    assert given.get("sensitivity", "Edema", group="given").value == pytest.approx(hits)
 
 
 def test_two_runs_are_compared_on_the_same_patients(images: Scored, calibration: dict[str, Any]) -> None:
     random = np.random.default_rng(3)
     noise = random.random(images.scores.shape, np.float32)
     worse, same = (images.scores + noise) / 2, images.scores**2
-    found = assess(NAMES, images, calibration, against=("runs/worse", worse), resamples=200)
-    against = found["against"]
-    assert against["run"] == "runs/worse"
-    edema, used = against["auroc"]["Edema"], images.mask[:, 3]
+    found = assess(NAMES, images, calibration, resamples=200)
+    for name, scores in (("runs/worse", worse), ("same", same)):
+        add_other(found, images, name, scores)
+    edema, used = found.get("auroc_difference", "Edema", scorer="runs/worse"), images.mask[:, 3]
     theirs = roc_auc_score(images.target[used, 3], worse[used, 3])
-    assert edema["difference"] == pytest.approx(found["labels"]["Edema"]["auroc"] - theirs, abs=1e-12)
+    assert found.get("auroc", "Edema", scorer="runs/worse").value == pytest.approx(theirs)
+    assert edema.value == pytest.approx((found.get("auroc", "Edema").value or 0) - theirs, abs=1e-12)
     both = measure_areas(*images[:4]).join(measure_areas(worse, *images[1:4]))
     weights = np.eye(14)[3] - np.eye(14)[10]
-    assert {side: edema[side] for side in ("low", "high")} == combine_limits(both, weights)
+    assert {"low": edema.low, "high": edema.high} == combine_limits(both, weights)
     values = resample_auprc(*images[:4], 200, 0) - resample_auprc(worse, *images[1:4], 200, 0)
-    assert against["auprc"]["Edema"]["low"] == pytest.approx(np.percentile(values[:, 3], 2.5))
-    assert edema["excludes_zero"] is True
-    assert against["auroc"]["Fracture"]["difference"] is None
-    studies = study_level(images)
-    other = study_level(images._replace(scores=worse))
-    assert found["study"]["against"]["auroc"]["macro"]["difference"] == pytest.approx(
+    auprc = found.get("auprc_difference", "Edema", scorer="runs/worse")
+    assert auprc.low == pytest.approx(np.percentile(values[:, 3], 2.5))
+    assert edema.excludes_zero
+    assert found.get("auroc_difference", "Fracture", scorer="runs/worse").value is None
+    studies, other = study_level(images), study_level(images._replace(scores=worse))
+    assert found.get("auroc_difference", "macro", "study", scorer="runs/worse").value == pytest.approx(
         report_auroc(NAMES, *studies[:4])["macro_auroc"] - report_auroc(NAMES, *other[:4])["macro_auroc"]  # type: ignore[operator]
     )
-    zero = assess(NAMES, images, calibration, against=("same", same), resamples=200)["against"]["auroc"]
-    assert zero["macro10"]["difference"] == pytest.approx(0, abs=1e-12)
-    assert [zero["macro10"][side] for side in ("low", "high")] == pytest.approx([0, 0], abs=1e-6)
+    zero = found.get("auroc_difference", "macro10", scorer="same")
+    assert [zero.value, zero.low, zero.high] == pytest.approx([0, 0, 0], abs=1e-6)
 
 
 def test_subgroups_are_those_of_a_filter(
-    images: Scored, calibration: dict[str, Any], evaluation: dict[str, Any]
+    images: Scored, calibration: dict[str, Any], evaluation: Evaluation
 ) -> None:
-    found = evaluation["subgroups"]
+    found = assess_groups(NAMES, images, calibration["image"])
+    row = evaluation.get("auroc", "macro", group="sex=Male")
+    assert row.value == found["sex"]["groups"]["Male"]["macro_auroc"]
+    assert row.note == ", ".join(found["sex"]["macro_labels"])
+    gap = evaluation.get("tpr_gap", "Cardiomegaly", group="age")
+    assert gap.value == found["age"]["tpr_gap"]["Cardiomegaly"]
+    assert evaluation.get("images", group="projection=LL").note == "in no group"
     assert list(found) == ["sex", "age", "projection"]
     assert list(found["age"]["groups"]) == ["18-39", "40-59", "60-79", "80+"]
     unknown, young = int((images.age < 0).sum()), int(((images.age >= 0) & (images.age < 18)).sum())
@@ -218,7 +257,7 @@ def test_groups_are_compared_on_labels_with_enough_of_both(
     target[few[:-1], 0] = 0
     target[few[-1], 0] = 1
     changed = images._replace(target=target, mask=np.ones_like(images.mask))
-    found = assess(NAMES, changed, calibration, resamples=0)["subgroups"]["projection"]
+    found = assess_groups(NAMES, changed, calibration["image"])["projection"]
     pa, ap = found["groups"]["PA"], found["groups"]["AP"]
     assert pa["labels"]["Atelectasis"]["positives"] == 1
     assert pa["labels"]["Atelectasis"]["few"] is True
@@ -245,7 +284,7 @@ def test_groups_are_compared_on_labels_with_enough_of_both(
 
 def test_groups_without_images_are_undefined(images: Scored, calibration: dict[str, Any]) -> None:
     women = images._replace(sex=np.full(600, "Female"), projection=np.array([None, ""] * 300))
-    groups = assess(NAMES, women, calibration, resamples=0)["subgroups"]
+    groups = assess_groups(NAMES, women, calibration["image"])
     sex = groups["sex"]
     assert groups["projection"]["others"] == {"unknown": 600}
     assert groups["projection"]["macro_labels"] == []
@@ -276,10 +315,12 @@ def test_facts_make_subgroups(images: Scored, calibration: dict[str, Any]) -> No
         "one": np.array(["yes", None], object)[draw.integers(0, 2, len(race))],
         "none": np.full(len(race), None),
     }
-    found = assess(NAMES, images, calibration, resamples=0, facts=facts)
-    assert list(found["subgroups"]) == ["sex", "age", "projection", "race"]
-    assert found["many_groups"] == {"nine": 9}
-    races = found["subgroups"]["race"]
+    evaluation = assess(NAMES, images, calibration, resamples=0, facts=facts)
+    variables = dict.fromkeys(row.group for row in evaluation.select(metric="tpr_gap"))
+    assert list(variables) == ["sex", "age", "projection", "race"]
+    assert evaluation.head["many_groups"] == {"nine": 9}
+    found = assess_groups(NAMES, images, calibration["image"], {"race": race})
+    races = found["race"]
     assert list(races["groups"]) == ["Asian", "Black", "White"]
     assert races["others"] == {"unknown": (race == None).sum()}  # noqa: E711
     for name, group in races["groups"].items():
@@ -292,9 +333,9 @@ def test_facts_make_subgroups(images: Scored, calibration: dict[str, Any]) -> No
                 assert not truth.any()
             else:
                 assert of_label["auroc"] == pytest.approx(roc_auc_score(truth, score), abs=1e-12)
-    plain = assess(NAMES, images, calibration, resamples=0)["subgroups"]["sex"]
-    limits, wider = plain.pop("tpr_gap_limits"), found["subgroups"]["sex"].pop("tpr_gap_limits")
-    assert found["subgroups"]["sex"] == plain
+    plain = assess_groups(NAMES, images, calibration["image"])["sex"]
+    limits, wider = plain.pop("tpr_gap_limits"), found["sex"].pop("tpr_gap_limits")
+    assert found["sex"] == plain
     assert wider["Edema"]["low"] < limits["Edema"]["low"]  # among more gaps, the widest is wider by chance
 
 

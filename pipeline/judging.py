@@ -1,0 +1,166 @@
+"""Scores that anybody made, and the truth of any source → how good they are, and what they rest on.
+
+judged = judge(Path("scores.csv"), Path("Data_Entry_2017_v2020.csv"), Judging(columns=(("Edema", "prob_Edema"),)))
+judged.evaluation.get("auroc", "Edema").value
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.base.errors import DataError
+from pipeline.identity import Note, ignore
+from pipeline.labels import LABELS, NOT_ANNOTATED, find_label, find_unannotated
+from pipeline.manifest import NAME, read_manifest
+from pipeline.measure.evaluate import Scored, calibrate, leave_uncalibrated
+from pipeline.measure.evaluation import Evaluation
+from pipeline.measure.judge import Beside, judge_scores
+from pipeline.measure.scores import Scores, open_scores
+from pipeline.policies import evaluation_targets
+from pipeline.sources.load import load_table
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judging:
+    """How scores are judged; all defaults are those of the command."""
+
+    split: str | None = None  # by default, all
+    dev: str | None = None  # the split on which calibrations and thresholds are fitted
+    threshold: float | None = None  # the user's own, for all findings
+    sensitivity: float = 0.9  # that the third threshold must reach on dev
+    study: str = "max"  # how a study's score is computed from its views
+    open: str = "ignore"  # or zeros: what a set leaves open is negative, as in most published figures
+    logits: bool = False
+    columns: tuple[tuple[str, str], ...] = ()  # (our name of a column, the file's)
+    against: tuple[Path, ...] = ()  # other scores, of the same images
+    readers: tuple[Path, ...] = ()  # calls of 1, 0 or blank
+    facts: tuple[Path, ...] = ()  # further columns to make subgroups of
+
+
+class Judged(NamedTuple):
+    """An evaluation, and the scores that it is of."""
+
+    evaluation: Evaluation
+    images: Scored
+
+
+def judge(scores: Path, source: Path, asked: Judging = Judging(), note: Note = ignore) -> Judged:
+    """The evaluation of a file of scores against shards, a data set's folder, or its table alone.
+
+    `note` gets a sentence for what does not join, which the head keeps in `left_out`. Raises DataError for files that
+    cannot be read, scores that are none, and a source without a row of these.
+    """
+    columns = dict(asked.columns)
+    opened = open_scores(scores, columns, logits=asked.logits)
+    left_out: list[str] = []
+
+    def keep(text: str) -> None:
+        left_out.append(text)
+        note(text)
+
+    blank = read_manifest(source).policies["blank"] if (source / NAME).is_file() else "zeros"
+    fill = asked.open == "zeros"
+    table = load_table(source, asked.split, "all", asked.facts, keyed=True, note=note)
+    names, (images, table) = opened.labels, join_scores(opened, table, blank, fill, keep)
+    calibration = leave_uncalibrated(names, asked.threshold, asked.study)
+    if asked.dev is not None:
+        dev_table = load_table(source, asked.dev, "all", asked.facts, keyed=True)
+        dev, _ = join_scores(opened, dev_table, blank, fill, ignore)
+        calibration = calibrate(names, dev, asked.sensitivity, asked.study)
+    keyed = {field: _name_files(getattr(asked, field)) for field in ("against", "readers")}
+    against = {
+        name: _align_all(open_scores(path, columns, logits=asked.logits), table, names)
+        for name, path in keyed["against"].items()
+    }
+    readers = {}
+    for name, path in keyed["readers"].items():
+        calls = open_scores(path, calls=True)
+        readers[name] = calls.take(calls.align(table, keep), names)
+    evaluated: dict[str, Any] = {
+        "split": asked.split or "all",
+        "unit": opened.unit,
+        "labels": list(names),
+        "left_out": left_out,
+    }
+    beside = Beside(against, readers, edge=_measure_edges(source, asked.split, table))
+    return Judged(judge_scores(evaluated, images, table, calibration, beside), images)
+
+
+def join_scores(
+    scores: Scores, table: pa.Table, blank: str, fill: bool, note: Note
+) -> tuple[Scored, pa.Table]:
+    """The scores with truth and facts, of the rows of a label table that have some, and those rows.
+
+    Of studies: the first row of each. `fill` makes open cells, of labels that are annotated elsewhere, negative.
+    """
+    if fill:
+        for label in set(scores.labels) - set(find_unannotated(table)):
+            filled = pc.if_else(pc.equal(table[label], NOT_ANNOTATED), pa.scalar(0, pa.int8()), table[label])
+            table = table.set_column(table.column_names.index(label), label, filled)
+    rows = scores.align(table, note)
+    if scores.unit == "study":
+        first = np.unique(rows, return_index=True)[1]
+        repeated = np.ones(len(rows), bool)
+        repeated[first] = False
+        rows = np.where(repeated, -1, rows)
+    table, values = table.take(np.flatnonzero(rows >= 0)), scores.take(rows[rows >= 0], scores.labels)
+    columns = [LABELS.index(name) for name in scores.labels]
+    target, mask = evaluation_targets(table, blank)
+    patient, study, sex = (table[name].to_numpy() for name in ("patient", "study", "sex"))
+    age, projection = (
+        pc.fill_null(table[name], unknown).to_numpy() for name, unknown in (("age", -1), ("projection", ""))
+    )
+    cells = target[:, columns], mask[:, columns]
+    return Scored(values, *cells, patient, study, sex, age, projection), table
+
+
+def _align_all(scores: Scores, table: pa.Table, names: tuple[str, ...]) -> Any:
+    """Another's scores [N, L] of the same rows. Raises DataError if it lacks one, or all of the findings."""
+    rows = scores.align(table, ignore)
+    if (rows < 0).any():
+        missing = table["key"][int(np.argmax(rows < 0))]
+        raise DataError(
+            f"{scores.path}: no scores of {(rows < 0).sum():,} of these {len(rows):,} images, such as {missing}"
+        )
+    if not set(names) & set(scores.labels):
+        raise DataError(f"{scores.path}: none of the labels {', '.join(names)}")
+    return scores.take(rows, names)
+
+
+def _name_files(paths: tuple[Path, ...]) -> dict[str, Path]:
+    """The files by the first part of their names, by which they are shown."""
+    named = {path.name.split(".")[0]: path for path in paths}
+    if len(named) < len(paths):
+        raise DataError(
+            f"{', '.join(map(str, paths))}: two files of one name, by which they are shown; rename one"
+        )
+    return named
+
+
+def _measure_edges(source: Path, split: str | None, table: pa.Table) -> dict[str, Any]:
+    """Gray levels outside of the lungs, of the images of a split in shards; nothing for other sources."""
+    if split is None or not (source / NAME).is_file():
+        return {}
+    from pipeline.base.workers import count_cpus
+    from pipeline.look.pixels import measure_edges
+    from pipeline.stream.samples import open_split
+
+    opened = open_split(source, read_manifest(source), split)
+    rows = np.flatnonzero(pc.is_in(opened.table["key"], value_set=table["key"].combine_chunks()).to_numpy())
+    return dict(measure_edges(opened, rows, count_cpus()))
+
+
+def parse_columns(text: str) -> tuple[tuple[str, str], ...]:
+    """(ours, the file's) of `Edema=prob_Edema,key=Image Index`. Raises DataError for a name that is none of ours."""
+    pairs = []
+    for part in text.split(","):
+        ours, sign, theirs = (word.strip().strip('"') for word in part.partition("="))
+        name = find_label(ours) or ours.lower()
+        if not sign or not theirs or (name not in LABELS and name not in ("key", "patient", "study")):
+            raise DataError(f"'{part}' is not LABEL=COLUMN, key=COLUMN, patient=COLUMN or study=COLUMN")
+        pairs.append((name, theirs))
+    return tuple(pairs)

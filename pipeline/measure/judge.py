@@ -1,0 +1,100 @@
+"""Scores and truth → an evaluation, whoever made the scores: figures, verdicts, comparisons, readers."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.labels import find_unannotated
+from pipeline.manifest import name_facts
+from pipeline.measure import belief
+from pipeline.measure.compare import ALTERED, add_auprc, add_comparison, add_gain
+from pipeline.measure.covariates import find_covariates, find_strata
+from pipeline.measure.evaluate import Scored, add_belief, assess, study_level
+from pipeline.measure.evaluation import Evaluation
+from pipeline.measure.metrics import Floats
+from pipeline.measure.readers import add_readers
+
+NOTHING: Mapping[str, Any] = MappingProxyType({})
+RESAMPLES = 1000  # of patients, for intervals of AUPRC
+
+
+class Beside(NamedTuple):
+    """What scores are judged with, by name: others' scores [N, L] of the same rows, and facts of the images.
+
+    `against` are other networks', `members` an ensemble's, `altered` those of altered images; `readers` are calls
+    [N, L] of 1, 0 or NaN. `edge` are gray levels [N] outside of the lungs.
+    """
+
+    against: Mapping[str, Floats] = NOTHING
+    readers: Mapping[str, Floats] = NOTHING
+    members: Mapping[str, Floats] = NOTHING
+    altered: Mapping[str, Floats] = NOTHING
+    edge: Mapping[str, Floats] = NOTHING
+
+
+def judge_scores(
+    evaluated: Mapping[str, Any],
+    images: Scored,
+    table: pa.Table,
+    calibration: Mapping[str, Any],
+    beside: Beside = Beside(),  # noqa: B008 - immutable
+) -> Evaluation:
+    """The evaluation of scores: of `images`, whose facts are the rows of a label table.
+
+    `evaluated` says what they are: `split`, `unit`, `labels`, and anything else for the head. `calibration` is
+    what `calibrate` or `leave_uncalibrated` returns.
+    """
+    names, unit = evaluated["labels"], evaluated["unit"]
+    texts = [name for name, kind in name_facts(table).items() if kind == "string"]
+    facts = {name: table[name].to_numpy().astype(object) for name in texts}
+    evaluation = assess(
+        names, images, calibration, split=evaluated["split"], unit=unit, resamples=RESAMPLES, facts=facts
+    )
+    head = evaluation.head
+    head |= {name: value for name, value in evaluated.items() if name not in head}
+    head["not_annotated"] = find_unannotated(table)
+    head |= {name: list(getattr(beside, name)) for name in ("against", "readers", "members", "altered")}
+    covariates, strata = find_covariates(table), find_strata(table)
+    add_belief(evaluation, belief.assess_belief(names, images, covariates, strata, beside.edge))
+    for name, scores in beside.against.items():
+        add_other(evaluation, images, name, scores)
+    if beside.altered:
+        add_comparison(
+            evaluation, unit, images, {f"{ALTERED}{name}": scores for name, scores in beside.altered.items()}
+        )
+    if beside.members:
+        add_gain(evaluation, images, beside.members)
+    studies = study_level(images, head["combine"])
+    add_readers(
+        evaluation, studies, {name: combine_calls(images, calls) for name, calls in beside.readers.items()}
+    )
+    return evaluation
+
+
+def add_other(evaluation: Evaluation, images: Scored, name: str, scores: Floats) -> None:
+    """Add the paired differences from another's scores [N, L], of images and of studies.
+
+    On the findings that it has: a column of NaN is of one that it lacks.
+    """
+    known = [column for column in range(scores.shape[1]) if not np.isnan(scores[:, column]).any()]
+    names = [evaluation.labels[column] for column in known]
+    ours = images._replace(
+        **{field: getattr(images, field)[:, known] for field in ("scores", "target", "mask")}
+    )
+    theirs = scores[:, known]
+    for level in evaluation.levels:
+        if level == "study":
+            combine = evaluation.head["combine"]
+            theirs = study_level(ours._replace(scores=theirs), combine).scores
+            ours = study_level(ours, combine)
+        add_comparison(evaluation, level, ours, {name: theirs}, names=names)
+        add_auprc(evaluation, level, ours, name, theirs, names)
+
+
+def combine_calls(images: Scored, calls: Floats) -> Floats:
+    """A reader's calls [N, L] of images → of studies [S, L]: positive if any view's is, NaN if none is read."""
+    read = study_level(images._replace(scores=np.nan_to_num(calls), mask=~np.isnan(calls)))
+    return np.where(read.mask, read.scores, np.nan)

@@ -1,0 +1,255 @@
+"""Scores of images or studies, whoever made them: a CSV, Parquet or Arrow file with a row for each, a column a label.
+
+Whose row it is: a column of KEYS (an image's key, path or file name), else a study's path, else patient and study.
+A run writes its own as `scores-<split>.arrow`, in the order of the split's table:
+    key         string   as in that table
+    patient     string
+    study       int32
+    <labels>    float64  score in [0, 1], of those that the run learned
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.base.csvs import demand_columns, line_of, read_strings
+from pipeline.base.errors import DataError, quote
+from pipeline.base.files import read_arrow, write_table
+from pipeline.identity import IMAGE_SUFFIX, Note, join, normalize_ids
+from pipeline.labels import LABELS, find_label
+from pipeline.measure.metrics import Bools, Floats, Ints
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+KEYS = ("key", "path", "file", "filename", "image index", "image", "image id", "dicom id", "dicom")
+STUDY = r"([^/]+)/study0*(\d+)(?:/[^/]*)?/?$"
+FACTS = ("patient", "study")
+READING = "a reader's call is 1, 0 or blank"
+
+
+class Scores(NamedTuple):
+    """A file's scores [M, L], NaN if blank, and the names [M] of the images or studies that they are of."""
+
+    path: Path
+    labels: tuple[str, ...]
+    values: Floats
+    names: pa.Array
+    unit: str  # image or study
+
+    def align(self, table: pa.Table, note: Note) -> Ints:
+        """The row [N] of the scores for each row of a label table, -1 if there is none.
+
+        `note` gets what is left over on either side. Raises DataError if nothing is joined, if a name is there twice,
+        however it is spelled, and if it names images of several sets.
+        """
+        if self.unit == "image":
+            ours, unit = table["key"].combine_chunks(), "images"
+        else:
+            parts = (table["patient"].cast(pa.string()), table["study"].cast(pa.string()))
+            ours, unit = pc.binary_join_element_wise(*parts, "/study").combine_chunks(), "studies"
+        keys = normalize_names(self.names)
+        numbers = keys.dictionary_encode().indices.to_numpy(zero_copy_only=False)
+        _, first, counts = np.unique(numbers, return_index=True, return_counts=True)
+        if (counts > 1).any():
+            places = np.flatnonzero(numbers == numbers[first[counts > 1].min()])[:2]
+            lines = " and ".join(name_place(self.path, int(place)) for place in places)
+            raise DataError(
+                f"{self.path}: {lines} are both of {quote(self.names[int(places[0])].as_py(), 80)}"
+            )
+        rows = pa.table({"row": pa.array(range(len(self.names)))})
+        place = join(ours, self.path, rows, self.names, unit, note, normalize_names)
+        found: Ints = pc.fill_null(place, -1).to_numpy(zero_copy_only=False)
+        patients = table["patient"].to_numpy()[found >= 0].tolist()
+        if len(sets := {patient.rpartition("/")[0] for patient in patients}) > 1:
+            which = " and of ".join(sorted(sets))
+            raise DataError(
+                f"{self.path}: its rows have names of {which}: choose the set that was read, by `where` set=…"
+            )
+        return found
+
+    def take(self, rows: Ints, names: Sequence[str]) -> Floats:
+        """The scores [N, L] of those labels, for rows as `align` has them; NaN without a row or a column."""
+        chosen = np.full((len(rows), len(names)), np.nan)
+        for column, name in enumerate(names):
+            if name in self.labels:
+                own = self.values[:, self.labels.index(name)]
+                chosen[:, column] = np.where(rows >= 0, own[rows], np.nan)
+        return chosen
+
+
+def normalize_names(names: pa.Array) -> pa.Array:
+    """Images and studies as they are compared: a file's name without folders, CheXpert's key, or patient/studyN."""
+    bare = pc.replace_substring_regex(pc.utf8_trim_whitespace(names.cast(pa.string())), IMAGE_SUFFIX, "")
+    parts = pc.extract_regex(bare, r"(?P<patient>[^/]+)/(?P<study>study\d+)/(?P<view>view[^/]+)$")
+    keys = pc.binary_join_element_wise(
+        *(pc.struct_field(parts, name) for name in ("patient", "study", "view")), "_"
+    )
+    studies = pc.extract_regex(bare, r"(?P<patient>[^/]+)/study0*(?P<study>\d+)/?$")
+    patients = normalize_ids(pc.struct_field(studies, "patient"))
+    named = pc.binary_join_element_wise(patients, pc.struct_field(studies, "study"), "/study")
+    return pc.coalesce(keys, named, pc.replace_substring_regex(bare, r"^.*/", ""))
+
+
+def open_scores(
+    path: Path, columns: Mapping[str, str] | None = None, *, logits: bool = False, calls: bool = False
+) -> Scores:
+    """Scores of any file; `columns` maps our names (a label, key, patient, study) to the file's.
+
+    `logits` become probabilities; `calls` are a reader's: 1, 0 or blank. Raises DataError, naming line and column, for
+    a file without a key or a label, a cell that is no score, and a column in which all scores are equal.
+    """
+    table = _read_table(path)
+    if columns:
+        demand_columns(path, table.column_names, list(columns.values()))
+        taken = {theirs: ours for ours, theirs in columns.items()}
+        table = table.rename_columns([taken.get(name, name) for name in table.column_names])
+    found = {name: find_label(name.strip().replace("_", " ")) for name in table.column_names}
+    chosen = {name: label for name, label in found.items() if label}
+    demand_columns(path, list(chosen.values()), list(dict.fromkeys(chosen.values())))
+    names, unit = _find_names(path, table)
+    if not chosen:
+        there, example = ", ".join(table.column_names), f"Edema={table.column_names[-1]}"
+        raise DataError(
+            f"{path}: no column is named by a label; it has {quote(there, 300)}; map them: `columns` {example}"
+        )
+    if not table.num_rows:
+        raise DataError(f"{path}: no rows")
+    read = [_read_column(path, name, table[name].combine_chunks(), logits, calls) for name in chosen]
+    for name, values in zip(chosen, read, strict=True):
+        if not calls and len(values) > 1 and np.ptp(values) == 0:
+            raise DataError(
+                f"{path}, column {name}: all {len(values):,} scores are {values[0]:g}: nothing to judge"
+            )
+    order = np.argsort([LABELS.index(label) for label in chosen.values()])
+    labels = tuple(list(chosen.values())[place] for place in order)
+    return Scores(path, labels, np.column_stack([read[place] for place in order]), names, unit)
+
+
+def _read_table(path: Path) -> pa.Table:
+    """The columns, as the file has them: those of a CSV as text."""
+    suffix = path.suffix.lower()
+    if suffix not in (".arrow", ".feather", ".parquet"):
+        return read_strings(path)
+    try:
+        if suffix == ".parquet":
+            from pyarrow import parquet
+
+            return parquet.read_table(path)
+        return read_arrow(path, path.read_bytes())
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise DataError(f"{path}: damaged, or not a file of scores: {quote(str(error), 200)}") from error
+
+
+def _find_names(path: Path, table: pa.Table) -> tuple[pa.Array, str]:
+    """What the rows are of."""
+    plain = {name.strip().lower().replace("_", " "): name for name in reversed(table.column_names)}
+    try:
+        for key in KEYS:
+            if key in plain:
+                names = table[plain[key]].combine_chunks().cast(pa.string())
+                whole = bool(pc.all(pc.match_substring_regex(names, STUDY)).as_py()) and not _has_views(names)
+                return _complete(path, plain[key], names), "study" if whole else "image"
+        study = [table[plain[name]].combine_chunks().cast(pa.string()) for name in FACTS if name in plain]
+    except pa.ArrowException as error:
+        raise DataError(f"{path}: damaged, or not a file of scores: {quote(str(error), 200)}") from error
+    if len(study) == len(FACTS):
+        numbers = pc.replace_substring_regex(study[1], r"^study", "")
+        return _complete(path, "study", pc.binary_join_element_wise(study[0], numbers, "/study")), "study"
+    if "study" in plain:
+        names = table[plain["study"]].combine_chunks().cast(pa.string())
+        if pc.all(pc.match_substring_regex(names, STUDY)).as_py():
+            return _complete(path, plain["study"], names), "study"
+    raise DataError(
+        f"{path}: no column says whose row it is: {', '.join(KEYS[:5])}, or patient and study; "
+        "map one: `columns` key=NAME"
+    )
+
+
+def _has_views(names: pa.Array) -> bool:
+    return bool(pc.any(pc.match_substring_regex(names, r"/view[^/]+$")).as_py())
+
+
+def _complete(path: Path, name: str, names: pa.Array) -> pa.Array:
+    row = pc.index(pc.or_kleene(names.is_null(), pc.equal(names, "")), True).as_py()
+    if row >= 0:
+        raise DataError(
+            f"{path}, {name_place(path, row)}, column {name}: blank, so nothing says whose row it is"
+        )
+    return names
+
+
+def _read_column(path: Path, name: str, column: pa.Array, logits: bool | None, calls: bool) -> Floats:
+    """A column's scores [M]; `logits` is None in a run's own file. Raises DataError for the first that is none."""
+    texts = column.cast(pa.string())
+    number = pc.match_substring_regex(texts, r"^\s*[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?\s*$")
+    if not pa.types.is_floating(column.type):
+        column = pc.if_else(pc.fill_null(number, False), pc.utf8_trim_whitespace(texts), None)
+    values: Floats = pc.fill_null(column.cast(pa.float64()), np.nan).to_numpy(zero_copy_only=False)
+    blank = texts.is_null().to_numpy(zero_copy_only=False)
+    if calls:
+        _refuse(path, name, texts, ~blank & ~np.isin(values, (0, 1)), f"is none: {READING}")
+        return values
+    hint = "; give `logits` if these are logits" if logits is False else ""
+    _refuse(path, name, texts, ~np.isfinite(values), "is no score")
+    if logits:
+        values = 1 / (1 + np.exp(-values))
+    _refuse(path, name, texts, ~((values >= 0) & (values <= 1)), f"is not in [0, 1]{hint}")
+    return values
+
+
+def _refuse(path: Path, name: str, texts: pa.Array, wrong: Bools, complaint: str) -> None:
+    if wrong.any():
+        row = int(np.argmax(wrong))
+        text = quote(texts[row].as_py() or "", 80)
+        raise DataError(f"{path}, {name_place(path, row)}, column {name}: '{text}' {complaint}")
+
+
+def name_place(path: Path, row: int) -> str:
+    """Where a row is in its file: a line of a CSV, else its number from 1."""
+    table = path.suffix.lower() in (".arrow", ".feather", ".parquet")
+    return f"row {row + 1}" if table else f"line {line_of(path, row)}"
+
+
+def write_scores(path: Path, table: pa.Table, labels: Sequence[str], scores: Floats) -> None:
+    """Write the scores [N, L] of the labels, for the rows of a split's table, atomically."""
+    columns = dict(zip(labels, scores.T.copy(), strict=True))
+    write_table(path, pa.table({name: table[name] for name in ("key", *FACTS)} | columns))
+
+
+def read_frame(path: Path, labels: Sequence[str] = LABELS) -> "pd.DataFrame":
+    """Patient, study and the scores of the labels of a run, in the order of the file. Raises DataError."""
+    import pandas as pd  # here, because it takes a second, and only studies' methods are compared by it
+
+    table, scores = _read_run(path, labels)
+    facts = {name: table[name].to_numpy() for name in FACTS}
+    return pd.DataFrame(facts | dict(zip(labels, scores.T, strict=True)))
+
+
+def read_scores(path: Path, keys: pa.ChunkedArray, labels: Sequence[str] = LABELS) -> Floats:
+    """The scores [N, L] of the labels for the images `keys` [N] of a run, in whatever order the file has them.
+
+    Raises DataError if the file is not one of scores, lacks an image, or has a score outside [0, 1].
+    """
+    table, scores = _read_run(path, labels)
+    rows = pc.index_in(keys.cast(pa.string()), value_set=table["key"].combine_chunks().cast(pa.string()))
+    if rows.null_count:
+        example = keys.filter(rows.is_null())[0]
+        raise DataError(
+            f"{path}: no scores of {rows.null_count:,} of {len(keys):,} images, such as {example}; "
+            "they are of other shards, or of other images of these"
+        )
+    chosen: Floats = scores[rows.to_numpy()]
+    return chosen
+
+
+def _read_run(path: Path, labels: Sequence[str]) -> tuple[pa.Table, Floats]:
+    """A run's own file and its scores [N, L] of the labels."""
+    table = _read_table(path)
+    demand_columns(path, table.column_names, ["key", *FACTS, *labels])
+    columns = [_read_column(path, label, table[label].combine_chunks(), None, False) for label in labels]
+    return table, np.column_stack(columns)

@@ -1,0 +1,144 @@
+"""The command `judge`, and the function behind it: scores that anybody made, against the truth of any source."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn.metrics import recall_score, roc_auc_score
+
+from pipeline import DataError, Judging, judge
+from pipeline.judging import parse_columns
+from pipeline.measure.evaluation import read_evaluation
+from tests.conftest import run_pipeline
+
+FINDINGS = ("Edema", "Infiltration", "Consolidation", "No Finding")
+COLUMNS = 'key="Image Index",Edema=p_Edema,Consolidation=p_Consolidation'
+
+
+@pytest.fixture(scope="module")
+def nih(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, pd.DataFrame]:
+    """A table like NIH's of 600 images, scores of 500 of them and of 3 others, and both joined."""
+    folder, random = tmp_path_factory.mktemp("nih"), np.random.default_rng(0)
+    names = [f"{number // 3 + 1:08d}_{number % 3:03d}.png" for number in range(600)]
+    found = random.integers(0, 4, 600)
+    table = pd.DataFrame(
+        {
+            "Image Index": names,
+            "Finding Labels": np.array(FINDINGS)[found],
+            "Follow-up #": np.arange(600) % 3,
+            "Patient ID": np.arange(600) // 3 + 1,
+            "Patient Age": random.integers(20, 90, 600),
+            "Patient Gender": random.choice(["M", "F"], 600),
+            "View Position": random.choice(["AP", "PA"], 600),
+        }
+    )
+    table.to_csv(folder / "table.csv", index=False)
+    truth = np.column_stack([found == 0, found == 2])
+    scores = pd.DataFrame(
+        1 / (1 + np.exp(-random.normal(2 * truth - 1, 1))), columns=["p_Edema", "p_Consolidation"]
+    )
+    scores.insert(0, "Image Index", names)
+    kept = pd.concat(
+        [scores.sample(500, random_state=1), scores[:3].assign(**{"Image Index": ["x", "y", "z"]})]
+    )
+    kept.to_csv(folder / "scores.csv", index=False)
+    return folder / "table.csv", folder / "scores.csv", kept[:500].merge(table)
+
+
+def test_a_table_alone_judges_scores(nih: tuple[Path, Path, pd.DataFrame], tmp_path: Path) -> None:
+    table, scores, both = nih
+    out = tmp_path / "judged"
+    words = ("--columns", COLUMNS, "--threshold", "0.5", "--name", "theirs", "--out", out)
+    done = run_pipeline("judge", scores, table, *words)
+    assert done.returncode == 0, done.stderr
+    assert "scores.csv: 100 of 600 images have no row, such as " in done.stderr
+    assert "scores.csv: 3 of its images are not in the data set, such as x" in done.stderr
+    found = read_evaluation(out / "evaluation.json")
+    assert (found.split, found.labels) == ("all", ["Edema", "Consolidation"])
+    truth = both["Finding Labels"] == "Edema"
+    row = found.get("auroc", "Edema")
+    assert row.value == pytest.approx(roc_auc_score(truth, both["p_Edema"]))
+    assert (row.positives, row.negatives) == (truth.sum(), (~truth).sum())
+    for side in ("AP", "PA"):
+        rows = both["View Position"] == side
+        expected = roc_auc_score(truth[rows], both["p_Edema"][rows])
+        assert found.get("auroc", "Edema", group=f"projection={side}").value == pytest.approx(expected)
+    rate = found.get("sensitivity", "Edema", group="given").value
+    assert rate == pytest.approx(recall_score(truth, both["p_Edema"] >= 0.5))
+    assert "within AP" in next(found.select(metric="verdict", label="Edema")).note
+    assert f"│ Edema                   │ {row.shown} │" in done.stdout
+    assert [file.name for file in sorted(out.iterdir())] == ["card.md", "evaluation.json", "report.html"]
+    card = (out / "card.md").read_text()
+    assert card.startswith("# Model card: theirs\n")
+    assert f"| Edema | {row.shown} |" in card
+    assert "100 of 600 images have no row" in (out / "report.html").read_text()
+
+
+def test_cells_that_a_set_leaves_open_may_count_as_negative(nih: tuple[Path, Path, pd.DataFrame]) -> None:
+    """NIH's infiltrates may be consolidations: figures of others count them as negative."""
+    table, scores, both = nih
+    columns = parse_columns(COLUMNS)
+    plain, filled = (judge(scores, table, Judging(columns=columns, open=how)) for how in ("ignore", "zeros"))
+    truth = both["Finding Labels"] == "Consolidation"
+    known = both["Finding Labels"] != "Infiltration"
+    for judged, rows in ((plain, known), (filled, np.ones(500, bool))):
+        row = judged.evaluation.get("auroc", "Consolidation")
+        assert row.value == pytest.approx(roc_auc_score(truth[rows], both["p_Consolidation"][rows]))
+        assert (row.positives, row.negatives) == (truth.sum(), (rows & ~truth).sum())
+
+
+def test_two_readers_and_a_network_stand_on_one_page(
+    nih: tuple[Path, Path, pd.DataFrame], tmp_path: Path
+) -> None:
+    table, scores, both = nih
+    truth = both["Finding Labels"] == "Edema"
+    calls = {"a": truth, "b": np.arange(500) % 2 == 0}
+    for name, called in calls.items():
+        frame = pd.DataFrame({"key": both["Image Index"], "Edema": called.astype(int)})
+        frame[50:].to_csv(tmp_path / f"{name}.csv", index=False)
+    other = pd.read_csv(scores).assign(p_Edema=0.5, p_Consolidation=lambda one: 1 - one["p_Consolidation"])
+    other["p_Edema"] = np.random.default_rng(5).random(len(other))
+    other.to_csv(tmp_path / "other.csv", index=False)
+    words = (
+        "--readers",
+        tmp_path / "a.csv",
+        "--readers",
+        tmp_path / "b.csv",
+        "--against",
+        tmp_path / "other.csv",
+    )
+    done = run_pipeline("judge", scores, table, "--columns", COLUMNS, *words, "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    found = read_evaluation(tmp_path / "out" / "evaluation.json")
+    for name, called in calls.items():
+        rate = found.get("sensitivity", "Edema", "study", scorer=name)
+        assert rate.value == pytest.approx(recall_score(truth[50:], called[50:]))
+    assert [found.get("below", "Edema", "study", scorer=name).value for name in calls] == [0, 1]
+    less = found.get("auroc_difference", "Consolidation", scorer="other")
+    assert less.value == pytest.approx(2 * found.get("auroc", "Consolidation").number - 1)
+    assert "below the curve: 1 of 2, readers times labels" in done.stdout
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert 'aria-label="readers beside the ROC curve of Edema"' in page
+
+
+def test_what_cannot_be_judged_is_refused(nih: tuple[Path, Path, pd.DataFrame], tmp_path: Path) -> None:
+    table, scores, _ = nih
+    for words, message in {
+        ("--columns", "Edema"): "'Edema' is not LABEL=COLUMN, key=COLUMN, patient=COLUMN or study=COLUMN",
+        ("--dev", "dev", "--threshold", "0.5"): "--threshold is for scores without --dev",
+        ("--dev", "valid", "--split", "valid"): "--dev is the split to be judged; name another",
+    }.items():
+        done = run_pipeline("judge", scores, table, *words)
+        assert (done.returncode, message in done.stderr) == (2, True), done.stderr
+    columns = parse_columns(COLUMNS)
+    with pytest.raises(DataError, match=r"is one CSV without splits; leave out its split$"):
+        judge(scores, table, Judging(columns=columns, dev="train"))
+    few = tmp_path / "few.csv"
+    pd.read_csv(scores)[:400].to_csv(few, index=False)
+    with pytest.raises(DataError, match=r"few.csv: no scores of \d+ of these 500 images, such as 0"):
+        judge(scores, table, Judging(columns=columns, against=(few,)))
+    with pytest.raises(DataError, match=r"two files of one name, by which they are shown; rename one$"):
+        judge(scores, table, Judging(columns=columns, against=(few, few)))
+    assert json.loads(json.dumps(dict(columns)))["key"] == "Image Index"
