@@ -1,10 +1,7 @@
-"""Scores, truth and facts of a split's images → everything reported about it, as one JSON document.
+"""Scores, truth and facts of a split's images → the figures of each finding, mean and group, as rows.
 
     calibration = calibrate(names, dev)              # calibration.json
     evaluation = assess(names, valid, calibration)   # evaluation-valid.json
-
-The top of the document is the image level (labels, means, intervals, against); `study` holds the same for studies,
-and `subgroups` the groups. Undefined figures are None and never part of a mean.
 """
 
 from collections import Counter
