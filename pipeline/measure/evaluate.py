@@ -2,6 +2,8 @@
 
     calibration = calibrate(names, dev)              # calibration.json
     evaluation = assess(names, valid, calibration)   # evaluation-valid.json
+
+An undefined figure is None, and never part of a mean.
 """
 
 from collections import Counter
