@@ -127,15 +127,17 @@ def _read_workbook(path: Path) -> pa.Table:
             sheet = openpyxl.load_workbook(file, read_only=True, data_only=True).worksheets[0]
             sheet.reset_dimensions()  # those that the file states may be wrong
             rows: list[list[str | None]] = []
-            width = 0
+            width = letters = 0
             for cells in sheet.rows:
                 texts = [_cell_text(cell) for cell in cells]
                 while texts and texts[-1] is None:
                     texts.pop()
                 rows.append(texts)
                 width = max(width, len(texts))
-                # A cell far out stands for a table of empty ones, of at least the 8 bytes of a reference each.
-                check_expansion(path, stored, 8 * width * len(rows))
+                letters += sum(len(text or "") for text in texts)
+                # A cell far out stands for a table of empty ones, of at least the 8 bytes of a reference each; and
+                # many cells may share a text.
+                check_expansion(path, stored, 8 * width * len(rows) + letters)
         header = [name or "" for name in rows[0]] + [""] * (width - len(rows[0]))
         while not rows[-1]:
             rows.pop()

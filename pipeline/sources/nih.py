@@ -60,7 +60,7 @@ def read_tables(source: Source, note: Note = ignore) -> dict[str, pa.Table]:
     listed = {}
     for split in LISTS:
         with open_to_read(csvs[split]) as file:
-            listed[split] = file.read().decode(errors="replace").split()
+            listed[split] = file.read().decode("utf-8-sig", errors="replace").split()
     names = pa.array([name for names in listed.values() for name in names], pa.string())
     rows = pa.table({"list": [LISTS[split] for split, names in listed.items() for _ in names]})
     lists = csvs["train"].with_name(" and ".join(LISTS.values()))

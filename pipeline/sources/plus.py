@@ -22,7 +22,15 @@ from pipeline.base.errors import DataError, quote
 from pipeline.base.store import open_to_read
 from pipeline.identity import Note, ignore, join, normalize_paths
 from pipeline.labels import LABELS, read_labels
-from pipeline.sources.source import DataSet, Source, locate_below, make_table, read_terms, take_states
+from pipeline.sources.source import (
+    DataSet,
+    Source,
+    first_file,
+    locate_below,
+    make_table,
+    read_terms,
+    take_states,
+)
 
 TABLE = "df_chexpert_plus_240401.csv"
 LABEL_FILES = tuple(f"chexbert_labels/{part}_fixed.json" for part in ("report", "impression", "findings"))
@@ -41,14 +49,15 @@ _PATH = (
 
 def find_tables(folder: Path) -> dict[str, Path] | None:
     """The table and the labels; None without the table. Raises DataError if there are no labels."""
-    if not (folder / TABLE).is_file():
+    table = first_file(folder, [TABLE])
+    if table is None:
         return None
     labels = next((folder / name for name in LABEL_FILES if (folder / name).is_file()), None)
     own = {f"labels_{split}": folder / f"{split}.csv" for split in SPLITS}
     files = {"labels": labels} if labels else {role: path for role, path in own.items() if path.is_file()}
     if not files:
         raise DataError(f"{folder}: {TABLE} is there, but none of {', '.join(LABEL_FILES)}, train.csv")
-    return {"table": folder / TABLE, **files}
+    return {"table": table, **files}
 
 
 def read_tables(source: Source, note: Note = ignore) -> dict[str, pa.Table]:

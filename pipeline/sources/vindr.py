@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 from pipeline.base.csvs import demand, demand_cells, demand_columns, demand_unique, read_header, read_strings
 from pipeline.labels import LABELS, NOT_ANNOTATED
 from pipeline.sources.findings import leave_open, read_findings
-from pipeline.sources.source import DataSet, list_images, make_table, read_terms
+from pipeline.sources.source import DataSet, first_file, list_images, make_table, read_terms
 
 COLUMN, READER = "image_id", "rad_id"
 SPLITS = ("train", "test")
@@ -31,9 +31,8 @@ ABSENT = ("Edema", "Pneumonia", "Fracture")  # from the table of boxes
 def find_tables(folder: Path) -> dict[str, Path] | None:
     """The labels of train and test, or of one of them; else the competition's table, as train; None without any."""
     for home in (folder / "annotations", folder):
-        files = {split: home / f"image_labels_{split}.csv" for split in SPLITS}
-        tables = {split: path for split, path in files.items() if path.is_file()}
-        if tables:
+        files = {split: first_file(home, [f"image_labels_{split}.csv"]) for split in SPLITS}
+        if tables := {split: path for split, path in files.items() if path}:
             return tables
     boxes = (folder / name for name in BOXES)
     table = next((path for path in boxes if path.is_file() and READER in read_header(path)), None)

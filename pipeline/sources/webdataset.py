@@ -22,7 +22,7 @@ from pipeline.base.errors import DataError
 from pipeline.base.files import parse_object
 from pipeline.base.store import is_remote, list_files
 from pipeline.base.tar import Member, read_members
-from pipeline.identity import Note, ignore, join, normalize_paths
+from pipeline.identity import Note, choose_paths, ignore, join
 from pipeline.labels import LABELS
 from pipeline.manifest import read_manifest
 from pipeline.sources import table
@@ -207,7 +207,7 @@ def _join(csv: Path, column: str, samples: list[Sample], wanted: set[str], note:
         return [f"{csv}: no column {column}; it has {', '.join(text.column_names)}"]
     chosen = text.select([name for name in text.column_names if name in wanted])
     keys = pa.array([sample.key for sample in samples], pa.string())
-    rows = join(keys, csv, chosen, text[column], "images", note, normalize_paths)
+    rows = join(keys, csv, chosen, text[column], "images", note, choose_paths(keys))
     for name, cells in chosen.to_pydict().items():
         for sample, row in zip(samples, rows.to_pylist(), strict=True):
             sample.fields[name] = None if row is None else cells[row]

@@ -179,6 +179,17 @@ def test_our_own_shards_become_the_same_again(shards: tuple[Path, Manifest], tmp
         assert again.splits[name].shards == split.shards  # the same bytes
 
 
+def test_folders_count_if_they_hold_files_of_one_name(tmp_path: Path) -> None:
+    write(tmp_path / "x.tar", [{"__key__": f"{folder}/1", "jpg": image(0)} for folder in "ab"])
+    (tmp_path / "labels.csv").write_text("image,mrn,edema\nx/a/1.png,P1,1\nx/b/1.png,P2,0\n")
+    columns = (("patient", "mrn"), ("Edema", "edema"), ("key", "image"))
+    table = read_tables(find_source(tmp_path, {}, [], "webdataset", columns))["train"]
+    assert list(zip(table["patient"].to_pylist(), table["Edema"].to_pylist(), strict=True)) == [
+        ("P1", 1),
+        ("P2", 0),
+    ]
+
+
 def test_each_split_may_have_tars(tmp_path: Path) -> None:
     one, other = (
         write(tmp_path / name / "0.tar", [{"__key__": name, "jpg": image(0), "cls": b"1"}]) for name in "ab"
