@@ -10,17 +10,8 @@
 
 `torchrun --nproc-per-node 8 -- train.py …` trains on 8 GPUs: every rank takes its slice of the same batches.
 
-A run folder holds config.json, environment.jsonl (a line per start), metrics.jsonl (a line per evaluation) and
-TensorBoard's events; last.pt (all that a resume restores) and best.pt (the averaged weights that are best on dev,
-by --choose-by); calibration.json (thresholds and calibrations chosen on dev), and for every split that was scored
-evaluation-<split>.json and scores-<split>.arrow; report.html and model-card.md. The same command on the same
-folder continues where it stopped, exactly: batches and augmentations are functions of (seed, epoch, step).
-
-Self-training (U-SelfTrained of Irvin et al., 2019) is three commands: a teacher that leaves uncertain cells
-out, its scores of train, and a student whose uncertain targets they are:
-    python -m train --run runs/teacher --uncertain ignore
-    python -m train evaluate --run runs/teacher --split train
-    python -m train --run runs/student --uncertain selftrained --teacher runs/teacher
+A run folder's files are listed in docs/training.md. The same command on the same folder continues where it stopped,
+exactly: batches and augmentations are functions of (seed, epoch, step).
 """
 
 import importlib

@@ -1,16 +1,4 @@
-"""The folder of a run: what is in it, and how it is written and read.
-
-config.json           Config; the run's outcome is a function of it
-environment.jsonl     a line per start: the code, packages and device it ran with
-metrics.jsonl         a line per evaluation
-tensorboard/          the same and the loss, as TensorBoard's events
-last.pt               all that a resume restores
-best.pt               the averaged weights that are best on dev, by `choose_by`, and what scoring an image needs
-calibration.json      thresholds and calibrations chosen on dev
-evaluation-<split>.json, scores-<split>.arrow    for every split that was scored; of other shards than the
-                      run's own they are named <split>-<first 8 digits of the manifest's sha256>
-report.html, model-card.md
-"""
+"""The folder of a run: how its files, which docs/training.md lists, are written and read."""
 
 import hashlib
 import json

@@ -3,6 +3,7 @@
 import contextlib
 import math
 import re
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -23,7 +24,7 @@ from model.runs.config import Config, learned_columns
 from model.runs.folder import load_best
 from model.runs.job import Job, Selected, agree, choose_device, network_inputs, open_rows, read_batches
 from model.runs.overlap import check_seen
-from pipeline.console import Advance, progress_bar
+from pipeline.console import Advance, progress_bar, say
 from pipeline.images import Gray, ImageError, ImageOptions, decode_stored, find_position, prepare, resize
 from pipeline.labels import POSITIONS, PROJECTIONS
 from pipeline.measure.calibration import apply_calibrations
@@ -159,12 +160,15 @@ def score_files(
     network, best = load_best(run, config, device)
     options = ImageOptions(**best["images"])
     bad: list[tuple[Path, str]] = []
+    contents: list[int] = []
     usable = np.ones(len(samples), bool)
 
     def read(file: Path) -> tuple[Gray, int] | str:
         try:
             content = file.read_bytes()
-            pixels = decode_stored(prepare(content, options).data, options.encoding)
+            stored = prepare(content, options).data
+            contents.append(zlib.crc32(stored) << 32 | len(stored))
+            pixels = decode_stored(stored, options.encoding)
             projection = UNKNOWN_FRONTAL if config.fusion is None else find_projection(file, content)
             return resize(pixels, config.image_size, config.image_size), projection
         except OSError as error:
@@ -206,4 +210,9 @@ def score_files(
             precision,
         )
     scores[~usable] = np.nan
+    learned = np.concatenate([np.empty(0, np.int64), *(entry["images"].numpy() for entry in best["seen"])])
+    if known := int(np.isin(np.array(contents, np.uint64).view(np.int64), learned).sum()):
+        say(
+            f"{run} has learned from {known:,} of these {len(contents):,} images: its scores of them are too good"
+        )
     return scores, bad

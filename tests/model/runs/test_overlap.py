@@ -88,6 +88,17 @@ def test_images_that_the_run_trained_on_are_refused(
     assert f"{said}: its scores of them are too good\n" in capfd.readouterr().err
 
 
+def test_predict_says_how_many_images_the_run_learned_from(
+    originals: Path, run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    films = originals / "CheXpert-v1.0-small"
+    for split, known in (("train", len(read_frame(originals / "shards", "train", "dev"))), ("valid", 0)):
+        assert call_train("predict", "--run", run, "--out", tmp_path / "scores.csv", films / split) == 0
+        images = len([*(films / split).rglob("*.jpg")])
+        said = f"{run} has learned from {known} of these {images} images: its scores of them are too good\n"
+        assert (said in capfd.readouterr().err) == (known > 0)
+
+
 def test_patients_that_the_run_trained_on_are_counted(
     folder: Path, run: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
