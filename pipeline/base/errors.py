@@ -16,6 +16,10 @@ class SettingError(DataError):
     """Settings that do not go together; a command reports them as wrong usage."""
 
 
+class MachineError(DataError):
+    """A failure of this machine rather than of its input; another machine may do better."""
+
+
 class MissingPackageError(DataError, ImportError):
     """A package of an extra that is not installed; the message is the command that installs it."""
 

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 from filelock import FileLock
 
-from pipeline.base.errors import DataError, explain_os_error
+from pipeline.base.errors import DataError, MachineError, explain_os_error
 from pipeline.base.store import is_remote, object_to_put, open_to_read
 
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # how a spreadsheet's formulas begin
@@ -232,11 +232,11 @@ def write_atomically(path: Path, data: bytes | pa.Buffer) -> None:
 
 @contextmanager
 def named_writes(path: Path) -> Iterator[None]:
-    """Raise DataError, naming the file or folder, where the system refuses to write it."""
+    """Raise MachineError, naming the file or folder, where the system refuses to write it."""
     try:
         yield
     except OSError as error:
-        raise DataError(f"{path}: cannot be written: {explain_os_error(error)}") from error
+        raise MachineError(f"{path}: cannot be written: {explain_os_error(error)}") from error
 
 
 @contextmanager

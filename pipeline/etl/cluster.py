@@ -1,32 +1,45 @@
 """Tasks → results on the workers of a Dask cluster: what `pipeline.base.workers` is on one machine.
 
 Dask's scheduler reruns the tasks of a lost worker on another one. Tasks and results travel pickled among scheduler,
-workers and this process, which must trust each other; paths in them must mean the same everywhere.
+workers and this process, which must trust each other; paths in them must mean the same everywhere. Each task brings
+along what its worker must be like, so that a worker that joins late is checked as well.
 """
 
-from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, wait
+import hashlib
+import logging
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from concurrent.futures import CancelledError
+from contextlib import suppress
+from functools import cache, partial
+from importlib import import_module
 from importlib.metadata import version
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pipeline.base.errors import DataError, needs
+from pipeline.base.errors import DataError, MachineError, needs
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 CONNECT_SECONDS = 20.0
 PACKAGES = ("numpy", "opencv-python-headless", "pillow", "pyarrow", "simplejpeg")  # they decide the bytes
+logger = logging.getLogger(__name__)
 
 
 def run_on_cluster(
-    function: Callable[[Task], Result], tasks: Iterable[Task], scheduler: str, witness: Path
+    function: Callable[[Task], Result],
+    tasks: Iterable[Task],
+    scheduler: str,
+    witness: Path,
+    blame: Callable[[Result], str] = lambda result: "",
 ) -> Generator[Result, None, None]:
     """Results as they come, with a bounded number of tasks in flight.
 
-    `witness` is a file that every worker must see. Raises DataError where the scheduler cannot be reached, workers
-    are unfit, or a task's worker was lost again and again; and whatever a task raises.
+    `witness` is a file that every worker must see; `blame` says why a result is a failure of its worker, if it is
+    one. An unfit worker is named in a warning and gets no further tasks; its task is done by another one. Raises
+    DataError where the scheduler cannot be reached, no fit worker is left, or a task's worker was lost again and
+    again; and whatever a task raises.
     """
     with needs("dask", "`scheduler`"):
         from distributed import Client, KilledWorker
@@ -36,23 +49,10 @@ def run_on_cluster(
         client = connect(scheduler, timeout=CONNECT_SECONDS, set_as_default=False)
     except (OSError, ValueError) as error:
         raise DataError(f"`scheduler` {scheduler}: cannot be reached: {error}") from None
-    with client:
-        _check_workers(client, scheduler, witness)
-        # Not pure: what a task writes may have been removed since a cluster did the same. No retries: an error that a
-        # task raises, it raises again; the tasks of lost workers are done again in any case.
-        executor = client.get_executor(pure=False, retries=0)
-        waiting = iter(tasks)
-        flight: set[Future[Result]] = set()
+    run = partial(_run, function, _describe(witness), witness)
+    with client, client.as_current():
         try:
-            while True:
-                # Workers may join and leave: two tasks for each thread that there is now.
-                room = max(1, 2 * sum(client.nthreads().values()) - len(flight))
-                flight |= {executor.submit(function, task) for task in islice(waiting, room)}
-                if not flight:
-                    return
-                done, flight = wait(flight, return_when=FIRST_COMPLETED)
-                for future in done:
-                    yield future.result()
+            yield from _spread(client, run, iter(tasks), blame)
         except KilledWorker as error:
             raise DataError(
                 f"a worker was lost each time it had this task: {error}; is there enough memory?"
@@ -61,38 +61,86 @@ def run_on_cluster(
             raise DataError(
                 f"`scheduler` {scheduler}: the connection was lost; the same command continues"
             ) from None
-        finally:
-            executor.shutdown(wait=False)  # which cancels what waits
 
 
-def _check_workers(client: Any, scheduler: str, witness: Path) -> None:
-    """Raise DataError unless there are workers, with the packages of this process, that see the file."""
+def _spread(
+    client: Any, run: Callable[[Task], Any], waiting: Iterator[Task], blame: Callable[[Result], str]
+) -> Generator[Result, None, None]:
+    """Results of the tasks, of fit workers alone; as `run_on_cluster`."""
+    distributed: Any = import_module("distributed")  # which has no types
+    name = f"`scheduler` {client.scheduler.address}"
     try:
         client.wait_for_workers(1, timeout=CONNECT_SECONDS)
     except TimeoutError:
-        raise DataError(f"`scheduler` {scheduler}: it has no workers") from None
-    here = _describe(witness)
-    for address, there in client.run(_describe, witness, on_error="return").items():
-        if isinstance(there, Exception):
-            raise DataError(
-                f"`scheduler` {scheduler}: worker {address}: {there}; install this project there too"
-            )
-        for name, value in here.items():
-            if there[name] != value:
-                if name == str(witness):
-                    raise DataError(
-                        f"`scheduler` {scheduler}: worker {address} does not see {witness.parent}"
-                    )
-                raise DataError(
-                    f"`scheduler` {scheduler}: worker {address} has {name} {there[name]}, {value} is here: "
-                    "the bytes would differ"
-                )
+        raise DataError(f"{name}: it has no workers") from None
+    for address, answer in client.run(_describe_code, on_error="return").items():
+        if isinstance(answer, Exception):
+            raise DataError(f"{name}: worker {address}: {answer}; install this project there too")
+    flight: dict[Any, tuple[Task, set[str]]] = {}  # a task, and who may do it
+    unfit: dict[str, str] = {}  # by address
+    while True:
+        threads = client.nthreads()
+        fit = set(threads) - set(unfit)
+        if unfit and not fit:
+            raise DataError(f"{name}: no fit worker is left: {'; '.join(unfit.values())}")
+        # Those that were for workers which have left meanwhile.
+        stranded = [future for future, (_, allowed) in flight.items() if unfit and not allowed & fit]
+        waiting = chain([flight.pop(future)[0] for future in stranded], waiting)
+        # Workers may join and leave: two tasks for each thread that there is now.
+        room = max(1, 2 * sum(threads[address] for address in fit) - len(flight))
+        for task in islice(waiting, room):
+            # Not pure: what a task writes may have been removed since a cluster did the same. No retries: an error that
+            # a task raises, it raises again; the tasks of lost workers are done again in any case.
+            how = {"pure": False, "retries": 0, "workers": sorted(fit) if unfit else None}
+            flight[client.submit(run, task, **how)] = task, fit
+        if not flight:
+            return
+        with suppress(TimeoutError):  # after which the workers are looked at again
+            distributed.wait(list(flight), CONNECT_SECONDS if unfit else None, "FIRST_COMPLETED")
+        for future in [future for future in flight if future.done()]:
+            address, reason, result = future.result()
+            task, _ = flight.pop(future)
+            reason = reason or blame(result)
+            if not reason:
+                yield result
+                continue
+            if address not in unfit:
+                logger.warning("worker %s %s; its tasks go to others", address, reason)
+            unfit[address] = f"worker {address} {reason}"
+            waiting = chain([task], waiting)
+
+
+def _run(
+    function: Callable[[Task], Result], needed: Mapping[str, str], witness: Path, task: Task
+) -> tuple[str, str, Result | None]:
+    """In a worker: its address, why it is unfit, and the result where it is not."""
+    from distributed import get_worker
+
+    address, present = get_worker().address, _describe(witness)
+    for name, value in needed.items():
+        if present[name] != value:
+            if name == str(witness):
+                return address, f"does not see {witness.parent}", None
+            return address, f"has {name} {present[name]}, {value} is needed: the bytes would differ", None
+    try:
+        return address, "", function(task)
+    except (MachineError, OSError) as error:
+        return address, f"failed: {error}", None
 
 
 def _describe(witness: Path) -> dict[str, str]:
-    """What decides a worker's output: versions, and the content of the shared file."""
+    """What decides a worker's output: versions, sources, and the content of the shared file."""
     try:
         content = witness.read_bytes().hex()
     except OSError:
         content = ""
-    return {name: version(name) for name in PACKAGES} | {str(witness): content}
+    return {**_describe_code(), str(witness): content}
+
+
+@cache
+def _describe_code() -> dict[str, str]:
+    sources = Path(__file__).parents[1]
+    digest = hashlib.sha256()
+    for path in sorted(sources.rglob("*.py")):
+        digest.update(path.relative_to(sources).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return {name: version(name) for name in PACKAGES} | {"sources of sha256": digest.hexdigest()}

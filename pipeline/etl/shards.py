@@ -46,6 +46,7 @@ from pipeline.etl.writing import (
     write_shard,
 )
 from pipeline.manifest import NAME, Manifest, read_manifest
+from pipeline.sources.rows import MISSING, find_missing
 from pipeline.sources.sets import SETS, find_terms
 from pipeline.sources.source import Source
 
@@ -254,6 +255,15 @@ def _refuse_others(out: Path, names: Collection[str]) -> None:
             )
 
 
+def _name_unseen(summary: ShardSummary) -> str:
+    """What its worker does not see of the source and this process does; "" if there is no such file."""
+    missing = [
+        reject.file for reject in summary.rejects if reject.reason == MISSING and "://" not in reject.file
+    ]
+    unseen = sorted({*missing} - {*find_missing(missing, ())})
+    return f"does not see {unseen[0]}" if unseen else ""
+
+
 def _write_tasks(run: Run, tasks: Sequence[ShardTask], resumed: int, total: int) -> list[ShardSummary]:
     """Write shards in processes or on a cluster. Raises DataError for more rejects than are allowed."""
     scheduler, max_bad = run.how.scheduler, run.how.max_bad
@@ -267,7 +277,7 @@ def _write_tasks(run: Run, tasks: Sequence[ShardTask], resumed: int, total: int)
     if scheduler is None:
         results = run_tasks(write_shard, tasks, run.how.workers, tick)
     else:
-        results = run_on_cluster(write_shard, tasks, scheduler, run.partial / STARTED)
+        results = run_on_cluster(write_shard, tasks, scheduler, run.partial / STARTED, _name_unseen)
     finished = []
     # Closed explicitly: when this raises, the workers must have ended before the caller goes on.
     with closing(results) as summaries:

@@ -1,5 +1,6 @@
 """A source's label tables → the shuffled rows of each split, and the content of their images."""
 
+import errno
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice, pairwise
@@ -11,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.base.csvs import line_of
-from pipeline.base.errors import DataError
+from pipeline.base.errors import DataError, MachineError, explain_os_error
 from pipeline.base.store import is_remote, list_objects, read_objects
 from pipeline.identity import find_shared, identify_patients, spell_alike
 from pipeline.images import ImageError
@@ -21,6 +22,12 @@ from pipeline.sources.sets import SETS, numbers_studies
 from pipeline.sources.source import Source, find_place, settle_blanks
 
 READ = 2**16  # bytes, at first: most images are smaller
+MISSING = "no such file, but the CSV lists it"
+# Reasons to reject an image, wherever it is read; any other error is of the machine, such as a disk that fails.
+OF_A_FILE = {
+    *(errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR),
+    *(errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO, errno.ENODEV),
+}
 
 
 class Omitted(NamedTuple):
@@ -87,11 +94,14 @@ def find_missing(files: Sequence[str], roots: Sequence[Path]) -> list[str]:
 
 
 def read_images(files: Sequence[str], roots: Sequence[Path]) -> Iterator[bytes | ImageError]:
-    """The content of each file in turn, or why it cannot be used. Raises DataError for a store that fails."""
+    """The content of each file in turn, or why it cannot be used.
+
+    Raises DataError for a store that fails, MachineError where this machine fails: that says nothing of the images.
+    """
     stored = read_objects([file for file in files if "://" in file])
     for file in files:
         content = next(stored) if "://" in file else _read_file(file, roots)
-        yield ImageError("no such file, but the CSV lists it") if content is None else content
+        yield ImageError(MISSING) if content is None else content
 
 
 def _read_file(file: str, roots: Sequence[Path]) -> bytes | ImageError | None:
@@ -115,6 +125,8 @@ def _read_file(file: str, roots: Sequence[Path]) -> bytes | ImageError | None:
     except FileNotFoundError:
         return None
     except OSError as error:
+        if error.errno not in OF_A_FILE:
+            raise MachineError(f"{path}: cannot be read: {explain_os_error(error)}") from None
         return ImageError(f"cannot be read: {error.strerror}")
 
 

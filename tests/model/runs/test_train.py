@@ -1397,7 +1397,7 @@ MISUSES = [
     (
         "train --shards gs://bucket/shards --run {run}",
         1,
-        "Error: shards cannot be read from gs://: give a folder",
+        "Error: shards cannot be read from gs: give a folder",
     ),
     ("--cache-size 20", 2, "'20' is not like 500MB, 20GB or 1.5TB"),
     ("--arch vgg", 2, "'vgg' is not one of 'resnet18', 'resnet34'"),

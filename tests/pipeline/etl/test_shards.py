@@ -18,13 +18,16 @@ import webdataset
 from PIL import Image
 
 from pipeline import DataError, open_shards
+from pipeline.base.errors import MachineError
 from pipeline.base.files import atomic_file, claimed, write_csv
 from pipeline.etl import shards as etl
 from pipeline.etl.planning import Options
-from pipeline.etl.shards import Execution, RunSummary, write_shards
+from pipeline.etl.shards import Execution, RunSummary, _name_unseen, write_shards
+from pipeline.etl.writing import Reject, ShardSummary
 from pipeline.images import Original
 from pipeline.labels import LABELS, hash_fraction
 from pipeline.manifest import Manifest, read_manifest, read_table
+from pipeline.sources.rows import MISSING, read_images
 from pipeline.sources.sets import find_source
 from tests.conftest import POLICIES, default_options, make_shards, write_chexpert
 
@@ -301,6 +304,28 @@ def test_unusable_image_stops_the_run_and_leaves_nothing_finished(
     assert not [path for path in out.rglob("*") if path.name.endswith(".tmp")]
     with pytest.raises(DataError, match=r"no manifest.json, so no finished shards"):
         read_manifest(out)
+
+
+@pytest.mark.parametrize("error", [errno.EIO, errno.ESTALE, errno.EMFILE])
+def test_a_disk_that_fails_ends_the_run_and_rejects_nothing(
+    chexpert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: int
+) -> None:
+    image = chexpert / "train/patient00003/study2/view1_frontal.jpg"
+
+    def fail(*_: object) -> None:
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr(os, "open", fail)
+    with pytest.raises(MachineError) as caught:
+        list(read_images([str(image)], [chexpert]))
+    assert str(caught.value) == f"{image}: cannot be read: {os.strerror(error)}"
+
+
+def test_a_reject_that_is_a_workers_fault_is_told_by_the_files_that_are_seen_here(chexpert: Path) -> None:
+    image, absent = chexpert / "train/patient00003/study2/view1_frontal.jpg", chexpert / "absent.jpg"
+    rejects = tuple(Reject("train", "key", str(file), MISSING) for file in (absent, image))
+    assert _name_unseen(ShardSummary(0, 0, 0, rejects)) == f"does not see {image}"
+    assert _name_unseen(ShardSummary(0, 0, 0, rejects[:1])) == ""
 
 
 def test_rejects_are_left_out_and_listed_and_tried_again(
