@@ -30,11 +30,8 @@ _LUMINANCE = (
     "16 11 10 16 24 40 51 61 12 12 14 19 26 58 60 55 14 13 16 24 40 57 69 56 14 17 22 29 51 87 80 62 "
     "18 22 37 56 68 109 103 77 24 35 55 64 81 104 113 92 49 64 78 87 103 121 120 101 72 92 95 98 112 100 103 99"
 )
-_PERCENT = [5000 // quality if quality < 50 else 200 - 2 * quality for quality in range(1, 101)]
-_SUMS = [
-    sum(min(max((int(level) * percent + 50) // 100, 1), 255) for level in _LUMINANCE.split())
-    for percent in _PERCENT
-]
+_PERCENT = np.array([5000 // quality if quality < 50 else 200 - 2 * quality for quality in range(1, 101)])
+_SUMS = np.clip((np.array(_LUMINANCE.split(), int) * _PERCENT[:, None] + 50) // 100, 1, 255).sum(axis=1)
 
 
 class Picture(NamedTuple):
@@ -160,7 +157,7 @@ def _estimate_quality(segments: Iterable[bytes]) -> int | None:
             table, tables = tables[1 : 65 + 64 * wide], tables[65 + 64 * wide :]
             if number == 0:
                 total = sum(table) + wide * 255 * sum(table[::2])  # 16-bit levels begin with their high byte
-                quality = 1 + min(range(100), key=lambda index: abs(_SUMS[index] - total))
+                quality = 1 + int(np.abs(_SUMS - total).argmin())
     return quality
 
 
