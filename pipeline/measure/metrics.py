@@ -241,15 +241,18 @@ def decide(probability: Floats, truth: Bools, owner: npt.NDArray[Any], threshold
     """Net benefit of calling cells [n ≥ 1] by a threshold, of calling `all`, and the `gain` over the better default.
 
     That is all or none, whose net benefit is 0. The gain's limits: a mean of cells, with owners [n] as clusters and
-    the normal distribution; None with one owner.
+    Student's t; None with one owner.
     """
+    from scipy.special import stdtrit  # takes a tenth of a second
+
     model, calls = (net_benefit(which, truth, threshold) for which in (probability, np.ones(len(truth))))
     gains = model - calls if calls.mean() > 0 else model
     _, codes = np.unique(owner, return_inverse=True)
     sums = np.bincount(codes, gains - gains.mean())
     gain, half = float(gains.mean()), None
     if len(sums) > 1:
-        half = Z * float(np.sqrt((sums**2).sum() * len(sums) / (len(sums) - 1))) / len(gains)
+        z = float(-stdtrit(len(sums) - 1, 0.025))
+        half = z * float(np.sqrt((sums**2).sum() * len(sums) / (len(sums) - 1))) / len(gains)
     return {
         "threshold": threshold,
         "model": float(model.mean()),

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from scipy.stats import binomtest
 from sklearn import metrics as sk
 from sklearn.calibration import calibration_curve
@@ -181,4 +182,8 @@ def test_net_benefit_is_hits_less_the_price_of_false_alarms() -> None:
         means = each[random.integers(0, 200, (4000, 200))].sum(axis=1) / 400
         limits = np.quantile(means, [0.025, 0.975])
         assert (gain["low"], gain["high"]) == pytest.approx(limits, abs=0.1 * (limits[1] - limits[0]))
+        means = each.reshape(5, 40).sum(axis=1) / 80  # of five patients
+        few = decide(probability, truth, np.arange(400) // 80, threshold)["gain"]
+        expected = stats.t.interval(0.95, 4, means.mean(), stats.sem(means))
+        assert (few["low"], few["high"]) == pytest.approx(expected)
     assert decide(probability, truth, np.zeros(400), 0.2)["gain"]["low"] is None
