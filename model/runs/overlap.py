@@ -100,6 +100,12 @@ def check_seen(
     }
 
 
+def count_known(contents: Sequence[int], seen: Seen) -> int:
+    """How many of some images, by CRC-32 and length as uint64, weights have learned from."""
+    known = {content for entry in seen for content in entry["images"].numpy().view(np.uint64).tolist()}
+    return sum(content in known for content in contents)
+
+
 def hash_patients(table: pa.Table, namespace: str) -> npt.NDArray[np.int64]:
     """The hash of each row's patient, int64 [N]; `namespace` is that of the table, as `Collection` has it."""
     patients = name_patients(table["patient"], namespace).dictionary_encode()

@@ -23,7 +23,7 @@ from model.predict import InterruptedEvaluationError, predict_scores
 from model.runs.config import Config, learned_columns
 from model.runs.folder import load_best
 from model.runs.job import Job, Selected, agree, choose_device, network_inputs, open_rows, read_batches
-from model.runs.overlap import check_seen
+from model.runs.overlap import check_seen, count_known
 from pipeline.console import Advance, progress_bar, say
 from pipeline.images import Gray, ImageError, ImageOptions, decode_stored, find_position, prepare, resize
 from pipeline.labels import POSITIONS, PROJECTIONS
@@ -147,6 +147,20 @@ def find_projection(file: Path, content: bytes) -> int:
     return PROJECTIONS.index(name) if name else UNKNOWN_FRONTAL
 
 
+def read_view(file: Path, config: Config, options: ImageOptions) -> tuple[Gray, int, int] | str:
+    """A file as a run takes it: pixels, projection, and its content as in `join_content`; or why it is unusable."""
+    try:
+        content = file.read_bytes()
+        stored = prepare(content, options).data
+        pixels = resize(decode_stored(stored, options.encoding), config.image_size, config.image_size)
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    except ImageError as error:
+        return str(error)
+    projection = UNKNOWN_FRONTAL if config.fusion is None else find_projection(file, content)
+    return pixels, projection, zlib.crc32(stored) << 32 | len(stored)
+
+
 def score_files(
     run: Path, config: Config, samples: Sequence[Sequence[Path]], workers: int
 ) -> tuple[Scores, list[tuple[Path, str]]]:
@@ -158,23 +172,10 @@ def score_files(
     """
     device, precision = choose_device(config.amp)
     network, best = load_best(run, config, device)
-    options = ImageOptions(**best["images"])
+    read = partial(read_view, config=config, options=ImageOptions(**best["images"]))
     bad: list[tuple[Path, str]] = []
     contents: list[int] = []
     usable = np.ones(len(samples), bool)
-
-    def read(file: Path) -> tuple[Gray, int] | str:
-        try:
-            content = file.read_bytes()
-            stored = prepare(content, options).data
-            contents.append(zlib.crc32(stored) << 32 | len(stored))
-            pixels = decode_stored(stored, options.encoding)
-            projection = UNKNOWN_FRONTAL if config.fusion is None else find_projection(file, content)
-            return resize(pixels, config.image_size, config.image_size), projection
-        except OSError as error:
-            return f"cannot be read: {error.strerror}"
-        except ImageError as error:
-            return str(error)
 
     def batches(advance: Advance) -> Iterator[tuple[Tensor, ...]]:
         with ThreadPoolExecutor(workers) as pool:
@@ -191,7 +192,8 @@ def score_files(
                         bad.append((file, view))
                         readable[position] = False
                     else:
-                        images[position, 0], projection[position] = view
+                        images[position, 0], projection[position], content = view
+                        contents.append(content)
                 kept, without = choose_usable(sample, place, readable)
                 usable[[start + position for position in without]] = False
                 present = np.zeros((len(some), place.max() + 1), np.bool_)
@@ -202,17 +204,10 @@ def score_files(
     pixels = best["pixels"]
     with progress_bar("Scoring", config.units) as advance:
         scores = predict_scores(
-            network,
-            learned_columns(config),
-            batches(advance),
-            pixels["mean"],
-            pixels["std"],
-            precision,
+            network, learned_columns(config), batches(advance), pixels["mean"], pixels["std"], precision
         )
     scores[~usable] = np.nan
-    learned = np.concatenate([np.empty(0, np.int64), *(entry["images"].numpy() for entry in best["seen"])])
-    if known := int(np.isin(np.array(contents, np.uint64).view(np.int64), learned).sum()):
-        say(
-            f"{run} has learned from {known:,} of these {len(contents):,} images: its scores of them are too good"
-        )
+    if known := count_known(contents, best["seen"]):
+        of = f"{known:,} of these {len(contents):,} images"
+        say(f"{run} has learned from {of}: its scores of them are too good")
     return scores, bad
