@@ -110,13 +110,7 @@ def score_split(
         contextlib.suppress(InterruptedEvaluationError),
     ):
         found = predict_scores(
-            network,
-            columns,
-            samples(advance),
-            pixels["mean"],
-            pixels["std"],
-            job.precision,
-            should_stop=job.stop,
+            network, columns, samples(advance), pixels["mean"], pixels["std"], job.precision, job.stop
         )
     if agree(job)[0]:
         raise InterruptedEvaluationError
