@@ -254,6 +254,10 @@ def judge(name: str, figures: Mapping[str, Any]) -> dict[str, Any]:
         groups = shown or partly
         worst = min(groups, key=lambda variable: groups[variable]["auroc"])
         end = f"{shorten(groups[worst]['auroc'])} among images of equal {worst}"
+        single = set(falls) - {PROPENSITY, PREDICTED}
+        if worst not in single and single:  # which covariate the predictions rest on most
+            first = min(single, key=lambda variable: falls[variable]["auroc"])
+            end = f"{end}, {shorten(falls[first]['auroc'])} of equal {first}"
         end = f"shortcut shown: {end}" if shown else f"partly a shortcut: {end}"
     elif unclear:
         mark, end = "unclear", f"cannot tell: too few pairs within {', '.join(unclear)}"

@@ -7,7 +7,7 @@ import numpy.typing as npt
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from pipeline.measure.belief import assess_belief, measure_balanced, split_values, weigh_pairs
+from pipeline.measure.belief import assess_belief, judge, measure_balanced, split_values, weigh_pairs
 from pipeline.measure.evaluate import Scored
 
 Floats = npt.NDArray[np.floating[Any]]
@@ -155,3 +155,23 @@ def test_strata_of_the_label_that_confounds_most() -> None:
     found = assess_belief(["Pneumonia", "Pleural Effusion"], images, {}, {})["Pleural Effusion"]
     assert list(found["within"]) == ["Pneumonia"]
     assert found["mark"] == "shown"
+
+
+def test_a_verdict_by_a_prediction_names_the_covariate_that_explains_most() -> None:
+    def area(auroc: float) -> dict[str, Any]:
+        left = {"low": -0.1, "high": 0.1}
+        return {
+            "auroc": auroc,
+            "low": auroc - 0.01,
+            "fall": {"low": 0.01, "difference": 0.9 - auroc},
+            "left": left,
+        }
+
+    figures = {
+        "auroc": {"auroc": 0.9, "low": 0.89, "high": 0.91},
+        "within": {"sex": area(0.88), "projection": area(0.86), "predicted score": area(0.8)},
+        "projections": {},
+        "balanced": {"auroc": None, "positives": None},
+    }
+    sentence = "partly a shortcut: .80 among images of equal predicted score, .86 of equal projection."
+    assert judge("Edema", figures)["verdict"] == f"Edema .90: {sentence}"
