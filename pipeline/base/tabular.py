@@ -60,13 +60,14 @@ class Table:
         console.width = max(console.width, needed.minimum) if console.is_terminal else needed.maximum
         console.print(grid)
 
-    def html(self) -> Markup:
-        """The table under its title, in a box that scrolls; nothing if no cell has a figure."""
+    def html(self, title: str | None = None) -> Markup:
+        """The table under its title, or another, in a box that scrolls; nothing if no cell has a figure."""
         if not self.filled:
             return Markup()
-        parts = [f"<h3>{escape(self.title)}</h3>"] if self.title else []
+        title = self.title if title is None else title
+        parts = [f"<h3>{escape(title)}</h3>"] if title else []
         parts.append(
-            f'<div class="scroll" tabindex="0" role="group" aria-label="table: {escape(self.title or self.kind)}">'
+            f'<div class="scroll" tabindex="0" role="group" aria-label="table: {escape(title or self.kind)}">'
         )
         parts.append(f'<table class="{self.kind}"><thead>{self._heads()}</thead>')
         first = len(self.rows) - self.means

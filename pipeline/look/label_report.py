@@ -17,9 +17,9 @@ from matplotlib.axes import Axes
 
 from pipeline.base import pages
 from pipeline.labels import LABELS, STATES, label_states, select_views
+from pipeline.look import tables
 from pipeline.look.plots import Palette, draw_audit, draw_cooccurrence, draw_groups, draw_states
 from pipeline.look.sheet import data_uri, fit, read_images, spread_rows
-from pipeline.look.tables import tabulate_audit
 from pipeline.manifest import read_manifest
 from pipeline.measure.audit import Audit, describe_alarms
 from pipeline.measure.counts import NO_GROUP, Groups, LabelStatistics, count_groups
@@ -37,7 +37,6 @@ PAGE = Palette(
 SERIES = (pages.FIRST, pages.SECOND, pages.THIRD, pages.FOURTH, pages.INK, pages.FAINT)
 UNSURE, SHOWN = 2, 8  # images per label: at most this many uncertain ones, and in all
 THUMBNAIL = 160  # pixels: the longer side
-NOTABLE = 0.1  # of the standardized difference, by the convention in `compare_tables`
 
 Examples = dict[str, dict[str, list[str]]]  # label → state → images as data URIs
 
@@ -102,10 +101,13 @@ def render_label_report(
         scope=scope,
         report=report,
         states=states,
-        together=together,
+        heat_map_together=together,
         groups=[(found, _draw_groups(found)) for found in groups],
         examples=examples,
-        NOTABLE=NOTABLE,
+        **{
+            name: getattr(tables, f"tabulate_{name}")
+            for name in ("counts", "shares", "together", "policy", "drift")
+        },
         **_describe_audit(audit),
     )
 
@@ -119,14 +121,12 @@ def render_audit(title: str, scope: str, audit: Audit) -> str:
 def _describe_audit(audit: Audit) -> dict[str, Any]:
     """What audit-section.html shows."""
     covariates = len({clue["covariate"] for clue in audit["clues"]})
-    headings, best = tabulate_audit(audit)
     size = (2.4 + 0.3 * covariates, 4.6)
     told = "how well covariates tell labels"
     return {
         "audit": audit,
         "alarms": describe_alarms(audit),
-        "best": best,
-        "headings": headings,
+        "table": tables.tabulate_audit(audit),
         "heat_map": _draw(lambda axes: draw_audit(axes, audit, PAGE), told, size) if covariates else None,
     }
 

@@ -78,7 +78,7 @@ def draw_cooccurrence(axes: Axes, cooccurrence: Mapping[str, Mapping[str, int]],
 
 
 def draw_audit(axes: Axes, audit: Audit, palette: Palette) -> None:
-    """How well each covariate tells each label: max(AUROC, 1 - AUROC), in color from .5 on; ! marks what exceeds."""
+    """How well each covariate tells each label: max(AUROC, 1 - AUROC), in color from .5 on; ! marks an alarm."""
     found = audit["clues"]
     names = {kind: [f["covariate"] for f in found if f["kind"] == kind] for kind in KINDS}
     columns = list(dict.fromkeys(name for kind in KINDS for name in names[kind]))  # of their first kind
@@ -88,13 +88,18 @@ def draw_audit(axes: Axes, audit: Audit, palette: Palette) -> None:
     for clue in found:
         y, x = labels.index(clue["label"]), columns.index(clue["covariate"])
         told[y, x] = max(clue["told"], 0.5)
-        texts[y][x] = f"{100 * clue['told']:.0f}{'!' if clue['exceeds'] else ''}"
+        texts[y][x] = (
+            f"{100 * clue['told']:.0f}{'!' if clue['exceeds'] and clue['kind'] != 'content' else ''}"
+        )
     _draw_cells(axes, 2 * told - 1, texts, palette)
     axes.set_xticks(range(len(columns)), labels=[name.replace("$", r"\$") for name in columns], rotation=90)
     axes.set_yticks(range(len(labels)), labels=labels)
-    for kind in KINDS[:2]:  # a gap to the next kind
-        edge = max((columns.index(name) for name in names[kind]), default=-1) + 0.5
-        axes.axvline(edge, color=palette.paper, linewidth=4)
+    for kind in KINDS:
+        places = [columns.index(name) for name in dict.fromkeys(names[kind])]
+        if places and kind != "together":  # whose one column says so
+            axes.text(min(places) - 0.4, -0.75, kind, fontsize=8, color=palette.ink)
+        if kind != KINDS[-1]:  # a gap to the next kind
+            axes.axvline(max(places, default=-1) + 0.5, color=palette.paper, linewidth=4)
 
 
 def _draw_cells(axes: Axes, shares: Floats, texts: Sequence[Sequence[str]], palette: Palette) -> None:
