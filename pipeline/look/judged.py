@@ -229,24 +229,21 @@ def tabulate_methods(evaluation: Evaluation) -> Iterator[Table]:
         place = {"level": "study", "group": group}
         first = evaluation.get("auroc", "macro10", **place)
         mean = "macro" if first.value is None else "macro10"
-        scorers = list(
-            dict.fromkeys(row.scorer for row in evaluation.select(metric="auroc_difference", **place))
-        )
-        columns: list[Heading] = ["label", "AUROC"]
-        columns += [(str(scorer), part) for scorer in scorers for part in ("AUROC", "ours less this [95 %]")]
-        rows = []
-        for label in (*evaluation.labels, mean):
-            cells = [show(evaluation.get("auroc", label, **place).value)]
-            for scorer in scorers:
-                found = (
-                    evaluation.get(metric, label, **place, scorer=scorer)
-                    for metric in ("auroc", "auroc_difference")
-                )
-                other, less = found
-                cells += [show(other.value), less.change]
-            rows.append([MEANS.get(label, label), *cells])
+        differences = evaluation.select(metric="auroc_difference", **place)
+        scorers = list(dict.fromkeys(str(row.scorer) for row in differences))
         title = f"{group.partition('=')[2]}: {count(size.value)} studies that all have scored"
-        yield Table(title, columns, rows, means=1, kind="methods")
+        for first_shown in range(0, len(scorers), 3):  # side by side on a page
+            shown = scorers[first_shown : first_shown + 3]
+            columns: list[Heading] = ["label", "AUROC"]
+            columns += [(scorer, part) for scorer in shown for part in ("AUROC", "ours less this [95 %]")]
+            rows = []
+            for label in (*evaluation.labels, mean):
+                cells = [MEANS.get(label, label), show(evaluation.get("auroc", label, **place).value)]
+                for scorer in shown:
+                    cells.append(show(evaluation.get("auroc", label, **place, scorer=scorer).value))
+                    cells.append(evaluation.get("auroc_difference", label, **place, scorer=scorer).change)
+                rows.append(cells)
+            yield Table(title, columns, rows, means=1, kind="methods")
 
 
 def tabulate_gain(evaluation: Evaluation) -> Table:
