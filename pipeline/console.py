@@ -149,6 +149,6 @@ def _describe(error: DataError | UnicodeEncodeError | OSError) -> str:
         if (encoding := sys.getfilesystemencoding()) != "utf-8":
             return f"{error.object[:1000]}: not {encoding}, which the locale asks for; set LC_ALL=C.UTF-8"
         return f"{error.object[:1000]}: not UTF-8; rename that file or folder"
-    if isinstance(error, OSError) and error.filename:  # such as a folder that may not be written to
-        return f"{error.filename}: {explain_os_error(error)}"
+    if isinstance(error, OSError):  # such as a folder that may not be written to, or a pipe without a name
+        return f"{f'{error.filename}: ' if error.filename else ''}{explain_os_error(error)}"
     return str(error)

@@ -39,8 +39,9 @@ def needs(extra: str, user: str = "") -> Iterator[None]:
 
 def explain_os_error(error: OSError) -> str:
     """Why the system refused, and what to do where a disk, or a user's share of it, is full."""
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return f"{error.strerror or error}{'; make room, and run it again' if full else ''}"
+    advice = {errno.EMFILE: "; raise the limit, as by ulimit -n 4096"}
+    advice |= dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "; make room, and run it again")
+    return f"{error.strerror or error}{advice.get(error.errno or 0, '')}"
 
 
 def printable(text: str, kept: str = "\n") -> str:

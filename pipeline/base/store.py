@@ -5,6 +5,7 @@ write a file (first on this machine, then as one object, in parts where it is la
 then it is read back and compared) and a way to read many small ones, several at a time.
 """
 
+import errno
 import hashlib
 import os
 import re
@@ -16,7 +17,7 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any, BinaryIO
 
-from pipeline.base.errors import DataError, needs
+from pipeline.base.errors import DataError, MachineError, explain_os_error, needs
 
 TOGETHER = 32  # objects to fetch at a time; an image of the full set has 2 MB
 AWS_CREDENTIALS = "credentials come from AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
@@ -69,8 +70,14 @@ def is_remote(path: Path) -> bool:
 def object_to_put(path: Any) -> Iterator[BinaryIO]:
     """A file to write that becomes an object at the end. Raises DataError, naming the object, where that fails."""
     with NamedTemporaryFile() as file:
-        yield file  # type: ignore[misc]
-        file.flush()
+        try:
+            yield file  # type: ignore[misc]
+            file.flush()
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            reason = f"{explain_os_error(error)}, or set TMPDIR to another folder"
+            raise MachineError(f"{file.name}: cannot be written: {reason}") from None
         file.seek(0)
         written = hashlib.file_digest(file, "sha256").hexdigest()
         with named_failures(path, "cannot be written"):

@@ -17,12 +17,14 @@ whose sha256 is the manifest's. The cache folder holds
 import errno
 import fcntl
 import hashlib
+import logging
 import os
 import re
+import secrets
 import shutil
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from functools import lru_cache, partial
 from importlib import import_module
 from pathlib import Path
@@ -46,9 +48,11 @@ DOWNLOADS = 4  # at the same time
 AT_ONCE = KEPT_OPEN + DOWNLOADS  # shards
 PIECE = 2**16  # bytes that are read at a time
 POLL = 0.05  # seconds between looks at what other downloads do, and whether this one is still wanted
+PATIENCE = 30.0  # seconds without a byte of another's download, which may be suspended: as a server has
 GRACE = 2.0  # seconds in which whoever asked for a file opens it: until then it stays
 MANIFEST_BYTES = 2**28  # that are read of one, whatever the server sends
-_SHA256, _PART = re.compile("[0-9a-f]{64}"), re.compile(r"[0-9a-f]{64}\.(\d+)\.part")
+_SHA256, _PART = re.compile("[0-9a-f]{64}"), re.compile(r"[0-9a-f]{64}\.(\d+)(?:\.[0-9a-f]{8})?\.part")
+logger = logging.getLogger(__name__)
 SECRETS = re.compile(r"(?<=://)[^/\s'\"]*@|\?[^\s'\"]*")
 
 
@@ -109,7 +113,16 @@ class Cache:
         if not _SHA256.fullmatch(sha256):
             raise DataError(f"{name}: '{sha256}' in its manifest is not a sha256")
         part = self.folder / f"{sha256}.{size}.part"
+        began, length = time.monotonic(), -1
         while True:
+            if part.exists() and part.stat().st_size != length:
+                began, length = time.monotonic(), part.stat().st_size
+            elif length >= 0 and time.monotonic() - began > PATIENCE:
+                logger.warning(
+                    "%s: %s adds nothing to %s: downloading it as well", name, _name_holder(part), part
+                )
+                part = self.folder / f"{sha256}.{size}.{secrets.token_hex(4)}.part"
+                began, length = time.monotonic(), -1
             with self.locked():
                 is_there = path.exists()
                 if is_there:
@@ -201,7 +214,7 @@ class Remote:
 
     def mirror(self) -> Path:
         """A local folder with the manifest as it is now and its tables. Raises DataError naming the URL."""
-        with TemporaryDirectory() as temporary:
+        with TemporaryDirectory(dir=self.cache.folder) as temporary:
             file = Path(temporary) / NAME
             self._attempt(NAME, partial(self._fetch, file, MANIFEST_BYTES, Event()), Event())
             data = file.read_bytes()
@@ -265,7 +278,7 @@ class Remote:
             raise OSError(wrong)
 
         def download(part: Path) -> None:
-            self._attempt(name, partial(fetch, part), stop)
+            self._attempt(name, partial(fetch, part), stop, lambda: part.stat().st_size)
 
         return self.cache.get(path, redact(self._locate(name)), sha256, size or 0, download, stop)
 
@@ -289,11 +302,16 @@ class Remote:
         base, mark, query = self.url.partition("?")
         return f"{base.rstrip('/')}/{name if self.is_s3 else quote(name)}{mark}{query}"
 
-    def _attempt(self, name: str, action: Callable[[str], Result], stop: Event) -> Result:
-        """What `action` makes of the file's URL, tried again after failures that may pass."""
-        url = self._locate(name)
-        for attempt in range(self.attempts):
-            _wait(self.pause * 2 ** (attempt - 1) if attempt else 0, stop)
+    def _attempt(
+        self, name: str, action: Callable[[str], Result], stop: Event, progress: Callable[[], int] = lambda: 0
+    ) -> Result:
+        """What `action` makes of the file's URL, tried again after failures that may pass.
+
+        Those after which `progress` is more than ever before do not add up: a link may be cut many times.
+        """
+        url, failures, most = self._locate(name), 0, 0
+        while failures < self.attempts:
+            _wait(self.pause * 2 ** (failures - 1) if failures else 0, stop)
             try:
                 return action(url)
             except DownloadStopped:
@@ -302,6 +320,8 @@ class Remote:
                 reason, may_pass = self._describe(error)
             if not may_pass:
                 raise DataError(f"{redact(url)}: {reason}")
+            failures = 1 if progress() > most else failures + 1
+            most = max(most, progress())
         raise DataError(f"{redact(url)}: {reason}; tried {self.attempts} times")
 
     def _describe(self, error: Exception) -> tuple[str, bool]:
@@ -389,6 +409,16 @@ def _identity(path: Path) -> tuple[int, int] | None:
     except FileNotFoundError:
         return None
     return status.st_ino, status.st_ctime_ns
+
+
+def _name_holder(part: Path) -> str:
+    """The process that is downloading into that file, if the system lists locks, as Linux does."""
+    with suppress(OSError):
+        inode = f":{part.stat().st_ino}"
+        for fields in map(str.split, Path("/proc/locks").read_text().splitlines()):
+            if fields[1] == "FLOCK" and fields[5].endswith(inode):
+                return f"process {fields[4]}"
+    return "another process"
 
 
 def _is_held(part: Path) -> bool:

@@ -1,4 +1,5 @@
 import errno
+import fcntl
 import hashlib
 import os
 import pickle
@@ -336,6 +337,40 @@ def test_an_interrupted_download_is_continued(
     assert path.read_bytes() == (server.folder / "0.tar").read_bytes()
     assert server.starts[0] == 0 < server.starts[1]
     assert cached(tmp_path / "cache") == shard_names(shard)
+
+
+def test_a_download_that_makes_progress_is_not_given_up(server: Server, url: str, tmp_path: Path) -> None:
+    """Cut eight times, where three attempts without a byte more would be the last."""
+    [shard] = make_files(server.folder, 1, size=10 * PIECE)
+
+    def cut(handler: Handler, data: bytes) -> None:
+        handler.start(len(data))
+        handler.wfile.write(data[:PIECE])
+
+    server.faults = iter([cut] * 8)
+    path = quick(url, tmp_path / "cache").path(shard)
+    assert path.read_bytes() == (server.folder / "0.tar").read_bytes()
+    assert server.starts == [PIECE * number for number in range(9)]
+
+
+def test_a_download_that_stands_still_is_named_and_not_waited_for(
+    server: Server,
+    url: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """As that of a suspended process does, which keeps its lock."""
+    monkeypatch.setattr(remote, "PATIENCE", 0.2)
+    [shard] = make_files(server.folder, 1)
+    far = quick(url, tmp_path / "cache")
+    part = tmp_path / "cache" / f"{shard.sha256}.{shard.bytes}.part"
+    with part.open("wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert far.path(shard).read_bytes() == (server.folder / "0.tar").read_bytes()
+        assert cached(tmp_path / "cache") == {*shard_names(shard), part.name}
+    holder = f"process {os.getpid()}"
+    assert caplog.messages == [f"{url}/0.tar: {holder} adds nothing to {part}: downloading it as well"]
 
 
 def test_a_manifest_is_never_put_together_from_two(
