@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.base.errors import DataError
-from pipeline.labels import LABELS
+from pipeline.labels import LABELS, VIEWS
 from pipeline.manifest import Manifest
 from pipeline.policies import check_blank_policy, choose_policy, make_targets, parse_uncertain_policy
 from pipeline.stream.batches import BatchStream, Labels, stream_batches
@@ -103,6 +103,8 @@ class Selection:
         Of studies, the studies of these images. Raises DataError for a condition that cannot be understood, and if
         no image is left.
         """
+        if views not in VIEWS:
+            raise DataError(f"views '{views}' is unknown; choose from {', '.join(VIEWS)}")
         table = self.split.table.take(self.rows)
         return replace(self, rows=self.rows[select_rows(table, conditions, views)])
 
@@ -130,12 +132,15 @@ class Selection:
         In an order that `seed` and `epoch` determine, without the samples that do not fill a batch; with epoch None
         in the table's order, every sample once. Policies of None are the shards' own. `batch_size` is that of all
         `ranks` together: rank `rank` gets its share of every batch or, with epoch None, batches of that share.
-        Raises DataError for an unknown label or policy, a batch that cannot be and, while iterating, for more than
+        Raises DataError for an unknown label or policy, a number that cannot be and, while iterating, for more than
         `max_bad` damaged images.
         """
         share, samples = share_batch(batch_size, rank, ranks), len(self.samples.rows)
         if epoch is not None and batch_size > samples:
             raise DataError(f"`batch_size` {batch_size} is more than the {samples:,} samples of {self!r}")
+        for name, value, least in (("epoch", epoch, 0), ("size", size, 1), ("threads", threads, 1)):
+            if value is not None and value < least:
+                raise DataError(f"`{name}` {value} is less than {least}")
         for label in labels:
             if label not in LABELS:
                 raise DataError(f"label '{label}' is unknown; choose from {', '.join(LABELS)}")

@@ -126,6 +126,11 @@ def test_what_is_not_there_and_batches_that_cannot_be_are_refused(shards: Shards
     ):
         with pytest.raises(DataError, match=f"^{re.escape(message)}$"):
             train.batches(batch_size, 16, epoch=0)
+    for name, size, epoch, threads in (("epoch", 16, -1, 1), ("size", 0, 0, 1), ("threads", 16, 0, 0)):
+        with pytest.raises(DataError, match=rf"^`{name}` (-1 is less than 0|0 is less than 1)$"):
+            train.batches(4, size, epoch=epoch, threads=threads)
+    with pytest.raises(DataError, match=r"^views 'sideways' is unknown; choose from frontal, lateral, all$"):
+        train.where(views="sideways")
     assert len(list(train.batches(rows + 1, 16, epoch=None))) == 1
     with pytest.raises(DataError, match=r"^label 'Oedema' is unknown; choose from No Finding, "):
         train.batches(4, 16, epoch=0, labels=("Oedema",))
