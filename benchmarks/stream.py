@@ -387,10 +387,11 @@ def webdataset_order(shard_sizes: Sequence[int], seed: int) -> Rows:
 
 
 def print_shuffle(many: Path, epochs: int = 10) -> None:
-    from scipy.stats import spearmanr  # type: ignore[import-untyped]  # here: the other parts measure memory
+    from scipy.stats import spearmanr  # here: the other parts measure memory
 
-    split = open_shards(many)["train"].split
-    sizes, shard = list(split.shard_sizes), split.shard
+    train = open_shards(many)["train"]
+    sizes, split = train.samples.shard_sizes, train.split
+    shard = split.shard
     patient = np.array(
         [int(patient.removeprefix("patient")) for patient in split.table["patient"].to_pylist()]
     )
