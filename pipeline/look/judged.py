@@ -43,20 +43,22 @@ def count(value: float | None) -> str:
 
 
 def tabulate_auroc(evaluations: Sequence[Evaluation]) -> Table:
-    """AUROC of one or more splits, with positives and negatives: what a terminal has room for."""
+    """AUROC of one or more splits, with positives and negatives; limits as far as 80 columns have room for them."""
+    alone = len(evaluations) == 1
     columns: list[Heading] = ["label"]
-    columns += [(one.split, title) for one in evaluations for title in ("AUROC [95 %]", "pos / neg")]
+    for one in evaluations:
+        columns += [(one.split, "AUROC [95 %]" if alone else "AUROC"), (one.split, "pos / neg")]
     rows = []
     for label in (*evaluations[0].labels, *MEANS):
         cells = [MEANS.get(label, label)]
         for one in evaluations:
             row = one.get("auroc", label)
-            counts = (
-                ""
-                if label in MEANS
-                else f"{'few ' if row.few else ''}{count(row.positives)} / {count(row.negatives)}"
-            )
-            cells += [row.shown, "not annotated" if label in one.head.get("not_annotated", ()) else counts]
+            counts = f"{'few ' if row.few else ''}{count(row.positives)} / {count(row.negatives)}"
+            if label in one.head.get("not_annotated", ()):
+                counts = "not annotated"
+            elif label in MEANS:
+                counts = "" if alone or row.low is None else f"{row.low:.3f}-{row.high:.3f}"
+            cells += [row.shown if alone else show(row.value), counts]
         rows.append(cells)
     return Table("AUROC", columns, rows, means=len(MEANS))
 

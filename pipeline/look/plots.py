@@ -80,8 +80,12 @@ def draw_cooccurrence(axes: Axes, cooccurrence: Mapping[str, Mapping[str, int]],
 def draw_audit(axes: Axes, audit: Audit, palette: Palette) -> None:
     """How well each covariate tells each label: max(AUROC, 1 - AUROC), in color from .5 on; ! marks an alarm."""
     found = audit["clues"]
-    names = {kind: [f["covariate"] for f in found if f["kind"] == kind] for kind in KINDS}
-    columns = list(dict.fromkeys(name for kind in KINDS for name in names[kind]))  # of their first kind
+    kinds: dict[str, str] = {}  # of each covariate: the first, for one that is content for some labels
+    for kind in KINDS:
+        for clue in found:
+            if clue["kind"] == kind:
+                kinds.setdefault(clue["covariate"], kind)
+    columns = list(kinds)
     labels = list(dict.fromkeys(f["label"] for f in sorted(found, key=lambda f: f["kind"] == "content")))
     told = np.full((len(labels), len(columns)), np.nan)
     texts = [[""] * len(columns) for _ in labels]
@@ -95,7 +99,7 @@ def draw_audit(axes: Axes, audit: Audit, palette: Palette) -> None:
     axes.set_xticks(range(len(columns)), labels=[name.replace("$", r"\$") for name in columns], rotation=90)
     axes.set_yticks(range(len(labels)), labels=labels)
     for kind in KINDS:
-        places = [columns.index(name) for name in dict.fromkeys(names[kind])]
+        places = [place for place, name in enumerate(columns) if kinds[name] == kind]
         if places and kind != "together":  # whose one column says so
             axes.text(min(places) - 0.4, -0.75, kind, fontsize=8, color=palette.ink)
         if kind != KINDS[-1]:  # a gap to the next kind
