@@ -83,13 +83,6 @@ def interval(values: Floats) -> dict[str, Any]:
     return {"low": low, "high": high, "resamples": len(kept)}
 
 
-def difference_interval(
-    ours: float | None, theirs: float | None, our_values: Floats, their_values: Floats
-) -> dict[str, Any]:
-    """The `difference` of a figure between two runs, with its interval, from values [R] of the same resamples."""
-    return describe_difference(ours, theirs, interval(our_values - their_values))
-
-
 def describe_difference(
     ours: float | None, theirs: float | None, limits: Mapping[str, Any]
 ) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import pytest
 from sklearn.metrics import average_precision_score
 
 from pipeline.measure import bootstrap
-from pipeline.measure.bootstrap import difference_interval, draw_counts, interval, resample_auprc
+from pipeline.measure.bootstrap import describe_difference, draw_counts, interval, resample_auprc
 
 
 def draw_rows(rows: int, labels: int, seed: int = 0) -> tuple[Any, Any, Any, Any]:
@@ -80,12 +80,12 @@ def test_intervals_leave_out_what_is_undefined() -> None:
     assert interval(values) == {"low": 5, "high": 195, "resamples": 201}
     assert interval(np.ones(500)) == {"low": None, "high": None, "resamples": 500}  # not [1.000, 1.000]
     assert interval(values[102:]) == {"low": None, "high": None, "resamples": 99}
-    assert difference_interval(0.8, 0.7, values, values / 2 - 10) == {
+    assert describe_difference(0.8, 0.7, interval(values - values / 2 + 10)) == {
         "difference": pytest.approx(0.1), "low": 12.5, "high": 107.5, "resamples": 201, "excludes_zero": True,
     }  # fmt: skip
     assert interval(values[:100])["low"] == pytest.approx(2.475)
-    assert difference_interval(0.7, 0.8, values / 2 - 110, values)["excludes_zero"] is True
-    assert difference_interval(1, 1, values, values[::-1])["excludes_zero"] is False
-    assert difference_interval(None, None, values[:9], values[:9]) == {
+    assert describe_difference(0.7, 0.8, interval(values / 2 - 110 - values))["excludes_zero"] is True
+    assert describe_difference(1, 1, interval(values - values[::-1]))["excludes_zero"] is False
+    assert describe_difference(None, None, interval(values[:9] - values[:9])) == {
         "difference": None, "low": None, "high": None, "resamples": 9, "excludes_zero": None,
     }  # fmt: skip
