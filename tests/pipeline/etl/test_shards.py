@@ -318,7 +318,8 @@ def test_a_disk_that_fails_ends_the_run_and_rejects_nothing(
     monkeypatch.setattr(os, "open", fail)
     with pytest.raises(MachineError) as caught:
         list(read_images([str(image)], [chexpert]))
-    assert str(caught.value) == f"{image}: cannot be read: {os.strerror(error)}"
+    advice = "; raise the limit, as by ulimit -n 4096" if error == errno.EMFILE else ""
+    assert str(caught.value) == f"{image}: cannot be read: {os.strerror(error)}{advice}"
 
 
 def test_a_reject_that_is_a_workers_fault_is_told_by_the_files_that_are_seen_here(chexpert: Path) -> None:
