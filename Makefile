@@ -42,7 +42,7 @@ SETTINGS := DATA OUT $(sort $(filter-out -%,$(subst =, ,$(SHARDING) $(TRAINING) 
 	IMAGES ARGS GPUS PRETRAINED ROUNDS FUZZ_SECONDS TARGETS PYTHON TORCH TORCH_INDEX SUDO
 typed    := $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
 unknown  := $(filter-out $(SETTINGS) SHELL MAKE% -%,$(typed))
-$(if $(unknown),$(error $(firstword $(unknown)) is no setting; there are $(filter-out SUDO,$(SETTINGS))))
+$(if $(unknown),$(error Unknown variable $(firstword $(unknown)); choose from $(filter-out SUDO,$(SETTINGS))))
 # Expand a leading ~ here: within quotes no shell does, and after NAME= not every shell does.
 $(foreach name,DATA OUT RUN SWEEP TEACHER,$(if $(filter ~ ~/%,$(firstword $($(name)))),\
 	$(eval override $(name) := $(patsubst ~,$(HOME),$(patsubst ~/%,$(HOME)/%,$($(name)))))))

@@ -125,6 +125,7 @@ def command(name: str, *kinds: type | Fields, example: str) -> Callable[[Callabl
     """Click's command, which is called with an instance of each dataclass, in order; their fields are its options."""
     parts = [kind if isinstance(kind, Fields) else Fields(kind) for kind in kinds]
     params = [param for part in parts for param in _make_params(part)]
+    params.sort(key=lambda param: isinstance(param, click.Option))  # arguments first, as they are typed
 
     def decorate(function: Callable[..., Any]) -> click.Command:
         def call(**values: Any) -> Any:

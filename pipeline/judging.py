@@ -5,6 +5,7 @@ judged.evaluation.get("auroc", "Edema").value
 """
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,32 +14,44 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.base.errors import DataError
+from pipeline.base.options import option
 from pipeline.identity import Note, ignore
-from pipeline.labels import LABELS, NOT_ANNOTATED, find_label, find_unannotated
-from pipeline.manifest import NAME, read_manifest
+from pipeline.labels import LABELS, NOT_ANNOTATED, find_unannotated
+from pipeline.manifest import NAME, find_blank, read_manifest
 from pipeline.measure.evaluate import Scored, calibrate, leave_uncalibrated
 from pipeline.measure.evaluation import Evaluation
 from pipeline.measure.judge import Beside, judge_scores
 from pipeline.measure.scores import Scores, open_scores
 from pipeline.policies import evaluation_targets
 from pipeline.sources.load import load_table
+from pipeline.sources.table import parse_columns
 
 
 @dataclass(frozen=True, kw_only=True)
 class Judging:
-    """How scores are judged; all defaults are those of the command."""
+    """How scores are judged: the options of `pipeline judge`."""
 
-    split: str | None = None  # by default, all
-    dev: str | None = None  # the split on which calibrations and thresholds are fitted
-    threshold: float | None = None  # the user's own, for all findings
-    sensitivity: float = 0.9  # that the third threshold must reach on dev
-    study: str = "max"  # how a study's score is computed from its views
-    open: str = "ignore"  # or zeros: what a set leaves open is negative, as in most published figures
-    logits: bool = False
-    columns: tuple[tuple[str, str], ...] = ()  # (our name of a column, the file's)
-    against: tuple[Path, ...] = ()  # other scores, of the same images
-    readers: tuple[Path, ...] = ()  # calls of 1, 0 or blank
-    facts: tuple[Path, ...] = ()  # further columns to make subgroups of
+    columns: tuple[tuple[str, str], ...] = option(
+        (),
+        'Columns by other names: Edema=prob_Edema,key="Image Index".',
+        split=partial(parse_columns, known=("key", "patient", "study", *LABELS)),
+    )
+    logits: bool = option(False, "The scores are logits.")
+    split: str | None = option(None, "Split to judge.", shown="all")
+    dev: str | None = option(None, "Split on which calibrations and thresholds are fitted.", shown="neither")
+    threshold: float | None = option(None, "Your own threshold of the scores, without --dev.", low=0, high=1)
+    sensitivity: float = option(0.9, "Sensitivity that the third threshold must reach on dev.", low=0, high=1)
+    study: str = option("max", "How a study's score is computed from its views.", choices=("max", "mean"))
+    open: str = option(
+        "ignore",
+        "Cells that a set leaves open: left out, or zeros, as in most published figures.",
+        choices=("ignore", "zeros"),
+    )
+    against: tuple[Path, ...] = option((), "Compare with other scores of the same images.", metavar="SCORES")
+    readers: tuple[Path, ...] = option((), "A reader's calls of 1, 0 or blank.", metavar="FILE")
+    facts: tuple[Path, ...] = option(
+        (), "CSV or XLSX with extra columns to compare groups by.", metavar="FILE"
+    )
 
 
 class Judged(NamedTuple):
@@ -62,8 +75,7 @@ def judge(scores: Path, source: Path, asked: Judging = Judging(), note: Note = i
         left_out.append(text)
         note(text)
 
-    blank = read_manifest(source).policies["blank"] if (source / NAME).is_file() else "zeros"
-    fill = asked.open == "zeros"
+    blank, fill = find_blank(source), asked.open == "zeros"
     table = load_table(source, asked.split, "all", asked.facts, keyed=True, note=note)
     names, (images, table) = opened.labels, join_scores(opened, table, blank, fill, keep)
     calibration = leave_uncalibrated(names, asked.threshold, asked.study)
@@ -152,15 +164,3 @@ def _measure_edges(source: Path, split: str | None, table: pa.Table) -> dict[str
     opened = open_split(source, read_manifest(source), split)
     rows = np.flatnonzero(pc.is_in(opened.table["key"], value_set=table["key"].combine_chunks()).to_numpy())
     return dict(measure_edges(opened, rows, count_cpus()))
-
-
-def parse_columns(text: str) -> tuple[tuple[str, str], ...]:
-    """(ours, the file's) of `Edema=prob_Edema,key=Image Index`. Raises DataError for a name that is none of ours."""
-    pairs = []
-    for part in text.split(","):
-        ours, sign, theirs = (word.strip().strip('"') for word in part.partition("="))
-        name = find_label(ours) or ours.lower()
-        if not sign or not theirs or (name not in LABELS and name not in ("key", "patient", "study")):
-            raise DataError(f"'{part}' is not LABEL=COLUMN, key=COLUMN, patient=COLUMN or study=COLUMN")
-        pairs.append((name, theirs))
-    return tuple(pairs)

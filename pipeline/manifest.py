@@ -151,7 +151,7 @@ def read_manifest(folder: Path) -> Manifest:
         )
         meant = f", or did you mean {near[0].parent}?" if near else ""
         raise DataError(
-            f"{folder}: no {NAME}, so no finished shards; write them with `pipeline shards`{meant}"
+            f"{folder}: not a folder of shards (no {NAME}); write one with `pipeline shards`{meant}"
         ) from None
     if document.get("format") != FORMAT:
         raise DataError(f"{path}: not a manifest of {FORMAT}")
@@ -183,6 +183,11 @@ def read_manifest(folder: Path) -> Manifest:
         if Path(name).name != name or name in ("", ".."):
             raise DataError(f"{path}: '{name}' is not a plain file name")
     return manifest
+
+
+def find_blank(source: Path) -> str:
+    """The policy for blank cells of a folder of shards; zeros if it is none."""
+    return read_manifest(source).policies["blank"] if (source / NAME).is_file() else "zeros"
 
 
 def checksum(data: bytes, encoding: str) -> int:

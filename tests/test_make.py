@@ -155,8 +155,8 @@ def test_what_make_cannot_do_is_refused(tmp_path: Path, arguments: list[str], me
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("lr=1e-3", "lr is no setting; there are DATA OUT ARCH BATCH BLANK"),
-        ("BIN=/usr/bin", "BIN is no setting; there are DATA OUT ARCH BATCH BLANK DEV EPOCHS FUSION LR"),
+        ("lr=1e-3", "Unknown variable lr; choose from DATA OUT ARCH BATCH BLANK"),
+        ("BIN=/usr/bin", "Unknown variable BIN; choose from DATA OUT ARCH BATCH BLANK DEV EPOCHS FUSION LR"),
     ],
 )
 def test_a_setting_that_does_not_exist_is_refused(setting: str, message: str) -> None:

@@ -239,7 +239,9 @@ def print_run(run: Path) -> None:
     name = evaluations[0].best_mean()
     mean = evaluations[0].get("auroc", name)
     if mean.low is not None and mean.low <= 0.5:
-        guess = f"dev AUROC ({MEANS[name]}) is {mean.low:.2f} to {mean.high:.2f}, not told from guessing"
+        guess = (
+            f"dev AUROC ({MEANS[name]}) is {mean.low:.2f} to {mean.high:.2f}, not distinguishable from chance"
+        )
         say(f"{run}: {guess}: try a lower `lr`, more `epochs` or more images")
     echo(f"{run / 'report.html'}: the same with curves, intervals and subgroups")
     say_next(*use.TRAIN, "predict", "--run", run, "--out", "scores.csv", "IMAGES")

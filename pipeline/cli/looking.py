@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.base.files import write_atomically
-from pipeline.base.options import list_options, option
+from pipeline.base.options import option
 from pipeline.base.workers import count_cpus
 from pipeline.command import EXISTING, EXISTING_FILE, FILE, FOLDER, PathOrUrl, command
 from pipeline.console import echo, progress_bar, refuse_usage, say, say_next
-from pipeline.judging import Judging, parse_columns
+from pipeline.judging import Judging
 from pipeline.labels import LABELS, STATES, VIEWS
 from pipeline.look.tables import print_report
-from pipeline.manifest import NAME, read_manifest
+from pipeline.manifest import NAME, find_blank, read_manifest
 from pipeline.measure.counts import (
     NO_GROUP,
     LabelStatistics,
@@ -159,7 +159,7 @@ def _render_page(
     alone = len(sources) == 1 and (sources[0] / NAME).is_file()
     examples = find_examples(sources[0], split, views, shards[0][1]) if alone else {}
     audited = load_tables(sources, split, views, audited=True)
-    cells = evaluation_targets(audited, find_blank(sources))
+    cells = evaluation_targets(audited, find_blank(sources[0]))
     audit = audit_labels(audited, *cells, find_covariates(audited), together=False)  # which takes longer
     scope = [] if sources[0].is_file() else [f"split {split}" if split else "all splits"]
     scope.append(f"{views} views")
@@ -169,11 +169,6 @@ def _render_page(
         )
     title = f"Labels of {', '.join(map(_name, given.sources))}"
     return render_label_report(title, ", ".join(scope), shown, find_groups(table), examples, audit)
-
-
-def find_blank(sources: Sequence[Path]) -> str:
-    """The policy for blank cells of the first source; zeros where it is no folder of shards."""
-    return read_manifest(sources[0]).policies["blank"] if (sources[0] / NAME).is_file() else "zeros"
 
 
 def check_output(option: str, path: Path | None, suffixes: Collection[str]) -> None:
@@ -280,7 +275,7 @@ def audit(given: Auditing) -> int:
     if "file_bytes" in table.column_names:
         content["file bytes"] = table["file_bytes"].to_numpy().astype(float)
         content.pop("stored bytes", None)  # the same, where files are stored as they were
-    cells = evaluation_targets(table, find_blank(sources))
+    cells = evaluation_targets(table, find_blank(sources[0]))
     report = audit_labels(table, *cells, find_covariates(table), edge, content)
     if given.html:
         from pipeline.look.label_report import render_audit
@@ -302,36 +297,11 @@ def audit(given: Auditing) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Judge:
+class Judge(Judging):
     """What `judge` takes."""
 
     scores: Path = option(..., argument=True, type=EXISTING_FILE)
     source: Path = option(..., argument=True, type=EXISTING)
-    columns: tuple[Any, ...] = option(
-        (), 'Columns by other names: Edema=prob_Edema,key="Image Index".', split=parse_columns
-    )
-    logits: bool = option(False, "The scores are logits.")
-    split: str | None = option(None, "Split to judge.  [default: all]")
-    dev: str | None = option(
-        None, "Split on which calibrations and thresholds are fitted; without it, neither."
-    )
-    threshold: float | None = option(None, "Your own threshold of the scores, without --dev.", low=0, high=1)
-    sensitivity: float = option(0.9, "Sensitivity that the third threshold must reach on dev.", low=0, high=1)
-    study: str = option("max", "How a study's score is computed from its views.", choices=("max", "mean"))
-    open: str = option(
-        "ignore",
-        "Cells that a set leaves open: left out, or zeros, as in most published figures.",
-        choices=("ignore", "zeros"),
-    )
-    against: tuple[Path, ...] = option(
-        (), "Compare with other scores of the same images.", type=EXISTING_FILE, metavar="SCORES"
-    )
-    readers: tuple[Path, ...] = option(
-        (), "A reader's calls of 1, 0 or blank; may be repeated.", type=EXISTING_FILE, metavar="FILE"
-    )
-    facts: tuple[Path, ...] = option(
-        (), "CSV or XLSX with extra columns to compare groups by.", type=EXISTING_FILE, metavar="FILE"
-    )
     name: str = option("", "What the scores are called.", shown="the file's name")
     out: Path | None = option(None, "Folder for evaluation.json, report.html and card.md.", type=FOLDER)
 
@@ -354,14 +324,7 @@ def judge(given: Judge) -> None:
     refuse_usage(
         given.dev is not None and given.dev == given.split, "--dev is the split to be judged; name another"
     )
-    asked = Judging(
-        **{
-            name: getattr(given, name)
-            for name in list_options(Judge)
-            if name not in ("scores", "source", "name", "out")
-        }
-    )
-    judged = judge_files(given.scores, given.source, asked, say)
+    judged = judge_files(given.scores, given.source, given, say)
     print_evaluation(judged.evaluation)
     if given.out is not None:
         from pipeline.look.judge_report import render_card, render_page

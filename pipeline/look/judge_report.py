@@ -445,7 +445,7 @@ def tabulate_macros(evaluation: Evaluation) -> Table:
         "group",
         "images",
         "macro AUROC [95 %]",
-        "less the first group [95 %]",
+        "minus the first group [95 %]",
         "labels in it",
         "widest TPR gap [95 %]",
     )

@@ -145,7 +145,10 @@ def tabulate_groups(evaluation: Evaluation, variable: str) -> Table:
     others = [f"{short[group]} {count(row.value)}" for group, row in sizes.items() if row.note]
     notes = [
         f"{text}: {', '.join(parts)}."
-        for text, parts in (("Macro less the first group's", differences), ("In no group", others))
+        for text, parts in (
+            ("Macro AUROC minus that of the first group", differences),
+            ("In no group", others),
+        )
         if parts
     ]
     return Table("", [*columns, "TPR gap"], rows, notes, means=1, kind="groups")

@@ -111,13 +111,13 @@ def print_audit(audit: Audit) -> None:
 
 
 def tabulate_audit(audit: Audit) -> Table:
-    """What tells each label best, worst first; ! marks an alarm."""
+    """What predicts each label best, worst first; ! marks an alarm."""
     best: dict[str, dict[str, Clue]] = {}
     for clue in sorted(audit["clues"], key=lambda clue: clue["kind"] == "content"):
         best.setdefault(clue["label"], {}).setdefault(clue["kind"], clue)
-    columns = ["label", "tells it", "95 %", "acquisition", "adjusted", "all together"]
+    columns = ["label", "AUROC", "95 %", "acquisition", "adjusted", "all together"]
     if any("content" in kinds for kinds in best.values()):
-        columns += ["tells it", "content: maybe the disease"]
+        columns += ["AUROC", "content: maybe the disease"]
     rows = []
     for label, kinds in best.items():
         cells = ["–"] * (len(columns) - 1)

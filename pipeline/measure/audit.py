@@ -173,7 +173,7 @@ def describe_alarms(audit: Audit) -> list[str]:
         others = [f"{clue['covariate']} {shorten(clue['told'])}" for clue in alone[1:]]
         others += [f"{TOGETHER} {shorten(clue['told'])}" for clue in found if clue not in alone]
         first = alone[0] if alone else found[0]
-        who = f"{first['covariate']} alone tells" if alone else "all covariates together tell"
+        who = f"{first['covariate']} alone predicts" if alone else "all covariates together predict"
         rest = f"; {', '.join(others)}" if alone and others else ""
         texts.append(f"{label}: {who} it with AUROC {shorten(first['told'])} ({describe_told(first)}){rest}")
     return texts

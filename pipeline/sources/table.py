@@ -9,7 +9,7 @@ gives each split a CSV.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -43,16 +43,16 @@ def find_tables(folder: Path) -> dict[str, Path] | None:
     return {"train": csvs[0]} if len(csvs) == 1 else None
 
 
-def parse_columns(text: str) -> tuple[tuple[str, str], ...]:
-    """Our names and the table's, from `path=Image,patient=MRN`. Raises DataError, naming all that is wrong.
+def parse_columns(text: str, known: Sequence[str] = (*FACTS, "key", *LABELS)) -> tuple[tuple[str, str], ...]:
+    """Our names, of those `known`, and the table's, from `path=Image,patient=MRN`.
 
-    Which of them are needed, the set knows.
+    Spaces and double quotes around a name do not count. Raises DataError, naming all that is wrong; which columns are
+    needed, the set knows.
     """
     pairs: list[tuple[str, str]] = []
     wrong = []
-    known = (*FACTS, "key", *LABELS)
     for part in text.split(","):
-        name, _, column = part.partition("=")
+        name, column = (word.strip().strip('"') for word in part.partition("=")[::2])
         ours = find_label(name) or name
         if ours not in known:
             wrong.append(f"'{ours}' is none of {', '.join(known)}")

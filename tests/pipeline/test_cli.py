@@ -220,7 +220,7 @@ def test_a_folder_whose_name_is_not_utf_8_is_named(chexpert: Path, tmp_path: Pat
     assert "Traceback" not in failed.stderr
     failed = run("verify", folder)
     assert failed.stderr == (
-        f"Error: {shown}: no manifest.json, so no finished shards; write them with `pipeline shards`\n"
+        f"Error: {shown}: not a folder of shards (no manifest.json); write one with `pipeline shards`\n"
     )
     drawn = run("sample", tmp_path / "new\udcff", "--images", 20)
     assert drawn.stdout == f"{tmp_path}/new\\udcff/CheXpert-v1.0-small: 20 synthetic images\n"

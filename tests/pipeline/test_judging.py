@@ -9,8 +9,8 @@ import pytest
 from sklearn.metrics import recall_score, roc_auc_score
 
 from pipeline import DataError, Judging, judge
-from pipeline.judging import parse_columns
 from pipeline.measure.evaluation import read_evaluation
+from pipeline.sources.table import parse_columns
 from tests.conftest import run_pipeline
 
 FINDINGS = ("Edema", "Infiltration", "Consolidation", "No Finding")
@@ -126,7 +126,10 @@ def test_two_readers_and_a_network_stand_on_one_page(
 def test_what_cannot_be_judged_is_refused(nih: tuple[Path, Path, pd.DataFrame], tmp_path: Path) -> None:
     table, scores, _ = nih
     for words, message in {
-        ("--columns", "Edema"): "'Edema' is not LABEL=COLUMN, key=COLUMN, patient=COLUMN or study=COLUMN",
+        (
+            "--columns",
+            "Edema,path=x",
+        ): "Edema has no column; 'path' is none of key, patient, study, No Finding",
         ("--dev", "dev", "--threshold", "0.5"): "--threshold is for scores without --dev",
         ("--dev", "valid", "--split", "valid"): "--dev is the split to be judged; name another",
     }.items():

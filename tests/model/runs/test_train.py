@@ -1381,7 +1381,7 @@ MISUSES = [
     (
         "train --shards {run} --run {run}",
         1,
-        "Error: {run}: no manifest.json, so no finished shards; write them with `pipeline",
+        "Error: {run}: not a folder of shards (no manifest.json); write one with `pipeline",
     ),
     ("evaluate --shards {shards} --run {run} --split valid", 1, "Error: {run}: no config.json, so not"),
     ("train --shards {shards}/.. --run {run}", 1, "or did you mean {shards}/../"),

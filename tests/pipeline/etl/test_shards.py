@@ -302,7 +302,7 @@ def test_unusable_image_stops_the_run_and_leaves_nothing_finished(
         f"the first: {image}: {reason}"
     )
     assert not [path for path in out.rglob("*") if path.name.endswith(".tmp")]
-    with pytest.raises(DataError, match=r"no manifest.json, so no finished shards"):
+    with pytest.raises(DataError, match=r"not a folder of shards \(no manifest.json\)"):
         read_manifest(out)
 
 

@@ -346,7 +346,7 @@ def test_any_flipped_bit_is_found(shards: Shards) -> None:
 def test_no_manifest(tmp_path: Path) -> None:
     run = run_pipeline("verify", tmp_path)
     assert (run.returncode, run.stdout) == (1, "")
-    assert run.stderr.startswith(f"Error: {tmp_path}: no manifest.json, so no finished shards")
+    assert run.stderr.startswith(f"Error: {tmp_path}: not a folder of shards (no manifest.json)")
 
 
 def test_a_table_without_a_column(shards: Shards) -> None:

@@ -117,7 +117,7 @@ def test_planted_shortcuts_are_found_unprompted(cued: Path, tmp_path: Path) -> N
     assert "train and dev, where there are some; all views" in page.text
     tiles = re.findall('<p class="value">(.*?)</p><p class="note">(.*?)</p>', html.read_text())
     assert tiles == [("80", "images"), ("80", "patients"), ("3", "labels with an alarm")]
-    assert "Pneumonia: brightest in the upper left corner alone tells it with AUROC 1.00" in page.text
+    assert "Pneumonia: brightest in the upper left corner alone predicts it with AUROC 1.00" in page.text
     (rows,) = page.tables["audit"]
     assert {row[0] for row in rows[1:]} == PLANTED.keys()
     # The other split has no cue; nothing else tells its labels.

@@ -121,7 +121,7 @@ def test_alarms_are_told_in_words() -> None:
     sharpness = {"sharpness": truth + 0.1 * random.random(300)}
     audit = audit_labels(table, target, mask, find_covariates(table), content=sharpness, together=False)
     assert describe_alarms(audit) == [
-        "Pneumonia: patient number alone tells it with AUROC 1.00 (.99–1.00)",
+        "Pneumonia: patient number alone predicts it with AUROC 1.00 (.99–1.00)",
     ]
     assert by_name(audit)["Pneumonia", "sharpness"]["exceeds"]  # but is no alarm
     assert audit["left_out"] == {
@@ -153,7 +153,7 @@ def test_all_together_are_an_alarm_of_their_own() -> None:
     (alarm,) = find_alarms(audit)["Pneumonia"]
     assert (alarm["kind"], alarm["told"] > 0.9) == ("together", True)
     assert describe_alarms(audit)[0].startswith(
-        "Pneumonia: all covariates together tell it with AUROC 1.00 ("
+        "Pneumonia: all covariates together predict it with AUROC 1.00 ("
     )
 
 
