@@ -145,3 +145,30 @@ def test_what_cannot_be_judged_is_refused(nih: tuple[Path, Path, pd.DataFrame], 
     with pytest.raises(DataError, match=r"two files of one name, by which they are shown; rename one$"):
         judge(scores, table, Judging(columns=columns, against=(few, few)))
     assert json.loads(json.dumps(dict(columns)))["key"] == "Image Index"
+
+
+def test_logits_facts_and_means_over_views_are_judged_as_asked(
+    nih: tuple[Path, Path, pd.DataFrame], tmp_path: Path
+) -> None:
+    table, scores, both = nih
+    logits = pd.read_csv(scores)
+    for name in ("p_Edema", "p_Consolidation"):
+        logits[name] = np.log(logits[name] / (1 - logits[name]))
+    logits.to_csv(tmp_path / "logits.csv", index=False)
+    site = np.where(both["Patient ID"] % 2 == 0, "even", "odd")
+    facts = pd.DataFrame({"patient": both["Patient ID"], "site": site}).drop_duplicates()
+    facts.to_csv(tmp_path / "facts.csv", index=False)
+    pd.read_csv(table).assign(**{"Follow-up #": 0}).to_csv(tmp_path / "table.csv", index=False)
+    words = ("--columns", COLUMNS, "--logits", "--facts", tmp_path / "facts.csv", "--study", "mean")
+    done = run_pipeline(
+        "judge", tmp_path / "logits.csv", tmp_path / "table.csv", *words, "--out", tmp_path / "out"
+    )
+    assert done.returncode == 0, done.stderr
+    found = read_evaluation(tmp_path / "out" / "evaluation.json")
+    both = both.assign(site=site, truth=both["Finding Labels"] == "Edema")
+    for group, rows in (("even", site == "even"), ("odd", site == "odd")):
+        expected = roc_auc_score(both["truth"][rows], both["p_Edema"][rows])
+        assert found.get("auroc", "Edema", group=f"site={group}").value == pytest.approx(expected)
+    studies = both.groupby("Patient ID").agg({"truth": "max", "p_Edema": "mean"})
+    expected = roc_auc_score(studies["truth"], studies["p_Edema"])
+    assert found.get("auroc", "Edema", "study").value == pytest.approx(expected)
