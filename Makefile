@@ -144,6 +144,7 @@ fuzz: .venv-fuzz/installed  ## feed damaged files to every reader, FUZZ_SECONDS 
 audit-deps: .venv-audit/installed  ## look the pinned packages up in the database of vulnerabilities
 	.venv-audit/bin/pip-audit --requirement requirements.lock --no-deps --disable-pip --strict
 docs: .venv-docs/installed  ## build the pages as a site in build/docs (MkDocs)
+	$(BIN)/python -m docs.reference build/reference
 	.venv-docs/bin/mkdocs build --strict --config-file .ci/mkdocs.yml
 lint:  ## check style (ruff) and types (mypy)
 	$(BIN)/ruff check

@@ -1,4 +1,4 @@
-"""A hook of mkdocs: what pages link to beside docs/ becomes part of the site, with docs/ as its top."""
+"""A hook of mkdocs: the pages that the code makes, and what pages link to outside docs/, become part of the site."""
 
 import os
 import re
@@ -8,6 +8,7 @@ from typing import Any
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parents[1]
+MADE = ROOT / "build/reference"  # by docs/reference.py
 MORE = ("README.md", "CONTRIBUTING.md", "LICENSE", "shards/README.md", "examples/*.py", "benchmarks/*.md")
 
 
@@ -16,6 +17,8 @@ def on_files(files: Any, config: Any) -> Any:
     for path in sorted(path for pattern in MORE for path in ROOT.glob(pattern)):
         name = str(path.relative_to(ROOT))
         files.append(File(name, str(ROOT), config.site_dir, config.use_directory_urls))
+    for path in sorted(MADE.glob("*.md")):
+        files.append(File(path.name, str(MADE), config.site_dir, config.use_directory_urls))
     return files
 
 

@@ -1,8 +1,11 @@
 import os
 import re
 import subprocess
+from pathlib import Path
 
-from docs.options import render_options
+from docs.reference import write_reference
+from model.runs.commands import main as train
+from pipeline.cli import cli as pipeline
 from tests.conftest import REPOSITORY
 
 README = REPOSITORY / "README.md"
@@ -54,7 +57,7 @@ def test_every_target_that_the_documents_name_exists() -> None:
 def test_the_readme_is_short_and_so_is_every_page() -> None:
     assert len(README.read_text().splitlines()) <= 150
     long = {page.name for page in PAGES if page != README and len(page.read_text().splitlines()) > 150}
-    assert long <= {"options.md", "model-card.md"}  # which programs write
+    assert long <= {"model-card.md"}  # which a program writes
     assert all(page.stat().st_size < 30_000 for page in (*PAGES, *(REPOSITORY / "benchmarks").glob("*.md")))
 
 
@@ -73,5 +76,16 @@ def test_every_link_leads_somewhere() -> None:
             assert not anchor or anchor in anchors, f"{page.name}: {target}"
 
 
-def test_the_page_of_options_is_what_the_commands_say() -> None:
-    assert (REPOSITORY / "docs" / "options.md").read_text() == render_options()
+def test_the_pages_of_options_and_modules_are_made_from_the_code(tmp_path: Path) -> None:
+    write_reference(tmp_path)
+    pages = {path.name: path.read_text().splitlines() for path in tmp_path.iterdir()}
+    for lines in pages.values():
+        assert {len(re.split(r"(?<!\\)\|", line)) for line in lines if line.startswith("|")} == {4}
+    commands = [f"pipeline {name}" for name in pipeline.commands]
+    commands += [f"python -m train {name}" for name in train.commands]
+    assert sorted(line[3:] for line in pages["options.md"] if line.startswith("## ")) == sorted(commands)
+    escaped = "| `--blanks [blank\\|not-annotated]` | "
+    assert any(line.startswith(escaped) for line in pages["options.md"])
+    modules = [path for package in ("pipeline", "model") for path in (REPOSITORY / package).rglob("*.py")]
+    named = {line.split("`")[1] for line in pages["modules.md"] if line.startswith("| `")}
+    assert named == {path.name for path in modules} - {"__init__.py"}

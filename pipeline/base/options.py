@@ -2,7 +2,8 @@
 
     lr: float = option(1e-4, "Peak learning rate.", low=0, open=True)
 
-Commands (by `pipeline.command.with_options`), the check of config.json, sweeps and docs/options.md are made from it.
+Commands (by `pipeline.command.with_options`), the check of config.json, sweeps and the page of options (make docs) are
+made from it.
 """
 
 import math

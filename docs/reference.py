@@ -1,5 +1,7 @@
-"""Write docs/options.md, the options of all commands as their --help has them: .venv/bin/python -m docs.options."""
+"""Write the pages of the site that are made from the code, options.md and modules.md, into a folder (make docs)."""
 
+import ast
+import sys
 from pathlib import Path
 
 import click
@@ -7,21 +9,27 @@ import click
 from model.runs.commands import main as train
 from pipeline.cli import cli as pipeline
 
-PAGE = Path(__file__).with_suffix(".md")
+ROOT = Path(__file__).parents[1]
+
+
+def write_reference(folder: Path) -> None:
+    """Write both pages into a folder, which is created."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "options.md").write_text(render_options())
+    (folder / "modules.md").write_text(render_modules())
 
 
 def render_options() -> str:
-    """The page."""
+    """The options of each command, as its --help prints them."""
     parts = [
-        "# All options\n",
-        "```\npipeline shards --help\npython -m train train --help\n```\n",
-        "Written from the `--help` of each command by `python -m docs.options`.\n",
-        "Options that `python -m train train` has too are not repeated under its other commands.\n",
+        "# Options\n",
+        "`pipeline COMMAND --help` and `python -m train COMMAND --help` print the same.\n",
+        "Options that `python -m train train` has too are not repeated for its other commands.\n",
     ]
     for group, name in ((pipeline, "pipeline"), (train, "python -m train")):
         context = click.Context(group, info_name=name, **group.context_settings)
         common: set[str] = set()
-        # `train` first: it has what the others share.
+        # `train` first: it has the options that the others share.
         for command in sorted(group.commands.values(), key=lambda command: command.name != "train"):
             rows = list_options(command, context)
             parts.append(f"## {name} {command.name}\n\n{(command.help or '').partition(chr(10))[0]}\n")
@@ -43,10 +51,24 @@ def list_options(command: click.Command, context: click.Context) -> list[str]:
     return [f"| `{escape(name)}` | {escape(text).strip()} |" for name, text in records]
 
 
+def render_modules() -> str:
+    """Every module, with the first line of its docstring."""
+    parts = ["# Modules\n"]
+    paths = [path for package in ("pipeline", "model") for path in sorted((ROOT / package).rglob("*.py"))]
+    # A package before its modules, and these before the packages in it.
+    for path in sorted(paths, key=lambda path: (path.parent, path.name != "__init__.py", path)):
+        text = escape((ast.get_docstring(ast.parse(path.read_text())) or "").partition("\n")[0])
+        if path.name == "__init__.py":
+            parts.append(f"\n## {path.parent.relative_to(ROOT)}\n\n{text}\n\n| module | |\n|---|---|")
+        else:
+            parts.append(f"| `{path.name}` | {text} |")
+    return "\n".join(parts) + "\n"
+
+
 def escape(text: str) -> str:
     """Text for a cell of a Markdown table; angle brackets and stars would be markup."""
     return text.replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")
 
 
 if __name__ == "__main__":
-    PAGE.write_text(render_options())
+    write_reference(Path(sys.argv[1]))
