@@ -30,7 +30,8 @@ def render_options() -> str:
         context = click.Context(group, info_name=name, **group.context_settings)
         common: set[str] = set()
         # `train` first: it has the options that the others share.
-        for command in sorted(group.commands.values(), key=lambda command: command.name != "train"):
+        commands = filter(None, (group.get_command(context, entry) for entry in group.list_commands(context)))
+        for command in sorted(commands, key=lambda command: command.name != "train"):
             rows = list_options(command, context)
             parts.append(f"## {name} {command.name}\n\n{(command.help or '').partition(chr(10))[0]}\n")
             own = [row for row in rows if row not in common]

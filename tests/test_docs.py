@@ -202,7 +202,8 @@ def check_options(group: click.Group, words: list[str]) -> None:
         words = words if words[0] == "--help" else ["train", *words]
     if words[0] == "--help":
         return
-    command = group.commands[words[0]]
+    command = group.get_command(context, words[0])
+    assert command is not None, words[0]
     inner = click.Context(command, context, command.name)
     given, _, _ = command.make_parser(inner).parse_args(words[1:])
     for option in command.params:

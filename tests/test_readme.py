@@ -5,7 +5,7 @@ from pathlib import Path
 
 from docs.reference import write_reference
 from model.runs.commands import main as train
-from pipeline.cli import cli as pipeline
+from pipeline.cli import COMMANDS
 from tests.conftest import REPOSITORY
 
 README = REPOSITORY / "README.md"
@@ -81,7 +81,7 @@ def test_the_pages_of_options_and_modules_are_made_from_the_code(tmp_path: Path)
     pages = {path.name: path.read_text().splitlines() for path in tmp_path.iterdir()}
     for lines in pages.values():
         assert {len(re.split(r"(?<!\\)\|", line)) for line in lines if line.startswith("|")} == {4}
-    commands = [f"pipeline {name}" for name in pipeline.commands]
+    commands = [f"pipeline {name}" for name in COMMANDS]
     commands += [f"python -m train {name}" for name in train.commands]
     assert sorted(line[3:] for line in pages["options.md"] if line.startswith("## ")) == sorted(commands)
     escaped = "| `--blanks [blank\\|not-annotated]` | "

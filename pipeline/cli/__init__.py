@@ -1,23 +1,49 @@
 """The `pipeline` command: parse, call, print.
 
-Each command imports what it needs itself, so that `--help` is quick.
+A command's module is imported when the command runs, so that `--help` is quick.
 """
+
+from importlib import import_module
 
 import click
 
-from pipeline.cli.looking import audit, judge, show, stats
-from pipeline.cli.making import sample, shards, verify
 from pipeline.console import run_command
 
+COMMANDS = {  # name → module, and its line in --help
+    "sample": ("making", "Write a synthetic CheXpert, to try things out."),
+    "shards": ("making", "Write a data set as shards: tars, Arrow tables, a manifest."),
+    "verify": ("making", "Check shards against their manifest."),
+    "stats": ("looking", "Count the labels of shards, folders or CSVs."),
+    "show": ("looking", "Draw a contact sheet of images."),
+    "audit": ("looking", "Ask which non-disease factors predict each label."),
+    "judge": ("looking", "Judge scores of any network or reader."),
+}
 
-@click.group(context_settings={"show_default": True})
+
+class Menu(click.Group):
+    """A group whose commands stand in COMMANDS."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The commands' names."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command, for which its module is imported."""
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = getattr(import_module(f"pipeline.cli.{COMMANDS[cmd_name][0]}"), cmd_name)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the commands' lines without importing the commands."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, line) for name, (_, line) in COMMANDS.items()])
+
+
+@click.group(cls=Menu, context_settings={"show_default": True})
 @click.version_option(package_name="chexpert-pipeline")
 def cli() -> None:
     """Turn chest X-ray data sets into WebDataset shards with Arrow label tables, and report on its labels."""
-
-
-for command in (sample, shards, verify, stats, show, audit, judge):
-    cli.add_command(command)
 
 
 def main() -> None:

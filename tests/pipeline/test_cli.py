@@ -230,7 +230,7 @@ def test_a_folder_whose_name_is_not_utf_8_is_named(chexpert: Path, tmp_path: Pat
     ("program", "module", "errors"),
     [
         ("pipeline/__main__.py", "click", "Interrupted.\n"),
-        ("pipeline/__main__.py", "pipeline.labels", "Interrupted.\n"),
+        ("pipeline/__main__.py", "pipeline.console", "Interrupted.\n"),
         ("train.py", "numpy", ""),
     ],
 )
