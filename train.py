@@ -105,7 +105,7 @@ from pipeline.console import progress_bar, say, say_once, show_left
 from pipeline.labels import LABELS
 from pipeline.measure.evaluation import MEANS
 from pipeline.measure.metrics import cross_entropy, report_auroc
-from pipeline.stream.batches import Batch, BatchStream, Labels
+from pipeline.stream.batches import Batch, BatchStream, Labels, Unusable
 from pipeline.stream.plan import Rows, Weights, plan_training, training_steps
 
 if TYPE_CHECKING:
@@ -137,8 +137,9 @@ class TrainState:
     loss_sum: float = 0.0  # over the steps since then
     best: float = -1.0
     history: list[dict[str, Any]] = field(default_factory=list)
+    bad: Unusable = field(default_factory=Unusable)  # images of train
 
-    MODULES = ("network", "loss", "ema", "optimizer", "scaler")
+    MODULES = ("network", "loss", "ema", "optimizer", "scaler", "bad")
     VALUES = ("done", "evaluated", "loss_sum", "best", "history")
 
     def save(self, path: Path) -> None:
@@ -197,6 +198,7 @@ def train(job: Job, watch: Callable[[list[dict[str, Any]]], None] = lambda histo
     labels = training_labels(job, train)
     weights = training_weights(job, labels, train)
     state = start_state(job, labels, train.rows)
+    state.bad = train.bad
     if not job.ranks.is_first:
         return train_epochs(job, state, (train, dev), labels, weights, watch)
     run.mkdir(parents=True, exist_ok=True)  # only now: a run that cannot start leaves no folder
@@ -330,6 +332,7 @@ def save_state(job: Job, state: TrainState) -> None:
     weights = torch.stack(torch._foreach_norm(list(state.network.parameters())))
     if not weights.isfinite().all():
         raise DivergedError(f"the weights are not finite after step {state.done:,}; try a lower `lr`")
+    state.bad.update(job.ranks.unite(state.bad.rows))
     if job.ranks.is_first:
         state.save(job.run / "last.pt")
 

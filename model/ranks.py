@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import product
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +26,8 @@ import torch.distributed.nn.functional  # now: its defaults would hold the proce
 from torch import nn
 
 from pipeline.base.errors import DataError
+
+Value = TypeVar("Value")
 
 # A killed rank closes its connections, which ends the others at once; this is for a machine that vanishes.
 TIMEOUT = timedelta(minutes=5)
@@ -66,20 +68,25 @@ class Ranks:
 
     def share(self, read: Callable[[], bytes]) -> bytes:
         """What the first rank reads."""
-        if not self.joined:
-            return read()
-        content = read() if self.is_first else b""
-        buffer = np.zeros(int(self.gather(len(content))[0, 0]), np.uint8)
-        if self.is_first:
-            buffer[:] = np.frombuffer(content, np.uint8)
-        dist.broadcast(torch.from_numpy(buffer), 0)
-        return buffer.tobytes()
+        content = [read() if self.is_first else b""]
+        if self.joined:
+            dist.broadcast_object_list(content)
+        return content[0]
+
+    def list_all(self, value: Value) -> list[Value]:
+        """The value of each rank."""
+        values = [value] * self.count
+        if self.joined:
+            dist.all_gather_object(values, value)
+        return values
+
+    def unite(self, values: set[int]) -> set[int]:
+        """What any rank has."""
+        return set[int]().union(*self.list_all(values))
 
     def compare(self, values: Mapping[str, object]) -> None:
         """Raise DataError on every rank, naming the first value that a rank does not share with the first rank."""
-        table: list[Any] = [values] * self.count
-        if self.joined:
-            dist.all_gather_object(table, dict(values))
+        table = self.list_all(dict(values))
         for rank, name in product(range(self.count), table[0]):
             first, other = table[0][name], table[rank].get(name)
             if other != first:

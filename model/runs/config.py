@@ -145,7 +145,7 @@ class Config:
     )
     max_bad: float = data_option(
         0.0,
-        "Fraction of damaged images to tolerate and skip, per rank and between evaluations.",
+        "Fraction of a split's images that may be damaged, and are skipped.",
         low=0,
         high=1,
     )

@@ -7,7 +7,7 @@ train.train(job)
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +26,7 @@ from pipeline.console import say, say_once
 from pipeline.labels import MOST_VIEWS, split_patients
 from pipeline.manifest import Manifest
 from pipeline.policies import check_blank_policy, evaluation_targets
-from pipeline.stream.batches import BatchStream, Labels, stream_batches
+from pipeline.stream.batches import BatchStream, Labels, Unusable, stream_batches
 from pipeline.stream.collection import Collection
 from pipeline.stream.plan import Rows, Samples, Step
 from pipeline.stream.samples import OpenSplit, find_images, find_studies
@@ -130,6 +130,7 @@ class Selected:
     images: Rows
     samples: Samples
     blank: str  # the shards' own policy, under which runs of other policies are measured on the same cells
+    bad: Unusable = field(default_factory=Unusable)  # over all epochs and evaluations
 
     @property
     def rows(self) -> Rows:
@@ -195,22 +196,21 @@ def open_rows(job: Job, name: str) -> Selected:
     """
     split, rows = open_images(job, name)
     blank = check_blank_policy(job.manifest.policies["blank"] or job.config.blank)
+    bad = Unusable(int(job.config.max_bad * len(rows)))
     if job.config.fusion is None:
-        return Selected(split, rows, find_images(split, rows), blank)
+        return Selected(split, rows, find_images(split, rows), blank, bad)
     samples, left_out = find_studies(split, rows)
     if left_out and job.ranks.is_first:
         say(f"{name}: {left_out:,} images beyond their study's first {MOST_VIEWS} are left out")
-    return Selected(split, rows, samples, blank)
+    return Selected(split, rows, samples, blank, bad)
 
 
 def read_batches(
     job: Job, chosen: Selected, labels: Labels, plan: Callable[[int], Iterator[Step]]
 ) -> BatchStream:
     """The batches of a plan over the chosen samples, as the run reads them."""
-    max_bad = int(job.config.max_bad * len(chosen.images))
-    return stream_batches(
-        chosen.split, labels, plan, size=job.config.image_size, threads=job.setup.workers, max_bad=max_bad
-    )
+    size, threads = job.config.image_size, job.setup.workers
+    return stream_batches(chosen.split, labels, plan, size=size, threads=threads, bad=chosen.bad)
 
 
 def network_inputs(

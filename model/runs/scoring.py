@@ -117,6 +117,7 @@ def score_split(
     scores = np.zeros((len(rows), len(columns)))
     scores[ours] = found
     scores = job.ranks.sum(scores)
+    chosen.bad.update(job.ranks.unite(chosen.bad.rows))
     usable = job.ranks.sum(bad) == 0
     rows = rows[usable]
     facts = split.table.take(rows)

@@ -17,6 +17,7 @@ import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -49,6 +50,38 @@ class Labels(NamedTuple):
 
     target: npt.NDArray[np.float32]
     mask: npt.NDArray[np.bool_]
+
+
+@dataclass
+class Unusable:
+    """Images of a split that cannot be used: `allowed` of them, however often, and in how many streams, each is met."""
+
+    allowed: int = 0
+    rows: set[int] = field(default_factory=set)
+
+    def add(self, row: int, reason: str) -> None:
+        """Log the image of a row, once. Raises DataError with the reason if there are more than allowed."""
+        if row in self.rows:
+            return
+        self.rows.add(row)
+        if len(self.rows) > self.allowed:
+            limit = f"; more than {self.allowed} such images (`max_bad`)" if self.allowed else ""
+            raise DataError(reason + limit)
+        logger.warning("%s; left out, %d of %d allowed", reason, len(self.rows), self.allowed)
+
+    def update(self, rows: Iterable[int]) -> None:
+        """Add what other ranks met, or an earlier part of the run. Raises DataError if there are more than allowed."""
+        self.rows.update(rows)
+        if len(self.rows) > self.allowed:
+            raise DataError(f"{len(self.rows)} images cannot be used, more than {self.allowed} (`max_bad`)")
+
+    def state_dict(self) -> dict[str, list[int]]:
+        """What a resume needs."""
+        return {"rows": sorted(self.rows)}
+
+    def load_state_dict(self, state: Mapping[str, Iterable[int]]) -> None:
+        """Count on from this state."""
+        self.update(state["rows"])
 
 
 class ShardFile:
@@ -158,7 +191,7 @@ class BatchStream:
 
     Iterating starts at the first step or, once, at the state that `load_state_dict` was given. The workers of a
     torch DataLoader(stream, batch_size=None) share the batches, which it yields in the order of the plan for any
-    number of workers; each worker counts `max_bad` by itself. A stream is one epoch, however often it is iterated.
+    number of workers; each worker counts unusable images by itself. A stream is one epoch, whenever it is iterated.
     """
 
     def __init__(self, plan: Callable[[int], Iterator[Step]], *stages: Stage) -> None:
@@ -237,20 +270,20 @@ def stream_batches(
     *,
     size: int,
     threads: int = 2,
-    max_bad: int = 0,
+    bad: Unusable | None = None,
 ) -> BatchStream:
     """The batches of a plan: of an epoch of training, or of all samples in table order.
 
         plan = partial(plan_training, samples, batch_size, seed, epoch)
         plan = partial(plan_evaluation, samples, batch_size)
 
-    Up to `max_bad` unusable images are left out, or black and masked where they are a sample's only ones; more raise
-    DataError naming shard and key.
+    The unusable images that `bad` allows (none by default) are left out, or black and masked if they are a sample's
+    only ones; more raise DataError naming shard and key.
     """
     return BatchStream(
         plan,
         partial(fetch, split=split),
-        partial(decode, split=split, size=size, threads=threads, max_bad=max_bad),
+        partial(decode, split=split, size=size, threads=threads, bad=bad or Unusable()),
         partial(label, split=split, labels=labels),
     )
 
@@ -277,26 +310,18 @@ def fetch(steps: Iterable[Step], split: OpenSplit) -> Iterator[Encoded]:
 
 
 def decode(
-    encoded: Iterable[Encoded], split: OpenSplit, size: int, threads: int, max_bad: int = 0
+    encoded: Iterable[Encoded], split: OpenSplit, size: int, threads: int, bad: Unusable
 ) -> Iterator[Decoded]:
     """Decode ahead on `threads` threads; yields images uint8 [N, 1, size, size] in the order given.
 
-    Images that do not match their checksum or do not decode are logged; more than `max_bad` of them raise
-    DataError naming shard and key.
+    Images that do not match their checksum or do not decode are added to `bad`. Raises DataError naming shard and key.
     """
     pending: deque[Future[tuple[Decoded, dict[int, str]]]] = deque()
-    bad: set[int] = set()  # rows: a weighted order may visit one several times
 
     def next_result() -> Decoded:
         decoded, reasons = pending.popleft().result()
         for row, reason in reasons.items():
-            if row in bad:
-                continue
-            bad.add(row)
-            if len(bad) > max_bad:
-                allowed = f"; more than {max_bad} such images (`max_bad`)" if max_bad else ""
-                raise DataError(f"{reason}{allowed}")
-            logger.warning("%s; left out, %d of %d allowed", reason, len(bad), max_bad)
+            bad.add(row, reason)
         return decoded
 
     with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:

@@ -14,7 +14,7 @@ from pipeline.base.errors import DataError
 from pipeline.labels import LABELS, VIEWS
 from pipeline.manifest import Manifest
 from pipeline.policies import check_blank_policy, choose_policy, make_targets, parse_uncertain_policy
-from pipeline.stream.batches import BatchStream, Labels, stream_batches
+from pipeline.stream.batches import BatchStream, Labels, Unusable, stream_batches
 from pipeline.stream.cache import CACHE, CACHE_SIZE
 from pipeline.stream.collection import Collection, open_collection
 from pipeline.stream.plan import Rows, Samples, plan_evaluation, plan_training, share_batch
@@ -153,4 +153,4 @@ class Selection:
             plan = partial(plan_evaluation, self.samples, share, rank=rank, ranks=ranks)
         else:
             plan = partial(plan_training, self.samples, batch_size, seed, epoch, rank=rank, ranks=ranks)
-        return stream_batches(self.split, cells, plan, size=size, threads=threads, max_bad=max_bad)
+        return stream_batches(self.split, cells, plan, size=size, threads=threads, bad=Unusable(max_bad))

@@ -653,6 +653,7 @@ def test_damaged_images_end_the_run_unless_they_are_allowed(
     assert train.train(job) == 0
     scored = pa.ipc.open_file(job.run / "scores-dev.arrow").read_all()["key"].to_pylist()
     assert scored == [key for row, key in enumerate(split.table["key"].to_pylist()) if row != 3]
+    assert load_checkpoint(job.run / "last.pt")["bad"] == {"rows": []}  # of train
 
 
 def test_a_batch_in_parts_gives_the_same_gradients(make_job: Callable[..., Job]) -> None:

@@ -27,7 +27,7 @@ from pipeline.labels import LABELS
 from pipeline.manifest import FACTS, Manifest, read_table
 from pipeline.policies import make_targets, parse_uncertain_policy
 from pipeline.stream import batches as stream
-from pipeline.stream.batches import Batch, BatchStream, Encoded, Labels, stream_batches
+from pipeline.stream.batches import Batch, BatchStream, Encoded, Labels, Unusable, stream_batches
 from pipeline.stream.plan import Rows, Samples, Weights, plan_evaluation, plan_training
 from pipeline.stream.samples import OpenSplit, find_images, find_studies, open_split
 from tests.conftest import REPOSITORY, make_shards
@@ -59,18 +59,18 @@ def training(
     rank: int = 0,
     ranks: int = 1,
     threads: int = 2,
-    max_bad: int = 0,
+    bad: Unusable | None = None,
 ) -> BatchStream:
     """An epoch of training; of all images where no other samples are given."""
     samples = find_images(split) if samples is None else samples
     plan = partial(plan_training, samples, batch_size, 0, epoch, weights=weights, rank=rank, ranks=ranks)
-    stream_ = stream_batches(split, labels, plan, size=size, threads=threads, max_bad=max_bad)
+    stream_ = stream_batches(split, labels, plan, size=size, threads=threads, bad=bad)
     stream_.load_state_dict({"step": start_step})
     return stream_
 
 
 def evaluation(
-    split: OpenSplit, labels: Labels, size: int, batch_size: int, rows: Rows | None = None, **options: int
+    split: OpenSplit, labels: Labels, size: int, batch_size: int, rows: Rows | None = None, **options: Any
 ) -> BatchStream:
     """All images, or those of the rows, in table order."""
     plan = partial(plan_evaluation, find_images(split, rows), batch_size)
@@ -294,7 +294,8 @@ def test_allowed_bad_images_are_black_and_masked_and_logged(
     expected = list(training(split, labels))
     first = flip_bit(shards[0], split, 5)
     last = flip_bit(shards[0], split, 12)
-    for ours, whole in zip(training(split, labels, max_bad=2), expected, strict=True):
+    unusable = Unusable(2)
+    for ours, whole in zip(training(split, labels, bad=unusable), expected, strict=True):
         rows = ours.step.rows[:, 0]
         bad = np.isin(rows, (5, 12))
         assert not ours.images[bad].any()
@@ -308,8 +309,19 @@ def test_allowed_bad_images_are_black_and_masked_and_logged(
     assert [rest for _, _, rest in said] == ["left out, 1 of 2 allowed", "left out, 2 of 2 allowed"]
     assert labels.mask.all()  # the rows of the whole split are untouched
     with pytest.raises(DataError) as caught:
-        list(evaluation(split, labels, size=32, batch_size=4, max_bad=1))
+        list(evaluation(split, labels, size=32, batch_size=4, bad=Unusable(1)))
     assert str(caught.value) == f"{last}; more than 1 such images (`max_bad`)"
+    # One budget for all streams that share it, and a state that others go on from.
+    list(training(split, labels, epoch=1, bad=unusable))
+    assert unusable.state_dict() == {"rows": [5, 12]}
+    assert len(caplog.messages) == 3
+    flip_bit(shards[0], split, 20)
+    resumed = Unusable(2)
+    resumed.load_state_dict(unusable.state_dict())
+    with pytest.raises(DataError, match=r"; more than 2 such images \(`max_bad`\)$"):
+        list(evaluation(split, labels, size=32, batch_size=4, rows=np.array([20]), bad=resumed))
+    with pytest.raises(DataError, match=r"^3 images cannot be used, more than 2 \(`max_bad`\)$"):
+        unusable.update({7})
 
 
 def test_a_shard_cut_short_under_a_running_stream_is_named(
@@ -453,7 +465,7 @@ def test_missing_and_truncated_shards_are_found_before_the_first_batch(shards: S
 def test_a_bad_image_that_is_drawn_often_is_one(shards: Shards, split: OpenSplit, labels: Labels) -> None:
     flip_bit(shards[0], split, 5)
     weights = np.where(np.arange(len(split.shard)) == 5, 100.0, 0.01)
-    batches = training(split, labels, weights=weights, max_bad=1)
+    batches = training(split, labels, weights=weights, bad=Unusable(1))
     drawn = np.concatenate([batch.step.images for batch in batches])
     assert (drawn == 5).sum() > 10
 

@@ -17,7 +17,7 @@ from pipeline.labels import LABELS, PROJECTIONS, read_labels
 from pipeline.manifest import Manifest, Shard
 from pipeline.measure.counts import describe_views
 from pipeline.policies import make_targets, parse_uncertain_policy
-from pipeline.stream.batches import Batch, Labels, stream_batches
+from pipeline.stream.batches import Batch, Labels, Unusable, stream_batches
 from pipeline.stream.plan import Rows, plan_evaluation, plan_training
 from pipeline.stream.samples import Home, OpenSplit, find_images, find_projections, find_studies, open_split
 from pipeline.stream.select import balance_weights, select_rows
@@ -36,10 +36,10 @@ def all_labels(split: OpenSplit) -> Labels:
     return Labels(*make_targets(split.table, parse_uncertain_policy("best"), "zeros", seed=0))
 
 
-def evaluate(split: OpenSplit, rows: Rows | None = None, max_bad: int = 0) -> list[Batch]:
+def evaluate(split: OpenSplit, rows: Rows | None = None, bad: int = 0) -> list[Batch]:
     studies, _ = find_studies(split, rows)
     plan = partial(plan_evaluation, studies, 5)
-    return list(stream_batches(split, all_labels(split), plan, size=32, max_bad=max_bad))
+    return list(stream_batches(split, all_labels(split), plan, size=32, bad=Unusable(bad)))
 
 
 def make_split(table: pa.Table, sizes: list[int]) -> OpenSplit:
@@ -176,7 +176,7 @@ def test_unusable_images_are_absent_and_studies_of_them_black_and_masked(
     one = next(rows for rows in studies.rows.tolist() if rows[1] >= 0)
     alone = next(rows for rows in studies.rows.tolist() if rows[1] < 0)
     messages = {flip_bit(study_shards[0], split, row) for row in (one[0], alone[0])}
-    for ours, whole in zip(evaluate(split, max_bad=2), expected, strict=True):
+    for ours, whole in zip(evaluate(split, bad=2), expected, strict=True):
         rows = whole.step.rows[whole.sample, whole.place]
         kept, black = rows != one[0], rows == alone[0]
         for name in ("sample", "place", "projection"):
