@@ -96,8 +96,8 @@ from model.runs.job import (
     to_device,
 )
 from model.runs.overlap import list_seen
-from model.runs.results import choice_score, finish_run, forget_calibration
-from model.runs.scoring import score_split
+from model.runs.predictor import forget_calibration, score_split
+from model.runs.results import choice_score, finish_run
 from model.runs.targets import check_reported, no_choice, training_labels, training_weights
 from pipeline.base.errors import DataError
 from pipeline.base.files import claimed, named_writes, write_atomically

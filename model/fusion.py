@@ -12,9 +12,6 @@ from torch import Tensor, nn
 from model.networks import as_head, find_head
 from pipeline.labels import PROJECTIONS
 
-# A frontal that may be AP or PA takes the mean of the two.
-UNKNOWN_FRONTAL = len(PROJECTIONS)
-
 
 class StudyNetwork(nn.Module):
     """`max` and `mean` pool features; `attention` weighs the views' logits, separately for each label.
@@ -49,7 +46,8 @@ class StudyNetwork(nn.Module):
         """Logits [B, outputs] of studies.
 
         `present` bool [B, V] says which places hold a view, at least one per study; `images` [N, 1, H, W] are these
-        views in order, and `projection` int [N] their indices in PROJECTIONS, or UNKNOWN_FRONTAL.
+        views in order, and `projection` int [N] their indices in PROJECTIONS, or UNKNOWN_FRONTAL: the mean of AP's
+        and PA's parameters.
         """
         unknown = self.projection[[PROJECTIONS.index(name) for name in ("AP", "PA")]].mean(0, keepdim=True)
         scale, shift = torch.cat([self.projection, unknown])[projection.long()].unbind(1)

@@ -4,6 +4,7 @@ import difflib
 from typing import TYPE_CHECKING, NamedTuple
 
 from pipeline.base.errors import DataError, needs
+from pipeline.labels import PROJECTIONS
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -12,6 +13,7 @@ TORCHVISION = ("resnet18", "resnet34", "resnet50", "resnet101", "densenet121", "
 ARCHITECTURES = (*TORCHVISION, "rescnn")
 TIMM = "timm/"  # in front of any of timm's names
 FUSIONS = ("max", "mean", "attention")
+UNKNOWN_FRONTAL = len(PROJECTIONS)  # a frontal that may be AP or PA: the place after the known ones
 LOSSES = ("bce", "aucm")
 XRV = "xrv:"  # in front of any name of torchxrayvision's DenseNets, in place of a file
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import train
-from model.runs.scoring import score_files
+from model.runs.predictor import open_predictor
 from pipeline.labels import label_states
 from pipeline.sources.rows import read_splits
 from pipeline.sources.sets import KNOWN, find_source
@@ -51,6 +51,6 @@ def test_a_set_goes_all_the_way(name: str, epochs: int, tmp_path: Path) -> None:
     job = open_small_job(out, tmp_path / "run", batch_size=2, epochs=epochs)
     assert train.train(job) == 0
     files = sorted(path for path in home.rglob("*") if path.suffix in (".png", ".jpg", ".dicom"))[:2]
-    scores, bad = score_files(job.run, job.config, [[file] for file in files], 1)
+    scores, bad = open_predictor([job.run]).score_files([[file] for file in files], 1)
     assert (bad, len(scores)) == ([], 2)
     assert ((scores > 0) & (scores < 1)).any(axis=1).all()

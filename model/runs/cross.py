@@ -17,8 +17,8 @@ import numpy.typing as npt
 from model.runs.config import read_config
 from model.runs.job import Job, open_rows
 from model.runs.overlap import check_start
+from model.runs.predictor import of_job
 from model.runs.report import open_run_templates
-from model.runs.scoring import score_best
 from pipeline.base.errors import DataError
 from pipeline.base.files import write_atomically, write_json
 from pipeline.labels import LABELS
@@ -97,7 +97,7 @@ def score_runs(jobs: Mapping[str, Job], shards: Sequence[str]) -> dict[str, Any]
     # Sets that share images are refused before training. What the splits of one set share was said when it was opened.
     scored = {
         name: {
-            run: score_best(replace(job, shards=alone[name], shared_images=True), split).images
+            run: of_job(job).score(replace(job, shards=alone[name], shared_images=True), split).images
             for run, job in jobs.items()
         }
         for name, split in columns.items()

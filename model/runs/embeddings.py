@@ -22,10 +22,10 @@ from model.augment import normalize
 from model.frozen import embed
 from model.networks import build_network, load_initial
 from model.predict import explain_memory
-from model.runs.folder import fuse, load_best
+from model.runs.folder import fuse
 from model.runs.job import Job, to_device
 from model.runs.overlap import check_seen
-from model.runs.scoring import EVALUATION_BATCH
+from model.runs.predictor import EVALUATION_BATCH, load_member
 from pipeline.base.files import atomic_file
 from pipeline.console import progress_bar
 from pipeline.labels import LABELS
@@ -69,14 +69,14 @@ def embed_images(encoder: Encoder, batches: Iterable[Batch], total: int) -> npt.
 
 
 def open_run(job: Job, split: str) -> Encoder:
-    """The network of a run with its best weights, as the run reads images. Raises DataError as `score_best` does."""
-    network, best = load_best(job.run, job.config, job.device)
-    check_seen(job, split, best["seen"])
-    return Encoder(network, job.config.image_size, best["pixels"])
+    """The network of a run with its best weights, as the run reads images. Raises DataError as `check_seen` does."""
+    member = load_member(job.run, job.config)
+    check_seen(job, split, member.seen)
+    return Encoder(member.network, job.config.image_size, member.pixels)
 
 
 def start_network(job: Job, split: str) -> Encoder:
-    """The network that a job would start from, as it would read images. Raises DataError as `score_best` does."""
+    """The network that a job would start from, as it would read images. Raises DataError as `check_seen` does."""
     # The weights come from elsewhere: these shards are not their own, whatever the job would learn from them.
     elsewhere = replace(job, config=replace(job.config, manifest=""))
     check_seen(elsewhere, split, job.start.seen if job.start else ())

@@ -14,16 +14,15 @@ from rich.table import Table
 from model.augment import normalize
 from model.heatmaps import draw_maps
 from model.predict import InterruptedEvaluationError, explain_memory
-from model.runs.config import Config
-from model.runs.folder import load_best
-from model.runs.job import Job, choose_device, open_images, to_device
+from model.runs.job import Job, open_images, to_device
 from model.runs.overlap import check_seen
+from model.runs.predictor import Network, load_member
 from pipeline.base.csvs import demand, read_strings
 from pipeline.base.errors import DataError, quote
 from pipeline.base.files import read_object
 from pipeline.base.pages import show_figure, show_limits
 from pipeline.console import progress_bar
-from pipeline.images import Gray, ImageOptions, decode_stored, prepare, resize
+from pipeline.images import Gray, decode_stored, prepare, resize
 from pipeline.labels import LABELS
 from pipeline.look.overlay import draw_overlay
 from pipeline.look.sheet import read_images, save_sheet
@@ -45,32 +44,28 @@ Marks = Mapping[str, Mapping[str, list[tuple[float, ...]] | npt.NDArray[np.bool_
 _NUMBER = r"^-?\d+(\.\d+)?$"
 
 
-def open_mapper(run: Path, config: Config) -> tuple[Mapper, dict[str, Any]]:
-    """What draws maps [N, L, S, S] of some labels on films of any size, and what else best.pt holds."""
-    if config.fusion is not None:
-        raise DataError(f"{run}: a run by studies; heat maps are of runs that learned single images")
-    device, _ = choose_device("off")
-    network, best = load_best(run, config, device)
-    side, pixels = config.image_size, best["pixels"]
+def open_mapper(member: Network) -> Mapper:
+    """What draws maps [N, L, S, S] of some labels on films of any size."""
+    side, pixels = member.config.image_size, member.pixels
+    device = next(member.network.parameters()).device
 
     def draw(films: Sequence[Gray], labels: Sequence[str]) -> npt.NDArray[np.float32]:
         images = np.stack([resize(film, side, side) for film in films])[:, None]
         inputs = normalize(to_device(images, device), pixels["mean"], pixels["std"])
         with explain_memory(f"while drawing maps of {len(films)} images", "use a machine with more"):
-            return draw_maps(network, inputs, [LABELS.index(label) for label in labels])[1].cpu().numpy()
+            return (
+                draw_maps(member.network, inputs, [LABELS.index(label) for label in labels])[1].cpu().numpy()
+            )
 
-    return draw, best
+    return draw
 
 
-def write_heatmaps(
-    run: Path, config: Config, files: Sequence[Path], scores: Floats, out: Path, top: int
-) -> int:
+def write_heatmaps(member: Network, files: Sequence[Path], scores: Floats, out: Path, top: int) -> int:
     """Write a picture for each of the `top` labels of each file by scores [N, L]; returns how many.
 
     Files without a score, which cannot be read, get none.
     """
-    draw, best = open_mapper(run, config)
-    options = ImageOptions(**best["images"])
+    draw, options, known = open_mapper(member), member.images, member.config.labels
     out.mkdir(parents=True, exist_ok=True)
     written = 0
     with progress_bar("Drawing maps", "images") as advance:
@@ -78,11 +73,11 @@ def write_heatmaps(
             if math.isnan(row[0]):
                 continue
             film = decode_stored(prepare(file.read_bytes(), options).data, options.encoding)
-            labels = [config.labels[place] for place in np.argsort(-row, kind="stable")[:top]]
+            labels = [known[place] for place in np.argsort(-row, kind="stable")[:top]]
             for label, heat in zip(labels, draw([film], labels)[0], strict=True):
-                score = row[config.labels.index(label)]
+                score = row[known.index(label)]
                 picture = draw_overlay(
-                    film, heat, [f"{label}: score {score:.3f}", f"{run.name}, not for clinical use"]
+                    film, heat, [f"{label}: score {score:.3f}", f"{member.run.name}, not for clinical use"]
                 )
                 name = f"{number + 1:05d}-{file.name}-{label.lower().replace(' ', '-')}.png"
                 save_sheet(picture, out / name)
@@ -134,9 +129,12 @@ def draw_cells(job: Job, splits: Sequence[str], marks: Marks) -> Iterator[Cell]:
 
     Raises DataError as `check_seen` does, before any map is drawn.
     """
-    draw, best = open_mapper(job.run, job.config)
+    if job.config.fusion is not None:
+        raise DataError(f"{job.run}: a run by studies; heat maps are of runs that learned single images")
+    member = load_member(job.run, job.config)
+    draw = open_mapper(member)
     for name in splits:
-        check_seen(job, name, best["seen"])
+        check_seen(job, name, member.seen)
     square, side = str(job.manifest.options.get("square", "no")), job.config.image_size
     for name in splits:
         split, rows = open_images(job, name)

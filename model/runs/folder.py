@@ -17,12 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from model.augment import equalize
-from model.checkpoint import load_checkpoint, refused, save_checkpoint
+from model.checkpoint import load_checkpoint, save_checkpoint
 from model.fusion import StudyNetwork
 from model.names import own_input
-from model.networks import build_network, weights_terms
+from model.networks import weights_terms
 from model.optim import scheduled_lr
-from model.ranks import ALONE, Ranks
 from model.runs.config import Config, name_outputs, read_config
 from model.runs.job import Job
 from pipeline.base.errors import DataError, describe_difference, needs
@@ -181,18 +180,3 @@ def save_best(job: Job, weights: Mapping[str, Tensor], epoch: float, score: floa
     title, terms = (job.manifest.dataset.get(name, "not stated") for name in ("title", "license"))
     about["terms"] = f"{describe_start(asdict(job.config))}; trained on {title}: {terms}"
     save_checkpoint(job.run / "best.pt", {"weights": dict(weights), **about})
-
-
-def load_best(
-    run: Path, config: Config, device: torch.device, ranks: Ranks = ALONE
-) -> tuple[nn.Module, dict[str, Any]]:
-    """The network with the weights of best.pt, and what else that holds. Raises CheckpointError."""
-    best = load_checkpoint(run / "best.pt", ranks)
-    network = fuse(build_network(config.arch, len(name_outputs(config))), config)
-    with refused(run / "best.pt"):
-        network.load_state_dict(best["weights"])
-        ImageOptions(**best["images"])
-        if not (float(best["dev_auroc"]) >= 0 and float(best["pixels"]["std"]) > 0):
-            raise ValueError("dev_auroc or pixels")
-        float(best["pixels"]["mean"])
-    return network.to(device).to(memory_format=torch.channels_last), best

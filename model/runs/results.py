@@ -11,18 +11,18 @@ import numpy as np
 import pyarrow as pa
 
 from model.runs.config import Config, parse_choice, read_config
-from model.runs.folder import load_best, result_name
+from model.runs.folder import result_name
 from model.runs.job import Job, open_images, open_split, selected_splits
+from model.runs.predictor import Predictor, Result, forget_calibration, of_job
 from model.runs.report import render_model_card, render_report
-from model.runs.scoring import Result, score_best
 from pipeline.base.errors import DataError
-from pipeline.base.files import parse_object, read_object, write_atomically, write_json
+from pipeline.base.files import parse_object, write_atomically
 from pipeline.console import say
 from pipeline.labels import count_rows
 from pipeline.look.pixels import measure_edges
 from pipeline.measure.compare import add_methods, add_own, add_recalibration, combine_views, group_by_views
 from pipeline.measure.delong import combine_limits, measure_areas, weigh_labels
-from pipeline.measure.evaluate import Scored, calibrate
+from pipeline.measure.evaluate import Scored
 from pipeline.measure.evaluation import Evaluation, read_evaluation
 from pipeline.measure.judge import Beside, judge_scores
 from pipeline.measure.metrics import Floats, averaged_labels, mean_of, report_auroc
@@ -39,26 +39,22 @@ def finish_run(job: Job) -> dict[str, Evaluation]:
     """
     splits = selected_splits(job)
     names: list[str] = [name for name in ("dev", "valid") if name in splits]
-    found = {name: score_best(job, name) for name in names}
+    predictor = of_job(job)
+    found = {name: predictor.score(job, name) for name in names}
     if not job.ranks.is_first:
         return {}
     forget_calibration(job.run)  # of an earlier best.pt
-    evaluations = {name: evaluate(job, name, found[name]) for name in names}
-    write_report(job, "report.html", evaluations, {name: found[name].images for name in names})
+    evaluations = {name: evaluate(job, predictor, name, found[name]) for name in names}
+    write_report(job, predictor, "report.html", evaluations, {name: found[name].images for name in names})
     data = {}
     for name in splits:
         split, rows = open_images(job, name)
         data[name] = count_rows(split.table.take(rows))
     card = render_model_card(
-        job.run.name, describe_settings(job), data, [*evaluations.values()], job.manifest.dataset
+        job.run.name, describe_settings(job, predictor), data, [*evaluations.values()], job.manifest.dataset
     )
     write_atomically(job.run / "model-card.md", card.encode())
     return evaluations
-
-
-def forget_calibration(run: Path) -> None:
-    """Remove the calibration of weights that are no more."""
-    (run / "calibration.json").unlink(missing_ok=True)
 
 
 class How(NamedTuple):
@@ -77,15 +73,22 @@ class How(NamedTuple):
     readers: Mapping[str, Scores] = MappingProxyType({})
 
 
-def evaluate(job: Job, name: str, found: Result, how: How = How()) -> Evaluation:  # noqa: B008 - immutable
-    """Write the scores that `score_best` found for a split, judge them, and write the evaluation into the run.
+def evaluate(
+    job: Job,
+    predictor: Predictor,
+    name: str,
+    found: Result,
+    how: How = How(),  # noqa: B008 - immutable
+) -> Evaluation:
+    """Write the scores that a predictor gave a split, judge them, and write the evaluation into the job's folder.
 
     Raises DataError if thresholds would have to be chosen on other shards than the run's.
     """
     config, scored, table = job.config, found.images, found.table
     result = name_result(job, name, how.chosen_by)
     write_scores(job.run / f"scores-{result}.arrow", table, config.labels, scored.scores)
-    calibration = find_calibration(job, name, None if how.chosen_by else scored, how.sensitivity, how.combine)
+    dev = scored if name == "dev" and not how.chosen_by else None
+    calibration = predictor.calibrate(job, how.sensitivity, how.combine, dev)
     split = open_split(job, name)
     readers = {
         reader: calls.take(calls.align(table, say), config.labels) for reader, calls in how.readers.items()
@@ -132,34 +135,6 @@ def compare_with_own(
         command = f"python -m train evaluate --run {job.run}"
         evaluation.head["own"] = f"{path}: not there, so nothing to compare with; it is written by: {command}"
         say(evaluation.head["own"])
-
-
-def find_calibration(
-    job: Job, name: str, scored: Scored | None, sensitivity: float, combine: str
-) -> dict[str, Any]:
-    """The run's calibration for these settings, chosen on dev where it is not there yet.
-
-    `scored` are the scores of the split, where all of its images were scored: those of dev are not scored again.
-    Raises DataError where thresholds would have to be chosen on other shards than the run's.
-    """
-    path = job.run / "calibration.json"
-    chosen = {"sensitivity": sensitivity, "combine": combine}
-    calibration = read_object(path) if path.exists() else {}
-    if not chosen.items() <= calibration.items():
-        if (
-            result_name(job.config, job.shards.digest, name) != name
-        ):  # whose dev may hold patients of the run's train
-            command = (
-                f"python -m train evaluate --run {job.run} --sensitivity {sensitivity} --study {combine}"
-            )
-            raise DataError(
-                f"{job.shards}: not the shards that {job.run} learned from, on whose dev thresholds are chosen; "
-                f"first run: {command} with those"
-            )
-        dev = scored if name == "dev" and scored is not None else score_best(job, "dev").images
-        calibration = calibrate(job.config.labels, dev, sensitivity, combine)
-        write_json(path, calibration)
-    return calibration
 
 
 def read_others(other: Path, path: Path, table: pa.Table, labels: Sequence[str]) -> Floats:
@@ -235,22 +210,28 @@ def find_scores(job: Job, name: str, against: Sequence[Path]) -> dict[Path, Path
 
 
 def write_report(
-    job: Job, file: str, evaluations: Mapping[str, Evaluation], images: Mapping[str, Scored]
+    job: Job,
+    predictor: Predictor,
+    file: str,
+    evaluations: Mapping[str, Evaluation],
+    images: Mapping[str, Scored],
 ) -> None:
     """Write the page of the splits that `evaluate` gave evaluations of; `images` are their scores."""
     path = job.run / "metrics.jsonl"
-    lines = [] if job.members else path.read_bytes().splitlines()  # an ensemble was not trained as a whole
+    trained = len(predictor.configs) == 1  # an ensemble was not trained as a whole
+    lines = path.read_bytes().splitlines() if trained else []
     history = [parse_object(path, line) for line in lines]
-    settings = describe_settings(job)
+    settings = describe_settings(job, predictor)
     page = render_report(
         job.run.name, settings, history, [*evaluations.values()], images, job.manifest.dataset
     )
     write_atomically(job.run / file, page.encode())
 
 
-def describe_settings(job: Job) -> dict[str, Any]:
+def describe_settings(job: Job, predictor: Predictor) -> dict[str, Any]:
     """A run's configuration; of an ensemble, its members and theirs: all values where they differ."""
-    configs = [asdict(member.job.config) for member in job.members] or [asdict(job.config)]
+    chosen = {"where": job.config.where, "views": job.config.views}
+    configs = [asdict(config) | chosen for config in predictor.configs.values()]
     settings = {
         name: value
         if all(one[name] == value for one in configs)
@@ -259,7 +240,7 @@ def describe_settings(job: Job) -> dict[str, Any]:
     }
     if settings["views"] == "all":  # of the shards, which may hold fewer
         settings["views"] = job.manifest.options.get("views", "all")
-    return settings | ({"members": [str(member.job.run) for member in job.members]} if job.members else {})
+    return settings | ({"members": list(map(str, predictor.configs))} if len(configs) > 1 else {})
 
 
 def choice_score(line: Mapping[str, Any], choose_by: str) -> float | None:
@@ -282,9 +263,10 @@ def measure_run(job: Job) -> dict[str, Any]:
     (their number): those that the first is over and that have both classes in all of these.
     """
     names = job.config.labels
-    scored = {"train": score_best(job, "train", most=TRAIN_SAMPLES).images}
+    predictor = of_job(job)
+    scored = {"train": predictor.score(job, "train", most=TRAIN_SAMPLES).images}
     if "valid" in selected_splits(job):
-        scored["valid"] = score_best(job, "valid").images
+        scored["valid"] = predictor.score(job, "valid").images
     labels: dict[str, Any] = {
         name: report_auroc(names, *found[:4])["labels"] for name, found in scored.items()
     }
@@ -303,7 +285,7 @@ def measure_run(job: Job) -> dict[str, Any]:
     if "valid" in scored:
         limits = combine_limits(measure_areas(*scored["valid"][:4]), weigh_labels(names, same))
     return {
-        "dev": load_best(job.run, job.config, job.device)[1]["dev_auroc"],
+        "dev": predictor.members[0].dev_auroc,
         "labels": len(same),
         "same": figures["dev"],
         "train": figures["train"],

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from model.runs.job import Job
-from model.runs.scoring import score_best
+from model.runs.predictor import Predictor
 from pipeline.measure.metrics import Floats
 
 CENTER = 0.8  # of each side: the lungs lie within
@@ -58,14 +58,14 @@ ALTERATIONS: Mapping[str, Callable[[int, Images], Images]] = MappingProxyType(
 )
 
 
-def score_altered(job: Job, split: str) -> dict[str, Floats]:
-    """The scores [N, L] by the run's best checkpoint of altered images, by what was altered.
+def score_altered(predictor: Predictor, job: Job, split: str) -> dict[str, Floats]:
+    """A predictor's scores [N, L] of altered images, by what was altered.
 
     Covered parts get train's mean gray level. Raises InterruptedEvaluationError where the job is told to stop.
     """
     level = round(job.manifest.pixels["mean"])
     return {
-        name: score_best(job, split, partial(alter, level)).images.scores
+        name: predictor.score(job, split, partial(alter, level)).images.scores
         for name, alter in ALTERATIONS.items()
     }
 

@@ -6,9 +6,7 @@ evaluate, predict, export, inputs, localize: each imports what needs torch itsel
 import json
 import math
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,9 +39,8 @@ from pipeline.measure.evaluation import read_evaluation
 from pipeline.measure.metrics import Floats
 
 if TYPE_CHECKING:
-    from model.runs.ensemble import Decision, Model
+    from model.runs.predictor import Decision, Predictor
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".dcm", ".dicom")
 TRAIN = ("python", "-m", "train")  # in a clone, and from a wheel
 VARIANTS = 4  # epochs that `inputs` shows
 
@@ -105,33 +102,32 @@ def evaluate_command(given: Evaluated) -> int:
     data = given.of(given.runs[0])
     check_folders(data.shards, given.runs)
     from model.predict import InterruptedEvaluationError
-    from model.runs.ensemble import open_model, open_scoring
     from model.runs.job import StopFlag
     from model.runs.overlap import check_seen, read_seen
+    from model.runs.predictor import open_predictor, open_scoring
     from model.runs.results import (
         How,
         evaluate,
-        find_calibration,
         find_scores,
         name_comparison,
         name_result,
         write_report,
     )
     from model.runs.sanity import score_altered
-    from model.runs.scoring import score_best
     from pipeline.look.judged import print_evaluation
     from pipeline.measure.scores import open_scores
 
-    split, collection, stop, model = given.split, data.open(), StopFlag().listen(), open_model(given.runs)
+    split, collection, stop = given.split, data.open(), StopFlag().listen()
+    predictor = open_predictor(given.runs)
     refuse_usage(
-        given.out is not None and (len(model.members) == 1 or model.folder is not None),
-        f"--out is for several --run: the results of {model.name} go into its folder",
+        given.out is not None and predictor.folder is not None,
+        f"--out is for several --run: the results of {predictor.name} go into its folder",
     )
     readers = {path.name.split(".")[0]: path for path in given.readers}
     same = "--readers: two files of one name, by which a reader is shown; rename one"
     refuse_usage(len(readers) < len(given.readers), same)
     try:
-        job = open_scoring(model, given.out, collection, given.workers, stop)
+        job = open_scoring(predictor, given.out, collection, given.workers, stop)
         config = job.config
         chosen = replace(config, where=given.where or config.where, views=given.views or config.views)
         scored = replace(job, config=chosen, shared_images=given.shared_images)
@@ -140,17 +136,17 @@ def evaluate_command(given: Evaluated) -> int:
         for other in others:
             check_seen(replace(scored, run=other, config=read_config(other)), split, read_seen(other))
         if split != "dev" or job.shards.digest != config.manifest:
-            find_calibration(job, split, None, given.sensitivity, given.study)  # before the split is scored
-        found = score_best(scored, split)
-        altered = score_altered(scored, split) if given.sanity else {}
+            predictor.calibrate(job, given.sensitivity, given.study)  # before the split is scored
+        found = predictor.score(scored, split)
+        altered = score_altered(predictor, scored, split) if given.sanity else {}
         how = How(given.sensitivity, given.study, given.conditions, others, altered, reads)
-        evaluation = evaluate(job, split, found, how)
+        evaluation = evaluate(job, predictor, split, found, how)
     except InterruptedEvaluationError:
         return stop.code
     print_evaluation(evaluation)
     result = name_result(job, split, given.conditions)
     compared = name_comparison(result, others)
-    write_report(scored, f"report-{compared}.html", {split: evaluation}, {split: found.images})
+    write_report(scored, predictor, f"report-{compared}.html", {split: evaluation}, {split: found.images})
     for file in (f"scores-{result}.arrow", f"evaluation-{compared}.json", f"report-{compared}.html"):
         echo(f"{job.run / file}: written")
     say_next(*TRAIN, "predict", "--run", job.run, "--out", "scores.csv", "IMAGES")
@@ -189,6 +185,8 @@ class Prediction(Workers, Decided):
 
     def check(self, files: Sequence[Path]) -> None:
         """Refuse what could not be written, or has no image, before any is scored."""
+        from model.runs.views import IMAGE_SUFFIXES, count_others
+
         for path in self.images:
             for suffix, count in count_others(path).items():
                 say(f"{path}: {count:,} {suffix} files skipped: only JPEG, PNG and DICOM can be read")
@@ -199,12 +197,14 @@ class Prediction(Workers, Decided):
             raise DataError(f"{', '.join(map(str, self.images))}: no {', '.join(IMAGE_SUFFIXES)} file")
         check_folders(runs=self.runs)
 
-    def group(self, files: Sequence[Path], model: "Model") -> dict[str, list[Path]]:
+    def group(self, files: Sequence[Path], predictor: "Predictor") -> dict[str, list[Path]]:
         """The files of each sample that is scored, by its name."""
-        fusion = model.config.fusion
-        if self.heatmaps is not None and (fusion or len(model.members) > 1):
+        from model.runs.views import group_files
+
+        fusion = predictor.config.fusion
+        if self.heatmaps is not None and (fusion or len(predictor.configs) > 1):
             kind = "learned studies" if fusion else "are several networks"
-            raise click.UsageError(f"--heatmaps is for one run by images; {model.name} {kind}")
+            raise click.UsageError(f"--heatmaps is for one run by images; {predictor.name} {kind}")
         refuse_usage(
             self.heatmaps is not None and self.group_by is not None, "--heatmaps is for single images"
         )
@@ -220,18 +220,20 @@ def predict_command(given: Prediction) -> int:
     Of several runs, the mean of their calibrated scores.
     A run by studies scores the images of a study together. --group-by combines scores of images, as evaluate does.
     """
+    from model.runs.views import find_images
+
     files = [file for path in given.images for file in find_images(path)]
     given.check(files)
-    from model.runs.ensemble import choose_decision, open_model, score_samples
+    from model.runs.predictor import open_predictor
 
-    model, out = open_model(given.runs), given.out
-    config = model.config
-    samples = given.group(files, model)
-    say_unlearned(model)
+    predictor, out = open_predictor(given.runs), given.out
+    config = predictor.config
+    samples = given.group(files, predictor)
+    say_unlearned(predictor)
     combined = given.group_by is not None and config.fusion is None
-    decision = choose_decision(model, given.threshold, "study" if combined else "image")
+    decision = predictor.decide(given.threshold, "study" if combined else "image")
     single = [[file] for group in samples.values() for file in group]
-    scores, bad = score_samples(model, single if combined else list(samples.values()), given.workers)
+    scores, bad = predictor.score_files(single if combined else list(samples.values()), given.workers)
     for file, reason in bad:
         say(f"{file}: {reason}")
     if len(bad) == len(files):
@@ -248,7 +250,7 @@ def predict_command(given: Prediction) -> int:
     cells = [["" if math.isnan(score) else show_score(score) for score in row] for row in scores.tolist()]
     for row, calls in zip(cells, decided.tolist(), strict=True):
         row += ["" if math.isnan(call) else str(int(call)) for call in calls]
-    facts = {"run": model.name, "shards": config.manifest, "threshold_rule": decision.rule}
+    facts = {"run": predictor.name, "shards": config.manifest, "threshold_rule": decision.rule}
     columns = [*config.labels, *(f"{label} positive" for label in config.labels[: len(limits)]), *facts]
     by_study = config.fusion is not None or combined
     heading = ["study" if by_study else "file", *columns]
@@ -260,8 +262,8 @@ def predict_command(given: Prediction) -> int:
     if given.heatmaps is not None:
         from model.runs.explain import write_heatmaps
 
-        run = next(iter(model.members))
-        count = write_heatmaps(run, config, files, scores, given.heatmaps, given.heatmap_labels)
+        (member,) = predictor.members
+        count = write_heatmaps(member, files, scores, given.heatmaps, given.heatmap_labels)
         echo(f"{given.heatmaps}: {count_of(count, 'heat map')}")
     if config.fusion is None:
         say_next(*TRAIN, "export", *repeat("--run", given.runs), "--out", "model.onnx")
@@ -271,25 +273,6 @@ def predict_command(given: Prediction) -> int:
 def show_score(score: float) -> str:
     """A score with 9 significant digits; near 1 with all it has, so that rounding makes no ties."""
     return f"{score:.{9 if score < 0.999 else 17}g}"
-
-
-def group_files(files: Iterable[Path], by: str, most: float = math.inf) -> dict[str, list[Path]]:
-    """The files of each study, by its name: their folder, the one above it, or what a pattern finds in their paths.
-
-    Raises DataError where the pattern finds nothing, or more files than `most`.
-    """
-    studies: dict[str, list[Path]] = {}
-    for file in files:
-        match = re.search(by, str(file))
-        name = {"study": str(file.parent), "patient": str(file.parent.parent)}.get(by) or (match and match[0])
-        if name is None:
-            raise DataError(f"{file}: --group-by '{by}' is not in its path")
-        studies.setdefault(name, []).append(file)
-    for name, views in studies.items():
-        if len(views) > most:
-            how = "a study's images must lie in a folder of their own, or name it by --group-by"
-            raise DataError(f"{name}: {len(views)} images, of a study there are at most {most}; {how}")
-    return studies
 
 
 def combine_scores(scores: Floats, sizes: Sequence[int], combine: str) -> Floats:
@@ -317,35 +300,29 @@ def export_command(given: Export) -> int:
     """
     check_folder(given.out)
     check_folders(runs=given.runs)
-    import torch
-
     from model.export import Committee, Scorer, export_scorer
-    from model.runs.ensemble import choose_decision, member_calibrations, open_model
-    from model.runs.folder import load_best
+    from model.runs.predictor import open_predictor
 
-    model = open_model(given.runs)
-    config = model.config
+    predictor = open_predictor(given.runs)
+    config = predictor.config
     if config.fusion:
-        raise DataError(f"{model.name}: a network over studies cannot be exported, only one for images")
-    if len({one.image_size for one in model.members.values()}) > 1:
+        raise DataError(f"{predictor.name}: a network over studies cannot be exported, only one for images")
+    if len({one.image_size for one in predictor.configs.values()}) > 1:
         raise DataError(
-            f"{model.name}: members of different `image_size` take no images in common: no single file"
+            f"{predictor.name}: members of different `image_size` take no images in common: no single file"
         )
-    say_unlearned(model)
-    decision = choose_decision(model, given.threshold)
-    scorers = []
-    members: dict[str, list[Any]] = {"normalization": [], "member_calibrations": []}
-    for (run, one), fitted in zip(model.members.items(), member_calibrations(model), strict=True):
-        network, best = load_best(run, one, torch.device("cpu"))
-        pixels = {name: best["pixels"][name] for name in ("mean", "std")}
-        fits = [read_fit(fitted[label]) for label in config.labels] if fitted else []
-        scorers.append(Scorer(network, learned_columns(one), **pixels, fits=fits))
-        members["normalization"].append(pixels)
-        members["member_calibrations"].append(fitted)
-    chosen = decision.calibration
-    fits = [read_fit(chosen[label]) for label in config.labels] if chosen else []
-    whole = Committee(scorers, fits, decision.limits)
-    facts = describe_export(model, members, best, decision)
+    say_unlearned(predictor)
+    decision = predictor.decide(given.threshold)
+
+    def read_fits(chosen: Mapping[str, Any] | None) -> list[Any]:
+        return [] if chosen is None else [read_fit(chosen[label]) for label in config.labels]
+
+    scorers = [
+        Scorer(one.network, learned_columns(one.config), **one.pixels, fits=read_fits(one.calibration))
+        for one in predictor.members
+    ]
+    whole = Committee(scorers, read_fits(decision.calibration), decision.limits)
+    facts = describe_export(predictor, decision)
     try:
         difference = export_scorer(whole, config.image_size, given.out, facts)
     except ValueError as error:
@@ -355,68 +332,45 @@ def export_command(given: Export) -> int:
     return 0
 
 
-def say_unlearned(model: "Model") -> None:
-    """Say which labels have no scores because nobody annotated them in the shards of a model's run."""
-    path = next(iter(model.members)) / "evaluation-dev.json"
+def say_unlearned(predictor: "Predictor") -> None:
+    """Say which labels have no scores because nobody annotated them in the shards of a predictor's run."""
+    path = next(iter(predictor.configs)) / "evaluation-dev.json"
     labels = read_evaluation(path).head.get("not_annotated") if path.exists() else None
     if labels:
-        say(f"{model.name}: no scores of {', '.join(labels)}: not annotated in its shards, so not learned")
+        say(
+            f"{predictor.name}: no scores of {', '.join(labels)}: not annotated in its shards, so not learned"
+        )
 
 
-def describe_export(
-    model: "Model", members: Mapping[str, Sequence[Any]], best: Mapping[str, Any], decision: "Decision"
-) -> dict[str, str]:
-    """What travels with an exported network, texts by name.
-
-    `members` has a list for each fact that every member has of its own. Thresholds are of the scores it gives.
-    """
+def describe_export(predictor: "Predictor", decision: "Decision") -> dict[str, str]:
+    """What travels with an exported network, texts by name. Thresholds are of the scores it gives."""
     from model.runs.folder import describe_start
 
-    dataset, calibration = best["dataset"], decision.calibration or {}
+    config, members, calibration = predictor.config, predictor.members, decision.calibration or {}
+    dataset = members[-1].dataset
     thresholds: dict[str, dict[str, float | None]] = {rule: {} for rule in RULES}
     for label, fitted in calibration.items():
         for rule, limit in fitted["thresholds"].items():
             scaled = None if limit is None else float(apply_calibration(np.array([limit]), fitted)[0])
             thresholds[rule][label] = scaled
     return {
-        "labels": json.dumps(model.config.labels),
-        "image_size": str(model.config.image_size),
-        "images": json.dumps(best["images"]),
-        "run": model.name,
-        "shards": model.config.manifest,
-        **{name: json.dumps(values) for name, values in members.items()},
+        "labels": json.dumps(config.labels),
+        "image_size": str(config.image_size),
+        "images": json.dumps(members[-1].images._asdict()),
+        "run": predictor.name,
+        "shards": config.manifest,
+        "normalization": json.dumps([dict(one.pixels) for one in members]),
+        "member_calibrations": json.dumps([one.calibration for one in members]),
         "calibration": json.dumps(calibration),
         "thresholds": json.dumps(thresholds),
         "threshold_rule": decision.rule,
         "dataset": dataset.get("title", "not stated"),
         "license": dataset.get("license", "not stated"),
         "started_from": "; ".join(
-            dict.fromkeys(describe_start(asdict(config)) for config in model.members.values())
+            dict.fromkeys(describe_start(asdict(one)) for one in predictor.configs.values())
         ),
         "use": "For research. Not for clinical use.",
     }
-
-
-def find_images(path: Path) -> list[Path]:
-    """The file itself, or the image files below a folder, sorted."""
-    if path.is_file():
-        return [path]
-    return sorted(file for file in path.rglob("*") if _is_image(file))
-
-
-def count_others(path: Path) -> dict[str, int]:
-    """How many files of each other suffix are below a folder; none for a file."""
-    others = (file for file in path.rglob("*") if file.is_file() and not _is_image(file))
-    return dict(sorted(Counter(file.suffix.lower() or "other" for file in others).items()))
-
-
-def _is_image(file: Path) -> bool:
-    """Whether its suffix is an image's or, as DICOM files often have none, its content a DICOM's."""
-    if file.suffix.lower() in IMAGE_SUFFIXES or not file.is_file() or file.name == "DICOMDIR":
-        return file.suffix.lower() in IMAGE_SUFFIXES
-    with suppress(OSError), file.open("rb") as opened:
-        return opened.read(132)[128:] == b"DICM"
-    return False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -72,7 +72,7 @@ def test_an_ensemble_is_the_mean_of_calibrated_scores_everywhere(
     with pytest.MonkeyPatch.context() as patch:
         settings: list[dict[str, object]] = []
         patch.setattr(
-            results, "write_report", lambda job, *_: settings.append(results.describe_settings(job))
+            results, "write_report", lambda *given: settings.append(results.describe_settings(*given[:2]))
         )
         assert call_train("evaluate", *shards, *both, "--out", out) == 0
     assert settings[0]["seed"] == "0; 1"

@@ -42,13 +42,13 @@ from model.networks import build_network
 from model.optim import scheduled_lr
 from model.predict import DivergedError, MemoryExhaustedError
 from model.ranks import Ranks
-from model.runs import folder, results
+from model.runs import folder, predictor, results
 from model.runs.commands import main
 from model.runs.config import Config, read_config
 from model.runs.folder import open_run, record_environment
 from model.runs.job import Job, StopFlag, agree, open_rows
+from model.runs.predictor import of_job, score_split
 from model.runs.results import evaluate
-from model.runs.scoring import score_best, score_split
 from model.runs.targets import draw_weights, training_labels
 from pipeline import DataError, console, open_shards
 from pipeline.base.files import claimed
@@ -58,7 +58,7 @@ from pipeline.labels import LABELS, hash_fraction
 from pipeline.manifest import Manifest, manifest_digest, read_table, write_manifest
 from pipeline.measure.calibration import RULES, apply_calibration, apply_calibrations
 from pipeline.measure.evaluate import Scored, calibrate
-from pipeline.measure.evaluation import OWN, read_evaluation
+from pipeline.measure.evaluation import OWN, Evaluation, read_evaluation
 from pipeline.measure.scores import read_scores, write_scores
 from pipeline.policies import evaluation_targets
 from pipeline.stream.collection import open_collection
@@ -167,12 +167,17 @@ def test_policies_train_and_their_scores_give_the_reported_auroc(
                 assert auroc == pytest.approx(expected, abs=1e-6)
 
 
+def evaluate_train(job: Job) -> Evaluation:
+    predictor = of_job(job)
+    return evaluate(job, predictor, "train", predictor.score(job, "train"))
+
+
 def test_a_student_learns_its_teachers_scores_of_the_uncertain_cells(
     make_job: Callable[..., Job],
 ) -> None:
     teacher = make_job("teacher", uncertain="ignore", epochs=1)
     assert train.train(teacher) == 0
-    report = evaluate(teacher, "train", score_best(teacher, "train"))
+    report = evaluate_train(teacher)
     assert read_evaluation(teacher.run / "evaluation-train.json") == report
 
     student = make_job("student", uncertain="selftrained", teacher=teacher.run)
@@ -202,7 +207,7 @@ def test_a_student_needs_the_scores_of_what_it_learns_alone(make_job: Callable[.
     selected = {"where": ("sex=Female",), "limit": 40, "labels": ("Edema",), "epochs": 1}
     teacher = make_job("teacher", uncertain="ignore", **selected)
     assert train.train(teacher) == 0
-    evaluate(teacher, "train", score_best(teacher, "train"))
+    evaluate_train(teacher)
 
     as_student = {"uncertain": "selftrained", "teacher": teacher.run}
     student = make_job("student", **selected, **as_student)
@@ -686,7 +691,7 @@ def test_what_draws_or_remembers_resumes_exactly_between_evaluations(
         network.register_forward_hook(lambda of, _, logits: stochastic_depth(logits, 0.2, "row", of.training))
         return network
 
-    for module in (train, folder):
+    for module in (train, predictor):
         monkeypatch.setattr(module, "build_network", build)
     options = {"epochs": 1, "eval_every": 4, "batch_size": 12, "loss": loss}
     whole = make_job("whole", **options)
@@ -860,7 +865,7 @@ def test_logs_say_what_the_run_did_and_with_what(
     assert "dev/choice_auroc" not in events.Tags()["scalars"]
     assert loss.value == pytest.approx(line["train_loss"])
     (dev_loss,) = events.Scalars("dev/loss")
-    scored = score_best(job, "dev").images
+    scored = of_job(job).score(job, "dev").images
     truth, score = (array[scored.mask] for array in (scored.target, scored.scores))
     assert line["dev_loss"] == pytest.approx(log_loss(truth, score)) == pytest.approx(dev_loss.value)
     (recent,) = events.Scalars("train/macro_auroc")
@@ -1037,7 +1042,7 @@ def test_thresholds_and_studies_are_as_asked_for(command: Callable[..., int], tr
     first = read_evaluation(path)
     assert command("evaluate", "--run", trained.run, "--sensitivity", 0.5, "--study", "mean") == 0
     second = read_evaluation(path)
-    dev = score_best(trained, "dev").images
+    dev = of_job(trained).score(trained, "dev").images
     written = json.loads((trained.run / "calibration.json").read_text())
     assert written == json.loads(json.dumps(calibrate(LABELS, dev, 0.5, "mean")))
     limits = [

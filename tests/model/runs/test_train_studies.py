@@ -17,8 +17,9 @@ import train
 from model.checkpoint import load_checkpoint
 from model.runs.commands import main
 from model.runs.job import Job, open_rows
+from model.runs.predictor import of_job
 from model.runs.results import How, evaluate, find_scores
-from model.runs.scoring import find_projection, score_best
+from model.runs.views import find_projection
 from pipeline import DataError
 from pipeline.labels import PROJECTIONS
 from pipeline.manifest import Manifest
@@ -63,7 +64,8 @@ def test_each_study_is_scored_once_and_compared_with_late_fusion(
     )
 
     others = find_scores(fused, "valid", [images.run, frontal.run])
-    found = evaluate(fused, "valid", score_best(fused, "valid"), How(against=others))
+    predictor = of_job(fused)
+    found = evaluate(fused, predictor, "valid", predictor.score(fused, "valid"), How(against=others))
     assert found.unit == "study"
     late = {
         row.scorer: row for row in found.select(metric="auroc", group="studies=all", label="Support Devices")

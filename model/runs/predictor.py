@@ -1,0 +1,421 @@
+"""What gives images scores: the networks of a run or of an ensemble, with all that belongs to their weights.
+
+predictor = open_predictor([Path("runs/first")])
+predictor.score(job, "valid").images.scores                        # [N, L] of a split of the job's shards
+predictor.score_files([[Path("film.png")]], workers=4)             # [1, L] of files, and which cannot be read
+predictor.decide("youden")                                         # their calibration, and thresholds
+
+An ensemble's score is the mean of its members' calibrated scores. It has a folder like a run's: ensemble.json names the
+members, with the sha256 of the weights that were evaluated; calibration.json, evaluation-*.json, scores-*.arrow and
+report-*.html are as in a run's.
+"""
+
+import contextlib
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from torch import Tensor, nn
+
+from model.checkpoint import load_checkpoint, refused
+from model.names import UNKNOWN_FRONTAL
+from model.networks import build_network
+from model.predict import InterruptedEvaluationError, predict_scores
+from model.ranks import ALONE, Ranks
+from model.runs.config import (
+    ENSEMBLE,
+    Config,
+    Setup,
+    learned_columns,
+    name_outputs,
+    read_config,
+    read_members,
+)
+from model.runs.folder import fuse
+from model.runs.job import (
+    Job,
+    Selected,
+    StopFlag,
+    agree,
+    choose_device,
+    network_inputs,
+    open_rows,
+    read_batches,
+)
+from model.runs.overlap import Seen, check_seen, count_known
+from model.runs.views import read_view
+from pipeline.base.errors import DataError
+from pipeline.base.files import hash_file, read_object, write_json
+from pipeline.console import Advance, progress_bar, say
+from pipeline.images import ImageOptions
+from pipeline.measure.calibration import RULES, apply_calibration, apply_calibrations
+from pipeline.measure.evaluate import Scored, calibrate
+from pipeline.measure.metrics import Floats
+from pipeline.stream.batches import choose_usable
+from pipeline.stream.collection import Collection
+from pipeline.stream.plan import plan_evaluation
+
+EVALUATION_BATCH = 64  # images
+Alteration = Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.uint8]]  # of images [N, 1, H, W]
+Unusable = list[tuple[Path, str]]  # files, and why they cannot be scored
+# What members share, by the option that decides it: without, their scores are not of the same.
+SAME = {"unit": "fusion", "manifest": "shards", "dev": "dev"} | {
+    name: name for name in ("labels", "blank", "where", "views")
+}
+
+
+class Result(NamedTuple):
+    """Scores of a split, the rows of its table, and what it shares with what the weights have learned from.
+
+    `members` are the calibrated scores [N, L] of those of an ensemble, by their folder.
+    """
+
+    images: Scored
+    table: pa.Table
+    shared: Mapping[str, int]
+    members: Mapping[str, Floats]
+
+
+class Decision(NamedTuple):
+    """What becomes of scores: `calibration` by label, and `limits` [L] that they reach before it (nan: undecided)."""
+
+    calibration: dict[str, Any] | None
+    limits: list[float]  # [] without a rule
+    rule: str
+    combine: str = "max"  # how a study's score is computed from its views
+
+
+class Network(NamedTuple):
+    """A network with the weights of a run's best.pt, and what else that holds; of an ensemble, with its calibration."""
+
+    run: Path
+    config: Config
+    network: nn.Module
+    dev_auroc: float  # by which these weights were chosen
+    pixels: Mapping[str, float]  # mean and std of the gray levels that it takes
+    images: ImageOptions  # how the shards' images were prepared
+    seen: Seen
+    dataset: Mapping[str, str]
+    calibration: Mapping[str, Any] | None
+
+    def calibrate(self, scores: Floats) -> Floats:
+        """Its share in the mean of an ensemble, of its scores [N, L]; alone, these themselves."""
+        return (
+            scores
+            if self.calibration is None
+            else apply_calibrations(self.config.labels, scores, self.calibration)
+        )
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """The networks of a run or an ensemble. Without a folder, nothing was chosen on dev for an ensemble as a whole."""
+
+    name: str
+    folder: Path | None
+    configs: Mapping[Path, Config]  # of its members, by their folders
+    ranks: Ranks = ALONE
+
+    @property
+    def config(self) -> Config:
+        """The first member's."""
+        return next(iter(self.configs.values()))
+
+    @cached_property
+    def members(self) -> list[Network]:
+        """Its networks, with their best weights. Raises CheckpointError, and DataError for a lacking calibration."""
+        several = len(self.configs) > 1
+        fits = {
+            run: read_calibration(run, one.labels)["image"] if several else None
+            for run, one in self.configs.items()
+        }
+        return [load_member(run, config, fits[run], self.ranks) for run, config in self.configs.items()]
+
+    def score(self, job: Job, name: str, alter: Alteration | None = None, most: float = math.inf) -> Result:
+        """The scores of a split of the job's shards, under its conditions; `alter` changes the images first.
+
+        Of a split with more samples than `most`, every second, third, … is scored. Raises DataError for images that the
+        weights have learned from (`check_seen`), before any is scored; CheckpointError; InterruptedEvaluationError.
+        """
+        conditions = {field: getattr(job.config, field) for field in ("where", "views", "limit", "max_bad")}
+        jobs = [replace(job, run=one.run, config=replace(one.config, **conditions)) for one in self.members]
+        counts = [check_seen(own, name, one.seen) for own, one in zip(jobs, self.members, strict=True)]
+        found = {}
+        for member, own in zip(self.members, jobs, strict=True):
+            chosen = open_rows(own, name)
+            if len(chosen.rows) > most:
+                chosen = replace(chosen, samples=chosen.samples.thin(math.ceil(len(chosen.rows) / most)))
+            images, table = score_split(own, member.network, chosen, member.pixels, alter)
+            found[str(member.run)] = member.calibrate(images.scores)
+        mean = np.mean(list(found.values()), axis=0)
+        shared = {key: max(count[key] for count in counts) for key in counts[0]}
+        return Result(images._replace(scores=mean), table, shared, found if len(found) > 1 else {})
+
+    def score_files(self, samples: Sequence[Sequence[Path]], workers: int) -> tuple[Floats, Unusable]:
+        """Scores [N, L] of samples: image files one by one or, for a run by studies, a study's together.
+
+        NaN where none of a sample's files can be read; and which files cannot, and why. An image takes the way it
+        would take through shards: the same resize, encoding and decoding. Says how many the weights have learned from.
+        """
+        found = [(member, _score_files(member, samples, workers)) for member in self.members]
+        return np.mean([member.calibrate(scores) for member, (scores, _) in found], axis=0), found[0][1][1]
+
+    def decide(self, threshold: str, level: str = "image") -> Decision:
+        """The calibration of its scores at a level, and their thresholds by a rule.
+
+        Raises DataError where dev gave none.
+        """
+        if self.folder is None:
+            if threshold != "none" or level == "study":
+                option = "threshold" if level == "image" else "group_by"
+                command = f"python -m train evaluate {join_runs(self.configs)} --out FOLDER"
+                raise DataError(
+                    f"`{option}` is of an ensemble's folder; first run: {command}; then `run` FOLDER"
+                )
+            return Decision(None, [], threshold)
+        document = read_calibration(self.folder, self.config.labels, level)
+        chosen, combine = document[level], document["combine"]
+        if threshold == "none":
+            return Decision(chosen, [], threshold, combine)
+        limits = {label: chosen[label]["thresholds"][threshold] for label in self.config.labels}
+        without = [label for label, limit in limits.items() if limit is None]
+        if without:
+            say(f"{self.folder}: no decisions on {', '.join(without)}: one class in dev")
+        rule = f"sensitivity>={document['sensitivity']:g}" if threshold == "sensitivity" else threshold
+        values = [np.nan if limit is None else limit for limit in limits.values()]
+        return Decision(chosen, values, rule, combine)
+
+    def calibrate(
+        self, job: Job, sensitivity: float = 0.9, combine: str = "max", dev: Scored | None = None
+    ) -> dict[str, Any]:
+        """Its calibration for these settings, chosen on dev if it has none for them; `dev` are the scores, if known.
+
+        Raises DataError if thresholds would have to be chosen on other shards than the run's.
+        """
+        path = job.run / "calibration.json"
+        chosen = {"sensitivity": sensitivity, "combine": combine}
+        calibration = read_object(path) if path.exists() else {}
+        if chosen.items() <= calibration.items():
+            return calibration
+        if job.shards.digest != job.config.manifest:  # whose dev may hold patients of the run's train
+            command = (
+                f"python -m train evaluate --run {job.run} --sensitivity {sensitivity} --study {combine}"
+            )
+            raise DataError(
+                f"{job.shards}: not the shards that {job.run} learned from, on whose dev thresholds are chosen; "
+                f"first run: {command} with those"
+            )
+        dev = self.score(job, "dev").images if dev is None else dev
+        calibration = calibrate(job.config.labels, dev, sensitivity, combine)
+        write_json(path, calibration)
+        return calibration
+
+
+def of_job(job: Job) -> Predictor:
+    """The predictor of a run that a job trains."""
+    return Predictor(str(job.run), job.run, {job.run: job.config}, job.ranks)
+
+
+def open_predictor(runs: Sequence[Path]) -> Predictor:
+    """The run or the ensemble that --run names. Raises DataError, naming the option, for runs that make none."""
+    folder = runs[0] if len(runs) == 1 else None
+    runs = runs if folder is None else read_members(folder)
+    configs = {run: read_config(run) for run in runs}
+    if len(configs) < len(runs):
+        raise DataError("`run` names the same run twice")
+    first, config = next(iter(configs.items()))
+    # A dev that is held out is drawn by the seed: another seed's is in this one's train.
+    same = SAME if config.dev is None else SAME | {"seed": "seed"}
+    for run, other in configs.items():
+        for field, option in same.items():
+            ours, theirs = getattr(config, field), getattr(other, field)
+            if ours != theirs:
+                raise DataError(f"{first} and {run} make no ensemble: `{option}` is {ours} and {theirs}")
+    return Predictor(" + ".join(map(str, configs)) if folder is None else str(folder), folder, configs)
+
+
+def open_scoring(
+    predictor: Predictor, out: Path | None, shards: Collection, workers: int, stop: StopFlag
+) -> Job:
+    """The job that scores shards: into the run's folder or, of an ensemble, `out`, or one beside its first member.
+
+    Members get a calibration where they have none. Raises DataError for a folder that is another's.
+    """
+    jobs = [
+        Job(config, shards, run, *choose_device(config.amp), Setup(workers=workers), stop)
+        for run, config in predictor.configs.items()
+    ]
+    if len(jobs) == 1:
+        return jobs[0]
+    folder = predictor.folder or out or jobs[0].run.parent / "+".join(job.run.name for job in jobs)[:200]
+    path = folder / ENSEMBLE
+    best = {os.path.relpath(job.run, folder): hash_file(job.run / "best.pt") for job in jobs}
+    before = (read_object(path).get("members") or {}) if path.exists() else {}
+    if (folder / "config.json").exists() or (before and set(before) != set(best)):
+        raise DataError(f"{folder} is a run, or an ensemble of others; choose another `out`")
+    if before != best:
+        folder.mkdir(parents=True, exist_ok=True)
+        forget_calibration(folder)
+        write_json(path, {"members": best})
+    for job in jobs:
+        if not (job.run / "calibration.json").exists():
+            of_job(job).calibrate(job)
+    return replace(jobs[0], run=folder)
+
+
+def join_runs(runs: Mapping[Path, Config]) -> str:
+    """The options of a command line that name these runs."""
+    return " ".join(f"--run {run}" for run in runs)
+
+
+def forget_calibration(run: Path) -> None:
+    """Remove the calibration of weights that are no more."""
+    (run / "calibration.json").unlink(missing_ok=True)
+
+
+def read_calibration(run: Path, labels: Sequence[str], level: str = "image") -> dict[str, Any]:
+    """What was chosen on dev for a run, checked at a level. Raises DataError, if it is missing with the command."""
+    path = run / "calibration.json"
+    if not path.exists():
+        raise DataError(f"{run}: no {path.name}; first run: python -m train evaluate --run {run}")
+    document = read_object(path)
+    try:
+        for found in (document[level][label] for label in labels):
+            apply_calibration(np.zeros(1), found)
+            [found["thresholds"][rule] for rule in RULES] + [
+                f"{document['sensitivity']:g}",
+                document["combine"],
+            ]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DataError(f"{path}: damaged, or of other labels than the run's: {error}") from error
+    return document
+
+
+def load_member(
+    run: Path, config: Config, calibration: Mapping[str, Any] | None = None, ranks: Ranks = ALONE
+) -> Network:
+    """The network of a run, on the GPU if there is one. Raises CheckpointError."""
+    best = load_checkpoint(run / "best.pt", ranks)
+    network = fuse(build_network(config.arch, len(name_outputs(config))), config)
+    with refused(run / "best.pt"):
+        network.load_state_dict(best["weights"])
+        pixels = {name: float(best["pixels"][name]) for name in ("mean", "std")}
+        dev_auroc, images = float(best["dev_auroc"]), ImageOptions(**best["images"])
+        if not (dev_auroc >= 0 and pixels["std"] > 0):
+            raise ValueError("dev_auroc or pixels")
+        about = (dev_auroc, pixels, images, best["seen"], best["dataset"], calibration)
+    network = network.to(choose_device("off")[0]).to(memory_format=torch.channels_last)
+    return Network(run, config, network, *about)
+
+
+def score_split(
+    job: Job,
+    network: nn.Module,
+    chosen: Selected,
+    pixels: Mapping[str, float],
+    alter: Alteration | None = None,
+) -> tuple[Scored, pa.Table]:
+    """A network's scores of the chosen rows, with targets and masks that leave the uncertain cells out.
+
+    And those rows of the table. Images that are unusable, as far as --max-bad allows it, are in neither.
+    A run by studies scores these, and the rows are those of their first images.
+    Each rank scores its share of the rows, and all get the scores of all. `alter` changes the images of each batch.
+    """
+    config, split, rows = job.config, chosen.split, chosen.rows
+    columns = learned_columns(config)
+    plan = partial(
+        plan_evaluation, chosen.samples, EVALUATION_BATCH, rank=job.ranks.rank, ranks=job.ranks.count
+    )
+    batches = read_batches(job, chosen, chosen.truth, plan)
+    bad, ours = np.zeros(len(rows)), np.zeros(len(rows), bool)
+
+    def samples(advance: Advance) -> Iterator[tuple[Tensor, ...]]:
+        for batch in batches:
+            start = batch.step.step * EVALUATION_BATCH
+            bad[[start + position for position in batch.bad]] = 1
+            ours[start : start + len(batch.target)] = True
+            images = batch.images if alter is None else alter(batch.images)
+            yield network_inputs(config, job.device, images, batch.present, batch.projection)
+            advance(min(int(ours.sum()) * job.ranks.count, len(rows)), len(rows))
+
+    with (
+        progress_bar(f"Scoring {split.name}", config.units) as advance,
+        contextlib.suppress(InterruptedEvaluationError),
+    ):
+        found = predict_scores(
+            network, columns, samples(advance), pixels["mean"], pixels["std"], job.precision, job.stop
+        )
+    if agree(job)[0]:
+        raise InterruptedEvaluationError
+    scores = np.zeros((len(rows), len(columns)))
+    scores[ours] = found
+    scores = job.ranks.sum(scores)
+    chosen.bad.update(job.ranks.unite(chosen.bad.rows))
+    usable = job.ranks.sum(bad) == 0
+    rows = rows[usable]
+    facts = split.table.take(rows)
+    scored = Scored(
+        scores[usable],
+        chosen.truth.target[rows][:, columns],
+        chosen.truth.mask[rows][:, columns],
+        facts["patient"].to_numpy(),
+        facts["study"].to_numpy(),
+        facts["sex"].to_numpy(),
+        pc.fill_null(facts["age"], -1).to_numpy(),
+        pc.fill_null(facts["projection"], "").to_numpy(),
+    )
+    return scored, facts
+
+
+def _score_files(member: Network, samples: Sequence[Sequence[Path]], workers: int) -> tuple[Floats, Unusable]:
+    """As `Predictor.score_files`, by one network."""
+    config, side = member.config, member.config.image_size
+    device, precision = choose_device(config.amp)
+    read = partial(read_view, config=config, options=member.images)
+    bad: Unusable = []
+    contents: list[int] = []
+    usable = np.ones(len(samples), bool)
+
+    def batches(advance: Advance) -> Iterator[tuple[Tensor, ...]]:
+        with ThreadPoolExecutor(workers) as pool:
+            for start in range(0, len(samples), EVALUATION_BATCH):
+                some = samples[start : start + EVALUATION_BATCH]
+                files, sizes = list(chain(*some)), list(map(len, some))
+                sample = np.repeat(np.arange(len(some)), sizes)
+                place = np.concatenate([np.arange(size) for size in sizes])
+                images = np.zeros((len(files), 1, side, side), np.uint8)
+                projection = np.full(len(files), UNKNOWN_FRONTAL, np.int8)
+                readable = np.ones(len(files), np.bool_)
+                for position, (file, view) in enumerate(zip(files, pool.map(read, files), strict=True)):
+                    if isinstance(view, str):
+                        bad.append((file, view))
+                        readable[position] = False
+                    else:
+                        images[position, 0], projection[position], content = view
+                        contents.append(content)
+                kept, without = choose_usable(sample, place, readable)
+                usable[[start + position for position in without]] = False
+                present = np.zeros((len(some), max(sizes)), np.bool_)
+                present[sample[kept], place[kept]] = True
+                yield network_inputs(config, device, images[kept], present, projection[kept])
+                advance(start + len(some), len(samples))
+
+    with progress_bar("Scoring", config.units) as advance:
+        columns, scale = learned_columns(config), (member.pixels["mean"], member.pixels["std"])
+        scores = predict_scores(member.network, columns, batches(advance), *scale, precision)
+    scores[~usable] = np.nan
+    if known := count_known(contents, member.seen):
+        of = f"{known:,} of these {len(contents):,} images"
+        say(f"{member.run} has learned from {of}: its scores of them are too good")
+    return scores, bad

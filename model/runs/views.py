@@ -1,0 +1,92 @@
+"""Image files on the disk → the samples that a run scores: files one by one, or the views of studies."""
+
+import math
+import re
+import zlib
+from collections import Counter
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from model.names import UNKNOWN_FRONTAL
+from model.runs.config import Config
+from pipeline.base.errors import DataError
+from pipeline.images import Gray, ImageError, ImageOptions, decode_stored, find_position, prepare, resize
+from pipeline.labels import POSITIONS, PROJECTIONS
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".dcm", ".dicom")
+
+
+class View(NamedTuple):
+    """A file as a run takes it: pixels [S, S], its projection's place in PROJECTIONS, its content (`join_content`)."""
+
+    pixels: Gray
+    projection: int
+    content: int
+
+
+def find_images(path: Path) -> list[Path]:
+    """The file itself, or the image files below a folder, sorted."""
+    if path.is_file():
+        return [path]
+    return sorted(file for file in path.rglob("*") if _is_image(file))
+
+
+def count_others(path: Path) -> dict[str, int]:
+    """How many files of each other suffix are below a folder; none for a file."""
+    others = (file for file in path.rglob("*") if file.is_file() and not _is_image(file))
+    return dict(sorted(Counter(file.suffix.lower() or "other" for file in others).items()))
+
+
+def _is_image(file: Path) -> bool:
+    """Whether its suffix is an image's or, as DICOM files often have none, its content a DICOM's."""
+    if file.suffix.lower() in IMAGE_SUFFIXES or not file.is_file() or file.name == "DICOMDIR":
+        return file.suffix.lower() in IMAGE_SUFFIXES
+    with suppress(OSError), file.open("rb") as opened:
+        return opened.read(132)[128:] == b"DICM"
+    return False
+
+
+def group_files(files: Iterable[Path], by: str, most: float = math.inf) -> dict[str, list[Path]]:
+    """The files of each study, by its name: their folder, the one above it, or what a pattern finds in their paths.
+
+    Raises DataError where the pattern finds nothing, or more files than `most`.
+    """
+    studies: dict[str, list[Path]] = {}
+    for file in files:
+        match = re.search(by, str(file))
+        name = {"study": str(file.parent), "patient": str(file.parent.parent)}.get(by) or (match and match[0])
+        if name is None:
+            raise DataError(f"{file}: --group-by '{by}' is not in its path")
+        studies.setdefault(name, []).append(file)
+    for name, views in studies.items():
+        if len(views) > most:
+            how = "a study's images must lie in a folder of their own, or name it by --group-by"
+            raise DataError(f"{name}: {len(views)} images, of a study there are at most {most}; {how}")
+    return studies
+
+
+def find_projection(file: Path, content: bytes) -> int:
+    """The place of an image's projection in PROJECTIONS, or UNKNOWN_FRONTAL.
+
+    A view is what its DICOM says, or a lateral by CheXpert's name of one; else a frontal that may be AP or PA.
+    """
+    name = "lateral" if re.fullmatch(r"view\d{1,4}_lateral", file.stem) else ""
+    if position := find_position(content):
+        name = POSITIONS.get(position, "other").replace("frontal", position)
+    return PROJECTIONS.index(name) if name else UNKNOWN_FRONTAL
+
+
+def read_view(file: Path, config: Config, options: ImageOptions) -> View | str:
+    """A file on the way that it would take through shards, or why it is unusable."""
+    try:
+        content = file.read_bytes()
+        stored = prepare(content, options).data
+        pixels = resize(decode_stored(stored, options.encoding), config.image_size, config.image_size)
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    except ImageError as error:
+        return str(error)
+    projection = UNKNOWN_FRONTAL if config.fusion is None else find_projection(file, content)
+    return View(pixels, projection, zlib.crc32(stored) << 32 | len(stored))
