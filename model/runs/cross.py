@@ -22,7 +22,6 @@ from model.runs.report import open_run_templates
 from pipeline.base.errors import DataError
 from pipeline.base.files import write_atomically, write_json
 from pipeline.labels import LABELS
-from pipeline.measure.bootstrap import describe_difference
 from pipeline.measure.delong import Areas, combine_limits, measure_areas, weigh_labels
 from pipeline.measure.metrics import Bools, Floats, count_classes
 from pipeline.stream.collection import Collection
@@ -166,5 +165,9 @@ def _compare(areas: Areas, own: Areas, share: Floats) -> dict[str, Any]:
     return {
         "auroc": auroc,
         **combine_limits(areas, share),
-        "less": describe_difference(auroc, theirs, paired),
+        "less": {
+            "difference": auroc - theirs,
+            **paired,
+            "excludes_zero": paired["low"] > 0 or paired["high"] < 0,
+        },
     }

@@ -245,7 +245,7 @@ def draw_curves(evaluation: Evaluation, images: Scored) -> Markup:
     axes = {kind: Panel((2.1, 2.0), unit=kind != "decision") for kind in kinds}
     drawn: dict[str, list[tuple[str, str, Markup]]] = {kind: [] for kind in kinds}
     rules = [*judged.list_rules(evaluation), None]
-    for name, score, truth in label_cells(evaluation.labels, *images[:3]):
+    for name, score, truth, _ in label_cells(evaluation.labels, *images[:4]):
         auroc = evaluation.get("auroc", name)
         if auroc.value is None:
             continue
@@ -280,7 +280,7 @@ def draw_readers(evaluation: Evaluation, images: Scored) -> Markup:
     """The ROC curves of the studies, with a point for each reader."""
     readers, panels = evaluation.head.get("readers", ()), []
     studies = study_level(images, evaluation.head["combine"]) if readers else images
-    for name, score, truth in label_cells(evaluation.labels, *studies[:3]) if readers else ():
+    for name, score, truth, _ in label_cells(evaluation.labels, *studies[:4]) if readers else ():
         rates = [
             [
                 evaluation.get(rate, name, "study", scorer=reader).value

@@ -25,15 +25,25 @@ covariates via propensity score weighting, JASA 113, 2018). Without a penalty th
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from pipeline.measure.audit import DEVICES, predict, shorten
 from pipeline.measure.delong import Areas, combine_limits, measure_areas, score_limits, score_variance
 from pipeline.measure.evaluate import Scored
-from pipeline.measure.metrics import FEW, Bools, Floats, Ints, count_classes
+from pipeline.measure.evaluation import Evaluation
+from pipeline.measure.metrics import (
+    FEW,
+    NO_LIMITS,
+    Bools,
+    Figure,
+    Floats,
+    Ints,
+    Names,
+    count_classes,
+    label_cells,
+)
 
 NO_FINDING = "No Finding"  # has no positives in common with any label, so it makes no strata
 PROPENSITY, PREDICTED = "propensity", "predicted score"
@@ -44,7 +54,68 @@ SMALL = 0.05  # a fall of AUROC that nobody needs to be told
 
 UNKNOWN = (-1, "")  # among numbers of groups, and among names
 
-Names = npt.NDArray[Any]  # [N]
+
+class Within(NamedTuple):
+    """An AUROC within the strata of a variable, what it falls by from all pairs, and what is left, with limits.
+
+    The limits of `fall` hold for all variables together; those of `left` are of W - .5 - (A - .5) / 2: above 0 if more
+    than half of what the AUROC has over .5 is left. `pairs` is the share of all pairs that are within strata.
+    """
+
+    auroc: Figure
+    pairs: float
+    fall: Figure
+    left: Figure
+
+
+def add_belief(
+    evaluation: Evaluation,
+    images: Scored,
+    covariates: Mapping[str, Floats],
+    strata: Mapping[str, Names],
+    edge: Mapping[str, Floats] = MappingProxyType({}),
+) -> None:
+    """Add what each label's AUROC rests on; labels with fewer than 10 patients in a class are left out.
+
+    `covariates` are numbers [N] by name, NaN where unknown; `strata` are names [N] by variable, empty where unknown.
+    `edge` are further covariates, gray levels outside of the lungs, which count in the predictions alone. They are no
+    covariates of Support Devices, whose wires cross them. A verdict's group is its mark, and its note the sentence.
+    """
+    names, level = evaluation.labels, evaluation.unit
+    for column, (name, score, truth, patient) in enumerate(label_cells(names, *images[:4])):
+        if count_classes(truth, patient)["few"]:
+            continue
+        score, rows = score.astype(float), images.mask[:, column]
+        values = {key: covariate[rows] for key, covariate in covariates.items()}
+        edges = {} if name == DEVICES else {key: value[rows] for key, value in edge.items()}
+        named = {variable: group[rows] for variable, group in strata.items()}
+        groups = named | {key: split_values(value, truth) for key, value in values.items()}
+        confounder = find_confounder(names, images.take(rows), column)
+        if confounder is not None:
+            place = names.index(confounder)
+            groups[confounder] = np.where(images.mask[rows, place], images.target[rows, place], -1)
+        groups |= predict_groups(list((values | edges).values()), score, truth, patient)
+        within = compare_within(score, truth, patient, groups)
+        for group, part in within.items():
+            evaluation.add(level, name, "auroc_within", group=group, **part.auroc)
+            evaluation.add(level, name, "pairs_within", part.pairs, group)
+            evaluation.add(level, name, "fall_within", group=group, **part.fall)
+            evaluation.add(level, name, "left_within", group=group, **part.left)
+        sides = _measure_projections(score, truth, patient, named.get("projection"))
+        for side, figure in sides.items():
+            evaluation.add(level, name, "auroc_within", group=f"projection={side}", **figure)
+        balanced = measure_balanced(score, truth, patient, values)
+        limits = {key: value for key, value in balanced.items() if key != "auroc"}
+        evaluation.add(level, name, "auroc_balanced", balanced["auroc"], **limits)
+        area = _describe(measure_within(score, truth, patient))
+        mark, verdict = judge(area, within, balanced)
+        texts = [
+            f"; {shorten(side['value'])} within {key}"
+            for key, side in sides.items()
+            if side["value"] is not None
+        ]
+        text = f"{name} {shorten(area['value'])}{''.join(texts)}: {verdict}."
+        evaluation.add(level, name, "verdict", group=mark, note=text)
 
 
 def assess_belief(
@@ -52,39 +123,12 @@ def assess_belief(
     images: Scored,
     covariates: Mapping[str, Floats],
     strata: Mapping[str, Names],
-    edge: Mapping[str, Floats] = MappingProxyType({}),
-) -> dict[str, dict[str, Any]]:
-    """What each label's AUROC rests on; labels with fewer than 10 patients in a class are left out.
-
-    `covariates` are numbers [N] by name, NaN where unknown; `strata` are names [N] by variable, empty where unknown.
-    `edge` are further covariates, gray levels outside of the lungs, which count in the predictions alone. They are no
-    covariates of Support Devices, whose wires cross them. A label has its `auroc`; `within`, by what is held equal;
-    the `projections`; `balanced`; and its `verdict` and `mark`.
-    """
-    report: dict[str, dict[str, Any]] = {}
-    for column, name in enumerate(names):
-        own = images.take(images.mask[:, column])
-        score, truth = own.scores[:, column].astype(float), own.target[:, column] == 1
-        if count_classes(truth, own.patient)["few"]:
-            continue
-        rows = images.mask[:, column]
-        values = {key: covariate[rows] for key, covariate in covariates.items()}
-        edges = {} if name == DEVICES else {key: value[rows] for key, value in edge.items()}
-        named = {variable: group[rows] for variable, group in strata.items()}
-        groups = named | {key: split_values(value, truth) for key, value in values.items()}
-        other = find_confounder(names, own, column)
-        if other is not None:
-            place = names.index(other)
-            groups[other] = np.where(own.mask[:, place], own.target[:, place], -1)
-        groups |= predict_groups(list((values | edges).values()), score, truth, own.patient)
-        figures = {
-            "auroc": _describe(measure_within(score, truth, own.patient)),
-            "within": compare_within(score, truth, own.patient, groups),
-            "projections": _measure_projections(score, truth, own.patient, named.get("projection")),
-            "balanced": measure_balanced(score, truth, own.patient, values),
-        }
-        report[name] = figures | judge(name, figures)
-    return report
+) -> dict[str, dict[str, str]]:
+    """The `mark` and the `verdict` of each label that has some, as of `add_belief`."""
+    evaluation = Evaluation({"split": "", "unit": "image", "labels": list(names)})
+    add_belief(evaluation, images, covariates, strata)
+    verdicts = evaluation.select(metric="verdict")
+    return {str(row.label): {"mark": str(row.group), "verdict": row.note} for row in verdicts}
 
 
 def split_values(value: Floats, truth: Bools) -> Ints:
@@ -113,18 +157,16 @@ def predict_groups(
 
 def compare_within(
     score: Floats, truth: Bools, patient: Names, groups: Mapping[str, Names]
-) -> dict[str, dict[str, Any]]:
-    """Per variable whose strata hold pairs: the AUROC within them, the share of `pairs`, its `fall` from all pairs.
+) -> dict[str, Within]:
+    """Of each variable whose strata hold pairs, but for one that another variable divides images like.
 
     Only images of known value count, in both: those of unknown value are not equal in it. A variable that is known of
-    fewer than 10 patients of a class is left out: it cannot explain more than their share. `fall` has limits that hold
-    for all variables together, and `left` the limits of W - .5 - (A - .5) / 2: above 0 if more than half of what the
-    AUROC has over .5 is left.
+    fewer than 10 patients of a class is left out: it cannot explain more than their share.
     """
     # The same groups under two names, such as AP and projection, are compared once.
     distinct = {_code_groups(group).tobytes(): variable for variable, group in reversed(list(groups.items()))}
     every = measure_within(score, truth, patient)
-    compared: dict[str, dict[str, Any]] = {}
+    compared: dict[str, Within] = {}
     for variable in (name for name in groups if name in distinct.values()):
         codes = _code_groups(groups[variable])
         known = ~np.isin(groups[variable], UNKNOWN[groups[variable].dtype.kind in "OU"])
@@ -133,20 +175,14 @@ def compare_within(
         plain = every if known.all() else measure_within(score, truth, patient, used=known)
         area = measure_within(score, truth, patient, codes, known)
         positives, negatives = (np.bincount(codes, side & known) for side in (truth, ~truth))
-        compared[variable] = {
-            **_describe(area),
-            "pairs": float((positives * negatives).sum() / (truth.sum() * (~truth).sum())),
-            "fall": dict.fromkeys(("difference", "low", "high")),
-            "left": dict.fromkeys(("low", "high")),
-        }
+        pairs = float((positives * negatives).sum() / (truth.sum() * (~truth).sum()))
+        fall = left = NO_LIMITS
         if not np.isnan(area.auroc[0]):
             both = plain.join(area)
             fall = combine_limits(both, [1, -1], LEVEL / len(distinct))
-            left = combine_limits(both, [-0.5, 1])
-            compared[variable] |= {
-                "fall": {"difference": float(plain.auroc[0] - area.auroc[0]), **fall},
-                "left": {end: None if limit is None else limit - 0.25 for end, limit in left.items()},
-            }
+            fall = {"value": float(plain.auroc[0] - area.auroc[0]), **fall}
+            left = {end: limit - 0.25 for end, limit in combine_limits(both, [-0.5, 1]).items()}
+        compared[variable] = Within(_describe(area), pairs, fall, left)
     return compared
 
 
@@ -158,9 +194,7 @@ def measure_within(
     return measure_areas(score[:, None], truth[:, None].astype(float), mask[:, None], patient, group)
 
 
-def measure_balanced(
-    score: Floats, truth: Bools, patient: Names, covariates: Mapping[str, Floats]
-) -> dict[str, Any]:
+def measure_balanced(score: Floats, truth: Bools, patient: Names, covariates: Mapping[str, Floats]) -> Figure:
     """AUROC of scores [n] under overlap weights, with limits, and the cells of each class that the weights are worth.
 
     None without covariates; an AUROC of None, and cells of 0, if these tell the classes apart completely. Weights count
@@ -230,52 +264,43 @@ def find_confounder(names: Sequence[str], images: Scored, column: int) -> str | 
     return max(gaps, key=lambda name: gaps[name], default=None)
 
 
-def judge(name: str, figures: Mapping[str, Any]) -> dict[str, Any]:
-    """A `verdict` in a sentence with its evidence, and its `mark`: shown, partly, none or unclear."""
-    area, within, balanced = figures["auroc"], figures["within"], figures["balanced"]
-    falls = {variable: group for variable, group in within.items() if (group["fall"]["low"] or 0) > 0}
+def judge(area: Figure, within: Mapping[str, Within], balanced: Figure) -> tuple[str, str]:
+    """The mark of a verdict (shown, partly, none or unclear), and its evidence in words."""
+    falls = {variable: part for variable, part in within.items() if (part.fall["low"] or 0) > 0}
     shown = {
-        variable: group
-        for variable, group in falls.items()
-        if group["left"]["high"] < 0 or group["low"] <= 0.5
+        variable: part
+        for variable, part in falls.items()
+        if part.left["high"] < 0 or part.auroc["low"] <= 0.5
     }
-    partly = {variable: group for variable, group in falls.items() if group["fall"]["difference"] > SMALL}
-    unclear = [variable for variable, group in within.items() if (group["left"]["low"] or 0) <= 0]
+    partly = {variable: part for variable, part in falls.items() if part.fall["value"] > SMALL}
+    unclear = [variable for variable, part in within.items() if (part.left["low"] or 0) <= 0]
     if balanced["auroc"] is not None and balanced["low"] <= 0.5:
         unclear.append("balanced covariates")
     elif balanced["positives"] == 0:
         unclear.append("the overlap of covariates")
     if area["high"] < 0.5:
-        mark, end = "unclear", "cannot tell: below chance"
-    elif area["low"] <= 0.5:
-        mark, end = "unclear", "cannot tell: not distinguishable from chance"
-    elif shown or partly:
-        mark = "shown" if shown else "partly"
+        return "unclear", "cannot tell: below chance"
+    if area["low"] <= 0.5:
+        return "unclear", "cannot tell: not distinguishable from chance"
+    if shown or partly:
         groups = shown or partly
-        worst = min(groups, key=lambda variable: groups[variable]["auroc"])
-        end = f"{shorten(groups[worst]['auroc'])} among images of equal {worst}"
+        worst = min(groups, key=lambda variable: groups[variable].auroc["value"])
+        text = f"{shorten(groups[worst].auroc['value'])} among images of equal {worst}"
         single = set(falls) - {PROPENSITY, PREDICTED}
         if worst not in single and single:  # which covariate the predictions rest on most
-            first = min(single, key=lambda variable: falls[variable]["auroc"])
-            end = f"{end}, {shorten(falls[first]['auroc'])} of equal {first}"
-        end = f"shortcut shown: {end}" if shown else f"partly a shortcut: {end}"
-    elif unclear:
-        mark, end = "unclear", f"cannot tell: too few pairs within {', '.join(unclear)}"
-    else:
-        mark, end = "none", f"no shortcut found among {', '.join(within) or 'no covariates'}"
-    sides = [
-        f"; {shorten(side['auroc'])} within {projection}"
-        for projection, side in figures["projections"].items()
-        if side["auroc"] is not None
-    ]
-    return {"mark": mark, "verdict": f"{name} {shorten(area['auroc'])}{''.join(sides)}: {end}."}
+            first = min(single, key=lambda variable: falls[variable].auroc["value"])
+            text = f"{text}, {shorten(falls[first].auroc['value'])} of equal {first}"
+        return ("shown", f"shortcut shown: {text}") if shown else ("partly", f"partly a shortcut: {text}")
+    if unclear:
+        return "unclear", f"cannot tell: too few pairs within {', '.join(unclear)}"
+    return "none", f"no shortcut found among {', '.join(within) or 'no covariates'}"
 
 
 def _measure_projections(
     score: Floats, truth: Bools, patient: Names, projection: Names | None
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, Figure]:
     """The AUROC within each projection, which readers ask for first; None with fewer than 10 patients in a class."""
-    sides: dict[str, dict[str, Any]] = {}
+    sides: dict[str, Figure] = {}
     for side in sorted(set([] if projection is None else projection.tolist()) - {""}):
         rows = projection == side
         counts = count_classes(truth[rows], patient[rows])
@@ -284,11 +309,12 @@ def _measure_projections(
     return sides
 
 
-def _describe(areas: Areas | None) -> dict[str, Any]:
+def _describe(areas: Areas | None) -> Figure:
     """The figure and limits of one area; None where it is undefined."""
     if areas is None or np.isnan(areas.auroc[0]):
-        return {"auroc": None, "low": None, "high": None}
-    return {name: float(getattr(areas, name)[0]) for name in ("auroc", "low", "high")}
+        return {"value": None, **NO_LIMITS}
+    names = {"value": areas.auroc, "low": areas.low, "high": areas.high}
+    return {name: float(values[0]) for name, values in names.items()}
 
 
 def _code_groups(group: Names) -> Ints:

@@ -6,13 +6,22 @@ A resample is stored as how often each patient was drawn: scores are sorted once
 weights in that order.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.measure.metrics import Bools, Floats, Ints, Ranking, rank, weighted_areas
+from pipeline.measure.metrics import (
+    NO_LIMITS,
+    Bools,
+    Figure,
+    Floats,
+    Ints,
+    Names,
+    Ranking,
+    rank,
+    weighted_areas,
+)
 
 LIMITS = (2.5, 97.5)  # percent
 FEWEST = 100  # resamples; with fewer, percentiles that far out mean nothing
@@ -23,7 +32,7 @@ def resample_auprc(
     scores: Floats,
     target: Floats,
     mask: Bools,
-    patient: npt.NDArray[Any],
+    patient: Names,
     resamples: int,
     seed: int,
 ) -> Floats:
@@ -71,25 +80,14 @@ def resampled_mean(values: Floats, names: Sequence[str], over: Sequence[str]) ->
     return means
 
 
-def interval(values: Floats) -> dict[str, Any]:
-    """`low`, `high` and the number of `resamples` they rest on, from values [R], some of which may be NaN.
+def interval(values: Floats) -> Figure:
+    """`low` and `high` from values [R], of which those that are NaN are left out.
 
-    NaN is left out. The limits are None if fewer than 100 values remain, or if all are equal, which shows how few
-    patients there are rather than how certain the figure is.
+    None if fewer than 100 values remain, or if all are equal, which shows how few patients there are rather than how
+    certain the figure is.
     """
     kept = values[~np.isnan(values)]
-    enough = len(kept) >= FEWEST and np.ptp(kept) > 0
-    low, high = np.percentile(kept, LIMITS).tolist() if enough else (None, None)
-    return {"low": low, "high": high, "resamples": len(kept)}
-
-
-def describe_difference(
-    ours: float | None, theirs: float | None, limits: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The `difference` of two figures, its limits, and whether these exclude 0; None if either is undefined."""
-    low, high = limits["low"], limits["high"]
-    return {
-        "difference": None if ours is None or theirs is None else ours - theirs,
-        **limits,
-        "excludes_zero": None if low is None else low > 0 or high < 0,
-    }
+    if len(kept) < FEWEST or np.ptp(kept) == 0:
+        return NO_LIMITS
+    low, high = np.percentile(kept, LIMITS).tolist()
+    return {"low": low, "high": high}

@@ -9,9 +9,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
-from pipeline.measure.metrics import Bools, Floats, Ints, label_cells, threshold_curve
+from pipeline.measure.metrics import Bools, Floats, Ints, Names, label_cells, threshold_curve
 
 RULES = ("youden", "max_f1", "sensitivity")
 SLOPES = (0.05, 20.0)  # of a fit; outside them, scores say almost nothing, or the opposite
@@ -32,7 +31,7 @@ def fit_calibration(
     scores: Floats,
     target: Floats,
     mask: Bools,
-    patient: npt.NDArray[Any],
+    patient: Names,
     sensitivity: float = 0.9,
 ) -> dict[str, dict[str, Any]]:
     """Per label: `temperature`, `bias`, `thresholds` by rule, and a `note` if any is None; ready for JSON.
@@ -43,14 +42,14 @@ def fit_calibration(
     whose sensitivity is at least `sensitivity`; ties go to the highest. Raises ValueError if a score is not finite.
     """
     labels: dict[str, dict[str, Any]] = {}
-    for column, (name, score, truth) in enumerate(label_cells(names, scores, target, mask)):
+    for name, score, truth, owner in label_cells(names, scores, target, mask, patient):
         fit, note = None, None
         if truth.all() or not truth.any():
             thresholds: dict[str, float | None] = dict.fromkeys(RULES)
             note = "one class: no thresholds, scores as they are"
         else:
             thresholds = dict(choose_thresholds(score, truth, sensitivity))
-            fit, note = choose_fit(score, truth, patient[mask[:, column]])
+            fit, note = choose_fit(score, truth, owner)
         labels[name] = {
             "temperature": None if fit is None else 1 / fit.slope,
             "bias": None if fit is None else fit.bias,
@@ -60,7 +59,7 @@ def fit_calibration(
     return labels
 
 
-def choose_fit(score: Floats, truth: Bools, patient: npt.NDArray[Any]) -> tuple[Fit | None, str | None]:
+def choose_fit(score: Floats, truth: Bools, patient: Names) -> tuple[Fit | None, str | None]:
     """The fit to scores [n] of both classes if it beats no calibration; otherwise None and the reason.
 
     It does so if, in five folds, the log-likelihood of held-out patients is higher with a fit to the others than

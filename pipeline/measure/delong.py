@@ -14,12 +14,11 @@ compares this with other methods.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
-from pipeline.measure.metrics import Bools, Floats, Ints, Z
+from pipeline.measure.metrics import NO_LIMITS, Bools, Figure, Floats, Ints, Names, Z, student_quantile
 
 
 class Areas(NamedTuple):
@@ -41,8 +40,8 @@ def measure_areas(
     scores: Floats,
     target: Floats,
     mask: Bools,
-    patient: npt.NDArray[Any],
-    stratum: npt.NDArray[Any] | None = None,
+    patient: Names,
+    stratum: Names | None = None,
 ) -> Areas:
     """The areas of scores [N, L] against targets [N, L] in {0, 1}, on the cells of mask [N, L], of patients [N].
 
@@ -64,7 +63,7 @@ def measure_areas(
     return Areas._make((*fields, influence))
 
 
-def share_stratum(truth: Bools, stratum: npt.NDArray[Any]) -> Bools:
+def share_stratum(truth: Bools, stratum: Names) -> Bools:
     """Which cells [n] have a cell of the other class in their stratum."""
     _, codes = np.unique(stratum, return_inverse=True)
     both = (np.bincount(codes, truth) > 0) & (np.bincount(codes, ~truth) > 0)
@@ -77,9 +76,7 @@ def weigh_labels(names: Sequence[str], over: Sequence[str]) -> Floats:
     return np.array([1 / len(over) if name in over else 0.0 for name in names])
 
 
-def combine_limits(
-    areas: Areas, weights: Sequence[float] | Floats, level: float = 0.05
-) -> dict[str, float | None]:
+def combine_limits(areas: Areas, weights: Sequence[float] | Floats, level: float = 0.05) -> Figure:
     """`low` and `high` of Σ weight · AUROC, for weights [A]; None if an area with a weight is undefined.
 
     `level` is the chance that they miss it.
@@ -87,7 +84,7 @@ def combine_limits(
     weight = np.asarray(weights, float)
     kept = weight != 0
     if not kept.any() or np.isnan(areas.auroc[kept]).any():
-        return {"low": None, "high": None}
+        return NO_LIMITS
     weight, auroc, low, high, freedom = (values[kept] for values in (weight, *areas[:4]))
     influence = areas.influence[:, kept]
     norm = np.sqrt((influence**2).sum(axis=0))
@@ -104,19 +101,11 @@ def combine_limits(
         return {"low": middle - scale * margin(auroc - low), "high": middle + scale * margin(high - auroc)}
     halves = (high - low) / 2  # symmetric, so that two runs with the same scores cancel out
     widest = max(margin(halves), Z * float(np.linalg.norm(influence @ weight)))
-    shares = (
-        weight * halves
-    ) ** 2  # Satterthwaite's degrees of freedom; two runs have the same positives, hence half
+    # Satterthwaite's degrees of freedom; two runs have the same positives, hence half.
+    shares = (weight * halves) ** 2
     pooled = float(shares.sum() ** 2 / (shares**2 / freedom).sum()) / 2
     half = widest * student_quantile(max(pooled, 1), level) / Z
     return {"low": middle - half, "high": middle + half}
-
-
-def student_quantile(freedom: float, level: float = 0.05) -> float:
-    """Student's t of 1 - level / 2."""
-    from scipy.special import stdtrit  # takes a tenth of a second
-
-    return float(-stdtrit(freedom, level / 2))
 
 
 def score_limits(auroc: float, variance: Callable[[float], float], z: float = Z) -> tuple[float, float]:
@@ -146,7 +135,7 @@ def score_variance(theta: float, positives: float, negatives: float) -> float:
 
 
 def _measure(
-    score: Floats, truth: Bools, codes: Ints, stratum: npt.NDArray[Any], patients: int
+    score: Floats, truth: Bools, codes: Ints, stratum: Names, patients: int
 ) -> tuple[float, float, float, float, float, Floats]:
     """AUROC, its limits, degrees of freedom, design effect, and influence values [P]; strata have both classes."""
     _, strata = np.unique(stratum, return_inverse=True)

@@ -6,41 +6,39 @@
 An undefined figure is None, and never part of a mean.
 """
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from math import comb
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from pipeline.labels import name_ages
-from pipeline.measure.bootstrap import (
-    describe_difference,
-    interval,
-    resample_auprc,
-    resampled_mean,
-)
+from pipeline.measure.bootstrap import interval, resample_auprc, resampled_mean
 from pipeline.measure.calibration import apply_calibration, fit_calibration
 from pipeline.measure.delong import Areas, combine_limits, measure_areas, weigh_labels
-from pipeline.measure.evaluation import MEANS, UNITS, Evaluation
+from pipeline.measure.evaluation import UNITS, Evaluation
 from pipeline.measure.metrics import (
     FEW,
+    NO_LIMITS,
     Bools,
+    Cells,
+    Figure,
     Floats,
     Ints,
+    Names,
     areas,
     averaged_labels,
     brier_score,
     calibration_error,
     count_classes,
     decide,
-    independent_limits,
     label_cells,
     mean_of,
-    rates_at,
+    measure_rates,
     report_auroc,
+    subtract,
+    subtract_independent,
     wilson_limits,
 )
 
@@ -55,7 +53,6 @@ GROUPS = {
 }
 MOST_GROUPS = 8  # of a fact
 GIVEN = "given"  # the rule of a threshold that the user chose
-LIMITS = ("low", "high")
 LEVEL = 0.05  # of all gaps between groups together
 
 
@@ -65,11 +62,11 @@ class Scored(NamedTuple):
     scores: Floats  # [N, L] in [0, 1]
     target: Floats  # [N, L] in {0, 1}
     mask: Bools  # [N, L] the cells to use
-    patient: npt.NDArray[Any]  # [N] names
-    study: npt.NDArray[Any]  # [N] names or numbers, unique within a patient
-    sex: npt.NDArray[Any]  # [N] names; None or empty: unknown
+    patient: Names  # [N]
+    study: Names  # [N] names or numbers, unique within a patient
+    sex: Names  # [N]; None or empty: unknown
     age: Ints  # [N] years; -1 unknown
-    projection: npt.NDArray[Any]  # [N] names; None or empty: unknown
+    projection: Names  # [N]; None or empty: unknown
 
     def take(self, rows: Any) -> "Scored":
         """The rows that an index selects: numbers, bools [N] or a slice."""
@@ -98,7 +95,7 @@ def assess(
     unit: str = "image",
     resamples: int = 1000,
     seed: int = 0,
-    facts: Mapping[str, npt.NDArray[Any]] = MappingProxyType({}),
+    facts: Mapping[str, Names] = MappingProxyType({}),
 ) -> Evaluation:
     """The figures of a split's scores; `calibration` is what `calibrate` or `leave_uncalibrated` returns.
 
@@ -119,7 +116,7 @@ def assess(
     levels = {"image": images} if unit == "image" else {}
     for level, rows in (levels | {"study": study_level(images, calibration["combine"])}).items():
         _add_level(evaluation, level, rows, calibration[level])
-    _add_groups(evaluation, assess_groups(names, images, calibration["image"], few))
+    add_groups(evaluation, images, calibration["image"], few)
     return evaluation
 
 
@@ -153,91 +150,6 @@ def study_level(images: Scored, combine: str = "max") -> Scored:
     return Scored(combined, positive, counts > 0, *(fact[order[starts]] for fact in images[3:]))
 
 
-def assess_groups(
-    names: Sequence[str],
-    images: Scored,
-    calibration: Mapping[str, Mapping[str, Any]],
-    more: Mapping[str, npt.NDArray[Any]] = MappingProxyType({}),
-) -> dict[str, Any]:
-    """By sex, age, projection and the texts [N] of `more`: images, AUROC per label, TPR at dev's Youden threshold.
-
-    A group's `macro_auroc` is the mean over `macro_labels`: those with 10 patients of each class in every group
-    that has any such label. So groups are compared on the same labels, with enough cells of each; the other groups
-    have None. `less_first` is each later group's macro minus the first group's. `tpr_gap` is the highest TPR minus
-    the lowest, over groups with positives of at least 10 patients, with limits in `tpr_gap_limits`; None if there are
-    fewer than two such groups. Which two groups differ most is chosen by the data, and so is the label that a reader
-    looks at: the limits of all pairs of groups, of all variables and labels, hold together at 95 % (Bonferroni).
-    """
-    facts = {"sex": images.sex, "age": name_ages(images.age), "projection": images.projection, **more}
-    groups_of = GROUPS | {name: _list_values(fact) for name, fact in more.items()}
-    limits = {name: first_threshold(calibration[name]) for name in names}
-    report: dict[str, Any] = {}
-    for variable, compared in groups_of.items():
-        rows = {name: facts[variable] == name for name in compared}
-        # Over all patients, so that patients in two groups are recognized.
-        measured = {
-            name: measure_areas(*images[:2], images.mask & chosen[:, None], images.patient)
-            for name, chosen in rows.items()
-        }
-        groups = {
-            name: _assess_group(names, images.take(chosen), calibration, measured[name])
-            for name, chosen in rows.items()
-        }
-        enough = {
-            group: {name for name in names if not result["labels"][name]["few"]}
-            for group, result in groups.items()
-        }
-        told = [group for group, own in enough.items() if own]
-        kept = [name for name in names if told and all(name in enough[group] for group in told)]
-        share = weigh_labels(names, kept)
-        for group, result in groups.items():
-            result["macro_auroc"] = mean_of(result["labels"], kept, "auroc") if group in told else None
-            nothing = np.zeros_like(share)
-            result["interval"] = combine_limits(measured[group], share if group in told else nothing)
-        others = Counter(name or "unknown" for name in facts[variable].tolist() if name not in compared)
-        report[variable] = {
-            "groups": groups,
-            "macro_labels": kept,
-            "less_first": _subtract_first(told, groups, measured, share),
-            "others": dict(sorted(others.items())),
-            "tpr": {
-                name: _find_calls(images, column, limits[name], rows) for column, name in enumerate(names)
-            },
-        }
-    pairs = sum(comb(len(calls), 2) for of in report.values() for calls in of["tpr"].values())
-    for of in report.values():
-        gaps = {name: _tpr_gap(calls, LEVEL / max(pairs, 1)) for name, calls in of.pop("tpr").items()}
-        of["tpr_gap"] = {name: gap["difference"] for name, gap in gaps.items()}
-        of["tpr_gap_limits"] = {name: {"low": gap["low"], "high": gap["high"]} for name, gap in gaps.items()}
-    return report
-
-
-def first_threshold(fit: Mapping[str, Any]) -> float | None:
-    """The threshold of groups' TPR: Youden's, which comes first, or the user's own."""
-    return next(iter(fit["thresholds"].values()), None)
-
-
-def _subtract_first(
-    names: Sequence[str],
-    groups: Mapping[str, Mapping[str, Any]],
-    measured: Mapping[str, Areas],
-    share: Floats,
-) -> dict[str, Any]:
-    """Each later group's macro less the first one's, paired by patient; `share` are the labels' weights in a macro."""
-    return {
-        name: describe_difference(
-            groups[name]["macro_auroc"],
-            groups[names[0]]["macro_auroc"],
-            combine_limits(measured[name].join(measured[names[0]]), np.concatenate([share, -share])),
-        )
-        for name in names[1:]
-    }
-
-
-def _list_values(fact: npt.NDArray[Any]) -> tuple[str, ...]:
-    return tuple(sorted({text for text in fact.tolist() if text}))
-
-
 def _add_level(
     evaluation: Evaluation, level: str, rows: Scored, calibration: Mapping[str, Mapping[str, Any]]
 ) -> None:
@@ -247,44 +159,35 @@ def _add_level(
     evaluation.add(level, None, "patients", len(np.unique(rows.patient)))
     means, ours = average(names, rows)
     drawn = resample_auprc(*rows[:4], resamples, seed)
-    cells = list(label_cells(names, *rows[:3]))
-    figures: dict[str, dict[str, float | None]] = {}
-    for column, (name, score, truth) in enumerate(cells):
-        fit, fitted = calibration[name], evaluation.head["sensitivity"] is not None
-        figures[name] = dict(zip(AREAS, areas(score, truth), strict=True))
-        for suffix, scores in {
-            "": score,
-            "_calibrated": apply_calibration(score, fit) if fitted else None,
-        }.items():
-            if scores is not None:
-                figures[name] |= {f"brier{suffix}": brier_score(scores, truth)}
-                figures[name] |= {f"ece{suffix}": calibration_error(scores, truth)}
-        counts = count_classes(truth, rows.patient[rows.mask[:, column]])
-        for metric, value in figures[name].items():
-            more: dict[str, Any] = dict(counts)
-            if metric == "auroc":
-                more |= combine_limits(ours, weigh_labels(names, means[name]))
-            elif metric == "auprc":
-                more |= _add_resamples(evaluation, level, name, resampled_mean(drawn, names, means[name]))
-            evaluation.add(level, name, metric, value, more)
-    for mean in MEANS:
+    cells = {cell.label: cell for cell in label_cells(names, *rows[:4])}
+    calibrated = evaluation.head["sensitivity"] is not None
+    figures = {
+        name: _measure(cell, calibration[name] if calibrated else None) for name, cell in cells.items()
+    }
+    for label, over in means.items():
+        counts = count_classes(cells[label].truth, cells[label].patient) if label in cells else {}
         for metric in figures[names[0]]:
-            more = {}
+            limits: Figure = {}
             if metric == "auroc":
-                more = combine_limits(ours, weigh_labels(names, means[mean]))
+                limits = combine_limits(ours, weigh_labels(names, over))
             elif metric == "auprc":
-                more = _add_resamples(evaluation, level, mean, resampled_mean(drawn, names, means[mean]))
-            evaluation.add(level, mean, metric, mean_of(figures, means[mean], metric), more)
-    for column, (name, score, truth) in enumerate(cells):
-        patient = rows.patient[rows.mask[:, column]]
-        _add_decisions(evaluation, (level, name), score, truth, patient, calibration[name])
+                values = resampled_mean(drawn, names, over)
+                limits = interval(values)
+                evaluation.add(level, label, "auprc_resamples", int((~np.isnan(values)).sum()))
+            value = figures[label][metric] if label in figures else mean_of(figures, over, metric)
+            evaluation.add(level, label, metric, value, **limits, **counts)
+    for name, cell in cells.items():
+        _add_decisions(evaluation, level, cell, calibration[name])
 
 
-def _add_resamples(evaluation: Evaluation, level: str, label: str, values: Floats) -> dict[str, Any]:
-    """The limits of an AUPRC; the number of resamples that they rest on is a figure too."""
-    found = interval(values)
-    evaluation.add(level, label, "auprc_resamples", found.pop("resamples"))
-    return found
+def _measure(cells: Cells, fit: Mapping[str, Any] | None) -> Figure:
+    """A finding's metrics, of its scores and, if there is a fit, of its calibrated scores."""
+    figures = dict(zip(AREAS, areas(cells.score, cells.truth), strict=True))
+    scores = {"": cells.score} | ({"_calibrated": apply_calibration(cells.score, fit)} if fit else {})
+    for suffix, score in scores.items():
+        figures[f"brier{suffix}"] = brier_score(score, cells.truth)
+        figures[f"ece{suffix}"] = calibration_error(score, cells.truth)
+    return figures
 
 
 def average(names: Sequence[str], rows: Scored) -> tuple[dict[str, list[str]], Areas]:
@@ -294,137 +197,138 @@ def average(names: Sequence[str], rows: Scored) -> tuple[dict[str, list[str]], A
     return alone | averaged_labels(labels), measure_areas(*rows[:4])
 
 
-def _add_decisions(
-    evaluation: Evaluation,
-    place: tuple[str, str],
-    score: Floats,
-    truth: Bools,
-    patient: npt.NDArray[Any],
-    fit: Mapping[str, Any],
-) -> None:
-    """A finding's calibration, rates at its thresholds, and net benefit, from its cells [n]; `place`: level, name."""
+def _add_decisions(evaluation: Evaluation, level: str, cells: Cells, fit: Mapping[str, Any]) -> None:
+    """A finding's calibration, rates at its thresholds, and net benefit."""
+    name, score, truth, patient = cells
     for metric in ("temperature", "bias"):
-        evaluation.add(*place, metric, fit[metric], note=fit["note"] or "")
+        evaluation.add(level, name, metric, fit[metric], note=fit["note"] or "")
     for rule, threshold in fit["thresholds"].items():
-        evaluation.add(*place, "threshold", threshold, group=rule)
-        if threshold is not None:
-            limits = rate_limits(threshold, score, truth, patient)
-            for rate, value in rates_at(threshold, score, truth).items():
-                evaluation.add(*place, rate, value, limits.get(rate), group=rule)
+        evaluation.add(level, name, "threshold", threshold, rule)
+        rates = {} if threshold is None else measure_rates(threshold, score, truth, patient)
+        for rate, figure in rates.items():
+            evaluation.add(level, name, rate, group=rule, **figure)
     calibrated = apply_calibration(score, fit)
     for at in DECISIONS if len(truth) else ():
-        found = decide(calibrated, truth, patient, at)
-        gain = found["gain"]
-        evaluation.add(*place, "net_benefit", found["model"], group=f"at {at}")
-        evaluation.add(*place, "net_benefit_all", found["all"], group=f"at {at}")
-        evaluation.add(*place, "net_benefit_gain", gain.pop("difference"), gain, group=f"at {at}")
+        for metric, figure in decide(calibrated, truth, patient, at).items():
+            evaluation.add(level, name, metric, group=f"at {at}", **figure)
 
 
-def _add_groups(evaluation: Evaluation, report: Mapping[str, Any]) -> None:
-    """What `assess_groups` says, as rows; a macro's note names its findings."""
-    level = evaluation.unit
-    for variable, compared in report.items():
-        over = ", ".join(compared["macro_labels"])
-        for name, found in compared["groups"].items():
-            group = f"{variable}={name}"
-            evaluation.add(level, None, "images", found["images"], group=group)
-            for label, figures in found["labels"].items():
-                counts = {key: figures[key] for key in ("positives", "negatives", "few")}
-                for metric in ("auroc", "tpr"):
-                    more = counts | figures["intervals"][metric]
-                    evaluation.add(level, label, metric, figures[metric], more, group=group)
-            evaluation.add(
-                level, "macro", "auroc", found["macro_auroc"], found["interval"], group=group, note=over
+def first_threshold(fit: Mapping[str, Any]) -> float | None:
+    """The threshold of groups' TPR: Youden's, which comes first, or the user's own."""
+    return next(iter(fit["thresholds"].values()), None)
+
+
+def _list_values(fact: Names) -> tuple[str, ...]:
+    return tuple(sorted({text for text in fact.tolist() if text}))
+
+
+Calls = tuple[Bools, Names]  # which of a group's positives [n] are called, and their patients
+
+
+def add_groups(
+    evaluation: Evaluation,
+    images: Scored,
+    fits: Mapping[str, Mapping[str, Any]],
+    more: Mapping[str, Names] = MappingProxyType({}),
+) -> None:
+    """Add, by sex, age, projection and the texts [N] of `more`: images, AUROC per label, TPR at dev's Youden threshold.
+
+    `tpr_gap` is the highest TPR minus the lowest, over groups with positives of at least 10 patients; None if there are
+    fewer than two such groups. Which two groups differ most is chosen by the data, and so is the label that a reader
+    looks at: the limits of all pairs of groups, of all variables and labels, hold together at 95 % (Bonferroni).
+    """
+    facts = {"sex": images.sex, "age": name_ages(images.age), "projection": images.projection, **more}
+    calls: dict[tuple[str, str], list[Calls]] = {}
+    for variable, fact in facts.items():
+        compared = GROUPS[variable] if variable in GROUPS else _list_values(fact)
+        # Over all patients, so that patients in two groups are recognized.
+        measured = {
+            f"{variable}={name}": measure_areas(
+                *images[:2], images.mask & (fact == name)[:, None], images.patient
             )
-        for name, less in compared["less_first"].items():
-            limits = {side: less[side] for side in ("low", "high")}
-            group = f"{variable}={name}"
-            evaluation.add(level, "macro", "auroc_less_first", less["difference"], limits, group=group)
-        for name, count in compared["others"].items():
-            evaluation.add(level, None, "images", count, group=f"{variable}={name}", note="in no group")
-        for label, gap in compared["tpr_gap"].items():
-            evaluation.add(level, label, "tpr_gap", gap, compared["tpr_gap_limits"][label], group=variable)
-
-
-def add_belief(evaluation: Evaluation, belief: Mapping[str, Mapping[str, Any]]) -> None:
-    """Add what `assess_belief` says of images: `within` each variable, and a verdict whose group is its mark."""
-    level = evaluation.unit
-    for label, found in belief.items():
-        sides = {f"projection={side}": area for side, area in found["projections"].items()}
-        for group, area in (found["within"] | sides).items():
-            more = {key: area[key] for key in (*LIMITS, "positives", "negatives", "few") if key in area}
-            evaluation.add(level, label, "auroc_within", area["auroc"], more, group=group)
-        for group, area in found["within"].items():
-            fall = {side: area["fall"][side] for side in LIMITS}
-            evaluation.add(level, label, "pairs_within", area["pairs"], group=group)
-            evaluation.add(level, label, "fall_within", area["fall"]["difference"], fall, group=group)
-            evaluation.add(level, label, "left_within", None, area["left"], group=group)
-        balanced = dict(found["balanced"])
-        evaluation.add(level, label, "auroc_balanced", balanced.pop("auroc"), balanced)
-        evaluation.add(level, label, "verdict", None, group=found["mark"], note=found["verdict"])
-
-
-def rate_limits(
-    threshold: float, score: Floats, truth: Bools, patient: npt.NDArray[Any]
-) -> dict[str, dict[str, float | None]]:
-    """Limits of those of `rates_at` that are a share of cells [n], with patients as clusters (`wilson_limits`)."""
-    called = score >= threshold
-    parts = {
-        "sensitivity": (called, truth),
-        "specificity": (~called, ~truth),
-        "ppv": (truth, called),
-        "npv": (~truth, ~called),
-    }
-    return {rate: wilson_limits(hits[of], patient[of]) for rate, (hits, of) in parts.items()}
-
-
-def _assess_group(
-    names: Sequence[str], images: Scored, calibration: Mapping[str, Mapping[str, Any]], measured: Areas
-) -> dict[str, Any]:
-    """A group's figures per label."""
-    labels: dict[str, Any] = {}
-    for column, (name, score, truth) in enumerate(label_cells(names, *images[:3])):
-        threshold = first_threshold(calibration[name])
-        tpr, limits = None, wilson_limits(truth[:0], truth[:0])
-        patient = images.patient[images.mask[:, column]]
-        if threshold is not None:
-            tpr = rates_at(threshold, score, truth)["sensitivity"]
-            limits = rate_limits(threshold, score, truth, patient)["sensitivity"]
-        labels[name] = {
-            "auroc": areas(score, truth)[0],
-            **count_classes(truth, patient),
-            "tpr": tpr,
-            "intervals": {
-                "auroc": combine_limits(measured, weigh_labels(names, [name])),
-                "tpr": limits,
-            },
+            for name in compared
         }
-    return {"images": len(images.scores), "labels": labels}
+        for name, group in zip(compared, measured, strict=True):
+            rows = images.take(fact == name)
+            evaluation.add(evaluation.unit, None, "images", len(rows.scores), group)
+            for label, called in _add_group(evaluation, group, rows, fits, measured[group]):
+                calls.setdefault((variable, label), []).extend(called)
+        _add_macros(evaluation, measured)
+        others, counts = np.unique([name or "unknown" for name in fact.tolist()], return_counts=True)
+        for name, count in zip(others.tolist(), counts.tolist(), strict=True):
+            if name not in compared:
+                evaluation.add(
+                    evaluation.unit, None, "images", count, f"{variable}={name}", note="in no group"
+                )
+    pairs = sum(comb(len(groups), 2) for groups in calls.values())
+    for (variable, label), groups in calls.items():
+        gap = _tpr_gap(groups, LEVEL / max(pairs, 1))
+        evaluation.add(evaluation.unit, label, "tpr_gap", group=variable, **gap)
 
 
-Calls = tuple[Bools, npt.NDArray[Any]]  # which of a group's positives [n] are called, and their patients
+def assess_groups(
+    names: Sequence[str], images: Scored, fits: Mapping[str, Mapping[str, Any]]
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """`tpr_gap` and `tpr_gap_limits` of each label, by variable, as of `add_groups`."""
+    evaluation = Evaluation({"split": "", "unit": "image", "labels": list(names)})
+    add_groups(evaluation, images, fits)
+    gaps: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in evaluation.select(metric="tpr_gap"):
+        variable = gaps.setdefault(str(row.group), {"tpr_gap": {}, "tpr_gap_limits": {}})
+        variable["tpr_gap"][str(row.label)] = row.value
+        variable["tpr_gap_limits"][str(row.label)] = {"low": row.low, "high": row.high}
+    return gaps
 
 
-def _find_calls(
-    images: Scored, column: int, threshold: float | None, rows: Mapping[str, Bools]
-) -> list[Calls]:
-    """A label's calls in each of the groups that have positives of 10 patients; none without a threshold."""
-    if threshold is None:
-        return []
-    sick = images.mask[:, column] & (images.target[:, column] == 1)
-    groups = [
-        (images.scores[sick & of, column] >= threshold, images.patient[sick & of]) for of in rows.values()
+def _add_group(
+    evaluation: Evaluation, group: str, rows: Scored, fits: Mapping[str, Mapping[str, Any]], measured: Areas
+) -> Iterator[tuple[str, list[Calls]]]:
+    """Add a group's figures; gives each label's calls of its positives, if these are of 10 patients."""
+    names, level = evaluation.labels, evaluation.unit
+    for name, score, truth, patient in label_cells(names, *rows[:4]):
+        counts, threshold = count_classes(truth, patient), first_threshold(fits[name])
+        limits = combine_limits(measured, weigh_labels(names, [name]))
+        evaluation.add(level, name, "auroc", areas(score, truth)[0], group, **limits, **counts)
+        tpr = (
+            NO_LIMITS if threshold is None else measure_rates(threshold, score, truth, patient)["sensitivity"]
+        )
+        evaluation.add(level, name, "tpr", group=group, **tpr, **counts)
+        enough = len(np.unique(patient[truth])) >= FEW
+        yield name, [(score[truth] >= threshold, patient[truth])] if enough and threshold is not None else []
+
+
+def _add_macros(evaluation: Evaluation, measured: Mapping[str, Areas]) -> None:
+    """Add each group's macro AUROC, and each later group's less the first one's, paired by patient.
+
+    A macro is the mean over the labels, which its note names, with 10 patients of each class in every group that has
+    any such label. So groups are compared on the same labels, with enough cells of each; the other groups have None.
+    """
+    names, level = evaluation.labels, evaluation.unit
+    rows = {group: [evaluation.get("auroc", name, level, group) for name in names] for group in measured}
+    compared = [group for group in measured if any(not row.few for row in rows[group])]
+    kept = [
+        name
+        for column, name in enumerate(names)
+        if compared and all(not rows[group][column].few for group in compared)
     ]
-    return [(called, patient) for called, patient in groups if len(np.unique(patient)) >= FEW]
+    share, macros = weigh_labels(names, kept), dict[str, float | None]()
+    for group, of_group in rows.items():
+        inside = group in compared
+        values = [row.number for row in of_group if row.label in kept]
+        macros[group] = sum(values) / len(kept) if inside and kept else None
+        limits = combine_limits(measured[group], share) if inside else NO_LIMITS
+        evaluation.add(level, "macro", "auroc", macros[group], group, **limits, note=", ".join(kept))
+    for group in compared[1:]:
+        both = measured[group].join(measured[compared[0]])
+        limits = combine_limits(both, np.concatenate([share, -share]))
+        less = subtract(macros[group], macros[compared[0]])
+        evaluation.add(level, "macro", "auroc_less_first", less, group, **limits)
 
 
-def _tpr_gap(groups: Sequence[Calls], level: float) -> dict[str, float | None]:
+def _tpr_gap(groups: Sequence[Calls], level: float) -> Figure:
     """The highest TPR minus the lowest, with limits at a level, as for separate patients."""
-    rates = []
-    for called, patient in groups:
-        limits = wilson_limits(called, patient, level)
-        rates.append((float(called.mean()), limits["low"] or 0.0, limits["high"] or 0.0))
-    if len(rates) < 2:
-        return dict.fromkeys(("difference", "low", "high"))
-    lowest, *_, highest = sorted(rates)
-    return {"difference": highest[0] - lowest[0], **independent_limits(highest, lowest)}
+    rates = [
+        {"value": float(called.mean()), **wilson_limits(called, patient, level)} for called, patient in groups
+    ]
+    rates.sort(key=lambda rate: [*rate.values()])
+    return NO_LIMITS if len(rates) < 2 else subtract_independent(rates[-1], rates[0])

@@ -10,7 +10,7 @@ reader, a member, an alteration of the images. Undefined figures are null and ne
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,6 @@ from pipeline.base.files import read_object
 MEANS = {"macro": "macro", "macro10": "macro, ≥ 10 patients", "mean5": "mean of competition's 5"}
 COMMON = "common"  # the mean over the findings that two data sets can be compared on
 OWN = "own valid"  # the group of figures on a run's own valid
-FEW_NOTE = "few"
 UNITS = {"image": "images", "study": "studies"}  # of a level
 
 
@@ -40,12 +39,8 @@ class Row:
     high: float | None = None
     positives: float | None = None
     negatives: float | None = None
+    few: bool = False  # whether a class has fewer than 10 patients
     note: str = ""
-
-    @property
-    def few(self) -> bool:
-        """Whether a class has fewer than 10 patients."""
-        return self.note == FEW_NOTE
 
     @property
     def number(self) -> float:
@@ -114,19 +109,14 @@ class Evaluation:
         level: str,
         label: str | None,
         metric: str,
-        value: float | None,
-        more: Mapping[str, Any] | None = None,
-        *,
+        value: float | None = None,
         group: str | None = None,
-        scorer: str | None = None,
-        note: str = "",
+        **fields: Any,
     ) -> None:
-        """Add a row; `more` holds any of low, high, positives, negatives, and few."""
-        given = dict(more or {})
-        note = FEW_NOTE if given.pop("few", False) else note
-        row = Row(level, self.split, label, group, metric, scorer, value, note=note, **given)
+        """Add a row; `fields` are any others of it: low, high, positives, negatives, few, scorer, note."""
+        row = Row(level, self.split, label, group, metric, value=value, **fields)
         self.rows.append(row)
-        self._index[metric, label, level, group, scorer] = row
+        self._index[metric, label, level, group, row.scorer] = row
 
     def get(
         self,

@@ -9,10 +9,10 @@ import pyarrow as pa
 
 from pipeline.labels import find_unannotated
 from pipeline.manifest import name_facts
-from pipeline.measure import belief
+from pipeline.measure.belief import add_belief
 from pipeline.measure.compare import ALTERED, add_auprc, add_comparison, add_gain
 from pipeline.measure.covariates import find_covariates, find_strata
-from pipeline.measure.evaluate import Scored, add_belief, assess, study_level
+from pipeline.measure.evaluate import Scored, assess, study_level
 from pipeline.measure.evaluation import Evaluation
 from pipeline.measure.metrics import Floats
 from pipeline.measure.readers import add_readers
@@ -58,7 +58,7 @@ def judge_scores(
     head["not_annotated"] = find_unannotated(table)
     head |= {name: list(getattr(beside, name)) for name in ("against", "readers", "members", "altered")}
     covariates, strata = find_covariates(table), find_strata(table)
-    add_belief(evaluation, belief.assess_belief(names, images, covariates, strata, beside.edge))
+    add_belief(evaluation, images, covariates, strata, beside.edge)
     for name, scores in beside.against.items():
         add_other(evaluation, images, name, scores)
     if beside.altered:

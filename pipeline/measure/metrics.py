@@ -22,23 +22,27 @@ Z = 1.959963984540054  # the normal distribution's quantile of 0.975
 BINS = 15  # of the calibration error, as in Guo et al., 2017
 
 
-class LabelResult(TypedDict):
-    """One label: its AUROC (None with one class), its counts, and whether a class has `few` patients."""
+Names = npt.NDArray[Any]  # [N] of patients, studies or groups
+Figure = dict[str, Any]  # of an evaluation's row, numbers or None
+NO_LIMITS: Figure = {"low": None, "high": None}
 
-    auroc: float | None
-    positives: int
-    negatives: int
-    few: bool
+
+class Cells(NamedTuple):
+    """The cells of one label that are in the mask."""
+
+    label: str
+    score: Floats  # [n]
+    truth: Bools  # [n]
+    patient: Names  # [n]
 
 
 class AurocReport(TypedDict):
-    """All labels; `macro10` averages labels with at least 10 patients in each class, `mean5` the competition's five."""
+    """`macro10` averages labels with at least 10 patients in each class, `mean5` the competition's five."""
 
     macro_auroc: float | None
     macro10_auroc: float | None
     mean5_auroc: float | None
-    skipped: list[str]
-    labels: dict[str, LabelResult]
+    labels: dict[str, Figure]  # auroc, None with one class, positives, negatives, few
 
 
 class Ranking(NamedTuple):
@@ -66,43 +70,33 @@ class Curve(NamedTuple):
 
 
 def report_auroc(
-    names: Sequence[str], scores: Floats, target: Floats, mask: Bools, patient: npt.NDArray[Any]
+    names: Sequence[str], scores: Floats, target: Floats, mask: Bools, patient: Names
 ) -> AurocReport:
     """AUROC per label of scores [N, L] against targets [N, L] in {0, 1}, on the cells of mask [N, L], of patients [N].
 
     Raises ValueError where a score is not finite.
     """
-    labels: dict[str, LabelResult] = {}
-    for column, (name, score, truth) in enumerate(label_cells(names, scores, target, mask)):
-        labels[name] = {"auroc": areas(score, truth)[0], **count_classes(truth, patient[mask[:, column]])}
-    macro, macro10, mean5 = (mean_of(labels, kept, "auroc") for kept in averaged_labels(labels).values())
-    return {
-        "macro_auroc": macro,
-        "macro10_auroc": macro10,
-        "mean5_auroc": mean5,
-        "skipped": [name for name, label in labels.items() if label["auroc"] is None],
-        "labels": labels,
+    labels = {
+        cells.label: {
+            "auroc": areas(cells.score, cells.truth)[0],
+            **count_classes(cells.truth, cells.patient),
+        }
+        for cells in label_cells(names, scores, target, mask, patient)
     }
+    macro, macro10, mean5 = (mean_of(labels, kept, "auroc") for kept in averaged_labels(labels).values())
+    return {"macro_auroc": macro, "macro10_auroc": macro10, "mean5_auroc": mean5, "labels": labels}
 
 
-class Counts(TypedDict):
-    """The cells of each class, and whether either has too `few` patients for figures to mean much."""
-
-    positives: int
-    negatives: int
-    few: bool
-
-
-def count_classes(truth: Bools, patient: npt.NDArray[Any]) -> Counts:
-    """The classes of truth [n] of patients [n]."""
+def count_classes(truth: Bools, patient: Names) -> Figure:
+    """The cells of each class of truth [n], and whether either has too `few` patients [n] for figures to mean much."""
     fewest = min(len(np.unique(patient[side])) for side in (truth, ~truth))
     return {"positives": int(truth.sum()), "negatives": int((~truth).sum()), "few": fewest < FEW}
 
 
 def label_cells(
-    names: Sequence[str], scores: Floats, target: Floats, mask: Bools
-) -> Iterator[tuple[str, Floats, Bools]]:
-    """Per label: its name, and the scores [n] and truth [n] of its cells in the mask.
+    names: Sequence[str], scores: Floats, target: Floats, mask: Bools, patient: Names
+) -> Iterator[Cells]:
+    """The cells of each label, of scores, targets and mask [N, L] and patients [N].
 
     Raises ValueError where a score is not finite.
     """
@@ -110,10 +104,10 @@ def label_cells(
         raise ValueError("scores are not finite")
     for column, name in enumerate(names):
         used = mask[:, column]
-        yield name, scores[used, column], target[used, column] == 1
+        yield Cells(name, scores[used, column], target[used, column] == 1, patient[used])
 
 
-def averaged_labels(labels: Mapping[str, Any]) -> dict[str, list[str]]:
+def averaged_labels(labels: Mapping[str, Figure]) -> dict[str, list[str]]:
     """The labels of each mean: all with an AUROC; those with 10 patients in each class; the competition's five."""
     macro = [name for name, label in labels.items() if label["auroc"] is not None]
     return {
@@ -123,9 +117,14 @@ def averaged_labels(labels: Mapping[str, Any]) -> dict[str, list[str]]:
     }
 
 
-def mean_of(labels: Mapping[str, Any], kept: Sequence[str], metric: str) -> float | None:
-    """The mean of a metric over the kept labels; None if there are none."""
+def mean_of(labels: Mapping[str, Figure], kept: Sequence[str], metric: str) -> float | None:
+    """The mean of a metric over the kept labels, which all have it; None if there are none."""
     return sum(labels[name][metric] for name in kept) / len(kept) if kept else None
+
+
+def subtract(ours: float | None, theirs: float | None) -> float | None:
+    """The difference of two figures; None if either is undefined."""
+    return None if ours is None or theirs is None else ours - theirs
 
 
 def areas(score: Floats, truth: Bools) -> tuple[float | None, float | None]:
@@ -205,26 +204,28 @@ def threshold_curve(score: Floats, truth: Bools) -> Curve:
     return Curve(ordered[last], found, last + 1 - found)
 
 
-def rates_at(threshold: float, score: Floats, truth: Bools) -> dict[str, float | None]:
-    """Sensitivity, specificity, PPV, NPV and F1 of `score >= threshold`; None if a denominator is 0.
+def measure_rates(threshold: float, score: Floats, truth: Bools, patient: Names) -> dict[str, Figure]:
+    """Sensitivity, specificity, PPV, NPV and F1 of `score >= threshold`, each a `value`; None if a denominator is 0.
 
-    F1 is 2 TP / (2 TP + FP + FN), and None without positives.
+    With `low` and `high` of those that are a share of cells (`wilson_limits`). F1 is 2 TP / (2 TP + FP + FN), and None
+    without positives.
     """
     called = score >= threshold
-    hits, positives = int((called & truth).sum()), int(truth.sum())
-    calls, negatives = int(called.sum()), len(truth) - positives
-    rejected = len(truth) - calls - (positives - hits)  # true negatives
-
-    def ratio(part: int, whole: int) -> float | None:
-        return part / whole if whole else None
-
-    return {
-        "sensitivity": ratio(hits, positives),
-        "specificity": ratio(rejected, negatives),
-        "ppv": ratio(hits, calls),
-        "npv": ratio(rejected, len(truth) - calls),
-        "f1": 2 * hits / (calls + positives) if positives else None,
+    shares = {
+        "sensitivity": (called, truth),
+        "specificity": (~called, ~truth),
+        "ppv": (truth, called),
+        "npv": (~truth, ~called),
     }
+    rates: dict[str, Figure] = {
+        rate: {
+            "value": int(hits[cells].sum()) / int(cells.sum()) if cells.any() else None,
+            **wilson_limits(hits[cells], patient[cells]),
+        }
+        for rate, (hits, cells) in shares.items()
+    }
+    hits, cells = int((called & truth).sum()), int(called.sum()) + int(truth.sum())
+    return rates | {"f1": {"value": 2 * hits / cells if truth.any() else None}}
 
 
 def net_benefit(probability: Floats, truth: Bools, threshold: float) -> Floats:
@@ -237,35 +238,36 @@ def net_benefit(probability: Floats, truth: Bools, threshold: float) -> Floats:
     return np.where(probability >= threshold, gain, 0.0)
 
 
-def decide(probability: Floats, truth: Bools, owner: npt.NDArray[Any], threshold: float) -> dict[str, Any]:
-    """Net benefit of calling cells [n ≥ 1] by a threshold, of calling `all`, and the `gain` over the better default.
+def decide(probability: Floats, truth: Bools, owner: Names, threshold: float) -> dict[str, Figure]:
+    """Net benefit of calling cells [n ≥ 1] by a threshold, of calling all, and the gain over the better default.
 
     That is all or none, whose net benefit is 0. The gain's limits: a mean of cells, with owners [n] as clusters and
     Student's t; None with one owner.
     """
-    from scipy.special import stdtrit  # takes a tenth of a second
-
     model, calls = (net_benefit(which, truth, threshold) for which in (probability, np.ones(len(truth))))
     gains = model - calls if calls.mean() > 0 else model
     _, codes = np.unique(owner, return_inverse=True)
     sums = np.bincount(codes, gains - gains.mean())
-    gain, half = float(gains.mean()), None
+    gain, limits = float(gains.mean()), NO_LIMITS
     if len(sums) > 1:
-        z = float(-stdtrit(len(sums) - 1, 0.025))
-        half = z * float(np.sqrt((sums**2).sum() * len(sums) / (len(sums) - 1))) / len(gains)
+        spread = float(np.sqrt((sums**2).sum() * len(sums) / (len(sums) - 1)))
+        half = student_quantile(len(sums) - 1) * spread / len(gains)
+        limits = {"low": gain - half, "high": gain + half}
     return {
-        "threshold": threshold,
-        "model": float(model.mean()),
-        "all": float(calls.mean()),
-        "gain": {
-            "difference": gain,
-            "low": None if half is None else gain - half,
-            "high": None if half is None else gain + half,
-        },
+        "net_benefit": {"value": float(model.mean())},
+        "net_benefit_all": {"value": float(calls.mean())},
+        "net_benefit_gain": {"value": gain, **limits},
     }
 
 
-def wilson_limits(called: Bools, owner: npt.NDArray[Any], level: float = 0.05) -> dict[str, float | None]:
+def student_quantile(freedom: float, level: float = 0.05) -> float:
+    """Student's t of 1 - level / 2; the normal distribution's for infinite freedom."""
+    from scipy.special import stdtrit  # takes a tenth of a second
+
+    return float(-stdtrit(freedom, level / 2))
+
+
+def wilson_limits(called: Bools, owner: Names, level: float = 0.05) -> Figure:
     """`low` and `high` of the share of `called` [n], whose cells belong to owners [n]; None without cells.
 
     Wilson's score interval (1927) for the effective number of cells: n divided by the design effect, the variance of
@@ -274,9 +276,7 @@ def wilson_limits(called: Bools, owner: npt.NDArray[Any], level: float = 0.05) -
     effect is estimated from the owners, so the quantile is Student's; a single owner with several leaves [0, 1].
     """
     if not len(called):
-        return {"low": None, "high": None}
-    from scipy.special import stdtrit  # takes a tenth of a second
-
+        return NO_LIMITS
     share = float(np.mean(called))
     _, codes = np.unique(owner, return_inverse=True)
     cells, hits = np.bincount(codes), np.bincount(codes, called)
@@ -284,7 +284,7 @@ def wilson_limits(called: Bools, owner: npt.NDArray[Any], level: float = 0.05) -
     if owners == 1 < count:
         return {"low": 0.0, "high": 1.0}
     estimated = owners < count and 0 < share < 1
-    z = float(-stdtrit(owners - 1 if estimated else np.inf, level / 2))
+    z = student_quantile(owners - 1 if estimated else np.inf, level)
     if 0 < share < 1:
         spread = float(((hits - cells * share) ** 2).sum()) * owners / max(owners - 1, 1)
         design = max(1.0, spread / (count * share * (1 - share)))  # never more than unclustered ones
@@ -296,16 +296,17 @@ def wilson_limits(called: Bools, owner: npt.NDArray[Any], level: float = 0.05) -
     return {"low": max(0.0, middle - half), "high": min(1.0, middle + half)}
 
 
-def independent_limits(
-    ours: tuple[float, float, float], theirs: tuple[float, float, float]
-) -> dict[str, float]:
-    """`low` and `high` of our figure less theirs, from independent samples; each is (figure, low, high).
+def subtract_independent(ours: Figure, theirs: Figure) -> Figure:
+    """Our figure less theirs, from independent samples; each has a value, low and high.
 
     Method 10 of Newcombe, Interval estimation for the difference between independent proportions, Statistics in
     Medicine 17, 1998; for figures of other kinds: Zou, Psychological Methods 12, 2007.
     """
-    (a, a_low, a_high), (b, b_low, b_high) = ours, theirs
+    (a, a_low, a_high), (b, b_low, b_high) = (
+        [side[name] for name in ("value", "low", "high")] for side in (ours, theirs)
+    )
     return {
+        "value": a - b,
         "low": a - b - float(np.hypot(a - a_low, b_high - b)),
         "high": a - b + float(np.hypot(a_high - a, b - b_low)),
     }

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from pipeline.measure.evaluate import Scored, rate_limits
+from pipeline.measure.evaluate import Scored
 from pipeline.measure.evaluation import Evaluation
-from pipeline.measure.metrics import Bools, Floats, count_classes, rates_at, threshold_curve
+from pipeline.measure.metrics import Bools, Floats, count_classes, label_cells, measure_rates, threshold_curve
 
 
 def add_readers(evaluation: Evaluation, studies: Scored, readers: Mapping[str, Floats]) -> None:
@@ -16,27 +16,23 @@ def add_readers(evaluation: Evaluation, studies: Scored, readers: Mapping[str, F
     on the same studies. `below` is 1 if it is higher than the reader's, else 0; None if the studies have one class.
     """
     for reader, calls in readers.items():
-        evaluation.add("study", None, "studies", int((~np.isnan(calls)).any(axis=1).sum()), scorer=reader)
-        for column, name in enumerate(evaluation.labels):
-            used = studies.mask[:, column] & ~np.isnan(calls[:, column])
-            truth, score, patient = (
-                studies.target[used, column] == 1,
-                studies.scores[used, column],
-                studies.patient[used],
-            )
+        read = ~np.isnan(calls)
+        evaluation.add("study", None, "studies", int(read.any(axis=1).sum()), scorer=reader)
+        mask = studies.mask & read
+        for column, cells in enumerate(label_cells(evaluation.labels, *studies[:2], mask, studies.patient)):
+            name, score, truth, patient = cells
             if not len(truth):
                 continue
-            cells = calls[used, column]
-            limits, counts = rate_limits(0.5, cells, truth, patient), count_classes(truth, patient)
-            rates = rates_at(0.5, cells, truth)
-            for rate, value in rates.items():
-                evaluation.add("study", name, rate, value, limits.get(rate, {}) | counts, scorer=reader)
-            network = place_on_curve(score, truth, rates["specificity"])
+            counts = count_classes(truth, patient)
+            rates = measure_rates(0.5, calls[mask[:, column], column], truth, patient)
+            for rate, figure in rates.items():
+                evaluation.add("study", name, rate, **figure, **counts, scorer=reader)
+            sensitivity, specificity = (rates[rate]["value"] for rate in ("sensitivity", "specificity"))
+            network, below = place_on_curve(score, truth, specificity), None
             evaluation.add("study", name, "network", network, scorer=reader)
-            below = None
-            if network is not None and rates["sensitivity"] is not None:
-                below = float(network > rates["sensitivity"] + 1e-9)  # not by rounding
-            evaluation.add("study", name, "below", below, counts, scorer=reader)
+            if network is not None and sensitivity is not None:
+                below = float(network > sensitivity + 1e-9)  # not by rounding
+            evaluation.add("study", name, "below", below, **counts, scorer=reader)
 
 
 def place_on_curve(score: Floats, truth: Bools, specificity: float | None) -> float | None:

@@ -7,9 +7,9 @@ import pytest
 from model.runs.report import draw_training, render_model_card, render_report
 from pipeline.base.tabular import Table
 from pipeline.look import judged
-from pipeline.measure.belief import assess_belief
+from pipeline.measure.belief import add_belief
 from pipeline.measure.compare import ALTERED, add_comparison, add_gain
-from pipeline.measure.evaluate import Scored, add_belief, assess, calibrate, study_level
+from pipeline.measure.evaluate import Scored, assess, calibrate, study_level
 from pipeline.measure.evaluation import MEANS, Evaluation
 from pipeline.measure.judge import add_other
 from pipeline.measure.readers import add_readers
@@ -76,9 +76,7 @@ def images() -> Scored:
 @pytest.fixture(scope="module")
 def evaluation(images: Scored) -> Evaluation:
     found = assess(NAMES, images, calibrate(NAMES, draw_images(1)), split="valid", resamples=200)
-    add_belief(
-        found, assess_belief(NAMES, images, {"Male": (images.sex == "Male") * 1.0}, {"sex": images.sex})
-    )
+    add_belief(found, images, {"Male": (images.sex == "Male") * 1.0}, {"sex": images.sex})
     add_other(found, images, "runs/other", images.scores[::-1])
     members = {"runs/a": images.scores**2 * 0.5, "runs/b": images.scores[::-1]}
     add_gain(found, images, members)
@@ -238,7 +236,7 @@ def test_the_first_screen_answers_a_clinician(
 def test_gaps_that_remain_after_correction_are_named() -> None:
     wide = Evaluation({"split": "valid", "unit": "image", "labels": ["Edema", "Fracture"]})
     for label, low in (("Edema", 0.1), ("Fracture", -0.1)):
-        wide.add("image", label, "tpr_gap", 0.3, {"low": low, "high": 0.5}, group="sex")
+        wide.add("image", label, "tpr_gap", 0.3, "sex", low=low, high=0.5)
     assert judged.list_open_gaps(wide) == [
         "Edema: sensitivity differs by 0.300 [0.100, 0.500] between groups of sex."
     ]

@@ -7,8 +7,17 @@ import numpy.typing as npt
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from pipeline.measure.belief import assess_belief, judge, measure_balanced, split_values, weigh_pairs
+from pipeline.measure.belief import (
+    Within,
+    add_belief,
+    assess_belief,
+    judge,
+    measure_balanced,
+    split_values,
+    weigh_pairs,
+)
 from pipeline.measure.evaluate import Scored
+from pipeline.measure.evaluation import Evaluation
 
 Floats = npt.NDArray[np.floating[Any]]
 
@@ -28,20 +37,24 @@ def scored(target: Floats, scores: Floats) -> Scored:
     return Scored(scores[:, None], target[:, None], mask, rows, rows, rows, rows, rows)
 
 
+def believe(
+    names: list[str], images: Scored, covariates: dict[str, Floats], strata: dict[str, npt.NDArray[Any]]
+) -> Evaluation:
+    found = Evaluation({"split": "valid", "unit": "image", "labels": names})
+    add_belief(found, images, covariates, strata)
+    return found
+
+
 def test_unlike_projections_are_measured_apart() -> None:
     truth, cue, score = draw(1)
     projection = np.where(cue == 1, "AP", "PA")
     projection[cue == 0] = np.where(np.arange((cue == 0).sum()) < 9, "LL", "PA")
-    images = scored(truth, score)
-    belief = assess_belief(["Edema"], images, {"cue": cue}, {"projection": projection})["Edema"]
-    assert [side["auroc"] is None for side in belief["projections"].values()] == [
-        False,
-        True,
-        False,
-    ]  # AP, LL, PA
+    found = believe(["Edema"], scored(truth, score), {"cue": cue}, {"projection": projection})
+    assert found.get("auroc_within", "Edema", group="projection=LL").value is None
     for name in ("AP", "PA"):
         rows = projection == name
-        assert belief["projections"][name]["auroc"] == pytest.approx(roc_auc_score(truth[rows], score[rows]))
+        within = found.get("auroc_within", "Edema", group=f"projection={name}").value
+        assert within == pytest.approx(roc_auc_score(truth[rows], score[rows]))
 
 
 def test_weights_of_pairs_are_scikit_learns() -> None:
@@ -85,16 +98,19 @@ def test_the_verdict_says_what_a_planted_shortcut_did(
 ) -> None:
     truth, cue, score = draw(5, rows=1500, shortcut=shortcut, signal=signal)
     strata: dict[str, npt.NDArray[Any]] = {"marker": np.where(cue == 1, "L", "R")}
-    belief = assess_belief(["Pneumonia"], scored(truth, score), {"AP": cue}, strata)["Pneumonia"]
-    assert belief["mark"] == mark
+    found = believe(["Pneumonia"], scored(truth, score), {"AP": cue}, strata)
+    (verdict,) = found.select(metric="verdict")
+    assert verdict.group == mark
     pairs = right = 0.0
     for rows in (cue == 0, cue == 1):
         count = truth[rows].sum() * (1 - truth[rows]).sum()
         pairs, right = pairs + count, right + count * roc_auc_score(truth[rows], score[rows])
-    assert belief["within"]["marker"]["auroc"] == pytest.approx(right / pairs)
-    assert belief["within"]["marker"]["pairs"] == pytest.approx(pairs / (truth.sum() * (1 - truth).sum()))
-    assert belief["verdict"].startswith(f"Pneumonia {roc_auc_score(truth, score):.2f}".replace("0.", "."))
-    assert belief["verdict"].endswith(ends.format(right / pairs).replace(" 0.", " ."))
+    assert found.get("auroc_within", "Pneumonia", group="marker").value == pytest.approx(right / pairs)
+    assert found.get("pairs_within", "Pneumonia", group="marker").value == pytest.approx(
+        pairs / (truth.sum() * (1 - truth).sum())
+    )
+    assert verdict.note.startswith(f"Pneumonia {roc_auc_score(truth, score):.2f}".replace("0.", "."))
+    assert verdict.note.endswith(ends.format(right / pairs).replace(" 0.", " ."))
 
 
 @pytest.mark.parametrize(
@@ -113,11 +129,9 @@ def test_many_weak_covariates_and_a_u_shaped_one_are_found_together() -> None:
     random = np.random.default_rng(0)
     truth = random.random(2000) < 0.3
     weak = {f"c{number}": random.normal(size=2000) + 0.33 * truth for number in range(6)}
-    summed = assess_belief(["Edema"], scored(truth * 1.0, np.sum(list(weak.values()), axis=0)), weak, {})[
-        "Edema"
-    ]
-    assert summed["mark"] in ("shown", "partly")
-    assert summed["balanced"]["low"] < 0.5
+    summed = believe(["Edema"], scored(truth * 1.0, np.sum(list(weak.values()), axis=0)), weak, {})
+    assert next(summed.select(metric="verdict")).group in ("shown", "partly")
+    assert (summed.get("auroc_balanced", "Edema").low or 1) < 0.5
     number = np.where(truth, random.choice([2500, 7500], 2000), 5000) + random.normal(size=2000) * 600
     ends = assess_belief(["Edema"], scored(truth * 1.0, abs(number - 5000)), {"n": number}, {})["Edema"]
     assert ends["mark"] in ("shown", "partly")
@@ -126,7 +140,7 @@ def test_many_weak_covariates_and_a_u_shaped_one_are_found_together() -> None:
     unknown = assess_belief(["Edema"], scored(truth * 1.0, abs(number - 5000)), {"n": half}, {})["Edema"]
     assert unknown["mark"] in ("shown", "partly")
     few = np.where(np.arange(2000) < 20, number, np.nan)
-    assert "n" not in assess_belief(["Edema"], scored(truth * 1.0, number), {"n": few}, {})["Edema"]["within"]
+    assert not list(believe(["Edema"], scored(truth * 1.0, number), {"n": few}, {}).select(group="n"))
 
 
 def test_classes_that_covariates_tell_apart_completely_are_not_balanced() -> None:
@@ -152,26 +166,18 @@ def test_strata_of_the_label_that_confounds_most() -> None:
     rows = np.arange(800)
     target = np.column_stack([pneumonia, effusion]).astype(float)
     images = Scored(score, target, np.ones((800, 2), bool), rows, rows, rows, rows, rows)
-    found = assess_belief(["Pneumonia", "Pleural Effusion"], images, {}, {})["Pleural Effusion"]
-    assert list(found["within"]) == ["Pneumonia"]
-    assert found["mark"] == "shown"
+    found = believe(["Pneumonia", "Pleural Effusion"], images, {}, {})
+    within = found.select(metric="fall_within", label="Pleural Effusion")
+    assert [row.group for row in within] == ["Pneumonia"]
+    assert next(found.select(metric="verdict", label="Pleural Effusion")).group == "shown"
 
 
 def test_a_verdict_by_a_prediction_names_the_covariate_that_explains_most() -> None:
-    def area(auroc: float) -> dict[str, Any]:
-        left = {"low": -0.1, "high": 0.1}
-        return {
-            "auroc": auroc,
-            "low": auroc - 0.01,
-            "fall": {"low": 0.01, "difference": 0.9 - auroc},
-            "left": left,
-        }
+    def part(auroc: float) -> Within:
+        fall = {"value": 0.9 - auroc, "low": 0.01, "high": 0.2}
+        return Within({"value": auroc, "low": auroc - 0.01}, 1.0, fall, {"low": -0.1, "high": 0.1})
 
-    figures = {
-        "auroc": {"auroc": 0.9, "low": 0.89, "high": 0.91},
-        "within": {"sex": area(0.88), "projection": area(0.86), "predicted score": area(0.8)},
-        "projections": {},
-        "balanced": {"auroc": None, "positives": None},
-    }
-    sentence = "partly a shortcut: .80 among images of equal predicted score, .86 of equal projection."
-    assert judge("Edema", figures)["verdict"] == f"Edema .90: {sentence}"
+    within = {"sex": part(0.88), "projection": part(0.86), "predicted score": part(0.8)}
+    area, balanced = {"value": 0.9, "low": 0.89, "high": 0.91}, {"auroc": None, "positives": None}
+    sentence = "partly a shortcut: .80 among images of equal predicted score, .86 of equal projection"
+    assert judge(area, within, balanced) == ("partly", sentence)

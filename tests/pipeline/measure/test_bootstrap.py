@@ -7,7 +7,7 @@ import pytest
 from sklearn.metrics import average_precision_score
 
 from pipeline.measure import bootstrap
-from pipeline.measure.bootstrap import describe_difference, draw_counts, interval, resample_auprc
+from pipeline.measure.bootstrap import draw_counts, interval, resample_auprc
 
 
 def draw_rows(rows: int, labels: int, seed: int = 0) -> tuple[Any, Any, Any, Any]:
@@ -77,15 +77,7 @@ def test_positives_of_one_patient_have_no_resamples() -> None:
 
 def test_intervals_leave_out_what_is_undefined() -> None:
     values = np.append(np.arange(201.0), [np.nan] * 30)
-    assert interval(values) == {"low": 5, "high": 195, "resamples": 201}
-    assert interval(np.ones(500)) == {"low": None, "high": None, "resamples": 500}  # not [1.000, 1.000]
-    assert interval(values[102:]) == {"low": None, "high": None, "resamples": 99}
-    assert describe_difference(0.8, 0.7, interval(values - values / 2 + 10)) == {
-        "difference": pytest.approx(0.1), "low": 12.5, "high": 107.5, "resamples": 201, "excludes_zero": True,
-    }  # fmt: skip
+    assert interval(values) == {"low": 5, "high": 195}
     assert interval(values[:100])["low"] == pytest.approx(2.475)
-    assert describe_difference(0.7, 0.8, interval(values / 2 - 110 - values))["excludes_zero"] is True
-    assert describe_difference(1, 1, interval(values - values[::-1]))["excludes_zero"] is False
-    assert describe_difference(None, None, interval(values[:9] - values[:9])) == {
-        "difference": None, "low": None, "high": None, "resamples": 9, "excludes_zero": None,
-    }  # fmt: skip
+    for vague in (np.ones(500), values[102:]):  # not [1.000, 1.000]; 99 resamples
+        assert interval(vague) == {"low": None, "high": None}

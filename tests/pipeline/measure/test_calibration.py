@@ -16,7 +16,7 @@ from pipeline.measure.calibration import (
     fit_calibration,
     fit_logistic,
 )
-from pipeline.measure.metrics import calibration_error, rates_at
+from pipeline.measure.metrics import calibration_error, measure_rates
 
 
 def draw(
@@ -109,14 +109,14 @@ def test_thresholds_are_the_best_of_all() -> None:
     found = choose_thresholds(score, truth, 0.8)
     logits = logit(np.array(sorted(set(score), reverse=True)))
     cuts = [*expit((logits[:-1] + logits[1:]) / 2), 0.0]
-    rates = {float(cut): rates_at(float(cut), score, truth) for cut in cuts}
-    youden = {cut: row["sensitivity"] + row["specificity"] for cut, row in rates.items()}  # type: ignore[operator]
-    f1 = {cut: row["f1"] for cut, row in rates.items()}
-    reaching = [cut for cut, row in rates.items() if row["sensitivity"] >= 0.8]  # type: ignore[operator]
+    rates = {float(cut): measure_rates(float(cut), score, truth, np.arange(len(score))) for cut in cuts}
+    youden = {cut: row["sensitivity"]["value"] + row["specificity"]["value"] for cut, row in rates.items()}
+    f1 = {cut: row["f1"]["value"] for cut, row in rates.items()}
+    reaching = [cut for cut, row in rates.items() if row["sensitivity"]["value"] >= 0.8]
     assert found == pytest.approx(
         {
             "youden": max(youden, key=lambda cut: round(youden[cut], 12)),
-            "max_f1": max(f1, key=lambda cut: round(f1[cut], 12)),  # type: ignore[arg-type]
+            "max_f1": max(f1, key=lambda cut: round(f1[cut], 12)),
             "sensitivity": max(reaching),
         }
     )

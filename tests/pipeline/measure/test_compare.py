@@ -22,7 +22,7 @@ from pipeline.measure.compare import (
 )
 from pipeline.measure.evaluate import Scored, assess, calibrate, leave_uncalibrated
 from pipeline.measure.evaluation import COMMON, OWN, Evaluation
-from pipeline.measure.metrics import independent_limits
+from pipeline.measure.metrics import subtract_independent
 
 NAMES = ["Edema", "Fracture"]
 STUDIES = 300
@@ -201,9 +201,9 @@ def test_limits_of_a_difference_are_those_newcombe_published() -> None:
     sides = []
     for hits, cells in ((56, 70), (48, 80)):
         limits = binomtest(hits, cells).proportion_ci(method="wilson")
-        sides.append((hits / cells, limits.low, limits.high))
-    found = independent_limits(sides[0], sides[1])
-    assert (round(found["low"], 4), round(found["high"], 4)) == (0.0524, 0.3339)
+        sides.append({"value": hits / cells, "low": limits.low, "high": limits.high})
+    found = subtract_independent(*sides)
+    assert [round(limit, 4) for limit in found.values()] == [0.2, 0.0524, 0.3339]
 
 
 def test_labels_of_both_sets_are_compared() -> None:

@@ -13,6 +13,7 @@ from pipeline.measure.calibration import apply_calibration
 from pipeline.measure.delong import combine_limits, measure_areas
 from pipeline.measure.evaluate import (
     Scored,
+    add_groups,
     assess,
     assess_groups,
     calibrate,
@@ -105,7 +106,7 @@ def test_the_rows_hold_each_figure(
     assert (edema["temperature"], edema["bias"]) == (fitted["temperature"], fitted["bias"])
     by_hand = decide(apply_calibration(score, fitted), truth, images.patient[used], 0.2)
     gain = get("net_benefit_gain", "Edema", group="at 0.2")
-    assert {"difference": gain.value, "low": gain.low, "high": gain.high} == by_hand["gain"]
+    assert {"value": gain.value, "low": gain.low, "high": gain.high} == by_hand["net_benefit_gain"]
     assert (gain.low or 0) > 0
     threshold = get("threshold", "Edema", group="sensitivity").value
     assert threshold == fitted["thresholds"]["sensitivity"]
@@ -144,7 +145,7 @@ def test_the_rows_hold_each_figure(
     row = next(row for row in json.loads(path.read_text())["rows"] if row["metric"] == "auroc")
     assert list(row) == [
         *("level", "split", "label", "group", "metric", "scorer"),
-        *("value", "low", "high", "positives", "negatives", "note"),
+        *("value", "low", "high", "positives", "negatives", "few", "note"),
     ]
     path.write_text('{"labels": {}}')
     with pytest.raises(DataError, match=f"^{path}: not an evaluation: 'rows'; write it again with evaluate$"):
@@ -203,50 +204,53 @@ def test_two_runs_are_compared_on_the_same_patients(images: Scored, calibration:
     assert [zero.value, zero.low, zero.high] == pytest.approx([0, 0, 0], abs=1e-6)
 
 
+def compare_groups(images: Scored, calibration: dict[str, Any], **more: Any) -> Evaluation:
+    found = Evaluation({"split": "valid", "unit": "image", "labels": NAMES})
+    add_groups(found, images, calibration["image"], more)
+    return found
+
+
 def test_subgroups_are_those_of_a_filter(
     images: Scored, calibration: dict[str, Any], evaluation: Evaluation
 ) -> None:
-    found = assess_groups(NAMES, images, calibration["image"])
-    row = evaluation.get("auroc", "macro", group="sex=Male")
-    assert row.value == found["sex"]["groups"]["Male"]["macro_auroc"]
-    assert row.note == ", ".join(found["sex"]["macro_labels"])
-    gap = evaluation.get("tpr_gap", "Cardiomegaly", group="age")
-    assert gap.value == found["age"]["tpr_gap"]["Cardiomegaly"]
-    assert evaluation.get("images", group="projection=LL").note == "in no group"
-    assert list(found) == ["sex", "age", "projection"]
-    assert list(found["age"]["groups"]) == ["18-39", "40-59", "60-79", "80+"]
+    get = evaluation.get
+    sizes = {row.group: row for row in evaluation.select(metric="images") if row.group}
     unknown, young = int((images.age < 0).sum()), int(((images.age >= 0) & (images.age < 18)).sum())
-    assert found["age"]["others"] == {"0-17": young, "unknown": unknown}
-    assert found["projection"]["others"] == {"LL": int((images.projection == "LL").sum())}
+    others = {group: row.value for group, row in sizes.items() if row.note == "in no group"}
+    side = int((images.projection == "LL").sum())
+    assert others == {"age=0-17": young, "age=unknown": unknown, "projection=LL": side}
+    macro = get("auroc", "macro", group="age=18-39")
+    compared = macro.note.split(", ")
+    assert "Fracture" not in get("auroc", "macro", group="sex=Male").note
     thresholds = calibration["image"]["Cardiomegaly"]["thresholds"]
     threshold = thresholds["youden"]
     assert threshold != thresholds["max_f1"]
     rates = []
     for name, low, high in (("18-39", 18, 40), ("40-59", 40, 60), ("60-79", 60, 80), ("80+", 80, 999)):
-        chosen = (images.age >= low) & (images.age < high)
-        group = found["age"]["groups"][name]
-        assert group["images"] == int(chosen.sum())
+        chosen, group = (images.age >= low) & (images.age < high), f"age={name}"
+        assert sizes[group].value == int(chosen.sum())
         used = chosen & images.mask[:, 1]
         truth, score = images.target[used, 1] == 1, images.scores[used, 1]
-        label = group["labels"]["Cardiomegaly"]
-        assert label["auroc"] == pytest.approx(roc_auc_score(truth, score), abs=1e-12)
-        assert label["tpr"] == pytest.approx(recall_score(truth, score >= threshold))
-        assert (label["positives"], label["negatives"]) == (int(truth.sum()), int((~truth).sum()))
+        auroc, tpr = (get(metric, "Cardiomegaly", group=group) for metric in ("auroc", "tpr"))
+        assert auroc.value == pytest.approx(roc_auc_score(truth, score), abs=1e-12)
+        assert tpr.value == pytest.approx(recall_score(truth, score >= threshold))
+        assert (auroc.positives, auroc.negatives) == (int(truth.sum()), int((~truth).sum()))
         if len(np.unique(images.patient[used][truth])) >= 10:
-            rates.append(label["tpr"])
+            rates.append(tpr.number)
+        macro = get("auroc", "macro", group=group)
         if name == "80+":  # of 14 patients
-            assert all(label["few"] for label in group["labels"].values())
-            assert group["macro_auroc"] is None
+            assert all(get("auroc", label, group=group).few for label in NAMES)
+            assert macro.value is None
             continue
-        assert group["macro_auroc"] == pytest.approx(
-            np.mean([group["labels"][name]["auroc"] for name in found["age"]["macro_labels"]])
-        )
-    limits = found["age"]["tpr_gap_limits"]["Cardiomegaly"]
-    assert limits["low"] < max(rates) - min(rates) < limits["high"]
-    assert found["age"]["tpr_gap"]["Cardiomegaly"] == pytest.approx(max(rates) - min(rates))
-    assert found["age"]["tpr_gap"]["Fracture"] is None
-    assert found["sex"]["tpr_gap"]["Rare"] is None  # fewer than 10 positives
-    assert "Fracture" not in found["sex"]["macro_labels"]
+        mean = np.mean([get("auroc", label, group=group).number for label in compared])
+        assert macro.value == pytest.approx(mean)
+    gap = get("tpr_gap", "Cardiomegaly", group="age")
+    assert gap.value == pytest.approx(max(rates) - min(rates))
+    assert (gap.low or 1) < gap.number < (gap.high or 0)
+    assert get("tpr_gap", "Fracture", group="age").value is None
+    assert get("tpr_gap", "Rare", group="sex").value is None  # fewer than 10 positives
+    limits = assess_groups(NAMES, images, calibration["image"])["age"]["tpr_gap_limits"]["Cardiomegaly"]
+    assert limits == {"low": gap.low, "high": gap.high}
 
 
 def test_groups_are_compared_on_labels_with_enough_of_both(
@@ -257,20 +261,19 @@ def test_groups_are_compared_on_labels_with_enough_of_both(
     target[few[:-1], 0] = 0
     target[few[-1], 0] = 1
     changed = images._replace(target=target, mask=np.ones_like(images.mask))
-    found = assess_groups(NAMES, changed, calibration["image"])["projection"]
-    pa, ap = found["groups"]["PA"], found["groups"]["AP"]
-    assert pa["labels"]["Atelectasis"]["positives"] == 1
-    assert pa["labels"]["Atelectasis"]["few"] is True
-    assert pa["labels"]["Atelectasis"]["auroc"] is not None
-    assert found["macro_labels"] == list(COMPETITION[1:])
+    found = compare_groups(changed, calibration)
+    rare = found.get("auroc", "Atelectasis", group="projection=PA")
+    assert (rare.positives, rare.few, rare.value is None) == (1, True, False)
+    ap, pa = (found.get("auroc", "macro", group=f"projection={name}") for name in ("AP", "PA"))
+    assert ap.note == pa.note == ", ".join(COMPETITION[1:])
     means = []
     for group in ("AP", "PA"):
         rows = changed.projection == group
         means.append(roc_auc_score(target[rows, 1:5], changed.scores[rows, 1:5], average="macro"))
-    assert [ap["macro_auroc"], pa["macro_auroc"]] == pytest.approx(means, abs=1e-12)
-    assert ap["interval"]["low"] < ap["macro_auroc"] < ap["interval"]["high"]
-    less = found["less_first"]["PA"]
-    assert less["difference"] == pytest.approx(means[1] - means[0], abs=1e-12)
+    assert [ap.value, pa.value] == pytest.approx(means, abs=1e-12)
+    assert (ap.low or 1) < ap.number < (ap.high or 0)
+    less = found.get("auroc_less_first", "macro", group="projection=PA")
+    assert less.value == pytest.approx(means[1] - means[0], abs=1e-12)
     areas = [
         measure_areas(
             *changed[:2], np.repeat((changed.projection == group)[:, None], 7, axis=1), changed.patient
@@ -279,23 +282,20 @@ def test_groups_are_compared_on_labels_with_enough_of_both(
     ]
     share = np.array([0, 1, 1, 1, 1, 0, 0]) / 4
     expected = combine_limits(areas[0].join(areas[1]), np.concatenate([share, -share]))
-    assert {side: less[side] for side in ("low", "high")} == expected
+    assert {"low": less.low, "high": less.high} == expected
 
 
 def test_groups_without_images_are_undefined(images: Scored, calibration: dict[str, Any]) -> None:
     women = images._replace(sex=np.full(600, "Female"), projection=np.array([None, ""] * 300))
-    groups = assess_groups(NAMES, women, calibration["image"])
-    sex = groups["sex"]
-    assert groups["projection"]["others"] == {"unknown": 600}
-    assert groups["projection"]["macro_labels"] == []
-    assert sex["groups"]["Male"]["images"] == 0
-    assert sex["groups"]["Male"]["macro_auroc"] is None
-    assert sex["groups"]["Male"]["labels"]["Edema"] == {
-        "auroc": None, "positives": 0, "negatives": 0, "few": True, "tpr": None,
-        "intervals": {key: {"low": None, "high": None} for key in ("auroc", "tpr")},
-    }  # fmt: skip
-    assert sex["groups"]["Female"]["macro_auroc"] is not None
-    assert set(sex["tpr_gap"].values()) == {None}
+    found = compare_groups(women, calibration)
+    assert found.get("images", group="projection=unknown").value == 600
+    assert found.get("images", group="sex=Male").value == 0
+    for metric in ("auroc", "tpr"):
+        row = found.get(metric, "Edema", group="sex=Male")
+        assert (row.value, row.low, row.positives, row.few) == (None, None, 0, True)
+    assert found.get("auroc", "macro", group="sex=Male").value is None
+    assert found.get("auroc", "macro", group="sex=Female").value is not None
+    assert {row.value for row in found.select(metric="tpr_gap", group="sex")} == {None}
 
 
 def test_nothing_to_evaluate_is_refused(images: Scored, calibration: dict[str, Any]) -> None:
@@ -319,24 +319,22 @@ def test_facts_make_subgroups(images: Scored, calibration: dict[str, Any]) -> No
     variables = dict.fromkeys(row.group for row in evaluation.select(metric="tpr_gap"))
     assert list(variables) == ["sex", "age", "projection", "race"]
     assert evaluation.head["many_groups"] == {"nine": 9}
-    found = assess_groups(NAMES, images, calibration["image"], {"race": race})
-    races = found["race"]
-    assert list(races["groups"]) == ["Asian", "Black", "White"]
-    assert races["others"] == {"unknown": (race == None).sum()}  # noqa: E711
-    for name, group in races["groups"].items():
+    races = {name: (race == name) for name in ("Asian", "Black", "White")}
+    assert evaluation.get("images", group="race=unknown").value == (race == None).sum()  # noqa: E711
+    for name, chosen in races.items():
         for column, label in enumerate(NAMES):
-            cells = (race == name) & images.mask[:, column]
+            cells = chosen & images.mask[:, column]
             truth, score = images.target[cells, column], images.scores[cells, column]
-            of_label = group["labels"][label]
-            assert of_label["positives"] == truth.sum()
-            if of_label["auroc"] is None:
-                assert not truth.any()
-            else:
-                assert of_label["auroc"] == pytest.approx(roc_auc_score(truth, score), abs=1e-12)
-    plain = assess_groups(NAMES, images, calibration["image"])["sex"]
-    limits, wider = plain.pop("tpr_gap_limits"), found["sex"].pop("tpr_gap_limits")
-    assert found["sex"] == plain
-    assert wider["Edema"]["low"] < limits["Edema"]["low"]  # among more gaps, the widest is wider by chance
+            row = evaluation.get("auroc", label, group=f"race={name}")
+            assert row.positives == truth.sum()
+            expected = roc_auc_score(truth, score) if truth.any() else None
+            assert row.value == pytest.approx(expected, abs=1e-12)
+    plain, wider = (
+        found.get("tpr_gap", "Edema", group="sex")
+        for found in (compare_groups(images, calibration), compare_groups(images, calibration, race=race))
+    )
+    assert plain.value == wider.value
+    assert (wider.low or 1) < (plain.low or 0)  # among more gaps, the widest is wider by chance
 
 
 def test_the_widest_gap_of_a_fair_network_is_not_significant() -> None:

@@ -1,3 +1,5 @@
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -12,9 +14,9 @@ from pipeline.measure.metrics import (
     brier_score,
     calibration_error,
     decide,
+    measure_rates,
     net_benefit,
     rank,
-    rates_at,
     reliability,
     report_auroc,
     threshold_curve,
@@ -46,7 +48,6 @@ def test_auroc_equals_scikit_learn_and_skips_one_class_labels() -> None:
         "negatives": int(mask[:, 5].sum()),
         "few": True,
     }
-    assert report["skipped"] == ["Fracture"]
     assert report["macro_auroc"] == pytest.approx(np.mean(list(expected.values())), abs=1e-12)
     assert report["mean5_auroc"] == pytest.approx(np.mean(list(expected.values())[:5]), abs=1e-12)
     assert report["macro10_auroc"] == report["mean5_auroc"]  # Rare has 9 positives
@@ -113,6 +114,11 @@ def test_rates_equal_scikit_learn_and_are_none_without_a_denominator() -> None:
     random = np.random.default_rng(0)
     score = random.random(400).astype(np.float32).round(2)
     truth = random.random(400) < score / 2
+
+    def rates_at(threshold: float, score: Any, truth: Any) -> dict[str, float | None]:
+        rates = measure_rates(threshold, score, truth, np.arange(len(score)))
+        return {name: rate["value"] for name, rate in rates.items()}
+
     for threshold in (0.0, 0.3, float(score[7]), 0.99):
         called = score >= threshold
         found = rates_at(threshold, score, truth)
@@ -128,6 +134,9 @@ def test_rates_equal_scikit_learn_and_are_none_without_a_denominator() -> None:
     }  # fmt: skip
     alone = rates_at(0.5, np.array([0.9, 0.2]), np.array([False, False]))
     assert alone == {"sensitivity": None, "specificity": 0.5, "ppv": 0, "npv": 1, "f1": None}
+    owner, called = np.arange(400) // 2, score >= 0.3
+    limits = wilson_limits(truth[called], owner[called])
+    assert measure_rates(0.3, score, truth, owner)["ppv"] == {"value": truth[called].mean(), **limits}
 
 
 def test_threshold_curve_is_scikit_learns() -> None:
@@ -172,18 +181,19 @@ def test_net_benefit_is_hits_less_the_price_of_false_alarms() -> None:
         alarms = sum(c and not t for c, t in zip(called, truth, strict=True))
         price = threshold / (1 - threshold)
         found = decide(probability, truth, owner, threshold)
-        assert found["model"] == pytest.approx(hits / 400 - alarms / 400 * price)
-        assert found["all"] == pytest.approx(truth.mean() - (1 - truth.mean()) * price)
-        gain = found["gain"]
-        assert gain["difference"] == pytest.approx(found["model"] - max(0, found["all"]))
+        assert found["net_benefit"]["value"] == pytest.approx(hits / 400 - alarms / 400 * price)
+        assert found["net_benefit_all"]["value"] == pytest.approx(truth.mean() - (1 - truth.mean()) * price)
+        model, every, gain = (figure["value"] for figure in found.values())
+        assert gain == pytest.approx(model - max(0, every))
         # patients resampled
         ours, everyone = (net_benefit(p, truth, threshold) for p in (probability, np.ones(400)))
-        each = (ours - everyone if found["all"] > 0 else ours).reshape(200, 2).sum(axis=1)
+        each = (ours - everyone if every > 0 else ours).reshape(200, 2).sum(axis=1)
         means = each[random.integers(0, 200, (4000, 200))].sum(axis=1) / 400
         limits = np.quantile(means, [0.025, 0.975])
-        assert (gain["low"], gain["high"]) == pytest.approx(limits, abs=0.1 * (limits[1] - limits[0]))
+        gained = found["net_benefit_gain"]
+        assert (gained["low"], gained["high"]) == pytest.approx(limits, abs=0.1 * (limits[1] - limits[0]))
         means = each.reshape(5, 40).sum(axis=1) / 80  # of five patients
-        few = decide(probability, truth, np.arange(400) // 80, threshold)["gain"]
+        few = decide(probability, truth, np.arange(400) // 80, threshold)["net_benefit_gain"]
         expected = stats.t.interval(0.95, 4, means.mean(), stats.sem(means))
         assert (few["low"], few["high"]) == pytest.approx(expected)
-    assert decide(probability, truth, np.zeros(400), 0.2)["gain"]["low"] is None
+    assert decide(probability, truth, np.zeros(400), 0.2)["net_benefit_gain"]["low"] is None
