@@ -1,30 +1,18 @@
 # Everything a user types. `make` alone lists the targets.
-
+defaults = $(foreach pair,$(1),$(eval $(subst =, ?= ,$(pair))))
 # With neither DATA nor OUT nor finished shards: a synthetic sample, and settings that are small and quick.
 ifeq ($(DATA)$(OUT)$(wildcard shards/manifest.json),)
 SAMPLE := sample/CheXpert-v1.0-small/train.csv
 DATA   := sample
 OUT    := shards/sample
-SIZE   ?= 128
-DEV    ?= 0.2
-ARCH   ?= rescnn
-LR     ?= 2e-3
-BATCH  ?= 32
-EPOCHS ?= 12
-SWEEP  ?= runs/sample-sweep
+$(call defaults,SIZE=128 DEV=0.2 ARCH=rescnn LR=2e-3 BATCH=32 EPOCHS=12 SWEEP=runs/sample-sweep)
+$(if $(filter stats audit train sweep evaluate,$(MAKECMDGOALS)),\
+	$(info No shards and no DATA: this is the synthetic sample with small and quick settings.))
 endif
-OUT    ?= shards
-ARCH   ?= resnet50
-SWEEP  ?= runs/sweep
-CROSS  ?= runs/cross
-SPLIT  ?= valid
-ROUNDS ?= 25
-FUZZ_SECONDS ?= 600
-PYTHON ?= python3
-# `cpu` installs torch's CPU build, from TORCH_INDEX; .venv/installed keeps which one it is.
+$(call defaults,OUT=shards ARCH=resnet50 SWEEP=runs/sweep CROSS=runs/cross SPLIT=valid ROUNDS=25)
+# `cpu` installs torch's CPU build; .venv/installed keeps which one it is.
 installed := $(shell cat .venv/installed 2>/dev/null)
 TORCH  ?= $(installed)
-TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 # On real data a network with weights starts from them, unless ARGS say another start.
 PRETRAINED ?= $(if $(SAMPLE)$(filter rescnn,$(ARCH))$(filter --init% --pretrained,$(ARGS)),no,yes)
 
@@ -37,44 +25,41 @@ SEARCH   := --sampler=SAMPLER --trials=TRIALS --pruner=PRUNER
 NAMED    := -=SIZE -lr=LR -wd=WD -batch=BATCH -epochs=EPOCHS -=UNCERTAIN -blank-=BLANK -=VIEWS -=FUSION \
 	-pretrained-=PRETRAINED -seed=SEED
 
-# A variable that nothing reads would leave its default in force without a word, so it is refused.
+# A variable that nothing reads is refused: its default would stay in force without a word.
 SETTINGS := DATA OUT $(sort $(filter-out -%,$(subst =, ,$(SHARDING) $(TRAINING) $(SEARCH)))) RUN SPLIT SWEEP SHARDS CROSS \
-	IMAGES ARGS GPUS PRETRAINED ROUNDS FUZZ_SECONDS TARGETS PYTHON TORCH TORCH_INDEX SUDO
-typed    := $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
-unknown  := $(filter-out $(SETTINGS) SHELL MAKE% -%,$(typed))
-$(if $(unknown),$(error Unknown variable $(firstword $(unknown)); choose from $(filter-out SUDO,$(SETTINGS))))
+	IMAGES ARGS GPUS PRETRAINED ROUNDS FUZZ_SECONDS TARGETS PYTHON TORCH TORCH_INDEX
+unknown  := $(filter-out $(SETTINGS) SHELL MAKE% -%,$(foreach name,$(.VARIABLES),$(if $(filter command,$(origin $(name))),$(name))))
+$(if $(unknown),$(error Unknown variable $(firstword $(unknown)); choose from $(SETTINGS)))
 # Expand a leading ~ here: within quotes no shell does, and after NAME= not every shell does.
 $(foreach name,DATA OUT RUN SWEEP TEACHER,$(if $(filter ~ ~/%,$(firstword $($(name)))),\
 	$(eval override $(name) := $(patsubst ~,$(HOME),$(patsubst ~/%,$(HOME)/%,$($(name)))))))
 $(if $(word 2,$(OUT)),$(error OUT=$(OUT): make takes no spaces there))
-
-,       := ,
-space   := $(subst ,, )
 given    = $(filter command environment override,$(firstword $(origin $(1))))
 left     = $(firstword $(subst =, ,$(1)))
 right    = $(lastword $(subst =, ,$(1)))
 options  = $(foreach pair,$(1),$(if $($(call right,$(pair))),$(call left,$(pair)) "$($(call right,$(pair)))"))
 tagged   = $(if $(call given,$(call right,$(1))),$(call left,$(1))$($(call right,$(1))))
 NAME     = $(subst /,-,$(if $(SAMPLE),sample$(call tagged,-=ARCH),$(ARCH)$(call tagged,-=OUT)))
-RUN     ?= runs/$(NAME)$(subst $(space),,$(foreach pair,$(NAMED),$(call tagged,$(pair))))
+RUN     ?= runs/$(NAME)$(subst $() ,,$(foreach pair,$(NAMED),$(call tagged,$(pair))))
+$(if $(call given,TORCH),$(if $(wildcard .venv/installed),$(if $(filter-out =$(TORCH),=$(installed)),\
+	$(error .venv holds the other build of torch: make clean first))))
 
 BIN     := .venv/bin
 PYTEST   = $(BIN)/python -m pytest
 PARALLEL = $(PYTEST) -n auto --dist worksteal
-SUDO     = $(if $(filter-out 0,$(shell id -u)),sudo)
-APT      = $(SUDO) apt-get update --quiet && $(SUDO) apt-get install --yes --quiet
-CHROMIUM = @command -v chromium >/dev/null || { $(APT) chromium; }
-COMPILE  = $(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --no-annotate --custom-compile-command "make lock"
-# torchrun, which would take --run for its own without the --; SIGUSR1 is Slurm's warning.
-LAUNCH   = $(if $(GPUS),-m torch.distributed.run --standalone --nproc-per-node $(GPUS) --signals-to-handle SIGTERM$(,)SIGINT$(,)SIGUSR1 --)
+TRAIN    = $(BIN)/python train.py
+# The --: torchrun would take --run for its own. SIGUSR1 is Slurm's warning.
+LAUNCH   = -m torch.distributed.run --standalone --nproc-per-node $(GPUS) --signals-to-handle SIGTERM,SIGINT,SIGUSR1 --
 LEARN    = $(call options,$(TRAINING)) $(if $(filter yes,$(PRETRAINED)),--pretrained) $(ARGS)
+ALONE    = $(if $(GPUS),$(error A sweep trains each trial on one device: leave GPUS out))
+SEARCHES = $(ALONE)$(TRAIN) sweep --shards $(OUT) --sweep $(SWEEP) $(call options,$(SEARCH)) $(LEARN)
 WRITE    = $(BIN)/pipeline shards "$(DATA)" $(OUT) $(call options,$(SHARDING))
-SAY_SAMPLE = @$(if $(SAMPLE),echo 'No shards and no DATA: this is the synthetic sample with small and quick settings.')
+apt      = @command -v $(1) >/dev/null || { sudo=$$(command -v sudo); $$sudo apt-get update -q && $$sudo apt-get install -qy $(1); }
+need     = @$(if $(1),,echo 'make $@ needs $(2)' >&2; exit 2)
+COMPILE  = $(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --no-annotate --custom-compile-command "make lock"
 
-.DEFAULT_GOAL := help
-.PHONY: help setup shards verify stats audit train sweep cross evaluate predict export test test-cpus test-wheel test-pages test-s3 test-examples test-cluster docs-check soak fuzz audit-deps docs lint bench-etl bench-stream bench-gpu bench-auroc bench-scale bench-waits pictures lock clean
-# All but these need the pinned packages.
-$(filter-out help clean,$(shell sed -n 's/^\.PHONY: help //p' $(firstword $(MAKEFILE_LIST)))): .venv/installed
+all := $(shell sed -nE 's/^([a-z0-9-]+):.*## .*/\1/p' $(firstword $(MAKEFILE_LIST)))
+.PHONY: always $(all)
 
 ##@ Set up
 help:  ## list the targets
@@ -83,40 +68,31 @@ setup:  ## create .venv and install the pinned packages
 
 ##@ Data
 shards: $(SAMPLE)  ## write DATA (a CheXpert folder) as shards to OUT
-	@$(if $(DATA),,echo 'make shards needs DATA=<CheXpert folder>' >&2; exit 2)
+	$(call need,$(DATA),DATA=<CheXpert folder>)
 	$(WRITE) $(call options,--uncertain=UNCERTAIN --blank=BLANK) $(ARGS)
 verify: $(OUT)/manifest.json  ## check the shards in OUT: hashes, structure, every image
 	$(BIN)/pipeline verify $(OUT) --deep $(call options,--workers=WORKERS)
 stats: $(OUT)/manifest.json  ## count the labels of the shards in OUT
-	$(SAY_SAMPLE)
 	$(BIN)/pipeline stats $(OUT)
 audit: $(OUT)/manifest.json  ## ask which non-disease factors predict each label of the shards in OUT
-	$(SAY_SAMPLE)
 	$(BIN)/pipeline audit $(OUT) $(ARGS)
 
 ##@ Train and use
 train: $(OUT)/manifest.json  ## train on OUT with LR, WD, EPOCHS, BATCH, ARCH, SEED, GPUS; or resume RUN
-ifneq ($(strip $(foreach name,LR WD BATCH ARCH UNCERTAIN,$(word 2,$($(name))))),)
-train: sweep
-else
-	$(SAY_SAMPLE)
-	$(BIN)/python $(LAUNCH) train.py --shards $(OUT) --run "$(RUN)" $(LEARN)
-endif
+	$(if $(strip $(foreach name,LR WD BATCH ARCH UNCERTAIN,$(word 2,$($(name))))),$(SEARCHES),\
+		$(BIN)/python $(if $(GPUS),$(LAUNCH)) train.py --shards $(OUT) --run "$(RUN)" $(LEARN))
 sweep: $(OUT)/manifest.json  ## try several LR, WD, BATCH, ARCH, UNCERTAIN; or SAMPLER=tpe TRIALS=40
-	$(SAY_SAMPLE)
-	@$(if $(GPUS),echo 'A sweep trains each trial on one device: leave GPUS out.' >&2; exit 2)
-	$(BIN)/python train.py sweep --shards $(OUT) --sweep $(SWEEP) $(call options,$(SEARCH)) $(LEARN)
+	$(SEARCHES)
 cross:  ## train on each folder of SHARDS, on all but one, and on all; score every run on each
-	@$(if $(word 2,$(SHARDS)),,echo 'make cross needs SHARDS="A B": two folders of shards or more' >&2; exit 2)
-	$(BIN)/python train.py cross $(foreach folder,$(SHARDS),--shards $(folder)) --out "$(CROSS)" $(LEARN)
+	$(call need,$(word 2,$(SHARDS)),SHARDS="A B": two folders of shards or more)
+	$(TRAIN) cross $(foreach folder,$(SHARDS),--shards $(folder)) --out "$(CROSS)" $(LEARN)
 evaluate:  ## score RUN on SPLIT of its own shards, or of those in OUT
-	$(SAY_SAMPLE)
-	$(BIN)/python train.py evaluate $(if $(call given,OUT),--shards $(OUT)) --run "$(RUN)" --split $(SPLIT) $(call options,--workers=WORKERS) $(ARGS)
+	$(TRAIN) evaluate $(if $(call given,OUT),--shards $(OUT)) --run "$(RUN)" --split $(SPLIT) $(call options,--workers=WORKERS) $(ARGS)
 predict:  ## score IMAGES (files or folders) by RUN, into RUN/predictions.csv
-	@$(if $(IMAGES),,echo 'make predict needs IMAGES=<files or folders>' >&2; exit 2)
-	$(BIN)/python train.py predict --run "$(RUN)" --out "$(RUN)/predictions.csv" $(call options,--workers=WORKERS) $(ARGS) $(IMAGES)
+	$(call need,$(IMAGES),IMAGES=<files or folders>)
+	$(TRAIN) predict --run "$(RUN)" --out "$(RUN)/predictions.csv" $(call options,--workers=WORKERS) $(ARGS) $(IMAGES)
 export:  ## write the network of RUN for other programs, as RUN/model.onnx
-	$(BIN)/python train.py export --run "$(RUN)" --out "$(RUN)/model.onnx" $(ARGS)
+	$(TRAIN) export --run "$(RUN)" --out "$(RUN)/model.onnx" $(ARGS)
 
 ##@ Test
 test:  ## run the tests
@@ -127,7 +103,7 @@ test-cpus:  ## run the tests that compute, as CPUs with SSE4.1, AVX2 and AVX-512
 test-wheel:  ## build the wheel, and run both commands from it outside this folder
 	$(PYTEST) -m wheel
 test-pages:  ## look at the report in headless Chromium (installs it if needed)
-	$(CHROMIUM)
+	$(call apt,chromium)
 	$(PYTEST) -m pages
 test-s3: .venv-s3/installed  ## read shards from an object store on loopback (OpenStack Swift)
 	SWIFT_BIN=.venv-s3/bin $(PYTEST) tests/pipeline/stream/test_s3.py
@@ -140,7 +116,7 @@ docs-check:  ## run the blocks of the pages that take longer
 soak:  ## kill ETL, trainer, sweep, ranks and Dask workers at random, ROUNDS times
 	KILL_ROUNDS=$(ROUNDS) $(PARALLEL) -m soak
 fuzz: .venv-fuzz/installed  ## feed damaged files to every reader, FUZZ_SECONDS each (Atheris)
-	PYTHONPATH=.:.venv-fuzz FUZZ_SECONDS=$(FUZZ_SECONDS) TARGETS="$(TARGETS)" $(BIN)/python tests/fuzz.py
+	PYTHONPATH=.:.venv-fuzz $(BIN)/python tests/fuzz.py
 audit-deps: .venv-audit/installed  ## look the pinned packages up in the database of vulnerabilities
 	.venv-audit/bin/pip-audit --requirement requirements.lock --no-deps --disable-pip --strict
 docs: .venv-docs/installed  ## build the pages as a site in build/docs (MkDocs)
@@ -153,81 +129,42 @@ lint:  ## check style (ruff) and types (mypy)
 
 ##@ Measure
 bench-etl: .venv-peers/installed  ## measure sharding beside img2dataset, Pillow and the codec
-	$(BIN)/python benchmarks/etl.py --peers .venv-peers/bin/python
 bench-stream: .venv-peers-stream/installed  ## measure the stream beside its peers (installs ffmpeg if needed)
-	@command -v ffmpeg >/dev/null || { $(APT) ffmpeg; }
-	$(BIN)/python -m benchmarks.stream --peers .venv-peers-stream/bin/python
+bench-auroc:  ## measure minutes to dev AUROC .90, beside two usual recipes
+bench-scale:  ## shard the whole real label table; measure time and memory
+bench-waits: $(OUT)/manifest.json  ## measure the CPU seconds of commands on the sample's finished run
+bench-etl bench-stream bench-auroc bench-scale bench-waits: bench-%:
+	$(if $(filter stream,$*),$(call apt,ffmpeg))
+	$(BIN)/python -m benchmarks.$* $(patsubst %/installed,--peers %/bin/python,$(filter .venv-%,$^)) $(ARGS)
 bench-gpu: $(OUT)/manifest.json  ## measure the training step on a GPU: bf16 and fp16, compiled or not
 	@$(BIN)/python -c 'import torch; torch.cuda.is_available() or exit("make bench-gpu needs a GPU that torch can use")'
 	for options in "--amp bf16" "--amp bf16 --compile" "--amp fp16"; do \
 		$(BIN)/python -m benchmarks.step --shards $(OUT) --arch resnet50 --size 320 --batch 64 --steps 50 $$options || exit; done
-bench-auroc:  ## measure minutes to dev AUROC .90, beside two usual recipes
-	$(BIN)/python -m benchmarks.auroc $(ARGS)
-bench-scale:  ## shard the whole real label table; measure time and memory
-	$(BIN)/python benchmarks/scale.py
-bench-waits: $(OUT)/manifest.json  ## measure the CPU seconds of commands on the sample's finished run
-	$(BIN)/python -m benchmarks.waits $(ARGS)
 
 ##@ Maintain
 pictures:  ## draw docs/pictures and docs/sample anew (installs Chromium if needed)
-	$(CHROMIUM)
+	$(call apt,chromium)
 	$(BIN)/python -m docs.redraw
 lock:  ## resolve the dependencies anew into files of pinned versions
 	$(COMPILE) --extra dev pyproject.toml --output-file requirements.lock
 	$(COMPILE) benchmarks/peers-stream.in --output-file benchmarks/peers-stream.txt
 clean:  ## remove .venv and caches; keeps shards and runs
-	rm -rf .venv $(patsubst %/installed,%,$(TOOLS)) .venv-fuzz .venv-examples .fuzz *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-* .fuzz *.egg-info .mypy_cache .pytest_cache .ruff_cache
 
-# uv takes a minute; if it fails, as behind a mirror that only pip is configured for, pip takes its time.
-VENV     = .venv
-CPU      = $(filter cpu,$(TORCH))
-INSTALL  = install() { \
-	VIRTUAL_ENV="$(CURDIR)/$(VENV)" "$$(command -v uv || echo $(BIN)/uv)" pip install "$$@" || { \
-	echo 'uv failed: pip installs the same packages, which takes 3 to 15 minutes' >&2; \
-	$(VENV)/bin/python -m pip install "$$@"; }; }
-$(if $(filter-out cpu,$(TORCH)),$(error TORCH=$(TORCH): give cpu, or leave it out for the build with CUDA))
-$(if $(call given,TORCH),$(if $(wildcard .venv/installed),$(if $(filter-out =$(TORCH),=$(installed)),\
-	$(error .venv holds the other build of torch: make clean first))))
-
-# The stamp is written last: an interrupted installation is repeated.
+# All but these need the pinned packages.
+$(filter-out help clean,$(all)): .venv/installed
 .venv/installed: requirements.lock pyproject.toml
-	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("Python 3.11 or newer is needed, this is %d.%d" % v[:2])'
-	@echo 'Installing the pinned packages into .venv: $(if $(CPU),0.5 GB to download and 2 GB on disk,3 GB to download and 7 GB on disk; without a GPU: make setup TORCH=cpu)'
-	$(PYTHON) -m venv .venv
-	@command -v uv || $(BIN)/python -m pip install "$$(grep ^uv== requirements.lock)" || true
-	@grep -vE '^#$(if $(CPU),|^(cuda|nvidia)-|^triton==)' requirements.lock > .venv/requirements.txt
-	@$(if $(CPU),grep -E '^torch(vision)?==' requirements.lock > .venv/torch.txt)
-	@$(INSTALL); $(if $(CPU),(export PIP_INDEX_URL=$(TORCH_INDEX) UV_DEFAULT_INDEX=$(TORCH_INDEX) UV_INDEX=; \
-		install --no-deps --requirement .venv/torch.txt) &&) \
-		install --requirement .venv/requirements.txt && install --no-deps --no-build-isolation --editable .
-	@echo $(TORCH) > $@
-
-# Environments of their own: the peers of benchmarks, and tools.
-TOOLS := .venv-peers/installed .venv-peers-stream/installed .venv-audit/installed .venv-docs/installed .venv-s3/installed
-.venv-peers/installed: benchmarks/peers.txt
-.venv-peers-stream/installed: benchmarks/peers-stream.txt
-.venv-audit/installed: tests/audit.txt
-.venv-docs/installed: tests/docs.txt
-.venv-s3/installed: tests/s3.txt
-.venv-peers-stream/installed .venv-examples/installed: PIP = --no-deps
-$(TOOLS): VENV = $(@D)
-$(TOOLS):
-	$(PYTHON) -m venv $(@D)
-	@$(INSTALL); install --quiet $(PIP) --requirement $<
-	@touch $@
-
-# Folders beside the project's packages, which these need as well.
-.venv-fuzz/installed: tests/fuzz.txt .venv/installed
-.venv-examples/installed: examples/requirements.txt .venv/installed
-.venv-fuzz/installed .venv-examples/installed:
-	@$(INSTALL); install --quiet $(PIP) --target $(@D) --upgrade --requirement $<
-	@touch $@
+	@.ci/install .venv $(TORCH)
+# Environments of their own, of tools and of the peers of benchmarks; and folders beside the project's packages.
+.venv-audit/installed .venv-docs/installed .venv-s3/installed .venv-fuzz/installed: .venv-%/installed: tests/%.txt
+.venv-peers/installed .venv-peers-stream/installed: .venv-%/installed: benchmarks/%.txt
+.venv-examples/installed: examples/requirements.txt
+.venv-%/installed: | .venv/installed
+	@.ci/install $(if $(filter fuzz examples,$*),--target) $(@D) $(filter %.txt,$^) $(if $(filter peers-stream examples,$*),--no-deps)
 
 # With DATA given, always: shards of other data, or by other settings, are refused, and finished ones left alone.
 $(OUT)/manifest.json: $(if $(call given,DATA),always) | .venv/installed $(SAMPLE)
 	@$(if $(DATA),,echo 'No shards in $(OUT). Write them with: make shards DATA=<CheXpert folder> OUT=$(OUT)' >&2; exit 2)
 	$(WRITE)
-.PHONY: always
-always:
 sample/CheXpert-v1.0-small/train.csv: | .venv/installed
 	$(BIN)/pipeline sample sample

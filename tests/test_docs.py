@@ -99,7 +99,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
             (home / ".venv" / part.name).symlink_to(part)
     makefile = (REPOSITORY / "Makefile").read_text()
     for variable, value in SETTINGS.items():
-        makefile = re.sub(rf"^({variable} *\?=).*", rf"\1 {value}", makefile, flags=re.MULTILINE)
+        makefile = re.sub(rf"\b{variable}=[\w.-]+", f"{variable}={value}", makefile)
     (home / "Makefile").write_text(makefile)
     (home / "train.py").symlink_to(REPOSITORY / "train.py")
     for file in ("requirements.lock", "pyproject.toml", ".venv/installed"):

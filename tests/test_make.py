@@ -7,9 +7,7 @@ from pathlib import Path
 
 import pytest
 
-import train
-
-REPOSITORY = Path(train.__file__).parent
+from tests.conftest import REPOSITORY
 
 
 def make(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -22,104 +20,50 @@ def make(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
 
 
-def test_make_alone_lists_every_target() -> None:
-    listed = [line.split()[0] for line in make().stdout.splitlines() if line.startswith("  ")]
-    phony = (REPOSITORY / "Makefile").read_text().split(".PHONY:")[1].splitlines()[0].split()
-    assert listed == phony
+# What is typed after `make`, and what a line that make runs then contains, up to its end where there is a `;`.
+CALLS = """
+train LR=3e-3 WD=1e-3 > --run runs/sample-lr3e-3-wd1e-3 --arch rescnn --lr 3e-3 --weight-decay 1e-3
+train UNCERTAIN=ones > --run runs/sample-ones --arch
+train UNCERTAIN=selftrained TEACHER=runs/t > --uncertain selftrained --teacher runs/t
+train OUT= DATA= > --run runs/sample --arch rescnn --lr 2e-3 --batch-size 32 --epochs 12 --image-size 128 ;
+train OUT= DATA= ARCH=resnet18 PRETRAINED=yes > --image-size 128 --pretrained ;
+train OUT=there > train.py --shards there --run runs/resnet50-there --arch resnet50 --pretrained ;
+train OUT=there DATA=here > pipeline shards here there ;
+train OUT=there PRETRAINED=no > --run runs/resnet50-there-pretrained-no --arch resnet50 ;
+train OUT=there ARCH=rescnn > --arch rescnn ;
+train OUT=there "ARGS=--init runs/all" > --arch resnet50 --init runs/all ;
+train OUT=there ARCH=timm/resnet10t > --run runs/timm-resnet10t-there --arch timm/resnet10t --pretrained ;
+train OUT=there ARCH=timm/resnet10t SIZE=224 > resnet10t-there-224 --arch timm/resnet10t --image-size 224
+train FUSION=mean "ARGS=--init runs/all" > --run runs/sample-mean --arch
+train FUSION=mean "ARGS=--init runs/all" > --fusion mean --init runs/all ;
+train BATCH=16 EPOCHS=2 VIEWS=lateral > --run runs/sample-batch16-epochs2-lateral --arch
+train BATCH=16 EPOCHS=2 VIEWS=lateral > --batch-size 16 --epochs 2 --image-size 128 --views lateral ;
+train "RUN=my run" > --run my run --arch
+train GPUS=8 > --nproc-per-node 8 --signals-to-handle SIGTERM,SIGINT,SIGUSR1 -- train.py --shards
+train "ARGS=--eval-every 9 --patience 2" > --eval-every 9 --patience 2 ;
+train "UNCERTAIN=ones zeros" > train.py sweep --shards shards/sample --sweep runs/sample-sweep --arch
+train "UNCERTAIN=ones zeros" > --uncertain ones zeros ;
+train OUT=shards/other DATA=here "LR=1e-4 1e-3" > train.py sweep --shards shards/other
+sweep OUT=there "ARCH=resnet18 resnet34" > --arch resnet18 resnet34 --pretrained ;
+sweep OUT=there "LR=1e-4 1e-3" "BATCH=32 64" > --lr 1e-4 1e-3 --batch-size 32 64 --pretrained ;
+sweep SAMPLER=tpe TRIALS=40 PRUNER=median > --sampler tpe --trials 40 --pruner median --arch
+cross "SHARDS=a b" CROSS=c OUT=there > cross --shards a --shards b --out c --arch resnet50 --pretrained ;
+shards DATA=here OUT=there > pipeline shards here there ;
+shards "DATA=my data" BLANK=ignore ARGS=--strict > pipeline shards my data shards --blank ignore --strict ;
+shards "DATA=~/my data" OUT=~/there > shards {home}/my data {home}/there ;
+evaluate OUT=there RUN=r SPLIT=dev > train.py evaluate --shards there --run r --split dev ;
+evaluate OUT=there RUN=~/runs/a WORKERS=3 > --run {home}/runs/a --split valid --workers 3 ;
+audit OUT=there "ARGS=--where sex=Female" > pipeline audit there --where sex=Female ;
+export RUN=r > train.py export --run r --out r/model.onnx ;
+predict RUN=r IMAGES=films ARGS=--strict > train.py predict --run r --out r/predictions.csv --strict films ;
+bench-etl > -m benchmarks.etl --peers .venv-peers/bin/python ;
+"""
 
 
-@pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [
-        (
-            ["train", "LR=3e-3", "WD=1e-3"],
-            "--run runs/sample-lr3e-3-wd1e-3 --arch rescnn --lr 3e-3 --weight-decay 1e-3",
-        ),
-        (["train", "UNCERTAIN=ones"], "--run runs/sample-ones --arch"),
-        (["train", "UNCERTAIN=selftrained", "TEACHER=runs/t"], "--uncertain selftrained --teacher runs/t"),
-        (
-            ["train", "OUT=", "DATA="],
-            "--run runs/sample --arch rescnn --lr 2e-3 --batch-size 32 --epochs 12 --image-size 128 ;",
-        ),
-        (["train", "OUT=", "DATA=", "ARCH=resnet18", "PRETRAINED=yes"], "--image-size 128 --pretrained ;"),
-        (
-            ["train", "OUT=there"],
-            "train.py --shards there --run runs/resnet50-there --arch resnet50 --pretrained ;",
-        ),
-        (["train", "OUT=there", "DATA=here"], "pipeline shards here there ;"),
-        (
-            ["train", "OUT=there", "PRETRAINED=no"],
-            "--run runs/resnet50-there-pretrained-no --arch resnet50 ;",
-        ),
-        (["train", "OUT=there", "ARCH=rescnn"], "--arch rescnn ;"),
-        (["train", "OUT=there", "ARGS=--init runs/all"], "--arch resnet50 --init runs/all ;"),
-        (
-            ["train", "OUT=there", "ARCH=timm/resnet10t"],
-            "--run runs/timm-resnet10t-there --arch timm/resnet10t --pretrained ;",
-        ),
-        (
-            ["train", "OUT=there", "ARCH=timm/resnet10t", "SIZE=224"],
-            "resnet10t-there-224 --arch timm/resnet10t --image-size 224",
-        ),
-        (["train", "FUSION=mean", "ARGS=--init runs/all"], "--run runs/sample-mean --arch"),
-        (["train", "FUSION=mean", "ARGS=--init runs/all"], "--fusion mean --init runs/all ;"),
-        (
-            ["train", "BATCH=16", "EPOCHS=2", "VIEWS=lateral"],
-            "--run runs/sample-batch16-epochs2-lateral --arch",
-        ),
-        (
-            ["train", "BATCH=16", "EPOCHS=2", "VIEWS=lateral"],
-            "--batch-size 16 --epochs 2 --image-size 128 --views lateral ;",
-        ),
-        (["train", "RUN=my run"], "--run my run --arch"),
-        (
-            ["train", "GPUS=8"],
-            "--nproc-per-node 8 --signals-to-handle SIGTERM,SIGINT,SIGUSR1 -- train.py --shards",
-        ),
-        (["train", "ARGS=--eval-every 9 --patience 2"], "--eval-every 9 --patience 2 ;"),
-        (
-            ["train", "UNCERTAIN=ones zeros"],
-            "train.py sweep --shards shards/sample --sweep runs/sample-sweep --arch",
-        ),
-        (["train", "UNCERTAIN=ones zeros"], "--uncertain ones zeros ;"),
-        (["train", "OUT=shards/other", "DATA=here", "LR=1e-4 1e-3"], "train.py sweep --shards shards/other"),
-        (["sweep", "OUT=there", "ARCH=resnet18 resnet34"], "--arch resnet18 resnet34 --pretrained ;"),
-        (
-            ["sweep", "OUT=there", "LR=1e-4 1e-3", "WD=1e-5 1e-4", "BATCH=32 64"],
-            "--lr 1e-4 1e-3 --weight-decay 1e-5 1e-4 --batch-size 32 64 --pretrained ;",
-        ),
-        (
-            ["sweep", "SAMPLER=tpe", "TRIALS=40", "PRUNER=median"],
-            "--sampler tpe --trials 40 --pruner median --arch",
-        ),
-        (
-            ["cross", "SHARDS=a b", "CROSS=c", "OUT=there"],
-            "train.py cross --shards a --shards b --out c --arch resnet50 --pretrained ;",
-        ),
-        (["shards", "DATA=here", "OUT=there"], "pipeline shards here there ;"),
-        (
-            ["shards", "DATA=my data", "BLANK=ignore", "ARGS=--strict"],
-            "pipeline shards my data shards --blank ignore --strict ;",
-        ),
-        (["shards", "DATA=~/my data", "OUT=~/there"], f"shards {Path.home()}/my data {Path.home()}/there ;"),
-        (
-            ["evaluate", "OUT=there", "RUN=r", "SPLIT=dev"],
-            "train.py evaluate --shards there --run r --split dev ;",
-        ),
-        (
-            ["evaluate", "OUT=there", "RUN=~/runs/a", "WORKERS=3"],
-            f"--run {Path.home()}/runs/a --split valid --workers 3 ;",
-        ),
-        (["audit", "OUT=there", "ARGS=--where sex=Female"], "pipeline audit there --where sex=Female ;"),
-        (["export", "RUN=r"], "train.py export --run r --out r/model.onnx ;"),
-        (
-            ["predict", "RUN=r", "IMAGES=films", "ARGS=--strict"],
-            "train.py predict --run r --out r/predictions.csv --strict films ;",
-        ),
-    ],
-)
-def test_settings_reach_the_commands(arguments: list[str], expected: str) -> None:
-    dry = make("-n", *arguments)
+@pytest.mark.parametrize("call", CALLS.strip().splitlines())
+def test_settings_reach_the_commands(call: str) -> None:
+    typed, _, expected = call.format(home=Path.home()).partition(" > ")
+    dry = make("-n", *shlex.split(typed))
     assert dry.returncode == 0
     lines = dry.stdout.replace("\\\n", " ").splitlines()
     assert expected in " ".join(f"{' '.join(shlex.split(line))} ;" for line in lines)
@@ -137,43 +81,30 @@ def test_data_is_looked_at_again_where_there_are_shards(tmp_path: Path) -> None:
     assert f'pipeline shards "here" {tmp_path} ' in make("-n", "train", f"OUT={tmp_path}", "DATA=here").stdout
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["cross", "SHARDS=a"], 'make cross needs SHARDS="A B": two folders of shards or more'),
-        (["train", "OUT=my shards"], "OUT=my shards: make takes no spaces there.  Stop."),
-        (["sweep", "GPUS=2"], "A sweep trains each trial on one device: leave GPUS out."),
-    ],
-)
-def test_what_make_cannot_do_is_refused(tmp_path: Path, arguments: list[str], message: str) -> None:
-    (tmp_path / "manifest.json").touch()
-    failed = make(*arguments) if "OUT=my shards" in arguments else make(*arguments, f"OUT={tmp_path}")
+# What is typed after `make`, and the refusal; {finished} is a folder of shards and {out} an empty one.
+REFUSALS = """
+cross SHARDS=a > make cross needs SHARDS="A B": two folders of shards or more
+train "OUT=my shards" > OUT=my shards: make takes no spaces there.  Stop.
+sweep OUT={finished} GPUS=2 > A sweep trains each trial on one device: leave GPUS out.  Stop.
+-n train LR=1e-3 lr=1e-3 > Unknown variable lr; choose from DATA OUT ARCH BATCH BLANK
+-n train BIN=/usr/bin > Unknown variable BIN; choose from DATA OUT ARCH BATCH BLANK DEV EPOCHS FUSION LR
+shards OUT={out} > make shards needs DATA=<CheXpert folder>
+predict OUT={out} > make predict needs IMAGES=<files or folders>
+train OUT={out} > No shards in {out}. Write them with: make shards DATA=<CheXpert folder> OUT={out}
+"""
+
+
+@pytest.mark.parametrize("call", REFUSALS.strip().splitlines())
+def test_what_make_cannot_do_is_refused(tmp_path: Path, call: str) -> None:
+    (tmp_path / "finished").mkdir()
+    (tmp_path / "finished" / "manifest.json").touch()
+    typed, _, message = call.format(out=tmp_path / "out", finished=tmp_path / "finished").partition(" > ")
+    failed = make(*shlex.split(typed))
     assert failed.returncode == 2
     assert message in failed.stderr.splitlines()[0]
 
 
-@pytest.mark.parametrize(
-    ("setting", "message"),
-    [
-        ("lr=1e-3", "Unknown variable lr; choose from DATA OUT ARCH BATCH BLANK"),
-        ("BIN=/usr/bin", "Unknown variable BIN; choose from DATA OUT ARCH BATCH BLANK DEV EPOCHS FUSION LR"),
-    ],
-)
-def test_a_setting_that_does_not_exist_is_refused(setting: str, message: str) -> None:
-    refused = make("-n", "train", "LR=1e-3", setting)
-    assert refused.returncode == 2
-    assert message in refused.stderr
-
-
-@pytest.mark.parametrize(
-    ("target", "message"),
-    [
-        ("shards", "make shards needs DATA=<CheXpert folder>"),
-        ("predict", "make predict needs IMAGES=<files or folders>"),
-        ("train", "No shards in {out}. Write them with: make shards DATA=<CheXpert folder> OUT={out}"),
-    ],
-)
-def test_missing_data_is_a_usage_error(tmp_path: Path, target: str, message: str) -> None:
-    failed = make(target, f"OUT={tmp_path}")
-    assert failed.returncode == 2
-    assert failed.stderr.splitlines()[0] == message.format(out=tmp_path)
+def test_make_alone_lists_targets() -> None:
+    listed = [line.split()[0] for line in make().stdout.splitlines() if line.startswith("  ")]
+    assert listed[:3] == ["help", "setup", "shards"]
+    assert listed[-1] == "clean"

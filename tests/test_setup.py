@@ -51,6 +51,7 @@ def write_wheel(folder: Path, name: str, version: str) -> None:
 def clone(tmp_path: Path) -> Path:
     """The Makefile, a small lock, and the packages of two indexes: of all, and of torch's CPU builds."""
     shutil.copy(REPOSITORY / "Makefile", tmp_path)
+    shutil.copytree(REPOSITORY / ".ci", tmp_path / ".ci")
     (tmp_path / "requirements.lock").write_text(LOCK)
     (tmp_path / "pyproject.toml").write_text(PROJECT)
     (tmp_path / "backend.py").write_text(BACKEND)
