@@ -1,6 +1,6 @@
 """Small data sets of drawn films, each in its true layout: its files, its columns, and its quirks.
 
-A function a set, which writes it into a folder that does not exist yet. Facts: docs/datasets.md.
+A function a set, which writes it into a folder that does not exist yet. Facts: docs/data.md.
 """
 
 import gzip

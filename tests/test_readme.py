@@ -56,9 +56,8 @@ def test_every_target_that_the_documents_name_exists() -> None:
 
 def test_the_readme_is_short_and_so_is_every_page() -> None:
     assert len(README.read_text().splitlines()) <= 150
-    long = {page.name for page in PAGES if page != README and len(page.read_text().splitlines()) > 150}
-    assert long <= {"model-card.md"}  # which a program writes
-    assert all(page.stat().st_size < 30_000 for page in (*PAGES, *(REPOSITORY / "benchmarks").glob("*.md")))
+    words = {page: len(page.read_text().split()) for page in [*PAGES, CONTRIBUTING]}
+    assert {page.name for page, number in words.items() if number > 2000} <= {"model-card.md"}
 
 
 def test_every_link_leads_somewhere() -> None:

@@ -126,7 +126,7 @@ class Sharding:
     out: Path = option(..., argument=True, parse=parse_folder)
     dataset: str | None = option(
         None,
-        "Data set in SOURCE (docs/datasets.md).",
+        "Data set in SOURCE (docs/data.md).",
         choices=tuple(SETS),
         flag="set",
         metavar="SET",

@@ -1,8 +1,7 @@
-"""BRAX, the example of docs/adding-a-set.md: the module there, registered and run on a small folder."""
+"""BRAX, the example of a set to add, examples/sets/brax.py: registered and run on a small folder."""
 
 import sys
-from importlib.machinery import ModuleSpec
-from importlib.util import module_from_spec
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pyarrow as pa
@@ -30,10 +29,12 @@ ROWS = (
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A small folder of BRAX, whose module the page has registered."""
-    code = (REPOSITORY / "docs" / "adding-a-set.md").read_text().split("```python\n")[1].split("```")[0]
-    module = module_from_spec(ModuleSpec("pipeline.sources.brax", None))
-    exec(code, module.__dict__)  # noqa: S102 - our own page
+    """A small folder of BRAX, whose module has been registered."""
+    spec = spec_from_file_location("pipeline.sources.brax", REPOSITORY / "examples" / "sets" / "brax.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setitem(sets.SETS, "brax", module.SET)
     monkeypatch.setitem(sets.KNOWN, "brax", module.SET)
@@ -51,7 +52,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return home
 
 
-def test_the_page_s_module_makes_shards(folder: Path) -> None:
+def test_the_example_makes_shards(folder: Path) -> None:
     out = folder.parent / "out"
     made = run_pipeline("shards", folder, out, "--size", 32, "--views", "all", "--dev", 0, "--workers", 1)
     assert made.returncode == 0, made.stderr

@@ -1,27 +1,3 @@
-# Adding a set
-
-<!-- needs ~/films -->
-```
-pipeline shards ~/films out --set table --columns "path=Image,patient=MRN,Edema=edema"
-```
-
-A single table needs no code: name its columns. A set with files, splits or states of its own needs a module.
-
-BRAX 1.1.0 (PhysioNet) is the example: one table, `master_spreadsheet_update.csv`, with CheXpert's 14 labels, and PNGs. A module in
-`pipeline/sources/` ends in a `DataSet`, whose fields `source.py` describes; most have defaults:
-
-- `find_tables` says whether a folder holds the set, by the names of its files;
-- `read_table`, or `read_tables` if that takes several files, turns the table into a label table, whose columns `pipeline/labels.py` describes. Check every column before
-  it is used: `demand_cells` names the file, the line and the column of what is wrong. A path must not leave its folder, so no part of it
-  starts with a dot. Labels in a second file come in by `identity.join`, which compares ids as ids and tells `note` what finds no partner.
-  Findings in other words are rows of `findings.csv`, which `findings.parse_findings` reads;
-- `locate` gives each path's file, if the set has more than one layout.
-
-BRAX's ages come in steps of 5, up to `85 or more`, which is read as 85. Its oblique and decubitus views are neither frontal nor lateral,
-so they are `other`, and only `--views all` takes them. A blank is a blank: the labeler looked, and found no word. A label that nobody looked
-for gets a column of `NOT_ANNOTATED`.
-
-```python
 """BRAX 1.1.0: master_spreadsheet_update.csv, and 8-bit PNGs at its PngPath.
 
 Reis et al., BRAX, Brazilian labeled chest X-ray dataset, Scientific Data 2022: 40,967 images; CheXpert's 14 labels, by
@@ -84,7 +60,3 @@ SET = DataSet(
     column="PngPath",
     numbers_studies=True,
 )
-```
-
-Then add `"brax": brax.SET` to `SETS` in `sets.py`. Test it on a small folder in the set's own layout: `tests/layouts.py` writes one for each set,
-and `tests/test_sets.py` takes each from its files to scores. This page's module is tested the same way.
