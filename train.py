@@ -10,7 +10,7 @@
 
 `torchrun --nproc-per-node 8 -- train.py …` trains on 8 GPUs: every rank takes its slice of the same batches.
 
-A run folder's files are listed in docs/training.md. The same command on the same folder continues where it stopped,
+A run folder's files are listed in docs/train.md. The same command on the same folder continues where it stopped,
 exactly: batches and augmentations are functions of (seed, epoch, step).
 """
 

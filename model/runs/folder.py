@@ -1,4 +1,4 @@
-"""The folder of a run: how its files, which docs/training.md lists, are written and read."""
+"""The folder of a run: how its files, which docs/train.md lists, are written and read."""
 
 import hashlib
 import json

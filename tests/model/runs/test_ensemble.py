@@ -130,13 +130,11 @@ def test_an_ensemble_is_the_mean_of_calibrated_scores_everywhere(
         decisions[:, columns] == decided[[f"{label} positive" for label in known]].to_numpy()
     ).mean() > 0.999
     shutil.copy(decided["file"].iloc[0], tmp_path / "film.jpg")
-    (code,) = re.findall(
-        r"```python\n(.*?)```", (REPOSITORY / "docs" / "ensembles.md").read_text(), re.DOTALL
-    )
+    (code,) = re.findall(r"```python\n(.*?)```", (REPOSITORY / "docs/predict.md").read_text(), re.DOTALL)
     assert code.count("\n") <= 15
     monkeypatch.chdir(tmp_path)
     named: dict[str, Any] = {}
-    exec(compile(code, "ensembles.md", "exec"), named)  # noqa: S102
+    exec(compile(code, "predict.md", "exec"), named)  # noqa: S102
     np.testing.assert_allclose(named["scores"], decided[list(LABELS)].iloc[:1], atol=1e-5)
     facts = session.get_modelmeta().custom_metadata_map
     assert facts["threshold_rule"] == "youden"
