@@ -19,14 +19,13 @@ Heading = str | tuple[str, str]  # a column's, or that of some columns and each 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells, each begun by its name; the last `means` of them are apart, and those in `marked` stand out."""
+    """Rows of cells, each begun by its name; the last `means` of them are apart."""
 
     title: str
     columns: Sequence[Heading]
     rows: Sequence[Sequence[str]]
     notes: Sequence[str] = ()
     means: int = 0
-    marked: Sequence[int] = ()
     kind: str = "figures"  # the class of the page's table
 
     @property
@@ -74,7 +73,7 @@ class Table:
         for tag, rows in (("tbody", self.rows[:first]), ("tfoot", self.rows[first:])):
             if rows:
                 parts.append(f"<{tag}>")
-                parts += [self._line(row, number in self.marked) for number, row in enumerate(rows)]
+                parts += [self._line(row) for row in rows]
                 parts.append(f"</{tag}>")
         parts.append("</table></div>")
         parts += [f'<p class="note">{escape(note)}</p>' for note in self.notes]
@@ -101,14 +100,13 @@ class Table:
         inside = not isinstance(this, tuple) or (isinstance(before, tuple) and before[0] == this[0])
         return "" if inside or column == 0 else f' class="{name}"'
 
-    def _line(self, row: Sequence[str], marked: bool) -> str:
+    def _line(self, row: Sequence[str]) -> str:
         """A row, with the limits in its cells apart from the figures."""
         cells = [f"<th>{escape(row[0])}</th>"]
         for number, cell in enumerate(row[1:], 1):
             text = re.sub(r" (\[[^\]]*\])$", r' <span class="limits">\1</span>', str(escape(cell)))
             cells.append(f"<td{self._edge(number, 'group')}>{text}</td>")
-        start = '<tr class="notable">' if marked else "<tr>"
-        return f"{start}{''.join(cells)}</tr>"
+        return f"<tr>{''.join(cells)}</tr>"
 
     def markdown(self) -> str:
         """A table of Markdown under its title, without markup of its own; nothing without rows."""

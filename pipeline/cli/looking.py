@@ -18,16 +18,12 @@ from pipeline.manifest import NAME, find_blank, read_manifest
 from pipeline.measure.counts import (
     NO_GROUP,
     LabelStatistics,
-    compare_tables,
     count_cooccurrence,
     count_groups,
     count_labels,
     count_targets,
     list_variables,
     parse_policies,
-    start_report,
-    to_csv,
-    to_json,
 )
 from pipeline.measure.metrics import Floats
 from pipeline.policies import evaluation_targets
@@ -58,28 +54,11 @@ class Stats(Cached):
     facts: tuple[str, ...] = option(
         (), "CSV or XLSX with extra columns to join; not for shards.", metavar="FILE"
     )
-    cooccurrence: bool = option(False, "Count how often two labels are positive together.")
     policy: tuple[Any, ...] = option(
         (), "Targets under a policy: best,Edema=zeros,blank=ignore.", split=parse_policies
     )
-    against: Path | str | None = option(None, "Compare with another source.", type=PathOrUrl(exists=True))
-    against_split: str | None = option(None, "Split of that source.")
     html: Path | None = option(None, "Write a page with everything, and images.", type=FILE)
-    format: str = option("table", choices=("table", "json", "csv"))
-
-    def check(self) -> None:
-        """Raise UsageError for options that do not go together."""
-        sections = sum(map(bool, (self.by, self.cooccurrence, self.policy, self.against)))
-        refuse_usage(
-            self.format == "csv" and sections > 1,
-            "--format csv has room for one of --by, --cooccurrence, --policy and --against",
-        )
-        alone = {"view": self.views != "all", "projection": self.views == "lateral"}
-        why = ": laterals have none" if self.by == "projection" else ""
-        text = f"--by {self.by} has one group under --views {self.views}{why}"
-        refuse_usage(alone.get(self.by or "", False), text)
-        refuse_usage(self.against_split and not self.against, "--against-split needs --against")
-        check_output("--html", self.html, (".html",))
+    format: str = option("table", choices=("table", "json"))
 
 
 @command("stats", Stats, example="pipeline stats train.csv --views frontal --by sex --html labels.html")
@@ -88,17 +67,12 @@ def stats(given: Stats) -> None:
 
     Shards may be at a URL: s3://bucket/shards. Several are counted together; --by set counts each.
     """
-    from pipeline.sources.load import load_table, load_tables
+    from pipeline.sources.load import load_tables
     from pipeline.stream.cache import find_shards
 
-    given.check()
+    check_output("--html", given.html, (".html",))
     split, views = given.split, given.views
     shards = [find_shards(source, given.cache) for source in given.sources]
-    other = find_shards(given.against, given.cache)[0] if given.against else None
-    refuse_usage(
-        other and given.against_split == split and len(shards) == 1 and other.samefile(shards[0][0]),
-        "--against is SOURCE itself; name another --against-split",
-    )
     table = load_tables([path for path, _ in shards], split, views, [*map(Path, given.facts)])
     known = list_variables(table)
     refuse_usage(
@@ -106,8 +80,6 @@ def stats(given: Stats) -> None:
         f"--by {given.by}: these images can be grouped by {', '.join(known)}",
     )
     report = _build_report(table, given)
-    if other:
-        report["against"] = compare_tables(table, load_table(other, given.against_split, views))
     if given.html:
         write_atomically(given.html, _render_page(given, shards, report, table).encode())
         say(f"{given.html}: written")
@@ -116,18 +88,15 @@ def stats(given: Stats) -> None:
         if all(remote is None for _, remote in shards):
             say_next("pipeline", "audit", *given.sources)
     else:
-        echo(to_json(report) if given.format == "json" else to_csv(report))
+        echo(json.dumps(report, indent=2))
 
 
 def _build_report(table: "pa.Table", given: Stats) -> LabelStatistics:
-    statistics = count_labels(table)
-    report = start_report(statistics)
+    report = count_labels(table)
     if given.by:
         report["by"] = count_groups(table, given.by)
-    if given.cooccurrence:
-        report["cooccurrence"] = count_cooccurrence(table)
     if given.policy:
-        report["policy"] = count_targets(statistics, *given.policy)
+        report["policy"] = count_targets(report, *given.policy)
         for label, targets in report["policy"]["labels"].items():
             if targets["pos_weight"] is None:
                 counts = f"{targets['positives']:,} positives and {targets['negatives']:,} negatives"
@@ -153,8 +122,6 @@ def _render_page(
     from pipeline.measure.covariates import find_covariates
     from pipeline.sources.load import load_tables
 
-    shown = report.copy()
-    shown["cooccurrence"] = count_cooccurrence(table)
     split, views, sources = given.split, given.views, [path for path, _ in shards]
     alone = len(sources) == 1 and (sources[0] / NAME).is_file()
     examples = find_examples(sources[0], split, views, shards[0][1]) if alone else {}
@@ -163,12 +130,9 @@ def _render_page(
     audit = audit_labels(audited, *cells, find_covariates(audited), together=False)  # which takes longer
     scope = [] if sources[0].is_file() else [f"split {split}" if split else "all splits"]
     scope.append(f"{views} views")
-    if given.against:
-        scope.append(
-            f"against {f'{given.against_split} of ' if given.against_split else ''}{_name(given.against)}"
-        )
     title = f"Labels of {', '.join(map(_name, given.sources))}"
-    return render_label_report(title, ", ".join(scope), shown, find_groups(table), examples, audit)
+    counts = report, count_cooccurrence(table), find_groups(table)
+    return render_label_report(title, ", ".join(scope), *counts, examples, audit)
 
 
 def check_output(option: str, path: Path | None, suffixes: Collection[str]) -> None:

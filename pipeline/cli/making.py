@@ -299,8 +299,6 @@ def _print_run(out: Path, run: "RunSummary", seconds: float, views: str) -> None
 
 def _print_preview(source: "Source", options: "Options", how: "Execution") -> int:
     """Say what would be written; returns the exit code that the same images would lead to."""
-    from pipeline.measure.counts import start_report
-
     preview = preview_shards(source, options)
     for name, split in preview.splits.items():
         dropped = [f"{count:,} by --{why}" for why, count in split.dropped._asdict().items() if count]
@@ -314,7 +312,7 @@ def _print_preview(source: "Source", options: "Options", how: "Execution") -> in
         echo(text)
     if options.views == "all":
         echo(preview.views)
-    print_report(start_report(preview.statistics))
+    print_report(preview.statistics)
     echo("dry run: nothing was written")
     missing = sum(len(split.missing) for split in preview.splits.values())
     total = sum(split.kept for split in preview.splits.values())

@@ -87,13 +87,13 @@ def render_label_report(
     title: str,
     scope: str,
     report: LabelStatistics,
+    cooccurrence: Mapping[str, Mapping[str, int]],
     groups: Sequence[Groups],
     examples: Mapping[str, Mapping[str, list[str]]],
     audit: Audit,
 ) -> str:
-    """The page. `report` has `cooccurrence` and may have `policy` and `against`; `scope` says what was counted."""
+    """The page. `report` may have `policy`; `scope` says what was counted."""
     states = _draw(lambda axes: draw_states(axes, report, PAGE), "share of images by state")
-    cooccurrence = report["cooccurrence"]
     together = _draw(lambda axes: draw_cooccurrence(axes, cooccurrence, PAGE), "co-occurrence", (6.6, 6.0))
     page = pages.open_templates("pipeline.look").get_template("labels.html")
     return page.render(
@@ -102,12 +102,10 @@ def render_label_report(
         report=report,
         states=states,
         heat_map_together=together,
+        cooccurrence=cooccurrence,
         groups=[(found, _draw_groups(found)) for found in groups],
         examples=examples,
-        **{
-            name: getattr(tables, f"tabulate_{name}")
-            for name in ("counts", "shares", "together", "policy", "drift")
-        },
+        **{name: getattr(tables, f"tabulate_{name}") for name in ("counts", "shares", "together", "policy")},
         **_describe_audit(audit),
     )
 

@@ -7,9 +7,7 @@ from pipeline.base.pages import show_figure
 from pipeline.base.tabular import Table
 from pipeline.labels import LABELS
 from pipeline.measure.audit import Audit, Clue, describe_alarms, describe_told, find_alarms, shorten
-from pipeline.measure.counts import Comparison, Groups, LabelStatistics, Policies
-
-NOTABLE = 0.1  # of the standardized difference, by the convention in `compare_tables`
+from pipeline.measure.counts import Groups, LabelStatistics, Policies
 
 
 def tabulate_counts(report: LabelStatistics) -> Table:
@@ -34,14 +32,13 @@ def tabulate_shares(groups: Groups) -> Table:
     return Table(f"positive % by {groups['variable']}", columns, rows, kind="groups")
 
 
-def tabulate_together(cooccurrence: Mapping[str, Mapping[str, int]], *, shares: bool = False) -> Table:
-    """How often two labels are positive together, as numbers or as shares of the row's."""
-    rows = []
-    for number, (label, row) in enumerate(cooccurrence.items(), 1):
-        parts = [f"{100 * count / row[label]:.0f}" if row[label] else "–" for count in row.values()]
-        rows.append([f"{number:2} {label}", *(parts if shares else map(str, row.values()))])
-    whole = "images positive for the row and the column"
-    title = "P(column | row), %: of the images positive for the row" if shares else whole
+def tabulate_together(cooccurrence: Mapping[str, Mapping[str, int]]) -> Table:
+    """How often two labels are positive together."""
+    rows = [
+        [f"{number:2} {label}", *map(str, row.values())]
+        for number, (label, row) in enumerate(cooccurrence.items(), 1)
+    ]
+    title = "images positive for the row and the column"
     return Table(title, ["label", *map(str, range(1, len(rows) + 1))], rows, kind="cooccurrence")
 
 
@@ -60,40 +57,13 @@ def tabulate_policy(policies: Policies) -> Table:
     return Table(f"under the policies below, and {policies['blank']} for blank", columns, rows, kind="policy")
 
 
-def tabulate_drift(other: Comparison) -> Table:
-    """The share of positives in two sources; notable differences stand out."""
-    rows: list[list[str]] = []
-    marked: list[int] = []
-    for label, row in other["labels"].items():
-        shares = [_percent(row["share_positive"]), _percent(row["other_share_positive"])]
-        less, standardized = row["difference"], row["standardized_difference"]
-        marked += [len(rows)] if abs(standardized or 0) > NOTABLE else []
-        signed = [
-            "–" if less is None else f"{100 * less:+.1f}",
-            "–" if standardized is None else f"{standardized:+.3f}",
-        ]
-        rows.append([label, *shares, *signed])
-    title = (
-        f"positive against {other['images']:,} images, {other['studies']:,} studies, {other['patients']:,} patients, "
-        f"{other['shared_patients']:,} of them in both\n"
-        f"standardized: (p1 - p2) / sqrt((p1 (1 - p1) + p2 (1 - p2)) / 2), notable above {NOTABLE} (Austin, 2009)"
-    )
-    columns = ["label", "here %", "there %", "difference", "standardized"]
-    return Table(title, columns, rows, marked=marked, kind="drift")
-
-
 def print_report(report: LabelStatistics) -> None:
     """Print the counts per label, and a table for each requested section."""
     tabulate_counts(report).print()
     if "by" in report:
         tabulate_shares(report["by"]).print()
-    if "cooccurrence" in report:
-        for shares in (False, True):
-            tabulate_together(report["cooccurrence"], shares=shares).print()
     if "policy" in report:
         tabulate_policy(report["policy"]).print()
-    if "against" in report:
-        tabulate_drift(report["against"]).print()
 
 
 def print_audit(audit: Audit) -> None:

@@ -1,16 +1,12 @@
-"""Label table → counts of the four states per label: by group, jointly, under a policy, against another source.
+"""Label table → counts of the four states per label: by group, jointly, under a policy.
 
 SOURCE may be a folder of shards, a CheXpert folder, or one CSV (`.csv` or `.csv.gz`):
 
-    pipeline stats CheXpert-v1.0-small/train.csv --by sex --cooccurrence --policy best --html labels.html
+    pipeline stats CheXpert-v1.0-small/train.csv --by sex --policy best --html labels.html
 
 Everything is counted on whole columns, with no Python per row.
 """
 
-import csv
-import io
-import json
-import math
 from collections import Counter
 from collections.abc import Mapping
 from typing import TypedDict
@@ -19,7 +15,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.base.files import FORMULA
 from pipeline.labels import (
     LABELS,
     NOT_ANNOTATED,
@@ -84,38 +79,14 @@ class Policies(TypedDict):
     labels: dict[str, Targets]
 
 
-class Drift(TypedDict):
-    """One label in two sources: share of positives in each, and their difference, plain and standardized.
-
-    None where a source does not annotate the label.
-    """
-
-    share_positive: float | None
-    other_share_positive: float | None
-    difference: float | None
-    standardized_difference: float | None
-
-
-class Comparison(TypedDict):
-    """The other source's totals, the patients in both, and the drift of every label."""
-
-    images: int
-    studies: int
-    patients: int
-    shared_patients: int
-    labels: dict[str, Drift]
-
-
 class LabelStatistics(Statistics, total=False):
     """The statistics, and the requested sections."""
 
     by: Groups
-    cooccurrence: dict[str, dict[str, int]]
     policy: Policies
-    against: Comparison
 
 
-def count_labels(table: pa.Table) -> Statistics:
+def count_labels(table: pa.Table) -> LabelStatistics:
     """Counts of a label table (columns patient, study and the labels)."""
     rows = count_rows(table)
     labels = {label: _count_states(table[label]) for label in LABELS}
@@ -218,81 +189,6 @@ def count_targets(statistics: Statistics, uncertain: Mapping[str, str], blank: s
     return {"blank": blank, "labels": labels}
 
 
-def compare_tables(table: pa.Table, other: pa.Table) -> Comparison:
-    """Drift of each label's share of positives between two label tables, and the patients in both.
-
-    The standardized difference is (p1 - p2) / sqrt((p1 (1 - p1) + p2 (1 - p2)) / 2), by convention notable
-    above 0.1, and None if the label varies in neither table: Austin, "Balance diagnostics for comparing the
-    distribution of baseline covariates between treatment groups in propensity-score matched samples",
-    Statistics in Medicine 28 (2009), 3083-3107. It is not a z-score, which would treat a patient's images as
-    independent and, with 200,000 of them, call any difference significant.
-    """
-    first, second = count_labels(table), count_labels(other)
-    shared = pc.is_in(pc.unique(table["patient"]), value_set=pc.unique(other["patient"]))
-    labels: dict[str, Drift] = {}
-    for label in LABELS:
-        p1, p2 = (_share_positive(report, label) for report in (first, second))
-        drift: Drift = {
-            "share_positive": None if p1 is None else round(p1, 4),
-            "other_share_positive": None if p2 is None else round(p2, 4),
-            "difference": None,
-            "standardized_difference": None,
-        }
-        if p1 is not None and p2 is not None:
-            spread = math.sqrt((p1 * (1 - p1) + p2 * (1 - p2)) / 2)
-            drift["difference"] = round(p1 - p2, 4)
-            drift["standardized_difference"] = round((p1 - p2) / spread, 4) if spread else None
-        labels[label] = drift
-    return {
-        "images": second["images"],
-        "studies": second["studies"],
-        "patients": second["patients"],
-        "shared_patients": pc.sum(shared).as_py(),
-        "labels": labels,
-    }
-
-
-def start_report(statistics: Statistics) -> LabelStatistics:
-    """A report without sections."""
-    images, studies, patients = (statistics["images"], statistics["studies"], statistics["patients"])
-    return {"images": images, "studies": studies, "patients": patients, "labels": statistics["labels"]}
-
-
-def to_json(report: LabelStatistics) -> str:
-    """The report as a JSON document."""
-    return json.dumps(report, indent=2)
-
-
-def to_csv(report: LabelStatistics) -> str:
-    """The report's section as a CSV with a header; without a section, the states, one line per label.
-
-    Only `by` is in long form, with the group first. A report may have at most one section here, since sections
-    differ in their columns.
-    """
-    if "by" in report:
-        rows = [
-            {"group": f"'{name}" if name.startswith(FORMULA) else name} | row
-            for name, statistics in report["by"]["groups"].items()
-            for row in _label_rows(statistics["labels"])
-        ]
-    elif "policy" in report:
-        rows = _label_rows(report["policy"]["labels"])
-    elif "against" in report:
-        rows = _label_rows(report["against"]["labels"])
-    else:
-        rows = _label_rows(report.get("cooccurrence", report["labels"]))
-    text = io.StringIO()
-    columns = max(rows, key=len)  # a group may lack `not_annotated`
-    writer = csv.DictWriter(text, columns, restval=0, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue().rstrip("\n")
-
-
-def _label_rows(labels: Mapping[str, Mapping[str, object]]) -> list[dict[str, object]]:
-    return [{"label": label} | dict(values) for label, values in labels.items()]
-
-
 def _group_names(table: pa.Table, variable: str) -> pa.ChunkedArray | pa.Array:
     """The group of each row."""
     if variable != "age":
@@ -309,12 +205,6 @@ def _count_states(column: pa.ChunkedArray) -> dict[str, float | None]:
         "not_annotated": unannotated,
         "share_positive": None if share is None else round(share, 4),
     }
-
-
-def _share_positive(report: Statistics, label: str) -> float | None:
-    counts = report["labels"][label]
-    annotated = report["images"] - int(counts.get("not_annotated") or 0)
-    return _share(counts["positive"] or 0, annotated)
 
 
 def _share(part: float, whole: int) -> float | None:
