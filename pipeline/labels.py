@@ -18,9 +18,7 @@ annotated means that nobody looked for the finding, so the cell says nothing und
 """
 
 import hashlib
-import re
 from collections.abc import Mapping
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +27,13 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.base.csvs import demand, demand_unique, read_strings
+from pipeline.base.csvs import demand
 from pipeline.base.errors import DataError
 
 PROJECTIONS = ("AP", "PA", "lateral", "other")  # a projection's code is its place here
-# What ViewPosition, in DICOMs and in tables made of them, says of a view.
-POSITIONS = {"AP": "frontal", "PA": "frontal", "LATERAL": "lateral", "LL": "lateral", "RL": "lateral"}
+# What ViewPosition, in DICOMs and in tables made of them, says of a view; PadChest writes AP_horizontal and L.
+POSITIONS = dict.fromkeys(("AP", "PA", "AP_horizontal"), "frontal")
+POSITIONS |= dict.fromkeys(("LATERAL", "LL", "RL", "L"), "lateral")
 MOST_VIEWS = 3  # of a study, as in CheXpert
 # Lower bounds, in years.
 AGE_BANDS = {"unknown": -1, "0-17": 0, "18-39": 18, "40-59": 40, "60-79": 60, "80+": 80}
@@ -63,51 +62,6 @@ COLUMNS = ("Path", *FACTS, *LABELS)
 VIEWS = ("frontal", "lateral", "all")
 
 CELLS = {1.0: 1, 0.0: 0, -1.0: -1}  # number → state
-_PATH = (
-    r"(?:^|/)(?P<image>(?P<patient>patient\d{1,20})/study(?P<study>\d{1,6})/"
-    r"(?P<file>view\d{1,4}_(?:frontal|lateral))\.(?i:jpg|jpeg|png))$"
-)
-# Neither `..` nor the empty name before a first slash.
-_FOLDER = re.compile(r"[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*")
-
-
-def read_labels(csv: Path) -> pa.Table:
-    """The label table of one CSV, rows in file order (columns: see the module).
-
-    Raises DataError, naming file, line and column, for anything but a CheXpert table.
-    """
-    table = _read_csv(csv)
-    parts = pc.extract_regex(table["Path"], _PATH)
-    above = _folders_above(table["Path"])
-    valid = pc.and_(parts.is_valid(), above.is_valid())
-    demand(csv, "Path", table["Path"], valid, "does not end in patientN/studyN/viewN_frontal.jpg")
-    parts = parts.combine_chunks()
-    patient, study, file = (parts.field(name) for name in ("patient", "study", "file"))
-    path = pc.binary_join_element_wise(above, parts.field("image"), "")
-    key = pc.binary_join_element_wise(patient, pc.binary_join_element_wise("study", study, ""), file, "_")
-    demand_unique(csv, key)
-
-    if "Sex" in table.column_names:
-        view = pc.utf8_lower(table["Frontal/Lateral"])
-        known = pc.is_in(view, value_set=pa.array(["frontal", "lateral"]))
-        demand(csv, "Frontal/Lateral", table["Frontal/Lateral"], known, "is neither Frontal nor Lateral")
-        age = pc.match_substring_regex(table["Age"], r"^\d{1,3}(\.0)?$")
-        demand(csv, "Age", table["Age"], age, "is not a number of years")
-        facts = (table["Sex"], table["Age"].cast(pa.float32()).cast(pa.int16()), table["AP/PA"])
-    else:
-        view = pc.list_element(pc.split_pattern(file, "_"), 1)
-        facts = tuple(pa.nulls(table.num_rows, kind) for kind in (pa.string(), pa.int16(), pa.string()))
-
-    columns: dict[str, Any] = {
-        "path": path,
-        "key": key,
-        "patient": patient,
-        "study": study.cast(pa.int32()),
-        "view": view,
-        **dict(zip(("sex", "age", "projection"), facts, strict=True)),
-    }
-    columns |= {label: parse_states(csv, label, table[label]) for label in LABELS}
-    return pa.table(columns).combine_chunks()
 
 
 def select_views(table: pa.Table, views: str) -> pa.Table:
@@ -176,35 +130,6 @@ def name_ages(years: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.str_]:
     """The AGE_BANDS [N] of ages [N], of which -1 is unknown."""
     bands: npt.NDArray[np.str_] = np.array(list(AGE_BANDS))[np.digitize(years, list(AGE_BANDS.values())) - 1]
     return bands
-
-
-def _read_csv(csv: Path) -> pa.Table:
-    """The known columns as strings, under their CheXpert names."""
-    table = read_strings(csv)
-    table = table.rename_columns([name.replace("_", " ") for name in table.column_names])
-    wanted = COLUMNS if any(name in FACTS for name in table.column_names) else ("Path", *LABELS)
-    missing = [name for name in wanted if name not in table.column_names]
-    if missing:
-        raise DataError(f"{csv}: column {missing[0]} is missing; a CheXpert table has {', '.join(COLUMNS)}")
-    twice = [name for name in wanted if table.column_names.count(name) > 1]
-    if twice:
-        raise DataError(f"{csv}: column {twice[0]} appears {table.column_names.count(twice[0])} times")
-    return table.select(wanted)
-
-
-def _folders_above(paths: pa.ChunkedArray) -> pa.ChunkedArray:
-    """The folders above each patient's, with a trailing slash: no absolute path and no `..` gets through.
-
-    Only folders below the last one with a forbidden name; null where that leaves none.
-    """
-    parts = pc.split_pattern(paths.combine_chunks(), "/", max_splits=3, reverse=True)
-    has_some = pc.greater(pc.list_value_length(parts), 3)
-    encoded = pc.if_else(has_some, pc.list_element(parts, 0), None).dictionary_encode()
-    known = []
-    for text in encoded.dictionary.to_pylist():
-        names = list(takewhile(_FOLDER.fullmatch, reversed(text.split("/"))))
-        known.append("".join(f"{name}/" for name in reversed(names)) or None)
-    return pc.if_else(has_some, pa.array(known, pa.string()).take(encoded.indices), "")
 
 
 def parse_states(

@@ -42,12 +42,12 @@ with atheris.instrument_imports(include=["pipeline", "model", "pydicom"]):
     from pipeline.etl.planning import Options
     from pipeline.etl.shards import Execution, write_shards
     from pipeline.images import ENCODINGS, ImageError, ImageOptions, decode_stored, prepare
-    from pipeline.labels import LABELS, read_labels
+    from pipeline.labels import LABELS
     from pipeline.manifest import Split, read_manifest, read_table
     from pipeline.measure.scores import read_scores, write_scores
     from pipeline.policies import make_targets, parse_uncertain_policy
     from pipeline.sources.rows import read_images, read_splits
-    from pipeline.sources.sets import find_source
+    from pipeline.sources.sets import find_source, read_any_table
     from pipeline.stream.batches import Labels, stream_batches
     from pipeline.stream.plan import plan_evaluation
     from pipeline.stream.samples import find_images, open_split
@@ -106,7 +106,7 @@ def csv_target(folder: Path, _: Path) -> Target:
 
     def read(data: bytes) -> None:
         path.write_bytes(data)
-        table = read_labels(path)
+        table = read_any_table(path)
         target, mask = make_targets(table, parse_uncertain_policy("best"), "zeros", seed=0)
         assert target.shape == mask.shape == (table.num_rows, len(LABELS))
         assert np.isfinite(target[mask]).all()

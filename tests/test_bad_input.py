@@ -13,8 +13,9 @@ from PIL import Image
 
 from pipeline import DataError
 from pipeline.images import ENCODINGS, ImageError, ImageOptions, decode_stored, prepare
-from pipeline.labels import COLUMNS, LABELS, read_labels
+from pipeline.labels import COLUMNS, LABELS
 from pipeline.manifest import Manifest, read_manifest, write_manifest
+from pipeline.sources.sets import read_any_table
 from pipeline.stream.samples import open_split
 from tests.pipeline.test_images import encode
 
@@ -67,7 +68,7 @@ def test_a_damaged_csv_is_a_sound_table_or_refused_by_name(tmp_path: Path, seed:
     path = tmp_path / "train.csv"
     path.write_bytes(damage(CSV.encode(), seed))
     try:
-        table = read_labels(path)
+        table = read_any_table(path)
     except DataError as error:
         check_message(error, path)
         return
@@ -116,11 +117,11 @@ def test_tables_as_programs_write_them(tmp_path: Path, change: Any, complaint: s
     content = change(CSV)
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     if complaint is None:
-        table = read_labels(path)
+        table = read_any_table(path)
         assert table["No Finding"].to_pylist() == [1] * 5
     else:
         with pytest.raises(DataError) as caught:
-            read_labels(path)
+            read_any_table(path)
         assert str(caught.value).startswith(f"{path}{complaint}")
 
 

@@ -4,7 +4,7 @@ import csv as stdlib_csv
 import gzip
 import io
 import zlib
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from io import BufferedReader
 from itertools import islice
 from pathlib import Path
@@ -123,15 +123,6 @@ def demand(
         text = quote(column[row].as_py() or "", 80)
         place = csv[row] if isinstance(csv, list) else f"{csv}, line {line_of(csv, row)}"
         raise DataError(f"{place}, column {name}: '{text}' {complaint}")
-
-
-def demand_cells(
-    csv: Path, table: pa.Table, checks: Mapping[str, tuple[str, str]], optional: Container[str] = ()
-) -> None:
-    """Raise DataError for the first cell that does not match its column's pattern, with the column's complaint."""
-    for name, (pattern, complaint) in checks.items():
-        valid = pc.match_substring_regex(table[name], pattern)
-        demand(csv, name, table[name], valid, complaint, name in optional)
 
 
 def demand_columns(csv: Path, there: Sequence[str], names: Sequence[str]) -> None:

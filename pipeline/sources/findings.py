@@ -7,7 +7,6 @@ all sets, whose findings are labels; docs/mappings.md says why.
 """
 
 import csv
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -68,17 +67,17 @@ def leave_open(states: npt.NDArray[np.int8]) -> None:
 def parse_findings(
     path: Path,
     name: str,
-    column: pa.ChunkedArray,
-    split: Callable[[pa.Array], pa.ListArray],
+    column: pa.Array,
+    separator: str,
     findings: Findings,
 ) -> dict[str, npt.NDArray[np.int8]]:
-    """The states of the 14 labels, from texts that `split` turns into lists of findings.
+    """The states [N] of the 14 labels, from lists of findings [N] as texts.
 
     What is not listed is negative, if the set annotates it. Raises DataError, naming file and line, for a finding of
     another set.
     """
-    encoded = pc.fill_null(column, "").combine_chunks().dictionary_encode()
-    lists = split(encoded.dictionary)
+    encoded = pc.fill_null(column, "").dictionary_encode()
+    lists = pc.split_pattern(encoded.dictionary, separator)
     place: npt.NDArray[np.int64] = pc.list_parent_indices(lists).to_numpy()
     words = pc.utf8_trim_whitespace(pc.list_flatten(lists))
 

@@ -9,7 +9,6 @@ To use a later one, move the earlier ones away. An image without a line there is
 Race, ethnicity, insurance and the need of an interpreter are facts, as far as the table has them.
 """
 
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -17,94 +16,61 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.json as pajson
 
-from pipeline.base.csvs import demand, demand_cells, demand_unique, read_header, read_strings
 from pipeline.base.errors import DataError, quote
 from pipeline.base.store import open_to_read
 from pipeline.identity import Note, ignore, join, normalize_paths
-from pipeline.labels import LABELS, read_labels
+from pipeline.labels import LABELS
+from pipeline.sources import chexpert
 from pipeline.sources.source import (
+    AGE,
+    PROJECTION,
+    SEX,
+    Column,
     DataSet,
     Source,
-    first_file,
-    locate_below,
+    find_files,
     make_table,
     read_terms,
     take_states,
 )
 
-TABLE = "df_chexpert_plus_240401.csv"
 LABEL_FILES = tuple(f"chexbert_labels/{part}_fixed.json" for part in ("report", "impression", "findings"))
-CHECKS = {
-    "frontal_lateral": ("^(?i:frontal|lateral)$", "is neither Frontal nor Lateral"),
-    "split": ("^(train|valid)$", "is none of train, valid"),
-    "age": (r"^\d{1,3}(\.0)?$", "is not a number of years"),
-}
-FACTS = ("race", "ethnicity", "interpreter_needed", "insurance_type")
 SPLITS = ("train", "valid")
-_PATH = (
-    r"^(?:train|valid)/(?P<patient>patient\d{1,20})/study(?P<study>\d{1,6})/"
-    r"(?P<view>view\d{1,4}_(?:frontal|lateral))\.(?i:jpg|jpeg|png|dcm)$"
-)
 
 
-def find_tables(folder: Path) -> dict[str, Path] | None:
-    """The table and the labels; None without the table. Raises DataError if there are no labels."""
-    table = first_file(folder, [TABLE])
-    if table is None:
-        return None
-    labels = next((folder / name for name in LABEL_FILES if (folder / name).is_file()), None)
-    own = {f"labels_{split}": folder / f"{split}.csv" for split in SPLITS}
-    files = {"labels": labels} if labels else {role: path for role, path in own.items() if path.is_file()}
-    if not files:
-        raise DataError(f"{folder}: {TABLE} is there, but none of {', '.join(LABEL_FILES)}, train.csv")
-    return {"table": table, **files}
+class Plus(DataSet):
+    """CheXpert Plus has its labels in a file of their own."""
 
+    def find_tables(self, folder: Path) -> dict[str, Path] | None:
+        """The table and the labels; None without the table. Raises DataError if there are no labels."""
+        table = find_files(folder, {"table": self.names})
+        files = find_files(folder, {"labels": LABEL_FILES}) or find_files(
+            folder, {f"labels_{split}": [f"{split}.csv"] for split in SPLITS}
+        )
+        if table and not files:
+            raise DataError(
+                f"{folder}: {self.names[0]} is there, but none of {', '.join(LABEL_FILES)}, train.csv"
+            )
+        return table | files if table else None
 
-def read_tables(source: Source, note: Note = ignore) -> dict[str, pa.Table]:
-    """Split → its label table."""
-    csv = source.csvs["table"]
-    facts = [name for name in FACTS if name in read_header(csv)]
-    text = read_strings(csv, ("path_to_image", *CHECKS, "ap_pa", "sex", *facts))
-    path = text["path_to_image"]
-    parts = pc.extract_regex(path, _PATH)
-    complaint = "is not like train/patient00001/study1/view1_frontal.jpg"
-    demand(csv, "path_to_image", path, parts.is_valid(), complaint)
-    demand_cells(csv, text, CHECKS, ("age",))
-    parts = parts.combine_chunks()
-    patient, study, file = (parts.field(name) for name in ("patient", "study", "view"))
-    key = pc.binary_join_element_wise(patient, pc.binary_join_element_wise("study", study, ""), file, "_")
-    demand_unique(csv, key)
-    view = pc.utf8_lower(text["frontal_lateral"])
-    files = [file for role, file in source.csvs.items() if role != "table"]
-    labels = _read_json(files[0]) if "labels" in source.csvs else pa.concat_tables(map(_read_own, files))
-    names, by = labels["path"], partial(normalize_paths, parts=3)
-    place = join(path, files[0], labels.select(LABELS), names, "images", note, by, lambda _, row: row + 1)
-    table = make_table(
-        {label: take_states(labels[label].combine_chunks(), place) for label in LABELS},
-        path=path,
-        key=key,
-        patient=patient,
-        study=study,
-        view=view,
-        sex=text["sex"],
-        age=text["age"].cast(pa.float32()),
-        projection=pc.if_else(pc.equal(view, "frontal"), text["ap_pa"], None),
-        **{name: text[name] for name in facts},
-    )
-    splits = {split: table.filter(pc.equal(text["split"], split)).combine_chunks() for split in SPLITS}
-    return {split: rows for split, rows in splits.items() if len(rows)}
-
-
-def locate(paths: Sequence[str], roots: Sequence[Path]) -> list[str]:
-    """The PNG of each image, or its DICOM, below the first root that has it: the table says .jpg all the same."""
-    places = [(folder, ".png") for root in roots for folder in (root / "PNG", root)]
-    places += [(root / "DICOM" / "Uncompressed", ".dcm") for root in roots]
-    return locate_below(paths, places)
-
-
-def _read_own(csv: Path) -> pa.Table:
-    """Paths and states from one of CheXpert's own CSVs."""
-    return read_labels(csv).select(["path", *LABELS])
+    def read(self, source: Source, note: Note = ignore) -> dict[str, pa.Table]:
+        """Split → its label table."""
+        csv = source.csvs["table"]
+        text = self.read_text(csv)
+        fields = self.read_fields(csv, text)
+        is_frontal = pc.equal(pc.utf8_lower(fields["view"]), "frontal")
+        fields["projection"] = pc.if_else(is_frontal, fields["projection"], None)
+        files = [file for role, file in source.csvs.items() if role != "table"]
+        own = (chexpert.SET.read_table(file).select(["path", *LABELS]) for file in files)
+        labels = _read_json(files[0]) if "labels" in source.csvs else pa.concat_tables(own)
+        names, by = labels["path"], partial(normalize_paths, parts=3)
+        place = join(
+            fields["path"], files[0], labels.select(LABELS), names, "images", note, by, lambda _, row: row + 1
+        )
+        states = {label: take_states(labels[label].combine_chunks(), place) for label in LABELS}
+        table = make_table(fields, states, self.read_facts(text))
+        splits = {split: table.filter(pc.equal(fields["split"], split)).combine_chunks() for split in SPLITS}
+        return {split: rows for split, rows in splits.items() if len(rows)}
 
 
 def _read_json(path: Path) -> pa.Table:
@@ -129,11 +95,23 @@ def _read_json(path: Path) -> pa.Table:
     return pa.table(states)
 
 
-SET = DataSet(
+SET = Plus(
     read_terms("chexpert-plus"),
-    files=f"a {TABLE}",
-    find_tables=find_tables,
-    read_tables=read_tables,
-    column="path_to_image",
-    locate=locate,
+    names=("df_chexpert_plus_240401.csv",),
+    columns={
+        "path_to_image": Column(
+            rf"(?P<path>(?:train|valid)/{chexpert.IMAGE}\.(?i:jpg|jpeg|png|dcm))",
+            "is not like train/patient00001/study1/view1_frontal.jpg",
+        ),
+        "frontal_lateral": chexpert.VIEW,
+        "split": Column("(?P<split>train|valid)", "is none of train, valid"),
+        "age": AGE._replace(optional=True),
+        "ap_pa": PROJECTION,
+        "sex": SEX,
+    },
+    templates=chexpert.KEY,
+    facts=("race", "ethnicity", "interpreter_needed", "insurance_type"),
+    # The table says .jpg all the same.
+    places=(("PNG", ".png"), ("", ".png"), ("DICOM/Uncompressed", ".dcm")),
+    is_joined=True,
 )

@@ -20,7 +20,7 @@ SETS: dict[str, DataSet] = {
     "mimic": mimic.SET,
     "nih": nih.SET,
     "padchest": padchest.SET,
-    "padchest-all": padchest.SET,
+    "padchest-all": padchest.ALL,
     "vindr": vindr.SET,
     "chexpert": chexpert.SET,
     "table": table.SET,
@@ -51,7 +51,7 @@ def find_source(
         if path is not folder and not path.exists():
             raise DataError(f"{path}: no such file or folder")
     if splits and name == "webdataset":
-        csvs = webdataset.find_tables(folder, splits) or {}
+        csvs = webdataset.find_tars(folder, splits) or {}
     else:
         name, csvs = (name or "chexpert", dict(splits)) if splits else find_set(folder, name)
     homes = [folder, *(csv.parent for csv in csvs.values()), *roots]
@@ -59,7 +59,7 @@ def find_source(
     whole = tuple(dict.fromkeys(path.resolve() for path in (*homes, *more)))
     source = Source(csvs, whole, name, tuple(columns), tuple(facts), called)
     if name == "webdataset" and not columns:
-        webdataset.read_tables(source)  # it says what to name: before the tars are hashed
+        webdataset.SET.read(source)  # it says what to name: before the tars are hashed
     return source
 
 
@@ -92,9 +92,11 @@ def find_set(folder: Path, name: str | None = None) -> tuple[str, dict[str, Path
             raise DataError(
                 f"{folder}: holds shards, not a data set: name the data set first, then the folder of shards to write"
             )
-        if name is None and (tables := webdataset.find_tables(folder)):
+        if name is None and (tables := webdataset.SET.find_tables(folder)):
             return "webdataset", tables
-    wanted = ", or ".join(f"{kind.files} ({kind.terms.title})" for kind in asked.values())
+    wanted = ", or ".join(
+        f"{kind.files or f'a {kind.names[0]}'} ({kind.terms.title})" for kind in asked.values()
+    )
     names = sorted(path.name for path in list_files(folder))
     more = f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
     there = f"it holds {', '.join(names[:SHOWN])}{more}" if names else "it is empty"
@@ -104,9 +106,5 @@ def find_set(folder: Path, name: str | None = None) -> tuple[str, dict[str, Path
 def read_any_table(csv: Path) -> pa.Table:
     """The label table of one CSV of any set, told by its columns. Raises DataError, naming file, line and column."""
     header = read_header(csv)
-    kind = next((kind for kind in KNOWN.values() if kind.column in header), chexpert.SET)
-    if kind.read_table is None:
-        raise DataError(
-            f"{csv}: one of several tables of {kind.terms.title}; name the folder that holds them"
-        )
-    return kind.read_table(csv)
+    told = (kind for kind in KNOWN.values() if next(iter(kind.columns)) in header)
+    return next(told, chexpert.SET).read_table(csv)

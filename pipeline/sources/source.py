@@ -3,24 +3,28 @@
 import csv
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from string import Formatter
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.base.csvs import demand, demand_unique, read_header, read_strings
 from pipeline.base.errors import DataError
 from pipeline.base.store import list_files
-from pipeline.base.tar import Member
 from pipeline.identity import Note, ignore
-from pipeline.labels import LABELS, NOT_ANNOTATED
+from pipeline.labels import LABELS, NOT_ANNOTATED, POSITIONS, parse_states
+from pipeline.sources.findings import parse_findings, read_findings
 
 # Of two files of one image, the earlier is the original.
 RANKS = (("dcm", "dicom"), ("png",), ("jpg", "jpeg"))
 BLANKS = ("blank", "not-annotated")
+SUFFIX = r"\.(?i:jpg|jpeg|png|dcm|dicom)"
+SEXES = {"M": "Male", "F": "Female", "O": "Other"}
 _IN_TAR = re.compile(r"(.+\.tar)@(\d+)\+(\d+)#.*", re.DOTALL)
 
 
@@ -81,64 +85,150 @@ class Source(NamedTuple):
         }
 
 
-def locate_below(paths: Sequence[str], places: Sequence[tuple[Path, str]]) -> list[str]:
-    """The file of each path in the first place, a folder and a suffix, that has it; else where it should be."""
-    heads = {path.partition("/")[0] for path in paths}
-    holding = [place for place in places if not heads.isdisjoint(path.name for path in list_files(place[0]))]
-    places = holding or places[:1]
+class Column(NamedTuple):
+    """What each cell of a column must be: a pattern for all of it, and what is wrong with another one.
 
-    def choose(path: str) -> str:
-        stem = path.rpartition(".")[0]
-        choices = [(folder, f"{stem}{suffix}" if suffix else path) for folder, suffix in places]
-        having = (pair for pair in choices if len(choices) == 1 or (pair[0] / pair[1]).is_file())
-        folder, name = next(having, choices[0])
-        return f"{folder}/{name}"
+    The pattern's named groups are fields of an image (`make_table`). `optional` cells may be blank, or `nan`, as pandas
+    has written them.
+    """
 
-    return [choose(path) for path in paths]
+    pattern: str
+    complaint: str
+    optional: bool = False
+
+
+PATIENT = Column(r"(?P<patient>\S{1,64})", "is not a name without spaces, of up to 64 characters")
+AGE = Column(r"(?P<age>\d{1,3})(?:\.0)?", "is not a number of years")
+SEX, PROJECTION = (Column(f"(?P<{name}>.*)", "", optional=True) for name in ("sex", "projection"))
 
 
 @dataclass(frozen=True)
 class DataSet:
-    """A kind of data set: its terms, how a folder that holds it is recognized, and how it is read.
+    """A kind of data set: its terms, the table that tells it, and what that table's columns hold.
 
-    Functions raise DataError, naming file, line and column.
+    A set that takes more than one table, or another way to its labels, is a class of its own with other methods.
+    Methods raise DataError, naming file, line and column.
     """
 
     terms: Terms
-    files: str  # that tell the set, in words
-    # The files that list the images, by split or role; None if the folder does not hold the set.
-    find_tables: Callable[[Path], dict[str, Path] | None]
-    # The label table (`pipeline.labels`) of one CSV, the one of a split; None if that takes several files.
-    read_table: Callable[[Path], pa.Table] | None = None
-    # Split → label table, all with the same facts, if the set has some; None if each has a CSV.
-    read_tables: Callable[[Source, Note], dict[str, pa.Table]] | None = None
-    column: str = ""  # that only this set's table has
-    # The file, absolute path or URL, of each of the tables' paths.
-    locate: Callable[[Sequence[str], Sequence[Path]], list[str]] = lambda paths, roots: locate_below(
-        paths, [(root, "") for root in roots]
-    )
-    # Folders that may hold images, beside those of the tables and those that the user named.
-    find_roots: Callable[[Sequence[Path]], list[Path]] = lambda homes: []
-    # How many images are in another folder than their table says, in words; None for no image.
-    describe_moved: Callable[[Iterable[pa.Table], Sequence[Path]], str | None] = lambda tables, roots: None
+    names: tuple[str, ...] = ()  # of the table that lists the images, plain or gzipped
+    columns: dict[str, Column] = field(default_factory=dict)  # the first is one that no other set has
+    # Further fields, made of those of the columns: "key": "{patient}_study{study}".
+    templates: Mapping[str, str] = field(default_factory=dict)
+    findings: tuple[str, str] = (
+        "",
+        "",
+    )  # the column that lists them, by findings.csv, and what is between two
+    facts: tuple[str, ...] = ()  # columns that are kept as they are, if the table has them
+    places: tuple[tuple[str, str], ...] = (
+        ("", ""),
+    )  # folders in a root, and the suffix that images have there
+    files: str = ""  # that tell the set, in words
+    is_joined: bool = False  # from tables of which none alone will do
     numbers_studies: bool = False  # here, as its tables do not
 
-    def read(self, source: Source, note: Note = ignore) -> dict[str, pa.Table]:
-        """Split → label table. `note` is told of rows that find no partner in another file."""
-        if self.read_tables:
-            return self.read_tables(source, note)
-        assert self.read_table is not None, self  # noqa: S101 - one of the two is given
-        return {split: self.read_table(csv) for split, csv in source.csvs.items()}
-
-
-def find_train(*names: str) -> Callable[[Path], dict[str, Path] | None]:
-    """`DataSet.find_tables` of a set whose only table, of one of these names, is train."""
-
-    def find_tables(folder: Path) -> dict[str, Path] | None:
-        table = first_file(folder, names)
+    def find_tables(self, folder: Path) -> dict[str, Path] | None:
+        """The files that list the images, by split or role; None if the folder does not hold the set."""
+        table = first_file(folder, self.names)
         return {"train": table} if table else None
 
-    return find_tables
+    def find_roots(self, homes: Sequence[Path]) -> list[Path]:
+        """Folders that may hold images, beside those of the tables and those that the user named."""
+        return []
+
+    def read(self, source: Source, note: Note = ignore) -> dict[str, pa.Table]:
+        """Split → label table, all with the same facts. `note` is told of rows without a partner in another file."""
+        return {split: self.read_table(csv) for split, csv in source.csvs.items()}
+
+    def read_table(self, csv: Path) -> pa.Table:
+        """The label table of one CSV."""
+        if self.is_joined:
+            raise DataError(
+                f"{csv}: one of several tables of {self.terms.title}; name the folder that holds them"
+            )
+        text = self.read_text(csv)
+        fields = self.read_fields(csv, text)
+        column, separator = self.findings
+        if column:
+            states = parse_findings(
+                csv, column, fields["findings"], separator, read_findings(self.terms.name)
+            )
+        else:
+            states = {label: parse_states(csv, label, text[label]) for label in LABELS}
+        table = make_table(fields, states, self.read_facts(text))
+        return table.filter(pc.not_equal(fields["used"], "")) if "used" in fields else table
+
+    def read_text(self, csv: Path) -> pa.Table:
+        """The columns needed, as text."""
+        labels = () if self.findings[0] or self.is_joined else LABELS
+        header = read_header(csv) if self.facts else []
+        return read_strings(csv, (*self.columns, *labels, *(name for name in self.facts if name in header)))
+
+    def read_fields(self, csv: Path, text: pa.Table) -> dict[str, pa.Array]:
+        """The fields of each image."""
+        there = {name: column for name, column in self.columns.items() if name in text.column_names}
+        fields = read_cells(csv, [(name, text[name], column) for name, column in there.items()])
+        for name, template in self.templates.items():
+            fields[name] = fill(template, fields)
+        if "key" not in fields:
+            fields["key"] = pa.array(map(make_key, fields["path"].to_pylist()))
+        demand_unique(csv, fields["key"])
+        return fields
+
+    def read_facts(self, text: pa.Table) -> dict[str, pa.ChunkedArray]:
+        """The columns that are kept."""
+        return {name: text[name] for name in self.facts if name in text.column_names}
+
+    def locate(self, paths: Sequence[str], roots: Sequence[Path]) -> list[str]:
+        """The file, absolute path or URL, of each path: in the first of the `places` that has it."""
+        places = [(root / folder, suffix) for folder, suffix in self.places for root in roots]
+        heads = {path.partition("/")[0] for path in paths}
+        holding = [
+            place for place in places if not heads.isdisjoint(path.name for path in list_files(place[0]))
+        ]
+        places = holding or places[:1]
+
+        def choose(path: str) -> str:
+            stem = path.rpartition(".")[0]
+            choices = [(folder, f"{stem}{suffix}" if suffix else path) for folder, suffix in places]
+            having = (pair for pair in choices if len(choices) == 1 or (pair[0] / pair[1]).is_file())
+            folder, name = next(having, choices[0])
+            return f"{folder}/{name}"
+
+        return [choose(path) for path in paths]
+
+    def describe_moved(self, tables: Iterable[pa.Table], roots: Sequence[Path]) -> str | None:
+        """How many images are in another folder than their table says, in words; None for no image."""
+        return None
+
+
+def read_cells(
+    csv: Path | list[str], cells: Iterable[tuple[str, pa.ChunkedArray, Column]]
+) -> dict[str, pa.Array]:
+    """Field → texts [N], of cells [N] by the name of their column. `csv` may also be what each row is called."""
+    fields: dict[str, pa.Array] = {}
+    for name, texts, column in cells:
+        given = pc.if_else(pc.equal(texts, "nan"), None, texts) if column.optional else texts
+        parts = pc.extract_regex(given.combine_chunks(), f"(?s)^(?:{column.pattern})$")
+        valid = pc.or_(parts.is_valid(), given.is_null()) if column.optional else parts.is_valid()
+        demand(csv, name, texts, valid, column.complaint)
+        fields |= zip((part.name for part in parts.type), parts.flatten(), strict=True)
+    return fields
+
+
+def fill(template: str, fields: Mapping[str, pa.Array]) -> pa.Array:
+    """The template [N] with the fields [N] of each row: `{patient}_study{study}`."""
+    parts = [
+        part
+        for literal, name, *_ in Formatter().parse(template)
+        for part in ([literal, fields[name]] if name else [literal])
+    ]
+    return pc.binary_join_element_wise(*parts, "")
+
+
+def find_files(folder: Path, roles: Mapping[str, Sequence[str]]) -> dict[str, Path]:
+    """Role → the first of its files that the folder holds, as far as it holds one."""
+    return {role: path for role, names in roles.items() if (path := first_file(folder, names))}
 
 
 def first_file(folder: Path, names: Iterable[str]) -> Path | None:
@@ -148,48 +238,51 @@ def first_file(folder: Path, names: Iterable[str]) -> Path | None:
 
 
 def make_table(
+    fields: Mapping[str, pa.Array],
     states: Mapping[str, Any],
-    *,
-    view: Any = "frontal",
-    sex: Any = None,
-    age: Any = None,
-    projection: Any = None,
-    **columns: Any,
+    facts: dict[str, pa.ChunkedArray] | None = None,
 ) -> pa.Table:
-    """A label table of states [N] of the 14 labels, and columns [N]: path, key, patient, study, and those of the set.
+    """A label table of states [N] of the 14 labels, and of fields and facts [N].
 
-    A text or None stands for a column of it.
+    Needed: path, key, patient. `study` is a number, `study_name` is numbered here within the patient; without either,
+    each image has a study of its own. `position` stands for view and projection, `letter` for the sex, `year` and
+    `birth` for the age. Without a view, images are frontal. Of the other fields, only `bits` is kept.
     """
-    rows = len(columns["key"])
-    facts = {"view": view, "sex": sex, "age": age, "projection": projection}
-    kinds = {name: pa.int16() if name == "age" else pa.string() for name in facts}
-    whole = {
-        name: pa.repeat(pa.scalar(value, kinds[name]), rows)
-        if value is None or isinstance(value, str)
-        else pa.array(value, kinds[name])
-        if isinstance(value, list)
-        else value.cast(kinds[name])
-        for name, value in facts.items()
-    }
-    first = {name: columns.pop(name) for name in ("path", "key", "patient", "study")}
-    first["study"] = first["study"].cast(pa.int32())
-    return pa.table(first | whole | dict(states) | columns).combine_chunks()
+    names = fields["key"].to_pylist()
+    blank = pa.nulls(len(names), pa.string())
+    view, projection = fields.get("view", pa.repeat("frontal", len(names))), fields.get("projection", blank)
+    if "position" in fields:
+        given = [name or "" for name in fields["position"].to_pylist()]
+        views = [POSITIONS.get(name, "other") for name in given]
+        pairs = zip(given, views, strict=True)
+        projection = pa.array(
+            [name.partition("_")[0] if view == "frontal" else None for name, view in pairs], pa.string()
+        )
+        view = pa.array(views, pa.string())
+    sex, age = fields.get("sex", blank), fields.get("age", blank).cast(pa.int16())
+    if "letter" in fields:
+        sex = pa.array([SEXES.get(letter) for letter in fields["letter"].to_pylist()], pa.string())
+    if "birth" in fields:
+        age = pc.subtract(*(fields[name].cast(pa.int16()) for name in ("year", "birth")))
+    study = fields.get("study")
+    if study is None:
+        study = number_studies(fields["patient"], fields.get("study_name", fields["key"]))
+    table = {name: fields[name] for name in ("path", "key", "patient")}
+    table |= {"study": study.cast(pa.int32()), "view": pc.utf8_lower(view), "sex": sex, "age": age}
+    bits = {"bits": fields["bits"].cast(pa.int16())} if "bits" in fields else {}
+    return pa.table(table | {"projection": projection} | dict(states) | bits | (facts or {})).combine_chunks()
 
 
-def make_key(name: str) -> str:
-    """The key of an image of that name: up to 90 letters, digits, _ and -.
+def make_key(path: str) -> str:
+    """The key of an image of that name or path: up to 90 letters, digits, _ and -.
 
     Other characters become _; a hash keeps a name with such, or a longer one, apart from others.
     """
+    name = re.sub(f"{SUFFIX}$", "", path)
     plain = re.sub(r"[^A-Za-z0-9_-]", "_", name)
     if len(plain) <= 90 and plain == name:
         return plain
     return f"{plain[:80]}-{hashlib.blake2b(name.encode(), digest_size=4).hexdigest()}"
-
-
-def place_in_tar(tar: Path, member: Member) -> str:
-    """The file of an image that is a member of a tar."""
-    return f"{tar}@{member.offset}+{member.size}#{member.name}"
 
 
 def find_place(file: str) -> tuple[str, int, int | None]:

@@ -16,102 +16,109 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.base.csvs import demand, demand_cells, demand_columns, demand_unique, read_header, read_strings
+from pipeline.base.csvs import demand, demand_columns, demand_unique, read_header, read_strings
 from pipeline.labels import LABELS, NOT_ANNOTATED
 from pipeline.sources.findings import leave_open, read_findings
-from pipeline.sources.source import DataSet, first_file, list_images, make_table, read_terms
+from pipeline.sources.source import (
+    Column,
+    DataSet,
+    fill,
+    find_files,
+    list_images,
+    make_table,
+    read_cells,
+    read_terms,
+)
 
-COLUMN, READER = "image_id", "rad_id"
+COLUMN, READER, CLASS = "image_id", "rad_id", "class_name"
 SPLITS = ("train", "test")
-BOXES = ("train.csv", "train.csv.gz", "vinbigdata-train.csv", "vinbigdata-train.csv.gz")
-FINDINGS = read_findings("VinDr")
+BOXES = ("train.csv", "vinbigdata-train.csv")
+FINDINGS = read_findings("vindr")
+NO_FINDING = "No finding"
 ABSENT = ("Edema", "Pneumonia", "Fracture")  # from the table of boxes
 
 
-def find_tables(folder: Path) -> dict[str, Path] | None:
-    """The labels of train and test, or of one of them; else the competition's table, as train; None without any."""
-    for home in (folder / "annotations", folder):
-        files = {split: first_file(home, [f"image_labels_{split}.csv"]) for split in SPLITS}
-        if tables := {split: path for split, path in files.items() if path}:
-            return tables
-    boxes = (folder / name for name in BOXES)
-    table = next((path for path in boxes if path.is_file() and READER in read_header(path)), None)
-    return {"train": table} if table else None
+class Vindr(DataSet):
+    """VinDr's labels are the votes of its readers."""
+
+    def find_tables(self, folder: Path) -> dict[str, Path] | None:
+        """The labels of train and test, or of one of them; else the competition's table, as train."""
+        for home in (folder / "annotations", folder):
+            if tables := find_files(home, {split: [f"image_labels_{split}.csv"] for split in SPLITS}):
+                return tables
+        boxes = find_files(folder, {name: [name] for name in BOXES}).values()
+        table = next((path for path in boxes if READER in read_header(path)), None)
+        return {"train": table} if table else None
+
+    def locate(self, paths: Sequence[str], roots: Sequence[Path]) -> list[str]:
+        """The file of each path, below the first root that holds it; images may have been converted to PNG."""
+        files = {split: list_images(root / split for root in roots) for split in SPLITS}
+        places = ((path, *path.partition(".")[0].split("/")) for path in paths)
+        return [files[split].get(stem, f"{roots[0]}/{path}") for path, split, stem in places]
+
+    def read_table(self, csv: Path) -> pa.Table:
+        """The label table of one CSV."""
+        text = read_strings(csv)
+        demand_columns(csv, text.column_names, list(self.columns))
+        cells = read_cells(csv, [(name, text[name], column) for name, column in self.columns.items()])
+        image = readers = cells["key"]
+        if READER in text.column_names:
+            demand(csv, READER, text[READER], text[READER].is_valid(), "is no reader")
+            readers = pc.binary_join_element_wise(image, text[READER].combine_chunks(), " by ")
+        is_boxes = CLASS in text.column_names
+        if not is_boxes:
+            demand_unique(csv, readers)
+        reading, images = readers.dictionary_encode(), image.dictionary_encode()
+        marks = _mark_labels(csv, text, reading.indices.to_numpy(), is_boxes)
+        image_of = np.empty(len(marks), np.int64)
+        image_of[reading.indices.to_numpy()] = images.indices.to_numpy()
+        votes = np.zeros((len(images.dictionary), len(LABELS)), np.int64)
+        np.add.at(votes, image_of, marks)
+        readers_of = np.bincount(image_of, minlength=len(votes))[:, None]
+        states = np.where(votes * 2 > readers_of, 1, np.where(votes > 0, -1, 0)).astype(np.int8)
+        absent = [
+            label for label in LABELS if label not in FINDINGS.positive or (is_boxes and label in ABSENT)
+        ]
+        states[:, [LABELS.index(label) for label in absent]] = NOT_ANNOTATED
+        leave_open(states)
+        fields = {"key": images.dictionary, "patient": images.dictionary}
+        fields["path"] = fill(f"{'test' if 'test' in csv.name else 'train'}/{{key}}.dicom", fields)
+        fields["projection"] = pa.repeat("PA", len(states))
+        return make_table(fields, {label: states[:, column] for column, label in enumerate(LABELS)})
 
 
-def locate(paths: Sequence[str], roots: Sequence[Path]) -> list[str]:
-    """The file of each path, below the first root that holds it; images may have been converted to PNG."""
-    files = {split: list_images(root / split for root in roots) for split in SPLITS}
-    places = ((path, *path.partition(".")[0].split("/")) for path in paths)
-    return [files[split].get(stem, f"{roots[0]}/{path}") for path, split, stem in places]
+def _mark_labels(
+    csv: Path, text: pa.Table, reading: npt.NDArray[np.int64], is_boxes: bool
+) -> npt.NDArray[np.bool_]:
+    """Which labels [M, 14] each reading of a film names, of rows [N] that belong to a `reading` each.
 
-
-def read_table(csv: Path) -> pa.Table:
-    """The label table of one CSV."""
-    split = "test" if "test" in csv.name else "train"
-    text = read_strings(csv)
-    demand_columns(csv, text.column_names, [COLUMN])
-    demand_cells(csv, text, {COLUMN: ("^[0-9a-f]{32}$", "is not 32 hexadecimal digits")})
-    image = readers = text[COLUMN]
-    if READER in text.column_names:
-        demand(csv, READER, text[READER], text[READER].is_valid(), "is no reader")
-        readers = pc.binary_join_element_wise(image, text[READER], " by ")
-    is_boxes = "class_name" in text.column_names
-    number = _number(readers) if is_boxes else np.arange(len(text))
-    if not is_boxes:
-        demand_unique(csv, readers.combine_chunks())
-    marks = np.zeros((number.max(initial=-1) + 1, len(LABELS)), np.bool_)  # by reader and film
+    Raises DataError for a class of another set, cells but 0 and 1, and No finding beside a finding.
+    """
+    wanted = [name for names in FINDINGS.positive.values() for name in names]
+    if is_boxes:
+        known = pc.is_in(text[CLASS], value_set=pa.array(FINDINGS.known))
+        demand(csv, CLASS, text[CLASS], known, "is not a finding of this set")
+        columns = {name: np.asarray(pc.equal(text[CLASS], name)) for name in FINDINGS.known}
+    else:
+        demand_columns(csv, text.column_names, wanted)
+        for name in wanted:
+            valid = pc.match_substring_regex(text[name], r"^[01](\.0)?$")
+            demand(csv, name, text[name], valid, "is neither 0 nor 1")
+        names = [name for name in text.column_names if name not in (COLUMN, READER)]
+        columns = {name: np.asarray(pc.fill_null(pc.starts_with(text[name], "1"), False)) for name in names}
+    named = {name: np.bincount(reading, rows) > 0 for name, rows in columns.items()}
+    clash = named[NO_FINDING] & np.any([rows for name, rows in named.items() if name != NO_FINDING], axis=0)
+    complaint = "is read as No finding and as a finding: remove one of them"
+    demand(csv, COLUMN, text[COLUMN], pa.chunked_array([~clash[reading]]), complaint)
+    marks = np.zeros((reading.max(initial=-1) + 1, len(LABELS)), np.bool_)
     for label, names in FINDINGS.positive.items():
-        rows = _rows_of_class(csv, text, names) if is_boxes else _marked_rows(csv, text, names)
-        marks[number[rows], LABELS.index(label)] = True
-    films = pc.unique(image)
-    film = np.empty(len(marks), np.int64)
-    film[number] = _number(image)
-    votes = np.zeros((len(films), len(LABELS)), np.int64)
-    np.add.at(votes, film, marks)
-    readers_of = np.bincount(film, minlength=len(films))[:, None]
-    states = np.where(votes * 2 > readers_of, 1, np.where(votes > 0, -1, 0)).astype(np.int8)
-    absent = [label for label in LABELS if label not in FINDINGS.positive or (is_boxes and label in ABSENT)]
-    states[:, [LABELS.index(label) for label in absent]] = NOT_ANNOTATED
-    leave_open(states)
-    return make_table(
-        {label: states[:, column] for column, label in enumerate(LABELS)},
-        path=pc.binary_join_element_wise(split, pc.binary_join_element_wise(films, "dicom", "."), "/"),
-        key=films,
-        patient=films,
-        study=pa.array(np.ones(len(films), np.int32)),
-        projection="PA",
-    )
+        marks[:, LABELS.index(label)] = np.any([named[name] for name in names], axis=0)
+    return marks
 
 
-def _rows_of_class(csv: Path, text: pa.Table, names: Sequence[str]) -> npt.NDArray[np.bool_]:
-    """Rows [N] of boxes of the classes. Raises DataError for a class of another set."""
-    classes = text["class_name"]
-    known = pc.is_in(classes, value_set=pa.array(FINDINGS.known))
-    demand(csv, "class_name", classes, known, "is not a finding of this set")
-    return np.asarray(pc.is_in(classes, value_set=pa.array(names)))
-
-
-def _marked_rows(csv: Path, text: pa.Table, names: Sequence[str]) -> npt.NDArray[np.bool_]:
-    """Rows [N] with a 1 in one of the columns. Raises DataError for a missing column, and cells but 0 and 1."""
-    demand_columns(csv, text.column_names, names)
-    demand_cells(csv, text, dict.fromkeys(names, (r"^[01](\.0)?$", "is neither 0 nor 1")))
-    marked: npt.NDArray[np.bool_] = np.any([np.asarray(pc.starts_with(text[name], "1")) for name in names], 0)
-    return marked
-
-
-def _number(names: pa.ChunkedArray) -> npt.NDArray[np.int64]:
-    """The number [N] of each name, from 0 in the order of first occurrence."""
-    numbers: npt.NDArray[np.int64] = names.combine_chunks().dictionary_encode().indices.to_numpy()
-    return numbers
-
-
-SET = DataSet(
+SET = Vindr(
     read_terms("vindr"),
+    columns={COLUMN: Column("(?P<key>[0-9a-f]{32})", "is not 32 hexadecimal digits")},
     files="an annotations/image_labels_train.csv",
-    find_tables=find_tables,
-    read_table=read_table,
-    column=COLUMN,
-    locate=locate,
     numbers_studies=True,
 )

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import pyarrow as pa
 
-from pipeline.base.csvs import read_header, read_strings, repeated
+from pipeline.base.csvs import read_strings, repeated
 from pipeline.base.errors import DataError
 from pipeline.base.files import parse_object
 from pipeline.base.store import is_remote, list_files
@@ -25,13 +25,11 @@ from pipeline.base.tar import Member, read_members
 from pipeline.identity import Note, choose_paths, ignore, join
 from pipeline.labels import LABELS
 from pipeline.manifest import read_manifest
-from pipeline.sources import table
-from pipeline.sources.source import DataSet, Source, Terms, make_key, place_in_tar, read_terms
+from pipeline.sources.source import DataSet, Source, Terms, make_key, read_terms
+from pipeline.sources.table import read_named
 
-TERMS = read_terms("webdataset")
 CSV = "labels.csv"  # the role of the CSV beside the tars
 KEY = "__key__"  # webdataset's name for a sample's key
-PLACE = "__place__"  # ours for where its image lies
 IMAGES, TEXTS = ("jpg", "jpeg", "png", "dcm", "dicom"), ("cls", "txt")
 MOST = dict.fromkeys(IMAGES, 2**30) | dict.fromkeys((*TEXTS, "json"), 2**20)  # bytes of a member
 SHOWN = 20  # problems in an error
@@ -53,32 +51,77 @@ _USUAL = {
 
 
 class Sample(NamedTuple):
-    """The members of one key by suffix, and the text of its fields."""
+    """The members of one key: their suffixes, where the image lies (empty if not one), and the text of the fields."""
 
     tar: str  # split/path
-    path: Path
+    name: str  # in messages
     key: str
-    members: dict[str, Member]
+    suffixes: tuple[str, ...]
+    image: str
     fields: dict[str, str | None]
 
-    @property
-    def images(self) -> list[Member]:
-        """Its images; `jpg` alone if `mask.png` is beside it."""
-        plain = [member for suffix, member in self.members.items() if suffix in IMAGES]
-        return plain or [member for suffix, member in self.members.items() if _kind(suffix) in IMAGES]
+
+class Webdataset(DataSet):
+    """Tars whose fields the user names."""
+
+    def find_tables(self, folder: Path) -> dict[str, Path] | None:
+        """The tars in a folder and in its folders."""
+        return find_tars(folder, {"": folder})
+
+    def locate(self, paths: Sequence[str], roots: Sequence[Path]) -> list[str]:
+        """The paths: they name a tar and bytes in it."""
+        return list(paths)
+
+    def read(self, source: Source, note: Note = ignore) -> dict[str, pa.Table]:
+        """Split → its label table. Raises DataError with all that is missing, and the command to give."""
+        tars = {name: path for name, path in source.csvs.items() if name != CSV}
+        columns = dict(source.columns)
+        fields = {ours: field for ours, field in columns.items() if ours != "key"}
+        problems = _find_gaps(tars.values())
+        samples: list[Sample] = []
+        for name, path in tars.items():
+            try:
+                samples += _read_tar(name, path, set(fields.values()))
+            except DataError as error:
+                problems.append(str(error))
+        wrong = Counter(sample.suffixes for sample in samples if not sample.image)
+        first = {sample.suffixes: sample.name for sample in reversed(samples)}
+        problems += [
+            f"{count:,} samples need one image and have .{', .'.join(suffixes)}: {first[suffixes]}"
+            for suffixes, count in wrong.items()
+        ]
+        csv = read_strings(source.csvs[CSV]) if CSV in source.csvs else pa.table({})
+        if "key" in columns:
+            problems += _join(source.csvs[CSV], csv, columns["key"], samples, set(fields.values()), note)
+        _demand_all(source, samples, csv.column_names, problems)
+        names = [sample.key for sample in samples]
+        if len(set(names)) < len(names):  # as where each tar counts from 0
+            names = [f"{sample.tar.removesuffix('.tar')}/{sample.key}" for sample in samples]
+        for sample, name in zip(samples, names, strict=True):
+            sample.fields[KEY] = make_key(name)
+        tables = {}
+        for split in dict.fromkeys(name.partition("/")[0] for name in tars):
+            rows = [row for row, sample in enumerate(samples) if sample.tar.startswith(f"{split}/")]
+            texts = {ours: [samples[row].fields.get(field) for row in rows] for ours, field in fields.items()}
+            texts["path"] = [samples[row].image for row in rows]
+            texts["key"] = [samples[row].fields[KEY] for row in rows]
+            cells = {name: pa.chunked_array([cells], pa.string()) for name, cells in texts.items()}
+            labels = [samples[row].name.replace(": ", ": sample ", 1) for row in rows]
+            tables[split] = read_named(labels, fields, cells)
+        return tables
 
 
-def find_tables(folder: Path, splits: Mapping[str, Path] | None = None) -> dict[str, Path] | None:
-    """The tars in a folder and in its folders, as split/path, and the only CSV; None without tars.
+def find_tars(folder: Path, splits: Mapping[str, Path]) -> dict[str, Path] | None:
+    """The tars of each split, or by the words of their names, as split/path, and the only CSV; None without tars.
 
-    `splits` are the tar or the folder of tars of each split. Raises DataError if one has none.
+    Raises DataError if a split has none, and for tars in a store.
     """
     if is_remote(folder):
         if any(path.name.endswith(".tar") for path in list_files(folder)):
             raise DataError(f"{folder}: other programs' tars are read from a folder; copy them to one")
         return None
     tables: dict[str, Path] = {}
-    for split, path in (splits or {"": folder}).items():
+    for split, path in splits.items():
         tars = [path] if path.is_file() else sorted([*path.glob("*.tar"), *path.glob("*/*.tar")])
         tars = [tar for tar in tars if not tar.name.startswith(".")]
         if split and not tars:
@@ -96,50 +139,9 @@ def find_terms(source: Source) -> Terms:
     """Whose the images are: of shards of this project, the manifest says it."""
     try:
         dataset = read_manifest(next(iter(source.csvs.values())).parent).dataset
-        return TERMS._replace(**{name: dataset[name] for name in TERMS._fields if name in dataset})
+        return SET.terms._replace(**{name: dataset[name] for name in Terms._fields if name in dataset})
     except DataError:  # another program's manifest.json, or none
-        return TERMS
-
-
-def read_tables(source: Source, note: Note = ignore) -> dict[str, pa.Table]:
-    """Split → its label table. Raises DataError with all that is missing, and the command to give."""
-    tars = {name: path for name, path in source.csvs.items() if name != CSV}
-    columns, csv = dict(source.columns), source.csvs.get(CSV)
-    fields = {ours: field for ours, field in columns.items() if ours != "key"}
-    problems = _find_gaps(tars.values())
-    samples: list[Sample] = []
-    for name, path in tars.items():
-        try:
-            samples += _read_tar(name, path, set(fields.values()))
-        except DataError as error:
-            problems.append(str(error))
-    wrong: dict[tuple[str, ...], list[Sample]] = {}
-    for sample in samples:
-        if len(sample.images) != 1:
-            wrong.setdefault(tuple(sample.members), []).append(sample)
-    problems += [
-        f"{len(some):,} samples need one image and have .{', .'.join(suffixes)}: {some[0].path}: {some[0].key}"
-        for suffixes, some in wrong.items()
-    ]
-    if csv and "key" in columns:
-        problems += _join(csv, columns["key"], samples, set(fields.values()), note)
-    _demand_all(source, samples, problems)
-    names = [sample.key for sample in samples]
-    if len(set(names)) < len(names):  # as where each tar counts from 0
-        names = [f"{sample.tar.removesuffix('.tar')}/{sample.key}" for sample in samples]
-    for sample, name in zip(samples, names, strict=True):
-        sample.fields.update({KEY: make_key(name), PLACE: place_in_tar(sample.path, sample.images[0])})
-    tables = {}
-    for split in dict.fromkeys(name.partition("/")[0] for name in tars):
-        rows = [sample for sample in samples if sample.tar.startswith(f"{split}/")]
-        cells = {
-            ours: pa.chunked_array([[sample.fields.get(field) for sample in rows]], pa.string())
-            for ours, field in (fields | {"path": PLACE}).items()
-        }
-        keys = pa.array([sample.fields[KEY] for sample in rows], pa.string())
-        labels = [f"{sample.path}: sample {sample.key}" for sample in rows]
-        tables[split] = table.read_cells(labels, columns, cells, keys)
-    return tables
+        return SET.terms
 
 
 def _find_gaps(paths: Iterable[Path]) -> list[str]:
@@ -168,7 +170,11 @@ def _read_tar(name: str, path: Path, wanted: set[str]) -> Iterator[Sample]:
         for number, (key, members) in enumerate(groups.items()):
             fields = _read_fields(f"{path}: sample {key}", file, members) if wanted or not number else {}
             kept = {field: text for field, text in fields.items() if not number or field in wanted}
-            yield Sample(name, path, key, members, kept | {KEY: key})
+            # `jpg` alone if `mask.png` is beside it.
+            plain = [member for suffix, member in members.items() if suffix in IMAGES]
+            images = plain or [member for suffix, member in members.items() if _kind(suffix) in IMAGES]
+            image = f"{path}@{images[0].offset}+{images[0].size}#{images[0].name}" if len(images) == 1 else ""
+            yield Sample(name, f"{path}: {key}", key, tuple(members), image, kept | {KEY: key})
 
 
 def _kind(suffix: str) -> str:
@@ -200,27 +206,29 @@ def _as_text(value: Any) -> str | None:
     return str(value).strip().encode(errors="replace").decode() or None
 
 
-def _join(csv: Path, column: str, samples: list[Sample], wanted: set[str], note: Note) -> list[str]:
+def _join(
+    path: Path, text: pa.Table, column: str, samples: list[Sample], wanted: set[str], note: Note
+) -> list[str]:
     """Give the samples the cells of their rows. Returns what is wrong: no row, or one of several samples."""
-    text = read_strings(csv)
     if column not in text.column_names:
-        return [f"{csv}: no column {column}; it has {', '.join(text.column_names)}"]
+        return [f"{path}: no column {column}; it has {', '.join(text.column_names)}"]
     chosen = text.select([name for name in text.column_names if name in wanted])
     keys = pa.array([sample.key for sample in samples], pa.string())
-    rows = join(keys, csv, chosen, text[column], "images", note, choose_paths(keys))
+    rows = join(keys, path, chosen, text[column], "images", note, choose_paths(keys))
     for name, cells in chosen.to_pydict().items():
         for sample, row in zip(samples, rows.to_pylist(), strict=True):
             sample.fields[name] = None if row is None else cells[row]
     missing, shared = keys.filter(rows.is_null()), repeated(rows.drop_null())
-    problems = [f"{csv}: {len(missing):,} samples have no row, such as {missing[0]}"] if len(missing) else []
-    return problems + ([f"{csv}: {len(shared):,} rows have several samples each"] if shared else [])
+    problems = [f"{path}: {len(missing):,} samples have no row, such as {missing[0]}"] if len(missing) else []
+    return problems + ([f"{path}: {len(shared):,} rows have several samples each"] if shared else [])
 
 
-def _demand_all(source: Source, samples: Sequence[Sample], problems: Sequence[str]) -> None:
+def _demand_all(
+    source: Source, samples: Sequence[Sample], header: list[str], problems: Sequence[str]
+) -> None:
     """Raise DataError with all problems and, if columns are missing, the command that names them."""
-    folder, csv, columns = source.roots[0], source.csvs.get(CSV), dict(source.columns)
+    folder, columns = source.roots[0], dict(source.columns)
     known = list(dict.fromkeys(field for sample in samples for field in sample.fields))
-    header = read_header(csv) if csv else []
     absent = [
         f"no sample has the field {field}"
         for ours, field in columns.items()
@@ -232,12 +240,12 @@ def _demand_all(source: Source, samples: Sequence[Sample], problems: Sequence[st
     problems = [*problems, *([] if samples else ["no samples in the tars"])]
     if not problems + absent:
         return
-    suffixes = dict.fromkeys(f".{suffix}" for sample in samples for suffix in sample.members)
+    suffixes = dict.fromkeys(f".{suffix}" for sample in samples for suffix in sample.suffixes)
     lines = [f"{folder}: {len(samples):,} samples of {', '.join([*suffixes][:SHOWN])}"]
     lines += [f"  {problem}" for problem in [*problems[:SHOWN], *absent]]
     lines += [f"  and {len(problems) - SHOWN:,} more problems"] if len(problems) > SHOWN else []
     if absent:
-        more = f"; of {csv}: {', '.join(header)}" if csv else ""
+        more = f"; of {source.csvs[CSV]}: {', '.join(header)}" if header else ""
         lines += [f"fields: {', '.join(known[: SHOWN * 2])}{more}", *_propose(folder, columns, known, header)]
     raise DataError("\n".join(lines))
 
@@ -261,11 +269,4 @@ def _propose(folder: Path, columns: Mapping[str, str], known: list[str], header:
     yield f"pipeline shards {shlex.quote(str(folder))} OUT `set` webdataset `columns` {text}"
 
 
-SET = DataSet(
-    TERMS,
-    files=".tar files",
-    find_tables=find_tables,
-    read_tables=read_tables,
-    locate=lambda paths, roots: list(paths),  # they name a tar and bytes in it
-    numbers_studies=True,
-)
+SET = Webdataset(read_terms("webdataset"), files=".tar files", numbers_studies=True)

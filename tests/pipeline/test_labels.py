@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 import pytest
 
 from pipeline import DataError
-from pipeline.labels import LABELS, read_labels, select_views, split_patients
+from pipeline.labels import LABELS, select_views, split_patients
 from pipeline.policies import (
     BEST_POLICY,
     UNCERTAIN_POLICIES,
@@ -20,11 +20,12 @@ from pipeline.policies import (
     one_class_labels,
     parse_uncertain_policy,
 )
+from pipeline.sources.sets import read_any_table
 
 
 @pytest.fixture(scope="module")
 def real_table(real_csv: Path) -> Any:
-    return read_labels(real_csv)
+    return read_any_table(real_csv)
 
 
 @pytest.fixture(scope="module")
@@ -220,7 +221,7 @@ def test_patient_split_does_not_leak_and_ignores_row_order(real_table: Any) -> N
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("Edema", "Oedema", "column Edema is missing; a CheXpert table has Path, Sex, "),
+        ("Edema", "Oedema", "column Edema is missing; it has Path, Sex, "),
         (",Female,21,Frontal,AP,", ",Female,21,Oblique,AP,", "line 2, column Frontal/Lateral: 'Oblique' is "),
         (",Female,21,", ",Female,young,", "line 2, column Age: 'young' is not a number of years"),
         (
@@ -240,7 +241,7 @@ def test_bad_csv_is_named(
 ) -> None:
     edit_csv(old, new)
     with pytest.raises(DataError) as caught:
-        read_labels(chexpert / "train.csv")
+        read_any_table(chexpert / "train.csv")
     assert str(caught.value).startswith(f"{chexpert / 'train.csv'}")
     assert message in str(caught.value)
 
@@ -253,7 +254,7 @@ def test_unknown_label_value_names_line_and_column(chexpert: Path) -> None:
     lines[3] = ",".join(cells)
     csv.write_text("\n".join(lines))
     with pytest.raises(DataError) as caught:
-        read_labels(csv)
+        read_any_table(csv)
     assert str(caught.value) == (
         f"{csv}, line 4, column Edema: '2.0' is not a label: 1.0, 0.0, -1.0 or blank"
     )
@@ -265,31 +266,31 @@ def test_ragged_and_empty_csv(tmp_path: Path, chexpert: Path) -> None:
     with pytest.raises(
         DataError, match=r"not a readable CSV: line 50: 1 cells, but the header has 19; it is t"
     ):
-        read_labels(csv)
+        read_any_table(csv)
     csv.write_text("")
     with pytest.raises(DataError, match=r"not a readable CSV: Empty CSV file"):
-        read_labels(csv)
+        read_any_table(csv)
     csv.write_text((chexpert / "valid.csv").read_text().splitlines()[0] + "\n")
     with pytest.raises(DataError, match=r"train.csv: no rows below the header$"):
-        read_labels(csv)
+        read_any_table(csv)
     with pytest.raises(DataError, match=r"missing.csv: no such file$"):
-        read_labels(tmp_path / "missing.csv")
+        read_any_table(tmp_path / "missing.csv")
 
 
 def test_underscores_in_headers_and_other_column_order(chexpert: Path) -> None:
     csv = chexpert / "train.csv"
-    expected = read_labels(csv)
+    expected = read_any_table(csv)
     frame = pd.read_csv(csv, dtype=str)
     frame = frame[frame.columns[::-1]].rename(columns=lambda name: name.replace(" ", "_"))
     frame.to_csv(csv, index=False)
-    assert read_labels(csv).equals(expected)
+    assert read_any_table(csv).equals(expected)
 
 
 def test_a_damaged_gz_is_named(tmp_path: Path, real_csv: Path) -> None:
     path = tmp_path / "train.csv.gz"
     path.write_bytes(real_csv.read_bytes()[:5000])
     with pytest.raises(DataError, match=rf"^{re.escape(str(path))}: not a readable CSV: "):
-        read_labels(path)
+        read_any_table(path)
 
 
 def test_spaces_around_names_in_a_header_change_nothing(chexpert: Path) -> None:
@@ -298,7 +299,7 @@ def test_spaces_around_names_in_a_header_change_nothing(chexpert: Path) -> None:
     for names in (header, header.replace(",", ", ")):
         blank = [row.rsplit(",", 14)[0] + ",1.0" + 13 * "," for row in rows]  # 13 columns of nothing
         csv.write_text("\n".join([names, *blank]) + "\n")
-        table = read_labels(csv)
+        table = read_any_table(csv)
         assert table["age"].to_pylist() == [int(row.split(",")[2]) for row in rows]
         assert table["No Finding"].to_pylist() == [1] * len(rows)
         assert table["Edema"].null_count == len(rows)
@@ -313,7 +314,7 @@ def test_line_breaks_in_cells_are_read_at_any_size(chexpert: Path, tmp_path: Pat
     path = tmp_path / f"train.csv{suffix}"
     frame.to_csv(path, index=False)
     assert len(frame.to_csv(index=False)) > 2**20
-    table = read_labels(path)
+    table = read_any_table(path)
     assert table["path"].to_pylist() == frame["Path"].to_list()
     assert table["age"].to_pylist() == frame["Age"].astype(int).to_list()
     np.testing.assert_array_equal(table["Edema"].cast("float64").to_numpy(), frame["Edema"].astype(float))
@@ -328,7 +329,7 @@ def test_errors_name_the_line_of_the_file(chexpert: Path) -> None:
     def message(*more: str, ending: str = "\n", encoding: str = "utf-8") -> str:
         csv.write_bytes(ending.join([*start, *more, ""]).encode(encoding))
         with pytest.raises(DataError) as caught:
-            read_labels(csv)
+            read_any_table(csv)
         return str(caught.value).removeprefix(str(csv))
 
     assert message(f"{rows[1]},", f"{rows[1]},") == (

@@ -11,7 +11,7 @@ import torch
 from matplotlib.figure import Figure
 
 from model.losses import positive_weights
-from pipeline.labels import LABELS, NOT_ANNOTATED, read_labels
+from pipeline.labels import LABELS, NOT_ANNOTATED
 from pipeline.look.label_report import PAGE
 from pipeline.look.plots import draw_cooccurrence, draw_groups, draw_states
 from pipeline.manifest import Manifest
@@ -23,6 +23,7 @@ from pipeline.measure.counts import (
 )
 from pipeline.policies import make_targets, parse_uncertain_policy
 from pipeline.sources.load import load_table
+from pipeline.sources.sets import read_any_table
 from tests.conftest import run_pipeline
 
 # shared by everyone who has the set: positive/uncertain/negative/blank, all rows and frontal rows
@@ -145,7 +146,7 @@ def test_policy_counts_are_those_of_the_targets(chexpert: Path, policy: str) -> 
     found = report(chexpert / "train.csv", "--policy", policy)["policy"]
     uncertain = policy.removesuffix(",blank=ignore")
     blank = "ignore" if policy.endswith("blank=ignore") else "zeros"
-    table = read_labels(chexpert / "train.csv")
+    table = read_any_table(chexpert / "train.csv")
     target, mask = make_targets(table, parse_uncertain_policy(uncertain), blank, seed=0)
     assert found["blank"] == blank
     for column, label in enumerate(LABELS):
@@ -168,7 +169,7 @@ def test_a_label_left_with_one_class_is_named(real_csv: Path) -> None:
 
 @pytest.mark.parametrize("uncertain", ["best", "smooth-zeros", "ignore"])
 def test_weights_of_positives_are_those_of_training(chexpert: Path, uncertain: str) -> None:
-    table = read_labels(chexpert / "train.csv")
+    table = read_any_table(chexpert / "train.csv")
     policy = parse_uncertain_policy(uncertain)
     shown = count_targets(count_labels(table), policy, "zeros")["labels"]
     target, mask = map(torch.from_numpy, make_targets(table, policy, "zeros", seed=0))
@@ -179,7 +180,7 @@ def test_weights_of_positives_are_those_of_training(chexpert: Path, uncertain: s
 
 
 def test_bars_show_the_numbers(chexpert: Path) -> None:
-    statistics = count_labels(read_labels(chexpert / "train.csv"))
+    statistics = count_labels(read_any_table(chexpert / "train.csv"))
     axes = Figure().subplots()
     draw_states(axes, statistics, PAGE)
     widths = [[bar.get_width() for bar in bars] for bars in axes.containers]
@@ -189,7 +190,7 @@ def test_bars_show_the_numbers(chexpert: Path) -> None:
 
 
 def test_bars_hatch_what_is_not_annotated(chexpert: Path) -> None:
-    table = read_labels(chexpert / "train.csv")
+    table = read_any_table(chexpert / "train.csv")
     column = table.schema.get_field_index("Fracture")
     nowhere = table.set_column(column, "Fracture", pa.array([NOT_ANNOTATED] * len(table), pa.int8()))
     axes = Figure().subplots()
@@ -200,7 +201,7 @@ def test_bars_hatch_what_is_not_annotated(chexpert: Path) -> None:
 
 
 def test_heat_map_shows_the_share_of_the_row(chexpert: Path) -> None:
-    table = read_labels(chexpert / "train.csv")
+    table = read_any_table(chexpert / "train.csv")
     frame = (table.to_pandas()[list(LABELS)] == 1).astype(int)
     shares = 100 * (frame.T @ frame).div(frame.sum(), axis=0)
     axes = Figure().subplots()
@@ -211,7 +212,7 @@ def test_heat_map_shows_the_share_of_the_row(chexpert: Path) -> None:
 
 
 def test_dots_show_the_shares_of_the_groups(chexpert: Path) -> None:
-    table = read_labels(chexpert / "train.csv")
+    table = read_any_table(chexpert / "train.csv")
     axes = Figure().subplots()
     draw_groups(axes, count_groups(table, "sex"), ["red", "blue"], "gray")
     frame = table.to_pandas()
@@ -227,13 +228,13 @@ def test_facts_that_are_missing_are_groups_of_their_own(chexpert: Path, tmp_path
     path = tmp_path / "test_labels.csv"
     frame[["Path", *LABELS]].to_csv(path, index=False)  # as the test set has them
     for variable, name in (("sex", "Unknown"), ("age", "unknown"), ("projection", "none")):
-        groups = count_groups(read_labels(path), variable)["groups"]
+        groups = count_groups(read_any_table(path), variable)["groups"]
         assert {group: counts["images"] for group, counts in groups.items()} == {name: 12}
     frame.loc[0, "Sex"] = "Unknown"
     frame["Age"] = [0, 17, 18, 39, 40, 59, 60, 79, 80, 99, 20, 20]
     frame.to_csv(path, index=False)
-    assert list(count_groups(read_labels(path), "sex")["groups"]) == ["Female", "Male", "Unknown"]
-    bands = count_groups(read_labels(path), "age")["groups"]
+    assert list(count_groups(read_any_table(path), "sex")["groups"]) == ["Female", "Male", "Unknown"]
+    bands = count_groups(read_any_table(path), "age")["groups"]
     assert {band: group["images"] for band, group in bands.items()} == {
         "0-17": 2, "18-39": 4, "40-59": 2, "60-79": 2, "80+": 2
     }  # fmt: skip

@@ -13,7 +13,7 @@ from PIL import Image
 
 from pipeline import DataError
 from pipeline.labels import LABELS
-from pipeline.sources.chexpert import describe_moved
+from pipeline.sources.chexpert import SET
 from pipeline.sources.rows import read_splits
 from pipeline.sources.sets import find_set, find_source
 from tests.conftest import default_options, make_shards, run_pipeline, write_chexpert
@@ -224,7 +224,7 @@ def test_layouts_that_people_have(chexpert: Path, tmp_path: Path, layout: str) -
     assert [len(files[split]) for split in ("train", "valid")] == [48, 12]
     source = find_source(given, {}, [])
     tables, *_ = read_splits(source, **SELECTION)
-    moved = describe_moved(tables.values(), source.roots)
+    moved = SET.describe_moved(tables.values(), source.roots)
     assert (moved is None) == (layout != "no folder in the CSV")
 
 
@@ -265,7 +265,7 @@ def test_what_is_nowhere_is_missing_where_the_csv_says(chexpert: Path) -> None:
         str(chexpert / f"train/patient00003/study{name}.jpg")
         for name in ("1/view1_frontal", "1/view2_lateral", "2/view1_frontal")
     ]
-    assert describe_moved(tables.values(), source.roots) is None
+    assert SET.describe_moved(tables.values(), source.roots) is None
 
 
 def test_splits_that_share_a_patient_name_the_line_of_the_file(

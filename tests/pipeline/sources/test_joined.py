@@ -14,10 +14,10 @@ import pytest
 from pipeline import DataError, open_shards
 from pipeline.base.files import hash_file
 from pipeline.images import Original
-from pipeline.labels import read_labels
 from pipeline.manifest import read_manifest, read_table
 from pipeline.sources.joined import join_facts
 from pipeline.sources.load import load_table, load_tables
+from pipeline.sources.sets import read_any_table
 from tests.conftest import run_pipeline
 
 RACES = (
@@ -181,7 +181,9 @@ def test_rows_that_agree_may_be_repeated_and_files_add_up(chexpert: Path, tmp_pa
     (tmp_path / "b.csv").write_text("patient,primary_race,insurance\npatient00002,Asian,\n")
     notes: list[str] = []
     tables = join_facts(
-        {"all": read_labels(chexpert / "train.csv")}, [tmp_path / "a.csv", tmp_path / "b.csv"], notes.append
+        {"all": read_any_table(chexpert / "train.csv")},
+        [tmp_path / "a.csv", tmp_path / "b.csv"],
+        notes.append,
     )
     first = {row["patient"]: row for row in tables["all"].to_pylist()}
     assert [first["patient00001"][name] for name in ("race", "n", "primary_race")] == ["White", 1, None]
@@ -199,7 +201,7 @@ def test_numbers_given_here_are_no_key_and_csvs_named_alike_are_two_sets(
     chexpert: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "facts.csv").write_text("patient,study,ward\npatient00001,1,W\n")
-    tables = {"all": read_labels(chexpert / "train.csv")}
+    tables = {"all": read_any_table(chexpert / "train.csv")}
     with pytest.raises(DataError, match="column study cannot be a key: the data set's studies have no names"):
         join_facts(tables, [tmp_path / "facts.csv"], numbered=True)
     for name in ("a", "b"):

@@ -15,6 +15,7 @@ from pipeline import DataError, open_shards
 from pipeline.labels import LABELS, NOT_ANNOTATED
 from pipeline.manifest import read_manifest
 from pipeline.sources import nih
+from pipeline.sources.findings import read_findings
 from tests.conftest import run_pipeline, shipped_table
 from tests.layouts import NIH_ROWS as ROWS
 from tests.layouts import NIH_TEST as TEST
@@ -47,7 +48,7 @@ def test_the_real_table_has_the_published_counts(real_table: Path) -> None:
     assert (report["images"], report["patients"]) == (112_120, 30_805)
     frame = pd.read_csv(real_table)
     findings = frame["Finding Labels"].str.get_dummies("|").astype(bool)
-    for label, names in nih.FINDINGS.positive.items():
+    for label, names in read_findings("nih").positive.items():
         assert report["labels"][label]["positive"] == findings[list(names)].any(axis=1).sum(), label
     opened = (findings["Pneumonia"] | findings["Infiltration"]) & ~findings["Consolidation"]
     unannotated = {label: counts["not_annotated"] for label, counts in report["labels"].items()}
@@ -129,7 +130,7 @@ def test_what_is_not_annotated_is_masked_under_every_policy(folder: Path, blank:
     ],
 )
 def test_bad_input_is_named(folder: Path, change: dict[str, tuple[str, str]], message: str) -> None:
-    names: dict[str, Any] = {"table": nih.TABLES[0], **nih.LISTS}
+    names: dict[str, Any] = {"table": nih.SET.names[0], **nih.LISTS}
     for file, (old, new) in change.items():
         path = folder / names[file]
         assert old in path.read_text()
@@ -144,7 +145,7 @@ def test_a_folder_without_its_lists_or_of_another_set_is_named(folder: Path) -> 
     with pytest.raises(
         DataError, match=r": test_list.txt is missing: NIH's official splits are two lists, or none"
     ):
-        nih.find_tables(folder)
+        nih.SET.find_tables(folder)
     failed = run_pipeline("shards", folder, folder.parent / "out", "--set", "chexpert")
     assert failed.stderr == (
         f"Error: {folder}: neither it nor a folder in it holds a train.csv, valid.csv or test_labels.csv (CheXpert); "
@@ -157,7 +158,7 @@ def test_a_folder_without_its_lists_or_of_another_set_is_named(folder: Path) -> 
 def test_kaggle_s_copy_without_lists_is_train(folder: Path) -> None:
     for name in nih.LISTS.values():
         (folder / name).unlink()
-    (folder / nih.TABLES[0]).rename(folder / "Data_Entry_2017.csv")
+    (folder / nih.SET.names[0]).rename(folder / "Data_Entry_2017.csv")
     film = next(folder.glob("images_*/images/00000002_000.png"))
     film.rename(film.with_suffix(".PNG"))
     out = folder.parent / "out"
@@ -217,10 +218,10 @@ def test_real_films_have_the_same_positives_in_either_layout(tmp_path: Path, rea
     rows = pd.concat([pd.read_csv(SAMPLE / name) for name in ("train.csv", "valid.csv")])
     states = official["Finding Labels"].str.get_dummies("|")
     mapped = pd.DataFrame(
-        {label: states[list(names)].max(axis=1) for label, names in nih.FINDINGS.positive.items()}
+        {label: states[list(names)].max(axis=1) for label, names in read_findings("nih").positive.items()}
     )
     named = official[["Patient ID", "Patient Age", "Patient Gender", "View Position"]].join(mapped)
-    columns = ["Patient ID", "Patient Age", "Patient Gender", "View Position", *nih.FINDINGS.positive]
+    columns = ["Patient ID", "Patient Age", "Patient Gender", "View Position", *read_findings("nih").positive]
     wanted = rows.assign(
         **{
             "Patient ID": rows["Path"].str.extract(r"patient0*(\d+)/")[0].astype(int),
@@ -228,7 +229,7 @@ def test_real_films_have_the_same_positives_in_either_layout(tmp_path: Path, rea
             "Patient Gender": rows["Sex"].str[0],
             "View Position": rows["AP/PA"],
         }
-    )[[*columns, "Path"]].astype(dict.fromkeys(nih.FINDINGS.positive, int))
+    )[[*columns, "Path"]].astype(dict.fromkeys(read_findings("nih").positive, int))
     for frame in (wanted, named):  # films of a patient with the same facts are told apart by their order
         frame["turn"] = frame.groupby(columns).cumcount()
     matched = wanted.merge(named.reset_index(names="row"), on=[*columns, "turn"], how="left")
@@ -238,13 +239,13 @@ def test_real_films_have_the_same_positives_in_either_layout(tmp_path: Path, rea
     chosen = official.loc[matched["row"].astype(int)]
     for path, name in zip(matched["Path"], chosen["Image Index"], strict=True):
         Image.open(SAMPLE.parent / path).save(images / name, compress_level=1)
-    chosen.to_csv(tmp_path / "nih" / nih.TABLES[0], index=False)
+    chosen.to_csv(tmp_path / "nih" / nih.SET.names[0], index=False)
     (tmp_path / "nih" / "train_val_list.txt").write_text("\n".join(chosen["Image Index"]))
     (tmp_path / "nih" / "test_list.txt").write_text("")
     out = tmp_path / "out"
     made = run_pipeline("shards", tmp_path / "nih", out, "--size", 64, "--dev", 0, "--workers", 2)
     assert made.returncode == 0, made.stderr
     found = pa.ipc.open_file(out / "train.arrow").read_all().to_pandas()
-    assert {label: (found[label] == 1).sum() for label in nih.FINDINGS.positive} == {
-        label: (rows[label] == 1).sum() for label in nih.FINDINGS.positive
+    assert {label: (found[label] == 1).sum() for label in read_findings("nih").positive} == {
+        label: (rows[label] == 1).sum() for label in read_findings("nih").positive
     }

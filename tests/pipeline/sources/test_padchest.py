@@ -16,11 +16,11 @@ from PIL import Image
 from pipeline.labels import LABELS
 from pipeline.manifest import read_manifest
 from pipeline.sources import padchest
-from pipeline.sources.findings import EVERY
+from pipeline.sources.findings import EVERY, read_findings
 from tests.conftest import run_pipeline, shipped_table
 from tests.layouts import PADCHEST_ROWS, write_padchest
 
-TABLE = f"{padchest.TABLE}.gz"
+TABLE = f"{padchest.SET.names[0]}.gz"
 
 
 @pytest.fixture
@@ -55,9 +55,11 @@ def test_the_real_table_agrees_with_a_count_of_its_words() -> None:
         wanted = set(names)
         return pd.Series([not wanted.isdisjoint(words) for words in lists], rows.index)
 
-    positive = pd.DataFrame({label: having(names) for label, names in padchest.FINDINGS.positive.items()})
+    positive = pd.DataFrame(
+        {label: having(names) for label, names in read_findings("padchest").positive.items()}
+    )
     positive["No Finding"] &= ~positive.drop(columns=["No Finding", "Support Devices"]).any(axis=1)
-    opened = {label: having(names) for label, names in padchest.FINDINGS.open.items()}
+    opened = {label: having(names) for label, names in read_findings("padchest").open.items()}
     opened["Lung Opacity"] = positive[
         ["Lung Lesion", "Edema", "Consolidation", "Pneumonia", "Atelectasis"]
     ].any(axis=1)
@@ -77,7 +79,7 @@ def test_the_real_table_agrees_with_a_count_of_its_words() -> None:
 
 def test_the_mapping_has_torchxrayvision_s_words_but_for_named_differences() -> None:
     """Its PC_Dataset looks for substrings: these words it counts, and we do not, or the other way round."""
-    words = padchest.FINDINGS.known
+    words = read_findings("padchest").known
     infiltration = (
         "infiltrat",
         "interstitial pattern",
@@ -101,7 +103,7 @@ def test_the_mapping_has_torchxrayvision_s_words_but_for_named_differences() -> 
     }
     extra = {
         label: {word for word in words if any(part in word for part in parts)}
-        - set(padchest.FINDINGS.positive[label])
+        - set(read_findings("padchest").positive[label])
         for label, parts in theirs.items()
     }
     assert {label: found for label, found in extra.items() if found} == {

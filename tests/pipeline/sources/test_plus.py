@@ -29,7 +29,7 @@ def test_a_folder_becomes_shards(folder: Path) -> None:
     assert made.returncode == 0, made.stderr
     manifest = read_manifest(out)
     assert {name: split.samples for name, split in manifest.splits.items()} == {"train": 5, "valid": 1}
-    assert list(manifest.facts) == [*plus.FACTS, *Original._fields]
+    assert list(manifest.facts) == [*plus.SET.facts, *Original._fields]
     assert (manifest.dataset["name"], manifest.dataset["patients"]) == ("chexpert-plus", "chexpert")
     tables = [pa.ipc.open_file(out / split.table).read_all() for split in manifest.splits.values()]
     rows = {row["key"]: row for row in pa.concat_tables(tables).to_pylist()}
@@ -62,14 +62,14 @@ def test_labels_are_joined_whatever_folder_stands_before_a_path(folder: Path) ->
     text = path.read_text()
     path.write_text(text.replace('"train/', '"CheXpert-v1.0/train/').replace(".jpg", ".PNG"))
     notes: list[str] = []
-    tables = plus.read_tables(find_source(folder, {}, []), notes.append)
+    tables = plus.SET.read(find_source(folder, {}, []), notes.append)
     assert tables["train"]["Edema"].to_pylist() == [0, 0, -2, 1, 0]
     assert notes == [f"{path.name}: 1 of 6 images have no row, such as {FILMS[2]}.jpg"]
     path.write_text(text.replace("/patient", "/person"))
     with pytest.raises(
         DataError, match=r"report_fixed\.json: no row of these 6 images: its first is '(train|valid)/person"
     ):
-        plus.read_tables(find_source(folder, {}, []))
+        plus.SET.read(find_source(folder, {}, []))
 
 
 def test_dicoms_are_read_where_there_are_no_pngs(folder: Path) -> None:
@@ -79,9 +79,11 @@ def test_dicoms_are_read_where_there_are_no_pngs(folder: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
     paths = [f"{film}.jpg" for film in FILMS]
-    assert plus.locate(paths, source.roots) == [f"{folder}/PNG/{film}.png" for film in FILMS]
+    assert plus.SET.locate(paths, source.roots) == [f"{folder}/PNG/{film}.png" for film in FILMS]
     (folder / "PNG").rename(folder.parent / "PNG")
-    assert plus.locate(paths, source.roots) == [f"{folder}/DICOM/Uncompressed/{film}.dcm" for film in FILMS]
+    assert plus.SET.locate(paths, source.roots) == [
+        f"{folder}/DICOM/Uncompressed/{film}.dcm" for film in FILMS
+    ]
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pytest
 from pipeline.labels import LABELS
 from pipeline.manifest import read_manifest
 from pipeline.sources import vindr
+from pipeline.sources.findings import read_findings
 from tests.conftest import run_pipeline, shipped_table
 from tests.layouts import write_vindr
 
@@ -27,7 +28,7 @@ def test_the_competition_s_table_agrees_with_a_count_of_its_votes(tmp_path: Path
     rows = pd.read_csv(table, usecols=["image_id", "class_name", "rad_id"])
     assert rows.groupby("image_id")["rad_id"].nunique().eq(3).all()
     votes = {}
-    for label, names in vindr.FINDINGS.positive.items():
+    for label, names in read_findings("vindr").positive.items():
         said = rows[rows["class_name"].isin(names)].drop_duplicates(["image_id", "rad_id"])
         votes[label] = said.groupby("image_id").size().reindex(rows["image_id"].unique(), fill_value=0)
     frame = pd.DataFrame(votes)
@@ -108,7 +109,7 @@ def test_three_readers_agree_on_a_tumor(folder: Path) -> None:
     rows = pd.read_csv(path, dtype=str)
     rows.loc[rows["image_id"] == f"{3:032x}", ["Lung tumor", "No finding"]] = ["1", "0"]
     rows.to_csv(path, index=False)
-    film = vindr.read_table(path).to_pylist()[3]
+    film = vindr.SET.read_table(path).to_pylist()[3]
     assert {label: film[label] for label in LABELS if film[label] != 0} == {
         **dict.fromkeys(("Enlarged Cardiomediastinum", "Lung Opacity", "Support Devices"), -2),
         "Lung Lesion": 1,

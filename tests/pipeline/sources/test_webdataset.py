@@ -17,7 +17,7 @@ from pipeline import DataError
 from pipeline.manifest import Manifest, read_manifest, read_table
 from pipeline.sources.sets import find_source
 from pipeline.sources.source import make_key
-from pipeline.sources.webdataset import read_tables
+from pipeline.sources.webdataset import SET
 from tests.conftest import run_pipeline
 
 Layout = Callable[[Path], None]
@@ -183,7 +183,7 @@ def test_folders_count_if_they_hold_files_of_one_name(tmp_path: Path) -> None:
     write(tmp_path / "x.tar", [{"__key__": f"{folder}/1", "jpg": image(0)} for folder in "ab"])
     (tmp_path / "labels.csv").write_text("image,mrn,edema\nx/a/1.png,P1,1\nx/b/1.png,P2,0\n")
     columns = (("patient", "mrn"), ("Edema", "edema"), ("key", "image"))
-    table = read_tables(find_source(tmp_path, {}, [], "webdataset", columns))["train"]
+    table = SET.read(find_source(tmp_path, {}, [], "webdataset", columns))["train"]
     assert list(zip(table["patient"].to_pylist(), table["Edema"].to_pylist(), strict=True)) == [
         ("P1", 1),
         ("P2", 0),
@@ -196,7 +196,7 @@ def test_each_split_may_have_tars(tmp_path: Path) -> None:
     )
     columns = (("patient", "__key__"), ("Edema", "cls"))
     source = find_source(tmp_path, {"train": one, "test": other.parent}, [], "webdataset", columns)
-    assert {split: table["key"].to_pylist() for split, table in read_tables(source).items()} == {
+    assert {split: table["key"].to_pylist() for split, table in SET.read(source).items()} == {
         "train": ["a"],
         "test": ["b"],
     }
@@ -255,7 +255,7 @@ def test_a_bad_sample_is_named(tmp_path: Path, sample: dict[str, bytes], message
     )
     columns = (("patient", "mrn"), ("Edema", "cls"))
     with pytest.raises(DataError) as caught:
-        read_tables(find_source(tmp_path, {}, [], "webdataset", columns))
+        SET.read(find_source(tmp_path, {}, [], "webdataset", columns))
     assert f"{path}: sample a/b{', ' if message.startswith('column') else ': '}{message}" in str(caught.value)
 
 

@@ -13,10 +13,11 @@ from PIL import Image
 
 from pipeline import DataError
 from pipeline.images import resize
-from pipeline.labels import LABELS, PROJECTIONS, read_labels
+from pipeline.labels import LABELS, PROJECTIONS
 from pipeline.manifest import Manifest, Shard
 from pipeline.measure.counts import describe_views
 from pipeline.policies import make_targets, parse_uncertain_policy
+from pipeline.sources.sets import read_any_table
 from pipeline.stream.batches import Batch, Labels, Unusable, stream_batches
 from pipeline.stream.plan import Rows, plan_evaluation, plan_training
 from pipeline.stream.samples import Home, OpenSplit, find_images, find_projections, find_studies, open_split
@@ -112,7 +113,7 @@ def test_batches_hold_what_plain_readers_find(study_shards: Shards, split: OpenS
 
 @pytest.mark.soak
 def test_studies_of_the_real_table_equal_pandas(real_csv: Path) -> None:
-    table = read_labels(real_csv)
+    table = read_any_table(real_csv)
     sizes = [1000] * 223 + [414]
     split = make_split(table, sizes)
     studies, left_out = find_studies(split)
