@@ -9,10 +9,11 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from pipeline.labels import LABELS, read_labels
+from pipeline.labels import LABELS
 from pipeline.look.label_report import find_examples
 from pipeline.manifest import Manifest
 from pipeline.measure.counts import count_cooccurrence
+from pipeline.sources.sets import read_any_table
 from pipeline.stream.samples import open_split
 from tests.conftest import run_pipeline
 from tests.model.runs.test_report import Page
@@ -57,7 +58,7 @@ def test_the_page_has_the_numbers_of_the_json(chexpert: Path, tmp_path: Path) ->
         by: json.loads(run_pipeline(*command, "--by", by).stdout)
         for by in ("view", "sex", "projection")  # all of train are of one age band
     }
-    report, together = found["view"], count_cooccurrence(read_labels(chexpert / "train.csv"))
+    report, together = found["view"], count_cooccurrence(read_any_table(chexpert / "train.csv"))
     text = " ".join(page.text.split())
     assert "Labels of train.csv all views" in text
     assert "Shortcut audit" in text
