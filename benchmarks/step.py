@@ -21,8 +21,8 @@ from torch import nn
 import train
 from model.augment import normalize
 from model.runs.config import Config, Setup
-from model.runs.job import open_job, open_rows, to_device
-from model.runs.targets import training_labels
+from model.runs.job import open_job, to_device
+from model.runs.targets import open_training
 from pipeline.stream.batches import Batch
 
 KEPT = 4  # batches that lie in memory
@@ -49,14 +49,13 @@ def main(
     """Print images/s of the three, and their ratios."""
     config = Config(arch=arch, image_size=size, batch_size=batch, amp=amp, compile=compiled)
     job = open_job(config, Setup(shards=(shards,)), Path("unused"))
-    chosen = open_rows(job, "train")
-    labels = training_labels(job, chosen)
-    state = train.start_state(job, labels, chosen.rows)
+    data = open_training(job)
+    state = train.start_state(job, data)
     state.network.train()
 
     def stream() -> Iterator[Batch]:
         for epoch in itertools.count():
-            yield from train.stream_epoch(job, chosen, labels, None, epoch)
+            yield from train.stream_epoch(job, data, epoch)
 
     batches = stream()
     resident = itertools.cycle([next(batches) for _ in range(KEPT)])

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from model.ranks import ALONE, Ranks
 from pipeline.base.errors import DataError, MissingPackageError, needs
@@ -90,18 +89,3 @@ def refused(path: Path, remedy: str = "") -> Iterator[None]:
     except (LookupError, RuntimeError, ValueError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{path}: does not fit this run's configuration: {reason}{remedy}") from error
-
-
-def random_state() -> dict[str, Tensor]:
-    """The states of torch's default generators on the CPU and the current GPU, from which layers may draw."""
-    states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
-
-
-def restore_random_state(states: dict[str, Tensor]) -> None:
-    """Set the generators to states from `random_state`; the GPU's is skipped if there is no GPU."""
-    torch.set_rng_state(states["cpu"])
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])

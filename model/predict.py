@@ -1,6 +1,6 @@
 """Network + batches → scores, in the order of the batches."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -19,10 +19,6 @@ class DivergedError(DataError):
 
 class MemoryExhaustedError(DataError):
     """The device has too little memory for a step; the same settings would run out again."""
-
-
-class InterruptedEvaluationError(Exception):
-    """Raised in the middle of an evaluation when a stop was requested; only its scores are lost."""
 
 
 @contextmanager
@@ -46,7 +42,6 @@ def predict_scores(
     mean: float,
     std: float,
     precision: torch.dtype,
-    should_stop: Callable[[], bool] = lambda: False,
 ) -> npt.NDArray[np.float64]:
     """Scores [N, L] in [0, 1] of the labels `columns` [L], for batches of uint8 images [B, 1, H, W].
 
@@ -56,8 +51,6 @@ def predict_scores(
     network.eval()
     scores = []
     for images, *others in batches:
-        if should_stop():
-            raise InterruptedEvaluationError
         inputs = normalize(images, mean, std).contiguous(memory_format=torch.channels_last)
         with (
             explain_memory(f"while scoring {len(images)} images at once", "choose a smaller `image_size`"),

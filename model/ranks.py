@@ -4,12 +4,15 @@ In: torchrun's environment. Out: `Ranks`, and networks whose gradients are avera
 labels and takes its slice of every batch (pipeline.stream.plan), so little is exchanged: gradients, the scores of an
 evaluation, and at each step the number of cells in the batch and whether any rank was asked to stop. So all ranks
 make the same decisions, and only the first one reads or writes the run's folder, which the others need not see.
+
+A signal only leaves its exit code (`listen`, `requested`); between steps, `Ranks.agree` turns it into `Stopped`.
 """
 
 import contextlib
 import gc
 import logging
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -40,6 +43,24 @@ class LostRankError(DataError):
     """The connection to another rank was lost."""
 
 
+class Stopped(SystemExit):
+    """A signal to any rank asked for a stop: ends all ranks with the signal's exit code."""
+
+
+_codes: list[int] = []  # of the signals received
+
+
+def listen() -> None:
+    """Obey Ctrl-C, SIGTERM, and SIGUSR1, which Slurm sends before a job's time is up (--signal=USR1@120)."""
+    for number, code in {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 143}.items():
+        signal.signal(number, lambda *_, code=code: _codes.append(code))
+
+
+def requested() -> int:
+    """The exit code of the stop that a signal to this process asked for; 0 for none."""
+    return _codes[-1] if _codes else 0
+
+
 @dataclass(frozen=True)
 class Ranks:
     """One process of a run; without torchrun, the only one."""
@@ -58,6 +79,18 @@ class Ranks:
         table = np.zeros((self.count, len(values)))
         table[self.rank] = values
         return self.sum(table)
+
+    def first(self, flag: bool) -> bool:
+        """What the first rank says, which alone sees the run's folder."""
+        return bool(self.gather(flag)[0, 0])
+
+    def agree(self, *values: float) -> npt.NDArray[np.float64]:
+        """The sums of values over the ranks. Raises Stopped, on all of them, if any was asked to stop before."""
+        table = self.gather(requested(), *values)
+        if code := int(table[:, 0].max()):
+            raise Stopped(code)
+        sums: npt.NDArray[np.float64] = table[:, 1:].sum(axis=0)
+        return sums
 
     def sum(self, array: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         """The sum over ranks of arrays of the same shape."""
@@ -153,7 +186,7 @@ def join_ranks() -> Iterator[Ranks]:
             stack.enter_context(_leave_together())
             yield ranks
     except BaseException as error:
-        if dist.group.WORLD is not None:
+        if dist.group.WORLD is not None and not isinstance(error, Stopped):
             dist.group.WORLD.abort()  # a thread may be waiting for a rank that does not come
         _clear_frames(error)
         lost = isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "NCCL"))
@@ -169,7 +202,11 @@ def join_ranks() -> Iterator[Ranks]:
 def _leave_together() -> Iterator[None]:
     """Wait at the end for all ranks: torchrun kills the others when one exits with a code, such as a stop's."""
     end: Any = dist.new_group(backend="gloo", timeout=LONGEST)
-    yield
+    try:
+        yield
+    except Stopped:  # on all ranks
+        dist.barrier(end)
+        raise
     dist.barrier(end)
 
 

@@ -17,8 +17,8 @@ from torchvision.ops import FrozenBatchNorm2d
 import train
 from model.networks import build_network
 from model.runs import commands
-from model.runs.job import Job, agree, open_rows
-from model.runs.targets import training_labels
+from model.runs.job import Job
+from model.runs.targets import open_training
 
 GRADIENTS = 3  # steps whose gradients are kept
 
@@ -38,16 +38,15 @@ def build_frozen(*arguments: object) -> nn.Module:
     return network.double()
 
 
-def run_steps(job: Job) -> int:
+def run_steps(job: Job) -> None:
     """Train for STEPS steps, the first of as many epochs."""
-    chosen = open_rows(job, "train")
-    labels = training_labels(job, chosen)
-    state = train.start_state(job, labels, chosen.rows)
+    data = open_training(job)
+    state = train.start_state(job, data)
     state.loss.double()
     rows, losses, gradients = [], [], []
     while state.done < int(sys.argv[2]):
-        batch = next(iter(train.stream_epoch(job, chosen, labels, None, state.done)))
-        _, cells = agree(job, batch.mask.sum())
+        batch = next(iter(train.stream_epoch(job, data, state.done)))
+        (cells,) = job.ranks.agree(batch.mask.sum())
         loss, _ = train.train_step(job, state, batch, cells)
         state.done += 1
         rows.append(batch.step.rows[:, 0])
@@ -58,7 +57,6 @@ def run_steps(job: Job) -> int:
     out = Path(sys.argv[1])
     out.mkdir(exist_ok=True)
     np.savez(out / f"{job.ranks.rank}.npz", rows=rows, losses=losses, gradients=gradients)
-    return 0
 
 
 with patch.object(train, "build_network", build_frozen), patch.object(commands, "print_run"):

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -18,12 +18,13 @@ import pytest
 import torch
 
 import train
+from model import ranks
+from model.ranks import Stopped
 from model.runs.commands import main
-from model.runs.job import StopFlag
 from pipeline.base.files import claimed
 from pipeline.console import run_command
 from tests.conftest import REPOSITORY, default_options, make_shards, run_pipeline, write_chexpert
-from tests.training import narrow_networks, quick_ends
+from tests.training import Late, narrow_networks, quick_ends
 
 PAGE = REPOSITORY / "docs" / "mistakes.md"
 # Of a small run, instead of make's own; what a row types comes on top.
@@ -76,20 +77,6 @@ class Absent(importlib.abc.MetaPathFinder):
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> None:
         if name.partition(".")[0] == self.name:
             raise ModuleNotFoundError(f"No module named '{self.name}'", name=self.name)
-
-
-class StopAtOnce(StopFlag):
-    """Asks for a stop before the second step."""
-
-    looks = 0
-
-    def listen(self) -> "StopAtOnce":
-        return self
-
-    def __call__(self) -> bool:
-        self.looks += 1
-        self.code = 143 if self.looks > 1 else 0
-        return self.code != 0
 
 
 def call(words: Sequence[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
@@ -162,8 +149,8 @@ def runs(world: Path) -> Path:
     """The runs of the page: one that ended, one that was stopped, one that has just begun."""
     small = ["--arch", "rescnn", "--image-size", "32", "--batch-size", "8", "--epochs", "1", "--lr", "1e-3"]
     with pytest.MonkeyPatch.context() as patch, narrow_networks(), quick_ends():
-        for name, stop in {"first": StopFlag, "killed": StopAtOnce}.items():
-            patch.setattr(StopFlag, "listen", lambda self, stop=stop: stop())
+        for name, looks in {"first": 10**9, "killed": 2}.items():  # before the second step
+            patch.setattr(ranks, "_codes", Late(looks))
             words = [
                 "train",
                 "--shards",
@@ -174,7 +161,8 @@ def runs(world: Path) -> Path:
                 "--workers",
                 1,
             ]
-            main.main([str(word) for word in words], standalone_mode=False, obj=train.train)
+            with suppress(Stopped):
+                main.main([str(word) for word in words], standalone_mode=False, obj=train.train)
     shutil.copy(world / "runs" / "first" / "config.json", world / "runs" / "begun")
     return world / "runs"
 

@@ -49,7 +49,7 @@ def test_a_set_goes_all_the_way(name: str, epochs: int, tmp_path: Path) -> None:
     samples = sum(split.samples for split in manifest.splits.values())
     assert json.loads(run_pipeline("stats", out, "--format", "json").stdout)["images"] == samples
     job = open_small_job(out, tmp_path / "run", batch_size=2, epochs=epochs)
-    assert train.train(job) == 0
+    train.train(job)
     files = sorted(path for path in home.rglob("*") if path.suffix in (".png", ".jpg", ".dicom"))[:2]
     scores, bad = open_predictor([job.run]).score_files([[file] for file in files], 1)
     assert (bad, len(scores)) == ([], 2)

@@ -1,6 +1,6 @@
 """Small training runs in this process, for tests of what a run writes and of what follows it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -11,13 +11,14 @@ import pytest
 import torch
 
 import train
-from model import networks
+from model import networks, ranks
 from model.checkpoint import load_checkpoint
+from model.ranks import Stopped
 from model.runs import results
 from model.runs.commands import main
 from model.runs.config import Config, Setup
 from model.runs.folder import open_run
-from model.runs.job import Job, StopFlag, open_job
+from model.runs.job import Job, open_job
 from pipeline.measure import belief, judge
 
 SMALL: dict[str, Any] = {
@@ -36,20 +37,30 @@ WORDS: tuple[object, ...] = (
 )
 
 
-class StopAfter(StopFlag):
-    """Asks for a stop at the n-th time it is looked at; leaves the signals of the tests' process alone."""
+class Late(list[int]):
+    """The codes of signals: that of SIGTERM, from the n-th time on that they are looked at."""
 
-    def __init__(self, looks: int = 10**9) -> None:
+    def __init__(self, looks: int) -> None:
+        super().__init__([143])
         self.looks = looks
 
-    def listen(self) -> "StopAfter":
-        return self
-
-    def __call__(self) -> bool:
+    def __bool__(self) -> bool:
         self.looks -= 1
-        if self.looks == 0:
-            self.code = 143
-        return self.code != 0
+        return self.looks <= 0
+
+
+def stop_after(looks: int, begin: Callable[[], object]) -> None:
+    """Begin something that is stopped by SIGTERM the n-th time that it looks for a signal."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ranks, "_codes", Late(looks))
+        with pytest.raises(Stopped) as stopped:
+            begin()
+    assert stopped.value.code == 143
+
+
+def train_until(looks: int, job: Job) -> None:
+    """Train until the n-th look for a signal: before each step, before each batch that is scored, and after these."""
+    stop_after(looks, lambda: train.train(job))
 
 
 @contextmanager
@@ -67,7 +78,7 @@ def quick_ends() -> Iterator[None]:
         patch.setattr(judge, "RESAMPLES", 20)
         patch.setattr(results, "render_report", lambda *_: "a page")
         patch.setattr(belief, "predict", lambda covariates, *_: np.nan_to_num(covariates[:, 0]))
-        patch.setattr(StopFlag, "listen", lambda self: self)
+        patch.setattr(ranks, "listen", lambda: None)
         yield
 
 
@@ -80,17 +91,16 @@ def call_train(*words: object) -> int:
 def open_small_job(
     shards: Path | Sequence[Path],
     run: Path,
-    stop_after: int = 10**9,
     teacher: Path | None = None,
     init: Path | None = None,
     strict: bool = False,
     **changes: Any,
 ) -> Job:
     """A small job; keyword arguments change its configuration."""
-    config, stop = Config(**SMALL | changes), StopAfter(stop_after)
+    config = Config(**SMALL | changes)
     folders = [shards] if isinstance(shards, Path) else shards
     setup = Setup(shards=tuple(map(str, folders)), teacher=teacher, init=init, strict=strict, workers=2)
-    job = open_job(config, setup, run, stop)
+    job = open_job(config, setup, run)
     open_run(job.run, job.config)
     return job
 

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 # Options of which a sweep may get further values later.
 SWEPT = ("lr", "weight_decay", "batch_size", "arch", "uncertain")
-Train = Callable[..., int]  # train.train
+Train = Callable[..., None]  # train.train
 sweep_option = partial(option, group="sweep")
 
 
@@ -119,15 +119,15 @@ def train_command(train: Train, place: Place, setup: Setup, config: Config) -> i
     if "RANK" not in os.environ and is_finished(config, setup, place.run):
         print_run(place.run)
         return 0
-    from model.ranks import join_ranks
-    from model.runs.job import StopFlag, open_job
+    from model.ranks import join_ranks, listen
+    from model.runs.job import open_job
 
+    listen()
     with join_ranks() as ranks:
-        job = open_job(config, setup, place.run, StopFlag().listen(), ranks)
-        code = train(job)
-        if code == 0 and job.ranks.is_first:
-            print_run(job.run)
-        return code
+        train(open_job(config, setup, place.run, ranks))
+        if ranks.is_first:
+            print_run(place.run)
+    return 0
 
 
 @command(
@@ -146,23 +146,18 @@ def cross_command(train: Train, given: Cross, setup: Setup, config: Config) -> i
     too_few = "cross needs --shards twice or more: a set is trained on, another one scored"
     refuse_usage(len(setup.shards) < 2, too_few)
     check_folders(setup.shards)
-    from model.predict import InterruptedEvaluationError
+    from model.ranks import listen
     from model.runs.cross import score_runs, train_runs, write_cross
-    from model.runs.job import StopFlag, open_job
+    from model.runs.job import open_job
     from model.runs.summary import print_cross
 
-    stop = StopFlag().listen()
+    listen()
 
     def make(folders: Sequence[str], run: Path) -> "Job":
-        return open_job(config, replace(setup, shards=tuple(folders)), run, stop)
+        return open_job(config, replace(setup, shards=tuple(folders)), run)
 
-    try:
-        jobs, code = train_runs(setup.shards, given.out, make, train)
-        if code:
-            return code
-        found = score_runs(jobs, setup.shards)
-    except InterruptedEvaluationError:
-        return stop.code
+    jobs = train_runs(setup.shards, given.out, make, train)
+    found = score_runs(jobs, setup.shards)
     write_cross(given.out, found, asdict(config))
     print_cross(found)
     echo(f"{given.out / 'cross.html'}: the same by label")
@@ -196,12 +191,12 @@ def embed_command(given: Embedding, setup: Setup, config: Config) -> int:
     check_folder(out)
     check_folders(setup.shards, [run] if run.is_dir() else [])
     from model.runs.embeddings import embed_split, open_run, start_network, write_embeddings
-    from model.runs.job import Job, StopFlag, choose_device, open_job
+    from model.runs.job import Job, choose_device, open_job
     from pipeline.stream.dataset import open_shards
 
     if run.is_dir():
         of_all = replace(read_config(run), where=(), views="all", limit=None)
-        job = Job(of_all, setup.open(), run, *choose_device("off"), setup, StopFlag())
+        job = Job(of_all, setup.open(), run, *choose_device("off"), setup)
     else:
         job = open_job(config, setup, run)
     load = open_run if run.is_dir() else start_network
@@ -219,11 +214,10 @@ def is_finished(config: Config, setup: Setup, run: Path) -> bool:
     if not is_reported(run):
         return False
     start = open_start(config, setup.init)
-    if resolve_config(config, setup.open(), setup.teacher, start) != replace(read_config(run), extended=()):
+    if resolve_config(config, setup.open(), setup.teacher, start) != read_config(run):
         return False  # `open_run` says how they differ
     done = json.loads((run / "metrics.jsonl").read_bytes().splitlines()[-1])["step"]
-    how = f"to train further, raise `epochs`, or start another `run` with `init` {run}"
-    say(f"{run}: finished, after step {done:,}; {how}")
+    say(f"{run}: finished, after step {done:,}; to train further, start another `run` with `init` {run}")
     return True
 
 
@@ -295,10 +289,11 @@ def sweep_command(train: Train, search: Search, setup: Setup, given: dict[str, A
     with needs("sweep"):
         from model.runs.sweep import Sweep, list_trials, open_sweep, rank, run_sweep
         from model.runs.sweep_report import write_sweep_report
-    from model.runs.job import StopFlag, open_job
+    from model.ranks import listen
+    from model.runs.job import open_job
     from model.runs.summary import print_trials
 
-    stop = StopFlag().listen()
+    listen()
     lists = {name: tried for name, tried in given.items() if isinstance(tried, Several)}
     base = Config(**given | {name: tried[0] for name, tried in lists.items()})
     values: dict[str, tuple[Any, ...]] = {
@@ -307,7 +302,7 @@ def sweep_command(train: Train, search: Search, setup: Setup, given: dict[str, A
     values |= {name: tried for name, tried in lists.items() if name in SWEPT or len(tried) > 1}
 
     def make(point: Mapping[str, Any], run: Path) -> "Job":
-        return open_job(replace(base, **point), setup, run, stop)
+        return open_job(replace(base, **point), setup, run)
 
     # A value that does not go with the options is refused before any point is trained.
     points: list[dict[str, Any]] = [
@@ -319,7 +314,7 @@ def sweep_command(train: Train, search: Search, setup: Setup, given: dict[str, A
     sweep = Sweep(search.sweep, values, shared, search.sampler, search.trials or 0, search.pruner)
     open_sweep(sweep)  # a sweep under other options keeps its report
     try:
-        done = run_sweep(sweep, partial(train_trial, train, make), stop)
+        run_sweep(sweep, partial(train_trial, train, make))
     finally:  # also after an error in one trial: the others deserve a report
         trials = list_trials(sweep)
         write_sweep_report(sweep, trials)
@@ -333,16 +328,15 @@ def sweep_command(train: Train, search: Search, setup: Setup, given: dict[str, A
         best = ranked[0]
         echo(f"trial {best.number} is the best, in {best.run}; the same once more:")
         say_next(*use.TRAIN, *repeat_options(replace(base, **best.point), setup), "--run", "RUN")
-    return stop.code if not done else 1 if failed and not complete else 0
+    return 1 if failed and not complete else 0
 
 
 def train_trial(
     train: Train, make: Callable[..., "Job"], point: Mapping[str, Any], run: Path, watch: "Watch"
-) -> dict[str, Any] | None:
-    """Train a point of a sweep in its run folder; returns the run's figures, or None if it was stopped."""
+) -> dict[str, Any]:
+    """Train a point of a sweep in its run folder; returns the run's figures."""
     import torch
 
-    from model.predict import InterruptedEvaluationError
     from model.runs.results import choice_score, measure_run
 
     job = make(point, run)
@@ -353,10 +347,8 @@ def train_trial(
     def report(history: Sequence[Mapping[str, Any]]) -> None:
         watch([(line["epoch"], choice_score(line, job.config.choose_by) or 0.0) for line in history])
 
-    try:
-        return None if train(job, report) else measure_run(job)
-    except InterruptedEvaluationError:
-        return None
+    train(job, report)
+    return measure_run(job)
 
 
 for each in (

@@ -196,9 +196,6 @@ class Config:
     )
     # Mean and deviation of gray levels that the input is normalized by; empty: the shards'.
     input_scale: tuple[float, ...] = ()
-    extended: tuple[
-        int, ...
-    ] = ()  # earlier values of `epochs`, each trained to its end by a schedule of its own
     equalize: bool = False  # the network equalizes its films: one that is or was `robust`
     choose_by: str = run_option(
         "all",
@@ -335,6 +332,17 @@ def can_divide(batch_size: int, accumulate: int, ranks: "Ranks") -> bool:
     """Whether every rank gets this many equal parts of a batch, of 2 images or more."""
     parts = accumulate * ranks.count
     return batch_size % parts == 0 and batch_size // parts >= 2
+
+
+def describe_step(config: Config, ranks: "Ranks") -> tuple[str, str]:
+    """What a step holds in memory, and how to hold less: for a step that runs out of memory."""
+    size, batch = config.image_size, config.batch_size
+    doing = f"in a step with `batch_size` {batch} `accumulate` {config.accumulate} `image_size` {size}"
+    powers = (2**exponent for exponent in range(batch.bit_length()))
+    parts = [count for count in powers if count > config.accumulate and can_divide(batch, count, ranks)]
+    if not parts or config.loss == "aucm":  # which is of a whole batch
+        return doing, "choose a smaller `batch_size` or `image_size`"
+    return doing, f"`accumulate` {parts[0]} computes the same batch in {parts[0]} parts"
 
 
 def check_config(config: Config, ranks: "Ranks") -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from model.runs.config import read_config
+from model.runs.config import is_reported, read_config
 from model.runs.job import Job, open_rows
 from model.runs.overlap import check_start
 from model.runs.predictor import of_job
@@ -42,12 +42,10 @@ def plan_runs(shards: Sequence[str]) -> dict[str, tuple[str, ...]]:
     }
 
 
-def train_runs(
-    shards: Sequence[str], out: Path, make: Make, train: Callable[[Job], int]
-) -> tuple[dict[str, Job], int]:
-    """The job of every run, trained, by its name; and the exit code of the first that was stopped.
+def train_runs(shards: Sequence[str], out: Path, make: Make, train: Callable[[Job], None]) -> dict[str, Job]:
+    """The job of every run, trained, by its name; a run that is finished is not trained again.
 
-    A run that is finished is not trained again. Raises DataError where two folders have one name, and as `check_sets`.
+    Raises DataError where two folders have one name, and as `check_sets`.
     """
     runs = plan_runs(shards)
     if len({Path(folder).name for folder in shards}) < len(shards):
@@ -57,16 +55,10 @@ def train_runs(
     check_sets([made[Path(folder).name] for folder in shards])
     for job in made.values():
         check_start(job)
-    jobs: dict[str, Job] = {}
-    for name, job in made.items():
-        finished = (job.run / "model-card.md").exists() and replace(
-            read_config(job.run), extended=()
-        ) == job.config
-        code = 0 if finished else train(job)
-        if code:
-            return jobs, code
-        jobs[name] = job
-    return jobs, 0
+    for job in made.values():
+        if not (is_reported(job.run) and read_config(job.run) == job.config):
+            train(job)
+    return made
 
 
 def check_sets(jobs: Sequence[Job]) -> None:
@@ -89,7 +81,7 @@ def score_runs(jobs: Mapping[str, Job], shards: Sequence[str]) -> dict[str, Any]
     """The matrix: `cells` by set and run, with AUROC, limits and the difference to the set's own run.
 
     By label and over the `labels` of all runs that have 10 patients of each class in every set (`macro`).
-    Raises DataError where there is none, and InterruptedEvaluationError.
+    Raises DataError where there is none, and Stopped.
     """
     alone = {Path(folder).name: jobs[Path(folder).name].shards for folder in shards}
     columns = {name: _choose_split(collection) for name, collection in alone.items()}

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from model.augment import normalize
 from model.heatmaps import draw_maps
-from model.predict import InterruptedEvaluationError, explain_memory
+from model.predict import explain_memory
 from model.runs.job import Job, open_images, to_device
 from model.runs.overlap import check_seen
 from model.runs.predictor import Network, load_member
@@ -146,8 +146,7 @@ def draw_cells(job: Job, splits: Sequence[str], marks: Marks) -> Iterator[Cell]:
         wanted = [place for place, of in enumerate(labels) if of]
         with progress_bar(f"Drawing maps of {name}", "images") as advance:
             for done, place in enumerate(wanted, start=1):
-                if job.stop():
-                    raise InterruptedEvaluationError
+                job.ranks.agree()
                 row = facts.slice(place, 1).to_pylist()[0]
                 heats = draw(list(read_images(split, rows[place : place + 1])), labels[place])[0]
                 for label, heat in zip(labels[place], heats, strict=True):

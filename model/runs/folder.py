@@ -6,33 +6,103 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, replace
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from model.augment import equalize
-from model.checkpoint import load_checkpoint, save_checkpoint
+from model.checkpoint import CheckpointError, load_checkpoint, refused, save_checkpoint
 from model.fusion import StudyNetwork
 from model.names import own_input
 from model.networks import weights_terms
-from model.optim import scheduled_lr
+from model.ranks import Ranks
 from model.runs.config import Config, name_outputs, read_config
 from model.runs.job import Job
 from pipeline.base.errors import DataError, describe_difference, needs
-from pipeline.base.files import write_atomically, write_json
-from pipeline.console import say, say_once
+from pipeline.base.files import named_writes, write_atomically, write_json
+from pipeline.console import say_once
 from pipeline.images import ImageOptions
 from pipeline.manifest import find_restriction
+from pipeline.stream.batches import Unusable
 from pipeline.stream.cache import redact
 
+if TYPE_CHECKING:
+    from model.recent import RecentAUROC
+
 PACKAGES = ("torch", "torchvision", "numpy", "pyarrow", "simplejpeg", "opencv-python-headless", "pillow")
+Log = Callable[[str, float, int], None]  # name of a curve, value, step
 AS_IT_IS = ImageOptions(size=None, square="no", encoding="png", quality=95, max_pixels=50_000_000)
+
+
+@dataclass
+class TrainState:
+    """What last.pt restores, and nothing more: epoch, schedule and augmentation follow from `done`."""
+
+    network: nn.Module
+    loss: nn.Module
+    ema: nn.Module  # the averaged weights, which are evaluated
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    precision: str  # of autocast, as `--amp auto` resolves on this device
+    ranks: int  # that train it
+    forward: Callable[..., Tensor]  # the network, averaging gradients over ranks, perhaps compiled
+    auroc: "RecentAUROC"  # of the batches since the last check
+    bad: Unusable  # images of train
+    losses: list[Tensor] = field(default_factory=list)  # and theirs, with the gradients' norms, each [2]
+    done: int = 0  # steps, of all epochs
+    evaluated: int = 0  # steps that were done at the last evaluation
+    loss_sum: float = 0.0  # over the steps since then
+    best: float = -1.0
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+    MODULES = ("network", "loss", "ema", "optimizer", "scaler", "bad")
+    VALUES = ("done", "evaluated", "loss_sum", "best", "history")
+
+    def save(self, path: Path) -> None:
+        """Write the checkpoint."""
+        modules = {name: getattr(self, name).state_dict() for name in self.MODULES}
+        values = {name: getattr(self, name) for name in self.VALUES}
+        # The default generators, from which layers may draw.
+        random = {"cpu": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            random["cuda"] = torch.cuda.get_rng_state()
+        how = {"random": random, "precision": self.precision, "ranks": self.ranks}
+        save_checkpoint(path, modules | values | how)
+
+    def restore(self, path: Path, ranks: Ranks) -> None:
+        """Read the checkpoint.
+
+        Raises CheckpointError if it is damaged, another run's, of another precision, or of another number of ranks:
+        BatchNorm and stochastic depth see a rank's part of a batch, so another number would learn otherwise.
+        """
+        best = path.with_name("best.pt")
+        instead = f", or start another `run` with `init` {path.parent}" if best.exists() else ""
+        remedy = f"; remove it to train from the beginning{instead}"
+        saved = load_checkpoint(path, ranks, remedy)
+        how = "continue as before, or choose another `run`"
+        if saved["precision"] != self.precision:
+            raise CheckpointError(
+                f"{path}: trained in {saved['precision']}, `amp` is {self.precision} on this device: {how}"
+            )
+        if saved["ranks"] != self.ranks:
+            raise CheckpointError(f"{path}: trained on {saved['ranks']} ranks, not {self.ranks}: {how}")
+        with refused(path, remedy):
+            for name in self.MODULES:
+                getattr(self, name).load_state_dict(saved[name])
+            for name in self.VALUES:
+                if not isinstance(saved[name], type(getattr(self, name))):
+                    raise TypeError(f"{name} is {saved[name]!r}")
+                setattr(self, name, saved[name])
+            torch.set_rng_state(saved["random"]["cpu"])
+            if "cuda" in saved["random"] and torch.cuda.is_available():
+                torch.cuda.set_rng_state(saved["random"]["cuda"])
 
 
 def fuse(network: nn.Module, config: Config) -> nn.Module:
@@ -45,45 +115,17 @@ def fuse(network: nn.Module, config: Config) -> nn.Module:
     return network if config.fusion is None else StudyNetwork(network, config.fusion, config.freeze)
 
 
-def open_run(run: Path, config: Config, steps: int = 0) -> Config:
-    """Create the run folder, or open it; returns the configuration in it.
-
-    A run that has done all of its epochs, of `steps` each, may get more. Raises DataError, with the difference, where
-    the folder has another configuration.
-    """
+def open_run(run: Path, config: Config) -> None:
+    """Create the run folder, or open it. Raises DataError, with the difference, if it has another configuration."""
     if (run / "config.json").exists():
-        before = read_config(run)
-        config = replace(config, extended=before.extended)
-        if config.epochs <= before.epochs or replace(config, epochs=before.epochs) != before:
-            if difference := describe_difference(asdict(before), asdict(config), asdict(config)):
-                raise DataError(
-                    f"{run} is a run of another configuration: {difference}; choose another `run` (in make: RUN=)"
-                )
-            return config
-        config = _extend(run, config, before.epochs, steps)
+        before = asdict(read_config(run))
+        if difference := describe_difference(before, asdict(config), before):
+            raise DataError(
+                f"{run} is a run of another configuration: {difference}; choose another `run` (in make: RUN=)"
+            )
+        return
     run.mkdir(parents=True, exist_ok=True)
     write_json(run / "config.json", asdict(config))
-    return config
-
-
-def _extend(run: Path, config: Config, epochs: int, steps: int) -> Config:
-    """The configuration of a run that goes on after its last epoch; says at what learning rate."""
-    done = load_checkpoint(run / "last.pt").get("done")
-    if done != epochs * steps:
-        raise DataError(
-            f"{run}: `epochs` can be raised after all {epochs} are done; its last step is {done:,}"
-        )
-    rates = (
-        scheduled_lr(config.lr, step, total * steps)
-        for step, total in ((done - 1, epochs), (done, config.epochs))
-    )
-    then, now = (f"{rate:.2g}" for rate in rates)
-    say(
-        f"{run}: {epochs} epochs ended at a learning rate of {then}; the next follow the schedule of {config.epochs} "
-        f"from {now} down, so the result is not that of {config.epochs} epochs at once"
-    )
-    (run / "model-card.md").unlink(missing_ok=True)  # by which a finished run is known
-    return replace(config, extended=(*config.extended, epochs))
 
 
 def describe_software(job: Job) -> dict[str, object]:
@@ -148,6 +190,40 @@ def follow_by_wandb(job: Job) -> Iterator[None]:
         wandb.finish()  # before the next trial of a sweep begins another
 
 
+@contextmanager
+def open_events(job: Job, done: int) -> Iterator[Log]:
+    """A function that adds a value to a curve in TensorBoard's events; drops the events after step `done`.
+
+    Raises DataError, naming their folder, if they cannot be written.
+    """
+    if not job.ranks.is_first:
+        yield lambda name, value, step: None
+        return
+    from torch.utils.tensorboard import SummaryWriter  # here, because it is slow to import
+
+    folder, usual = job.run / "tensorboard", threading.excepthook
+
+    def hook(args: threading.ExceptHookArgs) -> None:
+        if not isinstance(args.exc_value, OSError):
+            usual(args)
+
+    def log(name: str, value: float, step: int) -> None:
+        with named_writes(folder):
+            events.add_scalar(name, value, step)
+
+    # No traceback of TensorBoard's thread: the next value is refused with what it fails with.
+    threading.excepthook = hook
+    try:
+        with follow_by_wandb(job), ExitStack() as stack:
+            with named_writes(folder):
+                events = SummaryWriter(str(folder), purge_step=done + 1)
+                stack.enter_context(named_writes(folder))
+                stack.callback(events.close)
+            yield log
+    finally:
+        threading.excepthook = usual
+
+
 def result_name(config: Config, digest: str, split: str) -> str:
     """What a run's scores of a split are named by: of shards other than its own also by their digest."""
     return split if digest == config.manifest else f"{split}-{digest[:8]}"
@@ -169,13 +245,15 @@ def describe_code() -> str:
         return version("chexpert-pipeline")
 
 
-def save_best(job: Job, weights: Mapping[str, Tensor], epoch: float, score: float) -> None:
+def save_best(
+    job: Job, seen: Sequence[Mapping[str, Any]], weights: Mapping[str, Tensor], epoch: float, score: float
+) -> None:
     """Write best.pt: all that scoring an image needs but the architecture, which config.json has."""
     # Shards that others wrote do not say how: their images are taken as they are.
     said = {name: job.manifest.options[name] for name in AS_IT_IS._fields if name in job.manifest.options}
     images = AS_IT_IS._asdict() | said
     about = {"epoch": epoch, "dev_auroc": score, "images": images, "pixels": dict(job.pixels)}
-    about |= {"dataset": dict(job.manifest.dataset), "equalize": job.config.equalize, "seen": list(job.seen)}
+    about |= {"dataset": dict(job.manifest.dataset), "equalize": job.config.equalize, "seen": list(seen)}
     about["outputs"] = name_outputs(job.config)
     title, terms = (job.manifest.dataset.get(name, "not stated") for name in ("title", "license"))
     about["terms"] = f"{describe_start(asdict(job.config))}; trained on {title}: {terms}"

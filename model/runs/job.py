@@ -4,13 +4,11 @@ job = open_job(Config(lr=1e-3, epochs=3), Setup(shards=("shards",)), "runs/first
 train.train(job)
 """
 
-import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -33,24 +31,6 @@ from pipeline.stream.samples import OpenSplit, find_images, find_studies
 from pipeline.stream.select import NothingSelectedError, select_rows
 
 
-class StopFlag:
-    """Set by a signal, and by nothing else; the loop finishes its step, saves, and exits with `code`."""
-
-    code = 0
-
-    def listen(self) -> "StopFlag":
-        """Obey Ctrl-C, SIGTERM, and SIGUSR1, which Slurm sends before a job's time is up (--signal=USR1@120)."""
-        for number, code in {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 143}.items():
-            signal.signal(number, lambda *_, code=code: self._set(code))
-        return self
-
-    def _set(self, code: int) -> None:
-        self.code = code
-
-    def __call__(self) -> bool:
-        return self.code != 0
-
-
 @dataclass(frozen=True)
 class Job:
     """What stays the same while a run trains or is scored."""
@@ -61,12 +41,9 @@ class Job:
     device: torch.device
     precision: torch.dtype  # of autocast; float32 means none
     setup: Setup
-    stop: StopFlag
     ranks: Ranks = ALONE
     start: Start | None = None  # the weights to start from
-    members: "tuple[MemberRun, ...]" = ()  # of an ensemble, whose folder `run` is
     shared_images: bool = False  # score images that the weights have learned from, too
-    seen: Sequence[Mapping[str, Any]] = ()  # what the weights will have learned from, as `overlap` has it
 
     @property
     def manifest(self) -> Manifest:
@@ -80,18 +57,10 @@ class Job:
         return scale or self.manifest.pixels
 
 
-class MemberRun(NamedTuple):
-    """A run of an ensemble, and its calibration of samples, by label."""
-
-    job: Job
-    calibration: Mapping[str, Any]
-
-
 def open_job(
     config: Config,
     setup: Setup,
     run: str | Path,
-    stop: StopFlag | None = None,
     ranks: Ranks = ALONE,
 ) -> Job:
     """The job that trains a run in the folder `run`.
@@ -106,7 +75,7 @@ def open_job(
     config = resolve_config(config, collection, setup.teacher, start)
     check_config(config, ranks)
     device = choose_device(config.amp)
-    return Job(config, collection, Path(run), *device, setup, stop or StopFlag(), ranks, start)
+    return Job(config, collection, Path(run), *device, setup, ranks, start)
 
 
 def choose_device(amp: str) -> tuple[torch.device, torch.dtype]:
@@ -226,12 +195,6 @@ def network_inputs(
     """
     arrays = (images,) if config.fusion is None else (images, present, projection)
     return tuple(to_device(array, device) for array in arrays)
-
-
-def agree(job: Job, *values: float) -> npt.NDArray[np.float64]:
-    """The exit code of a stop that a signal to any rank asked for, else 0, and the sums of values over the ranks."""
-    table = job.ranks.gather(job.stop.code if job.stop() else 0, *values)
-    return np.array([table[:, 0].max(), *table[:, 1:].sum(axis=0)])
 
 
 def to_device(array: npt.NDArray[np.generic], device: torch.device) -> Tensor:

@@ -10,7 +10,6 @@ members, with the sha256 of the weights that were evaluated; calibration.json, e
 report-*.html are as in a run's.
 """
 
-import contextlib
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,8 +30,8 @@ from torch import Tensor, nn
 from model.checkpoint import load_checkpoint, refused
 from model.names import UNKNOWN_FRONTAL
 from model.networks import build_network
-from model.predict import InterruptedEvaluationError, predict_scores
-from model.ranks import ALONE, Ranks
+from model.predict import predict_scores
+from model.ranks import ALONE, Ranks, requested
 from model.runs.config import (
     ENSEMBLE,
     Config,
@@ -46,8 +45,6 @@ from model.runs.folder import fuse
 from model.runs.job import (
     Job,
     Selected,
-    StopFlag,
-    agree,
     choose_device,
     network_inputs,
     open_rows,
@@ -146,7 +143,7 @@ class Predictor:
         """The scores of a split of the job's shards, under its conditions; `alter` changes the images first.
 
         Of a split with more samples than `most`, every second, third, … is scored. Raises DataError for images that the
-        weights have learned from (`check_seen`), before any is scored; CheckpointError; InterruptedEvaluationError.
+        weights have learned from (`check_seen`), before any is scored; CheckpointError; Stopped.
         """
         conditions = {field: getattr(job.config, field) for field in ("where", "views", "limit", "max_bad")}
         jobs = [replace(job, run=one.run, config=replace(one.config, **conditions)) for one in self.members]
@@ -245,15 +242,13 @@ def open_predictor(runs: Sequence[Path]) -> Predictor:
     return Predictor(" + ".join(map(str, configs)) if folder is None else str(folder), folder, configs)
 
 
-def open_scoring(
-    predictor: Predictor, out: Path | None, shards: Collection, workers: int, stop: StopFlag
-) -> Job:
+def open_scoring(predictor: Predictor, out: Path | None, shards: Collection, workers: int) -> Job:
     """The job that scores shards: into the run's folder or, of an ensemble, `out`, or one beside its first member.
 
     Members get a calibration where they have none. Raises DataError for a folder that is another's.
     """
     jobs = [
-        Job(config, shards, run, *choose_device(config.amp), Setup(workers=workers), stop)
+        Job(config, shards, run, *choose_device(config.amp), Setup(workers=workers))
         for run, config in predictor.configs.items()
     ]
     if len(jobs) == 1:
@@ -331,6 +326,7 @@ def score_split(
     And those rows of the table. Images that are unusable, as far as --max-bad allows it, are in neither.
     A run by studies scores these, and the rows are those of their first images.
     Each rank scores its share of the rows, and all get the scores of all. `alter` changes the images of each batch.
+    Raises Stopped.
     """
     config, split, rows = job.config, chosen.split, chosen.rows
     columns = learned_columns(config)
@@ -342,6 +338,8 @@ def score_split(
 
     def samples(advance: Advance) -> Iterator[tuple[Tensor, ...]]:
         for batch in batches:
+            if requested():
+                return
             start = batch.step.step * EVALUATION_BATCH
             bad[[start + position for position in batch.bad]] = 1
             ours[start : start + len(batch.target)] = True
@@ -349,15 +347,11 @@ def score_split(
             yield network_inputs(config, job.device, images, batch.present, batch.projection)
             advance(min(int(ours.sum()) * job.ranks.count, len(rows)), len(rows))
 
-    with (
-        progress_bar(f"Scoring {split.name}", config.units) as advance,
-        contextlib.suppress(InterruptedEvaluationError),
-    ):
+    with progress_bar(f"Scoring {split.name}", config.units) as advance:
         found = predict_scores(
-            network, columns, samples(advance), pixels["mean"], pixels["std"], job.precision, job.stop
+            network, columns, samples(advance), pixels["mean"], pixels["std"], job.precision
         )
-    if agree(job)[0]:
-        raise InterruptedEvaluationError
+    job.ranks.agree()
     scores = np.zeros((len(rows), len(columns)))
     scores[ours] = found
     scores = job.ranks.sum(scores)

@@ -61,7 +61,7 @@ ALTERATIONS: Mapping[str, Callable[[int, Images], Images]] = MappingProxyType(
 def score_altered(predictor: Predictor, job: Job, split: str) -> dict[str, Floats]:
     """A predictor's scores [N, L] of altered images, by what was altered.
 
-    Covered parts get train's mean gray level. Raises InterruptedEvaluationError where the job is told to stop.
+    Covered parts get train's mean gray level. Raises Stopped.
     """
     level = round(job.manifest.pixels["mean"])
     return {

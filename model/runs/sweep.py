@@ -27,6 +27,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.trial import TrialState
 
 from model.predict import DivergedError, MemoryExhaustedError
+from model.ranks import ALONE
 from model.runs.config import name_choice
 from pipeline.base.errors import DataError, describe_difference
 from pipeline.base.files import locked, named_writes, read_object, write_json
@@ -38,7 +39,7 @@ History = list[
 ]  # epoch and AUROC on dev, by which trials are compared, of each evaluation
 Watch = Callable[[History], None]
 Figures = dict[str, Any]  # of a finished run, by `results.measure_run`
-TrainPoint = Callable[[Point, Path, Watch], Figures | None]
+TrainPoint = Callable[[Point, Path, Watch], Figures]
 OUTCOMES = (DivergedError, MemoryExhaustedError)  # errors that the same settings would cause again
 POLL = 1.0  # seconds between checks on other processes
 PROPOSALS = 10  # by TPE, which repeats itself if parameters have few values
@@ -127,13 +128,14 @@ def open_sweep(sweep: Sweep) -> None:
         write_json(path, options)
 
 
-def run_sweep(sweep: Sweep, train_point: TrainPoint, should_stop: Callable[[], bool]) -> bool:
-    """Train points until all are done, by any process; returns False if a stop was requested.
+def run_sweep(sweep: Sweep, train_point: TrainPoint) -> None:
+    """Train points until all are done, by any process. Raises Stopped.
 
-    `train_point` trains a point in a run folder, passes its evaluations to `watch`, and returns None if it was
-    stopped; raising one of OUTCOMES is an outcome too. Propagates its other errors.
+    `train_point` trains a point in a run folder, and passes its evaluations to `watch`; raising one of OUTCOMES is an
+    outcome too. Propagates its other errors.
     """
-    while not should_stop():
+    while True:
+        ALONE.agree()
         with ExitStack() as lock:
             with locked(sweep.folder / ".lock"):
                 trial = begin_trial(sweep, lock)
@@ -144,10 +146,9 @@ def run_sweep(sweep: Sweep, train_point: TrainPoint, should_stop: Callable[[], b
         if not any(trial.state == "running" for trial in trials):
             if len(trials) < sweep.trials:
                 say(f"{sweep.folder}: all points are tried: {len(trials)} trials, not {sweep.trials}")
-            return True
+            return
         say_once(f"{sweep.folder}: waiting for the trials of other processes")
         time.sleep(POLL)
-    return False
 
 
 def read_trial(sweep: Sweep, path: Path) -> Trial:
@@ -228,10 +229,8 @@ def run_trial(sweep: Sweep, trial: Trial, train_point: TrainPoint) -> None:
     say(f"Trial {trial.number}: {', '.join(f'{name} {value}' for name, value in trial.parameters.items())}")
     start, state, ending = time.monotonic(), "stopped", ""
     try:
-        figures = train_point(trial.point, trial.run, watch)
-        if figures is not None:
-            vars(trial).update(figures)
-            state, ending = "complete", f"dev AUROC {trial.dev:.4f} ({sweep.choice})"
+        vars(trial).update(train_point(trial.point, trial.run, watch))
+        state, ending = "complete", f"dev AUROC {trial.dev:.4f} ({sweep.choice})"
     except optuna.TrialPruned:
         state = ending = "pruned"
     except OUTCOMES as error:

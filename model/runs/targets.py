@@ -2,20 +2,53 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from model.runs.config import TEACHER_SCORES, learned_columns, parse_choice, split_columns
 from model.runs.job import Job, Selected, open_rows
+from model.runs.overlap import Seen, list_seen
 from pipeline.base.errors import DataError
 from pipeline.console import say
 from pipeline.labels import LABELS, label_states
 from pipeline.measure.scores import read_scores
 from pipeline.policies import describe_one_class, make_targets, one_class_labels, parse_uncertain_policy
 from pipeline.stream.batches import Labels
-from pipeline.stream.plan import Weights
+from pipeline.stream.plan import Weights, training_steps
 from pipeline.stream.select import NothingSelectedError, balance_weights, find_strata, mix_weights
+
+
+class TrainingData(NamedTuple):
+    """What a run learns from."""
+
+    train: Selected
+    dev: Selected  # which chooses the checkpoint
+    labels: Labels  # of train, by the run's policies
+    weights: Weights | None  # by which its samples are drawn; None: each once an epoch
+    seen: Seen  # the images and patients that the weights will have learned from
+    steps: int  # in an epoch
+
+
+def open_training(job: Job) -> TrainingData:
+    """What the job's shards give it to learn. Raises DataError if that is too little, before anything is written."""
+    config = job.config
+    if "dev" not in job.manifest.splits and config.dev is None:
+        raise DataError(f"{job.shards}: no dev split to choose a checkpoint by; hold one out by `dev`")
+    train, dev = open_rows(job, "train"), open_rows(job, "dev")
+    check_reported(job, dev)
+    seen = list_seen(job, [("train", train), ("dev", dev)])
+    steps = training_steps(len(train.rows), config.batch_size)
+    if steps == 0:
+        most = len(train.rows) // 2 * 2
+        how = f"choose one of {most} or less" if most else "there must be 2 or more"
+        raise DataError(
+            f"{job.shards}: {len(train.rows)} train {config.units} are less than one batch of `batch_size` "
+            f"{config.batch_size}: {how}"
+        )
+    labels = training_labels(job, train)
+    return TrainingData(train, dev, labels, training_weights(job, labels, train), seen, steps)
 
 
 def check_reported(job: Job, dev: Selected) -> None:

@@ -101,8 +101,7 @@ def evaluate_command(given: Evaluated) -> int:
     """
     data = given.of(given.runs[0])
     check_folders(data.shards, given.runs)
-    from model.predict import InterruptedEvaluationError
-    from model.runs.job import StopFlag
+    from model.ranks import listen
     from model.runs.overlap import check_seen, read_seen
     from model.runs.predictor import open_predictor, open_scoring
     from model.runs.results import (
@@ -117,7 +116,8 @@ def evaluate_command(given: Evaluated) -> int:
     from pipeline.look.judged import print_evaluation
     from pipeline.measure.scores import open_scores
 
-    split, collection, stop = given.split, data.open(), StopFlag().listen()
+    listen()
+    split, collection = given.split, data.open()
     predictor = open_predictor(given.runs)
     refuse_usage(
         given.out is not None and predictor.folder is not None,
@@ -126,23 +126,20 @@ def evaluate_command(given: Evaluated) -> int:
     readers = {path.name.split(".")[0]: path for path in given.readers}
     same = "--readers: two files of one name, by which a reader is shown; rename one"
     refuse_usage(len(readers) < len(given.readers), same)
-    try:
-        job = open_scoring(predictor, given.out, collection, given.workers, stop)
-        config = job.config
-        chosen = replace(config, where=given.where or config.where, views=given.views or config.views)
-        scored = replace(job, config=chosen, shared_images=given.shared_images)
-        reads = {name: open_scores(path, calls=True) for name, path in readers.items()}
-        others = find_scores(job, split, given.against)
-        for other in others:
-            check_seen(replace(scored, run=other, config=read_config(other)), split, read_seen(other))
-        if split != "dev" or job.shards.digest != config.manifest:
-            predictor.calibrate(job, given.sensitivity, given.study)  # before the split is scored
-        found = predictor.score(scored, split)
-        altered = score_altered(predictor, scored, split) if given.sanity else {}
-        how = How(given.sensitivity, given.study, given.conditions, others, altered, reads)
-        evaluation = evaluate(job, predictor, split, found, how)
-    except InterruptedEvaluationError:
-        return stop.code
+    job = open_scoring(predictor, given.out, collection, given.workers)
+    config = job.config
+    chosen = replace(config, where=given.where or config.where, views=given.views or config.views)
+    scored = replace(job, config=chosen, shared_images=given.shared_images)
+    reads = {name: open_scores(path, calls=True) for name, path in readers.items()}
+    others = find_scores(job, split, given.against)
+    for other in others:
+        check_seen(replace(scored, run=other, config=read_config(other)), split, read_seen(other))
+    if split != "dev" or job.shards.digest != config.manifest:
+        predictor.calibrate(job, given.sensitivity, given.study)  # before the split is scored
+    found = predictor.score(scored, split)
+    altered = score_altered(predictor, scored, split) if given.sanity else {}
+    how = How(given.sensitivity, given.study, given.conditions, others, altered, reads)
+    evaluation = evaluate(job, predictor, split, found, how)
     print_evaluation(evaluation)
     result = name_result(job, split, given.conditions)
     compared = name_comparison(result, others)
@@ -454,20 +451,18 @@ def localize_command(given: Localization) -> int:
     run, splits, boxes, data = given.run, given.splits, given.boxes, given.of(given.run)
     check_folders(data.shards)
     config = read_config(run)
-    from model.predict import InterruptedEvaluationError
+    from model.ranks import listen
     from model.runs.explain import draw_cells, print_localization, read_marks
     from model.runs.folder import result_name
-    from model.runs.job import Job, StopFlag, choose_device
+    from model.runs.job import Job, choose_device
     from pipeline.measure.localization import measure_localization
 
-    collection, stop = data.open(), StopFlag().listen()
+    listen()
+    collection = data.open()
     shared = given.shared_images
-    job = Job(config, collection, run, *choose_device("off"), Setup(workers=1), stop, shared_images=shared)
+    job = Job(config, collection, run, *choose_device("off"), Setup(workers=1), shared_images=shared)
     marks = read_marks(boxes)
-    try:
-        cells = list(draw_cells(job, splits, marks))
-    except InterruptedEvaluationError:
-        return stop.code
+    cells = list(draw_cells(job, splits, marks))
     if not cells:
         raise DataError(f"{boxes}: no cell of {', '.join(splits)} in {collection} that this run has learned")
     found = measure_localization(cells)

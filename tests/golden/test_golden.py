@@ -17,8 +17,8 @@ import pytest
 import train
 from model.runs.config import Config, Setup, read_config
 from model.runs.folder import open_run
-from model.runs.job import open_job, open_rows
-from model.runs.targets import training_labels
+from model.runs.job import open_job
+from model.runs.targets import open_training
 from pipeline import open_shards
 from pipeline.base.files import hash_file
 from pipeline.stream.batches import BatchStream
@@ -72,10 +72,9 @@ def test_a_run_has_the_same_configuration_and_first_step(
     written = json.loads((job.run / "config.json").read_text())
     assert written == expected["config"] | {"manifest": job.config.manifest}
     assert list(written) == list(expected["config"])
-    chosen = open_rows(job, "train")
-    labels = training_labels(job, chosen)
-    state = train.start_state(job, labels, chosen.rows)
-    batch = next(iter(train.stream_epoch(job, chosen, labels, None, 0)))
+    data = open_training(job)
+    state = train.start_state(job, data)
+    batch = next(iter(train.stream_epoch(job, data, 0)))
     loss, norm = train.train_step(job, state, batch, batch.mask.sum()).tolist()
     # Between SSE4.1, AVX2 and AVX-512 the loss differs by 1e-5 of it and the gradient's norm by 2.5e-3: in the last
     # layers BatchNorm divides by the deviation of four values, which are nearly equal.

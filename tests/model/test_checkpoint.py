@@ -5,13 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from model.checkpoint import (
     CheckpointError,
     load_checkpoint,
-    random_state,
-    restore_random_state,
     save_checkpoint,
 )
 
@@ -57,20 +54,6 @@ def test_checkpoints_cut_anywhere_are_damaged(tmp_path: Path, zipped: bool) -> N
             CheckpointError, match=r"weights.pth: damaged, or not a checkpoint of this program$"
         ):
             load_checkpoint(path)
-
-
-def test_the_random_state_continues_where_it_was_saved(tmp_path: Path) -> None:
-    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-
-    def draw() -> list[torch.Tensor]:
-        return [F.dropout(torch.ones(100, device=device)).cpu() for device in devices]
-
-    draw()
-    save_checkpoint(tmp_path / "last.pt", {"random": random_state()})
-    following = draw()
-    torch.manual_seed(99)
-    restore_random_state(load_checkpoint(tmp_path / "last.pt")["random"])
-    torch.testing.assert_close(draw(), following, rtol=0, atol=0)
 
 
 def test_a_checkpoint_that_claims_more_than_it_holds_is_refused_before_it_is_read(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ def whole(sample_shards: tuple[Path, Manifest], tmp_path_factory: pytest.TempPat
     """The run of a small job that nothing interrupted. Read it, and change nothing."""
     with narrow_networks(), quick_ends():
         job = open_small_job(sample_shards[0], tmp_path_factory.mktemp("whole") / "run")
-        assert train.train(job) == 0
+        train.train(job)
     return job.run
 
 

@@ -126,7 +126,7 @@ def test_only_the_last_layer_learns(
 ) -> None:
     monkeypatch.setattr(train, "finish_run", lambda job: {})
     job = make_job("run", init=one_epoch / "best.pt", freeze=True, augment=augment, epochs=1, ema=0.0)
-    assert train.train(job) == 0
+    train.train(job)
     before, after = (load_checkpoint(run / "best.pt")["weights"] for run in (one_epoch, job.run))
     changed = {name for name, value in before.items() if not torch.equal(value, after[name])}
     assert changed == {"head.2.weight", "head.2.bias"}

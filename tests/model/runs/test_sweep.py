@@ -21,6 +21,7 @@ import pytest
 
 import train
 from model.predict import DivergedError, MemoryExhaustedError
+from model.ranks import Stopped
 from model.runs.commands import main
 from model.runs.job import Job
 from model.runs.sweep import (
@@ -41,6 +42,7 @@ from pipeline import DataError
 from pipeline.labels import LABELS
 from pipeline.measure.evaluation import read_evaluation
 from tests.conftest import ROUNDS
+from tests.training import stop_after
 
 LR, WD = (1e-4, 1e-3, 1e-2), (1e-5, 0.0)
 
@@ -81,18 +83,14 @@ def train_point(point: Point, run: Path, watch: Watch) -> Figures:
     }
 
 
-def never() -> bool:
-    return False
-
-
-def run(sweep: Sweep, train: TrainPoint = train_point, stop: Callable[[], bool] = never) -> bool:
+def run(sweep: Sweep, train: TrainPoint = train_point) -> None:
     open_sweep(sweep)
-    return run_sweep(sweep, train, stop)
+    run_sweep(sweep, train)
 
 
 def test_a_grid_trains_every_combination_once(tmp_path: Path) -> None:
     sweep = make_sweep(tmp_path / "sweep")
-    assert run(sweep)
+    run(sweep)
     trials = list_trials(sweep)
     points = [{"lr": lr, "weight_decay": wd} for lr, wd in itertools.product(LR, WD)]
     assert [trial.parameters for trial in trials] == points  # arch does not vary
@@ -104,7 +102,7 @@ def test_a_grid_trains_every_combination_once(tmp_path: Path) -> None:
     assert {trial.run for trial in trials} == {
         path for path in (tmp_path / "sweep" / "trials").iterdir() if path.is_dir()
     }
-    assert run(sweep)  # nothing is left to do
+    run(sweep)  # nothing is left to do
     assert list_trials(sweep) == trials
     assert (first.run / "log").read_text() == "trained\n"
 
@@ -126,16 +124,17 @@ def test_a_stopped_trial_is_done_again_and_a_diverged_one_is_not(tmp_path: Path)
     sweep = make_sweep(tmp_path / "sweep")
     calls: list[Point] = []
 
-    def stop_and_fail(point: Point, run: Path, watch: Watch) -> Figures | None:
+    def stop_and_fail(point: Point, run: Path, watch: Watch) -> Figures:
         calls.append(point)
         if len(calls) == 3:
-            return None
+            raise Stopped(143)
         if point["lr"] == 1e-2:
             raise DivergedError("the loss is nan")
         return train_point(point, run, watch)
 
-    assert not run(sweep, stop_and_fail, lambda: len(calls) == 3)
-    assert run(sweep, stop_and_fail)
+    with pytest.raises(Stopped):
+        run(sweep, stop_and_fail)
+    run(sweep, stop_and_fail)
     assert Counter(point["lr"] for point in calls) == {1e-4: 2, 1e-3: 3, 1e-2: 2}
     trials = list_trials(sweep)
     states = {(trial.parameters["lr"], trial.parameters["weight_decay"]): trial.state for trial in trials}
@@ -154,7 +153,7 @@ def test_running_out_of_memory_is_one_trial_s_outcome(tmp_path: Path) -> None:
         return train_point({"lr": 1e-3, "weight_decay": 0.0}, run, watch)
 
     for _ in range(2):  # and the same command does not try it again
-        assert run(sweep, fail)
+        run(sweep, fail)
         trials = list_trials(sweep)
         assert [trial.state for trial in trials] == ["complete", "failed", "complete"]
         assert trials[1].error == "out of memory; `accumulate` 2 computes the same batch in 2 parts"
@@ -180,7 +179,7 @@ def test_trials_are_pruned_at_ends_of_epochs_and_never_at_the_last(
                 watch(history)
         return {"dev": history[-1][1]}
 
-    assert run(sweep, train_scores)
+    run(sweep, train_scores)
     assert [trial.state for trial in list_trials(sweep)] == [*["complete"] * 4, "pruned", "complete"]
     assert seen == {1: 4.0, 2: 4.0, 3: 4.0, 4: 4.0, 5: float(checked), 6: 4.0}
 
@@ -194,19 +193,18 @@ def test_an_error_ends_the_sweep_and_its_trial_is_done_again(tmp_path: Path, err
 
     with pytest.raises(type(error), match=str(error)):
         run(sweep, fail)
-    assert run(sweep)
+    run(sweep)
     assert [trial.state for trial in list_trials(sweep)] == ["complete"] * 6
 
 
 def test_a_process_waits_for_the_others_until_it_is_stopped(tmp_path: Path) -> None:
     sweep = make_sweep(tmp_path / "sweep", values={"lr": (1e-3,), "weight_decay": (0.0,)})
     open_sweep(sweep)
-    asked = iter([False, True])
     with ExitStack() as lock:
         assert begin_trial(sweep, lock) is not None
-        assert not run(sweep, train_point, lambda: next(asked))
+        stop_after(2, lambda: run(sweep))
         assert [trial.state for trial in list_trials(sweep)] == ["running"]
-    assert run(sweep)  # without its lock, the trial has lost its process
+    run(sweep)  # without its lock, the trial has lost its process
     assert [(trial.number, trial.state) for trial in list_trials(sweep)] == [(0, "complete")]
 
 
@@ -215,7 +213,7 @@ def test_a_lost_trial_of_a_value_that_was_taken_back_is_left_alone(tmp_path: Pat
     open_sweep(sweep)
     with ExitStack() as lock:
         begin_trial(sweep, lock)
-    assert run(make_sweep(tmp_path / "sweep", values={"lr": LR[1:2]}), lambda *_: {"dev": 0.5})
+    run(make_sweep(tmp_path / "sweep", values={"lr": LR[1:2]}), lambda *_: {"dev": 0.5})
     assert [(trial.state, trial.point) for trial in list_trials(sweep)] == [
         ("stopped", {"lr": 1e-4}),
         ("complete", {"lr": 1e-3}),
@@ -269,7 +267,7 @@ def test_a_search_ends_when_its_points_are_used_up(
 ) -> None:
     values = {"batch_size": (16, 32), "arch": ("rescnn", "resnet18"), "lr": (1e-3,), "weight_decay": (0.0,)}
     sweep = make_sweep(tmp_path / "sweep", sampler="tpe", trials=860, values=values)
-    assert run(sweep)
+    run(sweep)
     assert [trial.number for trial in list_trials(sweep)] == [0, 1, 2, 3]
     points = {tuple(trial.parameters.values()) for trial in list_trials(sweep)}
     assert points == set(itertools.product((16, 32), ("rescnn", "resnet18")))
@@ -400,10 +398,10 @@ def test_an_error_in_one_trial_leaves_a_report_of_the_others(
         "none",
     )
 
-    def fail(job: Job, *watch: Any) -> int:
+    def fail(job: Job, *watch: Any) -> None:
         if job.config.lr == 1e-2:
             raise DataError("the disk is full")
-        return whole(job, *watch)
+        whole(job, *watch)
 
     monkeypatch.setattr(train, "train", fail)
     with pytest.raises(DataError, match=r"^the disk is full$"):

@@ -34,22 +34,22 @@ from sklearn.metrics import log_loss, roc_auc_score
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.compat.tensorflow_stub.io.gfile import LocalFileSystem
 from torch import nn
-from torchvision.ops import StochasticDepth, stochastic_depth
+from torchvision.ops import stochastic_depth
 
 import train
+from model import ranks
 from model.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from model.networks import build_network
-from model.optim import scheduled_lr
 from model.predict import DivergedError, MemoryExhaustedError
-from model.ranks import Ranks
+from model.ranks import Ranks, Stopped, listen
 from model.runs import folder, predictor, results
 from model.runs.commands import main
 from model.runs.config import Config, read_config
 from model.runs.folder import open_run, record_environment
-from model.runs.job import Job, StopFlag, agree, open_rows
+from model.runs.job import Job, open_rows
 from model.runs.predictor import of_job, score_split
 from model.runs.results import evaluate
-from model.runs.targets import draw_weights, training_labels
+from model.runs.targets import draw_weights, open_training, training_labels
 from pipeline import DataError, console, open_shards
 from pipeline.base.files import claimed
 from pipeline.console import run_command
@@ -63,7 +63,7 @@ from pipeline.measure.scores import read_scores, write_scores
 from pipeline.policies import evaluation_targets
 from pipeline.stream.collection import open_collection
 from tests.conftest import REPOSITORY, ROUNDS
-from tests.training import WORDS, StopAfter, assert_same_run, call_train
+from tests.training import Late, assert_same_run, train_until
 
 
 def run_train(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -81,7 +81,7 @@ def test_a_dev_too_small_to_choose_by_is_said(
     monkeypatch.setattr(train, "finish_run", lambda job: {})
     monkeypatch.setattr(train, "say_once", console.say)  # whatever other tests have said
     job = make_job("run", epochs=1)
-    assert train.train(job) == 0
+    train.train(job)
     few = f"{job.shards}: no label has 10 patients of each class on dev, so chance chooses the checkpoint; "
     assert few in capsys.readouterr().err
 
@@ -116,12 +116,11 @@ def test_a_run_writes_what_it_promises(trained: Job) -> None:
 
 
 def test_interrupted_and_continued_equals_uninterrupted(make_job: Callable[..., Job], whole: Path) -> None:
-    """Stopped before the first step, in an epoch, at its end, in dev's scoring, in the second epoch, in the last
-    scoring of dev and of valid: a stop is looked for at each of 6 steps, at an epoch's end, and at each of the
-    batches that are scored."""
-    for looks in (1, 6, 2, 1, 3, 8, 2):
-        assert train.train(make_job("parts", stop_after=looks)) == 143
-    assert train.train(make_job("parts")) == 0
+    """Stopped before the first step, in an epoch, in dev's scoring and after it, in the second epoch, in the last
+    scoring of dev and of valid."""
+    for looks in (1, 6, 2, 2, 5, 6, 6):
+        train_until(looks, make_job("parts"))
+    train.train(make_job("parts"))
     assert_same_run(make_job("parts").run, whole)
 
 
@@ -136,9 +135,9 @@ def test_three_classes_interrupted_and_continued_equal_uninterrupted(
     make_job: Callable[..., Job], change: dict[str, str]
 ) -> None:
     whole = make_job("whole", **change)
-    assert train.train(whole) == 0
-    assert train.train(make_job("parts", stop_after=4, **change)) == 143
-    assert train.train(make_job("parts", **change)) == 0
+    train.train(whole)
+    train_until(4, make_job("parts", **change))
+    train.train(make_job("parts", **change))
     assert_same_run(whole.run.with_name("parts"), whole.run)
 
 
@@ -150,7 +149,7 @@ def test_policies_train_and_their_scores_give_the_reported_auroc(
     make_job: Callable[..., Job], policy: str, outputs: int
 ) -> None:
     job = make_job("run", uncertain=policy, epochs=1)
-    assert train.train(job) == 0
+    train.train(job)
     assert load_checkpoint(job.run / "best.pt")["weights"]["head.2.weight"].shape == (outputs, 32)
     for name in ("dev", "valid"):
         table = read_table(job.shards.folders[0].path, job.manifest.split(name))
@@ -176,7 +175,7 @@ def test_a_student_learns_its_teachers_scores_of_the_uncertain_cells(
     make_job: Callable[..., Job],
 ) -> None:
     teacher = make_job("teacher", uncertain="ignore", epochs=1)
-    assert train.train(teacher) == 0
+    train.train(teacher)
     report = evaluate_train(teacher)
     assert read_evaluation(teacher.run / "evaluation-train.json") == report
 
@@ -191,9 +190,9 @@ def test_a_student_learns_its_teachers_scores_of_the_uncertain_cells(
     assert mask.all()
     np.testing.assert_array_equal(target, np.where(states == -1, scores, states).astype(np.float32))
 
-    assert train.train(student) == 0
-    assert train.train(make_job("parts", stop_after=4, teacher=teacher.run, uncertain="selftrained")) == 143
-    assert train.train(make_job("parts", teacher=teacher.run, uncertain="selftrained")) == 0
+    train.train(student)
+    train_until(4, make_job("parts", teacher=teacher.run, uncertain="selftrained"))
+    train.train(make_job("parts", teacher=teacher.run, uncertain="selftrained"))
     assert_same_run(student.run.with_name("parts"), student.run)
     # another teacher's scores are another configuration
     write_scores(teacher.run / "scores-train.arrow", split.table, LABELS, 1 - scores)
@@ -206,7 +205,7 @@ def test_a_student_learns_its_teachers_scores_of_the_uncertain_cells(
 def test_a_student_needs_the_scores_of_what_it_learns_alone(make_job: Callable[..., Job]) -> None:
     selected = {"where": ("sex=Female",), "limit": 40, "labels": ("Edema",), "epochs": 1}
     teacher = make_job("teacher", uncertain="ignore", **selected)
-    assert train.train(teacher) == 0
+    train.train(teacher)
     evaluate_train(teacher)
 
     as_student = {"uncertain": "selftrained", "teacher": teacher.run}
@@ -220,7 +219,7 @@ def test_a_student_needs_the_scores_of_what_it_learns_alone(make_job: Callable[.
     np.testing.assert_array_equal(target[chosen.rows, column], expected.astype(np.float32))
     assert (table.Edema == -1).any()
     assert mask.any(axis=0).tolist() == [label == "Edema" for label in LABELS]
-    assert train.train(student) == 0
+    train.train(student)
 
     other = make_job("other", labels=("Edema",), **as_student)
     whole = open_rows(other, "train").split.table.to_pandas()
@@ -281,7 +280,7 @@ def test_labels_with_one_class_are_named_and_refused_where_strict(
     healthy = pc.sum(
         read_table(job.shards.folders[0].path, job.manifest.split("train"))["No Finding"]
     ).as_py()
-    assert train.train(job) == 0
+    train.train(job)
     lines = [line for line in capsys.readouterr().err.splitlines() if "cannot be learned" in line]
     assert (
         lines[0] == f"label No Finding has {healthy} positives and 0 negatives in train: it cannot be learned"
@@ -294,8 +293,9 @@ def test_labels_with_one_class_are_named_and_refused_where_strict(
 
 
 def test_another_seed_is_another_run(make_job: Callable[..., Job]) -> None:
-    first, second = make_job("a", stop_after=1), make_job("b", stop_after=1, seed=1)
-    assert train.train(first) == train.train(second) == 143
+    first, second = make_job("a"), make_job("b", seed=1)
+    for job in (first, second):
+        train_until(2, job)
     weights = [load_checkpoint(job.run / "last.pt")["network"]["head.2.weight"] for job in (first, second)]
     assert not torch.equal(*weights)
 
@@ -321,15 +321,22 @@ def test_two_processes_do_not_train_one_run(make_job: Callable[..., Job]) -> Non
     assert not (job.run / "config.json").exists()  # which may be of another configuration
 
 
-def test_a_run_goes_on_in_the_precision_it_began_in(make_job: Callable[..., Job]) -> None:
-    """`--amp auto` is bf16, fp16 or off, as the device can."""
-    job = make_job("run", stop_after=3)
-    assert train.train(job) == 143
+def test_a_run_continues_in_the_precision_and_on_the_ranks_it_began_with(
+    make_job: Callable[..., Job],
+) -> None:
+    """`--amp auto` is bf16, fp16 or off, as the device can; BatchNorm's statistics are of a rank's part of a batch."""
+    job = make_job("run")
+    train_until(3, job)
     path = job.run / "last.pt"
-    save_checkpoint(path, load_checkpoint(path) | {"precision": "bfloat16"})
-    message = f"{path}: trained in bfloat16, `amp` is float32 on this device: continue on such a device"
-    with pytest.raises(CheckpointError, match=re.escape(message)):
-        train.train(job)
+    whole = load_checkpoint(path)
+    for change, reason in {
+        ("precision", "bfloat16"): "trained in bfloat16, `amp` is float32 on this device",
+        ("ranks", 2): "trained on 2 ranks, not 1",
+    }.items():
+        save_checkpoint(path, whole | dict([change]))
+        with pytest.raises(CheckpointError) as caught:
+            train.train(job)
+        assert str(caught.value) == f"{path}: {reason}: continue as before, or choose another `run`"
 
 
 def test_a_rank_that_torchrun_did_not_start_is_refused(
@@ -393,12 +400,12 @@ def poison(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     monkeypatch.setattr(train, "build_network", build)
 
 
-@pytest.mark.parametrize(("check_steps", "stop_after", "saved"), [(2, 10**9, 2), (20, 5, None)])
+@pytest.mark.parametrize(("check_steps", "looks", "saved"), [(2, 10**9, 2), (20, 5, None)])
 def test_a_gradient_that_is_not_finite_stops_the_run_before_its_weights_are_saved(
     make_job: Callable[..., Job],
     monkeypatch: pytest.MonkeyPatch,
     check_steps: int,
-    stop_after: int,
+    looks: int,
     saved: int | None,
 ) -> None:
     """Also where a stop comes between two looks at the losses."""
@@ -407,8 +414,9 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_its_weights_are_save
         patched.setattr(train, "CHECK_STEPS", check_steps)
         patched.setattr(train, "SAVE_SECONDS", -1.0)
         poison(patched, 3)
+        patched.setattr(ranks, "_codes", Late(looks))
         with pytest.raises(DivergedError, match=message):
-            train.train(make_job("run", stop_after=stop_after, epochs=1))
+            train.train(make_job("run", epochs=1))
     last = make_job("run", epochs=1).run / "last.pt"
     assert last.exists() == (saved is not None)
     if saved is not None:
@@ -416,7 +424,8 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_its_weights_are_save
         assert kept["done"] == saved
         assert all(value.isfinite().all() for value in kept["network"].values())
         whole = make_job("whole", epochs=1)
-        assert train.train(make_job("run", epochs=1)) == train.train(whole) == 0
+        train.train(make_job("run", epochs=1))
+        train.train(whole)
         assert_same_run(last.parent, whole.run)
 
 
@@ -425,11 +434,10 @@ def test_a_step_that_the_scaler_skips_is_no_divergence(
 ) -> None:
     poison(monkeypatch, 2)
     job = make_job("run")
-    chosen = open_rows(job, "train")
-    labels = training_labels(job, chosen)
-    state = train.start_state(job, labels, chosen.rows)
+    data = open_training(job)
+    state = train.start_state(job, data)
     state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
-    batch = next(iter(train.stream_epoch(job, chosen, labels, None, 0)))
+    batch = next(iter(train.stream_epoch(job, data, 0)))
     _, norm = train.train_step(job, state, batch, batch.mask.sum())
     given = [parameter.grad for parameter in state.network.parameters() if parameter.grad is not None]
     clipped = torch.cat([gradient.flatten() for gradient in given]).norm()
@@ -443,42 +451,14 @@ def test_a_step_that_the_scaler_skips_is_no_divergence(
         assert torch.equal(parameter, before[name])
 
 
-def test_weights_that_the_last_step_has_ruined_are_not_saved(make_job: Callable[..., Job]) -> None:
-    job = make_job("run", stop_after=2, lr=1e30)
+def test_weights_that_the_last_step_has_ruined_are_not_saved(
+    make_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = make_job("run", lr=1e30)
+    monkeypatch.setattr(ranks, "_codes", Late(2))
     with pytest.raises(DivergedError, match=r"^the weights are not finite after step 1; try a lower `lr`$"):
         train.train(job)
     assert not (job.run / "last.pt").exists()
-
-
-def test_a_run_with_batchnorm_goes_on_on_as_many_ranks_as_it_began_on(make_job: Callable[..., Job]) -> None:
-    assert train.train(make_job("run", stop_after=2)) == 143
-    path = make_job("run").run / "last.pt"
-    saved = load_checkpoint(path)
-    assert saved["ranks"] == 1
-    save_checkpoint(path, saved | {"ranks": 2})
-    with pytest.raises(CheckpointError) as caught:
-        train.train(make_job("run"))
-    assert str(caught.value) == (
-        f"{path}: trained on 2 ranks, and 1 here would learn otherwise: BatchNorm's statistics are of a rank's part "
-        "of a batch; continue on 2, or choose another `run`"
-    )
-
-
-def test_another_number_of_ranks_is_said_where_they_learn_the_same(
-    make_job: Callable[..., Job], capsys: pytest.CaptureFixture[str]
-) -> None:
-    job = make_job("run", arch="convnext_tiny")
-    chosen = open_rows(job, "train")
-    state = train.start_state(job, training_labels(job, chosen), chosen.rows)
-    reason = "stochastic depth is drawn for a rank's part of a batch; continue on 4, or choose another `run`"
-    with pytest.raises(CheckpointError, match=f"trained on 4 ranks, and 1 here would .*: {reason}$"):
-        train.check_ranks(job, state, 4)
-    for module in state.network.modules():
-        if isinstance(module, StochasticDepth):
-            module.p = 0.0
-    train.check_ranks(job, state, 4)
-    said = f"{job.run}: begun on 4 ranks, continuing on 1: the same but for rounding"
-    assert capsys.readouterr().err.splitlines()[-1] == said
 
 
 @pytest.mark.parametrize(
@@ -496,8 +476,8 @@ def test_another_number_of_ranks_is_said_where_they_learn_the_same(
     ],
 )
 def test_options_change_the_result(make_job: Callable[..., Job], whole: Path, change: dict[str, Any]) -> None:
-    changed = make_job("changed", stop_after=12, **change)  # in the second epoch
-    assert train.train(changed) == 143
+    changed = make_job("changed", **change)
+    train_until(12, changed)  # in the second epoch
     ours, theirs = (
         json.loads((run / "metrics.jsonl").read_text().splitlines()[0]) for run in (whole, changed.run)
     )
@@ -509,7 +489,7 @@ def test_options_change_the_result(make_job: Callable[..., Job], whole: Path, ch
 
 def test_a_run_learns_and_is_measured_on_what_was_selected(make_job: Callable[..., Job]) -> None:
     job = make_job("run", epochs=1, where=("sex=Female", "age>=40"), labels=("Edema", "Pleural Effusion"))
-    assert train.train(job) == 0
+    train.train(job)
     report = read_evaluation(job.run / "evaluation-valid.json")
     table = read_table(job.shards.folders[0].path, job.manifest.split("valid"))
     facts = table.select(["key", "patient", "study", "sex", "age"]).to_pandas()
@@ -537,7 +517,7 @@ def test_a_selection_without_valid_is_said_before_the_first_step(
         read_table(job.shards.folders[0].path, job.manifest.split("valid"))["patient"].unique().to_pylist()
     )
     job = make_job("run", epochs=1, where=tuple(f"patient!={patient}" for patient in patients))
-    assert train.train(job) == 0
+    train.train(job)
     said = capsys.readouterr().err
     images = re.search(
         rf"^valid: condition 'patient!={patients[-1]}' leaves none of \d+ images, whose values are "
@@ -624,7 +604,7 @@ def test_limit_and_balance_choose_what_an_epoch_draws(make_job: Callable[..., Jo
     weights = draw_weights("Support Devices", [], labels, chosen)
     positive = labels.target[chosen.rows, LABELS.index("Support Devices")] >= 0.5
     assert weights[positive].sum() == pytest.approx(weights[~positive].sum())
-    assert train.train(job) == 0
+    train.train(job)
     over = draw_weights("Support Devices", ["sex", "projection"], labels, chosen)
     strata = table.select(["sex", "projection"]).to_pandas().fillna("blank")
     sums = strata.assign(positive=positive, weight=over)[over > 0].groupby(["sex", "projection", "positive"])
@@ -655,7 +635,7 @@ def test_damaged_images_end_the_run_unless_they_are_allowed(
             train.train(dataclasses.replace(job, config=dataclasses.replace(job.config, max_bad=max_bad)))
         shutil.rmtree(job.run)
     job = dataclasses.replace(job, config=dataclasses.replace(job.config, max_bad=0.1))
-    assert train.train(job) == 0
+    train.train(job)
     scored = pa.ipc.open_file(job.run / "scores-dev.arrow").read_all()["key"].to_pylist()
     assert scored == [key for row, key in enumerate(split.table["key"].to_pylist()) if row != 3]
     assert load_checkpoint(job.run / "last.pt")["bad"] == {"rows": []}  # of train
@@ -666,14 +646,13 @@ def test_a_batch_in_parts_gives_the_same_gradients(make_job: Callable[..., Job])
     weights = []
     for accumulate in (1, 4):
         job = make_job(f"run{accumulate}", accumulate=accumulate, amp="off")
-        chosen = open_rows(job, "train")
-        labels = training_labels(job, chosen)
-        state = train.start_state(job, labels, chosen.rows)
+        data = open_training(job)
+        state = train.start_state(job, data)
         torch.manual_seed(0)
         network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(32 * 32, len(LABELS)))
         state.network, state.forward, state.ema = network, network, copy.deepcopy(network)
         state.optimizer = torch.optim.SGD(network.parameters(), lr=1.0)
-        batch = next(iter(train.stream_epoch(job, chosen, labels, None, 0)))
+        batch = next(iter(train.stream_epoch(job, data, 0)))
         batch.mask[3:9] = False  # parts with different numbers of cells
         train.train_step(job, state, batch, batch.mask.sum())
         weights.append(network.get_parameter("1.weight").detach())
@@ -695,10 +674,10 @@ def test_what_draws_or_remembers_resumes_exactly_between_evaluations(
         monkeypatch.setattr(module, "build_network", build)
     options = {"epochs": 1, "eval_every": 4, "batch_size": 12, "loss": loss}
     whole = make_job("whole", **options)
-    assert train.train(whole) == 0
-    assert train.train(make_job("parts", stop_after=3, **options)) == 143
-    assert train.train(make_job("parts", stop_after=4, **options)) == 143
-    assert train.train(make_job("parts", **options)) == 0
+    train.train(whole)
+    train_until(3, make_job("parts", **options))
+    train_until(4, make_job("parts", **options))
+    train.train(make_job("parts", **options))
     assert_same_run(whole.run.with_name("parts"), whole.run)
     lines = [json.loads(line) for line in (whole.run / "metrics.jsonl").read_text().splitlines()]
     assert [(line["step"], line["epoch"]) for line in lines] == [(4, 0.5), (8, 1.0)]
@@ -712,7 +691,8 @@ def test_a_compiled_network_learns_the_same(
     calls = Mock(side_effect=partial(torch.compile, backend="aot_eager"))
     monkeypatch.setattr(torch, "compile", calls)
     plain, compiled = make_job("plain", epochs=1), make_job("compiled", epochs=1, compile=True)
-    assert train.train(plain) == train.train(compiled) == 0
+    train.train(plain)
+    train.train(compiled)
     ours, theirs = (json.loads((job.run / "metrics.jsonl").read_text()) for job in (plain, compiled))
     assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=0.01)
     assert load_checkpoint(plain.run / "best.pt")["weights"].keys() == (
@@ -723,7 +703,7 @@ def test_a_compiled_network_learns_the_same(
 
 def test_patience_ends_a_run_that_gets_no_better(make_job: Callable[..., Job]) -> None:
     job = make_job("run", epochs=50, lr=1e-9, ema=1.0, eval_every=1, patience=3)  # the average stays as it is
-    assert train.train(job) == 0
+    train.train(job)
     lines = [json.loads(line) for line in (job.run / "metrics.jsonl").read_text().splitlines()]
     scores = [results.choice_score(line, "all") for line in lines]
     assert len(scores) < 50
@@ -755,7 +735,7 @@ def test_a_checkpoint_is_chosen_by_the_labels_asked_for(
         return f"; {len(left)}"
 
     monkeypatch.setattr(train, "show_left", show_left)
-    assert train.train(job) == 0
+    train.train(job)
     lines = [json.loads(line) for line in (job.run / "metrics.jsonl").read_text().splitlines()]
     scores = [(line["labels"]["Edema"] + line["labels"]["Support Devices"]) / 2 for line in lines]
     macro = [results.choice_score(line, "all") for line in lines]
@@ -845,7 +825,7 @@ def test_logs_say_what_the_run_did_and_with_what(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["train.py", "--shards", "https://me:secret@host/set?token=secret"])
     job = make_job("run", epochs=1)
-    assert train.train(job) == 0
+    train.train(job)
     events = EventAccumulator(str(job.run / "tensorboard"))
     events.Reload()
     line = json.loads((job.run / "metrics.jsonl").read_text())
@@ -876,50 +856,15 @@ def test_logs_say_what_the_run_did_and_with_what(
     assert environment["command"] == ["train.py", "--shards", "https://host/set"]
 
 
-def test_a_finished_run_gets_more_epochs(
-    run: Path,
-    sample_shards: tuple[Path, Manifest],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+def test_a_finished_run_is_recognized_and_gets_no_more_epochs(
+    command: Callable[..., int], run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    other, new = Path(shutil.copytree(run, tmp_path / "other")), tmp_path / "new"
-    before = (run / "metrics.jsonl").read_text()
-    steps = json.loads(before)["step"]
-
-    def extend(folder: Path, epochs: int = 3) -> int:
-        words = ("--shards", sample_shards[0], "--run", folder, *WORDS, "--epochs", epochs)
-        return call_train("train", *words)
-
-    assert extend(run) == 0
-    now = f"{scheduled_lr(1e-4, steps, 3 * steps):.2g}"
-    said = f"the next follow the schedule of 3 from {now} down, so the result is not that of 3 epochs at once"
-    assert said in capsys.readouterr().err
-    assert (run / "metrics.jsonl").read_text().startswith(before)
-    events = EventAccumulator(str(run / "tensorboard"))
-    events.Reload()
-    rates = {point.step: point.value for point in events.Scalars("train/lr")}
-    lasts = [(steps, 1), (2 * steps, 3), (3 * steps, 3)]
-    assert rates == pytest.approx({last: scheduled_lr(1e-4, last - 1, of * steps) for last, of in lasts})
-    config = json.loads((run / "config.json").read_text())
-    assert (config["epochs"], config["extended"]) == (3, [1])
-    assert extend(run) == 0
-    assert (
-        f"{run}: finished, after step {3 * steps}; to train further, raise --epochs"
-        in capsys.readouterr().err
+    assert command("train", "--run", run, "--amp", "off") == 0
+    assert f"{run}: finished, after step 6; to train further, start another --run with --init {run}\n" in (
+        capsys.readouterr().err
     )
-    with pytest.raises(DataError, match="another configuration: epochs is 3 there and 2 here"):
-        extend(run, 2)
-    # Stopped in between, it resumes exactly; what has not done its epochs gets no more.
-    with monkeypatch.context() as patch:
-        patch.setattr("model.runs.job.StopFlag", partial(StopAfter, steps + 2))
-        assert [extend(other), extend(new, 2)] == [143, 143]
-    assert extend(other) == 0
-    assert_same_run(other, run)
-    with pytest.raises(
-        DataError, match=rf"^{new}: `epochs` can be raised after all 2 are done; its last step is"
-    ):
-        extend(new)
+    with pytest.raises(DataError, match="another configuration: epochs is 1 there and 3 here"):
+        command("train", "--run", run, "--amp", "off", "--epochs", 3)
 
 
 def test_the_curve_of_the_loss_is_of_the_steps_since_its_last_point(
@@ -929,7 +874,7 @@ def test_the_curve_of_the_loss_is_of_the_steps_since_its_last_point(
     for every in (1, 4):
         monkeypatch.setattr(train, "CHECK_STEPS", every)
         job = make_job(f"every{every}", epochs=1)
-        assert train.train(job) == 0
+        train.train(job)
         events = EventAccumulator(str(job.run / "tensorboard"))
         events.Reload()
         curves.append({point.step: point.value for point in events.Scalars("train/loss")})
@@ -960,7 +905,7 @@ def test_a_full_disk_under_tensorboard_is_named_in_one_line(
             train.train(job)
     assert str(error.value) == f"{job.run / 'tensorboard'}: {FULL}"
     assert "Traceback" not in capfd.readouterr().err
-    assert train.train(job) == 0
+    train.train(job)
 
 
 def test_a_full_disk_leaves_the_earlier_starts(
@@ -1017,7 +962,7 @@ def test_two_runs_are_compared_on_the_same_images(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     other = make_job("b", epochs=1, seed=1)
-    assert train.train(other) == 0
+    train.train(other)
     a, b = trained.run, other.run
     assert command("evaluate", "--run", a, "--split", "valid", "--against", b) == 0
     files = (a / "evaluation-valid-against-b.json", b / "evaluation-valid.json")
@@ -1094,7 +1039,7 @@ def test_runs_with_other_policies_are_measured_on_the_same_cells(
     make_job: Callable[..., Job], whole: Path
 ) -> None:
     other = make_job("other", epochs=1, uncertain="ones", blank="ignore")
-    assert train.train(other) == 0
+    train.train(other)
     counts = []
     for run in (whole, other.run):
         rows = list(
@@ -1147,8 +1092,8 @@ def test_checkpoints_that_do_not_fit_their_run_are_named(
 def test_a_damaged_last_checkpoint_comes_with_what_to_do(
     command: Callable[..., int], make_job: Callable[..., Job]
 ) -> None:
-    job = make_job("run", stop_after=2, epochs=1)
-    assert train.train(job) == 143
+    job = make_job("run", epochs=1)
+    train_until(2, job)
     path = job.run / "last.pt"
     whole = path.read_bytes()
     remedy = "remove it to train from the beginning"
@@ -1162,7 +1107,7 @@ def test_a_damaged_last_checkpoint_comes_with_what_to_do(
             )
         if not instead:
             path.unlink()  # as it says
-            assert train.train(make_job("run", epochs=1)) == 0
+            train.train(make_job("run", epochs=1))
 
 
 @pytest.mark.parametrize("name", ["calibration.json", "metrics.jsonl"])
@@ -1181,27 +1126,33 @@ def test_scores_that_are_not_finite_are_named(make_job: Callable[..., Job]) -> N
         train.train(make_job("run", lr=1e30, eval_every=1, ema=0.0))
 
 
-def test_a_signal_is_kept_while_a_rank_waits_for_another(trained: Job) -> None:
+def test_a_signal_is_kept_while_a_rank_waits_for_another(monkeypatch: pytest.MonkeyPatch) -> None:
     class Waiting(Ranks):
         def gather(self, *values: float) -> npt.NDArray[np.float64]:
-            job.stop._set(143)  # as a signal does, after the rank has sent that it has none
+            handlers[signal.SIGTERM](15, None)  # after the rank has sent that it has none
             return super().gather(*values)
 
-    job = dataclasses.replace(trained, stop=StopFlag(), ranks=Waiting())
-    assert [agree(job, 5).tolist() for _ in range(2)] == [[0, 5], [143, 5]]
+    handlers: dict[int, Callable[..., None]] = {}
+    monkeypatch.setattr(signal, "signal", handlers.__setitem__)
+    monkeypatch.setattr(ranks, "_codes", [])
+    listen()
+    assert Waiting().agree(5).tolist() == [5]
+    with pytest.raises(Stopped) as stopped:
+        Ranks().agree(5)
+    assert stopped.value.code == 143
 
 
 def test_thresholds_go_with_the_weights_they_were_chosen_for(trained: Job) -> None:
     old = trained.run / "calibration.json"
     (trained.run / "last.pt").unlink()
-    assert train.train(dataclasses.replace(trained, stop=StopAfter(10))) == 143
+    train_until(10, trained)
     assert not old.exists()
 
 
 @pytest.mark.usefixtures("random_dev")
 def test_the_last_weights_are_kept_where_that_is_asked_for(make_job: Callable[..., Job]) -> None:
     job = make_job("run", keep="last", epochs=1, eval_every=2)
-    assert train.train(job) == 0
+    train.train(job)
     ema = load_checkpoint(job.run / "last.pt")["ema"]
     kept = load_checkpoint(job.run / "best.pt")
     scores = [
@@ -1221,7 +1172,7 @@ def test_predict_gives_the_scores_that_shards_give(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     job = make_job("run", epochs=1, labels=("Edema", "Fracture"))
-    assert train.train(job) == 0
+    train.train(job)
     films = sample_shards[0].parent / "CheXpert-v1.0-small" / "valid"
     out = tmp_path / "scores.csv"
     call_main = partial(main.main, standalone_mode=False)
@@ -1272,7 +1223,7 @@ def test_exported_networks_give_the_same_scores(
     make_job: Callable[..., Job], tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     job = make_job("run", epochs=1, labels=("Edema", "Fracture"))
-    assert train.train(job) == 0
+    train.train(job)
     out = tmp_path / name
     call_main = partial(main.main, standalone_mode=False)
     assert call_main(["export", "--run", str(job.run), "--out", str(out)]) == 0
