@@ -13,9 +13,10 @@ import shlex
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.base.csvs import read_strings, repeated
 from pipeline.base.errors import DataError
@@ -30,6 +31,8 @@ from pipeline.sources.table import read_named
 
 CSV = "labels.csv"  # the role of the CSV beside the tars
 KEY = "__key__"  # webdataset's name for a sample's key
+# Ours: the tar as split/path, a sample's name in messages, its suffixes, and where its image lies, empty if not one.
+TAR, NAME, SUFFIXES, IMAGE = "__tar__", "__name__", "__suffixes__", "__image__"
 IMAGES, TEXTS = ("jpg", "jpeg", "png", "dcm", "dicom"), ("cls", "txt")
 MOST = dict.fromkeys(IMAGES, 2**30) | dict.fromkeys((*TEXTS, "json"), 2**20)  # bytes of a member
 SHOWN = 20  # problems in an error
@@ -38,27 +41,7 @@ _SPLITS = dict.fromkeys(("train", "training", "dev"), "train") | {"test": "test"
 _SPLITS |= dict.fromkeys(("val", "valid", "validate", "validation"), "valid")
 _NAME = re.compile(r"((?:.*/|)[^./]+)\.([^/]+)", re.DOTALL)  # key and suffix, as webdataset divides a name
 _COUNTED = re.compile(r"(.*-)\d+(-of-(\d+)\.tar)")  # train-00000-of-00003.tar
-# What fields are often called, in letters alone: for the command that an error proposes.
-_USUAL = {
-    "patient": ("patient", "patientid", "subject", "subjectid", "deidpatientid", "mrn"),
-    "study": ("study", "studyid"),
-    "view": ("view",),
-    "sex": ("sex", "gender", "patientsex"),
-    "age": ("age", "patientage"),
-    "projection": ("projection", "appa"),
-    **{label: (label.replace(" ", "").lower(),) for label in LABELS},
-}
-
-
-class Sample(NamedTuple):
-    """The members of one key: their suffixes, where the image lies (empty if not one), and the text of the fields."""
-
-    tar: str  # split/path
-    name: str  # in messages
-    key: str
-    suffixes: tuple[str, ...]
-    image: str
-    fields: dict[str, str | None]
+Fields = dict[str, str | None]
 
 
 class Webdataset(DataSet):
@@ -78,36 +61,41 @@ class Webdataset(DataSet):
         columns = dict(source.columns)
         fields = {ours: field for ours, field in columns.items() if ours != "key"}
         problems = _find_gaps(tars.values())
-        samples: list[Sample] = []
+        rows: list[Fields] = []
         for name, path in tars.items():
             try:
-                samples += _read_tar(name, path, set(fields.values()))
+                rows += _read_tar(name, path, set(fields.values()))
             except DataError as error:
                 problems.append(str(error))
-        wrong = Counter(sample.suffixes for sample in samples if not sample.image)
-        first = {sample.suffixes: sample.name for sample in reversed(samples)}
+        names = dict.fromkeys(name for row in rows for name in row)
+        samples = pa.table({name: pa.array([row.get(name) for row in rows], pa.string()) for name in names})
+        wrong: dict[str | None, list[Fields]] = {}
+        for row in rows:
+            if not row[IMAGE]:
+                wrong.setdefault(row[SUFFIXES], []).append(row)
         problems += [
-            f"{count:,} samples need one image and have .{', .'.join(suffixes)}: {first[suffixes]}"
-            for suffixes, count in wrong.items()
+            f"{len(same):,} samples need one image and have {suffixes}: {same[0][NAME]}"
+            for suffixes, same in wrong.items()
         ]
         csv = read_strings(source.csvs[CSV]) if CSV in source.csvs else pa.table({})
-        if "key" in columns:
-            problems += _join(source.csvs[CSV], csv, columns["key"], samples, set(fields.values()), note)
+        if "key" in columns and rows:
+            samples, missing = _join(
+                samples, source.csvs[CSV], csv, columns["key"], set(fields.values()), note
+            )
+            problems += missing
         _demand_all(source, samples, csv.column_names, problems)
-        names = [sample.key for sample in samples]
-        if len(set(names)) < len(names):  # as where each tar counts from 0
-            names = [f"{sample.tar.removesuffix('.tar')}/{sample.key}" for sample in samples]
-        for sample, name in zip(samples, names, strict=True):
-            sample.fields[KEY] = make_key(name)
+        keys = samples[KEY]
+        if pc.count_distinct(keys).as_py() < len(keys):  # as where each tar counts from 0
+            tar = pc.replace_substring_regex(samples[TAR], r"\.tar$", "")
+            keys = pc.binary_join_element_wise(tar, keys, "/")
+        made = pa.array(map(make_key, keys.to_pylist()), pa.string())
+        samples = samples.set_column(samples.column_names.index(KEY), KEY, made)
         tables = {}
         for split in dict.fromkeys(name.partition("/")[0] for name in tars):
-            rows = [row for row, sample in enumerate(samples) if sample.tar.startswith(f"{split}/")]
-            texts = {ours: [samples[row].fields.get(field) for row in rows] for ours, field in fields.items()}
-            texts["path"] = [samples[row].image for row in rows]
-            texts["key"] = [samples[row].fields[KEY] for row in rows]
-            cells = {name: pa.chunked_array([cells], pa.string()) for name, cells in texts.items()}
-            labels = [samples[row].name.replace(": ", ": sample ", 1) for row in rows]
-            tables[split] = read_named(labels, fields, cells)
+            part = samples.filter(pc.starts_with(samples[TAR], f"{split}/"))
+            cells = {ours: part[field] for ours, field in fields.items()}
+            labels = [name.replace(": ", ": sample ", 1) for name in part[NAME].to_pylist()]
+            tables[split] = read_named(labels, fields, cells | {"path": part[IMAGE], "key": part[KEY]})
         return tables
 
 
@@ -153,7 +141,7 @@ def _find_gaps(paths: Iterable[Path]) -> list[str]:
     ]
 
 
-def _read_tar(name: str, path: Path, wanted: set[str]) -> Iterator[Sample]:
+def _read_tar(tar: str, path: Path, wanted: set[str]) -> Iterator[Fields]:
     """The samples of a tar with the fields wanted, the first with all. Raises DataError, naming the sample."""
     groups: dict[str, dict[str, Member]] = {}
     for member in read_members(path):
@@ -174,16 +162,17 @@ def _read_tar(name: str, path: Path, wanted: set[str]) -> Iterator[Sample]:
             plain = [member for suffix, member in members.items() if suffix in IMAGES]
             images = plain or [member for suffix, member in members.items() if _kind(suffix) in IMAGES]
             image = f"{path}@{images[0].offset}+{images[0].size}#{images[0].name}" if len(images) == 1 else ""
-            yield Sample(name, f"{path}: {key}", key, tuple(members), image, kept | {KEY: key})
+            suffixes = ", ".join(f".{suffix}" for suffix in members)
+            yield {**kept, KEY: key, TAR: tar, NAME: f"{path}: {key}", SUFFIXES: suffixes, IMAGE: image}
 
 
 def _kind(suffix: str) -> str:
     return suffix.rpartition(".")[2]
 
 
-def _read_fields(name: str, file: BinaryIO, members: Mapping[str, Member]) -> dict[str, str | None]:
+def _read_fields(name: str, file: BinaryIO, members: Mapping[str, Member]) -> Fields:
     """Field → its text, None if it is blank: texts by suffix, and values of JSON, nested ones as `outer.inner`."""
-    values: dict[str, Any] = {}
+    values: dict[str, object] = {}
     for suffix, member in members.items():
         if _kind(suffix) in (*TEXTS, "json"):
             file.seek(member.offset)
@@ -197,7 +186,7 @@ def _read_fields(name: str, file: BinaryIO, members: Mapping[str, Member]) -> di
     return {field: _as_text(value) for field, value in values.items() if not isinstance(value, (dict, list))}
 
 
-def _as_text(value: Any) -> str | None:
+def _as_text(value: object) -> str | None:
     if value is None or value != value:  # JSON as Python writes it has NaN
         return None
     if isinstance(value, bool) or (isinstance(value, float) and value.is_integer()):
@@ -207,28 +196,25 @@ def _as_text(value: Any) -> str | None:
 
 
 def _join(
-    path: Path, text: pa.Table, column: str, samples: list[Sample], wanted: set[str], note: Note
-) -> list[str]:
-    """Give the samples the cells of their rows. Returns what is wrong: no row, or one of several samples."""
+    samples: pa.Table, path: Path, text: pa.Table, column: str, wanted: set[str], note: Note
+) -> tuple[pa.Table, list[str]]:
+    """The samples with the cells of their rows, and what is wrong: no row, or one of several samples."""
     if column not in text.column_names:
-        return [f"{path}: no column {column}; it has {', '.join(text.column_names)}"]
+        return samples, [f"{path}: no column {column}; it has {', '.join(text.column_names)}"]
     chosen = text.select([name for name in text.column_names if name in wanted])
-    keys = pa.array([sample.key for sample in samples], pa.string())
+    keys = samples[KEY].combine_chunks()
     rows = join(keys, path, chosen, text[column], "images", note, choose_paths(keys))
-    for name, cells in chosen.to_pydict().items():
-        for sample, row in zip(samples, rows.to_pylist(), strict=True):
-            sample.fields[name] = None if row is None else cells[row]
+    for name in chosen.column_names:
+        samples = samples.append_column(name, chosen[name].take(rows))
     missing, shared = keys.filter(rows.is_null()), repeated(rows.drop_null())
     problems = [f"{path}: {len(missing):,} samples have no row, such as {missing[0]}"] if len(missing) else []
-    return problems + ([f"{path}: {len(shared):,} rows have several samples each"] if shared else [])
+    return samples, problems + ([f"{path}: {len(shared):,} rows have several samples each"] if shared else [])
 
 
-def _demand_all(
-    source: Source, samples: Sequence[Sample], header: list[str], problems: Sequence[str]
-) -> None:
-    """Raise DataError with all problems and, if columns are missing, the command that names them."""
+def _demand_all(source: Source, samples: pa.Table, header: list[str], problems: Sequence[str]) -> None:
+    """Raise DataError with all problems and, if columns are missing, the fields to name."""
     folder, columns = source.roots[0], dict(source.columns)
-    known = list(dict.fromkeys(field for sample in samples for field in sample.fields))
+    known = [name for name in samples.column_names if name == KEY or not name.startswith("__")]
     absent = [
         f"no sample has the field {field}"
         for ours, field in columns.items()
@@ -237,36 +223,22 @@ def _demand_all(
     absent += ["the images are in the tars: leave out path"] if "path" in columns else []
     absent += ["no patient is named"] if "patient" not in columns else []
     absent += ["no label is named"] if not any(ours in LABELS for ours in columns) else []
-    problems = [*problems, *([] if samples else ["no samples in the tars"])]
+    problems = [*problems, *([] if len(samples) else ["no samples in the tars"])]
     if not problems + absent:
         return
-    suffixes = dict.fromkeys(f".{suffix}" for sample in samples for suffix in sample.suffixes)
-    lines = [f"{folder}: {len(samples):,} samples of {', '.join([*suffixes][:SHOWN])}"]
+    suffixes = ", ".join(samples[SUFFIXES].unique().to_pylist()) if len(samples) else ""
+    shown = ", ".join([*dict.fromkeys(suffixes.split(", "))][:SHOWN])
+    lines = [f"{folder}: {len(samples):,} samples of {shown}"]
     lines += [f"  {problem}" for problem in [*problems[:SHOWN], *absent]]
     lines += [f"  and {len(problems) - SHOWN:,} more problems"] if len(problems) > SHOWN else []
     if absent:
-        more = f"; of {source.csvs[CSV]}: {', '.join(header)}" if header else ""
-        lines += [f"fields: {', '.join(known[: SHOWN * 2])}{more}", *_propose(folder, columns, known, header)]
+        more = f"; of {source.csvs[CSV]}, with key=COLUMN: {', '.join(header)}" if header else ""
+        lines.append(f"fields: {', '.join(known[: SHOWN * 2])}{more}")
+        lines.append(f"patient={KEY} takes every image for another patient's; labels are 1, 0, -1 or blank:")
+        lines.append(
+            f"pipeline shards {shlex.quote(str(folder))} OUT `set` webdataset `columns` patient=FIELD,Edema=FIELD"
+        )
     raise DataError("\n".join(lines))
-
-
-def _propose(folder: Path, columns: Mapping[str, str], known: list[str], header: list[str]) -> Iterator[str]:
-    """Advice, and the command whose `columns` have all that is needed."""
-    fields = known + header
-    named = {ours: field for ours, field in columns.items() if field in fields and ours != "path"}
-    plain = {re.sub("[^a-z]", "", _kind(field).lower()): field for field in reversed(fields)}
-    for ours, names in _USUAL.items():
-        if fits := [plain[name] for name in names if name in plain]:
-            named.setdefault(ours, fits[0])
-    if named.setdefault("patient", KEY) == KEY:
-        yield f"patient={KEY} takes every image for another patient's; if they are not, name a field that says"
-    if not any(ours in LABELS for ours in named):
-        named["LABEL"] = next((text for text in TEXTS if text in known), "FIELD")
-        yield f"LABEL is one of {', '.join(LABELS)}; its values must be 1, 0, -1 or blank"
-    if any(field in header and field not in known for field in named.values()):
-        named.setdefault("key", "key" if "key" in header else header[0])
-    text = shlex.quote(",".join(f"{ours}={field}" for ours, field in named.items()))
-    yield f"pipeline shards {shlex.quote(str(folder))} OUT `set` webdataset `columns` {text}"
 
 
 SET = Webdataset(read_terms("webdataset"), files=".tar files", numbers_studies=True)
