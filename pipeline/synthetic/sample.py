@@ -45,33 +45,30 @@ COMMENT = b"\xff\xfe\x00\x0bsynthetic"
 
 
 class Latent(NamedTuple):
-    """How often a report says what about a finding, and where its sign is."""
+    """How often a report says what about a finding, and where its sign is: a row of latent.csv."""
 
     positive: float  # share of frontals
     uncertain: float
     negative: float  # the rest is blank
     confirmed: float  # share of uncertain findings that are really there
-    loads: tuple[float, float, float]  # on the factors congestion, infection, intensive care
-    low: tuple[float, float, float] = (0.0, 0.0, 0.0)  # x, y, z: corners of the box that holds its place
-    high: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    loads: list[float]  # on the factors congestion, infection, intensive care
+    low: list[float]  # x, y, z: corners of the box that holds its place
+    high: list[float]
 
 
-# Lung Opacity's positive share is for haze with no other cause; with its children it is 0.52 (real: 0.49).
-FINDINGS = {
-    "Enlarged Cardiomediastinum": Latent(0.065, 0.054, 0.080, 0.25, (0.3, 0.0, 0.1)),
-    "Cardiomegaly": Latent(0.122, 0.035, 0.041, 0.25, (0.5, 0.0, -0.1)),
-    "Lung Opacity": Latent(0.03, 0.035, 0.042, 0.25, (-0.3, -0.2, -0.3), (0.18, 0.3, -0.1), (0.26, 0.6, 0.2)),
-    "Lung Lesion": Latent(0.06, 0.006, 0.004, 0.25, (-0.3, -0.2, -0.2), (0.15, 0.28, -0.1), (0.29, 0.6, 0.2)),
-    "Edema": Latent(0.260, 0.062, 0.083, 0.52, (0.6, -0.1, 0.1)),
-    "Consolidation": Latent(0.068, 0.128, 0.103, 0.03, (-0.1, 0.6, 0.1), (0.2, 0.32, 0.1), (0.25, 0.66, 0.2)),
-    "Pneumonia": Latent(0.060, 0.084, 0.010, 0.25, (-0.2, 0.7, 0.0), (0.2, 0.5, -0.05), (0.27, 0.64, 0.2)),
-    "Atelectasis": Latent(0.156, 0.156, 0.005, 0.54, (-0.2, -0.2, 0.5), (0.2, 0.6, 0.05), (0.26, 0.66, 0.15)),
-    "Pneumothorax": Latent(0.093, 0.014, 0.250, 0.25, (-0.3, -0.1, 0.3)),
-    "Pleural Effusion": Latent(0.403, 0.050, 0.132, 0.29, (0.4, 0.0, 0.2)),
-    "Pleural Other": Latent(0.05, 0.01, 0.003, 0.25, (-0.2, -0.1, -0.2), (0.4, 0.4, 0.2), (0.4, 0.6, 0.2)),
-    "Fracture": Latent(0.060, 0.003, 0.010, 0.25, (-0.3, -0.1, 0.1), (0.24, 0.3, 0.05), (0.33, 0.55, 0.2)),
-    "Support Devices": Latent(0.561, 0.005, 0.028, 0.25, (0.2, 0.0, 0.7)),
-}
+def read_latent() -> dict[str, Latent]:
+    """Label → how reports speak of it. Lung Opacity's positive share is for haze with no other cause."""
+    with Path(__file__).with_name("latent.csv").open(newline="") as file:
+        _, *rows = csv.reader(file)
+    latent = {}
+    for label, *cells in rows:
+        positive, uncertain, negative, confirmed, *corners = map(float, cells)
+        places = corners[:3], corners[3:6], corners[6:]
+        latent[label] = Latent(positive, uncertain, negative, confirmed, *places)
+    return latent
+
+
+FINDINGS = read_latent()
 OPACITIES = ("Edema", "Consolidation", "Pneumonia", "Atelectasis", "Lung Lesion")
 HIDDEN = 0.03  # share of unmentioned findings that leave a faint sign
 VISIBLE = 0.3  # severity from which a radiologist would call the finding present

@@ -44,17 +44,14 @@ def parse_shortcut(text: str) -> Shortcut:
     """The shortcut that `Pneumonia=marker:0.9` describes. Raises DataError."""
     name, _, tie = text.partition("=")
     cue, _, number = tie.partition(":")
-    label, strength = find_label(name), -1.0
+    label = find_label(name)
     with suppress(ValueError):
-        strength = float(number)
-    if label is not None and cue in CUES and 0 <= strength <= 1:
-        return Shortcut(label, cue, strength)
-    complaint = f"the strength '{quote(number, 80)}' is not a number from 0 to 1"
-    if cue not in CUES:
-        complaint = f"'{quote(cue, 80)}' is not a cue; choose from {', '.join(CUES)}"
-    if label is None:
-        complaint = f"'{quote(name, 80)}' is not a label; write LABEL=CUE:STRENGTH"
-    raise DataError(f"'{quote(text, 80)}': {complaint}")
+        if label is not None and cue in CUES and 0 <= float(number) <= 1:
+            return Shortcut(label, cue, float(number))
+    cues = ", ".join(CUES)
+    raise DataError(
+        f"'{quote(text, 80)}' is not LABEL=CUE:STRENGTH: a label, one of {cues}, and a number from 0 to 1"
+    )
 
 
 def burn_marker(pixels: Pixels) -> None:

@@ -61,19 +61,14 @@ def test_cues_stay_at_the_edge() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "error"),
-    [
-        ("Flu=marker:0.9", "'Flu=marker:0.9': 'Flu' is not a label; write LABEL=CUE:STRENGTH"),
-        ("Edema=dot:0.9", "'Edema=dot:0.9': 'dot' is not a cue; choose from marker, border, corners"),
-        ("Edema=marker", "'Edema=marker': the strength '' is not a number from 0 to 1"),
-        ("Edema=marker:nan", "'Edema=marker:nan': the strength 'nan' is not a number from 0 to 1"),
-        ("Edema=marker:1.5", "'Edema=marker:1.5': the strength '1.5' is not a number from 0 to 1"),
-    ],
+    "text", ["Flu=marker:0.9", "Edema=dot:0.9", "Edema=marker", "Edema=marker:nan", "Edema=marker:1.5"]
 )
-def test_a_wrong_shortcut_is_refused(text: str, error: str) -> None:
+def test_a_wrong_shortcut_is_refused(text: str) -> None:
     with pytest.raises(DataError) as raised:
         parse_shortcut(text)
-    assert str(raised.value) == error
+    assert str(raised.value) == (
+        f"'{text}' is not LABEL=CUE:STRENGTH: a label, one of marker, border, corners, and a number from 0 to 1"
+    )
 
 
 def test_a_cue_for_two_labels_is_refused(tmp_path: Path) -> None:
