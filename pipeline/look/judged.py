@@ -1,7 +1,11 @@
 """An evaluation → its tables, for a terminal, a page and a card; each is a query of the rows."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from operator import attrgetter
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
+from pipeline.base.pages import show_figure
 from pipeline.base.tabular import Heading, Table
 from pipeline.measure.compare import ALTERED, MEMBERS
 from pipeline.measure.evaluate import AREAS, GIVEN, KEPT
@@ -17,24 +21,25 @@ WIDENED = (
     "The run's own macro is over other labels, so the limits of this mean on its valid are the means of its labels' "
     "limits: too wide rather than too narrow."
 )
-RATES = ("sensitivity", "specificity", "ppv", "npv", "f1")
+RATES = {"sensitivity": "sensitivity", "specificity": "specificity", "ppv": "PPV", "npv": "NPV", "f1": "F1"}
+SCORES = {
+    "brier": "Brier",
+    "brier_calibrated": "Brier, calibrated",
+    "ece": "ECE",
+    "ece_calibrated": "ECE, calibrated",
+}
 MARKS = {  # of verdicts
     "shown": "Shortcut shown",
     "partly": "Partly a shortcut",
     "unclear": "Cannot tell whether a shortcut explains",
     "none": "No shortcut found for",
 }
+SIGNS = {"shown": " ✗", "partly": " !", "unclear": " ?"}
 
 
-def name_row(evaluation: Evaluation, label: str, level: str | None = None) -> str:
-    """What a finding or a mean is called in tables, marked if it has few patients of a class."""
-    few = evaluation.get("auroc", label, level).few
-    return f"{MEANS.get(label, label)}{' (few)' if few else ''}"
-
-
-def show(value: float | None) -> str:
-    """Three places; an undefined figure as a dash."""
-    return "–" if value is None else f"{value:.3f}"
+def show(row: Row) -> str:
+    """The figure to three places, without limits."""
+    return show_figure(row.value)
 
 
 def count(value: float | None) -> str:
@@ -42,71 +47,99 @@ def count(value: float | None) -> str:
     return "–" if value is None else f"{value:,.0f}"
 
 
+def show_positives(row: Row) -> str:
+    """The positives of a finding; a mean has none."""
+    return "" if row.label in (*MEANS, COMMON) else count(row.positives)
+
+
+def show_negatives(row: Row) -> str:
+    """The negatives of a finding; a mean has none."""
+    return "" if row.label in MEANS else count(row.negatives)
+
+
+class Column(NamedTuple):
+    """A column of a table with a line for each label: the row of the evaluation that a cell shows, and how."""
+
+    heading: Heading
+    metric: str
+    show: Callable[[Row], str] = attrgetter("shown")
+    group: str | None = None
+    scorer: str | None = None
+    level: str | None = None
+
+
+def tabulate(
+    evaluation: Evaluation,
+    title: str,
+    labels: Sequence[str],
+    columns: Sequence[Column],
+    names: Mapping[str, str] = MappingProxyType({}),
+    **more: Any,
+) -> Table:
+    """A line for each of the labels, called by `names` or as they are; `more` are fields of the Table."""
+    rows = []
+    for label in labels:
+        cells = [names.get(label) or name_row(evaluation, label, columns[0].level)]
+        for column in columns:
+            row = evaluation.get(column.metric, label, column.level, column.group, column.scorer)
+            cells.append(column.show(row))
+        rows.append(cells)
+    means = sum(label in (*MEANS, COMMON) for label in labels)
+    return Table(title, ["label", *(column.heading for column in columns)], rows, means=means, **more)
+
+
+def name_row(evaluation: Evaluation, label: str, level: str | None = None) -> str:
+    """What a finding or a mean is called in tables, marked if it has few patients of a class."""
+    return mark_few(MEANS.get(label, label), evaluation.get("auroc", label, level))
+
+
+def mark_few(name: str, row: Row) -> str:
+    """A name, marked if the row has few patients of a class."""
+    return f"{name} (few)" if row.few else name
+
+
 def tabulate_auroc(evaluations: Sequence[Evaluation]) -> Table:
     """AUROC of one or more splits, with positives and negatives; limits as far as 80 columns have room for them."""
     alone = len(evaluations) == 1
     columns: list[Heading] = ["label"]
-    for one in evaluations:
-        columns += [(one.split, "AUROC [95 %]" if alone else "AUROC"), (one.split, "pos / neg")]
+    for evaluation in evaluations:
+        columns += [(evaluation.split, "AUROC [95 %]" if alone else "AUROC"), (evaluation.split, "pos / neg")]
     rows = []
     for label in (*evaluations[0].labels, *MEANS):
         cells = [MEANS.get(label, label)]
-        for one in evaluations:
-            row = one.get("auroc", label)
+        for evaluation in evaluations:
+            row = evaluation.get("auroc", label)
             counts = f"{'few ' if row.few else ''}{count(row.positives)} / {count(row.negatives)}"
-            if label in one.head.get("not_annotated", ()):
+            if label in evaluation.head.get("not_annotated", ()):
                 counts = "not annotated"
             elif label in MEANS:
                 counts = "" if alone or row.low is None else f"{row.low:.3f}-{row.high:.3f}"
-            cells += [row.shown if alone else show(row.value), counts]
+            cells += [row.shown if alone else show(row), counts]
         rows.append(cells)
     return Table("AUROC", columns, rows, means=len(MEANS))
 
 
 def tabulate_metrics(evaluation: Evaluation, level: str, title: str) -> Table:
     """AUROC and AUPRC with limits, counts, Brier score and calibration error."""
-    raw = [
-        metric
-        for metric in ("brier", "brier_calibrated", "ece", "ece_calibrated")
-        if _has(evaluation, metric)
-    ]
-    names = {
-        "brier": "Brier",
-        "brier_calibrated": "Brier, calibrated",
-        "ece": "ECE",
-        "ece_calibrated": "ECE, calibrated",
-    }
     columns = [
-        "label",
-        "AUROC [95 %]",
-        "AUPRC [95 %]",
-        "positives",
-        "negatives",
-        *(names[metric] for metric in raw),
+        *(Column(f"{metric.upper()} [95 %]", metric, level=level) for metric in AREAS),
+        Column("positives", "auroc", show_positives, level=level),
+        Column("negatives", "auroc", show_negatives, level=level),
     ]
-    rows = []
-    for label in (*evaluation.labels, *MEANS):
-        auroc = evaluation.get("auroc", label, level)
-        counts = ["", ""] if label in MEANS else [count(auroc.positives), count(auroc.negatives)]
-        figures = [evaluation.get(metric, label, level).shown for metric in AREAS]
-        rest = [show(evaluation.get(metric, label, level).value) for metric in raw]
-        rows.append([name_row(evaluation, label, level), *figures, *counts, *rest])
-    return Table(title, columns, rows, means=len(MEANS), kind="metrics")
+    for metric, name in SCORES.items():
+        if any(evaluation.select(metric=metric)):
+            columns.append(Column(name, metric, show, level=level))
+    return tabulate(evaluation, title, [*evaluation.labels, *MEANS], columns, kind="metrics")
 
 
 def tabulate_rates(evaluation: Evaluation, level: str, rule: str, brief: bool = False) -> Table:
     """Rates at the thresholds of a rule; in brief, sensitivity and specificity alone."""
-    rates = RATES[:2] if brief else RATES
-    short = dict(zip(RATES, ("sensitivity", "specificity", "PPV", "NPV", "F1"), strict=True))
     at_least = evaluation.head["sensitivity"]
     more = f" ≥ {at_least:g} on dev" if rule == "sensitivity" else "" if rule == GIVEN else " on dev"
-    rows = []
-    for label in evaluation.labels:
-        threshold = evaluation.get("threshold", label, level, rule).value
-        cells = [evaluation.get(rate, label, level, rule).shown for rate in rates]
-        rows.append([name_row(evaluation, label, level), show(threshold), *cells])
+    columns = [Column("score ≥", "threshold", show, rule, level=level)]
+    columns += [Column(name, rate, group=rule, level=level) for rate, name in RATES.items()]
     title = f"At the threshold of {TITLES[rule]}{more}, per {level}"
-    return Table(title, ["label", "score ≥", *(short[rate] for rate in rates)], rows, kind="rates")
+    return tabulate(evaluation, title, evaluation.labels, columns[: 3 if brief else None], kind="rates")
 
 
 def list_rules(evaluation: Evaluation) -> list[str]:
@@ -116,47 +149,60 @@ def list_rules(evaluation: Evaluation) -> list[str]:
 
 def tabulate_groups(evaluation: Evaluation, variable: str) -> Table:
     """AUROC and TPR of each group of a variable, and the gap of TPR."""
-    sizes = {
-        row.group: row
+    sizes = [
+        row
         for row in evaluation.select(metric="images", label=None)
         if row.group and row.group.startswith(f"{variable}=")
-    }
-    groups = {group: row for group, row in sizes.items() if not row.note}
-    short = {group: group.partition("=")[2] for group in sizes}
-    columns: list[Heading] = [variable]
-    columns += [
-        (f"{short[group]} (n = {count(row.value)})", name)
-        for group, row in groups.items()
-        for name in ("AUROC", "TPR")
     ]
-    rows = []
-    for label in evaluation.labels:
-        cells = []
-        for group in groups:
-            auroc, tpr = (evaluation.get(metric, label, group=group) for metric in ("auroc", "tpr"))
-            few = f"{count(auroc.positives)} positives, {count(auroc.negatives)} negatives (few)"
-            cells += [few if auroc.few else auroc.shown, tpr.shown if (auroc.positives or 0) >= 10 else "–"]
-        rows.append([label, *cells, evaluation.get("tpr_gap", label, group=variable).shown])
+    groups = [row.group for row in sizes if not row.note]
+    columns = []
+    for row in sizes[: len(groups)]:
+        heading = f"{name_group(row)} (n = {count(row.value)})"
+        columns += [Column((heading, "AUROC"), "auroc", _show_area, row.group)]
+        columns += [Column((heading, "TPR"), "tpr", _show_tpr, row.group)]
+    columns.append(
+        Column("TPR gap", "tpr_gap", lambda row: "" if row.label in MEANS else row.shown, variable)
+    )
     macros = [evaluation.get("auroc", "macro", group=group) for group in groups]
     over = len(macros[0].note.split(", ")) if macros[0].note else 0
-    rows.append([f"macro over {over} labels", *(cell for row in macros for cell in (row.shown, "")), ""])
-    less = {group: evaluation.get("auroc_less_first", "macro", group=group) for group in groups}
-    differences = [f"{short[group]} {row.change}" for group, row in less.items() if row.value is not None]
-    others = [f"{short[group]} {count(row.value)}" for group, row in sizes.items() if row.note]
-    notes = [
-        f"{text}: {', '.join(parts)}."
-        for text, parts in (
-            ("Macro AUROC minus that of the first group", differences),
-            ("In no group", others),
-        )
-        if parts
-    ]
-    return Table("", [*columns, "TPR gap"], rows, notes, means=1, kind="groups")
+    less = [evaluation.get("auroc_less_first", "macro", group=group) for group in groups]
+    differences = [f"{name_group(row)} {row.change}" for row in less if row.value is not None]
+    others = [f"{name_group(row)} {count(row.value)}" for row in sizes if row.note]
+    texts = {"Macro AUROC minus that of the first group": differences, "In no group": others}
+    notes = [f"{text}: {', '.join(parts)}." for text, parts in texts.items() if parts]
+    names = {"macro": f"macro over {over} labels"}
+    labels = [*evaluation.labels, "macro"]
+    return tabulate(evaluation, "", labels, columns, names, notes=notes, kind="groups")
+
+
+def name_group(row: Row) -> str:
+    """`Female` of the group `sex=Female`."""
+    return str(row.group).partition("=")[2]
+
+
+def _show_area(row: Row) -> str:
+    few = f"{count(row.positives)} positives, {count(row.negatives)} negatives (few)"
+    return few if row.few else row.shown
+
+
+def _show_tpr(row: Row) -> str:
+    return "" if row.label in MEANS else row.shown if (row.positives or 0) >= 10 else "–"
 
 
 def list_variables(evaluation: Evaluation) -> list[str]:
     """What the groups are of: sex, age, projection, and facts."""
     return list(dict.fromkeys(row.group for row in evaluation.select(metric="tpr_gap") if row.group))
+
+
+def list_groups(evaluation: Evaluation) -> list[Table]:
+    """The groups of each variable that have figures."""
+    tables = [tabulate_groups(evaluation, variable) for variable in list_variables(evaluation)]
+    return [table for table in tables if table.filled]
+
+
+def list_verdicts(evaluation: Evaluation) -> list[tuple[str, str]]:
+    """The mark and the sentence of each verdict."""
+    return [(str(row.group), row.note) for row in evaluation.select(metric="verdict")]
 
 
 def list_open_gaps(evaluation: Evaluation) -> list[str]:
@@ -174,117 +220,104 @@ def tabulate_verdicts(evaluation: Evaluation) -> Table:
 
 def tabulate_belief(evaluation: Evaluation) -> Table:
     """AUROC among images of equal covariates."""
-    verdicts = {str(row.label): row for row in evaluation.select(metric="verdict")}
+    verdicts = {str(row.label): str(row.group) for row in evaluation.select(metric="verdict")}
     within = [row for row in evaluation.select(metric="auroc_within") if row.group and "=" not in row.group]
-    variables = list(dict.fromkeys(str(row.group) for row in within if row.group not in evaluation.labels))
-    signs = {"shown": " ✗", "partly": " !", "unclear": " ?"}
-    rows = []
-    for label, verdict in verdicts.items():
-        cells = [evaluation.get("auroc_within", label, group=name) for name in variables]
-        other = [
-            f"{row.group}: {row.shown}" for row in within if row.label == label and row.group not in variables
-        ]
-        rows.append(
-            [f"{label}{signs.get(str(verdict.group), '')}", evaluation.get("auroc", label).shown]
-            + ["" if cell.value is None else cell.shown for cell in cells]
-            + [evaluation.get("auroc_balanced", label).shown, ", ".join(other)]
-        )
+    variables = dict.fromkeys(row.group for row in within if row.group not in evaluation.labels)
+
+    def show_others(row: Row) -> str:
+        others = [other for other in within if other.label == row.label and other.group in evaluation.labels]
+        return ", ".join(f"{other.group}: {other.shown}" for other in others)
+
+    def show_known(row: Row) -> str:
+        return "" if row.value is None else row.shown
+
     columns = [
-        "label",
-        "AUROC [95 %]",
-        *(f"within {name}" for name in variables),
-        "balanced",
-        "within another label",
+        Column("AUROC [95 %]", "auroc"),
+        *(Column(f"within {name}", "auroc_within", show_known, name) for name in variables),
+        Column("balanced", "auroc_balanced"),
+        Column("within another label", "verdict", show_others),
     ]
-    return Table("AUROC among images of equal covariates", columns, rows, kind="belief")
+    names = {label: f"{label}{SIGNS.get(mark, '')}" for label, mark in verdicts.items()}
+    title = "AUROC among images of equal covariates"
+    return tabulate(evaluation, title, [*verdicts], columns, names, kind="belief")
 
 
 def tabulate_differences(evaluation: Evaluation, scorer: str, level: str) -> Table:
     """Our AUROC and AUPRC less another's of the same rows."""
-    rows = []
-    for row in evaluation.select(metric="auroc_difference", scorer=scorer, level=level, group=None):
-        label = str(row.label)
-        ours = row if row.value is None else evaluation.get("auroc", label, level)
-        auprc = evaluation.get("auprc_difference", label, level, scorer=scorer)
-        theirs = evaluation.get("auroc", label, level, scorer=scorer)
-        mine = None if row.value is None or theirs.value is None else theirs.value + row.value
-        sure = "yes" if row.excludes_zero else "no" if ours.value is not None else "–"
-        rows.append(
-            [name_row(evaluation, label, level), show(mine), theirs.shown, row.change, sure, auprc.change]
-        )
+    differences = evaluation.select(metric="auroc_difference", scorer=scorer, level=level, group=None)
+    labels = [str(row.label) for row in differences]
+
+    def show_ours(row: Row) -> str:
+        """On the labels that both have."""
+        other = evaluation.get("auroc", row.label, level, scorer=scorer)
+        return show_figure(None if row.value is None or other.value is None else other.value + row.value)
+
+    def show_sure(row: Row) -> str:
+        known = row.value is not None or evaluation.get("auroc", row.label, level).value is not None
+        return "yes" if row.excludes_zero else "no" if known else "–"
+
     columns = [
-        "label",
-        "AUROC",
-        "the other's [95 %]",
-        "difference [95 %]",
-        "excludes 0",
-        "AUPRC difference [95 %]",
+        Column("AUROC", "auroc_difference", show_ours, None, scorer, level),
+        Column("the other's [95 %]", "auroc", scorer=scorer, level=level),
+        Column("difference [95 %]", "auroc_difference", attrgetter("change"), None, scorer, level),
+        Column("excludes 0", "auroc_difference", show_sure, None, scorer, level),
+        Column("AUPRC difference [95 %]", "auprc_difference", attrgetter("change"), None, scorer, level),
     ]
-    common = len(rows) - len(MEANS)
+    common = len(labels) - len(MEANS)
     notes = [f"over the {common} labels that both have scores of"] if common < len(evaluation.labels) else []
-    return Table(f"Less {scorer}, per {level}", columns, rows, notes, _means(rows), kind="against")
+    return tabulate(evaluation, f"Less {scorer}, per {level}", labels, columns, notes=notes, kind="against")
 
 
 def tabulate_methods(evaluation: Evaluation) -> Iterator[Table]:
     """For each group of studies, the AUROCs of all ways to score them, and ours less each other's."""
     for size in evaluation.select(metric="studies", level="study", scorer=None):
-        group = str(size.group)
-        if size.group is None:  # of the split
+        group = size.group
+        if group is None:  # of the split
             continue
-        place = {"level": "study", "group": group}
-        first = evaluation.get("auroc", "macro10", **place)
+        first = evaluation.get("auroc", "macro10", "study", group)
         mean = "macro" if first.value is None else "macro10"
-        differences = evaluation.select(metric="auroc_difference", **place)
-        scorers = list(dict.fromkeys(str(row.scorer) for row in differences))
-        title = f"{group.partition('=')[2]}: {count(size.value)} studies that all have scored"
-        for first_shown in range(0, len(scorers), 3):  # side by side on a page
-            shown = scorers[first_shown : first_shown + 3]
-            columns: list[Heading] = ["label", "AUROC"]
-            columns += [(scorer, part) for scorer in shown for part in ("AUROC", "ours less this [95 %]")]
-            rows = []
-            for label in (*evaluation.labels, mean):
-                cells = [MEANS.get(label, label), show(evaluation.get("auroc", label, **place).value)]
-                for scorer in shown:
-                    cells.append(show(evaluation.get("auroc", label, **place, scorer=scorer).value))
-                    cells.append(evaluation.get("auroc_difference", label, **place, scorer=scorer).change)
-                rows.append(cells)
-            yield Table(title, columns, rows, means=1, kind="methods")
+        differences = evaluation.select(metric="auroc_difference", level="study", group=group)
+        scorers = list(dict.fromkeys(row.scorer or "" for row in differences))
+        title = f"{name_group(size)}: {count(size.value)} studies that all have scored"
+        for place in range(0, len(scorers), 3):  # side by side on a page
+            columns = [Column("AUROC", "auroc", show, group)]
+            for scorer in scorers[place : place + 3]:
+                columns.append(Column((scorer, "AUROC"), "auroc", show, group, scorer))
+                heading = (scorer, "ours less this [95 %]")
+                columns.append(Column(heading, "auroc_difference", attrgetter("change"), group, scorer))
+            names = {label: label for label in evaluation.labels}
+            yield tabulate(evaluation, title, [*names, mean], columns, names, kind="methods")
 
 
 def tabulate_gain(evaluation: Evaluation) -> Table:
     """An ensemble beside its members, and what it gains over the mean of theirs."""
-    members, rows = evaluation.head.get("members", ()), []
-    for gain in evaluation.select(metric="auroc_difference", scorer=MEMBERS):
-        label = str(gain.label)
-        if gain.value is not None:
-            scorers = (None, *members, MEMBERS)
-            figures = [show(evaluation.get("auroc", label, scorer=scorer).value) for scorer in scorers]
-            rows.append([name_row(evaluation, label), *figures, gain.change])
-    columns = ["AUROC", "ensemble", *members, "mean member", "gain [95 %]"]
-    title = f"The ensemble less the mean of its members, per {evaluation.unit}"
-    return Table(title, columns, rows, means=_means(rows), kind="gain")
+    gains = evaluation.select(metric="auroc_difference", scorer=MEMBERS)
+    labels = [str(row.label) for row in gains if row.value is not None]
+    scorers = {None: "ensemble", **{name: name for name in evaluation.head.get("members", ())}}
+    scorers[MEMBERS] = "mean member"
+    columns = [Column(name, "auroc", show, None, scorer) for scorer, name in scorers.items()]
+    columns.append(Column("gain [95 %]", "auroc_difference", attrgetter("change"), None, MEMBERS))
+    title = f"AUROC of the ensemble less the mean of its members', per {evaluation.unit}"
+    return tabulate(evaluation, title, labels, columns, kind="gain")
 
 
 def tabulate_altered(evaluation: Evaluation) -> Table:
     """AUROC of altered images: a label that is still recognized with the center covered does not need the lungs."""
-    names = evaluation.head.get("altered", ())
-    rows = []
-    for label in (*evaluation.labels, evaluation.best_mean()):
-        plain = evaluation.get("auroc", label)
-        if plain.value is None:
-            continue
-        cells = [name_row(evaluation, label), show(plain.value)]
-        for name in names:
-            figure = evaluation.get("auroc", label, scorer=f"{ALTERED}{name}")
-            cells += [
-                figure.shown,
-                "recognized" if label not in MEANS and is_kept(evaluation, label, name) else "",
-            ]
-        rows.append(cells)
-    columns: list[Heading] = ["label", "as they are"]
-    columns += [(name, part) for name in names for part in ("AUROC [95 %]", "")]
-    note = f"Recognized: the AUROC stays above {KEPT}, by its lower limit."
-    return Table("Sanity: the same images, altered", columns, rows, [note], means=1, kind="sanity")
+    labels = [*evaluation.labels, evaluation.best_mean()]
+    columns = [Column("as they are", "auroc", show)]
+    for name in evaluation.head.get("altered", ()):
+        scorer = f"{ALTERED}{name}"
+
+        def show_kept(row: Row, name: str = name) -> str:
+            known = row.label is not None and row.label not in MEANS
+            return "recognized" if known and is_kept(evaluation, str(row.label), name) else ""
+
+        columns.append(Column((name, "AUROC [95 %]"), "auroc", scorer=scorer))
+        columns.append(Column((name, ""), "auroc", show_kept, scorer=scorer))
+    labels = [label for label in labels if evaluation.get("auroc", label).value is not None]
+    notes = [f"Recognized: the AUROC stays above {KEPT}, by its lower limit."]
+    title = "Sanity: the same images, altered"
+    return tabulate(evaluation, title, labels, columns, notes=notes, kind="sanity")
 
 
 def is_kept(evaluation: Evaluation, label: str, alteration: str) -> bool:
@@ -295,28 +328,21 @@ def is_kept(evaluation: Evaluation, label: str, alteration: str) -> bool:
 
 def tabulate_readers(evaluation: Evaluation) -> Table:
     """Each reader's rates, beside the sensitivity of the network's ROC curve at the reader's specificity."""
-    readers = evaluation.head.get("readers", ())
-    sizes = {reader: evaluation.get("studies", None, "study", scorer=reader).value for reader in readers}
-    columns: list[Heading] = ["label", "below the curve"]
-    parts = ("positives", "negatives", "sensitivity", "specificity", "network's sensitivity")
-    columns += [(f"{reader} (n = {count(size)})", part) for reader, size in sizes.items() for part in parts]
-    rows, places = [], [row.value for row in evaluation.select(metric="below") if row.value is not None]
-    for label in evaluation.labels:
-        cells = [label, count_below(evaluation, label)]
-        for reader in readers:
-            rates = [
-                evaluation.get(rate, label, "study", scorer=reader) for rate in ("sensitivity", "specificity")
-            ]
-            network = evaluation.get("network", label, "study", scorer=reader)
-            cells += [
-                count(rates[0].positives),
-                count(rates[0].negatives),
-                *(row.shown for row in rates),
-                show(network.value),
-            ]
-        rows.append(cells)
-    note = f"below the curve: {sum(places):.0f} of {len(places)}, readers times labels"
-    return Table("Readers beside the ROC curve, per study", columns, rows, [note], kind="readers")
+    columns = [Column("below the curve", "below", lambda row: count_below(evaluation, str(row.label)))]
+    for reader in evaluation.head.get("readers", ()):
+        size = evaluation.get("studies", None, "study", scorer=reader).value
+        name, at = f"{reader} (n = {count(size)})", {"scorer": reader, "level": "study"}
+        columns += [
+            Column((name, "positives"), "sensitivity", show_positives, **at),
+            Column((name, "negatives"), "sensitivity", show_negatives, **at),
+            *(Column((name, rate), rate, **at) for rate in ("sensitivity", "specificity")),
+            Column((name, "network's sensitivity"), "network", show, **at),
+        ]
+    places = [row.value for row in evaluation.select(metric="below") if row.value is not None]
+    notes = [f"below the curve: {sum(places):.0f} of {len(places)}, readers times labels"]
+    names = {label: label for label in evaluation.labels}
+    title = "Readers beside the ROC curve, per study"
+    return tabulate(evaluation, title, [*names], columns, names, notes=notes, kind="readers")
 
 
 def count_below(evaluation: Evaluation, label: str) -> str:
@@ -328,60 +354,39 @@ def count_below(evaluation: Evaluation, label: str) -> str:
 
 def tabulate_own(evaluation: Evaluation) -> Table:
     """On shards that a run did not learn from: AUROCs beside those on its own valid."""
-    rows = []
-    for less in evaluation.select(metric="auroc_difference", group=OWN):
-        label = str(less.label)
-        here, own = evaluation.get("auroc", label), evaluation.get("auroc", label, group=OWN)
-        name = f"{label}{' (few)' if less.few else ''}"
-        if label == COMMON:
-            name = f"mean of these {len(here.note.split(', '))}, ≥ 10 patients in both"
-        counts = [count(row.positives) if label != COMMON else "" for row in (here, own)]
-        rows.append([name, counts[0], here.shown, counts[1], own.shown, less.change])
-    means = int(evaluation.get("auroc_difference", COMMON, group=OWN).value is not None)
-    parts = [
-        (name, part)
-        for name in ("these images", "the run's own valid")
-        for part in ("positives", "AUROC [95 %]")
-    ]
+    differences = {str(row.label): row for row in evaluation.select(metric="auroc_difference", group=OWN)}
+    names = {label: mark_few(label, row) for label, row in differences.items()}
+    over = len(evaluation.get("auroc", COMMON).note.split(", "))
+    names |= {COMMON: f"mean of these {over}, ≥ 10 patients in both"} if COMMON in names else {}
+    columns = []
+    for name, group in {"these images": None, "the run's own valid": OWN}.items():
+        columns.append(Column((name, "positives"), "auroc", show_positives, group))
+        columns.append(Column((name, "AUROC [95 %]"), "auroc", group=group))
+    columns.append(Column("difference [95 %]", "auroc_difference", attrgetter("change"), OWN))
     notes = [str(evaluation.head["own"])] if evaluation.head.get("own") else []
-    if evaluation.get("auroc_difference", COMMON, group=OWN).note:
-        notes.append(WIDENED)
-    return Table(
-        "AUROC on these images and on the run's own valid",
-        ["label", *parts, "difference [95 %]"],
-        rows,
-        notes,
-        means,
-        kind="elsewhere",
-    )
+    notes += [WIDENED] if COMMON in names and differences[COMMON].note else []
+    title = "AUROC on these images and on the run's own valid"
+    return tabulate(evaluation, title, [*names], columns, names, notes=notes, kind="elsewhere")
 
 
 def tabulate_recalibration(evaluation: Evaluation) -> Table:
     """What a calibration on half of the patients would give on the other half."""
-    rows = []
-    for fitted in evaluation.select(metric="cells", group="fitted"):
-        label, after = str(fitted.label), evaluation.get("ece", fitted.label, group="after")
-        measured = evaluation.get("cells", label, group="measured")
-        counts = [count(value) for row in (fitted, measured) for value in (row.positives, row.negatives)]
-        figures = [
-            show(evaluation.get(metric, label, group=side).value)
-            for metric in ("ece", "brier")
-            for side in ("before", "after")
-        ]
-        rows.append([f"{label}{' (few)' if measured.few else ''}", *counts, *figures, after.note])
+    measured = evaluation.select(metric="cells", group="measured")
+    names = {str(row.label): mark_few(str(row.label), row) for row in measured}
+    columns = []
+    for name in ("fitted", "measured"):
+        for side, shown in {"positives": show_positives, "negatives": show_negatives}.items():
+            columns.append(Column((f"{name} on", side), "cells", shown, name))
+    for metric in ("ece", "brier"):
+        columns += [Column((SCORES[metric], name), metric, show, name) for name in ("before", "after")]
+    columns.append(Column("", "ece", attrgetter("note"), "after"))
     sides = [count(evaluation.get("patients", None, group=side).value) for side in ("fitted", "measured")]
     note = (
         f"Fitted on {sides[0]} of its patients, drawn by a hash of their names, measured on the other {sides[1]}; the "
         "other figures keep the run's own calibration."
     )
-    columns: list[Heading] = [
-        "label",
-        *((name, part) for name in ("fitted on", "measured on") for part in ("positives", "negatives")),
-    ]
-    columns += [(name, part) for name in ("ECE", "Brier") for part in ("before", "after")]
-    return Table(
-        "What recalibration on these images would give", [*columns, ""], rows, [note], kind="recalibration"
-    )
+    title = "What recalibration on these images would give"
+    return tabulate(evaluation, title, [*names], columns, names, notes=[note], kind="recalibration")
 
 
 def print_evaluation(evaluation: Evaluation) -> None:
@@ -478,12 +483,3 @@ def _describe_gap(row: Row, where: str, unannotated: bool) -> list[str]:
         lacking = " and ".join(side for side, number in counts.items() if not number)
         return [f"{where}: no {lacking}, so no AUROC, no AUPRC, and in no mean."]
     return [f"{where}: {min(counts.values())} of one class, too few to tell; marked few."] if row.few else []
-
-
-def _has(evaluation: Evaluation, metric: str) -> bool:
-    return next(evaluation.select(metric=metric), None) is not None
-
-
-def _means(rows: Sequence[Sequence[str]]) -> int:
-    """How many of the rows are means."""
-    return sum(row[0] in MEANS.values() for row in rows)
