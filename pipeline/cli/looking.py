@@ -17,8 +17,7 @@ from pipeline.look.tables import print_report
 from pipeline.manifest import NAME, find_blank, read_manifest
 from pipeline.measure.counts import (
     NO_GROUP,
-    LabelStatistics,
-    count_cooccurrence,
+    Statistics,
     count_groups,
     count_labels,
     count_targets,
@@ -91,12 +90,12 @@ def stats(given: Stats) -> None:
         echo(json.dumps(report, indent=2))
 
 
-def _build_report(table: "pa.Table", given: Stats) -> LabelStatistics:
+def _build_report(table: "pa.Table", given: Stats) -> Statistics:
     report = count_labels(table)
     if given.by:
         report["by"] = count_groups(table, given.by)
     if given.policy:
-        report["policy"] = count_targets(report, *given.policy)
+        report["policy"] = count_targets(report["labels"], *given.policy)
         for label, targets in report["policy"]["labels"].items():
             if targets["pos_weight"] is None:
                 counts = f"{targets['positives']:,} positives and {targets['negatives']:,} negatives"
@@ -114,10 +113,10 @@ def _name(source: str | Path) -> str:
 def _render_page(
     given: Stats,
     shards: "Sequence[tuple[Path, Remote | None]]",
-    report: LabelStatistics,
+    report: Statistics,
     table: "pa.Table",
 ) -> str:
-    from pipeline.look.label_report import find_examples, find_groups, render_label_report
+    from pipeline.look.label_report import find_examples, render_label_report
     from pipeline.measure.audit import audit_labels
     from pipeline.measure.covariates import find_covariates
     from pipeline.sources.load import load_tables
@@ -131,8 +130,7 @@ def _render_page(
     scope = [] if sources[0].is_file() else [f"split {split}" if split else "all splits"]
     scope.append(f"{views} views")
     title = f"Labels of {', '.join(map(_name, given.sources))}"
-    counts = report, count_cooccurrence(table), find_groups(table)
-    return render_label_report(title, ", ".join(scope), *counts, examples, audit)
+    return render_label_report(title, ", ".join(scope), report, table, examples, audit)
 
 
 def check_output(option: str, path: Path | None, suffixes: Collection[str]) -> None:

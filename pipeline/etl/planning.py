@@ -17,7 +17,7 @@ from pipeline.base.files import atomic_file
 from pipeline.base.options import option
 from pipeline.images import ENCODINGS, SQUARES, ImageError, ImageOptions, prepare
 from pipeline.labels import VIEWS
-from pipeline.measure.counts import LabelStatistics, count_labels, describe_views
+from pipeline.measure.counts import Statistics, count_labels, describe_views
 from pipeline.policies import find_one_class
 from pipeline.sources.rows import Omitted, divide_rows, find_missing, read_images, read_splits
 from pipeline.sources.sets import SETS
@@ -141,7 +141,7 @@ class Preview(NamedTuple):
     """All splits, label counts, how many studies have which views, what `describe_moved` says, and notes on facts."""
 
     splits: dict[str, SplitPreview]
-    statistics: LabelStatistics
+    statistics: Statistics
     views: str
     moved: str | None
     notes: tuple[str, ...]

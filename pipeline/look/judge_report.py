@@ -257,8 +257,8 @@ def render_card(
     """The card: `parts` of Markdown first, then the figures of each split, limits and methods."""
     lines = [f"# Model card: {show_cell(title)}", f"**{WARNING}**", *parts]
     for evaluation in evaluations:
-        split = show_cell(evaluation.split)
-        lines += [f"## Metrics on {split}", f"{split}{show_cell(describe_data(evaluation, dataset))}"]
+        about = f"{evaluation.split}{describe_data(evaluation, dataset)}"
+        lines += [f"## Metrics on {show_cell(evaluation.split)}", show_cell(about)]
         for level in evaluation.distinct_levels:
             lines.append(judged.tabulate_metrics(evaluation, level, f"Per {level}").markdown())
             for rule in judged.list_rules(evaluation)[:1]:

@@ -172,7 +172,7 @@ def tabulate_groups(evaluation: Evaluation, variable: str) -> Table:
     notes = [f"{text}: {', '.join(parts)}." for text, parts in texts.items() if parts]
     names = {"macro": f"macro over {over} labels"}
     labels = [*evaluation.labels, "macro"]
-    return tabulate(evaluation, "", labels, columns, names, notes=notes, kind="groups")
+    return tabulate(evaluation, f"By {variable}", labels, columns, names, notes=notes, kind="groups")
 
 
 def name_group(row: Row) -> str:

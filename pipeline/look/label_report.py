@@ -6,7 +6,8 @@ The page shows the numbers of `pipeline stats --format json`, for every grouping
 anonymous thumbnails: no key, patient, age or sex.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,35 +17,21 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 
 from pipeline.base import pages
-from pipeline.labels import LABELS, STATES, label_states, select_views
+from pipeline.labels import LABELS, label_states, select_views
 from pipeline.look import tables
-from pipeline.look.plots import Palette, draw_audit, draw_cooccurrence, draw_groups, draw_states
+from pipeline.look.plots import draw_audit, draw_cooccurrence, draw_groups, draw_states
 from pipeline.look.sheet import data_uri, fit, read_images, spread_rows
 from pipeline.manifest import read_manifest
 from pipeline.measure.audit import Audit, describe_alarms
-from pipeline.measure.counts import NO_GROUP, Groups, LabelStatistics, count_groups
+from pipeline.measure.counts import NO_GROUP, Statistics, count_cooccurrence, count_groups
 from pipeline.stream.cache import Remote
 from pipeline.stream.plan import Rows
 from pipeline.stream.samples import open_split
 
-PAGE = Palette(
-    dict(zip(STATES, (pages.POSITIVE, pages.UNCERTAIN, pages.NEGATIVE, pages.BLANK), strict=True)),
-    on_state=pages.ON_STATE,
-    ink=pages.INK,
-    full=pages.FIRST,
-    paper=pages.PAPER,
-)
-SERIES = (pages.FIRST, pages.SECOND, pages.THIRD, pages.FOURTH, pages.INK, pages.FAINT)
 UNSURE, SHOWN = 2, 8  # images per label: at most this many uncertain ones, and in all
 THUMBNAIL = 160  # pixels: the longer side
 
 Examples = dict[str, dict[str, list[str]]]  # label → state → images as data URIs
-
-
-def find_groups(table: pa.Table) -> list[Groups]:
-    """The counts by every variable that splits the table into at least two groups."""
-    groups = (count_groups(table, variable) for variable in NO_GROUP)
-    return [found for found in groups if len(found["groups"]) > 1]
 
 
 def find_examples(folder: Path, split: str | None, views: str, remote: Remote | None = None) -> Examples:
@@ -86,26 +73,33 @@ def find_examples(folder: Path, split: str | None, views: str, remote: Remote | 
 def render_label_report(
     title: str,
     scope: str,
-    report: LabelStatistics,
-    cooccurrence: Mapping[str, Mapping[str, int]],
-    groups: Sequence[Groups],
+    report: Statistics,
+    table: pa.Table,
     examples: Mapping[str, Mapping[str, list[str]]],
     audit: Audit,
 ) -> str:
-    """The page. `report` may have `policy`; `scope` says what was counted."""
-    states = _draw(lambda axes: draw_states(axes, report, PAGE), "share of images by state")
-    together = _draw(lambda axes: draw_cooccurrence(axes, cooccurrence, PAGE), "co-occurrence", (6.6, 6.0))
+    """The page. `report`, of a label table, may have `policy`; `scope` says what was counted.
+
+    Groups are by every variable that splits the table into at least two.
+    """
+    counted = (count_groups(table, variable) for variable in NO_GROUP)
+    groups = [by for by in counted if len(by["groups"]) > 1]
+    cooccurrence = count_cooccurrence(table)
+    together = partial(draw_cooccurrence, cooccurrence=cooccurrence)
     page = pages.open_templates("pipeline.look").get_template("labels.html")
     return page.render(
         title=title,
         scope=scope,
         report=report,
-        states=states,
-        heat_map_together=together,
+        states=_draw(partial(draw_states, statistics=report), "share of images by state"),
         cooccurrence=cooccurrence,
-        groups=[(found, _draw_groups(found)) for found in groups],
+        heat_map_together=_draw(together, "co-occurrence", (6.6, 6.0)),
+        groups=[
+            (by, _draw(partial(draw_groups, groups=by), f"share of positives by {by['variable']}"))
+            for by in groups
+        ],
         examples=examples,
-        **{name: getattr(tables, f"tabulate_{name}") for name in ("counts", "shares", "together", "policy")},
+        tables=tables,
         **_describe_audit(audit),
     )
 
@@ -120,18 +114,13 @@ def _describe_audit(audit: Audit) -> dict[str, Any]:
     """What audit-section.html shows."""
     covariates = len({clue["covariate"] for clue in audit["clues"]})
     size = (2.4 + 0.3 * covariates, 4.6)
-    told = "how well covariates tell labels"
+    draw = partial(draw_audit, audit=audit)
     return {
         "audit": audit,
         "alarms": describe_alarms(audit),
         "table": tables.tabulate_audit(audit),
-        "heat_map": _draw(lambda axes: draw_audit(axes, audit, PAGE), told, size) if covariates else None,
+        "heat_map": _draw(draw, "how well covariates tell labels", size) if covariates else None,
     }
-
-
-def _draw_groups(groups: Groups) -> Markup:
-    description = f"share of positives by {groups['variable']}"
-    return _draw(lambda axes: draw_groups(axes, groups, SERIES, pages.FAINT), description)
 
 
 def _draw(draw: Callable[[Axes], None], description: str, inches: tuple[float, float] = (4.4, 4.0)) -> Markup:

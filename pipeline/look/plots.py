@@ -6,47 +6,40 @@ global state. The same numbers and matplotlib version give the same bytes.
 
 from collections.abc import Mapping, Sequence
 from itertools import cycle
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
+from pipeline.base import pages
 from pipeline.labels import STATES
 from pipeline.measure.audit import Audit
-from pipeline.measure.counts import Groups, Statistics
+from pipeline.measure.counts import Statistics
 from pipeline.measure.metrics import Floats
 
 NAMED_SHARE = 5.0  # percent: a narrower bar has no room for its number
 STRENGTH = 0.55  # of the color at 100 %: numbers stay legible on light and dark backgrounds
 KINDS = ("acquisition", "together", "content")  # of covariates, from left to right
 MARKERS = "osD^vXP"  # one more than there are colors, so that no pair repeats
+COLORS = dict(zip(STATES, (pages.POSITIVE, pages.UNCERTAIN, pages.NEGATIVE, pages.BLANK), strict=True))
+SERIES = (pages.FIRST, pages.SECOND, pages.THIRD, pages.FOURTH, pages.INK, pages.FAINT)
 LEGEND = {"handlelength": 1, "handletextpad": 0.5, "columnspacing": 1.2, "borderaxespad": 0.2}
 
 
-class Palette(NamedTuple):
-    """Colors of each state, of text on them (`ink` on blank), of the heat map, and of the paper."""
-
-    states: Mapping[str, str]
-    on_state: str
-    ink: str
-    full: str
-    paper: str
-
-
-def draw_states(axes: Axes, statistics: Statistics, palette: Palette) -> None:
+def draw_states(axes: Axes, statistics: Statistics) -> None:
     """One 100 % bar per label: its images by state, hatched where they are not annotated."""
     labels = statistics["labels"]
     start = [0.0] * len(labels)
     for state in STATES:
         shares = [100 * (counts[state] or 0) / statistics["images"] for counts in labels.values()]
-        color = palette.states[state]
+        color = COLORS[state]
         bars = axes.barh(range(len(labels)), shares, left=start, height=0.82, color=color, label=state)
         # Thin lines separate the states for readers who cannot tell their colors apart.
         for bar in bars:
-            bar.set(edgecolor=palette.paper, linewidth=0.6)
+            bar.set(edgecolor=pages.PAPER, linewidth=0.6)
         texts = [f"{share:.0f}" if share >= NAMED_SHARE else "" for share in shares]
-        text_color = palette.ink if state == "blank" else palette.on_state
+        text_color = pages.INK if state == "blank" else pages.ON_STATE
         axes.bar_label(bars, texts, label_type="center", fontsize=8, color=text_color)
         start = [left + share for left, share in zip(start, shares, strict=True)]
     rest = [
@@ -54,14 +47,14 @@ def draw_states(axes: Axes, statistics: Statistics, palette: Palette) -> None:
         for left, counts in zip(start, labels.values(), strict=True)
     ]
     if any(rest):
-        faint = palette.states["blank"]
+        faint = pages.BLANK
         hatched: dict[str, Any] = {"facecolor": "none", "edgecolor": faint, "hatch": "////", "linewidth": 0.6}
         axes.barh(range(len(labels)), rest, left=start, height=0.82, label="not annotated", **hatched)
     axes.set_xlim(0, 100)
     _name_rows(axes, list(labels), "share of images (%)")
 
 
-def draw_cooccurrence(axes: Axes, cooccurrence: Mapping[str, Mapping[str, int]], palette: Palette) -> None:
+def draw_cooccurrence(axes: Axes, cooccurrence: Mapping[str, Mapping[str, int]]) -> None:
     """P(column | row) in percent, as a number and as strength of color.
 
     The diagonal, always 100, and rows without positives are left out.
@@ -72,12 +65,12 @@ def draw_cooccurrence(axes: Axes, cooccurrence: Mapping[str, Mapping[str, int]],
         for x, other in enumerate(labels):
             if label != other and row[label]:
                 shares[y, x] = row[other] / row[label]
-    _draw_cells(axes, shares, [[f"{100 * share:.0f}" for share in row] for row in shares], palette)
+    _draw_cells(axes, shares, [[f"{100 * share:.0f}" for share in row] for row in shares])
     axes.set_xticks(range(len(labels)), labels=labels, rotation=90)
     axes.set_yticks(range(len(labels)), labels=labels)
 
 
-def draw_audit(axes: Axes, audit: Audit, palette: Palette) -> None:
+def draw_audit(axes: Axes, audit: Audit) -> None:
     """How well each covariate tells each label: max(AUROC, 1 - AUROC), in color from .5 on; ! marks an alarm."""
     found = audit["clues"]
     kinds: dict[str, str] = {}  # of each covariate: the first, for one that is content for some labels
@@ -95,42 +88,44 @@ def draw_audit(axes: Axes, audit: Audit, palette: Palette) -> None:
         texts[y][x] = (
             f"{100 * clue['told']:.0f}{'!' if clue['exceeds'] and clue['kind'] != 'content' else ''}"
         )
-    _draw_cells(axes, 2 * told - 1, texts, palette)
+    _draw_cells(axes, 2 * told - 1, texts)
     axes.set_xticks(range(len(columns)), labels=[name.replace("$", r"\$") for name in columns], rotation=90)
     axes.set_yticks(range(len(labels)), labels=labels)
     for kind in KINDS:
         places = [place for place, name in enumerate(columns) if kinds[name] == kind]
         if places and kind != "together":  # whose one column says so
-            axes.text(min(places) - 0.4, -0.75, kind, fontsize=8, color=palette.ink)
+            axes.text(min(places) - 0.4, -0.75, kind, fontsize=8, color=pages.INK)
         if kind != KINDS[-1]:  # a gap to the next kind
-            axes.axvline(max(places, default=-1) + 0.5, color=palette.paper, linewidth=4)
+            axes.axvline(max(places, default=-1) + 0.5, color=pages.PAPER, linewidth=4)
 
 
-def _draw_cells(axes: Axes, shares: Floats, texts: Sequence[Sequence[str]], palette: Palette) -> None:
+def _draw_cells(axes: Axes, shares: Floats, texts: Sequence[Sequence[str]]) -> None:
     """A heat map of shares [R, C], with a text in each cell; those that are NaN are gray and empty."""
     for (y, x), share in np.ndenumerate(shares):
         left_out = np.isnan(share)
-        color = palette.states["blank"] if left_out else (palette.full, STRENGTH * share)
-        cell = Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=color, edgecolor=palette.paper, linewidth=0.6)
+        color = pages.BLANK if left_out else (pages.FIRST, STRENGTH * share)
+        cell = Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=color, edgecolor=pages.PAPER, linewidth=0.6)
         axes.add_patch(cell)
         if not left_out:
-            axes.text(x, y, texts[y][x], ha="center", va="center", fontsize=8, color=palette.ink)
+            axes.text(x, y, texts[y][x], ha="center", va="center", fontsize=8, color=pages.INK)
     axes.set_xlim(-0.5, shares.shape[1] - 0.5)
     axes.set_ylim(len(shares) - 0.5, -0.5)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
 
 
-def draw_groups(axes: Axes, groups: Groups, colors: Sequence[str], faint: str) -> None:
+def draw_groups(axes: Axes, groups: Mapping[str, Any]) -> None:
     """Per label, the share of positives in every group: dots on a line from the lowest to the highest."""
     names = list(groups["groups"])
     counts = [group["labels"] for group in groups["groups"].values()]
     labels = list(counts[0])
     shares = 100 * np.array([[found[label]["share_positive"] for label in labels] for found in counts], float)
     rows = np.arange(len(labels))
-    axes.hlines(rows, np.fmin.reduce(shares), np.fmax.reduce(shares), colors=faint, linewidth=0.8, zorder=1)
+    axes.hlines(
+        rows, np.fmin.reduce(shares), np.fmax.reduce(shares), colors=pages.FAINT, linewidth=0.8, zorder=1
+    )
     texts = [name.replace("$", r"\$") for name in names]  # a bare one would start a formula
-    for text, share, color, marker in zip(texts, shares, cycle(colors), cycle(MARKERS), strict=False):
+    for text, share, color, marker in zip(texts, shares, cycle(SERIES), cycle(MARKERS), strict=False):
         axes.scatter(share, rows, s=16, color=color, marker=marker, linewidth=0, label=text, zorder=2)
     axes.set_xlim(left=min(0, -0.02 * np.nanmax(shares, initial=0)))
     _name_rows(axes, labels, "positive (% of the group's images)")

@@ -1,16 +1,17 @@
 """Counts and audits → tables, for a terminal and for pages."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from pipeline.base.errors import printable
 from pipeline.base.pages import show_figure
 from pipeline.base.tabular import Table
 from pipeline.labels import LABELS
 from pipeline.measure.audit import Audit, Clue, describe_alarms, describe_told, find_alarms, shorten
-from pipeline.measure.counts import Groups, LabelStatistics, Policies
+from pipeline.measure.counts import Statistics
 
 
-def tabulate_counts(report: LabelStatistics) -> Table:
+def tabulate_counts(report: Statistics) -> Table:
     """The four states of each label."""
     columns = ["label", "positive", "uncertain", "negative", "blank"]
     columns += ["not annotated"] if any("not_annotated" in row for row in report["labels"].values()) else []
@@ -22,7 +23,7 @@ def tabulate_counts(report: LabelStatistics) -> Table:
     return Table(totals, [*columns, "positive %"], rows, kind="counts")
 
 
-def tabulate_shares(groups: Groups) -> Table:
+def tabulate_shares(groups: Mapping[str, Any]) -> Table:
     """The share of positives in each group."""
     columns = ["label", *(f"{name} (n = {group['images']:,})" for name, group in groups["groups"].items())]
     rows = [
@@ -42,7 +43,7 @@ def tabulate_together(cooccurrence: Mapping[str, Mapping[str, int]]) -> Table:
     return Table(title, ["label", *map(str, range(1, len(rows) + 1))], rows, kind="cooccurrence")
 
 
-def tabulate_policy(policies: Policies) -> Table:
+def tabulate_policy(policies: Mapping[str, Any]) -> Table:
     """What policies make of each label."""
     columns = ["label", "uncertain", "positives", "negatives", "open", "masked", "mean target", "pos. weight"]
     rows = [
@@ -57,7 +58,7 @@ def tabulate_policy(policies: Policies) -> Table:
     return Table(f"under the policies below, and {policies['blank']} for blank", columns, rows, kind="policy")
 
 
-def print_report(report: LabelStatistics) -> None:
+def print_report(report: Statistics) -> None:
     """Print the counts per label, and a table for each requested section."""
     tabulate_counts(report).print()
     if "by" in report:

@@ -9,7 +9,7 @@ Everything is counted on whole columns, with no Python per row.
 
 from collections import Counter
 from collections.abc import Mapping
-from typing import TypedDict
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -30,89 +30,40 @@ from pipeline.policies import BEST_POLICY, SMOOTH_RANGES, check_blank_policy, pa
 NO_GROUP = {"view": "unknown", "sex": "Unknown", "age": "unknown", "projection": "none"}
 NO_FACT = "unknown"
 MOST_NUMBERS = 20  # values of a fact of whole numbers that still make groups
-# What an uncertain cell becomes, averaged over the draws; None: neither class.
-UNCERTAIN_TARGETS: dict[str, float | None] = (
-    {"zeros": 0.0, "ones": 1.0}
-    | {policy: sum(bounds) / 2 for policy, bounds in SMOOTH_RANGES.items()}
-    | dict.fromkeys(("ignore", "multiclass", "selftrained"))
-)
+# What an uncertain cell becomes, averaged over the draws; of other policies, neither class.
+UNCERTAIN_TARGETS = {"zeros": 0.0, "ones": 1.0} | {
+    policy: sum(bounds) / 2 for policy, bounds in SMOOTH_RANGES.items()
+}
+# `images`, `studies`, `patients`, and `labels`: figures by label; and sections that were asked for, by name.
+Statistics = dict[str, Any]
+Labels = dict[str, dict[str, Any]]  # by label, figures by name
 
 
-class Statistics(TypedDict):
-    """Totals, and per label the four states and the share of positives among annotated images.
+def count_labels(table: pa.Table) -> Statistics:
+    """Totals of a label table and, per label, the four states and the share of positives among annotated images.
 
     A label also has `not_annotated` images, if any label of the table has some; the share is None without others.
     """
-
-    images: int
-    studies: int
-    patients: int
-    labels: dict[str, dict[str, float | None]]
-
-
-class Groups(TypedDict):
-    """The statistics of each group of images, by one variable of `list_variables`."""
-
-    variable: str
-    groups: dict[str, Statistics]
-
-
-class Targets(TypedDict):
-    """One label under its policy: cells per class, cells masked, mean target, negatives per positive.
-
-    `open` cells are used, but as neither class: a third class (multiclass), or left to a teacher (selftrained).
-    """
-
-    policy: str
-    positives: int
-    negatives: int
-    open: int
-    masked: int
-    mean_target: float | None
-    pos_weight: float | None
-
-
-class Policies(TypedDict):
-    """What the policies for uncertain (per label) and blank cells make of every label."""
-
-    blank: str
-    labels: dict[str, Targets]
-
-
-class LabelStatistics(Statistics, total=False):
-    """The statistics, and the requested sections."""
-
-    by: Groups
-    policy: Policies
-
-
-def count_labels(table: pa.Table) -> LabelStatistics:
-    """Counts of a label table (columns patient, study and the labels)."""
-    rows = count_rows(table)
     labels = {label: _count_states(table[label]) for label in LABELS}
     if not any(counts["not_annotated"] for counts in labels.values()):
         for counts in labels.values():
             del counts["not_annotated"]
-    return {
-        "images": rows["samples"],
-        "studies": rows["studies"],
-        "patients": rows["patients"],
-        "labels": labels,
-    }
+    images, studies, patients = count_rows(table).values()
+    return {"images": images, "studies": studies, "patients": patients, "labels": labels}
 
 
-def count_groups(table: pa.Table, variable: str) -> Groups:
+def count_groups(table: pa.Table, variable: str) -> dict[str, Any]:
     """Counts per view, sex, age band, projection or value of a fact: only groups with images, those without it last."""
     names = _group_names(table, variable)
     last = NO_GROUP.get(variable, NO_FACT)
     numbers = pa.types.is_integer(table[variable].type) and variable != "age"
-    found = sorted(
+    groups = sorted(
         pc.unique(names).to_pylist(),
         key=lambda name: (name == last, int(name) if numbers and name != last else name),
     )
     return {
         "variable": variable,
-        "groups": {name: count_labels(table.filter(pc.equal(names, name))) for name in found},
+        "groups": {name: count_labels(table.filter(pc.equal(names, name))) for name in groups},
     }
 
 
@@ -148,45 +99,36 @@ def parse_policies(text: str) -> tuple[dict[str, str], str]:
     return uncertain, check_blank_policy(blanks[-1]) if blanks else "zeros"
 
 
-def count_targets(statistics: Statistics, uncertain: Mapping[str, str], blank: str) -> Policies:
-    """What `policies.make_targets` would make of each label, from its four counts alone.
+def count_targets(labels: Labels, uncertain: Mapping[str, str], blank: str) -> dict[str, Any]:
+    """What `policies.make_targets` would make of each label, from its states alone; `open` cells are of neither class.
 
     A soft target counts as the class it is nearer to: each smoothing range lies on one side of 0.5. The mean target
     of smoothed cells is the middle of their range, which is the mean of the draws up to noise. `pos_weight` is
     negatives / positives, where a soft target counts partly for each, as in training (which caps it at 20); None
     if the label is left with one class.
     """
-    labels: dict[str, Targets] = {}
-    for label, counts in statistics["labels"].items():
-        positives, unsure, negatives, blanks = (int(counts[state] or 0) for state in STATES)
-        target = UNCERTAIN_TARGETS[uncertain[label]]
-        undecided, masked = 0, int(counts.get("not_annotated") or 0)
-        total = float(positives)
-        if uncertain[label] == "ignore":
-            masked += unsure
-        elif target is None:
-            undecided = unsure
-        elif target >= 0.5:
-            positives += unsure
-            total += target * unsure
-        else:
-            negatives += unsure
-            total += target * unsure
-        if blank == "ignore":
-            masked += blanks
-        else:
-            negatives += blanks
-        cells = positives + negatives
-        labels[label] = {
-            "policy": uncertain[label],
+    targets: Labels = {}
+    for label, counts in labels.items():
+        positive, unsure, negative, blanks = (counts[state] for state in STATES)
+        policy = uncertain[label]
+        cells = [(1.0, positive), (0.0, negative), *([(0.0, blanks)] if blank == "zeros" else [])]
+        if policy in UNCERTAIN_TARGETS:
+            cells.append((UNCERTAIN_TARGETS[policy], unsure))
+        positives = sum(number for target, number in cells if target >= 0.5)
+        negatives = sum(number for target, number in cells if target < 0.5)
+        used, total = positives + negatives, sum(target * number for target, number in cells)
+        undecided = unsure if policy not in (*UNCERTAIN_TARGETS, "ignore") else 0
+        everything = sum(counts[state] for state in STATES) + counts.get("not_annotated", 0)
+        targets[label] = {
+            "policy": policy,
             "positives": positives,
             "negatives": negatives,
             "open": undecided,
-            "masked": masked,
-            "mean_target": round(total / cells, 4) if cells else None,
-            "pos_weight": round((cells - total) / total, 4) if positives and negatives else None,
+            "masked": everything - used - undecided,
+            "mean_target": round(total / used, 4) if used else None,
+            "pos_weight": round((used - total) / total, 4) if positives and negatives else None,
         }
-    return {"blank": blank, "labels": labels}
+    return {"blank": blank, "labels": targets}
 
 
 def _group_names(table: pa.Table, variable: str) -> pa.ChunkedArray | pa.Array:
@@ -196,19 +138,12 @@ def _group_names(table: pa.Table, variable: str) -> pa.ChunkedArray | pa.Array:
     return pa.array(name_ages(pc.fill_null(table["age"], -1).to_numpy()))
 
 
-def _count_states(column: pa.ChunkedArray) -> dict[str, float | None]:
+def _count_states(column: pa.ChunkedArray) -> dict[str, Any]:
     counts = {entry["values"]: entry["counts"] for entry in pc.value_counts(column).to_pylist()}
     states = {state: counts.get(value, 0) for state, value in STATES.items()}
-    unannotated = counts.get(NOT_ANNOTATED, 0)
-    share = _share(states["positive"], len(column) - unannotated)
-    return states | {
-        "not_annotated": unannotated,
-        "share_positive": None if share is None else round(share, 4),
-    }
-
-
-def _share(part: float, whole: int) -> float | None:
-    return part / whole if whole else None
+    annotated = sum(states.values())
+    share = round(states["positive"] / annotated, 4) if annotated else None
+    return states | {"not_annotated": counts.get(NOT_ANNOTATED, 0), "share_positive": share}
 
 
 def describe_views(table: pa.Table) -> str:
@@ -216,8 +151,8 @@ def describe_views(table: pa.Table) -> str:
     study = number_studies(table)
     of_view = (pc.equal(table["view"], view).to_numpy() for view in ("frontal", "lateral", "other"))
     counts = (np.bincount(study[rows], minlength=study.max() + 1).tolist() for rows in of_view)
-    found = Counter(zip(*counts, strict=True)).most_common()
-    return "studies: " + ", ".join(f"{count:,} with {_name_views(*views)}" for views, count in found)
+    common = Counter(zip(*counts, strict=True)).most_common()
+    return "studies: " + ", ".join(f"{count:,} with {_name_views(*views)}" for views, count in common)
 
 
 def _name_views(frontals: int, laterals: int, others: int) -> str:

@@ -314,5 +314,5 @@ def test_each_command_ends_with_the_next_one(
         (("audit", chexpert), f"pipeline shards {chexpert} shards"),
     ):
         assert run(*words).stderr.splitlines()[-1] == f"next: {then}"
-    for data in (("stats", folder, "--format", "csv"), ("audit", folder, "--no-images", "--format", "json")):
+    for data in (("stats", folder, "--format", "json"), ("audit", folder, "--no-images", "--format", "json")):
         assert "next: " not in run(*data).stderr

@@ -12,7 +12,6 @@ from matplotlib.figure import Figure
 
 from model.losses import positive_weights
 from pipeline.labels import LABELS, NOT_ANNOTATED
-from pipeline.look.label_report import PAGE
 from pipeline.look.plots import draw_cooccurrence, draw_groups, draw_states
 from pipeline.manifest import Manifest
 from pipeline.measure.counts import (
@@ -171,7 +170,7 @@ def test_a_label_left_with_one_class_is_named(real_csv: Path) -> None:
 def test_weights_of_positives_are_those_of_training(chexpert: Path, uncertain: str) -> None:
     table = read_any_table(chexpert / "train.csv")
     policy = parse_uncertain_policy(uncertain)
-    shown = count_targets(count_labels(table), policy, "zeros")["labels"]
+    shown = count_targets(count_labels(table)["labels"], policy, "zeros")["labels"]
     target, mask = map(torch.from_numpy, make_targets(table, policy, "zeros", seed=0))
     weights = positive_weights(target, mask).tolist()
     for label, weight in zip(LABELS, weights, strict=True):
@@ -182,7 +181,7 @@ def test_weights_of_positives_are_those_of_training(chexpert: Path, uncertain: s
 def test_bars_show_the_numbers(chexpert: Path) -> None:
     statistics = count_labels(read_any_table(chexpert / "train.csv"))
     axes = Figure().subplots()
-    draw_states(axes, statistics, PAGE)
+    draw_states(axes, statistics)
     widths = [[bar.get_width() for bar in bars] for bars in axes.containers]
     for state, row in zip(("positive", "uncertain", "negative", "blank"), widths, strict=True):
         found = [counts[state] or 0 for counts in statistics["labels"].values()]
@@ -194,7 +193,7 @@ def test_bars_hatch_what_is_not_annotated(chexpert: Path) -> None:
     column = table.schema.get_field_index("Fracture")
     nowhere = table.set_column(column, "Fracture", pa.array([NOT_ANNOTATED] * len(table), pa.int8()))
     axes = Figure().subplots()
-    draw_states(axes, count_labels(nowhere), PAGE)
+    draw_states(axes, count_labels(nowhere))
     bars = axes.containers[-1]
     assert (bars.get_label(), bars[0].get_hatch()) == ("not annotated", "////")
     assert [bar.get_width() for bar in bars] == [100.0 if label == "Fracture" else 0.0 for label in LABELS]
@@ -205,7 +204,7 @@ def test_heat_map_shows_the_share_of_the_row(chexpert: Path) -> None:
     frame = (table.to_pandas()[list(LABELS)] == 1).astype(int)
     shares = 100 * (frame.T @ frame).div(frame.sum(), axis=0)
     axes = Figure().subplots()
-    draw_cooccurrence(axes, count_cooccurrence(table), PAGE)
+    draw_cooccurrence(axes, count_cooccurrence(table))
     assert {text.get_position(): text.get_text() for text in axes.texts} == {
         (x, y): f"{shares.iloc[y, x]:.0f}" for y in range(len(LABELS)) for x in range(len(LABELS)) if x != y
     }
@@ -214,7 +213,7 @@ def test_heat_map_shows_the_share_of_the_row(chexpert: Path) -> None:
 def test_dots_show_the_shares_of_the_groups(chexpert: Path) -> None:
     table = read_any_table(chexpert / "train.csv")
     axes = Figure().subplots()
-    draw_groups(axes, count_groups(table, "sex"), ["red", "blue"], "gray")
+    draw_groups(axes, count_groups(table, "sex"))
     frame = table.to_pandas()
     _, *dots = axes.collections
     shares = (frame[list(LABELS)] == 1).groupby(frame["sex"]).mean()
