@@ -57,7 +57,7 @@ def show_negatives(row: Row) -> str:
     return "" if row.label in MEANS else count(row.negatives)
 
 
-class Column(NamedTuple):
+class Query(NamedTuple):
     """A column of a table with a line for each label: the row of the evaluation that a cell shows, and how."""
 
     heading: Heading
@@ -72,7 +72,7 @@ def tabulate(
     evaluation: Evaluation,
     title: str,
     labels: Sequence[str],
-    columns: Sequence[Column],
+    columns: Sequence[Query],
     names: Mapping[str, str] = MappingProxyType({}),
     **more: Any,
 ) -> Table:
@@ -122,13 +122,13 @@ def tabulate_auroc(evaluations: Sequence[Evaluation]) -> Table:
 def tabulate_metrics(evaluation: Evaluation, level: str, title: str) -> Table:
     """AUROC and AUPRC with limits, counts, Brier score and calibration error."""
     columns = [
-        *(Column(f"{metric.upper()} [95 %]", metric, level=level) for metric in AREAS),
-        Column("positives", "auroc", show_positives, level=level),
-        Column("negatives", "auroc", show_negatives, level=level),
+        *(Query(f"{metric.upper()} [95 %]", metric, level=level) for metric in AREAS),
+        Query("positives", "auroc", show_positives, level=level),
+        Query("negatives", "auroc", show_negatives, level=level),
     ]
     for metric, name in SCORES.items():
         if any(evaluation.select(metric=metric)):
-            columns.append(Column(name, metric, show, level=level))
+            columns.append(Query(name, metric, show, level=level))
     return tabulate(evaluation, title, [*evaluation.labels, *MEANS], columns, kind="metrics")
 
 
@@ -136,8 +136,8 @@ def tabulate_rates(evaluation: Evaluation, level: str, rule: str, brief: bool = 
     """Rates at the thresholds of a rule; in brief, sensitivity and specificity alone."""
     at_least = evaluation.head["sensitivity"]
     more = f" ≥ {at_least:g} on dev" if rule == "sensitivity" else "" if rule == GIVEN else " on dev"
-    columns = [Column("score ≥", "threshold", show, rule, level=level)]
-    columns += [Column(name, rate, group=rule, level=level) for rate, name in RATES.items()]
+    columns = [Query("score ≥", "threshold", show, rule, level=level)]
+    columns += [Query(name, rate, group=rule, level=level) for rate, name in RATES.items()]
     title = f"At the threshold of {TITLES[rule]}{more}, per {level}"
     return tabulate(evaluation, title, evaluation.labels, columns[: 3 if brief else None], kind="rates")
 
@@ -158,11 +158,9 @@ def tabulate_groups(evaluation: Evaluation, variable: str) -> Table:
     columns = []
     for row in sizes[: len(groups)]:
         heading = f"{name_group(row)} (n = {count(row.value)})"
-        columns += [Column((heading, "AUROC"), "auroc", _show_area, row.group)]
-        columns += [Column((heading, "TPR"), "tpr", _show_tpr, row.group)]
-    columns.append(
-        Column("TPR gap", "tpr_gap", lambda row: "" if row.label in MEANS else row.shown, variable)
-    )
+        columns += [Query((heading, "AUROC"), "auroc", _show_area, row.group)]
+        columns += [Query((heading, "TPR"), "tpr", _show_tpr, row.group)]
+    columns.append(Query("TPR gap", "tpr_gap", lambda row: "" if row.label in MEANS else row.shown, variable))
     macros = [evaluation.get("auroc", "macro", group=group) for group in groups]
     over = len(macros[0].note.split(", ")) if macros[0].note else 0
     less = [evaluation.get("auroc_less_first", "macro", group=group) for group in groups]
@@ -232,10 +230,10 @@ def tabulate_belief(evaluation: Evaluation) -> Table:
         return "" if row.value is None else row.shown
 
     columns = [
-        Column("AUROC [95 %]", "auroc"),
-        *(Column(f"within {name}", "auroc_within", show_known, name) for name in variables),
-        Column("balanced", "auroc_balanced"),
-        Column("within another label", "verdict", show_others),
+        Query("AUROC [95 %]", "auroc"),
+        *(Query(f"within {name}", "auroc_within", show_known, name) for name in variables),
+        Query("balanced", "auroc_balanced"),
+        Query("within another label", "verdict", show_others),
     ]
     names = {label: f"{label}{SIGNS.get(mark, '')}" for label, mark in verdicts.items()}
     title = "AUROC among images of equal covariates"
@@ -257,11 +255,11 @@ def tabulate_differences(evaluation: Evaluation, scorer: str, level: str) -> Tab
         return "yes" if row.excludes_zero else "no" if known else "–"
 
     columns = [
-        Column("AUROC", "auroc_difference", show_ours, None, scorer, level),
-        Column("the other's [95 %]", "auroc", scorer=scorer, level=level),
-        Column("difference [95 %]", "auroc_difference", attrgetter("change"), None, scorer, level),
-        Column("excludes 0", "auroc_difference", show_sure, None, scorer, level),
-        Column("AUPRC difference [95 %]", "auprc_difference", attrgetter("change"), None, scorer, level),
+        Query("AUROC", "auroc_difference", show_ours, None, scorer, level),
+        Query("the other's [95 %]", "auroc", scorer=scorer, level=level),
+        Query("difference [95 %]", "auroc_difference", attrgetter("change"), None, scorer, level),
+        Query("excludes 0", "auroc_difference", show_sure, None, scorer, level),
+        Query("AUPRC difference [95 %]", "auprc_difference", attrgetter("change"), None, scorer, level),
     ]
     common = len(labels) - len(MEANS)
     notes = [f"over the {common} labels that both have scores of"] if common < len(evaluation.labels) else []
@@ -280,11 +278,11 @@ def tabulate_methods(evaluation: Evaluation) -> Iterator[Table]:
         scorers = list(dict.fromkeys(row.scorer or "" for row in differences))
         title = f"{name_group(size)}: {count(size.value)} studies that all have scored"
         for place in range(0, len(scorers), 3):  # side by side on a page
-            columns = [Column("AUROC", "auroc", show, group)]
+            columns = [Query("AUROC", "auroc", show, group)]
             for scorer in scorers[place : place + 3]:
-                columns.append(Column((scorer, "AUROC"), "auroc", show, group, scorer))
+                columns.append(Query((scorer, "AUROC"), "auroc", show, group, scorer))
                 heading = (scorer, "ours less this [95 %]")
-                columns.append(Column(heading, "auroc_difference", attrgetter("change"), group, scorer))
+                columns.append(Query(heading, "auroc_difference", attrgetter("change"), group, scorer))
             names = {label: label for label in evaluation.labels}
             yield tabulate(evaluation, title, [*names, mean], columns, names, kind="methods")
 
@@ -295,8 +293,8 @@ def tabulate_gain(evaluation: Evaluation) -> Table:
     labels = [str(row.label) for row in gains if row.value is not None]
     scorers = {None: "ensemble", **{name: name for name in evaluation.head.get("members", ())}}
     scorers[MEMBERS] = "mean member"
-    columns = [Column(name, "auroc", show, None, scorer) for scorer, name in scorers.items()]
-    columns.append(Column("gain [95 %]", "auroc_difference", attrgetter("change"), None, MEMBERS))
+    columns = [Query(name, "auroc", show, None, scorer) for scorer, name in scorers.items()]
+    columns.append(Query("gain [95 %]", "auroc_difference", attrgetter("change"), None, MEMBERS))
     title = f"AUROC of the ensemble less the mean of its members', per {evaluation.unit}"
     return tabulate(evaluation, title, labels, columns, kind="gain")
 
@@ -304,7 +302,7 @@ def tabulate_gain(evaluation: Evaluation) -> Table:
 def tabulate_altered(evaluation: Evaluation) -> Table:
     """AUROC of altered images: a label that is still recognized with the center covered does not need the lungs."""
     labels = [*evaluation.labels, evaluation.best_mean()]
-    columns = [Column("as they are", "auroc", show)]
+    columns = [Query("as they are", "auroc", show)]
     for name in evaluation.head.get("altered", ()):
         scorer = f"{ALTERED}{name}"
 
@@ -312,8 +310,8 @@ def tabulate_altered(evaluation: Evaluation) -> Table:
             known = row.label is not None and row.label not in MEANS
             return "recognized" if known and is_kept(evaluation, str(row.label), name) else ""
 
-        columns.append(Column((name, "AUROC [95 %]"), "auroc", scorer=scorer))
-        columns.append(Column((name, ""), "auroc", show_kept, scorer=scorer))
+        columns.append(Query((name, "AUROC [95 %]"), "auroc", scorer=scorer))
+        columns.append(Query((name, ""), "auroc", show_kept, scorer=scorer))
     labels = [label for label in labels if evaluation.get("auroc", label).value is not None]
     notes = [f"Recognized: the AUROC stays above {KEPT}, by its lower limit."]
     title = "Sanity: the same images, altered"
@@ -328,15 +326,15 @@ def is_kept(evaluation: Evaluation, label: str, alteration: str) -> bool:
 
 def tabulate_readers(evaluation: Evaluation) -> Table:
     """Each reader's rates, beside the sensitivity of the network's ROC curve at the reader's specificity."""
-    columns = [Column("below the curve", "below", lambda row: count_below(evaluation, str(row.label)))]
+    columns = [Query("below the curve", "below", lambda row: count_below(evaluation, str(row.label)))]
     for reader in evaluation.head.get("readers", ()):
         size = evaluation.get("studies", None, "study", scorer=reader).value
         name, at = f"{reader} (n = {count(size)})", {"scorer": reader, "level": "study"}
         columns += [
-            Column((name, "positives"), "sensitivity", show_positives, **at),
-            Column((name, "negatives"), "sensitivity", show_negatives, **at),
-            *(Column((name, rate), rate, **at) for rate in ("sensitivity", "specificity")),
-            Column((name, "network's sensitivity"), "network", show, **at),
+            Query((name, "positives"), "sensitivity", show_positives, **at),
+            Query((name, "negatives"), "sensitivity", show_negatives, **at),
+            *(Query((name, rate), rate, **at) for rate in ("sensitivity", "specificity")),
+            Query((name, "network's sensitivity"), "network", show, **at),
         ]
     places = [row.value for row in evaluation.select(metric="below") if row.value is not None]
     notes = [f"below the curve: {sum(places):.0f} of {len(places)}, readers times labels"]
@@ -360,9 +358,9 @@ def tabulate_own(evaluation: Evaluation) -> Table:
     names |= {COMMON: f"mean of these {over}, ≥ 10 patients in both"} if COMMON in names else {}
     columns = []
     for name, group in {"these images": None, "the run's own valid": OWN}.items():
-        columns.append(Column((name, "positives"), "auroc", show_positives, group))
-        columns.append(Column((name, "AUROC [95 %]"), "auroc", group=group))
-    columns.append(Column("difference [95 %]", "auroc_difference", attrgetter("change"), OWN))
+        columns.append(Query((name, "positives"), "auroc", show_positives, group))
+        columns.append(Query((name, "AUROC [95 %]"), "auroc", group=group))
+    columns.append(Query("difference [95 %]", "auroc_difference", attrgetter("change"), OWN))
     notes = [str(evaluation.head["own"])] if evaluation.head.get("own") else []
     notes += [WIDENED] if COMMON in names and differences[COMMON].note else []
     title = "AUROC on these images and on the run's own valid"
@@ -376,10 +374,10 @@ def tabulate_recalibration(evaluation: Evaluation) -> Table:
     columns = []
     for name in ("fitted", "measured"):
         for side, shown in {"positives": show_positives, "negatives": show_negatives}.items():
-            columns.append(Column((f"{name} on", side), "cells", shown, name))
+            columns.append(Query((f"{name} on", side), "cells", shown, name))
     for metric in ("ece", "brier"):
-        columns += [Column((SCORES[metric], name), metric, show, name) for name in ("before", "after")]
-    columns.append(Column("", "ece", attrgetter("note"), "after"))
+        columns += [Query((SCORES[metric], name), metric, show, name) for name in ("before", "after")]
+    columns.append(Query("", "ece", attrgetter("note"), "after"))
     sides = [count(evaluation.get("patients", None, group=side).value) for side in ("fitted", "measured")]
     note = (
         f"Fitted on {sides[0]} of its patients, drawn by a hash of their names, measured on the other {sides[1]}; the "
