@@ -9,7 +9,14 @@ from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parents[1]
 MADE = ROOT / "build/reference"  # by docs/reference.py
-MORE = ("README.md", "CONTRIBUTING.md", "LICENSE", "shards/README.md", "examples/**/*.py", "benchmarks/*.md")
+MORE = (
+    "*.md",
+    "LICENSE",
+    "shards/README.md",
+    "examples/**/*.py",
+    "benchmarks/*.md",
+    "pipeline/sources/findings.csv",
+)
 
 
 def on_files(files: Any, config: Any) -> Any:
