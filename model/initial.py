@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from model.checkpoint import refused
-from model.chest import SCALE, TERMS, is_chest, name_outputs, read_initial
+from model.chest import SCALE, SIZE, TERMS, is_chest, name_outputs, read_initial
 from pipeline.base.files import hash_file
 
 CONTAINERS = ("weights", "state_dict", "model_state_dict", "model")
@@ -32,7 +32,9 @@ class Start(NamedTuple):
     scale: tuple[float, ...] = ()  # mean and deviation of the gray levels they take; empty: not known
     equalize: bool = False  # whether films are equalized for them
     terms: str = UNKNOWN
-    seen: Sequence[Mapping[str, Any]] = ()  # as `model.runs.overlap` has it
+    seen: Sequence[Mapping[str, Any]] | None = None  # as `model.runs.overlap` has it; None: not known
+    arch: str = ""  # the network's; empty: not known
+    size: int = 0  # side of its input, in pixels; 0: not known
 
 
 def read_start(path: Path, outputs: Sequence[str] = ()) -> Start:
@@ -42,11 +44,12 @@ def read_start(path: Path, outputs: Sequence[str] = ()) -> Start:
         with refused(path):
             scale = (saved["pixels"]["mean"], saved["pixels"]["std"])
             seen = [dict(entry) | {"run": entry["run"] or str(path)} for entry in saved["seen"]]
-            about = (scale, saved["equalize"], saved["terms"], seen)
+            about = (scale, saved["equalize"], saved["terms"], seen, saved["arch"], saved["image_size"])
             return Start(path, digest, saved["weights"], (), outputs or saved["outputs"], *about)
     if is_chest(saved):
         weights = {name: value for name, value in saved.items() if name != "op_threshs"}
-        return Start(path, digest, weights, (), name_outputs(saved, path.name), SCALE, terms=TERMS)
+        known = name_outputs(saved, path.name)
+        return Start(path, digest, weights, (), known, SCALE, terms=TERMS, arch="densenet121", size=SIZE)
     return Start(path, digest, *unwrap(saved), outputs)
 
 

@@ -124,12 +124,14 @@ def _with_head(network: nn.Module) -> nn.Module:
     return network
 
 
-def load_initial(network: nn.Module, start: Start, outputs: Sequence[str] = LABELS) -> str:
+def load_initial(
+    network: nn.Module, start: Start, outputs: Sequence[str] = LABELS, needed: Sequence[str] = ()
+) -> str:
     """Load weights into a network whose outputs are these; returns, in words, which are loaded and which stay fresh.
 
     The classifier's rows are loaded for outputs of the same name; where the file's are not known, it stays fresh. A
     first convolution over three channels is summed to one over gray. Raises CheckpointError, naming the file, if
-    anything else does not match.
+    anything else does not match, and for outputs that are `needed` and not loaded.
     """
     own, weights, head = network.state_dict(), dict(start.weights), find_head(network)[0]
     rows = {outputs.index(name): row for row, name in enumerate(start.outputs) if name in outputs}
@@ -144,6 +146,10 @@ def load_initial(network: nn.Module, start: Start, outputs: Sequence[str] = LABE
             weights[name][list(rows)] = given[list(rows.values())].to(own[name])
     fresh = _load_weights(network, weights, str(start.path))
     lacking = [name for number, name in enumerate(outputs) if number not in rows]
+    if missing := [name for name in needed if fresh or name in lacking]:
+        raise CheckpointError(
+            f"{start.path}: no classifier of {', '.join(missing)}; name its outputs by `init_labels`"
+        )
     if not fresh and lacking:
         fresh = [f"the classifier of {', '.join(lacking)}"]
     said = f"loaded {len(weights):,} tensors; fresh: {', '.join(fresh) or 'nothing'}"

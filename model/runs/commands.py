@@ -356,6 +356,7 @@ for each in (
     cross_command,
     embed_command,
     sweep_command,
+    use.adopt_command,
     use.evaluate_command,
     use.predict_command,
     use.export_command,

@@ -159,6 +159,7 @@ class Config:
     pretrained: bool = network_option(False, "Start from ImageNet weights (downloads them).")
     init: str | None = None  # sha256 of the file of weights that the run starts from
     init_terms: str = ""  # their license, and what they were trained on
+    adopted: str = ""  # their file, if the run is these weights as they are, without training
     init_labels: str | None = network_option(
         None,
         "What the outputs of --init are, in their order, if its file does not say.",

@@ -24,7 +24,7 @@ from model.networks import build_network, load_initial
 from model.predict import explain_memory
 from model.runs.folder import fuse
 from model.runs.job import Job, to_device
-from model.runs.overlap import check_seen
+from model.runs.overlap import check_seen, read_start_seen
 from model.runs.predictor import EVALUATION_BATCH, load_member
 from pipeline.base.files import atomic_file
 from pipeline.console import progress_bar
@@ -79,7 +79,7 @@ def start_network(job: Job, split: str) -> Encoder:
     """The network that a job would start from, as it would read images. Raises DataError as `check_seen` does."""
     # The weights come from elsewhere: these shards are not their own, whatever the job would learn from them.
     elsewhere = replace(job, config=replace(job.config, manifest=""))
-    check_seen(elsewhere, split, job.start.seen if job.start else ())
+    check_seen(elsewhere, split, read_start_seen(job.start))
     network = build_network(job.config.arch, len(LABELS), job.config.pretrained)
     if job.start is not None:
         load_initial(network, job.start)

@@ -231,7 +231,7 @@ def result_name(config: Config, digest: str, split: str) -> str:
 
 def describe_start(config: Mapping[str, Any]) -> str:
     """The weights that a run of this configuration starts from, and on what terms."""
-    if config["pretrained"]:
+    if config.get("pretrained"):
         return weights_terms(config["arch"])
     return config["init_terms"] or "random weights"
 
@@ -254,7 +254,12 @@ def save_best(
     images = AS_IT_IS._asdict() | said
     about = {"epoch": epoch, "dev_auroc": score, "images": images, "pixels": dict(job.pixels)}
     about |= {"dataset": dict(job.manifest.dataset), "equalize": job.config.equalize, "seen": list(seen)}
-    about["outputs"] = name_outputs(job.config)
+    about |= {
+        "arch": job.config.arch,
+        "image_size": job.config.image_size,
+        "outputs": name_outputs(job.config),
+    }
     title, terms = (job.manifest.dataset.get(name, "not stated") for name in ("title", "license"))
-    about["terms"] = f"{describe_start(asdict(job.config))}; trained on {title}: {terms}"
+    use = "calibrated" if job.config.adopted else "trained"
+    about["terms"] = f"{describe_start(asdict(job.config))}; {use} on {title}: {terms}"
     save_checkpoint(job.run / "best.pt", {"weights": dict(weights), **about})

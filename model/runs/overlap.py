@@ -3,7 +3,7 @@
 best.pt has an entry for train and dev of its run, and hands them on to runs that start from it (`init`) or learn from
 its scores (`teacher`):
     run       str    file of weights that has learned from it; empty: these weights
-    split     str    train, or dev, on which checkpoint and thresholds are chosen
+    split     str    train, or dev, on which checkpoint and thresholds are chosen; unknown: of a file that does not say
     images    int64 [N]  CRC-32 and length of each image, as stored in the shards
     patients  int64 [P]  first 8 bytes of sha256(`namespace/id`)
 The hash keeps names out of the file. It is no secret: who has the file can try all patient numbers.
@@ -20,6 +20,7 @@ import pyarrow as pa
 import torch
 
 from model.checkpoint import load_checkpoint, refused
+from model.initial import Start
 from model.runs.config import read_members
 from model.runs.job import Job, Selected, open_images, selected_splits
 from pipeline.base.errors import DataError
@@ -27,6 +28,7 @@ from pipeline.console import say_once
 from pipeline.identity import join_content, name_patients
 
 Seen = Sequence[Mapping[str, Any]]
+UNKNOWN = "unknown"
 
 
 def list_seen(job: Job, selected: Iterable[tuple[str, Selected]]) -> Seen:
@@ -45,12 +47,22 @@ def list_seen(job: Job, selected: Iterable[tuple[str, Selected]]) -> Seen:
 
 def check_start(job: Job) -> Seen:
     """The entries of the weights and the teacher that a job starts from; raises DataError as `list_seen` does."""
-    before = list(job.start.seen) if job.start else []
+    before = [*read_start_seen(job.start)]
     for run in read_members(job.setup.teacher) if job.setup.teacher else ():
         before += [dict(entry) | {"run": entry["run"] or str(run)} for entry in read_seen(run)]
     for name in selected_splits(job) if before else ():
+        if name == "train":
+            continue
         check_seen(job, name, before, "keep its split (`dev`, `seed`), or start from another")
     return before
+
+
+def read_start_seen(start: Start | None) -> Seen:
+    """The entries of weights to start from: a file that has none gets one of an unknown split."""
+    if start is None or start.seen is not None:
+        return list(start.seen or ()) if start else []
+    nothing = torch.zeros(0, dtype=torch.int64)
+    return [{"run": str(start.path), "split": UNKNOWN, "images": nothing, "patients": nothing}]
 
 
 def read_seen(run: Path) -> Seen:
@@ -67,11 +79,12 @@ def check_seen(
     """Count the patients and images of a split that weights have learned from; every score passes here.
 
     A run's own train and dev are known to be that: nothing is counted of its train, and of a dev what is in a train.
+    Nothing is counted either if it is not known what weights have learned from, which is said.
     Says what is shared. Raises DataError, with the remedy, for images unless the job allows it; only those that a run's
     own splits share, which is a fault of the shards, are always allowed.
     """
     at_home = job.shards.digest == job.config.manifest
-    if at_home and name == "train":
+    if at_home and name == "train" and not job.config.adopted:
         return {}
     split, rows = open_images(job, name)
     table = split.table.take(rows)
@@ -82,6 +95,10 @@ def check_seen(
         if name == entry["split"] == "dev":
             continue
         run = entry["run"] or job.run
+        if entry["split"] == UNKNOWN:
+            tell(
+                f"{run}: what it has learned from is not known: if it is images of {name}, figures are too good"
+            )
         again, known = np.isin(images, entry["images"].numpy()), np.isin(patients, entry["patients"].numpy())
         shared_images, shared_patients = shared_images | again, shared_patients | known
         if count := int(again.sum()):
@@ -94,6 +111,8 @@ def check_seen(
                 f"{job.shards}, {name}: {count:,} patient names are among those that {run} trained on: if they are "
                 "the same people, figures are too good"
             )
+    if any(entry["split"] == UNKNOWN for entry in seen):
+        return {}
     return {
         "shared_patients": len(np.unique(patients[shared_patients])),
         "shared_images": int(shared_images.sum()),

@@ -99,7 +99,6 @@ class Network(NamedTuple):
     run: Path
     config: Config
     network: nn.Module
-    dev_auroc: float  # by which these weights were chosen
     pixels: Mapping[str, float]  # mean and std of the gray levels that it takes
     images: ImageOptions  # how the shards' images were prepared
     seen: Seen
@@ -156,7 +155,8 @@ class Predictor:
             images, table = score_split(own, member.network, chosen, member.pixels, alter)
             found[str(member.run)] = member.calibrate(images.scores)
         mean = np.mean(list(found.values()), axis=0)
-        shared = {key: max(count[key] for count in counts) for key in counts[0]}
+        known = [key for key in counts[0] if all(key in count for count in counts)]
+        shared = {key: max(count[key] for count in counts) for key in known}
         return Result(images._replace(scores=mean), table, shared, found if len(found) > 1 else {})
 
     def score_files(self, samples: Sequence[Sequence[Path]], workers: int) -> tuple[Floats, Unusable]:
@@ -306,10 +306,9 @@ def load_member(
     with refused(run / "best.pt"):
         network.load_state_dict(best["weights"])
         pixels = {name: float(best["pixels"][name]) for name in ("mean", "std")}
-        dev_auroc, images = float(best["dev_auroc"]), ImageOptions(**best["images"])
-        if not (dev_auroc >= 0 and pixels["std"] > 0):
-            raise ValueError("dev_auroc or pixels")
-        about = (dev_auroc, pixels, images, best["seen"], best["dataset"], calibration)
+        if not pixels["std"] > 0:
+            raise ValueError("pixels")
+        about = (pixels, ImageOptions(**best["images"]), best["seen"], best["dataset"], calibration)
     network = network.to(choose_device("off")[0]).to(memory_format=torch.channels_last)
     return Network(run, config, network, *about)
 

@@ -12,6 +12,7 @@ from model.runs.config import Config, name_choice
 from model.runs.folder import describe_start
 from pipeline.base.pages import FIRST, SECOND, THIRD, draw_svg, open_templates, show_setting
 from pipeline.base.tabular import Table, show_cell
+from pipeline.labels import LABELS
 from pipeline.look.judge_report import Section, render_card, render_page
 from pipeline.measure.evaluate import Scored
 from pipeline.measure.evaluation import MEANS, Evaluation
@@ -76,22 +77,39 @@ def render_model_card(
         "are among those that these weights have learned from."
         for one in evaluations
         if "shared_patients" in one.head
+    ] or [
+        "What these weights have learned from is not known: if it is images of these splits, figures are too good."
     ]
-    best = f"The checkpoint is the one with the best AUROC on dev: {show_cell(name_choice(config['choose_by']))}."
-    settings = [[name, show_setting(value)] for name, value in config.items()]
+    policies = [
+        f"{name} cells `{show_cell(config[name])}`" for name in ("uncertain", "blank") if name in config
+    ]
+    if adopted := config.get("adopted"):
+        made = f"with the weights of `{show_cell(adopted)}`"
+        lacking = ", ".join(label for label in LABELS if label not in labels) or "none"
+        chosen = (
+            "This run trained nothing: it chose calibrations and thresholds on dev. Left out, because the weights have "
+            f"no trained output for them, nobody annotated them here, or they were not asked for: {lacking}."
+        )
+    else:
+        made = "trained on CheXpert-style labels that were read from reports by a program"
+        chosen = f"The checkpoint is the one with the best AUROC on dev: {show_cell(name_choice(config['choose_by']))}."
+        if config["keep"] == "last":
+            chosen = "The checkpoint is the one of the last evaluation."
+    settings = Table(
+        "", ("setting", "value"), [[name, show_setting(value)] for name, value in config.items()]
+    )
     parts = [
-        f"A network that scores {len(labels)} finding{'s' * (len(labels) > 1)} on chest radiographs, trained on "
-        "CheXpert-style labels that were read from reports by a program.",
+        f"A network that scores {len(labels)} finding{'s' * (len(labels) > 1)} on chest radiographs, {made}.",
         "## Data",
         f"Shards with the manifest of sha256 `{show_cell(config['manifest'])}`.",
         about,
         Table("", ("split", "images used", "studies", "patients"), rows).markdown(),
         *shared,
-        f"Policies: uncertain cells `{show_cell(config['uncertain'])}`, blank cells `{show_cell(config['blank'])}`.",
-        "## Training",
-        Table("", ("setting", "value"), settings).markdown(),
-        f"Started from: {describe_start(config)}.",
-        "The checkpoint is the one of the last evaluation." if config["keep"] == "last" else best,
+        f"Policies: {', '.join(policies)}.",
+        "## Weights" if adopted else "## Training",
+        settings.markdown(),
+        f"{'These are' if adopted else 'Started from:'} {describe_start(config)}.",
+        chosen,
     ]
     return render_card(title, parts, evaluations)
 

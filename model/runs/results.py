@@ -29,6 +29,20 @@ from pipeline.measure.metrics import Floats, averaged_labels, mean_of, report_au
 from pipeline.measure.scores import Scores, read_frame, read_scores, write_scores
 from pipeline.stream.samples import find_places
 
+ADOPTED = {  # settings that say something of weights that were adopted
+    *(
+        "adopted",
+        "init",
+        "init_terms",
+        "init_labels",
+        "arch",
+        "image_size",
+        "input_scale",
+        "equalize",
+        "manifest",
+    ),
+    *("blank", "labels", "views", "where", "dev", "seed", "max_bad"),
+}
 TRAIN_SAMPLES = 2000  # that a sweep scores of train
 
 
@@ -47,7 +61,7 @@ def finish_run(job: Job) -> dict[str, Evaluation]:
     evaluations = {name: evaluate(job, predictor, name, found[name]) for name in names}
     write_report(job, predictor, "report.html", evaluations, {name: found[name].images for name in names})
     data = {}
-    for name in splits:
+    for name in names if job.config.adopted else splits:
         split, rows = open_images(job, name)
         data[name] = count_rows(split.table.take(rows))
     card = render_model_card(
@@ -218,7 +232,7 @@ def write_report(
 ) -> None:
     """Write the page of the splits that `evaluate` gave evaluations of; `images` are their scores."""
     path = job.run / "metrics.jsonl"
-    trained = len(predictor.configs) == 1  # an ensemble was not trained as a whole
+    trained = len(predictor.configs) == 1 and not job.config.adopted  # an ensemble was not, as a whole
     lines = path.read_bytes().splitlines() if trained else []
     history = [parse_object(path, line) for line in lines]
     settings = describe_settings(job, predictor)
@@ -238,6 +252,8 @@ def describe_settings(job: Job, predictor: Predictor) -> dict[str, Any]:
         else "; ".join(str(one[name]) for one in configs)
         for name, value in configs[0].items()
     }
+    if job.config.adopted:
+        settings = {name: value for name, value in settings.items() if name in ADOPTED}
     if settings["views"] == "all":  # of the shards, which may hold fewer
         settings["views"] = job.manifest.options.get("views", "all")
     return settings | ({"members": list(map(str, predictor.configs))} if len(configs) > 1 else {})
@@ -275,17 +291,14 @@ def measure_run(job: Job) -> dict[str, Any]:
         name: {"auroc": row.value, "few": row.few} for name in names for row in [chosen_on.get("auroc", name)]
     }
     means = averaged_labels(labels["dev"])
-    same = [
-        name
-        for name in parse_choice(job.config.choose_by) or means["macro10"] or means["macro"]
-        if all(of[name]["auroc"] is not None for of in labels.values())
-    ]
+    chosen = parse_choice(job.config.choose_by) or means["macro10"] or means["macro"]
+    same = [name for name in chosen if all(of[name]["auroc"] is not None for of in labels.values())]
     figures = {split: mean_of(of, same, "auroc") for split, of in labels.items()}
     limits: dict[str, float | None] = dict.fromkeys(("low", "high"))
     if "valid" in scored:
         limits = combine_limits(measure_areas(*scored["valid"][:4]), weigh_labels(names, same))
     return {
-        "dev": predictor.members[0].dev_auroc,
+        "dev": mean_of(labels["dev"], chosen, "auroc"),
         "labels": len(same),
         "same": figures["dev"],
         "train": figures["train"],

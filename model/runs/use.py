@@ -15,8 +15,9 @@ import click
 import numpy as np
 import numpy.typing as npt
 
-from model.names import AUGMENTATIONS
+from model.names import AUGMENTATIONS, check_arch
 from model.runs.config import (
+    Config,
     Data,
     OwnData,
     Setup,
@@ -24,13 +25,14 @@ from model.runs.config import (
     Workers,
     check_folders,
     learned_columns,
+    network_option,
     read_config,
     run_option,
 )
 from pipeline.base.errors import DataError
 from pipeline.base.files import check_folder, hash_file, write_csv, write_json
 from pipeline.base.options import option
-from pipeline.command import EXISTING, EXISTING_FILE, FILE, FOLDER, command
+from pipeline.command import EXISTING, EXISTING_FILE, FILE, FOLDER, Fields, command
 from pipeline.console import count_of, echo, refuse_usage, say, say_next
 from pipeline.labels import MOST_VIEWS, VIEWS
 from pipeline.measure.calibration import RULES, apply_calibration, apply_calibrations, read_fit
@@ -368,6 +370,42 @@ def describe_export(predictor: "Predictor", decision: "Decision") -> dict[str, s
         ),
         "use": "For research. Not for clinical use.",
     }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adoption:
+    """What `adopt` takes of its own."""
+
+    run: Path = run_option(..., "Folder of the run.")
+    arch: str | None = network_option(
+        None, "Network that the weights are for.", check=check_arch, metavar="NAME", shown="as the file says"
+    )
+
+
+@command(
+    "adopt",
+    Adoption,
+    Fields(Setup, ("shards", "cache", "cache_size", "workers", "init")),
+    Fields(
+        Config,
+        ("init_labels", "image_size", "labels", "views", "where", "blank", "dev", "seed", "amp", "max_bad"),
+    ),
+    example="python -m train adopt --init xrv:densenet121-res224-all --shards shards --run runs/xrv",
+)
+def adopt_command(given: Adoption, setup: Setup, config: Config) -> int:
+    """Make a run of the weights of --init without training: calibrated on dev, and evaluated on dev and valid.
+
+    Labels that the weights have no output for are left out.
+    """
+    check_folders(setup.shards)
+    from model.runs.adopt import adopt_weights
+    from pipeline.look.judged import print_evaluation
+
+    for evaluation in adopt_weights(config, setup, given.run, given.arch):
+        print_evaluation(evaluation)
+    echo(f"{given.run / 'report.html'}: the same with curves, intervals and subgroups")
+    say_next(*TRAIN, "predict", "--run", given.run, "--out", "scores.csv", "IMAGES")
+    return 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,66 @@
+"""Weights from elsewhere → a run that nobody trained: calibrated on dev, judged, and used like any other run."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from model.initial import Start
+from model.networks import build_network, load_initial
+from model.runs.config import Config, Setup, name_outputs, open_start
+from model.runs.folder import fuse, open_run, record_environment, save_best
+from model.runs.job import open_job, open_rows
+from model.runs.overlap import list_seen
+from model.runs.results import finish_run
+from pipeline.base.errors import SettingError
+from pipeline.console import say
+from pipeline.measure.evaluation import Evaluation
+
+
+def choose_settings(start: Start, config: Config, source: Path, arch: str | None) -> Config:
+    """The configuration of the run that adopts these weights: what their file says of them comes before defaults.
+
+    Says which labels are left out, and why. Raises SettingError for what the file does not say, and no option does.
+    """
+    if not (arch or start.arch):
+        raise SettingError(f"{start.path} does not say which network it is for: name it by `arch`")
+    known = tuple(label for label in config.labels if label in start.outputs)
+    if not known:
+        raise SettingError(
+            f"{start.path}: no output of {', '.join(config.labels)} is known: name them by `init_labels`"
+        )
+    if lacking := [label for label in config.labels if label not in known]:
+        say(f"{start.path}: no trained output for {', '.join(lacking)}: left out")
+    if not start.scale:
+        say(
+            f"{start.path}: the gray scale of its input is not known: images are scaled by the shards' mean and std"
+        )
+    return replace(
+        config,
+        arch=arch or start.arch,
+        image_size=config.image_size or start.size,
+        labels=known,
+        uncertain="ignore",  # nothing is learned
+        adopted=str(source),
+    )
+
+
+def adopt_weights(config: Config, setup: Setup, run: Path, arch: str | None) -> list[Evaluation]:
+    """Write a run of the weights of `setup.init`; returns its evaluations on dev and valid.
+
+    Raises DataError for weights that do not fit, have learned from dev or valid, or if the folder is another run's.
+    """
+    start = open_start(config, setup.init)
+    if start is None or setup.init is None:
+        raise SettingError("adopt needs the weights of `init`: a file, a run, or xrv:NAME")
+    job = open_job(choose_settings(start, config, setup.init, arch), setup, run)
+    outputs = name_outputs(job.config)
+    torch.manual_seed(job.config.seed)  # of the outputs that nobody uses
+    network = build_network(job.config.arch, len(outputs))
+    say(f"{start.path}: {load_initial(network, start, outputs, job.config.labels)}")
+    seen = list_seen(job, [("dev", open_rows(job, "dev"))])
+    open_run(run, job.config)
+    record_environment(job)
+    save_best(job, seen, fuse(network, job.config).state_dict(), 0.0, math.nan)
+    return list(finish_run(job).values())
