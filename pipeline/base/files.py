@@ -194,13 +194,18 @@ def check_folder(out: Path) -> None:
         raise DataError(f"{out}: cannot be written: no right to write to {out.parent}; choose another folder")
 
 
-def write_csv(path: Path, rows: Iterable[Sequence[object]]) -> None:
-    """Write rows as a CSV, atomically. Cells that a spreadsheet would run get a quote in front (OWASP)."""
+def format_csv(rows: Iterable[Sequence[object]]) -> str:
+    """Rows as a CSV. Cells that a spreadsheet would run get a quote in front (OWASP)."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     for row in rows:
         writer.writerow([f"'{cell}" if str(cell).startswith(FORMULA) else cell for cell in row])
-    write_atomically(path, text.getvalue().encode())
+    return text.getvalue()
+
+
+def write_csv(path: Path, rows: Iterable[Sequence[object]]) -> None:
+    """Write rows as a CSV, atomically."""
+    write_atomically(path, format_csv(rows).encode())
 
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.base.files import write_atomically
+from pipeline.base.files import format_csv, write_atomically
 from pipeline.base.options import option
 from pipeline.base.workers import count_cpus
 from pipeline.command import EXISTING, EXISTING_FILE, FILE, FOLDER, PathOrUrl, command
@@ -21,6 +21,7 @@ from pipeline.measure.counts import (
     count_groups,
     count_labels,
     count_targets,
+    list_rows,
     list_variables,
     parse_policies,
 )
@@ -57,7 +58,7 @@ class Stats(Cached):
         (), "Targets under a policy: best,Edema=zeros,blank=ignore.", split=parse_policies
     )
     html: Path | None = option(None, "Write a page with everything, and images.", type=FILE)
-    format: str = option("table", choices=("table", "json"))
+    format: str = option("table", "csv: the counts alone.", choices=("table", "json", "csv"))
 
 
 @command("stats", Stats, example="pipeline stats train.csv --views frontal --by sex --html labels.html")
@@ -70,6 +71,7 @@ def stats(given: Stats) -> None:
     from pipeline.stream.cache import find_shards
 
     check_output("--html", given.html, (".html",))
+    refuse_usage(given.format == "csv" and given.policy, "--format csv has no room for --policy; use json")
     split, views = given.split, given.views
     shards = [find_shards(source, given.cache) for source in given.sources]
     table = load_tables([path for path, _ in shards], split, views, [*map(Path, given.facts)])
@@ -87,7 +89,8 @@ def stats(given: Stats) -> None:
         if all(remote is None for _, remote in shards):
             say_next("pipeline", "audit", *given.sources)
     else:
-        echo(json.dumps(report, indent=2))
+        text = json.dumps(report, indent=2) if given.format == "json" else format_csv(list_rows(report))
+        echo(text.rstrip())
 
 
 def _build_report(table: "pa.Table", given: Stats) -> Statistics:
@@ -195,7 +198,7 @@ class Auditing:
     threads: int = option(count_cpus, "Decoding threads.", low=1, shown="all cores")
     html: Path | None = option(None, "Write a page with a heat map.", type=FILE)
     strict: bool = option(False, "Exit with 3 on any alarm.")
-    format: str = option("table", choices=("table", "json"))
+    format: str = option("table", "csv: the counts alone.", choices=("table", "json", "csv"))
 
 
 @command("audit", Auditing, example="pipeline audit shards --html audit.html")

@@ -67,6 +67,17 @@ def count_groups(table: pa.Table, variable: str) -> dict[str, Any]:
     }
 
 
+def list_rows(report: Statistics) -> list[list[Any]]:
+    """The counts under a header: a row per label, or per group and label if the report has groups."""
+    groups = report["by"]["groups"] if "by" in report else {"": report}
+    rows = [
+        ({"group": group} if "by" in report else {}) | {"label": label, "not_annotated": 0} | counts
+        for group, statistics in groups.items()
+        for label, counts in statistics["labels"].items()
+    ]
+    return [[*rows[0]], *([*row.values()] for row in rows)]
+
+
 def list_variables(table: pa.Table) -> list[str]:
     """What to group images by: NO_GROUP, and facts (further columns) that are text or whole numbers of few values."""
     known = {"patient", "study", *NO_GROUP, *LABELS}

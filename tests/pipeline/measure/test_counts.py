@@ -1,3 +1,4 @@
+import io
 import json
 import subprocess
 from pathlib import Path
@@ -251,6 +252,18 @@ def test_names_of_groups_are_text(chexpert: Path, tmp_path: Path, name: str) -> 
     assert f"{shown} (n = 48)" in printed.stdout
 
 
+def test_counts_as_csv_are_those_of_the_json(chexpert: Path) -> None:
+    frame = pd.read_csv(io.StringIO(run(chexpert, "--format", "csv").stdout), index_col="label")
+    expected = pd.DataFrame(report(chexpert)["labels"]).T
+    assert frame.drop(columns="not_annotated").to_dict() == expected.to_dict()
+    frame = pd.read_csv(io.StringIO(run(chexpert, "--by", "sex", "--format", "csv").stdout))
+    for group, counts in report(chexpert, "--by", "sex")["by"]["groups"].items():
+        chosen = frame[frame.group == group].set_index("label")
+        assert chosen.positive.to_dict() == {
+            label: row["positive"] for label, row in counts["labels"].items()
+        }
+
+
 def test_tables_of_the_sections_show_the_json(chexpert: Path) -> None:
     options = ["--by", "sex", "--policy", "best"]
     document = report(chexpert, *options)
@@ -272,6 +285,7 @@ def test_tables_of_the_sections_show_the_json(chexpert: Path) -> None:
     ("arguments", "message"),
     [
         (["--html", "labels.pdf"], "Error: --html labels.pdf: the name must end in .html"),
+        (["--format", "csv", "--policy", "best"], "Error: --format csv has no room for --policy; use json"),
         (["--html", "missing/labels.html"], "Error: --html missing/labels.html: there is no folder missing"),
     ],
 )
