@@ -286,7 +286,7 @@ def _print_run(out: Path, run: "RunSummary", seconds: float, views: str) -> None
         return
     if run.resumed:
         echo(f"{run.resumed:,} images were there already")
-    for text in filter(None, (run.moved, *run.notes)):
+    for text in run.notes:
         echo(text)
     if run.stripped:
         echo(f"metadata removed from {run.stripped:,} images")
@@ -308,7 +308,7 @@ def _print_preview(source: "Source", options: "Options", how: "Execution") -> in
         )
         if split.missing:
             echo(f"       {len(split.missing):,} images are missing, for example {split.missing[0]}")
-    for text in filter(None, (preview.moved, *preview.notes)):
+    for text in preview.notes:
         echo(text)
     if options.views == "all":
         echo(preview.views)

@@ -20,7 +20,6 @@ from pipeline.labels import VIEWS
 from pipeline.measure.counts import Statistics, count_labels, describe_views
 from pipeline.policies import find_one_class
 from pipeline.sources.rows import Omitted, divide_rows, find_missing, read_images, read_splits
-from pipeline.sources.sets import SETS
 from pipeline.sources.source import Source
 
 PARTIAL = ".partial"  # inside the output folder, until the run is finished
@@ -82,10 +81,9 @@ class PlanTask(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Rows per split, what `describe_moved` says of images in other folders, and what `join_facts` notes."""
+    """Rows per split, and notes of `read_splits`."""
 
     rows: dict[str, int]
-    moved: str | None
     notes: tuple[str, ...]
 
 
@@ -102,8 +100,7 @@ def write_plan(task: PlanTask) -> Plan:
         ):
             for rows in divide_rows(table.combine_chunks(), options.samples_per_shard, options.views):
                 writer.write_table(rows)
-    rows_of = {split: table.num_rows for split, table in tables.items()}
-    return Plan(rows_of, SETS[task.source.set].describe_moved(tables.values(), task.source.roots), notes)
+    return Plan({split: table.num_rows for split, table in tables.items()}, notes)
 
 
 def count_planned(folder: Path, split: str) -> int:
@@ -138,12 +135,11 @@ class SplitPreview(NamedTuple):
 
 
 class Preview(NamedTuple):
-    """All splits, label counts, how many studies have which views, what `describe_moved` says, and notes on facts."""
+    """All splits, label counts, how many studies have which views, and notes of `read_splits`."""
 
     splits: dict[str, SplitPreview]
     statistics: Statistics
     views: str
-    moved: str | None
     notes: tuple[str, ...]
 
 
@@ -163,13 +159,7 @@ def preview_shards(source: Source, options: Options) -> Preview:
             round(_mean_bytes(files, source, options) * table.num_rows) + shards * 1024,
         )
     kept = pa.concat_tables(list(tables.values()))
-    return Preview(
-        splits,
-        count_labels(kept),
-        describe_views(kept),
-        SETS[source.set].describe_moved(tables.values(), source.roots),
-        notes,
-    )
+    return Preview(splits, count_labels(kept), describe_views(kept), notes)
 
 
 def _mean_bytes(files: Sequence[str], source: Source, options: Options) -> float:

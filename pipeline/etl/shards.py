@@ -72,7 +72,6 @@ class RunSummary(NamedTuple):
     bytes_in: int = 0
     stripped: int = 0
     resumed: int = 0  # samples in shards that an earlier run had finished
-    moved: str | None = None  # as in `Plan`
     notes: tuple[str, ...] = ()  # as in `Plan`
     restored: tuple[str, ...] = ()  # files of finished shards that were missing or damaged
 
@@ -241,9 +240,7 @@ def _converge(run: Run, manifest: Manifest | None, damaged: Collection[str]) -> 
                 raise DataError(f"{run.out / index.entry.table}: {CHANGED}")
     remove_folder(run.partial)
     bytes_in, stripped = (sum(s.bytes_in for s in finished), sum(s.stripped for s in finished))
-    return RunSummary(
-        manifest, not damaged, bytes_in, stripped, resumed, plan.moved, plan.notes, tuple(damaged)
-    )
+    return RunSummary(manifest, not damaged, bytes_in, stripped, resumed, plan.notes, tuple(damaged))
 
 
 def _refuse_others(out: Path, names: Collection[str]) -> None:

@@ -69,6 +69,7 @@ def read_splits(
     files = iter(adapter.locate(paths, source.roots))
     located = {split: pa.array(islice(files, len(table)), pa.string()) for split, table in kept.items()}
     whole = {split: table.append_column("file", located[split]) for split, table in kept.items()}
+    notes = [note for note in (adapter.describe_moved(whole.values(), source.roots), *notes) if note]
     return whole, dropped, tuple(notes)
 
 

@@ -4,12 +4,10 @@ import json
 import shlex
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import pyarrow as pa
 import pytest
-from PIL import Image
 
 from pipeline import DataError, open_shards
 from pipeline.labels import LABELS, NOT_ANNOTATED
@@ -103,43 +101,6 @@ def test_what_is_not_annotated_is_masked_under_every_policy(folder: Path, blank:
     assert set(batch.target[~batch.mask]) == {0.0}
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (
-            {"table": ("Nodule,1", "Nodul,1")},
-            "line 3, column Finding Labels: 'Nodul' is not a finding of this set",
-        ),
-        ({"table": (",58,M,", ",58,X,")}, "line 3, column Patient Gender: 'X' is neither M nor F"),
-        (
-            {"table": ("00000002_000.png", "00000001_001.png")},
-            "lines 3 and 4: the same image 00000001_001 twice",
-        ),
-        (
-            {"table": ("View Position", "View")},
-            "column View Position is missing; it has Image Index, Finding Labels",
-        ),
-        (
-            {"train": ("00000002_000.png\n", "")},
-            "line 4: 00000002_000.png is in neither train_val_list.txt nor test_l",
-        ),
-        (
-            {"test": ("00000004_000.png", "00000003_000.png")},
-            "lines 4 and 1, column list: 'train_val_list.txt' and 'test_list.txt' for 00000003_000.png",
-        ),
-    ],
-)
-def test_bad_input_is_named(folder: Path, change: dict[str, tuple[str, str]], message: str) -> None:
-    names: dict[str, Any] = {"table": nih.SET.names[0], **nih.LISTS}
-    for file, (old, new) in change.items():
-        path = folder / names[file]
-        assert old in path.read_text()
-        path.write_text(path.read_text().replace(old, new, 1))
-    failed = run_pipeline("shards", folder, folder.parent / "out")
-    assert failed.returncode == 1
-    assert message in failed.stderr.splitlines()[-1]
-
-
 def test_a_folder_without_its_lists_or_of_another_set_is_named(folder: Path) -> None:
     (folder / "test_list.txt").unlink()
     with pytest.raises(
@@ -206,46 +167,3 @@ def test_what_blanks_mean_is_said_by_the_owner_of_a_set(chexpert: Path, tmp_path
     assert run_pipeline(*words, "--name", "ours", "--blanks", "not-annotated").returncode == 0
     counts = json.loads(run_pipeline("stats", out, "--format", "json").stdout)["labels"]
     assert {label: entry["blank"] for label, entry in counts.items()} == dict.fromkeys(LABELS, 0)
-
-
-SAMPLE = Path(__file__).parents[4] / "shared" / "nih-sample" / "CheXpert-v1.0-small"
-
-
-@pytest.mark.skipif(not SAMPLE.exists(), reason="needs the sample of NIH's films")
-def test_real_films_have_the_same_positives_in_either_layout(tmp_path: Path, real_table: Path) -> None:
-    """The sample's films as PNGs under NIH's names, with NIH's own rows."""
-    official = pd.read_csv(real_table)
-    rows = pd.concat([pd.read_csv(SAMPLE / name) for name in ("train.csv", "valid.csv")])
-    states = official["Finding Labels"].str.get_dummies("|")
-    mapped = pd.DataFrame(
-        {label: states[list(names)].max(axis=1) for label, names in read_findings("nih").positive.items()}
-    )
-    named = official[["Patient ID", "Patient Age", "Patient Gender", "View Position"]].join(mapped)
-    columns = ["Patient ID", "Patient Age", "Patient Gender", "View Position", *read_findings("nih").positive]
-    wanted = rows.assign(
-        **{
-            "Patient ID": rows["Path"].str.extract(r"patient0*(\d+)/")[0].astype(int),
-            "Patient Age": rows["Age"],
-            "Patient Gender": rows["Sex"].str[0],
-            "View Position": rows["AP/PA"],
-        }
-    )[[*columns, "Path"]].astype(dict.fromkeys(read_findings("nih").positive, int))
-    for frame in (wanted, named):  # films of a patient with the same facts are told apart by their order
-        frame["turn"] = frame.groupby(columns).cumcount()
-    matched = wanted.merge(named.reset_index(names="row"), on=[*columns, "turn"], how="left")
-    assert matched["row"].notna().all()
-    images = tmp_path / "nih" / "images"
-    images.mkdir(parents=True)
-    chosen = official.loc[matched["row"].astype(int)]
-    for path, name in zip(matched["Path"], chosen["Image Index"], strict=True):
-        Image.open(SAMPLE.parent / path).save(images / name, compress_level=1)
-    chosen.to_csv(tmp_path / "nih" / nih.SET.names[0], index=False)
-    (tmp_path / "nih" / "train_val_list.txt").write_text("\n".join(chosen["Image Index"]))
-    (tmp_path / "nih" / "test_list.txt").write_text("")
-    out = tmp_path / "out"
-    made = run_pipeline("shards", tmp_path / "nih", out, "--size", 64, "--dev", 0, "--workers", 2)
-    assert made.returncode == 0, made.stderr
-    found = pa.ipc.open_file(out / "train.arrow").read_all().to_pandas()
-    assert {label: (found[label] == 1).sum() for label in read_findings("nih").positive} == {
-        label: (rows[label] == 1).sum() for label in read_findings("nih").positive
-    }
