@@ -90,8 +90,6 @@ def training_labels(job: Job, train: Selected) -> Labels:
     Raises DataError for them where the job is strict, and for a teacher that is missing or unusable.
     """
     config, table = job.config, train.split.table
-    for text in train.split.describe_downloads():
-        say(text)
     policy = parse_uncertain_policy(config.uncertain)
     wanted = [label for label in config.labels if policy[label] == "selftrained"]
     scores = None if job.setup.teacher is None else teacher_scores(job.setup.teacher, train, wanted)

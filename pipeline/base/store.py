@@ -20,9 +20,11 @@ from typing import Any, BinaryIO
 from pipeline.base.errors import DataError, MachineError, explain_os_error, needs
 
 TOGETHER = 32  # objects to fetch at a time; an image of the full set has 2 MB
-AWS_CREDENTIALS = "credentials come from AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
-# Checksums that stores other than AWS may not know; what was put is compared in any case.
-_S3 = dict.fromkeys(("request_checksum_calculation", "response_checksum_validation"), "when_required")
+CREDENTIALS = {"http": "~/.netrc", "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"}
+# Checksums that stores other than AWS may not know; what was put, and got, is compared in any case.
+S3_CHECKSUMS = dict.fromkeys(
+    ("request_checksum_calculation", "response_checksum_validation"), "when_required"
+)
 
 
 def find_scheme(location: str) -> str:
@@ -53,7 +55,7 @@ def open_location(location: str) -> Path:
 
             options: dict[str, Any] = {"use_listings_cache": False}
             if scheme == "s3":
-                options["config_kwargs"] = _S3
+                options["config_kwargs"] = S3_CHECKSUMS
             path: Any = UPath(location.rstrip("/"), **options)
             path.fs  # noqa: B018 - its package may be missing
     except ValueError as error:
@@ -155,14 +157,29 @@ def read_objects(urls: Sequence[str]) -> Iterator[bytes | None]:
             yield None if isinstance(content, Exception) else content
 
 
-def is_refusal(error: Exception) -> bool:
-    """Whether a store gave no access, for lack of credentials or of rights."""
-    return isinstance(error, PermissionError) or "Credential" in type(error).__name__
+def find_status(error: Exception) -> int | None:
+    """The HTTP status that a client's error is of."""
+    response = getattr(error, "response", None)
+    if isinstance(response, dict):  # of botocore
+        response = response["ResponseMetadata"].get("HTTPStatusCode")
+    status: int | None = getattr(response, "status_code", response)
+    return status
+
+
+def explain_failure(error: Exception, location: str) -> str:
+    """What to do about a store's or server's error; "" if it is about neither a name nor access."""
+    status = find_status(error)
+    if status == 404 or isinstance(error, FileNotFoundError):
+        return "not found: check the name"
+    if status in (401, 403) or isinstance(error, PermissionError) or "Credential" in type(error).__name__:
+        scheme = location.partition(":")[0].replace("https", "http")
+        return f"no access; credentials come from {CREDENTIALS.get(scheme, 'the environment')}"
+    return ""
 
 
 @contextmanager
 def named_failures(path: Path, what: str) -> Iterator[None]:
-    """Raise DataError for whatever a store raises, naming only its type: texts may quote credentials.
+    """Raise DataError for whatever a store raises, or its type alone: texts may quote credentials.
 
     Does nothing for a folder on this machine.
     """
@@ -173,5 +190,5 @@ def named_failures(path: Path, what: str) -> Iterator[None]:
     except Exception as error:
         if not is_remote(path):
             raise
-        hint = f"; {AWS_CREDENTIALS}" if is_refusal(error) else ""
-        raise DataError(f"{path}: {what}: {type(error).__name__}{hint}") from None
+        reason = explain_failure(error, str(path)) or type(error).__name__
+        raise DataError(f"{path}: {what}: {reason}") from None

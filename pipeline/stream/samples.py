@@ -53,14 +53,6 @@ class OpenSplit(NamedTuple):
         """Whether any of the shards has to be downloaded."""
         return any(home.remote for home in self.homes)
 
-    def describe_downloads(self) -> list[str]:
-        """For each URL, what reading takes of the cache; raises DataError as `Remote.describe_room`."""
-        return [
-            home.remote.describe_room([self.shards[place] for place in np.flatnonzero(self.home == number)])
-            for number, home in enumerate(self.homes)
-            if home.remote
-        ]
-
     def locate(self, number: int, stop: Event | None = None) -> Path:
         """The local file of a shard, downloaded if need be, as in `Remote.path`."""
         folder, remote = self.homes[int(self.home[number])]

@@ -21,7 +21,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import repeat
 from pathlib import Path
 from typing import Any, cast
-from unittest.mock import Mock
 from urllib.parse import unquote, urlsplit
 
 import numpy as np
@@ -32,7 +31,7 @@ from pipeline import DataError, open_shards
 from pipeline.look.label_report import find_examples
 from pipeline.manifest import Manifest, Shard, read_manifest, read_table, write_manifest
 from pipeline.stream import cache as remote
-from pipeline.stream.cache import PIECE, Cache, Remote, find_shards, is_url, redact
+from pipeline.stream.cache import PIECE, Remote, find_shards, redact
 from tests.conftest import run_pipeline
 
 GB = 10**9
@@ -135,7 +134,8 @@ def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("NETRC", "AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
         monkeypatch.setenv(name, str(tmp_path / "none"))
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    remote._open_s3.cache_clear()
+    for name, value in {"ATTEMPTS": 3, "PAUSE": 0.01, "PATIENCE": 10.0}.items():
+        monkeypatch.setattr(remote, name, value)
 
 
 @pytest.fixture
@@ -167,8 +167,8 @@ def web(server: Server) -> str:
     return f"http://127.0.0.1:{server.server_port}/shards"
 
 
-def quick(url: str, folder: Path, limit: int = GB, timeout: float = 10) -> Remote:
-    return Remote(url, Cache(folder, limit), attempts=3, pause=0.01, timeout=timeout)
+def open_remote(url: str, folder: Path, limit: int = GB) -> Remote:
+    return Remote(url, folder, limit)
 
 
 def make_files(folder: Path, number: int, size: int = 1000) -> list[Shard]:
@@ -190,31 +190,14 @@ def shard_names(*shards: Shard) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    ("location", "expected"),
-    [
-        ("https://host/path", True),
-        ("http://host", True),
-        ("s3://bucket/path", True),
-        ("shards", False),
-        ("/data/a:b", False),
-    ],
+    "location", ["gs://bucket/path", "pipe:curl https://host", "simplecache::https://host"]
 )
-def test_what_is_a_url(location: str, expected: bool) -> None:
-    assert is_url(location) is expected
-
-
-@pytest.mark.parametrize(
-    ("location", "scheme"),
-    [
-        ("gs://bucket/path", "gs"),
-        ("pipe:curl https://host", "pipe"),
-        ("simplecache::https://host", "simplecache"),
-    ],
-)
-def test_other_schemes_are_refused(location: str, scheme: str) -> None:
-    with pytest.raises(DataError) as caught:
-        is_url(location)
-    assert str(caught.value) == f"shards cannot be read from {scheme}: give a folder, https:// or s3://"
+def test_other_schemes_are_refused(location: str, tmp_path: Path) -> None:
+    scheme = location.partition(":")[0]
+    message = f"^shards cannot be read from {scheme}: give a folder, https:// or s3://$"
+    with pytest.raises(DataError, match=message):
+        find_shards(location, tmp_path / "cache")
+    assert find_shards("/data/a:b") == (Path("/data/a:b"), None)
 
 
 def test_secrets_are_left_out() -> None:
@@ -230,7 +213,7 @@ def test_importing_it_is_cheap() -> None:
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "botocore.session", None)
     with pytest.raises(DataError) as caught:
-        Remote("s3://bucket/path", Cache(tmp_path, GB))
+        Remote("s3://bucket/path", tmp_path, GB)
     message = "botocore is missing: pip install 'chexpert-pipeline[remote]'"
     assert str(caught.value) == f"s3://bucket/path: {message}"
 
@@ -240,7 +223,7 @@ def test_mirror_and_shards_are_the_originals(
 ) -> None:
     folder, manifest = shards
     for _ in range(2):
-        remote = quick(f"{url}/", tmp_path / "cache")
+        remote = open_remote(f"{url}/", tmp_path / "cache")
         mirror = remote.mirror()
         assert read_manifest(mirror) == manifest
         for split in manifest.splits.values():
@@ -274,7 +257,7 @@ def test_the_workers_of_a_loader_download_what_is_not_there(
 
 def test_a_changed_manifest_is_seen(shards: tuple[Path, Manifest], server: Server, tmp_path: Path) -> None:
     folder, manifest = shards
-    remote = quick(web(server), tmp_path / "cache")
+    remote = open_remote(web(server), tmp_path / "cache")
     first = remote.mirror()
     write_manifest(folder, replace(manifest, policies={"uncertain": "ones", "blank": "ignore"}))
     second = remote.mirror()
@@ -293,7 +276,7 @@ CUT = {
 @pytest.mark.parametrize(
     ("fault", "requests", "message"),
     [
-        (status(404), 1, "not found"),
+        (status(404), 1, "not found: check the name"),
         (status(403), 1, "no access; credentials come from {source}"),
         (status(503), 3, "HTTP status 503; tried 3 times"),
         (stall, 3, "no byte for 0.3 seconds; tried 3 times"),
@@ -303,12 +286,20 @@ CUT = {
     ],
 )
 def test_failures_are_named(
-    server: Server, url: str, tmp_path: Path, fault: Fault, requests: int, message: str
+    server: Server,
+    url: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fault: Fault,
+    requests: int,
+    message: str,
 ) -> None:
     [shard] = make_files(server.folder, 1)
     server.gives_parts, server.faults = False, repeat(fault)
+    if fault is stall:
+        monkeypatch.setattr(remote, "PATIENCE", 0.3)
     with pytest.raises(DataError) as caught:
-        quick(url, tmp_path / "cache", timeout=0.3 if fault is stall else 10).path(shard)
+        open_remote(url, tmp_path / "cache").path(shard)
     scheme = url.partition(":")[0]
     expected = message.format(source=SOURCES[scheme], cut=CUT[scheme])
     assert str(caught.value) == f"{url}/0.tar: {expected}"
@@ -318,10 +309,13 @@ def test_failures_are_named(
 
 
 @pytest.mark.parametrize("fault", [status(503), status(429), stall, truncate, flip])
-def test_two_failures_are_got_over(server: Server, tmp_path: Path, fault: Fault) -> None:
+def test_two_failures_are_got_over(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Fault
+) -> None:
     [shard] = make_files(server.folder, 1)
     server.gives_parts, server.faults = False, iter([fault, fault])
-    path = quick(web(server), tmp_path / "cache", timeout=0.5 if fault is stall else 10).path(shard)
+    monkeypatch.setattr(remote, "PATIENCE", 0.5 if fault is stall else 10.0)
+    path = open_remote(web(server), tmp_path / "cache").path(shard)
     assert path.read_bytes() == (server.folder / "0.tar").read_bytes()
     assert server.requests["0.tar"] == 3
     assert cached(tmp_path / "cache") == shard_names(shard)
@@ -333,7 +327,7 @@ def test_an_interrupted_download_is_continued(
 ) -> None:
     [shard] = make_files(server.folder, 1, size=2 * PIECE)
     server.gives_parts, server.faults = gives_parts, iter([truncate])
-    path = quick(url, tmp_path / "cache").path(shard)
+    path = open_remote(url, tmp_path / "cache").path(shard)
     assert path.read_bytes() == (server.folder / "0.tar").read_bytes()
     assert server.starts[0] == 0 < server.starts[1]
     assert cached(tmp_path / "cache") == shard_names(shard)
@@ -348,44 +342,49 @@ def test_a_download_that_makes_progress_is_not_given_up(server: Server, url: str
         handler.wfile.write(data[:PIECE])
 
     server.faults = iter([cut] * 8)
-    path = quick(url, tmp_path / "cache").path(shard)
+    path = open_remote(url, tmp_path / "cache").path(shard)
     assert path.read_bytes() == (server.folder / "0.tar").read_bytes()
     assert server.starts == [PIECE * number for number in range(9)]
 
 
-def test_a_download_that_stands_still_is_named_and_not_waited_for(
+def test_a_process_that_stands_still_is_named_and_not_waited_for(
     server: Server,
     url: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """As that of a suspended process does, which keeps its lock."""
+    """As a suspended one does, which keeps the locks of its download and of the folder."""
     monkeypatch.setattr(remote, "PATIENCE", 0.2)
     [shard] = make_files(server.folder, 1)
-    far = quick(url, tmp_path / "cache")
-    part = tmp_path / "cache" / f"{shard.sha256}.{shard.bytes}.part"
-    with part.open("wb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        assert far.path(shard).read_bytes() == (server.folder / "0.tar").read_bytes()
-        assert cached(tmp_path / "cache") == {*shard_names(shard), part.name}
-    holder = f"process {os.getpid()}"
-    assert caplog.messages == [f"{url}/0.tar: {holder} adds nothing to {part}: downloading it as well"]
+    cache, holder = tmp_path / "cache", f"process {os.getpid()}"
+    far = open_remote(url, cache)
+    part = cache / f"{shard.sha256}.{shard.bytes}.part"
+    for file in (part, cache / "lock"):
+        with file.open("wb") as held:
+            fcntl.flock(held, fcntl.LOCK_EX)
+            assert far.path(shard).read_bytes() == (server.folder / "0.tar").read_bytes()
+        (cache / shard.sha256).unlink()
+    assert cached(cache) == set()
+    assert caplog.messages == [
+        f"{url}/0.tar: {holder} adds nothing to {part}: downloading it as well",
+        f"{cache / 'lock'}: {holder} keeps it locked: going on without the lock",
+    ]
 
 
 def test_a_manifest_is_never_put_together_from_two(
     shards: tuple[Path, Manifest], server: Server, tmp_path: Path
 ) -> None:
     server.faults = iter([truncate])
-    assert read_manifest(quick(web(server), tmp_path / "cache").mirror()) == shards[1]
+    assert read_manifest(open_remote(web(server), tmp_path / "cache").mirror()) == shards[1]
     assert server.starts[:2] == [0, 0]
 
 
 def test_what_is_damaged_is_not_continued(server: Server, tmp_path: Path) -> None:
     [shard] = make_files(server.folder, 1, size=2 * PIECE)
     server.faults = iter([truncate, flip])
-    assert quick(web(server), tmp_path / "cache").path(shard).stat().st_size == 2 * PIECE
-    assert server.starts == [0, PIECE, 0]
+    assert open_remote(web(server), tmp_path / "cache").path(shard).stat().st_size == 2 * PIECE
+    assert server.starts == [0, 2 * PIECE - 100, 0]
 
 
 def test_what_another_file_left_is_given_up(server: Server, tmp_path: Path) -> None:
@@ -393,7 +392,7 @@ def test_what_another_file_left_is_given_up(server: Server, tmp_path: Path) -> N
     [shard] = make_files(server.folder, 1)
     good = (server.folder / "0.tar").read_bytes()
     (server.folder / "0.tar").write_bytes(good[:500])
-    far = quick(web(server), tmp_path / "cache")
+    far = open_remote(web(server), tmp_path / "cache")
     part = tmp_path / "cache" / f"{shard.sha256}.1000.part"
     part.write_bytes(bytes(600))
     with pytest.raises(DataError, match=r"500 bytes, not 1,000 as in the manifest; tried 3 times$"):
@@ -406,25 +405,29 @@ def test_what_another_file_left_is_given_up(server: Server, tmp_path: Path) -> N
 
 def test_a_download_that_was_whole_is_not_repeated(server: Server, tmp_path: Path) -> None:
     [shard] = make_files(server.folder, 1)
-    far = quick(web(server), tmp_path / "cache")
+    far = open_remote(web(server), tmp_path / "cache")
     (tmp_path / "cache" / f"{shard.sha256}.1000.part").write_bytes((server.folder / "0.tar").read_bytes())
     assert far.path(shard).stat().st_size == 1000
     assert server.starts == []
 
 
-def test_a_slow_link_is_no_failure(server: Server, url: str, tmp_path: Path) -> None:
+def test_a_slow_link_is_no_failure(
+    server: Server, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A second in all, though half of that without a byte would be too long."""
     [shard] = make_files(server.folder, 1)
     server.faults = repeat(partial(drip, seconds=1))
-    assert quick(url, tmp_path / "cache", timeout=0.5).path(shard).stat().st_size == 1000
+    monkeypatch.setattr(remote, "PATIENCE", 0.5)
+    assert open_remote(url, tmp_path / "cache").path(shard).stat().st_size == 1000
     assert server.requests == {"0.tar": 1}
 
 
-def test_pauses_double(server: Server, tmp_path: Path) -> None:
+def test_pauses_double(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     [shard] = make_files(server.folder, 1)
     server.faults = repeat(flip)
+    monkeypatch.setattr(remote, "PAUSE", 0.1)
     with pytest.raises(DataError):
-        Remote(web(server), Cache(tmp_path / "cache", GB), attempts=3, pause=0.1).path(shard)
+        open_remote(web(server), tmp_path / "cache").path(shard)
     first, second, third = server.times
     assert second - first >= 0.1
     assert third - second >= 0.2
@@ -434,7 +437,7 @@ def test_refused_connections_are_named(server: Server, url: str, tmp_path: Path)
     [shard] = make_files(server.folder, 1)
     server.server_close()
     with pytest.raises(DataError) as caught:
-        quick(url, tmp_path / "cache").path(shard)
+        open_remote(url, tmp_path / "cache").path(shard)
     reasons = {
         "http": r"HTTPConnectionPool\(.*Connection refused.*",
         "s3": "Could not connect to the endpoint URL: .*",
@@ -452,13 +455,13 @@ def test_refused_connections_are_named(server: Server, url: str, tmp_path: Path)
 )
 def test_incomplete_urls_are_refused(tmp_path: Path, url: str) -> None:
     with pytest.raises(DataError, match=r"not like https://host/path or s3://bucket/path$") as caught:
-        Remote(url, Cache(tmp_path, GB))
+        Remote(url, tmp_path, GB)
     assert "s3cret" not in str(caught.value)
 
 
 def test_a_port_out_of_range_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
-        Remote("http://host:99999", Cache(tmp_path, GB)).mirror()
+        Remote("http://host:99999", tmp_path, GB).mirror()
     assert (
         str(caught.value)
         == "http://host:99999/manifest.json: Failed to parse: http://host:99999/manifest.json"
@@ -474,7 +477,7 @@ def test_secrets_reach_the_server_and_no_message(server: Server, tmp_path: Path)
         f"no access; credentials come from {SOURCES['http']}",
     ):
         with pytest.raises(DataError) as caught:
-            quick(url, tmp_path / "cache").mirror()
+            open_remote(url, tmp_path / "cache").mirror()
         assert str(caught.value) == f"{web(server)}/manifest.json: {reason}"
     credentials = b64encode(b"me:s3cret").decode()
     assert server.seen == ("/shards/manifest.json?token=s3cret", f"Basic {credentials}")
@@ -485,13 +488,13 @@ def test_passwords_come_from_netrc(server: Server, tmp_path: Path, monkeypatch: 
     (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password s3cret\n")
     (tmp_path / "netrc").chmod(0o600)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    quick(web(server), tmp_path / "cache").path(shard)
+    open_remote(web(server), tmp_path / "cache").path(shard)
     assert server.seen[1] == f"Basic {b64encode(b'me:s3cret').decode()}"
 
 
 def test_missing_credentials_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
-        quick("s3://bucket/path", tmp_path).mirror()
+        open_remote("s3://bucket/path", tmp_path).mirror()
     assert (
         str(caught.value)
         == f"s3://bucket/path/manifest.json: no access; credentials come from {SOURCES['s3']}"
@@ -501,7 +504,7 @@ def test_missing_credentials_are_named(tmp_path: Path) -> None:
 def test_what_is_no_manifest_is_named(server: Server, tmp_path: Path) -> None:
     (server.folder / "manifest.json").write_text("<html>Please log in</html>")
     with pytest.raises(DataError) as caught:
-        quick(web(server), tmp_path / "cache").mirror()
+        open_remote(web(server), tmp_path / "cache").mirror()
     assert (
         str(caught.value)
         == f"{web(server)}/manifest.json: damaged: not JSON: Expecting value: line 1 column 1 (char 0)"
@@ -512,7 +515,7 @@ def test_what_is_no_manifest_is_named(server: Server, tmp_path: Path) -> None:
 def test_a_hash_cannot_lead_out_of_the_cache(server: Server, tmp_path: Path) -> None:
     [shard] = make_files(server.folder, 1)
     with pytest.raises(DataError) as caught:
-        quick(web(server), tmp_path / "cache").path(replace(shard, sha256="../../0.tar"))
+        open_remote(web(server), tmp_path / "cache").path(replace(shard, sha256="../../0.tar"))
     assert str(caught.value) == f"{web(server)}/0.tar: '../../0.tar' in its manifest is not a sha256"
 
 
@@ -521,13 +524,13 @@ def test_any_file_name_is_found(server: Server, url: str, tmp_path: Path) -> Non
     [shard] = make_files(server.folder, 1)
     name = "a b+c%20#1?.tar"
     (server.folder / "0.tar").rename(server.folder / name)
-    assert quick(url, tmp_path / "cache").path(replace(shard, file=name)).stat().st_size == 1000
+    assert open_remote(url, tmp_path / "cache").path(replace(shard, file=name)).stat().st_size == 1000
 
 
 def test_threads_share_a_download(server: Server, tmp_path: Path) -> None:
     shards = make_files(server.folder, 3)
     server.faults = repeat(drip)
-    remotes = [quick(web(server), tmp_path / "cache") for _ in range(2)]
+    remotes = [open_remote(web(server), tmp_path / "cache") for _ in range(2)]
     with ThreadPoolExecutor(12) as pool:
         list(pool.map(lambda number: remotes[number % 2].path(shards[number % 3]), range(12)))
     assert server.requests == {"0.tar": 1, "1.tar": 1, "2.tar": 1}
@@ -537,9 +540,9 @@ ASK = """
 import sys
 from pathlib import Path
 from pipeline.manifest import Shard
-from pipeline.stream.cache import PIECE, Cache, Remote
+from pipeline.stream.cache import Remote
 url, folder, name, size, sha256 = sys.argv[1:]
-remote = Remote(url, Cache(Path(folder), 10**9))
+remote = Remote(url, Path(folder), 10**9)
 print("ready", flush=True)
 sys.stdin.readline()
 print(remote.path(Shard(name, 1, int(size), sha256)))
@@ -583,15 +586,15 @@ def test_a_killed_download_leaves_nothing_that_looks_finished(server: Server, tm
         asker.ask()
         while not part.exists() or not part.stat().st_size:
             time.sleep(0.01)
-        quick(web(server), cache).path(second)
+        open_remote(web(server), cache).path(second)
         assert cached(cache) == {part.name} | shard_names(second), "nobody deletes what is being downloaded"
         process.kill()
     assert cached(cache) == {part.name} | shard_names(second)
     age(cache, second)
     os.utime(part, (0, 0))
-    quick(web(server), cache, limit=2_000_000).path(third)
+    open_remote(web(server), cache, limit=2_000_000).path(third)
     assert cached(cache) == shard_names(second, third), "and it goes like any other file that is not in use"
-    assert quick(web(server), cache).path(first).stat().st_size == 1_000_000
+    assert open_remote(web(server), cache).path(first).stat().st_size == 1_000_000
 
 
 def test_an_interrupted_command_is_continued(server: Server, tmp_path: Path) -> None:
@@ -608,9 +611,9 @@ def test_an_interrupted_command_is_continued(server: Server, tmp_path: Path) -> 
 
     server.faults = iter([interrupt])
     with pytest.raises(KeyboardInterrupt):
-        Remote(web(server), Cache(tmp_path / "cache", GB)).path(shard)
+        Remote(web(server), tmp_path / "cache", GB).path(shard)
     assert cached(tmp_path / "cache") == {part.name}
-    path = quick(web(server), tmp_path / "cache").path(shard)
+    path = open_remote(web(server), tmp_path / "cache").path(shard)
     assert path.read_bytes() == (server.folder / "0.tar").read_bytes()
     assert server.starts[0] == 0 < server.starts[1]
 
@@ -625,7 +628,7 @@ def age(cache: Path, *shards: Shard, ago: float = 3600.0) -> None:
 def test_the_least_recently_used_go(server: Server, tmp_path: Path) -> None:
     first, second, third, fourth, fifth = make_files(server.folder, 5)
     cache = tmp_path / "cache"
-    remote = quick(web(server), cache, limit=3000)
+    remote = open_remote(web(server), cache, limit=3000)
     for shard in (first, second, third):
         remote.path(shard)
     age(cache, first, second, third)
@@ -644,7 +647,7 @@ def test_a_clock_that_went_back_fills_no_disk(server: Server, tmp_path: Path) ->
     """What was used in the future has not just been handed out."""
     first, second, third = make_files(server.folder, 3)
     cache = tmp_path / "cache"
-    remote = quick(web(server), cache, limit=2000)
+    remote = open_remote(web(server), cache, limit=2000)
     for shard in (first, second):
         remote.path(shard)
     age(cache, first, second, ago=-3600.0)
@@ -657,7 +660,7 @@ def test_what_was_just_handed_out_stays(
 ) -> None:
     first, second = make_files(server.folder, 2)
     monkeypatch.setattr(remote, "GRACE", 0.3)
-    cache = quick(web(server), tmp_path / "cache", limit=1999)
+    cache = open_remote(web(server), tmp_path / "cache", limit=1999)
     start = time.monotonic()
     path = cache.path(first)
     cache.path(second)
@@ -686,7 +689,7 @@ def test_the_limit_holds_all_the_time(
     server.faults = repeat(measure)
     (cache / "sets" / "other").mkdir(parents=True)
     (cache / "sets" / "other" / "train.arrow").write_bytes(bytes(400))
-    remotes = [quick(web(server), cache, limit) for _ in range(2)]
+    remotes = [open_remote(web(server), cache, limit) for _ in range(2)]
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda number: remotes[number % 2].path(shards[number % 12]), range(36)))
     assert max(taken) == 4000
@@ -698,7 +701,7 @@ def test_a_limit_too_small_is_named(shards: tuple[Path, Manifest], server: Serve
     shard = manifest.split("train").shards[0]
     tables = sum(path.stat().st_size for path in (folder / "manifest.json", *folder.glob("*.arrow")))
     limit = tables + shard.bytes - 1
-    remote = quick(web(server), tmp_path / "cache", limit)
+    remote = open_remote(web(server), tmp_path / "cache", limit)
     remote.mirror()
     with pytest.raises(DataError) as caught:
         remote.path(shard)
@@ -706,7 +709,7 @@ def test_a_limit_too_small_is_named(shards: tuple[Path, Manifest], server: Serve
         f"{web(server)}/{shard.file}: {shard.bytes:,} bytes do not fit into a cache of {limit:,}, "
         f"of which tables take {tables:,}; raise `cache_size`"
     )
-    assert quick(web(server), tmp_path / "cache", limit + 1).path(shard).stat().st_size == shard.bytes
+    assert open_remote(web(server), tmp_path / "cache", limit + 1).path(shard).stat().st_size == shard.bytes
 
 
 def test_files_of_others_in_the_cache_stay(
@@ -718,7 +721,7 @@ def test_files_of_others_in_the_cache_stay(
     for name in others:
         (cache / name).write_bytes(bytes(5000))
         os.utime(cache / name, (0, 0))
-    remote = quick(web(server), cache, limit=60_000)
+    remote = open_remote(web(server), cache, limit=60_000)
     remote.mirror()
     for shard in shards[1].split("train").shards:
         remote.path(shard)
@@ -736,8 +739,8 @@ def endless(handler: Handler, data: bytes) -> None:
 def test_a_server_that_never_ends_fills_neither_disk_nor_memory(
     shards: tuple[Path, Manifest], server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote, "MANIFEST_BYTES", 10**6)
-    near = quick(web(server), tmp_path / "cache", limit=10**7)
+    monkeypatch.setattr(remote, "TABLE_BYTES", 10**6)
+    near = open_remote(web(server), tmp_path / "cache", limit=10**7)
     shard = shards[1].split("train").shards[0]
     for use, name, most in (
         (near.mirror, "manifest.json", 10**6),
@@ -749,16 +752,19 @@ def test_a_server_that_never_ends_fills_neither_disk_nor_memory(
         said = f"{web(server)}/{name}: more than the {most:,} bytes that it may have; tried 3 times"
         assert str(caught.value) == said
     server.faults = iter([serve, endless, endless, endless])
-    with pytest.raises(DataError, match=r"train.arrow: more than the 10,000,000 bytes that it may have; tr"):
+    with pytest.raises(DataError, match=r"train.arrow: more than the 1,000,000 bytes that it may have; tr"):
         near.mirror()
     assert cached(tmp_path / "cache") == set()
 
 
 @pytest.mark.parametrize("fault", [status(503), partial(drip, seconds=20)])
-def test_a_download_that_is_wanted_no_more_ends(server: Server, tmp_path: Path, fault: Fault) -> None:
+def test_a_download_that_is_wanted_no_more_ends(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Fault
+) -> None:
     """A trainer that was told to stop has to save before it is killed."""
     (shard,) = make_files(server.folder, 1, size=10**6)
-    far = Remote(web(server), Cache(tmp_path / "cache", GB), pause=60)
+    monkeypatch.setattr(remote, "PAUSE", 60)
+    far = open_remote(web(server), tmp_path / "cache")
     server.faults = repeat(fault)
     stop = threading.Event()
     with ThreadPoolExecutor(1) as pool:
@@ -770,37 +776,17 @@ def test_a_download_that_is_wanted_no_more_ends(server: Server, tmp_path: Path, 
     assert cached(tmp_path / "cache") <= {f"{shard.sha256}.1000000.part"}
 
 
-def test_what_reading_takes_of_the_cache_is_said(
-    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shards = [Shard(f"{number}.tar", 1, 1000 + number, "0" * 64) for number in range(50)]
-    far, need = quick(web(server), tmp_path / "cache"), sum(range(1014, 1050))
-    said = f"{web(server)}: reading takes up to {need:,} bytes of the cache, 36 shards at once"
-    assert far.describe_room(shards) == said
-    assert quick(web(server), tmp_path / "small", limit=5000).describe_room(shards) == (
-        f"{said}; it holds 5,000, so some are downloaded again: raise `cache_size`"
-    )
-    (tmp_path / "cache" / "others").write_bytes(bytes(1000))
-    monkeypatch.setattr("shutil.disk_usage", lambda _: Mock(free=30_000))
-    with pytest.raises(DataError) as caught:
-        far.describe_room(shards)
-    assert str(caught.value) == (
-        f"{tmp_path / 'cache'}: its disk lacks {need - 31_000:,} bytes to read {web(server)}; choose another "
-        "folder (`cache`)"
-    )
-
-
 def test_a_lower_limit_holds_from_the_start(
     shards: tuple[Path, Manifest], server: Server, tmp_path: Path
 ) -> None:
     first, second, third = shards[1].split("train").shards[:3]
     cache = tmp_path / "cache"
-    remote = quick(web(server), cache)
+    remote = open_remote(web(server), cache)
     tables = sum(path.stat().st_size for path in remote.mirror().iterdir())
     for shard in (first, second, third):
         remote.path(shard)
     age(cache, first, second, third)
-    quick(web(server), cache, tables + second.bytes + third.bytes).mirror()
+    open_remote(web(server), cache, tables + second.bytes + third.bytes).mirror()
     assert cached(cache) == shard_names(second, third)
 
 
@@ -811,7 +797,7 @@ def test_damaged_files_in_the_cache_are_replaced(
     folder, manifest = shards
     split = manifest.split("train")
     for damaged in (True, False):
-        remote = quick(web(server), tmp_path / "cache")
+        remote = open_remote(web(server), tmp_path / "cache")
         files = {
             split.table: remote.mirror() / split.table,
             split.shards[0].file: remote.path(split.shards[0]),
@@ -829,7 +815,7 @@ def test_a_full_disk_is_named(server: Server, tmp_path: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))
     try:
         with pytest.raises(DataError) as caught:
-            quick(web(server), tmp_path / "cache").path(shard)
+            open_remote(web(server), tmp_path / "cache").path(shard)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     message = f"{tmp_path / 'cache'}: cannot be written: {os.strerror(errno.EFBIG)}"
@@ -840,7 +826,7 @@ def test_a_full_disk_is_named(server: Server, tmp_path: Path) -> None:
 def test_a_cache_that_is_a_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "cache").touch()
     with pytest.raises(DataError) as caught:
-        Cache(tmp_path / "cache", GB)
+        Remote("http://host", tmp_path / "cache", GB)
     assert str(caught.value) == f"{tmp_path / 'cache'}: cannot be used as a cache: Not a directory"
 
 
@@ -848,8 +834,8 @@ MEASURE = """
 import resource, sys
 from pathlib import Path
 from pipeline.manifest import Shard
-from pipeline.stream.cache import PIECE, Cache, Remote
-remote = Remote(sys.argv[1], Cache(Path(sys.argv[2]), 10**9))
+from pipeline.stream.cache import Remote
+remote = Remote(sys.argv[1], Path(sys.argv[2]), 10**9)
 for name, size, sha256 in zip(*[iter(sys.argv[3:])] * 3):
     remote.path(Shard(name, 1, int(size), sha256))
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
@@ -899,7 +885,7 @@ def test_the_commands_read_a_url_as_they_read_the_folder(
 def test_verify_names_what_a_server_gives_wrongly(
     shards: tuple[Path, Manifest], server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Remote.__init__, "__kwdefaults__", {"attempts": 1, "pause": 0.0, "timeout": 30.0})
+    monkeypatch.setattr(remote, "ATTEMPTS", 1)
     folder, manifest = shards
     shard = manifest.splits["valid"].shards[0].file
     data = bytearray((folder / shard).read_bytes())

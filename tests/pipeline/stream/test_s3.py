@@ -18,7 +18,8 @@ from pipeline import DataError
 from pipeline.base.files import atomic_file
 from pipeline.base.store import open_location, read_objects
 from pipeline.manifest import Manifest, read_manifest, read_table
-from pipeline.stream.cache import Cache, Remote
+from pipeline.stream import cache
+from pipeline.stream.cache import Remote
 from tests.conftest import PIPELINE, write_chexpert
 from tests.swift import KEY, SECRET, run_swift
 
@@ -47,6 +48,7 @@ def environment(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", KEY)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
     monkeypatch.setenv("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")  # for writing
+    monkeypatch.setattr(cache, "ATTEMPTS", 2)
 
 
 @pytest.fixture
@@ -66,13 +68,9 @@ def run_pipeline(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run([PIPELINE, *map(str, arguments)], capture_output=True, text=True, check=False)
 
 
-def quick(url: str, folder: Path) -> Remote:
-    return Remote(url, Cache(folder, GB), attempts=2, pause=0.01)
-
-
 def test_shards_come_back_as_they_went(stored: tuple[Path, Manifest], tmp_path: Path) -> None:
     folder, manifest = stored
-    remote = quick(URL, tmp_path / "cache")
+    remote = Remote(URL, tmp_path / "cache", GB)
     mirror = remote.mirror()
     assert read_manifest(mirror) == manifest
     for split in manifest.splits.values():
@@ -119,7 +117,7 @@ def test_wrong_credentials_are_named_without_them(
 ) -> None:
     monkeypatch.setenv(name, value)
     with pytest.raises(DataError) as caught:
-        quick(URL, tmp_path / "cache").mirror()
+        Remote(URL, tmp_path / "cache", GB).mirror()
     source = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
     assert str(caught.value) == f"{URL}/manifest.json: no access; credentials come from {source}"
     assert caught.value.__cause__ is None
@@ -128,8 +126,8 @@ def test_wrong_credentials_are_named_without_them(
 @pytest.mark.parametrize("url", ["s3://no-such-bucket/shards", "s3://chest/no-such-path"])
 def test_what_is_not_there_is_named(stored: tuple[Path, Manifest], tmp_path: Path, url: str) -> None:
     with pytest.raises(DataError) as caught:
-        quick(url, tmp_path / "cache").mirror()
-    assert str(caught.value) == f"{url}/manifest.json: not found"
+        Remote(url, tmp_path / "cache", GB).mirror()
+    assert str(caught.value) == f"{url}/manifest.json: not found: check the name"
 
 
 def test_another_object_under_the_name_is_refused(stored: tuple[Path, Manifest], tmp_path: Path) -> None:
@@ -138,7 +136,7 @@ def test_another_object_under_the_name_is_refused(stored: tuple[Path, Manifest],
     first, second = stored[1].split("train").shards[:2]
     s3fs.S3FileSystem(skip_instance_cache=True).copy(f"{URL}/{second.file}", f"{URL}/{first.file}")
     with pytest.raises(DataError) as caught:
-        quick(URL, tmp_path / "cache").path(first)
+        Remote(URL, tmp_path / "cache", GB).path(first)
     reason = f"{second.bytes:,} bytes, not {first.bytes:,} as in the manifest; tried 2 times"
     if first.bytes == second.bytes:
         reason = "its sha256 is not the manifest's; tried 2 times"
@@ -151,7 +149,7 @@ def test_what_another_object_left_is_given_up(stored: tuple[Path, Manifest], tmp
 
     shard = stored[1].split("train").shards[0]
     s3fs.S3FileSystem(skip_instance_cache=True).pipe_file(f"{URL}/{shard.file}", bytes(10))
-    far = quick(URL, tmp_path / "cache")
+    far = Remote(URL, tmp_path / "cache", GB)
     (tmp_path / "cache" / f"{shard.sha256}.{shard.bytes}.part").write_bytes(bytes(100))
     with pytest.raises(DataError, match=f"10 bytes, not {shard.bytes:,} as in the manifest; tried 2 times$"):
         far.path(shard)
@@ -211,7 +209,7 @@ def test_a_store_that_refuses_is_named_without_credentials(
     refused = run_pipeline("shards", chexpert, "s3://chest/refused", "--size", 48)
     assert refused.returncode == 1
     assert refused.stderr == (
-        "Error: s3://chest/refused: cannot be used: PermissionError; "
+        "Error: s3://chest/refused: cannot be used: no access; "
         "credentials come from AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE\n"
     )
 
@@ -324,7 +322,5 @@ def test_a_store_that_fails_while_it_is_read_ends_the_run(
     assert list(read_objects([str(absent), str(present)])) == [None, present.read_bytes()]
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wr0ng-s3cret")
     type(present.fs).clear_instance_cache()  # type: ignore[attr-defined]
-    with pytest.raises(
-        DataError, match=rf"^{URL}/manifest.json: cannot be read: PermissionError; credentials"
-    ):
+    with pytest.raises(DataError, match=rf"^{URL}/manifest.json: cannot be read: no access; credentials"):
         list(read_objects([str(present)]))
