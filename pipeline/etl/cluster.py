@@ -9,7 +9,6 @@ import hashlib
 import logging
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import CancelledError
-from contextlib import suppress
 from functools import cache, partial
 from importlib import import_module
 from importlib.metadata import version
@@ -76,32 +75,26 @@ def _spread(
     for address, answer in client.run(_describe_code, on_error="return").items():
         if isinstance(answer, Exception):
             raise DataError(f"{name}: worker {address}: {answer}; install this project there too")
-    flight: dict[Any, tuple[Task, set[str]]] = {}  # a task, and who may do it
+    flight: dict[Any, Task] = {}
     unfit: dict[str, str] = {}  # by address
     while True:
         threads = client.nthreads()
-        fit = set(threads) - set(unfit)
+        fit = sorted(set(threads) - set(unfit))
         if unfit and not fit:
             raise DataError(f"{name}: no fit worker is left: {'; '.join(unfit.values())}")
-        # Those that were for workers which have left meanwhile.
-        stranded = [future for future, (_, allowed) in flight.items() if unfit and not allowed & fit]
-        waiting = chain([flight.pop(future)[0] for future in stranded], waiting)
         # Workers may join and leave: two tasks for each thread that there is now.
-        room = max(1, 2 * sum(threads[address] for address in fit) - len(flight))
-        for task in islice(waiting, room):
+        for task in islice(waiting, max(1, 2 * sum(threads[address] for address in fit) - len(flight))):
             # Not pure: what a task writes may have been removed since a cluster did the same. No retries: an error that
-            # a task raises, it raises again; the tasks of lost workers are done again in any case.
-            how = {"pure": False, "retries": 0, "workers": sorted(fit) if unfit else None}
-            flight[client.submit(run, task, **how)] = task, fit
+            # a task raises, it raises again; the tasks of lost workers are done again in any case. Other workers get it
+            # if all fit ones have left: those that joined since, or unfit ones, which give it back.
+            where = {"workers": fit, "allow_other_workers": True} if unfit else {}
+            flight[client.submit(run, task, pure=False, retries=0, **where)] = task
         if not flight:
             return
-        with suppress(TimeoutError):  # after which the workers are looked at again
-            distributed.wait(list(flight), CONNECT_SECONDS if unfit else None, "FIRST_COMPLETED")
-        for future in [future for future in flight if future.done()]:
+        for future in distributed.wait(list(flight), return_when="FIRST_COMPLETED").done:
+            task = flight.pop(future)
             address, reason, result = future.result()
-            task, _ = flight.pop(future)
-            reason = reason or blame(result)
-            if not reason:
+            if not (reason := reason or blame(result)):
                 yield result
                 continue
             if address not in unfit:
@@ -130,17 +123,12 @@ def _run(
 
 def _describe(witness: Path) -> dict[str, str]:
     """What decides a worker's output: versions, sources, and the content of the shared file."""
-    try:
-        content = witness.read_bytes().hex()
-    except OSError:
-        content = ""
-    return {**_describe_code(), str(witness): content}
+    return {**_describe_code(), str(witness): witness.read_bytes().hex() if witness.is_file() else ""}
 
 
 @cache
 def _describe_code() -> dict[str, str]:
-    sources = Path(__file__).parents[1]
-    digest = hashlib.sha256()
+    digest, sources = hashlib.sha256(), Path(__file__).parents[1]
     for path in sorted(sources.rglob("*.py")):
         digest.update(path.relative_to(sources).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return {name: version(name) for name in PACKAGES} | {"sources of sha256": digest.hexdigest()}
