@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import BufferedReader
+from itertools import groupby, islice
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any, BinaryIO
@@ -141,20 +142,17 @@ def list_objects(path: Any) -> set[str]:
 
 def read_objects(urls: Sequence[str]) -> Iterator[bytes | None]:
     """The content of each object in turn; None for a missing one. Raises DataError for other failures."""
-    for start in range(0, len(urls), TOGETHER):
-        paths: list[Any] = list(map(open_location, urls[start : start + TOGETHER]))
-        found: dict[Any, bytes | Exception] = {}
-        for store in {path.fs for path in paths}:
-            here = [path for path in paths if path.fs is store]
-            with named_failures(here[0], "cannot be read"):
-                contents = store.cat_ranges([path.path for path in here], None, None, on_error="return")
-            found |= zip(here, contents, strict=True)
-        for path in paths:
-            content = found[path]
-            with named_failures(path, "cannot be read"):
-                if isinstance(content, Exception) and not isinstance(content, FileNotFoundError):
-                    raise content
-            yield None if isinstance(content, Exception) else content
+    paths: Iterator[Any] = map(open_location, urls)
+    for store, group in groupby(paths, key=lambda path: path.fs):
+        while some := list(islice(group, TOGETHER)):
+            with named_failures(some[0], "cannot be read"):
+                contents = store.cat_ranges([path.path for path in some], None, None, on_error="return")
+            for path, content in zip(some, contents, strict=True):
+                is_missing = isinstance(content, FileNotFoundError)
+                with named_failures(path, "cannot be read"):
+                    if isinstance(content, Exception) and not is_missing:
+                        raise content
+                yield None if is_missing else content
 
 
 def find_status(error: Exception) -> int | None:
