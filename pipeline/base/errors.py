@@ -4,6 +4,8 @@ import errno
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk, a user's share of it, or the longest file
+
 
 class DataError(Exception):
     """Input that cannot be used; the message names the file, row, column or option and says what to do."""
@@ -40,7 +42,7 @@ def needs(extra: str, user: str = "") -> Iterator[None]:
 def explain_os_error(error: OSError) -> str:
     """Why the system refused, and what to do where a disk, or a user's share of it, is full."""
     advice = {errno.EMFILE: "; raise the limit, as by ulimit -n 4096"}
-    advice |= dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "; make room, and run it again")
+    advice |= dict.fromkeys(FULL[:2], "; make room, and run it again")
     return f"{error.strerror or error}{advice.get(error.errno or 0, '')}"
 
 

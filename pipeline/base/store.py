@@ -5,7 +5,6 @@ write a file (first on this machine, then as one object, in parts where it is la
 then it is read back and compared) and a way to read many small ones, several at a time.
 """
 
-import errno
 import hashlib
 import os
 import re
@@ -18,7 +17,7 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any, BinaryIO
 
-from pipeline.base.errors import DataError, MachineError, explain_os_error, needs
+from pipeline.base.errors import FULL, DataError, MachineError, explain_os_error, needs
 
 TOGETHER = 32  # objects to fetch at a time; an image of the full set has 2 MB
 CREDENTIALS = {"http": "~/.netrc", "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"}
@@ -77,7 +76,7 @@ def object_to_put(path: Any) -> Iterator[BinaryIO]:
             yield file  # type: ignore[misc]
             file.flush()
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            if error.errno not in FULL:
                 raise
             reason = f"{explain_os_error(error)}, or set TMPDIR to another folder"
             raise MachineError(f"{file.name}: cannot be written: {reason}") from None

@@ -10,10 +10,8 @@ whose sha256 is the manifest's. The cache folder holds
     <sha256>.<bytes>.part     a download under way, locked by who does it; counts with all its bytes. One that
                               was interrupted is continued by whoever wants the file next
     sets/<sha256>/            manifest and tables of some shards; they stay, and count, until somebody deletes them
-    lock                      held by whoever looks, makes room or renames; never while bytes travel
 """
 
-import errno
 import fcntl
 import hashlib
 import logging
@@ -23,16 +21,17 @@ import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import closing, nullcontext, suppress
 from functools import lru_cache, partial
 from importlib import import_module
+from itertools import chain
 from pathlib import Path
 from threading import Event
-from typing import TYPE_CHECKING, BinaryIO, TypeVar
+from typing import IO, TYPE_CHECKING, BinaryIO, TypeVar
 from urllib.parse import quote
 
-from pipeline.base.errors import DataError, explain_os_error, needs
-from pipeline.base.files import locked, write_atomically
+from pipeline.base.errors import FULL, DataError, explain_os_error, needs
+from pipeline.base.files import write_atomically
 from pipeline.base.store import S3_CHECKSUMS, explain_failure, find_scheme, find_status
 from pipeline.manifest import NAME, Shard, read_manifest
 from pipeline.stream.plan import WINDOW
@@ -100,7 +99,6 @@ class Remote:
             import_module("botocore.session" if self.is_s3 else "requests")
         _s3_client.cache_clear()  # credentials may be others than when shards were opened before
         self._verified: set[Path] = set()  # by this process
-        self._patience = PATIENCE
         try:
             self.sets.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -110,22 +108,18 @@ class Remote:
         """A local folder with the manifest as it is now and its tables. Raises DataError naming the URL."""
         data = self._read(NAME)
         folder = self.sets / hashlib.sha256(data).hexdigest()
-        with self._locked(Event()):
-            folder.mkdir(exist_ok=True)
-            write_atomically(folder / NAME, data)
-            try:
-                manifest = read_manifest(folder)
-            except DataError as error:
-                shutil.rmtree(folder)
-                raise DataError(str(error).replace(f"{folder / NAME}", redact(self._locate(NAME)))) from None
+        folder.mkdir(exist_ok=True)
+        write_atomically(folder / NAME, data)
+        try:
+            manifest = read_manifest(folder)
+        except DataError as error:
+            shutil.rmtree(folder)
+            raise DataError(str(error).replace(f"{folder / NAME}", redact(self._locate(NAME)))) from None
         for split in manifest.splits.values():
             table = folder / split.table
             if not table.exists() or _digest(table) != split.table_sha256:
-                data = self._read(split.table, split.table_sha256)
-                with self._locked(Event()):
-                    write_atomically(table, data)
-        with self._locked(Event()):
-            self._make_room(0, self.name)
+                write_atomically(table, self._read(split.table, split.table_sha256))
+        self._make_room(0, self.name)
         return folder
 
     def path(self, shard: Shard, stop: Event | None = None) -> Path:
@@ -139,96 +133,70 @@ class Remote:
         path = self.folder / shard.sha256
         part = path.with_name(f"{shard.sha256}.{shard.bytes}.part")
         since, length = time.monotonic(), -1  # when another's download had how many bytes
-        while True:
-            with self._locked(stop):
-                if is_here := path.exists():
-                    os.utime(path)
-                elif _is_held(part):
-                    if part.stat().st_size != length:
-                        since, length = time.monotonic(), part.stat().st_size
-                    elif time.monotonic() - since > PATIENCE:
-                        holder = _name_holder(part)
-                        logger.warning(
-                            "%s: %s adds nothing to %s: downloading it as well", name, holder, part
-                        )
-                        part = path.with_name(f"{shard.sha256}.{shard.bytes}.{secrets.token_hex(4)}.part")
-                elif self._make_room(shard.bytes, name, part):
-                    file = part.open("ab")
-                    fcntl.flock(file, fcntl.LOCK_EX)
-                    break
-            if is_here and self._is_good(path, stop):
-                return path
-            _wait(0 if is_here else POLL, stop)
-        with file:
-            try:
-                self._attempt(shard.file, partial(self._download, part, shard, stop), stop, part)
-                os.fsync(file.fileno())
-                with self._locked(stop):
-                    os.utime(part)
-                    part.replace(path)
-            finally:
-                if part.exists() and part.stat().st_size == 0:
-                    part.unlink()
-        self._verified.add(path)
+        while not self._is_here(path):
+            if file := _claim(part, "ab"):
+                with file:
+                    try:
+                        if not path.exists() and self._make_room(shard.bytes, name, part):
+                            self._attempt(shard.file, partial(self._download, part, shard, stop), stop, part)
+                            os.fsync(file.fileno())
+                            os.utime(part)
+                            part.replace(path)
+                            self._verified.add(path)
+                    finally:
+                        if os.fstat(file.fileno()).st_size == 0:
+                            part.unlink(missing_ok=True)
+            elif (now := _size(part)) != length:
+                since, length = time.monotonic(), now
+            elif time.monotonic() - since > PATIENCE:
+                holder = _name_holder(part)
+                logger.warning("%s: %s adds nothing to %s: downloading it as well", name, holder, part)
+                part = path.with_name(f"{shard.sha256}.{shard.bytes}.{secrets.token_hex(4)}.part")
+            pause = (
+                POLL * secrets.randbelow(100) / 50
+            )  # of random length, or two may always claim room at once
+            if path not in self._verified and stop.wait(pause):
+                raise DownloadStopped
         return path
 
-    def _is_good(self, path: Path, stop: Event) -> bool:
-        """Whether a file that is here has the content that it is named by; one that has not is removed."""
-        if path in self._verified:
-            return True
-        with suppress(FileNotFoundError), path.open("rb") as file:  # evicted meanwhile
-            if hashlib.file_digest(file, "sha256").hexdigest() == path.name:
+    def _is_here(self, path: Path) -> bool:
+        """Whether a file has the content that it is named by, and stays for a moment; one that has not is removed."""
+        with suppress(FileNotFoundError):  # not here, or evicted meanwhile
+            os.utime(path)
+            if path in self._verified or _digest(path) == path.name:
                 self._verified.add(path)
                 return True
-            with self._locked(stop):  # and not a good one that another process has put here meanwhile
-                if os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                    path.unlink()
+            path.unlink()
         return False
 
-    @contextmanager
-    def _locked(self, stop: Event) -> Iterator[None]:
-        """Keep all other threads and processes from looking at the folder or changing it.
-
-        If one of them keeps it locked, as a suspended process does, go on without: the limit may be exceeded, but
-        files are renamed whole. Raises DownloadStopped once `stop` is set.
-        """
-        lock = self.folder / "lock"
-        with ExitStack() as stack:
-            try:
-                stack.enter_context(locked(lock, self._patience, stop.is_set))
-            except TimeoutError:
-                _wait(0, stop)
-                if self._patience:
-                    logger.warning(
-                        "%s: %s keeps it locked: going on without the lock", lock, _name_holder(lock)
-                    )
-                self._patience = 0.0
-            yield
-
-    def _make_room(self, size: int, name: str, kept: Path | None = None) -> bool:
-        """Evict until `size` bytes fit, those of the file `kept` among them; call it while locked.
+    def _make_room(self, size: int, name: str, mine: Path | None = None) -> bool:
+        """Evict until `size` bytes fit, those of the part `mine` among them, which is claimed: others count it.
 
         False if that has to wait for downloads, or for files to be opened. Raises DataError naming `name` if `size`
         bytes never fit.
         """
-        pinned = sum(path.stat().st_size for path in self.sets.glob("*/*"))
+        pinned = sum(path.stat().st_size for path in self.sets.glob("*/[!.]*"))
         if pinned + size > self.limit:
             raise DataError(
                 f"{name}: {size:,} bytes do not fit into a cache of {self.limit:,}, of which tables take "
                 f"{pinned:,}; raise `cache_size`"
             )
         rest, files = self.limit - pinned - size, []
-        for path in self.folder.iterdir():  # others may keep files here too
+        # Parts first: one that is renamed meanwhile is seen again. Others may keep files here, too.
+        for path in chain(self.folder.glob("*.part"), self.folder.glob("?" * 64)):
             part = _PART.fullmatch(path.name)
-            if part and _is_held(path):
-                rest -= int(part[1])
-            elif path != kept and (part or _SHA256.fullmatch(path.name)):
-                files.append((path.stat().st_mtime, path.stat().st_size, path))
-                rest -= path.stat().st_size
+            with suppress(FileNotFoundError):
+                if part and path != mine and _is_held(path):
+                    rest -= int(part[1])
+                elif path != mine and (part or _SHA256.fullmatch(path.name)):
+                    files.append((path.stat().st_mtime, path.stat().st_size, path))
+                    rest -= path.stat().st_size
         for used, length, path in sorted(files):
             if rest < 0 and abs(time.time() - used) > GRACE:
-                path.unlink()
-                rest += length
+                with suppress(FileNotFoundError), _claim(path, "r+b") or nullcontext() as file:
+                    if file is not None:  # a part that nobody claimed meanwhile, or a finished file
+                        path.unlink()
+                        rest += length
         return rest >= 0
 
     def _download(self, part: Path, shard: Shard, stop: Event, url: str) -> None:
@@ -294,7 +262,8 @@ class Remote:
         """
         url, failures, most = self._locate(name), 0, 0
         while failures < ATTEMPTS:
-            _wait(PAUSE * 2 ** (failures - 1) if failures else 0, stop)
+            if stop.wait(PAUSE * 2 ** (failures - 1) if failures else 0):
+                raise DownloadStopped
             try:
                 return action(url)
             except DownloadStopped:
@@ -303,17 +272,17 @@ class Remote:
                 reason, may_pass = self._describe(error)
             if not may_pass:
                 raise DataError(f"{redact(url)}: {reason}")
-            length = part.stat().st_size if part else 0
+            length = _size(part) if part else 0
             failures = 1 if length > most else failures + 1
             most = max(most, length)
         raise DataError(f"{redact(url)}: {reason}; tried {ATTEMPTS} times")
 
     def _describe(self, error: Exception) -> tuple[str, bool]:
         """What happened, without secrets, and whether it may pass."""
+        if isinstance(error, OSError) and (error.filename or error.errno in FULL):
+            return f"{self.folder}: cannot be written: {explain_os_error(error)}", False
         if reason := explain_failure(error, self.url):
             return reason, False
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            return f"{self.folder}: cannot be written: {explain_os_error(error)}", False
         if "timed out" in str(error) or "Read timeout" in str(error):
             return f"no byte for {PATIENCE:g} seconds", True
         status = find_status(error)
@@ -350,32 +319,39 @@ def _s3_client(process: int) -> "BaseClient":
     return Session().create_client("s3", config=config)
 
 
-def _wait(seconds: float, stop: Event) -> None:
-    """Sleep so long. Raises DownloadStopped once `stop` is set."""
-    if stop.wait(seconds):
-        raise DownloadStopped
+def _claim(part: Path, mode: str) -> IO[bytes] | None:
+    """A part, locked as long as it is open; None if somebody else is downloading into it."""
+    file = part.open(mode)
+    with suppress(BlockingIOError, FileNotFoundError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(file.fileno()), part.stat()):  # and not one that was finished meanwhile
+            return file
+    file.close()
+    return None
 
 
-def _name_holder(file: Path) -> str:
-    """The process that has locked a file, if the system lists locks, as Linux does."""
+def _is_held(part: Path) -> bool:
+    """Whether somebody is downloading into that file."""
+    with _claim(part, "r+b") or nullcontext() as file:
+        return file is None
+
+
+def _name_holder(part: Path) -> str:
+    """The process that is downloading into that file, if the system lists locks, as Linux does."""
     with suppress(OSError):
-        inode = f":{file.stat().st_ino}"
+        inode = f":{part.stat().st_ino}"
         for fields in map(str.split, Path("/proc/locks").read_text().splitlines()):
             if fields[1] == "FLOCK" and fields[5].endswith(inode):
                 return f"process {fields[4]}"
     return "another process"
 
 
-def _is_held(part: Path) -> bool:
-    """Whether somebody is downloading into that file."""
+def _size(path: Path) -> int:
+    """Bytes of a file; -1 for a missing one."""
     try:
-        with part.open("r+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return path.stat().st_size
     except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False
+        return -1
 
 
 def _digest(path: Path) -> str:

@@ -31,7 +31,7 @@ from pipeline import DataError, open_shards
 from pipeline.look.label_report import find_examples
 from pipeline.manifest import Manifest, Shard, read_manifest, read_table, write_manifest
 from pipeline.stream import cache as remote
-from pipeline.stream.cache import PIECE, Remote, find_shards, redact
+from pipeline.stream.cache import PIECE, Remote, _size, find_shards, redact
 from tests.conftest import run_pipeline
 
 GB = 10**9
@@ -182,7 +182,7 @@ def make_files(folder: Path, number: int, size: int = 1000) -> list[Shard]:
 
 
 def cached(cache: Path) -> set[str]:
-    return {path.name for path in cache.iterdir()} - {"lock", "sets"}
+    return {path.name for path in cache.iterdir()} - {"sets"}
 
 
 def shard_names(*shards: Shard) -> set[str]:
@@ -354,22 +354,17 @@ def test_a_process_that_stands_still_is_named_and_not_waited_for(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """As a suspended one does, which keeps the locks of its download and of the folder."""
+    """As a suspended one does, which keeps the lock of its download."""
     monkeypatch.setattr(remote, "PATIENCE", 0.2)
     [shard] = make_files(server.folder, 1)
     cache, holder = tmp_path / "cache", f"process {os.getpid()}"
     far = open_remote(url, cache)
     part = cache / f"{shard.sha256}.{shard.bytes}.part"
-    for file in (part, cache / "lock"):
-        with file.open("wb") as held:
-            fcntl.flock(held, fcntl.LOCK_EX)
-            assert far.path(shard).read_bytes() == (server.folder / "0.tar").read_bytes()
-        (cache / shard.sha256).unlink()
-    assert cached(cache) == set()
-    assert caplog.messages == [
-        f"{url}/0.tar: {holder} adds nothing to {part}: downloading it as well",
-        f"{cache / 'lock'}: {holder} keeps it locked: going on without the lock",
-    ]
+    with part.open("wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert far.path(shard).read_bytes() == (server.folder / "0.tar").read_bytes()
+        assert cached(cache) == {*shard_names(shard), part.name}
+    assert caplog.messages == [f"{url}/0.tar: {holder} adds nothing to {part}: downloading it as well"]
 
 
 def test_a_manifest_is_never_put_together_from_two(
@@ -671,19 +666,19 @@ def test_what_was_just_handed_out_stays(
 def test_the_limit_holds_all_the_time(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Finished files, downloads under way at their full size, and tables."""
+    """Finished files, downloads under way, and tables."""
     shards = make_files(server.folder, 12)
     monkeypatch.setattr(remote, "GRACE", 0.05)
     cache, limit = tmp_path / "cache", 4500
     taken = []
 
+    def list_sizes() -> dict[Path, int]:
+        return {path: _size(path) for path in cache.iterdir() if path.name != "sets"}
+
     def measure(handler: Handler, data: bytes) -> None:
-        sizes = [
-            int(path.suffixes[0][1:]) if path.suffix == ".part" else path.stat().st_size
-            for path in cache.iterdir()
-            if path.name not in ("lock", "sets")
-        ]
-        taken.append(sum(sizes))
+        while (sizes := list_sizes()) != list_sizes():
+            pass  # one was removed and another grew while they were listed
+        taken.append(sum(sizes.values()))
         drip(handler, data, 0.05)
 
     server.faults = repeat(measure)
@@ -692,7 +687,7 @@ def test_the_limit_holds_all_the_time(
     remotes = [open_remote(web(server), cache, limit) for _ in range(2)]
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda number: remotes[number % 2].path(shards[number % 12]), range(36)))
-    assert max(taken) == 4000
+    assert max(taken) <= 4000
     assert len(cached(cache)) <= 4
 
 
