@@ -26,13 +26,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import atheris
 import numpy as np
 import torch
 from PIL import Image
 from torch import _weights_only_unpickler
 
-with atheris.instrument_imports(include=["pipeline", "model", "pydicom"]):
+if __name__ == "__main__":
+    import atheris
+
+    watched = atheris.instrument_imports(include=["pipeline", "model", "pydicom"])
+else:  # test_bad_input feeds the same readers
+    watched = contextlib.nullcontext()
+with watched:
     import pydicom.pixels
     from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
@@ -53,9 +58,6 @@ with atheris.instrument_imports(include=["pipeline", "model", "pydicom"]):
     from pipeline.stream.samples import find_images, open_split
     from pipeline.synthetic.sample import write_sample
     from tests.films import make_film, make_table, render
-
-unpickler = _weights_only_unpickler.Unpickler
-unpickler.load = atheris.instrument_func(unpickler.load)  # type: ignore[method-assign]
 
 WORK = Path(".fuzz")
 LONGEST = 65536  # bytes of an input
@@ -107,6 +109,14 @@ def csv_target(folder: Path, _: Path) -> Target:
     def read(data: bytes) -> None:
         path.write_bytes(data)
         table = read_any_table(path)
+        assert len(set(table["key"].to_pylist())) == table.num_rows
+        for row in table.to_pylist():
+            *folders, patient, study, file = row["path"].split("/")
+            assert all(re.fullmatch(r"[\w.-]+", folder) and folder.strip(".") for folder in folders)
+            assert re.fullmatch(r"patient\d+/study\d+", f"{patient}/{study}")
+            assert re.fullmatch(r"view\d+_(frontal|lateral)\.(?i:jpg|jpeg|png)", file)
+            assert len(row["key"]) <= 90  # fits into a tar's header
+            assert {row[label] for label in LABELS} <= {1, 0, -1, None}
         target, mask = make_targets(table, parse_uncertain_policy("best"), "zeros", seed=0)
         assert target.shape == mask.shape == (table.num_rows, len(LABELS))
         assert np.isfinite(target[mask]).all()
@@ -307,9 +317,23 @@ TARGETS: dict[str, tuple[Callable[[Path, Path], Target], str]] = {
 }
 
 
+def feed(target: Target, data: bytes) -> str:
+    """Read an input: sound, or refused by a message that a terminal prints as it is; returns that."""
+    message = ""
+    try:
+        target(data)
+    except DataError as error:
+        message = str(error)
+    assert message.replace("\n", "").isprintable()
+    assert len(message) < 3000
+    return message
+
+
 def fuzz(name: str, arguments: list[str]) -> None:
     """Feed one target until its time is over or it fails; libFuzzer then ends this process."""
     logging.disable()
+    unpickler = _weights_only_unpickler.Unpickler
+    unpickler.load = atheris.instrument_func(unpickler.load)  # type: ignore[method-assign]
     folder = Path(tempfile.mkdtemp(prefix=f"fuzz-{name}-"))
     shards = make_example(folder / "example")
     corpus = WORK / name
@@ -320,18 +344,12 @@ def fuzz(name: str, arguments: list[str]) -> None:
     (folder / "input").mkdir()
     target = make_target(folder / "input", shards)
 
-    def feed(data: bytes) -> None:
-        with contextlib.suppress(DataError):
-            target(data)
+    def read(data: bytes) -> None:
+        feed(target, data)
 
-    options = [
-        f"-artifact_prefix={WORK}/crash-{name}-",
-        "-rss_limit_mb=2048",
-        "-timeout=20",
-        f"-max_len={LONGEST}",
-    ]
-    options += ["-print_final_stats=1", f"-max_total_time={SECONDS}"]
-    atheris.Setup([sys.argv[0], *options, *(arguments or [str(corpus)])], feed)
+    options = f"-artifact_prefix={WORK}/crash-{name}- -rss_limit_mb=2048 -timeout=20 -max_len={LONGEST}"
+    options += f" -print_final_stats=1 -max_total_time={SECONDS}"
+    atheris.Setup([sys.argv[0], *options.split(), *(arguments or [str(corpus)])], read)
     atheris.Fuzz()
 
 

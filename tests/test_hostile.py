@@ -208,11 +208,3 @@ def test_a_stored_image_cannot_claim_any_memory() -> None:
     claimed = b"IHDR" + (60_000).to_bytes(4) * 2 + png[24:29]
     with pytest.raises(ValueError, match=r"^60000×60000 is more than 268,435,456 pixels$"):
         decode_stored(png[:12] + claimed + zlib.crc32(claimed).to_bytes(4) + png[33:], "png")
-
-
-def test_a_folder_that_cannot_be_written_is_named(chexpert: Path) -> None:
-    """Nobody can make folders in /proc."""
-    for words in (["shards", chexpert, "/proc/none/out"], ["sample", "/proc/none/out"]):
-        run = run_pipeline(*words)
-        assert run.returncode == 1
-        assert run.stderr == "Error: /proc/none: No such file or directory\n"

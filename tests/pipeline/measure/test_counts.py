@@ -279,17 +279,3 @@ def test_tables_of_the_sections_show_the_json(chexpert: Path) -> None:
             *(f"{targets[name]:.3f}" for name in ("mean_target", "pos_weight")),
         ],
     ]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--html", "labels.pdf"], "Error: --html labels.pdf: the name must end in .html"),
-        (["--format", "csv", "--policy", "best"], "Error: --format csv has no room for --policy; use json"),
-        (["--html", "missing/labels.html"], "Error: --html missing/labels.html: there is no folder missing"),
-    ],
-)
-def test_options_that_do_not_fit_are_usage_errors(chexpert: Path, arguments: list[str], message: str) -> None:
-    failed = run(chexpert, *arguments)
-    assert failed.returncode == 2
-    assert failed.stderr.splitlines()[-1].startswith(message)
