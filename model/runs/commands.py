@@ -30,7 +30,7 @@ from model.runs.config import (
 )
 from pipeline.base.errors import needs
 from pipeline.base.files import check_folder
-from pipeline.base.options import list_options, option
+from pipeline.base.options import option
 from pipeline.command import FILE, Fields, Several, command
 from pipeline.console import count_of, echo, refuse_usage, say, say_next
 
@@ -102,7 +102,7 @@ class Search:
     )
     sampler: str = sweep_option("grid", "tpe: search between the values given.", choices=("grid", "tpe"))
     trials: int | None = sweep_option(None, "With tpe: maximum number of trials.", low=1)
-    pruner: str = sweep_option("none", "Stop poor trials early.", choices=("none", "median", "halving"))
+    pruner: str = sweep_option("none", "Stop poor trials early.", choices=("none", "median"))
 
 
 @command(
@@ -147,9 +147,8 @@ def cross_command(train: Train, given: Cross, setup: Setup, config: Config) -> i
     refuse_usage(len(setup.shards) < 2, too_few)
     check_folders(setup.shards)
     from model.ranks import listen
-    from model.runs.cross import score_runs, train_runs, write_cross
+    from model.runs.cross import MACRO, score_runs, tabulate_cross, train_runs, write_cross
     from model.runs.job import open_job
-    from model.runs.summary import print_cross
 
     listen()
 
@@ -158,10 +157,10 @@ def cross_command(train: Train, given: Cross, setup: Setup, config: Config) -> i
 
     jobs = train_runs(setup.shards, given.out, make, train)
     found = score_runs(jobs, setup.shards)
-    write_cross(given.out, found, asdict(config))
-    print_cross(found)
-    echo(f"{given.out / 'cross.html'}: the same by label")
     *_, last = jobs.values()
+    write_cross(given.out, found, last)
+    tabulate_cross(found, MACRO).print()
+    echo(f"{given.out / 'cross.html'}: the same by label")
     say_next(*use.TRAIN, "predict", "--run", last.run, "--out", "scores.csv", "IMAGES")
     return 0
 
@@ -241,24 +240,6 @@ def print_run(run: Path) -> None:
     say_next(*use.TRAIN, "predict", "--run", run, "--out", "scores.csv", "IMAGES")
 
 
-def repeat_options(config: Config, setup: Setup) -> list[str]:
-    """The words of a command line that give a run this configuration and setup, where they are not the defaults."""
-    values: dict[str, Any] = {
-        name: getattr(config, name)
-        for name in list_options(Config)
-        if getattr(config, name) != getattr(Config(), name)
-    }
-    values |= {name: path for name in ("init", "teacher") if (path := getattr(setup, name))}
-    values["shards"] = setup.shards
-    words = []
-    for name, value in values.items():
-        several = value if name in ("shards", "where") else [value]
-        for single in several:
-            text = ",".join(map(str, single)) if isinstance(single, tuple) else str(single)
-            words += [f"--{name.replace('_', '-')}", *([] if value is True else [text])]
-    return words
-
-
 def refuse_run(_: click.Context, param: click.Parameter, value: str | None) -> None:
     """Raise UsageError for --run, which a command line of `train` may have brought along."""
     text = f"--{param.name} is for one run: those of a sweep are in its folder, by --sweep"
@@ -288,10 +269,9 @@ def sweep_command(train: Train, search: Search, setup: Setup, given: dict[str, A
     check_folders(setup.shards)
     with needs("sweep"):
         from model.runs.sweep import Sweep, list_trials, open_sweep, rank, run_sweep
-        from model.runs.sweep_report import write_sweep_report
+        from model.runs.sweep_report import tabulate_trials, write_sweep_report
     from model.ranks import listen
     from model.runs.job import open_job
-    from model.runs.summary import print_trials
 
     listen()
     lists = {name: tried for name, tried in given.items() if isinstance(tried, Several)}
@@ -310,6 +290,14 @@ def sweep_command(train: Train, search: Search, setup: Setup, given: dict[str, A
         *({name: value} for name, tried in values.items() for value in tried[1:]),
     ]
     config, *_ = [make(point, search.sweep / "trials" / "unused").config for point in points]
+    for name, tried in lists.items():
+        # Without a dev split, dev is drawn by the seed; `resolve_config` has a share for it then, and only then.
+        alone = name in ("choose_by", "dev", "views") or (name == "seed" and config.dev is not None)
+        refuse_usage(
+            alone and len(tried) > 1,
+            f"--{name.replace('_', '-')} decides what dev's AUROC is of, by which trials are compared: give one value"
+            f"{', or shards with a dev split' if name == 'seed' else ''}",
+        )
     shared = {name: value for name, value in asdict(config).items() if name not in values}
     sweep = Sweep(search.sweep, values, shared, search.sampler, search.trials or 0, search.pruner)
     open_sweep(sweep)  # a sweep under other options keeps its report
@@ -320,14 +308,12 @@ def sweep_command(train: Train, search: Search, setup: Setup, given: dict[str, A
         write_sweep_report(sweep, trials)
     ranked = rank(trials)
     complete, failed = (sum(trial.state == state for trial in ranked) for state in ("complete", "failed"))
-    if complete:
-        print_trials(ranked)
     counted = f"{count_of(complete, 'trial')} complete{f', {failed} failed' if failed else ''}"
     echo(f"{search.sweep / 'report.html'}: {counted}")
     if complete:
-        best = ranked[0]
-        echo(f"trial {best.number} is the best, in {best.run}; the same once more:")
-        say_next(*use.TRAIN, *repeat_options(replace(base, **best.point), setup), "--run", "RUN")
+        tabulate_trials(f"The best of {count_of(len(trials), 'trial')}", ranked[:5]).print()
+        echo(f"trial {ranked[0].number} is the best: {ranked[0].run}")
+        say_next(*use.TRAIN, "predict", "--run", ranked[0].run, "--out", "scores.csv", "IMAGES")
     return 1 if failed and not complete else 0
 
 

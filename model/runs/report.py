@@ -10,7 +10,7 @@ from markupsafe import Markup, escape
 
 from model.runs.config import Config, name_choice
 from model.runs.folder import describe_start
-from pipeline.base.pages import FIRST, SECOND, THIRD, draw_svg, open_templates, show_setting
+from pipeline.base.pages import FIRST, SECOND, THIRD, draw_svg, show_setting
 from pipeline.base.tabular import Table, show_cell
 from pipeline.labels import LABELS
 from pipeline.look.judge_report import Section, render_card, render_page
@@ -18,7 +18,6 @@ from pipeline.measure.evaluate import Scored
 from pipeline.measure.evaluation import MEANS, Evaluation
 
 if TYPE_CHECKING:
-    import jinja2
     from matplotlib.axes import Axes
 
 
@@ -142,8 +141,3 @@ def draw_training(history: Sequence[Mapping[str, Any]]) -> list[tuple[str, Marku
         ("Loss", draw_svg(draw_loss, "loss of train and dev by epoch", (4.4, 2.6))),
         ("AUROC on dev", draw_svg(draw_auroc, "AUROC on dev by epoch", (4.4, 2.6))),
     ]
-
-
-def open_run_templates() -> "jinja2.Environment":
-    """The templates of sweeps and of runs across sets."""
-    return open_templates("model.runs")

@@ -272,11 +272,11 @@ def choice_score(line: Mapping[str, Any], choose_by: str) -> float | None:
     return line["macro_auroc"] if score is None else score
 
 
-def measure_run(job: Job) -> dict[str, Any]:
+def measure_run(job: Job) -> dict[str, float | None]:
     """A finished run's AUROC on dev, by which its checkpoint was chosen, and what it compares with.
 
-    `same` (on dev), `train` (on a part of it) and `valid`, with its limits `low` and `high`, are over the same `labels`
-    (their number): those that the first is over and that have both classes in all of these.
+    That on dev, on a part of train and on valid, with its limits, over the `same_labels` (their number): those that the
+    first is over and that have both classes in all of these.
     """
     names = job.config.labels
     predictor = of_job(job)
@@ -298,10 +298,11 @@ def measure_run(job: Job) -> dict[str, Any]:
     if "valid" in scored:
         limits = combine_limits(measure_areas(*scored["valid"][:4]), weigh_labels(names, same))
     return {
-        "dev": mean_of(labels["dev"], chosen, "auroc"),
-        "labels": len(same),
-        "same": figures["dev"],
-        "train": figures["train"],
-        "valid": figures.get("valid"),
-        **limits,
+        "dev_auroc": mean_of(labels["dev"], chosen, "auroc"),
+        "same_labels": len(same),
+        "dev_same_auroc": figures["dev"],
+        "train_auroc": figures["train"],
+        "valid_auroc": figures.get("valid"),
+        "valid_low": limits["low"],
+        "valid_high": limits["high"],
     }

@@ -17,33 +17,33 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from model.runs.sweep import Sweep, Trial, importances, rank
+from model.runs.sweep import Sweep, Trial, rank
 from pipeline.base import pages
 from pipeline.base.files import locked, write_atomically, write_csv
+from pipeline.base.tabular import Table
 from pipeline.measure.evaluation import MEANS
 
 MAP = matplotlib.colormaps["cividis"]
 AXES = ("lr", "weight_decay")  # of the planes
 NAMES = {"lr": "learning rate", "weight_decay": "weight decay", "batch_size": "batch size"}
-METRICS = ("dev", "train")
-FIGURES = {
-    "dev": "dev_auroc",
-    "labels": "same_labels",  # that the rest are over
-    "same": "dev_same_auroc",
-    "train": "train_auroc",
-    "valid": "valid_auroc",
-    "low": "valid_low",
-    "high": "valid_high",
-    "epochs": "epochs",
-    "seconds": "seconds",
-}
+METRICS = {"dev": "of the checkpoint kept", "train": "of a part of train, at the checkpoint kept"}
+# As `results.measure_run` names them.
+FIGURES = [
+    "dev_auroc",
+    "same_labels",
+    "dev_same_auroc",
+    "train_auroc",
+    "valid_auroc",
+    "valid_low",
+    "valid_high",
+]
 FEW = 6  # values of a parameter that get a place each; more lie on a logarithmic scale
 LEVELS = 12  # of the contours between many points
 
 
 def write_sweep_report(sweep: Sweep, trials: Sequence[Trial]) -> None:
     """Write sweep.csv, report.html, auroc-dev.png and auroc-train.png into the sweep's folder."""
-    page = render_sweep(sweep.folder.name, trials, importances(sweep, trials), sweep.choice)
+    page = render_sweep(sweep.folder.name, trials, sweep.choice)
     with locked(sweep.folder / ".lock"):  # processes that share a sweep end at the same time
         write_csv(sweep.folder / "sweep.csv", list_rows(trials))
         write_atomically(sweep.folder / "report.html", page.encode())
@@ -60,20 +60,30 @@ def write_sweep_report(sweep: Sweep, trials: Sequence[Trial]) -> None:
 
 def list_rows(trials: Sequence[Trial]) -> Iterator[list[object]]:
     """The rows of sweep.csv: one per trial, in their order; empty where there is no figure."""
-    yield ["number", "state", *(trials[0].parameters if trials else ()), *FIGURES.values(), "run"]
+    yield ["number", "state", *(trials[0].parameters if trials else ()), *FIGURES, "epochs", "seconds", "run"]
     for trial in trials:
-        values = [getattr(trial, name) for name in FIGURES]
+        values = [*(trial.figures.get(name) for name in FIGURES), trial.epochs, trial.seconds]
         shown = [f"{value:.6f}" if isinstance(value, float) else value for value in values]
         yield [trial.number, trial.state, *trial.parameters.values(), *shown, trial.run.name]
 
 
-def render_sweep(
-    title: str, trials: Sequence[Trial], shares: Mapping[str, float] | None, choice: str = MEANS["macro10"]
-) -> str:
-    """The page; `shares` are the parameters' importances, if there are enough trials for them.
+def tabulate_trials(title: str, ranked: Sequence[Trial]) -> Table:
+    """The figures of ranked trials: the AUROC on dev that decides, then three over the same labels."""
+    rows = []
+    for trial in ranked:
+        dev, labels, same, train, valid, low, high = (trial.figures.get(name) for name in FIGURES)
+        limits = pages.show_limits({"low": low, "high": high})
+        cells = [str(trial.number), trial.state, *map(show_value, trial.parameters.values())]
+        cells += [pages.show_figure(dev), show_value(labels), *map(pages.show_figure, (same, train))]
+        cells += [f"{pages.show_figure(valid)} {limits}", show_value(trial.epochs)]
+        rows.append([*cells, "–" if trial.seconds is None else f"{trial.seconds / 60:.1f}"])
+    names = [NAMES.get(name, name) for name in (ranked[0].parameters if ranked else ())]
+    figures = ("dev", "labels", "same, dev", "train", "valid [95 %]", "epochs", "minutes")
+    return Table(title, ("trial", "state", *names, *figures), rows, kind="trials")
 
-    `choice` is the AUROC that trials are compared by, as `name_choice` has it.
-    """
+
+def render_sweep(title: str, trials: Sequence[Trial], choice: str = MEANS["macro10"]) -> str:
+    """The page; `choice` is the AUROC that trials are compared by, as `name_choice` has it."""
     ranked = rank(trials)
     done = [trial for trial in ranked if trial.dev is not None]
     draw = partial(pages.draw_svg, fitted=True)
@@ -94,13 +104,14 @@ def render_sweep(
     page = pages.open_templates("model.runs").get_template("sweep.html")
     return page.render(
         title=title,
-        trials=ranked,
+        table=tabulate_trials("", ranked),
+        errors={trial.number: trial.error for trial in ranked if trial.error},
         done=done,
         parameters={name: NAMES.get(name, name) for name in varying},
         hints=list(hint_at_edges(done)),
         planes=planes,
         slices=slices,
-        shares=shares,
+        notes=METRICS,
         choice=choice,
         curves=draw(curves, "learning curves", (8.0, 3.4)) if any(t.history for t in trials) else None,
         show=show_value,
@@ -109,7 +120,7 @@ def render_sweep(
 
 def show_value(value: Any) -> str:
     """A parameter's value as people type it."""
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return "–" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def hint_at_edges(done: Sequence[Trial]) -> Iterator[str]:
@@ -129,7 +140,9 @@ def best_points(trials: Sequence[Trial], metric: str) -> dict[tuple[Any, Any], T
     """(learning rate, weight decay) → the trial there that is best on dev, the best first; empty if neither varies."""
     points: dict[tuple[Any, Any], Trial] = {}
     for trial in rank(trials):
-        if getattr(trial, metric) is not None and any(name in trial.parameters for name in AXES):
+        if trial.figures.get(f"{metric}_auroc") is not None and any(
+            name in trial.parameters for name in AXES
+        ):
             x, y = (trial.parameters.get(name, "one value") for name in AXES)
             points.setdefault((x, y), trial)
     return points
@@ -160,7 +173,7 @@ def draw_plane(axes: Axes, points: Mapping[tuple[Any, Any], Trial], metric: str,
         place(axis, values, name)
         for axis, values, name in zip((axes.xaxis, axes.yaxis), zip(*points, strict=True), AXES, strict=True)
     )
-    values = np.array([getattr(trial, metric) for trial in points.values()])
+    values = np.array([trial.figures[f"{metric}_auroc"] for trial in points.values()], float)
     scale = Normalize(values.min(), max(values.max(), values.min() + 1e-3))
     width, height = len(set(x)), len(set(y))
     drawn: Any

@@ -6,6 +6,7 @@ import itertools
 import json
 import random
 import re
+import shutil
 import signal
 import time
 from collections import Counter
@@ -22,7 +23,6 @@ import pytest
 import train
 from model.predict import DivergedError, MemoryExhaustedError
 from model.ranks import Stopped
-from model.runs.commands import main
 from model.runs.job import Job
 from model.runs.sweep import (
     Figures,
@@ -32,14 +32,13 @@ from model.runs.sweep import (
     TrainPoint,
     Watch,
     begin_trial,
-    grid_points,
-    importances,
     list_trials,
     open_sweep,
     run_sweep,
 )
 from pipeline import DataError
 from pipeline.labels import LABELS
+from pipeline.manifest import Manifest, write_manifest
 from pipeline.measure.evaluation import read_evaluation
 from tests.conftest import ROUNDS
 from tests.training import stop_after
@@ -72,15 +71,7 @@ def train_point(point: Point, run: Path, watch: Watch) -> Figures:
     for epoch in range(1, 5):
         history.append((epoch, score(point) * epoch / 4))
         watch(history)
-    return {
-        "dev": score(point),
-        "labels": 14,
-        "same": score(point),
-        "train": 0.95,
-        "valid": 0.8,
-        "low": 0.7,
-        "high": 0.9,
-    }
+    return {"dev_auroc": score(point), "train_auroc": 0.95}
 
 
 def run(sweep: Sweep, train: TrainPoint = train_point) -> None:
@@ -96,7 +87,7 @@ def test_a_grid_trains_every_combination_once(tmp_path: Path) -> None:
     assert [trial.parameters for trial in trials] == points  # arch does not vary
     assert [trial.dev for trial in trials] == [score(point) for point in points]
     first = trials[0]
-    assert (first.state, first.train, first.valid, first.low, first.high) == ("complete", 0.95, 0.8, 0.7, 0.9)
+    assert (first.state, first.figures) == ("complete", {"dev_auroc": score(points[0]), "train_auroc": 0.95})
     assert (first.epochs, len(first.history)) == (4, 4)
     assert first.run == tmp_path / "sweep" / "trials" / "lr=0.0001-weight_decay=1e-05"
     assert {trial.run for trial in trials} == {
@@ -112,7 +103,7 @@ def test_values_can_be_added_and_other_options_are_refused(tmp_path: Path) -> No
     run(sweep)
     wider = make_sweep(tmp_path / "sweep", values={"lr": LR, "weight_decay": WD})
     run(wider)
-    assert [trial.parameters for trial in list_trials(wider)] == grid_points(wider)
+    assert [trial.parameters for trial in list_trials(wider)] == wider.grid
     with pytest.raises(DataError) as caught:
         run(make_sweep(tmp_path / "sweep", options={"epochs": 5, "seed": 0}))
     assert str(caught.value) == (
@@ -159,12 +150,9 @@ def test_running_out_of_memory_is_one_trial_s_outcome(tmp_path: Path) -> None:
         assert trials[1].error == "out of memory; `accumulate` 2 computes the same batch in 2 parts"
 
 
-@pytest.mark.parametrize(("pruner", "checked"), [("median", 2), ("halving", 1)])
-def test_trials_are_pruned_at_ends_of_epochs_and_never_at_the_last(
-    tmp_path: Path, pruner: str, checked: int
-) -> None:
+def test_trials_are_pruned_at_ends_of_epochs_and_never_at_the_last(tmp_path: Path) -> None:
     values = {"lr": tuple(range(1, 7)), "epochs": (4,)}  # which may vary, too
-    sweep = make_sweep(tmp_path / "sweep", values=values, options={}, pruner=pruner)
+    sweep = make_sweep(tmp_path / "sweep", values=values, options={}, pruner="median")
     seen: dict[int, float] = {}
 
     def train_scores(point: Point, run: Path, watch: Watch) -> Figures:
@@ -177,11 +165,11 @@ def test_trials_are_pruned_at_ends_of_epochs_and_never_at_the_last(
                 history.append((epoch, 0.1 if epoch >= poor_from else 0.9))
                 seen[point["lr"]] = epoch
                 watch(history)
-        return {"dev": history[-1][1]}
+        return {"dev_auroc": history[-1][1]}
 
     run(sweep, train_scores)
     assert [trial.state for trial in list_trials(sweep)] == [*["complete"] * 4, "pruned", "complete"]
-    assert seen == {1: 4.0, 2: 4.0, 3: 4.0, 4: 4.0, 5: float(checked), 6: 4.0}
+    assert seen == {1: 4.0, 2: 4.0, 3: 4.0, 4: 4.0, 5: 2.0, 6: 4.0}
 
 
 @pytest.mark.parametrize("error", [DataError("the disk is full"), ValueError("a defect")])
@@ -201,9 +189,9 @@ def test_a_process_waits_for_the_others_until_it_is_stopped(tmp_path: Path) -> N
     sweep = make_sweep(tmp_path / "sweep", values={"lr": (1e-3,), "weight_decay": (0.0,)})
     open_sweep(sweep)
     with ExitStack() as lock:
-        assert begin_trial(sweep, lock) is not None
+        assert begin_trial(sweep, lock)[0] is not None
         stop_after(2, lambda: run(sweep))
-        assert [trial.state for trial in list_trials(sweep)] == ["running"]
+        assert [trial.state for trial in list_trials(sweep)] == ["unfinished"]
     run(sweep)  # without its lock, the trial has lost its process
     assert [(trial.number, trial.state) for trial in list_trials(sweep)] == [(0, "complete")]
 
@@ -213,9 +201,9 @@ def test_a_lost_trial_of_a_value_that_was_taken_back_is_left_alone(tmp_path: Pat
     open_sweep(sweep)
     with ExitStack() as lock:
         begin_trial(sweep, lock)
-    run(make_sweep(tmp_path / "sweep", values={"lr": LR[1:2]}), lambda *_: {"dev": 0.5})
+    run(make_sweep(tmp_path / "sweep", values={"lr": LR[1:2]}), lambda *_: {"dev_auroc": 0.5})
     assert [(trial.state, trial.point) for trial in list_trials(sweep)] == [
-        ("stopped", {"lr": 1e-4}),
+        ("unfinished", {"lr": 1e-4}),
         ("complete", {"lr": 1e-3}),
     ]
 
@@ -238,18 +226,6 @@ def test_a_search_stays_between_the_values_and_repeats_itself(tmp_path: Path) ->
     run(more)
     assert [(trial.parameters, trial.dev) for trial in list_trials(more)][:15] == found[0]
     assert len(list_trials(more)) == 17
-
-
-def test_what_matters_is_said(tmp_path: Path) -> None:
-    sweep = make_sweep(
-        tmp_path / "sweep", values={"lr": (1e-4, 1e-2, 0.1), "weight_decay": (1e-5, 1e-4, 1e-3)}
-    )
-    assert importances(sweep, list_trials(sweep)) is None
-    run(sweep)
-    shares = importances(sweep, list_trials(sweep))
-    assert shares is not None
-    assert sum(shares.values()) == pytest.approx(1)
-    assert shares["lr"] > 0.9
 
 
 @pytest.mark.parametrize("text", ["{", "{}", '{"point": {"lr": 1, "weight_decay": 0}, "color": "red"}'])
@@ -321,9 +297,7 @@ def test_two_processes_killed_and_restarted_finish_every_point_once(
     workers = [start_worker(sweep, 0.15) for _ in range(2)]
     assert [join(worker) for worker in workers] == [0, 0]
     ours, undisturbed = (
-        sorted(
-            (tuple(trial.parameters.items()), trial.state, trial.dev, trial.valid) for trial in list_trials(s)
-        )
+        sorted((tuple(trial.parameters.items()), trial.state, trial.figures) for trial in list_trials(s))
         for s in (sweep, plain)
     )
     assert ours == undisturbed
@@ -338,17 +312,13 @@ def test_trials_are_the_runs_that_train_makes(
     said = capsys.readouterr()
     assert re.search(r"^Trial 0: dev AUROC 0\.\d{4} \(.*\); 1 trial to go$", said.err, re.MULTILINE)
     assert re.search(r"^Trial 1: dev AUROC 0\.\d{4} \(.*\)$", said.err, re.MULTILINE)
-    *table, counted, best = said.out.splitlines()
     rows = {row["lr"]: row for row in csv.DictReader((sweep / "sweep.csv").read_text().splitlines())}
     assert list(rows) == ["0.001", "0.01"]
     ranked = sorted(rows.values(), key=lambda row: -float(row["dev_auroc"]))
+    counted, *table, best = said.out.splitlines()
     assert [line.split()[1] for line in table if line.startswith("│")] == [row["number"] for row in ranked]
     assert counted == f"{sweep / 'report.html'}: 2 trials complete"
-    kept = sweep / "trials" / ranked[0]["run"]
-    assert best == f"trial {ranked[0]['number']} is the best, in {kept}; the same once more:"
-    words = said.err.splitlines()[-1].removeprefix("next: python -m train ").removesuffix("RUN").split()
-    assert main.main([*words, str(tmp_path / "again")], standalone_mode=False, obj=train.train) == 0
-    assert (tmp_path / "again" / "config.json").read_text() == (kept / "config.json").read_text()
+    assert best == f"trial {ranked[0]['number']} is the best: {sweep / 'trials' / ranked[0]['run']}"
     assert command("train", "--run", tmp_path / "run", "--lr", "1e-2", *given) == 0
     trial = sweep / "trials" / "lr=0.01"
     for name in ("config.json", "metrics.jsonl", "evaluation-valid.json", "scores-dev.arrow"):
@@ -436,6 +406,10 @@ def test_a_sweep_whose_trials_all_diverge_has_failed(
             ["--batch-size", "16 15", "--accumulate", "2"],
             "--batch-size 15 for --accumulate 2: the parts must",
         ),
+        (
+            ["--choose-by", "Edema all"],
+            "--choose-by decides what dev's AUROC is of, by which trials are compared: give one value",
+        ),
     ],
 )
 def test_bad_options_are_usage_errors(
@@ -445,3 +419,18 @@ def test_bad_options_are_usage_errors(
         command("sweep", "--sweep", tmp_path / "sweep", *options)
     assert message in caught.value.format_message()
     assert not (tmp_path / "sweep").exists()
+
+
+def test_seeds_that_draw_another_dev_are_not_compared(
+    command: Callable[..., int], sample_shards: tuple[Path, Manifest], tmp_path: Path
+) -> None:
+    folder, manifest = sample_shards
+    undivided = Path(shutil.copytree(folder, tmp_path / "undivided", ignore=shutil.ignore_patterns("dev*")))
+    splits = {name: split for name, split in manifest.splits.items() if name != "dev"}
+    write_manifest(undivided, dataclasses.replace(manifest, splits=splits))
+    with pytest.raises(click.UsageError) as caught:
+        command("sweep", "--sweep", tmp_path / "sweep", "--shards", undivided, "--seed", "0 1")
+    assert str(caught.value) == (
+        "--seed decides what dev's AUROC is of, by which trials are compared: give one value, or shards with a dev "
+        "split"
+    )

@@ -532,7 +532,7 @@ def test_a_selection_without_valid_is_said_before_the_first_step(
     card = (job.run / "model-card.md").read_text()
     assert "| dev |" in card
     assert "| valid |" not in card
-    assert results.measure_run(job)["valid"] is None
+    assert results.measure_run(job)["valid_auroc"] is None
 
 
 def test_a_dev_that_cannot_choose_is_refused_before_the_first_step(make_job: Callable[..., Job]) -> None:
@@ -758,10 +758,10 @@ def test_a_checkpoint_is_chosen_by_the_labels_asked_for(
     card = (job.run / "model-card.md").read_text()
     assert "The checkpoint is the one with the best AUROC on dev: Edema, Support Devices." in card
     figures = results.measure_run(job)
-    assert figures["labels"] == 2
+    assert figures["same_labels"] == 2
     dev = read_evaluation(job.run / "evaluation-dev.json")
     aurocs = [dev.get("auroc", label).value or 0 for label in ("Edema", "Support Devices")]
-    assert figures["dev"] == figures["same"] == pytest.approx(sum(aurocs) / 2)
+    assert figures["dev_auroc"] == figures["dev_same_auroc"] == pytest.approx(sum(aurocs) / 2)
 
 
 @pytest.mark.parametrize(
