@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.base.errors import DataError
 from pipeline.base.options import option
 from pipeline.identity import Note, ignore
-from pipeline.labels import LABELS, NOT_ANNOTATED, find_unannotated
+from pipeline.labels import LABELS, NOT_ANNOTATED, find_unannotated, hash_fraction
 from pipeline.manifest import NAME, find_blank, read_manifest
 from pipeline.measure.evaluate import Scored, calibrate, leave_uncalibrated
 from pipeline.measure.evaluation import Evaluation
@@ -25,6 +26,8 @@ from pipeline.measure.scores import Scores, open_scores
 from pipeline.policies import evaluation_targets
 from pipeline.sources.load import load_table
 from pipeline.sources.table import parse_columns
+
+HELD_OUT = 0.2  # of the patients of a table without splits, as dev
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +41,11 @@ class Judging:
     )
     logits: bool = option(False, "The scores are logits.")
     split: str | None = option(None, "Split to judge.", shown="all")
-    dev: str | None = option(None, "Split on which calibrations and thresholds are fitted.", shown="neither")
+    dev: str | None = option(
+        None,
+        "Split on which calibrations and thresholds are fitted; `dev` of a table alone is a fifth of its patients.",
+        shown="neither",
+    )
     threshold: float | None = option(None, "Your own threshold of the scores, without --dev.", low=0, high=1)
     sensitivity: float = option(0.9, "Sensitivity that the third threshold must reach on dev.", low=0, high=1)
     study: str = option("max", "How a study's score is computed from its views.", choices=("max", "mean"))
@@ -67,32 +74,34 @@ def judge(scores: Path, source: Path, asked: Judging = Judging(), note: Note = i
     `note` gets a sentence for what does not join, which the head keeps in `left_out`. Raises DataError for files that
     cannot be read, scores that are none, and a source without a row of these.
     """
-    columns = dict(asked.columns)
-    opened = open_scores(scores, columns, logits=asked.logits)
+    columns, blank, fill = dict(asked.columns), find_blank(source), asked.open == "zeros"
+    opened = open_scores(scores, columns, logits=asked.logits).check()
     left_out: list[str] = []
 
     def keep(text: str) -> None:
         left_out.append(text)
         note(text)
 
-    blank, fill = find_blank(source), asked.open == "zeros"
+    names, calibration = opened.labels, leave_uncalibrated(opened.labels, asked.threshold, asked.study)
     table = load_table(source, asked.split, "all", asked.facts, keyed=True, note=note)
-    names, (images, table) = opened.labels, join_scores(opened, table, blank, fill, keep)
-    calibration = leave_uncalibrated(names, asked.threshold, asked.study)
+    images, table = join_scores(opened, table, blank, fill, keep)
     if asked.dev is not None:
-        dev_table = load_table(source, asked.dev, "all", asked.facts, keyed=True)
-        dev, _ = join_scores(opened, dev_table, blank, fill, ignore)
+        if source.is_file():
+            held_out = _hold_out(source, asked.dev, images, keep)
+            dev, images, table = images.take(held_out), images.take(~held_out), table.filter(pa.array(~held_out))
+        else:
+            dev_table = load_table(source, asked.dev, "all", asked.facts, keyed=True)
+            dev, _ = join_scores(opened, dev_table, blank, fill, ignore)
         calibration = calibrate(names, dev, asked.sensitivity, asked.study)
-    keyed = {field: _name_files(getattr(asked, field)) for field in ("against", "readers")}
     against = {
-        name: _align_all(open_scores(path, columns, logits=asked.logits), table, names)
-        for name, path in keyed["against"].items()
+        name: _align_all(open_scores(path, columns, logits=asked.logits).check(), table, names)
+        for name, path in _name_files(asked.against).items()
     }
     readers = {}
-    for name, path in keyed["readers"].items():
+    for name, path in _name_files(asked.readers).items():
         calls = open_scores(path, calls=True)
         readers[name] = calls.take(calls.align(table, keep), names)
-    evaluated: dict[str, Any] = {
+    evaluated = {
         "split": asked.split or "all",
         "unit": opened.unit,
         "labels": list(names),
@@ -100,6 +109,22 @@ def judge(scores: Path, source: Path, asked: Judging = Judging(), note: Note = i
     }
     beside = Beside(against, readers, edge=_measure_edges(source, asked.split, table))
     return Judged(judge_scores(evaluated, images, table, calibration, beside), images)
+
+
+def _hold_out(source: Path, dev: str, images: Scored, note: Note) -> npt.NDArray[np.bool_]:
+    """Which rows [N] of a table alone, which has no splits, are dev: a part of its patients, by a hash of their names.
+
+    Raises DataError for another name than dev.
+    """
+    if dev != "dev":
+        raise DataError(
+            f"{source}: one CSV without splits, in which `dev` is {HELD_OUT:.0%} of the patients; give `dev` dev"
+        )
+    patients, codes = np.unique(images.patient, return_inverse=True)
+    chosen = np.array([hash_fraction("dev", patient) < HELD_OUT for patient in patients.tolist()])
+    note(f"{source.name}: {chosen.sum():,} of {len(patients):,} patients, by a hash of their names, are dev")
+    held_out: npt.NDArray[np.bool_] = chosen[codes]
+    return held_out
 
 
 def join_scores(

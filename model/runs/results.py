@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from model.runs.config import Config, parse_choice, read_config
+from model.runs.config import parse_choice, read_config
 from model.runs.folder import result_name
 from model.runs.job import Job, open_images, open_split, selected_splits
 from model.runs.predictor import Predictor, Result, forget_calibration, of_job
@@ -18,15 +18,16 @@ from model.runs.report import render_model_card, render_report
 from pipeline.base.errors import DataError
 from pipeline.base.files import parse_object, write_atomically
 from pipeline.console import say
+from pipeline.identity import ignore
 from pipeline.labels import count_rows
 from pipeline.look.pixels import measure_edges
-from pipeline.measure.compare import add_methods, add_own, add_recalibration, combine_views, group_by_views
+from pipeline.measure.compare import add_own, add_recalibration, combine_views
 from pipeline.measure.delong import combine_limits, measure_areas, weigh_labels
 from pipeline.measure.evaluate import Scored
 from pipeline.measure.evaluation import Evaluation, read_evaluation
 from pipeline.measure.judge import Beside, judge_scores
 from pipeline.measure.metrics import Floats, averaged_labels, mean_of, report_auroc
-from pipeline.measure.scores import Scores, read_frame, read_scores, write_scores
+from pipeline.measure.scores import Scores, open_scores, read_scores, write_scores
 from pipeline.stream.samples import find_places
 
 ADOPTED = {  # settings that say something of weights that were adopted
@@ -107,15 +108,17 @@ def evaluate(
     readers = {
         reader: calls.take(calls.align(table, say), config.labels) for reader, calls in how.readers.items()
     }
-    others = how.against if config.fusion is None else {}
-    against = {str(other): read_others(other, path, table, config.labels) for other, path in others.items()}
+    against: dict[str, Floats] = {}
+    for other, path in how.against.items():
+        if config.fusion is None:
+            against[str(other)] = read_others(other, path, table, config.labels)
+        else:
+            against |= read_views(job, name, other, path, scored)
     edge = measure_edges(split, find_places(split, table), job.setup.workers)
     evaluated = {"split": name, "unit": config.unit, "labels": list(config.labels)}
     evaluated |= {"chosen_by": list(how.chosen_by)} if how.chosen_by else {}
     beside = Beside(against, readers, found.members, how.altered, edge)
     evaluation = judge_scores(evaluated | dict(found.shared), scored, table, calibration, beside)
-    if how.against and config.fusion is not None:
-        add_late_fusion(job, name, evaluation, scored, how.against)
     if result_name(config, job.shards.digest, name) != name:
         compare_with_own(job, scored, evaluation, calibration)
     write_atomically(
@@ -165,32 +168,11 @@ def read_others(other: Path, path: Path, table: pa.Table, labels: Sequence[str])
     return scores
 
 
-def add_late_fusion(
-    job: Job, name: str, evaluation: Evaluation, scored: Scored, against: Mapping[Path, Path]
-) -> None:
-    """Add what other ways of scoring studies come to: by the views' scores of other runs."""
-    labels, common = choose_common(job.config, scored, against)
-    methods: dict[str, Any] = {}
-    for other, path in against.items():
-        methods |= combine_views(read_frame(path, labels), str(other))
-    add_methods(evaluation, labels, common, methods, group_by_views(open_split(job, name).table))
-
-
-def choose_common(
-    config: Config, scored: Scored, against: Collection[Path]
-) -> tuple[tuple[str, ...], Scored]:
-    """The labels that a run and all runs it is compared with have learned, and its scores for these labels.
-
-    Raises DataError if there is none.
-    """
-    learned = [set(read_config(other).labels) for other in against]
-    labels = tuple(label for label in config.labels if all(label in of for of in learned))
-    if not labels:
-        raise DataError(f"`against` {', '.join(map(str, against))}: no label that both runs have learned")
-    columns = [config.labels.index(label) for label in labels]
-    return labels, scored._replace(
-        scores=scored.scores[:, columns], target=scored.target[:, columns], mask=scored.mask[:, columns]
-    )
+def read_views(job: Job, name: str, other: Path, path: Path, studies: Scored) -> dict[str, Floats]:
+    """Another run's scores [S, L] of the studies, by the max and by the mean over the views that it has scored."""
+    scores, images = open_scores(path), open_split(job, name).table
+    values = scores.take(scores.align(images, ignore), job.config.labels)
+    return {f"{other}{how}": views for how, views in combine_views(images, values, studies).items()}
 
 
 def name_result(job: Job, name: str, chosen_by: Sequence[str] = ()) -> str:

@@ -263,28 +263,9 @@ def tabulate_differences(evaluation: Evaluation, scorer: str, level: str) -> Tab
     ]
     common = len(labels) - len(MEANS)
     notes = [f"over the {common} labels that both have scores of"] if common < len(evaluation.labels) else []
+    size = evaluation.get(UNITS[evaluation.unit], scorer=scorer).value
+    notes += [f"over the {count(size)} {UNITS[evaluation.unit]} that both have scored"] if size else []
     return tabulate(evaluation, f"Less {scorer}, per {level}", labels, columns, notes=notes, kind="against")
-
-
-def tabulate_methods(evaluation: Evaluation) -> Iterator[Table]:
-    """For each group of studies, the AUROCs of all ways to score them, and ours less each other's."""
-    for size in evaluation.select(metric="studies", level="study", scorer=None):
-        group = size.group
-        if group is None:  # of the split
-            continue
-        first = evaluation.get("auroc", "macro10", "study", group)
-        mean = "macro" if first.value is None else "macro10"
-        differences = evaluation.select(metric="auroc_difference", level="study", group=group)
-        scorers = list(dict.fromkeys(row.scorer or "" for row in differences))
-        title = f"{name_group(size)}: {count(size.value)} studies that all have scored"
-        for place in range(0, len(scorers), 3):  # side by side on a page
-            columns = [Query("AUROC", "auroc", show, group)]
-            for scorer in scorers[place : place + 3]:
-                columns.append(Query((scorer, "AUROC"), "auroc", show, group, scorer))
-                heading = (scorer, "ours less this [95 %]")
-                columns.append(Query(heading, "auroc_difference", attrgetter("change"), group, scorer))
-            names = {label: label for label in evaluation.labels}
-            yield tabulate(evaluation, title, [*names, mean], columns, names, kind="methods")
 
 
 def tabulate_gain(evaluation: Evaluation) -> Table:
@@ -405,7 +386,6 @@ def list_beside(evaluation: Evaluation) -> Iterator[Table]:
     for scorer in evaluation.head.get("against", ()):
         for level in evaluation.distinct_levels:
             yield tabulate_differences(evaluation, scorer, level)
-    yield from tabulate_methods(evaluation)
     if evaluation.head.get("altered"):
         yield tabulate_altered(evaluation)
     if evaluation.head.get("readers"):

@@ -6,17 +6,16 @@ the thresholds and calibration stay those of the run's own dev.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from pipeline.base.errors import DataError
 from pipeline.labels import hash_fraction
 from pipeline.measure.bootstrap import interval, resample_auprc, resampled_mean
 from pipeline.measure.calibration import apply_calibration, fit_calibration
 from pipeline.measure.delong import combine_limits, measure_areas, weigh_labels
-from pipeline.measure.evaluate import Scored, average
+from pipeline.measure.evaluate import Scored, average, study_level
 from pipeline.measure.evaluation import COMMON, OWN, Evaluation, Row
 from pipeline.measure.metrics import (
     Floats,
@@ -31,70 +30,30 @@ from pipeline.measure.metrics import (
     subtract_independent,
 )
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-STUDY = ["patient", "study"]
 MEMBERS = "mean of the members"
 ALTERED = "altered: "  # in front of the name of an alteration, as a scorer
 
 
-def combine_views(scores: "pd.DataFrame", name: str) -> "dict[str, pd.DataFrame]":
-    """A run's scores of images → scores of studies, by max and by mean over views; unchanged if all have one view.
+def combine_views(table: pa.Table, scores: Floats, studies: Scored) -> dict[str, Floats]:
+    """Scores [N, L] of a table's images, NaN if there is none → of the studies [S, L], by how they are combined.
 
-    `scores` has the columns patient, study and labels; the result maps a method's name to a row per study.
+    By the max and by the mean over a study's views; unchanged, under "", if all have one view.
     """
-    groups = scores.groupby(STUDY)
-    if groups.size().max() == 1:
-        return {name: scores.set_index(STUDY)}
-    return {f"{name}, {how} of views": groups.agg(how) for how in ("max", "mean")}
-
-
-def group_by_views(table: pa.Table) -> "pd.Series":
-    """Which views each study in a split has, by (patient, study)."""
-    import pandas as pd  # here and below, because it takes a second
-
-    frame = pd.DataFrame({name: table[name].to_numpy() for name in (*STUDY, "view")})
-    of_view = {view: frame["view"] == view for view in ("frontal", "lateral")}
-    counts = frame.assign(**of_view).groupby(STUDY)[["frontal", "lateral"]].any()
-    names = np.select(
-        [counts["frontal"] & counts["lateral"], counts["frontal"], counts["lateral"]],
-        ["frontal and lateral", "frontal alone", "lateral alone"],
-        "other views alone",
-    )
-    return pd.Series(names, counts.index)
-
-
-def add_methods(
-    evaluation: Evaluation,
-    names: Sequence[str],
-    studies: Scored,
-    others: "Mapping[str, pd.DataFrame]",
-    views: "pd.Series",
-) -> None:
-    """Add other methods' AUROCs, and ours less theirs, on the studies that all have scored, and by their views.
-
-    `others` are their scores by (patient, study). Raises DataError if no study is scored by all.
-    """
-    import pandas as pd
-
-    index = pd.MultiIndex.from_arrays([studies.patient, studies.study], names=STUDY)
-    methods = {name: frame.reindex(index)[list(names)].to_numpy() for name, frame in others.items()}
-    common = np.all([~np.isnan(scores).any(axis=1) for scores in methods.values()], axis=0)
-    if not common.any():
-        raise DataError(f"none of these studies is scored by all of {', '.join(methods)}")
-    of_study = views.reindex(index).to_numpy()
-    groups = {"all": common} | {name: common & (of_study == name) for name in sorted(set(of_study[common]))}
-    for group, rows in groups.items():
-        place, chosen = f"studies={group}", studies.take(rows)
-        evaluation.add("study", None, "studies", int(rows.sum()), place)
-        means, area = average(names, chosen)
-        labels = report_auroc(names, *chosen[:4])["labels"]
-        for label, over in means.items():
-            limits = combine_limits(area, weigh_labels(names, over))
-            evaluation.add("study", label, "auroc", mean_of(labels, over, "auroc"), place, **limits)
-        compared = {name: scores[rows] for name, scores in methods.items()}
-        add_comparison(evaluation, "study", chosen, compared, place)
+    learned = ~np.isnan(scores).all(axis=0)
+    known = ~np.isnan(scores[:, learned]).any(axis=1)
+    patient, study = (table[name].to_numpy()[known] for name in ("patient", "study"))
+    target, mask = np.zeros_like(scores[known]), np.ones(scores[known].shape, bool)
+    views = Scored(scores[known], target, mask, patient, study, *[patient] * 3)  # of which no fact is needed
+    combined: dict[str, Floats] = {}
+    for how in ("max", "mean"):
+        level = study_level(views, how)
+        place = {pair: row for row, pair in enumerate(zip(level.patient, level.study, strict=True))}
+        rows = [place.get(pair, -1) for pair in zip(studies.patient, studies.study, strict=True)]
+        chosen = np.where((np.array(rows) >= 0)[:, None] & learned, level.scores[rows], np.nan)
+        if len(level.scores) == len(views.scores):
+            return {"": chosen}
+        combined[f", {how} of views"] = chosen
+    return combined
 
 
 def add_comparison(
@@ -102,7 +61,6 @@ def add_comparison(
     level: str,
     rows: Scored,
     others: Mapping[str, Floats],
-    group: str | None = None,
     names: Sequence[str] | None = None,
 ) -> None:
     """Add the AUROCs of others' scores [N, L] of the same rows, and ours less theirs, for findings and means.
@@ -119,10 +77,10 @@ def add_comparison(
             share = weigh_labels(names, over)
             value, own = (mean_of(figures, over, "auroc") for figures in (theirs, cells))
             limits = combine_limits(area, share)
-            evaluation.add(level, label, "auroc", value, group, **limits, scorer=scorer)
+            evaluation.add(level, label, "auroc", value, **limits, scorer=scorer)
             limits = combine_limits(both, np.concatenate([share, -share]))
             less = subtract(own, value)
-            evaluation.add(level, label, "auroc_difference", less, group, **limits, scorer=scorer)
+            evaluation.add(level, label, "auroc_difference", less, **limits, scorer=scorer)
 
 
 def add_auprc(

@@ -7,13 +7,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from pipeline.base.errors import DataError
 from pipeline.labels import find_unannotated
 from pipeline.manifest import name_facts
 from pipeline.measure.belief import add_belief
 from pipeline.measure.compare import ALTERED, add_auprc, add_comparison, add_gain
 from pipeline.measure.covariates import find_covariates, find_strata
 from pipeline.measure.evaluate import Scored, assess, study_level
-from pipeline.measure.evaluation import Evaluation
+from pipeline.measure.evaluation import UNITS, Evaluation
 from pipeline.measure.metrics import Floats
 from pipeline.measure.readers import add_readers
 
@@ -77,20 +78,29 @@ def judge_scores(
 def add_other(evaluation: Evaluation, images: Scored, name: str, scores: Floats) -> None:
     """Add the paired differences from another's scores [N, L], of images and of studies.
 
-    On the findings that it has: a column of NaN is of one that it lacks.
+    On the findings and the rows that it has: a column of NaN is of a finding that it lacks, other NaN are of such rows.
+    Raises DataError if there is none.
     """
-    known = [column for column in range(scores.shape[1]) if not np.isnan(scores[:, column]).any()]
-    names = [evaluation.labels[column] for column in known]
-    ours = images._replace(
-        **{field: getattr(images, field)[:, known] for field in ("scores", "target", "mask")}
-    )
-    theirs = scores[:, known]
+    known = ~np.isnan(scores)
+    columns = known.any(axis=0)
+    rows = known[:, columns].all(axis=1)
+    if not columns.any() or not rows.any():
+        raise DataError(
+            f"`against` {name}: it has scored none of these {UNITS[evaluation.unit]}, or no label"
+        )
+    names = [evaluation.labels[column] for column in np.flatnonzero(columns)]
+    fields = ("scores", "target", "mask")
+    ours = images.take(rows)
+    ours = ours._replace(**{field: getattr(ours, field)[:, columns] for field in fields})
+    theirs = scores[rows][:, columns]
+    if not rows.all():
+        evaluation.add(evaluation.unit, None, UNITS[evaluation.unit], int(rows.sum()), scorer=name)
     for level in evaluation.levels:
         if level == "study":
             combine = evaluation.head["combine"]
             theirs = study_level(ours._replace(scores=theirs), combine).scores
             ours = study_level(ours, combine)
-        add_comparison(evaluation, level, ours, {name: theirs}, names=names)
+        add_comparison(evaluation, level, ours, {name: theirs}, names)
         add_auprc(evaluation, level, ours, name, theirs, names)
 
 

@@ -10,7 +10,7 @@ A run writes its own as `scores-<split>.arrow`, in the order of the split's tabl
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -22,9 +22,6 @@ from pipeline.base.files import read_arrow, write_table
 from pipeline.identity import IMAGE_SUFFIX, Note, join, normalize_ids
 from pipeline.labels import LABELS, find_label
 from pipeline.measure.metrics import Bools, Floats, Ints
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 KEYS = ("key", "path", "file", "filename", "image index", "image", "image id", "dicom id", "dicom")
 STUDY = r"([^/]+)/study0*(\d+)(?:/[^/]*)?/?$"
@@ -41,6 +38,14 @@ class Scores(NamedTuple):
     names: pa.Array
     unit: str  # image or study
 
+    def check(self) -> "Scores":
+        """Itself. Raises DataError for a column in which all scores are equal."""
+        for name, values in zip(self.labels, self.values.T, strict=True):
+            if len(values) > 1 and np.ptp(values) == 0:
+                text = f"all {len(values):,} scores are {values[0]:g}: nothing to judge"
+                raise DataError(f"{self.path}, column {name}: {text}")
+        return self
+
     def align(self, table: pa.Table, note: Note) -> Ints:
         """The row [N] of the scores for each row of a label table, -1 if there is none.
 
@@ -52,7 +57,10 @@ class Scores(NamedTuple):
         else:
             parts = (table["patient"].cast(pa.string()), table["study"].cast(pa.string()))
             ours, unit = pc.binary_join_element_wise(*parts, "/study").combine_chunks(), "studies"
-        keys = normalize_names(self.names)
+        # A run's own file has the keys of its shards, which may hold one file's name in two folders.
+        same = pc.all(pc.is_in(ours, value_set=self.names)).as_py()
+        normalize = pc.utf8_trim_whitespace if same else normalize_names
+        keys = normalize(self.names)
         numbers = keys.dictionary_encode().indices.to_numpy(zero_copy_only=False)
         _, first, counts = np.unique(numbers, return_index=True, return_counts=True)
         if (counts > 1).any():
@@ -62,7 +70,7 @@ class Scores(NamedTuple):
                 f"{self.path}: {lines} are both of {quote(self.names[int(places[0])].as_py(), 80)}"
             )
         rows = pa.table({"row": pa.array(range(len(self.names)))})
-        place = join(ours, self.path, rows, self.names, unit, note, normalize_names)
+        place = join(ours, self.path, rows, self.names, unit, note, normalize)
         found: Ints = pc.fill_null(place, -1).to_numpy(zero_copy_only=False)
         patients = table["patient"].to_numpy()[found >= 0].tolist()
         if len(sets := {patient.rpartition("/")[0] for patient in patients}) > 1:
@@ -101,7 +109,7 @@ def open_scores(
     """Scores of any file; `columns` maps our names (a label, key, patient, study) to the file's.
 
     `logits` become probabilities; `calls` are a reader's: 1, 0 or blank. Raises DataError, naming line and column, for
-    a file without a key or a label, a cell that is no score, and a column in which all scores are equal.
+    a file without a key or a label, and a cell that is no score.
     """
     table = _read_table(path)
     if columns:
@@ -120,11 +128,6 @@ def open_scores(
     if not table.num_rows:
         raise DataError(f"{path}: no rows")
     read = [_read_column(path, name, table[name].combine_chunks(), logits, calls) for name in chosen]
-    for name, values in zip(chosen, read, strict=True):
-        if not calls and len(values) > 1 and np.ptp(values) == 0:
-            raise DataError(
-                f"{path}, column {name}: all {len(values):,} scores are {values[0]:g}: nothing to judge"
-            )
     order = np.argsort([LABELS.index(label) for label in chosen.values()])
     labels = tuple(list(chosen.values())[place] for place in order)
     return Scores(path, labels, np.column_stack([read[place] for place in order]), names, unit)
@@ -183,8 +186,8 @@ def _complete(path: Path, name: str, names: pa.Array) -> pa.Array:
     return names
 
 
-def _read_column(path: Path, name: str, column: pa.Array, logits: bool | None, calls: bool) -> Floats:
-    """A column's scores [M]; `logits` is None in a run's own file. Raises DataError for the first that is none."""
+def _read_column(path: Path, name: str, column: pa.Array, logits: bool, calls: bool) -> Floats:
+    """A column's scores [M]. Raises DataError for the first that is none."""
     texts = column.cast(pa.string())
     number = pc.match_substring_regex(texts, r"^\s*[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?\s*$")
     if not pa.types.is_floating(column.type):
@@ -194,7 +197,7 @@ def _read_column(path: Path, name: str, column: pa.Array, logits: bool | None, c
     if calls:
         _refuse(path, name, texts, ~blank & ~np.isin(values, (0, 1)), f"is none: {READING}")
         return values
-    hint = "; give `logits` if these are logits" if logits is False else ""
+    hint = "" if logits else "; give `logits` if these are logits"
     _refuse(path, name, texts, ~np.isfinite(values), "is no score")
     if logits:
         values = 1 / (1 + np.exp(-values))
@@ -221,35 +224,18 @@ def write_scores(path: Path, table: pa.Table, labels: Sequence[str], scores: Flo
     write_table(path, pa.table({name: table[name] for name in ("key", *FACTS)} | columns))
 
 
-def read_frame(path: Path, labels: Sequence[str] = LABELS) -> "pd.DataFrame":
-    """Patient, study and the scores of the labels of a run, in the order of the file. Raises DataError."""
-    import pandas as pd  # here, because it takes a second, and only studies' methods are compared by it
-
-    table, scores = _read_run(path, labels)
-    facts = {name: table[name].to_numpy() for name in FACTS}
-    return pd.DataFrame(facts | dict(zip(labels, scores.T, strict=True)))
-
-
 def read_scores(path: Path, keys: pa.ChunkedArray, labels: Sequence[str] = LABELS) -> Floats:
     """The scores [N, L] of the labels for the images `keys` [N] of a run, in whatever order the file has them.
 
-    Raises DataError if the file is not one of scores, lacks an image, or has a score outside [0, 1].
+    Raises DataError as `open_scores`, and if the file lacks an image or a label.
     """
-    table, scores = _read_run(path, labels)
-    rows = pc.index_in(keys.cast(pa.string()), value_set=table["key"].combine_chunks().cast(pa.string()))
+    scores = open_scores(path)
+    demand_columns(path, scores.labels, labels)
+    rows = pc.index_in(keys.cast(pa.string()), value_set=scores.names)
     if rows.null_count:
         example = keys.filter(rows.is_null())[0]
         raise DataError(
             f"{path}: no scores of {rows.null_count:,} of {len(keys):,} images, such as {example}; "
             "they are of other shards, or of other images of these"
         )
-    chosen: Floats = scores[rows.to_numpy()]
-    return chosen
-
-
-def _read_run(path: Path, labels: Sequence[str]) -> tuple[pa.Table, Floats]:
-    """A run's own file and its scores [N, L] of the labels."""
-    table = _read_table(path)
-    demand_columns(path, table.column_names, ["key", *FACTS, *labels])
-    columns = [_read_column(path, label, table[label].combine_chunks(), None, False) for label in labels]
-    return table, np.column_stack(columns)
+    return scores.take(rows.to_numpy(), labels)

@@ -89,6 +89,20 @@ def test_cells_that_a_set_leaves_open_may_count_as_negative(nih: tuple[Path, Pat
         assert (row.positives, row.negatives) == (truth.sum(), (rows & ~truth).sum())
 
 
+def test_a_fifth_of_the_patients_of_a_table_alone_may_be_dev(nih: tuple[Path, Path, pd.DataFrame]) -> None:
+    table, scores, both = nih
+    notes: list[str] = []
+    found = judge(scores, table, Judging(columns=parse_columns(COLUMNS), dev="dev"), notes.append).evaluation
+    patients = both["Patient ID"].nunique()
+    judged = found.get("patients").number
+    assert 0.7 * patients < judged < 0.9 * patients
+    assert notes[-1] == (
+        f"table.csv: {patients - judged:.0f} of {patients} patients, by a hash of their names, are dev"
+    )
+    assert found.get("threshold", "Edema", group="youden").value is not None
+    assert found.get("bias", "Edema").note == "" or found.get("bias", "Edema").value is None
+
+
 def test_two_readers_and_a_network_stand_on_one_page(
     nih: tuple[Path, Path, pd.DataFrame], tmp_path: Path
 ) -> None:
@@ -136,7 +150,9 @@ def test_what_cannot_be_judged_is_refused(nih: tuple[Path, Path, pd.DataFrame], 
         done = run_pipeline("judge", scores, table, *words)
         assert (done.returncode, message in done.stderr) == (2, True), done.stderr
     columns = parse_columns(COLUMNS)
-    with pytest.raises(DataError, match=r"is one CSV without splits; leave out its split$"):
+    with pytest.raises(
+        DataError, match=r"one CSV without splits, in which `dev` is 20% of the patients; "
+    ):
         judge(scores, table, Judging(columns=columns, dev="train"))
     few = tmp_path / "few.csv"
     pd.read_csv(scores)[:400].to_csv(few, index=False)

@@ -9,6 +9,7 @@ import onnxruntime
 import pandas as pd
 import pytest
 import torch
+from pandas import read_feather as read_frame
 from torch import nn
 
 from model.checkpoint import CheckpointError
@@ -19,7 +20,6 @@ from pipeline.labels import LABELS
 from pipeline.manifest import Manifest
 from pipeline.measure.calibration import apply_calibrations
 from pipeline.measure.evaluation import read_evaluation
-from pipeline.measure.scores import read_frame
 from tests.training import call_train
 
 UNKNOWN = "What these weights have learned from is not known: if it is images of these splits, figures are too good."

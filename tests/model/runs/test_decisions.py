@@ -8,11 +8,11 @@ import onnxruntime
 import pandas as pd
 import pytest
 import torch
+from pandas import read_feather as read_frame
 
 from pipeline import open_shards
 from pipeline.labels import LABELS
 from pipeline.manifest import Manifest
-from pipeline.measure.scores import read_frame
 from tests.training import WORDS, call_train
 
 

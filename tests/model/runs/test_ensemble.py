@@ -11,6 +11,7 @@ import numpy as np
 import onnxruntime
 import pandas as pd
 import pytest
+from pandas import read_feather as read_frame
 
 from model.runs import results
 from pipeline import DataError, open_shards
@@ -19,7 +20,6 @@ from pipeline.manifest import Manifest
 from pipeline.measure.calibration import apply_calibration
 from pipeline.measure.compare import MEMBERS
 from pipeline.measure.evaluation import read_evaluation
-from pipeline.measure.scores import read_frame
 from tests.conftest import REPOSITORY
 from tests.training import WORDS, call_train
 

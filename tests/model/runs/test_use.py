@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
+from pandas import read_feather as read_frame
 from PIL import Image
 
 import pipeline.measure.judge
@@ -20,7 +21,6 @@ from pipeline.manifest import Manifest, read_table
 from pipeline.measure import belief
 from pipeline.measure.calibration import apply_calibrations
 from pipeline.measure.evaluation import MEANS, read_evaluation
-from pipeline.measure.scores import read_frame
 from tests.conftest import default_options, make_shards, write_chexpert
 from tests.training import WORDS, call_train
 
@@ -203,7 +203,7 @@ def test_predict_reads_16_bit_images_as_the_shards_did(
     frontals = sorted((folder / "valid").rglob("*_frontal.png"))
     assert call_train("predict", "--run", run, "--out", out, "--workers", 1, *frontals) == 0
     assert capsys.readouterr().err.endswith(f"next: python -m train export --run {run} --out model.onnx\n")
-    scores = read_frame(run / "scores-valid.arrow").set_index(["patient", "study"])
+    scores = read_frame(run / "scores-valid.arrow").set_index(["patient", "study"])[list(LABELS)]
     fits = json.loads((run / "calibration.json").read_text())["image"]
     for row in pd.read_csv(out).itertuples(index=False):
         patient, study = Path(row.file).parts[-3:-1]

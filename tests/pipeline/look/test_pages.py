@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pytest
 
 from model.runs.report import render_report
@@ -19,7 +18,6 @@ from model.runs.sweep_report import render_sweep
 from pipeline.labels import LABELS
 from pipeline.look.plots import STRENGTH
 from pipeline.manifest import Manifest
-from pipeline.measure.compare import add_methods
 from pipeline.measure.evaluate import Scored, assess, calibrate
 from pipeline.measure.evaluation import Evaluation
 from pipeline.measure.judge import add_other
@@ -61,9 +59,8 @@ addEventListener("load", () => {
     }).map((text) => text.textContent),
     scaled: all("svg").every((svg) => svg.getAttribute("viewBox")
       && Math.abs(svg.getBoundingClientRect().width - svg.parentElement.clientWidth) < 1),
-    beyond: Object.fromEntries(["metrics", "methods"].map((kind) => [kind, all(
-      kind == "metrics" ? ".metrics tr > :nth-child(3).limits" : `.${kind} td`,
-    ).filter((cell) => cell.getBoundingClientRect().right > view.innerWidth).length])),
+    beyond: all(".metrics tr > :nth-child(3).limits").filter(
+      (cell) => cell.getBoundingClientRect().right > view.innerWidth).length,
     broken: all("img").filter((image) => !image.naturalWidth).length,
     states: Object.fromEntries(["positive", "uncertain", "negative", "blank"].map((name) => [name, color(name)])),
     blue: color("first"),
@@ -93,12 +90,6 @@ def evaluation() -> tuple[Scored, Evaluation]:
     other = "runs/" + "a-long-name-" * 12
     found.head |= {"against": [other]}
     add_other(found, images, other, images.scores**2)
-    index = pd.MultiIndex.from_arrays([images.patient, images.study], names=["patient", "study"])
-    others = {
-        f"runs/{'long-' * 9}{number}, max of views": pd.DataFrame(images.scores**number, index, LABELS)
-        for number in range(2, 7)
-    }
-    add_methods(found, LABELS, images, others, pd.Series("frontal", index))
     return images, found
 
 
@@ -163,8 +154,7 @@ def test_the_report_is_legible(
     assert seen["flat"] == 0
     assert seen["cut"] == []
     assert seen["scaled"]
-    assert seen["beyond"]["metrics"] == 0  # AUROC beside the label, with its limits
-    assert width == 390 or seen["beyond"]["methods"] == 0
+    assert seen["beyond"] == 0  # AUROC beside the label, with its limits
     assert seen["headline"][0] == found.get("auroc", "macro10").shown
     background = seen["background"]
     assert (luminance(background) < 0.1) == (scheme == DARK)

@@ -1,7 +1,6 @@
 """Scores beside others': methods, members, altered images, the run's own valid; against scikit-learn and pandas."""
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pytest
 from scipy.stats import binomtest
@@ -14,14 +13,13 @@ from pipeline.measure.compare import (
     MEMBERS,
     add_comparison,
     add_gain,
-    add_methods,
     add_own,
     add_recalibration,
     combine_views,
-    group_by_views,
 )
 from pipeline.measure.evaluate import Scored, assess, calibrate, leave_uncalibrated
 from pipeline.measure.evaluation import COMMON, OWN, Evaluation
+from pipeline.measure.judge import add_other
 from pipeline.measure.metrics import subtract_independent
 
 NAMES = ["Edema", "Fracture"]
@@ -44,92 +42,38 @@ def start(studies: Scored) -> Evaluation:
     return Evaluation({"split": "valid", "unit": "study", "labels": NAMES})
 
 
-def frame_of(studies: Scored, scores: np.ndarray) -> pd.DataFrame:
-    facts = {"patient": studies.patient, "study": studies.study}
-    return pd.DataFrame(facts | dict(zip(NAMES, scores.T, strict=True)))
-
-
-def test_late_fusion_is_the_max_and_the_mean_of_views() -> None:
-    frame = pd.DataFrame(
-        {"patient": ["a", "b", "a", "a"], "study": [1, 1, 1, 2], "Edema": [0.2, 0.9, 0.6, 0.1]},
-    )
-    found = combine_views(frame, "late")
-    assert {name: scores["Edema"].round(6).to_dict() for name, scores in found.items()} == {
-        "late, max of views": {("a", 1): 0.6, ("a", 2): 0.1, ("b", 1): 0.9},
-        "late, mean of views": {("a", 1): 0.4, ("a", 2): 0.1, ("b", 1): 0.9},
+def test_late_fusion_is_the_max_and_the_mean_of_views(studies: Scored) -> None:
+    table = pa.table({"patient": ["a", "b", "a", "a", "c"], "study": [1, 1, 1, 2, 1]})
+    scores = np.array([[0.2, np.nan], [0.9, np.nan], [0.6, np.nan], [0.1, np.nan], [np.nan, np.nan]])
+    order = np.array(["b", "a", "c", "a"]), np.array([1, 2, 1, 1])
+    rows = studies.take(slice(4))._replace(patient=order[0], study=order[1])
+    combined = combine_views(table, scores, rows)
+    assert {how: values[:, 0].tolist() for how, values in combined.items()} == {
+        ", max of views": pytest.approx([0.9, 0.1, np.nan, 0.6], nan_ok=True),
+        ", mean of views": pytest.approx([0.9, 0.1, np.nan, 0.4], nan_ok=True),
     }
-    assert list(combine_views(frame.iloc[[1, 3]], "one each")) == ["one each"]
+    assert np.isnan(combined[", max of views"][:, 1]).all()
+    assert list(combine_views(table.slice(1, 1), scores[1:2], rows)) == [""]
 
 
-def test_studies_are_grouped_by_their_views() -> None:
-    views = ["frontal", "lateral", "frontal", "frontal", "lateral"]
-    table = pa.table({"patient": ["a", "a", "b", "b", "c"], "study": [1, 1, 1, 1, 1], "view": views})
-    assert group_by_views(table).to_dict() == {
-        ("a", 1): "frontal and lateral",
-        ("b", 1): "frontal alone",
-        ("c", 1): "lateral alone",
-    }
-
-
-def test_methods_are_compared_on_the_studies_that_all_have(studies: Scored) -> None:
+def test_others_are_compared_on_the_rows_that_both_have(studies: Scored) -> None:
     worse = np.clip(studies.scores + np.random.default_rng(1).normal(0, 0.5, studies.scores.shape), 0, 1)
-    others = {"worse": frame_of(studies, worse).iloc[20:].set_index(["patient", "study"])[::-1]}
-    views = pd.Series(
-        np.where(np.arange(STUDIES) < 200, "frontal alone", "frontal and lateral"),
-        pd.MultiIndex.from_arrays([studies.patient, studies.study], names=["patient", "study"]),
-    )
-    found = start(studies)
-    add_methods(found, NAMES, studies, others, views)
-    assert {row.group: row.value for row in found.select(metric="studies")} == {
-        "studies=all": 280,
-        "studies=frontal alone": 180,
-        "studies=frontal and lateral": 100,
-    }
-    for group, rows in {
-        "studies=all": slice(20, 300),
-        "studies=frontal and lateral": slice(200, 300),
-    }.items():
-        truth = studies.target[rows, 0]
-        ours, theirs = (roc_auc_score(truth, scores[rows, 0]) for scores in (studies.scores, worse))
-        assert found.get("auroc", "macro10", group=group).value == pytest.approx(ours)
-        assert found.get("auroc", "Edema", group=group).value == pytest.approx(ours)
-        assert found.get("auroc", "macro10", group=group, scorer="worse").value == pytest.approx(theirs)
-        assert found.get("auroc", "Fracture", group=group, scorer="worse").value is None
-        mean, edema, fracture = (
-            found.get("auroc_difference", label, group=group, scorer="worse")
-            for label in ("macro10", "Edema", "Fracture")
-        )
-        assert (mean.value, mean.low, mean.high) == (edema.value, edema.low, edema.high)
-        assert mean.value == pytest.approx(ours - theirs)
-        assert 0 < (mean.low or 0) < ours - theirs < (mean.high or 0)
-        assert fracture.value is fracture.low is None
-
-
-def test_methods_without_a_study_in_common_are_named(studies: Scored) -> None:
-    index = pd.MultiIndex.from_arrays([studies.patient, studies.study], names=["patient", "study"])
-    frame = frame_of(studies, studies.scores).set_index(["patient", "study"])
-    others = {"late": frame[:150], "one each": frame[150:]}
-    with pytest.raises(DataError, match=r"^none of these studies is scored by all of late, one each$"):
-        add_methods(start(studies), NAMES, studies, others, pd.Series("frontal alone", index))
-
-
-def test_studies_of_one_class_have_no_figures(studies: Scored) -> None:
-    """Such as the one study of a split that has a frontal alone."""
-    index = pd.MultiIndex.from_arrays([studies.patient, studies.study], names=["patient", "study"])
-    views = pd.Series(np.where(np.arange(STUDIES) < 1, "frontal alone", "frontal and lateral"), index)
-    found = start(studies)
-    add_methods(
-        found,
-        NAMES,
-        studies,
-        {"same": frame_of(studies, studies.scores).set_index(["patient", "study"])},
-        views,
-    )
-    alone = list(found.select(group="studies=frontal alone"))
-    assert (
-        len(alone) == 16
-    )  # the number of studies, and for 5 labels and means: ours, theirs and the difference
-    assert {(row.value, row.low) for row in alone[1:]} == {(None, None)}
+    worse[:20] = np.nan
+    found = assess(NAMES, studies, leave_uncalibrated(NAMES, None), unit="study", resamples=100)
+    add_other(found, studies, "worse", worse)
+    assert found.get("studies", scorer="worse").value == 280
+    truth = studies.target[20:, 0]
+    ours, theirs = (roc_auc_score(truth, scores[20:, 0]) for scores in (studies.scores, worse))
+    assert found.get("auroc", "Edema", scorer="worse").value == pytest.approx(theirs)
+    less, mean = (found.get("auroc_difference", label, scorer="worse") for label in ("Edema", "macro10"))
+    assert less.value == pytest.approx(ours - theirs)
+    assert (mean.value, mean.low) == (less.value, less.low)
+    assert 0 < (less.low or 0) < ours - theirs < (less.high or 0)
+    assert found.get("auroc_difference", "Fracture", scorer="worse").low is None
+    with pytest.raises(
+        DataError, match=r"^`against` none: it has scored none of these studies, or no label$"
+    ):
+        add_other(found, studies, "none", np.full_like(worse, np.nan))
 
 
 def test_a_gain_is_over_the_mean_of_members() -> None:
