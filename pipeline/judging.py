@@ -88,7 +88,11 @@ def judge(scores: Path, source: Path, asked: Judging = Judging(), note: Note = i
     if asked.dev is not None:
         if source.is_file():
             held_out = _hold_out(source, asked.dev, images, keep)
-            dev, images, table = images.take(held_out), images.take(~held_out), table.filter(pa.array(~held_out))
+            dev, images, table = (
+                images.take(held_out),
+                images.take(~held_out),
+                table.filter(pa.array(~held_out)),
+            )
         else:
             dev_table = load_table(source, asked.dev, "all", asked.facts, keyed=True)
             dev, _ = join_scores(opened, dev_table, blank, fill, ignore)

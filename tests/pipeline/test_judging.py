@@ -150,9 +150,7 @@ def test_what_cannot_be_judged_is_refused(nih: tuple[Path, Path, pd.DataFrame], 
         done = run_pipeline("judge", scores, table, *words)
         assert (done.returncode, message in done.stderr) == (2, True), done.stderr
     columns = parse_columns(COLUMNS)
-    with pytest.raises(
-        DataError, match=r"one CSV without splits, in which `dev` is 20% of the patients; "
-    ):
+    with pytest.raises(DataError, match=r"one CSV without splits, in which `dev` is 20% of the patients; "):
         judge(scores, table, Judging(columns=columns, dev="train"))
     few = tmp_path / "few.csv"
     pd.read_csv(scores)[:400].to_csv(few, index=False)
