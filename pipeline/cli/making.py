@@ -1,11 +1,8 @@
 """The commands that write and check shards: sample, shards, verify."""
 
 import re
-import shlex
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -65,15 +62,8 @@ def sample(given: Drawing) -> None:
 
     cues = [shortcut.cue for shortcut in given.shortcuts]
     refuse_usage(len(set(cues)) < len(cues), "--shortcut: a cue can be tied to one label")
-    done = 0
     with progress_bar("Drawing", "images") as advance:
-
-        def count(finished: int) -> None:
-            nonlocal done
-            done += finished
-            advance(done, given.images)
-
-        folder = write_sample(progress=count, **vars(given))
+        folder = write_sample(progress=advance, **vars(given))
     echo(f"{folder}: {given.images:,} synthetic images")
     say_next("pipeline", "shards", given.out, Path("shards", given.out.resolve().name))
 
@@ -100,19 +90,6 @@ def check_name(text: str) -> None:
     """Raise DataError for a name that cannot stand before patients' where several sets are read as one."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", text):
         raise DataError(f"'{text}' is not a name of letters, digits, '.', '_' and '-'")
-
-
-@contextmanager
-def proposing_blanks() -> Iterator[None]:
-    """Around reading a set: where its owner must say what blanks mean, the error ends in the command that does."""
-    from pipeline.sources.source import UnsaidBlanksError
-
-    try:
-        yield
-    except UnsaidBlanksError as error:
-        words = ["--annotated", ",".join(error.annotated)] if error.annotated else []
-        words += ["--blanks", "not-annotated"]
-        raise DataError(f"{error}:\n  {shlex.join(['pipeline', *sys.argv[1:], *words])}") from None
 
 
 policy_option = partial(option, None, metavar="POLICY")
@@ -219,8 +196,7 @@ def shards(given: Sharding, options: Options, how: Execution) -> int:
     refuse_usage(options.size is None and options.square != "no", "--square needs a --size")
     source, out = given.find_source(), given.out
     if given.dry_run:
-        with proposing_blanks():
-            code = _print_preview(source, options, how)
+        code = _print_preview(source, options, how)
         say_next("pipeline", *(word for word in sys.argv[1:] if word != "--dry-run"))
         return code
     start = time.perf_counter()
@@ -235,9 +211,8 @@ def shards(given: Sharding, options: Options, how: Execution) -> int:
             rate = (done - resumed) / (time.perf_counter() - start)
             advance(done, total, f"{rate:,.0f} images/s  {rejects} rejects")
 
-        with proposing_blanks():
-            policies = {"uncertain": given.uncertain, "blank": given.blank}
-            run = write_shards(source, out, options, policies, how, show)
+        policies = {"uncertain": given.uncertain, "blank": given.blank}
+        run = write_shards(source, out, options, policies, how, show)
     seconds = time.perf_counter() - start
     described = run_alone(describe_shards, out, f"counting the labels of {out}")
     if how.strict and described.one_class:

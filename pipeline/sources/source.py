@@ -28,14 +28,6 @@ SEXES = {"M": "Male", "F": "Female", "O": "Other"}
 _IN_TAR = re.compile(r"(.+\.tar)@(\d+)\+(\d+)#.*", re.DOTALL)
 
 
-class UnsaidBlanksError(DataError):
-    """Nobody has said what the blanks of a set mean; `annotated` are its labels that have states."""
-
-    def __init__(self, text: str, annotated: tuple[str, ...] = ()) -> None:
-        super().__init__(text)
-        self.annotated = annotated
-
-
 class Terms(NamedTuple):
     """Who made a data set, and how it may be used: a row of terms.csv; `paper` is empty if there is none.
 
@@ -295,8 +287,8 @@ def settle_blanks(source: Source, tables: Mapping[str, pa.Table]) -> dict[str, p
     """The tables, with every cell as not annotated that nobody looked at.
 
     CheXpert's labeler and those of the sets known here looked for all that they label, so their blanks are blanks. Of
-    another hospital's set and of a table, only its owner knows. Raises UnsaidBlanksError if the owner has to say it,
-    and DataError for labels that were not looked for, yet have states.
+    another hospital's set and of a table, only its owner knows. Raises DataError if the owner has to say it, and
+    for labels that were not looked for, yet have states.
     """
     is_foreign = bool(source.name) or source.set in ("table", "webdataset")
     if (source.annotated or source.blanks) and not is_foreign and source.set != "chexpert":
@@ -306,10 +298,12 @@ def settle_blanks(source: Source, tables: Mapping[str, pa.Table]) -> dict[str, p
     silent = [label for label in LABELS if all(not _has_states(table[label]) for table in tables.values())]
     blank = [label for label in silent if any(table[label].null_count for table in tables.values())]
     if is_foreign and blank and not (source.annotated or source.blanks):
-        raise UnsaidBlanksError(
+        others = ",".join(label for label in LABELS if label not in silent)
+        raise DataError(
             f"{', '.join(blank)}: blank in every row. Did nobody look for these, or was none of them ever mentioned? "
-            "Say which labels were looked for, and what a blank cell means",
-            tuple(label for label in LABELS if label not in silent),
+            "Say which labels were looked for, and what a blank cell means, such as: "
+            + (f'`annotated` "{others}" ' if others else "")
+            + "`blanks` not-annotated"
         )
     if missing := [label for label in silent if label in source.annotated and label not in blank]:
         raise DataError(

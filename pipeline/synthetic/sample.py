@@ -97,7 +97,7 @@ def write_sample(
     images: int = 2000,
     seed: int = 0,
     workers: int = 1,
-    progress: Callable[[int], None] = lambda images: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
     laterals: float | None = None,
     valid: float = VALID_SHARE,
     shortcuts: Sequence[Shortcut] = (),
@@ -111,8 +111,8 @@ def write_sample(
     valid.csv. `shortcuts` are drawn into the films of train.csv alone: a network that learns them falls on valid.
 
     The bytes depend only on these options, seed from 0 to 2^63-1, not on the number of `workers`, which are processes
-    (a script must call this under `if __name__ == "__main__"`). `progress` is called with the number of images just
-    finished. Raises FileExistsError if the folder exists, ValueError if images < 1, DataError, naming the file, where
+    (a script must call this under `if __name__ == "__main__"`). `progress` gets (images done, total).
+    Raises FileExistsError if the folder exists, ValueError if images < 1, DataError, naming the file, where
     one cannot be written. The folder appears only when complete.
     """
     final, partial = out / FOLDER, out / f".{FOLDER}.tmp"
@@ -139,9 +139,11 @@ def write_sample(
         for start in range(0, len(patients), PATIENTS_PER_TASK)
     ]
     boxes: list[Row] = []
+    done = 0
     for count, found in run_tasks(write_patients, tasks, min(workers, len(tasks))):
         boxes += found
-        progress(count)
+        done += count
+        progress(done, images)
     write_rows(out / BOXES, [("split", "key", "label", "x", "y", "w", "h"), *sorted(boxes)])
     return partial.rename(final)
 

@@ -1,7 +1,6 @@
 """NIH ChestX-ray14, in its own layout: the real table, and a small folder of drawn films."""
 
 import json
-import shlex
 import shutil
 from pathlib import Path
 
@@ -144,10 +143,9 @@ def test_what_blanks_mean_is_said_by_the_owner_of_a_set(chexpert: Path, tmp_path
     shutil.rmtree(out)
     refused = run_pipeline(*words, "--name", "ours")
     rest = [label for label in LABELS if label != "Fracture"]
-    command = shlex.join(["pipeline", *words, "--name", "ours", "--annotated", ",".join(rest)])
     assert refused.returncode == 1
-    assert refused.stderr.splitlines()[0].startswith("Error: Fracture: blank in every row. ")
-    assert refused.stderr.splitlines()[-1] == f"  {command} --blanks not-annotated"
+    assert refused.stderr.startswith("Error: Fracture: blank in every row. ")
+    assert refused.stderr.endswith(f' such as: --annotated "{",".join(rest)}" --blanks not-annotated\n')
     wrong = run_pipeline(*words, "--name", "ours", "--annotated", "edema")
     assert "--annotated: No Finding, " in wrong.stderr
     assert wrong.returncode == 1
