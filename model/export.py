@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from math import nan
 from pathlib import Path
 from types import MappingProxyType
-from typing import cast
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -32,42 +32,42 @@ SMALLEST = 2.0**-24  # scores nearer to 0 or 1 are calibrated as if they were th
 Fits = Sequence[tuple[float, float] | None]  # slope and bias of each label's logit
 
 
-class Scorer(nn.Module):
-    """A network wrapped with normalization by mean and std (gray levels) and the sigmoid.
+class Reading(NamedTuple):
+    """How a network takes images, normalized by mean and std (gray levels), and what becomes of its logits.
 
     `columns` [L] selects the logits that become scores, which `fits`, as in `fit_scores`, calibrate.
     """
 
+    columns: list[int]
+    mean: float
+    std: float
+    fits: Fits = ()
+
+
+class Scorer(nn.Module):
+    """A network's scores, or the mean of several ones', calibrated by `fits` and decided on by `limits` [L]."""
+
     def __init__(
-        self, network: nn.Module, columns: list[int], mean: float, std: float, fits: Fits = ()
+        self,
+        networks: Sequence[nn.Module],
+        inputs: Sequence[Reading],
+        fits: Fits = (),
+        limits: Sequence[float] = (),
     ) -> None:
         super().__init__()
-        self.network = network
-        self.columns = columns
-        self.mean = mean
-        self.std = std
-        self.fits = fits
-
-    def forward(self, images: Tensor) -> Tensor:
-        """float32 scores [B, L] of uint8 images [B, 1, S, S]."""
-        logits = self.network(normalize(images, self.mean, self.std))
-        return fit_scores(label_scores(logits[:, self.columns]), self.fits)
-
-
-class Committee(nn.Module):
-    """The mean of several scorers, or one scorer's scores, calibrated by `fits` and decided on by `limits` [L]."""
-
-    def __init__(self, scorers: Sequence[Scorer], fits: Fits, limits: Sequence[float]) -> None:
-        super().__init__()
-        self.scorers = nn.ModuleList(scorers)
-        self.fits = fits
-        self.limits = limits
+        self.networks = nn.ModuleList(networks)
+        self.inputs = list(inputs)
+        self.fits, self.limits = fits, limits
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """float32 scores [B, L] of uint8 images [B, 1, S, S]; with limits also decisions, bool [B, L], False at nan."""
-        mean = torch.stack([scorer(images) for scorer in self.scorers]).mean(dim=0)
-        scores = fit_scores(mean, self.fits)
-        return (scores, mean >= torch.tensor(self.limits)) if self.limits else (scores,)
+        parts = []
+        for network, (columns, mean, std, fits) in zip(self.networks, self.inputs, strict=True):
+            logits = network(normalize(images, mean, std))
+            parts.append(fit_scores(label_scores(logits[:, columns]), fits))
+        raw = torch.stack(parts).mean(dim=0)
+        scores = fit_scores(raw, self.fits)
+        return (scores, raw >= torch.tensor(self.limits)) if self.limits else (scores,)
 
 
 def fit_scores(scores: Tensor, fits: Fits) -> Tensor:
@@ -79,7 +79,7 @@ def fit_scores(scores: Tensor, fits: Fits) -> Tensor:
 
 
 def export_scorer(
-    scorer: Scorer | Committee, image_size: int, path: Path, facts: Mapping[str, str] = MappingProxyType({})
+    scorer: Scorer, image_size: int, path: Path, facts: Mapping[str, str] = MappingProxyType({})
 ) -> float:
     """Write the file; returns the largest difference between its logits and eager ones, on film-like images.
 
@@ -94,7 +94,7 @@ def export_scorer(
     dynamic = ({0: torch.export.Dim("batch")},)
     # In evaluation mode, for dropout and normalization layers.
     with torch.no_grad():
-        expected = first_output(scorer(images))
+        expected = scorer(images)[0]
         program = torch.export.export(scorer, (images[:2],), dynamic_shapes=dynamic)
         content, scores = (_as_pt2 if path.suffix == ".pt2" else _as_onnx)(program, images, facts)
     try:
@@ -121,11 +121,6 @@ def draw_probes(size: int) -> Tensor:
     return torch.stack([*flat, *gradients, *shades]).round().to(torch.uint8)[:, None]
 
 
-def first_output(found: Tensor | tuple[Tensor, ...]) -> Tensor:
-    """The scores, of which decisions may follow."""
-    return found if isinstance(found, Tensor) else found[0]
-
-
 def compare_scores(scores: Tensor, expected: Tensor) -> float:
     """The largest difference in logits between scores [B, L] and the expected ones, where these are not saturated.
 
@@ -147,7 +142,7 @@ def _as_pt2(
     """The program as file content, and the scores that content gives for the images."""
     file = io.BytesIO()
     torch.export.save(program, file, extra_files={FACTS: json.dumps(dict(facts))})
-    return file.getvalue(), first_output(torch.export.load(file).module()(images))
+    return file.getvalue(), torch.export.load(file).module()(images)[0]
 
 
 def _as_onnx(

@@ -1,26 +1,25 @@
 """Where a run looks: its heat maps on films (predict --heatmaps), and against what readers marked."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow.compute as pc
-from rich.console import Console
-from rich.table import Table
 
 from model.augment import normalize
 from model.heatmaps import draw_maps
 from model.predict import explain_memory
 from model.runs.job import Job, open_images, to_device
 from model.runs.overlap import check_seen
-from model.runs.predictor import Network, load_member
+from model.runs.predictor import Network, load_network
 from pipeline.base.csvs import demand, read_strings
 from pipeline.base.errors import DataError, quote
 from pipeline.base.files import read_object
 from pipeline.base.pages import show_figure, show_limits
+from pipeline.base.tabular import Table
 from pipeline.console import progress_bar
 from pipeline.images import Gray, decode_stored, prepare, resize
 from pipeline.labels import LABELS
@@ -36,28 +35,20 @@ from pipeline.measure.localization import (
 from pipeline.measure.metrics import Floats
 from pipeline.stream.samples import OpenSplit
 
-AT_ONCE = 16  # images
 OTHER_NAMES = {"Airspace Opacity": "Lung Opacity"}  # CheXlocalize's
-Mapper = Callable[[Sequence[Gray], Sequence[str]], npt.NDArray[np.float32]]
 # What readers marked, by key and label: boxes (left, top, width, height), or a mask [H, W] of the original film.
 Marks = Mapping[str, Mapping[str, list[tuple[float, ...]] | npt.NDArray[np.bool_]]]
 _NUMBER = r"^-?\d+(\.\d+)?$"
 
 
-def open_mapper(member: Network) -> Mapper:
-    """What draws maps [N, L, S, S] of some labels on films of any size."""
-    side, pixels = member.config.image_size, member.pixels
+def draw_heats(member: Network, film: Gray, labels: Sequence[str]) -> npt.NDArray[np.float32]:
+    """The maps [L, S, S] of some labels on a film of any size."""
+    side, columns = member.config.image_size, [LABELS.index(label) for label in labels]
     device = next(member.network.parameters()).device
-
-    def draw(films: Sequence[Gray], labels: Sequence[str]) -> npt.NDArray[np.float32]:
-        images = np.stack([resize(film, side, side) for film in films])[:, None]
-        inputs = normalize(to_device(images, device), pixels["mean"], pixels["std"])
-        with explain_memory(f"while drawing maps of {len(films)} images", "use a machine with more"):
-            return (
-                draw_maps(member.network, inputs, [LABELS.index(label) for label in labels])[1].cpu().numpy()
-            )
-
-    return draw
+    images = to_device(np.array(resize(film, side, side))[None, None], device)
+    inputs = normalize(images, member.pixels["mean"], member.pixels["std"])
+    with explain_memory("while drawing the maps of an image", "use a machine with more"):
+        return draw_maps(member.network, inputs, columns)[1][0].cpu().numpy()
 
 
 def write_heatmaps(member: Network, files: Sequence[Path], scores: Floats, out: Path, top: int) -> int:
@@ -65,7 +56,7 @@ def write_heatmaps(member: Network, files: Sequence[Path], scores: Floats, out: 
 
     Files without a score, which cannot be read, get none.
     """
-    draw, options, known = open_mapper(member), member.images, member.config.labels
+    options, known = member.images, member.config.labels
     out.mkdir(parents=True, exist_ok=True)
     written = 0
     with progress_bar("Drawing maps", "images") as advance:
@@ -74,7 +65,7 @@ def write_heatmaps(member: Network, files: Sequence[Path], scores: Floats, out: 
                 continue
             film = decode_stored(prepare(file.read_bytes(), options).data, options.encoding)
             labels = [known[place] for place in np.argsort(-row, kind="stable")[:top]]
-            for label, heat in zip(labels, draw([film], labels)[0], strict=True):
+            for label, heat in zip(labels, draw_heats(member, film, labels), strict=True):
                 score = row[known.index(label)]
                 picture = draw_overlay(
                     film, heat, [f"{label}: score {score:.3f}", f"{member.run.name}, not for clinical use"]
@@ -131,8 +122,7 @@ def draw_cells(job: Job, splits: Sequence[str], marks: Marks) -> Iterator[Cell]:
     """
     if job.config.fusion is not None:
         raise DataError(f"{job.run}: a run by studies; heat maps are of runs that learned single images")
-    member = load_member(job.run, job.config)
-    draw = open_mapper(member)
+    member = load_network(job.run, job.config)
     for name in splits:
         check_seen(job, name, member.seen)
     square, side = str(job.manifest.options.get("square", "no")), job.config.image_size
@@ -148,7 +138,8 @@ def draw_cells(job: Job, splits: Sequence[str], marks: Marks) -> Iterator[Cell]:
             for done, place in enumerate(wanted, start=1):
                 job.ranks.agree()
                 row = facts.slice(place, 1).to_pylist()[0]
-                heats = draw(list(read_images(split, rows[place : place + 1])), labels[place])[0]
+                (film,) = read_images(split, rows[place : place + 1])
+                heats = draw_heats(member, film, labels[place])
                 for label, heat in zip(labels[place], heats, strict=True):
                     yield Cell(
                         label, row["patient"], heat, _mark(split, row, marks[row["key"]][label], square, side)
@@ -171,21 +162,19 @@ def _mark(
     return mark_boxes(mark, frame_of(square, row["width"], row["height"]), side)
 
 
-def print_localization(found: Mapping[str, Any]) -> None:
-    """A table: per label the hits of the pointing game and the IoU, beside chance."""
-    table = Table(title="Where the maps point", title_justify="left")
-    for heading in ("label", "hits", "hit rate [95 %]", "chance", "p", "fixed map", "IoU [95 %]"):
-        table.add_column(heading, justify="left" if heading == "label" else "right")
-    for name, of in found["labels"].items():
-        if name == "all":
-            table.add_section()
-        table.add_row(
+def tabulate_localization(found: Mapping[str, Any]) -> Table:
+    """Per label the hits of the pointing game and the IoU, beside chance."""
+    columns = ("label", "hits", "hit rate [95 %]", "chance", "p", "fixed map", "IoU [95 %]")
+    rows = [
+        [
             name,
-            f"{of['hits']} of {of['cells']}",
-            f"{show_figure(of['hit_rate'])} {show_limits(of['hit_limits'])}",
-            show_figure(of["chance"]),
-            f"{of['p']:.2g}",
-            show_figure(of["fixed"]),
-            f"{show_figure(of['iou'])} {show_limits(of['iou_limits'])}",
-        )
-    Console().print(table)
+            f"{cell['hits']} of {cell['cells']}",
+            f"{show_figure(cell['hit_rate'])} {show_limits(cell['hit_limits'])}",
+            show_figure(cell["chance"]),
+            f"{cell['p']:.2g}",
+            show_figure(cell["fixed"]),
+            f"{show_figure(cell['iou'])} {show_limits(cell['iou_limits'])}",
+        ]
+        for name, cell in found["labels"].items()
+    ]
+    return Table("Where the maps point", columns, rows, means="all" in found["labels"])

@@ -57,7 +57,7 @@ from pipeline.base.files import hash_file, read_object, write_json
 from pipeline.console import Advance, progress_bar, say
 from pipeline.images import ImageOptions
 from pipeline.measure.calibration import RULES, apply_calibration, apply_calibrations
-from pipeline.measure.evaluate import Scored, calibrate
+from pipeline.measure.evaluate import Scored, calibrate, study_level
 from pipeline.measure.metrics import Floats
 from pipeline.stream.batches import choose_usable
 from pipeline.stream.collection import Collection
@@ -91,6 +91,15 @@ class Decision(NamedTuple):
     limits: list[float]  # [] without a rule
     rule: str
     combine: str = "max"  # how a study's score is computed from its views
+
+    def apply(self, labels: Sequence[str], scores: Floats) -> tuple[Floats, Floats]:
+        """Calibrated scores [N, L], and decisions by the scores before: 1, 0, or NaN, [N, 0] without a rule."""
+        limits = np.array(self.limits)
+        raw = scores[:, : len(limits)]
+        decided = np.where(np.isnan(raw) | np.isnan(limits), np.nan, raw >= limits)
+        return scores if self.calibration is None else apply_calibrations(
+            labels, scores, self.calibration
+        ), decided
 
 
 class Network(NamedTuple):
@@ -136,7 +145,7 @@ class Predictor:
             run: read_calibration(run, one.labels)["image"] if several else None
             for run, one in self.configs.items()
         }
-        return [load_member(run, config, fits[run], self.ranks) for run, config in self.configs.items()]
+        return [load_network(run, config, fits[run], self.ranks) for run, config in self.configs.items()]
 
     def score(self, job: Job, name: str, alter: Alteration | None = None, most: float = math.inf) -> Result:
         """The scores of a split of the job's shards, under its conditions; `alter` changes the images first.
@@ -159,14 +168,25 @@ class Predictor:
         shared = {key: max(count[key] for count in counts) for key in known}
         return Result(images._replace(scores=mean), table, shared, found if len(found) > 1 else {})
 
-    def score_files(self, samples: Sequence[Sequence[Path]], workers: int) -> tuple[Floats, Unusable]:
-        """Scores [N, L] of samples: image files one by one or, for a run by studies, a study's together.
+    def score_files(
+        self, samples: Sequence[Sequence[Path]], workers: int, combine: str = "max"
+    ) -> tuple[Floats, Unusable]:
+        """Scores [N, L] of samples, which are the image files of a study, or of single ones; and unusable files.
 
-        NaN where none of a sample's files can be read; and which files cannot, and why. An image takes the way it
-        would take through shards: the same resize, encoding and decoding. Says how many the weights have learned from.
+        A run by images scores each, which `combine` makes a study's score of. NaN if none of a sample's files can be
+        read. An image takes the way it would take through shards: the same resize, encoding and decoding. Says how many
+        the weights have learned from.
         """
-        found = [(member, _score_files(member, samples, workers)) for member in self.members]
-        return np.mean([member.calibrate(scores) for member, (scores, _) in found], axis=0), found[0][1][1]
+        by_image = self.config.fusion is None
+        scored = [[file] for files in samples for file in files] if by_image else samples
+        found = [(member, _score_files(member, scored, workers)) for member in self.members]
+        scores = np.mean([member.calibrate(own) for member, (own, _) in found], axis=0)
+        if by_image:
+            study = np.repeat(np.arange(len(samples)), list(map(len, samples)))
+            nothing = np.zeros((4, len(study)), np.int64)
+            rows = study_level(Scored(scores, scores, ~np.isnan(scores), study, *nothing), combine)
+            scores = np.where(rows.mask, rows.scores, np.nan)
+        return scores, found[0][1][1]
 
     def decide(self, threshold: str, level: str = "image") -> Decision:
         """The calibration of its scores at a level, and their thresholds by a rule.
@@ -297,7 +317,7 @@ def read_calibration(run: Path, labels: Sequence[str], level: str = "image") -> 
     return document
 
 
-def load_member(
+def load_network(
     run: Path, config: Config, calibration: Mapping[str, Any] | None = None, ranks: Ranks = ALONE
 ) -> Network:
     """The network of a run, on the GPU if there is one. Raises CheckpointError."""

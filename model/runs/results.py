@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from model.runs.config import parse_choice, read_config
+from model.runs.config import Config, parse_choice, read_config
 from model.runs.folder import result_name
 from model.runs.job import Job, open_images, open_split, selected_splits
 from model.runs.predictor import Predictor, Result, forget_calibration, of_job
@@ -30,20 +30,6 @@ from pipeline.measure.metrics import Floats, averaged_labels, mean_of, report_au
 from pipeline.measure.scores import Scores, open_scores, read_scores, write_scores
 from pipeline.stream.samples import find_places
 
-ADOPTED = {  # settings that say something of weights that were adopted
-    *(
-        "adopted",
-        "init",
-        "init_terms",
-        "init_labels",
-        "arch",
-        "image_size",
-        "input_scale",
-        "equalize",
-        "manifest",
-    ),
-    *("blank", "labels", "views", "where", "dev", "seed", "max_bad"),
-}
 TRAIN_SAMPLES = 2000  # that a sweep scores of train
 
 
@@ -235,7 +221,11 @@ def describe_settings(job: Job, predictor: Predictor) -> dict[str, Any]:
         for name, value in configs[0].items()
     }
     if job.config.adopted:
-        settings = {name: value for name, value in settings.items() if name in ADOPTED}
+        default = {one.name: one.default for one in fields(Config)} | {"uncertain": settings["uncertain"]}
+        shown = ("labels", "views", "blank")  # the others say something of weights only if somebody set them
+        settings = {
+            name: value for name, value in settings.items() if name in shown or value != default[name]
+        }
     if settings["views"] == "all":  # of the shards, which may hold fewer
         settings["views"] = job.manifest.options.get("views", "all")
     return settings | ({"members": list(map(str, predictor.configs))} if len(configs) > 1 else {})

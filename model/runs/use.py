@@ -34,11 +34,8 @@ from pipeline.base.files import check_folder, hash_file, write_csv, write_json
 from pipeline.base.options import option
 from pipeline.command import EXISTING, EXISTING_FILE, FILE, FOLDER, Fields, command
 from pipeline.console import count_of, echo, refuse_usage, say, say_next
-from pipeline.labels import MOST_VIEWS, VIEWS
-from pipeline.measure.calibration import RULES, apply_calibration, apply_calibrations, read_fit
-from pipeline.measure.evaluate import Scored, study_level
-from pipeline.measure.evaluation import read_evaluation
-from pipeline.measure.metrics import Floats
+from pipeline.labels import LABELS, MOST_VIEWS, VIEWS
+from pipeline.measure.calibration import RULES, apply_calibration, read_fit
 
 if TYPE_CHECKING:
     from model.runs.predictor import Decision, Predictor
@@ -231,30 +228,21 @@ def predict_command(given: Prediction) -> int:
     say_unlearned(predictor)
     combined = given.group_by is not None and config.fusion is None
     decision = predictor.decide(given.threshold, "study" if combined else "image")
-    single = [[file] for group in samples.values() for file in group]
-    scores, bad = predictor.score_files(single if combined else list(samples.values()), given.workers)
+    raw, bad = predictor.score_files(list(samples.values()), given.workers, decision.combine)
     for file, reason in bad:
         say(f"{file}: {reason}")
     if len(bad) == len(files):
         kept = f"{out} is left as it was" if out.exists() else f"{out} is not written"
         raise DataError(f"none of {count_of(len(files), 'image')} can be read; {kept}")
-    if combined:
-        scores = combine_scores(scores, [len(group) for group in samples.values()], decision.combine)
-    # Thresholds were chosen on scores before calibration.
-    limits = np.array(decision.limits)
-    unknown = np.isnan(scores[:, : len(limits)]) | np.isnan(limits)
-    decided = np.where(unknown, np.nan, scores[:, : len(limits)] >= limits)
-    if decision.calibration is not None:
-        scores = apply_calibrations(config.labels, scores, decision.calibration)
-    cells = [["" if math.isnan(score) else show_score(score) for score in row] for row in scores.tolist()]
-    for row, calls in zip(cells, decided.tolist(), strict=True):
-        row += ["" if math.isnan(call) else str(int(call)) for call in calls]
+    scores, decided = decision.apply(config.labels, raw)
     facts = {"run": predictor.name, "shards": config.manifest, "threshold_rule": decision.rule}
-    columns = [*config.labels, *(f"{label} positive" for label in config.labels[: len(limits)]), *facts]
     by_study = config.fusion is not None or combined
-    heading = ["study" if by_study else "file", *columns]
-    rows = ([name, *row, *facts.values()] for name, row in zip(samples, cells, strict=True))
-    write_csv(out, [heading, *rows])
+    positive = [f"{label} positive" for label in config.labels[: decided.shape[1]]]
+    rows = (
+        [name, *map(show_number, values), *map(show_number, calls), *facts.values()]
+        for name, values, calls in zip(samples, scores.tolist(), decided.tolist(), strict=True)
+    )
+    write_csv(out, [["study" if by_study else "file", *config.labels, *positive, *facts], *rows])
     of_studies = f" in {len(samples):,} stud{'y' if len(samples) == 1 else 'ies'}" if by_study else ""
     scored = count_of(len(files) - len(bad), "image")
     echo(f"{out}: scores of {scored}{of_studies}, {len(bad):,} unusable")
@@ -269,17 +257,9 @@ def predict_command(given: Prediction) -> int:
     return 3 if given.strict and bad else 0
 
 
-def show_score(score: float) -> str:
-    """A score with 9 significant digits; near 1 with all it has, so that rounding makes no ties."""
-    return f"{score:.{9 if score < 0.999 else 17}g}"
-
-
-def combine_scores(scores: Floats, sizes: Sequence[int], combine: str) -> Floats:
-    """Scores [S, L] of studies, whose images have scores [N, L] in turn, as `study_level` makes them; NaN for none."""
-    study = np.repeat(np.arange(len(sizes)), sizes)
-    nothing = np.zeros((4, len(study)), np.int64)
-    rows = study_level(Scored(scores, scores, ~np.isnan(scores), study, *nothing), combine)
-    return np.where(rows.mask, rows.scores, np.nan)
+def show_number(value: float) -> str:
+    """A score with 9 significant digits; near 1 with all it has, so that rounding makes no ties. "" for NaN."""
+    return "" if math.isnan(value) else f"{value:.{9 if value < 0.999 else 17}g}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -299,7 +279,7 @@ def export_command(given: Export) -> int:
     """
     check_folder(given.out)
     check_folders(runs=given.runs)
-    from model.export import Committee, Scorer, export_scorer
+    from model.export import Reading, Scorer, export_scorer
     from model.runs.predictor import open_predictor
 
     predictor = open_predictor(given.runs)
@@ -316,11 +296,12 @@ def export_command(given: Export) -> int:
     def read_fits(chosen: Mapping[str, Any] | None) -> list[Any]:
         return [] if chosen is None else [read_fit(chosen[label]) for label in config.labels]
 
-    scorers = [
-        Scorer(one.network, learned_columns(one.config), **one.pixels, fits=read_fits(one.calibration))
+    inputs = [
+        Reading(learned_columns(config), one.pixels["mean"], one.pixels["std"], read_fits(one.calibration))
         for one in predictor.members
     ]
-    whole = Committee(scorers, read_fits(decision.calibration), decision.limits)
+    networks = [one.network for one in predictor.members]
+    whole = Scorer(networks, inputs, read_fits(decision.calibration), decision.limits)
     facts = describe_export(predictor, decision)
     try:
         difference = export_scorer(whole, config.image_size, given.out, facts)
@@ -332,13 +313,9 @@ def export_command(given: Export) -> int:
 
 
 def say_unlearned(predictor: "Predictor") -> None:
-    """Say which labels have no scores because nobody annotated them in the shards of a predictor's run."""
-    path = next(iter(predictor.configs)) / "evaluation-dev.json"
-    labels = read_evaluation(path).head.get("not_annotated") if path.exists() else None
-    if labels:
-        say(
-            f"{predictor.name}: no scores of {', '.join(labels)}: not annotated in its shards, so not learned"
-        )
+    """Say which labels have no scores, because a predictor has not learned them."""
+    if lacking := [label for label in LABELS if label not in predictor.config.labels]:
+        say(f"{predictor.name}: no scores of {', '.join(lacking)}: not learned")
 
 
 def describe_export(predictor: "Predictor", decision: "Decision") -> dict[str, str]:
@@ -347,11 +324,12 @@ def describe_export(predictor: "Predictor", decision: "Decision") -> dict[str, s
 
     config, members, calibration = predictor.config, predictor.members, decision.calibration or {}
     dataset = members[-1].dataset
-    thresholds: dict[str, dict[str, float | None]] = {rule: {} for rule in RULES}
-    for label, fitted in calibration.items():
-        for rule, limit in fitted["thresholds"].items():
-            scaled = None if limit is None else float(apply_calibration(np.array([limit]), fitted)[0])
-            thresholds[rule][label] = scaled
+
+    def scale(fitted: Mapping[str, Any], rule: str) -> float | None:
+        limit = fitted["thresholds"][rule]
+        return None if limit is None else float(apply_calibration(np.array([limit]), fitted)[0])
+
+    thresholds = {rule: {label: scale(fit, rule) for label, fit in calibration.items()} for rule in RULES}
     return {
         "labels": json.dumps(config.labels),
         "image_size": str(config.image_size),
@@ -490,7 +468,7 @@ def localize_command(given: Localization) -> int:
     check_folders(data.shards)
     config = read_config(run)
     from model.ranks import listen
-    from model.runs.explain import draw_cells, print_localization, read_marks
+    from model.runs.explain import draw_cells, read_marks, tabulate_localization
     from model.runs.folder import result_name
     from model.runs.job import Job, choose_device
     from pipeline.measure.localization import measure_localization
@@ -506,7 +484,7 @@ def localize_command(given: Localization) -> int:
     found = measure_localization(cells)
     path = run / f"localization-{result_name(config, collection.digest, '+'.join(splits))}.json"
     write_json(path, {"splits": list(splits), "boxes": hash_file(boxes)} | found)
-    print_localization(found)
+    tabulate_localization(found).print()
     all_cells = sum(map(len, marks.values()))
     echo(f"{path}: {len(cells):,} of the {all_cells:,} cells in {boxes}")
     if collection.digest == config.manifest and not {"train", "dev"}.isdisjoint(splits):

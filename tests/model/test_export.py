@@ -10,7 +10,7 @@ import torch
 
 from model import export
 from model.augment import equalize, normalize
-from model.export import Scorer, compare_scores, draw_probes, export_scorer
+from model.export import Reading, Scorer, compare_scores, draw_probes, export_scorer
 from model.networks import ResCNN
 from model.predict import predict_scores
 from model.runs.config import Config
@@ -22,20 +22,20 @@ def scorer() -> Scorer:
     torch.manual_seed(0)
     network = ResCNN(14, widths=(16, 32))
     network(torch.randn(64, 1, 32, 32))  # so that BatchNorm has seen something
-    return Scorer(network, list(range(14)), 120.0, 60.0).eval()
+    return Scorer([network], [Reading(list(range(14)), 120.0, 60.0)]).eval()
 
 
 def shift_bias(scorer: Scorer) -> None:
-    list(scorer.network.parameters())[-1].data[3] += 1
+    list(scorer.networks.parameters())[-1].data[3] += 1
 
 
 def shift_mean(scorer: Scorer) -> None:
-    scorer.mean = scorer.mean + 20
+    scorer.inputs = [scorer.inputs[0]._replace(mean=140.0)]
 
 
 def add_noise(scorer: Scorer) -> None:
     torch.manual_seed(1)
-    for weight in scorer.network.parameters():
+    for weight in scorer.networks.parameters():
         weight.mul_(1 + 0.01 * torch.randn_like(weight))
 
 
@@ -103,4 +103,6 @@ def test_a_robust_network_equalizes_wherever_it_is_used(suffix: str, tmp_path: P
         torch.testing.assert_close(copy.deepcopy(robust)(normalize(images, 120.0, 60.0)), expected)
         brighter = predict_scores(robust, [7], [(images + 50,)], 120.0, 60.0, torch.float32)
         np.testing.assert_allclose(brighter[:, 0], torch.sigmoid(expected[:, 7]), atol=1e-5)
-    assert export_scorer(Scorer(robust, [7], 120.0, 60.0), 32, tmp_path / f"model{suffix}") < 1e-3
+    assert (
+        export_scorer(Scorer([robust], [Reading([7], 120.0, 60.0)]), 32, tmp_path / f"model{suffix}") < 1e-3
+    )
