@@ -57,13 +57,7 @@ def open_templates(package: str) -> "jinja2.Environment":
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {
-        "count": show_count,
-        "figure": show_figure,
-        "limits": show_limits,
-        "setting": show_setting,
-    }
-    environment.tests["filled"] = has_figures
+    environment.filters |= {"count": show_count, "figure": show_figure, "limits": show_limits}
     return environment
 
 
@@ -127,12 +121,6 @@ def draw_svg(
     `unit`: both axes from 0 to 1. `fitted`: with room for labels of any length, which takes twice the time.
     """
     return Panel(inches, unit=unit, fitted=fitted).draw(draw, description)
-
-
-def has_figures(body: str) -> bool:
-    """Whether a cell of a table's body holds more than dashes, and the counts of what is too few."""
-    cells = re.findall("<td[^>]*>(.*?)</td>", body, re.DOTALL)
-    return any("(few)" not in cell and re.search(r"\d", cell) for cell in cells)
 
 
 def show_count(value: int) -> str:

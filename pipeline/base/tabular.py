@@ -27,6 +27,7 @@ class Table:
     notes: Sequence[str] = ()
     means: int = 0
     kind: str = "figures"  # the class of the page's table
+    folded: bool = False  # on a page, which then shows the title until it is opened
 
     @property
     def filled(self) -> bool:
@@ -64,7 +65,10 @@ class Table:
         if not self.filled:
             return Markup()
         title = self.title if title is None else title
-        parts = [f"<h3>{escape(title)}</h3>"] if title else []
+        heading = (
+            f"<details><summary>{escape(title)}</summary>" if self.folded else f"<h3>{escape(title)}</h3>"
+        )
+        parts = [heading] if title else []
         parts.append(
             f'<div class="scroll" tabindex="0" role="group" aria-label="table: {escape(title or self.kind)}">'
         )
@@ -77,6 +81,7 @@ class Table:
                 parts.append(f"</{tag}>")
         parts.append("</table></div>")
         parts += [f'<p class="note">{escape(note)}</p>' for note in self.notes]
+        parts += ["</details>"] if self.folded else []
         return Markup("\n".join(parts))  # noqa: S704 - each text is escaped
 
     def _heads(self) -> str:

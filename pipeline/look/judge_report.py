@@ -24,7 +24,7 @@ from pipeline.base.pages import (
     open_templates,
     show_figure,
 )
-from pipeline.base.tabular import Table, show_cell
+from pipeline.base.tabular import show_cell
 from pipeline.look import judged
 from pipeline.measure.calibration import apply_calibration
 from pipeline.measure.evaluate import Scored, study_level
@@ -265,31 +265,11 @@ def render_card(
                 lines.append(judged.tabulate_rates(evaluation, level, rule, brief=True).markdown())
         if verdicts := [row.note for row in evaluation.select(metric="verdict")]:
             lines += ["### Does the model rely on shortcuts?", _bullets(verdicts)]
-        lines.append(tabulate_macros(evaluation).markdown())
+        lines += [table.markdown() for table in judged.list_groups(evaluation)]
         lines += ["### Left out, and why", _bullets(judged.describe_gaps(evaluation) or ["Nothing."])]
     lines += ["## Limits", _bullets(read_lines("limits")), "## How it was measured"]
     lines.append(_bullets(read_lines("methods")))
     return "\n\n".join(line.strip("\n") for line in lines if line.strip()) + "\n"
-
-
-def tabulate_macros(evaluation: Evaluation) -> Table:
-    """A row for each group: images, macro AUROC, less the first group's, and the widest TPR gap of the variable."""
-    rows = []
-    for variable in judged.list_variables(evaluation):
-        gaps = [row for row in evaluation.select(metric="tpr_gap", group=variable) if row.value is not None]
-        widest = max(gaps, key=lambda row: row.number, default=None)
-        text = f"{widest.label} {widest.shown}" if widest else "–"
-        for row in evaluation.select(metric="auroc", label="macro", scorer=None):
-            if str(row.group).startswith(f"{variable}="):
-                size = judged.count(evaluation.get("images", None, group=row.group).value)
-                less = evaluation.get("auroc_less_first", "macro", group=row.group)
-                change = "" if less.value is None else less.change
-                over = str(len(row.note.split(", ")) if row.note else 0)
-                name = f"{variable} {judged.name_group(row)}"
-                rows.append([name, size, row.shown, change, over, text])
-                text = ""
-    columns = ("group", "images", "macro AUROC [95 %]", "minus the first group [95 %]", "labels in it")
-    return Table("Subgroups", [*columns, "widest TPR gap [95 %]"], rows)
 
 
 def _bullets(lines: Sequence[str]) -> str:

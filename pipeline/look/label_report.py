@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from pipeline.base import pages
 from pipeline.labels import LABELS, label_states, select_views
 from pipeline.look import tables
-from pipeline.look.plots import draw_audit, draw_cooccurrence, draw_groups, draw_states
+from pipeline.look.plots import draw_audit, draw_cooccurrence, draw_states
 from pipeline.look.sheet import data_uri, fit, read_images, spread_rows
 from pipeline.manifest import read_manifest
 from pipeline.measure.audit import Audit, describe_alarms
@@ -83,21 +83,16 @@ def render_label_report(
     Groups are by every variable that splits the table into at least two.
     """
     counted = (count_groups(table, variable) for variable in NO_GROUP)
-    groups = [by for by in counted if len(by["groups"]) > 1]
-    cooccurrence = count_cooccurrence(table)
-    together = partial(draw_cooccurrence, cooccurrence=cooccurrence)
+    groups = [tables.tabulate_shares(by) for by in counted if len(by["groups"]) > 1]
+    together = partial(draw_cooccurrence, cooccurrence=count_cooccurrence(table))
     page = pages.open_templates("pipeline.look").get_template("labels.html")
     return page.render(
         title=title,
         scope=scope,
         report=report,
         states=_draw(partial(draw_states, statistics=report), "share of images by state"),
-        cooccurrence=cooccurrence,
         heat_map_together=_draw(together, "co-occurrence", (6.6, 6.0)),
-        groups=[
-            (by, _draw(partial(draw_groups, groups=by), f"share of positives by {by['variable']}"))
-            for by in groups
-        ],
+        groups=groups,
         examples=examples,
         tables=tables,
         **_describe_audit(audit),

@@ -1,11 +1,10 @@
-"""Statistics → figures: stacked bars of the four states per label, a heat map of co-occurrence, dots per group.
+"""Statistics → pictures: stacked bars of the four states per label, heat maps of co-occurrence and of an audit.
 
 Import it only to draw: matplotlib is slow to load. Figures are made without pyplot, so there is no window and no
 global state. The same numbers and matplotlib version give the same bytes.
 """
 
 from collections.abc import Mapping, Sequence
-from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -21,9 +20,7 @@ from pipeline.measure.metrics import Floats
 NAMED_SHARE = 5.0  # percent: a narrower bar has no room for its number
 STRENGTH = 0.55  # of the color at 100 %: numbers stay legible on light and dark backgrounds
 KINDS = ("acquisition", "together", "content")  # of covariates, from left to right
-MARKERS = "osD^vXP"  # one more than there are colors, so that no pair repeats
 COLORS = dict(zip(STATES, (pages.POSITIVE, pages.UNCERTAIN, pages.NEGATIVE, pages.BLANK), strict=True))
-SERIES = (pages.FIRST, pages.SECOND, pages.THIRD, pages.FOURTH, pages.INK, pages.FAINT)
 LEGEND = {"handlelength": 1, "handletextpad": 0.5, "columnspacing": 1.2, "borderaxespad": 0.2}
 
 
@@ -112,23 +109,6 @@ def _draw_cells(axes: Axes, shares: Floats, texts: Sequence[Sequence[str]]) -> N
     axes.set_ylim(len(shares) - 0.5, -0.5)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-
-
-def draw_groups(axes: Axes, groups: Mapping[str, Any]) -> None:
-    """Per label, the share of positives in every group: dots on a line from the lowest to the highest."""
-    names = list(groups["groups"])
-    counts = [group["labels"] for group in groups["groups"].values()]
-    labels = list(counts[0])
-    shares = 100 * np.array([[found[label]["share_positive"] for label in labels] for found in counts], float)
-    rows = np.arange(len(labels))
-    axes.hlines(
-        rows, np.fmin.reduce(shares), np.fmax.reduce(shares), colors=pages.FAINT, linewidth=0.8, zorder=1
-    )
-    texts = [name.replace("$", r"\$") for name in names]  # a bare one would start a formula
-    for text, share, color, marker in zip(texts, shares, cycle(SERIES), cycle(MARKERS), strict=False):
-        axes.scatter(share, rows, s=16, color=color, marker=marker, linewidth=0, label=text, zorder=2)
-    axes.set_xlim(left=min(0, -0.02 * np.nanmax(shares, initial=0)))
-    _name_rows(axes, labels, "positive (% of the group's images)")
 
 
 def _name_rows(axes: Axes, labels: list[str], xlabel: str) -> None:

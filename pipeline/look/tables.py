@@ -33,16 +33,6 @@ def tabulate_shares(groups: Mapping[str, Any]) -> Table:
     return Table(f"positive % by {groups['variable']}", columns, rows, kind="groups")
 
 
-def tabulate_together(cooccurrence: Mapping[str, Mapping[str, int]]) -> Table:
-    """How often two labels are positive together."""
-    rows = [
-        [f"{number:2} {label}", *map(str, row.values())]
-        for number, (label, row) in enumerate(cooccurrence.items(), 1)
-    ]
-    title = "images positive for the row and the column"
-    return Table(title, ["label", *map(str, range(1, len(rows) + 1))], rows, kind="cooccurrence")
-
-
 def tabulate_policy(policies: Mapping[str, Any]) -> Table:
     """What policies make of each label."""
     columns = ["label", "uncertain", "positives", "negatives", "open", "masked", "mean target", "pos. weight"]
@@ -105,7 +95,7 @@ def tabulate_audit(audit: Audit) -> Table:
         f"{totals}\nof {len(audit['clues'])} tests, those whose lower limit, adjusted by Holm's method at level "
         f"{audit['level']}, is above {audit['threshold']}"
     )
-    return Table(title, columns, rows, kind="audit")
+    return Table(title, columns, rows, kind="audit", folded=True)
 
 
 def _mark(clue: Clue) -> str:

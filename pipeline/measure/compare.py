@@ -1,4 +1,4 @@
-"""Scores beside others': another run's, other ways to score studies, an ensemble's members, altered images, other data.
+"""Scores beside others': another run's, an ensemble's members', altered images', readers' calls, and other data.
 
 Differences between scores of the same patients are paired (pipeline.measure.delong). Two data sets are independent
 samples, so the limits of their difference follow from the limits of its sides (Newcombe, 1998, method 10; Zou, 2007);
@@ -18,6 +18,7 @@ from pipeline.measure.delong import combine_limits, measure_areas, weigh_labels
 from pipeline.measure.evaluate import Scored, average, study_level
 from pipeline.measure.evaluation import COMMON, OWN, Evaluation, Row
 from pipeline.measure.metrics import (
+    Bools,
     Floats,
     areas,
     brier_score,
@@ -25,9 +26,11 @@ from pipeline.measure.metrics import (
     count_classes,
     label_cells,
     mean_of,
+    measure_rates,
     report_auroc,
     subtract,
     subtract_independent,
+    threshold_curve,
 )
 
 MEMBERS = "mean of the members"
@@ -60,27 +63,30 @@ def add_comparison(
     evaluation: Evaluation,
     level: str,
     rows: Scored,
-    others: Mapping[str, Floats],
+    scorer: str,
+    others: Sequence[Floats],
     names: Sequence[str] | None = None,
 ) -> None:
-    """Add the AUROCs of others' scores [N, L] of the same rows, and ours less theirs, for findings and means.
+    """Add the mean AUROC of others' scores [N, L] of the same rows, and ours less it, for findings and means.
 
-    `names` are those of the columns, by default the evaluation's. Means are over the findings that ours is over.
+    Differences are contrasts of correlated AUROCs, paired by patient. `names` are those of the columns, by default the
+    evaluation's. Means are over the findings that ours is over.
     """
     names = names or evaluation.labels
-    means, ours = average(names, rows)
-    cells = report_auroc(names, *rows[:4])["labels"]
-    for scorer, scores in others.items():
-        area, theirs = measure_areas(scores, *rows[1:4]), report_auroc(names, scores, *rows[1:4])["labels"]
-        both = ours.join(area)
-        for label, over in means.items():
-            share = weigh_labels(names, over)
-            value, own = (mean_of(figures, over, "auroc") for figures in (theirs, cells))
-            limits = combine_limits(area, share)
-            evaluation.add(level, label, "auroc", value, **limits, scorer=scorer)
-            limits = combine_limits(both, np.concatenate([share, -share]))
-            less = subtract(own, value)
-            evaluation.add(level, label, "auroc_difference", less, **limits, scorer=scorer)
+    means, joined = average(names, rows)
+    reports = [report_auroc(names, scores, *rows[1:4])["labels"] for scores in (rows.scores, *others)]
+    for scores in others:
+        joined = joined.join(measure_areas(scores, *rows[1:4]))
+    for label, over in means.items():
+        share = weigh_labels(names, over)
+        weights = [share / len(others)] * len(others)
+        own, *values = (mean_of(report, over, "auroc") for report in reports)
+        mean = sum(value or 0 for value in values) / len(values) if over else None
+        limits = combine_limits(joined, np.concatenate([0 * share, *weights]))
+        evaluation.add(level, label, "auroc", mean, **limits, scorer=scorer)
+        limits = combine_limits(joined, np.concatenate([share, *(-part for part in weights)]))
+        less = subtract(own, mean)
+        evaluation.add(level, label, "auroc_difference", less, **limits, scorer=scorer)
 
 
 def add_auprc(
@@ -99,26 +105,6 @@ def add_auprc(
         mine, other = (resampled_mean(drawn, names, over) for _, drawn in sides)
         limits = interval(mine - other)
         evaluation.add(level, label, "auprc_difference", subtract(ours, theirs), **limits, scorer=scorer)
-
-
-def add_gain(evaluation: Evaluation, rows: Scored, members: Mapping[str, Floats]) -> None:
-    """Add the AUROCs of an ensemble's members, their mean, and what the ensemble gains over it, paired by patient.
-
-    `members` are their scores [N, L] of the same rows: the gain is a contrast of correlated AUROCs.
-    """
-    names, level = evaluation.labels, evaluation.unit
-    means, joined = average(names, rows)
-    add_comparison(evaluation, level, rows, members)
-    for scores in members.values():
-        joined = joined.join(measure_areas(scores, *rows[1:4]))
-    for label, over in means.items():
-        share = weigh_labels(names, over)
-        limits = combine_limits(joined, np.concatenate([share, *[-share / len(members)] * len(members)]))
-        values = [evaluation.get("auroc", label, scorer=name).number for name in members]
-        mean = sum(values) / len(values) if over else None
-        gain = subtract(evaluation.get("auroc", label).value, mean)
-        evaluation.add(level, label, "auroc", mean, scorer=MEMBERS)
-        evaluation.add(level, label, "auroc_difference", gain, **limits, scorer=MEMBERS)
 
 
 def add_own(evaluation: Evaluation, images: Scored, own: Evaluation) -> None:
@@ -191,3 +177,40 @@ def add_recalibration(
             for metric, measure in (("ece", calibration_error), ("brier", brier_score)):
                 value, why = (None, note) if left_out else (measure(values, truth), "")
                 evaluation.add(level, name, metric, value, group, note=why)
+
+
+def add_readers(evaluation: Evaluation, studies: Scored, readers: Mapping[str, Floats]) -> None:
+    """Add each reader's rates, from calls [S, L] of 1, 0 or NaN: not read. All figures are of the studies read.
+
+    `network` is the sensitivity of the network's ROC curve, straight between its points, at the reader's specificity,
+    on the same studies. `below` is 1 if it is higher than the reader's, else 0; None if the studies have one class.
+    """
+    for reader, calls in readers.items():
+        read = ~np.isnan(calls)
+        evaluation.add("study", None, "studies", int(read.any(axis=1).sum()), scorer=reader)
+        mask = studies.mask & read
+        for column, cells in enumerate(label_cells(evaluation.labels, *studies[:2], mask, studies.patient)):
+            name, score, truth, patient = cells
+            if not len(truth):
+                continue
+            counts = count_classes(truth, patient)
+            rates = measure_rates(0.5, calls[mask[:, column], column], truth, patient)
+            for rate, figure in rates.items():
+                evaluation.add("study", name, rate, **figure, **counts, scorer=reader)
+            sensitivity, specificity = (rates[rate]["value"] for rate in ("sensitivity", "specificity"))
+            network, below = place_on_curve(score, truth, specificity), None
+            evaluation.add("study", name, "network", network, scorer=reader)
+            if network is not None and sensitivity is not None:
+                below = float(network > sensitivity + 1e-9)  # not by rounding
+            evaluation.add("study", name, "below", below, **counts, scorer=reader)
+
+
+def place_on_curve(score: Floats, truth: Bools, specificity: float | None) -> float | None:
+    """The sensitivity of the ROC curve of scores [n] at a specificity; None with one class."""
+    if specificity is None or not truth.any():
+        return None
+    curve = threshold_curve(score, truth)
+    hits = np.concatenate([[0], curve.true_positives]) / truth.sum()
+    alarms = np.concatenate([[0], curve.false_positives]) / (~truth).sum()
+    highest = np.append(np.diff(alarms) > 0, True)  # where the curve rises straight up
+    return float(np.interp(1 - specificity, alarms[highest], hits[highest]))

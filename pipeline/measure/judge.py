@@ -11,12 +11,11 @@ from pipeline.base.errors import DataError
 from pipeline.labels import find_unannotated
 from pipeline.manifest import name_facts
 from pipeline.measure.belief import add_belief
-from pipeline.measure.compare import ALTERED, add_auprc, add_comparison, add_gain
+from pipeline.measure.compare import ALTERED, MEMBERS, add_auprc, add_comparison, add_readers
 from pipeline.measure.covariates import find_covariates, find_strata
 from pipeline.measure.evaluate import Scored, assess, study_level
 from pipeline.measure.evaluation import UNITS, Evaluation
 from pipeline.measure.metrics import Floats
-from pipeline.measure.readers import add_readers
 
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 RESAMPLES = 1000  # of patients, for intervals of AUPRC
@@ -62,12 +61,12 @@ def judge_scores(
     add_belief(evaluation, images, covariates, strata, beside.edge)
     for name, scores in beside.against.items():
         add_other(evaluation, images, name, scores)
-    if beside.altered:
-        add_comparison(
-            evaluation, unit, images, {f"{ALTERED}{name}": scores for name, scores in beside.altered.items()}
-        )
+    for name, scores in beside.altered.items():
+        add_comparison(evaluation, unit, images, f"{ALTERED}{name}", [scores])
+    for name, scores in beside.members.items():
+        add_comparison(evaluation, unit, images, name, [scores])
     if beside.members:
-        add_gain(evaluation, images, beside.members)
+        add_comparison(evaluation, unit, images, MEMBERS, [*beside.members.values()])
     studies = study_level(images, head["combine"])
     add_readers(
         evaluation, studies, {name: combine_calls(images, calls) for name, calls in beside.readers.items()}
@@ -100,7 +99,7 @@ def add_other(evaluation: Evaluation, images: Scored, name: str, scores: Floats)
             combine = evaluation.head["combine"]
             theirs = study_level(ours._replace(scores=theirs), combine).scores
             ours = study_level(ours, combine)
-        add_comparison(evaluation, level, ours, {name: theirs}, names)
+        add_comparison(evaluation, level, ours, name, [theirs], names)
         add_auprc(evaluation, level, ours, name, theirs, names)
 
 

@@ -4,7 +4,6 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
@@ -13,7 +12,7 @@ from matplotlib.figure import Figure
 
 from model.losses import positive_weights
 from pipeline.labels import LABELS, NOT_ANNOTATED
-from pipeline.look.plots import draw_cooccurrence, draw_groups, draw_states
+from pipeline.look.plots import draw_cooccurrence, draw_states
 from pipeline.manifest import Manifest
 from pipeline.measure.counts import (
     count_cooccurrence,
@@ -209,18 +208,6 @@ def test_heat_map_shows_the_share_of_the_row(chexpert: Path) -> None:
     assert {text.get_position(): text.get_text() for text in axes.texts} == {
         (x, y): f"{shares.iloc[y, x]:.0f}" for y in range(len(LABELS)) for x in range(len(LABELS)) if x != y
     }
-
-
-def test_dots_show_the_shares_of_the_groups(chexpert: Path) -> None:
-    table = read_any_table(chexpert / "train.csv")
-    axes = Figure().subplots()
-    draw_groups(axes, count_groups(table, "sex"))
-    frame = table.to_pandas()
-    _, *dots = axes.collections
-    shares = (frame[list(LABELS)] == 1).groupby(frame["sex"]).mean()
-    assert [found.get_label() for found in dots] == list(shares.index)
-    for found, row in zip(dots, (100 * shares).round(2).to_numpy(), strict=True):
-        assert np.asarray(found.get_offsets()) == pytest.approx(np.column_stack([row, range(14)]))
 
 
 def test_facts_that_are_missing_are_groups_of_their_own(chexpert: Path, tmp_path: Path) -> None:
