@@ -121,10 +121,3 @@ def test_sets_that_cannot_be_scored_are_refused_before_training(
     (folders[1] / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(DataError, match=r"south: no split to score on, of valid, test, dev; shard it again"):
         call_train(*words, *WORDS)
-
-
-def test_one_set_is_refused(sets: list[Path], tmp_path: Path) -> None:
-    with pytest.raises(
-        Exception, match=r"^cross needs --shards twice or more: a set is trained on, another one"
-    ):
-        call_train("cross", "--shards", sets[0], "--out", tmp_path)

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from pathlib import Path
 
-import click
 import numpy as np
 import pyarrow as pa
 import pyarrow.feather as feather
@@ -56,11 +55,6 @@ def test_a_runs_embeddings_are_what_its_last_layer_takes(
     inputs = (torch.from_numpy(batch.images).float() - best["pixels"]["mean"]) / best["pixels"]["std"]
     expected = network.blocks(network.stem(inputs)).mean(dim=(2, 3))
     np.testing.assert_allclose(values_of(arrow), expected, rtol=0, atol=1e-5)
-
-
-def test_the_suffix_says_how_embeddings_are_written(one_epoch: Path) -> None:
-    with pytest.raises(click.UsageError, match=r"^--out e.csv: it must end in .arrow or .parquet$"):
-        call_train("embed", one_epoch, "--out", "e.csv")
 
 
 def test_a_network_that_does_not_end_in_a_linear_layer_has_no_embeddings() -> None:

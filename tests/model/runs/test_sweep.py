@@ -394,33 +394,6 @@ def test_a_sweep_whose_trials_all_diverge_has_failed(
     assert "Trial 0" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--lr", "1e-3 x"], "'x' is not a valid number."),
-        (["--lr", " "], "no value"),
-        (["--arch", "vgg"], "'vgg' is not one of 'resnet18'"),
-        (["--sampler", "tpe"], "--sampler tpe needs --trials"),
-        (["--nonsense", "3"], "No such option '--nonsense'."),
-        (
-            ["--batch-size", "16 15", "--accumulate", "2"],
-            "--batch-size 15 for --accumulate 2: the parts must",
-        ),
-        (
-            ["--choose-by", "Edema all"],
-            "--choose-by decides what dev's AUROC is of, by which trials are compared: give one value",
-        ),
-    ],
-)
-def test_bad_options_are_usage_errors(
-    command: Callable[..., int], tmp_path: Path, options: list[str], message: str
-) -> None:
-    with pytest.raises(click.UsageError) as caught:
-        command("sweep", "--sweep", tmp_path / "sweep", *options)
-    assert message in caught.value.format_message()
-    assert not (tmp_path / "sweep").exists()
-
-
 def test_seeds_that_draw_another_dev_are_not_compared(
     command: Callable[..., int], sample_shards: tuple[Path, Manifest], tmp_path: Path
 ) -> None:
