@@ -182,7 +182,7 @@ def _decode(film: "Dataset") -> tuple[Levels, int, int, bool]:
             # Sign bits would lie above the stored ones: without any, the values are those of the header.
             bits = depth if has_sign or int(words.max()) >> bits or bits > depth else bits
             if is_signed != bool(has_sign):
-                is_signed = _is_smoother_signed(words, bits)
+                is_signed = _is_smoother_signed(film, words, bits)
             shift = 0
     return words, bits, shift, is_signed
 
@@ -227,14 +227,18 @@ def _to_signed(values: Levels, bits: int) -> Levels:
     return values - (values >> (bits - 1) << bits)
 
 
-def _is_smoother_signed(words: Levels, bits: int) -> bool:
+def _is_smoother_signed(film: "Dataset", words: Levels, bits: int) -> bool:
     """Whether neighbors differ less as signed values: what to believe where stream and header disagree.
 
-    Both are wrong in real files, and a wrong sign makes black of white.
+    Both are wrong in real files, and a wrong sign makes black of white. Padding, which is far from any neighbor, does
+    not count; if the rest says nothing, the header decides.
     """
     levels = words.astype(np.int64) & (2**bits - 1)
-    signed = np.abs(np.diff(_to_signed(levels, bits)))
-    return bool(signed.sum() < np.abs(np.diff(levels)).sum())
+    signed = _to_signed(levels, bits)
+    is_padding = _find_padding(film, True, signed) | _find_padding(film, False, levels)
+    counted = ~(is_padding[:, 1:] | is_padding[:, :-1])
+    as_signed, unsigned = (np.abs(np.diff(values))[counted].sum() for values in (signed, levels))
+    return bool(as_signed < unsigned or (as_signed == unsigned and film.PixelRepresentation == 1))
 
 
 def _render(film: "Dataset", words: Levels, bits: int, shift: int, is_signed: bool) -> Picture:
@@ -289,7 +293,7 @@ def _find_padding(film: "Dataset", is_signed: bool, levels: Levels) -> Bools:
     # Their type depends on that of the pixels, and is often the other one.
     ends = np.array([int(value) & 0xFFFF for value in given if value not in (None, "")])
     if given[0] in (None, ""):
-        return np.zeros(len(levels), np.bool_)
+        return np.zeros(levels.shape, np.bool_)
     if is_signed:
         ends = _to_signed(ends, 16)
     return np.asarray((ends.min() <= levels) & (levels <= ends.max()))

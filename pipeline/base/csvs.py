@@ -20,6 +20,7 @@ from pipeline.base.store import open_to_read
 
 PIECE = 2**20  # bytes to unpack at a time
 LONGEST = 2**26  # characters of a line and of a cell
+SUFFIXES = (".csv", ".csv.gz", ".tsv", ".tsv.gz")
 
 
 def read_strings(csv: Path, names: Sequence[str] | None = None) -> pa.Table:
@@ -30,13 +31,16 @@ def read_strings(csv: Path, names: Sequence[str] | None = None) -> pa.Table:
     if not csv.is_file():
         raise DataError(f"{csv}: no such file")
     convert = pacsv.ConvertOptions(null_values=[""], strings_can_be_null=True)
-    parse = pacsv.ParseOptions(newlines_in_values=True)
+    parse = pacsv.ParseOptions(newlines_in_values=True, delimiter=_find_delimiter(csv))
     try:
         content = _read_content(csv)
         # Only for the names of the columns.
         with pacsv.open_csv(pa.BufferReader(content), parse_options=parse) as reader:
             written = reader.schema.names
         header = [name.strip() for name in written]
+        if len(header) == 1 and (wrong := next((mark for mark in "\t;" if mark in header[0]), "")):
+            kind = "tabs: name it .tsv" if wrong == "\t" else "semicolons: save it with commas"
+            raise DataError(f"{csv}: its columns are divided by {kind}")
         convert.column_types = dict.fromkeys(written, pa.string())
         if names is not None:
             demand_columns(csv, header, names)
@@ -86,12 +90,16 @@ def _lines(csv: Path) -> Iterator[tuple[int, list[str]]]:
         _unpacked(csv, raw) as content,
         io.TextIOWrapper(content, "utf-8-sig", errors="surrogateescape", newline="") as text,
     ):
-        reader = stdlib_csv.reader(_limited_lines(text))
+        reader = stdlib_csv.reader(_limited_lines(text), delimiter=_find_delimiter(csv))
         line = 1
         for cells in reader:
             if cells:
                 yield line, cells
             line = reader.line_num + 1
+
+
+def _find_delimiter(csv: Path) -> str:
+    return "\t" if csv.name.removesuffix(".gz").endswith(".tsv") else ","
 
 
 def _limited_lines(text: TextIO) -> Iterator[str]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from pipeline.base.csvs import demand_columns, demand_unique, read_strings
+from pipeline.base.csvs import SUFFIXES, demand_columns, demand_unique, read_strings
 from pipeline.base.errors import DataError
 from pipeline.base.store import list_files
 from pipeline.identity import Note, ignore
@@ -76,7 +76,7 @@ class OwnTable(DataSet):
 
     def find_tables(self, folder: Path) -> dict[str, Path] | None:
         """The only CSV of the folder, as train; None if there is no CSV or several."""
-        csvs = [path for path in list_files(folder) if path.name.endswith((".csv", ".csv.gz"))]
+        csvs = [path for path in list_files(folder) if path.name.endswith(SUFFIXES)]
         return {"train": csvs[0]} if len(csvs) == 1 else None
 
     def read(self, source: Source, note: Note = ignore) -> dict[str, pa.Table]:

@@ -18,6 +18,7 @@ from typing import BinaryIO
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.base.csvs import SUFFIXES as TABLES
 from pipeline.base.csvs import read_strings, repeated
 from pipeline.base.errors import DataError
 from pipeline.base.files import parse_object
@@ -119,7 +120,7 @@ def find_tars(folder: Path, splits: Mapping[str, Path]) -> dict[str, Path] | Non
             words = reversed(re.findall("[a-z]+", name.lower()))
             known = next((_SPLITS[word] for word in words if word in _SPLITS), "train")
             tables[f"{split or known}/{name}"] = tar
-    csvs = [path for path in list_files(folder) if path.name.endswith((".csv", ".csv.gz"))]
+    csvs = [path for path in list_files(folder) if path.name.endswith(TABLES)]
     return tables | ({CSV: csvs[0]} if len(csvs) == 1 else {}) if tables else None
 
 

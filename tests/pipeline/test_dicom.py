@@ -275,7 +275,11 @@ def test_a_sign_that_stream_and_header_disagree_on_is_the_one_of_a_picture(level
     for stored, is_signed, expected in ((levels, 1, levels), (signed, 0, signed), (two, 1, signed)):
         stream = encode_array(stored, bits_stored=12, use_mct=False, codec_format=0)
         expect(replace_stream(film, stream, PixelRepresentation=is_signed), expected)
-    # JPEG-LS says nothing of the sign.
+    # JPEG-LS says nothing of the sign, and padding says nothing of it either.
+    padded = np.where(np.arange(48) < 10, -2000, levels // 4 + 200).astype(np.int16)
+    film = make_film(padded, uid.JPEGLSLossless, PixelPaddingValue=-2000)
+    for padded_film in (film, film.replace(b"\x28\0\x20\1SS", b"\x28\0\x20\1US")):  # as 63536
+        expect(padded_film, padded, padding=(-2000, -2000))
     expect(change(make_film(levels, uid.JPEGLSLossless), PixelRepresentation=1), levels)
     # Sign bits that a stream of 16 bits lacks.
     masked = make_film(signed.view(np.uint16) & 4095, uid.JPEGLSLossless, BitsStored=16, HighBit=15)

@@ -57,6 +57,17 @@ def test_a_table_of_one_s_own_becomes_shards(films: Path) -> None:
     assert verified.returncode == 0, verified.stdout
 
 
+def test_tabs_divide_a_tsv_and_are_named_in_a_csv(films: Path) -> None:
+    path = films / "labels.csv"
+    text = path.read_text()
+    for mark, advice in (("\t", "tabs: name it .tsv"), (";", "semicolons: save it with commas")):
+        path.write_text(text.replace(",", mark))
+        assert shard(films) == (1, f"Error: {path}: its columns are divided by {advice}")
+    path.write_text(text.replace(",", "\t"))
+    path.rename(path.with_suffix(".tsv"))
+    assert shard(films)[0] == 0
+
+
 def test_another_root_may_hold_the_images(films: Path) -> None:
     moved = films.parent / "elsewhere"
     moved.mkdir()
