@@ -3,7 +3,7 @@
     .venv/bin/python -m benchmarks.scaling stages         # CPU time of each stage, on one core
     .venv/bin/python -m benchmarks.scaling collection     # tables, manifest and an epoch's plan of 10,000,000 rows
 
-`benchmarks/scaling.md` draws the conclusions: machines and hours for the full set, cores for a GPU.
+`benchmarks/README.md` draws the conclusions: hours for the full set, cores for a GPU.
 """
 
 import hashlib
