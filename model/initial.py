@@ -6,8 +6,9 @@ Lightning, DataParallel and torch.compile write it. All are read as tensors and 
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
+import torch
 from torch import Tensor
 
 from model.checkpoint import refused
@@ -16,7 +17,17 @@ from pipeline.base.files import hash_file
 
 CONTAINERS = ("weights", "state_dict", "model_state_dict", "model")
 PREFIXES = ("module.", "model.", "_orig_mod.")
-UNKNOWN = "weights of a file; license not stated, nor what they were trained on"
+UNKNOWN = "unknown"  # the split that weights have learned from whose file does not say
+NOT_STATED = "weights of a file; license not stated, nor what they were trained on"
+
+
+class Entry(TypedDict):
+    """What weights have seen, as `model.runs.overlap` describes it."""
+
+    run: str
+    split: str
+    images: Tensor
+    patients: Tensor
 
 
 class Start(NamedTuple):
@@ -31,8 +42,8 @@ class Start(NamedTuple):
     ] = ()  # what the head's outputs are, in their order; "" was not trained. Empty: not known
     scale: tuple[float, ...] = ()  # mean and deviation of the gray levels they take; empty: not known
     equalize: bool = False  # whether films are equalized for them
-    terms: str = UNKNOWN
-    seen: Sequence[Mapping[str, Any]] | None = None  # as `model.runs.overlap` has it; None: not known
+    terms: str = NOT_STATED
+    seen: Sequence[Entry] = ()
     arch: str = ""  # the network's; empty: not known
     size: int = 0  # side of its input, in pixels; 0: not known
 
@@ -43,14 +54,21 @@ def read_start(path: Path, outputs: Sequence[str] = ()) -> Start:
     if "seen" in saved:
         with refused(path):
             scale = (saved["pixels"]["mean"], saved["pixels"]["std"])
-            seen = [dict(entry) | {"run": entry["run"] or str(path)} for entry in saved["seen"]]
+            seen = hand_on(saved["seen"], path)
             about = (scale, saved["equalize"], saved["terms"], seen, saved["arch"], saved["image_size"])
             return Start(path, digest, saved["weights"], (), outputs or saved["outputs"], *about)
+    nothing = torch.zeros(0, dtype=torch.int64)
+    seen = [Entry(run=str(path), split=UNKNOWN, images=nothing, patients=nothing)]
     if is_chest(saved):
         weights = {name: value for name, value in saved.items() if name != "op_threshs"}
         known = name_outputs(saved, path.name)
-        return Start(path, digest, weights, (), known, SCALE, terms=TERMS, arch="densenet121", size=SIZE)
-    return Start(path, digest, *unwrap(saved), outputs)
+        return Start(path, digest, weights, (), known, SCALE, False, TERMS, seen, "densenet121", SIZE)
+    return Start(path, digest, *unwrap(saved), outputs, seen=seen)
+
+
+def hand_on(seen: Sequence[Entry], source: Path) -> list[Entry]:
+    """The entries of weights, for those that start from or are taught by them."""
+    return [Entry(**entry | {"run": entry["run"] or str(source)}) for entry in seen]
 
 
 def unwrap(saved: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[str]]:

@@ -22,7 +22,7 @@ from pipeline.manifest import NAME, find_blank, read_manifest
 from pipeline.measure.evaluate import Scored, calibrate, leave_uncalibrated
 from pipeline.measure.evaluation import Evaluation
 from pipeline.measure.judge import Beside, judge_scores
-from pipeline.measure.scores import Scores, open_scores
+from pipeline.measure.scores import Scores, name_files, open_scores
 from pipeline.policies import evaluation_targets
 from pipeline.sources.load import load_table
 from pipeline.sources.table import parse_columns
@@ -98,11 +98,11 @@ def judge(scores: Path, source: Path, asked: Judging = Judging(), note: Note = i
             dev, _ = join_scores(opened, dev_table, blank, fill, ignore)
         calibration = calibrate(names, dev, asked.sensitivity, asked.study)
     against = {
-        name: _align_all(open_scores(path, columns, logits=asked.logits).check(), table, names)
-        for name, path in _name_files(asked.against).items()
+        name: open_scores(path, columns, logits=asked.logits).check().take_all(table, names)
+        for name, path in name_files(asked.against).items()
     }
     readers = {}
-    for name, path in _name_files(asked.readers).items():
+    for name, path in name_files(asked.readers).items():
         calls = open_scores(path, calls=True)
         readers[name] = calls.take(calls.align(table, keep), names)
     evaluated = {
@@ -151,35 +151,7 @@ def join_scores(
     table, values = table.take(np.flatnonzero(rows >= 0)), scores.take(rows[rows >= 0], scores.labels)
     columns = [LABELS.index(name) for name in scores.labels]
     target, mask = evaluation_targets(table, blank)
-    patient, study, sex = (table[name].to_numpy() for name in ("patient", "study", "sex"))
-    age, projection = (
-        pc.fill_null(table[name], unknown).to_numpy() for name, unknown in (("age", -1), ("projection", ""))
-    )
-    cells = target[:, columns], mask[:, columns]
-    return Scored(values, *cells, patient, study, sex, age, projection), table
-
-
-def _align_all(scores: Scores, table: pa.Table, names: tuple[str, ...]) -> Any:
-    """Another's scores [N, L] of the same rows. Raises DataError if it lacks one, or all of the findings."""
-    rows = scores.align(table, ignore)
-    if (rows < 0).any():
-        missing = table["key"][int(np.argmax(rows < 0))]
-        raise DataError(
-            f"{scores.path}: no scores of {(rows < 0).sum():,} of these {len(rows):,} images, such as {missing}"
-        )
-    if not set(names) & set(scores.labels):
-        raise DataError(f"{scores.path}: none of the labels {', '.join(names)}")
-    return scores.take(rows, names)
-
-
-def _name_files(paths: tuple[Path, ...]) -> dict[str, Path]:
-    """The files by the first part of their names, by which they are shown."""
-    named = {path.name.split(".")[0]: path for path in paths}
-    if len(named) < len(paths):
-        raise DataError(
-            f"{', '.join(map(str, paths))}: two files of one name, by which they are shown; rename one"
-        )
-    return named
+    return Scored.of(values, target[:, columns], mask[:, columns], table), table
 
 
 def _measure_edges(source: Path, split: str | None, table: pa.Table) -> dict[str, Any]:

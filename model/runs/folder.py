@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from model.augment import equalize
 from model.checkpoint import CheckpointError, load_checkpoint, refused, save_checkpoint
 from model.fusion import StudyNetwork
+from model.initial import Entry
 from model.names import own_input
 from model.networks import weights_terms
 from model.ranks import Ranks
@@ -246,7 +247,7 @@ def describe_code() -> str:
 
 
 def save_best(
-    job: Job, seen: Sequence[Mapping[str, Any]], weights: Mapping[str, Tensor], epoch: float, score: float
+    job: Job, seen: Sequence[Entry], weights: Mapping[str, Tensor], epoch: float, score: float
 ) -> None:
     """Write best.pt: all that scoring an image needs but the architecture, which config.json has."""
     # Shards that others wrote do not say how: their images are taken as they are.

@@ -10,9 +10,8 @@ The hash keeps names out of the file. It is no secret: who has the file can try 
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,15 +19,14 @@ import pyarrow as pa
 import torch
 
 from model.checkpoint import load_checkpoint, refused
-from model.initial import Start
+from model.initial import UNKNOWN, Entry, hand_on
 from model.runs.config import read_members
 from model.runs.job import Job, Selected, open_images, selected_splits
 from pipeline.base.errors import DataError
 from pipeline.console import say_once
 from pipeline.identity import join_content, name_patients
 
-Seen = Sequence[Mapping[str, Any]]
-UNKNOWN = "unknown"
+Seen = Sequence[Entry]
 
 
 def list_seen(job: Job, selected: Iterable[tuple[str, Selected]]) -> Seen:
@@ -39,30 +37,21 @@ def list_seen(job: Job, selected: Iterable[tuple[str, Selected]]) -> Seen:
     before, own = check_start(job), []
     for name, chosen in selected:
         table = chosen.split.table.take(chosen.images)
-        arrays = {"images": _list_images(table), "patients": hash_patients(table, job.shards.namespace)}
-        tensors = {field: torch.from_numpy(np.unique(values)) for field, values in arrays.items()}
-        own.append({"run": "", "split": name} | tensors)
+        arrays = (_list_images(table), hash_patients(table, job.shards.namespace))
+        images, patients = (torch.from_numpy(np.unique(values)) for values in arrays)
+        own.append(Entry(run="", split=name, images=images, patients=patients))
     return [*own, *before]
 
 
 def check_start(job: Job) -> Seen:
     """The entries of the weights and the teacher that a job starts from; raises DataError as `list_seen` does."""
-    before = [*read_start_seen(job.start)]
+    before = list(job.start.seen) if job.start else []
     for run in read_members(job.setup.teacher) if job.setup.teacher else ():
-        before += [dict(entry) | {"run": entry["run"] or str(run)} for entry in read_seen(run)]
+        before += hand_on(read_seen(run), run)
     for name in selected_splits(job) if before else ():
-        if name == "train":
-            continue
-        check_seen(job, name, before, "keep its split (`dev`, `seed`), or start from another")
+        if name != "train":
+            check_seen(job, name, before, "keep its split (`dev`, `seed`), or start from another")
     return before
-
-
-def read_start_seen(start: Start | None) -> Seen:
-    """The entries of weights to start from: a file that has none gets one of an unknown split."""
-    if start is None or start.seen is not None:
-        return list(start.seen or ()) if start else []
-    nothing = torch.zeros(0, dtype=torch.int64)
-    return [{"run": str(start.path), "split": UNKNOWN, "images": nothing, "patients": nothing}]
 
 
 def read_seen(run: Path) -> Seen:

@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from torch import Tensor, nn
 
@@ -378,17 +377,8 @@ def score_split(
     usable = job.ranks.sum(bad) == 0
     rows = rows[usable]
     facts = split.table.take(rows)
-    scored = Scored(
-        scores[usable],
-        chosen.truth.target[rows][:, columns],
-        chosen.truth.mask[rows][:, columns],
-        facts["patient"].to_numpy(),
-        facts["study"].to_numpy(),
-        facts["sex"].to_numpy(),
-        pc.fill_null(facts["age"], -1).to_numpy(),
-        pc.fill_null(facts["projection"], "").to_numpy(),
-    )
-    return scored, facts
+    target, mask = (cells[rows][:, columns] for cells in chosen.truth)
+    return Scored.of(scores[usable], target, mask, facts), facts
 
 
 def _score_files(member: Network, samples: Sequence[Sequence[Path]], workers: int) -> tuple[Floats, Unusable]:

@@ -7,9 +7,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-import numpy as np
-import pyarrow as pa
-
 from model.runs.config import Config, parse_choice, read_config
 from model.runs.folder import result_name
 from model.runs.job import Job, open_images, open_split, selected_splits
@@ -27,7 +24,7 @@ from pipeline.measure.evaluate import Scored
 from pipeline.measure.evaluation import Evaluation, read_evaluation
 from pipeline.measure.judge import Beside, judge_scores
 from pipeline.measure.metrics import Floats, averaged_labels, mean_of, report_auroc
-from pipeline.measure.scores import Scores, open_scores, read_scores, write_scores
+from pipeline.measure.scores import Scores, open_scores, write_scores
 from pipeline.stream.samples import find_places
 
 TRAIN_SAMPLES = 2000  # that a sweep scores of train
@@ -96,10 +93,7 @@ def evaluate(
     }
     against: dict[str, Floats] = {}
     for other, path in how.against.items():
-        if config.fusion is None:
-            against[str(other)] = read_others(other, path, table, config.labels)
-        else:
-            against |= read_views(job, name, other, path, scored)
+        against |= read_against(job, name, other, path, found)
     edge = measure_edges(split, find_places(split, table), job.setup.workers)
     evaluated = {"split": name, "unit": config.unit, "labels": list(config.labels)}
     evaluated |= {"chosen_by": list(how.chosen_by)} if how.chosen_by else {}
@@ -140,25 +134,18 @@ def compare_with_own(
         say(evaluation.head["own"])
 
 
-def read_others(other: Path, path: Path, table: pa.Table, labels: Sequence[str]) -> Floats:
-    """Another run's scores [N, L] of the same images; NaN for labels that it has not learned.
+def read_against(job: Job, name: str, other: Path, path: Path, found: Result) -> dict[str, Floats]:
+    """Another run's scores [N, L] of the same samples; NaN for labels that it has not learned.
 
-    Raises DataError if it has learned none of them.
+    Of studies: by the max and by the mean over the views that it has scored. Raises DataError if it lacks all labels or
+    an image.
     """
-    learned = read_config(other).labels
-    common = [label for label in labels if label in learned]
-    if not common:
-        raise DataError(f"`against` {other}: no label that both runs have learned")
-    scores = np.full((len(table), len(labels)), np.nan)
-    scores[:, [labels.index(label) for label in common]] = read_scores(path, table["key"], common)
-    return scores
-
-
-def read_views(job: Job, name: str, other: Path, path: Path, studies: Scored) -> dict[str, Floats]:
-    """Another run's scores [S, L] of the studies, by the max and by the mean over the views that it has scored."""
-    scores, images = open_scores(path), open_split(job, name).table
-    values = scores.take(scores.align(images, ignore), job.config.labels)
-    return {f"{other}{how}": views for how, views in combine_views(images, values, studies).items()}
+    scores, labels = open_scores(path), job.config.labels
+    if job.config.fusion is None:
+        return {str(other): scores.take_all(found.table, labels)}
+    images = open_split(job, name).table
+    values = scores.take(scores.align(images, ignore), labels)
+    return {f"{other}{how}": views for how, views in combine_views(images, values, found.images).items()}
 
 
 def name_result(job: Job, name: str, chosen_by: Sequence[str] = ()) -> str:

@@ -113,7 +113,7 @@ def evaluate_command(given: Evaluated) -> int:
     )
     from model.runs.sanity import score_altered
     from pipeline.look.judged import print_evaluation
-    from pipeline.measure.scores import open_scores
+    from pipeline.measure.scores import name_files, open_scores
 
     listen()
     split, collection = given.split, data.open()
@@ -122,14 +122,11 @@ def evaluate_command(given: Evaluated) -> int:
         given.out is not None and predictor.folder is not None,
         f"--out is for several --run: the results of {predictor.name} go into its folder",
     )
-    readers = {path.name.split(".")[0]: path for path in given.readers}
-    same = "--readers: two files of one name, by which a reader is shown; rename one"
-    refuse_usage(len(readers) < len(given.readers), same)
     job = open_scoring(predictor, given.out, collection, given.workers)
     config = job.config
     chosen = replace(config, where=given.where or config.where, views=given.views or config.views)
     scored = replace(job, config=chosen, shared_images=given.shared_images)
-    reads = {name: open_scores(path, calls=True) for name, path in readers.items()}
+    readers = {name: open_scores(path, calls=True) for name, path in name_files(given.readers).items()}
     others = find_scores(job, split, given.against)
     for other in others:
         check_seen(replace(scored, run=other, config=read_config(other)), split, read_seen(other))
@@ -137,7 +134,7 @@ def evaluate_command(given: Evaluated) -> int:
         predictor.calibrate(job, given.sensitivity, given.study)  # before the split is scored
     found = predictor.score(scored, split)
     altered = score_altered(predictor, scored, split) if given.sanity else {}
-    how = How(given.sensitivity, given.study, given.conditions, others, altered, reads)
+    how = How(given.sensitivity, given.study, given.conditions, others, altered, readers)
     evaluation = evaluate(job, predictor, split, found, how)
     print_evaluation(evaluation)
     result = name_result(job, split, given.conditions)

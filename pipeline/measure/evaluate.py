@@ -12,6 +12,8 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.labels import name_ages
 from pipeline.measure.bootstrap import interval, resample_auprc, resampled_mean
@@ -67,6 +69,14 @@ class Scored(NamedTuple):
     sex: Names  # [N]; None or empty: unknown
     age: Ints  # [N] years; -1 unknown
     projection: Names  # [N]; None or empty: unknown
+
+    @staticmethod
+    def of(scores: Floats, target: Floats, mask: Bools, table: pa.Table) -> "Scored":
+        """Scores, targets and masks [N, L] with the facts of a label table's rows [N]."""
+        patient, study, sex = (table[name].to_numpy() for name in ("patient", "study", "sex"))
+        age = pc.fill_null(table["age"], -1).to_numpy()
+        projection = pc.fill_null(table["projection"], "").to_numpy()
+        return Scored(scores, target, mask, patient, study, sex, age, projection)
 
     def take(self, rows: Any) -> "Scored":
         """The rows that an index selects: numbers, bools [N] or a slice."""

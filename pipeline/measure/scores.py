@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 from pipeline.base.csvs import demand_columns, line_of, read_strings
 from pipeline.base.errors import DataError, quote
 from pipeline.base.files import read_arrow, write_table
-from pipeline.identity import IMAGE_SUFFIX, Note, join, normalize_ids
+from pipeline.identity import IMAGE_SUFFIX, Note, ignore, join, normalize_ids
 from pipeline.labels import LABELS, find_label
 from pipeline.measure.metrics import Bools, Floats, Ints
 
@@ -88,6 +88,28 @@ class Scores(NamedTuple):
                 own = self.values[:, self.labels.index(name)]
                 chosen[:, column] = np.where(rows >= 0, own[rows], np.nan)
         return chosen
+
+    def take_all(self, table: pa.Table, names: Sequence[str]) -> Floats:
+        """The scores [N, L] of each row of a label table. Raises DataError if it lacks one, or all of these labels."""
+        rows = self.align(table, ignore)
+        if (rows < 0).any():
+            count, example = (
+                f"{(rows < 0).sum():,} of these {len(rows):,}",
+                table["key"][int(np.argmin(rows))],
+            )
+            raise DataError(f"{self.path}: no scores of {count} images, such as {example}")
+        if not set(names) & set(self.labels):
+            raise DataError(f"{self.path}: none of the labels {', '.join(names)}")
+        return self.take(rows, names)
+
+
+def name_files(paths: Sequence[Path]) -> dict[str, Path]:
+    """The files by the first part of their names, by which they are shown."""
+    named = {path.name.split(".")[0]: path for path in paths}
+    if len(named) < len(paths):
+        files = ", ".join(map(str, paths))
+        raise DataError(f"{files}: two files of one name, by which they are shown; rename one")
+    return named
 
 
 def normalize_names(names: pa.Array) -> pa.Array:

@@ -10,10 +10,20 @@ import pytest
 import torch
 from pandas import read_feather as read_frame
 
-from pipeline import open_shards
+from pipeline import DataError, open_shards
 from pipeline.labels import LABELS
 from pipeline.manifest import Manifest
+from pipeline.measure.calibration import apply_calibration
 from tests.training import WORDS, call_train
+
+FACTS = {
+    "image_size": "32",
+    "threshold_rule": "sensitivity>=0.9",
+    "dataset": "synthetic images by `pipeline sample`",
+    "license": "none needed: the images show no patient",
+    "started_from": "random weights",
+    "use": "For research. Not for clinical use.",
+}
 
 
 @pytest.mark.parametrize("members", [1, pytest.param(2, marks=pytest.mark.soak)])
@@ -50,5 +60,20 @@ def test_evaluate_predict_and_exports_decide_alike(
     np.testing.assert_array_equal(decisions.numpy()[:, columns], expected)
     assert call_train("export", "--run", run, "--out", tmp_path / "model.onnx", "--threshold", rule) == 0
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    facts = session.get_modelmeta().custom_metadata_map
+    assert facts | FACTS | {"run": str(run)} == facts
+    for fact, value in {"labels": list(LABELS), "calibration": fits}.items():
+        assert json.loads(facts[fact]) == value
+    config = json.loads((run / "config.json").read_text()) if members == 1 else {"manifest": facts["shards"]}
+    assert facts["shards"] == config["manifest"]
+    assert len(json.loads(facts["normalization"])) == len(json.loads(facts["member_calibrations"])) == members
+    assert json.loads(facts["images"])["size"] == sample_shards[1].options["size"]
+    for label, limit in zip(labels, limits, strict=True):
+        scaled = apply_calibration(np.array([limit]), fits[label])[0]
+        assert json.loads(facts["thresholds"])[rule][label] == scaled
     parts = [session.run(["decisions"], {"images": part})[0] for part in np.array_split(batch.images, 5)]
     np.testing.assert_array_equal(np.concatenate(parts)[:, columns], expected)
+    with pytest.raises(DataError, match=r"model.h5: export writes .onnx or .pt2$"):
+        call_train("export", "--run", run, "--out", tmp_path / "model.h5")
+    with pytest.raises(DataError, match=f"^{tmp_path}/no/model.onnx: "):
+        call_train("export", "--run", run, "--out", tmp_path / "no" / "model.onnx")

@@ -22,13 +22,10 @@ from unittest.mock import Mock
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime
-import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 import torch
-from PIL import Image
 from sklearn.metrics import log_loss, roc_auc_score
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.compat.tensorflow_stub.io.gfile import LocalFileSystem
@@ -49,13 +46,11 @@ from model.runs.job import Job, open_rows
 from model.runs.predictor import of_job, score_split
 from model.runs.results import evaluate
 from model.runs.targets import draw_weights, open_training, training_labels
-from pipeline import DataError, console, open_shards
+from pipeline import DataError, console
 from pipeline.base.files import claimed
 from pipeline.console import run_command
-from pipeline.images import ImageOptions
 from pipeline.labels import LABELS, hash_fraction
 from pipeline.manifest import Manifest, manifest_digest, read_table, write_manifest
-from pipeline.measure.calibration import RULES, apply_calibration, apply_calibrations
 from pipeline.measure.evaluate import Scored, calibrate
 from pipeline.measure.evaluation import OWN, Evaluation, read_evaluation
 from pipeline.measure.scores import read_scores, write_scores
@@ -869,34 +864,6 @@ def test_wandb_reads_what_goes_to_tensorboard(
         command("train", "--run", tmp_path / "run", "--wandb", "films")
 
 
-def test_two_runs_are_compared_on_the_same_images(
-    command: Callable[..., int],
-    make_job: Callable[..., Job],
-    trained: Job,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    other = make_job("b", epochs=1, seed=1)
-    train.train(other)
-    a, b = trained.run, other.run
-    assert command("evaluate", "--run", a, "--split", "valid", "--against", b) == 0
-    files = (a / "evaluation-valid-against-b.json", b / "evaluation-valid.json")
-    ours, theirs = (read_evaluation(file) for file in files)
-    assert read_evaluation(a / "evaluation-valid.json").head["against"] == []
-    assert ours.head["against"] == [str(b)]
-    means = [one.get("auroc", "macro").value or 0 for one in (ours, theirs)]
-    assert ours.get("auroc_difference", "macro", scorer=str(b)).value == pytest.approx(means[0] - means[1])
-    less = ours.get("auroc_difference", "macro", scorer=str(b)).change
-    cells = [re.escape(text) for text in (f"{means[0]:.3f}", theirs.get("auroc", "macro").shown, less)]
-    assert re.search(rf"│ macro +│ +{cells[0]} │ +{cells[1]} │ +{cells[2]} +│", capsys.readouterr().out)
-    (b / "scores-valid.arrow").unlink()
-    said = (
-        f"`against` {b}: no scores-valid.arrow; first run: python -m train evaluate --run {b} --split valid"
-    )
-    with pytest.raises(DataError, match=f"^{re.escape(said)}$"):
-        command("evaluate", "--run", a, "--split", "valid", "--against", b)
-
-
 def test_thresholds_and_studies_are_as_asked_for(command: Callable[..., int], trained: Job) -> None:
     path = trained.run / "evaluation-valid.json"
     first = read_evaluation(path)
@@ -1077,117 +1044,6 @@ def test_the_last_weights_are_kept_where_that_is_asked_for(make_job: Callable[..
     assert kept["dev_auroc"] == pytest.approx(scores[-1])
     assert all(torch.equal(kept["weights"][name], value) for name, value in ema.items())
     assert "The checkpoint is the one of the last evaluation." in (job.run / "model-card.md").read_text()
-
-
-def test_predict_gives_the_scores_that_shards_give(
-    command: Callable[..., int],
-    make_job: Callable[..., Job],
-    sample_shards: tuple[Path, Manifest],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    job = make_job("run", epochs=1, labels=("Edema", "Fracture"))
-    train.train(job)
-    films = sample_shards[0].parent / "CheXpert-v1.0-small" / "valid"
-    out = tmp_path / "scores.csv"
-    call_main = partial(main.main, standalone_mode=False)
-    assert call_main(["predict", "--run", str(job.run), "--out", str(out), str(films)]) == 0
-    predicted = pd.read_csv(out)
-    keys = predicted.file.str.extract(r"(patient\d+)/(study\d+)/(view\d+_\w+)\.jpg").agg("_".join, axis=1)
-    scores = pa.ipc.open_file(job.run / "scores-valid.arrow").read_all().to_pandas().set_index("key")
-    ours = predicted.set_index(keys).loc[scores.index, ["Edema", "Fracture"]]
-    fits = json.loads((job.run / "calibration.json").read_text())["image"]
-    expected = apply_calibrations(job.config.labels, scores[["Edema", "Fracture"]].to_numpy(), fits)
-    np.testing.assert_allclose(ours, expected, atol=2e-6)
-
-    broken = tmp_path / "broken.png"
-    broken.write_bytes(b"x")
-    film = next(films.rglob("*.jpg"))
-    options = ["predict", "--run", str(job.run), "--out", str(out), "--strict"]
-    assert call_main([*options, str(broken), str(film)]) == 3
-    assert f"{broken}: not a readable JPEG, PNG or DICOM" in capsys.readouterr().err
-    assert pd.read_csv(out)["Edema"].isna().tolist() == [True, False]
-    with pytest.raises(DataError, match=r"run: no .jpg, .jpeg, .png, .dcm, .dicom file$"):
-        call_main([*options, str(job.run)])
-
-
-def test_predict_scores_dicoms_as_their_pixels(trained: Job, tmp_path: Path) -> None:
-    pytest.importorskip("pydicom")
-    from tests.films import make_film
-
-    pixels = np.linspace(0, 255, 80 * 96).astype(np.uint8).reshape(80, 96)
-    films = tmp_path / "films"
-    films.mkdir()
-    Image.fromarray(pixels).save(films / "a.png")
-    (films / "b.dcm").write_bytes(make_film(pixels, BitsStored=8, HighBit=7))
-    (films / "c.DICOM").write_bytes(
-        make_film(255 - pixels, BitsStored=8, HighBit=7, PhotometricInterpretation="MONOCHROME1")
-    )
-    (films / "d.dicom").write_bytes(make_film(pixels, BitsStored=8, HighBit=7, BurnedInAnnotation="YES"))
-    out = tmp_path / "scores.csv"
-    main.main(["predict", "--run", str(trained.run), "--out", str(out), str(films)], standalone_mode=False)
-    scores = pd.read_csv(out).set_index("file")[list(LABELS)]
-    assert [Path(file).name for file in scores.index] == ["a.png", "b.dcm", "c.DICOM", "d.dicom"]
-    assert scores.iloc[0].notna().all()
-    np.testing.assert_allclose(scores.iloc[1:3], scores.iloc[[0, 0]], atol=2e-6)
-    assert scores.iloc[3].isna().all()
-
-
-@pytest.mark.parametrize("name", ["model.onnx", pytest.param("model.pt2", marks=pytest.mark.soak)])
-def test_exported_networks_give_the_same_scores(
-    make_job: Callable[..., Job], tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    job = make_job("run", epochs=1, labels=("Edema", "Fracture"))
-    train.train(job)
-    out = tmp_path / name
-    call_main = partial(main.main, standalone_mode=False)
-    assert call_main(["export", "--run", str(job.run), "--out", str(out)]) == 0
-    checked, names = capsys.readouterr().out.splitlines()[-2:]
-    assert checked.startswith(f"{out}: checked, within ")
-    assert names == "its scores: Edema, Fracture"
-    chosen = json.loads((job.run / "calibration.json").read_text())["image"]
-    thresholds = {
-        rule: {
-            label: apply_calibration(np.array([fit["thresholds"][rule]]), fit)[0]
-            for label, fit in chosen.items()
-        }
-        for rule in RULES
-    }
-    facts = {
-        "labels": '["Edema", "Fracture"]',
-        "image_size": "32",
-        "images": json.dumps({name: job.manifest.options.get(name) for name in ImageOptions._fields}),
-        "run": str(job.run),
-        "shards": job.config.manifest,
-        "normalization": json.dumps([{name: job.manifest.pixels[name] for name in ("mean", "std")}]),
-        "member_calibrations": "[null]",
-        "calibration": json.dumps(chosen),
-        "thresholds": json.dumps(thresholds),
-        "threshold_rule": "none",
-        "dataset": "synthetic images by `pipeline sample`",
-        "license": "none needed: the images show no patient",
-        "started_from": "random weights",
-        "use": "For research. Not for clinical use.",
-    }
-    valid = open_shards(job.shards.folders[0].path)["valid"]
-    (batch,) = valid.batches(len(valid.table), 32, epoch=None)
-    if name.endswith(".onnx"):
-        session = onnxruntime.InferenceSession(out)
-        (scores,) = session.run(None, {"images": batch.images})
-        assert session.get_modelmeta().custom_metadata_map == facts
-    else:
-        found = {"facts.json": ""}
-        program = torch.export.load(out, extra_files=found)
-        scores = program.module()(torch.from_numpy(batch.images))[0].detach().numpy()
-        assert json.loads(found["facts.json"]) == facts
-    expected = read_scores(job.run / "scores-valid.arrow", valid.table["key"], job.config.labels)
-    expected = apply_calibrations(job.config.labels, expected, chosen).astype(np.float32)
-    np.testing.assert_allclose(scores, expected, atol=1e-5)
-    with pytest.raises(DataError, match=r"model.h5: export writes .onnx or .pt2$"):
-        call_main(["export", "--run", str(job.run), "--out", str(tmp_path / "model.h5")])
-    nowhere = tmp_path / "no" / name
-    with pytest.raises(DataError, match=f"^{nowhere}: "):
-        call_main(["export", "--run", str(job.run), "--out", str(nowhere)])
 
 
 @pytest.mark.soak

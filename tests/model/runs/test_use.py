@@ -3,9 +3,9 @@
 import json
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 
-import click
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -22,6 +22,7 @@ from pipeline.measure import belief
 from pipeline.measure.calibration import apply_calibrations
 from pipeline.measure.evaluation import MEANS, read_evaluation
 from tests.conftest import default_options, make_shards, write_chexpert
+from tests.films import make_film
 from tests.training import WORDS, call_train
 
 
@@ -45,6 +46,33 @@ def test_predict_keeps_earlier_scores_where_no_image_can_be_read(
     with pytest.raises(DataError, match=f"^none of 1 image can be read; {new} is not written$"):
         call_train("predict", "--run", run, "--out", new, films / "a.png")
     assert not new.exists()
+    Image.effect_noise((80, 60), 50).save(films / "a.png")
+    assert (
+        call_train("predict", "--run", run, "--out", out, "--strict", films / "a.png", films / "b.JPG") == 3
+    )
+    assert pd.read_csv(out)["Edema"].isna().tolist() == [False, True]
+    with pytest.raises(DataError, match=r"run: no .jpg, .jpeg, .png, .dcm, .dicom file$"):
+        call_train("predict", "--run", run, "--out", out, run)
+
+
+def test_predict_scores_dicoms_as_their_pixels(run: Path, tmp_path: Path) -> None:
+    pixels = np.linspace(0, 255, 80 * 96).astype(np.uint8).reshape(80, 96)
+    of_8_bits = partial(make_film, BitsStored=8, HighBit=7)
+    films = {
+        "b.dcm": of_8_bits(pixels),
+        "c.DICOM": of_8_bits(255 - pixels, PhotometricInterpretation="MONOCHROME1"),
+        "d.dicom": of_8_bits(pixels, BurnedInAnnotation="YES"),
+    }
+    (tmp_path / "films").mkdir()
+    Image.fromarray(pixels).save(tmp_path / "films" / "a.png")
+    for name, content in films.items():
+        (tmp_path / "films" / name).write_bytes(content)
+    assert call_train("predict", "--run", run, "--out", tmp_path / "scores.csv", tmp_path / "films") == 0
+    scores = pd.read_csv(tmp_path / "scores.csv").set_index("file")[list(LABELS)]
+    assert [Path(file).name for file in scores.index] == ["a.png", *films]
+    assert scores.iloc[0].notna().all()
+    np.testing.assert_allclose(scores.iloc[1:3], scores.iloc[[0, 0]], atol=2e-6)
+    assert scores.iloc[3].isna().all()
 
 
 def test_what_evaluate_wrote_is_said_and_a_comparison_stays(
@@ -119,7 +147,8 @@ def test_a_run_with_fewer_labels_is_compared_over_those_of_both(
     )
     capsys.readouterr()
     assert call_train("evaluate", *shards, "--run", run, "--against", other) == 0
-    assert "over the 3 labels that both have scores of" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "over the 3 labels that both have scores of" in printed
     compared = read_evaluation(run / "evaluation-valid-against-few.json")
     theirs = read_evaluation(other / "evaluation-valid.json")
     found = {
@@ -133,10 +162,17 @@ def test_a_run_with_fewer_labels_is_compared_over_those_of_both(
         assert found[label] == (None if ours is None or his is None else pytest.approx(ours - his))
         differences += [] if ours is None or his is None else [ours - his]
     assert found["macro"] == pytest.approx(sum(differences) / len(differences))
+    assert compared.get("auroc_difference", "macro", scorer=str(other)).change in printed
+    assert compared.head["against"] == [str(other)]
+    assert read_evaluation(run / "evaluation-valid.json").head["against"] == []
     alone = run.with_name("none")
     assert call_train("train", *shards, "--run", alone, *WORDS, "--labels", "Cardiomegaly") == 0
-    with pytest.raises(DataError, match=r"few: no label that both runs have learned$"):
+    with pytest.raises(DataError, match=r"few/scores-valid.arrow: none of the labels Cardiomegaly$"):
         call_train("evaluate", *shards, "--run", alone, "--against", other)
+    (other / "scores-valid.arrow").unlink()
+    first = f"no scores-valid.arrow; first run: python -m train evaluate --run {other} --split valid"
+    with pytest.raises(DataError, match=f"^`against` {other}: {first}$"):
+        call_train("evaluate", *shards, "--run", run, "--against", other)
 
 
 def test_other_conditions_than_the_runs_own_choose_what_is_scored(
@@ -182,7 +218,9 @@ def test_readers_stand_beside_the_network(
     assert f"below the curve: {sum(below):.0f} of 2" in capsys.readouterr().out
     (tmp_path / "b").mkdir()
     shutil.copy(readers[0], tmp_path / "b")
-    with pytest.raises(click.UsageError, match=r"^--readers: two files of one name"):
+    with pytest.raises(
+        DataError, match=r"bc4.csv: two files of one name, by which they are shown; rename one$"
+    ):
         call_train("evaluate", "--run", run, *shards, *words[:2], "--readers", tmp_path / "b" / "bc4.csv")
 
 
