@@ -23,8 +23,7 @@ from pipeline.base.tabular import Table
 from pipeline.console import progress_bar
 from pipeline.images import Gray, decode_stored, prepare, resize
 from pipeline.labels import LABELS
-from pipeline.look.overlay import draw_overlay
-from pipeline.look.sheet import read_images, save_sheet
+from pipeline.look.sheet import draw_overlay, read_images, save_sheet
 from pipeline.measure.localization import (
     Cell,
     decode_rle,

@@ -18,7 +18,7 @@ from pipeline.console import say
 from pipeline.identity import ignore
 from pipeline.labels import count_rows
 from pipeline.look.pixels import measure_edges
-from pipeline.measure.compare import add_own, add_recalibration, combine_views
+from pipeline.measure.compare import add_own, combine_views
 from pipeline.measure.delong import combine_limits, measure_areas, weigh_labels
 from pipeline.measure.evaluate import Scored
 from pipeline.measure.evaluation import Evaluation, read_evaluation
@@ -100,17 +100,15 @@ def evaluate(
     beside = Beside(against, readers, found.members, how.altered, edge)
     evaluation = judge_scores(evaluated | dict(found.shared), scored, table, calibration, beside)
     if result_name(config, job.shards.digest, name) != name:
-        compare_with_own(job, scored, evaluation, calibration)
+        compare_with_own(job, scored, evaluation)
     write_atomically(
         job.run / f"evaluation-{name_comparison(result, how.against)}.json", evaluation.to_json()
     )
     return evaluation
 
 
-def compare_with_own(
-    job: Job, scored: Scored, evaluation: Evaluation, calibration: Mapping[str, Any]
-) -> None:
-    """Add what other shards' figures are beside the run's own valid, and what recalibration on them would give.
+def compare_with_own(job: Job, scored: Scored, evaluation: Evaluation) -> None:
+    """Add what other shards' figures are beside the run's own valid.
 
     `own` of the head says why there is no comparison, if there is none. Raises DataError if that is damaged.
     """
@@ -120,7 +118,6 @@ def compare_with_own(
         "manifest": job.shards.digest,
         "own": "",
     }
-    add_recalibration(evaluation, scored, calibration["image"])
     if path.exists():
         own = read_evaluation(path)
         if set(own.labels) != set(evaluation.labels):

@@ -57,7 +57,7 @@ class Stats(Cached):
     policy: tuple[Any, ...] = option(
         (), "Targets under a policy: best,Edema=zeros,blank=ignore.", split=parse_policies
     )
-    html: Path | None = option(None, "Write a page with everything, and images.", type=FILE)
+    html: Path | None = option(None, "Write a page with everything.", type=FILE)
     format: str = option("table", "csv: the counts alone.", choices=("table", "json", "csv"))
 
 
@@ -119,21 +119,18 @@ def _render_page(
     report: Statistics,
     table: "pa.Table",
 ) -> str:
-    from pipeline.look.label_report import find_examples, render_label_report
-    from pipeline.measure.audit import audit_labels
-    from pipeline.measure.covariates import find_covariates
+    from pipeline.look.label_report import render_label_report
+    from pipeline.measure.audit import audit_labels, find_covariates
     from pipeline.sources.load import load_tables
 
     split, views, sources = given.split, given.views, [path for path, _ in shards]
-    alone = len(sources) == 1 and (sources[0] / NAME).is_file()
-    examples = find_examples(sources[0], split, views, shards[0][1]) if alone else {}
     audited = load_tables(sources, split, views, audited=True)
     cells = evaluation_targets(audited, find_blank(sources[0]))
     audit = audit_labels(audited, *cells, find_covariates(audited), together=False)  # which takes longer
     scope = [] if sources[0].is_file() else [f"split {split}" if split else "all splits"]
     scope.append(f"{views} views")
     title = f"Labels of {', '.join(map(_name, given.sources))}"
-    return render_label_report(title, ", ".join(scope), report, table, examples, audit)
+    return render_label_report(title, ", ".join(scope), report, table, audit)
 
 
 def check_output(option: str, path: Path | None, suffixes: Collection[str]) -> None:
@@ -209,8 +206,7 @@ def audit(given: Auditing) -> int:
     all together in a model tested on other patients. A network may learn these instead, and fail elsewhere.
     """
     from pipeline.look.tables import print_audit
-    from pipeline.measure.audit import audit_labels, find_alarms
-    from pipeline.measure.covariates import find_covariates
+    from pipeline.measure.audit import audit_labels, find_alarms, find_covariates
     from pipeline.sources.load import learned_splits, load_tables
 
     sources, split, views = given.sources, given.split, given.views

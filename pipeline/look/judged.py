@@ -348,26 +348,6 @@ def tabulate_own(evaluation: Evaluation) -> Table:
     return tabulate(evaluation, title, [*names], columns, names, notes=notes, kind="elsewhere")
 
 
-def tabulate_recalibration(evaluation: Evaluation) -> Table:
-    """What a calibration on half of the patients would give on the other half."""
-    measured = evaluation.select(metric="cells", group="measured")
-    names = {str(row.label): mark_few(str(row.label), row) for row in measured}
-    columns = []
-    for name in ("fitted", "measured"):
-        for side, shown in {"positives": show_positives, "negatives": show_negatives}.items():
-            columns.append(Query((f"{name} on", side), "cells", shown, name))
-    for metric in ("ece", "brier"):
-        columns += [Query((SCORES[metric], name), metric, show, name) for name in ("before", "after")]
-    columns.append(Query("", "ece", attrgetter("note"), "after"))
-    sides = [count(evaluation.get("patients", None, group=side).value) for side in ("fitted", "measured")]
-    note = (
-        f"Fitted on {sides[0]} of its patients, drawn by a hash of their names, measured on the other {sides[1]}; the "
-        "other figures keep the run's own calibration."
-    )
-    title = "What recalibration on these images would give"
-    return tabulate(evaluation, title, [*names], columns, names, notes=[note], kind="recalibration")
-
-
 def print_evaluation(evaluation: Evaluation) -> None:
     """All tables for a terminal."""
     tabulate_auroc([evaluation]).print()
@@ -381,7 +361,6 @@ def print_evaluation(evaluation: Evaluation) -> None:
 def list_beside(evaluation: Evaluation) -> Iterator[Table]:
     """The tables of what the scores are compared with."""
     yield tabulate_own(evaluation)
-    yield tabulate_recalibration(evaluation)
     yield tabulate_gain(evaluation)
     for scorer in evaluation.head.get("against", ()):
         for level in evaluation.distinct_levels:

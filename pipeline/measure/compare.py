@@ -6,14 +6,11 @@ the thresholds and calibration stay those of the run's own dev.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from pipeline.labels import hash_fraction
 from pipeline.measure.bootstrap import interval, resample_auprc, resampled_mean
-from pipeline.measure.calibration import apply_calibration, fit_calibration
 from pipeline.measure.delong import combine_limits, measure_areas, weigh_labels
 from pipeline.measure.evaluate import Scored, average, study_level
 from pipeline.measure.evaluation import COMMON, OWN, Evaluation, Row
@@ -21,8 +18,6 @@ from pipeline.measure.metrics import (
     Bools,
     Floats,
     areas,
-    brier_score,
-    calibration_error,
     count_classes,
     label_cells,
     mean_of,
@@ -147,36 +142,6 @@ def _add_pair(evaluation: Evaluation, row: Row, own: Row, note: str = "") -> Non
     evaluation.add(row.level, row.label, "auroc", group=OWN, **theirs, **counts, note=own.note)
     less, few = subtract_independent(ours, theirs), row.few or own.few
     evaluation.add(row.level, row.label, "auroc_difference", group=OWN, **less, few=few, note=note)
-
-
-def add_recalibration(
-    evaluation: Evaluation, images: Scored, calibration: Mapping[str, Mapping[str, Any]]
-) -> None:
-    """Add what a calibration fitted on half of the patients does to ECE and Brier score of the other half.
-
-    `calibration` is the run's own, finding by finding: the figures `before` are under it. Halves are by a hash of the
-    patient's name. If `fit_calibration` finds no fit that helps, `after` has no value and the note says why; findings
-    without both classes in the half that is measured are left out.
-    """
-    names, level = evaluation.labels, evaluation.unit
-    chosen = {name: hash_fraction("recalibrate", name) < 0.5 for name in np.unique(images.patient).tolist()}
-    fitting = np.array([chosen[name] for name in images.patient.tolist()], np.bool_)
-    halves = {"fitted": images.take(fitting), "measured": images.take(~fitting)}
-    for group, half in halves.items():
-        evaluation.add(level, None, "patients", len(np.unique(half.patient)), group)
-    fits = fit_calibration(names, *halves["fitted"][:4])
-    for pair in zip(*(label_cells(names, *half[:4]) for half in halves.values()), strict=True):
-        name, score, truth, _ = pair[1]
-        if truth.all() or not truth.any():
-            continue
-        for group, cells in zip(halves, pair, strict=True):
-            evaluation.add(level, name, "cells", group=group, **count_classes(cells.truth, cells.patient))
-        note = (fits[name]["note"] or "").partition(":")[0]
-        for group, fit in (("before", calibration[name]), ("after", fits[name])):
-            values, left_out = apply_calibration(score, fit), group == "after" and bool(note)
-            for metric, measure in (("ece", calibration_error), ("brier", brier_score)):
-                value, why = (None, note) if left_out else (measure(values, truth), "")
-                evaluation.add(level, name, metric, value, group, note=why)
 
 
 def add_readers(evaluation: Evaluation, studies: Scored, readers: Mapping[str, Floats]) -> None:

@@ -10,9 +10,9 @@ import pyarrow as pa
 from pipeline.base.errors import DataError
 from pipeline.labels import find_unannotated
 from pipeline.manifest import name_facts
+from pipeline.measure.audit import find_covariates, find_strata
 from pipeline.measure.belief import add_belief
 from pipeline.measure.compare import ALTERED, MEMBERS, add_auprc, add_comparison, add_readers
-from pipeline.measure.covariates import find_covariates, find_strata
 from pipeline.measure.evaluate import Scored, assess, study_level
 from pipeline.measure.evaluation import UNITS, Evaluation
 from pipeline.measure.metrics import Floats

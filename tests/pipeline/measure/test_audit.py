@@ -11,8 +11,7 @@ from scipy.stats import binom, norm
 from sklearn.metrics import roc_auc_score
 
 from pipeline.labels import LABELS
-from pipeline.measure.audit import Audit, audit_labels, describe_alarms, find_alarms, predict
-from pipeline.measure.covariates import find_covariates
+from pipeline.measure.audit import Audit, audit_labels, describe_alarms, find_alarms, find_covariates, predict
 from pipeline.measure.delong import score_limits, score_variance
 from pipeline.policies import evaluation_targets
 from pipeline.synthetic.sample import draw_patients

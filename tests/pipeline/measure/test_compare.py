@@ -4,17 +4,14 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from scipy.stats import binomtest
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import brier_score_loss, recall_score, roc_auc_score, roc_curve
+from sklearn.metrics import recall_score, roc_auc_score, roc_curve
 
 from pipeline import DataError
-from pipeline.labels import hash_fraction
 from pipeline.measure.compare import (
     MEMBERS,
     add_comparison,
     add_own,
     add_readers,
-    add_recalibration,
     combine_views,
 )
 from pipeline.measure.evaluate import Scored, assess, calibrate, leave_uncalibrated
@@ -185,31 +182,6 @@ def test_where_the_own_macro_is_over_other_labels_its_limits_are_widened() -> No
     nothing = evaluate(there)
     add_own(nothing, there, ours)
     assert not list(nothing.select(group=OWN))
-
-
-def test_half_of_the_patients_recalibrate_the_other_half() -> None:
-    there = draw(1, 4000, 2.0)
-    there.scores[:, 0] = 1 - there.scores[:, 0]  # the contrary: no fit
-    raw = leave_uncalibrated(OTHERS, None)
-    found = assess(OTHERS, there, raw, resamples=0)
-    add_recalibration(found, there, raw["image"])
-    half = np.array([hash_fraction("recalibrate", name) < 0.5 for name in there.patient])
-    for group, chosen in (("fitted", half), ("measured", ~half)):
-        assert found.get("patients", None, group=group).value == len(set(there.patient[chosen]))
-    after = {row.label: row for row in found.select(metric="ece", group="after")}
-    assert list(after) == ["Edema", "Pneumonia", "Pleural Other"]
-    assert (after["Edema"].value, after["Edema"].note) == (None, "the scores tell nothing or the contrary")
-    score, truth = there.scores[:, 1].astype(float), there.target[:, 1] == 1
-    cells = [found.get("cells", "Pneumonia", group=group) for group in ("fitted", "measured")]
-    assert (cells[0].positives, cells[0].negatives) == (truth[half].sum(), (~truth[half]).sum())
-    assert cells[1].positives == truth[~half].sum()
-    brier = [found.get("brier", "Pneumonia", group=group).value for group in ("before", "after")]
-    assert brier[0] == pytest.approx(brier_score_loss(truth[~half], score[~half]))
-    logits = np.log(score / (1 - score))[:, None]
-    reference = LogisticRegression(C=np.inf).fit(logits[half], truth[half]).predict_proba(logits[~half])[:, 1]
-    assert brier[1] == pytest.approx(brier_score_loss(truth[~half], reference), abs=1e-4)
-    before = found.get("ece", "Pneumonia", group="before").value
-    assert (before or 0) > 0.2 > 0.05 > (after["Pneumonia"].value or 1)
 
 
 def read_studies(count: int = 200) -> Scored:

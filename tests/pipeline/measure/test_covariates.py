@@ -3,7 +3,7 @@
 import numpy as np
 import pyarrow as pa
 
-from pipeline.measure.covariates import find_covariates, find_strata
+from pipeline.measure.audit import find_covariates, find_strata
 
 FILMS = {
     "patient": ["nih/patient00012", "patient3", "patient00100"],
