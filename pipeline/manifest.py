@@ -73,7 +73,7 @@ class Manifest:
     no sample is annotated for. `facts` are the tables' further columns, each with its type: string or int64.
     """
 
-    options: Mapping[str, Any]
+    options: Mapping[str, object]
     policies: Mapping[str, str]
     sources: Mapping[str, str]
     pixels: Mapping[str, float]
@@ -87,6 +87,12 @@ class Manifest:
         """Name → sha256 of all tables and shards."""
         tables = {split.table: split.table_sha256 for split in self.splits.values()}
         return tables | {s.file: s.sha256 for split in self.splits.values() for s in split.shards}
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """What the user named of a table: our names, and its own."""
+        given = self.options.get("columns")
+        return given if isinstance(given, dict) else {}
 
     def split(self, name: str) -> Split:
         """The split of that name. Raises DataError where it does not exist."""
@@ -238,7 +244,7 @@ def _parse_split(document: Mapping[str, Any]) -> Split:
     )
 
 
-def _checked(values: Mapping[str, Any]) -> Mapping[str, Any]:
+def _checked(values: dict[str, Any]) -> dict[str, Any]:
     """Values of a `Split` or a `Shard`: texts and hashes, and numbers that a file can have."""
     for name, value in values.items():
         if name in ("file", "table", "sha256", "table_sha256"):

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +19,7 @@ from pipeline.images import ENCODINGS, SQUARES, ImageError, ImageOptions, prepar
 from pipeline.labels import VIEWS
 from pipeline.measure.counts import Statistics, count_labels, describe_views
 from pipeline.policies import find_one_class
-from pipeline.sources.rows import Omitted, divide_rows, find_missing, read_images, read_splits
+from pipeline.sources.rows import Omitted, Splits, divide_rows, find_missing, read_images, read_splits
 from pipeline.sources.source import Source
 
 PARTIAL = ".partial"  # inside the output folder, until the run is finished
@@ -65,10 +65,9 @@ class Options:
         """The options of a single image."""
         return ImageOptions(self.size, self.square, self.encoding, self.quality, self.max_pixels, self.bits)
 
-    @property
-    def selection(self) -> dict[str, Any]:
-        """The options that choose rows, as `read_splits` takes them."""
-        return {name: getattr(self, name) for name in ("views", "dev", "seed", "limit")}
+    def read_splits(self, source: Source) -> Splits:
+        """The rows that the options choose."""
+        return read_splits(source, views=self.views, dev=self.dev, seed=self.seed, limit=self.limit)
 
 
 class PlanTask(NamedTuple):
@@ -90,7 +89,7 @@ class Plan(NamedTuple):
 def write_plan(task: PlanTask) -> Plan:
     """Write the plan of every split. Raises DataError as `read_splits` does, and for what `strict` refuses."""
     options = task.options
-    tables, _, notes = read_splits(task.source, **options.selection)
+    tables, _, notes = options.read_splits(task.source)
     if task.strict and "train" in tables and (found := find_one_class(tables["train"], task.strict)):
         raise DataError(f"`strict`: {'; '.join(found)}; choose other policies")
     for split, table in tables.items():
@@ -145,7 +144,7 @@ class Preview(NamedTuple):
 
 def preview_shards(source: Source, options: Options) -> Preview:
     """What `write_shards` would do. Raises DataError as `read_splits` does."""
-    tables, dropped, notes = read_splits(source, **options.selection)
+    tables, dropped, notes = options.read_splits(source)
     splits = {}
     for split, table in tables.items():
         files = table["file"].to_pylist()

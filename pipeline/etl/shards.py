@@ -15,7 +15,7 @@ from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from pipeline.base.errors import DataError, describe_difference
 from pipeline.base.files import claimed, hash_file, read_object, remove_temporaries, write_json
@@ -36,9 +36,10 @@ from pipeline.etl.writing import (
     REJECTS,
     FinishTask,
     Reject,
-    ShardSummary,
+    ShardRecord,
     ShardTask,
-    find_summary,
+    Wanted,
+    find_record,
     finish,
     index_split,
     is_intact,
@@ -87,7 +88,7 @@ class Run:
     source: Source
     options: Options
     policies: Mapping[str, str]
-    wanted: dict[str, dict[str, Any]]
+    wanted: Wanted
     how: Execution
     progress: Progress
 
@@ -97,9 +98,11 @@ class Run:
         return self.out / PARTIAL
 
     @property
-    def started(self) -> dict[str, dict[str, Any]]:
+    def started(self) -> dict[str, dict[str, object]]:
         """What must not change until the run is finished: the versions decide its bytes, too."""
-        return self.wanted | {"versions": {name: version(name) for name in (*PACKAGES, "chexpert-pipeline")}}
+        return asdict(self.wanted) | {
+            "versions": {name: version(name) for name in (*PACKAGES, "chexpert-pipeline")}
+        }
 
     def list_tasks(self, plan: Plan, hashes: Mapping[str, str]) -> list[ShardTask]:
         """A task for each planned shard, whose hash is known if it was finished before."""
@@ -138,7 +141,7 @@ def write_shards(
         named = source.stated
         if source.set != SETS[source.set].terms.name:  # other rows of the same table
             named["set"] = source.set
-        wanted = {"options": asdict(options) | named, "policies": chosen, "sources": hashes}
+        wanted = Wanted(asdict(options) | named, chosen, hashes)
         run = Run(out, source, options, chosen, wanted, how, progress)
         manifest, damaged = _read_finished(run)
         if manifest is None or damaged:
@@ -157,12 +160,12 @@ def write_shards(
 
 def _choose_policies(out: Path, given: Mapping[str, str | None]) -> dict[str, str]:
     """The given policies; else those of the shards already there, finished or begun; else the defaults."""
-    begun: Mapping[str, Any] = _read_started(out / PARTIAL) or {}
-    before = read_manifest(out).policies if (out / NAME).exists() else begun.get("policies", {})
-    return {name: given.get(name) or before.get(name, default) for name, default in POLICIES.items()}
+    begun = (_read_started(out / PARTIAL) or {}).get("policies", {})
+    before = read_manifest(out).policies if (out / NAME).exists() else begun
+    return {name: given.get(name) or str(before.get(name, default)) for name, default in POLICIES.items()}
 
 
-def _read_started(partial: Path) -> dict[str, Any] | None:
+def _read_started(partial: Path) -> dict[str, dict[str, object]] | None:
     """What the unfinished run was asked for; None where there is none, or its file is damaged."""
     try:
         return read_object(partial / STARTED)
@@ -178,7 +181,8 @@ def _read_finished(run: Run) -> tuple[Manifest | None, list[str]]:
     if not (run.out / NAME).exists():
         return None, []
     manifest = read_manifest(run.out)
-    _refuse_difference(run.out, {name: getattr(manifest, name) for name in run.wanted}, run.wanted)
+    wanted = asdict(run.wanted)
+    _refuse_difference(run.out, {name: getattr(manifest, name) for name in wanted}, wanted)
     files = manifest.files()
     intact = run_threads(lambda name: is_intact(run.out / name, files[name]), list(files), run.how.workers)
     damaged = sorted(name for name, whole in zip(files, intact, strict=True) if not whole)
@@ -187,7 +191,9 @@ def _read_finished(run: Run) -> tuple[Manifest | None, list[str]]:
     return manifest, damaged
 
 
-def _refuse_difference(out: Path, before: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+def _refuse_difference(
+    out: Path, before: Mapping[str, dict[str, object]], wanted: Mapping[str, dict[str, object]]
+) -> None:
     for group, values in wanted.items():
         was = before.get(group, {})
         difference = describe_difference(was, values, sorted(values.keys() | was.keys()))
@@ -223,12 +229,12 @@ def _converge(run: Run, manifest: Manifest | None, damaged: Collection[str]) -> 
     # A table needs the records of all shards of its split.
     splits = [name for name in plan.rows if manifest is None or manifest.splits[name].table in damaged]
     needed = [task for task in tasks if task.split in splits or task.file in damaged]
-    summaries = run_threads(find_summary, needed, run.how.workers)
-    unfinished = [task for task, summary in zip(needed, summaries, strict=True) if summary is None]
+    records = run_threads(find_record, needed, run.how.workers)
+    unfinished = [task for task, record in zip(needed, records, strict=True) if record is None]
     total = sum(plan.rows.values())  # the share of rejects is one of all images
     rows = sum(read_planned(run.partial, task.split, task.number).num_rows for task in unfinished)
-    finished = [summary for summary in summaries if summary is not None]
-    resumed = sum(summary.samples for summary in finished)
+    finished = [record for record in records if record is not None]
+    resumed = sum(record.shard.samples for record in finished)
     finished += _write_tasks(run, unfinished, total - rows, total)
     finishing, step = run.finish_task(plan), f"writing the tables of {run.out}"
     if manifest is None:
@@ -252,16 +258,16 @@ def _refuse_others(out: Path, names: Collection[str]) -> None:
             )
 
 
-def _name_unseen(summary: ShardSummary) -> str:
+def _name_unseen(record: ShardRecord) -> str:
     """What its worker does not see of the source and this process does; "" if there is no such file."""
     missing = [
-        reject.file for reject in summary.rejects if reject.reason == MISSING and "://" not in reject.file
+        reject.file for reject in record.rejects if reject.reason == MISSING and "://" not in reject.file
     ]
     unseen = sorted({*missing} - {*find_missing(missing, ())})
     return f"does not see {unseen[0]}" if unseen else ""
 
 
-def _write_tasks(run: Run, tasks: Sequence[ShardTask], resumed: int, total: int) -> list[ShardSummary]:
+def _write_tasks(run: Run, tasks: Sequence[ShardTask], resumed: int, total: int) -> list[ShardRecord]:
     """Write shards in processes or on a cluster. Raises DataError for more rejects than are allowed."""
     scheduler, max_bad = run.how.scheduler, run.how.max_bad
     done = 0
@@ -277,11 +283,11 @@ def _write_tasks(run: Run, tasks: Sequence[ShardTask], resumed: int, total: int)
         results = run_on_cluster(write_shard, tasks, scheduler, run.partial / STARTED, _name_unseen)
     finished = []
     # Closed explicitly: when this raises, the workers must have ended before the caller goes on.
-    with closing(results) as summaries:
-        for summary in summaries:
-            finished.append(summary)
-            rejects += summary.rejects
-            done += summary.samples + len(summary.rejects)
+    with closing(results) as records:
+        for record in records:
+            finished.append(record)
+            rejects += record.rejects
+            done += record.shard.samples + len(record.rejects)
             if scheduler is not None:
                 tick(done)
             if len(rejects) > max_bad * total:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import partial
 from itertools import accumulate, zip_longest
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -187,48 +187,35 @@ def _check_tar(checks: _Checks, path: Path, file: Path, rows: pa.Table | None, i
 
 
 def _check_samples(checks: _Checks, rows: pa.Table, members: list[Member], data: mmap.mmap) -> Iterator[str]:
-    """A complaint for each row that does not match its members, and for members that no row asks for."""
+    """A complaint for each row that does not match its members.
+
+    Our own tars hold nothing but each row's image and JSON, and end in two empty blocks.
+    """
     suffix = ENCODINGS[checks.encoding]
     expected = [f"{key}.{end}" for key in rows["key"].to_pylist() for end in (suffix, "json")]
-    yield from _check_layout(members, expected, len(data))
-    by_name = {member.name: member for member in members}
+    names = [member.name for member in members]
+    for number, (name, wanted) in enumerate(zip_longest(names, expected, fillvalue="nothing")):
+        if name != wanted:
+            yield f"member {number}: {name} in the tar, {wanted} in the table"
+            return
+    end = members[-1].offset + members[-1].size if members else 0
+    rest = len(data) - (end + -end % BLOCK)
+    if rest != 2 * BLOCK:
+        yield f"{rest} bytes after the last member, not two empty blocks"
     needed = rows if checks.deep else rows.select(["key", "offset", "length"])
-    for row in needed.to_pylist():
-        name = f"{row['key']}.{suffix}"
-        image, json = by_name.get(name), by_name.get(f"{row['key']}.json")
-        complaint = _check_place(row, name, image)
-        if checks.deep and image and not complaint:
-            complaint = _check_content(checks, row, image, json, data)
+    for row, image, json in zip(needed.to_pylist(), members[::2], members[1::2], strict=True):
+        complaint = None
+        if (image.offset, image.size) != (row["offset"], row["length"]):
+            place = f"{image.size} bytes at {image.offset}"
+            complaint = f"{image.name} is {place}, not {row['length']} at {row['offset']} as in the table"
+        elif checks.deep:
+            content, document = (data[part.offset : part.offset + part.size] for part in (image, json))
+            complaint = _check_content(checks, row, content, document)
         if complaint:
             yield f"sample {row['key']}: {complaint}"
 
 
-def _check_layout(members: list[Member], expected: list[str], size: int) -> Iterator[str]:
-    """Our own tars hold nothing but the members expected, and end in two empty blocks."""
-    names = [member.name for member in members]
-    for number, (there, wanted) in enumerate(zip_longest(names, expected, fillvalue="nothing")):
-        if there != wanted:
-            yield f"member {number}: {there} in the tar, {wanted} in the table"
-            break
-    end = members[-1].offset + members[-1].size if members else 0
-    rest = size - (end + -end % BLOCK)
-    if rest != 2 * BLOCK:
-        yield f"{rest} bytes after the last member, not two empty blocks"
-
-
-def _check_place(row: Mapping[str, Any], name: str, image: Member | None) -> str | None:
-    if image is None:
-        return f"no member {name}"
-    if (image.offset, image.size) != (row["offset"], row["length"]):
-        there, wanted = f"{image.size} bytes at {image.offset}", f"{row['length']} at {row['offset']}"
-        return f"{name} is {there}, not {wanted} as in the table"
-    return None
-
-
-def _check_content(
-    checks: _Checks, row: Mapping[str, Any], image: Member, json: Member | None, data: mmap.mmap
-) -> str | None:
-    content = data[image.offset : image.offset + image.size]
+def _check_content(checks: _Checks, row: Mapping[str, object], content: bytes, json: bytes) -> str | None:
     if checksum(content, checks.encoding) != row["crc"]:
         return "its bytes do not match the checksum in the index"
     try:
@@ -236,11 +223,9 @@ def _check_content(
     except ValueError as error:
         return f"does not decode: {error}"
     if levels.min() == levels.max():
-        checks.flat.append(row["key"])
-    if json is None:
-        return None  # the layout says so
+        checks.flat.append(str(row["key"]))
     try:
-        document = parse_object("its JSON", data[json.offset : json.offset + json.size])
+        document = parse_object("its JSON", json)
         facts = document | document["labels"]
         differing = next((name for name in FACTS.names if facts[name] != row[name]), None)
     except (DataError, KeyError, TypeError) as error:

@@ -7,16 +7,16 @@ the run was killed and started again.
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
 from pipeline.base.errors import DataError
-from pipeline.base.files import atomic_file, hash_file, read_object, write_csv, write_json, write_table
+from pipeline.base.files import atomic_file, hash_file, read_arrow, write_csv, write_table
 from pipeline.base.tar import BLOCK, END, tar_member
 from pipeline.base.workers import report_item
 from pipeline.etl.planning import count_planned, read_planned
@@ -26,6 +26,7 @@ from pipeline.manifest import PLACES, Manifest, Shard, Split, checksum, name_fac
 from pipeline.sources.rows import read_images
 
 REJECTS = "rejects.csv"
+RECORD = b"record"  # in the metadata of a table
 CHANGED = "the source no longer gives the bytes of these shards; remove the folder, or name another"
 _FACTS = ("key", "patient", "study", "view", "sex", "age", "projection")
 
@@ -51,8 +52,8 @@ class ShardTask(NamedTuple):
 
     @property
     def record(self) -> Path:
-        """What the index needs of the shard, as JSON; written after the tar."""
-        return (self.partial / self.file).with_suffix(".json")
+        """The table of its rows, and its `ShardRecord`; written after the tar."""
+        return (self.partial / self.file).with_suffix(".arrow")
 
     def __str__(self) -> str:
         return str(self.out / self.file)
@@ -67,13 +68,26 @@ class Reject(NamedTuple):
     reason: str
 
 
-class ShardSummary(NamedTuple):
-    """A finished shard, in numbers."""
+class ShardRecord(NamedTuple):
+    """A finished shard: its entry in the manifest, bytes read, images that had metadata, and gray levels [256].
 
-    samples: int
+    It lies in the metadata of the table of the shard's rows, which have the columns PLACES and those of `Original`.
+    """
+
+    shard: Shard
     bytes_in: int
     stripped: int
+    levels: list[int]
     rejects: tuple[Reject, ...]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What shards are asked for: the part of the manifest that is known before they are written."""
+
+    options: dict[str, object]
+    policies: dict[str, str]
+    sources: dict[str, str]
 
 
 class FinishTask(NamedTuple):
@@ -82,7 +96,7 @@ class FinishTask(NamedTuple):
     out: Path
     partial: Path
     splits: tuple[str, ...]
-    wanted: dict[str, dict[str, Any]]
+    wanted: Wanted
     dataset: dict[str, str]
 
 
@@ -96,29 +110,36 @@ class Index(NamedTuple):
     facts: dict[str, str]
 
 
-def write_shard(task: ShardTask) -> ShardSummary:
+def write_shard(task: ShardTask) -> ShardRecord:
     """Write one tar, then its record; images that cannot be used are left out and reported.
 
     Raises DataError, and leaves the file as it is, where the tar would have another hash than `sha256`.
     """
-    rows = read_planned(task.partial, task.split, task.number).to_pylist()
+    rows = read_planned(task.partial, task.split, task.number)
     with atomic_file(task.out / task.file) as file:
-        summary, record = _write_tar(task, rows, file)
-        if task.sha256 not in (None, record["shard"]["sha256"]):
+        record, table = _write_tar(task, rows, file)
+        if task.sha256 not in (None, record.shard.sha256):
             raise DataError(f"{task}: {CHANGED}")
-    write_json(task.record, {"summary": summary, **record})
-    return summary
+    text = json.dumps([astuple(record.shard), *record[1:]])
+    write_table(task.record, table.replace_schema_metadata({RECORD: text}))
+    return record
 
 
-def find_summary(task: ShardTask) -> ShardSummary | None:
-    """The summary of a shard that an earlier start finished. One with rejects is written again."""
+def read_record(path: Path) -> tuple[ShardRecord, pa.Table]:
+    """A shard's record and rows. Raises DataError for a damaged file, and FileNotFoundError."""
+    table = read_arrow(path, path.read_bytes())
+    shard, bytes_in, stripped, levels, rejects = json.loads(table.schema.metadata[RECORD])
+    record = ShardRecord(Shard(*shard), bytes_in, stripped, levels, tuple(Reject(*row) for row in rejects))
+    return record, table.replace_schema_metadata(None)
+
+
+def find_record(task: ShardTask) -> ShardRecord | None:
+    """The record of a shard that an earlier start finished. One with rejects is written again."""
     try:
-        record = read_object(task.record)
-        summary = ShardSummary(*record["summary"])
-        intact = is_intact(task.out / task.file, record["shard"]["sha256"])
-    except (FileNotFoundError, DataError, KeyError, TypeError):
+        record, _ = read_record(task.record)
+    except (FileNotFoundError, DataError):
         return None
-    return summary if intact and not summary.rejects else None
+    return record if is_intact(task.out / task.file, record.shard.sha256) and not record.rejects else None
 
 
 def is_intact(path: Path, sha256: str) -> bool:
@@ -129,13 +150,12 @@ def is_intact(path: Path, sha256: str) -> bool:
         return False
 
 
-def _write_tar(
-    task: ShardTask, rows: list[dict[str, Any]], file: BinaryIO
-) -> tuple[ShardSummary, dict[str, Any]]:
-    """Write the members; returns the summary, and the columns that the index needs."""
+def _write_tar(task: ShardTask, batch: pa.RecordBatch, file: BinaryIO) -> tuple[ShardRecord, pa.Table]:
+    """Write the members; returns the record, and the rows that were kept, with their places and originals."""
+    rows = batch.to_pylist()
     sha256 = hashlib.sha256()
     position = bytes_in = stripped = 0
-    kept, places, originals, notes = [], [], [], []
+    kept, places, notes = [], [], []
     levels = np.zeros(256, np.int64)
     rejects: list[Reject] = []
     suffix = ENCODINGS[task.options.encoding]
@@ -161,20 +181,24 @@ def _write_tar(
             kept.append(True)
             bytes_in += len(content)
             stripped += image.stripped
-            places.append((position + BLOCK, len(image.data), checksum(image.data, task.options.encoding)))
-            originals.append(image.original)
+            crc = checksum(image.data, task.options.encoding)
+            places.append((task.number, position + BLOCK, len(image.data), crc, *image.original))
             notes.append("; ".join(image.notes) or None)
             write(tar_member(f"{row['key']}.{suffix}", image.data) + document)
             levels += image.levels
         report_item()
     write(END)
+    unlisted = [name for name in ("path", "file", "bits") if name in batch.schema.names]
+    table = pa.Table.from_batches([batch.filter(pa.array(kept))]).drop_columns(unlisted)
+    fields = [*PLACES, *(pa.field(name, pa.int64()) for name in Original._fields)]
+    for number, field in enumerate(fields):
+        table = table.append_column(field, pa.array([row[number] for row in places], field.type))
+    table = table.append_column("note", pa.array(notes, pa.string()))
     shard = Shard(task.file, len(places), position, sha256.hexdigest())
-    record = {"shard": asdict(shard), "kept": kept, "places": places, "originals": originals}
-    record |= {"notes": notes, "levels": levels.tolist()}
-    return ShardSummary(len(places), bytes_in, stripped, tuple(rejects)), record
+    return ShardRecord(shard, bytes_in, stripped, levels.tolist(), tuple(rejects)), table
 
 
-def _sample_json(row: Mapping[str, Any]) -> bytes:
+def _sample_json(row: Mapping[str, object]) -> bytes:
     """Raw labels and view facts of one row, for readers that have the tar alone."""
     labels = {label: row[label] for label in LABELS}
     return json.dumps({name: row[name] for name in _FACTS} | {"labels": labels}).encode()
@@ -190,7 +214,7 @@ def finish(task: FinishTask) -> Manifest:
         (task.out / REJECTS).unlink(missing_ok=True)
     measured = indexes.get("train", next(iter(indexes.values())))
     manifest = Manifest(
-        **task.wanted,
+        **asdict(task.wanted),
         pixels=gray_statistics(measured.levels),
         splits={split: index.entry for split, index in indexes.items()},
         rejects=tuple({"split": r.split, "key": r.key, "reason": r.reason} for r in rejects),
@@ -207,28 +231,16 @@ def finish(task: FinishTask) -> Manifest:
 def index_split(of: tuple[FinishTask, str]) -> Index:
     """Write `<split>.arrow`: the rows that were kept, without paths, plus where each image lies and what it was."""
     task, split = of
-    tables, shards, rejects = [], [], []
-    levels = np.zeros(256, np.int64)
-    for number in range(count_planned(task.partial, split)):
-        record = read_object(task.partial / f"{split}-{number:06d}.json")
-        rows = read_planned(task.partial, split, number).filter(pa.array(record["kept"]))
-        unlisted = [name for name in ("path", "file", "bits") if name in rows.schema.names]
-        table = pa.Table.from_batches([rows]).drop_columns(unlisted)
-        places = np.array(record["places"], np.int64).reshape(-1, 3)
-        for field, values in zip(PLACES, (np.full(len(places), number), *places.T), strict=True):
-            table = table.append_column(field.name, pa.array(values, field.type))
-        for column, name in enumerate(Original._fields):
-            values = pa.array([original[column] for original in record["originals"]], pa.int64())
-            table = table.append_column(name, values)
-        tables.append(table.append_column("note", pa.array(record["notes"], pa.string())))
-        shards.append(Shard(**record["shard"]))
-        levels += np.array(record["levels"])
-        rejects += [Reject(*reject) for reject in record["summary"][-1]]
-    whole = pa.concat_tables(tables)
+    numbers = range(count_planned(task.partial, split))
+    parts = [read_record(task.partial / f"{split}-{number:06d}.arrow") for number in numbers]
+    whole = pa.concat_tables(table for _, table in parts)
     if whole["note"].null_count == len(whole):
         whole = whole.drop_columns(["note"])
     digest = write_table(task.out / f"{split}.arrow", whole)
-    entry = Split(**count_rows(whole), table=f"{split}.arrow", table_sha256=digest, shards=tuple(shards))
+    shards = tuple(record.shard for record, _ in parts)
+    entry = Split(**count_rows(whole), table=f"{split}.arrow", table_sha256=digest, shards=shards)
+    levels = np.array([record.levels for record, _ in parts], np.int64).sum(axis=0)
+    rejects = [reject for record, _ in parts for reject in record.rejects]
     return Index(entry, levels, rejects, find_unannotated(whole), name_facts(whole))
 
 

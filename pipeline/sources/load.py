@@ -84,7 +84,7 @@ def load_table(
         manifest = read_manifest(source)
         names = manifest.splits if split is None else [split]
         tables = {name: read_table(source, manifest.split(name)) for name in names}
-        numbered = numbers_studies(manifest.dataset["name"], manifest.options.get("columns", ()))
+        numbered = numbers_studies(manifest.dataset["name"], manifest.columns)
     else:
         name, csvs = find_set(source)
         tables = SETS[name].read(Source(csvs, (), name), note)

@@ -37,9 +37,10 @@ class Omitted(NamedTuple):
     limit: int
 
 
-def read_splits(
-    source: Source, *, views: str, dev: float, seed: int, limit: int | None = None
-) -> tuple[dict[str, pa.Table], dict[str, Omitted], tuple[str, ...]]:
+Splits = tuple[dict[str, pa.Table], dict[str, Omitted], tuple[str, ...]]
+
+
+def read_splits(source: Source, *, views: str, dev: float, seed: int, limit: int | None = None) -> Splits:
     """Label table per split, shuffled, with the column `file` (absolute path or URL); what was dropped; notes.
 
     With all views, studies are shuffled, and the images of each stay together. train is divided into train and dev

@@ -68,7 +68,7 @@ class Source(NamedTuple):
     blanks: str = ""
 
     @property
-    def stated(self) -> dict[str, Any]:
+    def stated(self) -> dict[str, object]:
         """What the user states about the set, as far as it decides what is in the shards."""
         given = {name: getattr(self, name) for name in ("name", "annotated", "blanks")}
         given["columns"] = dict(self.columns)

@@ -23,10 +23,10 @@ from pipeline.base.files import atomic_file, claimed, write_csv
 from pipeline.etl import shards as etl
 from pipeline.etl.planning import Options
 from pipeline.etl.shards import Execution, RunSummary, _name_unseen, write_shards
-from pipeline.etl.writing import Reject, ShardSummary
+from pipeline.etl.writing import Reject, ShardRecord
 from pipeline.images import Original
 from pipeline.labels import LABELS, hash_fraction
-from pipeline.manifest import Manifest, read_manifest, read_table
+from pipeline.manifest import Manifest, Shard, read_manifest, read_table
 from pipeline.sources.rows import MISSING, read_images
 from pipeline.sources.sets import find_source
 from tests.conftest import POLICIES, default_options, make_shards, write_chexpert
@@ -324,9 +324,10 @@ def test_a_disk_that_fails_ends_the_run_and_rejects_nothing(
 
 def test_a_reject_that_is_a_workers_fault_is_told_by_the_files_that_are_seen_here(chexpert: Path) -> None:
     image, absent = chexpert / "train/patient00003/study2/view1_frontal.jpg", chexpert / "absent.jpg"
+    shard = Shard("train-000000.tar", 0, 0, "")
     rejects = tuple(Reject("train", "key", str(file), MISSING) for file in (absent, image))
-    assert _name_unseen(ShardSummary(0, 0, 0, rejects)) == f"does not see {image}"
-    assert _name_unseen(ShardSummary(0, 0, 0, rejects[:1])) == ""
+    assert _name_unseen(ShardRecord(shard, 0, 0, [], rejects)) == f"does not see {image}"
+    assert _name_unseen(ShardRecord(shard, 0, 0, [], rejects[:1])) == ""
 
 
 def test_rejects_are_left_out_and_listed_and_tried_again(
@@ -597,7 +598,7 @@ def test_killed_at_any_file_a_run_converges(
         assert done > least
 
 
-@pytest.mark.parametrize("name", ["train-000000.json", "train.plan"])
+@pytest.mark.parametrize("name", ["train-000000.arrow", "train.plan"])
 def test_an_empty_file_of_an_unfinished_run_is_made_again(
     chexpert: Path, shards: Shards, tmp_path: Path, name: str
 ) -> None:

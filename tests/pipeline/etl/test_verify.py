@@ -6,6 +6,7 @@ import shutil
 import zlib
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -72,15 +73,9 @@ def flip_json(folder: Path, manifest: Manifest) -> list[str]:
     return [f"{path}: sample {key}: age is {age ^ 1} in its JSON, {age} in the table"]
 
 
-def flip_header(folder: Path, manifest: Manifest) -> list[str]:
+def flip_header(folder: Path, manifest: Manifest, position: int = 3) -> list[str]:
     path, _, _, _ = first_row(folder, manifest)
-    flip(path, 3)
-    return [f"{path}: byte 0: not a usable tar header: bad checksum"]
-
-
-def flip_size_in_header(folder: Path, manifest: Manifest) -> list[str]:
-    path, _, _, _ = first_row(folder, manifest)
-    flip(path, 124 + 10)
+    flip(path, position)
     return [f"{path}: byte 0: not a usable tar header: bad checksum"]
 
 
@@ -202,7 +197,6 @@ def rename_member(folder: Path, manifest: Manifest) -> list[str]:
     accept(folder, manifest)
     return [
         f"{path}: member 0: {key.replace('p', 'P', 1)}.jpg in the tar, {key}.jpg in the table",
-        f"{path}: sample {key}: no member {key}.jpg",
     ]
 
 
@@ -217,7 +211,7 @@ DAMAGES = [
     flip_image,
     flip_json,
     flip_header,
-    flip_size_in_header,
+    partial(flip_header, position=134),  # of the size
     flip_padding,
     flip_end,
     truncate,
@@ -235,7 +229,7 @@ DAMAGES = [
 ]
 
 
-@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: getattr(damage, "__name__", ""))
 def test_damage_is_named(chexpert: Path, shards: Shards, damage: Damage) -> None:
     folder, manifest = shards
     lines = damage(folder, manifest)
@@ -267,14 +261,9 @@ def deep_only(folder: Path, lines: list[str]) -> None:
     assert (run.returncode, run.stdout.splitlines()) == (1, lines)
 
 
-def test_deep_compares_each_json_with_its_row(shards: Shards) -> None:
-    lines = flip_json(*shards)
-    accept(*shards)
-    deep_only(shards[0], lines)
-
-
-def test_deep_compares_each_image_with_its_checksum(shards: Shards) -> None:
-    lines = flip_image(*shards)
+@pytest.mark.parametrize("damage", [flip_json, flip_image])
+def test_deep_compares_each_sample_with_its_row(shards: Shards, damage: Damage) -> None:
+    lines = damage(*shards)
     accept(*shards)
     deep_only(shards[0], lines)
 
@@ -357,7 +346,3 @@ def test_a_table_without_a_column(shards: Shards) -> None:
     lines = [f"{folder / split.table}: column crc is missing, duplicated, or not uint32"]
     assert verify_shards(folder, deep=True, workers=1).problems == {split.table: lines}
     assert json.loads((folder / "manifest.json").read_bytes())["splits"]["train"]["table_sha256"] == digest
-
-
-def test_help_has_an_example() -> None:
-    assert "Example: pipeline verify " in run_pipeline("verify", "--help").stdout

@@ -45,7 +45,7 @@ def test_a_table_of_one_s_own_becomes_shards(films: Path) -> None:
     out = films.parent / "out"
     manifest = read_manifest(out)
     assert len(manifest.not_annotated) == 12
-    assert manifest.options["columns"]["path"] == "Image"
+    assert manifest.columns["path"] == "Image"
     rows = {row["key"]: row for row in pa.ipc.open_file(out / "train.arrow").read_all().to_pylist()}
     facts = ("patient", "study", "view", "sex", "age", "projection", "Edema", "Pleural Effusion", "Fracture")
     assert {key: [row[name] for name in facts] for key, row in rows.items()} == {  # printf a/1 | b2sum -l 32
