@@ -9,7 +9,7 @@ tensors without a loader.
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pipeline.base.errors import DataError
 
@@ -23,7 +23,7 @@ else:
     MODULES = {"open_shards": "pipeline.stream.dataset", "BatchDataset": "pipeline.stream.loader"}
     MODULES |= dict.fromkeys(("Judging", "judge"), "pipeline.judging")
 
-    def __getattr__(name: str) -> Any:
+    def __getattr__(name: str) -> object:
         """Import what is asked for only then: Arrow and OpenCV would slow down every command, torch even more."""
         if name not in MODULES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,8 +2,9 @@
 
 import inspect
 import math
+import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,7 @@ class Number(click.FloatRange):
 
     name = "number"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+    def convert(self, value: float, param: click.Parameter | None, ctx: click.Context | None) -> float:
         """The number."""
         number: float = super().convert(value, param, ctx)
         if not math.isfinite(number):
@@ -39,9 +40,10 @@ class PathOrUrl(click.Path):
     def __init__(self, exists: bool = False, file_okay: bool = True) -> None:
         super().__init__(exists, file_okay, path_type=Path)
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> str | Path:
         """The path, or the text of the URL."""
-        return value if "://" in str(value) else super().convert(value, param, ctx)
+        text = str(value)
+        return text if "://" in text else Path(os.fsdecode(super().convert(text, param, ctx)))
 
 
 class Parsed(click.ParamType[Value], Generic[Value]):
@@ -50,7 +52,7 @@ class Parsed(click.ParamType[Value], Generic[Value]):
     def __init__(self, parse: Callable[[str], Value], name: str) -> None:
         self.parse, self.name = parse, name
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Value:
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> Value:
         """The value."""
         try:
             return self.parse(str(value))
@@ -64,7 +66,7 @@ EXISTING = click.Path(path_type=Path, exists=True)
 EXISTING_FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 
 
-class Several(tuple[Any, ...]):
+class Several(tuple[object, ...]):
     """Values of an option of which a command tries each."""
 
 
@@ -76,7 +78,7 @@ class FieldOption(click.Option):
         self.group, self.several = item.group, several
         self.separator = r"\s+" if item.check else r"[\s,]+"  # a policy has commas of its own
 
-    def type_cast_value(self, ctx: click.Context, value: Any) -> Any:
+    def type_cast_value(self, ctx: click.Context, value: object) -> object:
         """The value; of several, Several: without repetitions, separated by spaces or commas."""
         if not self.several or not isinstance(value, str):
             return super().type_cast_value(ctx, value)
@@ -114,21 +116,23 @@ class Fields(NamedTuple):
     names: Sequence[str] = ()
     several: bool = False  # an option may take several values, and the command gets a dict of all options
 
-    def build(self, given: dict[str, Any]) -> Any:
+    def build(self, given: Mapping[str, object]) -> object:
         """What the command gets; options that are not given have the field's default."""
         names = self.names or list_options(self.kind)
         values = {name: given[name] for name in names if name in given}
         return values if self.several else self.kind(**values)
 
 
-def command(name: str, *kinds: type | Fields, example: str) -> Callable[[Callable[..., Any]], click.Command]:
+def command(
+    name: str, *kinds: type | Fields, example: str
+) -> Callable[[Callable[..., object]], click.Command]:
     """Click's command, which is called with an instance of each dataclass, in order; their fields are its options."""
     parts = [kind if isinstance(kind, Fields) else Fields(kind) for kind in kinds]
     params = [param for part in parts for param in _make_params(part)]
     params.sort(key=lambda param: isinstance(param, click.Option))  # arguments first, as they are typed
 
-    def decorate(function: Callable[..., Any]) -> click.Command:
-        def call(**values: Any) -> Any:
+    def decorate(function: Callable[..., object]) -> click.Command:
+        def call(**values: object) -> object:
             source = click.get_current_context().get_parameter_source
             given = {name: value for name, value in values.items() if source(name) != ParameterSource.DEFAULT}
             try:
@@ -182,7 +186,7 @@ def _accept(check: Callable[[str], object], text: str) -> str:
     return text
 
 
-def _choose_type(kind: Any, item: Option) -> click.ParamType[Any]:
+def _choose_type(kind: object, item: Option) -> click.ParamType[Any]:
     """Click's type of a value."""
     if item.type is not None:
         chosen: click.ParamType[Any] = item.type

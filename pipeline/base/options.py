@@ -25,28 +25,26 @@ class Option(NamedTuple):
     high: float = math.inf
     open: bool = False  # low and high themselves are not allowed
     check: Callable[[str], object] | None = None  # raises DataError for a text that is not allowed
-    parse: Callable[[str], Any] | None = None  # text → value, or an element of a tuple's; raises DataError
-    split: Callable[[str], tuple[Any, ...]] | None = (
-        None  # text → all of a tuple's elements; raises DataError
-    )
+    parse: Callable[[str], object] | None = None  # text → value, or an element of a tuple's; raises DataError
+    split: Callable[[str], tuple[object, ...]] | None = None  # text → a tuple's elements; raises DataError
     type: Any = None  # click's, if the field's own and the above do not determine it
     metavar: str | None = None
     shown: str | None = None  # in place of the default
     flag: str | None = None  # in place of the field's name
     argument: bool = False  # positional
 
-    def allows(self, value: Any) -> bool:
+    def allows(self, value: object) -> bool:
         """Whether a value of the field's type is allowed. Raises DataError as `check` does."""
         if isinstance(value, (int, float)):
             within = self.low < value < self.high if self.open else self.low <= value <= self.high
             return within and math.isfinite(value)
-        if self.check is not None:
+        if self.check is not None and isinstance(value, str):
             self.check(value)
         values = value if isinstance(value, tuple) else (value,)
         return not self.choices or (bool(values) and set(values) <= set(self.choices))
 
 
-def option(default: Any, help: str = "", **more: Any) -> Any:  # noqa: A002 - as click calls it
+def option(default: object, help: str = "", **more: Any) -> Any:  # noqa: A002 - as click calls it
     """A field that is an option: required if the default is `...`; `more` are further fields of Option."""
     metadata = {"option": Option(help, **more)}
     if callable(default):
@@ -59,7 +57,7 @@ def list_options(kind: type) -> dict[str, Option]:
     return {item.name: item.metadata["option"] for item in fields(kind) if "option" in item.metadata}
 
 
-def check_values(values: Any) -> None:
+def check_values(values: object) -> None:
     """Raise SettingError if a value of a dataclass has another type than its field, or its option does not allow it."""
     options = list_options(type(values))
     for name, kind in get_type_hints(type(values)).items():

@@ -4,7 +4,7 @@ import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pipeline.base.files import format_csv, write_atomically
 from pipeline.base.options import option
@@ -54,7 +54,7 @@ class Stats(Cached):
     facts: tuple[str, ...] = option(
         (), "CSV or XLSX with extra columns to join; not for shards.", metavar="FILE"
     )
-    policy: tuple[Any, ...] = option(
+    policy: tuple[dict[str, str], str] | tuple[()] = option(
         (), "Targets under a policy: best,Edema=zeros,blank=ignore.", split=parse_policies
     )
     html: Path | None = option(None, "Write a page with everything.", type=FILE)
