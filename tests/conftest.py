@@ -79,6 +79,13 @@ def run_pipeline(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.CompletedProcess(command, ended.value.code or 0, *said)  # type: ignore[arg-type]
 
 
+def start(*words: object, cwd: Path = REPOSITORY, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A command in a process of its own, with these variables beside this one's but make's; and what it printed."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    env, command = kept | environment, [str(word) for word in words]
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=False)
+
+
 def default_options(**changes: object) -> Options:
     """Options fit for small images."""
     values: dict[str, object] = {"size": 48, "max_pixels": 1_000_000, "dev": 0.3, "samples_per_shard": 7}

@@ -1,17 +1,15 @@
 """The rules of docs/architecture.md, read from the imports: arrows go down, and never round."""
 
 import ast
-import subprocess
 import sys
 from functools import cache
 from pathlib import Path
 
 import pytest
 
-import train
 from pipeline.manifest import Manifest
+from tests.conftest import REPOSITORY, start
 
-REPOSITORY = Path(train.__file__).parent
 FILES = sorted(
     [*REPOSITORY.glob("pipeline/**/*.py"), *REPOSITORY.glob("model/**/*.py"), REPOSITORY / "train.py"]
 )
@@ -145,9 +143,7 @@ for line in {list(lines)!r}:
 assert found == {lines!r}, found
 assert "train.py" in sys.argv[0] or "pandas" not in sys.modules  # which pyarrow imports unless it is kept from it
 """
-    ran = subprocess.run(
-        [sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=False
-    )
+    ran = start(sys.executable, "-c", program)
     assert ran.returncode == 0, ran.stderr
 
 

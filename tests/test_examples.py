@@ -1,16 +1,14 @@
 """The examples: one that stops and resumes has the losses of one that never stopped, in every framework the same."""
 
 import ast
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from pipeline.manifest import Manifest
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, start
 
 EXAMPLES = sorted((REPOSITORY / "examples").glob("*.py"))
 SAVED = {"plain": 10, "with_accelerate": 10, "with_lightning": 10, "with_monai": 12}  # of 12 steps
@@ -18,14 +16,8 @@ SAVED = {"plain": 10, "with_accelerate": 10, "with_lightning": 10, "with_monai":
 
 def train(name: str, shards: Path, folder: Path, steps: int) -> list[str]:
     """The lines of the steps that the example trains for; on the CPU, where they are the same on every machine."""
-    ran = subprocess.run(
-        [sys.executable, REPOSITORY / "examples" / f"{name}.py", shards, folder, str(steps)],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=shards.parent,
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
-    )
+    example = REPOSITORY / "examples" / f"{name}.py"
+    ran = start(sys.executable, example, shards, folder, steps, cwd=shards.parent, CUDA_VISIBLE_DEVICES="")
     assert ran.returncode == 0, ran.stderr
     return re.findall(r"^step \d+: loss \d\.\d+$", ran.stdout, re.MULTILINE)
 

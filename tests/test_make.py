@@ -1,23 +1,17 @@
 """The Makefile: what a user types reaches the commands."""
 
-import os
 import shlex
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import REPOSITORY
+from tests.conftest import start
 
 
 def make(*arguments: str) -> subprocess.CompletedProcess[str]:
-    # Without the variables of the `make test` this test itself runs under.
-    environment = {
-        name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL")
-    }
     # An environment that is older than the lock is not installed anew amid a test.
-    command = ["make", "--no-print-directory", "-o", ".venv/installed", "-C", str(REPOSITORY), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    return start("make", "--no-print-directory", "-o", ".venv/installed", *arguments)
 
 
 # What is typed after `make`, and what a line that make runs then contains, up to its end where there is a `;`.

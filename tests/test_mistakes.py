@@ -1,11 +1,9 @@
 """docs/mistakes.md: each mistake is made, and prints what the page says."""
 
-import os
 import re
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
@@ -20,7 +18,7 @@ from model.ranks import Stopped
 from model.runs.commands import main
 from pipeline.base.files import claimed
 from pipeline.console import run_command
-from tests.conftest import REPOSITORY, default_options, make_shards, run_pipeline, write_chexpert
+from tests.conftest import REPOSITORY, default_options, make_shards, run_pipeline, start, write_chexpert
 from tests.training import Late, narrow_networks, quick_ends
 
 PAGE = REPOSITORY / "docs" / "mistakes.md"
@@ -78,11 +76,8 @@ def type_in(line: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> tupl
     words = shlex.split(line)
     if words[0] != "make":
         return call(words[2 * (words[0] == "python") :], capsys)
-    kept = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL")}
-    command = ["make", "--no-print-directory", "-f", str(REPOSITORY / "Makefile"), *words[1:]]
-    made = subprocess.run(
-        command, cwd=folder, env=kept | SETTINGS, capture_output=True, text=True, check=False
-    )
+    command = ["make", "--no-print-directory", "-f", REPOSITORY / "Makefile", *words[1:]]
+    made = start(*command, cwd=folder, **SETTINGS)
     code, said = made.returncode, made.stdout + made.stderr
     started = folder / "started"
     for part in started.read_text().split("\0\n") if started.exists() else []:

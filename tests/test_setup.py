@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import subprocess
 import sys
 import threading
 import zipfile
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, start
 
 pytestmark = pytest.mark.wheel
 
@@ -76,28 +75,20 @@ def url(clone: Path) -> Iterator[str]:
 
 @pytest.mark.parametrize("uv", [True, False])
 @pytest.mark.parametrize("torch", ["", "cpu"])
-def test_setup_installs_the_lock(clone: Path, url: str, uv: bool, torch: str) -> None:
+def test_setup_installs_the_lock(
+    clone: Path, url: str, uv: bool, torch: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     programs = clone / "bin"
     programs.mkdir()
     (programs / "python3").symlink_to(sys.executable)
     if uv:
         (programs / "uv").symlink_to(Path(sys.executable).with_name("uv"))
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("PIP_", "UV_", "MAKE"))}
-    made = subprocess.run(
-        ["make", "setup", f"TORCH={torch}", f"TORCH_INDEX={url}/cpu"],
-        cwd=clone,
-        env=kept
-        | {
-            "PATH": f"{programs}:/usr/bin:/bin",
-            "PIP_INDEX_URL": f"{url}/all",
-            "UV_DEFAULT_INDEX": f"{url}/all",
-            "PIP_CONFIG_FILE": os.devnull,
-            "UV_NO_CACHE": "1",
-        },
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    for name in [name for name in os.environ if name.startswith(("PIP_", "UV_"))]:
+        monkeypatch.delenv(name)
+    index = {"PIP_INDEX_URL": f"{url}/all", "UV_DEFAULT_INDEX": f"{url}/all"}
+    alone = {"PATH": f"{programs}:/usr/bin:/bin", "PIP_CONFIG_FILE": os.devnull, "UV_NO_CACHE": "1"}
+    command = ("make", "setup", f"TORCH={torch}", f"TORCH_INDEX={url}/cpu")
+    made = start(*command, cwd=clone, **index, **alone)
     assert made.returncode == 0, made.stdout + made.stderr
     assert ("uv failed: pip installs the same packages, which takes 3 to 15 minutes" in made.stderr) != uv
     (packages,) = (clone / ".venv").glob("lib/python*/site-packages")
@@ -105,11 +96,5 @@ def test_setup_installs_the_lock(clone: Path, url: str, uv: bool, torch: str) ->
     suffix, others = ("+cpu", set()) if torch else ("", {"nvidia_cublas-13.0"})
     expected = {f"torch-2.15.0{suffix}", f"torchvision-0.29.2{suffix}", "ours-1.0", "uv-0.13.9", *others}
     assert {name for name in names if not name.startswith(("pip-", "setuptools-"))} == expected
-    other = subprocess.run(
-        ["make", "setup", f"TORCH={'' if torch else 'cpu'}"],
-        cwd=clone,
-        env=kept,
-        capture_output=True,
-        text=True,
-    )
+    other = start("make", "setup", f"TORCH={'' if torch else 'cpu'}", cwd=clone)
     assert ".venv holds the other build of torch: make clean first" in other.stderr

@@ -1,6 +1,5 @@
 """The wheel holds everything that runs: `pipeline` without any extra, and train.py with that of training."""
 
-import os
 import subprocess
 import sys
 import tomllib
@@ -11,9 +10,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-import train
-
-REPOSITORY = Path(train.__file__).parent
+from tests.conftest import REPOSITORY, start
 
 pytestmark = pytest.mark.wheel
 
@@ -57,25 +54,13 @@ def install(wheel: Path, folder: Path, extra: str = "") -> Path:
 
 def run(environment: Path, folder: Path, *command: object, code: int = 0) -> str:
     """Its stdout, or its stderr where it fails as it should."""
-    done = subprocess.run(
-        [environment / "bin" / str(command[0]), *map(str, command[1:])],
-        cwd=folder,
-        env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = start(environment / "bin" / str(command[0]), *command[1:], cwd=folder, PYTHONPATH="")
     assert done.returncode == code, done.stderr
     return done.stderr if code else done.stdout
 
 
 def test_the_wheel_holds_every_module_and_template_of_the_clone(wheel: Path) -> None:
-    tracked = subprocess.run(
-        ["git", "-C", REPOSITORY, "ls-tree", "-r", "--name-only", "HEAD", "pipeline", "model", "train.py"],
-        check=True,
-        capture_output=True,
-        text=True,
-    )
+    tracked = start("git", "ls-tree", "-r", "--name-only", "HEAD", "pipeline", "model", "train.py")
     with zipfile.ZipFile(wheel) as archive:
         held = {name for name in archive.namelist() if ".dist-info/" not in name}
     assert held == set(tracked.stdout.split())

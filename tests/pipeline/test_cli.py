@@ -1,8 +1,6 @@
 """Exit codes and messages of the `pipeline` command."""
 
-import os
 import shlex
-import subprocess
 import sys
 import tarfile
 from io import BytesIO
@@ -14,7 +12,7 @@ from PIL import Image
 
 from pipeline.cli import COMMANDS
 from pipeline.manifest import Manifest
-from tests.conftest import REPOSITORY
+from tests.conftest import PIPELINE, start
 from tests.conftest import run_pipeline as run
 
 
@@ -143,14 +141,7 @@ def test_original_size_and_own_csvs_reach_the_library(chexpert: Path, tmp_path: 
 
 def test_a_locale_without_the_letters_of_a_name_is_named(chexpert: Path, tmp_path: Path) -> None:
     chexpert.rename(folder := tmp_path / "Röntgen")
-    failed = subprocess.run(
-        [sys.executable, "-m", "pipeline", "shards", folder, tmp_path / "out"],
-        cwd=REPOSITORY,
-        env=os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    failed = start(PIPELINE, "shards", folder, tmp_path / "out", LC_ALL="C", PYTHONUTF8="0")
     assert failed.returncode == 1
     assert failed.stderr.splitlines()[-1].startswith(f"Error: {tmp_path}/R\\udcc3\\udcb6ntgen/train/patient")
     assert failed.stderr.endswith(".jpg: not ascii, which the locale asks for; set LC_ALL=C.UTF-8\n")
@@ -193,13 +184,7 @@ sys.meta_path.insert(0, Interrupt())
 sys.argv = [{program!r}, "--help"]
 runpy.run_path({program!r}, run_name="__main__")
 """
-    ran = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    ran = start(sys.executable, "-c", code)
     assert (ran.returncode, ran.stdout, ran.stderr) == (130, "", errors)
 
 

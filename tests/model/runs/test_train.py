@@ -56,7 +56,7 @@ from pipeline.measure.evaluation import OWN, Evaluation, read_evaluation
 from pipeline.measure.scores import read_scores, write_scores
 from pipeline.policies import evaluation_targets
 from pipeline.stream.collection import open_collection
-from tests.conftest import REPOSITORY, ROUNDS
+from tests.conftest import REPOSITORY, ROUNDS, start
 from tests.training import Late, assert_same_run, train_until
 
 
@@ -1082,13 +1082,7 @@ def test_command_line_killed_twice_warned_by_slurm_and_continued_equals_undistur
     # A finished run is recognized without what takes long to import.
     program = "import runpy, sys; sys.modules |= dict.fromkeys(('torch', 'scipy', 'matplotlib')); "
     program += "runpy.run_path('train.py', run_name='__main__')"
-    again = subprocess.run(
-        [sys.executable, "-c", program, *command[2:]],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    again = start(sys.executable, "-c", program, *command[2:])
     assert again.returncode == 0, again.stderr
     further = f"to train further, raise --epochs, or start another --run with --init {run}"
     assert f"{run}: finished, after step 78; {further}\n" in again.stderr

@@ -9,7 +9,7 @@ import pytest
 
 from pipeline import DataError
 from pipeline.base.workers import report_item, run_alone, run_tasks
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, start
 
 Task = tuple[Path, int]
 
@@ -110,12 +110,5 @@ def test_a_long_tmpdir_is_no_matter(tmp_path: Path) -> None:
         "from tests.pipeline.base.test_workers import square; "
         "print(run_alone(square, (Path(), 7)), tempfile.gettempdir())"
     )
-    run = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=REPOSITORY,
-        env=os.environ | {"TMPDIR": str(folder)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    run = start(sys.executable, "-c", code, TMPDIR=str(folder))
     assert (run.returncode, run.stdout) == (0, f"49 {folder}\n"), run.stderr
