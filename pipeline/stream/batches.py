@@ -13,7 +13,6 @@ cut short under a running stream is an error with a name.
 
 import logging
 import os
-import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -31,16 +30,15 @@ import numpy.typing as npt
 from pipeline.base.errors import DataError, printable
 from pipeline.images import Gray, decode_into, decode_stored
 from pipeline.manifest import checksum
-from pipeline.stream.cache import DOWNLOADS, KEPT_OPEN
-from pipeline.stream.plan import Rows, Step
+from pipeline.stream.plan import WINDOW, Rows, Step
 from pipeline.stream.samples import OpenSplit
 
 # This module decodes on threads of its own; OpenCV's would only be in their way.
 cv2.setNumThreads(1)
 
+KEPT_OPEN = 2 * WINDOW  # shards: the window that is read, and the next
+DOWNLOADS = 4  # at the same time
 Stage = Callable[[Iterator[Any]], Iterator[Any]]
-
-NOBODY = -2  # no iteration; those of loaders are known by seeds from 0 on
 
 logger = logging.getLogger(__name__)
 
@@ -189,48 +187,38 @@ class BatchStream:
 
         stream.stages.insert(2, equalize)  # between decode and label
 
-    Iterating starts at the first step or, once, at the state that `load_state_dict` was given. The workers of a
-    torch DataLoader(stream, batch_size=None) share the batches, which it yields in the order of the plan for any
-    number of workers; each worker counts unusable images by itself. A stream is one epoch, whenever it is iterated.
+    Iterating starts at the first step or, once, at the state that `load_state_dict` was given. A stream is one epoch,
+    however often it is iterated. For torch's DataLoader, see BatchDataset.
     """
 
     def __init__(self, plan: Callable[[int], Iterator[Step]], *stages: Stage) -> None:
         """`plan` takes the number of the first step."""
         self.plan, self.stages = plan, list(stages)
-        self.step = (
-            0  # the position: the step after the last batch, no start, or leaving a loop would lose batches
-        )
-        # How many states were loaded, the last one's step, and whose iteration takes it; workers see it in torch.
-        self._loaded: Any = [0, 0, NOBODY]
-        self._known = 0  # states that this copy of the stream has seen
-        if (data := sys.modules.get("torch.utils.data")) is not None:
-            data.IterableDataset.register(BatchStream)
-            self._share()
+        # The position, after the last batch, is no start, or leaving a loop would lose batches.
+        self.step = self._start = 0
 
     def __repr__(self) -> str:
         return f"<BatchStream at step {self.step} of {len(self)}>"
 
     def __iter__(self) -> Iterator[Batch]:
-        worker, workers, iteration = _find_worker()
-        loaded, start, taker = map(int, self._loaded)
-        # A loader starts its workers from copies that never learn of each other: the first iteration signs.
-        if taker == NOBODY:
-            self._loaded[2] = taker = iteration
-        if loaded == self._known or taker != iteration:
-            start = 0
-        self._known, self.step = loaded, start
-        return self._run(islice(self.plan(start), worker, None, workers), workers - worker)
+        start, self._start = self._start, 0
+        return self.run(start)
 
     def __len__(self) -> int:
         """The number of batches of the whole epoch, wherever the stream is."""
         return sum(1 for _ in self.plan(0))
+
+    def run(self, start: int, worker: int = 0, workers: int = 1) -> Iterator[Batch]:
+        """The batches from a step on or, for one of several workers that share them, every so many."""
+        self.step = start
+        return self._run(islice(self.plan(start), worker, None, workers), workers - worker)
 
     def _run(self, steps: Iterator[Step], ahead: int) -> Iterator[Batch]:
         batches: Iterator[Any] = steps
         for stage in self.stages:
             batches = stage(batches)
         for batch in batches:
-            # In a worker, what brings it to its next batch when `__iter__` has skipped those of the workers before.
+            # In a worker, what brings it to its next batch when `run` has skipped those of the workers before.
             self.step = batch.step.step + ahead
             yield batch
         self.step = 0
@@ -244,23 +232,7 @@ class BatchStream:
         step = state.get("step")
         if type(step) is not int or step < 0:
             raise DataError(f"{dict(state)} is not the state of a stream: its step is a number from 0 on")
-        self._share()
-        self.step, loaded = step, int(self._loaded[0]) + 1
-        for place, value in enumerate((loaded, step, NOBODY)):
-            self._loaded[place] = value
-
-    def _share(self) -> None:
-        """Keep the loaded state where all processes see it, in torch, as soon as it is there."""
-        torch = sys.modules.get("torch")
-        if torch is not None and isinstance(self._loaded, list):
-            self._loaded = torch.tensor(self._loaded).share_memory_()
-
-
-def _find_worker() -> tuple[int, int, int]:
-    """Number of the DataLoader worker, how many there are, and the seed of their iteration; elsewhere 0, 1, -1."""
-    data = sys.modules.get("torch.utils.data")
-    worker = data and data.get_worker_info()
-    return (worker.id, worker.num_workers, worker.seed - worker.id) if worker else (0, 1, -1)
+        self.step = self._start = step
 
 
 def stream_batches(

@@ -34,7 +34,6 @@ from pipeline.base.errors import FULL, DataError, explain_os_error, needs
 from pipeline.base.files import write_atomically
 from pipeline.base.store import S3_CHECKSUMS, explain_failure, find_scheme, find_status
 from pipeline.manifest import NAME, Shard, read_manifest
-from pipeline.stream.plan import WINDOW
 
 if TYPE_CHECKING:
     from botocore.client import BaseClient
@@ -43,8 +42,6 @@ Result = TypeVar("Result")
 
 SCHEMES = ("http", "https", "s3")
 CACHE, CACHE_SIZE = Path(".cache"), 20 * 10**9  # bytes
-KEPT_OPEN = 2 * WINDOW  # shards: the window that is read, and the next
-DOWNLOADS = 4  # at the same time
 ATTEMPTS, PAUSE = 4, 1.0  # of a download; seconds after the first failure, then twice as long each time
 PIECE = 2**16  # bytes that are read at a time
 POLL = 0.05  # seconds between looks at what other downloads do, and whether this one is still wanted

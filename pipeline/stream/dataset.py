@@ -66,6 +66,20 @@ class Shards(Mapping[str, "Selection"]):
         return len(self.manifest.splits)
 
 
+@dataclass(frozen=True)
+class Reading:
+    """How batches are read: by as many decoding threads, with at most so many damaged images, on one of some ranks.
+
+    The size of a batch is that of all ranks together: each gets its share of every batch or, in the order of the
+    table, batches of that share.
+    """
+
+    threads: int = 2
+    max_bad: int = 0
+    rank: int = 0
+    ranks: int = 1
+
+
 @dataclass(frozen=True, repr=False, eq=False)
 class Selection:
     """Samples of a split: its images, those that all conditions leave, or the studies of these.
@@ -122,23 +136,20 @@ class Selection:
         seed: int = 0,
         uncertain: str | None = None,
         blank: str | None = None,
-        threads: int = 2,
-        max_bad: int = 0,
-        rank: int = 0,
-        ranks: int = 1,
+        **reading: int,
     ) -> BatchStream:
         """Batches of images `size` pixels square, with target and mask [batch_size, labels] by the policies.
 
         In an order that `seed` and `epoch` determine, without the samples that do not fill a batch; with epoch None
-        in the table's order, every sample once. Policies of None are the shards' own. `batch_size` is that of all
-        `ranks` together: rank `rank` gets its share of every batch or, with epoch None, batches of that share.
-        Raises DataError for an unknown label or policy, a number that cannot be and, while iterating, for more than
-        `max_bad` damaged images.
+        in the table's order, every sample once. Policies of None are the shards' own. `reading` are fields of
+        Reading. Raises DataError for an unknown label or policy, a number that cannot be and, while iterating, for
+        more than `max_bad` damaged images.
         """
-        share, samples = share_batch(batch_size, rank, ranks), len(self.samples.rows)
+        how = Reading(**reading)
+        share, samples = share_batch(batch_size, how.rank, how.ranks), len(self.samples.rows)
         if epoch is not None and batch_size > samples:
             raise DataError(f"`batch_size` {batch_size} is more than the {samples:,} samples of {self!r}")
-        for name, value, least in (("epoch", epoch, 0), ("size", size, 1), ("threads", threads, 1)):
+        for name, value, least in (("epoch", epoch, 0), ("size", size, 1), ("threads", how.threads, 1)):
             if value is not None and value < least:
                 raise DataError(f"`{name}` {value} is less than {least}")
         for label in labels:
@@ -150,7 +161,10 @@ class Selection:
         target, mask = make_targets(self.split.table, policy, blank, seed)
         cells = Labels(target.take(columns, axis=1), mask.take(columns, axis=1))
         if epoch is None:
-            plan = partial(plan_evaluation, self.samples, share, rank=rank, ranks=ranks)
+            plan = partial(plan_evaluation, self.samples, share)
         else:
-            plan = partial(plan_training, self.samples, batch_size, seed, epoch, rank=rank, ranks=ranks)
-        return stream_batches(self.split, cells, plan, size=size, threads=threads, bad=Unusable(max_bad))
+            plan = partial(plan_training, self.samples, batch_size, seed, epoch)
+        plan = partial(plan, rank=how.rank, ranks=how.ranks)
+        return stream_batches(
+            self.split, cells, plan, size=size, threads=how.threads, bad=Unusable(how.max_bad)
+        )

@@ -20,14 +20,14 @@ from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import repeat
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import pytest
 from torch.utils.data import DataLoader
 
-from pipeline import DataError, open_shards
+from pipeline import BatchDataset, DataError, open_shards
 from pipeline.manifest import Manifest, Shard, read_manifest, read_table, write_manifest
 from pipeline.stream import cache as remote
 from pipeline.stream.cache import PIECE, Remote, _size, find_shards, redact
@@ -249,7 +249,7 @@ def test_the_workers_of_a_loader_download_what_is_not_there(
     far = open_shards(url, tmp_path / "cache")["train"].batches(4, 32, epoch=0)
     near = open_shards(shards[0])["train"].batches(4, 32, epoch=0)
     far = pickle.loads(pickle.dumps(far))  # noqa: S301 - as for workers that are not forked
-    loader: DataLoader[Any] = DataLoader(cast("Any", far), batch_size=None, num_workers=2)
+    loader: DataLoader[Any] = DataLoader(BatchDataset(far), batch_size=None, num_workers=2)
     for batch, other in zip(loader, near, strict=True):
         np.testing.assert_array_equal(batch.images, other.images)
 
