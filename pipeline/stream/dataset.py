@@ -67,7 +67,7 @@ class Shards(Mapping[str, "Selection"]):
 
 
 @dataclass(frozen=True)
-class Reading:
+class StreamOptions:
     """How batches are read: by as many decoding threads, with at most so many damaged images, on one of some ranks.
 
     The size of a batch is that of all ranks together: each gets its share of every batch or, in the order of the
@@ -142,10 +142,10 @@ class Selection:
 
         In an order that `seed` and `epoch` determine, without the samples that do not fill a batch; with epoch None
         in the table's order, every sample once. Policies of None are the shards' own. `reading` are fields of
-        Reading. Raises DataError for an unknown label or policy, a number that cannot be and, while iterating, for
+        StreamOptions. Raises DataError for an unknown label or policy, a number that cannot be and, while iterating, for
         more than `max_bad` damaged images.
         """
-        how = Reading(**reading)
+        how = StreamOptions(**reading)
         share, samples = share_batch(batch_size, how.rank, how.ranks), len(self.samples.rows)
         if epoch is not None and batch_size > samples:
             raise DataError(f"`batch_size` {batch_size} is more than the {samples:,} samples of {self!r}")
