@@ -136,16 +136,16 @@ class Selection:
         seed: int = 0,
         uncertain: str | None = None,
         blank: str | None = None,
-        **reading: int,
+        **options: int,
     ) -> BatchStream:
         """Batches of images `size` pixels square, with target and mask [batch_size, labels] by the policies.
 
         In an order that `seed` and `epoch` determine, without the samples that do not fill a batch; with epoch None
-        in the table's order, every sample once. Policies of None are the shards' own. `reading` are fields of
-        StreamOptions. Raises DataError for an unknown label or policy, a number that cannot be and, while iterating, for
-        more than `max_bad` damaged images.
+        in the table's order, every sample once. Policies of None are the shards' own. `options` are fields of
+        StreamOptions. Raises DataError for an unknown label or policy, a number that cannot be and, while iterating,
+        for more than `max_bad` damaged images.
         """
-        how = StreamOptions(**reading)
+        how = StreamOptions(**options)
         share, samples = share_batch(batch_size, how.rank, how.ranks), len(self.samples.rows)
         if epoch is not None and batch_size > samples:
             raise DataError(f"`batch_size` {batch_size} is more than the {samples:,} samples of {self!r}")
