@@ -77,7 +77,7 @@ def test_an_ensemble_is_the_mean_of_calibrated_scores_everywhere(
         assert call_train("evaluate", *shards, *both, "--out", out) == 0
     assert settings[0]["seed"] == "0; 1"
     assert settings[0]["members"] == [str(one), str(two)]
-    assert "The ensemble less the mean of its members" in capsys.readouterr().out
+    assert "AUROC of the ensemble less the mean of its members" in capsys.readouterr().out
     frames = [read_frame(run / "scores-valid.arrow") for run in runs]
     expected = np.mean([calibrated(run, frame) for run, frame in zip(runs, frames, strict=True)], axis=0)
     scores = read_frame(out / "scores-valid.arrow")[list(LABELS)].to_numpy()
