@@ -82,6 +82,9 @@ class Cross:
     """What `cross` takes of its own."""
 
     out: Path = run_option(..., "Folder of the runs and of the page.")
+    runs: tuple[Path, ...] = run_option(
+        (), "Also score this run, such as adopted weights; may be repeated.", flag="run", metavar="RUN"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +148,7 @@ def cross_command(train: Train, given: Cross, setup: Setup, config: Config) -> i
     """
     too_few = "cross needs --shards twice or more: a set is trained on, another one scored"
     refuse_usage(len(setup.shards) < 2, too_few)
-    check_folders(setup.shards)
+    check_folders(setup.shards, given.runs)
     from model.ranks import listen
     from model.runs.cross import MACRO, score_runs, tabulate_cross, train_runs, write_cross
     from model.runs.job import open_job
@@ -155,7 +158,7 @@ def cross_command(train: Train, given: Cross, setup: Setup, config: Config) -> i
     def make(folders: Sequence[str], run: Path) -> "Job":
         return open_job(config, replace(setup, shards=tuple(folders)), run)
 
-    jobs = train_runs(setup.shards, given.out, make, train)
+    jobs = train_runs(setup.shards, given.out, make, train, given.runs)
     found = score_runs(jobs, setup.shards)
     *_, last = jobs.values()
     write_cross(given.out, found, last)

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from model.runs.config import is_reported, read_config
-from model.runs.job import Job, open_rows
-from model.runs.overlap import check_start
+from model.runs.job import Job, choose_device, open_rows
+from model.runs.overlap import check_seen, check_start, read_seen
 from model.runs.predictor import of_job
 from pipeline.base.errors import DataError
 from pipeline.base.files import write_atomically, write_json
@@ -41,23 +41,41 @@ def plan_runs(shards: Sequence[str]) -> dict[str, tuple[str, ...]]:
     }
 
 
-def train_runs(shards: Sequence[str], out: Path, make: Make, train: Callable[[Job], None]) -> dict[str, Job]:
-    """The job of every run, trained, by its name; a run that is finished is not trained again.
+def train_runs(
+    shards: Sequence[str], out: Path, make: Make, train: Callable[[Job], None], others: Sequence[Path] = ()
+) -> dict[str, Job]:
+    """The job of every run, trained, by its name, after those of `others`; a finished run is not trained again.
 
-    Raises DataError where two folders have one name, and as `list_labels`.
+    Raises DataError where two folders have one name, for others that have learned from images that are scored or take
+    other samples, and as `list_labels`.
     """
     runs = plan_runs(shards)
     if len({Path(folder).name for folder in shards}) < len(shards):
         raise DataError("`shards`: two folders have the same name; rename one, by which the runs are called")
     # All of them first: folders that share patients or images are refused before hours of training.
-    jobs = {name: make(folders, out / name.replace(" + ", "+")) for name, folders in runs.items()}
+    made = {name: make(folders, out / name.replace(" + ", "+")) for name, folders in runs.items()}
+    jobs = {str(run): open_other(run, next(iter(made.values()))) for run in others} | made
     list_labels(jobs)
-    for job in jobs.values():
+    for job in made.values():
         check_start(job)
-    for job in jobs.values():
+    for run in others:
+        for alone in (made[Path(folder).name] for folder in shards):
+            check_seen(
+                replace(jobs[str(run)], shards=alone.shards), _choose_split(alone.shards), read_seen(run)
+            )
+    for job in made.values():
         if not (is_reported(job.run) and read_config(job.run) == job.config):
             train(job)
     return jobs
+
+
+def open_other(run: Path, job: Job) -> Job:
+    """The job that scores a run on what another job scores. Raises DataError if one is by studies, one by images."""
+    config, same = read_config(run), ("where", "views", "limit", "max_bad", "blank")
+    if config.fusion != job.config.fusion:
+        raise DataError(f"{run}: scores {config.units}, and these runs {job.config.units}")
+    config = replace(config, **{name: getattr(job.config, name) for name in same})
+    return replace(job, config=config, run=run, precision=choose_device(config.amp)[1], start=None)
 
 
 def list_labels(jobs: Mapping[str, Job]) -> list[str]:
@@ -86,7 +104,7 @@ def score_runs(jobs: Mapping[str, Job], shards: Sequence[str]) -> dict[str, Any]
 
     By label, of `list_labels`, and over all of these (`macro`). Raises DataError and Stopped.
     """
-    labels = list_labels(jobs)
+    labels, trained = list_labels(jobs), plan_runs(shards)
     sets, cells = {}, {}
     for name in (Path(folder).name for folder in shards):
         collection = jobs[name].shards
@@ -94,7 +112,7 @@ def score_runs(jobs: Mapping[str, Job], shards: Sequence[str]) -> dict[str, Any]
         measured: dict[str, Areas] = {}
         for run, job in jobs.items():
             # Sets that share images are refused before training; what the splits of one share was said when opened.
-            own = replace(job, shards=collection, shared_images=True)
+            own = replace(job, shards=collection, shared_images=run in trained)
             images = of_job(job).score(own, split).images
             columns = [job.config.labels.index(label) for label in labels]
             measured[run] = measure_areas(
@@ -108,7 +126,7 @@ def score_runs(jobs: Mapping[str, Job], shards: Sequence[str]) -> dict[str, Any]
             }
             for run, areas in measured.items()
         }
-    runs = {run: [folder.name for folder in job.shards.folders] for run, job in jobs.items()}
+    runs = {run: list(trained.get(run, ())) for run in jobs}
     return {"runs": runs, "sets": sets, "labels": labels, "cells": cells}
 
 

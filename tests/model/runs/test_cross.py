@@ -19,6 +19,7 @@ from pipeline.etl.shards import Execution, write_shards
 from pipeline.identity import join_content
 from pipeline.labels import LABELS
 from pipeline.manifest import manifest_digest, read_manifest, read_table
+from pipeline.measure.evaluation import read_evaluation
 from pipeline.measure.scores import read_scores
 from pipeline.sources.sets import find_source
 from tests.conftest import POLICIES, default_options, write_chexpert
@@ -54,19 +55,33 @@ def test_runs_are_each_all_but_one_and_all() -> None:
 def test_every_run_is_scored_on_every_set(
     sets: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = tmp_path / "cross"
-    words = ("cross", *(word for folder in sets for word in ("--shards", folder)), "--out", out, *WORDS)
+    out, other = tmp_path / "cross", tmp_path / "other"
+    torch.save(build_network("rescnn", len(LABELS)).state_dict(), tmp_path / "weights.pt")
+    adopted = (
+        "--init",
+        tmp_path / "weights.pt",
+        "--init-labels",
+        ",".join(LABELS),
+        *WORDS[:4],
+        "--labels",
+        LABELS[5],
+    )
+    assert call_train("adopt", "--shards", sets[0], "--run", other, *adopted) == 0
+    folders = [word for folder in sets for word in ("--shards", folder)]
+    words = ("cross", *folders, "--out", out, *WORDS, "--run", other)
     assert call_train(*words) == 0
     then = f"predict --run {shlex.quote(str(out / 'north+south'))} --out scores.csv IMAGES"
     assert capsys.readouterr().err.endswith(f"\nnext: python -m train {then}\n")
     found = json.loads((out / "cross.json").read_text())
     assert found["sets"] == {name: {"split": "valid", "images": 40} for name in ("north", "south")}
-    assert list(found["runs"]) == ["north", "south", "north + south"]
+    assert list(found["runs"]) == [str(other), "north", "south", "north + south"]
+    label = found["labels"][0]
+    given = read_evaluation(other / "evaluation-valid.json").get("auroc", label).value
+    assert found["cells"]["north"][str(other)][label]["auroc"] == pytest.approx(given)
     # Against the scores that `evaluate` writes of one set by the other's run.
     south = sets[1]
     assert call_train("evaluate", "--shards", south, "--run", out / "north") == 0
     table = read_table(south, read_manifest(south).split("valid"))
-    label = found["labels"][0]
     scores = read_scores(
         out / "north" / f"scores-valid-{manifest_digest(south)[:8]}.arrow", table["key"], [label]
     )

@@ -1,11 +1,14 @@
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
+from html import escape
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 
+from model.runs.config import Config
 from model.runs.report import draw_training, render_model_card, render_report
+from pipeline.base.pages import show_setting
 from pipeline.base.tabular import Table
 from pipeline.look import judged
 from pipeline.measure.belief import add_belief
@@ -15,37 +18,13 @@ from pipeline.measure.evaluation import MEANS, Evaluation
 from pipeline.measure.judge import add_other
 
 NAMES = ["Edema", "Pleural Effusion", "Fracture", "Rare"]
-CONFIG = {
-    "arch": "resnet18",
-    "lr": 1e-4,
-    "manifest": "ab12",
-    "uncertain": "best",
-    "blank": "zeros",
-    "where": (),
-    "labels": tuple(NAMES),
-    "keep": "best",
-    "choose_by": "all",
-    "pretrained": False,
-    "init": None,
-    "init_terms": "",
-}
+CONFIG = asdict(
+    Config(arch="resnet18", manifest="ab12", uncertain="best", blank="zeros", labels=tuple(NAMES))
+)
+LINE = ("epoch", "train_loss", "dev_loss", "macro_auroc", "macro10_auroc", "mean5_auroc")
 HISTORY = [
-    {
-        "epoch": 0.5,
-        "train_loss": 0.7,
-        "dev_loss": 0.8,
-        "macro_auroc": 0.6,
-        "macro10_auroc": None,
-        "mean5_auroc": None,
-    },
-    {
-        "epoch": 1,
-        "train_loss": 0.5,
-        "dev_loss": 0.6,
-        "macro_auroc": 0.7,
-        "macro10_auroc": 0.72,
-        "mean5_auroc": None,
-    },
+    dict(zip(LINE, values, strict=True))
+    for values in ((0.5, 0.7, 0.8, 0.6, None, None), (1, 0.5, 0.6, 0.7, 0.72, None))
 ]
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>"
 
@@ -269,11 +248,10 @@ def test_what_is_left_out_is_named(evaluation: Evaluation, page: str) -> None:
 
 def test_settings_and_training_are_a_runs_own(images: Scored, evaluation: Evaluation, page: str) -> None:
     settings = dict(re.findall("<dt>(.*?)</dt><dd>(.*?)</dd>", page[page.index('id="settings"') :]))
-    expected = CONFIG | {"labels": ", ".join(NAMES)}
-    assert settings == {name: "–" if value in (None, ()) else str(value) for name, value in expected.items()}
+    assert settings == {name: escape(show_setting(value)) for name, value in CONFIG.items()}
     shown, folded = page[page.index('id="settings"') :].split("<details>")
-    assert re.findall("<dt>(.*?)</dt>", shown) == ["arch", "manifest", "uncertain", "blank", "labels"]
-    assert "<summary>7 more, at their defaults</summary>" in folded
+    assert re.findall("<dt>(.*?)</dt>", shown) == ["arch", "uncertain", "blank", "manifest", "labels"]
+    assert f"<summary>{len(CONFIG) - 5} more, at their defaults</summary>" in folded
     assert render_report("runs/first", CONFIG, HISTORY, [evaluation], {"valid": images}) == page
     assert 'id="training"' not in render_report("r", CONFIG, [], [evaluation], {"valid": images})
     (_, loss), (_, auroc) = draw_training(HISTORY)
