@@ -2,8 +2,6 @@ import json
 import re
 from pathlib import Path
 
-import pytest
-
 from pipeline.labels import LABELS
 from pipeline.manifest import Manifest
 from pipeline.stream.samples import open_split
@@ -83,16 +81,3 @@ def test_hostile_names_are_text(chexpert: Path, tmp_path: Path) -> None:
     page = Page(write_page(tmp_path / "labels.html", hostile / "<img src=x>.csv"))
     assert not {tag for tag, _ in page.tags} & {"script", "img"}
     assert "Labels of <img src=x>.csv" in page.text
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("labels.htm", "Error: --html labels.htm: the name must end in .html"),
-        ("missing/labels.html", "Error: --html missing/labels.html: there is no folder missing"),
-    ],
-)
-def test_a_page_that_cannot_be_written_is_a_usage_error(chexpert: Path, name: str, message: str) -> None:
-    failed = run_pipeline("stats", chexpert, "--html", name)
-    assert failed.returncode == 2
-    assert failed.stderr.splitlines()[-1] == message

@@ -127,42 +127,38 @@ def contrast(first: str, second: str) -> float:
     return (light + 0.05) / (dark + 0.05)
 
 
-@pytest.mark.parametrize("width", [1200, 390])
-@pytest.mark.parametrize("scheme", [LIGHT, DARK])
+WIDTHS = pytest.mark.parametrize("width", [1280, 390])
+SCHEMES = pytest.mark.parametrize("scheme", [LIGHT, DARK])
+
+
+def look(folder: Path, page: str, width: int, scheme: int) -> dict[str, Any]:
+    """What is seen of a page on which nothing is too wide, cut, flat or refused, in the colors of the scheme."""
+    seen = open_page(folder, page, width, scheme)
+    nothing = {"complaints": [], "wide": [], "flat": 0, "cut": [], "broken": 0, "beyond": 0}
+    assert {name: seen[name] for name in nothing} == nothing
+    assert seen["width"] == seen["scrolled"] == width
+    assert (luminance(seen["background"]) < 0.1) == (scheme == DARK)
+    assert contrast(seen["color"], seen["background"]) > 7
+    return seen
+
+
+@WIDTHS
+@SCHEMES
 def test_the_report_is_legible(
     evaluation: tuple[Scored, Evaluation], tmp_path: Path, width: int, scheme: int
 ) -> None:
     images, found = evaluation
     config = {"arch": "resnet18", "manifest": "0123456789abcdef" * 4, "labels": LABELS}
-    history = [
-        {
-            "epoch": epoch,
-            "train_loss": 1 / epoch,
-            "dev_loss": 2 / epoch,
-            "macro_auroc": 0.5,
-            "macro10_auroc": 0.5,
-            "mean5_auroc": 0.5,
-        }
-        for epoch in (1, 2)
-    ]
+    names = ("macro_auroc", "macro10_auroc", "mean5_auroc", "train_loss", "dev_loss")
+    history = [{"epoch": epoch} | dict.fromkeys(names, 1 / epoch) for epoch in (1, 2)]
     page = render_report("runs/" + "long-" * 30, config, history, [found], {"valid": images})
-    seen = open_page(tmp_path, page, width, scheme)
-    assert seen["complaints"] == []
-    assert seen["width"] == width
-    assert seen["wide"] == []
-    assert seen["scrolled"] == width
-    assert seen["flat"] == 0
-    assert seen["cut"] == []
+    seen = look(tmp_path, page, width, scheme)
     assert seen["scaled"]
-    assert seen["beyond"] == 0  # AUROC beside the label, with its limits
     assert seen["headline"][0] == found.get("auroc", "macro10").shown
-    background = seen["background"]
-    assert (luminance(background) < 0.1) == (scheme == DARK)
-    assert contrast(seen["color"], background) > 7
     assert seen["ticks"] == [seen["color"]]
     drawn = [color for color in seen["series"] if color.startswith("rgb")]
     assert len(drawn) == 5  # ink, faint and three series
-    assert all(contrast(color, background) > 3 for color in drawn)
+    assert all(contrast(color, seen["background"]) > 3 for color in drawn)
 
 
 def test_what_is_wrong_with_a_page_is_noticed(evaluation: tuple[Scored, Evaluation], tmp_path: Path) -> None:
@@ -175,53 +171,37 @@ def test_what_is_wrong_with_a_page_is_noticed(evaluation: tuple[Scored, Evaluati
     assert len(seen["complaints"]) == 2  # the page's own policy lets it load nothing and run nothing
 
 
-@pytest.mark.parametrize("width", [1280, 390])
-@pytest.mark.parametrize("scheme", [LIGHT, DARK])
+@WIDTHS
+@SCHEMES
 def test_the_label_report_is_legible(
-    shards: tuple[Path, Manifest], chexpert: Path, tmp_path: Path, width: int, scheme: int
+    shards: tuple[Path, Manifest], tmp_path: Path, width: int, scheme: int
 ) -> None:
-    folder, path = shards[0], tmp_path / "labels.html"
-    options = ("--policy", "best", "--format", "json")
-    counted = run_pipeline("stats", folder, *options, "--html", path)
+    path = tmp_path / "labels.html"
+    counted = run_pipeline("stats", shards[0], "--policy", "best", "--format", "json", "--html", path)
     assert counted.returncode == 0, counted.stderr
     document = json.loads(counted.stdout)
-    seen = open_page(tmp_path, path.read_text(), width, scheme)
-    assert seen["complaints"] == []
-    assert seen["wide"] == []
-    assert seen["scrolled"] == width
-    assert seen["flat"] == 0
-    assert seen["cut"] == []
+    seen = look(tmp_path, path.read_text(), width, scheme)
     assert seen["scaled"]
     assert seen["headline"] == [str(document[unit]) for unit in ("images", "studies", "patients")]
-    assert seen["broken"] == 0
-    background = seen["background"]
-    assert (luminance(background) < 0.1) == (scheme == DARK)
     # Names of labels in ink; numbers in black on the three colors of states, which are the same in the dark.
     assert set(seen["ticks"]) == {seen["color"], "rgb(0, 0, 0)"}
     states = {state: color for state, color in seen["states"].items() if state != "blank"}
     assert len(set(states.values())) == 3
     assert all(contrast("rgb(0, 0, 0)", color) > 4.5 for color in states.values())
     assert contrast(seen["color"], seen["states"]["blank"]) > 4.5
-    strongest = blend(seen["blue"], background, STRENGTH)
-    assert contrast(seen["color"], strongest) > 4
+    assert contrast(seen["color"], blend(seen["blue"], seen["background"], STRENGTH)) > 4
 
 
-@pytest.mark.parametrize("width", [1280, 390])
-@pytest.mark.parametrize("scheme", [LIGHT, DARK])
+@WIDTHS
+@SCHEMES
 def test_the_sweep_report_is_legible(tmp_path: Path, width: int, scheme: int) -> None:
     trials = [
         make_trial(number, 0.7 + 0.02 * number, lr=lr, weight_decay=decay)
         for number, (lr, decay) in enumerate(itertools.product((1e-4, 1e-3, 1e-2), (0.0, 1e-4, 1e-2)))
     ]
     trials.append(make_trial(9, None, "pruned", lr=0.1, weight_decay=1e-2))
-    page = render_sweep("runs/sweep", trials)
-    seen = open_page(tmp_path, page, width, scheme)
-    assert seen["complaints"] == []
-    assert seen["wide"] == []
-    assert seen["scrolled"] == width
-    assert seen["flat"] == 0
+    seen = look(tmp_path, render_sweep("runs/sweep", trials), width, scheme)
     assert seen["headline"] == ["0.860", "0.810 [0.780, 0.840]"]
-    assert (luminance(seen["background"]) < 0.1) == (scheme == DARK)
     assert set(seen["ticks"]) == {seen["color"], "rgb(17, 17, 17)", "rgb(255, 255, 255)"}  # on cells
 
 

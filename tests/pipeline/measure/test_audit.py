@@ -11,10 +11,16 @@ from scipy.stats import binom, norm
 from sklearn.metrics import roc_auc_score
 
 from pipeline.labels import LABELS
-from pipeline.measure.audit import Audit, audit_labels, describe_alarms, find_alarms, find_covariates, predict
+from pipeline.measure.audit import (
+    Audit,
+    audit_labels,
+    describe_alarms,
+    find_alarms,
+    find_covariates,
+    find_strata,
+    predict,
+)
 from pipeline.measure.delong import score_limits, score_variance
-from pipeline.policies import evaluation_targets
-from pipeline.synthetic.sample import draw_patients
 
 PNEUMONIA = LABELS.index("Pneumonia")
 Array = npt.NDArray[Any]
@@ -189,32 +195,44 @@ def test_the_level_is_kept_where_every_covariate_is_at_the_threshold() -> None:
     assert 0 < alarms <= binom.ppf(0.999, 400, 0.05)
 
 
-@pytest.mark.soak
-def test_drawn_tables_without_a_shortcut_raise_no_more_alarms_than_the_level_allows() -> None:
-    """100 seeds of the synthetic table, with random covariates of the edge; 10 of them with all covariates together."""
-    alarms = 0
-    for seed in range(100):
-        patients = list(draw_patients(seed, 1, 1000, valid=False))
-        rows = [
-            (patient.number, study.number, patient.sex, patient.age, kind, projection or None, study.states)
-            for patient in patients
-            for study in patient.studies
-            for kind, projection in study.views
-        ]
-        number, study, sex, age, view, projection, states = zip(*rows, strict=True)
-        table = make_table(
-            np.array(number),
-            study=pa.array(study, pa.int32()),
-            sex=pa.array(sex),
-            age=pa.array(age, pa.int16()),
-            projection=pa.array(projection),
-            view=pa.array(view),
-            **{label: pa.array([of[label] for of in states]).cast(pa.int8()) for label in LABELS},
-        )
-        random = np.random.default_rng(seed)
-        edge = {f"edge {column}": random.normal(size=table.num_rows) for column in range(6)}
-        cells = evaluation_targets(table, "zeros")
-        audit = audit_labels(table, *cells, find_covariates(table), edge, together=seed < 10)
-        assert len(audit["clues"]) > 140
-        alarms += bool(find_alarms(audit))
-    assert alarms <= binom.ppf(0.999, 100, 0.05)
+FILMS = {
+    "patient": ["nih/patient00012", "patient3", "patient00100"],
+    "study": [1, 1, 1],
+    "view": ["frontal", "lateral", "frontal"],
+    "sex": ["Male", "Female", "Unknown"],
+    "age": pa.array([17, None, 64], pa.int16()),
+    "projection": ["AP", None, "PA"],
+    "width": pa.array([2000, None, 1024], pa.int32()),
+    "set": ["chexpert", "nih", "nih"],
+}
+
+
+def test_covariates_are_numbers_and_constant_ones_are_left_out() -> None:
+    found = find_covariates(pa.table(FILMS))
+    expected = {
+        "patient number": [12, 3, 100],
+        "age": [17, np.nan, 64],
+        "original width": [2000, np.nan, 1024],
+        "lateral": [0, 1, 0],
+        "AP": [1, np.nan, 0],
+        "Male": [1, 0, np.nan],
+        "set chexpert": [1, 0, 0],
+        "set nih": [0, 1, 1],
+    }
+    assert list(found) == list(expected)
+    for name, values in expected.items():
+        np.testing.assert_array_equal(found[name], values)
+
+
+def test_names_without_a_number_are_no_covariate() -> None:
+    assert "patient number" not in find_covariates(pa.table(FILMS | {"patient": ["a", "b", "c7"]}))
+
+
+def test_strata_are_named_and_unknown_ones_empty() -> None:
+    found = {variable: names.tolist() for variable, names in find_strata(pa.table(FILMS)).items()}
+    assert found == {
+        "projection": ["AP", "lateral", "PA"],
+        "sex": ["Male", "Female", ""],
+        "age": ["0-17", "", "60-79"],
+        "set": ["chexpert", "nih", "nih"],
+    }
