@@ -166,7 +166,7 @@ def tabulate_localization(found: Mapping[str, Any]) -> Table:
     columns = ("label", "hits", "hit rate [95 %]", "chance", "p", "fixed map", "IoU [95 %]")
     rows = [
         [
-            name,
+            f"{name} (few)" if cell["few"] else name,
             f"{cell['hits']} of {cell['cells']}",
             f"{show_figure(cell['hit_rate'])} {show_limits(cell['hit_limits'])}",
             show_figure(cell["chance"]),

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 from pipeline.base.pages import show_figure
 from pipeline.base.tabular import Heading, Table
-from pipeline.measure.compare import ALTERED, MEMBERS
 from pipeline.measure.evaluate import AREAS, GIVEN, KEPT
 from pipeline.measure.evaluation import COMMON, MEANS, OWN, UNITS, Evaluation, Row
+from pipeline.measure.judge import ALTERED, MEMBERS
 
 TITLES = {
     "youden": "Youden's J",

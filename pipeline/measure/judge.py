@@ -1,6 +1,11 @@
-"""Scores and truth → an evaluation, whoever made the scores: figures, verdicts, comparisons, readers."""
+"""Scores and truth → an evaluation, whoever made the scores: figures, verdicts, and comparisons with others.
 
-from collections.abc import Mapping
+Differences between scores of the same patients are paired (pipeline.measure.delong). Two data sets are independent
+samples, so the limits of their difference follow from the limits of its sides (Newcombe, 1998, method 10; Zou, 2007);
+the thresholds and calibration stay those of the run's own dev.
+"""
+
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -12,11 +17,26 @@ from pipeline.labels import find_unannotated
 from pipeline.manifest import name_facts
 from pipeline.measure.audit import find_covariates, find_strata
 from pipeline.measure.belief import add_belief
-from pipeline.measure.compare import ALTERED, MEMBERS, add_auprc, add_comparison, add_readers
-from pipeline.measure.evaluate import Scored, assess, study_level
-from pipeline.measure.evaluation import UNITS, Evaluation
-from pipeline.measure.metrics import Floats
+from pipeline.measure.bootstrap import interval, resample_auprc, resampled_mean
+from pipeline.measure.delong import combine_limits, measure_areas, weigh_labels
+from pipeline.measure.evaluate import Scored, assess, average, study_level
+from pipeline.measure.evaluation import COMMON, OWN, UNITS, Evaluation, Row
+from pipeline.measure.metrics import (
+    Bools,
+    Floats,
+    areas,
+    count_classes,
+    label_cells,
+    mean_of,
+    measure_rates,
+    report_auroc,
+    subtract,
+    subtract_independent,
+    threshold_curve,
+)
 
+MEMBERS = "mean of the members"
+ALTERED = "altered: "  # in front of the name of an alteration, as a scorer
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 RESAMPLES = 1000  # of patients, for intervals of AUPRC
 
@@ -107,3 +127,152 @@ def combine_calls(images: Scored, calls: Floats) -> Floats:
     """A reader's calls [N, L] of images → of studies [S, L]: positive if any view's is, NaN if none is read."""
     read = study_level(images._replace(scores=np.nan_to_num(calls), mask=~np.isnan(calls)))
     return np.where(read.mask, read.scores, np.nan)
+
+
+def combine_views(table: pa.Table, scores: Floats, studies: Scored) -> dict[str, Floats]:
+    """Scores [N, L] of a table's images, NaN if there is none → of the studies [S, L], by how they are combined.
+
+    By the max and by the mean over a study's views; unchanged, under "", if all have one view.
+    """
+    learned = ~np.isnan(scores).all(axis=0)
+    known = ~np.isnan(scores[:, learned]).any(axis=1)
+    patient, study = (table[name].to_numpy()[known] for name in ("patient", "study"))
+    target, mask = np.zeros_like(scores[known]), np.ones(scores[known].shape, bool)
+    views = Scored(scores[known], target, mask, patient, study, *[patient] * 3)  # of which no fact is needed
+    combined: dict[str, Floats] = {}
+    for how in ("max", "mean"):
+        level = study_level(views, how)
+        place = {pair: row for row, pair in enumerate(zip(level.patient, level.study, strict=True))}
+        rows = [place.get(pair, -1) for pair in zip(studies.patient, studies.study, strict=True)]
+        chosen = np.where((np.array(rows) >= 0)[:, None] & learned, level.scores[rows], np.nan)
+        if len(level.scores) == len(views.scores):
+            return {"": chosen}
+        combined[f", {how} of views"] = chosen
+    return combined
+
+
+def add_comparison(
+    evaluation: Evaluation,
+    level: str,
+    rows: Scored,
+    scorer: str,
+    others: Sequence[Floats],
+    names: Sequence[str] | None = None,
+) -> None:
+    """Add the mean AUROC of others' scores [N, L] of the same rows, and ours less it, for findings and means.
+
+    Differences are contrasts of correlated AUROCs, paired by patient. `names` are those of the columns, by default the
+    evaluation's. Means are over the findings that ours is over.
+    """
+    names = names or evaluation.labels
+    means, joined = average(names, rows)
+    reports = [report_auroc(names, scores, *rows[1:4])["labels"] for scores in (rows.scores, *others)]
+    for scores in others:
+        joined = joined.join(measure_areas(scores, *rows[1:4]))
+    for label, over in means.items():
+        share = weigh_labels(names, over)
+        weights = [share / len(others)] * len(others)
+        own, *values = (mean_of(report, over, "auroc") for report in reports)
+        mean = sum(value or 0 for value in values) / len(values) if over else None
+        limits = combine_limits(joined, np.concatenate([0 * share, *weights]))
+        evaluation.add(level, label, "auroc", mean, **limits, scorer=scorer)
+        limits = combine_limits(joined, np.concatenate([share, *(-part for part in weights)]))
+        less = subtract(own, mean)
+        evaluation.add(level, label, "auroc_difference", less, **limits, scorer=scorer)
+
+
+def add_auprc(
+    evaluation: Evaluation, level: str, rows: Scored, scorer: str, scores: Floats, names: Sequence[str]
+) -> None:
+    """Add our AUPRC less that of another's scores [N, L] of the same rows, on the same resamples."""
+    means, _ = average(names, rows)
+    sides = []
+    for which in (rows.scores, scores):
+        cells = label_cells(names, which, *rows[1:4])
+        figures = {cell.label: {"auprc": areas(cell.score, cell.truth)[1]} for cell in cells}
+        drawn = resample_auprc(which, *rows[1:4], evaluation.head["resamples"], evaluation.head["seed"])
+        sides.append((figures, drawn))
+    for label, over in means.items():
+        ours, theirs = (mean_of(figures, over, "auprc") for figures, _ in sides)
+        mine, other = (resampled_mean(drawn, names, over) for _, drawn in sides)
+        limits = interval(mine - other)
+        evaluation.add(level, label, "auprc_difference", subtract(ours, theirs), **limits, scorer=scorer)
+
+
+def add_own(evaluation: Evaluation, images: Scored, own: Evaluation) -> None:
+    """Add a run's AUROCs on its own valid, and those of `images` less these, for findings with one on both sides.
+
+    Their mean is over those with 10 patients of each class on both sides, which its note names. The own mean's limits
+    are as evaluated if it is over the same findings; otherwise the means of its findings' limits, as if their errors
+    were one: the note of the difference is then `widened`.
+    """
+    level, names, kept = evaluation.unit, evaluation.labels, list[str]()
+    for name in names:
+        row, other = evaluation.get("auroc", name), own.get("auroc", name)
+        if row.value is not None and other.low is not None:
+            _add_pair(evaluation, row, other)
+            kept += [] if row.few or other.few else [name]
+    if not kept:
+        return
+    rows = [own.get("auroc", name) for name in kept]
+    value, low, high = (
+        sum(getattr(row, name) for row in rows) / len(rows) for name in ("value", "low", "high")
+    )
+    enough = [own.get("auroc", name) for name in own.labels]
+    widened = set(kept) != {row.label for row in enough if row.value is not None and not row.few}
+    if not widened:
+        mean = own.get("auroc", "macro10")
+        value, low, high = mean.number, mean.low, mean.high
+    mean = Row(level, own.split, COMMON, OWN, "auroc", None, value, low, high, note=", ".join(kept))
+    limits = combine_limits(measure_areas(*images[:4]), weigh_labels(names, kept))
+    value = sum(evaluation.get("auroc", name).number for name in kept) / len(kept)
+    evaluation.add(level, COMMON, "auroc", value, **limits, note=", ".join(kept))
+    _add_pair(evaluation, evaluation.get("auroc", COMMON), mean, "widened" if widened else "")
+
+
+def _add_pair(evaluation: Evaluation, row: Row, own: Row, note: str = "") -> None:
+    """The own figure and the difference of a finding or of the mean."""
+    ours, theirs = (
+        {name: getattr(side, name) for name in ("value", "low", "high", "few")} for side in (row, own)
+    )
+    counts = {"positives": own.positives, "negatives": own.negatives}
+    evaluation.add(row.level, row.label, "auroc", group=OWN, **theirs, **counts, note=own.note)
+    less, few = subtract_independent(ours, theirs), row.few or own.few
+    evaluation.add(row.level, row.label, "auroc_difference", group=OWN, **less, few=few, note=note)
+
+
+def add_readers(evaluation: Evaluation, studies: Scored, readers: Mapping[str, Floats]) -> None:
+    """Add each reader's rates, from calls [S, L] of 1, 0 or NaN: not read. All figures are of the studies read.
+
+    `network` is the sensitivity of the network's ROC curve, straight between its points, at the reader's specificity,
+    on the same studies. `below` is 1 if it is higher than the reader's, else 0; None if the studies have one class.
+    """
+    for reader, calls in readers.items():
+        read = ~np.isnan(calls)
+        evaluation.add("study", None, "studies", int(read.any(axis=1).sum()), scorer=reader)
+        mask = studies.mask & read
+        for column, cells in enumerate(label_cells(evaluation.labels, *studies[:2], mask, studies.patient)):
+            name, score, truth, patient = cells
+            if not len(truth):
+                continue
+            counts = count_classes(truth, patient)
+            rates = measure_rates(0.5, calls[mask[:, column], column], truth, patient)
+            for rate, figure in rates.items():
+                evaluation.add("study", name, rate, **figure, **counts, scorer=reader)
+            sensitivity, specificity = (rates[rate]["value"] for rate in ("sensitivity", "specificity"))
+            network, below = place_on_curve(score, truth, specificity), None
+            evaluation.add("study", name, "network", network, scorer=reader)
+            if network is not None and sensitivity is not None:
+                below = float(network > sensitivity + 1e-9)  # not by rounding
+            evaluation.add("study", name, "below", below, **counts, scorer=reader)
+
+
+def place_on_curve(score: Floats, truth: Bools, specificity: float | None) -> float | None:
+    """The sensitivity of the ROC curve of scores [n] at a specificity; None with one class."""
+    if specificity is None or not truth.any():
+        return None
+    curve = threshold_curve(score, truth)
+    hits = np.concatenate([[0], curve.true_positives]) / truth.sum()
+    alarms = np.concatenate([[0], curve.false_positives]) / (~truth).sum()
+    highest = np.append(np.diff(alarms) > 0, True)  # where the curve rises straight up
+    return float(np.interp(1 - specificity, alarms[highest], hits[highest]))

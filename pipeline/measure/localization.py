@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.measure.bootstrap import draw_counts, interval
-from pipeline.measure.metrics import Bools, Floats, wilson_limits
+from pipeline.measure.metrics import FEW, NO_LIMITS, Bools, Figure, Floats, Names, wilson_limits
 
 THRESHOLD = 0.5
 RESAMPLES, SEED = 1000, 0
@@ -52,10 +52,10 @@ def mark_boxes(boxes: Iterable[Sequence[float]], frame: Sequence[float], side: i
 
 def mark_mask(mask: Bools, frame: Sequence[float], side: int) -> Bools:
     """Which pixels [side, side] of a network's input have their center in a mask [H, W] of the original film."""
-    x, y = (np.floor(of).astype(int) for of in _centers(frame, side))
-    rows, columns = ((of >= 0) & (of < length) for of, length in zip((y, x), mask.shape, strict=True))
+    x, y = (np.floor(centers).astype(int) for centers in _centers(frame, side))
+    inside_y, inside_x = (y >= 0) & (y < mask.shape[0]), (x >= 0) & (x < mask.shape[1])
     marked = np.zeros((side, side), bool)
-    marked[np.ix_(rows, columns)] = mask[np.ix_(y[rows], x[columns])]
+    marked[np.ix_(inside_y, inside_x)] = mask[np.ix_(y[inside_y], x[inside_x])]
     return marked
 
 
@@ -88,7 +88,8 @@ def decode_rle(size: Sequence[int], counts: str | Sequence[int]) -> Bools:
 def measure_localization(cells: Sequence[Cell]) -> dict[str, Any]:
     """By label, and for all cells: hit rate and IoU with intervals that take patients as clusters, chance and its p.
 
-    `fixed` is the hit rate of a map that does not look at the film: the mean of the label's maps of other patients.
+    With `few` patients, fewer than 10, IoU has no interval, whose percentiles would be too narrow. `fixed` is the hit
+    rate of a map that does not look at the image: the mean of the label's maps of other patients.
     """
     hit = np.array([cell.heat.max() > 0 and _top(cell.heat, cell.marked) for cell in cells], bool)
     sums: dict[tuple[str, ...], Any] = {}  # of the maps of a label, and of those of a patient
@@ -102,25 +103,27 @@ def measure_localization(cells: Sequence[Cell]) -> dict[str, Any]:
     iou = np.array([_iou(cell.heat >= THRESHOLD, cell.marked) for cell in cells])
     share = np.array([cell.marked.mean() for cell in cells])
     label, patient = (np.array([getattr(cell, name) for cell in cells]) for name in ("label", "patient"))
-    found = {}
+    labels = {}
     for name in (*dict.fromkeys(label.tolist()), "all"):
-        of = (label == name) | (name == "all")
-        found[name] = {
-            "cells": int(of.sum()),
-            "patients": len(np.unique(patient[of])),
-            "hits": int(hit[of].sum()),
-            "hit_rate": float(hit[of].mean()),
-            "hit_limits": wilson_limits(hit[of], patient[of]),
-            "chance": float(share[of].mean()),
-            "p": exceedance(share[of], patient[of], int(hit[of].sum())),
-            "fixed": float(fixed[of].mean()),
-            "iou": float(iou[of].mean()),
-            "iou_limits": mean_limits(iou[of], patient[of]),
+        rows = (label == name) | (name == "all")
+        patients = len(np.unique(patient[rows]))
+        labels[name] = {
+            "cells": int(rows.sum()),
+            "patients": patients,
+            "few": patients < FEW,
+            "hits": int(hit[rows].sum()),
+            "hit_rate": float(hit[rows].mean()),
+            "hit_limits": wilson_limits(hit[rows], patient[rows]),
+            "chance": float(share[rows].mean()),
+            "p": exceedance(share[rows], patient[rows], int(hit[rows].sum())),
+            "fixed": float(fixed[rows].mean()),
+            "iou": float(iou[rows].mean()),
+            "iou_limits": mean_limits(iou[rows], patient[rows]),
         }
-    return {"threshold": THRESHOLD, "labels": found}
+    return {"threshold": THRESHOLD, "labels": labels}
 
 
-def exceedance(chances: Floats, owner: npt.NDArray[Any], hits: int) -> float:
+def exceedance(chances: Floats, owner: Names, hits: int) -> float:
     """How likely at least `hits` hits are, of cells with these chances [n], if only owners [n] are independent.
 
     An owner's cells are as alike as they can be: one uniform draw decides them all. With a cell an owner, this is
@@ -133,9 +136,11 @@ def exceedance(chances: Floats, owner: npt.NDArray[Any], hits: int) -> float:
     return float(min(1.0, distribution[hits:].sum()))
 
 
-def mean_limits(values: Floats, owner: npt.NDArray[Any]) -> dict[str, Any]:
-    """The interval of a mean of values [n], by resampling their owners."""
+def mean_limits(values: Floats, owner: Names) -> Figure:
+    """The interval of a mean of values [n], by resampling their owners; none of fewer than 10."""
     names, codes = np.unique(owner, return_inverse=True)
+    if len(names) < FEW:
+        return NO_LIMITS
     sums, sizes = np.bincount(codes, values), np.bincount(codes)
     (counts,) = draw_counts(len(names), RESAMPLES, RESAMPLES, SEED)
     return interval((counts.T @ sums) / (counts.T @ sizes))

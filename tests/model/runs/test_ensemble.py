@@ -18,8 +18,8 @@ from pipeline import DataError, open_shards
 from pipeline.labels import LABELS
 from pipeline.manifest import Manifest
 from pipeline.measure.calibration import apply_calibration
-from pipeline.measure.compare import MEMBERS
 from pipeline.measure.evaluation import read_evaluation
+from pipeline.measure.judge import MEMBERS
 from tests.conftest import REPOSITORY
 from tests.training import WORDS, call_train
 

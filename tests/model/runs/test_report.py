@@ -12,10 +12,9 @@ from pipeline.base.pages import show_setting
 from pipeline.base.tabular import Table
 from pipeline.look import judged
 from pipeline.measure.belief import add_belief
-from pipeline.measure.compare import ALTERED, MEMBERS, add_comparison, add_readers
 from pipeline.measure.evaluate import Scored, assess, calibrate, study_level
 from pipeline.measure.evaluation import MEANS, Evaluation
-from pipeline.measure.judge import add_other
+from pipeline.measure.judge import ALTERED, MEMBERS, add_comparison, add_other, add_readers
 
 NAMES = ["Edema", "Pleural Effusion", "Fracture", "Rare"]
 CONFIG = asdict(

@@ -53,6 +53,10 @@ def test_hits_iou_and_chance() -> None:
     assert (of["hits"], of["cells"], of["chance"], of["iou"]) == (2, 4, 0.25, 0.25)
     assert of["p"] == pytest.approx(1 - 0.75**4 - 4 * 0.25 * 0.75**3)
     assert of["fixed"] == 1.0
+    assert (of["few"], of["iou_limits"]) == (True, {"low": None, "high": None})
+    many = [cell._replace(patient=f"p{copy}{cell.patient}") for cell in cells for copy in range(3)]
+    limits = measure_localization(many)["labels"]["Edema"]["iou_limits"]
+    assert limits["low"] < 0.25 < limits["high"]
     assert exceedance(np.array([0.5, 0.25]), np.array(["a", "b"]), 2) == 0.125
     assert (
         exceedance(np.array([0.5, 0.25]), np.array(["a", "a"]), 2) == 0.25
