@@ -65,47 +65,30 @@ PADCHEST_HEADER = (
     "labelCUIS,LocalizationsCUIS"
 )
 # image, folder, date, study, patient, birth, sex, projection, bits, method, labels
-PADCHEST_ROWS = (
-    ("2053_k6ga29.png", 0, 20140915, "2053", "8398", "1930.0", "F", "PA", 12, "Physician", "['normal']"),
-    ("2053_0hys1a.png", 0, 20140915, "2053", "8398", "1930.0", "F", "L", 12, "Physician", "['normal']"),
-    (
-        *("313-2_75sg0k.png", 11, 20170125, "313-2", "3707", "1978.0", "M", "AP", 12, "Physician"),
-        "['unchanged', 'alveolar pattern']",
-    ),
-    (
-        *("31_km0qf9.png", 0, 20150804, "31", "9353", "1957.0", "M", "AP_horizontal", 10, "Physician"),
-        "['laminar atelectasis', ' pleural effusion', 'sternotomy', '']",
-    ),
-    (
-        *("32_a.png", 54, 20150805, "32", "9354", "nan", "nan", "PA", 12, "Physician"),
-        "['cardiomegaly', 'costophrenic angle blunting', 'NSG tube', 'scoliosis']",
-    ),
-    ("33_a.png", 54, 20150805, "33", "9355", "1990.0", "O", "COSTAL", 12, "Physician", "['rib fracture']"),
-    ("34_a.png", 54, 20150805, "34", "9356", "1991.0", "M", "PA", 12, "RNN_model", "['nodule', 'unchanged']"),
-    ("35_a.png", 54, 20150805, "35", "9357", "1992.0", "F", "PA", 12, "RNN_model", ""),
+PADCHEST_WANTED = (
+    "ImageID,ImageDir,StudyDate_DICOM,StudyID,PatientID,PatientBirth,PatientSex_DICOM,Projection,BitsStored_DICOM,"
+    "MethodLabel,Labels"
 )
-VINDR_CLASSES = (
-    *(
-        "Aortic enlargement",
-        "Atelectasis",
-        "Calcification",
-        "Cardiomegaly",
-        "Clavicle fracture",
-        "Consolidation",
-    ),
-    *("Edema", "Emphysema", "Enlarged PA", "ILD", "Infiltration", "Lung Opacity", "Lung cavity", "Lung cyst"),
-    *("Mediastinal shift", "Nodule/Mass", "Pleural effusion", "Pleural thickening", "Pneumothorax"),
-    *(
-        "Pulmonary fibrosis",
-        "Rib fracture",
-        "Other lesion",
-        "COPD",
-        "Lung tumor",
-        "Pneumonia",
-        "Tuberculosis",
-    ),
-    *("Other diseases", "No finding"),
+PADCHEST_ROWS = [
+    line.split("; ")
+    for line in """2053_k6ga29.png; 0; 20140915; 2053; 8398; 1930.0; F; PA; 12; Physician; ['normal']
+2053_0hys1a.png; 0; 20140915; 2053; 8398; 1930.0; F; L; 12; Physician; ['normal']
+313-2_75sg0k.png; 11; 20170125; 313-2; 3707; 1978.0; M; AP; 12; Physician; ['unchanged', 'alveolar pattern']
+31_km0qf9.png; 0; 20150804; 31; 9353; 1957.0; M; AP_horizontal; 10; Physician; ['laminar atelectasis', \
+' pleural effusion', 'sternotomy', '']
+32_a.png; 54; 20150805; 32; 9354; nan; nan; PA; 12; Physician; ['cardiomegaly', 'costophrenic angle blunting', \
+'NSG tube', 'scoliosis']
+33_a.png; 54; 20150805; 33; 9355; 1990.0; O; COSTAL; 12; Physician; ['rib fracture']
+34_a.png; 54; 20150805; 34; 9356; 1991.0; M; PA; 12; RNN_model; ['nodule', 'unchanged']
+35_a.png; 54; 20150805; 35; 9357; 1992.0; F; PA; 12; RNN_model; """.splitlines()
+]
+VINDR_NAMES = (
+    "Aortic enlargement|Atelectasis|Calcification|Cardiomegaly|Clavicle fracture|Consolidation|Edema|Emphysema|"
+    "Enlarged PA|ILD|Infiltration|Lung Opacity|Lung cavity|Lung cyst|Mediastinal shift|Nodule/Mass|Pleural effusion|"
+    "Pleural thickening|Pneumothorax|Pulmonary fibrosis|Rib fracture|Other lesion|COPD|Lung tumor|Pneumonia|"
+    "Tuberculosis|Other diseases|No finding"
 )
+VINDR_CLASSES = VINDR_NAMES.split("|")
 # What each reader of a film finds: three in train, one consensus in test.
 VINDR_TRAIN = (
     (("Cardiomegaly", "Rib fracture"), ("Cardiomegaly",), ("Aortic enlargement",)),
@@ -200,25 +183,24 @@ def write_mimic(home: Path) -> None:
 def write_plus(home: Path) -> None:
     """CheXpert Plus: 27 columns, a report with a line break, PNGs that the table calls .jpg, labels as JSON lines."""
     (home / "chexbert_labels").mkdir(parents=True)
-    facts: tuple[dict[str, str], ...] = (
-        {
-            "ap_pa": "AP",
-            "report": '"No edema.\nHeart is large."',
-            "age": "61.0",
-            "sex": "Female",
-            "race": "White",
-        },
-        {"age": "61.0", "sex": "Female", "race": "White"},
-        {"ap_pa": "PA", "report": "Normal.", "sex": "Male"},
-        {"ap_pa": "AP", "age": "70", "sex": "Male"},
-        {"ap_pa": "AP", "age": "30", "sex": "Male"},
-        {"ap_pa": "AP", "age": "40", "sex": "Female"},
-    )
+    names = ("ap_pa", "age", "sex", "report", "race")
+    report = '"No edema.\nHeart is large."'
+    values = [("AP", "61.0", "Female", report, "White"), ("", "61.0", "Female", "", "White")]
+    values += [("PA", "", "Male", "Normal.", ""), ("AP", "70", "Male", "", ""), ("AP", "30", "Male", "", "")]
+    values += [("AP", "40", "Female", "", "")]
     lines = [PLUS_HEADER]
-    for film, known in zip(PLUS_FILMS, facts, strict=True):
+    for film, cells in zip(PLUS_FILMS, values, strict=True):
         split, patient, _, view = film.split("/")
-        row = known | {"path_to_image": f"{film}.jpg", "path_to_dcm": f"{film}.dcm", "split": split}
-        row |= {"frontal_lateral": view[6:].capitalize(), "deid_patient_id": patient}
+        row = dict(zip(names, cells, strict=True)) | {
+            "path_to_image": f"{film}.jpg",
+            "path_to_dcm": f"{film}.dcm",
+            "split": split,
+        }
+        row |= {
+            "path_to_dcm": f"{film}.dcm",
+            "frontal_lateral": view[6:].capitalize(),
+            "deid_patient_id": patient,
+        }
         lines.append(",".join(row.get(name, "") for name in PLUS_HEADER.split(",")))
     (home / PLUS_TABLE).write_text("\n".join(lines) + "\n")
     states = [{"Edema": 0, "Cardiomegaly": 1}, {"Edema": 0, "Cardiomegaly": 1}, None, {"Edema": -1}]
@@ -238,24 +220,13 @@ def write_padchest(home: Path) -> None:
     """PadChest: 36 columns, `nan` for what is missing, lists of words as text, PNGs of 10 or 12 bits of 16."""
     home.mkdir()
     names = PADCHEST_HEADER.split(",")
-    wanted = (
-        *(
-            "ImageID",
-            "ImageDir",
-            "StudyDate_DICOM",
-            "StudyID",
-            "PatientID",
-            "PatientBirth",
-            "PatientSex_DICOM",
-        ),
-        *("Projection", "BitsStored_DICOM", "MethodLabel", "Labels"),
-    )
+    wanted = PADCHEST_WANTED.split(",")
     lines = [PADCHEST_HEADER]
     for number, row in enumerate(PADCHEST_ROWS):
-        cells = dict(zip(wanted, map(str, row), strict=True)) | {"": str(number)}
+        cells = dict(zip(wanted, row, strict=True)) | {"": str(number)}
         cells |= {"Labels": f'"{cells["Labels"]}"' if cells["Labels"] else "nan", "Report": "sin hallazg"}
         lines.append(",".join(cells.get(name, "nan") for name in names))
-        draw(home / str(row[1]) / str(row[0]), number, bits=int(row[8]))
+        draw(home / row[1] / row[0], number, bits=int(row[8]))
     text = "\n".join(lines) + "\n"
     path = home / "PADCHEST_chest_x_ray_images_labels_160K_01.02.19.csv.gz"
     path.write_bytes(gzip.compress(text.encode()))

@@ -24,11 +24,9 @@ from pipeline.images import (
     prepare,
     resize,
 )
-from tests.conftest import REPOSITORY
 
 ORIGINAL = ImageOptions(size=None, square="no", encoding="jpeg", quality=95, max_pixels=1_000_000)
 FITTING = ORIGINAL._replace(size=160)
-REAL = REPOSITORY.resolve().parent / "shared/nih-sample/CheXpert-v1.0-small"
 SECRET = b"SECRET"
 
 
@@ -197,17 +195,6 @@ def test_scaled_decode_is_within_a_gray_level_of_a_full_one(size: tuple[int, int
     pixels = prepare(source, FITTING._replace(size=224, max_pixels=7_000_000)).pixels
     reference = Image.open(io.BytesIO(source)).resize(pixels.shape[::-1], Image.Resampling.LANCZOS)
     assert difference(pixels, np.asarray(reference)) < 0.6
-
-
-@pytest.mark.skipif(not REAL.is_dir(), reason="the real X-rays are not here")
-def test_real_xrays_are_within_a_gray_level_of_a_full_decode_and_lanczos() -> None:
-    differences = []
-    for path in sorted(REAL.rglob("*.jpg"))[::8]:
-        reference = np.asarray(Image.open(path).resize((224, 224), Image.Resampling.LANCZOS))
-        differences.append(
-            difference(prepare(path.read_bytes(), FITTING._replace(size=224)).pixels, reference)
-        )
-    assert max(differences) <= 1
 
 
 def test_color_progressive_and_16_bit_sources_become_baseline_gray(gray: Image.Image) -> None:

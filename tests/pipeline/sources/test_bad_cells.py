@@ -9,6 +9,7 @@ from tests.conftest import run_pipeline
 from tests.layouts import PLUS_FILMS, PLUS_TABLE, SETS
 
 FILES = {
+    "chexpert": ("chexpert", "CheXpert-v1.0-small/train.csv"),
     "nih": ("nih", "Data_Entry_2017_v2020.csv"),
     "nih train": ("nih", "train_val_list.txt"),
     "nih test": ("nih", "test_list.txt"),
@@ -22,6 +23,11 @@ FILES = {
     "vindr test": ("vindr", "annotations/image_labels_test.csv"),
 }
 CASES = rf"""
+chexpert | Edema | Oedema | : column Edema is missing; it has Path, Sex,
+chexpert | ,Frontal, | ,Oblique, | , line 2, column Frontal/Lateral: 'Oblique' is neither Frontal nor Lateral
+chexpert | ale,6 | ale,young | , line 2, column Age: 'young0' is not a number of years
+chexpert | small/train/patient00001/study2/view1_frontal.jpg | ../../etc/passwd | , line 3, column Path: 'CheX
+chexpert | patient00001/study2/view1 | patient00001/study1/view1 | , lines 2 and 3: the same image patient00001
 nih | Nodule,1 | Nodul,1 | , line 3, column Finding Labels: 'Nodul' is not a finding of this set
 nih | No Finding,0 | No Finding|Hernia,0 | , line 4, column Finding Labels: 'No Finding|Hernia' is No Finding and a find
 nih | ,58,M, | ,58,X, | , line 3, column Patient Gender: 'X' is neither M nor F

@@ -35,7 +35,7 @@ REAL = {
 }
 TABLES = "c23148699e24973b12d85daadc781c0017c85c452d728f460a6a7f8c1e2f0fcb"  # sha256
 # Mean gray level of every twelfth frontal.
-FRONTALS = (
+FRONTALS = [
     153.83,
     155.36,
     113.55,
@@ -49,9 +49,8 @@ FRONTALS = (
     128.52,
     139.07,
     103.69,
-    134.92,
-    152.38,
-)
+]
+FRONTALS += [134.92, 152.38]
 Row = dict[str, str]
 
 
