@@ -19,9 +19,16 @@ from typing import NoReturn, Protocol
 
 import click
 
-from pipeline.base.errors import DataError, explain_os_error, printable
+from pipeline.base.errors import FULL, DataError, explain_os_error, printable
 from pipeline.base.workers import skip_pandas
 
+# How libraries say that the system gave them none, for a segment of code, an array or a thread.
+NO_MEMORY = (
+    "failed to map segment",
+    "annot allocate memory",
+    "launch worker thread",
+    "can't start new thread",
+)
 LINE_SECONDS = 10.0  # between plain lines where there is no terminal
 
 
@@ -139,16 +146,22 @@ def run_command(command: click.Command, context: object = None) -> None:
     except (click.Abort, KeyboardInterrupt):
         click.echo("Interrupted.", err=True)
         sys.exit(130)
-    except (DataError, UnicodeEncodeError, OSError) as error:
-        say(f"Error: {_describe(error)}")
+    except Exception as error:
+        if not (reason := _describe(error)):
+            raise
+        say(f"Error: {reason}")
         sys.exit(1)
 
 
-def _describe(error: DataError | UnicodeEncodeError | OSError) -> str:
+def _describe(error: Exception) -> str:
+    """What went wrong; "" for what is a fault of this program."""
     if isinstance(error, UnicodeEncodeError):  # Arrow, JSON and TensorBoard take no path that is not UTF-8
         if (encoding := sys.getfilesystemencoding()) != "utf-8":
             return f"{error.object[:1000]}: not {encoding}, which the locale asks for; set LC_ALL=C.UTF-8"
         return f"{error.object[:1000]}: not UTF-8; rename that file or folder"
     if isinstance(error, OSError):  # such as a folder that may not be written to, or a pipe without a name
-        return f"{f'{error.filename}: ' if error.filename else ''}{explain_os_error(error)}"
-    return str(error)
+        place = error.filename or ("stdout" if error.errno in FULL else "")  # those of files have their names
+        return f"{place}: {explain_os_error(error)}" if place else explain_os_error(error)
+    if isinstance(error, MemoryError) or any(text in str(error) for text in NO_MEMORY):
+        return f"not enough memory: {error}; raise the limit (ulimit -v), or use a larger machine"
+    return str(error) if isinstance(error, DataError) else ""

@@ -33,7 +33,7 @@ def needs(extra: str, user: str = "") -> Iterator[None]:
         yield
     except MissingPackageError:  # of an inner extra
         raise
-    except ImportError as error:
+    except ModuleNotFoundError as error:  # others are of a package that is there, and cannot be loaded
         package = error.name.partition(".")[0] if error.name else error
         install = f"{package} is missing: pip install 'chexpert-pipeline[{extra}]'"
         raise MissingPackageError(f"{user}: {install}" if user else install) from None

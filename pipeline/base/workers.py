@@ -28,7 +28,7 @@ from importlib.abc import MetaPathFinder
 from itertools import islice
 from typing import Any, TypeVar
 
-from pipeline.base.errors import DataError
+from pipeline.base.errors import FULL, DataError, MachineError, explain_os_error
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -139,8 +139,12 @@ def _worker_pool(function: Callable[..., Any], workers: int) -> Iterator[tuple[P
     # When the server starts, at the first task, it imports what its parent has of this package: every worker has it.
     package = function.__module__.partition(".")[0]
     context.set_forkserver_preload([name for name in sys.modules if name.partition(".")[0] == package])
-    slots = context.RawArray("q", _SLOTS)
-    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(slots,))
+    try:
+        slots = context.RawArray("q", _SLOTS)
+        pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(slots,))
+    except OSError as error:
+        place = "/dev/shm" if error.errno in FULL else "worker processes"  # noqa: S108 - not ours to choose
+        raise MachineError(f"{place}: {explain_os_error(error)}") from None
     try:
         yield pool, slots
     finally:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from pipeline.base.errors import needs
+from pipeline.base.errors import MachineError, needs
 from pipeline.stream.batches import BatchStream
 
 with needs("train"):
@@ -23,7 +23,10 @@ class BatchDataset(IterableDataset[Any]):
     def __init__(self, stream: BatchStream) -> None:
         self.stream = stream
         # How many states were loaded, the last one's step, and which iteration takes it; all workers see it.
-        self._loaded = torch.tensor([int(stream.step > 0), stream.step, NOBODY]).share_memory_()
+        try:
+            self._loaded = torch.tensor([int(stream.step > 0), stream.step, NOBODY]).share_memory_()
+        except RuntimeError as error:
+            raise MachineError(f"shared memory: {error}; make room in it") from None
         self._known = 0  # states that this copy has seen
         self._mine: int | None = None  # the step of a state that was loaded in this worker
 

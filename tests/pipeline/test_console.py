@@ -72,3 +72,35 @@ def test_the_next_command_can_be_typed_as_it_stands(
     monkeypatch.setenv("PATH", str(tmp_path))  # an environment that is not activated
     monkeypatch.chdir(PIPELINE.parents[2])
     assert said() == f"next: {PIPELINE.relative_to(Path.cwd())} verify 'my shards' --deep\n"
+
+
+FULL_SHM = 'mount -t tmpfs -o size=4k tmpfs /dev/shm && head -c 4096 /dev/zero > /dev/shm/full && exec "$@"'
+
+
+@pytest.mark.parametrize(
+    ("shell", "words", "error"),
+    [
+        (["sh", "-c", 'ulimit -n 16; exec "$@"'], ["shards", "CheXpert-v1.0-small", "out"],
+         "Too many open files; raise the limit, as by ulimit -n 4096"),
+        (["sh", "-c", 'exec "$@" > /dev/full'], ["stats", "shards"],
+         "stdout: No space left on device; make room, and run it again"),
+        (["unshare", "-m", "sh", "-c", FULL_SHM], ["shards", "CheXpert-v1.0-small", "out"],
+         "/dev/shm: No space left on device; make room, and run it again"),  # noqa: S108
+    ],
+)  # fmt: skip
+def test_what_the_machine_lacks_is_named_on_one_line(
+    shards: object, chexpert: Path, tmp_path: Path, shell: list[str], words: list[str], error: str
+) -> None:
+    if shell[0] == "unshare" and subprocess.run(["unshare", "-m", "true"], check=False).returncode:
+        pytest.skip("only root makes namespaces")
+    done = subprocess.run([*shell, "sh", PIPELINE, *words], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1, f"Error: {error}\n")
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError("x"), ImportError("libarrow.so: failed to map segment from shared object")]
+)
+def test_too_little_memory_is_named(error: Exception) -> None:
+    remedy = "raise the limit (ulimit -v), or use a larger machine"
+    assert console._describe(error) == f"not enough memory: {error}; {remedy}"
+    assert console._describe(KeyError("x")) == ""
