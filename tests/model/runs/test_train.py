@@ -1084,7 +1084,7 @@ def test_command_line_killed_twice_warned_by_slurm_and_continued_equals_undistur
     program += "runpy.run_path('train.py', run_name='__main__')"
     again = start(sys.executable, "-c", program, *command[2:])
     assert again.returncode == 0, again.stderr
-    further = f"to train further, raise --epochs, or start another --run with --init {run}"
+    further = f"to train further, start another --run with --init {run}"
     assert f"{run}: finished, after step 78; {further}\n" in again.stderr
     assert run_train(*options, "--run", tmp_path / "whole").returncode == 0
     assert_same_run(run, tmp_path / "whole")
