@@ -177,7 +177,7 @@ def train_epochs(job: Job, state: TrainState, data: TrainingData, watch: Watch) 
     """Train and evaluate by turns from the step `state.done` on, and report at the end. Raises Stopped, all saved."""
     config, steps = job.config, data.steps
     total, every = config.epochs * steps, config.eval_every or steps
-    began, before = time.perf_counter(), state.done
+    began, resumed = time.perf_counter(), state.done
     with open_events(job, state.done) as log:
         try:
             while True:
@@ -185,7 +185,7 @@ def train_epochs(job: Job, state: TrainState, data: TrainingData, watch: Watch) 
                 due = state.done % steps == 0 or state.done % steps % every == 0
                 if due and state.evaluated < state.done:
                     line = evaluate_state(job, state, data, log)
-                    pace = (time.perf_counter() - began) / max(state.done - before, 1)  # with the scoring
+                    pace = (time.perf_counter() - began) / max(state.done - resumed, 1)  # with the scoring
                     say(line + show_left(pace * (total - state.done)))
                     save_state(job, state)
                     watch(state.history)
@@ -377,7 +377,7 @@ def evaluate_state(job: Job, state: TrainState, data: TrainingData, log: Log) ->
     line |= {name: value for name, value in report.items() if name.endswith("_auroc")}
     line["labels"] = {label: row["auroc"] for label, row in report["labels"].items()}
     chosen = job.config.choose_by
-    score, macro = (choice_score(line, labels) for labels in (chosen, "all"))
+    score, macro = choice_score(line, chosen), choice_score(line, "all")
     if score is None or macro is None:  # now that unusable images are left out
         raise DataError(
             no_choice(job, [label for label in parse_choice(chosen) if line["labels"][label] is None])
@@ -406,9 +406,9 @@ def evaluate_state(job: Job, state: TrainState, data: TrainingData, log: Log) ->
     return f"Epoch {epoch:g}: dev AUROC {score:.4f} ({name}){'  (best)' if is_best else ''}"
 
 
-def log_labels(log: Log, split: str, labels: Mapping[str, float | None], step: int) -> None:
+def log_labels(log: Log, split: str, aurocs: Mapping[str, float | None], step: int) -> None:
     """Add the AUROC of each label that has one to its curve."""
-    for label, auroc in labels.items():
+    for label, auroc in aurocs.items():
         if auroc is not None:
             log(f"auroc_{split}/{label}", auroc, step)
 

@@ -1,28 +1,24 @@
 """A run on several folders of shards."""
 
 import json
-import re
 import shutil
 from pathlib import Path
 from typing import Any
 
-import click
 import numpy as np
 import pytest
 
 import train
-from model.runs.config import parse_shares
 from model.runs.job import Job, open_rows
 from model.runs.overlap import hash_patients, read_seen
 from model.runs.targets import check_reported, training_labels, training_weights
-from pipeline.base.errors import DataError, SettingError
 from pipeline.etl.shards import Execution, write_shards
 from pipeline.manifest import read_manifest, read_table
 from pipeline.measure.evaluation import read_evaluation
 from pipeline.sources.sets import find_source
 from pipeline.stream.plan import epoch_order
 from tests.conftest import POLICIES, default_options, write_chexpert
-from tests.training import WORDS, assert_same_run, call_train, open_small_job, train_until
+from tests.training import assert_same_run, open_small_job, train_until
 
 
 @pytest.fixture(scope="module")
@@ -81,21 +77,3 @@ def test_folders_that_dev_leaves_out_are_said(
         job = open_small_job(folders, tmp_path / str(count), epochs=1)
         check_reported(job, open_rows(job, "dev"))
         assert capsys.readouterr().err.count(said) == count
-
-
-def test_shares_must_be_as_many_as_folders(two: list[Path], tmp_path: Path) -> None:
-    with pytest.raises(SettingError, match=r"^`mix` has 2 shares for 1 folders of `shards`$"):
-        open_mixed(two[:1], tmp_path / "run")
-    message = "^`mix` does not go with `balance`: both say how often an image is drawn$"
-    with pytest.raises(SettingError, match=message):
-        open_mixed(two, tmp_path / "run", balance="Edema")
-
-
-def test_shares_on_the_command_line(two: list[Path], tmp_path: Path) -> None:
-    assert parse_shares("0.7,0.3") == (0.7, 0.3)
-    for text in ("0.7;0.3", "0,1", "1,", "inf,1"):
-        with pytest.raises(DataError, match=f"^'{re.escape(text)}' is not like 0.7,0.3$"):
-            parse_shares(text)
-    folders = [word for folder in two for word in ("--shards", folder)]
-    with pytest.raises(click.UsageError, match=r"^--mix has 3 shares for 2 folders of --shards$"):
-        call_train("train", *folders, "--run", tmp_path / "run", *WORDS, "--mix", "1,2,3")
