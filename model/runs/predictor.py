@@ -55,7 +55,7 @@ from pipeline.base.errors import DataError
 from pipeline.base.files import hash_file, read_object, write_json
 from pipeline.console import Advance, progress_bar, say
 from pipeline.images import ImageOptions
-from pipeline.measure.calibration import RULES, apply_calibration, apply_calibrations
+from pipeline.measure.calibration import RULES, Calibration, apply_calibration, apply_calibrations
 from pipeline.measure.evaluate import Scored, calibrate, study_level
 from pipeline.measure.metrics import Floats
 from pipeline.stream.batches import choose_usable
@@ -86,7 +86,7 @@ class Result(NamedTuple):
 class Decision(NamedTuple):
     """What becomes of scores: `calibration` by label, and `limits` [L] that they reach before it (nan: undecided)."""
 
-    calibration: dict[str, Any] | None
+    calibration: Mapping[str, Calibration] | None
     limits: list[float]  # [] without a rule
     rule: str
     combine: str = "max"  # how a study's score is computed from its views
@@ -111,7 +111,7 @@ class Network(NamedTuple):
     images: ImageOptions  # how the shards' images were prepared
     seen: Seen
     dataset: Mapping[str, str]
-    calibration: Mapping[str, Any] | None
+    calibration: Mapping[str, Calibration] | None
 
     def calibrate(self, scores: Floats) -> Floats:
         """Its share in the mean of an ensemble, of its scores [N, L]; alone, these themselves."""
@@ -317,7 +317,7 @@ def read_calibration(run: Path, labels: Sequence[str], level: str = "image") -> 
 
 
 def load_network(
-    run: Path, config: Config, calibration: Mapping[str, Any] | None = None, ranks: Ranks = ALONE
+    run: Path, config: Config, calibration: Mapping[str, Calibration] | None = None, ranks: Ranks = ALONE
 ) -> Network:
     """The network of a run, on the GPU if there is one. Raises CheckpointError."""
     best = load_checkpoint(run / "best.pt", ranks)

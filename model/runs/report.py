@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
+from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -117,27 +118,21 @@ def draw_training(history: Sequence[Mapping[str, Any]]) -> list[tuple[str, Marku
     """The losses and dev's AUROC by epoch, each as caption and SVG."""
     from matplotlib.ticker import MaxNLocator
 
-    epochs = [line["epoch"] for line in history]
-
-    def draw_loss(axes: "Axes") -> None:
-        for split, color in (("train", FIRST), ("dev", SECOND)):
-            axes.plot(epochs, [line[f"{split}_loss"] for line in history], ".-", color=color, label=split)
-        axes.set(xlabel="epoch", ylabel="loss")
-        axes.legend()
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-
-    def draw_auroc(axes: "Axes") -> None:
-        for mean, color in zip(MEANS, (FIRST, SECOND, THIRD), strict=True):
-            values = [line[f"{mean}_auroc"] for line in history]
+    def draw(axes: "Axes", ylabel: str, fields: Mapping[str, str]) -> None:
+        for (label, field), color in zip(fields.items(), (FIRST, SECOND, THIRD), strict=False):
+            values = [line[field] for line in history]
             if any(value is not None for value in values):
                 heights = [np.nan if value is None else value for value in values]
-                axes.plot(epochs, heights, ".-", color=color, label=MEANS[mean])
-        axes.set(xlabel="epoch", ylabel="AUROC, dev")
+                axes.plot([line["epoch"] for line in history], heights, ".-", color=color, label=label)
+        axes.set(xlabel="epoch", ylabel=ylabel)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         if axes.lines:
             axes.legend()
 
-    return [
-        ("Loss", draw_svg(draw_loss, "loss of train and dev by epoch", (4.4, 2.6))),
-        ("AUROC on dev", draw_svg(draw_auroc, "AUROC on dev by epoch", (4.4, 2.6))),
-    ]
+    losses = {split: f"{split}_loss" for split in ("train", "dev")}
+    means = {name: f"{mean}_auroc" for mean, name in MEANS.items()}
+    figures = {
+        "Loss": (partial(draw, ylabel="loss", fields=losses), "loss of train and dev by epoch"),
+        "AUROC on dev": (partial(draw, ylabel="AUROC, dev", fields=means), "AUROC on dev by epoch"),
+    }
+    return [(name, draw_svg(plot, text, (4.4, 2.6))) for name, (plot, text) in figures.items()]

@@ -9,9 +9,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import click
 import numpy as np
 import numpy.typing as npt
 
@@ -35,7 +34,7 @@ from pipeline.base.options import option
 from pipeline.command import EXISTING, EXISTING_FILE, FILE, FOLDER, Fields, command
 from pipeline.console import count_of, echo, refuse_usage, say, say_next
 from pipeline.labels import LABELS, MOST_VIEWS, VIEWS
-from pipeline.measure.calibration import RULES, apply_calibration, read_fit
+from pipeline.measure.calibration import RULES, Calibration, Fit, apply_calibration, read_fit
 
 if TYPE_CHECKING:
     from model.runs.predictor import Decision, Predictor
@@ -195,15 +194,11 @@ class Prediction(Workers, Decided):
         from model.runs.views import group_files
 
         fusion = predictor.config.fusion
-        if self.heatmaps is not None and (fusion or len(predictor.configs) > 1):
-            kind = "learned studies" if fusion else "are several networks"
-            raise click.UsageError(f"--heatmaps is for one run by images; {predictor.name} {kind}")
-        refuse_usage(
-            self.heatmaps is not None and self.group_by is not None, "--heatmaps is for single images"
-        )
-        if fusion is not None:
-            return group_files(files, self.group_by or "study", MOST_VIEWS)
-        return group_files(files, self.group_by) if self.group_by else {str(file): [file] for file in files}
+        several = fusion is not None or len(predictor.configs) > 1 or self.group_by is not None
+        alone = "--heatmaps is for single images and one run, not for studies or several networks"
+        refuse_usage(self.heatmaps is not None and several, alone)
+        by = self.group_by or (None if fusion is None else "study")
+        return group_files(files, by, math.inf if fusion is None else MOST_VIEWS)
 
 
 @command("predict", Prediction, example="python -m train predict --run runs/first --out scores.csv images/")
@@ -290,7 +285,7 @@ def export_command(given: Export) -> int:
     say_unlearned(predictor)
     decision = predictor.decide(given.threshold)
 
-    def read_fits(chosen: Mapping[str, Any] | None) -> list[Any]:
+    def read_fits(chosen: Mapping[str, Calibration] | None) -> list[Fit | None]:
         return [] if chosen is None else [read_fit(chosen[label]) for label in config.labels]
 
     inputs = [
@@ -322,7 +317,7 @@ def describe_export(predictor: "Predictor", decision: "Decision") -> dict[str, s
     config, members, calibration = predictor.config, predictor.members, decision.calibration or {}
     dataset = members[-1].dataset
 
-    def scale(fitted: Mapping[str, Any], rule: str) -> float | None:
+    def scale(fitted: Calibration, rule: str) -> float | None:
         limit = fitted["thresholds"][rule]
         return None if limit is None else float(apply_calibration(np.array([limit]), fitted)[0])
 

@@ -1,6 +1,5 @@
 """Image files on the disk → the samples that a run scores: files one by one, or the views of studies."""
 
-import math
 import re
 import zlib
 from collections import Counter
@@ -48,11 +47,13 @@ def _is_image(file: Path) -> bool:
     return False
 
 
-def group_files(files: Iterable[Path], by: str, most: float = math.inf) -> dict[str, list[Path]]:
+def group_files(files: Iterable[Path], by: str | None, most: float) -> dict[str, list[Path]]:
     """The files of each study, by its name: their folder, the one above it, or what a pattern finds in their paths.
 
-    Raises DataError where the pattern finds nothing, or more files than `most`.
+    Without `by`, each file is alone. Raises DataError where the pattern finds nothing, or more files than `most`.
     """
+    if by is None:
+        return {str(file): [file] for file in files}
     studies: dict[str, list[Path]] = {}
     for file in files:
         match = re.search(by, str(file))

@@ -26,7 +26,7 @@ from pipeline.base.pages import (
 )
 from pipeline.base.tabular import show_cell
 from pipeline.look import judged
-from pipeline.measure.calibration import apply_calibration
+from pipeline.measure.calibration import Fitted, apply_calibration
 from pipeline.measure.evaluate import Scored, study_level
 from pipeline.measure.evaluation import MEANS, UNITS, Evaluation
 from pipeline.measure.metrics import (
@@ -145,17 +145,17 @@ def draw_curves(evaluation: Evaluation, images: Scored) -> dict[str, Panels]:
         if auroc.value is None:
             continue
         curve = threshold_curve(score, truth)
-        fit = {metric: evaluation.get(metric, name).value for metric in ("temperature", "bias")}
-        calibrated = apply_calibration(score, fit)
+        temperature, bias = (evaluation.get(metric, name).value for metric in ("temperature", "bias"))
+        calibrated = apply_calibration(score, Fitted(temperature=temperature, bias=bias))
         dot = [evaluation.get(rate, name, group=rule).value for rate in ("sensitivity", "specificity")]
         gains = {at: evaluation.get("net_benefit_gain", name, group=f"at {at}") for at in (0.1, 0.3)}
         error, fitted = (judged.show(evaluation.get(metric, name)) for metric in ("ece", "ece_calibrated"))
-        by = f" → {fitted}, T {show_figure(fit['temperature'])}, b {show_figure(fit['bias'])}"
+        by = f" → {fitted}, T {show_figure(temperature)}, b {show_figure(bias)}"
         drawn = {
             "ROC": (f"AUROC {auroc.shown}", partial(_draw_roc, curve, dot)),
             "precision-recall": (f"AUPRC {auprc.shown}", partial(_draw_pr, curve)),
             "reliability": (
-                f"ECE {error}{by if fit['temperature'] else ''}",
+                f"ECE {error}{by if temperature else ''}",
                 partial(_draw_reliability, score, calibrated, truth),
             ),
             "decision": (

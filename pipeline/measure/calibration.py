@@ -6,7 +6,7 @@ keeps the order of scores, so thresholds apply to the raw score: positive is `sc
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypedDict
 
 import numpy as np
 
@@ -17,6 +17,20 @@ SLOPES = (0.05, 20.0)  # of a fit; outside them, scores say almost nothing, or t
 PRIOR = 4.0  # holds the slope near 1: a normal prior with standard deviation 0.5
 FOLDS = 5
 GAP = 1e-3  # in logits: more than batch sizes, processors and runtimes change a float32 score
+
+
+class Fitted(TypedDict):
+    """What makes calibrated scores of a label's scores; None if they stay as they are."""
+
+    temperature: float | None
+    bias: float | None
+
+
+class Calibration(Fitted):
+    """What dev gave for a label, ready for JSON."""
+
+    thresholds: dict[str, float | None]  # by rule
+    note: str | None
 
 
 class Fit(NamedTuple):
@@ -33,7 +47,7 @@ def fit_calibration(
     mask: Bools,
     patient: Names,
     sensitivity: float = 0.9,
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, Calibration]:
     """Per label: `temperature`, `bias`, `thresholds` by rule, and a `note` if any is None; ready for JSON.
 
     Scores [N, L], targets [N, L] in {0, 1}, mask [N, L], patients [N]. Temperature and bias are
@@ -41,7 +55,7 @@ def fit_calibration(
     RULES: the maximum of Youden's J (sensitivity + specificity - 1), the maximum of F1, and the highest threshold
     whose sensitivity is at least `sensitivity`; ties go to the highest. Raises ValueError if a score is not finite.
     """
-    labels: dict[str, dict[str, Any]] = {}
+    labels: dict[str, Calibration] = {}
     for name, score, truth, owner in label_cells(names, scores, target, mask, patient):
         fit, note = None, None
         if truth.all() or not truth.any():
@@ -123,7 +137,7 @@ def fit_logistic(logits: Floats, truth: Bools) -> Fit:
     return Fit(slope, bias)
 
 
-def apply_calibration(score: Floats, calibration: Mapping[str, Any]) -> Floats:
+def apply_calibration(score: Floats, calibration: Fitted) -> Floats:
     """The calibrated scores [n], float64; unchanged without a temperature.
 
     `calibration` is one label's, from `fit_calibration`.
@@ -132,15 +146,13 @@ def apply_calibration(score: Floats, calibration: Mapping[str, Any]) -> Floats:
     return score.astype(np.float64) if fit is None else _sigmoid(_logits(score) * fit.slope + fit.bias)
 
 
-def read_fit(calibration: Mapping[str, Any]) -> Fit | None:
+def read_fit(calibration: Fitted) -> Fit | None:
     """The fit in one label's calibration; None where scores stay as they are."""
-    temperature = calibration["temperature"]
-    return None if temperature is None else Fit(1 / temperature, calibration["bias"])
+    temperature, bias = calibration["temperature"], calibration["bias"]
+    return None if temperature is None or bias is None else Fit(1 / temperature, bias)
 
 
-def apply_calibrations(
-    names: Sequence[str], scores: Floats, calibration: Mapping[str, Mapping[str, Any]]
-) -> Floats:
+def apply_calibrations(names: Sequence[str], scores: Floats, calibration: Mapping[str, Fitted]) -> Floats:
     """The calibrated scores [N, L], float64, by the calibration of each of the labels `names` [L]; NaN stays NaN."""
     columns = [
         apply_calibration(score, calibration[name]) for name, score in zip(names, scores.T, strict=True)

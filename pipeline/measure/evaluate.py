@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 
 from pipeline.labels import name_ages
 from pipeline.measure.bootstrap import interval, resample_auprc, resampled_mean
-from pipeline.measure.calibration import apply_calibration, fit_calibration
+from pipeline.measure.calibration import Calibration, apply_calibration, fit_calibration
 from pipeline.measure.delong import Areas, combine_limits, measure_areas, weigh_labels
 from pipeline.measure.evaluation import UNITS, Evaluation
 from pipeline.measure.metrics import (
@@ -161,7 +161,7 @@ def study_level(images: Scored, combine: str = "max") -> Scored:
 
 
 def _add_level(
-    evaluation: Evaluation, level: str, rows: Scored, calibration: Mapping[str, Mapping[str, Any]]
+    evaluation: Evaluation, level: str, rows: Scored, calibration: Mapping[str, Calibration]
 ) -> None:
     """Findings and their means, of images or of studies."""
     names, resamples, seed = evaluation.labels, evaluation.head["resamples"], evaluation.head["seed"]
@@ -190,7 +190,7 @@ def _add_level(
         _add_decisions(evaluation, level, cell, calibration[name])
 
 
-def _measure(cells: Cells, fit: Mapping[str, Any] | None) -> Figure:
+def _measure(cells: Cells, fit: Calibration | None) -> Figure:
     """A finding's metrics, of its scores and, if there is a fit, of its calibrated scores."""
     figures = dict(zip(AREAS, areas(cells.score, cells.truth), strict=True))
     scores = {"": cells.score} | ({"_calibrated": apply_calibration(cells.score, fit)} if fit else {})
@@ -207,7 +207,7 @@ def average(names: Sequence[str], rows: Scored) -> tuple[dict[str, list[str]], A
     return alone | averaged_labels(labels), measure_areas(*rows[:4])
 
 
-def _add_decisions(evaluation: Evaluation, level: str, cells: Cells, fit: Mapping[str, Any]) -> None:
+def _add_decisions(evaluation: Evaluation, level: str, cells: Cells, fit: Calibration) -> None:
     """A finding's calibration, rates at its thresholds, and net benefit."""
     name, score, truth, patient = cells
     for metric in ("temperature", "bias"):
@@ -223,7 +223,7 @@ def _add_decisions(evaluation: Evaluation, level: str, cells: Cells, fit: Mappin
             evaluation.add(level, name, metric, group=f"at {at}", **figure)
 
 
-def first_threshold(fit: Mapping[str, Any]) -> float | None:
+def first_threshold(fit: Calibration) -> float | None:
     """The threshold of groups' TPR: Youden's, which comes first, or the user's own."""
     return next(iter(fit["thresholds"].values()), None)
 
@@ -238,7 +238,7 @@ Calls = tuple[Bools, Names]  # which of a group's positives [n] are called, and 
 def add_groups(
     evaluation: Evaluation,
     images: Scored,
-    fits: Mapping[str, Mapping[str, Any]],
+    fits: Mapping[str, Calibration],
     more: Mapping[str, Names] = MappingProxyType({}),
 ) -> None:
     """Add, by sex, age, projection and the texts [N] of `more`: images, AUROC per label, TPR at dev's Youden threshold.
@@ -277,7 +277,7 @@ def add_groups(
 
 
 def assess_groups(
-    names: Sequence[str], images: Scored, fits: Mapping[str, Mapping[str, Any]]
+    names: Sequence[str], images: Scored, fits: Mapping[str, Calibration]
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """`tpr_gap` and `tpr_gap_limits` of each label, by variable, as of `add_groups`."""
     evaluation = Evaluation({"split": "", "unit": "image", "labels": list(names)})
@@ -291,7 +291,7 @@ def assess_groups(
 
 
 def _add_group(
-    evaluation: Evaluation, group: str, rows: Scored, fits: Mapping[str, Mapping[str, Any]], measured: Areas
+    evaluation: Evaluation, group: str, rows: Scored, fits: Mapping[str, Calibration], measured: Areas
 ) -> Iterator[tuple[str, list[Calls]]]:
     """Add a group's figures; gives each label's calls of its positives, if these are of 10 patients."""
     names, level = evaluation.labels, evaluation.unit

@@ -9,7 +9,7 @@ from sklearn.metrics import average_precision_score, recall_score, roc_auc_score
 
 from pipeline import DataError
 from pipeline.measure.bootstrap import resample_auprc
-from pipeline.measure.calibration import apply_calibration
+from pipeline.measure.calibration import Calibration, apply_calibration
 from pipeline.measure.delong import combine_limits, measure_areas
 from pipeline.measure.evaluate import (
     Scored,
@@ -346,5 +346,6 @@ def test_the_widest_gap_of_a_fair_network_is_not_significant() -> None:
         rows, ages = np.arange(600), random.integers(20, 95, 600)
         mask = np.ones(truth.shape, bool)
         fair = Scored(score, truth.astype(float), mask, rows, rows, sex, ages, projection)
-        groups = assess_groups(NAMES, fair, {name: {"thresholds": {"youden": 0.6}} for name in NAMES})
+        fit: Calibration = {"temperature": None, "bias": None, "thresholds": {"youden": 0.6}, "note": None}
+        groups = assess_groups(NAMES, fair, dict.fromkeys(NAMES, fit))
         assert all(limits["low"] < 0 for of in groups.values() for limits in of["tpr_gap_limits"].values())
