@@ -36,21 +36,17 @@ def load_tables(
         return tables[0]
     named = []
     for source, table in zip(sources, tables, strict=True):
-        name, patients = _name_set(source, sources)
+        name, patients = _name_set(source)
         apart = name_patients(table["patient"], patients)
         table = table.set_column(table.schema.get_field_index("patient"), "patient", apart)
         named.append(table.append_column("set", pa.array([name] * table.num_rows, pa.string())))
     return concat_labels(named)
 
 
-def _name_set(source: Path, sources: Sequence[Path]) -> tuple[str, str]:
-    """The names of a source's set and of the namespace of its patients; of a CSV as much of its path as is its own."""
+def _name_set(source: Path) -> tuple[str, str]:
+    """The names of a source's set and of the namespace of its patients; of a CSV its path."""
     if source.is_file():
-        whole = source.resolve()
-        tails = (Path(*whole.parts[-length:]) for length in range(1, len(whole.parts) + 1))
-        others = [other.resolve() for other in sources if other.resolve() != whole]
-        own = next(str(tail) for tail in tails if not any(other.match(str(tail)) for other in others))
-        return own, own
+        return str(source), str(source)
     if (source / NAME).is_file():
         dataset = read_manifest(source).dataset
         return dataset["name"], dataset["patients"]

@@ -75,17 +75,8 @@ def test_a_full_disk_is_named_and_the_run_resumes(
     """The shell's limit on file sizes stands in for a disk that fills up."""
     source, expected, _ = reference
     out = tmp_path / "out"
-    command = [
-        "bash",
-        "-c",
-        'ulimit -f 40; exec "$@"',
-        "bash",
-        str(PIPELINE),
-        "shards",
-        str(source),
-        str(out),
-        *OPTIONS,
-    ]
+    limited = ["bash", "-c", 'ulimit -f 40; exec "$@"', "bash"]
+    command = [*limited, str(PIPELINE), "shards", str(source), str(out), *OPTIONS]
     full = subprocess.run(command, capture_output=True, text=True, check=False)
     assert full.returncode == 1
     assert full.stderr.splitlines()[-1].startswith(f"Error: {out}/")

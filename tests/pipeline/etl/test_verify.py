@@ -1,5 +1,4 @@
 import hashlib
-import json
 import random
 import re
 import shutil
@@ -330,19 +329,3 @@ def test_any_flipped_bit_is_found(shards: Shards) -> None:
         assert list(verify_shards(folder, deep=False, workers=1).problems) == [path.name], (position, bit)
         flip(path, position, bit)
     assert not verify_shards(folder, deep=True, workers=1).problems
-
-
-def test_no_manifest(tmp_path: Path) -> None:
-    run = run_pipeline("verify", tmp_path)
-    assert (run.returncode, run.stdout) == (1, "")
-    assert run.stderr.startswith(f"Error: {tmp_path}: not a folder of shards (no manifest.json)")
-
-
-def test_a_table_without_a_column(shards: Shards) -> None:
-    folder, manifest = shards
-    split = manifest.split("train")
-    digest = write_table(folder / split.table, read_table(folder, split).drop_columns(["crc"]))
-    write_manifest(folder, change(manifest, replace(split, table_sha256=digest)))
-    lines = [f"{folder / split.table}: column crc is missing, duplicated, or not uint32"]
-    assert verify_shards(folder, deep=True, workers=1).problems == {split.table: lines}
-    assert json.loads((folder / "manifest.json").read_bytes())["splits"]["train"]["table_sha256"] == digest

@@ -2,7 +2,6 @@ import gzip
 import os
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -266,17 +265,6 @@ def test_what_is_nowhere_is_missing_where_the_csv_says(chexpert: Path) -> None:
         for name in ("1/view1_frontal", "1/view2_lateral", "2/view1_frontal")
     ]
     assert SET.describe_moved(tables.values(), source.roots) is None
-
-
-def test_splits_that_share_a_patient_name_the_line_of_the_file(
-    chexpert: Path, edit_csv: Callable[[str, str], None]
-) -> None:
-    edit_csv("\n", "\n\n\n")
-    csv = chexpert / "valid.csv"
-    header, *rows = csv.read_text().splitlines()
-    csv.write_text("\n".join([header, "", *rows, rows[0].replace("patient00017", "patient00001")]))
-    with pytest.raises(DataError, match=r"valid.csv, line 15: patient00001 is in train.csv too"):
-        read_splits(find_source(chexpert, {}, []), **SELECTION)
 
 
 def test_the_bits_of_16_bit_images_are_seen(chexpert: Path, tmp_path: Path) -> None:

@@ -207,8 +207,9 @@ def test_numbers_given_here_are_no_key_and_csvs_named_alike_are_two_sets(
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "train.csv").write_bytes((chexpert / "train.csv").read_bytes())
-    both = load_tables([tmp_path / "a" / "train.csv", tmp_path / "b" / "train.csv"], None, "all")
-    assert both["set"].unique().to_pylist() == ["a/train.csv", "b/train.csv"]
+    csvs = [tmp_path / name / "train.csv" for name in "ab"]
+    both = load_tables(csvs, None, "all")
+    assert both["set"].unique().to_pylist() == list(map(str, csvs))
     assert len(both["patient"].unique()) == 2 * len(tables["all"]["patient"].unique())
 
 

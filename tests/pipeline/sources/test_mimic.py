@@ -73,17 +73,6 @@ def test_the_folder_can_be_counted_and_previewed(folder: Path) -> None:
     assert not (folder.parent / "none").exists()
 
 
-def test_frontals_alone(folder: Path) -> None:
-    out = folder.parent / "frontal"
-    made = run_pipeline("shards", folder, out, "--size", 32, "--dev", 0, "--workers", 1)
-    assert made.returncode == 0, made.stderr
-    assert {name: split.samples for name, split in read_manifest(out).splits.items()} == {
-        "train": 3,
-        "valid": 1,
-        "test": 1,
-    }
-
-
 def test_ids_are_compared_as_ids_and_what_has_no_partner_is_counted(folder: Path) -> None:
     path = folder / "mimic-cxr-2.0.0-chexpert.csv.gz"
     head, first, *rest = gzip.decompress(path.read_bytes()).decode().splitlines()

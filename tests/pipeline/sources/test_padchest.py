@@ -175,11 +175,3 @@ def test_the_table_says_how_many_bits_a_png_uses(folder: Path) -> None:
             file = tar.extractfile(name)
             assert file is not None
             assert np.array(Image.open(file)).tolist() == [[0, 255], [128, 64]]
-
-
-def test_an_image_that_is_missing_is_rejected_by_name(folder: Path) -> None:
-    (folder / "54" / "32_a.png").unlink()
-    out = folder.parent / "out"
-    run_pipeline("shards", folder, out, "--max-bad", 0.5, "--dev", 0, "--workers", 1)
-    (reject,) = read_manifest(out).rejects
-    assert (reject["key"], reject["reason"]) == ("32_a", "no such file, but the CSV lists it")
