@@ -145,7 +145,7 @@ def start_state(job: Job, data: TrainingData) -> TrainState:
         network,
         loss.to(job.device),
         copy.deepcopy(network).requires_grad_(False),
-        build_optimizer(network, config.lr, config.weight_decay),
+        build_optimizer(network, config.lr, config.weight_decay, config.layer_decay),
         torch.amp.GradScaler(job.device.type, enabled=job.precision == torch.float16),
         str(job.precision).removeprefix("torch."),
         job.ranks.count,

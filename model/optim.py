@@ -1,36 +1,70 @@
 """Network → optimizer; step → learning rate; weights of a step → their running average."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from model.frozen import find_depths
 from model.fusion import StudyNetwork
 
 MAX_WARMUP_STEPS = 500
 
 
-def build_optimizer(network: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
+def build_optimizer(
+    network: nn.Module, lr: float, weight_decay: float, layer_decay: float = 1.0
+) -> torch.optim.AdamW:
     """AdamW (Loshchilov and Hutter, 2019) in its fused form, on a CPU twice as fast as a loop over tensors.
 
     Weight decay applies to matrices and kernels only, not to norms, biases, ConvNeXt's channel scales, nor to what a
-    network of timm excludes: tokens, position embeddings and bias tables.
+    network of timm excludes: tokens, position embeddings and bias tables. The learning rate of a parameter is
+    `layer_decay` to the power of its depth below the head (Clark et al., ICLR 2020; Bao et al., ICLR 2022): `scale` of
+    its group. Networks of timm are grouped by timm.
     """
     trunk = network.backbone if isinstance(network, StudyNetwork) else network
-    excluded = trunk.no_weight_decay() if hasattr(trunk, "no_weight_decay") else ()  # type: ignore[operator]
-    matrices: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
-    for name, parameter in network.named_parameters():
-        kept = name.endswith((".bias", ".layer_scale")) or name.removeprefix("backbone.") in excluded
-        (matrices if parameter.ndim > 1 and not kept else others).append(parameter)
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    if type(trunk).__module__.startswith("timm."):
+        groups = _group_by_timm(network, trunk, weight_decay, layer_decay)
+    else:
+        depths = find_depths(network) if layer_decay < 1 else {}
+        parts: dict[tuple[int, bool], list[nn.Parameter]] = {}
+        for name, parameter in network.named_parameters():
+            decays = parameter.ndim > 1 and not name.endswith(".layer_scale")
+            parts.setdefault((depths.get(parameter, 0), decays), []).append(parameter)
+        groups = [
+            {"params": members, "weight_decay": weight_decay * decays, "scale": layer_decay**depth}
+            for (depth, decays), members in sorted(
+                parts.items(), key=lambda item: (item[0][0], not item[0][1])
+            )
+        ]
     return torch.optim.AdamW(groups, lr=lr, fused=True)
 
 
+def _group_by_timm(
+    network: nn.Module, trunk: nn.Module, weight_decay: float, layer_decay: float
+) -> list[dict[str, Any]]:
+    """The groups of a network of timm and, at the head's learning rate, of what fuses its views."""
+    from timm.optim._param_groups import param_groups_layer_decay, param_groups_weight_decay
+
+    excluded = trunk.no_weight_decay() if hasattr(trunk, "no_weight_decay") else ()  # type: ignore[operator]
+    if isinstance(network, StudyNetwork):  # layers are counted down from the head
+        trunk.set_submodule(network.place, network.head)
+    if layer_decay < 1:
+        groups = param_groups_layer_decay(trunk, weight_decay, excluded, layer_decay=layer_decay)
+    else:
+        groups = param_groups_weight_decay(trunk, weight_decay, no_weight_decay_list=excluded)
+    if isinstance(network, StudyNetwork):
+        trunk.set_submodule(network.place, nn.Identity())
+    known = {parameter for group in groups for parameter in group["params"]} | set(trunk.parameters())
+    added = [parameter for parameter in network.parameters() if parameter not in known]
+    groups += [{"params": added, "weight_decay": weight_decay}] if added else []
+    return [group | {"scale": group.get("lr_scale", 1.0)} for group in groups]
+
+
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set the learning rate of each group."""
+    """Set the learning rate of each group to its share of `lr`."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["scale"]
 
 
 def scheduled_lr(peak: float, step: int, total: int) -> float:

@@ -192,6 +192,9 @@ class Config:
     balance_over: str | None = data_option(
         None, "With --balance: stratify by these columns.", check=split_columns, metavar="COLUMN,…"
     )
+    layer_decay: float = optimization_option(
+        1.0, "Learning rate of each block, as a fraction of the next one's.", low=0, high=1
+    )
     # Mean and deviation of gray levels that the input is normalized by; empty: the shards'.
     input_scale: tuple[float, ...] = ()
     equalize: bool = False  # the network equalizes its films: one that is or was `robust`
@@ -371,6 +374,10 @@ def check_config(config: Config, ranks: "Ranks") -> None:
     if config.freeze and not (config.init or config.pretrained):
         raise SettingError(
             "`freeze` keeps the weights that a run starts from: it needs `init` or `pretrained`"
+        )
+    if config.freeze and config.layer_decay < 1:
+        raise SettingError(
+            "`layer_decay` is for the blocks that `freeze` keeps as they are: choose one of them"
         )
     own = own_input(config.arch)
     if own is not None and own.fixed and config.image_size != own.size:

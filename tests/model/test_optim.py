@@ -9,9 +9,10 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from model.checkpoint import load_checkpoint, save_checkpoint
+from model.frozen import find_depths
 from model.fusion import StudyNetwork
 from model.networks import build_network
-from model.optim import build_optimizer, scheduled_lr, update_average
+from model.optim import build_optimizer, scheduled_lr, set_lr, update_average
 from pipeline.base.errors import DataError
 
 
@@ -73,6 +74,66 @@ def test_steps_are_adamws_and_continue_from_a_checkpoint_to_the_bit(tmp_path: Pa
     torch.testing.assert_close(resumed.state_dict(), ours.state_dict(), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(
+    ("arch", "rates"),
+    [
+        (
+            "rescnn",
+            {
+                "stem.0.weight": 2**-9,
+                "stem.1.bias": 2**-9,
+                "blocks.0.branch.0.weight": 2**-8,
+                "blocks.2.shortcut.1.weight": 2**-6,
+                "blocks.6.branch.3.weight": 2**-2,
+                "blocks.7.branch.7.bias": 2**-1,
+                "head.2.weight": 1.0,
+                "head.2.bias": 1.0,
+            },
+        ),
+        (
+            "resnet18",
+            {
+                "conv1.weight": 2**-9,
+                "bn1.weight": 2**-9,
+                "layer1.0.conv1.weight": 2**-8,
+                "layer4.0.downsample.0.weight": 2**-2,
+                "layer4.1.bn2.bias": 2**-1,
+                "fc.bias": 1.0,
+            },
+        ),
+        (
+            "densenet121",
+            {
+                "features.conv0.weight": 2**-5,
+                "features.norm0.bias": 2**-5,
+                "features.denseblock1.denselayer6.conv2.weight": 2**-4,
+                "features.transition1.conv.weight": 2**-4,
+                "features.denseblock4.denselayer1.norm1.weight": 2**-1,
+                "features.norm5.weight": 2**-1,
+                "classifier.weight": 1.0,
+            },
+        ),
+    ],
+)
+def test_blocks_learn_at_rates_that_decay_with_depth(arch: str, rates: dict[str, float]) -> None:
+    network = build_network(arch, 14)
+    optimizer = build_optimizer(network, lr=1.0, weight_decay=0.1, layer_decay=0.5)
+    set_lr(optimizer, 0.3)
+    names = {parameter: name for name, parameter in network.named_parameters()}
+    groups = {names[p]: group for group in optimizer.param_groups for p in group["params"]}
+    assert groups.keys() == set(names.values())
+    assert {name: groups[name]["lr"] for name in rates} == {name: 0.3 * rate for name, rate in rates.items()}
+    plain = build_optimizer(network, lr=1.0, weight_decay=0.1)
+    decay = {names[p]: group["weight_decay"] for group in plain.param_groups for p in group["params"]}
+    assert {name: group["weight_decay"] for name, group in groups.items()} == decay
+    study = StudyNetwork(network, "attention", frozen=False)
+    depths = find_depths(study)
+    new = ("projection", "attention.weight", "head.weight", "head.bias")
+    for name, parameter in study.named_parameters():
+        rate = 1.0 if name in new else groups[name.removeprefix("backbone.")]["scale"]
+        assert 0.5 ** depths[parameter] == rate, name
+
+
 SMALL_TIMM = [
     "beit_base_patch16_224",
     "dm_nfnet_f0",
@@ -88,10 +149,11 @@ SMALL_TIMM = [
 @pytest.mark.parametrize("names", [SMALL_TIMM, pytest.param(None, marks=pytest.mark.soak)])
 def test_groups_of_timms_networks_are_timms(names: list[str] | None) -> None:
     timm = pytest.importorskip("timm")
-    from timm.optim._param_groups import param_groups_weight_decay
+    from timm.optim._param_groups import param_groups_layer_decay, param_groups_weight_decay
 
-    def values_of(groups: list[dict[str, Any]]) -> dict[nn.Parameter, float]:
-        return {p: of["weight_decay"] for of in groups for p in of["params"]}
+    def values_of(groups: list[dict[str, Any]]) -> dict[nn.Parameter, tuple[float, float]]:
+        scale = "scale" if "scale" in groups[0] else "lr_scale"
+        return {p: (of["weight_decay"], of.get(scale, 1.0)) for of in groups for p in of["params"]}
 
     for name in names or timm.list_models():
         try:
@@ -101,11 +163,18 @@ def test_groups_of_timms_networks_are_timms(names: list[str] | None) -> None:
             assert names is None
             continue
         kept = network.no_weight_decay() if hasattr(network, "no_weight_decay") else ()  # type: ignore[operator]
-        expected = values_of(param_groups_weight_decay(network, 0.1, no_weight_decay_list=kept))
-        assert values_of(build_optimizer(network, 1.0, 0.1).param_groups) == expected, name
+        theirs = {
+            1.0: values_of(param_groups_weight_decay(network, 0.1, no_weight_decay_list=kept)),
+            0.5: values_of(param_groups_layer_decay(network, 0.1, kept, layer_decay=0.5)),
+        }
+        for share, expected in theirs.items():
+            assert values_of(build_optimizer(network, 1.0, 0.1, share).param_groups) == expected, name
         study = StudyNetwork(network, "attention", frozen=False)
-        fused = values_of(build_optimizer(study, 1.0, 0.1).param_groups)
-        assert fused == expected | dict.fromkeys([study.projection, study.attention.weight], 0.1), name
+        new = dict.fromkeys([study.projection, study.attention.weight], (0.1, 1.0))
+        for share, expected in theirs.items():
+            fused = values_of(build_optimizer(study, 1.0, 0.1, share).param_groups)
+            assert fused == expected | new, name
+            assert fused.keys() == set(study.parameters()), name
 
 
 @pytest.mark.parametrize(("total", "warmup"), [(1, 1), (9, 1), (200, 20), (20_000, 500)])

@@ -416,7 +416,7 @@ def test_weights_that_the_last_step_has_ruined_are_not_saved(
             {"blank": "ignore"},
         ),
         *({"loss": "aucm"}, {"pos_weight": True}, {"weight_decay": 0.5}, {"ema": 0.0}, {"accumulate": 2}),
-        {"seed": 1},
+        *({"layer_decay": 0.5}, {"seed": 1}),
     ],
 )
 def test_options_change_the_result(make_job: Callable[..., Job], whole: Path, change: dict[str, Any]) -> None:
@@ -1115,6 +1115,8 @@ train --shards gs://bucket/shards --run {run} > 1 Error: shards cannot be read f
 --accumulate 40 > 2 Error: --batch-size 64 for --accumulate 40: the parts must be equal, of 2 images or more
 --arch rescnn --pretrained > 1 Error: rescnn has no ImageNet weights; choose another --arch, or --init FILE
 --freeze > 2 Error: --freeze keeps the weights that a run starts from: it needs --init or --pretrained
+--freeze --pretrained --layer-decay 0.9 > 2 Error: --layer-decay is for the blocks that --freeze keeps as they are:
+--layer-decay 1.1 > 2 '--layer-decay': 1.1 is not in
 train --shards {shards} > 2 Missing option '--run'.
 --lr nan > 2 '--lr': nan is not a fin
 --loss aucm --accumulate 2 > 2 Error: --loss aucm is of a whole batch: it does not go with --accumulate
