@@ -354,7 +354,7 @@ def check_config(config: Config, ranks: "Ranks") -> None:
     if config.loss == "aucm" and config.accumulate > 1:
         raise SettingError("`loss` aucm is of a whole batch: it does not go with `accumulate`")
     if config.mix and config.balance:
-        raise SettingError("`mix` does not go with `balance`: both say how often an image is drawn")
+        raise SettingError("`mix` does not go with `balance`: both decide how often an image is sampled")
     if config.balance and (config.loss == "aucm" or config.pos_weight):
         raise SettingError(
             "`balance` goes neither with `loss` aucm nor with `pos_weight`: each corrects alone"

@@ -155,7 +155,7 @@ def _mark(
         return mark_mask(mark, frame_of(square, mark.shape[1], mark.shape[0]), side)
     if row.get("width") is None or row.get("height") is None:
         raise DataError(
-            f"{split.name}: {row['key']}: these shards do not say how large the film was, so a box has no place on it; "
+            f"{split.name}: {row['key']}: these shards do not record the image's original size; "
             "write them again with `pipeline shards`"
         )
     return mark_boxes(mark, frame_of(square, row["width"], row["height"]), side)

@@ -74,11 +74,11 @@ def render_model_card(
     ]
     shared = [
         f"Of {show_cell(one.split)}, {one.head['shared_patients']:,} patients and {one.head['shared_images']:,} images "
-        "are among those that these weights have learned from."
+        "are among those that these weights were trained on."
         for one in evaluations
         if "shared_patients" in one.head
     ] or [
-        "What these weights have learned from is not known: if it is images of these splits, figures are too good."
+        "It is not known what these weights were trained on: if on images of these splits, the results are too high."
     ]
     policies = [
         f"{name} cells `{show_cell(config[name])}`" for name in ("uncertain", "blank") if name in config
@@ -91,7 +91,7 @@ def render_model_card(
             f"no trained output for them, nobody annotated them here, or they were not asked for: {lacking}."
         )
     else:
-        made = "trained on CheXpert-style labels that were read from reports by a program"
+        made = "trained on CheXpert-style labels that a program extracted from reports"
         chosen = f"The checkpoint is the one with the best AUROC on dev: {show_cell(name_choice(config['choose_by']))}."
         if config["keep"] == "last":
             chosen = "The checkpoint is the one of the last evaluation."

@@ -105,7 +105,7 @@ def describe_data(evaluation: Evaluation, dataset: str = "") -> str:
     size = size if images is None else f"{judged.count(images)} images in {size}"
     about = f" of {dataset.replace('`', '')}" if dataset else ""
     chosen = f", chosen by {', '.join(head['chosen_by'])}" if head.get("chosen_by") else ""
-    other = "; not the shards that the run learned from" if "own" in head else ""
+    other = "; not the shards that the run was trained on" if "own" in head else ""
     return f"{about}: {size}{chosen}{other}."
 
 

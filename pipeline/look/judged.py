@@ -375,7 +375,7 @@ def summarize(evaluation: Evaluation) -> list[tuple[str, str]]:
     """What to believe and what not, a mark and a sentence each; verdicts that need no attention share one."""
     verdicts = list(evaluation.select(metric="verdict"))
     lines = (
-        [("partly", "Used to select the checkpoint and thresholds, so its figures are optimistic.")]
+        [("partly", "Optimistic: used to select the checkpoint and thresholds.")]
         if evaluation.split == "dev"
         else []
     )

@@ -78,7 +78,7 @@ def tabulate_audit(audit: Audit) -> Table:
         best.setdefault(clue["label"], {}).setdefault(clue["kind"], clue)
     columns = ["label", "AUROC", "95 %", "acquisition", "adjusted", "all together"]
     if any("content" in kinds for kinds in best.values()):
-        columns += ["AUROC", "content: maybe the disease"]
+        columns += ["AUROC", "content (may be the disease)"]
     rows = []
     for label, kinds in best.items():
         cells = ["–"] * (len(columns) - 1)

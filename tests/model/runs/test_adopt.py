@@ -22,7 +22,7 @@ from pipeline.measure.calibration import apply_calibrations
 from pipeline.measure.evaluation import read_evaluation
 from tests.training import call_train
 
-UNKNOWN = "What these weights have learned from is not known: if it is images of these splits, figures are too good."
+UNKNOWN = "It is not known what these weights were trained on: if on images of these splits, the results are too high."
 
 
 def save_weights(path: Path, arch: str, outputs: int, images: np.ndarray, **more: object) -> nn.Module:
@@ -142,7 +142,7 @@ def test_what_a_file_does_not_say_is_asked_for(
     for name in ("scores-valid.arrow", "calibration.json"):
         assert (again / name).read_bytes() == (run / name).read_bytes()
     card = (again / "model-card.md").read_text()
-    assert "Of valid, 0 patients and 0 images are among those that these weights have learned from." in card
+    assert "Of valid, 0 patients and 0 images are among those that these weights were trained on." in card
     with pytest.raises(
         DataError, match=rf"train: {run}/best.pt trained on \d+ of these \d+ images; evaluate on"
     ):

@@ -202,7 +202,7 @@ def test_the_first_screen_answers_a_clinician(
     clear = [str(label) for label, mark in marks.items() if mark == "none"]
     assert (f"No shortcut found for: {', '.join(clear)}." in summary) == bool(clear)
     dev = Evaluation(evaluation.head | {"split": "dev"}, evaluation.rows)
-    assert judged.summarize(dev)[0][1].startswith("Used to select the checkpoint")
+    assert judged.summarize(dev)[0][1].startswith("Optimistic: used to select")
     both = Page(
         render_report("r", CONFIG, HISTORY, [dev, evaluation], dict.fromkeys(("dev", "valid"), images))
     )
@@ -331,8 +331,8 @@ def test_the_model_card_states_data_metrics_and_limits(evaluation: Evaluation) -
     assert lines[0] == "# Model card: runs/first"
     for part in (
         "**For research. Not for clinical use.**",
-        "A network that scores 4 findings on chest radiographs, trained on CheXpert-style labels that were read from "
-        "reports by a program.",
+        "A network that scores 4 findings on chest radiographs, trained on CheXpert-style labels that a program "
+        "extracted from reports.",
         "Shards with the manifest of sha256 `ab12`.",
         "The checkpoint is the one with the best AUROC on dev: macro, ≥ 10 patients.",
         "| train | 1,200 | 1,100 | 700 |",

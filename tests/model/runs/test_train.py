@@ -1135,7 +1135,7 @@ predict --run {run} --out x.csv --group-by '[' {film} > 2 '--group-by': '[' is n
 --where Edema=positive --labels Edema > 1 Error: {shards}: no label of dev has both classes to choose a checkpoint by;
 --dev 0.2 > 2 Error: --dev is for shards without a dev split; {shards} have one, of 14 images
 --mix 1,2,3 > 2 Error: --mix has 3 shares for 1 folders of --shards
---mix 1 --balance Edema > 2 Error: --mix does not go with --balance: both say how often an image is drawn
+--mix 1 --balance Edema > 2 Error: --mix does not go with --balance: both decide how often an image is sampled
 --mix 0.7;0.3 > 2 '--mix': '0.7;0.3' is not like 0.7,0.3
 --mix 0,1 > 2 '--mix': '0,1' is not like 0.7,0.3
 --mix inf,1 > 2 '--mix': 'inf,1' is not like 0.7,0.3
