@@ -42,7 +42,7 @@ def measure_shards(
     `progress` is called with the number of images just measured. Raises DataError for a damaged image.
     """
     at_edge: list[dict[str, Floats]] = []
-    whole: list[dict[str, Floats]] = []
+    content: list[dict[str, Floats]] = []
     for folder, name in ((folder, name) for folder, splits in sources for name in splits):
         try:
             images = open_shards(folder)[name].where(views=views)
@@ -52,9 +52,9 @@ def measure_shards(
             pixels = batch.images[:, 0]
             at_edge.append(measure_edge(pixels))
             stored = images.split.length[batch.step.images].astype(float)
-            whole.append(measure_whole(pixels) | {"stored bytes": stored})
+            content.append(measure_whole(pixels) | {"stored bytes": stored})
             progress(len(pixels))
-    return _concatenate(at_edge), _concatenate(whole)
+    return _concatenate(at_edge), _concatenate(content)
 
 
 def measure_edges(split: OpenSplit, rows: Rows, threads: int) -> dict[str, Floats]:
@@ -69,12 +69,12 @@ def measure_edge(pixels: npt.NDArray[np.uint8]) -> dict[str, Floats]:
     border = np.ones(pixels.shape[1:], np.bool_)
     border[EDGE:-EDGE, EDGE:-EDGE] = False
     corners = {name: pixels[place].reshape(len(pixels), -1) for name, place in CORNERS.items()}
-    found: dict[str, Floats] = {"border's gray level": pixels[:, border].mean(axis=1)}
+    measured: dict[str, Floats] = {"border's gray level": pixels[:, border].mean(axis=1)}
     for name, corner in corners.items():
         levels = np.partition(corner, (LETTER - 1, -LETTER), axis=1).astype(float)
-        found[f"darkest in the {name} corner"] = levels[:, LETTER - 1]
-        found[f"brightest in the {name} corner"] = levels[:, -LETTER]
-    return found
+        measured[f"darkest in the {name} corner"] = levels[:, LETTER - 1]
+        measured[f"brightest in the {name} corner"] = levels[:, -LETTER]
+    return measured
 
 
 def measure_whole(pixels: npt.NDArray[np.uint8]) -> dict[str, Floats]:

@@ -69,17 +69,19 @@ def draw_cooccurrence(axes: Axes, cooccurrence: Mapping[str, Mapping[str, int]])
 
 def draw_audit(axes: Axes, audit: Audit) -> None:
     """How well each covariate tells each label: max(AUROC, 1 - AUROC), in color from .5 on; ! marks an alarm."""
-    found = audit["clues"]
+    clues = audit["clues"]
     kinds: dict[str, str] = {}  # of each covariate: the first, for one that is content for some labels
     for kind in KINDS:
-        for clue in found:
+        for clue in clues:
             if clue["kind"] == kind:
                 kinds.setdefault(clue["covariate"], kind)
     columns = list(kinds)
-    labels = list(dict.fromkeys(f["label"] for f in sorted(found, key=lambda f: f["kind"] == "content")))
+    labels = list(
+        dict.fromkeys(clue["label"] for clue in sorted(clues, key=lambda clue: clue["kind"] == "content"))
+    )
     told = np.full((len(labels), len(columns)), np.nan)
     texts = [[""] * len(columns) for _ in labels]
-    for clue in found:
+    for clue in clues:
         y, x = labels.index(clue["label"]), columns.index(clue["covariate"])
         told[y, x] = max(clue["told"], 0.5)
         texts[y][x] = (

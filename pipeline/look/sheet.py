@@ -56,12 +56,12 @@ def find_state(split: OpenSplit, rows: Rows, label: str, state: str) -> Rows:
     """The `rows` whose label is in that state. Raises DataError, with the counts, if there are none."""
     column = split.table[label].take(pa.array(rows))
     value = STATES[state]
-    found = column.is_null() if value is None else pc.fill_null(pc.equal(column, value), False)
-    chosen: Rows = rows[found.to_numpy()]
+    inside = column.is_null() if value is None else pc.fill_null(pc.equal(column, value), False)
+    chosen: Rows = rows[inside.to_numpy()]
     if len(chosen) == 0:
         counts = {entry["values"]: entry["counts"] for entry in pc.value_counts(column).to_pylist()}
-        there = ", ".join(f"{counts.get(value, 0):,} {name}" for name, value in STATES.items())
-        raise DataError(f"{split.name}: no image is {state} for {label}; there are {there}")
+        states = ", ".join(f"{counts.get(value, 0):,} {name}" for name, value in STATES.items())
+        raise DataError(f"{split.name}: no image is {state} for {label}; there are {states}")
     return chosen
 
 
@@ -214,17 +214,17 @@ def draw_overlay(film: Gray, heat: npt.NDArray[np.float32], lines: list[str], si
     picture = blend(fit(film, side), heat)
     height, width = picture.shape[:2]
     font = ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), TEXT)
-    whole = Image.new("RGB", (max(width, NARROWEST), height + SCALE + LINE * (len(lines) + 1) + 8), PAPER)
-    whole.paste(Image.fromarray(picture))
-    ramp = np.linspace(0, 255, whole.width).round().astype(np.uint8)
-    whole.paste(
-        Image.fromarray(np.broadcast_to(_color(ramp), (SCALE, whole.width, 3)).astype(np.uint8)), (0, height)
+    drawn = Image.new("RGB", (max(width, NARROWEST), height + SCALE + LINE * (len(lines) + 1) + 8), PAPER)
+    drawn.paste(Image.fromarray(picture))
+    ramp = np.linspace(0, 255, drawn.width).round().astype(np.uint8)
+    drawn.paste(
+        Image.fromarray(np.broadcast_to(_color(ramp), (SCALE, drawn.width, 3)).astype(np.uint8)), (0, height)
     )
-    drawing = ImageDraw.Draw(whole)
+    drawing = ImageDraw.Draw(drawn)
     for number, line in enumerate(["0", *lines]):
         drawing.text((2, height + SCALE + 2 + LINE * number), line, INK, font)
-    drawing.text((whole.width - 2, height + SCALE + 2), "1, strongest", INK, font, anchor="ra")
-    return whole
+    drawing.text((drawn.width - 2, height + SCALE + 2), "1, strongest", INK, font, anchor="ra")
+    return drawn
 
 
 def _color(strength: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:

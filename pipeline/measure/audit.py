@@ -168,21 +168,21 @@ def predict(values: Floats, goal: Bools | Floats, used: Bools, patient: Ints) ->
 
 def find_alarms(audit: Audit) -> dict[str, list[Clue]]:
     """The acquisition covariates, and all together, that tell a label, by label, the worst one first."""
-    found: dict[str, list[Clue]] = {}
+    alarms: dict[str, list[Clue]] = {}
     for clue in audit["clues"]:
         if clue["exceeds"] and clue["kind"] != "content":
-            found.setdefault(clue["label"], []).append(clue)
-    return found
+            alarms.setdefault(clue["label"], []).append(clue)
+    return alarms
 
 
 def describe_alarms(audit: Audit) -> list[str]:
     """A sentence for each label that covariates tell, worst first."""
     texts = []
-    for label, found in find_alarms(audit).items():
-        alone = [clue for clue in found if clue["kind"] == "acquisition"]
+    for label, clues in find_alarms(audit).items():
+        alone = [clue for clue in clues if clue["kind"] == "acquisition"]
         others = [f"{clue['covariate']} {shorten(clue['told'])}" for clue in alone[1:]]
-        others += [f"{TOGETHER} {shorten(clue['told'])}" for clue in found if clue not in alone]
-        first = alone[0] if alone else found[0]
+        others += [f"{TOGETHER} {shorten(clue['told'])}" for clue in clues if clue not in alone]
+        first = alone[0] if alone else clues[0]
         who = f"{first['covariate']} alone predicts" if alone else "all covariates together predict"
         rest = f"; {', '.join(others)}" if alone and others else ""
         texts.append(f"{label}: {who} it with AUROC {shorten(first['told'])} ({describe_told(first)}){rest}")
@@ -246,12 +246,12 @@ def _adjust(tests: Sequence[_Test]) -> None:
         test.clue["adjusted"], test.clue["exceeds"] = limits[0], rejected
 
 
-def _explain_left_out(table: pa.Table, found: Mapping[str, Floats]) -> dict[str, str]:
-    """Why each acquisition covariate of a table is not among those found."""
+def _explain_left_out(table: pa.Table, used: Mapping[str, Floats]) -> dict[str, str]:
+    """Why each acquisition covariate of a table is not among those used."""
     names = {"patient": "patient number", **NUMBERS, **{column: pair[1] for column, pair in PAIRS.items()}}
     reasons = {}
     for column, name in names.items():
-        if name in found:
+        if name in used:
             continue
         if column not in table.column_names or table[column].null_count == table.num_rows:
             reasons[name] = "unknown"
@@ -264,16 +264,16 @@ def _explain_left_out(table: pa.Table, found: Mapping[str, Floats]) -> dict[str,
 
 def find_covariates(table: pa.Table) -> dict[str, Floats]:
     """Covariates [N] of a label table's rows, by their names in plain words."""
-    found = {"patient number": _read_numbers(table["patient"])}
+    covariates = {"patient number": _read_numbers(table["patient"])}
     for column, name in NUMBERS.items():
         if column in table.column_names:
-            found[name] = pc.fill_null(table[column].cast(pa.float64()), np.nan).to_numpy()
+            covariates[name] = pc.fill_null(table[column].cast(pa.float64()), np.nan).to_numpy()
     for column, pair in PAIRS.items():
         place = pc.index_in(table[column], value_set=pa.array(pair))
-        found[pair[1]] = pc.fill_null(place.cast(pa.float64()), np.nan).to_numpy()
+        covariates[pair[1]] = pc.fill_null(place.cast(pa.float64()), np.nan).to_numpy()
     for value in table["set"].unique().to_pylist() if "set" in table.column_names else ():
-        found[f"set {value}"] = pc.equal(table["set"], value).cast(pa.float64()).to_numpy()
-    return {name: value for name, value in found.items() if len(np.unique(value[~np.isnan(value)])) > 1}
+        covariates[f"set {value}"] = pc.equal(table["set"], value).cast(pa.float64()).to_numpy()
+    return {name: value for name, value in covariates.items() if len(np.unique(value[~np.isnan(value)])) > 1}
 
 
 def find_strata(table: pa.Table) -> dict[str, Names]:

@@ -249,19 +249,20 @@ def find_confounder(names: Sequence[str], images: Scored, column: int) -> str | 
 
     Of those with a state in which 10 images of each class of the one in `column` can be compared.
     """
-    truth = images.target[:, column] == 1
-    gaps: dict[str, float] = {}
-    for other, name in enumerate(names):
-        if other == column or NO_FINDING in (name, names[column]):
-            continue
-        known, states = images.mask[:, other], images.target[:, other] == 1
-        cells = np.array(
-            [[(known & (truth == own) & (states == state)).sum() for state in (0, 1)] for own in (0, 1)]
-        )
-        if cells.min(axis=0).max() >= FEW and cells.sum(axis=1).min() > 0:
-            share = cells[:, 1] / cells.sum(axis=1)
-            gaps[name] = abs(float(share[1] - share[0]))
-    return max(gaps, key=lambda name: gaps[name], default=None)
+    positive = images.target == 1
+    truth = positive[:, [column]]
+    # Images by class of the label in `column`, and by state of each label: [2, 2, L].
+    cells = np.array(
+        [
+            [(images.mask & (truth == own) & (positive == state)).sum(axis=0) for state in (0, 1)]
+            for own in (0, 1)
+        ]
+    )
+    shares = cells[:, 1] / np.maximum(cells.sum(axis=1), 1)
+    usable = (cells.min(axis=0).max(axis=0) >= FEW) & (cells.sum(axis=1).min(axis=0) > 0)
+    usable &= [NO_FINDING not in (name, names[column]) and name != names[column] for name in names]
+    gaps = np.where(usable, np.abs(shares[1] - shares[0]), -1)
+    return names[int(gaps.argmax())] if usable.any() else None
 
 
 def judge(area: Figure, within: Mapping[str, Within], balanced: Figure) -> tuple[str, str]:

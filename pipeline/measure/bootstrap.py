@@ -50,14 +50,14 @@ def resample_auprc(
         if truth.any() and not truth.all() and len(np.unique(codes[used][truth])) > 1:
             ranking = rank(scores[used, column], truth)
             columns[column] = ranking, codes[used][ranking.order]
-    found = np.full((resamples, scores.shape[1]), np.nan)
+    values = np.full((resamples, scores.shape[1]), np.nan)
     done = 0
     for counts in draw_counts(len(patients), resamples, max(1, BLOCK_CELLS // len(scores)), seed):
         block = slice(done, done + counts.shape[1])
         for column, (ranking, owners) in columns.items():
-            _, found[block, column] = weighted_areas(ranking, counts.take(owners, axis=0))
+            _, values[block, column] = weighted_areas(ranking, counts.take(owners, axis=0))
         done = block.stop
-    return found
+    return values
 
 
 def draw_counts(patients: int, resamples: int, block: int, seed: int) -> Iterator[npt.NDArray[np.uint16]]:

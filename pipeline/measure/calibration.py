@@ -185,8 +185,8 @@ def choose_thresholds(score: Floats, truth: Bools, sensitivity: float) -> dict[s
 
 
 def _sigmoid(logits: Floats) -> Floats:
-    found: Floats = 1 / (1 + np.exp(-np.clip(logits, -700, 700)))
-    return found
+    chances: Floats = 1 / (1 + np.exp(-np.clip(logits, -700, 700)))
+    return chances
 
 
 def _log_likelihood(logits: Floats, truth: Bools, fit: Fit) -> float:

@@ -156,5 +156,5 @@ def _top(heat: npt.NDArray[Any], marked: Bools) -> bool:
     return bool(marked.flat[int(heat.argmax())])
 
 
-def _iou(found: Bools, marked: Bools) -> float:
-    return float((found & marked).sum() / max((found | marked).sum(), 1))
+def _iou(drawn: Bools, marked: Bools) -> float:
+    return float((drawn & marked).sum() / max((drawn | marked).sum(), 1))

@@ -140,8 +140,8 @@ def rank(score: Floats, truth: Bools) -> Ranking:
     order = np.argsort(-score, kind="stable")
     ordered, positive = score[order], truth[order]
     starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
-    found = np.logical_or.reduceat(positive, starts)
-    kept = found | np.concatenate([[True], found[:-1]])
+    hit = np.logical_or.reduceat(positive, starts)
+    kept = hit | np.concatenate([[True], hit[:-1]])
     return Ranking(order, starts[kept], positive)
 
 
@@ -154,12 +154,12 @@ def weighted_areas(ranking: Ranking, weights: Floats | Ints) -> tuple[Floats, Fl
     """
     total = np.add.reduceat(weights, ranking.starts, axis=0, dtype=np.float64)
     positive = np.add.reduceat(weights * ranking.positive[:, None], ranking.starts, axis=0, dtype=np.float64)
-    seen, found = np.cumsum(total, axis=0), np.cumsum(positive, axis=0)
-    positives, negatives = found[-1], seen[-1] - found[-1]
-    precision = np.divide(found, seen, out=np.zeros_like(found), where=seen > 0)
+    seen, hits = np.cumsum(total, axis=0), np.cumsum(positive, axis=0)
+    positives, negatives = hits[-1], seen[-1] - hits[-1]
+    precision = np.divide(hits, seen, out=np.zeros_like(hits), where=seen > 0)
     both = (positives > 0) & (negatives > 0)
     pairs = np.where(both, positives * negatives, np.nan)
-    auroc = np.einsum("gr,gr->r", total - positive, found - positive / 2) / pairs
+    auroc = np.einsum("gr,gr->r", total - positive, hits - positive / 2) / pairs
     auprc = np.einsum("gr,gr->r", positive, precision) / np.where(both, positives, np.nan)
     return auroc, auprc
 
@@ -200,8 +200,8 @@ def threshold_curve(score: Floats, truth: Bools) -> Curve:
     order = np.argsort(-score, kind="stable")
     ordered = score[order]
     last = np.flatnonzero(np.concatenate([ordered[1:] != ordered[:-1], [True]]))
-    found: Ints = np.cumsum(truth[order], dtype=np.int64)[last]
-    return Curve(ordered[last], found, last + 1 - found)
+    hits: Ints = np.cumsum(truth[order], dtype=np.int64)[last]
+    return Curve(ordered[last], hits, last + 1 - hits)
 
 
 def measure_rates(threshold: float, score: Floats, truth: Bools, patient: Names) -> dict[str, Figure]:

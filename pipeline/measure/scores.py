@@ -71,14 +71,14 @@ class Scores(NamedTuple):
             )
         rows = pa.table({"row": pa.array(range(len(self.names)))})
         place = join(ours, self.path, rows, self.names, unit, note, normalize)
-        found: Ints = pc.fill_null(place, -1).to_numpy(zero_copy_only=False)
-        patients = table["patient"].to_numpy()[found >= 0].tolist()
+        aligned: Ints = pc.fill_null(place, -1).to_numpy(zero_copy_only=False)
+        patients = table["patient"].to_numpy()[aligned >= 0].tolist()
         if len(sets := {patient.rpartition("/")[0] for patient in patients}) > 1:
             which = " and of ".join(sorted(sets))
             raise DataError(
                 f"{self.path}: its rows have names of {which}: choose the set that was read, by `where` set=…"
             )
-        return found
+        return aligned
 
     def take(self, rows: Ints, names: Sequence[str]) -> Floats:
         """The scores [N, L] of those labels, for rows as `align` has them; NaN without a row or a column."""
@@ -138,14 +138,14 @@ def open_scores(
         demand_columns(path, table.column_names, list(columns.values()))
         taken = {theirs: ours for ours, theirs in columns.items()}
         table = table.rename_columns([taken.get(name, name) for name in table.column_names])
-    found = {name: find_label(name.strip().replace("_", " ")) for name in table.column_names}
-    chosen = {name: label for name, label in found.items() if label}
+    known = {name: find_label(name.strip().replace("_", " ")) for name in table.column_names}
+    chosen = {name: label for name, label in known.items() if label}
     demand_columns(path, list(chosen.values()), list(dict.fromkeys(chosen.values())))
     names, unit = _find_names(path, table)
     if not chosen:
-        there, example = ", ".join(table.column_names), f"Edema={table.column_names[-1]}"
+        present, example = ", ".join(table.column_names), f"Edema={table.column_names[-1]}"
         raise DataError(
-            f"{path}: no column is named by a label; it has {quote(there, 300)}; map them: `columns` {example}"
+            f"{path}: no column is named by a label; it has {quote(present, 300)}; map them: `columns` {example}"
         )
     if not table.num_rows:
         raise DataError(f"{path}: no rows")
@@ -177,8 +177,10 @@ def _find_names(path: Path, table: pa.Table) -> tuple[pa.Array, str]:
         for key in KEYS:
             if key in plain:
                 names = table[plain[key]].combine_chunks().cast(pa.string())
-                whole = bool(pc.all(pc.match_substring_regex(names, STUDY)).as_py()) and not _has_views(names)
-                return _complete(path, plain[key], names), "study" if whole else "image"
+                studies = bool(pc.all(pc.match_substring_regex(names, STUDY)).as_py()) and not _has_views(
+                    names
+                )
+                return _complete(path, plain[key], names), "study" if studies else "image"
         study = [table[plain[name]].combine_chunks().cast(pa.string()) for name in FACTS if name in plain]
     except pa.ArrowException as error:
         raise DataError(f"{path}: damaged, or not a file of scores: {quote(str(error), 200)}") from error
