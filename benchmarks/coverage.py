@@ -40,13 +40,15 @@ def draw_alike(
 ) -> Array:
     """Standard normal values per film, correlated by `share` within a patient: [films, *shape]."""
     own = random.normal(size=(PATIENTS, *shape))[patient]
-    return share**0.5 * own + (1 - share) ** 0.5 * random.normal(size=(len(patient), *shape))
+    values: Array = share**0.5 * own + (1 - share) ** 0.5 * random.normal(size=(len(patient), *shape))
+    return values
 
 
 def draw_truth(random: np.random.Generator, patient: Array, positives: int) -> Array:
     """So many positive films, most of a patient's films alike."""
     latent = draw_alike(random, patient, 0.7)
-    return latent >= np.sort(latent)[-positives]
+    truth: Array = latent >= np.sort(latent)[-positives]
+    return truth
 
 
 def resampled(score: Array, truth: Array, owners: Array, counts: Array) -> Array:
@@ -56,7 +58,8 @@ def resampled(score: Array, truth: Array, owners: Array, counts: Array) -> Array
     weights = counts[owners[truth]], counts[owners[~truth]]
     pairs = weights[0].sum(axis=0) * weights[1].sum(axis=0)
     won = np.einsum("nr,nr->r", wins.T @ weights[0], weights[1])
-    return np.divide(won, pairs, out=np.full(len(won), np.nan), where=pairs > 0)
+    areas: Array = np.divide(won, pairs, out=np.full(len(won), np.nan), where=pairs > 0)
+    return areas
 
 
 def percentile(values: Array, shares: tuple[float, float] = (0.025, 0.975)) -> tuple[float, float]:

@@ -36,7 +36,9 @@ def make_film(**tags: object) -> bytes:
         "MONOCHROME2",
     )
     film.BitsAllocated, film.BitsStored, film.HighBit, film.PixelRepresentation = 16, 12, 11, 0
-    film.PixelData = (cv2.normalize(levels, None, 0, 4095, cv2.NORM_MINMAX)).astype(np.uint16).tobytes()
+    film.PixelData = (
+        (cv2.normalize(levels, np.empty_like(levels), 0, 4095, cv2.NORM_MINMAX)).astype(np.uint16).tobytes()
+    )
     for name, value in tags.items():
         setattr(film, name, value)
     file = io.BytesIO()

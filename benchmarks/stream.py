@@ -33,11 +33,10 @@ from typing import Any, NamedTuple
 import click
 import numpy as np
 import numpy.typing as npt
-import simplejpeg
 import webdataset
 from PIL import Image
 
-from benchmarks.scale import PIPELINE, descendants, read_table
+from benchmarks.scale import PIPELINE, descendants, draw_films, link_films, read_table
 from benchmarks.stream_peers import BATCH, SIZE, WARM_UP, WORKERS, Batches, measure
 from pipeline import open_shards
 from pipeline.images import decode_into
@@ -176,17 +175,6 @@ RACES = {
 }
 
 
-def link_films(folder: Path, lines: Sequence[str], films: Sequence[Path]) -> Path:
-    """A CheXpert folder of these lines of the real table, header first; its images are hard links of the films."""
-    source = folder / FOLDER
-    for number, line in enumerate(lines[1:]):
-        path = folder / line.partition(",")[0]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        os.link(films[number % len(films)], path)
-    (source / "train.csv").write_text("\n".join(lines) + "\n")
-    return source
-
-
 def write_shards(source: Path, out: Path, *options: object) -> Path:
     command = [PIPELINE, "shards", source, out, "--dev", 0, "--workers", WORKERS, *options]
     subprocess.run(list(map(str, command)), check=True, capture_output=True)
@@ -210,13 +198,7 @@ def make_images(folder: Path, images: int) -> None:
 
 def make_tiny(folder: Path, rows: int) -> Path:
     """Shards of so many rows of the real table, laterals too, with images of 96×80 pixels."""
-    folder.mkdir()
-    random = np.random.default_rng(0)
-    films = [folder / f"film{number}.jpg" for number in range(100)]
-    for film in films:
-        pixels = np.repeat(np.repeat(random.integers(0, 256, (10, 12, 1), np.uint8), 8, 0), 8, 1)
-        film.write_bytes(simplejpeg.encode_jpeg(pixels, quality=90, colorspace="GRAY"))
-    source = link_films(folder, read_table()[: rows + 1], films)
+    source = link_films(folder, read_table()[: rows + 1], draw_films(folder))
     return write_shards(source, folder / "shards", "--size", "original", "--views", "all")
 
 

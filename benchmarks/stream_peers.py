@@ -401,8 +401,8 @@ def decoder_leanjpeg(shards: Path) -> Batches:
 def _load_by_opencv(jpeg: bytes) -> npt.NDArray[np.uint8]:
     import cv2
 
-    pixels = cv2.imdecode(np.frombuffer(jpeg, np.uint8), cv2.IMREAD_GRAYSCALE)
-    return cv2.resize(pixels, (SIZE, SIZE))[None]
+    pixels = np.asarray(cv2.imdecode(np.frombuffer(jpeg, np.uint8), cv2.IMREAD_GRAYSCALE), np.uint8)
+    return np.asarray(cv2.resize(pixels, (SIZE, SIZE)), np.uint8)[None]
 
 
 def _bare_loop(shards: Path, load: Callable[[bytes], npt.NDArray[np.uint8]]) -> Batches:

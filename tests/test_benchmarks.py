@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import auroc
+from benchmarks import auroc, scale
 from benchmarks.auroc import CONTESTANTS, Result, Setting, describe, list_films, read_rows
 from pipeline.labels import LABELS
 from pipeline.synthetic.sample import write_sample
@@ -48,3 +48,14 @@ def test_every_contestant_delivers_the_films_and_labels_of_the_csv(
         assert distance[at] < 6 < np.delete(distance, at).min()
         assert mask[at].tolist() == [row[label] != "-1.0" for label in LABELS]
         assert target[at].tolist() == [float(row[label] == "1.0") for label in LABELS]
+
+
+@pytest.mark.soak
+def test_a_collection_is_read_as_shards_are(capfd: pytest.CaptureFixture[str]) -> None:
+    scale.collection(3000)
+    lines = capfd.readouterr().out.splitlines()
+    assert [line.partition(":")[0].strip() for line in lines] == [
+        *("start of the process", "plan of an epoch"),
+        *("start of the process", "table and its hash, stat of every shard", "targets and masks of all rows"),
+        *("manifest.json", "train.arrow"),
+    ]
