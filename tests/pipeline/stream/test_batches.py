@@ -83,7 +83,6 @@ class Source(NamedTuple):
     split: OpenSplit
     units: int
     epoch: Callable[..., list[Any]]  # of training, with the options of plan_training
-    whole: Callable[[int], list[Any]]  # in table order, by size of the batch
 
 
 @pytest.fixture(params=["image", "study"])
@@ -95,7 +94,6 @@ def source(request: pytest.FixtureRequest, study_shards: Shards) -> Source:
         split,
         len(samples.rows),
         lambda **options: list(training(split, labels, samples, **options)),
-        lambda size: list(stream_batches(split, labels, partial(plan_evaluation, samples, size), size=32)),
     )
 
 
@@ -167,38 +165,6 @@ def test_a_resume_decodes_nothing_of_what_was_done(source: Source, monkeypatch: 
     batches = source.epoch(start_step=3)
     assert len(batches) == source.units // 4 - 3
     assert counted.call_count == sum((batch.step.rows >= 0).sum() for batch in batches)
-
-
-def test_selected_rows_and_drawn_rows_are_those_of_the_plan(split: OpenSplit, labels: Labels) -> None:
-    rows = np.flatnonzero(np.array(split.table["sex"].to_pylist()) == "Female")
-    chosen = training(split, labels, find_images(split, rows), batch_size=1)
-    seen = np.concatenate([batch.step.images for batch in chosen])
-    np.testing.assert_array_equal(np.sort(seen), rows)
-    kept = evaluation(split, labels, size=32, batch_size=4, rows=rows)
-    np.testing.assert_array_equal(np.concatenate([batch.step.images for batch in kept]), rows)
-    weights = np.zeros(split.table.num_rows)
-    weights[7] = 1
-    drawn = training(split, labels, weights=weights)
-    assert {row for batch in drawn for row in batch.step.images.tolist()} == {7}
-
-
-def test_epochs_differ_and_visit_everything_but_the_tail_once(source: Source) -> None:
-    first, second = (
-        np.concatenate([batch.step.rows for batch in source.epoch(epoch=epoch, batch_size=5)])
-        for epoch in (0, 1)
-    )
-    assert first.tolist() != second.tolist()
-    for rows in (first, second):
-        assert len(rows) == source.units // 5 * 5
-        images = rows[rows >= 0]
-        assert len(np.unique(images)) == len(images)
-
-
-def test_evaluation_sees_every_sample_once(source: Source) -> None:
-    batches = source.whole(5)
-    assert [len(batch.target) for batch in batches[:-1]] == [5] * (len(batches) - 1)
-    rows = np.concatenate([batch.step.rows for batch in batches])
-    np.testing.assert_array_equal(rows[rows >= 0], np.arange(source.split.table.num_rows))
 
 
 def test_a_stage_of_the_users_own(split: OpenSplit, labels: Labels) -> None:
@@ -499,15 +465,6 @@ def test_the_workers_of_a_loader_share_the_batches_in_their_order(
         shared = list(load(stream_, context))
         assert len(shared) > 2
         assert_equal(shared, list(stream_))
-
-
-def test_the_workers_of_a_loader_share_studies(study_shards: Shards) -> None:
-    split = open_split(*study_shards, "train")
-    labels = Labels(*make_targets(split.table, parse_uncertain_policy("best"), "zeros", seed=0))
-    studies, _ = find_studies(split)
-    shared = list(load(training(split, labels, studies, size=16), "fork"))
-    assert_equal(shared, list(training(split, labels, studies, size=16)))
-    assert len(shared) == len(studies.rows) // 4
 
 
 def test_the_length_is_that_of_the_whole_epoch(split: OpenSplit, labels: Labels) -> None:

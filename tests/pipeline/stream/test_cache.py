@@ -6,7 +6,6 @@ import pickle
 import random
 import re
 import resource
-import signal
 import subprocess
 import sys
 import threading
@@ -233,15 +232,6 @@ def test_mirror_and_shards_are_the_originals(
     assert server.requests == {"manifest.json": 2} | dict.fromkeys(files, 1)
 
 
-def test_the_stream_is_the_same(shards: tuple[Path, Manifest], server: Server, tmp_path: Path) -> None:
-    here = open_shards(web(server), tmp_path / "cache")["train"]
-    there = open_shards(shards[0])["train"]
-    ours, theirs = (list(selection.batches(4, 32, epoch=0)) for selection in (here, there))
-    assert len(ours) == len(theirs) > 0
-    for batch, other in zip(ours, theirs, strict=True):
-        np.testing.assert_array_equal(batch.images, other.images)
-
-
 def test_the_workers_of_a_loader_download_what_is_not_there(
     shards: tuple[Path, Manifest], url: str, tmp_path: Path
 ) -> None:
@@ -307,19 +297,6 @@ def test_failures_are_named(
     assert cached(tmp_path / "cache") <= {f"{shard.sha256}.1000.part"}
 
 
-@pytest.mark.parametrize("fault", [status(503), status(429), stall, truncate, flip])
-def test_two_failures_are_got_over(
-    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Fault
-) -> None:
-    [shard] = make_files(server.folder, 1)
-    server.gives_parts, server.faults = False, iter([fault, fault])
-    monkeypatch.setattr(remote, "PATIENCE", 0.5 if fault is stall else 10.0)
-    path = open_remote(web(server), tmp_path / "cache").path(shard)
-    assert path.read_bytes() == (server.folder / "0.tar").read_bytes()
-    assert server.requests["0.tar"] == 3
-    assert cached(tmp_path / "cache") == shard_names(shard)
-
-
 @pytest.mark.parametrize("gives_parts", [True, False])
 def test_an_interrupted_download_is_continued(
     server: Server, url: str, tmp_path: Path, gives_parts: bool
@@ -366,14 +343,6 @@ def test_a_process_that_stands_still_is_named_and_not_waited_for(
     assert caplog.messages == [f"{url}/0.tar: {holder} adds nothing to {part}: downloading it as well"]
 
 
-def test_a_manifest_is_never_put_together_from_two(
-    shards: tuple[Path, Manifest], server: Server, tmp_path: Path
-) -> None:
-    server.faults = iter([truncate])
-    assert read_manifest(open_remote(web(server), tmp_path / "cache").mirror()) == shards[1]
-    assert server.starts[:2] == [0, 0]
-
-
 def test_what_is_damaged_is_not_continued(server: Server, tmp_path: Path) -> None:
     [shard] = make_files(server.folder, 1, size=2 * PIECE)
     server.faults = iter([truncate, flip])
@@ -395,36 +364,6 @@ def test_what_another_file_left_is_given_up(server: Server, tmp_path: Path) -> N
     assert not part.exists()
     (server.folder / "0.tar").write_bytes(good)
     assert far.path(shard).read_bytes() == good
-
-
-def test_a_download_that_was_whole_is_not_repeated(server: Server, tmp_path: Path) -> None:
-    [shard] = make_files(server.folder, 1)
-    far = open_remote(web(server), tmp_path / "cache")
-    (tmp_path / "cache" / f"{shard.sha256}.1000.part").write_bytes((server.folder / "0.tar").read_bytes())
-    assert far.path(shard).stat().st_size == 1000
-    assert server.starts == []
-
-
-def test_a_slow_link_is_no_failure(
-    server: Server, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A second in all, though half of that without a byte would be too long."""
-    [shard] = make_files(server.folder, 1)
-    server.faults = repeat(partial(drip, seconds=1))
-    monkeypatch.setattr(remote, "PATIENCE", 0.5)
-    assert open_remote(url, tmp_path / "cache").path(shard).stat().st_size == 1000
-    assert server.requests == {"0.tar": 1}
-
-
-def test_pauses_double(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    [shard] = make_files(server.folder, 1)
-    server.faults = repeat(flip)
-    monkeypatch.setattr(remote, "PAUSE", 0.1)
-    with pytest.raises(DataError):
-        open_remote(web(server), tmp_path / "cache").path(shard)
-    first, second, third = server.times
-    assert second - first >= 0.1
-    assert third - second >= 0.2
 
 
 def test_refused_connections_are_named(server: Server, url: str, tmp_path: Path) -> None:
@@ -451,15 +390,6 @@ def test_incomplete_urls_are_refused(tmp_path: Path, url: str) -> None:
     with pytest.raises(DataError, match=r"not like https://host/path or s3://bucket/path$") as caught:
         Remote(url, tmp_path, GB)
     assert "s3cret" not in str(caught.value)
-
-
-def test_a_port_out_of_range_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError) as caught:
-        Remote("http://host:99999", tmp_path, GB).mirror()
-    assert (
-        str(caught.value)
-        == "http://host:99999/manifest.json: Failed to parse: http://host:99999/manifest.json"
-    )
 
 
 def test_secrets_reach_the_server_and_no_message(server: Server, tmp_path: Path) -> None:
@@ -589,27 +519,6 @@ def test_a_killed_download_leaves_nothing_that_looks_finished(server: Server, tm
     open_remote(web(server), cache, limit=2_000_000).path(third)
     assert cached(cache) == shard_names(second, third), "and it goes like any other file that is not in use"
     assert open_remote(web(server), cache).path(first).stat().st_size == 1_000_000
-
-
-def test_an_interrupted_command_is_continued(server: Server, tmp_path: Path) -> None:
-    [shard] = make_files(server.folder, 1, size=1_000_000)
-    part = tmp_path / "cache" / f"{shard.sha256}.1000000.part"
-
-    def interrupt(handler: Handler, data: bytes) -> None:
-        handler.start(len(data))
-        handler.wfile.write(data[:500_000])  # several pieces
-        while part.stat().st_size == 0:
-            time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGINT)
-        handler.server.stopped.wait()
-
-    server.faults = iter([interrupt])
-    with pytest.raises(KeyboardInterrupt):
-        Remote(web(server), tmp_path / "cache", GB).path(shard)
-    assert cached(tmp_path / "cache") == {part.name}
-    path = open_remote(web(server), tmp_path / "cache").path(shard)
-    assert path.read_bytes() == (server.folder / "0.tar").read_bytes()
-    assert server.starts[0] == 0 < server.starts[1]
 
 
 def age(cache: Path, *shards: Shard, ago: float = 3600.0) -> None:

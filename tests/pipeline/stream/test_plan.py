@@ -66,14 +66,6 @@ def test_a_step_does_not_depend_on_where_the_epoch_was_entered() -> None:
             np.testing.assert_array_equal(step.rows, expected.rows)
 
 
-def test_evaluation_sees_every_sample_once_in_table_order() -> None:
-    samples = Samples(np.arange(70)[:, None], [])
-    rows = [step.rows[:, 0] for step in plan_evaluation(samples, 32)]
-    assert [step.step for step in plan_evaluation(samples, 32, 1)] == [1, 2]
-    assert [len(batch) for batch in rows] == [32, 32, 6]
-    np.testing.assert_array_equal(np.concatenate(rows), np.arange(70))
-
-
 @pytest.mark.parametrize("seed", range(3))
 def test_a_selection_is_visited_once_and_shards_without_it_take_no_place_in_a_window(seed: int) -> None:
     rows = np.flatnonzero(np.random.default_rng(seed).random(2000) < 0.1)

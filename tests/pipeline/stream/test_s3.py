@@ -7,7 +7,6 @@ import gzip
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,6 @@ from tests.swift import KEY, SECRET, run_swift
 
 GB = 10**9
 URL = "s3://chest/films/shards"
-TRAIN = ["--arch", "rescnn", "--epochs", "1", "--batch-size", "4", "--image-size", "32", "--workers", "1"]
 
 pytestmark = pytest.mark.skipif("SWIFT_BIN" not in os.environ, reason="needs Swift: make test-s3")
 
@@ -79,36 +77,6 @@ def test_shards_come_back_as_they_went(stored: tuple[Path, Manifest], tmp_path: 
             assert remote.path(shard).read_bytes() == (folder / shard.file).read_bytes()
 
 
-def test_training_from_the_store_is_training_from_the_folder(
-    stored: tuple[Path, Manifest], tmp_path: Path
-) -> None:
-    folder, _ = stored
-    for shards, run in ((URL, "there"), (folder, "here")):
-        command = ["train.py", "--shards", shards, "--run", tmp_path / run, "--cache", tmp_path / "cache"]
-        subprocess.run([sys.executable, *map(str, command), *TRAIN], check=True, capture_output=True)
-    there, here = ((tmp_path / run / "metrics.jsonl").read_text() for run in ("there", "here"))
-    assert there == here
-
-
-def test_the_commands_read_the_store_as_they_read_the_folder(
-    stored: tuple[Path, Manifest], tmp_path: Path
-) -> None:
-    said = []
-    for shards in (URL, stored[0]):
-        kept = (shards, "--cache", tmp_path / "cache")
-        sheet = tmp_path / "sheet.png"
-        done = [
-            run_pipeline("verify", *kept, "--deep"),
-            run_pipeline("stats", *kept, "--format", "csv"),
-            run_pipeline("show", *kept, "--n", 4, "--out", sheet),
-        ]
-        assert [one.returncode for one in done] == [0, 0, 0], done
-        said.append(
-            (done[0].stdout.split(": ", 1)[1].split(" MB in ")[0], done[1].stdout, sheet.read_bytes())
-        )
-    assert said[0] == said[1]
-
-
 @pytest.mark.parametrize(
     ("name", "value"), [("AWS_SECRET_ACCESS_KEY", "wr0ng-s3cret"), ("AWS_ACCESS_KEY_ID", "test:wr0ng")]
 )
@@ -141,20 +109,6 @@ def test_another_object_under_the_name_is_refused(stored: tuple[Path, Manifest],
     if first.bytes == second.bytes:
         reason = "its sha256 is not the manifest's; tried 2 times"
     assert str(caught.value) == f"{URL}/{first.file}: {reason}"
-
-
-def test_what_another_object_left_is_given_up(stored: tuple[Path, Manifest], tmp_path: Path) -> None:
-    """Longer than what is there now: the store has no byte that follows it."""
-    import s3fs
-
-    shard = stored[1].split("train").shards[0]
-    s3fs.S3FileSystem(skip_instance_cache=True).pipe_file(f"{URL}/{shard.file}", bytes(10))
-    far = Remote(URL, tmp_path / "cache", GB)
-    (tmp_path / "cache" / f"{shard.sha256}.{shard.bytes}.part").write_bytes(bytes(100))
-    with pytest.raises(DataError, match=f"10 bytes, not {shard.bytes:,} as in the manifest; tried 2 times$"):
-        far.path(shard)
-    with pytest.raises(DataError, match=f"10 bytes, not {shard.bytes:,} as in the manifest; tried 2 times$"):
-        far.path(shard)
 
 
 def objects_of(prefix: str) -> dict[str, bytes]:
