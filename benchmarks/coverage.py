@@ -18,6 +18,7 @@ from scipy.special import ndtri as quantile
 from pipeline.labels import LABELS
 from pipeline.measure.belief import assess_belief
 from pipeline.measure.bootstrap import draw_counts
+from pipeline.measure.calibration import Calibration
 from pipeline.measure.delong import combine_limits, measure_areas
 from pipeline.measure.evaluate import Scored, assess_groups
 from pipeline.measure.metrics import wilson_limits
@@ -238,11 +239,12 @@ def count_verdicts(replicates: int) -> None:
 
 def count_gaps(replicates: int) -> None:
     wide = 0
+    fit: Calibration = {"thresholds": {"youden": 0.6}, "temperature": 1.0, "bias": 0.0, "note": None}
     for seed in range(replicates):
         random = np.random.default_rng(seed)
         truth = random.random((800, len(LABELS))) < 0.25
         images = as_scored(random.normal(size=truth.shape) + 1.2 * truth, truth, random)
-        groups = assess_groups(LABELS, images, {name: {"thresholds": {"youden": 0.6}} for name in LABELS})
+        groups = assess_groups(LABELS, images, dict.fromkeys(LABELS, fit))
         wide += any(of["low"] > 0 for group in groups.values() for of in group["tpr_gap_limits"].values())
     print(
         f"\nA fair network with some significant gap of sensitivity between groups: {wide / replicates:.0%}"
