@@ -89,7 +89,7 @@ def read_initial(path: Path) -> dict[str, Any]:
     except Exception as error:
         raise CheckpointError(
             f"{path}: a whole network of torchxrayvision that holds more than weights; "
-            "convert it where you trust it: torch.save(model.state_dict(), FILE)"
+            "convert it on a machine that you trust: torch.save(model.state_dict(), FILE)"
         ) from error
 
 

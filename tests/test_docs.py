@@ -21,8 +21,8 @@ import pytest
 from model.runs.commands import main as train
 from pipeline.cli import cli as pipeline
 from pipeline.synthetic.sample import write_sample
-from tests.conftest import REPOSITORY, default_options, make_shards, write_chexpert
-from tests.layouts import draw, write_mimic, write_nih
+from tests.conftest import REPOSITORY, default_options, make_shards
+from tests.layouts import draw, write_nih
 
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 # Of small runs, instead of make's own.
@@ -130,8 +130,6 @@ def needed(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     write_nih(folder / "nih")
     (folder / "nih" / "Data_Entry_2017_v2020.csv").rename(folder / "Data_Entry_2017_v2020.csv")
-    write_mimic(folder / "mimic-cxr-jpg")
-    write_chexpert(folder / "childrens-films", "train", range(1, 9))
     rows = ["Image,MRN,Years,edema,fluid"]
     for number in range(8):
         draw(folder / "films" / f"{number}.png", number)

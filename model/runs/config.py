@@ -184,7 +184,7 @@ class Config:
         low=0,
         high=1,
         open=True,
-        shown=f"{HELD_OUT:g} where the shards have no dev split",
+        shown=f"{HELD_OUT:g} if the shards have no dev split",
     )
     mix: tuple[float, ...] = data_option(
         (), "Sampling fraction of each folder.", split=parse_shares, metavar="0.7,0.3", shown="by size"

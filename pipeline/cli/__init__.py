@@ -43,7 +43,7 @@ class Menu(click.Group):
 @click.group(cls=Menu, context_settings={"show_default": True})
 @click.version_option(package_name="chexpert-pipeline")
 def cli() -> None:
-    """Turn chest X-ray data sets into WebDataset shards with Arrow label tables, and report on its labels."""
+    """Convert chest X-ray datasets to WebDataset shards; count, audit and judge labels and scores."""
 
 
 def main() -> None:

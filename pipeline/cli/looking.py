@@ -241,7 +241,7 @@ def audit(given: Auditing) -> int:
     if given.html:
         from pipeline.look.label_report import render_audit
 
-        scope = f"{f'split {split}' if split else 'train and dev, where there are some'}; {views} views"
+        scope = f"{f'split {split}' if split else 'train and dev, if they exist'}; {views} views"
         title = f"Audit of {', '.join(source.resolve().name for source in sources)}"
         write_atomically(given.html, render_audit(title, scope, report).encode())
         say(f"{given.html}: written")

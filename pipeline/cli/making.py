@@ -309,7 +309,7 @@ class Verification(Cached):
 def verify(given: Verification) -> None:
     """Check every file of SHARDS (a folder or URL) against the manifest, and every tar against its table.
 
-    One line for each problem, on stdout; exit code 1 where there is any.
+    One line for each problem, on stdout; exit code 1 if there are any.
     """
     from pipeline.etl.verify import PRINTED, verify_shards
     from pipeline.stream.cache import find_shards, redact

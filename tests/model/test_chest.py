@@ -105,7 +105,7 @@ def test_what_is_not_its_weights_is_refused(theirs: Path) -> None:
         read_start(theirs / "more.pt")
     assert str(caught.value) == (
         f"{theirs / 'more.pt'}: a whole network of torchxrayvision that holds more than weights; "
-        "convert it where you trust it: torch.save(model.state_dict(), FILE)"
+        "convert it on a machine that you trust: torch.save(model.state_dict(), FILE)"
     )
 
 

@@ -114,7 +114,7 @@ def test_planted_shortcuts_are_found_unprompted(cued: Path, tmp_path: Path) -> N
     assert alarms.keys() == PLANTED.keys()
     assert set(audit["few"]) == set(LABELS) - PLANTED.keys()
     page = Page(html.read_text())
-    assert "train and dev, where there are some; all views" in page.text
+    assert "train and dev, if they exist; all views" in page.text
     tiles = re.findall('<p class="value">(.*?)</p><p class="note">(.*?)</p>', html.read_text())
     assert tiles == [("80", "images"), ("80", "patients"), ("3", "labels with an alarm")]
     assert "Pneumonia: brightest in the upper left corner alone predicts it with AUROC 1.00" in page.text
