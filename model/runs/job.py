@@ -57,12 +57,7 @@ class Job:
         return scale or self.manifest.pixels
 
 
-def open_job(
-    config: Config,
-    setup: Setup,
-    run: str | Path,
-    ranks: Ranks = ALONE,
-) -> Job:
+def open_job(config: Config, setup: Setup, run: str | Path, ranks: Ranks = ALONE) -> Job:
     """The job that trains a run in the folder `run`.
 
     What the configuration leaves open comes from the shards: policies, and a share of train to hold out where they

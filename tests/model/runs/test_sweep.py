@@ -6,7 +6,6 @@ import itertools
 import json
 import random
 import re
-import shutil
 import signal
 import time
 from collections import Counter
@@ -17,7 +16,6 @@ from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import Any
 
-import click
 import pytest
 
 import train
@@ -38,7 +36,6 @@ from model.runs.sweep import (
 )
 from pipeline import DataError
 from pipeline.labels import LABELS
-from pipeline.manifest import Manifest, write_manifest
 from pipeline.measure.evaluation import read_evaluation
 from tests.conftest import ROUNDS
 from tests.training import stop_after
@@ -361,18 +358,3 @@ def test_a_sweep_whose_trials_all_diverge_has_failed(
     assert "Trial 0: failed: the " in shown.err
     assert command("sweep", *given) == 1  # and is not tried again
     assert "Trial 0" not in capsys.readouterr().err
-
-
-def test_seeds_that_draw_another_dev_are_not_compared(
-    command: Callable[..., int], sample_shards: tuple[Path, Manifest], tmp_path: Path
-) -> None:
-    folder, manifest = sample_shards
-    undivided = Path(shutil.copytree(folder, tmp_path / "undivided", ignore=shutil.ignore_patterns("dev*")))
-    splits = {name: split for name, split in manifest.splits.items() if name != "dev"}
-    write_manifest(undivided, dataclasses.replace(manifest, splits=splits))
-    with pytest.raises(click.UsageError) as caught:
-        command("sweep", "--sweep", tmp_path / "sweep", "--shards", undivided, "--seed", "0 1")
-    assert str(caught.value) == (
-        "--seed decides what dev's AUROC is of, by which trials are compared: give one value, or shards with a dev "
-        "split"
-    )

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
+import click
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -517,6 +518,9 @@ def test_shards_without_a_dev_split_are_trained_on_with_patients_held_out(
     message = f"^{undivided}: `dev` 1e-09 leaves no patient of train for dev; raise it$"
     with pytest.raises(DataError, match=message):
         command("train", "--shards", undivided, "--run", tmp_path / "none", "--dev", 1e-9)
+    message = r"^--seed decides what dev's AUROC is of, .*: give one value, or shards with a dev split$"
+    with pytest.raises(click.UsageError, match=message):  # each seed would hold out others
+        command("sweep", "--shards", undivided, "--sweep", tmp_path / "none", "--seed", "0 1")
 
 
 def test_limit_and_balance_choose_what_an_epoch_draws(make_job: Callable[..., Job]) -> None:
