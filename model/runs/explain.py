@@ -24,13 +24,7 @@ from pipeline.console import progress_bar
 from pipeline.images import Gray, decode_stored, prepare, resize
 from pipeline.labels import LABELS
 from pipeline.look.sheet import draw_overlay, read_images, save_sheet
-from pipeline.measure.localization import (
-    Cell,
-    decode_rle,
-    frame_of,
-    mark_boxes,
-    mark_mask,
-)
+from pipeline.measure.localization import Cell, decode_rle, frame_of, mark_boxes, mark_mask
 from pipeline.measure.metrics import Floats
 from pipeline.stream.samples import OpenSplit
 

@@ -41,14 +41,7 @@ from model.runs.config import (
     read_members,
 )
 from model.runs.folder import fuse
-from model.runs.job import (
-    Job,
-    Selected,
-    choose_device,
-    network_inputs,
-    open_rows,
-    read_batches,
-)
+from model.runs.job import Job, Selected, choose_device, network_inputs, open_rows, read_batches
 from model.runs.overlap import Seen, check_seen, count_known
 from model.runs.views import read_view
 from pipeline.base.errors import DataError

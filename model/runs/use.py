@@ -102,14 +102,7 @@ def evaluate_command(given: Evaluated) -> int:
     from model.ranks import listen
     from model.runs.overlap import check_seen, read_seen
     from model.runs.predictor import open_predictor, open_scoring
-    from model.runs.results import (
-        How,
-        evaluate,
-        find_scores,
-        name_comparison,
-        name_result,
-        write_report,
-    )
+    from model.runs.results import How, evaluate, find_scores, name_comparison, name_result, write_report
     from model.runs.sanity import score_altered
     from pipeline.look.judged import print_evaluation
     from pipeline.measure.scores import name_files, open_scores

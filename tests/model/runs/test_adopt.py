@@ -95,10 +95,7 @@ def test_torchxrayvisions_weights_are_a_run(
 
 
 def test_what_a_file_does_not_say_is_asked_for(
-    run: Path,
-    sample_shards: tuple[Path, Manifest],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    run: Path, sample_shards: tuple[Path, Manifest], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A file without names needs them; weights of a run know all, and what they have learned from."""
     shards, file, out = sample_shards[0], tmp_path / "weights.pt", tmp_path / "out"

@@ -35,9 +35,7 @@ def shards(tmp_path: Path) -> Path:
 
 
 def test_what_nobody_looked_for_is_neither_learned_nor_measured(
-    shards: Path,
-    make_job: Callable[..., Job],
-    capsys: pytest.CaptureFixture[str],
+    shards: Path, make_job: Callable[..., Job], capsys: pytest.CaptureFixture[str]
 ) -> None:
     job = make_job("run", shards=shards, epochs=1, blank="zeros")
     train.train(job)

@@ -29,10 +29,7 @@ def values_of(table: pa.Table) -> np.ndarray:
 
 @torch.no_grad()
 def test_a_runs_embeddings_are_what_its_last_layer_takes(
-    one_epoch: Path,
-    sample_shards: tuple[Path, Manifest],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    one_epoch: Path, sample_shards: tuple[Path, Manifest], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = ("embed", one_epoch, "--shards", sample_shards[0], "--split", "valid", "--out")
     assert call_train(*words, tmp_path / "valid.arrow") == 0
@@ -66,10 +63,7 @@ def test_a_network_that_does_not_end_in_a_linear_layer_has_no_embeddings() -> No
 
 @pytest.mark.parametrize("augment", ["none", pytest.param("robust", marks=pytest.mark.soak)])
 def test_only_the_last_layer_learns(
-    make_job: Callable[..., Job],
-    one_epoch: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    augment: str,
+    make_job: Callable[..., Job], one_epoch: Path, monkeypatch: pytest.MonkeyPatch, augment: str
 ) -> None:
     monkeypatch.setattr(train, "finish_run", lambda job: {})
     job = make_job("run", init=one_epoch / "best.pt", freeze=True, augment=augment, epochs=1, ema=0.0)

@@ -32,9 +32,7 @@ def read_json(path: Path) -> dict[str, object]:
 
 @pytest.fixture(scope="module")
 def pair(
-    one_epoch: Path,
-    sample_shards: tuple[Path, Manifest],
-    tmp_path_factory: pytest.TempPathFactory,
+    one_epoch: Path, sample_shards: tuple[Path, Manifest], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, Path]:
     """Two runs that differ in their seed, and how their scores are calibrated; tests get copies."""
     folder = tmp_path_factory.mktemp("pair")

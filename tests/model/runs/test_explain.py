@@ -40,10 +40,7 @@ def test_maps_are_of_one_run_by_images(run: Path, tmp_path: Path) -> None:
 
 
 def test_localize_measures_the_boxes_of_drawn_signs(
-    run: Path,
-    sample_shards: tuple[Path, Manifest],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    run: Path, sample_shards: tuple[Path, Manifest], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ("localize", "--run", run, "--shards", sample_shards[0], "--boxes")
     assert call_train(*words, sample_shards[0].parent / "boxes.csv") == 0

@@ -72,11 +72,7 @@ def test_each_study_is_scored_once_and_compared_with_late_fusion(
         for row in found.select(metric="auroc", label="Support Devices", group=None)
         if row.scorer
     }
-    assert list(late) == [
-        f"{images.run}, max of views",
-        f"{images.run}, mean of views",
-        str(frontal.run),
-    ]
+    assert list(late) == [f"{images.run}, max of views", f"{images.run}, mean of views", str(frontal.run)]
     views = read_frame(images.run / "scores-valid.arrow").groupby(["patient", "study"]).max()
     truth = table.groupby(["patient", "study"])["Support Devices"].first() == 1
     expected = roc_auc_score(truth, views["Support Devices"])
