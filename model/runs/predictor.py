@@ -57,7 +57,7 @@ from pipeline.stream.plan import plan_evaluation
 
 EVALUATION_BATCH = 64  # images
 Alteration = Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.uint8]]  # of images [N, 1, H, W]
-Unusable = list[tuple[Path, str]]  # files, and why they cannot be scored
+Unreadable = list[tuple[Path, str]]  # files, and why they cannot be scored
 # What members share, by the option that decides it: without, their scores are not of the same.
 SAME = {"unit": "fusion", "manifest": "shards", "dev": "dev"} | {
     name: name for name in ("labels", "blank", "where", "views")
@@ -132,12 +132,13 @@ class Predictor:
     @cached_property
     def members(self) -> list[Network]:
         """Its networks, with their best weights. Raises CheckpointError, and DataError for a lacking calibration."""
-        several = len(self.configs) > 1
-        fits = {
-            run: read_calibration(run, one.labels)["image"] if several else None
+        several = len(self.configs) > 1  # whose calibrated scores are averaged
+        fits = [
+            read_calibration(run, one.labels)["image"] if several else None
             for run, one in self.configs.items()
-        }
-        return [load_network(run, config, fits[run], self.ranks) for run, config in self.configs.items()]
+        ]
+        pairs = zip(self.configs.items(), fits, strict=True)
+        return [load_network(run, config, fit, self.ranks) for (run, config), fit in pairs]
 
     def score(self, job: Job, name: str, alter: Alteration | None = None, most: float = math.inf) -> Result:
         """The scores of a split of the job's shards, under its conditions; `alter` changes the images first.
@@ -148,21 +149,21 @@ class Predictor:
         conditions = {field: getattr(job.config, field) for field in ("where", "views", "limit", "max_bad")}
         jobs = [replace(job, run=one.run, config=replace(one.config, **conditions)) for one in self.members]
         counts = [check_seen(own, name, one.seen) for own, one in zip(jobs, self.members, strict=True)]
-        found = {}
+        scores: dict[str, Floats] = {}
         for member, own in zip(self.members, jobs, strict=True):
             chosen = open_rows(own, name)
             if len(chosen.rows) > most:
                 chosen = replace(chosen, samples=chosen.samples.thin(math.ceil(len(chosen.rows) / most)))
             images, table = score_split(own, member.network, chosen, member.pixels, alter)
-            found[str(member.run)] = member.calibrate(images.scores)
-        mean = np.mean(list(found.values()), axis=0)
+            scores[str(member.run)] = member.calibrate(images.scores)
+        mean = np.mean(list(scores.values()), axis=0)
         known = [key for key in counts[0] if all(key in count for count in counts)]
         shared = {key: max(count[key] for count in counts) for key in known}
-        return Result(images._replace(scores=mean), table, shared, found if len(found) > 1 else {})
+        return Result(images._replace(scores=mean), table, shared, scores if len(scores) > 1 else {})
 
     def score_files(
         self, samples: Sequence[Sequence[Path]], workers: int, combine: str = "max"
-    ) -> tuple[Floats, Unusable]:
+    ) -> tuple[Floats, Unreadable]:
         """Scores [N, L] of samples, which are the image files of a study, or of single ones; and unusable files.
 
         A run by images scores each, which `combine` makes a study's score of. NaN if none of a sample's files can be
@@ -171,14 +172,14 @@ class Predictor:
         """
         by_image = self.config.fusion is None
         scored = [[file] for files in samples for file in files] if by_image else samples
-        found = [(member, _score_files(member, scored, workers)) for member in self.members]
-        scores = np.mean([member.calibrate(own) for member, (own, _) in found], axis=0)
+        parts = [(member, *_score_files(member, scored, workers)) for member in self.members]
+        scores = np.mean([member.calibrate(own) for member, own, _ in parts], axis=0)
         if by_image:
             study = np.repeat(np.arange(len(samples)), list(map(len, samples)))
             nothing = np.zeros((4, len(study)), np.int64)
             rows = study_level(Scored(scores, scores, ~np.isnan(scores), study, *nothing), combine)
             scores = np.where(rows.mask, rows.scores, np.nan)
-        return scores, found[0][1][1]
+        return scores, parts[0][2]
 
     def decide(self, threshold: str, level: str = "image") -> Decision:
         """The calibration of its scores at a level, and their thresholds by a rule.
@@ -188,7 +189,8 @@ class Predictor:
         if self.folder is None:
             if threshold != "none" or level == "study":
                 option = "threshold" if level == "image" else "group_by"
-                command = f"python -m train evaluate {join_runs(self.configs)} --out FOLDER"
+                runs = " ".join(f"--run {run}" for run in self.configs)
+                command = f"python -m train evaluate {runs} --out FOLDER"
                 raise DataError(
                     f"`{option}` is of an ensemble's folder; first run: {command}; then `run` FOLDER"
                 )
@@ -198,8 +200,7 @@ class Predictor:
         if threshold == "none":
             return Decision(chosen, [], threshold, combine)
         limits = {label: chosen[label]["thresholds"][threshold] for label in self.config.labels}
-        without = [label for label, limit in limits.items() if limit is None]
-        if without:
+        if without := [label for label, limit in limits.items() if limit is None]:
             say(f"{self.folder}: no decisions on {', '.join(without)}: one class in dev")
         rule = f"sensitivity>={document['sensitivity']:g}" if threshold == "sensitivity" else threshold
         values = [np.nan if limit is None else limit for limit in limits.values()]
@@ -279,11 +280,6 @@ def open_scoring(predictor: Predictor, out: Path | None, shards: Collection, wor
         if not (job.run / "calibration.json").exists():
             of_job(job).calibrate(job)
     return replace(jobs[0], run=folder)
-
-
-def join_runs(runs: Mapping[Path, Config]) -> str:
-    """The options of a command line that name these runs."""
-    return " ".join(f"--run {run}" for run in runs)
 
 
 def forget_calibration(run: Path) -> None:
@@ -374,12 +370,14 @@ def score_split(
     return Scored.of(scores[usable], target, mask, facts), facts
 
 
-def _score_files(member: Network, samples: Sequence[Sequence[Path]], workers: int) -> tuple[Floats, Unusable]:
+def _score_files(
+    member: Network, samples: Sequence[Sequence[Path]], workers: int
+) -> tuple[Floats, Unreadable]:
     """As `Predictor.score_files`, by one network."""
     config, side = member.config, member.config.image_size
     device, precision = choose_device(config.amp)
     read = partial(read_view, config=config, options=member.images)
-    bad: Unusable = []
+    bad: Unreadable = []
     contents: list[int] = []
     usable = np.ones(len(samples), bool)
 
