@@ -44,6 +44,18 @@ def pixels_of(film: bytes) -> Array:
     return prepare(film, RAW).pixels
 
 
+def shard(tmp_path: Path, films: dict[str, bytes], *options: object) -> tuple[Any, Path]:
+    """Shards of a table of films, in which every other one has an edema: the finished command, and their folder."""
+    folder, out = tmp_path / "films", tmp_path / "out"
+    folder.mkdir(exist_ok=True)
+    for name, film in films.items():
+        (folder / name).write_bytes(film)
+    rows = [f"{name},{name},{number % 2}\n" for number, name in enumerate(films)]
+    (folder / "labels.csv").write_text("Image,MRN,edema\n" + "".join(rows))
+    words = ("--set", "table", "--columns", "path=Image,patient=MRN,Edema=edema", "--dev", 0, "--workers", 1)
+    return run_pipeline("shards", folder, out, *words, *options), out
+
+
 def expect(film: bytes, stored: Array, **facts: Any) -> None:
     """The film's pixels are what the standard makes of the stored values."""
     np.testing.assert_allclose(pixels_of(film), render(stored, **facts), atol=0.5 + 1e-9)
@@ -437,19 +449,11 @@ def secrets(path: Path) -> Iterator[bytes]:
 def test_no_text_of_a_film_is_in_anything_written_or_said(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    folder, out = tmp_path / "films", tmp_path / "out"
-    folder.mkdir()
-    hidden: set[bytes] = set()
-    rows = ["Image,MRN,edema"]
-    for number, path in enumerate(FILMS):
-        hidden |= set(secrets(path))
-        (folder / f"{number}.dcm").write_bytes(path.read_bytes())
-        rows.append(f"{number}.dcm,M{number},{number % 2}")
+    hidden: set[bytes] = set().union(*map(secrets, FILMS))
     assert len(hidden) > 500
-    (folder / "labels.csv").write_text("\n".join(rows))
+    films = {f"film{number}.dcm": path.read_bytes() for number, path in enumerate(FILMS)}
     caplog.clear()
-    columns = ("--set", "table", "--columns", "path=Image,patient=MRN,Edema=edema", "--dev", 0)
-    made = run_pipeline("shards", folder, out, *columns, "--max-bad", 1, "--size", 64, "--workers", 1)
+    made, out = shard(tmp_path, films, "--max-bad", 1, "--size", 64)
     assert made.returncode == 0, made.stderr
     assert "52 images" in made.stdout + made.stderr
 
@@ -478,26 +482,10 @@ def test_no_text_of_a_film_is_in_anything_written_or_said(
 
 
 def test_a_table_of_films_becomes_shards(levels: Array, tmp_path: Path) -> None:
-    folder, out = tmp_path / "films", tmp_path / "out"
-    folder.mkdir()
     syntaxes = (uid.ExplicitVRLittleEndian, uid.JPEG2000Lossless, uid.RLELossless, uid.JPEGLSLossless)
-    names = ("a.dcm", "b.dicom", "c.000001", "d")
-    for name, syntax in zip(names, syntaxes, strict=True):
-        (folder / name).write_bytes(make_film(levels, syntax, WindowCenter=1500, WindowWidth=2000))
-    (folder / "labels.csv").write_text(
-        "Image,MRN,edema\n" + "".join(f"{name},{name[0]},1\n" for name in names)
-    )
-    options = (
-        "--columns",
-        "path=Image,patient=MRN,Edema=edema",
-        "--dev",
-        0,
-        "--size",
-        32,
-        "--encoding",
-        "png",
-    )
-    made = run_pipeline("shards", folder, out, "--set", "table", *options, "--workers", 1)
+    named = zip(("a.dcm", "b.dicom", "c.000001", "d"), syntaxes, strict=True)
+    films = {name: make_film(levels, syntax, WindowCenter=1500, WindowWidth=2000) for name, syntax in named}
+    made, out = shard(tmp_path, films, "--size", 32, "--encoding", "png")
     assert made.returncode == 0, made.stderr
     assert run_pipeline("verify", out, "--deep").returncode == 0
     expected = prepare(
@@ -510,19 +498,13 @@ def test_a_table_of_films_becomes_shards(levels: Array, tmp_path: Path) -> None:
 
 
 def test_films_without_a_picture_are_counted(levels: Array, tmp_path: Path) -> None:
-    folder, out = tmp_path / "films", tmp_path / "out"
-    folder.mkdir()
     films = {
         "a": make_film(levels, WindowCenter=9000, WindowWidth=100),
         "b": make_film(levels * 0 + 7),
         "c": make_film(levels, WindowCenter=1500, WindowWidth=1),
         "d": make_film(levels),
     }
-    for name, film in films.items():
-        (folder / name).write_bytes(film)
-    (folder / "labels.csv").write_text("Image,MRN,edema\n" + "a,a,1\nb,b,0\nc,c,1\nd,d,0\n")
-    columns = ("--set", "table", "--columns", "path=Image,patient=MRN,Edema=edema", "--dev", 0)
-    made = run_pipeline("shards", folder, out, *columns, "--workers", 1, "--encoding", "png")
+    made, out = shard(tmp_path, films, "--encoding", "png")
     lost = [
         "1 of the images: one level of gray; the first is b",
         "1 of the images: fewer than 16 gray levels, though the file has more; the first is c",
@@ -538,4 +520,4 @@ def test_films_without_a_picture_are_counted(levels: Array, tmp_path: Path) -> N
     assert {line for line in verified.stderr.splitlines() if "of the images" in line} == {
         f"Warning: {line}" for line in (*lost, missed)
     }
-    assert run_pipeline("shards", folder, out, *columns, "--strict", "--encoding", "png").returncode == 3
+    assert shard(tmp_path, films, "--strict", "--encoding", "png")[0].returncode == 3

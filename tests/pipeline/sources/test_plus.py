@@ -35,24 +35,16 @@ def test_a_folder_becomes_shards(folder: Path) -> None:
     rows = {row["key"]: row for row in pa.concat_tables(tables).to_pylist()}
     assert sorted(row["race"] or "" for row in rows.values()) == [*[""] * 4, "White", "White"]
     facts = ("patient", "study", "view", "projection", "sex", "age", "Edema", "Cardiomegaly", "Fracture")
-    assert {key: [row[name] for name in facts] for key, row in rows.items()} == {
-        "patient00001_study1_view1_frontal": ["patient00001", 1, "frontal", "AP", "Female", 61, 0, 1, None],
-        "patient00001_study1_view2_lateral": ["patient00001", 1, "lateral", None, "Female", 61, 0, 1, None],
-        "patient00002_study1_view1_frontal": ["patient00002", 1, "frontal", "PA", "Male", None, -2, -2, -2],
-        "patient00003_study1_view1_frontal": ["patient00003", 1, "frontal", "AP", "Male", 30, 1, None, None],
-        "patient00004_study1_view1_frontal": [
-            "patient00004",
-            1,
-            "frontal",
-            "AP",
-            "Female",
-            40,
-            0,
-            None,
-            None,
-        ],
-        "patient64541_study1_view1_frontal": ["patient64541", 1, "frontal", "AP", "Male", 70, -1, None, None],
+    states = {key.removeprefix("patient0"): [row[name] for name in facts[1:]] for key, row in rows.items()}
+    assert states == {
+        "0001_study1_view1_frontal": [1, "frontal", "AP", "Female", 61, 0, 1, None],
+        "0001_study1_view2_lateral": [1, "lateral", None, "Female", 61, 0, 1, None],
+        "0002_study1_view1_frontal": [1, "frontal", "PA", "Male", None, -2, -2, -2],
+        "0003_study1_view1_frontal": [1, "frontal", "AP", "Male", 30, 1, None, None],
+        "0004_study1_view1_frontal": [1, "frontal", "AP", "Female", 40, 0, None, None],
+        "patient64541_study1_view1_frontal": [1, "frontal", "AP", "Male", 70, -1, None, None],
     }
+    assert {row["patient"] for row in rows.values()} == {film.split("/")[1] for film in FILMS}
     assert run_pipeline("stats", folder).stdout.startswith("6 images, 5 studies, 5 patients")
     assert not any(b"Heart" in path.read_bytes() for path in out.iterdir())  # no report
 
