@@ -1,23 +1,33 @@
-"""Statistics of a source → one self-contained HTML page.
+"""Statistics of a source → one self-contained HTML page, and its pictures.
 
     pipeline stats shards --html labels.html
 
-The page shows the numbers of `pipeline stats --format json`, for every grouping the source has.
+The page shows the numbers of `pipeline stats --format json`, for every grouping the source has. Import it only to draw:
+matplotlib is slow to load. The same numbers and matplotlib version give the same bytes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 from markupsafe import Markup
 from matplotlib.axes import Axes
+from matplotlib.patches import Rectangle
 
 from pipeline.base import pages
+from pipeline.labels import STATES
 from pipeline.look import tables
-from pipeline.look.plots import draw_audit, draw_cooccurrence, draw_states
 from pipeline.measure.audit import Audit, describe_alarms
 from pipeline.measure.counts import NO_GROUP, Statistics, count_cooccurrence, count_groups
+from pipeline.measure.metrics import Floats
+
+NAMED_SHARE = 5.0  # percent: a narrower bar has no room for its number
+STRENGTH = 0.55  # of the color at 100 %: numbers stay legible on light and dark backgrounds
+KINDS = ("acquisition", "together", "content")  # of covariates, from left to right
+COLORS = dict(zip(STATES, (pages.POSITIVE, pages.UNCERTAIN, pages.NEGATIVE, pages.BLANK), strict=True))
+LEGEND = {"handlelength": 1, "handletextpad": 0.5, "columnspacing": 1.2, "borderaxespad": 0.2}
 
 
 def render_label_report(
@@ -68,3 +78,104 @@ def _describe_audit(audit: Audit) -> dict[str, Any]:
 
 def _draw(draw: Callable[[Axes], None], description: str, inches: tuple[float, float] = (4.4, 4.0)) -> Markup:
     return pages.draw_svg(draw, description, inches, fitted=True)
+
+
+def draw_states(axes: Axes, statistics: Statistics) -> None:
+    """One 100 % bar per label: its images by state, hatched where they are not annotated."""
+    labels = statistics["labels"]
+    start = [0.0] * len(labels)
+    for state in STATES:
+        shares = [100 * (counts[state] or 0) / statistics["images"] for counts in labels.values()]
+        color = COLORS[state]
+        bars = axes.barh(range(len(labels)), shares, left=start, height=0.82, color=color, label=state)
+        # Thin lines separate the states for readers who cannot tell their colors apart.
+        for bar in bars:
+            bar.set(edgecolor=pages.PAPER, linewidth=0.6)
+        texts = [f"{share:.0f}" if share >= NAMED_SHARE else "" for share in shares]
+        text_color = pages.INK if state == "blank" else pages.ON_STATE
+        axes.bar_label(bars, texts, label_type="center", fontsize=8, color=text_color)
+        start = [left + share for left, share in zip(start, shares, strict=True)]
+    rest = [
+        100 - left if counts.get("not_annotated") else 0.0
+        for left, counts in zip(start, labels.values(), strict=True)
+    ]
+    if any(rest):
+        faint = pages.BLANK
+        hatched: dict[str, Any] = {"facecolor": "none", "edgecolor": faint, "hatch": "////", "linewidth": 0.6}
+        axes.barh(range(len(labels)), rest, left=start, height=0.82, label="not annotated", **hatched)
+    axes.set_xlim(0, 100)
+    _name_rows(axes, list(labels), "share of images (%)")
+
+
+def draw_cooccurrence(axes: Axes, cooccurrence: Mapping[str, Mapping[str, int]]) -> None:
+    """P(column | row) in percent, as a number and as strength of color.
+
+    The diagonal, always 100, and rows without positives are left out.
+    """
+    labels = list(cooccurrence)
+    shares = np.full((len(labels), len(labels)), np.nan)
+    for y, (label, row) in enumerate(cooccurrence.items()):
+        for x, other in enumerate(labels):
+            if label != other and row[label]:
+                shares[y, x] = row[other] / row[label]
+    _draw_cells(axes, shares, [[f"{100 * share:.0f}" for share in row] for row in shares])
+    axes.set_xticks(range(len(labels)), labels=labels, rotation=90)
+    axes.set_yticks(range(len(labels)), labels=labels)
+
+
+def draw_audit(axes: Axes, audit: Audit) -> None:
+    """How well each covariate tells each label: max(AUROC, 1 - AUROC), in color from .5 on; ! marks an alarm."""
+    clues = audit["clues"]
+    kinds: dict[str, str] = {}  # of each covariate: the first, for one that is content for some labels
+    for kind in KINDS:
+        for clue in clues:
+            if clue["kind"] == kind:
+                kinds.setdefault(clue["covariate"], kind)
+    columns = list(kinds)
+    labels = list(
+        dict.fromkeys(clue["label"] for clue in sorted(clues, key=lambda clue: clue["kind"] == "content"))
+    )
+    told = np.full((len(labels), len(columns)), np.nan)
+    texts = [[""] * len(columns) for _ in labels]
+    for clue in clues:
+        y, x = labels.index(clue["label"]), columns.index(clue["covariate"])
+        told[y, x] = max(clue["told"], 0.5)
+        texts[y][x] = (
+            f"{100 * clue['told']:.0f}{'!' if clue['exceeds'] and clue['kind'] != 'content' else ''}"
+        )
+    _draw_cells(axes, 2 * told - 1, texts)
+    axes.set_xticks(range(len(columns)), labels=[name.replace("$", r"\$") for name in columns], rotation=90)
+    axes.set_yticks(range(len(labels)), labels=labels)
+    for kind in KINDS:
+        places = [place for place, name in enumerate(columns) if kinds[name] == kind]
+        if places and kind != "together":  # whose one column says so
+            axes.text(min(places) - 0.4, -0.75, kind, fontsize=8, color=pages.INK)
+        if kind != KINDS[-1]:  # a gap to the next kind
+            axes.axvline(max(places, default=-1) + 0.5, color=pages.PAPER, linewidth=4)
+
+
+def _draw_cells(axes: Axes, shares: Floats, texts: Sequence[Sequence[str]]) -> None:
+    """A heat map of shares [R, C], with a text in each cell; those that are NaN are gray and empty."""
+    for (y, x), share in np.ndenumerate(shares):
+        left_out = np.isnan(share)
+        color = pages.BLANK if left_out else (pages.FIRST, STRENGTH * share)
+        cell = Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=color, edgecolor=pages.PAPER, linewidth=0.6)
+        axes.add_patch(cell)
+        if not left_out:
+            axes.text(x, y, texts[y][x], ha="center", va="center", fontsize=8, color=pages.INK)
+    axes.set_xlim(-0.5, shares.shape[1] - 0.5)
+    axes.set_ylim(len(shares) - 0.5, -0.5)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+
+
+def _name_rows(axes: Axes, labels: list[str], xlabel: str) -> None:
+    """Put the first label on top and the legend above, without a frame."""
+    axes.set_yticks(range(len(labels)), labels=labels)
+    axes.set_ylim(len(labels) - 0.5, -0.5)
+    axes.set_xlabel(xlabel)
+    axes.tick_params(axis="y", length=0)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    handles, _ = axes.get_legend_handles_labels()
+    legend = axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=min(len(handles), 5), **LEGEND)
+    legend.set_frame_on(False)

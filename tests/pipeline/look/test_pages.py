@@ -16,7 +16,7 @@ import pytest
 from model.runs.report import render_report
 from model.runs.sweep_report import render_sweep
 from pipeline.labels import LABELS
-from pipeline.look.plots import STRENGTH
+from pipeline.look.label_report import STRENGTH
 from pipeline.manifest import Manifest
 from pipeline.measure.evaluate import Scored, assess, calibrate
 from pipeline.measure.evaluation import Evaluation

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from model.losses import positive_weights
 from pipeline.labels import LABELS, NOT_ANNOTATED
-from pipeline.look.plots import draw_cooccurrence, draw_states
+from pipeline.look.label_report import draw_cooccurrence, draw_states
 from pipeline.manifest import Manifest
 from pipeline.measure.counts import (
     count_cooccurrence,
@@ -134,12 +134,6 @@ def test_groups_equal_pandas(table: pa.Table, frame: pd.DataFrame, variable: str
         assert positives == (rows[list(LABELS)] == 1).sum().to_dict()
 
 
-def test_cooccurrence_equals_pandas(table: pa.Table, frame: pd.DataFrame) -> None:
-    together = count_cooccurrence(table)
-    positive = (frame[list(LABELS)] == 1).astype(int)
-    pd.testing.assert_frame_equal(pd.DataFrame(together).T, positive.T @ positive, check_dtype=False)
-
-
 @pytest.mark.parametrize("policy", ["best", "ignore,blank=ignore", "smooth-zeros,Edema=ones", "multiclass"])
 def test_policy_counts_are_those_of_the_targets(chexpert: Path, policy: str) -> None:
     found = report(chexpert / "train.csv", "--policy", policy)["policy"]
@@ -249,20 +243,3 @@ def test_counts_as_csv_are_those_of_the_json(chexpert: Path) -> None:
         assert chosen.positive.to_dict() == {
             label: row["positive"] for label, row in counts["labels"].items()
         }
-
-
-def test_tables_of_the_sections_show_the_json(chexpert: Path) -> None:
-    options = ["--by", "sex", "--policy", "best"]
-    document = report(chexpert, *options)
-    lines = run(chexpert, *options).stdout.splitlines()
-    edema = [[cell.strip() for cell in line.split("│")[2:-1]] for line in lines if "Edema" in line]
-    groups = document["by"]["groups"].values()
-    targets = document["policy"]["labels"]["Edema"]
-    assert edema[1:] == [
-        [f"{100 * group['labels']['Edema']['share_positive']:.1f}" for group in groups],
-        [
-            "ones",
-            *(str(targets[name]) for name in ("positives", "negatives", "open", "masked")),
-            *(f"{targets[name]:.3f}" for name in ("mean_target", "pos_weight")),
-        ],
-    ]
