@@ -1,4 +1,4 @@
-"""Redraw docs/pictures and write docs/sample anew, from the drawn sample and its run: `make pictures`.
+"""Redraw docs/pictures and write docs/sample anew, from the synthetic sample and its run: `make pictures`.
 
 All is made by the project's own commands and pages, in build/pictures, which looks to make like a clone of its own.
 What was trained there is not trained again: remove the folder for that. Needs Chromium.
@@ -123,12 +123,12 @@ def draw_recording(lines: list[tuple[float, str]]) -> str:
 
 
 def compose_front() -> str:
-    """A page of drawn films, the report's ROC curves and predict's heat maps."""
+    """A page of synthetic images, the report's ROC curves and predict's heat maps."""
     split = open_split(WORK / "shards/films", read_manifest(WORK / "shards/films"), "train")
     rows = spread_rows(np.arange(split.table.num_rows), 6, seed=1)
     captions = [describe_sample(row)[1:] for row in split.table.take(rows).to_pylist()]
     tiles = [fit(film, 256) for film in read_images(split, rows)]
-    sheet = draw_sheet("Drawn films: + positive, ? uncertain, − negative", tiles, captions, 3, text_size=20)
+    sheet = draw_sheet("Synthetic images: + positive, ? uncertain, − negative", tiles, captions, 3, text_size=20)
     report, scores = (WORK / "report.html").read_text(), pd.read_csv(WORK / "maps.csv")
     named = f'<figure><svg[^>]*"ROC curve of (?:{"|".join(CURVES)})".*?</figure>'
     curves = re.findall(named, report, re.DOTALL)[: len(CURVES)]  # of valid, which comes first
