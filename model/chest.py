@@ -1,4 +1,4 @@
-"""torchxrayvision's weights for chest films → what our densenet121 starts from.
+"""torchxrayvision's chest X-ray weights → initial weights of our densenet121.
 
 Its networks take films scaled to ±1024 and have 18 outputs, of which those that are labels of ours begin from its
 classifier's rows. Its published files are pickles of whole networks: they are read as weights alone, with torch's

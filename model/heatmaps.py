@@ -1,4 +1,4 @@
-"""Where a network looks: a map per label of how much each place of a film raises the label's logit.
+"""Heat maps: per label, how much each place of an image raises the label's logit.
 
 Convolutional networks get LayerCAM (Jiang et al., IEEE TIP 2021): positive gradients times activations, summed over
 channels, of the last layer of each of the `GRIDS` coarsest resolutions, each blurred and scaled to 1, and added. The

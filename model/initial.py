@@ -1,4 +1,4 @@
-"""A file of weights → its tensors, and what belongs to them: outputs, input, terms, and what they have seen.
+"""A file of weights → its tensors, outputs, input scale, terms, and the images they were trained on.
 
 That is best.pt of a run, a state dict of torchvision, timm or torchxrayvision, or a checkpoint that holds one, as
 Lightning, DataParallel and torch.compile write it. All are read as tensors and plain values: no code of a file runs.

@@ -1,4 +1,4 @@
-"""What networks, losses, augmentations and fusions are called, for a command line that does not wait for torch."""
+"""Names of networks, losses, augmentations and fusions, for a command line that does not import torch."""
 
 import difflib
 from typing import TYPE_CHECKING, NamedTuple

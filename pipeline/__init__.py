@@ -1,4 +1,4 @@
-"""Chest X-ray sets as people have them → label table → shards → batches. Knows nothing of networks.
+"""Chest X-ray datasets → label table → shards → batches. Knows nothing about networks.
 
     shards = open_shards("shards")
     for batch in shards["train"].batches(64, 224, epoch=0):

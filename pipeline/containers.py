@@ -1,4 +1,4 @@
-"""JPEG and PNG files as containers: what their segments and chunks say, without decoding a pixel; and what is decoded.
+"""JPEG and PNG files as containers: the contents of their segments and chunks, without decoding pixels.
 
 ITU-T T.81, annex B; W3C PNG, section 11. Only parts that a decoder needs are no metadata: the rest may say anything.
 """

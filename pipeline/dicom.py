@@ -1,4 +1,4 @@
-"""DICOM file → 8-bit gray pixels, and nothing of any other tag.
+"""DICOM file → 8-bit gray pixels, and no other tag.
 
 By pydicom and decoders under permissive licenses (pyproject.toml names each). Gray levels follow DICOM PS3.3: padding
 (C.7.5.1.1.2) is black, modality LUT or rescaling (C.11.1), then the first VOI LUT or window (C.11.2), or else the range

@@ -1,4 +1,4 @@
-"""Who a patient is and which image an image is, whatever their names; and the one join of tables by such ids.
+"""Identity of patients and images, independent of their names; and the one join of tables by such ids.
 
 A patient is (namespace, id): `007`, `7.0` and `patient7` are one person in one namespace, and two in two. An image is
 the CRC-32 and length of its stored bytes. Ids are compared in this form; tables keep the names as a set writes them.

@@ -1,4 +1,4 @@
-"""Scores that anybody made, and the truth of any source → how good they are, and what they rest on.
+"""Scores from any source, and the labels of any source → an evaluation, with a check for shortcuts.
 
 judged = judge(Path("scores.csv"), Path("Data_Entry_2017_v2020.csv"), Judging(columns=(("Edema", "prob_Edema"),)))
 judged.evaluation.get("auroc", "Edema").value

@@ -1,4 +1,4 @@
-"""CheXpert CSV → label table, with raw states; what the labels, views and patients of a table are.
+"""CheXpert CSV → label table, with raw states; the labels, views and patients of a table.
 
 Input:  `train.csv`, `valid.csv` (or `.csv.gz`) as Stanford ships them; columns are addressed by name.
 Output: an Arrow table with one row per image:

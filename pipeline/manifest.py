@@ -1,4 +1,4 @@
-"""What a folder of shards says of itself: `manifest.json` and one Arrow table per split, read and checked.
+"""The contents of a folder of shards: `manifest.json` and one Arrow table per split, read and checked.
 
 The manifest is written last, so a folder that has one is complete. It holds no time, host or path: the same
 input and options give the same bytes.

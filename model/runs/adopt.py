@@ -1,4 +1,4 @@
-"""Weights from elsewhere → a run that nobody trained: calibrated on dev, judged, and used like any other run."""
+"""Weights from elsewhere → a run without training: calibrated on dev, judged, and used like any other run."""
 
 import math
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""What decides a run's outcome (config.json), and what it works with: the options that commands share."""
+"""The settings that determine a run's outcome (config.json), and the options that commands share."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Train on each set of shards, on all but one, and on all; score every run on every set: does it hold elsewhere?
+"""Train on each set of shards, on all but one, and on all; score every run on every set.
 
 A network that was trained and tested at one hospital may have learned that hospital. The matrix shows it: a row is what
 was trained on, a column is whose patients were scored. All AUROCs of a column are of the same images and of the same

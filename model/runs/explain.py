@@ -1,4 +1,4 @@
-"""Where a run looks: its heat maps on films (predict --heatmaps), and against what readers marked."""
+"""A run's heat maps: as pictures (predict --heatmaps), and compared with readers' annotations."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""What a run works on: its configuration, shards and device, and the batches that the shards give it.
+"""What a run needs: its configuration, shards and device, and the batches of these shards.
 
 job = open_job(Config(lr=1e-3, epochs=3), Setup(shards=("shards",)), "runs/first")
 train.train(job)

@@ -1,4 +1,4 @@
-"""What weights have seen, to notice it where they are scored: images and patients that they learned from.
+"""The images and patients that weights were trained on, to detect them in what they score.
 
 best.pt has an entry for train and dev of its run, and hands them on to runs that start from it (`init`) or learn from
 its scores (`teacher`):

@@ -1,4 +1,4 @@
-"""What gives images scores: the networks of a run or of an ensemble, with all that belongs to their weights.
+"""The networks of a run or an ensemble, with everything needed to score images.
 
 predictor = open_predictor([Path("runs/first")])
 predictor.score(job, "valid").images.scores                        # [N, L] of a split of the job's shards

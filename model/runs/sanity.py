@@ -1,4 +1,4 @@
-"""Does a network look at the lungs? Its AUROC on the same images with the lungs covered, and with nothing but them.
+"""Does a network look at the lungs? Its AUROC on the same images with the lungs covered, and with only the lungs.
 
 A network that still tells a label where the center of the film is covered reads it from elsewhere: a letter, a border,
 the brightness of the corners. One that tells it from shuffled patches reads texture or brightness, not anatomy. (The

@@ -1,4 +1,4 @@
-"""What a run learns from, and what it can be chosen by: targets, masks and weights of its rows."""
+"""What a run is trained on and selected by: targets, masks and weights of its rows."""
 
 from collections.abc import Sequence
 from pathlib import Path

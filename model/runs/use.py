@@ -1,4 +1,4 @@
-"""Commands of train.py that use a run, or look at what it learns from.
+"""Commands of train.py that use a run, or show its training images.
 
 evaluate, predict, export, inputs, localize: each imports what needs torch itself, as those of `commands` do.
 """

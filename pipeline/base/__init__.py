@@ -1,1 +1,1 @@
-"""What everything else stands on: errors, files, object stores, worker processes, pages."""
+"""Shared foundations: errors, files, object stores, worker processes, pages."""

@@ -1,4 +1,4 @@
-"""Errors of input, and how their messages quote others' texts."""
+"""Errors in the input, and how their messages quote foreign text."""
 
 import errno
 from collections.abc import Iterable, Iterator, Mapping

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, locks on folders, CSVs, Arrow tables."""
+"""Atomic writes, locks on folders, CSVs, Arrow tables."""
 
 import csv
 import hashlib

@@ -1,4 +1,4 @@
-"""Tar members: the header that we write, and the members of any tar, or what is wrong with it."""
+"""Tar members: the header that we write, and the members of any tar, or what is wrong with them."""
 
 import io
 import tarfile

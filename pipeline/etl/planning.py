@@ -1,4 +1,4 @@
-"""A set's folder and options → the rows of each shard, as `<split>.plan` (Arrow, one record batch per shard).
+"""A dataset's folder and options → the rows of each shard, as `<split>.plan` (Arrow, one record batch per shard).
 
 Or, without writing anything, what sharding it would give.
 """

@@ -1,4 +1,4 @@
-"""A data set's folder → tar shards, an Arrow index per split, and the manifest (format: shards/README.md).
+"""A dataset's folder → tar shards, an Arrow index per split, and the manifest (format: shards/README.md).
 
 Three steps, in processes of their own, so that the parent stays small at any size:
     planning   CSVs → the rows of every shard, as `.partial/<split>.plan`

@@ -1,4 +1,4 @@
-"""The rows of a shard + its images → a tar and a record of it; the records → Arrow tables and the manifest.
+"""The rows of a shard + its images → a tar and its record; the records → Arrow tables and the manifest.
 
 A shard is a pure function of its rows and options: the bytes do not depend on the number of workers, nor on how often
 the run was killed and started again.

@@ -1,1 +1,1 @@
-"""Figures and shards → pictures and pages."""
+"""Results and shards → pictures and pages."""

@@ -1,4 +1,4 @@
-"""Evaluations → one HTML page that needs nothing else, and a card in Markdown.
+"""Evaluations → one self-contained HTML page, and a card in Markdown.
 
 The first screen answers: which data, how good is each finding, at which threshold, what to distrust, and for whom it is
 worse. `templates/report.html` lays the page out; all tables are those of `judged`; the curves are of the scores

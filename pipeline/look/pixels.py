@@ -1,4 +1,4 @@
-"""Shards → gray levels of each image: at its edge, where no disease shows, and as a whole, where it may.
+"""Shards → gray levels of each image: at its edge, where no disease shows, and as a whole.
 
 Images are read in table order and measured 224 pixels square, so that a corner is a corner in any format.
 """

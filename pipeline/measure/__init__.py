@@ -1,1 +1,1 @@
-"""Labels and scores → figures with intervals."""
+"""Labels and scores → results with intervals."""

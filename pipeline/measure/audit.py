@@ -1,4 +1,4 @@
-"""Targets and covariates of a label table → what each label can be told by without the disease, worst first.
+"""Targets and covariates of a label table → which non-disease factors predict each label, worst first.
 
 An acquisition covariate, such as the patient's number or the gray level of the border, says how a film came about; a
 content covariate, such as the film's sharpness, may show the disease itself. Both get the AUROC A with which they tell

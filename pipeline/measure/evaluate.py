@@ -1,4 +1,4 @@
-"""Scores, truth and facts of a split's images → the figures of each finding, mean and group, as rows.
+"""Scores, truth and facts of a split's images → the results of each finding, mean and group, as rows.
 
     calibration = calibrate(names, dev)              # calibration.json
     evaluation = assess(names, valid, calibration)   # evaluation-valid.json

@@ -1,4 +1,4 @@
-"""An evaluation: a head, and one flat table with a row for each figure, as evaluation.json holds it.
+"""An evaluation: a head, and one flat table with a row for each result, as in evaluation.json.
 
     evaluation.get("auroc", "Edema").value             # of the judged scores, per image
     evaluation.get("auroc", "macro10", "study").low

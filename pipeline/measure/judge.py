@@ -1,4 +1,4 @@
-"""Scores and truth → an evaluation, whoever made the scores: figures, verdicts, and comparisons with others.
+"""Scores and truth → an evaluation: results, verdicts, and comparisons with other scores.
 
 Differences between scores of the same patients are paired (pipeline.measure.delong). Two data sets are independent
 samples, so the limits of their difference follow from the limits of its sides (Newcombe, 1998, method 10; Zou, 2007);

@@ -1,4 +1,4 @@
-"""Heat maps and the places that readers marked → how often a map points at them, beside what chance gives.
+"""Heat maps and readers' annotations → how often a map points at them, compared with chance.
 
 Pointing game (Zhang et al., ECCV 2016): a cell is hit if the strongest place of its map lies in any of its boxes. IoU:
 of what the map marks, from `THRESHOLD` of its maximum, with the boxes. Their share of the film's area is what a random

@@ -1,4 +1,4 @@
-"""Scores of images or studies, whoever made them: a CSV, Parquet or Arrow file with a row for each, a column a label.
+"""Scores of images or studies, from any source: a CSV, Parquet or Arrow file with a row for each, a column a label.
 
 Whose row it is: a column of KEYS (an image's key, path or file name), else a study's path, else patient and study.
 A run writes its own as `scores-<split>.arrow`, in the order of the split's table:

@@ -1,1 +1,1 @@
-"""A data set's folder → the rows of each split, and where each image lies."""
+"""A dataset's folder → the rows of each split, and the path of each image."""

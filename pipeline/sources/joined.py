@@ -1,4 +1,4 @@
-"""Facts of patients, studies or images, from a CSV or XLSX of the user's → further columns of the label tables.
+"""Facts of patients, studies or images, from a user's CSV or XLSX → further columns of the label tables.
 
     pipeline shards CheXpert-v1.0-small shards --facts "CHEXPERT DEMO.xlsx"
 

@@ -1,4 +1,4 @@
-"""SOURCE (shards, a data set's folder, or one CSV) → its label table."""
+"""SOURCE (shards, a dataset's folder, or one CSV) → its label table."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The data sets that can be sharded, each asked in turn whether a folder holds it.
+"""The supported datasets, each asked in turn whether a folder holds it.
 
 To add a set, write a module that ends in a `DataSet`, and add a line to SETS.
 """

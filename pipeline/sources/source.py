@@ -1,4 +1,4 @@
-"""What a data set is to this program, `DataSet`; and what the modules of all sets share."""
+"""`DataSet`, the description of a dataset; and what the modules of all datasets share."""
 
 import csv
 import hashlib

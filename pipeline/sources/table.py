@@ -1,4 +1,4 @@
-"""A CSV of one's own, whose columns the user names: a hospital's images with labels of any of the 14.
+"""A user's CSV, whose columns the user names: a hospital's images with labels of any of the 14.
 
     pipeline shards films out --set table --columns path=Image,patient=MRN,Edema=edema
 

@@ -1,1 +1,1 @@
-"""Chest films drawn from anatomy and findings, and a CheXpert of them."""
+"""Synthetic chest X-rays, and a CheXpert made of them."""

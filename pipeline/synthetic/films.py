@@ -1,4 +1,4 @@
-"""Anatomy and findings → one synthetic chest film, drawn procedurally.
+"""Anatomy and findings → one synthetic chest X-ray.
 
 A film's density is that of tissue, lower where there is air and higher where there is bone. Each finding is a
 function that changes these layers in place, in proportion to its severity.

@@ -1,4 +1,4 @@
-"""A synthetic CheXpert: the real set's folders, CSVs and label quirks, with procedurally drawn chest films.
+"""A synthetic CheXpert: the real set's folders, CSVs and label quirks, with synthetic chest X-rays.
 
 A study draws correlated latent severities (`FINDINGS`). A severity draws its sign into the film, and the CSV says
 what a report would say about it: positive for a clear sign; uncertain for a faint one that is really there only in

@@ -1,4 +1,4 @@
-"""A cue that has nothing to do with the disease, tied to a label: what a network may learn instead of it.
+"""Cues unrelated to the disease but tied to a label, which a network may learn instead.
 
     pipeline sample sample --shortcut "Pneumonia=marker:0.9"
 
