@@ -128,7 +128,9 @@ def compose_front() -> str:
     rows = spread_rows(np.arange(split.table.num_rows), 6, seed=1)
     captions = [describe_sample(row)[1:] for row in split.table.take(rows).to_pylist()]
     tiles = [fit(film, 256) for film in read_images(split, rows)]
-    sheet = draw_sheet("Synthetic images: + positive, ? uncertain, − negative", tiles, captions, 3, text_size=20)
+    sheet = draw_sheet(
+        "Synthetic images: + positive, ? uncertain, − negative", tiles, captions, 3, text_size=20
+    )
     report, scores = (WORK / "report.html").read_text(), pd.read_csv(WORK / "maps.csv")
     named = f'<figure><svg[^>]*"ROC curve of (?:{"|".join(CURVES)})".*?</figure>'
     curves = re.findall(named, report, re.DOTALL)[: len(CURVES)]  # of valid, which comes first
