@@ -120,22 +120,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def runs(world: Path) -> Path:
     """The runs of the page: one that ended, one that was stopped, one that has just begun."""
-    small = ["--arch", "rescnn", "--image-size", "32", "--batch-size", "8", "--epochs", "1", "--lr", "1e-3"]
+    small = "--arch rescnn --image-size 32 --batch-size 8 --epochs 1 --lr 1e-3 --workers 1".split()
     with pytest.MonkeyPatch.context() as patch, narrow_networks(), quick_ends():
         for name, looks in {"first": 10**9, "killed": 2}.items():  # before the second step
             patch.setattr(ranks, "_codes", Late(looks))
-            words = [
-                "train",
-                "--shards",
-                world / "shards",
-                "--run",
-                world / "runs" / name,
-                *small,
-                "--workers",
-                1,
-            ]
+            words = f"train --shards {world}/shards --run {world}/runs/{name}".split() + small
             with suppress(Stopped):
-                main.main([str(word) for word in words], standalone_mode=False, obj=train.train)
+                main.main(words, standalone_mode=False, obj=train.train)
     shutil.copy(world / "runs" / "first" / "config.json", world / "runs" / "begun")
     return world / "runs"
 

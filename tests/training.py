@@ -21,19 +21,11 @@ from model.runs.folder import open_run
 from model.runs.job import Job, open_job
 from pipeline.measure import belief, judge
 
-SMALL: dict[str, Any] = {
-    "arch": "rescnn",
-    "lr": 1e-3,
-    "batch_size": 16,
-    "epochs": 2,
-    "image_size": 32,
-    "amp": "off",
-    "ema": 0.9,
-}
+SMALL: dict[str, Any] = {"arch": "rescnn", "lr": 1e-3, "batch_size": 16, "epochs": 2, "image_size": 32}
+SMALL |= {"amp": "off", "ema": 0.9}
 # The same of one epoch, to type.
-WORDS: tuple[object, ...] = (
-    *("--arch", "rescnn", "--image-size", 32, "--epochs", 1),
-    *("--batch-size", 16, "--amp", "off", "--workers", 2),
+WORDS: tuple[object, ...] = tuple(
+    "--arch rescnn --image-size 32 --epochs 1 --batch-size 16 --amp off --workers 2".split()
 )
 
 
@@ -109,15 +101,7 @@ def assert_same_run(run: Path, other: Path) -> None:
     """Bitwise: weights, averages, optimizer, position, and every number of the metrics."""
     for name in ("last.pt", "best.pt"):
         ours, theirs = load_checkpoint(run / name), load_checkpoint(other / name)
-        for key in (
-            "images",
-            "precision",
-            "dataset",
-            "outputs",
-            "terms",
-            "seen",
-            "arch",
-        ):  # texts, or with texts
+        for key in "images precision dataset outputs terms seen arch".split():  # texts, or with texts
             assert str(ours.pop(key, None)) == str(theirs.pop(key, None))
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
     for name in ("metrics.jsonl", "evaluation-dev.json", "evaluation-valid.json", "scores-valid.arrow"):

@@ -80,18 +80,8 @@ def test_a_lost_rank_ends_all_and_the_same_command_continues_exactly(
     record_property: Callable[[str, object], None],
 ) -> None:
     def begin(run: str) -> "subprocess.Popen[str]":
-        options = [
-            *OPTIONS,
-            "--shards",
-            sample_shards[0],
-            "--batch-size",
-            8,
-            "--epochs",
-            4,
-            "--accumulate",
-            2,
-        ]
-        return start(2, "train.py", *options, "--run", tmp_path / run)
+        options = f"--shards {sample_shards[0]} --batch-size 8 --epochs 4 --accumulate 2".split()
+        return start(2, "train.py", *OPTIONS, *options, "--run", tmp_path / run)
 
     whole = begin("whole")
     code, said = finish(whole)

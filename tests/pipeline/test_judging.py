@@ -115,14 +115,7 @@ def test_two_readers_and_a_network_stand_on_one_page(
     other = pd.read_csv(scores).assign(p_Edema=0.5, p_Consolidation=lambda one: 1 - one["p_Consolidation"])
     other["p_Edema"] = np.random.default_rng(5).random(len(other))
     other.to_csv(tmp_path / "other.csv", index=False)
-    words = (
-        "--readers",
-        tmp_path / "a.csv",
-        "--readers",
-        tmp_path / "b.csv",
-        "--against",
-        tmp_path / "other.csv",
-    )
+    words = f"--readers {tmp_path}/a.csv --readers {tmp_path}/b.csv --against {tmp_path}/other.csv".split()
     done = run_pipeline("judge", scores, table, "--columns", COLUMNS, *words, "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     found = read_evaluation(tmp_path / "out" / "evaluation.json")

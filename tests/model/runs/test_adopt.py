@@ -119,16 +119,7 @@ def test_what_a_file_does_not_say_is_asked_for(
     assert read_evaluation(out / "evaluation-dev.json").labels == ["Edema", "Fracture"]
 
     film = next((shards.parent / "CheXpert-v1.0-small" / "valid").rglob("*.jpg"))
-    predict = (
-        "predict",
-        "--run",
-        out,
-        "--out",
-        tmp_path / "scores.csv",
-        film,
-        "--heatmaps",
-        tmp_path / "maps",
-    )
+    predict = f"predict --run {out} --out {tmp_path}/scores.csv {film} --heatmaps {tmp_path}/maps".split()
     assert call_train(*predict) == 0
     assert len(list((tmp_path / "maps").iterdir())) == 1
     assert call_train("export", "--run", out, "--out", tmp_path / "model.pt2") == 0

@@ -76,16 +76,10 @@ def evaluation() -> tuple[Scored, Evaluation]:
     random = np.random.default_rng(0)
     target = (random.random((400, 14)) < 0.3).astype(np.float32)
     scores = 1 / (1 + np.exp(1 - random.normal(0, 1, target.shape) - 2 * target))
-    images = Scored(
-        scores.astype(np.float32),
-        target,
-        np.ones(target.shape, bool),
-        np.arange(400) // 2,
-        np.arange(400),
-        random.choice(["Female", "Male"], 400),
-        random.integers(18, 95, 400),
-        random.choice(["AP", "PA"], 400),
-    )
+    rows, mask = np.arange(400), np.ones(target.shape, bool)
+    sex, projection = random.choice(["Female", "Male"], 400), random.choice(["AP", "PA"], 400)
+    facts = rows // 2, rows, sex, random.integers(18, 95, 400), projection
+    images = Scored(scores.astype(np.float32), target, mask, *facts)
     found = assess(LABELS, images, calibrate(LABELS, images), split="valid", resamples=100)
     other = "runs/" + "a-long-name-" * 12
     found.head |= {"against": [other]}

@@ -49,19 +49,9 @@ def make_split(table: pa.Table, sizes: list[int]) -> OpenSplit:
     nothing = np.zeros(table.num_rows, np.int64)
     shards = tuple(Shard(f"train-{number:06d}.tar", size, 0, "") for number, size in enumerate(sizes))
     projection = find_projections(table)
-    return OpenSplit(
-        "train",
-        "jpeg",
-        table,
-        (Home(Path(), None),),
-        np.zeros(len(sizes), np.int64),
-        shards,
-        shard,
-        nothing,
-        nothing,
-        nothing,
-        projection,
-    )
+    homes, offsets = (Home(Path(), None),), np.zeros(len(sizes), np.int64)
+    place = shard, nothing, nothing, nothing
+    return OpenSplit("train", "jpeg", table, homes, offsets, shards, *place, projection)
 
 
 def make_table(*keys: str, states: tuple[int | None, ...] = ()) -> pa.Table:
