@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import gdcm
 import numpy as np
 import numpy.typing as npt
 from pydicom import Dataset, dcmread, uid
@@ -54,6 +53,8 @@ def make_film(pixels: Array, syntax: str = uid.ExplicitVRLittleEndian, **tags: o
 
 def compress_lossless_jpeg(film: bytes, syntax: str) -> bytes:
     """The film as GDCM compresses it: pydicom has no encoder for lossless JPEG."""
+    import gdcm  # which takes its time
+
     names = {uid.JPEGLossless: "JPEGLosslessProcess14", uid.JPEGLosslessSV1: "JPEGLosslessProcess14_1"}
     with tempfile.TemporaryDirectory() as folder:
         reader, change, writer = gdcm.ImageReader(), gdcm.ImageChangeTransferSyntax(), gdcm.ImageWriter()

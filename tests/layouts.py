@@ -7,14 +7,13 @@ import gzip
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image
 
 from pipeline.labels import LABELS
 from pipeline.synthetic.sample import write_sample
+from tests.films import make_film
 
 NIH_HEADER = (
     "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,"
@@ -106,25 +105,9 @@ def draw(path: Path, number: int, *, bits: int = 8, kind: str | None = None, mod
     film = Image.fromarray(coarse).resize((64, 64), Image.Resampling.BICUBIC)
     deep = np.asarray(film).astype(np.uint16) << (bits - 8)
     if kind == "DICOM":
-        write_dicom(path, deep, bits)
+        path.write_bytes(make_film(deep, BitsStored=bits, HighBit=bits - 1))
         return
     (Image.fromarray(deep) if bits > 8 else film.convert(mode)).save(path, kind)
-
-
-def write_dicom(path: Path, levels: npt.NDArray[Any], bits: int) -> None:
-    """A film as a hospital's archive has it, uncompressed."""
-    from pydicom import Dataset, uid
-    from pydicom.dataset import FileMetaDataset
-
-    film = Dataset()
-    film.file_meta = FileMetaDataset()
-    film.file_meta.TransferSyntaxUID = uid.ExplicitVRLittleEndian
-    film.SOPClassUID, film.SOPInstanceUID = uid.DigitalXRayImageStorageForPresentation, uid.generate_uid()
-    film.Rows, film.Columns = levels.shape
-    film.SamplesPerPixel, film.PhotometricInterpretation, film.PixelRepresentation = 1, "MONOCHROME2", 0
-    film.BitsAllocated, film.BitsStored, film.HighBit = 16, bits, bits - 1
-    film.PixelData = levels.tobytes()
-    film.save_as(path, enforce_file_format=True)
 
 
 def write_gzip(path: Path, rows: Sequence[Mapping[str, object]]) -> None:

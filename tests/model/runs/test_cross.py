@@ -51,15 +51,8 @@ def test_every_run_is_scored_on_every_set(
 ) -> None:
     out, other = tmp_path / "cross", tmp_path / "other"
     torch.save(build_network("rescnn", len(LABELS)).state_dict(), tmp_path / "weights.pt")
-    adopted = (
-        "--init",
-        tmp_path / "weights.pt",
-        "--init-labels",
-        ",".join(LABELS),
-        *WORDS[:4],
-        "--labels",
-        LABELS[5],
-    )
+    weights = ("--init", tmp_path / "weights.pt", "--init-labels", ",".join(LABELS))
+    adopted = (*weights, *WORDS[:4], "--labels", LABELS[5])
     assert call_train("adopt", "--shards", sets[0], "--run", other, *adopted) == 0
     folders = [word for folder in sets for word in ("--shards", folder)]
     words = ("cross", *folders, "--out", out, *WORDS, "--run", other)

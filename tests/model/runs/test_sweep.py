@@ -44,14 +44,8 @@ LR, WD = (1e-4, 1e-3, 1e-2), (1e-5, 0.0)
 
 
 def make_sweep(folder: Path, **changes: Any) -> Sweep:
-    sweep = Sweep(
-        folder=folder,
-        values={"lr": LR, "weight_decay": WD, "arch": ("rescnn",)},
-        options={"epochs": 4, "seed": 0},
-        sampler="grid",
-        trials=0,
-        pruner="none",
-    )
+    values = {"lr": LR, "weight_decay": WD, "arch": ("rescnn",)}
+    sweep = Sweep(folder, values, {"epochs": 4, "seed": 0}, "grid", trials=0, pruner="none")
     return dataclasses.replace(sweep, **changes)
 
 
