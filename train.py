@@ -202,8 +202,7 @@ def train_epochs(job: Job, state: TrainState, data: TrainingData, watch: Watch) 
                 save_state(job, state)
             say(f"{job.run}: stopped and saved; the same command continues")
             raise
-        if "valid" in evaluations:  # of best.pt, once: no choice is made by it
-            valid = evaluations["valid"]
+        if valid := evaluations.get("valid"):  # of best.pt, once: no choice is made by it
             aurocs = {name: valid.get("auroc", name).value for name in valid.labels}
             log_labels(log, "valid", aurocs, state.done)
 
@@ -401,7 +400,7 @@ def evaluate_state(job: Job, state: TrainState, data: TrainingData, log: Log) ->
     name = name_choice(chosen)
     if chosen == "all" and line["macro10_auroc"] is None:
         name = MEANS["macro"]
-        few = "no label has 10 patients of each class on dev, so chance chooses the checkpoint"
+        few = "no label has 10 patients of each class on dev, so the choice of checkpoint is arbitrary"
         say_once(f"{job.shards}: {few}; raise `dev`")
     return f"Epoch {epoch:g}: dev AUROC {score:.4f} ({name}){'  (best)' if is_best else ''}"
 

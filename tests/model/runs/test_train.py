@@ -77,7 +77,7 @@ def test_a_dev_too_small_to_choose_by_is_said(
     monkeypatch.setattr(train, "say_once", console.say)  # whatever other tests have said
     job = make_job("run", epochs=1)
     train.train(job)
-    few = f"{job.shards}: no label has 10 patients of each class on dev, so chance chooses the checkpoint; "
+    few = f"{job.shards}: no label has 10 patients of each class on dev, so the choice of checkpoint is arbitrary; "
     assert few in capsys.readouterr().err
 
 
