@@ -73,7 +73,7 @@ class Scores(NamedTuple):
         place = join(ours, self.path, rows, self.names, unit, note, normalize)
         aligned: Ints = pc.fill_null(place, -1).to_numpy(zero_copy_only=False)
         patients = table["patient"].to_numpy()[aligned >= 0].tolist()
-        if len(sets := {patient.rpartition("/")[0] for patient in patients}) > 1:
+        if not same and len(sets := {patient.rpartition("/")[0] for patient in patients}) > 1:
             which = " and of ".join(sorted(sets))
             raise DataError(
                 f"{self.path}: its rows have names of {which}: choose the set that was read, by `where` set=…"
@@ -93,10 +93,7 @@ class Scores(NamedTuple):
         """The scores [N, L] of each row of a label table. Raises DataError if it lacks one, or all of these labels."""
         rows = self.align(table, ignore)
         if (rows < 0).any():
-            count, example = (
-                f"{(rows < 0).sum():,} of these {len(rows):,}",
-                table["key"][int(np.argmin(rows))],
-            )
+            count, example = f"{(rows < 0).sum():,} of these {len(rows):,}", table["key"][int(rows.argmin())]
             raise DataError(f"{self.path}: no scores of {count} images, such as {example}")
         if not set(names) & set(self.labels):
             raise DataError(f"{self.path}: none of the labels {', '.join(names)}")
