@@ -87,22 +87,19 @@ def evaluate(
     dev = scored if name == "dev" and not how.chosen_by else None
     calibration = predictor.calibrate(job, how.sensitivity, how.combine, dev)
     split = open_split(job, name)
-    readers = {
-        reader: calls.take(calls.align(table, say), config.labels) for reader, calls in how.readers.items()
-    }
+    calls = {name: read.take(read.align(table, say), config.labels) for name, read in how.readers.items()}
     against: dict[str, Floats] = {}
     for other, path in how.against.items():
         against |= read_against(job, name, other, path, found)
     edge = measure_edges(split, find_places(split, table), job.setup.workers)
     evaluated = {"split": name, "unit": config.unit, "labels": list(config.labels)}
     evaluated |= {"chosen_by": list(how.chosen_by)} if how.chosen_by else {}
-    beside = Beside(against, readers, found.members, how.altered, edge)
+    beside = Beside(against, calls, found.members, how.altered, edge)
     evaluation = judge_scores(evaluated | dict(found.shared), scored, table, calibration, beside)
-    if result_name(config, job.shards.digest, name) != name:
+    if job.shards.digest != config.manifest:
         compare_with_own(job, scored, evaluation)
-    write_atomically(
-        job.run / f"evaluation-{name_comparison(result, how.against)}.json", evaluation.to_json()
-    )
+    compared = name_comparison(result, how.against)
+    write_atomically(job.run / f"evaluation-{compared}.json", evaluation.to_json())
     return evaluation
 
 
@@ -112,22 +109,16 @@ def compare_with_own(job: Job, scored: Scored, evaluation: Evaluation) -> None:
     `own` of the head says why there is no comparison, if there is none. Raises DataError if that is damaged.
     """
     path = job.run / "evaluation-valid.json"
-    evaluation.head |= {
-        "data": job.manifest.dataset.get("title", ""),
-        "manifest": job.shards.digest,
-        "own": "",
-    }
-    if path.exists():
-        own = read_evaluation(path)
-        if set(own.labels) != set(evaluation.labels):
-            raise DataError(
-                f"{path}: of other labels than the run's; first run: python -m train evaluate --run {job.run}"
-            )
-        add_own(evaluation, scored, own)
-    else:
-        command = f"python -m train evaluate --run {job.run}"
+    command, data = f"python -m train evaluate --run {job.run}", job.manifest.dataset.get("title", "")
+    evaluation.head |= {"data": data, "manifest": job.shards.digest, "own": ""}
+    if not path.exists():
         evaluation.head["own"] = f"{path}: not there, so nothing to compare with; it is written by: {command}"
         say(evaluation.head["own"])
+        return
+    own = read_evaluation(path)
+    if set(own.labels) != set(evaluation.labels):
+        raise DataError(f"{path}: of other labels than the run's; first run: {command}")
+    add_own(evaluation, scored, own)
 
 
 def read_against(job: Job, name: str, other: Path, path: Path, found: Result) -> dict[str, Floats]:
@@ -186,10 +177,8 @@ def write_report(
     trained = len(predictor.configs) == 1 and not job.config.adopted  # an ensemble was not, as a whole
     lines = path.read_bytes().splitlines() if trained else []
     history = [parse_object(path, line) for line in lines]
-    settings = describe_settings(job, predictor)
-    page = render_report(
-        job.run.name, settings, history, [*evaluations.values()], images, job.manifest.dataset
-    )
+    settings, dataset = describe_settings(job, predictor), job.manifest.dataset
+    page = render_report(job.run.name, settings, history, [*evaluations.values()], images, dataset)
     write_atomically(job.run / file, page.encode())
 
 
