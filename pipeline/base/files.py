@@ -9,7 +9,7 @@ import re
 import secrets
 import stat
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -104,20 +104,18 @@ def write_table(path: Path, table: pa.Table) -> str:
 
 
 @contextmanager
-def locked(path: Path, wait: float = -1, should_stop: Callable[[], bool] = lambda: False) -> Iterator[None]:
+def locked(path: Path, wait: float = -1) -> Iterator[None]:
     """Hold the lock of a file against all threads and processes of this machine; a killed process releases it.
 
-    Raises TimeoutError after `wait` seconds (negative: never) or once `should_stop()`, and DataError where the file
-    system has no locks. (Locks of the kernel: over NFS they hold among machines as far as the server supports them.)
+    Raises TimeoutError after `wait` seconds (negative: never), and DataError if the file system has no locks. (Locks of
+    the kernel: over NFS they hold among machines as far as the server supports them.)
     """
     # Not the soft lock that filelock would fall back to: a killed process would hold that forever.
     lock = FileLock(path, fallback_to_soft=False, thread_local=False)
     try:
-        lock.acquire(wait, POLL, cancel_check=should_stop)
+        lock.acquire(wait, POLL)
     except OSError as error:
-        if (
-            isinstance(error, TimeoutError) or error.filename is not None
-        ):  # held, or the file cannot be opened
+        if isinstance(error, TimeoutError) or error.filename:  # held, or the file cannot be opened
             raise
         raise DataError(
             f"{path.parent}: its file system has no locks ({error.strerror}); choose a folder on another one"

@@ -9,7 +9,7 @@ share their patients' names (`Terms.patients`), the namespace stands before each
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from itertools import chain, combinations
 from pathlib import Path
@@ -121,13 +121,14 @@ class Collection:
             }
             for name in names
         }
+        policies = {key: {m.policies[key] for m in manifests} for key in ("uncertain", "blank")}
         weight = np.array([_measured(manifest) for manifest in manifests], float)
         mean, std = (np.array([m.pixels[key] for m in manifests]) for key in ("mean", "std"))
         overall = float(np.average(mean, weights=weight))
         spread = float(np.average(std**2 + mean**2, weights=weight)) - overall**2
         return Manifest(
             options=dict(manifests[0].options),
-            policies={key: _common([m.policies[key] for m in manifests]) for key in ("uncertain", "blank")},
+            policies={key: chosen.pop() if len(chosen) == 1 else "" for key, chosen in policies.items()},
             sources={},
             pixels={"mean": round(overall, 4), "std": round(spread**0.5, 4)},
             splits={
@@ -236,15 +237,8 @@ def _measured(manifest: Manifest) -> int:
     return manifest.splits.get("train", next(iter(manifest.splits.values()))).samples
 
 
-def _common(values: Sequence[str]) -> str:
-    return values[0] if len(set(values)) == 1 else ""
-
-
 def _join_terms(datasets: Sequence[Mapping[str, str]]) -> dict[str, str]:
     """The terms of all data sets, each said once."""
-    keys = dict.fromkeys(key for dataset in datasets for key in dataset)
-    return {key: "; ".join(dict.fromkeys(_present(datasets, key))) for key in keys}
-
-
-def _present(datasets: Sequence[Mapping[str, str]], key: str) -> Iterator[str]:
-    return (dataset[key] for dataset in datasets if dataset.get(key))
+    keys = dict.fromkeys(chain.from_iterable(datasets))
+    terms = {key: [dataset[key] for dataset in datasets if dataset.get(key)] for key in keys}
+    return {key: "; ".join(dict.fromkeys(texts)) for key, texts in terms.items()}
