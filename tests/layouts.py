@@ -7,12 +7,15 @@ import gzip
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from pipeline.labels import LABELS
+from pipeline.manifest import read_manifest, read_table
 from pipeline.synthetic.sample import write_sample
+from tests.conftest import run_pipeline
 from tests.films import make_film
 
 NIH_HEADER = (
@@ -108,6 +111,17 @@ def draw(path: Path, number: int, *, bits: int = 8, kind: str | None = None, mod
         path.write_bytes(make_film(deep, BitsStored=bits, HighBit=bits - 1))
         return
     (Image.fromarray(deep) if bits > 8 else film.convert(mode)).save(path, kind)
+
+
+def shard(folder: Path, *options: object) -> dict[str, dict[str, Any]]:
+    """Key → row, with its split, of the shards of all views in `out` beside a folder."""
+    out = folder.parent / "out"
+    words = ("--size", 32, "--views", "all", "--dev", 0, "--workers", 1, *options)
+    made = run_pipeline("shards", folder, out, *words)
+    assert made.returncode == 0, made.stderr
+    assert run_pipeline("verify", out, "--deep").returncode == 0
+    tables = {name: read_table(out, split) for name, split in read_manifest(out).splits.items()}
+    return {row["key"]: row | {"split": name} for name, table in tables.items() for row in table.to_pylist()}
 
 
 def write_gzip(path: Path, rows: Sequence[Mapping[str, object]]) -> None:

@@ -121,8 +121,7 @@ class DataSet:
 
     def find_tables(self, folder: Path) -> dict[str, Path] | None:
         """The files that list the images, by split or role; None if the folder does not hold the set."""
-        table = first_file(folder, self.names)
-        return {"train": table} if table else None
+        return find_files(folder, {"train": self.names}) or None
 
     def find_roots(self, homes: Sequence[Path]) -> list[Path]:
         """Folders that may hold images, beside those of the tables and those that the user named."""
@@ -219,14 +218,12 @@ def fill(template: str, fields: Mapping[str, pa.Array]) -> pa.Array:
 
 
 def find_files(folder: Path, roles: Mapping[str, Sequence[str]]) -> dict[str, Path]:
-    """Role → the first of its files that the folder holds, as far as it holds one."""
-    return {role: path for role, names in roles.items() if (path := first_file(folder, names))}
-
-
-def first_file(folder: Path, names: Iterable[str]) -> Path | None:
-    """The first of these files that the folder holds, plain or gzipped; None if it holds none."""
-    paths = (folder / f"{name}{end}" for name in names for end in ("", ".gz"))
-    return next((path for path in paths if path.is_file()), None)
+    """Role → the first of its files that the folder holds, plain or gzipped, as far as it holds one."""
+    held = {
+        role: [path for name in names for end in ("", ".gz") if (path := folder / f"{name}{end}").is_file()]
+        for role, names in roles.items()
+    }
+    return {role: paths[0] for role, paths in held.items() if paths}
 
 
 def make_table(

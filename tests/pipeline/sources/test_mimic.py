@@ -2,15 +2,15 @@
 
 import gzip
 from pathlib import Path
+from typing import Any
 
-import pyarrow as pa
 import pytest
 
 from pipeline.labels import LABELS
 from pipeline.manifest import read_manifest
 from tests.conftest import run_pipeline
 from tests.layouts import MIMIC_IMAGES as IMAGES
-from tests.layouts import write_mimic
+from tests.layouts import shard, write_mimic
 
 KEYS = [f"p{subject}_s{study}_{dicom}" for subject, study, dicom, *_ in IMAGES]
 
@@ -21,21 +21,16 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "mimic-cxr-jpg"
 
 
-def shard(folder: Path, *options: object) -> dict[str, dict[str, dict[str, object]]]:
+def shard_splits(folder: Path, *options: object) -> dict[str, dict[str, Any]]:
     """Split → key → row of the shards."""
-    out = folder.parent / "out"
-    made = run_pipeline(
-        "shards", folder, out, "--size", 32, "--views", "all", "--dev", 0, "--workers", 1, *options
-    )
-    assert made.returncode == 0, made.stderr
-    assert run_pipeline("verify", out, "--deep").returncode == 0
-    splits = read_manifest(out).splits.items()
-    tables = {name: pa.ipc.open_file(out / split.table).read_all().to_pylist() for name, split in splits}
-    return {name: {row["key"]: row for row in rows} for name, rows in tables.items()}
+    splits: dict[str, dict[str, Any]] = {}
+    for key, row in shard(folder, *options).items():
+        splits.setdefault(row["split"], {})[key] = row
+    return splits
 
 
 def test_a_folder_becomes_shards_by_the_official_splits(folder: Path) -> None:
-    rows = shard(folder)
+    rows = shard_splits(folder)
     assert {split: sorted(found) for split, found in rows.items()} == {
         "train": [*KEYS[:4], KEYS[7]],
         "valid": KEYS[4:5],
@@ -60,7 +55,7 @@ def test_the_radiologist_s_labels_are_those_of_test(folder: Path) -> None:
     cells = ["1.0" if name == "Airspace Opacity" else "0.0" for name in names]
     text = f"study_id,{','.join(names)}\n50771383,{','.join(cells)}\n"
     (folder / "mimic-cxr-2.1.0-test-set-labeled.csv").write_text(text)
-    rows = shard(folder)
+    rows = shard_splits(folder)
     assert (sorted(rows["test"]), sorted(rows["test_rest"])) == (KEYS[5:6], KEYS[6:7])
     assert [rows["test"][KEYS[5]][label] for label in ("Lung Opacity", "Edema", "Fracture")] == [1, 0, 0]
 
@@ -85,7 +80,7 @@ def test_ids_are_compared_as_ids_and_what_has_no_partner_is_counted(folder: Path
     target = folder / "more" / "files" / "p10"
     target.mkdir(parents=True)
     moved.rename(target / moved.name)
-    rows = shard(folder, "--root", folder / "more")  # where images of any patient may be
+    rows = shard_splits(folder, "--root", folder / "more")  # where images of any patient may be
     assert (rows["train"][KEYS[0]]["No Finding"], rows["train"][KEYS[2]]["Edema"]) == (1, -1)
     assert {rows["valid"][KEYS[4]][label] for label in LABELS} == {-2}
     preview = run_pipeline("shards", folder, folder / "none", "--views", "all", "--dry-run").stdout

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
 import pytest
 from PIL import Image
 
@@ -17,25 +16,18 @@ from pipeline.manifest import read_manifest
 from pipeline.sources import padchest
 from pipeline.sources.findings import EVERY, read_findings
 from tests.conftest import run_pipeline, shipped_table
-from tests.layouts import PADCHEST_ROWS, write_padchest
+from tests.layouts import PADCHEST_ROWS, shard, write_padchest
 
 TABLE = f"{padchest.SET.names[0]}.gz"
+
+
+PNG = ("--size", 320, "--encoding", "png")
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     write_padchest(tmp_path / "PadChest")
     return tmp_path / "PadChest"
-
-
-def shard(folder: Path, *options: object) -> dict[str, dict[str, object]]:
-    """Key → row of the shards of train."""
-    out = folder.parent / "out"
-    words = ("--encoding", "png", "--views", "all", "--dev", 0, "--workers", 1, *options)
-    made = run_pipeline("shards", folder, out, *words)
-    assert made.returncode == 0, made.stderr
-    rows = pa.ipc.open_file(out / "train.arrow").read_all().to_pylist()
-    return {row["key"]: row for row in rows}
 
 
 @pytest.mark.soak
@@ -105,7 +97,7 @@ def test_the_mapping_has_torchxrayvision_s_words_but_for_named_differences() -> 
 
 
 def test_a_folder_becomes_shards_of_the_physicians_labels(folder: Path) -> None:
-    rows = shard(folder)
+    rows = shard(folder, *PNG)
     assert read_manifest(folder.parent / "out").dataset["title"] == "PadChest"
     facts = ("patient", "study", "view", "sex", "age", "projection")
     assert {key: tuple(row[name] for name in facts) for key, row in rows.items()} == {
@@ -133,12 +125,10 @@ def test_a_folder_becomes_shards_of_the_physicians_labels(folder: Path) -> None:
         },
         "33_a": {"Fracture": 1},
     }
-    verified = run_pipeline("verify", folder.parent / "out", "--deep")
-    assert verified.returncode == 0, verified.stdout
 
 
 def test_all_rows_make_other_shards(folder: Path) -> None:
-    rows = shard(folder, "--set", "padchest-all")
+    rows = shard(folder, *PNG, "--set", "padchest-all")
     assert len(rows) == len(PADCHEST_ROWS)
     assert {label: rows["34_a"][label] for label in LABELS if rows["34_a"][label] != -2} == {
         "No Finding": 0,
@@ -155,7 +145,7 @@ def test_the_table_says_how_many_bits_a_png_uses(folder: Path) -> None:
     levels = np.array([[0, 1023], [512, 256]], np.uint16)
     Image.fromarray(levels << 6).save(folder / "0" / "2053_k6ga29.png")  # 12 bits, it says; scaled to 16
     Image.fromarray(levels).save(folder / "0" / "31_km0qf9.png")  # of 10 bits
-    shard(folder)
+    shard(folder, *PNG)
     with tarfile.open(folder.parent / "out" / "train-000000.tar") as tar:
         for name in ("2053_k6ga29.png", "31_km0qf9.png"):
             file = tar.extractfile(name)

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pandas as pd
-import pyarrow as pa
 import pytest
 
 from pipeline.labels import LABELS
@@ -12,7 +11,7 @@ from pipeline.manifest import read_manifest
 from pipeline.sources import vindr
 from pipeline.sources.findings import read_findings
 from tests.conftest import run_pipeline, shipped_table
-from tests.layouts import write_vindr
+from tests.layouts import shard, write_vindr
 
 
 @pytest.fixture
@@ -55,14 +54,10 @@ def test_the_competition_s_table_agrees_with_a_count_of_its_votes(tmp_path: Path
 
 
 def test_a_folder_becomes_shards_by_the_votes_of_its_readers(folder: Path) -> None:
-    out = folder.parent / "out"
-    made = run_pipeline("shards", folder, out, "--size", 32, "--dev", 0, "--workers", 1)
-    assert made.returncode == 0, made.stderr
-    manifest = read_manifest(out)
-    assert {name: split.samples for name, split in manifest.splits.items()} == {"train": 4, "test": 2}
+    rows = {int(key, 16): row for key, row in shard(folder).items()}
+    manifest = read_manifest(folder.parent / "out")
+    assert [row["split"] for _, row in sorted(rows.items())] == ["train"] * 4 + ["test"] * 2
     assert manifest.not_annotated == ("Enlarged Cardiomediastinum", "Support Devices")
-    tables = [pa.ipc.open_file(out / split.table).read_all() for split in manifest.splits.values()]
-    rows = {int(row["key"], 16): row for row in pa.concat_tables(tables).to_pylist()}
     kept = [label for label in LABELS if label not in manifest.not_annotated]
     assert {
         number: {label: row[label] for label in kept if row[label] != 0} for number, row in rows.items()
