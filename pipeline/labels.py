@@ -1,7 +1,6 @@
-"""CheXpert CSV → label table, with raw states; the labels, views and patients of a table.
+"""The labels, views and patients of a label table, which `pipeline.sources` reads from a dataset.
 
-Input:  `train.csv`, `valid.csv` (or `.csv.gz`) as Stanford ships them; columns are addressed by name.
-Output: an Arrow table with one row per image:
+An Arrow table with one row per image:
     path        string   as in the CSV, <folders>/<patient>/<study>/<view file>: never absolute, no `..`
     key         string   `patient00001_study1_view1_frontal`, unique
     patient     string   `patient00001`
@@ -11,7 +10,6 @@ Output: an Arrow table with one row per image:
     age         int16    years
     projection  string   AP, PA, LL, RL; null on laterals
     <14 labels> int8     1 positive, 0 negative, -1 uncertain, null blank (not mentioned), -2 not annotated
-The test set's CSVs have only paths and labels: the view comes from the file name, the other facts are null.
 
 The raw states are kept everywhere: `policies` turns them into targets only when labels are read for training. Not
 annotated means that nobody looked for the finding, so the cell says nothing under any policy.

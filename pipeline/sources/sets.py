@@ -106,5 +106,5 @@ def find_set(folder: Path, name: str | None = None) -> tuple[str, dict[str, Path
 def read_any_table(csv: Path) -> pa.Table:
     """The label table of one CSV of any set, told by its columns. Raises DataError, naming file, line and column."""
     header = read_header(csv)
-    told = (kind for kind in KNOWN.values() if next(iter(kind.columns)) in header)
-    return next(told, chexpert.SET).read_table(csv)
+    kinds = (kind for kind in KNOWN.values() if next(iter(kind.columns)) in header)
+    return next(kinds, chexpert.SET).read_table(csv)

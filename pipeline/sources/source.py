@@ -96,7 +96,7 @@ SEX, PROJECTION = (Column(f"(?P<{name}>.*)", "", optional=True) for name in ("se
 
 @dataclass(frozen=True)
 class DataSet:
-    """A kind of data set: its terms, the table that tells it, and what that table's columns hold.
+    """A kind of dataset: its terms, the table that lists its images, and what the columns of that table hold.
 
     A set that takes more than one table, or another way to its labels, is a class of its own with other methods.
     Methods raise DataError, naming file, line and column.
@@ -107,16 +107,13 @@ class DataSet:
     columns: dict[str, Column] = field(default_factory=dict)  # the first is one that no other set has
     # Further fields, made of those of the columns: "key": "{patient}_study{study}".
     templates: Mapping[str, str] = field(default_factory=dict)
-    findings: tuple[str, str] = (
-        "",
-        "",
-    )  # the column that lists them, by findings.csv, and what is between two
+    # The column that lists findings, with the names of findings.csv, and their separator.
+    findings: tuple[str, str] = ("", "")
     facts: tuple[str, ...] = ()  # columns that are kept as they are, if the table has them
-    places: tuple[tuple[str, str], ...] = (
-        ("", ""),
-    )  # folders in a root, and the suffix that images have there
-    files: str = ""  # that tell the set, in words
-    is_joined: bool = False  # from tables of which none alone will do
+    # Folders below a root that may hold the images, and the suffix of the images in them.
+    places: tuple[tuple[str, str], ...] = (("", ""),)
+    files: str = ""  # by which a folder is recognized, in words
+    is_joined: bool = False  # from several tables
     numbers_studies: bool = False  # here, as its tables do not
 
     def find_tables(self, folder: Path) -> dict[str, Path] | None:
@@ -157,8 +154,8 @@ class DataSet:
 
     def read_fields(self, csv: Path, text: pa.Table) -> dict[str, pa.Array]:
         """The fields of each image."""
-        there = {name: column for name, column in self.columns.items() if name in text.column_names}
-        fields = read_cells(csv, [(name, text[name], column) for name, column in there.items()])
+        present = [(name, column) for name, column in self.columns.items() if name in text.column_names]
+        fields = read_cells(csv, [(name, text[name], column) for name, column in present])
         for name, template in self.templates.items():
             fields[name] = fill(template, fields)
         if "key" not in fields:
