@@ -205,7 +205,7 @@ def train(name: str, source: Path, setting: Setting, seed: int, films: int, star
             images, target, mask = map(torch.as_tensor, next(batches))
             waiting += time.time() - asked
             set_lr(optimizer, scheduled_lr(LR, step, total))
-            inputs = augment(images, MEAN, STD, seed, *divmod(step, steps))
+            inputs = augment(images, MEAN, STD, (seed, *divmod(step, steps)))
             logits = network(inputs.contiguous(memory_format=torch.channels_last))
             optimizer.zero_grad()
             loss(logits, target, mask).backward()

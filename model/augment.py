@@ -41,9 +41,7 @@ def augment(
     images: Tensor,
     mean: float,
     std: float,
-    seed: int,
-    epoch: int,
-    step: int,
+    at: tuple[int, int, int],
     kind: Augmentation = AUGMENTATIONS["affine"],
     places: npt.NDArray[np.int64] | None = None,
     total: int | None = None,
@@ -51,12 +49,13 @@ def augment(
     """Normalized float32 images [B, 1, H, W]: random affine, crop, contrast and brightness; no flip.
 
     No flip, because the heart's side is a finding. Areas that the affine map uncovers are filled from the border.
-    Affine map, crop and change of aspect are a single interpolation. `places` [B] are the images' positions in a batch
-    of `total` (None: this is the whole batch): a part of a batch is transformed as it is in the whole. With
-    `kind.robust` the images are equalized instead of normalized by `mean` and `std`.
+    Affine map, crop and change of aspect are a single interpolation. The seed, epoch and step in `at` decide the draws.
+    `places` [B] are the images' positions in a batch of `total` (None: this is the whole batch): a part of a batch is
+    transformed as it is in the whole. With `kind.robust` the images are equalized instead of normalized by `mean` and
+    `std`.
     """
     rows, total = slice(None) if places is None else torch.from_numpy(places), total or len(images)
-    generator = torch.Generator().manual_seed(_stream_seed(seed, epoch, step))
+    generator = torch.Generator().manual_seed(_stream_seed(*at))
     # [B, 6] in (-1, 1): rotation, shift x, shift y, scale, brightness, contrast
     draws = _draw(total, 6, generator)[rows]
     theta = affine_matrices(draws[:, :4]) @ crop_matrices(_draw(total, 3, generator)[rows], kind.crop)

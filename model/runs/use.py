@@ -413,7 +413,9 @@ def inputs_command(given: Inputs) -> None:
 
     def vary(images: npt.NDArray[np.uint8]) -> list[npt.NDArray[np.uint8]]:
         batch = torch.from_numpy(images)[:, None]
-        inputs = [augment(batch, mean, std, seed, epoch, 0, AUGMENTATIONS[kind]) for epoch in range(VARIANTS)]
+        inputs = [
+            augment(batch, mean, std, (seed, epoch, 0), AUGMENTATIONS[kind]) for epoch in range(VARIANTS)
+        ]
         return [(one * std + mean).round().clamp(0, 255)[:, 0].byte().numpy() for one in inputs]
 
     # A sheet that says sex=Female beside keys would tell of patients: it says that there were conditions.

@@ -139,7 +139,7 @@ def test_variants_are_what_training_sees(
     mean, std = manifest.pixels["mean"], manifest.pixels["std"]
     expected = [batch.images[:, 0]]
     for epoch in range(4):
-        inputs = augment(torch.from_numpy(batch.images), mean, std, 7, epoch, 0, AUGMENTATIONS[kind])
+        inputs = augment(torch.from_numpy(batch.images), mean, std, (7, epoch, 0), AUGMENTATIONS[kind])
         expected.append((inputs * std + mean).round().clamp(0, 255)[:, 0].byte().numpy())
     sheet = np.asarray(Image.open(out).convert("RGB"))[..., 0]
     for column, variants in enumerate(expected):
