@@ -17,11 +17,10 @@ from scipy.special import ndtri as quantile
 
 from pipeline.labels import LABELS
 from pipeline.measure.belief import assess_belief
-from pipeline.measure.bootstrap import draw_counts
 from pipeline.measure.calibration import Calibration
 from pipeline.measure.delong import combine_limits, measure_areas
 from pipeline.measure.evaluate import Scored, assess_groups
-from pipeline.measure.metrics import wilson_limits
+from pipeline.measure.metrics import draw_counts, wilson_limits
 
 PATIENTS = 200
 RESAMPLES = 1000

@@ -16,7 +16,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.labels import name_ages
-from pipeline.measure.bootstrap import interval, resample_auprc, resampled_mean
 from pipeline.measure.calibration import Calibration, apply_calibration, fit_calibration
 from pipeline.measure.delong import Areas, combine_limits, measure_areas, weigh_labels
 from pipeline.measure.evaluation import UNITS, Evaluation
@@ -35,10 +34,13 @@ from pipeline.measure.metrics import (
     calibration_error,
     count_classes,
     decide,
+    interval,
     label_cells,
     mean_of,
     measure_rates,
     report_auroc,
+    resample_auprc,
+    resampled_mean,
     subtract,
     subtract_independent,
     wilson_limits,

@@ -17,7 +17,6 @@ from pipeline.labels import find_unannotated
 from pipeline.manifest import name_facts
 from pipeline.measure.audit import find_covariates, find_strata
 from pipeline.measure.belief import add_belief
-from pipeline.measure.bootstrap import interval, resample_auprc, resampled_mean
 from pipeline.measure.delong import combine_limits, measure_areas, weigh_labels
 from pipeline.measure.evaluate import Scored, assess, average, study_level
 from pipeline.measure.evaluation import COMMON, OWN, UNITS, Evaluation, Row
@@ -26,10 +25,13 @@ from pipeline.measure.metrics import (
     Floats,
     areas,
     count_classes,
+    interval,
     label_cells,
     mean_of,
     measure_rates,
     report_auroc,
+    resample_auprc,
+    resampled_mean,
     subtract,
     subtract_independent,
     threshold_curve,

@@ -6,8 +6,8 @@ import numpy.typing as npt
 import pytest
 from sklearn.metrics import average_precision_score
 
-from pipeline.measure import bootstrap
-from pipeline.measure.bootstrap import draw_counts, interval, resample_auprc
+from pipeline.measure import metrics
+from pipeline.measure.metrics import draw_counts, interval, resample_auprc
 
 
 def draw_rows(rows: int, labels: int, seed: int = 0) -> tuple[Any, Any, Any, Any]:
@@ -25,7 +25,7 @@ def resample(rows: Sequence[Any], resamples: int = 50, seed: int = 1) -> npt.NDA
 
 
 def test_resamples_equal_a_loop_over_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bootstrap, "BLOCK_CELLS", 120 * 7)  # blocks that do not divide the resamples
+    monkeypatch.setattr(metrics, "BLOCK_CELLS", 120 * 7)  # blocks that do not divide the resamples
     scores, target, mask, patient = draw_rows(120, 3)
     target[:, 1] = np.arange(120) < 2  # lost in many resamples
     mask[:, 1] = True

@@ -8,7 +8,6 @@ import pytest
 from sklearn.metrics import average_precision_score, recall_score, roc_auc_score
 
 from pipeline import DataError
-from pipeline.measure.bootstrap import resample_auprc
 from pipeline.measure.calibration import Calibration, apply_calibration
 from pipeline.measure.delong import combine_limits, measure_areas
 from pipeline.measure.evaluate import (
@@ -22,7 +21,14 @@ from pipeline.measure.evaluate import (
 )
 from pipeline.measure.evaluation import MEANS, Evaluation, read_evaluation
 from pipeline.measure.judge import add_other
-from pipeline.measure.metrics import COMPETITION, brier_score, decide, report_auroc, wilson_limits
+from pipeline.measure.metrics import (
+    COMPETITION,
+    brier_score,
+    decide,
+    report_auroc,
+    resample_auprc,
+    wilson_limits,
+)
 
 NAMES = [*COMPETITION, "Fracture", "Rare"]
 
