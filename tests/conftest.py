@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
@@ -188,19 +187,6 @@ def shipped_table(name: str) -> Path:
 def real_csv() -> Path:
     """CheXpert's real train.csv with 223,414 rows."""
     return shipped_table("chexpert_train.csv.gz")
-
-
-@pytest.fixture
-def edit_csv(chexpert: Path) -> Callable[[str, str], None]:
-    """Replace text in train.csv."""
-
-    def edit(old: str, new: str) -> None:
-        path = chexpert / "train.csv"
-        text = path.read_text()
-        assert old in text
-        path.write_text(text.replace(old, new, 1))
-
-    return edit
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,6 @@ from pipeline.measure.audit import (
 )
 from pipeline.measure.delong import score_limits, score_variance
 
-PNEUMONIA = LABELS.index("Pneumonia")
 Array = npt.NDArray[Any]
 
 
