@@ -34,8 +34,8 @@ CUED = "cued --images 1000 --shortcut Atelectasis=corners:0.9 --shortcut Pneumon
 FILMS = " ".join(f"sample/CheXpert-v1.0-small/valid/patient{number:05}" for number in range(580, 592))
 PREDICT = ".venv/bin/python -m train predict"
 COMMANDS = {  # what makes what is in WORK, besides make train
-    "shards/films/manifest.json": "make shards DATA=sample OUT=shards/films SIZE=320 DEV=0.2",
-    "labels.html": ".venv/bin/pipeline stats shards/films --policy best --html labels.html",
+    "shards/synthetic/manifest.json": "make shards DATA=sample OUT=shards/synthetic SIZE=320 DEV=0.2",
+    "labels.html": ".venv/bin/pipeline stats shards/synthetic --policy best --html labels.html",
     "shards/cued/manifest.json": f".venv/bin/pipeline sample {CUED} && .venv/bin/pipeline shards cued shards/cued",
     "audit.html": ".venv/bin/pipeline audit shards/cued --html audit.html",
     f"{RUN}/predictions.csv": f"make predict IMAGES='{FILMS}'",
@@ -124,7 +124,7 @@ def draw_recording(lines: list[tuple[float, str]]) -> str:
 
 def compose_front() -> str:
     """A page of synthetic images, the report's ROC curves and predict's heat maps."""
-    split = open_split(WORK / "shards/films", read_manifest(WORK / "shards/films"), "train")
+    split = open_split(WORK / "shards/synthetic", read_manifest(WORK / "shards/synthetic"), "train")
     rows = spread_rows(np.arange(split.table.num_rows), 6, seed=1)
     captions = [describe_sample(row)[1:] for row in split.table.take(rows).to_pylist()]
     tiles = [fit(film, 256) for film in read_images(split, rows)]
