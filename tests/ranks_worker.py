@@ -2,7 +2,8 @@
 
     torchrun … tests/ranks_worker.py OUT STEPS <options of train.py>
 
-Writes OUT/<rank>.npz: the rows of each step's slice, the loss of the whole batch, and the first gradients.
+Writes OUT/<rank>.npz: the rows of each step's slice, the loss of the whole batch, the first gradients, and the final
+weights.
 """
 
 import sys
@@ -56,7 +57,8 @@ def run_steps(job: Job) -> None:
             gradients.append(torch.cat([one.flatten() for one in given if one is not None]).numpy())
     out = Path(sys.argv[1])
     out.mkdir(exist_ok=True)
-    np.savez(out / f"{job.ranks.rank}.npz", rows=rows, losses=losses, gradients=gradients)
+    weights = torch.cat([parameter.detach().flatten() for parameter in state.network.parameters()])
+    np.savez(out / f"{job.ranks.rank}.npz", rows=rows, losses=losses, gradients=gradients, weights=weights)
 
 
 with patch.object(train, "build_network", build_frozen), patch.object(commands, "print_run"):
