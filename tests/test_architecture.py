@@ -157,7 +157,7 @@ def test_a_command_line_that_trains_nothing_does_not_wait_for_torch() -> None:
         "evaluate --shards no --run r": 1,
         "predict --run r --out scores.csv tests": 1,
         "export --run r --out model.onnx": 1,
-        "embed tests --shards no --out train.parquet": 1,
+        "embed rescnn --pretrained --shards no --out train.parquet": 1,
         "inputs --shards no --out inputs.png": 1,
         "localize --shards no --run r --boxes README.md": 1,
     }

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from model.names import check_arch
 from model.runs import use
 from model.runs.config import (
     Config,
@@ -31,7 +32,7 @@ from model.runs.config import (
 from pipeline.base.errors import needs
 from pipeline.base.files import check_folder
 from pipeline.base.options import option
-from pipeline.command import EXISTING, FILE, Fields, Several, command
+from pipeline.command import FILE, Fields, Several, command
 from pipeline.console import count_of, echo, refuse_usage, say, say_next
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ class Cross:
 class Embedding(SharedImages, Workers, OwnData):
     """What `embed` takes of its own."""
 
-    run: Path = option(..., argument=True, type=EXISTING)
+    source: str = option(..., argument=True, metavar="RUN_OR_ARCH")
     split: str = option("train", "Split to score; --shards may differ from the training shards.")
     out: Path = option(..., ".arrow or .parquet", type=FILE)
 
@@ -168,24 +169,44 @@ def cross_command(train: Train, given: Cross, setup: Setup, config: Config) -> i
     return 0
 
 
-@command("embed", Embedding, example="python -m train embed runs/first --split train --out train.parquet")
-def embed_command(given: Embedding) -> int:
-    """Write the embeddings (input of the last layer) of a split by a run.
+@command(
+    "embed",
+    Embedding,
+    Fields(Setup, ("init",)),
+    Fields(Config, ("pretrained", "image_size")),
+    example="python -m train embed runs/first --split train --out train.parquet",
+)
+def embed_command(given: Embedding, setup: Setup, config: Config) -> int:
+    """Write the embeddings (input of the last layer) of a split by a run, or by a network with --init or --pretrained.
 
     A table of keys, patients, labels and embeddings, for models that are fitted on top.
     """
-    run, out, data = given.run, given.out, given.of(given.run)
+    run, out = Path(given.source), given.out
+    data = given.of(run)
+    setup = replace(
+        setup, workers=given.workers, shards=data.shards, cache=data.cache, cache_size=data.cache_size
+    )
+    started = config.pretrained or setup.init is not None
     refuse_usage(out.suffix not in (".arrow", ".parquet"), f"--out {out}: it must end in .arrow or .parquet")
     check_folder(out)
-    check_folders(data.shards, [run])
-    from model.runs.embeddings import embed_split, write_embeddings
-    from model.runs.job import Job, choose_device
+    if run.is_dir():
+        refuse_usage(started or config.image_size, f"{run} is a run: it has its own weights and image size")
+    else:
+        refuse_usage(not started, f"{run} is no folder, and a network needs --init or --pretrained")
+        config = replace(config, arch=check_arch(given.source), amp="off", uncertain="ignore", blank="ignore")
+    check_folders(setup.shards, [run] if run.is_dir() else [])
+    from model.runs.embeddings import embed_split, open_encoder, start_encoder, write_embeddings
+    from model.runs.job import Job, choose_device, open_job
 
-    setup = Setup(workers=given.workers)
-    job = Job(
-        read_config(run), data.open(), run, *choose_device("off"), setup, shared_images=given.shared_images
-    )
-    table = embed_split(job, given.split)
+    if run.is_dir():
+        job = Job(read_config(run), setup.open(), run, *choose_device("off"), setup)
+        encoder = open_encoder(job)
+    else:
+        job = open_job(config, setup, run)
+        encoder = start_encoder(job)
+        # The weights come from elsewhere: these shards are not their own, whatever the job would learn from them.
+        job = replace(job, config=replace(job.config, manifest=""))
+    table = embed_split(replace(job, shared_images=given.shared_images), given.split, encoder)
     write_embeddings(out, table)
     echo(f"{out}: {count_of(len(table), 'image')}, {table['embedding'].type.list_size} features each")
     return 0

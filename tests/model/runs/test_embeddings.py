@@ -1,14 +1,17 @@
 """Embeddings as a table, and training with a frozen backbone."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
+import click
 import numpy as np
 import pyarrow as pa
 import pyarrow.feather as feather
 import pyarrow.parquet as pq
 import pytest
 import torch
+from torchvision.models import resnet18
 
 import train
 from model import networks
@@ -54,6 +57,21 @@ def test_a_runs_embeddings_are_what_its_last_layer_takes(
     np.testing.assert_allclose(values_of(arrow), expected, rtol=0, atol=1e-5)
 
 
+@torch.no_grad()
+def test_a_networks_embeddings_are_torchvisions(sample_shards: tuple[Path, Manifest], tmp_path: Path) -> None:
+    theirs = resnet18().eval()
+    torch.save(theirs.state_dict(), tmp_path / "weights.pth")
+    words = ("embed", "resnet18", "--init", tmp_path / "weights.pth", "--image-size", 32, "--split", "dev")
+    assert call_train(*words, "--shards", sample_shards[0], "--out", tmp_path / "dev.arrow") == 0
+    theirs.fc = torch.nn.Identity()
+    shards = open_shards(sample_shards[0])
+    (batch,) = shards["dev"].batches(len(shards["dev"].table), 32, epoch=None)
+    pixels = shards.manifest.pixels
+    inputs = (torch.from_numpy(batch.images).float() - pixels["mean"]) / pixels["std"]
+    found = values_of(feather.read_table(tmp_path / "dev.arrow"))
+    np.testing.assert_allclose(found, theirs(inputs.expand(-1, 3, -1, -1)), rtol=0, atol=1e-5)
+
+
 def test_a_network_that_does_not_end_in_a_linear_layer_has_no_embeddings() -> None:
     network = build_network("rescnn", 14).eval()
     network.register_forward_hook(lambda _, __, logits: 2 * logits)
@@ -73,3 +91,21 @@ def test_only_the_last_layer_learns(
     assert changed == {"head.2.weight", "head.2.bias"}
     optimizer = load_checkpoint(job.run / "last.pt")["optimizer"]
     assert [tuple(state["exp_avg"].shape) for state in optimizer["state"].values()] == [(14, 32), (14,)]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["resnet18"], "resnet18 is no folder, and a network needs --init or --pretrained"),
+        (["{run}", "--pretrained"], "{run} is a run: it has its own weights and image size"),
+        (["{run}", "--out", "e.csv"], "--out e.csv: it must end in .arrow or .parquet"),
+    ],
+)
+def test_what_cannot_be_embedded_is_a_usage_error(
+    one_epoch: Path,
+    words: list[str],
+    message: str,
+) -> None:
+    typed = [word.format(run=one_epoch) for word in words]
+    with pytest.raises(click.UsageError, match=f"^{re.escape(message.format(run=one_epoch))}$"):
+        call_train("embed", "--out", "e.arrow", *typed)
