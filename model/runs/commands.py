@@ -217,10 +217,13 @@ def is_finished(config: Config, setup: Setup, run: Path) -> bool:
     if not is_reported(run):
         return False
     start = open_start(config, setup.init)
-    if resolve_config(config, setup.open(), setup.teacher, start) != read_config(run):
+    if resolve_config(config, setup.open(), setup.teacher, start) != replace(read_config(run), extended=()):
         return False  # `open_run` says how they differ
     done = json.loads((run / "metrics.jsonl").read_bytes().splitlines()[-1])["step"]
-    say(f"{run}: finished, after step {done:,}; to train further, start another `run` with `init` {run}")
+    say(
+        f"{run}: finished, after step {done:,}; to train further, raise `epochs`, or start another `run` with "
+        f"`init` {run}"
+    )
     return True
 
 

@@ -197,6 +197,7 @@ class Config:
     )
     # Mean and deviation of gray levels that the input is normalized by; empty: the shards'.
     input_scale: tuple[float, ...] = ()
+    extended: tuple[int, ...] = ()  # earlier values of `epochs`, each trained to its end by its own schedule
     equalize: bool = False  # the network equalizes its films: one that is or was `robust`
     choose_by: str = run_option(
         "all",

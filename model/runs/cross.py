@@ -64,7 +64,7 @@ def train_runs(
                 replace(jobs[str(run)], shards=alone.shards), _choose_split(alone.shards), read_seen(run)
             )
     for job in made.values():
-        if not (is_reported(job.run) and read_config(job.run) == job.config):
+        if not (is_reported(job.run) and replace(read_config(job.run), extended=()) == job.config):
             train(job)
     return jobs
 
