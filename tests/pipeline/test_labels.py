@@ -126,6 +126,18 @@ def test_ignoring_both_equals_torchxrayvision(real_table: Any, xrv: Any) -> None
         assert (labels[~same] == 0).all()
 
 
+def test_best_equals_libaucs_rule_but_for_pleural_effusion(real_table: Any, real_frame: pd.DataFrame) -> None:
+    """Its documented rule (libauc/datasets/chexpert.py), because its loader does nothing under pandas 3."""
+    target, mask = make_targets(real_table, parse_uncertain_policy("best"), "zeros", seed=0)
+    assert mask.all()
+    for label, ours in zip(LABELS, target.T, strict=True):
+        theirs = real_frame[label].replace(-1, 1 if label in ("Edema", "Atelectasis") else 0).fillna(0)
+        # Of an effusion it makes 0 too, where `best` draws from .55 to .85.
+        smooth = (real_frame[label] == -1) & (label == "Pleural Effusion")
+        np.testing.assert_array_equal(ours[~smooth], theirs[~smooth])
+        assert ((ours[smooth] >= 0.55) & (ours[smooth] <= 0.85)).all()
+
+
 @pytest.mark.parametrize("policy", ["best", "ignore", "multiclass", "selftrained"])
 @pytest.mark.parametrize("blank", ["zeros", "ignore"])
 def test_labels_with_one_class_equal_pandas(

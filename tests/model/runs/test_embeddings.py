@@ -1,5 +1,6 @@
 """Embeddings as a table, and training with a frozen backbone."""
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from torchvision.models import resnet18
 
 import train
 from model import networks
-from model.checkpoint import load_checkpoint
+from model.checkpoint import load_checkpoint, save_checkpoint
 from model.frozen import embed
 from model.networks import build_network
 from model.runs import embeddings
@@ -70,6 +71,22 @@ def test_a_networks_embeddings_are_torchvisions(sample_shards: tuple[Path, Manif
     inputs = (torch.from_numpy(batch.images).float() - pixels["mean"]) / pixels["std"]
     found = values_of(feather.read_table(tmp_path / "dev.arrow"))
     np.testing.assert_allclose(found, theirs(inputs.expand(-1, 3, -1, -1)), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("equalize", [False, True])
+def test_weights_of_a_run_take_images_as_it_did(
+    run: Path, originals: Path, tmp_path: Path, equalize: bool
+) -> None:
+    """On shards of other gray levels, too."""
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {"equalize": equalize}))
+    save_checkpoint(run / "best.pt", load_checkpoint(run / "best.pt") | {"equalize": equalize})
+    again, shards = tmp_path / "again", ("--shards", originals / "shards")
+    assert call_train("adopt", "--init", run / "best.pt", *shards, "--run", again, "--workers", 1) == 0
+    for source in (run, again):
+        assert call_train("embed", source, *shards, "--split", "valid", "--out", f"{source}.arrow") == 0
+    ours, theirs = (values_of(feather.read_table(f"{source}.arrow")) for source in (again, run))
+    np.testing.assert_array_equal(ours, theirs)
 
 
 def test_a_network_that_does_not_end_in_a_linear_layer_has_no_embeddings() -> None:

@@ -1147,6 +1147,7 @@ train --shards gs://bucket/shards --run {run} > 1 Error: shards cannot be read f
 --layer-decay 1.1 > 2 '--layer-decay': 1.1 is not in
 train --shards {shards} > 2 Missing option '--run'.
 --lr nan > 2 '--lr': nan is not a fin
+--seed 9223372036854775808 > 2 '--seed': 9223372036854775808 is not in the range
 --loss aucm --accumulate 2 > 2 Error: --loss aucm is of a whole batch: it does not go with --accumulate
 --balance Edema --pos-weight > 2 Error: --balance goes neither with --loss aucm nor with --pos-weight: each corrects
 --balance-over sex > 2 Error: --balance-over is for the label of --balance: it needs one

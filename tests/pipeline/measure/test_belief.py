@@ -125,6 +125,18 @@ def test_a_score_that_is_the_patient_number_is_never_cleared(seed: int, rows: in
         assert belief["mark"] == "shown"
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_an_honest_score_is_not_condemned_by_covariates_of_no_effect(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    truth = np.arange(200) < 25
+    score = random.normal(size=200) + 0.95 * truth  # an AUROC of .75
+    strata = {
+        name: random.choice(values, 200) for name, values in (("sex", ["F", "M"]), ("view", ["AP", "PA"]))
+    }
+    found = assess_belief(["Edema"], scored(truth * 1.0, score), {"x": random.normal(size=200)}, strata)
+    assert found["Edema"]["mark"] in ("none", "unclear")
+
+
 def test_many_weak_covariates_and_a_u_shaped_one_are_found_together() -> None:
     random = np.random.default_rng(0)
     truth = random.random(2000) < 0.3

@@ -10,6 +10,7 @@ from tests.layouts import PLUS_FILMS, PLUS_TABLE, SETS
 
 FILES = {
     "chexpert": ("chexpert", "CheXpert-v1.0-small/train.csv"),
+    "chexpert valid": ("chexpert", "CheXpert-v1.0-small/valid.csv"),
     "nih": ("nih", "Data_Entry_2017_v2020.csv"),
     "nih train": ("nih", "train_val_list.txt"),
     "nih test": ("nih", "test_list.txt"),
@@ -28,6 +29,7 @@ chexpert | ,Frontal, | ,Oblique, | , line 2, column Frontal/Lateral: 'Oblique' i
 chexpert | ale,6 | ale,young | , line 2, column Age: 'young0' is not a number of years
 chexpert | small/train/patient00001/study2/view1_frontal.jpg | ../../etc/passwd | , line 3, column Path: 'CheX
 chexpert | patient00001/study2/view1 | patient00001/study1/view1 | , lines 2 and 3: the same image patient00001
+chexpert valid | valid/patient00011 | valid/patient00001 | , line 4: patient00001 is in train.csv too; splits must not
 nih | Nodule,1 | Nodul,1 | , line 3, column Finding Labels: 'Nodul' is not a finding of this set
 nih | No Finding,0 | No Finding|Hernia,0 | , line 4, column Finding Labels: 'No Finding|Hernia' is No Finding and a find
 nih | ,58,M, | ,58,X, | , line 3, column Patient Gender: 'X' is neither M nor F
@@ -45,6 +47,7 @@ mimic labels | ,-1.0, | ,-2.0, | column Edema: '-2.0' is not a label: 1.0, 0.0, 
 plus | {PLUS_FILMS[2]} | train/person00002/st | , line 5, column path_to_image: 'train/person00002/st
 plus | valid\n | test\n | , line 6, column split: 'test' is none of train, valid
 plus | frontal_lateral | view | : column frontal_lateral is missing; it has path_to_image, path_to_dcm
+plus | valid/patient64541/study1 | valid/patient00001/study9 | patient00001 is in train and valid; splits must not share
 plus labels | : -1 | : -3 | , line 3, Edema: -3 is not a label: 1, 0, -1 or null
 plus labels | {{ | [ | : not readable as a JSON object a line
 padchest | 'rib fracture' | 'rib fractur' | , line 7, column Labels: 'rib fractur' is not a finding of this set

@@ -115,6 +115,14 @@ def test_a_folder_without_its_lists_or_of_another_set_is_named(folder: Path) -> 
     assert "'pad' is not one of 'chexpert-plus', 'mimic', 'nih', 'padchest', 'padchest-all'" in failed.stderr
 
 
+def test_a_patient_in_both_lists_is_refused(folder: Path) -> None:
+    train, test = (folder / nih.LISTS[split] for split in ("train", "test"))
+    train.write_text(train.read_text().replace("00000001_001.png\n", ""))
+    test.write_text(test.read_text() + "00000001_001.png\n")
+    failed = run_pipeline("shards", folder, folder.parent / "out")
+    assert failed.stderr == "Error: 00000001 is in train and test; splits must not share patients\n"
+
+
 def test_kaggle_s_copy_without_lists_is_train(folder: Path) -> None:
     for name in nih.LISTS.values():
         (folder / name).unlink()

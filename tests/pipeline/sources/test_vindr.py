@@ -6,6 +6,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from pipeline import DataError
 from pipeline.labels import LABELS
 from pipeline.manifest import read_manifest
 from pipeline.sources import vindr
@@ -72,6 +73,20 @@ def test_a_folder_becomes_shards_by_the_votes_of_its_readers(folder: Path) -> No
     facts = ("study", "view", "sex", "age", "projection")
     assert rows[0]["patient"] == rows[0]["key"]
     assert [rows[0][name] for name in facts] == [1, "frontal", None, None, "PA"]
+
+
+def test_an_image_is_taken_before_what_lies_beside_it(folder: Path) -> None:
+    """Of the same name: the DICOM before a mask, a PNG before a JPEG, and none before two of a kind."""
+    film = folder / "train" / f"{0:032x}.dicom"
+    paths, roots = [f"train/{film.name}"], [folder]
+    for suffix in (".png", ".jpg", ".npz"):
+        film.with_suffix(suffix).touch()
+    assert vindr.SET.locate(paths, roots) == [str(film)]
+    film.unlink()
+    assert vindr.SET.locate(paths, roots) == [str(film.with_suffix(".png"))]
+    film.with_suffix(".PNG").touch()
+    with pytest.raises(DataError, match=r"0\.PNG and 0+\.png: which of them is the image\? Move one away$"):
+        vindr.SET.locate(paths, roots)
 
 
 def test_three_readers_agree_on_a_tumor(folder: Path) -> None:

@@ -242,3 +242,11 @@ def test_a_bad_sample_is_named(tmp_path: Path, sample: dict[str, bytes], message
     with pytest.raises(DataError) as caught:
         SET.read(find_source(tmp_path, {}, [], "webdataset", columns))
     assert f"{path}: sample a/b{', ' if message.startswith('column') else ': '}{message}" in str(caught.value)
+
+
+def test_patients_are_not_shared_among_splits(tmp_path: Path) -> None:
+    for name in ("train", "test"):
+        write(tmp_path / f"{name}.tar", [{"__key__": name, "jpg": image(0), "cls": b"1", "txt": b"P1"}])
+    options = ("--set", "webdataset", "--columns", "patient=txt,Edema=cls", "--workers", 1)
+    failed = run_pipeline("shards", tmp_path, tmp_path / "out", *options)
+    assert failed.stderr.splitlines()[-1] == "Error: P1 is in test and train; splits must not share patients"
