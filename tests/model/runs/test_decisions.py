@@ -10,6 +10,8 @@ import pytest
 import torch
 from pandas import read_feather as read_frame
 
+from model.predict import predict_scores
+from model.runs.use import show_number
 from pipeline import DataError, open_shards
 from pipeline.labels import LABELS
 from pipeline.manifest import Manifest
@@ -77,3 +79,14 @@ def test_evaluate_predict_and_exports_decide_alike(
         call_train("export", "--run", run, "--out", tmp_path / "model.h5")
     with pytest.raises(DataError, match=f"^{tmp_path}/no/model.onnx: "):
         call_train("export", "--run", run, "--out", tmp_path / "no" / "model.onnx")
+
+
+def test_scores_at_the_extremes_do_not_tie() -> None:
+    """Neither calibrated nor as text: logits from -32 to 31.75, a quarter apart."""
+    images = torch.arange(256, dtype=torch.uint8).reshape(-1, 1, 1, 1)
+    scores = predict_scores(torch.nn.Flatten(), [0], [(images,)], 128.0, 4.0, torch.float32)[:, 0]
+    calibrated = apply_calibration(scores, {"temperature": 1.1, "bias": 0.5})
+    for found in (scores, calibrated):
+        written = np.array([float(show_number(score)) for score in found])
+        assert (np.diff(written) > 0).all()
+        np.testing.assert_allclose(written, found, rtol=1e-8)
