@@ -4,7 +4,8 @@
     for batch in shards["train"].batches(64, 224, epoch=0):
         ...  # batch.images uint8 [64, 1, 224, 224], batch.target float32 and batch.mask bool [64, 14]
 
-`BatchDataset(batches)` has them as tensors; the workers of a torch `DataLoader(dataset, batch_size=None)` share them.
+A torch `DataLoader(batches, batch_size=None)` shares them among its workers; `BatchDataset(batches)` has them as
+tensors without a loader.
 """
 
 from importlib import import_module

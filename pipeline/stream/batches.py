@@ -188,7 +188,7 @@ class BatchStream:
         stream.stages.insert(2, equalize)  # between decode and label
 
     Iterating starts at the first step or, once, at the state that `load_state_dict` was given. A stream is one epoch,
-    however often it is iterated. For torch's DataLoader, see BatchDataset.
+    however often it is iterated. Torch's DataLoader takes a LoaderStream.
     """
 
     def __init__(self, plan: Callable[[int], Iterator[Step]], *stages: Stage) -> None:
@@ -243,6 +243,7 @@ def stream_batches(
     size: int,
     threads: int = 2,
     bad: Unusable | None = None,
+    kind: type[BatchStream] = BatchStream,
 ) -> BatchStream:
     """The batches of a plan: of an epoch of training, or of all samples in table order.
 
@@ -252,7 +253,7 @@ def stream_batches(
     The unusable images that `bad` allows (none by default) are left out, or black and masked if they are a sample's
     only ones; more raise DataError naming shard and key.
     """
-    return BatchStream(
+    return kind(
         plan,
         partial(fetch, split=split),
         partial(decode, split=split, size=size, threads=threads, bad=bad or Unusable()),

@@ -1,5 +1,6 @@
 """Shards in a user's own code: `open_shards`, and what it returns."""
 
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -165,6 +166,9 @@ class Selection:
         else:
             plan = partial(plan_training, self.samples, batch_size, seed, epoch)
         plan = partial(plan, rank=how.rank, ranks=how.ranks)
-        return stream_batches(
-            self.split, cells, plan, size=size, threads=how.threads, bad=Unusable(how.max_bad)
-        )
+        bad, kind = Unusable(how.max_bad), BatchStream
+        if "torch.utils.data" in sys.modules:  # whose DataLoader then takes the stream
+            from pipeline.stream.loader import LoaderStream
+
+            kind = LoaderStream
+        return stream_batches(self.split, cells, plan, size=size, threads=how.threads, bad=bad, kind=kind)

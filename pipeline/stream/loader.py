@@ -1,10 +1,11 @@
 """A stream's batches for torch's DataLoader: the one module of this package that imports torch."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from pipeline.base.errors import MachineError, needs
-from pipeline.stream.batches import BatchStream
+from pipeline.stream.batches import Batch, BatchStream, Stage
+from pipeline.stream.plan import Step
 
 with needs("train"):
     import torch
@@ -13,27 +14,27 @@ with needs("train"):
 NOBODY = -1  # no iteration; a loader's is known by its seed, from 0 on
 
 
-class BatchDataset(IterableDataset[Any]):
-    """The batches of a stream, their arrays as tensors.
+class LoaderStream(BatchStream, IterableDataset[Any]):
+    """A stream that DataLoader(stream, batch_size=None) takes as it is, and converts to tensors.
 
-    The workers of a DataLoader(dataset, batch_size=None) share them: it yields them in the order of the plan for any
-    number of workers, each of which counts unusable images by itself. Start, position and length are the stream's.
+    The workers share the batches: the loader yields them in the order of the plan for any number of workers, each of
+    which counts unusable images by itself.
     """
 
-    def __init__(self, stream: BatchStream) -> None:
-        self.stream = stream
+    def __init__(self, plan: Callable[[int], Iterator[Step]], *stages: Stage) -> None:
+        super().__init__(plan, *stages)
         # How many states were loaded, the last one's step, and which iteration takes it; all workers see it.
         try:
-            self._loaded = torch.tensor([int(stream.step > 0), stream.step, NOBODY]).share_memory_()
+            self._loaded = torch.tensor([0, 0, NOBODY]).share_memory_()
         except RuntimeError as error:
             raise MachineError(f"shared memory: {error}; make room in it") from None
         self._known = 0  # states that this copy has seen
         self._mine: int | None = None  # the step of a state that was loaded in this worker
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Batch]:
         worker = get_worker_info()
         if worker is None:
-            return map(default_convert, self.stream)
+            return super().__iter__()
         loaded, start, taker = self._loaded.tolist()
         iteration = worker.seed - worker.id
         # A loader starts its workers from copies that never learn of each other: the first iteration signs.
@@ -44,7 +45,28 @@ class BatchDataset(IterableDataset[Any]):
         self._known = loaded
         if self._mine is not None:
             start, self._mine = self._mine, None
-        return map(default_convert, self.stream.run(start, worker.id, worker.num_workers))
+        return self.run(start, worker.id, worker.num_workers)
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """See BatchStream."""
+        super().load_state_dict(state)
+        if get_worker_info() is None:
+            self._loaded.copy_(torch.tensor([int(self._loaded[0]) + 1, self.step, NOBODY]))
+        else:
+            self._mine = self.step
+
+
+class BatchDataset(IterableDataset[Any]):
+    """The batches of a stream as tensors, with a DataLoader or without; start, position and length are the stream's."""
+
+    def __init__(self, stream: BatchStream) -> None:
+        if not isinstance(stream, LoaderStream):  # made before torch was there
+            start, stream = stream.state_dict(), LoaderStream(stream.plan, *stream.stages)
+            stream.load_state_dict(start)
+        self.stream = stream
+
+    def __iter__(self) -> Iterator[Any]:
+        return map(default_convert, self.stream)
 
     def __len__(self) -> int:
         return len(self.stream)
@@ -56,7 +78,3 @@ class BatchDataset(IterableDataset[Any]):
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """See BatchStream."""
         self.stream.load_state_dict(state)
-        if get_worker_info() is None:
-            self._loaded.copy_(torch.tensor([int(self._loaded[0]) + 1, self.stream.step, NOBODY]))
-        else:
-            self._mine = self.stream.step

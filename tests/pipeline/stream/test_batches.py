@@ -28,6 +28,7 @@ from pipeline.manifest import FACTS, Manifest, read_table
 from pipeline.policies import make_targets, parse_uncertain_policy
 from pipeline.stream import batches as stream
 from pipeline.stream.batches import Batch, BatchStream, Encoded, Labels, Unusable, stream_batches
+from pipeline.stream.loader import LoaderStream
 from pipeline.stream.plan import Rows, Samples, Weights, plan_evaluation, plan_training
 from pipeline.stream.samples import OpenSplit, find_images, find_studies, open_split
 from tests.conftest import REPOSITORY, make_shards
@@ -64,7 +65,7 @@ def training(
     """An epoch of training; of all images where no other samples are given."""
     samples = find_images(split) if samples is None else samples
     plan = partial(plan_training, samples, batch_size, 0, epoch, weights=weights, rank=rank, ranks=ranks)
-    stream_ = stream_batches(split, labels, plan, size=size, threads=threads, bad=bad)
+    stream_ = stream_batches(split, labels, plan, size=size, threads=threads, bad=bad, kind=LoaderStream)
     stream_.load_state_dict({"step": start_step})
     return stream_
 
@@ -215,10 +216,11 @@ def test_whoever_leaves_a_stream_finds_the_beginning_next(split: OpenSplit, labe
 
 
 @pytest.mark.parametrize(("workers", "persistent"), [(0, False), (1, True), (2, False), (3, True)])
+@pytest.mark.parametrize("wrap", [lambda stream: stream, BatchDataset])
 def test_a_loader_starts_over_after_it_was_left_early(
-    split: OpenSplit, labels: Labels, workers: int, persistent: bool
+    split: OpenSplit, labels: Labels, workers: int, persistent: bool, wrap: Callable[[BatchStream], Any]
 ) -> None:
-    dataset = BatchDataset(training(split, labels, size=16, start_step=1))
+    dataset = wrap(training(split, labels, size=16, start_step=1))
     loader: DataLoader[Any] = DataLoader(
         dataset, batch_size=None, num_workers=workers, persistent_workers=persistent
     )
