@@ -195,9 +195,7 @@ def train_epochs(job: Job, state: TrainState, data: TrainingData, watch: Watch) 
                 train_steps(job, state, data, epoch * steps + min(steps, (step // every + 1) * every), log)
             evaluations = finish_run(job)
         except Stopped:
-            if (
-                state.done > state.evaluated
-            ):  # else last.pt has it all, and what reports has drawn random numbers
+            if state.done > state.evaluated:  # else last.pt has it all, and what reports has drawn random numbers
                 check_losses(job, state, steps)  # of the steps since the last check
                 save_state(job, state)
             say(f"{job.run}: stopped and saved; the same command continues")
@@ -338,9 +336,7 @@ def check_losses(job: Job, state: TrainState, steps: int) -> float:
         for name, value in zip(("loss", "gradient's norm"), values, strict=True):
             if not math.isfinite(value):
                 epoch, step = divmod(number, steps)  # both from 0; the progress bar counts from 1
-                raise DivergedError(
-                    f"the {name} is {value} at epoch {epoch + 1}, step {step + 1}; try a lower `lr`"
-                )
+                raise DivergedError(f"the {name} is {value} at epoch {epoch + 1}, step {step + 1}; try a lower `lr`")
         state.loss_sum += values[0]
     state.losses.clear()
     return float(sums[:, 0].mean()) if len(sums) else math.nan
@@ -377,9 +373,7 @@ def evaluate_state(job: Job, state: TrainState, data: TrainingData, log: Log) ->
     chosen = job.config.choose_by
     score, macro = choice_score(line, chosen), choice_score(line, "all")
     if score is None or macro is None:  # now that unusable images are left out
-        raise DataError(
-            no_choice(job, [label for label in parse_choice(chosen) if line["labels"][label] is None])
-        )
+        raise DataError(no_choice(job, [label for label in parse_choice(chosen) if line["labels"][label] is None]))
     state.history.append(line)
     state.evaluated, state.loss_sum = state.done, 0.0
     is_best = score > state.best

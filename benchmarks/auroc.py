@@ -249,9 +249,7 @@ def describe(results: Mapping[str, Sequence[Result]], target: float) -> Iterator
 @click.command()
 @click.option("--images", default=20_000, show_default=True, help="Films to draw; not on the clock.")
 @click.option("--seeds", default=1, show_default=True, help="Rounds, each with other first weights.")
-@click.option(
-    "--target", default=0.9, show_default=True, help="Dev macro AUROC, of labels with 10 positives."
-)
+@click.option("--target", default=0.9, show_default=True, help="Dev macro AUROC, of labels with 10 positives.")
 @click.option("--size", default=96, show_default=True, help="Pixels of a side.")
 @click.option("--epochs", default=10, show_default=True, help="Length of the schedule.")
 @click.option("--every", default=100, show_default=True, help="Steps from one scoring of dev to the next.")

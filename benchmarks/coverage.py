@@ -35,9 +35,7 @@ def draw_films(random: np.random.Generator) -> Array:
     return np.repeat(np.arange(PATIENTS), random.choice([1, 2, 3], PATIENTS, p=[0.5, 0.3, 0.2]))
 
 
-def draw_alike(
-    random: np.random.Generator, patient: Array, share: float, shape: tuple[int, ...] = ()
-) -> Array:
+def draw_alike(random: np.random.Generator, patient: Array, share: float, shape: tuple[int, ...] = ()) -> Array:
     """Standard normal values per film, correlated by `share` within a patient: [films, *shape]."""
     own = random.normal(size=(PATIENTS, *shape))[patient]
     values: Array = share**0.5 * own + (1 - share) ** 0.5 * random.normal(size=(len(patient), *shape))
@@ -72,9 +70,7 @@ def compare_single(replicates: int, seed: int = 0) -> None:
     methods = ("percentile", "ours")
     print("| positives | AUROC |", " | ".join(methods), "| zero width: percentile, ours |")
     print("|---:" * (len(methods) + 3) + "|")
-    counts = np.concatenate(list(draw_counts(PATIENTS, RESAMPLES, RESAMPLES, seed)), axis=1).astype(
-        np.float32
-    )
+    counts = np.concatenate(list(draw_counts(PATIENTS, RESAMPLES, RESAMPLES, seed)), axis=1).astype(np.float32)
     for positives in POSITIVES:
         for true in AUROCS:
             random = np.random.default_rng([seed, positives, int(100 * true)])
@@ -91,9 +87,7 @@ def compare_single(replicates: int, seed: int = 0) -> None:
                 )
             holds = (found[..., 0] <= true) & (true <= found[..., 1])
             width = np.median(found[..., 1] - found[..., 0], axis=0)
-            cells = [
-                f"{share:.3f} ({size:.2f})" for share, size in zip(holds.mean(axis=0), width, strict=True)
-            ]
+            cells = [f"{share:.3f} ({size:.2f})" for share, size in zip(holds.mean(axis=0), width, strict=True)]
             flat = (found[..., 1] - found[..., 0] < 1e-9).mean(axis=0)
             print(
                 f"| {positives} | {true} |",
@@ -108,9 +102,7 @@ def compare_combined(replicates: int, seed: int = 1) -> None:
     print("\nMean of 5 labels, paired differences of one label and of the mean: percentile, ours")
     print("| positives | true AUROCs | one label's difference | mean | mean's difference |")
     print("|---:|---|---:|---:|---:|")
-    counts = np.concatenate(list(draw_counts(PATIENTS, RESAMPLES // 2, RESAMPLES, seed)), axis=1).astype(
-        np.float32
-    )
+    counts = np.concatenate(list(draw_counts(PATIENTS, RESAMPLES // 2, RESAMPLES, seed)), axis=1).astype(np.float32)
     for positives in POSITIVES:
         for ours, theirs in ((0.7, 0.7), (0.85, 0.8), (0.95, 0.9)):
             random = np.random.default_rng([seed, positives, int(100 * ours)])
@@ -127,10 +119,7 @@ def compare_combined(replicates: int, seed: int = 1) -> None:
                 both = first.join(second)
                 drawn = np.array(
                     [
-                        [
-                            resampled(scores[:, label, run], truth[:, label], patient, counts)
-                            for label in range(5)
-                        ]
+                        [resampled(scores[:, label, run], truth[:, label], patient, counts) for label in range(5)]
                         for run in (0, 1)
                     ]
                 )
@@ -226,9 +215,7 @@ def count_verdicts(replicates: int) -> None:
                 score = noise[:, 0] + truth + covariates["number"]
             images_of = as_scored(score[:, None], truth[:, None], random)
             strata = {"sex": images_of.sex, "projection": images_of.projection}
-            verdict = assess_belief(["Edema"], images_of, covariates, strata).get("Edema", {"verdict": ""})[
-                "verdict"
-            ]
+            verdict = assess_belief(["Edema"], images_of, covariates, strata).get("Edema", {"verdict": ""})["verdict"]
             cleared = "no covariate" in verdict or "no shortcut" in verdict
             condemned = "nothing is left" in verdict or "shortcut shown" in verdict
             counts += (cleared, condemned, not cleared and not condemned)
@@ -245,9 +232,7 @@ def count_gaps(replicates: int) -> None:
         images = as_scored(random.normal(size=truth.shape) + 1.2 * truth, truth, random)
         groups = assess_groups(LABELS, images, dict.fromkeys(LABELS, fit))
         wide += any(of["low"] > 0 for group in groups.values() for of in group["tpr_gap_limits"].values())
-    print(
-        f"\nA fair network with some significant gap of sensitivity between groups: {wide / replicates:.0%}"
-    )
+    print(f"\nA fair network with some significant gap of sensitivity between groups: {wide / replicates:.0%}")
 
 
 PARTS: dict[str, Callable[[int], None]] = {
@@ -257,9 +242,7 @@ PARTS: dict[str, Callable[[int], None]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--replicates", type=int, default=2000)
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS))
     arguments = parser.parse_args()

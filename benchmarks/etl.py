@@ -124,9 +124,7 @@ def codec_loop(paths: list[Path]) -> float:
 
 @click.command()
 @click.option("--peers", type=click.Path(path_type=Path), help="Python that has img2dataset.")
-@click.option(
-    "--images", default=60_000, show_default=True, help="390×320 sources; a twentieth of 2828×2320 ones."
-)
+@click.option("--images", default=60_000, show_default=True, help="390×320 sources; a twentieth of 2828×2320 ones.")
 @click.option("--rounds", default=3, show_default=True)
 def main(peers: Path | None, images: int, rounds: int) -> None:
     """Print images/s and ratios for small and large sources."""
@@ -158,9 +156,7 @@ def main(peers: Path | None, images: int, rounds: int) -> None:
             ours = rates["pipeline shards"]
             for contestant, values in rates.items():
                 ratio = statistics.median(a / b for a, b in zip(ours, values, strict=True))
-                print(
-                    f"  {contestant:16} {statistics.median(values):8,.0f} images/s   ours is {ratio:.2f} of it"
-                )
+                print(f"  {contestant:16} {statistics.median(values):8,.0f} images/s   ours is {ratio:.2f} of it")
 
 
 if __name__ == "__main__":

@@ -139,9 +139,7 @@ def table() -> None:
             peaks = ", ".join(f"{role} {peak:,.0f} MB" for role, peak in memory[rows].items())
             print(f"{rows:,} rows: {seconds:,.1f} s; peak memory: {peaks}")
             stats = [
-                subprocess.run(
-                    [PIPELINE, "stats", where, *more, "--format", "json"], check=True, capture_output=True
-                )
+                subprocess.run([PIPELINE, "stats", where, *more, "--format", "json"], check=True, capture_output=True)
                 for where, more in ((out, []), (source / "train.csv", ["--views", "frontal"]))
             ]
             ours, real = (json.loads(run.stdout) for run in stats)
@@ -151,9 +149,7 @@ def table() -> None:
                 print(f"  {split}: {entry['samples']:,} samples, {entry['patients']:,} patients")
     few, many = memory.values()
     for role in ("parent", "worker"):
-        print(
-            f"{role}: {many[role] / few[role]:.2f} times the memory for {(len(lines) - 1) / 5000:.0f} times the rows"
-        )
+        print(f"{role}: {many[role] / few[role]:.2f} times the memory for {(len(lines) - 1) / 5000:.0f} times the rows")
 
 
 def draw_film(height: int, width: int, size: int) -> bytes:
@@ -207,13 +203,9 @@ def stages() -> None:
             image = prepare(jpeg, options).data
             cost += milliseconds(partial(check, image))
             hours = IMAGES * cost / 3.6e6
-            print(
-                f"  shards of {side}: {cost:.2f} ms an image, {hours:.2f} core hours; {len(image):,} bytes an image"
-            )
+            print(f"  shards of {side}: {cost:.2f} ms an image, {hours:.2f} core hours; {len(image):,} bytes an image")
             read = milliseconds(partial(stream, image, side))
-            print(
-                f"    streamed at {side}: {read:.2f} ms an image, {1000 / read:,.0f} images/s a core; for an H100:"
-            )
+            print(f"    streamed at {side}: {read:.2f} ms an image, {1000 / read:,.0f} images/s a core; for an H100:")
             for arch, (macs, share) in NETWORKS.items():
                 rate = share * H100 / (6e9 * macs * (side / 224) ** 2)
                 print(f"      {arch}: {rate * read / 1000:.1f} cores for {rate:,.0f} images/s")

@@ -43,9 +43,7 @@ def synchronize(device: torch.device) -> None:
 @click.option("--rounds", default=5, show_default=True)
 @click.option("--amp", default="auto", show_default=True)
 @click.option("--compile", "compiled", is_flag=True, help="Compile the network with torch.compile.")
-def main(
-    shards: str, arch: str, size: int, batch: int, steps: int, rounds: int, amp: str, compiled: bool
-) -> None:
+def main(shards: str, arch: str, size: int, batch: int, steps: int, rounds: int, amp: str, compiled: bool) -> None:
     """Print images/s of the three, and their ratios."""
     config = Config(arch=arch, image_size=size, batch_size=batch, amp=amp, compile=compiled)
     job = open_job(config, Setup(shards=(shards,)), Path("unused"))

@@ -223,9 +223,7 @@ def run_peer(peers: Path, folder: Path, action: str, name: str, data: Path, *mor
     temporary = folder / "tmp"
     temporary.mkdir(exist_ok=True)
     environment = os.environ | {"TMPDIR": str(temporary), "LITDATA_CACHE_DIR": str(temporary)}
-    run = subprocess.run(
-        list(map(str, command)), check=True, capture_output=True, text=True, cwd=ROOT, env=environment
-    )
+    run = subprocess.run(list(map(str, command)), check=True, capture_output=True, text=True, cwd=ROOT, env=environment)
     return run.stdout.strip().rpartition("\n")[2]
 
 
@@ -332,9 +330,7 @@ def print_memory(few: Path, many: Path) -> None:
     print(f"  an epoch of {FEW:7,} rows     {small:5,.0f} MB")
     print(f"  an epoch of {MANY:7,} rows     {large:5,.0f} MB   {large / small:.2f} of it")
     peaks = run_fresh(watch_epochs, few, 10)
-    print(
-        f"  ten epochs of {FEW:7,} rows   {peaks[-1]:5,.0f} MB   {peaks[-1] / peaks[0]:.2f} of the first one's"
-    )
+    print(f"  ten epochs of {FEW:7,} rows   {peaks[-1]:5,.0f} MB   {peaks[-1] / peaks[0]:.2f} of the first one's")
 
 
 def time_first_batch(shards: Path, share: float) -> float:
@@ -374,9 +370,7 @@ def print_shuffle(many: Path, epochs: int = 10) -> None:
     train = open_shards(many)["train"]
     sizes, split = train.samples.shard_sizes, train.split
     shard = split.shard
-    patient = np.array(
-        [int(patient.removeprefix("patient")) for patient in split.table["patient"].to_pylist()]
-    )
+    patient = np.array([int(patient.removeprefix("patient")) for patient in split.table["patient"].to_pylist()])
     orders: dict[str, Callable[[int], Rows]] = {
         "ours, windows of 16 shards": partial(epoch_order, sizes, 0),
         "webdataset, buffer of 5,000": partial(webdataset_order, sizes),
@@ -412,9 +406,7 @@ def print_shuffle(many: Path, epochs: int = 10) -> None:
     type=click.Path(path_type=Path),
     help="Python that has peers-stream.txt installed.",
 )
-@click.option(
-    "--images", default=6400, show_default=True, help="Read per turn; a multiple of 128, 1,280 at least."
-)
+@click.option("--images", default=6400, show_default=True, help="Read per turn; a multiple of 128, 1,280 at least.")
 @click.option("--rounds", default=5, show_default=True)
 def main(parts: tuple[str, ...], peers: Path, images: int, rounds: int) -> None:
     """Print the PARTS (all of them by default)."""

@@ -99,9 +99,7 @@ def litdata(source: Path) -> Batches:
     def transform(sample: dict[str, Any]) -> dict[str, Any]:
         return sample | {"image": to_gray(sample["image"])}
 
-    dataset = litdata.StreamingDataset(
-        str(source / "litdata"), shuffle=True, drop_last=True, transform=transform
-    )
+    dataset = litdata.StreamingDataset(str(source / "litdata"), shuffle=True, drop_last=True, transform=transform)
     for batch in litdata.StreamingDataLoader(dataset, batch_size=BATCH, num_workers=WORKERS):
         yield batch["image"], batch["labels"], batch["key"]
 
@@ -249,9 +247,7 @@ def prepare_energon(shards: Path) -> None:
     BaseWebdatasetFactory.prepare_dataset(
         folder, [file.name for file in files], split_parts_ratio=[("train", 1.0)], workers=WORKERS
     )
-    (folder / ".nv-meta" / "dataset.yaml").write_text(
-        "__module__: megatron.energon\n__class__: CrudeWebdataset\n"
-    )
+    (folder / ".nv-meta" / "dataset.yaml").write_text("__module__: megatron.energon\n__class__: CrudeWebdataset\n")
 
 
 def turboloader(shards: Path) -> Batches:
@@ -337,9 +333,7 @@ def datasets_streaming(shards: Path) -> Batches:
     def load(sample: dict[str, Any]) -> dict[str, Any]:
         return {"images": transform(sample["jpg"]), "labels": read_labels(sample["json"])}
 
-    films = datasets.load_dataset(
-        "webdataset", data_files=_list_shards(shards), split="train", streaming=True
-    )
+    films = datasets.load_dataset("webdataset", data_files=_list_shards(shards), split="train", streaming=True)
     films = films.cast_column("jpg", datasets.Image(mode="L")).shuffle(0, buffer_size=1000)
     films = films.map(load, remove_columns=["jpg", "json", "__url__"])
     for batch in DataLoader(films, BATCH, num_workers=WORKERS):

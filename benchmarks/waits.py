@@ -39,9 +39,7 @@ start = time.process_time()
 render_report("run", json.loads((run / "config.json").read_text()), history, evaluations, images)
 print(time.process_time() - start)
 """
-TRAIN = (
-    f"--shards {SHARDS} --run {RUN} --arch rescnn --lr 2e-3 --weight-decay 1e-2 --batch-size 32 --epochs 12"
-)
+TRAIN = f"--shards {SHARDS} --run {RUN} --arch rescnn --lr 2e-3 --weight-decay 1e-2 --batch-size 32 --epochs 12"
 COMMANDS = {  # name → words after `python`, and the CPU seconds they may take
     "pipeline --help": ("-m pipeline --help", 0.4),
     "train.py --help": ("train.py --help", 0.6),
@@ -62,9 +60,7 @@ def measure(checkout: Path, words: str) -> float:
         command = [sys.executable, *(DRAW if word == "DRAW" else word for word in script)]
         before = os.times()
         environment = os.environ | {"PYTHONPATH": str(checkout)}
-        ran = subprocess.run(
-            command, cwd=folder, env=environment, capture_output=True, text=True, check=False
-        )
+        ran = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
         after = os.times()
     if ran.returncode:
         raise click.ClickException(f"{checkout}: {words}: {ran.stderr.strip()}")
@@ -82,9 +78,7 @@ def main(against: Path | None, rounds: int) -> None:
     for name, (words, limit) in COMMANDS.items():
         taken = [[measure(checkout, words) for checkout in checkouts] for _ in range(rounds)]
         medians = [statistics.median(seconds) for seconds in zip(*taken, strict=True)]
-        click.echo(
-            f"{name:20}" + "".join(f"{seconds:8.2f} s" for seconds in medians) + f"   limit {limit:g} s"
-        )
+        click.echo(f"{name:20}" + "".join(f"{seconds:8.2f} s" for seconds in medians) + f"   limit {limit:g} s")
         slow |= medians[0] > limit
     sys.exit(slow)
 

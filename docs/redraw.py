@@ -114,9 +114,7 @@ def draw_recording(lines: list[tuple[float, str]]) -> str:
             console.print(*wrapped, sep="\n", no_wrap=True)
             clock, before, shown = clock + min(at - before, PAUSE), at, shown + len(wrapped)
             moments.append((clock, SPACING * (ROWS - shown)))
-    frames = (
-        f"{100 * at / (clock + HOLD):.2f}% {{{{ transform: translateY({y:.1f}px) }}}}" for at, y in moments
-    )
+    frames = (f"{100 * at / (clock + HOLD):.2f}% {{{{ transform: translateY({y:.1f}px) }}}}" for at, y in moments)
     places = {"bottom": ROWS * SPACING + 20, "window": ROWS * SPACING, "end": moments[-1][1]}
     svg = SVG % {**places, "seconds": clock + HOLD, "frames": " ".join(frames)}
     return console.export_svg(code_format=svg, unique_id="t")
@@ -128,9 +126,7 @@ def compose_front() -> str:
     rows = spread_rows(np.arange(split.table.num_rows), 6, seed=1)
     captions = [describe_sample(row)[1:] for row in split.table.take(rows).to_pylist()]
     tiles = [fit(film, 256) for film in read_images(split, rows)]
-    sheet = draw_sheet(
-        "Synthetic images: + positive, ? uncertain, − negative", tiles, captions, 3, text_size=20
-    )
+    sheet = draw_sheet("Synthetic images: + positive, ? uncertain, − negative", tiles, captions, 3, text_size=20)
     report, scores = (WORK / "report.html").read_text(), pd.read_csv(WORK / "maps.csv")
     named = f'<figure><svg[^>]*"ROC curve of (?:{"|".join(CURVES)})".*?</figure>'
     curves = re.findall(named, report, re.DOTALL)[: len(CURVES)]  # of valid, which comes first

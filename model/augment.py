@@ -66,9 +66,7 @@ def augment(
     brightness, contrast = draws.to(images.device, non_blocking=True)[:, 4:].T[..., None, None, None]
 
     films = equalize(images.float()) if kind.robust else images.float()
-    warped = F.grid_sample(
-        films, _sampling_grid(theta, *images.shape[2:]), padding_mode="border", align_corners=False
-    )
+    warped = F.grid_sample(films, _sampling_grid(theta, *images.shape[2:]), padding_mode="border", align_corners=False)
     if kind.robust:
         look = _draw(total, 11, generator)[rows].to(images.device, non_blocking=True)
         grain = torch.randn(images.shape[2:], generator=generator).to(images.device, non_blocking=True)
@@ -153,9 +151,7 @@ def crop_matrices(draws: Tensor, crop: float) -> Tensor:
     side = 1 - crop * (draws[:, 0] + 1) / 2
     place = draws[:, 1:] * (1 - side[:, None])
     zero, one = torch.zeros_like(side), torch.ones_like(side)
-    return torch.stack([side, zero, place[:, 0], zero, side, place[:, 1], zero, zero, one], dim=1).view(
-        -1, 3, 3
-    )
+    return torch.stack([side, zero, place[:, 0], zero, side, place[:, 1], zero, zero, one], dim=1).view(-1, 3, 3)
 
 
 def _sampling_grid(theta: Tensor, height: int, width: int) -> Tensor:

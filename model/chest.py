@@ -110,6 +110,5 @@ def name_outputs(weights: dict[str, Any], file: str) -> list[str]:
     thresholds = weights.get("op_threshs", torch.zeros(len(OUTPUTS))).tolist()
     untrained = _UNTRAINED.get(file.partition("-densenet121-")[0], set())
     return [
-        "" if value != value or name in untrained else name
-        for name, value in zip(OUTPUTS, thresholds, strict=True)
+        "" if value != value or name in untrained else name for name, value in zip(OUTPUTS, thresholds, strict=True)
     ]

@@ -136,18 +136,14 @@ def compare_scores(scores: Tensor, expected: Tensor) -> float:
     return difference
 
 
-def _as_pt2(
-    program: torch.export.ExportedProgram, images: Tensor, facts: Mapping[str, str]
-) -> tuple[bytes, Tensor]:
+def _as_pt2(program: torch.export.ExportedProgram, images: Tensor, facts: Mapping[str, str]) -> tuple[bytes, Tensor]:
     """The program as file content, and the scores that content gives for the images."""
     file = io.BytesIO()
     torch.export.save(program, file, extra_files={FACTS: json.dumps(dict(facts))})
     return file.getvalue(), torch.export.load(file).module()(images)[0]
 
 
-def _as_onnx(
-    program: torch.export.ExportedProgram, images: Tensor, facts: Mapping[str, str]
-) -> tuple[bytes, Tensor]:
+def _as_onnx(program: torch.export.ExportedProgram, images: Tensor, facts: Mapping[str, str]) -> tuple[bytes, Tensor]:
     """The program as ONNX file content, and the scores onnxruntime gives for the images."""
     with needs("onnx"):
         import onnxruntime

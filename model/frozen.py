@@ -63,8 +63,7 @@ def find_depths(network: nn.Module) -> dict[nn.Parameter, int]:
         begun = True
         blocks |= dict.fromkeys(part.parameters(), number)
     return {
-        parameter: number + 1 - blocks[parameter] if parameter in blocks else 0
-        for parameter in network.parameters()
+        parameter: number + 1 - blocks[parameter] if parameter in blocks else 0 for parameter in network.parameters()
     }
 
 

@@ -27,9 +27,7 @@ class StudyNetwork(nn.Module):
         self.place, head = find_head(network)
         network.set_submodule(self.place, nn.Identity())
         self.backbone, self.head = network.requires_grad_(not frozen), head
-        self.projection = nn.Parameter(
-            torch.zeros(len(PROJECTIONS), 2, head.in_features)
-        )  # scale - 1, and shift
+        self.projection = nn.Parameter(torch.zeros(len(PROJECTIONS), 2, head.in_features))  # scale - 1, and shift
         if fusion == "attention":
             # Zero: equal weights for all views.
             self.attention = as_head(nn.Linear(head.in_features, head.out_features, bias=False))

@@ -37,9 +37,7 @@ class Start(NamedTuple):
     digest: str  # sha256 of the file
     weights: Mapping[str, Tensor]
     left_out: Sequence[str] = ()  # tensors that are of no network, such as those of a loss
-    outputs: Sequence[
-        str
-    ] = ()  # what the head's outputs are, in their order; "" was not trained. Empty: not known
+    outputs: Sequence[str] = ()  # what the head's outputs are, in their order; "" was not trained. Empty: not known
     scale: tuple[float, ...] = ()  # mean and deviation of the gray levels they take; empty: not known
     equalize: bool = False  # whether films are equalized for them
     terms: str = NOT_STATED
@@ -79,9 +77,7 @@ def unwrap(saved: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[str]]:
     left_out: list[str] = []
     while prefix := next((text for text in PREFIXES if _is_usual(text, weights)), None):
         left_out += [name for name in weights if not name.startswith(prefix)]
-        weights = {
-            name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)
-        }
+        weights = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
     return weights, left_out
 
 

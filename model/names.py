@@ -69,9 +69,7 @@ def own_input(arch: str) -> Input | None:
     config = timm.get_pretrained_cfg(arch.removeprefix(TIMM))
     _, height, width = config.input_size
     if height != width:
-        raise DataError(
-            f"'{arch}' takes images of {height}×{width}, and these are square: choose another `arch`"
-        )
+        raise DataError(f"'{arch}' takes images of {height}×{width}, and these are square: choose another `arch`")
     mean, std = (255 * sum(values) / len(values) for values in (config.mean, config.std))
     return Input(height, config.fixed_input_size, round(mean, 4), round(std, 4))
 

@@ -77,9 +77,7 @@ def _build_timm(arch: str, outputs: int, pretrained: bool) -> nn.Module:
         raise CheckpointError(cannot_download(f"the weights of {arch}", url, error) + _WITHOUT) from error
     last = network.get_classifier() if hasattr(network, "get_classifier") else None  # type: ignore[operator]
     if not isinstance(last, nn.Linear):
-        raise DataError(
-            f"'{arch}' ends in {type(last).__name__} and not in one linear layer: choose another `arch`"
-        )
+        raise DataError(f"'{arch}' ends in {type(last).__name__} and not in one linear layer: choose another `arch`")
     path = next(path for path, module in network.named_modules() if module is last)
     network.set_submodule(path, as_head(last))
     return network
@@ -124,9 +122,7 @@ def _with_head(network: nn.Module) -> nn.Module:
     return network
 
 
-def load_initial(
-    network: nn.Module, start: Start, outputs: Sequence[str] = LABELS, needed: Sequence[str] = ()
-) -> str:
+def load_initial(network: nn.Module, start: Start, outputs: Sequence[str] = LABELS, needed: Sequence[str] = ()) -> str:
     """Load weights into a network whose outputs are these; returns, in words, which are loaded and which stay fresh.
 
     The classifier's rows are loaded for outputs of the same name; where the file's are not known, it stays fresh. A
@@ -139,17 +135,13 @@ def load_initial(
         given = weights.pop(name, None)
         if rows and given is not None and name in own and given.shape[1:] == own[name].shape[1:]:
             if len(given) != len(start.outputs):
-                raise CheckpointError(
-                    f"{start.path}: `init_labels` names {len(start.outputs)} outputs of {len(given)}"
-                )
+                raise CheckpointError(f"{start.path}: `init_labels` names {len(start.outputs)} outputs of {len(given)}")
             weights[name] = own[name].clone()
             weights[name][list(rows)] = given[list(rows.values())].to(own[name])
     fresh = _load_weights(network, weights, str(start.path))
     lacking = [name for number, name in enumerate(outputs) if number not in rows]
     if missing := [name for name in needed if fresh or name in lacking]:
-        raise CheckpointError(
-            f"{start.path}: no classifier of {', '.join(missing)}; name its outputs by `init_labels`"
-        )
+        raise CheckpointError(f"{start.path}: no classifier of {', '.join(missing)}; name its outputs by `init_labels`")
     if not fresh and lacking:
         fresh = [f"the classifier of {', '.join(lacking)}"]
     said = f"loaded {len(weights):,} tensors; fresh: {', '.join(fresh) or 'nothing'}"

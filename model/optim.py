@@ -12,9 +12,7 @@ from model.fusion import StudyNetwork
 MAX_WARMUP_STEPS = 500
 
 
-def build_optimizer(
-    network: nn.Module, lr: float, weight_decay: float, layer_decay: float = 1.0
-) -> torch.optim.AdamW:
+def build_optimizer(network: nn.Module, lr: float, weight_decay: float, layer_decay: float = 1.0) -> torch.optim.AdamW:
     """AdamW (Loshchilov and Hutter, 2019) in its fused form, on a CPU twice as fast as a loop over tensors.
 
     Weight decay applies to matrices and kernels only, not to norms, biases, ConvNeXt's channel scales, nor to what a
@@ -33,9 +31,7 @@ def build_optimizer(
             parts.setdefault((depths.get(parameter, 0), decays), []).append(parameter)
         groups = [
             {"params": members, "weight_decay": weight_decay * decays, "scale": layer_decay**depth}
-            for (depth, decays), members in sorted(
-                parts.items(), key=lambda item: (item[0][0], not item[0][1])
-            )
+            for (depth, decays), members in sorted(parts.items(), key=lambda item: (item[0][0], not item[0][1]))
         ]
     return torch.optim.AdamW(groups, lr=lr, fused=True)
 

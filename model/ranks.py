@@ -164,9 +164,7 @@ def join_ranks() -> Iterator[Ranks]:
         return
     missing = [name for name in TORCHRUN if name not in os.environ]
     if missing:
-        raise DataError(
-            f"RANK is in the environment and {missing[0]} is not: start with torchrun, or unset RANK"
-        )
+        raise DataError(f"RANK is in the environment and {missing[0]} is not: start with torchrun, or unset RANK")
     local = int(os.environ["LOCAL_RANK"])
     if torch.cuda.is_available():
         if local >= torch.cuda.device_count():

@@ -123,9 +123,7 @@ class Fields(NamedTuple):
         return values if self.several else self.kind(**values)
 
 
-def command(
-    name: str, *kinds: type | Fields, example: str
-) -> Callable[[Callable[..., object]], click.Command]:
+def command(name: str, *kinds: type | Fields, example: str) -> Callable[[Callable[..., object]], click.Command]:
     """Click's command, which is called with an instance of each dataclass, in order; their fields are its options."""
     parts = [kind if isinstance(kind, Fields) else Fields(kind) for kind in kinds]
     params = [param for part in parts for param in _make_params(part)]

@@ -86,9 +86,7 @@ def read_jpeg_facts(jpeg: bytes) -> Facts:
 def _read_head(jpeg: bytes) -> Facts:
     """The facts of a JPEG without scans. Most files of a data set begin alike."""
     head = list(_segments(jpeg))
-    frame, header = next(
-        (part for part in head if part[0] in _FRAMES and len(part[1]) > 9), (None, bytes(10))
-    )
+    frame, header = next((part for part in head if part[0] in _FRAMES and len(part[1]) > 9), (None, bytes(10)))
     return Facts(
         height=int.from_bytes(header[5:7]),
         width=int.from_bytes(header[7:9]),

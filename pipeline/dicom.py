@@ -282,9 +282,7 @@ def _render(film: "Dataset", words: Levels, bits: int, shift: int, is_signed: bo
         pixels = cv2.LUT(places, np.pad(gray, (0, 2**size - len(gray))) if size <= 16 else gray)
     except cv2.error:  # of more than 16 bits, or before OpenCV 5 of 16
         pixels = gray[places]
-    return Picture(
-        pixels.astype(np.uint8, copy=False), pixels.shape, bits, levels=measured[seen], notes=notes
-    )
+    return Picture(pixels.astype(np.uint8, copy=False), pixels.shape, bits, levels=measured[seen], notes=notes)
 
 
 def _find_padding(film: "Dataset", is_signed: bool, levels: Levels) -> Bools:
@@ -327,9 +325,7 @@ def _apply_voi(film: "Dataset", table: "Dataset | None", measured: Measured, see
     return np.where(measured <= edge, 0, np.where(measured > edge + width, 1, inside))
 
 
-def _apply_table(
-    film: "Dataset", table: "Dataset", levels: Levels | Measured, seen: Bools
-) -> tuple[Measured, int]:
+def _apply_table(film: "Dataset", table: "Dataset", levels: Levels | Measured, seen: Bools) -> tuple[Measured, int]:
     """A table's entries at the levels (C.11.1.1, C.11.2.1.1), and the highest that its bits can have."""
     count, first, bits = (int(number) for number in table.LUTDescriptor)
     count = count & 0xFFFF or 2**16

@@ -190,6 +190,5 @@ def _refuse_unlike(
             values = [quote(cells[number].as_py(), 80) for number in (int(first[row]), row)]
             lines = " and ".join(str(find_line(path, number)) for number in (int(first[row]), row))
             raise DataError(
-                f"{path}, lines {lines}, column {name}: '{values[0]}' and '{values[1]}' for "
-                f"{_quote(names[row:])}"
+                f"{path}, lines {lines}, column {name}: '{values[0]}' and '{values[1]}' for {_quote(names[row:])}"
             )

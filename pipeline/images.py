@@ -101,9 +101,7 @@ def prepare(data: bytes, options: ImageOptions, said_bits: int | None = None) ->
         raise ValueError("a square needs a size")
     if not data:
         raise ImageError("the file is empty")
-    kind = (
-        "JPEG" if data.startswith(containers.JPEG) else "PNG" if data.startswith(containers.PNG) else "DICOM"
-    )
+    kind = "JPEG" if data.startswith(containers.JPEG) else "PNG" if data.startswith(containers.PNG) else "DICOM"
     if kind == "DICOM" and not is_dicom(data):
         raise ImageError("not a readable JPEG, PNG or DICOM: cannot identify image file")
     try:
@@ -224,9 +222,7 @@ def _read_jpeg(data: bytes, options: ImageOptions) -> Picture:
     pixels = _decode_any(data, colorspace, minimum, _borrow(height * width) if is_resized else None)
     fits = inner == (height, width) and (options.square == "no" or height == width)
     # A progressive JPEG decodes three times slower: it is kept only where the original is asked for.
-    keeps = facts.frame in containers.BASELINE or (
-        facts.frame == containers.PROGRESSIVE and options.size is None
-    )
+    keeps = facts.frame in containers.BASELINE or (facts.frame == containers.PROGRESSIVE and options.size is None)
     is_kept = fits and keeps and colorspace == "Gray" and options.encoding == "jpeg"
     copy = containers.strip_metadata(data) if is_kept else None
     stripped = copy != data if copy else facts.has_metadata
@@ -240,9 +236,7 @@ def _read_shape(data: bytes | memoryview, max_pixels: float) -> tuple[int, int, 
     return height, width, colorspace
 
 
-def _decode_any(
-    data: bytes, colorspace: str, minimum: tuple[int, int] = (0, 0), memory: Gray | None = None
-) -> Gray:
+def _decode_any(data: bytes, colorspace: str, minimum: tuple[int, int] = (0, 0), memory: Gray | None = None) -> Gray:
     """Gray pixels [H, W], in `memory` if given, at the smallest of libjpeg's scales 1/8 … 8/8 with the minimum."""
     least = dict(zip(("min_height", "min_width"), minimum, strict=True))
     if colorspace in ("Gray", "YCbCr", "RGB"):
@@ -253,9 +247,7 @@ def _decode_any(
     return np.asarray(Image.frombuffer("CMYK", size, 255 - pixels, "raw", "CMYK", 0, 1).convert("L"))
 
 
-def _read_png(
-    data: bytes, max_pixels: float, bits: int | None = None, said_bits: int | None = None
-) -> Picture:
+def _read_png(data: bytes, max_pixels: float, bits: int | None = None, said_bits: int | None = None) -> Picture:
     """Gray pixels of a PNG. Raises exceptions of many kinds for a damaged one."""
     facts = containers.read_png_facts(data)
     if facts.is_multiple:
@@ -272,9 +264,7 @@ def _read_png(
             pixels = np.asarray(Image.fromarray(pixels).convert("L"))
     else:
         if image.has_transparency_data:
-            if (
-                facts.bits < 8 and image.mode == "L"
-            ):  # Pillow scales levels of fewer bits to 8, but not this one
+            if facts.bits < 8 and image.mode == "L":  # Pillow scales levels of fewer bits to 8, but not this one
                 image.info["transparency"] *= 255 // (2**facts.bits - 1)
             alpha = np.asarray(image.convert("RGBA").getchannel("A"))
         pixels = np.asarray(image.convert("L"))

@@ -56,9 +56,7 @@ class Judging:
     )
     against: tuple[Path, ...] = option((), "Compare with other scores of the same images.", metavar="SCORES")
     readers: tuple[Path, ...] = option((), "A reader's calls of 1, 0 or blank.", metavar="FILE")
-    facts: tuple[Path, ...] = option(
-        (), "CSV or XLSX with extra columns to compare groups by.", metavar="FILE"
-    )
+    facts: tuple[Path, ...] = option((), "CSV or XLSX with extra columns to compare groups by.", metavar="FILE")
 
 
 class Judged(NamedTuple):
@@ -131,9 +129,7 @@ def _hold_out(source: Path, dev: str, images: Scored, note: Note) -> npt.NDArray
     return held_out
 
 
-def join_scores(
-    scores: Scores, table: pa.Table, blank: str, fill: bool, note: Note
-) -> tuple[Scored, pa.Table]:
+def join_scores(scores: Scores, table: pa.Table, blank: str, fill: bool, note: Note) -> tuple[Scored, pa.Table]:
     """The scores with truth and facts, of the rows of a label table that have some, and those rows.
 
     Of studies: the first row of each. `fill` makes open cells, of labels that are annotated elsewhere, negative.

@@ -103,11 +103,7 @@ def label_states(table: pa.Table) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.
 
 def find_unannotated(table: pa.Table) -> list[str]:
     """The labels that no row of a table is annotated for."""
-    return [
-        label
-        for label in LABELS
-        if pc.all(pc.fill_null(pc.equal(table[label], NOT_ANNOTATED), False)).as_py()
-    ]
+    return [label for label in LABELS if pc.all(pc.fill_null(pc.equal(table[label], NOT_ANNOTATED), False)).as_py()]
 
 
 def find_label(name: str) -> str | None:

@@ -111,9 +111,7 @@ def find_notes(tables: Iterable[pa.Table]) -> dict[str, list[str]]:
     keys: dict[str, list[str]] = {}
     for table in tables:
         noted = table.filter(table["note"].is_valid()) if "note" in table.column_names else table.slice(0, 0)
-        for key, notes in zip(
-            noted["key"].to_pylist(), noted["note"].to_pylist() if len(noted) else (), strict=True
-        ):
+        for key, notes in zip(noted["key"].to_pylist(), noted["note"].to_pylist() if len(noted) else (), strict=True):
             for note in notes.split("; "):
                 keys.setdefault(note, []).append(key)
     return keys
@@ -152,9 +150,7 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         document = read_object(path)
     except FileNotFoundError:
-        near = (
-            [] if is_remote(folder) else sorted({*folder.glob(f"*/{NAME}"), *folder.parent.glob(f"*/{NAME}")})
-        )
+        near = [] if is_remote(folder) else sorted({*folder.glob(f"*/{NAME}"), *folder.parent.glob(f"*/{NAME}")})
         meant = f", or did you mean {near[0].parent}?" if near else ""
         raise DataError(
             f"{folder}: not a folder of shards (no {NAME}); write one with `pipeline shards`{meant}"
@@ -239,9 +235,7 @@ def read_table(folder: Path, split: Split) -> pa.Table:
 
 def _parse_split(document: Mapping[str, Any]) -> Split:
     shards = tuple(Shard(**_checked(shard)) for shard in document["shards"])
-    return Split(
-        **_checked({name: value for name, value in document.items() if name != "shards"}), shards=shards
-    )
+    return Split(**_checked({name: value for name, value in document.items() if name != "shards"}), shards=shards)
 
 
 def _checked(values: dict[str, Any]) -> dict[str, Any]:

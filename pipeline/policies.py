@@ -33,9 +33,7 @@ def parse_uncertain_policy(text: str) -> dict[str, str]:
     """
     default, *overrides = (part.strip() for part in text.split(","))
     if default != "best" and default not in UNCERTAIN_POLICIES:
-        raise DataError(
-            f"uncertain policy '{default}' is unknown; choose from best, {', '.join(UNCERTAIN_POLICIES)}"
-        )
+        raise DataError(f"uncertain policy '{default}' is unknown; choose from best, {', '.join(UNCERTAIN_POLICIES)}")
     policy = dict(BEST_POLICY) if default == "best" else dict.fromkeys(LABELS, default)
     for override in overrides:
         name, _, value = override.partition("=")
@@ -95,9 +93,7 @@ def make_targets(
             target[rows, column] = low + (high - low) * draws
         elif policy == "selftrained":
             if teacher is None:
-                raise DataError(
-                    f"label {label} is selftrained: it needs a `teacher`, a run that was scored on train"
-                )
+                raise DataError(f"label {label} is selftrained: it needs a `teacher`, a run that was scored on train")
             target[rows, column] = teacher[rows, column]
         elif policy != "multiclass":
             target[rows, column] = policy == "ones"
@@ -115,9 +111,7 @@ def divide_cells(
     return mask & (target >= 0.5), mask & (target >= 0) & (target < 0.5)
 
 
-def one_class_labels(
-    target: npt.NDArray[np.float32], mask: npt.NDArray[np.bool_]
-) -> list[tuple[str, int, int]]:
+def one_class_labels(target: npt.NDArray[np.float32], mask: npt.NDArray[np.bool_]) -> list[tuple[str, int, int]]:
     """(label, positives, negatives) of the labels that lack one of the two among the cells of mask [N, 14]."""
     positives, negatives = (cells.sum(axis=0).tolist() for cells in divide_cells(target, mask))
     return [counts for counts in zip(LABELS, positives, negatives, strict=True) if 0 in counts]

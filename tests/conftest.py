@@ -57,9 +57,7 @@ def pytest_unconfigure() -> None:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Say what the tests that passed have survived: kills, and failures of the disk."""
     reports = terminalreporter.stats.get("passed", [])
-    faults = Counter(
-        fault for report in reports for name, fault in report.user_properties if name == "survived"
-    )
+    faults = Counter(fault for report in reports for name, fault in report.user_properties if name == "survived")
     if faults:
         counts = ", ".join(f"{fault} × {count}" for fault, count in sorted(faults.items()))
         terminalreporter.write_line(f"survived: {counts}")

@@ -104,9 +104,7 @@ def render(
 ) -> Array:
     """Gray levels 0 to 255 of stored values, not rounded: PS3.3, C.7.5.1.1.2, C.11.1.1 and C.11.2.1, value by value."""
     present = set(stored.ravel().tolist())
-    pixels = {
-        value for value in present if padding is None or not padding[0] <= value <= padding[1]
-    } or present
+    pixels = {value for value in present if padding is None or not padding[0] <= value <= padding[1]} or present
 
     def look_up(table: Table, value: float) -> int:
         first, entries, _ = table
@@ -134,9 +132,7 @@ def render(
         return 1 if x > center + width / 2 else (x - center) / width + 0.5
 
     gray = {v: 255 * show(x) for v, x in measured.items()} if voi or window else {}
-    if len({round(gray[v]) for v in pixels if gray}) <= 1 and (
-        not gray or low < high
-    ):  # none, or it misses them
+    if len({round(gray[v]) for v in pixels if gray}) <= 1 and (not gray or low < high):  # none, or it misses them
         gray = {v: min(max(255 * (x - low) / ((high - low) or 1), 0), 255) for v, x in measured.items()}
     if inverted:
         gray = {v: 255 - level for v, level in gray.items()}

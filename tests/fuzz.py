@@ -77,9 +77,7 @@ def make_example(folder: Path) -> Path:
         policies,
         Execution(workers=1, max_bad=0),
     )
-    save_checkpoint(
-        folder / "last.pt", {"step": 3, "name": "x", "weights": {"w": torch.ones(3, 2)}, "rate": 1e-3}
-    )
+    save_checkpoint(folder / "last.pt", {"step": 3, "name": "x", "weights": {"w": torch.ones(3, 2)}, "rate": 1e-3})
     with zipfile.ZipFile(folder / "last.pt") as archive:
         (name,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
         (folder / "data.pkl").write_bytes(archive.read(name))
@@ -218,9 +216,7 @@ def tar_target(folder: Path, _: Path) -> Target:
         source = find_source(folder, {}, [], "webdataset", columns)
         tables, _, _ = read_splits(source, views="all", dev=0, seed=0)
         for table in tables.values():
-            assert all(
-                isinstance(content, bytes) for content in read_images(table["file"].to_pylist(), source.roots)
-            )
+            assert all(isinstance(content, bytes) for content in read_images(table["file"].to_pylist(), source.roots))
 
     return read
 
@@ -289,9 +285,7 @@ def film_target(_: Path, __: Path) -> Target:
             entries = np.arange(count) * step % 2**depth
             packed = entries.astype("u1" if depth == 8 and draw.ConsumeBool() else "<u2").tobytes()
             packed += b"\0" * (len(packed) % 2)
-            tags[sequence] = make_table(
-                [count, first % 2**16, depth], packed, draw.PickValueInList(["OW", "OB"])
-            )
+            tags[sequence] = make_table([count, first % 2**16, depth], packed, draw.PickValueInList(["OW", "OB"]))
             facts[name] = first, entries.tolist(), depth
         syntax = draw.PickValueInList([ExplicitVRLittleEndian, ImplicitVRLittleEndian])
         film = make_film(stored.astype(np.int16 if is_signed else np.uint16), syntax, **tags)

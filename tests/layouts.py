@@ -154,17 +154,14 @@ def write_nih(home: Path) -> None:
 def write_mimic(home: Path) -> None:
     """MIMIC-CXR-JPG: gzipped tables in different orders, labels by study in alphabetical order."""
     home.mkdir()
-    identity = [
-        {"dicom_id": image[2], "study_id": image[1], "subject_id": image[0]} for image in MIMIC_IMAGES
-    ]
+    identity = [{"dicom_id": image[2], "study_id": image[1], "subject_id": image[0]} for image in MIMIC_IMAGES]
     splits = [row | {"split": image[4]} for row, image in zip(identity, MIMIC_IMAGES, strict=True)]
     write_gzip(home / "mimic-cxr-2.0.0-split.csv.gz", splits)
     views = [row | {"ViewPosition": image[3]} for row, image in zip(identity, MIMIC_IMAGES, strict=True)]
     write_gzip(home / "mimic-cxr-2.0.0-metadata.csv.gz", views[::-1])
     studies = {image[1]: image for image in MIMIC_IMAGES if image[5] is not None}
     labels = [
-        {"subject_id": image[0], "study_id": image[1]}
-        | {label: image[5].get(label, "") for label in sorted(LABELS)}
+        {"subject_id": image[0], "study_id": image[1]} | {label: image[5].get(label, "") for label in sorted(LABELS)}
         for image in studies.values()
         if image[5] is not None
     ]

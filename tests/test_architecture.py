@@ -10,9 +10,7 @@ import pytest
 from pipeline.manifest import Manifest
 from tests.conftest import REPOSITORY, start
 
-FILES = sorted(
-    [*REPOSITORY.glob("pipeline/**/*.py"), *REPOSITORY.glob("model/**/*.py"), REPOSITORY / "train.py"]
-)
+FILES = sorted([*REPOSITORY.glob("pipeline/**/*.py"), *REPOSITORY.glob("model/**/*.py"), REPOSITORY / "train.py"])
 
 GROUND = {f"pipeline.{name}" for name in ("base", "identity", "labels", "images", "manifest")}
 READING = {*GROUND, "pipeline.policies", "pipeline.measure"}
@@ -28,9 +26,7 @@ ALLOWED = {
     "pipeline.images": {"pipeline.containers", "pipeline.dicom"},
     "pipeline.manifest": {"pipeline.base", "pipeline.labels"},
     "pipeline.policies": {"pipeline.base", "pipeline.labels"},
-    "pipeline.measure": {
-        f"pipeline.{name}" for name in ("base", "identity", "labels", "manifest", "policies")
-    },
+    "pipeline.measure": {f"pipeline.{name}" for name in ("base", "identity", "labels", "manifest", "policies")},
     "pipeline.sources": READING,
     "pipeline.synthetic": {"pipeline.base", "pipeline.labels"},
     "pipeline.etl": {*READING, "pipeline.sources"},
@@ -116,13 +112,9 @@ def test_arrows_never_go_round() -> None:
 
 @pytest.mark.parametrize("package", IMPORTERS)
 def test_heavy_packages_stay_where_they_are_needed(package: str) -> None:
-    importers = {
-        name for name in MODULES if any(f"{other}.".startswith(f"{package}.") for other in imported(name))
-    }
+    importers = {name for name in MODULES if any(f"{other}.".startswith(f"{package}.") for other in imported(name))}
     allowed = IMPORTERS[package]
-    assert {
-        name for name in importers if not any(f"{name}.".startswith(f"{one}.") for one in allowed)
-    } == set()
+    assert {name for name in importers if not any(f"{name}.".startswith(f"{one}.") for one in allowed)} == set()
 
 
 def assert_light(absent: tuple[str, ...], lines: dict[str, int]) -> None:

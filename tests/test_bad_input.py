@@ -14,17 +14,10 @@ from pipeline.sources.sets import read_any_table
 from tests.fuzz import TARGETS, feed, make_example, manifest_target
 
 ROUNDS = range(100)
-ROW = (
-    "CheXpert-v1.0-small/train/patient{}/study1/view1_frontal.jpg,Female,60,Frontal,AP"
-    + ",1.0,,0.0,-1.0,,,,,,,,,,"
-)
+ROW = "CheXpert-v1.0-small/train/patient{}/study1/view1_frontal.jpg,Female,60,Frontal,AP" + ",1.0,,0.0,-1.0,,,,,,,,,,"
 CSV = "\n".join([",".join(COLUMNS), *(ROW.format(f"{number:05d}") for number in range(1, 6))]) + "\n"
 # Bytes that matter to parsers.
-TOKENS = (
-    'é|NaN|inf|1e0| 1.0|-1|2.0|=1+1|../|/etc/passwd|patient|study|",|,|\n|\r\n|\0|\\|\ufeff'.encode().split(
-        b"|"
-    )
-)
+TOKENS = 'é|NaN|inf|1e0| 1.0|-1|2.0|=1+1|../|/etc/passwd|patient|study|",|,|\n|\r\n|\0|\\|\ufeff'.encode().split(b"|")
 TOKENS += [b"\xff", b"9" * 120, b"x" * 70_000]
 
 

@@ -36,9 +36,7 @@ def test_every_contestant_delivers_the_films_and_labels_of_the_csv(
     work.mkdir()
     assert list_films(source) == len(read_rows(source / "train-train.csv"))
     batches = list(CONTESTANTS[name](source, work, Setting(32, 1, 1, 1.0))("dev", 0))
-    images, target, mask = (
-        np.concatenate(list(map(np.asarray, part))) for part in zip(*batches, strict=True)
-    )
+    images, target, mask = (np.concatenate(list(map(np.asarray, part))) for part in zip(*batches, strict=True))
     rows = read_rows(source / "train-dev.csv")
     assert len(images) == len(rows) > 10
     for row in rows:

@@ -56,8 +56,7 @@ def find_blocks(page: Path) -> list[Block]:
     text = page.read_text()
     found = re.finditer(r"^(?:<!-- (.*) -->\n)?```(.*)\n((?:.*\n)*?)```$", text, re.MULTILINE)
     return [
-        Block(page.stem, text.count("\n", 0, match.start()) + 1, match[2], match[3], match[1] or "")
-        for match in found
+        Block(page.stem, text.count("\n", 0, match.start()) + 1, match[2], match[3], match[1] or "") for match in found
     ]
 
 

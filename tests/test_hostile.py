@@ -126,9 +126,7 @@ def test_no_metadata_reaches_a_shard(chexpert: Path, tmp_path: Path, encoding: s
 def test_facts_of_patients_are_in_no_output(chexpert: Path, tmp_path: Path) -> None:
     """Ages of 1 to 90 are in any output by chance; none of these films is of somebody of 107."""
     csv = chexpert / "train.csv"
-    csv.write_text(
-        "".join(line.replace(",Female,", ",Femaleness,", 1) for line in csv.read_text().splitlines(True))
-    )
+    csv.write_text("".join(line.replace(",Female,", ",Femaleness,", 1) for line in csv.read_text().splitlines(True)))
     for words in (["shards", chexpert, tmp_path / "out", "--size", 48], ["verify", tmp_path / "out"]):
         run = run_pipeline(*words)
         assert run.returncode == 0, run.stderr

@@ -94,9 +94,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     chexpert = folder / "CheXpert-v1.0-small"
     write_chexpert(chexpert, "train", range(1, 17))
     write_chexpert(chexpert, "valid", range(17, 21))
-    make_shards(
-        chexpert, folder / "shards", default_options(size=32, max_pixels=50_000_000, samples_per_shard=1000)
-    )
+    make_shards(chexpert, folder / "shards", default_options(size=32, max_pixels=50_000_000, samples_per_shard=1000))
     write_chexpert(folder / "other", "train", range(31, 35))
     for name, tables in {"tables-alone": ("train", "valid"), "valid-alone": ("valid",)}.items():
         (folder / name).mkdir()

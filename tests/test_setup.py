@@ -38,9 +38,7 @@ def write_wheel(folder: Path, name: str, version: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
         wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
-        wheel.writestr(
-            f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: t\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
-        )
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: t\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         if name == "uv":
             wheel.writestr(f"{name}-{version}.data/scripts/uv", "#!/bin/sh\necho no index >&2; exit 2\n")
         wheel.writestr(f"{info}/RECORD", "")
@@ -75,9 +73,7 @@ def url(clone: Path) -> Iterator[str]:
 
 @pytest.mark.parametrize("uv", [True, False])
 @pytest.mark.parametrize("torch", ["", "cpu"])
-def test_setup_installs_the_lock(
-    clone: Path, url: str, uv: bool, torch: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_setup_installs_the_lock(clone: Path, url: str, uv: bool, torch: str, monkeypatch: pytest.MonkeyPatch) -> None:
     programs = clone / "bin"
     programs.mkdir()
     (programs / "python3").symlink_to(sys.executable)

@@ -19,9 +19,7 @@ pytestmark = pytest.mark.wheel
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel, built from a copy of what git knows: a build leaves files beside its sources."""
     folder = tmp_path_factory.mktemp("wheel")
-    archive = subprocess.run(
-        ["git", "-C", REPOSITORY, "archive", "HEAD"], check=True, capture_output=True
-    ).stdout
+    archive = subprocess.run(["git", "-C", REPOSITORY, "archive", "HEAD"], check=True, capture_output=True).stdout
     (folder / "source").mkdir()
     subprocess.run(["tar", "-x", "-C", folder / "source"], input=archive, check=True)
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]

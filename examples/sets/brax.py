@@ -12,9 +12,7 @@ SET = DataSet(
     Terms("brax", "BRAX", "brax", LICENSE, "Reis et al., Scientific Data 2022"),
     names=("master_spreadsheet_update.csv",),
     columns={
-        "PngPath": Column(
-            r"(?P<path>(?:[\w-][\w.-]*/)+[\w-][\w.-]*\.png)", "is not a path below SOURCE to a PNG"
-        ),
+        "PngPath": Column(r"(?P<path>(?:[\w-][\w.-]*/)+[\w-][\w.-]*\.png)", "is not a path below SOURCE to a PNG"),
         "PatientID": Column(r"(?P<patient>\S{1,64})", NAME),
         "PatientSex": Column("(?P<letter>[MFO])", "is none of M, F, O"),
         "PatientAge": Column(

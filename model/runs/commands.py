@@ -101,9 +101,7 @@ class Embedding(SharedImages, Workers, OwnData):
 class Search:
     """What `sweep` takes of its own."""
 
-    sweep: Path = sweep_option(
-        ..., "Folder of the sweep; processes and machines that share it share the work."
-    )
+    sweep: Path = sweep_option(..., "Folder of the sweep; processes and machines that share it share the work.")
     sampler: str = sweep_option("grid", "tpe: search between the values given.", choices=("grid", "tpe"))
     trials: int | None = sweep_option(None, "With tpe: maximum number of trials.", low=1)
     pruner: str = sweep_option("none", "Stop poor trials early.", choices=("none", "median"))
@@ -183,9 +181,7 @@ def embed_command(given: Embedding, setup: Setup, config: Config) -> int:
     """
     run, out = Path(given.source), given.out
     data = given.of(run)
-    setup = replace(
-        setup, workers=given.workers, shards=data.shards, cache=data.cache, cache_size=data.cache_size
-    )
+    setup = replace(setup, workers=given.workers, shards=data.shards, cache=data.cache, cache_size=data.cache_size)
     started = config.pretrained or setup.init is not None
     refuse_usage(out.suffix not in (".arrow", ".parquet"), f"--out {out}: it must end in .arrow or .parquet")
     check_folder(out)
@@ -239,9 +235,7 @@ def print_run(run: Path) -> None:
     name = evaluations[0].best_mean()
     mean = evaluations[0].get("auroc", name)
     if mean.low is not None and mean.low <= 0.5:
-        guess = (
-            f"dev AUROC ({MEANS[name]}) is {mean.low:.2f} to {mean.high:.2f}, not distinguishable from chance"
-        )
+        guess = f"dev AUROC ({MEANS[name]}) is {mean.low:.2f} to {mean.high:.2f}, not distinguishable from chance"
         say(f"{run}: {guess}: try a lower `lr`, more `epochs` or more images")
     echo(f"{run / 'report.html'}: the same with curves, intervals and subgroups")
     say_next(*use.TRAIN, "predict", "--run", run, "--out", "scores.csv", "IMAGES")
@@ -283,9 +277,7 @@ def sweep_command(train: Train, search: Search, setup: Setup, given: dict[str, A
     listen()
     lists = {name: tried for name, tried in given.items() if isinstance(tried, Several)}
     base = Config(**given | {name: tried[0] for name, tried in lists.items()})
-    values: dict[str, tuple[Any, ...]] = {
-        name: (getattr(base, name),) for name in SWEPT if getattr(base, name)
-    }
+    values: dict[str, tuple[Any, ...]] = {name: (getattr(base, name),) for name in SWEPT if getattr(base, name)}
     values |= {name: tried for name, tried in lists.items() if name in SWEPT or len(tried) > 1}
 
     def make(point: Mapping[str, Any], run: Path) -> "Job":

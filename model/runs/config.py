@@ -50,11 +50,7 @@ def split_columns(text: str) -> list[str]:
 
 def parse_choice(text: str) -> tuple[str, ...]:
     """The labels whose mean AUROC chooses a checkpoint; none for `all`. Raises DataError for another name."""
-    return (
-        {"all": (), "competition": COMPETITION}[text]
-        if text in ("all", "competition")
-        else parse_labels(text)
-    )
+    return {"all": (), "competition": COMPETITION}[text] if text in ("all", "competition") else parse_labels(text)
 
 
 def parse_outputs(text: str) -> tuple[str, ...]:
@@ -172,9 +168,7 @@ class Config:
     sync_bn: bool = optimization_option(
         False, "With torchrun: BatchNorm over the whole batch instead of each rank's part."
     )
-    fusion: str | None = network_option(
-        None, "Train on studies, pooling their views this way.", choices=FUSIONS
-    )
+    fusion: str | None = network_option(None, "Train on studies, pooling their views this way.", choices=FUSIONS)
     freeze: bool = network_option(
         False, "Keep the weights of --init or --pretrained; train only the last layer, or what fusion adds."
     )
@@ -284,9 +278,7 @@ class OwnData(Data):
             own = tuple(map(str, json.loads(lines[-1])["shards"]))
         except (OSError, ValueError, LookupError, TypeError):
             return replace(self, shards=("shards",))
-        return replace(
-            self, shards=tuple(name if "://" in name else os.path.relpath(run / name) for name in own)
-        )
+        return replace(self, shards=tuple(name if "://" in name else os.path.relpath(run / name) for name in own))
 
 
 def check_folders(shards: Sequence[str] = (), runs: Sequence[Path] = ()) -> None:
@@ -357,9 +349,7 @@ def check_config(config: Config, ranks: "Ranks") -> None:
     if config.mix and config.balance:
         raise SettingError("`mix` does not go with `balance`: both decide how often an image is sampled")
     if config.balance and (config.loss == "aucm" or config.pos_weight):
-        raise SettingError(
-            "`balance` goes neither with `loss` aucm nor with `pos_weight`: each corrects alone"
-        )
+        raise SettingError("`balance` goes neither with `loss` aucm nor with `pos_weight`: each corrects alone")
     if config.balance_over and not config.balance:
         raise SettingError("`balance_over` is for the label of `balance`: it needs one")
     if unlearned := [label for label in parse_choice(config.choose_by) if label not in config.labels]:
@@ -373,18 +363,12 @@ def check_config(config: Config, ranks: "Ranks") -> None:
     if config.sync_bn and not (ranks.joined and _has_gpu()):
         raise SettingError("`sync_bn` is for training by torchrun on GPUs")
     if config.freeze and not (config.init or config.pretrained):
-        raise SettingError(
-            "`freeze` keeps the weights that a run starts from: it needs `init` or `pretrained`"
-        )
+        raise SettingError("`freeze` keeps the weights that a run starts from: it needs `init` or `pretrained`")
     if config.freeze and config.layer_decay < 1:
-        raise SettingError(
-            "`layer_decay` is for the blocks that `freeze` keeps as they are: choose one of them"
-        )
+        raise SettingError("`layer_decay` is for the blocks that `freeze` keeps as they are: choose one of them")
     own = own_input(config.arch)
     if own is not None and own.fixed and config.image_size != own.size:
-        raise SettingError(
-            f"`arch` {config.arch} takes images of {own.size} pixels alone: leave `image_size` out"
-        )
+        raise SettingError(f"`arch` {config.arch} takes images of {own.size} pixels alone: leave `image_size` out")
     if config.init_labels and not config.init:
         raise SettingError("`init_labels` are those of the weights of `init`: it needs one")
     if config.pretrained and config.init:
@@ -410,23 +394,17 @@ def open_start(config: Config, init: Path | None) -> "Start | None":
     return read_start(init / "best.pt" if init.is_dir() else init, outputs)
 
 
-def resolve_config(
-    config: Config, shards: "Collection", teacher: Path | None, start: "Start | None"
-) -> Config:
+def resolve_config(config: Config, shards: "Collection", teacher: Path | None, start: "Start | None") -> Config:
     """The configuration with what it leaves open: see `job.open_job`, which raises the same errors."""
     manifest = shards.manifest
     if config.mix and len(config.mix) != len(shards.folders):
-        raise SettingError(
-            f"`mix` has {len(config.mix)} shares for {len(shards.folders)} folders of `shards`"
-        )
+        raise SettingError(f"`mix` has {len(config.mix)} shares for {len(shards.folders)} folders of `shards`")
     uncertain = choose_policy("uncertain", config.uncertain, manifest.policies)
     if teacher is not None and "selftrained" not in parse_uncertain_policy(uncertain).values():
         raise SettingError(f"`teacher` is for the policy selftrained; `uncertain` is {uncertain}")
     if config.dev is not None and "dev" in manifest.splits:
         images = manifest.splits["dev"].samples
-        raise SettingError(
-            f"`dev` is for shards without a dev split; {shards} have one, of {images:,} images"
-        )
+        raise SettingError(f"`dev` is for shards without a dev split; {shards} have one, of {images:,} images")
     own = own_input(config.arch)
     scale: tuple[float, ...] = (own.mean, own.std) if own else ()
     return replace(

@@ -66,9 +66,7 @@ def embed_split(job: Job, split: str, encoder: Encoder) -> pa.Table:
     job = replace(job, config=config)
     check_seen(job, split, encoder.seen)
     chosen = open_rows(job, split)
-    batches = read_batches(
-        job, chosen, chosen.truth, partial(plan_evaluation, chosen.samples, EVALUATION_BATCH)
-    )
+    batches = read_batches(job, chosen, chosen.truth, partial(plan_evaluation, chosen.samples, EVALUATION_BATCH))
     parts: list[npt.NDArray[np.float32]] = []
     network = encoder.network.eval()
     with progress_bar("Embedding", "images") as advance:

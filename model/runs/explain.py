@@ -75,27 +75,21 @@ def read_marks(path: Path) -> Marks:
     if path.suffix.lower() == ".json":
         return {key: _read_masks(path, key, found) for key, found in read_object(path).items()}
     if not path.name.lower().endswith((".csv", ".csv.gz")):
-        raise DataError(
-            f"{path}: boxes are read from .csv, segmentations from .json; a pickle would run code"
-        )
+        raise DataError(f"{path}: boxes are read from .csv, segmentations from .json; a pickle would run code")
     names = ("key", "label", "x", "y", "w", "h")
     table = read_strings(path, names)
     for name in names[2:]:
         demand(path, name, table[name], pc.match_substring_regex(table[name], _NUMBER), "is not a number")
     boxes: dict[str, dict[str, list[tuple[float, ...]]]] = {}
     for key, label, *box in zip(*(column.to_pylist() for column in table.columns), strict=True):
-        boxes.setdefault(str(key), {}).setdefault(_check_label(path, label), []).append(
-            tuple(map(float, box))
-        )
+        boxes.setdefault(str(key), {}).setdefault(_check_label(path, label), []).append(tuple(map(float, box)))
     return boxes
 
 
 def _read_masks(path: Path, key: str, found: Any) -> dict[str, Any]:
     """The masks of a film that are not empty."""
     try:
-        masks = {
-            _check_label(path, name): decode_rle(rle["size"], rle["counts"]) for name, rle in found.items()
-        }
+        masks = {_check_label(path, name): decode_rle(rle["size"], rle["counts"]) for name, rle in found.items()}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path}, {quote(key, 80)}: damaged: {quote(str(error), 80)}") from None
     return {label: mask for label, mask in masks.items() if mask.any()}
@@ -123,8 +117,7 @@ def draw_cells(job: Job, splits: Sequence[str], marks: Marks) -> Iterator[Cell]:
         split, rows = open_images(job, name)
         facts = split.table.take(rows)
         labels = [
-            [label for label in marks.get(key, {}) if label in job.config.labels]
-            for key in facts["key"].to_pylist()
+            [label for label in marks.get(key, {}) if label in job.config.labels] for key in facts["key"].to_pylist()
         ]
         wanted = [place for place, of in enumerate(labels) if of]
         with progress_bar(f"Drawing maps of {name}", "images") as advance:
@@ -134,15 +127,11 @@ def draw_cells(job: Job, splits: Sequence[str], marks: Marks) -> Iterator[Cell]:
                 (film,) = read_images(split, rows[place : place + 1])
                 heats = draw_heats(member, film, labels[place])
                 for label, heat in zip(labels[place], heats, strict=True):
-                    yield Cell(
-                        label, row["patient"], heat, _mark(split, row, marks[row["key"]][label], square, side)
-                    )
+                    yield Cell(label, row["patient"], heat, _mark(split, row, marks[row["key"]][label], square, side))
                 advance(done, len(wanted))
 
 
-def _mark(
-    split: OpenSplit, row: Mapping[str, Any], mark: Any, square: str, side: int
-) -> npt.NDArray[np.bool_]:
+def _mark(split: OpenSplit, row: Mapping[str, Any], mark: Any, square: str, side: int) -> npt.NDArray[np.bool_]:
     """What readers marked of a film, in the network's input [side, side]."""
     if isinstance(mark, np.ndarray):
         # Of the film in its own size, of which the shards may hold a smaller copy.

@@ -142,9 +142,7 @@ def _extend(run: Path, config: Config, epochs: int, steps: int) -> Config:
     """The configuration of a run that continues after its last epoch; says at what learning rate."""
     done = load_checkpoint(run / "last.pt").get("done")
     if done != epochs * steps:
-        raise DataError(
-            f"{run}: `epochs` can be raised after all {epochs} are done; its last step is {done:,}"
-        )
+        raise DataError(f"{run}: `epochs` can be raised after all {epochs} are done; its last step is {done:,}")
     then = scheduled_lr(config.lr, done - 1, epochs * steps)
     now = scheduled_lr(config.lr, done, config.epochs * steps)
     say(
@@ -171,10 +169,7 @@ def record_environment(job: Job) -> None:
     line = describe_software(job) | {
         "command": [redact(word) for word in sys.argv],
         # Relative to the run, so that both can move together.
-        "shards": [
-            one.name if "://" in one.name else os.path.relpath(one.path, job.run)
-            for one in job.shards.folders
-        ],
+        "shards": [one.name if "://" in one.name else os.path.relpath(one.path, job.run) for one in job.shards.folders],
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name() if job.device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
@@ -272,9 +267,7 @@ def describe_code() -> str:
         return version("chexpert-pipeline")
 
 
-def save_best(
-    job: Job, seen: Sequence[Entry], weights: Mapping[str, Tensor], epoch: float, score: float
-) -> None:
+def save_best(job: Job, seen: Sequence[Entry], weights: Mapping[str, Tensor], epoch: float, score: float) -> None:
     """Write best.pt: all that scoring an image needs but the architecture, which config.json has."""
     # Shards that others wrote do not say how: their images are taken as they are.
     said = {name: job.manifest.options[name] for name in AS_IT_IS._fields if name in job.manifest.options}

@@ -109,11 +109,7 @@ class Selected:
 
 def holds_out(job: Job) -> bool:
     """Whether the run's dev is a part of its shards' train; other shards are taken as they are."""
-    return (
-        job.config.dev is not None
-        and "dev" not in job.manifest.splits
-        and job.shards.digest == job.config.manifest
-    )
+    return job.config.dev is not None and "dev" not in job.manifest.splits and job.shards.digest == job.config.manifest
 
 
 def open_split(job: Job, name: str) -> OpenSplit:
@@ -136,9 +132,7 @@ def open_images(job: Job, name: str) -> tuple[OpenSplit, Rows]:
     places: Rows = parts[name == "dev"]["row"].to_numpy()
     if len(places) == 0:
         less = "raise" if name == "dev" else "lower"
-        raise DataError(
-            f"{job.shards}: `dev` {config.dev:g} leaves no patient of train for {name}; {less} it"
-        )
+        raise DataError(f"{job.shards}: `dev` {config.dev:g} leaves no patient of train for {name}; {less} it")
     chosen = select_rows(split.table.take(places), config.where, config.views, limit)
     return split, places[chosen]
 
@@ -169,9 +163,7 @@ def open_rows(job: Job, name: str) -> Selected:
     return Selected(split, rows, samples, blank, bad)
 
 
-def read_batches(
-    job: Job, chosen: Selected, labels: Labels, plan: Callable[[int], Iterator[Step]]
-) -> BatchStream:
+def read_batches(job: Job, chosen: Selected, labels: Labels, plan: Callable[[int], Iterator[Step]]) -> BatchStream:
     """The batches of a plan over the chosen samples, as the run reads them."""
     size, threads = job.config.image_size, job.setup.workers
     return stream_batches(chosen.split, labels, plan, size=size, threads=threads, bad=chosen.bad)

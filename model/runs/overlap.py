@@ -85,9 +85,7 @@ def check_seen(
             continue
         run = entry["run"] or job.run
         if entry["split"] == UNKNOWN:
-            tell(
-                f"{run}: what it has learned from is not known: if it is images of {name}, figures are too good"
-            )
+            tell(f"{run}: what it has learned from is not known: if it is images of {name}, figures are too good")
         again, known = np.isin(images, entry["images"].numpy()), np.isin(patients, entry["patients"].numpy())
         shared_images, shared_patients = shared_images | again, shared_patients | known
         if count := int(again.sum()):

@@ -89,9 +89,7 @@ class Decision(NamedTuple):
         limits = np.array(self.limits)
         raw = scores[:, : len(limits)]
         decided = np.where(np.isnan(raw) | np.isnan(limits), np.nan, raw >= limits)
-        return scores if self.calibration is None else apply_calibrations(
-            labels, scores, self.calibration
-        ), decided
+        return scores if self.calibration is None else apply_calibrations(labels, scores, self.calibration), decided
 
 
 class Network(NamedTuple):
@@ -108,11 +106,7 @@ class Network(NamedTuple):
 
     def calibrate(self, scores: Floats) -> Floats:
         """Its share in the mean of an ensemble, of its scores [N, L]; alone, these themselves."""
-        return (
-            scores
-            if self.calibration is None
-            else apply_calibrations(self.config.labels, scores, self.calibration)
-        )
+        return scores if self.calibration is None else apply_calibrations(self.config.labels, scores, self.calibration)
 
 
 @dataclass(frozen=True)
@@ -133,10 +127,7 @@ class Predictor:
     def members(self) -> list[Network]:
         """Its networks, with their best weights. Raises CheckpointError, and DataError for a lacking calibration."""
         several = len(self.configs) > 1  # whose calibrated scores are averaged
-        fits = [
-            read_calibration(run, one.labels)["image"] if several else None
-            for run, one in self.configs.items()
-        ]
+        fits = [read_calibration(run, one.labels)["image"] if several else None for run, one in self.configs.items()]
         pairs = zip(self.configs.items(), fits, strict=True)
         return [load_network(run, config, fit, self.ranks) for (run, config), fit in pairs]
 
@@ -191,9 +182,7 @@ class Predictor:
                 option = "threshold" if level == "image" else "group_by"
                 runs = " ".join(f"--run {run}" for run in self.configs)
                 command = f"python -m train evaluate {runs} --out FOLDER"
-                raise DataError(
-                    f"`{option}` is of an ensemble's folder; first run: {command}; then `run` FOLDER"
-                )
+                raise DataError(f"`{option}` is of an ensemble's folder; first run: {command}; then `run` FOLDER")
             return Decision(None, [], threshold)
         document = read_calibration(self.folder, self.config.labels, level)
         chosen, combine = document[level], document["combine"]
@@ -219,9 +208,7 @@ class Predictor:
         if chosen.items() <= calibration.items():
             return calibration
         if job.shards.digest != job.config.manifest:  # whose dev may hold patients of the run's train
-            command = (
-                f"python -m train evaluate --run {job.run} --sensitivity {sensitivity} --study {combine}"
-            )
+            command = f"python -m train evaluate --run {job.run} --sensitivity {sensitivity} --study {combine}"
             raise DataError(
                 f"{job.shards}: not the shards that {job.run} learned from, on whose dev thresholds are chosen; "
                 f"first run: {command} with those"
@@ -337,9 +324,7 @@ def score_split(
     """
     config, split, rows = job.config, chosen.split, chosen.rows
     columns = learned_columns(config)
-    plan = partial(
-        plan_evaluation, chosen.samples, EVALUATION_BATCH, rank=job.ranks.rank, ranks=job.ranks.count
-    )
+    plan = partial(plan_evaluation, chosen.samples, EVALUATION_BATCH, rank=job.ranks.rank, ranks=job.ranks.count)
     batches = read_batches(job, chosen, chosen.truth, plan)
     bad, ours = np.zeros(len(rows)), np.zeros(len(rows), bool)
 
@@ -355,9 +340,7 @@ def score_split(
             advance(min(int(ours.sum()) * job.ranks.count, len(rows)), len(rows))
 
     with progress_bar(f"Scoring {split.name}", config.units) as advance:
-        found = predict_scores(
-            network, columns, samples(advance), pixels["mean"], pixels["std"], job.precision
-        )
+        found = predict_scores(network, columns, samples(advance), pixels["mean"], pixels["std"], job.precision)
     job.ranks.agree()
     scores = np.zeros((len(rows), len(columns)))
     scores[ours] = found
@@ -370,9 +353,7 @@ def score_split(
     return Scored.of(scores[usable], target, mask, facts), facts
 
 
-def _score_files(
-    member: Network, samples: Sequence[Sequence[Path]], workers: int
-) -> tuple[Floats, Unreadable]:
+def _score_files(member: Network, samples: Sequence[Sequence[Path]], workers: int) -> tuple[Floats, Unreadable]:
     """As `Predictor.score_files`, by one network."""
     config, side = member.config, member.config.image_size
     device, precision = choose_device(config.amp)

@@ -47,9 +47,7 @@ def render_report(
 
 
 def _define(values: Mapping[str, Any]) -> str:
-    pairs = (
-        f"<dt>{escape(name)}</dt><dd>{escape(show_setting(value))}</dd>" for name, value in values.items()
-    )
+    pairs = (f"<dt>{escape(name)}</dt><dd>{escape(show_setting(value))}</dd>" for name, value in values.items())
     return f"<dl>{''.join(pairs)}</dl>"
 
 
@@ -64,25 +62,18 @@ def render_model_card(
     labels = config["labels"]
     paper = f" ({show_cell(dataset['paper'])})" if dataset.get("paper") else ""
     about = (
-        f"Data set: {show_cell(dataset['title'])}{paper}. License: {show_cell(dataset['license'])}."
-        if dataset
-        else ""
+        f"Data set: {show_cell(dataset['title'])}{paper}. License: {show_cell(dataset['license'])}." if dataset else ""
     )
     rows = [
-        [name, *(f"{counts[unit]:,}" for unit in ("samples", "studies", "patients"))]
-        for name, counts in data.items()
+        [name, *(f"{counts[unit]:,}" for unit in ("samples", "studies", "patients"))] for name, counts in data.items()
     ]
     shared = [
         f"Of {show_cell(one.split)}, {one.head['shared_patients']:,} patients and {one.head['shared_images']:,} images "
         "are among those that these weights were trained on."
         for one in evaluations
         if "shared_patients" in one.head
-    ] or [
-        "It is not known what these weights were trained on: if on images of these splits, the results are too high."
-    ]
-    policies = [
-        f"{name} cells `{show_cell(config[name])}`" for name in ("uncertain", "blank") if name in config
-    ]
+    ] or ["It is not known what these weights were trained on: if on images of these splits, the results are too high."]
+    policies = [f"{name} cells `{show_cell(config[name])}`" for name in ("uncertain", "blank") if name in config]
     if adopted := config.get("adopted"):
         made = f"with the weights of `{show_cell(adopted)}`"
         lacking = ", ".join(label for label in LABELS if label not in labels) or "none"
@@ -95,9 +86,7 @@ def render_model_card(
         chosen = f"The checkpoint is the one with the best AUROC on dev: {show_cell(name_choice(config['choose_by']))}."
         if config["keep"] == "last":
             chosen = "The checkpoint is the one of the last evaluation."
-    settings = Table(
-        "", ("setting", "value"), [[name, show_setting(value)] for name, value in config.items()]
-    )
+    settings = Table("", ("setting", "value"), [[name, show_setting(value)] for name, value in config.items()])
     parts = [
         f"A network that scores {len(labels)} finding{'s' * (len(labels) > 1)} on chest radiographs, {made}.",
         "## Data",

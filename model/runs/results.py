@@ -187,17 +187,13 @@ def describe_settings(job: Job, predictor: Predictor) -> dict[str, Any]:
     chosen = {"where": job.config.where, "views": job.config.views}
     configs = [asdict(config) | chosen for config in predictor.configs.values()]
     settings = {
-        name: value
-        if all(one[name] == value for one in configs)
-        else "; ".join(str(one[name]) for one in configs)
+        name: value if all(one[name] == value for one in configs) else "; ".join(str(one[name]) for one in configs)
         for name, value in configs[0].items()
     }
     if job.config.adopted:
         default = {one.name: one.default for one in fields(Config)} | {"uncertain": settings["uncertain"]}
         shown = ("labels", "views", "blank")  # the others say something of weights only if somebody set them
-        settings = {
-            name: value for name, value in settings.items() if name in shown or value != default[name]
-        }
+        settings = {name: value for name, value in settings.items() if name in shown or value != default[name]}
     if settings["views"] == "all":  # of the shards, which may hold fewer
         settings["views"] = job.manifest.options.get("views", "all")
     return settings | ({"members": list(map(str, predictor.configs))} if len(configs) > 1 else {})
@@ -227,9 +223,7 @@ def measure_run(job: Job) -> dict[str, float | None]:
     scored = {"train": predictor.score(job, "train", most=TRAIN_SAMPLES).images}
     if "valid" in selected_splits(job):
         scored["valid"] = predictor.score(job, "valid").images
-    labels: dict[str, Any] = {
-        name: report_auroc(names, *found[:4])["labels"] for name, found in scored.items()
-    }
+    labels: dict[str, Any] = {name: report_auroc(names, *found[:4])["labels"] for name, found in scored.items()}
     chosen_on = read_evaluation(job.run / "evaluation-dev.json")
     labels["dev"] = {
         name: {"auroc": row.value, "few": row.few} for name in names for row in [chosen_on.get("auroc", name)]

@@ -65,8 +65,7 @@ def score_altered(predictor: Predictor, job: Job, split: str) -> dict[str, Float
     """
     level = round(job.manifest.pixels["mean"])
     return {
-        name: predictor.score(job, split, partial(alter, level)).images.scores
-        for name, alter in ALTERATIONS.items()
+        name: predictor.score(job, split, partial(alter, level)).images.scores for name, alter in ALTERATIONS.items()
     }
 
 

@@ -35,9 +35,7 @@ from pipeline.base.files import locked, named_writes, read_object, write_json
 from pipeline.console import count_of, say, say_once, show_left
 
 Point = dict[str, Any]  # parameter → value
-History = list[
-    tuple[float, float]
-]  # epoch and the AUROC on dev that trials are compared by, at each evaluation
+History = list[tuple[float, float]]  # epoch and the AUROC on dev that trials are compared by, at each evaluation
 Watch = Callable[[History], None]
 Figures = Mapping[str, float | None]  # of a finished run, by `results.measure_run`
 TrainPoint = Callable[[Point, Path, Watch], Figures]
@@ -110,9 +108,7 @@ class Sweep:
     @property
     def grid(self) -> list[Point]:
         """All combinations, in the order of the given values."""
-        return [
-            dict(zip(self.values, values, strict=True)) for values in itertools.product(*self.values.values())
-        ]
+        return [dict(zip(self.values, values, strict=True)) for values in itertools.product(*self.values.values())]
 
     @property
     def choice(self) -> str:
@@ -132,9 +128,7 @@ def open_sweep(sweep: Sweep) -> None:
     with locked(sweep.folder / ".lock"):
         earlier = read_object(path) if path.exists() else options
         if difference := describe_difference(earlier, options, options):
-            raise DataError(
-                f"{sweep.folder} is a sweep under other options: {difference}; choose another `sweep`"
-            )
+            raise DataError(f"{sweep.folder} is a sweep under other options: {difference}; choose another `sweep`")
         write_json(path, options)
 
 
@@ -297,9 +291,7 @@ def is_poor(sweep: Sweep, trial: Trial) -> bool:
         return False
     first = -(-sweep.setting("epochs", trial.point) // 3)
     pruner = optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=first)
-    study, _ = make_study(
-        [one for one in list_trials(sweep) if one.number != trial.number], {}, pruner=pruner
-    )
+    study, _ = make_study([one for one in list_trials(sweep) if one.number != trial.number], {}, pruner=pruner)
     asked = study.ask()
     for epoch, dev in trial.history:
         if epoch % 1 == 0:

@@ -90,9 +90,7 @@ def render_sweep(title: str, trials: Sequence[Trial], choice: str = MEANS["macro
     varying = list(trials[0].parameters) if trials else []
     curves = partial(draw_curves, trials=ranked, choice=choice)
     planes = {
-        metric: draw(
-            partial(draw_plane, points=points, metric=metric, ink=pages.INK), f"{metric} plane", (4.6, 3.6)
-        )
+        metric: draw(partial(draw_plane, points=points, metric=metric, ink=pages.INK), f"{metric} plane", (4.6, 3.6))
         for metric in METRICS
         if (points := best_points(trials, metric))
     }
@@ -140,9 +138,7 @@ def best_points(trials: Sequence[Trial], metric: str) -> dict[tuple[Any, Any], T
     """(learning rate, weight decay) → the trial there that is best on dev, the best first; empty if neither varies."""
     points: dict[tuple[Any, Any], Trial] = {}
     for trial in rank(trials):
-        if trial.figures.get(f"{metric}_auroc") is not None and any(
-            name in trial.parameters for name in AXES
-        ):
+        if trial.figures.get(f"{metric}_auroc") is not None and any(name in trial.parameters for name in AXES):
             x, y = (trial.parameters.get(name, "one value") for name in AXES)
             points.setdefault((x, y), trial)
     return points
@@ -183,9 +179,7 @@ def draw_plane(axes: Axes, points: Mapping[tuple[Any, Any], Trial], metric: str,
         edges = (np.arange(length + 1) - 0.5 for length in (width, height))
         drawn = axes.pcolormesh(*edges, cells, cmap=MAP, norm=scale)
         for number, (column, row, value) in enumerate(zip(x, y, values, strict=True)):
-            color = (
-                "#111111" if scale(value) > 0.5 else "white"
-            )  # on cividis; SVG takes black for the page's ink
+            color = "#111111" if scale(value) > 0.5 else "white"  # on cividis; SVG takes black for the page's ink
             text = f"{value:.3f}" if number else f"\N{BLACK STAR} {value:.3f}"
             axes.text(column, row, text, color=color, ha="center", va="center")
     else:

@@ -152,7 +152,5 @@ def draw_weights(label: str, over: Sequence[str], labels: Labels, train: Selecte
     except ValueError as error:
         raise DataError(f"{options}: {error} in train") from None
     if left_out := int((weights == 0).sum()):
-        say(
-            f"{options}: {left_out:,} of {len(rows):,} samples are never used: those like them have one class"
-        )
+        say(f"{options}: {left_out:,} of {len(rows):,} samples are never used: those like them have one class")
     return weights

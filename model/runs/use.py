@@ -56,18 +56,14 @@ class Runs:
 class Decided(Runs):
     """Runs whose scores may be decided on."""
 
-    threshold: str = option(
-        "none", "Also write decisions, by thresholds chosen on dev.", choices=(*RULES, "none")
-    )
+    threshold: str = option("none", "Also write decisions, by thresholds chosen on dev.", choices=(*RULES, "none"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluated(SharedImages, Workers, OwnData, Runs):
     """What `evaluate` takes."""
 
-    out: Path | None = option(
-        None, "Folder of an ensemble's results.", shown="the runs' names, beside the first"
-    )
+    out: Path | None = option(None, "Folder of an ensemble's results.", shown="the runs' names, beside the first")
     split: str = option("valid", "Split to score; --shards may differ from the training shards.")
     against: tuple[Path, ...] = option(
         (), "Compare with this run; a run on studies may be compared with several.", metavar="RUN"
@@ -272,9 +268,7 @@ def export_command(given: Export) -> int:
     if config.fusion:
         raise DataError(f"{predictor.name}: a network over studies cannot be exported, only one for images")
     if len({one.image_size for one in predictor.configs.values()}) > 1:
-        raise DataError(
-            f"{predictor.name}: members of different `image_size` take no images in common: no single file"
-        )
+        raise DataError(f"{predictor.name}: members of different `image_size` take no images in common: no single file")
     say_unlearned(predictor)
     decision = predictor.decide(given.threshold)
 
@@ -328,9 +322,7 @@ def describe_export(predictor: "Predictor", decision: "Decision") -> dict[str, s
         "threshold_rule": decision.rule,
         "dataset": dataset.get("title", "not stated"),
         "license": dataset.get("license", "not stated"),
-        "started_from": "; ".join(
-            dict.fromkeys(describe_start(asdict(one)) for one in predictor.configs.values())
-        ),
+        "started_from": "; ".join(dict.fromkeys(describe_start(asdict(one)) for one in predictor.configs.values())),
         "use": "For research. Not for clinical use.",
     }
 
@@ -376,9 +368,7 @@ class Inputs(Data):
     """What `inputs` takes."""
 
     split: str = option("train")
-    where: tuple[str, ...] = option(
-        (), "Only images that meet this: sex=Female, age>=60.", metavar="CONDITION"
-    )
+    where: tuple[str, ...] = option((), "Only images that meet this: sex=Female, age>=60.", metavar="CONDITION")
     n: int = option(6, "Number of images.", low=1, high=400)
     seed: int = option(0, "Another seed shows other images.", low=0)
     augment: str = option("affine", choices=[name for name in AUGMENTATIONS if name != "none"])
@@ -395,9 +385,7 @@ def inputs_command(given: Inputs) -> None:
     from pipeline.look.sheet import FORMATS, draw_variants, save_sheet, spread_rows
 
     out, kind, seed = given.out, given.augment, given.seed
-    refuse_usage(
-        out.suffix.lower() not in FORMATS, f"--out {out}: the name must end in {' or '.join(FORMATS)}"
-    )
+    refuse_usage(out.suffix.lower() not in FORMATS, f"--out {out}: the name must end in {' or '.join(FORMATS)}")
     check_folder(out)
     check_folders(given.shards)
     import torch
@@ -413,9 +401,7 @@ def inputs_command(given: Inputs) -> None:
 
     def vary(images: npt.NDArray[np.uint8]) -> list[npt.NDArray[np.uint8]]:
         batch = torch.from_numpy(images)[:, None]
-        inputs = [
-            augment(batch, mean, std, (seed, epoch, 0), AUGMENTATIONS[kind]) for epoch in range(VARIANTS)
-        ]
+        inputs = [augment(batch, mean, std, (seed, epoch, 0), AUGMENTATIONS[kind]) for epoch in range(VARIANTS)]
         return [(one * std + mean).round().clamp(0, 255)[:, 0].byte().numpy() for one in inputs]
 
     # A sheet that says sex=Female beside keys would tell of patients: it says that there were conditions.
@@ -475,10 +461,6 @@ def localize_command(given: Localization) -> int:
     all_cells = sum(map(len, marks.values()))
     echo(f"{path}: {len(cells):,} of the {all_cells:,} cells in {boxes}")
     if collection.digest == config.manifest and not {"train", "dev"}.isdisjoint(splits):
-        say(
-            "Warning: the run has learned from train and chosen its weights on dev: these images are not new to it"
-        )
-    say_next(
-        *TRAIN, "evaluate", "--run", run, *repeat("--shards", data.shards), "--split", splits[0], "--sanity"
-    )
+        say("Warning: the run has learned from train and chosen its weights on dev: these images are not new to it")
+    say_next(*TRAIN, "evaluate", "--run", run, *repeat("--shards", data.shards), "--split", splits[0], "--sanity")
     return 0

@@ -137,9 +137,7 @@ def claimed(folder: Path) -> Iterator[None]:
     path = folder / ".lock"
     with ExitStack() as stack:
         try:
-            stack.enter_context(
-                locked(path, wait=10 * POLL)
-            )  # not 0: the last owner may be removing the file
+            stack.enter_context(locked(path, wait=10 * POLL))  # not 0: the last owner may be removing the file
         except TimeoutError:
             raise DataError(f"{folder}: another process is writing to it; wait for it, or stop it") from None
         except OSError as error:

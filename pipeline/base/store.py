@@ -22,9 +22,7 @@ from pipeline.base.errors import FULL, DataError, MachineError, explain_os_error
 TOGETHER = 32  # objects to fetch at a time; an image of the full set has 2 MB
 CREDENTIALS = {"http": "~/.netrc", "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"}
 # Checksums that stores other than AWS may not know; what was put, and got, is compared in any case.
-S3_CHECKSUMS = dict.fromkeys(
-    ("request_checksum_calculation", "response_checksum_validation"), "when_required"
-)
+S3_CHECKSUMS = dict.fromkeys(("request_checksum_calculation", "response_checksum_validation"), "when_required")
 
 
 def find_scheme(location: str) -> str:
@@ -44,9 +42,7 @@ def open_location(location: str) -> Path:
     """A folder, or a path of the universal_pathlib for a URL, which behaves as one. Raises DataError."""
     scheme, _, rest = location.partition("://")
     if "@" in rest.partition("/")[0] or "?" in rest:  # they would be in every message
-        raise DataError(
-            f"{scheme}://…: a URL with a password or a query; credentials come from the environment"
-        )
+        raise DataError(f"{scheme}://…: a URL with a password or a query; credentials come from the environment")
     if not find_scheme(location):
         return Path(location)
     try:

@@ -46,9 +46,7 @@ class Table:
         grid.caption = Text("\n".join(map(printable, self.notes))) if self.notes else None
         for number, heading in enumerate(self.columns):
             text = printable(heading if isinstance(heading, str) else "\n".join(heading))
-            width = max(
-                len(line) for cell in (text, *(row[number] for row in self.rows)) for line in cell.split("\n")
-            )
+            width = max(len(line) for cell in (text, *(row[number] for row in self.rows)) for line in cell.split("\n"))
             fixed = {"justify": "right", "no_wrap": True, "min_width": width} if number else {}
             grid.add_column(Text(text), **fixed)  # type: ignore[arg-type]  # rich's own literals
         for number, row in enumerate(self.rows):
@@ -65,13 +63,9 @@ class Table:
         if not self.filled:
             return Markup()
         title = self.title if title is None else title
-        heading = (
-            f"<details><summary>{escape(title)}</summary>" if self.folded else f"<h3>{escape(title)}</h3>"
-        )
+        heading = f"<details><summary>{escape(title)}</summary>" if self.folded else f"<h3>{escape(title)}</h3>"
         parts = [heading] if title else []
-        parts.append(
-            f'<div class="scroll" tabindex="0" role="group" aria-label="table: {escape(title or self.kind)}">'
-        )
+        parts.append(f'<div class="scroll" tabindex="0" role="group" aria-label="table: {escape(title or self.kind)}">')
         parts.append(f'<table class="{self.kind}"><thead>{self._heads()}</thead>')
         first = len(self.rows) - self.means
         for tag, rows in (("tbody", self.rows[:first]), ("tfoot", self.rows[first:])):
@@ -92,10 +86,7 @@ class Table:
             f'<th class="group" colspan="{span}">{escape(group)}</th>' if group else "<td></td>" * span
             for group, span in groups
         ]
-        names = [
-            f"<th{self._edge(number, 'start')}>{escape(name)}</th>"
-            for number, (_, name) in enumerate(columns)
-        ]
+        names = [f"<th{self._edge(number, 'start')}>{escape(name)}</th>" for number, (_, name) in enumerate(columns)]
         first = f"<tr>{''.join(above)}</tr>" if any(group for group, _ in groups) else ""
         return f"{first}<tr>{''.join(names)}</tr>"
 
@@ -117,9 +108,7 @@ class Table:
         """A table of Markdown under its title, without markup of its own; nothing without rows."""
         if not self.rows:
             return ""
-        names = [
-            show_cell(heading if isinstance(heading, str) else ": ".join(heading)) for heading in self.columns
-        ]
+        names = [show_cell(heading if isinstance(heading, str) else ": ".join(heading)) for heading in self.columns]
         lines = [f"### {show_cell(self.title)}\n"] if self.title else []
         lines += [f"| {' | '.join(names)} |", f"|---|{'---:|' * (len(names) - 1)}"]
         lines += [f"| {' | '.join(map(show_cell, row))} |" for row in self.rows]

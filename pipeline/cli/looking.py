@@ -48,12 +48,8 @@ class Stats(Cached):
     sources: tuple[Path | str, ...] = option(..., argument=True, type=PathOrUrl(exists=True))
     split: str | None = option(None, "Split to count.  [default: all]")
     views: str = option("all", "By the column Frontal/Lateral.", choices=VIEWS)
-    by: str | None = option(
-        None, f"Count each group of images: by {', '.join(NO_GROUP)}, or a fact.", metavar="FACT"
-    )
-    facts: tuple[str, ...] = option(
-        (), "CSV or XLSX with extra columns to join; not for shards.", metavar="FILE"
-    )
+    by: str | None = option(None, f"Count each group of images: by {', '.join(NO_GROUP)}, or a fact.", metavar="FACT")
+    facts: tuple[str, ...] = option((), "CSV or XLSX with extra columns to join; not for shards.", metavar="FILE")
     policy: tuple[dict[str, str], str] | tuple[()] = option(
         (), "Targets under a policy: best,Edema=zeros,blank=ignore.", split=parse_policies
     )
@@ -147,13 +143,9 @@ class Show(Cached):
 
     shards: Path | str = option(..., argument=True, type=PathOrUrl(file_okay=False))
     split: str = option("train")
-    label: str | None = option(
-        None, "Show images by their state of this label.", choices=LABELS, metavar="LABEL"
-    )
+    label: str | None = option(None, "Show images by their state of this label.", choices=LABELS, metavar="LABEL")
     state: str | None = option(None, "State of --label.", choices=STATES, shown="positive")
-    where: tuple[str, ...] = option(
-        (), "Only images that meet this: sex=Female, age>=60.", metavar="CONDITION"
-    )
+    where: tuple[str, ...] = option((), "Only images that meet this: sex=Female, age>=60.", metavar="CONDITION")
     n: int = option(16, "Number of images.", low=1, high=400)
     seed: int = option(0, "Another seed shows other images.", low=0)
     out: Path = option(..., "Picture: .png or .jpg.", type=FILE)
@@ -211,9 +203,7 @@ def audit(given: Auditing) -> int:
 
     sources, split, views = given.sources, given.split, given.views
     are_shards = all((source / NAME).is_file() for source in sources)
-    refuse_usage(
-        given.images and not are_shards, "--images needs shards: pipeline shards SOURCE OUT, then audit OUT"
-    )
+    refuse_usage(given.images and not are_shards, "--images needs shards: pipeline shards SOURCE OUT, then audit OUT")
     check_output("--html", given.html, (".html",))
     table = load_tables(sources, split, views, audited=True)
     edge: dict[str, Floats] = {}
@@ -221,9 +211,7 @@ def audit(given: Auditing) -> int:
     if are_shards and given.images is not False:
         from pipeline.look.pixels import measure_shards
 
-        chosen = [
-            (source, [split] if split else learned_splits(read_manifest(source).splits)) for source in sources
-        ]
+        chosen = [(source, [split] if split else learned_splits(read_manifest(source).splits)) for source in sources]
         done = 0
         with progress_bar("Measuring", "images") as advance:
 
@@ -267,9 +255,7 @@ class Judge(Judging):
     out: Path | None = option(None, "Folder for evaluation.json, report.html and card.md.", type=FOLDER)
 
 
-@command(
-    "judge", Judge, example="pipeline judge scores.csv Data_Entry_2017_v2020.csv --threshold 0.5 --out judged"
-)
+@command("judge", Judge, example="pipeline judge scores.csv Data_Entry_2017_v2020.csv --threshold 0.5 --out judged")
 def judge(given: Judge) -> None:
     """Judge SCORES of any network or reader against the labels of SOURCE (shards, a data set's folder or its CSV).
 
@@ -279,12 +265,8 @@ def judge(given: Judge) -> None:
     from pipeline.judging import judge as judge_files
     from pipeline.look.judged import print_evaluation
 
-    refuse_usage(
-        given.dev is not None and given.threshold is not None, "--threshold is for scores without --dev"
-    )
-    refuse_usage(
-        given.dev is not None and given.dev == given.split, "--dev is the split to be judged; name another"
-    )
+    refuse_usage(given.dev is not None and given.threshold is not None, "--threshold is for scores without --dev")
+    refuse_usage(given.dev is not None and given.dev == given.split, "--dev is the split to be judged; name another")
     judged = judge_files(given.scores, given.source, given, say)
     print_evaluation(judged.evaluation)
     if given.out is not None:

@@ -41,9 +41,7 @@ class Drawing:
     out: Path = option(..., argument=True, type=FOLDER)
     images: int = option(2000, "Number of images, train and valid together.", low=20)
     seed: int = option(0, "Another seed gives other patients.", low=0, high=2**63 - 1)
-    laterals: float | None = option(
-        None, "Share of studies with a lateral.", low=0, high=1, shown="as in CheXpert"
-    )
+    laterals: float | None = option(None, "Share of studies with a lateral.", low=0, high=1, shown="as in CheXpert")
     valid: float = option(0.12, "Share of images in valid.csv.", low=0.01, high=0.9)
     shortcuts: tuple[Shortcut, ...] = option(
         (),
@@ -115,9 +113,7 @@ class Sharding:
         split=parse_columns,
         metavar="NAME=COLUMN,…",
     )
-    name: str = option(
-        "", "Dataset name; required if another hospital's data uses this layout.", check=check_name
-    )
+    name: str = option("", "Dataset name; required if another hospital's data uses this layout.", check=check_name)
     annotated: tuple[str, ...] = option(
         (),
         "Labels that were looked for in a set with --name or a table; the others are not annotated.",
@@ -143,12 +139,8 @@ class Sharding:
         metavar="SPLIT=CSV",
         flag="split",
     )
-    roots: tuple[Path, ...] = option(
-        (), "Another folder of images.", parse=parse_folder, metavar="FOLDER", flag="root"
-    )
-    facts: tuple[str, ...] = option(
-        (), "CSV or XLSX with extra columns, by patient or study.", metavar="FILE"
-    )
+    roots: tuple[Path, ...] = option((), "Another folder of images.", parse=parse_folder, metavar="FOLDER", flag="root")
+    facts: tuple[str, ...] = option((), "CSV or XLSX with extra columns, by patient or study.", metavar="FILE")
     dry_run: bool = option(False, "Print what would be written and which images are missing; write nothing.")
 
     def find_source(self) -> "Source":
@@ -333,10 +325,4 @@ def verify(given: Verification) -> None:
         f"{name}: OK: {report.splits} splits, {report.shards:,} shards, {report.samples:,} samples, "
         f"{report.bytes / 1e6:,.1f} MB in {time.perf_counter() - start:.1f} s"
     )
-    say_next(
-        *(
-            ("python", "-m", "train", "--run", "RUN", "--shards", name)
-            if remote
-            else ("pipeline", "audit", name)
-        )
-    )
+    say_next(*(("python", "-m", "train", "--run", "RUN", "--shards", name) if remote else ("pipeline", "audit", name)))

@@ -53,13 +53,9 @@ def run_on_cluster(
         try:
             yield from _spread(client, run, iter(tasks), blame)
         except KilledWorker as error:
-            raise DataError(
-                f"a worker was lost each time it had this task: {error}; is there enough memory?"
-            ) from None
+            raise DataError(f"a worker was lost each time it had this task: {error}; is there enough memory?") from None
         except (CancelledError, CommClosedError, TimeoutError):
-            raise DataError(
-                f"`scheduler` {scheduler}: the connection was lost; the same command continues"
-            ) from None
+            raise DataError(f"`scheduler` {scheduler}: the connection was lost; the same command continues") from None
 
 
 def _spread(

@@ -100,9 +100,7 @@ class Run:
     @property
     def started(self) -> dict[str, dict[str, object]]:
         """What must not change until the run is finished: the versions decide its bytes, too."""
-        return asdict(self.wanted) | {
-            "versions": {name: version(name) for name in (*PACKAGES, "chexpert-pipeline")}
-        }
+        return asdict(self.wanted) | {"versions": {name: version(name) for name in (*PACKAGES, "chexpert-pipeline")}}
 
     def list_tasks(self, plan: Plan, hashes: Mapping[str, str]) -> list[ShardTask]:
         """A task for each planned shard, whose hash is known if it was finished before."""
@@ -222,9 +220,7 @@ def _converge(run: Run, manifest: Manifest | None, damaged: Collection[str]) -> 
     plan = run_alone(write_plan, task, f"planning {run.out}")
     tasks = run.list_tasks(plan, manifest.files() if manifest else {})
     if starts:
-        _refuse_others(
-            run.out, {REJECTS, *(f"{split}.arrow" for split in plan.rows), *(t.file for t in tasks)}
-        )
+        _refuse_others(run.out, {REJECTS, *(f"{split}.arrow" for split in plan.rows), *(t.file for t in tasks)})
     write_json(run.partial / STARTED, run.started)
     # A table needs the records of all shards of its split.
     splits = [name for name in plan.rows if manifest is None or manifest.splits[name].table in damaged]
@@ -260,9 +256,7 @@ def _refuse_others(out: Path, names: Collection[str]) -> None:
 
 def _name_unseen(record: ShardRecord) -> str:
     """What its worker does not see of the source and this process does; "" if there is no such file."""
-    missing = [
-        reject.file for reject in record.rejects if reject.reason == MISSING and "://" not in reject.file
-    ]
+    missing = [reject.file for reject in record.rejects if reject.reason == MISSING and "://" not in reject.file]
     unseen = sorted({*missing} - {*find_missing(missing, ())})
     return f"does not see {unseen[0]}" if unseen else ""
 

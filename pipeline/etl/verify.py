@@ -88,9 +88,7 @@ def verify_shards(
         for first, second, names in find_shared(ids):
             file = manifest.splits[second].table
             problems[file] += [f"{folder / file}: {form.format(name, first)}" for name in names]
-    tasks = [
-        task for name, split in manifest.splits.items() for task in _tasks(folder, split, tables.get(name))
-    ]
+    tasks = [task for name, split in manifest.splits.items() for task in _tasks(folder, split, tables.get(name))]
     owners = {task.shard.sha256: task.shard.file for task in tasks}
     checks = _Checks(encoding, owners, deep, fetch, flat=[])
     found = run_threads(partial(_check_shard, checks), tasks, workers, progress)

@@ -97,9 +97,7 @@ def read_lines(name: str) -> list[str]:
 def describe_data(evaluation: Evaluation, dataset: str = "") -> str:
     """The data set of the split and its size, in words."""
     head = evaluation.head
-    studies, patients = (
-        judged.count(evaluation.get(unit, None, "study").value) for unit in ("studies", "patients")
-    )
+    studies, patients = (judged.count(evaluation.get(unit, None, "study").value) for unit in ("studies", "patients"))
     images = evaluation.get("images", None, "image").value
     size = f"{studies} studies of {patients} patients"
     size = size if images is None else f"{judged.count(images)} images in {size}"
@@ -121,8 +119,7 @@ def list_tiles(evaluation: Evaluation) -> list[Tile]:
         tiles.append(Tile(f"per {level}, {size} {UNITS[level]}", best.shown, note, others))
     best = evaluation.get("auroc", evaluation.best_mean())
     differences = [
-        evaluation.get("auroc_difference", best.label, scorer=scorer)
-        for scorer in evaluation.head.get("against", ())
+        evaluation.get("auroc_difference", best.label, scorer=scorer) for scorer in evaluation.head.get("against", ())
     ]
     note = f"difference in AUROC, {MEANS[str(best.label)]}"
     return tiles + [Tile(f"less {row.scorer}", row.change, note, {}) for row in differences]
@@ -176,10 +173,7 @@ def draw_readers(evaluation: Evaluation, images: Scored) -> Panels:
     studies = study_level(images, evaluation.head["combine"]) if readers else images
     for name, score, truth, _ in label_cells(evaluation.labels, *studies[:4]) if readers else ():
         rates = [
-            [
-                evaluation.get(rate, name, "study", scorer=reader).value
-                for rate in ("sensitivity", "specificity")
-            ]
+            [evaluation.get(rate, name, "study", scorer=reader).value for rate in ("sensitivity", "specificity")]
             for reader in readers
         ]
         points = [pair for pair in rates if None not in pair]
@@ -251,9 +245,7 @@ def _draw_decision(calibrated: Floats, truth: Bools, axes: "Axes") -> None:
     axes.set_xticks((0, 0.5, 1), ("0", "0.5", "1"))
 
 
-def render_card(
-    title: str, parts: Sequence[str], evaluations: Sequence[Evaluation], dataset: str = ""
-) -> str:
+def render_card(title: str, parts: Sequence[str], evaluations: Sequence[Evaluation], dataset: str = "") -> str:
     """The card: `parts` of Markdown first, then the figures of each split, limits and methods."""
     lines = [f"# Model card: {show_cell(title)}", f"**{WARNING}**", *parts]
     for evaluation in evaluations:

@@ -375,13 +375,9 @@ def summarize(evaluation: Evaluation) -> list[tuple[str, str]]:
     """What to believe and what not, a mark and a sentence each; verdicts that need no attention share one."""
     verdicts = list(evaluation.select(metric="verdict"))
     lines = (
-        [("partly", "Optimistic: used to select the checkpoint and thresholds.")]
-        if evaluation.split == "dev"
-        else []
+        [("partly", "Optimistic: used to select the checkpoint and thresholds.")] if evaluation.split == "dev" else []
     )
-    lines += [
-        (mark, row.note) for mark in ("shown", "partly", "unclear") for row in verdicts if row.group == mark
-    ]
+    lines += [(mark, row.note) for mark in ("shown", "partly", "unclear") for row in verdicts if row.group == mark]
     kept = [
         label
         for label in evaluation.labels

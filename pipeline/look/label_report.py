@@ -96,8 +96,7 @@ def draw_states(axes: Axes, statistics: Statistics) -> None:
         axes.bar_label(bars, texts, label_type="center", fontsize=8, color=text_color)
         start = [left + share for left, share in zip(start, shares, strict=True)]
     rest = [
-        100 - left if counts.get("not_annotated") else 0.0
-        for left, counts in zip(start, labels.values(), strict=True)
+        100 - left if counts.get("not_annotated") else 0.0 for left, counts in zip(start, labels.values(), strict=True)
     ]
     if any(rest):
         faint = pages.BLANK
@@ -132,17 +131,13 @@ def draw_audit(axes: Axes, audit: Audit) -> None:
             if clue["kind"] == kind:
                 kinds.setdefault(clue["covariate"], kind)
     columns = list(kinds)
-    labels = list(
-        dict.fromkeys(clue["label"] for clue in sorted(clues, key=lambda clue: clue["kind"] == "content"))
-    )
+    labels = list(dict.fromkeys(clue["label"] for clue in sorted(clues, key=lambda clue: clue["kind"] == "content")))
     told = np.full((len(labels), len(columns)), np.nan)
     texts = [[""] * len(columns) for _ in labels]
     for clue in clues:
         y, x = labels.index(clue["label"]), columns.index(clue["covariate"])
         told[y, x] = max(clue["told"], 0.5)
-        texts[y][x] = (
-            f"{100 * clue['told']:.0f}{'!' if clue['exceeds'] and clue['kind'] != 'content' else ''}"
-        )
+        texts[y][x] = f"{100 * clue['told']:.0f}{'!' if clue['exceeds'] and clue['kind'] != 'content' else ''}"
     _draw_cells(axes, 2 * told - 1, texts)
     axes.set_xticks(range(len(columns)), labels=[name.replace("$", r"\$") for name in columns], rotation=90)
     axes.set_yticks(range(len(labels)), labels=labels)

@@ -217,9 +217,7 @@ def draw_overlay(film: Gray, heat: npt.NDArray[np.float32], lines: list[str], si
     drawn = Image.new("RGB", (max(width, NARROWEST), height + SCALE + LINE * (len(lines) + 1) + 8), PAPER)
     drawn.paste(Image.fromarray(picture))
     ramp = np.linspace(0, 255, drawn.width).round().astype(np.uint8)
-    drawn.paste(
-        Image.fromarray(np.broadcast_to(_color(ramp), (SCALE, drawn.width, 3)).astype(np.uint8)), (0, height)
-    )
+    drawn.paste(Image.fromarray(np.broadcast_to(_color(ramp), (SCALE, drawn.width, 3)).astype(np.uint8)), (0, height))
     drawing = ImageDraw.Draw(drawn)
     for number, line in enumerate(["0", *lines]):
         drawing.text((2, height + SCALE + 2 + LINE * number), line, INK, font)

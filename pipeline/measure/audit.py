@@ -156,9 +156,7 @@ def predict(values: Floats, goal: Bools | Floats, used: Bools, patient: Ints) ->
             inside, outside = fold == number, (fold != number) & (fold >= 0)
             if not inside.any() or not outside.any() or np.ptp(goal[outside].astype(float)) == 0:
                 continue
-            model = trees(
-                max_iter=20, learning_rate=0.2, max_leaf_nodes=8, early_stopping=False, random_state=0
-            )
+            model = trees(max_iter=20, learning_rate=0.2, max_leaf_nodes=8, early_stopping=False, random_state=0)
             model.fit(values[outside], goal[outside])
             rows = values[inside]
             called = model.predict_proba(rows)[:, 1] if goal.dtype == bool else model.predict(rows)

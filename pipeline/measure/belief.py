@@ -109,11 +109,7 @@ def add_belief(
         evaluation.add(level, name, "auroc_balanced", balanced["auroc"], **limits)
         area = _describe(measure_within(score, truth, patient))
         mark, verdict = judge(area, within, balanced)
-        texts = [
-            f"; {shorten(side['value'])} within {key}"
-            for key, side in sides.items()
-            if side["value"] is not None
-        ]
+        texts = [f"; {shorten(side['value'])} within {key}" for key, side in sides.items() if side["value"] is not None]
         text = f"{name} {shorten(area['value'])}{''.join(texts)}: {verdict}."
         evaluation.add(level, name, "verdict", group=mark, note=text)
 
@@ -142,9 +138,7 @@ def split_values(value: Floats, truth: Bools) -> Ints:
     return np.where(known, np.searchsorted(edges, value, "right"), -1)
 
 
-def predict_groups(
-    covariates: Sequence[Floats], score: Floats, truth: Bools, patient: Names
-) -> dict[str, Names]:
+def predict_groups(covariates: Sequence[Floats], score: Floats, truth: Bools, patient: Names) -> dict[str, Names]:
     """Groups [n] of equal propensity, and of equal predicted score, given all covariates; empty where not tried."""
     if not covariates:
         return {}
@@ -155,9 +149,7 @@ def predict_groups(
     return {name: split_values(predict(table, goal, every, codes), truth) for name, goal in goals.items()}
 
 
-def compare_within(
-    score: Floats, truth: Bools, patient: Names, groups: Mapping[str, Names]
-) -> dict[str, Within]:
+def compare_within(score: Floats, truth: Bools, patient: Names, groups: Mapping[str, Names]) -> dict[str, Within]:
     """Of each variable whose strata hold pairs, but for one that another variable divides images like.
 
     Only images of known value count, in both: those of unknown value are not equal in it. A variable that is known of
@@ -224,9 +216,7 @@ def fit_propensity(features: Floats, truth: Bools) -> Floats:
     """The chance [n] of a positive given features [n, C], by a logistic regression without a penalty."""
     from sklearn.linear_model import LogisticRegression  # takes half a second
 
-    chances: Floats = (
-        LogisticRegression(C=np.inf, max_iter=1000).fit(features, truth).predict_proba(features)[:, 1]
-    )
+    chances: Floats = LogisticRegression(C=np.inf, max_iter=1000).fit(features, truth).predict_proba(features)[:, 1]
     return chances
 
 
@@ -253,10 +243,7 @@ def find_confounder(names: Sequence[str], images: Scored, column: int) -> str | 
     truth = positive[:, [column]]
     # Images by class of the label in `column`, and by state of each label: [2, 2, L].
     cells = np.array(
-        [
-            [(images.mask & (truth == own) & (positive == state)).sum(axis=0) for state in (0, 1)]
-            for own in (0, 1)
-        ]
+        [[(images.mask & (truth == own) & (positive == state)).sum(axis=0) for state in (0, 1)] for own in (0, 1)]
     )
     shares = cells[:, 1] / np.maximum(cells.sum(axis=1), 1)
     usable = (cells.min(axis=0).max(axis=0) >= FEW) & (cells.sum(axis=1).min(axis=0) > 0)
@@ -268,11 +255,7 @@ def find_confounder(names: Sequence[str], images: Scored, column: int) -> str | 
 def judge(area: Figure, within: Mapping[str, Within], balanced: Figure) -> tuple[str, str]:
     """The mark of a verdict (shown, partly, none or unclear), and its evidence in words."""
     falls = {variable: part for variable, part in within.items() if (part.fall["low"] or 0) > 0}
-    shown = {
-        variable: part
-        for variable, part in falls.items()
-        if part.left["high"] < 0 or part.auroc["low"] <= 0.5
-    }
+    shown = {variable: part for variable, part in falls.items() if part.left["high"] < 0 or part.auroc["low"] <= 0.5}
     partly = {variable: part for variable, part in falls.items() if part.fall["value"] > SMALL}
     unclear = [variable for variable, part in within.items() if (part.left["low"] or 0) <= 0]
     if balanced["auroc"] is not None and balanced["low"] <= 0.5:
@@ -297,9 +280,7 @@ def judge(area: Figure, within: Mapping[str, Within], balanced: Figure) -> tuple
     return "none", f"no shortcut found among {', '.join(within) or 'no covariates'}"
 
 
-def _measure_projections(
-    score: Floats, truth: Bools, patient: Names, projection: Names | None
-) -> dict[str, Figure]:
+def _measure_projections(score: Floats, truth: Bools, patient: Names, projection: Names | None) -> dict[str, Figure]:
     """The AUROC within each projection, which readers ask for first; None with fewer than 10 patients in a class."""
     sides: dict[str, Figure] = {}
     for side in sorted(set([] if projection is None else projection.tolist()) - {""}):

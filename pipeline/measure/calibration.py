@@ -154,9 +154,7 @@ def read_fit(calibration: Fitted) -> Fit | None:
 
 def apply_calibrations(names: Sequence[str], scores: Floats, calibration: Mapping[str, Fitted]) -> Floats:
     """The calibrated scores [N, L], float64, by the calibration of each of the labels `names` [L]; NaN stays NaN."""
-    columns = [
-        apply_calibration(score, calibration[name]) for name, score in zip(names, scores.T, strict=True)
-    ]
+    columns = [apply_calibration(score, calibration[name]) for name, score in zip(names, scores.T, strict=True)]
     return np.column_stack(columns)
 
 
@@ -194,9 +192,7 @@ def _log_likelihood(logits: Floats, truth: Bools, fit: Fit) -> float:
 
 
 def _logits(score: Floats) -> Floats:
-    lost = (
-        float(np.finfo(score.dtype).eps) / 2
-    )  # a score of this type that is nearer to 0 or 1 has lost its logit
+    lost = float(np.finfo(score.dtype).eps) / 2  # a score of this type that is nearer to 0 or 1 has lost its logit
     inside = np.clip(score.astype(np.float64), lost, 1 - lost)
     logits: Floats = np.log(inside / (1 - inside))
     return logits

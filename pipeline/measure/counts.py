@@ -31,9 +31,7 @@ NO_GROUP = {"view": "unknown", "sex": "Unknown", "age": "unknown", "projection":
 NO_FACT = "unknown"
 MOST_NUMBERS = 20  # values of a fact of whole numbers that still make groups
 # What an uncertain cell becomes, averaged over the draws; of other policies, neither class.
-UNCERTAIN_TARGETS = {"zeros": 0.0, "ones": 1.0} | {
-    policy: sum(bounds) / 2 for policy, bounds in SMOOTH_RANGES.items()
-}
+UNCERTAIN_TARGETS = {"zeros": 0.0, "ones": 1.0} | {policy: sum(bounds) / 2 for policy, bounds in SMOOTH_RANGES.items()}
 # `images`, `studies`, `patients`, and `labels`: figures by label; and sections that were asked for, by name.
 Statistics = dict[str, Any]
 Labels = dict[str, dict[str, Any]]  # by label, figures by name

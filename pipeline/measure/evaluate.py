@@ -85,9 +85,7 @@ class Scored(NamedTuple):
         return Scored(*(column[rows] for column in self))
 
 
-def calibrate(
-    names: Sequence[str], dev: Scored, sensitivity: float = 0.9, combine: str = "max"
-) -> dict[str, Any]:
+def calibrate(names: Sequence[str], dev: Scored, sensitivity: float = 0.9, combine: str = "max") -> dict[str, Any]:
     """Calibration and thresholds per label (`fit_calibration`), fitted on dev's images and on its studies.
 
     `combine` is how the views' scores make a study's score: max or mean.
@@ -162,9 +160,7 @@ def study_level(images: Scored, combine: str = "max") -> Scored:
     return Scored(combined, positive, counts > 0, *(fact[order[starts]] for fact in images[3:]))
 
 
-def _add_level(
-    evaluation: Evaluation, level: str, rows: Scored, calibration: Mapping[str, Calibration]
-) -> None:
+def _add_level(evaluation: Evaluation, level: str, rows: Scored, calibration: Mapping[str, Calibration]) -> None:
     """Findings and their means, of images or of studies."""
     names, resamples, seed = evaluation.labels, evaluation.head["resamples"], evaluation.head["seed"]
     evaluation.add(level, None, UNITS[level], len(rows.scores))
@@ -173,9 +169,7 @@ def _add_level(
     drawn = resample_auprc(*rows[:4], resamples, seed)
     cells = {cell.label: cell for cell in label_cells(names, *rows[:4])}
     calibrated = evaluation.head["sensitivity"] is not None
-    figures = {
-        name: _measure(cell, calibration[name] if calibrated else None) for name, cell in cells.items()
-    }
+    figures = {name: _measure(cell, calibration[name] if calibrated else None) for name, cell in cells.items()}
     for label, over in means.items():
         counts = count_classes(cells[label].truth, cells[label].patient) if label in cells else {}
         for metric in figures[names[0]]:
@@ -255,9 +249,7 @@ def add_groups(
         compared = GROUPS[variable] if variable in GROUPS else _list_values(fact)
         # Over all patients, so that patients in two groups are recognized.
         measured = {
-            f"{variable}={name}": measure_areas(
-                *images[:2], images.mask & (fact == name)[:, None], images.patient
-            )
+            f"{variable}={name}": measure_areas(*images[:2], images.mask & (fact == name)[:, None], images.patient)
             for name in compared
         }
         for name, group in zip(compared, measured, strict=True):
@@ -269,9 +261,7 @@ def add_groups(
         others, counts = np.unique([name or "unknown" for name in fact.tolist()], return_counts=True)
         for name, count in zip(others.tolist(), counts.tolist(), strict=True):
             if name not in compared:
-                evaluation.add(
-                    evaluation.unit, None, "images", count, f"{variable}={name}", note="in no group"
-                )
+                evaluation.add(evaluation.unit, None, "images", count, f"{variable}={name}", note="in no group")
     pairs = sum(comb(len(groups), 2) for groups in calls.values())
     for (variable, label), groups in calls.items():
         gap = _tpr_gap(groups, LEVEL / max(pairs, 1))
@@ -301,9 +291,7 @@ def _add_group(
         counts, threshold = count_classes(truth, patient), first_threshold(fits[name])
         limits = combine_limits(measured, weigh_labels(names, [name]))
         evaluation.add(level, name, "auroc", areas(score, truth)[0], group, **limits, **counts)
-        tpr = (
-            NO_LIMITS if threshold is None else measure_rates(threshold, score, truth, patient)["sensitivity"]
-        )
+        tpr = NO_LIMITS if threshold is None else measure_rates(threshold, score, truth, patient)["sensitivity"]
         evaluation.add(level, name, "tpr", group=group, **tpr, **counts)
         enough = len(np.unique(patient[truth])) >= FEW
         yield name, [(score[truth] >= threshold, patient[truth])] if enough and threshold is not None else []
@@ -319,9 +307,7 @@ def _add_macros(evaluation: Evaluation, measured: Mapping[str, Areas]) -> None:
     rows = {group: [evaluation.get("auroc", name, level, group) for name in names] for group in measured}
     compared = [group for group in measured if any(not row.few for row in rows[group])]
     kept = [
-        name
-        for column, name in enumerate(names)
-        if compared and all(not rows[group][column].few for group in compared)
+        name for column, name in enumerate(names) if compared and all(not rows[group][column].few for group in compared)
     ]
     share, macros = weigh_labels(names, kept), dict[str, float | None]()
     for group, of_group in rows.items():
@@ -339,8 +325,6 @@ def _add_macros(evaluation: Evaluation, measured: Mapping[str, Areas]) -> None:
 
 def _tpr_gap(groups: Sequence[Calls], level: float) -> Figure:
     """The highest TPR minus the lowest, with limits at a level, as for separate patients."""
-    rates = [
-        {"value": float(called.mean()), **wilson_limits(called, patient, level)} for called, patient in groups
-    ]
+    rates = [{"value": float(called.mean()), **wilson_limits(called, patient, level)} for called, patient in groups]
     rates.sort(key=lambda rate: [*rate.values()])
     return NO_LIMITS if len(rates) < 2 else subtract_independent(rates[-1], rates[0])

@@ -90,9 +90,7 @@ def judge_scores(
     if beside.members:
         add_comparison(evaluation, unit, images, MEMBERS, [*beside.members.values()])
     studies = study_level(images, head["combine"])
-    add_readers(
-        evaluation, studies, {name: combine_calls(images, calls) for name, calls in beside.readers.items()}
-    )
+    add_readers(evaluation, studies, {name: combine_calls(images, calls) for name, calls in beside.readers.items()})
     return evaluation
 
 
@@ -106,9 +104,7 @@ def add_other(evaluation: Evaluation, images: Scored, name: str, scores: Floats)
     columns = known.any(axis=0)
     rows = known[:, columns].all(axis=1)
     if not columns.any() or not rows.any():
-        raise DataError(
-            f"`against` {name}: it has scored none of these {UNITS[evaluation.unit]}, or no label"
-        )
+        raise DataError(f"`against` {name}: it has scored none of these {UNITS[evaluation.unit]}, or no label")
     names = [evaluation.labels[column] for column in np.flatnonzero(columns)]
     fields = ("scores", "target", "mask")
     ours = images.take(rows)
@@ -217,9 +213,7 @@ def add_own(evaluation: Evaluation, images: Scored, own: Evaluation) -> None:
     if not kept:
         return
     rows = [own.get("auroc", name) for name in kept]
-    value, low, high = (
-        sum(getattr(row, name) for row in rows) / len(rows) for name in ("value", "low", "high")
-    )
+    value, low, high = (sum(getattr(row, name) for row in rows) / len(rows) for name in ("value", "low", "high"))
     enough = [own.get("auroc", name) for name in own.labels]
     widened = set(kept) != {row.label for row in enough if row.value is not None and not row.few}
     if not widened:
@@ -234,9 +228,7 @@ def add_own(evaluation: Evaluation, images: Scored, own: Evaluation) -> None:
 
 def _add_pair(evaluation: Evaluation, row: Row, own: Row, note: str = "") -> None:
     """The own figure and the difference of a finding or of the mean."""
-    ours, theirs = (
-        {name: getattr(side, name) for name in ("value", "low", "high", "few")} for side in (row, own)
-    )
+    ours, theirs = ({name: getattr(side, name) for name in ("value", "low", "high", "few")} for side in (row, own))
     counts = {"positives": own.positives, "negatives": own.negatives}
     evaluation.add(row.level, row.label, "auroc", group=OWN, **theirs, **counts, note=own.note)
     less, few = subtract_independent(ours, theirs), row.few or own.few

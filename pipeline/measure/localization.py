@@ -106,9 +106,7 @@ def measure_localization(cells: Sequence[Cell]) -> dict[str, Any]:
         for group in ((cell.label,), (cell.label, cell.patient)):
             sums[group] = sums.get(group, 0) + cell.heat.astype(float)
     others = (sums[cell.label,] - sums[cell.label, cell.patient] for cell in cells)
-    fixed = np.array(
-        [heat.max() > 1e-6 and _top(heat, cell.marked) for heat, cell in zip(others, cells, strict=True)]
-    )
+    fixed = np.array([heat.max() > 1e-6 and _top(heat, cell.marked) for heat, cell in zip(others, cells, strict=True)])
     iou = np.array([_iou(cell.heat >= THRESHOLD, cell.marked) for cell in cells])
     share = np.array([cell.marked.mean() for cell in cells])
     label, patient = (np.array([getattr(cell, name) for cell in cells]) for name in ("label", "patient"))

@@ -76,9 +76,7 @@ class Curve(NamedTuple):
     false_positives: Ints
 
 
-def report_auroc(
-    names: Sequence[str], scores: Floats, target: Floats, mask: Bools, patient: Names
-) -> AurocReport:
+def report_auroc(names: Sequence[str], scores: Floats, target: Floats, mask: Bools, patient: Names) -> AurocReport:
     """AUROC per label of scores [N, L] against targets [N, L] in {0, 1}, on the cells of mask [N, L], of patients [N].
 
     Raises ValueError where a score is not finite.
@@ -100,9 +98,7 @@ def count_classes(truth: Bools, patient: Names) -> Figure:
     return {"positives": int(truth.sum()), "negatives": int((~truth).sum()), "few": fewest < FEW}
 
 
-def label_cells(
-    names: Sequence[str], scores: Floats, target: Floats, mask: Bools, patient: Names
-) -> Iterator[Cells]:
+def label_cells(names: Sequence[str], scores: Floats, target: Floats, mask: Bools, patient: Names) -> Iterator[Cells]:
     """The cells of each label, of scores, targets and mask [N, L] and patients [N].
 
     Raises ValueError where a score is not finite.

@@ -66,9 +66,7 @@ class Scores(NamedTuple):
         if (counts > 1).any():
             places = np.flatnonzero(numbers == numbers[first[counts > 1].min()])[:2]
             lines = " and ".join(name_place(self.path, int(place)) for place in places)
-            raise DataError(
-                f"{self.path}: {lines} are both of {quote(self.names[int(places[0])].as_py(), 80)}"
-            )
+            raise DataError(f"{self.path}: {lines} are both of {quote(self.names[int(places[0])].as_py(), 80)}")
         rows = pa.table({"row": pa.array(range(len(self.names)))})
         place = join(ours, self.path, rows, self.names, unit, note, normalize)
         aligned: Ints = pc.fill_null(place, -1).to_numpy(zero_copy_only=False)
@@ -113,9 +111,7 @@ def normalize_names(names: pa.Array) -> pa.Array:
     """Images and studies as they are compared: a file's name without folders, CheXpert's key, or patient/studyN."""
     bare = pc.replace_substring_regex(pc.utf8_trim_whitespace(names.cast(pa.string())), IMAGE_SUFFIX, "")
     parts = pc.extract_regex(bare, r"(?P<patient>[^/]+)/(?P<study>study\d+)/(?P<view>view[^/]+)$")
-    keys = pc.binary_join_element_wise(
-        *(pc.struct_field(parts, name) for name in ("patient", "study", "view")), "_"
-    )
+    keys = pc.binary_join_element_wise(*(pc.struct_field(parts, name) for name in ("patient", "study", "view")), "_")
     studies = pc.extract_regex(bare, r"(?P<patient>[^/]+)/study0*(?P<study>\d+)/?$")
     patients = normalize_ids(pc.struct_field(studies, "patient"))
     named = pc.binary_join_element_wise(patients, pc.struct_field(studies, "study"), "/study")
@@ -174,9 +170,7 @@ def _find_names(path: Path, table: pa.Table) -> tuple[pa.Array, str]:
         for key in KEYS:
             if key in plain:
                 names = table[plain[key]].combine_chunks().cast(pa.string())
-                studies = bool(pc.all(pc.match_substring_regex(names, STUDY)).as_py()) and not _has_views(
-                    names
-                )
+                studies = bool(pc.all(pc.match_substring_regex(names, STUDY)).as_py()) and not _has_views(names)
                 return _complete(path, plain[key], names), "study" if studies else "image"
         study = [table[plain[name]].combine_chunks().cast(pa.string()) for name in FACTS if name in plain]
     except pa.ArrowException as error:
@@ -201,9 +195,7 @@ def _has_views(names: pa.Array) -> bool:
 def _complete(path: Path, name: str, names: pa.Array) -> pa.Array:
     row = pc.index(pc.or_kleene(names.is_null(), pc.equal(names, "")), True).as_py()
     if row >= 0:
-        raise DataError(
-            f"{path}, {name_place(path, row)}, column {name}: blank, so nothing says whose row it is"
-        )
+        raise DataError(f"{path}, {name_place(path, row)}, column {name}: blank, so nothing says whose row it is")
     return names
 
 

@@ -28,17 +28,13 @@ CSV_NAMES = {
     "valid": ("valid.csv", "val_labels.csv"),
     "test": ("test_labels.csv", "test.csv"),
 }
-IMAGE = (
-    r"(?P<patient>patient\d{1,20})/study(?P<study>\d{1,6})/(?P<file>view\d{1,4}_(?P<side>frontal|lateral))"
-)
+IMAGE = r"(?P<patient>patient\d{1,20})/study(?P<study>\d{1,6})/(?P<file>view\d{1,4}_(?P<side>frontal|lateral))"
 KEY = {"key": "{patient}_study{study}_{file}"}
 VIEW = Column("(?P<view>(?i:frontal|lateral))", "is neither Frontal nor Lateral")
 _BATCH = re.compile(r"batch[ _-]?\d", re.IGNORECASE)  # AIMI's download folders
 _PATIENT = re.compile(r"patient\d+")
 _SPLIT_FOLDERS = ("train", "valid", "val", "test")
-_FOLDER = (
-    r"[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*"  # neither `..` nor the empty name before a first slash
-)
+_FOLDER = r"[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*"  # neither `..` nor the empty name before a first slash
 
 
 class Chexpert(DataSet):
@@ -57,12 +53,7 @@ class Chexpert(DataSet):
             inside = {name: csvs for name in names if (csvs := _csvs_in(folder / name))}
             holds_images = any(name in _SPLIT_FOLDERS or _PATIENT.fullmatch(name) for name in names)
             whole = folder.resolve()
-            if (
-                not inside
-                and holds_images
-                and whole.name not in _SPLIT_FOLDERS
-                and (csvs := _csvs_in(whole.parent))
-            ):
+            if not inside and holds_images and whole.name not in _SPLIT_FOLDERS and (csvs := _csvs_in(whole.parent)):
                 return csvs
         if len(inside) > 1:
             raise DataError(f"{folder}: CSVs in several folders ({', '.join(inside)}); name one of them")

@@ -83,9 +83,7 @@ def parse_findings(
 
     def having(names: list[str]) -> npt.NDArray[np.int64]:
         """The lists with one of these findings."""
-        rows: npt.NDArray[np.int64] = place[
-            np.asarray(pc.is_in(words, value_set=pa.array(names, pa.string())))
-        ]
+        rows: npt.NDArray[np.int64] = place[np.asarray(pc.is_in(words, value_set=pa.array(names, pa.string())))]
         return rows
 
     unknown = pc.index(pc.is_in(words, value_set=pa.array(findings.known)), False).as_py()
@@ -96,9 +94,7 @@ def parse_findings(
         raise DataError(f"{where}: '{finding}' is not a finding of this set")
     annotated = [LABELS.index(label) for label in findings.positive]
     states = np.full((len(lists), len(LABELS)), NOT_ANNOTATED, np.int8)
-    speaking = [
-        word for word in findings.known if word not in (*findings.silent, *findings.open.get(EVERY, ()))
-    ]
+    speaking = [word for word in findings.known if word not in (*findings.silent, *findings.open.get(EVERY, ()))]
     states[np.ix_(np.unique(having(speaking)), np.array(annotated))] = 0
     for label, names in findings.open.items():
         states[having(names), slice(None) if label == EVERY else LABELS.index(label)] = NOT_ANNOTATED

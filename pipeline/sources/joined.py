@@ -66,9 +66,7 @@ def join_facts(
         used = next((used for used in UNITS if names.keys() >= set(used)), None)
         if used is None:
             there, known = ", ".join(columns), ", ".join(KEYS)
-            raise DataError(
-                f"{path}: no column says whose row it is; it has {there}; name one of them {known}"
-            )
+            raise DataError(f"{path}: no column says whose row it is; it has {there}; name one of them {known}")
         if numbered and "study" in used:
             raise DataError(
                 f"{path}: column {names['study']} cannot be a key: the data set's studies have no names, and were "
@@ -78,9 +76,7 @@ def join_facts(
         if used == ("study",) and pc.count_distinct(whole["study"]) != len(
             whole.group_by(["patient", "study"]).aggregate([])
         ):
-            raise DataError(
-                f"{path}: a study's number is unique only within its patient; add a column patient"
-            )
+            raise DataError(f"{path}: a study's number is unique only within its patient; add a column patient")
         facts = {name: column for name, column in columns.items() if name not in KEYS}
         _check_names(path, facts, joined)
         ours, theirs = (
@@ -147,9 +143,7 @@ def _read_workbook(path: Path) -> pa.Table:
         raise DataError(f"{path}: not a readable XLSX: {quote(str(error), 200)}") from error
     columns = list(zip_longest(*rows[1:]))
     columns += [()] * (width - len(columns))
-    return pa.table(
-        [pa.array(column or [None] * len(rows[1:]), pa.string()) for column in columns], names=header
-    )
+    return pa.table([pa.array(column or [None] * len(rows[1:]), pa.string()) for column in columns], names=header)
 
 
 def _cell_text(cell: Any) -> str | None:
@@ -157,9 +151,7 @@ def _cell_text(cell: Any) -> str | None:
     value = None if cell.data_type == "e" else cell.value
     if value is None:
         return None
-    return (
-        str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
-    ).strip() or None
+    return (str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)).strip() or None
 
 
 def _check_names(path: Path, facts: Iterable[str], tables: Mapping[str, pa.Table]) -> None:

@@ -56,14 +56,10 @@ class Mimic(DataSet):
         fields = self.read_fields(csvs["split"], self.read_text(csvs["split"]))
         demand_unique(csvs["split"], fields["dicom"])
         views = read_strings(csvs["metadata"], ("dicom_id", "ViewPosition"))
-        place = join(
-            fields["dicom"], csvs["metadata"], views, views["dicom_id"], "images", note, normalize_paths
-        )
+        place = join(fields["dicom"], csvs["metadata"], views, views["dicom_id"], "images", note, normalize_paths)
         fields["position"] = views["ViewPosition"].take(place)
         labels = read_strings(csvs["labels"], ("study_id", *LABELS))
-        place = join(
-            fields["study"], csvs["labels"], labels.select(LABELS), labels["study_id"], "studies", note
-        )
+        place = join(fields["study"], csvs["labels"], labels.select(LABELS), labels["study_id"], "studies", note)
         states = {label: parse_states(csvs["labels"], label, labels[label]) for label in LABELS}
         table = make_table(fields, {label: take_states(column, place) for label, column in states.items()})
         tables = {ours: table.filter(pc.equal(fields["split"], name)) for name, ours in SPLITS.items()}
@@ -94,9 +90,7 @@ SET = Mimic(
             r"(?i:subject|p)?0*(?P<subject>(?P<group>\d{1,2})\d{0,8})(?:\.0+)?",
             "is not a number of up to 10 digits",
         ),
-        "study_id": Column(
-            r"(?i:study|s)?0*(?P<study>\d{1,9})(?:\.0+)?", "is not a number of up to 9 digits"
-        ),
+        "study_id": Column(r"(?i:study|s)?0*(?P<study>\d{1,9})(?:\.0+)?", "is not a number of up to 9 digits"),
         "dicom_id": Column("(?P<dicom>[0-9a-f]{8}(?:-[0-9a-f]{8}){0,7})", "is not dashed hexadecimal"),
         "split": Column(f"(?P<split>{'|'.join(SPLITS)})", f"is none of {', '.join(SPLITS)}"),
     },

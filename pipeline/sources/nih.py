@@ -33,9 +33,7 @@ class Nih(DataSet):
             return None
         missing = [name for split, name in LISTS.items() if split not in tables]
         if len(missing) == 1:
-            raise DataError(
-                f"{folder}: {missing[0]} is missing: NIH's official splits are two lists, or none"
-            )
+            raise DataError(f"{folder}: {missing[0]} is missing: NIH's official splits are two lists, or none")
         return tables
 
     def read(self, source: Source, note: Note = ignore) -> dict[str, pa.Table]:
@@ -90,9 +88,7 @@ SET = Nih(
     read_terms("nih"),
     names=("Data_Entry_2017_v2020.csv", "Data_Entry_2017.csv"),
     columns={
-        "Image Index": Column(
-            r"(?P<path>(?P<key>(?P<patient>\d{8})_\d{3})\.png)", "is not like 00000001_000.png"
-        ),
+        "Image Index": Column(r"(?P<path>(?P<key>(?P<patient>\d{8})_\d{3})\.png)", "is not like 00000001_000.png"),
         "Finding Labels": Column("(?P<findings>.*)", "is no list of findings"),
         "Follow-up #": Column(r"(?P<study>\d{1,6})", "is not a number"),
         "Patient Age": Column(r"(?P<age>\d{1,3})Y?", "is not a number of years"),

@@ -39,9 +39,7 @@ ALL = DataSet(
         "BitsStored_DICOM": Column("(?P<bits>[89]|1[0-6])", "is not a number of bits from 8 to 16"),
         "MethodLabel": Column("(?P<used>Physician|RNN_model)", "is neither Physician nor RNN_model"),
         # A Python list as text.
-        "Labels": Column(
-            r"\[(?:'(?P<findings>[^'\\]*(?:', '[^'\\]*)*)')?\]", "is not a list of words", optional=True
-        ),
+        "Labels": Column(r"\[(?:'(?P<findings>[^'\\]*(?:', '[^'\\]*)*)')?\]", "is not a list of words", optional=True),
     },
     templates={"path": "{folder}/{key}.png"},
     findings=("Labels", "', '"),
@@ -50,6 +48,4 @@ ALL = DataSet(
 )
 # An image whose labels no physician has checked has an empty field.
 PHYSICIANS = "(?P<used>Physician)|RNN_model"
-SET = replace(
-    ALL, columns=ALL.columns | {"MethodLabel": ALL.columns["MethodLabel"]._replace(pattern=PHYSICIANS)}
-)
+SET = replace(ALL, columns=ALL.columns | {"MethodLabel": ALL.columns["MethodLabel"]._replace(pattern=PHYSICIANS)})

@@ -48,9 +48,7 @@ class Plus(DataSet):
             folder, {f"labels_{split}": [f"{split}.csv"] for split in SPLITS}
         )
         if table and not files:
-            raise DataError(
-                f"{folder}: {self.names[0]} is there, but none of {', '.join(LABEL_FILES)}, train.csv"
-            )
+            raise DataError(f"{folder}: {self.names[0]} is there, but none of {', '.join(LABEL_FILES)}, train.csv")
         return table | files if table else None
 
     def read(self, source: Source, note: Note = ignore) -> dict[str, pa.Table]:
@@ -64,9 +62,7 @@ class Plus(DataSet):
         own = (chexpert.SET.read_table(file).select(["path", *LABELS]) for file in files)
         labels = _read_json(files[0]) if "labels" in source.csvs else pa.concat_tables(own)
         names, by = labels["path"], partial(normalize_paths, parts=3)
-        place = join(
-            fields["path"], files[0], labels.select(LABELS), names, "images", note, by, lambda _, row: row + 1
-        )
+        place = join(fields["path"], files[0], labels.select(LABELS), names, "images", note, by, lambda _, row: row + 1)
         states = {label: take_states(labels[label].combine_chunks(), place) for label in LABELS}
         table = make_table(fields, states, self.read_facts(text))
         splits = {split: table.filter(pc.equal(fields["split"], split)).combine_chunks() for split in SPLITS}

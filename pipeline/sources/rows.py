@@ -88,11 +88,7 @@ def divide_rows(table: pa.Table, size: int, views: str) -> Iterator[pa.Table]:
 def find_missing(files: Sequence[str], roots: Sequence[Path]) -> list[str]:
     """The files that do not exist, in their order."""
     stored: set[str] = set().union(*(list_objects(root) for root in roots if is_remote(root)))
-    return [
-        file
-        for file in files
-        if not (file in stored if "://" in file else os.path.exists(find_place(file)[0]))
-    ]
+    return [file for file in files if not (file in stored if "://" in file else os.path.exists(find_place(file)[0]))]
 
 
 def read_images(files: Sequence[str], roots: Sequence[Path]) -> Iterator[bytes | ImageError]:

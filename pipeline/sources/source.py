@@ -72,9 +72,7 @@ class Source(NamedTuple):
         """What the user states about the set, as far as it decides what is in the shards."""
         given = {name: getattr(self, name) for name in ("name", "annotated", "blanks")}
         given["columns"] = dict(self.columns)
-        return {
-            name: list(value) if isinstance(value, tuple) else value for name, value in given.items() if value
-        }
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in given.items() if value}
 
 
 class Column(NamedTuple):
@@ -131,16 +129,12 @@ class DataSet:
     def read_table(self, csv: Path) -> pa.Table:
         """The label table of one CSV."""
         if self.is_joined:
-            raise DataError(
-                f"{csv}: one of several tables of {self.terms.title}; name the folder that holds them"
-            )
+            raise DataError(f"{csv}: one of several tables of {self.terms.title}; name the folder that holds them")
         text = self.read_text(csv)
         fields = self.read_fields(csv, text)
         column, separator = self.findings
         if column:
-            states = parse_findings(
-                csv, column, fields["findings"], separator, read_findings(self.terms.name)
-            )
+            states = parse_findings(csv, column, fields["findings"], separator, read_findings(self.terms.name))
         else:
             states = {label: parse_states(csv, label, text[label]) for label in LABELS}
         table = make_table(fields, states, self.read_facts(text))
@@ -171,9 +165,7 @@ class DataSet:
         """The file, absolute path or URL, of each path: in the first of the `places` that has it."""
         places = [(root / folder, suffix) for folder, suffix in self.places for root in roots]
         heads = {path.partition("/")[0] for path in paths}
-        holding = [
-            place for place in places if not heads.isdisjoint(path.name for path in list_files(place[0]))
-        ]
+        holding = [place for place in places if not heads.isdisjoint(path.name for path in list_files(place[0]))]
         places = holding or places[:1]
 
         def choose(path: str) -> str:
@@ -190,9 +182,7 @@ class DataSet:
         return None
 
 
-def read_cells(
-    csv: Path | list[str], cells: Iterable[tuple[str, pa.ChunkedArray, Column]]
-) -> dict[str, pa.Array]:
+def read_cells(csv: Path | list[str], cells: Iterable[tuple[str, pa.ChunkedArray, Column]]) -> dict[str, pa.Array]:
     """Field → texts [N], of cells [N] by the name of their column. `csv` may also be what each row is called."""
     fields: dict[str, pa.Array] = {}
     for name, texts, column in cells:
@@ -286,9 +276,7 @@ def settle_blanks(source: Source, tables: Mapping[str, pa.Table]) -> dict[str, p
     """
     is_foreign = bool(source.name) or source.set in ("table", "webdataset")
     if (source.annotated or source.blanks) and not is_foreign and source.set != "chexpert":
-        raise DataError(
-            f"`annotated`, `blanks`: {source.set} says itself what its blanks are; leave these out"
-        )
+        raise DataError(f"`annotated`, `blanks`: {source.set} says itself what its blanks are; leave these out")
     silent = [label for label in LABELS if all(not _has_states(table[label]) for table in tables.values())]
     blank = [label for label in silent if any(table[label].null_count for table in tables.values())]
     if is_foreign and blank and not (source.annotated or source.blanks):
@@ -300,9 +288,7 @@ def settle_blanks(source: Source, tables: Mapping[str, pa.Table]) -> dict[str, p
             + "`blanks` not-annotated"
         )
     if missing := [label for label in silent if label in source.annotated and label not in blank]:
-        raise DataError(
-            f"`annotated`: no column is named for {', '.join(missing)}; name it in `columns`, too"
-        )
+        raise DataError(f"`annotated`: no column is named for {', '.join(missing)}; name it in `columns`, too")
     absent = [label for label in LABELS if source.annotated and label not in source.annotated]
     if labeled := [label for label in absent if label not in silent]:
         raise DataError(f"`annotated`: {', '.join(labeled)} has states, so it was looked for; name it too")

@@ -97,9 +97,7 @@ class OwnTable(DataSet):
         return tables
 
 
-def read_named(
-    csv: Path | list[str], columns: Mapping[str, str], cells: Mapping[str, pa.ChunkedArray]
-) -> pa.Table:
+def read_named(csv: Path | list[str], columns: Mapping[str, str], cells: Mapping[str, pa.ChunkedArray]) -> pa.Table:
     """The label table of cells by our names; `csv`, or what each row is called, and `columns` are for errors."""
     named = [(columns[ours], cells[ours], column) for ours, column in FIELDS.items() if ours in columns]
     states = CELLS | {NOT_ANNOTATED: NOT_ANNOTATED}  # as our own shards have it
@@ -108,8 +106,7 @@ def read_named(
         fields["key"] = pa.array(map(make_key, fields["path"].to_pylist()))
     absent = pa.repeat(pa.scalar(NOT_ANNOTATED, pa.int8()), len(fields["key"]))
     labels = {
-        label: parse_states(csv, columns[label], cells[label], states) if label in cells else absent
-        for label in LABELS
+        label: parse_states(csv, columns[label], cells[label], states) if label in cells else absent for label in LABELS
     }
     return make_table(fields, labels)
 

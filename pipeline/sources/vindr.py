@@ -76,9 +76,7 @@ class Vindr(DataSet):
         np.add.at(votes, image_of, marks)
         readers_of = np.bincount(image_of, minlength=len(votes))[:, None]
         states = np.where(votes * 2 > readers_of, 1, np.where(votes > 0, -1, 0)).astype(np.int8)
-        absent = [
-            label for label in LABELS if label not in FINDINGS.positive or (is_boxes and label in ABSENT)
-        ]
+        absent = [label for label in LABELS if label not in FINDINGS.positive or (is_boxes and label in ABSENT)]
         states[:, [LABELS.index(label) for label in absent]] = NOT_ANNOTATED
         leave_open(states)
         fields = {"key": images.dictionary, "patient": images.dictionary}
@@ -87,9 +85,7 @@ class Vindr(DataSet):
         return make_table(fields, {label: states[:, column] for column, label in enumerate(LABELS)})
 
 
-def _mark_labels(
-    csv: Path, text: pa.Table, reading: npt.NDArray[np.int64], is_boxes: bool
-) -> npt.NDArray[np.bool_]:
+def _mark_labels(csv: Path, text: pa.Table, reading: npt.NDArray[np.int64], is_boxes: bool) -> npt.NDArray[np.bool_]:
     """Which labels [M, 14] each reading of a film names, of rows [N] that belong to a `reading` each.
 
     Raises DataError for a class of another set, cells but 0 and 1, and No finding beside a finding.

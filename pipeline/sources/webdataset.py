@@ -80,9 +80,7 @@ class Webdataset(DataSet):
         ]
         csv = read_strings(source.csvs[CSV]) if CSV in source.csvs else pa.table({})
         if "key" in columns and rows:
-            samples, missing = _join(
-                samples, source.csvs[CSV], csv, columns["key"], set(fields.values()), note
-            )
+            samples, missing = _join(samples, source.csvs[CSV], csv, columns["key"], set(fields.values()), note)
             problems += missing
         _demand_all(source, samples, csv.column_names, problems)
         keys = samples[KEY]
@@ -137,9 +135,7 @@ def _find_gaps(paths: Iterable[Path]) -> list[str]:
     """A complaint for files that the number in a name such as `train-00000-of-00003.tar` promises."""
     matches = [(path.parent, match) for path in paths if (match := _COUNTED.fullmatch(path.name))]
     counts = Counter((folder / f"{match[1]}*{match[2]}", int(match[3])) for folder, match in matches)
-    return [
-        f"{name}: {count:,} files of {total:,}" for (name, total), count in counts.items() if count != total
-    ]
+    return [f"{name}: {count:,} files of {total:,}" for (name, total), count in counts.items() if count != total]
 
 
 def _read_tar(tar: str, path: Path, wanted: set[str]) -> Iterator[Fields]:
@@ -217,9 +213,7 @@ def _demand_all(source: Source, samples: pa.Table, header: list[str], problems: 
     folder, columns = source.roots[0], dict(source.columns)
     known = [name for name in samples.column_names if name == KEY or not name.startswith("__")]
     absent = [
-        f"no sample has the field {field}"
-        for ours, field in columns.items()
-        if ours != "key" and field not in known
+        f"no sample has the field {field}" for ours, field in columns.items() if ours != "key" and field not in known
     ]
     absent += ["the images are in the tars: leave out path"] if "path" in columns else []
     absent += ["no patient is named"] if "patient" not in columns else []

@@ -282,9 +282,7 @@ def fetch(steps: Iterable[Step], split: OpenSplit) -> Iterator[Encoded]:
         yield Encoded(step, files, split.offset[rows], split.length[rows], split.crc[rows])
 
 
-def decode(
-    encoded: Iterable[Encoded], split: OpenSplit, size: int, threads: int, bad: Unusable
-) -> Iterator[Decoded]:
+def decode(encoded: Iterable[Encoded], split: OpenSplit, size: int, threads: int, bad: Unusable) -> Iterator[Decoded]:
     """Decode ahead on `threads` threads; yields images uint8 [N, 1, size, size] in the order given.
 
     Images that do not match their checksum or do not decode are added to `bad`. Raises DataError naming shard and key.
@@ -340,9 +338,7 @@ def label(decoded: Iterable[Decoded], split: OpenSplit, labels: Labels) -> Itera
         yield Batch(step, images, sample, place, projection, labels.target[first], mask, bad)
 
 
-def choose_usable(
-    sample: Rows, place: Rows, usable: npt.NDArray[np.bool_]
-) -> tuple[npt.NDArray[np.bool_], list[int]]:
+def choose_usable(sample: Rows, place: Rows, usable: npt.NDArray[np.bool_]) -> tuple[npt.NDArray[np.bool_], list[int]]:
     """Which images [N] stay, and the samples without a usable image, whose first one stays."""
     seen = np.zeros(sample[-1] + 1, np.bool_)
     seen[sample[usable]] = True

@@ -58,9 +58,7 @@ def redact(text: str) -> str:
     return SECRETS.sub("", text)
 
 
-def find_shards(
-    shards: str | Path, cache: Path = CACHE, cache_size: int = CACHE_SIZE
-) -> "tuple[Path, Remote | None]":
+def find_shards(shards: str | Path, cache: Path = CACHE, cache_size: int = CACHE_SIZE) -> "tuple[Path, Remote | None]":
     """The folder of manifest and tables, and where the tars are if those are at a URL.
 
     Raises DataError if the URL cannot be read.
@@ -149,9 +147,7 @@ class Remote:
                 holder = _name_holder(part)
                 logger.warning("%s: %s adds nothing to %s: downloading it as well", name, holder, part)
                 part = path.with_name(f"{shard.sha256}.{shard.bytes}.{secrets.token_hex(4)}.part")
-            pause = (
-                POLL * secrets.randbelow(100) / 50
-            )  # of random length, or two may always claim room at once
+            pause = POLL * secrets.randbelow(100) / 50  # of random length, or two may always claim room at once
             if path not in self._verified and stop.wait(pause):
                 raise DownloadStopped
         return path
@@ -250,9 +246,7 @@ class Remote:
         base, mark, query = self.url.partition("?")
         return f"{base.rstrip('/')}/{name if self.is_s3 else quote(name)}{mark}{query}"
 
-    def _attempt(
-        self, name: str, action: Callable[[str], Result], stop: Event, part: Path | None = None
-    ) -> Result:
+    def _attempt(self, name: str, action: Callable[[str], Result], stop: Event, part: Path | None = None) -> Result:
         """What `action` makes of the file's URL, tried again after failures that may pass.
 
         Those after which the `part` is longer than ever before do not add up: a link may be cut many times.

@@ -82,9 +82,7 @@ class Collection:
         self.warnings = [
             f"{folder.name}: {printable(text)}"
             for number, folder in enumerate(self.folders)
-            for text in describe_repeats(
-                {split: self._tables[number, split] for split in folder.manifest.splits}
-            )
+            for text in describe_repeats({split: self._tables[number, split] for split in folder.manifest.splits})
         ]
 
     def __str__(self) -> str:
@@ -202,15 +200,11 @@ class Collection:
                 )
         # By name too: an image that was resized or encoded in another way has other content.
         names = {
-            side: Ids(
-                pc.binary_join_element_wise(self.folders[side[0]].patients, table["key"], "/"), table["key"]
-            )
+            side: Ids(pc.binary_join_element_wise(self.folders[side[0]].patients, table["key"], "/"), table["key"])
             for side, table in tables.items()
         }
         contents = {side: identify_images(table) for side, table in tables.items()}
-        for (one, split), (other, other_split), (name, *more) in chain(
-            find_shared(names), find_shared(contents)
-        ):
+        for (one, split), (other, other_split), (name, *more) in chain(find_shared(names), find_shared(contents)):
             if one != other:
                 others = f" and {len(more):,} others are" if more else " is"
                 raise DataError(

@@ -77,9 +77,7 @@ def open_split(
         if not path.is_file():
             raise DataError(f"{path}: the shard is missing")
         if path.stat().st_size != shard.bytes:
-            raise DataError(
-                f"{path}: damaged: {path.stat().st_size} bytes, not {shard.bytes} as in the manifest"
-            )
+            raise DataError(f"{path}: damaged: {path.stat().st_size} bytes, not {shard.bytes} as in the manifest")
     arrays = {column: table[column].to_numpy() for column in ("shard", "offset", "length", "crc")}
     shard, offset, length = (arrays[column] for column in ("shard", "offset", "length"))
     sizes = np.array([shard.bytes for shard in split.shards], np.int64)

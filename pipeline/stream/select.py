@@ -55,9 +55,7 @@ class Condition(NamedTuple):
     value: str | int | None
 
 
-def select_rows(
-    table: pa.Table, conditions: Sequence[str], views: str = "all", limit: int | None = None
-) -> Rows:
+def select_rows(table: pa.Table, conditions: Sequence[str], views: str = "all", limit: int | None = None) -> Rows:
     """Row numbers int64 [n], ascending, of the images of these views (see VIEWS) for which every condition holds.
 
     `limit` keeps at most this many images, of whole patients in the order of a hash: ids would select by date. The
@@ -95,9 +93,7 @@ def parse_condition(text: str, schema: pa.Schema) -> Condition:
     columns = {name.casefold(): name for name in schema.names}
     column = columns.get(match["column"].casefold())
     if column is None:
-        raise DataError(
-            f"condition '{text}': no column '{match['column']}'; there are {', '.join(schema.names)}"
-        )
+        raise DataError(f"condition '{text}': no column '{match['column']}'; there are {', '.join(schema.names)}")
     kind = schema.field(column).type
     if not (pa.types.is_string(kind) or pa.types.is_integer(kind)):
         raise DataError(f"condition '{text}': {column} is {kind}; only texts and whole numbers are compared")
@@ -111,9 +107,7 @@ def parse_condition(text: str, schema: pa.Schema) -> Condition:
     if column in LABELS:
         states = STATES | {"1": 1, "0": 0, "-1": -1}
         if value not in states:
-            raise DataError(
-                f"condition '{text}': '{value}' is no state; a label is one of {', '.join(states)}"
-            )
+            raise DataError(f"condition '{text}': '{value}' is no state; a label is one of {', '.join(states)}")
         return Condition(text, column, operator, states[value])
     if is_number and not _NUMBER.fullmatch(value):
         raise DataError(f"condition '{text}': '{value}' is not a whole number, as {column} is")

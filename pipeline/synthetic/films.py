@@ -113,14 +113,10 @@ class Film(NamedTuple):
         columns, rows = (nearest[:, axis, None, None] + offset for axis in (0, 1))
         dx = (columns - points[:, 0, None, None]).astype(np.float32)
         dy = (rows - points[:, 1, None, None]).astype(np.float32)
-        profile = np.float32(value) * np.clip(
-            radius + 0.5 - np.sqrt(dx * dx + (dy * dy).swapaxes(1, 2)), 0, 1
-        )
+        profile = np.float32(value) * np.clip(radius + 0.5 - np.sqrt(dx * dx + (dy * dy).swapaxes(1, 2)), 0, 1)
         inside = (columns >= 0) & (columns < layer.shape[1])
         drawn = (profile > 0) & inside & ((rows >= 0) & (rows < layer.shape[0])).swapaxes(1, 2)
-        np.maximum.at(
-            layer.reshape(-1), (rows.swapaxes(1, 2) * layer.shape[1] + columns)[drawn], profile[drawn]
-        )
+        np.maximum.at(layer.reshape(-1), (rows.swapaxes(1, 2) * layer.shape[1] + columns)[drawn], profile[drawn])
 
     def find_density(self) -> Array:
         """Air darkens tissue, bones brighten: density, mostly in [0, 1]."""

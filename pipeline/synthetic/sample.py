@@ -128,9 +128,7 @@ def write_sample(
     for split, patients in (("train", train), ("valid", held_out)):
         (partial / split).mkdir(parents=True)
         write_csv(partial / f"{split}.csv", split, patients)
-    planted = (
-        f"Planted in train: {cue} for {label}, strength {strength:g}.\n" for label, cue, strength in shortcuts
-    )
+    planted = (f"Planted in train: {cue} for {label}, strength {strength:g}.\n" for label, cue, strength in shortcuts)
     with named_writes(notice := partial / "SYNTHETIC.txt"):
         notice.write_text(NOTICE + "".join(planted))
     tasks = [
@@ -225,9 +223,7 @@ def draw_cues(seed: int, patient: int, study: Study, shortcuts: Sequence[Shortcu
     return found
 
 
-def draw_patients(
-    seed: int, first: int, images: int, valid: bool, laterals: float | None = None
-) -> Iterator[Patient]:
+def draw_patients(seed: int, first: int, images: int, valid: bool, laterals: float | None = None) -> Iterator[Patient]:
     """Yield patients numbered from `first` until they have `images` images; the last one is cut to fit."""
     number = first
     while images > 0:

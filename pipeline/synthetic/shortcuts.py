@@ -49,9 +49,7 @@ def parse_shortcut(text: str) -> Shortcut:
         if label is not None and cue in CUES and 0 <= float(number) <= 1:
             return Shortcut(label, cue, float(number))
     cues = ", ".join(CUES)
-    raise DataError(
-        f"'{quote(text, 80)}' is not LABEL=CUE:STRENGTH: a label, one of {cues}, and a number from 0 to 1"
-    )
+    raise DataError(f"'{quote(text, 80)}' is not LABEL=CUE:STRENGTH: a label, one of {cues}, and a number from 0 to 1")
 
 
 def burn_marker(pixels: Pixels) -> None:

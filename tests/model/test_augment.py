@@ -48,9 +48,7 @@ def test_the_draws_are_written_in_stone() -> None:
     rows, columns = torch.meshgrid(torch.arange(32), torch.arange(32), indexing="ij")
     images = (4 * rows + 3 * columns).to(torch.uint8).expand(3, 1, 32, 32)
     augmented = augment(images, 100.0, 50.0, (1, 2, 3))
-    expected = torch.tensor(
-        [[-1.35959, 0.12409, 1.04803], [-1.30174, 0.39630, 1.63963], [-0.80237, 0.78033, 1.90606]]
-    )
+    expected = torch.tensor([[-1.35959, 0.12409, 1.04803], [-1.30174, 0.39630, 1.63963], [-0.80237, 0.78033, 1.90606]])
     torch.testing.assert_close(augmented[:, 0, [4, 16, 27], [5, 16, 20]], expected, rtol=0, atol=1e-4)
 
 
@@ -58,9 +56,7 @@ def test_the_draws_are_written_in_stone() -> None:
 def test_ranks_together_see_the_augmentations_of_one(kind: Augmentation) -> None:
     images = torch.randint(0, 256, (6, 1, 32, 32), dtype=torch.uint8)
     whole = augment(images, 128.0, 64.0, (1, 2, 3), kind)
-    parts = [
-        augment(images[i : i + 2], 128.0, 64.0, (1, 2, 3), kind, np.arange(i, i + 2), 6) for i in (0, 2, 4)
-    ]
+    parts = [augment(images[i : i + 2], 128.0, 64.0, (1, 2, 3), kind, np.arange(i, i + 2), 6) for i in (0, 2, 4)]
     torch.testing.assert_close(torch.cat(parts), whole, rtol=0, atol=1e-6)
 
 
@@ -150,9 +146,7 @@ def test_detail_is_what_a_gaussian_blur_removes() -> None:
     for ours, image, sigma in zip(blurred, film, (0.7, 2.0), strict=True):
         theirs = gaussian_blur(image, [17, 17], [sigma, sigma])
         torch.testing.assert_close(ours[:, 9:-9, 9:-9], theirs[:, 9:-9, 9:-9], rtol=0, atol=1e-3)
-    torch.testing.assert_close(
-        low_pass(torch.ones(1, 1, 8, 8), torch.full((1, 1, 1), 2.0)), torch.ones(1, 1, 8, 8)
-    )
+    torch.testing.assert_close(low_pass(torch.ones(1, 1, 8, 8), torch.full((1, 1, 1), 2.0)), torch.ones(1, 1, 8, 8))
     # (1/16 of the side / 0.5) is 8: half of the scale's range is 0.5 · 8^½ pixels
     softest = change_look(film[:1], draws_of(gain=-1.0), torch.zeros(48, 64))
     torch.testing.assert_close(softest, low_pass(film[:1], torch.full((1, 1, 1), 2**0.5)))

@@ -50,9 +50,7 @@ def test_checkpoints_cut_anywhere_are_damaged(tmp_path: Path, zipped: bool) -> N
     whole = path.read_bytes()
     for length in range(0, len(whole), 7):
         path.write_bytes(whole[:length])
-        with pytest.raises(
-            CheckpointError, match=r"weights.pth: damaged, or not a checkpoint of this program$"
-        ):
+        with pytest.raises(CheckpointError, match=r"weights.pth: damaged, or not a checkpoint of this program$"):
             load_checkpoint(path)
 
 

@@ -97,9 +97,7 @@ def test_outputs_that_were_not_trained_stay_fresh(theirs: Path, tmp_path: Path) 
 
 
 def test_what_is_not_its_weights_is_refused(theirs: Path) -> None:
-    with pytest.raises(
-        CheckpointError, match=r"not weights of this network: .*they must be of the same `arch`$"
-    ):
+    with pytest.raises(CheckpointError, match=r"not weights of this network: .*they must be of the same `arch`$"):
         load_initial(build_network("resnet18", 14), read_start(theirs / "state.pt"))
     with pytest.raises(CheckpointError) as caught:
         read_start(theirs / "more.pt")
@@ -131,9 +129,7 @@ def test_a_name_is_downloaded_once(
         f"https://github.com/mlmed/torchxrayvision/releases/download/v1/{name}: <urlopen error no route>; "
         f"download that file elsewhere and put it here, as {place}, or anywhere for `init` FILE"
     )
-    with pytest.raises(
-        DataError, match=r"^`init` xrv:all: there are densenet121-res224-all, densenet121-res224-nih, "
-    ):
+    with pytest.raises(DataError, match=r"^`init` xrv:all: there are densenet121-res224-all, densenet121-res224-nih, "):
         download_chest("all")
 
     shutil.copy(theirs / "published.pt", place)

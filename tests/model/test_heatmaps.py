@@ -22,9 +22,7 @@ class Tokens(nn.Module):
 
 
 def test_the_map_is_where_the_logit_comes_from() -> None:
-    network = nn.Sequential(
-        nn.Conv2d(1, 1, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(1, 2)
-    )
+    network = nn.Sequential(nn.Conv2d(1, 1, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(1, 2))
     with torch.no_grad():
         for layer, (weight, bias) in {0: (1.0, 0.0), 4: (1.0, 0.0)}.items():
             network[layer].weight.fill_(weight)  # type: ignore[operator]

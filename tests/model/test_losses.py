@@ -139,9 +139,7 @@ def test_auc_margin_loss_spares_classes_that_are_the_margin_apart() -> None:
         assert (hinge == 0) == (margin == 0.3)
         expected = (positive.var(correction=0) + negative.var(correction=0) + hinge) * 10 / 24 * 14 / 24
         torch.testing.assert_close(loss, expected)
-        torch.testing.assert_close(
-            *(torch.autograd.grad(v, logits, retain_graph=True) for v in (loss, expected))
-        )
+        torch.testing.assert_close(*(torch.autograd.grad(v, logits, retain_graph=True) for v in (loss, expected)))
 
 
 def test_auc_margin_loss_keeps_the_classes_means_between_batches() -> None:
@@ -162,9 +160,7 @@ def test_auc_margin_loss_keeps_the_classes_means_between_batches() -> None:
     resumed = AUCMarginLoss(target.flatten(0, 1), mask.flatten(0, 1))
     resumed.load_state_dict(loss.state_dict())
     direct = (1 - p) * (scores[7] - a) ** 2 * target[7] + p * (scores[7] - b) ** 2 * (1 - target[7])
-    direct = direct + 2 * alpha * (
-        p * (1 - p) + p * scores[7] * (1 - target[7]) - (1 - p) * scores[7] * target[7]
-    )
+    direct = direct + 2 * alpha * (p * (1 - p) + p * scores[7] * (1 - target[7]) - (1 - p) * scores[7] * target[7])
     direct = (direct - p * (1 - p) * alpha**2).mean()
     for value in (loss(logits[7], target[7], mask[7]), resumed(logits[7], target[7], mask[7])):
         torch.testing.assert_close(value, direct)

@@ -150,9 +150,7 @@ def test_imagenet_weights_come_from_torchvision(tmp_path: Path, monkeypatch: pyt
     assert_same_on_gray(ours, theirs)
 
     cached.write_bytes(cached.read_bytes()[:1000])
-    with pytest.raises(
-        CheckpointError, match=r"^the ImageNet weights of resnet18 cannot be downloaded from https://"
-    ):
+    with pytest.raises(CheckpointError, match=r"^the ImageNet weights of resnet18 cannot be downloaded from https://"):
         build_network("resnet18", 14, pretrained=True)
 
 

@@ -169,13 +169,9 @@ def test_a_lost_rank_ends_all_and_the_same_command_continues_exactly(
     # What the ranks scored together is what one process finds.
     keys = read_table(sample_shards[0], sample_shards[1].split("valid"))["key"]
     scores = read_scores(tmp_path / "whole" / "scores-valid.arrow", keys)
-    code, said = finish(
-        start(0, "train.py", "evaluate", "--shards", sample_shards[0], "--run", tmp_path / "whole")
-    )
+    code, said = finish(start(0, "train.py", "evaluate", "--shards", sample_shards[0], "--run", tmp_path / "whole"))
     assert code == 0, said
-    np.testing.assert_allclose(
-        scores, read_scores(tmp_path / "whole" / "scores-valid.arrow", keys), atol=1e-6
-    )
+    np.testing.assert_allclose(scores, read_scores(tmp_path / "whole" / "scores-valid.arrow", keys), atol=1e-6)
 
 
 @pytest.mark.parametrize("field", ["policy", "dev", "--epochs", "--lr", "--seed"])
@@ -211,9 +207,7 @@ def test_ranks_that_differ_all_end_and_name_the_field(
     assert not [*tmp_path.glob("run*")]
 
 
-def test_what_several_ranks_cannot_do_is_refused(
-    sample_shards: tuple[Path, Manifest], tmp_path: Path
-) -> None:
+def test_what_several_ranks_cannot_do_is_refused(sample_shards: tuple[Path, Manifest], tmp_path: Path) -> None:
     options = ["--shards", sample_shards[0], "--run", tmp_path / "run", *OPTIONS]
     code, said = finish(start(2, "train.py", *options, "--batch-size", 9))
     assert code == 1
@@ -227,9 +221,7 @@ def test_what_several_ranks_cannot_do_is_refused(
     assert not (tmp_path / "run").exists()
 
 
-def test_unusable_images_are_one_budget_of_all_ranks(
-    sample_shards: tuple[Path, Manifest], tmp_path: Path
-) -> None:
+def test_unusable_images_are_one_budget_of_all_ranks(sample_shards: tuple[Path, Manifest], tmp_path: Path) -> None:
     """One image of each rank's first batch is damaged, and one is allowed."""
     folder = Path(shutil.copytree(sample_shards[0], tmp_path / "shards"))
     split = open_split(*sample_shards, "train")

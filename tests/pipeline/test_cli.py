@@ -99,9 +99,7 @@ def test_strict_exits_with_3_where_an_image_was_rejected(chexpert: Path, tmp_pat
     assert f"rejected images: 1, see {tmp_path / 'out' / 'rejects.csv'}" in again.stdout.splitlines()
 
 
-def test_labels_with_one_class_are_warned_about_and_refused_where_strict(
-    chexpert: Path, tmp_path: Path
-) -> None:
+def test_labels_with_one_class_are_warned_about_and_refused_where_strict(chexpert: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = [
         "shards",
@@ -221,9 +219,7 @@ def test_the_same_command_restores_what_verify_finds(chexpert: Path, tmp_path: P
     assert run("verify", out).returncode == 0
 
 
-def test_each_command_ends_with_the_next_one(
-    chexpert: Path, tmp_path: Path, shards: tuple[Path, Manifest]
-) -> None:
+def test_each_command_ends_with_the_next_one(chexpert: Path, tmp_path: Path, shards: tuple[Path, Manifest]) -> None:
     folder, _ = shards
     drawn, out = tmp_path / "drawn", tmp_path / "out"
     verify = f"pipeline verify {out} --deep"

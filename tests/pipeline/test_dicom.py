@@ -64,9 +64,7 @@ def expect(film: bytes, stored: Array, **facts: Any) -> None:
 
 def table(entries: Array, first: int, bits: int) -> list[Dataset]:
     """A lookup table as the standard wants it."""
-    return make_table(
-        [len(entries) % 65536, first, bits], entries.tolist(), first="SS" if first < 0 else "US"
-    )
+    return make_table([len(entries) % 65536, first, bits], entries.tolist(), first="SS" if first < 0 else "US")
 
 
 @pytest.fixture(scope="module")
@@ -179,9 +177,7 @@ def test_every_kind_of_table_and_window(levels: Array, tags: dict[str, Any], sig
 
 @pytest.mark.parametrize("bits", [8, 12])
 @pytest.mark.parametrize("count", [4096, 4095, 257])
-@pytest.mark.parametrize(
-    "syntax", [uid.ExplicitVRLittleEndian, uid.ImplicitVRLittleEndian, uid.ExplicitVRBigEndian]
-)
+@pytest.mark.parametrize("syntax", [uid.ExplicitVRLittleEndian, uid.ImplicitVRLittleEndian, uid.ExplicitVRBigEndian])
 def test_tables_of_one_or_two_entries_a_word(levels: Array, bits: int, count: int, syntax: str) -> None:
     entries = np.arange(count) * (2**bits - 1) // (count - 1)
     order = ">u2" if syntax == uid.ExplicitVRBigEndian else "<u2"
@@ -200,9 +196,7 @@ def test_tables_of_one_or_two_entries_a_word(levels: Array, bits: int, count: in
 
 @pytest.mark.parametrize("syntax", [uid.ExplicitVRLittleEndian, uid.ImplicitVRLittleEndian])
 @pytest.mark.parametrize("first", [-1024, 40000])
-def test_the_sign_of_the_first_entry_follows_from_what_precedes_it(
-    levels: Array, first: int, syntax: str
-) -> None:
+def test_the_sign_of_the_first_entry_follows_from_what_precedes_it(levels: Array, first: int, syntax: str) -> None:
     signed = make_table([4096, first % 65536, 12], np.arange(4096).tolist())  # as US
     wrong = make_table([4096, (first + 32768) % 65536 - 32768, 12], np.arange(4096).tolist(), first="SS")
     for voi in (signed, wrong):
@@ -214,9 +208,7 @@ def test_the_sign_of_the_first_entry_follows_from_what_precedes_it(
 
 
 def test_empty_elements_are_as_absent(levels: Array) -> None:
-    film = make_film(
-        levels, RescaleSlope=1, RescaleIntercept=0, PixelPaddingValue=7, VOILUTFunction="SIGMOID"
-    )
+    film = make_film(levels, RescaleSlope=1, RescaleIntercept=0, PixelPaddingValue=7, VOILUTFunction="SIGMOID")
     film = change(film, **dict.fromkeys(("RescaleSlope", "RescaleIntercept", "PixelPaddingValue"), None))
     expect(change(film, VOILUTSequence=[], ModalityLUTSequence=[]), levels)
     expect(change(film, WindowCenter=5, WindowWidth=None), levels)
@@ -374,9 +366,7 @@ def test_compressed_ones_are_the_same_and_damaged_ones_refused(levels: Array, sy
 
 def test_a_decoder_that_panics_ends_nothing() -> None:
     film = make_film(np.arange(0, 4000, 40, dtype=np.uint16).reshape(10, 10), uid.RLELossless)
-    first = (
-        film.index(b"\2\0\0\0\x40\0\0\0") + 64
-    )  # byte of the first of two segments: a run of 128 overruns the image
+    first = film.index(b"\2\0\0\0\x40\0\0\0") + 64  # byte of the first of two segments: a run of 128 overruns the image
     with pytest.raises(ImageError) as refused:
         prepare(film[:first] + b"\x81" + film[first + 1 :], RAW)
     damaged = "not a readable DICOM: its pixels are damaged, or end early (RLE Lossless)"
@@ -461,9 +451,7 @@ def test_no_text_of_a_film_is_in_anything_written_or_said(
 
     def try_prepare(path: Path) -> bytes:
         try:
-            return prepare(
-                path.read_bytes(), RAW._replace(encoding="jpeg")
-            ).data  # gray levels as such may spell words
+            return prepare(path.read_bytes(), RAW._replace(encoding="jpeg")).data  # gray levels as such may spell words
         except ImageError as error:
             return str(error).encode()
 
@@ -490,9 +478,7 @@ def test_a_table_of_films_becomes_shards(levels: Array, tmp_path: Path) -> None:
     made, out = shard(tmp_path, films, "--size", 32, "--encoding", "png")
     assert made.returncode == 0, made.stderr
     assert run_pipeline("verify", out, "--deep").returncode == 0
-    expected = prepare(
-        make_film(levels, WindowCenter=1500, WindowWidth=2000), RAW._replace(size=32, encoding="png")
-    )
+    expected = prepare(make_film(levels, WindowCenter=1500, WindowWidth=2000), RAW._replace(size=32, encoding="png"))
     assert expected.pixels.shape == (32, 38)
     with tarfile.open(out / "train-000000.tar") as tar:
         files = [tar.extractfile(member) for member in tar if member.name.endswith(".png")]

@@ -77,9 +77,7 @@ def gray() -> Image.Image:
 
 
 @pytest.mark.parametrize("progressive", [False, True])
-def test_original_jpeg_keeps_its_coefficients_and_loses_its_metadata(
-    gray: Image.Image, progressive: bool
-) -> None:
+def test_original_jpeg_keeps_its_coefficients_and_loses_its_metadata(gray: Image.Image, progressive: bool) -> None:
     source = add_metadata(gray, "JPEG", progressive=progressive)
     assert source.count(SECRET) == 37
     stored, pixels, stripped, *_ = prepare(source, ORIGINAL)
@@ -159,9 +157,7 @@ def test_raw_is_a_view_of_a_npy_file_and_strict(gray: Image.Image) -> None:
     [("no", 80, (80, 100)), ("no", 500, (160, 200)), ("pad", 100, (100, 100)), ("pad", 200, (200, 200))]
     + [(square, size, (size, size)) for square in ("crop", "stretch") for size in (40, 160, 300)],
 )
-def test_sizes_and_squares_are_pillows(
-    gray: Image.Image, square: str, size: int, shape: tuple[int, int]
-) -> None:
+def test_sizes_and_squares_are_pillows(gray: Image.Image, square: str, size: int, shape: tuple[int, int]) -> None:
     stored, pixels, *_ = prepare(encode(gray), FITTING._replace(size=size, square=square))
     assert pixels.shape == decode(stored).shape == shape
     source, lanczos = Image.fromarray(decode(encode(gray))), Image.Resampling.LANCZOS
@@ -447,8 +443,7 @@ def test_an_image_too_long_for_a_jpeg_is_refused_by_reason(size: int | None) -> 
     with pytest.raises(ImageError) as caught:
         prepare(data, options)
     assert str(caught.value) == (
-        "70000×20 does not fit into a JPEG: a side has at most 65,500 pixels "
-        "(--encoding png or raw has no such limit)"
+        "70000×20 does not fit into a JPEG: a side has at most 65,500 pixels (--encoding png or raw has no such limit)"
     )
     for encoding in ("png", "raw"):
         stored = prepare(data, options._replace(encoding=encoding)).data

@@ -36,13 +36,9 @@ def nih(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, pd.DataFr
     )
     table.to_csv(folder / "table.csv", index=False)
     truth = np.column_stack([found == 0, found == 2])
-    scores = pd.DataFrame(
-        1 / (1 + np.exp(-random.normal(2 * truth - 1, 1))), columns=["p_Edema", "p_Consolidation"]
-    )
+    scores = pd.DataFrame(1 / (1 + np.exp(-random.normal(2 * truth - 1, 1))), columns=["p_Edema", "p_Consolidation"])
     scores.insert(0, "Image Index", names)
-    kept = pd.concat(
-        [scores.sample(500, random_state=1), scores[:3].assign(**{"Image Index": ["x", "y", "z"]})]
-    )
+    kept = pd.concat([scores.sample(500, random_state=1), scores[:3].assign(**{"Image Index": ["x", "y", "z"]})])
     kept.to_csv(folder / "scores.csv", index=False)
     return folder / "table.csv", folder / "scores.csv", kept[:500].merge(table)
 
@@ -103,9 +99,7 @@ def test_a_fifth_of_the_patients_of_a_table_alone_may_be_dev(nih: tuple[Path, Pa
     assert found.get("bias", "Edema").note == "" or found.get("bias", "Edema").value is None
 
 
-def test_two_readers_and_a_network_stand_on_one_page(
-    nih: tuple[Path, Path, pd.DataFrame], tmp_path: Path
-) -> None:
+def test_two_readers_and_a_network_stand_on_one_page(nih: tuple[Path, Path, pd.DataFrame], tmp_path: Path) -> None:
     table, scores, both = nih
     truth = both["Finding Labels"] == "Edema"
     calls = {"a": truth, "b": np.arange(500) % 2 == 0}
@@ -167,9 +161,7 @@ def test_logits_facts_and_means_over_views_are_judged_as_asked(
     facts.to_csv(tmp_path / "facts.csv", index=False)
     pd.read_csv(table).assign(**{"Follow-up #": 0}).to_csv(tmp_path / "table.csv", index=False)
     words = ("--columns", COLUMNS, "--logits", "--facts", tmp_path / "facts.csv", "--study", "mean")
-    done = run_pipeline(
-        "judge", tmp_path / "logits.csv", tmp_path / "table.csv", *words, "--out", tmp_path / "out"
-    )
+    done = run_pipeline("judge", tmp_path / "logits.csv", tmp_path / "table.csv", *words, "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     found = read_evaluation(tmp_path / "out" / "evaluation.json")
     both = both.assign(site=site, truth=both["Finding Labels"] == "Edema")

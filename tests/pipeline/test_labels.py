@@ -161,9 +161,7 @@ def test_labels_with_one_class_equal_pandas(
 def test_selftrained_needs_a_teacher(real_table: Any) -> None:
     with pytest.raises(DataError) as caught:
         make_targets(real_table, parse_uncertain_policy("best,Edema=selftrained"), "zeros", seed=0)
-    assert str(caught.value) == (
-        "label Edema is selftrained: it needs a `teacher`, a run that was scored on train"
-    )
+    assert str(caught.value) == ("label Edema is selftrained: it needs a `teacher`, a run that was scored on train")
 
 
 @pytest.mark.parametrize(("policy", "low", "high"), [("smooth-zeros", 0, 0.3), ("smooth-ones", 0.55, 0.85)])
@@ -185,9 +183,7 @@ def test_smoothing_is_uniform_and_a_function_of_seed_and_key(
     np.testing.assert_array_equal(
         make_targets(backwards, parse_uncertain_policy(policy), "zeros", 1)[0][::-1, column], draws
     )
-    assert (
-        make_targets(rows, parse_uncertain_policy(policy), "zeros", 2)[0][:, column] != draws
-    ).mean() > 0.99
+    assert (make_targets(rows, parse_uncertain_policy(policy), "zeros", 2)[0][:, column] != draws).mean() > 0.99
 
 
 def test_evaluation_leaves_uncertain_cells_out(real_table: Any, real_frame: pd.DataFrame) -> None:
@@ -198,9 +194,7 @@ def test_evaluation_leaves_uncertain_cells_out(real_table: Any, real_frame: pd.D
 
 def test_policy_overrides_and_errors() -> None:
     assert parse_uncertain_policy("best,Edema=zeros") == BEST_POLICY | {"Edema": "zeros"}
-    with pytest.raises(
-        DataError, match=r"^uncertain policy 'maybe' is unknown; choose from best, zeros, ones, "
-    ):
+    with pytest.raises(DataError, match=r"^uncertain policy 'maybe' is unknown; choose from best, zeros, ones, "):
         parse_uncertain_policy("maybe")
     with pytest.raises(DataError, match=r"'Oedema' is not a label; write LABEL=POLICY$"):
         parse_uncertain_policy("best,Oedema=ones")
@@ -222,9 +216,7 @@ def test_patient_split_does_not_leak_and_ignores_row_order(real_table: Any) -> N
 def test_ragged_and_empty_csv(tmp_path: Path, chexpert: Path) -> None:
     csv = chexpert / "train.csv"
     csv.write_text(csv.read_text() + "CheXpert-v1.0-small/train/patient1\n")
-    with pytest.raises(
-        DataError, match=r"not a readable CSV: line 50: 1 cells, but the header has 19; it is t"
-    ):
+    with pytest.raises(DataError, match=r"not a readable CSV: line 50: 1 cells, but the header has 19; it is t"):
         read_any_table(csv)
     csv.write_text("")
     with pytest.raises(DataError, match=r"not a readable CSV: Empty CSV file"):

@@ -57,10 +57,7 @@ def test_torchxrayvisions_weights_are_a_run(
     assert call_train(*words) == 0
     said = capsys.readouterr().err
     assert f"{file}: no trained output for No Finding, Fracture, Support Devices: left out\n" in said
-    assert (
-        said.count(f"{file}: what it has learned from is not known: if it is images of valid, figures are")
-        == 1
-    )
+    assert said.count(f"{file}: what it has learned from is not known: if it is images of valid, figures are") == 1
     labels = [label for label in LABELS if label in OUTPUTS and label != "Fracture"]
     assert read_evaluation(run / "evaluation-valid.json").labels == labels
     logits = network((torch.from_numpy(images).float() - SCALE[0]) / SCALE[1])
@@ -88,9 +85,7 @@ def test_torchxrayvisions_weights_are_a_run(
         np.testing.assert_allclose(found, calibrated, atol=1e-4)
         (found,) = onnxruntime.InferenceSession(tmp_path / "model.onnx").run(None, {"images": images})
         np.testing.assert_allclose(found, calibrated, atol=1e-4)
-    with pytest.raises(
-        DataError, match=r"is a run of another configuration: image_size is 32 there and 320 here"
-    ):
+    with pytest.raises(DataError, match=r"is a run of another configuration: image_size is 32 there and 320 here"):
         call_train("train", "--shards", shards, "--run", run, "--arch", "densenet121")
 
 
@@ -101,9 +96,7 @@ def test_what_a_file_does_not_say_is_asked_for(
     shards, file, out = sample_shards[0], tmp_path / "weights.pt", tmp_path / "out"
     save_weights(file, "rescnn", 3, read_images(shards, "valid"))
     words = ("adopt", "--shards", shards, "--run", out, "--workers", 1, "--init", file)
-    with pytest.raises(
-        click.UsageError, match=r"weights.pt does not say which network it is for: name it by --arch$"
-    ):
+    with pytest.raises(click.UsageError, match=r"weights.pt does not say which network it is for: name it by --arch$"):
         call_train(*words)
     more = (*words, "--arch", "rescnn", "--image-size", 32)
     with pytest.raises(click.UsageError, match=r"no output of Edema is known: name them by --init-labels$"):
@@ -112,10 +105,7 @@ def test_what_a_file_does_not_say_is_asked_for(
         call_train(*more, "--init-labels", "Edema,Fracture")
     assert not out.exists()
     assert call_train(*more, "--init-labels", "Edema,Hernia,Fracture") == 0
-    assert (
-        "the gray scale of its input is not known: images are scaled by the shards'"
-        in capsys.readouterr().err
-    )
+    assert "the gray scale of its input is not known: images are scaled by the shards'" in capsys.readouterr().err
     assert read_evaluation(out / "evaluation-dev.json").labels == ["Edema", "Fracture"]
 
     film = next((shards.parent / "CheXpert-v1.0-small" / "valid").rglob("*.jpg"))
@@ -131,7 +121,5 @@ def test_what_a_file_does_not_say_is_asked_for(
         assert (again / name).read_bytes() == (run / name).read_bytes()
     card = (again / "model-card.md").read_text()
     assert "Of valid, 0 patients and 0 images are among those that these weights were trained on." in card
-    with pytest.raises(
-        DataError, match=rf"train: {run}/best.pt trained on \d+ of these \d+ images; evaluate on"
-    ):
+    with pytest.raises(DataError, match=rf"train: {run}/best.pt trained on \d+ of these \d+ images; evaluate on"):
         call_train("evaluate", "--run", again, "--split", "train", "--workers", 1)

@@ -26,9 +26,7 @@ def shards(tmp_path: Path) -> Path:
     films = write_sample(tmp_path, images=100)
     for name in ("train.csv", "valid.csv"):
         pd.read_csv(films / name, dtype=str).assign(Fracture="").to_csv(films / name, index=False)
-    source = find_source(films, {}, [])._replace(
-        annotated=tuple(label for label in LABELS if label != "Fracture")
-    )
+    source = find_source(films, {}, [])._replace(annotated=tuple(label for label in LABELS if label != "Fracture"))
     options = default_options(size=64, samples_per_shard=40)
     write_shards(source, tmp_path / "shards", options, POLICIES, Execution(1, 0.0))
     return tmp_path / "shards"
@@ -45,16 +43,12 @@ def test_what_nobody_looked_for_is_neither_learned_nor_measured(
     report = read_evaluation(job.run / "evaluation-valid.json")
     assert report.head["not_annotated"] == ["Fracture"]
     assert "Fracture" not in report.labels
-    assert "Fracture: not annotated by this data set, so not learned, and without scores." in describe_gaps(
-        report
-    )
+    assert "Fracture: not annotated by this data set, so not learned, and without scores." in describe_gaps(report)
     assert "Fracture" not in json.loads((job.run / "calibration.json").read_text())["image"]
     scores = pa.ipc.open_file(job.run / "scores-valid.arrow").read_all()
     assert set(LABELS).difference(scores.column_names) == {"Fracture"}
     with pytest.raises(SettingError, match=r"^`labels`: nobody annotated Fracture in .*; choose others$"):
         make_job("none", shards=shards, labels=("Fracture",))
     card = (job.run / "model-card.md").read_text()
-    assert (
-        "synthetic images by `pipeline sample`. License: none needed: the images show no patient.\n" in card
-    )
+    assert "synthetic images by `pipeline sample`. License: none needed: the images show no patient.\n" in card
     assert "\nStarted from: random weights.\n" in card

@@ -33,9 +33,7 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         write_chexpert(base / name / "films", "train", range(1, 25), seed)
         write_chexpert(base / name / "films", "valid", range(30, 50), seed)
         source = find_source(base / name / "films", {}, [], called=name)
-        write_shards(
-            source, base / name / "shards" / name, default_options(dev=0.3), POLICIES, Execution(1, 0.0)
-        )
+        write_shards(source, base / name / "shards" / name, default_options(dev=0.3), POLICIES, Execution(1, 0.0))
     return [base / name / "shards" / name for name in ("north", "south")]
 
 
@@ -69,9 +67,7 @@ def test_every_run_is_scored_on_every_set(
     south = sets[1]
     assert call_train("evaluate", "--shards", south, "--run", out / "north") == 0
     table = read_table(south, read_manifest(south).split("valid"))
-    scores = read_scores(
-        out / "north" / f"scores-valid-{manifest_digest(south)[:8]}.arrow", table["key"], [label]
-    )
+    scores = read_scores(out / "north" / f"scores-valid-{manifest_digest(south)[:8]}.arrow", table["key"], [label])
     states = table[label].to_pandas()
     used = (states != -1).to_numpy()
     auroc = roc_auc_score((states[used] == 1), scores[used, 0])
@@ -79,9 +75,7 @@ def test_every_run_is_scored_on_every_set(
     assert cell["auroc"] == pytest.approx(auroc)
     own = found["cells"]["south"]["south"][label]
     assert cell["less"]["difference"] == pytest.approx(cell["auroc"] - own["auroc"])
-    assert own["less"] == pytest.approx(
-        {"difference": 0.0, "low": 0.0, "high": 0.0, "excludes_zero": False}, abs=1e-6
-    )
+    assert own["less"] == pytest.approx({"difference": 0.0, "low": 0.0, "high": 0.0, "excludes_zero": False}, abs=1e-6)
     macro = found["cells"]["south"]["north"]["macro"]["auroc"]
     values = [found["cells"]["south"]["north"][name]["auroc"] for name in found["labels"]]
     assert macro == pytest.approx(sum(values) / len(values))

@@ -74,9 +74,7 @@ def test_a_networks_embeddings_are_torchvisions(sample_shards: tuple[Path, Manif
 
 
 @pytest.mark.parametrize("equalize", [False, True])
-def test_weights_of_a_run_take_images_as_it_did(
-    run: Path, originals: Path, tmp_path: Path, equalize: bool
-) -> None:
+def test_weights_of_a_run_take_images_as_it_did(run: Path, originals: Path, tmp_path: Path, equalize: bool) -> None:
     """On shards of other gray levels, too."""
     config = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps(config | {"equalize": equalize}))

@@ -69,9 +69,7 @@ def test_an_ensemble_is_the_mean_of_calibrated_scores_everywhere(
     shards = ("--shards", sample_shards[0])
     with pytest.MonkeyPatch.context() as patch:
         settings: list[dict[str, object]] = []
-        patch.setattr(
-            results, "write_report", lambda *given: settings.append(results.describe_settings(*given[:2]))
-        )
+        patch.setattr(results, "write_report", lambda *given: settings.append(results.describe_settings(*given[:2])))
         assert call_train("evaluate", *shards, *both, "--out", out) == 0
     assert settings[0]["seed"] == "0; 1"
     assert settings[0]["members"] == [str(one), str(two)]
@@ -100,9 +98,7 @@ def test_an_ensemble_is_the_mean_of_calibrated_scores_everywhere(
     np.testing.assert_allclose(means.set_index(keys).loc[order, list(LABELS)], expected, atol=2e-6)
     assert set(means["run"]) == {f"{one} + {two}"}
     assert set(means["shards"]) == {settings[0]["manifest"]}
-    with pytest.raises(
-        DataError, match=r"^`threshold` is of an ensemble's folder; first run: python -m train eval"
-    ):
+    with pytest.raises(DataError, match=r"^`threshold` is of an ensemble's folder; first run: python -m train eval"):
         call_train("predict", *both, "--out", table, "--threshold", "youden", films)
 
     assert call_train("predict", "--run", out, "--out", table, "--threshold", "youden", films) == 0
@@ -123,18 +119,14 @@ def test_an_ensemble_is_the_mean_of_calibrated_scores_everywhere(
     exec(compile(code, "predict.md", "exec"), named)  # noqa: S102
     np.testing.assert_allclose(named["scores"], decided[list(LABELS)].iloc[:1], atol=1e-5)
     (two / "calibration.json").unlink()
-    with pytest.raises(
-        DataError, match=rf"no calibration.json; first run: python -m train evaluate --run {two}$"
-    ):
+    with pytest.raises(DataError, match=rf"no calibration.json; first run: python -m train evaluate --run {two}$"):
         call_train("predict", "--run", two, "--out", table, films)
     assert call_train("evaluate", *shards, "--run", out, "--split", "dev") == 0
     gains = read_evaluation(out / "evaluation-dev.json").select(scorer=MEMBERS, metric="auroc_difference")
     assert {row.label for row in gains} >= {"Edema", "macro"}
     assert (two / "calibration.json").exists()
     (two / "best.pt").write_bytes((one / "best.pt").read_bytes())
-    with pytest.raises(
-        DataError, match=f"^{two}: trained on since {out} was evaluated; first run: python -m train"
-    ):
+    with pytest.raises(DataError, match=f"^{two}: trained on since {out} was evaluated; first run: python -m train"):
         call_train("predict", "--run", out, "--out", table, films)
 
 
@@ -149,9 +141,7 @@ def test_runs_that_make_no_ensemble_are_refused(
         with pytest.raises(DataError, match=message):
             call_train("evaluate", *shards, "--run", one, "--run", two, *words)
 
-    with pytest.raises(
-        click.UsageError, match=f"^--out is for several --run: the results of {one} go into its"
-    ):
+    with pytest.raises(click.UsageError, match=f"^--out is for several --run: the results of {one} go into its"):
         call_train("evaluate", *shards, "--run", one, "--out", tmp_path / "out")
     refuse("make no ensemble: `views` is all and frontal$", views="frontal")
     refuse("make no ensemble: `fusion` is image and study$", fusion="max")

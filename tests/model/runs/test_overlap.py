@@ -56,9 +56,7 @@ def test_best_weights_keep_checksums_and_no_names(originals: Path, run: Path) ->
     for entry, split in zip(read_seen(run), ("train", "dev"), strict=True):
         used = read_frame(own, split)
         assert (entry["split"], entry["run"]) == (split, "")
-        assert sorted(entry["images"].tolist()) == sorted(
-            used["crc"].astype(np.int64) * 2**32 + used["length"]
-        )
+        assert sorted(entry["images"].tolist()) == sorted(used["crc"].astype(np.int64) * 2**32 + used["length"])
         assert len(entry["patients"]) == used["patient"].nunique()
         names |= set(entry["patients"].tolist())
     assert len(names) == 16
@@ -122,9 +120,7 @@ def test_a_run_compared_with_is_checked_too(folder: Path, originals: Path, run: 
     evaluate(run, again, "train", "--shared-images")
     options = ("--shards", again, "--split", "train", "--workers", 1)
     assert call_train("evaluate", "--run", other, *options) == 0  # its own
-    with pytest.raises(
-        DataError, match=rf"^{again}, train: {run} trained on \d+ of these \d+ images; evaluate on"
-    ):
+    with pytest.raises(DataError, match=rf"^{again}, train: {run} trained on \d+ of these \d+ images; evaluate on"):
         call_train("evaluate", "--run", other, *options, "--against", run)
     assert call_train("evaluate", "--run", other, *options, "--against", run, "--shared-images") == 0
 
@@ -163,15 +159,11 @@ def test_what_weights_have_seen_is_handed_on(
     again, own, others = folder / "again", originals / "shards", folder / "same-names"
     best = Path(shutil.copy(run / "best.pt", tmp_path / "weights.pt"))
     second, third = tmp_path / "second", tmp_path / "third"
-    with pytest.raises(
-        DataError, match=rf"^{again}, dev: .*weights.pt trained on \d+ of these .*; keep its split"
-    ):
+    with pytest.raises(DataError, match=rf"^{again}, dev: .*weights.pt trained on \d+ of these .*; keep its split"):
         call_train("train", "--shards", again, "--run", second, *TINY, "--init", best)
     assert not second.exists()
     assert call_train("train", "--shards", others, "--run", second, *TINY, "--init", best) == 0
-    with pytest.raises(
-        DataError, match=rf"^{again}, dev: .*weights.pt trained on \d+ of these .*; evaluate on others"
-    ):
+    with pytest.raises(DataError, match=rf"^{again}, dev: .*weights.pt trained on \d+ of these .*; evaluate on others"):
         evaluate(second, again, "dev")
     assert call_train("train", "--shards", own, "--run", third, *TINY, "--init", second) == 0
     assert [(entry["split"], entry["run"]) for entry in read_seen(third)] == [

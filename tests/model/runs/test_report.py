@@ -17,9 +17,7 @@ from pipeline.measure.evaluation import MEANS, Evaluation
 from pipeline.measure.judge import ALTERED, MEMBERS, add_comparison, add_other, add_readers
 
 NAMES = ["Edema", "Pleural Effusion", "Fracture", "Rare"]
-CONFIG = asdict(
-    Config(arch="resnet18", manifest="ab12", uncertain="best", blank="zeros", labels=tuple(NAMES))
-)
+CONFIG = asdict(Config(arch="resnet18", manifest="ab12", uncertain="best", blank="zeros", labels=tuple(NAMES)))
 LINE = ("epoch", "train_loss", "dev_loss", "macro_auroc", "macro10_auroc", "mean5_auroc")
 HISTORY = [
     dict(zip(LINE, values, strict=True))
@@ -203,9 +201,7 @@ def test_the_first_screen_answers_a_clinician(
     assert (f"No shortcut found for: {', '.join(clear)}." in summary) == bool(clear)
     dev = Evaluation(evaluation.head | {"split": "dev"}, evaluation.rows)
     assert judged.summarize(dev)[0][1].startswith("Optimistic: used to select")
-    both = Page(
-        render_report("r", CONFIG, HISTORY, [dev, evaluation], dict.fromkeys(("dev", "valid"), images))
-    )
+    both = Page(render_report("r", CONFIG, HISTORY, [dev, evaluation], dict.fromkeys(("dev", "valid"), images)))
     links = [attrs["href"] for tag, attrs in both.tags if tag == "a"]
     assert links == ["#split-1", "#split-2", "#methods", "#settings", "#training"]  # training comes last
     judged.print_evaluation(evaluation)
@@ -219,9 +215,7 @@ def test_gaps_that_remain_after_correction_are_named() -> None:
     wide = Evaluation({"split": "valid", "unit": "image", "labels": ["Edema", "Fracture"]})
     for label, low in (("Edema", 0.1), ("Fracture", -0.1)):
         wide.add("image", label, "tpr_gap", 0.3, "sex", low=low, high=0.5)
-    assert judged.list_open_gaps(wide) == [
-        "Edema: sensitivity differs by 0.300 [0.100, 0.500] between groups of sex."
-    ]
+    assert judged.list_open_gaps(wide) == ["Edema: sensitivity differs by 0.300 [0.100, 0.500] between groups of sex."]
 
 
 def test_what_is_left_out_is_named(evaluation: Evaluation, page: str) -> None:
@@ -234,9 +228,7 @@ def test_what_is_left_out_is_named(evaluation: Evaluation, page: str) -> None:
         "Rare, images: 5 of one class, too few to tell; marked few.",
         "mean of competition's 5, images: undefined, for lack of labels.",
     ]
-    expected = (
-        f"Rare, images: {lost:.0f} of 200 resamples have one class and are left out of AUPRC's interval."
-    )
+    expected = f"Rare, images: {lost:.0f} of 200 resamples have one class and are left out of AUPRC's interval."
     assert expected in gaps
     assert not [gap for gap in gaps if ": 0 of" in gap]
     assert "Fracture, images of dev: one class: no thresholds, scores as they are." in gaps

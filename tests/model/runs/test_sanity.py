@@ -45,9 +45,7 @@ def test_patches_move_as_a_whole() -> None:
 def test_evaluate_scores_altered_images(
     run: Path, sample_shards: tuple[Path, Manifest], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert (
-        call_train("evaluate", "--shards", sample_shards[0], "--run", run, "--split", "dev", "--sanity") == 0
-    )
+    assert call_train("evaluate", "--shards", sample_shards[0], "--run", run, "--split", "dev", "--sanity") == 0
     evaluation = read_evaluation(run / "evaluation-dev.json")
     assert evaluation.head["altered"] == list(ALTERATIONS)
     for name in ALTERATIONS:

@@ -111,11 +111,7 @@ def test_a_stopped_trial_is_done_again_and_a_diverged_one_is_not(tmp_path: Path)
         if len(calls) == 3:
             raise Stopped(143)
         if point["lr"] == 1e-2:
-            raise (
-                DivergedError("the loss is nan")
-                if point["weight_decay"]
-                else MemoryExhaustedError("out of memory")
-            )
+            raise (DivergedError("the loss is nan") if point["weight_decay"] else MemoryExhaustedError("out of memory"))
         return train_point(point, run, watch)
 
     with pytest.raises(Stopped):
@@ -124,9 +120,7 @@ def test_a_stopped_trial_is_done_again_and_a_diverged_one_is_not(tmp_path: Path)
     assert Counter(point["lr"] for point in calls) == {1e-4: 2, 1e-3: 3, 1e-2: 2}
     trials = list_trials(sweep)
     states = {(trial.parameters["lr"], trial.parameters["weight_decay"]): trial.state for trial in trials}
-    assert states == {
-        point: "failed" if point[0] == 1e-2 else "complete" for point in itertools.product(LR, WD)
-    }
+    assert states == {point: "failed" if point[0] == 1e-2 else "complete" for point in itertools.product(LR, WD)}
     errors = [trial.error for trial in trials if trial.error]
     assert errors == ["the loss is nan", "out of memory"]
 
@@ -219,9 +213,7 @@ def test_a_damaged_record_is_named(tmp_path: Path, text: str) -> None:
         list_trials(sweep)
 
 
-def test_a_search_ends_when_its_points_are_used_up(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_search_ends_when_its_points_are_used_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     values = {"batch_size": (16, 32), "arch": ("rescnn", "resnet18"), "lr": (1e-3,), "weight_decay": (0.0,)}
     sweep = make_sweep(tmp_path / "sweep", sampler="tpe", trials=860, values=values)
     run(sweep)

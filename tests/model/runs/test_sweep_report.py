@@ -16,9 +16,7 @@ def make_trial(number: int, dev: float | None, state: str = "complete", **parame
     history = [(epoch, (dev or 0.5) - 0.1 / epoch) for epoch in (1.0, 2.0)]
     steps = (0.0, 0.01, 0.1, -0.05, -0.08, -0.02)
     names = [name for name in FIGURES if name != "same_labels"]
-    figures = (
-        {} if dev is None else {"same_labels": 9} | {n: dev + s for n, s in zip(names, steps, strict=True)}
-    )
+    figures = {} if dev is None else {"same_labels": 9} | {n: dev + s for n, s in zip(names, steps, strict=True)}
     seconds = 30.0 if dev is None else 90.0
     run = Path(f"t{number}")
     return Trial(run, parameters, number, parameters, state, None, seconds, history, figures)
@@ -93,9 +91,7 @@ def test_few_values_lie_side_by_side_and_many_on_a_logarithmic_scale() -> None:
 
 
 def test_of_trials_at_one_point_the_best_on_dev_counts() -> None:
-    some = [
-        make_trial(n, dev, lr=1e-3, batch_size=size) for n, (dev, size) in enumerate([(0.7, 32), (0.8, 64)])
-    ]
+    some = [make_trial(n, dev, lr=1e-3, batch_size=size) for n, (dev, size) in enumerate([(0.7, 32), (0.8, 64)])]
     assert best_points(some, "train") == {(1e-3, "one value"): some[1]}
     assert best_points([make_trial(0, 0.7, arch="rescnn")], "dev") == {}
 
@@ -126,9 +122,7 @@ def test_many_points_are_contours_with_a_star_at_the_best() -> None:
     assert len(contours.get_paths()) >= 10
     assert isinstance(points, PathCollection)
     ranked = sorted(plane, key=lambda trial: -(trial.dev or 0))
-    expected = [
-        [np.log10(t.parameters["lr"]), 2 - np.log10(1 / t.parameters["weight_decay"])] for t in ranked
-    ]
+    expected = [[np.log10(t.parameters["lr"]), 2 - np.log10(1 / t.parameters["weight_decay"])] for t in ranked]
     np.testing.assert_allclose(np.asarray(points.get_offsets()), expected)
     star = axes.lines[0]
     assert (star.get_xdata(), star.get_ydata()) == ([-7.0], [0.0])

@@ -83,12 +83,8 @@ def test_a_dev_too_small_to_choose_by_is_said(
 
 
 def test_a_run_writes_what_it_promises(trained: Job) -> None:
-    promised = (
-        "best.pt calibration.json config.json environment.jsonl evaluation-dev.json evaluation-valid.json "
-    )
-    promised += (
-        "last.pt metrics.jsonl model-card.md report.html scores-dev.arrow scores-valid.arrow tensorboard"
-    )
+    promised = "best.pt calibration.json config.json environment.jsonl evaluation-dev.json evaluation-valid.json "
+    promised += "last.pt metrics.jsonl model-card.md report.html scores-dev.arrow scores-valid.arrow tensorboard"
     assert sorted(path.name for path in trained.run.iterdir()) == promised.split()
     lines = [json.loads(line) for line in (trained.run / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [1, 2]
@@ -167,9 +163,7 @@ def test_a_student_learns_its_teachers_scores_of_the_uncertain_cells(
     assert_same_run(student.run.with_name("parts"), student.run)
     # another teacher's scores are another configuration
     write_scores(teacher.run / "scores-train.arrow", split.table, LABELS, 1 - scores)
-    with pytest.raises(
-        DataError, match=r"run of another configuration: teacher is [0-9a-f]{64} there and [0-9a-f]"
-    ):
+    with pytest.raises(DataError, match=r"run of another configuration: teacher is [0-9a-f]{64} there and [0-9a-f]"):
         make_job("student", uncertain="selftrained", teacher=teacher.run)
 
 
@@ -231,19 +225,13 @@ def test_labels_with_one_class_are_named_and_refused_where_strict(
     make_job: Callable[..., Job], capsys: pytest.CaptureFixture[str]
 ) -> None:
     job = make_job("run", blank="ignore", epochs=1)
-    healthy = pc.sum(
-        read_table(job.shards.folders[0].path, job.manifest.split("train"))["No Finding"]
-    ).as_py()
+    healthy = pc.sum(read_table(job.shards.folders[0].path, job.manifest.split("train"))["No Finding"]).as_py()
     train.train(job)
     lines = [line for line in capsys.readouterr().err.splitlines() if "cannot be learned" in line]
-    assert (
-        lines[0] == f"label No Finding has {healthy} positives and 0 negatives in train: it cannot be learned"
-    )
+    assert lines[0] == f"label No Finding has {healthy} positives and 0 negatives in train: it cannot be learned"
     with pytest.raises(DataError) as caught:
         train.train(make_job("run", blank="ignore", epochs=1, strict=True))
-    assert str(caught.value) == "`strict`: " + "; ".join(
-        line.removesuffix(": it cannot be learned") for line in lines
-    )
+    assert str(caught.value) == "`strict`: " + "; ".join(line.removesuffix(": it cannot be learned") for line in lines)
 
 
 def test_two_processes_do_not_train_one_run(make_job: Callable[..., Job]) -> None:
@@ -416,9 +404,7 @@ def test_weights_that_the_last_step_has_ruined_are_not_saved(
 def test_options_change_the_result(make_job: Callable[..., Job], whole: Path, change: dict[str, Any]) -> None:
     changed = make_job("changed", **change)
     train_until(12, changed)  # in the second epoch
-    ours, theirs = (
-        json.loads((run / "metrics.jsonl").read_text().splitlines()[0]) for run in (whole, changed.run)
-    )
+    ours, theirs = (json.loads((run / "metrics.jsonl").read_text().splitlines()[0]) for run in (whole, changed.run))
     # The loss as well: with some processors' rounding, every AUROC of so few images stays as it was.
     assert (ours["train_loss"], ours["labels"]) != (theirs["train_loss"], theirs["labels"])
     if change.keys() & {"amp", "accumulate"}:
@@ -451,9 +437,7 @@ def test_a_selection_without_valid_is_said_before_the_first_step(
     make_job: Callable[..., Job], capsys: pytest.CaptureFixture[str]
 ) -> None:
     job = make_job("other")
-    patients = (
-        read_table(job.shards.folders[0].path, job.manifest.split("valid"))["patient"].unique().to_pylist()
-    )
+    patients = read_table(job.shards.folders[0].path, job.manifest.split("valid"))["patient"].unique().to_pylist()
     job = make_job("run", epochs=1, where=tuple(f"patient!={patient}" for patient in patients))
     train.train(job)
     said = capsys.readouterr().err
@@ -535,18 +519,14 @@ def test_limit_and_balance_choose_what_an_epoch_draws(make_job: Callable[..., Jo
     sums = strata.assign(positive=positive, weight=over)[over > 0].groupby(["sex", "projection", "positive"])
     np.testing.assert_allclose(*sums.weight.sum().unstack().to_numpy().T)
     wrong = make_job("wrong", balance="Support Devices", balance_over="sex,hospital")
-    expected = (
-        r"^`balance` Support Devices `balance_over` sex,hospital: no column 'hospital'; there are key, "
-    )
+    expected = r"^`balance` Support Devices `balance_over` sex,hospital: no column 'hospital'; there are key, "
     with pytest.raises(DataError, match=expected):
         train.train(wrong)
     with pytest.raises(DataError, match=r"^`balance` No Finding: no negatives to balance in train$"):
         train.train(make_job("other", balance="No Finding", blank="ignore"))
 
 
-def test_damaged_images_end_the_run_unless_they_are_allowed(
-    make_job: Callable[..., Job], tmp_path: Path
-) -> None:
+def test_damaged_images_end_the_run_unless_they_are_allowed(make_job: Callable[..., Job], tmp_path: Path) -> None:
     shards = Path(shutil.copytree(make_job("other").shards.folders[0].path, tmp_path / "shards"))
     job = dataclasses.replace(make_job("run", epochs=1), shards=open_collection(shards))
     split = open_rows(job, "dev").split
@@ -609,9 +589,7 @@ def test_what_draws_or_remembers_resumes_exactly_between_evaluations(
 
 
 @pytest.mark.soak  # compiles for seconds
-def test_a_compiled_network_learns_the_same(
-    make_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_compiled_network_learns_the_same(make_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch) -> None:
     """Captured and differentiated by torch.compile, without the minute that its C++ compiler takes."""
     calls = Mock(side_effect=partial(torch.compile, backend="aot_eager"))
     monkeypatch.setattr(torch, "compile", calls)
@@ -668,14 +646,10 @@ def test_a_checkpoint_is_chosen_by_the_labels_asked_for(
     assert best["dev_auroc"] == max(scores)
     assert best["epoch"] == lines[scores.index(max(scores))]["epoch"]
     assert scores.index(max(scores)) != macro.index(max(macro))  # type: ignore[type-var]
-    said = (
-        f": dev AUROC {max(scores):.4f} (Edema, Support Devices)  (best); {scores.index(max(scores)) + 1}\n"
-    )
+    said = f": dev AUROC {max(scores):.4f} (Edema, Support Devices)  (best); {scores.index(max(scores)) + 1}\n"
     assert said in capsys.readouterr().err
     assert len(left) == len(lines)
-    assert [seconds > 0 for seconds in left] == [True] * (len(lines) - 1) + [
-        False
-    ]  # of the time for all epochs
+    assert [seconds > 0 for seconds in left] == [True] * (len(lines) - 1) + [False]  # of the time for all epochs
     events = EventAccumulator(str(job.run / "tensorboard"))
     events.Reload()
     for tag, expected in {"dev/choice_auroc": scores, "dev/macro_auroc": macro}.items():
@@ -716,9 +690,7 @@ def test_a_run_starts_from_the_weights_it_is_given(
 ) -> None:
     assert command("train", "--run", tmp_path / "first", "--lr", 1e-2) == 0
     best = tmp_path / "first" / "best.pt"
-    assert (
-        command("train", "--run", tmp_path / "second", "--init", best.parent, "--lr", 1e-12, "--seed", 1) == 0
-    )
+    assert command("train", "--run", tmp_path / "second", "--init", best.parent, "--lr", 1e-12, "--seed", 1) == 0
     assert re.search(rf"{best}: loaded \d+ tensors; fresh: nothing\n", capsys.readouterr().err)
     ours, theirs = (load_checkpoint(tmp_path / run / "best.pt")["weights"] for run in ("first", "second"))
     torch.testing.assert_close(ours["head.2.weight"], theirs["head.2.weight"])
@@ -727,9 +699,7 @@ def test_a_run_starts_from_the_weights_it_is_given(
         command("train", "--run", tmp_path / "third", "--init", best, "--arch", "resnet18")
 
 
-def test_logs_say_what_the_run_did_and_with_what(
-    make_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_logs_say_what_the_run_did_and_with_what(make_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["train.py", "--shards", "https://me:secret@host/set?token=secret"])
     job = make_job("run", epochs=1)
     train.train(job)
@@ -775,18 +745,14 @@ def test_a_finished_run_gets_more_epochs(
 
     assert extend(run) == 0
     now = f"{scheduled_lr(1e-4, steps, 3 * steps):.2g}"
-    warning = (
-        f"the next follow the schedule of 3 from {now} down, so the result is not that of 3 epochs at once"
-    )
+    warning = f"the next follow the schedule of 3 from {now} down, so the result is not that of 3 epochs at once"
     assert warning in capsys.readouterr().err
     assert (run / "metrics.jsonl").read_text().startswith(before)
     events = EventAccumulator(str(run / "tensorboard"))
     events.Reload()
     rates = {point.step: point.value for point in events.Scalars("train/lr")}
     lasts = [(steps, 1), (2 * steps, 3), (3 * steps, 3)]
-    assert rates == pytest.approx(
-        {last: scheduled_lr(1e-4, last - 1, total * steps) for last, total in lasts}
-    )
+    assert rates == pytest.approx({last: scheduled_lr(1e-4, last - 1, total * steps) for last, total in lasts})
     config = read_config(run)
     assert (config.epochs, config.extended) == (3, (1,))
     assert extend(run) == 0
@@ -799,9 +765,7 @@ def test_a_finished_run_gets_more_epochs(
     stop_after(3, lambda: extend(new, 2))
     assert extend(other) == 0
     assert_same_run(other, run)
-    with pytest.raises(
-        DataError, match=rf"^{new}: `epochs` can be raised after all 2 are done; its last step is"
-    ):
+    with pytest.raises(DataError, match=rf"^{new}: `epochs` can be raised after all 2 are done; its last step is"):
         extend(new)
 
 
@@ -820,9 +784,7 @@ def test_the_curve_of_the_loss_is_of_the_steps_since_its_last_point(
     assert list(each) == [1, 2, 3, 4, 5, 6]
     expected = {4: sum(each[step] for step in (1, 2, 3, 4)) / 4, 6: (each[5] + each[6]) / 2}
     assert windows == pytest.approx(expected)
-    assert json.loads((job.run / "metrics.jsonl").read_text())["train_loss"] == pytest.approx(
-        sum(each.values()) / 6
-    )
+    assert json.loads((job.run / "metrics.jsonl").read_text())["train_loss"] == pytest.approx(sum(each.values()) / 6)
 
 
 def refuse(*_: object) -> None:
@@ -846,9 +808,7 @@ def test_a_full_disk_under_tensorboard_is_named_in_one_line(
     train.train(job)
 
 
-def test_a_full_disk_leaves_the_earlier_starts(
-    make_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_leaves_the_earlier_starts(make_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch) -> None:
     job = make_job("run", epochs=1)
     open_run(job.run, job.config)
     record_environment(job)
@@ -876,17 +836,13 @@ def test_wandb_reads_what_goes_to_tensorboard(
     for _ in range(2):  # begun and continued
         assert command("train", "--run", tmp_path / "run", "--wandb", "films") == 0
         (tmp_path / "run" / "report.html").unlink()  # as if it had been stopped before its report
-    warning = (
-        "Warning: --wandb sends settings and figures of this run to others; make sure that the License of "
-    )
+    warning = "Warning: --wandb sends settings and figures of this run to others; make sure that the License of "
     assert capfd.readouterr().err.count(f"{warning}{tmp_path} allows it\n") == 1
     first, second = wandb.init.call_args_list
     assert first == second
     told = first.kwargs
     assert (told["project"], told["dir"], told["sync_tensorboard"]) == ("films", tmp_path / "run", True)
-    assert json.loads(json.dumps(told["config"])) == json.loads(
-        (tmp_path / "run" / "config.json").read_text()
-    )
+    assert json.loads(json.dumps(told["config"])) == json.loads((tmp_path / "run" / "config.json").read_text())
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(DataError, match=r"^wandb is missing: pip install 'chexpert-pipeline\[wandb\]'$"):
         command("train", "--run", tmp_path / "run", "--wandb", "films")
@@ -900,9 +856,7 @@ def test_thresholds_and_studies_are_as_asked_for(command: Callable[..., int], tr
     dev = of_job(trained).score(trained, "dev").images
     written = json.loads((trained.run / "calibration.json").read_text())
     assert written == json.loads(json.dumps(calibrate(LABELS, dev, 0.5, "mean")))
-    limits = [
-        list(one.select(metric="threshold", group="sensitivity", level="image")) for one in (first, second)
-    ]
+    limits = [list(one.select(metric="threshold", group="sensitivity", level="image")) for one in (first, second)]
     assert limits[0] != limits[1]
     assert [row.value for row in limits[1]] == [
         written["image"][label]["thresholds"]["sensitivity"] for label in LABELS
@@ -939,22 +893,16 @@ def test_results_on_other_shards_leave_the_runs_own_alone(
     path.write_text('{"labels": {}}')
     with pytest.raises(DataError, match=f"^{path}: not an evaluation: 'rows'; write it again"):
         command("evaluate", "--run", trained.run, "--shards", others)
-    with pytest.raises(
-        DataError, match=f"^{others}: not the shards that {trained.run} learned from, on whose dev"
-    ):
+    with pytest.raises(DataError, match=f"^{others}: not the shards that {trained.run} learned from, on whose dev"):
         command("evaluate", "--run", trained.run, "--shards", others, "--sensitivity", 0.8)
 
 
-def test_runs_with_other_policies_are_measured_on_the_same_cells(
-    make_job: Callable[..., Job], whole: Path
-) -> None:
+def test_runs_with_other_policies_are_measured_on_the_same_cells(make_job: Callable[..., Job], whole: Path) -> None:
     other = make_job("other", epochs=1, uncertain="ones", blank="ignore")
     train.train(other)
     counts = []
     for run in (whole, other.run):
-        rows = list(
-            read_evaluation(run / "evaluation-dev.json").select(metric="auroc", level="image", group=None)
-        )
+        rows = list(read_evaluation(run / "evaluation-dev.json").select(metric="auroc", level="image", group=None))
         counts.append({row.label: (row.positives, row.negatives) for row in rows})
     assert counts[0] == counts[1]
 
@@ -994,9 +942,7 @@ def test_checkpoints_that_do_not_fit_their_run_are_named(
         save_checkpoint(trained.run / name, damaged)
         with pytest.raises(CheckpointError) as caught:
             command("evaluate", "--run", trained.run) if name == "best.pt" else train.train(trained)
-        assert str(caught.value).startswith(
-            f"{trained.run / name}: does not fit this run's configuration: {reason}"
-        )
+        assert str(caught.value).startswith(f"{trained.run / name}: does not fit this run's configuration: {reason}")
 
 
 def test_a_damaged_last_checkpoint_comes_with_what_to_do(
@@ -1012,9 +958,7 @@ def test_a_damaged_last_checkpoint_comes_with_what_to_do(
             path.write_bytes(content)
             with pytest.raises(CheckpointError) as caught:
                 train.train(make_job("run", epochs=1))
-            assert str(caught.value) == (
-                f"{path}: damaged, or not a checkpoint of this program; {remedy}{instead}"
-            )
+            assert str(caught.value) == (f"{path}: damaged, or not a checkpoint of this program; {remedy}{instead}")
         if not instead:
             path.unlink()  # as it says
             train.train(make_job("run", epochs=1))
@@ -1022,9 +966,7 @@ def test_a_damaged_last_checkpoint_comes_with_what_to_do(
 
 @pytest.mark.parametrize("name", ["calibration.json", "metrics.jsonl"])
 @pytest.mark.parametrize("content", ['{"epoch": 1', "[1]", "[" * 100_000])
-def test_damaged_results_are_named(
-    command: Callable[..., int], trained: Job, name: str, content: str
-) -> None:
+def test_damaged_results_are_named(command: Callable[..., int], trained: Job, name: str, content: str) -> None:
     (trained.run / name).write_text(content)
     with pytest.raises(DataError, match=f"^{trained.run / name}: damaged: "):
         command("evaluate", "--run", trained.run)
@@ -1065,9 +1007,7 @@ def test_the_last_weights_are_kept_where_that_is_asked_for(make_job: Callable[..
     train.train(job)
     ema = load_checkpoint(job.run / "last.pt")["ema"]
     kept = load_checkpoint(job.run / "best.pt")
-    scores = [
-        json.loads(line)["macro_auroc"] for line in (job.run / "metrics.jsonl").read_text().splitlines()
-    ]
+    scores = [json.loads(line)["macro_auroc"] for line in (job.run / "metrics.jsonl").read_text().splitlines()]
     assert scores[-1] < max(scores)  # or the test would show nothing
     assert kept["dev_auroc"] == pytest.approx(scores[-1])
     assert all(torch.equal(kept["weights"][name], value) for name, value in ema.items())

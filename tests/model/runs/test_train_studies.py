@@ -59,19 +59,13 @@ def test_each_study_is_scored_once_and_compared_with_late_fusion(
     table = pa.ipc.open_file(drawn_studies[0] / "valid.arrow").read_all().to_pandas()
     scored = read_frame(fused.run / "scores-valid.arrow")
     firsts = table.groupby(["patient", "study"], sort=False).head(1)
-    assert (
-        scored[["patient", "study"]].to_numpy().tolist() == firsts[["patient", "study"]].to_numpy().tolist()
-    )
+    assert scored[["patient", "study"]].to_numpy().tolist() == firsts[["patient", "study"]].to_numpy().tolist()
 
     others = find_scores(fused, "valid", [images.run, frontal.run])
     predictor = of_job(fused)
     found = evaluate(fused, predictor, "valid", predictor.score(fused, "valid"), How(against=others))
     assert found.unit == "study"
-    late = {
-        row.scorer: row
-        for row in found.select(metric="auroc", label="Support Devices", group=None)
-        if row.scorer
-    }
+    late = {row.scorer: row for row in found.select(metric="auroc", label="Support Devices", group=None) if row.scorer}
     assert list(late) == [f"{images.run}, max of views", f"{images.run}, mean of views", str(frontal.run)]
     views = read_frame(images.run / "scores-valid.arrow").groupby(["patient", "study"]).max()
     truth = table.groupby(["patient", "study"])["Support Devices"].first() == 1

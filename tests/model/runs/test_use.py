@@ -47,9 +47,7 @@ def test_predict_keeps_earlier_scores_where_no_image_can_be_read(
         call_train("predict", "--run", run, "--out", new, films / "a.png")
     assert not new.exists()
     Image.effect_noise((80, 60), 50).save(films / "a.png")
-    assert (
-        call_train("predict", "--run", run, "--out", out, "--strict", films / "a.png", films / "b.JPG") == 3
-    )
+    assert call_train("predict", "--run", run, "--out", out, "--strict", films / "a.png", films / "b.JPG") == 3
     assert pd.read_csv(out)["Edema"].isna().tolist() == [False, True]
     with pytest.raises(DataError, match=r"run: no .jpg, .jpeg, .png, .dcm, .dicom file$"):
         call_train("predict", "--run", run, "--out", out, run)
@@ -110,9 +108,7 @@ def test_predict_decides_on_studies_as_evaluate_does(
     by: str, columns: list[str], run: Path, sample_shards: tuple[Path, Manifest], tmp_path: Path
 ) -> None:
     shards, films = sample_shards[0], sample_shards[0].parent / "CheXpert-v1.0-small" / "train"
-    assert (
-        call_train("evaluate", "--run", run, "--shards", shards, "--split", "train", "--study", "mean") == 0
-    )
+    assert call_train("evaluate", "--run", run, "--shards", shards, "--split", "train", "--study", "mean") == 0
     scores = read_frame(run / "scores-train.arrow")
     views = scores.groupby(columns).size()
     assert views.max() > 1
@@ -124,13 +120,9 @@ def test_predict_decides_on_studies_as_evaluate_does(
     assert call_train(*words, *files) == 0
     found = pd.read_csv(out)
     parts = found["study"].str.extract(r"(?P<patient>patient\d+)(?:/study(?P<study>\d+))?")
-    order = [
-        (row.patient, int(row.study)) if "study" in columns else row.patient for row in parts.itertuples()
-    ]
+    order = [(row.patient, int(row.study)) if "study" in columns else row.patient for row in parts.itertuples()]
     expected = scores.groupby(columns)[list(LABELS)].mean().loc[order]
-    np.testing.assert_allclose(
-        found[list(LABELS)], apply_calibrations(LABELS, expected.to_numpy(), fits), atol=2e-6
-    )
+    np.testing.assert_allclose(found[list(LABELS)], apply_calibrations(LABELS, expected.to_numpy(), fits), atol=2e-6)
     for label in LABELS:
         limit, calls = fits[label]["thresholds"]["youden"], found[f"{label} positive"]
         assert calls.isna().all() if limit is None else ((expected[label].to_numpy() >= limit) == calls).all()
@@ -141,10 +133,7 @@ def test_a_run_with_fewer_labels_is_compared_over_those_of_both(
 ) -> None:
     other = run.with_name("few")
     shards = ("--shards", sample_shards[0])
-    assert (
-        call_train("train", *shards, "--run", other, *WORDS, "--labels", "Edema,Fracture,Pleural Effusion")
-        == 0
-    )
+    assert call_train("train", *shards, "--run", other, *WORDS, "--labels", "Edema,Fracture,Pleural Effusion") == 0
     capsys.readouterr()
     assert call_train("evaluate", *shards, "--run", run, "--against", other) == 0
     printed = capsys.readouterr().out
@@ -152,8 +141,7 @@ def test_a_run_with_fewer_labels_is_compared_over_those_of_both(
     compared = read_evaluation(run / "evaluation-valid-against-few.json")
     theirs = read_evaluation(other / "evaluation-valid.json")
     found = {
-        row.label: row.value
-        for row in compared.select(metric="auroc_difference", level="image", scorer=str(other))
+        row.label: row.value for row in compared.select(metric="auroc_difference", level="image", scorer=str(other))
     }
     assert list(found) == ["Edema", "Pleural Effusion", "Fracture", *MEANS]
     differences = []
@@ -182,9 +170,7 @@ def test_other_conditions_than_the_runs_own_choose_what_is_scored(
     shards, manifest = sample_shards
     capsys.readouterr()
     assert call_train("evaluate", "--shards", shards, "--run", run, "--where", "sex=Male") == 0
-    files = [
-        line.removesuffix(": written") for line in capsys.readouterr().out.splitlines() if "written" in line
-    ]
+    files = [line.removesuffix(": written") for line in capsys.readouterr().out.splitlines() if "written" in line]
     table = read_table(shards, manifest.split("valid")).to_pandas()
     evaluation = read_evaluation(Path(files[1]))
     assert evaluation.get("images").value == (table["sex"] == "Male").sum() < len(table)
@@ -201,10 +187,7 @@ def test_readers_stand_beside_the_network(
     table = read_table(sample_shards[0], sample_shards[1].splits["valid"]).to_pandas()
     readers = [tmp_path / "bc4.csv", tmp_path / "bc6.csv"]
     for path, flip in zip(readers, (False, True), strict=True):
-        rows = [
-            f"test/{row.patient}/study{row.study},{int(row['Edema'] == 1) ^ flip}"
-            for _, row in table.iterrows()
-        ]
+        rows = [f"test/{row.patient}/study{row.study},{int(row['Edema'] == 1) ^ flip}" for _, row in table.iterrows()]
         path.write_text("\n".join(["Study,Edema", *rows]))
     shards = ("--shards", sample_shards[0])
     words = ("--readers", readers[0], "--readers", readers[1])
@@ -218,15 +201,11 @@ def test_readers_stand_beside_the_network(
     assert f"below the curve: {sum(below):.0f} of 2" in capsys.readouterr().out
     (tmp_path / "b").mkdir()
     shutil.copy(readers[0], tmp_path / "b")
-    with pytest.raises(
-        DataError, match=r"bc4.csv: two files of one name, by which they are shown; rename one$"
-    ):
+    with pytest.raises(DataError, match=r"bc4.csv: two files of one name, by which they are shown; rename one$"):
         call_train("evaluate", "--run", run, *shards, *words[:2], "--readers", tmp_path / "b" / "bc4.csv")
 
 
-def test_predict_reads_16_bit_images_as_the_shards_did(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_predict_reads_16_bit_images_as_the_shards_did(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "CheXpert"
     write_chexpert(folder, "train", range(1, 17))
     write_chexpert(folder, "valid", range(17, 21))

@@ -69,9 +69,7 @@ def test_a_task_that_kills_its_worker_twice_is_named(tmp_path: Path) -> None:
 
 
 def test_a_step_whose_process_is_killed_is_named(tmp_path: Path) -> None:
-    with pytest.raises(
-        DataError, match=r"^planning shards: its process was killed; is there enough memory\?$"
-    ):
+    with pytest.raises(DataError, match=r"^planning shards: its process was killed; is there enough memory\?$"):
         run_alone(always_die, (tmp_path, 5), "planning shards")
 
 

@@ -100,9 +100,7 @@ def test_a_lost_worker_changes_no_byte(
     assert files_of(tmp_path / "cluster") == files_of(tmp_path / "local")
 
 
-def test_a_stopped_run_continues_on_a_cluster(
-    start: Start, scheduler: str, source: Path, tmp_path: Path
-) -> None:
+def test_a_stopped_run_continues_on_a_cluster(start: Start, scheduler: str, source: Path, tmp_path: Path) -> None:
     start("worker", scheduler)
     words = [PIPELINE, "shards", source, tmp_path / "out", *OPTIONS, "--max-bad", "0.01"]
     command = [*map(str, words), "--scheduler", scheduler]

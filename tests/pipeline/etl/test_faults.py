@@ -63,9 +63,7 @@ class Disk:
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tasks run here, one after the other, where the disk is watched."""
 
-    def run_tasks(
-        function: Callable[[Any], Any], tasks: Iterable[Any], *_: object
-    ) -> Generator[Any, None, None]:
+    def run_tasks(function: Callable[[Any], Any], tasks: Iterable[Any], *_: object) -> Generator[Any, None, None]:
         for task in tasks:
             yield function(task)
 

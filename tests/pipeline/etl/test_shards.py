@@ -48,9 +48,7 @@ def test_every_frontal_row_is_in_exactly_one_split(chexpert: Path, shards: Shard
         source.index = pd.Index(parts[0] + "_" + parts[1] + "_" + parts[2])
         source = source.sort_index()
         assert rows.index.to_list() == source.index.to_list()
-        np.testing.assert_array_equal(
-            rows[list(LABELS)].to_numpy(float), source[list(LABELS)].to_numpy(float)
-        )
+        np.testing.assert_array_equal(rows[list(LABELS)].to_numpy(float), source[list(LABELS)].to_numpy(float))
     assert not set(tables["train"]["patient"]) & set(tables["dev"]["patient"])
     # shuffled: neither the CSV's order nor sorted
     assert tables["train"]["key"].to_list() != sorted(tables["train"]["key"])
@@ -71,9 +69,7 @@ def test_tarfile_finds_the_images_and_labels_of_the_arrow_table(chexpert: Path, 
             assert [member.name for member in members] == [
                 f"{row['key']}.{suffix}" for row in of_shard for suffix in ("jpg", "json")
             ]
-            assert {(member.mtime, member.uid, member.gid, member.uname) for member in members} == {
-                (0, 0, 0, "")
-            }
+            assert {(member.mtime, member.uid, member.gid, member.uname) for member in members} == {(0, 0, 0, "")}
             for row in of_shard:
                 jpeg = contents[f"{row['key']}.jpg"]
                 assert data[row["offset"] : row["offset"] + row["length"]] == jpeg
@@ -168,9 +164,7 @@ def test_finished_shards_are_left_alone_and_other_options_refused(chexpert: Path
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
 
 
-def test_files_of_others_are_neither_replaced_nor_removed(
-    chexpert: Path, shards: Shards, tmp_path: Path
-) -> None:
+def test_files_of_others_are_neither_replaced_nor_removed(chexpert: Path, shards: Shards, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     for name in ("dev.arrow", "train-000000.tar", "rejects.csv"):
@@ -289,9 +283,7 @@ def test_a_reject_that_is_a_workers_fault_is_told_by_the_files_that_are_seen_her
     assert _name_unseen(ShardRecord(shard, 0, 0, [], rejects[:1])) == ""
 
 
-def test_rejects_are_left_out_and_listed_and_tried_again(
-    chexpert: Path, shards: Shards, tmp_path: Path
-) -> None:
+def test_rejects_are_left_out_and_listed_and_tried_again(chexpert: Path, shards: Shards, tmp_path: Path) -> None:
     contents = {}
     for study, (content, _) in zip((3, 4, 5), BAD, strict=True):
         image = chexpert / f"train/patient{study:05d}/study2/view1_frontal.jpg"
@@ -331,9 +323,7 @@ def test_link_out_of_the_root_is_rejected_unless_its_target_is_named(chexpert: P
         make_shards(chexpert, tmp_path / "out")
     assert str(caught.value).endswith(f"{image}: leads out of its folder to {secret}; allow that by --root")
     source = find_source(chexpert, {}, [tmp_path / "elsewhere"])
-    run = write_shards(
-        source, tmp_path / "out", default_options(), POLICIES, Execution(workers=1, max_bad=0.0)
-    )
+    run = write_shards(source, tmp_path / "out", default_options(), POLICIES, Execution(workers=1, max_bad=0.0))
     assert run.manifest.rejects == ()
 
 
@@ -362,13 +352,9 @@ def test_damaged_tables_and_manifests_are_named(shards: Shards) -> None:
     folder, manifest = shards
     table = folder / "dev.arrow"
     table.write_bytes((folder / "valid.arrow").read_bytes())
-    with pytest.raises(
-        DataError, match=r"dev.arrow: its sha256 is not the manifest's; it is damaged or belongs"
-    ):
+    with pytest.raises(DataError, match=r"dev.arrow: its sha256 is not the manifest's; it is damaged or belongs"):
         read_table(folder, manifest.split("dev"))
-    with pytest.raises(
-        DataError, match=r"^split 'test' does not exist; these shards hold train, dev, valid$"
-    ):
+    with pytest.raises(DataError, match=r"^split 'test' does not exist; these shards hold train, dev, valid$"):
         manifest.split("test")
     path = folder / "manifest.json"
     text = path.read_text()
@@ -563,9 +549,7 @@ def test_an_empty_file_of_an_unfinished_run_is_made_again(
     assert hashes(tmp_path / "out") == hashes(shards[0])
 
 
-def test_a_file_system_without_locks_is_named(
-    chexpert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_system_without_locks_is_named(chexpert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 

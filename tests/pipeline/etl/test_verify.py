@@ -133,10 +133,7 @@ def exchange_manifest(folder: Path, manifest: Manifest) -> list[str]:
     tables = [folder / split.table for split in splits.values()]
     sizes = {folder / shard.file: shard.bytes for split in splits.values() for shard in split.shards}
     return [
-        *(
-            f"{path}: its sha256 is not the manifest's; it is damaged or belongs to other shards"
-            for path in tables
-        ),
+        *(f"{path}: its sha256 is not the manifest's; it is damaged or belongs to other shards" for path in tables),
         *(
             f"{path}: damaged: {path.stat().st_size} bytes, not {size} as in the manifest"
             for path, size in sizes.items()
@@ -146,9 +143,7 @@ def exchange_manifest(folder: Path, manifest: Manifest) -> list[str]:
 
 def exchange_table(folder: Path, manifest: Manifest) -> list[str]:
     shutil.copy(folder / "valid.arrow", folder / "dev.arrow")
-    return [
-        f"{folder / 'dev.arrow'}: its sha256 is not the manifest's; it is damaged or belongs to other shards"
-    ]
+    return [f"{folder / 'dev.arrow'}: its sha256 is not the manifest's; it is damaged or belongs to other shards"]
 
 
 def shift_offset(folder: Path, manifest: Manifest) -> list[str]:
@@ -219,9 +214,7 @@ def test_damage_is_named(chexpert: Path, shards: Shards, damage: Damage) -> None
     assert run.stdout.splitlines() == lines
     assert run.returncode == 1
     remedy = "to restore them, run the command that wrote them again"
-    assert re.fullmatch(
-        rf"Error: {folder}: \d+ problems? in \d+ files?; {remedy}", run.stderr.splitlines()[-1]
-    )
+    assert re.fullmatch(rf"Error: {folder}: \d+ problems? in \d+ files?; {remedy}", run.stderr.splitlines()[-1])
 
 
 @pytest.mark.parametrize("options", [(), ("--deep",)])

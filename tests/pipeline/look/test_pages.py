@@ -138,9 +138,7 @@ def look(folder: Path, page: str, width: int, scheme: int) -> dict[str, Any]:
 
 @WIDTHS
 @SCHEMES
-def test_the_report_is_legible(
-    evaluation: tuple[Scored, Evaluation], tmp_path: Path, width: int, scheme: int
-) -> None:
+def test_the_report_is_legible(evaluation: tuple[Scored, Evaluation], tmp_path: Path, width: int, scheme: int) -> None:
     images, found = evaluation
     config = {"arch": "resnet18", "manifest": "0123456789abcdef" * 4, "labels": LABELS}
     names = ("macro_auroc", "macro10_auroc", "mean5_auroc", "train_loss", "dev_loss")
@@ -167,9 +165,7 @@ def test_what_is_wrong_with_a_page_is_noticed(evaluation: tuple[Scored, Evaluati
 
 @WIDTHS
 @SCHEMES
-def test_the_label_report_is_legible(
-    shards: tuple[Path, Manifest], tmp_path: Path, width: int, scheme: int
-) -> None:
+def test_the_label_report_is_legible(shards: tuple[Path, Manifest], tmp_path: Path, width: int, scheme: int) -> None:
     path = tmp_path / "labels.html"
     counted = run_pipeline("stats", shards[0], "--policy", "best", "--format", "json", "--html", path)
     assert counted.returncode == 0, counted.stderr

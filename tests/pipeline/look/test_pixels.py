@@ -52,9 +52,7 @@ def test_gray_levels_are_those_of_the_pixels() -> None:
     films[2, 200, 10:22] = 200  # a letter's twelve pixels
     edge, whole = measure_edge(films), measure_whole(films)
     for row, film in enumerate(films.astype(float)):
-        frame = np.concatenate(
-            [film[:7].ravel(), film[-7:].ravel(), film[7:-7, :7].ravel(), film[7:-7, -7:].ravel()]
-        )
+        frame = np.concatenate([film[:7].ravel(), film[-7:].ravel(), film[7:-7, :7].ravel(), film[7:-7, -7:].ravel()])
         near, far = slice(7, 37), slice(-37, -7)
         corners = [film[near, near], film[near, far], film[far, near], film[far, far]]
         assert edge["border's gray level"][row] == pytest.approx(frame.mean())
@@ -83,9 +81,7 @@ def test_images_are_measured_in_table_order(study_shards: tuple[Path, Manifest])
         split = open_split(folder, manifest, name)
         for row in split.table.select(["shard", "offset", "length", "view"]).to_pylist():
             if row["view"] == "lateral":
-                data = (folder / split.shards[row["shard"]].file).read_bytes()[row["offset"] :][
-                    : row["length"]
-                ]
+                data = (folder / split.shards[row["shard"]].file).read_bytes()[row["offset"] :][: row["length"]]
                 image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_GRAYSCALE)
                 assert image is not None
                 means.append(image.mean())
@@ -98,9 +94,7 @@ def test_images_are_measured_in_table_order(study_shards: tuple[Path, Manifest])
 
 def test_planted_shortcuts_are_found_unprompted(cued: Path, tmp_path: Path) -> None:
     html = tmp_path / "audit.html"
-    done = run_pipeline(
-        "audit", cued / "shards", "--strict", "--threads", 1, "--format", "json", "--html", html
-    )
+    done = run_pipeline("audit", cued / "shards", "--strict", "--threads", 1, "--format", "json", "--html", html)
     assert done.returncode == 3, done.stderr
     audit = json.loads(done.stdout)
     assert (audit["images"], audit["patients"]) == (80, 80)  # train and dev alone
@@ -134,9 +128,7 @@ def test_a_table_is_audited_without_images(cued: Path) -> None:
     assert "content" not in done.stdout
     same = ("study number", "lateral", "AP", "Male")
     unknown = ("original width", "original height", "bit depth", "JPEG quality")
-    reasons = [f"{name} (unknown)" for name in unknown] + [
-        f"{name} (the same in all images)" for name in same
-    ]
+    reasons = [f"{name} (unknown)" for name in unknown] + [f"{name} (the same in all images)" for name in same]
     line = next(line for line in done.stdout.splitlines() if line.startswith("Not tested: "))
     assert set(line.removeprefix("Not tested: ").removesuffix(".").split(", ")) >= set(reasons)
     done = run_pipeline("audit", table, "--images")

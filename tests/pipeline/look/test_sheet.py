@@ -83,9 +83,7 @@ def test_images_are_spread_over_the_split() -> None:
     assert spread_rows(rows[:3], 10, seed=5).tolist() == [0, 3, 6]
 
 
-def test_conditions_choose_and_are_not_told_beside_keys(
-    shards: tuple[Path, Manifest], tmp_path: Path
-) -> None:
+def test_conditions_choose_and_are_not_told_beside_keys(shards: tuple[Path, Manifest], tmp_path: Path) -> None:
     folder, manifest = shards
     women = open_split(folder, manifest, "train").table["sex"].to_pylist().count("Female")
     out = tmp_path / "women.jpg"
@@ -159,9 +157,7 @@ def test_raw_and_png_shards_are_shown_too(chexpert: Path, tmp_path: Path) -> Non
     assert (png == raw).all()
 
 
-def test_a_state_that_no_image_is_in_says_what_there_is(
-    shards: tuple[Path, Manifest], tmp_path: Path
-) -> None:
+def test_a_state_that_no_image_is_in_says_what_there_is(shards: tuple[Path, Manifest], tmp_path: Path) -> None:
     folder, _ = shards
     split = open_split(folder, read_manifest(folder), "valid")
     states = split.table["Edema"].to_pylist()
@@ -211,9 +207,7 @@ def test_damage_is_named(shards: tuple[Path, Manifest], tmp_path: Path) -> None:
         ),
     ],
 )
-def test_errors_say_what_to_do(
-    shards: tuple[Path, Manifest], arguments: list[str], code: int, message: str
-) -> None:
+def test_errors_say_what_to_do(shards: tuple[Path, Manifest], arguments: list[str], code: int, message: str) -> None:
     failed = run_pipeline("show", shards[0], *arguments)
     assert failed.returncode == code
     assert failed.stderr.splitlines()[-1] == message

@@ -53,9 +53,7 @@ def test_figures_are_scikit_learn_s_and_holm_s_by_hand() -> None:
     random = np.random.default_rng(0)
     labels = ("Edema", "Fracture", "Pneumonia")
     truth = random.random((400, 3)) < 0.4
-    values = {
-        f"c{shift}": shift * truth[:, 0] + random.normal(size=400) for shift in (0.0, 0.6, 0.8, 1.0, -1.5)
-    }
+    values = {f"c{shift}": shift * truth[:, 0] + random.normal(size=400) for shift in (0.0, 0.6, 0.8, 1.0, -1.5)}
     values["c0.6"][:100] = np.nan
     edge = {"edge": random.normal(size=400)}
     audit = audit_labels(
@@ -139,9 +137,7 @@ def test_alarms_are_told_in_words() -> None:
         "AP": "unknown",
     }
     assert audit["few"] == [label for label in LABELS if label != "Pneumonia"]
-    unnamed = make_table(patient).set_column(
-        0, "patient", pa.array([f"{name:x}x" for name in patient.tolist()])
-    )
+    unnamed = make_table(patient).set_column(0, "patient", pa.array([f"{name:x}x" for name in patient.tolist()]))
     names = find_covariates(unnamed)
     assert names == {}
     reasons = audit_labels(unnamed, target, mask, names)["left_out"]
@@ -156,9 +152,7 @@ def test_all_together_are_an_alarm_of_their_own() -> None:
     audit = audit_labels(table, *make_cells(truth), {}, values)
     (alarm,) = find_alarms(audit)["Pneumonia"]
     assert (alarm["kind"], alarm["told"] > 0.9) == ("together", True)
-    assert describe_alarms(audit)[0].startswith(
-        "Pneumonia: all covariates together predict it with AUROC 1.00 ("
-    )
+    assert describe_alarms(audit)[0].startswith("Pneumonia: all covariates together predict it with AUROC 1.00 (")
 
 
 def test_edges_are_content_for_support_devices() -> None:
@@ -170,9 +164,7 @@ def test_edges_are_content_for_support_devices() -> None:
     assert find_alarms(audit) == {}
 
 
-def draw_clustered(
-    random: np.random.Generator, shift: float
-) -> tuple[pa.Table, Array, Array, dict[str, Array]]:
+def draw_clustered(random: np.random.Generator, shift: float) -> tuple[pa.Table, Array, Array, dict[str, Array]]:
     """200 patients with one to six images; three labels, each told by two covariates with AUROC Φ(shift / √2)."""
     patient = np.repeat(np.arange(200), random.integers(1, 7, 200))
     labels = ("Edema", "Fracture", "Pneumonia")

@@ -93,9 +93,7 @@ def test_values_are_split_into_groups_of_equal_size() -> None:
         (0.0, -1.5, "unclear", ": cannot tell: below chance."),
     ],
 )
-def test_the_verdict_says_what_a_planted_shortcut_did(
-    shortcut: float, signal: float, mark: str, ends: str
-) -> None:
+def test_the_verdict_says_what_a_planted_shortcut_did(shortcut: float, signal: float, mark: str, ends: str) -> None:
     truth, cue, score = draw(5, rows=1500, shortcut=shortcut, signal=signal)
     strata: dict[str, npt.NDArray[Any]] = {"marker": np.where(cue == 1, "L", "R")}
     found = believe(["Pneumonia"], scored(truth, score), {"AP": cue}, strata)
@@ -113,9 +111,7 @@ def test_the_verdict_says_what_a_planted_shortcut_did(
     assert verdict.note.endswith(ends.format(right / pairs).replace(" 0.", " ."))
 
 
-@pytest.mark.parametrize(
-    ("seed", "rows", "positives"), [(0, 200, 20), (1, 200, 20), (2, 1000, 60), (3, 3000, 300)]
-)
+@pytest.mark.parametrize(("seed", "rows", "positives"), [(0, 200, 20), (1, 200, 20), (2, 1000, 60), (3, 3000, 300)])
 def test_a_score_that_is_the_patient_number_is_never_cleared(seed: int, rows: int, positives: int) -> None:
     truth = (np.arange(rows) < positives).astype(float)
     number = np.random.default_rng(seed).normal(size=rows) + 0.7 * truth
@@ -130,9 +126,7 @@ def test_an_honest_score_is_not_condemned_by_covariates_of_no_effect(seed: int) 
     random = np.random.default_rng(seed)
     truth = np.arange(200) < 25
     score = random.normal(size=200) + 0.95 * truth  # an AUROC of .75
-    strata = {
-        name: random.choice(values, 200) for name, values in (("sex", ["F", "M"]), ("view", ["AP", "PA"]))
-    }
+    strata = {name: random.choice(values, 200) for name, values in (("sex", ["F", "M"]), ("view", ["AP", "PA"]))}
     found = assess_belief(["Edema"], scored(truth * 1.0, score), {"x": random.normal(size=200)}, strata)
     assert found["Edema"]["mark"] in ("none", "unclear")
 

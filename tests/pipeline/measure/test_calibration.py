@@ -122,9 +122,7 @@ def test_thresholds_are_the_best_of_all() -> None:
     )
     even = choose_thresholds(np.array([0.9, 0.8, 0.2, 0.1]), np.array([True, False, True, False]), 0.5)
     high, low = expit((logit(0.9) + logit(0.8)) / 2), expit((logit(0.2) + logit(0.1)) / 2)
-    assert even == pytest.approx(
-        {"youden": high, "max_f1": low, "sensitivity": high}
-    )  # of equals the highest
+    assert even == pytest.approx({"youden": high, "max_f1": low, "sensitivity": high})  # of equals the highest
 
 
 @pytest.mark.parametrize(("rows", "center"), [(200, 0.0), (20_000, 0.0), (2000, 12.0), (2000, -12.0)])

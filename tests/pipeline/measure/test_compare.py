@@ -67,9 +67,7 @@ def test_others_are_compared_on_the_rows_that_both_have(studies: Scored) -> None
     assert (mean.value, mean.low) == (less.value, less.low)
     assert 0 < (less.low or 0) < ours - theirs < (less.high or 0)
     assert found.get("auroc_difference", "Fracture", scorer="worse").low is None
-    with pytest.raises(
-        DataError, match=r"^`against` none: it has scored none of these studies, or no label$"
-    ):
+    with pytest.raises(DataError, match=r"^`against` none: it has scored none of these studies, or no label$"):
         add_other(found, studies, "none", np.full_like(worse, np.nan))
 
 
@@ -180,9 +178,7 @@ def read_studies(count: int = 200) -> Scored:
     mask[-10:, 0] = False
     patient = np.char.mod("chexpert/patient%05d", np.arange(count) // 2)
     unknown = np.full(count, None)
-    return Scored(
-        scores, target, mask, patient, np.arange(count) % 2 + 1, unknown, np.full(count, -1), unknown
-    )
+    return Scored(scores, target, mask, patient, np.arange(count) % 2 + 1, unknown, np.full(count, -1), unknown)
 
 
 def test_readers_are_below_a_curve_that_is_more_sensitive_at_their_specificity() -> None:

@@ -240,6 +240,4 @@ def test_counts_as_csv_are_those_of_the_json(chexpert: Path) -> None:
     frame = pd.read_csv(io.StringIO(run(chexpert, "--by", "sex", "--format", "csv").stdout))
     for group, counts in report(chexpert, "--by", "sex")["by"]["groups"].items():
         chosen = frame[frame.group == group].set_index("label")
-        assert chosen.positive.to_dict() == {
-            label: row["positive"] for label, row in counts["labels"].items()
-        }
+        assert chosen.positive.to_dict() == {label: row["positive"] for label, row in counts["labels"].items()}

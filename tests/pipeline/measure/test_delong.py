@@ -101,14 +101,10 @@ def test_no_interval_has_zero_width() -> None:
     """A perfect label of five patients, whose resamples all have an AUROC of 1."""
     truth = np.arange(200) < 5
     score = truth + np.linspace(0, 0.5, 200)
-    ours = measure_areas(
-        score[:, None], truth[:, None].astype(float), np.ones((200, 1), bool), np.arange(200)
-    )
+    ours = measure_areas(score[:, None], truth[:, None].astype(float), np.ones((200, 1), bool), np.arange(200))
     assert ours.auroc[0] == ours.high[0] == 1
     assert 0.7 < ours.low[0] < 0.85
-    alike = measure_areas(
-        score[:, None], truth[:, None].astype(float), np.ones((200, 1), bool), np.arange(200) // 2
-    )
+    alike = measure_areas(score[:, None], truth[:, None].astype(float), np.ones((200, 1), bool), np.arange(200) // 2)
     assert alike.low[0] < ours.low[0]
     both = ours.join(ours)
     assert combine_limits(ours, [1.0]) == {"low": pytest.approx(ours.low[0]), "high": pytest.approx(1)}

@@ -120,9 +120,7 @@ def test_the_rows_hold_each_figure(
     called, owner = score >= threshold, images.patient[used]
     rates = {row.metric: row for row in evaluation.select(label="Edema", level="image", group="sensitivity")}
     assert rates["sensitivity"].value == pytest.approx(recall_score(truth, called))
-    assert {
-        name: {"low": rates[name].low, "high": rates[name].high} for name in rates if rates[name].low
-    } == {
+    assert {name: {"low": rates[name].low, "high": rates[name].high} for name in rates if rates[name].low} == {
         "sensitivity": wilson_limits(called[truth], owner[truth]),
         "specificity": wilson_limits(~called[~truth], owner[~truth]),
         "ppv": wilson_limits(truth[called], owner[called]),
@@ -216,9 +214,7 @@ def compare_groups(images: Scored, calibration: dict[str, Any], **more: Any) -> 
     return found
 
 
-def test_subgroups_are_those_of_a_filter(
-    images: Scored, calibration: dict[str, Any], evaluation: Evaluation
-) -> None:
+def test_subgroups_are_those_of_a_filter(images: Scored, calibration: dict[str, Any], evaluation: Evaluation) -> None:
     get = evaluation.get
     sizes = {row.group: row for row in evaluation.select(metric="images") if row.group}
     unknown, young = int((images.age < 0).sum()), int(((images.age >= 0) & (images.age < 18)).sum())
@@ -259,9 +255,7 @@ def test_subgroups_are_those_of_a_filter(
     assert limits == {"low": gap.low, "high": gap.high}
 
 
-def test_groups_are_compared_on_labels_with_enough_of_both(
-    images: Scored, calibration: dict[str, Any]
-) -> None:
+def test_groups_are_compared_on_labels_with_enough_of_both(images: Scored, calibration: dict[str, Any]) -> None:
     """A label with 1 positive of one group is in neither's mean; the difference is paired by patient."""
     target, few = images.target.copy(), np.flatnonzero(images.projection == "PA")
     target[few[:-1], 0] = 0
@@ -281,9 +275,7 @@ def test_groups_are_compared_on_labels_with_enough_of_both(
     less = found.get("auroc_less_first", "macro", group="projection=PA")
     assert less.value == pytest.approx(means[1] - means[0], abs=1e-12)
     areas = [
-        measure_areas(
-            *changed[:2], np.repeat((changed.projection == group)[:, None], 7, axis=1), changed.patient
-        )
+        measure_areas(*changed[:2], np.repeat((changed.projection == group)[:, None], 7, axis=1), changed.patient)
         for group in ("PA", "AP")
     ]
     share = np.array([0, 1, 1, 1, 1, 0, 0]) / 4

@@ -45,9 +45,7 @@ def test_boxes_and_masks_are_placed_on_the_input() -> None:
 def test_hits_iou_and_chance() -> None:
     marked = np.zeros((2, 2), bool)
     marked[0, 0] = True
-    top, low, none = (
-        np.array(of, np.float32) for of in ([[1, 0.5], [0, 0]], [[0, 0], [0, 1]], [[0, 0], [0, 0]])
-    )
+    top, low, none = (np.array(of, np.float32) for of in ([[1, 0.5], [0, 0]], [[0, 0], [0, 1]], [[0, 0], [0, 0]]))
     cells = [Cell("Edema", f"p{number}", heat, marked) for number, heat in enumerate((top, top, low, none))]
     of = measure_localization(cells)["labels"]["Edema"]
     assert (of["hits"], of["cells"], of["chance"], of["iou"]) == (2, 4, 0.25, 0.25)
@@ -58,7 +56,5 @@ def test_hits_iou_and_chance() -> None:
     limits = measure_localization(many)["labels"]["Edema"]["iou_limits"]
     assert limits["low"] < 0.25 < limits["high"]
     assert exceedance(np.array([0.5, 0.25]), np.array(["a", "b"]), 2) == 0.125
-    assert (
-        exceedance(np.array([0.5, 0.25]), np.array(["a", "a"]), 2) == 0.25
-    )  # a patient's cells may hit together
+    assert exceedance(np.array([0.5, 0.25]), np.array(["a", "a"]), 2) == 0.25  # a patient's cells may hit together
     assert exceedance(np.array([0.5, 0.25]), np.array(["a", "a"]), 1) == 0.5

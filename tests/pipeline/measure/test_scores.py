@@ -20,9 +20,7 @@ def table() -> pa.Table:
     """The columns of a split's table that are kept."""
     patients = [f"patient{number:05d}" for number in range(50)]
     keys = [f"{patient}_study1_view1_frontal" for patient in patients]
-    return pa.table(
-        {"key": keys, "patient": patients, "study": pa.array([1] * 50, pa.int32()), "shard": [0] * 50}
-    )
+    return pa.table({"key": keys, "patient": patients, "study": pa.array([1] * 50, pa.int32()), "shard": [0] * 50})
 
 
 @pytest.fixture
@@ -54,9 +52,7 @@ def test_missing_images_are_counted_and_one_is_named(table: pa.Table, scores: Sc
 
 
 @pytest.mark.parametrize("wrong", [np.nan, np.inf, -0.01, 1.01])
-def test_scores_outside_their_range_are_named(
-    table: pa.Table, scores: Scores, tmp_path: Path, wrong: float
-) -> None:
+def test_scores_outside_their_range_are_named(table: pa.Table, scores: Scores, tmp_path: Path, wrong: float) -> None:
     path = tmp_path / "scores-train.arrow"
     scores[20, LABELS.index("Edema")] = wrong
     write_scores(path, table, LABELS, scores)
@@ -177,9 +173,7 @@ def test_a_reader_calls_1_0_or_nothing(tmp_path: Path) -> None:
     path.write_text("Study,Edema\np/study1,-1\n")
     with pytest.raises(DataError) as caught:
         open_scores(path, calls=True)
-    assert (
-        str(caught.value) == f"{path}, line 2, column Edema: '-1' is none: a reader's call is 1, 0 or blank"
-    )
+    assert str(caught.value) == f"{path}, line 2, column Edema: '-1' is none: a reader's call is 1, 0 or blank"
 
 
 def test_rows_are_not_of_another_sets_studies_of_equal_names(tmp_path: Path) -> None:

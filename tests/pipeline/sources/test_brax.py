@@ -14,9 +14,7 @@ from pipeline.sources import sets
 from tests.conftest import REPOSITORY, run_pipeline
 from tests.layouts import draw
 
-HEADER = (
-    "DicomPath,PngPath,PatientID,PatientSex,PatientAge,AccessionNumber,StudyDate,ViewPosition,Manufacturer"
-)
+HEADER = "DicomPath,PngPath,PatientID,PatientSex,PatientAge,AccessionNumber,StudyDate,ViewPosition,Manufacturer"
 # patient, sex, age, study, view, labels by name
 ROWS = (
     ("p1", "M", "85 or more", "s1", "PA", {"Edema": "1.0"}),

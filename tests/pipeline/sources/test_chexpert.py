@@ -29,9 +29,7 @@ def files_of(folder: Path, *roots: Path) -> dict[str, list[str]]:
 
 
 def test_the_folder_its_parent_and_any_name(chexpert: Path, tmp_path: Path) -> None:
-    expected = {
-        split: sorted(str(path) for path in (chexpert / split).rglob("*.jpg")) for split in ("train", "valid")
-    }
+    expected = {split: sorted(str(path) for path in (chexpert / split).rglob("*.jpg")) for split in ("train", "valid")}
     assert files_of(chexpert) == files_of(tmp_path) == expected
     renamed = chexpert.rename(tmp_path / "my data")
     assert [len(files) for files in files_of(renamed).values()] == [48, 12]
@@ -95,9 +93,7 @@ def test_the_test_set_has_paths_and_labels_only(tmp_path: Path) -> None:
     assert table[["sex", "age", "projection"]].isna().all(axis=None)
     made = run_pipeline("shards", tmp_path, tmp_path / "out", "--size", 48)
     assert made.returncode == 0, made.stderr
-    assert run_pipeline("stats", tmp_path / "out", "--split", "test").stdout.startswith(
-        "10 images, 10 studies, 5 p"
-    )
+    assert run_pipeline("stats", tmp_path / "out", "--split", "test").stdout.startswith("10 images, 10 studies, 5 p")
 
 
 def test_the_folder_that_the_csv_names_wins(chexpert: Path) -> None:
@@ -115,9 +111,7 @@ def test_csvs_of_ones_own(chexpert: Path, tmp_path: Path) -> None:
     tables, *_ = read_splits(find_source(chexpert, splits, []), **SELECTION)
     assert {split: table.num_rows for split, table in tables.items()} == {"train": 24, "holdout": 24}
     frame[20:].to_csv(tmp_path / "holdout.csv", index=False)
-    with pytest.raises(
-        DataError, match=r"holdout.csv, line 2: patient00007 is in mine.csv too; splits must not sh"
-    ):
+    with pytest.raises(DataError, match=r"holdout.csv, line 2: patient00007 is in mine.csv too; splits must not sh"):
         read_splits(find_source(chexpert, splits, []), **SELECTION)
     with pytest.raises(DataError, match=r"none.csv: no such file or folder$"):
         find_source(chexpert, {"train": tmp_path / "none.csv"}, [])
@@ -142,9 +136,7 @@ def test_folders_without_a_set_are_named(chexpert: Path, tmp_path: Path) -> None
     with pytest.raises(DataError, match=r"nothing: no such folder$"):
         find_set(tmp_path / "nothing")
     shutil.copytree(chexpert, tmp_path / "second")
-    with pytest.raises(
-        DataError, match=r"CSVs in several folders \(CheXpert-v1.0-small, second\); name one of them"
-    ):
+    with pytest.raises(DataError, match=r"CSVs in several folders \(CheXpert-v1.0-small, second\); name one of them"):
         find_set(tmp_path)
 
 
@@ -171,9 +163,7 @@ def test_folders_that_may_not_be_read_are_passed_over(
 def test_dry_run_counts_and_writes_nothing(chexpert: Path, tmp_path: Path) -> None:
     missing = chexpert / "train/patient00002/study1/view1_frontal.jpg"
     missing.unlink()
-    dry = run_pipeline(
-        "shards", chexpert, tmp_path / "out", "--size", 48, "--dry-run", "--dev", 0, "--limit", 10
-    )
+    dry = run_pipeline("shards", chexpert, tmp_path / "out", "--size", 48, "--dry-run", "--dev", 0, "--limit", 10)
     assert dry.returncode == 0, dry.stderr
     lines = dry.stdout.splitlines()
     assert lines[0].startswith(

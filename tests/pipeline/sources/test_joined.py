@@ -118,9 +118,9 @@ def test_rows_are_told_by_key_study_or_number(chexpert: Path, tmp_path: Path, ke
     by = ["patient", "study"]
     theirs = whole.rename(columns={"patient": "Patient ID", "study": "Study"})
     if key == "key":
-        theirs = whole.assign(
-            key=whole["patient"] + "_study" + whole["study"].astype(str) + "_view1_frontal"
-        )[["key", "value"]]
+        theirs = whole.assign(key=whole["patient"] + "_study" + whole["study"].astype(str) + "_view1_frontal")[
+            ["key", "value"]
+        ]
     elif key == "number":
         by, whole = ["patient"], whole.drop_duplicates("patient")
         theirs = whole.assign(subject_id=whole["patient"].str[-5:].astype(int))[["subject_id", "value"]]
@@ -197,9 +197,7 @@ def test_rows_that_agree_may_be_repeated_and_files_add_up(chexpert: Path, tmp_pa
         join_facts(tables, [tmp_path / "a.csv"])
 
 
-def test_numbers_given_here_are_no_key_and_csvs_named_alike_are_two_sets(
-    chexpert: Path, tmp_path: Path
-) -> None:
+def test_numbers_given_here_are_no_key_and_csvs_named_alike_are_two_sets(chexpert: Path, tmp_path: Path) -> None:
     (tmp_path / "facts.csv").write_text("patient,study,ward\npatient00001,1,W\n")
     tables = {"all": read_any_table(chexpert / "train.csv")}
     with pytest.raises(DataError, match="column study cannot be a key: the data set's studies have no names"):
@@ -226,9 +224,7 @@ def test_facts_choose_and_group_images(chexpert: Path, tmp_path: Path) -> None:
             names = [f"{value:.0f}" if by == "age_at_cxr" else value for value in sorted(expected.index)]
             blank = found[by].isna().sum()
             assert list(groups) == names + ["unknown"] * bool(blank)
-            assert [group["images"] for group in groups.values()][
-                : len(names)
-            ] == expected.sort_index().tolist()
+            assert [group["images"] for group in groups.values()][: len(names)] == expected.sort_index().tolist()
             for name, rows in found.groupby(by):
                 key = f"{name:.0f}" if by == "age_at_cxr" else name
                 assert groups[key]["labels"]["Edema"]["positive"] == (rows["Edema"] == 1).sum()

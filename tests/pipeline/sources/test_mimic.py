@@ -44,10 +44,7 @@ def test_a_folder_becomes_shards_by_the_official_splits(folder: Path) -> None:
     assert (train[KEYS[2]]["Edema"], train[KEYS[2]]["Fracture"], train[KEYS[2]]["Pneumonia"]) == (-1, 0, None)
     assert {train[KEYS[3]][label] for label in LABELS} == {-2}  # its study has no row of labels
     assert rows["valid"][KEYS[4]]["Pleural Effusion"] == 1
-    assert (
-        read_manifest(folder.parent / "out").dataset["license"]
-        == "PhysioNet Credentialed Health Data License"
-    )
+    assert read_manifest(folder.parent / "out").dataset["license"] == "PhysioNet Credentialed Health Data License"
 
 
 def test_the_radiologist_s_labels_are_those_of_test(folder: Path) -> None:
@@ -72,9 +69,7 @@ def test_ids_are_compared_as_ids_and_what_has_no_partner_is_counted(folder: Path
     path = folder / "mimic-cxr-2.0.0-chexpert.csv.gz"
     head, first, *rest = gzip.decompress(path.read_bytes()).decode().splitlines()
     rest = [row.replace(",5", ",s5", 1).replace("57375967", "999.0") for row in rest]
-    path.write_bytes(
-        gzip.compress("\n".join([head, first.replace("50414267", "050414267.0"), *rest]).encode())
-    )
+    path.write_bytes(gzip.compress("\n".join([head, first.replace("50414267", "050414267.0"), *rest]).encode()))
     (folder / "more").mkdir()
     moved = folder / "files" / "p10" / "p10000032"
     target = folder / "more" / "files" / "p10"

@@ -27,9 +27,7 @@ def folder(tmp_path: Path) -> Path:
 
 def shard(folder: Path, *options: object) -> Path:
     out = folder.parent / "out"
-    made = run_pipeline(
-        "shards", folder, out, "--size", 32, "--dev", 0.5, "--seed", 1, "--workers", 1, *options
-    )
+    made = run_pipeline("shards", folder, out, "--size", 32, "--dev", 0.5, "--seed", 1, "--workers", 1, *options)
     assert made.returncode == 0, made.stderr
     return out
 
@@ -57,9 +55,9 @@ def test_the_real_table_has_the_published_counts(real_table: Path) -> None:
         "Consolidation": opened.sum(),
     }
     assert report["labels"]["Lung Opacity"]["share_positive"] == round(19_894 / (112_120 - 19_632), 4)
-    groups = json.loads(run_pipeline("stats", real_table, "--by", "projection", "--format", "json").stdout)[
-        "by"
-    ]["groups"]
+    groups = json.loads(run_pipeline("stats", real_table, "--by", "projection", "--format", "json").stdout)["by"][
+        "groups"
+    ]
     assert {name: group["images"] for name, group in groups.items()} == {"AP": 44_810, "PA": 67_310}
 
 
@@ -102,9 +100,7 @@ def test_what_is_not_annotated_is_masked_under_every_policy(folder: Path, blank:
 
 def test_a_folder_without_its_lists_or_of_another_set_is_named(folder: Path) -> None:
     (folder / "test_list.txt").unlink()
-    with pytest.raises(
-        DataError, match=r": test_list.txt is missing: NIH's official splits are two lists, or none"
-    ):
+    with pytest.raises(DataError, match=r": test_list.txt is missing: NIH's official splits are two lists, or none"):
         nih.SET.find_tables(folder)
     failed = run_pipeline("shards", folder, folder.parent / "out", "--set", "chexpert")
     assert failed.stderr == (
@@ -163,9 +159,7 @@ def test_what_blanks_mean_is_said_by_the_owner_of_a_set(chexpert: Path, tmp_path
     assert read_manifest(out).not_annotated == ("Fracture",)
     assert read_manifest(out).options["annotated"] == rest
     counts = json.loads(run_pipeline("stats", out, "--format", "json").stdout)["labels"]
-    assert counts["Fracture"]["not_annotated"] == sum(
-        split.samples for split in read_manifest(out).splits.values()
-    )
+    assert counts["Fracture"]["not_annotated"] == sum(split.samples for split in read_manifest(out).splits.values())
     assert counts["Fracture"]["share_positive"] is None
     assert counts["Edema"]["not_annotated"] == 0
     assert counts["Edema"]["blank"] > 0

@@ -38,22 +38,16 @@ def test_the_real_table_agrees_with_a_count_of_its_words() -> None:
     groups = {name: group["images"] for name, group in report["by"]["groups"].items()}
     assert groups == {"AP": 14_346 + 4_559, "PA": 91_728, "none": 49_579 + 630 + 11 + 8}
     rows = pd.read_csv(path, usecols=["Labels"])["Labels"].fillna("[]").value_counts()
-    lists = [
-        {word.strip() for word in ast.literal_eval(text)} - {"", "suboptimal study"} for text in rows.index
-    ]
+    lists = [{word.strip() for word in ast.literal_eval(text)} - {"", "suboptimal study"} for text in rows.index]
 
     def having(names: Iterable[str]) -> "pd.Series[bool]":
         wanted = set(names)
         return pd.Series([not wanted.isdisjoint(words) for words in lists], rows.index)
 
-    positive = pd.DataFrame(
-        {label: having(names) for label, names in read_findings("padchest").positive.items()}
-    )
+    positive = pd.DataFrame({label: having(names) for label, names in read_findings("padchest").positive.items()})
     positive["No Finding"] &= ~positive.drop(columns=["No Finding", "Support Devices"]).any(axis=1)
     opened = {label: having(names) for label, names in read_findings("padchest").open.items()}
-    opened["Lung Opacity"] = positive[
-        ["Lung Lesion", "Edema", "Consolidation", "Pneumonia", "Atelectasis"]
-    ].any(axis=1)
+    opened["Lung Opacity"] = positive[["Lung Lesion", "Edema", "Consolidation", "Pneumonia", "Atelectasis"]].any(axis=1)
     opened["Enlarged Cardiomediastinum"] = positive["Cardiomegaly"]
     opened["Consolidation"] = positive["Pneumonia"] | positive["Lung Opacity"]
     silent = opened.pop(EVERY) | pd.Series([not words for words in lists], rows.index)
@@ -71,9 +65,7 @@ def test_the_real_table_agrees_with_a_count_of_its_words() -> None:
 def test_the_mapping_has_torchxrayvision_s_words_but_for_named_differences() -> None:
     """Its PC_Dataset looks for substrings: these words it counts, and we do not, or the other way round."""
     words = read_findings("padchest").known
-    infiltration = "infiltrat|interstitial pattern|ground glass pattern|alveolar pattern|consolidation".split(
-        "|"
-    )
+    infiltration = "infiltrat|interstitial pattern|ground glass pattern|alveolar pattern|consolidation".split("|")
     theirs = {
         "Lung Opacity": (*infiltration, "air bronchogram"),
         "Pleural Other": ("pleural_thickening", "pleural thickening"),
@@ -112,9 +104,7 @@ def test_a_folder_becomes_shards_of_the_physicians_labels(folder: Path) -> None:
     assert states == {
         "2053_k6ga29": {"No Finding": 1},
         "2053_0hys1a": {"No Finding": 1},
-        "313-2_75sg0k": {
-            label: 1 if label == "Lung Opacity" else -2 for label in LABELS if label != "No Finding"
-        },
+        "313-2_75sg0k": {label: 1 if label == "Lung Opacity" else -2 for label in LABELS if label != "No Finding"},
         "31_km0qf9": {"Lung Opacity": -2, "Atelectasis": 1, "Pleural Effusion": 1, "Support Devices": -2},
         "32_a": {
             "Enlarged Cardiomediastinum": -2,

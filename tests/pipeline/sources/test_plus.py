@@ -68,9 +68,7 @@ def test_dicoms_are_read_where_there_are_no_pngs(folder: Path) -> None:
     paths = [f"{film}.jpg" for film in FILMS]
     assert plus.SET.locate(paths, source.roots) == [f"{folder}/PNG/{film}.png" for film in FILMS]
     (folder / "PNG").rename(folder.parent / "PNG")
-    assert plus.SET.locate(paths, source.roots) == [
-        f"{folder}/DICOM/Uncompressed/{film}.dcm" for film in FILMS
-    ]
+    assert plus.SET.locate(paths, source.roots) == [f"{folder}/DICOM/Uncompressed/{film}.dcm" for film in FILMS]
 
 
 def test_labels_that_are_missing_are_named(folder: Path) -> None:

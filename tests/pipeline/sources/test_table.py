@@ -80,9 +80,7 @@ def test_each_split_may_have_a_csv(films: Path) -> None:
     lines = (films / "labels.csv").read_text().splitlines()
     for name, rows in (("train", lines[1:4]), ("valid", lines[4:])):
         (films.parent / f"{name}.csv").write_text("\n".join([lines[0], *rows]) + "\n")
-    splits = [
-        word for name in ("train", "valid") for word in ("--split", f"{name}={films.parent / f'{name}.csv'}")
-    ]
+    splits = [word for name in ("train", "valid") for word in ("--split", f"{name}={films.parent / f'{name}.csv'}")]
     assert shard(films, COLUMNS, *splits)[0] == 0
     samples = {name: split.samples for name, split in read_manifest(films.parent / "out").splits.items()}
     assert samples == {"train": 2, "valid": 1}
@@ -138,9 +136,7 @@ def test_a_patient_s_spelling_does_not_hide_it(films: Path, other: str) -> None:
     text = (films / "labels.csv").read_text().replace("M-01", "007")
     (films.parent / "valid.csv").write_text(text.replace("007", other))
     (films.parent / "train.csv").write_text(text)
-    splits = [
-        word for name in ("train", "valid") for word in ("--split", f"{name}={films.parent / name}.csv")
-    ]
+    splits = [word for name in ("train", "valid") for word in ("--split", f"{name}={films.parent / name}.csv")]
     code, said = shard(films, COLUMNS, *splits)
     assert (code, said) == (
         1,

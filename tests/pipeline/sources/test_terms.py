@@ -62,9 +62,7 @@ def test_shards_in_an_open_folder_are_warned_of(
         f"Warning: {out}: every user of this machine can read it; only people bound by the {STANFORD} may: "
         f"chmod o-rx {out}"
     )
-    drawn = run_pipeline(
-        "shards", write_sample(tmp_path / "films", images=20), tmp_path / "drawn", "--size", 48
-    )
+    drawn = run_pipeline("shards", write_sample(tmp_path / "films", images=20), tmp_path / "drawn", "--size", 48)
     assert "Warning" not in drawn.stderr
 
 

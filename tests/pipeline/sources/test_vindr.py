@@ -60,9 +60,7 @@ def test_a_folder_becomes_shards_by_the_votes_of_its_readers(folder: Path) -> No
     assert [row["split"] for _, row in sorted(rows.items())] == ["train"] * 4 + ["test"] * 2
     assert manifest.not_annotated == ("Enlarged Cardiomediastinum", "Support Devices")
     kept = [label for label in LABELS if label not in manifest.not_annotated]
-    assert {
-        number: {label: row[label] for label in kept if row[label] != 0} for number, row in rows.items()
-    } == {
+    assert {number: {label: row[label] for label in kept if row[label] != 0} for number, row in rows.items()} == {
         0: {"Cardiomegaly": 1, "Fracture": -1},
         1: {"No Finding": 1, "Lung Lesion": -1, "Lung Opacity": -2},
         2: {"No Finding": -1, "Lung Opacity": 1, "Consolidation": -2},
@@ -105,6 +103,4 @@ def test_a_class_of_another_set_is_named(tmp_path: Path) -> None:
     table = tmp_path / "train.csv"
     table.write_text(f"image_id,class_name,rad_id\n{1:032x},Hernia,R1\n")
     failed = run_pipeline("stats", table)
-    assert (
-        failed.stderr == f"Error: {table}, line 2, column class_name: 'Hernia' is not a finding of this set\n"
-    )
+    assert failed.stderr == f"Error: {table}, line 2, column class_name: 'Hernia' is not a finding of this set\n"

@@ -41,9 +41,7 @@ def write(path: Path, samples: list[dict[str, Any]]) -> Path:
 
 def jpg_and_cls(folder: Path) -> None:
     for split in ("train", "val"):  # as most do, each counts from 0
-        samples = [
-            {"__key__": f"sample{i}", "jpg": image(i, "JPEG"), "cls": b"%d" % (i % 2)} for i in range(3)
-        ]
+        samples = [{"__key__": f"sample{i}", "jpg": image(i, "JPEG"), "cls": b"%d" % (i % 2)} for i in range(3)]
         write(folder / f"{split}-000000.tar", samples)
 
 
@@ -129,12 +127,8 @@ LAYOUTS: tuple[tuple[Layout, str, list[tuple[Any, ...]]], ...] = (
 )
 
 
-@pytest.mark.parametrize(
-    ("layout", "columns", "rows"), LAYOUTS, ids=lambda value: getattr(value, "__name__", "")
-)
-def test_tars_become_shards(
-    tmp_path: Path, layout: Layout, columns: str, rows: list[tuple[Any, ...]]
-) -> None:
+@pytest.mark.parametrize(("layout", "columns", "rows"), LAYOUTS, ids=lambda value: getattr(value, "__name__", ""))
+def test_tars_become_shards(tmp_path: Path, layout: Layout, columns: str, rows: list[tuple[Any, ...]]) -> None:
     folder, out = tmp_path / "tars", tmp_path / "out"
     folder.mkdir()
     layout(folder)
@@ -154,9 +148,7 @@ def test_tars_become_shards(
 def test_our_own_shards_become_the_same_again(shards: tuple[Path, Manifest], tmp_path: Path) -> None:
     folder, manifest = shards
     names = ("patient", "study", "view", "sex", "age", "projection")
-    columns = ",".join(
-        [*(f"{name}={name}" for name in names), *(f"{label}=labels.{label}" for label in LABELS)]
-    )
+    columns = ",".join([*(f"{name}={name}" for name in names), *(f"{label}=labels.{label}" for label in LABELS)])
     words = ("--set", "webdataset", "--columns", columns, "--size", "original", "--dev", 0.3)
     made = run_pipeline("shards", folder, tmp_path / "out", *words, "--samples-per-shard", 7, "--workers", 1)
     assert made.returncode == 0, made.stderr
@@ -178,9 +170,7 @@ def test_folders_count_if_they_hold_files_of_one_name(tmp_path: Path) -> None:
 
 
 def test_each_split_may_have_tars(tmp_path: Path) -> None:
-    one, other = (
-        write(tmp_path / name / "0.tar", [{"__key__": name, "jpg": image(0), "cls": b"1"}]) for name in "ab"
-    )
+    one, other = (write(tmp_path / name / "0.tar", [{"__key__": name, "jpg": image(0), "cls": b"1"}]) for name in "ab")
     columns = (("patient", "__key__"), ("Edema", "cls"))
     source = find_source(tmp_path, {"train": one, "test": other.parent}, [], "webdataset", columns)
     assert {split: table["key"].to_pylist() for split, table in SET.read(source).items()} == {
@@ -201,9 +191,7 @@ def test_all_that_is_missing_is_listed_at_once(tmp_path: Path) -> None:
     data[2048] ^= 1  # in the third header
     damaged.write_bytes(data)
     (tmp_path / "labels.csv").write_text("id,mrn\n0,A\n1,B\n")
-    failed = run_pipeline(
-        "shards", tmp_path, tmp_path / "out", "--set", "webdataset", "--columns", "key=id,sex=Sex"
-    )
+    failed = run_pipeline("shards", tmp_path, tmp_path / "out", "--set", "webdataset", "--columns", "key=id,sex=Sex")
     assert failed.stderr.splitlines() == [
         f"Error: {tmp_path}: 3 samples of .cls, .npy, .jpg, .png",
         f"  {tmp_path / 'train-*-of-3.tar'}: 1 files of 3",
@@ -235,9 +223,7 @@ def test_all_that_is_missing_is_listed_at_once(tmp_path: Path) -> None:
 )
 def test_a_bad_sample_is_named(tmp_path: Path, sample: dict[str, bytes], message: str) -> None:
     whole = {"__key__": "a/b", "jpg": image(0), "cls": b"1", "json": b'{"mrn": "M"}'} | sample
-    path = write(
-        tmp_path / "x.tar", [whole, *([{"__key__": "a/b", "jpg": b"x"}] if sample == {"cls": b""} else [])]
-    )
+    path = write(tmp_path / "x.tar", [whole, *([{"__key__": "a/b", "jpg": b"x"}] if sample == {"cls": b""} else [])])
     columns = (("patient", "mrn"), ("Edema", "cls"))
     with pytest.raises(DataError) as caught:
         SET.read(find_source(tmp_path, {}, [], "webdataset", columns))

@@ -122,9 +122,7 @@ def test_batches_hold_what_plain_readers_find(shards: Shards, split: OpenSplit, 
         assert batch.images.dtype == np.uint8
         rows = batch.step.rows[:, 0]
         for position, row in enumerate(rows):
-            np.testing.assert_array_equal(
-                batch.images[position, 0], images[split.table["key"][int(row)].as_py()]
-            )
+            np.testing.assert_array_equal(batch.images[position, 0], images[split.table["key"][int(row)].as_py()])
         np.testing.assert_array_equal(batch.target, labels.target[rows])
         np.testing.assert_array_equal(batch.mask, labels.mask[rows])
         np.testing.assert_array_equal(batch.sample, np.arange(4))
@@ -144,17 +142,14 @@ def join(parts: Sequence[Batch]) -> Batch:
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_same_batches_for_any_threads_and_ranks_and_from_any_step(
-    source: Source, threads: int, ranks: int
-) -> None:
+def test_same_batches_for_any_threads_and_ranks_and_from_any_step(source: Source, threads: int, ranks: int) -> None:
     whole = source.epoch(threads=3)
     steps = len(whole)
     assert steps == source.units // 4 > 4
     # Resumed in the middle, once more from there, with one step to go, and at the exact end.
     for start_step in (0, 1, 3, steps - 1, steps):
         streams = [
-            source.epoch(threads=threads, start_step=start_step, rank=rank, ranks=ranks)
-            for rank in range(ranks)
+            source.epoch(threads=threads, start_step=start_step, rank=rank, ranks=ranks) for rank in range(ranks)
         ]
         joined = [join(parts) for parts in zip(*streams, strict=True)]
         assert_equal(joined, whole[start_step:])
@@ -221,9 +216,7 @@ def test_a_loader_starts_over_after_it_was_left_early(
     split: OpenSplit, labels: Labels, workers: int, persistent: bool, wrap: Callable[[BatchStream], Any]
 ) -> None:
     dataset = wrap(training(split, labels, size=16, start_step=1))
-    loader: DataLoader[Any] = DataLoader(
-        dataset, batch_size=None, num_workers=workers, persistent_workers=persistent
-    )
+    loader: DataLoader[Any] = DataLoader(dataset, batch_size=None, num_workers=workers, persistent_workers=persistent)
     every = list(range(len(dataset)))
     batches = iter(loader)
     first = next(batches)
@@ -291,9 +284,7 @@ def test_allowed_bad_images_are_black_and_masked_and_logged(
         unusable.update({7})
 
 
-def test_a_shard_cut_short_under_a_running_stream_is_named(
-    shards: Shards, split: OpenSplit, labels: Labels
-) -> None:
+def test_a_shard_cut_short_under_a_running_stream_is_named(shards: Shards, split: OpenSplit, labels: Labels) -> None:
     batches = iter(evaluation(split, labels, size=32, batch_size=1, threads=1))
     next(batches)
     (shards[0] / split.shards[-1].file).write_bytes(b"")
@@ -338,9 +329,7 @@ def test_a_batch_of_many_shards_holds_none_of_them_open(
 def test_a_table_of_other_shards_is_refused(shards: Shards, originals: Path) -> None:
     folder, manifest = shards
     shutil.copy(folder / "dev.arrow", folder / "train.arrow")
-    with pytest.raises(
-        DataError, match=r"train.arrow: its sha256 is not the manifest's; it is damaged or be"
-    ):
+    with pytest.raises(DataError, match=r"train.arrow: its sha256 is not the manifest's; it is damaged or be"):
         open_split(folder, manifest, "train")
 
 
@@ -395,9 +384,7 @@ def test_hugging_face_datasets_reads_the_same(
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.chdir(tmp_path)
     text = (REPOSITORY / "shards" / "README.md").read_text()
-    code = next(
-        code for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "load_dataset" in code
-    )
+    code = next(code for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "load_dataset" in code)
     variables: dict[str, Any] = {}
     exec(code.replace("features)  #", f"features, streaming={streaming})  #"), variables)  # noqa: S102
     assert variables["splits"].keys() == manifest.splits.keys() == {"train", "dev", "valid"}
@@ -420,9 +407,7 @@ def test_missing_and_truncated_shards_are_found_before_the_first_batch(shards: S
     size = shard.stat().st_size
     with shard.open("r+b") as file:
         file.truncate(1024)
-    with pytest.raises(
-        DataError, match=rf"train-000001.tar: damaged: 1024 bytes, not {size} as in the manifest$"
-    ):
+    with pytest.raises(DataError, match=rf"train-000001.tar: damaged: 1024 bytes, not {size} as in the manifest$"):
         open_split(folder, manifest, "train")
     shard.unlink()
     with pytest.raises(DataError, match=r"train-000001.tar: the shard is missing$"):
@@ -452,9 +437,7 @@ def load(stream_: BatchStream, context: str) -> Iterable[Any]:
         BatchDataset(stream_), batch_size=None, num_workers=2, multiprocessing_context=context
     )
     for batch in loader:
-        arrays = {
-            name: value.numpy() for name, value in batch._asdict().items() if name not in ("step", "bad")
-        }
+        arrays = {name: value.numpy() for name, value in batch._asdict().items() if name not in ("step", "bad")}
         yield Batch(batch.step._replace(rows=batch.step.rows.numpy()), **arrays, bad=batch.bad)
 
 
@@ -478,9 +461,7 @@ def test_the_length_is_that_of_the_whole_epoch(split: OpenSplit, labels: Labels)
     assert len(short) == len(list(short)) == 5
 
 
-def test_a_dataset_by_itself_yields_tensors_and_resumes_after_any_batch(
-    split: OpenSplit, labels: Labels
-) -> None:
+def test_a_dataset_by_itself_yields_tensors_and_resumes_after_any_batch(split: OpenSplit, labels: Labels) -> None:
     whole = list(training(split, labels, size=16))
     for done in range(len(whole) + 1):
         first, second = (BatchDataset(training(split, labels, size=16)) for _ in range(2))

@@ -187,9 +187,7 @@ def shard_names(*shards: Shard) -> set[str]:
     return {shard.sha256 for shard in shards}
 
 
-@pytest.mark.parametrize(
-    "location", ["gs://bucket/path", "pipe:curl https://host", "simplecache::https://host"]
-)
+@pytest.mark.parametrize("location", ["gs://bucket/path", "pipe:curl https://host", "simplecache::https://host"])
 def test_other_schemes_are_refused(location: str, tmp_path: Path) -> None:
     scheme = location.partition(":")[0]
     message = f"^shards cannot be read from {scheme}: give a folder, https:// or s3://$"
@@ -298,9 +296,7 @@ def test_failures_are_named(
 
 
 @pytest.mark.parametrize("gives_parts", [True, False])
-def test_an_interrupted_download_is_continued(
-    server: Server, url: str, tmp_path: Path, gives_parts: bool
-) -> None:
+def test_an_interrupted_download_is_continued(server: Server, url: str, tmp_path: Path, gives_parts: bool) -> None:
     [shard] = make_files(server.folder, 1, size=2 * PIECE)
     server.gives_parts, server.faults = gives_parts, iter([truncate])
     path = open_remote(url, tmp_path / "cache").path(shard)
@@ -419,10 +415,7 @@ def test_passwords_come_from_netrc(server: Server, tmp_path: Path, monkeypatch: 
 def test_missing_credentials_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         open_remote("s3://bucket/path", tmp_path).mirror()
-    assert (
-        str(caught.value)
-        == f"s3://bucket/path/manifest.json: no access; credentials come from {SOURCES['s3']}"
-    )
+    assert str(caught.value) == f"s3://bucket/path/manifest.json: no access; credentials come from {SOURCES['s3']}"
 
 
 def test_what_is_no_manifest_is_named(server: Server, tmp_path: Path) -> None:
@@ -558,9 +551,7 @@ def test_a_clock_that_went_back_fills_no_disk(server: Server, tmp_path: Path) ->
     assert cached(cache) == shard_names(first, third)
 
 
-def test_what_was_just_handed_out_stays(
-    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_was_just_handed_out_stays(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = make_files(server.folder, 2)
     monkeypatch.setattr(remote, "GRACE", 0.3)
     cache = open_remote(web(server), tmp_path / "cache", limit=1999)
@@ -571,9 +562,7 @@ def test_what_was_just_handed_out_stays(
     assert not path.exists()
 
 
-def test_the_limit_holds_all_the_time(
-    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_limit_holds_all_the_time(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Finished files, downloads under way, and tables."""
     shards = make_files(server.folder, 12)
     monkeypatch.setattr(remote, "GRACE", 0.05)
@@ -615,9 +604,7 @@ def test_a_limit_too_small_is_named(shards: tuple[Path, Manifest], server: Serve
     assert open_remote(web(server), tmp_path / "cache", limit + 1).path(shard).stat().st_size == shard.bytes
 
 
-def test_files_of_others_in_the_cache_stay(
-    shards: tuple[Path, Manifest], server: Server, tmp_path: Path
-) -> None:
+def test_files_of_others_in_the_cache_stay(shards: tuple[Path, Manifest], server: Server, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     cache.mkdir()
     others = {"thesis.pdf.part", "x" * 64, f"{'0' * 64}.part"}
@@ -679,9 +666,7 @@ def test_a_download_that_is_wanted_no_more_ends(
     assert cached(tmp_path / "cache") <= {f"{shard.sha256}.1000000.part"}
 
 
-def test_a_lower_limit_holds_from_the_start(
-    shards: tuple[Path, Manifest], server: Server, tmp_path: Path
-) -> None:
+def test_a_lower_limit_holds_from_the_start(shards: tuple[Path, Manifest], server: Server, tmp_path: Path) -> None:
     first, second, third = shards[1].split("train").shards[:3]
     cache = tmp_path / "cache"
     remote = open_remote(web(server), cache)

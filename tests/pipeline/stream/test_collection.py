@@ -97,9 +97,7 @@ def test_gray_levels_are_those_of_all_images(two: tuple[Path, Path]) -> None:
     mean = np.average([part.pixels["mean"] for part in parts], weights=counts)
     squares = [part.pixels["std"] ** 2 + part.pixels["mean"] ** 2 for part in parts]
     assert ours.pixels["mean"] == pytest.approx(mean, abs=1e-4)
-    assert ours.pixels["std"] == pytest.approx(
-        np.sqrt(np.average(squares, weights=counts) - mean**2), abs=1e-4
-    )
+    assert ours.pixels["std"] == pytest.approx(np.sqrt(np.average(squares, weights=counts) - mean**2), abs=1e-4)
 
 
 def test_a_folder_has_its_share_of_the_draws() -> None:
@@ -134,9 +132,7 @@ def test_the_same_images_under_other_names_are_noticed(two: tuple[Path, Path], t
     (copied / "train.csv").unlink()
     (copied / "test.csv").write_text(rows)
     other = tmp_path / "other"
-    write_shards(
-        find_source(copied, {}, [], called="other"), other, default_options(), POLICIES, Execution(1, 0.0)
-    )
+    write_shards(find_source(copied, {}, [], called="other"), other, default_options(), POLICIES, Execution(1, 0.0))
     with pytest.raises(DataError) as caught:
         open_shards([two[0], other])
     count = len(read_table(two[0], read_manifest(two[0]).split("train")))

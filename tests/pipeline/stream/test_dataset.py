@@ -36,9 +36,7 @@ def test_splits_tables_and_batches_are_those_of_the_manifest(shards: Shards) -> 
         target, mask = make_targets(table, parse_uncertain_policy("best"), "zeros", seed=0)  # the shards' own
         np.testing.assert_array_equal(np.concatenate([batch.target for batch in batches]), target)
         np.testing.assert_array_equal(np.concatenate([batch.mask for batch in batches]), mask)
-    with pytest.raises(
-        DataError, match=r"^split 'test' does not exist; these shards hold train, dev, valid$"
-    ):
+    with pytest.raises(DataError, match=r"^split 'test' does not exist; these shards hold train, dev, valid$"):
         opened["test"]
 
 
@@ -142,10 +140,7 @@ def test_each_object_shows_itself_on_one_line(study_shards: Shards) -> None:
     rows = manifest.splits["train"].samples
     assert repr(opened).startswith(f"<Shards {folder}: train {rows}, dev ")
     train = opened["train"]
-    assert (
-        repr(train.where(views="frontal"))
-        == f"<train: {len(train.where(views='frontal').rows)} of {rows} images>"
-    )
+    assert repr(train.where(views="frontal")) == f"<train: {len(train.where(views='frontal').rows)} of {rows} images>"
     studies = train.studies()
     assert repr(studies) == f"<train: {len(studies.samples.rows)} studies of {rows} of {rows} images>"
     stream = train.batches(4, 16, epoch=1)

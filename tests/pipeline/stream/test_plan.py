@@ -123,13 +123,9 @@ def test_rows_are_drawn_in_proportion_to_their_weight_within_windows(seed: int) 
     assert np.all(np.diff(window_of[order // 500]) >= 0)
 
 
-@pytest.mark.parametrize(
-    "weights", [np.ones(359), np.zeros(360), np.full(360, np.nan), np.array([-1.0] + [1] * 359)]
-)
+@pytest.mark.parametrize("weights", [np.ones(359), np.zeros(360), np.full(360, np.nan), np.array([-1.0] + [1] * 359)])
 def test_unusable_weights_are_refused(weights: Weights) -> None:
-    with pytest.raises(
-        ValueError, match=r"^weights must be 360 finite numbers, none negative and not all 0$"
-    ):
+    with pytest.raises(ValueError, match=r"^weights must be 360 finite numbers, none negative and not all 0$"):
         epoch_order(SIZES, 0, 0, weights=weights)
 
 
@@ -172,9 +168,7 @@ def test_evaluation_sees_every_sample_once_over_the_ranks(ranks: int) -> None:
         (32, 2, 2, "rank 2 is not one of 2 ranks"),
     ],
 )
-def test_batches_and_ranks_that_cannot_be_are_refused(
-    batch_size: int, rank: int, ranks: int, message: str
-) -> None:
+def test_batches_and_ranks_that_cannot_be_are_refused(batch_size: int, rank: int, ranks: int, message: str) -> None:
     plans = [plan_training(IMAGES, batch_size, 0, 0, rank=rank, ranks=ranks)]
     if "divide" not in message:
         plans.append(plan_evaluation(IMAGES, batch_size, rank=rank, ranks=ranks))

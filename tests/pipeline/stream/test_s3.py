@@ -180,9 +180,7 @@ def test_what_a_store_changes_is_noticed(stored: object, monkeypatch: pytest.Mon
         path.write_bytes(b"b")
 
     monkeypatch.setattr(path.fs, "put_file", change)  # type: ignore[attr-defined]
-    message = (
-        r"^s3://chest/changed/file: what the store gives back is not what was put; start the command again$"
-    )
+    message = r"^s3://chest/changed/file: what the store gives back is not what was put; start the command again$"
     with pytest.raises(DataError, match=message), atomic_file(path) as file:
         file.write(b"c" * 1000)
 
@@ -267,9 +265,7 @@ def test_a_source_that_is_none_is_named(stored: object, tmp_path: Path, source: 
     assert refused.stderr.partition("; it holds ")[0].rstrip() == f"Error: {source}: {reason}"
 
 
-def test_a_store_that_fails_while_it_is_read_ends_the_run(
-    stored: object, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_store_that_fails_while_it_is_read_ends_the_run(stored: object, monkeypatch: pytest.MonkeyPatch) -> None:
     """It says nothing of the images, so that none of them is rejected."""
     present = open_location(f"{URL}/manifest.json")
     absent = open_location(f"{URL}/nothing")

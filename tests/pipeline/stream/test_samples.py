@@ -188,9 +188,7 @@ def test_a_study_spread_over_shards_is_read_from_all_of_them(split: OpenSplit) -
     """As in shards of both views that were made one by one."""
     table = split.table
     shuffled = np.random.default_rng(0).permutation(table.num_rows)
-    arrays = {
-        name: getattr(split, name)[shuffled] for name in ("offset", "length", "crc", "shard", "projection")
-    }
+    arrays = {name: getattr(split, name)[shuffled] for name in ("offset", "length", "crc", "shard", "projection")}
     spread = split._replace(table=table.take(shuffled), **arrays)
 
     def found(of: OpenSplit) -> dict[frozenset[str], int]:

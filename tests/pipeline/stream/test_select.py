@@ -154,9 +154,7 @@ def test_what_is_left_is_described_however_many_values_it_has(real_table: Any) -
 def test_a_limit_takes_whole_patients_of_all_times(real_table: Any, real_frame: pd.DataFrame) -> None:
     frame = real_frame[real_frame.age >= 60]
     frontal = frame[frame.view == "frontal"]
-    few, many = (
-        frame.loc[select_rows(real_table, ["age>=60"], "frontal", limit)] for limit in (2000, 20_000)
-    )
+    few, many = (frame.loc[select_rows(real_table, ["age>=60"], "frontal", limit)] for limit in (2000, 20_000))
     assert 1990 <= len(few) <= 2000
     assert 19_990 <= len(many) <= 20_000
     ranked = sorted(frontal.patient.unique(), key=lambda patient: hash_fraction("limit", 0, patient))
@@ -217,9 +215,7 @@ def test_drawn_over_columns_a_label_is_independent_of_them(real_table: Any) -> N
     assert pd.crosstab(strata, groups).astype(bool).to_numpy().sum() == groups.nunique() == strata.max() + 1
     weights = balance_weights(target[:, column], mask[:, column], strata)
     known = facts.assign(weight=weights, positive=target[:, column] > 0.5)[mask[:, column] & (weights > 0)]
-    shares = known.groupby(["projection", "sex"]).apply(
-        lambda rows: np.average(rows.positive, weights=rows.weight)
-    )
+    shares = known.groupby(["projection", "sex"]).apply(lambda rows: np.average(rows.positive, weights=rows.weight))
     np.testing.assert_allclose(shares, 0.5)
     drawn = epoch_order([1000] * 223 + [len(target) - 223_000], 0, 0, weights=weights)
     drawn = drawn[mask[drawn, column]]

@@ -97,15 +97,12 @@ def test_images_are_gray_jpegs_of_the_small_set_s_size(sample: Path) -> None:
 def test_bytes_do_not_depend_on_the_workers_but_on_the_seed(tmp_path: Path) -> None:
     counts: list[tuple[int, int]] = []
     roots = [
-        write_sample(
-            tmp_path / "one", images=90, workers=1, progress=lambda done, total: counts.append((done, total))
-        ),
+        write_sample(tmp_path / "one", images=90, workers=1, progress=lambda done, total: counts.append((done, total))),
         write_sample(tmp_path / "two", images=90, workers=2),
         write_sample(tmp_path / "other", images=90, seed=1, workers=1),
     ]
     one, two, other = (
-        {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
-        for root in roots
+        {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()} for root in roots
     )
     assert counts[-1] == (90, 90)
     assert len(one) == 93
@@ -156,9 +153,7 @@ def test_a_lateral_shows_some_signs_better_and_some_not_at_all() -> None:
     def visible(kind: str, label: str, severity: float) -> float:
         """By how many gray levels the sign changes the film on average."""
         films = [
-            draw_film(kind, "AP", "Male", findings, np.random.default_rng(1), np.random.default_rng(2))[
-                0
-            ].astype(float)
+            draw_film(kind, "AP", "Male", findings, np.random.default_rng(1), np.random.default_rng(2))[0].astype(float)
             for findings in (nothing, nothing | {label: nothing[label]._replace(severity=severity)})
         ]
         return float(np.abs(films[1] - films[0]).mean())
@@ -194,9 +189,7 @@ def test_states_are_as_frequent_as_in_the_real_set() -> None:
     frontals = [study for study, kind, _ in views if kind == "frontal"]
     assert len(views) == 6000
     assert 1 - len(frontals) / len(views) == pytest.approx(0.145, abs=0.015)
-    assert sum(projection == "AP" for *_, projection in views) / len(frontals) == pytest.approx(
-        0.85, abs=0.03
-    )
+    assert sum(projection == "AP" for *_, projection in views) / len(frontals) == pytest.approx(0.85, abs=0.03)
     for label, real in REAL.items():
         counts = Counter(study.states[label] for study in frontals)
         for state, expected in zip((1.0, -1.0, 0.0), real, strict=True):

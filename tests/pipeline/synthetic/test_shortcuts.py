@@ -41,9 +41,7 @@ def test_cues_are_drawn_into_train_alone_and_change_nothing_else(tmp_path: Path)
     states = [line.split(",")[-1] for line in (plain / "train.csv").read_text().splitlines()[1:]]
     films = sorted(plain.glob("train/*/*/*.jpg"))
     for path, state in zip(films, states, strict=True):
-        before, after = (
-            np.asarray(Image.open(root / path.relative_to(plain)), int) for root in (plain, cued)
-        )
+        before, after = (np.asarray(Image.open(root / path.relative_to(plain)), int) for root in (plain, cued))
         assert np.abs(after - before)[40:-40, 40:-40].max() <= 12  # JPEG's blocks
         stem = after[14:26, 11:13].min()  # of the letter
         assert state == "-1.0" or (stem > 220) == (state == "1.0")
