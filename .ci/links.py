@@ -9,14 +9,7 @@ from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parents[1]
 MADE = ROOT / "build/reference"  # by docs/reference.py
-MORE = (
-    "*.md",
-    "LICENSE",
-    "shards/README.md",
-    "examples/**/*.py",
-    "benchmarks/*.md",
-    "pipeline/sources/findings.csv",
-)
+MORE = ("*.md", "LICENSE", "shards/README.md", "examples/**/*.py", "benchmarks/*.md", "pipeline/sources/findings.csv")
 
 
 def on_files(files: Any, config: Any) -> Any:

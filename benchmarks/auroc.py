@@ -45,11 +45,7 @@ DEV, WORKERS = 0.1, 2  # share of the patients; threads or processes
 MEAN, STD = 110.0, 64.0  # about those of the films, in gray levels
 BATCH, LR, CLIP_NORM, EMA = 32, 2e-3, 1.0, 0.999  # as the trainer has them
 # Forked, as a program of its own would have them on Linux; this one's turns are spawned, which children inherit.
-PROCESSES: dict[str, Any] = {
-    "num_workers": WORKERS,
-    "persistent_workers": True,
-    "multiprocessing_context": "fork",
-}
+PROCESSES: dict[str, Any] = {"num_workers": WORKERS, "persistent_workers": True, "multiprocessing_context": "fork"}
 
 Batches = Iterable[tuple[Any, Any, Any]]  # images [B, 1, H, W] in gray levels, target and mask [B, 14]
 Read = Callable[[str, int], Batches]  # split, epoch → a pass; train's are shuffled, and without a last part
@@ -145,11 +141,7 @@ def webdataset(source: Path, work: Path, setting: Setting) -> Read:
     return read
 
 
-CONTESTANTS = {
-    "ours": ours,
-    "torchxrayvision + DataLoader": torchxrayvision,
-    "webdataset, usual recipe": webdataset,
-}
+CONTESTANTS = {"ours": ours, "torchxrayvision + DataLoader": torchxrayvision, "webdataset, usual recipe": webdataset}
 
 
 def with_mask(states: torch.Tensor, split: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -259,10 +251,7 @@ def main(images: int, seeds: int, target: float, **setting: Any) -> None:
     with tempfile.TemporaryDirectory() as folder:
         source = write_sample(Path(folder), images=images, workers=WORKERS)
         films = list_films(source)
-        print(
-            f"{films:,} films of {setting['size']} pixels to dev macro AUROC {target:g}, {seeds} rounds",
-            flush=True,
-        )
+        print(f"{films:,} films of {setting['size']} pixels to dev macro AUROC {target:g}, {seeds} rounds", flush=True)
         results: dict[str, list[Result]] = {name: [] for name in CONTESTANTS}
         for seed in range(seeds):
             for name, of_name in results.items():

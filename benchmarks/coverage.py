@@ -81,20 +81,12 @@ def compare_single(replicates: int, seed: int = 0) -> None:
                 score = draw_alike(random, patient, ALIKE) + 2**0.5 * quantile(true) * truth
                 areas = measure_areas(score[:, None], truth[:, None], np.ones((len(score), 1), bool), patient)
                 values = resampled(score, truth, patient, counts)
-                found[number] = (
-                    percentile(values),
-                    (areas.low[0], areas.high[0]),
-                )
+                found[number] = (percentile(values), (areas.low[0], areas.high[0]))
             holds = (found[..., 0] <= true) & (true <= found[..., 1])
             width = np.median(found[..., 1] - found[..., 0], axis=0)
             cells = [f"{share:.3f} ({size:.2f})" for share, size in zip(holds.mean(axis=0), width, strict=True)]
             flat = (found[..., 1] - found[..., 0] < 1e-9).mean(axis=0)
-            print(
-                f"| {positives} | {true} |",
-                " | ".join(cells),
-                f"| {flat[0]:.3f}, {flat[-1]:.3f} |",
-                flush=True,
-            )
+            print(f"| {positives} | {true} |", " | ".join(cells), f"| {flat[0]:.3f}, {flat[-1]:.3f} |", flush=True)
 
 
 def compare_combined(replicates: int, seed: int = 1) -> None:
@@ -154,10 +146,7 @@ def compare_rates(replicates: int, seed: int = 2) -> None:
                     low, high = wilson_limits(called, owners).values()
                     holds[number, method] = low is not None and high is not None and low <= true <= high
             print(
-                f"| {positives} | {true} |",
-                ", ".join(f"{share:.3f}" for share in holds.mean(axis=0)),
-                "|",
-                flush=True,
+                f"| {positives} | {true} |", ", ".join(f"{share:.3f}" for share in holds.mean(axis=0)), "|", flush=True
             )
 
 

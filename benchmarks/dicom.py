@@ -29,12 +29,7 @@ def make_film(**tags: object) -> bytes:
     film.file_meta = FileMetaDataset()
     film.file_meta.TransferSyntaxUID = uid.ExplicitVRLittleEndian
     film.SOPClassUID, film.SOPInstanceUID = uid.DigitalXRayImageStorageForPresentation, "1.2.3"
-    film.Rows, film.Columns, film.SamplesPerPixel, film.PhotometricInterpretation = (
-        2400,
-        2000,
-        1,
-        "MONOCHROME2",
-    )
+    film.Rows, film.Columns, film.SamplesPerPixel, film.PhotometricInterpretation = (2400, 2000, 1, "MONOCHROME2")
     film.BitsAllocated, film.BitsStored, film.HighBit, film.PixelRepresentation = 16, 12, 11, 0
     film.PixelData = (
         (cv2.normalize(levels, np.empty_like(levels), 0, 4095, cv2.NORM_MINMAX)).astype(np.uint16).tobytes()
@@ -57,10 +52,7 @@ def measure(function: Callable[[bytes], object], data: bytes) -> float:
     return 1000 * (time.perf_counter() - start)
 
 
-for case, film in {
-    "a window": make_film(WindowCenter=2000, WindowWidth=3000),
-    "no window": make_film(),
-}.items():
+for case, film in {"a window": make_film(WindowCenter=2000, WindowWidth=3000), "no window": make_film()}.items():
     turns = [(measure(bare, film), measure(lambda data: prepare(data, OPTIONS), film)) for _ in range(ROUNDS)]
     theirs, ours = (statistics.median(times) for times in zip(*turns, strict=True))
     ratio = statistics.median(slow / fast for slow, fast in turns)

@@ -133,10 +133,7 @@ def main(peers: Path | None, images: int, rounds: int) -> None:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             source, paths = make_source(folder, count, large)
-            contestants: dict[str, Callable[..., None]] = {
-                "pipeline shards": run_ours,
-                "Pillow script": run_pillow,
-            }
+            contestants: dict[str, Callable[..., None]] = {"pipeline shards": run_ours, "Pillow script": run_pillow}
             if peers and not large:
 
                 def with_peers(source: Path, paths: list[Path], out: Path) -> None:

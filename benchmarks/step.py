@@ -63,11 +63,7 @@ def main(shards: str, arch: str, size: int, batch: int, steps: int, rounds: int,
         for kept in (next(resident) for _ in range(KEPT))
     ]
     ready = itertools.cycle(
-        (
-            normalize(images, pixels["mean"], pixels["std"]).contiguous(memory_format=torch.channels_last),
-            target,
-            mask,
-        )
+        (normalize(images, pixels["mean"], pixels["std"]).contiguous(memory_format=torch.channels_last), target, mask)
         for images, target, mask in tensors
     )
 

@@ -109,12 +109,7 @@ def prepare_litdata(source: Path) -> None:
 
     inputs = list(zip(*read_csv(source), strict=True))
     litdata.optimize(
-        _to_litdata,
-        inputs,
-        str(source / "litdata"),
-        chunk_bytes="64MB",
-        num_workers=WORKERS,
-        start_method="spawn",
+        _to_litdata, inputs, str(source / "litdata"), chunk_bytes="64MB", num_workers=WORKERS, start_method="spawn"
     )
 
 

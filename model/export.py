@@ -48,11 +48,7 @@ class Scorer(nn.Module):
     """A network's scores, or the mean of several ones', calibrated by `fits` and decided on by `limits` [L]."""
 
     def __init__(
-        self,
-        networks: Sequence[nn.Module],
-        inputs: Sequence[Reading],
-        fits: Fits = (),
-        limits: Sequence[float] = (),
+        self, networks: Sequence[nn.Module], inputs: Sequence[Reading], fits: Fits = (), limits: Sequence[float] = ()
     ) -> None:
         super().__init__()
         self.networks = nn.ModuleList(networks)

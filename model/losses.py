@@ -15,11 +15,7 @@ MEMORY = 0.99  # decay per batch of the class means of AUCMarginLoss
 
 
 def masked_loss(
-    logits: Tensor,
-    target: Tensor,
-    mask: Tensor,
-    three_class: Tensor | None = None,
-    pos_weight: Tensor | None = None,
+    logits: Tensor, target: Tensor, mask: Tensor, three_class: Tensor | None = None, pos_weight: Tensor | None = None
 ) -> Tensor:
     """Cross-entropy over the cells whose mask is True, averaged over those cells.
 

@@ -239,9 +239,7 @@ class _Residual(nn.Module):
 def residual_block(inputs: int, outputs: int, stride: int) -> nn.Module:
     """Two 3×3 convolutions around a shortcut, which is a strided 1×1 convolution where the shape changes."""
     branch = nn.Sequential(
-        *_conv_norm(inputs, outputs, kernel=3, stride=stride),
-        nn.ReLU(),
-        *_conv_norm(outputs, outputs, kernel=3),
+        *_conv_norm(inputs, outputs, kernel=3, stride=stride), nn.ReLU(), *_conv_norm(outputs, outputs, kernel=3)
     )
     same = stride == 1 and inputs == outputs
     shortcut = nn.Identity() if same else nn.Sequential(*_conv_norm(inputs, outputs, kernel=1, stride=stride))

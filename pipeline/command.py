@@ -157,10 +157,7 @@ def _make_params(part: Fields) -> Iterator[click.Parameter]:
             yield FieldOption([name, switch], item, False, is_flag=True, default=default, **shown)
             continue
         multiple = get_origin(kind) is tuple and item.split is None
-        more: dict[str, Any] = {
-            "type": _choose_type(kind, item),
-            "metavar": item.metavar or _name_value(item, flag),
-        }
+        more: dict[str, Any] = {"type": _choose_type(kind, item), "metavar": item.metavar or _name_value(item, flag)}
         more["required"] = default is known[name].default_factory  # both are MISSING
         if item.argument:
             yield click.Argument([name], nargs=-1 if multiple else 1, **more)

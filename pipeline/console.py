@@ -23,12 +23,7 @@ from pipeline.base.errors import FULL, DataError, explain_os_error, printable
 from pipeline.base.workers import skip_pandas
 
 # How libraries say that the system gave them none, for a segment of code, an array or a thread.
-NO_MEMORY = (
-    "failed to map segment",
-    "annot allocate memory",
-    "launch worker thread",
-    "can't start new thread",
-)
+NO_MEMORY = ("failed to map segment", "annot allocate memory", "launch worker thread", "can't start new thread")
 LINE_SECONDS = 10.0  # between plain lines where there is no terminal
 
 

@@ -158,11 +158,7 @@ def _decode(film: "Dataset") -> tuple[Levels, int, int, bool]:
         decoder = get_decoder(syntax)
         if syntax.is_encapsulated != film["PixelData"].is_undefined_length:
             raise _UnfitError(f"its pixels are not {syntax.name}, as its header says")
-    bits, shift, is_signed = (
-        film.BitsStored,
-        film.HighBit + 1 - film.BitsStored,
-        film.PixelRepresentation == 1,
-    )
+    bits, shift, is_signed = (film.BitsStored, film.HighBit + 1 - film.BitsStored, film.PixelRepresentation == 1)
     options: dict[str, Any] = {"samples_per_pixel": 1, "view_only": True, "correct_unused_bits": False}
     with _quietly(f"its pixels are damaged, or end early ({syntax.name})"):
         frame = None

@@ -37,8 +37,7 @@ Image.MAX_IMAGE_PIXELS = None  # our own limit is checked, which the user can se
 _ORIENTATION = 0x0112  # the EXIF tag
 _thread = threading.local()
 _NPY_HEADER = re.compile(
-    rb"\x93NUMPY\x01\x00(..){'descr': '\|u1', 'fortran_order': False, 'shape': \((\d+), (\d+)\), } *\n",
-    re.DOTALL,
+    rb"\x93NUMPY\x01\x00(..){'descr': '\|u1', 'fortran_order': False, 'shape': \((\d+), (\d+)\), } *\n", re.DOTALL
 )
 
 

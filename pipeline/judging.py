@@ -86,11 +86,7 @@ def judge(scores: Path, source: Path, asked: Judging = Judging(), note: Note = i
     if asked.dev is not None:
         if source.is_file():
             held_out = _hold_out(source, asked.dev, images, keep)
-            dev, images, table = (
-                images.take(held_out),
-                images.take(~held_out),
-                table.filter(pa.array(~held_out)),
-            )
+            dev, images, table = (images.take(held_out), images.take(~held_out), table.filter(pa.array(~held_out)))
         else:
             dev_table = load_table(source, asked.dev, "all", asked.facts, keyed=True)
             dev, _ = join_scores(opened, dev_table, blank, fill, ignore)
@@ -103,12 +99,7 @@ def judge(scores: Path, source: Path, asked: Judging = Judging(), note: Note = i
     for name, path in name_files(asked.readers).items():
         calls = open_scores(path, calls=True)
         readers[name] = calls.take(calls.align(table, keep), names)
-    evaluated = {
-        "split": asked.split or "all",
-        "unit": opened.unit,
-        "labels": list(names),
-        "left_out": left_out,
-    }
+    evaluated = {"split": asked.split or "all", "unit": opened.unit, "labels": list(names), "left_out": left_out}
     beside = Beside(against, readers, edge=_measure_edges(source, asked.split, table))
     return Judged(judge_scores(evaluated, images, table, calibration, beside), images)
 

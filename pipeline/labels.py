@@ -136,14 +136,7 @@ def parse_states(
         try:
             states.append(cells[float(text)])
         except (KeyError, ValueError):
-            demand(
-                csv,
-                label,
-                column,
-                pc.not_equal(column, text),
-                "is not a label: 1.0, 0.0, -1.0 or blank",
-                True,
-            )
+            demand(csv, label, column, pc.not_equal(column, text), "is not a label: 1.0, 0.0, -1.0 or blank", True)
     return pa.array(states, pa.int8()).take(encoded.indices)
 
 

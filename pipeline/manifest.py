@@ -25,13 +25,7 @@ NAME = "manifest.json"
 # The columns of every table; those of _FULL have no empty cells.
 FACTS = pa.schema(
     dict.fromkeys(("key", "patient"), pa.string())
-    | {
-        "study": pa.int32(),
-        "view": pa.string(),
-        "sex": pa.string(),
-        "age": pa.int16(),
-        "projection": pa.string(),
-    }
+    | {"study": pa.int32(), "view": pa.string(), "sex": pa.string(), "age": pa.int16(), "projection": pa.string()}
     | dict.fromkeys(LABELS, pa.int8())
 )
 PLACES = pa.schema({"shard": pa.int32(), "offset": pa.int64(), "length": pa.int32(), "crc": pa.uint32()})

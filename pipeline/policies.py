@@ -64,11 +64,7 @@ def check_blank_policy(text: str) -> str:
 
 
 def make_targets(
-    table: pa.Table,
-    uncertain: Mapping[str, str],
-    blank: str,
-    seed: int,
-    teacher: npt.NDArray[np.float32] | None = None,
+    table: pa.Table, uncertain: Mapping[str, str], blank: str, seed: int, teacher: npt.NDArray[np.float32] | None = None
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
     """Training targets [N, 14] in [0, 1] and masks [N, 14] (False: the cell does not enter the loss).
 

@@ -90,22 +90,11 @@ def default_options(**changes: object) -> Options:
 
 
 def make_shards(
-    folder: Path,
-    out: Path,
-    options: Options | None = None,
-    *,
-    workers: int = 1,
-    max_bad: float = 0.0,
+    folder: Path, out: Path, options: Options | None = None, *, workers: int = 1, max_bad: float = 0.0
 ) -> RunSummary:
     """Shards of a CheXpert folder, by the library."""
     source = find_source(folder, {}, [])
-    return write_shards(
-        source,
-        out,
-        options or default_options(),
-        POLICIES,
-        Execution(workers, max_bad),
-    )
+    return write_shards(source, out, options or default_options(), POLICIES, Execution(workers, max_bad))
 
 
 def write_chexpert(root: Path, split: str, patients: range, seed: int = 0) -> list[dict[str, str]]:

@@ -70,13 +70,7 @@ def make_example(folder: Path) -> Path:
     source = write_sample(folder, 24, 0, workers=1)
     options = Options(48, "no", "jpeg", 95, 1_000_000, "frontal", 0.3, 0, None, 4)
     policies = {"uncertain": "best", "blank": "zeros"}
-    write_shards(
-        find_source(source, {}, []),
-        folder / "shards",
-        options,
-        policies,
-        Execution(workers=1, max_bad=0),
-    )
+    write_shards(find_source(source, {}, []), folder / "shards", options, policies, Execution(workers=1, max_bad=0))
     save_checkpoint(folder / "last.pt", {"step": 3, "name": "x", "weights": {"w": torch.ones(3, 2)}, "rate": 1e-3})
     with zipfile.ZipFile(folder / "last.pt") as archive:
         (name,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
@@ -250,18 +244,11 @@ def film_target(_: Path, __: Path) -> Target:
         bits, is_signed = draw.ConsumeIntInRange(8, 16), draw.ConsumeBool()
         words = np.frombuffer(draw.ConsumeBytes(96).ljust(96, b"\1"), np.uint16).reshape(6, 8)
         stored = (words.astype(np.int64) & (2**bits - 1)) - 2 ** (bits - 1) * is_signed
-        tags: dict[str, Any] = {
-            "BitsStored": bits,
-            "HighBit": bits - 1,
-            "PixelRepresentation": int(is_signed),
-        }
+        tags: dict[str, Any] = {"BitsStored": bits, "HighBit": bits - 1, "PixelRepresentation": int(is_signed)}
         facts: dict[str, Any] = {"inverted": draw.ConsumeBool()}
         tags["PhotometricInterpretation"] = "MONOCHROME1" if facts["inverted"] else "MONOCHROME2"
         if draw.ConsumeBool():
-            facts["slope"], facts["intercept"] = (
-                draw.ConsumeIntInRange(1, 3),
-                draw.ConsumeIntInRange(-9999, 0),
-            )
+            facts["slope"], facts["intercept"] = (draw.ConsumeIntInRange(1, 3), draw.ConsumeIntInRange(-9999, 0))
             tags |= {"RescaleSlope": facts["slope"], "RescaleIntercept": facts["intercept"]}
         if draw.ConsumeBool():
             facts["padding"] = sorted(int(stored.ravel()[draw.ConsumeIntInRange(0, 47)]) for _ in range(2))
@@ -356,10 +343,7 @@ def main(names: list[str]) -> int:
         inputs, memory = int(stats.get("number_of_executed_units", 0)), stats.get("peak_rss_mb", "?")
         coverage = re.findall(r"cov: (\d+)", run.stderr)[-1:]
         verdict = "no failure" if run.returncode == 0 else f"FAILED\n{run.stdout[-2000:]}{run.stderr[-1000:]}"
-        print(
-            f"{name:10} {inputs:>10,} inputs  {memory:>5} MB  coverage {''.join(coverage)}  {verdict}",
-            flush=True,
-        )
+        print(f"{name:10} {inputs:>10,} inputs  {memory:>5} MB  coverage {''.join(coverage)}  {verdict}", flush=True)
         failed += run.returncode != 0
     return min(failed, 1)
 

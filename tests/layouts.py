@@ -167,11 +167,7 @@ def write_mimic(home: Path) -> None:
     ]
     write_gzip(home / "mimic-cxr-2.0.0-chexpert.csv.gz", labels)
     for number, (subject, study, dicom, *_) in enumerate(MIMIC_IMAGES):
-        draw(
-            home / "files" / f"p{subject}"[:3] / f"p{subject}" / f"s{study}" / f"{dicom}.jpg",
-            number,
-            kind="JPEG",
-        )
+        draw(home / "files" / f"p{subject}"[:3] / f"p{subject}" / f"s{study}" / f"{dicom}.jpg", number, kind="JPEG")
 
 
 def write_plus(home: Path) -> None:
@@ -190,11 +186,7 @@ def write_plus(home: Path) -> None:
             "path_to_dcm": f"{film}.dcm",
             "split": split,
         }
-        row |= {
-            "path_to_dcm": f"{film}.dcm",
-            "frontal_lateral": view[6:].capitalize(),
-            "deid_patient_id": patient,
-        }
+        row |= {"path_to_dcm": f"{film}.dcm", "frontal_lateral": view[6:].capitalize(), "deid_patient_id": patient}
         lines.append(",".join(row.get(name, "") for name in PLUS_HEADER.split(",")))
     (home / PLUS_TABLE).write_text("\n".join(lines) + "\n")
     states = [{"Edema": 0, "Cardiomegaly": 1}, {"Edema": 0, "Cardiomegaly": 1}, None, {"Edema": -1}]

@@ -43,23 +43,13 @@ ALLOWED = {
         ),
     },
     "model": {"pipeline.base", "pipeline.labels"},
-    "model.runs": {
-        *READING,
-        *(f"pipeline.{name}" for name in ("console", "command", "stream", "look")),
-        "model",
-    },
+    "model.runs": {*READING, *(f"pipeline.{name}" for name in ("console", "command", "stream", "look")), "model"},
     "train": {*READING, "pipeline.console", "pipeline.stream", "pipeline.look", "model", "model.runs"},
 }
 # Heavy packages, and the modules that may import them: all else starts fast, and works without them.
 IMPORTERS = {
     "torch": ("model", "train", "pipeline.stream.loader"),
-    "click": (
-        "pipeline.cli",
-        "pipeline.command",
-        "pipeline.console",
-        "model.runs.commands",
-        "model.runs.use",
-    ),
+    "click": ("pipeline.cli", "pipeline.command", "pipeline.console", "model.runs.commands", "model.runs.use"),
 }
 
 
@@ -157,9 +147,7 @@ def test_a_command_line_that_trains_nothing_does_not_wait_for_torch() -> None:
     assert_light(absent, {f"train.py {line}": code for line, code in lines.items()})
 
 
-def test_a_command_that_draws_and_fits_nothing_does_not_wait_for_what_would(
-    shards: tuple[Path, Manifest],
-) -> None:
+def test_a_command_that_draws_and_fits_nothing_does_not_wait_for_what_would(shards: tuple[Path, Manifest]) -> None:
     assert_light(("numpy", "pyarrow", "cv2", "PIL", "rich"), {"pipeline --help": 0, "pipeline lookup": 2})
     lines = {f"stats {shards[0]}": 0, f"verify {shards[0]}": 0, "audit no": 2}
     absent = ("torch", "scipy", "sklearn", "matplotlib", "jinja2")

@@ -123,9 +123,7 @@ def needed(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("needed")
     shutil.copytree(world / "sample" / "CheXpert-v1.0-small", folder / "CheXpert-v1.0-small")
     shutil.copytree(
-        world / "shards" / "sample",
-        folder / "wds",
-        ignore=shutil.ignore_patterns("*.json", "*.arrow", "valid*"),
+        world / "shards" / "sample", folder / "wds", ignore=shutil.ignore_patterns("*.json", "*.arrow", "valid*")
     )
     write_nih(folder / "nih")
     (folder / "nih" / "Data_Entry_2017_v2020.csv").rename(folder / "Data_Entry_2017_v2020.csv")
@@ -216,12 +214,7 @@ def test_the_commands_and_options_of_a_block_exist(block: Block, recorder: Path,
     kept = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MAKELEVEL")}
     set_here = {"TYPED": str(typed), "PATH": f"{recorder / '.venv' / 'bin'}{os.pathsep}{os.environ['PATH']}"}
     ran = subprocess.run(
-        ["bash", "-ec", block.commands],
-        cwd=recorder,
-        env=kept | set_here,
-        capture_output=True,
-        text=True,
-        check=False,
+        ["bash", "-ec", block.commands], cwd=recorder, env=kept | set_here, capture_output=True, text=True, check=False
     )
     assert ran.returncode == 0, ran.stderr
     calls = [line.split("\037")[:-1] for line in typed.read_text().splitlines()]

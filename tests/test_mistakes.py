@@ -23,15 +23,7 @@ from tests.training import Late, narrow_networks, quick_ends
 
 PAGE = REPOSITORY / "docs" / "mistakes.md"
 # Of a small run, instead of make's own; what a row types comes on top.
-SETTINGS = {
-    "ARCH": "rescnn",
-    "SIZE": "32",
-    "BATCH": "8",
-    "EPOCHS": "1",
-    "DEV": "0.3",
-    "LR": "1e-3",
-    "WORKERS": "1",
-}
+SETTINGS = {"ARCH": "rescnn", "SIZE": "32", "BATCH": "8", "EPOCHS": "1", "DEV": "0.3", "LR": "1e-3", "WORKERS": "1"}
 
 
 class Mistake(NamedTuple):

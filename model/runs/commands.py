@@ -284,10 +284,7 @@ def sweep_command(train: Train, search: Search, setup: Setup, given: dict[str, A
         return open_job(replace(base, **point), setup, run)
 
     # A value that does not go with the options is refused before any point is trained.
-    points: list[dict[str, Any]] = [
-        {},
-        *({name: value} for name, tried in values.items() for value in tried[1:]),
-    ]
+    points: list[dict[str, Any]] = [{}, *({name: value} for name, tried in values.items() for value in tried[1:])]
     config, *_ = [make(point, search.sweep / "trials" / "unused").config for point in points]
     for name, tried in lists.items():
         # Without a dev split, dev is drawn by the seed; `resolve_config` has a share for it then, and only then.

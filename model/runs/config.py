@@ -20,13 +20,7 @@ from pipeline.labels import LABELS, VIEWS, find_label, parse_labels
 from pipeline.manifest import read_manifest
 from pipeline.measure.evaluation import MEANS
 from pipeline.measure.metrics import COMPETITION
-from pipeline.policies import (
-    BLANK_HELP,
-    UNCERTAIN_HELP,
-    check_blank_policy,
-    choose_policy,
-    parse_uncertain_policy,
-)
+from pipeline.policies import BLANK_HELP, UNCERTAIN_HELP, check_blank_policy, choose_policy, parse_uncertain_policy
 
 if TYPE_CHECKING:
     from model.initial import Start
@@ -140,10 +134,7 @@ class Config:
         None, "Draw this label's positives as often as its negatives.", choices=LABELS, metavar="LABEL"
     )
     max_bad: float = data_option(
-        0.0,
-        "Fraction of a split's images that may be damaged, and are skipped.",
-        low=0,
-        high=1,
+        0.0, "Fraction of a split's images that may be damaged, and are skipped.", low=0, high=1
     )
     loss: str = optimization_option("bce", "aucm: the AUC margin loss.", choices=LOSSES)
     pos_weight: bool = optimization_option(False, "Weight positives by their inverse frequency in train.")
@@ -218,10 +209,7 @@ class Data:
     shards: tuple[str, ...] = data_option(("shards",), SHARDS_HELP)
     cache: Path = data_option(Path(".cache"), "Cache folder of shards from URLs, shared by all runs.")
     cache_size: int = data_option(
-        parse_size("20GB"),
-        "Evict the least recently used shards above this size.",
-        parse=parse_size,
-        shown="20GB",
+        parse_size("20GB"), "Evict the least recently used shards above this size.", parse=parse_size, shown="20GB"
     )
 
     def open(self) -> "Collection":

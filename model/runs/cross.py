@@ -170,9 +170,5 @@ def _compare(areas: Areas, own: Areas, share: Floats) -> dict[str, Any]:
     return {
         "auroc": auroc,
         **combine_limits(areas, share),
-        "less": {
-            "difference": auroc - theirs,
-            **paired,
-            "excludes_zero": paired["low"] > 0 or paired["high"] < 0,
-        },
+        "less": {"difference": auroc - theirs, **paired, "excludes_zero": paired["low"] > 0 or paired["high"] < 0},
     }

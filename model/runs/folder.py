@@ -274,11 +274,7 @@ def save_best(job: Job, seen: Sequence[Entry], weights: Mapping[str, Tensor], ep
     images = AS_IT_IS._asdict() | said
     about = {"epoch": epoch, "dev_auroc": score, "images": images, "pixels": dict(job.pixels)}
     about |= {"dataset": dict(job.manifest.dataset), "equalize": job.config.equalize, "seen": list(seen)}
-    about |= {
-        "arch": job.config.arch,
-        "image_size": job.config.image_size,
-        "outputs": name_outputs(job.config),
-    }
+    about |= {"arch": job.config.arch, "image_size": job.config.image_size, "outputs": name_outputs(job.config)}
     title, terms = (job.manifest.dataset.get(name, "not stated") for name in ("title", "license"))
     use = "calibrated" if job.config.adopted else "trained"
     about["terms"] = f"{describe_start(asdict(job.config))}; {use} on {title}: {terms}"

@@ -100,10 +100,7 @@ def check_seen(
             )
     if any(entry["split"] == UNKNOWN for entry in seen):
         return {}
-    return {
-        "shared_patients": len(np.unique(patients[shared_patients])),
-        "shared_images": int(shared_images.sum()),
-    }
+    return {"shared_patients": len(np.unique(patients[shared_patients])), "shared_images": int(shared_images.sum())}
 
 
 def count_known(contents: Sequence[int], seen: Seen) -> int:

@@ -31,15 +31,7 @@ from model.names import UNKNOWN_FRONTAL
 from model.networks import build_network
 from model.predict import predict_scores
 from model.ranks import ALONE, Ranks, requested
-from model.runs.config import (
-    ENSEMBLE,
-    Config,
-    Setup,
-    learned_columns,
-    name_outputs,
-    read_config,
-    read_members,
-)
+from model.runs.config import ENSEMBLE, Config, Setup, learned_columns, name_outputs, read_config, read_members
 from model.runs.folder import fuse
 from model.runs.job import Job, Selected, choose_device, network_inputs, open_rows, read_batches
 from model.runs.overlap import Seen, check_seen, count_known
@@ -283,10 +275,7 @@ def read_calibration(run: Path, labels: Sequence[str], level: str = "image") -> 
     try:
         for found in (document[level][label] for label in labels):
             apply_calibration(np.zeros(1), found)
-            [found["thresholds"][rule] for rule in RULES] + [
-                f"{document['sensitivity']:g}",
-                document["combine"],
-            ]
+            [found["thresholds"][rule] for rule in RULES] + [f"{document['sensitivity']:g}", document["combine"]]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(f"{path}: damaged, or of other labels than the run's: {error}") from error
     return document
@@ -309,11 +298,7 @@ def load_network(
 
 
 def score_split(
-    job: Job,
-    network: nn.Module,
-    chosen: Selected,
-    pixels: Mapping[str, float],
-    alter: Alteration | None = None,
+    job: Job, network: nn.Module, chosen: Selected, pixels: Mapping[str, float], alter: Alteration | None = None
 ) -> tuple[Scored, pa.Table]:
     """A network's scores of the chosen rows, with targets and masks that leave the uncertain cells out.
 

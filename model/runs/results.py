@@ -166,11 +166,7 @@ def find_scores(job: Job, name: str, against: Sequence[Path]) -> dict[Path, Path
 
 
 def write_report(
-    job: Job,
-    predictor: Predictor,
-    file: str,
-    evaluations: Mapping[str, Evaluation],
-    images: Mapping[str, Scored],
+    job: Job, predictor: Predictor, file: str, evaluations: Mapping[str, Evaluation], images: Mapping[str, Scored]
 ) -> None:
     """Write the page of the splits that `evaluate` gave evaluations of; `images` are their scores."""
     path = job.run / "metrics.jsonl"

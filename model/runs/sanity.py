@@ -50,11 +50,7 @@ def shuffle_patches(level: int, images: Images) -> Images:
 
 
 ALTERATIONS: Mapping[str, Callable[[int, Images], Images]] = MappingProxyType(
-    {
-        "center covered": cover_center,
-        "center alone": cover_border,
-        "patches shuffled": shuffle_patches,
-    }
+    {"center covered": cover_center, "center alone": cover_border, "patches shuffled": shuffle_patches}
 )
 
 

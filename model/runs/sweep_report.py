@@ -28,15 +28,7 @@ AXES = ("lr", "weight_decay")  # of the planes
 NAMES = {"lr": "learning rate", "weight_decay": "weight decay", "batch_size": "batch size"}
 METRICS = {"dev": "of the checkpoint kept", "train": "of a part of train, at the checkpoint kept"}
 # As `results.measure_run` names them.
-FIGURES = [
-    "dev_auroc",
-    "same_labels",
-    "dev_same_auroc",
-    "train_auroc",
-    "valid_auroc",
-    "valid_low",
-    "valid_high",
-]
+FIGURES = ["dev_auroc", "same_labels", "dev_same_auroc", "train_auroc", "valid_auroc", "valid_low", "valid_high"]
 FEW = 6  # values of a parameter that get a place each; more lie on a logarithmic scale
 LEVELS = 12  # of the contours between many points
 
@@ -156,8 +148,7 @@ def place(axis: Axis, values: Sequence[Any], name: str) -> list[float]:
         places = {value: float(np.log10(value or lowest / 10)) for value in known}
         known = [known[0], known[len(known) // 2], known[-1]]
     axis.set_ticks(
-        [places[value] for value in known],
-        [value if isinstance(value, str) else f"{value:.3g}" for value in known],
+        [places[value] for value in known], [value if isinstance(value, str) else f"{value:.3g}" for value in known]
     )
     axis.set_label_text(NAMES.get(name, name))
     return [places[value] for value in values]

@@ -71,9 +71,7 @@ class Evaluated(SharedImages, Workers, OwnData, Runs):
     sensitivity: float = option(0.9, "Sensitivity that the third threshold must reach on dev.", low=0, high=1)
     study: str = option("max", "How a study's score is computed from its views.", choices=("max", "mean"))
     where: tuple[str, ...] = option(
-        (),
-        "Score the images that meet this, instead of the run's own conditions: sex=Male.",
-        metavar="CONDITION",
+        (), "Score the images that meet this, instead of the run's own conditions: sex=Male.", metavar="CONDITION"
     )
     views: str | None = option(None, "Score these views.", choices=VIEWS, shown="the run's")
     readers: tuple[Path, ...] = option(
@@ -341,10 +339,7 @@ class Adoption:
     "adopt",
     Adoption,
     Fields(Setup, ("shards", "cache", "cache_size", "workers", "init")),
-    Fields(
-        Config,
-        ("init_labels", "image_size", "labels", "views", "where", "blank", "dev", "seed", "amp", "max_bad"),
-    ),
+    Fields(Config, ("init_labels", "image_size", "labels", "views", "where", "blank", "dev", "seed", "amp", "max_bad")),
     example="python -m train adopt --init xrv:densenet121-res224-all --shards shards --run runs/xrv",
 )
 def adopt_command(given: Adoption, setup: Setup, config: Config) -> int:
@@ -427,11 +422,7 @@ class Localization(SharedImages, OwnData):
     splits: tuple[str, ...] = option(("valid",), "Split of the shards; several are pooled.", flag="split")
 
 
-@command(
-    "localize",
-    Localization,
-    example="python -m train localize --run runs/first --boxes boxes.csv --split valid",
-)
+@command("localize", Localization, example="python -m train localize --run runs/first --boxes boxes.csv --split valid")
 def localize_command(given: Localization) -> int:
     """Measure how often the run's heat maps hit what readers marked, and how much they overlap.
 

@@ -22,10 +22,7 @@ from pipeline.base.store import is_remote, object_to_put, open_to_read
 
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # how a spreadsheet's formulas begin
 MAGIC = b"ARROW1"  # how an Arrow IPC file begins and ends
-SMALL, EXPANSION = (
-    2**26,
-    100,
-)  # bytes of a table that need no proof, and how many more it may have for each stored
+SMALL, EXPANSION = (2**26, 100)  # bytes of a table that need no proof, and how many more it may have for each stored
 POLL = 0.01  # seconds between tries of a lock
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 

@@ -72,10 +72,7 @@ def stats(given: Stats) -> None:
     shards = [find_shards(source, given.cache) for source in given.sources]
     table = load_tables([path for path, _ in shards], split, views, [*map(Path, given.facts)])
     known = list_variables(table)
-    refuse_usage(
-        given.by not in (None, *known),
-        f"--by {given.by}: these images can be grouped by {', '.join(known)}",
-    )
+    refuse_usage(given.by not in (None, *known), f"--by {given.by}: these images can be grouped by {', '.join(known)}")
     report = _build_report(table, given)
     if given.html:
         write_atomically(given.html, _render_page(given, shards, report, table).encode())
@@ -110,10 +107,7 @@ def _name(source: str | Path) -> str:
 
 
 def _render_page(
-    given: Stats,
-    shards: "Sequence[tuple[Path, Remote | None]]",
-    report: Statistics,
-    table: "pa.Table",
+    given: Stats, shards: "Sequence[tuple[Path, Remote | None]]", report: Statistics, table: "pa.Table"
 ) -> str:
     from pipeline.look.label_report import render_label_report
     from pipeline.measure.audit import audit_labels, find_covariates

@@ -100,12 +100,7 @@ class Sharding:
     source: Path = option(..., argument=True, parse=parse_folder)
     out: Path = option(..., argument=True, parse=parse_folder)
     dataset: str | None = option(
-        None,
-        "Data set in SOURCE (docs/data.md).",
-        choices=tuple(SETS),
-        flag="set",
-        metavar="SET",
-        shown="by its files",
+        None, "Data set in SOURCE (docs/data.md).", choices=tuple(SETS), flag="set", metavar="SET", shown="by its files"
     )
     columns: tuple[tuple[str, str], ...] = option(
         (),
@@ -133,11 +128,7 @@ class Sharding:
         BLANK_HELP, check=check_blank_policy, shown="zeros, or as existing shards have it"
     )
     splits: tuple[tuple[str, Path], ...] = option(
-        (),
-        "CSV (or tars) of a split, instead of SOURCE's own.",
-        parse=parse_split,
-        metavar="SPLIT=CSV",
-        flag="split",
+        (), "CSV (or tars) of a split, instead of SOURCE's own.", parse=parse_split, metavar="SPLIT=CSV", flag="split"
     )
     roots: tuple[Path, ...] = option((), "Another folder of images.", parse=parse_folder, metavar="FOLDER", flag="root")
     facts: tuple[str, ...] = option((), "CSV or XLSX with extra columns, by patient or study.", metavar="FILE")

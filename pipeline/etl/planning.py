@@ -93,10 +93,7 @@ def write_plan(task: PlanTask) -> Plan:
     if task.strict and "train" in tables and (found := find_one_class(tables["train"], task.strict)):
         raise DataError(f"`strict`: {'; '.join(found)}; choose other policies")
     for split, table in tables.items():
-        with (
-            atomic_file(_plan_path(task.folder, split)) as file,
-            pa.ipc.new_file(file, table.schema) as writer,
-        ):
+        with atomic_file(_plan_path(task.folder, split)) as file, pa.ipc.new_file(file, table.schema) as writer:
             for rows in divide_rows(table.combine_chunks(), options.samples_per_shard, options.views):
                 writer.write_table(rows)
     return Plan({split: table.num_rows for split, table in tables.items()}, notes)

@@ -20,14 +20,7 @@ from typing import NamedTuple
 from pipeline.base.errors import DataError, describe_difference
 from pipeline.base.files import claimed, hash_file, read_object, remove_temporaries, write_json
 from pipeline.base.options import option
-from pipeline.base.store import (
-    check_access,
-    is_remote,
-    list_files,
-    make_folder,
-    named_failures,
-    remove_folder,
-)
+from pipeline.base.store import check_access, is_remote, list_files, make_folder, named_failures, remove_folder
 from pipeline.base.workers import count_cpus, run_alone, run_tasks, run_threads
 from pipeline.etl.cluster import PACKAGES, run_on_cluster
 from pipeline.etl.planning import PARTIAL, Options, Plan, PlanTask, count_planned, read_planned, write_plan

@@ -81,10 +81,7 @@ def verify_shards(
             tables[name] = table
     keys = {split: Ids(table["key"], table["key"]) for split, table in tables.items()}
     patients = {split: identify_patients(table) for split, table in tables.items()}
-    for ids, form in (
-        (keys, "sample {}: is in {} too"),
-        (patients, "{} is in {} too; splits must not share patients"),
-    ):
+    for ids, form in ((keys, "sample {}: is in {} too"), (patients, "{} is in {} too; splits must not share patients")):
         for first, second, names in find_shared(ids):
             file = manifest.splits[second].table
             problems[file] += [f"{folder / file}: {form.format(name, first)}" for name in names]

@@ -13,32 +13,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from markupsafe import Markup
 
-from pipeline.base.pages import (
-    FAINT,
-    FIRST,
-    INK,
-    SECOND,
-    THIRD,
-    Panel,
-    draw_svg,
-    open_templates,
-    show_figure,
-)
+from pipeline.base.pages import FAINT, FIRST, INK, SECOND, THIRD, Panel, draw_svg, open_templates, show_figure
 from pipeline.base.tabular import show_cell
 from pipeline.look import judged
 from pipeline.measure.calibration import Fitted, apply_calibration
 from pipeline.measure.evaluate import Scored, study_level
 from pipeline.measure.evaluation import MEANS, UNITS, Evaluation
-from pipeline.measure.metrics import (
-    FEW,
-    Bools,
-    Curve,
-    Floats,
-    label_cells,
-    net_benefit,
-    reliability,
-    threshold_curve,
-)
+from pipeline.measure.metrics import FEW, Bools, Curve, Floats, label_cells, net_benefit, reliability, threshold_curve
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

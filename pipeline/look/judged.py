@@ -11,23 +11,13 @@ from pipeline.measure.evaluate import AREAS, GIVEN, KEPT
 from pipeline.measure.evaluation import COMMON, MEANS, OWN, UNITS, Evaluation, Row
 from pipeline.measure.judge import ALTERED, MEMBERS
 
-TITLES = {
-    "youden": "Youden's J",
-    "max_f1": "highest F1",
-    "sensitivity": "sensitivity",
-    GIVEN: "a given score",
-}
+TITLES = {"youden": "Youden's J", "max_f1": "highest F1", "sensitivity": "sensitivity", GIVEN: "a given score"}
 WIDENED = (
     "The run's own macro is over other labels, so the limits of this mean on its valid are the means of its labels' "
     "limits: too wide rather than too narrow."
 )
 RATES = {"sensitivity": "sensitivity", "specificity": "specificity", "ppv": "PPV", "npv": "NPV", "f1": "F1"}
-SCORES = {
-    "brier": "Brier",
-    "brier_calibrated": "Brier, calibrated",
-    "ece": "ECE",
-    "ece_calibrated": "ECE, calibrated",
-}
+SCORES = {"brier": "Brier", "brier_calibrated": "Brier, calibrated", "ece": "ECE", "ece_calibrated": "ECE, calibrated"}
 MARKS = {  # of verdicts
     "shown": "Shortcut shown",
     "partly": "Partly a shortcut",

@@ -30,13 +30,7 @@ COLORS = dict(zip(STATES, (pages.POSITIVE, pages.UNCERTAIN, pages.NEGATIVE, page
 LEGEND = {"handlelength": 1, "handletextpad": 0.5, "columnspacing": 1.2, "borderaxespad": 0.2}
 
 
-def render_label_report(
-    title: str,
-    scope: str,
-    report: Statistics,
-    table: pa.Table,
-    audit: Audit,
-) -> str:
+def render_label_report(title: str, scope: str, report: Statistics, table: pa.Table, audit: Audit) -> str:
     """The page. `report`, of a label table, may have `policy`; `scope` says what was counted.
 
     Groups are by every variable that splits the table into at least two.

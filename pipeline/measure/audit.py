@@ -139,10 +139,7 @@ def predict(values: Floats, goal: Bools | Floats, used: Bools, patient: Ints) ->
     patients; NaN where not tried. Predictions are ranks within their fold: the models' levels differ by their own
     patients' share of positives.
     """
-    from sklearn.ensemble import (  # take a second
-        HistGradientBoostingClassifier,
-        HistGradientBoostingRegressor,
-    )
+    from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor  # take a second
     from threadpoolctl import threadpool_limits
 
     trees = HistGradientBoostingClassifier if goal.dtype == bool else HistGradientBoostingRegressor

@@ -33,17 +33,7 @@ from pipeline.measure.audit import DEVICES, predict, shorten
 from pipeline.measure.delong import Areas, combine_limits, measure_areas, score_limits, score_variance
 from pipeline.measure.evaluate import Scored
 from pipeline.measure.evaluation import Evaluation
-from pipeline.measure.metrics import (
-    FEW,
-    NO_LIMITS,
-    Bools,
-    Figure,
-    Floats,
-    Ints,
-    Names,
-    count_classes,
-    label_cells,
-)
+from pipeline.measure.metrics import FEW, NO_LIMITS, Bools, Figure, Floats, Ints, Names, count_classes, label_cells
 
 NO_FINDING = "No Finding"  # has no positives in common with any label, so it makes no strata
 PROPENSITY, PREDICTED = "propensity", "predicted score"
@@ -115,10 +105,7 @@ def add_belief(
 
 
 def assess_belief(
-    names: Sequence[str],
-    images: Scored,
-    covariates: Mapping[str, Floats],
-    strata: Mapping[str, Names],
+    names: Sequence[str], images: Scored, covariates: Mapping[str, Floats], strata: Mapping[str, Names]
 ) -> dict[str, dict[str, str]]:
     """The `mark` and the `verdict` of each label that has some, as of `add_belief`."""
     evaluation = Evaluation({"split": "", "unit": "image", "labels": list(names)})

@@ -41,12 +41,7 @@ class Fit(NamedTuple):
 
 
 def fit_calibration(
-    names: Sequence[str],
-    scores: Floats,
-    target: Floats,
-    mask: Bools,
-    patient: Names,
-    sensitivity: float = 0.9,
+    names: Sequence[str], scores: Floats, target: Floats, mask: Bools, patient: Names, sensitivity: float = 0.9
 ) -> dict[str, Calibration]:
     """Per label: `temperature`, `bias`, `thresholds` by rule, and a `note` if any is None; ready for JSON.
 

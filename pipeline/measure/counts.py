@@ -15,15 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.labels import (
-    LABELS,
-    NOT_ANNOTATED,
-    STATES,
-    count_rows,
-    label_states,
-    name_ages,
-    number_studies,
-)
+from pipeline.labels import LABELS, NOT_ANNOTATED, STATES, count_rows, label_states, name_ages, number_studies
 from pipeline.policies import BEST_POLICY, SMOOTH_RANGES, check_blank_policy, parse_uncertain_policy
 
 # What to group by, and the name of the group of images without that fact.
@@ -56,8 +48,7 @@ def count_groups(table: pa.Table, variable: str) -> dict[str, Any]:
     last = NO_GROUP.get(variable, NO_FACT)
     numbers = pa.types.is_integer(table[variable].type) and variable != "age"
     groups = sorted(
-        pc.unique(names).to_pylist(),
-        key=lambda name: (name == last, int(name) if numbers and name != last else name),
+        pc.unique(names).to_pylist(), key=lambda name: (name == last, int(name) if numbers and name != last else name)
     )
     return {
         "variable": variable,

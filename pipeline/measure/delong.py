@@ -36,13 +36,7 @@ class Areas(NamedTuple):
         return Areas._make(np.concatenate(pair, axis=-1) for pair in zip(self, other, strict=True))
 
 
-def measure_areas(
-    scores: Floats,
-    target: Floats,
-    mask: Bools,
-    patient: Names,
-    stratum: Names | None = None,
-) -> Areas:
+def measure_areas(scores: Floats, target: Floats, mask: Bools, patient: Names, stratum: Names | None = None) -> Areas:
     """The areas of scores [N, L] against targets [N, L] in {0, 1}, on the cells of mask [N, L], of patients [N].
 
     Every patient has a row in `influence`, even without a cell in the mask. With strata [N], only pairs of a positive

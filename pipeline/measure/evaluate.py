@@ -50,11 +50,7 @@ AREAS = ("auroc", "auprc")  # the metrics with intervals
 DECISIONS = (0.05, 0.1, 0.2, 0.3, 0.5)  # probabilities at which to act, for the net benefit
 KEPT = 0.6  # the AUROC above which a label is told without what an alteration takes away
 # The groups to compare; images in none of them are counted separately.
-GROUPS = {
-    "sex": ("Female", "Male"),
-    "age": ("18-39", "40-59", "60-79", "80+"),
-    "projection": ("AP", "PA"),
-}
+GROUPS = {"sex": ("Female", "Male"), "age": ("18-39", "40-59", "60-79", "80+"), "projection": ("AP", "PA")}
 MOST_GROUPS = 8  # of a fact
 GIVEN = "given"  # the rule of a threshold that the user chose
 LEVEL = 0.05  # of all gaps between groups together

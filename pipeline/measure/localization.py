@@ -11,17 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.measure.metrics import (
-    FEW,
-    NO_LIMITS,
-    Bools,
-    Figure,
-    Floats,
-    Names,
-    draw_counts,
-    interval,
-    wilson_limits,
-)
+from pipeline.measure.metrics import FEW, NO_LIMITS, Bools, Figure, Floats, Names, draw_counts, interval, wilson_limits
 
 THRESHOLD = 0.5
 RESAMPLES, SEED = 1000, 0

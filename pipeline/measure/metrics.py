@@ -82,10 +82,7 @@ def report_auroc(names: Sequence[str], scores: Floats, target: Floats, mask: Boo
     Raises ValueError where a score is not finite.
     """
     labels = {
-        cells.label: {
-            "auroc": areas(cells.score, cells.truth)[0],
-            **count_classes(cells.truth, cells.patient),
-        }
+        cells.label: {"auroc": areas(cells.score, cells.truth)[0], **count_classes(cells.truth, cells.patient)}
         for cells in label_cells(names, scores, target, mask, patient)
     }
     macro, macro10, mean5 = (mean_of(labels, kept, "auroc") for kept in averaged_labels(labels).values())
@@ -315,14 +312,7 @@ def subtract_independent(ours: Figure, theirs: Figure) -> Figure:
     }
 
 
-def resample_auprc(
-    scores: Floats,
-    target: Floats,
-    mask: Bools,
-    patient: Names,
-    resamples: int,
-    seed: int,
-) -> Floats:
+def resample_auprc(scores: Floats, target: Floats, mask: Bools, patient: Names, resamples: int, seed: int) -> Floats:
     """AUPRC [R, L] of resamples of scores [N, L] against targets [N, L] in {0, 1}, on the cells of mask [N, L].
 
     The same patients [N] and seed give the same resamples, whatever the scores and the order of the rows. NaN in

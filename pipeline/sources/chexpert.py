@@ -23,11 +23,7 @@ from pipeline.base.store import list_folders, named_failures, open_location
 from pipeline.labels import COLUMNS, FACTS, LABELS
 from pipeline.sources.source import AGE, PROJECTION, SEX, Column, DataSet, find_files, read_terms
 
-CSV_NAMES = {
-    "train": ("train.csv",),
-    "valid": ("valid.csv", "val_labels.csv"),
-    "test": ("test_labels.csv", "test.csv"),
-}
+CSV_NAMES = {"train": ("train.csv",), "valid": ("valid.csv", "val_labels.csv"), "test": ("test_labels.csv", "test.csv")}
 IMAGE = r"(?P<patient>patient\d{1,20})/study(?P<study>\d{1,6})/(?P<file>view\d{1,4}_(?P<side>frontal|lateral))"
 KEY = {"key": "{patient}_study{study}_{file}"}
 VIEW = Column("(?P<view>(?i:frontal|lateral))", "is neither Frontal nor Lateral")

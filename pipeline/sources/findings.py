@@ -65,11 +65,7 @@ def leave_open(states: npt.NDArray[np.int8]) -> None:
 
 
 def parse_findings(
-    path: Path,
-    name: str,
-    column: pa.Array,
-    separator: str,
-    findings: Findings,
+    path: Path, name: str, column: pa.Array, separator: str, findings: Findings
 ) -> dict[str, npt.NDArray[np.int8]]:
     """The states [N] of the 14 labels, from lists of findings [N] as texts.
 

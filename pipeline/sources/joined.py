@@ -29,19 +29,8 @@ from pipeline.manifest import KNOWN, name_facts
 KEYS = {"key": "key", "study": "study", "study_id": "study"}
 KEYS |= dict.fromkeys(("patient", "patient_id", "deid_patient_id", "subject_id"), "patient")
 UNITS = {("key",): "images", ("patient", "study"): "studies", ("study",): "studies", ("patient",): "patients"}
-NORMALIZED: dict[tuple[str, ...], Normalize] = {
-    ("key",): normalize_paths,
-    ("patient", "study"): normalize_studies,
-}
-OURS = (
-    "set",
-    "row",
-    "split",
-    "label",
-    "score",
-    "group",
-    "views",
-)  # columns of other tables, and words of options
+NORMALIZED: dict[tuple[str, ...], Normalize] = {("key",): normalize_paths, ("patient", "study"): normalize_studies}
+OURS = ("set", "row", "split", "label", "score", "group", "views")  # columns of other tables, and words of options
 _WHOLE = r"^-?(0|[1-9]\d{0,17})(\.0+)?$"  # 007 is a code, not a number
 # The words by which Glocker et al. group CheXpert's PRIMARY_RACE (Algorithmic encoding of protected characteristics in
 # chest X-ray disease detection models, eBioMedicine 89, 2023). What is no answer stays null here.

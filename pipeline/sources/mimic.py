@@ -17,15 +17,7 @@ from pipeline.base.csvs import demand_columns, demand_unique, read_strings
 from pipeline.base.errors import DataError
 from pipeline.identity import Note, ignore, join, normalize_paths
 from pipeline.labels import LABELS, parse_states
-from pipeline.sources.source import (
-    Column,
-    DataSet,
-    Source,
-    find_files,
-    make_table,
-    read_terms,
-    take_states,
-)
+from pipeline.sources.source import Column, DataSet, Source, find_files, make_table, read_terms, take_states
 
 TABLES = {
     "split": ("mimic-cxr-2.0.0-split.csv",),
@@ -87,8 +79,7 @@ SET = Mimic(
     names=TABLES["split"],
     columns={
         "subject_id": Column(
-            r"(?i:subject|p)?0*(?P<subject>(?P<group>\d{1,2})\d{0,8})(?:\.0+)?",
-            "is not a number of up to 10 digits",
+            r"(?i:subject|p)?0*(?P<subject>(?P<group>\d{1,2})\d{0,8})(?:\.0+)?", "is not a number of up to 10 digits"
         ),
         "study_id": Column(r"(?i:study|s)?0*(?P<study>\d{1,9})(?:\.0+)?", "is not a number of up to 9 digits"),
         "dicom_id": Column("(?P<dicom>[0-9a-f]{8}(?:-[0-9a-f]{8}){0,7})", "is not dashed hexadecimal"),

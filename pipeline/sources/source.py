@@ -214,9 +214,7 @@ def find_files(folder: Path, roles: Mapping[str, Sequence[str]]) -> dict[str, Pa
 
 
 def make_table(
-    fields: Mapping[str, pa.Array],
-    states: Mapping[str, Any],
-    facts: dict[str, pa.ChunkedArray] | None = None,
+    fields: Mapping[str, pa.Array], states: Mapping[str, Any], facts: dict[str, pa.ChunkedArray] | None = None
 ) -> pa.Table:
     """A label table of states [N] of the 14 labels, and of fields and facts [N].
 

@@ -19,16 +19,7 @@ import pyarrow.compute as pc
 from pipeline.base.csvs import demand, demand_columns, demand_unique, read_header, read_strings
 from pipeline.labels import LABELS, NOT_ANNOTATED
 from pipeline.sources.findings import leave_open, read_findings
-from pipeline.sources.source import (
-    Column,
-    DataSet,
-    fill,
-    find_files,
-    list_images,
-    make_table,
-    read_cells,
-    read_terms,
-)
+from pipeline.sources.source import Column, DataSet, fill, find_files, list_images, make_table, read_cells, read_terms
 
 COLUMN, READER, CLASS = "image_id", "rad_id", "class_name"
 SPLITS = ("train", "test")

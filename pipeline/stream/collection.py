@@ -20,15 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.base.errors import DataError, printable
-from pipeline.identity import (
-    NAMED,
-    Ids,
-    describe_repeats,
-    find_shared,
-    identify_images,
-    identify_patients,
-    spell_alike,
-)
+from pipeline.identity import NAMED, Ids, describe_repeats, find_shared, identify_images, identify_patients, spell_alike
 from pipeline.labels import LABELS, count_rows
 from pipeline.manifest import Manifest, Split, concat_labels, manifest_digest, read_manifest, read_table
 from pipeline.stream.cache import CACHE, CACHE_SIZE, Remote, find_shards, redact

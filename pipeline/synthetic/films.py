@@ -455,10 +455,7 @@ def draw_fracture(film: Film, finding: Finding, rng: np.random.Generator) -> Non
 
 # Each device's curves: the radius in pixels, and points (x, y, z) in hundredths.
 DEVICES = (
-    (
-        "1.8: 0 -10 0, 0.5 20 1, 0 36 2",
-        "1.4: 1 -10 3, 1 50 6, 5 80 3, 20 84 -5",
-    ),  # endotracheal and gastric tube
+    ("1.8: 0 -10 0, 0.5 20 1, 0 36 2", "1.4: 1 -10 3, 1 50 6, 5 80 3, 20 84 -5"),  # endotracheal and gastric tube
     ("1.4: -50 10 0, -28 16 -5, -6 20 -4, -5 50 0",),  # central venous line
     # A pacemaker's box and lead; electrodes, as wires that end in discs; sternal wires.
     ("13: 27 22 -25, 29 25 -25", "1.4: 27 22 -25, 10 12 -10, -8 30 -5, -5 70 -10, 13 70 -20"),

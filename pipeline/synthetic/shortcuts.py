@@ -73,8 +73,4 @@ def brighten_corners(pixels: Pixels) -> None:
     pixels[...] = np.minimum(pixels + light, 255).astype(np.uint8)
 
 
-CUES: dict[str, Callable[[Pixels], None]] = {
-    "marker": burn_marker,
-    "border": draw_border,
-    "corners": brighten_corners,
-}
+CUES: dict[str, Callable[[Pixels], None]] = {"marker": burn_marker, "border": draw_border, "corners": brighten_corners}

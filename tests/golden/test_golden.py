@@ -54,10 +54,7 @@ def test_batches_have_the_same_order_and_content(originals: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "shards", "changes"),
-    [
-        ("images", "shards", {"augment": "crop"}),
-        ("studies", "studies", {"fusion": "attention", "accumulate": 2}),
-    ],
+    [("images", "shards", {"augment": "crop"}), ("studies", "studies", {"fusion": "attention", "accumulate": 2})],
 )
 def test_a_run_has_the_same_configuration_and_first_step(
     originals: Path, tmp_path: Path, name: str, shards: str, changes: dict[str, Any]

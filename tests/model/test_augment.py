@@ -78,12 +78,7 @@ def test_affine_maps_are_torchvisions(draws: tuple[float, ...], expected: dict[s
 
 @pytest.mark.parametrize(
     ("draws", "side", "left", "top"),
-    [
-        ((-1, 0.3, -0.7), 80, 0, 0),
-        ((1, -1, 1), 60, 0, 20),
-        ((0, 0.6, -0.2), 70, 8, 4),
-        ((1, 1, 0.4), 60, 20, 14),
-    ],
+    [((-1, 0.3, -0.7), 80, 0, 0), ((1, -1, 1), 60, 0, 20), ((0, 0.6, -0.2), 70, 8, 4), ((1, 1, 0.4), 60, 20, 14)],
 )
 def test_crops_are_torchvisions(draws: tuple[float, ...], side: int, left: int, top: int) -> None:
     image = smooth_image(80)
@@ -117,8 +112,7 @@ def test_crops_stay_inside_and_leave_the_other_draws_alone() -> None:
     )
     images = torch.randint(0, 256, (4, 1, 32, 32), dtype=torch.uint8)
     assert not torch.equal(
-        augment(images, 128.0, 64.0, (1, 2, 3), Augmentation(crop=0.2)),
-        augment(images, 128.0, 64.0, (1, 2, 3)),
+        augment(images, 128.0, 64.0, (1, 2, 3), Augmentation(crop=0.2)), augment(images, 128.0, 64.0, (1, 2, 3))
     )
 
 

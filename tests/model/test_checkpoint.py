@@ -6,11 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from model.checkpoint import (
-    CheckpointError,
-    load_checkpoint,
-    save_checkpoint,
-)
+from model.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 
 
 def test_checkpoints_come_back_and_run_no_code(tmp_path: Path) -> None:

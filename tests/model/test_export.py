@@ -49,11 +49,7 @@ def add_noise(scorer: Scorer) -> None:
     ],
 )
 def test_an_export_that_is_off_is_refused(
-    scorer: Scorer,
-    spoil: Callable[[Scorer], None],
-    suffix: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    scorer: Scorer, spoil: Callable[[Scorer], None], suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = torch.export.export
 

@@ -62,10 +62,7 @@ def test_steps_are_adamws_and_continue_from_a_checkpoint_to_the_bit(tmp_path: Pa
     state = {"network": ours.state_dict(), "optimizer": optimizer.state_dict()}
     save_checkpoint(tmp_path / "last.pt", state)
     resumed = build_network("rescnn", 14).to(memory_format=torch.channels_last)
-    restored, saved = (
-        build_optimizer(resumed, lr=1.0, weight_decay=1.0),
-        load_checkpoint(tmp_path / "last.pt"),
-    )
+    restored, saved = (build_optimizer(resumed, lr=1.0, weight_decay=1.0), load_checkpoint(tmp_path / "last.pt"))
     resumed.load_state_dict(saved["network"])
     restored.load_state_dict(saved["optimizer"])
     for seed in range(3, 6):

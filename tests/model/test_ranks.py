@@ -92,17 +92,7 @@ def test_any_number_of_ranks_sees_the_same_batches_and_learns_the_same(
     Most without augmentation: how float32 rounds a resampled image depends on how many are resampled at once, and
     where a gradient is nearly zero Adam makes whole steps of the difference.
     """
-    words = [
-        *OPTIONS,
-        "--shards",
-        sample / folder,
-        "--run",
-        "unused",
-        "--batch-size",
-        48,
-        "--augment",
-        "none",
-    ]
+    words = [*OPTIONS, "--shards", sample / folder, "--run", "unused", "--batch-size", 48, "--augment", "none"]
     words += ["--blank", "ignore", "--lr", 1e-3, *options.split()]
     words += request.getfixturevalue(more) if more else []
     count = 4 if "64" in options else 3
@@ -127,10 +117,7 @@ def test_any_number_of_ranks_sees_the_same_batches_and_learns_the_same(
 @pytest.mark.soak
 @pytest.mark.parametrize("round_", ROUNDS)
 def test_a_lost_rank_ends_all_and_the_same_command_continues_exactly(
-    sample_shards: tuple[Path, Manifest],
-    tmp_path: Path,
-    round_: int,
-    record_property: Callable[[str, object], None],
+    sample_shards: tuple[Path, Manifest], tmp_path: Path, round_: int, record_property: Callable[[str, object], None]
 ) -> None:
     def begin(run: str) -> "subprocess.Popen[str]":
         options = f"--shards {sample_shards[0]} --batch-size 8 --epochs 4 --accumulate 2".split()

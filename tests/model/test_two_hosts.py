@@ -50,10 +50,7 @@ def second_host() -> Iterator[tuple[str, ...]]:
 
 
 def test_a_cut_link_changes_nothing(
-    second_host: tuple[str, ...],
-    sample_shards: tuple[Path, Manifest],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    second_host: tuple[str, ...], sample_shards: tuple[Path, Manifest], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with run_swift(Path(os.environ["SWIFT_BIN"]).absolute(), tmp_path / "swift", ADDRESSES[0]) as endpoint:
         for name, value in {

@@ -101,12 +101,7 @@ def test_strict_exits_with_3_where_an_image_was_rejected(chexpert: Path, tmp_pat
 
 def test_labels_with_one_class_are_warned_about_and_refused_where_strict(chexpert: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    command = [
-        "shards",
-        chexpert,
-        out,
-        *["--blank", "ignore", "--dev", "0", "--uncertain", "ignore,Edema=selftrained"],
-    ]
+    command = ["shards", chexpert, out, *["--blank", "ignore", "--dev", "0", "--uncertain", "ignore,Edema=selftrained"]]
     rows = pd.read_csv(chexpert / "train.csv")
     rows = rows[rows["Frontal/Lateral"] == "Frontal"]
     edema = rows["Edema"].replace(1, 0)

@@ -38,13 +38,7 @@ def test_a_sigterm_that_a_finalizer_swallows_ends_the_next_progress() -> None:
 
 @pytest.mark.parametrize(
     ("seconds", "said"),
-    [
-        (59, ""),
-        (60, "  1 min left"),
-        (5399, "  90 min left"),
-        (5400, "  1.5 h left"),
-        (36000, "  10.0 h left"),
-    ],
+    [(59, ""), (60, "  1 min left"), (5399, "  90 min left"), (5400, "  1.5 h left"), (36000, "  10.0 h left")],
 )
 def test_time_left_is_said_from_a_minute_on(seconds: float, said: str) -> None:
     assert console.show_left(seconds) == said

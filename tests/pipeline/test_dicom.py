@@ -240,11 +240,7 @@ def test_padding_is_black_and_has_no_part_in_the_range(
     photometric = f"MONOCHROME{1 if inverted else 2}"
     film = make_film(
         stored,
-        **{
-            "PixelPaddingValue": value,
-            "PixelPaddingRangeLimit": limit,
-            "PhotometricInterpretation": photometric,
-        }
+        **{"PixelPaddingValue": value, "PixelPaddingRangeLimit": limit, "PhotometricInterpretation": photometric}
         | tags,
     )
     unsigned = film.replace(b"\x28\0\x20\1SS", b"\x28\0\x20\1US")
@@ -455,11 +451,7 @@ def test_no_text_of_a_film_is_in_anything_written_or_said(
         except ImageError as error:
             return str(error).encode()
 
-    with (
-        caplog.at_level(logging.DEBUG),
-        ThreadPoolExecutor(4) as pool,
-        warnings.catch_warnings(record=True) as said,
-    ):
+    with caplog.at_level(logging.DEBUG), ThreadPoolExecutor(4) as pool, warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         prepared = [*pool.map(try_prepare, FILMS)]
     assert said == []

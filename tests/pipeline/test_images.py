@@ -57,12 +57,7 @@ def add_metadata(image: Image.Image, kind: str, **options: object) -> bytes:
     if kind == "PNG":
         texts = chunk(b"tEXt", b"Name\0SECRET") + chunk(b"prVt", SECRET)
         return data[:33] + texts + data[33:] + SECRET
-    segments = (
-        (0xE0, b"JFXX\0"),
-        (0xE1, b"http://ns.adobe.com/xap/1.0/\0"),
-        (0xED, b"Photoshop"),
-        (0xFE, b""),
-    )
+    segments = ((0xE0, b"JFXX\0"), (0xE1, b"http://ns.adobe.com/xap/1.0/\0"), (0xED, b"Photoshop"), (0xFE, b""))
     added = [struct.pack(">BBH", 255, m, 2 + len(t + SECRET)) + t + SECRET for m, t in segments]
     # Before the first scan, after the last one, and after the end.
     return data[:2] + b"".join(added) + data[2:-2] + added[-1] + data[-2:] + SECRET
@@ -221,11 +216,7 @@ def test_png_levels() -> None:
 
     assert levels(Image.fromarray(np.array([[0, 128, 129, 32768, 65535]], np.uint16))) == [0, 0, 1, 128, 255]
     assert levels(Image.fromarray(np.array([[False, True]]))) == [0, 255]
-    assert levels(Image.fromarray(np.array([[[200, 255], [200, 128], [200, 0]]], np.uint8), "LA")) == [
-        200,
-        100,
-        0,
-    ]
+    assert levels(Image.fromarray(np.array([[[200, 255], [200, 128], [200, 0]]], np.uint8), "LA")) == [200, 100, 0]
     assert levels(Image.fromarray(np.array([[7, 200]], np.uint8)), transparency=200) == [7, 0]
     deep = struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0)
     pixel = chunk(b"IDAT", zlib.compress(b"\0" + struct.pack(">HHH", 65535, 65535, 65535)))
@@ -251,12 +242,7 @@ def test_an_exif_orientation_is_applied(kind: str) -> None:
 
 @pytest.mark.parametrize("size", [None, 160, 20, 40, 10])
 def test_every_truncation_is_found(gray: Image.Image, size: int | None) -> None:
-    sources = [
-        encode(gray),
-        encode(gray, progressive=True),
-        encode(gray.convert("CMYK")),
-        encode(gray, format="PNG"),
-    ]
+    sources = [encode(gray), encode(gray, progressive=True), encode(gray.convert("CMYK")), encode(gray, format="PNG")]
     for source in sources:
         for end in {*range(0, len(source), 97), *range(len(source) - 20, len(source))}:
             with pytest.raises(ImageError):
@@ -341,15 +327,7 @@ def deep_png(levels: npt.NDArray[Any], *chunks: bytes) -> bytes:
     kind = {1: 0, 2: 4, 3: 2, 4: 6}[levels[0, 0].size]
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in levels)
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, kind, 0, 0, 0))
-    return b"".join(
-        [
-            b"\x89PNG\r\n\x1a\n",
-            header,
-            *chunks,
-            chunk(b"IDAT", zlib.compress(rows)),
-            chunk(b"IEND", b""),
-        ]
-    )
+    return b"".join([b"\x89PNG\r\n\x1a\n", header, *chunks, chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")])
 
 
 @pytest.mark.parametrize("bits", [10, 12, 14])

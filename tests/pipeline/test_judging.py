@@ -127,10 +127,7 @@ def test_two_readers_and_a_network_stand_on_one_page(nih: tuple[Path, Path, pd.D
 def test_what_cannot_be_judged_is_refused(nih: tuple[Path, Path, pd.DataFrame], tmp_path: Path) -> None:
     table, scores, _ = nih
     for words, message in {
-        (
-            "--columns",
-            "Edema,path=x",
-        ): "Edema has no column; 'path' is none of key, patient, study, No Finding",
+        ("--columns", "Edema,path=x"): "Edema has no column; 'path' is none of key, patient, study, No Finding",
         ("--dev", "dev", "--threshold", "0.5"): "--threshold is for scores without --dev",
         ("--dev", "valid", "--split", "valid"): "--dev is the split to be judged; name another",
     }.items():

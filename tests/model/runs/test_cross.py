@@ -94,12 +94,7 @@ def test_sets_that_cannot_be_scored_are_refused_before_training(
 ) -> None:
     monkeypatch.setattr(train, "train", lambda *_: pytest.fail("a run was trained"))
     folders = [Path(shutil.copytree(folder, tmp_path / folder.name)) for folder in sets]
-    words = (
-        "cross",
-        *(word for folder in folders for word in ("--shards", folder)),
-        "--out",
-        tmp_path / "out",
-    )
+    words = ("cross", *(word for folder in folders for word in ("--shards", folder)), "--out", tmp_path / "out")
     # Its weights have seen the other set's valid: said before a run on the first set is trained.
     seen = {"split": "train", "run": "before", "patients": torch.tensor([], dtype=torch.int64)}
     valid = read_table(folders[1], read_manifest(folders[1]).split("valid"))

@@ -116,11 +116,7 @@ def test_only_the_last_layer_learns(
         (["{run}", "--out", "e.csv"], "--out e.csv: it must end in .arrow or .parquet"),
     ],
 )
-def test_what_cannot_be_embedded_is_a_usage_error(
-    one_epoch: Path,
-    words: list[str],
-    message: str,
-) -> None:
+def test_what_cannot_be_embedded_is_a_usage_error(one_epoch: Path, words: list[str], message: str) -> None:
     typed = [word.format(run=one_epoch) for word in words]
     with pytest.raises(click.UsageError, match=f"^{re.escape(message.format(run=one_epoch))}$"):
         call_train("embed", "--out", "e.arrow", *typed)

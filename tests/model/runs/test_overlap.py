@@ -172,12 +172,7 @@ def test_what_weights_have_seen_is_handed_on(
     boxes = tmp_path / "boxes.csv"
     boxes.write_text(f"key,label,x,y,w,h\n{read_frame(again, 'dev')['key'].iloc[0]},Edema,1,1,9,9\n")
     elsewhere = ("--shards", again, "--split", "dev")
-    at_home = (
-        "--shards",
-        own,
-        "--split",
-        "train",
-    )  # of the weights' run, not of a network that starts from them
+    at_home = ("--shards", own, "--split", "train")  # of the weights' run, not of a network that starts from them
     fresh = ("embed", "rescnn", "--init", second, "--image-size", 32, "--out", tmp_path / "fresh.arrow")
     for words in (
         ("embed", second, *elsewhere, "--out", tmp_path / "dev.arrow"),

@@ -167,12 +167,7 @@ def test_tables_hold_the_rows(evaluation: Evaluation, page: str) -> None:
     altered = get("auroc", "Edema", scorer="altered: center covered")
     assert tables["sanity"][0][2][2:] == [altered.shown, "recognized" if (altered.low or 0) > 0.6 else ""]
     edema = tables["readers"][0][2]
-    assert edema[:4] == [
-        "Edema",
-        "0 of 2",
-        f"{get('below', 'Edema', 'study', scorer='always').positives}",
-        edema[3],
-    ]
+    assert edema[:4] == ["Edema", "0 of 2", f"{get('below', 'Edema', 'study', scorer='always').positives}", edema[3]]
     assert edema[4].startswith("1.000 [")
     within = [get("auroc_within", "Edema", group=name).shown for name in ("sex", "Male")]
     assert tables["belief"][0][1][2] in within

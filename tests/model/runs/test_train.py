@@ -108,10 +108,7 @@ def test_interrupted_and_continued_equals_uninterrupted(make_job: Callable[..., 
     assert_same_run(make_job("parts").run, whole)
 
 
-@pytest.mark.parametrize(
-    ("policy", "outputs"),
-    [("zeros", 14), ("multiclass", 28), ("best,Edema=multiclass", 15)],
-)
+@pytest.mark.parametrize(("policy", "outputs"), [("zeros", 14), ("multiclass", 28), ("best,Edema=multiclass", 15)])
 def test_policies_train_and_their_scores_give_the_reported_auroc(
     make_job: Callable[..., Job], policy: str, outputs: int
 ) -> None:
@@ -138,9 +135,7 @@ def evaluate_train(job: Job) -> Evaluation:
     return evaluate(job, predictor, "train", predictor.score(job, "train"))
 
 
-def test_a_student_learns_its_teachers_scores_of_the_uncertain_cells(
-    make_job: Callable[..., Job],
-) -> None:
+def test_a_student_learns_its_teachers_scores_of_the_uncertain_cells(make_job: Callable[..., Job]) -> None:
     teacher = make_job("teacher", uncertain="ignore", epochs=1)
     train.train(teacher)
     report = evaluate_train(teacher)
@@ -247,9 +242,7 @@ def test_two_processes_do_not_train_one_run(make_job: Callable[..., Job]) -> Non
     assert not (job.run / "config.json").exists()  # which may be of another configuration
 
 
-def test_a_run_continues_in_the_precision_and_on_the_ranks_it_began_with(
-    make_job: Callable[..., Job],
-) -> None:
+def test_a_run_continues_in_the_precision_and_on_the_ranks_it_began_with(make_job: Callable[..., Job]) -> None:
     """`--amp auto` is bf16, fp16 or off, as the device can; BatchNorm's statistics are of a rank's part of a batch."""
     job = make_job("run")
     train_until(3, job)
@@ -270,8 +263,7 @@ def test_a_rank_that_torchrun_did_not_start_is_refused(
 ) -> None:
     monkeypatch.setenv("RANK", "0")  # as some schedulers set it
     with pytest.raises(
-        DataError,
-        match=r"^RANK is in the environment and LOCAL_RANK is not: start with torchrun, or unset RANK$",
+        DataError, match=r"^RANK is in the environment and LOCAL_RANK is not: start with torchrun, or unset RANK$"
     ):
         command("train", "--run", tmp_path / "run")
 
@@ -304,9 +296,7 @@ def test_too_little_memory_is_one_line_that_says_what_helps(
     assert str(caught.value) == f"out of memory in a step with {step}; {remedy}"
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(
-    make_job: Callable[..., Job],
-) -> None:
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(make_job: Callable[..., Job]) -> None:
     job = make_job("run", lr=1e30)
     with pytest.raises(DataError, match=r"^the loss is (nan|inf) at epoch 1, step \d+; try a lower `lr`$"):
         train.train(job)
@@ -328,11 +318,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
 
 @pytest.mark.parametrize(("check_steps", "looks", "saved"), [(2, 10**9, 2), (20, 5, None)])
 def test_a_gradient_that_is_not_finite_stops_the_run_before_its_weights_are_saved(
-    make_job: Callable[..., Job],
-    monkeypatch: pytest.MonkeyPatch,
-    check_steps: int,
-    looks: int,
-    saved: int | None,
+    make_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch, check_steps: int, looks: int, saved: int | None
 ) -> None:
     """Also where a stop comes between two looks at the losses."""
     message = r"^the gradient's norm is nan at epoch 1, step 3; try a lower `lr`$"
@@ -390,13 +376,7 @@ def test_weights_that_the_last_step_has_ruined_are_not_saved(
 @pytest.mark.parametrize(
     "change",
     [
-        *(
-            {"amp": "bf16"},
-            {"augment": "none"},
-            {"augment": "crop"},
-            {"uncertain": "ignore"},
-            {"blank": "ignore"},
-        ),
+        *({"amp": "bf16"}, {"augment": "none"}, {"augment": "crop"}, {"uncertain": "ignore"}, {"blank": "ignore"}),
         *({"loss": "aucm"}, {"pos_weight": True}, {"weight_decay": 0.5}, {"ema": 0.0}, {"accumulate": 2}),
         *({"layer_decay": 0.5}, {"seed": 1}),
     ],
@@ -825,10 +805,7 @@ def test_a_full_disk_leaves_the_earlier_starts(make_job: Callable[..., Job], mon
 
 
 def test_wandb_reads_what_goes_to_tensorboard(
-    command: Callable[..., int],
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    capfd: pytest.CaptureFixture[str],
+    command: Callable[..., int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     wandb = Mock()
     monkeypatch.setattr(folder, "find_restriction", lambda dataset: f"License of {tmp_path}")
@@ -1017,10 +994,7 @@ def test_the_last_weights_are_kept_where_that_is_asked_for(make_job: Callable[..
 @pytest.mark.soak
 @pytest.mark.parametrize("round_", ROUNDS)
 def test_command_line_killed_twice_warned_by_slurm_and_continued_equals_undisturbed(
-    sample_shards: tuple[Path, Manifest],
-    tmp_path: Path,
-    round_: int,
-    record_property: Callable[[str, object], None],
+    sample_shards: tuple[Path, Manifest], tmp_path: Path, round_: int, record_property: Callable[[str, object], None]
 ) -> None:
     shards, _ = sample_shards
     dice = random.Random(round_)

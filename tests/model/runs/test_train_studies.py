@@ -90,10 +90,7 @@ def test_a_frozen_backbone_is_the_first_runs(make: Callable[..., Job]) -> None:
 
 
 def test_predict_scores_the_files_of_a_study_together(
-    make: Callable[..., Job],
-    drawn_studies: tuple[Path, Manifest],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    make: Callable[..., Job], drawn_studies: tuple[Path, Manifest], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As the study was scored from the shards, where its frontal's projection is not asked for."""
     fused = make("fused", epochs=1, fusion="mean", lr=1e-9, ema=0.0)  # so no projection differs from another

@@ -94,11 +94,7 @@ def test_what_evaluate_wrote_is_said_and_a_comparison_stays(
     ]
     before = compared[1].read_bytes()
     plain = written()
-    assert [path.name for path in plain] == [
-        "scores-valid.arrow",
-        "evaluation-valid.json",
-        "report-valid.html",
-    ]
+    assert [path.name for path in plain] == ["scores-valid.arrow", "evaluation-valid.json", "report-valid.html"]
     assert all(path.is_file() for path in (*compared, *plain))
     assert compared[1].read_bytes() == before
 

@@ -34,12 +34,7 @@ def start() -> Iterator[Start]:
     processes: list[subprocess.Popen[bytes]] = []
 
     def begin(*arguments: object, cwd: Path = REPOSITORY) -> "subprocess.Popen[bytes]":
-        command = [
-            sys.executable,
-            "-m",
-            "distributed.cli.dask_" + str(arguments[0]),
-            *map(str, arguments[1:]),
-        ]
+        command = [sys.executable, "-m", "distributed.cli.dask_" + str(arguments[0]), *map(str, arguments[1:])]
         if arguments[0] == "worker":
             command += ["--nworkers", "1", "--nthreads", "1", "--no-nanny", "--no-dashboard"]
         processes.append(subprocess.Popen(command, stderr=subprocess.DEVNULL, cwd=cwd))

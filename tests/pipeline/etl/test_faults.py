@@ -17,10 +17,7 @@ from tests.conftest import default_options, make_shards, write_chexpert
 from tests.pipeline.etl.test_shards import hashes
 
 # What the message says of each.
-ERRORS = {
-    errno.ENOSPC: "No space left on device; make room, and run it again",
-    errno.EIO: "Input/output error",
-}
+ERRORS = {errno.ENOSPC: "No space left on device; make room, and run it again", errno.EIO: "Input/output error"}
 
 
 class Disk:

@@ -234,11 +234,7 @@ def test_changed_csv_is_refused(chexpert: Path, shards: Shards) -> None:
         make_shards(chexpert, shards[0])
 
 
-BAD = [
-    (None, "no such file, but the CSV lists it"),
-    (b"", "the file is empty"),
-    (b"\xff\xd8", "not a readable JPEG: "),
-]
+BAD = [(None, "no such file, but the CSV lists it"), (b"", "the file is empty"), (b"\xff\xd8", "not a readable JPEG: ")]
 
 
 @pytest.mark.parametrize(("content", "reason"), BAD)
@@ -367,10 +363,7 @@ def test_damaged_tables_and_manifests_are_named(shards: Shards) -> None:
             "format version 2; this program reads 1: write the shards again into a new folder",
         ),
         (text.replace('"splits"', '"parts"'), "damaged: 'splits'"),
-        (
-            text.replace("train-000000.tar", "../train-000000.tar"),
-            "'../train-000000.tar' is not a plain file name",
-        ),
+        (text.replace("train-000000.tar", "../train-000000.tar"), "'../train-000000.tar' is not a plain file name"),
     ):
         path.write_text(damage)
         with pytest.raises(DataError, match=message):

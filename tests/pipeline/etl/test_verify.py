@@ -117,11 +117,7 @@ def damage_several(folder: Path, manifest: Manifest) -> list[str]:
     path, shard = folder / manifest.split("valid").shards[0].file, manifest.split("train").shards[1].file
     path.unlink()
     flip(folder / shard, 0)
-    return [
-        *lines,
-        f"{folder / shard}: byte 0: not a usable tar header: bad checksum",
-        f"{path}: the shard is missing",
-    ]
+    return [*lines, f"{folder / shard}: byte 0: not a usable tar header: bad checksum", f"{path}: the shard is missing"]
 
 
 def exchange_manifest(folder: Path, manifest: Manifest) -> list[str]:
@@ -189,9 +185,7 @@ def rename_member(folder: Path, manifest: Manifest) -> list[str]:
     header[148:156] = b"%06o\0 " % sum(header)
     path.write_bytes(header + data[512:])
     accept(folder, manifest)
-    return [
-        f"{path}: member 0: {key.replace('p', 'P', 1)}.jpg in the tar, {key}.jpg in the table",
-    ]
+    return [f"{path}: member 0: {key.replace('p', 'P', 1)}.jpg in the tar, {key}.jpg in the table"]
 
 
 def append_zeros(folder: Path, manifest: Manifest) -> list[str]:

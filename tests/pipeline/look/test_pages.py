@@ -92,13 +92,7 @@ def open_page(folder: Path, page: str, width: int, scheme: int) -> dict[str, Any
     assert CHROMIUM is not None
     path = folder / "page.html"
     path.write_text(FRAME.replace("WIDTH", str(width)).replace("PAGE", html.escape(page)))
-    command = [
-        CHROMIUM,
-        "--headless",
-        "--disable-gpu",
-        "--disable-background-networking",
-        "--hide-scrollbars",
-    ]
+    command = [CHROMIUM, "--headless", "--disable-gpu", "--disable-background-networking", "--hide-scrollbars"]
     command += ["--dump-dom", "--enable-logging=stderr", f"--user-data-dir={folder / 'profile'}"]
     command += [f"--blink-settings=preferredColorScheme={scheme}"]
     command += ["--no-sandbox"] if os.geteuid() == 0 else []  # a container has no user for it

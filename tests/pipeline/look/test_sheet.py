@@ -13,16 +13,7 @@ from model.names import AUGMENTATIONS
 from model.runs.commands import main
 from pipeline import open_shards
 from pipeline.labels import LABELS
-from pipeline.look.sheet import (
-    GAP,
-    LINE,
-    NARROWEST,
-    describe_sample,
-    draw_sheet,
-    find_state,
-    fit,
-    spread_rows,
-)
+from pipeline.look.sheet import GAP, LINE, NARROWEST, describe_sample, draw_sheet, find_state, fit, spread_rows
 from pipeline.manifest import Manifest, read_manifest
 from pipeline.stream.samples import OpenSplit, open_split
 from tests.conftest import default_options, make_shards, run_pipeline

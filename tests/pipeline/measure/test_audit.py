@@ -56,13 +56,7 @@ def test_figures_are_scikit_learn_s_and_holm_s_by_hand() -> None:
     values = {f"c{shift}": shift * truth[:, 0] + random.normal(size=400) for shift in (0.0, 0.6, 0.8, 1.0, -1.5)}
     values["c0.6"][:100] = np.nan
     edge = {"edge": random.normal(size=400)}
-    audit = audit_labels(
-        make_table(np.arange(400)),
-        *make_cells(truth, labels),
-        values,
-        edge,
-        together=False,
-    )
+    audit = audit_labels(make_table(np.arange(400)), *make_cells(truth, labels), values, edge, together=False)
     found = by_name(audit)
     assert len(found) == 18
     p_values = {}
@@ -122,9 +116,7 @@ def test_alarms_are_told_in_words() -> None:
     target, mask = make_cells(np.column_stack([truth, np.arange(300) < 9]), ("Pneumonia", "Fracture"))
     sharpness = {"sharpness": truth + 0.1 * random.random(300)}
     audit = audit_labels(table, target, mask, find_covariates(table), content=sharpness, together=False)
-    assert describe_alarms(audit) == [
-        "Pneumonia: patient number alone predicts it with AUROC 1.00 (.99–1.00)",
-    ]
+    assert describe_alarms(audit) == ["Pneumonia: patient number alone predicts it with AUROC 1.00 (.99–1.00)"]
     assert by_name(audit)["Pneumonia", "sharpness"]["exceeds"]  # but is no alarm
     assert audit["left_out"] == {
         "study number": "unknown",

@@ -52,11 +52,7 @@ def test_the_fit_is_the_likeliest_under_its_prior_and_scikit_learns_with_many_ce
 def test_a_shift_as_of_weighted_positives_is_undone(temperature: float, shift: float) -> None:
     score, truth = draw(temperature, shift)
     found = fit_calibration(
-        ["Edema"],
-        score[:, None],
-        truth[:, None].astype(np.float32),
-        np.ones((4000, 1), bool),
-        np.arange(4000),
+        ["Edema"], score[:, None], truth[:, None].astype(np.float32), np.ones((4000, 1), bool), np.arange(4000)
     )["Edema"]
     assert found["note"] is None
     assert found["temperature"] == pytest.approx(temperature, rel=0.1)

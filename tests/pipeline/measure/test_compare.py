@@ -9,14 +9,7 @@ from sklearn.metrics import recall_score, roc_auc_score, roc_curve
 from pipeline import DataError
 from pipeline.measure.evaluate import Scored, assess, calibrate, leave_uncalibrated
 from pipeline.measure.evaluation import COMMON, OWN, Evaluation
-from pipeline.measure.judge import (
-    MEMBERS,
-    add_comparison,
-    add_other,
-    add_own,
-    add_readers,
-    combine_views,
-)
+from pipeline.measure.judge import MEMBERS, add_comparison, add_other, add_own, add_readers, combine_views
 from pipeline.measure.metrics import subtract_independent, wilson_limits
 
 NAMES = ["Edema", "Fracture"]
@@ -149,10 +142,7 @@ def test_labels_of_both_sets_are_compared() -> None:
     common = found.get("auroc", COMMON)
     assert (common.note, less[COMMON].note) == ("Edema, Pneumonia", "")
     assert less[COMMON].value == pytest.approx(np.mean(aurocs[0]) - np.mean(aurocs[1]), abs=1e-12)
-    assert (common.low, found.get("auroc", COMMON, group=OWN).low) == (
-        macro10.low,
-        ours.get("auroc", "macro10").low,
-    )
+    assert (common.low, found.get("auroc", COMMON, group=OWN).low) == (macro10.low, ours.get("auroc", "macro10").low)
 
 
 def test_where_the_own_macro_is_over_other_labels_its_limits_are_widened() -> None:

@@ -14,12 +14,7 @@ from model.losses import positive_weights
 from pipeline.labels import LABELS, NOT_ANNOTATED
 from pipeline.look.label_report import draw_cooccurrence, draw_states
 from pipeline.manifest import Manifest
-from pipeline.measure.counts import (
-    count_cooccurrence,
-    count_groups,
-    count_labels,
-    count_targets,
-)
+from pipeline.measure.counts import count_cooccurrence, count_groups, count_labels, count_targets
 from pipeline.policies import make_targets, parse_uncertain_policy
 from pipeline.sources.load import load_table
 from pipeline.sources.sets import read_any_table

@@ -70,10 +70,7 @@ def test_patients_with_several_rows_have_obuchowskis_variance() -> None:
     independent = values[truth].var(ddof=1) / truth.sum() + values[~truth].var(ddof=1) / (~truth).sum()
     assert error / independent > 1.2
     sizes = int(truth.sum()), int((~truth).sum())
-    parts = (
-        with_positive / (with_positive - 1) * (a**2).sum(),
-        with_negative / (with_negative - 1) * (b**2).sum(),
-    )
+    parts = (with_positive / (with_positive - 1) * (a**2).sum(), with_negative / (with_negative - 1) * (b**2).sum())
     freedom = sum(parts) ** 2 / (parts[0] ** 2 / (with_positive - 1) + parts[1] ** 2 / (with_negative - 1))
     design = error / independent
     limits = score_limits(auroc, lambda theta: design * score_variance(theta, *sizes), t.ppf(0.975, freedom))

@@ -21,14 +21,7 @@ from pipeline.measure.evaluate import (
 )
 from pipeline.measure.evaluation import MEANS, Evaluation, read_evaluation
 from pipeline.measure.judge import add_other
-from pipeline.measure.metrics import (
-    COMPETITION,
-    brier_score,
-    decide,
-    report_auroc,
-    resample_auprc,
-    wilson_limits,
-)
+from pipeline.measure.metrics import COMPETITION, brier_score, decide, report_auroc, resample_auprc, wilson_limits
 
 NAMES = [*COMPETITION, "Fracture", "Rare"]
 

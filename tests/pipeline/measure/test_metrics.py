@@ -154,10 +154,7 @@ def test_shares_have_wilsons_limits_on_as_many_cells_as_patients_are_worth() -> 
     called = random.random(40) < 0.7
     expected = binomtest(int(called.sum()), 40).proportion_ci(method="wilson")
     alone = wilson_limits(called, np.arange(40))
-    assert alone == {
-        "low": pytest.approx(expected.low, abs=0.01),
-        "high": pytest.approx(expected.high, abs=0.01),
-    }
+    assert alone == {"low": pytest.approx(expected.low, abs=0.01), "high": pytest.approx(expected.high, abs=0.01)}
     thrice = wilson_limits(
         np.repeat(called, 3), np.repeat(np.arange(40), 3)
     )  # three cells that tell as much as one, by an estimate from 40 patients

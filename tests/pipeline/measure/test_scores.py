@@ -139,10 +139,7 @@ def test_logits_become_probabilities_and_columns_have_any_names(tmp_path: Path) 
         ("key,Edema\np2_a,.5\np3_b,.5\n", ", column Edema: all 2 scores are 0.5: nothing to judge"),
         ("key,Edema,EDEMA\np2_a,.5,.5\n", ": column Edema appears 2 times"),
         ("key,Edema\n,.1\np3_b,.2\n", ", line 2, column key: blank, so nothing says whose row it is"),
-        (
-            "key,Wet\np2_a,.1\n",
-            ": no column is named by a label; it has key, Wet; map them: `columns` Edema=Wet",
-        ),
+        ("key,Wet\np2_a,.1\n", ": no column is named by a label; it has key, Wet; map them: `columns` Edema=Wet"),
         (
             "id,Edema\np2_a,.1\n",
             ": no column says whose row it is: key, path, file, filename, image index, or patient and study; map one: "

@@ -77,10 +77,7 @@ def test_aimi_batches(chexpert: Path, tmp_path: Path) -> None:
 
 
 def test_the_test_set_has_paths_and_labels_only(tmp_path: Path) -> None:
-    for split, csv, patients in (
-        ("test", "test_labels.csv", range(50, 55)),
-        ("val", "val_labels.csv", range(40, 43)),
-    ):
+    for split, csv, patients in (("test", "test_labels.csv", range(50, 55)), ("val", "val_labels.csv", range(40, 43))):
         rows = write_chexpert(tmp_path, split, patients)
         frame = pd.DataFrame(rows)[["Path", *LABELS]]
         frame["Path"] = frame["Path"].str.removeprefix("CheXpert-v1.0-small/")

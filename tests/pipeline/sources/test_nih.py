@@ -74,12 +74,7 @@ def test_a_folder_becomes_shards_by_the_official_lists(folder: Path) -> None:
     first, second = rows["00000001_000"], rows["00000001_001"]
     facts = ("patient", "study", "view", "sex", "age", "projection")
     assert [first[name] for name in facts] == ["00000001", 0, "frontal", "Male", 57, "PA"]
-    assert (first["Cardiomegaly"], first["Edema"], first["Lung Opacity"], first["Fracture"]) == (
-        1,
-        0,
-        0,
-        NOT_ANNOTATED,
-    )
+    assert (first["Cardiomegaly"], first["Edema"], first["Lung Opacity"], first["Fracture"]) == (1, 0, 0, NOT_ANNOTATED)
     assert (second["Lung Lesion"], second["Lung Opacity"]) == (1, NOT_ANNOTATED)
     assert (rows["00000003_000"]["Lung Lesion"], rows["00000003_000"]["Lung Opacity"]) == (1, 1)
     assert (rows["00000004_000"]["Pleural Other"], rows["00000004_000"]["Pleural Effusion"]) == (1, 1)

@@ -56,10 +56,7 @@ def test_the_real_table_agrees_with_a_count_of_its_words() -> None:
         unsaid = silent | opened.get(label, False)
         unsaid &= ~positive[label] & ~(found if label == "No Finding" else False)
         counts = report["labels"][label]
-        assert (counts["positive"], counts["not_annotated"]) == (
-            rows[positive[label]].sum(),
-            rows[unsaid].sum(),
-        ), label
+        assert (counts["positive"], counts["not_annotated"]) == (rows[positive[label]].sum(), rows[unsaid].sum()), label
 
 
 def test_the_mapping_has_torchxrayvision_s_words_but_for_named_differences() -> None:

@@ -102,10 +102,7 @@ def test_each_split_may_have_a_csv(films: Path) -> None:
         ((",-1,", ",2,"), "line 5, column edema: '2' is not a label: 1.0, 0.0, -1.0 or blank"),
         (("note", "edema"), "column edema appears 2 times"),
         (("M-02", ""), "line 5, column MRN: '' is not a name without spaces, of up to 64 characters"),
-        (
-            ("MRN,Gender", "mrn,gender"),
-            "column MRN is missing; it has Image, mrn, gender, Years, edema, fluid, note",
-        ),
+        (("MRN,Gender", "mrn,gender"), "column MRN is missing; it has Image, mrn, gender, Years, edema, fluid, note"),
     ],
 )
 def test_bad_input_is_named(films: Path, change: tuple[str, str], message: str) -> None:

@@ -57,10 +57,7 @@ def jpg_and_json(folder: Path) -> None:
 def png_and_txt(folder: Path) -> None:
     write(
         folder / "shard.tar",
-        [
-            {"__key__": "左", "png": image(0), "txt": b"1\n"},
-            {"__key__": "右", "png": image(1), "txt": b"-1.0"},
-        ],
+        [{"__key__": "左", "png": image(0), "txt": b"1\n"}, {"__key__": "右", "png": image(1), "txt": b"-1.0"}],
     )
 
 
@@ -68,12 +65,7 @@ def nested_folders(folder: Path) -> None:
     """Packed by tar: folders are members, a sample's members need not be neighbors, and the labels are in a CSV."""
     (folder / "part").mkdir(parents=True)
     with tarfile.open(folder / "part" / "test.tar", "w") as tar:
-        for name, data in (
-            ("a", b""),
-            ("a/1.png", image(0)),
-            ("a/2.PNG", image(1)),
-            ("a/1.mask.png", b"x"),
-        ):
+        for name, data in (("a", b""), ("a/1.png", image(0)), ("a/2.PNG", image(1)), ("a/1.mask.png", b"x")):
             info = tarfile.TarInfo(name)
             info.type, info.size = (tarfile.REGTYPE if data else tarfile.DIRTYPE), len(data)
             tar.addfile(info, io.BytesIO(data))
@@ -103,11 +95,7 @@ LAYOUTS: tuple[tuple[Layout, str, list[tuple[Any, ...]]], ...] = (
             for key in [make_key(f"{split}/{tar}-000000/sample{i}")]
         ],
     ),
-    (
-        jpg_and_json,
-        "patient=mrn,sex=Gender,Edema=findings.edema",
-        [("train", "0", "7", 1), ("train", "1", "8", None)],
-    ),
+    (jpg_and_json, "patient=mrn,sex=Gender,Edema=findings.edema", [("train", "0", "7", 1), ("train", "1", "8", None)]),
     (
         png_and_txt,
         "patient=__key__,Edema=txt",
@@ -118,11 +106,7 @@ LAYOUTS: tuple[tuple[Layout, str, list[tuple[Any, ...]]], ...] = (
         "patient=mrn,Edema=edema,key=image",
         [("test", "a_1-acf34a58", "P1", 1), ("test", "a_2-2f2c9317", "P2", None)],
     ),
-    (
-        tars_without_numbers,
-        "patient=__key__,Edema=cls",
-        [("train", "0", "0", 1), ("test", "1", "1", 1)],
-    ),
+    (tars_without_numbers, "patient=__key__,Edema=cls", [("train", "0", "0", 1), ("test", "1", "1", 1)]),
     (counted, "patient=patient,age=age,Edema=Edema", [("valid", "0", "P0", 0), ("valid", "1", "P1", 0)]),
 )
 
@@ -163,10 +147,7 @@ def test_folders_count_if_they_hold_files_of_one_name(tmp_path: Path) -> None:
     (tmp_path / "labels.csv").write_text("image,mrn,edema\nx/a/1.png,P1,1\nx/b/1.png,P2,0\n")
     columns = (("patient", "mrn"), ("Edema", "edema"), ("key", "image"))
     table = SET.read(find_source(tmp_path, {}, [], "webdataset", columns))["train"]
-    assert list(zip(table["patient"].to_pylist(), table["Edema"].to_pylist(), strict=True)) == [
-        ("P1", 1),
-        ("P2", 0),
-    ]
+    assert list(zip(table["patient"].to_pylist(), table["Edema"].to_pylist(), strict=True)) == [("P1", 1), ("P2", 0)]
 
 
 def test_each_split_may_have_tars(tmp_path: Path) -> None:
@@ -213,10 +194,7 @@ def test_all_that_is_missing_is_listed_at_once(tmp_path: Path) -> None:
     [
         ({"cls": b"7"}, "column cls: '7' is not a label: 1.0, 0.0, -1.0 or blank"),
         ({"json": b"{"}, ".json: damaged: not JSON: Expecting property name enclosed in double quotes: "),
-        (
-            {"json": b'{"mrn": "\\ud800 x"}'},
-            "column mrn: '? x' is not a name without spaces, of up to 64 characters",
-        ),
+        ({"json": b'{"mrn": "\\ud800 x"}'}, "column mrn: '? x' is not a name without spaces, of up to 64 characters"),
         ({"json": b" " * (2**20 + 1)}, ".json has 1,048,577 bytes, too many"),
         ({"cls": b""}, "two members .jpg"),
     ],

@@ -91,11 +91,7 @@ def source(request: pytest.FixtureRequest, study_shards: Shards) -> Source:
     split = open_split(*study_shards, "train")
     labels = Labels(*make_targets(split.table, parse_uncertain_policy("best"), "zeros", seed=0))
     samples = find_images(split) if request.param == "image" else find_studies(split)[0]
-    return Source(
-        split,
-        len(samples.rows),
-        lambda **options: list(training(split, labels, samples, **options)),
-    )
+    return Source(split, len(samples.rows), lambda **options: list(training(split, labels, samples, **options)))
 
 
 def assert_equal(batches: list[Any], expected: list[Any]) -> None:

@@ -273,13 +273,7 @@ CUT = {
     ],
 )
 def test_failures_are_named(
-    server: Server,
-    url: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    fault: Fault,
-    requests: int,
-    message: str,
+    server: Server, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Fault, requests: int, message: str
 ) -> None:
     [shard] = make_files(server.folder, 1)
     server.gives_parts, server.faults = False, repeat(fault)
@@ -320,11 +314,7 @@ def test_a_download_that_makes_progress_is_not_given_up(server: Server, url: str
 
 
 def test_a_process_that_stands_still_is_named_and_not_waited_for(
-    server: Server,
-    url: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+    server: Server, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """As a suspended one does, which keeps the lock of its download."""
     monkeypatch.setattr(remote, "PATIENCE", 0.2)
@@ -367,10 +357,7 @@ def test_refused_connections_are_named(server: Server, url: str, tmp_path: Path)
     server.server_close()
     with pytest.raises(DataError) as caught:
         open_remote(url, tmp_path / "cache").path(shard)
-    reasons = {
-        "http": r"HTTPConnectionPool\(.*Connection refused.*",
-        "s3": "Could not connect to the endpoint URL: .*",
-    }
+    reasons = {"http": r"HTTPConnectionPool\(.*Connection refused.*", "s3": "Could not connect to the endpoint URL: .*"}
     pattern = f"{re.escape(url)}/0.tar: {reasons[url.partition(':')[0]]}; tried 3 times"
     assert re.fullmatch(pattern, str(caught.value))
 
@@ -632,10 +619,7 @@ def test_a_server_that_never_ends_fills_neither_disk_nor_memory(
     monkeypatch.setattr(remote, "TABLE_BYTES", 10**6)
     near = open_remote(web(server), tmp_path / "cache", limit=10**7)
     shard = shards[1].split("train").shards[0]
-    for use, name, most in (
-        (near.mirror, "manifest.json", 10**6),
-        (lambda: near.path(shard), shard.file, shard.bytes),
-    ):
+    for use, name, most in ((near.mirror, "manifest.json", 10**6), (lambda: near.path(shard), shard.file, shard.bytes)):
         server.faults = repeat(endless)
         with pytest.raises(DataError) as caught:
             use()
@@ -686,10 +670,7 @@ def test_damaged_files_in_the_cache_are_replaced(
     split = manifest.split("train")
     for damaged in (True, False):
         remote = open_remote(web(server), tmp_path / "cache")
-        files = {
-            split.table: remote.mirror() / split.table,
-            split.shards[0].file: remote.path(split.shards[0]),
-        }
+        files = {split.table: remote.mirror() / split.table, split.shards[0].file: remote.path(split.shards[0])}
         assert files[name].read_bytes() == (folder / name).read_bytes()
         if damaged:
             files[name].write_bytes(files[name].read_bytes()[:-1] + b"x")

@@ -180,11 +180,7 @@ def test_a_patient_is_one_whatever_the_spelling(two: tuple[Path, Path], tmp_path
 def test_a_patient_in_two_splits_of_two_folders_is_refused(two: tuple[Path, Path], tmp_path: Path) -> None:
     write_chexpert(tmp_path / "films", "valid", range(30, 33))
     write_shards(
-        find_source(tmp_path / "films", {}, []),
-        tmp_path / "v",
-        default_options(),
-        POLICIES,
-        Execution(1, 0.0),
+        find_source(tmp_path / "films", {}, []), tmp_path / "v", default_options(), POLICIES, Execution(1, 0.0)
     )
     with pytest.raises(DataError) as caught:
         open_collection([two[0], tmp_path / "v"])

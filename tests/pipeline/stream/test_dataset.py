@@ -117,10 +117,7 @@ def test_what_is_not_there_and_batches_that_cannot_be_are_refused(shards: Shards
     for batch_size, message in (
         (0, "`batch_size` 0: a batch has at least 1 sample"),
         (-1, "`batch_size` -1: a batch has at least 1 sample"),
-        (
-            rows + 1,
-            f"`batch_size` {rows + 1} is more than the {rows} samples of <train: {rows} of {rows} images>",
-        ),
+        (rows + 1, f"`batch_size` {rows + 1} is more than the {rows} samples of <train: {rows} of {rows} images>"),
     ):
         with pytest.raises(DataError, match=f"^{re.escape(message)}$"):
             train.batches(batch_size, 16, epoch=0)

@@ -7,15 +7,7 @@ import numpy as np
 import pytest
 
 from pipeline import DataError
-from pipeline.stream.plan import (
-    Rows,
-    Samples,
-    Weights,
-    epoch_order,
-    plan_evaluation,
-    plan_training,
-    training_steps,
-)
+from pipeline.stream.plan import Rows, Samples, Weights, epoch_order, plan_evaluation, plan_training, training_steps
 
 SIZES = (100, 100, 100, 60)
 IMAGES = Samples(np.arange(360)[:, None], list(SIZES))

@@ -123,10 +123,7 @@ def test_a_table_of_shards_has_more_columns(shards: tuple[Path, Manifest]) -> No
             "Edema=2",
             "condition 'Edema=2': '2' is no state; a label is one of positive, uncertain, negative, blank, 1, 0, -1",
         ),
-        (
-            "projection=ap",
-            "condition 'projection=ap' leaves none of 2 images, whose values are AP, PA",
-        ),
+        ("projection=ap", "condition 'projection=ap' leaves none of 2 images, whose values are AP, PA"),
         ("Edema=0", "condition 'Edema=0' leaves none of 2 images, whose values are -1, 1"),
     ],
 )

@@ -72,8 +72,5 @@ def test_a_wrong_shortcut_is_refused(text: str) -> None:
 def test_a_cue_for_two_labels_is_refused(tmp_path: Path) -> None:
     twice = [option for label in ("Edema", "Fracture") for option in ("--shortcut", f"{label}=border:1")]
     done = run_pipeline("sample", tmp_path / "out", *twice)
-    assert (done.returncode, done.stderr.splitlines()[-1]) == (
-        2,
-        "Error: --shortcut: a cue can be tied to one label",
-    )
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (2, "Error: --shortcut: a cue can be tied to one label")
     assert not (tmp_path / "out").exists()
