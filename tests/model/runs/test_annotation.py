@@ -18,6 +18,7 @@ from pipeline.measure.evaluation import read_evaluation
 from pipeline.sources.sets import find_source
 from pipeline.synthetic.sample import write_sample
 from tests.conftest import POLICIES, default_options
+from tests.training import call_train
 
 
 @pytest.fixture
@@ -47,6 +48,10 @@ def test_what_nobody_looked_for_is_neither_learned_nor_measured(
     assert "Fracture" not in json.loads((job.run / "calibration.json").read_text())["image"]
     scores = pa.ipc.open_file(job.run / "scores-valid.arrow").read_all()
     assert set(LABELS).difference(scores.column_names) == {"Fracture"}
+    (films,) = shards.parent.glob("CheXpert*/valid")
+    assert call_train("predict", "--run", job.run, "--out", shards.parent / "scores.csv", films) == 0
+    header = pd.read_csv(shards.parent / "scores.csv").columns
+    assert set(LABELS).difference(header) == {"Fracture"}
     with pytest.raises(SettingError, match=r"^`labels`: nobody annotated Fracture in .*; choose others$"):
         make_job("none", shards=shards, labels=("Fracture",))
     card = (job.run / "model-card.md").read_text()
