@@ -971,6 +971,17 @@ def test_a_signal_is_kept_while_a_rank_waits_for_another(monkeypatch: pytest.Mon
     assert stopped.value.code == 143
 
 
+def test_the_average_begins_with_the_weights_of_the_first_rank(make_job: Callable[..., Job]) -> None:
+    class Second(Ranks):
+        def average_gradients(self, network: torch.nn.Module, sync_bn: bool) -> torch.nn.Module:
+            network.load_state_dict({name: value * 0 for name, value in network.state_dict().items()})
+            return network
+
+    job = dataclasses.replace(make_job("run"), ranks=Second())
+    state = train.start_state(job, open_training(job))
+    assert not any(weight.any() for weight in state.ema.parameters())
+
+
 def test_thresholds_go_with_the_weights_they_were_chosen_for(trained: Job) -> None:
     old = trained.run / "calibration.json"
     (trained.run / "last.pt").unlink()
