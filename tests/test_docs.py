@@ -72,7 +72,7 @@ def name(block: Block) -> str:
 
 
 def test_every_block_runs_or_says_why_not() -> None:
-    assert len(SHORT) > 10
+    assert len(SHORT) >= 5
     assert len(LONG) > 10
     for block in BLOCKS:
         assert block.language in ("", "python", "console", "text"), name(block)
