@@ -130,12 +130,12 @@ def show_count(value: int) -> str:
 
 def show_figure(value: float | None) -> str:
     """Three places; an undefined one as a dash."""
-    return "–" if value is None else f"{value:.3f}"
+    return "–" if value is None else f"{value:z.3f}"
 
 
 def show_limits(limits: Mapping[str, Any]) -> str:
     """An interval in brackets."""
-    return "–" if limits["low"] is None else f"[{limits['low']:.3f}, {limits['high']:.3f}]"
+    return "–" if limits["low"] is None else f"[{limits['low']:z.3f}, {limits['high']:z.3f}]"
 
 
 def show_setting(value: object) -> str:
