@@ -24,7 +24,7 @@ else:
     MODULES |= dict.fromkeys(("Judging", "judge"), "pipeline.judging")
 
     def __getattr__(name: str) -> object:
-        """Import what is asked for only then: Arrow and OpenCV would slow down every command, torch even more."""
+        """Import each name on first use: Arrow and OpenCV would slow down every command, torch even more."""
         if name not in MODULES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         return getattr(import_module(MODULES[name]), name)

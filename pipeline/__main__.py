@@ -1,4 +1,4 @@
-"""Where the `pipeline` command starts: Ctrl-C in the time that its imports take ends it as it does later."""
+"""Entry point of the `pipeline` command: Ctrl-C during its imports ends it as it does later."""
 
 import sys
 

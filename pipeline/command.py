@@ -22,7 +22,7 @@ Value = TypeVar("Value")
 
 
 class Number(click.FloatRange):
-    """A number in a range; nan, which passes every comparison, and infinity are in none."""
+    """A number in a range; nan, which passes every comparison, and infinity are in no range."""
 
     name = "number"
 
@@ -35,7 +35,7 @@ class Number(click.FloatRange):
 
 
 class PathOrUrl(click.Path):
-    """A path, or a URL as it was written: what it names is looked at later."""
+    """A path, or a URL as written: whether it exists is checked later."""
 
     def __init__(self, exists: bool = False, file_okay: bool = True) -> None:
         super().__init__(exists, file_okay, path_type=Path)
@@ -67,7 +67,7 @@ EXISTING_FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 
 
 class Several(tuple[object, ...]):
-    """Values of an option of which a command tries each."""
+    """Values of an option, each of which a command tries."""
 
 
 class FieldOption(click.Option):
@@ -95,7 +95,7 @@ class GroupedCommand(click.Command):
     """A command whose --help lists its options under what they decide."""
 
     def get_short_help_str(self, limit: int = 0) -> str:
-        """The whole first sentence of the help, which click would cut at the width of a line."""
+        """The full first sentence of the help, which click would cut at the width of a line."""
         return super().get_short_help_str(limit=10_000)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

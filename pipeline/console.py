@@ -22,12 +22,12 @@ import click
 from pipeline.base.errors import FULL, DataError, explain_os_error, printable
 from pipeline.base.workers import skip_pandas
 
-# How libraries say that the system gave them none, for a segment of code, an array or a thread.
+# How libraries report that memory ran out, for a code segment, an array or a thread.
 NO_MEMORY = ("failed to map segment", "annot allocate memory", "launch worker thread", "can't start new thread")
-LINE_SECONDS = 10.0  # between plain lines where there is no terminal
+LINE_SECONDS = 10.0  # between plain lines if there is no terminal
 
 
-# SIGTERM, whose exception Python drops where it comes up in a finalizer: the next progress raises it again.
+# SIGTERM, whose exception Python drops if it is raised in a finalizer: the next progress raises it again.
 _received: list[int] = []
 
 
@@ -39,7 +39,7 @@ class Advance(Protocol):
 
 @contextmanager
 def progress_bar(title: str, unit: str) -> Iterator[Advance]:
-    """Show a bar on stderr, or a plain line every few seconds where stderr is no terminal."""
+    """Show a bar on stderr, or a plain line every few seconds if stderr is not a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -67,7 +67,7 @@ def progress_bar(title: str, unit: str) -> Iterator[Advance]:
 
 
 def show_left(seconds: float) -> str:
-    """The time that is left, to stand at the end of a line; nothing below a minute."""
+    """The time left, for the end of a line; nothing below a minute."""
     if seconds < 60:
         return ""
     return f"  {seconds / 60:.0f} min left" if seconds < 5400 else f"  {seconds / 3600:.1f} h left"
@@ -100,16 +100,16 @@ def say_once(text: str) -> None:
 
 
 def say_next(*words: object) -> None:
-    """Print the command to type next, on stderr; by its path where the shell would find another or none."""
+    """Print the command to type next, on stderr; by its path if the shell would run another or none."""
     name, *rest = map(str, words)
-    here = Path(sys.executable).with_name(name)
-    if here.exists() and shutil.which(name) != str(here):
-        name = min(os.path.relpath(here), str(here), key=len)
+    script = Path(sys.executable).with_name(name)
+    if script.exists() and shutil.which(name) != str(script):
+        name = min(os.path.relpath(script), str(script), key=len)
     say(f"next: {shlex.join([name, *rest])}")
 
 
 def refuse_usage(wrong: object, text: str) -> None:
-    """Raise a usage error of this text where something is wrong."""
+    """Raise a usage error with this text if a check fails."""
     if wrong:
         raise click.UsageError(text)
 
@@ -149,7 +149,7 @@ def run_command(command: click.Command, context: object = None) -> None:
 
 
 def _describe(error: Exception) -> str:
-    """What went wrong; "" for what is a fault of this program."""
+    """What went wrong; "" for a bug in this program."""
     if isinstance(error, UnicodeEncodeError):  # Arrow, JSON and TensorBoard take no path that is not UTF-8
         if (encoding := sys.getfilesystemencoding()) != "utf-8":
             return f"{error.object[:1000]}: not {encoding}, which the locale asks for; set LC_ALL=C.UTF-8"

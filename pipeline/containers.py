@@ -14,10 +14,10 @@ import numpy.typing as npt
 
 JPEG, PNG = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"  # how the files begin
 BASELINE, PROGRESSIVE = {0xC0, 0xC1}, 0xC2  # frame markers of a JPEG
-FEW = 16  # gray levels: no picture of a chest has fewer
+FEW = 16  # gray levels: no chest image has fewer
 _SOS, _EOI, _APP2, _DQT, _SCAN_DATA = 0xDA, 0xD9, 0xE2, 0xDB, 0x00  # JPEG markers; 0x00 is none, and ours
 _END = bytes([0xFF, _EOI])
-_LONGEST_KEPT = 4096  # bytes of a file's head that is remembered
+_LONGEST_KEPT = 4096  # bytes of a file's head that are cached
 _FRAMES = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}  # of JPEG and JPEG-LS
 # Frames, Huffman and arithmetic tables, restarts, quantization, scans.
 _JPEG_IMAGE = _FRAMES | {0xC4, 0xCC, 0xDB, 0xDD, _SOS, _SCAN_DATA, _EOI}
@@ -38,7 +38,7 @@ class Picture(NamedTuple):
     """A decoded image: gray pixels, full size or DCT-scaled; its full shape (H, W); bits per channel of the file.
 
     `stripped` says whether the file has metadata, `copy` is the file without it, if that can be stored; `levels` holds
-    each gray level of the file; None: as in `pixels`. `notes` say what was assumed.
+    each gray level of the file; None: as in `pixels`. `notes` list assumptions.
     """
 
     pixels: npt.NDArray[np.uint8]
@@ -52,7 +52,7 @@ class Picture(NamedTuple):
 
 
 class Facts(NamedTuple):
-    """What a JPEG or PNG says of itself: size, channels and bits per channel, EXIF, and what else is in it.
+    """The header facts of a JPEG or PNG: size, channels and bits per channel, EXIF, and other metadata.
 
     `frame` is a JPEG's marker; `quality` is libjpeg's, 1 to 100, whose luminance table is nearest in sum: exact for
     what libjpeg wrote; None without such a table. `said_bits` are the significant bits that a PNG's sBIT chunk gives
@@ -106,7 +106,7 @@ def strip_metadata(jpeg: bytes) -> bytes:
 
 
 def read_png_facts(png: bytes) -> Facts:
-    """What the chunks say. Raises ValueError for damaged ones, pixels included."""
+    """The facts in the chunks. Raises ValueError for damaged ones, pixels included."""
     (first, header), *rest = _chunks(png)
     if first != b"IHDR" or len(header) < 13:
         raise ValueError("it does not start with its header")

@@ -48,12 +48,12 @@ _lock, _inside, _undo = threading.Lock(), list[str](), ExitStack()
 
 
 class _UnfitError(ValueError):
-    """A film that cannot be used, for a reason that holds no text of the file: it may be a patient's data."""
+    """A DICOM file that cannot be used; the reason quotes nothing from the file, which may hold patient data."""
 
 
 @contextmanager
 def _quietly(failure: str) -> Iterator[None]:
-    """Raise ValueError(failure) for any error but ours, and silence pydicom, whose messages quote the file.
+    """Raise ValueError(failure) for any foreign error, and silence pydicom, whose messages quote the file.
 
     Threads inside are counted, not locked out: Python's filters of warnings are the process's, but decoders are not.
     """
@@ -84,7 +84,7 @@ def is_dicom(data: bytes) -> bool:
 
 
 def open_dicom(data: bytes, max_pixels: int) -> "Dataset":
-    """The header, checked. Raises ValueError for what is no single gray image, DataError where pydicom is missing."""
+    """The header, checked. Raises ValueError unless it is a single gray image, DataError if pydicom is missing."""
     with needs("dicom"):
         from pydicom import dcmread, uid
     data = _inflate(data, 4 * max_pixels + _OTHER_TAGS)
@@ -114,7 +114,7 @@ def open_dicom(data: bytes, max_pixels: int) -> "Dataset":
 
 
 def read_position(data: bytes) -> str:
-    """The ViewPosition of a DICOM that can be opened, in capitals: AP, PA, LL, RL, …; empty where it has none."""
+    """The ViewPosition of a DICOM that can be opened, in capitals: AP, PA, LL, RL, …; empty if absent."""
     from pydicom import dcmread
 
     with _quietly("its header is damaged"):
@@ -123,7 +123,7 @@ def read_position(data: bytes) -> str:
 
 
 def decode_dicom(film: "Dataset") -> Picture:
-    """An opened DICOM in gray. Raises ValueError for damaged pixels, and where a decoder is missing."""
+    """An opened DICOM in gray. Raises ValueError for damaged pixels, and if a decoder is missing."""
     stored = _decode(film)
     with _quietly("its window or lookup table cannot be applied"):
         return _render(film, *stored)
@@ -137,7 +137,7 @@ def _check_number(film: "Dataset", name: str, low: int, high: int) -> int:
 
 
 def _inflate(data: bytes, longest: int) -> bytes:
-    """A deflated file as a plain one, of bounded length; another one as it is. Raises ValueError."""
+    """A deflated file inflated, to a bounded length; any other file unchanged. Raises ValueError."""
     end = 144 + int.from_bytes(data[140:144], "little")  # of the file meta information
     if data[128:136] != b"DICM\2\0\0\0" or _DEFLATED not in data[:end]:
         return data
@@ -150,7 +150,7 @@ def _inflate(data: bytes, longest: int) -> bytes:
 
 
 def _decode(film: "Dataset") -> tuple[Levels, int, int, bool]:
-    """Unsigned words [H, W], and what counts of each: how many bits, above which one, and whether they are signed."""
+    """Unsigned words [H, W], and their significant bits: how many, above which one, and whether they are signed."""
     from pydicom.pixels import get_decoder
 
     with _quietly("its transfer syntax is unknown"):
@@ -168,7 +168,7 @@ def _decode(film: "Dataset") -> tuple[Levels, int, int, bool]:
             size = -(-film.Rows * film.Columns * film.BitsAllocated // 8)
             if len(film.PixelData or b"") > max(2 * size - 1, size + 1):  # a byte may fill up
                 raise _UnfitError("more than one frame")
-        if frame:  # what is compressed says itself what it is (PS3.5, 8.2): headers that differ are common
+        if frame:  # compressed data states its own format (PS3.5, 8.2): headers that differ are common
             depth, has_sign = frame
             options |= {"bits_allocated": 8 if depth <= 8 else 16 if depth <= 16 else 32}
             options |= {"bits_stored": depth, "pixel_representation": int(has_sign or False)}
@@ -184,9 +184,9 @@ def _decode(film: "Dataset") -> tuple[Levels, int, int, bool]:
 
 
 def _choose_plugin(film: "Dataset", available: Collection[str]) -> tuple[str, tuple[int, bool | None] | None]:
-    """Which decoder to use; the bits that the only frame says it has, and whether they are signed.
+    """Which decoder to use; the bits that the only frame states, and whether they are signed.
 
-    RLE says neither, and only JPEG 2000 the sign.
+    RLE states neither, and only JPEG 2000 states the sign.
     """
     from pydicom.encaps import generate_fragments, parse_basic_offsets
     from pydicom.uid import JPEGExtended12Bit, RLELossless
@@ -224,7 +224,7 @@ def _to_signed(values: Levels, bits: int) -> Levels:
 
 
 def _is_smoother_signed(film: "Dataset", words: Levels, bits: int) -> bool:
-    """Whether neighbors differ less as signed values: what to believe where stream and header disagree.
+    """Whether neighbors differ less as signed values: decides if stream and header disagree.
 
     Both are wrong in real files, and a wrong sign makes black of white. Padding, which is far from any neighbor, does
     not count; if the rest says nothing, the header decides.
@@ -238,7 +238,7 @@ def _is_smoother_signed(film: "Dataset", words: Levels, bits: int) -> bool:
 
 
 def _render(film: "Dataset", words: Levels, bits: int, shift: int, is_signed: bool) -> Picture:
-    """The film in gray, computed once for each value of the words [H, W]."""
+    """The image in gray, computed once for each value of the words [H, W]."""
     size = 8 * words.itemsize
     places: Levels = words
     values: Levels = np.arange(int(words.max()) + 1 if size <= 16 else 0)
@@ -353,7 +353,7 @@ def _find_table(film: "Dataset", name: str) -> "Dataset | None":
 
 
 def _read_number(film: "Dataset", name: str) -> float | None:
-    """The first number of an element; None where it is absent or empty."""
+    """The first number of an element; None if it is absent or empty."""
     value = film.get(name)
     values = [] if value in (None, "") else [value] if isinstance(value, (str, int, float)) else [*value]
     return float(values[0]) if values else None

@@ -18,19 +18,19 @@ import pyarrow.compute as pc
 from pipeline.base.csvs import line_of
 from pipeline.base.errors import DataError, quote
 
-NAMED = "*"  # the namespace of patients whose names begin with theirs: `nih/patient00012`
+NAMED = "*"  # the namespace of patients whose names include one: `nih/patient00012`
 IMAGE_SUFFIX = r"\.(?i:dcm|dicom|png|jpg|jpeg)$"
-# Letters that sets write before a number, and what programs append that take it for a measurement.
+# Letters that sets write before a number, and what programs append if they read it as a measurement.
 _NUMBER = r"^\s*(?i:patient|subject|study|pat|sub|id|p|s)?[_-]?0*(\d+)(?:\.0+)?\s*$"
 _CODE = r"^\s*([A-Za-z]+[_-]?)0+(\d+)\s*$"
 
 Side = TypeVar("Side")
 Normalize = Callable[[pa.Array], pa.Array]
-Note = Callable[[str], None]  # takes a sentence about what a join left over
+Note = Callable[[str], None]  # takes a sentence about rows that a join did not match
 
 
 def ignore(text: str) -> None:
-    """For callers to whom notes do not matter."""
+    """Ignore notes."""
 
 
 def normalize_ids(names: pa.Array | pa.ChunkedArray) -> pa.Array:
@@ -43,14 +43,14 @@ def normalize_ids(names: pa.Array | pa.ChunkedArray) -> pa.Array:
 
 
 def normalize_paths(paths: pa.Array | pa.ChunkedArray, parts: int = 1) -> pa.Array:
-    """The last parts of image paths [N] without the suffix: folders in front, and the format, tell no images apart."""
+    """The last parts of image paths [N] without suffix: leading folders and the format do not identify an image."""
     slashed = pc.replace_substring(pc.utf8_trim_whitespace(_flatten(paths)), "\\", "/")
     bare = pc.replace_substring_regex(slashed, IMAGE_SUFFIX, "")
     return pc.replace_substring_regex(bare, rf"^.*?((?:[^/]+/){{0,{parts - 1}}}[^/]+)$", r"\1")
 
 
 def choose_paths(names: pa.Array) -> Normalize:
-    """`normalize_paths` with as few parts as tell the names apart, as files in several folders may be named alike."""
+    """`normalize_paths` with as few parts as make the names unique, as files in several folders may be named alike."""
     total = pc.count_distinct(names)
     counts = (parts for parts in range(1, 10) if pc.count_distinct(normalize_paths(names, parts)) == total)
     return partial(normalize_paths, parts=next(counts, 10))
@@ -77,7 +77,7 @@ def _flatten(column: pa.Array | pa.ChunkedArray) -> pa.Array:
 
 
 class Ids(NamedTuple):
-    """What tells each of some rows [N] from others, and how the rows are called in messages."""
+    """An identifier for each row [N], and the rows' names for messages."""
 
     ids: pa.Array
     names: pa.ChunkedArray
@@ -108,7 +108,7 @@ def join_content(table: pa.Table) -> pa.Array:
 
 
 def spell_alike(tables: Mapping[Side, pa.Table], namespace: str = "") -> dict[Side, pa.Table]:
-    """The tables, with each patient under one name: the first that stands for the id."""
+    """The tables, with each patient under one name: the first one with the id."""
     names = pa.chunked_array([chunk for table in tables.values() for chunk in table["patient"].chunks])
     distinct = names.unique()
     ids = name_patients(distinct, namespace)

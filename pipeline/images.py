@@ -27,7 +27,7 @@ Gray = npt.NDArray[np.uint8]
 ENCODINGS = {"jpeg": "jpg", "png": "png", "raw": "npy"}  # encoding → file suffix
 LONGEST_JPEG = 65_500  # libjpeg's limit, in pixels of a side
 KEPT_PIXELS = 2**24  # of a thread's memory that is used again
-STORED_PIXELS = 2**28  # at most in a stored image, whoever wrote it: a forged header costs no memory
+STORED_PIXELS = 2**28  # at most in any stored image: a forged header costs no memory
 SQUARES = ("no", "pad", "crop", "stretch")
 ONE_LEVEL, FEW_LEVELS = "one level of gray", f"fewer than {FEW} gray levels, though the file has more"
 NEARLY_BLACK = "nearly black: less than a quarter of the bits stated are used"
@@ -49,7 +49,7 @@ class ImageOptions(NamedTuple):
     """How images are stored; meanings and defaults are those of `pipeline shards --help`.
 
     `size` is the shorter side; None keeps the original. With a `square` the result is size×size, enlarged if need be.
-    `bits` is how many bits of a 16-bit PNG hold the picture; None: as the PNG itself says, else as its levels need.
+    `bits` is how many bits of a 16-bit PNG hold the picture; None: as the PNG states, else as its levels need.
     """
 
     size: int | None
@@ -61,7 +61,7 @@ class ImageOptions(NamedTuple):
 
 
 class Original(NamedTuple):
-    """An image file as it was: pixels, upright; bytes; bits per channel; JPEG quality as `Facts` has it."""
+    """An image file before conversion: upright pixels; bytes; bits per channel; JPEG quality as `Facts` has it."""
 
     width: int
     height: int
@@ -74,7 +74,7 @@ class Prepared(NamedTuple):
     """The bytes to store, the pixels [H, W] that they encode, whether metadata was left behind, and the file.
 
     `levels` [256] counts the gray levels of every 16th pixel: counting all would take as long as encoding them.
-    `notes` say what was assumed of the image, and what became of its gray levels if that is doubtful (`DOUBTS`).
+    `notes` list assumptions about the image, and doubtful conversions of its gray levels (`DOUBTS`).
     """
 
     data: bytes
@@ -88,8 +88,8 @@ class Prepared(NamedTuple):
 def prepare(data: bytes, options: ImageOptions, said_bits: int | None = None) -> Prepared:
     """Turn a JPEG, PNG or gray DICOM of any kind into what a shard stores.
 
-    Raises ImageError, ValueError for bad options, and DataError where DICOM files need a package that is missing.
-    `said_bits` is what the set's table says of a 16-bit PNG that does not say itself how many of its bits are used.
+    Raises ImageError, ValueError for bad options, and DataError if DICOM files need a missing package.
+    `said_bits` is the table's number of used bits for a 16-bit PNG that does not state its own.
 
     The shorter side becomes `size`, never enlarged; a square is exactly size×size: `pad` keeps the aspect and
     centers on black, `crop` takes the center, `stretch` distorts it. A gray JPEG that fits already
@@ -128,7 +128,7 @@ def prepare(data: bytes, options: ImageOptions, said_bits: int | None = None) ->
 
 
 def find_position(data: bytes) -> str:
-    """The ViewPosition of a file that `prepare` takes: AP, PA, LL, …; empty where it says none."""
+    """The ViewPosition of a file that `prepare` takes: AP, PA, LL, …; empty if absent."""
     return "" if data.startswith((containers.JPEG, containers.PNG)) else read_position(data)
 
 
@@ -169,7 +169,7 @@ def decode_into(out: Gray, data: bytes | memoryview, encoding: str) -> None:
 
 
 def _borrow(pixels: int) -> npt.NDArray[np.uint8]:
-    """Memory for an image that is gone before this thread decodes the next: fresh pages cost a tenth of decoding."""
+    """Memory for an image that this thread drops before it decodes the next: fresh pages cost a tenth of decoding."""
     if pixels > KEPT_PIXELS:
         return np.empty(pixels, np.uint8)
     memory: npt.NDArray[np.uint8] | None = getattr(_thread, "memory", None)
@@ -179,7 +179,7 @@ def _borrow(pixels: int) -> npt.NDArray[np.uint8]:
 
 
 def resize(pixels: Gray, height: int, width: int, out: Gray | None = None) -> Gray:
-    """The pixels resized to [height, width], antialiased; the image itself where it has that shape.
+    """The pixels resized to [height, width], antialiased; the image itself if it has that shape.
 
     `out` [height, width] may be used for the result.
 
@@ -220,7 +220,7 @@ def _read_jpeg(data: bytes, options: ImageOptions) -> Picture:
     is_resized = options.square == "no" and inner != (height, width)  # so these pixels are soon gone
     pixels = _decode_any(data, colorspace, minimum, _borrow(height * width) if is_resized else None)
     fits = inner == (height, width) and (options.square == "no" or height == width)
-    # A progressive JPEG decodes three times slower: it is kept only where the original is asked for.
+    # A progressive JPEG decodes three times slower: it is kept only if the original is requested.
     keeps = facts.frame in containers.BASELINE or (facts.frame == containers.PROGRESSIVE and options.size is None)
     is_kept = fits and keeps and colorspace == "Gray" and options.encoding == "jpeg"
     copy = containers.strip_metadata(data) if is_kept else None
@@ -267,7 +267,7 @@ def _read_png(data: bytes, max_pixels: float, bits: int | None = None, said_bits
                 image.info["transparency"] *= 255 // (2**facts.bits - 1)
             alpha = np.asarray(image.convert("RGBA").getchannel("A"))
         pixels = np.asarray(image.convert("L"))
-    if alpha is not None and alpha.any():  # where all is transparent, that is a mistake and ignored
+    if alpha is not None and alpha.any():  # a fully transparent image is a mistake: ignore alpha
         pixels = ((pixels * alpha.astype(np.uint32) + 127) // 255).astype(np.uint8)
     pixels = _turn(pixels, _orientation(facts.exif))
     return Picture(pixels, pixels.shape, facts.bits, facts.has_metadata, levels=levels, notes=notes)
@@ -276,9 +276,9 @@ def _read_png(data: bytes, max_pixels: float, bits: int | None = None, said_bits
 def _choose_full(highest: int, stated: int | None, bits: int | None) -> tuple[int, tuple[str, ...]]:
     """The level that is white in a 16-bit PNG, by its highest one, and notes. Raises ImageError for too few `bits`.
 
-    The bits that hold the picture are the user's word, then the file's or the table's, else as many as a device may
-    have that made these levels. The PNG specification (W3C, 11.3.2.7) has levels of fewer bits scaled up to 16;
-    exports of DICOM often leave them as they are, and then none is beyond the bits stated.
+    The number of used bits comes from the user, then the file or the table, else from the bit depths of devices that
+    could have made these levels. The PNG specification (W3C, 11.3.2.7) has levels of fewer bits scaled up to 16;
+    exports of DICOM often leave them as they are, and then none exceeds the stated bits.
     """
     used = bits or stated or next(depth for depth in (8, 10, 12, 14, 16) if not highest >> depth)
     if bits and highest >> bits:
@@ -313,7 +313,7 @@ def _deep_levels(image: Image.Image, data: bytes) -> tuple[npt.NDArray[np.uint16
 
 
 def _orientation(exif: bytes | None) -> int:
-    """The EXIF orientation, 1 (upright) to 8; 1 where none can be read, as in viewers."""
+    """The EXIF orientation, 1 (upright) to 8; 1 if none can be read, as in viewers."""
     if exif is None:
         return 1
     tags = Image.Exif()
@@ -346,7 +346,7 @@ def _inner_shape(shape: tuple[int, int], options: ImageOptions) -> tuple[int, in
 
 
 def _fit(source: Picture, options: ImageOptions) -> Gray:
-    """The pixels resized, cropped or padded to what the options ask for."""
+    """The pixels resized, cropped or padded as the options require."""
     pixels, (height, width) = source.pixels, source.shape
     inner = _inner_shape(source.shape, options)
     top, left, bottom, right = 0, 0, height, width
@@ -373,7 +373,7 @@ def _fit(source: Picture, options: ImageOptions) -> Gray:
 
 
 def _encode(pixels: Gray, options: ImageOptions) -> bytes:
-    """The pixels in the encoding asked for, and nothing else."""
+    """The pixels in the requested encoding, and nothing else."""
     if options.encoding == "jpeg":
         if max(pixels.shape) > LONGEST_JPEG:
             raise ImageError(

@@ -12,7 +12,7 @@ An Arrow table with one row per image:
     <14 labels> int8     1 positive, 0 negative, -1 uncertain, null blank (not mentioned), -2 not annotated
 
 The raw states are kept everywhere: `policies` turns them into targets only when labels are read for training. Not
-annotated means that nobody looked for the finding, so the cell says nothing under any policy.
+annotated means that nobody looked for the finding, so every policy masks the cell.
 """
 
 import hashlib
@@ -28,8 +28,8 @@ import pyarrow.compute as pc
 from pipeline.base.csvs import demand
 from pipeline.base.errors import DataError
 
-PROJECTIONS = ("AP", "PA", "lateral", "other")  # a projection's code is its place here
-# What ViewPosition, in DICOMs and in tables made of them, says of a view; PadChest writes AP_horizontal and L.
+PROJECTIONS = ("AP", "PA", "lateral", "other")  # a projection's code is its index in this list
+# The view for each ViewPosition, in DICOM files and in tables made from them; PadChest writes AP_horizontal and L.
 POSITIONS = dict.fromkeys(("AP", "PA", "AP_horizontal"), "frontal")
 POSITIONS |= dict.fromkeys(("LATERAL", "LL", "RL", "L"), "lateral")
 MOST_VIEWS = 3  # of a study, as in CheXpert
@@ -80,7 +80,7 @@ def hash_fraction(*parts: object) -> float:
 
 
 def split_patients(table: pa.Table, dev: float, seed: int) -> tuple[pa.Table, pa.Table]:
-    """(train, dev): a patient is in dev where the hash of (seed, patient) falls below the fraction `dev`.
+    """(train, dev): a patient is in dev if the hash of (seed, patient) falls below the fraction `dev`.
 
     By a hash, because CheXpert's patient ids are ordered (projection and prevalence drift with them) and
     a split of images would put views of one patient on both sides.
@@ -92,7 +92,7 @@ def split_patients(table: pa.Table, dev: float, seed: int) -> tuple[pa.Table, pa
 
 
 def label_states(table: pa.Table) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.bool_]]:
-    """States [N, 14] (1, 0, -1, NOT_ANNOTATED; 0 where blank) and whether each cell is blank [N, 14]."""
+    """States [N, 14] (1, 0, -1, NOT_ANNOTATED; 0 if blank) and whether each cell is blank [N, 14]."""
     states = np.empty((table.num_rows, len(LABELS)), np.int8)
     blank = np.empty((table.num_rows, len(LABELS)), np.bool_)
     for column, label in enumerate(LABELS):
@@ -102,7 +102,7 @@ def label_states(table: pa.Table) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.
 
 
 def find_unannotated(table: pa.Table) -> list[str]:
-    """The labels that no row of a table is annotated for."""
+    """The labels that are not annotated in any row of a table."""
     return [label for label in LABELS if pc.all(pc.fill_null(pc.equal(table[label], NOT_ANNOTATED), False)).as_py()]
 
 

@@ -84,12 +84,12 @@ class Manifest:
 
     @property
     def columns(self) -> dict[str, str]:
-        """What the user named of a table: our names, and its own."""
+        """The columns that the user mapped: our names to the table's."""
         given = self.options.get("columns")
         return given if isinstance(given, dict) else {}
 
     def split(self, name: str) -> Split:
-        """The split of that name. Raises DataError where it does not exist."""
+        """The split of that name. Raises DataError if it does not exist."""
         if name not in self.splits:
             raise DataError(f"split '{name}' does not exist; these shards hold {', '.join(self.splits)}")
         return self.splits[name]
@@ -101,7 +101,7 @@ def name_facts(table: pa.Table) -> dict[str, str]:
 
 
 def find_notes(tables: Iterable[pa.Table]) -> dict[str, list[str]]:
-    """What sharding noted of images (`images.Prepared`), and the keys of those images."""
+    """The notes of sharding on images (`images.Prepared`), and the keys of those images."""
     keys: dict[str, list[str]] = {}
     for table in tables:
         noted = table.filter(table["note"].is_valid()) if "note" in table.column_names else table.slice(0, 0)
@@ -112,7 +112,7 @@ def find_notes(tables: Iterable[pa.Table]) -> dict[str, list[str]]:
 
 
 def concat_labels(tables: Sequence[pa.Table]) -> pa.Table:
-    """The rows of several label tables; facts that some lack are null there, and text where types differ."""
+    """The rows of several label tables; facts that a table lacks are null for its rows, and text if types differ."""
     kinds: dict[str, set[str]] = {}
     for table in tables:
         for name, kind in name_facts(table).items():
@@ -129,8 +129,8 @@ def concat_labels(tables: Sequence[pa.Table]) -> pa.Table:
 
 def find_restriction(dataset: Mapping[str, str]) -> str:
     """The license of a manifest's `dataset` if it forbids passing the data on; "" otherwise."""
-    found = dataset.get("license", "")
-    return found if any(words in found for words in RESTRICTED) else ""
+    license_name = dataset.get("license", "")
+    return license_name if any(words in license_name for words in RESTRICTED) else ""
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -139,7 +139,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a shards folder. Raises DataError where it is missing, damaged or of another format."""
+    """The manifest of a shards folder. Raises DataError if it is missing, damaged or in another format."""
     path = folder / NAME
     try:
         document = read_object(path)
@@ -187,7 +187,7 @@ def find_blank(source: Path) -> str:
 
 
 def checksum(data: bytes, encoding: str) -> int:
-    """What the index says of an image's stored bytes: CRC-32 or, of a PNG, Adler-32.
+    """The index's checksum of an image's stored bytes: CRC-32 or, of a PNG, Adler-32.
 
     A PNG holds the CRC-32 of its own parts, which cancel out: 16 bits would be left to tell images apart.
     """
@@ -202,7 +202,7 @@ def manifest_digest(folder: Path) -> str:
 def read_table(folder: Path, split: Split) -> pa.Table:
     """The memory-mapped Arrow table of a split, with the columns FACTS and PLACES, checked against the manifest.
 
-    Raises DataError, naming the file and what is wrong with it.
+    Raises DataError, naming the file and the problem.
     """
     path = folder / split.table
     try:

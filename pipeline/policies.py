@@ -47,9 +47,9 @@ def parse_uncertain_policy(text: str) -> dict[str, str]:
 
 
 def choose_policy(kind: str, given: str | None, defaults: Mapping[str, str]) -> str:
-    """The policy for `kind` of cells, uncertain or blank, that was given, or the shards' own.
+    """The given policy for `kind` of cells, uncertain or blank, or the shards' default.
 
-    Raises DataError where none was given, and several folders of shards differ in theirs.
+    Raises DataError if none was given and several folders of shards have different defaults.
     """
     if not (given or defaults[kind]):
         raise DataError(f"`{kind}`: the folders of shards have different policies; give one")
@@ -57,7 +57,7 @@ def choose_policy(kind: str, given: str | None, defaults: Mapping[str, str]) -> 
 
 
 def check_blank_policy(text: str) -> str:
-    """The policy itself. Raises DataError where it is unknown."""
+    """The policy. Raises DataError if it is unknown."""
     if text not in BLANK_POLICIES:
         raise DataError(f"blank policy '{text}' is unknown; choose from {', '.join(BLANK_POLICIES)}")
     return text
@@ -70,7 +70,7 @@ def make_targets(
 
     `uncertain` holds a policy per label. A smoothing draw is a pure function of (seed, key, label). Under
     `multiclass` an uncertain cell stays -1, which names its class. Under `selftrained` it becomes the score
-    that `teacher` [N, 14] has for it; raises DataError where there is no teacher. Cells that are not annotated are
+    that `teacher` [N, 14] has for it; raises DataError without a teacher. Cells that are not annotated are
     masked under every policy.
     """
     states, is_blank = label_states(table)
@@ -114,7 +114,7 @@ def one_class_labels(target: npt.NDArray[np.float32], mask: npt.NDArray[np.bool_
 
 
 def describe_one_class(lacking: Iterable[tuple[str, int, int]]) -> list[str]:
-    """What `one_class_labels` found, a text per label."""
+    """The result of `one_class_labels`, a text per label."""
     return [
         f"label {label} has {positives} positives and {negatives} negatives in train"
         for label, positives, negatives in lacking
@@ -137,6 +137,6 @@ def find_one_class(table: pa.Table, policies: Mapping[str, str]) -> list[str]:
 def evaluation_targets(table: pa.Table, blank: str) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
     """Targets [N, 14] in {0, 1} and masks [N, 14] for metrics: uncertain cells are always left out.
 
-    With the shards' own policy for `blank`, runs with different policies are compared on the same cells.
+    With the shards' default policy for `blank`, runs with different policies are compared on the same cells.
     """
     return make_targets(table, dict.fromkeys(LABELS, "ignore"), blank, seed=0)

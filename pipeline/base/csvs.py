@@ -26,7 +26,7 @@ SUFFIXES = (".csv", ".csv.gz", ".tsv", ".tsv.gz")
 def read_strings(csv: Path, names: Sequence[str] | None = None) -> pa.Table:
     """The columns `names` as strings, or all, without spaces around names and cells; empty cells are null.
 
-    Raises DataError, naming the file and the line, also for a table without rows.
+    Raises DataError, naming the file and the line, also if the table has no rows.
     """
     if not csv.is_file():
         raise DataError(f"{csv}: no such file")
@@ -34,7 +34,7 @@ def read_strings(csv: Path, names: Sequence[str] | None = None) -> pa.Table:
     parse = pacsv.ParseOptions(newlines_in_values=True, delimiter=_find_delimiter(csv))
     try:
         content = _read_content(csv)
-        # Only for the names of the columns.
+        # Read only the column names.
         with pacsv.open_csv(pa.BufferReader(content), parse_options=parse) as reader:
             written = reader.schema.names
         header = [name.strip() for name in written]
@@ -58,7 +58,7 @@ def read_strings(csv: Path, names: Sequence[str] | None = None) -> pa.Table:
 
 
 def _read_content(csv: Path) -> pa.Buffer:
-    """The text of the file, unpacked. Raises DataError if it is a bomb, and what gzip raises."""
+    """The file's text, unpacked. Raises DataError for a decompression bomb, and gzip's own errors."""
     stored = csv.stat().st_size
     # Into Arrow's own memory: its threads may release it after Python has shut down.
     with open_to_read(csv) as file, _unpacked(csv, file) as content, pa.BufferOutputStream() as memory:
@@ -70,7 +70,7 @@ def _read_content(csv: Path) -> pa.Buffer:
 
 
 def read_header(csv: Path) -> list[str]:
-    """The names of the columns; none where the file cannot be read as a CSV."""
+    """The column names; empty if the file cannot be read as a CSV."""
     try:
         return next(_lines(csv))[1]
     except (StopIteration, OSError, EOFError, zlib.error, stdlib_csv.Error):
@@ -103,7 +103,7 @@ def _find_delimiter(csv: Path) -> str:
 
 
 def _limited_lines(text: TextIO) -> Iterator[str]:
-    """Lines of a size that memory holds."""
+    """Lines of bounded length."""
     while line := text.readline(LONGEST):
         if len(line) == LONGEST:
             raise stdlib_csv.Error("a line without end")
@@ -124,7 +124,7 @@ def demand(
 ) -> None:
     """Raise DataError for the first row that is not valid; a null in `valid` is, if the column is `optional`.
 
-    `csv` may also be what each row is called in messages.
+    `csv` may also be the name of each row in messages.
     """
     row = pc.index(pc.fill_null(valid, optional), False).as_py()
     if row >= 0:
@@ -133,12 +133,12 @@ def demand(
         raise DataError(f"{place}, column {name}: '{text}' {complaint}")
 
 
-def demand_columns(csv: Path, there: Sequence[str], names: Sequence[str]) -> None:
-    """Raise DataError if one of the names is missing from the columns that are there, or appears more than once."""
+def demand_columns(csv: Path, columns: Sequence[str], names: Sequence[str]) -> None:
+    """Raise DataError if one of the names is missing from `columns`, or appears more than once."""
     for name in names:
-        count = list(there).count(name)
+        count = list(columns).count(name)
         if count == 0:
-            raise DataError(f"{csv}: column {name} is missing; it has {quote(', '.join(there), 300)}")
+            raise DataError(f"{csv}: column {name} is missing; it has {quote(', '.join(columns), 300)}")
         if count > 1:
             raise DataError(f"{csv}: column {name} appears {count} times")
 
@@ -160,7 +160,7 @@ def repeated(column: pa.Array | pa.ChunkedArray) -> list[Any]:
 
 
 def _find_fault(csv: Path) -> str | None:
-    """What is wrong with the first row that Arrow cannot read; None where it reads them all."""
+    """The problem with the first row that Arrow cannot read; None if it reads them all."""
     lines = _lines(csv)
     try:
         _, header = next(lines)
@@ -172,5 +172,5 @@ def _find_fault(csv: Path) -> str | None:
             if not "".join(cells).isascii() and any("\udc80" <= char <= "\udcff" for char in "".join(cells)):
                 return f"line {line}: not UTF-8; save the file as UTF-8"
     except (StopIteration, OSError, EOFError, zlib.error, stdlib_csv.Error):
-        pass  # a damaged .gz, or no table at all: Arrow has said so
+        pass  # a damaged .gz, or no table at all: Arrow reports it
     return None

@@ -22,7 +22,7 @@ from pipeline.base.store import is_remote, object_to_put, open_to_read
 
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # how a spreadsheet's formulas begin
 MAGIC = b"ARROW1"  # how an Arrow IPC file begins and ends
-SMALL, EXPANSION = (2**26, 100)  # bytes of a table that need no proof, and how many more it may have for each stored
+SMALL, EXPANSION = (2**26, 100)  # bytes that any table may have, and how many more per stored byte
 POLL = 0.01  # seconds between tries of a lock
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 
@@ -30,7 +30,7 @@ _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 def check_expansion(path: object, stored: int, claimed: int) -> None:
     """Raise DataError if a file of `stored` bytes claims to hold more than a table of that size can.
 
-    Ask before the memory is taken. Tables of labels shrink to a 10th or a 20th, a bomb to a 1000th and less.
+    Call before allocating memory. Label tables compress 10 to 20 times, a bomb 1000 times or more.
     """
     if claimed > SMALL + EXPANSION * stored:
         raise DataError(
@@ -44,7 +44,7 @@ def read_arrow(path: Path, source: pa.NativeFile | bytes) -> pa.Table:
     try:
         if data[-len(MAGIC) :].to_pybytes() != MAGIC:
             raise DataError(f"{path}: not an Arrow table: its end is missing")
-        # Not by the footer, which may name a batch many times: what is measured is what is read.
+        # Not by the footer, which may list a batch many times: the bytes measured are the bytes read.
         stream = data[8:]
         messages = list(pa.ipc.MessageReader.open_stream(stream))
         check_expansion(path, data.size, sum(map(_claimed_bytes, messages)))
@@ -57,10 +57,10 @@ def read_arrow(path: Path, source: pa.NativeFile | bytes) -> pa.Table:
 
 
 def _claimed_bytes(message: pa.ipc.Message) -> int:
-    """The bytes that the compressed buffers of an IPC message say they expand to.
+    """The uncompressed bytes that an IPC message states for its compressed buffers.
 
     Message.fbs of Arrow's format: a message's header is a RecordBatch (length, nodes, buffers, compression) or a
-    DictionaryBatch (id, data: RecordBatch). A compressed buffer begins with its length, -1 if it is stored as it is.
+    DictionaryBatch (id, data: RecordBatch). A compressed buffer begins with its length, -1 if stored uncompressed.
     """
     if message.type not in ("record batch", "dictionary"):
         return 0
@@ -70,7 +70,7 @@ def _claimed_bytes(message: pa.ipc.Message) -> int:
         return place + int(struct.unpack_from("<I", data, place)[0])
 
     def field(table: int, number: int) -> int:
-        """Where a field of a flatbuffer's table lies; 0 if it is absent."""
+        """The offset of a field of a flatbuffer's table; 0 if it is absent."""
         layout = table - struct.unpack_from("<i", data, table)[0]
         size, offset = struct.unpack_from("<H", data, layout)[0], 4 + 2 * number
         place = struct.unpack_from("<H", data, layout + offset)[0] if offset < size else 0
@@ -125,9 +125,9 @@ def locked(path: Path, wait: float = -1) -> Iterator[None]:
 
 @contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-    """Be the only process of this machine that writes to a folder.
+    """Lock a folder: only one process of this machine writes to it.
 
-    Raises DataError where another one does, or this one may not.
+    Raises DataError if another process holds the lock, or this one may not write.
 
     Removes half-written files: at the start those of killed processes, at the end those of workers on a cluster.
     """
@@ -155,7 +155,7 @@ def remove_temporaries(folder: Path) -> None:
 
 
 def is_open_to_all(folder: Path) -> bool:
-    """Whether every user of the machine can read the files in a folder; one that is not there yet, by the umask."""
+    """Whether every user of the machine can read the files in a folder; by the umask if there is no folder yet."""
     folder = folder.absolute()
     if folder.exists():
         mode = folder.stat().st_mode
@@ -169,7 +169,7 @@ def is_open_to_all(folder: Path) -> bool:
 
 
 def is_temporary(path: Path) -> bool:
-    """Whether the name is that of a half-written file, which a killed process may leave."""
+    """Whether this is the name of a half-written file, which a killed process may leave."""
     return _TEMPORARY.fullmatch(path.name) is not None
 
 
@@ -180,7 +180,7 @@ def hash_file(path: Path) -> str:
 
 
 def check_folder(out: Path) -> None:
-    """Raise DataError if the folder of an output file does not exist or is not ours: before the work, not after it."""
+    """Raise DataError if the folder of an output file does not exist or is not writable: before the work starts."""
     if not out.absolute().parent.is_dir():
         raise DataError(f"{out}: there is no folder {out.parent}")
     if not os.access(out.absolute().parent, os.W_OK):
@@ -212,7 +212,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def parse_object(path: object, text: bytes) -> dict[str, Any]:
-    """A JSON object. Raises DataError, naming where the text comes from, for anything else."""
+    """A JSON object. Raises DataError, naming the source of the text, for anything else."""
     try:
         document = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -223,14 +223,14 @@ def parse_object(path: object, text: bytes) -> dict[str, Any]:
 
 
 def write_atomically(path: Path, data: bytes | pa.Buffer) -> None:
-    """Write a whole file, or nothing. Raises DataError, naming the file, where it cannot be written."""
+    """Write a complete file, or nothing. Raises DataError, naming the file, if it cannot be written."""
     with atomic_file(path) as file:
         file.write(data)
 
 
 @contextmanager
 def named_writes(path: Path) -> Iterator[None]:
-    """Raise MachineError, naming the file or folder, where the system refuses to write it."""
+    """Raise MachineError, naming the file or folder, if the system refuses to write it."""
     try:
         yield
     except OSError as error:
@@ -239,15 +239,15 @@ def named_writes(path: Path) -> Iterator[None]:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write, which appears under its name at the end, whole and on disk, or not at all.
+    """A file to write, which appears under its name at the end, complete and on disk, or not at all.
 
-    The path may be one of `pipeline.base.store`. Raises DataError, naming the file, where it cannot be written.
+    The path may be one of `pipeline.base.store`. Raises DataError, naming the file, if it cannot be written.
     """
     if is_remote(path):
         with object_to_put(path) as file:
             yield file
         return
-    # A unique name: on a cluster, a worker that was given up for lost may still be writing the same file.
+    # A unique name: on a cluster, a worker considered lost may still be writing the same file.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with named_writes(path):

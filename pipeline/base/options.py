@@ -1,4 +1,4 @@
-"""An option is a field of a dataclass: its type, default, help and check stand in one place.
+"""An option is a field of a dataclass: its type, default, help and check in one place.
 
     lr: float = option(1e-4, "Peak learning rate.", low=0, open=True)
 
@@ -16,7 +16,7 @@ from pipeline.base.errors import SettingError
 
 
 class Option(NamedTuple):
-    """What a command line says of a field, and which values the field may have."""
+    """How a field appears on the command line, and which values it may have."""
 
     help: str = ""
     group: str | None = None  # under which --help lists it

@@ -1,6 +1,6 @@
 """What all pages share: the style sheet and the layout (in `templates`), filters, and figures by matplotlib as SVG.
 
-A page is one HTML file that needs nothing else: no script, no network. Each ink of a figure is drawn in a color
+A page is one self-contained HTML file: no script, no network. Each ink of a figure is drawn in a color
 that stands for one of the style sheet's (`INKS`), so that figures follow the page from light to dark; titles are
 HTML, never matplotlib's text.
 """
@@ -47,8 +47,8 @@ SVG_STYLE: dict[Any, Any] = {
 
 
 def open_templates(package: str) -> "jinja2.Environment":
-    """The templates of a package, and behind them the shared ones: a page extends `base.html`."""
-    import jinja2  # here and below, because they are slow to import, and a terminal shows figures, too
+    """A package's templates, then the shared ones: a page extends `base.html`."""
+    import jinja2  # imported here and below because they are slow, and a terminal shows figures, too
 
     environment = jinja2.Environment(
         loader=jinja2.ChoiceLoader([jinja2.PackageLoader(package), jinja2.PackageLoader("pipeline.base")]),
@@ -87,7 +87,7 @@ class Panel:
     def draw(self, draw: "Callable[[Axes], None]", description: str) -> Markup:
         """A figure as an SVG element for an HTML page, as wide as its place, by `draw` with colors of INKS.
 
-        Its lines are gone with the next one; limits and ticks stay, where `draw` does not set them.
+        The next figure clears its lines; limits and ticks stay unless `draw` sets them.
         """
         import matplotlib
 

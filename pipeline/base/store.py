@@ -1,7 +1,7 @@
 """Folders of the ETL that may be in an object store, which has no rename and no links, and is slow per file.
 
 In: a location, `shards` or `s3://bucket/prefix`. Out: a path that code for folders can use. For URLs there is a way to
-write a file (first on this machine, then as one object, in parts where it is large; an interrupted upload leaves none;
+write a file (first on this machine, then as one object, in parts if it is large; an interrupted upload leaves none;
 then it is read back and compared) and a way to read many small ones, several at a time.
 """
 
@@ -21,7 +21,7 @@ from pipeline.base.errors import FULL, DataError, MachineError, explain_os_error
 
 TOGETHER = 32  # objects to fetch at a time; an image of the full set has 2 MB
 CREDENTIALS = {"http": "~/.netrc", "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"}
-# Checksums that stores other than AWS may not know; what was put, and got, is compared in any case.
+# Checksums that stores other than AWS may not know; uploads and downloads are compared in any case.
 S3_CHECKSUMS = dict.fromkeys(("request_checksum_calculation", "response_checksum_validation"), "when_required")
 
 
@@ -66,7 +66,7 @@ def is_remote(path: Path) -> bool:
 
 @contextmanager
 def object_to_put(path: Any) -> Iterator[BinaryIO]:
-    """A file to write that becomes an object at the end. Raises DataError, naming the object, where that fails."""
+    """A file to write that becomes an object at the end. Raises DataError, naming the object, if that fails."""
     with NamedTemporaryFile() as file:
         try:
             yield file  # type: ignore[misc]
@@ -109,13 +109,13 @@ def remove_folder(path: Any) -> None:
 
 @contextmanager
 def open_to_read(path: Path) -> Iterator[BufferedReader]:
-    """A file or an object. Where it cannot be read, raises OSError for a file, DataError for an object."""
+    """A file or an object. If it cannot be read, raises OSError for a file, DataError for an object."""
     with named_failures(path, "cannot be read"), path.open("rb") as file:
         yield file
 
 
 def list_files(path: Path) -> list[Path]:
-    """What a folder holds; nothing where it does not exist: a store has no empty folders."""
+    """The contents of a folder; nothing if it does not exist: a store has no empty folders."""
     return list(path.iterdir()) if path.exists() else []
 
 
@@ -151,7 +151,7 @@ def read_objects(urls: Sequence[str]) -> Iterator[bytes | None]:
 
 
 def find_status(error: Exception) -> int | None:
-    """The HTTP status that a client's error is of."""
+    """The HTTP status of a client's error."""
     response = getattr(error, "response", None)
     if isinstance(response, dict):  # of botocore
         response = response["ResponseMetadata"].get("HTTPStatusCode")

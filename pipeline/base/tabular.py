@@ -2,7 +2,7 @@
 
     Table("AUROC", ("label", "valid"), [["Edema", "0.894"]]).print()
 
-Every text may quote others' files: each renderer makes it harmless.
+Every text may quote user-supplied files: each renderer sanitizes it.
 """
 
 import re
@@ -19,7 +19,7 @@ Heading = str | tuple[str, str]  # a column's, or that of some columns and each 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells, each begun by its name; the last `means` of them are apart."""
+    """Rows of cells, each starting with its name; the last `means` rows are set apart."""
 
     title: str
     columns: Sequence[Heading]
@@ -31,7 +31,7 @@ class Table:
 
     @property
     def filled(self) -> bool:
-        """Whether a cell holds more than dashes, and the counts of what is too few."""
+        """Whether a cell holds more than dashes, and counts below the minimum."""
         return any("(few)" not in cell and re.search(r"\d", cell) for row in self.rows for cell in row[1:])
 
     def print(self) -> None:
@@ -59,7 +59,7 @@ class Table:
         console.print(grid)
 
     def html(self, title: str | None = None) -> Markup:
-        """The table under its title, or another, in a box that scrolls; nothing if no cell has a figure."""
+        """The table under its title, or another, in a box that scrolls; nothing if no cell has a number."""
         if not self.filled:
             return Markup()
         title = self.title if title is None else title
@@ -97,7 +97,7 @@ class Table:
         return "" if inside or column == 0 else f' class="{name}"'
 
     def _line(self, row: Sequence[str]) -> str:
-        """A row, with the limits in its cells apart from the figures."""
+        """A row, with the limits in its cells apart from the numbers."""
         cells = [f"<th>{escape(row[0])}</th>"]
         for number, cell in enumerate(row[1:], 1):
             text = re.sub(r" (\[[^\]]*\])$", r' <span class="limits">\1</span>', str(escape(cell)))

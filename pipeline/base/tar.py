@@ -1,4 +1,4 @@
-"""Tar members: the header that we write, and the members of any tar, or what is wrong with them."""
+"""Tar members: the header that we write, and the members of any tar, or the damage to them."""
 
 import io
 import tarfile
@@ -16,7 +16,7 @@ _TEMPLATE_SUM = int(_TEMPLATE[148:154], 8)  # the checksum, of a header without 
 
 
 class Member(NamedTuple):
-    """A regular file in a tar: its name, and where its bytes lie."""
+    """A regular file in a tar: its name, and the position of its bytes."""
 
     name: str
     offset: int
@@ -40,7 +40,7 @@ def tar_member(name: str, data: bytes) -> bytes:
 
 
 class _Headers(io.FileIO):
-    """A tar of which only headers are read; tarfile would take any size that one claims for granted."""
+    """A tar of which only headers are read; tarfile would trust any size that a header states."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         if size is None or not 0 <= size <= LONGEST_HEADER:

@@ -33,7 +33,7 @@ _shared: Any = None  # the slots, in worker processes
 
 
 def report_item() -> None:
-    """Count an item that a task has done. Raises CancelledError once a stop was asked for.
+    """Count an item that a task has done. Raises CancelledError once a stop was requested.
 
     Does nothing outside a worker process.
     """
@@ -52,7 +52,7 @@ def run_tasks(
     """Results as they come, with a bounded number of tasks in flight; `tick` gets the items reported so far.
 
     A killed worker does not end the run: the tasks in flight are done again, one at a time. Raises DataError,
-    naming the task, where its worker is killed again; and whatever a task raises.
+    naming the task, if its worker is killed again; and whatever a task raises.
     """
     waiting = iter(tasks)
     before = 0  # items that earlier pools had reported
@@ -80,7 +80,7 @@ def run_tasks(
 def run_alone(function: Callable[[Task], Result], task: Task, step: str = "") -> Result:
     """Run one task in a process of its own, so that its memory is freed.
 
-    Raises DataError where it is killed, naming the `step`, such as `planning shards`; else the task.
+    Raises DataError if it is killed, naming the `step`, such as `planning shards`; else the task.
     """
     with _worker_pool(function, 1) as (pool, _):
         try:
@@ -108,7 +108,7 @@ def run_threads(
 
 
 def _prepare_sockets() -> None:
-    """Have multiprocessing make its sockets in /tmp where TMPDIR is too long for them.
+    """Have multiprocessing make its sockets in /tmp if TMPDIR is too long for them.
 
     A socket's path has at most 107 bytes, of which `/pymp-xxxxxxxx/listener-xxxxxxxx` takes 31. The folder is
     made once for the process, only its user has access, and it is removed at the end.
@@ -116,7 +116,7 @@ def _prepare_sockets() -> None:
     usual = tempfile.gettempdir()
     if len(os.fsencode(usual)) <= _LONGEST_TMPDIR:
         return
-    tempfile.tempdir = "/tmp"  # noqa: S108 - mkdtemp makes a folder of its own in there
+    tempfile.tempdir = "/tmp"  # noqa: S108 - mkdtemp makes a private folder in it
     try:
         multiprocessing.util.get_temp_dir()
     except OSError as error:
@@ -129,7 +129,7 @@ def _prepare_sockets() -> None:
 def _worker_pool(function: Callable[..., Any], workers: int) -> Iterator[tuple[ProcessPoolExecutor, Any]]:
     _prepare_sockets()
     context = multiprocessing.get_context("forkserver")
-    # When the server starts, at the first task, it imports what its parent has of this package: every worker has it.
+    # When the server starts, at the first task, it imports its parent's modules of this package for all workers.
     package = function.__module__.partition(".")[0]
     context.set_forkserver_preload([name for name in sys.modules if name.partition(".")[0] == package])
     try:

@@ -1,8 +1,8 @@
-"""Tasks → results on the workers of a Dask cluster: what `pipeline.base.workers` is on one machine.
+"""Tasks → results on the workers of a Dask cluster: the counterpart of `pipeline.base.workers` on one machine.
 
 Dask's scheduler reruns the tasks of a lost worker on another one. Tasks and results travel pickled among scheduler,
-workers and this process, which must trust each other; paths in them must mean the same everywhere. Each task brings
-along what its worker must be like, so that a worker that joins late is checked as well.
+workers and this process, which must trust each other; paths in them must mean the same everywhere. Each task carries
+the requirements for its worker, so that a worker that joins late is checked as well.
 """
 
 import hashlib
@@ -37,7 +37,7 @@ def run_on_cluster(
 
     `witness` is a file that every worker must see; `blame` says why a result is a failure of its worker, if it is
     one. An unfit worker is named in a warning and gets no further tasks; its task is done by another one. Raises
-    DataError where the scheduler cannot be reached, no fit worker is left, or a task's worker was lost again and
+    DataError if the scheduler cannot be reached, no fit worker is left, or a task's worker was lost again and
     again; and whatever a task raises.
     """
     with needs("dask", "`scheduler`"):
@@ -78,7 +78,7 @@ def _spread(
         fit = sorted(set(threads) - set(unfit))
         if unfit and not fit:
             raise DataError(f"{name}: no fit worker is left: {'; '.join(unfit.values())}")
-        # Workers may join and leave: two tasks for each thread that there is now.
+        # Workers may join and leave: two tasks for each current thread.
         for task in islice(waiting, max(1, 2 * sum(threads[address] for address in fit) - len(flight))):
             # Not pure: what a task writes may have been removed since a cluster did the same. No retries: an error that
             # a task raises, it raises again; the tasks of lost workers are done again in any case. Other workers get it
@@ -102,7 +102,7 @@ def _spread(
 def _run(
     function: Callable[[Task], Result], needed: Mapping[str, str], witness: Path, task: Task
 ) -> tuple[str, str, Result | None]:
-    """In a worker: its address, why it is unfit, and the result where it is not."""
+    """In a worker: its address, why it is unfit, and the result if it is fit."""
     from distributed import get_worker
 
     address, present = get_worker().address, _describe(witness)

@@ -1,6 +1,6 @@
 """A dataset's folder and options → the rows of each shard, as `<split>.plan` (Arrow, one record batch per shard).
 
-Or, without writing anything, what sharding it would give.
+Or, without writing anything, a preview of its shards.
 """
 
 from collections.abc import Mapping, Sequence
@@ -87,7 +87,7 @@ class Plan(NamedTuple):
 
 
 def write_plan(task: PlanTask) -> Plan:
-    """Write the plan of every split. Raises DataError as `read_splits` does, and for what `strict` refuses."""
+    """Write the plan of every split. Raises DataError as `read_splits` does, and for anything that `strict` rejects."""
     options = task.options
     tables, _, notes = options.read_splits(task.source)
     if task.strict and "train" in tables and (found := find_one_class(tables["train"], task.strict)):
@@ -140,7 +140,7 @@ class Preview(NamedTuple):
 
 
 def preview_shards(source: Source, options: Options) -> Preview:
-    """What `write_shards` would do. Raises DataError as `read_splits` does."""
+    """A preview of `write_shards`. Raises DataError as `read_splits` does."""
     tables, dropped, notes = options.read_splits(source)
     splits = {}
     for split, table in tables.items():

@@ -1,13 +1,13 @@
 """A dataset's folder → tar shards, an Arrow index per split, and the manifest (format: shards/README.md).
 
-Three steps, in processes of their own, so that the parent stays small at any size:
+Three steps, in separate processes, so that the parent stays small at any size:
     planning   CSVs → the rows of every shard, as `.partial/<split>.plan`
-    writing    one shard's rows + images → its tar, and `.partial/<shard>.json`: what the index needs of it
+    writing    one shard's rows + images → its tar, and `.partial/<shard>.json`: its part of the index
     finish     all of these → the Arrow tables, rejects.csv, and the manifest, last
 
-Shards converge: what is in the folder and has the hash that its record or the manifest says stays, anything else is
-written. So the same command continues a run that was killed, and restores finished shards that were damaged. Every
-file appears whole under its name, and none is removed to be written again.
+Shards converge: a file whose hash matches its record or the manifest stays, anything else is written. So the same
+command resumes a run that was killed, and restores finished shards that were damaged. Every file appears complete
+under its name, and none is removed to be rewritten.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -44,8 +44,8 @@ from pipeline.sources.rows import MISSING, find_missing
 from pipeline.sources.sets import SETS, find_terms
 from pipeline.sources.source import Source
 
-STARTED = "options.json"  # in PARTIAL: what the run was asked for
-POLICIES = {"uncertain": "best", "blank": "zeros"}  # where none are given
+STARTED = "options.json"  # in PARTIAL: the run's request
+POLICIES = {"uncertain": "best", "blank": "zeros"}  # if none are given
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Execution:
 
 
 class RunSummary(NamedTuple):
-    """Totals of a run; `is_new` is False where the shards were there already."""
+    """Totals of a run; `is_new` is False if the shards existed already."""
 
     manifest: Manifest
     is_new: bool
@@ -75,7 +75,7 @@ Progress = Callable[[int, int, int], None]  # images done, images in all, reject
 
 @dataclass(frozen=True)
 class Run:
-    """What `write_shards` was asked for; `wanted` is the part that the manifest records."""
+    """The arguments of `write_shards`; `wanted` is the part that the manifest records."""
 
     out: Path
     source: Source
@@ -118,11 +118,11 @@ def write_shards(
     how: Execution,
     progress: Progress = lambda done, total, rejects: None,
 ) -> RunSummary:
-    """Write `source` into `out`, or continue where an earlier run with the same options stopped.
+    """Write `source` into `out`, or resume an earlier run with the same options.
 
-    `out` may be a path of `pipeline.base.store`. A policy of None is that of the shards there, else the default.
-    Raises DataError for bad input, too many unusable images, shards of other options or CSVs in `out`, and what
-    `strict` refuses before it writes shards.
+    `out` may be a path of `pipeline.base.store`. A policy of None is that of the existing shards, else the default.
+    Raises DataError for bad input, too many unusable images, shards of other options or CSVs in `out`, and anything
+    that `strict` rejects before it writes shards.
     """
     check_access(out)
     named_files = source.csvs | {f"facts-{number}": path for number, path in enumerate(source.facts, 1)}
@@ -157,7 +157,7 @@ def _choose_policies(out: Path, given: Mapping[str, str | None]) -> dict[str, st
 
 
 def _read_started(partial: Path) -> dict[str, dict[str, object]] | None:
-    """What the unfinished run was asked for; None where there is none, or its file is damaged."""
+    """The request of the unfinished run; None if there is none, or its file is damaged."""
     try:
         return read_object(partial / STARTED)
     except (FileNotFoundError, DataError):
@@ -165,9 +165,9 @@ def _read_started(partial: Path) -> dict[str, dict[str, object]] | None:
 
 
 def _read_finished(run: Run) -> tuple[Manifest | None, list[str]]:
-    """The manifest, if there is one, and the files that are missing or do not have the hash it says.
+    """The manifest, if there is one, and the files that are missing or do not match its hashes.
 
-    Raises DataError where its options, policies or CSVs are others.
+    Raises DataError if its options, policies or CSVs differ.
     """
     if not (run.out / NAME).exists():
         return None, []
@@ -197,9 +197,9 @@ def _refuse_difference(
 
 
 def _converge(run: Run, manifest: Manifest | None, damaged: Collection[str]) -> RunSummary:
-    """Plan, write what is not there, and finish; of the finished shards of a manifest, what is damaged.
+    """Plan, write missing shards, and finish; if there is a manifest, rewrite damaged shards only.
 
-    Raises DataError where the source no longer gives the bytes that the manifest says.
+    Raises DataError if the source no longer gives the bytes that the manifest records.
     """
     before = _read_started(run.partial)
     starts = manifest is None and before != run.started
@@ -248,7 +248,7 @@ def _refuse_others(out: Path, names: Collection[str]) -> None:
 
 
 def _name_unseen(record: ShardRecord) -> str:
-    """What its worker does not see of the source and this process does; "" if there is no such file."""
+    """A source file that this process sees and its worker does not; "" if there is no such file."""
     missing = [reject.file for reject in record.rejects if reject.reason == MISSING and "://" not in reject.file]
     unseen = sorted({*missing} - {*find_missing(missing, ())})
     return f"does not see {unseen[0]}" if unseen else ""

@@ -1,9 +1,9 @@
-"""Shards folder → what is wrong with it: every file against the manifest, every tar against its Arrow table.
+"""Shards folder → its problems: every file against the manifest, every tar against its Arrow table.
 
     pipeline verify shards --deep
 
-Each file is read and hashed once, and the headers of each tar are walked. Only where a hash differs, or for
-`--deep`, are the samples checked one by one, so that the damage is named, not just its file.
+Each file is read and hashed once, and the headers of each tar are walked. Samples are checked one by one only
+if a hash differs, or for `--deep`, to locate the damage within its file.
 """
 
 import mmap
@@ -54,7 +54,7 @@ class _Checks(NamedTuple):
 class _Task(NamedTuple):
     path: Path
     shard: Shard
-    rows: pa.Table | None  # of this shard; None where the split's table is unusable
+    rows: pa.Table | None  # of this shard; None if the split's table is unusable
 
 
 def verify_shards(
@@ -66,8 +66,8 @@ def verify_shards(
 ) -> Verdict:
     """Check a folder of shards; `progress` gets (shards done, total).
 
-    Where the shards are elsewhere, `fetch` gives a local file of each, whose hash is the manifest's.
-    Raises DataError only where there is no readable manifest: all other problems are in the report.
+    If the shards are remote, `fetch` gives a local file of each, whose hash is the manifest's.
+    Raises DataError only if there is no readable manifest: all other problems are in the report.
     """
     manifest = read_manifest(folder)
     encoding = str(manifest.options.get("encoding", "jpeg"))
@@ -105,7 +105,7 @@ def verify_shards(
 
 
 def _describe_doubts(tables: Iterable[pa.Table], flat: list[str] | None) -> list[str]:
-    """What sharding noted of images without a picture; `flat` are those of one level, if they were looked for."""
+    """The notes of sharding on images without content; `flat` are those of one level, if checked."""
     notes = find_notes(tables)
     if flat is not None:
         notes[ONE_LEVEL] = flat
@@ -117,7 +117,7 @@ def _describe_doubts(tables: Iterable[pa.Table], flat: list[str] | None) -> list
 
 
 def _check_table(folder: Path, split: Split) -> tuple[list[str], pa.Table | None]:
-    """What is wrong with a split's table, and the table itself where it can be used for checking the tars."""
+    """The problems of a split's table, and the table if it can be used for checking the tars."""
     path = folder / split.table
     try:
         table = read_table(folder, split)
@@ -143,7 +143,7 @@ def _tasks(folder: Path, split: Split, table: pa.Table | None) -> Iterator[_Task
 
 
 def _check_shard(checks: _Checks, task: _Task) -> list[str]:
-    """What is wrong with a shard, as precisely as possible."""
+    """The problems of a shard, as precisely as possible."""
     path, shard, rows = task
     if checks.fetch:
         try:
@@ -166,7 +166,7 @@ def _check_shard(checks: _Checks, task: _Task) -> list[str]:
 
 
 def _check_tar(checks: _Checks, path: Path, file: Path, rows: pa.Table | None, is_intact: bool) -> list[str]:
-    """What is wrong in a tar of the right size; `path` names it in messages, `file` is where it can be read."""
+    """The problems of a tar of the right size; `path` names it in messages, `file` is its local copy."""
     try:
         members = list(read_members(file, path))
         complaints: list[str] = []

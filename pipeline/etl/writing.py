@@ -34,7 +34,7 @@ _FACTS = ("key", "patient", "study", "view", "sex", "age", "projection")
 class ShardTask(NamedTuple):
     """One shard to write into `out`, by the plan in `partial`, where its record goes.
 
-    `sha256` is what the tar must hash to, if it restores a finished one.
+    `sha256` is the tar's required hash if it restores a finished one.
     """
 
     out: Path
@@ -83,7 +83,7 @@ class ShardRecord(NamedTuple):
 
 @dataclass(frozen=True)
 class Wanted:
-    """What shards are asked for: the part of the manifest that is known before they are written."""
+    """The requested shards: the part of the manifest that is known before they are written."""
 
     options: dict[str, object]
     policies: dict[str, str]
@@ -113,7 +113,7 @@ class Index(NamedTuple):
 def write_shard(task: ShardTask) -> ShardRecord:
     """Write one tar, then its record; images that cannot be used are left out and reported.
 
-    Raises DataError, and leaves the file as it is, where the tar would have another hash than `sha256`.
+    Raises DataError, and leaves the file unchanged, if the tar would have another hash than `sha256`.
     """
     rows = read_planned(task.partial, task.split, task.number)
     with atomic_file(task.out / task.file) as file:
@@ -205,7 +205,7 @@ def _sample_json(row: Mapping[str, object]) -> bytes:
 
 
 def finish(task: FinishTask) -> Manifest:
-    """Write the Arrow tables, rejects.csv where there are any, and the manifest."""
+    """Write the Arrow tables, rejects.csv if there are any, and the manifest."""
     indexes = {split: index_split((task, split)) for split in task.splits}
     rejects = [reject for index in indexes.values() for reject in index.rejects]
     if rejects:
@@ -229,7 +229,7 @@ def finish(task: FinishTask) -> Manifest:
 
 
 def index_split(of: tuple[FinishTask, str]) -> Index:
-    """Write `<split>.arrow`: the rows that were kept, without paths, plus where each image lies and what it was."""
+    """Write `<split>.arrow`: the rows that were kept, without paths, plus each image's position and original facts."""
     task, split = of
     numbers = range(count_planned(task.partial, split))
     parts = [read_record(task.partial / f"{split}-{number:06d}.arrow") for number in numbers]

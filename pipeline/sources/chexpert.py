@@ -1,4 +1,4 @@
-"""CheXpert, in every folder layout found in practice → label table per split, and where each image lies.
+"""CheXpert, in every folder layout seen in practice → label table per split, and the file of each image.
 
 Irvin et al., CheXpert: a large chest radiograph dataset with uncertainty labels and expert comparison, AAAI 2019:
 224,316 radiographs of 65,240 patients; train.csv has 223,414 rows.
@@ -44,7 +44,7 @@ class Chexpert(DataSet):
         with named_failures(folder, "cannot be read"):
             if csvs := _csvs_in(folder):
                 return csvs
-            # A hidden folder is no data set, but what `pipeline sample` leaves of one where it is killed.
+            # A hidden folder is no data set, but a remnant of `pipeline sample` if it is killed.
             names = [name for name in list_folders(folder) if not name.startswith(".")]
             inside = {name: csvs for name in names if (csvs := _csvs_in(folder / name))}
             holds_images = any(name in _SPLIT_FOLDERS or _PATIENT.fullmatch(name) for name in names)
@@ -66,7 +66,7 @@ class Chexpert(DataSet):
         ]
 
     def locate(self, paths: Sequence[str], roots: Sequence[Path]) -> list[str]:
-        """The file of each path: in a folder that the CSV names, else in any that has it, else where it should be."""
+        """The file of each path: in a folder that the CSV names, else in any that has it, else its expected path."""
         folders = _find_patients(roots, {_above(path) for path in paths})
         meant = cache(lambda above: _named_folders(above, roots))
         files = []
@@ -108,7 +108,7 @@ class Chexpert(DataSet):
         return text.select(names)
 
     def read_fields(self, csv: Path, text: pa.Table) -> dict[str, pa.Array]:
-        """The fields of each image; the view is that of the file's name, if no column says it."""
+        """The fields of each image; the view comes from the file's name if no column states it."""
         fields = super().read_fields(csv, text)
         return {"view": fields["side"]} | fields
 

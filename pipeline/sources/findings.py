@@ -1,6 +1,6 @@
 """Other sets' findings → states of CheXpert's labels, by findings.csv: a row for each finding of a set.
 
-`state` is what the finding makes of the label in an image that has it: positive; or not annotated, if no other finding
+`state` is the label's state in an image that shows the finding: positive; or not annotated, if no other finding
 decides: a sign of it, or too wide a name for it. The label `all` is left open wherever nothing is named. A finding
 without a label says nothing about the 14 or, not annotated, nothing about any finding. The set `any` holds the rule for
 all sets, whose findings are labels; docs/mappings.md says why.
@@ -30,8 +30,8 @@ class Findings(NamedTuple):
 
     positive: dict[str, list[str]]
     open: dict[str, list[str]]
-    unmapped: list[str]  # which say that others were looked for
-    silent: list[str]  # which say nothing
+    unmapped: list[str]  # which imply that others were looked for
+    silent: list[str]  # which carry no information
 
     @property
     def known(self) -> list[str]:

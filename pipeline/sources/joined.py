@@ -2,7 +2,7 @@
 
     pipeline shards CheXpert-v1.0-small shards --facts "CHEXPERT DEMO.xlsx"
 
-Whose rows these are is told by the columns' names, as in KEYS: `key`, else patient and study, else one of these.
+The column names determine what a row describes, as in KEYS: `key`, else patient and study, else one of these.
 """
 
 import os
@@ -33,7 +33,7 @@ NORMALIZED: dict[tuple[str, ...], Normalize] = {("key",): normalize_paths, ("pat
 OURS = ("set", "row", "split", "label", "score", "group", "views")  # columns of other tables, and words of options
 _WHOLE = r"^-?(0|[1-9]\d{0,17})(\.0+)?$"  # 007 is a code, not a number
 # The words by which Glocker et al. group CheXpert's PRIMARY_RACE (Algorithmic encoding of protected characteristics in
-# chest X-ray disease detection models, eBioMedicine 89, 2023). What is no answer stays null here.
+# chest X-ray disease detection models, eBioMedicine 89, 2023). Non-answers stay null.
 _RACES = {race: rf"(?i)\b{race}\b" for race in ("White", "Black", "Asian")}
 _NO_ANSWER = r"(?i)\b(unknown|refused|declines|declined)\b"
 
@@ -46,7 +46,7 @@ def join_facts(
     Columns are named in lower case, words joined by `_`; those of whole numbers become int64. With `primary_race`
     comes `race`, unless there is one. Raises DataError, naming the file, for one that cannot be read or has no key or
     no row in common with the tables, a column that these have already, a key with different values, and studies if
-    the tables' were `numbered` here, as no file of the user's can know such numbers.
+    the tables' studies were `numbered` by us, as no user-supplied file can know such numbers.
     """
     joined = dict(tables)
     for path in paths:
@@ -89,7 +89,7 @@ def join_facts(
 
 
 def _read_columns(path: Path) -> dict[str, pa.Array]:
-    """Name in words → cells as text, null where empty. Raises DataError."""
+    """Name in words → cells as text, null if empty. Raises DataError."""
     table = _read_workbook(path) if path.suffix.lower() == ".xlsx" else read_strings(path)
     names = ["_".join(re.findall(r"\w+", name.lower())) for name in table.column_names]
     for number, name in enumerate(names):
@@ -164,7 +164,7 @@ def _type(column: pa.Array) -> pa.Array:
 
 
 def _group_races(column: pa.Array) -> pa.Array:
-    """White, Black, Asian or Other, by the words of a PRIMARY_RACE; null where that is blank or no answer."""
+    """White, Black, Asian or Other, by the words of a PRIMARY_RACE; null if that is blank or no answer."""
     races = pc.if_else(pc.match_substring_regex(column, _NO_ANSWER), None, "Other")
     for race, pattern in reversed(_RACES.items()):
         races = pc.if_else(pc.match_substring_regex(column, pattern), race, races)

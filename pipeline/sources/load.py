@@ -67,9 +67,9 @@ def load_table(
     """The label table of a source: one split, or all of them one after the other.
 
     Its facts, but for those of `images.Original`, follow the labels; `facts` are files of more, as for
-    `pipeline shards`. What is `audited` has the facts of the originals, too, and without a split named is what is
-    learned from; what is `keyed` has them, and the images' keys. `note` is told what joins left over. Raises DataError
-    where the source, the split or the views do not exist.
+    `pipeline shards`. If `audited`, it includes the facts of the originals and, if no split is named, only the rows to
+    learn from; if `keyed`, these facts and the images' keys. `note` gets a sentence for unmatched rows.
+    Raises DataError if the source, the split or the views do not exist.
     """
     numbered = False
     if source.is_file():
@@ -101,13 +101,13 @@ def load_table(
 
 
 def learned_splits(names: Iterable[str]) -> list[str]:
-    """Train and dev, as the others have to stay unseen; all where there is no train."""
+    """Train and dev, as the others have to stay unseen; all if there is no train."""
     names = list(names)
     return [name for name in names if name in ("train", "dev") or "train" not in names]
 
 
 class Described(NamedTuple):
-    """What the labels of some shards are like, in words.
+    """A description of the labels of some shards, in words.
 
     `views`: how many studies have which views, "" unless shards hold whole studies. `one_class`: a text for each
     label that the shards' policies leave with one class in train. `repeats`: of images in two splits. `notes`: as of
@@ -121,7 +121,7 @@ class Described(NamedTuple):
 
 
 def describe_shards(folder: Path) -> Described:
-    """Describe some shards by their tables: labels by train's, and views where shards hold whole studies."""
+    """Describe some shards by their tables: labels by train's, and views if shards hold complete studies."""
     manifest = read_manifest(folder)
     of_studies = manifest.options.get("views") == "all"
     tables = {name: read_table(folder, split) for name, split in manifest.splits.items()}

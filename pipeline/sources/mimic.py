@@ -30,7 +30,7 @@ RADIOLOGISTS_NAMES = {"Airspace Opacity": "Lung Opacity"}
 
 
 class Mimic(DataSet):
-    """MIMIC's views and labels are in tables of their own."""
+    """MIMIC's views and labels are in separate tables."""
 
     def find_tables(self, folder: Path) -> dict[str, Path] | None:
         """The tables; None without the split's. Raises DataError if another one is missing."""

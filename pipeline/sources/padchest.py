@@ -12,8 +12,8 @@ otherwise, docs/mappings.md says why. None of the words speaks of suspicion, so 
 says `unchanged`, a finding that it does not name is not annotated, since the earlier report may name it; the same holds
 for `exclude` and for images without a word about findings.
 
-All films are MONOCHROME2, says the table. BitsStored_DICOM gives the bits of a PNG (10 or 12); a PNG with higher levels
-has been scaled to 16.
+All images are MONOCHROME2, according to the table. BitsStored_DICOM gives the bits of a PNG (10 or 12); a PNG
+with higher levels has been scaled to 16.
 """
 
 from dataclasses import replace

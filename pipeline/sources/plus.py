@@ -3,10 +3,10 @@
 Without the PNGs, its DICOMs are read: DICOM/Uncompressed/train/patient00001/study1/view1_frontal.dcm.
 
 Chambon et al., CheXpert Plus, arXiv:2405.19538: 223,462 radiographs of CheXpert's own patients, with reports. Labels
-are in files of their own, of which the first that is there is read: chexbert_labels/report_fixed.json, then
+are in separate files, of which the first that exists is read: chexbert_labels/report_fixed.json, then
 impression_fixed.json, then findings_fixed.json; without any, CheXpert's own train.csv and valid.csv beside the table.
 To use a later one, move the earlier ones away. An image without a line there is not annotated. Reports are not read.
-Race, ethnicity, insurance and the need of an interpreter are facts, as far as the table has them.
+Race, ethnicity, insurance and the need of an interpreter are facts, if the table has them.
 """
 
 from functools import partial
@@ -39,7 +39,7 @@ SPLITS = ("train", "valid")
 
 
 class Plus(DataSet):
-    """CheXpert Plus has its labels in a file of their own."""
+    """CheXpert Plus has its labels in a separate file."""
 
     def find_tables(self, folder: Path) -> dict[str, Path] | None:
         """The table and the labels; None without the table. Raises DataError if there are no labels."""

@@ -23,7 +23,7 @@ from pipeline.sources.source import Source, find_place, settle_blanks
 
 READ = 2**16  # bytes, at first: most images are smaller
 MISSING = "no such file, but the CSV lists it"
-# Reasons to reject an image, wherever it is read; any other error is of the machine, such as a disk that fails.
+# Reasons to reject an image, wherever it is read; any other error is the machine's, such as a failing disk.
 OF_A_FILE = {
     *(errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR),
     *(errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO, errno.ENODEV),
@@ -44,7 +44,7 @@ def read_splits(source: Source, *, views: str, dev: float, seed: int, limit: int
     """Label table per split, shuffled, with the column `file` (absolute path or URL); what was dropped; notes.
 
     With all views, studies are shuffled, and the images of each stay together. train is divided into train and dev
-    by patient. Empty splits are left out. Raises DataError where a CSV is bad, a patient is in two CSVs, or no image
+    by patient. Empty splits are left out. Raises DataError if a CSV is bad, a patient is in two CSVs, or no image
     is left.
     """
     adapter = SETS[source.set]
@@ -94,7 +94,7 @@ def find_missing(files: Sequence[str], roots: Sequence[Path]) -> list[str]:
 def read_images(files: Sequence[str], roots: Sequence[Path]) -> Iterator[bytes | ImageError]:
     """The content of each file in turn, or why it cannot be used.
 
-    Raises DataError for a store that fails, MachineError where this machine fails: that says nothing of the images.
+    Raises DataError if a store fails, MachineError if this machine fails, which is no fault of the images.
     """
     stored = read_objects([file for file in files if "://" in file])
     for file in files:
@@ -103,12 +103,12 @@ def read_images(files: Sequence[str], roots: Sequence[Path]) -> Iterator[bytes |
 
 
 def _read_file(file: str, roots: Sequence[Path]) -> bytes | ImageError | None:
-    """Its content, or what is wrong with it; None for a missing file."""
+    """The file's content, or the reason that it is unusable; None for a missing file."""
     path, offset, size = find_place(file)
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would wait for its writer
         try:
-            # A link may point anywhere: what is read must lie under a folder that the user named.
+            # A link may point anywhere: files must lie under a folder that the user named.
             opened = _find_opened(descriptor, path)
             if not any(opened.startswith(f"{str(root).rstrip('/')}/") for root in roots):
                 return ImageError(f"leads out of its folder to {opened}; allow that by --root")
@@ -129,7 +129,7 @@ def _read_file(file: str, roots: Sequence[Path]) -> bytes | ImageError | None:
 
 
 def _find_opened(descriptor: int, path: str) -> str:
-    """The path of an open file without links: Linux knows it, elsewhere it is looked up."""
+    """The path of an open file without links: from Linux's /proc, on other systems resolved."""
     try:
         return os.readlink(f"/proc/self/fd/{descriptor}")  # noqa: PTH115 - once per image
     except FileNotFoundError:

@@ -26,7 +26,7 @@ SETS: dict[str, DataSet] = {
     "table": table.SET,
     "webdataset": webdataset.SET,
 }
-# Those that their files tell.
+# Sets that are recognized by their files.
 KNOWN = {kind.terms.name: kind for name, kind in SETS.items() if name not in ("table", "webdataset")}
 DRAWN_NOTE = "SYNTHETIC.txt"  # beside the tables that `pipeline sample` writes
 SHOWN = 4  # names of what is in a folder without a set
@@ -56,15 +56,15 @@ def find_source(
         name, csvs = (name or "chexpert", dict(splits)) if splits else find_set(folder, name)
     homes = [folder, *(csv.parent for csv in csvs.values()), *roots]
     more = SETS[name].find_roots(homes[1:])
-    whole = tuple(dict.fromkeys(path.resolve() for path in (*homes, *more)))
-    source = Source(csvs, whole, name, tuple(columns), tuple(facts), called)
+    searched = tuple(dict.fromkeys(path.resolve() for path in (*homes, *more)))
+    source = Source(csvs, searched, name, tuple(columns), tuple(facts), called)
     if name == "webdataset" and not columns:
-        webdataset.SET.read(source)  # it says what to name: before the tars are hashed
+        webdataset.SET.read(source)  # its error lists the columns to name: before the tars are hashed
     return source
 
 
 def find_terms(source: Source) -> Terms:
-    """Whose the images of a source are, and how they may be used."""
+    """Who owns the images of a source, and how they may be used."""
     if called := source.name:
         return Terms(called, called, called, "not stated", "")
     if source.set == "webdataset":
@@ -74,7 +74,7 @@ def find_terms(source: Source) -> Terms:
 
 
 def numbers_studies(name: str, columns: Container[str]) -> bool:
-    """Whether the studies of a set were numbered here, as its tables do not name them by numbers."""
+    """Whether the studies of a set were numbered by us, as its tables do not number them."""
     return name in SETS and SETS[name].numbers_studies and "study" not in columns
 
 
@@ -102,7 +102,7 @@ def find_set(folder: Path, name: str | None = None) -> tuple[str, dict[str, Path
 
 
 def read_any_table(csv: Path) -> pa.Table:
-    """The label table of one CSV of any set, told by its columns. Raises DataError, naming file, line and column."""
+    """The label table of one CSV of any set, by its columns. Raises DataError, naming file, line and column."""
     header = read_header(csv)
     kinds = (kind for kind in KNOWN.values() if next(iter(kind.columns)) in header)
     return next(kinds, chexpert.SET).read_table(csv)

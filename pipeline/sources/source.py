@@ -52,10 +52,10 @@ class Source(NamedTuple):
     """A data set on the user's disk.
 
     `csvs` are its tables, by split or by role; `roots` are the folders that images may be read from; `set` is its name
-    in `sources.sets.SETS`. `columns` are what a table of no known set calls ours: ("path", "Image"), …; `facts` are
-    files of further columns (`sources.joined`). `name` is what the user calls a set that has the layout of another one,
-    but patients of its own. Of such a set and of a table, `annotated` are the labels that were looked for, and `blanks`
-    is what an empty cell means, one of BLANKS; empty if the user says neither.
+    in `sources.sets.SETS`. `columns` map our columns to those of a user's table: ("path", "Image"), …; `facts` are
+    files of further columns (`sources.joined`). `name` is the user's name for a set that has the layout of another one,
+    but different patients. Of such a set and of a table, `annotated` are the labels that were looked for, and `blanks`
+    is what an empty cell means, one of BLANKS; empty if the user chose neither.
     """
 
     csvs: dict[str, Path]
@@ -69,14 +69,14 @@ class Source(NamedTuple):
 
     @property
     def stated(self) -> dict[str, object]:
-        """What the user states about the set, as far as it decides what is in the shards."""
+        """The user's statements about the set that affect the contents of the shards."""
         given = {name: getattr(self, name) for name in ("name", "annotated", "blanks")}
         given["columns"] = dict(self.columns)
         return {name: list(value) if isinstance(value, tuple) else value for name, value in given.items() if value}
 
 
 class Column(NamedTuple):
-    """What each cell of a column must be: a pattern for all of it, and what is wrong with another one.
+    """The rule for a column's cells: a pattern for the full cell, and the error for any other cell.
 
     The pattern's named groups are fields of an image (`make_table`). `optional` cells may be blank, or `nan`, as pandas
     has written them.
@@ -96,7 +96,7 @@ SEX, PROJECTION = (Column(f"(?P<{name}>.*)", "", optional=True) for name in ("se
 class DataSet:
     """A kind of dataset: its terms, the table that lists its images, and what the columns of that table hold.
 
-    A set that takes more than one table, or another way to its labels, is a class of its own with other methods.
+    A set with more than one table, or with labels stored in another way, is a subclass that overrides methods.
     Methods raise DataError, naming file, line and column.
     """
 
@@ -112,7 +112,7 @@ class DataSet:
     places: tuple[tuple[str, str], ...] = (("", ""),)
     files: str = ""  # by which a folder is recognized, in words
     is_joined: bool = False  # from several tables
-    numbers_studies: bool = False  # here, as its tables do not
+    numbers_studies: bool = False  # by us, as its tables do not
 
     def find_tables(self, folder: Path) -> dict[str, Path] | None:
         """The files that list the images, by split or role; None if the folder does not hold the set."""
@@ -123,7 +123,7 @@ class DataSet:
         return []
 
     def read(self, source: Source, note: Note = ignore) -> dict[str, pa.Table]:
-        """Split → label table, all with the same facts. `note` is told of rows without a partner in another file."""
+        """Split → label table, all with the same facts. `note` gets a sentence for unmatched rows."""
         return {split: self.read_table(csv) for split, csv in source.csvs.items()}
 
     def read_table(self, csv: Path) -> pa.Table:
@@ -178,12 +178,12 @@ class DataSet:
         return [choose(path) for path in paths]
 
     def describe_moved(self, tables: Iterable[pa.Table], roots: Sequence[Path]) -> str | None:
-        """How many images are in another folder than their table says, in words; None for no image."""
+        """How many images are in another folder than their table states, in words; None for no image."""
         return None
 
 
 def read_cells(csv: Path | list[str], cells: Iterable[tuple[str, pa.ChunkedArray, Column]]) -> dict[str, pa.Array]:
-    """Field → texts [N], of cells [N] by the name of their column. `csv` may also be what each row is called."""
+    """Field → texts [N], of cells [N] by the name of their column. `csv` may also be the name of each row."""
     fields: dict[str, pa.Array] = {}
     for name, texts, column in cells:
         given = pc.if_else(pc.equal(texts, "nan"), None, texts) if column.optional else texts
@@ -205,7 +205,7 @@ def fill(template: str, fields: Mapping[str, pa.Array]) -> pa.Array:
 
 
 def find_files(folder: Path, roles: Mapping[str, Sequence[str]]) -> dict[str, Path]:
-    """Role → the first of its files that the folder holds, plain or gzipped, as far as it holds one."""
+    """Role → the first of its files that the folder holds, plain or gzipped, if any."""
     held = {
         role: [path for name in names for end in ("", ".gz") if (path := folder / f"{name}{end}").is_file()]
         for role, names in roles.items()
@@ -218,8 +218,8 @@ def make_table(
 ) -> pa.Table:
     """A label table of states [N] of the 14 labels, and of fields and facts [N].
 
-    Needed: path, key, patient. `study` is a number, `study_name` is numbered here within the patient; without either,
-    each image has a study of its own. `position` stands for view and projection, `letter` for the sex, `year` and
+    Needed: path, key, patient. `study` is a number, `study_name` is numbered by us within the patient; without either,
+    each image is a separate study. `position` stands for view and projection, `letter` for the sex, `year` and
     `birth` for the age. Without a view, images are frontal. Of the other fields, only `bits` is kept.
     """
     names = fields["key"].to_pylist()
@@ -260,7 +260,7 @@ def make_key(path: str) -> str:
 
 
 def find_place(file: str) -> tuple[str, int, int | None]:
-    """Path, offset and size in bytes of an image; its size is None if it is a file of its own."""
+    """Path, offset and size in bytes of an image; its size is None if it is a separate file."""
     match = _IN_TAR.fullmatch(file)
     return (match[1], int(match[2]), int(match[3])) if match else (file, 0, None)
 
@@ -306,7 +306,7 @@ def _has_states(column: pa.ChunkedArray) -> bool:
 
 
 def list_images(folders: Iterable[Path]) -> dict[str, str]:
-    """The file of each image by its name without suffix: in the first folder that has it, and there by RANKS.
+    """The file of each image by its name without suffix: in the first folder that has it, by RANKS.
 
     Other files are ignored. Raises DataError for two files of one image and rank.
     """

@@ -1,10 +1,10 @@
 """A user's CSV, whose columns the user names: a hospital's images with labels of any of the 14.
 
-    pipeline shards films out --set table --columns path=Image,patient=MRN,Edema=edema
+    pipeline shards images out --set table --columns path=Image,patient=MRN,Edema=edema
 
 `path`, the image's file relative to SOURCE, and `patient` are needed. `study` (a number), `view` (frontal, lateral
 or other; frontal by default), `sex`, `age` and `projection` (AP, PA, LL or RL) may be named. Labels are 1, 0, -1 or
-blank; those that no column is named for are not annotated. All rows are train, of which dev is held out; `--split`
+blank; labels without a column are not annotated. All rows are train, of which dev is held out; `--split`
 gives each split a CSV.
 """
 
@@ -51,8 +51,8 @@ FIELDS = {
 def parse_columns(text: str, known: Sequence[str] = (*FIELDS, "key", *LABELS)) -> tuple[tuple[str, str], ...]:
     """Our names, of those `known`, and the table's, from `path=Image,patient=MRN`.
 
-    Spaces and double quotes around a name do not count. Raises DataError, naming all that is wrong; which columns are
-    needed, the set knows.
+    Spaces and double quotes around a name do not count. Raises DataError, naming all problems; the set
+    checks which columns are needed.
     """
     pairs: list[tuple[str, str]] = []
     wrong = []
@@ -98,9 +98,9 @@ class OwnTable(DataSet):
 
 
 def read_named(csv: Path | list[str], columns: Mapping[str, str], cells: Mapping[str, pa.ChunkedArray]) -> pa.Table:
-    """The label table of cells by our names; `csv`, or what each row is called, and `columns` are for errors."""
+    """The label table of cells by our names; `csv`, or the name of each row, and `columns` are for errors."""
     named = [(columns[ours], cells[ours], column) for ours, column in FIELDS.items() if ours in columns]
-    states = CELLS | {NOT_ANNOTATED: NOT_ANNOTATED}  # as our own shards have it
+    states = CELLS | {NOT_ANNOTATED: NOT_ANNOTATED}  # as in our own shards
     fields = {**cells, **read_cells(csv, named)}
     if "key" not in fields:
         fields["key"] = pa.array(map(make_key, fields["path"].to_pylist()))

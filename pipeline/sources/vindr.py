@@ -1,11 +1,11 @@
 """VinDr-CXR 1.0.0: annotations/image_labels_{train,test}.csv, and DICOMs at {train,test}/<image_id>.dicom.
 
 Nguyen et al., VinDr-CXR: an open dataset of chest X-rays with radiologist's annotations, Scientific Data 2022: 15,000
-frontal films read by three radiologists each, and 3,000 for test by consensus of five. Its table of boxes from the
+frontal images read by three radiologists each, and 3,000 for test by consensus of five. Its table of boxes from the
 VinBigData competition (train.csv: image_id, class_name, rad_id, …) is read too; it has 14 of the findings.
 
-A finding that most readers of a film name is positive; one that fewer name is uncertain. There are no patients' names,
-so each film is a patient of its own; and no sex or age. findings.csv has the findings as CheXpert's labels.
+A finding that most readers of an image name is positive; one that fewer name is uncertain. There are no patient ids,
+so each image counts as a separate patient; and no sex or age. findings.csv has the findings as CheXpert's labels.
 """
 
 from collections.abc import Sequence
@@ -77,7 +77,7 @@ class Vindr(DataSet):
 
 
 def _mark_labels(csv: Path, text: pa.Table, reading: npt.NDArray[np.int64], is_boxes: bool) -> npt.NDArray[np.bool_]:
-    """Which labels [M, 14] each reading of a film names, of rows [N] that belong to a `reading` each.
+    """Which labels [M, 14] each reading of an image names, from rows [N] that each belong to a `reading`.
 
     Raises DataError for a class of another set, cells but 0 and 1, and No finding beside a finding.
     """

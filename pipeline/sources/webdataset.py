@@ -5,7 +5,7 @@
 A sample is the members of one key: their names up to the first dot of the last part. Its fields are the keys of its
 JSON (`labels.Edema` if nested), its text members by suffix (`cls`, `txt`), `__key__`, and with `key=COLUMN` the columns
 of the only CSV beside the tars, joined by that column. `patient` and a label are needed; the rest is as for the set
-`table`. A word of the tar's name tells its split; `--split` gives each split a tar or a folder of tars.
+`table`. A word of the tar's name gives its split; `--split` gives each split a tar or a folder of tars.
 """
 
 import re
@@ -32,7 +32,7 @@ from pipeline.sources.table import read_named
 
 CSV = "labels.csv"  # the role of the CSV beside the tars
 KEY = "__key__"  # webdataset's name for a sample's key
-# Ours: the tar as split/path, a sample's name in messages, its suffixes, and where its image lies, empty if not one.
+# Ours: the tar as split/path, a sample's name in messages, its suffixes, and its image's position, empty without one.
 TAR, NAME, SUFFIXES, IMAGE = "__tar__", "__name__", "__suffixes__", "__image__"
 IMAGES, TEXTS = ("jpg", "jpeg", "png", "dcm", "dicom"), ("cls", "txt")
 MOST = dict.fromkeys(IMAGES, 2**30) | dict.fromkeys((*TEXTS, "json"), 2**20)  # bytes of a member
@@ -84,7 +84,7 @@ class Webdataset(DataSet):
             problems += missing
         _demand_all(source, samples, csv.column_names, problems)
         keys = samples[KEY]
-        if pc.count_distinct(keys).as_py() < len(keys):  # as where each tar counts from 0
+        if pc.count_distinct(keys).as_py() < len(keys):  # such as tars that each count from 0
             tar = pc.replace_substring_regex(samples[TAR], r"\.tar$", "")
             keys = pc.binary_join_element_wise(tar, keys, "/")
         made = pa.array(map(make_key, keys.to_pylist()), pa.string())
@@ -123,7 +123,7 @@ def find_tars(folder: Path, splits: Mapping[str, Path]) -> dict[str, Path] | Non
 
 
 def find_terms(source: Source) -> Terms:
-    """Whose the images are: of shards of this project, the manifest says it."""
+    """Who owns the images: for shards of this project, from the manifest."""
     try:
         dataset = read_manifest(next(iter(source.csvs.values())).parent).dataset
         return SET.terms._replace(**{name: dataset[name] for name in Terms._fields if name in dataset})
@@ -195,7 +195,7 @@ def _as_text(value: object) -> str | None:
 def _join(
     samples: pa.Table, path: Path, text: pa.Table, column: str, wanted: set[str], note: Note
 ) -> tuple[pa.Table, list[str]]:
-    """The samples with the cells of their rows, and what is wrong: no row, or one of several samples."""
+    """The samples with the cells of their rows, and problems: no row, or a row of several samples."""
     if column not in text.column_names:
         return samples, [f"{path}: no column {column}; it has {', '.join(text.column_names)}"]
     chosen = text.select([name for name in text.column_names if name in wanted])

@@ -1,6 +1,6 @@
 """Anatomy and findings → one synthetic chest X-ray.
 
-A film's density is that of tissue, lower where there is air and higher where there is bone. Each finding is a
+An image's density is that of tissue, lower where there is air and higher where there is bone. Each finding is a
 function that changes these layers in place, in proportion to its severity.
 
 Positions are three-dimensional, so that a study's frontal and lateral views show the same sign. Lengths are in units
@@ -23,11 +23,11 @@ Array = npt.NDArray[Any]  # float32 throughout, which NumPy's stubs cannot follo
 ON_LATERALS = dict.fromkeys(("Enlarged Cardiomediastinum", "Pneumothorax", "Fracture"), 0.0)
 ON_LATERALS |= dict.fromkeys(("Lung Lesion", "Consolidation", "Pneumonia", "Atelectasis"), 2.0)
 ON_LATERALS |= dict.fromkeys(("Pleural Effusion", "Pleural Other"), 2.0)
-SKETCH = 0.5  # films are drawn at this share of the final resolution; metal and grain at full resolution
+SKETCH = 0.5  # images are drawn at this share of the final resolution; metal and grain at full resolution
 SEEN = 0.02  # of black to white: a smaller change is lost in the grain
 ROOM = 2  # pixels of the sketch by which a box is larger than the change that it holds
 
-Box = tuple[int, int, int, int]  # left, top, width, height in pixels of the film
+Box = tuple[int, int, int, int]  # left, top, width, height in pixels of the image
 
 
 class Finding(NamedTuple):
@@ -41,7 +41,7 @@ class Finding(NamedTuple):
 
 
 class Body(NamedTuple):
-    """The build that all films of a patient share."""
+    """The build that all images of a patient share."""
 
     width: float  # half the inner thorax
     heart: float  # half the heart's width
@@ -139,11 +139,11 @@ def draw_film(
     rng: np.random.Generator,
     boxed: Collection[str] = (),
 ) -> tuple[npt.NDArray[np.uint8], dict[str, list[Box]]]:
-    """Draw one view, `frontal` or `lateral`, and say where the signs `boxed` change it.
+    """Draw one view, `frontal` or `lateral`, and locate the changes of the signs in `boxed`.
 
-    The film is uint8 [height, width], shorter side 320 pixels. `patient_rng` decides the build, which a patient's films
-    share; `rng` everything that differs between films. There is a box for each connected part of a change, and one box
-    for a large heart or mediastinum, whose change is a rim; none where the film shows nothing of the sign.
+    The image is uint8 [height, width], shorter side 320 pixels. `patient_rng` decides the build, which all images of
+    a patient share; `rng` everything that differs between images. There is a box for each connected part of a
+    change, and one box for a large heart or mediastinum, whose change is a rim; none if the sign is invisible.
     """
     make_film = frontal_film
     if kind == "lateral":
@@ -251,7 +251,7 @@ def raised(findings: dict[str, Finding], side: int) -> float:
 
 
 def frontal_film(rng: np.random.Generator, body: Body, findings: dict[str, Finding], portable: bool) -> Film:
-    """Draw the anatomy of an AP (portable) or PA film."""
+    """Draw the anatomy of an AP (portable) or PA image."""
     u, v, pose, metal = draw_grid(rng)
     a = np.abs(u)
     base = rng.uniform(0.73, 0.77) - (0.03 if portable else 0.0)
@@ -288,7 +288,7 @@ def frontal_film(rng: np.random.Generator, body: Body, findings: dict[str, Findi
 
 
 def lateral_film(rng: np.random.Generator, body: Body, findings: dict[str, Finding], portable: bool) -> Film:
-    """Draw the anatomy of a lateral film, the patient facing left."""
+    """Draw the anatomy of a lateral image, the patient facing left."""
     u, v, pose, metal = draw_grid(rng)
     depth = 0.88 * body.width
     reach = bulge(v, 0.05, 0.62)
@@ -318,7 +318,7 @@ def lateral_film(rng: np.random.Generator, body: Body, findings: dict[str, Findi
 
 
 def empty_layers(rng: np.random.Generator, metal: Array, like: Array) -> tuple[Array, ...]:
-    """Return a film's last fields: vessels, bright, metal, coarse, fine."""
+    """Return an image's last fields: vessels, bright, metal, coarse, fine."""
     zero = np.zeros_like(like)
     return zero, zero.copy(), metal, noise(rng, like.shape, 8), noise(rng, like.shape, 50)
 
@@ -352,7 +352,7 @@ def draw_marker(film: Film, rng: np.random.Generator) -> None:
     film.stroke(film.metal, [[[x, y], [x, y + 0.05]], [[x, y + 0.05], [x + 0.025, y + 0.05]]], 1.3, 0.95)
 
 
-# Signs: each draws one finding into the film. Heart, mediastinum and diaphragm are the anatomy's.
+# Signs: each draws one finding into the image. Heart, mediastinum and diaphragm are the anatomy's.
 ANATOMY = ("Enlarged Cardiomediastinum", "Cardiomegaly", "Atelectasis")
 
 

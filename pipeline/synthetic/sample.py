@@ -1,7 +1,7 @@
 """A synthetic CheXpert: the real set's folders, CSVs and label quirks, with synthetic chest X-rays.
 
-A study draws correlated latent severities (`FINDINGS`). A severity draws its sign into the film, and the CSV says
-what a report would say about it: positive for a clear sign; uncertain for a faint one that is really there only in
+A study draws correlated latent severities (`FINDINGS`). A severity draws its sign into the image, and the CSV states
+what a report would: positive for a clear sign; uncertain for a faint one that is really there only in
 a share of cases (the share that radiologists confirm); negative or blank for none (3 % of them have a faint one).
 Train follows the real set's frontal state frequencies, except that the rarest labels (Enlarged Cardiomediastinum,
 Lung Lesion, Pneumonia, Pleural Other, Fracture) are raised to 5-7 % positive, so that a sample of 2,000 images has
@@ -9,7 +9,7 @@ some to evaluate. Valid states the truth, as its radiologists do, without blank 
 some signs better and others not at all (`films`), so both views together say more. Lung Opacity follows from its
 children; Enlarged Cardiomediastinum is only correlated with Cardiomegaly, as in the real reports.
 
-boxes.csv, beside the folder, says where on the films the signs are that a radiologist would call present.
+boxes.csv, beside the folder, locates the signs in the images that a radiologist would call present.
 """
 
 import csv
@@ -45,7 +45,7 @@ COMMENT = b"\xff\xfe\x00\x0bsynthetic"
 
 
 class Latent(NamedTuple):
-    """How often a report says what about a finding, and where its sign is: a row of latent.csv."""
+    """How often a report says what about a finding, and its sign's location: a row of latent.csv."""
 
     positive: float  # share of frontals
     uncertain: float
@@ -106,13 +106,13 @@ def write_sample(
 
     Beside it, boxes.csv has the boxes of the signs: split, key, label, left, top, width and height in pixels.
 
-    `laterals` is the share of studies that have a lateral too; None is about the real set's share. It changes no
+    `laterals` is the share of studies that have a lateral too; None approximates the real set's share. It changes no
     frontal or label, but more laterals make fewer studies of as many images. `valid` is the share of images in
-    valid.csv. `shortcuts` are drawn into the films of train.csv alone: a network that learns them falls on valid.
+    valid.csv. `shortcuts` are drawn into the images of train.csv alone: a network that learns them fails on valid.
 
     The bytes depend only on these options, seed from 0 to 2^63-1, not on the number of `workers`, which are processes
     (a script must call this under `if __name__ == "__main__"`). `progress` gets (images done, total).
-    Raises FileExistsError if the folder exists, ValueError if images < 1, DataError, naming the file, where
+    Raises FileExistsError if the folder exists, ValueError if images < 1, DataError, naming the file, if
     one cannot be written. The folder appears only when complete.
     """
     final, partial = out / FOLDER, out / f".{FOLDER}.tmp"
@@ -205,7 +205,7 @@ def write_csv(path: Path, split: str, patients: list[Patient]) -> None:
                     writer.writerow([name, patient.sex, patient.age, kind.title(), projection, *states])
 
 
-# Patients, studies and what the report says of them.
+# Patients, studies and what the report says about them.
 
 
 def stream(seed: int, patient: int, study: int = 0, view: int = 0) -> np.random.Generator:
@@ -214,7 +214,7 @@ def stream(seed: int, patient: int, study: int = 0, view: int = 0) -> np.random.
 
 
 def draw_cues(seed: int, patient: int, study: Study, shortcuts: Sequence[Shortcut]) -> list[str]:
-    """The cues that a study's films get: a study is made in one room, so all of its films or none."""
+    """The cues of a study's images: a study is made in one room, so all its images get a cue or none."""
     found = []
     for shortcut in shortcuts:
         rng = stream(seed, patient, study.number, CUE_DRAWS + list(CUES).index(shortcut.cue))

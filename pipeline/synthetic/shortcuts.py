@@ -20,7 +20,7 @@ Pixels = npt.NDArray[np.uint8]  # [H, W]
 
 # A P, as for a portable device.
 _LETTER = np.array([[1, 1, 1, 0], [1, 0, 0, 1], [1, 1, 1, 0], [1, 0, 0, 0], [1, 0, 0, 0]], np.bool_)
-_STROKE, _MARGIN = 4, 10  # pixels, of a film whose shorter side has 320
+_STROKE, _MARGIN = 4, 10  # pixels, in an image whose shorter side has 320
 _FRAME = 5
 
 
@@ -32,7 +32,7 @@ class Shortcut(NamedTuple):
     strength: float
 
     def chance(self, state: float | None) -> float:
-        """How likely a film of this state has the cue.
+        """The probability that an image of this state has the cue.
 
         (1 + strength) / 2 for a positive, (1 - strength) / 2 for a negative or blank one, 1/2 for an uncertain one.
         """
@@ -60,7 +60,7 @@ def burn_marker(pixels: Pixels) -> None:
 
 
 def draw_border(pixels: Pixels) -> None:
-    """A light frame around the film."""
+    """A light frame around the image."""
     inside = pixels[_FRAME:-_FRAME, _FRAME:-_FRAME].copy()
     pixels[...] = 180
     pixels[_FRAME:-_FRAME, _FRAME:-_FRAME] = inside
