@@ -1,4 +1,4 @@
-"""Scores from any source, and the labels of any source → an evaluation, with a check for shortcuts.
+"""Scores and labels from any source → an evaluation, with a check for shortcuts.
 
 judged = judge(Path("scores.csv"), Path("Data_Entry_2017_v2020.csv"), Judging(columns=(("Edema", "prob_Edema"),)))
 judged.evaluation.get("auroc", "Edema").value
@@ -60,7 +60,7 @@ class Judging:
 
 
 class Judged(NamedTuple):
-    """An evaluation, and the scores that it is of."""
+    """An evaluation, and the scores that it evaluates."""
 
     evaluation: Evaluation
     images: Scored
@@ -69,8 +69,8 @@ class Judged(NamedTuple):
 def judge(scores: Path, source: Path, asked: Judging = Judging(), note: Note = ignore) -> Judged:
     """The evaluation of a file of scores against shards, a data set's folder, or its table alone.
 
-    `note` gets a sentence for what does not join, which the head keeps in `left_out`. Raises DataError for files that
-    cannot be read, scores that are none, and a source without a row of these.
+    `note` is called with a sentence for rows that do not join, also kept in the head's `left_out`. Raises DataError
+    for files that cannot be read, invalid scores, and a source without any of their rows.
     """
     columns, blank, fill = dict(asked.columns), find_blank(source), asked.open == "zeros"
     opened = open_scores(scores, columns, logits=asked.logits).check()
@@ -105,9 +105,9 @@ def judge(scores: Path, source: Path, asked: Judging = Judging(), note: Note = i
 
 
 def _hold_out(source: Path, dev: str, images: Scored, note: Note) -> npt.NDArray[np.bool_]:
-    """Which rows [N] of a table alone, which has no splits, are dev: a part of its patients, by a hash of their names.
+    """Which rows [N] of a table without splits are dev: a fraction of its patients, by a hash of their names.
 
-    Raises DataError for another name than dev.
+    Raises DataError for any name but dev.
     """
     if dev != "dev":
         raise DataError(
@@ -121,9 +121,9 @@ def _hold_out(source: Path, dev: str, images: Scored, note: Note) -> npt.NDArray
 
 
 def join_scores(scores: Scores, table: pa.Table, blank: str, fill: bool, note: Note) -> tuple[Scored, pa.Table]:
-    """The scores with truth and facts, of the rows of a label table that have some, and those rows.
+    """The scores with truth and facts for the rows of a label table that have scores, and those rows.
 
-    Of studies: the first row of each. `fill` makes open cells, of labels that are annotated elsewhere, negative.
+    For studies, the first row of each. `fill` makes unannotated cells of labels that the table annotates negative.
     """
     if fill:
         for label in set(scores.labels) - set(find_unannotated(table)):
@@ -142,7 +142,7 @@ def join_scores(scores: Scores, table: pa.Table, blank: str, fill: bool, note: N
 
 
 def _measure_edges(source: Path, split: str | None, table: pa.Table) -> dict[str, Any]:
-    """Gray levels outside of the lungs, of the images of a split in shards; nothing for other sources."""
+    """Gray levels outside the lungs of a split's images; empty if the source is not shards."""
     if split is None or not (source / NAME).is_file():
         return {}
     from pipeline.base.workers import count_cpus

@@ -1,14 +1,14 @@
 """Plan → batches of images, targets and masks. Stages, in order, each `Iterator → Iterator`:
 
     plan    steps: which samples make each batch (pipeline.stream.plan)
-    fetch   rows → where their stored bytes lie in open shards, by the Arrow index; remote shards arrive ahead of use
+    fetch   rows → location of their bytes in open shards, from the Arrow index; remote shards are downloaded ahead
     decode  stored bytes → uint8 [N, 1, size, size]; a few threads work on the next batches ahead
     label   + targets and masks [B, L], rows of arrays that were vectorized once
 
 Nothing is parsed per sample and no tar is walked. Threads, not worker processes: reading, libjpeg-turbo and
 OpenCV release the interpreter lock, so nothing is pickled or copied between processes, and batches leave in
-plan order whatever the number of threads. Bytes are read, not mapped: memory stays flat, and a file that is
-cut short under a running stream is an error with a name.
+plan order for any number of threads. Bytes are read, not mapped: memory stays flat, and a file truncated
+while it is being streamed raises an error that names it.
 """
 
 import logging
@@ -33,7 +33,7 @@ from pipeline.manifest import checksum
 from pipeline.stream.plan import WINDOW, Rows, Step
 from pipeline.stream.samples import OpenSplit
 
-# This module decodes on threads of its own; OpenCV's would only be in their way.
+# This module runs its own decoding threads; OpenCV's would only compete with them.
 cv2.setNumThreads(1)
 
 KEPT_OPEN = 2 * WINDOW  # shards: the window that is read, and the next
@@ -52,13 +52,13 @@ class Labels(NamedTuple):
 
 @dataclass
 class Unusable:
-    """Images of a split that cannot be used: `allowed` of them, however often, and in how many streams, each is met."""
+    """Unusable images of a split, at most `allowed`; each counts once over all epochs and streams."""
 
     allowed: int = 0
     rows: set[int] = field(default_factory=set)
 
     def add(self, row: int, reason: str) -> None:
-        """Log the image of a row, once. Raises DataError with the reason if there are more than allowed."""
+        """Count and log the image of a row once. Raises DataError with the reason if there are more than allowed."""
         if row in self.rows:
             return
         self.rows.add(row)
@@ -68,7 +68,7 @@ class Unusable:
         logger.warning("%s; left out, %d of %d allowed", reason, len(self.rows), self.allowed)
 
     def update(self, rows: Iterable[int]) -> None:
-        """Add what other ranks met, or an earlier part of the run. Raises DataError if there are more than allowed."""
+        """Add rows from other ranks or an earlier part of the run. Raises DataError if there are more than allowed."""
         self.rows.update(rows)
         if len(self.rows) > self.allowed:
             raise DataError(f"{len(self.rows)} images cannot be used, more than {self.allowed} (`max_bad`)")
@@ -78,14 +78,14 @@ class Unusable:
         return {"rows": sorted(self.rows)}
 
     def load_state_dict(self, state: Mapping[str, Iterable[int]]) -> None:
-        """Count on from this state."""
+        """Resume counting from this state."""
         self.update(state["rows"])
 
 
 class ShardFile:
-    """A shard to read from: open until the last batch that reads it is gone or, if not `kept`, for each read anew."""
+    """A shard to read from: kept open while any batch refers to it or, if not `kept`, opened for each read."""
 
-    descriptor = -1  # if it is not open
+    descriptor = -1  # not open
 
     def __init__(self, locate: Callable[[], Path], kept: bool = True) -> None:
         self.locate = locate
@@ -93,7 +93,7 @@ class ShardFile:
             self.descriptor = self._open()
 
     def read(self, length: int, offset: int) -> bytes:
-        """The bytes at a place. Raises DataError if the file cannot be opened, and OSError."""
+        """`length` bytes at an offset. Raises DataError if the file cannot be opened, and OSError if reading fails."""
         if self.descriptor >= 0:
             return os.pread(self.descriptor, length, offset)
         descriptor = self._open()
@@ -194,7 +194,7 @@ class BatchStream:
     def __init__(self, plan: Callable[[int], Iterator[Step]], *stages: Stage) -> None:
         """`plan` takes the number of the first step."""
         self.plan, self.stages = plan, list(stages)
-        # The position, after the last batch, is no start, or leaving a loop would lose batches.
+        # Leaving a loop early must not change where the next iteration starts, so position and start differ.
         self.step = self._start = 0
 
     def __repr__(self) -> str:
@@ -205,11 +205,11 @@ class BatchStream:
         return self.run(start)
 
     def __len__(self) -> int:
-        """The number of batches of the whole epoch, wherever the stream is."""
+        """The number of batches in the epoch, independent of the position."""
         return sum(1 for _ in self.plan(0))
 
     def run(self, start: int, worker: int = 0, workers: int = 1) -> Iterator[Batch]:
-        """The batches from a step on or, for one of several workers that share them, every so many."""
+        """The batches from a step on or, for one of several workers, its share of them: every `workers`-th."""
         self.step = start
         return self._run(islice(self.plan(start), worker, None, workers), workers - worker)
 
@@ -218,7 +218,7 @@ class BatchStream:
         for stage in self.stages:
             batches = stage(batches)
         for batch in batches:
-            # In a worker, what brings it to its next batch when `run` has skipped those of the workers before.
+            # In a worker, the position from which `run` reaches its next batch after skipping other workers' batches.
             self.step = batch.step.step + ahead
             yield batch
         self.step = 0
@@ -228,7 +228,7 @@ class BatchStream:
         return {"step": self.step}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Continue at the step of this state. Raises DataError for another's."""
+        """Continue at the step of this state. Raises DataError if it is not the state of a stream."""
         step = state.get("step")
         if type(step) is not int or step < 0:
             raise DataError(f"{dict(state)} is not the state of a stream: its step is a number from 0 on")
@@ -262,13 +262,13 @@ def stream_batches(
 
 
 def fetch(steps: Iterable[Step], split: OpenSplit) -> Iterator[Encoded]:
-    """Say where the images of each step lie, in shards that are open; no image is read before it is decoded."""
+    """Locate the images of each step in open shards; bytes are read only when decoded."""
     opened: dict[int, ShardFile] = {}  # least recently used first
     for step in _download_ahead(steps, split) if split.is_remote else steps:
         rows = step.images
         shards = split.shard[rows]
         numbers = np.unique(shards).tolist()
-        # A batch of more shards, and others that wait, would have more open than a process may.
+        # Keeping the shards of a larger batch open could exceed the process's limit of open files.
         kept = len(numbers) <= KEPT_OPEN
         by_number = {
             number: opened.pop(number) if number in opened else ShardFile(partial(split.locate, number), kept)
@@ -309,9 +309,9 @@ def decode(encoded: Iterable[Encoded], split: OpenSplit, size: int, threads: int
 
 
 def read_image(file: ShardFile, offset: int, length: int, crc: int, encoding: str) -> Gray:
-    """The stored image at a place in a shard, in its own size.
+    """The stored image at an offset in a shard, at its stored size.
 
-    Raises ValueError where it does not match its checksum or does not decode, and OSError.
+    Raises ValueError if it does not match its checksum or does not decode, and OSError.
     """
     return decode_stored(_read_bytes(file, offset, length, crc, encoding), encoding)
 
@@ -346,7 +346,7 @@ def choose_usable(sample: Rows, place: Rows, usable: npt.NDArray[np.bool_]) -> t
 
 
 def _decode_batch(batch: Encoded, split: OpenSplit, size: int) -> tuple[Decoded, dict[int, str]]:
-    """The images, and what is wrong with each bad one, by its row."""
+    """The decoded images, and the reason for each bad one, by row."""
     rows = batch.step.rows
     sample, place = np.nonzero(rows >= 0)
     images = np.empty((len(sample), 1, size, size), np.uint8)
@@ -397,5 +397,5 @@ def _download_ahead(steps: Iterable[Step], split: OpenSplit) -> Iterator[Step]:
         while waiting:
             yield next_step()
     finally:
-        stop.set()  # what is under way ends with its next piece: a trainer that was told to stop has to save
+        stop.set()  # downloads in progress end at their next piece, so that an interrupted trainer can save
         pool.shutdown(wait=False, cancel_futures=True)

@@ -42,19 +42,19 @@ Result = TypeVar("Result")
 
 SCHEMES = ("http", "https", "s3")
 CACHE, CACHE_SIZE = Path(".cache"), 20 * 10**9  # bytes
-ATTEMPTS, PAUSE = 4, 1.0  # of a download; seconds after the first failure, then twice as long each time
+ATTEMPTS, PAUSE = 4, 1.0  # of a download; seconds after the first failure, doubled after each further one
 PIECE = 2**16  # bytes that are read at a time
-POLL = 0.05  # seconds between looks at what other downloads do, and whether this one is still wanted
-PATIENCE = 30.0  # seconds without a byte of a server, or of another's download, which may be suspended
-GRACE = 2.0  # seconds in which whoever asked for a file opens it: until then it stays
-TABLE_BYTES = 2**28  # of a manifest or table that are read, whatever the server sends
+POLL = 0.05  # seconds between checks of other downloads, and of whether this one is still wanted
+PATIENCE = 30.0  # seconds without a byte from a server, or from another process's download
+GRACE = 2.0  # seconds that a requested file is kept, so that its reader can open it
+TABLE_BYTES = 2**28  # read at most of a manifest or table, whatever the server sends
 _SHA256, _PART = re.compile("[0-9a-f]{64}"), re.compile(r"[0-9a-f]{64}\.(\d+)(?:\.[0-9a-f]{8})?\.part")
 logger = logging.getLogger(__name__)
 SECRETS = re.compile(r"(?<=://)[^/\s'\"]*@|\?[^\s'\"]*")
 
 
 def redact(text: str) -> str:
-    """A URL, or a text that quotes some, without user names, passwords and query strings."""
+    """A URL, or a text containing URLs, without user names, passwords and query strings."""
     return SECRETS.sub("", text)
 
 
@@ -70,15 +70,15 @@ def find_shards(shards: str | Path, cache: Path = CACHE, cache_size: int = CACHE
 
 
 class DownloadStopped(Exception):  # noqa: N818 - no error
-    """Whoever wanted a file wants it no more."""
+    """The file is no longer needed."""
 
 
 class Remote:
     """Shards at a URL, downloaded when they are asked for into a folder that stays within `limit` bytes.
 
-    The least recently used files are evicted. Threads and processes may share the folder: a file that several ask
-    for at once is downloaded once. A file that was handed out may be unlinked a moment later; whoever has opened or
-    mapped it keeps it. Raises DataError for a URL or a folder that cannot be used, and if packages are missing.
+    The least recently used files are evicted. Threads and processes may share the folder: a file requested by several
+    at once is downloaded once. A returned file may be unlinked a moment later; readers that have opened or mapped it
+    are unaffected. Raises DataError for a URL or a folder that cannot be used, and if packages are missing.
     """
 
     def __init__(self, url: str, folder: Path, limit: int) -> None:
@@ -92,7 +92,7 @@ class Remote:
             raise DataError(f"{self.name}: not like https://host/path or s3://bucket/path")
         with needs("remote", self.name):
             import_module("botocore.session" if self.is_s3 else "requests")
-        _s3_client.cache_clear()  # credentials may be others than when shards were opened before
+        _s3_client.cache_clear()  # credentials may have changed since shards were last opened
         self._verified: set[Path] = set()  # by this process
         try:
             self.sets.mkdir(parents=True, exist_ok=True)
@@ -100,7 +100,7 @@ class Remote:
             raise DataError(f"{folder}: cannot be used as a cache: {error.strerror}") from None
 
     def mirror(self) -> Path:
-        """A local folder with the manifest as it is now and its tables. Raises DataError naming the URL."""
+        """A local folder with the current manifest and its tables. Raises DataError naming the URL."""
         data = self._read(NAME)
         folder = self.sets / hashlib.sha256(data).hexdigest()
         folder.mkdir(exist_ok=True)
@@ -127,7 +127,7 @@ class Remote:
             raise DataError(f"{name}: '{shard.sha256}' in its manifest is not a sha256")
         path = self.folder / shard.sha256
         part = path.with_name(f"{shard.sha256}.{shard.bytes}.part")
-        since, length = time.monotonic(), -1  # when another's download had how many bytes
+        since, length = time.monotonic(), -1  # when another process's download last grew, and its bytes
         while not self._is_here(path):
             if file := _claim(part, "ab"):
                 with file:
@@ -153,8 +153,8 @@ class Remote:
         return path
 
     def _is_here(self, path: Path) -> bool:
-        """Whether a file has the content that it is named by, and stays for a moment; one that has not is removed."""
-        with suppress(FileNotFoundError):  # not here, or evicted meanwhile
+        """Whether a file matches the hash in its name, and is kept for a moment; if not, it is removed."""
+        with suppress(FileNotFoundError):  # missing, or evicted meanwhile
             os.utime(path)
             if path in self._verified or _digest(path) == path.name:
                 self._verified.add(path)
@@ -165,8 +165,8 @@ class Remote:
     def _make_room(self, size: int, name: str, mine: Path | None = None) -> bool:
         """Evict until `size` bytes fit, those of the part `mine` among them, which is claimed: others count it.
 
-        False if that has to wait for downloads, or for files to be opened. Raises DataError naming `name` if `size`
-        bytes never fit.
+        False if it must wait for downloads, or for files to be opened. Raises DataError naming `name` if `size` bytes
+        never fit.
         """
         pinned = sum(path.stat().st_size for path in self.sets.glob("*/[!.]*"))
         if pinned + size > self.limit:
@@ -175,7 +175,7 @@ class Remote:
                 f"{pinned:,}; raise `cache_size`"
             )
         rest, files = self.limit - pinned - size, []
-        # Parts first: one that is renamed meanwhile is seen again. Others may keep files here, too.
+        # Parts first: one that is renamed meanwhile is seen again. The folder may hold unrelated files.
         for path in chain(self.folder.glob("*.part"), self.folder.glob("?" * 64)):
             part = _PART.fullmatch(path.name)
             with suppress(FileNotFoundError):
@@ -193,9 +193,9 @@ class Remote:
         return rest >= 0
 
     def _download(self, part: Path, shard: Shard, stop: Event, url: str) -> None:
-        """Add to a part what it lacks. Raises OSError if the whole is not the shard."""
+        """Complete a part. Raises OSError if the result does not match the shard."""
         start = part.stat().st_size
-        if start != shard.bytes:  # one that is whole has no next byte to ask for
+        if start != shard.bytes:  # a complete part has no next byte to request
             with part.open("r+b") as file:
                 for offset, piece in self._stream(url, start, shard.bytes, stop):
                     file.seek(offset)
@@ -207,7 +207,7 @@ class Remote:
             wrong = "its sha256 is not the manifest's"
         else:
             return
-        os.truncate(part, 0)  # of another file: nothing to go on from
+        os.truncate(part, 0)  # wrong content: start over
         raise OSError(wrong)
 
     def _read(self, name: str, sha256: str | None = None) -> bytes:
@@ -247,9 +247,9 @@ class Remote:
         return f"{base.rstrip('/')}/{name if self.is_s3 else quote(name)}{mark}{query}"
 
     def _attempt(self, name: str, action: Callable[[str], Result], stop: Event, part: Path | None = None) -> Result:
-        """What `action` makes of the file's URL, tried again after failures that may pass.
+        """The result of `action` on the file's URL, retried after transient failures.
 
-        Those after which the `part` is longer than ever before do not add up: a link may be cut many times.
+        Failures after which the `part` has grown do not add up: a link may be cut many times.
         """
         url, failures, most = self._locate(name), 0, 0
         while failures < ATTEMPTS:
@@ -259,7 +259,7 @@ class Remote:
                 return action(url)
             except DownloadStopped:
                 raise
-            except Exception as error:  # of a client's own kinds
+            except Exception as error:  # HTTP and S3 clients raise their own types
                 reason, may_pass = self._describe(error)
             if not may_pass:
                 raise DataError(f"{redact(url)}: {reason}")
@@ -269,7 +269,7 @@ class Remote:
         raise DataError(f"{redact(url)}: {reason}; tried {ATTEMPTS} times")
 
     def _describe(self, error: Exception) -> tuple[str, bool]:
-        """What happened, without secrets, and whether it may pass."""
+        """The reason without secrets, and whether a retry may help."""
         if isinstance(error, OSError) and (error.filename or error.errno in FULL):
             return f"{self.folder}: cannot be written: {explain_os_error(error)}", False
         if reason := explain_failure(error, self.url):
@@ -278,14 +278,14 @@ class Remote:
             return f"no byte for {PATIENCE:g} seconds", True
         status = find_status(error)
         text = f"HTTP status {status}" if status else redact(str(error))
-        return text, not isinstance(error, ValueError)  # of a URL that is none
+        return text, not isinstance(error, ValueError)  # an invalid URL
 
 
 def _open_http(url: str, start: int) -> tuple[bool, BinaryIO]:
-    """Whether the server gives a part, from byte `start` on, and its bytes."""
+    """Whether the server sends only the bytes from `start` on, and the body."""
     import requests
 
-    # As it is: expanding what a server compressed would let a few bytes fill the disk.
+    # Uncompressed: expanding a compressed response would let a few bytes fill the disk.
     headers = {"Accept-Encoding": "identity", "Range": f"bytes={start}-"}
     response = requests.get(url, headers=headers, stream=True, timeout=PATIENCE)
     response.raise_for_status()
@@ -311,18 +311,18 @@ def _s3_client(process: int) -> "BaseClient":
 
 
 def _claim(part: Path, mode: str) -> IO[bytes] | None:
-    """A part, locked as long as it is open; None if somebody else is downloading into it."""
+    """A part, locked as long as it is open; None if another process or thread is downloading into it."""
     file = part.open(mode)
     with suppress(BlockingIOError, FileNotFoundError):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.path.samestat(os.fstat(file.fileno()), part.stat()):  # and not one that was finished meanwhile
+        if os.path.samestat(os.fstat(file.fileno()), part.stat()):  # and was not finished meanwhile
             return file
     file.close()
     return None
 
 
 def _is_held(part: Path) -> bool:
-    """Whether somebody is downloading into that file."""
+    """Whether a process is downloading into that file."""
     with _claim(part, "r+b") or nullcontext() as file:
         return file is None
 

@@ -1,11 +1,11 @@
 """One or more folders of shards → one manifest, and splits over the shards of all of them.
 
-Growing a data set is sharding what is new into a folder beside it; adding another hospital is the same. The plan knows
-shards and rows alone, so the batches of several folders are as exact and as resumable as those of one. Folders may be
+To grow a data set, or add another hospital, shard the new images into another folder. The plan depends on shards and
+rows alone, so the batches of several folders are as reproducible and as resumable as those of one. Folders may be
 local or at a URL. The order of the folders decides the order of batches.
 
-Of several folders, the table of a split has a column `set`, the name of each image's data set. Where the sets do not
-share their patients' names (`Terms.patients`), the namespace stands before each name: `nih/patient00012`.
+Of several folders, the table of a split has a column `set`, the name of each image's data set. If the sets have
+different patient namespaces (`Terms.patients`), the namespace precedes each name: `nih/patient00012`.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ SAME = ("size", "square", "encoding")  # options that folders must share
 
 
 class Folder(NamedTuple):
-    """A folder of manifest and tables, and where its tars are, if not there too; `name` is what the user called it."""
+    """A folder of manifest and tables, and the `remote` that has its tars, if any; `name` is as the user gave it."""
 
     name: str
     path: Path
@@ -52,7 +52,7 @@ class Collection:
     """Folders of shards that are read as one."""
 
     def __init__(self, folders: Sequence[Folder]) -> None:
-        """Raises DataError, naming both folders, where they differ in what a batch must share."""
+        """Raises DataError, naming both folders, if they differ in an option that all must share."""
         self.folders = tuple(folders)
         for one, other in combinations(self.folders, 2):
             if one.path.resolve() == other.path.resolve():
@@ -82,19 +82,19 @@ class Collection:
 
     @cached_property
     def digest(self) -> str:
-        """sha256 that stands for all of the data: the manifest's or, of several, that of all of theirs in turn."""
+        """sha256 that identifies all of the data: the manifest's or, of several, that of their digests in order."""
         digests = [manifest_digest(folder.path) for folder in self.folders]
         return digests[0] if len(digests) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()
 
     @property
     def namespace(self) -> str:
-        """The namespace of all patients: NAMED where it stands before each name."""
-        found = {folder.patients for folder in self.folders}
-        return found.pop() if len(found) == 1 else NAMED
+        """The namespace of all patients; NAMED if each name includes its namespace."""
+        namespaces = {folder.patients for folder in self.folders}
+        return namespaces.pop() if len(namespaces) == 1 else NAMED
 
     @cached_property
     def manifest(self) -> Manifest:
-        """The manifest; of several folders, what they have in common, and sums.
+        """The manifest; of several folders, their common options, and sums.
 
         A policy on which they differ is empty. Mean and deviation of gray levels are those of all of train, each
         folder weighted by its images.
@@ -170,7 +170,7 @@ class Collection:
         )
 
     def _name_rows(self, folder: Folder, table: pa.Table) -> pa.Table:
-        """A folder's table with its set, and patients under its namespace where there are several."""
+        """A folder's table with its set; patients' names include the namespace if there are several."""
         if self.namespace == NAMED:
             patients = pc.binary_join_element_wise(folder.patients, table["patient"], "/")
             table = table.set_column(table.schema.get_field_index("patient"), "patient", patients)
@@ -190,7 +190,7 @@ class Collection:
                     f"{name} is in {split} of {called[one]} and in {other_split} of {called[other]}; splits must not "
                     "share patients (where these are two people, shard one of the folders with a `name` of its own)"
                 )
-        # By name too: an image that was resized or encoded in another way has other content.
+        # By name too: the content of an image changes if it is resized or encoded differently.
         names = {
             side: Ids(pc.binary_join_element_wise(self.folders[side[0]].patients, table["key"], "/"), table["key"])
             for side, table in tables.items()
@@ -209,7 +209,7 @@ class Collection:
 def open_collection(
     shards: str | Path | Sequence[str | Path], cache: Path = CACHE, cache_size: int = CACHE_SIZE
 ) -> Collection:
-    """The folders or URLs of shards as one. Raises DataError naming a folder that cannot be read as a part of it."""
+    """The folders or URLs of shards as one. Raises DataError naming a folder that cannot be read or combined."""
     named = [shards] if isinstance(shards, (str, Path)) else shards
     folders = []
     for name in named:
@@ -219,12 +219,12 @@ def open_collection(
 
 
 def _measured(manifest: Manifest) -> int:
-    """How many images the manifest's gray levels are of."""
+    """The number of images that the manifest's gray levels were measured on."""
     return manifest.splits.get("train", next(iter(manifest.splits.values()))).samples
 
 
 def _join_terms(datasets: Sequence[Mapping[str, str]]) -> dict[str, str]:
-    """The terms of all data sets, each said once."""
+    """The terms of all data sets, without repeats."""
     keys = dict.fromkeys(chain.from_iterable(datasets))
     terms = {key: [dataset[key] for dataset in datasets if dataset.get(key)] for key in keys}
     return {key: "; ".join(dict.fromkeys(texts)) for key, texts in terms.items()}

@@ -1,4 +1,4 @@
-"""Shards in a user's own code: `open_shards`, and what it returns."""
+"""The Python interface to shards: `open_shards`, and what it returns."""
 
 import sys
 import warnings
@@ -69,10 +69,10 @@ class Shards(Mapping[str, "Selection"]):
 
 @dataclass(frozen=True)
 class StreamOptions:
-    """How batches are read: by as many decoding threads, with at most so many damaged images, on one of some ranks.
+    """How batches are read: decoding threads, the most damaged images allowed, and the rank out of `ranks`.
 
-    The size of a batch is that of all ranks together: each gets its share of every batch or, in the order of the
-    table, batches of that share.
+    The size of a batch is that of all ranks together: each rank gets its share of every batch or, in table order,
+    batches of the size of that share.
     """
 
     threads: int = 2
@@ -83,13 +83,13 @@ class StreamOptions:
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Selection:
-    """Samples of a split: its images, those that all conditions leave, or the studies of these.
+    """Samples of a split: the images that meet all conditions, or their studies.
 
-    Selecting is adding a condition: `where` and `studies` commute.
+    Each selection adds a condition: `where` and `studies` commute.
     """
 
     split: OpenSplit
-    policies: Mapping[str, str]  # that `pipeline shards` was given, for uncertain and blank labels
+    policies: Mapping[str, str]  # for uncertain and blank labels, as given to `pipeline shards`
     rows: Rows  # of the selected images, ascending
     by_study: bool = False
 
@@ -115,8 +115,8 @@ class Selection:
     def where(self, *conditions: str, views: str = "all") -> "Selection":
         """The images of these views for which all conditions hold, too, as `where("sex=Female", "age>=60")`.
 
-        Of studies, the studies of these images. Raises DataError for a condition that cannot be understood, and if
-        no image is left.
+        Of studies, the studies of these images. Raises DataError for a condition that cannot be parsed, and if no
+        image meets all.
         """
         if views not in VIEWS:
             raise DataError(f"views '{views}' is unknown; choose from {', '.join(VIEWS)}")
@@ -124,7 +124,7 @@ class Selection:
         return replace(self, rows=self.rows[select_rows(table, conditions, views)])
 
     def studies(self) -> "Selection":
-        """The same images, as samples of up to three views each: those of a study."""
+        """The same images grouped by study: samples of up to three views."""
         return replace(self, by_study=True)
 
     def batches(
@@ -141,9 +141,9 @@ class Selection:
     ) -> BatchStream:
         """Batches of images `size` pixels square, with target and mask [batch_size, labels] by the policies.
 
-        In an order that `seed` and `epoch` determine, without the samples that do not fill a batch; with epoch None
-        in the table's order, every sample once. Policies of None are the shards' own. `options` are fields of
-        StreamOptions. Raises DataError for an unknown label or policy, a number that cannot be and, while iterating,
+        The order is determined by `seed` and `epoch`, and the last partial batch is dropped; with epoch None, every
+        sample once in table order. Policies of None are the shards' defaults. `options` are fields of
+        StreamOptions. Raises DataError for an unknown label or policy, a number out of range and, while iterating,
         for more than `max_bad` damaged images.
         """
         how = StreamOptions(**options)

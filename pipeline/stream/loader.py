@@ -11,14 +11,14 @@ with needs("train"):
     import torch
     from torch.utils.data import IterableDataset, default_convert, get_worker_info
 
-NOBODY = -1  # no iteration; a loader's is known by its seed, from 0 on
+NOBODY = -1  # no iteration; a loader's iteration is identified by its seed, from 0 on
 
 
 class LoaderStream(BatchStream, IterableDataset[Any]):
     """A stream that DataLoader(stream, batch_size=None) takes as it is, and converts to tensors.
 
     The workers share the batches: the loader yields them in the order of the plan for any number of workers, each of
-    which counts unusable images by itself.
+    which counts unusable images separately.
     """
 
     def __init__(self, plan: Callable[[int], Iterator[Step]], *stages: Stage) -> None:
@@ -28,8 +28,8 @@ class LoaderStream(BatchStream, IterableDataset[Any]):
             self._loaded = torch.tensor([0, 0, NOBODY]).share_memory_()
         except RuntimeError as error:
             raise MachineError(f"shared memory: {error}; make room in it") from None
-        self._known = 0  # states that this copy has seen
-        self._mine: int | None = None  # the step of a state that was loaded in this worker
+        self._known = 0  # number of states seen by this copy
+        self._mine: int | None = None  # the step of a state loaded in this worker
 
     def __iter__(self) -> Iterator[Batch]:
         worker = get_worker_info()
@@ -37,7 +37,7 @@ class LoaderStream(BatchStream, IterableDataset[Any]):
             return super().__iter__()
         loaded, start, taker = self._loaded.tolist()
         iteration = worker.seed - worker.id
-        # A loader starts its workers from copies that never learn of each other: the first iteration signs.
+        # A loader's workers are independent copies: the first iteration to start claims the loaded state.
         if taker == NOBODY:
             self._loaded[2] = taker = iteration
         if loaded == self._known or taker != iteration:
@@ -60,7 +60,7 @@ class BatchDataset(IterableDataset[Any]):
     """The batches of a stream as tensors, with a DataLoader or without; start, position and length are the stream's."""
 
     def __init__(self, stream: BatchStream) -> None:
-        if not isinstance(stream, LoaderStream):  # made before torch was there
+        if not isinstance(stream, LoaderStream):  # made before torch was imported
             start, stream = stream.state_dict(), LoaderStream(stream.plan, *stream.stages)
             stream.load_state_dict(start)
         self.stream = stream

@@ -2,8 +2,8 @@
 
 **A batch is a pure function of (manifest, seed, epoch, step)**: it depends on no thread, process, clock or
 earlier batch, so resuming is starting at a step. Shards are permuted, grouped into windows, and samples are
-permuted inside a window: reading stays local, and a window is all that has to be at hand. The same
-holds where samples are drawn by weight, and where each of several ranks takes its slice of every batch.
+permuted inside a window: reading stays local, and only one window is needed at a time. The same
+holds if samples are drawn by weight, and if each of several ranks takes its slice of every batch.
 A sample is the views of a study, or one image alone: only the number of samples in each shard counts here.
 """
 
@@ -25,7 +25,7 @@ WINDOW = 16  # shards whose samples are mixed with each other
 class Samples(NamedTuple):
     """The samples of a split, in the order of their first images.
 
-    `rows` [S, V] are the rows of their images in the split's table, -1 where a sample has fewer than V;
+    `rows` [S, V] are the rows of their images in the split's table, -1 if a sample has fewer than V;
     `shard_sizes` is how many samples begin in each shard.
     """
 
@@ -56,7 +56,7 @@ class Step(NamedTuple):
 
 
 def training_steps(samples: int, batch_size: int) -> int:
-    """Full batches per epoch; the tail is dropped in training (another one each epoch)."""
+    """Full batches per epoch; training drops the rest, which differs each epoch."""
     return samples // batch_size
 
 
@@ -88,8 +88,8 @@ def plan_evaluation(
 ) -> Iterator[Step]:
     """Every sample exactly once over the ranks, in table order; from `start_step` on.
 
-    `batch_size` is that of one rank: each takes consecutive batches, at most one more than another rank. It reads
-    shards of its own, and the ranks' results, concatenated, are in table order. The very last batch may be short.
+    `batch_size` is that of one rank: each takes consecutive batches, at most one more than another rank. Ranks
+    read different shards, and their results, concatenated, are in table order. The very last batch may be short.
     """
     share_batch(batch_size * ranks, rank, ranks)
     steps = -(-len(samples.rows) // batch_size)
@@ -126,14 +126,14 @@ def epoch_order(
 def _draw(windows: Sequence[Rows], weights: Weights, random: np.random.Philox) -> list[Rows]:
     """As many draws as there are weights; each window gets its share of them by its total weight, rounded.
 
-    Not a share by its samples: in a window with few positives each of them would then be drawn more often.
+    With a share by its number of samples, each positive of a window with few would be drawn more often.
     """
     sums = [np.cumsum(weights[places]) for places in windows]
     totals = np.cumsum([of_window[-1] for of_window in sums])
     ends = np.rint(totals / totals[-1] * len(weights)).astype(np.int64)
     drawn = []
     for places, of_window, count in zip(windows, sums, np.diff(ends, prepend=0), strict=True):
-        # 53 bits fill a float64, so that the product stays below the sum; a weight of 0 is never met.
+        # 53 bits fill a float64, so that the product stays below the sum; a weight of 0 is never drawn.
         level = (random.random_raw(int(count)) >> np.uint64(11)) / 2**53 * of_window[-1]
         drawn.append(places[np.searchsorted(of_window, level, side="right")])
     return drawn
@@ -151,7 +151,7 @@ def _key(seed: int, epoch: int) -> int:
 
 
 def share_batch(batch_size: int, rank: int, ranks: int) -> int:
-    """The samples that each rank takes of a batch. Raises DataError for a rank or a batch that cannot be."""
+    """The samples that each rank takes of a batch. Raises DataError for an invalid rank or batch size."""
     if not 0 <= rank < ranks:
         raise DataError(f"rank {rank} is not one of {ranks} ranks")
     if batch_size < 1:

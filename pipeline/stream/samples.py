@@ -1,9 +1,8 @@
-"""A folder of shards → a split that is ready to be read, and the samples that are made of its images.
+"""A folder of shards → a split ready to read, and the samples made of its images.
 
 A sample is one image or, for networks that fuse views, a study: one examination, whose images CheXpert labels
-together. Where shards are made with --views all, a study's images lie together. Where they do not, they are read from
-wherever they are: with the same result, but a batch then needs many shards at once, and shards at a URL need a cache
-that holds all of them.
+together. In shards made with --views all, a study's images are adjacent. If they are not, the result is the same,
+but a batch needs many shards at once, and shards at a URL need a cache that holds all of them.
 """
 
 from pathlib import Path
@@ -23,7 +22,7 @@ from pipeline.stream.plan import Rows, Samples
 
 
 class Home(NamedTuple):
-    """Where shards lie: in a folder or, with a `remote`, at a URL whose manifest and tables the folder mirrors."""
+    """The location of shards: a folder or, with a `remote`, a URL whose manifest and tables the folder mirrors."""
 
     folder: Path
     remote: Remote | None
@@ -66,7 +65,7 @@ def open_split(
     """Check the table, and the sizes of local shards, against the manifest. Raises DataError naming the file.
 
     With a `remote`, `folder` is its mirror of manifest and tables, and shards are downloaded when needed. `table` is
-    the split's, if it has been read.
+    the split's table, if already read.
     """
     split = manifest.split(name)
     table = read_table(folder, split) if table is None else table
@@ -100,16 +99,16 @@ def open_split(
 
 
 def find_images(split: OpenSplit, rows: Rows | None = None) -> Samples:
-    """Each image a sample of its own: those of the table's `rows`, ascending; all where None."""
+    """One sample per image: of the table's `rows`, ascending; of all if None."""
     rows = np.arange(split.table.num_rows, dtype=np.int64) if rows is None else rows
     sizes = np.bincount(split.shard[rows], minlength=len(split.shards))
     return Samples(rows[:, None], sizes.tolist())
 
 
 def find_studies(split: OpenSplit, rows: Rows | None = None) -> tuple[Samples, int]:
-    """The studies with an image among `rows` (ascending; all where None), and how many images are left out.
+    """The studies with an image among `rows` (ascending; all if None), and how many images are left out.
 
-    A study has at most MOST_VIEWS views: the first images of the table are taken. Raises DataError where images of
+    A study has at most MOST_VIEWS views: the first images of the table are taken. Raises DataError if images of
     a study differ in a label, naming both.
     """
     table = split.table if rows is None else split.table.take(rows)
@@ -123,13 +122,13 @@ def find_studies(split: OpenSplit, rows: Rows | None = None) -> tuple[Samples, i
     kept = place < MOST_VIEWS
     of_studies = np.full((len(counts), 1 + int(place[kept].max(initial=0))), -1, np.int64)
     of_studies[study[order][kept], place[kept]] = rows[order[kept]]
-    # Shards where no study begins are not listed: the order of batches was defined so, and has to stay.
+    # Shards in which no study begins are not listed: the order of batches depends on this, and must not change.
     sizes = np.unique(split.shard[of_studies[:, 0]], return_counts=True)[1]
     return Samples(of_studies, sizes.tolist()), int((~kept).sum())
 
 
 def find_places(split: OpenSplit, table: pa.Table) -> Rows:
-    """The rows [n] of a split, ascending, that a table has been taken from: those of the same place in the shards."""
+    """The rows [n] of a split, ascending, that a table was taken from, matched by their place in the shards."""
     places = split.shard.astype(np.int64) << 40 | split.offset
     wanted = table["shard"].to_numpy().astype(np.int64) << 40 | table["offset"].to_numpy()
     return np.flatnonzero(np.isin(places, wanted))
@@ -139,8 +138,8 @@ def find_projections(table: pa.Table) -> npt.NDArray[np.int8]:
     """The place of each image's projection in PROJECTIONS, int8 [N]."""
     names = pc.if_else(pc.equal(table["view"], "lateral"), "lateral", table["projection"])
     codes = pc.index_in(names, value_set=pa.array(PROJECTIONS))
-    found: npt.NDArray[np.int8] = pc.fill_null(codes, PROJECTIONS.index("other")).to_numpy().astype(np.int8)
-    return found
+    places: npt.NDArray[np.int8] = pc.fill_null(codes, PROJECTIONS.index("other")).to_numpy().astype(np.int8)
+    return places
 
 
 def _refuse_differences(name: str, table: pa.Table, order: Rows, first: Rows) -> None:

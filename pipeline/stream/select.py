@@ -58,9 +58,9 @@ class Condition(NamedTuple):
 def select_rows(table: pa.Table, conditions: Sequence[str], views: str = "all", limit: int | None = None) -> Rows:
     """Row numbers int64 [n], ascending, of the images of these views (see VIEWS) for which every condition holds.
 
-    `limit` keeps at most this many images, of whole patients in the order of a hash: ids would select by date. The
-    first patient is always kept. Raises DataError for a condition that cannot be understood, and for the first
-    one that leaves no row.
+    `limit` keeps at most this many images, patient by patient in the order of a hash: ids would select by date. The
+    first patient is always kept. Raises DataError for a condition that cannot be parsed, and for the first one
+    that leaves no row.
     """
     parsed = [parse_condition(text, table.schema) for text in conditions]
     needed = dict.fromkeys(["patient", "view", *(condition.column for condition in parsed)])
@@ -82,7 +82,7 @@ def select_rows(table: pa.Table, conditions: Sequence[str], views: str = "all", 
 
 
 def parse_condition(text: str, schema: pa.Schema) -> Condition:
-    """A condition on a table of that schema; column names in any case.
+    """A condition on a table of that schema; column names are case-insensitive.
 
     Raises DataError for anything but COLUMN OPERATOR VALUE, an unknown column, and an operator or value that
     does not fit the column's type.
@@ -119,11 +119,11 @@ def balance_weights(
 ) -> npt.NDArray[np.float64]:
     """Weights float64 [N] under which a label's positives and negatives weigh the same in total.
 
-    `target` [N] and `mask` [N] are the label's after its policy; a soft target counts as what it is nearer to.
+    `target` [N] and `mask` [N] are the label's after its policy; a soft target counts as the nearer class.
     Cells that are masked, or of the third class of `multiclass` (-1), are neither and keep weight 1. With `strata`
-    [N], numbers from 0, the two weigh the same within each stratum, whose cells weigh as much as there are: drawn by
-    these weights, the label is independent of the stratum. No weights do that for a stratum with one class: its cells
-    get 0. Raises ValueError where there are no positives or no negatives, or no stratum has both.
+    [N], numbers from 0, the two weigh the same within each stratum, whose total weight is its number of cells: in
+    draws by these weights, the label is independent of the stratum. This is impossible in a stratum with one class:
+    its cells get 0. Raises ValueError if there are no positives or no negatives, or no stratum has both.
     """
     strata = np.zeros(len(target), np.int64) if strata is None else strata
     classes = divide_cells(target, mask)
@@ -144,7 +144,7 @@ def balance_weights(
 def find_strata(table: pa.Table, columns: Sequence[str]) -> npt.NDArray[np.int64]:
     """The stratum of each row, int64 [N] from 0: rows with the same values in these columns share one.
 
-    An empty cell is a value of its own. Column names in any case. Raises DataError for an unknown column.
+    An empty cell counts as a value. Column names are case-insensitive. Raises DataError for an unknown column.
     """
     known = {name.casefold(): name for name in table.column_names}
     for column in columns:
@@ -179,7 +179,7 @@ def _holds(condition: Condition, column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def _describe(column: pa.ChunkedArray) -> str:
-    """What a column holds instead, where that can be said in a few words."""
+    """The values that a column holds, briefly, for an error message."""
     values = column.unique().drop_null().sort().to_pylist()
     if not values:
         return ", all of whose cells are blank"
