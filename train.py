@@ -1,17 +1,17 @@
 """Train a network on shards. The commands, which `model/runs/commands.py` and `use.py` define:
 
-    python -m train --shards shards --run runs/first --lr 1e-4        train, or continue where it stopped
+    python -m train --shards shards --run runs/first --lr 1e-4        train, or resume
     python -m train sweep --sweep runs/sweep --lr "1e-4 1e-3"         a run for each value
     python -m train evaluate --run runs/first --split valid           score its best checkpoint on a split
-    python -m train predict --run runs/first --out scores.csv films   score image files
+    python -m train predict --run runs/first --out scores.csv images  score image files
     python -m train export --run runs/first --out model.onnx          for other programs (.onnx or .pt2)
-    python -m train inputs --out inputs.png                           draw what training makes of the images
+    python -m train inputs --out inputs.png                           draw the images as training sees them
     python -m train embed runs/first --out train.parquet              embeddings of a split, for other models
 
 `torchrun --nproc-per-node 8 -- train.py …` trains on 8 GPUs: every rank takes its slice of the same batches.
 
-A run folder's files are listed in docs/train.md. The same command on the same folder continues where it stopped,
-exactly: batches and augmentations are functions of (seed, epoch, step).
+docs/train.md lists the files of a run folder. To resume an interrupted run exactly, rerun the command: batches and
+augmentations are functions of (seed, epoch, step).
 """
 
 import importlib
@@ -23,14 +23,14 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     # Ctrl-C in the seconds that the imports take: no traceback. `run_command` puts the usual handler back.
     signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
 
-# Before torch is imported, which reads it once: OpenMP's threads spin where they wait for each other, and beside any
-# other load on the cores a network on a CPU then trains at a tenth of its speed. With a short spin it is half, and
-# 15 % less on idle cores.
+# Set before importing torch, which reads it once: OpenMP's threads spin while they wait for each other, so with other
+# load on the cores, training on a CPU slows down to a tenth. With a short spin it slows down to half, and loses 15 % on
+# idle cores.
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 if __name__ == "__main__":
-    # Here, and not at the end: the imports below take seconds, which a mistyped option should not wait for. A command
-    # that trains gets `train` of this module, imported under its own name.
+    # Not at the end: a mistyped option should fail before the imports below, which take seconds. A command that trains
+    # gets `train` from this module, imported by name.
     from model.runs.commands import main
     from pipeline.console import run_command
 
@@ -99,17 +99,17 @@ Watch = Callable[[list[dict[str, Any]]], None]
 
 
 def train(job: Job, watch: Watch = lambda history: None) -> None:
-    """Train to the end, or continue where the run stopped. Raises DataError for unusable input, and Stopped.
+    """Train to the end, or resume the run. Raises DataError for unusable input, and Stopped.
 
-    `watch` gets all evaluations so far after each one is saved; what it raises ends the run there.
+    After each evaluation is saved, `watch` gets all evaluations so far; an exception that it raises ends the run.
     """
-    # Every rank computes all of this from its own copy of the shards and of the code, and nothing of it is exchanged.
+    # Each rank computes this from a separate copy of the shards and the code; nothing is exchanged.
     job.ranks.compare({"shards": job.shards.digest} | asdict(job.config) | describe_software(job))
     data = open_training(job)
     state = start_state(job, data)
     with contextlib.ExitStack() as stack:
         if job.ranks.is_first:
-            job.run.mkdir(parents=True, exist_ok=True)  # only now: a run that cannot start leaves no folder
+            job.run.mkdir(parents=True, exist_ok=True)  # only now: a run that fails to start leaves no folder
             stack.enter_context(claimed(job.run))
             job = replace(job, config=open_run(job.run, job.config, data.steps))
             record_environment(job)
@@ -139,7 +139,7 @@ def start_state(job: Job, data: TrainingData) -> TrainState:
     else:
         weights = positive_weights(target, mask) if config.pos_weight else None
         loss = MaskedLoss(three_class_columns(config), weights)
-    # From here on all ranks have the first one's weights. The average, which is what is evaluated, begins as a copy.
+    # From here on, all ranks have the first rank's weights. Evaluations use the average, which begins as a copy.
     forward = job.ranks.average_gradients(network, config.sync_bn)
     return TrainState(
         network,
@@ -156,11 +156,11 @@ def start_state(job: Job, data: TrainingData) -> TrainState:
 
 
 def resume(job: Job, state: TrainState, steps: int) -> bool:
-    """Continue from last.pt, if there is one; returns whether nothing is left to do. An epoch has so many `steps`."""
+    """Resume from last.pt, if it exists; returns whether nothing is left to do. `steps` is the number per epoch."""
     run, total = job.run, job.config.epochs * steps
     if not job.ranks.first((run / "last.pt").exists()):
         if job.ranks.is_first:
-            forget_calibration(run)  # of training whose last.pt was removed: this run has no report yet
+            forget_calibration(run)  # from training whose last.pt was removed
         return False
     state.restore(run / "last.pt", job.ranks)
     if state.done < total and not is_out_of_patience(job.config, state):
@@ -174,18 +174,18 @@ def resume(job: Job, state: TrainState, steps: int) -> bool:
 
 
 def train_epochs(job: Job, state: TrainState, data: TrainingData, watch: Watch) -> None:
-    """Train and evaluate by turns from the step `state.done` on, and report at the end. Raises Stopped, all saved."""
+    """Alternate training and evaluation from step `state.done` on, then report. Raises Stopped after saving."""
     config, steps = job.config, data.steps
     total, every = config.epochs * steps, config.eval_every or steps
     began, resumed = time.perf_counter(), state.done
     with open_events(job, state.done) as log:
         try:
             while True:
-                # First, because a stop may have interrupted this evaluation.
+                # First, because a stop may have interrupted the evaluation.
                 due = state.done % steps == 0 or state.done % steps % every == 0
                 if due and state.evaluated < state.done:
                     line = evaluate_state(job, state, data, log)
-                    pace = (time.perf_counter() - began) / max(state.done - resumed, 1)  # with the scoring
+                    pace = (time.perf_counter() - began) / max(state.done - resumed, 1)  # including the scoring
                     say(line + show_left(pace * (total - state.done)))
                     save_state(job, state)
                     watch(state.history)
@@ -195,12 +195,12 @@ def train_epochs(job: Job, state: TrainState, data: TrainingData, watch: Watch) 
                 train_steps(job, state, data, epoch * steps + min(steps, (step // every + 1) * every), log)
             evaluations = finish_run(job)
         except Stopped:
-            if state.done > state.evaluated:  # else last.pt has it all, and what reports has drawn random numbers
-                check_losses(job, state, steps)  # of the steps since the last check
+            if state.done > state.evaluated:  # else last.pt is complete, and reporting has used random numbers
+                check_losses(job, state, steps)  # since the last check
                 save_state(job, state)
             say(f"{job.run}: stopped and saved; the same command continues")
             raise
-        if valid := evaluations.get("valid"):  # of best.pt, once: no choice is made by it
+        if valid := evaluations.get("valid"):  # best.pt, once: not used for any choice
             aurocs = {name: valid.get("auroc", name).value for name in valid.labels}
             log_labels(log, "valid", aurocs, state.done)
 
@@ -210,9 +210,9 @@ def train_epochs(job: Job, state: TrainState, data: TrainingData, watch: Watch) 
 
 
 def train_steps(job: Job, state: TrainState, data: TrainingData, end: int, log: Log) -> None:
-    """Take the steps up to `end`, which lies in the same epoch. Raises Stopped between two of them.
+    """Train up to step `end`, in the same epoch. Raises Stopped between steps.
 
-    Raises DivergedError, naming the step, for a loss or gradient that is not finite.
+    Raises DivergedError, with the step, if a loss or gradient is not finite.
     """
     config, steps = job.config, data.steps
     epoch, first = divmod(state.done, steps)
@@ -227,7 +227,7 @@ def train_steps(job: Job, state: TrainState, data: TrainingData, end: int, log: 
             asked = time.perf_counter()
             batch = next(iterator)
             waited += time.perf_counter() - asked
-            # Each rank's loss counts as much as the cells that its slice has of all of these.
+            # A rank's loss is weighted by the share of these cells in its slice.
             (cells,) = job.ranks.agree(batch.mask.sum())
             lr = scheduled_lr(config.lr, state.done, config.epochs * steps)
             set_lr(state.optimizer, lr)
@@ -250,7 +250,7 @@ def train_steps(job: Job, state: TrainState, data: TrainingData, end: int, log: 
 
 
 def stream_epoch(job: Job, data: TrainingData, epoch: int) -> BatchStream:
-    """The slices for this rank of the batches of an epoch."""
+    """Slices of an epoch's batches, for this rank."""
     config, ranks = job.config, job.ranks
     plan = partial(
         plan_training,
@@ -275,7 +275,7 @@ def train_step(job: Job, state: TrainState, batch: Batch, cells: float) -> Tenso
     config, device, ranks = job.config, job.device, job.ranks
     state.optimizer.zero_grad()
     total = torch.zeros((), device=device)
-    # In parts, if a batch does not fit the device: each is weighted by its cells, so the gradients are the batch's.
+    # In parts, if a batch does not fit in memory: weighting parts by their cells gives the gradients of the batch.
     samples = len(batch.target)
     size = samples // config.accumulate
     for start in range(0, samples, size):
@@ -289,7 +289,7 @@ def train_step(job: Job, state: TrainState, batch: Batch, cells: float) -> Tenso
             loss = state.loss(logits, target, mask) * (mask.sum() / max(cells, 1))
             state.scaler.scale(loss * ranks.count).backward()  # which takes the mean over ranks, not the sum
         total += loss.detach()
-    state.scaler.unscale_(state.optimizer)  # so that what is clipped are the gradients themselves
+    state.scaler.unscale_(state.optimizer)  # so that the true gradients are clipped
     norm = nn.utils.clip_grad_norm_(state.network.parameters(), CLIP_NORM)
     if state.scaler.is_enabled():
         (skipped,) = state.scaler._found_inf_per_device(state.optimizer).values()
@@ -301,16 +301,16 @@ def train_step(job: Job, state: TrainState, batch: Batch, cells: float) -> Tenso
 
 
 def training_inputs(job: Job, batch: Batch, first: int, samples: int) -> tuple[Tensor, ...]:
-    """What the network takes of a part of a batch, normalized and augmented, on the device.
+    """The network's inputs for part of a batch, normalized and augmented, on the device.
 
-    `first` is the position of the part's first sample in the whole batch of all ranks, of `samples`.
+    `first` is the position of the part's first sample in the whole batch over all ranks, which has `samples` samples.
     """
     config, pixels = job.config, job.pixels
     images, *views = network_inputs(config, job.device, batch.images, batch.present, batch.projection)
     if config.augment == "none":
         inputs = normalize(images, pixels["mean"], pixels["std"])
     else:
-        # Every place of the whole batch has its own draws, whether an image fills it or not.
+        # Every place in the whole batch has separate random draws, even if it holds no image.
         most = batch.step.rows.shape[1]
         inputs = augment(
             images,
@@ -327,8 +327,8 @@ def training_inputs(job: Job, batch: Batch, first: int, samples: int) -> tuple[T
 def check_losses(job: Job, state: TrainState, steps: int) -> float:
     """Add the losses since the last check to the sum; returns their mean over these steps, nan if there are none.
 
-    Raises DivergedError for a loss or gradient that is not finite: clipping divides by the gradient's norm, so one
-    nan becomes all weights.
+    Raises DivergedError if a loss or gradient is not finite: clipping divides by the gradient's norm, so one nan would
+    spread to all weights.
     """
     pending = torch.stack(state.losses) if state.losses else torch.empty(0, 2)
     sums = job.ranks.sum(pending.double().cpu().numpy())
@@ -343,9 +343,9 @@ def check_losses(job: Job, state: TrainState, steps: int) -> float:
 
 
 def save_state(job: Job, state: TrainState) -> None:
-    """Write last.pt, which is the same on all ranks: their generators have drawn the same numbers.
+    """Write last.pt, which is the same for all ranks, including the state of random generators.
 
-    Raises DivergedError if the last step, after which no loss was looked at, has ruined the weights.
+    Raises DivergedError if the last step, whose result no loss has checked yet, has ruined the weights.
     """
     weights = torch.stack(torch._foreach_norm(list(state.network.parameters())))
     if not weights.isfinite().all():
@@ -360,7 +360,7 @@ def save_state(job: Job, state: TrainState) -> None:
 
 
 def evaluate_state(job: Job, state: TrainState, data: TrainingData, log: Log) -> str:
-    """Score the averaged weights on dev, add a line to metrics.jsonl, keep the best weights; returns it in words."""
+    """Score the averaged weights on dev, add a line to metrics.jsonl, and keep the best weights; returns a summary."""
     job.ranks.align_buffers(state.ema)
     scored, _ = score_split(job, state.ema, data.dev, job.pixels)
     report = report_auroc(job.config.labels, *scored[:4])
@@ -372,7 +372,7 @@ def evaluate_state(job: Job, state: TrainState, data: TrainingData, log: Log) ->
     line["labels"] = {label: row["auroc"] for label, row in report["labels"].items()}
     chosen = job.config.choose_by
     score, macro = choice_score(line, chosen), choice_score(line, "all")
-    if score is None or macro is None:  # now that unusable images are left out
+    if score is None or macro is None:  # without the unusable images
         raise DataError(no_choice(job, [label for label in parse_choice(chosen) if line["labels"][label] is None]))
     state.history.append(line)
     state.evaluated, state.loss_sum = state.done, 0.0
@@ -381,8 +381,8 @@ def evaluate_state(job: Job, state: TrainState, data: TrainingData, log: Log) ->
     if job.ranks.is_first:
         if is_best or job.config.keep == "last":
             save_best(job, data.seen, state.ema.state_dict(), epoch, score)
-            forget_calibration(job.run)  # of the weights before
-        # Rewritten from the checkpoint's own history, so that steps run again are not listed twice.
+            forget_calibration(job.run)  # of the previous weights
+        # Rewritten from the checkpoint's history, so that repeated steps are not listed twice.
         lines = "".join(json.dumps(line) + "\n" for line in state.history)
         write_atomically(job.run / "metrics.jsonl", lines.encode())
     log("dev/loss", line["dev_loss"], state.done)
@@ -399,7 +399,7 @@ def evaluate_state(job: Job, state: TrainState, data: TrainingData, log: Log) ->
 
 
 def log_labels(log: Log, split: str, aurocs: Mapping[str, float | None], step: int) -> None:
-    """Add the AUROC of each label that has one to its curve."""
+    """Log each label's AUROC, if defined."""
     for label, auroc in aurocs.items():
         if auroc is not None:
             log(f"auroc_{split}/{label}", auroc, step)

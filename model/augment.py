@@ -4,8 +4,8 @@ The draws are a pure function of (seed, epoch, step) and are made on the CPU, so
 device, and ranks that each hold a slice of the batch all see the same augmentations. The ranges are those that the
 best CheXpert repositories share; none of them crops, so the crop is an option.
 
-`robust` also changes what tells devices and hospitals apart and not the disease: the aspect, how sharp a film is, its
-gray scale, its noise and its borders. A network that learns from these does worse on another hospital's films.
+`robust` also varies what depends on device and hospital rather than on disease: aspect ratio, sharpness, gray scale,
+noise and borders. A network that relies on these performs worse on another hospital's images.
 """
 
 import hashlib
@@ -24,11 +24,11 @@ SCALE = 0.05  # 0.95 to 1.05
 BRIGHTNESS = 0.1
 CONTRAST = 0.1
 ASPECT = 0.15  # height by width: up to e^0.3, or its inverse
-DETAIL = 1.5  # gain of what is finer than a random scale, from 0
-FINEST, COARSEST = 0.5, 1 / 16  # that scale: from so many pixels to this share of the side
-NOISE = 0.35  # largest standard deviation, in those of the film
+DETAIL = 1.5  # largest gain of detail finer than a random scale; the smallest is 0
+FINEST, COARSEST = 0.5, 1 / 16  # range of that scale: pixels; share of the side
+NOISE = 0.35  # largest standard deviation, in standard deviations of the image
 FRAME = 0.15  # width of a border, as a share of the side
-UNIFORM = 3**0.5  # largest value of an equalized film
+UNIFORM = 3**0.5  # largest value of an equalized image
 
 
 def normalize(images: Tensor, mean: float, std: float) -> Tensor:
@@ -65,8 +65,8 @@ def augment(
     theta = theta.to(images.device, non_blocking=True)
     brightness, contrast = draws.to(images.device, non_blocking=True)[:, 4:].T[..., None, None, None]
 
-    films = equalize(images.float()) if kind.robust else images.float()
-    warped = F.grid_sample(films, _sampling_grid(theta, *images.shape[2:]), padding_mode="border", align_corners=False)
+    inputs = equalize(images.float()) if kind.robust else images.float()
+    warped = F.grid_sample(inputs, _sampling_grid(theta, *images.shape[2:]), padding_mode="border", align_corners=False)
     if kind.robust:
         look = _draw(total, 11, generator)[rows].to(images.device, non_blocking=True)
         grain = torch.randn(images.shape[2:], generator=generator).to(images.device, non_blocking=True)
@@ -79,58 +79,58 @@ def augment(
     return augmented.add_((center * (1 - gain) - mean + BRIGHTNESS * 255 * brightness) / std)
 
 
-def change_look(films: Tensor, draws: Tensor, grain: Tensor) -> Tensor:
-    """Equalized films [B, 1, H, W] as another device might have rendered them; no finding moves.
+def change_look(images: Tensor, draws: Tensor, grain: Tensor) -> Tensor:
+    """Equalized images [B, 1, H, W] as another device might have rendered them; no finding moves.
 
-    In this order: detail finer than a random scale is removed or enhanced, noise is added, and half of the films get a
-    border of a random gray. The gray scale needs no change: it is equalized afterwards. `draws` [B, 11] in (-1, 1)
-    decide it all but for `grain` [H, W], a field of standard normal noise, which each film gets from another place.
+    In this order: detail finer than a random scale is removed or enhanced, noise is added, and half of the images get
+    a border of a random gray. The gray scale needs no change: it is equalized afterwards. `draws` [B, 11] in (-1, 1)
+    decide all but `grain` [H, W], a field of standard normal noise, which is shifted differently for each image.
     """
-    height, width = films.shape[2:]
+    height, width = images.shape[2:]
     unit = ((draws + 1) / 2)[..., None, None, None]  # [B, 11, 1, 1, 1] in (0, 1)
     scale = FINEST * (COARSEST * max(height, width) / FINEST) ** unit[:, 0, 0]
-    coarse = low_pass(films, scale)
-    films = coarse + DETAIL * unit[:, 1] * (films - coarse)
+    coarse = low_pass(images, scale)
+    images = coarse + DETAIL * unit[:, 1] * (images - coarse)
 
-    y, x = (torch.arange(side, device=films.device) for side in (height, width))
+    y, x = (torch.arange(side, device=images.device) for side in (height, width))
     down, right = (unit[:, 2, 0, 0] * height).long(), (unit[:, 3, 0, 0] * width).long()
     moved = grain[((y + down) % height)[:, :, None], ((x + right) % width)[:, None]]
-    films = films + NOISE * unit[:, 4] * moved[:, None]
+    images = images + NOISE * unit[:, 4] * moved[:, None]
 
     top, bottom, left, right = (FRAME * unit[:, 5:9, 0, 0] * (draws[:, 9:10, None] < 0)).unbind(1)
     y, x = (y + 0.5) / height, (x + 0.5) / width
     inside = ((y > top) & (y < 1 - bottom))[:, :, None] & ((x > left) & (x < 1 - right))[:, None]
-    return torch.where(inside[:, None], films, draws[:, 10, None, None, None] * UNIFORM)
+    return torch.where(inside[:, None], images, draws[:, 10, None, None, None] * UNIFORM)
 
 
-def equalize(films: Tensor) -> Tensor:
-    """Float films [B, 1, H, W] with each gray value replaced by the share of darker pixels in the film.
+def equalize(images: Tensor) -> Tensor:
+    """Float images [B, 1, H, W] with each gray value replaced by the share of darker pixels in the image.
 
-    Scaled to zero mean and unit variance; pixels of the same value count half. What any monotone change of a film's
-    gray scale (gamma, window, exposure) does, this undoes, up to the 256 steps into which each film's range is divided.
+    Scaled to zero mean and unit variance; pixels of the same value count half. This undoes any monotone change
+    of the gray scale (gamma, window, exposure), up to the 256 steps into which each image's range is divided.
     """
-    flat = films.flatten(1)
+    flat = images.flatten(1)
     low, high = flat.amin(1, keepdim=True), flat.amax(1, keepdim=True)
     steps = ((flat - low) * (255 / (high - low).clamp_min(1e-6))).round().long()
     counts = flat.new_zeros((flat.shape[0], 256), dtype=torch.int64)
     counts = counts.scatter_add(1, steps, torch.ones_like(steps))
     shares = (counts.cumsum(1) - counts / 2) / flat.shape[1]
-    equalized: Tensor = ((2 * shares - 1) * UNIFORM).gather(1, steps).view_as(films)
+    equalized: Tensor = ((2 * shares - 1) * UNIFORM).gather(1, steps).view_as(images)
     return equalized
 
 
-def low_pass(films: Tensor, scale: Tensor) -> Tensor:
-    """Films [B, 1, H, W], each blurred by a Gaussian of its own standard deviation `scale` [B, 1, 1] in pixels.
+def low_pass(images: Tensor, scale: Tensor) -> Tensor:
+    """Images [B, 1, H, W], each blurred by a Gaussian with standard deviation `scale` [B, 1, 1] in pixels.
 
-    As two products with matrices, so that every film has its kernel; at the border the kernel's inside is reweighted.
+    Two matrix products, so that each image can have a different kernel; at the border, the kernel is renormalized.
     """
 
     def kernels(side: int) -> Tensor:
-        place = torch.arange(side, dtype=torch.float32, device=films.device)
+        place = torch.arange(side, dtype=torch.float32, device=images.device)
         kernel = torch.exp(-(((place[:, None] - place) / scale) ** 2) / 2)
         return kernel / kernel.sum(dim=2, keepdim=True)
 
-    blurred = kernels(films.shape[2]) @ films[:, 0] @ kernels(films.shape[3]).transpose(1, 2)
+    blurred = kernels(images.shape[2]) @ images[:, 0] @ kernels(images.shape[3]).transpose(1, 2)
     return blurred[:, None]
 
 
@@ -150,8 +150,8 @@ def crop_matrices(draws: Tensor, crop: float) -> Tensor:
     """
     side = 1 - crop * (draws[:, 0] + 1) / 2
     place = draws[:, 1:] * (1 - side[:, None])
-    zero, one = torch.zeros_like(side), torch.ones_like(side)
-    return torch.stack([side, zero, place[:, 0], zero, side, place[:, 1], zero, zero, one], dim=1).view(-1, 3, 3)
+    zeros, ones = torch.zeros_like(side), torch.ones_like(side)
+    return torch.stack([side, zeros, place[:, 0], zeros, side, place[:, 1], zeros, zeros, ones], dim=1).view(-1, 3, 3)
 
 
 def _sampling_grid(theta: Tensor, height: int, width: int) -> Tensor:

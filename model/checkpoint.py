@@ -26,7 +26,7 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     with atomic_file(path) as file:
         try:
             torch.save(state, file)
-        except RuntimeError as error:  # torch's own for a write that failed, with the reason as its context
+        except RuntimeError as error:  # torch's error for a failed write, whose context is the reason
             raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
 
@@ -55,7 +55,7 @@ def load_checkpoint(path: Path, ranks: Ranks = ALONE, remedy: str = "") -> dict[
 
 def _read_safetensors(content: bytes) -> dict[str, Any]:
     with needs("timm"):
-        import safetensors.torch  # which timm brings along
+        import safetensors.torch  # a dependency of timm
 
     return dict(safetensors.torch.load(content))
 
@@ -70,12 +70,12 @@ def refuse_bombs(content: bytes) -> None:
 
 
 def hub_path(url: str) -> Path:
-    """Where torch keeps the file that it has downloaded from there."""
+    """Where torch stores the file downloaded from this URL."""
     return Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
 
 
 def cannot_download(what: str, url: str, error: Exception, place: Path | None = None) -> str:
-    """Why a file of weights is not there, and how to do without a network."""
+    """Why a weights file is missing, and how to get it offline."""
     reason = " ".join(str(error).split())[:200]
     put = f"as {place}, or anywhere for `init` FILE" if place else "for `init` FILE"
     return f"{what} cannot be downloaded from {url}: {reason}; download that file elsewhere and put it here, {put}"

@@ -1,9 +1,9 @@
 """torchxrayvision's chest X-ray weights → initial weights of our densenet121.
 
-Its networks take films scaled to ±1024 and have 18 outputs, of which those that are labels of ours begin from its
-classifier's rows. Its published files are pickles of whole networks: they are read as weights alone, with torch's
-layers and stand-ins for its classes allowed, so no code of a file runs. The package itself cannot be imported here:
-it has a module `model` too.
+Its networks take images scaled to ±1024 and have 18 outputs; outputs that match our labels start from its classifier's
+rows. Its published files are pickles of entire networks. We read only the weights, allowing torch's layers and
+placeholders for its classes, so no code in a file runs. The package cannot be imported here, because it also has a
+module `model`.
 """
 
 import io
@@ -27,12 +27,12 @@ OUTPUTS = (
     *("Atelectasis", "Consolidation", "Infiltration", "Pneumothorax", "Edema", "Emphysema", "Fibrosis"),
     *("Pleural Effusion", "Pneumonia", "Pleural Other", "Cardiomegaly", "Nodule", "Mass", "Hernia"),
     *("Lung Lesion", "Fracture", "Lung Opacity", "Enlarged Cardiomediastinum"),
-)  # in its order; its Effusion and Pleural_Thickening by our names
+)  # in its order; Effusion and Pleural_Thickening have our names
 _URL = (
     "https://github.com/mlmed/torchxrayvision/releases/download/v1/"
     "{}-densenet121-d121-tw-lr001-rot45-tr15-sc15-seed0-best.pt"
 )
-_SETS = {  # what a name ends in, and what its file's begins with
+_SETS = {  # suffix of the name → prefix of its file's name
     "all": "nih-pc-chex-mimic_ch-google-openi-kaggle",
     **{name: name for name in ("nih", "pc", "chex", "mimic_nb", "mimic_ch")},
     "rsna": "kaggle",
@@ -48,16 +48,16 @@ _LAYERS = (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d, nn.AvgPool2d, nn.Li
 
 
 class _Pickled(nn.Module):
-    """Stands for the package's own classes, whose parameters alone are wanted."""
+    """Placeholder for the package's classes, of which only the parameters are used."""
 
 
 def download_chest(name: str) -> Path:
-    """The file of torchxrayvision's weights of that name, in torch's cache; downloaded where it is not there.
+    """The file of torchxrayvision's weights of that name, in torch's cache; downloaded if missing.
 
-    Raises DataError for a name that is not one of its DenseNets', CheckpointError where it cannot be downloaded.
+    Raises DataError if no DenseNet has this name, and CheckpointError if the download fails.
     """
-    if name not in [_PREFIX + of for of in _SETS]:
-        raise DataError(f"`init` {XRV}{name}: there are {', '.join(_PREFIX + of for of in _SETS)}")
+    if name not in [_PREFIX + suffix for suffix in _SETS]:
+        raise DataError(f"`init` {XRV}{name}: there are {', '.join(_PREFIX + suffix for suffix in _SETS)}")
     url = _URL.format(_SETS[name.removeprefix(_PREFIX)])
     place = hub_path(url)
     if not place.exists():
@@ -70,15 +70,15 @@ def download_chest(name: str) -> Path:
 
 
 def read_initial(path: Path) -> dict[str, Any]:
-    """What a file of weights holds, also one of torchxrayvision's. Raises CheckpointError."""
+    """The contents of a weights file, including torchxrayvision's. Raises CheckpointError."""
     try:
         return load_checkpoint(path)
     except CheckpointError as error:
         if "torchxrayvision" not in str(error.__cause__):
             raise
     content = path.read_bytes()
-    theirs = ("DenseNet", "_DenseLayer", "_DenseBlock", "_Transition")
-    allowed: list[Any] = [*_LAYERS, *((_Pickled, f"torchxrayvision.models.{name}") for name in theirs)]
+    classes = ("DenseNet", "_DenseLayer", "_DenseBlock", "_Transition")
+    allowed: list[Any] = [*_LAYERS, *((_Pickled, f"torchxrayvision.models.{name}") for name in classes)]
     try:
         refuse_bombs(content)
         with torch.serialization.safe_globals(allowed):
@@ -94,7 +94,7 @@ def read_initial(path: Path) -> dict[str, Any]:
 
 
 def is_chest(weights: dict[str, Any]) -> bool:
-    """Whether it is the state dict of a DenseNet of torchxrayvision: over gray, with its outputs."""
+    """Whether this is the state dict of a torchxrayvision DenseNet: gray input, and its number of outputs."""
     stem, head = (weights.get(name) for name in ("features.conv0.weight", "classifier.weight"))
     if not (isinstance(stem, Tensor) and isinstance(head, Tensor)):
         return False
@@ -102,9 +102,9 @@ def is_chest(weights: dict[str, Any]) -> bool:
 
 
 def name_outputs(weights: dict[str, Any], file: str) -> list[str]:
-    """What the outputs of its classifier are, "" for those that were not trained and so are of no use.
+    """The names of the classifier's outputs, "" for untrained ones.
 
-    Those are the ones whose threshold is NaN, or known by the published `file`'s name. The thresholds themselves
+    An output is untrained if its threshold is NaN, or if the published `file`'s name says so. The thresholds themselves
     (`op_threshs`) are not used: a run chooses its own.
     """
     thresholds = weights.get("op_threshs", torch.zeros(len(OUTPUTS))).tolist()

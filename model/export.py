@@ -1,10 +1,10 @@
-"""Network → a file that other programs run: gray levels in, scores out, normalization included.
+"""Network → a file for other programs: gray levels in, scores out, normalization included.
 
     .onnx  ONNX (onnxruntime, OpenCV, TensorRT)
     .pt2   torch.export (PyTorch without this package)
 
 Both take uint8 images [B, 1, S, S] for any B and give float32 scores [B, L] as `predict` does: those of one network, or
-the mean of several networks' calibrated scores, calibrated; and, where thresholds are given, decisions, bool [B, L].
+the calibrated mean of several networks' calibrated scores; with thresholds, also decisions, bool [B, L].
 """
 
 import io
@@ -33,7 +33,7 @@ Fits = Sequence[tuple[float, float] | None]  # slope and bias of each label's lo
 
 
 class Reading(NamedTuple):
-    """How a network takes images, normalized by mean and std (gray levels), and what becomes of its logits.
+    """How a network takes images, normalized by mean and std (gray levels), and how its logits become scores.
 
     `columns` [L] selects the logits that become scores, which `fits`, as in `fit_scores`, calibrate.
     """
@@ -45,7 +45,7 @@ class Reading(NamedTuple):
 
 
 class Scorer(nn.Module):
-    """A network's scores, or the mean of several ones', calibrated by `fits` and decided on by `limits` [L]."""
+    """Scores of a network, or the mean over several, calibrated by `fits`; decisions by `limits` [L]."""
 
     def __init__(
         self, networks: Sequence[nn.Module], inputs: Sequence[Reading], fits: Fits = (), limits: Sequence[float] = ()
@@ -67,7 +67,7 @@ class Scorer(nn.Module):
 
 
 def fit_scores(scores: Tensor, fits: Fits) -> Tensor:
-    """Scores [B, L], calibrated by the slope and bias of each label's logit, or as they are for None and no fits."""
+    """Scores [B, L], calibrated by the slope and bias of each label's logit; unchanged for None, or without fits."""
     if not fits:
         return scores
     slope, bias = (torch.tensor([fit[part] if fit else nan for fit in fits]) for part in (0, 1))
@@ -77,9 +77,9 @@ def fit_scores(scores: Tensor, fits: Fits) -> Tensor:
 def export_scorer(
     scorer: Scorer, image_size: int, path: Path, facts: Mapping[str, str] = MappingProxyType({})
 ) -> float:
-    """Write the file; returns the largest difference between its logits and eager ones, on film-like images.
+    """Write the file; returns the largest difference between its logits and eager ones, on X-ray-like images.
 
-    `facts` go with it: as metadata_props of ONNX, or as facts.json among the extra files of torch.export.
+    `facts` are stored in the file: as metadata_props of ONNX, or as facts.json among the extra files of torch.export.
     Raises ValueError for a suffix other than .onnx and .pt2, for missing packages, and if the logits differ or
     none can be compared; DataError if the file cannot be written.
     """
@@ -102,9 +102,9 @@ def export_scorer(
 
 
 def draw_probes(size: int) -> Tensor:
-    """uint8 images [12, 1, size, size] over the whole gray range: flat, gradients, and smooth shades as in films.
+    """uint8 images [12, 1, size, size] over the whole gray range: flat, gradients, and smooth shades as in X-rays.
 
-    Noise alone would not do, because it saturates the sigmoid of a network trained on films.
+    Noise alone would not do, because it saturates the sigmoid of a network trained on X-rays.
     """
     ramp = torch.linspace(0, 255, size)
     flat = [torch.full((size, size), level) for level in (0.0, 64.0, 128.0, 255.0)]
@@ -118,15 +118,15 @@ def draw_probes(size: int) -> Tensor:
 
 
 def compare_scores(scores: Tensor, expected: Tensor) -> float:
-    """The largest difference in logits between scores [B, L] and the expected ones, where these are not saturated.
+    """The largest difference in logits between scores [B, L] and the expected ones, ignoring saturated ones.
 
     Raises ValueError if it is above TOLERANCE, or if all are saturated.
     """
-    ours, theirs = (torch.logit(found.double()) for found in (scores, expected))
-    used = theirs.abs() <= STEEPEST
+    exported, eager = (torch.logit(values.double()) for values in (scores, expected))
+    used = eager.abs() <= STEEPEST
     if not used.any():
         raise ValueError("all scores of the images tried are 0 or 1, so the export cannot be checked")
-    difference = float((ours - theirs)[used].abs().max())
+    difference = float((exported - eager)[used].abs().max())
     if not difference <= TOLERANCE:
         raise ValueError(f"exported logits differ from eager ones by {difference:.3g}, more than {TOLERANCE}")
     return difference
@@ -145,8 +145,8 @@ def _as_onnx(program: torch.export.ExportedProgram, images: Tensor, facts: Mappi
         import onnxruntime
         import onnxscript  # noqa: F401 - torch.onnx needs it
     names = ["scores", "decisions"][: len(program.graph_signature.user_outputs)]
-    found = torch.onnx.export(program, (), input_names=["images"], output_names=names, verbose=False)
-    model = cast(torch.onnx.ONNXProgram, found).model_proto
+    exported = torch.onnx.export(program, (), input_names=["images"], output_names=names, verbose=False)
+    model = cast(torch.onnx.ONNXProgram, exported).model_proto
     for key, value in facts.items():
         model.metadata_props.add(key=key, value=value)
     content = model.SerializeToString()

@@ -2,8 +2,8 @@
 
 Every view goes through the same backbone, a network for single images (model.networks). Its features are scaled and
 shifted by parameters learned per projection (FiLM, Perez et al., AAAI 2018), because a finding looks different from
-the side. Then the features or logits of the views that are present are pooled. At first all projections are treated
-alike and all views count equally, so a network that starts from a run on images scores as that run does.
+the side. Then the features or logits of the views that are present are pooled. Initially, all projections are
+treated alike and all views count equally, so a network that starts from a run on images scores as that run does.
 """
 
 import torch

@@ -22,7 +22,7 @@ SMOOTH = 1 / 20  # of the side: the blur's standard deviation; it moves the stro
 def draw_maps(network: nn.Module, inputs: Tensor, columns: list[int]) -> tuple[Tensor, Tensor]:
     """Scores [B, L] of normalized images [B, 1, S, S], and their maps [B, L, S, S] in [0, 1], both float32.
 
-    The strongest place of each map is 1; a map is 0 everywhere where no place raises the logit. `columns` [L] are the
+    The strongest place of each map is 1; a map is all 0 if no place raises the logit. `columns` [L] are the
     logits of the labels. A first step of the network that has no gradient, such as equalization, is left out.
     """
     network.eval()
@@ -45,7 +45,7 @@ def _weigh(source: Tensor, gradient: Tensor) -> Tensor:
 
 
 def _scale(maps: Tensor) -> Tensor:
-    """Maps [B, 1, h, w] with a maximum of 1, or of 0 where all is 0."""
+    """Maps [B, 1, h, w] scaled to a maximum of 1; all-zero maps stay 0."""
     highest = maps.amax(dim=(2, 3), keepdim=True)
     return maps / highest.clamp_min(torch.finfo(torch.float32).tiny)
 
@@ -57,7 +57,7 @@ def _smooth(maps: Tensor, side: int) -> Tensor:
 
 
 def _watch(network: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Logits, what entered the first layer, and the last grids of features [B, C, h, w]; none without any."""
+    """Logits, what entered the first layer, and the last feature grids [B, C, h, w], if any."""
     entered = inputs
     grids: dict[int, Tensor] = {}  # by side
 
@@ -72,9 +72,9 @@ def _watch(network: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor, list[Ten
         if output.dim() == 4 and output.shape[2] == output.shape[3] > 1:
             grids[output.shape[2]] = output
         elif sum(side > 1 for side in output.shape[1:]) > 1:
-            grids.clear()  # tokens, or a grid with its channels last: what came before was no last one
+            grids.clear()  # tokens, or a channels-last grid: earlier grids were not the last
 
-    handles = [network.register_forward_pre_hook(enter)]  # after those that are there
+    handles = [network.register_forward_pre_hook(enter)]  # after existing hooks
     handles += [module.register_forward_hook(leave) for module in network.modules()]
     try:
         logits = network(inputs)

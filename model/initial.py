@@ -1,7 +1,7 @@
 """A file of weights → its tensors, outputs, input scale, terms, and the images they were trained on.
 
-That is best.pt of a run, a state dict of torchvision, timm or torchxrayvision, or a checkpoint that holds one, as
-Lightning, DataParallel and torch.compile write it. All are read as tensors and plain values: no code of a file runs.
+The file is a run's best.pt, a state dict of torchvision, timm or torchxrayvision, or a checkpoint containing one, as
+Lightning, DataParallel and torch.compile write it. All are read as tensors and plain values: no code in a file runs.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,12 +17,12 @@ from pipeline.base.files import hash_file
 
 CONTAINERS = ("weights", "state_dict", "model_state_dict", "model")
 PREFIXES = ("module.", "model.", "_orig_mod.")
-UNKNOWN = "unknown"  # the split that weights have learned from whose file does not say
+UNKNOWN = "unknown"  # split of weights whose file does not state the training data
 NOT_STATED = "weights of a file; license not stated, nor what they were trained on"
 
 
 class Entry(TypedDict):
-    """What weights have seen, as `model.runs.overlap` describes it."""
+    """Images and patients that weights were trained on; see `model.runs.overlap`."""
 
     run: str
     split: str
@@ -36,18 +36,18 @@ class Start(NamedTuple):
     path: Path
     digest: str  # sha256 of the file
     weights: Mapping[str, Tensor]
-    left_out: Sequence[str] = ()  # tensors that are of no network, such as those of a loss
-    outputs: Sequence[str] = ()  # what the head's outputs are, in their order; "" was not trained. Empty: not known
-    scale: tuple[float, ...] = ()  # mean and deviation of the gray levels they take; empty: not known
-    equalize: bool = False  # whether films are equalized for them
+    left_out: Sequence[str] = ()  # tensors outside the network, such as a loss's
+    outputs: Sequence[str] = ()  # names of the head's outputs, in order; "": untrained. Empty: unknown
+    scale: tuple[float, ...] = ()  # mean and standard deviation of the input's gray levels; empty: unknown
+    equalize: bool = False  # whether input images are equalized
     terms: str = NOT_STATED
     seen: Sequence[Entry] = ()
-    arch: str = ""  # the network's; empty: not known
-    size: int = 0  # side of its input, in pixels; 0: not known
+    arch: str = ""  # empty: unknown
+    size: int = 0  # side of the input, in pixels; 0: unknown
 
 
 def read_start(path: Path, outputs: Sequence[str] = ()) -> Start:
-    """The weights in a file. `outputs` name those of its head, where it does not say. Raises CheckpointError."""
+    """The weights in a file. `outputs` names the head's outputs if the file does not. Raises CheckpointError."""
     saved, digest = read_initial(path), hash_file(path)
     if "seen" in saved:
         with refused(path):
@@ -65,12 +65,12 @@ def read_start(path: Path, outputs: Sequence[str] = ()) -> Start:
 
 
 def hand_on(seen: Sequence[Entry], source: Path) -> list[Entry]:
-    """The entries of weights, for those that start from or are taught by them."""
+    """The entries of weights, for runs that start from them or learn from their scores."""
     return [Entry(**entry | {"run": entry["run"] or str(source)}) for entry in seen]
 
 
 def unwrap(saved: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[str]]:
-    """The tensors of a network in a checkpoint, by its own names; and the other tensors' names."""
+    """The tensors of the network in a checkpoint, by name, and the names of the other tensors."""
     while inner := next((saved[name] for name in CONTAINERS if isinstance(saved.get(name), dict)), None):
         saved = inner
     weights = {str(name): value for name, value in saved.items() if isinstance(value, Tensor)}
@@ -82,5 +82,5 @@ def unwrap(saved: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[str]]:
 
 
 def _is_usual(prefix: str, names: Mapping[str, Any]) -> bool:
-    """Whether more than half of the names begin with it."""
+    """Whether more than half of the names start with the prefix."""
     return 2 * sum(name.startswith(prefix) for name in names) > len(names)

@@ -32,10 +32,10 @@ def masked_loss(
         classes = torch.stack([torch.zeros_like(positive), positive, uncertain], dim=2)
         truth = target[:, three_class].long() % 3  # 0, 1, and -1 is the last class
         # Flattened, because the loss over a grid of classes is not deterministic on a GPU.
-        ours = F.cross_entropy(classes.flatten(0, 1), truth.flatten(), reduction="none").view_as(positive)
+        class_losses = F.cross_entropy(classes.flatten(0, 1), truth.flatten(), reduction="none").view_as(positive)
         if pos_weight is not None:
-            ours = ours * torch.where(truth == 1, pos_weight[three_class], 1)
-        losses = losses.index_copy(1, three_class, ours)
+            class_losses = class_losses * torch.where(truth == 1, pos_weight[three_class], 1)
+        losses = losses.index_copy(1, three_class, class_losses)
     return (losses * mask).sum() / mask.sum().clamp(min=1)
 
 

@@ -13,16 +13,16 @@ TORCHVISION = ("resnet18", "resnet34", "resnet50", "resnet101", "densenet121", "
 ARCHITECTURES = (*TORCHVISION, "rescnn")
 TIMM = "timm/"  # in front of any of timm's names
 FUSIONS = ("max", "mean", "attention")
-UNKNOWN_FRONTAL = len(PROJECTIONS)  # a frontal that may be AP or PA: the place after the known ones
+UNKNOWN_FRONTAL = len(PROJECTIONS)  # a frontal that may be AP or PA: the index after the known ones
 LOSSES = ("bce", "aucm")
 XRV = "xrv:"  # in front of any name of torchxrayvision's DenseNets, in place of a file
 
 
 class Augmentation(NamedTuple):
-    """What training changes, beside the affine map."""
+    """The augmentations beyond the affine map."""
 
     crop: float = 0.0  # largest share of the side that a crop leaves out
-    # The look of the acquisition. The network equalizes its films, in use as in training.
+    # Vary the appearance that depends on the device. The network then equalizes its input, also after training.
     robust: bool = False
 
 
@@ -35,7 +35,7 @@ AUGMENTATIONS = {
 
 
 class Input(NamedTuple):
-    """What a network was trained on."""
+    """The input that a network was trained on."""
 
     size: int  # side of the square, in pixels
     fixed: bool  # it takes no other size
@@ -44,7 +44,7 @@ class Input(NamedTuple):
 
 
 def check_arch(arch: str) -> str:
-    """The name, if it is of a network. Raises DataError, for one of timm's with the names that are close to it."""
+    """The name, if a network has it. Raises DataError, which for timm suggests close names."""
     if arch in ARCHITECTURES:
         return arch
     if not arch.startswith(TIMM):
@@ -57,12 +57,12 @@ def check_arch(arch: str) -> str:
     except RuntimeError:  # the network has no such weights
         pass
     close = difflib.get_close_matches(name, timm.list_models() + timm.list_pretrained())
-    hint = f"; there are {', '.join(TIMM + one for one in close)}" if close else ""
+    hint = f"; there are {', '.join(TIMM + known for known in close)}" if close else ""
     raise DataError(f"'{arch}': timm {timm.__version__} has no such network{hint}")
 
 
 def own_input(arch: str) -> Input | None:
-    """The input that a network of timm was trained on; None for others, which take any size, and the shards' scale."""
+    """The input that a network of timm was trained on; None for others, which take any size and the shards' scale."""
     if not arch.startswith(TIMM):
         return None
     timm = import_timm(check_arch(arch))
@@ -75,7 +75,7 @@ def own_input(arch: str) -> Input | None:
 
 
 def import_timm(arch: str) -> "ModuleType":
-    """Timm. Raises DataError where it is missing."""
+    """Import timm. Raises DataError if it is missing."""
     with needs("timm", f"'{arch}'"):
         import timm  # here, because it takes seconds
     return timm

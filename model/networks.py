@@ -1,9 +1,9 @@
 """Architecture name → network from gray images [B, 1, H, W] to logits [B, outputs], and its initial weights.
 
 torchvision's networks are changed in one place: the weights of the first convolution are summed over its three
-input channels. So for a gray image each gives what torchvision's gives for that image in all three channels, with
-fresh weights and with ImageNet's. timm's networks make the same sum themselves, and bring the size and the gray scale
-of their input along (`own_input`). The last layer is a `Head`: under autocast, its logits stay float32.
+input channels. So for a gray image, each gives the output of torchvision's network for that image in all three
+channels, with random weights or ImageNet's. timm's networks do the same, and define the size and gray scale of their
+input (`own_input`). The last layer is a `Head`: under autocast, its logits stay float32.
 """
 
 import contextlib
@@ -38,9 +38,9 @@ def weights_terms(arch: str) -> str:
 
 
 def build_network(arch: str, outputs: int, pretrained: bool = False) -> nn.Module:
-    """A freshly initialized network; `pretrained` loads ImageNet weights into all but a classifier of another size.
+    """A freshly initialized network; `pretrained` loads ImageNet weights, except into a classifier of another size.
 
-    Raises CheckpointError if there are no such weights or they cannot be downloaded, and DataError for no network.
+    Raises CheckpointError if the weights do not exist or cannot be downloaded, and DataError for an unknown network.
     """
     if arch == "rescnn":
         if pretrained:
@@ -60,7 +60,7 @@ def build_network(arch: str, outputs: int, pretrained: bool = False) -> nn.Modul
 
 
 def _build_timm(arch: str, outputs: int, pretrained: bool) -> nn.Module:
-    """A network of timm. Raises DataError where its classifier is not one linear layer."""
+    """A network from timm. Raises DataError if its classifier is not one linear layer."""
     timm, name = import_timm(arch), arch.removeprefix(TIMM)
     try:
         network: nn.Module = timm.create_model(name, pretrained=pretrained, in_chans=1, num_classes=outputs)
@@ -123,11 +123,11 @@ def _with_head(network: nn.Module) -> nn.Module:
 
 
 def load_initial(network: nn.Module, start: Start, outputs: Sequence[str] = LABELS, needed: Sequence[str] = ()) -> str:
-    """Load weights into a network whose outputs are these; returns, in words, which are loaded and which stay fresh.
+    """Load weights into a network with these outputs; returns a summary of what is loaded and what stays random.
 
-    The classifier's rows are loaded for outputs of the same name; where the file's are not known, it stays fresh. A
+    The classifier's rows are loaded for outputs of the same name, and none if the file's are unknown. A
     first convolution over three channels is summed to one over gray. Raises CheckpointError, naming the file, if
-    anything else does not match, and for outputs that are `needed` and not loaded.
+    anything else does not match, or if a `needed` output is not loaded.
     """
     own, weights, head = network.state_dict(), dict(start.weights), find_head(network)[0]
     rows = {outputs.index(name): row for row, name in enumerate(start.outputs) if name in outputs}
@@ -144,8 +144,8 @@ def load_initial(network: nn.Module, start: Start, outputs: Sequence[str] = LABE
         raise CheckpointError(f"{start.path}: no classifier of {', '.join(missing)}; name its outputs by `init_labels`")
     if not fresh and lacking:
         fresh = [f"the classifier of {', '.join(lacking)}"]
-    said = f"loaded {len(weights):,} tensors; fresh: {', '.join(fresh) or 'nothing'}"
-    return said + (f"; of no network, so left out: {', '.join(start.left_out)}" if start.left_out else "")
+    summary = f"loaded {len(weights):,} tensors; fresh: {', '.join(fresh) or 'nothing'}"
+    return summary + (f"; of no network, so left out: {', '.join(start.left_out)}" if start.left_out else "")
 
 
 def _load_weights(network: nn.Module, weights: Mapping[str, Any], source: str) -> list[str]:
@@ -161,7 +161,7 @@ def _load_weights(network: nn.Module, weights: Mapping[str, Any], source: str) -
     if stem in given and given[stem].shape[1:2] == (3,):
         given[stem] = _over_gray(given[stem])
     fits = {name: value for name, value in given.items() if name in own and value.shape == own[name].shape}
-    # Old files lack BatchNorm's counters, which nothing here uses.
+    # Old files lack BatchNorm's counters, which are unused here.
     fresh = [name for name in own if name not in fits and not name.endswith("num_batches_tracked")]
     head = f"{find_head(network)[0]}."
     # Surplus tensors count too: all tensors of a resnet18 are also in a resnet34.
@@ -176,7 +176,7 @@ def _load_weights(network: nn.Module, weights: Mapping[str, Any], source: str) -
 
 
 def _download_imagenet(arch: str) -> Mapping[str, Any]:
-    """The default weights of torchvision, from its cache if they are there."""
+    """The default weights of torchvision, from its cache if present."""
     from torchvision.models import get_model_weights
 
     weights = get_model_weights(arch).DEFAULT
@@ -237,7 +237,7 @@ class _Residual(nn.Module):
 
 
 def residual_block(inputs: int, outputs: int, stride: int) -> nn.Module:
-    """Two 3×3 convolutions around a shortcut, which is a strided 1×1 convolution where the shape changes."""
+    """Two 3×3 convolutions around a shortcut, which is a strided 1×1 convolution if the shape changes."""
     branch = nn.Sequential(
         *_conv_norm(inputs, outputs, kernel=3, stride=stride), nn.ReLU(), *_conv_norm(outputs, outputs, kernel=3)
     )

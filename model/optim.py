@@ -16,7 +16,7 @@ def build_optimizer(network: nn.Module, lr: float, weight_decay: float, layer_de
     """AdamW (Loshchilov and Hutter, 2019) in its fused form, on a CPU twice as fast as a loop over tensors.
 
     Weight decay applies to matrices and kernels only, not to norms, biases, ConvNeXt's channel scales, nor to what a
-    network of timm excludes: tokens, position embeddings and bias tables. The learning rate of a parameter is
+    timm network excludes: tokens, position embeddings and bias tables. The learning rate of a parameter is
     `layer_decay` to the power of its depth below the head (Clark et al., ICLR 2020; Bao et al., ICLR 2022): `scale` of
     its group. Networks of timm are grouped by timm.
     """
@@ -39,7 +39,7 @@ def build_optimizer(network: nn.Module, lr: float, weight_decay: float, layer_de
 def _group_by_timm(
     network: nn.Module, trunk: nn.Module, weight_decay: float, layer_decay: float
 ) -> list[dict[str, Any]]:
-    """The groups of a network of timm and, at the head's learning rate, of what fuses its views."""
+    """The groups of a timm network and, at the head's learning rate, of the layers that fuse its views."""
     from timm.optim._param_groups import param_groups_layer_decay, param_groups_weight_decay
 
     excluded = trunk.no_weight_decay() if hasattr(trunk, "no_weight_decay") else ()  # type: ignore[operator]
@@ -77,8 +77,8 @@ def update_average(average: nn.Module, network: nn.Module, decay: float, updates
 
     The decay grows with the number of `updates` before this one, (1 + n) / (10 + n) up to `decay`, so that a
     short run forgets its start; the first update copies. BatchNorm's statistics are averaged too, and its counters
-    copied. This equals torch's AveragedModel with `use_buffers`, except that the latter reads its counter back from
-    the device at every step, and so waits for it.
+    copied. This equals torch's AveragedModel with `use_buffers`, but the latter reads its counter from the device,
+    and so waits for it, at every step.
     """
     share = 1.0 if updates == 0 else 1 - min(decay, (1 + updates) / (10 + updates))
     averages, values = _tensors(average), _tensors(network)
@@ -87,9 +87,9 @@ def update_average(average: nn.Module, network: nn.Module, decay: float, updates
         [tensor for tensor in values if tensor.is_floating_point()],
         share,
     )
-    for ours, theirs in zip(averages, values, strict=True):
-        if not ours.is_floating_point():
-            ours.copy_(theirs)
+    for mean, value in zip(averages, values, strict=True):
+        if not mean.is_floating_point():
+            mean.copy_(value)
 
 
 def _tensors(network: nn.Module) -> list[Tensor]:

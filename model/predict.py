@@ -45,11 +45,11 @@ def predict_scores(
 ) -> npt.NDArray[np.float64]:
     """Scores [N, L] in [0, 1] of the labels `columns` [L], for batches of uint8 images [B, 1, H, W].
 
-    In float64, where scores tie beyond logits of ±36, not of 16. The network's other inputs may follow the images; all
-    are on the network's device. Raises DivergedError if a score is not finite.
+    In float64, scores tie only beyond logits of ±36, not ±16. The network's other inputs may follow the images; all are
+    on the network's device. Raises DivergedError if a score is not finite.
     """
     network.eval()
-    scores = []
+    parts = []
     for images, *others in batches:
         inputs = normalize(images, mean, std).contiguous(memory_format=torch.channels_last)
         with (
@@ -57,8 +57,8 @@ def predict_scores(
             torch.autocast(images.device.type, precision, enabled=precision != torch.float32),
         ):
             logits = network(inputs, *others)
-        scores.append(label_scores(logits[:, columns].cpu().double()))
-    found = torch.cat(scores).numpy() if scores else np.empty((0, len(columns)))
-    if not np.isfinite(found).all():
+        parts.append(label_scores(logits[:, columns].cpu().double()))
+    scores = torch.cat(parts).numpy() if parts else np.empty((0, len(columns)))
+    if not np.isfinite(scores).all():
         raise DivergedError("the network's scores are not finite; train with a lower `lr`, or `amp` off")
-    return found
+    return scores

@@ -1,4 +1,4 @@
-"""torchrun's ranks, the processes that train a run together: which one this is, and what they exchange.
+"""torchrun's ranks, the processes that train a run together: this process's rank, and what ranks exchange.
 
 In: torchrun's environment. Out: `Ranks`, and networks whose gradients are averaged over them. Every rank holds all
 labels and takes its slice of every batch (pipeline.stream.plan), so little is exchanged: gradients, the scores of an
@@ -36,7 +36,7 @@ Value = TypeVar("Value")
 TIMEOUT = timedelta(minutes=5)
 LONGEST = timedelta(days=7)  # for the first rank's work after training, for which the others wait
 
-TORCHRUN = ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what it tells each rank, besides RANK
+TORCHRUN = ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # set for each rank, besides RANK
 
 
 class LostRankError(DataError):
@@ -81,11 +81,11 @@ class Ranks:
         return self.sum(table)
 
     def first(self, flag: bool) -> bool:
-        """What the first rank says, which alone sees the run's folder."""
+        """The first rank's flag; only that rank sees the run's folder."""
         return bool(self.gather(flag)[0, 0])
 
     def agree(self, *values: float) -> npt.NDArray[np.float64]:
-        """The sums of values over the ranks. Raises Stopped, on all of them, if any was asked to stop before."""
+        """The sums of values over the ranks. Raises Stopped on all ranks if any rank was asked to stop."""
         table = self.gather(requested(), *values)
         if code := int(table[:, 0].max()):
             raise Stopped(code)
@@ -100,7 +100,7 @@ class Ranks:
         return array
 
     def share(self, read: Callable[[], bytes]) -> bytes:
-        """What the first rank reads."""
+        """The bytes that the first rank reads."""
         content = [read() if self.is_first else b""]
         if self.joined:
             dist.broadcast_object_list(content)
@@ -114,7 +114,7 @@ class Ranks:
         return values
 
     def unite(self, values: set[int]) -> set[int]:
-        """What any rank has."""
+        """The union over ranks."""
         return set[int]().union(*self.list_all(values))
 
     def compare(self, values: Mapping[str, object]) -> None:
@@ -144,7 +144,7 @@ class Ranks:
         return network.no_sync() if self.joined and not now else contextlib.nullcontext()
 
     def align_buffers(self, network: nn.Module) -> None:
-        """Give every rank the first one's buffers, such as BatchNorm's running statistics."""
+        """Copy the first rank's buffers to all ranks, such as BatchNorm's running statistics."""
         for buffer in network.buffers() if self.joined else ():
             dist.broadcast(buffer, 0)
 
@@ -168,8 +168,8 @@ def join_ranks() -> Iterator[Ranks]:
     local = int(os.environ["LOCAL_RANK"])
     if torch.cuda.is_available():
         if local >= torch.cuda.device_count():
-            found = torch.cuda.device_count()
-            raise DataError(f"local rank {local} has no GPU, there are {found}: --nproc-per-node {found}")
+            gpus = torch.cuda.device_count()
+            raise DataError(f"local rank {local} has no GPU, there are {gpus}: --nproc-per-node {gpus}")
         torch.cuda.set_device(local)
     backends = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     try:
@@ -218,7 +218,7 @@ def _clear_frames(error: BaseException | None) -> None:
 def _leave() -> None:
     """Destroy the process group, and with the last reference to it the threads of gloo.
 
-    A thread that is still giving back the tensors of the last exchange when Python exits aborts the process.
+    If a thread is still freeing the tensors of the last exchange when Python exits, the process aborts.
     """
     gc.collect()  # DistributedDataParallel is part of reference cycles
     if dist.is_initialized():

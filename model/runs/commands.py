@@ -158,10 +158,10 @@ def cross_command(train: Train, given: Cross, setup: Setup, config: Config) -> i
         return open_job(config, replace(setup, shards=tuple(folders)), run)
 
     jobs = train_runs(setup.shards, given.out, make, train, given.runs)
-    found = score_runs(jobs, setup.shards)
+    matrix = score_runs(jobs, setup.shards)
     *_, last = jobs.values()
-    write_cross(given.out, found, last)
-    tabulate_cross(found, MACRO).print()
+    write_cross(given.out, matrix, last)
+    tabulate_cross(matrix, MACRO).print()
     echo(f"{given.out / 'cross.html'}: the same by label")
     say_next(*use.TRAIN, "predict", "--run", last.run, "--out", "scores.csv", "IMAGES")
     return 0

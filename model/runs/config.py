@@ -289,7 +289,7 @@ def read_members(run: Path) -> list[Path]:
     runs = [Path(os.path.normpath(run / name)) for name in members]
     for member, best in zip(runs, members.values(), strict=True):
         if hash_file(member / "best.pt") != best:
-            command = f"python -m train evaluate {' '.join(f'--run {one}' for one in runs)} --out {run}"
+            command = f"python -m train evaluate {' '.join(f'--run {path}' for path in runs)} --out {run}"
             raise DataError(f"{member}: trained on since {run} was evaluated; first run: {command}")
     return runs
 

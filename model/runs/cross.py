@@ -128,16 +128,16 @@ def score_runs(jobs: Mapping[str, Job], shards: Sequence[str]) -> dict[str, Any]
     return {"runs": runs, "sets": sets, "labels": labels, "cells": cells}
 
 
-def tabulate_cross(found: Mapping[str, Any], label: str) -> Table:
+def tabulate_cross(matrix: Mapping[str, Any], label: str) -> Table:
     """What `score_runs` found of a label: rows are runs, columns sets; ✗ marks less than chance."""
-    title = f"AUROC, mean of {', '.join(found['labels'])}" if label == MACRO else f"AUROC, {label}"
-    heads = [f"{name}, {one['split']} (n = {one['images']:,})" for name, one in found["sets"].items()]
+    title = f"AUROC, mean of {', '.join(matrix['labels'])}" if label == MACRO else f"AUROC, {label}"
+    heads = [f"{name}, {scored['split']} (n = {scored['images']:,})" for name, scored in matrix["sets"].items()]
     columns = [(f"scored on {head}", name) for head in heads for name in ("AUROC [95 %]", "less its own")]
     rows = []
-    for run in found["runs"]:
+    for run in matrix["runs"]:
         row = [run]
-        for name in found["sets"]:
-            cell = found["cells"][name][run][label]
+        for name in matrix["sets"]:
+            cell = matrix["cells"][name][run][label]
             less = f"{cell['less']['difference']:+.3f} {show_limits(cell['less'])}"
             below = " ✗" if cell["high"] < 0.5 else ""
             row += [f"{show_figure(cell['auroc'])}{below} {show_limits(cell)}", "" if run == name else less]
@@ -145,10 +145,10 @@ def tabulate_cross(found: Mapping[str, Any], label: str) -> Table:
     return Table(title, ("trained on", *columns), rows)
 
 
-def write_cross(out: Path, found: Mapping[str, Any], job: Job) -> None:
+def write_cross(out: Path, matrix: Mapping[str, Any], job: Job) -> None:
     """Write cross.json and cross.html, with the settings of a run."""
-    write_json(out / "cross.json", found)
-    tables = {label: tabulate_cross(found, label) for label in (MACRO, *found["labels"])}
+    write_json(out / "cross.json", matrix)
+    tables = {label: tabulate_cross(matrix, label) for label in (MACRO, *matrix["labels"])}
     settings = [[name, show_setting(value)] for name, value in asdict(job.config).items()]
     tables[f"Settings of {job.run.name}"] = Table("", ("setting", "value"), settings)
     page = open_templates("model.runs").get_template("cross.html")
@@ -165,10 +165,10 @@ def _choose_split(collection: Collection) -> str:
 
 def _compare(areas: Areas, own: Areas, share: Floats) -> dict[str, Any]:
     """A mean of AUROCs with its limits, and less that of the set's own run."""
-    auroc, theirs = (float(share[share > 0] @ which.auroc[share > 0]) for which in (areas, own))
+    auroc, own_auroc = (float(share[share > 0] @ measured.auroc[share > 0]) for measured in (areas, own))
     paired = combine_limits(areas.join(own), np.concatenate([share, -share]))
     return {
         "auroc": auroc,
         **combine_limits(areas, share),
-        "less": {"difference": auroc - theirs, **paired, "excludes_zero": paired["low"] > 0 or paired["high"] < 0},
+        "less": {"difference": auroc - own_auroc, **paired, "excludes_zero": paired["low"] > 0 or paired["high"] < 0},
     }

@@ -34,11 +34,11 @@ Marks = Mapping[str, Mapping[str, list[tuple[float, ...]] | npt.NDArray[np.bool_
 _NUMBER = r"^-?\d+(\.\d+)?$"
 
 
-def draw_heats(member: Network, film: Gray, labels: Sequence[str]) -> npt.NDArray[np.float32]:
+def draw_heats(member: Network, image: Gray, labels: Sequence[str]) -> npt.NDArray[np.float32]:
     """The maps [L, S, S] of some labels on a film of any size."""
     side, columns = member.config.image_size, [LABELS.index(label) for label in labels]
     device = next(member.network.parameters()).device
-    images = to_device(np.array(resize(film, side, side))[None, None], device)
+    images = to_device(np.array(resize(image, side, side))[None, None], device)
     inputs = normalize(images, member.pixels["mean"], member.pixels["std"])
     with explain_memory("while drawing the maps of an image", "use a machine with more"):
         return draw_maps(member.network, inputs, columns)[1][0].cpu().numpy()
@@ -56,12 +56,12 @@ def write_heatmaps(member: Network, files: Sequence[Path], scores: Floats, out: 
         for number, (file, row) in enumerate(zip(files, scores, strict=True)):
             if math.isnan(row[0]):
                 continue
-            film = decode_stored(prepare(file.read_bytes(), options).data, options.encoding)
+            image = decode_stored(prepare(file.read_bytes(), options).data, options.encoding)
             labels = [known[place] for place in np.argsort(-row, kind="stable")[:top]]
-            for label, heat in zip(labels, draw_heats(member, film, labels), strict=True):
+            for label, heat in zip(labels, draw_heats(member, image, labels), strict=True):
                 score = row[known.index(label)]
                 picture = draw_overlay(
-                    film, heat, [f"{label}: score {score:.3f}", f"{member.run.name}, not for clinical use"]
+                    image, heat, [f"{label}: score {score:.3f}", f"{member.run.name}, not for clinical use"]
                 )
                 name = f"{number + 1:05d}-{file.name}-{label.lower().replace(' ', '-')}.png"
                 save_sheet(picture, out / name)
@@ -73,7 +73,7 @@ def write_heatmaps(member: Network, files: Sequence[Path], scores: Floats, out: 
 def read_marks(path: Path) -> Marks:
     """What readers marked, from boxes.csv or CheXlocalize's gt_segmentations JSON. Raises DataError, naming where."""
     if path.suffix.lower() == ".json":
-        return {key: _read_masks(path, key, found) for key, found in read_object(path).items()}
+        return {key: _read_masks(path, key, rles) for key, rles in read_object(path).items()}
     if not path.name.lower().endswith((".csv", ".csv.gz")):
         raise DataError(f"{path}: boxes are read from .csv, segmentations from .json; a pickle would run code")
     names = ("key", "label", "x", "y", "w", "h")
@@ -86,10 +86,10 @@ def read_marks(path: Path) -> Marks:
     return boxes
 
 
-def _read_masks(path: Path, key: str, found: Any) -> dict[str, Any]:
+def _read_masks(path: Path, key: str, rles: Any) -> dict[str, Any]:
     """The masks of a film that are not empty."""
     try:
-        masks = {_check_label(path, name): decode_rle(rle["size"], rle["counts"]) for name, rle in found.items()}
+        masks = {_check_label(path, name): decode_rle(rle["size"], rle["counts"]) for name, rle in rles.items()}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path}, {quote(key, 80)}: damaged: {quote(str(error), 80)}") from None
     return {label: mask for label, mask in masks.items() if mask.any()}
@@ -119,13 +119,13 @@ def draw_cells(job: Job, splits: Sequence[str], marks: Marks) -> Iterator[Cell]:
         labels = [
             [label for label in marks.get(key, {}) if label in job.config.labels] for key in facts["key"].to_pylist()
         ]
-        wanted = [place for place, of in enumerate(labels) if of]
+        wanted = [place for place, names in enumerate(labels) if names]
         with progress_bar(f"Drawing maps of {name}", "images") as advance:
             for done, place in enumerate(wanted, start=1):
                 job.ranks.agree()
                 row = facts.slice(place, 1).to_pylist()[0]
-                (film,) = read_images(split, rows[place : place + 1])
-                heats = draw_heats(member, film, labels[place])
+                (image,) = read_images(split, rows[place : place + 1])
+                heats = draw_heats(member, image, labels[place])
                 for label, heat in zip(labels[place], heats, strict=True):
                     yield Cell(label, row["patient"], heat, _mark(split, row, marks[row["key"]][label], square, side))
                 advance(done, len(wanted))
@@ -144,7 +144,7 @@ def _mark(split: OpenSplit, row: Mapping[str, Any], mark: Any, square: str, side
     return mark_boxes(mark, frame_of(square, row["width"], row["height"]), side)
 
 
-def tabulate_localization(found: Mapping[str, Any]) -> Table:
+def tabulate_localization(results: Mapping[str, Any]) -> Table:
     """Per label the hits of the pointing game and the IoU, beside chance."""
     columns = ("label", "hits", "hit rate [95 %]", "chance", "p", "fixed map", "IoU [95 %]")
     rows = [
@@ -157,6 +157,6 @@ def tabulate_localization(found: Mapping[str, Any]) -> Table:
             show_figure(cell["fixed"]),
             f"{show_figure(cell['iou'])} {show_limits(cell['iou_limits'])}",
         ]
-        for name, cell in found["labels"].items()
+        for name, cell in results["labels"].items()
     ]
-    return Table("Where the maps point", columns, rows, means="all" in found["labels"])
+    return Table("Where the maps point", columns, rows, means="all" in results["labels"])

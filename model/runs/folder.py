@@ -270,8 +270,8 @@ def describe_code() -> str:
 def save_best(job: Job, seen: Sequence[Entry], weights: Mapping[str, Tensor], epoch: float, score: float) -> None:
     """Write best.pt: all that scoring an image needs but the architecture, which config.json has."""
     # Shards that others wrote do not say how: their images are taken as they are.
-    said = {name: job.manifest.options[name] for name in AS_IT_IS._fields if name in job.manifest.options}
-    images = AS_IT_IS._asdict() | said
+    stated = {name: job.manifest.options[name] for name in AS_IT_IS._fields if name in job.manifest.options}
+    images = AS_IT_IS._asdict() | stated
     about = {"epoch": epoch, "dev_auroc": score, "images": images, "pixels": dict(job.pixels)}
     about |= {"dataset": dict(job.manifest.dataset), "equalize": job.config.equalize, "seen": list(seen)}
     about |= {"arch": job.config.arch, "image_size": job.config.image_size, "outputs": name_outputs(job.config)}

@@ -139,12 +139,12 @@ def open_images(job: Job, name: str) -> tuple[OpenSplit, Rows]:
 
 def selected_splits(job: Job) -> list[str]:
     """The splits, with a dev that is held out, of which the run's conditions leave any image."""
-    found = []
+    splits = []
     for name in [*job.manifest.splits, *(["dev"] if holds_out(job) else [])]:
         with suppress(NothingSelectedError):
             open_images(job, name)
-            found.append(name)
-    return found
+            splits.append(name)
+    return splits
 
 
 def open_rows(job: Job, name: str) -> Selected:

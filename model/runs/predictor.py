@@ -130,8 +130,8 @@ class Predictor:
         weights have learned from (`check_seen`), before any is scored; CheckpointError; Stopped.
         """
         conditions = {field: getattr(job.config, field) for field in ("where", "views", "limit", "max_bad")}
-        jobs = [replace(job, run=one.run, config=replace(one.config, **conditions)) for one in self.members]
-        counts = [check_seen(own, name, one.seen) for own, one in zip(jobs, self.members, strict=True)]
+        jobs = [replace(job, run=member.run, config=replace(member.config, **conditions)) for member in self.members]
+        counts = [check_seen(own, name, member.seen) for own, member in zip(jobs, self.members, strict=True)]
         scores: dict[str, Floats] = {}
         for member, own in zip(self.members, jobs, strict=True):
             chosen = open_rows(own, name)
@@ -228,9 +228,9 @@ def open_predictor(runs: Sequence[Path]) -> Predictor:
     same = SAME if config.dev is None else SAME | {"seed": "seed"}
     for run, other in configs.items():
         for field, option in same.items():
-            ours, theirs = getattr(config, field), getattr(other, field)
-            if ours != theirs:
-                raise DataError(f"{first} and {run} make no ensemble: `{option}` is {ours} and {theirs}")
+            value, other_value = getattr(config, field), getattr(other, field)
+            if value != other_value:
+                raise DataError(f"{first} and {run} make no ensemble: `{option}` is {value} and {other_value}")
     return Predictor(" + ".join(map(str, configs)) if folder is None else str(folder), folder, configs)
 
 
@@ -273,9 +273,9 @@ def read_calibration(run: Path, labels: Sequence[str], level: str = "image") -> 
         raise DataError(f"{run}: no {path.name}; first run: python -m train evaluate --run {run}")
     document = read_object(path)
     try:
-        for found in (document[level][label] for label in labels):
-            apply_calibration(np.zeros(1), found)
-            [found["thresholds"][rule] for rule in RULES] + [f"{document['sensitivity']:g}", document["combine"]]
+        for fit in (document[level][label] for label in labels):
+            apply_calibration(np.zeros(1), fit)
+            [fit["thresholds"][rule] for rule in RULES] + [f"{document['sensitivity']:g}", document["combine"]]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(f"{path}: damaged, or of other labels than the run's: {error}") from error
     return document
@@ -311,7 +311,7 @@ def score_split(
     columns = learned_columns(config)
     plan = partial(plan_evaluation, chosen.samples, EVALUATION_BATCH, rank=job.ranks.rank, ranks=job.ranks.count)
     batches = read_batches(job, chosen, chosen.truth, plan)
-    bad, ours = np.zeros(len(rows)), np.zeros(len(rows), bool)
+    bad, scored = np.zeros(len(rows)), np.zeros(len(rows), bool)
 
     def samples(advance: Advance) -> Iterator[tuple[Tensor, ...]]:
         for batch in batches:
@@ -319,16 +319,16 @@ def score_split(
                 return
             start = batch.step.step * EVALUATION_BATCH
             bad[[start + position for position in batch.bad]] = 1
-            ours[start : start + len(batch.target)] = True
+            scored[start : start + len(batch.target)] = True
             images = batch.images if alter is None else alter(batch.images)
             yield network_inputs(config, job.device, images, batch.present, batch.projection)
-            advance(min(int(ours.sum()) * job.ranks.count, len(rows)), len(rows))
+            advance(min(int(scored.sum()) * job.ranks.count, len(rows)), len(rows))
 
     with progress_bar(f"Scoring {split.name}", config.units) as advance:
-        found = predict_scores(network, columns, samples(advance), pixels["mean"], pixels["std"], job.precision)
+        own_scores = predict_scores(network, columns, samples(advance), pixels["mean"], pixels["std"], job.precision)
     job.ranks.agree()
     scores = np.zeros((len(rows), len(columns)))
-    scores[ours] = found
+    scores[scored] = own_scores
     scores = job.ranks.sum(scores)
     chosen.bad.update(job.ranks.unite(chosen.bad.rows))
     usable = job.ranks.sum(bad) == 0
@@ -376,6 +376,6 @@ def _score_files(member: Network, samples: Sequence[Sequence[Path]], workers: in
         scores = predict_scores(member.network, columns, batches(advance), *scale, precision)
     scores[~usable] = np.nan
     if known := count_known(contents, member.seen):
-        of = f"{known:,} of these {len(contents):,} images"
-        say(f"{member.run} has learned from {of}: its scores of them are too good")
+        share = f"{known:,} of these {len(contents):,} images"
+        say(f"{member.run} has learned from {share}: its scores of them are too good")
     return scores, bad

@@ -31,7 +31,7 @@ def render_report(
     dataset: Mapping[str, str] = MappingProxyType({}),
 ) -> str:
     """The page of a run; `history` are the lines of metrics.jsonl, `images` the scores of each split."""
-    defaults = {one.name: one.default for one in fields(Config)}
+    defaults = {field.name: field.default for field in fields(Config)}
     changed = {name: value for name, value in config.items() if defaults.get(name, MISSING) != value}
     others = {name: value for name, value in config.items() if name not in changed}
     folded = f"<details><summary>{len(others)} more, at their defaults</summary>{_define(others)}</details>"
@@ -68,10 +68,10 @@ def render_model_card(
         [name, *(f"{counts[unit]:,}" for unit in ("samples", "studies", "patients"))] for name, counts in data.items()
     ]
     shared = [
-        f"Of {show_cell(one.split)}, {one.head['shared_patients']:,} patients and {one.head['shared_images']:,} images "
-        "are among those that these weights were trained on."
-        for one in evaluations
-        if "shared_patients" in one.head
+        f"Of {show_cell(evaluation.split)}, {evaluation.head['shared_patients']:,} patients and "
+        f"{evaluation.head['shared_images']:,} images are among those that these weights were trained on."
+        for evaluation in evaluations
+        if "shared_patients" in evaluation.head
     ] or ["It is not known what these weights were trained on: if on images of these splits, the results are too high."]
     policies = [f"{name} cells `{show_cell(config[name])}`" for name in ("uncertain", "blank") if name in config]
     if adopted := config.get("adopted"):

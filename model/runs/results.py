@@ -37,12 +37,12 @@ def finish_run(job: Job) -> dict[str, Evaluation]:
     splits = selected_splits(job)
     names: list[str] = [name for name in ("dev", "valid") if name in splits]
     predictor = of_job(job)
-    found = {name: predictor.score(job, name) for name in names}
+    results = {name: predictor.score(job, name) for name in names}
     if not job.ranks.is_first:
         return {}
     forget_calibration(job.run)  # of an earlier best.pt
-    evaluations = {name: evaluate(job, predictor, name, found[name]) for name in names}
-    write_report(job, predictor, "report.html", evaluations, {name: found[name].images for name in names})
+    evaluations = {name: evaluate(job, predictor, name, results[name]) for name in names}
+    write_report(job, predictor, "report.html", evaluations, {name: results[name].images for name in names})
     data = {}
     for name in names if job.config.adopted else splits:
         split, rows = open_images(job, name)
@@ -74,31 +74,31 @@ def evaluate(
     job: Job,
     predictor: Predictor,
     name: str,
-    found: Result,
+    result: Result,
     how: How = How(),  # noqa: B008 - immutable
 ) -> Evaluation:
     """Write the scores that a predictor gave a split, judge them, and write the evaluation into the job's folder.
 
     Raises DataError if thresholds would have to be chosen on other shards than the run's.
     """
-    config, scored, table = job.config, found.images, found.table
-    result = name_result(job, name, how.chosen_by)
-    write_scores(job.run / f"scores-{result}.arrow", table, config.labels, scored.scores)
+    config, scored, table = job.config, result.images, result.table
+    stem = name_result(job, name, how.chosen_by)
+    write_scores(job.run / f"scores-{stem}.arrow", table, config.labels, scored.scores)
     dev = scored if name == "dev" and not how.chosen_by else None
     calibration = predictor.calibrate(job, how.sensitivity, how.combine, dev)
     split = open_split(job, name)
     calls = {name: read.take(read.align(table, say), config.labels) for name, read in how.readers.items()}
     against: dict[str, Floats] = {}
     for other, path in how.against.items():
-        against |= read_against(job, name, other, path, found)
+        against |= read_against(job, name, other, path, result)
     edge = measure_edges(split, find_places(split, table), job.setup.workers)
     evaluated = {"split": name, "unit": config.unit, "labels": list(config.labels)}
     evaluated |= {"chosen_by": list(how.chosen_by)} if how.chosen_by else {}
-    beside = Beside(against, calls, found.members, how.altered, edge)
-    evaluation = judge_scores(evaluated | dict(found.shared), scored, table, calibration, beside)
+    beside = Beside(against, calls, result.members, how.altered, edge)
+    evaluation = judge_scores(evaluated | dict(result.shared), scored, table, calibration, beside)
     if job.shards.digest != config.manifest:
         compare_with_own(job, scored, evaluation)
-    compared = name_comparison(result, how.against)
+    compared = name_comparison(stem, how.against)
     write_atomically(job.run / f"evaluation-{compared}.json", evaluation.to_json())
     return evaluation
 
@@ -121,7 +121,7 @@ def compare_with_own(job: Job, scored: Scored, evaluation: Evaluation) -> None:
     add_own(evaluation, scored, own)
 
 
-def read_against(job: Job, name: str, other: Path, path: Path, found: Result) -> dict[str, Floats]:
+def read_against(job: Job, name: str, other: Path, path: Path, result: Result) -> dict[str, Floats]:
     """Another run's scores [N, L] of the same samples; NaN for labels that it has not learned.
 
     Of studies: by the max and by the mean over the views that it has scored. Raises DataError if it lacks all labels or
@@ -129,10 +129,10 @@ def read_against(job: Job, name: str, other: Path, path: Path, found: Result) ->
     """
     scores, labels = open_scores(path), job.config.labels
     if job.config.fusion is None:
-        return {str(other): scores.take_all(found.table, labels)}
+        return {str(other): scores.take_all(result.table, labels)}
     images = open_split(job, name).table
     values = scores.take(scores.align(images, ignore), labels)
-    return {f"{other}{how}": views for how, views in combine_views(images, values, found.images).items()}
+    return {f"{other}{how}": views for how, views in combine_views(images, values, result.images).items()}
 
 
 def name_result(job: Job, name: str, chosen_by: Sequence[str] = ()) -> str:
@@ -153,16 +153,16 @@ def find_scores(job: Job, name: str, against: Sequence[Path]) -> dict[Path, Path
     """
     if len(against) > 1 and job.config.fusion is None:
         raise DataError("`against` takes one run beside a run by images; several are for a run by studies")
-    found = {}
+    paths = {}
     for other in against:
         # Of these shards, where they are not those that it learned from; else of its own, which may be the same images.
         names = (result_name(read_config(other), job.shards.digest, name), name)
-        files = [path for one in names if (path := other / f"scores-{one}.arrow").exists()]
+        files = [path for stem in names if (path := other / f"scores-{stem}.arrow").exists()]
         if not files:
             command = f"python -m train evaluate --run {other} --split {name}"
             raise DataError(f"`against` {other}: no scores-{name}.arrow; first run: {command}")
-        found[other] = files[0]
-    return found
+        paths[other] = files[0]
+    return paths
 
 
 def write_report(
@@ -219,15 +219,15 @@ def measure_run(job: Job) -> dict[str, float | None]:
     scored = {"train": predictor.score(job, "train", most=TRAIN_SAMPLES).images}
     if "valid" in selected_splits(job):
         scored["valid"] = predictor.score(job, "valid").images
-    labels: dict[str, Any] = {name: report_auroc(names, *found[:4])["labels"] for name, found in scored.items()}
+    labels: dict[str, Any] = {name: report_auroc(names, *images[:4])["labels"] for name, images in scored.items()}
     chosen_on = read_evaluation(job.run / "evaluation-dev.json")
     labels["dev"] = {
         name: {"auroc": row.value, "few": row.few} for name in names for row in [chosen_on.get("auroc", name)]
     }
     means = averaged_labels(labels["dev"])
     chosen = parse_choice(job.config.choose_by) or means["macro10"] or means["macro"]
-    same = [name for name in chosen if all(of[name]["auroc"] is not None for of in labels.values())]
-    figures = {split: mean_of(of, same, "auroc") for split, of in labels.items()}
+    same = [name for name in chosen if all(rows[name]["auroc"] is not None for rows in labels.values())]
+    figures = {split: mean_of(rows, same, "auroc") for split, rows in labels.items()}
     limits: dict[str, float | None] = dict.fromkeys(("low", "high"))
     if "valid" in scored:
         limits = combine_limits(measure_areas(*scored["valid"][:4]), weigh_labels(names, same))

@@ -40,12 +40,12 @@ def cover_border(level: int, images: Images) -> Images:
 def shuffle_patches(level: int, images: Images) -> Images:
     """The images with their 8×8 patches in another order, the same for all; what fills no patch is at `level`."""
     side = images.shape[-1] // PATCHES
-    whole = images[..., : side * PATCHES, : side * PATCHES]
-    patches = whole.reshape(-1, 1, PATCHES, side, PATCHES, side).swapaxes(3, 4)
+    cropped = images[..., : side * PATCHES, : side * PATCHES]
+    patches = cropped.reshape(-1, 1, PATCHES, side, PATCHES, side).swapaxes(3, 4)
     order = np.argsort(np.random.Philox(key=0).random_raw(PATCHES**2), kind="stable")
     moved = patches.reshape(-1, 1, PATCHES**2, side, side)[:, :, order].reshape(patches.shape).swapaxes(3, 4)
     shuffled = np.full_like(images, level)
-    shuffled[..., : side * PATCHES, : side * PATCHES] = moved.reshape(whole.shape)
+    shuffled[..., : side * PATCHES, : side * PATCHES] = moved.reshape(cropped.shape)
     return shuffled
 
 

@@ -234,7 +234,7 @@ def run_trial(sweep: Sweep, trial: Trial, train_point: TrainPoint) -> None:
 
 def show_rest(sweep: Sweep) -> str:
     """How many trials are left, and how long they take, if as long as those before and alone."""
-    spent = [one.seconds for one in list_trials(sweep) if one.seconds and one.state != "unfinished"]
+    spent = [trial.seconds for trial in list_trials(sweep) if trial.seconds and trial.state != "unfinished"]
     left = (len(sweep.grid) if sweep.sampler == "grid" else sweep.trials) - len(spent)
     return f"; {count_of(left, 'trial')} to go{show_left(left * sum(spent) / len(spent))}" if left > 0 else ""
 
@@ -291,7 +291,7 @@ def is_poor(sweep: Sweep, trial: Trial) -> bool:
         return False
     first = -(-sweep.setting("epochs", trial.point) // 3)
     pruner = optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=first)
-    study, _ = make_study([one for one in list_trials(sweep) if one.number != trial.number], {}, pruner=pruner)
+    study, _ = make_study([other for other in list_trials(sweep) if other.number != trial.number], {}, pruner=pruner)
     asked = study.ask()
     for epoch, dev in trial.history:
         if epoch % 1 == 0:

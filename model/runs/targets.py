@@ -56,8 +56,7 @@ def check_reported(job: Job, dev: Selected) -> None:
 
     Raises DataError where no checkpoint could be chosen by dev, and where valid cannot be read.
     """
-    found = one_class_labels(dev.truth.target[dev.rows], dev.truth.mask[dev.rows])
-    one_class = {label for label, *_ in found}
+    one_class = {label for label, *_ in one_class_labels(dev.truth.target[dev.rows], dev.truth.mask[dev.rows])}
     chosen = parse_choice(job.config.choose_by)
     if one_class.issuperset(job.config.labels) or one_class.intersection(chosen):
         raise DataError(no_choice(job, [label for label in chosen if label in one_class]))
@@ -96,8 +95,8 @@ def training_labels(job: Job, train: Selected) -> Labels:
     labels = Labels(*make_targets(table, policy, config.blank, config.seed, scores))
     if job.manifest.not_annotated:
         say(f"not annotated in {job.shards}, so not learned: {', '.join(job.manifest.not_annotated)}")
-    found = one_class_labels(labels.target[train.rows], labels.mask[train.rows])
-    lacking = describe_one_class(counts for counts in found if counts[0] in config.labels)
+    one_class = one_class_labels(labels.target[train.rows], labels.mask[train.rows])
+    lacking = describe_one_class(counts for counts in one_class if counts[0] in config.labels)
     if lacking and job.setup.strict:
         raise DataError(f"`strict`: {'; '.join(lacking)}")
     for text in lacking:

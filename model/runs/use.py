@@ -118,15 +118,15 @@ def evaluate_command(given: Evaluated) -> int:
         check_seen(replace(scored, run=other, config=read_config(other)), split, read_seen(other))
     if split != "dev" or job.shards.digest != config.manifest:
         predictor.calibrate(job, given.sensitivity, given.study)  # before the split is scored
-    found = predictor.score(scored, split)
+    result = predictor.score(scored, split)
     altered = score_altered(predictor, scored, split) if given.sanity else {}
     how = How(given.sensitivity, given.study, given.conditions, others, altered, readers)
-    evaluation = evaluate(job, predictor, split, found, how)
+    evaluation = evaluate(job, predictor, split, result, how)
     print_evaluation(evaluation)
-    result = name_result(job, split, given.conditions)
-    compared = name_comparison(result, others)
-    write_report(scored, predictor, f"report-{compared}.html", {split: evaluation}, {split: found.images})
-    for file in (f"scores-{result}.arrow", f"evaluation-{compared}.json", f"report-{compared}.html"):
+    stem = name_result(job, split, given.conditions)
+    compared = name_comparison(stem, others)
+    write_report(scored, predictor, f"report-{compared}.html", {split: evaluation}, {split: result.images})
+    for file in (f"scores-{stem}.arrow", f"evaluation-{compared}.json", f"report-{compared}.html"):
         echo(f"{job.run / file}: written")
     say_next(*TRAIN, "predict", "--run", job.run, "--out", "scores.csv", "IMAGES")
     return 0
@@ -265,7 +265,7 @@ def export_command(given: Export) -> int:
     config = predictor.config
     if config.fusion:
         raise DataError(f"{predictor.name}: a network over studies cannot be exported, only one for images")
-    if len({one.image_size for one in predictor.configs.values()}) > 1:
+    if len({member.image_size for member in predictor.configs.values()}) > 1:
         raise DataError(f"{predictor.name}: members of different `image_size` take no images in common: no single file")
     say_unlearned(predictor)
     decision = predictor.decide(given.threshold)
@@ -274,14 +274,14 @@ def export_command(given: Export) -> int:
         return [] if chosen is None else [read_fit(chosen[label]) for label in config.labels]
 
     inputs = [
-        Reading(learned_columns(config), one.pixels["mean"], one.pixels["std"], read_fits(one.calibration))
-        for one in predictor.members
+        Reading(learned_columns(config), member.pixels["mean"], member.pixels["std"], read_fits(member.calibration))
+        for member in predictor.members
     ]
-    networks = [one.network for one in predictor.members]
-    whole = Scorer(networks, inputs, read_fits(decision.calibration), decision.limits)
+    networks = [member.network for member in predictor.members]
+    scorer = Scorer(networks, inputs, read_fits(decision.calibration), decision.limits)
     facts = describe_export(predictor, decision)
     try:
-        difference = export_scorer(whole, config.image_size, given.out, facts)
+        difference = export_scorer(scorer, config.image_size, given.out, facts)
     except ValueError as error:
         raise DataError(str(error)) from None
     echo(f"{given.out}: checked, within {difference:.1e} of the eager network's logits")
@@ -313,8 +313,8 @@ def describe_export(predictor: "Predictor", decision: "Decision") -> dict[str, s
         "images": json.dumps(members[-1].images._asdict()),
         "run": predictor.name,
         "shards": config.manifest,
-        "normalization": json.dumps([dict(one.pixels) for one in members]),
-        "member_calibrations": json.dumps([one.calibration for one in members]),
+        "normalization": json.dumps([dict(member.pixels) for member in members]),
+        "member_calibrations": json.dumps([member.calibration for member in members]),
         "calibration": json.dumps(calibration),
         "thresholds": json.dumps(thresholds),
         "threshold_rule": decision.rule,
@@ -397,7 +397,7 @@ def inputs_command(given: Inputs) -> None:
     def vary(images: npt.NDArray[np.uint8]) -> list[npt.NDArray[np.uint8]]:
         batch = torch.from_numpy(images)[:, None]
         inputs = [augment(batch, mean, std, (seed, epoch, 0), AUGMENTATIONS[kind]) for epoch in range(VARIANTS)]
-        return [(one * std + mean).round().clamp(0, 255)[:, 0].byte().numpy() for one in inputs]
+        return [(image * std + mean).round().clamp(0, 255)[:, 0].byte().numpy() for image in inputs]
 
     # A sheet that says sex=Female beside keys would tell of patients: it says that there were conditions.
     conditions = " under conditions" if given.where else ""
@@ -445,10 +445,10 @@ def localize_command(given: Localization) -> int:
     cells = list(draw_cells(job, splits, marks))
     if not cells:
         raise DataError(f"{boxes}: no cell of {', '.join(splits)} in {collection} that this run has learned")
-    found = measure_localization(cells)
+    results = measure_localization(cells)
     path = run / f"localization-{result_name(config, collection.digest, '+'.join(splits))}.json"
-    write_json(path, {"splits": list(splits), "boxes": hash_file(boxes)} | found)
-    tabulate_localization(found).print()
+    write_json(path, {"splits": list(splits), "boxes": hash_file(boxes)} | results)
+    tabulate_localization(results).print()
     all_cells = sum(map(len, marks.values()))
     echo(f"{path}: {len(cells):,} of the {all_cells:,} cells in {boxes}")
     if collection.digest == config.manifest and not {"train", "dev"}.isdisjoint(splits):
