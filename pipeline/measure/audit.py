@@ -1,16 +1,16 @@
 """Targets and covariates of a label table → which non-disease factors predict each label, worst first.
 
-An acquisition covariate, such as the patient's number or the gray level of the border, says how a film came about; a
-content covariate, such as the film's sharpness, may show the disease itself. Both get the AUROC A with which they tell
-a label, and a test of H0: max(A, 1 - A) <= .6. Either side would be a clue, so the p-value is two-sided:
+An acquisition covariate, such as the patient's number or the gray level of the border, describes how the image was
+acquired; a content covariate, such as its sharpness, may show the disease itself. Both get the AUROC A with which they
+predict a label, and a test of H0: max(A, 1 - A) <= .6. Both directions count, so the p-value is two-sided:
 
     p = 2 (1 - Φ((max(A, 1 - A) - .6) / √(design · V(.6))))      (V and design: `delong`; V(θ) = V(1 - θ))
 
-which is at most α exactly where the two-sided limits of A at level 1 - α lie above .6 or below .4. All tests together
+which is at most α exactly if the two-sided limits of A at level 1 - α lie above .6 or below .4. All tests together
 keep the level .05 by Holm's method (A simple sequentially rejective multiple test procedure, Scandinavian Journal of
 Statistics 6, 1979): the k-th smallest of m p-values is compared with .05 / (m - k + 1), and after the first that is too
-large none counts. A test's adjusted limit is that of max(A, 1 - A) at its own level, so it is above .6 where H0 is
-rejected. The covariates together are tested from above alone: a model below .5 on patients it never saw tells nothing.
+large no H0 is rejected. A test's adjusted limit is that of max(A, 1 - A) at the test's level, so it is above .6 if H0
+is rejected. All covariates together are tested one-sided: a model below .5 on unseen patients predicts nothing.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,7 +32,7 @@ LEVEL = 0.05
 TOGETHER = "all together"
 DEVICES = "Support Devices"
 FOLDS = 5
-MOST_PATIENTS = 20_000  # that the covariates together are tried on
+MOST_PATIENTS = 20_000  # for the model of all covariates together
 # Columns of numbers, and what to call them.
 NUMBERS = {
     "study": "study number",
@@ -42,15 +42,15 @@ NUMBERS = {
     "bits": "bit depth",
     "jpeg_quality": "JPEG quality",
 }
-# Columns of names, and the two to tell apart; the covariate has the second one's name, and is 1 for it.
+# Columns of names, and the two values to compare; the covariate is named by the second, and is 1 for it.
 PAIRS = {"view": ("frontal", "lateral"), "projection": ("PA", "AP"), "sex": ("Female", "Male")}
 
 
 class Clue(TypedDict):
-    """How a covariate tells a label: AUROC with 95 % limits, below .5 where it is lower in positives.
+    """How well a covariate predicts a label: AUROC with 95 % limits, below .5 if it is lower in positives.
 
     `kind` is acquisition, content or together. `told` is max(AUROC, 1 - AUROC), `adjusted` its lower limit after Holm,
-    and `exceeds` whether that is above the threshold.
+    and `exceeds` whether it is above the threshold.
     """
 
     label: str
@@ -67,7 +67,7 @@ class Clue(TypedDict):
 class Audit(TypedDict):
     """All clues, by `adjusted` from the highest down.
 
-    `left_out` says why a covariate is not among them; `few` are the labels with fewer than 10 patients in a class.
+    `left_out` gives the reason for each missing covariate; `few` are the labels with fewer than 10 patients in a class.
     """
 
     images: int
@@ -80,7 +80,7 @@ class Audit(TypedDict):
 
 
 class _Test(NamedTuple):
-    """A clue; how far it is above the threshold, in standard errors; and what these rest on."""
+    """A clue, its distance above the threshold in standard errors, and the variance at any AUROC."""
 
     clue: Clue
     deviation: float
@@ -97,9 +97,9 @@ def audit_labels(
     *,
     together: bool = True,
 ) -> Audit:
-    """What tells the labels of a table, whose targets [N, 14] are in {0, 1} on the cells of mask [N, 14].
+    """What predicts the labels of a table, whose targets [N, 14] are in {0, 1} on the cells of mask [N, 14].
 
-    Covariates [N] are NaN where unknown. Those of the image's `edge` are acquisition covariates, but content for
+    Covariates [N] are NaN if unknown. Those of the image's `edge` are acquisition covariates, but content for
     Support Devices, whose wires and lines cross the edge. Without `together`, no model of all of them is fitted.
     """
     patient = table["patient"].combine_chunks().dictionary_encode().indices.to_numpy()
@@ -133,10 +133,10 @@ def audit_labels(
 
 
 def predict(values: Floats, goal: Bools | Floats, used: Bools, patient: Ints) -> Floats:
-    """What covariates [N, C] predict of a label or a number [N], for patients that the model did not see.
+    """Predictions of a label or a number [N] from covariates [N, C], for patients that the model did not see.
 
-    Boosted trees (scikit-learn), which need no scaling and know missing values, on five folds of at most 20,000
-    patients; NaN where not tried. Predictions are ranks within their fold: the models' levels differ by their own
+    Boosted trees (scikit-learn), which need no scaling and handle missing values, on five folds of at most 20,000
+    patients; NaN without a prediction. Predictions are ranks within their fold: the models' levels differ by the training
     patients' share of positives.
     """
     from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor  # take a second
@@ -147,7 +147,7 @@ def predict(values: Floats, goal: Bools | Floats, used: Bools, patient: Ints) ->
     order = np.random.default_rng(0).permutation(patient.max() + 1)[patient]
     fold = np.where(used & (order < MOST_PATIENTS), order % FOLDS, -1)
     score = np.full(len(goal), np.nan)
-    # OpenMP's threads would wait for each other by spinning, at the cost of everybody else.
+    # OpenMP's threads would spin while waiting for each other, which slows other processes.
     with threadpool_limits(1):
         for number in range(FOLDS):
             inside, outside = fold == number, (fold != number) & (fold >= 0)
@@ -156,13 +156,13 @@ def predict(values: Floats, goal: Bools | Floats, used: Bools, patient: Ints) ->
             model = trees(max_iter=20, learning_rate=0.2, max_leaf_nodes=8, early_stopping=False, random_state=0)
             model.fit(values[outside], goal[outside])
             rows = values[inside]
-            called = model.predict_proba(rows)[:, 1] if goal.dtype == bool else model.predict(rows)
-            score[inside] = share_below(called, np.sort(called))
+            predicted = model.predict_proba(rows)[:, 1] if goal.dtype == bool else model.predict(rows)
+            score[inside] = share_below(predicted, np.sort(predicted))
     return score
 
 
 def find_alarms(audit: Audit) -> dict[str, list[Clue]]:
-    """The acquisition covariates, and all together, that tell a label, by label, the worst one first."""
+    """The clues of acquisition covariates, and of all together, that exceed the threshold, by label, worst first."""
     alarms: dict[str, list[Clue]] = {}
     for clue in audit["clues"]:
         if clue["exceeds"] and clue["kind"] != "content":
@@ -171,16 +171,16 @@ def find_alarms(audit: Audit) -> dict[str, list[Clue]]:
 
 
 def describe_alarms(audit: Audit) -> list[str]:
-    """A sentence for each label that covariates tell, worst first."""
+    """A sentence for each label with alarms, worst first."""
     texts = []
     for label, clues in find_alarms(audit).items():
         alone = [clue for clue in clues if clue["kind"] == "acquisition"]
         others = [f"{clue['covariate']} {shorten(clue['told'])}" for clue in alone[1:]]
         others += [f"{TOGETHER} {shorten(clue['told'])}" for clue in clues if clue not in alone]
         first = alone[0] if alone else clues[0]
-        who = f"{first['covariate']} alone predicts" if alone else "all covariates together predict"
+        predictor = f"{first['covariate']} alone predicts" if alone else "all covariates together predict"
         rest = f"; {', '.join(others)}" if alone and others else ""
-        texts.append(f"{label}: {who} it with AUROC {shorten(first['told'])} ({describe_told(first)}){rest}")
+        texts.append(f"{label}: {predictor} it with AUROC {shorten(first['told'])} ({describe_told(first)}){rest}")
     return texts
 
 
@@ -193,14 +193,14 @@ def describe_told(clue: Clue) -> str:
 
 
 def shorten(figure: float) -> str:
-    """Two decimals, without the zero before them."""
+    """Two decimals, without a leading zero."""
     return f"{figure:.2f}".removeprefix("0")
 
 
 def _test_label(
     label: str, kinds: Mapping[str, str], scores: Floats, truth: Bools, used: Bools, patient: Ints
 ) -> Iterator[_Test]:
-    """A test for each covariate, a column of scores [N, C], that is known of 10 patients in either class."""
+    """A test for each covariate, a column of scores [N, C], that is known for 10 patients of each class."""
     known = ~np.isnan(scores) & used[:, None]
     columns = np.broadcast_to(truth[:, None].astype(float), known.shape)
     areas = measure_areas(np.nan_to_num(scores), columns, known, patient)
@@ -208,7 +208,7 @@ def _test_label(
         auroc, low, high, freedom, design = (float(part[column]) for part in areas[:5])
         if np.isnan(auroc) or freedom + 1 < FEW:
             continue
-        told = auroc if kind == "together" else max(auroc, 1 - auroc)
+        strength = auroc if kind == "together" else max(auroc, 1 - auroc)
         positives, negatives = (int((known[:, column] & side).sum()) for side in (truth, ~truth))
         variance = partial(_spread, design, positives, negatives)
         clue = Clue(
@@ -218,11 +218,11 @@ def _test_label(
             auroc=auroc,
             low=low,
             high=high,
-            told=told,
+            told=strength,
             adjusted=0.0,
             exceeds=False,
         )
-        yield _Test(clue, (told - THRESHOLD) / variance(THRESHOLD) ** 0.5, variance)
+        yield _Test(clue, (strength - THRESHOLD) / variance(THRESHOLD) ** 0.5, variance)
 
 
 def _spread(design: float, positives: int, negatives: int, theta: float) -> float:
@@ -242,7 +242,7 @@ def _adjust(tests: Sequence[_Test]) -> None:
 
 
 def _explain_left_out(table: pa.Table, used: Mapping[str, Floats]) -> dict[str, str]:
-    """Why each acquisition covariate of a table is not among those used."""
+    """The reason for each acquisition covariate of a table that is not used."""
     names = {"patient": "patient number", **NUMBERS, **{column: pair[1] for column, pair in PAIRS.items()}}
     reasons = {}
     for column, name in names.items():
@@ -258,7 +258,7 @@ def _explain_left_out(table: pa.Table, used: Mapping[str, Floats]) -> dict[str, 
 
 
 def find_covariates(table: pa.Table) -> dict[str, Floats]:
-    """Covariates [N] of a label table's rows, by their names in plain words."""
+    """Covariates [N] of a label table's rows, by their readable names."""
     covariates = {"patient number": _read_numbers(table["patient"])}
     for column, name in NUMBERS.items():
         if column in table.column_names:
@@ -272,7 +272,7 @@ def find_covariates(table: pa.Table) -> dict[str, Floats]:
 
 
 def find_strata(table: pa.Table) -> dict[str, Names]:
-    """Names [N] by variable, empty where unknown: projection, sex, age band and, of several sets, the set."""
+    """Names [N] by variable, empty if unknown: projection, sex, age band and, of several sets, the set."""
     lateral = pc.equal(table["view"], "lateral")
     known = pc.is_in(table["sex"], pa.array(["Female", "Male"]))
     ages = name_ages(pc.fill_null(table["age"], -1).to_numpy())
@@ -287,7 +287,7 @@ def find_strata(table: pa.Table) -> dict[str, Names]:
 
 
 def _read_numbers(patient: pa.ChunkedArray) -> Floats:
-    """The number that each patient's name ends in; NaN for all where some name has none."""
+    """The number that each patient's name ends in; all NaN if any name ends in none."""
     digits = pc.struct_field(pc.extract_regex(patient, r"(?P<number>\d{1,15})$"), "number")
     if digits.null_count:
         return np.full(len(patient), np.nan)

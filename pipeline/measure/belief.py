@@ -1,21 +1,21 @@
 """Scores, truth and covariates of a split → whether a shortcut explains each label's AUROC.
 
-A covariate is a fact of an image that is not the disease: the patient's number, the projection, the sex. If one goes
-with a label, a network may learn the covariate, and its AUROC falls at the next hospital (Zech et al., Variable
+A covariate is a property of an image other than the disease: the patient's number, the projection, the sex. If one is
+correlated with a label, a network may learn it, and its AUROC falls at the next hospital (Zech et al., Variable
 generalization performance of a deep learning model to detect pneumonia, PLOS Medicine 15, 2018; DeGrave et al., AI for
 radiographic COVID-19 detection selects shortcuts over signal, Nature Machine Intelligence 3, 2021).
 
-What a score owes to a covariate disappears among images with equal values of it. So the AUROC A of all pairs is
-compared with W, that of the pairs within the same stratum: of each name or group of equal size of each covariate, of
-the label that goes with this one most, of the label's propensity given all covariates together, and of the score that
-the covariates predict. Both predictions are of boosted trees, for patients that they did not see (`predict`).
+A covariate cannot contribute to the AUROC among images with equal values. So the AUROC A of all pairs is compared
+with W, that of the pairs within the same stratum: of each value or group of equal size of each covariate, of the label
+most associated with this one, of the label's propensity given all covariates together, and of the score that
+the covariates predict. Both predictions are of boosted trees, for unseen patients (`predict`).
 Groups of equal propensity balance all covariates at once (Rosenbaum and Rubin, Reducing bias in observational studies
 using subclassification on the propensity score, JASA 79, 1984). With paired 95 % intervals, patients as clusters:
 
-    shown     somewhere A - W > 0 (Bonferroni over the strata), and less than half of what A has over .5 is left there,
+    shown     for some strata, A - W > 0 (Bonferroni over the strata), and less than half of A - .5 is left,
               or W is not distinguishable from .5
-    partly    somewhere A - W > 0 in that sense and above .05, but half or more may be left
-    none      everywhere more than half of it is left, and the balanced AUROC, too, is above .5
+    partly    for some strata, A - W > 0 in that sense and above .05, but half or more may be left
+    none      for all strata, more than half of A - .5 is left, and the balanced AUROC, too, is above .5
     unclear   anything else: the intervals are too wide to tell
 
 The balanced AUROC weighs images so that the covariates do not differ between positives and negatives: by 1 - e for
@@ -38,18 +38,18 @@ from pipeline.measure.metrics import FEW, NO_LIMITS, Bools, Figure, Floats, Ints
 NO_FINDING = "No Finding"  # has no positives in common with any label, so it makes no strata
 PROPENSITY, PREDICTED = "propensity", "predicted score"
 GROUPS = (5, 20)  # at least and at most, of equal size, of a covariate's values
-GROUP_CELLS = 20  # of the rarer class in a group, where there are more than the fewest groups
+GROUP_CELLS = 20  # of the rarer class per group, if there are more than the fewest groups
 LEVEL = 0.05
-SMALL = 0.05  # a fall of AUROC that nobody needs to be told
+SMALL = 0.05  # a drop of AUROC too small to report
 
-UNKNOWN = (-1, "")  # among numbers of groups, and among names
+UNKNOWN = (-1, "")  # as a group number, and as a name
 
 
 class Within(NamedTuple):
-    """An AUROC within the strata of a variable, what it falls by from all pairs, and what is left, with limits.
+    """An AUROC within the strata of a variable, its drop from that of all pairs, and what is left, with limits.
 
     The limits of `fall` hold for all variables together; those of `left` are of W - .5 - (A - .5) / 2: above 0 if more
-    than half of what the AUROC has over .5 is left. `pairs` is the share of all pairs that are within strata.
+    than half of the AUROC above .5 is left. `pairs` is the share of all pairs that are within strata.
     """
 
     auroc: Figure
@@ -67,9 +67,9 @@ def add_belief(
 ) -> None:
     """Add what each label's AUROC rests on; labels with fewer than 10 patients in a class are left out.
 
-    `covariates` are numbers [N] by name, NaN where unknown; `strata` are names [N] by variable, empty where unknown.
-    `edge` are further covariates, gray levels outside of the lungs, which count in the predictions alone. They are no
-    covariates of Support Devices, whose wires cross them. A verdict's group is its mark, and its note the sentence.
+    `covariates` are numbers [N] by name, NaN if unknown; `strata` are names [N] by variable, empty if unknown.
+    `edge` are further covariates, gray levels outside the lungs, used in the predictions alone, and not for Support
+    Devices, whose wires cross the edge. A verdict's group is its mark, and its note the sentence.
     """
     names, level = evaluation.labels, evaluation.unit
     for column, (name, score, truth, patient) in enumerate(label_cells(names, *images[:4])):
@@ -107,7 +107,7 @@ def add_belief(
 def assess_belief(
     names: Sequence[str], images: Scored, covariates: Mapping[str, Floats], strata: Mapping[str, Names]
 ) -> dict[str, dict[str, str]]:
-    """The `mark` and the `verdict` of each label that has some, as of `add_belief`."""
+    """The `mark` and the `verdict` of each label with a verdict, as from `add_belief`."""
     evaluation = Evaluation({"split": "", "unit": "image", "labels": list(names)})
     add_belief(evaluation, images, covariates, strata)
     verdicts = evaluation.select(metric="verdict")
@@ -115,7 +115,7 @@ def assess_belief(
 
 
 def split_values(value: Floats, truth: Bools) -> Ints:
-    """The group of each value [n]: of groups of equal size, or of equal values if these are few; -1 where unknown."""
+    """The group of each value [n]: of groups of equal size, or of equal values if these are few; -1 if unknown."""
     known = ~np.isnan(value)
     levels = np.unique(value[known])
     count = int(np.clip(min(truth.sum(), (~truth).sum()) // GROUP_CELLS, *GROUPS))
@@ -126,7 +126,7 @@ def split_values(value: Floats, truth: Bools) -> Ints:
 
 
 def predict_groups(covariates: Sequence[Floats], score: Floats, truth: Bools, patient: Names) -> dict[str, Names]:
-    """Groups [n] of equal propensity, and of equal predicted score, given all covariates; empty where not tried."""
+    """Groups [n] of equal propensity, and of equal predicted score, given all covariates; empty without covariates."""
     if not covariates:
         return {}
     table, codes = np.column_stack(covariates), np.unique(patient, return_inverse=True)[1]
@@ -137,10 +137,10 @@ def predict_groups(covariates: Sequence[Floats], score: Floats, truth: Bools, pa
 
 
 def compare_within(score: Floats, truth: Bools, patient: Names, groups: Mapping[str, Names]) -> dict[str, Within]:
-    """Of each variable whose strata hold pairs, but for one that another variable divides images like.
+    """The comparison for each variable, without variables that divide the images exactly as another does.
 
-    Only images of known value count, in both: those of unknown value are not equal in it. A variable that is known of
-    fewer than 10 patients of a class is left out: it cannot explain more than their share.
+    Only images of known value count on both sides: unknown values are not equal. A variable that is known for fewer
+    than 10 patients of a class is left out: it cannot explain more than their share.
     """
     # The same groups under two names, such as AP and projection, are compared once.
     distinct = {_code_groups(group).tobytes(): variable for variable, group in reversed(list(groups.items()))}
@@ -174,10 +174,10 @@ def measure_within(
 
 
 def measure_balanced(score: Floats, truth: Bools, patient: Names, covariates: Mapping[str, Floats]) -> Figure:
-    """AUROC of scores [n] under overlap weights, with limits, and the cells of each class that the weights are worth.
+    """AUROC of scores [n] under overlap weights, with limits, and the effective number of cells per class.
 
-    None without covariates; an AUROC of None, and cells of 0, if these tell the classes apart completely. Weights count
-    as given, so the limits do not know how uncertain they are.
+    None without covariates; an AUROC of None, and cells of 0, if these separate the classes completely. The weights
+    are taken as fixed, so the limits ignore their uncertainty.
     """
     table = [column for value in covariates.values() for column in _standardize(value)]
     nothing = dict.fromkeys(("auroc", "low", "high", "positives", "negatives"))
@@ -186,7 +186,7 @@ def measure_balanced(score: Floats, truth: Bools, patient: Names, covariates: Ma
     propensity = fit_propensity(np.column_stack(table), truth)
     weight = np.where(truth, 1 - propensity, propensity)
     sums = [float(weight[side].sum()) for side in (truth, ~truth)]
-    if min(sums) < 0.5:  # of an image: the classes do not overlap
+    if min(sums) < 0.5:  # in images: the classes do not overlap
         return nothing | {"positives": 0.0, "negatives": 0.0}
     auroc, influence = weigh_pairs(score, truth, weight)
     positives, negatives = (
@@ -208,7 +208,7 @@ def fit_propensity(features: Floats, truth: Bools) -> Floats:
 
 
 def weigh_pairs(score: Floats, truth: Bools, weight: Floats) -> tuple[float, Floats]:
-    """The share of pairs, by the product of their weights, that are ranked right, ties half; and its influence [n]."""
+    """The share of pairs, by the product of their weights, ranked correctly, ties half; and its influence [n]."""
     order = np.argsort(score, kind="stable")
     ranks = np.searchsorted(score[order], score, "left"), np.searchsorted(score[order], score, "right")
     share = np.empty(len(score))
@@ -222,9 +222,9 @@ def weigh_pairs(score: Floats, truth: Bools, weight: Floats) -> tuple[float, Flo
 
 
 def find_confounder(names: Sequence[str], images: Scored, column: int) -> str | None:
-    """The other label that tells most of the one in `column`, as a covariate would.
+    """The other label most associated with the one in `column`, to be used as a covariate.
 
-    Of those with a state in which 10 images of each class of the one in `column` can be compared.
+    Chosen among labels with a state in which 10 images of each class of the one in `column` can be compared.
     """
     positive = images.target == 1
     truth = positive[:, [column]]
@@ -279,7 +279,7 @@ def _measure_projections(score: Floats, truth: Bools, patient: Names, projection
 
 
 def _describe(areas: Areas | None) -> Figure:
-    """The figure and limits of one area; None where it is undefined."""
+    """The figure and limits of one area; None if it is undefined."""
     if areas is None or np.isnan(areas.auroc[0]):
         return {"value": None, **NO_LIMITS}
     names = {"value": areas.auroc, "low": areas.low, "high": areas.high}
@@ -294,7 +294,7 @@ def _code_groups(group: Names) -> Ints:
 
 
 def _standardize(value: Floats) -> list[Floats]:
-    """A covariate as its standardized ranks, 0 where unknown; beside it whether it is, if that differs by image."""
+    """A covariate's standardized ranks, 0 if unknown; and an indicator of unknown values, if there are any."""
     known = ~np.isnan(value)
     ranks = np.unique(value[known], return_inverse=True)[1].astype(float)
     if not len(ranks) or ranks.std() == 0:

@@ -1,7 +1,7 @@
 """Scores on dev → a calibration and thresholds per label, which are then applied to any split.
 
 A calibrated score is sigmoid(logit(score) / temperature + bias), for each label (Platt, Probabilistic outputs for
-support vector machines, 1999); the bias undoes what class weights and balanced draws do to the scores. Calibration
+support vector machines, 1999); the bias undoes the shift by class weights and balanced sampling. Calibration
 keeps the order of scores, so thresholds apply to the raw score: positive is `score >= threshold`.
 """
 
@@ -20,14 +20,14 @@ GAP = 1e-3  # in logits: more than batch sizes, processors and runtimes change a
 
 
 class Fitted(TypedDict):
-    """What makes calibrated scores of a label's scores; None if they stay as they are."""
+    """The parameters that calibrate a label's scores; None if scores stay unchanged."""
 
     temperature: float | None
     bias: float | None
 
 
 class Calibration(Fitted):
-    """What dev gave for a label, ready for JSON."""
+    """The calibration of a label as fitted on dev, ready for JSON."""
 
     thresholds: dict[str, float | None]  # by rule
     note: str | None
@@ -71,7 +71,7 @@ def fit_calibration(
 def choose_fit(score: Floats, truth: Bools, patient: Names) -> tuple[Fit | None, str | None]:
     """The fit to scores [n] of both classes if it beats no calibration; otherwise None and the reason.
 
-    It does so if, in five folds, the log-likelihood of held-out patients is higher with a fit to the others than
+    It does if, over five folds, the log-likelihood of held-out patients is higher with a fit to the others than
     without.
     """
     _, codes = np.unique(patient, return_inverse=True)
@@ -96,7 +96,7 @@ def choose_fit(score: Floats, truth: Bools, patient: Names) -> tuple[Fit | None,
 def deal_folds(truth: Bools, codes: Ints) -> Ints:
     """The fold of each cell [n]: a patient's cells share a fold, and patients with positives are dealt out evenly.
 
-    Names say nothing about patients, so equal ones are dealt in the order of their codes.
+    Patients with equally many positives are dealt in the order of their codes.
     """
     positives = np.bincount(codes, truth)
     order = np.argsort(-positives, kind="stable")
@@ -108,7 +108,7 @@ def deal_folds(truth: Bools, codes: Ints) -> Ints:
 def fit_logistic(logits: Floats, truth: Bools) -> Fit:
     """The slope and bias with the highest likelihood of truth [n], both classes, given sigmoid(slope · logit + bias).
 
-    The penalty PRIOR / 2 · (slope - 1)² keeps the slope near 1, so that a few positives cannot make it run away; it
+    The penalty PRIOR / 2 · (slope - 1)² keeps the slope near 1, so that it cannot diverge with few positives; it
     also makes the problem strictly convex. Solved by Newton's method, halving a step that does not improve.
     """
     slope, bias = 1.0, 0.0
@@ -142,7 +142,7 @@ def apply_calibration(score: Floats, calibration: Fitted) -> Floats:
 
 
 def read_fit(calibration: Fitted) -> Fit | None:
-    """The fit in one label's calibration; None where scores stay as they are."""
+    """The fit in one label's calibration; None if scores stay unchanged."""
     temperature, bias = calibration["temperature"], calibration["bias"]
     return None if temperature is None or bias is None else Fit(1 / temperature, bias)
 
@@ -156,9 +156,9 @@ def apply_calibrations(names: Sequence[str], scores: Floats, calibration: Mappin
 def choose_thresholds(score: Floats, truth: Bools, sensitivity: float) -> dict[str, float]:
     """The threshold of each of RULES for scores [n] of both classes, halfway between two scores, in logits.
 
-    A threshold that were a score itself would be at the mercy of the last bit, which differs by processor, batch size
-    and runtime. So scores too close to each other are not parted: nearer than GAP in logits (or half of the gaps, where
-    scores are dense) or than 16 units of a float32's last place. Below all scores, the threshold is 0.
+    A threshold equal to a score would depend on the last bit, which differs by processor, batch size and runtime. So
+    scores too close to each other are not separated: nearer than GAP in logits (or than the median gap, if scores are
+    dense) or than 16 units of a float32's last place. Below all scores, the threshold is 0.
     """
     curve = threshold_curve(score, truth)
     logits = _logits(curve.threshold)

@@ -18,13 +18,13 @@ import pyarrow.compute as pc
 from pipeline.labels import LABELS, NOT_ANNOTATED, STATES, count_rows, label_states, name_ages, number_studies
 from pipeline.policies import BEST_POLICY, SMOOTH_RANGES, check_blank_policy, parse_uncertain_policy
 
-# What to group by, and the name of the group of images without that fact.
+# What to group by, and the name of the group of images for which it is unknown.
 NO_GROUP = {"view": "unknown", "sex": "Unknown", "age": "unknown", "projection": "none"}
 NO_FACT = "unknown"
-MOST_NUMBERS = 20  # values of a fact of whole numbers that still make groups
-# What an uncertain cell becomes, averaged over the draws; of other policies, neither class.
+MOST_NUMBERS = 20  # distinct values, at most, of an integer fact to group by
+# The mean target of an uncertain cell; under other policies it is of neither class.
 UNCERTAIN_TARGETS = {"zeros": 0.0, "ones": 1.0} | {policy: sum(bounds) / 2 for policy, bounds in SMOOTH_RANGES.items()}
-# `images`, `studies`, `patients`, and `labels`: figures by label; and sections that were asked for, by name.
+# `images`, `studies`, `patients`, and `labels`: figures by label; and requested sections, by name.
 Statistics = dict[str, Any]
 Labels = dict[str, dict[str, Any]]  # by label, figures by name
 
@@ -32,7 +32,7 @@ Labels = dict[str, dict[str, Any]]  # by label, figures by name
 def count_labels(table: pa.Table) -> Statistics:
     """Totals of a label table and, per label, the four states and the share of positives among annotated images.
 
-    A label also has `not_annotated` images, if any label of the table has some; the share is None without others.
+    A label also has `not_annotated` images, if any label of the table does; the share is None if all are.
     """
     labels = {label: _count_states(table[label]) for label in LABELS}
     if not any(counts["not_annotated"] for counts in labels.values()):
@@ -43,7 +43,7 @@ def count_labels(table: pa.Table) -> Statistics:
 
 
 def count_groups(table: pa.Table, variable: str) -> dict[str, Any]:
-    """Counts per view, sex, age band, projection or value of a fact: only groups with images, those without it last."""
+    """Counts per view, sex, age band, projection or value of a fact: only groups with images, the unknown last."""
     names = _group_names(table, variable)
     last = NO_GROUP.get(variable, NO_FACT)
     numbers = pa.types.is_integer(table[variable].type) and variable != "age"
@@ -80,7 +80,7 @@ def list_variables(table: pa.Table) -> list[str]:
 
 
 def count_cooccurrence(table: pa.Table) -> dict[str, dict[str, int]]:
-    """Label → label → images where both are positive; the diagonal holds the label's positives."""
+    """Label → label → images in which both are positive; the diagonal holds the label's positives."""
     states, _ = label_states(table)
     positive = (states == 1).astype(np.float64)  # exact up to 2^53 images, and BLAS is far faster than int64
     together = (positive.T @ positive).astype(np.int64).tolist()
@@ -100,11 +100,11 @@ def parse_policies(text: str) -> tuple[dict[str, str], str]:
 
 
 def count_targets(labels: Labels, uncertain: Mapping[str, str], blank: str) -> dict[str, Any]:
-    """What `policies.make_targets` would make of each label, from its states alone; `open` cells are of neither class.
+    """Counts of the targets that `policies.make_targets` would make, from states alone; `open` cells have no class.
 
-    A soft target counts as the class it is nearer to: each smoothing range lies on one side of 0.5. The mean target
-    of smoothed cells is the middle of their range, which is the mean of the draws up to noise. `pos_weight` is
-    negatives / positives, where a soft target counts partly for each, as in training (which caps it at 20); None
+    A soft target counts as the nearer class: each smoothing range lies on one side of 0.5. The mean target
+    of smoothed cells is the middle of their range, which is their expected value. `pos_weight` is
+    negatives / positives, in which a soft target counts partly for each, as in training (which caps it at 20); None
     if the label is left with one class.
     """
     targets: Labels = {}

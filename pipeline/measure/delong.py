@@ -2,9 +2,9 @@
 
 A single AUROC gets Newcombe's score interval (method 5 in: Confidence intervals for an effect size measure based on
 the Mann-Whitney statistic, part 2, Statistics in Medicine 25, 2006), which never has zero width. A patient's images
-are alike, so its variance is multiplied by a design effect: DeLong's variance with clusters (Obuchowski, Nonparametric
+correlate, so its variance is multiplied by a design effect: DeLong's variance with clusters (Obuchowski, Nonparametric
 analysis of clustered ROC curve data, Biometrics 53, 1997) divided by the one without. That effect is an estimate from
-few patients if a class has few, so Student's t takes the place of the normal distribution wherever patients have
+few patients if a class has few, so Student's t replaces the normal distribution if patients have
 several images, with Satterthwaite's degrees of freedom; a class of a single patient leaves the interval [0, 1].
 
 An AUROC within strata, Σ w_k A_k with w_k the stratum's share of all pairs that share a stratum, has the variance
@@ -48,7 +48,7 @@ def measure_areas(scores: Floats, target: Floats, mask: Bools, patient: Names, s
     fields = np.full((5, columns), np.nan)
     influence = np.full((len(names), columns), np.nan)
     for column in range(columns):
-        used = mask[:, column].copy()  # for what follows changes it
+        used = mask[:, column].copy()  # modified below
         truth = target[used, column] == 1
         used[used] = share_stratum(truth, strata[used])
         if used.any():
