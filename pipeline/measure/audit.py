@@ -136,8 +136,8 @@ def predict(values: Floats, goal: Bools | Floats, used: Bools, patient: Ints) ->
     """Predictions of a label or a number [N] from covariates [N, C], for patients that the model did not see.
 
     Boosted trees (scikit-learn), which need no scaling and handle missing values, on five folds of at most 20,000
-    patients; NaN without a prediction. Predictions are ranks within their fold: the models' levels differ by the training
-    patients' share of positives.
+    patients; NaN without a prediction. Predictions are ranks within their fold, as the models' levels differ by their
+    training patients' share of positives.
     """
     from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor  # take a second
     from threadpoolctl import threadpool_limits

@@ -48,7 +48,7 @@ from pipeline.measure.metrics import (
 
 AREAS = ("auroc", "auprc")  # the metrics with intervals
 DECISIONS = (0.05, 0.1, 0.2, 0.3, 0.5)  # probabilities at which to act, for the net benefit
-KEPT = 0.6  # the AUROC above which a label is told without what an alteration takes away
+KEPT = 0.6  # the AUROC above which a label is still recognized in altered images
 # The groups to compare; images in none of them are counted separately.
 GROUPS = {"sex": ("Female", "Male"), "age": ("18-39", "40-59", "60-79", "80+"), "projection": ("AP", "PA")}
 MOST_GROUPS = 8  # of a fact
@@ -106,7 +106,7 @@ def assess(
     """The figures of a split's scores; `calibration` is what `calibrate` or `leave_uncalibrated` returns.
 
     `unit` is what a row of `images` is: image or study. AUPRC intervals come from `resamples` resamples of patients,
-    drawn by `seed`; with 0 they are None. `facts` are texts [N] to make further subgroups of, None where unknown;
+    drawn by `seed`; with 0 they are None. `facts` are texts [N] for further subgroups, None if unknown;
     those of more than MOST_GROUPS values are counted in `many_groups` of the head instead. Raises ValueError if there
     are no images or a score is not finite.
     """
@@ -127,7 +127,7 @@ def assess(
 
 
 def leave_uncalibrated(names: Sequence[str], threshold: float | None, combine: str = "max") -> dict[str, Any]:
-    """In place of `calibrate` without a dev: scores as they are, and a threshold of the user's own, if any."""
+    """In place of `calibrate` without a dev: scores as they are, and the user's threshold, if any."""
     fit = {"temperature": None, "bias": None, "note": None}
     fits = {name: fit | {"thresholds": {} if threshold is None else {GIVEN: threshold}} for name in names}
     return {"sensitivity": None, "combine": combine, "image": fits, "study": fits}
@@ -161,8 +161,8 @@ def _add_level(evaluation: Evaluation, level: str, rows: Scored, calibration: Ma
     names, resamples, seed = evaluation.labels, evaluation.head["resamples"], evaluation.head["seed"]
     evaluation.add(level, None, UNITS[level], len(rows.scores))
     evaluation.add(level, None, "patients", len(np.unique(rows.patient)))
-    means, ours = average(names, rows)
-    drawn = resample_auprc(*rows[:4], resamples, seed)
+    means, measured = average(names, rows)
+    resampled = resample_auprc(*rows[:4], resamples, seed)
     cells = {cell.label: cell for cell in label_cells(names, *rows[:4])}
     calibrated = evaluation.head["sensitivity"] is not None
     figures = {name: _measure(cell, calibration[name] if calibrated else None) for name, cell in cells.items()}
@@ -171,9 +171,9 @@ def _add_level(evaluation: Evaluation, level: str, rows: Scored, calibration: Ma
         for metric in figures[names[0]]:
             limits: Figure = {}
             if metric == "auroc":
-                limits = combine_limits(ours, weigh_labels(names, over))
+                limits = combine_limits(measured, weigh_labels(names, over))
             elif metric == "auprc":
-                values = resampled_mean(drawn, names, over)
+                values = resampled_mean(resampled, names, over)
                 limits = interval(values)
                 evaluation.add(level, label, "auprc_resamples", int((~np.isnan(values)).sum()))
             value = figures[label][metric] if label in figures else mean_of(figures, over, metric)
@@ -216,7 +216,7 @@ def _add_decisions(evaluation: Evaluation, level: str, cells: Cells, fit: Calibr
 
 
 def first_threshold(fit: Calibration) -> float | None:
-    """The threshold of groups' TPR: Youden's, which comes first, or the user's own."""
+    """The threshold of groups' TPR: Youden's, which comes first, or the user's."""
     return next(iter(fit["thresholds"].values()), None)
 
 
@@ -236,8 +236,8 @@ def add_groups(
     """Add, by sex, age, projection and the texts [N] of `more`: images, AUROC per label, TPR at dev's Youden threshold.
 
     `tpr_gap` is the highest TPR minus the lowest, over groups with positives of at least 10 patients; None if there are
-    fewer than two such groups. Which two groups differ most is chosen by the data, and so is the label that a reader
-    looks at: the limits of all pairs of groups, of all variables and labels, hold together at 95 % (Bonferroni).
+    fewer than two such groups. The data choose which two groups differ most, and which label a reader looks at,
+    so the limits of all pairs of groups, of all variables and labels, hold jointly at 95 % (Bonferroni).
     """
     facts = {"sex": images.sex, "age": name_ages(images.age), "projection": images.projection, **more}
     calls: dict[tuple[str, str], list[Calls]] = {}
@@ -267,7 +267,7 @@ def add_groups(
 def assess_groups(
     names: Sequence[str], images: Scored, fits: Mapping[str, Calibration]
 ) -> dict[str, dict[str, dict[str, Any]]]:
-    """`tpr_gap` and `tpr_gap_limits` of each label, by variable, as of `add_groups`."""
+    """`tpr_gap` and `tpr_gap_limits` of each label, by variable, as from `add_groups`."""
     evaluation = Evaluation({"split": "", "unit": "image", "labels": list(names)})
     add_groups(evaluation, images, fits)
     gaps: dict[str, dict[str, dict[str, Any]]] = {}
@@ -281,7 +281,7 @@ def assess_groups(
 def _add_group(
     evaluation: Evaluation, group: str, rows: Scored, fits: Mapping[str, Calibration], measured: Areas
 ) -> Iterator[tuple[str, list[Calls]]]:
-    """Add a group's figures; gives each label's calls of its positives, if these are of 10 patients."""
+    """Add a group's figures; yield each label's calls of its positives, if these are of 10 patients."""
     names, level = evaluation.labels, evaluation.unit
     for name, score, truth, patient in label_cells(names, *rows[:4]):
         counts, threshold = count_classes(truth, patient), first_threshold(fits[name])
@@ -296,8 +296,8 @@ def _add_group(
 def _add_macros(evaluation: Evaluation, measured: Mapping[str, Areas]) -> None:
     """Add each group's macro AUROC, and each later group's less the first one's, paired by patient.
 
-    A macro is the mean over the labels, which its note names, with 10 patients of each class in every group that has
-    any such label. So groups are compared on the same labels, with enough cells of each; the other groups have None.
+    A macro is the mean over the labels with 10 patients of each class in every group that has any such label; its note
+    names them. So groups are compared on the same labels, with enough cells of each; the other groups have None.
     """
     names, level = evaluation.labels, evaluation.unit
     rows = {group: [evaluation.get("auroc", name, level, group) for name in names] for group in measured}
@@ -306,9 +306,9 @@ def _add_macros(evaluation: Evaluation, measured: Mapping[str, Areas]) -> None:
         name for column, name in enumerate(names) if compared and all(not rows[group][column].few for group in compared)
     ]
     share, macros = weigh_labels(names, kept), dict[str, float | None]()
-    for group, of_group in rows.items():
+    for group, group_rows in rows.items():
         inside = group in compared
-        values = [row.number for row in of_group if row.label in kept]
+        values = [row.number for row in group_rows if row.label in kept]
         macros[group] = sum(values) / len(kept) if inside and kept else None
         limits = combine_limits(measured[group], share) if inside else NO_LIMITS
         evaluation.add(level, "macro", "auroc", macros[group], group, **limits, note=", ".join(kept))
@@ -320,7 +320,7 @@ def _add_macros(evaluation: Evaluation, measured: Mapping[str, Areas]) -> None:
 
 
 def _tpr_gap(groups: Sequence[Calls], level: float) -> Figure:
-    """The highest TPR minus the lowest, with limits at a level, as for separate patients."""
+    """The highest TPR minus the lowest, with limits at a level, assuming separate patients."""
     rates = [{"value": float(called.mean()), **wilson_limits(called, patient, level)} for called, patient in groups]
     rates.sort(key=lambda rate: [*rate.values()])
     return NO_LIMITS if len(rates) < 2 else subtract_independent(rates[-1], rates[0])

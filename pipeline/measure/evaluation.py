@@ -4,8 +4,8 @@
     evaluation.get("auroc", "macro10", "study").low
     evaluation.select(metric="verdict")
 
-A row's `label` is a finding, a mean over findings (MEANS, COMMON), or null for all. `group` says of which images, or at
-which threshold: `sex=Female`, `youden`. `scorer` says whose figure it is, if not the judged scores': another run, a
+A row's `label` is a finding, a mean over findings (MEANS, COMMON), or null for all. `group` names the images or the
+threshold: `sex=Female`, `youden`. `scorer` names the source of the scores, if not the judged ones: another run, a
 reader, a member, an alteration of the images. Undefined figures are null and never part of a mean.
 """
 
@@ -19,7 +19,7 @@ from pipeline.base.errors import DataError
 from pipeline.base.files import read_object
 
 MEANS = {"macro": "macro", "macro10": "macro, ≥ 10 patients", "mean5": "mean of competition's 5"}
-COMMON = "common"  # the mean over the findings that two data sets can be compared on
+COMMON = "common"  # the mean over the findings on which two data sets can be compared
 OWN = "own valid"  # the group of figures on a run's own valid
 UNITS = {"image": "images", "study": "studies"}  # of a level
 
@@ -69,7 +69,7 @@ class Row:
 
 @dataclass
 class Evaluation:
-    """What is known of some scores on a split; `head` is of the whole, ready for JSON."""
+    """The results of scores on a split; `head` describes the evaluation, ready for JSON."""
 
     head: dict[str, Any]
     rows: list[Row] = field(default_factory=list)
@@ -85,7 +85,7 @@ class Evaluation:
 
     @property
     def unit(self) -> str:
-        """What a score is of: image or study."""
+        """What is scored: image or study."""
         return str(self.head["unit"])
 
     @property
@@ -100,7 +100,7 @@ class Evaluation:
 
     @property
     def distinct_levels(self) -> list[str]:
-        """The levels, without studies if these have an image each, so that both are the same."""
+        """The levels, without studies if each has one image, so that both levels are the same."""
         alone = self.get("images", None, "image").value == self.get("studies", None, "study").value
         return self.levels[: 1 if alone else None]
 
@@ -113,7 +113,7 @@ class Evaluation:
         group: str | None = None,
         **fields: Any,
     ) -> None:
-        """Add a row; `fields` are any others of it: low, high, positives, negatives, few, scorer, note."""
+        """Add a row; `fields` are its other fields: low, high, positives, negatives, few, scorer, note."""
         row = Row(level, self.split, label, group, metric, value=value, **fields)
         self.rows.append(row)
         self._index[metric, label, level, group, row.scorer] = row
@@ -126,7 +126,7 @@ class Evaluation:
         group: str | None = None,
         scorer: str | None = None,
     ) -> Row:
-        """The row; one without a figure if there is none. The level is by default the unit."""
+        """The row; an empty one if there is none. The level is by default the unit."""
         level = level or self.unit
         empty = Row(level, self.split, label, group, metric, scorer)
         return self._index.get((metric, label, level, group, scorer), empty)

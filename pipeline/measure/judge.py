@@ -1,8 +1,8 @@
 """Scores and truth → an evaluation: results, verdicts, and comparisons with other scores.
 
 Differences between scores of the same patients are paired (pipeline.measure.delong). Two data sets are independent
-samples, so the limits of their difference follow from the limits of its sides (Newcombe, 1998, method 10; Zou, 2007);
-the thresholds and calibration stay those of the run's own dev.
+samples, so the limits of their difference follow from the limits of both (Newcombe, 1998, method 10; Zou, 2007);
+the thresholds and calibration remain those of the run's dev.
 """
 
 from collections.abc import Mapping, Sequence
@@ -44,10 +44,10 @@ RESAMPLES = 1000  # of patients, for intervals of AUPRC
 
 
 class Beside(NamedTuple):
-    """What scores are judged with, by name: others' scores [N, L] of the same rows, and facts of the images.
+    """What scores are compared with, by name: other scores [N, L] of the same rows, and facts of the images.
 
     `against` are other networks', `members` an ensemble's, `altered` those of altered images; `readers` are calls
-    [N, L] of 1, 0 or NaN. `edge` are gray levels [N] outside of the lungs.
+    [N, L] of 1, 0 or NaN. `edge` are gray levels [N] outside the lungs.
     """
 
     against: Mapping[str, Floats] = NOTHING
@@ -66,7 +66,7 @@ def judge_scores(
 ) -> Evaluation:
     """The evaluation of scores: of `images`, whose facts are the rows of a label table.
 
-    `evaluated` says what they are: `split`, `unit`, `labels`, and anything else for the head. `calibration` is
+    `evaluated` describes them: `split`, `unit`, `labels`, and anything else for the head. `calibration` is
     what `calibrate` or `leave_uncalibrated` returns.
     """
     names, unit = evaluated["labels"], evaluated["unit"]
@@ -95,10 +95,10 @@ def judge_scores(
 
 
 def add_other(evaluation: Evaluation, images: Scored, name: str, scores: Floats) -> None:
-    """Add the paired differences from another's scores [N, L], of images and of studies.
+    """Add the paired differences from other scores [N, L], of images and of studies.
 
-    On the findings and the rows that it has: a column of NaN is of a finding that it lacks, other NaN are of such rows.
-    Raises DataError if there is none.
+    Only on the findings and rows that they cover: a column of NaN is a missing finding, any other NaN a missing row.
+    Raises DataError if they cover none.
     """
     known = ~np.isnan(scores)
     columns = known.any(axis=0)
@@ -107,18 +107,18 @@ def add_other(evaluation: Evaluation, images: Scored, name: str, scores: Floats)
         raise DataError(f"`against` {name}: it has scored none of these {UNITS[evaluation.unit]}, or no label")
     names = [evaluation.labels[column] for column in np.flatnonzero(columns)]
     fields = ("scores", "target", "mask")
-    ours = images.take(rows)
-    ours = ours._replace(**{field: getattr(ours, field)[:, columns] for field in fields})
-    theirs = scores[rows][:, columns]
+    covered = images.take(rows)
+    covered = covered._replace(**{field: getattr(covered, field)[:, columns] for field in fields})
+    other_scores = scores[rows][:, columns]
     if not rows.all():
         evaluation.add(evaluation.unit, None, UNITS[evaluation.unit], int(rows.sum()), scorer=name)
     for level in evaluation.levels:
         if level == "study":
             combine = evaluation.head["combine"]
-            theirs = study_level(ours._replace(scores=theirs), combine).scores
-            ours = study_level(ours, combine)
-        add_comparison(evaluation, level, ours, name, [theirs], names)
-        add_auprc(evaluation, level, ours, name, theirs, names)
+            other_scores = study_level(covered._replace(scores=other_scores), combine).scores
+            covered = study_level(covered, combine)
+        add_comparison(evaluation, level, covered, name, [other_scores], names)
+        add_auprc(evaluation, level, covered, name, other_scores, names)
 
 
 def combine_calls(images: Scored, calls: Floats) -> Floats:
@@ -128,7 +128,7 @@ def combine_calls(images: Scored, calls: Floats) -> Floats:
 
 
 def combine_views(table: pa.Table, scores: Floats, studies: Scored) -> dict[str, Floats]:
-    """Scores [N, L] of a table's images, NaN if there is none → of the studies [S, L], by how they are combined.
+    """Scores [N, L] of a table's images, NaN if missing → of the studies [S, L], by how views are combined.
 
     By the max and by the mean over a study's views; unchanged, under "", if all have one view.
     """
@@ -136,7 +136,7 @@ def combine_views(table: pa.Table, scores: Floats, studies: Scored) -> dict[str,
     known = ~np.isnan(scores[:, learned]).any(axis=1)
     patient, study = (table[name].to_numpy()[known] for name in ("patient", "study"))
     target, mask = np.zeros_like(scores[known]), np.ones(scores[known].shape, bool)
-    views = Scored(scores[known], target, mask, patient, study, *[patient] * 3)  # of which no fact is needed
+    views = Scored(scores[known], target, mask, patient, study, *[patient] * 3)  # facts are not needed
     combined: dict[str, Floats] = {}
     for how in ("max", "mean"):
         level = study_level(views, how)
@@ -157,10 +157,10 @@ def add_comparison(
     others: Sequence[Floats],
     names: Sequence[str] | None = None,
 ) -> None:
-    """Add the mean AUROC of others' scores [N, L] of the same rows, and ours less it, for findings and means.
+    """Add the mean AUROC of other scores [N, L] of the same rows, and ours minus it, for findings and means.
 
     Differences are contrasts of correlated AUROCs, paired by patient. `names` are those of the columns, by default the
-    evaluation's. Means are over the findings that ours is over.
+    evaluation's. Means are over the same findings as ours.
     """
     names = names or evaluation.labels
     means, joined = average(names, rows)
@@ -182,27 +182,27 @@ def add_comparison(
 def add_auprc(
     evaluation: Evaluation, level: str, rows: Scored, scorer: str, scores: Floats, names: Sequence[str]
 ) -> None:
-    """Add our AUPRC less that of another's scores [N, L] of the same rows, on the same resamples."""
+    """Add our AUPRC minus that of other scores [N, L] of the same rows, on the same resamples."""
     means, _ = average(names, rows)
     sides = []
-    for which in (rows.scores, scores):
-        cells = label_cells(names, which, *rows[1:4])
+    for values in (rows.scores, scores):
+        cells = label_cells(names, values, *rows[1:4])
         figures = {cell.label: {"auprc": areas(cell.score, cell.truth)[1]} for cell in cells}
-        drawn = resample_auprc(which, *rows[1:4], evaluation.head["resamples"], evaluation.head["seed"])
-        sides.append((figures, drawn))
+        resampled = resample_auprc(values, *rows[1:4], evaluation.head["resamples"], evaluation.head["seed"])
+        sides.append((figures, resampled))
     for label, over in means.items():
-        ours, theirs = (mean_of(figures, over, "auprc") for figures, _ in sides)
-        mine, other = (resampled_mean(drawn, names, over) for _, drawn in sides)
-        limits = interval(mine - other)
-        evaluation.add(level, label, "auprc_difference", subtract(ours, theirs), **limits, scorer=scorer)
+        difference = subtract(*(mean_of(figures, over, "auprc") for figures, _ in sides))
+        judged_means, other_means = (resampled_mean(resampled, names, over) for _, resampled in sides)
+        limits = interval(judged_means - other_means)
+        evaluation.add(level, label, "auprc_difference", difference, **limits, scorer=scorer)
 
 
 def add_own(evaluation: Evaluation, images: Scored, own: Evaluation) -> None:
-    """Add a run's AUROCs on its own valid, and those of `images` less these, for findings with one on both sides.
+    """Add a run's AUROCs on its own valid, and those of `images` minus these, for findings with both AUROCs.
 
-    Their mean is over those with 10 patients of each class on both sides, which its note names. The own mean's limits
-    are as evaluated if it is over the same findings; otherwise the means of its findings' limits, as if their errors
-    were one: the note of the difference is then `widened`.
+    Their mean is over those with 10 patients of each class on both sides, which its note names. The limits of the own
+    valid's mean are as evaluated if it is over the same findings; otherwise they are the means of its findings' limits,
+    as if these were fully correlated: the note of the difference is then `widened`.
     """
     level, names, kept = evaluation.unit, evaluation.labels, list[str]()
     for name in names:
@@ -227,18 +227,18 @@ def add_own(evaluation: Evaluation, images: Scored, own: Evaluation) -> None:
 
 
 def _add_pair(evaluation: Evaluation, row: Row, own: Row, note: str = "") -> None:
-    """The own figure and the difference of a finding or of the mean."""
-    ours, theirs = ({name: getattr(side, name) for name in ("value", "low", "high", "few")} for side in (row, own))
+    """Add the own valid's figure and the difference, of a finding or of the mean."""
+    judged, other = ({name: getattr(side, name) for name in ("value", "low", "high", "few")} for side in (row, own))
     counts = {"positives": own.positives, "negatives": own.negatives}
-    evaluation.add(row.level, row.label, "auroc", group=OWN, **theirs, **counts, note=own.note)
-    less, few = subtract_independent(ours, theirs), row.few or own.few
+    evaluation.add(row.level, row.label, "auroc", group=OWN, **other, **counts, note=own.note)
+    less, few = subtract_independent(judged, other), row.few or own.few
     evaluation.add(row.level, row.label, "auroc_difference", group=OWN, **less, few=few, note=note)
 
 
 def add_readers(evaluation: Evaluation, studies: Scored, readers: Mapping[str, Floats]) -> None:
-    """Add each reader's rates, from calls [S, L] of 1, 0 or NaN: not read. All figures are of the studies read.
+    """Add each reader's rates, from calls [S, L] of 1, 0 or NaN (not read). All figures are of the studies read.
 
-    `network` is the sensitivity of the network's ROC curve, straight between its points, at the reader's specificity,
+    `network` is the sensitivity of the network's ROC curve, linear between its points, at the reader's specificity,
     on the same studies. `below` is 1 if it is higher than the reader's, else 0; None if the studies have one class.
     """
     for reader, calls in readers.items():
@@ -257,7 +257,7 @@ def add_readers(evaluation: Evaluation, studies: Scored, readers: Mapping[str, F
             network, below = place_on_curve(score, truth, specificity), None
             evaluation.add("study", name, "network", network, scorer=reader)
             if network is not None and sensitivity is not None:
-                below = float(network > sensitivity + 1e-9)  # not by rounding
+                below = float(network > sensitivity + 1e-9)  # beyond rounding
             evaluation.add("study", name, "below", below, **counts, scorer=reader)
 
 
@@ -268,5 +268,5 @@ def place_on_curve(score: Floats, truth: Bools, specificity: float | None) -> fl
     curve = threshold_curve(score, truth)
     hits = np.concatenate([[0], curve.true_positives]) / truth.sum()
     alarms = np.concatenate([[0], curve.false_positives]) / (~truth).sum()
-    highest = np.append(np.diff(alarms) > 0, True)  # where the curve rises straight up
+    highest = np.append(np.diff(alarms) > 0, True)  # the top of each vertical segment
     return float(np.interp(1 - specificity, alarms[highest], hits[highest]))

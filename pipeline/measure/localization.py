@@ -1,8 +1,8 @@
 """Heat maps and readers' annotations → how often a map points at them, compared with chance.
 
-Pointing game (Zhang et al., ECCV 2016): a cell is hit if the strongest place of its map lies in any of its boxes. IoU:
-of what the map marks, from `THRESHOLD` of its maximum, with the boxes. Their share of the film's area is what a random
-place would hit, and also the IoU of marking everything.
+Pointing game (Zhang et al., ECCV 2016): a cell is hit if the maximum of its map lies in any of its boxes. IoU: of the
+map's values of at least `THRESHOLD` with the boxes. The boxes' share of the image's area is the chance that a random
+point hits, and also the IoU of marking everything.
 """
 
 from collections.abc import Iterable, Sequence
@@ -18,7 +18,7 @@ RESAMPLES, SEED = 1000, 0
 
 
 class Cell(NamedTuple):
-    """A label of a film that readers marked: its map [S, S] in [0, 1], and what they marked [S, S]."""
+    """A label that readers marked on an image: its map [S, S] in [0, 1], and what they marked [S, S]."""
 
     label: str
     patient: str
@@ -27,9 +27,9 @@ class Cell(NamedTuple):
 
 
 def frame_of(square: str, width: float, height: float) -> tuple[float, float, float, float]:
-    """Left, top, width and height, in pixels of the original film, of what a stored image shows of it.
+    """Left, top, width and height, in pixels of the original image, of the area that a stored image shows.
 
-    `square` is how it was stored (`ImageOptions`): a padded one shows more than the film.
+    `square` is how it was stored (`ImageOptions`): a padded image shows more than the original.
     """
     side = {"pad": max(width, height), "crop": min(width, height)}.get(square)
     if side is None:
@@ -40,7 +40,7 @@ def frame_of(square: str, width: float, height: float) -> tuple[float, float, fl
 def mark_boxes(boxes: Iterable[Sequence[float]], frame: Sequence[float], side: int) -> Bools:
     """Which pixels [side, side] of a network's input have their center in a box (left, top, width, height).
 
-    The boxes are in pixels of the original film, of which the input shows `frame`.
+    The boxes are in pixels of the original image, of which the input shows `frame`.
     """
     x, y = _centers(frame, side)
     marked = np.zeros((side, side), bool)
@@ -50,7 +50,7 @@ def mark_boxes(boxes: Iterable[Sequence[float]], frame: Sequence[float], side: i
 
 
 def mark_mask(mask: Bools, frame: Sequence[float], side: int) -> Bools:
-    """Which pixels [side, side] of a network's input have their center in a mask [H, W] of the original film."""
+    """Which pixels [side, side] of a network's input have their center in a mask [H, W] of the original image."""
     x, y = (np.floor(centers).astype(int) for centers in _centers(frame, side))
     inside_y, inside_x = (y >= 0) & (y < mask.shape[0]), (x >= 0) & (x < mask.shape[1])
     marked = np.zeros((side, side), bool)
@@ -61,8 +61,8 @@ def mark_mask(mask: Bools, frame: Sequence[float], side: int) -> Bools:
 def decode_rle(size: Sequence[int], counts: str | Sequence[int]) -> Bools:
     """The mask [H, W] of COCO's run lengths: of 0s and 1s in turn, column by column, as numbers or as COCO's text.
 
-    In the text a number is in groups of five bits, the lowest first, of which a sixth bit says that more follow; from
-    the fourth on, it is the difference to the one before last. Raises ValueError where the runs do not fill the mask.
+    In the text, a number is in groups of five bits, the lowest first, each with a sixth bit set if more follow; from
+    the fourth on, it is the difference to the last but one. Raises ValueError if the runs do not fill the mask.
     """
     runs: list[int] = []
     if isinstance(counts, str):
@@ -87,11 +87,11 @@ def decode_rle(size: Sequence[int], counts: str | Sequence[int]) -> Bools:
 def measure_localization(cells: Sequence[Cell]) -> dict[str, Any]:
     """By label, and for all cells: hit rate and IoU with intervals that take patients as clusters, chance and its p.
 
-    With `few` patients, fewer than 10, IoU has no interval, whose percentiles would be too narrow. `fixed` is the hit
-    rate of a map that does not look at the image: the mean of the label's maps of other patients.
+    With `few` patients, fewer than 10, IoU has no interval, since its percentiles would be too narrow. `fixed` is the
+    hit rate of a map that does not depend on the image: the mean of the label's maps of other patients.
     """
     hit = np.array([cell.heat.max() > 0 and _top(cell.heat, cell.marked) for cell in cells], bool)
-    sums: dict[tuple[str, ...], Any] = {}  # of the maps of a label, and of those of a patient
+    sums: dict[tuple[str, ...], Any] = {}  # of the maps of a label, and of a label and patient
     for cell in cells:
         for group in ((cell.label,), (cell.label, cell.patient)):
             sums[group] = sums.get(group, 0) + cell.heat.astype(float)
@@ -121,10 +121,10 @@ def measure_localization(cells: Sequence[Cell]) -> dict[str, Any]:
 
 
 def exceedance(chances: Floats, owner: Names, hits: int) -> float:
-    """How likely at least `hits` hits are, of cells with these chances [n], if only owners [n] are independent.
+    """The probability of at least `hits` hits in cells with these chances [n], if only owners [n] are independent.
 
-    An owner's cells are as alike as they can be: one uniform draw decides them all. With a cell an owner, this is
-    Poisson's binomial distribution.
+    An owner's cells are maximally correlated: one uniform draw decides them all. With one cell per owner, this is the
+    Poisson binomial distribution.
     """
     distribution = np.ones(1)
     for name in np.unique(owner):
@@ -134,7 +134,7 @@ def exceedance(chances: Floats, owner: Names, hits: int) -> float:
 
 
 def mean_limits(values: Floats, owner: Names) -> Figure:
-    """The interval of a mean of values [n], by resampling their owners; none of fewer than 10."""
+    """The interval of a mean of values [n], by resampling their owners; None with fewer than 10."""
     names, codes = np.unique(owner, return_inverse=True)
     if len(names) < FEW:
         return NO_LIMITS
@@ -144,7 +144,7 @@ def mean_limits(values: Floats, owner: Names) -> Figure:
 
 
 def _centers(frame: Sequence[float], side: int) -> tuple[Floats, Floats]:
-    """Where on the original film the centers of an input's columns and rows are."""
+    """The positions on the original image of the centers of an input's columns and rows."""
     middle = (np.arange(side) + 0.5) / side
     return frame[0] + frame[2] * middle, frame[1] + frame[3] * middle
 
@@ -153,5 +153,5 @@ def _top(heat: npt.NDArray[Any], marked: Bools) -> bool:
     return bool(marked.flat[int(heat.argmax())])
 
 
-def _iou(drawn: Bools, marked: Bools) -> float:
-    return float((drawn & marked).sum() / max((drawn | marked).sum(), 1))
+def _iou(predicted: Bools, marked: Bools) -> float:
+    return float((predicted & marked).sum() / max((predicted | marked).sum(), 1))

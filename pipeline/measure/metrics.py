@@ -3,8 +3,8 @@
 A label with one class has no AUROC and no AUPRC: both are None and the label is listed as skipped, never 0 and never
 part of a mean. Everything is float64. Areas take weights, so a figure and its interval share one implementation.
 
-Intervals of AUPRC come from resamples of patients, whose images are alike: each is drawn with replacement and with all
-images, as many as there are. They run from the 2.5th to the 97.5th percentile (Efron and Tibshirani, 1993, chapter 13).
+Intervals of AUPRC come from resamples of as many patients, drawn with replacement, with all of their images, which
+correlate. They run from the 2.5th to the 97.5th percentile (Efron and Tibshirani, 1993, chapter 13).
 A resample is stored as how often each patient was drawn: scores are sorted once, and each resample is a column of
 weights in that order.
 """
@@ -22,10 +22,10 @@ Ints = npt.NDArray[np.integer[Any]]
 # The five labels of the CheXpert competition (Irvin et al., 2019).
 COMPETITION = ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion")
 FEW = 10  # patients of a class; with fewer, a label's figures are mostly chance
-Z = 1.959963984540054  # the normal distribution's quantile of 0.975
+Z = 1.959963984540054  # the normal distribution's 0.975 quantile
 BINS = 15  # of the calibration error, as in Guo et al., 2017
 LIMITS = (2.5, 97.5)  # percent
-FEWEST = 100  # resamples; with fewer, percentiles that far out mean nothing
+FEWEST = 100  # resamples; with fewer, such extreme percentiles mean nothing
 BLOCK_CELLS = 2**20  # rows × resamples at once: about 70 MB
 
 
@@ -118,13 +118,13 @@ def averaged_labels(labels: Mapping[str, Figure]) -> dict[str, list[str]]:
 
 
 def mean_of(labels: Mapping[str, Figure], kept: Sequence[str], metric: str) -> float | None:
-    """The mean of a metric over the kept labels, which all have it; None if there are none."""
+    """The mean of a metric over the kept labels, all of which must have a value; None if there are none."""
     return sum(labels[name][metric] for name in kept) / len(kept) if kept else None
 
 
-def subtract(ours: float | None, theirs: float | None) -> float | None:
+def subtract(left: float | None, right: float | None) -> float | None:
     """The difference of two figures; None if either is undefined."""
-    return None if ours is None or theirs is None else ours - theirs
+    return None if left is None or right is None else left - right
 
 
 def areas(score: Floats, truth: Bools) -> tuple[float | None, float | None]:
@@ -207,7 +207,7 @@ def threshold_curve(score: Floats, truth: Bools) -> Curve:
 def measure_rates(threshold: float, score: Floats, truth: Bools, patient: Names) -> dict[str, Figure]:
     """Sensitivity, specificity, PPV, NPV and F1 of `score >= threshold`, each a `value`; None if a denominator is 0.
 
-    With `low` and `high` of those that are a share of cells (`wilson_limits`). F1 is 2 TP / (2 TP + FP + FN), and None
+    Those that are a share of cells have `low` and `high` (`wilson_limits`). F1 is 2 TP / (2 TP + FP + FN), and None
     without positives.
     """
     called = score >= threshold
@@ -241,10 +241,10 @@ def net_benefit(probability: Floats, truth: Bools, threshold: float) -> Floats:
 def decide(probability: Floats, truth: Bools, owner: Names, threshold: float) -> dict[str, Figure]:
     """Net benefit of calling cells [n ≥ 1] by a threshold, of calling all, and the gain over the better default.
 
-    That is all or none, whose net benefit is 0. The gain's limits: a mean of cells, with owners [n] as clusters and
-    Student's t; None with one owner.
+    The defaults are calling all, and calling none with net benefit 0. The gain's limits are those of a mean with owners
+    [n] as clusters and Student's t; None with one owner.
     """
-    model, calls = (net_benefit(which, truth, threshold) for which in (probability, np.ones(len(truth))))
+    model, calls = (net_benefit(values, truth, threshold) for values in (probability, np.ones(len(truth))))
     gains = model - calls if calls.mean() > 0 else model
     _, codes = np.unique(owner, return_inverse=True)
     sums = np.bincount(codes, gains - gains.mean())
@@ -272,7 +272,7 @@ def wilson_limits(called: Bools, owner: Names, level: float = 0.05) -> Figure:
 
     Wilson's score interval (1927) for the effective number of cells: n divided by the design effect, the variance of
     the share with owners as clusters over the one without (Rao and Scott, A simple method for the analysis of
-    clustered binary data, Biometrics 48, 1992). It never has zero width. Where owners have several cells, the design
+    clustered binary data, Biometrics 48, 1992). It never has zero width. If owners have several cells, the design
     effect is estimated from the owners, so the quantile is Student's; a single owner with several leaves [0, 1].
     """
     if not len(called):
@@ -287,7 +287,7 @@ def wilson_limits(called: Bools, owner: Names, level: float = 0.05) -> Figure:
     z = student_quantile(owners - 1 if estimated else np.inf, level)
     if 0 < share < 1:
         spread = float(((hits - cells * share) ** 2).sum()) * owners / max(owners - 1, 1)
-        design = max(1.0, spread / (count * share * (1 - share)))  # never more than unclustered ones
+        design = max(1.0, spread / (count * share * (1 - share)))  # never below that of independent cells
     else:
         design = float((cells**2).sum()) / count  # all of an owner's cells count as one
     size = count / design
@@ -296,14 +296,14 @@ def wilson_limits(called: Bools, owner: Names, level: float = 0.05) -> Figure:
     return {"low": max(0.0, middle - half), "high": min(1.0, middle + half)}
 
 
-def subtract_independent(ours: Figure, theirs: Figure) -> Figure:
-    """Our figure less theirs, from independent samples; each has a value, low and high.
+def subtract_independent(left: Figure, right: Figure) -> Figure:
+    """The left figure minus the right, from independent samples; each has a value, low and high.
 
     Method 10 of Newcombe, Interval estimation for the difference between independent proportions, Statistics in
     Medicine 17, 1998; for figures of other kinds: Zou, Psychological Methods 12, 2007.
     """
     (a, a_low, a_high), (b, b_low, b_high) = (
-        [side[name] for name in ("value", "low", "high")] for side in (ours, theirs)
+        [side[name] for name in ("value", "low", "high")] for side in (left, right)
     )
     return {
         "value": a - b,
@@ -317,7 +317,7 @@ def resample_auprc(scores: Floats, target: Floats, mask: Bools, patient: Names, 
 
     The same patients [N] and seed give the same resamples, whatever the scores and the order of the rows. NaN in
     resamples in which a label has lost a class; in all of them if it has only one, or if one patient has all positives:
-    resamples then say nothing about how much patients differ.
+    resamples then do not show how much patients differ.
     """
     patients, codes = np.unique(patient, return_inverse=True)
     columns: dict[int, tuple[Ranking, Ints]] = {}
@@ -358,7 +358,7 @@ def resampled_mean(values: Floats, names: Sequence[str], over: Sequence[str]) ->
 
 
 def interval(values: Floats) -> Figure:
-    """`low` and `high` from values [R], of which those that are NaN are left out.
+    """`low` and `high` from values [R], ignoring NaN.
 
     None if fewer than 100 values remain, or if all are equal, which shows how few patients there are rather than how
     certain the figure is.

@@ -1,11 +1,11 @@
-"""Scores of images or studies, from any source: a CSV, Parquet or Arrow file with a row for each, a column a label.
+"""Scores of images or studies, from any source: a CSV, Parquet or Arrow file with a row for each, a column per label.
 
-Whose row it is: a column of KEYS (an image's key, path or file name), else a study's path, else patient and study.
-A run writes its own as `scores-<split>.arrow`, in the order of the split's table:
+Rows are identified by a column of KEYS (an image's key, path or file name), else a study's path, else patient and
+study. A run writes its scores as `scores-<split>.arrow`, in the order of the split's table:
     key         string   as in that table
     patient     string
     study       int32
-    <labels>    float64  score in [0, 1], of those that the run learned
+    <labels>    float64  score in [0, 1], of the labels that the run learned
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,7 +30,7 @@ READING = "a reader's call is 1, 0 or blank"
 
 
 class Scores(NamedTuple):
-    """A file's scores [M, L], NaN if blank, and the names [M] of the images or studies that they are of."""
+    """A file's scores [M, L], NaN if blank, and the names [M] of the scored images or studies."""
 
     path: Path
     labels: tuple[str, ...]
@@ -39,7 +39,7 @@ class Scores(NamedTuple):
     unit: str  # image or study
 
     def check(self) -> "Scores":
-        """Itself. Raises DataError for a column in which all scores are equal."""
+        """Return self. Raises DataError for a column in which all scores are equal."""
         for name, values in zip(self.labels, self.values.T, strict=True):
             if len(values) > 1 and np.ptp(values) == 0:
                 text = f"all {len(values):,} scores are {values[0]:g}: nothing to judge"
@@ -49,16 +49,16 @@ class Scores(NamedTuple):
     def align(self, table: pa.Table, note: Note) -> Ints:
         """The row [N] of the scores for each row of a label table, -1 if there is none.
 
-        `note` gets what is left over on either side. Raises DataError if nothing is joined, if a name is there twice,
-        however it is spelled, and if it names images of several sets.
+        `note` is called with what is left over on either side. Raises DataError if nothing is joined, if a name occurs
+        twice in any spelling, and if names are of images of several sets.
         """
         if self.unit == "image":
-            ours, unit = table["key"].combine_chunks(), "images"
+            table_names, unit = table["key"].combine_chunks(), "images"
         else:
             parts = (table["patient"].cast(pa.string()), table["study"].cast(pa.string()))
-            ours, unit = pc.binary_join_element_wise(*parts, "/study").combine_chunks(), "studies"
-        # A run's own file has the keys of its shards, which may hold one file's name in two folders.
-        same = pc.all(pc.is_in(ours, value_set=self.names)).as_py()
+            table_names, unit = pc.binary_join_element_wise(*parts, "/study").combine_chunks(), "studies"
+        # A run's own file has the keys of its shards, which may contain the same file name in two folders.
+        same = pc.all(pc.is_in(table_names, value_set=self.names)).as_py()
         normalize = pc.utf8_trim_whitespace if same else normalize_names
         keys = normalize(self.names)
         numbers = keys.dictionary_encode().indices.to_numpy(zero_copy_only=False)
@@ -68,27 +68,27 @@ class Scores(NamedTuple):
             lines = " and ".join(name_place(self.path, int(place)) for place in places)
             raise DataError(f"{self.path}: {lines} are both of {quote(self.names[int(places[0])].as_py(), 80)}")
         rows = pa.table({"row": pa.array(range(len(self.names)))})
-        place = join(ours, self.path, rows, self.names, unit, note, normalize)
+        place = join(table_names, self.path, rows, self.names, unit, note, normalize)
         aligned: Ints = pc.fill_null(place, -1).to_numpy(zero_copy_only=False)
         patients = table["patient"].to_numpy()[aligned >= 0].tolist()
         if not same and len(sets := {patient.rpartition("/")[0] for patient in patients}) > 1:
-            which = " and of ".join(sorted(sets))
+            named = " and of ".join(sorted(sets))
             raise DataError(
-                f"{self.path}: its rows have names of {which}: choose the set that was read, by `where` set=…"
+                f"{self.path}: its rows have names of {named}: choose the set that was read, by `where` set=…"
             )
         return aligned
 
     def take(self, rows: Ints, names: Sequence[str]) -> Floats:
-        """The scores [N, L] of those labels, for rows as `align` has them; NaN without a row or a column."""
+        """The scores [N, L] of those labels, for rows as `align` returns them; NaN without a row or a column."""
         chosen = np.full((len(rows), len(names)), np.nan)
         for column, name in enumerate(names):
             if name in self.labels:
-                own = self.values[:, self.labels.index(name)]
-                chosen[:, column] = np.where(rows >= 0, own[rows], np.nan)
+                values = self.values[:, self.labels.index(name)]
+                chosen[:, column] = np.where(rows >= 0, values[rows], np.nan)
         return chosen
 
     def take_all(self, table: pa.Table, names: Sequence[str]) -> Floats:
-        """The scores [N, L] of each row of a label table. Raises DataError if it lacks one, or all of these labels."""
+        """The scores [N, L] of each row of a label table. Raises DataError if a row or all labels are missing."""
         rows = self.align(table, ignore)
         if (rows < 0).any():
             count, example = f"{(rows < 0).sum():,} of these {len(rows):,}", table["key"][int(rows.argmin())]
@@ -99,7 +99,7 @@ class Scores(NamedTuple):
 
 
 def name_files(paths: Sequence[Path]) -> dict[str, Path]:
-    """The files by the first part of their names, by which they are shown."""
+    """The files by the first part of their names, as shown in reports."""
     named = {path.name.split(".")[0]: path for path in paths}
     if len(named) < len(paths):
         files = ", ".join(map(str, paths))
@@ -108,7 +108,7 @@ def name_files(paths: Sequence[Path]) -> dict[str, Path]:
 
 
 def normalize_names(names: pa.Array) -> pa.Array:
-    """Images and studies as they are compared: a file's name without folders, CheXpert's key, or patient/studyN."""
+    """Names of images and studies to compare: a file's name without folders, CheXpert's key, or patient/studyN."""
     bare = pc.replace_substring_regex(pc.utf8_trim_whitespace(names.cast(pa.string())), IMAGE_SUFFIX, "")
     parts = pc.extract_regex(bare, r"(?P<patient>[^/]+)/(?P<study>study\d+)/(?P<view>view[^/]+)$")
     keys = pc.binary_join_element_wise(*(pc.struct_field(parts, name) for name in ("patient", "study", "view")), "_")
@@ -124,13 +124,13 @@ def open_scores(
     """Scores of any file; `columns` maps our names (a label, key, patient, study) to the file's.
 
     `logits` become probabilities; `calls` are a reader's: 1, 0 or blank. Raises DataError, naming line and column, for
-    a file without a key or a label, and a cell that is no score.
+    a file without a key or a label, and a cell that is not a score.
     """
     table = _read_table(path)
     if columns:
         demand_columns(path, table.column_names, list(columns.values()))
-        taken = {theirs: ours for ours, theirs in columns.items()}
-        table = table.rename_columns([taken.get(name, name) for name in table.column_names])
+        renamed = {column: name for name, column in columns.items()}
+        table = table.rename_columns([renamed.get(name, name) for name in table.column_names])
     known = {name: find_label(name.strip().replace("_", " ")) for name in table.column_names}
     chosen = {name: label for name, label in known.items() if label}
     demand_columns(path, list(chosen.values()), list(dict.fromkeys(chosen.values())))
@@ -149,7 +149,7 @@ def open_scores(
 
 
 def _read_table(path: Path) -> pa.Table:
-    """The columns, as the file has them: those of a CSV as text."""
+    """The file's columns; those of a CSV as text."""
     suffix = path.suffix.lower()
     if suffix not in (".arrow", ".feather", ".parquet"):
         return read_strings(path)
@@ -164,7 +164,7 @@ def _read_table(path: Path) -> pa.Table:
 
 
 def _find_names(path: Path, table: pa.Table) -> tuple[pa.Array, str]:
-    """What the rows are of."""
+    """The names of the rows, and whether they are of images or studies."""
     plain = {name.strip().lower().replace("_", " "): name for name in reversed(table.column_names)}
     try:
         for key in KEYS:
@@ -200,7 +200,7 @@ def _complete(path: Path, name: str, names: pa.Array) -> pa.Array:
 
 
 def _read_column(path: Path, name: str, column: pa.Array, logits: bool, calls: bool) -> Floats:
-    """A column's scores [M]. Raises DataError for the first that is none."""
+    """A column's scores [M]. Raises DataError for the first invalid one."""
     texts = column.cast(pa.string())
     number = pc.match_substring_regex(texts, r"^\s*[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?\s*$")
     if not pa.types.is_floating(column.type):
@@ -226,7 +226,7 @@ def _refuse(path: Path, name: str, texts: pa.Array, wrong: Bools, complaint: str
 
 
 def name_place(path: Path, row: int) -> str:
-    """Where a row is in its file: a line of a CSV, else its number from 1."""
+    """The place of a row in its file: a line of a CSV, else its number from 1."""
     table = path.suffix.lower() in (".arrow", ".feather", ".parquet")
     return f"row {row + 1}" if table else f"line {line_of(path, row)}"
 
@@ -238,7 +238,7 @@ def write_scores(path: Path, table: pa.Table, labels: Sequence[str], scores: Flo
 
 
 def read_scores(path: Path, keys: pa.ChunkedArray, labels: Sequence[str] = LABELS) -> Floats:
-    """The scores [N, L] of the labels for the images `keys` [N] of a run, in whatever order the file has them.
+    """The scores [N, L] of the labels for the images `keys` [N] of a run, whatever the file's order.
 
     Raises DataError as `open_scores`, and if the file lacks an image or a label.
     """
