@@ -112,7 +112,7 @@ def read_png_facts(png: bytes) -> Facts:
         raise ValueError("it does not start with its header")
     chunks = dict(rest)
     depth, channels = header[8], 3 if header[9] & 2 else 1
-    said = max(chunks.get(b"sBIT", b"")[:channels], default=0) if depth == 16 else 0
+    significant = max(chunks.get(b"sBIT", b"")[:channels], default=0) if depth == 16 else 0
     return Facts(
         height=int.from_bytes(header[4:8]),
         width=int.from_bytes(header[:4]),
@@ -121,7 +121,7 @@ def read_png_facts(png: bytes) -> Facts:
         exif=chunks.get(b"eXIf"),
         is_multiple=b"acTL" in chunks,
         has_metadata=not chunks.keys() <= _PNG_PLAIN,
-        said_bits=said if 1 <= said <= 16 else None,
+        said_bits=significant if 1 <= significant <= 16 else None,
     )
 
 

@@ -89,28 +89,28 @@ def open_dicom(data: bytes, max_pixels: int) -> "Dataset":
         from pydicom import dcmread, uid
     data = _inflate(data, 4 * max_pixels + _OTHER_TAGS)
     with _quietly("its header is damaged"):
-        film = dcmread(BytesIO(data), force=True, specific_tags=_TAGS)
-        if "PixelData" not in film:
+        dicom = dcmread(BytesIO(data), force=True, specific_tags=_TAGS)
+        if "PixelData" not in dicom:
             raise _UnfitError("it has no pixels, or ends early")
-        if "TransferSyntaxUID" not in film.file_meta:
+        if "TransferSyntaxUID" not in dicom.file_meta:
             plain = {(True, True): uid.ImplicitVRLittleEndian, (False, True): uid.ExplicitVRLittleEndian}
-            guess = plain.get(film.original_encoding, uid.ExplicitVRBigEndian)
-            film.file_meta.TransferSyntaxUID = guess
-        if film.get("NumberOfFrames") is not None and _check_number(film, "NumberOfFrames", 1, 2**31 - 1) > 1:
+            guess = plain.get(dicom.original_encoding, uid.ExplicitVRBigEndian)
+            dicom.file_meta.TransferSyntaxUID = guess
+        if dicom.get("NumberOfFrames") is not None and _check_number(dicom, "NumberOfFrames", 1, 2**31 - 1) > 1:
             raise _UnfitError("more than one frame")
-        is_gray = film.get("PhotometricInterpretation") in ("MONOCHROME1", "MONOCHROME2")
-        if film.get("SamplesPerPixel", 1) not in (None, 1) or not is_gray:
+        is_gray = dicom.get("PhotometricInterpretation") in ("MONOCHROME1", "MONOCHROME2")
+        if dicom.get("SamplesPerPixel", 1) not in (None, 1) or not is_gray:
             raise _UnfitError("its pixels are not gray")
-        if str(film.get("BurnedInAnnotation")).upper() == "YES":
+        if str(dicom.get("BurnedInAnnotation")).upper() == "YES":
             raise _UnfitError("it has annotations burned in, which may name the patient (BurnedInAnnotation)")
         for name, low, high in (("Rows", 1, 65535), ("Columns", 1, 65535), ("PixelRepresentation", 0, 1)):
-            _check_number(film, name, low, high)
-        allocated = _check_number(film, "BitsAllocated", 1, 32)
-        bits = _check_number(film, "BitsStored", 1, allocated)
-        if film.get("HighBit") is None:  # in one of twenty of CheXpert Plus
-            film.HighBit = bits - 1
-        _check_number(film, "HighBit", bits - 1, allocated - 1)
-    return film
+            _check_number(dicom, name, low, high)
+        allocated = _check_number(dicom, "BitsAllocated", 1, 32)
+        bits = _check_number(dicom, "BitsStored", 1, allocated)
+        if dicom.get("HighBit") is None:  # in one of twenty of CheXpert Plus
+            dicom.HighBit = bits - 1
+        _check_number(dicom, "HighBit", bits - 1, allocated - 1)
+    return dicom
 
 
 def read_position(data: bytes) -> str:
@@ -118,19 +118,19 @@ def read_position(data: bytes) -> str:
     from pydicom import dcmread
 
     with _quietly("its header is damaged"):
-        film = dcmread(BytesIO(data), stop_before_pixels=True, force=True, specific_tags=["ViewPosition"])
-        return str(film.get("ViewPosition") or "").strip().upper()
+        dicom = dcmread(BytesIO(data), stop_before_pixels=True, force=True, specific_tags=["ViewPosition"])
+        return str(dicom.get("ViewPosition") or "").strip().upper()
 
 
-def decode_dicom(film: "Dataset") -> Picture:
+def decode_dicom(dicom: "Dataset") -> Picture:
     """An opened DICOM in gray. Raises ValueError for damaged pixels, and if a decoder is missing."""
-    stored = _decode(film)
+    stored = _decode(dicom)
     with _quietly("its window or lookup table cannot be applied"):
-        return _render(film, *stored)
+        return _render(dicom, *stored)
 
 
-def _check_number(film: "Dataset", name: str, low: int, high: int) -> int:
-    number = film.get(name)
+def _check_number(dicom: "Dataset", name: str, low: int, high: int) -> int:
+    number = dicom.get(name)
     if not isinstance(number, int) or not low <= number <= high:
         raise _UnfitError(f"its {name} is missing, or is not a number from {low} to {high}")
     return int(number)
@@ -149,41 +149,41 @@ def _inflate(data: bytes, longest: int) -> bytes:
     return data[:end].replace(_DEFLATED, _EXPLICIT) + inflated
 
 
-def _decode(film: "Dataset") -> tuple[Levels, int, int, bool]:
+def _decode(dicom: "Dataset") -> tuple[Levels, int, int, bool]:
     """Unsigned words [H, W], and their significant bits: how many, above which one, and whether they are signed."""
     from pydicom.pixels import get_decoder
 
     with _quietly("its transfer syntax is unknown"):
-        syntax = film.file_meta.TransferSyntaxUID
+        syntax = dicom.file_meta.TransferSyntaxUID
         decoder = get_decoder(syntax)
-        if syntax.is_encapsulated != film["PixelData"].is_undefined_length:
+        if syntax.is_encapsulated != dicom["PixelData"].is_undefined_length:
             raise _UnfitError(f"its pixels are not {syntax.name}, as its header says")
-    bits, shift, is_signed = (film.BitsStored, film.HighBit + 1 - film.BitsStored, film.PixelRepresentation == 1)
+    bits, shift, is_signed = (dicom.BitsStored, dicom.HighBit + 1 - dicom.BitsStored, dicom.PixelRepresentation == 1)
     options: dict[str, Any] = {"samples_per_pixel": 1, "view_only": True, "correct_unused_bits": False}
     with _quietly(f"its pixels are damaged, or end early ({syntax.name})"):
         frame = None
         if syntax.is_encapsulated:
-            options["decoding_plugin"], frame = _choose_plugin(film, decoder.available_plugins)
+            options["decoding_plugin"], frame = _choose_plugin(dicom, decoder.available_plugins)
         else:
-            size = -(-film.Rows * film.Columns * film.BitsAllocated // 8)
-            if len(film.PixelData or b"") > max(2 * size - 1, size + 1):  # a byte may fill up
+            size = -(-dicom.Rows * dicom.Columns * dicom.BitsAllocated // 8)
+            if len(dicom.PixelData or b"") > max(2 * size - 1, size + 1):  # a byte may fill up
                 raise _UnfitError("more than one frame")
         if frame:  # compressed data states its own format (PS3.5, 8.2): headers that differ are common
             depth, has_sign = frame
             options |= {"bits_allocated": 8 if depth <= 8 else 16 if depth <= 16 else 32}
             options |= {"bits_stored": depth, "pixel_representation": int(has_sign or False)}
-        words, _ = decoder.as_array(film, index=0, raw=True, **options)
+        words, _ = decoder.as_array(dicom, index=0, raw=True, **options)
         words = words.astype(words.dtype.newbyteorder("="), copy=False).view(f"u{words.itemsize}")
         if frame:
             # Sign bits would lie above the stored ones: without any, the values are those of the header.
             bits = depth if has_sign or int(words.max()) >> bits or bits > depth else bits
             if is_signed != bool(has_sign):
-                is_signed = _is_smoother_signed(film, words, bits)
+                is_signed = _is_smoother_signed(dicom, words, bits)
             shift = 0
     return words, bits, shift, is_signed
 
 
-def _choose_plugin(film: "Dataset", available: Collection[str]) -> tuple[str, tuple[int, bool | None] | None]:
+def _choose_plugin(dicom: "Dataset", available: Collection[str]) -> tuple[str, tuple[int, bool | None] | None]:
     """Which decoder to use; the bits that the only frame states, and whether they are signed.
 
     RLE states neither, and only JPEG 2000 states the sign.
@@ -191,7 +191,7 @@ def _choose_plugin(film: "Dataset", available: Collection[str]) -> tuple[str, tu
     from pydicom.encaps import generate_fragments, parse_basic_offsets
     from pydicom.uid import JPEGExtended12Bit, RLELossless
 
-    syntax, file = film.file_meta.TransferSyntaxUID, BytesIO(film.PixelData)
+    syntax, file = dicom.file_meta.TransferSyntaxUID, BytesIO(dicom.PixelData)
     plugin = next((name for name in _DECODERS if name in available), "")
     offsets = len(parse_basic_offsets(file))
     fragments = [fragment for fragment in generate_fragments(file) if fragment]
@@ -211,7 +211,7 @@ def _choose_plugin(film: "Dataset", available: Collection[str]) -> tuple[str, tu
         *grid, channels, depth = struct.unpack_from(">4I16xHB", stream, stream.index(_J2K) + 8)
         shape = (grid[1] - grid[3], grid[0] - grid[2], channels)
         bits, is_signed = depth % 128 + 1, depth > 127
-    if shape != (film.Rows, film.Columns, 1):  # before a decoder allots memory for it
+    if shape != (dicom.Rows, dicom.Columns, 1):  # before a decoder allots memory for it
         raise _UnfitError(f"its pixels are of another size than its header says ({syntax.name})")
     if syntax == JPEGExtended12Bit and bits > 8 and plugin != "pylibjpeg":
         raise _UnfitError("a JPEG of 12 bits, whose decoder is under the GPL: pip install pylibjpeg-libjpeg")
@@ -223,7 +223,7 @@ def _to_signed(values: Levels, bits: int) -> Levels:
     return values - (values >> (bits - 1) << bits)
 
 
-def _is_smoother_signed(film: "Dataset", words: Levels, bits: int) -> bool:
+def _is_smoother_signed(dicom: "Dataset", words: Levels, bits: int) -> bool:
     """Whether neighbors differ less as signed values: decides if stream and header disagree.
 
     Both are wrong in real files, and a wrong sign makes black of white. Padding, which is far from any neighbor, does
@@ -231,13 +231,13 @@ def _is_smoother_signed(film: "Dataset", words: Levels, bits: int) -> bool:
     """
     levels = words.astype(np.int64) & (2**bits - 1)
     signed = _to_signed(levels, bits)
-    is_padding = _find_padding(film, True, signed) | _find_padding(film, False, levels)
+    is_padding = _find_padding(dicom, True, signed) | _find_padding(dicom, False, levels)
     counted = ~(is_padding[:, 1:] | is_padding[:, :-1])
     as_signed, unsigned = (np.abs(np.diff(values))[counted].sum() for values in (signed, levels))
-    return bool(as_signed < unsigned or (as_signed == unsigned and film.PixelRepresentation == 1))
+    return bool(as_signed < unsigned or (as_signed == unsigned and dicom.PixelRepresentation == 1))
 
 
-def _render(film: "Dataset", words: Levels, bits: int, shift: int, is_signed: bool) -> Picture:
+def _render(dicom: "Dataset", words: Levels, bits: int, shift: int, is_signed: bool) -> Picture:
     """The image in gray, computed once for each value of the words [H, W]."""
     size = 8 * words.itemsize
     places: Levels = words
@@ -247,8 +247,8 @@ def _render(film: "Dataset", words: Levels, bits: int, shift: int, is_signed: bo
     levels = (values >> shift) & (2**bits - 1)
     if is_signed:
         levels, values = _to_signed(levels, bits), _to_signed(values, size)
-    is_padding = _find_padding(film, is_signed, levels) | _find_padding(film, is_signed, values)
-    modality, voi = _find_table(film, "ModalityLUTSequence"), _find_table(film, "VOILUTSequence")
+    is_padding = _find_padding(dicom, is_signed, levels) | _find_padding(dicom, is_signed, values)
+    modality, voi = _find_table(dicom, "ModalityLUTSequence"), _find_table(dicom, "VOILUTSequence")
     count = len(values)
     # A window is the same whatever the pixels are: that it shows a picture, a sample of them can tell.
     for step in (1,) if modality or voi else (8, 1):
@@ -258,8 +258,8 @@ def _render(film: "Dataset", words: Levels, bits: int, shift: int, is_signed: bo
         else:
             occurs = cv2.calcHist([part], [0], None, [count], [0, count]).ravel() > 0
         seen = occurs & ~is_padding if (occurs & ~is_padding).any() else occurs
-        measured = _measure(film, modality, levels, seen)
-        shown = _apply_voi(film, voi, measured, seen)
+        measured = _measure(dicom, modality, levels, seen)
+        shown = _apply_voi(dicom, voi, measured, seen)
         if shown is not None and len(np.unique(np.rint(255 * shown[seen]))) >= FEW:
             break
     low, high = measured[seen].min(), measured[seen].max()
@@ -271,7 +271,7 @@ def _render(film: "Dataset", words: Levels, bits: int, shift: int, is_signed: bo
     if not np.isfinite(measured + shown).all():
         raise ValueError
     gray = np.rint(255 * np.clip(shown, 0, 1)).astype(np.uint8)
-    if film.PhotometricInterpretation == "MONOCHROME1":
+    if dicom.PhotometricInterpretation == "MONOCHROME1":
         gray = 255 - gray
     gray[is_padding] = 0
     try:  # nine times as fast as indexing
@@ -281,9 +281,9 @@ def _render(film: "Dataset", words: Levels, bits: int, shift: int, is_signed: bo
     return Picture(pixels.astype(np.uint8, copy=False), pixels.shape, bits, levels=measured[seen], notes=notes)
 
 
-def _find_padding(film: "Dataset", is_signed: bool, levels: Levels) -> Bools:
+def _find_padding(dicom: "Dataset", is_signed: bool, levels: Levels) -> Bools:
     """Which levels are padding (C.7.5.1.1.2)."""
-    given = [film.get(name) for name in ("PixelPaddingValue", "PixelPaddingRangeLimit")]
+    given = [dicom.get(name) for name in ("PixelPaddingValue", "PixelPaddingRangeLimit")]
     # Their type depends on that of the pixels, and is often the other one.
     ends = np.array([int(value) & 0xFFFF for value in given if value not in (None, "")])
     if given[0] in (None, ""):
@@ -293,23 +293,23 @@ def _find_padding(film: "Dataset", is_signed: bool, levels: Levels) -> Bools:
     return np.asarray((ends.min() <= levels) & (levels <= ends.max()))
 
 
-def _measure(film: "Dataset", table: "Dataset | None", levels: Levels, seen: Bools) -> Measured:
+def _measure(dicom: "Dataset", table: "Dataset | None", levels: Levels, seen: Bools) -> Measured:
     """Levels after the modality LUT or rescaling (C.11.1)."""
     if table:
-        return _apply_table(film, table, levels, seen)[0]
-    slope, intercept = _read_number(film, "RescaleSlope"), _read_number(film, "RescaleIntercept")
+        return _apply_table(dicom, table, levels, seen)[0]
+    slope, intercept = _read_number(dicom, "RescaleSlope"), _read_number(dicom, "RescaleIntercept")
     return levels * (slope or 1.0) + (intercept or 0.0)
 
 
-def _apply_voi(film: "Dataset", table: "Dataset | None", measured: Measured, seen: Bools) -> Measured | None:
+def _apply_voi(dicom: "Dataset", table: "Dataset | None", measured: Measured, seen: Bools) -> Measured | None:
     """The first VOI LUT or window (C.11.2), black 0 to white 1; None without one."""
     if table:
-        entries, white = _apply_table(film, table, measured, seen)
+        entries, white = _apply_table(dicom, table, measured, seen)
         return entries / white
-    center, width = _read_number(film, "WindowCenter"), _read_number(film, "WindowWidth")
+    center, width = _read_number(dicom, "WindowCenter"), _read_number(dicom, "WindowWidth")
     if center is None or width is None:
         return None
-    function = str(film.get("VOILUTFunction") or "").strip().upper() or "LINEAR"
+    function = str(dicom.get("VOILUTFunction") or "").strip().upper() or "LINEAR"
     if function not in ("LINEAR", "LINEAR_EXACT", "SIGMOID") or width < (function == "LINEAR") or not width:
         raise ValueError
     if function == "SIGMOID":
@@ -321,14 +321,14 @@ def _apply_voi(film: "Dataset", table: "Dataset | None", measured: Measured, see
     return np.where(measured <= edge, 0, np.where(measured > edge + width, 1, inside))
 
 
-def _apply_table(film: "Dataset", table: "Dataset", levels: Levels | Measured, seen: Bools) -> tuple[Measured, int]:
+def _apply_table(dicom: "Dataset", table: "Dataset", levels: Levels | Measured, seen: Bools) -> tuple[Measured, int]:
     """A table's entries at the levels (C.11.1.1, C.11.2.1.1), and the highest that its bits can have."""
     count, first, bits = (int(number) for number in table.LUTDescriptor)
     count = count & 0xFFFF or 2**16
     data = table.LUTData
     if not isinstance(data, bytes):
         data = (np.atleast_1d(data) & 0xFFFF).astype("<u2").tobytes()
-    elif table["LUTData"].VR == "OW" and not film.original_encoding[1]:
+    elif table["LUTData"].VR == "OW" and not dicom.original_encoding[1]:
         data = np.frombuffer(data, ">u2", len(data) // 2).astype("<u2").tobytes()
     # Entries of 8 bits may be one or two a word, whatever the type says.
     if not 8 <= bits <= 16 or (len(data) < 2 * count and len(data) not in (count, count + 1)):
@@ -346,14 +346,14 @@ def _apply_table(film: "Dataset", table: "Dataset", levels: Levels | Measured, s
     return entries[places].astype(np.float64), 2**bits - 1
 
 
-def _find_table(film: "Dataset", name: str) -> "Dataset | None":
+def _find_table(dicom: "Dataset", name: str) -> "Dataset | None":
     """The first lookup table of a sequence that is not empty."""
-    tables = (item for item in film.get(name) or [] if item.get("LUTDescriptor"))
+    tables = (item for item in dicom.get(name) or [] if item.get("LUTDescriptor"))
     return next((table for table in tables if table.get("LUTData") not in (None, b"", "", [])), None)
 
 
-def _read_number(film: "Dataset", name: str) -> float | None:
+def _read_number(dicom: "Dataset", name: str) -> float | None:
     """The first number of an element; None if it is absent or empty."""
-    value = film.get(name)
+    value = dicom.get(name)
     values = [] if value in (None, "") else [value] if isinstance(value, (str, int, float)) else [*value]
     return float(values[0]) if values else None

@@ -127,12 +127,12 @@ def spell_alike(tables: Mapping[Side, pa.Table], namespace: str = "") -> dict[Si
 
 def find_shared(sides: Mapping[Side, Ids]) -> Iterator[tuple[Side, Side, list[str]]]:
     """(side, later side, names) for each two sides that share patients or images, as the later side calls them."""
-    distinct = {side: found.ids.unique() for side, found in sides.items()}
-    for one, other in combinations(distinct, 2):
-        common = distinct[other].filter(pc.is_in(distinct[other], value_set=distinct[one]))
+    distinct = {side: members.ids.unique() for side, members in sides.items()}
+    for first, second in combinations(distinct, 2):
+        common = distinct[second].filter(pc.is_in(distinct[second], value_set=distinct[first]))
         if len(common):
-            rows = pc.index_in(common, value_set=sides[other].ids)
-            yield one, other, sides[other].names.take(rows).to_pylist()
+            rows = pc.index_in(common, value_set=sides[second].ids)
+            yield first, second, sides[second].names.take(rows).to_pylist()
 
 
 def join(

@@ -109,9 +109,9 @@ def prepare(data: bytes, options: ImageOptions, said_bits: int | None = None) ->
         elif kind == "PNG":
             source = _read_png(data, options.max_pixels, options.bits, said_bits)
         else:
-            film = open_dicom(data, options.max_pixels)
-            _check_pixels(film.Columns, film.Rows, options.max_pixels)
-            source = decode_dicom(film)
+            dicom = open_dicom(data, options.max_pixels)
+            _check_pixels(dicom.Columns, dicom.Rows, options.max_pixels)
+            source = decode_dicom(dicom)
     except (ImageError, ImportError):  # the latter names a package to install
         raise
     except Exception as error:  # of any kind, for a damaged file

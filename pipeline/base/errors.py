@@ -56,9 +56,9 @@ def quote(text: str, longest: int) -> str:
     return printable(text[:longest], kept="") + ("…" if len(text) > longest else "")
 
 
-def describe_difference(there: Mapping[str, object], here: Mapping[str, object], names: Iterable[str]) -> str:
+def describe_difference(before: Mapping[str, object], now: Mapping[str, object], names: Iterable[str]) -> str:
     """The first of these settings that differs, in words; "" if none does."""
     for name in names:
-        if there.get(name) != here.get(name):
-            return f"{name} is {there.get(name)} there and {here.get(name)} here"
+        if before.get(name) != now.get(name):
+            return f"{name} is {before.get(name)} there and {now.get(name)} here"
     return ""

@@ -81,8 +81,8 @@ def object_to_put(path: Any) -> Iterator[BinaryIO]:
         with named_failures(path, "cannot be written"):
             path.fs.put_file(file.name, path.path)
             with path.open("rb") as stored:
-                found = hashlib.file_digest(stored, "sha256").hexdigest()
-        if found != written:
+                uploaded = hashlib.file_digest(stored, "sha256").hexdigest()
+        if uploaded != written:
             raise DataError(f"{path}: what the store gives back is not what was put; start the command again")
 
 
@@ -125,8 +125,8 @@ def list_folders(path: Any) -> list[str]:
         with os.scandir(path) as entries:
             return sorted(entry.name for entry in entries if entry.is_dir())
     with named_failures(path, "cannot be listed"):
-        found = path.fs.ls(path.path, detail=True)
-    return sorted(entry["name"].rpartition("/")[2] for entry in found if entry["type"] == "directory")
+        listing = path.fs.ls(path.path, detail=True)
+    return sorted(entry["name"].rpartition("/")[2] for entry in listing if entry["type"] == "directory")
 
 
 def list_objects(path: Any) -> set[str]:

@@ -88,8 +88,8 @@ def verify_shards(
     tasks = [task for name, split in manifest.splits.items() for task in _tasks(folder, split, tables.get(name))]
     owners = {task.shard.sha256: task.shard.file for task in tasks}
     checks = _Checks(encoding, owners, deep, fetch, flat=[])
-    found = run_threads(partial(_check_shard, checks), tasks, workers, progress)
-    problems |= {task.shard.file: lines for task, lines in zip(tasks, found, strict=True)}
+    complaints = run_threads(partial(_check_shard, checks), tasks, workers, progress)
+    problems |= {task.shard.file: lines for task, lines in zip(tasks, complaints, strict=True)}
     return Verdict(
         splits=len(manifest.splits),
         shards=len(tasks),

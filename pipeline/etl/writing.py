@@ -228,20 +228,20 @@ def finish(task: FinishTask) -> Manifest:
     return manifest
 
 
-def index_split(of: tuple[FinishTask, str]) -> Index:
+def index_split(item: tuple[FinishTask, str]) -> Index:
     """Write `<split>.arrow`: the rows that were kept, without paths, plus each image's position and original facts."""
-    task, split = of
+    task, split = item
     numbers = range(count_planned(task.partial, split))
     parts = [read_record(task.partial / f"{split}-{number:06d}.arrow") for number in numbers]
-    whole = pa.concat_tables(table for _, table in parts)
-    if whole["note"].null_count == len(whole):
-        whole = whole.drop_columns(["note"])
-    digest = write_table(task.out / f"{split}.arrow", whole)
+    samples = pa.concat_tables(table for _, table in parts)
+    if samples["note"].null_count == len(samples):
+        samples = samples.drop_columns(["note"])
+    digest = write_table(task.out / f"{split}.arrow", samples)
     shards = tuple(record.shard for record, _ in parts)
-    entry = Split(**count_rows(whole), table=f"{split}.arrow", table_sha256=digest, shards=shards)
+    entry = Split(**count_rows(samples), table=f"{split}.arrow", table_sha256=digest, shards=shards)
     levels = np.array([record.levels for record, _ in parts], np.int64).sum(axis=0)
     rejects = [reject for record, _ in parts for reject in record.rejects]
-    return Index(entry, levels, rejects, find_unannotated(whole), name_facts(whole))
+    return Index(entry, levels, rejects, find_unannotated(samples), name_facts(samples))
 
 
 def write_rejects(folder: Path, rejects: list[Reject]) -> None:

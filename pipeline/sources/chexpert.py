@@ -48,8 +48,8 @@ class Chexpert(DataSet):
             names = [name for name in list_folders(folder) if not name.startswith(".")]
             inside = {name: csvs for name in names if (csvs := _csvs_in(folder / name))}
             holds_images = any(name in _SPLIT_FOLDERS or _PATIENT.fullmatch(name) for name in names)
-            whole = folder.resolve()
-            if not inside and holds_images and whole.name not in _SPLIT_FOLDERS and (csvs := _csvs_in(whole.parent)):
+            path = folder.resolve()
+            if not inside and holds_images and path.name not in _SPLIT_FOLDERS and (csvs := _csvs_in(path.parent)):
                 return csvs
         if len(inside) > 1:
             raise DataError(f"{folder}: CSVs in several folders ({', '.join(inside)}); name one of them")
@@ -76,13 +76,13 @@ class Chexpert(DataSet):
             holding = folders.get(image.partition("/")[0], [])
             named = [folder for folder in meant(above) if folder in holding]
             others = [folder for folder in holding if folder not in named]
-            whole = [f"{folder}/{image}" for folder in (*named, *others)]
-            if len(whole) == 1 and (named or _is_batch(others[0])):  # no need to look
-                files.append(whole[0])
+            candidates = [f"{folder}/{image}" for folder in (*named, *others)]
+            if len(candidates) == 1 and (named or _is_batch(others[0])):  # no need to look
+                files.append(candidates[0])
                 continue
             parent = "/".join(filter(None, (str(roots[0]), above.rpartition("/")[2])))
-            expected = whole[0] if named else f"{parent}/{image}"
-            files.append(next((file for file in whole if open_location(file).exists()), expected))
+            expected = candidates[0] if named else f"{parent}/{image}"
+            files.append(next((file for file in candidates if open_location(file).exists()), expected))
         return files
 
     def describe_moved(self, tables: Iterable[pa.Table], roots: Sequence[Path]) -> str | None:
@@ -146,12 +146,12 @@ def _find_patients(roots: Sequence[Path], aboves: set[str]) -> dict[str, list[st
                 folder /= name
             else:
                 look(folder)
-    found: dict[str, list[str]] = {}
+    holders: dict[str, list[str]] = {}
     for folder, names in folders.items():
         for name in names:
             if _PATIENT.fullmatch(name):
-                found.setdefault(name, []).append(str(folder))
-    return found
+                holders.setdefault(name, []).append(str(folder))
+    return holders
 
 
 def _tails(above: str) -> list[str]:

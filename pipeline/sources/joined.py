@@ -54,26 +54,26 @@ def join_facts(
         names = {KEYS[name]: name for name in columns if name in KEYS}
         used = next((used for used in UNITS if names.keys() >= set(used)), None)
         if used is None:
-            there, known = ", ".join(columns), ", ".join(KEYS)
-            raise DataError(f"{path}: no column says whose row it is; it has {there}; name one of them {known}")
+            present, known = ", ".join(columns), ", ".join(KEYS)
+            raise DataError(f"{path}: no column says whose row it is; it has {present}; name one of them {known}")
         if numbered and "study" in used:
             raise DataError(
                 f"{path}: column {names['study']} cannot be a key: the data set's studies have no names, and were "
                 "numbered here; use patient or key, or name the data set's column study"
             )
-        whole = pa.concat_tables(table.select(["key", "patient", "study"]) for table in joined.values())
-        if used == ("study",) and pc.count_distinct(whole["study"]) != len(
-            whole.group_by(["patient", "study"]).aggregate([])
+        samples = pa.concat_tables(table.select(["key", "patient", "study"]) for table in joined.values())
+        if used == ("study",) and pc.count_distinct(samples["study"]) != len(
+            samples.group_by(["patient", "study"]).aggregate([])
         ):
             raise DataError(f"{path}: a study's number is unique only within its patient; add a column patient")
         facts = {name: column for name, column in columns.items() if name not in KEYS}
         _check_names(path, facts, joined)
-        ours, theirs = (
+        sample_keys, file_keys = (
             pc.binary_join_element_wise(*(table[name].cast(pa.string()) for name in parts), "/")
-            for table, parts in ((whole, used), (columns, [names[part] for part in used]))
+            for table, parts in ((samples, used), (columns, [names[part] for part in used]))
         )
         by = NORMALIZED.get(used, normalize_ids)
-        place = join(ours, path, pa.table(facts), theirs, UNITS[used], note, by, _line)
+        place = join(sample_keys, path, pa.table(facts), file_keys, UNITS[used], note, by, _line)
         facts = {name: _type(column) for name, column in facts.items()}
         taken = {name for table in joined.values() for name in table.column_names}
         if "primary_race" in facts and "race" not in taken.union(facts):
@@ -94,8 +94,8 @@ def _read_columns(path: Path) -> dict[str, pa.Array]:
     names = ["_".join(re.findall(r"\w+", name.lower())) for name in table.column_names]
     for number, name in enumerate(names):
         if not name or name in names[:number]:
-            what = f"'{table.column_names[number]}' is a name twice" if name else "has no name"
-            raise DataError(f"{path}: column {number + 1} {what}; rename or remove it")
+            problem = f"'{table.column_names[number]}' is a name twice" if name else "has no name"
+            raise DataError(f"{path}: column {number + 1} {problem}; rename or remove it")
     if set(names) <= KEYS.keys():
         raise DataError(f"{path}: no column of facts beside {', '.join(names)}")
     return dict(zip(names, (column.combine_chunks() for column in table.columns), strict=True))

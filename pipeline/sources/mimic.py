@@ -54,7 +54,7 @@ class Mimic(DataSet):
         place = join(fields["study"], csvs["labels"], labels.select(LABELS), labels["study_id"], "studies", note)
         states = {label: parse_states(csvs["labels"], label, labels[label]) for label in LABELS}
         table = make_table(fields, {label: take_states(column, place) for label, column in states.items()})
-        tables = {ours: table.filter(pc.equal(fields["split"], name)) for name, ours in SPLITS.items()}
+        tables = {split: table.filter(pc.equal(fields["split"], name)) for name, split in SPLITS.items()}
         if "radiologist" in csvs:
             tables |= _read_radiologist(csvs["radiologist"], tables["test"], note)
         return {split: rows.combine_chunks() for split, rows in tables.items() if len(rows)}

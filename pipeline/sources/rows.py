@@ -69,9 +69,9 @@ def read_splits(source: Source, *, views: str, dev: float, seed: int, limit: int
     paths = [path for table in kept.values() for path in table["path"].to_pylist()]
     files = iter(adapter.locate(paths, source.roots))
     located = {split: pa.array(islice(files, len(table)), pa.string()) for split, table in kept.items()}
-    whole = {split: table.append_column("file", located[split]) for split, table in kept.items()}
-    notes = [note for note in (adapter.describe_moved(whole.values(), source.roots), *notes) if note]
-    return whole, dropped, tuple(notes)
+    complete = {split: table.append_column("file", located[split]) for split, table in kept.items()}
+    notes = [note for note in (adapter.describe_moved(complete.values(), source.roots), *notes) if note]
+    return complete, dropped, tuple(notes)
 
 
 def divide_rows(table: pa.Table, size: int, views: str) -> Iterator[pa.Table]:

@@ -97,8 +97,8 @@ def find_set(folder: Path, name: str | None = None) -> tuple[str, dict[str, Path
     wanted = ", or ".join(f"{kind.files or f'a {kind.names[0]}'} ({kind.terms.title})" for kind in asked.values())
     names = sorted(path.name for path in list_files(folder))
     more = f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
-    there = f"it holds {', '.join(names[:SHOWN])}{more}" if names else "it is empty"
-    raise DataError(f"{folder}: neither it nor a folder in it holds {wanted}; {there}")
+    content = f"it holds {', '.join(names[:SHOWN])}{more}" if names else "it is empty"
+    raise DataError(f"{folder}: neither it nor a folder in it holds {wanted}; {content}")
 
 
 def read_any_table(csv: Path) -> pa.Table:

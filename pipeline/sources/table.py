@@ -58,14 +58,14 @@ def parse_columns(text: str, known: Sequence[str] = (*FIELDS, "key", *LABELS)) -
     wrong = []
     for part in text.split(","):
         name, column = (word.strip().strip('"') for word in part.partition("=")[::2])
-        ours = find_label(name) or name
-        if ours not in known:
-            wrong.append(f"'{ours}' is none of {', '.join(known)}")
+        field = find_label(name) or name
+        if field not in known:
+            wrong.append(f"'{field}' is none of {', '.join(known)}")
         elif not column:
-            wrong.append(f"{ours} has no column")
-        elif ours in dict(pairs):
-            wrong.append(f"{ours} is given twice")
-        pairs.append((ours, column))
+            wrong.append(f"{field} has no column")
+        elif field in dict(pairs):
+            wrong.append(f"{field} is given twice")
+        pairs.append((field, column))
     if wrong:
         raise DataError("; ".join(wrong))
     return tuple(pairs)
@@ -91,7 +91,7 @@ class OwnTable(DataSet):
         for split, csv in source.csvs.items():
             text = read_strings(csv)
             demand_columns(csv, text.column_names, list(columns.values()))
-            cells = {ours: text[column] for ours, column in columns.items()}
+            cells = {field: text[column] for field, column in columns.items()}
             tables[split] = read_named(csv, columns, cells)
             demand_unique(csv, tables[split]["key"])
         return tables
@@ -99,7 +99,7 @@ class OwnTable(DataSet):
 
 def read_named(csv: Path | list[str], columns: Mapping[str, str], cells: Mapping[str, pa.ChunkedArray]) -> pa.Table:
     """The label table of cells by our names; `csv`, or the name of each row, and `columns` are for errors."""
-    named = [(columns[ours], cells[ours], column) for ours, column in FIELDS.items() if ours in columns]
+    named = [(columns[field], cells[field], column) for field, column in FIELDS.items() if field in columns]
     states = CELLS | {NOT_ANNOTATED: NOT_ANNOTATED}  # as in our own shards
     fields = {**cells, **read_cells(csv, named)}
     if "key" not in fields:

@@ -60,7 +60,7 @@ class Webdataset(DataSet):
         """Split → its label table. Raises DataError with all that is missing, and the command to give."""
         tars = {name: path for name, path in source.csvs.items() if name != CSV}
         columns = dict(source.columns)
-        fields = {ours: field for ours, field in columns.items() if ours != "key"}
+        fields = {name: field for name, field in columns.items() if name != "key"}
         problems = _find_gaps(tars.values())
         rows: list[Fields] = []
         for name, path in tars.items():
@@ -92,7 +92,7 @@ class Webdataset(DataSet):
         tables = {}
         for split in dict.fromkeys(name.partition("/")[0] for name in tars):
             part = samples.filter(pc.starts_with(samples[TAR], f"{split}/"))
-            cells = {ours: part[field] for ours, field in fields.items()}
+            cells = {name: part[field] for name, field in fields.items()}
             labels = [name.replace(": ", ": sample ", 1) for name in part[NAME].to_pylist()]
             tables[split] = read_named(labels, fields, cells | {"path": part[IMAGE], "key": part[KEY]})
         return tables
@@ -213,11 +213,11 @@ def _demand_all(source: Source, samples: pa.Table, header: list[str], problems: 
     folder, columns = source.roots[0], dict(source.columns)
     known = [name for name in samples.column_names if name == KEY or not name.startswith("__")]
     absent = [
-        f"no sample has the field {field}" for ours, field in columns.items() if ours != "key" and field not in known
+        f"no sample has the field {field}" for name, field in columns.items() if name != "key" and field not in known
     ]
     absent += ["the images are in the tars: leave out path"] if "path" in columns else []
     absent += ["no patient is named"] if "patient" not in columns else []
-    absent += ["no label is named"] if not any(ours in LABELS for ours in columns) else []
+    absent += ["no label is named"] if not any(name in LABELS for name in columns) else []
     problems = [*problems, *([] if len(samples) else ["no samples in the tars"])]
     if not problems + absent:
         return

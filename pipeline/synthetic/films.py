@@ -51,7 +51,7 @@ class Body(NamedTuple):
     breast: float
 
 
-class Film(NamedTuple):
+class Canvas(NamedTuple):
     """Coordinates and layers of one image; signs change the layers in place.
 
     float32 [height * SKETCH, width * SKETCH], metal [height, width].
@@ -145,40 +145,40 @@ def draw_film(
     a patient share; `rng` everything that differs between images. There is a box for each connected part of a
     change, and one box for a large heart or mediastinum, whose change is a rim; none if the sign is invisible.
     """
-    make_film = frontal_film
+    draw_anatomy = draw_frontal
     if kind == "lateral":
-        make_film = lateral_film
+        draw_anatomy = draw_lateral
         findings = {
             label: finding._replace(severity=min(1.0, ON_LATERALS.get(label, 1.0) * finding.severity))
             for label, finding in findings.items()
         }
     body, before = draw_body(patient_rng, sex), copy.deepcopy(rng)
-    film = make_film(rng, body, findings, projection == "AP")
+    canvas = draw_anatomy(rng, body, findings, projection == "AP")
     changes: dict[str, Array] = {}
     for label in ANATOMY:
         if label in boxed:
             without = findings | {label: findings[label]._replace(severity=0.0)}
-            healthy = make_film(copy.deepcopy(before), body, without, projection == "AP")
-            changes[label] = np.abs(film.show() - healthy.show())
-    draw_vessels(film, rng)
+            healthy = draw_anatomy(copy.deepcopy(before), body, without, projection == "AP")
+            changes[label] = np.abs(canvas.show() - healthy.show())
+    draw_vessels(canvas, rng)
     for label, draw in SIGNS.items():
         if findings[label].severity > 0:
-            shown = film.show() if label in boxed else None
-            draw(film, findings[label], rng)
+            shown = canvas.show() if label in boxed else None
+            draw(canvas, findings[label], rng)
             if shown is not None:
-                change = np.abs(film.show() - shown)
+                change = np.abs(canvas.show() - shown)
                 changes[label] = np.maximum(change, changes.get(label, 0))
-    draw_marker(film, rng)
-    boxes = {label: find_boxes(change, whole=label not in SIGNS) for label, change in changes.items()}
-    return expose(film, rng), boxes
+    draw_marker(canvas, rng)
+    boxes = {label: find_boxes(change, single=label not in SIGNS) for label, change in changes.items()}
+    return expose(canvas, rng), boxes
 
 
-def find_boxes(change: Array, whole: bool) -> list[Box]:
-    """Boxes in final pixels around what is SEEN of a change of the sketch: one around the `whole`, or one a part."""
+def find_boxes(change: Array, single: bool) -> list[Box]:
+    """Boxes in final pixels around what is SEEN of a change of the sketch: a `single` one, or one a part."""
     seen = cv2.dilate((change >= SEEN).astype(np.uint8), np.ones((2 * ROOM + 1,) * 2, np.uint8))
-    found = [cv2.boundingRect(seen)] if whole else cv2.connectedComponentsWithStats(seen)[2][1:, :4].tolist()
+    boxes = [cv2.boundingRect(seen)] if single else cv2.connectedComponentsWithStats(seen)[2][1:, :4].tolist()
     zoom = round(1 / SKETCH)
-    return [(zoom * x, zoom * y, zoom * w, zoom * h) for x, y, w, h in found if w]
+    return [(zoom * x, zoom * y, zoom * w, zoom * h) for x, y, w, h in boxes if w]
 
 
 def draw_body(rng: np.random.Generator, sex: str) -> Body:
@@ -188,13 +188,13 @@ def draw_body(rng: np.random.Generator, sex: str) -> Body:
     return body if sex == "Female" else body._replace(breast=0.0)
 
 
-def expose(film: Film, rng: np.random.Generator) -> npt.NDArray[np.uint8]:
+def expose(canvas: Canvas, rng: np.random.Generator) -> npt.NDArray[np.uint8]:
     """Turn layers into gray values: exposure and grain vary."""
     contrast, bias, gamma, grain = rng.uniform((0.9, -0.03, 0.85, 0.010), (1.1, 0.04, 1.25, 0.022)).tolist()
-    density = np.clip(bias + contrast * film.find_density(), 0, 1) ** np.float32(gamma)
-    density = resize(density, film.metal.shape)
+    density = np.clip(bias + contrast * canvas.find_density(), 0, 1) ** np.float32(gamma)
+    density = resize(density, canvas.metal.shape)
     density += np.float32(3.5 * grain) * (rng.random(density.shape, dtype=np.float32) - np.float32(0.5))
-    return (np.clip(np.maximum(density, film.metal), 0, 1) * 255).astype(np.uint8)
+    return (np.clip(np.maximum(density, canvas.metal), 0, 1) * 255).astype(np.uint8)
 
 
 def soft(distance: Array, width: float) -> Array:
@@ -250,7 +250,7 @@ def raised(findings: dict[str, Finding], side: int) -> float:
     return 0.09 * finding.severity if side == finding.side else 0.0
 
 
-def frontal_film(rng: np.random.Generator, body: Body, findings: dict[str, Finding], portable: bool) -> Film:
+def draw_frontal(rng: np.random.Generator, body: Body, findings: dict[str, Finding], portable: bool) -> Canvas:
     """Draw the anatomy of an AP (portable) or PA image."""
     u, v, pose, metal = draw_grid(rng)
     a = np.abs(u)
@@ -261,33 +261,33 @@ def frontal_film(rng: np.random.Generator, body: Body, findings: dict[str, Findi
     wall = body.width * bulge(v, 0.065, 0.7) - a
     apex = 0.05 + 0.1 * np.clip((0.22 - v) * 7, 0, 1) ** 2
     air = soft(wall, 0.014) * soft(dome - v, 0.014) * soft(a - apex, 0.02)
-    film = Film(False, body, pose, u, v, wall, top + 0.65 * body.width**2, air, *empty_layers(rng, metal, u))
+    canvas = Canvas(False, body, pose, u, v, wall, top + 0.65 * body.width**2, air, *empty_layers(rng, metal, u))
     size = body.heart * (1 + 0.72 * findings["Cardiomegaly"].severity) * (1.06 if portable else 1.0)
-    heart = soft(1 - film.ellipse(0.3 * size, 0.655, 1.1 * size, 0.1 + 0.24 * size, 0.55), 0.08)
+    heart = soft(1 - canvas.ellipse(0.3 * size, 0.655, 1.1 * size, 0.1 + 0.24 * size, 0.55), 0.08)
     spread = 0.085 * findings["Enlarged Cardiomediastinum"].severity
     knob = 0.02 * soft(0.045 - np.abs(v - 0.33), 0.05) * (u > 0)
     edge = 0.05 + spread - 0.3 * spread * np.abs(v - 0.25) + 0.35 * np.clip(v - 0.42, 0, 0.2) + knob
     middle = soft(edge - a, 0.022) * soft(v - 0.12, 0.1)
-    film.air[...] *= (1 - heart) * (1 - middle)
+    canvas.air[...] *= (1 - heart) * (1 - middle)
     neck = soft(v - 0.02 - 0.26 * np.maximum(a - 0.12, 0), 0.03) + soft(0.125 - a, 0.03)
-    flank = body.width + body.fat + 0.02 * film.coarse - a + 0.6 * np.maximum(0.3 - v, 0)
+    flank = body.width + body.fat + 0.02 * canvas.coarse - a + 0.6 * np.maximum(0.3 - v, 0)
     inside = np.minimum(neck, 1) * (0.12 + 0.88 * soft(flank, 0.04))
     spine = soft(0.042 - a, 0.012) * (0.75 + 0.25 * soft(zigzag(v * 17) - 0.1, 0.12))
     trachea = soft(0.018 - np.abs(u - 0.004), 0.012) * soft(0.37 - v, 0.06)
     belly = np.maximum(0.14 * soft(v - dome, 0.05), 0.09 * np.maximum(heart, middle))
     tissue = inside * (0.68 + belly + 0.08 * spine - 0.14 * trachea)
     for x in (-0.19, 0.19):
-        film.bright[...] += 0.06 * body.breast * soft(1 - film.ellipse(x, 0.62, 0.17, 0.18), 0.15)
-    draw_ribs(film, a, 1.0)
+        canvas.bright[...] += 0.06 * body.breast * soft(1 - canvas.ellipse(x, 0.62, 0.17, 0.18), 0.15)
+    draw_ribs(canvas, a, 1.0)
     collar = 0.215 - 0.34 * a + 0.45 * a * a
     clavicle = soft(0.012 - np.abs(v - collar), 0.012) * soft(a - 0.035, 0.02) * soft(0.36 - a, 0.03)
-    film.bright[...] += 0.13 * clavicle * inside
+    canvas.bright[...] += 0.13 * clavicle * inside
     if rng.random() < 0.4:  # gas in the stomach
-        film.air[...] += 0.5 * soft(1 - film.ellipse(0.2, left + 0.08, 0.07, 0.03), 0.3)
-    return film._replace(tissue=tissue)
+        canvas.air[...] += 0.5 * soft(1 - canvas.ellipse(0.2, left + 0.08, 0.07, 0.03), 0.3)
+    return canvas._replace(tissue=tissue)
 
 
-def lateral_film(rng: np.random.Generator, body: Body, findings: dict[str, Finding], portable: bool) -> Film:
+def draw_lateral(rng: np.random.Generator, body: Body, findings: dict[str, Finding], portable: bool) -> Canvas:
     """Draw the anatomy of a lateral image, the patient facing left."""
     u, v, pose, metal = draw_grid(rng)
     depth = 0.88 * body.width
@@ -298,23 +298,23 @@ def lateral_film(rng: np.random.Generator, body: Body, findings: dict[str, Findi
     dome = low + 1.3 * (u + 0.06) ** 2 + 0.2 * np.maximum(u, 0)
     air = soft(wall, 0.014) * soft(front, 0.014) * soft(dome - v, 0.014) * soft(v - 0.1, 0.08)
     angle = np.full_like(u, low + 1.3 * (depth + 0.06) ** 2 + 0.2 * depth)
-    film = Film(True, body, pose, u, v, wall, angle, air, *empty_layers(rng, metal, u))
+    canvas = Canvas(True, body, pose, u, v, wall, angle, air, *empty_layers(rng, metal, u))
     size = body.heart * (1 + 0.75 * findings["Cardiomegaly"].severity)
-    heart = soft(1 - film.ellipse(0.9 * size - 0.27, 0.63, 1.05 * size, 0.07 + 0.35 * size, -0.7), 0.1)
+    heart = soft(1 - canvas.ellipse(0.9 * size - 0.27, 0.63, 1.05 * size, 0.07 + 0.35 * size, -0.7), 0.1)
     spread = 0.03 + 0.06 * findings["Enlarged Cardiomediastinum"].severity
     middle = soft(spread - np.abs(u + 0.04), 0.04) * soft(0.5 - v, 0.1)
-    film.air[...] *= (1 - 0.85 * heart) * (1 - 0.6 * middle)
+    canvas.air[...] *= (1 - 0.85 * heart) * (1 - 0.6 * middle)
     column = u - depth * (0.62 + 0.38 * reach) + 0.02
     spine = soft(0.04 - np.abs(column), 0.015) * (0.6 + 0.4 * soft(zigzag(v * 15) - 0.1, 0.12))
     arms = soft(0.2 - v + 0.15 * np.abs(u), 0.15)
-    film.air[...] *= (1 - 0.5 * spine) * (1 - 0.6 * arms)
+    canvas.air[...] *= (1 - 0.5 * spine) * (1 - 0.6 * arms)
     inside = soft(wall + body.fat + 0.05, 0.04) * soft(front + 0.5 * body.fat + 0.03, 0.04)
     inside = np.maximum(inside, arms * soft(0.3 - np.abs(u), 0.05))
     trachea = soft(0.02 - np.abs(u - 0.02), 0.012) * soft(0.4 - v, 0.06)
     tissue = inside * (0.68 + 0.12 * soft(v - dome, 0.05) + 0.05 * heart + 0.1 * spine - 0.12 * trachea)
-    film.bright[...] += 0.1 * soft(0.01 - np.abs(front + 0.01), 0.01) * soft(0.6 - v, 0.05)  # sternum
-    draw_ribs(film, 0.25 - u, 0.6)
-    return film._replace(tissue=tissue)
+    canvas.bright[...] += 0.1 * soft(0.01 - np.abs(front + 0.01), 0.01) * soft(0.6 - v, 0.05)  # sternum
+    draw_ribs(canvas, 0.25 - u, 0.6)
+    return canvas._replace(tissue=tissue)
 
 
 def empty_layers(rng: np.random.Generator, metal: Array, like: Array) -> tuple[Array, ...]:
@@ -323,134 +323,134 @@ def empty_layers(rng: np.random.Generator, metal: Array, like: Array) -> tuple[A
     return zero, zero.copy(), metal, noise(rng, like.shape, 8), noise(rng, like.shape, 50)
 
 
-def draw_ribs(film: Film, across: Array, value: float) -> None:
+def draw_ribs(canvas: Canvas, across: Array, value: float) -> None:
     """Posterior ribs as bands with a bright cortex, and fainter anterior ones that cross them."""
-    thorax = soft(film.wall + 0.012, 0.01) * soft(across - 0.045, 0.02) * soft(film.v - 0.08, 0.04)
-    thorax *= 0.15 + 0.85 * film.air
-    for share, level in ((0.075, film.v - film.rib_height(across)), (0.03, film.v + 0.5 * across - 0.2)):
-        phase = zigzag(level * (1 / film.body.rib_gap))
+    thorax = soft(canvas.wall + 0.012, 0.01) * soft(across - 0.045, 0.02) * soft(canvas.v - 0.08, 0.04)
+    thorax *= 0.15 + 0.85 * canvas.air
+    for share, level in ((0.075, canvas.v - canvas.rib_height(across)), (0.03, canvas.v + 0.5 * across - 0.2)):
+        phase = zigzag(level * (1 / canvas.body.rib_gap))
         band = soft(0.17 - phase, 0.06) + 0.5 * soft(0.035 - np.abs(phase - 0.15), 0.03)
-        film.bright[...] += value * share * band * thorax
+        canvas.bright[...] += value * share * band * thorax
 
 
-def draw_vessels(film: Film, rng: np.random.Generator) -> None:
+def draw_vessels(canvas: Canvas, rng: np.random.Generator) -> None:
     """Branching lung markings, dense at the hila and fading outwards."""
-    film.vessels[...] = 0.1 - 0.2 * np.abs(film.fine)
+    canvas.vessels[...] = 0.1 - 0.2 * np.abs(canvas.fine)
     side = np.where(np.arange(22) % 2, 1, -1)
     heading = rng.uniform(-1.3, 1.5, 22)
-    start = np.column_stack([(0.01 if film.lateral else 0.06) * side, 0.43 + 0.05 * heading])
+    start = np.column_stack([(0.01 if canvas.lateral else 0.06) * side, 0.43 + 0.05 * heading])
     way = rng.uniform(0.1, 0.3, (22, 1)) * np.column_stack([side * np.cos(heading), np.sin(heading)])
     middle = start + 0.45 * way + rng.normal(0, 0.02, (22, 2))
     curves = np.stack([start, middle, start + way], 1)
-    film.stroke(film.vessels, curves[:, :2], 2.2, 0.3)
-    film.stroke(film.vessels, curves, 1.2, 0.22)
+    canvas.stroke(canvas.vessels, curves[:, :2], 2.2, 0.3)
+    canvas.stroke(canvas.vessels, curves, 1.2, 0.22)
 
 
-def draw_marker(film: Film, rng: np.random.Generator) -> None:
+def draw_marker(canvas: Canvas, rng: np.random.Generator) -> None:
     """Burn an L into the upper right corner."""
     x, y = rng.uniform((0.4, 0.04), (0.45, 0.1))
-    film.stroke(film.metal, [[[x, y], [x, y + 0.05]], [[x, y + 0.05], [x + 0.025, y + 0.05]]], 1.3, 0.95)
+    canvas.stroke(canvas.metal, [[[x, y], [x, y + 0.05]], [[x, y + 0.05], [x + 0.025, y + 0.05]]], 1.3, 0.95)
 
 
 # Signs: each draws one finding into the image. Heart, mediastinum and diaphragm are the anatomy's.
 ANATOMY = ("Enlarged Cardiomediastinum", "Cardiomegaly", "Atelectasis")
 
 
-def draw_opacity(film: Film, finding: Finding, rng: np.random.Generator) -> None:
+def draw_opacity(canvas: Canvas, finding: Finding, rng: np.random.Generator) -> None:
     """Hazy veil over a zone of one lung; vessels stay visible through it."""
-    r = film.ellipse(film.across(finding), finding.y, 0.17, 0.2)
-    veil = soft(1 - r + 0.3 * film.coarse, 0.6) * film.on_side(finding.side)
-    film.opacify(0.62 * finding.severity * veil)
+    r = canvas.ellipse(canvas.across(finding), finding.y, 0.17, 0.2)
+    veil = soft(1 - r + 0.3 * canvas.coarse, 0.6) * canvas.on_side(finding.side)
+    canvas.opacify(0.62 * finding.severity * veil)
 
 
-def draw_lesion(film: Film, finding: Finding, rng: np.random.Generator) -> None:
+def draw_lesion(canvas: Canvas, finding: Finding, rng: np.random.Generator) -> None:
     """Round, sharply bounded nodule or mass."""
     radius = 0.025 + 0.033 * finding.severity
-    r = film.ellipse(film.across(finding), finding.y, radius, 0.9 * radius)
-    film.opacify((0.4 + 0.55 * finding.severity) * soft(1.05 - r + 0.08 * film.fine, 0.35))
+    r = canvas.ellipse(canvas.across(finding), finding.y, radius, 0.9 * radius)
+    canvas.opacify((0.4 + 0.55 * finding.severity) * soft(1.05 - r + 0.08 * canvas.fine, 0.35))
 
 
-def draw_edema(film: Film, finding: Finding, rng: np.random.Generator) -> None:
+def draw_edema(canvas: Canvas, finding: Finding, rng: np.random.Generator) -> None:
     """Perihilar haze of both lungs (bat wings), thick vessels and short septal lines at the bases."""
-    for x in (0.0,) if film.lateral else (-0.13, 0.13):
-        r = film.ellipse(x, 0.47, 0.2, 0.27)
-        film.opacify(0.72 * finding.severity * soft(0.85 - r + 0.15 * film.coarse, 0.9))
-    film.vessels[...] *= 1 + 1.2 * finding.severity
+    for x in (0.0,) if canvas.lateral else (-0.13, 0.13):
+        r = canvas.ellipse(x, 0.47, 0.2, 0.27)
+        canvas.opacify(0.72 * finding.severity * soft(0.85 - r + 0.15 * canvas.coarse, 0.9))
+    canvas.vessels[...] *= 1 + 1.2 * finding.severity
     count = round(18 * finding.severity)
-    outer = np.where(np.arange(count) % 2, 1, -1) * film.body.width * (0.7 if film.lateral else 0.95)
+    outer = np.where(np.arange(count) % 2, 1, -1) * canvas.body.width * (0.7 if canvas.lateral else 0.95)
     start = np.column_stack([outer, rng.uniform(0.52, 0.72, count)])
     if count:
-        film.stroke(film.vessels, np.stack([start, start * (0.86, 1.01)], 1), 1.0, 0.7 * finding.severity)
+        canvas.stroke(canvas.vessels, np.stack([start, start * (0.86, 1.01)], 1), 1.0, 0.7 * finding.severity)
 
 
-def draw_consolidation(film: Film, finding: Finding, rng: np.random.Generator) -> None:
+def draw_consolidation(canvas: Canvas, finding: Finding, rng: np.random.Generator) -> None:
     """Dense lobar patch with one straight border, the fissure."""
-    x, up = film.across(finding), 1 if finding.y < 0.5 else -1
-    r = film.ellipse(x, finding.y, 0.15, 0.16)
-    fissure = up * (finding.y + 0.07 * up - film.v + 0.25 * (film.u - x))
-    patch = soft(1 - r + 0.12 * film.coarse + 0.05 * film.fine, 0.15) * soft(fissure, 0.012)
-    film.opacify(0.97 * min(1.0, 1.1 * finding.severity) * patch * film.on_side(finding.side))
+    x, up = canvas.across(finding), 1 if finding.y < 0.5 else -1
+    r = canvas.ellipse(x, finding.y, 0.15, 0.16)
+    fissure = up * (finding.y + 0.07 * up - canvas.v + 0.25 * (canvas.u - x))
+    patch = soft(1 - r + 0.12 * canvas.coarse + 0.05 * canvas.fine, 0.15) * soft(fissure, 0.012)
+    canvas.opacify(0.97 * min(1.0, 1.1 * finding.severity) * patch * canvas.on_side(finding.side))
 
 
-def draw_pneumonia(film: Film, finding: Finding, rng: np.random.Generator) -> None:
+def draw_pneumonia(canvas: Canvas, finding: Finding, rng: np.random.Generator) -> None:
     """Patchy, ill-defined focus: many small soft spots that run together."""
-    x = film.across(finding)
-    clear = np.ones_like(film.air)
+    x = canvas.across(finding)
+    clear = np.ones_like(canvas.air)
     for du, dv, radius in rng.uniform((-0.09, -0.11, 0.025), (0.09, 0.11, 0.05), (9, 3)).tolist():
-        r = film.ellipse(x + du, finding.y + dv, radius, radius)
+        r = canvas.ellipse(x + du, finding.y + dv, radius, radius)
         clear *= 1 - 0.75 * finding.severity * soft(0.8 - r, 0.9)
-    film.opacify((1 - clear) * film.on_side(finding.side))
+    canvas.opacify((1 - clear) * canvas.on_side(finding.side))
 
 
-def draw_atelectasis(film: Film, finding: Finding, rng: np.random.Generator) -> None:
+def draw_atelectasis(canvas: Canvas, finding: Finding, rng: np.random.Generator) -> None:
     """Plate-like bands above the raised diaphragm."""
-    x, lift = film.across(finding), 0.09 * finding.severity
+    x, lift = canvas.across(finding), 0.09 * finding.severity
     for step in range(1 + round(1.5 * finding.severity)):
         y, turn = finding.y + 0.03 - lift - 0.05 * step, 0.15 * step - 0.3 * finding.side
-        r = film.ellipse(x, y, 0.15, 0.014, turn)
-        film.opacify(0.9 * finding.severity * soft(1 - r, 0.4) * film.on_side(finding.side))
+        r = canvas.ellipse(x, y, 0.15, 0.014, turn)
+        canvas.opacify(0.9 * finding.severity * soft(1 - r, 0.4) * canvas.on_side(finding.side))
 
 
-def draw_pneumothorax(film: Film, finding: Finding, rng: np.random.Generator) -> None:
+def draw_pneumothorax(canvas: Canvas, finding: Finding, rng: np.random.Generator) -> None:
     """Dark apical and lateral rim without markings, and the thin white pleural line."""
-    side = film.on_side(finding.side)
-    gap = film.wall - (0.02 + 0.14 * finding.severity) * np.clip((0.78 - film.v) * 1.7, 0, 1)
+    side = canvas.on_side(finding.side)
+    gap = canvas.wall - (0.02 + 0.14 * finding.severity) * np.clip((0.78 - canvas.v) * 1.7, 0, 1)
     empty = soft(-gap, 0.01) * side
-    film.vessels[...] *= 1 - empty
-    film.air[...] *= 1 + 0.3 * empty - 0.12 * (1 - empty) * side * finding.severity
-    line = soft(0.004 - np.abs(gap), 0.005) * side * np.minimum(film.air, 1)
-    film.bright[...] += 0.22 * line * soft(0.74 - film.v, 0.05)
+    canvas.vessels[...] *= 1 - empty
+    canvas.air[...] *= 1 + 0.3 * empty - 0.12 * (1 - empty) * side * finding.severity
+    line = soft(0.004 - np.abs(gap), 0.005) * side * np.minimum(canvas.air, 1)
+    canvas.bright[...] += 0.22 * line * soft(0.74 - canvas.v, 0.05)
 
 
-def draw_effusion(film: Film, finding: Finding, rng: np.random.Generator) -> None:
+def draw_effusion(canvas: Canvas, finding: Finding, rng: np.random.Generator) -> None:
     """White base: a meniscus that blunts the costophrenic angle and climbs the wall."""
-    climb = (0.05 + 0.1 * finding.severity) * np.exp(-np.maximum(film.wall, 0) * 14)
-    depth = film.v - film.angle + 0.33 * finding.severity**1.5 + climb
-    film.opacify(soft(depth, 0.03) * film.on_side(finding.side))
+    climb = (0.05 + 0.1 * finding.severity) * np.exp(-np.maximum(canvas.wall, 0) * 14)
+    depth = canvas.v - canvas.angle + 0.33 * finding.severity**1.5 + climb
+    canvas.opacify(soft(depth, 0.03) * canvas.on_side(finding.side))
 
 
-def draw_pleural_other(film: Film, finding: Finding, rng: np.random.Generator) -> None:
+def draw_pleural_other(canvas: Canvas, finding: Finding, rng: np.random.Generator) -> None:
     """Thickened, calcified pleura: a bright lumpy plaque along the wall."""
-    thickness = (0.01 + 0.045 * finding.severity) * (1 + 0.4 * film.coarse)
-    reach = soft(0.2 - np.abs(film.v - finding.y), 0.06)
-    plaque = soft(thickness - film.wall, 0.008) * soft(film.wall, 0.008) * reach * film.on_side(finding.side)
-    film.opacify(0.85 * plaque)
-    film.bright[...] += (0.06 + 0.14 * finding.severity) * plaque * (1 + 0.8 * film.fine)
+    thickness = (0.01 + 0.045 * finding.severity) * (1 + 0.4 * canvas.coarse)
+    reach = soft(0.2 - np.abs(canvas.v - finding.y), 0.06)
+    plaque = soft(thickness - canvas.wall, 0.008) * soft(canvas.wall, 0.008) * reach * canvas.on_side(finding.side)
+    canvas.opacify(0.85 * plaque)
+    canvas.bright[...] += (0.06 + 0.14 * finding.severity) * plaque * (1 + 0.8 * canvas.fine)
 
 
-def draw_fracture(film: Film, finding: Finding, rng: np.random.Generator) -> None:
+def draw_fracture(canvas: Canvas, finding: Finding, rng: np.random.Generator) -> None:
     """Break neighboring ribs: a step between the fragments and a ball of callus at each."""
-    x, step = film.across(finding), 0.035 * finding.side
-    drop = float(film.rib_height(0.25 - x if film.lateral else abs(x)))
-    first = math.floor((finding.y - drop) / film.body.rib_gap)
-    y = drop + (first + np.arange(1 + round(3 * finding.severity)) + 0.5) * film.body.rib_gap
+    x, step = canvas.across(finding), 0.035 * finding.side
+    drop = float(canvas.rib_height(0.25 - x if canvas.lateral else abs(x)))
+    first = math.floor((finding.y - drop) / canvas.body.rib_gap)
+    y = drop + (first + np.arange(1 + round(3 * finding.severity)) + 0.5) * canvas.body.rib_gap
     for start, stop, shift, radius, value in (
         (-step, -0.1 * step, -0.008, 3.5, 0.24),
         (0.1 * step, step, 0.016, 3.5, 0.24),
         (-0.1 * step, 0.1 * step, 0.003, 6.0, 0.42),
     ):
         ends = [np.column_stack([np.full_like(y, x + at), y + shift]) for at in (start, stop)]
-        film.stroke(film.bright, np.stack(ends, 1), radius, value * (0.3 + 0.8 * finding.severity))
+        canvas.stroke(canvas.bright, np.stack(ends, 1), radius, value * (0.3 + 0.8 * finding.severity))
 
 
 # Each device's curves: the radius in pixels, and points (x, y, z) in hundredths.
@@ -468,17 +468,17 @@ DEVICES = (
 )
 
 
-def draw_devices(film: Film, finding: Finding, rng: np.random.Generator) -> None:
+def draw_devices(canvas: Canvas, finding: Finding, rng: np.random.Generator) -> None:
     """Tubes, lines, a pacemaker, electrodes, sternal wires: bright thin curves."""
     shift = rng.normal(0, 0.012, 3)
     for kit in rng.permutation(len(DEVICES))[: 1 + round(2.5 * finding.severity)]:
         for radius, points in (curve.split(":") for curve in DEVICES[kit]):
             places = np.array([point.split() for point in points.split(",")], float) / 100 + shift
-            place = places[None, :, [2, 1] if film.lateral else [0, 1]]
-            film.stroke(film.metal, place, float(radius), 0.55 + 0.4 * finding.severity)
+            place = places[None, :, [2, 1] if canvas.lateral else [0, 1]]
+            canvas.stroke(canvas.metal, place, float(radius), 0.55 + 0.4 * finding.severity)
 
 
-SIGNS: dict[str, Callable[[Film, Finding, np.random.Generator], None]] = {
+SIGNS: dict[str, Callable[[Canvas, Finding, np.random.Generator], None]] = {
     **{"Lung Opacity": draw_opacity, "Edema": draw_edema, "Consolidation": draw_consolidation},
     **{"Pneumonia": draw_pneumonia, "Lung Lesion": draw_lesion, "Atelectasis": draw_atelectasis},
     **{"Pneumothorax": draw_pneumothorax, "Pleural Effusion": draw_effusion},

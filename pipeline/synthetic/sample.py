@@ -173,8 +173,8 @@ def write_patients(task: DrawTask) -> tuple[int, list[Row]]:
             clear = [label for label, finding in study.findings.items() if finding.severity >= VISIBLE]
             for view, (kind, projection) in enumerate(study.views, start=1):
                 body = stream(seed, patient.number, view=1)
-                film = stream(seed, patient.number, study.number, view)
-                pixels, boxes = draw_film(kind, projection, patient.sex, study.findings, body, film, clear)
+                image = stream(seed, patient.number, study.number, view)
+                pixels, boxes = draw_film(kind, projection, patient.sex, study.findings, body, image, clear)
                 key = f"patient{patient.number:05d}_study{study.number}_view{view}_{kind}"
                 rows += [
                     (folder.name, key, name, *box)
@@ -215,12 +215,12 @@ def stream(seed: int, patient: int, study: int = 0, view: int = 0) -> np.random.
 
 def draw_cues(seed: int, patient: int, study: Study, shortcuts: Sequence[Shortcut]) -> list[str]:
     """The cues of a study's images: a study is made in one room, so all its images get a cue or none."""
-    found = []
+    cues = []
     for shortcut in shortcuts:
         rng = stream(seed, patient, study.number, CUE_DRAWS + list(CUES).index(shortcut.cue))
         if rng.random() < shortcut.chance(study.states[shortcut.label]):
-            found.append(shortcut.cue)
-    return found
+            cues.append(shortcut.cue)
+    return cues
 
 
 def draw_patients(seed: int, first: int, images: int, valid: bool, laterals: float | None = None) -> Iterator[Patient]:
