@@ -50,9 +50,9 @@ def augment(
 
     No flip, because the heart's side is a finding. Areas that the affine map uncovers are filled from the border.
     Affine map, crop and change of aspect are a single interpolation. The seed, epoch and step in `at` decide the draws.
-    `places` [B] are the images' positions in a batch of `total` (None: this is the whole batch): a part of a batch is
-    transformed as it is in the whole. With `kind.robust` the images are equalized instead of normalized by `mean` and
-    `std`.
+    `places` [B] are the images' positions in a batch of `total` (None: the batch is complete), so that a part of a
+    batch is transformed as in the complete one. With `kind.robust` the images are equalized instead of
+    normalized by `mean` and `std`.
     """
     rows, total = slice(None) if places is None else torch.from_numpy(places), total or len(images)
     generator = torch.Generator().manual_seed(_stream_seed(*at))

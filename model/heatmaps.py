@@ -22,7 +22,7 @@ SMOOTH = 1 / 20  # of the side: the blur's standard deviation; it moves the stro
 def draw_maps(network: nn.Module, inputs: Tensor, columns: list[int]) -> tuple[Tensor, Tensor]:
     """Scores [B, L] of normalized images [B, 1, S, S], and their maps [B, L, S, S] in [0, 1], both float32.
 
-    The strongest place of each map is 1; a map is all 0 if no place raises the logit. `columns` [L] are the
+    Each map's maximum is 1; a map is all 0 if no place raises the logit. `columns` [L] are the
     logits of the labels. A first step of the network that has no gradient, such as equalization, is left out.
     """
     network.eval()
@@ -40,7 +40,7 @@ def draw_maps(network: nn.Module, inputs: Tensor, columns: list[int]) -> tuple[T
 
 
 def _weigh(source: Tensor, gradient: Tensor) -> Tensor:
-    """What each place [B, 1, h, w] of features adds to the logit, if anything."""
+    """The positive contribution of each place to the logit, [B, 1, h, w]."""
     return (gradient * source).detach().float().sum(dim=1, keepdim=True).clamp_min(0)
 
 
@@ -57,7 +57,7 @@ def _smooth(maps: Tensor, side: int) -> Tensor:
 
 
 def _watch(network: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Logits, what entered the first layer, and the last feature grids [B, C, h, w], if any."""
+    """Logits, the input of the first layer, and the last feature grids [B, C, h, w], if any."""
     entered = inputs
     grids: dict[int, Tensor] = {}  # by side
 

@@ -192,7 +192,7 @@ def _download_imagenet(arch: str) -> Mapping[str, Any]:
 
 
 def _over_gray(weight: Tensor) -> Tensor:
-    """Weights [C, 1, k, k] that do on a gray image what weights [C, 3, k, k] do on three copies of it."""
+    """Weights [C, 1, k, k] for gray images, equivalent to weights [C, 3, k, k] applied to three copies."""
     return weight.sum(dim=1, keepdim=True)
 
 

@@ -23,7 +23,7 @@ class MemoryExhaustedError(DataError):
 
 @contextmanager
 def explain_memory(doing: str, remedy: str) -> Iterator[None]:
-    """Raise MemoryExhaustedError, with what was being done and the remedy, if torch cannot allocate memory."""
+    """Raise MemoryExhaustedError, with the current activity and the remedy, if torch cannot allocate memory."""
     try:
         yield
     except RuntimeError as error:  # torch.OutOfMemoryError is one; on a CPU there is no such class

@@ -19,9 +19,9 @@ from pipeline.measure.evaluation import Evaluation
 
 
 def choose_settings(start: Start, config: Config, source: Path, arch: str | None) -> Config:
-    """The configuration of the run that adopts these weights: what their file says of them comes before defaults.
+    """The configuration of the run that adopts these weights: settings in their file take precedence over defaults.
 
-    Says which labels are left out, and why. Raises SettingError for what the file does not say, and no option does.
+    Reports which labels are left out, and why. Raises SettingError if neither the file nor an option gives a setting.
     """
     if not (arch or start.arch):
         raise SettingError(f"{start.path} does not say which network it is for: name it by `arch`")
@@ -39,7 +39,7 @@ def choose_settings(start: Start, config: Config, source: Path, arch: str | None
         arch=arch or start.arch,
         image_size=config.image_size or start.size,
         labels=known,
-        uncertain="ignore",  # nothing is learned
+        uncertain="ignore",  # there is no training
         adopted=str(source),
     )
 
@@ -47,14 +47,14 @@ def choose_settings(start: Start, config: Config, source: Path, arch: str | None
 def adopt_weights(config: Config, setup: Setup, run: Path, arch: str | None) -> list[Evaluation]:
     """Write a run of the weights of `setup.init`; returns its evaluations on dev and valid.
 
-    Raises DataError for weights that do not fit, have learned from dev or valid, or if the folder is another run's.
+    Raises DataError if the weights do not fit or were trained on dev or valid, or if the folder is another run's.
     """
     start = open_start(config, setup.init)
     if start is None or setup.init is None:
         raise SettingError("adopt needs the weights of `init`: a file, a run, or xrv:NAME")
     job = open_job(choose_settings(start, config, setup.init, arch), setup, run)
     outputs = name_outputs(job.config)
-    torch.manual_seed(job.config.seed)  # of the outputs that nobody uses
+    torch.manual_seed(job.config.seed)  # for the unused outputs
     network = build_network(job.config.arch, len(outputs))
     say(f"{start.path}: {load_initial(network, start, outputs, job.config.labels)}")
     seen = list_seen(job, [("dev", open_rows(job, "dev"))])

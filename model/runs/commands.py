@@ -1,6 +1,6 @@
 """The command line of train.py, and its commands train, cross, sweep and embed: parse, call, print.
 
-Each command imports what needs torch itself, so that `--help` and usage errors are quick.
+Commands import modules that need torch only when they run, so `--help` and usage errors are quick.
 """
 
 import gc
@@ -39,17 +39,17 @@ if TYPE_CHECKING:
     from model.runs.job import Job
     from model.runs.sweep import Watch
 
-# Options of which a sweep may get further values later.
+# Options that a sweep may get more values of later.
 SWEPT = ("lr", "weight_decay", "batch_size", "arch", "uncertain")
 Train = Callable[..., None]  # train.train
 sweep_option = partial(option, group="sweep")
 
 
 class TrainByDefault(click.Group):
-    """A group whose command `train` needs not be named, and is the only one for several ranks."""
+    """A group whose default command is `train`, the only one that runs on several ranks."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command, which imports torch itself; `pipeline` does without."""
+        """Run the command, which imports torch; `pipeline` does not need it."""
         with needs("train"):
             return super().invoke(ctx)
 
@@ -73,14 +73,14 @@ def main() -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where `train` writes."""
+    """The folder that `train` writes to."""
 
     run: Path = run_option(..., "Folder of the run.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cross:
-    """What `cross` takes of its own."""
+    """Options of `cross`."""
 
     out: Path = run_option(..., "Folder of the runs and of the page.")
     runs: tuple[Path, ...] = run_option(
@@ -90,7 +90,7 @@ class Cross:
 
 @dataclass(frozen=True, kw_only=True)
 class Embedding(SharedImages, Workers, OwnData):
-    """What `embed` takes of its own."""
+    """Options of `embed`."""
 
     source: str = option(..., argument=True, metavar="RUN_OR_ARCH")
     split: str = option("train", "Split to score; --shards may differ from the training shards.")
@@ -99,7 +99,7 @@ class Embedding(SharedImages, Workers, OwnData):
 
 @dataclass(frozen=True, kw_only=True)
 class Search:
-    """What `sweep` takes of its own."""
+    """Options of `sweep`."""
 
     sweep: Path = sweep_option(..., "Folder of the sweep; processes and machines that share it share the work.")
     sampler: str = sweep_option("grid", "tpe: search between the values given.", choices=("grid", "tpe"))
@@ -200,7 +200,7 @@ def embed_command(given: Embedding, setup: Setup, config: Config) -> int:
     else:
         job = open_job(config, setup, run)
         encoder = start_encoder(job)
-        # The weights come from elsewhere: these shards are not their own, whatever the job would learn from them.
+        # The weights were trained elsewhere: do not treat these shards as their training data.
         job = replace(job, config=replace(job.config, manifest=""))
     table = embed_split(replace(job, shared_images=given.shared_images), given.split, encoder)
     write_embeddings(out, table)
@@ -209,12 +209,12 @@ def embed_command(given: Embedding, setup: Setup, config: Config) -> int:
 
 
 def is_finished(config: Config, setup: Setup, run: Path) -> bool:
-    """Whether this run is trained and reported already, which is seen here without torch, and said."""
+    """Whether this run is already trained and reported, in which case a message says so; needs no torch."""
     if not is_reported(run):
         return False
     start = open_start(config, setup.init)
     if resolve_config(config, setup.open(), setup.teacher, start) != replace(read_config(run), extended=()):
-        return False  # `open_run` says how they differ
+        return False  # `open_run` reports the difference
     done = json.loads((run / "metrics.jsonl").read_bytes().splitlines()[-1])["step"]
     say(
         f"{run}: finished, after step {done:,}; to train further, raise `epochs`, or start another `run` with "
@@ -242,7 +242,7 @@ def print_run(run: Path) -> None:
 
 
 def refuse_run(_: click.Context, param: click.Parameter, value: str | None) -> None:
-    """Raise UsageError for --run, which a command line of `train` may have brought along."""
+    """Raise UsageError for --run, which users may leave in when they edit a `train` command."""
     text = f"--{param.name} is for one run: those of a sweep are in its folder, by --sweep"
     refuse_usage(value is not None, text)
 
@@ -283,11 +283,11 @@ def sweep_command(train: Train, search: Search, setup: Setup, given: dict[str, A
     def make(point: Mapping[str, Any], run: Path) -> "Job":
         return open_job(replace(base, **point), setup, run)
 
-    # A value that does not go with the options is refused before any point is trained.
+    # Refuse a value that conflicts with the options before any point is trained.
     points: list[dict[str, Any]] = [{}, *({name: value} for name, tried in values.items() for value in tried[1:])]
     config, *_ = [make(point, search.sweep / "trials" / "unused").config for point in points]
     for name, tried in lists.items():
-        # Without a dev split, dev is drawn by the seed; `resolve_config` has a share for it then, and only then.
+        # Without a dev split, the seed decides which patients are dev; only then does `resolve_config` set `dev`.
         alone = name in ("choose_by", "dev", "views") or (name == "seed" and config.dev is not None)
         refuse_usage(
             alone and len(tried) > 1,
@@ -296,10 +296,10 @@ def sweep_command(train: Train, search: Search, setup: Setup, given: dict[str, A
         )
     shared = {name: value for name, value in asdict(config).items() if name not in values}
     sweep = Sweep(search.sweep, values, shared, search.sampler, search.trials or 0, search.pruner)
-    open_sweep(sweep)  # a sweep under other options keeps its report
+    open_sweep(sweep)  # first, so that a sweep with other options keeps its report
     try:
         run_sweep(sweep, partial(train_trial, train, make))
-    finally:  # also after an error in one trial: the others deserve a report
+    finally:  # even after an error in one trial: report the others
         trials = list_trials(sweep)
         write_sweep_report(sweep, trials)
     ranked = rank(trials)
@@ -316,14 +316,14 @@ def sweep_command(train: Train, search: Search, setup: Setup, given: dict[str, A
 def train_trial(
     train: Train, make: Callable[..., "Job"], point: Mapping[str, Any], run: Path, watch: "Watch"
 ) -> dict[str, Any]:
-    """Train a point of a sweep in its run folder; returns the run's figures."""
+    """Train a point of a sweep in its run folder; returns the run's results."""
     import torch
 
     from model.runs.results import choice_score, measure_run
 
     job = make(point, run)
-    torch.compiler.reset()  # it gives up after several networks in one process
-    gc.collect()  # a trial that failed is held by its traceback, and so is its memory
+    torch.compiler.reset()  # else it gives up after several networks in one process
+    gc.collect()  # a failed trial's traceback keeps its memory
     torch.cuda.empty_cache()
 
     def report(history: Sequence[Mapping[str, Any]]) -> None:

@@ -27,11 +27,11 @@ if TYPE_CHECKING:
     from model.ranks import Ranks
     from pipeline.stream.collection import Collection
 
-HELD_OUT = 0.05  # share of the patients, where the shards have no dev split
+HELD_OUT = 0.05  # share of the patients, if the shards have no dev split
 ENSEMBLE = "ensemble.json"  # in the folder of an ensemble, instead of config.json
 SHARDS_HELP = "Folder of shards, or its URL: https://… or s3://…; several are read as one."
 TEACHER_SCORES = "scores-train.arrow"
-IMAGE_SIZE = 320  # of a network that has no size of its own
+IMAGE_SIZE = 320  # default, for networks without a fixed input size
 
 
 def split_columns(text: str) -> list[str]:
@@ -43,22 +43,22 @@ def split_columns(text: str) -> list[str]:
 
 
 def parse_choice(text: str) -> tuple[str, ...]:
-    """The labels whose mean AUROC chooses a checkpoint; none for `all`. Raises DataError for another name."""
+    """The labels whose mean AUROC chooses a checkpoint; none for `all`. Raises DataError for an unknown name."""
     return {"all": (), "competition": COMPETITION}[text] if text in ("all", "competition") else parse_labels(text)
 
 
 def parse_outputs(text: str) -> tuple[str, ...]:
-    """What a network's outputs are, separated by commas, labels in any case. Raises DataError for an empty name."""
+    """Names of a network's outputs, separated by commas, labels in any case. Raises DataError for an empty name."""
     return tuple(find_label(name) or name for name in split_columns(text))
 
 
 def name_choice(text: str) -> str:
-    """What chooses a checkpoint, in words, as the tables have it."""
+    """The criterion that chooses a checkpoint, as shown in tables."""
     return {"all": MEANS["macro10"], "competition": MEANS["mean5"]}.get(text) or ", ".join(parse_labels(text))
 
 
 def parse_size(text: str) -> int:
-    """Bytes, of 500MB, 20GB or 1.5TB."""
+    """Bytes, from text like 500MB, 20GB or 1.5TB."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([MGT])B", text)
     if match is None:
         raise DataError(f"'{text}' is not like 500MB, 20GB or 1.5TB")
@@ -77,7 +77,7 @@ def parse_shares(text: str) -> tuple[float, ...]:
 
 
 def parse_initial(text: str) -> Path:
-    """The path of weights to start from, or xrv:NAME as one."""
+    """The path of weights to start from; xrv:NAME is returned as a path too."""
     path = Path(text)
     if not text.startswith(XRV) and not path.exists():
         raise DataError(f"Path '{text}' does not exist.")
@@ -103,7 +103,7 @@ class Config:
     weight_decay: float = optimization_option(1e-2, "AdamW weight decay.", low=0)
     batch_size: int = optimization_option(64, low=2)
     epochs: int = optimization_option(5, low=1)
-    # 0, until it is resolved: the network's own
+    # 0: the network's default, once resolved
     image_size: int = network_option(
         0, "Side of the square input, in pixels.", low=32, shown=f"{IMAGE_SIZE}; of timm's, the network's own"
     )
@@ -115,13 +115,13 @@ class Config:
         "crop: affine maps and random crops; robust: also random sharpness, noise and borders, on equalized images.",
         choices=tuple(AUGMENTATIONS),
     )
-    # Empty, until they are resolved: the shards' own
+    # Empty: the shards' policies, once resolved
     uncertain: str = label_option(
         "", UNCERTAIN_HELP, check=parse_uncertain_policy, metavar="POLICY", shown="the shards'"
     )
     blank: str = label_option("", BLANK_HELP, check=check_blank_policy, metavar="POLICY", shown="the shards'")
     seed: int = run_option(0, low=0, high=2**63 - 1)
-    manifest: str = ""  # its sha256, which stands for all of the data
+    manifest: str = ""  # its sha256, which identifies the data
     labels: tuple[str, ...] = label_option(
         LABELS, "Learn only these.", choices=LABELS, split=parse_labels, metavar="A,B", shown="all 14"
     )
@@ -144,9 +144,9 @@ class Config:
     )
     patience: int | None = run_option(None, "Stop after this many evaluations without improvement.", low=1)
     pretrained: bool = network_option(False, "Start from ImageNet weights (downloads them).")
-    init: str | None = None  # sha256 of the file of weights that the run starts from
-    init_terms: str = ""  # their license, and what they were trained on
-    adopted: str = ""  # their file, if the run is these weights as they are, without training
+    init: str | None = None  # sha256 of the weights file that the run starts from
+    init_terms: str = ""  # license and training data of these weights
+    adopted: str = ""  # weights file, if the run uses these weights without training
     init_labels: str | None = network_option(
         None,
         "What the outputs of --init are, in their order, if its file does not say.",
@@ -155,7 +155,7 @@ class Config:
         shown="not known: a new last layer",
     )
     compile: bool = optimization_option(False, "Compile the network with torch.compile.")
-    teacher: str | None = None  # sha256 of its scores, where a label is selftrained
+    teacher: str | None = None  # sha256 of its scores, if a label is selftrained
     sync_bn: bool = optimization_option(
         False, "With torchrun: BatchNorm over the whole batch instead of each rank's part."
     )
@@ -180,10 +180,10 @@ class Config:
     layer_decay: float = optimization_option(
         1.0, "Learning rate of each block, as a fraction of the next one's.", low=0, high=1
     )
-    # Mean and deviation of gray levels that the input is normalized by; empty: the shards'.
+    # Mean and standard deviation that normalize gray levels; empty: the shards'.
     input_scale: tuple[float, ...] = ()
-    extended: tuple[int, ...] = ()  # earlier values of `epochs`, each trained to its end by its own schedule
-    equalize: bool = False  # the network equalizes its films: one that is or was `robust`
+    extended: tuple[int, ...] = ()  # earlier values of `epochs`, each trained to the end of its schedule
+    equalize: bool = False  # whether the network equalizes its input, if it is or was `robust`
     choose_by: str = run_option(
         "all",
         "Labels whose mean AUROC on dev chooses the checkpoint; all: those with 10 patients of each class there.",
@@ -193,12 +193,12 @@ class Config:
 
     @property
     def unit(self) -> str:
-        """What a sample is: image, or study."""
+        """The unit of a sample: image or study."""
         return "image" if self.fusion is None else "study"
 
     @property
     def units(self) -> str:
-        """Several of them."""
+        """The plural of `unit`."""
         return "images" if self.fusion is None else "studies"
 
 
@@ -228,14 +228,14 @@ class Workers:
 
 @dataclass(frozen=True, kw_only=True)
 class SharedImages:
-    """Whether images may be scored that the weights have learned from."""
+    """Whether to allow scoring images that the weights were trained on."""
 
     shared_images: bool = data_option(False, "Allow images the weights were trained on.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setup(Workers, Data):
-    """What a run works with beside its configuration."""
+    """Inputs of a run besides its configuration."""
 
     init: Path | None = network_option(
         None,
@@ -257,7 +257,7 @@ class OwnData(Data):
     shards: tuple[str, ...] = data_option((), SHARDS_HELP, shown="those the run was trained on")
 
     def of(self, run: Path) -> Self:
-        """With the shards that a run, or an ensemble's members, learned last; `shards` if it does not say."""
+        """With the shards that a run, or an ensemble's first member, last trained on; `shards` if unknown."""
         if self.shards:
             return self
         run = read_members(run)[0]
@@ -280,7 +280,7 @@ def check_folders(shards: Sequence[str] = (), runs: Sequence[Path] = ()) -> None
 
 
 def read_members(run: Path) -> list[Path]:
-    """The members of an ensemble's folder, or a run alone. Raises DataError for other weights than were evaluated."""
+    """The members of an ensemble, or a single run. Raises DataError if weights changed since they were evaluated."""
     if not (run / ENSEMBLE).exists():
         return [run]
     members = read_object(run / ENSEMBLE).get("members")
@@ -295,12 +295,12 @@ def read_members(run: Path) -> list[Path]:
 
 
 def name_outputs(config: Config) -> list[str]:
-    """What the network's logits are: each label and, of each label with three classes, also uncertain."""
+    """Names of the network's logits: all labels, then `uncertain` of each label with three classes."""
     return [*LABELS, *(f"{LABELS[column]}: uncertain" for column in three_class_columns(config))]
 
 
 def three_class_columns(config: Config) -> list[int]:
-    """The columns of the labels that have uncertain as a class of its own."""
+    """The columns of the labels with uncertain as a third class."""
     policy = parse_uncertain_policy(config.uncertain)
     return [column for column, label in enumerate(LABELS) if policy[label] == "multiclass"]
 
@@ -311,24 +311,24 @@ def learned_columns(config: Config) -> list[int]:
 
 
 def can_divide(batch_size: int, accumulate: int, ranks: "Ranks") -> bool:
-    """Whether every rank gets this many equal parts of a batch, of 2 images or more."""
+    """Whether each rank's share of a batch divides into this many equal parts, of at least 2 images."""
     parts = accumulate * ranks.count
     return batch_size % parts == 0 and batch_size // parts >= 2
 
 
 def describe_step(config: Config, ranks: "Ranks") -> tuple[str, str]:
-    """What a step holds in memory, and how to hold less: for a step that runs out of memory."""
+    """For a step that runs out of memory: what it was doing, and how to use less memory."""
     size, batch = config.image_size, config.batch_size
     doing = f"in a step with `batch_size` {batch} `accumulate` {config.accumulate} `image_size` {size}"
     powers = (2**exponent for exponent in range(batch.bit_length()))
     parts = [count for count in powers if count > config.accumulate and can_divide(batch, count, ranks)]
-    if not parts or config.loss == "aucm":  # which is of a whole batch
+    if not parts or config.loss == "aucm":  # which needs the whole batch
         return doing, "choose a smaller `batch_size` or `image_size`"
     return doing, f"`accumulate` {parts[0]} computes the same batch in {parts[0]} parts"
 
 
 def check_config(config: Config, ranks: "Ranks") -> None:
-    """Raise SettingError for values that no run can have, contradict each other, or do not go with these ranks."""
+    """Raise SettingError for values that are invalid, contradict each other, or do not work with these ranks."""
     check_values(config)
     if config.loss == "aucm" and (config.pos_weight or three_class_columns(config)):
         raise SettingError("`loss` aucm goes neither with `pos_weight` nor with the policy multiclass")
@@ -370,7 +370,7 @@ def _has_gpu() -> bool:
 
 
 def open_start(config: Config, init: Path | None) -> "Start | None":
-    """The weights to start from: of that file, of a run's best.pt, or torchxrayvision's, downloaded."""
+    """The weights to start from: a file, a run's best.pt, or torchxrayvision's, downloaded."""
     if init is None:
         return None
     from model.chest import download_chest
@@ -383,7 +383,7 @@ def open_start(config: Config, init: Path | None) -> "Start | None":
 
 
 def resolve_config(config: Config, shards: "Collection", teacher: Path | None, start: "Start | None") -> Config:
-    """The configuration with what it leaves open: see `job.open_job`, which raises the same errors."""
+    """The configuration with its open settings filled in: see `job.open_job`, which raises the same errors."""
     manifest = shards.manifest
     if config.mix and len(config.mix) != len(shards.folders):
         raise SettingError(f"`mix` has {len(config.mix)} shares for {len(shards.folders)} folders of `shards`")
@@ -412,7 +412,7 @@ def resolve_config(config: Config, shards: "Collection", teacher: Path | None, s
 
 
 def _choose_labels(labels: Sequence[str], shards: "Collection") -> tuple[str, ...]:
-    """The labels that somebody annotated, in the order of LABELS: a score of another would mean nothing."""
+    """The annotated labels, in the order of LABELS: scores of others would be meaningless."""
     known = [label for label in LABELS if label in labels]
     chosen = tuple(label for label in known if label not in shards.manifest.not_annotated)
     if known and not chosen:
@@ -421,7 +421,7 @@ def _choose_labels(labels: Sequence[str], shards: "Collection") -> tuple[str, ..
 
 
 def teacher_digest(teacher: Path, shards: "Collection") -> str:
-    """sha256 of a run's scores of train. Raises DataError with the command that writes them."""
+    """sha256 of a run's scores of train. If missing, raises DataError with the command that writes them."""
     try:
         return hashlib.sha256((teacher / TEACHER_SCORES).read_bytes()).hexdigest()
     except FileNotFoundError:
@@ -434,20 +434,20 @@ def teacher_digest(teacher: Path, shards: "Collection") -> str:
 
 
 def is_reported(run: Path) -> bool:
-    """Whether the folder holds all that a finished run writes, of which the model card comes last."""
+    """Whether the folder has all files of a finished run; the model card is written last."""
     files = ("last.pt", "calibration.json", "evaluation-dev.json", "scores-dev.arrow", "report.html")
     return all((run / name).exists() for name in (*files, "model-card.md"))
 
 
 def _check_names(values: Mapping[str, Any]) -> None:
-    """Raise ValueError for a config.json without one of the fields: its default may not be what the run had."""
+    """Raise ValueError if config.json lacks a field: the run may not have used the current default."""
     for item in fields(Config):
         if item.name not in values:
             raise ValueError(f"{item.name} is missing")
 
 
 def read_config(run: Path) -> Config:
-    """The configuration of a run. Raises DataError where the folder holds none, or one that no run can have."""
+    """The configuration of a run. Raises DataError if it is missing or invalid."""
     path = run / "config.json"
     try:
         values = json.loads(path.read_bytes())

@@ -1,8 +1,8 @@
 """Train on each set of shards, on all but one, and on all; score every run on every set.
 
-A network that was trained and tested at one hospital may have learned that hospital. The matrix shows it: a row is what
-was trained on, a column is whose patients were scored. All AUROCs of a column are of the same images and of the same
-labels, so `less` compares each run with the set's own by paired intervals.
+A network trained and tested at one hospital may have learned features of that hospital. The matrix shows this: rows are
+the training sets, columns the test sets. All AUROCs in a column use the same images and labels, so `less` compares each
+run with the set's own run by paired intervals.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -27,12 +27,12 @@ from pipeline.measure.metrics import Floats, count_classes
 from pipeline.stream.collection import Collection
 
 Make = Callable[[Sequence[str], Path], Job]  # folders and run → its job
-SCORED = ("valid", "test", "dev")  # the split of a set that is scored: the first that it has
+SCORED = ("valid", "test", "dev")  # a set's first available split of these is scored
 MACRO = "macro"
 
 
 def plan_runs(shards: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """Name → folders of shards of every run: each alone, with three or more all but one, and all."""
+    """Run name → shard folders: each set alone, all but one (for three or more sets), and all."""
     sizes = dict.fromkeys((1, len(shards) - 1, len(shards)))
     return {
         " + ".join(Path(folder).name for folder in chosen): chosen
@@ -44,15 +44,15 @@ def plan_runs(shards: Sequence[str]) -> dict[str, tuple[str, ...]]:
 def train_runs(
     shards: Sequence[str], out: Path, make: Make, train: Callable[[Job], None], others: Sequence[Path] = ()
 ) -> dict[str, Job]:
-    """The job of every run, trained, by its name, after those of `others`; a finished run is not trained again.
+    """Train every run that is not finished; returns the jobs by name, those of `others` first.
 
-    Raises DataError where two folders have one name, for others that have learned from images that are scored or take
-    other samples, and as `list_labels`.
+    Raises DataError if two folders have the same name, if `others` were trained on scored images or take other samples,
+    and as `list_labels` does.
     """
     runs = plan_runs(shards)
     if len({Path(folder).name for folder in shards}) < len(shards):
         raise DataError("`shards`: two folders have the same name; rename one, by which the runs are called")
-    # All of them first: folders that share patients or images are refused before hours of training.
+    # Open all jobs first, to refuse folders that share patients or images before hours of training.
     made = {name: make(folders, out / name.replace(" + ", "+")) for name, folders in runs.items()}
     jobs = {str(run): open_other(run, next(iter(made.values()))) for run in others} | made
     list_labels(jobs)
@@ -68,7 +68,7 @@ def train_runs(
 
 
 def open_other(run: Path, job: Job) -> Job:
-    """The job that scores a run on what another job scores. Raises DataError if one is by studies, one by images."""
+    """The job that scores a run on another job's samples. Raises DataError if one uses studies, the other images."""
     config, same = read_config(run), ("where", "views", "limit", "max_bad", "blank")
     if config.fusion != job.config.fusion:
         raise DataError(f"{run}: scores {config.units}, and these runs {job.config.units}")
@@ -98,9 +98,9 @@ def list_labels(jobs: Mapping[str, Job]) -> list[str]:
 
 
 def score_runs(jobs: Mapping[str, Job], shards: Sequence[str]) -> dict[str, Any]:
-    """The matrix: `cells` by set and run, with AUROC, limits and the difference to the set's own run.
+    """The matrix: `cells` by set and run, with AUROC, limits and the difference from the set's own run.
 
-    By label, of `list_labels`, and over all of these (`macro`). Raises DataError and Stopped.
+    For each label of `list_labels`, and their mean (`macro`). Raises DataError and Stopped.
     """
     labels, trained = list_labels(jobs), plan_runs(shards)
     sets, cells = {}, {}
@@ -109,7 +109,7 @@ def score_runs(jobs: Mapping[str, Job], shards: Sequence[str]) -> dict[str, Any]
         split = _choose_split(collection)
         measured: dict[str, Areas] = {}
         for run, job in jobs.items():
-            # Sets that share images are refused before training; what the splits of one share was said when opened.
+            # Sets that share images are refused before training; images shared within a set were reported earlier.
             own = replace(job, shards=collection, shared_images=run in trained)
             images = of_job(job).score(own, split).images
             columns = [job.config.labels.index(label) for label in labels]
@@ -129,7 +129,7 @@ def score_runs(jobs: Mapping[str, Job], shards: Sequence[str]) -> dict[str, Any]
 
 
 def tabulate_cross(matrix: Mapping[str, Any], label: str) -> Table:
-    """What `score_runs` found of a label: rows are runs, columns sets; ✗ marks less than chance."""
+    """The results of `score_runs` for a label: rows are runs, columns sets; ✗ marks results below chance."""
     title = f"AUROC, mean of {', '.join(matrix['labels'])}" if label == MACRO else f"AUROC, {label}"
     heads = [f"{name}, {scored['split']} (n = {scored['images']:,})" for name, scored in matrix["sets"].items()]
     columns = [(f"scored on {head}", name) for head in heads for name in ("AUROC [95 %]", "less its own")]
@@ -164,7 +164,7 @@ def _choose_split(collection: Collection) -> str:
 
 
 def _compare(areas: Areas, own: Areas, share: Floats) -> dict[str, Any]:
-    """A mean of AUROCs with its limits, and less that of the set's own run."""
+    """A mean of AUROCs with its limits, and its difference from the set's own run."""
     auroc, own_auroc = (float(share[share > 0] @ measured.auroc[share > 0]) for measured in (areas, own))
     paired = combine_limits(areas.join(own), np.concatenate([share, -share]))
     return {

@@ -1,9 +1,9 @@
-"""The embeddings of a split's images by a run or a network, which other models can be fitted on, as a table.
+"""A table of a split's image embeddings by a run or network, for fitting other models.
 
 A row per image, in the order of the split's table:
     key, patient   string
-    <labels>       int8     the 14 raw labels, as in that table
-    embedding      float32, a list of fixed size: what the network's last layer takes
+    <labels>       int8     the 14 raw labels, as in the split's table
+    embedding      float32, a list of fixed size: the input of the network's last layer
 """
 
 from collections.abc import Mapping
@@ -34,7 +34,7 @@ from pipeline.stream.plan import plan_evaluation
 
 
 class Encoder(NamedTuple):
-    """A network, mean and std of the gray levels that it takes, and what its weights have seen."""
+    """A network, the mean and std of its input's gray levels, and what its weights were trained on."""
 
     network: nn.Module
     pixels: Mapping[str, float]
@@ -58,7 +58,7 @@ def start_encoder(job: Job) -> Encoder:
 
 @torch.inference_mode()
 def embed_split(job: Job, split: str, encoder: Encoder) -> pa.Table:
-    """The table of a split, whatever the run's conditions, with its embeddings.
+    """The table of a split with its embeddings, ignoring the run's conditions.
 
     Raises DataError as `check_seen` and `embed` do, and for an unusable image, with shard and key.
     """

@@ -29,13 +29,13 @@ from pipeline.measure.metrics import Floats
 from pipeline.stream.samples import OpenSplit
 
 OTHER_NAMES = {"Airspace Opacity": "Lung Opacity"}  # CheXlocalize's
-# What readers marked, by key and label: boxes (left, top, width, height), or a mask [H, W] of the original film.
+# Readers' marks by key and label: boxes (left, top, width, height), or a mask [H, W] of the original image.
 Marks = Mapping[str, Mapping[str, list[tuple[float, ...]] | npt.NDArray[np.bool_]]]
 _NUMBER = r"^-?\d+(\.\d+)?$"
 
 
 def draw_heats(member: Network, image: Gray, labels: Sequence[str]) -> npt.NDArray[np.float32]:
-    """The maps [L, S, S] of some labels on a film of any size."""
+    """The maps [L, S, S] of labels for an image of any size."""
     side, columns = member.config.image_size, [LABELS.index(label) for label in labels]
     device = next(member.network.parameters()).device
     images = to_device(np.array(resize(image, side, side))[None, None], device)
@@ -47,7 +47,7 @@ def draw_heats(member: Network, image: Gray, labels: Sequence[str]) -> npt.NDArr
 def write_heatmaps(member: Network, files: Sequence[Path], scores: Floats, out: Path, top: int) -> int:
     """Write a picture for each of the `top` labels of each file by scores [N, L]; returns how many.
 
-    Files without a score, which cannot be read, get none.
+    Unreadable files, which have no score, are skipped.
     """
     options, known = member.images, member.config.labels
     out.mkdir(parents=True, exist_ok=True)
@@ -71,7 +71,7 @@ def write_heatmaps(member: Network, files: Sequence[Path], scores: Floats, out: 
 
 
 def read_marks(path: Path) -> Marks:
-    """What readers marked, from boxes.csv or CheXlocalize's gt_segmentations JSON. Raises DataError, naming where."""
+    """Readers' marks, from boxes.csv or CheXlocalize's gt_segmentations JSON. Raises DataError with the location."""
     if path.suffix.lower() == ".json":
         return {key: _read_masks(path, key, rles) for key, rles in read_object(path).items()}
     if not path.name.lower().endswith((".csv", ".csv.gz")):
@@ -87,7 +87,7 @@ def read_marks(path: Path) -> Marks:
 
 
 def _read_masks(path: Path, key: str, rles: Any) -> dict[str, Any]:
-    """The masks of a film that are not empty."""
+    """The non-empty masks of an image."""
     try:
         masks = {_check_label(path, name): decode_rle(rle["size"], rle["counts"]) for name, rle in rles.items()}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -103,7 +103,7 @@ def _check_label(path: Path, name: object) -> str:
 
 
 def draw_cells(job: Job, splits: Sequence[str], marks: Marks) -> Iterator[Cell]:
-    """The cells of splits that are marked, of labels that the run learned, with their maps.
+    """The marked cells of splits, for labels that the run was trained on, with their maps.
 
     Raises DataError as `check_seen` does, before any map is drawn.
     """
@@ -132,9 +132,9 @@ def draw_cells(job: Job, splits: Sequence[str], marks: Marks) -> Iterator[Cell]:
 
 
 def _mark(split: OpenSplit, row: Mapping[str, Any], mark: Any, square: str, side: int) -> npt.NDArray[np.bool_]:
-    """What readers marked of a film, in the network's input [side, side]."""
+    """Readers' marks on an image, as a mask of the network's input [side, side]."""
     if isinstance(mark, np.ndarray):
-        # Of the film in its own size, of which the shards may hold a smaller copy.
+        # The mask has the original image's size; the shards may hold a smaller copy.
         return mark_mask(mark, frame_of(square, mark.shape[1], mark.shape[0]), side)
     if row.get("width") is None or row.get("height") is None:
         raise DataError(
@@ -145,7 +145,7 @@ def _mark(split: OpenSplit, row: Mapping[str, Any], mark: Any, square: str, side
 
 
 def tabulate_localization(results: Mapping[str, Any]) -> Table:
-    """Per label the hits of the pointing game and the IoU, beside chance."""
+    """Hits of the pointing game and IoU per label, compared with chance."""
     columns = ("label", "hits", "hit rate [95 %]", "chance", "p", "fixed map", "IoU [95 %]")
     rows = [
         [

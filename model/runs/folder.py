@@ -45,19 +45,19 @@ AS_IT_IS = ImageOptions(size=None, square="no", encoding="png", quality=95, max_
 
 @dataclass
 class TrainState:
-    """What last.pt restores, and nothing more: epoch, schedule and augmentation follow from `done`."""
+    """Everything that last.pt restores; epoch, schedule and augmentation follow from `done`."""
 
     network: nn.Module
     loss: nn.Module
-    ema: nn.Module  # the averaged weights, which are evaluated
+    ema: nn.Module  # averaged weights, used for evaluation
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     precision: str  # of autocast, as `--amp auto` resolves on this device
-    ranks: int  # that train it
+    ranks: int  # number that train it
     forward: Callable[..., Tensor]  # the network, averaging gradients over ranks, perhaps compiled
     auroc: "RecentAUROC"  # of the batches since the last check
     bad: Unusable  # images of train
-    losses: list[Tensor] = field(default_factory=list)  # and theirs, with the gradients' norms, each [2]
+    losses: list[Tensor] = field(default_factory=list)  # loss and gradient norm of each batch since then, [2]
     done: int = 0  # steps, of all epochs
     evaluated: int = 0  # steps that were done at the last evaluation
     loss_sum: float = 0.0  # over the steps since then
@@ -71,7 +71,7 @@ class TrainState:
         """Write the checkpoint."""
         modules = {name: getattr(self, name).state_dict() for name in self.MODULES}
         values = {name: getattr(self, name) for name in self.VALUES}
-        # The default generators, from which layers may draw.
+        # The default generators, which layers may use.
         random = {"cpu": torch.get_rng_state()}
         if torch.cuda.is_available():
             random["cuda"] = torch.cuda.get_rng_state()
@@ -81,8 +81,8 @@ class TrainState:
     def restore(self, path: Path, ranks: Ranks) -> None:
         """Read the checkpoint.
 
-        Raises CheckpointError if it is damaged, another run's, of another precision, or of another number of ranks:
-        BatchNorm and stochastic depth see a rank's part of a batch, so another number would learn otherwise.
+        Raises CheckpointError if it is damaged, or from another run, precision or number of ranks: BatchNorm and
+        stochastic depth see only a rank's part of a batch, so the number of ranks changes the result.
         """
         best = path.with_name("best.pt")
         instead = f", or start another `run` with `init` {path.parent}" if best.exists() else ""
@@ -108,9 +108,9 @@ class TrainState:
 
 
 def fuse(network: nn.Module, config: Config) -> nn.Module:
-    """The network of a run by studies, made of one for images; the same one for a run by images.
+    """A run's network, from a network for images; a run on images uses it unchanged.
 
-    One that is, or was, `robust` equalizes its films first, wherever it is used.
+    If the run is or was `robust`, the network always equalizes its input images first.
     """
     if config.equalize:
         network.register_forward_pre_hook(lambda _, inputs: (equalize(inputs[0]), *inputs[1:]))
@@ -118,10 +118,10 @@ def fuse(network: nn.Module, config: Config) -> nn.Module:
 
 
 def open_run(run: Path, config: Config, steps: int = 0) -> Config:
-    """Create the run folder, or open it; returns the configuration in it.
+    """Create or open the run folder; returns its configuration.
 
-    A run that has done all of its epochs, of `steps` each, may get more. Raises DataError, with the difference, if the
-    folder has another configuration.
+    A run that finished all epochs, of `steps` each, may get more. Raises DataError, with the difference, if the folder
+    has another configuration.
     """
     if (run / "config.json").exists():
         before = read_config(run)
@@ -139,7 +139,7 @@ def open_run(run: Path, config: Config, steps: int = 0) -> Config:
 
 
 def _extend(run: Path, config: Config, epochs: int, steps: int) -> Config:
-    """The configuration of a run that continues after its last epoch; says at what learning rate."""
+    """The configuration of a run that continues after its last epoch; reports the learning rate."""
     done = load_checkpoint(run / "last.pt").get("done")
     if done != epochs * steps:
         raise DataError(f"{run}: `epochs` can be raised after all {epochs} are done; its last step is {done:,}")
@@ -149,12 +149,12 @@ def _extend(run: Path, config: Config, epochs: int, steps: int) -> Config:
         f"{run}: {epochs} epochs ended at a learning rate of {then:.2g}; the next follow the schedule of "
         f"{config.epochs} from {now:.2g} down, so the result is not that of {config.epochs} epochs at once"
     )
-    (run / "model-card.md").unlink(missing_ok=True)  # by which a finished run is known
+    (run / "model-card.md").unlink(missing_ok=True)  # which marks a finished run
     return replace(config, extended=(*config.extended, epochs))
 
 
 def describe_software(job: Job) -> dict[str, object]:
-    """What must be the same on all ranks, besides the configuration, so that they train one network."""
+    """Software settings that must be the same on all ranks, in addition to the configuration."""
     packages = PACKAGES if own_input(job.config.arch) is None else (*PACKAGES, "timm")
     return {
         "code": describe_code(),
@@ -165,7 +165,7 @@ def describe_software(job: Job) -> dict[str, object]:
 
 
 def record_environment(job: Job) -> None:
-    """Add a line on what this start runs with to environment.jsonl: with config.json it reproduces the run."""
+    """Append this start's environment to environment.jsonl, which with config.json reproduces the run."""
     line = describe_software(job) | {
         "command": [redact(word) for word in sys.argv],
         # Relative to the run, so that both can move together.
@@ -182,9 +182,9 @@ def record_environment(job: Job) -> None:
 
 @contextmanager
 def follow_by_wandb(job: Job) -> Iterator[None]:
-    """Let Weights & Biases, if it was asked for, read what goes to TensorBoard; a run continues as the same there.
+    """If enabled, mirror TensorBoard's events to Weights & Biases, where a resumed run keeps its identity.
 
-    Raises DataError where it is missing.
+    Raises DataError if it is missing.
     """
     if job.setup.wandb is None:
         yield
@@ -216,7 +216,7 @@ def follow_by_wandb(job: Job) -> Iterator[None]:
 def open_events(job: Job, done: int) -> Iterator[Log]:
     """A function that adds a value to a curve in TensorBoard's events; drops the events after step `done`.
 
-    Raises DataError, naming their folder, if they cannot be written.
+    Raises DataError, with the folder, if they cannot be written.
     """
     if not job.ranks.is_first:
         yield lambda name, value, step: None
@@ -233,7 +233,7 @@ def open_events(job: Job, done: int) -> Iterator[Log]:
         with named_writes(folder):
             events.add_scalar(name, value, step)
 
-    # No traceback of TensorBoard's thread: the next value is refused with what it fails with.
+    # Hide the traceback of TensorBoard's thread: logging the next value raises the same error.
     threading.excepthook = hook
     try:
         with follow_by_wandb(job), ExitStack() as stack:
@@ -247,19 +247,19 @@ def open_events(job: Job, done: int) -> Iterator[Log]:
 
 
 def result_name(config: Config, digest: str, split: str) -> str:
-    """What a run's scores of a split are named by: of shards other than its own also by their digest."""
+    """The name of a run's results on a split, including the digest of shards other than the run's."""
     return split if digest == config.manifest else f"{split}-{digest[:8]}"
 
 
 def describe_start(config: Mapping[str, Any]) -> str:
-    """The weights that a run of this configuration starts from, and on what terms."""
+    """The weights that a run with this configuration starts from, and their terms."""
     if config.get("pretrained"):
         return weights_terms(config["arch"])
     return config["init_terms"] or "random weights"
 
 
 def describe_code() -> str:
-    """The commit of this checkout, with `-dirty` where files were changed; else the package's version."""
+    """The commit of this checkout, with `-dirty` if files were changed; else the package's version."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()  # noqa: S603
@@ -268,8 +268,8 @@ def describe_code() -> str:
 
 
 def save_best(job: Job, seen: Sequence[Entry], weights: Mapping[str, Tensor], epoch: float, score: float) -> None:
-    """Write best.pt: all that scoring an image needs but the architecture, which config.json has."""
-    # Shards that others wrote do not say how: their images are taken as they are.
+    """Write best.pt: everything needed to score images, except the settings in config.json."""
+    # Imported shards do not state how images were prepared: use them unchanged.
     stated = {name: job.manifest.options[name] for name in AS_IT_IS._fields if name in job.manifest.options}
     images = AS_IT_IS._asdict() | stated
     about = {"epoch": epoch, "dev_auroc": score, "images": images, "pixels": dict(job.pixels)}

@@ -1,4 +1,4 @@
-"""What a run needs: its configuration, shards and device, and the batches of these shards.
+"""A job: a run's configuration, shards and device; and the batches of these shards.
 
 job = open_job(Config(lr=1e-3, epochs=3), Setup(shards=("shards",)), "runs/first")
 train.train(job)
@@ -33,7 +33,7 @@ from pipeline.stream.select import NothingSelectedError, select_rows
 
 @dataclass(frozen=True)
 class Job:
-    """What stays the same while a run trains or is scored."""
+    """Everything that stays constant while a run trains or is scored."""
 
     config: Config
     shards: Collection
@@ -43,7 +43,7 @@ class Job:
     setup: Setup
     ranks: Ranks = ALONE
     start: Start | None = None  # the weights to start from
-    shared_images: bool = False  # score images that the weights have learned from, too
+    shared_images: bool = False  # allow scoring images that the weights were trained on
 
     @property
     def manifest(self) -> Manifest:
@@ -52,7 +52,7 @@ class Job:
 
     @property
     def pixels(self) -> Mapping[str, float]:
-        """Mean and std of gray levels by which the run's images are normalized: the shards', or the network's own."""
+        """Mean and std that normalize the run's gray levels: the shards', or those of the network's first weights."""
         scale = dict(zip(("mean", "std"), self.config.input_scale, strict=False))
         return scale or self.manifest.pixels
 
@@ -60,9 +60,9 @@ class Job:
 def open_job(config: Config, setup: Setup, run: str | Path, ranks: Ranks = ALONE) -> Job:
     """The job that trains a run in the folder `run`.
 
-    What the configuration leaves open comes from the shards: policies, and a share of train to hold out where they
-    have no dev split; or from the network or its first weights: the size and scale of its input. Raises SettingError
-    for values that do not go together, and DataError for unusable shards.
+    Open settings are taken from the shards (policies, and a share of train to hold out if there is no dev split), or
+    from the network or its initial weights (the size and scale of its input). Raises SettingError
+    for contradictory values, and DataError for unusable shards.
     """
     collection, start = setup.open(), open_start(config, setup.init)
     for text in collection.warnings:
@@ -74,9 +74,9 @@ def open_job(config: Config, setup: Setup, run: str | Path, ranks: Ranks = ALONE
 
 
 def choose_device(amp: str) -> tuple[torch.device, torch.dtype]:
-    """The GPU where there is one, and the precision of autocast there (float32: no autocast).
+    """The GPU if there is one, else the CPU; and the precision of autocast (float32: no autocast).
 
-    `auto`: bf16 where the GPU has it, else fp16; off on a CPU, where it is slower. Raises DataError.
+    `auto`: bf16 if the GPU supports it, else fp16; off on CPUs, where it is slower. Raises DataError.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if amp == "auto" and device.type == "cuda":
@@ -88,17 +88,17 @@ def choose_device(amp: str) -> tuple[torch.device, torch.dtype]:
 
 @dataclass(frozen=True)
 class Selected:
-    """A split, the rows of the images that a run uses, and the samples that it makes of them."""
+    """A split, the rows of the images that a run uses, and the samples made from them."""
 
     split: OpenSplit
     images: Rows
     samples: Samples
-    blank: str  # the shards' own policy, under which runs of other policies are measured on the same cells
+    blank: str  # the shards' policy, so that runs with any policy are measured on the same cells
     bad: Unusable = field(default_factory=Unusable)  # over all epochs and evaluations
 
     @property
     def rows(self) -> Rows:
-        """A row for each sample, that of its first image: the images of a study share their labels."""
+        """The row of each sample's first image: the images of a study share their labels."""
         return self.samples.rows[:, 0]
 
     @cached_property
@@ -108,20 +108,20 @@ class Selected:
 
 
 def holds_out(job: Job) -> bool:
-    """Whether the run's dev is a part of its shards' train; other shards are taken as they are."""
+    """Whether the run's dev is part of its shards' train split; other shards are used unchanged."""
     return job.config.dev is not None and "dev" not in job.manifest.splits and job.shards.digest == job.config.manifest
 
 
 def open_split(job: Job, name: str) -> OpenSplit:
-    """A split of the shards; a dev that the run holds out is train, under the name dev."""
+    """A split of the shards; a held-out dev is the train split, under the name dev."""
     return job.shards.open("train" if name == "dev" and holds_out(job) else name)._replace(name=name)
 
 
 def open_images(job: Job, name: str) -> tuple[OpenSplit, Rows]:
-    """A split and the rows of the images that the run's conditions leave of it.
+    """A split and the rows of the images that meet the run's conditions.
 
-    Where the run holds out its dev, that is rows of train, under the name dev. Raises DataError, of which
-    NothingSelectedError where no row is left.
+    A held-out dev is rows of train, under the name dev. Raises DataError; its subclass NothingSelectedError if no row
+    is left.
     """
     config, split = job.config, open_split(job, name)
     limit = config.limit if name == "train" else None
@@ -138,7 +138,7 @@ def open_images(job: Job, name: str) -> tuple[OpenSplit, Rows]:
 
 
 def selected_splits(job: Job) -> list[str]:
-    """The splits, with a dev that is held out, of which the run's conditions leave any image."""
+    """The splits, including a held-out dev, with any image that meets the run's conditions."""
     splits = []
     for name in [*job.manifest.splits, *(["dev"] if holds_out(job) else [])]:
         with suppress(NothingSelectedError):
@@ -148,9 +148,9 @@ def selected_splits(job: Job) -> list[str]:
 
 
 def open_rows(job: Job, name: str) -> Selected:
-    """A split and the samples that the run's conditions leave; `limit` is for train alone.
+    """A split and the samples that meet the run's conditions; `limit` applies only to train.
 
-    Raises DataError where the images of a study have different labels and the run learns studies.
+    Raises DataError if a run on studies finds different labels within a study.
     """
     split, rows = open_images(job, name)
     blank = check_blank_policy(job.manifest.policies["blank"] or job.config.blank)
@@ -176,9 +176,9 @@ def network_inputs(
     present: npt.NDArray[np.bool_],
     projection: npt.NDArray[np.int8],
 ) -> tuple[Tensor, ...]:
-    """What a run's network takes, on the device: images uint8 [N, 1, H, W].
+    """Inputs of a run's network, on the device: images uint8 [N, 1, H, W].
 
-    To pool views it also takes which places of the samples they fill, bool [B, V], and their projections int8 [N].
+    Networks that pool views also take each sample's filled places, bool [B, V], and the projections, int8 [N].
     """
     arrays = (images,) if config.fusion is None else (images, present, projection)
     return tuple(to_device(array, device) for array in arrays)

@@ -1,12 +1,12 @@
-"""The images and patients that weights were trained on, to detect them in what they score.
+"""The images and patients that weights were trained on, to detect them in the data they score.
 
-best.pt has an entry for train and dev of its run, and hands them on to runs that start from it (`init`) or learn from
-its scores (`teacher`):
-    run       str    file of weights that has learned from it; empty: these weights
-    split     str    train, or dev, on which checkpoint and thresholds are chosen; unknown: of a file that does not say
+best.pt has an entry for each of the run's train and dev, which runs inherit if they start from it (`init`) or learn
+from its scores (`teacher`):
+    run       str    weights file that was trained on the entry; empty: these weights
+    split     str    train; dev, which chose checkpoint and thresholds; unknown, if the weights file does not state it
     images    int64 [N]  CRC-32 and length of each image, as stored in the shards
     patients  int64 [P]  first 8 bytes of sha256(`namespace/id`)
-The hash keeps names out of the file. It is no secret: who has the file can try all patient numbers.
+The hash keeps IDs out of the file, but does not anonymize: anyone with the file can try all patient IDs.
 """
 
 import hashlib
@@ -30,9 +30,9 @@ Seen = Sequence[Entry]
 
 
 def list_seen(job: Job, selected: Iterable[tuple[str, Selected]]) -> Seen:
-    """The entries of a run that learns from these splits, after those of the weights and the teacher it starts from.
+    """The entries of a run that trains on these splits, then those of its initial weights and its teacher.
 
-    Raises DataError for a dev or valid of which they have learned from images, before a step is trained on them.
+    Raises DataError before training if the initial weights or the teacher were trained on images of dev or valid.
     """
     before, own = check_start(job), []
     for name, chosen in selected:
@@ -44,7 +44,7 @@ def list_seen(job: Job, selected: Iterable[tuple[str, Selected]]) -> Seen:
 
 
 def check_start(job: Job) -> Seen:
-    """The entries of the weights and the teacher that a job starts from; raises DataError as `list_seen` does."""
+    """The entries of a job's initial weights and teacher; raises DataError as `list_seen` does."""
     before = list(job.start.seen) if job.start else []
     for run in read_members(job.setup.teacher) if job.setup.teacher else ():
         before += hand_on(read_seen(run), run)
@@ -65,12 +65,12 @@ def read_seen(run: Path) -> Seen:
 def check_seen(
     job: Job, name: str, seen: Seen, remedy: str = "evaluate on others, or go on with `shared_images`"
 ) -> dict[str, int]:
-    """Count the patients and images of a split that weights have learned from; every score passes here.
+    """Count the patients and images of a split that weights were trained on; all scoring calls this.
 
-    A run's own train and dev are known to be that: nothing is counted of its train, and of a dev what is in a train.
-    Nothing is counted either if it is not known what weights have learned from, which is said.
-    Says what is shared. Raises DataError, with the remedy, for images unless the job allows it; only those that a run's
-    own splits share, which is a fault of the shards, are always allowed.
+    For the run's train split nothing is counted, and for a dev split only what is also in a train split. Unknown
+    training data cannot be counted either, and is reported.
+    Reports overlap. Raises DataError, with the remedy, if images overlap and the job does not allow it; overlap between
+    the run's splits, which is a fault of the shards, is always allowed.
     """
     at_home = job.shards.digest == job.config.manifest
     if at_home and name == "train" and not job.config.adopted:
@@ -104,13 +104,13 @@ def check_seen(
 
 
 def count_known(contents: Sequence[int], seen: Seen) -> int:
-    """How many of some images, by CRC-32 and length as uint64, weights have learned from."""
+    """How many images, given as CRC-32 and length in a uint64, the weights were trained on."""
     known = {content for entry in seen for content in entry["images"].numpy().view(np.uint64).tolist()}
     return sum(content in known for content in contents)
 
 
 def hash_patients(table: pa.Table, namespace: str) -> npt.NDArray[np.int64]:
-    """The hash of each row's patient, int64 [N]; `namespace` is that of the table, as `Collection` has it."""
+    """The hash of each row's patient, int64 [N]; `namespace` is the `Collection`'s."""
     patients = name_patients(table["patient"], namespace).dictionary_encode()
     hashes = [
         int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], signed=True)
@@ -121,6 +121,6 @@ def hash_patients(table: pa.Table, namespace: str) -> npt.NDArray[np.int64]:
 
 
 def _list_images(table: pa.Table) -> npt.NDArray[np.int64]:
-    """CRC and length of each row's image as one number [N]; signed, because torch's checkpoints know no other."""
+    """CRC and length of each row's image as one number [N]; signed, because torch cannot save unsigned ones."""
     joined: npt.NDArray[np.int64] = join_content(table).to_numpy().view(np.int64)
     return joined

@@ -2,12 +2,12 @@
 
 predictor = open_predictor([Path("runs/first")])
 predictor.score(job, "valid").images.scores                        # [N, L] of a split of the job's shards
-predictor.score_files([[Path("film.png")]], workers=4)             # [1, L] of files, and which cannot be read
-predictor.decide("youden")                                         # their calibration, and thresholds
+predictor.score_files([[Path("image.png")]], workers=4)            # [1, L] of files, and the unreadable ones
+predictor.decide("youden")                                         # calibration and thresholds
 
-An ensemble's score is the mean of its members' calibrated scores. It has a folder like a run's: ensemble.json names the
-members, with the sha256 of the weights that were evaluated; calibration.json, evaluation-*.json, scores-*.arrow and
-report-*.html are as in a run's.
+An ensemble's score is the mean of its members' calibrated scores. Its folder resembles a run's: ensemble.json lists the
+members with the sha256 of their evaluated weights; calibration.json, evaluation-*.json, scores-*.arrow and
+report-*.html are as in a run's folder.
 """
 
 import math
@@ -49,17 +49,17 @@ from pipeline.stream.plan import plan_evaluation
 
 EVALUATION_BATCH = 64  # images
 Alteration = Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.uint8]]  # of images [N, 1, H, W]
-Unreadable = list[tuple[Path, str]]  # files, and why they cannot be scored
-# What members share, by the option that decides it: without, their scores are not of the same.
+Unreadable = list[tuple[Path, str]]  # files, with the reason
+# Settings that members must share, and their options: otherwise their scores are not comparable.
 SAME = {"unit": "fusion", "manifest": "shards", "dev": "dev"} | {
     name: name for name in ("labels", "blank", "where", "views")
 }
 
 
 class Result(NamedTuple):
-    """Scores of a split, the rows of its table, and what it shares with what the weights have learned from.
+    """Scores of a split, the rows of its table, and its overlap with the training data.
 
-    `members` are the calibrated scores [N, L] of those of an ensemble, by their folder.
+    `members` maps the folders of an ensemble's members to their calibrated scores [N, L].
     """
 
     images: Scored
@@ -69,7 +69,7 @@ class Result(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """What becomes of scores: `calibration` by label, and `limits` [L] that they reach before it (nan: undecided)."""
+    """How scores are used: `calibration` by label, and thresholds `limits` [L] of raw scores (nan: undecided)."""
 
     calibration: Mapping[str, Calibration] | None
     limits: list[float]  # [] without a rule
@@ -77,7 +77,7 @@ class Decision(NamedTuple):
     combine: str = "max"  # how a study's score is computed from its views
 
     def apply(self, labels: Sequence[str], scores: Floats) -> tuple[Floats, Floats]:
-        """Calibrated scores [N, L], and decisions by the scores before: 1, 0, or NaN, [N, 0] without a rule."""
+        """Calibrated scores [N, L], and decisions by raw scores: 1, 0, or NaN; [N, 0] without a rule."""
         limits = np.array(self.limits)
         raw = scores[:, : len(limits)]
         decided = np.where(np.isnan(raw) | np.isnan(limits), np.nan, raw >= limits)
@@ -85,40 +85,40 @@ class Decision(NamedTuple):
 
 
 class Network(NamedTuple):
-    """A network with the weights of a run's best.pt, and what else that holds; of an ensemble, with its calibration."""
+    """A network with the contents of a run's best.pt; in an ensemble, also the run's calibration."""
 
     run: Path
     config: Config
     network: nn.Module
-    pixels: Mapping[str, float]  # mean and std of the gray levels that it takes
+    pixels: Mapping[str, float]  # mean and std of the input's gray levels
     images: ImageOptions  # how the shards' images were prepared
     seen: Seen
     dataset: Mapping[str, str]
     calibration: Mapping[str, Calibration] | None
 
     def calibrate(self, scores: Floats) -> Floats:
-        """Its share in the mean of an ensemble, of its scores [N, L]; alone, these themselves."""
+        """The scores [N, L] to average in an ensemble; unchanged without a calibration."""
         return scores if self.calibration is None else apply_calibrations(self.config.labels, scores, self.calibration)
 
 
 @dataclass(frozen=True)
 class Predictor:
-    """The networks of a run or an ensemble. Without a folder, nothing was chosen on dev for an ensemble as a whole."""
+    """The networks of a run or an ensemble. Without a folder, an ensemble has no calibration or thresholds."""
 
     name: str
     folder: Path | None
-    configs: Mapping[Path, Config]  # of its members, by their folders
+    configs: Mapping[Path, Config]  # of the members, by folder
     ranks: Ranks = ALONE
 
     @property
     def config(self) -> Config:
-        """The first member's."""
+        """The first member's configuration."""
         return next(iter(self.configs.values()))
 
     @cached_property
     def members(self) -> list[Network]:
-        """Its networks, with their best weights. Raises CheckpointError, and DataError for a lacking calibration."""
-        several = len(self.configs) > 1  # whose calibrated scores are averaged
+        """The networks with their best weights. Raises CheckpointError, and DataError if a calibration is missing."""
+        several = len(self.configs) > 1  # members of an ensemble, whose calibrated scores are averaged
         fits = [read_calibration(run, one.labels)["image"] if several else None for run, one in self.configs.items()]
         pairs = zip(self.configs.items(), fits, strict=True)
         return [load_network(run, config, fit, self.ranks) for (run, config), fit in pairs]
@@ -126,8 +126,8 @@ class Predictor:
     def score(self, job: Job, name: str, alter: Alteration | None = None, most: float = math.inf) -> Result:
         """The scores of a split of the job's shards, under its conditions; `alter` changes the images first.
 
-        Of a split with more samples than `most`, every second, third, … is scored. Raises DataError for images that the
-        weights have learned from (`check_seen`), before any is scored; CheckpointError; Stopped.
+        If a split has more samples than `most`, scores every second, third, … Before scoring, raises DataError if the
+        weights were trained on any of the images (`check_seen`). Raises CheckpointError and Stopped.
         """
         conditions = {field: getattr(job.config, field) for field in ("where", "views", "limit", "max_bad")}
         jobs = [replace(job, run=member.run, config=replace(member.config, **conditions)) for member in self.members]
@@ -147,11 +147,11 @@ class Predictor:
     def score_files(
         self, samples: Sequence[Sequence[Path]], workers: int, combine: str = "max"
     ) -> tuple[Floats, Unreadable]:
-        """Scores [N, L] of samples, which are the image files of a study, or of single ones; and unusable files.
+        """Scores [N, L] of samples, each the image files of a study or a single file; and unusable files.
 
-        A run by images scores each, which `combine` makes a study's score of. NaN if none of a sample's files can be
-        read. An image takes the way it would take through shards: the same resize, encoding and decoding. Says how many
-        the weights have learned from.
+        A run on images scores each image, and `combine` computes a study's score. NaN if none of a sample's files can
+        be read. Images are resized, encoded and decoded as they would be in shards. Reports how many of them the
+        weights were trained on.
         """
         by_image = self.config.fusion is None
         scored = [[file] for files in samples for file in files] if by_image else samples
@@ -165,9 +165,9 @@ class Predictor:
         return scores, parts[0][2]
 
     def decide(self, threshold: str, level: str = "image") -> Decision:
-        """The calibration of its scores at a level, and their thresholds by a rule.
+        """The calibration of scores at a level, and their thresholds by a rule.
 
-        Raises DataError where dev gave none.
+        Raises DataError if there is none.
         """
         if self.folder is None:
             if threshold != "none" or level == "study":
@@ -190,7 +190,7 @@ class Predictor:
     def calibrate(
         self, job: Job, sensitivity: float = 0.9, combine: str = "max", dev: Scored | None = None
     ) -> dict[str, Any]:
-        """Its calibration for these settings, chosen on dev if it has none for them; `dev` are the scores, if known.
+        """The calibration for these settings, computed on dev if missing; `dev` are the scores, if known.
 
         Raises DataError if thresholds would have to be chosen on other shards than the run's.
         """
@@ -199,7 +199,7 @@ class Predictor:
         calibration = read_object(path) if path.exists() else {}
         if chosen.items() <= calibration.items():
             return calibration
-        if job.shards.digest != job.config.manifest:  # whose dev may hold patients of the run's train
+        if job.shards.digest != job.config.manifest:  # their dev may have patients of the run's train
             command = f"python -m train evaluate --run {job.run} --sensitivity {sensitivity} --study {combine}"
             raise DataError(
                 f"{job.shards}: not the shards that {job.run} learned from, on whose dev thresholds are chosen; "
@@ -217,14 +217,14 @@ def of_job(job: Job) -> Predictor:
 
 
 def open_predictor(runs: Sequence[Path]) -> Predictor:
-    """The run or the ensemble that --run names. Raises DataError, naming the option, for runs that make none."""
+    """The run or ensemble of --run. Raises DataError, with the option, for runs that cannot form an ensemble."""
     folder = runs[0] if len(runs) == 1 else None
     runs = runs if folder is None else read_members(folder)
     configs = {run: read_config(run) for run in runs}
     if len(configs) < len(runs):
         raise DataError("`run` names the same run twice")
     first, config = next(iter(configs.items()))
-    # A dev that is held out is drawn by the seed: another seed's is in this one's train.
+    # The seed decides which patients are held out as dev: with another seed, they are in train.
     same = SAME if config.dev is None else SAME | {"seed": "seed"}
     for run, other in configs.items():
         for field, option in same.items():
@@ -235,9 +235,9 @@ def open_predictor(runs: Sequence[Path]) -> Predictor:
 
 
 def open_scoring(predictor: Predictor, out: Path | None, shards: Collection, workers: int) -> Job:
-    """The job that scores shards: into the run's folder or, of an ensemble, `out`, or one beside its first member.
+    """The job that scores shards, into the run's folder or, for an ensemble, `out` or a folder next to its members.
 
-    Members get a calibration where they have none. Raises DataError for a folder that is another's.
+    Calibrates members that are not calibrated. Raises DataError if another run or ensemble uses the folder.
     """
     jobs = [
         Job(config, shards, run, *choose_device(config.amp), Setup(workers=workers))
@@ -262,12 +262,12 @@ def open_scoring(predictor: Predictor, out: Path | None, shards: Collection, wor
 
 
 def forget_calibration(run: Path) -> None:
-    """Remove the calibration of weights that are no more."""
+    """Remove the calibration of replaced weights."""
     (run / "calibration.json").unlink(missing_ok=True)
 
 
 def read_calibration(run: Path, labels: Sequence[str], level: str = "image") -> dict[str, Any]:
-    """What was chosen on dev for a run, checked at a level. Raises DataError, if it is missing with the command."""
+    """A run's calibration, checked at a level. Raises DataError; if it is missing, with the command that makes it."""
     path = run / "calibration.json"
     if not path.exists():
         raise DataError(f"{run}: no {path.name}; first run: python -m train evaluate --run {run}")
@@ -300,11 +300,10 @@ def load_network(
 def score_split(
     job: Job, network: nn.Module, chosen: Selected, pixels: Mapping[str, float], alter: Alteration | None = None
 ) -> tuple[Scored, pa.Table]:
-    """A network's scores of the chosen rows, with targets and masks that leave the uncertain cells out.
+    """A network's scores of the chosen rows, with targets and masks that exclude uncertain cells; and the table rows.
 
-    And those rows of the table. Images that are unusable, as far as --max-bad allows it, are in neither.
-    A run by studies scores these, and the rows are those of their first images.
-    Each rank scores its share of the rows, and all get the scores of all. `alter` changes the images of each batch.
+    Excludes unusable images, up to --max-bad. For a run on studies, the rows are those of the studies' first images.
+    Each rank scores its share of the rows and gets all scores. `alter` changes the images of each batch.
     Raises Stopped.
     """
     config, split, rows = job.config, chosen.split, chosen.rows
@@ -339,7 +338,7 @@ def score_split(
 
 
 def _score_files(member: Network, samples: Sequence[Sequence[Path]], workers: int) -> tuple[Floats, Unreadable]:
-    """As `Predictor.score_files`, by one network."""
+    """As `Predictor.score_files`, for one network."""
     config, side = member.config, member.config.image_size
     device, precision = choose_device(config.amp)
     read = partial(read_view, config=config, options=member.images)

@@ -1,4 +1,4 @@
-"""A run's evaluations → its page and its model card: the judge's, with the run's settings and training curves."""
+"""A run's evaluations → report page and model card, with the run's settings and training curves."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields

@@ -26,7 +26,7 @@ from pipeline.measure.metrics import Floats, averaged_labels, mean_of, report_au
 from pipeline.measure.scores import Scores, open_scores, write_scores
 from pipeline.stream.samples import find_places
 
-TRAIN_SAMPLES = 2000  # that a sweep scores of train
+TRAIN_SAMPLES = 2000  # number of train samples that a sweep scores
 
 
 def finish_run(job: Job) -> dict[str, Evaluation]:
@@ -40,7 +40,7 @@ def finish_run(job: Job) -> dict[str, Evaluation]:
     results = {name: predictor.score(job, name) for name in names}
     if not job.ranks.is_first:
         return {}
-    forget_calibration(job.run)  # of an earlier best.pt
+    forget_calibration(job.run)  # from an earlier best.pt
     evaluations = {name: evaluate(job, predictor, name, results[name]) for name in names}
     write_report(job, predictor, "report.html", evaluations, {name: results[name].images for name in names})
     data = {}
@@ -55,11 +55,11 @@ def finish_run(job: Job) -> dict[str, Evaluation]:
 
 
 class How(NamedTuple):
-    """How `evaluate` judges, apart from the run: `chosen_by` are conditions in place of the run's own.
+    """Options of `evaluate`: `chosen_by` are conditions that replace the run's conditions.
 
-    `sensitivity` is what the third threshold is to reach on dev, `combine` how a study's score comes from its views:
-    max or mean. `against` are other runs and their scores, as `find_scores` has them; `altered` scores of altered
-    images, and `readers` files of calls, each by its name.
+    `sensitivity` is the sensitivity that the third threshold must reach on dev; `combine`, max or mean, computes a
+    study's score from its views. `against` maps other runs to their scores (`find_scores`); `altered` are scores of
+    altered images, and `readers` readers' calls, both by name.
     """
 
     sensitivity: float = 0.9
@@ -77,7 +77,7 @@ def evaluate(
     result: Result,
     how: How = How(),  # noqa: B008 - immutable
 ) -> Evaluation:
-    """Write the scores that a predictor gave a split, judge them, and write the evaluation into the job's folder.
+    """Write a predictor's scores of a split, judge them, and write the evaluation into the job's folder.
 
     Raises DataError if thresholds would have to be chosen on other shards than the run's.
     """
@@ -104,9 +104,9 @@ def evaluate(
 
 
 def compare_with_own(job: Job, scored: Scored, evaluation: Evaluation) -> None:
-    """Add what other shards' figures are beside the run's own valid.
+    """Compare results on other shards with those on the run's own valid split.
 
-    `own` of the head says why there is no comparison, if there is none. Raises DataError if that is damaged.
+    If there is no comparison, the head's `own` gives the reason. Raises DataError if the run's evaluation is damaged.
     """
     path = job.run / "evaluation-valid.json"
     command, data = f"python -m train evaluate --run {job.run}", job.manifest.dataset.get("title", "")
@@ -122,10 +122,10 @@ def compare_with_own(job: Job, scored: Scored, evaluation: Evaluation) -> None:
 
 
 def read_against(job: Job, name: str, other: Path, path: Path, result: Result) -> dict[str, Floats]:
-    """Another run's scores [N, L] of the same samples; NaN for labels that it has not learned.
+    """Another run's scores [N, L] of the same samples; NaN for labels that it was not trained on.
 
-    Of studies: by the max and by the mean over the views that it has scored. Raises DataError if it lacks all labels or
-    an image.
+    For studies, both the max and the mean over the scored views. Raises DataError if all labels or an image are
+    missing.
     """
     scores, labels = open_scores(path), job.config.labels
     if job.config.fusion is None:
@@ -136,26 +136,26 @@ def read_against(job: Job, name: str, other: Path, path: Path, result: Result) -
 
 
 def name_result(job: Job, name: str, chosen_by: Sequence[str] = ()) -> str:
-    """What a run's scores of a split are named by, also where other conditions than the run's own chose its images."""
+    """The name of a run's results on a split, including any conditions that replace the run's."""
     result = result_name(job.config, job.shards.digest, name)
     return f"{result}-{hashlib.sha256(' '.join(chosen_by).encode()).hexdigest()[:8]}" if chosen_by else result
 
 
 def name_comparison(result: str, against: Collection[Path]) -> str:
-    """What a comparison is named by, apart from the plain evaluation, which would replace it."""
+    """The name of a comparison, so that it does not overwrite the plain evaluation."""
     return f"{result}-against-{'-'.join(other.name for other in against)}"[:200] if against else result
 
 
 def find_scores(job: Job, name: str, against: Sequence[Path]) -> dict[Path, Path]:
-    """The scores of a split by other runs: one of the same images or, where the run scores studies, any number.
+    """Other runs' scores of a split: of one run on images or, if this run scores studies, of any number.
 
-    Raises DataError for a run that has none, with the command that writes them.
+    If a run has none, raises DataError with the command that writes them.
     """
     if len(against) > 1 and job.config.fusion is None:
         raise DataError("`against` takes one run beside a run by images; several are for a run by studies")
     paths = {}
     for other in against:
-        # Of these shards, where they are not those that it learned from; else of its own, which may be the same images.
+        # First its scores of these shards; else of the run's shards, which may have the same images.
         names = (result_name(read_config(other), job.shards.digest, name), name)
         files = [path for stem in names if (path := other / f"scores-{stem}.arrow").exists()]
         if not files:
@@ -168,9 +168,9 @@ def find_scores(job: Job, name: str, against: Sequence[Path]) -> dict[Path, Path
 def write_report(
     job: Job, predictor: Predictor, file: str, evaluations: Mapping[str, Evaluation], images: Mapping[str, Scored]
 ) -> None:
-    """Write the page of the splits that `evaluate` gave evaluations of; `images` are their scores."""
+    """Write the report page of evaluated splits; `images` are their scores."""
     path = job.run / "metrics.jsonl"
-    trained = len(predictor.configs) == 1 and not job.config.adopted  # an ensemble was not, as a whole
+    trained = len(predictor.configs) == 1 and not job.config.adopted  # an ensemble has no training history
     lines = path.read_bytes().splitlines() if trained else []
     history = [parse_object(path, line) for line in lines]
     settings, dataset = describe_settings(job, predictor), job.manifest.dataset
@@ -179,7 +179,7 @@ def write_report(
 
 
 def describe_settings(job: Job, predictor: Predictor) -> dict[str, Any]:
-    """A run's configuration; of an ensemble, its members and theirs: all values where they differ."""
+    """A run's configuration; for an ensemble, the members and their configurations: all values if they differ."""
     chosen = {"where": job.config.where, "views": job.config.views}
     configs = [asdict(config) | chosen for config in predictor.configs.values()]
     settings = {
@@ -188,18 +188,18 @@ def describe_settings(job: Job, predictor: Predictor) -> dict[str, Any]:
     }
     if job.config.adopted:
         default = {one.name: one.default for one in fields(Config)} | {"uncertain": settings["uncertain"]}
-        shown = ("labels", "views", "blank")  # the others say something of weights only if somebody set them
+        shown = ("labels", "views", "blank")  # others describe the weights only if they were set
         settings = {name: value for name, value in settings.items() if name in shown or value != default[name]}
-    if settings["views"] == "all":  # of the shards, which may hold fewer
+    if settings["views"] == "all":  # views in the shards, which may have fewer
         settings["views"] = job.manifest.options.get("views", "all")
     return settings | ({"members": list(map(str, predictor.configs))} if len(configs) > 1 else {})
 
 
 def choice_score(line: Mapping[str, Any], choose_by: str) -> float | None:
-    """The AUROC a checkpoint is chosen by, of a line of metrics.jsonl: the mean over the labels of `choose_by`.
+    """The AUROC that chooses the checkpoint, from a line of metrics.jsonl: the mean over the labels of `choose_by`.
 
-    None where one of them has one class. `all` are the labels with 10 patients of each class, if there are any: on the
-    real dev split these are all labels; on a small one the others would add chance alone.
+    None if one of them has one class. `all` means the labels with 10 patients of each class, if any: on the real dev
+    split these are all labels; on a small one, the others would add only noise.
     """
     if labels := parse_choice(choose_by):
         areas = [line["labels"][label] for label in labels]
@@ -209,10 +209,10 @@ def choice_score(line: Mapping[str, Any], choose_by: str) -> float | None:
 
 
 def measure_run(job: Job) -> dict[str, float | None]:
-    """A finished run's AUROC on dev, by which its checkpoint was chosen, and what it compares with.
+    """A finished run's AUROC on dev, which chose the checkpoint, and AUROCs to compare.
 
-    That on dev, on a part of train and on valid, with its limits, over the `same_labels` (their number): those that the
-    first is over and that have both classes in all of these.
+    Those are on dev, part of train, and valid (with limits), over the labels that chose the checkpoint and have both
+    classes in all three; `same_labels` is their number.
     """
     names = job.config.labels
     predictor = of_job(job)

@@ -1,7 +1,7 @@
 """Does a network look at the lungs? Its AUROC on the same images with the lungs covered, and with only the lungs.
 
-A network that still tells a label where the center of the film is covered reads it from elsewhere: a letter, a border,
-the brightness of the corners. One that tells it from shuffled patches reads texture or brightness, not anatomy. (The
+A network that still predicts a label with the center of the image covered uses something else: a letter, a border or
+the brightness of the corners. One that predicts it from shuffled patches uses texture or brightness, not anatomy. (The
 test of Maguolo and Nanni, A critic evaluation of methods for COVID-19 automatic detection from X-ray images, 2021.)
 """
 
@@ -17,28 +17,28 @@ from model.runs.job import Job
 from model.runs.predictor import Predictor
 from pipeline.measure.metrics import Floats
 
-CENTER = 0.8  # of each side: the lungs lie within
+CENTER = 0.8  # fraction of each side; the lungs lie within
 PATCHES = 8  # along each side
 
 Images = npt.NDArray[np.uint8]  # [N, 1, S, S]
 
 
 def cover_center(level: int, images: Images) -> Images:
-    """The images with their central box, `CENTER` of each side, at one gray level."""
+    """The images with the central box, `CENTER` of each side, set to one gray level."""
     covered = images.copy()
     covered[_center(images)] = level
     return covered
 
 
 def cover_border(level: int, images: Images) -> Images:
-    """The images with everything but the central box at one gray level."""
+    """The images with everything except the central box set to one gray level."""
     covered = np.full_like(images, level)
     covered[_center(images)] = images[_center(images)]
     return covered
 
 
 def shuffle_patches(level: int, images: Images) -> Images:
-    """The images with their 8×8 patches in another order, the same for all; what fills no patch is at `level`."""
+    """The images with their 8×8 patches shuffled, in the same order for all; the remaining edge is set to `level`."""
     side = images.shape[-1] // PATCHES
     cropped = images[..., : side * PATCHES, : side * PATCHES]
     patches = cropped.reshape(-1, 1, PATCHES, side, PATCHES, side).swapaxes(3, 4)
@@ -55,7 +55,7 @@ ALTERATIONS: Mapping[str, Callable[[int, Images], Images]] = MappingProxyType(
 
 
 def score_altered(predictor: Predictor, job: Job, split: str) -> dict[str, Floats]:
-    """A predictor's scores [N, L] of altered images, by what was altered.
+    """A predictor's scores [N, L] of altered images, by alteration.
 
     Covered parts get train's mean gray level. Raises Stopped.
     """

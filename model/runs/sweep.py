@@ -2,16 +2,16 @@
 
 In: the values, and a function that trains one point. Out: in FOLDER/trials a run folder per trial and beside it its
 record (`Trial` as JSON); sweep.csv and report.html. The records are all that processes share: Optuna proposes and
-prunes by a study that is made of them in memory. (Its own journal fixes a parameter's choices for good, so no value
+prunes with a study built from them in memory. (Its own journal fixes a parameter's choices for good, so no value
 could be added to a sweep, and one damaged line costs all trials.) Two locks, which the kernel releases when a process
 is killed:
 
 *   A process begins a trial while it holds the lock of the sweep, so no point is begun twice.
-*   It trains the trial while it holds the trial's lock. A trial that is unfinished and whose lock is free was stopped
-    or killed: whoever comes next continues it, exactly, in its run folder.
+*   It trains the trial while it holds the trial's lock. An unfinished trial whose lock is free was stopped or
+    killed: the next process resumes it, exactly, in its run folder.
 
-A trial's outcome is that of `train.py` with its options. Pruning compares a trial with earlier ones, so what is
-pruned depends on their order; without pruning, nothing does.
+A trial's outcome is that of `train.py` with its options. Pruning compares a trial with earlier ones, so only pruning
+depends on their order.
 """
 
 import itertools
@@ -35,7 +35,7 @@ from pipeline.base.files import locked, named_writes, read_object, write_json
 from pipeline.console import count_of, say, say_once, show_left
 
 Point = dict[str, Any]  # parameter → value
-History = list[tuple[float, float]]  # epoch and the AUROC on dev that trials are compared by, at each evaluation
+History = list[tuple[float, float]]  # at each evaluation: epoch, and the AUROC on dev that ranks trials
 Watch = Callable[[History], None]
 Figures = Mapping[str, float | None]  # of a finished run, by `results.measure_run`
 TrainPoint = Callable[[Point, Path, Watch], Figures]
@@ -54,24 +54,24 @@ STATES = {
 class Trial:
     """A trial of a sweep."""
 
-    run: Path  # its run folder
-    parameters: Point  # those that vary
-    number: int  # in the order of their beginning
+    run: Path  # run folder
+    parameters: Point  # the varying ones
+    number: int  # in order of start
     point: Point  # all parameters
     state: str = "unfinished"  # of STATES
     error: str | None = None  # why it failed
-    seconds: float | None = None  # in its last attempt
+    seconds: float | None = None  # of the last attempt
     history: History = field(default_factory=list)
     figures: Figures = field(default_factory=dict)  # once it is complete
 
     @property
     def dev(self) -> float | None:
-        """The AUROC by which trials are compared, of the checkpoint kept."""
+        """The AUROC that ranks trials, for the kept checkpoint."""
         return self.figures.get("dev_auroc")
 
     @property
     def epochs(self) -> float | None:
-        """How many are done."""
+        """The number of finished epochs."""
         return self.history[-1][0] if self.history else None
 
     @property
@@ -80,7 +80,7 @@ class Trial:
         return self.run.with_name(f"{self.run.name}.json")
 
     def lock(self) -> AbstractContextManager[None]:
-        """The trial's lock, beside its run folder: the trainer has one inside. TimeoutError if it is held."""
+        """The trial's lock, next to its run folder, which has the trainer's. Raises TimeoutError if it is held."""
         return locked(self.run.with_name(f"{self.run.name}.lock"), wait=0)
 
     def write(self) -> None:
@@ -112,7 +112,7 @@ class Sweep:
 
     @property
     def choice(self) -> str:
-        """What trials are compared by, in words, to be followed by AUROC."""
+        """The criterion that ranks trials, in words, to be followed by AUROC."""
         return name_choice(self.options.get("choose_by", "all"))
 
     def setting(self, name: str, point: Point) -> Any:
@@ -121,7 +121,7 @@ class Sweep:
 
 
 def open_sweep(sweep: Sweep) -> None:
-    """Make the folder. Raises DataError if it cannot be written, or has a sweep under other options."""
+    """Make the folder. Raises DataError if it cannot be written, or has a sweep with other options."""
     path, options = sweep.folder / "sweep.json", json.loads(json.dumps(sweep.options))
     with named_writes(path):
         (sweep.folder / "trials").mkdir(parents=True, exist_ok=True)
@@ -133,7 +133,7 @@ def open_sweep(sweep: Sweep) -> None:
 
 
 def run_sweep(sweep: Sweep, train_point: TrainPoint) -> None:
-    """Train points until all are done, by any process. Raises Stopped.
+    """Train points until all processes together have finished them. Raises Stopped.
 
     `train_point` trains a point in a run folder, and passes its evaluations to `watch`; raising one of OUTCOMES is an
     outcome too. Propagates its other errors.
@@ -178,11 +178,11 @@ def rank(trials: Sequence[Trial]) -> list[Trial]:
 def begin_trial(sweep: Sweep, lock: ExitStack) -> tuple[Trial | None, bool]:
     """Begin the next trial, or continue one, and enter its lock; under the lock of the sweep.
 
-    Returns it, or None if no point is left, and whether other processes train some.
+    Returns the trial, or None if no point is left, and whether other processes are training trials.
     """
     trials, points, busy = list_trials(sweep), sweep.grid, False
     if sweep.sampler == "tpe":
-        # A search finishes what it has begun. Points of the grid are for parameters with few values.
+        # A search first resumes unfinished trials. Grid points are for parameters with few values.
         fresh = propose(sweep, trials) + points if len(trials) < sweep.trials else []
         points = [trial.point for trial in trials if trial.state == "unfinished"] + fresh
     for point in points:
@@ -197,7 +197,7 @@ def begin_trial(sweep: Sweep, lock: ExitStack) -> tuple[Trial | None, bool]:
         except TimeoutError:
             busy = True
             continue
-        if trial.record.exists():  # which may say more than before its lock was free
+        if trial.record.exists():  # it may have changed before the lock was free
             trial = read_trial(sweep, trial.record)
         if trial.state == "unfinished":
             trial.write()
@@ -233,7 +233,7 @@ def run_trial(sweep: Sweep, trial: Trial, train_point: TrainPoint) -> None:
 
 
 def show_rest(sweep: Sweep) -> str:
-    """How many trials are left, and how long they take, if as long as those before and alone."""
+    """The number of trials left, and the time they take, at the mean of earlier ones and in one process."""
     spent = [trial.seconds for trial in list_trials(sweep) if trial.seconds and trial.state != "unfinished"]
     left = (len(sweep.grid) if sweep.sampler == "grid" else sweep.trials) - len(spent)
     return f"; {count_of(left, 'trial')} to go{show_left(left * sum(spent) / len(spent))}" if left > 0 else ""
@@ -242,9 +242,9 @@ def show_rest(sweep: Sweep) -> str:
 def make_study(
     trials: Sequence[Trial], values: Mapping[str, Sequence[Any]], **parts: Any
 ) -> tuple[optuna.Study, dict[str, BaseDistribution]]:
-    """Optuna's view of the trials, by its sampler or pruner, and its space.
+    """An Optuna study of the trials, with a sampler or pruner, and the search space.
 
-    Floats lie between the lowest and the highest value, other parameters are among their values.
+    Floats range from the lowest to the highest value; other parameters take one of their values.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     space: dict[str, BaseDistribution] = {
@@ -255,7 +255,7 @@ def make_study(
     }
     study = optuna.create_study(direction="maximize", **parts)
     for trial in trials:
-        with suppress(ValueError):  # of other values, by an earlier command
+        with suppress(ValueError):  # values of an earlier command
             study.add_trial(
                 optuna.create_trial(
                     state=STATES[trial.state],
@@ -269,7 +269,7 @@ def make_study(
 
 
 def propose(sweep: Sweep, trials: Sequence[Trial]) -> list[Point]:
-    """A point by TPE that no trial has; none if TPE repeats itself."""
+    """A new point from TPE, in a list; empty if TPE repeats itself."""
     # Seeded by the number of trials, so that a search repeats itself. Optuna takes 32 bits.
     seed = (sweep.setting("seed", sweep.grid[0]) * 1_000_003 + len(trials)) % 2**32
     sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True)
@@ -286,7 +286,7 @@ def propose(sweep: Sweep, trials: Sequence[Trial]) -> list[Point]:
 
 
 def is_poor(sweep: Sweep, trial: Trial) -> bool:
-    """Whether the pruner ends a trial: by its best evaluation, below the median of at least four others."""
+    """Whether to prune a trial: its best evaluation is below the median of at least four others."""
     if sweep.pruner == "none":
         return False
     first = -(-sweep.setting("epochs", trial.point) // 3)

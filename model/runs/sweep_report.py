@@ -1,7 +1,7 @@
 """Trials of a sweep → sweep.csv, report.html, and AUROC over learning rate and weight decay as PNG.
 
-Colors are those of cividis, which the color-blind and a gray printer tell apart. The report's figures take their
-inks from the page, the PNGs are drawn on white. Every figure marks the trial that is best on dev.
+Colors are from cividis, which stays readable for color-blind readers and in grayscale. The report's figures take
+their ink from the page; PNGs have a white background. Every figure marks the best trial on dev.
 """
 
 import io
@@ -29,14 +29,14 @@ NAMES = {"lr": "learning rate", "weight_decay": "weight decay", "batch_size": "b
 METRICS = {"dev": "of the checkpoint kept", "train": "of a part of train, at the checkpoint kept"}
 # As `results.measure_run` names them.
 FIGURES = ["dev_auroc", "same_labels", "dev_same_auroc", "train_auroc", "valid_auroc", "valid_low", "valid_high"]
-FEW = 6  # values of a parameter that get a place each; more lie on a logarithmic scale
+FEW = 6  # values of a parameter that are evenly spaced; more are on a logarithmic scale
 LEVELS = 12  # of the contours between many points
 
 
 def write_sweep_report(sweep: Sweep, trials: Sequence[Trial]) -> None:
     """Write sweep.csv, report.html, auroc-dev.png and auroc-train.png into the sweep's folder."""
     page = render_sweep(sweep.folder.name, trials, sweep.choice)
-    with locked(sweep.folder / ".lock"):  # processes that share a sweep end at the same time
+    with locked(sweep.folder / ".lock"):  # processes that share a sweep may finish at once
         write_csv(sweep.folder / "sweep.csv", list_rows(trials))
         write_atomically(sweep.folder / "report.html", page.encode())
         for metric in METRICS:
@@ -51,7 +51,7 @@ def write_sweep_report(sweep: Sweep, trials: Sequence[Trial]) -> None:
 
 
 def list_rows(trials: Sequence[Trial]) -> Iterator[list[object]]:
-    """The rows of sweep.csv: one per trial, in their order; empty where there is no figure."""
+    """The rows of sweep.csv: one per trial, in order; empty if there is no result."""
     yield ["number", "state", *(trials[0].parameters if trials else ()), *FIGURES, "epochs", "seconds", "run"]
     for trial in trials:
         values = [*(trial.figures.get(name) for name in FIGURES), trial.epochs, trial.seconds]
@@ -60,7 +60,7 @@ def list_rows(trials: Sequence[Trial]) -> Iterator[list[object]]:
 
 
 def tabulate_trials(title: str, ranked: Sequence[Trial]) -> Table:
-    """The figures of ranked trials: the AUROC on dev that decides, then three over the same labels."""
+    """The results of ranked trials: the AUROC on dev that ranks them, then three over the same labels."""
     rows = []
     for trial in ranked:
         dev, labels, same, train, valid, low, high = (trial.figures.get(name) for name in FIGURES)
@@ -75,7 +75,7 @@ def tabulate_trials(title: str, ranked: Sequence[Trial]) -> Table:
 
 
 def render_sweep(title: str, trials: Sequence[Trial], choice: str = MEANS["macro10"]) -> str:
-    """The page; `choice` is the AUROC that trials are compared by, as `name_choice` has it."""
+    """The page; `choice` is the AUROC that ranks trials, as named by `name_choice`."""
     ranked = rank(trials)
     done = [trial for trial in ranked if trial.dev is not None]
     draw = partial(pages.draw_svg, fitted=True)
@@ -109,12 +109,12 @@ def render_sweep(title: str, trials: Sequence[Trial], choice: str = MEANS["macro
 
 
 def show_value(value: Any) -> str:
-    """A parameter's value as people type it."""
+    """A parameter's value as users type it."""
     return "–" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def hint_at_edges(done: Sequence[Trial]) -> Iterator[str]:
-    """What to try next, for each parameter of which the best trial has the lowest or the highest value."""
+    """A value to try next, for each parameter whose best value is the lowest or highest tried."""
     for name, best in done[0].parameters.items() if done else ():
         values = sorted({trial.parameters[name] for trial in done})
         if not isinstance(best, (int, float)) or not 1 < len(values) <= FEW:
@@ -127,7 +127,7 @@ def hint_at_edges(done: Sequence[Trial]) -> Iterator[str]:
 
 
 def best_points(trials: Sequence[Trial], metric: str) -> dict[tuple[Any, Any], Trial]:
-    """(learning rate, weight decay) → the trial there that is best on dev, the best first; empty if neither varies."""
+    """(learning rate, weight decay) → the best trial there on dev, in order of rank; empty if neither varies."""
     points: dict[tuple[Any, Any], Trial] = {}
     for trial in rank(trials):
         if trial.figures.get(f"{metric}_auroc") is not None and any(name in trial.parameters for name in AXES):
@@ -137,9 +137,9 @@ def best_points(trials: Sequence[Trial], metric: str) -> dict[tuple[Any, Any], T
 
 
 def place(axis: Axis, values: Sequence[Any], name: str) -> list[float]:
-    """Places of a parameter's values on an axis, which gets its ticks and name.
+    """Positions of a parameter's values on an axis; sets the axis's ticks and name.
 
-    FEW values lie side by side, more numbers on a logarithmic scale; 0 is a decade below the lowest other.
+    FEW values are evenly spaced, more numbers on a logarithmic scale; 0 is a decade below the lowest other.
     """
     known = sorted(set(values))
     places = {value: float(number) for number, value in enumerate(known)}

@@ -1,4 +1,4 @@
-"""What a run is trained on and selected by: targets, masks and weights of its rows."""
+"""The data for training and selecting a run: targets, masks and weights of its rows."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,18 +21,18 @@ from pipeline.stream.select import NothingSelectedError, balance_weights, find_s
 
 
 class TrainingData(NamedTuple):
-    """What a run learns from."""
+    """The data for training a run."""
 
     train: Selected
-    dev: Selected  # which chooses the checkpoint
-    labels: Labels  # of train, by the run's policies
-    weights: Weights | None  # by which its samples are drawn; None: each once an epoch
-    seen: Seen  # the images and patients that the weights will have learned from
+    dev: Selected  # chooses the checkpoint
+    labels: Labels  # of train, under the run's policies
+    weights: Weights | None  # for sampling train; None: each sample once per epoch
+    seen: Seen  # images and patients in the training data
     steps: int  # in an epoch
 
 
 def open_training(job: Job) -> TrainingData:
-    """What the job's shards give it to learn. Raises DataError if that is too little, before anything is written."""
+    """The training data in a job's shards. Raises DataError if it is too small, before anything is written."""
     config = job.config
     if "dev" not in job.manifest.splits and config.dev is None:
         raise DataError(f"{job.shards}: no dev split to choose a checkpoint by; hold one out by `dev`")
@@ -52,9 +52,9 @@ def open_training(job: Job) -> TrainingData:
 
 
 def check_reported(job: Job, dev: Selected) -> None:
-    """Before the first step: say which folders dev leaves out, and where the conditions leave nothing of valid.
+    """Before training, report which folders have no dev, and if no image of valid meets the conditions.
 
-    Raises DataError where no checkpoint could be chosen by dev, and where valid cannot be read.
+    Raises DataError if dev cannot choose a checkpoint, or if valid cannot be read.
     """
     one_class = {label for label, *_ in one_class_labels(dev.truth.target[dev.rows], dev.truth.mask[dev.rows])}
     chosen = parse_choice(job.config.choose_by)
@@ -75,7 +75,7 @@ def check_reported(job: Job, dev: Selected) -> None:
 
 
 def no_choice(job: Job, lacking: Sequence[str] = ()) -> str:
-    """What is said where dev does not suffice: for the labels of `choose_by` that lack a class there, or for any."""
+    """The error if dev is insufficient: labels of `choose_by` lack a class there, or all labels do."""
     if lacking:
         what = "have" if len(lacking) > 1 else "has"
         how = "raise `dev`, or choose by other labels"
@@ -84,9 +84,9 @@ def no_choice(job: Job, lacking: Sequence[str] = ()) -> str:
 
 
 def training_labels(job: Job, train: Selected) -> Labels:
-    """Targets and masks of all of train by the run's policies; warns of selected labels with one class.
+    """Targets and masks of train under the run's policies; warns about selected labels with one class.
 
-    Raises DataError for them where the job is strict, and for a teacher that is missing or unusable.
+    For these, raises DataError if the job is strict; also if a teacher is missing or unusable.
     """
     config, table = job.config, train.split.table
     policy = parse_uncertain_policy(config.uncertain)
@@ -106,9 +106,9 @@ def training_labels(job: Job, train: Selected) -> Labels:
 
 
 def teacher_scores(teacher: Path, train: Selected, labels: Sequence[str]) -> npt.NDArray[np.float32]:
-    """A teacher's scores [N, 14] of the labels' uncertain cells in the rows used; 0 in those that nothing learns from.
+    """A teacher's scores [N, 14] of the labels' uncertain cells in the rows used; 0 in cells not used for training.
 
-    Raises DataError where one of these rows was not scored.
+    Raises DataError if one of these rows was not scored.
     """
     table = train.split.table
     scores = np.zeros((table.num_rows, len(LABELS)), np.float32)
@@ -120,9 +120,9 @@ def teacher_scores(teacher: Path, train: Selected, labels: Sequence[str]) -> npt
 
 
 def training_weights(job: Job, labels: Labels, train: Selected) -> Weights | None:
-    """Weights [N] of train's samples, in proportion to which they are drawn; None where each is drawn once.
+    """Sampling weights [N] of train's samples; None if each is used once per epoch.
 
-    Raises DataError where there is nothing to draw for a label or a folder.
+    Raises DataError if a label or a folder has nothing to sample.
     """
     if job.config.balance is not None:
         over = split_columns(job.config.balance_over) if job.config.balance_over else []
@@ -136,10 +136,10 @@ def training_weights(job: Job, labels: Labels, train: Selected) -> Weights | Non
 
 
 def draw_weights(label: str, over: Sequence[str], labels: Labels, train: Selected) -> Weights:
-    """Weights [S] of the samples, under which positives and negatives of a label are drawn equally often.
+    """Weights [S] that sample a label's positives and negatives equally often.
 
-    Within each combination of values of the columns `over`, too: says how many images are in those with one class,
-    which are never drawn. Raises DataError for an unknown column, and where nothing can be balanced.
+    Also within each combination of values of the columns `over`; reports how many samples are never used, because
+    their combination has one class. Raises DataError for an unknown column, or if nothing can be balanced.
     """
     rows, column = train.rows, LABELS.index(label)
     options = f"`balance` {label}" + (f" `balance_over` {','.join(over)}" if over else "")

@@ -1,6 +1,6 @@
 """Commands of train.py that use a run, or show its training images.
 
-evaluate, predict, export, inputs, localize: each imports what needs torch itself, as those of `commands` do.
+evaluate, predict, export, adopt, inputs, localize: modules that need torch are imported only when a command runs.
 """
 
 import json
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from model.runs.predictor import Decision, Predictor
 
 TRAIN = ("python", "-m", "train")  # in a clone, and from a wheel
-VARIANTS = 4  # epochs that `inputs` shows
+VARIANTS = 4  # number of epochs that `inputs` shows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,14 +54,14 @@ class Runs:
 
 @dataclass(frozen=True, kw_only=True)
 class Decided(Runs):
-    """Runs whose scores may be decided on."""
+    """Runs, and thresholds for decisions on their scores."""
 
     threshold: str = option("none", "Also write decisions, by thresholds chosen on dev.", choices=(*RULES, "none"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluated(SharedImages, Workers, OwnData, Runs):
-    """What `evaluate` takes."""
+    """Options of `evaluate`."""
 
     out: Path | None = option(None, "Folder of an ensemble's results.", shown="the runs' names, beside the first")
     split: str = option("valid", "Split to score; --shards may differ from the training shards.")
@@ -81,7 +81,7 @@ class Evaluated(SharedImages, Workers, OwnData, Runs):
 
     @property
     def conditions(self) -> tuple[str, ...]:
-        """What chose the images, in place of the run's own conditions."""
+        """The conditions that replace the run's."""
         return (*self.where, *([] if self.views is None else [f"{self.views} views"]))
 
 
@@ -133,12 +133,12 @@ def evaluate_command(given: Evaluated) -> int:
 
 
 def repeat(option: str, values: Iterable[object]) -> list[object]:
-    """The words of an option that is given several times."""
+    """The words of a repeated option."""
     return [word for value in values for word in (option, value)]
 
 
 def check_pattern(text: str) -> None:
-    """Raise DataError for what is not a regular expression."""
+    """Raise DataError if the text is not a regular expression."""
     try:
         re.compile(text)
     except re.error as error:
@@ -147,7 +147,7 @@ def check_pattern(text: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction(Workers, Decided):
-    """What `predict` takes."""
+    """Options of `predict`."""
 
     images: tuple[Path, ...] = option(..., argument=True, type=EXISTING)
     out: Path = option(..., "CSV to write.", type=FILE)
@@ -163,7 +163,7 @@ class Prediction(Workers, Decided):
     heatmap_labels: int = option(1, "Number of labels per image, by score.", low=1)
 
     def check(self, files: Sequence[Path]) -> None:
-        """Refuse what could not be written, or has no image, before any is scored."""
+        """Before scoring, refuse unwritable output and input without images."""
         from model.runs.views import IMAGE_SUFFIXES, count_others
 
         for path in self.images:
@@ -177,7 +177,7 @@ class Prediction(Workers, Decided):
         check_folders(runs=self.runs)
 
     def group(self, files: Sequence[Path], predictor: "Predictor") -> dict[str, list[Path]]:
-        """The files of each sample that is scored, by its name."""
+        """The files of each scored sample, by sample name."""
         from model.runs.views import group_files
 
         fusion = predictor.config.fusion
@@ -237,13 +237,13 @@ def predict_command(given: Prediction) -> int:
 
 
 def show_number(value: float) -> str:
-    """A score with 9 significant digits; near 1 with all it has, so that rounding makes no ties. "" for NaN."""
+    """A score with 9 significant digits; near 1 with 17, so that rounding creates no ties. "" for NaN."""
     return "" if math.isnan(value) else f"{value:.{9 if value < 0.999 else 17}g}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Export(Decided):
-    """What `export` takes."""
+    """Options of `export`."""
 
     out: Path = option(..., ".onnx or .pt2", type=FILE)
 
@@ -290,13 +290,13 @@ def export_command(given: Export) -> int:
 
 
 def say_unlearned(predictor: "Predictor") -> None:
-    """Say which labels have no scores, because a predictor has not learned them."""
+    """Report labels without scores, because the predictor was not trained on them."""
     if lacking := [label for label in LABELS if label not in predictor.config.labels]:
         say(f"{predictor.name}: no scores of {', '.join(lacking)}: not learned")
 
 
 def describe_export(predictor: "Predictor", decision: "Decision") -> dict[str, str]:
-    """What travels with an exported network, texts by name. Thresholds are of the scores it gives."""
+    """The metadata of an exported network, as text. Thresholds apply to its scores."""
     from model.runs.folder import describe_start
 
     config, members, calibration = predictor.config, predictor.members, decision.calibration or {}
@@ -327,7 +327,7 @@ def describe_export(predictor: "Predictor", decision: "Decision") -> dict[str, s
 
 @dataclass(frozen=True, kw_only=True)
 class Adoption:
-    """What `adopt` takes of its own."""
+    """Options of `adopt`."""
 
     run: Path = run_option(..., "Folder of the run.")
     arch: str | None = network_option(
@@ -360,7 +360,7 @@ def adopt_command(given: Adoption, setup: Setup, config: Config) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs(Data):
-    """What `inputs` takes."""
+    """Options of `inputs`."""
 
     split: str = option("train")
     where: tuple[str, ...] = option((), "Only images that meet this: sex=Female, age>=60.", metavar="CONDITION")
@@ -399,7 +399,7 @@ def inputs_command(given: Inputs) -> None:
         inputs = [augment(batch, mean, std, (seed, epoch, 0), AUGMENTATIONS[kind]) for epoch in range(VARIANTS)]
         return [(image * std + mean).round().clamp(0, 255)[:, 0].byte().numpy() for image in inputs]
 
-    # A sheet that says sex=Female beside keys would tell of patients: it says that there were conditions.
+    # Showing sex=Female next to keys would reveal patient data: say only that there were conditions.
     conditions = " under conditions" if given.where else ""
     counts = f"{len(chosen):,} of {len(rows):,} images{conditions}"
     title = f"{given.split}: {counts}, seed {seed}, augmented ({kind})"
@@ -411,7 +411,7 @@ def inputs_command(given: Inputs) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Localization(SharedImages, OwnData):
-    """What `localize` takes."""
+    """Options of `localize`."""
 
     run: Path = run_option(..., "Folder of the run.")
     boxes: Path = option(

@@ -18,7 +18,7 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".dcm", ".dicom")
 
 
 class View(NamedTuple):
-    """A file as a run takes it: pixels [S, S], its projection's place in PROJECTIONS, its content (`join_content`)."""
+    """An image file, ready for a run: pixels [S, S], index in PROJECTIONS, content (as `join_content`)."""
 
     pixels: Gray
     projection: int
@@ -39,7 +39,7 @@ def count_others(path: Path) -> dict[str, int]:
 
 
 def _is_image(file: Path) -> bool:
-    """Whether its suffix is an image's or, as DICOM files often have none, its content a DICOM's."""
+    """Whether the suffix is an image's or, because DICOM files often have none, the content is DICOM."""
     if file.suffix.lower() in IMAGE_SUFFIXES or not file.is_file() or file.name == "DICOMDIR":
         return file.suffix.lower() in IMAGE_SUFFIXES
     with suppress(OSError), file.open("rb") as opened:
@@ -48,9 +48,9 @@ def _is_image(file: Path) -> bool:
 
 
 def group_files(files: Iterable[Path], by: str | None, most: float) -> dict[str, list[Path]]:
-    """The files of each study, by its name: their folder, the one above it, or what a pattern finds in their paths.
+    """The files of each study, by name: their folder, its parent, or a pattern's match in their paths.
 
-    Without `by`, each file is alone. Raises DataError where the pattern finds nothing, or more files than `most`.
+    Without `by`, each file is a study. Raises DataError if the pattern does not match, or a study exceeds `most` files.
     """
     if by is None:
         return {str(file): [file] for file in files}
@@ -69,9 +69,9 @@ def group_files(files: Iterable[Path], by: str | None, most: float) -> dict[str,
 
 
 def find_projection(file: Path, content: bytes) -> int:
-    """The place of an image's projection in PROJECTIONS, or UNKNOWN_FRONTAL.
+    """The index of an image's projection in PROJECTIONS, or UNKNOWN_FRONTAL.
 
-    A view is what its DICOM says, or a lateral by CheXpert's name of one; else a frontal that may be AP or PA.
+    From the DICOM header, or lateral if CheXpert's file name says so; else a frontal that may be AP or PA.
     """
     name = "lateral" if re.fullmatch(r"view\d{1,4}_lateral", file.stem) else ""
     if position := find_position(content):
@@ -80,7 +80,7 @@ def find_projection(file: Path, content: bytes) -> int:
 
 
 def read_view(file: Path, config: Config, options: ImageOptions) -> View | str:
-    """A file on the way that it would take through shards, or why it is unusable."""
+    """A file, prepared as it would be in shards, or the reason why it is unusable."""
     try:
         content = file.read_bytes()
         stored = prepare(content, options).data
