@@ -76,7 +76,7 @@ class FieldOption(click.Option):
     def __init__(self, names: Sequence[str], item: Option, several: bool, **more: Any) -> None:
         super().__init__(names, help=item.help, **more)
         self.group, self.several = item.group, several
-        self.separator = r"\s+" if item.check else r"[\s,]+"  # a policy has commas of its own
+        self.separator = r"\s+" if item.check else r"[\s,]+"  # a policy contains commas
 
     def type_cast_value(self, ctx: click.Context, value: object) -> object:
         """The value; of several, Several: without repetitions, separated by spaces or commas."""
@@ -92,7 +92,7 @@ class FieldOption(click.Option):
 
 
 class GroupedCommand(click.Command):
-    """A command whose --help lists its options under what they decide."""
+    """A command whose --help lists its options by group."""
 
     def get_short_help_str(self, limit: int = 0) -> str:
         """The full first sentence of the help, which click would cut at the width of a line."""
@@ -117,7 +117,7 @@ class Fields(NamedTuple):
     several: bool = False  # an option may take several values, and the command gets a dict of all options
 
     def build(self, given: Mapping[str, object]) -> object:
-        """What the command gets; options that are not given have the field's default."""
+        """The command's arguments; omitted options have the field's default."""
         names = self.names or list_options(self.kind)
         values = {name: given[name] for name in names if name in given}
         return values if self.several else self.kind(**values)
@@ -171,7 +171,7 @@ def _make_params(part: Fields) -> Iterator[click.Parameter]:
 
 
 def _name_value(item: Option, flag: str) -> str | None:
-    """What --help calls the value of a text that is parsed: the last word of the option's name."""
+    """The placeholder of a parsed text in --help: the last word of the option's name."""
     return flag.rpartition("-")[2].upper() if item.parse or item.split or item.check else None
 
 

@@ -1,4 +1,4 @@
-"""What the commands share: exit codes, lines on stderr, and a progress bar.
+"""Shared by all commands: exit codes, lines on stderr, and a progress bar.
 
 Exit codes: 0 done, 1 failed, 2 usage, 3 done but with rejects under --strict, 130 interrupted, 143 terminated.
 """

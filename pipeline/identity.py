@@ -126,7 +126,7 @@ def spell_alike(tables: Mapping[Side, pa.Table], namespace: str = "") -> dict[Si
 
 
 def find_shared(sides: Mapping[Side, Ids]) -> Iterator[tuple[Side, Side, list[str]]]:
-    """(side, later side, names) for each two sides that share patients or images, as the later side calls them."""
+    """(side, later side, names) for each two sides that share patients or images, by their names on the later side."""
     distinct = {side: members.ids.unique() for side, members in sides.items()}
     for first, second in combinations(distinct, 2):
         common = distinct[second].filter(pc.is_in(distinct[second], value_set=distinct[first]))
@@ -147,8 +147,8 @@ def join(
 ) -> pa.Array:
     """The row [N] of a file's table, whose rows are called `row_names`, for each of the names [N]; null without one.
 
-    `unit` is what is named: images, studies, patients. What finds no partner, on either side, is noted. Raises
-    DataError if nothing does, if a row that holds something has no name, and for two unlike rows of one name.
+    `unit` is the kind of name: images, studies, patients. Names without a match, on either side, are noted. Raises
+    DataError if nothing matches, if a row with content has no name, and for two different rows of one name.
     """
     names, row_names = _flatten(names), _flatten(row_names)
     keys, row_keys = normalize(names), normalize(row_names)

@@ -61,7 +61,7 @@ class ImageOptions(NamedTuple):
 
 
 class Original(NamedTuple):
-    """An image file before conversion: upright pixels; bytes; bits per channel; JPEG quality as `Facts` has it."""
+    """An image file before conversion: upright pixels; bytes; bits per channel; JPEG quality as in `Facts`."""
 
     width: int
     height: int

@@ -150,7 +150,7 @@ def count_rows(table: pa.Table) -> dict[str, int]:
 
 
 def limit_patients(table: pa.Table, limit: int, seed: int) -> pa.Table:
-    """Whole patients in the order of a hash, up to `limit` images; at least one patient."""
+    """Complete patients in the order of a hash, up to `limit` images; at least one patient."""
     patients = table["patient"].combine_chunks().dictionary_encode()
     counts = np.bincount(patients.indices.to_numpy(), minlength=len(patients.dictionary))
     draws = [hash_fraction("limit", seed, patient) for patient in patients.dictionary.to_pylist()]

@@ -62,8 +62,8 @@ class Manifest:
     """The whole folder.
 
     `options` and `sources` (hashes of the CSVs) decided it; `policies` are its defaults; `pixels` are mean and std of
-    train's gray levels; `rejects` are the images left out, each with split, key and reason. `dataset` says whose
-    images these are and on what terms (`sources.source.Terms`); `not_annotated` are the labels that
+    train's gray levels; `rejects` are the images left out, each with split, key and reason. `dataset` states
+    the owner and the terms of the images (`sources.source.Terms`); `not_annotated` are the labels that
     no sample is annotated for. `facts` are the tables' further columns, each with its type: string or int64.
     """
 

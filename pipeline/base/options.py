@@ -3,7 +3,7 @@
     lr: float = option(1e-4, "Peak learning rate.", low=0, open=True)
 
 Commands (by `pipeline.command.with_options`), the check of config.json, sweeps and the page of options (make docs) are
-made from it.
+generated from these fields.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""What all pages share: the style sheet and the layout (in `templates`), filters, and figures by matplotlib as SVG.
+"""Shared by all pages: the style sheet and the layout (in `templates`), filters, and matplotlib figures as SVG.
 
 A page is one self-contained HTML file: no script, no network. Each ink of a figure is drawn in a color
 that stands for one of the style sheet's (`INKS`), so that figures follow the page from light to dark; titles are
@@ -85,7 +85,7 @@ class Panel:
         self.canvas = FigureCanvasSVG(figure)
 
     def draw(self, draw: "Callable[[Axes], None]", description: str) -> Markup:
-        """A figure as an SVG element for an HTML page, as wide as its place, by `draw` with colors of INKS.
+        """A figure as an SVG element for an HTML page, as wide as its container, by `draw` with colors of INKS.
 
         The next figure clears its lines; limits and ticks stay unless `draw` sets them.
         """

@@ -28,7 +28,7 @@ S3_CHECKSUMS = dict.fromkeys(("request_checksum_calculation", "response_checksum
 def find_scheme(location: str) -> str:
     """The scheme of scheme://bucket/prefix or scheme://host/path; "" for a path of this machine.
 
-    Raises DataError for anything between the two, such as s3://$BUCKET/shards where BUCKET is empty.
+    Raises DataError for anything between the two, such as s3://$BUCKET/shards with an empty BUCKET.
     """
     scheme, separator, rest = location.partition(":/")
     if not separator or "/" in scheme:
@@ -104,7 +104,7 @@ def remove_folder(path: Any) -> None:
         shutil.rmtree(path, ignore_errors=True)
         return
     for key in path.fs.find(path.path):
-        path.fs.rm_file(key)  # and not all by `rm`, for which * and [ in a key stand for others
+        path.fs.rm_file(key)  # not by one recursive `rm`, for which * and [ in a key are wildcards
 
 
 @contextmanager

@@ -78,7 +78,7 @@ def run_tasks(
 
 
 def run_alone(function: Callable[[Task], Result], task: Task, step: str = "") -> Result:
-    """Run one task in a process of its own, so that its memory is freed.
+    """Run one task in a separate process, so that its memory is freed.
 
     Raises DataError if it is killed, naming the `step`, such as `planning shards`; else the task.
     """

@@ -37,8 +37,8 @@ def run_on_cluster(
 
     `witness` is a file that every worker must see; `blame` says why a result is a failure of its worker, if it is
     one. An unfit worker is named in a warning and gets no further tasks; its task is done by another one. Raises
-    DataError if the scheduler cannot be reached, no fit worker is left, or a task's worker was lost again and
-    again; and whatever a task raises.
+    DataError if the scheduler cannot be reached, no fit worker is left, or a task's worker was lost
+    repeatedly; and whatever a task raises.
     """
     with needs("dask", "`scheduler`"):
         from distributed import Client, KilledWorker

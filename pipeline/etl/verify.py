@@ -182,7 +182,7 @@ def _check_tar(checks: _Checks, path: Path, file: Path, rows: pa.Table | None, i
 
 
 def _check_samples(checks: _Checks, rows: pa.Table, members: list[Member], data: mmap.mmap) -> Iterator[str]:
-    """A complaint for each row that does not match its members.
+    """A problem for each row that does not match its members.
 
     Our own tars hold nothing but each row's image and JSON, and end in two empty blocks.
     """

@@ -86,7 +86,7 @@ class Chexpert(DataSet):
         return files
 
     def describe_moved(self, tables: Iterable[pa.Table], roots: Sequence[Path]) -> str | None:
-        """How many images lie in another folder than the CSV says, not counting AIMI's batches; None for no image."""
+        """How many images lie in another folder than the CSV states, not counting AIMI's batches; None for no image."""
         meant = cache(lambda above: {*_named_folders(above, roots)})
         moved = [
             (path, file)

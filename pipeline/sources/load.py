@@ -27,9 +27,9 @@ def load_tables(
     audited: bool = False,
     note: Note = ignore,
 ) -> pa.Table:
-    """The label table of one source, as `load_table`; of several with the column `set`, and all patients apart.
+    """The label table of one source, as `load_table`; of several with the column `set`.
 
-    Unless their sets share the names of patients.
+    Patients of different sources are different unless their sets share patient names.
     """
     tables = [load_table(source, split, views, facts, audited=audited, note=note) for source in sources]
     if len(tables) == 1:
@@ -44,7 +44,7 @@ def load_tables(
 
 
 def _name_set(source: Path) -> tuple[str, str]:
-    """The names of a source's set and of the namespace of its patients; of a CSV its path."""
+    """The names of a source's set and of its patients' namespace; for a CSV, its path."""
     if source.is_file():
         return str(source), str(source)
     if (source / NAME).is_file():
@@ -101,7 +101,7 @@ def load_table(
 
 
 def learned_splits(names: Iterable[str]) -> list[str]:
-    """Train and dev, as the others have to stay unseen; all if there is no train."""
+    """Train and dev, as other splits must stay unseen; all splits if there is no train."""
     names = list(names)
     return [name for name in names if name in ("train", "dev") or "train" not in names]
 

@@ -7,8 +7,8 @@ There are no official splits: all is train, of which dev is held out.
 
 Labels are words of a tree, findings and diagnoses; findings.csv has them as CheXpert's labels. In the tree (Bustos et
 al., appendix) a word includes those below it: laminar atelectasis is atelectasis, consolidation is an infiltrate. Which
-words make a label follows the phrases of CheXpert's labeler (Irvin et al., 2019); where torchxrayvision maps a word
-otherwise, docs/mappings.md says why. None of the words speaks of suspicion, so nothing is uncertain. Where a report
+words make a label follows the phrases of CheXpert's labeler (Irvin et al., 2019); if torchxrayvision maps a word
+otherwise, docs/mappings.md says why. None of the words speaks of suspicion, so nothing is uncertain. If a report
 says `unchanged`, a finding that it does not name is not annotated, since the earlier report may name it; the same holds
 for `exclude` and for images without a word about findings.
 

@@ -266,11 +266,11 @@ def find_place(file: str) -> tuple[str, int, int | None]:
 
 
 def settle_blanks(source: Source, tables: Mapping[str, pa.Table]) -> dict[str, pa.Table]:
-    """The tables, with every cell as not annotated that nobody looked at.
+    """The tables, with every cell that nobody looked at marked as not annotated.
 
-    CheXpert's labeler and those of the sets known here looked for all that they label, so their blanks are blanks. Of
-    another hospital's set and of a table, only its owner knows. Raises DataError if the owner has to say it, and
-    for labels that were not looked for, yet have states.
+    CheXpert's labeler and those of the other known sets look for all of their labels, so their blanks are blanks. For
+    another hospital's set and for a table, only the owner knows. Raises DataError if the owner must state it, and
+    for labels that have states although nobody looked for them.
     """
     is_foreign = bool(source.name) or source.set in ("table", "webdataset")
     if (source.annotated or source.blanks) and not is_foreign and source.set != "chexpert":

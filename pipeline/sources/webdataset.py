@@ -132,7 +132,7 @@ def find_terms(source: Source) -> Terms:
 
 
 def _find_gaps(paths: Iterable[Path]) -> list[str]:
-    """A complaint for files that the number in a name such as `train-00000-of-00003.tar` promises."""
+    """The problems of numbered series, such as `train-00000-of-00003.tar`, with missing files."""
     matches = [(path.parent, match) for path in paths if (match := _COUNTED.fullmatch(path.name))]
     counts = Counter((folder / f"{match[1]}*{match[2]}", int(match[3])) for folder, match in matches)
     return [f"{name}: {count:,} files of {total:,}" for (name, total), count in counts.items() if count != total]

@@ -35,7 +35,7 @@ BOXES = "boxes.csv"
 Row = tuple[str, str, str, int, int, int, int]  # of BOXES
 VALID_SHARE = 0.12
 PATIENTS_PER_TASK = 16
-CUE_DRAWS = 100  # where a study's draws of cues begin: no study has as many views
+CUE_DRAWS = 100  # the first random stream of a study's cues: no study has as many views
 NOTICE = (
     "The images in this folder are procedurally generated drawings, not patients. "
     "They follow CheXpert's layout for first runs and tests and have no medical meaning.\n"
@@ -45,7 +45,7 @@ COMMENT = b"\xff\xfe\x00\x0bsynthetic"
 
 
 class Latent(NamedTuple):
-    """How often a report says what about a finding, and its sign's location: a row of latent.csv."""
+    """How often reports give each state of a finding, and its sign's location: a row of latent.csv."""
 
     positive: float  # share of frontals
     uncertain: float
@@ -205,7 +205,7 @@ def write_csv(path: Path, split: str, patients: list[Patient]) -> None:
                     writer.writerow([name, patient.sex, patient.age, kind.title(), projection, *states])
 
 
-# Patients, studies and what the report says about them.
+# Patients, studies and their reports.
 
 
 def stream(seed: int, patient: int, study: int = 0, view: int = 0) -> np.random.Generator:

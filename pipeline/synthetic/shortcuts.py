@@ -67,7 +67,7 @@ def draw_border(pixels: Pixels) -> None:
 
 
 def brighten_corners(pixels: Pixels) -> None:
-    """Light that grows towards the corners, as where a cassette leaks."""
+    """Light that grows towards the corners, as from a leaking cassette."""
     y, x = (np.abs(np.linspace(-1, 1, length)) for length in pixels.shape)
     light = 60 * np.clip((x + y[:, None] - 1.4) / 0.6, 0, 1)
     pixels[...] = np.minimum(pixels + light, 255).astype(np.uint8)
