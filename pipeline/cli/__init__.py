@@ -21,14 +21,14 @@ COMMANDS = {  # name → module, and its line in --help
 
 
 class Menu(click.Group):
-    """A group whose commands stand in COMMANDS."""
+    """A group of the commands in COMMANDS."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """The commands' names."""
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """The command, for which its module is imported."""
+        """The command, imported when needed."""
         if cmd_name not in COMMANDS:
             return None
         command: click.Command = getattr(import_module(f"pipeline.cli.{COMMANDS[cmd_name][0]}"), cmd_name)

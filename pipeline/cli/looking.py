@@ -124,7 +124,7 @@ def _render_page(
 
 
 def check_output(option: str, path: Path | None, suffixes: Collection[str]) -> None:
-    """Refuse a file that could not be written at the end, before anything is counted."""
+    """Refuse an output file that cannot be written, before any work is done."""
     if path:
         wrong = path.suffix.lower() not in suffixes
         refuse_usage(wrong, f"{option} {path}: the name must end in {' or '.join(suffixes)}")
@@ -162,9 +162,9 @@ def show(given: Show) -> None:
     if label:
         rows = find_state(opened, rows, label, state)
     chosen = spread_rows(rows, given.n, given.seed)
-    # A sheet that says sex=Female beside keys would tell of patients: it says that there were conditions.
-    what = f"{f' {state} for {label}' if label else ''}{' under conditions' if given.where else ''}"
-    title = f"{given.split}: {len(chosen):,} of {len(rows):,} images{what}, seed {given.seed}"
+    # The title does not name the conditions: sex=Female next to keys would disclose patients' data.
+    chosen_by = f"{f' {state} for {label}' if label else ''}{' under conditions' if given.where else ''}"
+    title = f"{given.split}: {len(chosen):,} of {len(rows):,} images{chosen_by}, seed {given.seed}"
     sheet = draw_images(title, opened, chosen)
     save_sheet(sheet, out)
     echo(f"{out}: {title}")
@@ -217,7 +217,7 @@ def audit(given: Auditing) -> int:
             edge, content = measure_shards(chosen, views, given.threads, count)
     if "file_bytes" in table.column_names:
         content["file bytes"] = table["file_bytes"].to_numpy().astype(float)
-        content.pop("stored bytes", None)  # the same, where files are stored as they were
+        content.pop("stored bytes", None)  # the same, if files are stored unchanged
     cells = evaluation_targets(table, find_blank(sources[0]))
     report = audit_labels(table, *cells, find_covariates(table), edge, content)
     if given.html:

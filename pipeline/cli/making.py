@@ -67,7 +67,7 @@ def sample(given: Drawing) -> None:
 
 
 def parse_folder(text: str) -> Path:
-    """The path of a folder, or of one at a URL; what it holds is looked at later."""
+    """The path of a local folder or URL; its contents are checked later."""
     if not text.strip():
         raise DataError("the name is empty; for the folder you are in, write .")
     path = open_location(text)
@@ -85,7 +85,7 @@ def parse_split(text: str) -> tuple[str, Path]:
 
 
 def check_name(text: str) -> None:
-    """Raise DataError for a name that cannot stand before patients' where several sets are read as one."""
+    """Raise DataError for a name that cannot be a prefix of patients' names if several sets are read as one."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", text):
         raise DataError(f"'{text}' is not a name of letters, digits, '.', '_' and '-'")
 
@@ -95,7 +95,7 @@ policy_option = partial(option, None, metavar="POLICY")
 
 @dataclass(frozen=True, kw_only=True)
 class Sharding:
-    """Which data set `shards` reads, and where it writes."""
+    """The data set that `shards` reads, and its output folder."""
 
     source: Path = option(..., argument=True, parse=parse_folder)
     out: Path = option(..., argument=True, parse=parse_folder)
@@ -188,7 +188,7 @@ def shards(given: Sharding, options: Options, how: Execution) -> int:
 
         def show(done: int, total: int, rejects: int) -> None:
             nonlocal resumed
-            if resumed is None:  # once, and only where something is written
+            if resumed is None:  # once, and only if something is written
                 _warn_of_terms(find_terms(source), out)
             resumed = done if resumed is None else resumed
             rate = (done - resumed) / (time.perf_counter() - start)
@@ -212,7 +212,7 @@ def shards(given: Sharding, options: Options, how: Execution) -> int:
 
 
 def _warn_of_terms(terms: "Terms", out: Path) -> None:
-    """Warn where films that may not be passed on would be written to a place that others may read."""
+    """Warn if images that may not be shared would be written to a place that others can read."""
     restricted = find_restriction(terms._asdict())
     if restricted and is_remote(out):
         say(f"Warning: {out}: make sure that only people bound by the {restricted} can read it")
@@ -256,7 +256,7 @@ def _print_run(out: Path, run: "RunSummary", seconds: float, views: str) -> None
 
 
 def _print_preview(source: "Source", options: "Options", how: "Execution") -> int:
-    """Say what would be written; returns the exit code that the same images would lead to."""
+    """Print what would be written; returns the exit code of the real run."""
     preview = preview_shards(source, options)
     for name, split in preview.splits.items():
         dropped = [f"{count:,} by --{why}" for why, count in split.dropped._asdict().items() if count]

@@ -1,8 +1,7 @@
 """Evaluations → one self-contained HTML page, and a card in Markdown.
 
-The first screen answers: which data, how good is each finding, at which threshold, what to distrust, and for whom it is
-worse. `templates/report.html` lays the page out; all tables are those of `judged`; the curves are of the scores
-themselves.
+The first screen answers: which data, how well each finding is detected, at which threshold, what to distrust, and for
+which groups it is worse. `templates/report.html` is the layout; tables come from `judged`, curves from the scores.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,7 +29,7 @@ Panels = list[tuple[str, str, Markup]]  # name, caption and picture
 
 
 class Section(NamedTuple):
-    """A part of a page: what it is called, where links find it, and its body."""
+    """A part of a page: its title, its anchor, and its body."""
 
     title: str
     place: str
@@ -38,12 +37,12 @@ class Section(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """A figure to show large."""
+    """A figure in large type."""
 
     name: str
     figure: str
     note: str
-    others: Mapping[str, str]  # smaller ones below
+    others: Mapping[str, str]  # in small type below
 
 
 def render_page(
@@ -113,7 +112,7 @@ def draw_forest(evaluation: Evaluation) -> Markup:
 
 
 def draw_curves(evaluation: Evaluation, images: Scored) -> dict[str, Panels]:
-    """ROC, precision-recall, reliability and decision curves, and readers; none of a label that is skipped."""
+    """ROC, precision-recall, reliability and decision curves, and readers; none for labels without an AUROC."""
     kinds = ("ROC", "precision-recall", "reliability", "decision")
     axes = {kind: Panel((2.1, 2.0), unit=kind != "decision") for kind in kinds}
     panels: dict[str, Panels] = {kind: [] for kind in kinds}
@@ -129,7 +128,7 @@ def draw_curves(evaluation: Evaluation, images: Scored) -> dict[str, Panels]:
         gains = {at: evaluation.get("net_benefit_gain", name, group=f"at {at}") for at in (0.1, 0.3)}
         error, fitted = (judged.show(evaluation.get(metric, name)) for metric in ("ece", "ece_calibrated"))
         by = f" → {fitted}, T {show_figure(temperature)}, b {show_figure(bias)}"
-        drawn = {
+        curves = {
             "ROC": (f"AUROC {auroc.shown}", partial(_draw_roc, curve, dot)),
             "precision-recall": (f"AUPRC {auprc.shown}", partial(_draw_pr, curve)),
             "reliability": (
@@ -141,7 +140,7 @@ def draw_curves(evaluation: Evaluation, images: Scored) -> dict[str, Panels]:
                 partial(_draw_decision, calibrated, truth),
             ),
         }
-        for kind, (caption, draw) in drawn.items():
+        for kind, (caption, draw) in curves.items():
             svg = axes[kind].draw(draw, f"{kind} curve of {name}")
             panels[kind].append((judged.mark_few(name, auroc), caption, svg))
     return panels | {"readers": draw_readers(evaluation, images)}
@@ -166,7 +165,7 @@ def draw_readers(evaluation: Evaluation, images: Scored) -> Panels:
 
 
 def _draw_forest(evaluation: Evaluation, axes: "Axes") -> None:
-    """A line from limit to limit for each finding, best first, and below for the means."""
+    """A line from limit to limit for each finding, best first, then for the means."""
     means = [row for row in (evaluation.get("auroc", mean) for mean in MEANS) if row.value]
     rows = [row for row in (evaluation.get("auroc", label) for label in evaluation.labels) if row.value]
     rows = [*sorted(rows, key=lambda row: -row.number), *means]
@@ -202,7 +201,7 @@ def _draw_roc(curve: Curve, chosen: Sequence[float | None], axes: "Axes") -> Non
 def _draw_pr(curve: Curve, axes: "Axes") -> None:
     hits, called = curve.true_positives, curve.true_positives + curve.false_positives
     precision = hits / called
-    axes.axhline(precision[-1], linestyle=":", color=FAINT)  # of calling all positive
+    axes.axhline(precision[-1], linestyle=":", color=FAINT)  # precision of calling all positive
     axes.step([0, *hits / hits[-1]], [precision[0], *precision], color=FIRST)
     axes.set(xlabel="recall", ylabel="precision")
 
@@ -211,8 +210,8 @@ def _draw_reliability(score: Floats, calibrated: Floats, truth: Bools, axes: "Ax
     axes.plot([0, 1], [0, 1], ":", color=FAINT)
     for values, style, color in ((score, "s--", SECOND), (calibrated, "o-", FIRST)):
         bins = reliability(values, truth)
-        drawn = bins.cells >= FEW
-        axes.plot(bins.score[drawn], bins.share[drawn], style, color=color, markersize=3)
+        enough = bins.cells >= FEW
+        axes.plot(bins.score[enough], bins.share[enough], style, color=color, markersize=3)
     axes.set(xlabel="mean score", ylabel="share of positives")
 
 

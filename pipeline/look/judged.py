@@ -48,7 +48,7 @@ def show_negatives(row: Row) -> str:
 
 
 class Query(NamedTuple):
-    """A column of a table with a line for each label: the row of the evaluation that a cell shows, and how."""
+    """A column of a table with a line per label: which row of the evaluation each cell shows, and how."""
 
     heading: Heading
     metric: str
@@ -66,7 +66,7 @@ def tabulate(
     names: Mapping[str, str] = MappingProxyType({}),
     **more: Any,
 ) -> Table:
-    """A line for each of the labels, called by `names` or as they are; `more` are fields of the Table."""
+    """A table with a line per label, named by `names` or unchanged; `more` are further fields of the Table."""
     rows = []
     for label in labels:
         cells = [names.get(label) or name_row(evaluation, label, columns[0].level)]
@@ -79,7 +79,7 @@ def tabulate(
 
 
 def name_row(evaluation: Evaluation, label: str, level: str | None = None) -> str:
-    """What a finding or a mean is called in tables, marked if it has few patients of a class."""
+    """The name of a finding or a mean in tables, marked if it has few patients of a class."""
     return mark_few(MEANS.get(label, label), evaluation.get("auroc", label, level))
 
 
@@ -89,7 +89,7 @@ def mark_few(name: str, row: Row) -> str:
 
 
 def tabulate_auroc(evaluations: Sequence[Evaluation]) -> Table:
-    """AUROC of one or more splits, with positives and negatives; limits as far as 80 columns have room for them."""
+    """AUROC of one or more splits, with positives and negatives; limits if 80 columns have room for them."""
     alone = len(evaluations) == 1
     columns: list[Heading] = ["label"]
     for evaluation in evaluations:
@@ -133,7 +133,7 @@ def tabulate_rates(evaluation: Evaluation, level: str, rule: str, brief: bool = 
 
 
 def list_rules(evaluation: Evaluation) -> list[str]:
-    """The rules of the thresholds that the scores were decided by."""
+    """The rules by which the thresholds were chosen."""
     return list(dict.fromkeys(row.group for row in evaluation.select(metric="threshold") if row.group))
 
 
@@ -178,7 +178,7 @@ def _show_tpr(row: Row) -> str:
 
 
 def list_variables(evaluation: Evaluation) -> list[str]:
-    """What the groups are of: sex, age, projection, and facts."""
+    """The variables that define groups: sex, age, projection, and facts."""
     return list(dict.fromkeys(row.group for row in evaluation.select(metric="tpr_gap") if row.group))
 
 
@@ -194,14 +194,14 @@ def list_verdicts(evaluation: Evaluation) -> list[tuple[str, str]]:
 
 
 def list_open_gaps(evaluation: Evaluation) -> list[str]:
-    """The gaps of TPR whose limits, which hold for all together, are above 0, widest first."""
+    """The TPR gaps whose limits, which hold jointly, are above 0, widest first."""
     rows = [row for row in evaluation.select(metric="tpr_gap") if row.low is not None and row.low > 0]
     rows.sort(key=lambda row: -(row.value or 0))
     return [f"{row.label}: sensitivity differs by {row.shown} between groups of {row.group}." for row in rows]
 
 
 def tabulate_verdicts(evaluation: Evaluation) -> Table:
-    """What each AUROC rests on, a sentence each."""
+    """The shortcut verdict on each AUROC, as a sentence."""
     rows = [[row.note] for row in evaluation.select(metric="verdict")]
     return Table(f"Does the model rely on shortcuts? AUROC on {evaluation.split}", [""], rows)
 
@@ -231,12 +231,12 @@ def tabulate_belief(evaluation: Evaluation) -> Table:
 
 
 def tabulate_differences(evaluation: Evaluation, scorer: str, level: str) -> Table:
-    """Our AUROC and AUPRC less another's of the same rows."""
+    """Our AUROC and AUPRC minus another scorer's on the same rows."""
     differences = evaluation.select(metric="auroc_difference", scorer=scorer, level=level, group=None)
     labels = [str(row.label) for row in differences]
 
     def show_ours(row: Row) -> str:
-        """On the labels that both have."""
+        """Our AUROC, on labels with scores of both."""
         other = evaluation.get("auroc", row.label, level, scorer=scorer)
         return show_figure(None if row.value is None or other.value is None else other.value + row.value)
 
@@ -259,7 +259,7 @@ def tabulate_differences(evaluation: Evaluation, scorer: str, level: str) -> Tab
 
 
 def tabulate_gain(evaluation: Evaluation) -> Table:
-    """An ensemble beside its members, and what it gains over the mean of theirs."""
+    """An ensemble and its members, and its gain over the mean of their AUROCs."""
     gains = evaluation.select(metric="auroc_difference", scorer=MEMBERS)
     labels = [str(row.label) for row in gains if row.value is not None]
     scorers = {None: "ensemble", **{name: name for name in evaluation.head.get("members", ())}}
@@ -290,7 +290,7 @@ def tabulate_altered(evaluation: Evaluation) -> Table:
 
 
 def is_kept(evaluation: Evaluation, label: str, alteration: str) -> bool:
-    """Whether a label with enough patients is recognized in spite of an alteration."""
+    """Whether a label with enough patients is still recognized after an alteration."""
     figure = evaluation.get("auroc", label, scorer=f"{ALTERED}{alteration}")
     return figure.low is not None and figure.low > KEPT and not evaluation.get("auroc", label).few
 
@@ -315,14 +315,14 @@ def tabulate_readers(evaluation: Evaluation) -> Table:
 
 
 def count_below(evaluation: Evaluation, label: str) -> str:
-    """How many of the readers of a label are below the ROC curve, of those that can be placed."""
+    """How many of a label's readers are below the ROC curve, of those that have a position."""
     rows = [row for row in evaluation.select(metric="below", label=label) if row.value is not None]
     few = "few " if any(row.few for row in rows) else ""
     return f"{few}{sum(row.value or 0 for row in rows):.0f} of {len(rows)}" if rows else "–"
 
 
 def tabulate_own(evaluation: Evaluation) -> Table:
-    """On shards that a run did not learn from: AUROCs beside those on its own valid."""
+    """For shards that the run did not train on: AUROCs next to those on its own valid."""
     differences = {str(row.label): row for row in evaluation.select(metric="auroc_difference", group=OWN)}
     names = {label: mark_few(label, row) for label, row in differences.items()}
     over = len(evaluation.get("auroc", COMMON).note.split(", "))
@@ -349,7 +349,7 @@ def print_evaluation(evaluation: Evaluation) -> None:
 
 
 def list_beside(evaluation: Evaluation) -> Iterator[Table]:
-    """The tables of what the scores are compared with."""
+    """The tables of comparisons with other scores."""
     yield tabulate_own(evaluation)
     yield tabulate_gain(evaluation)
     for scorer in evaluation.head.get("against", ()):
@@ -362,7 +362,7 @@ def list_beside(evaluation: Evaluation) -> Iterator[Table]:
 
 
 def summarize(evaluation: Evaluation) -> list[tuple[str, str]]:
-    """What to believe and what not, a mark and a sentence each; verdicts that need no attention share one."""
+    """What to trust and what not, each as a mark and a sentence; verdicts without a shortcut share one."""
     verdicts = list(evaluation.select(metric="verdict"))
     lines = (
         [("partly", "Optimistic: used to select the checkpoint and thresholds.")] if evaluation.split == "dev" else []
@@ -385,7 +385,7 @@ def summarize(evaluation: Evaluation) -> list[tuple[str, str]]:
 
 
 def describe_gaps(evaluation: Evaluation) -> list[str]:
-    """A line for everything that is undefined or rests on fewer resamples, and why."""
+    """A line for each result that is undefined or based on fewer resamples, with the reason."""
     unannotated = evaluation.head.get("not_annotated", ())
     lines = list(evaluation.head.get("left_out", ()))
     lines += [
@@ -405,8 +405,8 @@ def describe_gaps(evaluation: Evaluation) -> list[str]:
         for row in evaluation.select(metric="auprc_resamples", level=level):
             lost = resamples - (row.value or 0)
             if 0 < lost < resamples:
-                what = f"{lost:,.0f} of {resamples:,} resamples have one class and are left out"
-                lines.append(f"{MEANS.get(str(row.label), row.label)}, {units}: {what} of AUPRC's interval.")
+                text = f"{lost:,.0f} of {resamples:,} resamples have one class and are left out"
+                lines.append(f"{MEANS.get(str(row.label), row.label)}, {units}: {text} of AUPRC's interval.")
         lines += [
             f"{row.label}, {units} of dev: {row.note}."
             for row in evaluation.select(metric="bias", level=level)
@@ -417,12 +417,12 @@ def describe_gaps(evaluation: Evaluation) -> list[str]:
     return lines
 
 
-def _describe_gap(row: Row, where: str, unannotated: bool) -> list[str]:
-    """Why a finding has no AUROC, or one that is marked few."""
+def _describe_gap(row: Row, name: str, unannotated: bool) -> list[str]:
+    """Why a finding has no AUROC, or is marked few."""
     counts = {"positives": row.positives or 0, "negatives": row.negatives or 0}
     if row.value is None and unannotated:
-        return [f"{where}: not annotated by this data set, so no figures, and in no mean."]
+        return [f"{name}: not annotated by this data set, so no figures, and in no mean."]
     if row.value is None:
         lacking = " and ".join(side for side, number in counts.items() if not number)
-        return [f"{where}: no {lacking}, so no AUROC, no AUPRC, and in no mean."]
-    return [f"{where}: {min(counts.values())} of one class, too few to tell; marked few."] if row.few else []
+        return [f"{name}: no {lacking}, so no AUROC, no AUPRC, and in no mean."]
+    return [f"{name}: {min(counts.values())} of one class, too few to tell; marked few."] if row.few else []

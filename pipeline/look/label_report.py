@@ -1,4 +1,4 @@
-"""Statistics of a source → one self-contained HTML page, and its pictures.
+"""Statistics of a source → one self-contained HTML page with pictures.
 
     pipeline stats shards --html labels.html
 
@@ -23,7 +23,7 @@ from pipeline.measure.audit import Audit, describe_alarms
 from pipeline.measure.counts import NO_GROUP, Statistics, count_cooccurrence, count_groups
 from pipeline.measure.metrics import Floats
 
-NAMED_SHARE = 5.0  # percent: a narrower bar has no room for its number
+NAMED_SHARE = 5.0  # percent: narrower bars have no room for a number
 STRENGTH = 0.55  # of the color at 100 %: numbers stay legible on light and dark backgrounds
 KINDS = ("acquisition", "together", "content")  # of covariates, from left to right
 COLORS = dict(zip(STATES, (pages.POSITIVE, pages.UNCERTAIN, pages.NEGATIVE, pages.BLANK), strict=True))
@@ -58,7 +58,7 @@ def render_audit(title: str, scope: str, audit: Audit) -> str:
 
 
 def _describe_audit(audit: Audit) -> dict[str, Any]:
-    """What audit-section.html shows."""
+    """The variables of audit-section.html."""
     covariates = len({clue["covariate"] for clue in audit["clues"]})
     size = (2.4 + 0.3 * covariates, 4.6)
     draw = partial(draw_audit, audit=audit)
@@ -75,7 +75,7 @@ def _draw(draw: Callable[[Axes], None], description: str, inches: tuple[float, f
 
 
 def draw_states(axes: Axes, statistics: Statistics) -> None:
-    """One 100 % bar per label: its images by state, hatched where they are not annotated."""
+    """One 100 % bar per label: its images by state, hatched if not annotated."""
     labels = statistics["labels"]
     start = [0.0] * len(labels)
     for state in STATES:
@@ -117,34 +117,34 @@ def draw_cooccurrence(axes: Axes, cooccurrence: Mapping[str, Mapping[str, int]])
 
 
 def draw_audit(axes: Axes, audit: Audit) -> None:
-    """How well each covariate tells each label: max(AUROC, 1 - AUROC), in color from .5 on; ! marks an alarm."""
+    """How well each covariate predicts each label: max(AUROC, 1 - AUROC), colored from .5 up; ! marks an alarm."""
     clues = audit["clues"]
-    kinds: dict[str, str] = {}  # of each covariate: the first, for one that is content for some labels
+    kinds: dict[str, str] = {}  # of each covariate: the first in KINDS, since some are content only for some labels
     for kind in KINDS:
         for clue in clues:
             if clue["kind"] == kind:
                 kinds.setdefault(clue["covariate"], kind)
     columns = list(kinds)
     labels = list(dict.fromkeys(clue["label"] for clue in sorted(clues, key=lambda clue: clue["kind"] == "content")))
-    told = np.full((len(labels), len(columns)), np.nan)
+    strengths = np.full((len(labels), len(columns)), np.nan)
     texts = [[""] * len(columns) for _ in labels]
     for clue in clues:
         y, x = labels.index(clue["label"]), columns.index(clue["covariate"])
-        told[y, x] = max(clue["told"], 0.5)
+        strengths[y, x] = max(clue["told"], 0.5)
         texts[y][x] = f"{100 * clue['told']:.0f}{'!' if clue['exceeds'] and clue['kind'] != 'content' else ''}"
-    _draw_cells(axes, 2 * told - 1, texts)
+    _draw_cells(axes, 2 * strengths - 1, texts)
     axes.set_xticks(range(len(columns)), labels=[name.replace("$", r"\$") for name in columns], rotation=90)
     axes.set_yticks(range(len(labels)), labels=labels)
     for kind in KINDS:
         places = [place for place, name in enumerate(columns) if kinds[name] == kind]
-        if places and kind != "together":  # whose one column says so
+        if places and kind != "together":  # its one column has that name
             axes.text(min(places) - 0.4, -0.75, kind, fontsize=8, color=pages.INK)
         if kind != KINDS[-1]:  # a gap to the next kind
             axes.axvline(max(places, default=-1) + 0.5, color=pages.PAPER, linewidth=4)
 
 
 def _draw_cells(axes: Axes, shares: Floats, texts: Sequence[Sequence[str]]) -> None:
-    """A heat map of shares [R, C], with a text in each cell; those that are NaN are gray and empty."""
+    """A heat map of shares [R, C], with a text in each cell; NaN cells are gray and empty."""
     for (y, x), share in np.ndenumerate(shares):
         left_out = np.isnan(share)
         color = pages.BLANK if left_out else (pages.FIRST, STRENGTH * share)

@@ -1,6 +1,6 @@
-"""Shards → gray levels of each image: at its edge, where no disease shows, and as a whole.
+"""Shards → gray levels of each image: at its edge, where no disease is visible, and overall.
 
-Images are read in table order and measured 224 pixels square, so that a corner is a corner in any format.
+Images are read in table order and measured at 224 × 224 pixels, so that corners are comparable across formats.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,9 +18,9 @@ from pipeline.stream.select import NothingSelectedError
 
 SIDE = 224  # pixels
 EDGE = SIDE // 32  # the border's width
-CORNER = SIDE // 6  # from the edge to a corner's inner sides: outside of the central box of two thirds
-LETTER = 12  # pixels that a letter in a corner has at least
-ANY_POLICY = {"uncertain": "zeros", "blank": "zeros"}  # the labels are not looked at
+CORNER = SIDE // 6  # from the edge to a corner's inner sides: outside the central two thirds
+LETTER = 12  # pixels, at least, of a letter in a corner
+ANY_POLICY = {"uncertain": "zeros", "blank": "zeros"}  # labels are not used
 BLACK, SATURATED = 5, 250  # gray levels: at most, at least
 _FIRST, _LAST = slice(EDGE, CORNER), slice(SIDE - CORNER, SIDE - EDGE)
 CORNERS = {
@@ -58,14 +58,14 @@ def measure_shards(
 
 
 def measure_edges(split: OpenSplit, rows: Rows, threads: int) -> dict[str, Floats]:
-    """What `measure_edge` says of the images in rows [N], ascending; damaged images are black."""
+    """The results of `measure_edge` for the images in rows [N], ascending; damaged images are black."""
     images = Selection(split, ANY_POLICY, rows)
     batches = images.batches(64, SIDE, epoch=None, threads=threads, max_bad=len(rows))
     return _concatenate([measure_edge(batch.images[:, 0]) for batch in batches])
 
 
 def measure_edge(pixels: npt.NDArray[np.uint8]) -> dict[str, Floats]:
-    """Gray levels of images uint8 [N, 224, 224]: of the border; inside it, of each corner's ground and letter."""
+    """Gray levels of images uint8 [N, 224, 224]: of the border; inside it, of each corner's background and letter."""
     border = np.ones(pixels.shape[1:], np.bool_)
     border[EDGE:-EDGE, EDGE:-EDGE] = False
     corners = {name: pixels[place].reshape(len(pixels), -1) for name, place in CORNERS.items()}
@@ -78,7 +78,7 @@ def measure_edge(pixels: npt.NDArray[np.uint8]) -> dict[str, Floats]:
 
 
 def measure_whole(pixels: npt.NDArray[np.uint8]) -> dict[str, Floats]:
-    """What images uint8 [N, 224, 224] look like; sharpness is the variance of the Laplacian."""
+    """Content covariates of images uint8 [N, 224, 224]; sharpness is the variance of the Laplacian."""
     return {
         "mean gray level": pixels.mean(axis=(1, 2)),
         "spread of gray levels": pixels.std(axis=(1, 2)),

@@ -2,8 +2,8 @@
 
     pipeline show shards --label Edema --state uncertain --n 24 --out edema.png
 
-Every image is checked against its checksum, as in training. A caption shows the sample's key, which names it in
-the tar, and its labels, but never age or sex.
+Every image is checked against its checksum, as in training. A caption shows the sample's key in the tar and its labels,
+but never age or sex.
 """
 
 import base64
@@ -29,7 +29,7 @@ from pipeline.stream.plan import Rows, Step
 from pipeline.stream.samples import OpenSplit
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
-# Films are read on a dark background, so the sheet is dark.
+# Radiologists read images on a dark background, so the sheet is dark.
 PAPER, INK, FAINT = "#14171b", "#e4e8ec", "#98a2ad"
 # Sign and color of each state in captions; blank cells are not listed.
 SIGNS = {"positive": ("+", "#ff8c3a"), "uncertain": ("?", "#f0e442"), "negative": ("−", "#56b4e9")}
@@ -44,8 +44,8 @@ GAP = 14  # pixels
 TEXT, LINE = 12, 16  # pixels: font size and line spacing of captions
 WIDEST = 8  # images in a row
 NARROWEST = 180  # pixels: room for a caption below a smaller image
-COLORS = "inferno"  # of matplotlib, for heat maps: as bright as strong, also in gray print
-STRONGEST = 0.6  # how much of the image the strongest place hides
+COLORS = "inferno"  # of matplotlib, for heat maps: brightness increases with strength, also in grayscale
+STRONGEST = 0.6  # opacity of a heat map at its maximum
 SCALE = 10  # pixels: the height of the color scale
 _PIECE = re.compile(r"[^ _-]{1,20}[ _-]?|[ _-]")  # a line may break after each, even in a key
 
@@ -66,7 +66,7 @@ def find_state(split: OpenSplit, rows: Rows, label: str, state: str) -> Rows:
 
 
 def spread_rows(rows: Rows, n: int, seed: int) -> Rows:
-    """At most `n` of `rows`, in order: one drawn by the seed from each of `n` equal stretches."""
+    """At most `n` of `rows`, in order: a random one of each of `n` equal stretches."""
     if len(rows) <= n:
         return rows
     random = np.random.default_rng(seed)
@@ -111,7 +111,7 @@ def describe_sample(row: Mapping[str, object]) -> Caption:
 
 
 def draw_images(title: str, split: OpenSplit, rows: Rows) -> Image.Image:
-    """A sheet of those images with captions, in about as many rows as columns."""
+    """A sheet of those images with captions, about as many rows as columns."""
     tiles = [fit(image, TILE) for image in read_images(split, rows)]
     columns = min(math.ceil(math.sqrt(len(tiles))), WIDEST)
     return draw_sheet(title, tiles, _describe_rows(split, rows), columns)
@@ -169,7 +169,7 @@ def save_sheet(sheet: Image.Image, path: Path) -> None:
 
 
 def data_uri(pixels: npt.NDArray[np.uint8]) -> str:
-    """A picture [H, W] or [H, W, 3] as a JPEG in a URL."""
+    """A picture [H, W] or [H, W, 3] as a JPEG data URI."""
     data = io.BytesIO()
     Image.fromarray(pixels).save(data, "JPEG", quality=80)
     return f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"
@@ -201,28 +201,29 @@ def _write(
         drawing.text((left, top + number * spacing), line, color, font)
 
 
-def blend(film: Gray, heat: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
-    """The film [H, W] as RGB, with a map [S, S] in [0, 1] stretched over it; where that is 0 the film is bare."""
-    strength = resize((heat * 255).round().astype(np.uint8), *film.shape)
+def blend(pixels: Gray, heat: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
+    """The image [H, W] as RGB, overlaid with a map [S, S] in [0, 1] resized to it; unchanged where the map is 0."""
+    strength = resize((heat * 255).round().astype(np.uint8), *pixels.shape)
     alpha = STRONGEST * strength[..., None] / 255
-    mixed: npt.NDArray[np.float64] = (1 - alpha) * film[..., None] + alpha * _color(strength)
+    mixed: npt.NDArray[np.float64] = (1 - alpha) * pixels[..., None] + alpha * _color(strength)
     return mixed.round().astype(np.uint8)
 
 
-def draw_overlay(film: Gray, heat: npt.NDArray[np.float32], lines: list[str], side: int = 512) -> Image.Image:
-    """The blend, its longer side of `side` pixels (a film is enlarged at most twofold), above scale and caption."""
-    picture = blend(fit(film, side), heat)
+def draw_overlay(pixels: Gray, heat: npt.NDArray[np.float32], lines: list[str], side: int = 512) -> Image.Image:
+    """The blend, its longer side of `side` pixels (enlarged at most twofold), above a color scale and the caption."""
+    picture = blend(fit(pixels, side), heat)
     height, width = picture.shape[:2]
     font = ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), TEXT)
-    drawn = Image.new("RGB", (max(width, NARROWEST), height + SCALE + LINE * (len(lines) + 1) + 8), PAPER)
-    drawn.paste(Image.fromarray(picture))
-    ramp = np.linspace(0, 255, drawn.width).round().astype(np.uint8)
-    drawn.paste(Image.fromarray(np.broadcast_to(_color(ramp), (SCALE, drawn.width, 3)).astype(np.uint8)), (0, height))
-    drawing = ImageDraw.Draw(drawn)
+    canvas = Image.new("RGB", (max(width, NARROWEST), height + SCALE + LINE * (len(lines) + 1) + 8), PAPER)
+    canvas.paste(Image.fromarray(picture))
+    ramp = np.linspace(0, 255, canvas.width).round().astype(np.uint8)
+    scale = np.broadcast_to(_color(ramp), (SCALE, canvas.width, 3)).astype(np.uint8)
+    canvas.paste(Image.fromarray(scale), (0, height))
+    drawing = ImageDraw.Draw(canvas)
     for number, line in enumerate(["0", *lines]):
         drawing.text((2, height + SCALE + 2 + LINE * number), line, INK, font)
-    drawing.text((drawn.width - 2, height + SCALE + 2), "1, strongest", INK, font, anchor="ra")
-    return drawn
+    drawing.text((canvas.width - 2, height + SCALE + 2), "1, strongest", INK, font, anchor="ra")
+    return canvas
 
 
 def _color(strength: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:

@@ -34,7 +34,7 @@ def tabulate_shares(groups: Mapping[str, Any]) -> Table:
 
 
 def tabulate_policy(policies: Mapping[str, Any]) -> Table:
-    """What policies make of each label."""
+    """The targets of each label under policies."""
     columns = ["label", "uncertain", "positives", "negatives", "open", "masked", "mean target", "pos. weight"]
     rows = [
         [
@@ -58,7 +58,7 @@ def print_report(report: Statistics) -> None:
 
 
 def print_audit(audit: Audit) -> None:
-    """Print the alarms in words, and what tells each label best, worst first."""
+    """Print the alarms in words, and what predicts each label best, worst first."""
     for text in describe_alarms(audit):
         print(printable(f"{text}."))
     tabulate_audit(audit).print()
