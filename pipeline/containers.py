@@ -55,7 +55,7 @@ class Facts(NamedTuple):
     """The header facts of a JPEG or PNG: size, channels and bits per channel, EXIF, and other metadata.
 
     `frame` is a JPEG's marker; `quality` is libjpeg's, 1 to 100, whose luminance table is nearest in sum: exact for
-    what libjpeg wrote; None without such a table. `said_bits` are the significant bits that a PNG's sBIT chunk gives
+    what libjpeg wrote; None without such a table. `stated_bits` are the significant bits that a PNG's sBIT chunk gives
     16-bit levels, alpha apart; None without one.
     """
 
@@ -68,15 +68,15 @@ class Facts(NamedTuple):
     has_metadata: bool
     frame: int | None = None
     quality: int | None = None
-    said_bits: int | None = None
+    stated_bits: int | None = None
 
 
 def read_jpeg_facts(jpeg: bytes) -> Facts:
     """What precedes the first scan of a JPEG or JPEG-LS. Raises ValueError for damaged segments."""
     position = 2
-    while (found := _MARKER.match(jpeg, position)) and found[1][0] not in (_SOS, _EOI):
-        position = found.end() + int.from_bytes(jpeg[found.end() : found.end() + 2])
-    if found is None:
+    while (segment := _MARKER.match(jpeg, position)) and segment[1][0] not in (_SOS, _EOI):
+        position = segment.end() + int.from_bytes(jpeg[segment.end() : segment.end() + 2])
+    if segment is None:
         raise ValueError("its segments are damaged")
     facts = (_read_head if position <= _LONGEST_KEPT else _read_head.__wrapped__)(jpeg[:position] + _END)
     return facts if jpeg.endswith(_END) else facts._replace(has_metadata=True)
@@ -121,7 +121,7 @@ def read_png_facts(png: bytes) -> Facts:
         exif=chunks.get(b"eXIf"),
         is_multiple=b"acTL" in chunks,
         has_metadata=not chunks.keys() <= _PNG_PLAIN,
-        said_bits=significant if 1 <= significant <= 16 else None,
+        stated_bits=significant if 1 <= significant <= 16 else None,
     )
 
 
@@ -131,8 +131,8 @@ def _segments(jpeg: bytes) -> Iterator[tuple[int, bytes]]:
     Fill bytes between segments and what follows the end are left out. Raises ValueError without an end.
     """
     position = 2
-    while found := _MARKER.match(jpeg, position):
-        marker, start = found[1][0], found.end() - 2
+    while segment := _MARKER.match(jpeg, position):
+        marker, start = segment[1][0], segment.end() - 2
         if marker == _EOI:
             yield marker, jpeg[start : start + 2]
             return

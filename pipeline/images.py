@@ -85,11 +85,11 @@ class Prepared(NamedTuple):
     notes: tuple[str, ...]
 
 
-def prepare(data: bytes, options: ImageOptions, said_bits: int | None = None) -> Prepared:
+def prepare(data: bytes, options: ImageOptions, stated_bits: int | None = None) -> Prepared:
     """Turn a JPEG, PNG or gray DICOM of any kind into what a shard stores.
 
     Raises ImageError, ValueError for bad options, and DataError if DICOM files need a missing package.
-    `said_bits` is the table's number of used bits for a 16-bit PNG that does not state its own.
+    `stated_bits` is the table's number of used bits for a 16-bit PNG that does not state its own.
 
     The shorter side becomes `size`, never enlarged; a square is exactly size×size: `pad` keeps the aspect and
     centers on black, `crop` takes the center, `stretch` distorts it. A gray JPEG that fits already
@@ -107,7 +107,7 @@ def prepare(data: bytes, options: ImageOptions, said_bits: int | None = None) ->
         if kind == "JPEG":
             source = _read_jpeg(data, options)
         elif kind == "PNG":
-            source = _read_png(data, options.max_pixels, options.bits, said_bits)
+            source = _read_png(data, options.max_pixels, options.bits, stated_bits)
         else:
             dicom = open_dicom(data, options.max_pixels)
             _check_pixels(dicom.Columns, dicom.Rows, options.max_pixels)
@@ -246,7 +246,7 @@ def _decode_any(data: bytes, colorspace: str, minimum: tuple[int, int] = (0, 0),
     return np.asarray(Image.frombuffer("CMYK", size, 255 - pixels, "raw", "CMYK", 0, 1).convert("L"))
 
 
-def _read_png(data: bytes, max_pixels: float, bits: int | None = None, said_bits: int | None = None) -> Picture:
+def _read_png(data: bytes, max_pixels: float, bits: int | None = None, stated_bits: int | None = None) -> Picture:
     """Gray pixels of a PNG. Raises exceptions of many kinds for a damaged one."""
     facts = containers.read_png_facts(data)
     if facts.is_multiple:
@@ -257,7 +257,7 @@ def _read_png(data: bytes, max_pixels: float, bits: int | None = None, said_bits
     levels, alpha, notes = None, None, tuple[str, ...]()
     if facts.bits == 16:
         levels, alpha = _deep_levels(image, data)
-        full, notes = _choose_full(int(levels.max()), facts.said_bits or said_bits, bits)
+        full, notes = _choose_full(int(levels.max()), facts.stated_bits or stated_bits, bits)
         pixels = ((levels.astype(np.uint32) * 255 + full // 2) // full).astype(np.uint8)
         if pixels.ndim == 3:
             pixels = np.asarray(Image.fromarray(pixels).convert("L"))

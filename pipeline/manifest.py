@@ -117,7 +117,7 @@ def concat_labels(tables: Sequence[pa.Table]) -> pa.Table:
     for table in tables:
         for name, kind in name_facts(table).items():
             kinds.setdefault(name, set()).add(kind)
-    mixed = [name for name, found in kinds.items() if len(found) > 1]
+    mixed = [name for name, types in kinds.items() if len(types) > 1]
     same = []
     for table in tables:
         for name in set(mixed) & set(table.column_names):

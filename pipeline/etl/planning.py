@@ -90,8 +90,8 @@ def write_plan(task: PlanTask) -> Plan:
     """Write the plan of every split. Raises DataError as `read_splits` does, and for anything that `strict` rejects."""
     options = task.options
     tables, _, notes = options.read_splits(task.source)
-    if task.strict and "train" in tables and (found := find_one_class(tables["train"], task.strict)):
-        raise DataError(f"`strict`: {'; '.join(found)}; choose other policies")
+    if task.strict and "train" in tables and (one_class := find_one_class(tables["train"], task.strict)):
+        raise DataError(f"`strict`: {'; '.join(one_class)}; choose other policies")
     for split, table in tables.items():
         with atomic_file(_plan_path(task.folder, split)) as file, pa.ipc.new_file(file, table.schema) as writer:
             for rows in divide_rows(table.combine_chunks(), options.samples_per_shard, options.views):

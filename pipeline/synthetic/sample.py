@@ -138,8 +138,8 @@ def write_sample(
     ]
     boxes: list[Row] = []
     done = 0
-    for count, found in run_tasks(write_patients, tasks, min(workers, len(tasks))):
-        boxes += found
+    for count, rows in run_tasks(write_patients, tasks, min(workers, len(tasks))):
+        boxes += rows
         done += count
         progress(done, images)
     write_rows(out / BOXES, [("split", "key", "label", "x", "y", "w", "h"), *sorted(boxes)])
