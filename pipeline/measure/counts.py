@@ -149,8 +149,8 @@ def _count_states(column: pa.ChunkedArray) -> dict[str, Any]:
 def describe_views(table: pa.Table) -> str:
     """How many studies of a label table have which views, in words, most common first."""
     study = number_studies(table)
-    of_view = (pc.equal(table["view"], view).to_numpy() for view in ("frontal", "lateral", "other"))
-    counts = (np.bincount(study[rows], minlength=study.max() + 1).tolist() for rows in of_view)
+    by_view = (pc.equal(table["view"], view).to_numpy() for view in ("frontal", "lateral", "other"))
+    counts = (np.bincount(study[rows], minlength=study.max() + 1).tolist() for rows in by_view)
     common = Counter(zip(*counts, strict=True)).most_common()
     return "studies: " + ", ".join(f"{count:,} with {_name_views(*views)}" for views, count in common)
 

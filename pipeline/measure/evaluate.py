@@ -294,7 +294,7 @@ def _add_group(
 
 
 def _add_macros(evaluation: Evaluation, measured: Mapping[str, Areas]) -> None:
-    """Add each group's macro AUROC, and each later group's less the first one's, paired by patient.
+    """Add each group's macro AUROC, and each later group's minus the first one's, paired by patient.
 
     A macro is the mean over the labels with 10 patients of each class in every group that has any such label; its note
     names them. So groups are compared on the same labels, with enough cells of each; the other groups have None.
@@ -315,8 +315,8 @@ def _add_macros(evaluation: Evaluation, measured: Mapping[str, Areas]) -> None:
     for group in compared[1:]:
         both = measured[group].join(measured[compared[0]])
         limits = combine_limits(both, np.concatenate([share, -share]))
-        less = subtract(macros[group], macros[compared[0]])
-        evaluation.add(level, "macro", "auroc_less_first", less, group, **limits)
+        difference = subtract(macros[group], macros[compared[0]])
+        evaluation.add(level, "macro", "auroc_less_first", difference, group, **limits)
 
 
 def _tpr_gap(groups: Sequence[Calls], level: float) -> Figure:

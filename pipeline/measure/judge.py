@@ -175,8 +175,8 @@ def add_comparison(
         limits = combine_limits(joined, np.concatenate([0 * share, *weights]))
         evaluation.add(level, label, "auroc", mean, **limits, scorer=scorer)
         limits = combine_limits(joined, np.concatenate([share, *(-part for part in weights)]))
-        less = subtract(own, mean)
-        evaluation.add(level, label, "auroc_difference", less, **limits, scorer=scorer)
+        difference = subtract(own, mean)
+        evaluation.add(level, label, "auroc_difference", difference, **limits, scorer=scorer)
 
 
 def add_auprc(
@@ -231,8 +231,8 @@ def _add_pair(evaluation: Evaluation, row: Row, own: Row, note: str = "") -> Non
     judged, other = ({name: getattr(side, name) for name in ("value", "low", "high", "few")} for side in (row, own))
     counts = {"positives": own.positives, "negatives": own.negatives}
     evaluation.add(row.level, row.label, "auroc", group=OWN, **other, **counts, note=own.note)
-    less, few = subtract_independent(judged, other), row.few or own.few
-    evaluation.add(row.level, row.label, "auroc_difference", group=OWN, **less, few=few, note=note)
+    difference, few = subtract_independent(judged, other), row.few or own.few
+    evaluation.add(row.level, row.label, "auroc_difference", group=OWN, **difference, few=few, note=note)
 
 
 def add_readers(evaluation: Evaluation, studies: Scored, readers: Mapping[str, Floats]) -> None:

@@ -54,14 +54,14 @@ class Collection:
     def __init__(self, folders: Sequence[Folder]) -> None:
         """Raises DataError, naming both folders, if they differ in an option that all must share."""
         self.folders = tuple(folders)
-        for one, other in combinations(self.folders, 2):
-            if one.path.resolve() == other.path.resolve():
-                raise DataError(f"{one.name}: given twice")
+        for first, other in combinations(self.folders, 2):
+            if first.path.resolve() == other.path.resolve():
+                raise DataError(f"{first.name}: given twice")
             for option in SAME:
-                values = [folder.manifest.options.get(option) for folder in (one, other)]
+                values = [folder.manifest.options.get(option) for folder in (first, other)]
                 if values[0] != values[1]:
                     raise DataError(
-                        f"{one.name} and {other.name} differ in {option}: {values[0]} and {values[1]}; shard one of "
+                        f"{first.name} and {other.name} differ in {option}: {values[0]} and {values[1]}; shard one of "
                         "them again as the other"
                     )
         self._tables = {
@@ -184,11 +184,11 @@ class Collection:
         }
         patients = {side: identify_patients(table, self.namespace) for side, table in tables.items()}
         called = [folder.name for folder in self.folders]
-        for (one, split), (other, other_split), (name, *_) in find_shared(patients):
-            if one != other and split != other_split:
+        for (number, split), (other, other_split), (name, *_) in find_shared(patients):
+            if number != other and split != other_split:
                 raise DataError(
-                    f"{name} is in {split} of {called[one]} and in {other_split} of {called[other]}; splits must not "
-                    "share patients (where these are two people, shard one of the folders with a `name` of its own)"
+                    f"{name} is in {split} of {called[number]} and in {other_split} of {called[other]}; splits must "
+                    "not share patients (if these are two people, shard one of the folders with a `name` of its own)"
                 )
         # By name too: the content of an image changes if it is resized or encoded differently.
         names = {
@@ -196,12 +196,12 @@ class Collection:
             for side, table in tables.items()
         }
         contents = {side: identify_images(table) for side, table in tables.items()}
-        for (one, split), (other, other_split), (name, *more) in chain(find_shared(names), find_shared(contents)):
-            if one != other:
+        for (number, split), (other, other_split), (name, *more) in chain(find_shared(names), find_shared(contents)):
+            if number != other:
                 others = f" and {len(more):,} others are" if more else " is"
                 raise DataError(
                     f"{name}{others} in {other_split} of {called[other]} and, maybe under another name, in {split} of "
-                    f"{called[one]}; an image may be in one folder only: take it out of one's table, and shard that "
+                    f"{called[number]}; an image may be in one folder only: take it out of one's table, and shard that "
                     "again"
                 )
 

@@ -129,14 +129,14 @@ def _draw(windows: Sequence[Rows], weights: Weights, random: np.random.Philox) -
     With a share by its number of samples, each positive of a window with few would be drawn more often.
     """
     sums = [np.cumsum(weights[places]) for places in windows]
-    totals = np.cumsum([of_window[-1] for of_window in sums])
+    totals = np.cumsum([cumulative[-1] for cumulative in sums])
     ends = np.rint(totals / totals[-1] * len(weights)).astype(np.int64)
-    drawn = []
-    for places, of_window, count in zip(windows, sums, np.diff(ends, prepend=0), strict=True):
+    draws = []
+    for places, cumulative, count in zip(windows, sums, np.diff(ends, prepend=0), strict=True):
         # 53 bits fill a float64, so that the product stays below the sum; a weight of 0 is never drawn.
-        level = (random.random_raw(int(count)) >> np.uint64(11)) / 2**53 * of_window[-1]
-        drawn.append(places[np.searchsorted(of_window, level, side="right")])
-    return drawn
+        level = (random.random_raw(int(count)) >> np.uint64(11)) / 2**53 * cumulative[-1]
+        draws.append(places[np.searchsorted(cumulative, level, side="right")])
+    return draws
 
 
 def _permute(values: Rows, random: np.random.Philox) -> Rows:

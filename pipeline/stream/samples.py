@@ -120,11 +120,11 @@ def find_studies(split: OpenSplit, rows: Rows | None = None) -> tuple[Samples, i
     _refuse_differences(split.name, table, order, np.repeat(order[starts], counts))
     place = np.arange(len(order)) - np.repeat(starts, counts)
     kept = place < MOST_VIEWS
-    of_studies = np.full((len(counts), 1 + int(place[kept].max(initial=0))), -1, np.int64)
-    of_studies[study[order][kept], place[kept]] = rows[order[kept]]
+    study_rows = np.full((len(counts), 1 + int(place[kept].max(initial=0))), -1, np.int64)
+    study_rows[study[order][kept], place[kept]] = rows[order[kept]]
     # Shards in which no study begins are not listed: the order of batches depends on this, and must not change.
-    sizes = np.unique(split.shard[of_studies[:, 0]], return_counts=True)[1]
-    return Samples(of_studies, sizes.tolist()), int((~kept).sum())
+    sizes = np.unique(split.shard[study_rows[:, 0]], return_counts=True)[1]
+    return Samples(study_rows, sizes.tolist()), int((~kept).sum())
 
 
 def find_places(split: OpenSplit, table: pa.Table) -> Rows:

@@ -100,8 +100,8 @@ def parse_condition(text: str, schema: pa.Schema) -> Condition:
     operator, value = match["operator"], match["value"]
     is_number = pa.types.is_integer(kind) and column not in LABELS
     if operator not in ("=", "!=") and (value == "blank" or not is_number):
-        what = "blank" if is_number else column
-        raise DataError(f"condition '{text}': {what} has no order; compare it by = or !=")
+        subject = "blank" if is_number else column
+        raise DataError(f"condition '{text}': {subject} has no order; compare it by = or !=")
     if value == "blank":
         return Condition(text, column, operator, None)
     if column in LABELS:

@@ -186,7 +186,7 @@ def test_a_patient_in_two_splits_of_two_folders_is_refused(two: tuple[Path, Path
         open_collection([two[0], tmp_path / "v"])
     assert re.match(
         rf"patient00030 is in (train|dev) of {two[0]} and in valid of {tmp_path / 'v'}; splits must not share patients "
-        r"\(where these are two people, shard one of the folders with a `name` of its own\)$",
+        r"\(if these are two people, shard one of the folders with a `name` of its own\)$",
         str(caught.value),
     )
     assert open_collection([two[1], tmp_path / "v"]).open("valid").table.num_rows == 6
