@@ -72,10 +72,10 @@ def other_hospital(tmp_path: Path) -> list[object]:
     [
         ("shards", "--augment crop --batch-size 64", None),
         ("shards", "--loss aucm", None),
-        pytest.param("studies", "--fusion mean", None, marks=pytest.mark.soak),
-        pytest.param("shards", "--balance Edema", None, marks=pytest.mark.soak),
-        pytest.param("shards", "", "other_hospital", marks=pytest.mark.soak),
-        pytest.param("shards", "", "teacher", marks=pytest.mark.soak),
+        ("studies", "--fusion mean", None),
+        ("shards", "--balance Edema", None),
+        ("shards", "", "other_hospital"),
+        ("shards", "", "teacher"),
     ],
 )
 def test_any_number_of_ranks_sees_the_same_batches_and_learns_the_same(
