@@ -33,7 +33,7 @@ for split in ("dev", "valid"):
     table = open_shards(shards)[split].table
     evaluations.append(read_evaluation(run / f"evaluation-{split}.json"))
     scores = read_scores(run / f"scores-{split}.arrow", table["key"])
-    images[split] = Scored(scores, *evaluation_targets(table, "zeros"), *[None] * 5)  # which no curve needs
+    images[split] = Scored.of(scores, *evaluation_targets(table, "zeros"), table)
 history = [json.loads(line) for line in (run / "metrics.jsonl").open()]
 start = time.process_time()
 render_report("run", json.loads((run / "config.json").read_text()), history, evaluations, images)
