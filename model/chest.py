@@ -93,7 +93,7 @@ def read_initial(path: Path) -> dict[str, Any]:
         ) from error
 
 
-def is_chest(weights: dict[str, Any]) -> bool:
+def is_chest(weights: dict[str, object]) -> bool:
     """Whether this is the state dict of a torchxrayvision DenseNet: gray input, and its number of outputs."""
     stem, head = (weights.get(name) for name in ("features.conv0.weight", "classifier.weight"))
     if not (isinstance(stem, Tensor) and isinstance(head, Tensor)):

@@ -4,7 +4,7 @@ The file is a run's best.pt, a state dict of torchvision, timm or torchxrayvisio
 Lightning, DataParallel and torch.compile write it. All are read as tensors and plain values: no code in a file runs.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
@@ -81,6 +81,6 @@ def unwrap(saved: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[str]]:
     return weights, left_out
 
 
-def _is_usual(prefix: str, names: Mapping[str, Any]) -> bool:
+def _is_usual(prefix: str, names: Collection[str]) -> bool:
     """Whether more than half of the names start with the prefix."""
     return 2 * sum(name.startswith(prefix) for name in names) > len(names)

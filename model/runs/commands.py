@@ -37,7 +37,7 @@ from pipeline.console import count_of, echo, refuse_usage, say, say_next
 
 if TYPE_CHECKING:
     from model.runs.job import Job
-    from model.runs.sweep import Watch
+    from model.runs.sweep import Point, Watch
 
 # Options that a sweep may get more values of later.
 SWEPT = ("lr", "weight_decay", "batch_size", "arch", "uncertain")
@@ -48,7 +48,7 @@ sweep_option = partial(option, group="sweep")
 class TrainByDefault(click.Group):
     """A group whose default command is `train`, the only one that runs on several ranks."""
 
-    def invoke(self, ctx: click.Context) -> Any:
+    def invoke(self, ctx: click.Context) -> object:
         """Run the command, which imports torch; `pipeline` does not need it."""
         with needs("train"):
             return super().invoke(ctx)
@@ -256,7 +256,7 @@ def refuse_run(_: click.Context, param: click.Parameter, value: str | None) -> N
     example='python -m train sweep --sweep runs/sweep --lr "1e-4 1e-3" --weight-decay "1e-4 1e-2" --epochs 3',
 )
 @click.pass_obj
-def sweep_command(train: Train, search: Search, setup: Setup, given: dict[str, Any]) -> int:
+def sweep_command(train: Train, search: Search, setup: Setup, given: "Point") -> int:
     """Train with all combinations of the values of options of `train`, such as --lr, --arch, --uncertain and --seed.
 
     Separate the values of an option by spaces or commas; --sampler tpe searches between them. Every trial is a run,
@@ -280,11 +280,11 @@ def sweep_command(train: Train, search: Search, setup: Setup, given: dict[str, A
     values: dict[str, tuple[Any, ...]] = {name: (getattr(base, name),) for name in SWEPT if getattr(base, name)}
     values |= {name: tried for name, tried in lists.items() if name in SWEPT or len(tried) > 1}
 
-    def make(point: Mapping[str, Any], run: Path) -> "Job":
+    def make(point: "Point", run: Path) -> "Job":
         return open_job(replace(base, **point), setup, run)
 
     # Refuse a value that conflicts with the options before any point is trained.
-    points: list[dict[str, Any]] = [{}, *({name: value} for name, tried in values.items() for value in tried[1:])]
+    points: list[Point] = [{}, *({name: value} for name, tried in values.items() for value in tried[1:])]
     config, *_ = [make(point, search.sweep / "trials" / "unused").config for point in points]
     for name, tried in lists.items():
         # Without a dev split, the seed decides which patients are dev; only then does `resolve_config` set `dev`.
@@ -313,9 +313,7 @@ def sweep_command(train: Train, search: Search, setup: Setup, given: dict[str, A
     return 1 if failed and not complete else 0
 
 
-def train_trial(
-    train: Train, make: Callable[..., "Job"], point: Mapping[str, Any], run: Path, watch: "Watch"
-) -> dict[str, Any]:
+def train_trial(train: Train, make: Callable[..., "Job"], point: "Point", run: Path, watch: "Watch") -> "Point":
     """Train a point of a sweep in its run folder; returns the run's results."""
     import torch
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 from model.names import ARCHITECTURES, AUGMENTATIONS, FUSIONS, LOSSES, XRV, check_arch, own_input
 from pipeline.base.errors import DataError, SettingError
@@ -439,7 +439,7 @@ def is_reported(run: Path) -> bool:
     return all((run / name).exists() for name in (*files, "model-card.md"))
 
 
-def _check_names(values: Mapping[str, Any]) -> None:
+def _check_names(values: Mapping[str, object]) -> None:
     """Raise ValueError if config.json lacks a field: the run may not have used the current default."""
     for item in fields(Config):
         if item.name not in values:
@@ -452,7 +452,7 @@ def read_config(run: Path) -> Config:
     try:
         values = json.loads(path.read_bytes())
         _check_names(values)
-        tuples: dict[str, Any] = {name: tuple(v) for name, v in values.items() if isinstance(v, list)}
+        tuples: dict[str, object] = {name: tuple(v) for name, v in values.items() if isinstance(v, list)}
         config = Config(**values | tuples)
         check_values(config)
         return config

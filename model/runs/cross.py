@@ -29,6 +29,7 @@ from pipeline.stream.collection import Collection
 Make = Callable[[Sequence[str], Path], Job]  # folders and run → its job
 SCORED = ("valid", "test", "dev")  # a set's first available split of these is scored
 MACRO = "macro"
+Matrix = dict[str, Any]  # as cross.json has it
 
 
 def plan_runs(shards: Sequence[str]) -> dict[str, tuple[str, ...]]:
@@ -97,7 +98,7 @@ def list_labels(jobs: Mapping[str, Job]) -> list[str]:
     return [label for label in LABELS if label in labels]
 
 
-def score_runs(jobs: Mapping[str, Job], shards: Sequence[str]) -> dict[str, Any]:
+def score_runs(jobs: Mapping[str, Job], shards: Sequence[str]) -> Matrix:
     """The matrix: `cells` by set and run, with AUROC, limits and the difference from the set's own run.
 
     For each label of `list_labels`, and their mean (`macro`). Raises DataError and Stopped.
@@ -128,7 +129,7 @@ def score_runs(jobs: Mapping[str, Job], shards: Sequence[str]) -> dict[str, Any]
     return {"runs": runs, "sets": sets, "labels": labels, "cells": cells}
 
 
-def tabulate_cross(matrix: Mapping[str, Any], label: str) -> Table:
+def tabulate_cross(matrix: Matrix, label: str) -> Table:
     """The results of `score_runs` for a label: rows are runs, columns sets; ✗ marks results below chance."""
     title = f"AUROC, mean of {', '.join(matrix['labels'])}" if label == MACRO else f"AUROC, {label}"
     heads = [f"{name}, {scored['split']} (n = {scored['images']:,})" for name, scored in matrix["sets"].items()]
@@ -145,7 +146,7 @@ def tabulate_cross(matrix: Mapping[str, Any], label: str) -> Table:
     return Table(title, ("trained on", *columns), rows)
 
 
-def write_cross(out: Path, matrix: Mapping[str, Any], job: Job) -> None:
+def write_cross(out: Path, matrix: Matrix, job: Job) -> None:
     """Write cross.json and cross.html, with the settings of a run."""
     write_json(out / "cross.json", matrix)
     tables = {label: tabulate_cross(matrix, label) for label in (MACRO, *matrix["labels"])}
@@ -163,7 +164,7 @@ def _choose_split(collection: Collection) -> str:
     raise DataError(f"{collection}: no split to score on, of {', '.join(SCORED)}; shard it again with `dev`")
 
 
-def _compare(areas: Areas, own: Areas, share: Floats) -> dict[str, Any]:
+def _compare(areas: Areas, own: Areas, share: Floats) -> Matrix:
     """A mean of AUROCs with its limits, and its difference from the set's own run."""
     auroc, own_auroc = (float(share[share > 0] @ measured.auroc[share > 0]) for measured in (areas, own))
     paired = combine_limits(areas.join(own), np.concatenate([share, -share]))

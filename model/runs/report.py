@@ -22,10 +22,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
+History = Sequence[Mapping[str, Any]]  # lines of metrics.jsonl
+
+
 def render_report(
     title: str,
     config: Mapping[str, Any],
-    history: Sequence[Mapping[str, Any]],
+    history: History,
     evaluations: Sequence[Evaluation],
     images: Mapping[str, Scored],
     dataset: Mapping[str, str] = MappingProxyType({}),
@@ -46,7 +49,7 @@ def render_report(
     return render_page(title, evaluations, images, dataset.get("title", ""), more)
 
 
-def _define(values: Mapping[str, Any]) -> str:
+def _define(values: Mapping[str, object]) -> str:
     pairs = (f"<dt>{escape(name)}</dt><dd>{escape(show_setting(value))}</dd>" for name, value in values.items())
     return f"<dl>{''.join(pairs)}</dl>"
 
@@ -103,7 +106,7 @@ def render_model_card(
     return render_card(title, parts, evaluations)
 
 
-def draw_training(history: Sequence[Mapping[str, Any]]) -> list[tuple[str, Markup]]:
+def draw_training(history: History) -> list[tuple[str, Markup]]:
     """The losses and dev's AUROC by epoch, each as caption and SVG."""
     from matplotlib.ticker import MaxNLocator
 

@@ -178,7 +178,7 @@ def write_report(
     write_atomically(job.run / file, page.encode())
 
 
-def describe_settings(job: Job, predictor: Predictor) -> dict[str, Any]:
+def describe_settings(job: Job, predictor: Predictor) -> dict[str, object]:
     """A run's configuration; for an ensemble, the members and their configurations: all values if they differ."""
     chosen = {"where": job.config.where, "views": job.config.views}
     configs = [asdict(config) | chosen for config in predictor.configs.values()]

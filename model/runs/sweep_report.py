@@ -31,6 +31,7 @@ METRICS = {"dev": "of the checkpoint kept", "train": "of a part of train, at the
 FIGURES = ["dev_auroc", "same_labels", "dev_same_auroc", "train_auroc", "valid_auroc", "valid_low", "valid_high"]
 FEW = 6  # values of a parameter that are evenly spaced; more are on a logarithmic scale
 LEVELS = 12  # of the contours between many points
+Plane = Mapping[tuple[Any, Any], Trial]  # by the values of AXES
 
 
 def write_sweep_report(sweep: Sweep, trials: Sequence[Trial]) -> None:
@@ -108,7 +109,7 @@ def render_sweep(title: str, trials: Sequence[Trial], choice: str = MEANS["macro
     )
 
 
-def show_value(value: Any) -> str:
+def show_value(value: object) -> str:
     """A parameter's value as users type it."""
     return "–" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
@@ -126,7 +127,7 @@ def hint_at_edges(done: Sequence[Trial]) -> Iterator[str]:
                 yield f"The best {shown}, is the {which} of those tried: try {further}, too."
 
 
-def best_points(trials: Sequence[Trial], metric: str) -> dict[tuple[Any, Any], Trial]:
+def best_points(trials: Sequence[Trial], metric: str) -> Plane:
     """(learning rate, weight decay) → the best trial there on dev, in order of rank; empty if neither varies."""
     points: dict[tuple[Any, Any], Trial] = {}
     for trial in rank(trials):
@@ -154,7 +155,7 @@ def place(axis: Axis, values: Sequence[Any], name: str) -> list[float]:
     return [places[value] for value in values]
 
 
-def draw_plane(axes: Axes, points: Mapping[tuple[Any, Any], Trial], metric: str, ink: str) -> None:
+def draw_plane(axes: Axes, points: Plane, metric: str, ink: str) -> None:
     """A metric over both AXES: a cell with its number per point, or contours between many; a star at the best one."""
     x, y = (
         place(axis, values, name)

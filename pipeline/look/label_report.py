@@ -57,7 +57,7 @@ def render_audit(title: str, scope: str, audit: Audit) -> str:
     return page.render(title=title, scope=scope, **_describe_audit(audit))
 
 
-def _describe_audit(audit: Audit) -> dict[str, Any]:
+def _describe_audit(audit: Audit) -> dict[str, object]:
     """The variables of audit-section.html."""
     covariates = len({clue["covariate"] for clue in audit["clues"]})
     size = (2.4 + 0.3 * covariates, 4.6)

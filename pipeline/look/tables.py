@@ -1,8 +1,5 @@
 """Counts and audits → tables, for a terminal and for pages."""
 
-from collections.abc import Mapping
-from typing import Any
-
 from pipeline.base.errors import printable
 from pipeline.base.pages import show_figure
 from pipeline.base.tabular import Table
@@ -23,7 +20,7 @@ def tabulate_counts(report: Statistics) -> Table:
     return Table(totals, [*columns, "positive %"], rows, kind="counts")
 
 
-def tabulate_shares(groups: Mapping[str, Any]) -> Table:
+def tabulate_shares(groups: Statistics) -> Table:
     """The share of positives in each group."""
     columns = ["label", *(f"{name} (n = {group['images']:,})" for name, group in groups["groups"].items())]
     rows = [
@@ -33,7 +30,7 @@ def tabulate_shares(groups: Mapping[str, Any]) -> Table:
     return Table(f"positive % by {groups['variable']}", columns, rows, kind="groups")
 
 
-def tabulate_policy(policies: Mapping[str, Any]) -> Table:
+def tabulate_policy(policies: Statistics) -> Table:
     """The targets of each label under policies."""
     columns = ["label", "uncertain", "positives", "negatives", "open", "masked", "mean target", "pos. weight"]
     rows = [

@@ -42,7 +42,7 @@ def count_labels(table: pa.Table) -> Statistics:
     return {"images": images, "studies": studies, "patients": patients, "labels": labels}
 
 
-def count_groups(table: pa.Table, variable: str) -> dict[str, Any]:
+def count_groups(table: pa.Table, variable: str) -> Statistics:
     """Counts per view, sex, age band, projection or value of a fact: only groups with images, the unknown last."""
     names = _group_names(table, variable)
     last = NO_GROUP.get(variable, NO_FACT)
@@ -56,7 +56,7 @@ def count_groups(table: pa.Table, variable: str) -> dict[str, Any]:
     }
 
 
-def list_rows(report: Statistics) -> list[list[Any]]:
+def list_rows(report: Statistics) -> list[list[object]]:
     """The counts under a header: a row per label, or per group and label if the report has groups."""
     groups = report["by"]["groups"] if "by" in report else {"": report}
     rows = [
@@ -99,7 +99,7 @@ def parse_policies(text: str) -> tuple[dict[str, str], str]:
     return uncertain, check_blank_policy(blanks[-1]) if blanks else "zeros"
 
 
-def count_targets(labels: Labels, uncertain: Mapping[str, str], blank: str) -> dict[str, Any]:
+def count_targets(labels: Labels, uncertain: Mapping[str, str], blank: str) -> Statistics:
     """Counts of the targets that `policies.make_targets` would make, from states alone; `open` cells have no class.
 
     A soft target counts as the nearer class: each smoothing range lies on one side of 0.5. The mean target
@@ -138,7 +138,7 @@ def _group_names(table: pa.Table, variable: str) -> pa.ChunkedArray | pa.Array:
     return pa.array(name_ages(pc.fill_null(table["age"], -1).to_numpy()))
 
 
-def _count_states(column: pa.ChunkedArray) -> dict[str, Any]:
+def _count_states(column: pa.ChunkedArray) -> Statistics:
     counts = {entry["values"]: entry["counts"] for entry in pc.value_counts(column).to_pylist()}
     states = {state: counts.get(value, 0) for state, value in STATES.items()}
     annotated = sum(states.values())

@@ -149,7 +149,7 @@ def _centers(frame: Sequence[float], side: int) -> tuple[Floats, Floats]:
     return frame[0] + frame[2] * middle, frame[1] + frame[3] * middle
 
 
-def _top(heat: npt.NDArray[Any], marked: Bools) -> bool:
+def _top(heat: Floats, marked: Bools) -> bool:
     return bool(marked.flat[int(heat.argmax())])
 
 
