@@ -4,6 +4,7 @@ All is made by the project's own commands and pages, in build/pictures, which lo
 What was trained there is not trained again: remove the folder for that. Needs Chromium.
 """
 
+import base64
 import io
 import json
 import os
@@ -21,7 +22,7 @@ from rich.console import Console
 from rich.text import Text
 
 from pipeline.base.pages import open_templates
-from pipeline.look.sheet import data_uri, describe_sample, draw_sheet, fit, read_images, spread_rows
+from pipeline.look.sheet import describe_sample, draw_sheet, fit, read_images, spread_rows
 from pipeline.manifest import read_manifest
 from pipeline.stream.samples import open_split
 
@@ -133,9 +134,16 @@ def compose_front() -> str:
     maps = {}
     for label in MAPS:  # on the film with the highest score
         name = f"{scores[label].idxmax() + 1:05d}-*-{label.lower().replace(' ', '-')}.png"
-        maps[label] = data_uri(np.asarray(Image.open(next((WORK / "maps").glob(name)))))
+        maps[label] = embed_picture(Image.open(next((WORK / "maps").glob(name))))
     template = open_templates("pipeline.look").from_string(FRONT)
-    return template.render(title="", sheet=data_uri(np.asarray(sheet)), curves=curves, maps=maps)
+    return template.render(title="", sheet=embed_picture(sheet), curves=curves, maps=maps)
+
+
+def embed_picture(picture: Image.Image) -> str:
+    """A picture as a JPEG data URI."""
+    data = io.BytesIO()
+    picture.convert("RGB").save(data, "JPEG", quality=80)
+    return f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"
 
 
 def photograph(name: str, page: str, width: int, height: int) -> None:

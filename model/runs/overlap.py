@@ -23,7 +23,7 @@ from model.initial import UNKNOWN, Entry, hand_on
 from model.runs.config import read_members
 from model.runs.job import Job, Selected, open_images, selected_splits
 from pipeline.base.errors import DataError
-from pipeline.console import say_once
+from pipeline.console import say, say_once
 from pipeline.identity import join_content, name_patients
 
 Seen = Sequence[Entry]
@@ -85,7 +85,7 @@ def check_seen(
             continue
         run = entry["run"] or job.run
         if entry["split"] == UNKNOWN:
-            tell(f"{run}: what it has learned from is not known: if it is images of {name}, figures are too good")
+            tell(_describe_unknown(run, f"images of {name}"))
         again, known = np.isin(images, entry["images"].numpy()), np.isin(patients, entry["patients"].numpy())
         shared_images, shared_patients = shared_images | again, shared_patients | known
         if count := int(again.sum()):
@@ -103,10 +103,18 @@ def check_seen(
     return {"shared_patients": len(np.unique(patients[shared_patients])), "shared_images": int(shared_images.sum())}
 
 
-def count_known(contents: Sequence[int], seen: Seen) -> int:
-    """How many images, given as CRC-32 and length in a uint64, the weights were trained on."""
+def report_seen(contents: Sequence[int], seen: Seen, run: Path) -> None:
+    """Say how many of some images, by CRC-32 and length as uint64, a run was trained on, or that this is not known."""
     known = {content for entry in seen for content in entry["images"].numpy().view(np.uint64).tolist()}
-    return sum(content in known for content in contents)
+    if count := sum(content in known for content in contents):
+        say(f"{run} was trained on {count:,} of these {len(contents):,} images: its scores of them are too good")
+    for entry in seen:
+        if entry["split"] == UNKNOWN:
+            say(_describe_unknown(entry["run"] or run, "these images"))
+
+
+def _describe_unknown(run: object, images: str) -> str:
+    return f"{run}: what it was trained on is not known: if on {images}, figures are too good"
 
 
 def hash_patients(table: pa.Table, namespace: str) -> npt.NDArray[np.int64]:

@@ -34,7 +34,7 @@ from model.ranks import ALONE, Ranks, requested
 from model.runs.config import ENSEMBLE, Config, Setup, learned_columns, name_outputs, read_config, read_members
 from model.runs.folder import fuse
 from model.runs.job import Job, Selected, choose_device, network_inputs, open_rows, read_batches
-from model.runs.overlap import Seen, check_seen, count_known
+from model.runs.overlap import Seen, check_seen, report_seen
 from model.runs.views import read_view
 from pipeline.base.errors import DataError
 from pipeline.base.files import hash_file, read_object, write_json
@@ -374,7 +374,5 @@ def _score_files(member: Network, samples: Sequence[Sequence[Path]], workers: in
         columns, scale = learned_columns(config), (member.pixels["mean"], member.pixels["std"])
         scores = predict_scores(member.network, columns, batches(advance), *scale, precision)
     scores[~usable] = np.nan
-    if known := count_known(contents, member.seen):
-        share = f"{known:,} of these {len(contents):,} images"
-        say(f"{member.run} has learned from {share}: its scores of them are too good")
+    report_seen(contents, member.seen, member.run)
     return scores, bad

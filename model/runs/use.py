@@ -452,6 +452,6 @@ def localize_command(given: Localization) -> int:
     all_cells = sum(map(len, marks.values()))
     echo(f"{path}: {len(cells):,} of the {all_cells:,} cells in {boxes}")
     if collection.digest == config.manifest and not {"train", "dev"}.isdisjoint(splits):
-        say("Warning: the run has learned from train and chosen its weights on dev: these images are not new to it")
+        say("Warning: the run was trained on train, and its weights were chosen on dev: these images are not new to it")
     say_next(*TRAIN, "evaluate", "--run", run, *repeat("--shards", data.shards), "--split", splits[0], "--sanity")
     return 0

@@ -6,7 +6,6 @@ Every image is checked against its checksum, as in training. A caption shows the
 but never age or sex.
 """
 
-import base64
 import io
 import math
 import re
@@ -166,13 +165,6 @@ def save_sheet(sheet: Image.Image, path: Path) -> None:
     data = io.BytesIO()
     sheet.save(data, FORMATS[path.suffix.lower()], quality=90)
     write_atomically(path, data.getvalue())
-
-
-def data_uri(pixels: npt.NDArray[np.uint8]) -> str:
-    """A picture [H, W] or [H, W, 3] as a JPEG data URI."""
-    data = io.BytesIO()
-    Image.fromarray(pixels).save(data, "JPEG", quality=80)
-    return f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"
 
 
 def _wrap(caption: Caption, width: int, font: ImageFont.FreeTypeFont) -> list[tuple[str, str]]:

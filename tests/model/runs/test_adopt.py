@@ -57,7 +57,7 @@ def test_torchxrayvisions_weights_are_a_run(
     assert call_train(*words) == 0
     said = capsys.readouterr().err
     assert f"{file}: no trained output for No Finding, Fracture, Support Devices: left out\n" in said
-    assert said.count(f"{file}: what it has learned from is not known: if it is images of valid, figures are") == 1
+    assert said.count(f"{file}: what it was trained on is not known: if on images of valid, figures are") == 1
     labels = [label for label in LABELS if label in OUTPUTS and label != "Fracture"]
     assert read_evaluation(run / "evaluation-valid.json").labels == labels
     logits = network((torch.from_numpy(images).float() - SCALE[0]) / SCALE[1])
@@ -71,7 +71,10 @@ def test_torchxrayvisions_weights_are_a_run(
 
     films = shards.parent / "CheXpert-v1.0-small" / "valid"
     predict = ("predict", "--run", run, "--out", tmp_path / "scores.csv", "--threshold", "youden", films)
+    capsys.readouterr()
     assert call_train(*predict) == 0
+    doubt = f"{file}: what it was trained on is not known: if on these images, figures are too good\n"
+    assert doubt in capsys.readouterr().err
     table = pd.read_csv(tmp_path / "scores.csv")
     keys = table.file.str.extract(r"(patient\d+)/(study\d+)/(view\d+_\w+)\.jpg").agg("_".join, axis=1)
     order = open_shards(shards)["valid"].table["key"].to_pylist()
@@ -92,7 +95,7 @@ def test_torchxrayvisions_weights_are_a_run(
 def test_what_a_file_does_not_say_is_asked_for(
     run: Path, sample_shards: tuple[Path, Manifest], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A file without names needs them; weights of a run know all, and what they have learned from."""
+    """A file without names needs them; weights of a run know all, and what they were trained on."""
     shards, file, out = sample_shards[0], tmp_path / "weights.pt", tmp_path / "out"
     save_weights(file, "rescnn", 3, read_images(shards, "valid"))
     words = ("adopt", "--shards", shards, "--run", out, "--workers", 1, "--init", file)

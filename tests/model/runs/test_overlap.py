@@ -93,7 +93,7 @@ def test_predict_says_how_many_images_the_run_learned_from(
     for split, known in (("train", len(read_frame(originals / "shards", "train", "dev"))), ("valid", 0)):
         assert call_train("predict", "--run", run, "--out", tmp_path / "scores.csv", films / split) == 0
         images = len([*(films / split).rglob("*.jpg")])
-        said = f"{run} has learned from {known} of these {images} images: its scores of them are too good\n"
+        said = f"{run} was trained on {known} of these {images} images: its scores of them are too good\n"
         assert (said in capfd.readouterr().err) == (known > 0)
 
 
