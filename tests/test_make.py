@@ -75,29 +75,6 @@ def test_data_is_looked_at_again_where_there_are_shards(tmp_path: Path) -> None:
     assert f'pipeline shards "here" {tmp_path} ' in make("-n", "train", f"OUT={tmp_path}", "DATA=here").stdout
 
 
-# What is typed after `make`, and the refusal; {finished} is a folder of shards and {out} an empty one.
-REFUSALS = """
-cross SHARDS=a > make cross needs SHARDS="A B": two folders of shards or more
-train "OUT=my shards" > OUT=my shards: make takes no spaces there.  Stop.
-sweep OUT={finished} GPUS=2 > A sweep trains each trial on one device: leave GPUS out.  Stop.
--n train LR=1e-3 lr=1e-3 > Unknown variable lr; choose from DATA OUT ARCH BATCH BLANK
--n train BIN=/usr/bin > Unknown variable BIN; choose from DATA OUT ARCH BATCH BLANK DEV EPOCHS FUSION LR
-shards OUT={out} > make shards needs DATA=<CheXpert folder>
-predict OUT={out} > make predict needs IMAGES=<files or folders>
-train OUT={out} > No shards in {out}. Write them with: make shards DATA=<CheXpert folder> OUT={out}
-"""
-
-
-@pytest.mark.parametrize("call", REFUSALS.strip().splitlines())
-def test_what_make_cannot_do_is_refused(tmp_path: Path, call: str) -> None:
-    (tmp_path / "finished").mkdir()
-    (tmp_path / "finished" / "manifest.json").touch()
-    typed, _, message = call.format(out=tmp_path / "out", finished=tmp_path / "finished").partition(" > ")
-    failed = make(*shlex.split(typed))
-    assert failed.returncode == 2
-    assert message in failed.stderr.splitlines()[0]
-
-
 def test_make_alone_lists_targets() -> None:
     listed = [line.split()[0] for line in make().stdout.splitlines() if line.startswith("  ")]
     assert listed[:3] == ["help", "setup", "shards"]

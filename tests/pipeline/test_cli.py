@@ -1,6 +1,5 @@
 """Exit codes and messages of the `pipeline` command."""
 
-import shlex
 import sys
 import tarfile
 from io import BytesIO
@@ -30,64 +29,6 @@ def test_sample_shards_and_stats_work_together(tmp_path: Path) -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_has_an_example(command: str) -> None:
     assert f"Example: pipeline {command} " in run(command, "--help").stdout
-
-
-# What is typed after `pipeline`, the exit code, and how the last line of stderr ends or begins. {data} is a CheXpert.
-REFUSALS = """
-shards {data} {out} --views oblique > 2 > 'oblique' is not one of 'frontal', 'lateral', 'all'.
-shards {data} {out} --uncertain maybe > 2 > '--uncertain': uncertain policy 'maybe' is unknown; choose from
-shards {data} {out} --blank ones > 2 > '--blank': blank policy 'ones' is unknown; choose from zeros, ig
-shards {data} {out} --max-pixels 10 > 1 > 80×64 is more than 10 pixels (--max-pixels)
-shards {data} http://host/out > 2 > http://host/out: a web server is only read from; write to a folder
-shards {data} {out} --dev nan > 2 > '--dev': nan is not a finite number
-shards {data} {out} --max-bad nan > 2 > '--max-bad': nan is not a finite number
-shards {data} {out} --split a=b --split a=c > 2 > --split a given twice: a split takes one CSV
-shards {data} {out} --split train > 2 > 'train' is not like train=foo.csv (dev comes out of train by --dev)
-shards {data} {out} --size original --square pad > 2 > Error: --square needs a --size
-shards {data} {out} --size 8 > 2 > '8' is neither a number of pixels, 16 or more, nor original
-shards {data} {out} --size small > 2 > 'small' is neither a number of pixels, 16 or more, nor original
-shards '' {out} > 2 > the name is empty; for the folder you are in, write .
-shards {data} ' ' > 2 > the name is empty; for the folder you are in, write .
-shards {data} /proc/none/out > 1 > Error: /proc/none: No such file or directory
-sample /proc/none/out > 1 > Error: /proc/none: No such file or directory
-verify {data} > 1 > not a folder of shards (no manifest.json); write one with `pipeline shards`
-stats {data} --html labels.pdf > 2 > Error: --html labels.pdf: the name must end in .html
-stats {data} --html missing/labels.html > 2 > Error: --html missing/labels.html: there is no folder missing
-stats {data} --format csv --policy best > 2 > Error: --format csv has no room for --policy; use json
-"""
-
-
-@pytest.mark.parametrize("case", REFUSALS.strip().splitlines())
-def test_bad_use_is_one_line_and_an_exit_code(chexpert: Path, tmp_path: Path, case: str) -> None:
-    typed, code, message = case.format(data=chexpert, out=tmp_path / "out").split(" > ")
-    failed = run(*shlex.split(typed))
-    assert failed.returncode == int(code)
-    assert message in failed.stderr.splitlines()[-1]
-    assert "Traceback" not in failed.stderr
-    assert not (tmp_path / "out" / "manifest.json").exists()
-
-
-@pytest.mark.parametrize(
-    ("file", "old", "new", "message"),
-    [
-        ("train.csv", ",Edema,", ",Oedema,", "column Edema is missing; "),
-        ("train.csv", ",AP,1.0,", ",AP,2.0,", "No Finding: '2.0' is not a label: 1.0, 0.0, -1.0 or blank"),
-        ("train.csv", None, "", "train.csv: not a readable CSV: Empty CSV file"),
-        ("train/patient00002/study1/view1_frontal.jpg", None, "x", "not a readable JPEG, PNG or DICOM"),
-    ],
-)
-def test_bad_input_is_one_line_and_leaves_nothing_finished(
-    chexpert: Path, tmp_path: Path, file: str, old: str | None, new: str, message: str
-) -> None:
-    path = chexpert / file
-    path.write_text(new if old is None else path.read_text().replace(old, new, 1))
-    failed = run("shards", chexpert, tmp_path / "out", "--workers", 2)
-    assert failed.returncode == 1
-    (error,) = [line for line in failed.stderr.splitlines() if not line.startswith("Sharding: ")]
-    assert error.startswith("Error: ")
-    assert f"{path}" in error
-    assert message in error
-    assert not (tmp_path / "out" / "manifest.json").exists()
 
 
 def test_strict_exits_with_3_where_an_image_was_rejected(chexpert: Path, tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ import math
 import os
 import random
 import re
-import shlex
 import shutil
 import signal
 import subprocess
@@ -41,7 +40,6 @@ from model.optim import scheduled_lr
 from model.predict import DivergedError, MemoryExhaustedError
 from model.ranks import Ranks, Stopped, listen
 from model.runs import folder, predictor, results
-from model.runs.commands import main
 from model.runs.config import Config, read_config
 from model.runs.folder import open_run, record_environment
 from model.runs.job import Job, open_rows
@@ -50,7 +48,6 @@ from model.runs.results import evaluate
 from model.runs.targets import draw_weights, open_training, training_labels
 from pipeline import DataError, console
 from pipeline.base.files import claimed
-from pipeline.console import run_command
 from pipeline.labels import LABELS, hash_fraction
 from pipeline.manifest import Manifest, manifest_digest, read_table, write_manifest
 from pipeline.measure.evaluate import Scored, calibrate
@@ -1050,82 +1047,3 @@ def test_command_line_killed_twice_warned_by_slurm_and_continued_equals_undistur
     assert scored.returncode == 0, scored.stderr
     assert "Cardiomegaly" in scored.stdout
     assert (run / "evaluation-valid.json").read_text() == before
-
-
-MISUSES = """
-train --shards {run} --run {run} > 1 Error: {run}: not a folder of shards (no manifest.json); write one with `pipeline
-evaluate --shards {shards} --run {run} --split valid > 1 Error: {run}: no config.json, so not
-train --shards {shards}/.. --run {run} > 1 or did you mean {shards}/../
---amp fp16 > 1 Error: --amp fp16 needs a GPU; use bf16
---batch-size 999 > 1 train images are less than one batch of --batch-size 999: choose one of 104 or less
---uncertain perhaps > 2 '--uncertain': uncertain policy 'perhaps'
---where sex=Femal > 1 Error: condition 'sex=Femal' leaves none of
---labels Edema,Edem > 2 'Edem' is none of No Finding
-train --shards gs://bucket/shards --run {run} > 1 Error: shards cannot be read from gs: give a folder
---cache-size 20 > 2 '20' is not like 500MB, 20GB or 1.5TB
---arch vgg > 2 'vgg' is not one of 'resnet18', 'resnet34'
---loss aucm --uncertain multiclass > 2 Error: --loss aucm goes neither with --pos-weight nor with the policy multiclass
---accumulate 40 > 2 Error: --batch-size 64 for --accumulate 40: the parts must be equal, of 2 images or more
---arch rescnn --pretrained > 1 Error: rescnn has no ImageNet weights; choose another --arch, or --init FILE
---freeze > 2 Error: --freeze keeps the weights that a run starts from: it needs --init or --pretrained
---freeze --pretrained --layer-decay 0.9 > 2 Error: --layer-decay is for the blocks that --freeze keeps as they are:
---layer-decay 1.1 > 2 '--layer-decay': 1.1 is not in
-train --shards {shards} > 2 Missing option '--run'.
---lr nan > 2 '--lr': nan is not a fin
---seed 9223372036854775808 > 2 '--seed': 9223372036854775808 is not in the range
---loss aucm --accumulate 2 > 2 Error: --loss aucm is of a whole batch: it does not go with --accumulate
---balance Edema --pos-weight > 2 Error: --balance goes neither with --loss aucm nor with --pos-weight: each corrects
---balance-over sex > 2 Error: --balance-over is for the label of --balance: it needs one
---balance Edema --balance-over sex, > 2 '--balance-over': 'sex,' is not like projection,sex
-sweep --shards {run} --sweep {run} --lr '1e-3 nan' > 2 '--lr': nan is not a finite number
-sweep --shards {run} --sweep {run} --trials 3 > 2 Error: --trials needs --sampler tpe: a grid has
-sweep --shards {run} --sweep {run} --run x > 2 Error: --run is for one run: those of a sweep
-predict --run {run} --out {film} {film} > 2 Error: --out {film} is one of the imag
-predict --run {run} --out {run}/no/scores.csv {film} > 1 Error: {run}/no/scores.csv: there is no folder {run}/no
-predict --run {run} --out x.csv --group-by '[' {film} > 2 '--group-by': '[' is not a regular expression: unterminated
---choose-by Edema --where Edema=positive > 1 Error: {shards}: --choose-by: Edema has one class on dev; raise --dev, or
---choose-by competition --labels Edema > 2 Error: --choose-by competition: Atelectasis, Cardiomegaly, Consolidation,
---choose-by oedema > 2 '--choose-by': 'oedema' is none of No Finding, Enlarged Cardiomediastinum
---where Edema=positive --labels Edema > 1 Error: {shards}: no label of dev has both classes to choose a checkpoint by;
---dev 0.2 > 2 Error: --dev is for shards without a dev split; {shards} have one, of 14 images
---mix 1,2,3 > 2 Error: --mix has 3 shares for 1 folders of --shards
---mix 1 --balance Edema > 2 Error: --mix does not go with --balance: both decide how often an image is sampled
---mix 0.7;0.3 > 2 '--mix': '0.7;0.3' is not like 0.7,0.3
---mix 0,1 > 2 '--mix': '0,1' is not like 0.7,0.3
---mix inf,1 > 2 '--mix': 'inf,1' is not like 0.7,0.3
---teacher {run} > 2 Error: --teacher is for the policy selftrained; --uncertain is best
---uncertain best,Edema=selftrained > 1 Error: label Edema is selftrained: it needs a --teacher, a run that was scored on
-sweep --shards {shards} --sweep {run} --lr '1e-3 x' > 2 'x' is not a valid number.
-sweep --shards {shards} --sweep {run} --lr ' ' > 2 no value
-sweep --shards {shards} --sweep {run} --arch vgg > 2 'vgg' is not one of 'resnet18'
-sweep --shards {shards} --sweep {run} --sampler tpe > 2 Error: --sampler tpe needs --trials
-sweep --shards {shards} --sweep {run} --nonsense 3 > 2 No such option '--nonsense'.
-sweep --shards {shards} --sweep {run} --batch-size '16 15' --accumulate 2 > 2 Error: --batch-size 15 for --accumulate
-sweep --shards {shards} --sweep {run} --choose-by 'Edema all' > 2 Error: --choose-by decides what dev's AUROC is of, by
-cross --shards {shards} --out {run} > 2 Error: cross needs --shards twice or more: a set is trained on, another one
-embed --out e.csv {shards} > 2 Error: --out e.csv: it must end in .arrow or .parquet
-"""
-
-
-@pytest.mark.parametrize("misuse", MISUSES.strip().splitlines())
-def test_bad_use_is_one_line_and_an_exit_code(
-    sample_shards: tuple[Path, Manifest],
-    tmp_path: Path,
-    misuse: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    line, _, expected = misuse.partition(" > ")
-    code, _, message = expected.partition(" ")
-    film = tmp_path / "film.jpg"
-    film.touch()
-    names = {"run": tmp_path / "run", "shards": sample_shards[0], "film": film}
-    start = "train --shards {shards} --run {run} " if line.startswith("--") else ""  # of those that train
-    filled = [word.format(**names) for word in shlex.split(start + line)]
-    monkeypatch.setattr(sys, "argv", ["train.py", *filled])
-    monkeypatch.setattr(signal, "signal", lambda *_: None)  # the test's own stay
-    with pytest.raises(SystemExit) as caught:
-        run_command(main, train.train)
-    assert caught.value.code == int(code)
-    assert not names["run"].exists()
-    assert message.format(**names) in capsys.readouterr().err.splitlines()[-1]
