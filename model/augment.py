@@ -58,7 +58,8 @@ def augment(
     generator = torch.Generator().manual_seed(_stream_seed(*at))
     # [B, 6] in (-1, 1): rotation, shift x, shift y, scale, brightness, contrast
     draws = _draw(total, 6, generator)[rows]
-    theta = affine_matrices(draws[:, :4]) @ crop_matrices(_draw(total, 3, generator)[rows], kind.crop)
+    turned = affine_matrices(draws[:, :4], images.shape[2] / images.shape[3])
+    theta = turned @ crop_matrices(_draw(total, 3, generator)[rows], kind.crop)
     if kind.robust:
         aspect = torch.exp(ASPECT * _draw(total, 1, generator)[rows])
         theta = theta * torch.stack([aspect, 1 / aspect, torch.ones_like(aspect)], dim=2)
@@ -134,13 +135,16 @@ def low_pass(images: Tensor, scale: Tensor) -> Tensor:
     return blurred[:, None]
 
 
-def affine_matrices(draws: Tensor) -> Tensor:
-    """Sampling matrices [B, 2, 3] for torch's `affine_grid`, from draws [B, 4] in (-1, 1)."""
+def affine_matrices(draws: Tensor, aspect: float = 1.0) -> Tensor:
+    """Sampling matrices [B, 2, 3] for torch's `affine_grid`, from draws [B, 4] in (-1, 1).
+
+    The coordinates span -1 to 1 along both sides: `aspect`, height by width, makes the map a rotation of pixels.
+    """
     angle = torch.deg2rad(draws[:, 0] * ROTATION)
-    shift = draws[:, 1:3] * SHIFT * 2  # the coordinates span -1 to 1
+    shift = draws[:, 1:3] * SHIFT * 2
     inverse_scale = 1 / (1 + draws[:, 3] * SCALE)
     cos, sin = torch.cos(angle) * inverse_scale, torch.sin(angle) * inverse_scale
-    return torch.stack([cos, -sin, shift[:, 0], sin, cos, shift[:, 1]], dim=1).view(-1, 2, 3)
+    return torch.stack([cos, -sin * aspect, shift[:, 0], sin / aspect, cos, shift[:, 1]], dim=1).view(-1, 2, 3)
 
 
 def crop_matrices(draws: Tensor, crop: float) -> Tensor:

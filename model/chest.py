@@ -17,7 +17,7 @@ from model.checkpoint import CheckpointError, cannot_download, hub_path, load_ch
 from model.names import XRV
 from pipeline.base.errors import DataError
 
-SIZE = 224
+SIZE = "224"
 SCALE = (127.5, 255 / 2048)  # (x / 255 · 2 - 1) · 1024
 TERMS = (
     "torchxrayvision's weights: Apache-2.0; trained on NIH, PadChest, CheXpert, MIMIC-CXR, Google, OpenI and RSNA "

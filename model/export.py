@@ -3,7 +3,7 @@
     .onnx  ONNX (onnxruntime, OpenCV, TensorRT)
     .pt2   torch.export (PyTorch without this package)
 
-Both take uint8 images [B, 1, S, S] for any B and give float32 scores [B, L] as `predict` does: those of one network, or
+Both take uint8 images [B, 1, H, W] for any B and give float32 scores [B, L] as `predict` does: those of one network, or
 the calibrated mean of several networks' calibrated scores; with thresholds, also decisions, bool [B, L].
 """
 
@@ -56,7 +56,7 @@ class Scorer(nn.Module):
         self.fits, self.limits = fits, limits
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """float32 scores [B, L] of uint8 images [B, 1, S, S]; with limits also decisions, bool [B, L], False at nan."""
+        """float32 scores [B, L] of uint8 images [B, 1, H, W]; with limits also decisions, bool [B, L], False at nan."""
         parts = []
         for network, (columns, mean, std, fits) in zip(self.networks, self.inputs, strict=True):
             logits = network(normalize(images, mean, std))
@@ -75,7 +75,7 @@ def fit_scores(scores: Tensor, fits: Fits) -> Tensor:
 
 
 def export_scorer(
-    scorer: Scorer, image_size: int, path: Path, facts: Mapping[str, str] = MappingProxyType({})
+    scorer: Scorer, shape: tuple[int, int], path: Path, facts: Mapping[str, str] = MappingProxyType({})
 ) -> float:
     """Write the file; returns the largest difference between its logits and eager ones, on X-ray-like images.
 
@@ -86,7 +86,7 @@ def export_scorer(
     if path.suffix not in (".onnx", ".pt2"):
         raise ValueError(f"{path}: export writes .onnx or .pt2")
     scorer = scorer.cpu().eval().to(memory_format=torch.contiguous_format)
-    images = draw_probes(image_size)
+    images = draw_probes(*shape)
     dynamic = ({0: torch.export.Dim("batch")},)
     # In evaluation mode, for dropout and normalization layers.
     with torch.no_grad():
@@ -101,19 +101,19 @@ def export_scorer(
     return difference
 
 
-def draw_probes(size: int) -> Tensor:
-    """uint8 images [12, 1, size, size] over the whole gray range: flat, gradients, and smooth shades as in X-rays.
+def draw_probes(height: int, width: int) -> Tensor:
+    """uint8 images [12, 1, height, width] over the whole gray range: flat, gradients, and smooth shades as in X-rays.
 
     Noise alone would not do, because it saturates the sigmoid of a network trained on X-rays.
     """
-    ramp = torch.linspace(0, 255, size)
-    flat = [torch.full((size, size), level) for level in (0.0, 64.0, 128.0, 255.0)]
-    gradients = [ramp.expand(size, size), ramp[:, None].expand(size, size), ramp.flip(0).expand(size, size)]
+    down, right = (torch.linspace(0, 255, side) for side in (height, width))
+    flat = [torch.full((height, width), level) for level in (0.0, 64.0, 128.0, 255.0)]
+    gradients = [ramp.expand(height, width) for ramp in (right, down[:, None], right.flip(0))]
     generator = torch.Generator().manual_seed(0)
     shades = []
     for cells in (3, 5, 8, 12, 20):
         coarse = torch.rand((1, 1, cells, cells), generator=generator) * 255
-        shades.append(functional.interpolate(coarse, (size, size), mode="bilinear")[0, 0])
+        shades.append(functional.interpolate(coarse, (height, width), mode="bilinear")[0, 0])
     return torch.stack([*flat, *gradients, *shades]).round().to(torch.uint8)[:, None]
 
 

@@ -16,11 +16,11 @@ from model.augment import low_pass
 from model.losses import label_scores
 
 GRIDS = 3
-SMOOTH = 1 / 20  # of the side: the blur's standard deviation; it moves the strongest place into a strong area
+SMOOTH = 1 / 20  # of the longer side: the blur's standard deviation; it moves the strongest place into a strong area
 
 
 def draw_maps(network: nn.Module, inputs: Tensor, columns: list[int]) -> tuple[Tensor, Tensor]:
-    """Scores [B, L] of normalized images [B, 1, S, S], and their maps [B, L, S, S] in [0, 1], both float32.
+    """Scores [B, L] of normalized images [B, 1, H, W], and their maps [B, L, H, W] in [0, 1], both float32.
 
     Each map's maximum is 1; a map is all 0 if no place raises the logit. `columns` [L] are the
     logits of the labels. A first step of the network that has no gradient, such as equalization, is left out.
@@ -34,7 +34,7 @@ def draw_maps(network: nn.Module, inputs: Tensor, columns: list[int]) -> tuple[T
             if grids:
                 gradients = tuple(gradient.clamp_min(0) for gradient in gradients)
             parts = map(_weigh, grids or [entered], gradients)
-            sized = [_smooth(part, inputs.shape[-1]) for part in parts]
+            sized = [_smooth(part, inputs.shape[2:]) for part in parts]
             maps.append(_scale(torch.stack(sized).sum(dim=0)))
     return label_scores(logits[:, columns]).detach(), torch.cat(maps, dim=1)
 
@@ -50,16 +50,21 @@ def _scale(maps: Tensor) -> Tensor:
     return maps / highest.clamp_min(torch.finfo(torch.float32).tiny)
 
 
-def _smooth(maps: Tensor, side: int) -> Tensor:
-    """Maps [B, 1, h, w] at the size of the input, blurred."""
-    sized = F.interpolate(maps, (side, side), mode="bilinear")
-    return _scale(low_pass(sized, torch.full((len(maps), 1, 1), SMOOTH * side, device=maps.device)))
+def _smooth(maps: Tensor, shape: torch.Size) -> Tensor:
+    """Maps [B, 1, h, w] at the size of the input [H, W], blurred."""
+    sized = F.interpolate(maps, shape, mode="bilinear")
+    return _scale(low_pass(sized, torch.full((len(maps), 1, 1), SMOOTH * max(shape), device=maps.device)))
+
+
+def _is_scaled(grid: torch.Size, shape: torch.Size) -> bool:
+    """Whether a grid [h, w] has the aspect of the input [H, W], up to rounding of a side."""
+    return abs(grid[1] - grid[0] * shape[1] / shape[0]) < 1
 
 
 def _watch(network: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Logits, the input of the first layer, and the last feature grids [B, C, h, w], if any."""
     entered = inputs
-    grids: dict[int, Tensor] = {}  # by side
+    grids: dict[int, Tensor] = {}  # by height
 
     def enter(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         nonlocal entered
@@ -69,7 +74,7 @@ def _watch(network: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor, list[Ten
     def leave(_: nn.Module, __: Any, output: Any) -> None:
         if not isinstance(output, Tensor):
             return
-        if output.dim() == 4 and output.shape[2] == output.shape[3] > 1:
+        if output.dim() == 4 and min(output.shape[2:]) > 1 and _is_scaled(output.shape[2:], inputs.shape[2:]):
             grids[output.shape[2]] = output
         elif sum(side > 1 for side in output.shape[1:]) > 1:
             grids.clear()  # tokens, or a channels-last grid: earlier grids were not the last

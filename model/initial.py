@@ -43,7 +43,7 @@ class Start(NamedTuple):
     terms: str = NOT_STATED
     seen: Sequence[Entry] = ()
     arch: str = ""  # empty: unknown
-    size: int = 0  # side of the input, in pixels; 0: unknown
+    size: str = ""  # of the input, as `image_size`; empty: unknown
 
 
 def read_start(path: Path, outputs: Sequence[str] = ()) -> Start:

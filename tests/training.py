@@ -21,7 +21,7 @@ from model.runs.folder import open_run
 from model.runs.job import Job, open_job
 from pipeline.measure import belief, judge
 
-SMALL: dict[str, Any] = {"arch": "rescnn", "lr": 1e-3, "batch_size": 16, "epochs": 2, "image_size": 32}
+SMALL: dict[str, Any] = {"arch": "rescnn", "lr": 1e-3, "batch_size": 16, "epochs": 2, "image_size": "32"}
 SMALL |= {"amp": "off", "ema": 0.9}
 # The same of one epoch, to type.
 WORDS: tuple[object, ...] = tuple(

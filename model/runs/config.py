@@ -31,7 +31,8 @@ HELD_OUT = 0.05  # share of the patients, if the shards have no dev split
 ENSEMBLE = "ensemble.json"  # in the folder of an ensemble, instead of config.json
 SHARDS_HELP = "Folder of shards, or its URL: https://… or s3://…; several are read as one."
 TEACHER_SCORES = "scores-train.arrow"
-IMAGE_SIZE = 320  # default, for networks without a fixed input size
+IMAGE_SIZE = "320"  # default, for networks without a fixed input size
+SIZE, SIZE_HELP = "SIDE|HEIGHTxWIDTH", "Size of the input in pixels, to which images are stretched: 320, or 448x384."
 
 
 def split_columns(text: str) -> list[str]:
@@ -63,6 +64,14 @@ def parse_size(text: str) -> int:
     if match is None:
         raise DataError(f"'{text}' is not like 500MB, 20GB or 1.5TB")
     return int(float(match[1]) * {"M": 1e6, "G": 1e9, "T": 1e12}[match[2]])
+
+
+def parse_shape(text: str) -> tuple[int, int]:
+    """Height and width in pixels, from text like 320 (a square) or 448x384."""
+    sides = text.lower().replace("×", "x").split("x")
+    if not 1 <= len(sides) <= 2 or not all(re.fullmatch(r"\d{2,5}", side) and int(side) >= 32 for side in sides):
+        raise DataError(f"'{text}' is not like 320 or, as height and width, 448x384; a side has at least 32 pixels")
+    return int(sides[0]), int(sides[-1])
 
 
 def parse_shares(text: str) -> tuple[float, ...]:
@@ -103,9 +112,9 @@ class Config:
     weight_decay: float = optimization_option(1e-2, "AdamW weight decay.", low=0)
     batch_size: int = optimization_option(64, low=2)
     epochs: int = optimization_option(5, low=1)
-    # 0: the network's default, once resolved
-    image_size: int = network_option(
-        0, "Side of the square input, in pixels.", low=32, shown=f"{IMAGE_SIZE}; of timm's, the network's own"
+    # Empty: the network's default, once resolved
+    image_size: str = network_option(
+        "", SIZE_HELP, check=parse_shape, metavar=SIZE, shown=f"{IMAGE_SIZE}; of timm's, the network's own"
     )
     amp: str = optimization_option("auto", "Mixed precision.", choices=("auto", "bf16", "fp16", "off"))
     ema: float = optimization_option(0.999, "Decay of the averaged weights.", low=0, high=1)
@@ -190,6 +199,11 @@ class Config:
         check=parse_choice,
         metavar="all|competition|A,B",
     )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Height and width of the input, in pixels."""
+        return parse_shape(self.image_size)
 
     @property
     def unit(self) -> str:
@@ -355,7 +369,7 @@ def check_config(config: Config, ranks: "Ranks") -> None:
     if config.freeze and config.layer_decay < 1:
         raise SettingError("`layer_decay` is for the blocks that `freeze` keeps as they are: choose one of them")
     own = own_input(config.arch)
-    if own is not None and own.fixed and config.image_size != own.size:
+    if own is not None and own.fixed and config.shape != (own.size, own.size):
         raise SettingError(f"`arch` {config.arch} takes images of {own.size} pixels alone: leave `image_size` out")
     if config.init_labels and not config.init:
         raise SettingError("`init_labels` are those of the weights of `init`: it needs one")
@@ -405,7 +419,7 @@ def resolve_config(config: Config, shards: "Collection", teacher: Path | None, s
         init_terms=start.terms if start else "",
         labels=_choose_labels(config.labels, shards),
         dev=config.dev or (None if "dev" in manifest.splits else HELD_OUT),
-        image_size=config.image_size or (own.size if own else IMAGE_SIZE),
+        image_size=config.image_size or (str(own.size) if own else IMAGE_SIZE),
         input_scale=(start.scale if start else ()) or scale,
         equalize=AUGMENTATIONS[config.augment].robust or (start is not None and start.equalize),
     )

@@ -35,10 +35,10 @@ _NUMBER = r"^-?\d+(\.\d+)?$"
 
 
 def draw_heats(member: Network, image: Gray, labels: Sequence[str]) -> npt.NDArray[np.float32]:
-    """The maps [L, S, S] of labels for an image of any size."""
-    side, columns = member.config.image_size, [LABELS.index(label) for label in labels]
+    """The maps [L, H, W] of labels for an image of any size."""
+    columns = [LABELS.index(label) for label in labels]
     device = next(member.network.parameters()).device
-    images = to_device(np.array(resize(image, side, side))[None, None], device)
+    images = to_device(np.array(resize(image, *member.config.shape))[None, None], device)
     inputs = normalize(images, member.pixels["mean"], member.pixels["std"])
     with explain_memory("while drawing the maps of an image", "use a machine with more"):
         return draw_maps(member.network, inputs, columns)[1][0].cpu().numpy()
@@ -112,7 +112,7 @@ def draw_cells(job: Job, splits: Sequence[str], marks: Marks) -> Iterator[Cell]:
     member = load_network(job.run, job.config)
     for name in splits:
         check_seen(job, name, member.seen)
-    square, side = str(job.manifest.options.get("square", "no")), job.config.image_size
+    square, shape = str(job.manifest.options.get("square", "no")), job.config.shape
     for name in splits:
         split, rows = open_images(job, name)
         facts = split.table.take(rows)
@@ -127,21 +127,23 @@ def draw_cells(job: Job, splits: Sequence[str], marks: Marks) -> Iterator[Cell]:
                 (image,) = read_images(split, rows[place : place + 1])
                 heats = draw_heats(member, image, labels[place])
                 for label, heat in zip(labels[place], heats, strict=True):
-                    yield Cell(label, row["patient"], heat, _mark(split, row, marks[row["key"]][label], square, side))
+                    yield Cell(label, row["patient"], heat, _mark(split, row, marks[row["key"]][label], square, shape))
                 advance(done, len(wanted))
 
 
-def _mark(split: OpenSplit, row: Mapping[str, Any], mark: Any, square: str, side: int) -> npt.NDArray[np.bool_]:
-    """Readers' marks on an image, as a mask of the network's input [side, side]."""
+def _mark(
+    split: OpenSplit, row: Mapping[str, Any], mark: Any, square: str, shape: tuple[int, int]
+) -> npt.NDArray[np.bool_]:
+    """Readers' marks on an image, as a mask of the network's input [H, W]."""
     if isinstance(mark, np.ndarray):
         # The mask has the original image's size; the shards may hold a smaller copy.
-        return mark_mask(mark, frame_of(square, mark.shape[1], mark.shape[0]), side)
+        return mark_mask(mark, frame_of(square, mark.shape[1], mark.shape[0]), shape)
     if row.get("width") is None or row.get("height") is None:
         raise DataError(
             f"{split.name}: {row['key']}: these shards do not record the image's original size; "
             "write them again with `pipeline shards`"
         )
-    return mark_boxes(mark, frame_of(square, row["width"], row["height"]), side)
+    return mark_boxes(mark, frame_of(square, row["width"], row["height"]), shape)
 
 
 def tabulate_localization(results: Mapping[str, Any]) -> Table:

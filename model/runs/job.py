@@ -165,8 +165,8 @@ def open_rows(job: Job, name: str) -> Selected:
 
 def read_batches(job: Job, chosen: Selected, labels: Labels, plan: Callable[[int], Iterator[Step]]) -> BatchStream:
     """The batches of a plan over the chosen samples, as the run reads them."""
-    size, threads = job.config.image_size, job.setup.workers
-    return stream_batches(chosen.split, labels, plan, size=size, threads=threads, bad=chosen.bad)
+    shape, threads = job.config.shape, job.setup.workers
+    return stream_batches(chosen.split, labels, plan, size=shape, threads=threads, bad=chosen.bad)
 
 
 def network_inputs(

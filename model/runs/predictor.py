@@ -339,7 +339,7 @@ def score_split(
 
 def _score_files(member: Network, samples: Sequence[Sequence[Path]], workers: int) -> tuple[Floats, Unreadable]:
     """As `Predictor.score_files`, for one network."""
-    config, side = member.config, member.config.image_size
+    config = member.config
     device, precision = choose_device(config.amp)
     read = partial(read_view, config=config, options=member.images)
     bad: Unreadable = []
@@ -353,7 +353,7 @@ def _score_files(member: Network, samples: Sequence[Sequence[Path]], workers: in
                 files, sizes = list(chain(*some)), list(map(len, some))
                 sample = np.repeat(np.arange(len(some)), sizes)
                 place = np.concatenate([np.arange(size) for size in sizes])
-                images = np.zeros((len(files), 1, side, side), np.uint8)
+                images = np.zeros((len(files), 1, *config.shape), np.uint8)
                 projection = np.full(len(files), UNKNOWN_FRONTAL, np.int8)
                 readable = np.ones(len(files), np.bool_)
                 for position, (file, view) in enumerate(zip(files, pool.map(read, files), strict=True)):

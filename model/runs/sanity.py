@@ -20,7 +20,7 @@ from pipeline.measure.metrics import Floats
 CENTER = 0.8  # fraction of each side; the lungs lie within
 PATCHES = 8  # along each side
 
-Images = npt.NDArray[np.uint8]  # [N, 1, S, S]
+Images = npt.NDArray[np.uint8]  # [N, 1, H, W]
 
 
 def cover_center(level: int, images: Images) -> Images:
@@ -39,13 +39,13 @@ def cover_border(level: int, images: Images) -> Images:
 
 def shuffle_patches(level: int, images: Images) -> Images:
     """The images with their 8×8 patches shuffled, in the same order for all; the remaining edge is set to `level`."""
-    side = images.shape[-1] // PATCHES
-    cropped = images[..., : side * PATCHES, : side * PATCHES]
-    patches = cropped.reshape(-1, 1, PATCHES, side, PATCHES, side).swapaxes(3, 4)
+    height, width = (side // PATCHES for side in images.shape[2:])
+    cropped = images[..., : height * PATCHES, : width * PATCHES]
+    patches = cropped.reshape(-1, 1, PATCHES, height, PATCHES, width).swapaxes(3, 4)
     order = np.argsort(np.random.Philox(key=0).random_raw(PATCHES**2), kind="stable")
-    moved = patches.reshape(-1, 1, PATCHES**2, side, side)[:, :, order].reshape(patches.shape).swapaxes(3, 4)
+    moved = patches.reshape(-1, 1, PATCHES**2, height, width)[:, :, order].reshape(patches.shape).swapaxes(3, 4)
     shuffled = np.full_like(images, level)
-    shuffled[..., : side * PATCHES, : side * PATCHES] = moved.reshape(cropped.shape)
+    shuffled[..., : height * PATCHES, : width * PATCHES] = moved.reshape(cropped.shape)
     return shuffled
 
 
@@ -66,6 +66,5 @@ def score_altered(predictor: Predictor, job: Job, split: str) -> dict[str, Float
 
 
 def _center(images: Images) -> tuple[Any, ...]:
-    margin = round(images.shape[-1] * (1 - CENTER) / 2)
-    inside = slice(margin, images.shape[-1] - margin)
-    return (..., inside, inside)
+    margins = (round(side * (1 - CENTER) / 2) for side in images.shape[2:])
+    return (..., *(slice(margin, side - margin) for side, margin in zip(images.shape[2:], margins, strict=True)))

@@ -16,6 +16,9 @@ import numpy.typing as npt
 
 from model.names import AUGMENTATIONS, check_arch
 from model.runs.config import (
+    IMAGE_SIZE,
+    SIZE,
+    SIZE_HELP,
     Config,
     Data,
     OwnData,
@@ -25,6 +28,7 @@ from model.runs.config import (
     check_folders,
     learned_columns,
     network_option,
+    parse_shape,
     read_config,
     run_option,
 )
@@ -250,7 +254,7 @@ class Export(Decided):
 
 @command("export", Export, example="python -m train export --run runs/first --out model.onnx")
 def export_command(given: Export) -> int:
-    """Write the run's best network for other programs: uint8 images [B, 1, S, S] in, calibrated scores [B, L] out.
+    """Write the run's best network for other programs: uint8 images [B, 1, H, W] in, calibrated scores [B, L] out.
 
     Of several runs, one network for all. With --threshold also decisions, bool [B, L].
 
@@ -265,7 +269,7 @@ def export_command(given: Export) -> int:
     config = predictor.config
     if config.fusion:
         raise DataError(f"{predictor.name}: a network over studies cannot be exported, only one for images")
-    if len({member.image_size for member in predictor.configs.values()}) > 1:
+    if len({member.shape for member in predictor.configs.values()}) > 1:
         raise DataError(f"{predictor.name}: members of different `image_size` take no images in common: no single file")
     say_unlearned(predictor)
     decision = predictor.decide(given.threshold)
@@ -281,7 +285,7 @@ def export_command(given: Export) -> int:
     scorer = Scorer(networks, inputs, read_fits(decision.calibration), decision.limits)
     facts = describe_export(predictor, decision)
     try:
-        difference = export_scorer(scorer, config.image_size, given.out, facts)
+        difference = export_scorer(scorer, config.shape, given.out, facts)
     except ValueError as error:
         raise DataError(str(error)) from None
     echo(f"{given.out}: checked, within {difference:.1e} of the eager network's logits")
@@ -309,7 +313,7 @@ def describe_export(predictor: "Predictor", decision: "Decision") -> dict[str, s
     thresholds = {rule: {label: scale(fit, rule) for label, fit in calibration.items()} for rule in RULES}
     return {
         "labels": json.dumps(config.labels),
-        "image_size": str(config.image_size),
+        "image_size": json.dumps(config.shape),
         "images": json.dumps(members[-1].images._asdict()),
         "run": predictor.name,
         "shards": config.manifest,
@@ -367,7 +371,7 @@ class Inputs(Data):
     n: int = option(6, "Number of images.", low=1, high=400)
     seed: int = option(0, "Another seed shows other images.", low=0)
     augment: str = option("affine", choices=[name for name in AUGMENTATIONS if name != "none"])
-    image_size: int = option(320, "Side of the square input, in pixels.", low=32)
+    image_size: str = option(IMAGE_SIZE, SIZE_HELP, check=parse_shape, metavar=SIZE)
     out: Path = option(..., "Picture: .png or .jpg.", type=FILE)
 
 
@@ -403,7 +407,7 @@ def inputs_command(given: Inputs) -> None:
     conditions = " under conditions" if given.where else ""
     counts = f"{len(chosen):,} of {len(rows):,} images{conditions}"
     title = f"{given.split}: {counts}, seed {seed}, augmented ({kind})"
-    save_sheet(draw_variants(title, opened, chosen, given.image_size, vary), out)
+    save_sheet(draw_variants(title, opened, chosen, parse_shape(given.image_size), vary), out)
     echo(f"{out}: {title}")
     how = ("--augment", kind, "--image-size", given.image_size, "--run", "RUN")
     say_next(*TRAIN, *repeat("--shards", given.shards), *how)

@@ -18,7 +18,7 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".dcm", ".dicom")
 
 
 class View(NamedTuple):
-    """An image file, ready for a run: pixels [S, S], index in PROJECTIONS, content (as `join_content`)."""
+    """An image file, ready for a run: pixels [H, W], index in PROJECTIONS, content (as `join_content`)."""
 
     pixels: Gray
     projection: int
@@ -84,7 +84,7 @@ def read_view(file: Path, config: Config, options: ImageOptions) -> View | str:
     try:
         content = file.read_bytes()
         stored = prepare(content, options).data
-        pixels = resize(decode_stored(stored, options.encoding), config.image_size, config.image_size)
+        pixels = resize(decode_stored(stored, options.encoding), *config.shape)
     except OSError as error:
         return f"cannot be read: {error.strerror}"
     except ImageError as error:

@@ -120,14 +120,14 @@ def draw_variants(
     title: str,
     split: OpenSplit,
     rows: Rows,
-    size: int,
+    shape: tuple[int, int],
     vary: Callable[[npt.NDArray[np.uint8]], Sequence[npt.NDArray[np.uint8]]],
 ) -> Image.Image:
-    """A sheet with a row per image: as training reads it, `size` pixels square, then its variants.
+    """A sheet with a row per image: as training reads it, of this height and width, then its variants.
 
-    `vary` turns the whole batch, uint8 [B, size, size], into variants of the same shape, one per epoch.
+    `vary` turns the whole batch, uint8 [B, H, W], into variants of the same shape, one per epoch.
     """
-    batch = np.stack([resize(image, size, size) for image in read_images(split, rows)])
+    batch = np.stack([resize(image, *shape) for image in read_images(split, rows)])
     variants = [batch, *vary(batch)]
     epochs: list[Caption] = [[(f"epoch {epoch}", FAINT)] for epoch in range(1, len(variants))]
     captions = [caption for original in _describe_rows(split, rows) for caption in (original, *epochs)]
@@ -194,7 +194,7 @@ def _write(
 
 
 def blend(pixels: Gray, heat: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
-    """The image [H, W] as RGB, overlaid with a map [S, S] in [0, 1] resized to it; unchanged where the map is 0."""
+    """The image [H, W] as RGB, overlaid with a map [h, w] in [0, 1] resized to it; unchanged where the map is 0."""
     strength = resize((heat * 255).round().astype(np.uint8), *pixels.shape)
     alpha = STRONGEST * strength[..., None] / 255
     mixed: npt.NDArray[np.float64] = (1 - alpha) * pixels[..., None] + alpha * _color(strength)

@@ -18,7 +18,7 @@ RESAMPLES, SEED = 1000, 0
 
 
 class Cell(NamedTuple):
-    """A label that readers marked on an image: its map [S, S] in [0, 1], and what they marked [S, S]."""
+    """A label that readers marked on an image: its map [H, W] in [0, 1], and what they marked [H, W]."""
 
     label: str
     patient: str
@@ -37,23 +37,23 @@ def frame_of(square: str, width: float, height: float) -> tuple[float, float, fl
     return (width - side) / 2, (height - side) / 2, side, side
 
 
-def mark_boxes(boxes: Iterable[Sequence[float]], frame: Sequence[float], side: int) -> Bools:
-    """Which pixels [side, side] of a network's input have their center in a box (left, top, width, height).
+def mark_boxes(boxes: Iterable[Sequence[float]], frame: Sequence[float], shape: tuple[int, int]) -> Bools:
+    """Which pixels [H, W] of a network's input have their center in a box (left, top, width, height).
 
     The boxes are in pixels of the original image, of which the input shows `frame`.
     """
-    x, y = _centers(frame, side)
-    marked = np.zeros((side, side), bool)
+    x, y = _centers(frame, shape)
+    marked = np.zeros(shape, bool)
     for left, top, width, height in boxes:
         marked |= ((y >= top) & (y < top + height))[:, None] & (x >= left) & (x < left + width)
     return marked
 
 
-def mark_mask(mask: Bools, frame: Sequence[float], side: int) -> Bools:
-    """Which pixels [side, side] of a network's input have their center in a mask [H, W] of the original image."""
-    x, y = (np.floor(centers).astype(int) for centers in _centers(frame, side))
+def mark_mask(mask: Bools, frame: Sequence[float], shape: tuple[int, int]) -> Bools:
+    """Which pixels [H, W] of a network's input have their center in a mask of the original image."""
+    x, y = (np.floor(centers).astype(int) for centers in _centers(frame, shape))
     inside_y, inside_x = (y >= 0) & (y < mask.shape[0]), (x >= 0) & (x < mask.shape[1])
-    marked = np.zeros((side, side), bool)
+    marked = np.zeros(shape, bool)
     marked[np.ix_(inside_y, inside_x)] = mask[np.ix_(y[inside_y], x[inside_x])]
     return marked
 
@@ -143,10 +143,10 @@ def mean_limits(values: Floats, owner: Names) -> Figure:
     return interval((counts.T @ sums) / (counts.T @ sizes))
 
 
-def _centers(frame: Sequence[float], side: int) -> tuple[Floats, Floats]:
+def _centers(frame: Sequence[float], shape: tuple[int, int]) -> tuple[Floats, Floats]:
     """The positions on the original image of the centers of an input's columns and rows."""
-    middle = (np.arange(side) + 0.5) / side
-    return frame[0] + frame[2] * middle, frame[1] + frame[3] * middle
+    down, right = ((np.arange(side) + 0.5) / side for side in shape)
+    return frame[0] + frame[2] * right, frame[1] + frame[3] * down
 
 
 def _top(heat: Floats, marked: Bools) -> bool:

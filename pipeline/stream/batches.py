@@ -2,7 +2,7 @@
 
     plan    steps: which samples make each batch (pipeline.stream.plan)
     fetch   rows → location of their bytes in open shards, from the Arrow index; remote shards are downloaded ahead
-    decode  stored bytes → uint8 [N, 1, size, size]; a few threads work on the next batches ahead
+    decode  stored bytes → uint8 [N, 1, H, W]; a few threads work on the next batches ahead
     label   + targets and masks [B, L], rows of arrays that were vectorized once
 
 Nothing is parsed per sample and no tar is walked. Threads, not worker processes: reading, libjpeg-turbo and
@@ -240,7 +240,7 @@ def stream_batches(
     labels: Labels,
     plan: Callable[[int], Iterator[Step]],
     *,
-    size: int,
+    size: int | tuple[int, int],
     threads: int = 2,
     bad: Unusable | None = None,
     kind: type[BatchStream] = BatchStream,
@@ -250,13 +250,14 @@ def stream_batches(
         plan = partial(plan_training, samples, batch_size, seed, epoch)
         plan = partial(plan_evaluation, samples, batch_size)
 
-    The unusable images that `bad` allows (none by default) are left out, or black and masked if they are a sample's
-    only ones; more raise DataError naming shard and key.
+    Images are `size` pixels square, or of a height and width. The unusable images that `bad` allows (none by default)
+    are left out, or black and masked if they are a sample's only ones; more raise DataError naming shard and key.
     """
+    shape = (size, size) if isinstance(size, int) else size
     return kind(
         plan,
         partial(fetch, split=split),
-        partial(decode, split=split, size=size, threads=threads, bad=bad or Unusable()),
+        partial(decode, split=split, shape=shape, threads=threads, bad=bad or Unusable()),
         partial(label, split=split, labels=labels),
     )
 
@@ -282,8 +283,10 @@ def fetch(steps: Iterable[Step], split: OpenSplit) -> Iterator[Encoded]:
         yield Encoded(step, files, split.offset[rows], split.length[rows], split.crc[rows])
 
 
-def decode(encoded: Iterable[Encoded], split: OpenSplit, size: int, threads: int, bad: Unusable) -> Iterator[Decoded]:
-    """Decode ahead on `threads` threads; yields images uint8 [N, 1, size, size] in the order given.
+def decode(
+    encoded: Iterable[Encoded], split: OpenSplit, shape: tuple[int, int], threads: int, bad: Unusable
+) -> Iterator[Decoded]:
+    """Decode ahead on `threads` threads; yields images uint8 [N, 1, H, W] of a shape in the order given.
 
     Images that do not match their checksum or do not decode are added to `bad`. Raises DataError naming shard and key.
     """
@@ -298,7 +301,7 @@ def decode(encoded: Iterable[Encoded], split: OpenSplit, size: int, threads: int
     with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
         try:
             for batch in encoded:
-                pending.append(pool.submit(_decode_batch, batch, split, size))
+                pending.append(pool.submit(_decode_batch, batch, split, shape))
                 # One batch per thread at work, and as many finished ones waiting.
                 if len(pending) >= 2 * threads:
                     yield next_result()
@@ -345,11 +348,11 @@ def choose_usable(sample: Rows, place: Rows, usable: npt.NDArray[np.bool_]) -> t
     return usable | ~seen[sample] & (place == 0), np.flatnonzero(~seen).tolist()
 
 
-def _decode_batch(batch: Encoded, split: OpenSplit, size: int) -> tuple[Decoded, dict[int, str]]:
+def _decode_batch(batch: Encoded, split: OpenSplit, shape: tuple[int, int]) -> tuple[Decoded, dict[int, str]]:
     """The decoded images, and the reason for each bad one, by row."""
     rows = batch.step.rows
     sample, place = np.nonzero(rows >= 0)
-    images = np.empty((len(sample), 1, size, size), np.uint8)
+    images = np.empty((len(sample), 1, *shape), np.uint8)
     usable, reasons = np.ones(len(sample), np.bool_), {}
     places = zip(batch.files, batch.offset.tolist(), batch.length.tolist(), batch.crc.tolist(), strict=True)
     for position, (file, offset, length, crc) in enumerate(places):

@@ -130,7 +130,7 @@ class Selection:
     def batches(
         self,
         batch_size: int,
-        size: int,
+        size: int | tuple[int, int],
         *,
         epoch: int | None,
         labels: Sequence[str] = LABELS,
@@ -139,18 +139,19 @@ class Selection:
         blank: str | None = None,
         **options: int,
     ) -> BatchStream:
-        """Batches of images `size` pixels square, with target and mask [batch_size, labels] by the policies.
+        """Batches of images, with target and mask [batch_size, labels] by the policies.
 
-        The order is determined by `seed` and `epoch`, and the last partial batch is dropped; with epoch None, every
-        sample once in table order. Policies of None are the shards' defaults. `options` are fields of
-        StreamOptions. Raises DataError for an unknown label or policy, a number out of range and, while iterating,
-        for more than `max_bad` damaged images.
+        Images are `size` pixels square, or of a height and width. The order is determined by `seed` and `epoch`, and
+        the last partial batch is dropped; with epoch None, every sample once in table order. Policies of None are the
+        shards' defaults. `options` are fields of StreamOptions. Raises DataError for an unknown label or policy, a
+        number out of range and, while iterating, for more than `max_bad` damaged images.
         """
         how = StreamOptions(**options)
         share, samples = share_batch(batch_size, how.rank, how.ranks), len(self.samples.rows)
         if epoch is not None and batch_size > samples:
             raise DataError(f"`batch_size` {batch_size} is more than the {samples:,} samples of {self!r}")
-        for name, value, least in (("epoch", epoch, 0), ("size", size, 1), ("threads", how.threads, 1)):
+        side = size if isinstance(size, int) else min(size)
+        for name, value, least in (("epoch", epoch, 0), ("size", side, 1), ("threads", how.threads, 1)):
             if value is not None and value < least:
                 raise DataError(f"`{name}` {value} is less than {least}")
         for label in labels:

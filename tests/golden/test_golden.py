@@ -59,7 +59,7 @@ def test_batches_have_the_same_order_and_content(originals: Path) -> None:
 def test_a_run_has_the_same_configuration_and_first_step(
     originals: Path, tmp_path: Path, name: str, shards: str, changes: dict[str, Any]
 ) -> None:
-    config = Config(arch="rescnn", image_size=32, batch_size=4, epochs=2, lr=1e-3, seed=5, amp="off", **changes)
+    config = Config(arch="rescnn", image_size="32", batch_size=4, epochs=2, lr=1e-3, seed=5, amp="off", **changes)
     job = open_job(config, Setup(shards=(str(originals / shards),), workers=1), tmp_path / "run")
     open_run(job.run, job.config)
     expected = GOLDEN["runs"][name]

@@ -62,12 +62,12 @@ def test_an_export_that_is_off_is_refused(
     path = tmp_path / f"model{suffix}"
     monkeypatch.setattr(torch.export, "export", export_spoiled)
     with pytest.raises(ValueError, match=r"model\..*: exported logits differ from eager ones by .*, more than 0.01$"):
-        export_scorer(scorer, 32, path)
+        export_scorer(scorer, (32, 32), path)
     assert not path.exists()
 
 
 def test_a_sound_export_is_far_within_the_tolerance(scorer: Scorer, tmp_path: Path) -> None:
-    assert export_scorer(scorer, 32, tmp_path / "model.pt2") < export.TOLERANCE / 10
+    assert export_scorer(scorer, (32, 32), tmp_path / "model.pt2") < export.TOLERANCE / 10
 
 
 def test_saturated_scores_are_no_evidence() -> None:
@@ -77,8 +77,8 @@ def test_saturated_scores_are_no_evidence() -> None:
 
 
 def test_probes_span_the_range() -> None:
-    probes = draw_probes(48)
-    assert probes.shape == (12, 1, 48, 48)
+    probes = draw_probes(48, 40)
+    assert probes.shape == (12, 1, 48, 40)
     assert (int(probes.min()), int(probes.max())) == (0, 255)
     assert len({probe.double().mean().item() for probe in probes}) >= 9
 
@@ -97,4 +97,4 @@ def test_a_robust_network_equalizes_wherever_it_is_used(suffix: str, tmp_path: P
         torch.testing.assert_close(copy.deepcopy(robust)(normalize(images, 120.0, 60.0)), expected)
         brighter = predict_scores(robust, [7], [(images + 50,)], 120.0, 60.0, torch.float32)
         np.testing.assert_allclose(brighter[:, 0], torch.sigmoid(expected[:, 7]), atol=1e-5)
-    assert export_scorer(Scorer([robust], [Reading([7], 120.0, 60.0)]), 32, tmp_path / f"model{suffix}") < 1e-3
+    assert export_scorer(Scorer([robust], [Reading([7], 120.0, 60.0)]), (32, 32), tmp_path / f"model{suffix}") < 1e-3

@@ -40,12 +40,12 @@ def test_the_map_is_where_the_logit_comes_from() -> None:
 
 @pytest.mark.parametrize("network", [build_network("rescnn", 14), build_network("densenet121", 14), Tokens()])
 def test_maps_of_any_network_are_in_range_and_change_nothing(network: nn.Module) -> None:
-    images = torch.randn(2, 1, 64, 64, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(2, 1, 80, 64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = torch.sigmoid(network.eval()(images))[:, [3, 0]]
     scores, maps = draw_maps(network, images, [3, 0])
     torch.testing.assert_close(scores, expected)
-    assert maps.shape == (2, 2, 64, 64)
+    assert maps.shape == (2, 2, 80, 64)
     assert 0 <= maps.min() <= maps.max() <= 1
     assert all(parameter.grad is None for parameter in network.parameters())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in network.modules())

@@ -68,7 +68,7 @@ def test_a_run_keeps_the_networks_own_input(sample_shards: tuple[Path, Manifest]
     options = ["--shards", shards, "--run", run, "--arch", "timm/test_resnet", "--epochs", 1, "--limit", 16]
     assert call_train(*options, "--batch-size", 16) == 0
     config = json.loads((run / "config.json").read_text())
-    assert (config["image_size"], config["input_scale"]) == (160, [127.5, 127.5])
+    assert (config["image_size"], config["input_scale"]) == ("160", [127.5, 127.5])
     assert load_checkpoint(run / "best.pt")["pixels"] == {"mean": 127.5, "std": 127.5}
     assert json.loads((run / "environment.jsonl").read_text())["packages"]["timm"] == timm.__version__
 

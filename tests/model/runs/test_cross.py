@@ -100,7 +100,7 @@ def test_sets_that_cannot_be_scored_are_refused_before_training(
     valid = read_table(folders[1], read_manifest(folders[1]).split("valid"))
     seen["images"] = torch.tensor(join_content(valid).to_numpy().view(np.int64))
     about = {"pixels": {"mean": 100.0, "std": 50.0}, "equalize": False, "terms": "", "outputs": list(LABELS)}
-    about |= {"arch": "rescnn", "image_size": 32}
+    about |= {"arch": "rescnn", "image_size": "32"}
     weights = build_network("rescnn", len(LABELS)).state_dict()
     save_checkpoint(tmp_path / "start.pt", about | {"weights": weights, "seen": [seen]})
     with pytest.raises(DataError, match=r"south, valid: before trained on 40 of these 40 images; keep its"):

@@ -19,7 +19,7 @@ from pipeline.measure.calibration import apply_calibration
 from tests.training import WORDS, call_train
 
 FACTS = {
-    "image_size": "32",
+    "image_size": "[32, 32]",
     "threshold_rule": "sensitivity>=0.9",
     "dataset": "synthetic images by `pipeline sample`",
     "license": "none needed: the images show no patient",

@@ -148,6 +148,6 @@ def test_runs_that_make_no_ensemble_are_refused(
     refuse("make no ensemble: `shards` is ", manifest="0" * 64)
     refuse("`run` names the same run twice", "--run", one)
     refuse(f"^{one} is a run, or an ensemble of others; choose another `out`$", "--out", one)
-    (two / "config.json").write_text(json.dumps(config | {"image_size": 48}))
+    (two / "config.json").write_text(json.dumps(config | {"image_size": "48"}))
     with pytest.raises(DataError, match="members of different `image_size`"):
         call_train("export", "--run", one, "--run", two, "--out", tmp_path / "model.onnx")

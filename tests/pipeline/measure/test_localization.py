@@ -32,14 +32,14 @@ def test_run_lengths_are_read_as_numbers_and_as_coco_s_text() -> None:
 
 def test_boxes_and_masks_are_placed_on_the_input() -> None:
     frame = frame_of("stretch", 40, 20)
-    found = mark_boxes([(20, 0, 20, 10)], frame, 4)
+    found = mark_boxes([(20, 0, 20, 10)], frame, (4, 4))
     assert np.argwhere(found).tolist() == [[0, 2], [0, 3], [1, 2], [1, 3]]
     mask = np.zeros((20, 40), bool)
     mask[:10, 20:] = True
-    np.testing.assert_array_equal(mark_mask(mask, frame, 4), found)
+    np.testing.assert_array_equal(mark_mask(mask, frame, (4, 4)), found)
     assert frame_of("pad", 40, 20) == (0, -10, 40, 40)
     assert frame_of("crop", 40, 20) == (10, 0, 20, 20)
-    assert np.argwhere(mark_mask(mask, frame_of("pad", 40, 20), 4)).tolist() == [[1, 2], [1, 3]]
+    assert np.argwhere(mark_mask(mask, frame_of("pad", 40, 20), (4, 2))).tolist() == [[1, 1]]
 
 
 def test_hits_iou_and_chance() -> None:
