@@ -6,7 +6,7 @@ train.train(job)
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -114,7 +114,7 @@ def holds_out(job: Job) -> bool:
 
 def open_split(job: Job, name: str) -> OpenSplit:
     """A split of the shards; a held-out dev is the train split, under the name dev."""
-    return job.shards.open("train" if name == "dev" and holds_out(job) else name)._replace(name=name)
+    return replace(job.shards.open("train" if name == "dev" and holds_out(job) else name), name=name)
 
 
 def open_images(job: Job, name: str) -> tuple[OpenSplit, Rows]:

@@ -130,7 +130,7 @@ def training_weights(job: Job, labels: Labels, train: Selected) -> Weights | Non
     if not job.config.mix:
         return None
     try:
-        return mix_weights(train.split.home[train.split.shard[train.rows]], job.config.mix)
+        return mix_weights(train.split.folder[train.rows], job.config.mix)
     except ValueError as error:
         raise DataError(f"`mix`: {error} of {job.shards}, in train") from None
 

@@ -21,10 +21,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 from pipeline.base.errors import DataError
 from pipeline.base.files import write_atomically
-from pipeline.images import Gray, resize
+from pipeline.images import Gray, decode_stored, resize
 from pipeline.labels import LABELS, STATES
-from pipeline.stream.batches import fetch, read_image
-from pipeline.stream.plan import Rows, Step
+from pipeline.stream.batches import Reader
+from pipeline.stream.plan import Rows
 from pipeline.stream.samples import OpenSplit
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
@@ -77,14 +77,13 @@ def read_images(split: OpenSplit, rows: Rows) -> Iterator[Gray]:
 
     Raises DataError naming shard and sample if one does not match its checksum or does not decode.
     """
-    steps = (Step(0, 0, rows[at : at + 1, None]) for at in range(len(rows)))
-    for step, (file,), offset, length, crc in fetch(steps, split):
+    reader = Reader(split)
+    for row, place in zip(rows.tolist(), reader.locate(rows), strict=True):
         try:
-            yield read_image(file, int(offset[0]), int(length[0]), int(crc[0]), split.encoding)
+            yield decode_stored(reader.read(*place), split.encoding)
         except (ValueError, OSError) as error:
-            row = int(step.images[0])
-            key = split.table["key"][row].as_py()
-            raise DataError(f"{split.locate(split.shard[row])}: sample {key}: {error}") from None
+            file = split.shards[split.shard[row]].path()
+            raise DataError(f"{file}: sample {split.table['key'][row]}: {error}") from None
 
 
 def fit(pixels: Gray, side: int) -> Gray:

@@ -1,9 +1,9 @@
 """Plan → batches of images, targets and masks. Stages, in order, each `Iterator → Iterator`:
 
     plan    steps: which samples make each batch (pipeline.stream.plan)
-    fetch   rows → location of their bytes in open shards, from the Arrow index; remote shards are downloaded ahead
-    decode  stored bytes → uint8 [N, 1, H, W]; a few threads work on the next batches ahead
-    label   + targets and masks [B, L], rows of arrays that were vectorized once
+    fetch   the same steps; those of remote shards wait until these, downloaded ahead, are on this machine
+    decode  batches: stored bytes, by the Arrow index, → uint8 [N, 1, H, W] on a few threads that work ahead;
+            targets and masks [B, L] are rows of arrays that were vectorized once
 
 Nothing is parsed per sample and no tar is walked. Threads, not worker processes: reading, libjpeg-turbo and
 OpenCV release the interpreter lock, so nothing is pickled or copied between processes, and batches leave in
@@ -17,7 +17,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
 from threading import Event
@@ -28,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.base.errors import DataError, printable
-from pipeline.images import Gray, decode_into, decode_stored
+from pipeline.images import decode_into
 from pipeline.manifest import checksum
 from pipeline.stream.plan import WINDOW, Rows, Step
 from pipeline.stream.samples import OpenSplit
@@ -82,30 +82,14 @@ class Unusable:
         self.update(state["rows"])
 
 
-class ShardFile:
-    """A shard to read from: kept open while any batch refers to it or, if not `kept`, opened for each read."""
+class _OpenFile:
+    """A file that is closed when nothing refers to it any longer."""
 
-    descriptor = -1  # not open
+    descriptor = -1
 
-    def __init__(self, locate: Callable[[], Path], kept: bool = True) -> None:
-        self.locate = locate
-        if kept:
-            self.descriptor = self._open()
-
-    def read(self, length: int, offset: int) -> bytes:
-        """`length` bytes at an offset. Raises DataError if the file cannot be opened, and OSError if reading fails."""
-        if self.descriptor >= 0:
-            return os.pread(self.descriptor, length, offset)
-        descriptor = self._open()
+    def __init__(self, path: Path) -> None:
         try:
-            return os.pread(descriptor, length, offset)
-        finally:
-            os.close(descriptor)
-
-    def _open(self) -> int:
-        path = self.locate()
-        try:
-            return os.open(path, os.O_RDONLY)
+            self.descriptor = os.open(path, os.O_RDONLY)
         except OSError as error:
             raise DataError(f"{path}: cannot be read: {error.strerror}") from None
 
@@ -114,27 +98,33 @@ class ShardFile:
             os.close(self.descriptor)
 
 
-class Encoded(NamedTuple):
-    """A step, and for each of its n images an open shard, offset and length in bytes, and checksum."""
+class Reader:
+    """The stored images of a split. Several threads may share it; the last KEPT_OPEN shards that are read stay open."""
 
-    step: Step
-    files: list[ShardFile]
-    offset: npt.NDArray[np.int64]
-    length: npt.NDArray[np.int32]
-    crc: npt.NDArray[np.uint32]
+    def __init__(self, split: OpenSplit) -> None:
+        self.split = split
+        self._open = lru_cache(KEPT_OPEN)(partial(_open_shard, split))
+
+    def locate(self, rows: Rows) -> Iterator[tuple[int, int, int, int]]:
+        """The place of each row's image: what `read` takes."""
+        columns = (self.split.shard, self.split.offset, self.split.length, self.split.crc)
+        return zip(*(column[rows].tolist() for column in columns), strict=True)
+
+    def read(self, shard: int, offset: int, length: int, crc: int) -> bytes:
+        """An image's stored bytes.
+
+        Raises DataError if its shard cannot be opened, OSError if it cannot be read, and ValueError if the bytes do
+        not match their checksum.
+        """
+        file = self._open(shard)  # kept by a name: another thread may make it leave the cache, which would close it
+        data = os.pread(file.descriptor, length, offset)
+        if checksum(data, self.split.encoding) != crc:
+            raise ValueError("its bytes do not match the checksum in the index")
+        return data
 
 
-class Decoded(NamedTuple):
-    """A step with its images uint8 [N, 1, H, W], the sample [N] each belongs to, and its place [N] in the sample.
-
-    `bad` lists the samples without a usable image; each has one black image.
-    """
-
-    step: Step
-    images: npt.NDArray[np.uint8]
-    sample: Rows
-    place: Rows
-    bad: list[int]
+def _open_shard(split: OpenSplit, number: int) -> _OpenFile:
+    return _OpenFile(split.shards[number].path())
 
 
 class Batch(NamedTuple):
@@ -183,9 +173,9 @@ class Batch(NamedTuple):
 class BatchStream:
     """The batches of one epoch, in the order of its plan.
 
-    `stages` are fetch, decode and label; insert your own, from iterator to iterator, wherever you like:
+    `stages` are fetch and decode; add your own, from iterator to iterator:
 
-        stream.stages.insert(2, equalize)  # between decode and label
+        stream.stages.append(equalize)  # gets and gives batches
 
     Iterating starts at the first step or, once, at the state that `load_state_dict` was given. A stream is one epoch,
     however often it is iterated. Torch's DataLoader takes a LoaderStream.
@@ -257,51 +247,35 @@ def stream_batches(
     return kind(
         plan,
         partial(fetch, split=split),
-        partial(decode, split=split, shape=shape, threads=threads, bad=bad or Unusable()),
-        partial(label, split=split, labels=labels),
+        partial(decode, split=split, labels=labels, shape=shape, threads=threads, bad=bad or Unusable()),
     )
 
 
-def fetch(steps: Iterable[Step], split: OpenSplit) -> Iterator[Encoded]:
-    """Locate the images of each step in open shards; bytes are read only when decoded."""
-    opened: dict[int, ShardFile] = {}  # least recently used first
-    for step in _download_ahead(steps, split) if split.is_remote else steps:
-        rows = step.images
-        shards = split.shard[rows]
-        numbers = np.unique(shards).tolist()
-        # Keeping the shards of a larger batch open could exceed the process's limit of open files.
-        kept = len(numbers) <= KEPT_OPEN
-        by_number = {
-            number: opened.pop(number) if number in opened else ShardFile(partial(split.locate, number), kept)
-            for number in numbers
-        }
-        if kept:
-            opened |= by_number
-        files = [by_number[number] for number in shards.tolist()]
-        while len(opened) > KEPT_OPEN:
-            del opened[next(iter(opened))]
-        yield Encoded(step, files, split.offset[rows], split.length[rows], split.crc[rows])
+def fetch(steps: Iterable[Step], split: OpenSplit) -> Iterator[Step]:
+    """The steps, each when its shards are on this machine."""
+    return _download_ahead(steps, split) if split.is_remote else iter(steps)
 
 
 def decode(
-    encoded: Iterable[Encoded], split: OpenSplit, shape: tuple[int, int], threads: int, bad: Unusable
-) -> Iterator[Decoded]:
-    """Decode ahead on `threads` threads; yields images uint8 [N, 1, H, W] of a shape in the order given.
+    steps: Iterable[Step], split: OpenSplit, labels: Labels, shape: tuple[int, int], threads: int, bad: Unusable
+) -> Iterator[Batch]:
+    """Decode ahead on `threads` threads, into images of a shape [H, W]; yields the batches in the order given.
 
     Images that do not match their checksum or do not decode are added to `bad`. Raises DataError naming shard and key.
     """
-    pending: deque[Future[tuple[Decoded, dict[int, str]]]] = deque()
+    pending: deque[Future[tuple[Batch, dict[int, str]]]] = deque()
+    reader = Reader(split)
 
-    def next_result() -> Decoded:
-        decoded, reasons = pending.popleft().result()
+    def next_result() -> Batch:
+        batch, reasons = pending.popleft().result()
         for row, reason in reasons.items():
             bad.add(row, reason)
-        return decoded
+        return batch
 
     with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
         try:
-            for batch in encoded:
-                pending.append(pool.submit(_decode_batch, batch, split, shape))
+            for step in steps:
+                pending.append(pool.submit(_decode_batch, step, reader, labels, shape))
                 # One batch per thread at work, and as many finished ones waiting.
                 if len(pending) >= 2 * threads:
                     yield next_result()
@@ -311,36 +285,6 @@ def decode(
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def read_image(file: ShardFile, offset: int, length: int, crc: int, encoding: str) -> Gray:
-    """The stored image at an offset in a shard, at its stored size.
-
-    Raises ValueError if it does not match its checksum or does not decode, and OSError.
-    """
-    return decode_stored(_read_bytes(file, offset, length, crc, encoding), encoding)
-
-
-def read_into(out: Gray, file: ShardFile, offset: int, length: int, crc: int, encoding: str) -> None:
-    """The same, resized to fill `out` [H, W]."""
-    decode_into(out, _read_bytes(file, offset, length, crc, encoding), encoding)
-
-
-def _read_bytes(file: ShardFile, offset: int, length: int, crc: int, encoding: str) -> bytes:
-    data = file.read(length, offset)
-    if checksum(data, encoding) != crc:
-        raise ValueError("its bytes do not match the checksum in the index")
-    return data
-
-
-def label(decoded: Iterable[Decoded], split: OpenSplit, labels: Labels) -> Iterator[Batch]:
-    """Add the samples' rows of the targets and masks; nothing is learned from samples without a usable image."""
-    for step, images, sample, place, bad in decoded:
-        first = step.rows[:, 0]  # the images of a sample share their labels
-        mask = labels.mask[first]
-        mask[bad] = False
-        projection = split.projection[step.rows[sample, place]]
-        yield Batch(step, images, sample, place, projection, labels.target[first], mask, bad)
-
-
 def choose_usable(sample: Rows, place: Rows, usable: npt.NDArray[np.bool_]) -> tuple[npt.NDArray[np.bool_], list[int]]:
     """Which images [N] stay, and the samples without a usable image, whose first one stays."""
     seen = np.zeros(sample[-1] + 1, np.bool_)
@@ -348,26 +292,28 @@ def choose_usable(sample: Rows, place: Rows, usable: npt.NDArray[np.bool_]) -> t
     return usable | ~seen[sample] & (place == 0), np.flatnonzero(~seen).tolist()
 
 
-def _decode_batch(batch: Encoded, split: OpenSplit, shape: tuple[int, int]) -> tuple[Decoded, dict[int, str]]:
-    """The decoded images, and the reason for each bad one, by row."""
-    rows = batch.step.rows
-    sample, place = np.nonzero(rows >= 0)
-    images = np.empty((len(sample), 1, *shape), np.uint8)
-    usable, reasons = np.ones(len(sample), np.bool_), {}
-    places = zip(batch.files, batch.offset.tolist(), batch.length.tolist(), batch.crc.tolist(), strict=True)
-    for position, (file, offset, length, crc) in enumerate(places):
+def _decode_batch(step: Step, reader: Reader, labels: Labels, shape: tuple[int, int]) -> tuple[Batch, dict[int, str]]:
+    """The batch of a step, and the reason for each bad image, by row."""
+    split, rows = reader.split, step.images
+    sample, place = np.nonzero(step.rows >= 0)
+    images = np.empty((len(rows), 1, *shape), np.uint8)
+    usable, reasons = np.ones(len(rows), np.bool_), {}
+    for position, stored in enumerate(reader.locate(rows)):
         try:
-            read_into(images[position, 0], file, offset, length, crc, split.encoding)
+            decode_into(images[position, 0], reader.read(*stored), split.encoding)
         except (ValueError, OSError) as error:
-            row = int(rows[sample[position], place[position]])
-            shard, key = split.shards[split.shard[row]].file, split.table["key"][row].as_py()
-            reasons[row] = printable(f"{shard}: sample {key}: {error}")
+            row = int(rows[position])
+            shard = split.shards[split.shard[row]].shard.file
+            reasons[row] = printable(f"{shard}: sample {split.table['key'][row]}: {error}")
             images[position], usable[position] = 0, False
     bad: list[int] = []
     if reasons:
         kept, bad = choose_usable(sample, place, usable)
-        images, sample, place = images[kept], sample[kept], place[kept]
-    return Decoded(batch.step, images, sample, place, bad), reasons
+        images, sample, place, rows = images[kept], sample[kept], place[kept], rows[kept]
+    first = step.rows[:, 0]  # the images of a sample share their labels
+    mask = labels.mask[first]
+    mask[bad] = False  # nothing is learned from a sample without a usable image
+    return Batch(step, images, sample, place, split.projection[rows], labels.target[first], mask, bad), reasons
 
 
 def _download_ahead(steps: Iterable[Step], split: OpenSplit) -> Iterator[Step]:
@@ -393,7 +339,7 @@ def _download_ahead(steps: Iterable[Step], split: OpenSplit) -> Iterator[Step]:
             for number in numbers:
                 needs[number] += 1
                 if number not in arrivals:
-                    arrivals[number] = pool.submit(split.locate, number, stop)
+                    arrivals[number] = pool.submit(split.shards[number].path, stop)
             waiting.append((step, numbers))
             while len(arrivals) >= KEPT_OPEN:
                 yield next_step()

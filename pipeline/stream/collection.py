@@ -24,7 +24,7 @@ from pipeline.identity import NAMED, Ids, describe_repeats, find_shared, identif
 from pipeline.labels import LABELS, count_rows
 from pipeline.manifest import Manifest, Split, concat_labels, manifest_digest, read_manifest, read_table
 from pipeline.stream.cache import CACHE, CACHE_SIZE, Remote, find_shards, redact
-from pipeline.stream.samples import Home, OpenSplit, open_split
+from pipeline.stream.samples import OpenSplit, ShardFile, open_split
 
 SAME = ("size", "square", "encoding")  # options that folders must share
 
@@ -65,7 +65,7 @@ class Collection:
                         "them again as the other"
                     )
         self._tables = {
-            (number, split): read_table(folder.path, entry)
+            (number, split): self._name_rows(folder, read_table(folder.path, entry))
             for number, folder in enumerate(self.folders)
             for split, entry in folder.manifest.splits.items()
         }
@@ -104,12 +104,7 @@ class Collection:
             return manifests[0]
         names = dict.fromkeys(name for manifest in manifests for name in manifest.splits)
         tables = {
-            name: {
-                number: self._name_rows(self.folders[number], table)
-                for (number, split), table in self._tables.items()
-                if split == name
-            }
-            for name in names
+            name: {number: table for (number, split), table in self._tables.items() if split == name} for name in names
         }
         policies = {key: {m.policies[key] for m in manifests} for key in ("uncertain", "blank")}
         weight = np.array([_measured(manifest) for manifest in manifests], float)
@@ -142,35 +137,24 @@ class Collection:
         Raises DataError as `open_split` does.
         """
         self.manifest.split(name)
-        splits = {
-            number: open_split(folder.path, folder.manifest, name, folder.remote, self._tables[number, name])
-            for number, folder in enumerate(self.folders)
-            if name in folder.manifest.splits
-        }
-        if len(self.folders) == 1:
-            return splits[0]
-        tables, first = {}, 0
-        for number, split in splits.items():
-            table = self._name_rows(self.folders[number], split.table)
-            numbers = pa.array(split.shard + np.int32(first))
-            tables[number] = table.set_column(table.schema.get_field_index("shard"), "shard", numbers)
-            first += len(split.shards)
+        tables, shards = {}, list[ShardFile]()
+        for place, folder in enumerate(self.folders):
+            if name not in folder.manifest.splits:
+                continue
+            split = open_split(folder.path, folder.manifest, name, folder.remote, self._tables[place, name])
+            if len(self.folders) == 1:
+                return split
+            numbers = pa.array(split.shard + np.int32(len(shards)))
+            column = split.table.schema.get_field_index("shard")
+            tables[place] = split.table.set_column(column, "shard", numbers)
+            shards += [file._replace(place=place) for file in split.shards]
         table = concat_labels([*spell_alike(tables, self.namespace).values()])
-        columns = ("offset", "length", "crc", "projection")
-        opened = list(splits.values())
-        return OpenSplit(
-            name,
-            opened[0].encoding,
-            table,
-            tuple(Home(folder.path, folder.remote) for folder in self.folders),
-            np.repeat(list(splits), [len(split.shards) for split in opened]),
-            tuple(shard for split in opened for shard in split.shards),
-            table["shard"].to_numpy(),
-            *(np.concatenate([getattr(split, column) for split in opened]) for column in columns),
-        )
+        return OpenSplit(name, split.encoding, table, tuple(shards))
 
     def _name_rows(self, folder: Folder, table: pa.Table) -> pa.Table:
-        """A folder's table with its set; patients' names include the namespace if there are several."""
+        """The table of one of several folders with its set; patients' names include the namespace if these differ."""
+        if len(self.folders) == 1:
+            return table
         if self.namespace == NAMED:
             patients = pc.binary_join_element_wise(folder.patients, table["patient"], "/")
             table = table.set_column(table.schema.get_field_index("patient"), "patient", patients)
@@ -178,10 +162,7 @@ class Collection:
 
     def _refuse_shared(self) -> None:
         """Raise DataError for a patient in two splits of two folders, and an image in two folders."""
-        tables = {
-            (number, split): self._name_rows(self.folders[number], table)
-            for (number, split), table in self._tables.items()
-        }
+        tables = self._tables
         patients = {side: identify_patients(table, self.namespace) for side, table in tables.items()}
         called = [folder.name for folder in self.folders]
         for (number, split), (other, other_split), (name, *_) in find_shared(patients):

@@ -5,6 +5,7 @@ together. In shards made with --views all, a study's images are adjacent. If the
 but a batch needs many shards at once, and shards at a URL need a cache that holds all of them.
 """
 
+from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event
 from typing import NamedTuple
@@ -16,47 +17,60 @@ import pyarrow.compute as pc
 
 from pipeline.base.errors import DataError
 from pipeline.labels import LABELS, MOST_VIEWS, PROJECTIONS, label_states, number_studies
-from pipeline.manifest import Manifest, Shard, read_table
+from pipeline.manifest import PLACES, Manifest, Shard, read_table
 from pipeline.stream.cache import Remote
 from pipeline.stream.plan import Rows, Samples
 
 
-class Home(NamedTuple):
-    """The location of shards: a folder or, with a `remote`, a URL whose manifest and tables the folder mirrors."""
+class ShardFile(NamedTuple):
+    """A shard, in a folder or at a URL, whose manifest and tables the folder mirrors.
 
+    `place` is that of its folder in the `Collection`.
+    """
+
+    shard: Shard
     folder: Path
     remote: Remote | None
+    place: int = 0
+
+    def path(self, stop: Event | None = None) -> Path:
+        """The local file, downloaded if need be, as in `Remote.path`."""
+        return self.remote.path(self.shard, stop) if self.remote else self.folder / self.shard.file
 
 
-class OpenSplit(NamedTuple):
-    """A split ready to be read: its table, its shards, and the index as arrays [N].
+@dataclass(eq=False)
+class OpenSplit:
+    """A split ready to be read: its table, the shards that column `shard` counts, and columns as arrays [N].
 
-    `home` [number of shards] is the place of each shard's home in `homes`. `projection` int8 [N] is the place of each
-    image's projection in PROJECTIONS.
+    `projection` [N] is the place of each image's projection in PROJECTIONS.
     """
 
     name: str
     encoding: str
     table: pa.Table
-    homes: tuple[Home, ...]
-    home: npt.NDArray[np.int64]
-    shards: tuple[Shard, ...]
-    shard: npt.NDArray[np.int32]
-    offset: npt.NDArray[np.int64]
-    length: npt.NDArray[np.int32]
-    crc: npt.NDArray[np.uint32]
-    projection: npt.NDArray[np.int8]
+    shards: tuple[ShardFile, ...]
+    shard: npt.NDArray[np.int32] = field(init=False)
+    offset: npt.NDArray[np.int64] = field(init=False)
+    length: npt.NDArray[np.int32] = field(init=False)
+    crc: npt.NDArray[np.uint32] = field(init=False)
+    projection: npt.NDArray[np.int8] = field(init=False)
+
+    def __post_init__(self) -> None:
+        for column in PLACES.names:
+            setattr(self, column, self.table[column].to_numpy())
+        names = pc.if_else(pc.equal(self.table["view"], "lateral"), "lateral", self.table["projection"])
+        codes = pc.index_in(names, value_set=pa.array(PROJECTIONS))
+        self.projection = pc.fill_null(codes, PROJECTIONS.index("other")).to_numpy().astype(np.int8)
+
+    @property
+    def folder(self) -> Rows:
+        """The place of each image's folder in the `Collection`."""
+        return np.array([file.place for file in self.shards])[self.shard]
 
     @property
     def is_remote(self) -> bool:
         """Whether any of the shards has to be downloaded."""
-        return any(home.remote for home in self.homes)
-
-    def locate(self, number: int, stop: Event | None = None) -> Path:
-        """The local file of a shard, downloaded if need be, as in `Remote.path`."""
-        folder, remote = self.homes[int(self.home[number])]
-        shard = self.shards[number]
-        return remote.path(shard, stop) if remote else folder / shard.file
+        return any(file.remote for file in self.shards)
 
 
 def open_split(
@@ -71,31 +85,26 @@ def open_split(
     table = read_table(folder, split) if table is None else table
     if table.num_rows != split.samples or sum(shard.samples for shard in split.shards) != split.samples:
         raise DataError(f"{folder / split.table}: {table.num_rows} rows, the manifest says {split.samples}")
-    for shard in () if remote else split.shards:
-        path = folder / shard.file
+    for entry in () if remote else split.shards:
+        path = folder / entry.file
         if not path.is_file():
             raise DataError(f"{path}: the shard is missing")
-        if path.stat().st_size != shard.bytes:
-            raise DataError(f"{path}: damaged: {path.stat().st_size} bytes, not {shard.bytes} as in the manifest")
-    arrays = {column: table[column].to_numpy() for column in ("shard", "offset", "length", "crc")}
-    shard, offset, length = (arrays[column] for column in ("shard", "offset", "length"))
-    sizes = np.array([shard.bytes for shard in split.shards], np.int64)
+        if path.stat().st_size != entry.bytes:
+            raise DataError(f"{path}: damaged: {path.stat().st_size} bytes, not {entry.bytes} as in the manifest")
+    opened = OpenSplit(
+        name,
+        str(manifest.options.get("encoding", "jpeg")),
+        table,
+        tuple(ShardFile(entry, folder, remote) for entry in split.shards),
+    )
+    shard, offset, length = opened.shard, opened.offset, opened.length
+    sizes = np.array([entry.bytes for entry in split.shards], np.int64)
     astray = (shard < 0) | (shard >= len(sizes)) | (offset < 0) | (length < 0)
     astray |= offset > sizes[np.where(astray, 0, shard)] - length if len(sizes) else False
     if astray.any():
         key = table["key"][int(np.argmax(astray))].as_py()
         raise DataError(f"{folder / split.table}: sample {key} lies outside of its shard; it is damaged")
-    encoding = str(manifest.options.get("encoding", "jpeg"))
-    return OpenSplit(
-        name,
-        encoding,
-        table,
-        (Home(folder, remote),),
-        np.zeros(len(split.shards), np.int64),
-        split.shards,
-        **arrays,
-        projection=find_projections(table),
-    )
+    return opened
 
 
 def find_images(split: OpenSplit, rows: Rows | None = None) -> Samples:
@@ -132,14 +141,6 @@ def find_places(split: OpenSplit, table: pa.Table) -> Rows:
     places = split.shard.astype(np.int64) << 40 | split.offset
     wanted = table["shard"].to_numpy().astype(np.int64) << 40 | table["offset"].to_numpy()
     return np.flatnonzero(np.isin(places, wanted))
-
-
-def find_projections(table: pa.Table) -> npt.NDArray[np.int8]:
-    """The place of each image's projection in PROJECTIONS, int8 [N]."""
-    names = pc.if_else(pc.equal(table["view"], "lateral"), "lateral", table["projection"])
-    codes = pc.index_in(names, value_set=pa.array(PROJECTIONS))
-    places: npt.NDArray[np.int8] = pc.fill_null(codes, PROJECTIONS.index("other")).to_numpy().astype(np.int8)
-    return places
 
 
 def _refuse_differences(name: str, table: pa.Table, order: Rows, first: Rows) -> None:

@@ -215,7 +215,7 @@ def test_unusable_images_are_one_budget_of_all_ranks(sample_shards: tuple[Path, 
     for rank in (0, 1):
         step = next(plan_training(find_images(split), 8, seed=0, epoch=0, rank=rank, ranks=2))
         row = int(step.images[0])
-        path = folder / split.shards[split.shard[row]].file
+        path = folder / split.shards[split.shard[row]].shard.file
         data = bytearray(path.read_bytes())
         data[split.offset[row] + 100] ^= 1
         path.write_bytes(data)

@@ -59,7 +59,7 @@ def test_each_folder_is_drawn_as_often_as_its_share_says(two: list[Path], tmp_pa
     job = open_mixed(two, tmp_path / "run")
     chosen = open_rows(job, "train")
     weights = training_weights(job, training_labels(job, chosen), chosen)
-    folder = chosen.split.home[chosen.split.shard[chosen.rows]]
+    folder = chosen.split.folder[chosen.rows]
     sizes = chosen.samples.shard_sizes
     drawn = [folder[epoch_order(sizes, 0, epoch, weights=weights)] for epoch in range(40)]
     assert np.concatenate(drawn).mean() == pytest.approx(0.75, abs=0.03)

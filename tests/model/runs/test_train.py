@@ -507,7 +507,7 @@ def test_damaged_images_end_the_run_unless_they_are_allowed(make_job: Callable[.
     shards = Path(shutil.copytree(make_job("other").shards.folders[0].path, tmp_path / "shards"))
     job = dataclasses.replace(make_job("run", epochs=1), shards=open_collection(shards))
     split = open_rows(job, "dev").split
-    path = shards / split.shards[split.shard[3]].file
+    path = shards / split.shards[split.shard[3]].shard.file
     data = bytearray(path.read_bytes())
     data[split.offset[3] + 100] ^= 1
     path.write_bytes(data)

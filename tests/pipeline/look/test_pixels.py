@@ -81,7 +81,7 @@ def test_images_are_measured_in_table_order(study_shards: tuple[Path, Manifest])
         split = open_split(folder, manifest, name)
         for row in split.table.select(["shard", "offset", "length", "view"]).to_pylist():
             if row["view"] == "lateral":
-                data = (folder / split.shards[row["shard"]].file).read_bytes()[row["offset"] :][: row["length"]]
+                data = (folder / split.shards[row["shard"]].shard.file).read_bytes()[row["offset"] :][: row["length"]]
                 image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_GRAYSCALE)
                 assert image is not None
                 means.append(image.mean())

@@ -49,7 +49,7 @@ def test_the_sheet_has_the_images_of_that_state(shards: tuple[Path, Manifest], t
 def stored(folder: Path, split: OpenSplit, row: int) -> bytes:
     """The bytes of an image in its tar."""
     where = {name: split.table[name][row].as_py() for name in ("shard", "offset", "length")}
-    data = (folder / split.shards[where["shard"]].file).read_bytes()
+    data = (folder / split.shards[where["shard"]].shard.file).read_bytes()
     image: bytes = data[where["offset"] :][: where["length"]]
     return image
 

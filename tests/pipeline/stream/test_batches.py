@@ -27,9 +27,9 @@ from pipeline.labels import LABELS
 from pipeline.manifest import FACTS, Manifest, read_table
 from pipeline.policies import make_targets, parse_uncertain_policy
 from pipeline.stream import batches as stream
-from pipeline.stream.batches import Batch, BatchStream, Encoded, Labels, Unusable, stream_batches
+from pipeline.stream.batches import Batch, BatchStream, Labels, Unusable, stream_batches
 from pipeline.stream.loader import LoaderStream
-from pipeline.stream.plan import Rows, Samples, Weights, plan_evaluation, plan_training
+from pipeline.stream.plan import Rows, Samples, Step, Weights, plan_evaluation, plan_training
 from pipeline.stream.samples import OpenSplit, find_images, find_studies, open_split
 from tests.conftest import REPOSITORY, make_shards
 
@@ -165,12 +165,16 @@ def test_a_resume_decodes_nothing_of_what_was_done(source: Source, monkeypatch: 
 
 
 def test_a_stage_of_the_users_own(split: OpenSplit, labels: Labels) -> None:
-    def keep_even_steps(encoded: Iterable[Encoded]) -> Iterator[Encoded]:
-        return (batch for batch in encoded if batch.step.step % 2 == 0)
+    def keep_even_steps(steps: Iterable[Step]) -> Iterator[Step]:
+        return (step for step in steps if step.step % 2 == 0)
+
+    def invert(batches: Iterable[Batch]) -> Iterator[Batch]:
+        return (batch._replace(images=255 - batch.images) for batch in batches)
 
     ours = training(split, labels)
     ours.stages.insert(1, keep_even_steps)  # between fetch and decode
-    assert_equal(list(ours), list(training(split, labels))[::2])
+    ours.stages.append(invert)
+    assert_equal(list(ours), list(invert(list(training(split, labels))[::2])))
 
 
 def test_a_stream_continues_from_its_state_and_then_starts_over(split: OpenSplit, labels: Labels) -> None:
@@ -234,7 +238,7 @@ def test_a_loader_starts_over_after_it_was_left_early(
 
 def flip_bit(folder: Path, split: OpenSplit, row: int) -> str:
     """Damage the image of a row; returns the error that names it."""
-    path = folder / split.shards[split.shard[row]].file
+    path = folder / split.shards[split.shard[row]].shard.file
     data = bytearray(path.read_bytes())
     data[split.offset[row] + split.length[row] // 2] ^= 1
     path.write_bytes(data)
@@ -288,17 +292,20 @@ def test_allowed_bad_images_are_black_and_masked_and_logged(
 def test_a_shard_cut_short_under_a_running_stream_is_named(shards: Shards, split: OpenSplit, labels: Labels) -> None:
     batches = iter(evaluation(split, labels, size=32, batch_size=1, threads=1))
     next(batches)
-    (shards[0] / split.shards[-1].file).write_bytes(b"")
-    key = split.table["key"][split.table.num_rows - split.shards[-1].samples].as_py()
-    message = rf"^{split.shards[-1].file}: sample {key}: its bytes do not match the checksum in the index$"
+    (shards[0] / split.shards[-1].shard.file).write_bytes(b"")
+    key = split.table["key"][split.table.num_rows - split.shards[-1].shard.samples].as_py()
+    message = rf"^{split.shards[-1].shard.file}: sample {key}: its bytes do not match the checksum in the index$"
     with pytest.raises(DataError, match=message):
         list(batches)
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="open files are listed on Linux alone")
+@pytest.mark.parametrize("batch_size", [1, 12])
 def test_files_stay_open_only_as_long_as_they_are_read(
-    shards: Shards, split: OpenSplit, labels: Labels, monkeypatch: pytest.MonkeyPatch
+    shards: Shards, split: OpenSplit, labels: Labels, monkeypatch: pytest.MonkeyPatch, batch_size: int
 ) -> None:
+    """Even those of a batch of many shards, which could exceed the limit of open files."""
+
     def open_tars() -> int:
         paths = []
         for link in Path("/proc/self/fd").iterdir():
@@ -307,24 +314,15 @@ def test_files_stay_open_only_as_long_as_they_are_read(
         return sum(path.startswith(str(shards[0])) for path in paths)
 
     assert len(split.shards) > 3
+    expected = list(training(split, labels, batch_size=batch_size))
     monkeypatch.setattr(stream, "KEPT_OPEN", 1)
-    counts = [open_tars() for _ in evaluation(split, labels, size=32, batch_size=1, threads=1)]
-    assert set(counts) <= {1, 2}  # the one that is read, and the one that waiting batches need
+    batches, counts = [], set()
+    for batch in training(split, labels, batch_size=batch_size, threads=1):
+        batches.append(batch)
+        counts.add(open_tars())
+    assert_equal(batches, expected)
+    assert counts <= {1, 2}  # the last that was read, and the one before while it is being replaced
     assert open_tars() == 0
-
-
-@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="open files are listed on Linux alone")
-def test_a_batch_of_many_shards_holds_none_of_them_open(
-    split: OpenSplit, labels: Labels, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    expected = list(training(split, labels, batch_size=12))
-    monkeypatch.setattr(stream, "KEPT_OPEN", 1)
-    before = len(list(Path("/proc/self/fd").iterdir()))
-    steps = training(split, labels, batch_size=12).plan(0)
-    encoded = list(stream.fetch(steps, split))
-    assert len({id(file) for file in encoded[0].files}) > 2
-    assert len(list(Path("/proc/self/fd").iterdir())) == before
-    assert_equal(list(training(split, labels, batch_size=12)), expected)
 
 
 def test_a_table_of_other_shards_is_refused(shards: Shards, originals: Path) -> None:

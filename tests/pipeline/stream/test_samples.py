@@ -1,5 +1,6 @@
 import shutil
 import tarfile
+from dataclasses import replace
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -14,13 +15,13 @@ from PIL import Image
 from pipeline import DataError
 from pipeline.images import resize
 from pipeline.labels import LABELS, PROJECTIONS
-from pipeline.manifest import Manifest, Shard
+from pipeline.manifest import PLACES, Manifest, Shard
 from pipeline.measure.counts import describe_views
 from pipeline.policies import make_targets, parse_uncertain_policy
 from pipeline.sources.sets import read_any_table
 from pipeline.stream.batches import Batch, Labels, Unusable, stream_batches
 from pipeline.stream.plan import Rows, plan_evaluation, plan_training
-from pipeline.stream.samples import Home, OpenSplit, find_images, find_projections, find_studies, open_split
+from pipeline.stream.samples import OpenSplit, ShardFile, find_images, find_studies, open_split
 from pipeline.stream.select import balance_weights, select_rows
 from tests.conftest import run_pipeline
 from tests.pipeline.stream.test_batches import flip_bit
@@ -46,12 +47,10 @@ def evaluate(split: OpenSplit, rows: Rows | None = None, bad: int = 0) -> list[B
 def make_split(table: pa.Table, sizes: list[int]) -> OpenSplit:
     """A split with this table and so many images per shard, which do not exist."""
     shard = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
-    nothing = np.zeros(table.num_rows, np.int64)
-    shards = tuple(Shard(f"train-{number:06d}.tar", size, 0, "") for number, size in enumerate(sizes))
-    projection = find_projections(table)
-    homes, offsets = (Home(Path(), None),), np.zeros(len(sizes), np.int64)
-    place = shard, nothing, nothing, nothing
-    return OpenSplit("train", "jpeg", table, homes, offsets, shards, *place, projection)
+    for name, column in dict.fromkeys(PLACES.names, np.zeros(table.num_rows, np.int64)).items():
+        table = table.append_column(name, pa.array(shard if name == "shard" else column))
+    shards = (Shard(f"train-{number:06d}.tar", size, 0, "") for number, size in enumerate(sizes))
+    return OpenSplit("train", "jpeg", table, tuple(ShardFile(shard, Path(), None) for shard in shards))
 
 
 def make_table(*keys: str, states: tuple[int | None, ...] = ()) -> pa.Table:
@@ -188,8 +187,7 @@ def test_a_study_spread_over_shards_is_read_from_all_of_them(split: OpenSplit) -
     """As in shards of both views that were made one by one."""
     table = split.table
     shuffled = np.random.default_rng(0).permutation(table.num_rows)
-    arrays = {name: getattr(split, name)[shuffled] for name in ("offset", "length", "crc", "shard", "projection")}
-    spread = split._replace(table=table.take(shuffled), **arrays)
+    spread = replace(split, table=table.take(shuffled))
 
     def found(of: OpenSplit) -> dict[frozenset[str], int]:
         """The keys of each study, and the sum of its pixels."""
