@@ -21,11 +21,12 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import click
+import cv2
 import numpy as np
 import simplejpeg
 from PIL import Image
 
-from pipeline.images import resize
+from pipeline.images import SCALES, resize
 from pipeline.labels import COLUMNS
 from pipeline.synthetic.sample import write_sample
 
@@ -112,13 +113,14 @@ def codec_loop(paths: list[Path]) -> float:
     contents = [path.read_bytes() for path in paths[:400]]
     height, width, _, _ = simplejpeg.decode_jpeg_header(contents[0])
     shape = (SIZE, round(width * SIZE / height))
-    minimum = 2 * SIZE if height > 2 * SIZE else 0  # DCT-scaled, as `pipeline shards` does it
+    part = next((part for part in SCALES if 2 * height >= 3 * part * SIZE), 1)  # as `pipeline shards`
+    minimum = height // part if part > 1 else 0
     start = time.perf_counter()
     for number in range(len(paths)):
         data = contents[number % len(contents)]
         pixels = simplejpeg.decode_jpeg(data, colorspace="GRAY", min_height=minimum, min_width=minimum)
         small = resize(pixels[:, :, 0], *shape)
-        simplejpeg.encode_jpeg(small[:, :, None], quality=QUALITY, colorspace="GRAY")
+        cv2.imencode(".jpg", small, [cv2.IMWRITE_JPEG_QUALITY, QUALITY])
     return len(paths) / (time.perf_counter() - start)
 
 
