@@ -24,7 +24,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -39,7 +38,6 @@ else:  # test_bad_input feeds the same readers
     watched = contextlib.nullcontext()
 with watched:
     import pydicom.pixels
-    from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
     from model.checkpoint import load_checkpoint, save_checkpoint
     from model.runs.config import read_config
@@ -57,7 +55,6 @@ with watched:
     from pipeline.stream.plan import plan_evaluation
     from pipeline.stream.samples import find_images, open_split
     from pipeline.synthetic.sample import write_sample
-    from tests.films import make_film, make_table, render
 
 WORK = Path(".fuzz")
 LONGEST = 65536  # bytes of an input
@@ -236,52 +233,6 @@ def image_target(_: Path, __: Path) -> Target:
     return read
 
 
-def film_target(_: Path, __: Path) -> Target:
-    """DICOM headers and lookup tables, in any of their encodings, beside the standard's formulas."""
-
-    def read(data: bytes) -> None:
-        draw = atheris.FuzzedDataProvider(data)
-        bits, is_signed = draw.ConsumeIntInRange(8, 16), draw.ConsumeBool()
-        words = np.frombuffer(draw.ConsumeBytes(96).ljust(96, b"\1"), np.uint16).reshape(6, 8)
-        stored = (words.astype(np.int64) & (2**bits - 1)) - 2 ** (bits - 1) * is_signed
-        tags: dict[str, Any] = {"BitsStored": bits, "HighBit": bits - 1, "PixelRepresentation": int(is_signed)}
-        facts: dict[str, Any] = {"inverted": draw.ConsumeBool()}
-        tags["PhotometricInterpretation"] = "MONOCHROME1" if facts["inverted"] else "MONOCHROME2"
-        if draw.ConsumeBool():
-            facts["slope"], facts["intercept"] = (draw.ConsumeIntInRange(1, 3), draw.ConsumeIntInRange(-9999, 0))
-            tags |= {"RescaleSlope": facts["slope"], "RescaleIntercept": facts["intercept"]}
-        if draw.ConsumeBool():
-            facts["padding"] = sorted(int(stored.ravel()[draw.ConsumeIntInRange(0, 47)]) for _ in range(2))
-            tags["PixelPaddingValue"], tags["PixelPaddingRangeLimit"] = facts["padding"]
-        if draw.ConsumeBool():
-            width = draw.ConsumeIntInRange(1, 5000)
-            function = draw.PickValueInList(["LINEAR", "LINEAR_EXACT", "SIGMOID"])
-            facts["window"] = draw.ConsumeIntInRange(-9999, 9999), width, function
-            tags |= dict(zip(("WindowCenter", "WindowWidth", "VOILUTFunction"), facts["window"], strict=True))
-        for name, sequence in (("modality", "ModalityLUTSequence"), ("voi", "VOILUTSequence")):
-            if not draw.ConsumeBool():
-                continue
-            depth, count = draw.ConsumeIntInRange(8, 16), draw.ConsumeIntInRange(2, 3000)
-            first, last = facts.get("padding", (1, 0))
-            shown = stored[(stored < first) | (stored > last)]
-            low = int((shown if shown.size else stored).min())
-            if name == "voi":
-                low = 0 if "modality" in facts else low * facts.get("slope", 1) + facts.get("intercept", 0)
-            first = max(low - draw.ConsumeIntInRange(0, 9), -(2**15) if low < 0 else 0)
-            step = draw.ConsumeIntInRange(1, 2**depth - 1)
-            entries = np.arange(count) * step % 2**depth
-            packed = entries.astype("u1" if depth == 8 and draw.ConsumeBool() else "<u2").tobytes()
-            packed += b"\0" * (len(packed) % 2)
-            tags[sequence] = make_table([count, first % 2**16, depth], packed, draw.PickValueInList(["OW", "OB"]))
-            facts[name] = first, entries.tolist(), depth
-        syntax = draw.PickValueInList([ExplicitVRLittleEndian, ImplicitVRLittleEndian])
-        film = make_film(stored.astype(np.int16 if is_signed else np.uint16), syntax, **tags)
-        pixels = prepare(film, ImageOptions(None, "no", "raw", 95, 100)).pixels
-        np.testing.assert_allclose(pixels, render(stored, **facts), atol=0.51)
-
-    return read
-
-
 # Name: the reader, and which sound files its inputs are bred from.
 TARGETS: dict[str, tuple[Callable[[Path, Path], Target], str]] = {
     "csv": (csv_target, "../*/*.csv"),
@@ -294,7 +245,6 @@ TARGETS: dict[str, tuple[Callable[[Path, Path], Target], str]] = {
     "tar": (tar_target, "train-*.tar"),
     "image": (image_target, "../seeds/*"),
     "dicom": (image_target, "../*.dcm"),
-    "film": (film_target, "../*.dcm"),
 }
 
 

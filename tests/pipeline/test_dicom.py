@@ -6,7 +6,7 @@ import sys
 import tarfile
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from string import hexdigits
@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from pipeline import dicom
 from pipeline.base.errors import DataError
@@ -144,34 +146,39 @@ def test_films_that_pydicom_ships_have_the_levels_of_the_standard() -> None:
 RISING, FALLING = np.arange(0, 4096, dtype=np.uint16), np.arange(4095, -1, -1, dtype=np.uint16)
 
 
-@pytest.mark.parametrize(
-    "tags",
+# Of each kind the tags of one are drawn, or of none: what follows counts less, but is read and checked.
+KINDS: tuple[Sequence[dict[str, Any]], ...] = (
+    [{"PhotometricInterpretation": "MONOCHROME1"}],
     [
-        {},
-        {"PhotometricInterpretation": "MONOCHROME1"},
-        {"WindowCenter": 1500, "WindowWidth": 900},
-        {"WindowCenter": [2000, 100], "WindowWidth": [700, 10], "PhotometricInterpretation": "MONOCHROME1"},
+        *({"RescaleSlope": s, "RescaleIntercept": i} for s, i in ((0.5, -1000), (-0.5, 10), (2, -7), (1, 0))),
+        *({"ModalityLUTSequence": table(FALLING >> (12 - bits), 0, bits)} for bits in (8, 10, 11, 12)),
+        *({"ModalityLUTSequence": table(FALLING << (bits - 12), 0, bits)} for bits in (13, 14, 15)),
+        {"ModalityLUTSequence": table(FALLING * 2, 0, 16), "RescaleSlope": 3, "RescaleIntercept": 1},
+    ],
+    [
+        *({"WindowCenter": center, "WindowWidth": width} for center, width in ((1500, 900), (4000, 2000), (-500, 900))),
+        {"WindowCenter": [2000, 100], "WindowWidth": [700, 10]},
         {"WindowCenter": 1500, "WindowWidth": 900, "VOILUTFunction": "SIGMOID"},
         {"WindowCenter": 1500, "WindowWidth": 1, "VOILUTFunction": "LINEAR_EXACT"},
-        {"WindowCenter": -500, "WindowWidth": 900, "RescaleSlope": 0.5, "RescaleIntercept": -1000},
-        {"WindowCenter": -900, "WindowWidth": 900, "RescaleSlope": -0.5, "RescaleIntercept": 10},
-        {"WindowCenter": None, "WindowWidth": "", "RescaleSlope": 2, "RescaleIntercept": -7},
+        {"WindowCenter": None, "WindowWidth": ""},
+        {"WindowCenter": 9000, "WindowWidth": 100},
+    ],
+    [
         {"VOILUTSequence": table(FALLING, 0, 12)},
-        {"VOILUTSequence": table(RISING[:1000] // 4, 500, 16), "WindowCenter": 5, "WindowWidth": 9},
+        {"VOILUTSequence": table(RISING[:1000] // 4, 500, 16)},
         {"VOILUTSequence": [*table(40 + RISING // 32, 9, 8), *table(FALLING, 0, 12)]},  # a part of its 8 bits
         {"VOILUTSequence": table(RISING, 0, 8)},  # it states too few
         {"VOILUTSequence": table(RISING, -100, 12), "RescaleSlope": 1, "RescaleIntercept": -50},
-        {"ModalityLUTSequence": table(FALLING * 2, 0, 16), "WindowCenter": 4000, "WindowWidth": 2000},
-        *({"ModalityLUTSequence": table(FALLING >> (12 - bits), 0, bits)} for bits in (8, 10, 11, 12)),
-        *({"ModalityLUTSequence": table(FALLING << (bits - 12), 0, bits)} for bits in (13, 14, 15)),
-        {"WindowCenter": 9000, "WindowWidth": 100},
-        {"PixelPaddingValue": 0, "PhotometricInterpretation": "MONOCHROME1"},
     ],
+    [{"PixelPaddingValue": 0}],
 )
-@pytest.mark.parametrize("signed", [False, True])
-def test_every_kind_of_table_and_window(levels: Array, tags: dict[str, Any], signed: bool) -> None:
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, derandomize=True)
+@given(parts=st.tuples(*(st.sampled_from([{}, *kind]) for kind in KINDS)), signed=st.booleans())
+def test_every_kind_of_table_and_window(levels: Array, parts: tuple[dict[str, Any], ...], signed: bool) -> None:
     stored = (levels.astype(np.int16) - 2048) if signed else levels
-    film = make_film(stored, **tags)
+    film = make_film(stored, **{name: value for part in parts for name, value in part.items()})
     expect(film, stored, **read_facts(dcmread(io.BytesIO(film))))
 
 
