@@ -12,7 +12,7 @@ from tests.conftest import run_pipeline
 from tests.layouts import MIMIC_IMAGES as IMAGES
 from tests.layouts import shard, write_mimic
 
-KEYS = [f"p{subject}_s{study}_{dicom}" for subject, study, dicom, *_ in IMAGES]
+KEYS = [f"p{row['subject_id']}_s{row['study_id']}_{row['dicom_id']}" for row in IMAGES]
 
 
 @pytest.fixture

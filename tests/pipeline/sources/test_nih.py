@@ -70,7 +70,7 @@ def test_a_folder_becomes_shards_by_the_official_lists(folder: Path) -> None:
     assert manifest.not_annotated == ("Enlarged Cardiomediastinum", "Fracture", "Support Devices")
     tables = {name: pa.ipc.open_file(out / split.table).read_all() for name, split in manifest.splits.items()}
     rows = {row["key"]: row for table in tables.values() for row in table.to_pylist()}
-    assert rows.keys() == {row[0].removesuffix(".png") for row in ROWS}
+    assert rows.keys() == {row["Image Index"].removesuffix(".png") for row in ROWS}
     first, second = rows["00000001_000"], rows["00000001_001"]
     facts = ("patient", "study", "view", "sex", "age", "projection")
     assert [first[name] for name in facts] == ["00000001", 0, "frontal", "Male", 57, "PA"]
