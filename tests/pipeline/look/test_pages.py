@@ -27,47 +27,7 @@ from tests.model.runs.test_sweep_report import make_trial
 CHROMIUM = shutil.which("chromium")
 pytestmark = [pytest.mark.pages, pytest.mark.skipif(CHROMIUM is None, reason="no chromium")]
 LIGHT, DARK = 1, 0  # of Blink's setting preferredColorScheme
-# The page in a frame, because a window is never narrower than 500 pixels, and what the tests ask of it.
-FRAME = """<html style="color-scheme: light dark"><body style="margin: 0">
-<iframe id="frame" style="border: 0; width: WIDTHpx; height: 900px" srcdoc="PAGE"></iframe>
-<script>
-addEventListener("load", () => {
-  const view = document.getElementById("frame").contentWindow, page = view.document;
-  const all = (selector) => [...page.querySelectorAll(selector)];
-  const styles = (selector, name) => [...new Set(all(selector).map((found) => view.getComputedStyle(found)[name]))];
-  const color = (name) => {  // what a variable of the style sheet is, as rgb(r, g, b)
-    const probe = page.body.appendChild(page.createElement("i"));
-    probe.style.color = `var(--${name})`;
-    const found = view.getComputedStyle(probe).color;
-    probe.remove();
-    return found;
-  };
-  const wide = all("main *").filter(
-    (found) => found.getBoundingClientRect().right > view.innerWidth + 1 && !found.closest(".scroll, svg"));
-  document.documentElement.dataset.measured = JSON.stringify({
-    width: view.innerWidth,
-    scrolled: page.documentElement.scrollWidth,
-    wide: wide.map((found) => found.outerHTML.slice(0, 80)),
-    background: styles("body", "backgroundColor")[0],
-    color: styles("body", "color")[0],
-    ticks: styles("svg text", "fill"),
-    series: styles("svg path", "stroke"),
-    flat: all("svg").filter((svg) => svg.getBoundingClientRect().height < 80).length,
-    cut: all("svg text").filter((text) => {
-      const inner = text.getBoundingClientRect(), outer = text.closest("svg").getBoundingClientRect();
-      return inner.left < outer.left - 1 || inner.right > outer.right + 1;
-    }).map((text) => text.textContent),
-    scaled: all("svg").every((svg) => svg.getAttribute("viewBox")
-      && Math.abs(svg.getBoundingClientRect().width - svg.parentElement.clientWidth) < 1),
-    beyond: all(".metrics tr > :nth-child(3).limits").filter(
-      (cell) => cell.getBoundingClientRect().right > view.innerWidth).length,
-    broken: all("img").filter((image) => !image.naturalWidth).length,
-    states: Object.fromEntries(["positive", "uncertain", "negative", "blank"].map((name) => [name, color(name)])),
-    blue: color("first"),
-    headline: all(".tile .value").map((value) => value.innerText.trim()),
-  });
-});
-</script></body></html>"""
+FRAME = Path(__file__).with_name("frame.html").read_text()
 
 
 @pytest.fixture(scope="module")
