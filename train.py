@@ -55,7 +55,7 @@ from model.losses import AUCMarginLoss, MaskedLoss, positive_weights
 from model.names import AUGMENTATIONS
 from model.networks import build_network, load_initial
 from model.optim import build_optimizer, scheduled_lr, set_lr, update_average
-from model.predict import DivergedError, explain_memory
+from model.predict import DivergedError, explain_memory, network_inputs, to_device
 from model.ranks import Stopped
 from model.runs.config import (
     Config,
@@ -76,10 +76,10 @@ from model.runs.folder import (
     record_environment,
     save_best,
 )
-from model.runs.job import Job, network_inputs, read_batches, to_device
+from model.runs.job import Job, TrainingData, no_choice, open_training, read_batches
+from model.runs.overlap import Seen, list_seen
 from model.runs.predictor import forget_calibration, score_split
 from model.runs.results import choice_score, finish_run
-from model.runs.targets import TrainingData, no_choice, open_training
 from pipeline.base.errors import DataError
 from pipeline.base.files import claimed, write_atomically
 from pipeline.console import progress_bar, say, say_once, show_left
@@ -105,8 +105,9 @@ def train(job: Job, watch: Watch = lambda history: None) -> None:
     """
     # Each rank computes this from a separate copy of the shards and the code; nothing is exchanged.
     job.ranks.compare({"shards": job.shards.digest} | asdict(job.config) | describe_software(job))
+    seen = list_seen(job, ("train", "dev"))
     data = open_training(job)
-    state = start_state(job, data)
+    state = start_state(job, data, seen)
     with contextlib.ExitStack() as stack:
         if job.ranks.is_first:
             job.run.mkdir(parents=True, exist_ok=True)  # only now: a run that fails to start leaves no folder
@@ -119,7 +120,7 @@ def train(job: Job, watch: Watch = lambda history: None) -> None:
             train_epochs(job, state, data, watch)
 
 
-def start_state(job: Job, data: TrainingData) -> TrainState:
+def start_state(job: Job, data: TrainingData, seen: Seen = ()) -> TrainState:
     """The state before the first step: network, loss, average and optimizer."""
     from model.recent import RecentAUROC  # here, because torchmetrics takes seconds to import
 
@@ -152,6 +153,7 @@ def start_state(job: Job, data: TrainingData) -> TrainState:
         torch.compile(forward) if config.compile else forward,
         RecentAUROC(len(LABELS), job.device),
         data.train.bad,
+        seen,
     )
 
 
@@ -306,7 +308,8 @@ def training_inputs(job: Job, batch: Batch, first: int, samples: int) -> tuple[T
     `first` is the position of the part's first sample in the whole batch over all ranks, which has `samples` samples.
     """
     config, pixels = job.config, job.pixels
-    images, *views = network_inputs(config, job.device, batch.images, batch.present, batch.projection)
+    by_study = config.fusion is not None
+    images, *views = network_inputs(batch.images, batch.present, batch.projection, job.device, by_study)
     if config.augment == "none":
         inputs = normalize(images, pixels["mean"], pixels["std"])
     else:
@@ -380,7 +383,7 @@ def evaluate_state(job: Job, state: TrainState, data: TrainingData, log: Log) ->
     state.best = max(score, state.best)
     if job.ranks.is_first:
         if is_best or job.config.keep == "last":
-            save_best(job, data.seen, state.ema.state_dict(), epoch, score)
+            save_best(job, state.seen, state.ema.state_dict(), epoch, score)
             forget_calibration(job.run)  # of the previous weights
         # Rewritten from the checkpoint's history, so that repeated steps are not listed twice.
         lines = "".join(json.dumps(line) + "\n" for line in state.history)

@@ -20,9 +20,9 @@ from torch import nn
 
 import train
 from model.augment import normalize
+from model.predict import to_device
 from model.runs.config import Config, Setup
-from model.runs.job import open_job, to_device
-from model.runs.targets import open_training
+from model.runs.job import open_job, open_training
 from pipeline.stream.batches import Batch
 
 KEPT = 4  # batches that lie in memory

@@ -1,4 +1,4 @@
-"""Network + batches → scores, in the order of the batches."""
+"""The device and its precision; network + batches → scores, in the order of the batches."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -19,6 +19,46 @@ class DivergedError(DataError):
 
 class MemoryExhaustedError(DataError):
     """The device has too little memory for a step; the same settings would run out again."""
+
+
+def find_device() -> torch.device:
+    """The GPU if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def choose_precision(amp: str) -> torch.dtype:
+    """The precision of autocast on this machine; float32 means none.
+
+    `auto`: bf16 if the GPU supports it, else fp16; off on CPUs, where it is slower. Raises DataError.
+    """
+    on_gpu = torch.cuda.is_available()
+    if amp == "auto" and on_gpu:
+        amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if amp == "fp16" and not on_gpu:
+        raise DataError("`amp` fp16 needs a GPU; use bf16 or off on this machine")
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp, torch.float32)
+
+
+def to_device(array: npt.NDArray[np.generic], device: torch.device) -> Tensor:
+    """A NumPy array as a tensor on the device; to a GPU through pinned memory, without waiting."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+def network_inputs(
+    images: npt.NDArray[np.uint8],
+    present: npt.NDArray[np.bool_],
+    projection: npt.NDArray[np.int8],
+    device: torch.device,
+    by_study: bool,
+) -> tuple[Tensor, ...]:
+    """A network's inputs on the device: images uint8 [N, 1, H, W].
+
+    Networks that pool the views of studies also take each sample's filled places, bool [B, V], and the projections,
+    int8 [N].
+    """
+    arrays = (images, present, projection) if by_study else (images,)
+    return tuple(to_device(array, device) for array in arrays)
 
 
 @contextmanager

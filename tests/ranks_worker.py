@@ -18,8 +18,7 @@ from torchvision.ops import FrozenBatchNorm2d
 import train
 from model.networks import build_network
 from model.runs import commands
-from model.runs.job import Job
-from model.runs.targets import open_training
+from model.runs.job import Job, open_training
 
 GRADIENTS = 3  # steps whose gradients are kept
 

@@ -10,7 +10,7 @@ from model.initial import Start
 from model.networks import build_network, load_initial
 from model.runs.config import Config, Setup, name_outputs, open_start
 from model.runs.folder import fuse, open_run, record_environment, save_best
-from model.runs.job import open_job, open_rows
+from model.runs.job import open_job
 from model.runs.overlap import list_seen
 from model.runs.results import finish_run
 from pipeline.base.errors import SettingError
@@ -57,7 +57,7 @@ def adopt_weights(config: Config, setup: Setup, run: Path, arch: str | None) -> 
     torch.manual_seed(job.config.seed)  # for the unused outputs
     network = build_network(job.config.arch, len(outputs))
     say(f"{start.path}: {load_initial(network, start, outputs, job.config.labels)}")
-    seen = list_seen(job, [("dev", open_rows(job, "dev"))])
+    seen = list_seen(job, ["dev"])
     open_run(run, job.config)
     record_environment(job)
     save_best(job, seen, fuse(network, job.config).state_dict(), 0.0, math.nan)

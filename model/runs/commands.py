@@ -192,10 +192,10 @@ def embed_command(given: Embedding, setup: Setup, config: Config) -> int:
         config = replace(config, arch=check_arch(given.source), amp="off", uncertain="ignore", blank="ignore")
     check_folders(setup.shards, [run] if run.is_dir() else [])
     from model.runs.embeddings import embed_split, open_encoder, start_encoder, write_embeddings
-    from model.runs.job import Job, choose_device, open_job
+    from model.runs.job import Job, open_job
 
     if run.is_dir():
-        job = Job(read_config(run), setup.open(), run, *choose_device("off"), setup)
+        job = Job(read_config(run), setup.open(), run, setup)
         encoder = open_encoder(job)
     else:
         job = open_job(config, setup, run)

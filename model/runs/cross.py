@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from model.runs.config import is_reported, read_config
-from model.runs.job import Job, choose_device, open_rows
+from model.runs.job import Job, open_rows
 from model.runs.overlap import check_seen, check_start, read_seen
 from model.runs.predictor import of_job
 from pipeline.base.errors import DataError
@@ -74,7 +74,7 @@ def open_other(run: Path, job: Job) -> Job:
     if config.fusion != job.config.fusion:
         raise DataError(f"{run}: scores {config.units}, and these runs {job.config.units}")
     config = replace(config, **{name: getattr(job.config, name) for name in same})
-    return replace(job, config=config, run=run, precision=choose_device(config.amp)[1], start=None)
+    return replace(job, config=config, run=run, start=None)
 
 
 def list_labels(jobs: Mapping[str, Job]) -> list[str]:

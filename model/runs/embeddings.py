@@ -22,9 +22,9 @@ from torch import nn
 from model.augment import normalize
 from model.frozen import embed
 from model.networks import build_network, load_initial
-from model.predict import explain_memory
+from model.predict import explain_memory, to_device
 from model.runs.folder import fuse
-from model.runs.job import Job, open_rows, read_batches, to_device
+from model.runs.job import Job, open_rows, read_batches
 from model.runs.overlap import Seen, check_seen
 from model.runs.predictor import EVALUATION_BATCH, load_network
 from pipeline.base.files import atomic_file

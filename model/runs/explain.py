@@ -11,8 +11,8 @@ import pyarrow.compute as pc
 
 from model.augment import normalize
 from model.heatmaps import draw_maps
-from model.predict import explain_memory
-from model.runs.job import Job, open_images, to_device
+from model.predict import explain_memory, to_device
+from model.runs.job import Job, open_images
 from model.runs.overlap import check_seen
 from model.runs.predictor import Network, load_network
 from pipeline.base.csvs import demand, read_strings

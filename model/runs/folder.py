@@ -57,6 +57,7 @@ class TrainState:
     forward: Callable[..., Tensor]  # the network, averaging gradients over ranks, perhaps compiled
     auroc: "RecentAUROC"  # of the batches since the last check
     bad: Unusable  # images of train
+    seen: Sequence[Entry] = ()  # images and patients that the weights learn from
     losses: list[Tensor] = field(default_factory=list)  # loss and gradient norm of each batch since then, [2]
     done: int = 0  # steps, of all epochs
     evaluated: int = 0  # steps that were done at the last evaluation

@@ -1,34 +1,53 @@
-"""A job: a run's configuration, shards and device; and the batches of these shards.
+"""A job, which is a run's configuration with its shards; and the data that it learns from or scores.
 
 job = open_job(Config(lr=1e-3, epochs=3), Setup(shards=("shards",)), "runs/first")
 train.train(job)
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import torch
-from torch import Tensor
 
 from model.initial import Start
+from model.predict import choose_precision, find_device
 from model.ranks import ALONE, Ranks
-from model.runs.config import Config, Setup, check_config, open_start, resolve_config
+from model.runs.config import (
+    TEACHER_SCORES,
+    Config,
+    Setup,
+    check_config,
+    learned_columns,
+    open_start,
+    parse_choice,
+    resolve_config,
+    split_columns,
+)
 from pipeline.base.errors import DataError
 from pipeline.console import say, say_once
-from pipeline.labels import MOST_VIEWS, split_patients
+from pipeline.labels import LABELS, MOST_VIEWS, label_states, split_patients
 from pipeline.manifest import Manifest
-from pipeline.policies import check_blank_policy, evaluation_targets
+from pipeline.measure.scores import read_scores
+from pipeline.policies import (
+    check_blank_policy,
+    describe_one_class,
+    evaluation_targets,
+    make_targets,
+    one_class_labels,
+    parse_uncertain_policy,
+)
 from pipeline.stream.batches import BatchStream, Labels, Unusable, stream_batches
 from pipeline.stream.collection import Collection
-from pipeline.stream.plan import Rows, Samples, Step
+from pipeline.stream.plan import Rows, Samples, Step, Weights, training_steps
 from pipeline.stream.samples import OpenSplit, find_images, find_studies
-from pipeline.stream.select import NothingSelectedError, select_rows
+from pipeline.stream.select import NothingSelectedError, balance_weights, find_strata, mix_weights, select_rows
 
 
 @dataclass(frozen=True)
@@ -38,12 +57,20 @@ class Job:
     config: Config
     shards: Collection
     run: Path
-    device: torch.device
-    precision: torch.dtype  # of autocast; float32 means none
     setup: Setup
     ranks: Ranks = ALONE
     start: Start | None = None  # the weights to start from
     shared_images: bool = False  # allow scoring images that the weights were trained on
+
+    @property
+    def device(self) -> torch.device:
+        """The GPU if there is one, else the CPU."""
+        return find_device()
+
+    @property
+    def precision(self) -> torch.dtype:
+        """The precision of autocast. Raises DataError if this machine cannot compute in it."""
+        return choose_precision(self.config.amp)
 
     @property
     def manifest(self) -> Manifest:
@@ -69,29 +96,15 @@ def open_job(config: Config, setup: Setup, run: str | Path, ranks: Ranks = ALONE
         say_once(text)
     config = resolve_config(config, collection, setup.teacher, start)
     check_config(config, ranks)
-    device = choose_device(config.amp)
-    return Job(config, collection, Path(run), *device, setup, ranks, start)
-
-
-def choose_device(amp: str) -> tuple[torch.device, torch.dtype]:
-    """The GPU if there is one, else the CPU; and the precision of autocast (float32: no autocast).
-
-    `auto`: bf16 if the GPU supports it, else fp16; off on CPUs, where it is slower. Raises DataError.
-    """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if amp == "auto" and device.type == "cuda":
-        amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    if amp == "fp16" and device.type == "cpu":
-        raise DataError("`amp` fp16 needs a GPU; use bf16 or off on this machine")
-    return device, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp, torch.float32)
+    choose_precision(config.amp)  # before hours of work
+    return Job(config, collection, Path(run), setup, ranks, start)
 
 
 @dataclass(frozen=True)
 class Selected:
-    """A split, the rows of the images that a run uses, and the samples made from them."""
+    """A split, and the samples that a run uses."""
 
     split: OpenSplit
-    images: Rows
     samples: Samples
     blank: str  # the shards' policy, so that runs with any policy are measured on the same cells
     bad: Unusable = field(default_factory=Unusable)  # over all epochs and evaluations
@@ -156,11 +169,11 @@ def open_rows(job: Job, name: str) -> Selected:
     blank = check_blank_policy(job.manifest.policies["blank"] or job.config.blank)
     bad = Unusable(int(job.config.max_bad * len(rows)))
     if job.config.fusion is None:
-        return Selected(split, rows, find_images(split, rows), blank, bad)
+        return Selected(split, find_images(split, rows), blank, bad)
     samples, left_out = find_studies(split, rows)
     if left_out and job.ranks.is_first:
         say(f"{name}: {left_out:,} images beyond their study's first {MOST_VIEWS} are left out")
-    return Selected(split, rows, samples, blank, bad)
+    return Selected(split, samples, blank, bad)
 
 
 def read_batches(job: Job, chosen: Selected, labels: Labels, plan: Callable[[int], Iterator[Step]]) -> BatchStream:
@@ -169,22 +182,132 @@ def read_batches(job: Job, chosen: Selected, labels: Labels, plan: Callable[[int
     return stream_batches(chosen.split, labels, plan, size=shape, threads=threads, bad=chosen.bad)
 
 
-def network_inputs(
-    config: Config,
-    device: torch.device,
-    images: npt.NDArray[np.uint8],
-    present: npt.NDArray[np.bool_],
-    projection: npt.NDArray[np.int8],
-) -> tuple[Tensor, ...]:
-    """Inputs of a run's network, on the device: images uint8 [N, 1, H, W].
+class TrainingData(NamedTuple):
+    """The data for training a run."""
 
-    Networks that pool views also take each sample's filled places, bool [B, V], and the projections, int8 [N].
+    train: Selected
+    dev: Selected  # chooses the checkpoint
+    labels: Labels  # of train, under the run's policies
+    weights: Weights | None  # for sampling train; None: each sample once per epoch
+    steps: int  # in an epoch
+
+
+def open_training(job: Job) -> TrainingData:
+    """The training data in a job's shards. Raises DataError if it is too small, before anything is written."""
+    config = job.config
+    train, dev = open_rows(job, "train"), open_rows(job, "dev")
+    check_reported(job, dev)
+    steps = training_steps(len(train.rows), config.batch_size)
+    if steps == 0:
+        most = len(train.rows) // 2 * 2
+        how = f"choose one of {most} or less" if most else "there must be 2 or more"
+        raise DataError(
+            f"{job.shards}: {len(train.rows)} train {config.units} are less than one batch of `batch_size` "
+            f"{config.batch_size}: {how}"
+        )
+    labels = training_labels(job, train)
+    return TrainingData(train, dev, labels, training_weights(job, labels, train), steps)
+
+
+def check_reported(job: Job, dev: Selected) -> None:
+    """Before training, report which folders have no dev, and if no image of valid meets the conditions.
+
+    Raises DataError if dev cannot choose a checkpoint, or if valid cannot be read.
     """
-    arrays = (images,) if config.fusion is None else (images, present, projection)
-    return tuple(to_device(array, device) for array in arrays)
+    one_class = {label for label, *_ in one_class_labels(dev.truth.target[dev.rows], dev.truth.mask[dev.rows])}
+    chosen = parse_choice(job.config.choose_by)
+    if one_class.issuperset(job.config.labels) or one_class.intersection(chosen):
+        raise DataError(no_choice(job, [label for label in chosen if label in one_class]))
+    has_dev = {folder.name: "dev" in folder.manifest.splits for folder in job.shards.folders}
+    if lacking := [name for name, has in has_dev.items() if not has and any(has_dev.values())]:
+        others = ", ".join(name for name, has in has_dev.items() if has)
+        say(
+            f"{', '.join(lacking)}: no dev split, so checkpoint and thresholds are chosen on {others} alone; to choose "
+            "on all, write these shards with `dev`"
+        )
+    if "valid" in job.manifest.splits:
+        try:
+            open_rows(job, "valid")
+        except NothingSelectedError as error:
+            say(f"valid: {error}: the report is without valid")
 
 
-def to_device(array: npt.NDArray[np.generic], device: torch.device) -> Tensor:
-    """A NumPy array as a tensor on the device; to a GPU through pinned memory, without waiting."""
-    tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+def no_choice(job: Job, lacking: Sequence[str] = ()) -> str:
+    """The error if dev is insufficient: labels of `choose_by` lack a class there, or all labels do."""
+    if lacking:
+        what = "have" if len(lacking) > 1 else "has"
+        how = "raise `dev`, or choose by other labels"
+        return f"{job.shards}: `choose_by`: {', '.join(lacking)} {what} one class on dev; {how}"
+    return f"{job.shards}: no label of dev has both classes to choose a checkpoint by; raise `dev`"
+
+
+def training_labels(job: Job, train: Selected) -> Labels:
+    """Targets and masks of train under the run's policies; warns about selected labels with one class.
+
+    For these, raises DataError if the job is strict; also if a teacher is missing or unusable.
+    """
+    config, table = job.config, train.split.table
+    policy = parse_uncertain_policy(config.uncertain)
+    wanted = [label for label in config.labels if policy[label] == "selftrained"]
+    scores = None if job.setup.teacher is None else teacher_scores(job.setup.teacher, train, wanted)
+    labels = Labels(*make_targets(table, policy, config.blank, config.seed, scores))
+    if job.manifest.not_annotated:
+        say(f"not annotated in {job.shards}, so not learned: {', '.join(job.manifest.not_annotated)}")
+    one_class = one_class_labels(labels.target[train.rows], labels.mask[train.rows])
+    lacking = describe_one_class(counts for counts in one_class if counts[0] in config.labels)
+    if lacking and job.setup.strict:
+        raise DataError(f"`strict`: {'; '.join(lacking)}")
+    for text in lacking:
+        say(f"{text}: it cannot be learned")
+    labels.mask[:, np.setdiff1d(range(len(LABELS)), learned_columns(config))] = False
+    return labels
+
+
+def teacher_scores(teacher: Path, train: Selected, labels: Sequence[str]) -> npt.NDArray[np.float32]:
+    """A teacher's scores [N, 14] of the labels' uncertain cells in the rows used; 0 in cells not used for training.
+
+    Raises DataError if one of these rows was not scored.
+    """
+    table = train.split.table
+    scores = np.zeros((table.num_rows, len(LABELS)), np.float32)
+    columns = np.array([LABELS.index(label) for label in labels], np.int64)
+    states, _ = label_states(table)
+    rows = train.rows[(states[train.rows][:, columns] == -1).any(axis=1)]
+    scores[np.ix_(rows, columns)] = read_scores(teacher / TEACHER_SCORES, table["key"].take(rows), labels)
+    return scores
+
+
+def training_weights(job: Job, labels: Labels, train: Selected) -> Weights | None:
+    """Sampling weights [N] of train's samples; None if each is used once per epoch.
+
+    Raises DataError if a label or a folder has nothing to sample.
+    """
+    if job.config.balance is not None:
+        over = split_columns(job.config.balance_over) if job.config.balance_over else []
+        return draw_weights(job.config.balance, over, labels, train)
+    if not job.config.mix:
+        return None
+    try:
+        return mix_weights(train.split.folder[train.rows], job.config.mix)
+    except ValueError as error:
+        raise DataError(f"`mix`: {error} of {job.shards}, in train") from None
+
+
+def draw_weights(label: str, over: Sequence[str], labels: Labels, train: Selected) -> Weights:
+    """Weights [S] that sample a label's positives and negatives equally often.
+
+    Also within each combination of values of the columns `over`; reports how many samples are never used, because
+    their combination has one class. Raises DataError for an unknown column, or if nothing can be balanced.
+    """
+    rows, column = train.rows, LABELS.index(label)
+    options = f"`balance` {label}" + (f" `balance_over` {','.join(over)}" if over else "")
+    try:
+        strata = find_strata(train.split.table.take(rows), over) if over else None
+        weights = balance_weights(labels.target[rows, column], labels.mask[rows, column], strata)
+    except DataError as error:
+        raise DataError(f"{options}: {error}") from None
+    except ValueError as error:
+        raise DataError(f"{options}: {error} in train") from None
+    if left_out := int((weights == 0).sum()):
+        say(f"{options}: {left_out:,} of {len(rows):,} samples are never used: those like them have one class")
+    return weights

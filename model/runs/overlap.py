@@ -10,7 +10,7 @@ The hash keeps IDs out of the file, but does not anonymize: anyone with the file
 """
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ import torch
 from model.checkpoint import load_checkpoint, refused
 from model.initial import UNKNOWN, Entry, hand_on
 from model.runs.config import read_members
-from model.runs.job import Job, Selected, open_images, selected_splits
+from model.runs.job import Job, open_images, selected_splits
 from pipeline.base.errors import DataError
 from pipeline.console import say, say_once
 from pipeline.identity import join_content, name_patients
@@ -29,14 +29,15 @@ from pipeline.identity import join_content, name_patients
 Seen = Sequence[Entry]
 
 
-def list_seen(job: Job, selected: Iterable[tuple[str, Selected]]) -> Seen:
+def list_seen(job: Job, splits: Sequence[str]) -> Seen:
     """The entries of a run that trains on these splits, then those of its initial weights and its teacher.
 
     Raises DataError before training if the initial weights or the teacher were trained on images of dev or valid.
     """
     before, own = check_start(job), []
-    for name, chosen in selected:
-        table = chosen.split.table.take(chosen.images)
+    for name in splits:
+        split, rows = open_images(job, name)
+        table = split.table.take(rows)
         arrays = (_list_images(table), hash_patients(table, job.shards.namespace))
         images, patients = (torch.from_numpy(np.unique(values)) for values in arrays)
         own.append(Entry(run="", split=name, images=images, patients=patients))

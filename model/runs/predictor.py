@@ -29,11 +29,11 @@ from torch import Tensor, nn
 from model.checkpoint import load_checkpoint, refused
 from model.names import UNKNOWN_FRONTAL
 from model.networks import build_network
-from model.predict import predict_scores
+from model.predict import choose_precision, find_device, network_inputs, predict_scores
 from model.ranks import ALONE, Ranks, requested
 from model.runs.config import ENSEMBLE, Config, Setup, learned_columns, name_outputs, read_config, read_members
 from model.runs.folder import fuse
-from model.runs.job import Job, Selected, choose_device, network_inputs, open_rows, read_batches
+from model.runs.job import Job, Selected, open_rows, read_batches
 from model.runs.overlap import Seen, check_seen, report_seen
 from model.runs.views import read_view
 from pipeline.base.errors import DataError
@@ -239,10 +239,7 @@ def open_scoring(predictor: Predictor, out: Path | None, shards: Collection, wor
 
     Calibrates members that are not calibrated. Raises DataError if another run or ensemble uses the folder.
     """
-    jobs = [
-        Job(config, shards, run, *choose_device(config.amp), Setup(workers=workers))
-        for run, config in predictor.configs.items()
-    ]
+    jobs = [Job(config, shards, run, Setup(workers=workers)) for run, config in predictor.configs.items()]
     if len(jobs) == 1:
         return jobs[0]
     folder = predictor.folder or out or jobs[0].run.parent / "+".join(job.run.name for job in jobs)[:200]
@@ -293,7 +290,7 @@ def load_network(
         if not pixels["std"] > 0:
             raise ValueError("pixels")
         about = (pixels, ImageOptions(**best["images"]), best["seen"], best["dataset"], calibration)
-    network = network.to(choose_device("off")[0]).to(memory_format=torch.channels_last)
+    network = network.to(find_device()).to(memory_format=torch.channels_last)
     return Network(run, config, network, *about)
 
 
@@ -320,7 +317,7 @@ def score_split(
             bad[[start + position for position in batch.bad]] = 1
             scored[start : start + len(batch.target)] = True
             images = batch.images if alter is None else alter(batch.images)
-            yield network_inputs(config, job.device, images, batch.present, batch.projection)
+            yield network_inputs(images, batch.present, batch.projection, job.device, config.fusion is not None)
             advance(min(int(scored.sum()) * job.ranks.count, len(rows)), len(rows))
 
     with progress_bar(f"Scoring {split.name}", config.units) as advance:
@@ -340,7 +337,7 @@ def score_split(
 def _score_files(member: Network, samples: Sequence[Sequence[Path]], workers: int) -> tuple[Floats, Unreadable]:
     """As `Predictor.score_files`, for one network."""
     config = member.config
-    device, precision = choose_device(config.amp)
+    device, precision = find_device(), choose_precision(config.amp)
     read = partial(read_view, config=config, options=member.images)
     bad: Unreadable = []
     contents: list[int] = []
@@ -367,7 +364,7 @@ def _score_files(member: Network, samples: Sequence[Sequence[Path]], workers: in
                 usable[[start + position for position in without]] = False
                 present = np.zeros((len(some), max(sizes)), np.bool_)
                 present[sample[kept], place[kept]] = True
-                yield network_inputs(config, device, images[kept], present, projection[kept])
+                yield network_inputs(images[kept], present, projection[kept], device, config.fusion is not None)
                 advance(start + len(some), len(samples))
 
     with progress_bar("Scoring", config.units) as advance:

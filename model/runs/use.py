@@ -438,13 +438,13 @@ def localize_command(given: Localization) -> int:
     from model.ranks import listen
     from model.runs.explain import draw_cells, read_marks, tabulate_localization
     from model.runs.folder import result_name
-    from model.runs.job import Job, choose_device
+    from model.runs.job import Job
     from pipeline.measure.localization import measure_localization
 
     listen()
     collection = data.open()
     shared = given.shared_images
-    job = Job(config, collection, run, *choose_device("off"), Setup(workers=1), shared_images=shared)
+    job = Job(config, collection, run, Setup(workers=1), shared_images=shared)
     marks = read_marks(boxes)
     cells = list(draw_cells(job, splits, marks))
     if not cells:

@@ -17,8 +17,7 @@ import pytest
 import train
 from model.runs.config import Config, Setup, read_config
 from model.runs.folder import open_run
-from model.runs.job import open_job
-from model.runs.targets import open_training
+from model.runs.job import open_job, open_training
 from pipeline import open_shards
 from pipeline.base.files import hash_file
 from pipeline.stream.batches import BatchStream

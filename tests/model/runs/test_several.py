@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 
 import train
-from model.runs.job import Job, open_rows
+from model.runs.job import Job, check_reported, open_rows, training_labels, training_weights
 from model.runs.overlap import hash_patients, read_seen
-from model.runs.targets import check_reported, training_labels, training_weights
 from pipeline.etl.shards import Execution, write_shards
 from pipeline.manifest import read_manifest, read_table
 from pipeline.measure.evaluation import read_evaluation

@@ -42,10 +42,9 @@ from model.ranks import Ranks, Stopped, listen
 from model.runs import folder, predictor, results
 from model.runs.config import Config, read_config
 from model.runs.folder import open_run, record_environment
-from model.runs.job import Job, open_rows
+from model.runs.job import Job, draw_weights, open_rows, open_training, training_labels
 from model.runs.predictor import of_job, score_split
 from model.runs.results import evaluate
-from model.runs.targets import draw_weights, open_training, training_labels
 from pipeline import DataError, console
 from pipeline.base.files import claimed
 from pipeline.labels import LABELS, hash_fraction
