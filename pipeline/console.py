@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 failed, 2 usage, 3 done but with rejects under --strict, 1
 import io
 import os
 import re
+import resource
 import shlex
 import shutil
 import signal
@@ -24,6 +25,7 @@ from pipeline.base.workers import skip_pandas
 
 # How libraries report that memory ran out, for a code segment, an array or a thread.
 NO_MEMORY = ("failed to map segment", "annot allocate memory", "launch worker thread", "can't start new thread")
+LEAST_MEMORY = 3 * 2**30  # bytes of address space: with less, OpenBLAS crashes or waits forever while it is loaded
 LINE_SECONDS = 10.0  # between plain lines if there is no terminal
 
 
@@ -114,6 +116,16 @@ def refuse_usage(wrong: object, text: str) -> None:
         raise click.UsageError(text)
 
 
+def _begin() -> None:
+    """Before a command: check the limit of memory, whose lack the libraries below do not report."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if 0 <= limit < LEAST_MEMORY:  # RLIM_INFINITY is -1
+        raise DataError(
+            f"not enough memory: the limit (ulimit -v) is {limit // 1024:,} kB; raise it to {LEAST_MEMORY // 1024:,}"
+        )
+    skip_pandas()
+
+
 def _terminate(number: int, _: object) -> NoReturn:
     _received.append(number)
     sys.exit(143)
@@ -124,7 +136,7 @@ def run_command(command: click.Command, context: object = None) -> None:
 
     `context` is handed to commands that ask for it by `click.pass_obj`.
     """
-    command.callback = skip_pandas  # which a group calls before the command, and not for --help
+    command.callback = _begin  # which a group calls before the command, and not for --help
     # As an exception, so that clean-up runs: by default SIGTERM ends Python on the spot.
     signal.signal(signal.SIGTERM, _terminate)
     # A shell that runs this in the background has it ignore Ctrl-C.

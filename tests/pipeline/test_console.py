@@ -76,6 +76,8 @@ FULL_SHM = 'mount -t tmpfs -o size=4k tmpfs /dev/shm && head -c 4096 /dev/zero >
     [
         (["sh", "-c", 'ulimit -n 16; exec "$@"'], ["shards", "CheXpert-v1.0-small", "out"],
          "Too many open files; raise the limit, as by ulimit -n 4096"),
+        (["sh", "-c", 'ulimit -v 600000; exec "$@"'], ["stats", "shards"],
+         "not enough memory: the limit (ulimit -v) is 600,000 kB; raise it to 3,145,728"),
         (["sh", "-c", 'exec "$@" > /dev/full'], ["stats", "shards"],
          "stdout: No space left on device; make room, and run it again"),
         (["unshare", "-m", "sh", "-c", FULL_SHM], ["shards", "CheXpert-v1.0-small", "out"],
