@@ -5,7 +5,8 @@ Or, without writing anything, a preview of its shards.
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,11 +16,13 @@ import pyarrow as pa
 from pipeline.base.errors import DataError
 from pipeline.base.files import atomic_file
 from pipeline.base.options import option
+from pipeline.etl.cluster import PACKAGES
 from pipeline.images import ENCODINGS, SQUARES, ImageError, ImageOptions, prepare
 from pipeline.labels import VIEWS
 from pipeline.measure.counts import Statistics, count_labels, describe_views
 from pipeline.policies import find_one_class
 from pipeline.sources.rows import Omitted, Splits, divide_rows, find_missing, read_images, read_splits
+from pipeline.sources.sets import SETS
 from pipeline.sources.source import Source
 
 PARTIAL = ".partial"  # inside the output folder, until the run is finished
@@ -70,39 +73,57 @@ class Options:
         return read_splits(source, views=self.views, dev=self.dev, seed=self.seed, limit=self.limit)
 
 
-class PlanTask(NamedTuple):
-    """What to plan, into `folder`."""
+@dataclass(frozen=True)
+class Run:
+    """The shards to write into `out`; `sources` are the hashes of the tables. It is pickled for worker processes."""
 
-    folder: Path
+    out: Path
     source: Source
     options: Options
-    strict: Mapping[str, str] | None = None  # policies that must leave every label of train with both classes
+    policies: Mapping[str, str]
+    sources: Mapping[str, str]
+    strict: bool  # with these policies, every label of train must have both classes
+
+    @property
+    def partial(self) -> Path:
+        """The folder of plans and records."""
+        return self.out / PARTIAL
+
+    @property
+    def wanted(self) -> dict[str, dict[str, object]]:
+        """What is known of the manifest before shards are written: options, policies, sources."""
+        options = asdict(self.options) | self.source.stated
+        if self.source.set != SETS[self.source.set].terms.name:  # other rows of the same table
+            options["set"] = self.source.set
+        return {"options": options, "policies": {**self.policies}, "sources": {**self.sources}}
+
+    @property
+    def started(self) -> dict[str, dict[str, object]]:
+        """What must not change until the run is finished: the versions decide its bytes, too."""
+        return self.wanted | {"versions": {name: version(name) for name in (*PACKAGES, "chexpert-pipeline")}}
 
 
 class Plan(NamedTuple):
-    """Rows per split, and notes of `read_splits`."""
+    """The number of rows of each shard, per split, and notes of `read_splits`."""
 
-    rows: dict[str, int]
+    rows: dict[str, list[int]]
     notes: tuple[str, ...]
 
 
-def write_plan(task: PlanTask) -> Plan:
+def write_plan(run: Run) -> Plan:
     """Write the plan of every split. Raises DataError as `read_splits` does, and for anything that `strict` rejects."""
-    options = task.options
-    tables, _, notes = options.read_splits(task.source)
-    if task.strict and "train" in tables and (one_class := find_one_class(tables["train"], task.strict)):
+    options, rows = run.options, dict[str, list[int]]()
+    tables, _, notes = options.read_splits(run.source)
+    if run.strict and "train" in tables and (one_class := find_one_class(tables["train"], run.policies)):
         raise DataError(f"`strict`: {'; '.join(one_class)}; choose other policies")
     for split, table in tables.items():
-        with atomic_file(_plan_path(task.folder, split)) as file, pa.ipc.new_file(file, table.schema) as writer:
-            for rows in divide_rows(table.combine_chunks(), options.samples_per_shard, options.views):
-                writer.write_table(rows)
-    return Plan({split: table.num_rows for split, table in tables.items()}, notes)
-
-
-def count_planned(folder: Path, split: str) -> int:
-    """The number of shards that are planned for a split."""
-    with _plan_path(folder, split).open("rb") as file:
-        return int(pa.ipc.open_file(file).num_record_batches)
+        parts = divide_rows(table.combine_chunks(), options.samples_per_shard, options.views)
+        with atomic_file(_plan_path(run.partial, split)) as file, pa.ipc.new_file(file, table.schema) as writer:
+            rows[split] = []
+            for part in parts:
+                writer.write_table(part)
+                rows[split].append(part.num_rows)
+    return Plan(rows, notes)
 
 
 def read_planned(folder: Path, split: str, number: int) -> pa.RecordBatch:

@@ -2,7 +2,7 @@
 
 Three steps, in separate processes, so that the parent stays small at any size:
     planning   CSVs → the rows of every shard, as `.partial/<split>.plan`
-    writing    one shard's rows + images → its tar, and `.partial/<shard>.json`: its part of the index
+    writing    one shard's rows + images → its tar, and `.partial/<shard>.arrow`: its part of the index
     finish     all of these → the Arrow tables, rejects.csv, and the manifest, last
 
 Shards converge: a file whose hash matches its record or the manifest stays, anything else is written. So the same
@@ -12,8 +12,7 @@ under its name, and none is removed to be rewritten.
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import closing, nullcontext
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,16 +21,14 @@ from pipeline.base.files import claimed, hash_file, read_object, remove_temporar
 from pipeline.base.options import option
 from pipeline.base.store import check_access, is_remote, list_files, make_folder, named_failures, remove_folder
 from pipeline.base.workers import count_cpus, run_alone, run_tasks, run_threads
-from pipeline.etl.cluster import PACKAGES, run_on_cluster
-from pipeline.etl.planning import PARTIAL, Options, Plan, PlanTask, count_planned, read_planned, write_plan
+from pipeline.etl.cluster import run_on_cluster
+from pipeline.etl.planning import PARTIAL, Options, Run, write_plan
 from pipeline.etl.writing import (
     CHANGED,
     REJECTS,
-    FinishTask,
     Reject,
     ShardRecord,
     ShardTask,
-    Wanted,
     find_record,
     finish,
     index_split,
@@ -41,7 +38,6 @@ from pipeline.etl.writing import (
 )
 from pipeline.manifest import NAME, Manifest, read_manifest
 from pipeline.sources.rows import MISSING, find_missing
-from pipeline.sources.sets import SETS, find_terms
 from pipeline.sources.source import Source
 
 STARTED = "options.json"  # in PARTIAL: the run's request
@@ -73,43 +69,6 @@ class RunSummary(NamedTuple):
 Progress = Callable[[int, int, int], None]  # images done, images in all, rejects
 
 
-@dataclass(frozen=True)
-class Run:
-    """The arguments of `write_shards`; `wanted` is the part that the manifest records."""
-
-    out: Path
-    source: Source
-    options: Options
-    policies: Mapping[str, str]
-    wanted: Wanted
-    how: Execution
-    progress: Progress
-
-    @property
-    def partial(self) -> Path:
-        """The folder of plans and records."""
-        return self.out / PARTIAL
-
-    @property
-    def started(self) -> dict[str, dict[str, object]]:
-        """What must not change until the run is finished: the versions decide its bytes, too."""
-        return asdict(self.wanted) | {"versions": {name: version(name) for name in (*PACKAGES, "chexpert-pipeline")}}
-
-    def list_tasks(self, plan: Plan, hashes: Mapping[str, str]) -> list[ShardTask]:
-        """A task for each planned shard, whose hash is known if it was finished before."""
-        tasks = (
-            ShardTask(self.out, self.partial, split, number, self.source.roots, self.options.image)
-            for split in plan.rows
-            for number in range(count_planned(self.partial, split))
-        )
-        return [task._replace(sha256=hashes.get(task.file)) for task in tasks]
-
-    def finish_task(self, plan: Plan) -> FinishTask:
-        """What finishing needs."""
-        dataset = find_terms(self.source)._asdict()
-        return FinishTask(self.out, self.partial, tuple(plan.rows), self.wanted, dataset)
-
-
 def write_shards(
     source: Source,
     out: Path,
@@ -128,21 +87,16 @@ def write_shards(
     named_files = source.csvs | {f"facts-{number}": path for number, path in enumerate(source.facts, 1)}
     hashes = {name: hash_file(path) for name, path in named_files.items()}
     with named_failures(out, "cannot be written"):
-        chosen = _choose_policies(out, policies)
-        named = source.stated
-        if source.set != SETS[source.set].terms.name:  # other rows of the same table
-            named["set"] = source.set
-        wanted = Wanted(asdict(options) | named, chosen, hashes)
-        run = Run(out, source, options, chosen, wanted, how, progress)
-        manifest, damaged = _read_finished(run)
+        run = Run(out, source, options, _choose_policies(out, policies), hashes, how.strict)
+        manifest, damaged = _read_finished(run, how.workers)
         if manifest is None or damaged:
             make_folder(out)
             with nullcontext() if is_remote(out) else claimed(out):
                 # Look again: another process may have finished them before it released the folder.
-                manifest, damaged = _read_finished(run)
+                manifest, damaged = _read_finished(run, how.workers)
                 try:
                     if manifest is None or damaged:
-                        return _converge(run, manifest, damaged)
+                        return _converge(run, manifest, damaged, how, progress)
                 finally:
                     if not is_remote(out):
                         remove_temporaries(run.partial)
@@ -164,7 +118,7 @@ def _read_started(partial: Path) -> dict[str, dict[str, object]] | None:
         return None
 
 
-def _read_finished(run: Run) -> tuple[Manifest | None, list[str]]:
+def _read_finished(run: Run, workers: int) -> tuple[Manifest | None, list[str]]:
     """The manifest, if there is one, and the files that are missing or do not match its hashes.
 
     Raises DataError if its options, policies or CSVs differ.
@@ -172,11 +126,10 @@ def _read_finished(run: Run) -> tuple[Manifest | None, list[str]]:
     if not (run.out / NAME).exists():
         return None, []
     manifest = read_manifest(run.out)
-    wanted = asdict(run.wanted)
-    _refuse_difference(run.out, {name: getattr(manifest, name) for name in wanted}, wanted)
+    _refuse_difference(run.out, {name: getattr(manifest, name) for name in run.wanted}, run.wanted)
     files = manifest.files()
-    intact = run_threads(lambda name: is_intact(run.out / name, files[name]), list(files), run.how.workers)
-    damaged = sorted(name for name, whole in zip(files, intact, strict=True) if not whole)
+    intact = run_threads(lambda name: is_intact(run.out / name, files[name]), list(files), workers)
+    damaged = sorted(name for name, matches in zip(files, intact, strict=True) if not matches)
     if not damaged:
         remove_folder(run.partial)  # of a run that was killed at its very end
     return manifest, damaged
@@ -196,7 +149,9 @@ def _refuse_difference(
             raise DataError(f"{out} holds other shards: {difference}; remove it, or name another folder")
 
 
-def _converge(run: Run, manifest: Manifest | None, damaged: Collection[str]) -> RunSummary:
+def _converge(
+    run: Run, manifest: Manifest | None, damaged: Collection[str], how: Execution, progress: Progress
+) -> RunSummary:
     """Plan, write missing shards, and finish; if there is a manifest, rewrite damaged shards only.
 
     Raises DataError if the source no longer gives the bytes that the manifest records.
@@ -209,28 +164,29 @@ def _converge(run: Run, manifest: Manifest | None, damaged: Collection[str]) -> 
             _refuse_difference(run.out, before, run.started)
         remove_folder(run.partial)
     make_folder(run.partial)
-    task = PlanTask(run.partial, run.source, run.options, run.policies if run.how.strict else None)
-    plan = run_alone(write_plan, task, f"planning {run.out}")
-    tasks = run.list_tasks(plan, manifest.files() if manifest else {})
+    plan = run_alone(write_plan, run, f"planning {run.out}")
+    hashes = manifest.files() if manifest else {}
+    tasks = [ShardTask(run, split, number) for split, rows in plan.rows.items() for number in range(len(rows))]
+    tasks = [task._replace(sha256=hashes.get(task.path.name)) for task in tasks]
     if starts:
-        _refuse_others(run.out, {REJECTS, *(f"{split}.arrow" for split in plan.rows), *(t.file for t in tasks)})
+        _refuse_others(run.out, {REJECTS, *(f"{split}.arrow" for split in plan.rows), *(t.path.name for t in tasks)})
     write_json(run.partial / STARTED, run.started)
     # A table needs the records of all shards of its split.
     splits = [name for name in plan.rows if manifest is None or manifest.splits[name].table in damaged]
-    needed = [task for task in tasks if task.split in splits or task.file in damaged]
-    records = run_threads(find_record, needed, run.how.workers)
+    needed = [task for task in tasks if task.split in splits or task.path.name in damaged]
+    records = run_threads(find_record, needed, how.workers)
     unfinished = [task for task, record in zip(needed, records, strict=True) if record is None]
-    total = sum(plan.rows.values())  # the share of rejects is one of all images
-    rows = sum(read_planned(run.partial, task.split, task.number).num_rows for task in unfinished)
+    total = sum(map(sum, plan.rows.values()))  # the share of rejects is one of all images
+    rows = sum(plan.rows[task.split][task.number] for task in unfinished)
     finished = [record for record in records if record is not None]
     resumed = sum(record.shard.samples for record in finished)
-    finished += _write_tasks(run, unfinished, total - rows, total)
-    finishing, step = run.finish_task(plan), f"writing the tables of {run.out}"
+    finished += _write_tasks(run.partial, unfinished, how, progress, total - rows, total)
+    step = f"writing the tables of {run.out}"
     if manifest is None:
-        manifest = run_alone(finish, finishing, step)
+        manifest = run_alone(finish, (run, plan), step)
     else:
         for split in splits:
-            index = run_alone(index_split, (finishing, split), step)
+            index = run_alone(index_split, (run, plan, split), step)
             if index.entry != manifest.splits[split]:
                 raise DataError(f"{run.out / index.entry.table}: {CHANGED}")
     remove_folder(run.partial)
@@ -254,34 +210,35 @@ def _name_unseen(record: ShardRecord) -> str:
     return f"does not see {unseen[0]}" if unseen else ""
 
 
-def _write_tasks(run: Run, tasks: Sequence[ShardTask], resumed: int, total: int) -> list[ShardRecord]:
+def _write_tasks(
+    partial: Path, tasks: Sequence[ShardTask], how: Execution, progress: Progress, resumed: int, total: int
+) -> list[ShardRecord]:
     """Write shards in processes or on a cluster. Raises DataError for more rejects than are allowed."""
-    scheduler, max_bad = run.how.scheduler, run.how.max_bad
     done = 0
+    finished: list[ShardRecord] = []
     rejects: list[Reject] = []
 
     def tick(items: int) -> None:
-        run.progress(min(resumed + items, total), total, len(rejects))
+        progress(min(resumed + items, total), total, len(rejects))
 
     tick(0)
-    if scheduler is None:
-        results = run_tasks(write_shard, tasks, run.how.workers, tick)
+    if how.scheduler is None:
+        results = run_tasks(write_shard, tasks, how.workers, tick)
     else:
-        results = run_on_cluster(write_shard, tasks, scheduler, run.partial / STARTED, _name_unseen)
-    finished = []
+        results = run_on_cluster(write_shard, tasks, how.scheduler, partial / STARTED, _name_unseen)
     # Closed explicitly: when this raises, the workers must have ended before the caller goes on.
     with closing(results) as records:
         for record in records:
             finished.append(record)
             rejects += record.rejects
             done += record.shard.samples + len(record.rejects)
-            if scheduler is not None:
+            if how.scheduler is not None:
                 tick(done)
-            if len(rejects) > max_bad * total:
-                write_rejects(run.partial, rejects)
+            if len(rejects) > how.max_bad * total:
+                write_rejects(partial, rejects)
                 raise DataError(
-                    f"{len(rejects)} of {total:,} images cannot be used, more than `max_bad` {max_bad:.2%}; "
-                    f"{run.partial / REJECTS} lists them; the first: {rejects[0].file}: {rejects[0].reason}"
+                    f"{len(rejects)} of {total:,} images cannot be used, more than `max_bad` {how.max_bad:.2%}; "
+                    f"{partial / REJECTS} lists them; the first: {rejects[0].file}: {rejects[0].reason}"
                 )
-    run.progress(total, total, len(rejects))
+    progress(total, total, len(rejects))
     return finished

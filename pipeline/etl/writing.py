@@ -7,7 +7,7 @@ the run was killed and started again.
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import astuple
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -19,11 +19,12 @@ from pipeline.base.errors import DataError
 from pipeline.base.files import atomic_file, hash_file, read_arrow, write_csv, write_table
 from pipeline.base.tar import BLOCK, END, tar_member
 from pipeline.base.workers import report_item
-from pipeline.etl.planning import count_planned, read_planned
-from pipeline.images import ENCODINGS, ImageError, ImageOptions, Original, gray_statistics, prepare
+from pipeline.etl.planning import Plan, Run, read_planned
+from pipeline.images import ENCODINGS, ImageError, Original, gray_statistics, prepare
 from pipeline.labels import LABELS, count_rows, find_unannotated
 from pipeline.manifest import PLACES, Manifest, Shard, Split, checksum, name_facts, write_manifest
 from pipeline.sources.rows import read_images
+from pipeline.sources.sets import find_terms
 
 REJECTS = "rejects.csv"
 RECORD = b"record"  # in the metadata of a table
@@ -32,31 +33,25 @@ _FACTS = ("key", "patient", "study", "view", "sex", "age", "projection")
 
 
 class ShardTask(NamedTuple):
-    """One shard to write into `out`, by the plan in `partial`, where its record goes.
+    """One shard to write; `sha256` is the tar's required hash if it restores a finished one."""
 
-    `sha256` is the tar's required hash if it restores a finished one.
-    """
-
-    out: Path
-    partial: Path
+    run: Run
     split: str
     number: int
-    roots: tuple[Path, ...]
-    options: ImageOptions
     sha256: str | None = None
 
     @property
-    def file(self) -> str:
-        """The shard's file name."""
-        return f"{self.split}-{self.number:06d}.tar"
+    def path(self) -> Path:
+        """The tar."""
+        return self.run.out / f"{self.split}-{self.number:06d}.tar"
 
     @property
     def record(self) -> Path:
         """The table of its rows, and its `ShardRecord`; written after the tar."""
-        return (self.partial / self.file).with_suffix(".arrow")
+        return self.run.partial / f"{self.path.stem}.arrow"
 
     def __str__(self) -> str:
-        return str(self.out / self.file)
+        return str(self.path)
 
 
 class Reject(NamedTuple):
@@ -81,25 +76,6 @@ class ShardRecord(NamedTuple):
     rejects: tuple[Reject, ...]
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """The requested shards: the part of the manifest that is known before they are written."""
-
-    options: dict[str, object]
-    policies: dict[str, str]
-    sources: dict[str, str]
-
-
-class FinishTask(NamedTuple):
-    """A run to finish: its splits, the manifest's options, policies and sources, and the data set."""
-
-    out: Path
-    partial: Path
-    splits: tuple[str, ...]
-    wanted: Wanted
-    dataset: dict[str, str]
-
-
 class Index(NamedTuple):
     """A split's entry in the manifest, the counts of its gray levels [256], its rejects, labels it lacks, and facts."""
 
@@ -115,9 +91,8 @@ def write_shard(task: ShardTask) -> ShardRecord:
 
     Raises DataError, and leaves the file unchanged, if the tar would have another hash than `sha256`.
     """
-    rows = read_planned(task.partial, task.split, task.number)
-    with atomic_file(task.out / task.file) as file:
-        record, table = _write_tar(task, rows, file)
+    with atomic_file(task.path) as file:
+        record, table = _write_tar(task, file)
         if task.sha256 not in (None, record.shard.sha256):
             raise DataError(f"{task}: {CHANGED}")
     text = json.dumps([astuple(record.shard), *record[1:]])
@@ -139,7 +114,7 @@ def find_record(task: ShardTask) -> ShardRecord | None:
         record, _ = read_record(task.record)
     except (FileNotFoundError, DataError):
         return None
-    return record if is_intact(task.out / task.file, record.shard.sha256) and not record.rejects else None
+    return record if is_intact(task.path, record.shard.sha256) and not record.rejects else None
 
 
 def is_intact(path: Path, sha256: str) -> bool:
@@ -150,15 +125,16 @@ def is_intact(path: Path, sha256: str) -> bool:
         return False
 
 
-def _write_tar(task: ShardTask, batch: pa.RecordBatch, file: BinaryIO) -> tuple[ShardRecord, pa.Table]:
+def _write_tar(task: ShardTask, file: BinaryIO) -> tuple[ShardRecord, pa.Table]:
     """Write the members; returns the record, and the rows that were kept, with their places and originals."""
-    rows = batch.to_pylist()
+    batch = read_planned(task.run.partial, task.split, task.number)
+    rows, options = batch.to_pylist(), task.run.options.image
     sha256 = hashlib.sha256()
     position = bytes_in = stripped = 0
     kept, places, notes = [], [], []
     levels = np.zeros(256, np.int64)
     rejects: list[Reject] = []
-    suffix = ENCODINGS[task.options.encoding]
+    suffix = ENCODINGS[options.encoding]
 
     def write(data: bytes) -> None:
         nonlocal position
@@ -168,12 +144,12 @@ def _write_tar(task: ShardTask, batch: pa.RecordBatch, file: BinaryIO) -> tuple[
 
     # All at once: between two images, the codec has driven this code out of the processor's caches.
     documents = [tar_member(f"{row['key']}.json", _sample_json(row)) for row in rows]
-    contents = read_images([row["file"] for row in rows], task.roots)
+    contents = read_images([row["file"] for row in rows], task.run.source.roots)
     for row, document, content in zip(rows, documents, contents, strict=True):
         try:
             if isinstance(content, ImageError):
                 raise content
-            image = prepare(content, task.options, row.get("bits"))
+            image = prepare(content, options, row.get("bits"))
         except ImageError as error:
             rejects.append(Reject(task.split, row["key"], row["file"], str(error)))
             kept.append(False)
@@ -181,7 +157,7 @@ def _write_tar(task: ShardTask, batch: pa.RecordBatch, file: BinaryIO) -> tuple[
             kept.append(True)
             bytes_in += len(content)
             stripped += image.stripped
-            crc = checksum(image.data, task.options.encoding)
+            crc = checksum(image.data, options.encoding)
             places.append((task.number, position + BLOCK, len(image.data), crc, *image.original))
             notes.append("; ".join(image.notes) or None)
             write(tar_member(f"{row['key']}.{suffix}", image.data) + document)
@@ -194,7 +170,7 @@ def _write_tar(task: ShardTask, batch: pa.RecordBatch, file: BinaryIO) -> tuple[
     for number, field in enumerate(fields):
         table = table.append_column(field, pa.array([row[number] for row in places], field.type))
     table = table.append_column("note", pa.array(notes, pa.string()))
-    shard = Shard(task.file, len(places), position, sha256.hexdigest())
+    shard = Shard(task.path.name, len(places), position, sha256.hexdigest())
     return ShardRecord(shard, bytes_in, stripped, levels.tolist(), tuple(rejects)), table
 
 
@@ -204,39 +180,41 @@ def _sample_json(row: Mapping[str, object]) -> bytes:
     return json.dumps({name: row[name] for name in _FACTS} | {"labels": labels}).encode()
 
 
-def finish(task: FinishTask) -> Manifest:
+def finish(task: tuple[Run, Plan]) -> Manifest:
     """Write the Arrow tables, rejects.csv if there are any, and the manifest."""
-    indexes = {split: index_split((task, split)) for split in task.splits}
+    run, plan = task
+    indexes = {split: index_split((run, plan, split)) for split in plan.rows}
     rejects = [reject for index in indexes.values() for reject in index.rejects]
     if rejects:
-        write_rejects(task.out, rejects)
+        write_rejects(run.out, rejects)
     else:
-        (task.out / REJECTS).unlink(missing_ok=True)
+        (run.out / REJECTS).unlink(missing_ok=True)
     measured = indexes.get("train", next(iter(indexes.values())))
     manifest = Manifest(
-        **asdict(task.wanted),
+        options=run.wanted["options"],
+        policies=run.policies,
+        sources=run.sources,
         pixels=gray_statistics(measured.levels),
         splits={split: index.entry for split, index in indexes.items()},
         rejects=tuple({"split": r.split, "key": r.key, "reason": r.reason} for r in rejects),
-        dataset=task.dataset,
+        dataset=find_terms(run.source)._asdict(),
         not_annotated=tuple(
             label for label in LABELS if all(label in index.not_annotated for index in indexes.values())
         ),
         facts=measured.facts,
     )
-    write_manifest(task.out, manifest)
+    write_manifest(run.out, manifest)
     return manifest
 
 
-def index_split(item: tuple[FinishTask, str]) -> Index:
+def index_split(task: tuple[Run, Plan, str]) -> Index:
     """Write `<split>.arrow`: the rows that were kept, without paths, plus each image's position and original facts."""
-    task, split = item
-    numbers = range(count_planned(task.partial, split))
-    parts = [read_record(task.partial / f"{split}-{number:06d}.arrow") for number in numbers]
+    run, plan, split = task
+    parts = [read_record(ShardTask(run, split, number).record) for number in range(len(plan.rows[split]))]
     samples = pa.concat_tables(table for _, table in parts)
     if samples["note"].null_count == len(samples):
         samples = samples.drop_columns(["note"])
-    digest = write_table(task.out / f"{split}.arrow", samples)
+    digest = write_table(run.out / f"{split}.arrow", samples)
     shards = tuple(record.shard for record, _ in parts)
     entry = Split(**count_rows(samples), table=f"{split}.arrow", table_sha256=digest, shards=shards)
     levels = np.array([record.levels for record, _ in parts], np.int64).sum(axis=0)
