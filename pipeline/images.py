@@ -347,24 +347,13 @@ def _inner_shape(shape: tuple[int, int], options: ImageOptions) -> tuple[int, in
 
 
 def _fit(source: Picture, options: ImageOptions) -> Gray:
-    """The pixels resized, cropped or padded as the options require."""
-    pixels, (height, width) = source.pixels, source.shape
-    inner = _inner_shape(source.shape, options)
-    top, left, bottom, right = 0, 0, height, width
+    """The pixels cropped, resized or padded as the options require."""
+    pixels, inner = source.pixels, _inner_shape(source.shape, options)
     if options.square == "crop":
-        side = min(height, width)
-        top, left = (height - side) // 2, (width - side) // 2
-        bottom, right = top + side, left + side
-    scale, method = 1.0, Image.Resampling.LANCZOS
-    if pixels.shape != source.shape:
-        # A DCT-scaled image is rounded up to whole pixels: the box is the exact part.
-        parts, method = (part for part in SCALES if ceil(height / part) == pixels.shape[0]), Image.Resampling.HAMMING
-        scale = 1 / next(parts)
-    if scale < 1 or inner[0] > bottom - top or inner[1] > right - left:
-        box = (left * scale, top * scale, right * scale, bottom * scale)
-        pixels = np.asarray(Image.fromarray(pixels).resize((inner[1], inner[0]), method, box))
-    else:
-        pixels = resize(pixels[top:bottom, left:right], *inner)
+        side = min(pixels.shape)
+        top, left = ((length - side) // 2 for length in pixels.shape)
+        pixels = pixels[top : top + side, left : left + side]
+    pixels = resize(pixels, *inner)
     if options.square == "pad" and options.size is not None:
         square = np.zeros((options.size, options.size), np.uint8)
         top, left = (options.size - inner[0]) // 2, (options.size - inner[1]) // 2
