@@ -42,7 +42,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -64,6 +64,7 @@ from model.runs.config import (
     name_choice,
     name_outputs,
     parse_choice,
+    say_finished,
     three_class_columns,
 )
 from model.runs.folder import (
@@ -112,7 +113,7 @@ def train(job: Job, watch: Watch = lambda history: None) -> None:
         if job.ranks.is_first:
             job.run.mkdir(parents=True, exist_ok=True)  # only now: a run that fails to start leaves no folder
             stack.enter_context(claimed(job.run))
-            job = replace(job, config=open_run(job.run, job.config, data.steps))
+            open_run(job.run, job.config)
             record_environment(job)
         together = f", {job.ranks.count} ranks" if job.ranks.joined else ""
         say(f"{job.config.arch} on {job.device.type}, {state.precision}{together}")
@@ -168,10 +169,7 @@ def resume(job: Job, state: TrainState, steps: int) -> bool:
     if state.done < total and not is_out_of_patience(job.config, state):
         say(f"{run}: continuing after step {state.done:,} of {total:,}")
         return False
-    say(
-        f"{run}: finished, after step {state.done:,} of {total:,}; to train further, raise `epochs`, or start another "
-        f"`run` with `init` {run}"
-    )
+    say_finished(run, state.done)
     return job.ranks.first(is_reported(run))
 
 

@@ -101,7 +101,7 @@ def assert_same_run(run: Path, other: Path) -> None:
     """Bitwise: weights, averages, optimizer, position, and every number of the metrics."""
     for name in ("last.pt", "best.pt"):
         ours, theirs = load_checkpoint(run / name), load_checkpoint(other / name)
-        for key in "images precision dataset outputs terms seen arch".split():  # texts, or with texts
+        for key in "images precision dataset outputs terms seen arch image_size".split():  # texts, or with texts
             assert str(ours.pop(key, None)) == str(theirs.pop(key, None))
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
     for name in ("metrics.jsonl", "evaluation-dev.json", "evaluation-valid.json", "scores-valid.arrow"):

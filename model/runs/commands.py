@@ -28,6 +28,7 @@ from model.runs.config import (
     read_config,
     resolve_config,
     run_option,
+    say_finished,
 )
 from pipeline.base.errors import needs
 from pipeline.base.files import check_folder
@@ -213,13 +214,9 @@ def is_finished(config: Config, setup: Setup, run: Path) -> bool:
     if not is_reported(run):
         return False
     start = open_start(config, setup.init)
-    if resolve_config(config, setup.open(), setup.teacher, start) != replace(read_config(run), extended=()):
+    if resolve_config(config, setup.open(), setup.teacher, start) != read_config(run):
         return False  # `open_run` reports the difference
-    done = json.loads((run / "metrics.jsonl").read_bytes().splitlines()[-1])["step"]
-    say(
-        f"{run}: finished, after step {done:,}; to train further, raise `epochs`, or start another `run` with "
-        f"`init` {run}"
-    )
+    say_finished(run, json.loads((run / "metrics.jsonl").read_bytes().splitlines()[-1])["step"])
     return True
 
 

@@ -5,7 +5,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from pipeline.base.errors import DataError, SettingError
 from pipeline.base.files import hash_file, read_object
 from pipeline.base.options import check_values, option
 from pipeline.base.workers import share_of_cores
+from pipeline.console import say
 from pipeline.labels import LABELS, VIEWS, find_label, parse_labels
 from pipeline.manifest import read_manifest
 from pipeline.measure.evaluation import MEANS
@@ -191,7 +192,6 @@ class Config:
     )
     # Mean and standard deviation that normalize gray levels; empty: the shards'.
     input_scale: tuple[float, ...] = ()
-    extended: tuple[int, ...] = ()  # earlier values of `epochs`, each trained to the end of its schedule
     equalize: bool = False  # whether the network equalizes its input, if it is or was `robust`
     choose_by: str = run_option(
         "all",
@@ -341,46 +341,41 @@ def describe_step(config: Config, ranks: "Ranks") -> tuple[str, str]:
     return doing, f"`accumulate` {parts[0]} computes the same batch in {parts[0]} parts"
 
 
+AUCM = "`loss` aucm compares a whole batch's classes: no `accumulate`, `balance`, `pos_weight` or policy multiclass"
+CONFLICTS = (  # two settings that do not go together
+    *(("loss", other, AUCM) for other in ("accumulate", "balance", "pos_weight", "uncertain")),
+    ("mix", "balance", "`mix` does not go with `balance`: both decide how often an image is sampled"),
+    ("balance", "pos_weight", "`balance` does not go with `pos_weight`: each corrects alone"),
+    ("freeze", "layer_decay", "`layer_decay` is for the blocks that `freeze` keeps as they are: choose one of them"),
+    ("pretrained", "init", "`pretrained` or `init`, not both"),
+)
+NEEDS = {"balance_over": ["balance"], "init_labels": ["init"], "freeze": ["init", "pretrained"]}  # one of these
+
+
 def check_config(config: Config, ranks: "Ranks") -> None:
     """Raise SettingError for values that are invalid, contradict each other, or do not work with these ranks."""
+    import torch  # here, because it takes seconds
+
     check_values(config)
-    if config.loss == "aucm" and (config.pos_weight or three_class_columns(config)):
-        raise SettingError("`loss` aucm goes neither with `pos_weight` nor with the policy multiclass")
-    if config.loss == "aucm" and config.accumulate > 1:
-        raise SettingError("`loss` aucm is of a whole batch: it does not go with `accumulate`")
-    if config.mix and config.balance:
-        raise SettingError("`mix` does not go with `balance`: both decide how often an image is sampled")
-    if config.balance and (config.loss == "aucm" or config.pos_weight):
-        raise SettingError("`balance` goes neither with `loss` aucm nor with `pos_weight`: each corrects alone")
-    if config.balance_over and not config.balance:
-        raise SettingError("`balance_over` is for the label of `balance`: it needs one")
+    active = vars(config) | {"loss": config.loss == "aucm", "accumulate": config.accumulate > 1}
+    active |= {"uncertain": three_class_columns(config), "layer_decay": config.layer_decay < 1}
+    for name, other, text in CONFLICTS:
+        if active[name] and active[other]:
+            raise SettingError(text)
+    for name, others in NEEDS.items():
+        if active[name] and not any(active[other] for other in others):
+            raise SettingError(f"`{name}` needs {' or '.join(f'`{other}`' for other in others)}")
     if unlearned := [label for label in parse_choice(config.choose_by) if label not in config.labels]:
         raise SettingError(f"`choose_by` {config.choose_by}: {', '.join(unlearned)} not among `labels`")
     if not can_divide(config.batch_size, config.accumulate, ranks):
-        of_ranks = f" on each of {ranks.count} ranks" if ranks.count > 1 else ""
-        raise SettingError(
-            f"`batch_size` {config.batch_size} for `accumulate` {config.accumulate}{of_ranks}: "
-            "the parts must be equal, of 2 images or more"
-        )
-    if config.sync_bn and not (ranks.joined and _has_gpu()):
+        each = f" on each of {ranks.count} ranks" if ranks.count > 1 else ""
+        batch = f"`batch_size` {config.batch_size} for `accumulate` {config.accumulate}{each}"
+        raise SettingError(f"{batch}: the parts must be equal, of 2 images or more")
+    if config.sync_bn and not (ranks.joined and torch.cuda.is_available()):
         raise SettingError("`sync_bn` is for training by torchrun on GPUs")
-    if config.freeze and not (config.init or config.pretrained):
-        raise SettingError("`freeze` keeps the weights that a run starts from: it needs `init` or `pretrained`")
-    if config.freeze and config.layer_decay < 1:
-        raise SettingError("`layer_decay` is for the blocks that `freeze` keeps as they are: choose one of them")
     own = own_input(config.arch)
     if own is not None and own.fixed and config.shape != (own.size, own.size):
         raise SettingError(f"`arch` {config.arch} takes images of {own.size} pixels alone: leave `image_size` out")
-    if config.init_labels and not config.init:
-        raise SettingError("`init_labels` are those of the weights of `init`: it needs one")
-    if config.pretrained and config.init:
-        raise SettingError("`pretrained` or `init`, not both")
-
-
-def _has_gpu() -> bool:
-    import torch  # here, because it takes seconds
-
-    return torch.cuda.is_available()
 
 
 def open_start(config: Config, init: Path | None) -> "Start | None":
@@ -453,11 +448,9 @@ def is_reported(run: Path) -> bool:
     return all((run / name).exists() for name in (*files, "model-card.md"))
 
 
-def _check_names(values: Mapping[str, object]) -> None:
-    """Raise ValueError if config.json lacks a field: the run may not have used the current default."""
-    for item in fields(Config):
-        if item.name not in values:
-            raise ValueError(f"{item.name} is missing")
+def say_finished(run: Path, steps: int) -> None:
+    """Report that nothing is left to train."""
+    say(f"{run}: finished, after step {steps:,}; to train further, start another `run` with `init` {run}")
 
 
 def read_config(run: Path) -> Config:
@@ -465,12 +458,13 @@ def read_config(run: Path) -> Config:
     path = run / "config.json"
     try:
         values = json.loads(path.read_bytes())
-        _check_names(values)
-        tuples: dict[str, object] = {name: tuple(v) for name, v in values.items() if isinstance(v, list)}
-        config = Config(**values | tuples)
+        # Every setting: a default may not be what the run used.
+        settings = {item.name: values.pop(item.name) for item in fields(Config)}
+        tuples: dict[str, object] = {name: tuple(v) for name, v in settings.items() if isinstance(v, list)}
+        config = Config(**settings | tuples | values)
         check_values(config)
         return config
     except FileNotFoundError:
         raise DataError(f"{run}: no config.json, so not a run folder") from None
-    except (AttributeError, TypeError, ValueError, DataError) as error:
+    except (AttributeError, LookupError, TypeError, ValueError, DataError) as error:
         raise DataError(f"{path}: damaged, or of another version: {str(error)[:200]}") from error

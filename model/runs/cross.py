@@ -63,7 +63,7 @@ def train_runs(
         for alone in (made[Path(folder).name] for folder in shards):
             check_seen(replace(jobs[str(run)], shards=alone.shards), _choose_split(alone.shards), read_seen(run))
     for job in made.values():
-        if not (is_reported(job.run) and replace(read_config(job.run), extended=()) == job.config):
+        if not (is_reported(job.run) and read_config(job.run) == job.config):
             train(job)
     return jobs
 

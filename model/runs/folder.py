@@ -9,7 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,13 +23,12 @@ from model.fusion import StudyNetwork
 from model.initial import Entry
 from model.names import own_input
 from model.networks import weights_terms
-from model.optim import scheduled_lr
 from model.ranks import Ranks
 from model.runs.config import Config, name_outputs, read_config
 from model.runs.job import Job
 from pipeline.base.errors import DataError, describe_difference, needs
 from pipeline.base.files import named_writes, write_atomically, write_json
-from pipeline.console import say, say_once
+from pipeline.console import say_once
 from pipeline.images import ImageOptions
 from pipeline.manifest import find_restriction
 from pipeline.stream.batches import Unusable
@@ -118,40 +117,16 @@ def fuse(network: nn.Module, config: Config) -> nn.Module:
     return network if config.fusion is None else StudyNetwork(network, config.fusion, config.freeze)
 
 
-def open_run(run: Path, config: Config, steps: int = 0) -> Config:
-    """Create or open the run folder; returns its configuration.
-
-    A run that finished all epochs, of `steps` each, may get more. Raises DataError, with the difference, if the folder
-    has another configuration.
-    """
+def open_run(run: Path, config: Config) -> None:
+    """Make the run's folder. Raises DataError, with the difference, if it has another configuration."""
     if (run / "config.json").exists():
-        before = read_config(run)
-        config = replace(config, extended=before.extended)
-        if config.epochs <= before.epochs or replace(config, epochs=before.epochs) != before:
-            if difference := describe_difference(asdict(before), asdict(config), asdict(before)):
-                raise DataError(
-                    f"{run} is a run of another configuration: {difference}; choose another `run` (in make: RUN=)"
-                )
-            return config
-        config = _extend(run, config, before.epochs, steps)
+        before = asdict(read_config(run))
+        if difference := describe_difference(before, asdict(config), before):
+            raise DataError(
+                f"{run} is a run of another configuration: {difference}; choose another `run` (in make: RUN=)"
+            )
     run.mkdir(parents=True, exist_ok=True)
     write_json(run / "config.json", asdict(config))
-    return config
-
-
-def _extend(run: Path, config: Config, epochs: int, steps: int) -> Config:
-    """The configuration of a run that continues after its last epoch; reports the learning rate."""
-    done = load_checkpoint(run / "last.pt").get("done")
-    if done != epochs * steps:
-        raise DataError(f"{run}: `epochs` can be raised after all {epochs} are done; its last step is {done:,}")
-    then = scheduled_lr(config.lr, done - 1, epochs * steps)
-    now = scheduled_lr(config.lr, done, config.epochs * steps)
-    say(
-        f"{run}: {epochs} epochs ended at a learning rate of {then:.2g}; the next follow the schedule of "
-        f"{config.epochs} from {now:.2g} down, so the result is not that of {config.epochs} epochs at once"
-    )
-    (run / "model-card.md").unlink(missing_ok=True)  # which marks a finished run
-    return replace(config, extended=(*config.extended, epochs))
 
 
 def describe_software(job: Job) -> dict[str, object]:
