@@ -1,4 +1,4 @@
-"""How often 95 % intervals hold the true figure, and how often verdicts on shortcuts are wrong.
+"""How often 95 % intervals contain the true value, and how often verdicts on shortcuts are wrong.
 
     OMP_NUM_THREADS=1 nice python -m benchmarks.coverage --replicates 2000
     OMP_NUM_THREADS=1 nice python -m benchmarks.coverage --replicates 200 --parts few verdicts gaps
@@ -13,14 +13,15 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from scipy.special import ndtr
 from scipy.special import ndtri as quantile
 
 from pipeline.labels import LABELS
 from pipeline.measure.belief import assess_belief
 from pipeline.measure.calibration import Calibration
-from pipeline.measure.delong import combine_limits, measure_areas
+from pipeline.measure.delong import combine, measure_areas, measure_precision
 from pipeline.measure.evaluate import Scored, assess_groups
-from pipeline.measure.metrics import draw_counts, wilson_limits
+from pipeline.measure.metrics import wilson_limits
 
 PATIENTS = 200
 RESAMPLES = 1000
@@ -60,6 +61,30 @@ def resampled(score: Array, truth: Array, owners: Array, counts: Array) -> Array
     return areas
 
 
+def resampled_precision(score: Array, truth: Array, owners: Array, counts: Array) -> Array:
+    """AUPRC [R] under weights [patients, R], of scores without ties; NaN without a positive."""
+    order = np.argsort(-score)
+    weights = counts[owners[order]]
+    hits = np.cumsum(weights * truth[order, None], axis=0)
+    precision = hits / np.maximum(np.cumsum(weights, axis=0), 1)
+    total = np.where(hits[-1] > 0, hits[-1], np.nan)
+    areas: Array = np.einsum("nr,nr->r", weights * truth[order, None], precision) / total
+    return areas
+
+
+def true_precision(auroc: float, share: float) -> float:
+    """The AUPRC of normal scores with an AUROC, of any number of images of which a share is positive."""
+    recall = (np.arange(20_000) + 0.5) / 20_000
+    alarms = ndtr(quantile(recall) - 2**0.5 * quantile(auroc))
+    return float((share * recall / (share * recall + (1 - share) * alarms)).mean())
+
+
+def draw_counts(resamples: int, seed: int) -> Array:
+    """How often each patient is in each resample: [patients, R]."""
+    shares = np.full(PATIENTS, 1 / PATIENTS)
+    return np.random.default_rng(seed).multinomial(PATIENTS, shares, resamples).T.astype(np.float32)
+
+
 def percentile(values: Array, shares: tuple[float, float] = (0.025, 0.975)) -> tuple[float, float]:
     low, high = np.nanquantile(values, shares)
     return float(low), float(high)
@@ -70,7 +95,7 @@ def compare_single(replicates: int, seed: int = 0) -> None:
     methods = ("percentile", "ours")
     print("| positives | AUROC |", " | ".join(methods), "| zero width: percentile, ours |")
     print("|---:" * (len(methods) + 3) + "|")
-    counts = np.concatenate(list(draw_counts(PATIENTS, RESAMPLES, RESAMPLES, seed)), axis=1).astype(np.float32)
+    counts = draw_counts(RESAMPLES, seed)
     for positives in POSITIVES:
         for true in AUROCS:
             random = np.random.default_rng([seed, positives, int(100 * true)])
@@ -94,7 +119,7 @@ def compare_combined(replicates: int, seed: int = 1) -> None:
     print("\nMean of 5 labels, paired differences of one label and of the mean: percentile, ours")
     print("| positives | true AUROCs | one label's difference | mean | mean's difference |")
     print("|---:|---|---:|---:|---:|")
-    counts = np.concatenate(list(draw_counts(PATIENTS, RESAMPLES // 2, RESAMPLES, seed)), axis=1).astype(np.float32)
+    counts = draw_counts(RESAMPLES // 2, seed)
     for positives in POSITIVES:
         for ours, theirs in ((0.7, 0.7), (0.85, 0.8), (0.95, 0.9)):
             random = np.random.default_rng([seed, positives, int(100 * ours)])
@@ -123,11 +148,41 @@ def compare_combined(replicates: int, seed: int = 1) -> None:
                     (np.concatenate([mean, -mean]), (drawn[0] - drawn[1]).mean(axis=0), ours - theirs),
                 )
                 for place, (weights, values, true) in enumerate(cases):
-                    limits = combine_limits(both, weights)
-                    for method, (low, high) in enumerate((percentile(values), limits.values())):
+                    _, *limits = combine(both, weights).values()
+                    for method, (low, high) in enumerate((percentile(values), limits)):
                         holds[number, place, method] = low <= true <= high
             cells = [", ".join(f"{share:.3f}" for share in pair) for pair in holds.mean(axis=0)]
             print(f"| {positives} | {ours}, {theirs} |", " | ".join(cells), "|", flush=True)
+
+
+def compare_precision(replicates: int, seed: int = 3) -> None:
+    """AUPRC, and its paired difference from that of scores with more noise and the same AUROC."""
+    print("\nAUPRC: share of intervals that contain the true one (median width), and of those of a difference")
+    print("| positives | AUROC | AUPRC | percentile | ours | difference: percentile, ours |")
+    print("|---:" * 6 + "|")
+    counts = draw_counts(RESAMPLES // 2, seed)
+    for positives in POSITIVES:
+        for auroc in AUROCS:
+            random = np.random.default_rng([seed, positives, int(100 * auroc)])
+            limits, truths = np.empty((replicates, 2, 2, 2)), np.empty(replicates)  # of area and difference, by method
+            for number in range(replicates):
+                patient = draw_films(random)
+                truth = draw_truth(random, patient, positives)
+                noise = 0.5**0.5 * draw_alike(random, patient, ALIKE)[:, None]
+                noise = noise + 0.5**0.5 * draw_alike(random, patient, ALIKE, (2,))
+                scores = noise + 2**0.5 * quantile(auroc) * truth[:, None]
+                cells = np.repeat(truth[:, None], 2, axis=1), np.ones(scores.shape, bool), patient
+                areas = measure_precision(scores, *cells)
+                values = np.array([resampled_precision(score, truth, patient, counts) for score in scores.T])
+                truths[number] = true_precision(auroc, positives / len(truth))
+                limits[number, 0] = percentile(values[0]), (areas.low[0], areas.high[0])
+                limits[number, 1] = percentile(values[0] - values[1]), [*combine(areas, [1, -1]).values()][1:]
+            actual = np.stack([truths, np.zeros(replicates)], axis=1)[..., None]
+            holds = ((limits[..., 0] <= actual) & (actual <= limits[..., 1])).mean(axis=0)
+            width = np.median(limits[:, 0, :, 1] - limits[:, 0, :, 0], axis=0)
+            cells_shown = [f"{share:.3f} ({size:.2f})" for share, size in zip(holds[0], width, strict=True)]
+            pair = ", ".join(f"{share:.3f}" for share in holds[1])
+            print(f"| {positives} | {auroc} | {truths.mean():.2f} |", " | ".join([*cells_shown, pair]), "|", flush=True)
 
 
 def compare_rates(replicates: int, seed: int = 2) -> None:
@@ -225,7 +280,7 @@ def count_gaps(replicates: int) -> None:
 
 
 PARTS: dict[str, Callable[[int], None]] = {
-    "single": compare_single, "combined": compare_combined, "rates": compare_rates,
+    "single": compare_single, "combined": compare_combined, "precision": compare_precision, "rates": compare_rates,
     "few": compare_few, "verdicts": count_verdicts, "gaps": count_gaps,
 }  # fmt: skip
 

@@ -19,7 +19,7 @@ from model.runs.commands import main
 from model.runs.config import Config, Setup
 from model.runs.folder import open_run
 from model.runs.job import Job, open_job
-from pipeline.measure import belief, judge
+from pipeline.measure import belief
 
 SMALL: dict[str, Any] = {"arch": "rescnn", "lr": 1e-3, "batch_size": 16, "epochs": 2, "image_size": "32"}
 SMALL |= {"amp": "off", "ema": 0.9}
@@ -65,9 +65,8 @@ def narrow_networks() -> Iterator[None]:
 
 @contextmanager
 def quick_ends() -> Iterator[None]:
-    """Few resamples, no page and no boosted trees, which take longest at the end of a run; `make soak` has them."""
+    """No page and no boosted trees, which take longest at the end of a run; `make soak` has them."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(judge, "RESAMPLES", 20)
         patch.setattr(results, "render_report", lambda *_: "a page")
         patch.setattr(belief, "predict", lambda covariates, *_: np.nan_to_num(covariates[:, 0]))
         patch.setattr(ranks, "listen", lambda: None)

@@ -22,7 +22,7 @@ from pipeline.base.files import write_atomically, write_json
 from pipeline.base.pages import open_templates, show_figure, show_limits, show_setting
 from pipeline.base.tabular import Table
 from pipeline.labels import LABELS
-from pipeline.measure.delong import Areas, combine_limits, measure_areas, weigh_labels
+from pipeline.measure.delong import Areas, combine, measure_areas, weigh_labels
 from pipeline.measure.metrics import Floats, count_classes
 from pipeline.stream.collection import Collection
 
@@ -166,10 +166,10 @@ def _choose_split(collection: Collection) -> str:
 
 def _compare(areas: Areas, own: Areas, share: Floats) -> Matrix:
     """A mean of AUROCs with its limits, and its difference from the set's own run."""
-    auroc, own_auroc = (float(share[share > 0] @ measured.auroc[share > 0]) for measured in (areas, own))
-    paired = combine_limits(areas.join(own), np.concatenate([share, -share]))
+    auroc, less = combine(areas, share), combine(areas.join(own), np.concatenate([share, -share]))
+    difference = {"difference": less["value"], "low": less["low"], "high": less["high"]}
+    excludes_zero = less["low"] > 0 or less["high"] < 0
     return {
-        "auroc": auroc,
-        **combine_limits(areas, share),
-        "less": {"difference": auroc - own_auroc, **paired, "excludes_zero": paired["low"] > 0 or paired["high"] < 0},
+        **{"auroc": auroc["value"], "low": auroc["low"], "high": auroc["high"]},
+        "less": difference | {"excludes_zero": excludes_zero},
     }

@@ -18,7 +18,7 @@ from pipeline.console import say
 from pipeline.identity import ignore
 from pipeline.labels import count_rows
 from pipeline.look.pixels import measure_edges
-from pipeline.measure.delong import combine_limits, measure_areas, weigh_labels
+from pipeline.measure.delong import combine, measure_areas, weigh_labels
 from pipeline.measure.evaluate import Scored
 from pipeline.measure.evaluation import Evaluation, read_evaluation
 from pipeline.measure.judge import Beside, add_own, combine_views, judge_scores
@@ -230,7 +230,7 @@ def measure_run(job: Job) -> dict[str, float | None]:
     figures = {split: mean_of(rows, same, "auroc") for split, rows in labels.items()}
     limits: dict[str, float | None] = dict.fromkeys(("low", "high"))
     if "valid" in scored:
-        limits = combine_limits(measure_areas(*scored["valid"][:4]), weigh_labels(names, same))
+        limits = combine(measure_areas(*scored["valid"][:4]), weigh_labels(names, same))
     return {
         "dev_auroc": mean_of(labels["dev"], chosen, "auroc"),
         "same_labels": len(same),

@@ -385,7 +385,7 @@ def summarize(evaluation: Evaluation) -> list[tuple[str, str]]:
 
 
 def describe_gaps(evaluation: Evaluation) -> list[str]:
-    """A line for each result that is undefined or based on fewer resamples, with the reason."""
+    """A line for each result that is undefined or left out, with the reason."""
     unannotated = evaluation.head.get("not_annotated", ())
     lines = list(evaluation.head.get("left_out", ()))
     lines += [
@@ -401,12 +401,6 @@ def describe_gaps(evaluation: Evaluation) -> list[str]:
         for mean, shown in MEANS.items():
             if evaluation.get("auroc", mean, level).value is None:
                 lines.append(f"{shown}, {units}: undefined, for lack of labels.")
-        resamples = evaluation.head["resamples"]
-        for row in evaluation.select(metric="auprc_resamples", level=level):
-            lost = resamples - (row.value or 0)
-            if 0 < lost < resamples:
-                text = f"{lost:,.0f} of {resamples:,} resamples have one class and are left out"
-                lines.append(f"{MEANS.get(str(row.label), row.label)}, {units}: {text} of AUPRC's interval.")
         lines += [
             f"{row.label}, {units} of dev: {row.note}."
             for row in evaluation.select(metric="bias", level=level)

@@ -30,7 +30,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pipeline.measure.audit import DEVICES, predict, shorten
-from pipeline.measure.delong import Areas, combine_limits, measure_areas, score_limits, score_variance
+from pipeline.measure.delong import Areas, combine, measure_areas, score_limits, score_variance
 from pipeline.measure.evaluate import Scored
 from pipeline.measure.evaluation import Evaluation
 from pipeline.measure.metrics import FEW, NO_LIMITS, Bools, Figure, Floats, Ints, Names, count_classes, label_cells
@@ -156,11 +156,10 @@ def compare_within(score: Floats, truth: Bools, patient: Names, groups: Mapping[
         positives, negatives = (np.bincount(codes, side & known) for side in (truth, ~truth))
         pairs = float((positives * negatives).sum() / (truth.sum() * (~truth).sum()))
         fall = left = NO_LIMITS
-        if not np.isnan(area.auroc[0]):
+        if not np.isnan(area.value[0]):
             both = plain.join(area)
-            fall = combine_limits(both, [1, -1], LEVEL / len(distinct))
-            fall = {"value": float(plain.auroc[0] - area.auroc[0]), **fall}
-            left = {end: limit - 0.25 for end, limit in combine_limits(both, [-0.5, 1]).items()}
+            fall = combine(both, [1, -1], LEVEL / len(distinct))
+            left = {end: combine(both, [-0.5, 1])[end] - 0.25 for end in NO_LIMITS}
         compared[variable] = Within(_describe(area), pairs, fall, left)
     return compared
 
@@ -280,9 +279,9 @@ def _measure_projections(score: Floats, truth: Bools, patient: Names, projection
 
 def _describe(areas: Areas | None) -> Figure:
     """The figure and limits of one area; None if it is undefined."""
-    if areas is None or np.isnan(areas.auroc[0]):
+    if areas is None or np.isnan(areas.value[0]):
         return {"value": None, **NO_LIMITS}
-    names = {"value": areas.auroc, "low": areas.low, "high": areas.high}
+    names = {"value": areas.value, "low": areas.low, "high": areas.high}
     return {name: float(values[0]) for name, values in names.items()}
 
 

@@ -1,4 +1,4 @@
-"""Scores, targets, masks and patients → 95 % intervals of AUROCs, their means and paired differences.
+"""Scores, targets, masks and patients → 95 % intervals of AUROCs and AUPRCs, their means and paired differences.
 
 A single AUROC gets Newcombe's score interval (method 5 in: Confidence intervals for an effect size measure based on
 the Mann-Whitney statistic, part 2, Statistics in Medicine 25, 2006), which never has zero width. A patient's images
@@ -8,9 +8,15 @@ few patients if a class has few, so Student's t replaces the normal distribution
 several images, with Satterthwaite's degrees of freedom; a class of a single patient leaves the interval [0, 1].
 
 An AUROC within strata, Σ w_k A_k with w_k the stratum's share of all pairs that share a stratum, has the variance
-Σ w_k² V_k. The limits of a mean or a difference follow from those of its AUROCs and their correlations (MOVER: Zou,
-Toward using confidence intervals to compare correlations, Psychological Methods 12, 2007). `benchmarks/coverage.py`
-compares this with other methods.
+Σ w_k² V_k.
+
+An AUPRC gets a logit interval (Boyd, Eng and Page, Area under the precision-recall curve: point estimates and
+confidence intervals, ECML 2013), with a variance from the influence of each patient's images on it (the infinitesimal
+jackknife: Efron, The jackknife, the bootstrap and other resampling plans, 1982) and the same degrees of freedom.
+
+The limits of a mean or a difference follow from those of its areas and their correlations (MOVER: Zou, Toward using
+confidence intervals to compare correlations, Psychological Methods 12, 2007). `benchmarks/coverage.py` compares this
+with other methods.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,13 +24,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pipeline.measure.metrics import NO_LIMITS, Bools, Figure, Floats, Ints, Names, Z, student_quantile
+from pipeline.measure.metrics import NO_LIMITS, Bools, Figure, Floats, Ints, Names, Z, student_quantile, threshold_curve
 
 
 class Areas(NamedTuple):
-    """AUROCs with their limits, and each patient's contribution to each AUROC's error; NaN if a class is missing."""
+    """Areas under curves with their limits, and each patient's contribution to their errors; NaN without a class."""
 
-    auroc: Floats  # [A]
+    value: Floats  # [A]
     low: Floats  # [A]
     high: Floats  # [A]
     freedom: Floats  # [A] degrees of freedom: the patients with the rarer class, minus one
@@ -36,14 +42,40 @@ class Areas(NamedTuple):
         return Areas._make(np.concatenate(pair, axis=-1) for pair in zip(self, other, strict=True))
 
 
+class _Clusters(NamedTuple):
+    """Patients' contributions to an area's error, and how many patients these rest on."""
+
+    influence: Floats  # [P]
+    owners: int  # the patients with the rarer class
+    freedom: float  # Satterthwaite's degrees of freedom
+    kish: float  # the design effect if a patient's images were the same: 1 with one image of a class per patient
+
+
 def measure_areas(scores: Floats, target: Floats, mask: Bools, patient: Names, stratum: Names | None = None) -> Areas:
     """The areas of scores [N, L] against targets [N, L] in {0, 1}, on the cells of mask [N, L], of patients [N].
 
     Every patient has a row in `influence`, even without a cell in the mask. With strata [N], only pairs of a positive
     and a negative of the same stratum count.
     """
+    strata = np.zeros(len(patient)) if stratum is None else stratum
+    return _measure_labels(_measure_auroc, scores, target, mask, patient, strata)
+
+
+def measure_precision(scores: Floats, target: Floats, mask: Bools, patient: Names) -> Areas:
+    """The AUPRCs of scores [N, L], as `measure_areas` returns AUROCs."""
+    return _measure_labels(_measure_auprc, scores, target, mask, patient, np.zeros(len(patient)))
+
+
+def _measure_labels(
+    measure: Callable[..., tuple[float, float, float, float, float, Floats]],
+    scores: Floats,
+    target: Floats,
+    mask: Bools,
+    patient: Names,
+    strata: Names,
+) -> Areas:
+    """The areas of each label by `measure`, on its cells with a cell of the other class in their stratum."""
     names, codes = np.unique(patient, return_inverse=True)
-    strata = np.zeros(len(codes)) if stratum is None else stratum
     columns = scores.shape[1]
     fields = np.full((5, columns), np.nan)
     influence = np.full((len(names), columns), np.nan)
@@ -53,7 +85,7 @@ def measure_areas(scores: Floats, target: Floats, mask: Bools, patient: Names, s
         used[used] = share_stratum(truth, strata[used])
         if used.any():
             cells = scores[used, column], target[used, column] == 1, codes[used], strata[used]
-            *fields[:, column], influence[:, column] = _measure(*cells, len(names))
+            *fields[:, column], influence[:, column] = measure(*cells, len(names))
     return Areas._make((*fields, influence))
 
 
@@ -70,36 +102,37 @@ def weigh_labels(names: Sequence[str], over: Sequence[str]) -> Floats:
     return np.array([1 / len(over) if name in over else 0.0 for name in names])
 
 
-def combine_limits(areas: Areas, weights: Sequence[float] | Floats, level: float = 0.05) -> Figure:
-    """`low` and `high` of Σ weight · AUROC, for weights [A]; None if an area with a weight is undefined.
+def combine(areas: Areas, weights: Sequence[float] | Floats, level: float = 0.05) -> Figure:
+    """`value`, `low` and `high` of Σ weight · area, for weights [A]; None if an area with a weight is undefined.
 
-    `level` is the chance that they miss it.
+    `level` is the chance that the limits miss it.
     """
     weight = np.asarray(weights, float)
     kept = weight != 0
-    if not kept.any() or np.isnan(areas.auroc[kept]).any():
-        return NO_LIMITS
-    weight, auroc, low, high, freedom = (values[kept] for values in (weight, *areas[:4]))
+    if not kept.any() or np.isnan(areas.value[kept]).any():
+        return {"value": None, **NO_LIMITS}
+    weight, area, low, high, freedom = (values[kept] for values in (weight, *areas[:4]))
     influence = areas.influence[:, kept]
     norm = np.sqrt((influence**2).sum(axis=0))
     unit = influence / np.where(norm > 0, norm, 1)
     correlation = unit.T @ unit
-    np.fill_diagonal(correlation, 1)  # of a perfect AUROC too, which has no influence values
-    middle = float(weight @ auroc)
+    np.fill_diagonal(correlation, 1)  # of a perfect area too, which has no influence values
+    middle = float(weight @ area)
 
     def margin(sides: Floats) -> float:
         return float(np.sqrt(max((weight * sides) @ correlation @ (weight * sides), 0)))
 
     if (weight > 0).all():
         scale = student_quantile(np.inf, level) / Z
-        return {"low": middle - scale * margin(auroc - low), "high": middle + scale * margin(high - auroc)}
+        below, above = scale * margin(area - low), scale * margin(high - area)
+        return {"value": middle, "low": middle - below, "high": middle + above}
     halves = (high - low) / 2  # symmetric, so that two runs with the same scores cancel out
     widest = max(margin(halves), Z * float(np.linalg.norm(influence @ weight)))
     # Satterthwaite's degrees of freedom; two runs have the same positives, hence half.
     shares = (weight * halves) ** 2
     pooled = float(shares.sum() ** 2 / (shares**2 / freedom).sum()) / 2
     half = widest * student_quantile(max(pooled, 1), level) / Z
-    return {"low": middle - half, "high": middle + half}
+    return {"value": middle, "low": middle - half, "high": middle + half}
 
 
 def score_limits(auroc: float, variance: Callable[[float], float], z: float = Z) -> tuple[float, float]:
@@ -128,7 +161,7 @@ def score_variance(theta: float, positives: float, negatives: float) -> float:
     return theta * (1 - theta) * factor / (positives * negatives)
 
 
-def _measure(
+def _measure_auroc(
     score: Floats, truth: Bools, codes: Ints, stratum: Names, patients: int
 ) -> tuple[float, float, float, float, float, Floats]:
     """AUROC, its limits, degrees of freedom, design effect, and influence values [P]; strata have both classes."""
@@ -147,33 +180,76 @@ def _measure(
     auroc = float(weights @ areas)
     own = np.where(truth, *sizes[:, strata])
     centered = (share - areas[strata]) * weights[strata] / own
+    clusters = _cluster(centered, truth, codes, patients)
     independent = float((centered**2 * own / np.maximum(own - 1, 1)).sum())
-    influence, kish, errors = np.zeros(patients), 1.0, []
-    for side in (truth, ~truth):
-        cells = np.bincount(codes[side], minlength=patients)
-        owners = int((cells > 0).sum())
-        part = np.bincount(codes[side], centered[side], patients) * np.sqrt(owners / max(owners - 1, 1))
-        influence += part
-        kish = max(kish, float((cells**2.0).sum()) / side.sum())
-        errors.append((float(part @ part), owners))
-    clustered = float(influence @ influence)
+    clustered = float(clusters.influence @ clusters.influence)
     # Similar images never carry more information; for a perfect AUROC, as much as one image per patient.
-    design = max(1, clustered / independent) if independent > 0 else kish
+    design = max(1, clustered / independent) if independent > 0 else clusters.kish
 
     def variance(theta: float) -> float:
         parts = (score_variance(theta, *counts) for counts in sizes.T)
         return design * float(sum(weight**2 * part for weight, part in zip(weights, parts, strict=True)))
 
-    freedom = max(min(owners for _, owners in errors) - 1, 1)
-    if kish == 1:
+    if clusters.kish == 1:
         limits = score_limits(auroc, variance)
-    elif any(owners == 1 for _, owners in errors):
+    elif clusters.owners == 1:
         limits = 0.0, 1.0  # one patient's images say nothing about how much patients differ
     else:
-        total = sum(error for error, _ in errors)
-        parts = sum(error**2 / (owners - 1) for error, owners in errors)
-        limits = score_limits(auroc, variance, student_quantile(total**2 / parts if total > 0 else freedom))
-    return auroc, *limits, freedom, design, influence
+        limits = score_limits(auroc, variance, student_quantile(clusters.freedom))
+    return auroc, *limits, max(clusters.owners - 1, 1), design, clusters.influence
+
+
+def _measure_auprc(
+    score: Floats, truth: Bools, codes: Ints, _: Names, patients: int
+) -> tuple[float, float, float, float, float, Floats]:
+    """AUPRC, its limits, degrees of freedom, design effect, and influence values [P], of cells of both classes."""
+    auprc, cells = influence_precision(score, truth)
+    clusters = _cluster(cells, truth, codes, patients)
+    own = np.where(truth, truth.sum(), (~truth).sum())
+    independent = float((cells**2 * own / np.maximum(own - 1, 1)).sum())
+    clustered = float(clusters.influence @ clusters.influence)
+    design = max(1, clustered / independent) if independent > 0 else clusters.kish
+    if clusters.owners == 1:
+        limits = 0.0, 1.0
+    elif auprc == 1:
+        limits = 0.025 ** (1 / clusters.owners), 1.0  # the exact binomial's, since nothing varies
+    else:
+        error = (design * independent) ** 0.5 / (auprc * (1 - auprc))  # in logits
+        half = min(student_quantile(clusters.freedom) * error, 700)
+        odds = auprc / (1 - auprc) * np.exp([-half, half])
+        limits = tuple((odds / (1 + odds)).tolist())
+    return auprc, *limits, max(clusters.owners - 1, 1), design, clusters.influence
+
+
+def influence_precision(score: Floats, truth: Bools) -> tuple[float, Floats]:
+    """AUPRC, the average precision, and its derivative [n] by each cell's weight, at weights of 1.
+
+    With H(s) positives among the C(s) cells that score s or more, and P positives in all: AUPRC = Σ_i H_i / C_i / P
+    over positives i, and a cell k adds [y_k (H_k / C_k - AUPRC) + Σ_{i: s_i ≤ s_k} (y_k / C_i - H_i / C_i²)] / P.
+    """
+    curve, place = threshold_curve(score, truth), np.unique(-score, return_inverse=True)[1]
+    hits, called = curve.true_positives, curve.true_positives + curve.false_positives
+    gained, precision = np.diff(hits, prepend=0), hits / called
+    auprc = float(gained @ precision / hits[-1])
+    # Sums over a cell's own place and all below it.
+    rise, fall = (np.cumsum((gained * part)[::-1])[::-1] for part in (1 / called, precision / called))
+    return auprc, (np.where(truth, (precision - auprc + rise)[place], 0) - fall[place]) / hits[-1]
+
+
+def _cluster(cells: Floats, truth: Bools, codes: Ints, patients: int) -> _Clusters:
+    """Patients' contributions, from those of their cells [n]; each class counts its own patients."""
+    influence, kish, errors = np.zeros(patients), 1.0, []
+    for side in (truth, ~truth):
+        counts = np.bincount(codes[side], minlength=patients)
+        owners = int((counts > 0).sum())
+        part = np.bincount(codes[side], cells[side], patients) * np.sqrt(owners / max(owners - 1, 1))
+        influence += part
+        kish = max(kish, float((counts**2.0).sum()) / side.sum())
+        errors.append((float(part @ part), owners))
+    total, fewest = sum(error for error, _ in errors), min(owners for _, owners in errors)
+    parts = sum(error**2 / max(owners - 1, 1) for error, owners in errors)
+    freedom = total**2 / parts if total > 0 else max(fewest - 1, 1)
+    return _Clusters(influence, fewest, freedom, kish)
 
 
 def share_below(score: Floats, others: Floats) -> Floats:

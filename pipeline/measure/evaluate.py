@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 
 from pipeline.labels import name_ages
 from pipeline.measure.calibration import Calibration, apply_calibration, fit_calibration
-from pipeline.measure.delong import Areas, combine_limits, measure_areas, weigh_labels
+from pipeline.measure.delong import Areas, combine, measure_areas, measure_precision, weigh_labels
 from pipeline.measure.evaluation import UNITS, Evaluation
 from pipeline.measure.metrics import (
     FEW,
@@ -28,25 +28,20 @@ from pipeline.measure.metrics import (
     Floats,
     Ints,
     Names,
-    areas,
     averaged_labels,
     brier_score,
     calibration_error,
     count_classes,
     decide,
-    interval,
     label_cells,
     mean_of,
     measure_rates,
     report_auroc,
-    resample_auprc,
-    resampled_mean,
-    subtract,
     subtract_independent,
     wilson_limits,
 )
 
-AREAS = ("auroc", "auprc")  # the metrics with intervals
+AREAS = {"auroc": measure_areas, "auprc": measure_precision}
 DECISIONS = (0.05, 0.1, 0.2, 0.3, 0.5)  # probabilities at which to act, for the net benefit
 KEPT = 0.6  # the AUROC above which a label is still recognized in altered images
 # The groups to compare; images in none of them are counted separately.
@@ -99,14 +94,11 @@ def assess(
     *,
     split: str = "",
     unit: str = "image",
-    resamples: int = 1000,
-    seed: int = 0,
     facts: Mapping[str, Names] = MappingProxyType({}),
 ) -> Evaluation:
     """The figures of a split's scores; `calibration` is what `calibrate` or `leave_uncalibrated` returns.
 
-    `unit` is what a row of `images` is: image or study. AUPRC intervals come from `resamples` resamples of patients,
-    drawn by `seed`; with 0 they are None. `facts` are texts [N] for further subgroups, None if unknown;
+    `unit` is what a row of `images` is: image or study. `facts` are texts [N] for further subgroups, None if unknown;
     those of more than MOST_GROUPS values are counted in `many_groups` of the head instead. Raises ValueError if there
     are no images or a score is not finite.
     """
@@ -116,7 +108,6 @@ def assess(
     few = {name: facts[name] for name, texts in values.items() if 1 < len(texts) <= MOST_GROUPS}
     head: dict[str, Any] = {"split": split, "unit": unit, "labels": list(names)}
     head |= {name: calibration[name] for name in ("combine", "sensitivity")}
-    head |= {"resamples": resamples, "seed": seed}
     head["many_groups"] = {name: len(texts) for name, texts in values.items() if len(texts) > MOST_GROUPS}
     evaluation = Evaluation(head)
     levels = {"image": images} if unit == "image" else {}
@@ -158,33 +149,27 @@ def study_level(images: Scored, combine: str = "max") -> Scored:
 
 def _add_level(evaluation: Evaluation, level: str, rows: Scored, calibration: Mapping[str, Calibration]) -> None:
     """Findings and their means, of images or of studies."""
-    names, resamples, seed = evaluation.labels, evaluation.head["resamples"], evaluation.head["seed"]
+    names = evaluation.labels
     evaluation.add(level, None, UNITS[level], len(rows.scores))
     evaluation.add(level, None, "patients", len(np.unique(rows.patient)))
-    means, measured = average(names, rows)
-    resampled = resample_auprc(*rows[:4], resamples, seed)
+    measured = {metric: measure(*rows[:4]) for metric, measure in AREAS.items()}
     cells = {cell.label: cell for cell in label_cells(names, *rows[:4])}
     calibrated = evaluation.head["sensitivity"] is not None
     figures = {name: _measure(cell, calibration[name] if calibrated else None) for name, cell in cells.items()}
-    for label, over in means.items():
+    for label, over in average(names, rows).items():
         counts = count_classes(cells[label].truth, cells[label].patient) if label in cells else {}
+        for metric, area in measured.items():
+            evaluation.add(level, label, metric, **combine(area, weigh_labels(names, over)), **counts)
         for metric in figures[names[0]]:
-            limits: Figure = {}
-            if metric == "auroc":
-                limits = combine_limits(measured, weigh_labels(names, over))
-            elif metric == "auprc":
-                values = resampled_mean(resampled, names, over)
-                limits = interval(values)
-                evaluation.add(level, label, "auprc_resamples", int((~np.isnan(values)).sum()))
             value = figures[label][metric] if label in figures else mean_of(figures, over, metric)
-            evaluation.add(level, label, metric, value, **limits, **counts)
+            evaluation.add(level, label, metric, value, **counts)
     for name, cell in cells.items():
         _add_decisions(evaluation, level, cell, calibration[name])
 
 
 def _measure(cells: Cells, fit: Calibration | None) -> Figure:
-    """A finding's metrics, of its scores and, if there is a fit, of its calibrated scores."""
-    figures = dict(zip(AREAS, areas(cells.score, cells.truth), strict=True))
+    """A finding's errors, of its scores and, if there is a fit, of its calibrated scores."""
+    figures: Figure = {}
     scores = {"": cells.score} | ({"_calibrated": apply_calibration(cells.score, fit)} if fit else {})
     for suffix, score in scores.items():
         figures[f"brier{suffix}"] = brier_score(score, cells.truth)
@@ -192,11 +177,11 @@ def _measure(cells: Cells, fit: Calibration | None) -> Figure:
     return figures
 
 
-def average(names: Sequence[str], rows: Scored) -> tuple[dict[str, list[str]], Areas]:
-    """The findings of each mean, and the areas: a finding is a mean over itself, or over nothing if it is undefined."""
+def average(names: Sequence[str], rows: Scored) -> dict[str, list[str]]:
+    """The findings of each mean; a finding is a mean over itself, or over nothing if it is undefined."""
     labels = report_auroc(names, *rows[:4])["labels"]
     alone = {name: [name] if label["auroc"] is not None else [] for name, label in labels.items()}
-    return alone | averaged_labels(labels), measure_areas(*rows[:4])
+    return alone | averaged_labels(labels)
 
 
 def _add_decisions(evaluation: Evaluation, level: str, cells: Cells, fit: Calibration) -> None:
@@ -285,8 +270,7 @@ def _add_group(
     names, level = evaluation.labels, evaluation.unit
     for name, score, truth, patient in label_cells(names, *rows[:4]):
         counts, threshold = count_classes(truth, patient), first_threshold(fits[name])
-        limits = combine_limits(measured, weigh_labels(names, [name]))
-        evaluation.add(level, name, "auroc", areas(score, truth)[0], group, **limits, **counts)
+        evaluation.add(level, name, "auroc", group=group, **combine(measured, weigh_labels(names, [name])), **counts)
         tpr = NO_LIMITS if threshold is None else measure_rates(threshold, score, truth, patient)["sensitivity"]
         evaluation.add(level, name, "tpr", group=group, **tpr, **counts)
         enough = len(np.unique(patient[truth])) >= FEW
@@ -305,18 +289,14 @@ def _add_macros(evaluation: Evaluation, measured: Mapping[str, Areas]) -> None:
     kept = [
         name for column, name in enumerate(names) if compared and all(not rows[group][column].few for group in compared)
     ]
-    share, macros = weigh_labels(names, kept), dict[str, float | None]()
-    for group, group_rows in rows.items():
-        inside = group in compared
-        values = [row.number for row in group_rows if row.label in kept]
-        macros[group] = sum(values) / len(kept) if inside and kept else None
-        limits = combine_limits(measured[group], share) if inside else NO_LIMITS
-        evaluation.add(level, "macro", "auroc", macros[group], group, **limits, note=", ".join(kept))
+    share = weigh_labels(names, kept)
+    for group in rows:
+        macro = combine(measured[group], share if group in compared else 0 * share)
+        evaluation.add(level, "macro", "auroc", group=group, **macro, note=", ".join(kept))
     for group in compared[1:]:
         both = measured[group].join(measured[compared[0]])
-        limits = combine_limits(both, np.concatenate([share, -share]))
-        difference = subtract(macros[group], macros[compared[0]])
-        evaluation.add(level, "macro", "auroc_less_first", difference, group, **limits)
+        difference = combine(both, np.concatenate([share, -share]))
+        evaluation.add(level, "macro", "auroc_less_first", group=group, **difference)
 
 
 def _tpr_gap(groups: Sequence[Calls], level: float) -> Figure:

@@ -17,22 +17,15 @@ from pipeline.labels import find_unannotated
 from pipeline.manifest import name_facts
 from pipeline.measure.audit import find_covariates, find_strata
 from pipeline.measure.belief import add_belief
-from pipeline.measure.delong import combine_limits, measure_areas, weigh_labels
-from pipeline.measure.evaluate import Scored, assess, average, study_level
+from pipeline.measure.delong import combine, measure_areas, weigh_labels
+from pipeline.measure.evaluate import AREAS, Scored, assess, average, study_level
 from pipeline.measure.evaluation import COMMON, OWN, UNITS, Evaluation, Row
 from pipeline.measure.metrics import (
     Bools,
     Floats,
-    areas,
     count_classes,
-    interval,
     label_cells,
-    mean_of,
     measure_rates,
-    report_auroc,
-    resample_auprc,
-    resampled_mean,
-    subtract,
     subtract_independent,
     threshold_curve,
 )
@@ -40,7 +33,6 @@ from pipeline.measure.metrics import (
 MEMBERS = "mean of the members"
 ALTERED = "altered: "  # in front of the name of an alteration, as a scorer
 NOTHING: Mapping[str, Any] = MappingProxyType({})
-RESAMPLES = 1000  # of patients, for intervals of AUPRC
 
 
 class Beside(NamedTuple):
@@ -72,9 +64,7 @@ def judge_scores(
     names, unit = evaluated["labels"], evaluated["unit"]
     texts = [name for name, kind in name_facts(table).items() if kind == "string"]
     facts = {name: table[name].to_numpy().astype(object) for name in texts}
-    evaluation = assess(
-        names, images, calibration, split=evaluated["split"], unit=unit, resamples=RESAMPLES, facts=facts
-    )
+    evaluation = assess(names, images, calibration, split=evaluated["split"], unit=unit, facts=facts)
     head = evaluation.head
     head |= {name: value for name, value in evaluated.items() if name not in head}
     head["not_annotated"] = find_unannotated(table)
@@ -118,7 +108,6 @@ def add_other(evaluation: Evaluation, images: Scored, name: str, scores: Floats)
             other_scores = study_level(covered._replace(scores=other_scores), combine).scores
             covered = study_level(covered, combine)
         add_comparison(evaluation, level, covered, name, [other_scores], names)
-        add_auprc(evaluation, level, covered, name, other_scores, names)
 
 
 def combine_calls(images: Scored, calls: Floats) -> Floats:
@@ -157,44 +146,22 @@ def add_comparison(
     others: Sequence[Floats],
     names: Sequence[str] | None = None,
 ) -> None:
-    """Add the mean AUROC of other scores [N, L] of the same rows, and ours minus it, for findings and means.
+    """Add the mean AUROC and AUPRC of other scores [N, L] of the same rows, and ours minus it, for findings and means.
 
-    Differences are contrasts of correlated AUROCs, paired by patient. `names` are those of the columns, by default the
+    Differences are contrasts of correlated areas, paired by patient. `names` are those of the columns, by default the
     evaluation's. Means are over the same findings as ours.
     """
     names = names or evaluation.labels
-    means, joined = average(names, rows)
-    reports = [report_auroc(names, scores, *rows[1:4])["labels"] for scores in (rows.scores, *others)]
-    for scores in others:
-        joined = joined.join(measure_areas(scores, *rows[1:4]))
-    for label, over in means.items():
-        share = weigh_labels(names, over)
-        weights = [share / len(others)] * len(others)
-        own, *values = (mean_of(report, over, "auroc") for report in reports)
-        mean = sum(value or 0 for value in values) / len(values) if over else None
-        limits = combine_limits(joined, np.concatenate([0 * share, *weights]))
-        evaluation.add(level, label, "auroc", mean, **limits, scorer=scorer)
-        limits = combine_limits(joined, np.concatenate([share, *(-part for part in weights)]))
-        difference = subtract(own, mean)
-        evaluation.add(level, label, "auroc_difference", difference, **limits, scorer=scorer)
-
-
-def add_auprc(
-    evaluation: Evaluation, level: str, rows: Scored, scorer: str, scores: Floats, names: Sequence[str]
-) -> None:
-    """Add our AUPRC minus that of other scores [N, L] of the same rows, on the same resamples."""
-    means, _ = average(names, rows)
-    sides = []
-    for values in (rows.scores, scores):
-        cells = label_cells(names, values, *rows[1:4])
-        figures = {cell.label: {"auprc": areas(cell.score, cell.truth)[1]} for cell in cells}
-        resampled = resample_auprc(values, *rows[1:4], evaluation.head["resamples"], evaluation.head["seed"])
-        sides.append((figures, resampled))
-    for label, over in means.items():
-        difference = subtract(*(mean_of(figures, over, "auprc") for figures, _ in sides))
-        judged_means, other_means = (resampled_mean(resampled, names, over) for _, resampled in sides)
-        limits = interval(judged_means - other_means)
-        evaluation.add(level, label, "auprc_difference", difference, **limits, scorer=scorer)
+    means = average(names, rows)
+    for metric, measure in AREAS.items():
+        joined = measure(*rows[:4])
+        for scores in others:
+            joined = joined.join(measure(scores, *rows[1:4]))
+        for label, over in means.items():
+            share = weigh_labels(names, over)
+            mean = np.tile(share / len(others), len(others))
+            for name, weights in ((metric, [0 * share, mean]), (f"{metric}_difference", [share, -mean])):
+                evaluation.add(level, label, name, **combine(joined, np.concatenate(weights)), scorer=scorer)
 
 
 def add_own(evaluation: Evaluation, images: Scored, own: Evaluation) -> None:
@@ -220,9 +187,8 @@ def add_own(evaluation: Evaluation, images: Scored, own: Evaluation) -> None:
         mean = own.get("auroc", "macro10")
         value, low, high = mean.number, mean.low, mean.high
     mean = Row(level, own.split, COMMON, OWN, "auroc", None, value, low, high, note=", ".join(kept))
-    limits = combine_limits(measure_areas(*images[:4]), weigh_labels(names, kept))
-    value = sum(evaluation.get("auroc", name).number for name in kept) / len(kept)
-    evaluation.add(level, COMMON, "auroc", value, **limits, note=", ".join(kept))
+    common = combine(measure_areas(*images[:4]), weigh_labels(names, kept))
+    evaluation.add(level, COMMON, "auroc", **common, note=", ".join(kept))
     _add_pair(evaluation, evaluation.get("auroc", COMMON), mean, "widened" if widened else "")
 
 

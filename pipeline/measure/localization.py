@@ -11,10 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.measure.metrics import FEW, NO_LIMITS, Bools, Figure, Floats, Names, draw_counts, interval, wilson_limits
+from pipeline.measure.metrics import FEW, NO_LIMITS, Bools, Floats, Names, mean_limits, wilson_limits
 
 THRESHOLD = 0.5
-RESAMPLES, SEED = 1000, 0
 
 
 class Cell(NamedTuple):
@@ -87,7 +86,7 @@ def decode_rle(size: Sequence[int], counts: str | Sequence[int]) -> Bools:
 def measure_localization(cells: Sequence[Cell]) -> dict[str, Any]:
     """By label, and for all cells: hit rate and IoU with intervals that take patients as clusters, chance and its p.
 
-    With `few` patients, fewer than 10, IoU has no interval, since its percentiles would be too narrow. `fixed` is the
+    With `few` patients, fewer than 10, IoU has no interval, since it would be too narrow. `fixed` is the
     hit rate of a map that does not depend on the image: the mean of the label's maps of other patients.
     """
     hit = np.array([cell.heat.max() > 0 and _top(cell.heat, cell.marked) for cell in cells], bool)
@@ -104,6 +103,7 @@ def measure_localization(cells: Sequence[Cell]) -> dict[str, Any]:
     for name in (*dict.fromkeys(label.tolist()), "all"):
         rows = (label == name) | (name == "all")
         patients = len(np.unique(patient[rows]))
+        limits = mean_limits(iou[rows], patient[rows])
         labels[name] = {
             "cells": int(rows.sum()),
             "patients": patients,
@@ -114,8 +114,8 @@ def measure_localization(cells: Sequence[Cell]) -> dict[str, Any]:
             "chance": float(share[rows].mean()),
             "p": exceedance(share[rows], patient[rows], int(hit[rows].sum())),
             "fixed": float(fixed[rows].mean()),
-            "iou": float(iou[rows].mean()),
-            "iou_limits": mean_limits(iou[rows], patient[rows]),
+            "iou": limits["value"],
+            "iou_limits": NO_LIMITS if patients < FEW else {end: limits[end] for end in NO_LIMITS},
         }
     return {"threshold": THRESHOLD, "labels": labels}
 
@@ -131,16 +131,6 @@ def exceedance(chances: Floats, owner: Names, hits: int) -> float:
         at_least = np.sort(chances[owner == name])[::-1]  # the chance of 1, 2, … hits
         distribution = np.convolve(distribution, -np.diff([1.0, *at_least, 0.0]))
     return float(min(1.0, distribution[hits:].sum()))
-
-
-def mean_limits(values: Floats, owner: Names) -> Figure:
-    """The interval of a mean of values [n], by resampling their owners; None with fewer than 10."""
-    names, codes = np.unique(owner, return_inverse=True)
-    if len(names) < FEW:
-        return NO_LIMITS
-    sums, sizes = np.bincount(codes, values), np.bincount(codes)
-    (counts,) = draw_counts(len(names), RESAMPLES, RESAMPLES, SEED)
-    return interval((counts.T @ sums) / (counts.T @ sizes))
 
 
 def _centers(frame: Sequence[float], shape: tuple[int, int]) -> tuple[Floats, Floats]:

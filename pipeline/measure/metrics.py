@@ -1,12 +1,7 @@
 """Scores, targets and masks → AUROC and its means, AUPRC, Brier score, calibration error, rates at a threshold.
 
 A label with one class has no AUROC and no AUPRC: both are None and the label is listed as skipped, never 0 and never
-part of a mean. Everything is float64. Areas take weights, so a figure and its interval share one implementation.
-
-Intervals of AUPRC come from resamples of as many patients, drawn with replacement, with all of their images, which
-correlate. They run from the 2.5th to the 97.5th percentile (Efron and Tibshirani, 1993, chapter 13).
-A resample is stored as how often each patient was drawn: scores are sorted once, and each resample is a column of
-weights in that order.
+part of a mean. Everything is float64.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,10 +19,6 @@ COMPETITION = ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural
 FEW = 10  # patients of a class; with fewer, a label's figures are mostly chance
 Z = 1.959963984540054  # the normal distribution's 0.975 quantile
 BINS = 15  # of the calibration error, as in Guo et al., 2017
-LIMITS = (2.5, 97.5)  # percent
-FEWEST = 100  # resamples; with fewer, such extreme percentiles mean nothing
-BLOCK_CELLS = 2**20  # rows × resamples at once: about 70 MB
-
 
 Names = npt.NDArray[Any]  # [N] of patients, studies or groups
 Figure = dict[str, Any]  # of an evaluation's row, numbers or None
@@ -50,14 +41,6 @@ class AurocReport(TypedDict):
     macro10_auroc: float | None
     mean5_auroc: float | None
     labels: dict[str, Figure]  # auroc, None with one class, positives, negatives, few
-
-
-class Ranking(NamedTuple):
-    """Cells of one label from the highest score down, in groups of equal scores."""
-
-    order: Ints  # [n] the cell at each place
-    starts: Ints  # [G] the place where each group starts
-    positive: Bools  # [n] in this order
 
 
 class Reliability(NamedTuple):
@@ -122,46 +105,19 @@ def mean_of(labels: Mapping[str, Figure], kept: Sequence[str], metric: str) -> f
     return sum(labels[name][metric] for name in kept) / len(kept) if kept else None
 
 
-def subtract(left: float | None, right: float | None) -> float | None:
-    """The difference of two figures; None if either is undefined."""
-    return None if left is None or right is None else left - right
-
-
 def areas(score: Floats, truth: Bools) -> tuple[float | None, float | None]:
-    """AUROC and AUPRC of scores [n] against truth [n]; None with one class."""
-    if truth.all() or not truth.any():
-        return None, None
-    auroc, auprc = weighted_areas(rank(score, truth), np.ones((len(truth), 1)))
-    return float(auroc[0]), float(auprc[0])
-
-
-def rank(score: Floats, truth: Bools) -> Ranking:
-    """Sort cells [n ≥ 1]; adjacent groups without a positive are merged, which changes neither area."""
-    order = np.argsort(-score, kind="stable")
-    ordered, positive = score[order], truth[order]
-    starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
-    hit = np.logical_or.reduceat(positive, starts)
-    kept = hit | np.concatenate([[True], hit[:-1]])
-    return Ranking(order, starts[kept], positive)
-
-
-def weighted_areas(ranking: Ranking, weights: Floats | Ints) -> tuple[Floats, Floats]:
-    """AUROC [R] and AUPRC [R] under each column of weights [n, R], given in the ranking's order.
+    """AUROC and AUPRC of scores [n] against truth [n]; None with one class.
 
     AUROC is the share of pairs of a positive and a negative in the right order, ties counted half. AUPRC is the
     average precision, Σ (recall_k - recall_{k-1}) precision_k over distinct scores, without interpolation.
-    NaN if a class has no weight.
     """
-    total = np.add.reduceat(weights, ranking.starts, axis=0, dtype=np.float64)
-    positive = np.add.reduceat(weights * ranking.positive[:, None], ranking.starts, axis=0, dtype=np.float64)
-    seen, hits = np.cumsum(total, axis=0), np.cumsum(positive, axis=0)
-    positives, negatives = hits[-1], seen[-1] - hits[-1]
-    precision = np.divide(hits, seen, out=np.zeros_like(hits), where=seen > 0)
-    both = (positives > 0) & (negatives > 0)
-    pairs = np.where(both, positives * negatives, np.nan)
-    auroc = np.einsum("gr,gr->r", total - positive, hits - positive / 2) / pairs
-    auprc = np.einsum("gr,gr->r", positive, precision) / np.where(both, positives, np.nan)
-    return auroc, auprc
+    if truth.all() or not truth.any():
+        return None, None
+    curve = threshold_curve(score, truth)
+    hits, alarms = curve.true_positives, curve.false_positives
+    gained = np.diff(hits, prepend=0)
+    auroc = gained @ (alarms[-1] - alarms + np.diff(alarms, prepend=0) / 2) / (hits[-1] * alarms[-1])
+    return float(auroc), float(gained @ (hits / (hits + alarms)) / hits[-1])
 
 
 def brier_score(score: Floats, truth: Bools) -> float | None:
@@ -246,18 +202,22 @@ def decide(probability: Floats, truth: Bools, owner: Names, threshold: float) ->
     """
     model, calls = (net_benefit(values, truth, threshold) for values in (probability, np.ones(len(truth))))
     gains = model - calls if calls.mean() > 0 else model
-    _, codes = np.unique(owner, return_inverse=True)
-    sums = np.bincount(codes, gains - gains.mean())
-    gain, limits = float(gains.mean()), NO_LIMITS
-    if len(sums) > 1:
-        spread = float(np.sqrt((sums**2).sum() * len(sums) / (len(sums) - 1)))
-        half = student_quantile(len(sums) - 1) * spread / len(gains)
-        limits = {"low": gain - half, "high": gain + half}
     return {
         "net_benefit": {"value": float(model.mean())},
         "net_benefit_all": {"value": float(calls.mean())},
-        "net_benefit_gain": {"value": gain, **limits},
+        "net_benefit_gain": mean_limits(gains, owner),
     }
+
+
+def mean_limits(values: Floats, owner: Names) -> Figure:
+    """The mean of values [n ≥ 1], with limits by Student's t and owners [n] as clusters; None with one owner."""
+    mean, codes = float(values.mean()), np.unique(owner, return_inverse=True)[1]
+    sums = np.bincount(codes, values - mean)
+    if len(sums) < 2:
+        return {"value": mean, **NO_LIMITS}
+    spread = float(np.sqrt((sums**2).sum() * len(sums) / (len(sums) - 1)))
+    half = student_quantile(len(sums) - 1) * spread / len(values)
+    return {"value": mean, "low": mean - half, "high": mean + half}
 
 
 def student_quantile(freedom: float, level: float = 0.05) -> float:
@@ -310,61 +270,3 @@ def subtract_independent(left: Figure, right: Figure) -> Figure:
         "low": a - b - float(np.hypot(a - a_low, b_high - b)),
         "high": a - b + float(np.hypot(a_high - a, b - b_low)),
     }
-
-
-def resample_auprc(scores: Floats, target: Floats, mask: Bools, patient: Names, resamples: int, seed: int) -> Floats:
-    """AUPRC [R, L] of resamples of scores [N, L] against targets [N, L] in {0, 1}, on the cells of mask [N, L].
-
-    The same patients [N] and seed give the same resamples, whatever the scores and the order of the rows. NaN in
-    resamples in which a label has lost a class; in all of them if it has only one, or if one patient has all positives:
-    resamples then do not show how much patients differ.
-    """
-    patients, codes = np.unique(patient, return_inverse=True)
-    columns: dict[int, tuple[Ranking, Ints]] = {}
-    for column in range(scores.shape[1]):
-        used = mask[:, column]
-        truth = target[used, column] == 1
-        if truth.any() and not truth.all() and len(np.unique(codes[used][truth])) > 1:
-            ranking = rank(scores[used, column], truth)
-            columns[column] = ranking, codes[used][ranking.order]
-    values = np.full((resamples, scores.shape[1]), np.nan)
-    done = 0
-    for counts in draw_counts(len(patients), resamples, max(1, BLOCK_CELLS // len(scores)), seed):
-        block = slice(done, done + counts.shape[1])
-        for column, (ranking, owners) in columns.items():
-            _, values[block, column] = weighted_areas(ranking, counts.take(owners, axis=0))
-        done = block.stop
-    return values
-
-
-def draw_counts(patients: int, resamples: int, block: int, seed: int) -> Iterator[npt.NDArray[np.uint16]]:
-    """How often each patient was drawn in each resample: blocks [patients, at most `block`].
-
-    Each resample in turn is `patients` draws from PCG64(seed) by `Generator.integers`.
-    """
-    generator = np.random.Generator(np.random.PCG64(seed))
-    for start in range(0, resamples, block):
-        rows = [
-            np.bincount(generator.integers(patients, size=patients), minlength=patients)
-            for _ in range(min(block, resamples - start))
-        ]
-        yield np.ascontiguousarray(np.array(rows, np.uint16).T)
-
-
-def resampled_mean(values: Floats, names: Sequence[str], over: Sequence[str]) -> Floats:
-    """The mean of values [R, L] over some labels, per resample; NaN if one lost a class, empty for no labels."""
-    means: Floats = values[:, [names.index(name) for name in over]].mean(axis=1) if over else np.empty(0)
-    return means
-
-
-def interval(values: Floats) -> Figure:
-    """`low` and `high` from values [R], ignoring NaN.
-
-    None if fewer than 100 values remain, or if all are equal, which shows how few patients there are rather than how
-    certain the figure is.
-    """
-    kept = values[~np.isnan(values)]
-    if len(kept) < FEWEST or np.ptp(kept) == 0:
-        return NO_LIMITS
-    low, high = np.percentile(kept, LIMITS).tolist()
-    return {"low": low, "high": high}

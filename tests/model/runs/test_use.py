@@ -13,7 +13,6 @@ import pytest
 from pandas import read_feather as read_frame
 from PIL import Image
 
-import pipeline.measure.judge
 from pipeline import DataError, Judging, judge, open_shards
 from pipeline.base.files import read_arrow
 from pipeline.labels import LABELS
@@ -239,7 +238,6 @@ def test_a_runs_scores_through_judge_are_its_evaluation(
         writer.write_table(both)
     asked = Judging(split="valid", dev="dev")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline.measure.judge, "RESAMPLES", 20)
         patch.setattr(belief, "predict", lambda covariates, *_: np.nan_to_num(covariates[:, 0]))
         judged = judge(path, shards, asked).evaluation
     own = read_evaluation(run / "evaluation-valid.json")

@@ -40,7 +40,7 @@ def evaluation() -> tuple[Scored, Evaluation]:
     sex, projection = random.choice(["Female", "Male"], 400), random.choice(["AP", "PA"], 400)
     facts = rows // 2, rows, sex, random.integers(18, 95, 400), projection
     images = Scored(scores.astype(np.float32), target, mask, *facts)
-    found = assess(LABELS, images, calibrate(LABELS, images), split="valid", resamples=100)
+    found = assess(LABELS, images, calibrate(LABELS, images), split="valid")
     other = "runs/" + "a-long-name-" * 12
     found.head |= {"against": [other]}
     add_other(found, images, other, images.scores**2)

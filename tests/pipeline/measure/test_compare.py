@@ -49,7 +49,7 @@ def test_late_fusion_is_the_max_and_the_mean_of_views(studies: Scored) -> None:
 def test_others_are_compared_on_the_rows_that_both_have(studies: Scored) -> None:
     worse = np.clip(studies.scores + np.random.default_rng(1).normal(0, 0.5, studies.scores.shape), 0, 1)
     worse[:20] = np.nan
-    found = assess(NAMES, studies, leave_uncalibrated(NAMES, None), unit="study", resamples=100)
+    found = assess(NAMES, studies, leave_uncalibrated(NAMES, None), unit="study")
     add_other(found, studies, "worse", worse)
     assert found.get("studies", scorer="worse").value == 280
     truth = studies.target[20:, 0]
@@ -114,7 +114,7 @@ def draw(seed: int, cells: int, less: float) -> Scored:
 
 
 def evaluate(scored: Scored) -> Evaluation:
-    return assess(OTHERS, scored, calibrate(OTHERS, scored), resamples=0)
+    return assess(OTHERS, scored, calibrate(OTHERS, scored))
 
 
 def test_limits_of_a_difference_are_those_newcombe_published() -> None:

@@ -1,13 +1,20 @@
-"""Intervals of AUROC, against loops over pairs and the formulas of the papers."""
+"""Intervals of AUROC and AUPRC, against loops over pairs and the formulas of the papers."""
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 from scipy.optimize import brentq
 from scipy.stats import t
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import average_precision_score, roc_auc_score
 
-from pipeline.measure.delong import combine_limits, measure_areas, score_limits, score_variance
+from pipeline.measure.delong import (
+    combine,
+    influence_precision,
+    measure_areas,
+    measure_precision,
+    score_limits,
+    score_variance,
+)
 from pipeline.measure.metrics import Z
 
 Array = npt.NDArray[np.float64]
@@ -42,8 +49,8 @@ def test_rows_of_one_patient_each_have_delongs_covariance() -> None:
     (first, one), (second, two) = (components(scores[:, run], truth) for run in (0, 1))
     expected = np.cov(one[truth], two[truth]) / 60 + np.cov(one[~truth], two[~truth]) / 240
     np.testing.assert_allclose(found.influence.T @ found.influence, expected, rtol=1e-9)
-    np.testing.assert_allclose(found.auroc, [first, second], rtol=1e-12)
-    assert found.auroc[0] == pytest.approx(roc_auc_score(truth, scores[:, 0]), abs=1e-12)
+    np.testing.assert_allclose(found.value, [first, second], rtol=1e-12)
+    assert found.value[0] == pytest.approx(roc_auc_score(truth, scores[:, 0]), abs=1e-12)
 
 
 def test_patients_with_several_rows_have_obuchowskis_variance() -> None:
@@ -95,17 +102,17 @@ def test_limits_solve_newcombes_equation(auroc: float, positives: int, negatives
 
 
 def test_no_interval_has_zero_width() -> None:
-    """A perfect label of five patients, whose resamples all have an AUROC of 1."""
+    """A perfect label of five patients, whose AUROC is 1 in any subset."""
     truth = np.arange(200) < 5
     score = truth + np.linspace(0, 0.5, 200)
     ours = measure_areas(score[:, None], truth[:, None].astype(float), np.ones((200, 1), bool), np.arange(200))
-    assert ours.auroc[0] == ours.high[0] == 1
+    assert ours.value[0] == ours.high[0] == 1
     assert 0.7 < ours.low[0] < 0.85
     alike = measure_areas(score[:, None], truth[:, None].astype(float), np.ones((200, 1), bool), np.arange(200) // 2)
     assert alike.low[0] < ours.low[0]
     both = ours.join(ours)
-    assert combine_limits(ours, [1.0]) == {"low": pytest.approx(ours.low[0]), "high": pytest.approx(1)}
-    limits = combine_limits(both, [1.0, -1.0])  # of perfect ones nothing tells whether they would err alike
+    assert combine(ours, [1.0]) == {"value": 1, "low": pytest.approx(ours.low[0]), "high": pytest.approx(1)}
+    limits = combine(both, [1.0, -1.0])  # of perfect ones nothing tells whether they would err alike
     assert limits["low"] is not None
     assert limits["low"] < -0.15
 
@@ -113,22 +120,22 @@ def test_no_interval_has_zero_width() -> None:
 def test_means_and_differences_honor_covariance() -> None:
     scores, target, mask, patient = draw(labels=3)
     found = measure_areas(scores, target, mask, patient)
-    mean = combine_limits(found, [1 / 3] * 3)
+    mean = combine(found, [1 / 3] * 3)
     unit = found.influence / np.linalg.norm(found.influence, axis=0)
-    low = (found.auroc - found.low) / 3
+    low = (found.value - found.low) / 3
     below = sum(low[i] * low[j] * (unit[:, i] @ unit[:, j]) for i in range(3) for j in range(3)) ** 0.5
-    assert mean["low"] == pytest.approx(found.auroc.mean() - below)
+    assert mean["low"] == pytest.approx(found.value.mean() - below)
     first = [0, 0, 0]
     thrice = measure_areas(scores[:, first], target[:, first], mask[:, first], patient)
-    same = combine_limits(thrice, [1 / 3] * 3)  # three times the same label says no more than once
+    same = combine(thrice, [1 / 3] * 3)  # three times the same label says no more than once
     assert [same["low"], same["high"]] == pytest.approx([found.low[0], found.high[0]])
-    none = combine_limits(found.join(found), [1, 0, 0, -1, 0, 0])
+    none = combine(found.join(found), [1, 0, 0, -1, 0, 0])
     assert [none["low"], none["high"]] == pytest.approx([0, 0], abs=1e-6)  # a run beside itself
     target[:, 1] = 0
     lacking = measure_areas(scores, target, mask, patient)
-    assert combine_limits(lacking, [0.5, 0.5, 0]) == combine_limits(lacking, [0, 0, 0])
-    assert combine_limits(lacking, [0, 0, 0]) == {"low": None, "high": None}
-    assert combine_limits(lacking, [1, 0, 0])["low"] is not None
+    assert combine(lacking, [0.5, 0.5, 0]) == combine(lacking, [0, 0, 0])
+    assert combine(lacking, [0, 0, 0]) == dict.fromkeys(("value", "low", "high"))
+    assert combine(lacking, [1, 0, 0])["low"] is not None
 
 
 def test_pairs_within_strata_are_weighed_by_their_number() -> None:
@@ -142,8 +149,8 @@ def test_pairs_within_strata_are_weighed_by_their_number() -> None:
         count = truth.sum() * (~truth).sum()
         right += count * roc_auc_score(truth, scores[rows, 0])
         pairs += count
-    assert areas.auroc[0] == pytest.approx(right / pairs)
-    assert areas.low[0] < areas.auroc[0] < areas.high[0]
+    assert areas.value[0] == pytest.approx(right / pairs)
+    assert areas.low[0] < areas.value[0] < areas.high[0]
 
 
 @pytest.mark.parametrize(("sick", "images"), [(2, 15), (5, 6), (10, 3)])
@@ -165,3 +172,47 @@ def test_a_class_of_one_patient_leaves_the_interval_open() -> None:
     owner = np.where(truth[:, 0], 0, np.arange(60))
     areas = measure_areas(np.arange(60.0)[:, None] % 7, truth.astype(float), np.ones((60, 1), bool), owner)
     assert (areas.low[0], areas.high[0]) == (0, 1)
+
+
+def test_the_influence_on_auprc_is_its_derivative() -> None:
+    scores, target, _, _ = draw()
+    score, truth = scores[:, 0], target[:, 0] == 1
+    auprc, influence = influence_precision(score, truth)
+    assert auprc == pytest.approx(average_precision_score(truth, score), abs=1e-12)
+    for cell in range(0, len(score), 7):
+        above, below = (
+            average_precision_score(truth, score, sample_weight=1 + step * (np.arange(len(score)) == cell))
+            for step in (1e-4, -1e-4)
+        )
+        assert influence[cell] == pytest.approx((above - below) / 2e-4, abs=1e-7)
+
+
+def test_intervals_of_auprc_are_those_of_patients() -> None:
+    """As wide as percentiles over resampled patients, which have many positives here; each row twice adds nothing."""
+    scores, target, mask, patient = draw()
+    scores[:, 1] = scores[:, 0]
+    target[:, 1], mask[:, 1] = target[:, 0], mask[:, 0]
+    found = measure_precision(scores, target, mask, patient)
+    used = mask[:, 0]
+    own = {name: np.flatnonzero(used & (patient == name)) for name in np.unique(patient)}
+    random, names = np.random.default_rng(0), list(own)
+    values = []
+    for _ in range(400):
+        drawn = np.concatenate([own[name] for name in random.choice(names, len(names))])
+        values.append(average_precision_score(target[drawn, 0], scores[drawn, 0]))
+    low, high = np.percentile(values, [2.5, 97.5])
+    assert [found.low[0], found.high[0]] == pytest.approx([low, high], abs=0.2 * (high - low))
+    assert combine(found, [1, -1]) == pytest.approx({"value": 0, "low": 0, "high": 0}, abs=1e-6)
+    assert combine(found, [0.5, 0.5]) == pytest.approx(combine(found, [1, 0]))
+    rows = np.tile(np.arange(len(patient)), 2)
+    twice = measure_precision(scores[rows], target[rows], mask[rows], patient[rows])
+    assert [*twice.low, *twice.high] == pytest.approx([*found.low, *found.high], rel=1e-3)
+
+
+def test_an_auprc_of_few_patients_leaves_its_interval_wide() -> None:
+    score = np.arange(60.0)[:, None]
+    for sick, low, high in ((np.arange(60) >= 55, 0.025**0.2, 1), (np.arange(60) == 30, 0, 1)):  # perfect; of one
+        areas = measure_precision(score, sick[:, None].astype(float), np.ones((60, 1), bool), np.arange(60))
+        assert (areas.low[0], areas.high[0]) == pytest.approx((low, high))
+    one = measure_precision(score % 7, (score < 30) * 1.0, score >= 0, np.where(score[:, 0] < 30, 0, score[:, 0]))
+    assert (one.low[0], one.high[0]) == (0, 1)

@@ -16,11 +16,9 @@ from pipeline.measure.metrics import (
     decide,
     measure_rates,
     net_benefit,
-    rank,
     reliability,
     report_auroc,
     threshold_curve,
-    weighted_areas,
     wilson_limits,
 )
 
@@ -70,12 +68,6 @@ def test_areas_equal_scikit_learn(share: float, places: int) -> None:
     expected = sk.roc_auc_score(truth, score), sk.average_precision_score(truth, score)
     assert areas(score, truth) == pytest.approx(expected, abs=1e-12)
 
-    weights = random.integers(0, 4, (500, 20))
-    weighted = weighted_areas(ranking := rank(score, truth), weights[ranking.order])
-    for values, metric in zip(weighted, (sk.roc_auc_score, sk.average_precision_score), strict=True):
-        theirs = [metric(truth, score, sample_weight=column) for column in weights.T]
-        np.testing.assert_allclose(values, theirs, rtol=0, atol=1e-12)
-
 
 def test_areas_of_one_class_are_undefined() -> None:
     score = np.array([0.1, 0.2, 0.3], np.float32)
@@ -83,10 +75,6 @@ def test_areas_of_one_class_are_undefined() -> None:
     assert areas(score[:0], np.ones(0, bool)) == (None, None)
     assert areas(score, np.array([False, False, True])) == (1, 1)
     assert areas(np.full(4, 0.5, np.float32), np.array([True, False, False, False])) == (0.5, 0.25)
-    truth = np.array([True, False, True])
-    auroc, auprc = weighted_areas(rank(score, truth), np.array([[1, 0, 2], [1, 0, 1], [0, 9, 2]]))
-    np.testing.assert_array_equal(auroc, [1, np.nan, 0.5])  # the order is 0.3, 0.2, 0.1
-    np.testing.assert_array_equal(np.isnan(auprc), [False, True, False])
 
 
 def test_brier_score_and_calibration_error_equal_their_references() -> None:
