@@ -1,13 +1,17 @@
-"""Images/s of `pipeline shards` beside img2dataset, a plain Pillow script, and the codec alone.
+"""Images/s of `pipeline shards` beside img2dataset, a plain Pillow script, and the codecs alone.
 
     make bench-etl
 
-All contestants read the same files, use two processes and write 224-pixel JPEGs of quality 95; each figure is
+All contestants read the same files, use two processes and write 224-pixel JPEGs of quality 95; each result is
 the median over rounds of the whole command, start-up included; ratios are medians of the rounds' own ratios,
 because this machine's speed drifts. `codec` is the limit: decode, resize and encode in a bare loop, from
 memory. img2dataset lives in an environment of its own (PEERS).
+
+PNGs of 1024×1024 and DICOMs of 2,000×2,400 pixels and 12 bits, uncompressed, are converted to 320 pixels in one thread
+from memory, without the command; their bare loops are OpenCV's and pydicom's.
 """
 
+import io
 import json
 import os
 import shutil
@@ -23,13 +27,18 @@ from pathlib import Path
 import click
 import cv2
 import numpy as np
+import numpy.typing as npt
 import simplejpeg
 from PIL import Image
+from pydicom import Dataset, dcmread, uid
+from pydicom.dataset import FileMetaDataset
+from pydicom.pixels import apply_voi_lut
 
-from pipeline.images import SCALES, resize
+from pipeline.images import SCALES, ImageOptions, prepare, resize
 from pipeline.labels import COLUMNS
 from pipeline.synthetic.sample import write_sample
 
+Pixels = npt.NDArray[np.number]
 SIZE, QUALITY, PROCESSES = 224, 95, 2
 PIPELINE = Path(sys.executable).with_name("pipeline")
 IMG2DATASET = """
@@ -43,15 +52,15 @@ if __name__ == "__main__":
 
 
 def make_source(folder: Path, images: int, large: bool) -> tuple[Path, list[Path]]:
-    """A CheXpert folder of `images` drawn frontals: hard links to 400 films, enlarged to 2828×2320 if large."""
-    drawn = write_sample(folder / "drawn", images=500, seed=1, workers=2)
-    films = [path for path in sorted(drawn.rglob("*frontal.jpg")) if Image.open(path).size == (390, 320)]
-    films = films[: 40 if large else 400]
+    """A CheXpert folder of `images` synthetic frontals: hard links to 400, or to 40 of 2828×2320 if large."""
+    sample = write_sample(folder / "sample", images=500, seed=1, workers=2)
+    originals = [path for path in sorted(sample.rglob("*frontal.jpg")) if Image.open(path).size == (390, 320)]
+    originals = originals[: 40 if large else 400]
     if large:
-        for path in films:
-            film = Image.open(path).resize((2828, 2320), Image.Resampling.BICUBIC)
+        for path in originals:
+            image = Image.open(path).resize((2828, 2320), Image.Resampling.BICUBIC)
             grain = np.random.default_rng(0).normal(0, 3, (2320, 2828))
-            pixels = np.clip(np.asarray(film) + grain, 0, 255).astype(np.uint8)
+            pixels = np.clip(np.asarray(image) + grain, 0, 255).astype(np.uint8)
             path.write_bytes(simplejpeg.encode_jpeg(pixels[..., None], quality=90, colorspace="GRAY"))
     source = folder / "CheXpert-v1.0-small"
     paths = []
@@ -59,7 +68,7 @@ def make_source(folder: Path, images: int, large: bool) -> tuple[Path, list[Path
     for number in range(images):
         path = source / "train" / f"patient{number:05d}" / "study1" / "view1_frontal.jpg"
         path.parent.mkdir(parents=True)
-        os.link(films[number % len(films)], path)
+        os.link(originals[number % len(originals)], path)
         paths.append(path)
         lines.append(f"{path.relative_to(folder)},Female,60,Frontal,AP,1.0" + "," * 13)
     (source / "train.csv").write_text("\n".join(lines) + "\n")
@@ -124,12 +133,78 @@ def codec_loop(paths: list[Path]) -> float:
     return len(paths) / (time.perf_counter() - start)
 
 
+def make_dicom(pixels: Pixels, **tags: object) -> bytes:
+    dataset = Dataset()
+    dataset.file_meta = FileMetaDataset()
+    dataset.file_meta.TransferSyntaxUID = uid.ExplicitVRLittleEndian
+    dataset.SOPClassUID, dataset.SOPInstanceUID = uid.DigitalXRayImageStorageForPresentation, "1.2.3"
+    dataset.Rows, dataset.Columns = pixels.shape
+    dataset.SamplesPerPixel, dataset.PhotometricInterpretation = 1, "MONOCHROME2"
+    dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit, dataset.PixelRepresentation = 16, 12, 11, 0
+    dataset.PixelData = pixels.astype(np.uint16).tobytes()
+    for name, value in tags.items():
+        setattr(dataset, name, value)
+    file = io.BytesIO()
+    dataset.save_as(file, enforce_file_format=True)
+    return file.getvalue()
+
+
+def decode_png(data: bytes) -> npt.NDArray[np.uint8]:
+    return np.asarray(cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_GRAYSCALE), np.uint8)
+
+
+def encode_png(data: bytes) -> object:
+    pixels = resize(decode_png(data), 320, 320)
+    return simplejpeg.encode_jpeg(pixels[:, :, None], quality=QUALITY, colorspace="GRAY")
+
+
+def decode_dicom(data: bytes) -> Pixels:
+    """Levels of any type: the loop makes neither 8 bits nor a JPEG of them."""
+    dataset = dcmread(io.BytesIO(data))
+    levels = apply_voi_lut(dataset.pixel_array, dataset)
+    return np.asarray(cv2.resize(levels, (320, 384), interpolation=cv2.INTER_AREA))
+
+
+def compare_decoders(pngs: Path | None, rounds: int) -> None:
+    """Print the CPU milliseconds of `prepare` beside bare loops, in turn."""
+    cv2.setNumThreads(1)
+    noise = np.random.default_rng(0)
+    smooth = cv2.GaussianBlur(noise.random((2400, 2000)), (0, 0), 9)
+    levels = np.rint(cv2.normalize(smooth, np.empty_like(smooth), 0, 4095, cv2.NORM_MINMAX))
+    gray = (levels[:1024, :1024] / 17 + noise.normal(0, 1.5, (1024, 1024))).astype(np.uint8)
+    images = [file.read_bytes() for file in sorted(pngs.glob("*.png"))[:40]] if pngs else []
+    images = images or [cv2.imencode(".png", gray)[1].tobytes()]
+    options = ImageOptions(320, "no", "jpeg", QUALITY, 50_000_000)
+    cases: list[tuple[str, list[bytes], Callable[[bytes], object]]] = [
+        ("PNG, decoder alone", images, decode_png),
+        ("PNG, codec", images, encode_png),
+        ("DICOM with a window", [make_dicom(levels, WindowCenter=2000, WindowWidth=3000)], decode_dicom),
+        ("DICOM without", [make_dicom(levels)], decode_dicom),
+    ]
+    for case, data, bare in cases:
+        turns = [(measure(bare, data), measure(lambda file: prepare(file, options), data)) for _ in range(5 * rounds)]
+        loop, ours = (statistics.median(times) for times in zip(*turns, strict=True))
+        ratio = statistics.median(limit / own for limit, own in turns)
+        print(f"  {case:20} bare loop {loop:5.1f} ms, `prepare` {ours:5.1f} ms: {ratio:.2f} of its speed")
+
+
+def measure(convert: Callable[[bytes], object], files: list[bytes]) -> float:
+    """CPU milliseconds per file."""
+    start = time.process_time()
+    for data in files:
+        convert(data)
+    return 1000 * (time.process_time() - start) / len(files)
+
+
 @click.command()
 @click.option("--peers", type=click.Path(path_type=Path), help="Python that has img2dataset.")
 @click.option("--images", default=60_000, show_default=True, help="390×320 sources; a twentieth of 2828×2320 ones.")
 @click.option("--rounds", default=3, show_default=True)
-def main(peers: Path | None, images: int, rounds: int) -> None:
-    """Print images/s and ratios for small and large sources."""
+@click.option("--pngs", type=click.Path(path_type=Path), help="Folder of real PNGs; synthetic ones without it.")
+def main(peers: Path | None, images: int, rounds: int, pngs: Path | None) -> None:
+    """Print images/s and ratios for small and large JPEGs, then for PNGs and DICOMs."""
+    print("PNG and DICOM to 320 pixels, one thread")
+    compare_decoders(pngs, rounds)
     for large in (False, True):
         count = images // 20 if large else images
         with tempfile.TemporaryDirectory() as name:

@@ -4,13 +4,13 @@ ITU-T T.81, annex B; W3C PNG, section 11. Only parts that a decoder needs are no
 """
 
 import re
-import zlib
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from zlib_ng import zlib_ng
 
 JPEG, PNG = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"  # how the files begin
 BASELINE, PROGRESSIVE = {0xC0, 0xC1}, 0xC2  # frame markers of a JPEG
@@ -22,7 +22,7 @@ _FRAMES = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}  # of JPEG and JPEG-LS
 # Frames, Huffman and arithmetic tables, restarts, quantization, scans.
 _JPEG_IMAGE = _FRAMES | {0xC4, 0xCC, 0xDB, 0xDD, _SOS, _SCAN_DATA, _EOI}
 _JPEG_PLAIN = {(0xE0, b"JFIF\0", 18), (0xEE, b"Adobe", 16)}  # fixed fields; a longer JFIF holds a thumbnail
-_PNG_PLAIN = set(b"IHDR PLTE IDAT IEND tRNS bKGD sBIT sRGB gAMA cHRM pHYs".split())
+PNG_PLAIN = set(b"IHDR PLTE IDAT IEND tRNS bKGD sBIT sRGB gAMA cHRM pHYs".split())
 _MARKER = re.compile(rb"\xff+([\x01-\xfe])")
 _AFTER_SCAN = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")  # in a scan, 0xFF precedes 0x00 or a restart marker
 # Annex K.1's luminance table, by rows, and the sum of what libjpeg (jcparam.c) makes of it at qualities 1 to 100.
@@ -52,11 +52,10 @@ class Picture(NamedTuple):
 
 
 class Facts(NamedTuple):
-    """The header facts of a JPEG or PNG: size, channels and bits per channel, EXIF, and other metadata.
+    """The header facts of a JPEG: size, channels and bits per channel, EXIF, and other metadata.
 
-    `frame` is a JPEG's marker; `quality` is libjpeg's, 1 to 100, whose luminance table is nearest in sum: exact for
-    what libjpeg wrote; None without such a table. `stated_bits` are the significant bits that a PNG's sBIT chunk gives
-    16-bit levels, alpha apart; None without one.
+    `frame` is its marker; `quality` is libjpeg's, 1 to 100, whose luminance table is nearest in sum: exact for
+    what libjpeg wrote; None without such a table.
     """
 
     height: int
@@ -66,9 +65,8 @@ class Facts(NamedTuple):
     exif: bytes | None
     is_multiple: bool
     has_metadata: bool
-    frame: int | None = None
-    quality: int | None = None
-    stated_bits: int | None = None
+    frame: int | None
+    quality: int | None
 
 
 def read_jpeg_facts(jpeg: bytes) -> Facts:
@@ -105,24 +103,28 @@ def strip_metadata(jpeg: bytes) -> bytes:
     return b"".join([JPEG, *(part for marker, part in _segments(jpeg) if not _is_metadata(marker, part))])
 
 
-def read_png_facts(png: bytes) -> Facts:
-    """The facts in the chunks. Raises ValueError for damaged ones, pixels included."""
-    (first, header), *rest = _chunks(png)
-    if first != b"IHDR" or len(header) < 13:
-        raise ValueError("it does not start with its header")
-    chunks = dict(rest)
-    depth, channels = header[8], 3 if header[9] & 2 else 1
-    significant = max(chunks.get(b"sBIT", b"")[:channels], default=0) if depth == 16 else 0
-    return Facts(
-        height=int.from_bytes(header[4:8]),
-        width=int.from_bytes(header[:4]),
-        channels=channels,
-        bits=depth,
-        exif=chunks.get(b"eXIf"),
-        is_multiple=b"acTL" in chunks,
-        has_metadata=not chunks.keys() <= _PNG_PLAIN,
-        stated_bits=significant if 1 <= significant <= 16 else None,
-    )
+def read_png(png: bytes) -> tuple[dict[bytes, bytes], bytes]:
+    """Type → content of a PNG's chunks but for its pixels, and the file with only its header, pixels and end.
+
+    What follows the end is under b"". All checksums are verified: decoders skip some. Raises ValueError.
+    """
+    position, kind = len(PNG), b""
+    chunks, plain, view = dict[bytes, bytes](), list[bytes | memoryview]([PNG]), memoryview(png)
+    while kind != b"IEND":
+        start = position + 8
+        end = start + int.from_bytes(png[position : position + 4])
+        kind, chunk = png[position + 4 : start], view[position : end + 4]
+        if end + 4 > len(png):
+            raise ValueError("the file ends early")
+        if zlib_ng.crc32(chunk[4:-4]) != int.from_bytes(chunk[-4:]):
+            raise ValueError(f"chunk {kind!r} is damaged")
+        if not chunks and (kind != b"IHDR" or end - start != 13):
+            raise ValueError("it does not start with its header")
+        chunks[kind] = b"" if kind == b"IDAT" else png[start:end]
+        plain += [chunk] if kind in (b"IHDR", b"IDAT", b"IEND") else []
+        position = end + 4
+    trailing = {b"": png[position:]} if position < len(png) else {}
+    return chunks | trailing, b"".join(plain)
 
 
 def _segments(jpeg: bytes) -> Iterator[tuple[int, bytes]]:
@@ -161,23 +163,3 @@ def _estimate_quality(segments: Iterable[bytes]) -> int | None:
 
 def _is_metadata(marker: int, segment: bytes) -> bool:
     return marker not in _JPEG_IMAGE and (marker, segment[4:9], len(segment)) not in _JPEG_PLAIN
-
-
-def _chunks(png: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Type and content of each chunk; what follows the end has the type b"". Raises ValueError.
-
-    The checksums are verified here: Pillow skips those of the pixels and of what follows them.
-    """
-    position, kind = len(PNG), b""
-    while kind != b"IEND":
-        start = position + 8
-        end = start + int.from_bytes(png[position : position + 4])
-        kind = png[position + 4 : start]
-        position = end + 4
-        if position > len(png):
-            raise ValueError("the file ends early")
-        if zlib.crc32(png[start - 4 : end]) != int.from_bytes(png[end:position]):
-            raise ValueError(f"chunk {kind!r} is damaged")
-        yield kind, png[start:end]
-    if position < len(png):
-        yield b"", png[position:]

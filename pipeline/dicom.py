@@ -239,35 +239,37 @@ def _is_smoother_signed(dicom: "Dataset", words: Levels, bits: int) -> bool:
 
 def _render(dicom: "Dataset", words: Levels, bits: int, shift: int, is_signed: bool) -> Picture:
     """The image in gray, computed once for each value of the words [H, W]."""
-    size = 8 * words.itemsize
-    places: Levels = words
-    values: Levels = np.arange(int(words.max()) + 1 if size <= 16 else 0)
+    size, places = 8 * words.itemsize, words
+    values: Levels
+    ends = [0, 0]  # the lowest word and the highest
     if size > 16:
         values, places = np.unique(words.astype(np.int64), return_inverse=True)
+    else:
+        ends = [int(end) for end in cv2.minMaxLoc(words)[:2]]
+        values = np.arange(ends[1] + 1)
     levels = (values >> shift) & (2**bits - 1)
     if is_signed:
         levels, values = _to_signed(levels, bits), _to_signed(values, size)
     is_padding = _find_padding(dicom, is_signed, levels) | _find_padding(dicom, is_signed, values)
     modality, voi = _find_table(dicom, "ModalityLUTSequence"), _find_table(dicom, "VOILUTSequence")
     count = len(values)
-    # A window is the same whatever the pixels are: that it shows a picture, a sample of them can tell.
+    # To know that an image shows a picture, and the range of levels that rise with the words, a sample will do.
+    is_rising = not is_signed and not is_padding.any() and bool((np.diff(levels) > 0).all())
     for step in (1,) if modality or voi else (8, 1):
-        part = places[::step, ::step]
-        if size > 16:
-            occurs = np.bincount(part.ravel(), minlength=count) > 0
-        else:
-            occurs = cv2.calcHist([part], [0], None, [count], [0, count]).ravel() > 0
+        occurs = np.ones(count, np.bool_)
+        if size <= 16:
+            occurs = cv2.calcHist([words[::step, ::step]], [0], None, [count], [0, count]).ravel() > 0
+            occurs[ends] = True
         seen = occurs & ~is_padding if (occurs & ~is_padding).any() else occurs
         measured = _measure(dicom, modality, levels, seen)
-        shown = _apply_voi(dicom, voi, measured, seen)
-        if shown is not None and len(np.unique(np.rint(255 * shown[seen]))) >= FEW:
+        low, high = measured[seen].min(), measured[seen].max()
+        window = _apply_voi(dicom, voi, measured, seen)
+        is_missed = window is not None and bool(low < high) and np.ptp(np.rint(255 * window[seen])) == 0
+        shown = (measured - low) / ((high - low) or 1) if window is None or is_missed else window
+        is_known = is_rising if window is None else not is_missed
+        if is_known and len(np.unique(np.rint(255 * shown[seen]))) >= FEW:
             break
-    low, high = measured[seen].min(), measured[seen].max()
-    notes: tuple[str, ...] = ()
-    if shown is not None and low < high and np.ptp(np.rint(255 * shown[seen])) == 0:
-        shown, notes = None, (MISSED,)
-    if shown is None:
-        shown = (measured - low) / ((high - low) or 1)
+    notes = (MISSED,) if is_missed else ()
     if not np.isfinite(measured + shown).all():
         raise ValueError
     gray = np.rint(255 * np.clip(shown, 0, 1)).astype(np.uint8)

@@ -7,10 +7,11 @@ resizing release the interpreter lock.
 
 import io
 import re
+import struct
 import threading
 from functools import lru_cache
 from math import ceil
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -23,6 +24,7 @@ from pipeline.containers import FEW, Picture
 from pipeline.dicom import MISSED, decode_dicom, is_dicom, open_dicom, read_position
 
 Gray = npt.NDArray[np.uint8]
+Levels = npt.NDArray[np.integer]
 
 ENCODINGS = {"jpeg": "jpg", "png": "png", "raw": "npy"}  # encoding → file suffix
 LONGEST_JPEG = 65_500  # libjpeg's limit, in pixels of a side
@@ -36,6 +38,7 @@ DOUBTS = (ONE_LEVEL, FEW_LEVELS, NEARLY_BLACK, MISSED)
 
 Image.MAX_IMAGE_PIXELS = None  # our own limit is checked, which the user can set
 _ORIENTATION = 0x0112  # the EXIF tag
+_PALETTE = 3  # a PNG's type of color
 _thread = threading.local()
 _NPY_HEADER = re.compile(
     rb"\x93NUMPY\x01\x00(..){'descr': '\|u1', 'fortran_order': False, 'shape': \((\d+), (\d+)\), } *\n", re.DOTALL
@@ -249,29 +252,56 @@ def _decode_any(data: bytes, colorspace: str, minimum: tuple[int, int] = (0, 0),
 
 def _read_png(data: bytes, max_pixels: float, bits: int | None = None, stated_bits: int | None = None) -> Picture:
     """Gray pixels of a PNG. Raises exceptions of many kinds for a damaged one."""
-    facts = containers.read_png_facts(data)
-    if facts.is_multiple:
+    chunks, plain = containers.read_png(data)
+    width, height, depth, color = struct.unpack_from(">IIBB", chunks[b"IHDR"])
+    if b"acTL" in chunks:
         raise ImageError("more than one frame")
-    _check_pixels(facts.width, facts.height, max_pixels)
-    image: Image.Image = Image.open(io.BytesIO(data), formats=("PNG",))
-    image.load()
-    levels, alpha, notes = None, None, tuple[str, ...]()
-    if facts.bits == 16:
-        levels, alpha = _deep_levels(image, data)
-        full, notes = _choose_full(int(levels.max()), facts.stated_bits or stated_bits, bits)
-        pixels = ((levels.astype(np.uint32) * 255 + full // 2) // full).astype(np.uint8)
-        if pixels.ndim == 3:
-            pixels = np.asarray(Image.fromarray(pixels).convert("L"))
-    else:
+    _check_pixels(width, height, max_pixels)
+    if color == _PALETTE:
+        image: Image.Image = Image.open(io.BytesIO(data), formats=("PNG",))
+        levels, alpha = np.asarray(image.convert("L")), None
         if image.has_transparency_data:
-            if facts.bits < 8 and image.mode == "L":  # Pillow scales levels of fewer bits to 8, but not this one
-                image.info["transparency"] *= 255 // (2**facts.bits - 1)
             alpha = np.asarray(image.convert("RGBA").getchannel("A"))
-        pixels = np.asarray(image.convert("L"))
-    if alpha is not None and alpha.any():  # a fully transparent image is a mistake: ignore alpha
+    else:
+        levels, alpha = _decode_levels(plain, depth, chunks.get(b"tRNS"))
+    if alpha is not None and not alpha.any():  # a fully transparent image is a mistake
+        alpha = None
+    pixels, notes = levels, tuple[str, ...]()
+    if depth == 16:
+        if alpha is not None:
+            levels[alpha == 0] = 0  # whatever is hidden says nothing about the bits
+        significant = max(chunks.get(b"sBIT", b"")[: 3 if color & 2 else 1], default=0)  # alpha apart
+        if 1 <= significant <= 16:
+            stated_bits = significant
+        full, notes = _choose_full(int(levels.max()), stated_bits, bits)
+        pixels = ((levels.astype(np.uint32) * 255 + full // 2) // full).astype(np.uint8)
+    if pixels.ndim == 3:
+        pixels = np.asarray(Image.fromarray(pixels).convert("L"))
+    if alpha is not None:
         pixels = ((pixels * alpha.astype(np.uint32) + 127) // 255).astype(np.uint8)
-    pixels = _turn(pixels, _orientation(facts.exif))
-    return Picture(pixels, pixels.shape, facts.bits, facts.has_metadata, levels=levels, notes=notes)
+    pixels = _turn(pixels, _orientation(chunks.get(b"eXIf")))
+    has_metadata = not chunks.keys() <= containers.PNG_PLAIN
+    return Picture(pixels, pixels.shape, depth, has_metadata, levels=levels if depth == 16 else None, notes=notes)
+
+
+def _decode_levels(plain: bytes, depth: int, clear: bytes | None) -> tuple[Levels, Levels | None]:
+    """Levels [H, W] or RGB [H, W, 3] of a PNG without a palette, and alpha [H, W] from 0 to 255, or None.
+
+    `clear` is the level, or RGB, that is transparent (tRNS). Levels of fewer than 8 bits are scaled to 8. OpenCV is
+    faster than Pillow, which gives 16-bit color 8 bits; other chunks could make it print warnings and add channels.
+    """
+    decoded = cv2.imdecode(np.frombuffer(plain, np.uint8), cv2.IMREAD_UNCHANGED)
+    if decoded is None or decoded.dtype != (np.uint16 if depth == 16 else np.uint8):
+        raise ValueError("its pixels are damaged")
+    stored: Levels = np.asarray(decoded, np.uint16 if depth == 16 else np.uint8)
+    levels = stored if stored.ndim == 2 else stored[:, :, 2::-1]
+    if stored.shape[2:] == (4,):
+        return levels, stored[:, :, 3] >> (depth - 8)
+    if clear is None:
+        return levels, None
+    level = (np.frombuffer(clear, ">u2") & (2**depth - 1)) * (255 // (2**depth - 1) or 1)
+    is_clear = levels == level if levels.ndim == 2 else (levels == level).all(axis=2)
+    return levels, np.where(is_clear, 0, 255)
 
 
 def _choose_full(highest: int, stated: int | None, bits: int | None) -> tuple[int, tuple[str, ...]]:
@@ -290,27 +320,6 @@ def _choose_full(highest: int, stated: int | None, bits: int | None) -> tuple[in
     if not bits and not stated:
         notes = () if used == 16 else (f"a 16-bit PNG read as {used} bits, by its highest level (--bits)",)
     return 2**used - 1, notes
-
-
-def _deep_levels(image: Image.Image, data: bytes) -> tuple[npt.NDArray[np.uint16], npt.NDArray[Any] | None]:
-    """Levels [H, W] or RGB [H, W, 3] of a 16-bit PNG, and alpha [H, W] or None. Transparent pixels are black.
-
-    Those of color by OpenCV, as Pillow gives them 8 bits.
-    """
-    clear = image.info.get("transparency")
-    if image.mode.startswith("I"):
-        levels = np.asarray(image).astype(np.uint16, copy=False)
-        alpha = np.where(levels == clear, 0, 255) if isinstance(clear, int) else None
-    else:
-        decoded = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
-        if decoded is None or decoded.dtype != np.uint16:
-            raise ValueError("its 16-bit levels cannot be decoded")
-        levels = np.asarray(decoded if decoded.ndim == 2 else decoded[:, :, 2::-1], np.uint16)
-        alpha = decoded[:, :, 3] // 256 if decoded.shape[2:] == (4,) else None
-    if alpha is not None and alpha.any():
-        levels = levels.copy()
-        levels[alpha == 0] = 0
-    return levels, alpha
 
 
 def _orientation(exif: bytes | None) -> int:

@@ -218,6 +218,10 @@ def test_png_levels() -> None:
     assert levels(Image.fromarray(np.array([[False, True]]))) == [0, 255]
     assert levels(Image.fromarray(np.array([[[200, 255], [200, 128], [200, 0]]], np.uint8), "LA")) == [200, 100, 0]
     assert levels(Image.fromarray(np.array([[7, 200]], np.uint8)), transparency=200) == [7, 0]
+    rows = zlib.compress(bytes(9))  # of 16 pixels, with right checksums
+    short = chunk(b"IHDR", struct.pack(">IIBBBBB", 16, 1, 8, 0, 0, 0, 0)) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    with pytest.raises(ImageError, match=r"^not a readable PNG: its pixels are damaged$"):
+        prepare(b"\x89PNG\r\n\x1a\n" + short, ORIGINAL)
     deep = struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0)
     pixel = chunk(b"IDAT", zlib.compress(b"\0" + struct.pack(">HHH", 65535, 65535, 65535)))
     data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", deep) + pixel + chunk(b"IEND", b"")
