@@ -16,7 +16,8 @@ annotated means that nobody looked for the finding, so every policy masks the ce
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -111,12 +112,24 @@ def find_label(name: str) -> str | None:
     return {label.casefold(): label for label in LABELS}.get(name.casefold())
 
 
+def suggest(name: str, known: Iterable[str]) -> str:
+    """The known name that a misspelled or shortened one may mean; "" if none is near."""
+    folded = {item.casefold().replace(" ", ""): item for item in known}
+    return next((folded[near] for near in get_close_matches(name.casefold().replace(" ", ""), folded, 1)), "")
+
+
+def describe_unknown(name: str, known: Sequence[str]) -> str:
+    """The error for a name that is not known, with the one that was meant."""
+    near = suggest(name, known)
+    return f"'{name}' is none of {', '.join(known)}" + (f"; did you mean {near}?" if near else "")
+
+
 def parse_labels(text: str) -> tuple[str, ...]:
     """Names of labels in any case, separated by commas; in the order of LABELS. Raises DataError for another name."""
     names = [find_label(name.strip()) or name.strip() for name in text.split(",")]
     for name in names:
         if name not in LABELS:
-            raise DataError(f"'{name}' is none of {', '.join(LABELS)}")
+            raise DataError(describe_unknown(name, LABELS))
     return tuple(label for label in LABELS if label in names)
 
 
@@ -126,15 +139,13 @@ def name_ages(years: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.str_]:
     return bands
 
 
-def parse_states(
-    csv: Path | list[str], label: str, column: pa.ChunkedArray, cells: Mapping[float, int] = CELLS
-) -> pa.Array:
+def parse_states(csv: Path, label: str, column: pa.ChunkedArray) -> pa.Array:
     """Label cells as int8: parse the few distinct texts, then look every row up. Raises DataError for other texts."""
     encoded = column.combine_chunks().dictionary_encode()
     states = []
     for text in encoded.dictionary.to_pylist():
         try:
-            states.append(cells[float(text)])
+            states.append(CELLS[float(text)])
         except (KeyError, ValueError):
             demand(csv, label, column, pc.not_equal(column, text), "is not a label: 1.0, 0.0, -1.0 or blank", True)
     return pa.array(states, pa.int8()).take(encoded.indices)

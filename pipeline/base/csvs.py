@@ -6,7 +6,7 @@ import io
 import zlib
 from collections.abc import Iterator, Sequence
 from io import BufferedReader
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
@@ -20,6 +20,7 @@ from pipeline.base.store import open_to_read
 
 PIECE = 2**20  # bytes to unpack at a time
 LONGEST = 2**26  # characters of a line and of a cell
+LONGEST_HEADER = 2**16
 SUFFIXES = (".csv", ".csv.gz", ".tsv", ".tsv.gz")
 
 
@@ -31,16 +32,14 @@ def read_strings(csv: Path, names: Sequence[str] | None = None) -> pa.Table:
     if not csv.is_file():
         raise DataError(f"{csv}: no such file")
     convert = pacsv.ConvertOptions(null_values=[""], strings_can_be_null=True)
-    parse = pacsv.ParseOptions(newlines_in_values=True, delimiter=_find_delimiter(csv))
     try:
         content = _read_content(csv)
+        delimiter = _find_delimiter(content[:LONGEST_HEADER].to_pybytes().partition(b"\n")[0].decode(errors="replace"))
+        parse = pacsv.ParseOptions(newlines_in_values=True, delimiter=delimiter)
         # Read only the column names.
         with pacsv.open_csv(pa.BufferReader(content), parse_options=parse) as reader:
             written = reader.schema.names
         header = [name.strip() for name in written]
-        if len(header) == 1 and (wrong := next((mark for mark in "\t;" if mark in header[0]), "")):
-            kind = "tabs: name it .tsv" if wrong == "\t" else "semicolons: save it with commas"
-            raise DataError(f"{csv}: its columns are divided by {kind}")
         convert.column_types = dict.fromkeys(written, pa.string())
         if names is not None:
             demand_columns(csv, header, names)
@@ -82,6 +81,11 @@ def line_of(csv: Path, row: int) -> int:
     return next(islice(_lines(csv), row + 1, None))[0]
 
 
+def name_row(csv: Path | list[str], row: int) -> str:
+    """The file and line of a row, or its name, if `csv` has the name of each."""
+    return csv[row] if isinstance(csv, list) else f"{csv}, line {line_of(csv, row)}"
+
+
 def _lines(csv: Path) -> Iterator[tuple[int, list[str]]]:
     """First line and cells of the header and each row. A blank line is no row; a quoted cell may have many lines."""
     stdlib_csv.field_size_limit(LONGEST)
@@ -90,7 +94,9 @@ def _lines(csv: Path) -> Iterator[tuple[int, list[str]]]:
         _unpacked(csv, raw) as content,
         io.TextIOWrapper(content, "utf-8-sig", errors="surrogateescape", newline="") as text,
     ):
-        reader = stdlib_csv.reader(_limited_lines(text), delimiter=_find_delimiter(csv))
+        lines = _limited_lines(text)
+        header = next(lines, "")
+        reader = stdlib_csv.reader(chain([header], lines), delimiter=_find_delimiter(header[:LONGEST_HEADER]))
         line = 1
         for cells in reader:
             if cells:
@@ -98,8 +104,9 @@ def _lines(csv: Path) -> Iterator[tuple[int, list[str]]]:
             line = reader.line_num + 1
 
 
-def _find_delimiter(csv: Path) -> str:
-    return "\t" if csv.name.removesuffix(".gz").endswith(".tsv") else ","
+def _find_delimiter(header: str) -> str:
+    """The mark that the header has the most; a spreadsheet writes semicolons if numbers have commas."""
+    return max(",;\t", key=header.count)
 
 
 def _limited_lines(text: TextIO) -> Iterator[str]:
@@ -124,13 +131,12 @@ def demand(
 ) -> None:
     """Raise DataError for the first row that is not valid; a null in `valid` is, if the column is `optional`.
 
-    `csv` may also be the name of each row in messages.
+    `csv` is as for `name_row`.
     """
     row = pc.index(pc.fill_null(valid, optional), False).as_py()
     if row >= 0:
         text = quote(column[row].as_py() or "", 80)
-        place = csv[row] if isinstance(csv, list) else f"{csv}, line {line_of(csv, row)}"
-        raise DataError(f"{place}, column {name}: '{text}' {complaint}")
+        raise DataError(f"{name_row(csv, row)}, column {name}: '{text}' {complaint}")
 
 
 def demand_columns(csv: Path, columns: Sequence[str], names: Sequence[str]) -> None:

@@ -17,7 +17,7 @@ from pipeline.base.store import is_remote, open_location
 from pipeline.base.workers import count_cpus, run_alone
 from pipeline.cli.looking import Cached
 from pipeline.command import FOLDER, PathOrUrl, command
-from pipeline.console import count_of, echo, progress_bar, refuse_usage, say, say_next
+from pipeline.console import count_of, echo, name_options, progress_bar, refuse_usage, say, say_next
 from pipeline.etl.planning import Options, preview_shards
 from pipeline.etl.shards import Execution, write_shards
 from pipeline.images import DOUBTS
@@ -25,8 +25,9 @@ from pipeline.labels import parse_labels
 from pipeline.look.tables import print_report
 from pipeline.manifest import find_restriction
 from pipeline.policies import BLANK_HELP, UNCERTAIN_HELP, check_blank_policy, parse_uncertain_policy
-from pipeline.sources.sets import SETS, find_terms
+from pipeline.sources.sets import OWN, SETS, find_source, find_terms, guess_command
 from pipeline.sources.table import parse_columns
+from pipeline.sources.words import parse_values
 from pipeline.synthetic.shortcuts import Shortcut, parse_shortcut
 
 if TYPE_CHECKING:
@@ -66,11 +67,16 @@ def sample(given: Drawing) -> None:
     say_next("pipeline", "shards", given.out, Path("shards", given.out.resolve().name))
 
 
-def parse_folder(text: str) -> Path:
-    """The path of a local folder or URL; its contents are checked later."""
+def parse_source(text: str) -> Path:
+    """The path of a local file or folder, or URL; its contents are checked later."""
     if not text.strip():
         raise DataError("the name is empty; for the folder you are in, write .")
-    path = open_location(text)
+    return open_location(text)
+
+
+def parse_folder(text: str) -> Path:
+    """The path of a local folder or URL."""
+    path = parse_source(text)
     if isinstance(path, Path) and path.is_file():
         raise DataError(f"'{path}' is a file")
     return path
@@ -97,8 +103,8 @@ policy_option = partial(option, None, metavar="POLICY")
 class Sharding:
     """The data set that `shards` reads, and its output folder."""
 
-    source: Path = option(..., argument=True, parse=parse_folder)
-    out: Path = option(..., argument=True, parse=parse_folder)
+    source: Path = option(..., argument=True, parse=parse_source)
+    out: Path | None = option(None, argument=True, parse=parse_folder)
     dataset: str | None = option(
         None, "Data set in SOURCE (docs/data.md).", choices=tuple(SETS), flag="set", metavar="SET", shown="by its files"
     )
@@ -107,6 +113,12 @@ class Sharding:
         "With --set table or webdataset: path=Image,patient=MRN,Edema=edema.",
         split=parse_columns,
         metavar="NAME=COLUMN,…",
+    )
+    values: tuple[tuple[str, int | None], ...] = option(
+        (),
+        "What words in such label columns mean: yes=1,no=0,maybe=-1; Edema:yes=1 for a label's own.",
+        split=parse_values,
+        metavar="WORD=STATE,…",
     )
     name: str = option("", "Dataset name; required if another hospital's data uses this layout.", check=check_name)
     annotated: tuple[str, ...] = option(
@@ -132,20 +144,25 @@ class Sharding:
     )
     roots: tuple[Path, ...] = option((), "Another folder of images.", parse=parse_folder, metavar="FOLDER", flag="root")
     facts: tuple[str, ...] = option((), "CSV or XLSX with extra columns, by patient or study.", metavar="FILE")
+    guess: bool = option(False, "Print the command for a table of your own, its columns guessed; do nothing else.")
     dry_run: bool = option(False, "Print what would be written and which images are missing; write nothing.")
 
-    def find_source(self) -> "Source":
-        """The data set. Raises UsageError for options that do not go together, and DataError as the library does."""
-        from pipeline.sources.sets import find_source
+    def find_source(self) -> tuple["Source", Path]:
+        """The data set, and the folder of its shards.
 
+        Raises UsageError for options that do not go together, and DataError as the library does.
+        """
+        if self.out is None:
+            raise click.UsageError("Missing argument 'OUT'.")
         refuse_usage(
             str(self.out).startswith(("http:", "https:")),
             f"{self.out}: a web server is only read from; write to a folder or s3://bucket/prefix",
         )
-        tables = self.dataset in ("table", "webdataset")
+        tables = self.dataset in OWN
+        if self.dataset == "table" and not self.columns:
+            raise click.UsageError(f"--set table needs --columns, such as: {name_options(guess_command(self.source))}")
         refuse_usage(
-            (self.dataset == "table" and not self.columns) or (self.columns and not tables),
-            "--columns goes with --set table, which needs it, or --set webdataset",
+            (self.columns or self.values) and not tables, "--columns and --values go with --set table or webdataset"
         )
         refuse_usage(
             self.splits and not tables and self.dataset not in (None, "chexpert"),
@@ -157,7 +174,7 @@ class Sharding:
             csvs[split] = csv
         files = [open_location(text) for text in self.facts]
         source = find_source(self.source, csvs, self.roots, self.dataset, self.columns, files, self.name)
-        return source._replace(annotated=self.annotated, blanks=self.blanks)
+        return source._replace(annotated=self.annotated, blanks=self.blanks, values=self.values), self.out
 
 
 @command(
@@ -176,8 +193,11 @@ def shards(given: Sharding, options: Options, how: Execution) -> int:
     """
     from pipeline.sources.load import describe_shards
 
+    if given.guess:
+        echo(name_options(guess_command(given.source)))
+        return 0
     refuse_usage(options.size is None and options.square != "no", "--square needs a --size")
-    source, out = given.find_source(), given.out
+    source, out = given.find_source()
     if given.dry_run:
         code = _print_preview(source, options, how)
         say_next("pipeline", *(word for word in sys.argv[1:] if word != "--dry-run"))

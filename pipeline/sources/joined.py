@@ -2,12 +2,14 @@
 
     pipeline shards CheXpert-v1.0-small shards --facts "CHEXPERT DEMO.xlsx"
 
-The column names determine what a row describes, as in KEYS: `key`, else patient and study, else one of these.
+The column names determine what a row describes, as in KEYS: `key`, else patient and study, else one of these. A user's
+own table may be such a file too: the columns that the user named are its keys, and the others are facts.
 """
 
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from importlib import import_module
 from itertools import zip_longest
 from pathlib import Path
@@ -28,8 +30,14 @@ from pipeline.manifest import KNOWN, name_facts
 
 KEYS = {"key": "key", "study": "study", "study_id": "study"}
 KEYS |= dict.fromkeys(("patient", "patient_id", "deid_patient_id", "subject_id"), "patient")
-UNITS = {("key",): "images", ("patient", "study"): "studies", ("study",): "studies", ("patient",): "patients"}
-NORMALIZED: dict[tuple[str, ...], Normalize] = {("key",): normalize_paths, ("patient", "study"): normalize_studies}
+# The columns that name a row, the first that are there: its unit, and how names of the unit are compared.
+UNITS: dict[tuple[str, ...], tuple[str, Normalize]] = {
+    ("key",): ("images", normalize_paths),
+    ("path",): ("images", partial(normalize_paths, parts=99)),
+    ("patient", "study"): ("studies", normalize_studies),
+    ("study",): ("studies", normalize_ids),
+    ("patient",): ("patients", normalize_ids),
+}
 OURS = ("set", "row", "split", "label", "score", "group", "views")  # columns of other tables, and words of options
 _WHOLE = r"^-?(0|[1-9]\d{0,17})(\.0+)?$"  # 007 is a code, not a number
 # The words by which Glocker et al. group CheXpert's PRIMARY_RACE (Algorithmic encoding of protected characteristics in
@@ -39,9 +47,13 @@ _NO_ANSWER = r"(?i)\b(unknown|refused|declines|declined)\b"
 
 
 def join_facts(
-    tables: Mapping[str, pa.Table], paths: Sequence[Path], note: Note = ignore, numbered: bool = False
+    tables: Mapping[str, pa.Table],
+    paths: Sequence[Path],
+    note: Note = ignore,
+    numbered: bool = False,
+    named: Mapping[str, str] | None = None,
 ) -> dict[str, pa.Table]:
-    """The tables with the columns of each file.
+    """The tables with the columns of each file; `named` are those of the user's own table: our name → the table's.
 
     Columns are named in lower case, words joined by `_`; those of whole numbers become int64. With `primary_race`
     comes `race`, unless there is one. Raises DataError, naming the file, for one that cannot be read or has no key or
@@ -51,29 +63,32 @@ def join_facts(
     joined = dict(tables)
     for path in paths:
         columns = _read_columns(path)
-        names = {KEYS[name]: name for name in columns if name in KEYS}
-        used = next((used for used in UNITS if names.keys() >= set(used)), None)
+        own = {_fold(name): ours for ours, name in (named or {}).items()}
+        known = KEYS | (own if own.keys() <= columns.keys() else {})
+        names = {known[name]: name for name in columns if name in known}
+        held = names.keys() & set.intersection(*(set(table.column_names) for table in joined.values()))
+        used = next((used for used in UNITS if held >= set(used)), None)
         if used is None:
-            present, known = ", ".join(columns), ", ".join(KEYS)
-            raise DataError(f"{path}: no column says whose row it is; it has {present}; name one of them {known}")
+            present, keys = ", ".join(columns), ", ".join(KEYS)
+            raise DataError(f"{path}: no column says whose row it is; it has {present}; name one of them {keys}")
         if numbered and "study" in used:
             raise DataError(
                 f"{path}: column {names['study']} cannot be a key: the data set's studies have no names, and were "
                 "numbered here; use patient or key, or name the data set's column study"
             )
-        samples = pa.concat_tables(table.select(["key", "patient", "study"]) for table in joined.values())
+        samples = pa.concat_tables(table.select(sorted({"patient", "study", *used})) for table in joined.values())
         if used == ("study",) and pc.count_distinct(samples["study"]) != len(
             samples.group_by(["patient", "study"]).aggregate([])
         ):
             raise DataError(f"{path}: a study's number is unique only within its patient; add a column patient")
-        facts = {name: column for name, column in columns.items() if name not in KEYS}
+        facts = {name: column for name, column in columns.items() if name not in known}
         _check_names(path, facts, joined)
         sample_keys, file_keys = (
             pc.binary_join_element_wise(*(table[name].cast(pa.string()) for name in parts), "/")
             for table, parts in ((samples, used), (columns, [names[part] for part in used]))
         )
-        by = NORMALIZED.get(used, normalize_ids)
-        place = join(sample_keys, path, pa.table(facts), file_keys, UNITS[used], note, by, _line)
+        unit, by = UNITS[used]
+        place = join(sample_keys, path, pa.table(facts), file_keys, unit, note, by, _line)
         facts = {name: _type(column) for name, column in facts.items()}
         taken = {name for table in joined.values() for name in table.column_names}
         if "primary_race" in facts and "race" not in taken.union(facts):
@@ -88,10 +103,14 @@ def join_facts(
     return joined
 
 
+def _fold(name: str) -> str:
+    return "_".join(re.findall(r"\w+", name.lower()))
+
+
 def _read_columns(path: Path) -> dict[str, pa.Array]:
     """Name in words → cells as text, null if empty. Raises DataError."""
     table = _read_workbook(path) if path.suffix.lower() == ".xlsx" else read_strings(path)
-    names = ["_".join(re.findall(r"\w+", name.lower())) for name in table.column_names]
+    names = [_fold(name) for name in table.column_names]
     for number, name in enumerate(names):
         if not name or name in names[:number]:
             problem = f"'{table.column_names[number]}' is a name twice" if name else "has no name"

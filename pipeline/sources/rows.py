@@ -50,7 +50,8 @@ def read_splits(source: Source, *, views: str, dev: float, seed: int, limit: int
     adapter = SETS[source.set]
     notes: list[str] = []
     tables = spell_alike(settle_blanks(source, adapter.read(source, notes.append)))
-    tables = join_facts(tables, source.facts, notes.append, numbers_studies(source.set, dict(source.columns)))
+    columns = dict(source.columns)
+    tables = join_facts(tables, source.facts, notes.append, numbers_studies(source.set, columns), columns)
     _refuse_shared_patients(source, tables)
     if "train" in tables:
         train, held_out = split_patients(tables.pop("train"), dev, seed)

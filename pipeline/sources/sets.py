@@ -10,8 +10,8 @@ import pyarrow as pa
 
 from pipeline.base.csvs import read_header
 from pipeline.base.errors import DataError
-from pipeline.base.store import check_access, list_files, named_failures
-from pipeline.sources import chexpert, mimic, nih, padchest, plus, table, vindr, webdataset
+from pipeline.base.store import check_access, list_files, list_folders, named_failures
+from pipeline.sources import chexpert, mimic, nih, padchest, plus, table, vindr, webdataset, words
 from pipeline.sources.source import DataSet, Source, Terms, read_terms
 
 # In the order in which they are asked: other sets have a train.csv, too, so CheXpert comes last.
@@ -26,9 +26,11 @@ SETS: dict[str, DataSet] = {
     "table": table.SET,
     "webdataset": webdataset.SET,
 }
+OWN = ("table", "webdataset")  # users' own sets, whose columns are named
 # Sets that are recognized by their files.
-KNOWN = {kind.terms.name: kind for name, kind in SETS.items() if name not in ("table", "webdataset")}
+KNOWN = {kind.terms.name: kind for name, kind in SETS.items() if name not in OWN}
 DRAWN_NOTE = "SYNTHETIC.txt"  # beside the tables that `pipeline sample` writes
+FOLDERS = 100  # that are searched for shards
 SHOWN = 4  # names of what is in a folder without a set
 
 
@@ -43,13 +45,18 @@ def find_source(
 ) -> Source:
     """The tables of `folder`, or the CSVs named in `splits`, and every folder that may hold images.
 
-    `name` forces a set; otherwise each is asked in turn. `columns` are for the set `table`, `facts` are files to join,
-    `called` is `Source.name`. Raises DataError for a folder or file that does not exist, and if no set is found.
+    `name` forces a set; otherwise each is asked in turn. For the sets OWN, `folder` may be a CSV or tar, and `columns`
+    are those to read. `facts` are files to join, `called` is `Source.name`. Raises DataError for a folder or file that
+    does not exist, and if no set is found.
     """
     for path in (folder, *splits.values(), *roots, *facts):
         check_access(path)
         if path is not folder and not path.exists():
             raise DataError(f"{path}: no such file or folder")
+    if folder.is_file():
+        if name not in OWN:
+            raise DataError(f"{folder}: a file; name its folder. For a table of your own: {guess_command(folder)}")
+        splits, folder = splits or {"" if name == "webdataset" else "train": folder}, folder.parent
     if splits and name == "webdataset":
         csvs = webdataset.find_tars(folder, splits) or {}
     else:
@@ -98,7 +105,16 @@ def find_set(folder: Path, name: str | None = None) -> tuple[str, dict[str, Path
     names = sorted(path.name for path in list_files(folder))
     more = f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
     content = f"it holds {', '.join(names[:SHOWN])}{more}" if names else "it is empty"
-    raise DataError(f"{folder}: neither it nor a folder in it holds {wanted}; {content}")
+    shards = [name for name in list_folders(folder)[:FOLDERS] if (folder / name / "manifest.json").is_file()]
+    meant = f"; did you mean the shards {folder / shards[0]}?" if shards else ""
+    advice = f"\nFor a table of your own: {guess_command(folder)}" if name in (None, "table") else ""
+    raise DataError(f"{folder}: no dataset with {wanted}; {content}{meant}{advice}")
+
+
+def guess_command(source: Path) -> str:
+    """The command that makes shards of a user's table, or the only one in a folder; for people to check."""
+    csv = source if source.is_file() else (table.SET.find_tables(source) or {}).get("train")
+    return words.guess_command(source, csv)
 
 
 def read_any_table(csv: Path) -> pa.Table:

@@ -66,12 +66,13 @@ class Source(NamedTuple):
     name: str = ""
     annotated: tuple[str, ...] = ()
     blanks: str = ""
+    values: tuple[tuple[str, int | None], ...] = ()
 
     @property
     def stated(self) -> dict[str, object]:
         """The user's statements about the set that affect the contents of the shards."""
         given = {name: getattr(self, name) for name in ("name", "annotated", "blanks")}
-        given["columns"] = dict(self.columns)
+        given |= {"columns": dict(self.columns), "values": dict(self.values)}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in given.items() if value}
 
 
@@ -88,7 +89,10 @@ class Column(NamedTuple):
 
 
 PATIENT = Column(r"(?P<patient>\S{1,64})", "is not a name without spaces, of up to 64 characters")
-AGE = Column(r"(?P<age>\d{1,3})(?:\.0)?", "is not a number of years")
+# As DICOM's 058Y, and for the oldest 90+ or `85 or more`.
+AGE = Column(
+    r"(?P<age>\d{1,3})(?:[.,]\d+)?(?i: ?(?:y|yrs?|years?|years? old|j|jahre|or more)|\+)?", "is not a number of years"
+)
 SEX, PROJECTION = (Column(f"(?P<{name}>.*)", "", optional=True) for name in ("sex", "projection"))
 
 
@@ -274,7 +278,7 @@ def settle_blanks(source: Source, tables: Mapping[str, pa.Table]) -> dict[str, p
     """
     is_foreign = bool(source.name) or source.set in ("table", "webdataset")
     if (source.annotated or source.blanks) and not is_foreign and source.set != "chexpert":
-        raise DataError(f"`annotated`, `blanks`: {source.set} says itself what its blanks are; leave these out")
+        raise DataError(f"`annotated`, `blanks`: {source.set} defines its blanks; leave these out")
     silent = [label for label in LABELS if all(not _has_states(table[label]) for table in tables.values())]
     blank = [label for label in silent if any(table[label].null_count for table in tables.values())]
     if is_foreign and blank and not (source.annotated or source.blanks):

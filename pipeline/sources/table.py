@@ -2,25 +2,25 @@
 
     pipeline shards images out --set table --columns path=Image,patient=MRN,Edema=edema
 
-`path`, the image's file relative to SOURCE, and `patient` are needed. `study` (a number), `view` (frontal, lateral
-or other; frontal by default), `sex`, `age` and `projection` (AP, PA, LL or RL) may be named. Labels are 1, 0, -1 or
-blank; labels without a column are not annotated. All rows are train, of which dev is held out; `--split`
-gives each split a CSV.
+`path`, the image's file relative to SOURCE, and `patient` are needed; `study`, `view`, `sex`, `age` and `projection`
+may be named. Words are understood as words.csv has them, and as `values` say. Labels without a column are not
+annotated. All rows are train, of which dev is held out; `--split` gives each split a CSV.
 """
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.base.csvs import SUFFIXES, demand_columns, demand_unique, read_strings
 from pipeline.base.errors import DataError
 from pipeline.base.store import list_files
 from pipeline.identity import Note, ignore
-from pipeline.labels import CELLS, LABELS, NOT_ANNOTATED, find_label, parse_states
+from pipeline.labels import LABELS, POSITIONS, describe_unknown, find_label
 from pipeline.sources.source import (
     AGE,
-    SEX,
+    PATIENT,
     SUFFIX,
     Column,
     DataSet,
@@ -30,6 +30,7 @@ from pipeline.sources.source import (
     read_cells,
     read_terms,
 )
+from pipeline.sources.words import count_words, read_states, read_words, translate
 
 _PART = r"(?:[^/\\.]|\.[^/\\.]|\.\.[^/\\])[^/\\]*"  # a folder but . and ..
 NEEDED = ("path", "patient")
@@ -39,16 +40,15 @@ FIELDS = {
         rf"(?P<path>(?:{_PART}/)*(?:[^/\\]+{SUFFIX}|[^/\\.]+|[^/\\]+\.\d+))",
         "is not a path below SOURCE to a JPEG, PNG or DICOM",
     ),
-    "patient": Column(r"(?P<patient>\S{1,64})", "is not a name without spaces, of up to 64 characters"),
-    "study": Column(r"(?i:study|s)?[_-]?0*(?P<study>\d{1,9})(?:\.0+)?", "is not a number of up to 9 digits"),
-    "view": Column("(?P<view>(?i:frontal|lateral|other))", "is none of frontal, lateral, other"),
-    "sex": SEX,
+    "patient": PATIENT,
+    "study": Column("(?P<study_name>.+)", "is not the name of a study"),
     "age": AGE._replace(optional=True),
-    "projection": Column("(?P<projection>AP|PA|LL|RL)", "is none of AP, PA, LL, RL", optional=True),
 }
+WORDS = ("view", "sex", "projection")
+_NUMBER = r"^(?i:study|s)?[_-]?0*(?P<study>\d{1,9})(?:\.0+)?$"
 
 
-def parse_columns(text: str, known: Sequence[str] = (*FIELDS, "key", *LABELS)) -> tuple[tuple[str, str], ...]:
+def parse_columns(text: str, known: Sequence[str] = (*FIELDS, *WORDS, "key", *LABELS)) -> tuple[tuple[str, str], ...]:
     """Our names, of those `known`, and the table's, from `path=Image,patient=MRN`.
 
     Spaces and double quotes around a name do not count. Raises DataError, naming all problems; the set
@@ -60,7 +60,7 @@ def parse_columns(text: str, known: Sequence[str] = (*FIELDS, "key", *LABELS)) -
         name, column = (word.strip().strip('"') for word in part.partition("=")[::2])
         field = find_label(name) or name
         if field not in known:
-            wrong.append(f"'{field}' is none of {', '.join(known)}")
+            wrong.append(describe_unknown(field, known))
         elif not column:
             wrong.append(f"{field} has no column")
         elif field in dict(pairs):
@@ -91,24 +91,47 @@ class OwnTable(DataSet):
         for split, csv in source.csvs.items():
             text = read_strings(csv)
             demand_columns(csv, text.column_names, list(columns.values()))
-            cells = {field: text[column] for field, column in columns.items()}
-            tables[split] = read_named(csv, columns, cells)
+            tables[split] = read_named(source, csv, {field: text[column] for field, column in columns.items()}, note)
             demand_unique(csv, tables[split]["key"])
         return tables
 
 
-def read_named(csv: Path | list[str], columns: Mapping[str, str], cells: Mapping[str, pa.ChunkedArray]) -> pa.Table:
-    """The label table of cells by our names; `csv`, or the name of each row, and `columns` are for errors."""
+def read_named(
+    source: Source, csv: Path | list[str], cells: Mapping[str, pa.ChunkedArray], note: Note = ignore
+) -> pa.Table:
+    """The label table of cells [N] by our names; `csv` is as for `name_row`. `note` gets words without a meaning."""
+    columns = dict(source.columns)
     named = [(columns[field], cells[field], column) for field, column in FIELDS.items() if field in columns]
-    states = CELLS | {NOT_ANNOTATED: NOT_ANNOTATED}  # as in our own shards
     fields = {**cells, **read_cells(csv, named)}
     if "key" not in fields:
         fields["key"] = pa.array(map(make_key, fields["path"].to_pylist()))
-    absent = pa.repeat(pa.scalar(NOT_ANNOTATED, pa.int8()), len(fields["key"]))
-    labels = {
-        label: parse_states(csv, columns[label], cells[label], states) if label in cells else absent for label in LABELS
-    }
-    return make_table(fields, labels)
+    if "study_name" in fields:
+        numbers = pc.struct_field(pc.extract_regex(fields["study_name"], _NUMBER), "study")
+        if numbers.null_count:
+            del fields["study"]
+            note(f"column {columns['study']}: not all are numbers, so studies are numbered within each patient")
+        else:
+            fields["study"] = numbers
+    _read_words(columns, cells, fields, note)
+    return make_table(fields, read_states(csv, columns, cells, source.values))
 
 
-SET = OwnTable(read_terms("table"), files="a single CSV", numbers_studies=True)
+def _read_words(
+    columns: Mapping[str, str], cells: Mapping[str, pa.ChunkedArray], fields: dict[str, pa.Array], note: Note
+) -> None:
+    """Add sex, view and projection, of which a column may hold both, to the fields."""
+    projections = read_words("projection")
+    views = read_words("view") | {word: POSITIONS[name] for word, name in projections.items()}
+    for name, other, words in (("sex", "", read_words("sex")), ("view", "projection", views)):
+        column = name if name in cells else other
+        if column in cells:
+            fields[name] = translate(cells[column], words)
+            unknown = cells[column].filter(fields[name].is_null())
+            if unknown.null_count < len(unknown) or (name == "view" and len(unknown)):
+                note(f"column {columns[column]}: no {name} is known for {count_words(unknown)}")
+    if "view" in fields:
+        fields["view"] = pc.fill_null(fields["view"], "other")
+        fields["projection"] = translate(cells["projection" if "projection" in cells else "view"], projections)
+
+
+SET = OwnTable(read_terms("table"), files="a single CSV (of several, name one as SOURCE)", numbers_studies=True)

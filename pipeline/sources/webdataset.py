@@ -9,9 +9,8 @@ of the only CSV beside the tars, joined by that column. `patient` and a label ar
 """
 
 import re
-import shlex
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -29,6 +28,7 @@ from pipeline.labels import LABELS
 from pipeline.manifest import read_manifest
 from pipeline.sources.source import DataSet, Source, Terms, make_key, read_terms
 from pipeline.sources.table import read_named
+from pipeline.sources.words import guess_columns, spell_command
 
 CSV = "labels.csv"  # the role of the CSV beside the tars
 KEY = "__key__"  # webdataset's name for a sample's key
@@ -37,6 +37,10 @@ TAR, NAME, SUFFIXES, IMAGE = "__tar__", "__name__", "__suffixes__", "__image__"
 IMAGES, TEXTS = ("jpg", "jpeg", "png", "dcm", "dicom"), ("cls", "txt")
 MOST = dict.fromkeys(IMAGES, 2**30) | dict.fromkeys((*TEXTS, "json"), 2**20)  # bytes of a member
 SHOWN = 20  # problems in an error
+NOTES = {  # on words of the command
+    f"patient={KEY}": f"patient={KEY} takes every image for another patient's",
+    "LABEL=": "LABEL is one of CheXpert's 14",
+}
 # dev is held out of train by a hash of the patient, so our own dev becomes dev again.
 _SPLITS = dict.fromkeys(("train", "training", "dev"), "train") | {"test": "test", "testing": "test"}
 _SPLITS |= dict.fromkeys(("val", "valid", "validate", "validation"), "valid")
@@ -59,30 +63,14 @@ class Webdataset(DataSet):
     def read(self, source: Source, note: Note = ignore) -> dict[str, pa.Table]:
         """Split → its label table. Raises DataError with all that is missing, and the command to give."""
         tars = {name: path for name, path in source.csvs.items() if name != CSV}
-        columns = dict(source.columns)
-        fields = {name: field for name, field in columns.items() if name != "key"}
-        problems = _find_gaps(tars.values())
-        rows: list[Fields] = []
-        for name, path in tars.items():
-            try:
-                rows += _read_tar(name, path, set(fields.values()))
-            except DataError as error:
-                problems.append(str(error))
-        names = dict.fromkeys(name for row in rows for name in row)
-        samples = pa.table({name: pa.array([row.get(name) for row in rows], pa.string()) for name in names})
-        wrong: dict[str | None, list[Fields]] = {}
-        for row in rows:
-            if not row[IMAGE]:
-                wrong.setdefault(row[SUFFIXES], []).append(row)
-        problems += [
-            f"{len(same):,} samples need one image and have {suffixes}: {same[0][NAME]}"
-            for suffixes, same in wrong.items()
-        ]
-        csv = read_strings(source.csvs[CSV]) if CSV in source.csvs else pa.table({})
-        if "key" in columns and rows:
-            samples, missing = _join(samples, source.csvs[CSV], csv, columns["key"], set(fields.values()), note)
+        columns = {name: field for name, field in source.columns if name != "key"}
+        samples, problems = _read_tars(tars, set(columns.values()))
+        csv, key = source.csvs.get(CSV), dict(source.columns).get("key")
+        table = read_strings(csv) if csv else pa.table({})
+        if csv and key and len(samples):
+            samples, missing = _join(samples, csv, table, key, set(columns.values()), note)
             problems += missing
-        _demand_all(source, samples, csv.column_names, problems)
+        _demand_all(source, samples, table.column_names, problems)
         keys = samples[KEY]
         if pc.count_distinct(keys).as_py() < len(keys):  # such as tars that each count from 0
             tar = pc.replace_substring_regex(samples[TAR], r"\.tar$", "")
@@ -92,9 +80,9 @@ class Webdataset(DataSet):
         tables = {}
         for split in dict.fromkeys(name.partition("/")[0] for name in tars):
             part = samples.filter(pc.starts_with(samples[TAR], f"{split}/"))
-            cells = {name: part[field] for name, field in fields.items()}
-            labels = [name.replace(": ", ": sample ", 1) for name in part[NAME].to_pylist()]
-            tables[split] = read_named(labels, fields, cells | {"path": part[IMAGE], "key": part[KEY]})
+            cells = {name: part[field] for name, field in columns.items()}
+            names = [name.replace(": ", ": sample ", 1) for name in part[NAME].to_pylist()]
+            tables[split] = read_named(source, names, cells | {"path": part[IMAGE], "key": part[KEY]}, note)
         return tables
 
 
@@ -131,11 +119,26 @@ def find_terms(source: Source) -> Terms:
         return SET.terms
 
 
-def _find_gaps(paths: Iterable[Path]) -> list[str]:
-    """The problems of numbered series, such as `train-00000-of-00003.tar`, with missing files."""
-    matches = [(path.parent, match) for path in paths if (match := _COUNTED.fullmatch(path.name))]
+def _read_tars(tars: Mapping[str, Path], wanted: set[str]) -> tuple[pa.Table, list[str]]:
+    """The samples of all tars with the fields wanted, those of the first of each tar with all; and problems."""
+    matches = [(path.parent, match) for path in tars.values() if (match := _COUNTED.fullmatch(path.name))]
     counts = Counter((folder / f"{match[1]}*{match[2]}", int(match[3])) for folder, match in matches)
-    return [f"{name}: {count:,} files of {total:,}" for (name, total), count in counts.items() if count != total]
+    problems = [f"{name}: {count:,} files of {total:,}" for (name, total), count in counts.items() if count != total]
+    rows: list[Fields] = []
+    for name, path in tars.items():
+        try:
+            rows += _read_tar(name, path, wanted)
+        except DataError as error:
+            problems.append(str(error))
+    wrong: dict[str | None, list[Fields]] = {}
+    for row in rows:
+        if not row[IMAGE]:
+            wrong.setdefault(row[SUFFIXES], []).append(row)
+    problems += [
+        f"{len(same):,} samples need one image and have {suffixes}: {same[0][NAME]}" for suffixes, same in wrong.items()
+    ]
+    names = dict.fromkeys(name for row in rows for name in row)
+    return pa.table({name: pa.array([row.get(name) for row in rows], pa.string()) for name in names}), problems
 
 
 def _read_tar(tar: str, path: Path, wanted: set[str]) -> Iterator[Fields]:
@@ -209,30 +212,32 @@ def _join(
 
 
 def _demand_all(source: Source, samples: pa.Table, header: list[str], problems: Sequence[str]) -> None:
-    """Raise DataError with all problems and, if columns are missing, the fields to name."""
+    """Raise DataError with all problems and, if fields are missing, the command that names them."""
     folder, columns = source.roots[0], dict(source.columns)
     known = [name for name in samples.column_names if name == KEY or not name.startswith("__")]
-    absent = [
-        f"no sample has the field {field}" for name, field in columns.items() if name != "key" and field not in known
-    ]
-    absent += ["the images are in the tars: leave out path"] if "path" in columns else []
-    absent += ["no patient is named"] if "patient" not in columns else []
-    absent += ["no label is named"] if not any(name in LABELS for name in columns) else []
+    absent = {name: field for name, field in columns.items() if name != "key" and field not in known}
+    missing = [f"no sample has the field {field}" for field in absent.values()]
+    missing += ["the images are in the tars: leave out path"] if "path" in columns else []
+    missing += ["no patient is named"] if "patient" not in columns else []
+    missing += ["no label is named"] if not any(name in LABELS for name in columns) else []
     problems = [*problems, *([] if len(samples) else ["no samples in the tars"])]
-    if not problems + absent:
+    if not problems + missing:
         return
     suffixes = ", ".join(samples[SUFFIXES].unique().to_pylist()) if len(samples) else ""
-    shown = ", ".join([*dict.fromkeys(suffixes.split(", "))][:SHOWN])
-    lines = [f"{folder}: {len(samples):,} samples of {shown}"]
-    lines += [f"  {problem}" for problem in [*problems[:SHOWN], *absent]]
+    lines = [f"{folder}: {len(samples):,} samples of {', '.join([*dict.fromkeys(suffixes.split(', '))][:SHOWN])}"]
+    lines += [f"  {problem}" for problem in [*problems[:SHOWN], *missing]]
     lines += [f"  and {len(problems) - SHOWN:,} more problems"] if len(problems) > SHOWN else []
-    if absent:
+    if missing:
         more = f"; of {source.csvs[CSV]}, with key=COLUMN: {', '.join(header)}" if header else ""
         lines.append(f"fields: {', '.join(known[: SHOWN * 2])}{more}")
-        lines.append(f"patient={KEY} takes every image for another patient's; labels are 1, 0, -1 or blank:")
-        lines.append(
-            f"pipeline shards {shlex.quote(str(folder))} OUT `set` webdataset `columns` patient=FIELD,Edema=FIELD"
-        )
+        guessed = guess_columns([*known, *header])
+        if (key := guessed.pop("path", "")) in header and any(name in header for name in guessed.values()):
+            guessed["key"] = key
+        chosen = guessed | {name: field for name, field in columns.items() if name not in ("path", *absent)}
+        needed = {"patient": KEY, "LABEL": next((field for field in known if field in TEXTS), "FIELD")}
+        command = spell_command(folder, "webdataset", chosen, needed)
+        lines += [note for word, note in NOTES.items() if word in command]
+        lines.append(command)
     raise DataError("\n".join(lines))
 
 

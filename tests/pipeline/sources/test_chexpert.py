@@ -40,7 +40,7 @@ def test_a_half_drawn_sample_is_no_data_set(chexpert: Path, tmp_path: Path) -> N
     half = shutil.copytree(chexpert, tmp_path / ".CheXpert-v1.0-small.tmp")
     assert files_of(tmp_path) == expected
     shutil.rmtree(chexpert)
-    with pytest.raises(DataError, match=rf"^{tmp_path}: neither it nor .*; it holds {re.escape(half.name)}$"):
+    with pytest.raises(DataError, match=rf"^{tmp_path}: no dataset with .*; it holds {re.escape(half.name)}\n"):
         find_set(tmp_path)
 
 
@@ -127,7 +127,7 @@ def test_limit_keeps_whole_patients(chexpert: Path) -> None:
 def test_folders_without_a_set_are_named(chexpert: Path, tmp_path: Path) -> None:
     with pytest.raises(
         DataError,
-        match=r" holds a df_chexp.* \(CheXpert\); it holds patient00001, patient00002, patient00003, patient00004 and",
+        match=r" with a df_chexp.* \(CheXpert\); it holds patient00001, patient00002, patient00003, patient00004 and",
     ):
         find_set(chexpert / "train")
     with pytest.raises(DataError, match=r"nothing: no such folder$"):

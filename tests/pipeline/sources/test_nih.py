@@ -99,7 +99,7 @@ def test_a_folder_without_its_lists_or_of_another_set_is_named(folder: Path) -> 
         nih.SET.find_tables(folder)
     failed = run_pipeline("shards", folder, folder.parent / "out", "--set", "chexpert")
     assert failed.stderr == (
-        f"Error: {folder}: neither it nor a folder in it holds a train.csv, valid.csv or test_labels.csv (CheXpert); "
+        f"Error: {folder}: no dataset with a train.csv, valid.csv or test_labels.csv (CheXpert); "
         "it holds Data_Entry_2017_v2020.csv, images_001, images_002, train_val_list.txt\n"
     )
     failed = run_pipeline("shards", folder, folder.parent / "out", "--set", "pad")

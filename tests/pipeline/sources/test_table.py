@@ -1,5 +1,7 @@
 """A hospital's own CSV, whose columns are named."""
 
+import re
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ from PIL import Image
 from pipeline import DataError
 from pipeline.manifest import read_manifest
 from pipeline.sources.table import parse_columns
+from pipeline.sources.words import parse_values
 from tests.conftest import run_pipeline
 from tests.layouts import draw
 
@@ -49,23 +52,90 @@ def test_a_table_of_one_s_own_becomes_shards(films: Path) -> None:
     rows = {row["key"]: row for row in pa.ipc.open_file(out / "train.arrow").read_all().to_pylist()}
     facts = ("patient", "study", "view", "sex", "age", "projection", "Edema", "Pleural Effusion", "Fracture")
     assert {key: [row[name] for name in facts] for key, row in rows.items()} == {  # printf a/1 | b2sum -l 32
-        "a_1-acf34a58": ["M-01", 1, "frontal", "F", 61, None, 1, 0, -2],
-        "a_2-2f2c9317": ["M-01", 2, "frontal", "F", 62, None, None, 1, -2],
+        "a_1-acf34a58": ["M-01", 1, "frontal", "Female", 61, None, 1, 0, -2],
+        "a_2-2f2c9317": ["M-01", 2, "frontal", "Female", 62, None, None, 1, -2],
         "b_3_v2-d81e5529": ["M-02", 1, "frontal", None, None, None, -1, None, -2],
     }
     verified = run_pipeline("verify", out, "--deep")
     assert verified.returncode == 0, verified.stdout
 
 
-def test_tabs_divide_a_tsv_and_are_named_in_a_csv(films: Path) -> None:
+def test_columns_may_be_divided_by_semicolons_or_tabs(films: Path) -> None:
     path = films / "labels.csv"
     text = path.read_text()
-    for mark, advice in (("\t", "tabs: name it .tsv"), (";", "semicolons: save it with commas")):
+    for mark, suffix in ((";", ".csv"), ("\t", ".tsv")):
+        path.unlink()
+        path = path.with_suffix(suffix)
         path.write_text(text.replace(",", mark))
-        assert shard(films) == (1, f"Error: {path}: its columns are divided by {advice}")
-    path.write_text(text.replace(",", "\t"))
-    path.rename(path.with_suffix(".tsv"))
-    assert shard(films)[0] == 0
+        options = ("--set", "table", "--columns", COLUMNS, "--dry-run", "--dev", 0)
+        shown = run_pipeline("shards", films, films.parent / "out", *options)
+        assert shown.stdout.startswith("train         3 rows, 3 kept"), shown.stderr
+
+
+HOSPITAL = """\
+file;mrn;StudyDate;Gender;PatientAge;ViewPosition;edema;Effusion;reader
+1;A;2019-03-04;w;058Y;POSTERO-ANTERIOR;yes;ja;x
+2;A;2020-01-02;W;58 years;AP_SUPINE;No;0.0;x
+3;A;2019-03-04;f;45,5;LL;maybe;Absent;x
+4;B;04.03.2019;M;90+;portable;;unclear;y
+5;B;04.03.2019;?;;LATERAL;TRUE;maybe;y
+6;B;04.03.2019;männlich;7;SWIM;n;n;y
+"""
+
+
+@pytest.fixture
+def hospital(tmp_path: Path) -> Path:
+    """A table with spellings of its own."""
+    for number in range(1, 7):
+        draw(tmp_path / "films" / f"{number}.png", number)
+    path = tmp_path / "films" / "reads.csv"
+    path.write_text(re.sub(r"(?m)^(\d);", r"\1.png;", HOSPITAL))
+    return path
+
+
+def test_a_hospital_s_table_becomes_shards_by_the_command_that_is_guessed(hospital: Path) -> None:
+    out = hospital.parent.parent / "out"
+    guessed = run_pipeline("shards", hospital, "--guess")
+    columns = "path=file,patient=mrn,study=StudyDate,view=ViewPosition,sex=Gender,age=PatientAge,"
+    columns += "Pleural Effusion=Effusion,Edema=edema"
+    command = f"--set table --columns '{columns}' --values 'unclear=?,maybe=?'"
+    assert guessed.stdout == f"pipeline shards {hospital} OUT {command}\n"
+    assert run_pipeline("shards", hospital.parent, out).stderr.endswith(
+        f"\nFor a table of your own: pipeline shards {hospital.parent} OUT {command}\n"
+    )
+    words = [*shlex.split(guessed.stdout)[1:-2], "--dev", 0, "--views", "all", "--workers", 1]
+    words[2] = out
+    failed = run_pipeline(*words)
+    assert failed.stderr.splitlines() == [
+        f"Error: {hospital}, line 4, column edema: 'maybe' is not a label state; the column holds 'yes' (1), 'No' (1), "
+        "'maybe' (1), blank (1), 'TRUE' (1), 'n' (1)",
+        f"{hospital}, line 5, column Effusion: 'unclear' is not a label state; the column holds 'ja' (1), '0.0' (1), "
+        "'Absent' (1), 'unclear' (1), 'maybe' (1), 'n' (1)",
+        "say what they mean (1, 0, -1, blank or not-annotated): --values 'maybe=?,unclear=?'",
+    ]
+    made = run_pipeline(*words, "--values", "maybe=-1, Edema:Maybe=0,unclear=not-annotated", "--facts", hospital)
+    assert made.returncode == 0, made.stderr
+    assert "column StudyDate: not all are numbers, so studies are numbered within each patient" in made.stdout
+    assert "column Gender: no sex is known for '?' (1)" in made.stdout
+    assert "column ViewPosition: no view is known for 'SWIM' (1)" in made.stdout
+    names = ("study", "sex", "age", "view", "projection", "Edema", "Pleural Effusion", "reader")
+    rows = pa.ipc.open_file(out / "train.arrow").read_all().sort_by("key").to_pylist()
+    assert [[row[name] for name in names] for row in rows] == [
+        [1, "Female", 58, "frontal", "PA", 1, 1, "x"],
+        [2, "Female", 58, "frontal", "AP", 0, 0, "x"],
+        [1, "Female", 45, "lateral", "LL", 0, 0, "x"],
+        [1, "Male", 90, "frontal", "AP", None, -2, "y"],
+        [1, None, None, "lateral", None, 1, -1, "y"],
+        [1, "Male", 7, "other", None, 0, 0, "y"],
+    ]
+    assert read_manifest(out).options["values"] == {"maybe": -1, "Edema:Maybe": 0, "unclear": -2}
+
+
+@pytest.mark.parametrize("text", ["maybe", "maybe=2", "=1", "Edema:=x"])
+def test_values_are_words_and_states(text: str) -> None:
+    with pytest.raises(DataError, match=rf"^'{text}' is not like maybe=-1 or Edema:maybe=-1; states are 1, 0, -1, "):
+        parse_values(text)
+    assert parse_values('"yes, mild"=yes,edema: no =0') == (("yes, mild", 1), ("Edema:no", 0))
 
 
 def test_another_root_may_hold_the_images(films: Path) -> None:
@@ -99,7 +169,7 @@ def test_each_split_may_have_a_csv(films: Path) -> None:
         ),
         (("a/2.png", "a/1.png"), "lines 2 and 3: the same image a_1-acf34a58 twice"),
         ((",62,", ",old,"), "line 3, column Years: 'old' is not a number of years"),
-        ((",-1,", ",2,"), "line 5, column edema: '2' is not a label: 1.0, 0.0, -1.0 or blank"),
+        ((",-1,", ",,,"), "not a readable CSV: line 5: 8 cells, but the header has 7"),
         (("note", "edema"), "column edema appears 2 times"),
         (("M-02", ""), "line 5, column MRN: '' is not a name without spaces, of up to 64 characters"),
         (("MRN,Gender", "mrn,gender"), "column MRN is missing; it has Image, mrn, gender, Years, edema, fluid, note"),
@@ -145,9 +215,10 @@ def test_all_that_is_wrong_with_the_columns_is_said_at_once() -> None:
     with pytest.raises(DataError) as caught:
         parse_columns("path=Image,oedema=x,age=")
     assert str(caught.value) == (
-        "'oedema' is none of path, patient, study, view, sex, age, projection, key, No Finding, "
+        "'oedema' is none of path, patient, study, age, view, sex, projection, key, No Finding, "
         "Enlarged Cardiomediastinum, Cardiomegaly, Lung Opacity, Lung Lesion, Edema, Consolidation, Pneumonia, "
-        "Atelectasis, Pneumothorax, Pleural Effusion, Pleural Other, Fracture, Support Devices; age has no column"
+        "Atelectasis, Pneumothorax, Pleural Effusion, Pleural Other, Fracture, Support Devices; did you mean Edema?; "
+        "age has no column"
     )
 
 
@@ -160,11 +231,12 @@ def test_the_set_and_the_columns_go_together(films: Path) -> None:
     failed = run_pipeline("shards", films, films.parent / "out", "--columns", COLUMNS)
     assert (failed.returncode, failed.stderr.splitlines()[-1]) == (
         2,
-        "Error: --columns goes with --set table, which needs it, or --set webdataset",
+        "Error: --columns and --values go with --set table or webdataset",
     )
+    failed = run_pipeline("shards", films, films.parent / "out", "--set", "table")
+    command = f"pipeline shards {films} OUT --set table --columns"
+    guessed = "path=Image,patient=MRN,sex=Gender,age=Years,Edema=edema"
+    last = f"Error: --set table needs --columns, such as: {command} {guessed}"
+    assert (failed.returncode, failed.stderr.splitlines()[-1]) == (2, last)
     (films / "second.csv").write_text("Image\n")
-    assert shard(films) == (
-        1,
-        f"Error: {films}: neither it nor a folder in it holds a single CSV (a table of your own); "
-        "it holds a, b, labels.csv, second.csv",
-    )
+    assert shard(films) == (1, f"For a table of your own: {command} path=COLUMN,patient=COLUMN,LABEL=COLUMN")

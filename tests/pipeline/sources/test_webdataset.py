@@ -184,15 +184,15 @@ def test_all_that_is_missing_is_listed_at_once(tmp_path: Path) -> None:
         "  no patient is named",
         "  no label is named",
         f"fields: cls, __key__; of {tmp_path / 'labels.csv'}, with key=COLUMN: id, mrn",
-        "patient=__key__ takes every image for another patient's; labels are 1, 0, -1 or blank:",
-        f"pipeline shards {tmp_path} OUT --set webdataset --columns patient=FIELD,Edema=FIELD",
+        "LABEL is one of CheXpert's 14",
+        f"pipeline shards {tmp_path} OUT --set webdataset --columns patient=mrn,key=id,LABEL=cls",
     ]
 
 
 @pytest.mark.parametrize(
     ("sample", "message"),
     [
-        ({"cls": b"7"}, "column cls: '7' is not a label: 1.0, 0.0, -1.0 or blank"),
+        ({"cls": b"7"}, "column cls: '7' is not a label state; the column holds '7' (1)"),
         ({"json": b"{"}, ".json: damaged: not JSON: Expecting property name enclosed in double quotes: "),
         ({"json": b'{"mrn": "\\ud800 x"}'}, "column mrn: '? x' is not a name without spaces, of up to 64 characters"),
         ({"json": b" " * (2**20 + 1)}, ".json has 1,048,577 bytes, too many"),

@@ -252,7 +252,7 @@ def test_urls_with_secrets_are_refused_without_them(tmp_path: Path, url: str) ->
         ("s3://no-such-bucket/films", "no such folder"),
         (
             "s3://chest/films",
-            "neither it nor a folder in it holds a df_chexpert_plus_240401.csv (CheXpert Plus), or a "
+            "no dataset with a df_chexpert_plus_240401.csv (CheXpert Plus), or a "
             "mimic-cxr-2.0.0-split.csv (MIMIC-CXR-JPG), or a Data_Entry_2017_v2020.csv (NIH ChestX-ray14), or a "
             "PADCHEST_chest_x_ray_images_labels_160K_01.02.19.csv (PadChest), or an annotations/image_labels_train.csv "
             "(VinDr-CXR), or a train.csv, valid.csv or test_labels.csv (CheXpert)",

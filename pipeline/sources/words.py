@@ -1,0 +1,165 @@
+"""Words that people write into tables → ours, by words.csv: a row for each word, of a kind.
+
+Case, spaces and marks do not count: `AP_SUPINE` is `ap supine`. A `state` is a label's, a `column` one of our names.
+"""
+
+import csv
+import shlex
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from functools import cache
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.base.csvs import name_row, read_strings
+from pipeline.base.errors import DataError, quote
+from pipeline.labels import LABELS, NOT_ANNOTATED, STATES, find_label, suggest
+
+MEANINGS = STATES | {"not annotated": NOT_ANNOTATED}
+NUMBERS = {1.0: 1, 0.0: 0, -1.0: -1, -2.0: NOT_ANNOTATED}  # the last as in our own shards
+CHOICES = "1, 0, -1, blank or not-annotated"
+NEEDED = ("path", "patient", "LABEL")  # of a table
+SHOWN = 20  # words of a column in a message
+Values = tuple[tuple[str, int | None], ...]  # a word, or LABEL:word, and its state
+
+
+def fold(word: str) -> str:
+    """The letters and digits of a word, in lower case."""
+    return "".join(char for char in word.casefold() if char.isalnum())
+
+
+@cache
+def read_words(kind: str) -> dict[str, str]:
+    """Folded word → its meaning."""
+    with Path(__file__).with_name("words.csv").open(newline="", encoding="utf-8") as file:
+        return {fold(row["word"]): row["meaning"] for row in csv.DictReader(file) if row["kind"] == kind}
+
+
+def parse_state(word: str) -> int | None:
+    """1, 0, -1, NOT_ANNOTATED, or None for a blank. Raises ValueError or KeyError for an unknown word."""
+    meaning = read_words("state").get(fold(word))
+    return NUMBERS[float(word)] if meaning is None else MEANINGS[meaning]
+
+
+def parse_values(text: str) -> Values:
+    """The states of words, from `maybe=-1,Edema:unclear=blank`; `"yes, mild"=1` if a word contains a comma.
+
+    Raises DataError.
+    """
+    pairs = []
+    for part in next(csv.reader([text], skipinitialspace=True)):
+        word, _, state = part.rpartition("=")
+        label, colon, rest = word.partition(":")
+        if colon and (name := find_label(label.strip())):
+            word = f"{name}:{rest.strip()}"
+        try:
+            meaning = parse_state(state)
+        except (KeyError, ValueError):
+            word = ""
+        if not word:
+            raise DataError(f"'{part}' is not like maybe=-1 or Edema:maybe=-1; states are {CHOICES}")
+        pairs.append((word, meaning))
+    return tuple(pairs)
+
+
+def _find_state(word: str, label: str, values: Values) -> int | None:
+    """The state that `values` give to a word of a label's column, else its own. Raises as `parse_state`."""
+    given = {key.casefold(): state for key, state in values}
+    for key in (f"{label}:{word}".casefold(), word.casefold()):
+        if key in given:
+            return given[key]
+    return parse_state(word)
+
+
+def find_states(column: pa.ChunkedArray, label: str, values: Values = ()) -> tuple[pa.Array, list[str]]:
+    """The states [N] of a label's cells [N] as int8, and the words among them that are unknown."""
+    encoded = column.combine_chunks().dictionary_encode()
+    states: list[int | None] = []
+    unknown = []
+    for word in encoded.dictionary.to_pylist():
+        try:
+            states.append(_find_state(word, label, values))
+        except (KeyError, ValueError):
+            states.append(None)
+            unknown.append(word)
+    return pa.array(states, pa.int8()).take(encoded.indices), unknown
+
+
+def read_states(
+    csv: Path | list[str], columns: Mapping[str, str], cells: Mapping[str, pa.ChunkedArray], values: Values
+) -> dict[str, pa.Array]:
+    """Label → its states [N] as int8; labels without cells [N] are not annotated.
+
+    Raises DataError for unknown words, with all words of their columns. `csv` may also be the name of each row;
+    `columns` are for errors.
+    """
+    absent = pa.repeat(pa.scalar(NOT_ANNOTATED, pa.int8()), len(cells["patient"]))
+    states: dict[str, pa.Array] = dict.fromkeys(LABELS, absent)
+    problems, strange = [], []
+    for label in (label for label in LABELS if label in cells):
+        states[label], unknown = find_states(cells[label], label, values)
+        if unknown:
+            place = name_row(csv, pc.index(cells[label], unknown[0]).as_py())
+            problems.append(f"{place}, column {columns[label]}: '{quote(unknown[0], 80)}' is not a label state; ")
+            problems[-1] += f"the column holds {count_words(cells[label])}"
+            strange += unknown
+    if problems:
+        raise DataError("\n".join([*problems, f"say what they mean ({CHOICES}):{ask_values(strange)}"]))
+    return states
+
+
+def ask_values(words: Iterable[str]) -> str:
+    """The option that gives unknown words a meaning, which is left open; nothing without words."""
+    pairs = [f"{word}=?" for word in dict.fromkeys(words)][:SHOWN]
+    return f" `values` {shlex.quote(','.join(pairs))}" if pairs else ""
+
+
+def count_words(column: pa.ChunkedArray) -> str:
+    """The distinct words of a column with their numbers of rows, the most frequent first."""
+    counts = Counter(column.to_pylist())
+    texts = [f"'{quote(word, 40)}' ({n:,})" if word else f"blank ({n:,})" for word, n in counts.most_common(SHOWN)]
+    return ", ".join(texts) + (f" and {len(counts) - SHOWN:,} more" if len(counts) > SHOWN else "")
+
+
+def translate(column: pa.ChunkedArray, words: Mapping[str, str]) -> pa.Array:
+    """The meaning of each word [N]; null if it is blank or unknown."""
+    encoded = column.combine_chunks().dictionary_encode()
+    meanings = [words.get(fold(word)) for word in encoded.dictionary.to_pylist()]
+    return pa.array(meanings, pa.string()).take(encoded.indices)
+
+
+def guess_columns(names: Iterable[str]) -> dict[str, str]:
+    """Our name → the column, or field of a sample, that is called so or nearly so; for people to check."""
+    folded = {fold(name.rpartition(".")[2]): name for name in reversed([*names])}
+    guessed: dict[str, str] = {}
+    for word, ours in read_words("column").items():
+        if word in folded:
+            guessed.setdefault(ours, folded[word])
+    for word, name in reversed(folded.items()):
+        label = suggest(word, LABELS)
+        if label and name not in guessed.values():
+            guessed.setdefault(label, name)
+    return guessed
+
+
+def spell_command(source: Path, kind: str, columns: Mapping[str, str], needed: Mapping[str, str]) -> str:
+    """The command that makes shards; what is needed and not among the columns is added, LABEL for any label."""
+    missing = {name: column for name, column in needed.items() if name not in columns}
+    if any(name in LABELS for name in columns):
+        missing.pop("LABEL", None)
+    named = ",".join(f"{ours}={theirs}" for ours, theirs in (dict(columns) | missing).items())
+    return f"pipeline shards {shlex.quote(str(source))} OUT `set` {kind} `columns` {shlex.quote(named)}"
+
+
+def guess_command(source: Path, csv: Path | None) -> str:
+    """The command that makes shards of a user's table, its columns guessed by their names, for people to check."""
+    if csv is None:
+        return spell_command(source, "table", {}, dict.fromkeys(NEEDED, "COLUMN"))
+    text = read_strings(csv)
+    columns = guess_columns(text.column_names)
+    unknown = {label: find_states(text[name], label)[1] for label, name in columns.items() if label in LABELS}
+    columns = {ours: name for ours, name in columns.items() if len(unknown.get(ours, ())) <= SHOWN}  # labels have few
+    words = [word for label, words in unknown.items() if label in columns for word in words]
+    return spell_command(source, "table", columns, dict.fromkeys(NEEDED, "COLUMN")) + ask_values(words)
