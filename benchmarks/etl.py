@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -30,13 +31,14 @@ import numpy as np
 import numpy.typing as npt
 import simplejpeg
 from PIL import Image
-from pydicom import Dataset, dcmread, uid
-from pydicom.dataset import FileMetaDataset
+from pydicom import dcmread
 from pydicom.pixels import apply_voi_lut
 
+from benchmarks.scale import link_films
 from pipeline.images import SCALES, ImageOptions, prepare, resize
 from pipeline.labels import COLUMNS
-from pipeline.synthetic.sample import write_sample
+from pipeline.synthetic.sample import FOLDER, write_sample
+from tests.films import make_film
 
 Pixels = npt.NDArray[np.number]
 SIZE, QUALITY, PROCESSES = 224, 95, 2
@@ -62,17 +64,9 @@ def make_source(folder: Path, images: int, large: bool) -> tuple[Path, list[Path
             grain = np.random.default_rng(0).normal(0, 3, (2320, 2828))
             pixels = np.clip(np.asarray(image) + grain, 0, 255).astype(np.uint8)
             path.write_bytes(simplejpeg.encode_jpeg(pixels[..., None], quality=90, colorspace="GRAY"))
-    source = folder / "CheXpert-v1.0-small"
-    paths = []
-    lines = [",".join(COLUMNS)]
-    for number in range(images):
-        path = source / "train" / f"patient{number:05d}" / "study1" / "view1_frontal.jpg"
-        path.parent.mkdir(parents=True)
-        os.link(originals[number % len(originals)], path)
-        paths.append(path)
-        lines.append(f"{path.relative_to(folder)},Female,60,Frontal,AP,1.0" + "," * 13)
-    (source / "train.csv").write_text("\n".join(lines) + "\n")
-    return source, paths
+    paths = [f"{FOLDER}/train/patient{number:05d}/study1/view1_frontal.jpg" for number in range(images)]
+    lines = [f"{path},Female,60,Frontal,AP,1.0" + "," * 13 for path in paths]
+    return link_films(folder, [",".join(COLUMNS), *lines], originals), [folder / path for path in paths]
 
 
 def run_ours(source: Path, paths: list[Path], out: Path) -> None:
@@ -133,22 +127,6 @@ def codec_loop(paths: list[Path]) -> float:
     return len(paths) / (time.perf_counter() - start)
 
 
-def make_dicom(pixels: Pixels, **tags: object) -> bytes:
-    dataset = Dataset()
-    dataset.file_meta = FileMetaDataset()
-    dataset.file_meta.TransferSyntaxUID = uid.ExplicitVRLittleEndian
-    dataset.SOPClassUID, dataset.SOPInstanceUID = uid.DigitalXRayImageStorageForPresentation, "1.2.3"
-    dataset.Rows, dataset.Columns = pixels.shape
-    dataset.SamplesPerPixel, dataset.PhotometricInterpretation = 1, "MONOCHROME2"
-    dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit, dataset.PixelRepresentation = 16, 12, 11, 0
-    dataset.PixelData = pixels.astype(np.uint16).tobytes()
-    for name, value in tags.items():
-        setattr(dataset, name, value)
-    file = io.BytesIO()
-    dataset.save_as(file, enforce_file_format=True)
-    return file.getvalue()
-
-
 def decode_png(data: bytes) -> npt.NDArray[np.uint8]:
     return np.asarray(cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_GRAYSCALE), np.uint8)
 
@@ -170,7 +148,7 @@ def compare_decoders(pngs: Path | None, rounds: int) -> None:
     cv2.setNumThreads(1)
     noise = np.random.default_rng(0)
     smooth = cv2.GaussianBlur(noise.random((2400, 2000)), (0, 0), 9)
-    levels = np.rint(cv2.normalize(smooth, np.empty_like(smooth), 0, 4095, cv2.NORM_MINMAX))
+    levels = np.rint(cv2.normalize(smooth, np.empty_like(smooth), 0, 4095, cv2.NORM_MINMAX)).astype(np.uint16)
     gray = (levels[:1024, :1024] / 17 + noise.normal(0, 1.5, (1024, 1024))).astype(np.uint8)
     images = [file.read_bytes() for file in sorted(pngs.glob("*.png"))[:40]] if pngs else []
     images = images or [cv2.imencode(".png", gray)[1].tobytes()]
@@ -178,8 +156,8 @@ def compare_decoders(pngs: Path | None, rounds: int) -> None:
     cases: list[tuple[str, list[bytes], Callable[[bytes], object]]] = [
         ("PNG, decoder alone", images, decode_png),
         ("PNG, codec", images, encode_png),
-        ("DICOM with a window", [make_dicom(levels, WindowCenter=2000, WindowWidth=3000)], decode_dicom),
-        ("DICOM without", [make_dicom(levels)], decode_dicom),
+        ("DICOM with a window", [make_film(levels, WindowCenter=2000, WindowWidth=3000)], decode_dicom),
+        ("DICOM without", [make_film(levels)], decode_dicom),
     ]
     for case, data, bare in cases:
         turns = [(measure(bare, data), measure(lambda file: prepare(file, options), data)) for _ in range(5 * rounds)]
@@ -212,11 +190,7 @@ def main(peers: Path | None, images: int, rounds: int, pngs: Path | None) -> Non
             source, paths = make_source(folder, count, large)
             contestants: dict[str, Callable[..., None]] = {"pipeline shards": run_ours, "Pillow script": run_pillow}
             if peers and not large:
-
-                def with_peers(source: Path, paths: list[Path], out: Path) -> None:
-                    run_img2dataset(source, paths, out, peers)
-
-                contestants["img2dataset"] = with_peers
+                contestants["img2dataset"] = partial(run_img2dataset, peers=peers)
             rates: dict[str, list[float]] = {name: [] for name in (*contestants, "codec")}
             for _ in range(rounds):
                 for contestant, run in contestants.items():

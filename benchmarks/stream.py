@@ -19,7 +19,6 @@ The peers live in an environment of their own (--peers; SPDL needs Debian's ffmp
 import os
 import statistics
 import subprocess
-import tarfile
 import tempfile
 import threading
 import time
@@ -37,7 +36,7 @@ import webdataset
 from PIL import Image
 
 from benchmarks.scale import PIPELINE, descendants, draw_films, link_films, read_table
-from benchmarks.stream_peers import BATCH, SIZE, WARM_UP, WORKERS, Batches, measure
+from benchmarks.stream_peers import BATCH, SIZE, WARM_UP, WORKERS, read_tars
 from pipeline import open_shards
 from pipeline.images import decode_into
 from pipeline.labels import LABELS, label_states
@@ -83,24 +82,14 @@ class Reference(NamedTuple):
     blank: npt.NDArray[np.bool_]
 
 
-def measure_ours(shards: Path, passes: int) -> float:
-    """Images/s of the stream, on two threads."""
-
-    def read() -> Batches:
-        for epoch in range(passes):
-            stream = open_shards(shards)["train"].batches(BATCH, SIZE, epoch=epoch, uncertain="multiclass")
-            yield from ((batch.images, batch.target, []) for batch in stream)
-
-    return measure(read())
-
-
-def measure_studies(shards: Path, passes: int) -> float:
-    """Images/s of the stream of studies."""
+def measure_ours(shards: Path, passes: int, by_study: bool = False) -> float:
+    """Images/s of the stream, of images or of studies, on two threads."""
+    train = open_shards(shards)["train"]
+    samples = train.studies() if by_study else train
 
     def read() -> Iterator[int]:
-        studies = open_shards(shards)["train"].studies()
         for epoch in range(passes):
-            stream = studies.batches(BATCH, SIZE, epoch=epoch, uncertain="multiclass", threads=WORKERS)
+            stream = samples.batches(BATCH, SIZE, epoch=epoch, uncertain="multiclass", threads=WORKERS)
             yield from (len(batch.images) for batch in stream)
 
     counts = read()
@@ -111,7 +100,7 @@ def measure_studies(shards: Path, passes: int) -> float:
 
 def measure_bare_loop(shards: Path, passes: int) -> float:
     """Images/s of decode and resize alone."""
-    contents = list(islice(read_jpegs(shards), 20 * BATCH))
+    contents = [jpeg for _, jpeg, _ in islice(read_tars(shards), 20 * BATCH)]
 
     def loop(images: npt.NDArray[np.uint8], count: int) -> None:
         for number in range(count):
@@ -131,40 +120,31 @@ def measure_bare_loop(shards: Path, passes: int) -> float:
     return run(passes * 50 * BATCH)
 
 
+# The functions of stream_peers that read our tars, and those that read the files.
+TAR_READERS = {
+    "webdataset, usual recipe": "webdataset_usual", "webdataset, at its best": "webdataset_best",
+    "DALI on the CPU": "dali", "Megatron-Energon": "energon", "TurboLoader": "turboloader", "Grain": "grain",
+    "datasets, streaming": "datasets_streaming", "torchcodec, bare loop": "decoder_torchcodec",
+}  # fmt: skip
+FILE_READERS = {
+    "SPDL": "spdl", "LitData": "litdata", "MosaicML streaming": "mosaicml", "datasets, Arrow": "datasets_arrow",
+    "torchxrayvision": "torchxrayvision",
+}  # fmt: skip
+
+
+def race(stored: str, passes: int) -> list[Contestant]:
+    """Ours, the bare loop, and all that read the same tars."""
+    ours = {"ours": measure_ours, "bare loop": measure_bare_loop}
+    return [Contestant(name, stored, partial(run, passes=passes)) for name, run in ours.items()] + [
+        Contestant(name, stored, peer) for name, peer in TAR_READERS.items()
+    ]
+
+
 RACES = {
-    "390×320 JPEG": [
-        Contestant("ours", "original", partial(measure_ours, passes=3)),
-        Contestant("bare loop", "original", partial(measure_bare_loop, passes=3)),
-        Contestant("webdataset, usual recipe", "original", "webdataset_usual"),
-        Contestant("webdataset, at its best", "original", "webdataset_best"),
-        Contestant("SPDL", FOLDER, "spdl"),
-        Contestant("LitData", FOLDER, "litdata"),
-        Contestant("MosaicML streaming", FOLDER, "mosaicml"),
-        Contestant("DALI on the CPU", "original", "dali"),
-        Contestant("Megatron-Energon", "original", "energon"),
-        Contestant("TurboLoader", "original", "turboloader"),
-        Contestant("Grain", "original", "grain"),
-        Contestant("datasets, streaming", "original", "datasets_streaming"),
-        Contestant("datasets, Arrow", FOLDER, "datasets_arrow"),
-        Contestant("torchxrayvision", FOLDER, "torchxrayvision"),
-        Contestant("torchcodec, bare loop", "original", "decoder_torchcodec"),
-        Contestant("leanjpeg, bare loop", "original", "decoder_leanjpeg"),
-    ],
-    "224×224 JPEG": [
-        Contestant("ours", "224", partial(measure_ours, passes=5)),
-        Contestant("bare loop", "224", partial(measure_bare_loop, passes=5)),
-        Contestant("webdataset, usual recipe", "224", "webdataset_usual"),
-        Contestant("webdataset, at its best", "224", "webdataset_best"),
-        Contestant("DALI on the CPU", "224", "dali"),
-        Contestant("Megatron-Energon", "224", "energon"),
-        Contestant("TurboLoader", "224", "turboloader"),
-        Contestant("Grain", "224", "grain"),
-        Contestant("datasets, streaming", "224", "datasets_streaming"),
-        Contestant("torchcodec, bare loop", "224", "decoder_torchcodec"),
-        Contestant("leanjpeg, bare loop", "224", "decoder_leanjpeg"),
-    ],
+    "390×320 JPEG": race("original", 3) + [Contestant(name, FOLDER, peer) for name, peer in FILE_READERS.items()],
+    "224×224 JPEG": race("224", 5),
     "390×320 JPEG of all views": [
-        Contestant("ours, by study", "studies", partial(measure_studies, passes=3)),
+        Contestant("ours, by study", "studies", partial(measure_ours, passes=3, by_study=True)),
         Contestant("ours, by image", "studies", partial(measure_ours, passes=3)),
     ],
     "224×224 raw": [
@@ -200,15 +180,6 @@ def make_tiny(folder: Path, rows: int) -> Path:
     """Shards of so many rows of the real table, laterals too, with images of 96×80 pixels."""
     source = link_films(folder, read_table()[: rows + 1], draw_films(folder))
     return write_shards(source, folder / "shards", "--size", "original", "--views", "all")
-
-
-def read_jpegs(shards: Path) -> Iterator[bytes]:
-    """The stored images, by the standard library."""
-    for path in sorted(shards.glob("train-*.tar")):
-        with tarfile.open(path) as tar:
-            for member in tar:
-                if member.name.endswith(".jpg"):
-                    yield tar.extractfile(member).read()  # type: ignore[union-attr]
 
 
 def run_fresh(function: Callable[..., Any], *arguments: object) -> Any:
@@ -383,13 +354,8 @@ def print_shuffle(many: Path, epochs: int = 10) -> None:
             rows = order(epoch)
             place = np.arange(len(rows))
             batches = np.sort(shard[rows][: len(rows) // BATCH * BATCH].reshape(-1, BATCH), axis=1)
-            found.append(
-                (
-                    abs(spearmanr(place, shard[rows]).statistic),
-                    abs(spearmanr(place, patient[rows]).statistic),
-                    1 + (np.diff(batches) != 0).sum(axis=1).mean(),
-                )
-            )
+            correlated = [abs(spearmanr(place, values[rows]).statistic) for values in (shard, patient)]
+            found.append((*correlated, 1 + (np.diff(batches) != 0).sum(axis=1).mean()))
         of_shard, of_patient, per_batch = np.mean(found, axis=0)
         print(
             f"  {name:28} with shard {of_shard:.4f}   with patient {of_patient:.4f}   "

@@ -353,7 +353,7 @@ def datasets_arrow(source: Path) -> Batches:
         yield batch["image"], batch["labels"], batch["key"]
 
 
-def prepare_datasets(source: Path) -> None:
+def prepare_datasets_arrow(source: Path) -> None:
     import datasets
 
     paths, labels = read_csv(source)
@@ -370,19 +370,6 @@ def decoder_torchcodec(shards: Path) -> Batches:
 
     def load(jpeg: bytes) -> npt.NDArray[np.uint8]:
         return cv2.resize(decode_jpeg(jpeg, mode="GRAY")[0].numpy(), (SIZE, SIZE))[None]
-
-    return _bare_loop(shards, load)
-
-
-def decoder_leanjpeg(shards: Path) -> Batches:
-    """A fork of simplejpeg with pooled handles."""
-    if sys.version_info < (3, 13):
-        raise RuntimeError("leanjpeg needs Python 3.13")
-    import cv2
-    from leanjpeg_simple import decode_jpeg
-
-    def load(jpeg: bytes) -> npt.NDArray[np.uint8]:
-        return cv2.resize(decode_jpeg(jpeg, "GRAY")[..., 0], (SIZE, SIZE))[None]
 
     return _bare_loop(shards, load)
 
@@ -420,31 +407,18 @@ def _bare_loop(shards: Path, load: Callable[[bytes], npt.NDArray[np.uint8]]) -> 
 
 
 PEERS: dict[str, Callable[[Path], Batches]] = {
-    "webdataset_usual": webdataset_usual,
-    "webdataset_best": webdataset_best,
-    "spdl": spdl,
-    "litdata": litdata,
-    "mosaicml": mosaicml,
-    "dali": dali,
-    "torchxrayvision": torchxrayvision,
-    "energon": energon,
-    "turboloader": turboloader,
-    "turboloader_raw": turboloader_raw,
-    "grain": grain,
-    "datasets_streaming": datasets_streaming,
-    "datasets_arrow": datasets_arrow,
-    "decoder_torchcodec": decoder_torchcodec,
-    "decoder_leanjpeg": decoder_leanjpeg,
+    peer.__name__: peer
+    for peer in (
+        *(webdataset_usual, webdataset_best, spdl, litdata, mosaicml, dali, torchxrayvision, energon, turboloader),
+        *(turboloader_raw, grain, datasets_streaming, datasets_arrow, decoder_torchcodec),
+    )
 }
 PREPARE = {
-    "litdata": prepare_litdata,
-    "mosaicml": prepare_mosaicml,
-    "dali": prepare_dali,
-    "energon": prepare_energon,
-    "turboloader": prepare_turboloader,
-    "turboloader_raw": prepare_turboloader_raw,
-    "grain": prepare_grain,
-    "datasets_arrow": prepare_datasets,
+    prepare.__name__.removeprefix("prepare_"): prepare
+    for prepare in (
+        *(prepare_litdata, prepare_mosaicml, prepare_dali, prepare_energon, prepare_turboloader),
+        *(prepare_turboloader_raw, prepare_grain, prepare_datasets_arrow),
+    )
 }
 
 

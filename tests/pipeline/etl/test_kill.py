@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.scale import descendants
 from tests.conftest import PIPELINE, ROUNDS, run_pipeline
 from tests.pipeline.etl.test_shards import hashes
 
@@ -24,15 +25,6 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str,
     start = time.monotonic()
     assert run_pipeline("shards", folder, folder / "shards", *OPTIONS).returncode == 0
     return folder, hashes(folder / "shards"), time.monotonic() - start
-
-
-def descendants(pid: int) -> list[int]:
-    """Processes below a process, from /proc: the fork server and the workers."""
-    try:
-        below = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    except (FileNotFoundError, ProcessLookupError):
-        return []
-    return below + [grandchild for child in below for grandchild in descendants(child)]
 
 
 @pytest.mark.soak
