@@ -158,12 +158,6 @@ def test_labels_with_one_class_equal_pandas(
     assert found
 
 
-def test_selftrained_needs_a_teacher(real_table: Any) -> None:
-    with pytest.raises(DataError) as caught:
-        make_targets(real_table, parse_uncertain_policy("best,Edema=selftrained"), "zeros", seed=0)
-    assert str(caught.value) == ("label Edema is selftrained: it needs a `teacher`, a run that was scored on train")
-
-
 @pytest.mark.parametrize(("policy", "low", "high"), [("smooth-zeros", 0, 0.3), ("smooth-ones", 0.55, 0.85)])
 def test_smoothing_is_uniform_and_a_function_of_seed_and_key(
     real_table: Any, policy: str, low: float, high: float
@@ -193,6 +187,7 @@ def test_evaluation_leaves_uncertain_cells_out(real_table: Any, real_frame: pd.D
 
 
 def test_policy_overrides_and_errors() -> None:
+    assert parse_uncertain_policy("best,edema=zeros") == parse_uncertain_policy("best,Edema=zeros")
     assert parse_uncertain_policy("best,Edema=zeros") == BEST_POLICY | {"Edema": "zeros"}
     with pytest.raises(DataError, match=r"^uncertain policy 'maybe' is unknown; choose from best, zeros, ones, "):
         parse_uncertain_policy("maybe")
@@ -213,11 +208,8 @@ def test_patient_split_does_not_leak_and_ignores_row_order(real_table: Any) -> N
     assert set(split_patients(real_table, 0.05, seed=1)[1]["patient"].to_pylist()) != dev_patients
 
 
-def test_ragged_and_empty_csv(tmp_path: Path, chexpert: Path) -> None:
+def test_empty_and_missing_csv(tmp_path: Path, chexpert: Path) -> None:
     csv = chexpert / "train.csv"
-    csv.write_text(csv.read_text() + "CheXpert-v1.0-small/train/patient1\n")
-    with pytest.raises(DataError, match=r"not a readable CSV: line 50: 1 cells, but the header has 19; it is t"):
-        read_any_table(csv)
     csv.write_text("")
     with pytest.raises(DataError, match=r"not a readable CSV: Empty CSV file"):
         read_any_table(csv)
@@ -290,7 +282,3 @@ def test_errors_name_the_line_of_the_file(chexpert: Path) -> None:
         f"{unreadable} 6: 2 cells, but the header has 20; it is the last row: is a quote left open, or the file cut "
         "off?"
     )
-
-
-def test_a_policy_names_labels_in_any_case() -> None:
-    assert parse_uncertain_policy("ones,edema=zeros") == parse_uncertain_policy("ones,Edema=zeros")
