@@ -5,6 +5,7 @@ input and options give the same bytes.
 """
 
 import hashlib
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -15,13 +16,15 @@ import pyarrow as pa
 from zlib_ng import zlib_ng
 
 from pipeline.base.errors import DataError
-from pipeline.base.files import hash_file, read_arrow, read_object, write_json
+from pipeline.base.files import hash_file, read_arrow, read_object, write_atomically, write_json
 from pipeline.base.store import is_remote
 from pipeline.labels import LABELS
 
 FORMAT = "chexpert-shards"
 VERSION = 1
 NAME = "manifest.json"
+CROISSANT = "croissant.json"
+CELLS = "Labels: 1 positive, 0 negative, -1 uncertain, null blank, -2 not annotated."
 # The columns of every table; those of _FULL have no empty cells.
 FACTS = pa.schema(
     dict.fromkeys(("key", "patient"), pa.string())
@@ -78,9 +81,10 @@ class Manifest:
     facts: Mapping[str, str] = field(default_factory=dict)
 
     def files(self) -> dict[str, str]:
-        """Name → sha256 of all tables and shards."""
+        """Name → sha256 of all tables, shards, and the description for other tools."""
         tables = {split.table: split.table_sha256 for split in self.splits.values()}
-        return tables | {s.file: s.sha256 for split in self.splits.values() for s in split.shards}
+        shards = {s.file: s.sha256 for split in self.splits.values() for s in split.shards}
+        return tables | shards | {CROISSANT: hashlib.sha256(format_croissant(self)).hexdigest()}
 
     @property
     def columns(self) -> dict[str, str]:
@@ -133,8 +137,50 @@ def find_restriction(dataset: Mapping[str, str]) -> str:
     return license_name if any(words in license_name for words in RESTRICTED) else ""
 
 
+def format_croissant(manifest: Manifest) -> bytes:
+    """`croissant.json`: what other tools need to list and load the shards (MLCommons Croissant 1.0).
+
+    Akhtar et al., arXiv:2403.19546. It names the files and the fields of their samples, but no row of a table. A split
+    is two record sets: its images, if their encoding is a common one, and its labels: the JSON of each image.
+    """
+    encoding = str(manifest.options.get("encoding", "jpeg"))
+    kinds = {"labels": ("application/json", "json", "sc:Text")}
+    if encoding in ("jpeg", "png"):
+        kinds["images"] = (f"image/{encoding}", encoding.replace("jpeg", "jpg"), "sc:ImageObject")
+    files: list[dict[str, object]] = []
+    records: list[dict[str, object]] = []
+    for split_name, split in manifest.splits.items():
+        stored = [(split.table, "application/vnd.apache.arrow.file", split.table_sha256)]
+        stored += [(shard.file, "application/x-tar", shard.sha256) for shard in split.shards]
+        for file, form, sha256 in stored:
+            files.append(_croissant("FileObject", file, contentUrl=file, encodingFormat=form, sha256=sha256))
+        for kind, (form, suffix, data_type) in kinds.items():
+            name, tars = f"{split_name}-{kind}", [{"@id": shard.file} for shard in split.shards]
+            members = f"{name}-files"
+            files.append(_croissant("FileSet", members, containedIn=tars, encodingFormat=form, includes=f"*.{suffix}"))
+            source: dict[str, object] = {"fileSet": {"@id": members}}
+            key = source | {"extract": {"fileProperty": "filename"}, "transform": {"regex": rf"^(.*)\.{suffix}$"}}
+            content = source | {"extract": {"fileProperty": "content"}}
+            fields = [
+                _croissant("Field", f"{name}/key", dataType="sc:Text", source=key),
+                _croissant("Field", f"{name}/{kind}", dataType=data_type, source=content),
+            ]
+            records.append(_croissant("RecordSet", name, field=fields))
+    counts = ", ".join(f"{name} {split.samples:,}" for name, split in manifest.splits.items())
+    terms = {"name": "name", "license": "license", "citeAs": "paper"}
+    document = json.loads(Path(__file__).with_name("croissant.json").read_text())
+    document |= {name: manifest.dataset[term] for name, term in terms.items() if manifest.dataset.get(term)}
+    document["description"] = f"{manifest.dataset.get('title', 'Chest X-rays')}, images: {counts}. {CELLS}"
+    return json.dumps(document | {"distribution": files, "recordSet": records}, indent=1).encode()
+
+
+def _croissant(kind: str, name: str, **values: object) -> dict[str, object]:
+    return {"@type": f"cr:{kind}", "@id": name, "name": name} | values
+
+
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write `manifest.json` atomically."""
+    """Write `croissant.json`, then `manifest.json`, atomically."""
+    write_atomically(folder / CROISSANT, format_croissant(manifest))
     write_json(folder / NAME, {"format": FORMAT, "version": VERSION, **asdict(manifest)})
 
 

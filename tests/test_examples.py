@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.manifest import Manifest
+from pipeline.manifest import Manifest, read_table
 from tests.conftest import REPOSITORY, start
 
 EXAMPLES = sorted((REPOSITORY / "examples").glob("*.py"))
@@ -38,6 +38,28 @@ def test_an_example_resumes_with_the_same_losses(
     assert train(name, sample_shards[0], tmp_path / "whole", 20) == losses
     assert train(name, sample_shards[0], tmp_path / "stopped", 12) == losses[:12]
     assert train(name, sample_shards[0], tmp_path / "stopped", 20) == losses[SAVED[name] :]
+
+
+READ = """
+import json, sys
+import mlcroissant
+described = mlcroissant.Dataset(jsonld=sys.argv[1])
+assert not described.metadata.ctx.issues.errors
+for sample in described.records("train-images"):
+    print(sample["train-images/key"].decode(), min(sample["train-images/images"].size))
+for sample in described.records("train-labels"):
+    print(json.loads(sample["train-labels/labels"])["labels"]["Edema"])
+"""
+
+
+@pytest.mark.examples
+def test_mlcroissant_reads_the_shards(sample_shards: tuple[Path, Manifest], tmp_path: Path) -> None:
+    folder, manifest = sample_shards
+    ran = start(sys.executable, "-c", READ, folder / "croissant.json", CROISSANT_CACHE=str(tmp_path))
+    assert ran.returncode == 0, ran.stderr
+    rows = read_table(folder, manifest.split("train")).to_pandas()
+    expected = [*(rows["key"] + " 64"), *rows["Edema"].map({1: "1", 0: "0", -1: "-1"}).fillna("None")]
+    assert sorted(ran.stdout.split("\n")[:-1]) == sorted(expected)
 
 
 def test_every_example_is_short_tested_and_in_the_documentation() -> None:

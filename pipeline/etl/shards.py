@@ -36,7 +36,7 @@ from pipeline.etl.writing import (
     write_rejects,
     write_shard,
 )
-from pipeline.manifest import NAME, Manifest, read_manifest
+from pipeline.manifest import NAME, Manifest, read_manifest, write_manifest
 from pipeline.sources.rows import MISSING, find_missing
 from pipeline.sources.source import Source
 
@@ -189,6 +189,7 @@ def _converge(
             index = run_alone(index_split, (run, plan, split), step)
             if index.entry != manifest.splits[split]:
                 raise DataError(f"{run.out / index.entry.table}: {CHANGED}")
+        write_manifest(run.out, manifest)
     remove_folder(run.partial)
     bytes_in, stripped = (sum(s.bytes_in for s in finished), sum(s.stripped for s in finished))
     return RunSummary(manifest, not damaged, bytes_in, stripped, resumed, plan.notes, tuple(damaged))

@@ -25,7 +25,19 @@ from pipeline.etl.planning import PARTIAL
 from pipeline.identity import Ids, describe_repeats, find_shared, identify_patients
 from pipeline.images import DOUBTS, ENCODINGS, ONE_LEVEL, decode_stored
 from pipeline.labels import count_rows
-from pipeline.manifest import FACTS, NAME, Shard, Split, checksum, find_notes, read_manifest, read_table
+from pipeline.manifest import (
+    CROISSANT,
+    FACTS,
+    NAME,
+    Manifest,
+    Shard,
+    Split,
+    checksum,
+    find_notes,
+    format_croissant,
+    read_manifest,
+    read_table,
+)
 
 PRINTED = 20  # lines on one file; a shard of another set would fill the screen
 
@@ -90,6 +102,8 @@ def verify_shards(
     checks = _Checks(encoding, owners, deep, fetch, flat=[])
     complaints = run_threads(partial(_check_shard, checks), tasks, workers, progress)
     problems |= {task.shard.file: lines for task, lines in zip(tasks, complaints, strict=True)}
+    if fetch is None:
+        problems[CROISSANT] = _check_croissant(folder, manifest)
     return Verdict(
         splits=len(manifest.splits),
         shards=len(tasks),
@@ -133,6 +147,13 @@ def _check_table(folder: Path, split: Split) -> tuple[list[str], pa.Table | None
     if not np.array_equal(table["shard"], np.repeat(np.arange(len(sizes)), sizes)):
         return [*lines, f"{path}: its rows do not lie in the shards as the manifest counts them"], None
     return [*lines, *(f"{path}: sample {key}: appears twice" for key in repeated(table["key"]))], table
+
+
+def _check_croissant(folder: Path, manifest: Manifest) -> list[str]:
+    path = folder / CROISSANT
+    if path.is_file() and path.read_bytes() == format_croissant(manifest):
+        return []
+    return [f"{path}: {'not that of this manifest' if path.is_file() else 'missing'}"]
 
 
 def _tasks(folder: Path, split: Split, table: pa.Table | None) -> Iterator[_Task]:

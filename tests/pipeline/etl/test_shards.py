@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import tarfile
@@ -83,6 +84,22 @@ def test_tarfile_finds_the_images_and_labels_of_the_arrow_table(chexpert: Path, 
                     expected = np.asarray(original.resize((60, 48), Image.Resampling.LANCZOS), float)
                 stored = np.asarray(Image.open(io.BytesIO(jpeg)), float)
                 assert np.abs(stored - expected).mean() < 1.5  # noise, at quality 95
+
+
+def test_croissant_lists_every_file_and_no_patient(shards: Shards) -> None:
+    """The keys that Croissant 1.0 demands; mlcroissant reads it in test_examples."""
+    folder, manifest = shards
+    text = (folder / "croissant.json").read_text()
+    described = json.loads(text)
+    assert described["conformsTo"] == "http://mlcommons.org/croissant/1.0"
+    assert {"@context", "@type", "name", "description", "license", "citeAs"} < described.keys()
+    files = [entry for entry in described["distribution"] if entry["@type"] == "cr:FileObject"]
+    assert {entry["contentUrl"]: entry["sha256"] for entry in files} == {
+        name: digest for name, digest in hashes(folder).items() if name.endswith((".tar", ".arrow"))
+    }
+    records = [f"{split}-{kind}" for split in manifest.splits for kind in ("labels", "images")]
+    assert [record["name"] for record in described["recordSet"]] == records
+    assert not re.search(r"patient\d", text)
 
 
 # webdataset leaves its last shard open until it is collected
@@ -465,9 +482,10 @@ def damage_files(folder: Path) -> None:
     cut = folder / "valid-000001.tar"
     cut.write_bytes(cut.read_bytes()[:-512])
     (folder / "dev.arrow").write_bytes(b"")
+    (folder / "croissant.json").unlink()
 
 
-DAMAGED = ("dev.arrow", "train-000001.tar", "valid-000000.tar", "valid-000001.tar")
+DAMAGED = ("croissant.json", "dev.arrow", "train-000001.tar", "valid-000000.tar", "valid-000001.tar")
 
 
 def test_damaged_and_missing_files_are_restored_to_the_same_bytes(chexpert: Path, shards: Shards) -> None:

@@ -134,7 +134,13 @@ def exchange_manifest(folder: Path, manifest: Manifest) -> list[str]:
             f"{path}: damaged: {path.stat().st_size} bytes, not {size} as in the manifest"
             for path, size in sizes.items()
         ),
+        f"{folder / 'croissant.json'}: not that of this manifest",
     ]
+
+
+def remove_description(folder: Path, manifest: Manifest) -> list[str]:
+    (folder / "croissant.json").unlink()
+    return [f"{folder / 'croissant.json'}: missing"]
 
 
 def exchange_table(folder: Path, manifest: Manifest) -> list[str]:
@@ -197,7 +203,7 @@ def append_zeros(folder: Path, manifest: Manifest) -> list[str]:
 
 DAMAGES = [flip_image, flip_json, flip_header, partial(flip_header, position=134), flip_padding, flip_end]
 DAMAGES += [truncate, exchange, remove, damage_several, exchange_manifest, exchange_table, shift_offset]
-DAMAGES += [move_row, miscount, repeat_split, rename_member, append_zeros]
+DAMAGES += [remove_description, move_row, miscount, repeat_split, rename_member, append_zeros]
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: getattr(damage, "__name__", ""))
