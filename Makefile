@@ -131,7 +131,7 @@ lint:  ## check style (ruff) and types (mypy)
 bench-etl: .venv-peers/installed  ## measure sharding beside img2dataset, Pillow and the codec
 bench-stream: .venv-peers-stream/installed  ## measure the stream beside its peers (installs ffmpeg if needed)
 bench-auroc:  ## measure minutes to dev AUROC .90, beside two usual recipes
-bench-scale:  ## shard the whole real label table; measure time and memory
+bench-scale:  ## run CheXpert's whole table through every step; measure time and memory
 bench-waits: $(OUT)/manifest.json  ## measure the CPU seconds of commands on the sample's finished run
 bench-etl bench-stream bench-auroc bench-scale bench-waits: bench-%:
 	$(if $(filter stream,$*),$(call apt,ffmpeg))

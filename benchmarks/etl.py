@@ -34,14 +34,13 @@ from PIL import Image
 from pydicom import dcmread
 from pydicom.pixels import apply_voi_lut
 
-from benchmarks.scale import link_films
+from benchmarks.scale import PROCESSES, QUALITY, SIZE, draw_frontals, link_films, run_pillow
 from pipeline.images import SCALES, ImageOptions, prepare, resize
 from pipeline.labels import COLUMNS
-from pipeline.synthetic.sample import FOLDER, write_sample
+from pipeline.synthetic.sample import FOLDER
 from tests.films import make_film
 
 Pixels = npt.NDArray[np.number]
-SIZE, QUALITY, PROCESSES = 224, 95, 2
 PIPELINE = Path(sys.executable).with_name("pipeline")
 IMG2DATASET = """
 import sys
@@ -55,9 +54,7 @@ if __name__ == "__main__":
 
 def make_source(folder: Path, images: int, large: bool) -> tuple[Path, list[Path]]:
     """A CheXpert folder of `images` synthetic frontals: hard links to 400, or to 40 of 2828×2320 if large."""
-    sample = write_sample(folder / "sample", images=500, seed=1, workers=2)
-    originals = [path for path in sorted(sample.rglob("*frontal.jpg")) if Image.open(path).size == (390, 320)]
-    originals = originals[: 40 if large else 400]
+    originals = draw_frontals(folder)[: 40 if large else 400]
     if large:
         for path in originals:
             image = Image.open(path).resize((2828, 2320), Image.Resampling.BICUBIC)
@@ -86,22 +83,6 @@ def run_img2dataset(source: Path, paths: list[Path], out: Path, peers: Path) -> 
     done = sum(json.loads(stats.read_text())["successes"] for stats in out.glob("*_stats.json"))
     if done != len(paths):
         raise RuntimeError(f"img2dataset wrote {done} of {len(paths)} images")
-
-
-def convert_with_pillow(task: tuple[Path, Path]) -> None:
-    """The script everybody writes first."""
-    source, target = task
-    image = Image.open(source).convert("L")
-    scale = SIZE / min(image.size)
-    shape = (round(image.width * scale), round(image.height * scale))
-    image.resize(shape, Image.Resampling.LANCZOS).save(target, quality=QUALITY)
-
-
-def run_pillow(source: Path, paths: list[Path], out: Path) -> None:
-    out.mkdir()
-    tasks = [(path, out / f"{number:06d}.jpg") for number, path in enumerate(paths)]
-    with get_context("spawn").Pool(PROCESSES) as pool:
-        pool.map(convert_with_pillow, tasks, chunksize=50)
 
 
 def run_codec(paths: list[Path]) -> float:

@@ -1,22 +1,26 @@
-"""What sharding and reading cost: of the whole real label table, per image, and of ten million images.
+"""What sharding and reading cost: of CheXpert's whole table, per image, and of ten million images.
 
     make bench-scale                                      the table
     .venv/bin/python -m benchmarks.scale stages           CPU time of each stage, on one core
     .venv/bin/python -m benchmarks.scale collection       tables, manifest and an epoch's plan of 10,000,000 rows
 
-table       223,414 real rows (from the torchxrayvision wheel) against tiny synthetic images, hard links of a hundred;
-            then 5,000 of them: time, memory per process, and counts against the real ones. Memory is the kernel's own
-            peak of resident memory (VmHWM) of the parent, of the worker processes, and of the two short-lived
-            processes that plan and finish.
+full        223,414 real rows (from the torchxrayvision wheel), and as many synthetic images of 390×320, hard links of
+            400; two steps are also killed halfway and run again. Beside them the plain Pillow script, and the
+            notebook that holds all images as NumPy arrays.
 stages      `benchmarks/README.md` draws the conclusions: hours for the full set, cores for a GPU.
 """
 
+import contextlib
 import gzip
 import hashlib
 import importlib.util
 import json
+import math
 import os
+import re
 import resource
+import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -34,6 +38,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import simplejpeg
+from PIL import Image
 
 from pipeline.base.files import write_table
 from pipeline.images import ImageOptions, decode_stored, prepare, resize
@@ -42,13 +47,13 @@ from pipeline.manifest import Manifest, Shard, Split, read_manifest, write_manif
 from pipeline.policies import make_targets, parse_uncertain_policy
 from pipeline.stream.plan import epoch_order
 from pipeline.stream.samples import open_split
-from pipeline.synthetic.sample import FOLDER
+from pipeline.synthetic.sample import FOLDER, write_sample
 
 PIPELINE = Path(sys.executable).with_name("pipeline")
-WORKERS = 2
 # Height and width of CheXpert's small and full images, and about the bytes of one: 11 and 439 GB by 223,414.
 SOURCES = {"small": (320, 390, 49_000), "full": (2320, 2828, 1_965_000)}
 IMAGES = 223_414
+SIZE, QUALITY, PROCESSES = 224, 95, 2  # of the contestants of `etl`
 LINK = 1.25e9  # bytes/s of 10 Gbit/s
 PER_SHARD = 1000
 # An H100's peak in bf16 without sparsity, FLOP/s (NVIDIA's data sheet), and for networks: 10⁹ multiply-adds of a
@@ -79,6 +84,12 @@ def draw_films(folder: Path) -> list[Path]:
     return films
 
 
+def draw_frontals(folder: Path) -> list[Path]:
+    """Synthetic frontals of 390×320, about 29 kB each."""
+    drawn = write_sample(folder / "sample", images=500, seed=1, workers=2)
+    return [path for path in sorted(drawn.rglob("*frontal.jpg")) if Image.open(path).size == (390, 320)]
+
+
 def link_films(folder: Path, lines: Sequence[str], films: Sequence[Path]) -> Path:
     """A CheXpert folder of these lines of the real table, header first; its images are hard links of the films."""
     source = folder / FOLDER
@@ -99,57 +110,91 @@ def descendants(pid: int) -> list[int]:
     return below + [grandchild for child in below for grandchild in descendants(child)]
 
 
-def run_and_watch(command: list[str]) -> tuple[float, dict[str, float]]:
-    """Seconds, and peak resident memory in MB by role: parent, worker (the largest), plan or finish."""
-    peaks: dict[int, float] = {}
-    started: list[int] = []
-    start = time.perf_counter()
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+def watch(command: Sequence[object], seconds: float = math.inf) -> tuple[float, float]:
+    """Run a command, killed after some seconds: the seconds it took, and the peak of all its processes' memory, MB.
+
+    Memory is proportional (PSS): pages that processes share count once.
+    """
+    peak, start = 0.0, time.perf_counter()
+    words = list(map(str, command))
+    with subprocess.Popen(
+        words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    ) as process:
         while process.poll() is None:
+            if time.perf_counter() - start > seconds:
+                os.killpg(process.pid, signal.SIGKILL)
+            total = 0
             for pid in (process.pid, *descendants(process.pid)):
-                try:
-                    status = Path(f"/proc/{pid}/status").read_text()
-                except OSError:
-                    continue
-                if "VmHWM" in status:
-                    peaks[pid] = int(status.split("VmHWM:")[1].split()[0]) / 1024
-                    started += [pid] if pid not in started else []
-            time.sleep(0.02)
-    if process.returncode:
-        raise click.ClickException(f"exit code {process.returncode}: {' '.join(command)}")
-    seconds = time.perf_counter() - start
-    parent, helpers = process.pid, started[1:]
-    # In order of birth: resource tracker, fork server, plan, the workers, finish.
-    workers = helpers[3 : 3 + WORKERS]
-    roles = {"parent": peaks[parent], "worker": max(peaks[pid] for pid in workers)}
-    others = [peaks[pid] for pid in helpers if pid not in workers]
-    return seconds, roles | {"plan and finish": max(others)}
+                with contextlib.suppress(OSError):  # it has ended
+                    memory = re.search(r"Pss: +(\d+)", Path(f"/proc/{pid}/smaps_rollup").read_text())
+                    total += int(memory[1]) if memory else 0
+            peak = max(peak, total / 1024)
+            time.sleep(0.1)
+    if process.returncode and math.isinf(seconds):
+        raise click.ClickException(f"exit code {process.returncode}: {' '.join(words)}")
+    return time.perf_counter() - start, peak
 
 
-def table() -> None:
-    """Print time and memory at 5,000 and at all rows, and compare the counts."""
-    lines = read_table()
-    memory = {}
-    for rows in (5_000, len(lines) - 1):
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            source, out = link_films(folder, lines[: rows + 1], draw_films(folder)), folder / "shards"
-            command = [PIPELINE, "shards", source, out, "--size", "80", "--workers", WORKERS]
-            seconds, memory[rows] = run_and_watch(list(map(str, command)))
-            peaks = ", ".join(f"{role} {peak:,.0f} MB" for role, peak in memory[rows].items())
-            print(f"{rows:,} rows: {seconds:,.1f} s; peak memory: {peaks}")
-            stats = [
-                subprocess.run([PIPELINE, "stats", where, *more, "--format", "json"], check=True, capture_output=True)
-                for where, more in ((out, []), (source / "train.csv", ["--views", "frontal"]))
-            ]
-            ours, real = (json.loads(run.stdout) for run in stats)
-            print(f"  {ours['images']:,} frontal images; counts equal the table's: {ours == real}")
-            manifest = json.loads((out / "manifest.json").read_text())
-            for split, entry in manifest["splits"].items():
-                print(f"  {split}: {entry['samples']:,} samples, {entry['patients']:,} patients")
-    few, many = memory.values()
-    for role in ("parent", "worker"):
-        print(f"{role}: {many[role] / few[role]:.2f} times the memory for {(len(lines) - 1) / 5000:.0f} times the rows")
+def full(rows: int) -> None:
+    """Print seconds and memory of each step with the real table, and what is left to do after a kill halfway."""
+    lines = read_table()[: rows + 1]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        source = link_films(folder, lines, draw_frontals(folder)[:400])
+        paths, shards, run = [folder / line.partition(",")[0] for line in lines[1:]], folder / "shards", folder / "run"
+        convert = [PIPELINE, "shards", source, shards, "--views", "all", "--workers", PROCESSES]
+        python = [sys.executable, "-m"]
+        train = [*python, "train", "--shards", shards, "--run", run, "--arch", "rescnn", "--image-size", 64]
+        batches = f"open_shards({str(shards)!r})['train'].batches(64, 224, epoch=0)"
+        read = f"from pipeline import open_shards\nfor _ in {batches}: pass"
+        steps: dict[str, tuple[list[object], Path | None]] = {
+            "shards of all views, 320 pixels": (convert, shards / "manifest.json"),
+            "verify --deep": ([PIPELINE, "verify", shards, "--deep"], None),
+            "stats": ([PIPELINE, "stats", shards], None),
+            "the stream of train at 224 pixels": ([sys.executable, "-c", read], None),
+            "an epoch of rescnn at 64 pixels, with its report": ([*train, "--epochs", 1], run / "metrics.jsonl"),
+        }
+        for step, (command, result) in steps.items():
+            seconds, peak = watch(command)
+            print(f"  {step}: {seconds:,.1f} s, {rows / seconds:,.0f} images/s, {peak:,.0f} MB", flush=True)
+            if result is not None:
+                made = result.read_bytes()
+                shutil.rmtree(result.parent)
+                watch(command, seconds / 2)
+                seconds, _ = watch(command)
+                equal = result.read_bytes() == made
+                print(f"    killed halfway: {seconds:,.1f} s more; {result.name} is equal: {equal}", flush=True)
+        start = time.perf_counter()
+        run_pillow(source, paths, folder / "pillow")
+        print(f"  a Pillow script to {SIZE} pixels: {time.perf_counter() - start:,.1f} s")
+        with get_context("spawn").Pool(1) as pool:
+            size = pool.apply(fill_arrays, (paths[:1000],))
+        most = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        print(f"  NumPy arrays in memory: {size / 1e6:.2f} MB an image: {most / 1e9:,.0f} GB hold {most / size:,.0f}")
+
+
+def convert_with_pillow(task: tuple[Path, Path]) -> None:
+    """The script everybody writes first."""
+    source, target = task
+    image = Image.open(source).convert("L")
+    scale = SIZE / min(image.size)
+    shape = (round(image.width * scale), round(image.height * scale))
+    image.resize(shape, Image.Resampling.LANCZOS).save(target, quality=QUALITY)
+
+
+def run_pillow(source: Path, paths: list[Path], out: Path) -> None:
+    out.mkdir()
+    tasks = [(path, out / f"{number:06d}.jpg") for number, path in enumerate(paths)]
+    with get_context("spawn").Pool(PROCESSES) as pool:
+        pool.map(convert_with_pillow, tasks, chunksize=50)
+
+
+def fill_arrays(paths: Sequence[Path]) -> float:
+    """Bytes of memory per image of the usual notebook: RGB images of 320 pixels in a list, then in one array."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    images = [np.asarray(Image.open(path).convert("RGB").resize((320, 320)), np.float32) / 255 for path in paths]
+    np.stack(images)
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / len(paths)
 
 
 def draw_film(height: int, width: int, size: int) -> bytes:
@@ -287,14 +332,18 @@ def report(what: str, work: Callable[[], Result]) -> Result:
     return result
 
 
-PARTS = {"table": table, "stages": stages, "collection": collection}
+PARTS = ("full", "stages", "collection")
 
 
 @click.command()
-@click.argument("part", default="table", type=click.Choice(list(PARTS)))
-def main(part: str) -> None:
+@click.argument("part", default="full", type=click.Choice(PARTS))
+@click.option("--rows", default=IMAGES, show_default=True, help="Rows of the real table, for full.")
+def main(part: str, rows: int) -> None:
     """Print what a part of the work costs."""
-    PARTS[part]()
+    if part == "full":
+        full(rows)
+    else:
+        (stages if part == "stages" else collection)()
 
 
 if __name__ == "__main__":

@@ -33,15 +33,14 @@ import click
 import numpy as np
 import numpy.typing as npt
 import webdataset
-from PIL import Image
 
-from benchmarks.scale import PIPELINE, descendants, draw_films, link_films, read_table
+from benchmarks.scale import PIPELINE, descendants, draw_films, draw_frontals, link_films, read_table
 from benchmarks.stream_peers import BATCH, SIZE, WARM_UP, WORKERS, read_tars
 from pipeline import open_shards
 from pipeline.images import decode_into
 from pipeline.labels import LABELS, label_states
 from pipeline.stream.plan import Rows, epoch_order, training_steps
-from pipeline.synthetic.sample import FOLDER, write_sample
+from pipeline.synthetic.sample import FOLDER
 
 PARTS = ("rates", "memory", "start", "shuffle")
 ROOT = Path(__file__).parents[1]
@@ -163,8 +162,7 @@ def write_shards(source: Path, out: Path, *options: object) -> Path:
 
 def make_images(folder: Path, images: int) -> None:
     """Films of 390×320 under the first real rows of frontals, and their shards in all the ways of STORED."""
-    drawn = sorted(write_sample(folder / "drawn", images=500, seed=1, workers=2).rglob("*frontal.jpg"))
-    films = [path for path in drawn if Image.open(path).size == (390, 320)]
+    films = draw_frontals(folder)
     header, *lines = read_table()
     # torchxrayvision drops the few frontals that are neither.
     frontals = [line for line in lines if ",Frontal,AP," in line or ",Frontal,PA," in line]
