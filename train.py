@@ -128,7 +128,7 @@ def start_state(job: Job, data: TrainingData, seen: Seen = ()) -> TrainState:
     config = job.config
     torch.manual_seed(config.seed)
     outputs = name_outputs(config)
-    network = build_network(config.arch, len(outputs), config.pretrained)
+    network = build_network(config.arch, len(outputs), config.shape, config.pretrained)
     if job.start is not None:
         say(f"{job.start.path}: {load_initial(network, job.start, outputs)}")
     if config.freeze:

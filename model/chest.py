@@ -6,6 +6,7 @@ placeholders for its classes, so no code in a file runs. The package cannot be i
 module `model`.
 """
 
+import argparse
 import io
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,8 @@ def download_chest(name: str) -> Path:
 def read_initial(path: Path) -> dict[str, Any]:
     """The contents of a weights file, including torchxrayvision's. Raises CheckpointError."""
     try:
-        return load_checkpoint(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # of the options that trained it: plain values
+            return load_checkpoint(path)
     except CheckpointError as error:
         if "torchxrayvision" not in str(error.__cause__):
             raise

@@ -4,7 +4,7 @@ The file is a run's best.pt, a state dict of torchvision, timm or torchxrayvisio
 Lightning, DataParallel and torch.compile write it. All are read as tensors and plain values: no code in a file runs.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
@@ -15,8 +15,11 @@ from model.checkpoint import refused
 from model.chest import SCALE, SIZE, TERMS, is_chest, name_outputs, read_initial
 from pipeline.base.files import hash_file
 
-CONTAINERS = ("weights", "state_dict", "model_state_dict", "model")
-PREFIXES = ("module.", "model.", "_orig_mod.")
+# Names under which checkpoints hold the network's tensors; averaged ones first
+CONTAINERS = (
+    *("weights", "state_dict_ema", "model_ema", "ema", "teacher", "student"),
+    *("state_dict", "model_state_dict", "model", "module", "backbone", "encoder"),
+)
 UNKNOWN = "unknown"  # split of weights whose file does not state the training data
 NOT_STATED = "weights of a file; license not stated, nor what they were trained on"
 
@@ -36,7 +39,6 @@ class Start(NamedTuple):
     path: Path
     digest: str  # sha256 of the file
     weights: Mapping[str, Tensor]
-    left_out: Sequence[str] = ()  # tensors outside the network, such as a loss's
     outputs: Sequence[str] = ()  # names of the head's outputs, in order; "": untrained. Empty: unknown
     scale: tuple[float, ...] = ()  # mean and standard deviation of the input's gray levels; empty: unknown
     equalize: bool = False  # whether input images are equalized
@@ -54,14 +56,14 @@ def read_start(path: Path, outputs: Sequence[str] = ()) -> Start:
             scale = (saved["pixels"]["mean"], saved["pixels"]["std"])
             seen = hand_on(saved["seen"], path)
             about = (scale, saved["equalize"], saved["terms"], seen, saved["arch"], saved["image_size"])
-            return Start(path, digest, saved["weights"], (), outputs or saved["outputs"], *about)
+            return Start(path, digest, saved["weights"], outputs or saved["outputs"], *about)
     nothing = torch.zeros(0, dtype=torch.int64)
     seen = [Entry(run=str(path), split=UNKNOWN, images=nothing, patients=nothing)]
     if is_chest(saved):
         weights = {name: value for name, value in saved.items() if name != "op_threshs"}
         known = name_outputs(saved, path.name)
-        return Start(path, digest, weights, (), known, SCALE, False, TERMS, seen, "densenet121", SIZE)
-    return Start(path, digest, *unwrap(saved), outputs, seen=seen)
+        return Start(path, digest, weights, known, SCALE, False, TERMS, seen, "densenet121", SIZE)
+    return Start(path, digest, unwrap(saved), outputs, seen=seen)
 
 
 def hand_on(seen: Sequence[Entry], source: Path) -> list[Entry]:
@@ -69,18 +71,8 @@ def hand_on(seen: Sequence[Entry], source: Path) -> list[Entry]:
     return [Entry(**entry | {"run": entry["run"] or str(source)}) for entry in seen]
 
 
-def unwrap(saved: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[str]]:
-    """The tensors of the network in a checkpoint, by name, and the names of the other tensors."""
+def unwrap(saved: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors in a checkpoint, by name."""
     while inner := next((saved[name] for name in CONTAINERS if isinstance(saved.get(name), dict)), None):
         saved = inner
-    weights = {str(name): value for name, value in saved.items() if isinstance(value, Tensor)}
-    left_out: list[str] = []
-    while prefix := next((text for text in PREFIXES if _is_usual(text, weights)), None):
-        left_out += [name for name in weights if not name.startswith(prefix)]
-        weights = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
-    return weights, left_out
-
-
-def _is_usual(prefix: str, names: Collection[str]) -> bool:
-    """Whether more than half of the names start with the prefix."""
-    return 2 * sum(name.startswith(prefix) for name in names) > len(names)
+    return {str(name): value for name, value in saved.items() if isinstance(value, Tensor)}

@@ -1,7 +1,11 @@
 """Names of networks, losses, augmentations and fusions, for a command line that does not import torch."""
 
+import ast
+import contextlib
 import difflib
-from typing import TYPE_CHECKING, NamedTuple
+import re
+from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import parse_qsl
 
 from pipeline.base.errors import DataError, needs
 from pipeline.labels import PROJECTIONS
@@ -11,7 +15,7 @@ if TYPE_CHECKING:
 
 TORCHVISION = ("resnet18", "resnet34", "resnet50", "resnet101", "densenet121", "convnext_tiny")
 ARCHITECTURES = (*TORCHVISION, "rescnn")
-TIMM = "timm/"  # in front of any of timm's names
+TIMM = "timm/"  # in front of any of timm's names; ?key=value&… after it are arguments of its constructor
 FUSIONS = ("max", "mean", "attention")
 UNKNOWN_FRONTAL = len(PROJECTIONS)  # a frontal that may be AP or PA: the index after the known ones
 LOSSES = ("bce", "aucm")
@@ -37,10 +41,34 @@ AUGMENTATIONS = {
 class Input(NamedTuple):
     """The input that a network was trained on."""
 
-    size: int  # side of the square, in pixels
-    fixed: bool  # it takes no other size
+    size: str  # in pixels: as `image_size`
+    fixed: bool  # another size takes another network
     mean: float  # of gray levels
     std: float
+
+
+def parse_shape(text: str) -> tuple[int, int]:
+    """Height and width in pixels, from text like 320 (a square) or 448x384."""
+    sides = text.lower().replace("×", "x").split("x")
+    if not 1 <= len(sides) <= 2 or not all(re.fullmatch(r"\d{2,5}", side) and int(side) >= 32 for side in sides):
+        raise DataError(f"'{text}' is not like 320 or, as height and width, 448x384; a side has at least 32 pixels")
+    return int(sides[0]), int(sides[-1])
+
+
+def split_arch(arch: str) -> tuple[str, dict[str, Any]]:
+    """The name that timm knows a network by, and arguments for its constructor. Raises DataError.
+
+    As in `timm/eva02_tiny_patch14_224?patch_size=16&drop_path_rate=0.1`.
+    """
+    name, _, text = arch.removeprefix(TIMM).partition("?")
+    try:
+        options: dict[str, Any] = dict(parse_qsl(text, strict_parsing=bool(text)))
+    except ValueError:
+        raise DataError(f"'{arch}' is not like timm/NAME?drop_path_rate=0.1&global_pool=avg") from None
+    for key, value in options.items():
+        with contextlib.suppress(ValueError, SyntaxError):  # else a word
+            options[key] = ast.literal_eval(value)
+    return name, options
 
 
 def check_arch(arch: str) -> str:
@@ -49,7 +77,7 @@ def check_arch(arch: str) -> str:
         return arch
     if not arch.startswith(TIMM):
         raise DataError(f"'{arch}' is not one of {', '.join(map(repr, ARCHITECTURES))}, or 'timm/NAME'")
-    timm, name = import_timm(arch), arch.removeprefix(TIMM)
+    timm, name = import_timm(arch), split_arch(arch)[0]
     try:
         if timm.is_model(name):
             timm.get_pretrained_cfg(name)
@@ -62,16 +90,14 @@ def check_arch(arch: str) -> str:
 
 
 def own_input(arch: str) -> Input | None:
-    """The input that a network of timm was trained on; None for others, which take any size and the shards' scale."""
+    """The input that a network of timm was made for; None for others, which take any size and the shards' scale."""
     if not arch.startswith(TIMM):
         return None
     timm = import_timm(check_arch(arch))
-    config = timm.get_pretrained_cfg(arch.removeprefix(TIMM))
-    _, height, width = config.input_size
-    if height != width:
-        raise DataError(f"'{arch}' takes images of {height}×{width}, and these are square: choose another `arch`")
+    config = timm.get_pretrained_cfg(split_arch(arch)[0])
     mean, std = (255 * sum(values) / len(values) for values in (config.mean, config.std))
-    return Input(height, config.fixed_input_size, round(mean, 4), round(std, 4))
+    size = "x".join(map(str, dict.fromkeys(config.input_size[1:])))
+    return Input(size, config.fixed_input_size, round(mean, 4), round(std, 4))
 
 
 def import_timm(arch: str) -> "ModuleType":

@@ -9,6 +9,7 @@ input (`own_input`). The last layer is a `Head`: under autocast, its logits stay
 import contextlib
 import re
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,19 +18,34 @@ from torch import Tensor, nn
 
 from model.checkpoint import CheckpointError, cannot_download, hub_path
 from model.initial import Start
-from model.names import TIMM, import_timm, own_input
-from pipeline.base.errors import DataError
+from model.names import TIMM, import_timm, own_input, parse_shape, split_arch
+from pipeline.base.errors import DataError, SettingError
 from pipeline.labels import LABELS
 
 _OTHER_WAYS = "choose another `arch`, or `init` FILE"
 _WITHOUT = "; without `pretrained` (in make: PRETRAINED=no) a run starts from random weights"
+LEAST = 0.9  # share of a backbone's weights that a file must hold
+_RENAMED = (
+    (r"(denselayer\d+\.\w+)\.([12]\.)", r"\1\2"),  # of torchvision's DenseNet, which torch no longer allows
+    (r"blocks\.\d+\.(\d+\.)", r"blocks.\1"),  # of DINOv2, trained in chunks of blocks
+    # The layout of transformers
+    (r"\bembeddings\.position_embeddings$", "pos_embed"),
+    (r"\bembeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+    (r"\bembeddings\.((?:cls|mask|register)_tokens?)$", r"\1"),
+    (r"\bencoder\.layer\.", "blocks."),
+    (r"\.attention\.attention\.", ".attn."),
+    (r"\.attention\.output\.dense\.", ".attn.proj."),
+    (r"\.layer_scale(\d)\.lambda1$", r".ls\1.gamma"),
+    (r"(?:^|\.)layernorm\.", "norm."),
+)
+_PARTS = re.compile(r"(?:^|(?<=\.))")  # where a part of a tensor's name begins
 _OF_IMAGENET = "trained on ImageNet, whose terms are for non-commercial research"
 
 
 def weights_terms(arch: str) -> str:
     """The terms of the weights that `pretrained` loads."""
     if arch.startswith(TIMM):
-        config = import_timm(arch).get_pretrained_cfg(arch.removeprefix(TIMM))
+        config = import_timm(arch).get_pretrained_cfg(split_arch(arch)[0])
         about = f"https://huggingface.co/{config.hf_hub_id}" if config.hf_hub_id else config.url
         license_of = config.license or "license not stated"
         name = f"{config.architecture}.{config.tag}"
@@ -37,17 +53,18 @@ def weights_terms(arch: str) -> str:
     return f"torchvision's ImageNet weights: BSD-3-Clause; {_OF_IMAGENET}"
 
 
-def build_network(arch: str, outputs: int, pretrained: bool = False) -> nn.Module:
-    """A freshly initialized network; `pretrained` loads ImageNet weights, except into a classifier of another size.
+def build_network(arch: str, outputs: int, shape: tuple[int, int] | None = None, pretrained: bool = False) -> nn.Module:
+    """A freshly initialized network for images of a height and width; None: of the network's own.
 
-    Raises CheckpointError if the weights do not exist or cannot be downloaded, and DataError for an unknown network.
+    `pretrained` loads ImageNet weights, except into a classifier of another size. Raises CheckpointError if they do
+    not exist or cannot be downloaded, and DataError for an unknown network.
     """
     if arch == "rescnn":
         if pretrained:
             raise CheckpointError(f"rescnn has no ImageNet weights; {_OTHER_WAYS}")
         return _with_head(ResCNN(outputs))
     if own_input(arch) is not None:
-        return _build_timm(arch, outputs, pretrained)
+        return _build_timm(arch, outputs, shape, pretrained)
     from torchvision.models import get_model  # here, because it takes seconds
 
     network: nn.Module = _with_head(get_model(arch, weights=None, num_classes=outputs))
@@ -59,15 +76,44 @@ def build_network(arch: str, outputs: int, pretrained: bool = False) -> nn.Modul
     return network
 
 
-def _build_timm(arch: str, outputs: int, pretrained: bool) -> nn.Module:
-    """A network from timm. Raises DataError if its classifier is not one linear layer."""
-    timm, name = import_timm(arch), arch.removeprefix(TIMM)
+def check_shape(arch: str, shape: tuple[int, int]) -> None:
+    """Raise SettingError if a network of timm takes no images of this height and width; takes no memory."""
     try:
-        network: nn.Module = timm.create_model(name, pretrained=pretrained, in_chans=1, num_classes=outputs)
+        with torch.device("meta"), torch.no_grad():
+            network = _create_timm(arch, 1, shape).eval()
+            network(torch.zeros(1, 1, *shape))
+    except Exception as error:  # of any type, from timm
+        fault = " ".join(str(error).split())[:200]
+    else:
+        patch = getattr(getattr(network, "patch_embed", None), "patch_size", (1, 1))
+        if not any(side % part for side, part in zip(shape, patch, strict=True)):
+            return
+        fault = f"the sides must be multiples of {' and '.join(map(str, dict.fromkeys(patch)))}"
+    own = own_input(arch)
+    raise SettingError(
+        f"`arch` {arch} takes no images of {shape[0]}×{shape[1]}: {fault}; its own `image_size` is {own and own.size}"
+    )
+
+
+def _create_timm(arch: str, outputs: int, shape: tuple[int, int] | None, pretrained: bool = False) -> nn.Module:
+    """A network as timm makes it, for gray images of this shape."""
+    own, (name, options) = own_input(arch), split_arch(arch)
+    if own is not None and own.fixed and shape not in (None, parse_shape(own.size)):
+        options["img_size"] = shape
+    made: nn.Module = import_timm(arch).create_model(
+        name, pretrained=pretrained, in_chans=1, num_classes=outputs, **options
+    )
+    return made
+
+
+def _build_timm(arch: str, outputs: int, shape: tuple[int, int] | None, pretrained: bool) -> nn.Module:
+    """A network from timm. Raises DataError if its classifier is not one linear layer."""
+    try:
+        network = _create_timm(arch, outputs, shape, pretrained)
     except Exception as error:  # no connection, no weights, a damaged file in the cache
         if not pretrained:
             raise
-        config = timm.get_pretrained_cfg(name)
+        config = import_timm(arch).get_pretrained_cfg(split_arch(arch)[0])
         if not config.has_weights:
             raise CheckpointError(f"{arch} has no weights in timm; {_OTHER_WAYS}") from None
         url = config.url
@@ -125,54 +171,110 @@ def _with_head(network: nn.Module) -> nn.Module:
 def load_initial(network: nn.Module, start: Start, outputs: Sequence[str] = LABELS, needed: Sequence[str] = ()) -> str:
     """Load weights into a network with these outputs; returns a summary of what is loaded and what stays random.
 
-    The classifier's rows are loaded for outputs of the same name, and none if the file's are unknown. A
-    first convolution over three channels is summed to one over gray. Raises CheckpointError, naming the file, if
-    anything else does not match, or if a `needed` output is not loaded.
+    The classifier's rows are loaded for outputs of the same name, and none if the file's are unknown. Raises
+    CheckpointError, naming the file, if it is of another network, or if a `needed` output is not loaded.
     """
-    own, weights, head = network.state_dict(), dict(start.weights), find_head(network)[0]
+    own, head = network.state_dict(), find_head(network)[0]
+    given, others = _rename(network, start.weights, start.size, str(start.path))
     rows = {outputs.index(name): row for row, name in enumerate(start.outputs) if name in outputs}
     for name in (f"{head}.weight", f"{head}.bias"):
-        given = weights.pop(name, None)
-        if rows and given is not None and name in own and given.shape[1:] == own[name].shape[1:]:
-            if len(given) != len(start.outputs):
-                raise CheckpointError(f"{start.path}: `init_labels` names {len(start.outputs)} outputs of {len(given)}")
-            weights[name] = own[name].clone()
-            weights[name][list(rows)] = given[list(rows.values())].to(own[name])
-    fresh = _load_weights(network, weights, str(start.path))
+        part = given.pop(name, None)
+        if rows and part is not None and name in own and part.shape[1:] == own[name].shape[1:]:
+            if len(part) != len(start.outputs):
+                raise CheckpointError(f"{start.path}: `init_labels` names {len(start.outputs)} outputs of {len(part)}")
+            given[name] = own[name].clone()
+            given[name][list(rows)] = part[list(rows.values())].to(own[name])
+    count, fresh, surplus = _load_renamed(network, given, str(start.path))
     lacking = [name for number, name in enumerate(outputs) if number not in rows]
-    if missing := [name for name in needed if fresh or name in lacking]:
+    headless = f"{head}.weight" in fresh
+    if missing := [name for name in needed if headless or name in lacking]:
         raise CheckpointError(f"{start.path}: no classifier of {', '.join(missing)}; name its outputs by `init_labels`")
-    if not fresh and lacking:
-        fresh = [f"the classifier of {', '.join(lacking)}"]
-    summary = f"loaded {len(weights):,} tensors; fresh: {', '.join(fresh) or 'nothing'}"
-    return summary + (f"; of no network, so left out: {', '.join(start.left_out)}" if start.left_out else "")
+    if lacking and not headless:
+        fresh.append(f"the classifier of {', '.join(lacking)}")
+    summary = f"loaded {count:,} tensors; fresh: {_list_tensors(fresh) or 'nothing'}"
+    return summary + (f"; left out: {_list_tensors([*surplus, *others])}" if surplus or others else "")
 
 
-def _load_weights(network: nn.Module, weights: Mapping[str, Any], source: str) -> list[str]:
-    """Load weights into the network, as `load_initial` describes."""
+def _load_weights(network: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
+    """Load weights into the network, as `load_initial` does."""
+    _load_renamed(network, _rename(network, weights, "", source)[0], source)
+
+
+def _rename(
+    network: nn.Module, weights: Mapping[str, Tensor], size: str, source: str
+) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors of a file under the network's names, and the names of tensors that are not of this network.
+
+    The network's names follow the prefix that most of them have in the file (`module.`, `teacher.backbone.`,
+    `visual.trunk.`, …). timm converts other layouts of a network, and resamples position tables and patch embeddings
+    from those of images of `size` (empty: timm guesses). Raises CheckpointError.
+    """
     own = network.state_dict()
-    # torchvision's file for DenseNet has names that torch no longer allows.
-    given = {
-        re.sub(r"(denselayer\d+\.\w+)\.([12]\.)", r"\1\2", str(name)): value
-        for name, value in weights.items()
-        if isinstance(value, Tensor)
-    }
+    tensors: dict[str, Tensor] = {}
+    patterns = [(pattern, new) for pattern, new in _RENAMED if not any(re.search(pattern, name) for name in own)]
+    for name, value in weights.items():
+        for pattern, new in patterns:
+            name = re.sub(pattern, new, name)
+        tensors[name] = value
+    # Of each name, what precedes an end that the network knows is a prefix.
+    prefixes = Counter(
+        name[: match.start()] for name in tensors for match in _PARTS.finditer(name) if name[match.start() :] in own
+    )
+    prefix = max(prefixes, key=lambda text: (prefixes[text], "student" not in text), default="")
+    given = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    others = [name for name in tensors if not name.startswith(prefix)]
+    for name in [name for name in given if ".attn.query." in name]:  # transformers' layout: one matrix each
+        parts = [given.pop(name.replace(".query.", f".{part}."), torch.empty(0)) for part in ("query", "key", "value")]
+        given[name.replace(".query.", ".qkv.")] = torch.cat(parts)
+    convert = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
+    if convert is not None and type(network).__module__.startswith("timm."):
+        if size:  # by which timm tells the grid of positions
+            network.pretrained_model_args = {"img_size": parse_shape(size)}  # type: ignore[assignment]
+        before = given
+        try:
+            given = convert(dict(before), network)
+        except Exception as error:  # of any type, from timm
+            reason = " ".join(str(error).split())[:200]
+            raise CheckpointError(f"{source}: not weights of this network: {reason}") from error
+        kept = {id(value) for value in given.values()}
+        others += [name for name, value in before.items() if name not in given and id(value) not in kept]
     stem = next(f"{name}.weight" for name, module in network.named_modules() if isinstance(module, nn.Conv2d))
     if stem in given and given[stem].shape[1:2] == (3,):
         given[stem] = _over_gray(given[stem])
+    return given, others
+
+
+def _load_renamed(network: nn.Module, given: Mapping[str, Tensor], source: str) -> tuple[int, list[str], list[str]]:
+    """Load tensors; returns how many, the names of the network's others, and of those that it lacks.
+
+    Raises CheckpointError if less than `LEAST` of the backbone's weights are given, or blocks that it lacks.
+    """
+    own = network.state_dict()
     fits = {name: value for name, value in given.items() if name in own and value.shape == own[name].shape}
     # Old files lack BatchNorm's counters, which are unused here.
     fresh = [name for name in own if name not in fits and not name.endswith("num_batches_tracked")]
+    surplus = [name for name in given if name not in own]
     head = f"{find_head(network)[0]}."
-    # Surplus tensors count too: all tensors of a resnet18 are also in a resnet34.
-    wrong = [name for name in fresh if not name.startswith(head)] + sorted(given.keys() - own.keys())
-    if wrong:
+    sizes = {name: value.numel() for name, value in own.items() if not name.startswith(head)}
+    share = sum(size for name, size in sizes.items() if name in fits) / sum(sizes.values())
+    # All tensors of a resnet18 are also in a resnet34, which has more blocks of the same kind.
+    kinds = {re.sub(r"\d+", "#", name) for name in sizes}
+    deeper = [name for name in surplus if re.sub(r"\d+", "#", name) in kinds]
+    if share < LEAST or deeper:
+        fault = f"{_list_tensors(deeper)} are too many" if deeper else f"{_list_tensors(fresh)} are missing or differ"
         raise CheckpointError(
-            f"{source}: not weights of this network: {len(wrong)} tensors are missing, of another shape or too many, "
-            f"such as {wrong[0]}; they must be of the same `arch`"
+            f"{source}: not weights of this network, of whose backbone they are {share:.0%}: {fault}; they must be of "
+            "the same `arch`"
         )
     network.load_state_dict(fits, strict=False)
-    return fresh
+    return len(fits), fresh, surplus
+
+
+def _list_tensors(names: Sequence[str]) -> str:
+    """The names of tensors; of more than four, those of the modules that have them, with their numbers."""
+    if len(names) <= 4:
+        return ", ".join(names)
+    return ", ".join(f"{part} ({count})" for part, count in Counter(name.partition(".")[0] for name in names).items())
 
 
 def _download_imagenet(arch: str) -> Mapping[str, Any]:

@@ -55,7 +55,7 @@ def adopt_weights(config: Config, setup: Setup, run: Path, arch: str | None) -> 
     job = open_job(choose_settings(start, config, setup.init, arch), setup, run)
     outputs = name_outputs(job.config)
     torch.manual_seed(job.config.seed)  # for the unused outputs
-    network = build_network(job.config.arch, len(outputs))
+    network = build_network(job.config.arch, len(outputs), job.config.shape)
     say(f"{start.path}: {load_initial(network, start, outputs, job.config.labels)}")
     seen = list_seen(job, ["dev"])
     open_run(run, job.config)

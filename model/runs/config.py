@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from model.names import ARCHITECTURES, AUGMENTATIONS, FUSIONS, LOSSES, XRV, check_arch, own_input
+from model.names import ARCHITECTURES, AUGMENTATIONS, FUSIONS, LOSSES, XRV, check_arch, own_input, parse_shape
 from pipeline.base.errors import DataError, SettingError
 from pipeline.base.files import hash_file, read_object
 from pipeline.base.options import check_values, option
@@ -65,14 +65,6 @@ def parse_size(text: str) -> int:
     if match is None:
         raise DataError(f"'{text}' is not like 500MB, 20GB or 1.5TB")
     return int(float(match[1]) * {"M": 1e6, "G": 1e9, "T": 1e12}[match[2]])
-
-
-def parse_shape(text: str) -> tuple[int, int]:
-    """Height and width in pixels, from text like 320 (a square) or 448x384."""
-    sides = text.lower().replace("×", "x").split("x")
-    if not 1 <= len(sides) <= 2 or not all(re.fullmatch(r"\d{2,5}", side) and int(side) >= 32 for side in sides):
-        raise DataError(f"'{text}' is not like 320 or, as height and width, 448x384; a side has at least 32 pixels")
-    return int(sides[0]), int(sides[-1])
 
 
 def parse_shares(text: str) -> tuple[float, ...]:
@@ -374,8 +366,10 @@ def check_config(config: Config, ranks: "Ranks") -> None:
     if config.sync_bn and not (ranks.joined and torch.cuda.is_available()):
         raise SettingError("`sync_bn` is for training by torchrun on GPUs")
     own = own_input(config.arch)
-    if own is not None and own.fixed and config.shape != (own.size, own.size):
-        raise SettingError(f"`arch` {config.arch} takes images of {own.size} pixels alone: leave `image_size` out")
+    if own is not None and own.fixed and config.image_size != own.size:
+        from model.networks import check_shape  # here, because torch takes seconds
+
+        check_shape(config.arch, config.shape)
 
 
 def open_start(config: Config, init: Path | None) -> "Start | None":
@@ -414,7 +408,7 @@ def resolve_config(config: Config, shards: "Collection", teacher: Path | None, s
         init_terms=start.terms if start else "",
         labels=_choose_labels(config.labels, shards),
         dev=config.dev or (None if "dev" in manifest.splits else HELD_OUT),
-        image_size=config.image_size or (str(own.size) if own else IMAGE_SIZE),
+        image_size=config.image_size or (own.size if own else IMAGE_SIZE),
         input_scale=(start.scale if start else ()) or scale,
         equalize=AUGMENTATIONS[config.augment].robust or (start is not None and start.equalize),
     )

@@ -283,7 +283,7 @@ def load_network(
 ) -> Network:
     """The network of a run, on the GPU if there is one. Raises CheckpointError."""
     best = load_checkpoint(run / "best.pt", ranks)
-    network = fuse(build_network(config.arch, len(name_outputs(config))), config)
+    network = fuse(build_network(config.arch, len(name_outputs(config)), config.shape), config)
     with refused(run / "best.pt"):
         network.load_state_dict(best["weights"])
         pixels = {name: float(best["pixels"][name]) for name in ("mean", "std")}

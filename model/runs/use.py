@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from model.names import AUGMENTATIONS, check_arch
+from model.names import AUGMENTATIONS, check_arch, parse_shape
 from model.runs.config import (
     IMAGE_SIZE,
     SIZE,
@@ -28,7 +28,6 @@ from model.runs.config import (
     check_folders,
     learned_columns,
     network_option,
-    parse_shape,
     read_config,
     run_option,
 )

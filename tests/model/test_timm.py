@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+import click
 import numpy as np
 import pytest
 import timm
@@ -12,7 +13,7 @@ from safetensors.torch import save_file
 
 from model.checkpoint import CheckpointError, load_checkpoint
 from model.initial import read_start
-from model.names import check_arch, own_input
+from model.names import Input, check_arch, own_input
 from model.networks import Head, build_network, find_head, load_initial
 from pipeline.base.errors import DataError
 from pipeline.labels import LABELS
@@ -43,7 +44,7 @@ def test_a_network_of_timm_is_timms_own(name: str) -> None:
         ("vgg", "'vgg' is not one of 'resnet18', 'resnet34', "),
         ("timm/resnetv2_50", "ends in Conv2d and not in one linear layer: choose another `arch`"),
         ("timm/levit_128s", "ends in tuple and not in one linear layer"),
-        ("timm/vit_base_patch16_sapiens2", "takes images of 1024×768, and these are square"),
+        ("timm/resnet10t?depth", "is not like timm/NAME?drop_path_rate=0.1&global_pool=avg"),
     ],
 )
 def test_what_is_no_network_here_is_named(arch: str, message: str) -> None:
@@ -62,8 +63,9 @@ def test_without_timm_its_networks_say_how_to_install_it(monkeypatch: pytest.Mon
 
 def test_a_run_keeps_the_networks_own_input(sample_shards: tuple[Path, Manifest], tmp_path: Path) -> None:
     """Its size and its gray scale, from config.json through best.pt to scores and the exported network."""
-    assert own_input("timm/resnet10t") == (176, False, 114.495, 57.63)
-    assert own_input("timm/vit_tiny_patch16_224") == (224, True, 127.5, 127.5)
+    assert own_input("timm/resnet10t") == Input("176", False, 114.495, 57.63)
+    assert own_input("timm/vit_tiny_patch16_224?depth=2") == Input("224", True, 127.5, 127.5)
+    assert own_input("timm/vit_base_patch16_sapiens2") == Input("1024x768", False, 114.495, 57.63)
     run, shards = tmp_path / "run", sample_shards[0]
     options = ["--shards", shards, "--run", run, "--arch", "timm/test_resnet", "--epochs", 1, "--limit", 16]
     assert call_train(*options, "--batch-size", 16) == 0
@@ -83,9 +85,14 @@ def test_a_run_keeps_the_networks_own_input(sample_shards: tuple[Path, Manifest]
     fits = json.loads((run / "calibration.json").read_text())["image"]
     expected = apply_calibrations(LABELS, scores.numpy(), fits)
     np.testing.assert_allclose(calibrated, expected, rtol=0, atol=1e-5)
-    fixed = ["--shards", shards, "--run", tmp_path / "other", "--arch", "timm/vit_tiny_patch16_224"]
-    with pytest.raises(Exception, match="takes images of 224 pixels alone: leave --image-size out"):
-        call_train(*fixed, "--image-size", 320)
+    for arch, size, reason in (
+        ("timm/vit_tiny_patch16_224", "100x80", "the sides must be multiples of 16; its own --image-size is 224"),
+        ("timm/maxvit_tiny_tf_224", "96x80", r"width \(5\) must be divisible by window \(2\); its own"),
+        ("timm/coatnet_nano_rw_224?depth=2", "96", "unexpected keyword argument 'depth'; its own --image-size is 224"),
+    ):
+        words = ("--shards", shards, "--run", tmp_path / "other", "--arch", arch, "--image-size", size)
+        with pytest.raises(click.UsageError, match=f"takes no images of .*: .*{reason}"):
+            call_train(*words)
 
 
 def test_weights_of_timm_that_cannot_be_downloaded_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
