@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -192,7 +192,7 @@ def audit(given: Auditing) -> int:
     all together in a model tested on other patients. A network may learn these instead, and fail elsewhere.
     """
     from pipeline.look.tables import print_audit
-    from pipeline.measure.audit import audit_labels, find_alarms, find_covariates
+    from pipeline.measure.audit import audit_labels, find_covariates
     from pipeline.sources.load import learned_splits, load_tables
 
     sources, split, views = given.sources, given.split, given.views
@@ -228,7 +228,7 @@ def audit(given: Auditing) -> int:
         write_atomically(given.html, render_audit(title, scope, report).encode())
         say(f"{given.html}: written")
     if given.format == "json":
-        echo(json.dumps(report, indent=2))
+        echo(json.dumps(asdict(report), indent=2))
     else:
         print_audit(report)
         if are_shards:
@@ -236,7 +236,7 @@ def audit(given: Auditing) -> int:
             say_next("python", "-m", "train", *words, "--run", "RUN")
         elif len(sources) == 1 and sources[0].is_dir():
             say_next("pipeline", "shards", sources[0], "shards")
-    return 3 if given.strict and find_alarms(report) else 0
+    return 3 if given.strict and report.alarms else 0
 
 
 @dataclass(frozen=True, kw_only=True)

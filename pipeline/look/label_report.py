@@ -19,7 +19,7 @@ from matplotlib.patches import Rectangle
 from pipeline.base import pages
 from pipeline.labels import STATES
 from pipeline.look import tables
-from pipeline.measure.audit import Audit, describe_alarms
+from pipeline.measure.audit import Audit
 from pipeline.measure.counts import NO_GROUP, Statistics, count_cooccurrence, count_groups
 from pipeline.measure.metrics import Floats
 
@@ -59,14 +59,14 @@ def render_audit(title: str, scope: str, audit: Audit) -> str:
 
 def _describe_audit(audit: Audit) -> dict[str, object]:
     """The variables of audit-section.html."""
-    covariates = len({clue["covariate"] for clue in audit["clues"]})
+    covariates = len({clue.covariate for clue in audit.clues})
     size = (2.4 + 0.3 * covariates, 4.6)
     draw = partial(draw_audit, audit=audit)
     return {
         "audit": audit,
-        "alarms": describe_alarms(audit),
+        "alarms": audit.describe_alarms(),
         "table": tables.tabulate_audit(audit),
-        "heat_map": _draw(draw, "how well covariates tell labels", size) if covariates else None,
+        "heat_map": _draw(draw, "how well covariates predict labels", size) if covariates else None,
     }
 
 
@@ -118,20 +118,17 @@ def draw_cooccurrence(axes: Axes, cooccurrence: Mapping[str, Mapping[str, int]])
 
 def draw_audit(axes: Axes, audit: Audit) -> None:
     """How well each covariate predicts each label: max(AUROC, 1 - AUROC), colored from .5 up; ! marks an alarm."""
-    clues = audit["clues"]
     kinds: dict[str, str] = {}  # of each covariate: the first in KINDS, since some are content only for some labels
     for kind in KINDS:
-        for clue in clues:
-            if clue["kind"] == kind:
-                kinds.setdefault(clue["covariate"], kind)
+        kinds |= {clue.covariate: kind for clue in audit.clues if clue.kind == kind and clue.covariate not in kinds}
     columns = list(kinds)
-    labels = list(dict.fromkeys(clue["label"] for clue in sorted(clues, key=lambda clue: clue["kind"] == "content")))
+    labels = list(dict.fromkeys(clue.label for clue in sorted(audit.clues, key=lambda clue: clue.kind == "content")))
     strengths = np.full((len(labels), len(columns)), np.nan)
     texts = [[""] * len(columns) for _ in labels]
-    for clue in clues:
-        y, x = labels.index(clue["label"]), columns.index(clue["covariate"])
-        strengths[y, x] = max(clue["told"], 0.5)
-        texts[y][x] = f"{100 * clue['told']:.0f}{'!' if clue['exceeds'] and clue['kind'] != 'content' else ''}"
+    for clue in audit.clues:
+        y, x = labels.index(clue.label), columns.index(clue.covariate)
+        strengths[y, x] = max(clue.strength, 0.5)
+        texts[y][x] = f"{100 * clue.strength:.0f}{'!' if clue.alarm else ''}"
     _draw_cells(axes, 2 * strengths - 1, texts)
     axes.set_xticks(range(len(columns)), labels=[name.replace("$", r"\$") for name in columns], rotation=90)
     axes.set_yticks(range(len(labels)), labels=labels)

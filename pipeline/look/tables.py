@@ -4,7 +4,7 @@ from pipeline.base.errors import printable
 from pipeline.base.pages import show_figure
 from pipeline.base.tabular import Table
 from pipeline.labels import LABELS
-from pipeline.measure.audit import Audit, Clue, describe_alarms, describe_told, find_alarms, shorten
+from pipeline.measure.audit import Audit, Clue, shorten
 from pipeline.measure.counts import Statistics
 
 
@@ -56,23 +56,22 @@ def print_report(report: Statistics) -> None:
 
 def print_audit(audit: Audit) -> None:
     """Print the alarms in words, and what predicts each label best, worst first."""
-    for text in describe_alarms(audit):
+    for text in audit.describe_alarms():
         print(printable(f"{text}."))
     tabulate_audit(audit).print()
-    if not audit["clues"]:
-        print(f"{audit['images']:,} images of {audit['patients']:,} patients: nothing to test.")
-    if audit["left_out"]:
-        reasons = (f"{name} ({reason})" for name, reason in audit["left_out"].items())
-        print(f"Not tested: {', '.join(reasons)}.")
-    if audit["few"]:
-        print(f"Fewer than 10 patients in a class: {', '.join(audit['few'])}.")
+    if not audit.clues:
+        print(f"{audit.images:,} images of {audit.patients:,} patients: nothing to test.")
+    if audit.left_out:
+        print(f"Not tested: {', '.join(f'{name} ({reason})' for name, reason in audit.left_out.items())}.")
+    if audit.few:
+        print(f"Fewer than 10 patients in a class: {', '.join(audit.few)}.")
 
 
 def tabulate_audit(audit: Audit) -> Table:
     """What predicts each label best, worst first; ! marks an alarm."""
     best: dict[str, dict[str, Clue]] = {}
-    for clue in sorted(audit["clues"], key=lambda clue: clue["kind"] == "content"):
-        best.setdefault(clue["label"], {}).setdefault(clue["kind"], clue)
+    for clue in sorted(audit.clues, key=lambda clue: clue.kind == "content"):
+        best.setdefault(clue.label, {}).setdefault(clue.kind, clue)
     columns = ["label", "AUROC", "95 %", "acquisition", "adjusted", "all together"]
     if any("content" in kinds for kinds in best.values()):
         columns += ["AUROC", "content (may be the disease)"]
@@ -80,23 +79,23 @@ def tabulate_audit(audit: Audit) -> Table:
     for label, kinds in best.items():
         cells = ["–"] * (len(columns) - 1)
         if alone := kinds.get("acquisition"):
-            cells[:4] = _mark(alone), describe_told(alone), alone["covariate"], shorten(alone["adjusted"])
+            cells[:4] = _mark(alone), alone.limits, alone.covariate, shorten(alone.adjusted)
         if joint := kinds.get("together"):
             cells[4] = _mark(joint)
         if content := kinds.get("content"):
-            cells[5:] = shorten(content["told"]), content["covariate"]
+            cells[5:] = shorten(content.strength), content.covariate
         rows.append([label, *cells])
-    alarms = sum(map(len, find_alarms(audit).values()))
-    totals = f"{audit['images']:,} images of {audit['patients']:,} patients; alarms (!): {alarms}"
+    alarms = sum(clue.alarm for clue in audit.clues)
+    totals = f"{audit.images:,} images of {audit.patients:,} patients; alarms (!): {alarms}"
     title = (
-        f"{totals}\nof {len(audit['clues'])} tests, those whose lower limit, adjusted by Holm's method at level "
-        f"{audit['level']}, is above {audit['threshold']}"
+        f"{totals}\nof {len(audit.clues)} tests, those whose lower limit, adjusted by Holm's method at level "
+        f"{audit.level}, is above {audit.threshold}"
     )
     return Table(title, columns, rows, kind="audit", folded=True)
 
 
 def _mark(clue: Clue) -> str:
-    return f"{'! ' if clue['exceeds'] else ''}{shorten(clue['told'])}"
+    return f"{'! ' if clue.alarm else ''}{shorten(clue.strength)}"
 
 
 def _percent(share: float | None) -> str:

@@ -14,10 +14,10 @@ is rejected. All covariates together are tested one-sided: a model below .5 on u
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from statistics import NormalDist
 from types import MappingProxyType
-from typing import NamedTuple, TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -46,11 +46,12 @@ NUMBERS = {
 PAIRS = {"view": ("frontal", "lateral"), "projection": ("PA", "AP"), "sex": ("Female", "Male")}
 
 
-class Clue(TypedDict):
+@dataclass(frozen=True)
+class Clue:
     """How well a covariate predicts a label: AUROC with 95 % limits, below .5 if it is lower in positives.
 
-    `kind` is acquisition, content or together. `told` is max(AUROC, 1 - AUROC), `adjusted` its lower limit after Holm,
-    and `exceeds` whether it is above the threshold.
+    `kind` is acquisition, content or together. `strength` is max(AUROC, 1 - AUROC), `adjusted` its lower limit after
+    Holm, and `exceeds` whether that is above the threshold.
     """
 
     label: str
@@ -59,12 +60,24 @@ class Clue(TypedDict):
     auroc: float
     low: float
     high: float
-    told: float
-    adjusted: float
-    exceeds: bool
+    strength: float
+    adjusted: float = 0.0
+    exceeds: bool = False
+
+    @property
+    def alarm(self) -> bool:
+        """Whether the label may be a shortcut's; image content may be the disease itself."""
+        return self.exceeds and self.kind != "content"
+
+    @property
+    def limits(self) -> str:
+        """The 95 % limits of the strength."""
+        low, high = (self.low, self.high) if self.strength == self.auroc else (1 - self.high, 1 - self.low)
+        return f"{shorten(low)}–{shorten(high)}"
 
 
-class Audit(TypedDict):
+@dataclass(frozen=True, kw_only=True)
+class Audit:
     """All clues, by `adjusted` from the highest down.
 
     `left_out` gives the reason for each missing covariate; `few` are the labels with fewer than 10 patients in a class.
@@ -72,19 +85,33 @@ class Audit(TypedDict):
 
     images: int
     patients: int
-    threshold: float
-    level: float
+    threshold: float = THRESHOLD
+    level: float = LEVEL
     left_out: dict[str, str]
     few: list[str]
     clues: list[Clue]
 
+    @property
+    def alarms(self) -> dict[str, list[Clue]]:
+        """The clues that raise an alarm, by label, worst first."""
+        labels = dict.fromkeys(clue.label for clue in self.clues if clue.alarm)
+        return {label: [clue for clue in self.clues if clue.alarm and clue.label == label] for label in labels}
 
-class _Test(NamedTuple):
-    """A clue, its distance above the threshold in standard errors, and the variance at any AUROC."""
+    def describe_alarms(self) -> list[str]:
+        """A sentence for each label with alarms, worst first."""
+        texts = []
+        for label, clues in self.alarms.items():
+            first, *others = sorted(clues, key=lambda clue: clue.kind == "together")
+            predictor = (
+                "all covariates together predict" if first.kind == "together" else f"{first.covariate} alone predicts"
+            )
+            rest = ", ".join(f"{clue.covariate} {shorten(clue.strength)}" for clue in others)
+            text = f"{label}: {predictor} it with AUROC {shorten(first.strength)} ({first.limits})"
+            texts.append(f"{text}; {rest}" if rest else text)
+        return texts
 
-    clue: Clue
-    deviation: float
-    variance: Callable[[float], float]
+
+Test = tuple[Clue, Callable[[float], float]]  # a clue before adjustment, and the variance at any AUROC
 
 
 def audit_labels(
@@ -105,7 +132,7 @@ def audit_labels(
     patient = table["patient"].combine_chunks().dictionary_encode().indices.to_numpy()
     covariates = {**acquisition, **edge, **content}
     values = np.column_stack([np.empty((len(patient), 0)), *covariates.values()])
-    tests: list[_Test] = []
+    tests: list[Test] = []
     few = []
     for column, label in enumerate(LABELS):
         truth, used = target[:, column] == 1, mask[:, column]
@@ -119,17 +146,9 @@ def audit_labels(
             kinds[TOGETHER] = "together"
             scores = np.column_stack([values, predict(values[:, :inside], truth, used, patient)])
         tests += _test_label(label, kinds, scores, truth, used, patient)
-    _adjust(tests)
-    clues = [test.clue for test in tests]
-    return {
-        "images": len(patient),
-        "patients": int(patient.max()) + 1,
-        "threshold": THRESHOLD,
-        "level": LEVEL,
-        "left_out": _explain_left_out(table, acquisition),
-        "few": few,
-        "clues": sorted(clues, key=lambda clue: -clue["adjusted"]),
-    }
+    clues = sorted(_adjust(tests), key=lambda clue: -clue.adjusted)
+    left_out, patients = _explain_left_out(table, acquisition), int(patient.max()) + 1
+    return Audit(images=len(patient), patients=patients, left_out=left_out, few=few, clues=clues)
 
 
 def predict(values: Floats, goal: Bools | Floats, used: Bools, patient: Ints) -> Floats:
@@ -161,37 +180,6 @@ def predict(values: Floats, goal: Bools | Floats, used: Bools, patient: Ints) ->
     return score
 
 
-def find_alarms(audit: Audit) -> dict[str, list[Clue]]:
-    """The clues of acquisition covariates, and of all together, that exceed the threshold, by label, worst first."""
-    alarms: dict[str, list[Clue]] = {}
-    for clue in audit["clues"]:
-        if clue["exceeds"] and clue["kind"] != "content":
-            alarms.setdefault(clue["label"], []).append(clue)
-    return alarms
-
-
-def describe_alarms(audit: Audit) -> list[str]:
-    """A sentence for each label with alarms, worst first."""
-    texts = []
-    for label, clues in find_alarms(audit).items():
-        alone = [clue for clue in clues if clue["kind"] == "acquisition"]
-        others = [f"{clue['covariate']} {shorten(clue['told'])}" for clue in alone[1:]]
-        others += [f"{TOGETHER} {shorten(clue['told'])}" for clue in clues if clue not in alone]
-        first = alone[0] if alone else clues[0]
-        predictor = f"{first['covariate']} alone predicts" if alone else "all covariates together predict"
-        rest = f"; {', '.join(others)}" if alone and others else ""
-        texts.append(f"{label}: {predictor} it with AUROC {shorten(first['told'])} ({describe_told(first)}){rest}")
-    return texts
-
-
-def describe_told(clue: Clue) -> str:
-    """The 95 % limits of max(AUROC, 1 - AUROC)."""
-    low, high = clue["low"], clue["high"]
-    if clue["told"] != clue["auroc"]:
-        low, high = 1 - high, 1 - low
-    return f"{shorten(low)}–{shorten(high)}"
-
-
 def shorten(figure: float) -> str:
     """Two decimals, without a leading zero."""
     return f"{figure:.2f}".removeprefix("0")
@@ -199,7 +187,7 @@ def shorten(figure: float) -> str:
 
 def _test_label(
     label: str, kinds: Mapping[str, str], scores: Floats, truth: Bools, used: Bools, patient: Ints
-) -> Iterator[_Test]:
+) -> Iterator[Test]:
     """A test for each covariate, a column of scores [N, C], that is known for 10 patients of each class."""
     known = ~np.isnan(scores) & used[:, None]
     columns = np.broadcast_to(truth[:, None].astype(float), known.shape)
@@ -211,18 +199,7 @@ def _test_label(
         strength = auroc if kind == "together" else max(auroc, 1 - auroc)
         positives, negatives = (int((known[:, column] & side).sum()) for side in (truth, ~truth))
         variance = partial(_spread, design, positives, negatives)
-        clue = Clue(
-            label=label,
-            covariate=name,
-            kind=kind,
-            auroc=auroc,
-            low=low,
-            high=high,
-            told=strength,
-            adjusted=0.0,
-            exceeds=False,
-        )
-        yield _Test(clue, (strength - THRESHOLD) / variance(THRESHOLD) ** 0.5, variance)
+        yield Clue(label, name, kind, auroc, low, high, strength), variance
 
 
 def _spread(design: float, positives: int, negatives: int, theta: float) -> float:
@@ -230,15 +207,20 @@ def _spread(design: float, positives: int, negatives: int, theta: float) -> floa
     return design * score_variance(theta, positives, negatives)
 
 
-def _adjust(tests: Sequence[_Test]) -> None:
-    """Fill in the clues' adjusted limits, and which exceed the threshold, by Holm's method."""
-    rejected = True
-    for rank, test in enumerate(sorted(tests, key=lambda test: -test.deviation)):
+def _adjust(tests: Sequence[Test]) -> Iterator[Clue]:
+    """The clues with their adjusted limits, and which exceed the threshold, by Holm's method."""
+
+    def deviate(test: Test) -> float:
+        """How far the clue is above the threshold, in standard errors."""
+        return float((test[0].strength - THRESHOLD) / test[1](THRESHOLD) ** 0.5)
+
+    rejected, quantile = True, 0.0
+    for rank, (clue, variance) in enumerate(ordered := sorted(tests, key=deviate, reverse=True)):
         if rejected:
             quantile = NormalDist().inv_cdf(1 - LEVEL / (len(tests) - rank) / 2)
-            rejected = test.deviation > quantile
-        limits = score_limits(test.clue["told"], test.variance, quantile)
-        test.clue["adjusted"], test.clue["exceeds"] = limits[0], rejected
+            rejected = deviate(ordered[rank]) > quantile
+        adjusted, _ = score_limits(clue.strength, variance, quantile)
+        yield replace(clue, adjusted=adjusted, exceeds=rejected)
 
 
 def _explain_left_out(table: pa.Table, used: Mapping[str, Floats]) -> dict[str, str]:

@@ -53,7 +53,7 @@ class Within(NamedTuple):
     """
 
     auroc: Figure
-    pairs: float
+    pairs: Figure
     fall: Figure
     left: Figure
 
@@ -87,18 +87,15 @@ def add_belief(
         groups |= predict_groups(list((values | edges).values()), score, truth, patient)
         within = compare_within(score, truth, patient, groups)
         for group, part in within.items():
-            evaluation.add(level, name, "auroc_within", group=group, **part.auroc)
-            evaluation.add(level, name, "pairs_within", part.pairs, group)
-            evaluation.add(level, name, "fall_within", group=group, **part.fall)
-            evaluation.add(level, name, "left_within", group=group, **part.left)
+            for metric, figure in part._asdict().items():
+                evaluation.add(level, name, f"{metric}_within", group=group, **figure)
         sides = _measure_projections(score, truth, patient, named.get("projection"))
         for side, figure in sides.items():
             evaluation.add(level, name, "auroc_within", group=f"projection={side}", **figure)
         balanced = measure_balanced(score, truth, patient, values)
-        limits = {key: value for key, value in balanced.items() if key != "auroc"}
-        evaluation.add(level, name, "auroc_balanced", balanced["auroc"], **limits)
-        area = _describe(measure_within(score, truth, patient))
+        area = combine(measure_within(score, truth, patient), [1])
         mark, verdict = judge(area, within, balanced)
+        evaluation.add(level, name, "auroc_balanced", balanced.pop("auroc"), **balanced)
         texts = [f"; {shorten(side['value'])} within {key}" for key, side in sides.items() if side["value"] is not None]
         text = f"{name} {shorten(area['value'])}{''.join(texts)}: {verdict}."
         evaluation.add(level, name, "verdict", group=mark, note=text)
@@ -155,12 +152,10 @@ def compare_within(score: Floats, truth: Bools, patient: Names, groups: Mapping[
         area = measure_within(score, truth, patient, codes, known)
         positives, negatives = (np.bincount(codes, side & known) for side in (truth, ~truth))
         pairs = float((positives * negatives).sum() / (truth.sum() * (~truth).sum()))
-        fall = left = NO_LIMITS
-        if not np.isnan(area.value[0]):
-            both = plain.join(area)
-            fall = combine(both, [1, -1], LEVEL / len(distinct))
-            left = {end: combine(both, [-0.5, 1])[end] - 0.25 for end in NO_LIMITS}
-        compared[variable] = Within(_describe(area), pairs, fall, left)
+        both = plain.join(area)
+        left, fall = combine(both, [-0.5, 1]), combine(both, [1, -1], LEVEL / len(distinct))
+        left = NO_LIMITS if left["low"] is None else {end: left[end] - 0.25 for end in NO_LIMITS}
+        compared[variable] = Within(combine(area, [1]), {"value": pairs}, fall, left)
     return compared
 
 
@@ -272,17 +267,9 @@ def _measure_projections(score: Floats, truth: Bools, patient: Names, projection
     for side in sorted(set([] if projection is None else projection.tolist()) - {""}):
         rows = projection == side
         counts = count_classes(truth[rows], patient[rows])
-        area = None if counts["few"] else measure_within(score[rows], truth[rows], patient[rows])
-        sides[side] = {**counts, **_describe(area)}
+        area = measure_within(score[rows], truth[rows], patient[rows])
+        sides[side] = counts | ({"value": None} if counts["few"] else combine(area, [1]))
     return sides
-
-
-def _describe(areas: Areas | None) -> Figure:
-    """The figure and limits of one area; None if it is undefined."""
-    if areas is None or np.isnan(areas.value[0]):
-        return {"value": None, **NO_LIMITS}
-    names = {"value": areas.value, "low": areas.low, "high": areas.high}
-    return {name: float(values[0]) for name, values in names.items()}
 
 
 def _code_groups(group: Names) -> Ints:

@@ -11,15 +11,7 @@ from scipy.stats import binom, norm
 from sklearn.metrics import roc_auc_score
 
 from pipeline.labels import LABELS
-from pipeline.measure.audit import (
-    Audit,
-    audit_labels,
-    describe_alarms,
-    find_alarms,
-    find_covariates,
-    find_strata,
-    predict,
-)
+from pipeline.measure.audit import Audit, Clue, audit_labels, find_covariates, find_strata, predict
 from pipeline.measure.delong import score_limits, score_variance
 
 Array = npt.NDArray[Any]
@@ -41,8 +33,8 @@ def make_cells(truth: Array, labels: tuple[str, ...] = ("Pneumonia",)) -> tuple[
     return target, mask
 
 
-def by_name(audit: Audit) -> dict[tuple[str, str], dict[str, Any]]:
-    return {(clue["label"], clue["covariate"]): {**clue} for clue in audit["clues"]}
+def by_name(audit: Audit) -> dict[tuple[str, str], Clue]:
+    return {(clue.label, clue.covariate): clue for clue in audit.clues}
 
 
 def spread_of(positives: int, negatives: int) -> Callable[[float], float]:
@@ -65,14 +57,14 @@ def test_figures_are_scikit_learn_s_and_holm_s_by_hand() -> None:
         known = ~np.isnan(value)
         side = truth[known, labels.index(label)]
         auroc = roc_auc_score(side, value[known])
-        assert clue["auroc"] == pytest.approx(auroc, abs=1e-12)
-        assert clue["told"] == max(clue["auroc"], 1 - clue["auroc"])
+        assert clue.auroc == pytest.approx(auroc, abs=1e-12)
+        assert clue.strength == max(clue.auroc, 1 - clue.auroc)
         sizes = int(side.sum()), int((~side).sum())
-        assert (clue["low"], clue["high"]) == pytest.approx(score_limits(auroc, spread_of(*sizes)))
+        assert (clue.low, clue.high) == pytest.approx(score_limits(auroc, spread_of(*sizes)))
         # One image a patient: no design effect.
         error = score_variance(0.6, *sizes) ** 0.5
         assert error == pytest.approx(score_variance(0.4, *sizes) ** 0.5)
-        p_values[label, name] = 2 * norm.sf((clue["told"] - 0.6) / error), sizes
+        p_values[label, name] = 2 * norm.sf((clue.strength - 0.6) / error), sizes
     rejected, going = set(), True
     for rank, (pair, (p_value, sizes)) in enumerate(sorted(p_values.items(), key=lambda item: item[1][0])):
         if going:
@@ -80,14 +72,12 @@ def test_figures_are_scikit_learn_s_and_holm_s_by_hand() -> None:
             going = p_value <= level
         if going:
             rejected.add(pair)
-        limits = score_limits(found[pair]["auroc"], spread_of(*sizes), norm.isf(level / 2))
-        assert found[pair]["adjusted"] == pytest.approx(max(limits[0], 1 - limits[1]))
-        assert (found[pair]["adjusted"] > 0.6) == found[pair]["exceeds"] == (pair in rejected)
+        limits = score_limits(found[pair].auroc, spread_of(*sizes), norm.isf(level / 2))
+        assert found[pair].adjusted == pytest.approx(max(limits[0], 1 - limits[1]))
+        assert (found[pair].adjusted > 0.6) == found[pair].exceeds == (pair in rejected)
     assert ("Edema", "c-1.5") in rejected
     assert ("Edema", "c0.6") not in rejected
-    assert [clue["adjusted"] for clue in audit["clues"]] == sorted(
-        (clue["adjusted"] for clue in audit["clues"]), reverse=True
-    )
+    assert [clue.adjusted for clue in audit.clues] == sorted((clue.adjusted for clue in audit.clues), reverse=True)
 
 
 def test_covariates_together_are_tried_on_other_patients() -> None:
@@ -116,9 +106,9 @@ def test_alarms_are_told_in_words() -> None:
     target, mask = make_cells(np.column_stack([truth, np.arange(300) < 9]), ("Pneumonia", "Fracture"))
     sharpness = {"sharpness": truth + 0.1 * random.random(300)}
     audit = audit_labels(table, target, mask, find_covariates(table), content=sharpness, together=False)
-    assert describe_alarms(audit) == ["Pneumonia: patient number alone predicts it with AUROC 1.00 (.99–1.00)"]
-    assert by_name(audit)["Pneumonia", "sharpness"]["exceeds"]  # but is no alarm
-    assert audit["left_out"] == {
+    assert audit.describe_alarms() == ["Pneumonia: patient number alone predicts it with AUROC 1.00 (.99–1.00)"]
+    assert by_name(audit)["Pneumonia", "sharpness"].exceeds  # but is no alarm
+    assert audit.left_out == {
         "study number": "unknown",
         "age": "unknown",
         "original width": "unknown",
@@ -128,11 +118,11 @@ def test_alarms_are_told_in_words() -> None:
         "lateral": "the same in all images",
         "AP": "unknown",
     }
-    assert audit["few"] == [label for label in LABELS if label != "Pneumonia"]
+    assert audit.few == [label for label in LABELS if label != "Pneumonia"]
     unnamed = make_table(patient).set_column(0, "patient", pa.array([f"{name:x}x" for name in patient.tolist()]))
     names = find_covariates(unnamed)
     assert names == {}
-    reasons = audit_labels(unnamed, target, mask, names)["left_out"]
+    reasons = audit_labels(unnamed, target, mask, names).left_out
     assert reasons["patient number"] == "not every name ends in a number"
 
 
@@ -142,9 +132,9 @@ def test_all_together_are_an_alarm_of_their_own() -> None:
     truth = values["border"] * values["corner"] > 0
     table = make_table(np.arange(600))
     audit = audit_labels(table, *make_cells(truth), {}, values)
-    (alarm,) = find_alarms(audit)["Pneumonia"]
-    assert (alarm["kind"], alarm["told"] > 0.9) == ("together", True)
-    assert describe_alarms(audit)[0].startswith("Pneumonia: all covariates together predict it with AUROC 1.00 (")
+    (alarm,) = audit.alarms["Pneumonia"]
+    assert (alarm.kind, alarm.strength > 0.9) == ("together", True)
+    assert audit.describe_alarms()[0].startswith("Pneumonia: all covariates together predict it with AUROC 1.00 (")
 
 
 def test_edges_are_content_for_support_devices() -> None:
@@ -152,12 +142,12 @@ def test_edges_are_content_for_support_devices() -> None:
     audit = audit_labels(
         make_table(np.arange(200)), *make_cells(truth, ("Support Devices",)), {}, {"corner": truth * 1.0}
     )
-    assert [(found["kind"], found["exceeds"]) for found in audit["clues"]] == [("content", True)]
-    assert find_alarms(audit) == {}
+    assert [(found.kind, found.exceeds) for found in audit.clues] == [("content", True)]
+    assert audit.alarms == {}
 
 
 def draw_clustered(random: np.random.Generator, shift: float) -> tuple[pa.Table, Array, Array, dict[str, Array]]:
-    """200 patients with one to six images; three labels, each told by two covariates with AUROC Φ(shift / √2)."""
+    """200 patients with one to six images; three labels, each predicted by two covariates with AUROC Φ(shift / √2)."""
     patient = np.repeat(np.arange(200), random.integers(1, 7, 200))
     labels = ("Edema", "Fracture", "Pneumonia")
     truth = (random.random((200, 3)) < 0.3)[patient]
@@ -174,7 +164,7 @@ def test_the_level_is_kept_where_every_covariate_is_at_the_threshold() -> None:
     alarms = 0
     for seed in range(400):
         audit = audit_labels(*draw_clustered(np.random.default_rng(seed), shift), together=False)
-        alarms += bool(find_alarms(audit))
+        alarms += bool(audit.alarms)
     assert 0 < alarms <= binom.ppf(0.999, 400, 0.05)
 
 

@@ -1,4 +1,4 @@
-"""What a label's AUROC rests on: within strata, balanced, and told by covariates."""
+"""What a label's AUROC rests on: within strata, balanced, and predicted by covariates."""
 
 from typing import Any
 
@@ -181,7 +181,7 @@ def test_strata_of_the_label_that_confounds_most() -> None:
 def test_a_verdict_by_a_prediction_names_the_covariate_that_explains_most() -> None:
     def part(auroc: float) -> Within:
         fall = {"value": 0.9 - auroc, "low": 0.01, "high": 0.2}
-        return Within({"value": auroc, "low": auroc - 0.01}, 1.0, fall, {"low": -0.1, "high": 0.1})
+        return Within({"value": auroc, "low": auroc - 0.01}, {"value": 1.0}, fall, {"low": -0.1, "high": 0.1})
 
     within = {"sex": part(0.88), "projection": part(0.86), "predicted score": part(0.8)}
     area, balanced = {"value": 0.9, "low": 0.89, "high": 0.91}, {"auroc": None, "positives": None}
