@@ -42,7 +42,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -113,7 +113,7 @@ def train(job: Job, watch: Watch = lambda history: None) -> None:
         if job.ranks.is_first:
             job.run.mkdir(parents=True, exist_ok=True)  # only now: a run that fails to start leaves no folder
             stack.enter_context(claimed(job.run))
-            open_run(job.run, job.config)
+            job = replace(job, config=open_run(job.run, job.config, data.steps))
             record_environment(job)
         together = f", {job.ranks.count} ranks" if job.ranks.joined else ""
         say(f"{job.config.arch} on {job.device.type}, {state.precision}{together}")

@@ -6,7 +6,7 @@ import math
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -184,6 +184,8 @@ class Config:
     )
     # Mean and standard deviation that normalize gray levels; empty: the shards'.
     input_scale: tuple[float, ...] = ()
+    # Earlier values of `epochs`, each trained to the end of its schedule; ignored if configurations are compared.
+    extended: tuple[int, ...] = field(default=(), compare=False)
     equalize: bool = False  # whether the network equalizes its input, if it is or was `robust`
     choose_by: str = run_option(
         "all",
@@ -444,7 +446,8 @@ def is_reported(run: Path) -> bool:
 
 def say_finished(run: Path, steps: int) -> None:
     """Report that nothing is left to train."""
-    say(f"{run}: finished, after step {steps:,}; to train further, start another `run` with `init` {run}")
+    further = f"raise `epochs`, or start another `run` with `init` {run}"
+    say(f"{run}: finished, after step {steps:,}; to train further, {further}")
 
 
 def read_config(run: Path) -> Config:

@@ -9,7 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,12 +23,13 @@ from model.fusion import StudyNetwork
 from model.initial import Entry
 from model.names import own_input
 from model.networks import weights_terms
+from model.optim import scheduled_lr
 from model.ranks import Ranks
 from model.runs.config import Config, name_outputs, read_config
 from model.runs.job import Job
 from pipeline.base.errors import DataError, describe_difference, needs
 from pipeline.base.files import named_writes, write_atomically, write_json
-from pipeline.console import say_once
+from pipeline.console import say, say_once
 from pipeline.images import ImageOptions
 from pipeline.manifest import find_restriction
 from pipeline.stream.batches import Unusable
@@ -117,16 +118,43 @@ def fuse(network: nn.Module, config: Config) -> nn.Module:
     return network if config.fusion is None else StudyNetwork(network, config.fusion, config.freeze)
 
 
-def open_run(run: Path, config: Config) -> None:
-    """Make the run's folder. Raises DataError, with the difference, if it has another configuration."""
+def open_run(run: Path, config: Config, steps: int = 0) -> Config:
+    """Make the run's folder; returns its configuration.
+
+    A run that has done all of its epochs, of `steps` each, may get more. Raises DataError, with the difference, if the
+    folder has another configuration.
+    """
     if (run / "config.json").exists():
-        before = asdict(read_config(run))
-        if difference := describe_difference(before, asdict(config), before):
+        before = read_config(run)
+        if config == before:
+            return before
+        if config.epochs > before.epochs and replace(config, epochs=before.epochs) == before:
+            extend_run(run, before, config.epochs, steps)
+            config = replace(config, extended=(*before.extended, before.epochs))
+        else:
+            own = asdict(before)
+            difference = describe_difference(own, asdict(config) | {"extended": before.extended}, own)
             raise DataError(
                 f"{run} is a run of another configuration: {difference}; choose another `run` (in make: RUN=)"
             )
     run.mkdir(parents=True, exist_ok=True)
     write_json(run / "config.json", asdict(config))
+    return config
+
+
+def extend_run(run: Path, config: Config, epochs: int, steps: int) -> None:
+    """Report the learning rate of more epochs. Raises DataError if the run has not done those that it has."""
+    done = load_checkpoint(run / "last.pt").get("done")
+    if done != config.epochs * steps:
+        raise DataError(f"{run}: `epochs` can be raised after all {config.epochs} are done; its last step is {done:,}")
+    then, now = (
+        scheduled_lr(config.lr, step, total * steps) for step, total in ((done - 1, config.epochs), (done, epochs))
+    )
+    say(
+        f"{run}: {config.epochs} epochs ended at a learning rate of {then:.2g}; the next follow the schedule of "
+        f"{epochs} from {now:.2g} down, so the result is not that of {epochs} epochs at once"
+    )
+    (run / "model-card.md").unlink(missing_ok=True)  # which marks a finished run
 
 
 def describe_software(job: Job) -> dict[str, object]:

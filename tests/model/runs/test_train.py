@@ -36,6 +36,7 @@ import train
 from model import ranks
 from model.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from model.networks import build_network
+from model.optim import scheduled_lr
 from model.predict import DivergedError, MemoryExhaustedError
 from model.ranks import Ranks, Stopped, listen
 from model.runs import folder, predictor, results
@@ -54,7 +55,7 @@ from pipeline.measure.scores import write_scores
 from pipeline.policies import evaluation_targets
 from pipeline.stream.collection import open_collection
 from tests.conftest import REPOSITORY, ROUNDS, start
-from tests.training import Late, assert_same_run, train_until
+from tests.training import Late, assert_same_run, stop_after, train_until
 
 
 def run_train(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -679,15 +680,40 @@ def test_logs_say_what_the_run_did_and_with_what(make_job: Callable[..., Job], m
     assert environment["command"] == ["train.py", "--shards", "https://host/set"]
 
 
-def test_a_finished_run_is_not_trained_further(
-    command: Callable[..., int], run: Path, capsys: pytest.CaptureFixture[str]
+def test_a_finished_run_gets_more_epochs(
+    command: Callable[..., int], run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    steps = json.loads((run / "metrics.jsonl").read_text())["step"]
-    assert command("train", "--run", run, "--amp", "off") == 0
-    text = f"{run}: finished, after step {steps}; to train further, start another --run with --init {run}\n"
-    assert text in capsys.readouterr().err
-    with pytest.raises(DataError, match="another configuration: epochs is 1 there and 3 here"):
-        command("train", "--run", run, "--amp", "off", "--epochs", 3)
+    other, new = Path(shutil.copytree(run, tmp_path / "other")), tmp_path / "new"
+    before = (run / "metrics.jsonl").read_text()
+    steps = json.loads(before)["step"]
+
+    def extend(folder: Path, epochs: int = 3) -> int:
+        return command("train", "--run", folder, "--amp", "off", "--epochs", epochs)
+
+    assert extend(run) == 0
+    now = f"{scheduled_lr(1e-4, steps, 3 * steps):.2g}"
+    warning = f"the next follow the schedule of 3 from {now} down, so the result is not that of 3 epochs at once"
+    assert warning in capsys.readouterr().err
+    assert (run / "metrics.jsonl").read_text().startswith(before)
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    rates = {point.step: point.value for point in events.Scalars("train/lr")}
+    lasts = [(steps, 1), (2 * steps, 3), (3 * steps, 3)]
+    assert rates == pytest.approx({last: scheduled_lr(1e-4, last - 1, total * steps) for last, total in lasts})
+    config = read_config(run)
+    assert (config.epochs, config.extended) == (3, (1,))
+    assert extend(run) == 0
+    again = f"{run}: finished, after step {3 * steps}; to train further, raise --epochs, or start another --run with"
+    assert f"{again} --init {run}\n" in capsys.readouterr().err
+    with pytest.raises(DataError, match="another configuration: epochs is 3 there and 2 here"):
+        extend(run, 2)
+    # Stopped in between, it resumes exactly; what has not done its epochs gets no more.
+    stop_after(3, lambda: extend(other))
+    stop_after(3, lambda: extend(new, 2))
+    assert extend(other) == 0
+    assert_same_run(other, run)
+    with pytest.raises(DataError, match=rf"^{new}: `epochs` can be raised after all 2 are done; its last step is"):
+        extend(new)
 
 
 def test_the_curve_of_the_loss_is_of_the_steps_since_its_last_point(
@@ -978,7 +1004,7 @@ def test_command_line_killed_twice_warned_by_slurm_and_continued_equals_undistur
     program += "runpy.run_path('train.py', run_name='__main__')"
     again = start(sys.executable, "-c", program, *command[2:])
     assert again.returncode == 0, again.stderr
-    further = f"to train further, start another --run with --init {run}"
+    further = f"to train further, raise --epochs, or start another --run with --init {run}"
     assert f"{run}: finished, after step 78; {further}\n" in again.stderr
     assert run_train(*options, "--run", tmp_path / "whole").returncode == 0
     assert_same_run(run, tmp_path / "whole")
