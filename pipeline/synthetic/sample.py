@@ -6,7 +6,7 @@ a share of cases (the share that radiologists confirm); negative or blank for no
 Train follows the real set's frontal state frequencies, except that the rarest labels (Enlarged Cardiomediastinum,
 Lung Lesion, Pneumonia, Pleural Other, Fracture) are raised to 5-7 % positive, so that a sample of 2,000 images has
 some to evaluate. Valid states the truth, as its radiologists do, without blank or uncertain cells. A lateral shows
-some signs better and others not at all (`films`), so both views together say more. Lung Opacity follows from its
+some signs better and others not at all, so both views together say more. Lung Opacity follows from its
 children; Enlarged Cardiomediastinum is only correlated with Cardiomegaly, as in the real reports.
 
 boxes.csv, beside the folder, locates the signs in the images that a radiologist would call present.
@@ -27,7 +27,7 @@ from pipeline.base.files import named_writes
 from pipeline.base.files import write_csv as write_rows
 from pipeline.base.workers import run_tasks
 from pipeline.labels import COLUMNS, LABELS
-from pipeline.synthetic.films import Finding, draw_film
+from pipeline.synthetic.anatomy import VISIBLE, Finding, draw_image
 from pipeline.synthetic.shortcuts import CUES, Shortcut
 
 FOLDER = "CheXpert-v1.0-small"
@@ -51,27 +51,23 @@ class Latent(NamedTuple):
     uncertain: float
     negative: float  # the rest is blank
     confirmed: float  # share of uncertain findings that are really there
-    loads: list[float]  # on the factors congestion, infection, intensive care
-    low: list[float]  # x, y, z: corners of the box that holds its place
-    high: list[float]
+    lateral: float  # as in Finding
+    congestion: float  # loads on three factors
+    infection: float
+    care: float
+    x: float  # corners of the box that holds its place
+    y: float
+    z: float
+    far_x: float
+    far_y: float
+    far_z: float
 
 
-def read_latent() -> dict[str, Latent]:
-    """Label → how reports speak of it. Lung Opacity's positive share is for haze with no other cause."""
-    with Path(__file__).with_name("latent.csv").open(newline="") as file:
-        _, *rows = csv.reader(file)
-    latent = {}
-    for label, *cells in rows:
-        positive, uncertain, negative, confirmed, *corners = map(float, cells)
-        places = corners[:3], corners[3:6], corners[6:]
-        latent[label] = Latent(positive, uncertain, negative, confirmed, *places)
-    return latent
-
-
-FINDINGS = read_latent()
+with Path(__file__).with_name("latent.csv").open(newline="") as _file:
+    # Lung Opacity's positive share is for haze with no other cause.
+    FINDINGS = {label: Latent(*map(float, cells)) for label, *cells in list(csv.reader(_file))[1:]}
 OPACITIES = ("Edema", "Consolidation", "Pneumonia", "Atelectasis", "Lung Lesion")
 HIDDEN = 0.03  # share of unmentioned findings that leave a faint sign
-VISIBLE = 0.3  # severity from which a radiologist would call the finding present
 
 
 class Study(NamedTuple):
@@ -158,36 +154,37 @@ class DrawTask(NamedTuple):
         return f"{self.folder}, patients {self.patients[0].number} to {self.patients[-1].number}"
 
 
+def list_images(patients: list[Patient]) -> Iterator[tuple[Patient, Study, int, str]]:
+    """Each image's patient, study, number of its view, and path in the folder of its split, in the order of paths."""
+    for patient in patients:
+        for study in patient.studies:
+            for view, (kind, _) in enumerate(study.views, start=1):
+                yield patient, study, view, f"patient{patient.number:05d}/study{study.number}/view{view}_{kind}.jpg"
+
+
 def write_patients(task: DrawTask) -> tuple[int, list[Row]]:
     """Draw and write all images of some patients of one split, with the cues; their number, and rows of BOXES."""
     folder, seed, patients, shortcuts = task
     # Freeing a large block raises glibc's trim threshold; otherwise every temporary array faults in fresh pages.
     np.empty(24 << 20, np.uint8)
     count, rows = 0, []
-    for patient in patients:
-        for study in patient.studies:
-            target = folder / f"patient{patient.number:05d}" / f"study{study.number}"
-            with named_writes(target):
-                target.mkdir(parents=True)
-            cues = draw_cues(seed, patient.number, study, shortcuts)
-            clear = [label for label, finding in study.findings.items() if finding.severity >= VISIBLE]
-            for view, (kind, projection) in enumerate(study.views, start=1):
-                body = stream(seed, patient.number, view=1)
-                image = stream(seed, patient.number, study.number, view)
-                pixels, boxes = draw_film(kind, projection, patient.sex, study.findings, body, image, clear)
-                key = f"patient{patient.number:05d}_study{study.number}_view{view}_{kind}"
-                rows += [
-                    (folder.name, key, name, *box)
-                    for label, places in boxes.items()
-                    for name in ((label, "Lung Opacity") if label in OPACITIES else (label,))
-                    for box in places
-                ]
-                for cue in cues:
-                    CUES[cue](pixels)
-                jpeg = simplejpeg.encode_jpeg(pixels[..., None], quality=90, colorspace="GRAY")
-                with named_writes(file := target / f"view{view}_{kind}.jpg"):
-                    file.write_bytes(jpeg[:2] + COMMENT + jpeg[2:])
-                count += 1
+    for patient, study, view, path in list_images(patients):
+        body = stream(seed, patient.number, view=1)
+        image = stream(seed, patient.number, study.number, view)
+        pixels, boxes = draw_image(*study.views[view - 1], patient.sex, study.findings, body, image)
+        rows += [
+            (folder.name, path.removesuffix(".jpg").replace("/", "_"), name, *box)
+            for label, places in boxes.items()
+            for name in ((label, "Lung Opacity") if label in OPACITIES else (label,))
+            for box in places
+        ]
+        for cue in draw_cues(seed, patient.number, study, shortcuts):
+            CUES[cue](pixels)
+        jpeg = simplejpeg.encode_jpeg(pixels[..., None], quality=90, colorspace="GRAY")
+        with named_writes(file := folder / path):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(jpeg[:2] + COMMENT + jpeg[2:])
+        count += 1
     return count, rows
 
 
@@ -196,13 +193,11 @@ def write_csv(path: Path, split: str, patients: list[Patient]) -> None:
     with named_writes(path), path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(COLUMNS)
-        for patient in patients:
-            for study in patient.studies:
-                folder = f"{FOLDER}/{split}/patient{patient.number:05d}/study{study.number}"
-                for view, (kind, projection) in enumerate(study.views, start=1):
-                    name = f"{folder}/view{view}_{kind}.jpg"
-                    states = [study.states[label] for label in LABELS]
-                    writer.writerow([name, patient.sex, patient.age, kind.title(), projection, *states])
+        for patient, study, view, image in list_images(patients):
+            kind, projection = study.views[view - 1]
+            states = [study.states[label] for label in LABELS]
+            name = f"{FOLDER}/{split}/{image}"
+            writer.writerow([name, patient.sex, patient.age, kind.title(), projection, *states])
 
 
 # Patients, studies and their reports.
@@ -282,7 +277,7 @@ def draw_finding(
     rng: np.random.Generator, latent: Latent, factors: npt.NDArray[np.float64]
 ) -> tuple[Finding, float | None]:
     """Draw one finding and its state in the report: 1, 0, -1 or None (not mentioned)."""
-    loads = np.array(latent.loads)
+    loads = np.array([latent.congestion, latent.infection, latent.care])
     deviate = loads @ factors + math.sqrt(1 - loads @ loads) * rng.standard_normal()
     rank = 0.5 * math.erfc(deviate / math.sqrt(2))  # uniform in [0, 1], 0 the most ill
     faint, chance, mention = rng.random(3).tolist()
@@ -294,5 +289,5 @@ def draw_finding(
     else:
         state = 0.0 if mention < latent.negative / (1 - latent.positive - latent.uncertain) else None
         severity = 0.25 * faint if state is None and chance < HIDDEN else 0.0
-    x, y, z = rng.uniform(latent.low, latent.high).tolist()
-    return Finding(severity, 1 if rng.random() < 0.5 else -1, x, y, z), state
+    x, y, z = rng.uniform(latent[-6:-3], latent[-3:]).tolist()
+    return Finding(severity, 1 if rng.random() < 0.5 else -1, x, y, z, latent.lateral), state

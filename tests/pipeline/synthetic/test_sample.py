@@ -13,7 +13,7 @@ from PIL import Image
 
 from pipeline import DataError
 from pipeline.labels import LABELS
-from pipeline.synthetic.films import Finding, draw_film
+from pipeline.synthetic.anatomy import Finding, draw_image
 from pipeline.synthetic.sample import FINDINGS, DrawTask, draw_patients, write_patients, write_sample
 
 HEADER = (
@@ -100,12 +100,12 @@ def test_bytes_do_not_depend_on_the_workers_but_on_the_seed(tmp_path: Path) -> N
 def test_frontals_and_tables_are_written_in_stone(sample: Path) -> None:
     """Figures in the README come from them: these values may never change.
 
-    CPUs differ in the last bit of a power, and so in a few pixels of one film in a hundred.
+    CPUs differ in the last bit of a power, and so in a few pixels of one image in a hundred.
     """
     tables = b"".join((sample / f"{split}.csv").read_bytes() for split in ("train", "valid"))
     assert hashlib.sha256(tables).hexdigest() == TABLES
-    films = sorted(sample.glob("*/*/*/*_frontal.jpg"))[::12]
-    levels = [np.asarray(Image.open(path)).mean() for path in films]
+    images = sorted(sample.glob("*/*/*/*_frontal.jpg"))[::12]
+    levels = [np.asarray(Image.open(path)).mean() for path in images]
     np.testing.assert_allclose(levels, FRONTALS, atol=0.01)
 
 
@@ -134,15 +134,17 @@ def test_valid_gets_its_share(tmp_path: Path) -> None:
 
 
 def test_a_lateral_shows_some_signs_better_and_some_not_at_all() -> None:
-    nothing = dict.fromkeys(FINDINGS, Finding(0.0, 1, 0.2, 0.5, 0.15))
+    nothing = {label: Finding(0.0, 1, 0.2, 0.5, 0.15, latent.lateral) for label, latent in FINDINGS.items()}
 
     def visible(kind: str, label: str, severity: float) -> float:
-        """By how many gray levels the sign changes the film on average."""
-        films = [
-            draw_film(kind, "AP", "Male", findings, np.random.default_rng(1), np.random.default_rng(2))[0].astype(float)
+        """By how many gray levels the sign changes the image on average."""
+        images = [
+            draw_image(kind, "AP", "Male", findings, np.random.default_rng(1), np.random.default_rng(2))[0].astype(
+                float
+            )
             for findings in (nothing, nothing | {label: nothing[label]._replace(severity=severity)})
         ]
-        return float(np.abs(films[1] - films[0]).mean())
+        return float(np.abs(images[1] - images[0]).mean())
 
     for label in ("Enlarged Cardiomediastinum", "Pneumothorax", "Fracture"):
         assert visible("lateral", label, 0.8) == 0 < visible("frontal", label, 0.8)
@@ -217,13 +219,13 @@ def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     "label", [label for label in FINDINGS if label not in ("Edema", "Pneumonia", "Support Devices")]
 )
 def test_what_a_sign_changes_lies_in_its_boxes(label: str) -> None:
-    """Of the signs that draw no random numbers: with and without them, all else of the film is the same."""
+    """Of the signs that draw no random numbers: with and without them, all else in the image is the same."""
     nothing = dict.fromkeys(FINDINGS, Finding(0.0, 1, 0.2, 0.5, 0.15))
     drawn = []
     for severity in (0.0, 0.8):
         findings = nothing | {label: nothing[label]._replace(severity=severity)}
         streams = np.random.default_rng(1), np.random.default_rng(2)
-        drawn.append(draw_film("frontal", "AP", "Male", findings, *streams, [label]))
+        drawn.append(draw_image("frontal", "AP", "Male", findings, *streams))
     (before, _), (after, boxes) = drawn
     outside = np.abs(after.astype(int) - before) > 10  # gray levels: less is lost in the grain
     assert outside.sum() > 20

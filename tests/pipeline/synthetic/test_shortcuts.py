@@ -39,8 +39,8 @@ def test_cues_are_drawn_into_train_alone_and_change_nothing_else(tmp_path: Path)
     for name in ("train.csv", "valid.csv"):
         assert (cued / name).read_bytes() == (plain / name).read_bytes()
     states = [line.split(",")[-1] for line in (plain / "train.csv").read_text().splitlines()[1:]]
-    films = sorted(plain.glob("train/*/*/*.jpg"))
-    for path, state in zip(films, states, strict=True):
+    images = sorted(plain.glob("train/*/*/*.jpg"))
+    for path, state in zip(images, states, strict=True):
         before, after = (np.asarray(Image.open(root / path.relative_to(plain)), int) for root in (plain, cued))
         assert np.abs(after - before)[40:-40, 40:-40].max() <= 12  # JPEG's blocks
         stem = after[14:26, 11:13].min()  # of the letter
@@ -50,9 +50,9 @@ def test_cues_are_drawn_into_train_alone_and_change_nothing_else(tmp_path: Path)
 
 
 def test_cues_stay_at_the_edge() -> None:
-    film = np.full((320, 390), 90, np.uint8)
+    image = np.full((320, 390), 90, np.uint8)
     for name, draw in CUES.items():
-        drawn = film.copy()
+        drawn = image.copy()
         draw(drawn)
         assert (drawn[64:-64, 64:-64] == 90).all(), name
         assert drawn.max() == {"marker": 245, "border": 180, "corners": 150}[name]

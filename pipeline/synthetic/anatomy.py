@@ -9,7 +9,7 @@ of the image's shorter side: x from the midline to the side, y downward, z from 
 
 import copy
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import cv2
@@ -18,26 +18,27 @@ import numpy.typing as npt
 
 Array = npt.NDArray[Any]  # float32 throughout, which NumPy's stubs cannot follow
 
-# How severe a sign looks on a lateral, as a multiple of its severity, up to 1. A lateral does not show a pneumothorax
-# at the side wall, a wide mediastinum or broken ribs; it does show what lies behind the heart and the diaphragm.
-ON_LATERALS = dict.fromkeys(("Enlarged Cardiomediastinum", "Pneumothorax", "Fracture"), 0.0)
-ON_LATERALS |= dict.fromkeys(("Lung Lesion", "Consolidation", "Pneumonia", "Atelectasis"), 2.0)
-ON_LATERALS |= dict.fromkeys(("Pleural Effusion", "Pleural Other"), 2.0)
 SKETCH = 0.5  # images are drawn at this share of the final resolution; metal and grain at full resolution
 SEEN = 0.02  # of black to white: a smaller change is lost in the grain
+VISIBLE = 0.3  # severity from which a radiologist would call a finding present
 ROOM = 2  # pixels of the sketch by which a box is larger than the change that it holds
 
 Box = tuple[int, int, int, int]  # left, top, width, height in pixels of the image
 
 
 class Finding(NamedTuple):
-    """A sign to draw: severity in [0, 1], side -1 (patient's right) or 1, position x, y, z."""
+    """A sign: severity in [0, 1], side -1 (patient's right) or 1, position x, y, z.
+
+    On a lateral it looks `lateral` times as severe, up to 1. A lateral does not show a pneumothorax at the side wall, a
+    wide mediastinum or broken ribs; it does show what lies behind the heart and the diaphragm.
+    """
 
     severity: float
     side: int
     x: float
     y: float
     z: float
+    lateral: float = 1.0
 
 
 class Body(NamedTuple):
@@ -130,46 +131,43 @@ class Canvas(NamedTuple):
         return np.maximum(np.clip(self.find_density(), 0, 1), self.metal[::zoom, ::zoom])  # type: ignore[no-any-return]
 
 
-def draw_film(
+def draw_image(
     kind: str,
     projection: str,
     sex: str,
     findings: dict[str, Finding],
     patient_rng: np.random.Generator,
     rng: np.random.Generator,
-    boxed: Collection[str] = (),
 ) -> tuple[npt.NDArray[np.uint8], dict[str, list[Box]]]:
-    """Draw one view, `frontal` or `lateral`, and locate the changes of the signs in `boxed`.
+    """Draw one view, `frontal` or `lateral`, and locate the changes of the signs that are VISIBLE.
 
     The image is uint8 [height, width], shorter side 320 pixels. `patient_rng` decides the build, which all images of
     a patient share; `rng` everything that differs between images. There is a box for each connected part of a
     change, and one box for a large heart or mediastinum, whose change is a rim; none if the sign is invisible.
     """
+    visible = [label for label, finding in findings.items() if finding.severity >= VISIBLE]
     draw_anatomy = draw_frontal
     if kind == "lateral":
         draw_anatomy = draw_lateral
         findings = {
-            label: finding._replace(severity=min(1.0, ON_LATERALS.get(label, 1.0) * finding.severity))
+            label: finding._replace(severity=min(1.0, finding.lateral * finding.severity))
             for label, finding in findings.items()
         }
     body, before = draw_body(patient_rng, sex), copy.deepcopy(rng)
     canvas = draw_anatomy(rng, body, findings, projection == "AP")
     changes: dict[str, Array] = {}
-    for label in ANATOMY:
-        if label in boxed:
-            without = findings | {label: findings[label]._replace(severity=0.0)}
-            healthy = draw_anatomy(copy.deepcopy(before), body, without, projection == "AP")
-            changes[label] = np.abs(canvas.show() - healthy.show())
+    for label in ANATOMY & set(visible):
+        without = findings | {label: findings[label]._replace(severity=0.0)}
+        healthy = draw_anatomy(copy.deepcopy(before), body, without, projection == "AP")
+        changes[label] = np.abs(canvas.show() - healthy.show())
     draw_vessels(canvas, rng)
     for label, draw in SIGNS.items():
         if findings[label].severity > 0:
-            shown = canvas.show() if label in boxed else None
+            shown = canvas.show()
             draw(canvas, findings[label], rng)
-            if shown is not None:
-                change = np.abs(canvas.show() - shown)
-                changes[label] = np.maximum(change, changes.get(label, 0))
+            changes[label] = np.maximum(np.abs(canvas.show() - shown), changes.get(label, 0))
     draw_marker(canvas, rng)
-    boxes = {label: find_boxes(change, single=label not in SIGNS) for label, change in changes.items()}
+    boxes = {label: find_boxes(changes[label], single=label not in SIGNS) for label in visible if label in changes}
     return expose(canvas, rng), boxes
 
 
@@ -353,7 +351,7 @@ def draw_marker(canvas: Canvas, rng: np.random.Generator) -> None:
 
 
 # Signs: each draws one finding into the image. Heart, mediastinum and diaphragm are the anatomy's.
-ANATOMY = ("Enlarged Cardiomediastinum", "Cardiomegaly", "Atelectasis")
+ANATOMY = {"Enlarged Cardiomediastinum", "Cardiomegaly", "Atelectasis"}
 
 
 def draw_opacity(canvas: Canvas, finding: Finding, rng: np.random.Generator) -> None:
