@@ -20,7 +20,7 @@ PRETRAINED ?= $(if $(SAMPLE)$(filter rescnn,$(ARCH))$(filter --init% --pretraine
 SHARDING := --size=SIZE --views=VIEWS --dev=DEV --workers=WORKERS
 TRAINING := --arch=ARCH --lr=LR --weight-decay=WD --batch-size=BATCH --epochs=EPOCHS --image-size=SIZE --seed=SEED \
 	--uncertain=UNCERTAIN --blank=BLANK --teacher=TEACHER --views=VIEWS --fusion=FUSION --workers=WORKERS
-SEARCH   := --sampler=SAMPLER --trials=TRIALS --pruner=PRUNER
+SEARCH   := --sampler=SAMPLER --trials=TRIALS
 # What a run's folder is named by: the settings given by hand, each after a word of its own.
 NAMED    := -=SIZE -lr=LR -wd=WD -batch=BATCH -epochs=EPOCHS -=UNCERTAIN -blank-=BLANK -=VIEWS -=FUSION \
 	-pretrained-=PRETRAINED -seed=SEED

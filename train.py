@@ -41,7 +41,7 @@ import copy
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
@@ -93,17 +93,13 @@ from pipeline.stream.plan import plan_training
 CLIP_NORM = 1.0
 CHECK_STEPS = 20  # how often the loss is read back: each read waits for the device
 SAVE_SECONDS = 300.0  # a killed run loses little more work than this
-Watch = Callable[[list[dict[str, Any]]], None]
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The run: settings, data, network, loop
 
 
-def train(job: Job, watch: Watch = lambda history: None) -> None:
-    """Train to the end, or resume the run. Raises DataError for unusable input, and Stopped.
-
-    After each evaluation is saved, `watch` gets all evaluations so far; an exception that it raises ends the run.
-    """
+def train(job: Job) -> None:
+    """Train to the end, or resume the run. Raises DataError for unusable input, and Stopped."""
     # Each rank computes this from a separate copy of the shards and the code; nothing is exchanged.
     job.ranks.compare({"shards": job.shards.digest} | asdict(job.config) | describe_software(job))
     seen = list_seen(job, ("train", "dev"))
@@ -118,7 +114,7 @@ def train(job: Job, watch: Watch = lambda history: None) -> None:
         together = f", {job.ranks.count} ranks" if job.ranks.joined else ""
         say(f"{job.config.arch} on {job.device.type}, {state.precision}{together}")
         if not resume(job, state, data.steps):
-            train_epochs(job, state, data, watch)
+            train_epochs(job, state, data)
 
 
 def start_state(job: Job, data: TrainingData, seen: Seen = ()) -> TrainState:
@@ -173,7 +169,7 @@ def resume(job: Job, state: TrainState, steps: int) -> bool:
     return job.ranks.first(is_reported(run))
 
 
-def train_epochs(job: Job, state: TrainState, data: TrainingData, watch: Watch) -> None:
+def train_epochs(job: Job, state: TrainState, data: TrainingData) -> None:
     """Alternate training and evaluation from step `state.done` on, then report. Raises Stopped after saving."""
     config, steps = job.config, data.steps
     total, every = config.epochs * steps, config.eval_every or steps
@@ -188,7 +184,6 @@ def train_epochs(job: Job, state: TrainState, data: TrainingData, watch: Watch) 
                     pace = (time.perf_counter() - began) / max(state.done - resumed, 1)  # including the scoring
                     say(line + show_left(pace * (total - state.done)))
                     save_state(job, state)
-                    watch(state.history)
                 if state.done == total or is_out_of_patience(config, state):
                     break
                 epoch, step = divmod(state.done, steps)

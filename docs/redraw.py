@@ -42,7 +42,7 @@ COMMANDS = {  # what makes what is in WORK, besides make train
     f"{RUN}/predictions.csv": f"make predict IMAGES='{FILMS}'",
     "maps.csv": f"{PREDICT} --run {RUN} --out maps.csv --heatmaps maps --heatmap-labels 14 {FILMS}",
     "report.html": f"cp {RUN}/report.html .",
-    f"{SWEEP}/sweep.csv": "make sweep LR='5e-4 2e-3 8e-3' WD='1e-4 1e-2 1' SIZE=32 EPOCHS=3",
+    f"{SWEEP}/sweep.csv": "make sweep LR='5e-4 2e-3 8e-3' WD='1e-4 1e-2 1' SIZE=32 EPOCHS=3 ARGS='--png pictures'",
 }
 COPIED = [f"{RUN}/{name}" for name in ("model-card.md", "metrics.jsonl", "predictions.csv")]  # to SAMPLE
 COPIED.append(f"{SWEEP}/sweep.csv")
@@ -90,7 +90,7 @@ def main() -> None:
     photograph("front.jpg", compose_front(), 830, 2000)
     for name, height in HEIGHTS.items():
         photograph(name, (WORK / name).with_suffix(".html").read_text(), 1200, height)
-    save(Image.open(WORK / SWEEP / "auroc-dev.png").convert("RGB"), "sweep.png")
+    save(Image.open(WORK / "pictures/dev-auroc.png").convert("RGB"), "sweep.png")
 
 
 def record(command: str) -> list[tuple[float, str]]:

@@ -15,7 +15,7 @@ import click
 from click.core import ParameterSource
 
 from pipeline.base.errors import DataError, SettingError
-from pipeline.base.options import Option, list_options
+from pipeline.base.options import Option, list_options, option
 from pipeline.console import name_options
 
 Value = TypeVar("Value")
@@ -64,6 +64,11 @@ FILE = click.Path(path_type=Path, dir_okay=False)
 FOLDER = click.Path(path_type=Path, file_okay=False)
 EXISTING = click.Path(path_type=Path, exists=True)
 EXISTING_FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
+
+
+def pictures_option() -> Any:
+    """The option that writes a page's figures for slides, too: `pages.pictures`."""
+    return option(None, "Also write the page's figures as PNG files to this folder.", type=FOLDER, metavar="DIR")
 
 
 class Several(tuple[object, ...]):

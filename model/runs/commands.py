@@ -6,6 +6,7 @@ Commands import modules that need torch only when they run, so `--help` and usag
 import gc
 import json
 import os
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -33,12 +34,13 @@ from model.runs.config import (
 from pipeline.base.errors import needs
 from pipeline.base.files import check_folder
 from pipeline.base.options import option
-from pipeline.command import FILE, Fields, Several, command
+from pipeline.base.pages import pictures
+from pipeline.command import FILE, Fields, Several, command, pictures_option
 from pipeline.console import count_of, echo, refuse_usage, say, say_next
 
 if TYPE_CHECKING:
     from model.runs.job import Job
-    from model.runs.sweep import Point, Watch
+    from model.runs.sweep import Point, Trial
 
 # Options that a sweep may get more values of later.
 SWEPT = ("lr", "weight_decay", "batch_size", "arch", "uncertain")
@@ -87,6 +89,7 @@ class Cross:
     runs: tuple[Path, ...] = run_option(
         (), "Also score this run, such as adopted weights; may be repeated.", flag="run", metavar="RUN"
     )
+    png: Path | None = pictures_option()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +108,7 @@ class Search:
     sweep: Path = sweep_option(..., "Folder of the sweep; processes and machines that share it share the work.")
     sampler: str = sweep_option("grid", "tpe: search between the values given.", choices=("grid", "tpe"))
     trials: int | None = sweep_option(None, "With tpe: maximum number of trials.", low=1)
-    pruner: str = sweep_option("none", "Stop poor trials early.", choices=("none", "median"))
+    png: Path | None = pictures_option()
 
 
 @command(
@@ -161,7 +164,8 @@ def cross_command(train: Train, given: Cross, setup: Setup, config: Config) -> i
     jobs = train_runs(setup.shards, given.out, make, train, given.runs)
     matrix = score_runs(jobs, setup.shards)
     *_, last = jobs.values()
-    write_cross(given.out, matrix, last)
+    with pictures(given.png):
+        write_cross(given.out, matrix, last)
     tabulate_cross(matrix, MACRO).print()
     echo(f"{given.out / 'cross.html'}: the same by label")
     say_next(*use.TRAIN, "predict", "--run", last.run, "--out", "scores.csv", "IMAGES")
@@ -238,13 +242,6 @@ def print_run(run: Path) -> None:
     say_next(*use.TRAIN, "predict", "--run", run, "--out", "scores.csv", "IMAGES")
 
 
-def refuse_run(_: click.Context, param: click.Parameter, value: str | None) -> None:
-    """Raise UsageError for --run, which users may leave in when they edit a `train` command."""
-    text = f"--{param.name} is for one run: those of a sweep are in its folder, by --sweep"
-    refuse_usage(value is not None, text)
-
-
-@click.option("--run", hidden=True, expose_value=False, callback=refuse_run)
 @command(
     "sweep",
     Search,
@@ -267,7 +264,7 @@ def sweep_command(train: Train, search: Search, setup: Setup, given: "Point") ->
     check_folders(setup.shards)
     with needs("sweep"):
         from model.runs.sweep import Sweep, list_trials, open_sweep, rank, run_sweep
-        from model.runs.sweep_report import tabulate_trials, write_sweep_report
+        from model.runs.sweep_report import compare_settings, tabulate_settings, tabulate_trials, write_sweep_report
     from model.ranks import listen
     from model.runs.job import open_job
 
@@ -282,49 +279,58 @@ def sweep_command(train: Train, search: Search, setup: Setup, given: "Point") ->
 
     # Refuse a value that conflicts with the options before any point is trained.
     points: list[Point] = [{}, *({name: value} for name, tried in values.items() for value in tried[1:])]
-    config, *_ = [make(point, search.sweep / "trials" / "unused").config for point in points]
+    job, *_ = [make(point, search.sweep / "trials" / "unused") for point in points]
     for name, tried in lists.items():
         # Without a dev split, the seed decides which patients are dev; only then does `resolve_config` set `dev`.
-        alone = name in ("choose_by", "dev", "views") or (name == "seed" and config.dev is not None)
+        alone = name in ("choose_by", "dev", "views") or (name == "seed" and job.config.dev is not None)
         refuse_usage(
             alone and len(tried) > 1,
             f"--{name.replace('_', '-')} decides what dev's AUROC is of, by which trials are compared: give one value"
             f"{', or shards with a dev split' if name == 'seed' else ''}",
         )
-    shared = {name: value for name, value in asdict(config).items() if name not in values}
-    sweep = Sweep(search.sweep, values, shared, search.sampler, search.trials or 0, search.pruner)
+    shared = {name: value for name, value in asdict(job.config).items() if name not in values}
+    sweep = Sweep(search.sweep, values, shared, search.sampler, search.trials or 0)
     open_sweep(sweep)  # first, so that a sweep with other options keeps its report
     try:
         run_sweep(sweep, partial(train_trial, train, make))
     finally:  # even after an error in one trial: report the others
         trials = list_trials(sweep)
-        write_sweep_report(sweep, trials)
-    ranked = rank(trials)
-    complete, failed = (sum(trial.state == state for trial in ranked) for state in ("complete", "failed"))
+        settings = compare_settings(job, trials)
+        then = [*use.TRAIN, *_use_setting(sweep.folder, settings[0].trials)] if settings else []
+        with pictures(search.png):
+            write_sweep_report(sweep, trials, settings, shlex.join(map(str, then)))
+    failed = sum(trial.state == "failed" for trial in trials)
+    complete = sum(len(setting.trials) for setting in settings)
     counted = f"{count_of(complete, 'trial')} complete{f', {failed} failed' if failed else ''}"
     echo(f"{search.sweep / 'report.html'}: {counted}")
     if complete:
+        ranked = rank(trials)
         tabulate_trials(f"The best of {count_of(len(trials), 'trial')}", ranked[:5]).print()
         echo(f"trial {ranked[0].number} is the best: {ranked[0].run}")
-        say_next(*use.TRAIN, "predict", "--run", ranked[0].run, "--out", "scores.csv", "IMAGES")
+        if complete > 1:
+            tabulate_settings(settings, sweep.choice).print()
+        say_next(*then)
     return 1 if failed and not complete else 0
 
 
-def train_trial(train: Train, make: Callable[..., "Job"], point: "Point", run: Path, watch: "Watch") -> "Point":
+def _use_setting(folder: Path, trials: "Sequence[Trial]") -> list[object]:
+    """What to run with the trials of the best setting: their ensemble, if they are several."""
+    if len(trials) > 1:
+        return ["evaluate", *use.repeat("--run", [trial.run for trial in trials]), "--out", folder / "ensemble"]
+    return ["predict", "--run", trials[0].run, "--out", "scores.csv", "IMAGES"]
+
+
+def train_trial(train: Train, make: Callable[..., "Job"], point: "Point", run: Path) -> Mapping[str, float | None]:
     """Train a point of a sweep in its run folder; returns the run's results."""
     import torch
 
-    from model.runs.results import choice_score, measure_run
+    from model.runs.results import measure_run
 
     job = make(point, run)
     torch.compiler.reset()  # else it gives up after several networks in one process
     gc.collect()  # a failed trial's traceback keeps its memory
     torch.cuda.empty_cache()
-
-    def report(history: Sequence[Mapping[str, Any]]) -> None:
-        watch([(line["epoch"], choice_score(line, job.config.choose_by) or 0.0) for line in history])
-
-    train(job, report)
+    train(job)
     return measure_run(job)
 
 

@@ -1,27 +1,32 @@
-"""Trials of a sweep → sweep.csv, report.html, and AUROC over learning rate and weight decay as PNG.
+"""Trials of a sweep → the comparison of its settings on dev, sweep.csv and report.html.
 
-Colors are from cividis, which stays readable for color-blind readers and in grayscale. The report's figures take
-their ink from the page; PNGs have a white background. Every figure marks the best trial on dev.
+Colors are from cividis, which stays readable for color-blind readers and in grayscale. Every figure marks the best
+trial on dev.
 """
 
-import io
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
-from typing import Any
+from functools import partial, reduce
+from statistics import fmean, stdev
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.colors import Normalize
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from model.runs.config import learned_columns, parse_choice
+from model.runs.job import Job, open_rows
+from model.runs.results import choice_score
 from model.runs.sweep import Sweep, Trial, rank
 from pipeline.base import pages
-from pipeline.base.files import locked, write_atomically, write_csv
+from pipeline.base.files import locked, parse_object, write_atomically, write_csv
 from pipeline.base.tabular import Table
-from pipeline.measure.evaluation import MEANS
+from pipeline.identity import ignore
+from pipeline.measure.delong import Areas, combine, measure_areas, weigh_labels
+from pipeline.measure.metrics import Figure, Floats, averaged_labels, report_auroc
+from pipeline.measure.scores import open_scores
 
 MAP = matplotlib.colormaps["cividis"]
 AXES = ("lr", "weight_decay")  # of the planes
@@ -32,30 +37,84 @@ FIGURES = ["dev_auroc", "same_labels", "dev_same_auroc", "train_auroc", "valid_a
 FEW = 6  # values of a parameter that are evenly spaced; more are on a logarithmic scale
 LEVELS = 12  # of the contours between many points
 Plane = Mapping[tuple[Any, Any], Trial]  # by the values of AXES
+Curves = Mapping[int, Sequence[tuple[float, float]]]  # by the trial's number: epoch and AUROC on dev of each evaluation
 
 
-def write_sweep_report(sweep: Sweep, trials: Sequence[Trial]) -> None:
-    """Write sweep.csv, report.html, auroc-dev.png and auroc-train.png into the sweep's folder."""
-    page = render_sweep(sweep.folder.name, trials, sweep.choice)
+class Setting(NamedTuple):
+    """Finished trials that differ in their seed alone, and the best setting's AUROC on dev minus theirs."""
+
+    name: str
+    trials: Sequence[Trial]  # the best first
+    less: Figure  # value, low, high; paired by patient
+
+
+def compare_settings(job: Job, trials: Sequence[Trial]) -> list[Setting]:
+    """The settings, by their trials' mean AUROC on the dev split of a job's shards, the best first.
+
+    Differences are on the samples that all trials scored, and on the labels that choose checkpoints.
+    """
+    chosen, labels = open_rows(job, "dev"), job.config.labels
+    table = chosen.split.table.take(chosen.rows)
+    groups: dict[str, list[Trial]] = {}
+    scores: dict[int, Floats] = {}
+    for trial in rank(trials):
+        if trial.dev is not None:
+            values = {NAMES.get(name, name): value for name, value in trial.parameters.items() if name != "seed"}
+            name = ", ".join(f"{name} {show_value(value)}" for name, value in values.items())
+            groups.setdefault(name or "all seeds", []).append(trial)
+            written = open_scores(trial.run / "scores-dev.arrow")
+            scores[trial.number] = written.take(written.align(table, ignore), labels)
+    if not groups:
+        return []
+    scored = ~np.isnan(list(scores.values())).any(axis=(0, 2))
+    rows, columns, patient = chosen.rows[scored], learned_columns(job.config), table["patient"].to_numpy()[scored]
+    target, mask = chosen.truth.target[rows][:, columns], chosen.truth.mask[rows][:, columns]
+    areas = {number: measure_areas(values[scored], target, mask, patient) for number, values in scores.items()}
+    first = next(iter(scores.values()))[scored]
+    means = averaged_labels(report_auroc(labels, first, target, mask, patient)["labels"])
+    share = weigh_labels(labels, parse_choice(job.config.choose_by) or means["macro10"] or means["macro"])
+    ranked = dict(sorted(groups.items(), key=lambda item: -fmean(trial.dev or 0 for trial in item[1])))
+    best, *_ = sides = [[areas[trial.number] for trial in group] for group in ranked.values()]
+    settings = []
+    for item, side in zip(ranked.items(), sides, strict=True):
+        signed = [share / len(best)] * len(best) + [-share / len(side)] * len(side)
+        settings.append(Setting(*item, combine(reduce(Areas.join, best + side), np.concatenate(signed))))
+    return settings
+
+
+def tabulate_settings(settings: Sequence[Setting], choice: str) -> Table:
+    """The spread over seeds, if there are several, and the paired differences from the best setting."""
+    seeds, rows = any(len(setting.trials) > 1 for setting in settings), []
+    for name, trials, less in settings:
+        dev = [trial.dev or 0.0 for trial in trials]
+        spread = f"{stdev(dev):.3f}" if len(dev) > 1 else "–"
+        cells = [str(len(dev)), f"{fmean(dev):.3f}", spread, f"{min(dev):.3f} to {max(dev):.3f}"] if seeds else []
+        compared = f"{less['value']:z.3f} {pages.show_limits(less)}"
+        rows.append([name, *cells, "–" if trials is settings[0].trials else compared])
+    columns = ("seeds", "dev, mean", "SD", "range") if seeds else ()
+    note = f"dev: AUROC, {choice}. The difference is between means over seeds, paired by patient; its interval covers "
+    note += "the choice of dev's patients, not that of seeds."
+    return Table("Settings", ("setting", *columns, "best minus this [95 %]"), rows, [note])
+
+
+def write_sweep_report(sweep: Sweep, trials: Sequence[Trial], settings: Sequence[Setting], then: str) -> None:
+    """Write sweep.csv and report.html into the sweep's folder; `then` is the command that uses the best setting."""
+    curves: dict[int, list[tuple[float, float]]] = {}
+    for trial in trials:
+        path, choose_by = trial.run / "metrics.jsonl", sweep.options.get("choose_by", "all")
+        lines = [parse_object(path, line) for line in path.read_bytes().splitlines()] if path.exists() else []
+        curves[trial.number] = [(line["epoch"], choice_score(line, choose_by) or 0.0) for line in lines]
+    page = render_sweep(sweep.folder.name, trials, sweep.choice, curves, settings, then)
     with locked(sweep.folder / ".lock"):  # processes that share a sweep may finish at once
         write_csv(sweep.folder / "sweep.csv", list_rows(trials))
         write_atomically(sweep.folder / "report.html", page.encode())
-        for metric in METRICS:
-            if points := best_points(trials, metric):
-                figure = Figure(figsize=(5.2, 4.0), layout="constrained")
-                axes = figure.subplots()
-                draw_plane(axes, points, metric, "black")
-                axes.set_title(f"{metric} AUROC: {sweep.choice}", fontsize=11)
-                picture = io.BytesIO()
-                figure.savefig(picture, format="png", dpi=200)
-                write_atomically(sweep.folder / f"auroc-{metric}.png", picture.getvalue())
 
 
 def list_rows(trials: Sequence[Trial]) -> Iterator[list[object]]:
     """The rows of sweep.csv: one per trial, in order; empty if there is no result."""
-    yield ["number", "state", *(trials[0].parameters if trials else ()), *FIGURES, "epochs", "seconds", "run"]
+    yield ["number", "state", *(trials[0].parameters if trials else ()), *FIGURES, "seconds", "run"]
     for trial in trials:
-        values = [*(trial.figures.get(name) for name in FIGURES), trial.epochs, trial.seconds]
+        values = [*(trial.figures.get(name) for name in FIGURES), trial.seconds]
         shown = [f"{value:.6f}" if isinstance(value, float) else value for value in values]
         yield [trial.number, trial.state, *trial.parameters.values(), *shown, trial.run.name]
 
@@ -68,34 +127,38 @@ def tabulate_trials(title: str, ranked: Sequence[Trial]) -> Table:
         limits = pages.show_limits({"low": low, "high": high})
         cells = [str(trial.number), trial.state, *map(show_value, trial.parameters.values())]
         cells += [pages.show_figure(dev), show_value(labels), *map(pages.show_figure, (same, train))]
-        cells += [f"{pages.show_figure(valid)} {limits}", show_value(trial.epochs)]
+        cells += [f"{pages.show_figure(valid)} {limits}"]
         rows.append([*cells, "–" if trial.seconds is None else f"{trial.seconds / 60:.1f}"])
     names = [NAMES.get(name, name) for name in (ranked[0].parameters if ranked else ())]
-    figures = ("dev", "labels", "same, dev", "train", "valid [95 %]", "epochs", "minutes")
+    figures = ("dev", "labels", "same, dev", "train", "valid [95 %]", "minutes")
     return Table(title, ("trial", "state", *names, *figures), rows, kind="trials")
 
 
-def render_sweep(title: str, trials: Sequence[Trial], choice: str = MEANS["macro10"]) -> str:
+def render_sweep(
+    title: str, trials: Sequence[Trial], choice: str, curves: Curves, settings: Sequence[Setting] = (), then: str = ""
+) -> str:
     """The page; `choice` is the AUROC that ranks trials, as named by `name_choice`."""
     ranked = rank(trials)
     done = [trial for trial in ranked if trial.dev is not None]
     draw = partial(pages.draw_svg, fitted=True)
     varying = list(trials[0].parameters) if trials else []
-    curves = partial(draw_curves, trials=ranked, choice=choice)
     planes = {
-        metric: draw(partial(draw_plane, points=points, metric=metric, ink=pages.INK), f"{metric} plane", (4.6, 3.6))
+        metric: draw(partial(draw_plane, points=points, metric=metric), f"{metric} AUROC", (4.6, 3.6))
         for metric in METRICS
         if (points := best_points(trials, metric))
     }
     slices = [
         draw(partial(draw_slice, trials=done, name=name), f"dev AUROC by {name}", (4.0, 2.6))
         for name in varying
-        if name not in AXES and len(done) > 1
+        if name not in (*AXES, "seed") and len(done) > 1
     ]
+    shown = partial(draw_curves, trials=ranked, curves=curves, choice=choice)
     page = pages.open_templates("model.runs").get_template("sweep.html")
     return page.render(
         title=title,
         table=tabulate_trials("", ranked),
+        settings=tabulate_settings(settings, choice) if len(trials) > 1 else None,
+        then=then,
         errors={trial.number: trial.error for trial in ranked if trial.error},
         done=done,
         parameters={name: NAMES.get(name, name) for name in varying},
@@ -104,7 +167,7 @@ def render_sweep(title: str, trials: Sequence[Trial], choice: str = MEANS["macro
         slices=slices,
         notes=METRICS,
         choice=choice,
-        curves=draw(curves, "learning curves", (8.0, 3.4)) if any(t.history for t in trials) else None,
+        curves=draw(shown, "learning curves", (8.0, 3.4)) if any(curves.values()) else None,
         show=show_value,
     )
 
@@ -118,7 +181,7 @@ def hint_at_edges(done: Sequence[Trial]) -> Iterator[str]:
     """A value to try next, for each parameter whose best value is the lowest or highest tried."""
     for name, best in done[0].parameters.items() if done else ():
         values = sorted({trial.parameters[name] for trial in done})
-        if not isinstance(best, (int, float)) or not 1 < len(values) <= FEW:
+        if name == "seed" or not isinstance(best, (int, float)) or not 1 < len(values) <= FEW:
             continue
         for edge, neighbor, which in ((values[0], values[1], "lowest"), (values[-1], values[-2], "highest")):
             if best == edge and edge and neighbor:
@@ -155,7 +218,7 @@ def place(axis: Axis, values: Sequence[Any], name: str) -> list[float]:
     return [places[value] for value in values]
 
 
-def draw_plane(axes: Axes, points: Plane, metric: str, ink: str) -> None:
+def draw_plane(axes: Axes, points: Plane, metric: str) -> None:
     """A metric over both AXES: a cell with its number per point, or contours between many; a star at the best one."""
     x, y = (
         place(axis, values, name)
@@ -179,7 +242,7 @@ def draw_plane(axes: Axes, points: Plane, metric: str, ink: str) -> None:
         axes.use_sticky_edges = False  # room for the outer points
         if np.linalg.matrix_rank(corners - corners[0]) == 2:
             axes.tricontourf(x, y, values, LEVELS, cmap=MAP, norm=scale)
-        drawn = axes.scatter(x, y, c=values, cmap=MAP, norm=scale, edgecolors=ink, linewidths=0.8, s=36)
+        drawn = axes.scatter(x, y, c=values, cmap=MAP, norm=scale, edgecolors=pages.INK, linewidths=0.8, s=36)
         axes.plot(x[0], y[0], "*", markersize=17, markerfacecolor="white", markeredgecolor="black")
     figure = axes.get_figure()
     if figure is not None:
@@ -195,20 +258,13 @@ def draw_slice(axes: Axes, trials: Sequence[Trial], name: str) -> None:
     axes.set_ylabel("dev AUROC")
 
 
-def draw_curves(axes: Axes, trials: Sequence[Trial], choice: str = MEANS["macro10"]) -> None:
-    """AUROC on dev by epoch of ranked trials: the best thick, pruned ones dashed with a cross at their end."""
+def draw_curves(axes: Axes, trials: Sequence[Trial], curves: Curves, choice: str) -> None:
+    """AUROC on dev by epoch of ranked trials: the best thick."""
     for trial in reversed(trials):
-        if trial.history:
+        if points := curves.get(trial.number):
             first = trial is trials[0] and trial.dev is not None
-            pruned = trial.state == "pruned"
-            axes.plot(
-                *zip(*trial.history, strict=True),
-                color=pages.SECOND if first else pages.FAINT,
-                linewidth=2.2 if first else 0.9,
-                linestyle="--" if pruned else "-",
-                marker="x" if pruned else None,
-                markevery=[-1],
-            )
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            color, width = (pages.SECOND, 2.2) if first else (pages.FAINT, 0.9)
+            axes.plot(*zip(*points, strict=True), color=color, linewidth=width)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.set_xlabel("epoch")
     axes.set_ylabel(f"dev AUROC: {choice}")

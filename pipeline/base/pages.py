@@ -7,7 +7,12 @@ HTML, never matplotlib's text.
 
 import io
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from importlib.resources import files
+from itertools import product
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup, escape
@@ -15,6 +20,7 @@ from markupsafe import Markup, escape
 if TYPE_CHECKING:
     import jinja2
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 INK, FAINT, FIRST, SECOND, THIRD, FOURTH, PAPER = (f"#00000{number}" for number in range(1, 8))
 POSITIVE, UNCERTAIN, NEGATIVE, BLANK, ON_STATE = (f"#00001{number}" for number in range(1, 6))
@@ -61,6 +67,51 @@ def open_templates(package: str) -> "jinja2.Environment":
     return environment
 
 
+_folder: ContextVar[Path | None] = ContextVar("folder", default=None)
+PAINTED = ("color", "facecolor", "edgecolor", "markerfacecolor", "markeredgecolor")
+
+
+@contextmanager
+def pictures(folder: Path | None) -> Iterator[None]:
+    """Also write each figure that a page draws as a PNG into a folder, if there is one; named by its description."""
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+    token = _folder.set(folder)
+    try:
+        yield
+    finally:
+        _folder.reset(token)
+
+
+def _save_picture(figure: "Figure", description: str, folder: Path) -> None:
+    """Write a drawn figure with its description as title, in the style sheet's light colors."""
+    from matplotlib.colors import to_hex, to_rgb, to_rgba_array
+
+    from pipeline.base.files import atomic_file
+
+    style = files("pipeline.base").joinpath("templates/style.css").read_text()
+    light = dict(reversed(re.findall(r"--([a-z-]+): (#[0-9a-f]{6})", style)))  # the first of each name
+    names = {ink: "ink" if shown == "currentColor" else shown[6:-1] for ink, shown in INKS.items()}  # var(--name)
+    with ExitStack() as stack:  # which gives each artist its ink back, for the next figure on these axes
+        for axes in figure.axes[:1]:
+            axes.set_title(description)
+            stack.callback(axes.set_title, "")
+        for artist, name in product(figure.findobj(), PAINTED):
+            read, write = (getattr(artist, f"{verb}_{name}", None) for verb in ("get", "set"))
+            if read is None or write is None:
+                continue
+            before = [tuple(color) for color in to_rgba_array(read())]
+            inks = [names.get(to_hex(color)) for color in before]
+            if any(inks):
+                pairs = zip(before, inks, strict=True)
+                after = [(*to_rgb(light[ink]), color[3]) if ink else color for color, ink in pairs]
+                write(after if len(after) > 1 else after[0])
+                stack.callback(write, before if len(before) > 1 else before[0])
+        name = re.sub(r"[^a-z0-9]+", "-", description.lower()).strip("-")
+        with atomic_file(folder / f"{name}.png") as file:
+            figure.savefig(file, format="png", dpi=200, facecolor="white", bbox_inches="tight")
+
+
 class Panel:
     """One pair of axes for several figures, one after the other: making them takes as long as drawing."""
 
@@ -98,6 +149,8 @@ class Panel:
             draw(self.axes)
             metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
             self.canvas.print_svg(file, metadata=metadata)  # type: ignore[no-untyped-call]
+            if (folder := _folder.get()) is not None:
+                _save_picture(self.canvas.figure, description, folder)
         body = file.getvalue().split("<svg", 1)[1].split(">", 1)[1]
         body = re.sub('<g id="[^"]*"', "<g", body)  # the same in every figure, and not referred to
         # A hundredth of a point is enough for coordinates; text stays unchanged.

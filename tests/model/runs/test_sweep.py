@@ -22,18 +22,8 @@ import train
 from model.predict import DivergedError, MemoryExhaustedError
 from model.ranks import Stopped
 from model.runs.job import Job
-from model.runs.sweep import (
-    Figures,
-    History,
-    Point,
-    Sweep,
-    TrainPoint,
-    Watch,
-    begin_trial,
-    list_trials,
-    open_sweep,
-    run_sweep,
-)
+from model.runs.sweep import Figures, Point, Sweep, TrainPoint, Trial, begin_trial, list_trials, open_sweep, run_sweep
+from model.runs.sweep_report import compare_settings
 from pipeline import DataError
 from pipeline.labels import LABELS
 from pipeline.measure.evaluation import read_evaluation
@@ -45,7 +35,7 @@ LR, WD = (1e-4, 1e-3, 1e-2), (1e-5, 0.0)
 
 def make_sweep(folder: Path, **changes: Any) -> Sweep:
     values = {"lr": LR, "weight_decay": WD, "arch": ("rescnn",)}
-    sweep = Sweep(folder, values, {"epochs": 4, "seed": 0}, "grid", trials=0, pruner="none")
+    sweep = Sweep(folder, values, {"epochs": 4, "seed": 0}, "grid", trials=0)
     return dataclasses.replace(sweep, **changes)
 
 
@@ -54,14 +44,10 @@ def score(point: Point) -> float:
     return float(0.9 - abs(point["lr"] - 1e-3) - point["weight_decay"])
 
 
-def train_point(point: Point, run: Path, watch: Watch) -> Figures:
+def train_point(point: Point, run: Path) -> Figures:
     run.mkdir(parents=True, exist_ok=True)
     with (run / "log").open("a") as log:
         log.write("trained\n")
-    history: History = []
-    for epoch in range(1, 5):
-        history.append((epoch, score(point) * epoch / 4))
-        watch(history)
     return {"dev_auroc": score(point), "train_auroc": 0.95}
 
 
@@ -79,7 +65,6 @@ def test_a_grid_trains_every_combination_once(tmp_path: Path) -> None:
     assert [trial.dev for trial in trials] == [score(point) for point in points]
     first = trials[0]
     assert (first.state, first.figures) == ("complete", {"dev_auroc": score(points[0]), "train_auroc": 0.95})
-    assert (first.epochs, len(first.history)) == (4, 4)
     assert first.run == tmp_path / "sweep" / "trials" / "lr=0.0001-weight_decay=1e-05"
     assert {trial.run for trial in trials} == {
         path for path in (tmp_path / "sweep" / "trials").iterdir() if path.is_dir()
@@ -106,13 +91,13 @@ def test_a_stopped_trial_is_done_again_and_a_diverged_one_is_not(tmp_path: Path)
     sweep = make_sweep(tmp_path / "sweep")
     calls: list[Point] = []
 
-    def stop_and_fail(point: Point, run: Path, watch: Watch) -> Figures:
+    def stop_and_fail(point: Point, run: Path) -> Figures:
         calls.append(point)
         if len(calls) == 3:
             raise Stopped(143)
         if point["lr"] == 1e-2:
             raise (DivergedError("the loss is nan") if point["weight_decay"] else MemoryExhaustedError("out of memory"))
-        return train_point(point, run, watch)
+        return train_point(point, run)
 
     with pytest.raises(Stopped):
         run(sweep, stop_and_fail)
@@ -125,33 +110,11 @@ def test_a_stopped_trial_is_done_again_and_a_diverged_one_is_not(tmp_path: Path)
     assert errors == ["the loss is nan", "out of memory"]
 
 
-def test_trials_are_pruned_at_ends_of_epochs_and_never_at_the_last(tmp_path: Path) -> None:
-    values = {"lr": tuple(range(1, 7)), "epochs": (4,)}  # which may vary, too
-    sweep = make_sweep(tmp_path / "sweep", values=values, options={}, pruner="median")
-    seen: dict[int, float] = {}
-
-    def train_scores(point: Point, run: Path, watch: Watch) -> Figures:
-        poor_from = {5: 0.25, 6: 4.0}.get(point["lr"], 9.0)
-        history: History = []
-        # The fifth is evaluated four times an epoch, and poor from the first time; the sixth at the very end alone.
-        for quarter in range(1, 17):
-            if point["lr"] == 5 or quarter % 4 == 0:
-                epoch = quarter / 4
-                history.append((epoch, 0.1 if epoch >= poor_from else 0.9))
-                seen[point["lr"]] = epoch
-                watch(history)
-        return {"dev_auroc": history[-1][1]}
-
-    run(sweep, train_scores)
-    assert [trial.state for trial in list_trials(sweep)] == [*["complete"] * 4, "pruned", "complete"]
-    assert seen == {1: 4.0, 2: 4.0, 3: 4.0, 4: 4.0, 5: 2.0, 6: 4.0}
-
-
 @pytest.mark.parametrize("error", [DataError("the disk is full"), ValueError("a defect")])
 def test_an_error_ends_the_sweep_and_its_trial_is_done_again(tmp_path: Path, error: Exception) -> None:
     sweep = make_sweep(tmp_path / "sweep")
 
-    def fail(point: Point, run: Path, watch: Watch) -> Figures:
+    def fail(point: Point, run: Path) -> Figures:
         raise error
 
     with pytest.raises(type(error), match=str(error)):
@@ -224,9 +187,9 @@ def test_a_search_ends_when_its_points_are_used_up(tmp_path: Path, capsys: pytes
 
 
 def start_worker(sweep: Sweep, seconds: float) -> ForkProcess:
-    def slow(point: Point, run: Path, watch: Watch) -> Figures:
+    def slow(point: Point, run: Path) -> Figures:
         time.sleep(seconds)
-        return train_point(point, run, watch)
+        return train_point(point, run)
 
     # Forked, because to import torch takes longer than the sweep.
     worker = get_context("fork").Process(target=run, args=(sweep, slow))
@@ -279,26 +242,28 @@ def test_two_processes_killed_and_restarted_finish_every_point_once(
 def test_trials_are_the_runs_that_train_makes(
     command: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = ("--arch", "rescnn", "--batch-size", 16, "--augment", "none", "--seed", 3)
-    sweep = tmp_path / "sweep"
-    assert command("sweep", "--sweep", sweep, "--lr", "1e-3 1e-2", "--weight-decay", "0.01", *given) == 0
-    said = capsys.readouterr()
-    assert re.search(r"^Trial 0: dev AUROC 0\.\d{4} \(.*\); 1 trial to go$", said.err, re.MULTILINE)
-    assert re.search(r"^Trial 1: dev AUROC 0\.\d{4} \(.*\)$", said.err, re.MULTILINE)
-    rows = {row["lr"]: row for row in csv.DictReader((sweep / "sweep.csv").read_text().splitlines())}
-    assert list(rows) == ["0.001", "0.01"]
+    given = ("--arch", "rescnn", "--batch-size", 16, "--augment", "none")
+    sweep, png = tmp_path / "sweep", tmp_path / "png"
+    words = ("--sweep", sweep, "--lr", "1e-3 1e-2", "--seed", "3 4", "--weight-decay", "0.01", "--png", png)
+    assert command("sweep", *words, *given) == 0
+    output = capsys.readouterr()
+    assert re.search(r"^Trial 0: dev AUROC 0\.\d{4} \(.*\); 3 trials to go$", output.err, re.MULTILINE)
+    assert re.search(r"^Trial 3: dev AUROC 0\.\d{4} \(.*\)$", output.err, re.MULTILINE)
+    rows = {(row["lr"], row["seed"]): row for row in csv.DictReader((sweep / "sweep.csv").read_text().splitlines())}
+    assert list(rows) == list(itertools.product(("0.001", "0.01"), "34"))
     ranked = sorted(rows.values(), key=lambda row: -float(row["dev_auroc"]))
-    counted, *table, best = said.out.splitlines()
-    assert [line.split()[1] for line in table if line.startswith("│")] == [row["number"] for row in ranked]
-    assert counted == f"{sweep / 'report.html'}: 2 trials complete"
-    assert best == f"trial {ranked[0]['number']} is the best: {sweep / 'trials' / ranked[0]['run']}"
-    assert command("train", "--run", tmp_path / "run", "--lr", "1e-2", *given) == 0
-    trial = sweep / "trials" / "lr=0.01"
+    counted, *table = output.out.splitlines()
+    places = [line.split()[1] for line in table if re.match(r"│\s+\d", line)]
+    assert places == [row["number"] for row in ranked]
+    assert counted == f"{sweep / 'report.html'}: 4 trials complete"
+    assert f"trial {ranked[0]['number']} is the best: {sweep / 'trials' / ranked[0]['run']}" in table
+    assert command("train", "--run", tmp_path / "run", "--lr", "1e-2", "--seed", 3, *given) == 0
+    trial = sweep / "trials" / "lr=0.01-seed=3"
     for name in ("config.json", "metrics.jsonl", "evaluation-valid.json", "scores-dev.arrow"):
         assert (trial / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
     (line,) = (trial / "metrics.jsonl").read_text().splitlines()
-    assert float(rows["0.01"]["dev_auroc"]) == pytest.approx(json.loads(line)["macro_auroc"], abs=1e-6)
-    row = rows["0.01"]
+    row = rows["0.01", "3"]
+    assert float(row["dev_auroc"]) == pytest.approx(json.loads(line)["macro_auroc"], abs=1e-6)
     dev, valid = (read_evaluation(trial / f"evaluation-{split}.json") for split in ("dev", "valid"))
     some = [label for label in LABELS if not dev.get("auroc", label).few] or LABELS
     same = [label for label in some if None not in {one.get("auroc", label).value for one in (dev, valid)}]
@@ -307,10 +272,42 @@ def test_trials_are_the_runs_that_train_makes(
         mean = sum(one.get("auroc", label).value or 0 for label in same) / len(same)
         assert float(row[name]) == pytest.approx(mean, abs=1e-6)
     assert float(row["valid_low"]) < float(row["valid_auroc"]) < float(row["valid_high"])
-    for name in ("report.html", "auroc-dev.png", "auroc-train.png"):
-        assert (sweep / name).stat().st_size > 1000
+    # Settings by their mean over seeds, and the ensemble of the best one's runs.
+    means = {
+        lr: (float(rows[lr, "3"]["dev_auroc"]) + float(rows[lr, "4"]["dev_auroc"])) / 2 for lr in ("0.001", "0.01")
+    }
+    best, other = sorted(means, key=lambda lr: -means[lr])
+    values = [float(rows[best, seed]["dev_auroc"]) for seed in "34"]
+    page = (sweep / "report.html").read_text()
+    cells = f"<td>2</td><td>{means[best]:.3f}</td><td>{abs(values[0] - values[1]) / 2**0.5:.3f}</td>"
+    cells += f"<td>{min(values):.3f} to {max(values):.3f}</td><td>–</td>"
+    assert f"<tr><th>learning rate {best}</th>{cells}" in page
+    assert f"<td>{means[best] - means[other]:.3f} " in page.split(f"<th>learning rate {other}</th>")[1]
+    runs = sorted((row for (lr, _), row in rows.items() if lr == best), key=lambda row: -float(row["dev_auroc"]))
+    folders = " ".join(f"--run {sweep / 'trials' / row['run']}" for row in runs)
+    ensemble = f"evaluate {folders} --out {sweep / 'ensemble'}"
+    assert output.err.endswith(f"next: python -m train {ensemble}\n")
+    assert f"<code>python -m train {ensemble}</code>" in page
+    pictures = {"dev-auroc.png", "learning-curves.png", "train-auroc.png"}
+    assert {path.name for path in png.iterdir()} == pictures
     with pytest.raises(DataError, match=r"augment is none there and affine here; choose another `sweep`$"):
-        command("sweep", "--sweep", sweep, "--lr", "1e-3 1e-2", *given[:4], "--seed", 3)
+        command("sweep", *words, *given[:4])
+
+
+def test_settings_are_compared_as_runs_are(
+    command: Callable[..., int], make_job: Callable[..., Job], trained: Job, run: Path
+) -> None:
+    """With `evaluate --against`, whose differences are paired by patient."""
+    trials = [
+        Trial(each, {"epochs": n}, n, {}, "complete", figures={"dev_auroc": 0.9 - n / 10})
+        for n, each in enumerate((trained.run, run))
+    ]
+    best, other = compare_settings(trained, trials)
+    assert [setting.name for setting in (best, other)] == ["epochs 0", "epochs 1"]
+    assert command("evaluate", "--run", trained.run, "--split", "dev", "--against", run) == 0
+    evaluation = read_evaluation(trained.run / f"evaluation-dev-against-{run.name}.json")
+    row = evaluation.get("auroc_difference", evaluation.best_mean(), scorer=str(run))
+    assert other.less == pytest.approx({"value": row.value, "low": row.low, "high": row.high})
 
 
 def test_an_error_in_one_trial_leaves_a_report_of_the_others(

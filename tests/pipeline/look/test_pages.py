@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 
 from model.runs.report import render_report
-from model.runs.sweep_report import render_sweep
 from pipeline.labels import LABELS
 from pipeline.look.label_report import STRENGTH
 from pipeline.manifest import Manifest
@@ -22,7 +21,7 @@ from pipeline.measure.evaluate import Scored, assess, calibrate
 from pipeline.measure.evaluation import Evaluation
 from pipeline.measure.judge import add_other
 from tests.conftest import run_pipeline
-from tests.model.runs.test_sweep_report import make_trial
+from tests.model.runs.test_sweep_report import make_trial, render
 
 CHROMIUM = shutil.which("chromium")
 pytestmark = [pytest.mark.pages, pytest.mark.skipif(CHROMIUM is None, reason="no chromium")]
@@ -143,8 +142,8 @@ def test_the_sweep_report_is_legible(tmp_path: Path, width: int, scheme: int) ->
         make_trial(number, 0.7 + 0.02 * number, lr=lr, weight_decay=decay)
         for number, (lr, decay) in enumerate(itertools.product((1e-4, 1e-3, 1e-2), (0.0, 1e-4, 1e-2)))
     ]
-    trials.append(make_trial(9, None, "pruned", lr=0.1, weight_decay=1e-2))
-    seen = look(tmp_path, render_sweep("runs/sweep", trials), width, scheme)
+    trials.append(make_trial(9, None, "failed", lr=0.1, weight_decay=1e-2))
+    seen = look(tmp_path, render("runs/sweep", trials), width, scheme)
     assert seen["headline"] == ["0.860", "0.810 [0.780, 0.840]"]
     assert set(seen["ticks"]) == {seen["color"], "rgb(17, 17, 17)", "rgb(255, 255, 255)"}  # on cells
 
