@@ -38,7 +38,7 @@ class ShardFile(NamedTuple):
         return self.remote.path(self.shard, stop) if self.remote else self.folder / self.shard.file
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class OpenSplit:
     """A split ready to be read: its table, the shards that column `shard` counts, and columns as arrays [N].
 

@@ -143,6 +143,7 @@ def test_each_object_shows_itself_on_one_line(study_shards: Shards) -> None:
     stream = train.batches(4, 16, epoch=1)
     assert repr(next(iter(stream))) == "<Batch 0 of epoch 1: images [4, 1, 16, 16], target [4, 14]>"
     assert repr(stream) == f"<BatchStream at step 1 of {len(stream)}>"
+    assert "\n" not in repr(train.split)
 
 
 def test_reading_does_without_torch(shards: Shards) -> None:
