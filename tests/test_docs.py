@@ -27,7 +27,7 @@ from tests.layouts import draw, write_nih
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 # Of small runs, instead of make's own.
 SETTINGS = {"ARCH": "rescnn", "SIZE": "128", "BATCH": "16", "EPOCHS": "1", "DEV": "0.2"}
-PROGRAMS = ("pipeline", "python", "torchrun", "dask")
+PROGRAMS = ("pipeline", "python", "torchrun", "dask", "docker")
 
 
 class Block(NamedTuple):
