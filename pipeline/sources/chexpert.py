@@ -11,8 +11,9 @@ that its CSV names, else from any that has its patient, study and view. Folders 
 
 import re
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
-from functools import cache
+from contextlib import nullcontext, suppress
+from functools import cache, partial
+from itertools import takewhile
 from pathlib import Path
 
 import pyarrow as pa
@@ -29,6 +30,7 @@ KEY = {"key": "{patient}_study{study}_{file}"}
 VIEW = Column("(?P<view>(?i:frontal|lateral))", "is neither Frontal nor Lateral")
 _BATCH = re.compile(r"batch[ _-]?\d", re.IGNORECASE)  # AIMI's download folders
 _PATIENT = re.compile(r"patient\d+")
+DEEPEST = 6  # levels of folders that are searched for patients
 _SPLIT_FOLDERS = ("train", "valid", "val", "test")
 _FOLDER = r"[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*"  # neither `..` nor the empty name before a first slash
 
@@ -67,32 +69,30 @@ class Chexpert(DataSet):
 
     def locate(self, paths: Sequence[str], roots: Sequence[Path]) -> list[str]:
         """The file of each path: in a folder that the CSV names, else in any that has it, else its expected path."""
-        folders = _find_patients(roots, {_above(path) for path in paths})
-        meant = cache(lambda above: _named_folders(above, roots))
-        files = []
+        holders = _find_patients(roots, {name for path in paths for name in path.split("/")[:-3]})
+        names, files = tuple(map(str, roots)), []
         for path in paths:
-            above = _above(path)
-            image = path[len(above) :].removeprefix("/")
-            holding = folders.get(image.partition("/")[0], [])
-            named = [folder for folder in meant(above) if folder in holding]
-            others = [folder for folder in holding if folder not in named]
-            candidates = [f"{folder}/{image}" for folder in (*named, *others)]
-            if len(candidates) == 1 and (named or _is_batch(others[0])):  # no need to look
+            *above, patient, study, file = path.split("/")
+            count = partial(_count_alike, "/".join(above), names)
+            folders = sorted(holders.get(patient, []), key=count, reverse=True)
+            candidates = [f"{folder}/{patient}/{study}/{file}" for folder in folders]
+            is_named = bool(folders) and count(folders[0]) > 0
+            if len(candidates) == 1 and (is_named or _is_batch(folders[0])):  # no need to look
                 files.append(candidates[0])
                 continue
-            parent = "/".join(filter(None, (str(roots[0]), above.rpartition("/")[2])))
-            expected = candidates[0] if named else f"{parent}/{image}"
+            expected = candidates[0] if is_named else "/".join([str(roots[0]), *above[-1:], patient, study, file])
             files.append(next((file for file in candidates if open_location(file).exists()), expected))
         return files
 
     def describe_moved(self, tables: Iterable[pa.Table], roots: Sequence[Path]) -> str | None:
         """How many images lie in another folder than the CSV states, not counting AIMI's batches; None for no image."""
-        meant = cache(lambda above: {*_named_folders(above, roots)})
+        names = tuple(map(str, roots))
         moved = [
             (path, file)
             for table in tables
             for path, file in zip(table["path"].to_pylist(), table["file"].to_pylist(), strict=True)
-            if (folder := file.rsplit("/", 3)[0]) not in meant(_above(path)) and not _is_batch(folder)
+            if not _count_alike("/".join(path.split("/")[:-3]), names, folder := file.rsplit("/", 3)[0])
+            and not _is_batch(folder)
         ]
         if not moved:
             return None
@@ -119,54 +119,33 @@ def _csvs_in(folder: Path) -> dict[str, Path]:
     return {}
 
 
-def _above(path: str) -> str:
-    """The folders above the patient's: `CheXpert-v1.0/train`, or nothing."""
-    return "/".join(path.split("/")[:-3])
-
-
-def _find_patients(roots: Sequence[Path], aboves: set[str]) -> dict[str, list[str]]:
-    """Patient → the folders that hold a folder of that name: a root, a folder in one, or one that a CSV names."""
-    folders: dict[Path, list[str]] = {root: list_folders(root) for root in roots}
-
-    def look(folder: Path) -> list[str]:
-        if folder not in folders:  # a root may lie in another one
-            with suppress(PermissionError):  # such as lost+found
-                folders[folder] = list_folders(folder)
-        return folders.get(folder, [])
-
-    for root in roots:
-        for name in folders[root]:
-            if not _PATIENT.fullmatch(name):
-                look(root / name)
-        for tail in {tail for above in aboves for tail in _tails(above)}:
-            folder = root
-            for name in tail.split("/"):
-                if name not in look(folder):
-                    break
-                folder /= name
-            else:
-                look(folder)
+def _find_patients(roots: Sequence[Path], named: set[str]) -> dict[str, list[str]]:
+    """Patient → the folders that hold a folder of that name: a root, one in a root, and below these a `named` one."""
     holders: dict[str, list[str]] = {}
-    for folder, names in folders.items():
-        for name in names:
-            if _PATIENT.fullmatch(name):
-                holders.setdefault(name, []).append(str(folder))
+    level, seen = [*roots], set(roots)  # each once, as roots may lie in one another
+    for _ in range(DEEPEST):
+        below = []
+        for folder in level:
+            with nullcontext() if folder in roots else suppress(PermissionError):  # such as lost+found
+                for name in list_folders(folder):
+                    if _PATIENT.fullmatch(name):
+                        holders.setdefault(name, []).append(str(folder))
+                    elif folder in roots or name in named:
+                        below.append(folder / name)
+        level = [folder for folder in below if folder not in seen]
+        seen.update(level)
     return holders
 
 
-def _tails(above: str) -> list[str]:
-    """`a/b/c` → itself, `b/c` and `c`: the CSV's folders may begin above those that the user named."""
-    parts = above.split("/") if above else []
-    return ["/".join(parts[start:]) for start in range(len(parts))]
+@cache
+def _count_alike(above: str, roots: tuple[str, ...], folder: str) -> int:
+    """How many of the folders above a patient's a folder ends in, from the last one up; 0 if the CSV means another.
 
-
-def _named_folders(above: str, roots: Sequence[Path]) -> list[str]:
-    """The folders that a CSV may mean by the folders above a patient's, the most literal ones first, each once."""
-    named = [f"{root}/{tail}" for tail in _tails(above) for root in roots]
-    # What the CSV calls `CheXpert-v1.0` may have another name; and a root may itself be the last of the folders.
-    last = above.rpartition("/")[2]
-    alike = [str(root) for root in roots if "/" not in above or root.name == last]
-    return list(dict.fromkeys(named + alike))  # roots may lie in one another
+    What the CSV calls `CheXpert-v1.0`, without folders in it, may have any name.
+    """
+    pairs = zip(reversed(above.split("/")), reversed(folder.split("/")), strict=False)
+    alike = len([*takewhile(lambda pair: pair[0] == pair[1], pairs)])
+    return alike or int("/" not in above and folder in roots)
 
 
 def _is_batch(folder: str) -> bool:

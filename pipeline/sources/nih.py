@@ -18,8 +18,9 @@ from pipeline.base.csvs import demand, line_of
 from pipeline.base.errors import DataError
 from pipeline.base.store import list_folders, open_to_read
 from pipeline.identity import Note, ignore, join, normalize_paths
-from pipeline.sources.source import Column, DataSet, Source, find_files, list_images, read_terms
+from pipeline.sources.source import AGE, Column, DataSet, Source, divide, list_images, read_terms
 
+TABLES = ("Data_Entry_2017_v2020.csv", "Data_Entry_2017.csv")
 LISTS = {"train": "train_val_list.txt", "test": "test_list.txt"}
 
 
@@ -28,10 +29,8 @@ class Nih(DataSet):
 
     def find_tables(self, folder: Path) -> dict[str, Path] | None:
         """The table and the official lists, if any. Raises DataError if one list is missing."""
-        tables = find_files(folder, {"table": self.names} | {split: [name] for split, name in LISTS.items()})
-        if "table" not in tables:
-            return None
-        missing = [name for split, name in LISTS.items() if split not in tables]
+        tables = super().find_tables(folder)
+        missing = [name for split, name in LISTS.items() if tables and split not in tables]
         if len(missing) == 1:
             raise DataError(f"{folder}: {missing[0]} is missing: NIH's official splits are two lists, or none")
         return tables
@@ -63,8 +62,7 @@ class Nih(DataSet):
                 f"{csvs['table']}, line {line_of(csvs['table'], row)}: {table['path'][row]} is in neither "
                 f"{' nor '.join(LISTS.values())}"
             )
-        of_rows = rows["list"].take(place)
-        return {split: table.filter(pc.equal(of_rows, name)) for split, name in LISTS.items()}
+        return divide(table, rows["list"].take(place), {name: split for split, name in LISTS.items()})
 
     def read_text(self, csv: Path) -> pa.Table:
         """The columns needed. Raises DataError for No Finding beside a finding."""
@@ -86,12 +84,12 @@ class Nih(DataSet):
 
 SET = Nih(
     read_terms("nih"),
-    names=("Data_Entry_2017_v2020.csv", "Data_Entry_2017.csv"),
+    tables={"table": TABLES} | {split: (name,) for split, name in LISTS.items()},
     columns={
         "Image Index": Column(r"(?P<path>(?P<key>(?P<patient>\d{8})_\d{3})\.png)", "is not like 00000001_000.png"),
         "Finding Labels": Column("(?P<findings>.*)", "is no list of findings"),
         "Follow-up #": Column(r"(?P<study>\d{1,6})", "is not a number"),
-        "Patient Age": Column(r"(?P<age>\d{1,3})Y?", "is not a number of years"),
+        "Patient Age": AGE,
         "Patient Gender": Column("(?P<letter>[MF])", "is neither M nor F"),
         "View Position": Column("(?P<position>AP|PA)", "is neither AP nor PA"),
     },

@@ -23,7 +23,7 @@ from pipeline.sources.source import Column, DataSet, read_terms
 NAME = "is not a name of up to 80 characters"
 ALL = DataSet(
     read_terms("padchest"),
-    names=("PADCHEST_chest_x_ray_images_labels_160K_01.02.19.csv",),
+    tables={"train": ("PADCHEST_chest_x_ray_images_labels_160K_01.02.19.csv",)},
     columns={
         "ImageID": Column(r"(?P<key>[0-9A-Za-z_-]{1,90})\.png", "is not the name of a PNG"),
         "ImageDir": Column(r"(?P<folder>\d{1,4})", "is not a number"),

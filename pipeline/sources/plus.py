@@ -28,7 +28,7 @@ from pipeline.sources.source import (
     Column,
     DataSet,
     Source,
-    find_files,
+    divide,
     make_table,
     read_terms,
     take_states,
@@ -43,13 +43,11 @@ class Plus(DataSet):
 
     def find_tables(self, folder: Path) -> dict[str, Path] | None:
         """The table and the labels; None without the table. Raises DataError if there are no labels."""
-        table = find_files(folder, {"table": self.names})
-        files = find_files(folder, {"labels": LABEL_FILES}) or find_files(
-            folder, {f"labels_{split}": [f"{split}.csv"] for split in SPLITS}
-        )
-        if table and not files:
-            raise DataError(f"{folder}: {self.names[0]} is there, but none of {', '.join(LABEL_FILES)}, train.csv")
-        return table | files if table else None
+        tables = super().find_tables(folder)
+        if tables and len(tables) == 1:
+            raise DataError(f"{tables['table']} is there, but none of {', '.join(LABEL_FILES)}, train.csv")
+        chosen = ("table", "labels") if tables and "labels" in tables else tuple(self.tables)
+        return tables and {role: path for role, path in tables.items() if role in chosen}
 
     def read(self, source: Source, note: Note = ignore) -> dict[str, pa.Table]:
         """Split → its label table."""
@@ -63,10 +61,8 @@ class Plus(DataSet):
         labels = _read_json(files[0]) if "labels" in source.csvs else pa.concat_tables(own)
         names, by = labels["path"], partial(normalize_paths, parts=3)
         place = join(fields["path"], files[0], labels.select(LABELS), names, "images", note, by, lambda _, row: row + 1)
-        states = {label: take_states(labels[label].combine_chunks(), place) for label in LABELS}
-        table = make_table(fields, states, self.read_facts(text))
-        splits = {split: table.filter(pc.equal(fields["split"], split)).combine_chunks() for split in SPLITS}
-        return {split: rows for split, rows in splits.items() if len(rows)}
+        table = make_table(fields, take_states(labels.combine_chunks(), place), self.read_facts(text))
+        return divide(table, fields["split"], {split: split for split in SPLITS})
 
 
 def _read_json(path: Path) -> pa.Table:
@@ -93,7 +89,12 @@ def _read_json(path: Path) -> pa.Table:
 
 SET = Plus(
     read_terms("chexpert-plus"),
-    names=("df_chexpert_plus_240401.csv",),
+    tables={
+        "table": ("df_chexpert_plus_240401.csv",),
+        "labels": LABEL_FILES,
+        "labels_train": ("train.csv",),
+        "labels_valid": ("valid.csv",),
+    },
     columns={
         "path_to_image": Column(
             rf"(?P<path>(?:train|valid)/{chexpert.IMAGE}\.(?i:jpg|jpeg|png|dcm))",

@@ -101,7 +101,7 @@ def find_set(folder: Path, name: str | None = None) -> tuple[str, dict[str, Path
             )
         if name is None and (tables := webdataset.SET.find_tables(folder)):
             return "webdataset", tables
-    wanted = ", or ".join(f"{kind.files or f'a {kind.names[0]}'} ({kind.terms.title})" for kind in asked.values())
+    wanted = ", or ".join(f"{kind.sign} ({kind.terms.title})" for kind in asked.values())
     names = sorted(path.name for path in list_files(folder))
     more = f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
     content = f"it holds {', '.join(names[:SHOWN])}{more}" if names else "it is empty"

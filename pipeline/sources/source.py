@@ -17,14 +17,14 @@ from pipeline.base.csvs import demand, demand_unique, read_header, read_strings
 from pipeline.base.errors import DataError
 from pipeline.base.store import list_files
 from pipeline.identity import Note, ignore
-from pipeline.labels import LABELS, NOT_ANNOTATED, POSITIONS, parse_states
+from pipeline.labels import LABELS, NOT_ANNOTATED, parse_states
 from pipeline.sources.findings import parse_findings, read_findings
+from pipeline.sources.words import read_views, read_words, translate
 
 # Of two files of one image, the earlier is the original.
 RANKS = (("dcm", "dicom"), ("png",), ("jpg", "jpeg"))
 BLANKS = ("blank", "not-annotated")
 SUFFIX = r"\.(?i:jpg|jpeg|png|dcm|dicom)"
-SEXES = {"M": "Male", "F": "Female", "O": "Other"}
 _IN_TAR = re.compile(r"(.+\.tar)@(\d+)\+(\d+)#.*", re.DOTALL)
 
 
@@ -105,7 +105,9 @@ class DataSet:
     """
 
     terms: Terms
-    names: tuple[str, ...] = ()  # of the table that lists the images, plain or gzipped
+    # Role → names of its table, plain or gzipped; the first lists the images, and those `needed` must be beside it.
+    tables: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    needed: tuple[str, ...] = ()
     columns: dict[str, Column] = field(default_factory=dict)  # the first is one that no other set has
     # Further fields, made of those of the columns: "key": "{patient}_study{study}".
     templates: Mapping[str, str] = field(default_factory=dict)
@@ -114,13 +116,23 @@ class DataSet:
     facts: tuple[str, ...] = ()  # columns that are kept as they are, if the table has them
     # Folders below a root that may hold the images, and the suffix of the images in them.
     places: tuple[tuple[str, str], ...] = (("", ""),)
-    files: str = ""  # by which a folder is recognized, in words
+    files: str = ""  # by which a folder is recognized, in words, if not by the first table
     is_joined: bool = False  # from several tables
     numbers_studies: bool = False  # by us, as its tables do not
 
+    @property
+    def sign(self) -> str:
+        """The file by which a folder is recognized, in words."""
+        return self.files or f"a {next(iter(self.tables.values()))[0]}"
+
     def find_tables(self, folder: Path) -> dict[str, Path] | None:
-        """The files that list the images, by split or role; None if the folder does not hold the set."""
-        return find_files(folder, {"train": self.names}) or None
+        """The tables by split or role; None without the first. Raises DataError if a needed one is missing."""
+        tables = find_files(folder, self.tables)
+        first = next(iter(self.tables))
+        missing = [self.tables[role][0] for role in self.needed if role not in tables]
+        if first in tables and missing:
+            raise DataError(f"{folder}: {tables[first].name} is there, but not {' and '.join(missing)}")
+        return tables if first in tables else None
 
     def find_roots(self, homes: Sequence[Path]) -> list[Path]:
         """Folders that may hold images, beside those of the tables and those that the user named."""
@@ -140,7 +152,7 @@ class DataSet:
         if column:
             states = parse_findings(csv, column, fields["findings"], separator, read_findings(self.terms.name))
         else:
-            states = {label: parse_states(csv, label, text[label]) for label in LABELS}
+            states = read_labels(csv, text)
         table = make_table(fields, states, self.read_facts(text))
         return table.filter(pc.not_equal(fields["used"], "")) if "used" in fields else table
 
@@ -226,20 +238,15 @@ def make_table(
     each image is a separate study. `position` stands for view and projection, `letter` for the sex, `year` and
     `birth` for the age. Without a view, images are frontal. Of the other fields, only `bits` is kept.
     """
-    names = fields["key"].to_pylist()
-    blank = pa.nulls(len(names), pa.string())
-    view, projection = fields.get("view", pa.repeat("frontal", len(names))), fields.get("projection", blank)
+    blank = pa.nulls(len(fields["key"]), pa.string())
+    view, projection = fields.get("view", pa.repeat("frontal", len(blank))), fields.get("projection", blank)
     if "position" in fields:
-        given = [name or "" for name in fields["position"].to_pylist()]
-        views = [POSITIONS.get(name, "other") for name in given]
-        pairs = zip(given, views, strict=True)
-        projection = pa.array(
-            [name.partition("_")[0] if view == "frontal" else None for name, view in pairs], pa.string()
-        )
-        view = pa.array(views, pa.string())
+        view = pc.fill_null(translate(fields["position"], read_views()), "other")
+        projection = translate(fields["position"], read_words("projection"))
+        projection = pc.if_else(pc.equal(view, "frontal"), projection, None)
     sex, age = fields.get("sex", blank), fields.get("age", blank).cast(pa.int16())
     if "letter" in fields:
-        sex = pa.array([SEXES.get(letter) for letter in fields["letter"].to_pylist()], pa.string())
+        sex = translate(fields["letter"], read_words("sex"))
     if "birth" in fields:
         age = pc.subtract(*(fields[name].cast(pa.int16()) for name in ("year", "birth")))
     study = fields.get("study")
@@ -329,9 +336,21 @@ def list_images(folders: Iterable[Path]) -> dict[str, str]:
     return images
 
 
-def take_states(states: pa.Array, place: pa.Array) -> pa.Array:
+def read_labels(csv: Path, text: pa.Table) -> dict[str, pa.Array]:
+    """The states [N] of the 14 labels, from a table's columns of text."""
+    return {label: parse_states(csv, label, text[label]) for label in LABELS}
+
+
+def take_states(states: Mapping[str, pa.Array], place: pa.Array) -> dict[str, pa.Array]:
     """The states of the rows [N] that `place` names; an image without one is not annotated, which is not blank."""
-    return pc.if_else(place.is_null(), pa.scalar(NOT_ANNOTATED, pa.int8()), states.take(place))
+    absent = pa.scalar(NOT_ANNOTATED, pa.int8())
+    return {label: pc.if_else(place.is_null(), absent, states[label].take(place)) for label in LABELS}
+
+
+def divide(table: pa.Table, names: pa.Array, splits: Mapping[str, str] | Mapping[bool, str]) -> dict[str, pa.Table]:
+    """Split → the rows whose name [N] stands for it, without empty splits."""
+    parts = {split: table.filter(pc.equal(names, name)).combine_chunks() for name, split in splits.items()}
+    return {split: part for split, part in parts.items() if len(part)}
 
 
 def number_studies(patients: pa.ChunkedArray, studies: pa.ChunkedArray) -> pa.Array:

@@ -17,7 +17,7 @@ from pipeline.base.csvs import SUFFIXES, demand_columns, demand_unique, read_str
 from pipeline.base.errors import DataError
 from pipeline.base.store import list_files
 from pipeline.identity import Note, ignore
-from pipeline.labels import LABELS, POSITIONS, describe_unknown, find_label
+from pipeline.labels import LABELS, describe_unknown, find_label
 from pipeline.sources.source import (
     AGE,
     PATIENT,
@@ -30,7 +30,7 @@ from pipeline.sources.source import (
     read_cells,
     read_terms,
 )
-from pipeline.sources.words import count_words, read_states, read_words, translate
+from pipeline.sources.words import count_words, read_states, read_views, read_words, translate
 
 _PART = r"(?:[^/\\.]|\.[^/\\.]|\.\.[^/\\])[^/\\]*"  # a folder but . and ..
 NEEDED = ("path", "patient")
@@ -120,9 +120,7 @@ def _read_words(
     columns: Mapping[str, str], cells: Mapping[str, pa.ChunkedArray], fields: dict[str, pa.Array], note: Note
 ) -> None:
     """Add sex, view and projection, of which a column may hold both, to the fields."""
-    projections = read_words("projection")
-    views = read_words("view") | {word: POSITIONS[name] for word, name in projections.items()}
-    for name, other, words in (("sex", "", read_words("sex")), ("view", "projection", views)):
+    for name, other, words in (("sex", "", read_words("sex")), ("view", "projection", read_views())):
         column = name if name in cells else other
         if column in cells:
             fields[name] = translate(cells[column], words)
@@ -131,7 +129,9 @@ def _read_words(
                 note(f"column {columns[column]}: no {name} is known for {count_words(unknown)}")
     if "view" in fields:
         fields["view"] = pc.fill_null(fields["view"], "other")
-        fields["projection"] = translate(cells["projection" if "projection" in cells else "view"], projections)
+        fields["projection"] = translate(
+            cells["projection" if "projection" in cells else "view"], read_words("projection")
+        )
 
 
 SET = OwnTable(read_terms("table"), files="a single CSV (of several, name one as SOURCE)", numbers_studies=True)

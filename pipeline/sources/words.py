@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 
 from pipeline.base.csvs import name_row, read_strings
 from pipeline.base.errors import DataError, quote
-from pipeline.labels import LABELS, NOT_ANNOTATED, STATES, find_label, suggest
+from pipeline.labels import LABELS, NOT_ANNOTATED, POSITIONS, STATES, find_label, suggest
 
 MEANINGS = STATES | {"not annotated": NOT_ANNOTATED}
 NUMBERS = {1.0: 1, 0.0: 0, -1.0: -1, -2.0: NOT_ANNOTATED}  # the last as in our own shards
@@ -35,6 +35,11 @@ def read_words(kind: str) -> dict[str, str]:
     """Folded word → its meaning."""
     with Path(__file__).with_name("words.csv").open(newline="", encoding="utf-8") as file:
         return {fold(row["word"]): row["meaning"] for row in csv.DictReader(file) if row["kind"] == kind}
+
+
+def read_views() -> dict[str, str]:
+    """Folded word for a view or projection → the view."""
+    return read_words("view") | {word: POSITIONS[name] for word, name in read_words("projection").items()}
 
 
 def parse_state(word: str) -> int | None:
@@ -123,9 +128,9 @@ def count_words(column: pa.ChunkedArray) -> str:
     return ", ".join(texts) + (f" and {len(counts) - SHOWN:,} more" if len(counts) > SHOWN else "")
 
 
-def translate(column: pa.ChunkedArray, words: Mapping[str, str]) -> pa.Array:
+def translate(column: pa.Array | pa.ChunkedArray, words: Mapping[str, str]) -> pa.Array:
     """The meaning of each word [N]; null if it is blank or unknown."""
-    encoded = column.combine_chunks().dictionary_encode()
+    encoded = pa.chunked_array(column).combine_chunks().dictionary_encode()
     meanings = [words.get(fold(word)) for word in encoded.dictionary.to_pylist()]
     return pa.array(meanings, pa.string()).take(encoded.indices)
 

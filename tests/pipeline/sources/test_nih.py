@@ -117,7 +117,7 @@ def test_a_patient_in_both_lists_is_refused(folder: Path) -> None:
 def test_kaggle_s_copy_without_lists_is_train(folder: Path) -> None:
     for name in nih.LISTS.values():
         (folder / name).unlink()
-    (folder / nih.SET.names[0]).rename(folder / "Data_Entry_2017.csv")
+    (folder / nih.TABLES[0]).rename(folder / "Data_Entry_2017.csv")
     film = next(folder.glob("images_*/images/00000002_000.png"))
     film.rename(film.with_suffix(".PNG"))
     out = folder.parent / "out"

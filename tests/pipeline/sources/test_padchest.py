@@ -18,7 +18,7 @@ from pipeline.sources.findings import EVERY, read_findings
 from tests.conftest import run_pipeline, shipped_table
 from tests.layouts import PADCHEST_ROWS, shard, write_padchest
 
-TABLE = f"{padchest.SET.names[0]}.gz"
+TABLE = f"{padchest.SET.tables['train'][0]}.gz"
 
 
 PNG = ("--size", 320, "--encoding", "png")
