@@ -1,6 +1,6 @@
 """Network → a file for other programs: gray levels in, scores out, normalization included.
 
-    .onnx  ONNX (onnxruntime, OpenCV, TensorRT)
+    .onnx  ONNX (onnxruntime, OpenCV, TensorRT); score.py beside it scores image files
     .pt2   torch.export (PyTorch without this package)
 
 Both take uint8 images [B, 1, H, W] for any B and give float32 scores [B, L] as `predict` does: those of one network, or
@@ -26,6 +26,7 @@ from pipeline.base.errors import needs
 from pipeline.base.files import write_atomically
 
 FACTS = "facts.json"
+SCRIPT = Path(__file__).parent / "templates" / "score.py"
 TOLERANCE = 0.01  # between logits of the exported network and eager ones
 STEEPEST = 8.0  # larger logits are not compared: a float32 score that near 0 or 1 has lost its logit
 SMALLEST = 2.0**-24  # scores nearer to 0 or 1 are calibrated as if they were this near
@@ -80,11 +81,14 @@ def export_scorer(
     """Write the file; returns the largest difference between its logits and eager ones, on X-ray-like images.
 
     `facts` are stored in the file: as metadata_props of ONNX, or as facts.json among the extra files of torch.export.
-    Raises ValueError for a suffix other than .onnx and .pt2, for missing packages, and if the logits differ or
-    none can be compared; DataError if the file cannot be written.
+    Raises ValueError for a suffix other than .onnx and .pt2, for missing packages, if the logits differ or none can be
+    compared, and if another score.py is in the folder; DataError if the file cannot be written.
     """
     if path.suffix not in (".onnx", ".pt2"):
         raise ValueError(f"{path}: export writes .onnx or .pt2")
+    script, content = path.with_name(SCRIPT.name), SCRIPT.read_bytes()
+    if path.suffix == ".onnx" and script.exists() and not script.read_bytes().startswith(content[:30]):
+        raise ValueError(f"{script}: another program; export writes a script of this name: choose another folder")
     scorer = scorer.cpu().eval().to(memory_format=torch.contiguous_format)
     images = draw_probes(*shape)
     dynamic = ({0: torch.export.Dim("batch")},)
@@ -92,12 +96,14 @@ def export_scorer(
     with torch.no_grad():
         expected = scorer(images)[0]
         program = torch.export.export(scorer, (images[:2],), dynamic_shapes=dynamic)
-        content, scores = (_as_pt2 if path.suffix == ".pt2" else _as_onnx)(program, images, facts)
+        exported, scores = (_as_pt2 if path.suffix == ".pt2" else _as_onnx)(program, images, facts)
     try:
         difference = compare_scores(scores, expected)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    write_atomically(path, content)
+    write_atomically(path, exported)
+    if path.suffix == ".onnx":
+        write_atomically(script, content)
     return difference
 
 

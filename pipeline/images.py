@@ -217,9 +217,10 @@ def _read_jpeg(data: bytes, options: ImageOptions) -> Picture:
         pixels = _turn(_decode_any(data, colorspace), orientation)
         return Picture(pixels, pixels.shape, facts.bits, facts.has_metadata, facts.quality)
     inner = _inner_shape((height, width), options)
-    # Decode at the smallest scale of at least 1.5 times the target: halves, which libjpeg's SIMD has and Pillow's
-    # `draft` too, so that model/score.py gets the same pixels.
-    part = next((part for part in SCALES if 2 * height >= 3 * part * inner[0] and 2 * width >= 3 * part * inner[1]), 1)
+    # Decode at the smallest scale of at least 1.5 times the target, by the rule of Pillow's `draft`, so that the script
+    # beside an exported network gets the same pixels. libjpeg has fast code for these scales alone.
+    least = min(height // (3 * inner[0] // 2), width // (3 * inner[1] // 2))
+    part = next((part for part in SCALES if part <= least), 1)
     minimum = (ceil(height / part), ceil(width / part)) if part > 1 else (0, 0)
     is_resized = options.square == "no" and inner != (height, width)  # so these pixels are soon gone
     pixels = _decode_any(data, colorspace, minimum, _borrow(height * width) if is_resized else None)

@@ -1,5 +1,6 @@
 """The wheel holds everything that runs: `pipeline` without any extra, and train.py with that of training."""
 
+import json
 import subprocess
 import sys
 import tomllib
@@ -10,7 +11,10 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from model.export import Reading, Scorer, export_scorer
+from model.networks import ResCNN
 from tests.conftest import REPOSITORY, start
+from tests.model.test_score import draw_kinds
 
 pytestmark = pytest.mark.wheel
 
@@ -33,9 +37,14 @@ def install(wheel: Path, folder: Path, extra: str = "") -> Path:
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
     quietly = ["-m", "pip", "install", "--quiet", "--no-deps"]
     subprocess.run([folder / "bin" / "python", *quietly, wheel], check=True)
-    (packages,) = folder.glob("lib/python*/site-packages")
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
-    wanted = project["dependencies"] + (project["optional-dependencies"][extra] if extra else [])
+    link(folder, project["dependencies"] + (project["optional-dependencies"][extra] if extra else []))
+    return folder
+
+
+def link(environment: Path, wanted: list[str]) -> None:
+    """Links in an environment to packages of this one, with all that they require."""
+    (packages,) = environment.glob("lib/python*/site-packages")
     installed: set[str] = set()
     while wanted:
         requirement = Requirement(wanted.pop())
@@ -47,7 +56,6 @@ def install(wheel: Path, folder: Path, extra: str = "") -> Path:
             for part in {file.parts[0] for file in package.files or []} - {"..", "__pycache__"}:
                 if not (packages / part).exists():
                     (packages / part).symlink_to(str(package.locate_file(part)))
-    return folder
 
 
 def run(environment: Path, folder: Path, *command: object, code: int = 0) -> str:
@@ -88,3 +96,20 @@ def test_both_commands_work_outside_the_clone(wheel: Path, tmp_path: Path) -> No
     options = ("--arch", "rescnn", "--image-size", 32, "--batch-size", 8, "--epochs", 1, "--workers", 1)
     run(environment, tmp_path, "python", "-m", "train", "--shards", "shards", "--run", "run", *options)
     assert {"report.html", "model-card.md", "best.pt"} <= {path.name for path in (tmp_path / "run").iterdir()}
+
+
+def test_an_exported_network_scores_with_three_packages(tmp_path: Path) -> None:
+    environment, model = tmp_path / "environment", tmp_path / "model.onnx"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
+    link(environment, ["numpy", "pillow", "onnxruntime"])
+    options = {"size": 64, "square": "no", "encoding": "jpeg", "quality": 95, "max_pixels": 10**7, "bits": None}
+    texts = {"labels": ["Edema"], "image_size": [32, 32], "images": options, "thresholds": {}}
+    facts = {name: json.dumps(value) for name, value in texts.items()} | {"threshold_rule": "none", "use": "research"}
+    export_scorer(Scorer([ResCNN(14, widths=(16, 32))], [Reading([5], 120.0, 60.0)]), (32, 32), model, facts)
+    names = [f"{place}.{kind.split()[0].lower()}" for place, (kind, _) in enumerate(draw_kinds(390, 320))]
+    for name, (_, data) in zip(names, draw_kinds(390, 320), strict=True):
+        (tmp_path / name).write_bytes(data)
+    table = run(environment, tmp_path, "python", "score.py", "model.onnx", *names)
+    here = start(sys.executable, "score.py", "model.onnx", *names, cwd=tmp_path)
+    assert table == here.stdout
+    assert [line.split(",")[0].strip('"') for line in table.splitlines()] == ["file", *names]

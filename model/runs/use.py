@@ -289,6 +289,8 @@ def export_command(given: Export) -> int:
         raise DataError(str(error)) from None
     echo(f"{given.out}: checked, within {difference:.1e} of the eager network's logits")
     echo(f"its scores: {', '.join(config.labels)}")
+    if given.out.suffix == ".onnx":
+        say_next("python", given.out.with_name("score.py"), given.out, "IMAGES")
     return 0
 
 

@@ -1,6 +1,8 @@
 """A decision on an image is the same wherever it is made."""
 
+import io
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from pipeline import DataError, open_shards
 from pipeline.labels import LABELS
 from pipeline.manifest import Manifest
 from pipeline.measure.calibration import apply_calibration
+from tests.conftest import start
 from tests.training import WORDS, call_train
 
 FACTS = {
@@ -49,7 +52,7 @@ def test_evaluate_predict_and_exports_decide_alike(
     films = sample_shards[0].parent / "CheXpert-v1.0-small" / "train"
     order = dev.table["key"].to_pylist()
     files = [films.joinpath(*key.split("_", 2)).with_suffix(".jpg") for key in order]
-    for chosen in (files, files[:1]):
+    for chosen in (files[:1], files):
         words = ("predict", "--run", run, "--out", tmp_path / "scores.csv", "--threshold", rule)
         assert call_train(*words, *chosen) == 0
         table = pd.read_csv(tmp_path / "scores.csv")
@@ -75,6 +78,16 @@ def test_evaluate_predict_and_exports_decide_alike(
         assert json.loads(facts["thresholds"])[rule][label] == scaled
     parts = [session.run(["decisions"], {"images": part})[0] for part in np.array_split(batch.images, 5)]
     np.testing.assert_array_equal(np.concatenate(parts)[:, columns], expected)
+    ran = start(sys.executable, tmp_path / "score.py", tmp_path / "model.onnx", *files)
+    assert ran.stderr == f"{FACTS['use']}\n"
+    found = pd.read_csv(io.StringIO(ran.stdout))
+    assert list(found) == list(table)[:-3]  # without run, shards and threshold_rule
+    np.testing.assert_array_equal(found["file"], table["file"])
+    np.testing.assert_allclose(found[list(LABELS)], table[list(LABELS)], atol=1e-5)
+    np.testing.assert_array_equal(found.iloc[:, 15:], table.iloc[:, 15:-3])
+    (tmp_path / "score.py").write_text("print('mine')")
+    with pytest.raises(DataError, match=f"^{tmp_path}/score.py: another program; export writes a script of this name"):
+        call_train("export", "--run", run, "--out", tmp_path / "model.onnx")
     with pytest.raises(DataError, match=r"model.h5: export writes .onnx or .pt2$"):
         call_train("export", "--run", run, "--out", tmp_path / "model.h5")
     with pytest.raises(DataError, match=f"^{tmp_path}/no/model.onnx: "):
