@@ -7,8 +7,8 @@ them: AWS_PROFILE, AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL and the like for s3, ~/.n
 whose sha256 is the manifest's. The cache folder holds
 
     <sha256>                  a shard; its modification time is when it was last asked for
-    <sha256>.<bytes>.part     a download under way, locked by who does it; counts with all its bytes. One that
-                              was interrupted is continued by whoever wants the file next
+    <sha256>.<bytes>.part     a download, locked while it is under way; counts with all its bytes. One that was
+                              interrupted is continued by the next process that wants the file
     sets/<sha256>/            manifest and tables of some shards; they stay, and count, until somebody deletes them
 """
 
@@ -20,25 +20,23 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext, suppress
-from functools import lru_cache, partial
+from functools import lru_cache
 from importlib import import_module
+from io import BytesIO
 from itertools import chain
 from pathlib import Path
 from threading import Event
-from typing import IO, TYPE_CHECKING, BinaryIO, TypeVar
+from typing import IO, TYPE_CHECKING, BinaryIO, Literal
 from urllib.parse import quote
 
 from pipeline.base.errors import FULL, DataError, explain_os_error, needs
-from pipeline.base.files import write_atomically
+from pipeline.base.files import hash_file, write_atomically
 from pipeline.base.store import S3_CHECKSUMS, explain_failure, find_scheme, find_status
 from pipeline.manifest import NAME, Shard, read_manifest
 
 if TYPE_CHECKING:
     from botocore.client import BaseClient
-
-Result = TypeVar("Result")
 
 SCHEMES = ("http", "https", "s3")
 CACHE, CACHE_SIZE = Path(".cache"), 20 * 10**9  # bytes
@@ -112,7 +110,7 @@ class Remote:
             raise DataError(str(error).replace(f"{folder / NAME}", redact(self._locate(NAME)))) from None
         for split in manifest.splits.values():
             table = folder / split.table
-            if not table.exists() or _digest(table) != split.table_sha256:
+            if not table.exists() or hash_file(table) != split.table_sha256:
                 write_atomically(table, self._read(split.table, split.table_sha256))
         self._make_room(0, self.name)
         return folder
@@ -129,11 +127,11 @@ class Remote:
         part = path.with_name(f"{shard.sha256}.{shard.bytes}.part")
         since, length = time.monotonic(), -1  # when another process's download last grew, and its bytes
         while not self._is_here(path):
-            if file := _claim(part, "ab"):
+            if file := _claim(part, "a+b"):
                 with file:
                     try:
                         if not path.exists() and self._make_room(shard.bytes, name, part):
-                            self._attempt(shard.file, partial(self._download, part, shard, stop), stop, part)
+                            self._fetch(shard.file, file, shard.bytes, shard.sha256, stop)
                             os.fsync(file.fileno())
                             os.utime(part)
                             part.replace(path)
@@ -141,12 +139,13 @@ class Remote:
                     finally:
                         if os.fstat(file.fileno()).st_size == 0:
                             part.unlink(missing_ok=True)
-            elif (now := _size(part)) != length:
-                since, length = time.monotonic(), now
-            elif time.monotonic() - since > PATIENCE:
-                holder = _name_holder(part)
-                logger.warning("%s: %s adds nothing to %s: downloading it as well", name, holder, part)
-                part = path.with_name(f"{shard.sha256}.{shard.bytes}.{secrets.token_hex(4)}.part")
+            else:
+                with suppress(FileNotFoundError):
+                    if (size := part.stat().st_size) != length:
+                        since, length = time.monotonic(), size
+                    elif time.monotonic() - since > PATIENCE:
+                        logger.warning("%s: another process adds nothing to %s: downloading it as well", name, part)
+                        part = path.with_name(f"{shard.sha256}.{shard.bytes}.{secrets.token_hex(4)}.part")
             pause = POLL * secrets.randbelow(100) / 50  # of random length, or two may always claim room at once
             if path not in self._verified and stop.wait(pause):
                 raise DownloadStopped
@@ -156,7 +155,7 @@ class Remote:
         """Whether a file matches the hash in its name, and is kept for a moment; if not, it is removed."""
         with suppress(FileNotFoundError):  # missing, or evicted meanwhile
             os.utime(path)
-            if path in self._verified or _digest(path) == path.name:
+            if path in self._verified or hash_file(path) == path.name:
                 self._verified.add(path)
                 return True
             path.unlink()
@@ -178,95 +177,84 @@ class Remote:
         # Parts first: one that is renamed meanwhile is seen again. The folder may hold unrelated files.
         for path in chain(self.folder.glob("*.part"), self.folder.glob("?" * 64)):
             part = _PART.fullmatch(path.name)
-            with suppress(FileNotFoundError):
-                if part and path != mine and _is_held(path):
-                    rest -= int(part[1])
-                elif path != mine and (part or _SHA256.fullmatch(path.name)):
-                    files.append((path.stat().st_mtime, path.stat().st_size, path))
-                    rest -= path.stat().st_size
+            if path != mine and (part or _SHA256.fullmatch(path.name)):
+                with suppress(FileNotFoundError):
+                    state = path.stat()
+                    files.append((state.st_mtime, int(part[1]) if part else state.st_size, path))
+        rest -= sum(length for _, length, _ in files)
         for used, length, path in sorted(files):
             if rest < 0 and abs(time.time() - used) > GRACE:
                 with suppress(FileNotFoundError), _claim(path, "r+b") or nullcontext() as file:
-                    if file is not None:  # a part that nobody claimed meanwhile, or a finished file
+                    if file is not None:  # a part that nobody is downloading, or a finished file
                         path.unlink()
                         rest += length
         return rest >= 0
 
-    def _download(self, part: Path, shard: Shard, stop: Event, url: str) -> None:
-        """Complete a part. Raises OSError if the result does not match the shard."""
-        start = part.stat().st_size
-        if start != shard.bytes:  # a complete part has no next byte to request
-            with part.open("r+b") as file:
-                for offset, piece in self._stream(url, start, shard.bytes, stop):
-                    file.seek(offset)
-                    file.write(piece)
-                file.truncate()
-        if (length := part.stat().st_size) < shard.bytes:
-            wrong = f"{length:,} bytes, not {shard.bytes:,} as in the manifest"
-        elif _digest(part) != shard.sha256:
-            wrong = "its sha256 is not the manifest's"
-        else:
-            return
-        os.truncate(part, 0)  # wrong content: start over
-        raise OSError(wrong)
-
-    def _read(self, name: str, sha256: str | None = None) -> bytes:
+    def _read(self, name: str, sha256: str = "") -> bytes:
         """A small file. Raises DataError naming its URL."""
+        file = BytesIO()
+        self._fetch(name, file, TABLE_BYTES, sha256, Event())
+        return file.getvalue()
 
-        def read(url: str) -> bytes:
-            data = b"".join(piece for _, piece in self._stream(url, 0, TABLE_BYTES, Event()))
-            if sha256 not in (None, hashlib.sha256(data).hexdigest()):
-                raise OSError("its sha256 is not the manifest's")
-            return data
+    def _fetch(self, name: str, file: IO[bytes], most: int, sha256: str, stop: Event) -> None:
+        """Complete a file that may hold the beginning of a remote one: at most `most` bytes with the hash, if given.
 
-        return self._attempt(name, read, Event())
-
-    def _stream(self, url: str, start: int, most: int, stop: Event) -> Iterator[tuple[int, bytes]]:
-        """The pieces of a file and their offsets, from byte `start` on; from 0 if the server gives no parts.
-
-        Nothing if the file ends before `start`. Raises OSError for more than `most` bytes: Content-Length may lie.
+        Retried after transient failures; those after which the file has grown do not add up: a link may be cut many
+        times. Raises DataError naming the URL, and DownloadStopped once `stop` is set.
         """
-        try:
-            is_part, body = (_open_s3 if self.is_s3 else _open_http)(url, start)
-        except Exception as error:
-            if find_status(error) == 416:  # Range Not Satisfiable
-                return
-            raise
-        offset = start if is_part else 0
-        with closing(body):
-            while piece := body.read(PIECE):
-                if stop.is_set():
-                    raise DownloadStopped
-                if offset + len(piece) > most:
-                    raise OSError(f"more than the {most:,} bytes that it may have")
-                yield offset, piece
-                offset += len(piece)
-
-    def _locate(self, name: str) -> str:
-        base, mark, query = self.url.partition("?")
-        return f"{base.rstrip('/')}/{name if self.is_s3 else quote(name)}{mark}{query}"
-
-    def _attempt(self, name: str, action: Callable[[str], Result], stop: Event, part: Path | None = None) -> Result:
-        """The result of `action` on the file's URL, retried after transient failures.
-
-        Failures after which the `part` has grown do not add up: a link may be cut many times.
-        """
-        url, failures, most = self._locate(name), 0, 0
+        url, failures, longest = self._locate(name), 0, 0
         while failures < ATTEMPTS:
             if stop.wait(PAUSE * 2 ** (failures - 1) if failures else 0):
                 raise DownloadStopped
             try:
-                return action(url)
+                if not sha256:  # parts of two versions could not be told apart
+                    _empty(file)
+                self._append(file, url, most, stop)
+                file.seek(0)
+                if sha256 in ("", hashlib.file_digest(file, "sha256").hexdigest()):  # type: ignore[arg-type]
+                    return
+                _empty(file)  # wrong content: start over
+                raise OSError("its sha256 is not the manifest's")  # noqa: TRY301
             except DownloadStopped:
                 raise
             except Exception as error:  # HTTP and S3 clients raise their own types
                 reason, may_pass = self._describe(error)
             if not may_pass:
                 raise DataError(f"{redact(url)}: {reason}")
-            length = _size(part) if part else 0
-            failures = 1 if length > most else failures + 1
-            most = max(most, length)
+            length = file.seek(0, os.SEEK_END) if sha256 else 0
+            failures = 1 if length > longest else failures + 1
+            longest = max(longest, length)
         raise DataError(f"{redact(url)}: {reason}; tried {ATTEMPTS} times")
+
+    def _append(self, file: IO[bytes], url: str, most: int, stop: Event) -> None:
+        """Add what follows the file's last byte, or all from the start if the server gives no parts.
+
+        Raises OSError for more than `most` bytes: Content-Length may lie.
+        """
+        start = file.seek(0, os.SEEK_END)
+        if start == most:  # complete
+            return
+        try:
+            is_part, body = (_open_s3 if self.is_s3 else _open_http)(url, start)
+        except Exception as error:
+            if find_status(error) == 416:  # Range Not Satisfiable: it ends before `start`
+                return
+            raise
+        if not is_part:
+            _empty(file)
+        with closing(body):
+            while piece := body.read(PIECE):
+                if stop.is_set():
+                    raise DownloadStopped
+                if file.tell() + len(piece) > most:
+                    _empty(file)
+                    raise OSError(f"more than the {most:,} bytes that it may have")
+                while piece:  # a nearly full disk takes a part, and fails at the next
+                    piece = piece[file.write(piece) :]
+
+    def _locate(self, name: str) -> str:
+        base, mark, query = self.url.partition("?")
+        return f"{base.rstrip('/')}/{name if self.is_s3 else quote(name)}{mark}{query}"
 
     def _describe(self, error: Exception) -> tuple[str, bool]:
         """The reason without secrets, and whether a retry may help."""
@@ -279,6 +267,11 @@ class Remote:
         status = find_status(error)
         text = f"HTTP status {status}" if status else redact(str(error))
         return text, not isinstance(error, ValueError)  # an invalid URL
+
+
+def _empty(file: IO[bytes]) -> None:
+    file.seek(0)
+    file.truncate()
 
 
 def _open_http(url: str, start: int) -> tuple[bool, BinaryIO]:
@@ -310,42 +303,12 @@ def _s3_client(process: int) -> "BaseClient":
     return Session().create_client("s3", config=config)
 
 
-def _claim(part: Path, mode: str) -> IO[bytes] | None:
+def _claim(part: Path, mode: Literal["a+b", "r+b"]) -> IO[bytes] | None:
     """A part, locked as long as it is open; None if another process or thread is downloading into it."""
-    file = part.open(mode)
+    file: IO[bytes] = part.open(mode, buffering=0)  # so that closing it after a failed write does not fail again
     with suppress(BlockingIOError, FileNotFoundError):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if os.path.samestat(os.fstat(file.fileno()), part.stat()):  # and was not finished meanwhile
             return file
     file.close()
     return None
-
-
-def _is_held(part: Path) -> bool:
-    """Whether a process is downloading into that file."""
-    with _claim(part, "r+b") or nullcontext() as file:
-        return file is None
-
-
-def _name_holder(part: Path) -> str:
-    """The process that is downloading into that file, if the system lists locks, as Linux does."""
-    with suppress(OSError):
-        inode = f":{part.stat().st_ino}"
-        for fields in map(str.split, Path("/proc/locks").read_text().splitlines()):
-            if fields[1] == "FLOCK" and fields[5].endswith(inode):
-                return f"process {fields[4]}"
-    return "another process"
-
-
-def _size(path: Path) -> int:
-    """Bytes of a file; -1 for a missing one."""
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        return -1
-
-
-def _digest(path: Path) -> str:
-    """sha256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
