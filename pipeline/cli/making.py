@@ -28,7 +28,7 @@ from pipeline.policies import BLANK_HELP, UNCERTAIN_HELP, check_blank_policy, pa
 from pipeline.sources.sets import OWN, SETS, find_source, find_terms, guess_command
 from pipeline.sources.table import parse_columns
 from pipeline.sources.words import parse_values
-from pipeline.synthetic.shortcuts import Shortcut, parse_shortcut
+from pipeline.synthetic.sample import Shortcut, parse_shortcut, write_sample
 
 if TYPE_CHECKING:
     from pipeline.etl.shards import RunSummary
@@ -57,8 +57,6 @@ class Drawing:
 @command("sample", Drawing, example="pipeline sample sample && pipeline shards sample shards/sample")
 def sample(given: Drawing) -> None:
     """Write a synthetic CheXpert to OUT, to try things out without patient data."""
-    from pipeline.synthetic.sample import write_sample
-
     cues = [shortcut.cue for shortcut in given.shortcuts]
     refuse_usage(len(set(cues)) < len(cues), "--shortcut: a cue can be tied to one label")
     with progress_bar("Drawing", "images") as advance:

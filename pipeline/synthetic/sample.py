@@ -10,12 +10,17 @@ some signs better and others not at all, so both views together say more. Lung O
 children; Enlarged Cardiomediastinum is only correlated with Cardiomegaly, as in the real reports.
 
 boxes.csv, beside the folder, locates the signs in the images that a radiologist would call present.
+
+Cues unrelated to the disease but tied to a label can be planted, which a network may learn instead. Networks have
+learned pneumonia from the marker of a portable device: Zech et al., Variable generalization performance of a deep
+learning model to detect pneumonia, PLOS Medicine 15, 2018.
 """
 
 import csv
 import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,16 +28,17 @@ import numpy as np
 import numpy.typing as npt
 import simplejpeg
 
+from pipeline.base.errors import DataError, quote
 from pipeline.base.files import named_writes
 from pipeline.base.files import write_csv as write_rows
 from pipeline.base.workers import run_tasks
-from pipeline.labels import COLUMNS, LABELS
+from pipeline.labels import COLUMNS, LABELS, find_label
 from pipeline.synthetic.anatomy import VISIBLE, Finding, draw_image
-from pipeline.synthetic.shortcuts import CUES, Shortcut
 
 FOLDER = "CheXpert-v1.0-small"
 BOXES = "boxes.csv"
 Row = tuple[str, str, str, int, int, int, int]  # of BOXES
+Gray = npt.NDArray[np.uint8]  # [H, W]
 VALID_SHARE = 0.12
 PATIENTS_PER_TASK = 16
 CUE_DRAWS = 100  # the first random stream of a study's cues: no study has as many views
@@ -42,6 +48,10 @@ NOTICE = (
 )
 # APP0 would normally follow SOI; decoders accept a comment (marker FFFE, its length, the text) before it.
 COMMENT = b"\xff\xfe\x00\x0bsynthetic"
+# A P, as for a portable device.
+_LETTER = np.array([[1, 1, 1, 0], [1, 0, 0, 1], [1, 1, 1, 0], [1, 0, 0, 0], [1, 0, 0, 0]], np.bool_)
+_STROKE, _MARGIN = 4, 10  # pixels, in an image whose shorter side has 320
+_FRAME = 5
 
 
 class Latent(NamedTuple):
@@ -86,6 +96,34 @@ class Patient(NamedTuple):
     sex: str
     age: int
     studies: tuple[Study, ...]
+
+
+class Shortcut(NamedTuple):
+    """A cue and the label that it is tied to; `strength` 0 ties them not at all, 1 perfectly."""
+
+    label: str
+    cue: str
+    strength: float
+
+    def chance(self, state: float | None) -> float:
+        """The probability that an image of this state has the cue.
+
+        (1 + strength) / 2 for a positive, (1 - strength) / 2 for a negative or blank one, 1/2 for an uncertain one.
+        """
+        tie = {1.0: self.strength, -1.0: 0.0}.get(0.0 if state is None else state, -self.strength)
+        return (1 + tie) / 2
+
+
+def parse_shortcut(text: str) -> Shortcut:
+    """The shortcut that `Pneumonia=marker:0.9` describes. Raises DataError."""
+    name, _, tie = text.partition("=")
+    cue, _, number = tie.partition(":")
+    label = find_label(name)
+    with suppress(ValueError):
+        if label is not None and cue in CUES and 0 <= float(number) <= 1:
+            return Shortcut(label, cue, float(number))
+    cues = ", ".join(CUES)
+    raise DataError(f"'{quote(text, 80)}' is not LABEL=CUE:STRENGTH: a label, one of {cues}, and a number from 0 to 1")
 
 
 def write_sample(
@@ -291,3 +329,30 @@ def draw_finding(
         severity = 0.25 * faint if state is None and chance < HIDDEN else 0.0
     x, y, z = rng.uniform(latent[-6:-3], latent[-3:]).tolist()
     return Finding(severity, 1 if rng.random() < 0.5 else -1, x, y, z, latent.lateral), state
+
+
+# Cues, at the edge of the image.
+
+
+def burn_marker(pixels: Gray) -> None:
+    """A bright letter in the upper left corner."""
+    letter = np.kron(_LETTER, np.ones((_STROKE, _STROKE), np.bool_))
+    corner = pixels[_MARGIN : _MARGIN + len(letter), _MARGIN : _MARGIN + letter.shape[1]]
+    corner[letter] = 245
+
+
+def draw_border(pixels: Gray) -> None:
+    """A light frame around the image."""
+    inside = pixels[_FRAME:-_FRAME, _FRAME:-_FRAME].copy()
+    pixels[...] = 180
+    pixels[_FRAME:-_FRAME, _FRAME:-_FRAME] = inside
+
+
+def brighten_corners(pixels: Gray) -> None:
+    """Light that grows towards the corners, as from a leaking cassette."""
+    y, x = (np.abs(np.linspace(-1, 1, length)) for length in pixels.shape)
+    light = 60 * np.clip((x + y[:, None] - 1.4) / 0.6, 0, 1)
+    pixels[...] = np.minimum(pixels + light, 255).astype(np.uint8)
+
+
+CUES: dict[str, Callable[[Gray], None]] = {"marker": burn_marker, "border": draw_border, "corners": brighten_corners}

@@ -13,7 +13,7 @@ from pipeline.labels import LABELS
 from pipeline.look.pixels import measure_edge, measure_shards, measure_whole
 from pipeline.manifest import Manifest
 from pipeline.stream.samples import open_split
-from pipeline.synthetic.shortcuts import CUES
+from pipeline.synthetic.sample import CUES
 from tests.conftest import default_options, make_shards, run_pipeline, write_rows
 from tests.model.runs.test_report import Page
 
