@@ -1,27 +1,31 @@
-"""A CSV of any kind, plain or gzipped → its columns as text; errors name the file, the line and the column."""
+"""A CSV of any kind, plain or gzipped, or an XLSX → its columns as text; errors name file, line and column."""
 
 import csv as stdlib_csv
 import gzip
 import io
+import os
 import zlib
 from collections.abc import Iterator, Sequence
+from importlib import import_module
 from io import BufferedReader
-from itertools import chain, islice
+from itertools import chain, islice, zip_longest
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
+from zipfile import ZipFile
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 
-from pipeline.base.errors import DataError, quote
+from pipeline.base.errors import DataError, needs, quote
 from pipeline.base.files import check_expansion
 from pipeline.base.store import open_to_read
 
 PIECE = 2**20  # bytes to unpack at a time
 LONGEST = 2**26  # characters of a line and of a cell
 LONGEST_HEADER = 2**16
-SUFFIXES = (".csv", ".csv.gz", ".tsv", ".tsv.gz")
+WORKBOOK = ".xlsx"
+SUFFIXES = (".csv", ".csv.gz", ".tsv", ".tsv.gz", WORKBOOK)
 
 
 def read_strings(csv: Path, names: Sequence[str] | None = None) -> pa.Table:
@@ -31,6 +35,10 @@ def read_strings(csv: Path, names: Sequence[str] | None = None) -> pa.Table:
     """
     if not csv.is_file():
         raise DataError(f"{csv}: no such file")
+    if csv.suffix.lower() == WORKBOOK:
+        table = _read_workbook(csv)
+        demand_columns(csv, table.column_names, names or ())
+        return table if names is None else table.select(names)
     convert = pacsv.ConvertOptions(null_values=[""], strings_can_be_null=True)
     try:
         content = _read_content(csv)
@@ -56,6 +64,48 @@ def read_strings(csv: Path, names: Sequence[str] | None = None) -> pa.Table:
     return pa.Table.from_arrays(cells, names=header if names is None else list(names))
 
 
+def _read_workbook(path: Path) -> pa.Table:
+    """The first sheet of an XLSX as text; its first row holds the names. Raises DataError."""
+    with needs("xlsx", str(path)):
+        openpyxl: Any = import_module("openpyxl")
+    try:
+        with open_to_read(path) as file:
+            stored = file.seek(0, os.SEEK_END)
+            check_expansion(path, stored, sum(member.file_size for member in ZipFile(file).infolist()))
+            sheet = openpyxl.load_workbook(file, read_only=True, data_only=True).worksheets[0]
+            sheet.reset_dimensions()  # those that the file states may be wrong
+            rows: list[list[str | None]] = []
+            width = letters = 0
+            for cells in sheet.rows:
+                texts = [_cell_text(cell) for cell in cells]
+                while texts and texts[-1] is None:
+                    texts.pop()
+                rows.append(texts)
+                width = max(width, len(texts))
+                letters += sum(len(text or "") for text in texts)
+                # A cell far out stands for a table of empty ones, of at least the 8 bytes of a reference each; and
+                # many cells may share a text.
+                check_expansion(path, stored, 8 * width * len(rows) + letters)
+        header = [name or "" for name in rows[0]] + [""] * (width - len(rows[0]))
+        while not rows[-1]:
+            rows.pop()
+    except DataError:
+        raise
+    except Exception as error:  # of many kinds, for a damaged file
+        raise DataError(f"{path}: not a readable XLSX: {quote(str(error), 200)}") from error
+    columns = list(zip_longest(*rows[1:]))
+    columns += [()] * (width - len(columns))
+    return pa.table([pa.array(column or [None] * len(rows[1:]), pa.string()) for column in columns], names=header)
+
+
+def _cell_text(cell: Any) -> str | None:
+    """A cell as text; whole numbers as such, errors and empty texts as empty."""
+    value = None if cell.data_type == "e" else cell.value
+    if value is None:
+        return None
+    return (str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)).strip() or None
+
+
 def _read_content(csv: Path) -> pa.Buffer:
     """The file's text, unpacked. Raises DataError for a decompression bomb, and gzip's own errors."""
     stored = csv.stat().st_size
@@ -78,6 +128,8 @@ def read_header(csv: Path) -> list[str]:
 
 def line_of(csv: Path, row: int) -> int:
     """The line of the file, from 1, on which a row of the label table, from 0, begins."""
+    if csv.suffix.lower() == WORKBOOK:
+        return row + 2
     return next(islice(_lines(csv), row + 1, None))[0]
 
 

@@ -6,23 +6,16 @@ The column names determine what a row describes, as in KEYS: `key`, else patient
 own table may be such a file too: the columns that the user named are its keys, and the others are facts.
 """
 
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from importlib import import_module
-from itertools import zip_longest
 from pathlib import Path
-from typing import Any
-from zipfile import ZipFile
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.base.csvs import line_of, read_strings
-from pipeline.base.errors import DataError, needs, quote
-from pipeline.base.files import check_expansion
-from pipeline.base.store import open_to_read
+from pipeline.base.csvs import read_strings
+from pipeline.base.errors import DataError
 from pipeline.identity import Normalize, Note, ignore, join, normalize_ids, normalize_paths, normalize_studies
 from pipeline.images import Original
 from pipeline.labels import LABELS
@@ -88,7 +81,7 @@ def join_facts(
             for table, parts in ((samples, used), (columns, [names[part] for part in used]))
         )
         unit, by = UNITS[used]
-        place = join(sample_keys, path, pa.table(facts), file_keys, unit, note, by, _line)
+        place = join(sample_keys, path, pa.table(facts), file_keys, unit, note, by)
         facts = {name: _type(column) for name, column in facts.items()}
         taken = {name for table in joined.values() for name in table.column_names}
         if "primary_race" in facts and "race" not in taken.union(facts):
@@ -109,7 +102,7 @@ def _fold(name: str) -> str:
 
 def _read_columns(path: Path) -> dict[str, pa.Array]:
     """Name in words → cells as text, null if empty. Raises DataError."""
-    table = _read_workbook(path) if path.suffix.lower() == ".xlsx" else read_strings(path)
+    table = read_strings(path)
     names = [_fold(name) for name in table.column_names]
     for number, name in enumerate(names):
         if not name or name in names[:number]:
@@ -120,48 +113,6 @@ def _read_columns(path: Path) -> dict[str, pa.Array]:
     return dict(zip(names, (column.combine_chunks() for column in table.columns), strict=True))
 
 
-def _read_workbook(path: Path) -> pa.Table:
-    """The first sheet of an XLSX as text; its first row holds the names. Raises DataError."""
-    with needs("xlsx", f"`facts` {path}"):
-        openpyxl: Any = import_module("openpyxl")
-    try:
-        with open_to_read(path) as file:
-            stored = file.seek(0, os.SEEK_END)
-            check_expansion(path, stored, sum(member.file_size for member in ZipFile(file).infolist()))
-            sheet = openpyxl.load_workbook(file, read_only=True, data_only=True).worksheets[0]
-            sheet.reset_dimensions()  # those that the file states may be wrong
-            rows: list[list[str | None]] = []
-            width = letters = 0
-            for cells in sheet.rows:
-                texts = [_cell_text(cell) for cell in cells]
-                while texts and texts[-1] is None:
-                    texts.pop()
-                rows.append(texts)
-                width = max(width, len(texts))
-                letters += sum(len(text or "") for text in texts)
-                # A cell far out stands for a table of empty ones, of at least the 8 bytes of a reference each; and
-                # many cells may share a text.
-                check_expansion(path, stored, 8 * width * len(rows) + letters)
-        header = [name or "" for name in rows[0]] + [""] * (width - len(rows[0]))
-        while not rows[-1]:
-            rows.pop()
-    except DataError:
-        raise
-    except Exception as error:  # of many kinds, for a damaged file
-        raise DataError(f"{path}: not a readable XLSX: {quote(str(error), 200)}") from error
-    columns = list(zip_longest(*rows[1:]))
-    columns += [()] * (width - len(columns))
-    return pa.table([pa.array(column or [None] * len(rows[1:]), pa.string()) for column in columns], names=header)
-
-
-def _cell_text(cell: Any) -> str | None:
-    """A cell as text; whole numbers as such, errors and empty texts as empty."""
-    value = None if cell.data_type == "e" else cell.value
-    if value is None:
-        return None
-    return (str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)).strip() or None
-
-
 def _check_names(path: Path, facts: Iterable[str], tables: Mapping[str, pa.Table]) -> None:
     """Raise DataError for a name that the tables have, or that other tables made of them have."""
     known = KNOWN.union(OURS, Original._fields, (label.lower().replace(" ", "_") for label in LABELS))
@@ -169,10 +120,6 @@ def _check_names(path: Path, facts: Iterable[str], tables: Mapping[str, pa.Table
     for name in facts:
         if name in known:
             raise DataError(f"{path}: column {name}: the data set's table has that name; rename or remove it")
-
-
-def _line(path: Path, row: int) -> int:
-    return row + 2 if path.suffix.lower() == ".xlsx" else line_of(path, row)
 
 
 def _type(column: pa.Array) -> pa.Array:

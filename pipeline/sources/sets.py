@@ -113,8 +113,7 @@ def find_set(folder: Path, name: str | None = None) -> tuple[str, dict[str, Path
 
 def guess_command(source: Path) -> str:
     """The command that makes shards of a user's table, or the only one in a folder; for people to check."""
-    csv = source if source.is_file() else (table.SET.find_tables(source) or {}).get("train")
-    return words.guess_command(source, csv)
+    return words.guess_command(source, source if source.is_file() else table.find_csv(source))
 
 
 def read_any_table(csv: Path) -> pa.Table:

@@ -76,8 +76,8 @@ class OwnTable(DataSet):
 
     def find_tables(self, folder: Path) -> dict[str, Path] | None:
         """The only CSV of the folder, as train; None if there is no CSV or several."""
-        csvs = [path for path in list_files(folder) if path.name.endswith(SUFFIXES)]
-        return {"train": csvs[0]} if len(csvs) == 1 else None
+        csv = find_csv(folder)
+        return {"train": csv} if csv else None
 
     def read(self, source: Source, note: Note = ignore) -> dict[str, pa.Table]:
         """Split → its label table."""
@@ -94,6 +94,12 @@ class OwnTable(DataSet):
             tables[split] = read_named(source, csv, {field: text[column] for field, column in columns.items()}, note)
             demand_unique(csv, tables[split]["key"])
         return tables
+
+
+def find_csv(folder: Path) -> Path | None:
+    """The only CSV of a folder; None if there is no CSV or several."""
+    csvs = [path for path in list_files(folder) if path.name.endswith(SUFFIXES)]
+    return csvs[0] if len(csvs) == 1 else None
 
 
 def read_named(

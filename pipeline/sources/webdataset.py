@@ -9,15 +9,13 @@ of the only CSV beside the tars, joined by that column. `patient` and a label ar
 """
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from pipeline.base.csvs import SUFFIXES as TABLES
 from pipeline.base.csvs import read_strings, repeated
 from pipeline.base.errors import DataError
 from pipeline.base.files import parse_object
@@ -26,14 +24,12 @@ from pipeline.base.tar import Member, read_members
 from pipeline.identity import Note, choose_paths, ignore, join
 from pipeline.labels import LABELS
 from pipeline.manifest import read_manifest
+from pipeline.sources import table
 from pipeline.sources.source import DataSet, Source, Terms, make_key, read_terms
-from pipeline.sources.table import read_named
-from pipeline.sources.words import guess_columns, spell_command
+from pipeline.sources.words import guess_columns, read_words, spell_command
 
 CSV = "labels.csv"  # the role of the CSV beside the tars
 KEY = "__key__"  # webdataset's name for a sample's key
-# Ours: the tar as split/path, a sample's name in messages, its suffixes, and its image's position, empty without one.
-TAR, NAME, SUFFIXES, IMAGE = "__tar__", "__name__", "__suffixes__", "__image__"
 IMAGES, TEXTS = ("jpg", "jpeg", "png", "dcm", "dicom"), ("cls", "txt")
 MOST = dict.fromkeys(IMAGES, 2**30) | dict.fromkeys((*TEXTS, "json"), 2**20)  # bytes of a member
 SHOWN = 20  # problems in an error
@@ -41,12 +37,20 @@ NOTES = {  # on words of the command
     f"patient={KEY}": f"patient={KEY} takes every image for another patient's",
     "LABEL=": "LABEL is one of CheXpert's 14",
 }
-# dev is held out of train by a hash of the patient, so our own dev becomes dev again.
-_SPLITS = dict.fromkeys(("train", "training", "dev"), "train") | {"test": "test", "testing": "test"}
-_SPLITS |= dict.fromkeys(("val", "valid", "validate", "validation"), "valid")
 _NAME = re.compile(r"((?:.*/|)[^./]+)\.([^/]+)", re.DOTALL)  # key and suffix, as webdataset divides a name
 _COUNTED = re.compile(r"(.*-)\d+(-of-(\d+)\.tar)")  # train-00000-of-00003.tar
 Fields = dict[str, str | None]
+
+
+class Sample(NamedTuple):
+    """The members of a key: `tar` is split/path, `image` the position of its only image, else empty."""
+
+    tar: str
+    name: str  # in messages
+    key: str
+    suffixes: tuple[str, ...]
+    image: str
+    fields: Fields
 
 
 class Webdataset(DataSet):
@@ -65,24 +69,26 @@ class Webdataset(DataSet):
         tars = {name: path for name, path in source.csvs.items() if name != CSV}
         columns = {name: field for name, field in source.columns if name != "key"}
         samples, problems = _read_tars(tars, set(columns.values()))
-        csv, key = source.csvs.get(CSV), dict(source.columns).get("key")
-        table = read_strings(csv) if csv else pa.table({})
-        if csv and key and len(samples):
-            samples, missing = _join(samples, csv, table, key, set(columns.values()), note)
-            problems += missing
-        _demand_all(source, samples, table.column_names, problems)
-        keys = samples[KEY]
-        if pc.count_distinct(keys).as_py() < len(keys):  # such as tars that each count from 0
-            tar = pc.replace_substring_regex(samples[TAR], r"\.tar$", "")
-            keys = pc.binary_join_element_wise(tar, keys, "/")
-        made = pa.array(map(make_key, keys.to_pylist()), pa.string())
-        samples = samples.set_column(samples.column_names.index(KEY), KEY, made)
+        header: list[str] = []
+        if CSV in source.csvs:
+            text = read_strings(source.csvs[CSV])
+            header = text.column_names
+            if samples and "key" in dict(source.columns):
+                problems += _join(samples, source, text, note)
+        _demand_all(source, samples, header, problems)
+        is_shared = len({sample.key for sample in samples}) < len(samples)  # such as tars that each count from 0
+        by_split = defaultdict(list)
+        for sample in samples:
+            sample.fields[KEY] = make_key(
+                f"{sample.tar.removesuffix('.tar')}/{sample.key}" if is_shared else sample.key
+            )
+            by_split[sample.tar.partition("/")[0]].append(sample)
         tables = {}
-        for split in dict.fromkeys(name.partition("/")[0] for name in tars):
-            part = samples.filter(pc.starts_with(samples[TAR], f"{split}/"))
-            cells = {name: part[field] for name, field in columns.items()}
-            names = [name.replace(": ", ": sample ", 1) for name in part[NAME].to_pylist()]
-            tables[split] = read_named(source, names, cells | {"path": part[IMAGE], "key": part[KEY]}, note)
+        for split, chosen in by_split.items():
+            cells = {name: [sample.fields.get(field) for sample in chosen] for name, field in columns.items()}
+            cells |= {"key": [sample.fields[KEY] for sample in chosen], "path": [sample.image for sample in chosen]}
+            arrays = {name: pa.chunked_array([texts], pa.string()) for name, texts in cells.items()}
+            tables[split] = table.read_named(source, [sample.name for sample in chosen], arrays, note)
         return tables
 
 
@@ -103,11 +109,10 @@ def find_tars(folder: Path, splits: Mapping[str, Path]) -> dict[str, Path] | Non
             raise DataError(f"`split` {split}={path}: a folder without tars")
         for tar in tars:
             name = tar.name if tar == path else tar.relative_to(path).as_posix()
-            words = reversed(re.findall("[a-z]+", name.lower()))
-            known = next((_SPLITS[word] for word in words if word in _SPLITS), "train")
-            tables[f"{split or known}/{name}"] = tar
-    csvs = [path for path in list_files(folder) if path.name.endswith(TABLES)]
-    return tables | ({CSV: csvs[0]} if len(csvs) == 1 else {}) if tables else None
+            words = (read_words("split").get(word) for word in reversed(re.findall("[a-z]+", name.lower())))
+            tables[f"{split or next(filter(None, words), 'train')}/{name}"] = tar
+    csv = table.find_csv(folder)
+    return tables | ({CSV: csv} if csv else {}) if tables else None
 
 
 def find_terms(source: Source) -> Terms:
@@ -119,30 +124,26 @@ def find_terms(source: Source) -> Terms:
         return SET.terms
 
 
-def _read_tars(tars: Mapping[str, Path], wanted: set[str]) -> tuple[pa.Table, list[str]]:
-    """The samples of all tars with the fields wanted, those of the first of each tar with all; and problems."""
+def _read_tars(tars: Mapping[str, Path], wanted: set[str]) -> tuple[list[Sample], list[str]]:
+    """The samples of all tars with the fields wanted, the first of each tar with all; and what is wrong with them."""
     matches = [(path.parent, match) for path in tars.values() if (match := _COUNTED.fullmatch(path.name))]
     counts = Counter((folder / f"{match[1]}*{match[2]}", int(match[3])) for folder, match in matches)
     problems = [f"{name}: {count:,} files of {total:,}" for (name, total), count in counts.items() if count != total]
-    rows: list[Fields] = []
+    samples: list[Sample] = []
     for name, path in tars.items():
         try:
-            rows += _read_tar(name, path, wanted)
+            samples += _read_tar(name, path, wanted)
         except DataError as error:
             problems.append(str(error))
-    wrong: dict[str | None, list[Fields]] = {}
-    for row in rows:
-        if not row[IMAGE]:
-            wrong.setdefault(row[SUFFIXES], []).append(row)
-    problems += [
-        f"{len(same):,} samples need one image and have {suffixes}: {same[0][NAME]}" for suffixes, same in wrong.items()
-    ]
-    names = dict.fromkeys(name for row in rows for name in row)
-    return pa.table({name: pa.array([row.get(name) for row in rows], pa.string()) for name in names}), problems
+    wrong = Counter(sample.suffixes for sample in samples if not sample.image)
+    for suffixes, count in wrong.items():
+        first = next(sample.name for sample in samples if sample.suffixes == suffixes and not sample.image)
+        problems.append(f"{count:,} samples need one image and have {', '.join(suffixes)}: {first}")
+    return samples, problems
 
 
-def _read_tar(tar: str, path: Path, wanted: set[str]) -> Iterator[Fields]:
-    """The samples of a tar with the fields wanted, the first with all. Raises DataError, naming the sample."""
+def _read_tar(tar: str, path: Path, wanted: set[str]) -> Iterator[Sample]:
+    """The samples of a tar. Raises DataError, naming the sample."""
     groups: dict[str, dict[str, Member]] = {}
     for member in read_members(path):
         match = _NAME.fullmatch(member.name)
@@ -156,14 +157,14 @@ def _read_tar(tar: str, path: Path, wanted: set[str]) -> Iterator[Fields]:
         members[suffix] = member
     with path.open("rb") as file:
         for number, (key, members) in enumerate(groups.items()):
-            fields = _read_fields(f"{path}: sample {key}", file, members) if wanted or not number else {}
+            name = f"{path}: sample {key}"
+            fields = _read_fields(name, file, members) if wanted or not number else {}
             kept = {field: text for field, text in fields.items() if not number or field in wanted}
             # `jpg` alone if `mask.png` is beside it.
             plain = [member for suffix, member in members.items() if suffix in IMAGES]
             images = plain or [member for suffix, member in members.items() if _kind(suffix) in IMAGES]
             image = f"{path}@{images[0].offset}+{images[0].size}#{images[0].name}" if len(images) == 1 else ""
-            suffixes = ", ".join(f".{suffix}" for suffix in members)
-            yield {**kept, KEY: key, TAR: tar, NAME: f"{path}: {key}", SUFFIXES: suffixes, IMAGE: image}
+            yield Sample(tar, name, key, tuple(f".{suffix}" for suffix in members), image, {**kept, KEY: key})
 
 
 def _kind(suffix: str) -> str:
@@ -195,36 +196,37 @@ def _as_text(value: object) -> str | None:
     return str(value).strip().encode(errors="replace").decode() or None
 
 
-def _join(
-    samples: pa.Table, path: Path, text: pa.Table, column: str, wanted: set[str], note: Note
-) -> tuple[pa.Table, list[str]]:
-    """The samples with the cells of their rows, and problems: no row, or a row of several samples."""
+def _join(samples: Sequence[Sample], source: Source, text: pa.Table, note: Note) -> list[str]:
+    """Add the cells of their rows to the samples; returns problems: no row, or a row of several samples."""
+    path, columns = source.csvs[CSV], dict(source.columns)
+    column = columns.pop("key")
     if column not in text.column_names:
-        return samples, [f"{path}: no column {column}; it has {', '.join(text.column_names)}"]
-    chosen = text.select([name for name in text.column_names if name in wanted])
-    keys = samples[KEY].combine_chunks()
+        return [f"{path}: no column {column}; it has {', '.join(text.column_names)}"]
+    keys = pa.array([sample.key for sample in samples])
+    chosen = text.select([name for name in text.column_names if name in columns.values()])
     rows = join(keys, path, chosen, text[column], "images", note, choose_paths(keys))
     for name in chosen.column_names:
-        samples = samples.append_column(name, chosen[name].take(rows))
+        for sample, cell in zip(samples, chosen[name].take(rows).to_pylist(), strict=True):
+            sample.fields[name] = cell
     missing, shared = keys.filter(rows.is_null()), repeated(rows.drop_null())
     problems = [f"{path}: {len(missing):,} samples have no row, such as {missing[0]}"] if len(missing) else []
-    return samples, problems + ([f"{path}: {len(shared):,} rows have several samples each"] if shared else [])
+    return problems + ([f"{path}: {len(shared):,} rows have several samples each"] if shared else [])
 
 
-def _demand_all(source: Source, samples: pa.Table, header: list[str], problems: Sequence[str]) -> None:
+def _demand_all(source: Source, samples: Sequence[Sample], header: list[str], problems: Sequence[str]) -> None:
     """Raise DataError with all problems and, if fields are missing, the command that names them."""
     folder, columns = source.roots[0], dict(source.columns)
-    known = [name for name in samples.column_names if name == KEY or not name.startswith("__")]
+    known = [*dict.fromkeys(field for sample in samples for field in sample.fields)]
     absent = {name: field for name, field in columns.items() if name != "key" and field not in known}
     missing = [f"no sample has the field {field}" for field in absent.values()]
     missing += ["the images are in the tars: leave out path"] if "path" in columns else []
     missing += ["no patient is named"] if "patient" not in columns else []
     missing += ["no label is named"] if not any(name in LABELS for name in columns) else []
-    problems = [*problems, *([] if len(samples) else ["no samples in the tars"])]
+    problems = [*problems, *([] if samples else ["no samples in the tars"])]
     if not problems + missing:
         return
-    suffixes = ", ".join(samples[SUFFIXES].unique().to_pylist()) if len(samples) else ""
-    lines = [f"{folder}: {len(samples):,} samples of {', '.join([*dict.fromkeys(suffixes.split(', '))][:SHOWN])}"]
+    suffixes = [*dict.fromkeys(suffix for sample in samples for suffix in sample.suffixes)]
+    lines = [f"{folder}: {len(samples):,} samples of {', '.join(suffixes[:SHOWN])}"]
     lines += [f"  {problem}" for problem in [*problems[:SHOWN], *missing]]
     lines += [f"  and {len(problems) - SHOWN:,} more problems"] if len(problems) > SHOWN else []
     if missing:

@@ -102,7 +102,7 @@ def test_a_missing_package_is_named(chexpert: Path, tmp_path: Path, monkeypatch:
     book.write_bytes(b"PK")
     with pytest.raises(DataError) as caught:
         load_table(chexpert, None, "all", [book])
-    assert str(caught.value) == f"`facts` {book}: openpyxl is missing: pip install 'chexpert-pipeline[xlsx]'"
+    assert str(caught.value) == f"{book}: openpyxl is missing: pip install 'chexpert-pipeline[xlsx]'"
 
 
 @pytest.mark.parametrize("key", ["key", "patient and study", "number"])

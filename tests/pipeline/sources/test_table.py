@@ -1,10 +1,12 @@
 """A hospital's own CSV, whose columns are named."""
 
+import io
 import re
 import shlex
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pytest
 from PIL import Image
@@ -60,16 +62,17 @@ def test_a_table_of_one_s_own_becomes_shards(films: Path) -> None:
     assert verified.returncode == 0, verified.stdout
 
 
-def test_columns_may_be_divided_by_semicolons_or_tabs(films: Path) -> None:
-    path = films / "labels.csv"
-    text = path.read_text()
-    for mark, suffix in ((";", ".csv"), ("\t", ".tsv")):
-        path.unlink()
-        path = path.with_suffix(suffix)
-        path.write_text(text.replace(",", mark))
-        options = ("--set", "table", "--columns", COLUMNS, "--dry-run", "--dev", 0)
-        shown = run_pipeline("shards", films, films.parent / "out", *options)
-        assert shown.stdout.startswith("train         3 rows, 3 kept"), shown.stderr
+@pytest.mark.parametrize("kind", ["semicolons.csv", "tabs.tsv", "workbook.xlsx"])
+def test_a_table_may_have_other_delimiters_or_be_a_workbook(films: Path, kind: str) -> None:
+    text = (films / "labels.csv").read_text()
+    (films / "labels.csv").unlink()
+    if kind == "workbook.xlsx":
+        pd.read_csv(io.StringIO(text), skipinitialspace=True).to_excel(films / kind, index=False)
+    else:
+        (films / kind).write_text(text.replace(",", ";" if kind == "semicolons.csv" else "\t"))
+    options = ("--set", "table", "--columns", COLUMNS, "--dry-run", "--dev", 0)
+    shown = run_pipeline("shards", films, films.parent / "out", *options)
+    assert shown.stdout.startswith("train         3 rows, 3 kept"), shown.stderr
 
 
 HOSPITAL = """\
