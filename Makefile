@@ -13,8 +13,6 @@ $(call defaults,OUT=shards ARCH=resnet50 SWEEP=runs/sweep CROSS=runs/cross SPLIT
 # `cpu` installs torch's CPU build; .venv/installed keeps which one it is.
 installed := $(shell cat .venv/installed 2>/dev/null)
 TORCH  ?= $(installed)
-# On real data a network with weights starts from them, unless ARGS say another start.
-PRETRAINED ?= $(if $(SAMPLE)$(filter rescnn,$(ARCH))$(filter --init% --pretrained,$(ARGS)),no,yes)
 
 # Settings that are passed on as options if they are set, and else left to the command's own defaults.
 SHARDING := --size=SIZE --views=VIEWS --dev=DEV --workers=WORKERS
@@ -50,9 +48,11 @@ PARALLEL = $(PYTEST) -n auto --dist worksteal
 TRAIN    = $(BIN)/python train.py
 # The --: torchrun would take --run for its own. SIGUSR1 is Slurm's warning.
 LAUNCH   = -m torch.distributed.run --standalone --nproc-per-node $(GPUS) --signals-to-handle SIGTERM,SIGINT,SIGUSR1 --
-LEARN    = $(call options,$(TRAINING)) $(if $(filter yes,$(PRETRAINED)),--pretrained) $(ARGS)
-ALONE    = $(if $(GPUS),$(error A sweep trains each trial on one device: leave GPUS out))
-SEARCHES = $(ALONE)$(TRAIN) sweep --shards $(OUT) --sweep $(SWEEP) $(call options,$(SEARCH)) $(LEARN)
+LEARN    = $(call options,$(TRAINING)) $(if $(PRETRAINED),--$(if $(filter no,$(PRETRAINED)),no-)pretrained) $(ARGS)
+SEARCHES = $(if $(GPUS),$(error A sweep trains each trial on one device: leave GPUS out))$(TRAIN) sweep --shards $(OUT) --sweep $(SWEEP) $(call options,$(SEARCH)) $(LEARN)
+TRAINS   = $(if $(strip $(foreach name,LR WD BATCH ARCH UNCERTAIN,$(word 2,$($(name))))),$(SEARCHES),\
+	$(BIN)/python $(if $(GPUS),$(LAUNCH)) train.py --shards $(OUT) --run "$(RUN)" $(LEARN))
+CHECK    = $(if $(filter train,$(MAKECMDGOALS)),$(TRAINS) --check)$(if $(filter sweep,$(MAKECMDGOALS)),$(SEARCHES) --check)
 WRITE    = $(BIN)/pipeline shards "$(DATA)" $(OUT) $(call options,$(SHARDING))
 apt      = @command -v $(1) >/dev/null || { sudo=$$(command -v sudo); $$sudo apt-get update -q && $$sudo apt-get install -qy $(1); }
 need     = @$(if $(1),,echo 'make $@ needs $(2)' >&2; exit 2)
@@ -74,21 +74,20 @@ verify: $(OUT)/manifest.json  ## check the shards in OUT: hashes, structure, eve
 	$(BIN)/pipeline verify $(OUT) --deep $(call options,--workers=WORKERS)
 stats: $(OUT)/manifest.json  ## count the labels of the shards in OUT
 	$(BIN)/pipeline stats $(OUT)
-audit: $(OUT)/manifest.json  ## ask which non-disease factors predict each label of the shards in OUT
+audit: $(OUT)/manifest.json  ## ask which non-disease factors predict each label of OUT
 	$(BIN)/pipeline audit $(OUT) $(ARGS)
 
 ##@ Train and use
-train: $(OUT)/manifest.json  ## train on OUT with LR, WD, EPOCHS, BATCH, ARCH, SEED, GPUS; or resume RUN
-	$(if $(strip $(foreach name,LR WD BATCH ARCH UNCERTAIN,$(word 2,$($(name))))),$(SEARCHES),\
-		$(BIN)/python $(if $(GPUS),$(LAUNCH)) train.py --shards $(OUT) --run "$(RUN)" $(LEARN))
-sweep: $(OUT)/manifest.json  ## try several LR, WD, BATCH, ARCH, UNCERTAIN; or SAMPLER=tpe TRIALS=40
+train: $(OUT)/manifest.json  ## train on OUT, or resume RUN: LR, WD, EPOCHS, BATCH, ARCH, SEED
+	$(TRAINS)
+sweep: $(OUT)/manifest.json  ## try several LR, WD, BATCH, ARCH, UNCERTAIN, or by TPE
 	$(SEARCHES)
-cross:  ## train on each folder of SHARDS, on all but one, and on all; score every run on each
+cross:  ## train on each of SHARDS, on all but one, on all; score all on each
 	$(call need,$(word 2,$(SHARDS)),SHARDS="A B": two folders of shards or more)
 	$(TRAIN) cross $(foreach folder,$(SHARDS),--shards $(folder)) --out "$(CROSS)" $(LEARN)
 evaluate:  ## score RUN on SPLIT of its own shards, or of those in OUT
 	$(TRAIN) evaluate $(if $(call given,OUT),--shards $(OUT)) --run "$(RUN)" --split $(SPLIT) $(call options,--workers=WORKERS) $(ARGS)
-predict:  ## score IMAGES (files or folders) by RUN, into RUN/predictions.csv
+predict:  ## score IMAGES by RUN, into RUN/predictions.csv
 	$(call need,$(IMAGES),IMAGES=<files or folders>)
 	$(TRAIN) predict --run "$(RUN)" --out "$(RUN)/predictions.csv" $(call options,--workers=WORKERS) $(ARGS) $(IMAGES)
 export:  ## write the network of RUN for other programs, as RUN/model.onnx
@@ -165,6 +164,7 @@ $(filter-out help clean,$(all)): .venv/installed
 # With DATA given, always: shards of other data, or by other settings, are refused, and finished ones left alone.
 $(OUT)/manifest.json: $(if $(call given,DATA),always) | .venv/installed $(SAMPLE)
 	@$(if $(DATA),,echo 'No shards in $(OUT). Write them with: make shards DATA=<CheXpert folder> OUT=$(OUT)' >&2; exit 2)
+	$(CHECK)
 	$(WRITE)
 sample/CheXpert-v1.0-small/train.csv: | .venv/installed
 	$(BIN)/pipeline sample sample

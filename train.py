@@ -111,8 +111,9 @@ def train(job: Job) -> None:
             stack.enter_context(claimed(job.run))
             job = replace(job, config=open_run(job.run, job.config, data.steps))
             record_environment(job)
+        start = job.start.path if job.start else "its published weights" if job.config.pretrained else "random weights"
         together = f", {job.ranks.count} ranks" if job.ranks.joined else ""
-        say(f"{job.config.arch} on {job.device.type}, {state.precision}{together}")
+        say(f"{job.config.arch} from {start} on {job.device.type}, {state.precision}{together}")
         if not resume(job, state, data.steps):
             train_epochs(job, state, data)
 
@@ -124,7 +125,7 @@ def start_state(job: Job, data: TrainingData, seen: Seen = ()) -> TrainState:
     config = job.config
     torch.manual_seed(config.seed)
     outputs = name_outputs(config)
-    network = build_network(config.arch, len(outputs), config.shape, config.pretrained)
+    network = build_network(config.arch, len(outputs), config.shape, bool(config.pretrained))
     if job.start is not None:
         say(f"{job.start.path}: {load_initial(network, job.start, outputs)}")
     if config.freeze:

@@ -45,7 +45,7 @@ def synchronize(device: torch.device) -> None:
 @click.option("--compile", "compiled", is_flag=True, help="Compile the network with torch.compile.")
 def main(shards: str, arch: str, size: int, batch: int, steps: int, rounds: int, amp: str, compiled: bool) -> None:
     """Print images/s of the three, and their ratios."""
-    config = Config(arch=arch, image_size=str(size), batch_size=batch, amp=amp, compile=compiled)
+    config = Config(arch=arch, image_size=str(size), batch_size=batch, amp=amp, compile=compiled, pretrained=False)
     job = open_job(config, Setup(shards=(shards,)), Path("unused"))
     data = open_training(job)
     state = train.start_state(job, data)

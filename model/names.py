@@ -89,6 +89,13 @@ def check_arch(arch: str) -> str:
     raise DataError(f"'{arch}': timm {timm.__version__} has no such network{hint}")
 
 
+def has_weights(arch: str) -> bool:
+    """Whether a network has pretrained weights to download."""
+    if not arch.startswith(TIMM):
+        return arch in TORCHVISION
+    return bool(import_timm(check_arch(arch)).get_pretrained_cfg(split_arch(arch)[0]).has_weights)
+
+
 def own_input(arch: str) -> Input | None:
     """The input that a network of timm was made for; None for others, which take any size and the shards' scale."""
     if not arch.startswith(TIMM):

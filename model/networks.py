@@ -23,7 +23,7 @@ from pipeline.base.errors import DataError, SettingError
 from pipeline.labels import LABELS
 
 _OTHER_WAYS = "choose another `arch`, or `init` FILE"
-_WITHOUT = "; without `pretrained` (in make: PRETRAINED=no) a run starts from random weights"
+_WITHOUT = "; `no_pretrained` (in make: PRETRAINED=no) starts from random weights"
 LEAST = 0.9  # share of a backbone's weights that a file must hold
 _RENAMED = (
     (r"(denselayer\d+\.\w+)\.([12]\.)", r"\1\2"),  # of torchvision's DenseNet, which torch no longer allows

@@ -23,6 +23,7 @@ from model.runs.config import (
     Setup,
     SharedImages,
     Workers,
+    check_conflicts,
     check_folders,
     is_reported,
     open_start,
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 # Options that a sweep may get more values of later.
 SWEPT = ("lr", "weight_decay", "batch_size", "arch", "uncertain")
 Train = Callable[..., None]  # train.train
+CHECK = run_option(False, "Only check the options, which needs no shards.")
 sweep_option = partial(option, group="sweep")
 
 
@@ -79,6 +81,7 @@ class Place:
     """The folder that `train` writes to."""
 
     run: Path = run_option(..., "Folder of the run.")
+    check: bool = CHECK
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +112,7 @@ class Search:
     sampler: str = sweep_option("grid", "tpe: search between the values given.", choices=("grid", "tpe"))
     trials: int | None = sweep_option(None, "With tpe: maximum number of trials.", low=1)
     png: Path | None = pictures_option()
+    check: bool = CHECK
 
 
 @command(
@@ -121,6 +125,10 @@ class Search:
 @click.pass_obj
 def train_command(train: Train, place: Place, setup: Setup, config: Config) -> int:
     """Train a network on shards; the same command continues an interrupted run."""
+    if place.check:
+        first = setup.init is None if config.pretrained is None else config.pretrained
+        check_conflicts(replace(config, init=str(setup.init) if setup.init else None, pretrained=first))
+        return 0
     check_folders(setup.shards)
     if "RANK" not in os.environ and is_finished(config, setup, place.run):
         print_run(place.run)
@@ -261,6 +269,8 @@ def sweep_command(train: Train, search: Search, setup: Setup, given: "Point") ->
         search.sampler == "grid" and search.trials is not None,
         "--trials needs --sampler tpe: a grid has as many as combinations",
     )
+    if search.check:
+        return 0
     check_folders(setup.shards)
     with needs("sweep"):
         from model.runs.sweep import Sweep, list_trials, open_sweep, rank, run_sweep

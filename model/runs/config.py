@@ -11,7 +11,17 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from model.names import ARCHITECTURES, AUGMENTATIONS, FUSIONS, LOSSES, XRV, check_arch, own_input, parse_shape
+from model.names import (
+    ARCHITECTURES,
+    AUGMENTATIONS,
+    FUSIONS,
+    LOSSES,
+    XRV,
+    check_arch,
+    has_weights,
+    own_input,
+    parse_shape,
+)
 from pipeline.base.errors import DataError, SettingError
 from pipeline.base.files import hash_file, read_object
 from pipeline.base.options import check_values, option
@@ -145,7 +155,10 @@ class Config:
         None, "Evaluate on dev this often.", low=1, metavar="STEPS", shown="once per epoch"
     )
     patience: int | None = run_option(None, "Stop after this many evaluations without improvement.", low=1)
-    pretrained: bool = network_option(False, "Start from ImageNet weights (downloads them).")
+    # None: if there are such weights and no others to start from; once resolved, True or False
+    pretrained: bool | None = network_option(
+        None, "Start from the network's published weights (downloads them).", shown="if it has any, and without --init"
+    )
     init: str | None = None  # sha256 of the weights file that the run starts from
     init_terms: str = ""  # license and training data of these weights
     adopted: str = ""  # weights file, if the run uses these weights without training
@@ -346,19 +359,24 @@ CONFLICTS = (  # two settings that do not go together
 NEEDS = {"balance_over": ["balance"], "init_labels": ["init"], "freeze": ["init", "pretrained"]}  # one of these
 
 
-def check_config(config: Config, ranks: "Ranks") -> None:
-    """Raise SettingError for values that are invalid, contradict each other, or do not work with these ranks."""
-    import torch  # here, because it takes seconds
-
-    check_values(config)
+def check_conflicts(config: Config) -> None:
+    """Raise SettingError for settings that contradict each other, whatever the shards."""
     active = vars(config) | {"loss": config.loss == "aucm", "accumulate": config.accumulate > 1}
-    active |= {"uncertain": three_class_columns(config), "layer_decay": config.layer_decay < 1}
+    active |= {"uncertain": config.uncertain and three_class_columns(config), "layer_decay": config.layer_decay < 1}
     for name, other, text in CONFLICTS:
         if active[name] and active[other]:
             raise SettingError(text)
     for name, others in NEEDS.items():
         if active[name] and not any(active[other] for other in others):
             raise SettingError(f"`{name}` needs {' or '.join(f'`{other}`' for other in others)}")
+
+
+def check_config(config: Config, ranks: "Ranks") -> None:
+    """Raise SettingError for values that are invalid, contradict each other, or do not work with these ranks."""
+    import torch  # here, because it takes seconds
+
+    check_values(config)
+    check_conflicts(config)
     if unlearned := [label for label in parse_choice(config.choose_by) if label not in config.labels]:
         raise SettingError(f"`choose_by` {config.choose_by}: {', '.join(unlearned)} not among `labels`")
     if not can_divide(config.batch_size, config.accumulate, ranks):
@@ -405,6 +423,7 @@ def resolve_config(config: Config, shards: "Collection", teacher: Path | None, s
         uncertain=uncertain,
         blank=check_blank_policy(choose_policy("blank", config.blank, manifest.policies)),
         manifest=shards.digest,
+        pretrained=start is None and has_weights(config.arch) if config.pretrained is None else config.pretrained,
         teacher=teacher_digest(teacher, shards) if teacher else None,
         init=start.digest if start else None,
         init_terms=start.terms if start else "",

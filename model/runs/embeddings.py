@@ -49,7 +49,7 @@ def open_encoder(job: Job) -> Encoder:
 
 def start_encoder(job: Job) -> Encoder:
     """The network that a job would start from."""
-    network = build_network(job.config.arch, len(LABELS), job.config.shape, job.config.pretrained)
+    network = build_network(job.config.arch, len(LABELS), job.config.shape, bool(job.config.pretrained))
     if job.start is not None:
         say(f"{job.start.path}: {load_initial(network, job.start)}")
     network = fuse(network, job.config).to(job.device).to(memory_format=torch.channels_last)

@@ -165,7 +165,7 @@ def test_a_failed_download_names_the_other_way(tmp_path: Path, monkeypatch: pyte
         "the ImageNet weights of densenet121 cannot be downloaded from https://download.pytorch.org/models/"
         "densenet121-a639ec97.pth: <urlopen error no route>; download that file elsewhere and put it here, as "
         f"{tmp_path}/hub/checkpoints/densenet121-a639ec97.pth, or anywhere for `init` FILE; "
-        "without `pretrained` (in make: PRETRAINED=no) a run starts from random weights"
+        "`no_pretrained` (in make: PRETRAINED=no) starts from random weights"
     )
     with pytest.raises(CheckpointError, match=r"^rescnn has no ImageNet weights; choose another `arch`"):
         build_network("rescnn", 14, pretrained=True)

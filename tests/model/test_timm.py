@@ -67,8 +67,8 @@ def test_a_run_keeps_the_networks_own_input(sample_shards: tuple[Path, Manifest]
     assert own_input("timm/vit_tiny_patch16_224?depth=2") == Input("224", True, 127.5, 127.5)
     assert own_input("timm/vit_base_patch16_sapiens2") == Input("1024x768", False, 114.495, 57.63)
     run, shards = tmp_path / "run", sample_shards[0]
-    options = ["--shards", shards, "--run", run, "--arch", "timm/test_resnet", "--epochs", 1, "--limit", 16]
-    assert call_train(*options, "--batch-size", 16) == 0
+    options = ["--shards", shards, "--run", run, "--arch", "timm/test_resnet", "--no-pretrained", "--epochs", 1]
+    assert call_train(*options, "--limit", 16, "--batch-size", 16) == 0
     config = json.loads((run / "config.json").read_text())
     assert (config["image_size"], config["input_scale"]) == ("160", [127.5, 127.5])
     assert load_checkpoint(run / "best.pt")["pixels"] == {"mean": 127.5, "std": 127.5}
@@ -104,7 +104,7 @@ def test_weights_of_timm_that_cannot_be_downloaded_are_named(monkeypatch: pytest
         "the weights of timm/resnet10t.c3_in1k cannot be downloaded from "
         "https://huggingface.co/timm/resnet10t.c3_in1k/resolve/main/model.safetensors: "
     )
-    assert "; download that file elsewhere and put it here, for `init` FILE; without `pretrained` " in text
+    assert "; download that file elsewhere and put it here, for `init` FILE; `no_pretrained` " in text
     with pytest.raises(CheckpointError, match=r"^timm/resnet50t has no weights in timm; choose another"):
         build_network("timm/resnet50t", 14, pretrained=True)
 
