@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from PIL import Image
 
 from pipeline.manifest import read_manifest, read_table
@@ -25,6 +26,13 @@ def read_rows(name: str) -> list[dict[str, str]]:
     """The rows of one of the tables."""
     with (TABLES / name).open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def read_mapping(name: str, state: str = "positive") -> dict[str, list[str]]:
+    """Label → the findings of a set that have this state for it in findings.csv."""
+    rows = pd.read_csv(REPOSITORY / "pipeline" / "sources" / "findings.csv", keep_default_na=False)
+    rows = rows[(rows["set"] == name) & (rows["state"] == state)]
+    return rows.groupby("label")["finding"].agg(list).to_dict()
 
 
 PADCHEST = "PADCHEST_chest_x_ray_images_labels_160K_01.02.19.csv"

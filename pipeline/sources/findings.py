@@ -21,47 +21,43 @@ from pipeline.base.errors import DataError, quote
 from pipeline.labels import LABELS, NOT_ANNOTATED
 
 TABLE = Path(__file__).with_name("findings.csv")
-POSITIVE, OPEN = "positive", "not annotated"
-EVERY = "all"
+POSITIVE, EVERY = "positive", "all"
+Mask = npt.NDArray[np.bool_]
 
 
 class Findings(NamedTuple):
-    """A set's findings: label → findings that make it positive, and that leave it open; and those without a label."""
+    """A set's findings [F] → labels: those [F, 14] that a finding makes positive, and that it leaves open.
 
-    positive: dict[str, list[str]]
-    open: dict[str, list[str]]
-    unmapped: list[str]  # which imply that others were looked for
-    silent: list[str]  # which carry no information
+    Who `speaks` [F] of a finding has looked for all.
+    """
 
-    @property
-    def known(self) -> list[str]:
-        """All of them."""
-        named = [*self.positive.values(), *self.open.values(), self.unmapped, self.silent]
-        return [name for names in named for name in names]
+    names: list[str]
+    positive: Mask
+    open: Mask
+    speaks: Mask
 
 
 @cache
 def read_findings(dataset: str) -> Findings:
     """The findings of a data set, by its name in the table."""
-    findings = Findings({}, {}, [], [])
     with TABLE.open(newline="") as file:
-        for row in csv.DictReader(file):
-            if row["set"] != dataset:
-                continue
-            if row["label"]:
-                labels = findings.positive if row["state"] == POSITIVE else findings.open
-                labels.setdefault(row["label"], []).append(row["finding"])
-            else:
-                (findings.silent if row["state"] else findings.unmapped).append(row["finding"])
-    return findings
+        rows = [row for row in csv.DictReader(file) if row["set"] == dataset]
+    names = [*dict.fromkeys(row["finding"] for row in rows)]
+    positive, opened = np.zeros((2, len(names), len(LABELS)), np.bool_)
+    speaks = np.ones(len(names), np.bool_)
+    for row in rows:
+        finding, labels = names.index(row["finding"]), LABELS if row["label"] == EVERY else [row["label"]]
+        columns = [LABELS.index(label) for label in labels if label]
+        (positive if row["state"] == POSITIVE else opened)[finding, columns] = True
+        speaks[finding] &= not (row["state"] and row["label"] in ("", EVERY))
+    return Findings(names, positive, opened, speaks)
 
 
 def leave_open(states: npt.NDArray[np.int8]) -> None:
     """In states [N, 14], mark as not annotated what is negative only because another finding was named."""
-    for label, named in read_findings("any").open.items():
-        column = states[:, LABELS.index(label)]
-        is_named = np.isin(states[:, [LABELS.index(name) for name in named]], (1, -1)).any(axis=1)
-        column[(column == 0) & is_named] = NOT_ANNOTATED
+    names, _, opened, _ = read_findings("any")
+    named = np.isin(states[:, [LABELS.index(name) for name in names]], (1, -1))
+    states[(states == 0) & (named @ opened)] = NOT_ANNOTATED
 
 
 def parse_findings(
@@ -76,26 +72,19 @@ def parse_findings(
     lists = pc.split_pattern(encoded.dictionary, separator)
     place: npt.NDArray[np.int64] = pc.list_parent_indices(lists).to_numpy()
     words = pc.utf8_trim_whitespace(pc.list_flatten(lists))
-
-    def having(names: list[str]) -> npt.NDArray[np.int64]:
-        """The lists with one of these findings."""
-        rows: npt.NDArray[np.int64] = place[np.asarray(pc.is_in(words, value_set=pa.array(names, pa.string())))]
-        return rows
-
-    unknown = pc.index(pc.is_in(words, value_set=pa.array(findings.known)), False).as_py()
+    codes = pc.index_in(words, value_set=pa.array(findings.names, pa.string()))
+    unknown = pc.index(codes.is_null(), True).as_py()
     if unknown >= 0:
         row = pc.index(encoded.indices, int(place[unknown])).as_py()
         finding = quote(words[unknown].as_py(), 80)
         where = f"{path}, line {line_of(path, row)}, column {name}"
         raise DataError(f"{where}: '{finding}' is not a finding of this set")
-    annotated = [LABELS.index(label) for label in findings.positive]
+    listed = np.zeros((len(lists), len(findings.names)), np.bool_)
+    listed[place, codes.to_numpy()] = True
     states = np.full((len(lists), len(LABELS)), NOT_ANNOTATED, np.int8)
-    speaking = [word for word in findings.known if word not in (*findings.silent, *findings.open.get(EVERY, ()))]
-    states[np.ix_(np.unique(having(speaking)), np.array(annotated))] = 0
-    for label, names in findings.open.items():
-        states[having(names), slice(None) if label == EVERY else LABELS.index(label)] = NOT_ANNOTATED
-    for label, names in findings.positive.items():
-        states[having(names), LABELS.index(label)] = 1
+    states[np.ix_(listed @ findings.speaks, findings.positive.any(axis=0))] = 0
+    states[listed @ findings.open] = NOT_ANNOTATED
+    states[listed @ findings.positive] = 1
     states[(states[:, 1:-1] == 1).any(axis=1), 0] = 0  # No Finding: none of the others but Support Devices
     leave_open(states)
     by_row = states[encoded.indices.to_numpy()]

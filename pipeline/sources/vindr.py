@@ -67,8 +67,8 @@ class Vindr(DataSet):
         np.add.at(votes, image_of, marks)
         readers_of = np.bincount(image_of, minlength=len(votes))[:, None]
         states = np.where(votes * 2 > readers_of, 1, np.where(votes > 0, -1, 0)).astype(np.int8)
-        absent = [label for label in LABELS if label not in FINDINGS.positive or (is_boxes and label in ABSENT)]
-        states[:, [LABELS.index(label) for label in absent]] = NOT_ANNOTATED
+        annotated = FINDINGS.positive.any(axis=0) & ~(is_boxes & np.isin(LABELS, ABSENT))
+        states[:, ~annotated] = NOT_ANNOTATED
         leave_open(states)
         fields = {"key": images.dictionary, "patient": images.dictionary}
         fields["path"] = fill(f"{'test' if 'test' in csv.name else 'train'}/{{key}}.dicom", fields)
@@ -81,12 +81,12 @@ def _mark_labels(csv: Path, text: pa.Table, reading: npt.NDArray[np.int64], is_b
 
     Raises DataError for a class of another set, cells but 0 and 1, and No finding beside a finding.
     """
-    wanted = [name for names in FINDINGS.positive.values() for name in names]
     if is_boxes:
-        known = pc.is_in(text[CLASS], value_set=pa.array(FINDINGS.known))
+        known = pc.is_in(text[CLASS], value_set=pa.array(FINDINGS.names))
         demand(csv, CLASS, text[CLASS], known, "is not a finding of this set")
-        columns = {name: np.asarray(pc.equal(text[CLASS], name)) for name in FINDINGS.known}
+        columns = {name: np.asarray(pc.equal(text[CLASS], name)) for name in FINDINGS.names}
     else:
+        wanted = [name for name, labels in zip(FINDINGS.names, FINDINGS.positive, strict=True) if labels.any()]
         demand_columns(csv, text.column_names, wanted)
         for name in wanted:
             valid = pc.match_substring_regex(text[name], r"^[01](\.0)?$")
@@ -97,9 +97,8 @@ def _mark_labels(csv: Path, text: pa.Table, reading: npt.NDArray[np.int64], is_b
     clash = named[NO_FINDING] & np.any([rows for name, rows in named.items() if name != NO_FINDING], axis=0)
     complaint = "is read as No finding and as a finding: remove one of them"
     demand(csv, COLUMN, text[COLUMN], pa.chunked_array([~clash[reading]]), complaint)
-    marks = np.zeros((reading.max(initial=-1) + 1, len(LABELS)), np.bool_)
-    for label, names in FINDINGS.positive.items():
-        marks[:, LABELS.index(label)] = np.any([named[name] for name in names], axis=0)
+    absent = np.zeros_like(clash)
+    marks: npt.NDArray[np.bool_] = np.stack([named.get(name, absent) for name in FINDINGS.names], 1) @ FINDINGS.positive
     return marks
 
 

@@ -12,11 +12,10 @@ from pipeline import DataError, open_shards
 from pipeline.labels import LABELS, NOT_ANNOTATED
 from pipeline.manifest import read_manifest
 from pipeline.sources import nih
-from pipeline.sources.findings import read_findings
 from tests.conftest import run_pipeline, shipped_table
 from tests.layouts import NIH_ROWS as ROWS
 from tests.layouts import NIH_TEST as TEST
-from tests.layouts import write_nih
+from tests.layouts import read_mapping, write_nih
 
 
 @pytest.fixture
@@ -43,7 +42,7 @@ def test_the_real_table_has_the_published_counts(real_table: Path) -> None:
     assert (report["images"], report["patients"]) == (112_120, 30_805)
     frame = pd.read_csv(real_table)
     findings = frame["Finding Labels"].str.get_dummies("|").astype(bool)
-    for label, names in read_findings("nih").positive.items():
+    for label, names in read_mapping("nih").items():
         assert report["labels"][label]["positive"] == findings[list(names)].any(axis=1).sum(), label
     opened = (findings["Pneumonia"] | findings["Infiltration"]) & ~findings["Consolidation"]
     unannotated = {label: counts["not_annotated"] for label, counts in report["labels"].items()}

@@ -16,7 +16,7 @@ from pipeline.manifest import read_manifest
 from pipeline.sources import padchest
 from pipeline.sources.findings import EVERY, read_findings
 from tests.conftest import run_pipeline, shipped_table
-from tests.layouts import PADCHEST_ROWS, shard, write_padchest
+from tests.layouts import PADCHEST_ROWS, read_mapping, shard, write_padchest
 
 TABLE = f"{padchest.SET.tables['train'][0]}.gz"
 
@@ -44,9 +44,9 @@ def test_the_real_table_agrees_with_a_count_of_its_words() -> None:
         wanted = set(names)
         return pd.Series([not wanted.isdisjoint(words) for words in lists], rows.index)
 
-    positive = pd.DataFrame({label: having(names) for label, names in read_findings("padchest").positive.items()})
+    positive = pd.DataFrame({label: having(names) for label, names in read_mapping("padchest").items()})
     positive["No Finding"] &= ~positive.drop(columns=["No Finding", "Support Devices"]).any(axis=1)
-    opened = {label: having(names) for label, names in read_findings("padchest").open.items()}
+    opened = {label: having(names) for label, names in read_mapping("padchest", "not annotated").items()}
     opened["Lung Opacity"] = positive[["Lung Lesion", "Edema", "Consolidation", "Pneumonia", "Atelectasis"]].any(axis=1)
     opened["Enlarged Cardiomediastinum"] = positive["Cardiomegaly"]
     opened["Consolidation"] = positive["Pneumonia"] | positive["Lung Opacity"]
@@ -61,7 +61,7 @@ def test_the_real_table_agrees_with_a_count_of_its_words() -> None:
 
 def test_the_mapping_has_torchxrayvision_s_words_but_for_named_differences() -> None:
     """Its PC_Dataset looks for substrings: these words it counts, and we do not, or the other way round."""
-    words = read_findings("padchest").known
+    words = read_findings("padchest").names
     infiltration = "infiltrat|interstitial pattern|ground glass pattern|alveolar pattern|consolidation".split("|")
     theirs = {
         "Lung Opacity": (*infiltration, "air bronchogram"),
@@ -74,8 +74,7 @@ def test_the_mapping_has_torchxrayvision_s_words_but_for_named_differences() -> 
     same = ("Edema", "Cardiomegaly", "Pneumonia", "Atelectasis", "Pneumothorax", "Fracture")
     theirs |= {label: (label.lower(),) for label in same}
     extra = {
-        label: {word for word in words if any(part in word for part in parts)}
-        - set(read_findings("padchest").positive[label])
+        label: {word for word in words if any(part in word for part in parts)} - set(read_mapping("padchest")[label])
         for label, parts in theirs.items()
     }
     assert {label: found for label, found in extra.items() if found} == {

@@ -10,9 +10,8 @@ from pipeline import DataError
 from pipeline.labels import LABELS
 from pipeline.manifest import read_manifest
 from pipeline.sources import vindr
-from pipeline.sources.findings import read_findings
 from tests.conftest import run_pipeline, shipped_table
-from tests.layouts import shard, write_vindr
+from tests.layouts import read_mapping, shard, write_vindr
 
 
 @pytest.fixture
@@ -28,7 +27,7 @@ def test_the_competition_s_table_agrees_with_a_count_of_its_votes(tmp_path: Path
     rows = pd.read_csv(table, usecols=["image_id", "class_name", "rad_id"])
     assert rows.groupby("image_id")["rad_id"].nunique().eq(3).all()
     votes = {}
-    for label, names in read_findings("vindr").positive.items():
+    for label, names in read_mapping("vindr").items():
         said = rows[rows["class_name"].isin(names)].drop_duplicates(["image_id", "rad_id"])
         votes[label] = said.groupby("image_id").size().reindex(rows["image_id"].unique(), fill_value=0)
     frame = pd.DataFrame(votes)
