@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from PIL import Image
 
 from pipeline.manifest import read_manifest, read_table
@@ -30,9 +29,12 @@ def read_rows(name: str) -> list[dict[str, str]]:
 
 def read_mapping(name: str, state: str = "positive") -> dict[str, list[str]]:
     """Label → the findings of a set that have this state for it in findings.csv."""
-    rows = pd.read_csv(REPOSITORY / "pipeline" / "sources" / "findings.csv", keep_default_na=False)
-    rows = rows[(rows["set"] == name) & (rows["state"] == state)]
-    return rows.groupby("label")["finding"].agg(list).to_dict()
+    findings: dict[str, list[str]] = {}
+    with (REPOSITORY / "pipeline" / "sources" / "findings.csv").open(newline="") as file:
+        for row in csv.DictReader(file):
+            if (row["set"], row["state"]) == (name, state):
+                findings.setdefault(row["label"], []).append(row["finding"])
+    return findings
 
 
 PADCHEST = "PADCHEST_chest_x_ray_images_labels_160K_01.02.19.csv"
