@@ -6,12 +6,12 @@ Each file is read and hashed once, and the headers of each tar are walked. Sampl
 if a hash differs, or for `--deep`, to locate the damage within its file.
 """
 
-import mmap
+import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import partial
 from itertools import accumulate, zip_longest
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -56,17 +56,12 @@ class Verdict(NamedTuple):
 class _Checks(NamedTuple):
     """How shards are checked, and what the checks add to: the keys of images of one level."""
 
+    folder: Path
     encoding: str
     owners: Mapping[str, str]  # hash → the shard that it belongs to
     deep: bool
     fetch: Callable[[Shard], Path] | None
     flat: list[str]
-
-
-class _Task(NamedTuple):
-    path: Path
-    shard: Shard
-    rows: pa.Table | None  # of this shard; None if the split's table is unusable
 
 
 def verify_shards(
@@ -97,18 +92,18 @@ def verify_shards(
         for first, second, names in find_shared(ids):
             file = manifest.splits[second].table
             problems[file] += [f"{folder / file}: {form.format(name, first)}" for name in names]
-    tasks = [task for name, split in manifest.splits.items() for task in _tasks(folder, split, tables.get(name))]
-    owners = {task.shard.sha256: task.shard.file for task in tasks}
-    checks = _Checks(encoding, owners, deep, fetch, flat=[])
+    tasks = [task for name, split in manifest.splits.items() for task in _tasks(split, tables.get(name))]
+    owners = {shard.sha256: shard.file for shard, _ in tasks}
+    checks = _Checks(folder, encoding, owners, deep, fetch, flat=[])
     complaints = run_threads(partial(_check_shard, checks), tasks, workers, progress)
-    problems |= {task.shard.file: lines for task, lines in zip(tasks, complaints, strict=True)}
+    problems |= {shard.file: lines for (shard, _), lines in zip(tasks, complaints, strict=True)}
     if fetch is None:
         problems[CROISSANT] = _check_croissant(folder, manifest)
     return Verdict(
         splits=len(manifest.splits),
         shards=len(tasks),
         samples=sum(split.samples for split in manifest.splits.values()),
-        bytes=sum(task.shard.bytes for task in tasks),
+        bytes=sum(shard.bytes for shard, _ in tasks),
         problems={file: lines for file, lines in problems.items() if lines},
         warnings=[
             *_find_leftovers(folder, problems.keys()),
@@ -156,45 +151,37 @@ def _check_croissant(folder: Path, manifest: Manifest) -> list[str]:
     return [f"{path}: {'not that of this manifest' if path.is_file() else 'missing'}"]
 
 
-def _tasks(folder: Path, split: Split, table: pa.Table | None) -> Iterator[_Task]:
+def _tasks(split: Split, table: pa.Table | None) -> Iterator[tuple[Shard, pa.Table | None]]:
+    """Each shard and its rows; None if the split's table is unusable."""
     starts = accumulate((shard.samples for shard in split.shards), initial=0)
     for shard, start in zip(split.shards, starts, strict=False):
-        rows = None if table is None else table.slice(start, shard.samples)
-        yield _Task(folder / shard.file, shard, rows)
+        yield shard, None if table is None else table.slice(start, shard.samples)
 
 
-def _check_shard(checks: _Checks, task: _Task) -> list[str]:
+def _check_shard(checks: _Checks, task: tuple[Shard, pa.Table | None]) -> list[str]:
     """The problems of a shard, as precisely as possible."""
-    path, shard, rows = task
-    if checks.fetch:
-        try:
-            return _check_tar(checks, Path(shard.file), checks.fetch(shard), rows, is_intact=True)
-        except DataError as error:
-            return [str(error)]
+    shard, rows = task
+    path = checks.folder / shard.file
     try:
-        # Read, not mapped: a bad sector then is an error here, and not the end of the process.
-        digest, size = hash_file(path), path.stat().st_size
+        if checks.fetch:
+            path, file, is_intact = Path(shard.file), checks.fetch(shard), True
+        else:
+            # Read, not mapped: a bad sector then is an error here, and not the end of the process.
+            file, digest, size = path, hash_file(path), path.stat().st_size
+            is_intact = digest == shard.sha256
+            if not is_intact and digest in checks.owners:
+                return [f"{path}: holds what belongs in {checks.owners[digest]}"]
+            if size != shard.bytes:
+                return [f"{path}: damaged: {size} bytes, not {shard.bytes} as in the manifest"]
+        members = list(read_members(file, path))
+        complaints: list[str] = []
+        if rows is not None:
+            with file.open("rb") as tar:
+                complaints += _check_samples(checks, rows, members, tar, checks.deep or not is_intact)
     except FileNotFoundError:
         return [f"{path}: the shard is missing"]
     except OSError as error:
         return [f"{path}: cannot be read: {error.strerror}"]
-    is_intact = digest == shard.sha256
-    if not is_intact and digest in checks.owners:
-        return [f"{path}: holds what belongs in {checks.owners[digest]}"]
-    if size != shard.bytes:
-        return [f"{path}: damaged: {size} bytes, not {shard.bytes} as in the manifest"]
-    return _check_tar(checks, path, path, rows, is_intact)
-
-
-def _check_tar(checks: _Checks, path: Path, file: Path, rows: pa.Table | None, is_intact: bool) -> list[str]:
-    """The problems of a tar of the right size; `path` names it in messages, `file` is its local copy."""
-    try:
-        members = list(read_members(file, path))
-        complaints: list[str] = []
-        with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            if rows is not None:
-                deep = checks._replace(deep=checks.deep or not is_intact)
-                complaints += _check_samples(deep, rows, members, data)
     except DataError as error:
         return [str(error)]
     if not complaints and not is_intact:
@@ -202,31 +189,29 @@ def _check_tar(checks: _Checks, path: Path, file: Path, rows: pa.Table | None, i
     return [f"{path}: {complaint}" for complaint in complaints]
 
 
-def _check_samples(checks: _Checks, rows: pa.Table, members: list[Member], data: mmap.mmap) -> Iterator[str]:
+def _check_samples(checks: _Checks, rows: pa.Table, members: list[Member], tar: BinaryIO, deep: bool) -> Iterator[str]:
     """A problem for each row that does not match its members.
 
     Our own tars hold nothing but each row's image and JSON, and end in two empty blocks.
     """
-    suffix = ENCODINGS[checks.encoding]
-    expected = [f"{key}.{end}" for key in rows["key"].to_pylist() for end in (suffix, "json")]
+    expected = [f"{key}.{end}" for key in rows["key"].to_pylist() for end in (ENCODINGS[checks.encoding], "json")]
     names = [member.name for member in members]
     for number, (name, wanted) in enumerate(zip_longest(names, expected, fillvalue="nothing")):
         if name != wanted:
             yield f"member {number}: {name} in the tar, {wanted} in the table"
             return
     end = members[-1].offset + members[-1].size if members else 0
-    rest = len(data) - (end + -end % BLOCK)
+    rest = os.fstat(tar.fileno()).st_size - (end + -end % BLOCK)
     if rest != 2 * BLOCK:
         yield f"{rest} bytes after the last member, not two empty blocks"
-    needed = rows if checks.deep else rows.select(["key", "offset", "length"])
+    needed = rows if deep else rows.select(["key", "offset", "length"])
     for row, image, json in zip(needed.to_pylist(), members[::2], members[1::2], strict=True):
         complaint = None
         if (image.offset, image.size) != (row["offset"], row["length"]):
             place = f"{image.size} bytes at {image.offset}"
             complaint = f"{image.name} is {place}, not {row['length']} at {row['offset']} as in the table"
-        elif checks.deep:
-            content, document = (data[part.offset : part.offset + part.size] for part in (image, json))
-            complaint = _check_content(checks, row, content, document)
+        elif deep:
+            complaint = _check_content(checks, row, *(os.pread(tar.fileno(), p.size, p.offset) for p in (image, json)))
         if complaint:
             yield f"sample {row['key']}: {complaint}"
 
