@@ -36,7 +36,7 @@ from pipeline.policies import BLANK_HELP, UNCERTAIN_HELP, check_blank_policy, ch
 if TYPE_CHECKING:
     from model.initial import Start
     from model.ranks import Ranks
-    from pipeline.stream.collection import Collection
+    from pipeline.stream.dataset import Shards
 
 HELD_OUT = 0.05  # share of the patients, if the shards have no dev split
 ENSEMBLE = "ensemble.json"  # in the folder of an ensemble, instead of config.json
@@ -233,11 +233,11 @@ class Data:
         parse_size("20GB"), "Evict the least recently used shards above this size.", parse=parse_size, shown="20GB"
     )
 
-    def open(self) -> "Collection":
+    def open(self) -> "Shards":
         """The collection of all these shards. Raises DataError."""
-        from pipeline.stream.collection import open_collection
+        from pipeline.stream.dataset import read_shards
 
-        return open_collection(self.shards, self.cache, self.cache_size)
+        return read_shards(self.shards, self.cache, self.cache_size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -405,7 +405,7 @@ def open_start(config: Config, init: Path | None) -> "Start | None":
     return read_start(init / "best.pt" if init.is_dir() else init, outputs)
 
 
-def resolve_config(config: Config, shards: "Collection", teacher: Path | None, start: "Start | None") -> Config:
+def resolve_config(config: Config, shards: "Shards", teacher: Path | None, start: "Start | None") -> Config:
     """The configuration with its open settings filled in: see `job.open_job`, which raises the same errors."""
     manifest = shards.manifest
     if config.mix and len(config.mix) != len(shards.folders):
@@ -435,7 +435,7 @@ def resolve_config(config: Config, shards: "Collection", teacher: Path | None, s
     )
 
 
-def _choose_labels(labels: Sequence[str], shards: "Collection") -> tuple[str, ...]:
+def _choose_labels(labels: Sequence[str], shards: "Shards") -> tuple[str, ...]:
     """The annotated labels, in the order of LABELS: scores of others would be meaningless."""
     known = [label for label in LABELS if label in labels]
     chosen = tuple(label for label in known if label not in shards.manifest.not_annotated)
@@ -444,7 +444,7 @@ def _choose_labels(labels: Sequence[str], shards: "Collection") -> tuple[str, ..
     return chosen or tuple(labels)
 
 
-def teacher_digest(teacher: Path, shards: "Collection") -> str:
+def teacher_digest(teacher: Path, shards: "Shards") -> str:
     """sha256 of a run's scores of train. If missing, raises DataError with the command that writes them."""
     try:
         return hashlib.sha256((teacher / TEACHER_SCORES).read_bytes()).hexdigest()

@@ -24,7 +24,7 @@ from pipeline.base.tabular import Table
 from pipeline.labels import LABELS
 from pipeline.measure.delong import Areas, combine, measure_areas, weigh_labels
 from pipeline.measure.metrics import Floats, count_classes
-from pipeline.stream.collection import Collection
+from pipeline.stream.dataset import Shards
 
 Make = Callable[[Sequence[str], Path], Job]  # folders and run → its job
 SCORED = ("valid", "test", "dev")  # a set's first available split of these is scored
@@ -157,7 +157,7 @@ def write_cross(out: Path, matrix: Matrix, job: Job) -> None:
     write_atomically(out / "cross.html", text.encode())
 
 
-def _choose_split(collection: Collection) -> str:
+def _choose_split(collection: Shards) -> str:
     for split in SCORED:
         if split in collection.manifest.splits:
             return split

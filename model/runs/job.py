@@ -44,7 +44,7 @@ from pipeline.policies import (
     parse_uncertain_policy,
 )
 from pipeline.stream.batches import BatchStream, Labels, Unusable, stream_batches
-from pipeline.stream.collection import Collection
+from pipeline.stream.dataset import Shards
 from pipeline.stream.plan import Rows, Samples, Step, Weights, training_steps
 from pipeline.stream.samples import OpenSplit, find_images, find_studies
 from pipeline.stream.select import NothingSelectedError, balance_weights, find_strata, mix_weights, select_rows
@@ -55,7 +55,7 @@ class Job:
     """Everything that stays constant while a run trains or is scored."""
 
     config: Config
-    shards: Collection
+    shards: Shards
     run: Path
     setup: Setup
     ranks: Ranks = ALONE

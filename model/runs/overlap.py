@@ -119,7 +119,7 @@ def _describe_unknown(run: object, images: str) -> str:
 
 
 def hash_patients(table: pa.Table, namespace: str) -> npt.NDArray[np.int64]:
-    """The hash of each row's patient, int64 [N]; `namespace` is the `Collection`'s."""
+    """The hash of each row's patient, int64 [N]; `namespace` is the `Shards`'s."""
     patients = name_patients(table["patient"], namespace).dictionary_encode()
     hashes = [
         int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], signed=True)

@@ -44,7 +44,7 @@ from pipeline.measure.calibration import RULES, Calibration, apply_calibration, 
 from pipeline.measure.evaluate import Scored, calibrate, study_level
 from pipeline.measure.metrics import Floats
 from pipeline.stream.batches import choose_usable
-from pipeline.stream.collection import Collection
+from pipeline.stream.dataset import Shards
 from pipeline.stream.plan import plan_evaluation
 
 EVALUATION_BATCH = 64  # images
@@ -234,7 +234,7 @@ def open_predictor(runs: Sequence[Path]) -> Predictor:
     return Predictor(" + ".join(map(str, configs)) if folder is None else str(folder), folder, configs)
 
 
-def open_scoring(predictor: Predictor, out: Path | None, shards: Collection, workers: int) -> Job:
+def open_scoring(predictor: Predictor, out: Path | None, shards: Shards, workers: int) -> Job:
     """The job that scores shards, into the run's folder or, for an ensemble, `out` or a folder next to its members.
 
     Calibrates members that are not calibrated. Raises DataError if another run or ensemble uses the folder.

@@ -25,7 +25,7 @@ from pipeline.stream.plan import Rows, Samples
 class ShardFile(NamedTuple):
     """A shard, in a folder or at a URL, whose manifest and tables the folder mirrors.
 
-    `place` is that of its folder in the `Collection`.
+    `place` is that of its folder in the `Shards`.
     """
 
     shard: Shard
@@ -64,7 +64,7 @@ class OpenSplit:
 
     @property
     def folder(self) -> Rows:
-        """The place of each image's folder in the `Collection`."""
+        """The place of each image's folder in the `Shards`."""
         return np.array([file.place for file in self.shards])[self.shard]
 
     @property

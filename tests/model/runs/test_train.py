@@ -53,7 +53,7 @@ from pipeline.measure.evaluate import Scored, calibrate
 from pipeline.measure.evaluation import OWN, Evaluation, read_evaluation
 from pipeline.measure.scores import write_scores
 from pipeline.policies import evaluation_targets
-from pipeline.stream.collection import open_collection
+from pipeline.stream.dataset import read_shards
 from tests.conftest import REPOSITORY, ROUNDS, start
 from tests.training import Late, assert_same_run, stop_after, train_until
 
@@ -475,7 +475,7 @@ def test_limit_and_balance_choose_what_an_epoch_draws(make_job: Callable[..., Jo
 
 def test_damaged_images_end_the_run_unless_they_are_allowed(make_job: Callable[..., Job], tmp_path: Path) -> None:
     shards = Path(shutil.copytree(make_job("other").shards.folders[0].path, tmp_path / "shards"))
-    job = dataclasses.replace(make_job("run", epochs=1), shards=open_collection(shards))
+    job = dataclasses.replace(make_job("run", epochs=1), shards=read_shards(shards))
     split = open_rows(job, "dev").split
     path = shards / split.shards[split.shard[3]].shard.file
     data = bytearray(path.read_bytes())

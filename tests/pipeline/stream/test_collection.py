@@ -18,7 +18,7 @@ from pipeline.etl.shards import Execution, write_shards
 from pipeline.identity import NAMED
 from pipeline.manifest import Manifest, checksum, read_manifest, read_table
 from pipeline.sources.sets import find_source
-from pipeline.stream.collection import open_collection
+from pipeline.stream.dataset import read_shards
 from pipeline.stream.select import mix_weights
 from tests.conftest import default_options, run_pipeline, write_chexpert
 
@@ -42,7 +42,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def test_one_folder_is_what_it_was(two: tuple[Path, Path]) -> None:
-    alone = open_collection(two[0])
+    alone = read_shards(two[0])
     assert alone.manifest == read_manifest(two[0])
     table = alone.open("train").table
     assert table.equals(read_table(two[0], alone.manifest.split("train")))
@@ -50,7 +50,7 @@ def test_one_folder_is_what_it_was(two: tuple[Path, Path]) -> None:
 
 
 def test_tables_follow_each_other_and_patients_are_apart(two: tuple[Path, Path]) -> None:
-    found = open_collection(two)
+    found = read_shards(two)
     split = found.open("train")
     expected = pd.concat(
         [
@@ -91,7 +91,7 @@ def test_ranks_share_the_batches_of_all_folders(two: tuple[Path, Path]) -> None:
 
 
 def test_gray_levels_are_those_of_all_images(two: tuple[Path, Path]) -> None:
-    ours = open_collection(two).manifest
+    ours = read_shards(two).manifest
     parts = [read_manifest(folder) for folder in two]
     counts = [part.split("train").samples for part in parts]
     mean = np.average([part.pixels["mean"] for part in parts], weights=counts)
@@ -113,13 +113,13 @@ def test_folders_that_cannot_be_one_are_refused_by_name(two: tuple[Path, Path], 
     small = write_set(tmp_path / "small", range(40, 44), size=32)
     message = f"{two[0]} and {small} differ in size: 48 and 32; shard one of them again as the other"
     with pytest.raises(DataError, match=f"^{re.escape(message)}$"):
-        open_collection([two[0], small])
+        read_shards([two[0], small])
     with pytest.raises(DataError, match=f"^{re.escape(str(two[0]))}: given twice$"):
-        open_collection([two[0], two[0]])
+        read_shards([two[0], two[0]])
     again = write_set(tmp_path / "again", range(25, 35))
     name = read_table(again, read_manifest(again).split("train"))["key"].to_pylist()
     with pytest.raises(DataError, match=r"an image may be in one folder only: take") as caught:
-        open_collection([two[0], again])
+        read_shards([two[0], again])
     assert str(caught.value).split(" and ")[0] in name
 
 
@@ -170,7 +170,7 @@ def test_a_patient_is_one_whatever_the_spelling(two: tuple[Path, Path], tmp_path
     (tmp_path / "films" / "train.csv").write_text(rows.replace("/patient000", "/patient"))
     source = find_source(tmp_path / "films", {}, [])
     write_shards(source, tmp_path / "w", default_options(dev=0), POLICIES, Execution(1, 0.0))
-    grown = open_collection([two[0], tmp_path / "w"])
+    grown = read_shards([two[0], tmp_path / "w"])
     patients = set(grown.open("train").table["patient"].to_pylist())
     assert "patient00030" in patients
     assert "patient30" not in patients
@@ -183,13 +183,13 @@ def test_a_patient_in_two_splits_of_two_folders_is_refused(two: tuple[Path, Path
         find_source(tmp_path / "films", {}, []), tmp_path / "v", default_options(), POLICIES, Execution(1, 0.0)
     )
     with pytest.raises(DataError) as caught:
-        open_collection([two[0], tmp_path / "v"])
+        read_shards([two[0], tmp_path / "v"])
     assert re.match(
         rf"patient00030 is in (train|dev) of {two[0]} and in valid of {tmp_path / 'v'}; splits must not share patients "
         r"\(if these are two people, shard one of the folders with a `name` of its own\)$",
         str(caught.value),
     )
-    assert open_collection([two[1], tmp_path / "v"]).open("valid").table.num_rows == 6
+    assert read_shards([two[1], tmp_path / "v"]).open("valid").table.num_rows == 6
 
 
 def test_different_policies_have_to_be_decided(two: tuple[Path, Path], tmp_path: Path) -> None:
@@ -210,7 +210,7 @@ def test_facts_that_one_folder_lacks_are_null(two: tuple[Path, Path], tmp_path: 
     facts.write_text("patient,ward\n" + "".join(f"patient{number:05d},W\n" for number in range(60, 63)))
     source = find_source(tmp_path / "films", {}, [], facts=[facts])
     write_shards(source, tmp_path / "w", default_options(), POLICIES, Execution(1, 0.0))
-    table = open_collection([two[0], tmp_path / "w"]).open("train").table
+    table = read_shards([two[0], tmp_path / "w"]).open("train").table
     ward = table.filter(pa.compute.is_valid(table["ward"]))
     assert set(ward["patient"].to_pylist()) <= {"patient00060", "patient00061", "patient00062"}
     assert ward.num_rows > 0
