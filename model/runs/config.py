@@ -255,6 +255,30 @@ class SharedImages:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Assessment:
+    """How the scores of a split are evaluated."""
+
+    against: tuple[Path, ...] = option(
+        (), "Compare with this run; a run on studies may be compared with several.", metavar="RUN"
+    )
+    sensitivity: float = option(0.9, "Sensitivity that the third threshold must reach on dev.", low=0, high=1)
+    study: str = option("max", "How a study's score is computed from its views.", choices=("max", "mean"))
+    where: tuple[str, ...] = option(
+        (), "Score the images that meet this, instead of the run's own conditions: sex=Male.", metavar="CONDITION"
+    )
+    views: str | None = option(None, "Score these views.", choices=VIEWS, shown="the run's")
+    readers: tuple[Path, ...] = option(
+        (), "Add this reader as a point to the ROC curves; may be repeated.", metavar="CSV"
+    )
+    sanity: bool = option(False, "Also run occlusion and patch-shuffle checks.")
+
+    @property
+    def conditions(self) -> tuple[str, ...]:
+        """The conditions that replace the run's."""
+        return (*self.where, *([] if self.views is None else [f"{self.views} views"]))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Setup(Workers, Data):
     """Inputs of a run besides its configuration."""
 

@@ -129,8 +129,7 @@ class Predictor:
         If a split has more samples than `most`, scores every second, third, … Before scoring, raises DataError if the
         weights were trained on any of the images (`check_seen`). Raises CheckpointError and Stopped.
         """
-        conditions = {field: getattr(job.config, field) for field in ("where", "views", "limit", "max_bad")}
-        jobs = [replace(job, run=member.run, config=replace(member.config, **conditions)) for member in self.members]
+        jobs = [score_as(job, member.run, member.config) for member in self.members]
         counts = [check_seen(own, name, member.seen) for own, member in zip(jobs, self.members, strict=True)]
         scores: dict[str, Floats] = {}
         for member, own in zip(self.members, jobs, strict=True):
@@ -209,6 +208,12 @@ class Predictor:
         calibration = calibrate(job.config.labels, dev, sensitivity, combine)
         write_json(path, calibration)
         return calibration
+
+
+def score_as(job: Job, run: Path, config: Config) -> Job:
+    """The job in which another run scores the images of a job."""
+    chosen = {name: getattr(job.config, name) for name in ("where", "views", "limit", "max_bad", "dev", "seed")}
+    return replace(job, run=run, config=replace(config, **chosen))
 
 
 def of_job(job: Job) -> Predictor:

@@ -1,17 +1,18 @@
 """Scores of a run → its calibration, evaluations, comparisons and pages."""
 
 import hashlib
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, fields
+from collections.abc import Mapping
+from dataclasses import asdict, fields, replace
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
-from model.runs.config import Config, parse_choice, read_config
+from model.runs.config import Assessment, Config, parse_choice, read_config
 from model.runs.folder import result_name
 from model.runs.job import Job, open_images, open_split, selected_splits
-from model.runs.predictor import Predictor, Result, forget_calibration, of_job
+from model.runs.overlap import check_seen, read_seen
+from model.runs.predictor import Predictor, Result, forget_calibration, of_job, score_as
 from model.runs.report import render_model_card, render_report
+from model.runs.sanity import score_altered
 from pipeline.base.errors import DataError
 from pipeline.base.files import parse_object, write_atomically
 from pipeline.console import say
@@ -23,7 +24,7 @@ from pipeline.measure.evaluate import Scored
 from pipeline.measure.evaluation import Evaluation, read_evaluation
 from pipeline.measure.judge import Beside, add_own, combine_views, judge_scores
 from pipeline.measure.metrics import Floats, averaged_labels, mean_of, report_auroc
-from pipeline.measure.scores import Scores, open_scores, write_scores
+from pipeline.measure.scores import Scores, name_files, open_scores, write_scores
 from pipeline.stream.samples import find_places
 
 TRAIN_SAMPLES = 2000  # number of train samples that a sweep scores
@@ -42,7 +43,7 @@ def finish_run(job: Job) -> dict[str, Evaluation]:
         return {}
     forget_calibration(job.run)  # from an earlier best.pt
     evaluations = {name: evaluate(job, predictor, name, results[name]) for name in names}
-    write_report(job, predictor, "report.html", evaluations, {name: results[name].images for name in names})
+    write_report(job, predictor, job.run / "report.html", evaluations, {name: results[name].images for name in names})
     data = {}
     for name in names if job.config.adopted else splits:
         split, rows = open_images(job, name)
@@ -54,20 +55,39 @@ def finish_run(job: Job) -> dict[str, Evaluation]:
     return evaluations
 
 
-class How(NamedTuple):
-    """Options of `evaluate`: `chosen_by` are conditions that replace the run's conditions.
+def evaluate_split(job: Job, predictor: Predictor, split: str, how: Assessment) -> Evaluation:
+    """Score a split, under other conditions if `how` has any, judge the scores, and write the files of `name_results`.
 
-    `sensitivity` is the sensitivity that the third threshold must reach on dev; `combine`, max or mean, computes a
-    study's score from its views. `against` maps other runs to their scores (`find_scores`); `altered` are scores of
-    altered images, and `readers` readers' calls, both by name.
+    Raises DataError as `check_seen` does, also for the runs to compare with, and for unusable files of scores.
     """
-
-    sensitivity: float = 0.9
-    combine: str = "max"
-    chosen_by: tuple[str, ...] = ()
-    against: Mapping[Path, Path] = MappingProxyType({})
-    altered: Mapping[str, Floats] = MappingProxyType({})
-    readers: Mapping[str, Scores] = MappingProxyType({})
+    config = replace(job.config, where=how.where or job.config.where, views=how.views or job.config.views)
+    scored = replace(job, config=config)
+    readers = {name: open_scores(path, calls=True) for name, path in name_files(how.readers).items()}
+    others = {run: open_others(job, split, run) for run in how.against}
+    if len(others) > 1 and config.fusion is None:
+        raise DataError("`against` takes one run beside a run by images; several are for a run by studies")
+    for run in others:
+        check_seen(score_as(scored, run, read_config(run)), split, read_seen(run))
+    if split != "dev" or job.shards.digest != config.manifest:
+        predictor.calibrate(job, how.sensitivity, how.study)  # before the split is scored
+    result = predictor.score(scored, split)
+    table, calls, against = result.table, dict[str, Floats](), dict[str, Floats]()
+    for name, reader in readers.items():
+        calls[name] = reader.take(reader.align(table, say), config.labels)
+    for run, scores in others.items():
+        if config.fusion is None:
+            against[str(run)] = scores.take_all(table, config.labels)
+            continue
+        images = open_split(job, split).table
+        values = scores.take(scores.align(images, ignore), config.labels)
+        combined = combine_views(images, values, result.images)
+        against |= {f"{run}{views}": studies for views, studies in combined.items()}
+    altered = score_altered(predictor, scored, split) if how.sanity else {}
+    beside = Beside(against, calls, result.members, altered)
+    evaluation = evaluate(job, predictor, split, result, how, beside)
+    *_, report = name_results(job, split, how)
+    write_report(scored, predictor, report, {split: evaluation}, {split: result.images})
+    return evaluation
 
 
 def evaluate(
@@ -75,32 +95,47 @@ def evaluate(
     predictor: Predictor,
     name: str,
     result: Result,
-    how: How = How(),  # noqa: B008 - immutable
+    how: Assessment = Assessment(),  # noqa: B008 - immutable
+    beside: Beside = Beside(),  # noqa: B008 - immutable
 ) -> Evaluation:
     """Write a predictor's scores of a split, judge them, and write the evaluation into the job's folder.
 
     Raises DataError if thresholds would have to be chosen on other shards than the run's.
     """
     config, scored, table = job.config, result.images, result.table
-    stem = name_result(job, name, how.chosen_by)
-    write_scores(job.run / f"scores-{stem}.arrow", table, config.labels, scored.scores)
-    dev = scored if name == "dev" and not how.chosen_by else None
-    calibration = predictor.calibrate(job, how.sensitivity, how.combine, dev)
+    scores_path, path, _ = name_results(job, name, how)
+    write_scores(scores_path, table, config.labels, scored.scores)
+    dev = scored if name == "dev" and not how.conditions else None
+    calibration = predictor.calibrate(job, how.sensitivity, how.study, dev)
     split = open_split(job, name)
-    calls = {name: read.take(read.align(table, say), config.labels) for name, read in how.readers.items()}
-    against: dict[str, Floats] = {}
-    for other, path in how.against.items():
-        against |= read_against(job, name, other, path, result)
     edge = measure_edges(split, find_places(split, table), job.setup.workers)
     evaluated = {"split": name, "unit": config.unit, "labels": list(config.labels)}
-    evaluated |= {"chosen_by": list(how.chosen_by)} if how.chosen_by else {}
-    beside = Beside(against, calls, result.members, how.altered, edge)
-    evaluation = judge_scores(evaluated | dict(result.shared), scored, table, calibration, beside)
+    evaluated |= {"chosen_by": list(how.conditions)} if how.conditions else {}
+    evaluation = judge_scores(evaluated | dict(result.shared), scored, table, calibration, beside._replace(edge=edge))
     if job.shards.digest != config.manifest:
         compare_with_own(job, scored, evaluation)
-    compared = name_comparison(stem, how.against)
-    write_atomically(job.run / f"evaluation-{compared}.json", evaluation.to_json())
+    write_atomically(path, evaluation.to_json())
     return evaluation
+
+
+def name_results(job: Job, split: str, how: Assessment) -> tuple[Path, Path, Path]:
+    """The files of scores, evaluation and report: other conditions and comparisons do not overwrite the plain ones."""
+    name = result_name(job.config, job.shards.digest, split)
+    if how.conditions:
+        name += f"-{hashlib.sha256(' '.join(how.conditions).encode()).hexdigest()[:8]}"
+    compared = f"{name}-against-{'-'.join(run.name for run in how.against)}"[:200] if how.against else name
+    evaluation, report = job.run / f"evaluation-{compared}.json", job.run / f"report-{compared}.html"
+    return job.run / f"scores-{name}.arrow", evaluation, report
+
+
+def open_others(job: Job, split: str, run: Path) -> Scores:
+    """Another run's scores of a split. If it has none, raises DataError with the command that writes them."""
+    # First its scores of these shards; else of the run's shards, which may have the same images.
+    for name in (result_name(read_config(run), job.shards.digest, split), split):
+        if (path := run / f"scores-{name}.arrow").exists():
+            return open_scores(path)
+    command = f"python -m train evaluate --run {run} --split {split}"
+    raise DataError(f"`against` {run}: no scores-{split}.arrow; first run: {command}")
 
 
 def compare_with_own(job: Job, scored: Scored, evaluation: Evaluation) -> None:
@@ -112,7 +147,7 @@ def compare_with_own(job: Job, scored: Scored, evaluation: Evaluation) -> None:
     command, data = f"python -m train evaluate --run {job.run}", job.manifest.dataset.get("title", "")
     evaluation.head |= {"data": data, "manifest": job.shards.digest, "own": ""}
     if not path.exists():
-        evaluation.head["own"] = f"{path}: not there, so nothing to compare with; it is written by: {command}"
+        evaluation.head["own"] = f"{path} is missing, so there is no comparison with it; first run: {command}"
         say(evaluation.head["own"])
         return
     own = read_evaluation(path)
@@ -121,52 +156,8 @@ def compare_with_own(job: Job, scored: Scored, evaluation: Evaluation) -> None:
     add_own(evaluation, scored, own)
 
 
-def read_against(job: Job, name: str, other: Path, path: Path, result: Result) -> dict[str, Floats]:
-    """Another run's scores [N, L] of the same samples; NaN for labels that it was not trained on.
-
-    For studies, both the max and the mean over the scored views. Raises DataError if all labels or an image are
-    missing.
-    """
-    scores, labels = open_scores(path), job.config.labels
-    if job.config.fusion is None:
-        return {str(other): scores.take_all(result.table, labels)}
-    images = open_split(job, name).table
-    values = scores.take(scores.align(images, ignore), labels)
-    return {f"{other}{how}": views for how, views in combine_views(images, values, result.images).items()}
-
-
-def name_result(job: Job, name: str, chosen_by: Sequence[str] = ()) -> str:
-    """The name of a run's results on a split, including any conditions that replace the run's."""
-    result = result_name(job.config, job.shards.digest, name)
-    return f"{result}-{hashlib.sha256(' '.join(chosen_by).encode()).hexdigest()[:8]}" if chosen_by else result
-
-
-def name_comparison(result: str, against: Collection[Path]) -> str:
-    """The name of a comparison, so that it does not overwrite the plain evaluation."""
-    return f"{result}-against-{'-'.join(other.name for other in against)}"[:200] if against else result
-
-
-def find_scores(job: Job, name: str, against: Sequence[Path]) -> dict[Path, Path]:
-    """Other runs' scores of a split: of one run on images or, if this run scores studies, of any number.
-
-    If a run has none, raises DataError with the command that writes them.
-    """
-    if len(against) > 1 and job.config.fusion is None:
-        raise DataError("`against` takes one run beside a run by images; several are for a run by studies")
-    paths = {}
-    for other in against:
-        # First its scores of these shards; else of the run's shards, which may have the same images.
-        names = (result_name(read_config(other), job.shards.digest, name), name)
-        files = [path for stem in names if (path := other / f"scores-{stem}.arrow").exists()]
-        if not files:
-            command = f"python -m train evaluate --run {other} --split {name}"
-            raise DataError(f"`against` {other}: no scores-{name}.arrow; first run: {command}")
-        paths[other] = files[0]
-    return paths
-
-
 def write_report(
-    job: Job, predictor: Predictor, file: str, evaluations: Mapping[str, Evaluation], images: Mapping[str, Scored]
+    job: Job, predictor: Predictor, file: Path, evaluations: Mapping[str, Evaluation], images: Mapping[str, Scored]
 ) -> None:
     """Write the report page of evaluated splits; `images` are their scores."""
     path = job.run / "metrics.jsonl"
@@ -175,7 +166,7 @@ def write_report(
     history = [parse_object(path, line) for line in lines]
     settings, dataset = describe_settings(job, predictor), job.manifest.dataset
     page = render_report(job.run.name, settings, history, [*evaluations.values()], images, dataset)
-    write_atomically(job.run / file, page.encode())
+    write_atomically(file, page.encode())
 
 
 def describe_settings(job: Job, predictor: Predictor) -> dict[str, object]:

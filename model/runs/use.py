@@ -19,6 +19,7 @@ from model.runs.config import (
     IMAGE_SIZE,
     SIZE,
     SIZE_HELP,
+    Assessment,
     Config,
     Data,
     OwnData,
@@ -36,7 +37,7 @@ from pipeline.base.files import check_folder, hash_file, write_csv, write_json
 from pipeline.base.options import option
 from pipeline.command import EXISTING, EXISTING_FILE, FILE, FOLDER, Fields, command
 from pipeline.console import count_of, echo, refuse_usage, say, say_next
-from pipeline.labels import LABELS, MOST_VIEWS, VIEWS
+from pipeline.labels import LABELS, MOST_VIEWS
 from pipeline.measure.calibration import RULES, Calibration, Fit, apply_calibration, read_fit
 
 if TYPE_CHECKING:
@@ -63,29 +64,11 @@ class Decided(Runs):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluated(SharedImages, Workers, OwnData, Runs):
+class Evaluated(Assessment, SharedImages, Workers, OwnData, Runs):
     """Options of `evaluate`."""
 
     out: Path | None = option(None, "Folder of an ensemble's results.", shown="the runs' names, beside the first")
     split: str = option("valid", "Split to score; --shards may differ from the training shards.")
-    against: tuple[Path, ...] = option(
-        (), "Compare with this run; a run on studies may be compared with several.", metavar="RUN"
-    )
-    sensitivity: float = option(0.9, "Sensitivity that the third threshold must reach on dev.", low=0, high=1)
-    study: str = option("max", "How a study's score is computed from its views.", choices=("max", "mean"))
-    where: tuple[str, ...] = option(
-        (), "Score the images that meet this, instead of the run's own conditions: sex=Male.", metavar="CONDITION"
-    )
-    views: str | None = option(None, "Score these views.", choices=VIEWS, shown="the run's")
-    readers: tuple[Path, ...] = option(
-        (), "Add this reader as a point to the ROC curves; may be repeated.", metavar="CSV"
-    )
-    sanity: bool = option(False, "Also run occlusion and patch-shuffle checks.")
-
-    @property
-    def conditions(self) -> tuple[str, ...]:
-        """The conditions that replace the run's."""
-        return (*self.where, *([] if self.views is None else [f"{self.views} views"]))
 
 
 @command("evaluate", Evaluated, example="python -m train evaluate --run runs/first --split valid")
@@ -97,40 +80,20 @@ def evaluate_command(given: Evaluated) -> int:
     data = given.of(given.runs[0])
     check_folders(data.shards, given.runs)
     from model.ranks import listen
-    from model.runs.overlap import check_seen, read_seen
     from model.runs.predictor import open_predictor, open_scoring
-    from model.runs.results import How, evaluate, find_scores, name_comparison, name_result, write_report
-    from model.runs.sanity import score_altered
+    from model.runs.results import evaluate_split, name_results
     from pipeline.look.judged import print_evaluation
-    from pipeline.measure.scores import name_files, open_scores
 
     listen()
-    split, collection = given.split, data.open()
     predictor = open_predictor(given.runs)
     refuse_usage(
         given.out is not None and predictor.folder is not None,
         f"--out is for several --run: the results of {predictor.name} go into its folder",
     )
-    job = open_scoring(predictor, given.out, collection, given.workers)
-    config = job.config
-    chosen = replace(config, where=given.where or config.where, views=given.views or config.views)
-    scored = replace(job, config=chosen, shared_images=given.shared_images)
-    readers = {name: open_scores(path, calls=True) for name, path in name_files(given.readers).items()}
-    others = find_scores(job, split, given.against)
-    for other in others:
-        check_seen(replace(scored, run=other, config=read_config(other)), split, read_seen(other))
-    if split != "dev" or job.shards.digest != config.manifest:
-        predictor.calibrate(job, given.sensitivity, given.study)  # before the split is scored
-    result = predictor.score(scored, split)
-    altered = score_altered(predictor, scored, split) if given.sanity else {}
-    how = How(given.sensitivity, given.study, given.conditions, others, altered, readers)
-    evaluation = evaluate(job, predictor, split, result, how)
-    print_evaluation(evaluation)
-    stem = name_result(job, split, given.conditions)
-    compared = name_comparison(stem, others)
-    write_report(scored, predictor, f"report-{compared}.html", {split: evaluation}, {split: result.images})
-    for file in (f"scores-{stem}.arrow", f"evaluation-{compared}.json", f"report-{compared}.html"):
-        echo(f"{job.run / file}: written")
+    job = replace(open_scoring(predictor, given.out, data.open(), given.workers), shared_images=given.shared_images)
+    print_evaluation(evaluate_split(job, predictor, given.split, given))
+    for path in name_results(job, given.split, given):
+        echo(f"{path}: written")
     say_next(*TRAIN, "predict", "--run", job.run, "--out", "scores.csv", "IMAGES")
     return 0
 

@@ -17,9 +17,10 @@ from sklearn.metrics import roc_auc_score
 import train
 from model.checkpoint import load_checkpoint
 from model.runs.commands import main
+from model.runs.config import Assessment
 from model.runs.job import Job, open_rows
 from model.runs.predictor import of_job
-from model.runs.results import How, evaluate, find_scores
+from model.runs.results import evaluate_split
 from model.runs.views import find_projection
 from pipeline import DataError
 from pipeline.labels import PROJECTIONS
@@ -61,9 +62,7 @@ def test_each_study_is_scored_once_and_compared_with_late_fusion(
     firsts = table.groupby(["patient", "study"], sort=False).head(1)
     assert scored[["patient", "study"]].to_numpy().tolist() == firsts[["patient", "study"]].to_numpy().tolist()
 
-    others = find_scores(fused, "valid", [images.run, frontal.run])
-    predictor = of_job(fused)
-    found = evaluate(fused, predictor, "valid", predictor.score(fused, "valid"), How(against=others))
+    found = evaluate_split(fused, of_job(fused), "valid", Assessment(against=(images.run, frontal.run)))
     assert found.unit == "study"
     late = {row.scorer: row for row in found.select(metric="auroc", label="Support Devices", group=None) if row.scorer}
     assert list(late) == [f"{images.run}, max of views", f"{images.run}, mean of views", str(frontal.run)]
