@@ -38,7 +38,7 @@ from benchmarks.scale import PROCESSES, QUALITY, SIZE, draw_frontals, link_films
 from pipeline.images import SCALES, ImageOptions, prepare, resize
 from pipeline.labels import COLUMNS
 from pipeline.synthetic.sample import FOLDER
-from tests.films import make_film
+from tests.dicoms import make_dicom
 
 Pixels = npt.NDArray[np.number]
 PIPELINE = Path(sys.executable).with_name("pipeline")
@@ -137,8 +137,8 @@ def compare_decoders(pngs: Path | None, rounds: int) -> None:
     cases: list[tuple[str, list[bytes], Callable[[bytes], object]]] = [
         ("PNG, decoder alone", images, decode_png),
         ("PNG, codec", images, encode_png),
-        ("DICOM with a window", [make_film(levels, WindowCenter=2000, WindowWidth=3000)], decode_dicom),
-        ("DICOM without", [make_film(levels)], decode_dicom),
+        ("DICOM with a window", [make_dicom(levels, WindowCenter=2000, WindowWidth=3000)], decode_dicom),
+        ("DICOM without", [make_dicom(levels)], decode_dicom),
     ]
     for case, data, bare in cases:
         turns = [(measure(bare, data), measure(lambda file: prepare(file, options), data)) for _ in range(5 * rounds)]

@@ -344,7 +344,7 @@ def _apply_table(dicom: "Dataset", table: "Dataset", levels: Levels | Measured, 
         starts = sorted((first & 0xFFFF, (first & 0xFFFF) - 2**16), reverse=bool(low >= 0))
         likely = starts[0] if low < 0 else first
         first = next((start for start in starts if start <= high and start + count > low), likely)
-    places = np.clip(np.rint(levels - first), 0, count - 1).astype(np.int64)
+    places = np.clip(np.rint(levels) - first, 0, count - 1).astype(np.int64)
     return entries[places].astype(np.float64), 2**bits - 1
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 from pipeline.manifest import read_manifest, read_table
 from pipeline.synthetic.sample import write_sample
 from tests.conftest import REPOSITORY, run_pipeline
-from tests.films import make_film
+from tests.dicoms import make_dicom
 
 TABLES = REPOSITORY / "tests" / "tables"
 
@@ -53,7 +53,7 @@ def draw(path: Path, number: int, *, bits: int = 8, kind: str | None = None, mod
     film = Image.fromarray(coarse).resize((64, 64), Image.Resampling.BICUBIC)
     deep = np.asarray(film).astype(np.uint16) << (bits - 8)
     if kind == "DICOM":
-        path.write_bytes(make_film(deep, BitsStored=bits, HighBit=bits - 1))
+        path.write_bytes(make_dicom(deep, BitsStored=bits, HighBit=bits - 1))
         return
     (Image.fromarray(deep) if bits > 8 else film.convert(mode)).save(path, kind)
 

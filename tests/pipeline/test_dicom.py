@@ -1,4 +1,4 @@
-"""DICOM films, beside the standard's formulas (tests/films.py); and what must not get through."""
+"""DICOMs, beside the standard's formulas (tests/dicoms.py); and what must not get through."""
 
 import io
 import logging
@@ -30,10 +30,10 @@ from openjpeg.utils import encode_array  # noqa: E402
 from pydicom import Dataset, dcmread, uid  # noqa: E402
 from pydicom.encaps import encapsulate, get_frame  # noqa: E402
 
-from tests.films import change, make_film, make_table, render  # noqa: E402
+from tests.dicoms import change, make_dicom, make_table, render  # noqa: E402
 
-FILMS = sorted((Path(pydicom.__file__).parent / "data" / "test_files").rglob("*"))
-FILMS = [path for path in FILMS if path.is_file()]
+IMAGES = sorted((Path(pydicom.__file__).parent / "data" / "test_files").rglob("*"))
+IMAGES = [path for path in IMAGES if path.is_file()]
 RAW = ImageOptions(None, "no", "raw", 95, 1_000_000)
 PLAIN = {
     (True, True): uid.ImplicitVRLittleEndian,
@@ -43,25 +43,25 @@ PLAIN = {
 Array = npt.NDArray[Any]
 
 
-def pixels_of(film: bytes) -> Array:
-    return prepare(film, RAW).pixels
+def pixels_of(image: bytes) -> Array:
+    return prepare(image, RAW).pixels
 
 
-def shard(tmp_path: Path, films: dict[str, bytes], *options: object) -> tuple[Any, Path]:
-    """Shards of a table of films, in which every other one has an edema: the finished command, and their folder."""
-    folder, out = tmp_path / "films", tmp_path / "out"
+def shard(tmp_path: Path, images: dict[str, bytes], *options: object) -> tuple[Any, Path]:
+    """Shards of a table of images, in which every other one has an edema: the finished command, and their folder."""
+    folder, out = tmp_path / "images", tmp_path / "out"
     folder.mkdir(exist_ok=True)
-    for name, film in films.items():
-        (folder / name).write_bytes(film)
-    rows = [f"{name},{name},{number % 2}\n" for number, name in enumerate(films)]
+    for name, image in images.items():
+        (folder / name).write_bytes(image)
+    rows = [f"{name},{name},{number % 2}\n" for number, name in enumerate(images)]
     (folder / "labels.csv").write_text("Image,MRN,edema\n" + "".join(rows))
     words = ("--set", "table", "--columns", "path=Image,patient=MRN,Edema=edema", "--dev", 0, "--workers", 1)
     return run_pipeline("shards", folder, out, *words, *options), out
 
 
-def expect(film: bytes, stored: Array, **facts: Any) -> None:
-    """The film's pixels are what the standard makes of the stored values."""
-    np.testing.assert_allclose(pixels_of(film), render(stored, **facts), atol=0.5 + 1e-9)
+def expect(image: bytes, stored: Array, **facts: Any) -> None:
+    """The image's pixels are what the standard makes of the stored values."""
+    np.testing.assert_allclose(pixels_of(image), render(stored, **facts), atol=0.5 + 1e-9)
 
 
 def table(entries: Array, first: int, bits: int) -> list[Dataset]:
@@ -76,26 +76,26 @@ def levels() -> Array:
     return np.asarray((np.sin(rows / 9) + np.cos(columns / 7) + 2) / 4 * 4095, np.uint16)
 
 
-def read_facts(film: Dataset) -> dict[str, Any]:
-    """What decides the gray levels of a film that is sound, as `render` takes it."""
-    facts: dict[str, Any] = {"inverted": film.PhotometricInterpretation == "MONOCHROME1"}
-    if "RescaleSlope" in film:
-        facts |= {"slope": float(film.RescaleSlope), "intercept": float(film.RescaleIntercept)}
-    if film.get("PixelPaddingValue") is not None:
-        facts |= {"padding": (film.PixelPaddingValue, film.PixelPaddingValue)}
+def read_facts(image: Dataset) -> dict[str, Any]:
+    """What decides the gray levels of an image that is sound, as `render` takes it."""
+    facts: dict[str, Any] = {"inverted": image.PhotometricInterpretation == "MONOCHROME1"}
+    if "RescaleSlope" in image:
+        facts |= {"slope": float(image.RescaleSlope), "intercept": float(image.RescaleIntercept)}
+    if image.get("PixelPaddingValue") is not None:
+        facts |= {"padding": (image.PixelPaddingValue, image.PixelPaddingValue)}
     for name, sequence in (("modality", "ModalityLUTSequence"), ("voi", "VOILUTSequence")):
-        for item in (film.get(sequence) or [])[:1]:
+        for item in (image.get(sequence) or [])[:1]:
             facts[name] = item.LUTDescriptor[1], item.LUTData, item.LUTDescriptor[2]
-    if film.get("WindowCenter") is not None and film.get("WindowWidth") is not None:
-        center, width = (np.atleast_1d(film[f"Window{name}"].value)[0] for name in ("Center", "Width"))
-        facts["window"] = float(center), float(width), film.get("VOILUTFunction") or "LINEAR"
+    if image.get("WindowCenter") is not None and image.get("WindowWidth") is not None:
+        center, width = (np.atleast_1d(image[f"Window{name}"].value)[0] for name in ("Center", "Width"))
+        facts["window"] = float(center), float(width), image.get("VOILUTFunction") or "LINEAR"
     return facts
 
 
-def test_films_that_pydicom_ships_have_the_levels_of_the_standard() -> None:
+def test_images_that_pydicom_ships_have_the_levels_of_the_standard() -> None:
     compared: dict[str, int] = {}
     refused: dict[str, list[str]] = {}
-    for path in FILMS:
+    for path in IMAGES:
         data = path.read_bytes()
         try:
             pixels = prepare(data, RAW).pixels
@@ -105,12 +105,12 @@ def test_films_that_pydicom_ships_have_the_levels_of_the_standard() -> None:
             continue
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            film = dcmread(path, force=True)
-            if "TransferSyntaxUID" not in film.file_meta:
-                film.file_meta.TransferSyntaxUID = PLAIN[film.original_encoding]
-            expected = render(film.pixel_array, **read_facts(film))
+            image = dcmread(path, force=True)
+            if "TransferSyntaxUID" not in image.file_meta:
+                image.file_meta.TransferSyntaxUID = PLAIN[image.original_encoding]
+            expected = render(image.pixel_array, **read_facts(image))
         assert np.abs(pixels - expected).max() <= 0.5 + 1e-9, path.name
-        syntax = film.file_meta.TransferSyntaxUID.name
+        syntax = image.file_meta.TransferSyntaxUID.name
         compared[syntax] = compared.get(syntax, 0) + 1
     assert compared == {
         "Explicit VR Little Endian": 36,
@@ -178,8 +178,8 @@ KINDS: tuple[Sequence[dict[str, Any]], ...] = (
 @given(parts=st.tuples(*(st.sampled_from([{}, *kind]) for kind in KINDS)), signed=st.booleans())
 def test_every_kind_of_table_and_window(levels: Array, parts: tuple[dict[str, Any], ...], signed: bool) -> None:
     stored = (levels.astype(np.int16) - 2048) if signed else levels
-    film = make_film(stored, **{name: value for part in parts for name, value in part.items()})
-    expect(film, stored, **read_facts(dcmread(io.BytesIO(film))))
+    image = make_dicom(stored, **{name: value for part in parts for name, value in part.items()})
+    expect(image, stored, **read_facts(dcmread(io.BytesIO(image))))
 
 
 @pytest.mark.parametrize("bits", [8, 12])
@@ -196,9 +196,9 @@ def test_tables_of_one_or_two_entries_a_word(levels: Array, bits: int, count: in
         if kind == "OW":
             data = np.frombuffer(data, "<u2").astype(order).tobytes()
         voi = make_table([count, 0, bits], data, kind)
-        expect(make_film(levels, syntax, VOILUTSequence=voi), levels, voi=(0, entries.tolist(), bits))
+        expect(make_dicom(levels, syntax, VOILUTSequence=voi), levels, voi=(0, entries.tolist(), bits))
     whole = make_table([0, 0, 16], np.arange(65536, dtype=order).tobytes(), "OW")
-    expect(make_film(levels, syntax, VOILUTSequence=whole), levels, voi=(0, range(65536), 16))
+    expect(make_dicom(levels, syntax, VOILUTSequence=whole), levels, voi=(0, range(65536), 16))
 
 
 @pytest.mark.parametrize("syntax", [uid.ExplicitVRLittleEndian, uid.ImplicitVRLittleEndian])
@@ -207,19 +207,19 @@ def test_the_sign_of_the_first_entry_follows_from_what_precedes_it(levels: Array
     signed = make_table([4096, first % 65536, 12], np.arange(4096).tolist())  # as US
     wrong = make_table([4096, (first + 32768) % 65536 - 32768, 12], np.arange(4096).tolist(), first="SS")
     for voi in (signed, wrong):
-        film = make_film(levels, syntax, RescaleSlope=1, RescaleIntercept=first, VOILUTSequence=voi)
-        expect(film, levels, intercept=first, voi=(first, range(4096), 12))
+        image = make_dicom(levels, syntax, RescaleSlope=1, RescaleIntercept=first, VOILUTSequence=voi)
+        expect(image, levels, intercept=first, voi=(first, range(4096), 12))
     stored = levels.astype(np.int16) - 2048
     modality = make_table([4096, 63488, 12], np.arange(4096).tolist())
-    expect(make_film(stored, syntax, ModalityLUTSequence=modality), stored, modality=(-2048, range(4096), 12))
+    expect(make_dicom(stored, syntax, ModalityLUTSequence=modality), stored, modality=(-2048, range(4096), 12))
 
 
 def test_empty_elements_are_as_absent(levels: Array) -> None:
-    film = make_film(levels, RescaleSlope=1, RescaleIntercept=0, PixelPaddingValue=7, VOILUTFunction="SIGMOID")
-    film = change(film, **dict.fromkeys(("RescaleSlope", "RescaleIntercept", "PixelPaddingValue"), None))
-    expect(change(film, VOILUTSequence=[], ModalityLUTSequence=[]), levels)
-    expect(change(film, WindowCenter=5, WindowWidth=None), levels)
-    window = change(film, VOILUTFunction=None, WindowCenter=1500, WindowWidth=900, RescaleSlope="2")
+    image = make_dicom(levels, RescaleSlope=1, RescaleIntercept=0, PixelPaddingValue=7, VOILUTFunction="SIGMOID")
+    image = change(image, **dict.fromkeys(("RescaleSlope", "RescaleIntercept", "PixelPaddingValue"), None))
+    expect(change(image, VOILUTSequence=[], ModalityLUTSequence=[]), levels)
+    expect(change(image, WindowCenter=5, WindowWidth=None), levels)
+    window = change(image, VOILUTFunction=None, WindowCenter=1500, WindowWidth=900, RescaleSlope="2")
     expect(window, levels, slope=2, window=(1500, 900, "LINEAR"))
     empty = make_table([4096, 0, 12], None)
     expect(change(window, VOILUTSequence=empty), levels, slope=2, window=(1500, 900, "LINEAR"))
@@ -245,21 +245,21 @@ def test_padding_is_black_and_has_no_part_in_the_range(
     stored = (levels // 4 + 200).astype(np.int16 if value < 0 else np.uint16)
     stored[:, :10] = value
     photometric = f"MONOCHROME{1 if inverted else 2}"
-    film = make_film(
+    image = make_dicom(
         stored,
         **{"PixelPaddingValue": value, "PixelPaddingRangeLimit": limit, "PhotometricInterpretation": photometric}
         | tags,
     )
-    unsigned = film.replace(b"\x28\0\x20\1SS", b"\x28\0\x20\1US")
-    np.testing.assert_array_equal(pixels_of(unsigned), pixels_of(film))
+    unsigned = image.replace(b"\x28\0\x20\1SS", b"\x28\0\x20\1US")
+    np.testing.assert_array_equal(pixels_of(unsigned), pixels_of(image))
     ends = sorted((value, value if limit is None else limit))
-    facts = read_facts(dcmread(io.BytesIO(film))) | {"padding": ends}
-    expect(film, stored, **facts)
-    assert set(pixels_of(film)[:, :10].ravel()) == {0}
+    facts = read_facts(dcmread(io.BytesIO(image))) | {"padding": ends}
+    expect(image, stored, **facts)
+    assert set(pixels_of(image)[:, :10].ravel()) == {0}
 
 
-def replace_stream(film: bytes, *streams: bytes, **tags: object) -> bytes:
-    return change(film, PixelData=encapsulate([*streams], has_bot=False), **tags)
+def replace_stream(image: bytes, *streams: bytes, **tags: object) -> bytes:
+    return change(image, PixelData=encapsulate([*streams], has_bot=False), **tags)
 
 
 @pytest.mark.parametrize("stated", [8, 10, 12, 14, 16])
@@ -272,54 +272,54 @@ def test_the_bits_of_a_stream_count_more_than_those_of_its_header(
     unsigned = (levels.astype(np.uint32) << 4 >> (16 - bits)).astype(np.uint8 if bits == 8 else np.uint16)
     signed = (unsigned.astype(np.int32) - 2 ** (bits - 1)).astype(np.int8 if bits == 8 else np.int16)
     for stored in (unsigned, signed):
-        film = make_film(stored, syntax, BitsStored=bits, HighBit=bits - 1)
+        image = make_dicom(stored, syntax, BitsStored=bits, HighBit=bits - 1)
         wide = 8 if stated == 8 else 16
-        expect(change(film, BitsAllocated=wide, BitsStored=stated, HighBit=stated - 1), stored)
+        expect(change(image, BitsAllocated=wide, BitsStored=stated, HighBit=stated - 1), stored)
 
 
 def test_a_sign_that_stream_and_header_disagree_on_is_the_one_of_a_picture(levels: Array) -> None:
-    film, signed = make_film(levels, uid.JPEG2000Lossless), levels.astype(np.int16) - 2048
+    image, signed = make_dicom(levels, uid.JPEG2000Lossless), levels.astype(np.int16) - 2048
     two = signed.view(np.uint16) & 4095  # signed values in an unsigned stream
     for stored, is_signed, expected in ((levels, 1, levels), (signed, 0, signed), (two, 1, signed)):
         stream = encode_array(stored, bits_stored=12, use_mct=False, codec_format=0)
-        expect(replace_stream(film, stream, PixelRepresentation=is_signed), expected)
+        expect(replace_stream(image, stream, PixelRepresentation=is_signed), expected)
     # JPEG-LS says nothing of the sign, and padding says nothing of it either.
     padded = np.where(np.arange(48) < 10, -2000, levels // 4 + 200).astype(np.int16)
-    film = make_film(padded, uid.JPEGLSLossless, PixelPaddingValue=-2000)
-    for padded_film in (film, film.replace(b"\x28\0\x20\1SS", b"\x28\0\x20\1US")):  # as 63536
-        expect(padded_film, padded, padding=(-2000, -2000))
-    expect(change(make_film(levels, uid.JPEGLSLossless), PixelRepresentation=1), levels)
+    image = make_dicom(padded, uid.JPEGLSLossless, PixelPaddingValue=-2000)
+    for padded_image in (image, image.replace(b"\x28\0\x20\1SS", b"\x28\0\x20\1US")):  # as 63536
+        expect(padded_image, padded, padding=(-2000, -2000))
+    expect(change(make_dicom(levels, uid.JPEGLSLossless), PixelRepresentation=1), levels)
     # Sign bits that a stream of 16 bits lacks.
-    masked = make_film(signed.view(np.uint16) & 4095, uid.JPEGLSLossless, BitsStored=16, HighBit=15)
+    masked = make_dicom(signed.view(np.uint16) & 4095, uid.JPEGLSLossless, BitsStored=16, HighBit=15)
     expect(change(masked, BitsStored=12, HighBit=11, PixelRepresentation=1), signed)
 
 
 def test_more_frames_than_the_header_says_are_refused(levels: Array) -> None:
-    films = [make_film(np.concatenate([levels, levels]), Rows=40)]
+    images = [make_dicom(np.concatenate([levels, levels]), Rows=40)]
     for syntax in (uid.JPEG2000Lossless, uid.JPEGLSLossless, uid.RLELossless):
-        film = make_film(levels, syntax)
-        stream = get_frame(dcmread(io.BytesIO(film)).PixelData, 0, number_of_frames=1)
-        films += [replace_stream(film, stream, stream)]
+        image = make_dicom(levels, syntax)
+        stream = get_frame(dcmread(io.BytesIO(image)).PixelData, 0, number_of_frames=1)
+        images += [replace_stream(image, stream, stream)]
         if syntax != uid.RLELossless:  # one frame may lie in several fragments
-            expect(replace_stream(film, stream[:100], stream[100:]), levels)
-            films += [change(film, PixelData=encapsulate([stream, stream]))]
-    for film in films:
+            expect(replace_stream(image, stream[:100], stream[100:]), levels)
+            images += [change(image, PixelData=encapsulate([stream, stream]))]
+    for image in images:
         with pytest.raises(ImageError, match=r"^not a readable DICOM: more than one frame$"):
-            prepare(film, RAW)
+            prepare(image, RAW)
 
 
-def test_films_are_decoded_side_by_side(levels: Array, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_are_decoded_side_by_side(levels: Array, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two threads are between the same two lines at the same time."""
-    both, render_film = threading.Barrier(2, timeout=60), dicom._render
+    both, render_image = threading.Barrier(2, timeout=60), dicom._render
 
-    def wait(*film: Any) -> Picture:
+    def wait(*image: Any) -> Picture:
         both.wait()
-        return render_film(*film)
+        return render_image(*image)
 
     monkeypatch.setattr(dicom, "_render", wait)
-    filters, film = [*warnings.filters], make_film(levels)
+    filters, image = [*warnings.filters], make_dicom(levels)
     with ThreadPoolExecutor(2) as pool:
-        first, second = pool.map(pixels_of, [film, film])
+        first, second = pool.map(pixels_of, [image, image])
     np.testing.assert_array_equal(first, second)
     assert (warnings.filters, logging.getLogger("pydicom").propagate) == (filters, True)
 
@@ -328,19 +328,19 @@ def test_a_window_is_kept_for_a_few_pixels_that_lie_between_those_sampled(levels
     sparse = np.full((320, 384), 100, np.uint16)
     sparse[3::8, 5::8] = levels
     for center, kept in ((2000, (2000, 1000, "LINEAR")), (9000, None)):
-        expect(make_film(sparse, WindowCenter=center, WindowWidth=1000), sparse, window=kept)
+        expect(make_dicom(sparse, WindowCenter=center, WindowWidth=1000), sparse, window=kept)
 
 
 def test_only_the_stored_bits_count(levels: Array) -> None:
-    expected = prepare(make_film(levels), RAW).pixels
+    expected = prepare(make_dicom(levels), RAW).pixels
     assert (expected.min(), expected.max()) == (0, 255)
     for pixels, tags in (
         (levels, {"HighBit": None}),
         (levels | 0x7000, {}),  # an overlay in the bits above
         ((levels << 4) | 0x5, {"HighBit": 15}),
     ):
-        np.testing.assert_array_equal(prepare(make_film(pixels, **tags), RAW).pixels, expected)
-    np.testing.assert_array_equal(prepare(make_film(levels)[128 + 4 :], RAW).pixels, expected)  # no preamble
+        np.testing.assert_array_equal(prepare(make_dicom(pixels, **tags), RAW).pixels, expected)
+    np.testing.assert_array_equal(prepare(make_dicom(levels)[128 + 4 :], RAW).pixels, expected)  # no preamble
 
 
 @pytest.mark.parametrize(
@@ -351,14 +351,14 @@ def test_only_the_stored_bits_count(levels: Array) -> None:
     ],
 )
 def test_compressed_ones_are_the_same_and_damaged_ones_refused(levels: Array, syntax: uid.UID) -> None:
-    film = make_film(levels, syntax, PixelRepresentation=0)
-    pixels = prepare(film, RAW).pixels
-    np.testing.assert_array_equal(pixels, prepare(make_film(levels), RAW).pixels)
-    for cut in (len(film) // 2, len(film) - 200):
+    image = make_dicom(levels, syntax, PixelRepresentation=0)
+    pixels = prepare(image, RAW).pixels
+    np.testing.assert_array_equal(pixels, prepare(make_dicom(levels), RAW).pixels)
+    for cut in (len(image) // 2, len(image) - 200):
         with pytest.raises(ImageError, match=r"^not a readable DICOM: its? "):
-            prepare(film[:cut], RAW)
+            prepare(image[:cut], RAW)
     if syntax.is_encapsulated and syntax != uid.RLELossless:
-        forged = make_film(levels, syntax, Rows=40).replace(
+        forged = make_dicom(levels, syntax, Rows=40).replace(
             b"\x28\0\x10\0US\x02\0\x28\0", b"\x28\0\x10\0US\x02\0\x29\0"
         )
         name = syntax.name
@@ -368,17 +368,17 @@ def test_compressed_ones_are_the_same_and_damaged_ones_refused(levels: Array, sy
 
 
 def test_a_decoder_that_panics_ends_nothing() -> None:
-    film = make_film(np.arange(0, 4000, 40, dtype=np.uint16).reshape(10, 10), uid.RLELossless)
-    first = film.index(b"\2\0\0\0\x40\0\0\0") + 64  # byte of the first of two segments: a run of 128 overruns the image
+    image = make_dicom(np.arange(0, 4000, 40, dtype=np.uint16).reshape(10, 10), uid.RLELossless)
+    first = image.index(b"\2\0\0\0\x40\0\0\0") + 64  # the first of two segments: a run of 128 overruns the image
     with pytest.raises(ImageError) as refused:
-        prepare(film[:first] + b"\x81" + film[first + 1 :], RAW)
+        prepare(image[:first] + b"\x81" + image[first + 1 :], RAW)
     damaged = "not a readable DICOM: its pixels are damaged, or end early (RLE Lossless)"
     assert str(refused.value) == damaged
 
 
 def test_hostile_ones_are_refused_with_a_reason(levels: Array) -> None:
     tiny = RAW._replace(max_pixels=100)
-    bomb = make_film(np.zeros((4000, 4000), np.uint16), uid.DeflatedExplicitVRLittleEndian)
+    bomb = make_dicom(np.zeros((4000, 4000), np.uint16), uid.DeflatedExplicitVRLittleEndian)
     damaged = "its pixels are damaged, or end early (Explicit VR Little Endian)"
     not_applied = "its window or lookup table cannot be applied"
     odd_table, short_table = table(RISING, 0, 99), make_table([4096, 0, 12], RISING[1:].tolist())
@@ -400,18 +400,18 @@ def test_hostile_ones_are_refused_with_a_reason(levels: Array) -> None:
         ({"PixelData": b"12"}, damaged),
     ):
         with pytest.raises(ImageError) as refused:
-            prepare(make_film(levels, **tags), RAW)
+            prepare(make_dicom(levels, **tags), RAW)
         assert str(refused.value).removesuffix(" (BurnedInAnnotation)") == f"not a readable DICOM: {reason}"
     for data, options, reason in (
-        (make_film(levels)[:-1000], RAW, damaged),
+        (make_dicom(levels)[:-1000], RAW, damaged),
         (bomb, tiny, "its deflated part ends early, or has more than 16,777,616 bytes"),
         (b"\0" * 128 + b"DICM", RAW, "it has no pixels, or ends early"),
-        (make_film(levels).replace(b"\x10\0US", b"\x10\0FD"), RAW, "its header is damaged"),
+        (make_dicom(levels).replace(b"\x10\0US", b"\x10\0FD"), RAW, "its header is damaged"),
     ):
         with pytest.raises(ImageError) as refused:
             prepare(data, options)
         assert str(refused.value) == f"not a readable DICOM: {reason}"
-    huge = make_film(levels, Rows=65535, Columns=65535)
+    huge = make_dicom(levels, Rows=65535, Columns=65535)
     with pytest.raises(ImageError, match=r"^65535×65535 is more than 1,000,000 pixels \(--max-pixels\)$"):
         prepare(huge, RAW)
 
@@ -430,8 +430,8 @@ def secrets(path: Path) -> Iterator[bytes]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            film = dcmread(path, force=True)
-            elements = [*film.file_meta, *film.iterall()]
+            image = dcmread(path, force=True)
+            elements = [*image.file_meta, *image.iterall()]
         except Exception:  # those without any tag
             return
         for element in elements:
@@ -441,14 +441,14 @@ def secrets(path: Path) -> Iterator[bytes]:
                 yield from (t.encode() for t in texts if len(t) >= (6 if set(t) <= set(hexdigits) else 4))
 
 
-def test_no_text_of_a_film_is_in_anything_written_or_said(
+def test_no_text_of_an_image_is_in_anything_written_or_said(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    hidden: set[bytes] = set().union(*map(secrets, FILMS))
+    hidden: set[bytes] = set().union(*map(secrets, IMAGES))
     assert len(hidden) > 500
-    films = {f"film{number}.dcm": path.read_bytes() for number, path in enumerate(FILMS)}
+    images = {f"image{number}.dcm": path.read_bytes() for number, path in enumerate(IMAGES)}
     caplog.clear()
-    made, out = shard(tmp_path, films, "--max-bad", 1, "--size", 64)
+    made, out = shard(tmp_path, images, "--max-bad", 1, "--size", 64)
     assert made.returncode == 0, made.stderr
     assert "52 images" in made.stdout + made.stderr
 
@@ -460,7 +460,7 @@ def test_no_text_of_a_film_is_in_anything_written_or_said(
 
     with caplog.at_level(logging.DEBUG), ThreadPoolExecutor(4) as pool, warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        prepared = [*pool.map(try_prepare, FILMS)]
+        prepared = [*pool.map(try_prepare, IMAGES)]
     assert said == []
     assert caplog.text == ""
     written = [path.read_bytes() for path in out.rglob("*") if path.is_file()]
@@ -470,28 +470,28 @@ def test_no_text_of_a_film_is_in_anything_written_or_said(
     assert {text for text in hidden - ours if text in everything} == set()
 
 
-def test_a_table_of_films_becomes_shards(levels: Array, tmp_path: Path) -> None:
+def test_a_table_of_images_becomes_shards(levels: Array, tmp_path: Path) -> None:
     syntaxes = (uid.ExplicitVRLittleEndian, uid.JPEG2000Lossless, uid.RLELossless, uid.JPEGLSLossless)
     named = zip(("a.dcm", "b.dicom", "c.000001", "d"), syntaxes, strict=True)
-    films = {name: make_film(levels, syntax, WindowCenter=1500, WindowWidth=2000) for name, syntax in named}
-    made, out = shard(tmp_path, films, "--size", 32, "--encoding", "png")
+    images = {name: make_dicom(levels, syntax, WindowCenter=1500, WindowWidth=2000) for name, syntax in named}
+    made, out = shard(tmp_path, images, "--size", 32, "--encoding", "png")
     assert made.returncode == 0, made.stderr
     assert run_pipeline("verify", out, "--deep").returncode == 0
-    expected = prepare(make_film(levels, WindowCenter=1500, WindowWidth=2000), RAW._replace(size=32, encoding="png"))
+    expected = prepare(make_dicom(levels, WindowCenter=1500, WindowWidth=2000), RAW._replace(size=32, encoding="png"))
     assert expected.pixels.shape == (32, 38)
     with tarfile.open(out / "train-000000.tar") as tar:
         files = [tar.extractfile(member) for member in tar if member.name.endswith(".png")]
         assert [file.read() for file in files if file] == [expected.data] * 4
 
 
-def test_films_without_a_picture_are_counted(levels: Array, tmp_path: Path) -> None:
-    films = {
-        "a": make_film(levels, WindowCenter=9000, WindowWidth=100),
-        "b": make_film(levels * 0 + 7),
-        "c": make_film(levels, WindowCenter=1500, WindowWidth=1),
-        "d": make_film(levels),
+def test_images_without_a_picture_are_counted(levels: Array, tmp_path: Path) -> None:
+    images = {
+        "a": make_dicom(levels, WindowCenter=9000, WindowWidth=100),
+        "b": make_dicom(levels * 0 + 7),
+        "c": make_dicom(levels, WindowCenter=1500, WindowWidth=1),
+        "d": make_dicom(levels),
     }
-    made, out = shard(tmp_path, films, "--encoding", "png")
+    made, out = shard(tmp_path, images, "--encoding", "png")
     lost = [
         "1 of the images: one level of gray; the first is b",
         "1 of the images: fewer than 16 gray levels, though the file has more; the first is c",
@@ -507,4 +507,4 @@ def test_films_without_a_picture_are_counted(levels: Array, tmp_path: Path) -> N
     assert {line for line in verified.stderr.splitlines() if "of the images" in line} == {
         f"Warning: {line}" for line in (*lost, missed)
     }
-    assert shard(tmp_path, films, "--strict", "--encoding", "png")[0].returncode == 3
+    assert shard(tmp_path, images, "--strict", "--encoding", "png")[0].returncode == 3

@@ -27,7 +27,7 @@ from pipeline.labels import PROJECTIONS
 from pipeline.manifest import Manifest
 from pipeline.measure.calibration import apply_calibrations
 from pipeline.measure.evaluation import read_evaluation
-from tests.films import make_film
+from tests.dicoms import make_dicom
 from tests.training import assert_same_run, train_until
 
 
@@ -123,7 +123,7 @@ def test_a_view_is_what_its_dicom_says_or_chexperts_name(
     tmp_path: Path, name: str, position: str | None, expected: str | None
 ) -> None:
     path = tmp_path / name
-    path.write_bytes(make_film(np.zeros((9, 9), np.uint16)))
+    path.write_bytes(make_dicom(np.zeros((9, 9), np.uint16)))
     film = dcmread(path)
     if position is not None:
         film.ViewPosition = position

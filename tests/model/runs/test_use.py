@@ -21,7 +21,7 @@ from pipeline.measure import belief
 from pipeline.measure.calibration import apply_calibrations
 from pipeline.measure.evaluation import MEANS, read_evaluation
 from tests.conftest import default_options, make_shards, write_chexpert
-from tests.films import make_film
+from tests.dicoms import make_dicom
 from tests.training import WORDS, call_train
 
 
@@ -54,7 +54,7 @@ def test_predict_keeps_earlier_scores_where_no_image_can_be_read(
 
 def test_predict_scores_dicoms_as_their_pixels(run: Path, tmp_path: Path) -> None:
     pixels = np.linspace(0, 255, 80 * 96).astype(np.uint8).reshape(80, 96)
-    of_8_bits = partial(make_film, BitsStored=8, HighBit=7)
+    of_8_bits = partial(make_dicom, BitsStored=8, HighBit=7)
     films = {
         "b.dcm": of_8_bits(pixels),
         "c.DICOM": of_8_bits(255 - pixels, PhotometricInterpretation="MONOCHROME1"),

@@ -1,4 +1,4 @@
-"""Small DICOM films, and what the standard says they look like."""
+"""Small DICOMs, and what the standard says they look like."""
 
 import io
 import tempfile
@@ -16,14 +16,14 @@ Array = npt.NDArray[Any]
 Table = tuple[int, Sequence[int], int]  # the value of the first entry, the entries, and the bits of each
 
 
-def make_film(pixels: Array, syntax: str = uid.ExplicitVRLittleEndian, **tags: object) -> bytes:
+def make_dicom(pixels: Array, syntax: str = uid.ExplicitVRLittleEndian, **tags: object) -> bytes:
     """A DICOM of 16-bit pixels, of which 12 are stored; tags that are None are left out."""
-    film = Dataset()
-    film.file_meta = FileMetaDataset()
-    film.file_meta.TransferSyntaxUID = uid.ExplicitVRLittleEndian
-    film.SOPClassUID, film.SOPInstanceUID = uid.DigitalXRayImageStorageForPresentation, "1.2.3.4567"
-    film.PatientName, film.PatientID, film.PatientBirthDate = "DOE^JANE", "MRN-4711", "19300101"
-    film.Rows, film.Columns = pixels.shape
+    image = Dataset()
+    image.file_meta = FileMetaDataset()
+    image.file_meta.TransferSyntaxUID = uid.ExplicitVRLittleEndian
+    image.SOPClassUID, image.SOPInstanceUID = uid.DigitalXRayImageStorageForPresentation, "1.2.3.4567"
+    image.PatientName, image.PatientID, image.PatientBirthDate = "DOE^JANE", "MRN-4711", "19300101"
+    image.Rows, image.Columns = pixels.shape
     known: dict[str, object] = {
         "SamplesPerPixel": 1,
         "PhotometricInterpretation": "MONOCHROME2",
@@ -32,33 +32,33 @@ def make_film(pixels: Array, syntax: str = uid.ExplicitVRLittleEndian, **tags: o
         "HighBit": 11,
         "PixelRepresentation": int(pixels.dtype.kind == "i"),
     }
-    film.PixelData = pixels.tobytes()
+    image.PixelData = pixels.tobytes()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for name, value in (known | tags).items():
             if value is not None:
-                setattr(film, name, value)
+                setattr(image, name, value)
     if syntax == uid.ExplicitVRBigEndian:
-        film.PixelData = pixels.astype(pixels.dtype.newbyteorder(">")).tobytes()
+        image.PixelData = pixels.astype(pixels.dtype.newbyteorder(">")).tobytes()
     if syntax in (uid.ImplicitVRLittleEndian, uid.ExplicitVRBigEndian, uid.DeflatedExplicitVRLittleEndian):
-        film.file_meta.TransferSyntaxUID = syntax
+        image.file_meta.TransferSyntaxUID = syntax
     elif syntax in (uid.JPEGLossless, uid.JPEGLosslessSV1):
-        return compress_lossless_jpeg(make_film(pixels, uid.ExplicitVRLittleEndian, **tags), syntax)
+        return compress_lossless_jpeg(make_dicom(pixels, uid.ExplicitVRLittleEndian, **tags), syntax)
     elif syntax != uid.ExplicitVRLittleEndian:
-        film.compress(syntax, generate_instance_uid=False)
+        image.compress(syntax, generate_instance_uid=False)
     file = io.BytesIO()
-    film.save_as(file, enforce_file_format=True)
+    image.save_as(file, enforce_file_format=True)
     return file.getvalue()
 
 
-def compress_lossless_jpeg(film: bytes, syntax: str) -> bytes:
-    """The film as GDCM compresses it: pydicom has no encoder for lossless JPEG."""
+def compress_lossless_jpeg(image: bytes, syntax: str) -> bytes:
+    """The image as GDCM compresses it: pydicom has no encoder for lossless JPEG."""
     import gdcm  # which takes its time
 
     names = {uid.JPEGLossless: "JPEGLosslessProcess14", uid.JPEGLosslessSV1: "JPEGLosslessProcess14_1"}
     with tempfile.TemporaryDirectory() as folder:
         reader, change, writer = gdcm.ImageReader(), gdcm.ImageChangeTransferSyntax(), gdcm.ImageWriter()
-        (Path(folder) / "a").write_bytes(film)
+        (Path(folder) / "a").write_bytes(image)
         reader.SetFileName(f"{folder}/a")
         reader.Read()
         change.SetTransferSyntax(gdcm.TransferSyntax(getattr(gdcm.TransferSyntax, names[syntax])))
@@ -71,9 +71,9 @@ def compress_lossless_jpeg(film: bytes, syntax: str) -> bytes:
         return (Path(folder) / "b").read_bytes()
 
 
-def change(film: bytes, **tags: object) -> bytes:
-    """The film with other values of its tags; None makes one empty, as anonymizers do."""
-    dataset = dcmread(io.BytesIO(film))
+def change(image: bytes, **tags: object) -> bytes:
+    """The image with other values of its tags; None makes one empty, as anonymizers do."""
+    dataset = dcmread(io.BytesIO(image))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for name, value in tags.items():
