@@ -90,12 +90,17 @@ def _claimed_bytes(message: pa.ipc.Message) -> int:
     return claimed
 
 
-def write_table(path: Path, table: pa.Table) -> str:
-    """Write an Arrow IPC file atomically; returns its sha256."""
+def format_table(table: pa.Table) -> pa.Buffer:
+    """A table as an Arrow IPC file."""
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table.combine_chunks())
-    data = sink.getvalue()
+    return sink.getvalue()
+
+
+def write_table(path: Path, table: pa.Table) -> str:
+    """Write an Arrow IPC file atomically; returns its sha256."""
+    data = format_table(table)
     write_atomically(path, data)
     return hashlib.sha256(data).hexdigest()
 

@@ -16,7 +16,15 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pipeline.base.errors import DataError
-from pipeline.base.files import atomic_file, hash_file, read_arrow, write_csv, write_table
+from pipeline.base.files import (
+    atomic_file,
+    format_table,
+    hash_file,
+    read_arrow,
+    write_atomically,
+    write_csv,
+    write_table,
+)
 from pipeline.base.tar import BLOCK, END, tar_member
 from pipeline.base.workers import report_item
 from pipeline.etl.planning import Plan, Run, read_planned
@@ -47,7 +55,7 @@ class ShardTask(NamedTuple):
 
     @property
     def record(self) -> Path:
-        """The table of its rows, and its `ShardRecord`; written after the tar."""
+        """The sha256 of what follows, and the table of its rows with its `ShardRecord`; written after the tar."""
         return self.run.partial / f"{self.path.stem}.arrow"
 
     def __str__(self) -> str:
@@ -96,13 +104,18 @@ def write_shard(task: ShardTask) -> ShardRecord:
         if task.sha256 not in (None, record.shard.sha256):
             raise DataError(f"{task}: {CHANGED}")
     text = json.dumps([astuple(record.shard), *record[1:]])
-    write_table(task.record, table.replace_schema_metadata({RECORD: text}))
+    data = format_table(table.replace_schema_metadata({RECORD: text}))
+    write_atomically(task.record, hashlib.sha256(data).digest() + data.to_pybytes())
     return record
 
 
 def read_record(path: Path) -> tuple[ShardRecord, pa.Table]:
     """A shard's record and rows. Raises DataError for a damaged file, and FileNotFoundError."""
-    table = read_arrow(path, path.read_bytes())
+    content = path.read_bytes()
+    digest, data = content[:32], content[32:]
+    if hashlib.sha256(data).digest() != digest:  # Arrow has no checksum of its own
+        raise DataError(f"{path}: damaged")
+    table = read_arrow(path, data)
     shard, bytes_in, stripped, levels, rejects = json.loads(table.schema.metadata[RECORD])
     record = ShardRecord(Shard(*shard), bytes_in, stripped, levels, tuple(Reject(*row) for row in rejects))
     return record, table.replace_schema_metadata(None)
