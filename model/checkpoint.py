@@ -46,7 +46,8 @@ def load_checkpoint(path: Path, ranks: Ranks = ALONE, remedy: str = "") -> dict[
             return _read_safetensors(content)
         refuse_bombs(content)
         # weights_only: a pickle can run code, tensors and plain values cannot.
-        return dict(torch.load(io.BytesIO(content), map_location="cpu", weights_only=True))
+        saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        return dict(saved.state_dict() if isinstance(saved, torch.nn.Module) else saved)
     except MissingPackageError:
         raise
     except Exception as error:  # a damaged file makes torch raise anything: IndexError, struct.error, …

@@ -2,8 +2,11 @@
 
 import ast
 import contextlib
+import csv
 import difflib
 import re
+from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import parse_qsl
 
@@ -19,7 +22,47 @@ TIMM = "timm/"  # in front of any of timm's names; ?key=value&… after it are a
 FUSIONS = ("max", "mean", "attention")
 UNKNOWN_FRONTAL = len(PROJECTIONS)  # a frontal that may be AP or PA: the index after the known ones
 LOSSES = ("bce", "aucm")
-XRV = "xrv:"  # in front of any name of torchxrayvision's DenseNets, in place of a file
+XRV = "xrv:"  # in front of the names of torchxrayvision's DenseNets
+HUB = "hf-hub:"  # in front of OWNER/NAME, or OWNER/NAME/FILE
+
+
+class Published(NamedTuple):
+    """Published weights of a chest encoder: a row of encoders.csv. An empty cell is not known.
+
+    `weights` is where `file` can be downloaded or, if it does not end with that name, the page that offers it. `mean`
+    and `std` are of gray levels; `outputs` of its classifier are separated by |; `seen` are the namespaces of the sets
+    it was trained on, separated by spaces.
+    """
+
+    name: str
+    title: str
+    arch: str
+    weights: str
+    file: str
+    size: str
+    mean: str
+    std: str
+    outputs: str
+    seen: str
+    license: str
+    paper: str
+
+    @property
+    def scale(self) -> tuple[float, ...]:
+        """Mean and standard deviation of the input's gray levels."""
+        return (float(self.mean), float(self.std)) if self.mean else ()
+
+    @property
+    def terms(self) -> str:
+        """The terms of the weights, with what they were trained on."""
+        return f"{self.title} ({self.paper}): {self.license}; trained on {self.seen}, on their terms"
+
+
+@cache
+def published() -> dict[str, Published]:
+    """The published encoders by name."""
+    with Path(__file__).with_name("encoders.csv").open(newline="", encoding="utf-8") as file:
+        return {row["name"]: Published(**row) for row in csv.DictReader(file)}
 
 
 class Augmentation(NamedTuple):

@@ -37,7 +37,6 @@ def choose_settings(start: Start, config: Config, source: Path, arch: str | None
     return replace(
         config,
         arch=arch or start.arch,
-        image_size=config.image_size or start.size,
         labels=known,
         uncertain="ignore",  # there is no training
         adopted=str(source),
@@ -51,7 +50,7 @@ def adopt_weights(config: Config, setup: Setup, run: Path, arch: str | None) -> 
     """
     start = open_start(config, setup.init)
     if start is None or setup.init is None:
-        raise SettingError("adopt needs the weights of `init`: a file, a run, or xrv:NAME")
+        raise SettingError("adopt needs the weights of `init`: a file, a run, or published ones")
     job = open_job(choose_settings(start, config, setup.init, arch), setup, run)
     outputs = name_outputs(job.config)
     torch.manual_seed(job.config.seed)  # for the unused outputs

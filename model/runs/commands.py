@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from model.names import check_arch
+from model.names import check_arch, published
 from model.runs import use
 from model.runs.config import (
     Config,
@@ -36,6 +36,7 @@ from pipeline.base.errors import needs
 from pipeline.base.files import check_folder
 from pipeline.base.options import option
 from pipeline.base.pages import pictures
+from pipeline.base.tabular import Table
 from pipeline.command import FILE, Fields, Several, command, pictures_option
 from pipeline.console import count_of, echo, refuse_usage, say, say_next
 
@@ -190,6 +191,8 @@ def cross_command(train: Train, given: Cross, setup: Setup, config: Config) -> i
 def embed_command(given: Embedding, setup: Setup, config: Config) -> int:
     """Write the embeddings (input of the last layer) of a split by a run, or by a network with --init or --pretrained.
 
+    Or by a published chest encoder that `networks` lists.
+
     A table of keys, patients, labels and embeddings, for models that are fitted on top.
     """
     run, out = Path(given.source), given.out
@@ -198,11 +201,14 @@ def embed_command(given: Embedding, setup: Setup, config: Config) -> int:
     started = config.pretrained or setup.init is not None
     refuse_usage(out.suffix not in (".arrow", ".parquet"), f"--out {out}: it must end in .arrow or .parquet")
     check_folder(out)
+    if given.source in published() and not run.exists():
+        started, setup = True, replace(setup, init=run)
     if run.is_dir():
         refuse_usage(started or config.image_size, f"{run} is a run: it has its own weights and image size")
     else:
         refuse_usage(not started, f"{run} is no folder, and a network needs --init or --pretrained")
-        config = replace(config, arch=check_arch(given.source), amp="off", uncertain="ignore", blank="ignore")
+        arch = "" if setup.init == run else check_arch(given.source)
+        config = replace(config, arch=arch, amp="off", uncertain="ignore", blank="ignore")
     check_folders(setup.shards, [run] if run.is_dir() else [])
     from model.runs.embeddings import embed_split, open_encoder, start_encoder, write_embeddings
     from model.runs.job import Job, open_job
@@ -219,6 +225,13 @@ def embed_command(given: Embedding, setup: Setup, config: Config) -> int:
     write_embeddings(out, table)
     echo(f"{out}: {count_of(len(table), 'image')}, {table['embedding'].type.list_size} features each")
     return 0
+
+
+@command("networks", example="python -m train networks")
+def networks_command() -> None:
+    """List published chest encoders, for --init: their input, the sets that they were trained on, and their license."""
+    rows = [[row.name, row.size, row.seen, row.license, row.paper] for row in published().values()]
+    Table("Published chest encoders", ("--init", "pixels", "trained on", "license", "paper"), rows).print()
 
 
 def is_finished(config: Config, setup: Setup, run: Path) -> bool:
@@ -348,6 +361,7 @@ for each in (
     train_command,
     cross_command,
     embed_command,
+    networks_command,
     sweep_command,
     use.adopt_command,
     use.evaluate_command,

@@ -15,12 +15,13 @@ from model.names import (
     ARCHITECTURES,
     AUGMENTATIONS,
     FUSIONS,
+    HUB,
     LOSSES,
-    XRV,
     check_arch,
     has_weights,
     own_input,
     parse_shape,
+    published,
 )
 from pipeline.base.errors import DataError, SettingError
 from pipeline.base.files import hash_file, read_object
@@ -42,6 +43,7 @@ HELD_OUT = 0.05  # share of the patients, if the shards have no dev split
 ENSEMBLE = "ensemble.json"  # in the folder of an ensemble, instead of config.json
 SHARDS_HELP = "Folder of shards, or its URL: https://… or s3://…; several are read as one."
 TEACHER_SCORES = "scores-train.arrow"
+ARCH = "resnet50"  # default
 IMAGE_SIZE = "320"  # default, for networks without a fixed input size
 SIZE, SIZE_HELP = "SIDE|HEIGHTxWIDTH", "Size of the input in pixels, to which images are stretched: 320, or 448x384."
 
@@ -89,11 +91,10 @@ def parse_shares(text: str) -> tuple[float, ...]:
 
 
 def parse_initial(text: str) -> Path:
-    """The path of weights to start from; xrv:NAME is returned as a path too."""
-    path = Path(text)
-    if not text.startswith(XRV) and not path.exists():
-        raise DataError(f"Path '{text}' does not exist.")
-    return path
+    """The path of weights to start from; a published encoder's name and `hf-hub:…` are returned as paths too."""
+    if not (Path(text).exists() or text in published() or text.startswith(HUB)):
+        raise DataError(f"Path '{text}' does not exist, and `python -m train networks` lists no such weights.")
+    return Path(text)
 
 
 run_option, data_option, label_option, network_option, optimization_option = (
@@ -105,11 +106,13 @@ run_option, data_option, label_option, network_option, optimization_option = (
 class Config:
     """Everything that decides a run's outcome, in the order of config.json."""
 
+    # Empty: that of the initial weights, once resolved, or ARCH
     arch: str = network_option(
-        "resnet50",
+        "",
         f"{', '.join(ARCHITECTURES)}, or timm/NAME for any network of timm.",
         check=check_arch,
         metavar="NAME",
+        shown=f"{ARCH}, or that of --init",
     )
     lr: float = optimization_option(1e-4, "Peak learning rate.", low=0, open=True)
     weight_decay: float = optimization_option(1e-2, "AdamW weight decay.", low=0)
@@ -117,7 +120,7 @@ class Config:
     epochs: int = optimization_option(5, low=1)
     # Empty: the network's default, once resolved
     image_size: str = network_option(
-        "", SIZE_HELP, check=parse_shape, metavar=SIZE, shown=f"{IMAGE_SIZE}; of timm's, the network's own"
+        "", SIZE_HELP, check=parse_shape, metavar=SIZE, shown=f"that of --init, of timm's network, or {IMAGE_SIZE}"
     )
     amp: str = optimization_option("auto", "Mixed precision.", choices=("auto", "bf16", "fp16", "off"))
     ema: float = optimization_option(0.999, "Decay of the averaged weights.", low=0, high=1)
@@ -284,7 +287,7 @@ class Setup(Workers, Data):
 
     init: Path | None = network_option(
         None,
-        "Start from this file, a run, or torchxrayvision's chest X-ray weights (xrv:NAME).",
+        "Start from this file, a run, published chest weights (listed by `networks`), or hf-hub:OWNER/NAME/FILE.",
         parse=parse_initial,
         metavar="FILE",
     )
@@ -417,16 +420,12 @@ def check_config(config: Config, ranks: "Ranks") -> None:
 
 
 def open_start(config: Config, init: Path | None) -> "Start | None":
-    """The weights to start from: a file, a run's best.pt, or torchxrayvision's, downloaded."""
+    """The weights to start from."""
     if init is None:
         return None
-    from model.chest import download_chest
     from model.initial import read_start
 
-    if str(init).startswith(XRV):
-        init = download_chest(str(init).removeprefix(XRV))
-    outputs = parse_outputs(config.init_labels) if config.init_labels else ()
-    return read_start(init / "best.pt" if init.is_dir() else init, outputs)
+    return read_start(init, parse_outputs(config.init_labels) if config.init_labels else ())
 
 
 def resolve_config(config: Config, shards: "Shards", teacher: Path | None, start: "Start | None") -> Config:
@@ -440,20 +439,22 @@ def resolve_config(config: Config, shards: "Shards", teacher: Path | None, start
     if config.dev is not None and "dev" in manifest.splits:
         images = manifest.splits["dev"].samples
         raise SettingError(f"`dev` is for shards without a dev split; {shards} have one, of {images:,} images")
-    own = own_input(config.arch)
+    arch = config.arch or (start.arch if start else "") or ARCH
+    own = own_input(arch)
     scale: tuple[float, ...] = (own.mean, own.std) if own else ()
     return replace(
         config,
+        arch=arch,
         uncertain=uncertain,
         blank=check_blank_policy(choose_policy("blank", config.blank, manifest.policies)),
         manifest=shards.digest,
-        pretrained=start is None and has_weights(config.arch) if config.pretrained is None else config.pretrained,
+        pretrained=start is None and has_weights(arch) if config.pretrained is None else config.pretrained,
         teacher=teacher_digest(teacher, shards) if teacher else None,
         init=start.digest if start else None,
         init_terms=start.terms if start else "",
         labels=_choose_labels(config.labels, shards),
         dev=config.dev or (None if "dev" in manifest.splits else HELD_OUT),
-        image_size=config.image_size or (own.size if own else IMAGE_SIZE),
+        image_size=config.image_size or (start.size if start else "") or (own.size if own else IMAGE_SIZE),
         input_scale=(start.scale if start else ()) or scale,
         equalize=AUGMENTATIONS[config.augment].robust or (start is not None and start.equalize),
     )

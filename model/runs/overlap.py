@@ -6,6 +6,7 @@ from its scores (`teacher`):
     split     str    train; dev, which chose checkpoint and thresholds; unknown, if the weights file does not state it
     images    int64 [N]  CRC-32 and length of each image, as stored in the shards
     patients  int64 [P]  first 8 bytes of sha256(`namespace/id`)
+    sets      list[str]  namespaces of the sets that published weights were trained on, if only these are known
 The hash keeps IDs out of the file, but does not anonymize: anyone with the file can try all patient IDs.
 """
 
@@ -40,7 +41,7 @@ def list_seen(job: Job, splits: Sequence[str]) -> Seen:
         table = split.table.take(rows)
         arrays = (_list_images(table), hash_patients(table, job.shards.namespace))
         images, patients = (torch.from_numpy(np.unique(values)) for values in arrays)
-        own.append(Entry(run="", split=name, images=images, patients=patients))
+        own.append(Entry(run="", split=name, images=images, patients=patients, sets=[]))
     return [*own, *before]
 
 
@@ -69,9 +70,9 @@ def check_seen(
     """Count the patients and images of a split that weights were trained on; all scoring calls this.
 
     For the run's train split nothing is counted, and for a dev split only what is also in a train split. Unknown
-    training data cannot be counted either, and is reported.
-    Reports overlap. Raises DataError, with the remedy, if images overlap and the job does not allow it; overlap between
-    the run's splits, which is a fault of the shards, is always allowed.
+    training data, and sets of which the images are not known, cannot be counted either, and are reported.
+    Reports overlap. Raises DataError, with the remedy, if images or sets overlap and the job does not allow it; overlap
+    of the run's own shards, as between their splits, is always allowed.
     """
     at_home = job.shards.digest == job.config.manifest
     if at_home and name == "train" and not job.config.adopted:
@@ -80,6 +81,7 @@ def check_seen(
     table = split.table.take(rows)
     images, patients = _list_images(table), hash_patients(table, job.shards.namespace)
     shared_images, shared_patients = (np.zeros(len(table), np.bool_) for _ in range(2))
+    namespaces = {folder.patients for folder in job.shards.folders}
     tell = say_once if job.ranks.is_first else (lambda _: None)
     for entry in seen:
         if name == entry["split"] == "dev":
@@ -87,6 +89,11 @@ def check_seen(
         run = entry["run"] or job.run
         if entry["split"] == UNKNOWN:
             tell(_describe_unknown(run, f"images of {name}"))
+        if sets := sorted(namespaces & {*entry["sets"]}):
+            text = f"{job.shards}, {name}: {run} was trained on images of {', '.join(sets)}"
+            if not (job.shared_images or at_home):
+                raise DataError(f"{text}; {remedy}")
+            tell(f"{text}: if on these, figures are too good")
         again, known = np.isin(images, entry["images"].numpy()), np.isin(patients, entry["patients"].numpy())
         shared_images, shared_patients = shared_images | again, shared_patients | known
         if count := int(again.sum()):
@@ -99,7 +106,7 @@ def check_seen(
                 f"{job.shards}, {name}: {count:,} patient names are among those that {run} trained on: if they are "
                 "the same people, figures are too good"
             )
-    if any(entry["split"] == UNKNOWN for entry in seen):
+    if any(entry["split"] == UNKNOWN or not namespaces.isdisjoint(entry["sets"]) for entry in seen):
         return {}
     return {"shared_patients": len(np.unique(patients[shared_patients])), "shared_images": int(shared_images.sum())}
 
@@ -110,11 +117,13 @@ def report_seen(contents: Sequence[int], seen: Seen, run: Path) -> None:
     if count := sum(content in known for content in contents):
         say(f"{run} was trained on {count:,} of these {len(contents):,} images: its scores of them are too good")
     for entry in seen:
-        if entry["split"] == UNKNOWN:
-            say(_describe_unknown(entry["run"] or run, "these images"))
+        if entry["split"] == UNKNOWN or entry["sets"]:
+            say(_describe_unknown(entry["run"] or run, "these images", entry["sets"]))
 
 
-def _describe_unknown(run: object, images: str) -> str:
+def _describe_unknown(run: object, images: str, sets: Sequence[str] = ()) -> str:
+    if sets:
+        return f"{run}: it was trained on {', '.join(sets)}: if on {images}, figures are too good"
     return f"{run}: what it was trained on is not known: if on {images}, figures are too good"
 
 

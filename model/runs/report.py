@@ -75,7 +75,7 @@ def render_model_card(
         f"{evaluation.head['shared_images']:,} images are among those that these weights were trained on."
         for evaluation in evaluations
         if "shared_patients" in evaluation.head
-    ] or ["It is not known what these weights were trained on: if on images of these splits, the results are too high."]
+    ] or ["It is not known which images these weights were trained on: if some of these, the results are too high."]
     policies = [f"{name} cells `{show_cell(config[name])}`" for name in ("uncertain", "blank") if name in config]
     if adopted := config.get("adopted"):
         made = f"with the weights of `{show_cell(adopted)}`"

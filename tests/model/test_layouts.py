@@ -16,7 +16,7 @@ from timm.layers.pos_embed import resample_abs_pos_embed
 
 from model.checkpoint import CheckpointError
 from model.initial import read_start
-from model.names import split_arch
+from model.names import parse_shape, published, split_arch
 from model.networks import build_network, find_head, load_initial
 
 State = dict[str, torch.Tensor]
@@ -172,3 +172,29 @@ def test_less_than_nine_tenths_of_a_backbone_are_refused(tmp_path: Path) -> None
         load_initial(build_network(VIT, 14), read_start(path))
     torch.save({name: value for name, value in state.items() if name != "norm.bias"}, path)
     assert "; fresh: norm.bias, head.weight, head.bias" in load_initial(build_network(VIT, 14), read_start(path))
+
+
+# The layout of each published file, and what makes a small network of the same kind
+FILES = {
+    "rad-dino": (as_dinov2, "depth=2&embed_dim=96&num_heads=3"),
+    "eva-x": (as_eva, "depth=2&embed_dim=96&num_heads=3"),
+    "medical-mae": (as_mae, "depth=2&embed_dim=96&num_heads=3"),
+    "ark-plus": (as_ark, "depths=(2,2)&embed_dim=24&num_heads=(2,4)&img_size=384"),
+    "cxformer": (as_transformers, "depth=2&embed_dim=96&num_heads=3"),
+    "biomedclip": (as_open_clip, "depth=2&embed_dim=96&num_heads=3"),
+}
+
+
+@pytest.mark.parametrize("small", [True, pytest.param(False, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("name", [name for name in published() if not name.startswith("xrv:")])
+def test_all_of_a_published_backbone_is_loaded(name: str, small: bool, tmp_path: Path) -> None:
+    """Of a small network of the same kind; the real size is a soak."""
+    row, path = published()[name], tmp_path / "weights.pth"
+    layout, smaller = next(made for start, made in FILES.items() if name.startswith(start))
+    arch = f"{row.arch}{'&' if '?' in row.arch else '?'}{smaller}" if small else row.arch
+    shape = None if small else parse_shape(row.size)
+    torch.save(layout(make_reference(arch).state_dict()), path)
+    network = build_network(arch, 14, shape)
+    summary = load_initial(network, read_start(path)._replace(size=""))
+    head = find_head(network)[0]
+    assert f"; fresh: {head}.weight, {head}.bias" in summary

@@ -98,6 +98,7 @@ def test_sets_that_cannot_be_scored_are_refused_before_training(
     # Its weights have seen the other set's valid: said before a run on the first set is trained.
     seen = {"split": "train", "run": "before", "patients": torch.tensor([], dtype=torch.int64)}
     valid = read_table(folders[1], read_manifest(folders[1]).split("valid"))
+    seen["sets"] = []
     seen["images"] = torch.tensor(join_content(valid).to_numpy().view(np.int64))
     about = {"pixels": {"mean": 100.0, "std": 50.0}, "equalize": False, "terms": "", "outputs": list(LABELS)}
     about |= {"arch": "rescnn", "image_size": "32"}

@@ -7,7 +7,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
+from model.checkpoint import load_checkpoint, save_checkpoint
 from model.runs.overlap import read_seen
 from pipeline import DataError
 from pipeline.manifest import manifest_digest, read_manifest, read_table
@@ -95,6 +97,27 @@ def test_predict_says_how_many_images_the_run_learned_from(
         images = len([*(films / split).rglob("*.jpg")])
         said = f"{run} was trained on {known} of these {images} images: its scores of them are too good\n"
         assert (said in capfd.readouterr().err) == (known > 0)
+
+
+def test_sets_that_published_weights_have_seen_are_no_external_test(
+    folder: Path, originals: Path, run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """At home they are told; elsewhere refused, as images are."""
+    others, best = folder / "same-names", load_checkpoint(run / "best.pt")
+    nothing = torch.zeros(0, dtype=torch.int64)
+    entry = {"run": "eva.pt", "split": "train", "images": nothing, "patients": nothing, "sets": ["nih", "chexpert"]}
+    save_checkpoint(run / "best.pt", best | {"seen": [*best["seen"], entry]})
+    said = f"{others}, valid: eva.pt was trained on images of chexpert"
+    with pytest.raises(DataError, match=f"^{said}; evaluate on others, or go on with `shared_images`$"):
+        evaluate(run, others, "valid")
+    assert evaluate(run, others, "valid", "--shared-images") == {}
+    assert f"{said}: if on these, figures are too good\n" in capfd.readouterr().err
+    assert call_train("evaluate", "--run", run, "--workers", 1) == 0
+    assert "valid: eva.pt was trained on images of chexpert: if on these, figures" in capfd.readouterr().err
+    film = next((originals / "CheXpert-v1.0-small" / "valid").rglob("*.jpg"))
+    assert call_train("predict", "--run", run, "--out", tmp_path / "scores.csv", film) == 0
+    said = "eva.pt: it was trained on nih, chexpert: if on these images, figures are too good\n"
+    assert said in capfd.readouterr().err
 
 
 def test_patients_that_the_run_trained_on_are_counted(

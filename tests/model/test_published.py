@@ -1,4 +1,4 @@
-"""torchxrayvision's weights, against its own network on the same films."""
+"""Published weights by name; torchxrayvision's, against its own network on the same images."""
 
 import json
 import shutil
@@ -13,16 +13,17 @@ import torch
 
 from model.augment import normalize
 from model.checkpoint import CheckpointError
-from model.chest import OUTPUTS, SCALE, TERMS, download_chest, name_outputs
 from model.initial import read_start
+from model.names import published
 from model.networks import build_network, load_initial
 from model.runs.config import Config, Setup
 from model.runs.folder import describe_start
 from model.runs.job import open_job
-from pipeline.base.errors import DataError
 from pipeline.labels import LABELS
 from pipeline.manifest import Manifest
 
+ALL = published()["xrv:densenet121-res224-all"]
+OUTPUTS = ALL.outputs.split("|")
 RENAMED = {"Effusion": "Pleural Effusion", "Pleural_Thickening": "Pleural Other"}
 NOT_THEIRS = ["No Finding", "Support Devices"]
 # In a process of its own: the package has a module `model`, as we do.
@@ -37,16 +38,18 @@ with torch.no_grad():
         layer.momentum = 1.0
     network.train()(torch.from_numpy(scaled))  # normalized by these films
     logits = network.eval()(torch.from_numpy(scaled))
-torch.save(network, "published.pt")
 torch.save(dict(network.state_dict()) | {"op_threshs": torch.full((18,), 0.5)}, "state.pt")
 torch.save({"films": torch.from_numpy(films), "logits": logits}, "films.pt")
+for layer in network.modules():
+    del layer._non_persistent_buffers_set  # which old files lack
+torch.save(network, "published.pt")
 network.extra = torchxrayvision.datasets.NIH_Dataset  # a class that no network needs
 torch.save(network, "more.pt")
 urls = {name: one for name, one in torchxrayvision.models.model_urls.items() if name.startswith("densenet")}
 json.dump([torchxrayvision.datasets.default_pathologies, urls], open("facts.json", "w"))
 """
 
-pytestmark = pytest.mark.soak  # it trains, or builds large networks: half a minute
+soak = pytest.mark.soak  # it trains, or builds large networks: half a minute
 
 
 @pytest.fixture(scope="module")
@@ -61,18 +64,19 @@ def our_label(name: str) -> str:
     return RENAMED.get(name, name)
 
 
+@soak
 @torch.no_grad()
 @pytest.mark.parametrize("file", ["state.pt", "published.pt"])
 def test_films_get_its_own_logits(theirs: Path, file: str) -> None:
     pathologies, _ = json.loads((theirs / "facts.json").read_text())
-    assert tuple(map(our_label, pathologies)) == OUTPUTS
+    assert list(map(our_label, pathologies)) == OUTPUTS
     start = read_start(theirs / file)
-    assert (start.scale, start.terms) == (SCALE, TERMS)
+    assert (start.scale, start.terms, start.arch) == (ALL.scale, ALL.terms, "densenet121")
     ours = build_network("densenet121", 14).eval()
     fresh = ours.get_parameter("classifier.weight").clone()
     assert load_initial(ours, start).endswith("; fresh: the classifier of No Finding, Support Devices")
     reference = torch.load(theirs / "films.pt", weights_only=True)
-    logits = ours(normalize(reference["films"], *SCALE))
+    logits = ours(normalize(reference["films"], 127.5, 255 / 2048))
     both = [row for row, name in enumerate(OUTPUTS) if name in LABELS]
     found = logits[:, [LABELS.index(OUTPUTS[row]) for row in both]]
     torch.testing.assert_close(found, reference["logits"][:, both], rtol=0, atol=1e-4)
@@ -81,61 +85,74 @@ def test_films_get_its_own_logits(theirs: Path, file: str) -> None:
         assert torch.equal(ours.get_parameter("classifier.weight")[row], fresh[row])
 
 
+@soak
 def test_outputs_that_were_not_trained_stay_fresh(theirs: Path, tmp_path: Path) -> None:
-    """Their thresholds are NaN; of a published file they are known by its name."""
+    """Their thresholds are NaN; of a published file the table says so."""
     _, urls = json.loads((theirs / "facts.json").read_text())
     state = torch.load(theirs / "state.pt", weights_only=True)
-    without = {name: value for name, value in state.items() if name != "op_threshs"}
-    assert len(urls) == 7
-    for of in urls.values():
-        trained = set(map(our_label, of["labels"]))
-        expected = [name if name in trained else "" for name in OUTPUTS]
-        found = name_outputs(without, of["weights_url"].rpartition("/")[2])
-        assert [name for name in found if name in LABELS] == [name for name in expected if name in LABELS]
-        state["op_threshs"] = torch.tensor(of["op_threshs"])
-        assert name_outputs(state, "state.pt") == expected
+    for name, facts in urls.items():
+        row = published()[f"xrv:{name}"]
+        assert row.weights == facts["weights_url"]
+        assert row.outputs.split("|") == list(map(our_label, facts["labels"]))
+        state["op_threshs"] = torch.tensor(facts["op_threshs"])
+        torch.save(state, tmp_path / "state.pt")
+        assert read_start(tmp_path / "state.pt").outputs == row.outputs.split("|")
 
 
+@soak
 def test_what_is_not_its_weights_is_refused(theirs: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"not weights of this network: .*they must be of the same `arch`$"):
+    with pytest.raises(CheckpointError, match=r"not weights of this network, .*; they must be of the same `arch`$"):
         load_initial(build_network("resnet18", 14), read_start(theirs / "state.pt"))
     with pytest.raises(CheckpointError) as caught:
         read_start(theirs / "more.pt")
     assert str(caught.value) == (
-        f"{theirs / 'more.pt'}: a whole network of torchxrayvision that holds more than weights; "
-        "convert it on a machine that you trust: torch.save(model.state_dict(), FILE)"
+        f"{theirs / 'more.pt'}: damaged, or not a checkpoint of this program; a whole network is converted on a "
+        "machine that you trust: torch.save(model.state_dict(), FILE)"
     )
 
 
-def test_a_name_is_downloaded_once(
+def fail(*_: object, **__: object) -> None:
+    raise URLError("no route")
+
+
+@pytest.mark.parametrize("name", published())
+def test_what_cannot_be_downloaded_says_where_it_is(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr("torch.hub.download_url_to_file", fail)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fail)
+    row = published()[name]
+    with pytest.raises(CheckpointError) as caught:
+        read_start(Path(name))
+    said = str(caught.value)
+    if row.weights.startswith("hf-hub:"):
+        owner, repository, *_ = row.weights.removeprefix("hf-hub:").split("/")
+        start = (
+            f"{name} cannot be downloaded from https://huggingface.co/{owner}/{repository}: <urlopen error no route>; "
+        )
+        assert said == f"{start}download that file elsewhere and put it here, for `init` FILE"
+    elif row.weights.endswith(row.file):
+        start = f"{name} cannot be downloaded from {row.weights}: <urlopen error no route>; "
+        place = tmp_path / "hub/checkpoints" / row.file
+        assert said == f"{start}download that file elsewhere and put it here, as {place}, or anywhere for `init` FILE"
+    else:
+        assert said == f"{name}: programs cannot download it; get {row.file} from {row.weights}, then `init` that file"
+
+
+@soak
+def test_a_name_starts_a_run_with_its_network_size_and_scale(
     theirs: Path, sample_shards: tuple[Path, Manifest], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-
-    def fail(url: str, *_: object, **__: object) -> None:
-        raise URLError("no route")
-
-    monkeypatch.setattr("torch.hub.download_url_to_file", fail)
-    name = "nih-densenet121-d121-tw-lr001-rot45-tr15-sc15-seed0-best.pt"
-    place = tmp_path / "hub/checkpoints" / name
-    _, urls = json.loads((theirs / "facts.json").read_text())
-    for known, of in urls.items():
-        with pytest.raises(CheckpointError, match=f"from {of['weights_url']}: <urlopen error no route>; "):
-            download_chest(known)
-    with pytest.raises(CheckpointError) as caught:
-        download_chest("densenet121-res224-nih")
-    assert str(caught.value) == (
-        "xrv:densenet121-res224-nih cannot be downloaded from "
-        f"https://github.com/mlmed/torchxrayvision/releases/download/v1/{name}: <urlopen error no route>; "
-        f"download that file elsewhere and put it here, as {place}, or anywhere for `init` FILE"
-    )
-    with pytest.raises(DataError, match=r"^`init` xrv:all: there are densenet121-res224-all, densenet121-res224-nih, "):
-        download_chest("all")
-
+    row = published()["xrv:densenet121-res224-nih"]
+    place = tmp_path / "hub/checkpoints" / row.file
+    place.parent.mkdir(parents=True)
     shutil.copy(theirs / "published.pt", place)
-    setup = Setup(shards=(str(sample_shards[0]),), init=Path("xrv:densenet121-res224-nih"))
-    job = open_job(Config(arch="densenet121"), setup, tmp_path / "run")
+    job = open_job(Config(), Setup(shards=(str(sample_shards[0]),), init=Path(row.name)), tmp_path / "run")
     assert job.start is not None
     assert job.start.path == place
+    assert (job.config.arch, job.config.image_size) == ("densenet121", "224")
     assert job.pixels == {"mean": 127.5, "std": 255 / 2048}
-    assert describe_start(asdict(job.config)) == TERMS
+    assert describe_start(asdict(job.config)) == row.terms
+    for of in (place.with_name("renamed.pt"), place):
+        shutil.copy(theirs / "state.pt", of)
+        assert [entry["sets"] for entry in read_start(of).seen] == [(row if of == place else ALL).seen.split()]
