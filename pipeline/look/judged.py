@@ -18,13 +18,8 @@ WIDENED = (
 )
 RATES = {"sensitivity": "sensitivity", "specificity": "specificity", "ppv": "PPV", "npv": "NPV", "f1": "F1"}
 SCORES = {"brier": "Brier", "brier_calibrated": "Brier, calibrated", "ece": "ECE", "ece_calibrated": "ECE, calibrated"}
-MARKS = {  # of verdicts
-    "shown": "Shortcut shown",
-    "partly": "Partly a shortcut",
-    "unclear": "Cannot tell whether a shortcut explains",
-    "none": "No shortcut found for",
-}
-SIGNS = {"shown": " ✗", "partly": " !", "unclear": " ?"}
+SIGNS = {"shown": " ✗", "partly": " !", "unclear": " ?"}  # of verdicts
+CHANGE = attrgetter("change")
 
 
 def show(row: Row) -> str:
@@ -47,7 +42,7 @@ def show_negatives(row: Row) -> str:
     return "" if row.label in MEANS else count(row.negatives)
 
 
-class Query(NamedTuple):
+class Column(NamedTuple):
     """A column of a table with a line per label: which row of the evaluation each cell shows, and how."""
 
     heading: Heading
@@ -62,18 +57,16 @@ def tabulate(
     evaluation: Evaluation,
     title: str,
     labels: Sequence[str],
-    columns: Sequence[Query],
+    columns: Sequence[Column],
     names: Mapping[str, str] = MappingProxyType({}),
     **more: Any,
 ) -> Table:
     """A table with a line per label, named by `names` or unchanged; `more` are further fields of the Table."""
     rows = []
     for label in labels:
-        cells = [names.get(label) or name_row(evaluation, label, columns[0].level)]
-        for column in columns:
-            row = evaluation.get(column.metric, label, column.level, column.group, column.scorer)
-            cells.append(column.show(row))
-        rows.append(cells)
+        places = ((column.metric, label, column.level, column.group, column.scorer) for column in columns)
+        cells = [column.show(evaluation.get(*place)) for column, place in zip(columns, places, strict=True)]
+        rows.append([names.get(label) or name_row(evaluation, label, columns[0].level), *cells])
     means = sum(label in (*MEANS, COMMON) for label in labels)
     return Table(title, ["label", *(column.heading for column in columns)], rows, means=means, **more)
 
@@ -111,14 +104,13 @@ def tabulate_auroc(evaluations: Sequence[Evaluation]) -> Table:
 
 def tabulate_metrics(evaluation: Evaluation, level: str, title: str) -> Table:
     """AUROC and AUPRC with limits, counts, Brier score and calibration error."""
+    shown = {name: metric for metric, name in SCORES.items() if any(evaluation.select(metric=metric))}
     columns = [
-        *(Query(f"{metric.upper()} [95 %]", metric, level=level) for metric in AREAS),
-        Query("positives", "auroc", show_positives, level=level),
-        Query("negatives", "auroc", show_negatives, level=level),
+        *(Column(f"{metric.upper()} [95 %]", metric, level=level) for metric in AREAS),
+        Column("positives", "auroc", show_positives, level=level),
+        Column("negatives", "auroc", show_negatives, level=level),
+        *(Column(name, metric, show, level=level) for name, metric in shown.items()),
     ]
-    for metric, name in SCORES.items():
-        if any(evaluation.select(metric=metric)):
-            columns.append(Query(name, metric, show, level=level))
     return tabulate(evaluation, title, [*evaluation.labels, *MEANS], columns, kind="metrics")
 
 
@@ -126,8 +118,8 @@ def tabulate_rates(evaluation: Evaluation, level: str, rule: str, brief: bool = 
     """Rates at the thresholds of a rule; in brief, sensitivity and specificity alone."""
     at_least = evaluation.head["sensitivity"]
     more = f" ≥ {at_least:g} on dev" if rule == "sensitivity" else "" if rule == GIVEN else " on dev"
-    columns = [Query("score ≥", "threshold", show, rule, level=level)]
-    columns += [Query(name, rate, group=rule, level=level) for rate, name in RATES.items()]
+    columns = [Column("score ≥", "threshold", show, rule, level=level)]
+    columns += [Column(name, rate, group=rule, level=level) for rate, name in RATES.items()]
     title = f"At the threshold of {TITLES[rule]}{more}, per {level}"
     return tabulate(evaluation, title, evaluation.labels, columns[: 3 if brief else None], kind="rates")
 
@@ -139,33 +131,26 @@ def list_rules(evaluation: Evaluation) -> list[str]:
 
 def tabulate_groups(evaluation: Evaluation, variable: str) -> Table:
     """AUROC and TPR of each group of a variable, and the gap of TPR."""
-    sizes = [
-        row
-        for row in evaluation.select(metric="images", label=None)
-        if row.group and row.group.startswith(f"{variable}=")
-    ]
-    groups = [row.group for row in sizes if not row.note]
-    columns = []
-    for row in sizes[: len(groups)]:
-        heading = f"{name_group(row)} (n = {count(row.value)})"
-        columns += [Query((heading, "AUROC"), "auroc", _show_area, row.group)]
-        columns += [Query((heading, "TPR"), "tpr", _show_tpr, row.group)]
-    columns.append(Query("TPR gap", "tpr_gap", lambda row: "" if row.label in MEANS else row.shown, variable))
-    macros = [evaluation.get("auroc", "macro", group=group) for group in groups]
-    over = len(macros[0].note.split(", ")) if macros[0].note else 0
-    less = [evaluation.get("auroc_less_first", "macro", group=group) for group in groups]
-    differences = [f"{name_group(row)} {row.change}" for row in less if row.value is not None]
-    others = [f"{name_group(row)} {count(row.value)}" for row in sizes if row.note]
+    columns, differences, others, over = list[Column](), list[str](), list[str](), 0
+    for row in evaluation.select(metric="images", label=None):
+        owner, _, name = str(row.group).partition("=")
+        if owner != variable:
+            continue
+        if row.note:
+            others.append(f"{name} {count(row.value)}")
+            continue
+        heading = f"{name} (n = {count(row.value)})"
+        columns.append(Column((heading, "AUROC"), "auroc", _show_area, row.group))
+        columns.append(Column((heading, "TPR"), "tpr", _show_tpr, row.group))
+        macro, less = (evaluation.get(metric, "macro", group=row.group) for metric in ("auroc", "auroc_less_first"))
+        over = len(macro.note.split(", ")) if macro.note else 0
+        differences += [] if less.value is None else [f"{name} {less.change}"]
+    columns.append(Column("TPR gap", "tpr_gap", lambda row: "" if row.label in MEANS else row.shown, variable))
     texts = {"Macro AUROC minus that of the first group": differences, "In no group": others}
     notes = [f"{text}: {', '.join(parts)}." for text, parts in texts.items() if parts]
     names = {"macro": f"macro over {over} labels"}
     labels = [*evaluation.labels, "macro"]
     return tabulate(evaluation, f"By {variable}", labels, columns, names, notes=notes, kind="groups")
-
-
-def name_group(row: Row) -> str:
-    """`Female` of the group `sex=Female`."""
-    return str(row.group).partition("=")[2]
 
 
 def _show_area(row: Row) -> str:
@@ -177,14 +162,10 @@ def _show_tpr(row: Row) -> str:
     return "" if row.label in MEANS else row.shown if (row.positives or 0) >= 10 else "–"
 
 
-def list_variables(evaluation: Evaluation) -> list[str]:
-    """The variables that define groups: sex, age, projection, and facts."""
-    return list(dict.fromkeys(row.group for row in evaluation.select(metric="tpr_gap") if row.group))
-
-
 def list_groups(evaluation: Evaluation) -> list[Table]:
-    """The groups of each variable that have figures."""
-    tables = [tabulate_groups(evaluation, variable) for variable in list_variables(evaluation)]
+    """The groups of each variable (sex, age, projection, and facts) that have figures."""
+    variables = dict.fromkeys(row.group for row in evaluation.select(metric="tpr_gap") if row.group)
+    tables = [tabulate_groups(evaluation, variable) for variable in variables]
     return [table for table in tables if table.filled]
 
 
@@ -196,19 +177,21 @@ def list_verdicts(evaluation: Evaluation) -> list[tuple[str, str]]:
 def list_open_gaps(evaluation: Evaluation) -> list[str]:
     """The TPR gaps whose limits, which hold jointly, are above 0, widest first."""
     rows = [row for row in evaluation.select(metric="tpr_gap") if row.low is not None and row.low > 0]
-    rows.sort(key=lambda row: -(row.value or 0))
+    rows.sort(key=lambda row: -row.number)
     return [f"{row.label}: sensitivity differs by {row.shown} between groups of {row.group}." for row in rows]
 
 
 def tabulate_verdicts(evaluation: Evaluation) -> Table:
     """The shortcut verdict on each AUROC, as a sentence."""
-    rows = [[row.note] for row in evaluation.select(metric="verdict")]
-    return Table(f"Does the model rely on shortcuts? AUROC on {evaluation.split}", [""], rows)
+    title = f"Does the model rely on shortcuts? AUROC on {evaluation.split}"
+    return Table(title, [""], [[text] for _, text in list_verdicts(evaluation)])
 
 
 def tabulate_belief(evaluation: Evaluation) -> Table:
     """AUROC among images of equal covariates."""
-    verdicts = {str(row.label): str(row.group) for row in evaluation.select(metric="verdict")}
+    names = {
+        str(row.label): f"{row.label}{SIGNS.get(str(row.group), '')}" for row in evaluation.select(metric="verdict")
+    }
     within = [row for row in evaluation.select(metric="auroc_within") if row.group and "=" not in row.group]
     variables = dict.fromkeys(row.group for row in within if row.group not in evaluation.labels)
 
@@ -220,14 +203,12 @@ def tabulate_belief(evaluation: Evaluation) -> Table:
         return "" if row.value is None else row.shown
 
     columns = [
-        Query("AUROC [95 %]", "auroc"),
-        *(Query(f"within {name}", "auroc_within", show_known, name) for name in variables),
-        Query("balanced", "auroc_balanced"),
-        Query("within another label", "verdict", show_others),
+        Column("AUROC [95 %]", "auroc"),
+        *(Column(f"within {name}", "auroc_within", show_known, name) for name in variables),
+        Column("balanced", "auroc_balanced"),
+        Column("within another label", "verdict", show_others),
     ]
-    names = {label: f"{label}{SIGNS.get(mark, '')}" for label, mark in verdicts.items()}
-    title = "AUROC among images of equal covariates"
-    return tabulate(evaluation, title, [*verdicts], columns, names, kind="belief")
+    return tabulate(evaluation, "AUROC among images of equal covariates", [*names], columns, names, kind="belief")
 
 
 def tabulate_differences(evaluation: Evaluation, scorer: str, level: str) -> Table:
@@ -245,11 +226,11 @@ def tabulate_differences(evaluation: Evaluation, scorer: str, level: str) -> Tab
         return "yes" if row.excludes_zero else "no" if known else "–"
 
     columns = [
-        Query("AUROC", "auroc_difference", show_ours, None, scorer, level),
-        Query("the other's [95 %]", "auroc", scorer=scorer, level=level),
-        Query("difference [95 %]", "auroc_difference", attrgetter("change"), None, scorer, level),
-        Query("excludes 0", "auroc_difference", show_sure, None, scorer, level),
-        Query("AUPRC difference [95 %]", "auprc_difference", attrgetter("change"), None, scorer, level),
+        Column("AUROC", "auroc_difference", show_ours, None, scorer, level),
+        Column("the other's [95 %]", "auroc", scorer=scorer, level=level),
+        Column("difference [95 %]", "auroc_difference", CHANGE, None, scorer, level),
+        Column("excludes 0", "auroc_difference", show_sure, None, scorer, level),
+        Column("AUPRC difference [95 %]", "auprc_difference", CHANGE, None, scorer, level),
     ]
     common = len(labels) - len(MEANS)
     notes = [f"over the {common} labels that both have scores of"] if common < len(evaluation.labels) else []
@@ -262,51 +243,50 @@ def tabulate_gain(evaluation: Evaluation) -> Table:
     """An ensemble and its members, and its gain over the mean of their AUROCs."""
     gains = evaluation.select(metric="auroc_difference", scorer=MEMBERS)
     labels = [str(row.label) for row in gains if row.value is not None]
-    scorers = {None: "ensemble", **{name: name for name in evaluation.head.get("members", ())}}
-    scorers[MEMBERS] = "mean member"
-    columns = [Query(name, "auroc", show, None, scorer) for scorer, name in scorers.items()]
-    columns.append(Query("gain [95 %]", "auroc_difference", attrgetter("change"), None, MEMBERS))
+    members = {name: name for name in evaluation.head.get("members", ())}
+    scorers = {None: "ensemble", **members, MEMBERS: "mean member"}
+    columns = [Column(name, "auroc", show, None, scorer) for scorer, name in scorers.items()]
+    columns.append(Column("gain [95 %]", "auroc_difference", CHANGE, None, MEMBERS))
     title = f"AUROC of the ensemble less the mean of its members', per {evaluation.unit}"
     return tabulate(evaluation, title, labels, columns, kind="gain")
 
 
 def tabulate_altered(evaluation: Evaluation) -> Table:
     """AUROC of altered images: a label that is still recognized with the center covered does not need the lungs."""
-    labels = [*evaluation.labels, evaluation.best_mean()]
-    columns = [Query("as they are", "auroc", show)]
+
+    def show_kept(row: Row) -> str:
+        return "recognized" if is_kept(evaluation, row) else ""
+
+    columns = [Column("as they are", "auroc", show)]
     for name in evaluation.head.get("altered", ()):
-        scorer = f"{ALTERED}{name}"
-
-        def show_kept(row: Row, name: str = name) -> str:
-            known = row.label is not None and row.label not in MEANS
-            return "recognized" if known and is_kept(evaluation, str(row.label), name) else ""
-
-        columns.append(Query((name, "AUROC [95 %]"), "auroc", scorer=scorer))
-        columns.append(Query((name, ""), "auroc", show_kept, scorer=scorer))
+        columns.append(Column((name, "AUROC [95 %]"), "auroc", scorer=f"{ALTERED}{name}"))
+        columns.append(Column((name, ""), "auroc", show_kept, scorer=f"{ALTERED}{name}"))
+    labels = [*evaluation.labels, evaluation.best_mean()]
     labels = [label for label in labels if evaluation.get("auroc", label).value is not None]
     notes = [f"Recognized: the AUROC stays above {KEPT}, by its lower limit."]
-    title = "Sanity: the same images, altered"
-    return tabulate(evaluation, title, labels, columns, notes=notes, kind="sanity")
+    return tabulate(evaluation, "Sanity: the same images, altered", labels, columns, notes=notes, kind="sanity")
 
 
-def is_kept(evaluation: Evaluation, label: str, alteration: str) -> bool:
-    """Whether a label with enough patients is still recognized after an alteration."""
-    figure = evaluation.get("auroc", label, scorer=f"{ALTERED}{alteration}")
-    return figure.low is not None and figure.low > KEPT and not evaluation.get("auroc", label).few
+def is_kept(evaluation: Evaluation, row: Row) -> bool:
+    """Whether a finding with enough patients is still recognized after the alteration of a row."""
+    known = row.label in evaluation.labels and not evaluation.get("auroc", row.label).few
+    return known and row.low is not None and row.low > KEPT
 
 
 def tabulate_readers(evaluation: Evaluation) -> Table:
     """Each reader's rates, beside the sensitivity of the network's ROC curve at the reader's specificity."""
-    columns = [Query("below the curve", "below", lambda row: count_below(evaluation, str(row.label)))]
+    columns = [Column("below the curve", "below", lambda row: count_below(evaluation, str(row.label)))]
     for reader in evaluation.head.get("readers", ()):
         size = evaluation.get("studies", None, "study", scorer=reader).value
-        name, at = f"{reader} (n = {count(size)})", {"scorer": reader, "level": "study"}
-        columns += [
-            Query((name, "positives"), "sensitivity", show_positives, **at),
-            Query((name, "negatives"), "sensitivity", show_negatives, **at),
-            *(Query((name, rate), rate, **at) for rate in ("sensitivity", "specificity")),
-            Query((name, "network's sensitivity"), "network", show, **at),
-        ]
+        name = f"{reader} (n = {count(size)})"
+        for heading, metric, shown in (
+            ("positives", "sensitivity", show_positives),
+            ("negatives", "sensitivity", show_negatives),
+            ("sensitivity", "sensitivity", attrgetter("shown")),
+            ("specificity", "specificity", attrgetter("shown")),
+            ("network's sensitivity", "network", show),
+        ):
+            columns.append(Column((name, heading), metric, shown, None, reader, "study"))
     places = [row.value for row in evaluation.select(metric="below") if row.value is not None]
     notes = [f"below the curve: {sum(places):.0f} of {len(places)}, readers times labels"]
     names = {label: label for label in evaluation.labels}
@@ -318,7 +298,7 @@ def count_below(evaluation: Evaluation, label: str) -> str:
     """How many of a label's readers are below the ROC curve, of those that have a position."""
     rows = [row for row in evaluation.select(metric="below", label=label) if row.value is not None]
     few = "few " if any(row.few for row in rows) else ""
-    return f"{few}{sum(row.value or 0 for row in rows):.0f} of {len(rows)}" if rows else "–"
+    return f"{few}{sum(row.number for row in rows):.0f} of {len(rows)}" if rows else "–"
 
 
 def tabulate_own(evaluation: Evaluation) -> Table:
@@ -329,9 +309,9 @@ def tabulate_own(evaluation: Evaluation) -> Table:
     names |= {COMMON: f"mean of these {over}, ≥ 10 patients in both"} if COMMON in names else {}
     columns = []
     for name, group in {"these images": None, "the run's own valid": OWN}.items():
-        columns.append(Query((name, "positives"), "auroc", show_positives, group))
-        columns.append(Query((name, "AUROC [95 %]"), "auroc", group=group))
-    columns.append(Query("difference [95 %]", "auroc_difference", attrgetter("change"), OWN))
+        columns.append(Column((name, "positives"), "auroc", show_positives, group))
+        columns.append(Column((name, "AUROC [95 %]"), "auroc", group=group))
+    columns.append(Column("difference [95 %]", "auroc_difference", CHANGE, OWN))
     notes = [str(evaluation.head["own"])] if evaluation.head.get("own") else []
     notes += [WIDENED] if COMMON in names and differences[COMMON].note else []
     title = "AUROC on these images and on the run's own valid"
@@ -340,12 +320,9 @@ def tabulate_own(evaluation: Evaluation) -> Table:
 
 def print_evaluation(evaluation: Evaluation) -> None:
     """All tables for a terminal."""
-    tabulate_auroc([evaluation]).print()
-    for rule in list_rules(evaluation)[:1]:
-        tabulate_rates(evaluation, evaluation.unit, rule, brief=True).print()
-    for table in list_beside(evaluation):
+    rates = [tabulate_rates(evaluation, evaluation.unit, rule, brief=True) for rule in list_rules(evaluation)[:1]]
+    for table in (tabulate_auroc([evaluation]), *rates, *list_beside(evaluation), tabulate_verdicts(evaluation)):
         table.print()
-    tabulate_verdicts(evaluation).print()
 
 
 def list_beside(evaluation: Evaluation) -> Iterator[Table]:
@@ -363,60 +340,44 @@ def list_beside(evaluation: Evaluation) -> Iterator[Table]:
 
 def summarize(evaluation: Evaluation) -> list[tuple[str, str]]:
     """What to trust and what not, each as a mark and a sentence; verdicts without a shortcut share one."""
-    verdicts = list(evaluation.select(metric="verdict"))
-    lines = (
-        [("partly", "Optimistic: used to select the checkpoint and thresholds.")] if evaluation.split == "dev" else []
-    )
-    lines += [(mark, row.note) for mark in ("shown", "partly", "unclear") for row in verdicts if row.group == mark]
-    kept = [
-        label
-        for label in evaluation.labels
-        if any(is_kept(evaluation, label, name) for name in evaluation.head.get("altered", ()))
-    ]
-    few = [label for label in evaluation.labels if evaluation.get("auroc", label).few]
-    clear = [str(row.label) for row in verdicts if row.group == "none"]
-    for mark, text, labels in (
+    lines = [("partly", "Optimistic: used to select the checkpoint and thresholds.")]
+    lines = lines if evaluation.split == "dev" else []
+    for mark in ("shown", "partly", "unclear"):
+        lines += [line for line in list_verdicts(evaluation) if line[0] == mark]
+    altered = [row for row in evaluation.select(metric="auroc") if str(row.scorer).startswith(ALTERED)]
+    kept = {row.label for row in altered if is_kept(evaluation, row)}
+    few = {label for label in evaluation.labels if evaluation.get("auroc", label).few}
+    clear = {row.label for row in evaluation.select(metric="verdict", group="none")}
+    for mark, text, chosen in (
         ("partly", "Recognized without the lungs", kept),
         ("unclear", "Too few patients of a class to tell", few),
-        ("none", MARKS["none"], clear),
+        ("none", "No shortcut found for", clear),
     ):
+        labels = [label for label in evaluation.labels if label in chosen]
         lines += [(mark, f"{text}: {', '.join(labels)}.")] if labels else []
     return lines
 
 
 def describe_gaps(evaluation: Evaluation) -> list[str]:
     """A line for each result that is undefined or left out, with the reason."""
-    unannotated = evaluation.head.get("not_annotated", ())
-    lines = list(evaluation.head.get("left_out", ()))
-    lines += [
-        f"{name}: not annotated by this data set, so not learned, and without scores."
-        for name in unannotated
-        if name not in evaluation.labels
-    ]
+    unannotated, lines = evaluation.head.get("not_annotated", ()), list(evaluation.head.get("left_out", ()))
+    unlearned = [name for name in unannotated if name not in evaluation.labels]
+    lines += [f"{name}: not annotated by this data set, so not learned, and without scores." for name in unlearned]
     for level in evaluation.distinct_levels:
-        units = UNITS[level]
-        for label in evaluation.labels:
-            row = evaluation.get("auroc", label, level)
-            lines += _describe_gap(row, f"{label}, {units}", label in unannotated)
-        for mean, shown in MEANS.items():
-            if evaluation.get("auroc", mean, level).value is None:
-                lines.append(f"{shown}, {units}: undefined, for lack of labels.")
-        lines += [
-            f"{row.label}, {units} of dev: {row.note}."
-            for row in evaluation.select(metric="bias", level=level)
-            if row.note
-        ]
-    for name, number in evaluation.head["many_groups"].items():
-        lines.append(f"{name}: {number:,} values, too many to compare as groups.")
-    return lines
-
-
-def _describe_gap(row: Row, name: str, unannotated: bool) -> list[str]:
-    """Why a finding has no AUROC, or is marked few."""
-    counts = {"positives": row.positives or 0, "negatives": row.negatives or 0}
-    if row.value is None and unannotated:
-        return [f"{name}: not annotated by this data set, so no figures, and in no mean."]
-    if row.value is None:
-        lacking = " and ".join(side for side, number in counts.items() if not number)
-        return [f"{name}: no {lacking}, so no AUROC, no AUPRC, and in no mean."]
-    return [f"{name}: {min(counts.values())} of one class, too few to tell; marked few."] if row.few else []
+        for label in (*evaluation.labels, *MEANS):
+            row, text = evaluation.get("auroc", label, level), ""
+            sides = {"positives": row.positives or 0, "negatives": row.negatives or 0}
+            if row.few and row.value is not None:
+                text = f"{min(sides.values())} of one class, too few to tell; marked few."
+            elif row.value is None and label in MEANS:
+                text = "undefined, for lack of labels."
+            elif row.value is None and label in unannotated:
+                text = "not annotated by this data set, so no figures, and in no mean."
+            elif row.value is None:
+                lacking = " and ".join(side for side, number in sides.items() if not number)
+                text = f"no {lacking}, so no AUROC, no AUPRC, and in no mean."
+            lines += [f"{MEANS.get(label, label)}, {UNITS[level]}: {text}"] if text else []
+        for row in evaluation.select(metric="bias", level=level):
+            lines += [f"{row.label}, {UNITS[level]} of dev: {row.note}."] if row.note else []
+    many = evaluation.head["many_groups"].items()
+    return lines + [f"{name}: {number:,} values, too many to compare as groups." for name, number in many]
