@@ -85,8 +85,9 @@ from pipeline.base.errors import DataError
 from pipeline.base.files import claimed, write_atomically
 from pipeline.console import progress_bar, say, say_once, show_left
 from pipeline.labels import LABELS
+from pipeline.measure.delong import report_auroc
 from pipeline.measure.evaluation import MEANS
-from pipeline.measure.metrics import cross_entropy, report_auroc
+from pipeline.measure.metrics import cross_entropy
 from pipeline.stream.batches import Batch, BatchStream
 from pipeline.stream.plan import plan_training
 

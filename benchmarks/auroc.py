@@ -38,7 +38,7 @@ from model.optim import build_optimizer, scheduled_lr, set_lr, update_average
 from model.predict import predict_scores
 from pipeline import open_shards
 from pipeline.labels import LABELS, hash_fraction
-from pipeline.measure.metrics import report_auroc
+from pipeline.measure.delong import report_auroc
 from pipeline.synthetic.sample import write_sample
 
 DEV, WORKERS = 0.1, 2  # share of the patients; threads or processes

@@ -8,7 +8,8 @@ scores of known origin beside covariates. Run as a file, with PYTHONPATH at anot
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -24,33 +25,42 @@ from pipeline.measure.evaluate import Scored, assess_groups
 from pipeline.measure.metrics import wilson_limits
 
 PATIENTS = 200
-RESAMPLES = 1000
+RESAMPLES = 500
 ALIKE = 0.5  # the share of a score's variance that is the patient's
 POSITIVES = (5, 8, 10, 30, 100)
 AUROCS = (0.7, 0.85, 0.95)
 Array = npt.NDArray[Any]
+Interval = tuple[float, float, float]  # low and high, and the true value
 
 
-def draw_films(random: np.random.Generator) -> Array:
-    """The patient of each film."""
+def draw_patients(random: np.random.Generator) -> Array:
+    """The patient of each image."""
     return np.repeat(np.arange(PATIENTS), random.choice([1, 2, 3], PATIENTS, p=[0.5, 0.3, 0.2]))
 
 
 def draw_alike(random: np.random.Generator, patient: Array, share: float, shape: tuple[int, ...] = ()) -> Array:
-    """Standard normal values per film, correlated by `share` within a patient: [films, *shape]."""
+    """Standard normal values per image, correlated by `share` within a patient: [images, *shape]."""
     own = random.normal(size=(PATIENTS, *shape))[patient]
     values: Array = share**0.5 * own + (1 - share) ** 0.5 * random.normal(size=(len(patient), *shape))
     return values
 
 
-def draw_truth(random: np.random.Generator, patient: Array, positives: int) -> Array:
-    """So many positive films, most of a patient's films alike."""
-    latent = draw_alike(random, patient, 0.7)
-    truth: Array = latent >= np.sort(latent)[-positives]
+def draw_truth(random: np.random.Generator, patient: Array, positives: int, labels: int = 1) -> Array:
+    """Which images are positive [images, labels], a number of each label, most of a patient's images alike."""
+    latent = np.stack([draw_alike(random, patient, 0.7) for _ in range(labels)], axis=1)
+    truth: Array = latent >= np.sort(latent, axis=0)[-positives]
     return truth
 
 
-def resampled(score: Array, truth: Array, owners: Array, counts: Array) -> Array:
+def draw_scores(random: np.random.Generator, patient: Array, truth: Array, aurocs: tuple[float, float]) -> Array:
+    """Scores [images, labels, 2] with two AUROCs, correlated within a patient, by labels and with each other."""
+    shared = draw_alike(random, patient, ALIKE)[:, None, None]
+    noise = 0.5**0.5 * shared + 0.5**0.5 * draw_alike(random, patient, ALIKE, (truth.shape[1], 2))
+    scores: Array = noise + 2**0.5 * quantile(np.array(aurocs)) * truth[..., None]
+    return scores
+
+
+def resampled_auroc(score: Array, truth: Array, owners: Array, counts: Array) -> Array:
     """AUROC under weights [patients, R] by the matrix of wins: [R], NaN without a class."""
     positive, negative = score[truth][:, None], score[~truth]
     wins = (positive > negative) + 0.5 * (positive == negative)
@@ -61,8 +71,8 @@ def resampled(score: Array, truth: Array, owners: Array, counts: Array) -> Array
     return areas
 
 
-def resampled_precision(score: Array, truth: Array, owners: Array, counts: Array) -> Array:
-    """AUPRC [R] under weights [patients, R], of scores without ties; NaN without a positive."""
+def resampled_auprc(score: Array, truth: Array, owners: Array, counts: Array) -> Array:
+    """AUPRC under weights [patients, R], of scores without ties: [R], NaN without a positive."""
     order = np.argsort(-score)
     weights = counts[owners[order]]
     hits = np.cumsum(weights * truth[order, None], axis=0)
@@ -72,152 +82,103 @@ def resampled_precision(score: Array, truth: Array, owners: Array, counts: Array
     return areas
 
 
-def true_precision(auroc: float, share: float) -> float:
+def true_auprc(auroc: float, share: float) -> float:
     """The AUPRC of normal scores with an AUROC, of any number of images of which a share is positive."""
     recall = (np.arange(20_000) + 0.5) / 20_000
     alarms = ndtr(quantile(recall) - 2**0.5 * quantile(auroc))
     return float((share * recall / (share * recall + (1 - share) * alarms)).mean())
 
 
-def draw_counts(resamples: int, seed: int) -> Array:
-    """How often each patient is in each resample: [patients, R]."""
-    shares = np.full(PATIENTS, 1 / PATIENTS)
-    return np.random.default_rng(seed).multinomial(PATIENTS, shares, resamples).T.astype(np.float32)
-
-
-def percentile(values: Array, shares: tuple[float, float] = (0.025, 0.975)) -> tuple[float, float]:
-    low, high = np.nanquantile(values, shares)
+def percentile(values: Array) -> tuple[float, float]:
+    low, high = np.nanquantile(values, (0.025, 0.975))
     return float(low), float(high)
 
 
-def compare_single(replicates: int, seed: int = 0) -> None:
-    print("AUROC: share of intervals that hold the true one (width of the median)")
-    methods = ("percentile", "ours")
-    print("| positives | AUROC |", " | ".join(methods), "| zero width: percentile, ours |")
-    print("|---:" * (len(methods) + 3) + "|")
-    counts = draw_counts(RESAMPLES, seed)
-    for positives in POSITIVES:
-        for true in AUROCS:
-            random = np.random.default_rng([seed, positives, int(100 * true)])
-            found = np.empty((replicates, len(methods), 2))
-            for number in range(replicates):
-                patient = draw_films(random)
-                truth = draw_truth(random, patient, positives)
-                score = draw_alike(random, patient, ALIKE) + 2**0.5 * quantile(true) * truth
-                areas = measure_areas(score[:, None], truth[:, None], np.ones((len(score), 1), bool), patient)
-                values = resampled(score, truth, patient, counts)
-                found[number] = (percentile(values), (areas.low[0], areas.high[0]))
-            holds = (found[..., 0] <= true) & (true <= found[..., 1])
-            width = np.median(found[..., 1] - found[..., 0], axis=0)
-            cells = [f"{share:.3f} ({size:.2f})" for share, size in zip(holds.mean(axis=0), width, strict=True)]
-            flat = (found[..., 1] - found[..., 0] < 1e-9).mean(axis=0)
-            print(f"| {positives} | {true} |", " | ".join(cells), f"| {flat[0]:.3f}, {flat[-1]:.3f} |", flush=True)
+def cover(
+    title: str,
+    settings: Iterable[tuple[Any, ...]],
+    simulate: Callable[..., dict[str, Interval]],
+    replicates: int,
+    seed: int,
+) -> None:
+    """Print, for each setting, how often the intervals of `simulate` contain the true value (median width)."""
+    print(f"\n{title}: share of 95 % intervals that contain the true value (median width)")
+    for number, setting in enumerate(settings):
+        randoms = (np.random.default_rng([seed, number, replicate]) for replicate in range(replicates))
+        results = [simulate(random, *setting) for random in randoms]
+        limits = np.array([[*result.values()] for result in results])  # [replicates, methods, 3]
+        holds = ((limits[..., 0] <= limits[..., 2]) & (limits[..., 2] <= limits[..., 1])).mean(axis=0)
+        width = np.median(limits[..., 1] - limits[..., 0], axis=0)
+        cells = [f"{share:.3f} ({size:.2f})" for share, size in zip(holds, width, strict=True)]
+        if not number:
+            print("| setting |", " | ".join(results[0]), "|\n|---|" + "---:|" * len(cells))
+        print(f"| {', '.join(map(str, setting))} |", " | ".join(cells), "|", flush=True)
 
 
-def compare_combined(replicates: int, seed: int = 1) -> None:
-    """Means over five labels, and paired differences of a label and of the mean."""
-    print("\nMean of 5 labels, paired differences of one label and of the mean: percentile, ours")
-    print("| positives | true AUROCs | one label's difference | mean | mean's difference |")
-    print("|---:|---|---:|---:|---:|")
-    counts = draw_counts(RESAMPLES // 2, seed)
-    for positives in POSITIVES:
-        for ours, theirs in ((0.7, 0.7), (0.85, 0.8), (0.95, 0.9)):
-            random = np.random.default_rng([seed, positives, int(100 * ours)])
-            holds = np.zeros((replicates, 3, 2), bool)
-            for number in range(replicates):
-                patient = draw_films(random)
-                truth = np.stack([draw_truth(random, patient, positives) for _ in range(5)], axis=1)
-                shared = draw_alike(random, patient, ALIKE)[:, None, None]  # by labels and by runs
-                noise = 0.5**0.5 * shared + 0.5**0.5 * draw_alike(random, patient, ALIKE, (5, 2))
-                shift = 2**0.5 * np.array([quantile(ours), quantile(theirs)])
-                scores = noise + shift * truth[..., None]
-                mask = np.ones(truth.shape, bool)
-                first, second = (measure_areas(scores[..., run], truth, mask, patient) for run in (0, 1))
-                both = first.join(second)
-                drawn = np.array(
-                    [
-                        [resampled(scores[:, label, run], truth[:, label], patient, counts) for label in range(5)]
-                        for run in (0, 1)
-                    ]
-                )
-                mean = np.full(5, 0.2)
-                one = np.eye(5)[0]
-                cases = (
-                    (np.concatenate([one, -one]), drawn[0, 0] - drawn[1, 0], ours - theirs),
-                    (np.concatenate([mean, 0 * mean]), drawn[0].mean(axis=0), ours),
-                    (np.concatenate([mean, -mean]), (drawn[0] - drawn[1]).mean(axis=0), ours - theirs),
-                )
-                for place, (weights, values, true) in enumerate(cases):
-                    _, *limits = combine(both, weights).values()
-                    for method, (low, high) in enumerate((percentile(values), limits)):
-                        holds[number, place, method] = low <= true <= high
-            cells = [", ".join(f"{share:.3f}" for share in pair) for pair in holds.mean(axis=0)]
-            print(f"| {positives} | {ours}, {theirs} |", " | ".join(cells), "|", flush=True)
+def draw_counts(seed: int) -> Array:
+    """How often each patient is in each resample: [patients, R]."""
+    shares = np.full(PATIENTS, 1 / PATIENTS)
+    return np.random.default_rng(seed).multinomial(PATIENTS, shares, RESAMPLES).T.astype(np.float32)
 
 
-def compare_precision(replicates: int, seed: int = 3) -> None:
-    """AUPRC, and its paired difference from that of scores with more noise and the same AUROC."""
-    print("\nAUPRC: share of intervals that contain the true one (median width), and of those of a difference")
-    print("| positives | AUROC | AUPRC | percentile | ours | difference: percentile, ours |")
-    print("|---:" * 6 + "|")
-    counts = draw_counts(RESAMPLES // 2, seed)
-    for positives in POSITIVES:
-        for auroc in AUROCS:
-            random = np.random.default_rng([seed, positives, int(100 * auroc)])
-            limits, truths = np.empty((replicates, 2, 2, 2)), np.empty(replicates)  # of area and difference, by method
-            for number in range(replicates):
-                patient = draw_films(random)
-                truth = draw_truth(random, patient, positives)
-                noise = 0.5**0.5 * draw_alike(random, patient, ALIKE)[:, None]
-                noise = noise + 0.5**0.5 * draw_alike(random, patient, ALIKE, (2,))
-                scores = noise + 2**0.5 * quantile(auroc) * truth[:, None]
-                cells = np.repeat(truth[:, None], 2, axis=1), np.ones(scores.shape, bool), patient
-                areas = measure_precision(scores, *cells)
-                values = np.array([resampled_precision(score, truth, patient, counts) for score in scores.T])
-                truths[number] = true_precision(auroc, positives / len(truth))
-                limits[number, 0] = percentile(values[0]), (areas.low[0], areas.high[0])
-                limits[number, 1] = percentile(values[0] - values[1]), [*combine(areas, [1, -1]).values()][1:]
-            actual = np.stack([truths, np.zeros(replicates)], axis=1)[..., None]
-            holds = ((limits[..., 0] <= actual) & (actual <= limits[..., 1])).mean(axis=0)
-            width = np.median(limits[:, 0, :, 1] - limits[:, 0, :, 0], axis=0)
-            cells_shown = [f"{share:.3f} ({size:.2f})" for share, size in zip(holds[0], width, strict=True)]
-            pair = ", ".join(f"{share:.3f}" for share in holds[1])
-            print(f"| {positives} | {auroc} | {truths.mean():.2f} |", " | ".join([*cells_shown, pair]), "|", flush=True)
+def compare_areas(replicates: int) -> None:
+    """AUROC and AUPRC of one label, the means of five, and the differences of two networks, beside resampling."""
+    counts = draw_counts(0)
+
+    def simulate(random: np.random.Generator, positives: int, first: float, second: float) -> dict[str, Interval]:
+        patient = draw_patients(random)
+        truth = draw_truth(random, patient, positives, labels=5)
+        scores, share = draw_scores(random, patient, truth, (first, second)), positives / len(patient)
+        one, mean = np.eye(5)[0], np.full(5, 0.2)
+        intervals: dict[str, Interval] = {}
+        for metric, measure, resample, actual in (
+            ("AUROC", measure_areas, resampled_auroc, (first, second)),
+            ("AUPRC", measure_precision, resampled_auprc, [true_auprc(auroc, share) for auroc in (first, second)]),
+        ):
+            own, other = (measure(scores[..., run], truth, np.ones(truth.shape, bool), patient) for run in (0, 1))
+            drawn = [
+                resample(scores[:, label, run], truth[:, label], patient, counts)
+                for run in (0, 1)
+                for label in range(5)
+            ]
+            for name, weights in {
+                metric: [one, 0 * one], f"{metric}, difference": [one, -one],
+                f"{metric}, mean": [mean, 0 * mean], f"{metric}, mean's difference": [mean, -mean],
+            }.items():  # fmt: skip
+                weight = np.concatenate(weights)
+                value = float(actual[0] + actual[1] * weights[1].sum())
+                _, low, high = combine(own.join(other), weight).values()
+                intervals[f"{name}: resampled"] = *percentile(weight @ np.array(drawn)), value
+                intervals[name] = low, high, value
+        return intervals
+
+    pairs = ((0.7, 0.7), (0.85, 0.8), (0.95, 0.9))
+    settings = [(positives, *pair) for positives, pair in product(POSITIVES, pairs)]
+    cover("Positives and two AUROCs", settings, simulate, replicates, 0)
 
 
-def compare_rates(replicates: int, seed: int = 2) -> None:
-    print("\nSensitivity: Wilson, Wilson with a design effect")
-    print("| positives | true | coverage |")
-    print("|---:|---:|---:|")
-    for positives in POSITIVES:
-        for true in (0.5, 0.8, 0.95):
-            random = np.random.default_rng([seed, positives, int(100 * true)])
-            holds = np.zeros((replicates, 2), bool)
-            for number in range(replicates):
-                patient = draw_films(random)
-                chosen = draw_truth(random, patient, positives)
-                called = (draw_alike(random, patient, ALIKE) < quantile(true))[chosen]
-                for method, owners in enumerate((np.arange(positives), patient[chosen])):
-                    low, high = wilson_limits(called, owners).values()
-                    holds[number, method] = low is not None and high is not None and low <= true <= high
-            print(
-                f"| {positives} | {true} |", ", ".join(f"{share:.3f}" for share in holds.mean(axis=0)), "|", flush=True
-            )
+def compare_rates(replicates: int) -> None:
+    def simulate(random: np.random.Generator, positives: int, true: float) -> dict[str, Interval]:
+        patient = draw_patients(random)
+        chosen = draw_truth(random, patient, positives)[:, 0]
+        called = (draw_alike(random, patient, ALIKE) < quantile(true))[chosen]
+        limits = {"Wilson": wilson_limits(called, np.arange(positives)), "ours": wilson_limits(called, patient[chosen])}
+        return {name: (*map(float, limit.values()), true) for name, limit in limits.items()}  # type: ignore[misc]
+
+    cover("Positives and sensitivity", product(POSITIVES, (0.5, 0.8, 0.95)), simulate, replicates, 2)
 
 
 def compare_few(replicates: int) -> None:
-    print("\nAUROC .8, a class of few patients with many images, 300 other patients: coverage")
-    for sick, images in ((2, 15), (3, 10), (5, 6), (10, 3), (30, 1)):
-        holds = []
-        for seed in range(replicates):
-            random = np.random.default_rng(seed)
-            owner = np.concatenate([np.repeat(np.arange(sick), images), np.arange(sick, sick + 300)])
-            truth = (owner < sick)[:, None]
-            own, rest = random.normal(size=sick + 300)[owner], random.normal(size=len(owner))
-            score = 0.6**0.5 * own + 0.4**0.5 * rest + 2**0.5 * quantile(0.8) * truth[:, 0]
-            areas = measure_areas(score[:, None], truth.astype(float), np.ones(truth.shape, bool), owner)
-            holds.append(areas.low[0] <= 0.8 <= areas.high[0])
-        print(f"| {sick} patients, {images} images each | {np.mean(holds):.3f} |", flush=True)
+    def simulate(random: np.random.Generator, sick: int, images: int) -> dict[str, Interval]:
+        owner = np.concatenate([np.repeat(np.arange(sick), images), np.arange(sick, sick + 300)])
+        truth = (owner < sick)[:, None]
+        own, rest = random.normal(size=sick + 300)[owner], random.normal(size=len(owner))
+        score = 0.6**0.5 * own + 0.4**0.5 * rest + 2**0.5 * quantile(0.8) * truth[:, 0]
+        areas = measure_areas(score[:, None], truth.astype(float), np.ones(truth.shape, bool), owner)
+        return {"AUROC .8": (areas.low[0], areas.high[0], 0.8)}
+
+    settings = ((2, 15), (3, 10), (5, 6), (10, 3), (30, 1))
+    cover("Patients of a class, with images each, beside 300 others", settings, simulate, replicates, 3)
 
 
 def as_scored(score: Array, truth: Array, random: np.random.Generator) -> Scored:
@@ -230,7 +191,7 @@ def as_scored(score: Array, truth: Array, random: np.random.Generator) -> Scored
 
 
 def count_verdicts(replicates: int) -> None:
-    print("\nVerdicts: cleared, condemned, either in part or not told")
+    print("\nVerdicts: cleared, condemned, either in part or undecided")
     print("| the score is | images, positives | cleared | condemned | neither |")
     print("|---|---|---:|---:|---:|")
     for kind, images, positives, auroc in (
@@ -280,8 +241,7 @@ def count_gaps(replicates: int) -> None:
 
 
 PARTS: dict[str, Callable[[int], None]] = {
-    "single": compare_single, "combined": compare_combined, "precision": compare_precision, "rates": compare_rates,
-    "few": compare_few, "verdicts": count_verdicts, "gaps": count_gaps,
+    "areas": compare_areas, "rates": compare_rates, "few": compare_few, "verdicts": count_verdicts, "gaps": count_gaps,
 }  # fmt: skip
 
 

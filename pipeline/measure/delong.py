@@ -20,11 +20,24 @@ with other methods.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import numpy as np
 
-from pipeline.measure.metrics import NO_LIMITS, Bools, Figure, Floats, Ints, Names, Z, student_quantile, threshold_curve
+from pipeline.measure.metrics import (
+    NO_LIMITS,
+    Bools,
+    Figure,
+    Floats,
+    Ints,
+    Names,
+    Z,
+    averaged_labels,
+    count_classes,
+    label_cells,
+    student_quantile,
+    threshold_curve,
+)
 
 
 class Areas(NamedTuple):
@@ -49,6 +62,32 @@ class _Clusters(NamedTuple):
     owners: int  # the patients with the rarer class
     freedom: float  # Satterthwaite's degrees of freedom
     kish: float  # the design effect if a patient's images were the same: 1 with one image of a class per patient
+
+
+class AurocReport(TypedDict):
+    """`macro10` averages labels with at least 10 patients in each class, `mean5` the competition's five."""
+
+    macro_auroc: float | None
+    macro10_auroc: float | None
+    mean5_auroc: float | None
+    labels: dict[str, Figure]  # auroc, None with one class, positives, negatives, few
+
+
+def report_auroc(names: Sequence[str], scores: Floats, target: Floats, mask: Bools, patient: Names) -> AurocReport:
+    """AUROC per label of scores [N, L] against targets [N, L] in {0, 1}, on the cells of mask [N, L], of patients [N].
+
+    Raises ValueError if a score is not finite.
+    """
+    labels = {
+        cells.label: count_classes(cells.truth, cells.patient)
+        for cells in label_cells(names, scores, target, mask, patient)
+    }
+    areas = measure_areas(scores, target, mask, patient)
+    for label, area in zip(labels.values(), areas.value.tolist(), strict=True):
+        label["auroc"] = None if np.isnan(area) else area
+    over = averaged_labels(labels).values()
+    macro, macro10, mean5 = (combine(areas, weigh_labels(names, kept))["value"] for kept in over)
+    return {"macro_auroc": macro, "macro10_auroc": macro10, "mean5_auroc": mean5, "labels": labels}
 
 
 def measure_areas(scores: Floats, target: Floats, mask: Bools, patient: Names, stratum: Names | None = None) -> Areas:
@@ -225,7 +264,8 @@ def influence_precision(score: Floats, truth: Bools) -> tuple[float, Floats]:
     """AUPRC, the average precision, and its derivative [n] by each cell's weight, at weights of 1.
 
     With H(s) positives among the C(s) cells that score s or more, and P positives in all: AUPRC = Σ_i H_i / C_i / P
-    over positives i, and a cell k adds [y_k (H_k / C_k - AUPRC) + Σ_{i: s_i ≤ s_k} (y_k / C_i - H_i / C_i²)] / P.
+    over positives i, without interpolation. Its derivative by the weight of a cell k is
+    [y_k (H_k / C_k - AUPRC) + Σ_{i: s_i ≤ s_k} (y_k / C_i - H_i / C_i²)] / P.
     """
     curve, place = threshold_curve(score, truth), np.unique(-score, return_inverse=True)[1]
     hits, called = curve.true_positives, curve.true_positives + curve.false_positives

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 
 from pipeline.labels import name_ages
 from pipeline.measure.calibration import Calibration, apply_calibration, fit_calibration
-from pipeline.measure.delong import Areas, combine, measure_areas, measure_precision, weigh_labels
+from pipeline.measure.delong import Areas, combine, measure_areas, measure_precision, report_auroc, weigh_labels
 from pipeline.measure.evaluation import UNITS, Evaluation
 from pipeline.measure.metrics import (
     FEW,
@@ -36,7 +36,6 @@ from pipeline.measure.metrics import (
     label_cells,
     mean_of,
     measure_rates,
-    report_auroc,
     subtract_independent,
     wilson_limits,
 )

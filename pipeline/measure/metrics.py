@@ -1,11 +1,11 @@
-"""Scores, targets and masks → AUROC and its means, AUPRC, Brier score, calibration error, rates at a threshold.
+"""Scores, targets and masks → Brier score, calibration error, rates at a threshold; what their means are over.
 
 A label with one class has no AUROC and no AUPRC: both are None and the label is listed as skipped, never 0 and never
 part of a mean. Everything is float64.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -34,15 +34,6 @@ class Cells(NamedTuple):
     patient: Names  # [n]
 
 
-class AurocReport(TypedDict):
-    """`macro10` averages labels with at least 10 patients in each class, `mean5` the competition's five."""
-
-    macro_auroc: float | None
-    macro10_auroc: float | None
-    mean5_auroc: float | None
-    labels: dict[str, Figure]  # auroc, None with one class, positives, negatives, few
-
-
 class Reliability(NamedTuple):
     """The non-empty bins of a label's scores: mean score, share of positives, number of cells."""
 
@@ -59,19 +50,6 @@ class Curve(NamedTuple):
     false_positives: Ints
 
 
-def report_auroc(names: Sequence[str], scores: Floats, target: Floats, mask: Bools, patient: Names) -> AurocReport:
-    """AUROC per label of scores [N, L] against targets [N, L] in {0, 1}, on the cells of mask [N, L], of patients [N].
-
-    Raises ValueError where a score is not finite.
-    """
-    labels = {
-        cells.label: {"auroc": areas(cells.score, cells.truth)[0], **count_classes(cells.truth, cells.patient)}
-        for cells in label_cells(names, scores, target, mask, patient)
-    }
-    macro, macro10, mean5 = (mean_of(labels, kept, "auroc") for kept in averaged_labels(labels).values())
-    return {"macro_auroc": macro, "macro10_auroc": macro10, "mean5_auroc": mean5, "labels": labels}
-
-
 def count_classes(truth: Bools, patient: Names) -> Figure:
     """The cells of each class of truth [n], and whether either has too `few` patients [n] for figures to mean much."""
     fewest = min(len(np.unique(patient[side])) for side in (truth, ~truth))
@@ -81,7 +59,7 @@ def count_classes(truth: Bools, patient: Names) -> Figure:
 def label_cells(names: Sequence[str], scores: Floats, target: Floats, mask: Bools, patient: Names) -> Iterator[Cells]:
     """The cells of each label, of scores, targets and mask [N, L] and patients [N].
 
-    Raises ValueError where a score is not finite.
+    Raises ValueError if a score is not finite.
     """
     if not np.isfinite(scores).all():
         raise ValueError("scores are not finite")
@@ -103,21 +81,6 @@ def averaged_labels(labels: Mapping[str, Figure]) -> dict[str, list[str]]:
 def mean_of(labels: Mapping[str, Figure], kept: Sequence[str], metric: str) -> float | None:
     """The mean of a metric over the kept labels, all of which must have a value; None if there are none."""
     return sum(labels[name][metric] for name in kept) / len(kept) if kept else None
-
-
-def areas(score: Floats, truth: Bools) -> tuple[float | None, float | None]:
-    """AUROC and AUPRC of scores [n] against truth [n]; None with one class.
-
-    AUROC is the share of pairs of a positive and a negative in the right order, ties counted half. AUPRC is the
-    average precision, Σ (recall_k - recall_{k-1}) precision_k over distinct scores, without interpolation.
-    """
-    if truth.all() or not truth.any():
-        return None, None
-    curve = threshold_curve(score, truth)
-    hits, alarms = curve.true_positives, curve.false_positives
-    gained = np.diff(hits, prepend=0)
-    auroc = gained @ (alarms[-1] - alarms + np.diff(alarms, prepend=0) / 2) / (hits[-1] * alarms[-1])
-    return float(auroc), float(gained @ (hits / (hits + alarms)) / hits[-1])
 
 
 def brier_score(score: Floats, truth: Bools) -> float | None:

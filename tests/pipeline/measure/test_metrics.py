@@ -9,15 +9,14 @@ from sklearn import metrics as sk
 from sklearn.calibration import calibration_curve
 from torchmetrics.functional.classification import binary_calibration_error
 
+from pipeline.measure.delong import measure_areas, measure_precision, report_auroc
 from pipeline.measure.metrics import (
-    areas,
     brier_score,
     calibration_error,
     decide,
     measure_rates,
     net_benefit,
     reliability,
-    report_auroc,
     threshold_curve,
     wilson_limits,
 )
@@ -65,16 +64,12 @@ def test_areas_equal_scikit_learn(share: float, places: int) -> None:
     truth = random.random(500) < share
     score = (random.random(500) * 0.8 + truth * 0.2).astype(np.float32).round(places)
     score[:6] = [0.0, 1.0, 0.0, 1.0, 1e-45, 1 - 2**-24]  # as a sigmoid saturates
-    expected = sk.roc_auc_score(truth, score), sk.average_precision_score(truth, score)
-    assert areas(score, truth) == pytest.approx(expected, abs=1e-12)
-
-
-def test_areas_of_one_class_are_undefined() -> None:
-    score = np.array([0.1, 0.2, 0.3], np.float32)
-    assert areas(score, np.ones(3, bool)) == areas(score, np.zeros(3, bool)) == (None, None)
-    assert areas(score[:0], np.ones(0, bool)) == (None, None)
-    assert areas(score, np.array([False, False, True])) == (1, 1)
-    assert areas(np.full(4, 0.5, np.float32), np.array([True, False, False, False])) == (0.5, 0.25)
+    cells = score[:, None], truth[:, None] * 1.0, np.ones((500, 1), bool), np.arange(500)
+    assert measure_areas(*cells).value[0] == pytest.approx(sk.roc_auc_score(truth, score), abs=1e-12)
+    assert measure_precision(*cells).value[0] == pytest.approx(sk.average_precision_score(truth, score), abs=1e-12)
+    for one_class in (np.ones((500, 1)), np.zeros((500, 1))):
+        for measure in (measure_areas, measure_precision):
+            assert np.isnan(measure(score[:, None], one_class, *cells[2:]).value[0])
 
 
 def test_brier_score_and_calibration_error_equal_their_references() -> None:
