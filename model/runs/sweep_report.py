@@ -24,8 +24,8 @@ from pipeline.base import pages
 from pipeline.base.files import locked, parse_object, write_atomically, write_csv
 from pipeline.base.tabular import Table
 from pipeline.identity import ignore
-from pipeline.measure.delong import Areas, combine, measure_areas, weigh_labels
-from pipeline.measure.metrics import Figure, Floats, averaged_labels, report_auroc
+from pipeline.measure.delong import Areas, combine, measure_areas, report_auroc, weigh_labels
+from pipeline.measure.metrics import Figure, Floats, averaged_labels
 from pipeline.measure.scores import open_scores
 
 MAP = matplotlib.colormaps["cividis"]
