@@ -42,7 +42,7 @@ def show_negatives(row: Row) -> str:
     return "" if row.label in MEANS else count(row.negatives)
 
 
-class Column(NamedTuple):
+class Query(NamedTuple):
     """A column of a table with a line per label: which row of the evaluation each cell shows, and how."""
 
     heading: Heading
@@ -57,7 +57,7 @@ def tabulate(
     evaluation: Evaluation,
     title: str,
     labels: Sequence[str],
-    columns: Sequence[Column],
+    columns: Sequence[Query],
     names: Mapping[str, str] = MappingProxyType({}),
     **more: Any,
 ) -> Table:
@@ -106,10 +106,10 @@ def tabulate_metrics(evaluation: Evaluation, level: str, title: str) -> Table:
     """AUROC and AUPRC with limits, counts, Brier score and calibration error."""
     shown = {name: metric for metric, name in SCORES.items() if any(evaluation.select(metric=metric))}
     columns = [
-        *(Column(f"{metric.upper()} [95 %]", metric, level=level) for metric in AREAS),
-        Column("positives", "auroc", show_positives, level=level),
-        Column("negatives", "auroc", show_negatives, level=level),
-        *(Column(name, metric, show, level=level) for name, metric in shown.items()),
+        *(Query(f"{metric.upper()} [95 %]", metric, level=level) for metric in AREAS),
+        Query("positives", "auroc", show_positives, level=level),
+        Query("negatives", "auroc", show_negatives, level=level),
+        *(Query(name, metric, show, level=level) for name, metric in shown.items()),
     ]
     return tabulate(evaluation, title, [*evaluation.labels, *MEANS], columns, kind="metrics")
 
@@ -118,8 +118,8 @@ def tabulate_rates(evaluation: Evaluation, level: str, rule: str, brief: bool = 
     """Rates at the thresholds of a rule; in brief, sensitivity and specificity alone."""
     at_least = evaluation.head["sensitivity"]
     more = f" ≥ {at_least:g} on dev" if rule == "sensitivity" else "" if rule == GIVEN else " on dev"
-    columns = [Column("score ≥", "threshold", show, rule, level=level)]
-    columns += [Column(name, rate, group=rule, level=level) for rate, name in RATES.items()]
+    columns = [Query("score ≥", "threshold", show, rule, level=level)]
+    columns += [Query(name, rate, group=rule, level=level) for rate, name in RATES.items()]
     title = f"At the threshold of {TITLES[rule]}{more}, per {level}"
     return tabulate(evaluation, title, evaluation.labels, columns[: 3 if brief else None], kind="rates")
 
@@ -131,7 +131,7 @@ def list_rules(evaluation: Evaluation) -> list[str]:
 
 def tabulate_groups(evaluation: Evaluation, variable: str) -> Table:
     """AUROC and TPR of each group of a variable, and the gap of TPR."""
-    columns, differences, others, over = list[Column](), list[str](), list[str](), 0
+    columns, differences, others, over = list[Query](), list[str](), list[str](), 0
     for row in evaluation.select(metric="images", label=None):
         owner, _, name = str(row.group).partition("=")
         if owner != variable:
@@ -140,12 +140,12 @@ def tabulate_groups(evaluation: Evaluation, variable: str) -> Table:
             others.append(f"{name} {count(row.value)}")
             continue
         heading = f"{name} (n = {count(row.value)})"
-        columns.append(Column((heading, "AUROC"), "auroc", _show_area, row.group))
-        columns.append(Column((heading, "TPR"), "tpr", _show_tpr, row.group))
+        columns.append(Query((heading, "AUROC"), "auroc", _show_area, row.group))
+        columns.append(Query((heading, "TPR"), "tpr", _show_tpr, row.group))
         macro, less = (evaluation.get(metric, "macro", group=row.group) for metric in ("auroc", "auroc_less_first"))
         over = len(macro.note.split(", ")) if macro.note else 0
         differences += [] if less.value is None else [f"{name} {less.change}"]
-    columns.append(Column("TPR gap", "tpr_gap", lambda row: "" if row.label in MEANS else row.shown, variable))
+    columns.append(Query("TPR gap", "tpr_gap", lambda row: "" if row.label in MEANS else row.shown, variable))
     texts = {"Macro AUROC minus that of the first group": differences, "In no group": others}
     notes = [f"{text}: {', '.join(parts)}." for text, parts in texts.items() if parts]
     names = {"macro": f"macro over {over} labels"}
@@ -203,10 +203,10 @@ def tabulate_belief(evaluation: Evaluation) -> Table:
         return "" if row.value is None else row.shown
 
     columns = [
-        Column("AUROC [95 %]", "auroc"),
-        *(Column(f"within {name}", "auroc_within", show_known, name) for name in variables),
-        Column("balanced", "auroc_balanced"),
-        Column("within another label", "verdict", show_others),
+        Query("AUROC [95 %]", "auroc"),
+        *(Query(f"within {name}", "auroc_within", show_known, name) for name in variables),
+        Query("balanced", "auroc_balanced"),
+        Query("within another label", "verdict", show_others),
     ]
     return tabulate(evaluation, "AUROC among images of equal covariates", [*names], columns, names, kind="belief")
 
@@ -226,11 +226,11 @@ def tabulate_differences(evaluation: Evaluation, scorer: str, level: str) -> Tab
         return "yes" if row.excludes_zero else "no" if known else "–"
 
     columns = [
-        Column("AUROC", "auroc_difference", show_ours, None, scorer, level),
-        Column("the other's [95 %]", "auroc", scorer=scorer, level=level),
-        Column("difference [95 %]", "auroc_difference", CHANGE, None, scorer, level),
-        Column("excludes 0", "auroc_difference", show_sure, None, scorer, level),
-        Column("AUPRC difference [95 %]", "auprc_difference", CHANGE, None, scorer, level),
+        Query("AUROC", "auroc_difference", show_ours, None, scorer, level),
+        Query("the other's [95 %]", "auroc", scorer=scorer, level=level),
+        Query("difference [95 %]", "auroc_difference", CHANGE, None, scorer, level),
+        Query("excludes 0", "auroc_difference", show_sure, None, scorer, level),
+        Query("AUPRC difference [95 %]", "auprc_difference", CHANGE, None, scorer, level),
     ]
     common = len(labels) - len(MEANS)
     notes = [f"over the {common} labels that both have scores of"] if common < len(evaluation.labels) else []
@@ -245,8 +245,8 @@ def tabulate_gain(evaluation: Evaluation) -> Table:
     labels = [str(row.label) for row in gains if row.value is not None]
     members = {name: name for name in evaluation.head.get("members", ())}
     scorers = {None: "ensemble", **members, MEMBERS: "mean member"}
-    columns = [Column(name, "auroc", show, None, scorer) for scorer, name in scorers.items()]
-    columns.append(Column("gain [95 %]", "auroc_difference", CHANGE, None, MEMBERS))
+    columns = [Query(name, "auroc", show, None, scorer) for scorer, name in scorers.items()]
+    columns.append(Query("gain [95 %]", "auroc_difference", CHANGE, None, MEMBERS))
     title = f"AUROC of the ensemble less the mean of its members', per {evaluation.unit}"
     return tabulate(evaluation, title, labels, columns, kind="gain")
 
@@ -257,10 +257,10 @@ def tabulate_altered(evaluation: Evaluation) -> Table:
     def show_kept(row: Row) -> str:
         return "recognized" if is_kept(evaluation, row) else ""
 
-    columns = [Column("as they are", "auroc", show)]
+    columns = [Query("as they are", "auroc", show)]
     for name in evaluation.head.get("altered", ()):
-        columns.append(Column((name, "AUROC [95 %]"), "auroc", scorer=f"{ALTERED}{name}"))
-        columns.append(Column((name, ""), "auroc", show_kept, scorer=f"{ALTERED}{name}"))
+        columns.append(Query((name, "AUROC [95 %]"), "auroc", scorer=f"{ALTERED}{name}"))
+        columns.append(Query((name, ""), "auroc", show_kept, scorer=f"{ALTERED}{name}"))
     labels = [*evaluation.labels, evaluation.best_mean()]
     labels = [label for label in labels if evaluation.get("auroc", label).value is not None]
     notes = [f"Recognized: the AUROC stays above {KEPT}, by its lower limit."]
@@ -275,7 +275,7 @@ def is_kept(evaluation: Evaluation, row: Row) -> bool:
 
 def tabulate_readers(evaluation: Evaluation) -> Table:
     """Each reader's rates, beside the sensitivity of the network's ROC curve at the reader's specificity."""
-    columns = [Column("below the curve", "below", lambda row: count_below(evaluation, str(row.label)))]
+    columns = [Query("below the curve", "below", lambda row: count_below(evaluation, str(row.label)))]
     for reader in evaluation.head.get("readers", ()):
         size = evaluation.get("studies", None, "study", scorer=reader).value
         name = f"{reader} (n = {count(size)})"
@@ -286,7 +286,7 @@ def tabulate_readers(evaluation: Evaluation) -> Table:
             ("specificity", "specificity", attrgetter("shown")),
             ("network's sensitivity", "network", show),
         ):
-            columns.append(Column((name, heading), metric, shown, None, reader, "study"))
+            columns.append(Query((name, heading), metric, shown, None, reader, "study"))
     places = [row.value for row in evaluation.select(metric="below") if row.value is not None]
     notes = [f"below the curve: {sum(places):.0f} of {len(places)}, readers times labels"]
     names = {label: label for label in evaluation.labels}
@@ -309,9 +309,9 @@ def tabulate_own(evaluation: Evaluation) -> Table:
     names |= {COMMON: f"mean of these {over}, ≥ 10 patients in both"} if COMMON in names else {}
     columns = []
     for name, group in {"these images": None, "the run's own valid": OWN}.items():
-        columns.append(Column((name, "positives"), "auroc", show_positives, group))
-        columns.append(Column((name, "AUROC [95 %]"), "auroc", group=group))
-    columns.append(Column("difference [95 %]", "auroc_difference", CHANGE, OWN))
+        columns.append(Query((name, "positives"), "auroc", show_positives, group))
+        columns.append(Query((name, "AUROC [95 %]"), "auroc", group=group))
+    columns.append(Query("difference [95 %]", "auroc_difference", CHANGE, OWN))
     notes = [str(evaluation.head["own"])] if evaluation.head.get("own") else []
     notes += [WIDENED] if COMMON in names and differences[COMMON].note else []
     title = "AUROC on these images and on the run's own valid"
