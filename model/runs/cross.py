@@ -6,10 +6,11 @@ run with the set's own run by paired intervals.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,19 +18,33 @@ from model.runs.config import is_reported, read_config
 from model.runs.job import Job, open_rows
 from model.runs.overlap import check_seen, check_start, read_seen
 from model.runs.predictor import of_job
+from model.runs.report import draw_cells
 from pipeline.base.errors import DataError
 from pipeline.base.files import write_atomically, write_json
-from pipeline.base.pages import open_templates, show_figure, show_limits, show_setting
+from pipeline.base.pages import draw_svg, open_templates, show_figure, show_limits, show_setting
 from pipeline.base.tabular import Table
 from pipeline.labels import LABELS
 from pipeline.measure.delong import Areas, combine, measure_areas, weigh_labels
-from pipeline.measure.metrics import Floats, count_classes
+from pipeline.measure.metrics import Figure, count_classes
 from pipeline.stream.dataset import Shards
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Make = Callable[[Sequence[str], Path], Job]  # folders and run → its job
 SCORED = ("valid", "test", "dev")  # a set's first available split of these is scored
-MACRO = "macro"
-Matrix = dict[str, Any]  # as cross.json has it
+MACRO = "macro"  # the mean of all labels
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """What cross.json has."""
+
+    runs: Mapping[str, list[str]]  # name → the folders that it trained on; none for a run given besides
+    sets: dict[str, dict[str, str | int]]  # name → `split` that is scored, and its `images`
+    labels: list[str]
+    # By set, run and label: its `auroc`, and `less`, which is that minus the set's own run's, paired by patient.
+    cells: dict[str, dict[str, dict[str, dict[str, Figure]]]]
 
 
 def plan_runs(shards: Sequence[str]) -> dict[str, tuple[str, ...]]:
@@ -99,12 +114,11 @@ def list_labels(jobs: Mapping[str, Job]) -> list[str]:
 
 
 def score_runs(jobs: Mapping[str, Job], shards: Sequence[str]) -> Matrix:
-    """The matrix: `cells` by set and run, with AUROC, limits and the difference from the set's own run.
-
-    For each label of `list_labels`, and their mean (`macro`). Raises DataError and Stopped.
-    """
+    """The AUROCs of every run on every set, for each label of `list_labels`. Raises DataError and Stopped."""
     labels, trained = list_labels(jobs), plan_runs(shards)
-    sets, cells = {}, {}
+    runs = {run: list(trained.get(run, ())) for run in jobs}
+    matrix = Matrix(runs, {}, labels, {})
+    shares = {key: weigh_labels(labels, [key] if key in labels else labels) for key in (MACRO, *labels)}
     for name in (Path(folder).name for folder in shards):
         collection = jobs[name].shards
         split = _choose_split(collection)
@@ -117,43 +131,57 @@ def score_runs(jobs: Mapping[str, Job], shards: Sequence[str]) -> Matrix:
             measured[run] = measure_areas(
                 images.scores[:, columns], images.target[:, columns], images.mask[:, columns], images.patient
             )
-            sets[name] = {"split": split, "images": len(images.scores)}
-        cells[name] = {
+            matrix.sets[name] = {"split": split, "images": len(images.scores)}
+        matrix.cells[name] = {
             run: {
-                key: _compare(areas, measured[name], weigh_labels(labels, [key] if key in labels else labels))
-                for key in (*labels, MACRO)
+                key: {
+                    "auroc": combine(areas, share),
+                    "less": combine(areas.join(measured[name]), np.concatenate([share, -share])),
+                }
+                for key, share in shares.items()
             }
             for run, areas in measured.items()
         }
-    runs = {run: list(trained.get(run, ())) for run in jobs}
-    return {"runs": runs, "sets": sets, "labels": labels, "cells": cells}
+    return matrix
 
 
 def tabulate_cross(matrix: Matrix, label: str) -> Table:
-    """The results of `score_runs` for a label: rows are runs, columns sets; ✗ marks results below chance."""
-    title = f"AUROC, mean of {', '.join(matrix['labels'])}" if label == MACRO else f"AUROC, {label}"
-    heads = [f"{name}, {scored['split']} (n = {scored['images']:,})" for name, scored in matrix["sets"].items()]
+    """The results for a label: rows are runs, columns sets; ✗ marks results below chance."""
+    title = f"AUROC, mean of {', '.join(matrix.labels)}" if label == MACRO else f"AUROC, {label}"
+    heads = [f"{name}, {scored['split']} (n = {scored['images']:,})" for name, scored in matrix.sets.items()]
     columns = [(f"scored on {head}", name) for head in heads for name in ("AUROC [95 %]", "less its own")]
     rows = []
-    for run in matrix["runs"]:
+    for run in matrix.runs:
         row = [run]
-        for name in matrix["sets"]:
-            cell = matrix["cells"][name][run][label]
-            less = f"{cell['less']['difference']:+.3f} {show_limits(cell['less'])}"
-            below = " ✗" if cell["high"] < 0.5 else ""
-            row += [f"{show_figure(cell['auroc'])}{below} {show_limits(cell)}", "" if run == name else less]
+        for name in matrix.sets:
+            auroc, less = (matrix.cells[name][run][label][part] for part in ("auroc", "less"))
+            below = " ✗" if auroc["high"] < 0.5 else ""
+            row += [f"{show_figure(auroc['value'])}{below} {show_limits(auroc)}"]
+            row += ["" if run == name else f"{less['value']:+.3f} {show_limits(less)}"]
         rows.append(row)
     return Table(title, ("trained on", *columns), rows)
 
 
+def draw_matrix(axes: "Axes", matrix: Matrix) -> None:
+    """The mean AUROC of each run (row) on each set (column), as colored cells with their numbers."""
+    rows = [[matrix.cells[name][run][MACRO]["auroc"]["value"] for name in matrix.sets] for run in matrix.runs]
+    draw_cells(axes, np.array(rows, float))
+    axes.invert_yaxis()
+    axes.set_xticks(range(len(matrix.sets)), list(matrix.sets))
+    axes.set_yticks(range(len(matrix.runs)), list(matrix.runs))
+    axes.set(xlabel="scored on", ylabel="trained on")
+
+
 def write_cross(out: Path, matrix: Matrix, job: Job) -> None:
     """Write cross.json and cross.html, with the settings of a run."""
-    write_json(out / "cross.json", matrix)
-    tables = {label: tabulate_cross(matrix, label) for label in (MACRO, *matrix["labels"])}
+    write_json(out / "cross.json", asdict(matrix))
+    tables = {label: tabulate_cross(matrix, label) for label in (MACRO, *matrix.labels)}
     settings = [[name, show_setting(value)] for name, value in asdict(job.config).items()]
     tables[f"Settings of {job.run.name}"] = Table("", ("setting", "value"), settings)
+    size = (2 + 1.2 * len(matrix.sets), 1 + 0.4 * len(matrix.runs))
+    figure = draw_svg(partial(draw_matrix, matrix=matrix), "AUROC by training and test set", size, fitted=True)
     page = open_templates("model.runs").get_template("cross.html")
-    text = page.render(title=f"Across sets: {out.name}", tables=tables)
+    text = page.render(title=f"Across sets: {out.name}", tables=tables, figure=figure)
     write_atomically(out / "cross.html", text.encode())
 
 
@@ -162,14 +190,3 @@ def _choose_split(collection: Shards) -> str:
         if split in collection.manifest.splits:
             return split
     raise DataError(f"{collection}: no split to score on, of {', '.join(SCORED)}; shard it again with `dev`")
-
-
-def _compare(areas: Areas, own: Areas, share: Floats) -> Matrix:
-    """A mean of AUROCs with its limits, and its difference from the set's own run."""
-    auroc, less = combine(areas, share), combine(areas.join(own), np.concatenate([share, -share]))
-    difference = {"difference": less["value"], "low": less["low"], "high": less["high"]}
-    excludes_zero = less["low"] > 0 or less["high"] < 0
-    return {
-        **{"auroc": auroc["value"], "low": auroc["low"], "high": auroc["high"]},
-        "less": difference | {"excludes_zero": excludes_zero},
-    }

@@ -17,9 +17,11 @@ from pipeline.labels import LABELS
 from pipeline.look.judge_report import Section, render_card, render_page
 from pipeline.measure.evaluate import Scored
 from pipeline.measure.evaluation import MEANS, Evaluation
+from pipeline.measure.metrics import Floats
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.collections import QuadMesh
 
 
 History = Sequence[Mapping[str, Any]]  # lines of metrics.jsonl
@@ -128,3 +130,18 @@ def draw_training(history: History) -> list[tuple[str, Markup]]:
         "AUROC on dev": (partial(draw, ylabel="AUROC, dev", fields=means), "AUROC on dev by epoch"),
     }
     return [(name, draw_svg(plot, text, (4.4, 2.6))) for name, (plot, text) in figures.items()]
+
+
+def draw_cells(axes: "Axes", cells: Floats, star: tuple[int, int] | None = None) -> "QuadMesh":
+    """Cells [H, W] colored and with their numbers, the first row lowest; NaN stays empty, and a star marks one."""
+    edges = (np.arange(length + 1) - 0.5 for length in reversed(cells.shape))
+    low = float(np.nanmin(cells))
+    high = max(float(np.nanmax(cells)), low + 1e-3)
+    mesh = axes.pcolormesh(*edges, cells, cmap="cividis", vmin=low, vmax=high)
+    for (row, column), value in np.ndenumerate(cells):
+        if not np.isnan(value):
+            # On cividis; SVG takes black for the page's ink.
+            color = "#111111" if value > (low + high) / 2 else "white"
+            text = f"\N{BLACK STAR} {value:.3f}" if (row, column) == star else f"{value:.3f}"
+            axes.text(column, row, text, color=color, ha="center", va="center")
+    return mesh

@@ -18,6 +18,7 @@ from matplotlib.ticker import MaxNLocator
 
 from model.runs.config import learned_columns, parse_choice
 from model.runs.job import Job, open_rows
+from model.runs.report import draw_cells
 from model.runs.results import choice_score
 from model.runs.sweep import Sweep, Trial, rank
 from pipeline.base import pages
@@ -225,19 +226,14 @@ def draw_plane(axes: Axes, points: Plane, metric: str) -> None:
         for axis, values, name in zip((axes.xaxis, axes.yaxis), zip(*points, strict=True), AXES, strict=True)
     )
     values = np.array([trial.figures[f"{metric}_auroc"] for trial in points.values()], float)
-    scale = Normalize(values.min(), max(values.max(), values.min() + 1e-3))
     width, height = len(set(x)), len(set(y))
     drawn: Any
     if max(width, height) <= FEW:
         cells = np.full((height, width), np.nan)
         cells[np.array(y, int), np.array(x, int)] = values
-        edges = (np.arange(length + 1) - 0.5 for length in (width, height))
-        drawn = axes.pcolormesh(*edges, cells, cmap=MAP, norm=scale)
-        for number, (column, row, value) in enumerate(zip(x, y, values, strict=True)):
-            color = "#111111" if scale(value) > 0.5 else "white"  # on cividis; SVG takes black for the page's ink
-            text = f"{value:.3f}" if number else f"\N{BLACK STAR} {value:.3f}"
-            axes.text(column, row, text, color=color, ha="center", va="center")
+        drawn = draw_cells(axes, cells, (int(y[0]), int(x[0])))
     else:
+        scale = Normalize(values.min(), max(values.max(), values.min() + 1e-3))
         corners = np.column_stack([x, y])
         axes.use_sticky_edges = False  # room for the outer points
         if np.linalg.matrix_rank(corners - corners[0]) == 2:

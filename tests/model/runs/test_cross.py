@@ -53,7 +53,7 @@ def test_every_run_is_scored_on_every_set(
     adopted = (*weights, *WORDS[:4], "--labels", LABELS[5])
     assert call_train("adopt", "--shards", sets[0], "--run", other, *adopted) == 0
     folders = [word for folder in sets for word in ("--shards", folder)]
-    words = ("cross", *folders, "--out", out, *WORDS, "--run", other)
+    words = ("cross", *folders, "--out", out, *WORDS, "--run", other, "--png", tmp_path / "png")
     assert call_train(*words) == 0
     then = f"predict --run {shlex.quote(str(out / 'north+south'))} --out scores.csv IMAGES"
     assert capsys.readouterr().err.endswith(f"\nnext: python -m train {then}\n")
@@ -62,7 +62,7 @@ def test_every_run_is_scored_on_every_set(
     assert list(found["runs"]) == [str(other), "north", "south", "north + south"]
     label = found["labels"][0]
     given = read_evaluation(other / "evaluation-valid.json").get("auroc", label).value
-    assert found["cells"]["north"][str(other)][label]["auroc"] == pytest.approx(given)
+    assert found["cells"]["north"][str(other)][label]["auroc"]["value"] == pytest.approx(given)
     # Against the scores that `evaluate` writes of one set by the other's run.
     south = sets[1]
     assert call_train("evaluate", "--shards", south, "--run", out / "north") == 0
@@ -72,16 +72,17 @@ def test_every_run_is_scored_on_every_set(
     used = (states != -1).to_numpy()
     auroc = roc_auc_score((states[used] == 1), scores[used, 0])
     cell = found["cells"]["south"]["north"][label]
-    assert cell["auroc"] == pytest.approx(auroc)
+    assert cell["auroc"]["value"] == pytest.approx(auroc)
     own = found["cells"]["south"]["south"][label]
-    assert cell["less"]["difference"] == pytest.approx(cell["auroc"] - own["auroc"])
-    assert own["less"] == pytest.approx({"difference": 0.0, "low": 0.0, "high": 0.0, "excludes_zero": False}, abs=1e-6)
-    macro = found["cells"]["south"]["north"]["macro"]["auroc"]
-    values = [found["cells"]["south"]["north"][name]["auroc"] for name in found["labels"]]
+    assert cell["less"]["value"] == pytest.approx(cell["auroc"]["value"] - own["auroc"]["value"])
+    assert own["less"] == pytest.approx({"value": 0.0, "low": 0.0, "high": 0.0}, abs=1e-6)
+    macro = found["cells"]["south"]["north"]["macro"]["auroc"]["value"]
+    values = [found["cells"]["south"]["north"][name]["auroc"]["value"] for name in found["labels"]]
     assert macro == pytest.approx(sum(values) / len(values))
     page = (out / "cross.html").read_text()
     assert all(f"<h2>{name}</h2>" in page for name in found["labels"])
-    assert f"{macro:.3f}" in page
+    assert f">{macro:.3f}<" in page  # in the figure
+    assert [path.name for path in (tmp_path / "png").iterdir()] == ["auroc-by-training-and-test-set.png"]
     # Again: nothing is trained.
     monkeypatch.setattr(train, "train", lambda *_: pytest.fail("a finished run was trained again"))
     capsys.readouterr()
