@@ -210,18 +210,13 @@ def embed_command(given: Embedding, setup: Setup, config: Config) -> int:
         arch = "" if setup.init == run else check_arch(given.source)
         config = replace(config, arch=arch, amp="off", uncertain="ignore", blank="ignore")
     check_folders(setup.shards, [run] if run.is_dir() else [])
-    from model.runs.embeddings import embed_split, open_encoder, start_encoder, write_embeddings
+    from model.runs.embeddings import embed_split, start_network, write_embeddings
     from model.runs.job import Job, open_job
+    from model.runs.predictor import load_network
 
-    if run.is_dir():
-        job = Job(read_config(run), setup.open(), run, setup)
-        encoder = open_encoder(job)
-    else:
-        job = open_job(config, setup, run)
-        encoder = start_encoder(job)
-        # The weights were trained elsewhere: do not treat these shards as their training data.
-        job = replace(job, config=replace(job.config, manifest=""))
-    table = embed_split(replace(job, shared_images=given.shared_images), given.split, encoder)
+    job = Job(read_config(run), setup.open(), run, setup) if run.is_dir() else open_job(config, setup, run)
+    network = load_network(run, job.config) if run.is_dir() else start_network(job)
+    table = embed_split(replace(job, shared_images=given.shared_images), given.split, network)
     write_embeddings(out, table)
     echo(f"{out}: {count_of(len(table), 'image')}, {table['embedding'].type.list_size} features each")
     return 0

@@ -6,72 +6,56 @@ A row per image, in the order of the split's table:
     embedding      float32, a list of fixed size: the input of the network's last layer
 """
 
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from torch import nn
 
 from model.augment import normalize
 from model.frozen import embed
 from model.networks import build_network, load_initial
 from model.predict import explain_memory, to_device
-from model.runs.folder import fuse
+from model.runs.folder import AS_IT_IS, fuse
 from model.runs.job import Job, open_rows, read_batches
-from model.runs.overlap import Seen, check_seen
-from model.runs.predictor import EVALUATION_BATCH, load_network
+from model.runs.overlap import check_seen
+from model.runs.predictor import EVALUATION_BATCH, Network
 from pipeline.base.files import atomic_file
 from pipeline.console import progress_bar, say
 from pipeline.labels import LABELS
 from pipeline.stream.plan import plan_evaluation
 
 
-class Encoder(NamedTuple):
-    """A network, the mean and std of its input's gray levels, and what its weights were trained on."""
-
-    network: nn.Module
-    pixels: Mapping[str, float]
-    seen: Seen
-
-
-def open_encoder(job: Job) -> Encoder:
-    """A run's network with its best weights."""
-    trained = load_network(job.run, job.config)
-    return Encoder(trained.network, trained.pixels, trained.seen)
-
-
-def start_encoder(job: Job) -> Encoder:
-    """The network that a job would start from."""
+def start_network(job: Job) -> Network:
+    """The network that a job would start from: whatever its weights have seen, it is not trained on these shards."""
     network = build_network(job.config.arch, len(LABELS), job.config.shape, bool(job.config.pretrained))
     if job.start is not None:
         say(f"{job.start.path}: {load_initial(network, job.start)}")
     network = fuse(network, job.config).to(job.device).to(memory_format=torch.channels_last)
-    return Encoder(network, job.pixels, job.start.seen if job.start else ())
+    config, seen = replace(job.config, manifest=""), job.start.seen if job.start else ()
+    return Network(job.run, config, network, job.pixels, AS_IT_IS, seen, {}, None)
 
 
 @torch.inference_mode()
-def embed_split(job: Job, split: str, encoder: Encoder) -> pa.Table:
+def embed_split(job: Job, split: str, member: Network) -> pa.Table:
     """The table of a split with its embeddings, ignoring the run's conditions.
 
     Raises DataError as `check_seen` and `embed` do, and for an unusable image, with shard and key.
     """
-    config = replace(job.config, where=(), views="all", limit=None, fusion=None, max_bad=0.0)
+    config = replace(member.config, where=(), views="all", limit=None, fusion=None, max_bad=0.0)
     job = replace(job, config=config)
-    check_seen(job, split, encoder.seen)
+    check_seen(job, split, member.seen)
     chosen = open_rows(job, split)
     batches = read_batches(job, chosen, chosen.truth, partial(plan_evaluation, chosen.samples, EVALUATION_BATCH))
     parts: list[npt.NDArray[np.float32]] = []
-    network = encoder.network.eval()
+    network = member.network.eval()
     with progress_bar("Embedding", "images") as advance:
         for batch in batches:
-            images, scale = to_device(batch.images, job.device), encoder.pixels
+            images, scale = to_device(batch.images, job.device), member.pixels
             inputs = normalize(images, scale["mean"], scale["std"])
             with explain_memory(f"while embedding {len(inputs)} images", "choose a smaller `image_size`"):
                 features = embed(network, inputs.contiguous(memory_format=torch.channels_last))

@@ -143,8 +143,14 @@ def test_a_run_compared_with_is_checked_too(folder: Path, originals: Path, run: 
     evaluate(run, again, "train", "--shared-images")
     options = ("--shards", again, "--split", "train", "--workers", 1)
     assert call_train("evaluate", "--run", other, *options) == 0  # its own
-    with pytest.raises(DataError, match=rf"^{again}, train: {run} trained on \d+ of these \d+ images; evaluate on"):
-        call_train("evaluate", "--run", other, *options, "--against", run)
+    for conditions in ([], ["sex=Female"]):  # its own, which do not choose what is scored
+        config = json.loads((run / "config.json").read_text()) | {"where": conditions}
+        (run / "config.json").write_text(json.dumps(config))
+        images = len(read_frame(again, "train"))
+        with pytest.raises(
+            DataError, match=rf"^{again}, train: {run} trained on \d+ of these {images} images; evaluate"
+        ):
+            call_train("evaluate", "--run", other, *options, "--against", run)
     assert call_train("evaluate", "--run", other, *options, "--against", run, "--shared-images") == 0
 
 
