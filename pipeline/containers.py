@@ -14,7 +14,6 @@ from zlib_ng import zlib_ng
 
 JPEG, PNG = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"  # how the files begin
 BASELINE, PROGRESSIVE = {0xC0, 0xC1}, 0xC2  # frame markers of a JPEG
-FEW = 16  # gray levels: no chest image has fewer
 _SOS, _EOI, _APP2, _DQT, _SCAN_DATA = 0xDA, 0xD9, 0xE2, 0xDB, 0x00  # JPEG markers; 0x00 is none, and ours
 _END = bytes([0xFF, _EOI])
 _LONGEST_KEPT = 4096  # bytes of a file's head that are cached

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.base.errors import needs
-from pipeline.containers import FEW, JPEG, Picture, read_jpeg_facts
+from pipeline.containers import JPEG, Picture, read_jpeg_facts
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -239,37 +239,29 @@ def _is_smoother_signed(dicom: "Dataset", words: Levels, bits: int) -> bool:
 
 def _render(dicom: "Dataset", words: Levels, bits: int, shift: int, is_signed: bool) -> Picture:
     """The image in gray, computed once for each value of the words [H, W]."""
-    size, places = 8 * words.itemsize, words
-    values: Levels
-    ends = [0, 0]  # the lowest word and the highest
-    if size > 16:
+    places, ends = words, cv2.minMaxLoc(words)[:2] if words.itemsize <= 2 else ()
+    values: Levels = np.arange(int(max(ends, default=0)) + 1)
+    if not ends:
         values, places = np.unique(words.astype(np.int64), return_inverse=True)
-    else:
-        ends = [int(end) for end in cv2.minMaxLoc(words)[:2]]
-        values = np.arange(ends[1] + 1)
     levels = (values >> shift) & (2**bits - 1)
     if is_signed:
-        levels, values = _to_signed(levels, bits), _to_signed(values, size)
+        levels, values = _to_signed(levels, bits), _to_signed(values, 8 * words.itemsize)
     is_padding = _find_padding(dicom, is_signed, levels) | _find_padding(dicom, is_signed, values)
     modality, voi = _find_table(dicom, "ModalityLUTSequence"), _find_table(dicom, "VOILUTSequence")
-    count = len(values)
-    # To know that an image shows a picture, and the range of levels that rise with the words, a sample will do.
-    is_rising = not is_signed and not is_padding.any() and bool((np.diff(levels) > 0).all())
-    for step in (1,) if modality or voi else (8, 1):
-        occurs = np.ones(count, np.bool_)
-        if size <= 16:
-            occurs = cv2.calcHist([words[::step, ::step]], [0], None, [count], [0, count]).ravel() > 0
-            occurs[ends] = True
-        seen = occurs & ~is_padding if (occurs & ~is_padding).any() else occurs
-        measured = _measure(dicom, modality, levels, seen)
-        low, high = measured[seen].min(), measured[seen].max()
-        window = _apply_voi(dicom, voi, measured, seen)
-        is_missed = window is not None and bool(low < high) and np.ptp(np.rint(255 * window[seen])) == 0
-        shown = (measured - low) / ((high - low) or 1) if window is None or is_missed else window
-        is_known = is_rising if window is None else not is_missed
-        if is_known and len(np.unique(np.rint(255 * shown[seen]))) >= FEW:
-            break
-    notes = (MISSED,) if is_missed else ()
+    occurs = np.ones(len(values), np.bool_)
+    is_rising = not (modality or voi or is_signed or is_padding.any()) and (np.diff(levels) > 0).all()
+    if ends and is_rising:
+        occurs = np.isin(values, ends)  # windows rise with the levels, too: no other decides
+    elif ends:
+        occurs = cv2.calcHist([words], [0], None, [len(values)], [0, len(values)]).ravel() > 0
+    seen = occurs & ~is_padding if (occurs & ~is_padding).any() else occurs
+    measured = _measure(dicom, modality, levels, seen)
+    low, high = measured[seen].min(), measured[seen].max()
+    shown, notes = _apply_voi(dicom, voi, measured, seen), tuple[str, ...]()
+    if shown is not None and low < high and np.ptp(np.rint(255 * shown[seen])) == 0:
+        shown, notes = None, (MISSED,)
+    if shown is None:
+        shown = (measured - low) / ((high - low) or 1)
     if not np.isfinite(measured + shown).all():
         raise ValueError
     gray = np.rint(255 * np.clip(shown, 0, 1)).astype(np.uint8)
@@ -277,10 +269,12 @@ def _render(dicom: "Dataset", words: Levels, bits: int, shift: int, is_signed: b
         gray = 255 - gray
     gray[is_padding] = 0
     try:  # nine times as fast as indexing
-        pixels = cv2.LUT(places, np.pad(gray, (0, 2**size - len(gray))) if size <= 16 else gray)
+        pixels = cv2.LUT(places, np.pad(gray, (0, 256**words.itemsize - len(gray))) if ends else gray)
     except cv2.error:  # of more than 16 bits, or before OpenCV 5 of 16
         pixels = gray[places]
-    return Picture(pixels.astype(np.uint8, copy=False), pixels.shape, bits, levels=measured[seen], notes=notes)
+    return Picture(
+        np.asarray(pixels, np.uint8), pixels.shape, bits, levels=places if is_rising else measured[seen], notes=notes
+    )
 
 
 def _find_padding(dicom: "Dataset", is_signed: bool, levels: Levels) -> Bools:

@@ -20,7 +20,7 @@ import simplejpeg
 from PIL import Image, ImageOps
 
 from pipeline import containers
-from pipeline.containers import FEW, Picture
+from pipeline.containers import Picture
 from pipeline.dicom import MISSED, decode_dicom, is_dicom, open_dicom, read_position
 
 Gray = npt.NDArray[np.uint8]
@@ -32,6 +32,7 @@ KEPT_PIXELS = 2**24  # of a thread's memory that is used again
 STORED_PIXELS = 2**28  # at most in any stored image: a forged header costs no memory
 SCALES = (8, 4, 2)  # a JPEG is decoded at 1 / these
 SQUARES = ("no", "pad", "crop", "stretch")
+FEW = 16  # gray levels: no chest image has fewer
 ONE_LEVEL, FEW_LEVELS = "one level of gray", f"fewer than {FEW} gray levels, though the file has more"
 NEARLY_BLACK = "nearly black: less than a quarter of the bits stated are used"
 DOUBTS = (ONE_LEVEL, FEW_LEVELS, NEARLY_BLACK, MISSED)
