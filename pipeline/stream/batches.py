@@ -13,12 +13,12 @@ while it is being streamed raises an error that names it.
 
 import logging
 import os
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from threading import Event
 from typing import Any, NamedTuple
@@ -318,33 +318,20 @@ def _decode_batch(step: Step, reader: Reader, labels: Labels, shape: tuple[int, 
 
 def _download_ahead(steps: Iterable[Step], split: OpenSplit) -> Iterator[Step]:
     """The steps as they come, each when its shards are there; those of the next window arrive meanwhile."""
-    waiting: deque[tuple[Step, list[int]]] = deque()
-    arrivals: dict[int, Future[Path]] = {}  # of the shards that the waiting steps need
-    needs: Counter[int] = Counter()  # how many of them need it
+    listed = [(step, np.unique(split.shard[step.images]).tolist()) for step in steps]
+    waiting = iter(dict.fromkeys(chain.from_iterable(numbers for _, numbers in listed)))  # as they are first needed
+    arrivals: dict[int, Future[Path]] = {}
+    needed: set[int] = set()
     stop = Event()
     pool = ThreadPoolExecutor(DOWNLOADS, thread_name_prefix="download")
-
-    def next_step() -> Step:
-        step, numbers = waiting.popleft()
-        for number in numbers:
-            arrivals[number].result()
-            needs[number] -= 1
-            if needs[number] == 0:
-                del arrivals[number], needs[number]
-        return step
-
     try:
-        for step in steps:
-            numbers = np.unique(split.shard[step.images]).tolist()
+        for step, numbers in listed:
+            needed.update(numbers)
+            for number in islice(waiting, len(needed) + WINDOW - len(arrivals)):
+                arrivals[number] = pool.submit(split.shards[number].path, stop)
             for number in numbers:
-                needs[number] += 1
-                if number not in arrivals:
-                    arrivals[number] = pool.submit(split.shards[number].path, stop)
-            waiting.append((step, numbers))
-            while len(arrivals) >= KEPT_OPEN:
-                yield next_step()
-        while waiting:
-            yield next_step()
+                arrivals[number].result()
+            yield step
     finally:
         stop.set()  # downloads in progress end at their next piece, so that an interrupted trainer can save
         pool.shutdown(wait=False, cancel_futures=True)
