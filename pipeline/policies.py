@@ -3,7 +3,7 @@
 Policies: Irvin et al., "CheXpert", AAAI 2019, Table 3; smoothing: Pham et al., 2019 (arXiv:1911.06475).
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -107,18 +107,14 @@ def divide_cells(
     return mask & (target >= 0.5), mask & (target >= 0) & (target < 0.5)
 
 
-def one_class_labels(target: npt.NDArray[np.float32], mask: npt.NDArray[np.bool_]) -> list[tuple[str, int, int]]:
-    """(label, positives, negatives) of the labels that lack one of the two among the cells of mask [N, 14]."""
-    positives, negatives = (cells.sum(axis=0).tolist() for cells in divide_cells(target, mask))
-    return [counts for counts in zip(LABELS, positives, negatives, strict=True) if 0 in counts]
-
-
-def describe_one_class(lacking: Iterable[tuple[str, int, int]]) -> list[str]:
-    """The result of `one_class_labels`, a text per label."""
-    return [
-        f"label {label} has {positives} positives and {negatives} negatives in train"
-        for label, positives, negatives in lacking
-    ]
+def describe_one_class(target: npt.NDArray[np.float32], mask: npt.NDArray[np.bool_]) -> dict[str, str]:
+    """The labels that lack one of two classes among the cells of mask [N, 14], each with a text for messages."""
+    counts = zip(LABELS, *(cells.sum(axis=0).tolist() for cells in divide_cells(target, mask)), strict=True)
+    return {
+        label: f"label {label} has {positives} positives and {negatives} negatives in train"
+        for label, positives, negatives in counts
+        if not (positives and negatives)
+    }
 
 
 def find_one_class(table: pa.Table, policies: Mapping[str, str]) -> list[str]:
@@ -129,9 +125,8 @@ def find_one_class(table: pa.Table, policies: Mapping[str, str]) -> list[str]:
         for label, policy in parse_uncertain_policy(policies["uncertain"]).items()
     }
     # Any seed: each smoothing range lies on one side of 0.5.
-    lacking = one_class_labels(*make_targets(table, uncertain, policies["blank"], seed=0))
-    unannotated = find_unannotated(table)  # which no policy could help
-    return describe_one_class(counts for counts in lacking if counts[0] not in unannotated)
+    lacking = describe_one_class(*make_targets(table, uncertain, policies["blank"], seed=0))
+    return [text for label, text in lacking.items() if label not in find_unannotated(table)]  # no policy helps those
 
 
 def evaluation_targets(table: pa.Table, blank: str) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:

@@ -40,7 +40,6 @@ from pipeline.policies import (
     describe_one_class,
     evaluation_targets,
     make_targets,
-    one_class_labels,
     parse_uncertain_policy,
 )
 from pipeline.stream.batches import BatchStream, Labels, Unusable, stream_batches
@@ -214,9 +213,9 @@ def check_reported(job: Job, dev: Selected) -> None:
 
     Raises DataError if dev cannot choose a checkpoint, or if valid cannot be read.
     """
-    one_class = {label for label, *_ in one_class_labels(dev.truth.target[dev.rows], dev.truth.mask[dev.rows])}
+    one_class = describe_one_class(dev.truth.target[dev.rows], dev.truth.mask[dev.rows]).keys()
     chosen = parse_choice(job.config.choose_by)
-    if one_class.issuperset(job.config.labels) or one_class.intersection(chosen):
+    if one_class >= {*job.config.labels} or not one_class.isdisjoint(chosen):
         raise DataError(no_choice(job, [label for label in chosen if label in one_class]))
     has_dev = {folder.name: "dev" in folder.manifest.splits for folder in job.shards.folders}
     if lacking := [name for name, has in has_dev.items() if not has and any(has_dev.values())]:
@@ -253,8 +252,8 @@ def training_labels(job: Job, train: Selected) -> Labels:
     labels = Labels(*make_targets(table, policy, config.blank, config.seed, scores))
     if job.manifest.not_annotated:
         say(f"not annotated in {job.shards}, so not learned: {', '.join(job.manifest.not_annotated)}")
-    one_class = one_class_labels(labels.target[train.rows], labels.mask[train.rows])
-    lacking = describe_one_class(counts for counts in one_class if counts[0] in config.labels)
+    one_class = describe_one_class(labels.target[train.rows], labels.mask[train.rows])
+    lacking = [text for label, text in one_class.items() if label in config.labels]
     if lacking and job.setup.strict:
         raise DataError(f"`strict`: {'; '.join(lacking)}")
     for text in lacking:

@@ -166,10 +166,8 @@ class Sharding:
             self.splits and not tables and self.dataset not in (None, "chexpert"),
             "--split is for CSVs like CheXpert's, --set table or --set webdataset",
         )
-        csvs: dict[str, Path] = {}
-        for split, csv in self.splits:
-            refuse_usage(split in csvs, f"--split {split} given twice: a split takes one CSV")
-            csvs[split] = csv
+        csvs = dict(self.splits)
+        refuse_usage(len(csvs) < len(self.splits), "--split: a split takes one CSV")
         files = [open_location(text) for text in self.facts]
         source = find_source(self.source, csvs, self.roots, self.dataset, self.columns, files, self.name)
         return source._replace(annotated=self.annotated, blanks=self.blanks, values=self.values), self.out

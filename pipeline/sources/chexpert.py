@@ -10,7 +10,7 @@ that its CSV names, else from any that has its patient, study and view. Folders 
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from functools import cache, partial
 from itertools import takewhile
@@ -21,6 +21,7 @@ import pyarrow as pa
 from pipeline.base.csvs import demand_columns, read_strings
 from pipeline.base.errors import DataError
 from pipeline.base.store import list_folders, named_failures, open_location
+from pipeline.identity import Note, ignore
 from pipeline.labels import COLUMNS, FACTS, LABELS
 from pipeline.sources.source import AGE, PROJECTION, SEX, Column, DataSet, find_files, read_terms
 
@@ -67,37 +68,29 @@ class Chexpert(DataSet):
             if _BATCH.search(name)
         ]
 
-    def locate(self, paths: Sequence[str], roots: Sequence[Path]) -> list[str]:
-        """The file of each path: in a folder that the CSV names, else in any that has it, else its expected path."""
+    def locate(self, paths: Sequence[str], roots: Sequence[Path], note: Note = ignore) -> list[str]:
+        """The file of each path: in a folder that the CSV names, else in any that has it, else its expected path.
+
+        Notes how many are in another folder than the CSV names, not counting AIMI's batches.
+        """
         holders = _find_patients(roots, {name for path in paths for name in path.split("/")[:-3]})
-        names, files = tuple(map(str, roots)), []
+        names, files, moved = tuple(map(str, roots)), [], []
         for path in paths:
             *above, patient, study, file = path.split("/")
             count = partial(_count_alike, "/".join(above), names)
-            folders = sorted(holders.get(patient, []), key=count, reverse=True)
-            candidates = [f"{folder}/{patient}/{study}/{file}" for folder in folders]
-            is_named = bool(folders) and count(folders[0]) > 0
-            if len(candidates) == 1 and (is_named or _is_batch(folders[0])):  # no need to look
-                files.append(candidates[0])
-                continue
-            expected = candidates[0] if is_named else "/".join([str(roots[0]), *above[-1:], patient, study, file])
-            files.append(next((file for file in candidates if open_location(file).exists()), expected))
+            expected = "/".join([names[0], *above[-1:]])
+            folder, *others = sorted(holders.get(patient, []), key=count, reverse=True) or [expected]
+            if others or not (count(folder) or _is_batch(folder)):  # else, no need to look
+                image = f"{patient}/{study}/{file}"
+                held = (place for place in (folder, *others) if open_location(f"{place}/{image}").exists())
+                folder = next(held, folder if count(folder) else expected)
+            files.append(f"{folder}/{patient}/{study}/{file}")
+            if not (count(folder) or _is_batch(folder)):
+                moved.append((path, files[-1]))
+        if moved:
+            path, file = moved[0]
+            note(f"{len(moved):,} images are in another folder than the CSV says, for example {file} for {path}")
         return files
-
-    def describe_moved(self, tables: Iterable[pa.Table], roots: Sequence[Path]) -> str | None:
-        """How many images lie in another folder than the CSV states, not counting AIMI's batches; None for no image."""
-        names = tuple(map(str, roots))
-        moved = [
-            (path, file)
-            for table in tables
-            for path, file in zip(table["path"].to_pylist(), table["file"].to_pylist(), strict=True)
-            if not _count_alike("/".join(path.split("/")[:-3]), names, folder := file.rsplit("/", 3)[0])
-            and not _is_batch(folder)
-        ]
-        if not moved:
-            return None
-        path, file = moved[0]
-        return f"{len(moved):,} images are in another folder than the CSV says, for example {file} for {path}"
 
     def read_text(self, csv: Path) -> pa.Table:
         """The known columns, under their CheXpert names; the test set's tables have only paths and labels."""

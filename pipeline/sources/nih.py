@@ -72,7 +72,7 @@ class Nih(DataSet):
         demand(csv, column, text[column], pc.invert(clash), "is No Finding and a finding: remove one of them")
         return text
 
-    def locate(self, paths: Sequence[str], roots: Sequence[Path]) -> list[str]:
+    def locate(self, paths: Sequence[str], roots: Sequence[Path], note: Note = ignore) -> list[str]:
         """The file of each image: in `images`, in `images_001/images` to `images_012/images`, or beside the table."""
         folders = []
         for root in roots:

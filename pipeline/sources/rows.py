@@ -68,10 +68,9 @@ def read_splits(source: Source, *, views: str, dev: float, seed: int, limit: int
     if not kept:
         raise DataError(f"{', '.join(map(str, source.csvs.values()))}: no {views} images")
     paths = [path for table in kept.values() for path in table["path"].to_pylist()]
-    files = iter(adapter.locate(paths, source.roots))
+    files = iter(adapter.locate(paths, source.roots, notes.append))
     located = {split: pa.array(islice(files, len(table)), pa.string()) for split, table in kept.items()}
     complete = {split: table.append_column("file", located[split]) for split, table in kept.items()}
-    notes = [note for note in (adapter.describe_moved(complete.values(), source.roots), *notes) if note]
     return complete, dropped, tuple(notes)
 
 

@@ -23,7 +23,6 @@ from pipeline.sources.words import read_views, read_words, translate
 
 # Of two files of one image, the earlier is the original.
 RANKS = (("dcm", "dicom"), ("png",), ("jpg", "jpeg"))
-BLANKS = ("blank", "not-annotated")
 SUFFIX = r"\.(?i:jpg|jpeg|png|dcm|dicom)"
 _IN_TAR = re.compile(r"(.+\.tar)@(\d+)\+(\d+)#.*", re.DOTALL)
 
@@ -55,7 +54,7 @@ class Source(NamedTuple):
     in `sources.sets.SETS`. `columns` map our columns to those of a user's table: ("path", "Image"), …; `facts` are
     files of further columns (`sources.joined`). `name` is the user's name for a set that has the layout of another one,
     but different patients. Of such a set and of a table, `annotated` are the labels that were looked for, and `blanks`
-    is what an empty cell means, one of BLANKS; empty if the user chose neither.
+    is what an empty cell means, blank or not-annotated; empty if the user chose neither.
     """
 
     csvs: dict[str, Path]
@@ -177,7 +176,7 @@ class DataSet:
         """The columns that are kept."""
         return {name: text[name] for name in self.facts if name in text.column_names}
 
-    def locate(self, paths: Sequence[str], roots: Sequence[Path]) -> list[str]:
+    def locate(self, paths: Sequence[str], roots: Sequence[Path], note: Note = ignore) -> list[str]:
         """The file, absolute path or URL, of each path: in the first of the `places` that has it."""
         places = [(root / folder, suffix) for folder, suffix in self.places for root in roots]
         heads = {path.partition("/")[0] for path in paths}
@@ -192,10 +191,6 @@ class DataSet:
             return f"{folder}/{name}"
 
         return [choose(path) for path in paths]
-
-    def describe_moved(self, tables: Iterable[pa.Table], roots: Sequence[Path]) -> str | None:
-        """How many images are in another folder than their table states, in words; None for no image."""
-        return None
 
 
 def read_cells(csv: Path | list[str], cells: Iterable[tuple[str, pa.ChunkedArray, Column]]) -> dict[str, pa.Array]:

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.base.csvs import demand, demand_columns, demand_unique, read_header, read_strings
+from pipeline.identity import Note, ignore
 from pipeline.labels import LABELS, NOT_ANNOTATED
 from pipeline.sources.findings import leave_open, read_findings
 from pipeline.sources.source import Column, DataSet, fill, find_files, list_images, make_table, read_cells, read_terms
@@ -41,7 +42,7 @@ class Vindr(DataSet):
         table = next((path for path in boxes if READER in read_header(path)), None)
         return {"train": table} if table else None
 
-    def locate(self, paths: Sequence[str], roots: Sequence[Path]) -> list[str]:
+    def locate(self, paths: Sequence[str], roots: Sequence[Path], note: Note = ignore) -> list[str]:
         """The file of each path, below the first root that holds it; images may have been converted to PNG."""
         files = {split: list_images(root / split for root in roots) for split in SPLITS}
         places = ((path, *path.partition(".")[0].split("/")) for path in paths)

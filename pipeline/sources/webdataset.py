@@ -60,7 +60,7 @@ class Webdataset(DataSet):
         """The tars in a folder and in its folders."""
         return find_tars(folder, {"": folder})
 
-    def locate(self, paths: Sequence[str], roots: Sequence[Path]) -> list[str]:
+    def locate(self, paths: Sequence[str], roots: Sequence[Path], note: Note = ignore) -> list[str]:
         """The paths: they name a tar and bytes in it."""
         return list(paths)
 

@@ -69,23 +69,16 @@ def parse_values(text: str) -> Values:
     return tuple(pairs)
 
 
-def _find_state(word: str, label: str, values: Values) -> int | None:
-    """The state that `values` give to a word of a label's column, else its own. Raises as `parse_state`."""
-    given = {key.casefold(): state for key, state in values}
-    for key in (f"{label}:{word}".casefold(), word.casefold()):
-        if key in given:
-            return given[key]
-    return parse_state(word)
-
-
 def find_states(column: pa.ChunkedArray, label: str, values: Values = ()) -> tuple[pa.Array, list[str]]:
-    """The states [N] of a label's cells [N] as int8, and the words among them that are unknown."""
+    """The states [N] of a label's cells [N] as int8, by `values` before words.csv; and the words that are unknown."""
+    given = {word.casefold(): state for word, state in values}
     encoded = column.combine_chunks().dictionary_encode()
     states: list[int | None] = []
     unknown = []
     for word in encoded.dictionary.to_pylist():
+        keys = [key for key in (f"{label}:{word}".casefold(), word.casefold()) if key in given]
         try:
-            states.append(_find_state(word, label, values))
+            states.append(given[keys[0]] if keys else parse_state(word))
         except (KeyError, ValueError):
             states.append(None)
             unknown.append(word)
