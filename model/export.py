@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from model.augment import normalize
 from model.losses import label_scores
-from pipeline.base.errors import needs
+from pipeline.base.errors import DataError, needs
 from pipeline.base.files import write_atomically
 
 FACTS = "facts.json"
@@ -81,14 +81,14 @@ def export_scorer(
     """Write the file; returns the largest difference between its logits and eager ones, on X-ray-like images.
 
     `facts` are stored in the file: as metadata_props of ONNX, or as facts.json among the extra files of torch.export.
-    Raises ValueError for a suffix other than .onnx and .pt2, for missing packages, if the logits differ or none can be
-    compared, and if another score.py is in the folder; DataError if the file cannot be written.
+    Raises DataError for a suffix other than .onnx and .pt2, for missing packages, if the logits differ or none can be
+    compared, if another score.py is in the folder, and if a file cannot be written.
     """
     if path.suffix not in (".onnx", ".pt2"):
-        raise ValueError(f"{path}: export writes .onnx or .pt2")
+        raise DataError(f"{path}: export writes .onnx or .pt2")
     script, content = path.with_name(SCRIPT.name), SCRIPT.read_bytes()
     if path.suffix == ".onnx" and script.exists() and not script.read_bytes().startswith(content[:30]):
-        raise ValueError(f"{script}: another program; export writes a script of this name: choose another folder")
+        raise DataError(f"{script}: another program; export writes a script of this name: choose another folder")
     scorer = scorer.cpu().eval().to(memory_format=torch.contiguous_format)
     images = draw_probes(*shape)
     dynamic = ({0: torch.export.Dim("batch")},)
@@ -97,10 +97,7 @@ def export_scorer(
         expected = scorer(images)[0]
         program = torch.export.export(scorer, (images[:2],), dynamic_shapes=dynamic)
         exported, scores = (_as_pt2 if path.suffix == ".pt2" else _as_onnx)(program, images, facts)
-    try:
-        difference = compare_scores(scores, expected)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    difference = compare_scores(scores, expected, path)
     write_atomically(path, exported)
     if path.suffix == ".onnx":
         write_atomically(script, content)
@@ -123,18 +120,18 @@ def draw_probes(height: int, width: int) -> Tensor:
     return torch.stack([*flat, *gradients, *shades]).round().to(torch.uint8)[:, None]
 
 
-def compare_scores(scores: Tensor, expected: Tensor) -> float:
+def compare_scores(scores: Tensor, expected: Tensor, path: Path) -> float:
     """The largest difference in logits between scores [B, L] and the expected ones, ignoring saturated ones.
 
-    Raises ValueError if it is above TOLERANCE, or if all are saturated.
+    Raises DataError, with the path, if it is above TOLERANCE, or if all are saturated.
     """
     exported, eager = (torch.logit(values.double()) for values in (scores, expected))
     used = eager.abs() <= STEEPEST
     if not used.any():
-        raise ValueError("all scores of the images tried are 0 or 1, so the export cannot be checked")
+        raise DataError(f"{path}: all scores of the images tried are 0 or 1, so the export cannot be checked")
     difference = float((exported - eager)[used].abs().max())
     if not difference <= TOLERANCE:
-        raise ValueError(f"exported logits differ from eager ones by {difference:.3g}, more than {TOLERANCE}")
+        raise DataError(f"{path}: exported logits differ from eager ones by {difference:.3g}, more than {TOLERANCE}")
     return difference
 
 

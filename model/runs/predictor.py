@@ -27,7 +27,6 @@ import torch
 from torch import Tensor, nn
 
 from model.checkpoint import load_checkpoint, refused
-from model.names import UNKNOWN_FRONTAL
 from model.networks import build_network
 from model.predict import choose_precision, find_device, network_inputs, predict_scores
 from model.ranks import ALONE, Ranks, requested
@@ -353,23 +352,18 @@ def _score_files(member: Network, samples: Sequence[Sequence[Path]], workers: in
             for start in range(0, len(samples), EVALUATION_BATCH):
                 some = samples[start : start + EVALUATION_BATCH]
                 files, sizes = list(chain(*some)), list(map(len, some))
+                views = list(pool.map(read, files))
+                bad.extend((file, view.fault) for file, view in zip(files, views, strict=True) if view.fault)
+                contents.extend(view.content for view in views if not view.fault)
                 sample = np.repeat(np.arange(len(some)), sizes)
                 place = np.concatenate([np.arange(size) for size in sizes])
-                images = np.zeros((len(files), 1, *config.shape), np.uint8)
-                projection = np.full(len(files), UNKNOWN_FRONTAL, np.int8)
-                readable = np.ones(len(files), np.bool_)
-                for position, (file, view) in enumerate(zip(files, pool.map(read, files), strict=True)):
-                    if isinstance(view, str):
-                        bad.append((file, view))
-                        readable[position] = False
-                    else:
-                        images[position, 0], projection[position], content = view
-                        contents.append(content)
-                kept, without = choose_usable(sample, place, readable)
+                kept, without = choose_usable(sample, place, np.array([not view.fault for view in views]))
                 usable[[start + position for position in without]] = False
                 present = np.zeros((len(some), max(sizes)), np.bool_)
                 present[sample[kept], place[kept]] = True
-                yield network_inputs(images[kept], present, projection[kept], device, config.fusion is not None)
+                images = np.stack([view.pixels for view in views])[kept, None]
+                projection = np.array([view.projection for view in views], np.int8)[kept]
+                yield network_inputs(images, present, projection, device, config.fusion is not None)
                 advance(start + len(some), len(samples))
 
     with progress_bar("Scoring", config.units) as advance:

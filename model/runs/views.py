@@ -8,6 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from model.names import UNKNOWN_FRONTAL
 from model.runs.config import Config
 from pipeline.base.errors import DataError
@@ -18,11 +20,15 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".dcm", ".dicom")
 
 
 class View(NamedTuple):
-    """An image file, ready for a run: pixels [H, W], index in PROJECTIONS, content (as `join_content`)."""
+    """An image file, ready for a run: pixels [H, W], index in PROJECTIONS, content (as `join_content`).
+
+    Black if the file is unusable for the reason `fault`.
+    """
 
     pixels: Gray
-    projection: int
-    content: int
+    projection: int = UNKNOWN_FRONTAL
+    content: int = 0
+    fault: str = ""
 
 
 def find_images(path: Path) -> list[Path]:
@@ -79,15 +85,14 @@ def find_projection(file: Path, content: bytes) -> int:
     return PROJECTIONS.index(name) if name else UNKNOWN_FRONTAL
 
 
-def read_view(file: Path, config: Config, options: ImageOptions) -> View | str:
-    """A file, prepared as it would be in shards, or the reason why it is unusable."""
+def read_view(file: Path, config: Config, options: ImageOptions) -> View:
+    """A file, prepared as it would be in shards."""
     try:
         content = file.read_bytes()
         stored = prepare(content, options).data
-        pixels = resize(decode_stored(stored, options.encoding), *config.shape)
-    except OSError as error:
-        return f"cannot be read: {error.strerror}"
-    except ImageError as error:
-        return str(error)
+    except (OSError, ImageError) as error:
+        fault = f"cannot be read: {error.strerror}" if isinstance(error, OSError) else str(error)
+        return View(np.zeros(config.shape, np.uint8), fault=fault)
+    pixels = resize(decode_stored(stored, options.encoding), *config.shape)
     projection = UNKNOWN_FRONTAL if config.fusion is None else find_projection(file, content)
     return View(pixels, projection, zlib.crc32(stored) << 32 | len(stored))

@@ -15,6 +15,7 @@ from model.networks import ResCNN
 from model.predict import predict_scores
 from model.runs.config import Config
 from model.runs.folder import fuse
+from pipeline import DataError
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +62,7 @@ def test_an_export_that_is_off_is_refused(
 
     path = tmp_path / f"model{suffix}"
     monkeypatch.setattr(torch.export, "export", export_spoiled)
-    with pytest.raises(ValueError, match=r"model\..*: exported logits differ from eager ones by .*, more than 0.01$"):
+    with pytest.raises(DataError, match=r"model\..*: exported logits differ from eager ones by .*, more than 0.01$"):
         export_scorer(scorer, (32, 32), path)
     assert not path.exists()
 
@@ -72,8 +73,8 @@ def test_a_sound_export_is_far_within_the_tolerance(scorer: Scorer, tmp_path: Pa
 
 def test_saturated_scores_are_no_evidence() -> None:
     saturated = torch.sigmoid(torch.full((2, 3), 30.0))
-    with pytest.raises(ValueError, match=r"^all scores of the images tried are 0 or 1"):
-        compare_scores(saturated, saturated)
+    with pytest.raises(DataError, match=r"^model.pt2: all scores of the images tried are 0 or 1"):
+        compare_scores(saturated, saturated, Path("model.pt2"))
 
 
 def test_probes_span_the_range() -> None:
