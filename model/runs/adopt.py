@@ -33,7 +33,7 @@ def choose_settings(start: Start, config: Config, source: Path, arch: str | None
     if lacking := [label for label in config.labels if label not in known]:
         say(f"{start.path}: no trained output for {', '.join(lacking)}: left out")
     if not start.scale:
-        say(f"{start.path}: the gray scale of its input is not known: images are scaled by the shards' mean and std")
+        say(f"{start.path}: its gray scale is not known: images are scaled by the shards' mean and std")
     return replace(
         config,
         arch=arch or start.arch,

@@ -69,9 +69,6 @@ def embed_split(job: Job, split: str, member: Network) -> pa.Table:
 
 def write_embeddings(path: Path, table: pa.Table) -> None:
     """Write the table atomically, as Parquet or as an Arrow IPC file."""
-    with atomic_file(path) as file:
-        if path.suffix == ".parquet":
-            pq.write_table(table, file)
-            return
-        with pa.ipc.new_file(file, table.schema) as writer:
-            writer.write_table(table)
+    opened = pq.ParquetWriter if path.suffix == ".parquet" else pa.ipc.new_file
+    with atomic_file(path) as file, opened(file, table.schema) as writer:
+        writer.write_table(table)

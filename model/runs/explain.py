@@ -108,7 +108,7 @@ def draw_cells(job: Job, splits: Sequence[str], marks: Marks) -> Iterator[Cell]:
     Raises DataError as `check_seen` does, before any map is drawn.
     """
     if job.config.fusion is not None:
-        raise DataError(f"{job.run}: a run by studies; heat maps are of runs that learned single images")
+        raise DataError(f"{job.run}: a run on studies; heat maps need a run on images")
     member = load_network(job.run, job.config)
     for name in splits:
         check_seen(job, name, member.seen)

@@ -172,7 +172,7 @@ class Predictor:
                 option = "threshold" if level == "image" else "group_by"
                 runs = " ".join(f"--run {run}" for run in self.configs)
                 command = f"python -m train evaluate {runs} --out FOLDER"
-                raise DataError(f"`{option}` is of an ensemble's folder; first run: {command}; then `run` FOLDER")
+                raise DataError(f"`{option}` needs an ensemble's folder; first run: {command}; then `run` FOLDER")
             return Decision(None, [], threshold)
         document = read_calibration(self.folder, self.config.labels, level)
         chosen, combine = document[level], document["combine"]
@@ -200,7 +200,7 @@ class Predictor:
         if job.shards.digest != job.config.manifest:  # their dev may have patients of the run's train
             command = f"python -m train evaluate --run {job.run} --sensitivity {sensitivity} --study {combine}"
             raise DataError(
-                f"{job.shards}: not the shards that {job.run} learned from, on whose dev thresholds are chosen; "
+                f"{job.shards}: thresholds are chosen on dev of the shards that {job.run} was trained on; "
                 f"first run: {command} with those"
             )
         dev = self.score(job, "dev").images if dev is None else dev
@@ -278,7 +278,7 @@ def read_calibration(run: Path, labels: Sequence[str], level: str = "image") -> 
             apply_calibration(np.zeros(1), fit)
             [fit["thresholds"][rule] for rule in RULES] + [f"{document['sensitivity']:g}", document["combine"]]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DataError(f"{path}: damaged, or of other labels than the run's: {error}") from error
+        raise DataError(f"{path}: damaged, or for other labels than the run's: {error}") from error
     return document
 
 

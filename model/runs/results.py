@@ -65,7 +65,7 @@ def evaluate_split(job: Job, predictor: Predictor, split: str, how: Assessment) 
     readers = {name: open_scores(path, calls=True) for name, path in name_files(how.readers).items()}
     others = {run: open_others(job, split, run) for run in how.against}
     if len(others) > 1 and config.fusion is None:
-        raise DataError("`against` takes one run beside a run by images; several are for a run by studies")
+        raise DataError("`against` takes one run to compare with a run on images; a run on studies takes several")
     for run in others:
         check_seen(score_as(scored, run, read_config(run)), split, read_seen(run))
     if split != "dev" or job.shards.digest != config.manifest:
@@ -152,7 +152,7 @@ def compare_with_own(job: Job, scored: Scored, evaluation: Evaluation) -> None:
         return
     own = read_evaluation(path)
     if set(own.labels) != set(evaluation.labels):
-        raise DataError(f"{path}: of other labels than the run's; first run: {command}")
+        raise DataError(f"{path}: for other labels than the run's; first run: {command}")
     add_own(evaluation, scored, own)
 
 

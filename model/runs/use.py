@@ -121,7 +121,7 @@ class Prediction(Workers, Decided):
     group_by: str | None = option(
         None,
         "Score studies: the files of a folder (study), those of the folders in one (patient), or those whose paths "
-        "match this with the same text.  [default: files one by one; of a run by studies, study]",
+        "match this with the same text.  [default: files one by one; for a run on studies, study]",
         check=check_pattern,
         metavar="study|patient|REGEX",
     )
@@ -158,8 +158,8 @@ class Prediction(Workers, Decided):
 def predict_command(given: Prediction) -> int:
     """Score IMAGES (JPEG, PNG or DICOM files, or folders of them) by the run's best checkpoint: calibrated scores.
 
-    Of several runs, the mean of their calibrated scores.
-    A run by studies scores the images of a study together. --group-by combines scores of images, as evaluate does.
+    Of several runs, the mean of their calibrated scores. A run on studies scores the images of a study together;
+    --group-by combines scores of images, as evaluate does.
     """
     from model.runs.views import find_images
 
@@ -218,9 +218,8 @@ class Export(Decided):
 def export_command(given: Export) -> int:
     """Write the run's best network for other programs: uint8 images [B, 1, H, W] in, calibrated scores [B, L] out.
 
-    Of several runs, one network for all. With --threshold also decisions, bool [B, L].
-
-    Of the L labels that the run has learned, in their usual order.
+    Of several runs, one network for all. With --threshold also decisions, bool [B, L]. The L labels are those that the
+    run learned, in their usual order.
     """
     check_folder(given.out)
     check_folders(runs=given.runs)
@@ -230,9 +229,9 @@ def export_command(given: Export) -> int:
     predictor = open_predictor(given.runs)
     config = predictor.config
     if config.fusion:
-        raise DataError(f"{predictor.name}: a network over studies cannot be exported, only one for images")
+        raise DataError(f"{predictor.name}: only networks for images can be exported, not for studies")
     if len({member.shape for member in predictor.configs.values()}) > 1:
-        raise DataError(f"{predictor.name}: members of different `image_size` take no images in common: no single file")
+        raise DataError(f"{predictor.name}: the members have different `image_size`, so one file cannot hold them")
     say_unlearned(predictor)
     decision = predictor.decide(given.threshold)
 
@@ -409,7 +408,7 @@ def localize_command(given: Localization) -> int:
     marks = read_marks(boxes)
     cells = list(draw_cells(job, splits, marks))
     if not cells:
-        raise DataError(f"{boxes}: no cell of {', '.join(splits)} in {collection} that this run has learned")
+        raise DataError(f"{boxes}: no cell of {', '.join(splits)} in {collection} that this run learned")
     results = measure_localization(cells)
     path = run / f"localization-{result_name(config, collection.digest, '+'.join(splits))}.json"
     write_json(path, {"splits": list(splits), "boxes": hash_file(boxes)} | results)
@@ -417,6 +416,6 @@ def localize_command(given: Localization) -> int:
     all_cells = sum(map(len, marks.values()))
     echo(f"{path}: {len(cells):,} of the {all_cells:,} cells in {boxes}")
     if collection.digest == config.manifest and not {"train", "dev"}.isdisjoint(splits):
-        say("Warning: the run was trained on train, and its weights were chosen on dev: these images are not new to it")
+        say("Warning: the run was trained on train, and dev chose its weights: it has seen these images")
     say_next(*TRAIN, "evaluate", "--run", run, *repeat("--shards", data.shards), "--split", splits[0], "--sanity")
     return 0

@@ -110,7 +110,7 @@ def test_what_a_file_does_not_say_is_asked_for(
         call_train(*more, "--init-labels", "Edema,Fracture")
     assert not out.exists()
     assert call_train(*more, "--init-labels", "Edema,Hernia,Fracture") == 0
-    assert "the gray scale of its input is not known: images are scaled by the shards'" in capsys.readouterr().err
+    assert "its gray scale is not known: images are scaled by the shards'" in capsys.readouterr().err
     assert read_evaluation(out / "evaluation-dev.json").labels == ["Edema", "Fracture"]
     assert UNKNOWN in (out / "model-card.md").read_text()
 

@@ -91,7 +91,7 @@ def test_an_ensemble_is_the_mean_of_calibrated_scores_everywhere(
     np.testing.assert_allclose(means.set_index(keys).loc[order, list(LABELS)], expected, atol=2e-6)
     assert set(means["run"]) == {f"{one} + {two}"}
     assert set(means["shards"]) == {settings[0]["manifest"]}
-    with pytest.raises(DataError, match=r"^`threshold` is of an ensemble's folder; first run: python -m train eval"):
+    with pytest.raises(DataError, match=r"^`threshold` needs an ensemble's folder; first run: python -m train eval"):
         call_train("predict", *both, "--out", table, "--threshold", "youden", films)
 
     assert call_train("predict", "--run", out, "--out", table, "--threshold", "youden", films) == 0
@@ -135,5 +135,5 @@ def test_runs_that_make_no_ensemble_are_refused(
     refuse("`run` names the same run twice", "--run", one)
     refuse(f"^{one} is a run, or an ensemble of others; choose another `out`$", "--out", one)
     (two / "config.json").write_text(json.dumps(config | {"image_size": "48"}))
-    with pytest.raises(DataError, match="members of different `image_size`"):
+    with pytest.raises(DataError, match="the members have different `image_size`"):
         call_train("export", "--run", one, "--run", two, "--out", tmp_path / "model.onnx")
