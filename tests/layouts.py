@@ -13,7 +13,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from pipeline.labels import LABELS
 from pipeline.manifest import read_manifest, read_table
+from pipeline.sources.rows import read_splits
+from pipeline.sources.sets import find_source
 from pipeline.synthetic.sample import write_sample
 from tests.conftest import REPOSITORY, run_pipeline
 from tests.dicoms import make_dicom
@@ -67,6 +70,18 @@ def shard(folder: Path, *options: object) -> dict[str, dict[str, Any]]:
     assert run_pipeline("verify", out, "--deep").returncode == 0
     tables = {name: read_table(out, split) for name, split in read_manifest(out).splits.items()}
     return {row["key"]: row | {"split": name} for name, table in tables.items() for row in table.to_pylist()}
+
+
+def list_rows(home: Path) -> list[str]:
+    """A line for each image of a set's folder, as in tests/tables/rows.txt."""
+    splits, *_ = read_splits(find_source(home, {}, []), views="all", dev=0, seed=0)
+    lines = []
+    for split, table in splits.items():
+        for row in table.drop_columns(["path", "file"]).to_pylist():
+            states = "".join({1: "+", 0: "-", -1: "?", None: ".", -2: "x"}[row.pop(label)] for label in LABELS)
+            fields = [str(value) for value in row.values()]
+            lines.append(" ".join([split, *fields[:7], states, *fields[7:]]))
+    return sorted(lines)
 
 
 def copy_tables(name: str, home: Path, *, packed: bool = False) -> None:

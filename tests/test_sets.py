@@ -1,6 +1,7 @@
 """Every data set, from its files to a prediction: shards, checks, counts, two epochs of training, scores."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,12 +13,20 @@ from pipeline.labels import label_states
 from pipeline.sources.rows import read_splits
 from pipeline.sources.sets import KNOWN, find_source
 from tests.conftest import default_options, make_shards, run_pipeline
-from tests.layouts import SETS
+from tests.layouts import SETS, TABLES, list_rows
 from tests.training import narrow_networks, open_small_job, quick_ends
 
 
 def test_every_set_that_is_told_by_its_files_has_a_layout() -> None:
     assert SETS.keys() == KNOWN.keys()
+
+
+def test_tables_are_read_as_their_rows_say(tmp_path: Path) -> None:
+    """As tests/tables/rows.txt has them."""
+    expected = re.split(r"^# (.+)\n", (TABLES / "rows.txt").read_text(), flags=re.MULTILINE)[5:]
+    for name, rows in zip(expected[::2], expected[1::2], strict=True):
+        SETS[name](tmp_path / name)
+        assert list_rows(tmp_path / name) == rows.splitlines(), name
 
 
 def find_seed(home: Path) -> int:

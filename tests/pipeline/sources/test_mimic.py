@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 
 from pipeline.labels import LABELS
-from pipeline.manifest import read_manifest
 from tests.conftest import run_pipeline
 from tests.layouts import MIMIC_IMAGES as IMAGES
 from tests.layouts import shard, write_mimic
@@ -29,24 +28,6 @@ def shard_splits(folder: Path, *options: object) -> dict[str, dict[str, Any]]:
     return splits
 
 
-def test_a_folder_becomes_shards_by_the_official_splits(folder: Path) -> None:
-    rows = shard_splits(folder)
-    assert {split: sorted(found) for split, found in rows.items()} == {
-        "train": [*KEYS[:4], KEYS[7]],
-        "valid": KEYS[4:5],
-        "test": KEYS[5:7],
-    }
-    train = rows["train"]
-    facts = ("patient", "study", "view", "projection", "sex", "age")
-    assert [train[KEYS[0]][name] for name in facts] == ["p10000032", 50414267, "frontal", "PA", None, None]
-    assert [train[KEYS[1]][name] for name in facts[2:4]] == ["lateral", None]
-    assert [train[KEYS[3]][name] for name in facts[2:4]] == ["other", None]
-    assert (train[KEYS[2]]["Edema"], train[KEYS[2]]["Fracture"], train[KEYS[2]]["Pneumonia"]) == (-1, 0, None)
-    assert {train[KEYS[3]][label] for label in LABELS} == {-2}  # its study has no row of labels
-    assert rows["valid"][KEYS[4]]["Pleural Effusion"] == 1
-    assert read_manifest(folder.parent / "out").dataset["license"] == "PhysioNet Credentialed Health Data License"
-
-
 def test_the_radiologist_s_labels_are_those_of_test(folder: Path) -> None:
     names = ["Airspace Opacity" if label == "Lung Opacity" else label for label in sorted(LABELS)]
     cells = ["1.0" if name == "Airspace Opacity" else "0.0" for name in names]
@@ -55,14 +36,6 @@ def test_the_radiologist_s_labels_are_those_of_test(folder: Path) -> None:
     rows = shard_splits(folder)
     assert (sorted(rows["test"]), sorted(rows["test_rest"])) == (KEYS[5:6], KEYS[6:7])
     assert [rows["test"][KEYS[5]][label] for label in ("Lung Opacity", "Edema", "Fracture")] == [1, 0, 0]
-
-
-def test_the_folder_can_be_counted_and_previewed(folder: Path) -> None:
-    assert run_pipeline("stats", folder).stdout.startswith("8 images, 7 studies, 7 patients")
-    assert run_pipeline("stats", folder, "--split", "test").stdout.startswith("2 images, ")
-    preview = run_pipeline("shards", folder, folder.parent / "none", "--views", "all", "--dry-run")
-    assert preview.returncode == 0, preview.stderr
-    assert not (folder.parent / "none").exists()
 
 
 def test_ids_are_compared_as_ids_and_what_has_no_partner_is_counted(folder: Path) -> None:

@@ -5,15 +5,13 @@ import shutil
 from pathlib import Path
 
 import pandas as pd
-import pyarrow as pa
 import pytest
 
 from pipeline import DataError, open_shards
-from pipeline.labels import LABELS, NOT_ANNOTATED
+from pipeline.labels import LABELS
 from pipeline.manifest import read_manifest
 from pipeline.sources import nih
 from tests.conftest import run_pipeline, shipped_table
-from tests.layouts import NIH_ROWS as ROWS
 from tests.layouts import NIH_TEST as TEST
 from tests.layouts import read_mapping, write_nih
 
@@ -58,28 +56,6 @@ def test_the_real_table_has_the_published_counts(real_table: Path) -> None:
         "groups"
     ]
     assert {name: group["images"] for name, group in groups.items()} == {"AP": 44_810, "PA": 67_310}
-
-
-def test_a_folder_becomes_shards_by_the_official_lists(folder: Path) -> None:
-    out = shard(folder)
-    manifest = read_manifest(out)
-    assert set(manifest.splits) == {"train", "dev", "test"}
-    assert manifest.splits["test"].samples == TEST
-    assert manifest.dataset["title"] == "NIH ChestX-ray14"
-    assert manifest.not_annotated == ("Enlarged Cardiomediastinum", "Fracture", "Support Devices")
-    tables = {name: pa.ipc.open_file(out / split.table).read_all() for name, split in manifest.splits.items()}
-    rows = {row["key"]: row for table in tables.values() for row in table.to_pylist()}
-    assert rows.keys() == {row["Image Index"].removesuffix(".png") for row in ROWS}
-    first, second = rows["00000001_000"], rows["00000001_001"]
-    facts = ("patient", "study", "view", "sex", "age", "projection")
-    assert [first[name] for name in facts] == ["00000001", 0, "frontal", "Male", 57, "PA"]
-    assert (first["Cardiomegaly"], first["Edema"], first["Lung Opacity"], first["Fracture"]) == (1, 0, 0, NOT_ANNOTATED)
-    assert (second["Lung Lesion"], second["Lung Opacity"]) == (1, NOT_ANNOTATED)
-    assert (rows["00000003_000"]["Lung Lesion"], rows["00000003_000"]["Lung Opacity"]) == (1, 1)
-    assert (rows["00000004_000"]["Pleural Other"], rows["00000004_000"]["Pleural Effusion"]) == (1, 1)
-    assert rows["00000002_000"]["No Finding"] == 1
-    verified = run_pipeline("verify", out, "--deep")
-    assert verified.returncode == 0, verified.stdout
 
 
 @pytest.mark.parametrize("blank", ["zeros", "ignore"])

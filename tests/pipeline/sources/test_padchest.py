@@ -12,7 +12,6 @@ import pytest
 from PIL import Image
 
 from pipeline.labels import LABELS
-from pipeline.manifest import read_manifest
 from pipeline.sources import padchest
 from pipeline.sources.findings import EVERY, read_findings
 from tests.conftest import run_pipeline, shipped_table
@@ -81,35 +80,6 @@ def test_the_mapping_has_torchxrayvision_s_words_but_for_named_differences() -> 
         "Lung Lesion": {"pseudonodule", "mass"}
         | {f"{place} mass" for place in ("mediastinal", "pleural", "breast", "soft tissue")},
         "Pleural Effusion": {"pericardial effusion"},
-    }
-
-
-def test_a_folder_becomes_shards_of_the_physicians_labels(folder: Path) -> None:
-    rows = shard(folder, *PNG)
-    assert read_manifest(folder.parent / "out").dataset["title"] == "PadChest"
-    facts = ("patient", "study", "view", "sex", "age", "projection")
-    assert {key: tuple(row[name] for name in facts) for key, row in rows.items()} == {
-        "2053_k6ga29": ("8398", 1, "frontal", "Female", 84, "PA"),
-        "2053_0hys1a": ("8398", 1, "lateral", "Female", 84, None),
-        "313-2_75sg0k": ("3707", 1, "frontal", "Male", 39, "AP"),
-        "31_km0qf9": ("9353", 1, "frontal", "Male", 58, "AP"),
-        "32_a": ("9354", 1, "frontal", None, None, "PA"),
-        "33_a": ("9355", 1, "other", "Other", 25, None),
-    }
-    states = {key: {label: row[label] for label in LABELS if row[label] != 0} for key, row in rows.items()}
-    assert states == {
-        "2053_k6ga29": {"No Finding": 1},
-        "2053_0hys1a": {"No Finding": 1},
-        "313-2_75sg0k": {label: 1 if label == "Lung Opacity" else -2 for label in LABELS if label != "No Finding"},
-        "31_km0qf9": {"Lung Opacity": -2, "Atelectasis": 1, "Pleural Effusion": 1, "Support Devices": -2},
-        "32_a": {
-            "Enlarged Cardiomediastinum": -2,
-            "Cardiomegaly": 1,
-            "Pleural Effusion": -2,
-            "Pleural Other": -2,
-            "Support Devices": 1,
-        },
-        "33_a": {"Fracture": 1},
     }
 
 

@@ -22,26 +22,12 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "plus"
 
 
-def test_a_folder_becomes_shards(folder: Path) -> None:
-    rows, out = shard(folder), folder.parent / "out"
-    manifest = read_manifest(out)
-    assert [row["split"] for _, row in sorted(rows.items())] == ["train"] * 5 + ["valid"]
+def test_facts_are_kept_and_reports_are_not(folder: Path) -> None:
+    shard(folder)
+    manifest = read_manifest(folder.parent / "out")
     assert list(manifest.facts) == [*plus.SET.facts, *Original._fields]
     assert (manifest.dataset["name"], manifest.dataset["patients"]) == ("chexpert-plus", "chexpert")
-    assert sorted(row["race"] or "" for row in rows.values()) == [*[""] * 4, "White", "White"]
-    facts = ("patient", "study", "view", "projection", "sex", "age", "Edema", "Cardiomegaly", "Fracture")
-    states = {key.removeprefix("patient0"): [row[name] for name in facts[1:]] for key, row in rows.items()}
-    assert states == {
-        "0001_study1_view1_frontal": [1, "frontal", "AP", "Female", 61, 0, 1, None],
-        "0001_study1_view2_lateral": [1, "lateral", None, "Female", 61, 0, 1, None],
-        "0002_study1_view1_frontal": [1, "frontal", "PA", "Male", None, -2, -2, -2],
-        "0003_study1_view1_frontal": [1, "frontal", "AP", "Male", 30, 1, None, None],
-        "0004_study1_view1_frontal": [1, "frontal", "AP", "Female", 40, 0, None, None],
-        "patient64541_study1_view1_frontal": [1, "frontal", "AP", "Male", 70, -1, None, None],
-    }
-    assert {row["patient"] for row in rows.values()} == {film.split("/")[1] for film in FILMS}
-    assert run_pipeline("stats", folder).stdout.startswith("6 images, 5 studies, 5 patients")
-    assert not any(b"Heart" in path.read_bytes() for path in out.iterdir())  # no report
+    assert not any(b"Heart" in path.read_bytes() for path in (folder.parent / "out").iterdir())
 
 
 def test_labels_are_joined_whatever_folder_stands_before_a_path(folder: Path) -> None:

@@ -8,10 +8,9 @@ import pytest
 
 from pipeline import DataError
 from pipeline.labels import LABELS
-from pipeline.manifest import read_manifest
 from pipeline.sources import vindr
 from tests.conftest import run_pipeline, shipped_table
-from tests.layouts import read_mapping, shard, write_vindr
+from tests.layouts import read_mapping, write_vindr
 
 
 @pytest.fixture
@@ -45,25 +44,6 @@ def test_the_competition_s_table_agrees_with_a_count_of_its_votes(tmp_path: Path
     home.mkdir()
     rows.head(9).to_csv(home / "train.csv", index=False)  # a name that CheXpert has, too
     assert run_pipeline("stats", home).stdout.startswith(f"{rows.head(9)['image_id'].nunique()} images, ")
-
-
-def test_a_folder_becomes_shards_by_the_votes_of_its_readers(folder: Path) -> None:
-    rows = {int(key, 16): row for key, row in shard(folder).items()}
-    manifest = read_manifest(folder.parent / "out")
-    assert [row["split"] for _, row in sorted(rows.items())] == ["train"] * 4 + ["test"] * 2
-    assert manifest.not_annotated == ("Enlarged Cardiomediastinum", "Support Devices")
-    kept = [label for label in LABELS if label not in manifest.not_annotated]
-    assert {number: {label: row[label] for label in kept if row[label] != 0} for number, row in rows.items()} == {
-        0: {"Cardiomegaly": 1, "Fracture": -1},
-        1: {"No Finding": 1, "Lung Lesion": -1, "Lung Opacity": -2},
-        2: {"No Finding": -1, "Lung Opacity": 1, "Consolidation": -2},
-        3: {"No Finding": 1},
-        4: {"Pleural Effusion": 1, "Edema": 1, "Lung Opacity": -2},
-        5: {"No Finding": 1},
-    }
-    facts = ("study", "view", "sex", "age", "projection")
-    assert rows[0]["patient"] == rows[0]["key"]
-    assert [rows[0][name] for name in facts] == [1, "frontal", None, None, "PA"]
 
 
 def test_an_image_is_taken_before_what_lies_beside_it(folder: Path) -> None:
