@@ -832,7 +832,7 @@ def test_results_on_other_shards_leave_the_runs_own_alone(
     (trained.run / "evaluation-valid.json").unlink()
     assert command("evaluate", "--run", trained.run, "--shards", others) == 0
     path, run = trained.run / "evaluation-valid.json", trained.run
-    note = f"{path}: not there, so nothing to compare with; it is written by: python -m train evaluate --run {run}"
+    note = f"{path} is missing, so there is no comparison with it; first run: python -m train evaluate --run {run}"
     assert f"{note}\n" in capfd.readouterr().err
     path.write_text('{"labels": {}}')
     with pytest.raises(DataError, match=f"^{path}: not an evaluation: 'rows'; write it again"):
