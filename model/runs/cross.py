@@ -162,13 +162,18 @@ def tabulate_cross(matrix: Matrix, label: str) -> Table:
     return Table(title, ("trained on", *columns), rows)
 
 
+def name_run(run: str) -> str:
+    """A run's name in a figure: that of its folder, of at most 40 characters."""
+    return Path(run).name[-40:]
+
+
 def draw_matrix(axes: "Axes", matrix: Matrix) -> None:
     """The mean AUROC of each run (row) on each set (column), as colored cells with their numbers."""
     rows = [[matrix.cells[name][run][MACRO]["auroc"]["value"] for name in matrix.sets] for run in matrix.runs]
     draw_cells(axes, np.array(rows, float))
     axes.invert_yaxis()
     axes.set_xticks(range(len(matrix.sets)), list(matrix.sets))
-    axes.set_yticks(range(len(matrix.runs)), list(matrix.runs))
+    axes.set_yticks(range(len(matrix.runs)), [name_run(run) for run in matrix.runs])
     axes.set(xlabel="scored on", ylabel="trained on")
 
 
@@ -178,7 +183,7 @@ def write_cross(out: Path, matrix: Matrix, job: Job) -> None:
     tables = {label: tabulate_cross(matrix, label) for label in (MACRO, *matrix.labels)}
     settings = [[name, show_setting(value)] for name, value in asdict(job.config).items()]
     tables[f"Settings of {job.run.name}"] = Table("", ("setting", "value"), settings)
-    size = (2 + 1.2 * len(matrix.sets), 1 + 0.4 * len(matrix.runs))
+    size = (2 + 0.07 * max(map(len, map(name_run, matrix.runs))) + 1.2 * len(matrix.sets), 1 + 0.4 * len(matrix.runs))
     figure = draw_svg(partial(draw_matrix, matrix=matrix), "AUROC by training and test set", size, fitted=True)
     page = open_templates("model.runs").get_template("cross.html")
     text = page.render(title=f"Across sets: {out.name}", tables=tables, figure=figure)

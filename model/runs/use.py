@@ -35,7 +35,8 @@ from model.runs.config import (
 from pipeline.base.errors import DataError
 from pipeline.base.files import check_folder, hash_file, write_csv, write_json
 from pipeline.base.options import option
-from pipeline.command import EXISTING, EXISTING_FILE, FILE, FOLDER, Fields, command
+from pipeline.base.pages import pictures
+from pipeline.command import EXISTING, EXISTING_FILE, FILE, FOLDER, Fields, command, pictures_option
 from pipeline.console import count_of, echo, refuse_usage, say, say_next
 from pipeline.labels import LABELS, MOST_VIEWS
 from pipeline.measure.calibration import RULES, Calibration, Fit, apply_calibration, read_fit
@@ -69,6 +70,7 @@ class Evaluated(Assessment, SharedImages, Workers, OwnData, Runs):
 
     out: Path | None = option(None, "Folder of an ensemble's results.", shown="the runs' names, beside the first")
     split: str = option("valid", "Split to score; --shards may differ from the training shards.")
+    png: Path | None = pictures_option()
 
 
 @command("evaluate", Evaluated, example="python -m train evaluate --run runs/first --split valid")
@@ -91,7 +93,9 @@ def evaluate_command(given: Evaluated) -> int:
         f"--out is for several --run: the results of {predictor.name} go into its folder",
     )
     job = replace(open_scoring(predictor, given.out, data.open(), given.workers), shared_images=given.shared_images)
-    print_evaluation(evaluate_split(job, predictor, given.split, given))
+    with pictures(given.png):
+        evaluation = evaluate_split(job, predictor, given.split, given)
+    print_evaluation(evaluation)
     for path in name_results(job, given.split, given):
         echo(f"{path}: written")
     say_next(*TRAIN, "predict", "--run", job.run, "--out", "scores.csv", "IMAGES")

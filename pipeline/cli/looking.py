@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 from pipeline.base.files import format_csv, write_atomically
 from pipeline.base.options import option
+from pipeline.base.pages import pictures
 from pipeline.base.workers import count_cpus
-from pipeline.command import EXISTING, EXISTING_FILE, FILE, FOLDER, PathOrUrl, command
+from pipeline.command import EXISTING, EXISTING_FILE, FILE, FOLDER, PathOrUrl, command, pictures_option
 from pipeline.console import echo, progress_bar, refuse_usage, say, say_next
 from pipeline.judging import Judging
 from pipeline.labels import LABELS, STATES, VIEWS
@@ -55,6 +56,7 @@ class Stats(Cached):
         (), "Targets under a policy: best,Edema=zeros,blank=ignore.", split=parse_policies
     )
     html: Path | None = option(None, "Write a page with everything.", type=FILE)
+    png: Path | None = pictures_option()
     format: str = option("table", "csv: the counts alone.", choices=("table", "json", "csv"))
 
 
@@ -75,8 +77,10 @@ def stats(given: Stats) -> None:
     known = list_variables(table)
     refuse_usage(given.by not in (None, *known), f"--by {given.by}: these images can be grouped by {', '.join(known)}")
     report = _build_report(table, given)
+    refuse_usage(given.png and not given.html, "--png is for the figures of --html")
     if given.html:
-        write_atomically(given.html, _render_page(given, shards, report, table).encode())
+        with pictures(given.png):
+            write_atomically(given.html, _render_page(given, shards, report, table).encode())
         say(f"{given.html}: written")
     if given.format == "table":
         print_report(report)
@@ -250,6 +254,7 @@ class Judge(Judging):
     source: Path = option(..., argument=True, type=EXISTING)
     name: str = option("", "What the scores are called.", shown="the file's name")
     out: Path | None = option(None, "Folder for evaluation.json, report.html and card.md.", type=FOLDER)
+    png: Path | None = pictures_option()
 
 
 @command("judge", Judge, example="pipeline judge scores.csv Data_Entry_2017_v2020.csv --threshold 0.5 --out judged")
@@ -262,6 +267,7 @@ def judge(given: Judge) -> None:
     from pipeline.judging import judge as judge_files
     from pipeline.look.judged import print_evaluation
 
+    refuse_usage(given.png and not given.out, "--png is for the figures of the report in --out")
     refuse_usage(given.dev is not None and given.threshold is not None, "--threshold is for scores without --dev")
     refuse_usage(given.dev is not None and given.dev == given.split, "--dev is the split to be judged; name another")
     judged = judge_files(given.scores, given.source, given, say)
@@ -272,9 +278,11 @@ def judge(given: Judge) -> None:
         name, split = given.name or given.scores.name.split(".")[0], judged.evaluation.split
         source = given.source.resolve().name
         given.out.mkdir(parents=True, exist_ok=True)
+        with pictures(given.png):
+            page = render_page(name, [judged.evaluation], {split: judged.images}, source)
         written = {
             "evaluation.json": judged.evaluation.to_json(),
-            "report.html": render_page(name, [judged.evaluation], {split: judged.images}, source).encode(),
+            "report.html": page.encode(),
             "card.md": render_card(name, [], [judged.evaluation], source).encode(),
         }
         for file, data in written.items():

@@ -46,7 +46,7 @@ def nih(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, pd.DataFr
 def test_a_table_alone_judges_scores(nih: tuple[Path, Path, pd.DataFrame], tmp_path: Path) -> None:
     table, scores, both = nih
     out = tmp_path / "judged"
-    words = ("--columns", COLUMNS, "--threshold", "0.5", "--name", "theirs", "--out", out)
+    words = ("--columns", COLUMNS, "--threshold", "0.5", "--name", "theirs", "--out", out, "--png", out / "png")
     done = run_pipeline("judge", scores, table, *words)
     assert done.returncode == 0, done.stderr
     assert "scores.csv: 100 of 600 images have no row, such as " in done.stderr
@@ -65,7 +65,8 @@ def test_a_table_alone_judges_scores(nih: tuple[Path, Path, pd.DataFrame], tmp_p
     assert rate == pytest.approx(recall_score(truth, both["p_Edema"] >= 0.5))
     assert "within AP" in next(found.select(metric="verdict", label="Edema")).note
     assert f"│ Edema                   │ {row.shown} │" in done.stdout
-    assert [file.name for file in sorted(out.iterdir())] == ["card.md", "evaluation.json", "report.html"]
+    assert [file.name for file in sorted(out.iterdir())] == ["card.md", "evaluation.json", "png", "report.html"]
+    assert (out / "png" / "auroc-of-each-label.png").stat().st_size > 1000
     card = (out / "card.md").read_text()
     assert card.startswith("# Model card: theirs\n")
     assert f"| Edema | {row.shown} |" in card

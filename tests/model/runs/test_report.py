@@ -2,13 +2,15 @@ import re
 from dataclasses import asdict, replace
 from html import escape
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from model.runs.config import Config
 from model.runs.report import draw_training, render_model_card, render_report
-from pipeline.base.pages import show_setting
+from pipeline.base.pages import pictures, show_setting
 from pipeline.base.tabular import Table
 from pipeline.look import judged
 from pipeline.measure.belief import add_belief
@@ -227,13 +229,20 @@ def test_what_is_left_out_is_named(evaluation: Evaluation, page: str) -> None:
     assert named == [more["left_out"][0], *gaps, "zip_code: 1,200 values, too many to compare as groups."]
 
 
-def test_settings_and_training_are_a_runs_own(images: Scored, evaluation: Evaluation, page: str) -> None:
+def test_settings_and_training_are_a_runs_own(
+    images: Scored, evaluation: Evaluation, page: str, tmp_path: Path
+) -> None:
     settings = dict(re.findall("<dt>(.*?)</dt><dd>(.*?)</dd>", page[page.index('id="settings"') :]))
     assert settings == {name: escape(show_setting(value)) for name, value in CONFIG.items()}
     shown, folded = page[page.index('id="settings"') :].split("<details>")
     assert re.findall("<dt>(.*?)</dt>", shown) == ["arch", "uncertain", "blank", "manifest", "labels"]
     assert f"<summary>{len(CONFIG) - 5} more, at their defaults</summary>" in folded
-    assert render_report("runs/first", CONFIG, HISTORY, [evaluation], {"valid": images}) == page
+    with pictures(tmp_path):  # which leave the page as it is
+        assert render_report("runs/first", CONFIG, HISTORY, [evaluation], {"valid": images}) == page
+    names = {path.stem for path in tmp_path.iterdir()}
+    assert {"auroc-of-each-label", "loss-of-train-and-dev-by-epoch", "auroc-on-dev-by-epoch"} < names
+    colors = Image.open(tmp_path / "loss-of-train-and-dev-by-epoch.png").convert("RGB").getcolors(2**24) or []
+    assert {(0, 114, 178), (213, 94, 0), (255, 255, 255)} < {color for _, color in colors}  # the style sheet's
     assert 'id="training"' not in render_report("r", CONFIG, [], [evaluation], {"valid": images})
     (_, loss), (_, auroc) = draw_training(HISTORY)
     assert ">macro, ≥ 10 patients<" in auroc

@@ -13,8 +13,11 @@ import pytest
 from pandas import read_feather as read_frame
 from PIL import Image
 
+from model.runs import results
+from model.runs.commands import main
 from pipeline import DataError, Judging, judge, open_shards
 from pipeline.base.files import read_arrow
+from pipeline.base.pages import draw_svg
 from pipeline.labels import LABELS
 from pipeline.manifest import Manifest, read_table
 from pipeline.measure import belief
@@ -50,6 +53,13 @@ def test_predict_keeps_earlier_scores_where_no_image_can_be_read(
     assert pd.read_csv(out)["Edema"].isna().tolist() == [False, True]
     with pytest.raises(DataError, match=r"run: no .jpg, .jpeg, .png, .dcm, .dicom file$"):
         call_train("predict", "--run", run, "--out", out, run)
+
+
+def test_evaluate_writes_its_figures_for_slides(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = partial(draw_svg, lambda axes: None, "A line, rising", (1, 1))
+    monkeypatch.setattr(results, "render_report", lambda *_: draw())
+    main.main(["evaluate", "--run", str(run), "--png", str(tmp_path / "figures")], standalone_mode=False)
+    assert [path.name for path in (tmp_path / "figures").iterdir()] == ["a-line-rising.png"]
 
 
 def test_predict_scores_dicoms_as_their_pixels(run: Path, tmp_path: Path) -> None:

@@ -17,7 +17,9 @@ def write_page(path: Path, *arguments: object) -> str:
 
 def test_the_page_has_the_numbers_of_the_json(chexpert: Path, tmp_path: Path) -> None:
     options = ("--policy", "best,blank=ignore")
-    html = write_page(tmp_path / "labels.html", chexpert / "train.csv", *options)
+    html = write_page(tmp_path / "labels.html", chexpert / "train.csv", *options, "--png", tmp_path / "png")
+    pictures = {path.name for path in (tmp_path / "png").iterdir()}
+    assert pictures == {"co-occurrence.png", "share-of-images-by-state.png"}
     page = Page(html)
     command = ("stats", chexpert / "train.csv", "--format", "json", *options)
     found = {
