@@ -60,5 +60,5 @@ def describe_difference(before: Mapping[str, object], now: Mapping[str, object],
     """The first of these settings that differs, in words; "" if none does."""
     for name in names:
         if before.get(name) != now.get(name):
-            return f"{name} is {before.get(name)} there and {now.get(name)} here"
+            return f"{name} is {before.get(name)}, not {now.get(name)}"
     return ""

@@ -90,7 +90,7 @@ def test_torchxrayvisions_weights_are_a_run(
         np.testing.assert_allclose(found, calibrated, atol=1e-4)
         (found,) = onnxruntime.InferenceSession(tmp_path / "model.onnx").run(None, {"images": images})
         np.testing.assert_allclose(found, calibrated, atol=1e-4)
-    with pytest.raises(DataError, match=r"is a run of another configuration: image_size is 32 there and 320 here"):
+    with pytest.raises(DataError, match=r"is a run of another configuration: image_size is 32, not 320"):
         call_train("train", "--shards", shards, "--run", run, "--arch", "densenet121", "--no-pretrained")
 
 

@@ -83,7 +83,7 @@ def test_values_can_be_added_and_other_options_are_refused(tmp_path: Path) -> No
     with pytest.raises(DataError) as caught:
         run(make_sweep(tmp_path / "sweep", options={"epochs": 5, "seed": 0}))
     assert str(caught.value) == (
-        f"{tmp_path / 'sweep'} is a sweep under other options: epochs is 4 there and 5 here; choose another `sweep`"
+        f"{tmp_path / 'sweep'} is a sweep under other options: epochs is 4, not 5; choose another `sweep`"
     )
 
 
@@ -290,7 +290,7 @@ def test_trials_are_the_runs_that_train_makes(
     assert f"<code>python -m train {ensemble}</code>" in page
     pictures = {"dev-auroc.png", "learning-curves.png", "train-auroc.png"}
     assert {path.name for path in png.iterdir()} == pictures
-    with pytest.raises(DataError, match=r"augment is none there and affine here; choose another `sweep`$"):
+    with pytest.raises(DataError, match=r"augment is none, not affine; choose another `sweep`$"):
         command("sweep", *words, *given[:4])
 
 

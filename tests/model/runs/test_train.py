@@ -160,7 +160,7 @@ def test_a_student_learns_its_teachers_scores_of_the_uncertain_cells(make_job: C
     assert_same_run(student.run.with_name("parts"), student.run)
     # another teacher's scores are another configuration
     write_scores(file, taught, ["Edema"], 1 - scores[["Edema"]].to_numpy())
-    with pytest.raises(DataError, match=r"run of another configuration: teacher is [0-9a-f]{64} there and [0-9a-f]"):
+    with pytest.raises(DataError, match=r"run of another configuration: teacher is [0-9a-f]{64}, not [0-9a-f]"):
         make_job("student", **as_student)
 
 
@@ -437,7 +437,7 @@ def test_shards_without_a_dev_split_are_trained_on_with_patients_held_out(
     card = (run / "model-card.md").read_text()
     assert f"| train | {(~held).sum()} |" in card
     assert f"| dev | {held.sum()} |" in card
-    with pytest.raises(DataError, match=r"run of another configuration: dev is 0.2 there and 0.05 here"):
+    with pytest.raises(DataError, match=r"run of another configuration: dev is 0.2, not 0.05"):
         command("train", *own, "--seed", 3, "--lr", 1e-4)  # the default share
     message = f"^{undivided}: `dev` 1e-09 leaves no patient of train for dev; raise it$"
     with pytest.raises(DataError, match=message):
@@ -705,7 +705,7 @@ def test_a_finished_run_gets_more_epochs(
     assert extend(run) == 0
     again = f"{run}: finished, after step {3 * steps}; to train further, raise --epochs, or start another --run with"
     assert f"{again} --init {run}\n" in capsys.readouterr().err
-    with pytest.raises(DataError, match="another configuration: epochs is 3 there and 2 here"):
+    with pytest.raises(DataError, match="another configuration: epochs is 3, not 2"):
         extend(run, 2)
     # Stopped in between, it resumes exactly; what has not done its epochs gets no more.
     stop_after(3, lambda: extend(other))

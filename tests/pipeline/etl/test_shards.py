@@ -189,7 +189,7 @@ def test_a_run_does_not_go_on_with_other_versions(chexpert: Path, tmp_path: Path
     text = started.read_text()
     assert f'"simplejpeg": "{version("simplejpeg")}"' in text
     started.write_text(text.replace(f'"simplejpeg": "{version("simplejpeg")}"', '"simplejpeg": "0.1"'))
-    message = rf"holds other shards: simplejpeg is 0.1 there and {version('simplejpeg')} here; remove it"
+    message = rf"holds other shards: simplejpeg is 0.1, not {version('simplejpeg')}; remove it"
     with pytest.raises(DataError, match=message):
         make_shards(chexpert, tmp_path / "out", max_bad=0.5)
 
@@ -392,7 +392,7 @@ def test_policies_not_given_are_those_of_the_shards_there(chexpert: Path, tmp_pa
 
     assert policies("ignore", None) == {"uncertain": "best", "blank": "ignore"}
     assert policies(None, None) == {"uncertain": "best", "blank": "ignore"}
-    with pytest.raises(DataError, match=r"uncertain is best there and ones here"):
+    with pytest.raises(DataError, match=r"uncertain is best, not ones"):
         policies(None, "ones")
 
 
