@@ -150,8 +150,7 @@ def test_the_etl_writes_to_the_store_what_it_writes_to_a_folder(stored: object, 
     assert objects_of("chest/written/small") == expected
     other = subprocess.run([*command, "1", "--seed", "1"], capture_output=True, text=True, check=False)
     assert other.stderr == (
-        "Error: s3://chest/written/small holds other shards: seed is 0, not 1; "
-        "remove it, or name another folder\n"
+        "Error: s3://chest/written/small holds other shards: seed is 0, not 1; remove it, or name another folder\n"
     )
     assert objects_of("chest/written/small") == expected
 
