@@ -186,7 +186,7 @@ class Auditing:
     threads: int = option(count_cpus, "Decoding threads.", low=1, shown="all cores")
     html: Path | None = option(None, "Write a page with a heat map.", type=FILE)
     strict: bool = option(False, "Exit with 3 on any alarm.")
-    format: str = option("table", "csv: the counts alone.", choices=("table", "json", "csv"))
+    format: str = option("table", choices=("table", "json"))
 
 
 @command("audit", Auditing, example="pipeline audit shards --html audit.html")

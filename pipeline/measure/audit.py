@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.labels import LABELS, name_ages
-from pipeline.measure.delong import measure_areas, score_limits, score_variance, share_below
+from pipeline.measure.delong import measure_areas, score_limits, score_variance
 from pipeline.measure.metrics import FEW, Bools, Floats, Ints, Names
 
 THRESHOLD = 0.6  # an AUROC that no covariate of a sound data set should exceed
@@ -158,6 +158,7 @@ def predict(values: Floats, goal: Bools | Floats, used: Bools, patient: Ints) ->
     patients; NaN without a prediction. Predictions are ranks within their fold, as the models' levels differ by their
     training patients' share of positives.
     """
+    from scipy.stats import rankdata
     from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor  # take a second
     from threadpoolctl import threadpool_limits
 
@@ -176,7 +177,7 @@ def predict(values: Floats, goal: Bools | Floats, used: Bools, patient: Ints) ->
             model.fit(values[outside], goal[outside])
             rows = values[inside]
             predicted = model.predict_proba(rows)[:, 1] if goal.dtype == bool else model.predict(rows)
-            score[inside] = share_below(predicted, np.sort(predicted))
+            score[inside] = (rankdata(predicted) - 0.5) / len(predicted)
     return score
 
 

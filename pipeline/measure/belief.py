@@ -30,7 +30,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pipeline.measure.audit import DEVICES, predict, shorten
-from pipeline.measure.delong import Areas, combine, measure_areas, score_limits, score_variance
+from pipeline.measure.delong import Areas, combine, measure_areas, score_limits, score_variance, share_won
 from pipeline.measure.evaluate import Scored
 from pipeline.measure.evaluation import Evaluation
 from pipeline.measure.metrics import FEW, NO_LIMITS, Bools, Figure, Floats, Ints, Names, count_classes, label_cells
@@ -177,7 +177,10 @@ def measure_balanced(score: Floats, truth: Bools, patient: Names, covariates: Ma
     nothing = dict.fromkeys(("auroc", "low", "high", "positives", "negatives"))
     if not table:
         return nothing
-    propensity = fit_propensity(np.column_stack(table), truth)
+    from sklearn.linear_model import LogisticRegression  # takes half a second
+
+    features = np.column_stack(table)
+    propensity = LogisticRegression(C=np.inf, max_iter=1000).fit(features, truth).predict_proba(features)[:, 1]
     weight = np.where(truth, 1 - propensity, propensity)
     sums = [float(weight[side].sum()) for side in (truth, ~truth)]
     if min(sums) < 0.5:  # in images: the classes do not overlap
@@ -193,23 +196,9 @@ def measure_balanced(score: Floats, truth: Bools, patient: Names, covariates: Ma
     return {"auroc": auroc, "low": low, "high": high, "positives": positives, "negatives": negatives}
 
 
-def fit_propensity(features: Floats, truth: Bools) -> Floats:
-    """The chance [n] of a positive given features [n, C], by a logistic regression without a penalty."""
-    from sklearn.linear_model import LogisticRegression  # takes half a second
-
-    chances: Floats = LogisticRegression(C=np.inf, max_iter=1000).fit(features, truth).predict_proba(features)[:, 1]
-    return chances
-
-
 def weigh_pairs(score: Floats, truth: Bools, weight: Floats) -> tuple[float, Floats]:
     """The share of pairs, by the product of their weights, ranked correctly, ties half; and its influence [n]."""
-    order = np.argsort(score, kind="stable")
-    ranks = np.searchsorted(score[order], score, "left"), np.searchsorted(score[order], score, "right")
-    share = np.empty(len(score))
-    for side in (True, False):
-        others = np.concatenate([[0.0], np.cumsum(np.where(truth[order] == side, 0, weight[order]))])
-        below = (others[ranks[0]] + others[ranks[1]]) / 2 / others[-1]
-        share = np.where(truth == side, below if side else 1 - below, share)
+    share = share_won(score, truth, weight)
     totals = np.where(truth, weight[truth].sum(), weight[~truth].sum())
     auroc = float((weight * share / totals)[truth].sum())
     return auroc, weight * (share - auroc) / totals

@@ -211,10 +211,7 @@ def _measure_auroc(
     share = np.empty(len(score))
     for number in range(len(weights)):
         rows = strata == number
-        sides = truth & rows, ~truth & rows
-        for side, other in (sides, sides[::-1]):
-            share[side] = share_below(score[side], np.sort(score[other]))
-    share[~truth] = 1 - share[~truth]
+        share[rows] = share_won(score[rows], truth[rows], np.ones(rows.sum()))
     areas = np.bincount(strata, np.where(truth, share, 0)) / sizes[0]
     auroc = float(weights @ areas)
     own = np.where(truth, *sizes[:, strata])
@@ -292,8 +289,13 @@ def _cluster(cells: Floats, truth: Bools, codes: Ints, patients: int) -> _Cluste
     return _Clusters(influence, fewest, freedom, kish)
 
 
-def share_below(score: Floats, others: Floats) -> Floats:
-    """The share of the sorted others [m] that is below each score [n], ties counted half."""
-    sides = np.searchsorted(others, score, "left") + np.searchsorted(others, score, "right")
-    share: Floats = sides / (2 * len(others))
+def share_won(score: Floats, truth: Bools, weight: Floats) -> Floats:
+    """The share of the other class's weight [n] that each cell is on the right side of, ties counted half."""
+    order = np.argsort(score, kind="stable")
+    ranks = np.searchsorted(score[order], score, "left"), np.searchsorted(score[order], score, "right")
+    share = np.empty(len(score))
+    for side in (True, False):
+        others = np.concatenate([[0.0], np.cumsum(np.where(truth[order] == side, 0, weight[order]))])
+        below = (others[ranks[0]] + others[ranks[1]]) / 2 / others[-1]
+        share = np.where(truth == side, below if side else 1 - below, share)
     return share

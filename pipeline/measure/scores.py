@@ -166,37 +166,28 @@ def _read_table(path: Path) -> pa.Table:
 def _find_names(path: Path, table: pa.Table) -> tuple[pa.Array, str]:
     """The names of the rows, and whether they are of images or studies."""
     plain = {name.strip().lower().replace("_", " "): name for name in reversed(table.column_names)}
+    key, names, is_study = next((key for key in KEYS if key in plain), "study"), None, False
     try:
-        for key in KEYS:
-            if key in plain:
-                names = table[plain[key]].combine_chunks().cast(pa.string())
-                studies = bool(pc.all(pc.match_substring_regex(names, STUDY)).as_py()) and not _has_views(names)
-                return _complete(path, plain[key], names), "study" if studies else "image"
-        study = [table[plain[name]].combine_chunks().cast(pa.string()) for name in FACTS if name in plain]
+        known = {name: table[plain[name]].combine_chunks().cast(pa.string()) for name in (key, *FACTS) if name in plain}
     except pa.ArrowException as error:
         raise DataError(f"{path}: damaged, or not a file of scores: {quote(str(error), 200)}") from error
-    if len(study) == len(FACTS):
-        numbers = pc.replace_substring_regex(study[1], r"^study", "")
-        return _complete(path, "study", pc.binary_join_element_wise(study[0], numbers, "/study")), "study"
-    if "study" in plain:
-        names = table[plain["study"]].combine_chunks().cast(pa.string())
-        if pc.all(pc.match_substring_regex(names, STUDY)).as_py():
-            return _complete(path, plain["study"], names), "study"
-    raise DataError(
-        f"{path}: no column says whose row it is: {', '.join(KEYS[:5])}, or patient and study; "
-        "map one: `columns` key=NAME"
-    )
-
-
-def _has_views(names: pa.Array) -> bool:
-    return bool(pc.any(pc.match_substring_regex(names, r"/view[^/]+$")).as_py())
-
-
-def _complete(path: Path, name: str, names: pa.Array) -> pa.Array:
+    if key == "study" and known.keys() == set(FACTS):
+        numbers = pc.replace_substring_regex(known["study"], r"^study", "")
+        names, is_study = pc.binary_join_element_wise(known["patient"], numbers, "/study"), True
+    elif key in known:
+        names = known[key]
+        has_views = key != "study" and pc.any(pc.match_substring_regex(names, r"/view[^/]+$")).as_py()
+        is_study = pc.all(pc.match_substring_regex(names, STUDY)).as_py() and not has_views
+    if names is None or (key == "study" and not is_study):
+        raise DataError(
+            f"{path}: no column says whose row it is: {', '.join(KEYS[:5])}, or patient and study; "
+            "map one: `columns` key=NAME"
+        )
     row = pc.index(pc.or_kleene(names.is_null(), pc.equal(names, "")), True).as_py()
     if row >= 0:
-        raise DataError(f"{path}, {name_place(path, row)}, column {name}: blank, so nothing says whose row it is")
-    return names
+        column = plain[key]
+        raise DataError(f"{path}, {name_place(path, row)}, column {column}: blank, so nothing says whose row it is")
+    return names, "study" if is_study else "image"
 
 
 def _read_column(path: Path, name: str, column: pa.Array, logits: bool, calls: bool) -> Floats:
