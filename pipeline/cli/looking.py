@@ -15,7 +15,7 @@ from pipeline.command import EXISTING, EXISTING_FILE, FILE, FOLDER, PathOrUrl, c
 from pipeline.console import echo, progress_bar, refuse_usage, say, say_next
 from pipeline.judging import Judging
 from pipeline.labels import LABELS, STATES, VIEWS
-from pipeline.look.tables import print_report
+from pipeline.look.label_report import print_report
 from pipeline.manifest import NAME, find_blank, read_manifest
 from pipeline.measure.counts import (
     NO_GROUP,
@@ -196,7 +196,7 @@ def audit(given: Auditing) -> int:
     The patient's number, the projection, the original width, gray levels of border and corners, …: each alone, and
     all together in a model tested on other patients. A network may learn these instead, and fail elsewhere.
     """
-    from pipeline.look.tables import print_audit
+    from pipeline.look.label_report import print_audit
     from pipeline.measure.audit import audit_labels, find_covariates
     from pipeline.sources.load import learned_splits, load_tables
 

@@ -22,7 +22,7 @@ from pipeline.etl.planning import Options, preview_shards
 from pipeline.etl.shards import Execution, write_shards
 from pipeline.images import DOUBTS
 from pipeline.labels import parse_labels
-from pipeline.look.tables import print_report
+from pipeline.look.label_report import print_report
 from pipeline.manifest import find_restriction
 from pipeline.policies import BLANK_HELP, UNCERTAIN_HELP, check_blank_policy, parse_uncertain_policy
 from pipeline.sources.sets import OWN, SETS, find_source, find_terms, guess_command

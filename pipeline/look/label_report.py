@@ -1,27 +1,29 @@
-"""Statistics of a source → one self-contained HTML page with pictures.
+"""Counts and audits of labels → tables for a terminal, and one self-contained HTML page with pictures.
 
     pipeline stats shards --html labels.html
 
-The page shows the numbers of `pipeline stats --format json`, for every grouping the source has. Import it only to draw:
-matplotlib is slow to load. The same numbers and matplotlib version give the same bytes.
+The page shows the numbers of `pipeline stats --format json`, for every grouping the source has. The same numbers and
+matplotlib version give the same bytes.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 from markupsafe import Markup
-from matplotlib.axes import Axes
-from matplotlib.patches import Rectangle
 
 from pipeline.base import pages
-from pipeline.labels import STATES
-from pipeline.look import tables
-from pipeline.measure.audit import Audit
+from pipeline.base.errors import printable
+from pipeline.base.tabular import Table
+from pipeline.labels import LABELS, STATES
+from pipeline.measure.audit import Audit, Clue, shorten
 from pipeline.measure.counts import NO_GROUP, Statistics, count_cooccurrence, count_groups
 from pipeline.measure.metrics import Floats
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 NAMED_SHARE = 5.0  # percent: narrower bars have no room for a number
 STRENGTH = 0.55  # of the color at 100 %: numbers stay legible on light and dark backgrounds
@@ -36,7 +38,7 @@ def render_label_report(title: str, scope: str, report: Statistics, table: pa.Ta
     Groups are by every variable that splits the table into at least two.
     """
     counted = (count_groups(table, variable) for variable in NO_GROUP)
-    groups = [tables.tabulate_shares(by) for by in counted if len(by["groups"]) > 1]
+    groups = [tabulate_shares(by) for by in counted if len(by["groups"]) > 1]
     together = partial(draw_cooccurrence, cooccurrence=count_cooccurrence(table))
     page = pages.open_templates("pipeline.look").get_template("labels.html")
     return page.render(
@@ -46,7 +48,8 @@ def render_label_report(title: str, scope: str, report: Statistics, table: pa.Ta
         states=_draw(partial(draw_states, statistics=report), "share of images by state"),
         heat_map_together=_draw(together, "co-occurrence", (6.6, 6.0)),
         groups=groups,
-        tables=tables,
+        counts=tabulate_counts(report),
+        policy=tabulate_policy(report["policy"]) if "policy" in report else None,
         **_describe_audit(audit),
     )
 
@@ -65,16 +68,16 @@ def _describe_audit(audit: Audit) -> dict[str, object]:
     return {
         "audit": audit,
         "alarms": audit.describe_alarms(),
-        "table": tables.tabulate_audit(audit),
+        "table": tabulate_audit(audit),
         "heat_map": _draw(draw, "how well covariates predict labels", size) if covariates else None,
     }
 
 
-def _draw(draw: Callable[[Axes], None], description: str, inches: tuple[float, float] = (4.4, 4.0)) -> Markup:
+def _draw(draw: "Callable[[Axes], None]", description: str, inches: tuple[float, float] = (4.4, 4.0)) -> Markup:
     return pages.draw_svg(draw, description, inches, fitted=True)
 
 
-def draw_states(axes: Axes, statistics: Statistics) -> None:
+def draw_states(axes: "Axes", statistics: Statistics) -> None:
     """One 100 % bar per label: its images by state, hatched if not annotated."""
     labels = statistics["labels"]
     start = [0.0] * len(labels)
@@ -100,7 +103,7 @@ def draw_states(axes: Axes, statistics: Statistics) -> None:
     _name_rows(axes, list(labels), "share of images (%)")
 
 
-def draw_cooccurrence(axes: Axes, cooccurrence: Mapping[str, Mapping[str, int]]) -> None:
+def draw_cooccurrence(axes: "Axes", cooccurrence: Mapping[str, Mapping[str, int]]) -> None:
     """P(column | row) in percent, as a number and as strength of color.
 
     The diagonal, always 100, and rows without positives are left out.
@@ -116,7 +119,7 @@ def draw_cooccurrence(axes: Axes, cooccurrence: Mapping[str, Mapping[str, int]])
     axes.set_yticks(range(len(labels)), labels=labels)
 
 
-def draw_audit(axes: Axes, audit: Audit) -> None:
+def draw_audit(axes: "Axes", audit: Audit) -> None:
     """How well each covariate predicts each label: max(AUROC, 1 - AUROC), colored from .5 up; ! marks an alarm."""
     kinds: dict[str, str] = {}  # of each covariate: the first in KINDS, since some are content only for some labels
     for kind in KINDS:
@@ -140,8 +143,10 @@ def draw_audit(axes: Axes, audit: Audit) -> None:
             axes.axvline(max(places, default=-1) + 0.5, color=pages.PAPER, linewidth=4)
 
 
-def _draw_cells(axes: Axes, shares: Floats, texts: Sequence[Sequence[str]]) -> None:
+def _draw_cells(axes: "Axes", shares: Floats, texts: Sequence[Sequence[str]]) -> None:
     """A heat map of shares [R, C], with a text in each cell; NaN cells are gray and empty."""
+    from matplotlib.patches import Rectangle  # slow to load, and a terminal shows counts, too
+
     for (y, x), share in np.ndenumerate(shares):
         left_out = np.isnan(share)
         color = pages.BLANK if left_out else (pages.FIRST, STRENGTH * share)
@@ -155,7 +160,7 @@ def _draw_cells(axes: Axes, shares: Floats, texts: Sequence[Sequence[str]]) -> N
     axes.spines[:].set_visible(False)
 
 
-def _name_rows(axes: Axes, labels: list[str], xlabel: str) -> None:
+def _name_rows(axes: "Axes", labels: list[str], xlabel: str) -> None:
     """Put the first label on top and the legend above, without a frame."""
     axes.set_yticks(range(len(labels)), labels=labels)
     axes.set_ylim(len(labels) - 0.5, -0.5)
@@ -165,3 +170,97 @@ def _name_rows(axes: Axes, labels: list[str], xlabel: str) -> None:
     handles, _ = axes.get_legend_handles_labels()
     legend = axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=min(len(handles), 5), **LEGEND)
     legend.set_frame_on(False)
+
+
+def tabulate_counts(report: Statistics) -> Table:
+    """The four states of each label."""
+    columns = ["label", "positive", "uncertain", "negative", "blank"]
+    columns += ["not annotated"] if any("not_annotated" in row for row in report["labels"].values()) else []
+    rows = []
+    for label, counts in report["labels"].items():
+        *states, share = counts.values()
+        rows.append([label, *(f"{count:,}" for count in states), _percent(share)])
+    totals = ", ".join(f"{report[unit]:,} {unit}" for unit in ("images", "studies", "patients"))
+    return Table(totals, [*columns, "positive %"], rows, kind="counts")
+
+
+def tabulate_shares(groups: Statistics) -> Table:
+    """The share of positives in each group."""
+    columns = ["label", *(f"{name} (n = {group['images']:,})" for name, group in groups["groups"].items())]
+    rows = [
+        [label, *(_percent(group["labels"][label]["share_positive"]) for group in groups["groups"].values())]
+        for label in LABELS
+    ]
+    return Table(f"positive % by {groups['variable']}", columns, rows, kind="groups")
+
+
+def tabulate_policy(policies: Statistics) -> Table:
+    """The targets of each label under policies."""
+    columns = ["label", "uncertain", "positives", "negatives", "open", "masked", "mean target", "pos. weight"]
+    rows = [
+        [
+            label,
+            row["policy"],
+            *(f"{count:,}" for count in (row["positives"], row["negatives"], row["open"], row["masked"])),
+            *(pages.show_figure(figure) for figure in (row["mean_target"], row["pos_weight"])),
+        ]
+        for label, row in policies["labels"].items()
+    ]
+    return Table(f"under the policies below, and {policies['blank']} for blank", columns, rows, kind="policy")
+
+
+def print_report(report: Statistics) -> None:
+    """Print the counts per label, and a table for each requested section."""
+    tabulate_counts(report).print()
+    if "by" in report:
+        tabulate_shares(report["by"]).print()
+    if "policy" in report:
+        tabulate_policy(report["policy"]).print()
+
+
+def print_audit(audit: Audit) -> None:
+    """Print the alarms in words, and what predicts each label best, worst first."""
+    for text in audit.describe_alarms():
+        print(printable(f"{text}."))
+    tabulate_audit(audit).print()
+    if not audit.clues:
+        print(f"{audit.images:,} images of {audit.patients:,} patients: nothing to test.")
+    if audit.left_out:
+        print(f"Not tested: {', '.join(f'{name} ({reason})' for name, reason in audit.left_out.items())}.")
+    if audit.few:
+        print(f"Fewer than 10 patients in a class: {', '.join(audit.few)}.")
+
+
+def tabulate_audit(audit: Audit) -> Table:
+    """What predicts each label best, worst first; ! marks an alarm."""
+    best: dict[str, dict[str, Clue]] = {}
+    for clue in sorted(audit.clues, key=lambda clue: clue.kind == "content"):
+        best.setdefault(clue.label, {}).setdefault(clue.kind, clue)
+    columns = ["label", "AUROC", "95 %", "acquisition", "adjusted", "all together"]
+    if any("content" in kinds for kinds in best.values()):
+        columns += ["AUROC", "content (may be the disease)"]
+    rows = []
+    for label, kinds in best.items():
+        cells = ["–"] * (len(columns) - 1)
+        if alone := kinds.get("acquisition"):
+            cells[:4] = _mark(alone), alone.limits, alone.covariate, shorten(alone.adjusted)
+        if joint := kinds.get("together"):
+            cells[4] = _mark(joint)
+        if content := kinds.get("content"):
+            cells[5:] = shorten(content.strength), content.covariate
+        rows.append([label, *cells])
+    alarms = sum(clue.alarm for clue in audit.clues)
+    totals = f"{audit.images:,} images of {audit.patients:,} patients; alarms (!): {alarms}"
+    title = (
+        f"{totals}\nof {len(audit.clues)} tests, those whose lower limit, adjusted by Holm's method at level "
+        f"{audit.level}, is above {audit.threshold}"
+    )
+    return Table(title, columns, rows, kind="audit", folded=True)
+
+
+def _mark(clue: Clue) -> str:
+    return f"{'! ' if clue.alarm else ''}{shorten(clue.strength)}"
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.1f}"
