@@ -133,6 +133,12 @@ def line_of(csv: Path, row: int) -> int:
     return next(islice(_lines(csv), row + 1, None))[0]
 
 
+def read_data(folder: Path, name: str) -> list[dict[str, str]]:
+    """The rows of a CSV of this package: words, mappings, terms."""
+    with (folder / name).open(newline="", encoding="utf-8") as file:
+        return list(stdlib_csv.DictReader(file))
+
+
 def name_row(csv: Path | list[str], row: int) -> str:
     """The file and line of a row, or its name, if `csv` has the name of each."""
     return csv[row] if isinstance(csv, list) else f"{csv}, line {line_of(csv, row)}"

@@ -6,7 +6,6 @@ without a label says nothing about the 14 or, not annotated, nothing about any f
 all sets, whose findings are labels; docs/mappings.md says why.
 """
 
-import csv
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -16,11 +15,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.base.csvs import line_of
+from pipeline.base.csvs import line_of, read_data
 from pipeline.base.errors import DataError, quote
 from pipeline.labels import LABELS, NOT_ANNOTATED
 
-TABLE = Path(__file__).with_name("findings.csv")
 POSITIVE, EVERY = "positive", "all"
 Mask = npt.NDArray[np.bool_]
 
@@ -40,8 +38,7 @@ class Findings(NamedTuple):
 @cache
 def read_findings(dataset: str) -> Findings:
     """The findings of a data set, by its name in the table."""
-    with TABLE.open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["set"] == dataset]
+    rows = [row for row in read_data(Path(__file__).parent, "findings.csv") if row["set"] == dataset]
     names = [*dict.fromkeys(row["finding"] for row in rows)]
     positive, opened = np.zeros((2, len(names), len(LABELS)), np.bool_)
     speaks = np.ones(len(names), np.bool_)

@@ -45,7 +45,9 @@ class Plus(DataSet):
         """The table and the labels; None without the table. Raises DataError if there are no labels."""
         tables = super().find_tables(folder)
         if tables and len(tables) == 1:
-            raise DataError(f"{tables['table']} is there, but none of {', '.join(LABEL_FILES)}, train.csv")
+            raise DataError(
+                f"{folder}: missing beside {self.tables['table'][0]}: any of {', '.join(LABEL_FILES)}, train.csv"
+            )
         chosen = ("table", "labels") if tables and "labels" in tables else tuple(self.tables)
         return tables and {role: path for role, path in tables.items() if role in chosen}
 

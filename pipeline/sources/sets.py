@@ -29,7 +29,7 @@ SETS: dict[str, DataSet] = {
 OWN = ("table", "webdataset")  # users' own sets, whose columns are named
 # Sets that are recognized by their files.
 KNOWN = {kind.terms.name: kind for name, kind in SETS.items() if name not in OWN}
-DRAWN_NOTE = "SYNTHETIC.txt"  # beside the tables that `pipeline sample` writes
+SYNTHETIC_NOTE = "SYNTHETIC.txt"  # beside the tables that `pipeline sample` writes
 FOLDERS = 100  # that are searched for shards
 SHOWN = 4  # names of what is in a folder without a set
 
@@ -76,8 +76,8 @@ def find_terms(source: Source) -> Terms:
         return Terms(called, called, called, "not stated", "")
     if source.set == "webdataset":
         return webdataset.find_terms(source)
-    drawn = any((csv.parent / DRAWN_NOTE).exists() for csv in source.csvs.values())
-    return read_terms("sample") if drawn and source.set == "chexpert" else SETS[source.set].terms
+    is_synthetic = any((csv.parent / SYNTHETIC_NOTE).exists() for csv in source.csvs.values())
+    return read_terms("sample") if is_synthetic and source.set == "chexpert" else SETS[source.set].terms
 
 
 def numbers_studies(name: str, columns: Container[str]) -> bool:

@@ -1,6 +1,5 @@
 """`DataSet`, the description of a dataset; and what the modules of all datasets share."""
 
-import csv
 import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,7 +12,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.base.csvs import demand, demand_unique, read_header, read_strings
+from pipeline.base.csvs import demand, demand_unique, read_data, read_header, read_strings
 from pipeline.base.errors import DataError
 from pipeline.base.store import list_files
 from pipeline.identity import Note, ignore
@@ -43,8 +42,7 @@ class Terms(NamedTuple):
 @cache
 def read_terms(name: str) -> Terms:
     """The terms of a data set that terms.csv has."""
-    with Path(__file__).with_name("terms.csv").open(newline="") as file:
-        return next(Terms(**row) for row in csv.DictReader(file) if row["name"] == name)
+    return next(Terms(**row) for row in read_data(Path(__file__).parent, "terms.csv") if row["name"] == name)
 
 
 class Source(NamedTuple):
@@ -130,7 +128,7 @@ class DataSet:
         first = next(iter(self.tables))
         missing = [self.tables[role][0] for role in self.needed if role not in tables]
         if first in tables and missing:
-            raise DataError(f"{folder}: {tables[first].name} is there, but not {' and '.join(missing)}")
+            raise DataError(f"{folder}: missing beside {tables[first].name}: {', '.join(missing)}")
         return tables if first in tables else None
 
     def find_roots(self, homes: Sequence[Path]) -> list[Path]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.base.csvs import name_row, read_strings
+from pipeline.base.csvs import name_row, read_data, read_strings
 from pipeline.base.errors import DataError, quote
 from pipeline.labels import LABELS, NOT_ANNOTATED, POSITIONS, STATES, find_label, suggest
 
@@ -33,8 +33,8 @@ def fold(word: str) -> str:
 @cache
 def read_words(kind: str) -> dict[str, str]:
     """Folded word → its meaning."""
-    with Path(__file__).with_name("words.csv").open(newline="", encoding="utf-8") as file:
-        return {fold(row["word"]): row["meaning"] for row in csv.DictReader(file) if row["kind"] == kind}
+    rows = read_data(Path(__file__).parent, "words.csv")
+    return {fold(row["word"]): row["meaning"] for row in rows if row["kind"] == kind}
 
 
 def read_views() -> dict[str, str]:

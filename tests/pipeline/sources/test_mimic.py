@@ -60,7 +60,7 @@ def test_a_table_that_is_missing_is_named(folder: Path) -> None:
     (folder / "mimic-cxr-2.0.0-metadata.csv.gz").unlink()
     failed = run_pipeline("shards", folder, folder.parent / "out")
     assert failed.stderr == (
-        f"Error: {folder}: mimic-cxr-2.0.0-split.csv.gz is there, but not mimic-cxr-2.0.0-metadata.csv\n"
+        f"Error: {folder}: missing beside mimic-cxr-2.0.0-split.csv.gz: mimic-cxr-2.0.0-metadata.csv\n"
     )
     failed = run_pipeline("stats", folder / "mimic-cxr-2.0.0-split.csv.gz")
     assert failed.stderr.endswith("one of several tables of MIMIC-CXR-JPG; name the folder that holds them\n")

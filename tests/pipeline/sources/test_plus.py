@@ -60,7 +60,7 @@ def test_dicoms_are_read_where_there_are_no_pngs(folder: Path) -> None:
 def test_labels_that_are_missing_are_named(folder: Path) -> None:
     (folder / "chexbert_labels" / "report_fixed.json").unlink()
     failed = run_pipeline("shards", folder, folder.parent / "out")
-    assert f"{TABLE} is there, but none of chexbert_labels/report_fixed.json, " in failed.stderr
+    assert f": missing beside {TABLE}: any of chexbert_labels/report_fixed.json, " in failed.stderr
 
 
 def test_chexpert_s_own_labels_are_read_without_chexbert_s(folder: Path) -> None:
