@@ -301,9 +301,11 @@ def _decode_levels(plain: bytes, depth: int, clear: bytes | None) -> tuple[Level
         return levels, stored[:, :, 3] >> (depth - 8)
     if clear is None:
         return levels, None
+    colors = levels.reshape(*levels.shape[:2], -1)
+    if len(clear) != 2 * colors.shape[2]:
+        raise ValueError("its transparent level is damaged")
     level = (np.frombuffer(clear, ">u2") & (2**depth - 1)) * (255 // (2**depth - 1) or 1)
-    is_clear = levels == level if levels.ndim == 2 else (levels == level).all(axis=2)
-    return levels, np.where(is_clear, 0, 255)
+    return levels, np.where((colors == level).all(axis=2), 0, 255)
 
 
 def _choose_full(highest: int, stated: int | None, bits: int | None) -> tuple[int, tuple[str, ...]]:

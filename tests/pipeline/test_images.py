@@ -270,6 +270,10 @@ def test_unreadable_data_says_why(gray: Image.Image) -> None:
         (head + chunk(b"IEND", b""), "not a readable PNG: it does not start with its header"),
         (bare, "not a readable PNG: "),
         (make_png(b"\0" * 9, 16, 1, 8, 0), "not a readable PNG: its pixels are damaged"),  # 9 bytes of 17
+        (
+            make_png(b"\0" * 4, 1, 1, 8, 2, chunk(b"tRNS", b"\0\7")),
+            "not a readable PNG: its transparent level is damaged",
+        ),
         (encode(gray, format="PNG", **several), "more than one frame"),
         (encode(gray, format="MPO", **several), "more than one frame"),
     ):
