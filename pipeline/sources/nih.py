@@ -14,11 +14,11 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.base.csvs import demand, line_of
+from pipeline.base.csvs import demand
 from pipeline.base.errors import DataError
 from pipeline.base.store import list_folders, open_to_read
-from pipeline.identity import Note, ignore, join, normalize_paths
-from pipeline.sources.source import AGE, Column, DataSet, Source, divide, list_images, read_terms
+from pipeline.identity import Note, ignore, normalize_paths
+from pipeline.sources.source import AGE, Column, DataSet, Source, list_images, read_terms
 
 TABLES = ("Data_Entry_2017_v2020.csv", "Data_Entry_2017.csv")
 LISTS = {"train": "train_val_list.txt", "test": "test_list.txt"}
@@ -44,25 +44,19 @@ class Nih(DataSet):
         table = self.read_table(csvs["table"])
         if "train" not in csvs:
             return {"train": table}
-        listed = {}
-        for split in LISTS:
+        images = normalize_paths(table["path"])
+        listed: dict[str, pa.Array] = {}
+        for split, name in LISTS.items():
             with open_to_read(csvs[split]) as file:
-                listed[split] = file.read().decode("utf-8-sig", errors="replace").split()
-        names = pa.array([name for names in listed.values() for name in names], pa.string())
-        rows = pa.table({"list": [LISTS[split] for split, names in listed.items() for _ in names]})
-        lists = csvs["train"].with_name(" and ".join(LISTS.values()))
-
-        def find_line(_: Path, row: int) -> int:
-            return row + 1 if row < len(listed["train"]) else row + 1 - len(listed["train"])
-
-        place = join(table["path"], lists, rows, names, "images", note, normalize_paths, find_line)
-        row = pc.index(place.is_null(), True).as_py()
-        if row >= 0:
-            raise DataError(
-                f"{csvs['table']}, line {line_of(csvs['table'], row)}: {table['path'][row]} is in neither "
-                f"{' nor '.join(LISTS.values())}"
-            )
-        return divide(table, rows["list"].take(place), {name: split for split, name in LISTS.items()})
+                names = pa.array(file.read().decode("utf-8-sig", errors="replace").split(), pa.string())
+            listed[split] = pc.is_in(images, value_set=normalize_paths(names))
+            if missing := pc.sum(pc.invert(pc.is_in(normalize_paths(names), value_set=images))).as_py():
+                note(f"{name}: {missing:,} of its images are not in the data set")
+        both, either = (combine(listed["train"], listed["test"]) for combine in (pc.and_, pc.or_))
+        column, lists = "Image Index", LISTS.values()
+        demand(csvs["table"], column, table["path"], pc.invert(both), f"is in both {' and '.join(lists)}")
+        demand(csvs["table"], column, table["path"], either, f"is in neither {' nor '.join(lists)}")
+        return {split: table.filter(rows) for split, rows in listed.items()}
 
     def read_text(self, csv: Path) -> pa.Table:
         """The columns needed. Raises DataError for No Finding beside a finding."""

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 
 from pipeline.base.csvs import name_row, read_data, read_strings
 from pipeline.base.errors import DataError, quote
-from pipeline.labels import LABELS, NOT_ANNOTATED, POSITIONS, STATES, find_label, suggest
+from pipeline.labels import LABELS, NOT_ANNOTATED, POSITIONS, STATES, describe_unknown, find_label, suggest
 
 MEANINGS = STATES | {"not annotated": NOT_ANNOTATED}
 NUMBERS = {1.0: 1, 0.0: 0, -1.0: -1, -2.0: NOT_ANNOTATED}  # the last as in our own shards
@@ -53,20 +53,22 @@ def parse_values(text: str) -> Values:
 
     Raises DataError.
     """
-    pairs = []
+    values: dict[str, int | None] = {}
     for part in next(csv.reader([text], skipinitialspace=True)):
         word, _, state = part.rpartition("=")
         label, colon, rest = word.partition(":")
-        if colon and (name := find_label(label.strip())):
+        if colon and (name := find_label(label.strip()) or suggest(label, LABELS)):
+            if name.casefold() != label.strip().casefold():
+                raise DataError(describe_unknown(label, LABELS))
             word = f"{name}:{rest.strip()}"
         try:
             meaning = parse_state(state)
         except (KeyError, ValueError):
             word = ""
-        if not word:
-            raise DataError(f"'{part}' is not like maybe=-1 or Edema:maybe=-1; states are {CHOICES}")
-        pairs.append((word, meaning))
-    return tuple(pairs)
+        if not word or word in values:
+            raise DataError(f"'{part}' is not like maybe=-1 or Edema:maybe=-1, each word once; states are {CHOICES}")
+        values[word] = meaning
+    return tuple(values.items())
 
 
 def find_states(column: pa.ChunkedArray, label: str, values: Values = ()) -> tuple[pa.Array, list[str]]:
@@ -110,7 +112,7 @@ def read_states(
 
 def ask_values(words: Iterable[str]) -> str:
     """The option that gives unknown words a meaning, which is left open; nothing without words."""
-    pairs = [f"{word}=?" for word in dict.fromkeys(words)][:SHOWN]
+    pairs = [f'"{word}"=?' if "," in word else f"{word}=?" for word in dict.fromkeys(words)][:SHOWN]
     return f" `values` {shlex.quote(','.join(pairs))}" if pairs else ""
 
 

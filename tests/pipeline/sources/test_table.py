@@ -134,10 +134,12 @@ def test_a_hospital_s_table_becomes_shards_by_the_command_that_is_guessed(hospit
     assert read_manifest(out).options["values"] == {"maybe": -1, "Edema:Maybe": 0, "unclear": -2}
 
 
-@pytest.mark.parametrize("text", ["maybe", "maybe=2", "=1", "Edema:=x"])
+@pytest.mark.parametrize("text", ["maybe", "maybe=2", "=1", "Edema:=x", "a=1,a=1"])
 def test_values_are_words_and_states(text: str) -> None:
-    with pytest.raises(DataError, match=rf"^'{text}' is not like maybe=-1 or Edema:maybe=-1; states are 1, 0, -1, "):
+    with pytest.raises(DataError, match=" is not like maybe=-1 or Edema:maybe=-1, each word once; states are 1, 0, "):
         parse_values(text)
+    with pytest.raises(DataError, match=r"^'Effusion' is none of .*; did you mean Pleural Effusion\?$"):
+        parse_values("Effusion:yes=1")
     assert parse_values('"yes, mild"=yes,edema: no =0') == (("yes, mild", 1), ("Edema:no", 0))
 
 
