@@ -211,15 +211,10 @@ def audit(given: Auditing) -> int:
         from pipeline.look.pixels import measure_shards
 
         chosen = [(source, [split] if split else learned_splits(read_manifest(source).splits)) for source in sources]
-        done = 0
         with progress_bar("Measuring", "images") as advance:
-
-            def count(measured: int) -> None:
-                nonlocal done
-                done += measured
-                advance(done, table.num_rows)
-
-            edge, content = measure_shards(chosen, views, given.threads, count)
+            edge, content = measure_shards(
+                chosen, views, given.threads, lambda measured: advance(measured, table.num_rows)
+            )
     if "file_bytes" in table.column_names:
         content["file bytes"] = table["file_bytes"].to_numpy().astype(float)
         content.pop("stored bytes", None)  # the same, if files are stored unchanged

@@ -7,7 +7,7 @@ which groups it is worse. `templates/report.html` is the layout; tables come fro
 from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib.resources import files
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from markupsafe import Markup
@@ -23,6 +23,8 @@ from pipeline.measure.metrics import FEW, Bools, Curve, Floats, label_cells, net
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+DOT = {"marker": "o", "color": SECOND, "markersize": 4}
+DIAMOND = {"marker": "D", "color": THIRD, "markersize": 3.5}
 WARNING = "For research. Not for clinical use."
 
 Panels = list[tuple[str, str, Markup]]  # name, caption and picture
@@ -129,7 +131,7 @@ def draw_curves(evaluation: Evaluation, images: Scored) -> dict[str, Panels]:
         error, fitted = (judged.show(evaluation.get(metric, name)) for metric in ("ece", "ece_calibrated"))
         by = f" → {fitted}, T {show_figure(temperature)}, b {show_figure(bias)}"
         curves = {
-            "ROC": (f"AUROC {auroc.shown}", partial(_draw_roc, curve, dot)),
+            "ROC": (f"AUROC {auroc.shown}", partial(_draw_roc, curve, [dot], DOT)),
             "precision-recall": (f"AUPRC {auprc.shown}", partial(_draw_pr, curve)),
             "reliability": (
                 f"ECE {error}{by if temperature else ''}",
@@ -158,7 +160,7 @@ def draw_readers(evaluation: Evaluation, images: Scored) -> Panels:
         ]
         points = [pair for pair in rates if None not in pair]
         if points and not truth.all() and truth.any():
-            draw = partial(_draw_readers, threshold_curve(score, truth), points)
+            draw = partial(_draw_roc, threshold_curve(score, truth), points, DIAMOND)
             svg = draw_svg(draw, f"readers beside the ROC curve of {name}", (2.1, 2.0), unit=True)
             panels.append((name, f"{judged.count_below(evaluation, name)} readers below the curve", svg))
     return panels
@@ -182,19 +184,14 @@ def _draw_forest(evaluation: Evaluation, axes: "Axes") -> None:
     axes.tick_params(axis="y", length=0)
 
 
-def _draw_readers(curve: Curve, points: Sequence[Sequence[float | None]], axes: "Axes") -> None:
-    _draw_roc(curve, [None, None], axes)
-    sensitivity, specificity = np.array(points, float).T
-    axes.plot(1 - specificity, sensitivity, "D", color=THIRD, markersize=3.5)
-
-
-def _draw_roc(curve: Curve, chosen: Sequence[float | None], axes: "Axes") -> None:
+def _draw_roc(curve: Curve, points: Sequence[Sequence[float | None]], style: Mapping[str, Any], axes: "Axes") -> None:
+    """The ROC curve, and points of sensitivity and specificity in a style of matplotlib."""
     hits, alarms = curve.true_positives, curve.false_positives
     axes.plot([0, 1], [0, 1], ":", color=FAINT)
     axes.plot([0, *alarms / alarms[-1]], [0, *hits / hits[-1]], color=FIRST)
-    sensitivity, specificity = chosen
-    if sensitivity is not None and specificity is not None:
-        axes.plot(1 - specificity, sensitivity, "o", color=SECOND, markersize=4)
+    for sensitivity, specificity in points:
+        if sensitivity is not None and specificity is not None:
+            axes.plot(1 - specificity, sensitivity, **style)
     axes.set(xlabel="1 − specificity", ylabel="sensitivity")
 
 

@@ -39,7 +39,7 @@ def measure_shards(
 ) -> tuple[dict[str, Floats], dict[str, Floats]]:
     """Acquisition and content covariates [N] of the images of folders' splits, of these views, one after the other.
 
-    `progress` is called with the number of images just measured. Raises DataError for a damaged image.
+    `progress` is called with the number of images measured so far. Raises DataError for a damaged image.
     """
     at_edge: list[dict[str, Floats]] = []
     content: list[dict[str, Floats]] = []
@@ -52,8 +52,8 @@ def measure_shards(
             pixels = batch.images[:, 0]
             at_edge.append(measure_edge(pixels))
             stored = images.split.length[batch.step.images].astype(float)
-            content.append(measure_whole(pixels) | {"stored bytes": stored})
-            progress(len(pixels))
+            content.append(measure_content(pixels) | {"stored bytes": stored})
+            progress(sum(len(part["sharpness"]) for part in content))
     return _concatenate(at_edge), _concatenate(content)
 
 
@@ -77,7 +77,7 @@ def measure_edge(pixels: npt.NDArray[np.uint8]) -> dict[str, Floats]:
     return measured
 
 
-def measure_whole(pixels: npt.NDArray[np.uint8]) -> dict[str, Floats]:
+def measure_content(pixels: npt.NDArray[np.uint8]) -> dict[str, Floats]:
     """Content covariates of images uint8 [N, 224, 224]; sharpness is the variance of the Laplacian."""
     return {
         "mean gray level": pixels.mean(axis=(1, 2)),

@@ -29,7 +29,7 @@ from pipeline.measure.metrics import FEW, Bools, Floats, Ints, Names
 
 THRESHOLD = 0.6  # an AUROC that no covariate of a sound data set should exceed
 LEVEL = 0.05
-TOGETHER = "all together"
+PATIENT, TOGETHER = "patient number", "all together"
 DEVICES = "Support Devices"
 FOLDS = 5
 MOST_PATIENTS = 20_000  # for the model of all covariates together
@@ -224,34 +224,37 @@ def _adjust(tests: Sequence[Test]) -> Iterator[Clue]:
         yield replace(clue, adjusted=adjusted, exceeds=rejected)
 
 
+def find_covariates(table: pa.Table) -> dict[str, Floats]:
+    """Covariates [N] of a label table's rows that differ between images, by their readable names."""
+    covariates = _read_covariates(table)
+    return {name: value for name, value in covariates.items() if len(np.unique(value[~np.isnan(value)])) > 1}
+
+
 def _explain_left_out(table: pa.Table, used: Mapping[str, Floats]) -> dict[str, str]:
     """The reason for each acquisition covariate of a table that is not used."""
-    names = {"patient": "patient number", **NUMBERS, **{column: pair[1] for column, pair in PAIRS.items()}}
     reasons = {}
-    for column, name in names.items():
-        if name in used:
-            continue
-        if column not in table.column_names or table[column].null_count == table.num_rows:
-            reasons[name] = "unknown"
-        elif column == "patient" and pc.count_distinct(table[column]).as_py() > 1:
-            reasons[name] = "not every name ends in a number"
-        else:
-            reasons[name] = "the same in all images"
+    for name, value in _read_covariates(table).items():
+        if name not in used:
+            unknown = "not every name ends in a number" if name == PATIENT else "unknown"
+            reasons[name] = unknown if np.isnan(value).all() else "the same in all images"
     return reasons
 
 
-def find_covariates(table: pa.Table) -> dict[str, Floats]:
-    """Covariates [N] of a label table's rows, by their readable names."""
-    covariates = {"patient number": _read_numbers(table["patient"])}
+def _read_covariates(table: pa.Table) -> dict[str, Floats]:
+    """All covariates [N] of a label table's rows, NaN if unknown."""
+    unknown = np.full(table.num_rows, np.nan)
+    digits = pc.struct_field(pc.extract_regex(table["patient"], r"(?P<number>\d{1,15})$"), "number")
+    covariates = {PATIENT: unknown if digits.null_count else digits.cast(pa.float64()).to_numpy()}
     for column, name in NUMBERS.items():
-        if column in table.column_names:
-            covariates[name] = pc.fill_null(table[column].cast(pa.float64()), np.nan).to_numpy()
+        known = column in table.column_names
+        covariates[name] = pc.fill_null(table[column].cast(pa.float64()), np.nan).to_numpy() if known else unknown
     for column, pair in PAIRS.items():
         place = pc.index_in(table[column], value_set=pa.array(pair))
         covariates[pair[1]] = pc.fill_null(place.cast(pa.float64()), np.nan).to_numpy()
-    for value in table["set"].unique().to_pylist() if "set" in table.column_names else ():
+    sets = table["set"].unique().to_pylist() if "set" in table.column_names else []
+    for value in sets if len(sets) > 1 else ():
         covariates[f"set {value}"] = pc.equal(table["set"], value).cast(pa.float64()).to_numpy()
-    return {name: value for name, value in covariates.items() if len(np.unique(value[~np.isnan(value)])) > 1}
+    return covariates
 
 
 def find_strata(table: pa.Table) -> dict[str, Names]:
@@ -267,12 +270,3 @@ def find_strata(table: pa.Table) -> dict[str, Names]:
     if "set" in table.column_names:
         strata["set"] = table["set"].to_numpy()
     return {variable: names for variable, names in strata.items() if len(set(names.tolist()) - {""}) > 1}
-
-
-def _read_numbers(patient: pa.ChunkedArray) -> Floats:
-    """The number that each patient's name ends in; all NaN if any name ends in none."""
-    digits = pc.struct_field(pc.extract_regex(patient, r"(?P<number>\d{1,15})$"), "number")
-    if digits.null_count:
-        return np.full(len(patient), np.nan)
-    numbers: Floats = digits.cast(pa.float64()).to_numpy()
-    return numbers

@@ -40,6 +40,7 @@ from pipeline.measure.metrics import (
     wilson_limits,
 )
 
+ERRORS = {"brier": brier_score, "ece": calibration_error}
 AREAS = {"auroc": measure_areas, "auprc": measure_precision}
 DECISIONS = (0.05, 0.1, 0.2, 0.3, 0.5)  # probabilities at which to act, for the net benefit
 KEPT = 0.6  # the AUROC above which a label is still recognized in altered images
@@ -153,8 +154,16 @@ def _add_level(evaluation: Evaluation, level: str, rows: Scored, calibration: Ma
     evaluation.add(level, None, "patients", len(np.unique(rows.patient)))
     measured = {metric: measure(*rows[:4]) for metric, measure in AREAS.items()}
     cells = {cell.label: cell for cell in label_cells(names, *rows[:4])}
-    calibrated = evaluation.head["sensitivity"] is not None
-    figures = {name: _measure(cell, calibration[name] if calibrated else None) for name, cell in cells.items()}
+    figures: dict[str, Figure] = {}
+    for name, cell in cells.items():
+        scores = {"": cell.score}
+        if evaluation.head["sensitivity"] is not None:
+            scores["_calibrated"] = apply_calibration(cell.score, calibration[name])
+        figures[name] = {
+            f"{metric}{suffix}": measure(score, cell.truth)
+            for suffix, score in scores.items()
+            for metric, measure in ERRORS.items()
+        }
     for label, over in average(names, rows).items():
         counts = count_classes(cells[label].truth, cells[label].patient) if label in cells else {}
         for metric, area in measured.items():
@@ -164,16 +173,6 @@ def _add_level(evaluation: Evaluation, level: str, rows: Scored, calibration: Ma
             evaluation.add(level, label, metric, value, **counts)
     for name, cell in cells.items():
         _add_decisions(evaluation, level, cell, calibration[name])
-
-
-def _measure(cells: Cells, fit: Calibration | None) -> Figure:
-    """A finding's errors, of its scores and, if there is a fit, of its calibrated scores."""
-    figures: Figure = {}
-    scores = {"": cells.score} | ({"_calibrated": apply_calibration(cells.score, fit)} if fit else {})
-    for suffix, score in scores.items():
-        figures[f"brier{suffix}"] = brier_score(score, cells.truth)
-        figures[f"ece{suffix}"] = calibration_error(score, cells.truth)
-    return figures
 
 
 def average(names: Sequence[str], rows: Scored) -> dict[str, list[str]]:
@@ -197,11 +196,6 @@ def _add_decisions(evaluation: Evaluation, level: str, cells: Cells, fit: Calibr
     for at in DECISIONS if len(truth) else ():
         for metric, figure in decide(calibrated, truth, patient, at).items():
             evaluation.add(level, name, metric, group=f"at {at}", **figure)
-
-
-def first_threshold(fit: Calibration) -> float | None:
-    """The threshold of groups' TPR: Youden's, which comes first, or the user's."""
-    return next(iter(fit["thresholds"].values()), None)
 
 
 def _list_values(fact: Names) -> tuple[str, ...]:
@@ -268,7 +262,8 @@ def _add_group(
     """Add a group's figures; yield each label's calls of its positives, if these are of 10 patients."""
     names, level = evaluation.labels, evaluation.unit
     for name, score, truth, patient in label_cells(names, *rows[:4]):
-        counts, threshold = count_classes(truth, patient), first_threshold(fits[name])
+        counts = count_classes(truth, patient)
+        threshold = next(iter(fits[name]["thresholds"].values()), None)  # Youden's, which comes first, or the user's
         evaluation.add(level, name, "auroc", group=group, **combine(measured, weigh_labels(names, [name])), **counts)
         tpr = NO_LIMITS if threshold is None else measure_rates(threshold, score, truth, patient)["sensitivity"]
         evaluation.add(level, name, "tpr", group=group, **tpr, **counts)

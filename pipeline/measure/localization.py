@@ -115,7 +115,9 @@ def measure_localization(cells: Sequence[Cell]) -> dict[str, Any]:
             "p": exceedance(share[rows], patient[rows], int(hit[rows].sum())),
             "fixed": float(fixed[rows].mean()),
             "iou": limits["value"],
-            "iou_limits": NO_LIMITS if patients < FEW else {end: limits[end] for end in NO_LIMITS},
+            "iou_limits": NO_LIMITS
+            if patients < FEW
+            else {"low": max(limits["low"], 0), "high": min(limits["high"], 1)},
         }
     return {"threshold": THRESHOLD, "labels": labels}
 
