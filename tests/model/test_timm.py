@@ -15,6 +15,8 @@ from model.checkpoint import CheckpointError, load_checkpoint
 from model.initial import read_start
 from model.names import Input, check_arch, own_input
 from model.networks import Head, build_network, find_head, load_initial
+from model.runs.config import Config, Setup
+from model.runs.job import open_job
 from pipeline.base.errors import DataError
 from pipeline.labels import LABELS
 from pipeline.manifest import Manifest
@@ -61,23 +63,27 @@ def test_without_timm_its_networks_say_how_to_install_it(monkeypatch: pytest.Mon
     build_network("rescnn", 14)
 
 
-def test_a_run_keeps_the_networks_own_input(sample_shards: tuple[Path, Manifest], tmp_path: Path) -> None:
-    """Its size and its gray scale, from config.json through best.pt to scores and the exported network."""
+def test_a_run_keeps_the_networks_input(sample_shards: tuple[Path, Manifest], tmp_path: Path) -> None:
+    """Its size and gray scale, from the initial weights through best.pt to scores and the exported network."""
     assert own_input("timm/resnet10t") == Input("176", False, 114.495, 57.63)
     assert own_input("timm/vit_tiny_patch16_224?depth=2") == Input("224", True, 127.5, 127.5)
     assert own_input("timm/vit_base_patch16_sapiens2") == Input("1024x768", False, 114.495, 57.63)
-    run, shards = tmp_path / "run", sample_shards[0]
-    options = ["--shards", shards, "--run", run, "--arch", "timm/test_resnet", "--no-pretrained", "--epochs", 1]
-    assert call_train(*options, "--limit", 16, "--batch-size", 16) == 0
+    run, shards, arch = tmp_path / "run", sample_shards[0], "timm/vit_tiny_patch16_224?depth=2&drop_path_rate=0.1"
+    setup = Setup(shards=(str(shards),))
+    assert open_job(Config(arch=arch, pretrained=False), setup, run).config.image_size == "224"
+    path = tmp_path / "weights.pth"
+    torch.save({"model": timm.create_model("vit_tiny_patch16_224", depth=2).state_dict()}, path)
+    options = ["--shards", shards, "--run", run, "--arch", arch, "--init", path, "--image-size", "96x80"]
+    assert call_train(*options, "--epochs", 1, "--limit", 16, "--batch-size", 16, "--layer-decay", 0.5) == 0
     config = json.loads((run / "config.json").read_text())
-    assert (config["image_size"], config["input_scale"]) == ("160", [127.5, 127.5])
+    assert (config["image_size"], config["input_scale"]) == ("96x80", [127.5, 127.5])
     assert load_checkpoint(run / "best.pt")["pixels"] == {"mean": 127.5, "std": 127.5}
     assert json.loads((run / "environment.jsonl").read_text())["packages"]["timm"] == timm.__version__
 
     assert call_train("export", "--run", run, "--out", tmp_path / "network.pt2") == 0
-    network = build_network("timm/test_resnet", 14).eval()
+    network = build_network(arch, 14, (96, 80)).eval()
     network.load_state_dict(load_checkpoint(run / "best.pt")["weights"])
-    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 1, 160, 160), np.uint8))
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 1, 96, 80), np.uint8))
     exported = torch.export.load(tmp_path / "network.pt2").module()
     with torch.no_grad():
         scores = network(images.float() / 127.5 - 1).sigmoid()
@@ -85,6 +91,10 @@ def test_a_run_keeps_the_networks_own_input(sample_shards: tuple[Path, Manifest]
     fits = json.loads((run / "calibration.json").read_text())["image"]
     expected = apply_calibrations(LABELS, scores.numpy(), fits)
     np.testing.assert_allclose(calibrated, expected, rtol=0, atol=1e-5)
+    film = next((shards.parent / "CheXpert-v1.0-small" / "valid").rglob("*.jpg"))
+    out = ("--out", tmp_path / "scores.csv", "--heatmaps", tmp_path / "maps")
+    assert call_train("predict", "--run", run, *out, film) == 0
+    assert len(list((tmp_path / "maps").iterdir())) == 1
     for arch, size, reason in (
         ("timm/vit_tiny_patch16_224", "100x80", "the sides must be multiples of 16; its own --image-size is 224"),
         ("timm/maxvit_tiny_tf_224", "96x80", r"width \(5\) must be divisible by window \(2\); its own"),
