@@ -132,12 +132,15 @@ class Prediction(Workers, Decided):
     heatmaps: Path | None = option(None, "Also write heat maps to this folder.", type=FOLDER, metavar="DIR")
     heatmap_labels: int = option(1, "Number of labels per image, by score.", low=1)
 
-    def check(self, files: Sequence[Path]) -> None:
-        """Before scoring, refuse unwritable output and input without images."""
-        from model.runs.views import IMAGE_SUFFIXES, count_others
+    def find(self) -> list[Path]:
+        """The image files. Before scoring, refuses unwritable output and input without images."""
+        from model.runs.views import IMAGE_SUFFIXES, find_images
 
+        files: list[Path] = []
         for path in self.images:
-            for suffix, count in count_others(path).items():
+            images, others = find_images(path)
+            files += images
+            for suffix, count in others.items():
                 say(f"{path}: {count:,} {suffix} files skipped: only JPEG, PNG and DICOM can be read")
         same = any(self.out.exists() and file.samefile(self.out) for file in files)
         refuse_usage(same, f"--out {self.out} is one of the images")
@@ -145,6 +148,7 @@ class Prediction(Workers, Decided):
         if not files:
             raise DataError(f"{', '.join(map(str, self.images))}: no {', '.join(IMAGE_SUFFIXES)} file")
         check_folders(runs=self.runs)
+        return files
 
     def group(self, files: Sequence[Path], predictor: "Predictor") -> dict[str, list[Path]]:
         """The files of each scored sample, by sample name."""
@@ -165,10 +169,7 @@ def predict_command(given: Prediction) -> int:
     Of several runs, the mean of their calibrated scores. A run on studies scores the images of a study together;
     --group-by combines scores of images, as evaluate does.
     """
-    from model.runs.views import find_images
-
-    files = [file for path in given.images for file in find_images(path)]
-    given.check(files)
+    files = given.find()
     from model.runs.predictor import open_predictor
 
     predictor, out = open_predictor(given.runs), given.out

@@ -31,23 +31,20 @@ class View(NamedTuple):
     fault: str = ""
 
 
-def find_images(path: Path) -> list[Path]:
-    """The file itself, or the image files below a folder, sorted."""
+def find_images(path: Path) -> tuple[list[Path], dict[str, int]]:
+    """The file itself, or the image files below a folder, sorted; and how many other files it has, by suffix."""
     if path.is_file():
-        return [path]
-    return sorted(file for file in path.rglob("*") if _is_image(file))
-
-
-def count_others(path: Path) -> dict[str, int]:
-    """How many files of each other suffix are below a folder; none for a file."""
-    others = (file for file in path.rglob("*") if file.is_file() and not _is_image(file))
-    return dict(sorted(Counter(file.suffix.lower() or "other" for file in others).items()))
+        return [path], {}
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    images = {file: None for file in files if _is_image(file)}
+    others = Counter(file.suffix.lower() or "other" for file in files if file not in images)
+    return list(images), dict(sorted(others.items()))
 
 
 def _is_image(file: Path) -> bool:
     """Whether the suffix is an image's or, because DICOM files often have none, the content is DICOM."""
-    if file.suffix.lower() in IMAGE_SUFFIXES or not file.is_file() or file.name == "DICOMDIR":
-        return file.suffix.lower() in IMAGE_SUFFIXES
+    if file.suffix.lower() in IMAGE_SUFFIXES or file.name == "DICOMDIR":
+        return file.name != "DICOMDIR"
     with suppress(OSError), file.open("rb") as opened:
         return opened.read(132)[128:] == b"DICM"
     return False
