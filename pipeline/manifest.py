@@ -16,7 +16,7 @@ import pyarrow as pa
 from zlib_ng import zlib_ng
 
 from pipeline.base.errors import DataError
-from pipeline.base.files import hash_file, read_arrow, read_object, write_atomically, write_json
+from pipeline.base.files import hash_file, read_arrow, read_object, sync_folder, write_atomically, write_json
 from pipeline.base.store import is_remote
 from pipeline.labels import LABELS
 
@@ -179,9 +179,14 @@ def _croissant(kind: str, name: str, **values: object) -> dict[str, object]:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write `croissant.json`, then `manifest.json`, atomically."""
+    """Write `croissant.json`, then `manifest.json`, atomically; on disk, too, it is the last file to appear.
+
+    It is there before the caller removes what is needed to resume.
+    """
     write_atomically(folder / CROISSANT, format_croissant(manifest))
+    sync_folder(folder)
     write_json(folder / NAME, {"format": FORMAT, "version": VERSION, **asdict(manifest)})
+    sync_folder(folder)
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -1,6 +1,7 @@
 """Atomic writes, locks on folders, CSVs, Arrow tables."""
 
 import csv
+import errno
 import hashlib
 import io
 import json
@@ -240,6 +241,21 @@ def named_writes(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise MachineError(f"{path}: cannot be written: {explain_os_error(error)}") from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names of the files in a folder survive a loss of power. An object store keeps what it has confirmed."""
+    if is_remote(folder):
+        return
+    with named_writes(folder):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # a file system that cannot, as some network ones
+                raise
+        finally:
+            os.close(descriptor)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pipeline.base.errors import DataError, describe_difference
-from pipeline.base.files import claimed, hash_file, read_object, remove_temporaries, write_json
+from pipeline.base.files import claimed, hash_file, read_object, remove_temporaries, sync_folder, write_json
 from pipeline.base.options import option
 from pipeline.base.store import check_access, is_remote, list_files, make_folder, named_failures, remove_folder
 from pipeline.base.workers import count_cpus, run_alone, run_tasks, run_threads
@@ -171,6 +171,8 @@ def _converge(
     if starts:
         _refuse_others(run.out, {REJECTS, *(f"{split}.arrow" for split in plan.rows), *(t.path.name for t in tasks)})
     write_json(run.partial / STARTED, run.started)
+    sync_folder(run.partial)  # before the first shard, which would be nobody's without it
+    sync_folder(run.out)
     # A table needs the records of all shards of its split.
     splits = [name for name in plan.rows if manifest is None or manifest.splits[name].table in damaged]
     needed = [task for task in tasks if task.split in splits or task.path.name in damaged]

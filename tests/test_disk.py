@@ -1,0 +1,274 @@
+"""The disk fails at any call, once or for ever, or loses power: nothing half is believed, and the next try works."""
+
+import errno
+import io
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import torch
+
+from model.checkpoint import load_checkpoint, save_checkpoint
+from model.runs.sweep import Figures, Point, Sweep, list_trials, open_sweep, run_sweep
+from pipeline import DataError
+from pipeline.etl import shards as sharding
+from pipeline.etl.verify import verify_shards
+from tests.conftest import default_options, make_shards, write_chexpert
+from tests.pipeline.etl.test_model import hashes, read_train
+
+# What the message says of each.
+ERRORS = {errno.ENOSPC: "No space left on device; make room, and run it again", errno.EIO: "Input/output error"}
+READS = ("open", "read", "stat", "scandir", "listdir")
+WRITES = ("create", "write", "fsync", "replace")
+OPTIONS = default_options(samples_per_shard=5)
+STATE = {"step": 2, "weights": torch.zeros(100_000)}
+
+
+failed: list[str] = []  # the file of the last call that failed, and its folder
+
+
+def watch(patch: pytest.MonkeyPatch, folder: Path, see: Callable[[str, str], None]) -> None:
+    """Before each call on a file below the folder, `see` gets what is asked for, and the path; it may raise."""
+
+    def look(kind: str, place: Any) -> None:
+        name = str(Path(f"/proc/self/fd/{place}").readlink()) if isinstance(place, int) else os.fsdecode(place)
+        if name.startswith(f"{folder}/"):
+            see(kind, name)
+
+    class File(io.FileIO):
+        def write(self, data: Any) -> int:
+            look("write", self.name)
+            return super().write(data)
+
+        def readinto(self, buffer: Any) -> int:
+            look("read", self.name)
+            return super().readinto(buffer) or 0
+
+        def readall(self) -> bytes:
+            look("read", self.name)
+            return super().readall()
+
+    def open_file(place: Any, mode: str = "r", *arguments: Any, **options: Any) -> Any:
+        if isinstance(place, int) or mode not in ("r", "rb", "wb") or not os.fsdecode(place).startswith(f"{folder}/"):
+            return opened(place, mode, *arguments, **options)
+        look("create" if mode == "wb" else "open", place)
+        file = File(os.fsdecode(place), mode[0])
+        buffered = io.BufferedWriter(file) if mode == "wb" else io.BufferedReader(file)
+        return buffered if "b" in mode else io.TextIOWrapper(buffered, encoding="utf-8")
+
+    def watched(kind: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(place: Any = ".", *arguments: Any, **options: Any) -> Any:
+            look(kind, place)
+            return function(place, *arguments, **options)
+
+        return call
+
+    opened = open
+    for module in ("io", "builtins"):
+        patch.setattr(f"{module}.open", open_file)
+    for name in ("stat", "scandir", "listdir", "open", "read", "pread", "fsync", "replace", "unlink", "mkdir"):
+        patch.setattr(os, name, watched(name.removeprefix("p"), getattr(os, name)))
+    patch.setattr(pa, "memory_map", watched("open", pa.memory_map))
+
+
+def fail(
+    folder: Path, kinds: Sequence[str], number: int, work: Callable[[], Any], error: int = 0, times: int = 1
+) -> int:
+    """Do the work; its calls of these kinds from that number on fail so many times. Returns how many it made."""
+    calls = count()
+
+    def see(kind: str, name: str) -> None:
+        if kind in kinds and number <= next(calls) < number + times:
+            failed[:] = [name, str(Path(name).parent)]
+            raise OSError(error, os.strerror(error), name)
+
+    with pytest.MonkeyPatch.context() as patch:
+        watch(patch, folder, see)
+        work()
+    return next(calls)
+
+
+@pytest.fixture
+def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A small CheXpert, whose tasks run in this process, one after the other, where the disk is watched."""
+    monkeypatch.setattr(sharding, "run_tasks", lambda function, tasks, *_: (function(task) for task in tasks))
+    monkeypatch.setattr(sharding, "run_alone", lambda function, task, _: function(task))
+    write_chexpert(tmp_path / "CheXpert-v1.0-small", "train", range(1, 6))
+    return tmp_path / "CheXpert-v1.0-small"
+
+
+@pytest.mark.parametrize("every", [7, pytest.param(1, marks=pytest.mark.soak)])
+def test_sharding_survives_each_failed_write(
+    source: Path, tmp_path: Path, every: int, record_property: Callable[[str, object], None]
+) -> None:
+    make_shards(source, tmp_path / "whole", OPTIONS)
+    expected = hashes(tmp_path / "whole")
+    calls = fail(tmp_path, WRITES, 10**9, lambda: make_shards(source, tmp_path / "counted", OPTIONS))
+    assert calls > 50
+    for number in range(0, calls, every):
+        for error, said in ERRORS.items():
+            out = tmp_path / f"{number}-{error}"
+            with pytest.raises(DataError, match=rf"^{out}(/.*)?: cannot be written: {said}$"):
+                fail(tmp_path, WRITES, number, lambda out=out: make_shards(source, out, OPTIONS), error)  # type: ignore[misc]
+            assert not (out / "manifest.json").exists()
+            assert not list(out.rglob("*.tmp"))
+            make_shards(source, out, OPTIONS)
+            assert hashes(out) == expected
+            record_property("survived", f"{errno.errorcode[error]} of pipeline shards")
+
+
+def test_a_checkpoint_survives_each_failed_write(
+    tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, {"step": 1})
+    calls = fail(tmp_path, WRITES, 10**9, lambda: save_checkpoint(tmp_path / "counted.pt", STATE))
+    assert calls > 5
+    for number in range(calls):
+        for error, said in ERRORS.items():
+            with pytest.raises(DataError, match=rf"^{path}: cannot be written: {said}$"):
+                fail(tmp_path, WRITES, number, lambda: save_checkpoint(path, STATE), error)
+            assert load_checkpoint(path) == {"step": 1}
+            assert [file.name for file in tmp_path.glob(".*")] == []
+            record_property("survived", f"{errno.errorcode[error]} of a checkpoint")
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("times", [1, 10**9])
+@pytest.mark.parametrize("error", [errno.EIO, errno.ENOENT])
+@pytest.mark.parametrize("command", ["shards", "again", "verify", "stream", "checkpoint"])
+def test_each_failed_read_is_named_and_writes_nothing_wrong(
+    source: Path, tmp_path: Path, command: str, error: int, times: int, record_property: Callable[[str, object], None]
+) -> None:
+    out, path = tmp_path / "out", tmp_path / "last.pt"
+    make_shards(source, out, OPTIONS)
+    expected = hashes(out)
+    save_checkpoint(path, {"step": 1})
+    works: dict[str, Callable[[], Any]] = {
+        "shards": lambda: make_shards(source, tmp_path / "new", OPTIONS) and None,
+        "again": lambda: make_shards(source, out, OPTIONS) and None,
+        "verify": lambda: dict(verify_shards(out, deep=True, workers=1).problems),
+        "stream": lambda: [array.tobytes() for array in read_train(out, 0)],
+        "checkpoint": lambda: load_checkpoint(path),
+    }
+    work, results = works[command], list[Any]()
+    result = work()
+    shutil.rmtree(tmp_path / "new", ignore_errors=True)
+    for number in range(fail(tmp_path, READS, 10**9, work)):
+        shutil.rmtree(tmp_path / "new", ignore_errors=True)
+        results.clear()
+        try:
+            fail(tmp_path, READS, number, lambda: results.append(work()), error, times)
+        except (DataError, OSError) as failure:  # commands print the file and reason of both
+            results.append(str(failure))
+        assert results[0] == result or any(name in str(results[0]) for name in failed), (failed, results[0])
+        assert {name: digest for name, digest in hashes(out).items() if name in expected} == expected
+        assert work() == result
+        record_property("survived", f"{errno.errorcode[error]} of reading ({command})")
+
+
+def read_files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def lose_power(folder: Path, work: Callable[[], Any]) -> Iterator[int]:
+    """Do the work; then, again and again, make of the folder what it may hold if the power fails meanwhile.
+
+    That is what it held before one of the calls on it, where a file that was not synced is whole, empty or cut, and
+    each name that was given or taken since its folder was synced may be as it was then.
+    """
+    firm, synced = read_files(folder), set[bytes]()
+    states: dict[tuple[tuple[str, bytes], ...], None] = {}
+
+    def keep(state: dict[str, bytes]) -> None:
+        states[tuple(sorted(state.items()))] = None
+
+    def see(kind: str, name: str) -> None:
+        if kind not in ("write", "fsync", "replace", "unlink"):
+            return
+        files = read_files(folder)
+        if kind == "fsync" and Path(name).is_dir():
+            inside = {n for n in files.keys() | firm.keys() if folder / n == Path(name) / Path(n).name}
+            firm.update({n: files[n] for n in inside & files.keys()})
+            for n in inside - files.keys():
+                del firm[n]
+        elif kind == "fsync":
+            synced.add(Path(name).read_bytes())
+        known = synced | {*firm.values()}
+        for share in (1, 0.5, 0):
+            keep({n: data if data in known else data[: int(share * len(data))] for n, data in files.items()})
+        for n in files.keys() | firm.keys():
+            if files.get(n) != firm.get(n):
+                keep({m: data for m, data in files.items() if m != n} | ({n: firm[n]} if n in firm else {}))
+
+    with pytest.MonkeyPatch.context() as patch:
+        watch(patch, folder.parent, lambda kind, name: see(kind, name) if name.startswith(str(folder)) else None)
+        work()
+        see("unlink", "")
+    for number, state in enumerate(states):
+        shutil.rmtree(folder)
+        for name, data in state:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(data)
+        yield number
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("begun", [False, True])
+def test_shards_survive_a_loss_of_power(
+    source: Path, tmp_path: Path, begun: bool, record_property: Callable[[str, object], None]
+) -> None:
+    """While they are written, and while some are restored."""
+    whole, out = tmp_path / "whole", tmp_path / "out" / "shards"
+    make_shards(source, whole, OPTIONS)
+    expected, arrays = hashes(whole), [array.tobytes() for array in read_train(whole, 0)]
+    out.mkdir(parents=True)
+    if begun:
+        shutil.copytree(whole, out, dirs_exist_ok=True)
+        (out / "train-000000.tar").unlink()
+        (out / "train.arrow").write_bytes(b"")
+    for _ in lose_power(out, lambda: make_shards(source, out, OPTIONS)):
+        with suppress(DataError):
+            assert [array.tobytes() for array in read_train(out, 0)] == arrays
+        make_shards(source, out, OPTIONS)
+        assert {name: digest for name, digest in hashes(out).items() if not name.startswith(".")} == expected
+        record_property("survived", "loss of power in pipeline shards")
+
+
+def test_a_checkpoint_survives_a_loss_of_power(tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
+    path = tmp_path / "run" / "last.pt"
+    path.parent.mkdir()
+    save_checkpoint(path, {"step": 1})
+    steps = []
+    for _ in lose_power(path.parent, lambda: save_checkpoint(path, STATE)):
+        steps.append(load_checkpoint(path)["step"])
+        record_property("survived", "loss of power in a checkpoint")
+    assert set(steps) == {1, 2}
+
+
+def train_point(point: Point, run: Path) -> Figures:
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "log").write_text("trained")
+    return {"dev_auroc": point["lr"]}
+
+
+@pytest.mark.soak
+def test_a_sweep_survives_a_loss_of_power(tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
+    folder = tmp_path / "home" / "sweep"
+    folder.mkdir(parents=True)
+    sweep = Sweep(folder, {"lr": (0.1, 0.2)}, {"epochs": 1}, "grid", trials=0)
+
+    def run() -> None:
+        open_sweep(sweep)
+        run_sweep(sweep, train_point)
+
+    for _ in lose_power(folder, run):
+        run()
+        assert [(trial.dev, trial.state) for trial in list_trials(sweep)] == [(0.1, "complete"), (0.2, "complete")]
+        record_property("survived", "loss of power in a sweep")
