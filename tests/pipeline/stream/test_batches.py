@@ -1,7 +1,6 @@
 import io
 import re
 import shutil
-import tarfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -10,7 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import Mock
 
-import cv2
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -34,7 +32,6 @@ from pipeline.stream.samples import OpenSplit, find_images, find_studies, open_s
 from tests.conftest import REPOSITORY, make_shards
 
 Shards = tuple[Path, Manifest]
-LINEAR = cv2.INTER_LINEAR_EXACT
 
 
 @pytest.fixture
@@ -105,28 +102,6 @@ def assert_equal(batches: list[Any], expected: list[Any]) -> None:
         assert batch.step[:2] == other.step[:2]
         for ours, theirs in zip((batch.step.rows, *batch[1:]), (other.step.rows, *other[1:]), strict=True):
             np.testing.assert_array_equal(ours, theirs)
-
-
-def test_batches_hold_what_plain_readers_find(shards: Shards, split: OpenSplit, labels: Labels) -> None:
-    folder, manifest = shards
-    images = {}
-    for shard in manifest.split("train").shards:
-        with tarfile.open(folder / shard.file) as tar:
-            for member in tar:
-                if member.name.endswith(".jpg"):
-                    image = Image.open(io.BytesIO(tar.extractfile(member).read()))  # type: ignore[union-attr]
-                    images[member.name[:-4]] = cv2.resize(np.asarray(image), (32, 32), interpolation=LINEAR)
-    batches = list(training(split, labels))
-    assert len(batches) == split.table.num_rows // 4
-    for batch in batches:
-        assert batch.images.shape == (4, 1, 32, 32)
-        assert batch.images.dtype == np.uint8
-        rows = batch.step.rows[:, 0]
-        for position, row in enumerate(rows):
-            np.testing.assert_array_equal(batch.images[position, 0], images[split.table["key"][int(row)].as_py()])
-        np.testing.assert_array_equal(batch.target, labels.target[rows])
-        np.testing.assert_array_equal(batch.mask, labels.mask[rows])
-        np.testing.assert_array_equal(batch.sample, np.arange(4))
 
 
 def join(parts: Sequence[Batch]) -> Batch:
