@@ -57,7 +57,7 @@ class Webdataset(DataSet):
     """Tars whose fields the user names."""
 
     def find_tables(self, folder: Path) -> dict[str, Path] | None:
-        """The tars in a folder and in its folders."""
+        """The tars in a folder and the folders below."""
         return find_tars(folder, {"": folder})
 
     def locate(self, paths: Sequence[str], roots: Sequence[Path], note: Note = ignore) -> list[str]:
@@ -95,7 +95,7 @@ class Webdataset(DataSet):
 def find_tars(folder: Path, splits: Mapping[str, Path]) -> dict[str, Path] | None:
     """The tars of each split, or by the words of their names, as split/path, and the only CSV; None without tars.
 
-    Raises DataError if a split has none, and for tars in a store.
+    Raises DataError if a split has none, and for tars that are packed or in a store.
     """
     if is_remote(folder):
         if any(path.name.endswith(".tar") for path in list_files(folder)):
@@ -103,14 +103,15 @@ def find_tars(folder: Path, splits: Mapping[str, Path]) -> dict[str, Path] | Non
         return None
     tables: dict[str, Path] = {}
     for split, path in splits.items():
-        tars = [path] if path.is_file() else sorted([*path.glob("*.tar"), *path.glob("*/*.tar")])
-        tars = [tar for tar in tars if not tar.name.startswith(".")]
+        tars = [path] if path.is_file() else sorted(path.rglob("[!.]*.tar"))
         if split and not tars:
             raise DataError(f"`split` {split}={path}: a folder without tars")
         for tar in tars:
             name = tar.name if tar == path else tar.relative_to(path).as_posix()
             words = (read_words("split").get(word) for word in reversed(re.findall("[a-z]+", name.lower())))
             tables[f"{split or next(filter(None, words), 'train')}/{name}"] = tar
+    if not tables and any(folder.glob("*.t*gz")):
+        raise DataError(f"{folder}: its tars are packed; unpack them with gunzip")
     csv = table.find_csv(folder)
     return tables | ({CSV: csv} if csv else {}) if tables else None
 

@@ -116,6 +116,8 @@ def test_tars_become_shards(tmp_path: Path, layout: Layout, columns: str, rows: 
     folder, out = tmp_path / "tars", tmp_path / "out"
     folder.mkdir()
     layout(folder)
+    command = run_pipeline("shards", folder, out).stderr.splitlines()[-1]  # of the first error
+    assert command.replace("LABEL", "Edema") == f"pipeline shards {folder} OUT --set webdataset --columns {columns}"
     words = ("--set", "webdataset", "--columns", columns, "--dev", 0, "--encoding", "png", "--workers", 1)
     made = run_pipeline("shards", folder, out, *words)
     assert made.returncode == 0, made.stderr
@@ -206,6 +208,12 @@ def test_a_bad_sample_is_named(tmp_path: Path, sample: dict[str, bytes], message
     with pytest.raises(DataError) as caught:
         SET.read(find_source(tmp_path, {}, [], "webdataset", columns))
     assert f"{path}: sample a/b{', ' if message.startswith('column') else ': '}{message}" in str(caught.value)
+
+
+def test_packed_tars_are_named(tmp_path: Path) -> None:
+    (tmp_path / "x.tar.gz").touch()
+    with pytest.raises(DataError, match=rf"^{tmp_path}: its tars are packed; unpack them with gunzip$"):
+        find_source(tmp_path, {}, [])
 
 
 def test_patients_are_not_shared_among_splits(tmp_path: Path) -> None:
