@@ -143,7 +143,6 @@ def join(
     unit: str,
     note: Note,
     normalize: Normalize = normalize_ids,
-    find_line: Callable[[Path, int], int] = line_of,
 ) -> pa.Array:
     """The row [N] of a file's table, whose rows are called `row_names`, for each of the names [N]; null without one.
 
@@ -152,7 +151,7 @@ def join(
     """
     names, row_names = _flatten(names), _flatten(row_names)
     keys, row_keys = normalize(names), normalize(row_names)
-    _refuse_unlike(path, rows, row_names, row_keys, find_line)
+    _refuse_unlike(path, rows, row_names, row_keys)
     place = pc.index_in(keys, value_set=row_keys)
     alone = names.filter(place.is_null()).unique()
     total = len(names.unique())
@@ -173,12 +172,10 @@ def _quote(names: pa.Array) -> str:
     return quote(str(names[0]), 80) if len(names) else ""
 
 
-def _refuse_unlike(
-    path: Path, rows: pa.Table, names: pa.Array, keys: pa.Array, find_line: Callable[[Path, int], int]
-) -> None:
+def _refuse_unlike(path: Path, rows: pa.Table, names: pa.Array, keys: pa.Array) -> None:
     row = pc.index(keys.is_null(), True).as_py()
     if row >= 0 and any(column[row].is_valid for column in rows.columns):
-        raise DataError(f"{path}, line {find_line(path, row)}: its key is blank")
+        raise DataError(f"{path}, line {line_of(path, row)}: its key is blank")
     if len(keys.unique()) == len(keys):
         return
     codes = keys.dictionary_encode("encode").indices.to_numpy()
@@ -188,7 +185,7 @@ def _refuse_unlike(
         row = pc.index(pc.equal(cells, cells.take(pa.array(first))), False).as_py()
         if row >= 0 and keys[row].is_valid:
             values = [quote(cells[number].as_py(), 80) for number in (int(first[row]), row)]
-            lines = " and ".join(str(find_line(path, number)) for number in (int(first[row]), row))
+            lines = " and ".join(str(line_of(path, number)) for number in (int(first[row]), row))
             raise DataError(
                 f"{path}, lines {lines}, column {name}: '{values[0]}' and '{values[1]}' for {_quote(names[row:])}"
             )

@@ -25,6 +25,7 @@ PIECE = 2**20  # bytes to unpack at a time
 LONGEST = 2**26  # characters of a line and of a cell
 LONGEST_HEADER = 2**16
 WORKBOOK = ".xlsx"
+HEADERS = {WORKBOOK: 1, ".json": 0}  # lines before the rows, of which each has one
 SUFFIXES = (".csv", ".csv.gz", ".tsv", ".tsv.gz", WORKBOOK)
 
 
@@ -127,10 +128,10 @@ def read_header(csv: Path) -> list[str]:
 
 
 def line_of(csv: Path, row: int) -> int:
-    """The line of the file, from 1, on which a row of the label table, from 0, begins."""
-    if csv.suffix.lower() == WORKBOOK:
-        return row + 2
-    return next(islice(_lines(csv), row + 1, None))[0]
+    """The line of the file, from 1, on which a row of the label table, from 0, begins; 0 for a row of another file."""
+    if csv.suffix.lower() in HEADERS:
+        return row + 1 + HEADERS[csv.suffix.lower()]
+    return next(islice(_lines(csv), row + 1, None), (0, []))[0]
 
 
 def read_data(folder: Path, name: str) -> list[dict[str, str]]:

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.json as pajson
 
+from pipeline.base.csvs import demand
 from pipeline.base.errors import DataError, quote
 from pipeline.base.store import open_to_read
 from pipeline.identity import Note, ignore, join, normalize_paths
@@ -62,7 +63,7 @@ class Plus(DataSet):
         own = (chexpert.SET.read_table(file).select(["path", *LABELS]) for file in files)
         labels = _read_json(files[0]) if "labels" in source.csvs else pa.concat_tables(own)
         names, by = labels["path"], partial(normalize_paths, parts=3)
-        place = join(fields["path"], files[0], labels.select(LABELS), names, "images", note, by, lambda _, row: row + 1)
+        place = join(fields["path"], files[0], labels.select(LABELS), names, "images", note, by)
         table = make_table(fields, take_states(labels.combine_chunks(), place), self.read_facts(text))
         return divide(table, fields["split"], {split: split for split in SPLITS})
 
@@ -78,14 +79,9 @@ def _read_json(path: Path) -> pa.Table:
         raise DataError(f"{path}: not readable as a JSON object a line: {quote(str(error), 200)}") from error
     states = {"path": table["path_to_image"]}
     for label in LABELS:
-        column = table[label].combine_chunks()
-        known = pc.fill_null(pc.is_in(column, value_set=pa.array([1.0, 0.0, -1.0])), False)
-        row = pc.index(pc.or_(known, column.is_null()), False).as_py()
-        if row >= 0:
-            raise DataError(
-                f"{path}, line {row + 1}, {label}: {column[row].as_py():g} is not a label: 1, 0, -1 or null"
-            )
-        states[label] = column.cast(pa.int8())
+        known = pc.is_in(table[label], value_set=pa.array([1.0, 0.0, -1.0, None]))
+        demand(path, label, table[label].cast(pa.string()), known, "is not a label: 1, 0, -1 or null")
+        states[label] = table[label].combine_chunks().cast(pa.int8())
     return pa.table(states)
 
 

@@ -48,7 +48,7 @@ plus | {PLUS_FILMS[2]} | train/person00002/st | , line 5, column path_to_image: 
 plus | valid\n | test\n | , line 6, column split: 'test' is none of train, valid
 plus | frontal_lateral | view | : column frontal_lateral is missing; it has path_to_image, path_to_dcm
 plus | valid/patient64541/study1 | valid/patient00001/study9 | patient00001 is in train and valid; splits must not share
-plus labels | : -1 | : -3 | , line 3, Edema: -3 is not a label: 1, 0, -1 or null
+plus labels | : -1 | : -3 | , line 3, column Edema: '-3' is not a label: 1, 0, -1 or null
 plus labels | {{ | [ | : not readable as a JSON object a line
 padchest | 'rib fracture' | 'rib fractur' | , line 7, column Labels: 'rib fractur' is not a finding of this set
 padchest | ['rib fracture'] | rib fracture | , line 7, column Labels: 'rib fracture' is not a list of words
