@@ -42,7 +42,8 @@ from pipeline.console import count_of, echo, refuse_usage, say, say_next
 
 if TYPE_CHECKING:
     from model.runs.job import Job
-    from model.runs.sweep import Point, Trial
+    from model.runs.sweep import Point, Sweep, Trial
+    from model.runs.sweep_report import Setting
 
 # Options that a sweep may get more values of later.
 SWEPT = ("lr", "weight_decay", "batch_size", "arch", "uncertain")
@@ -272,17 +273,14 @@ def sweep_command(train: Train, search: Search, setup: Setup, given: "Point") ->
     Separate the values of an option by spaces or commas; --sampler tpe searches between them. Every trial is a run,
     as `train` makes it. The same command continues a sweep; started again while it runs, it shares the work.
     """
-    refuse_usage(search.sampler == "tpe" and search.trials is None, "--sampler tpe needs --trials")
-    refuse_usage(
-        search.sampler == "grid" and search.trials is not None,
-        "--trials needs --sampler tpe: a grid has as many as combinations",
-    )
+    together = "--sampler tpe and --trials go together: a grid has as many trials as combinations"
+    refuse_usage((search.sampler == "tpe") != (search.trials is not None), together)
     if search.check:
         return 0
     check_folders(setup.shards)
     with needs("sweep"):
-        from model.runs.sweep import Sweep, list_trials, open_sweep, rank, run_sweep
-        from model.runs.sweep_report import compare_settings, tabulate_settings, tabulate_trials, write_sweep_report
+        from model.runs.sweep import Sweep, list_trials, open_sweep, run_sweep
+        from model.runs.sweep_report import compare_settings, write_sweep_report
     from model.ranks import listen
     from model.runs.job import open_job
 
@@ -317,10 +315,20 @@ def sweep_command(train: Train, search: Search, setup: Setup, given: "Point") ->
         then = [*use.TRAIN, *_use_setting(sweep.folder, settings[0].trials)] if settings else []
         with pictures(search.png):
             write_sweep_report(sweep, trials, settings, shlex.join(map(str, then)))
+    return _print_sweep(sweep, trials, settings, then)
+
+
+def _print_sweep(
+    sweep: "Sweep", trials: "Sequence[Trial]", settings: "Sequence[Setting]", then: Sequence[object]
+) -> int:
+    """Print the results of a sweep; returns the exit code."""
+    from model.runs.sweep import rank
+    from model.runs.sweep_report import tabulate_settings, tabulate_trials
+
     failed = sum(trial.state == "failed" for trial in trials)
     complete = sum(len(setting.trials) for setting in settings)
     counted = f"{count_of(complete, 'trial')} complete{f', {failed} failed' if failed else ''}"
-    echo(f"{search.sweep / 'report.html'}: {counted}")
+    echo(f"{sweep.folder / 'report.html'}: {counted}")
     if complete:
         ranked = rank(trials)
         tabulate_trials(f"The best of {count_of(len(trials), 'trial')}", ranked[:5]).print()

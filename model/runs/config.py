@@ -296,6 +296,7 @@ class Setup(Workers, Data):
     )
     strict: bool = label_option(False, "Refuse labels with one class in train instead of warning.")
     wandb: str | None = run_option(None, "Send the logs to Weights & Biases too.", metavar="PROJECT")
+    mlflow: str | None = run_option(None, "Send the logs to MLflow too.", metavar="EXPERIMENT")
 
 
 @dataclass(frozen=True, kw_only=True)

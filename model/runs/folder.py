@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import threading
@@ -185,35 +186,35 @@ def record_environment(job: Job) -> None:
 
 
 @contextmanager
-def follow_by_wandb(job: Job) -> Iterator[None]:
-    """If enabled, mirror TensorBoard's events to Weights & Biases, where a resumed run keeps its identity.
+def send_curves(job: Job) -> Iterator[Log]:
+    """If enabled, mirror TensorBoard's events to Weights & Biases; yields a function that sends a value to MLflow.
 
-    Raises DataError if it is missing.
+    In both, a resumed run keeps its identity. Raises DataError if a package is missing.
     """
-    if job.setup.wandb is None:
-        yield
-        return
-    with needs("wandb"):
-        import wandb
-    if terms := find_restriction(job.manifest.dataset):
-        say_once(
-            f"Warning: `wandb` sends settings and figures of this run to others; make sure that the {terms} allows it"
-        )
-    digest = hashlib.sha256((job.run / "config.json").read_bytes()).hexdigest()[:8]
-    wandb.init(
-        project=job.setup.wandb,
-        name=job.run.name,
-        id=f"{job.run.name}-{digest}",
-        resume="allow",
-        dir=job.run,
-        config=asdict(job.config),
-        sync_tensorboard=True,
-        save_code=False,
-    )
-    try:
-        yield
-    finally:
-        wandb.finish()  # before the next trial of a sweep begins another
+    run, setup, terms = job.run, job.setup, find_restriction(job.manifest.dataset)
+    for name in ("wandb", "mlflow"):
+        if terms and getattr(setup, name):
+            sent = f"`{name}` sends settings and figures of this run to others"
+            say_once(f"Warning: {sent}; make sure that the {terms} allows it")
+    digest = hashlib.sha256((run / "config.json").read_bytes()).hexdigest()[:8]
+    identity = re.sub(r"[^\w.-]", "-", f"{run.name}-{digest}")
+    settings: dict[str, Any] = {"config": asdict(job.config), "sync_tensorboard": True, "save_code": False}
+    with ExitStack() as stack:
+        if setup.wandb:
+            with needs("wandb"):
+                import wandb
+            wandb.init(project=setup.wandb, name=run.name, id=identity, resume="allow", dir=run, **settings)
+            stack.callback(wandb.finish)  # before the next trial of a sweep begins another
+        if not setup.mlflow:
+            yield lambda name, value, step: None
+            return
+        with needs("mlflow"):
+            import mlflow
+        mlflow.set_experiment(setup.mlflow)
+        earlier = mlflow.search_runs(filter_string=f"attributes.run_name = '{identity}'", output_format="list")
+        stack.enter_context(mlflow.start_run(earlier[0].info.run_id if earlier else None, run_name=identity))
+        mlflow.log_params(asdict(job.config))
+        yield mlflow.log_metric
 
 
 @contextmanager
@@ -236,11 +237,12 @@ def open_events(job: Job, done: int) -> Iterator[Log]:
     def log(name: str, value: float, step: int) -> None:
         with named_writes(folder):
             events.add_scalar(name, value, step)
+        send(name, value, step)
 
     # Hide the traceback of TensorBoard's thread: logging the next value raises the same error.
     threading.excepthook = hook
     try:
-        with follow_by_wandb(job), ExitStack() as stack:
+        with send_curves(job) as send, ExitStack() as stack:
             with named_writes(folder):
                 events = SummaryWriter(str(folder), purge_step=done + 1)
                 stack.enter_context(named_writes(folder))

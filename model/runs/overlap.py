@@ -37,10 +37,7 @@ def list_seen(job: Job, splits: Sequence[str]) -> Seen:
     """
     before, own = check_start(job), []
     for name in splits:
-        split, rows = open_images(job, name)
-        table = split.table.take(rows)
-        arrays = (_list_images(table), hash_patients(table, job.shards.namespace))
-        images, patients = (torch.from_numpy(np.unique(values)) for values in arrays)
+        images, patients = (torch.from_numpy(np.unique(values)) for values in identify(job, name))
         own.append(Entry(run="", split=name, images=images, patients=patients, sets=[]))
     return [*own, *before]
 
@@ -54,6 +51,16 @@ def check_start(job: Job) -> Seen:
         if name != "train":
             check_seen(job, name, before, "keep its split (`dev`, `seed`), or start from another")
     return before
+
+
+def identify(job: Job, name: str) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Of each image of a split that a run uses: CRC and length as one number [N], and the patient's hash [N].
+
+    Signed, because torch cannot save unsigned numbers.
+    """
+    split, rows = open_images(job, name)
+    table = split.table.take(rows)
+    return join_content(table).to_numpy().view(np.int64), hash_patients(table, job.shards.namespace)
 
 
 def read_seen(run: Path) -> Seen:
@@ -77,10 +84,8 @@ def check_seen(
     at_home = job.shards.digest == job.config.manifest
     if at_home and name == "train" and not job.config.adopted:
         return {}
-    split, rows = open_images(job, name)
-    table = split.table.take(rows)
-    images, patients = _list_images(table), hash_patients(table, job.shards.namespace)
-    shared_images, shared_patients = (np.zeros(len(table), np.bool_) for _ in range(2))
+    images, patients = identify(job, name)
+    shared_images, shared_patients = (np.zeros(len(images), np.bool_) for _ in range(2))
     namespaces = {folder.patients for folder in job.shards.folders}
     tell = say_once if job.ranks.is_first else (lambda _: None)
     for entry in seen:
@@ -97,7 +102,7 @@ def check_seen(
         again, known = np.isin(images, entry["images"].numpy()), np.isin(patients, entry["patients"].numpy())
         shared_images, shared_patients = shared_images | again, shared_patients | known
         if count := int(again.sum()):
-            text = f"{job.shards}, {name}: {run} trained on {count:,} of these {len(table):,} images"
+            text = f"{job.shards}, {name}: {run} trained on {count:,} of these {len(images):,} images"
             if not (job.shared_images or (at_home and not entry["run"])):
                 raise DataError(f"{text}; {remedy}")
             tell(f"{text}: its scores of them are too good")
@@ -136,9 +141,3 @@ def hash_patients(table: pa.Table, namespace: str) -> npt.NDArray[np.int64]:
     ]
     values: npt.NDArray[np.int64] = np.array(hashes, np.int64)[patients.indices.to_numpy()]
     return values
-
-
-def _list_images(table: pa.Table) -> npt.NDArray[np.int64]:
-    """CRC and length of each row's image as one number [N]; signed, because torch cannot save unsigned ones."""
-    joined: npt.NDArray[np.int64] = join_content(table).to_numpy().view(np.int64)
-    return joined

@@ -14,10 +14,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
+from unittest.mock import Mock, call
 
 import click
 import numpy as np
@@ -46,7 +47,7 @@ from model.runs.job import Job, draw_weights, open_rows, open_training, training
 from model.runs.predictor import of_job, score_split
 from model.runs.results import evaluate
 from pipeline import DataError, console
-from pipeline.base.files import claimed
+from pipeline.base.files import claimed, hash_file
 from pipeline.labels import LABELS, hash_fraction
 from pipeline.manifest import Manifest, manifest_digest, read_table, write_manifest
 from pipeline.measure.evaluate import Scored, calibrate
@@ -790,6 +791,26 @@ def test_wandb_reads_what_goes_to_tensorboard(
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(DataError, match=r"^wandb is missing: pip install 'chexpert-pipeline\[wandb\]'$"):
         command("train", "--run", tmp_path / "run", "--wandb", "films")
+
+
+def test_mlflow_gets_the_curves_of_a_run_and_of_its_resumption(
+    command: Callable[..., int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    mlflow = Mock(start_run=Mock(side_effect=lambda *_, **__: nullcontext()))
+    mlflow.search_runs.side_effect = [[], [Mock(info=Mock(run_id="the first"))]]
+    monkeypatch.setitem(sys.modules, "mlflow", mlflow)
+    for _ in range(2):  # begun and continued
+        assert command("train", "--run", tmp_path / "my run", "--mlflow", "films") == 0
+        (tmp_path / "my run" / "report.html").unlink()  # as if it had been stopped before its report
+    mlflow.set_experiment.assert_called_with("films")
+    digest = hash_file(tmp_path / "my run" / "config.json")[:8]
+    assert mlflow.start_run.call_args_list == [
+        call(run_id, run_name=f"my-run-{digest}") for run_id in (None, "the first")
+    ]
+    assert mlflow.search_runs.call_args.kwargs["filter_string"] == f"attributes.run_name = 'my-run-{digest}'"
+    assert mlflow.log_params.call_args.args[0]["arch"] == "rescnn"
+    line = json.loads((tmp_path / "my run" / "metrics.jsonl").read_text())
+    assert call("dev/loss", line["dev_loss"], line["step"]) in mlflow.log_metric.call_args_list
 
 
 def test_thresholds_and_studies_are_as_asked_for(command: Callable[..., int], trained: Job) -> None:
