@@ -19,9 +19,8 @@ from pipeline.base.options import option
 from pipeline.identity import Note, ignore
 from pipeline.labels import LABELS, NOT_ANNOTATED, find_unannotated, hash_fraction
 from pipeline.manifest import NAME, find_blank, read_manifest
-from pipeline.measure.evaluate import Scored, calibrate, leave_uncalibrated
+from pipeline.measure.evaluate import Beside, Scored, calibrate, judge_scores, leave_uncalibrated
 from pipeline.measure.evaluation import Evaluation
-from pipeline.measure.judge import Beside, judge_scores
 from pipeline.measure.scores import Scores, name_files, open_scores
 from pipeline.policies import evaluation_targets
 from pipeline.sources.load import load_table

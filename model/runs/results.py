@@ -20,9 +20,8 @@ from pipeline.identity import ignore
 from pipeline.labels import count_rows
 from pipeline.look.pixels import measure_edges
 from pipeline.measure.delong import combine, measure_areas, report_auroc, weigh_labels
-from pipeline.measure.evaluate import Scored
+from pipeline.measure.evaluate import Beside, Scored, add_own, combine_views, judge_scores
 from pipeline.measure.evaluation import Evaluation, read_evaluation
-from pipeline.measure.judge import Beside, add_own, combine_views, judge_scores
 from pipeline.measure.metrics import Floats, averaged_labels, mean_of
 from pipeline.measure.scores import Scores, name_files, open_scores, write_scores
 from pipeline.stream.samples import find_places

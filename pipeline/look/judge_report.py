@@ -23,8 +23,8 @@ from pipeline.measure.metrics import FEW, Bools, Curve, Floats, label_cells, net
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-DOT = {"marker": "o", "color": SECOND, "markersize": 4}
-DIAMOND = {"marker": "D", "color": THIRD, "markersize": 3.5}
+DOT = {"marker": "o", "linestyle": "none", "color": SECOND, "markersize": 4}
+DIAMOND = {"marker": "D", "linestyle": "none", "color": THIRD, "markersize": 3.5}
 WARNING = "For research. Not for clinical use."
 
 Panels = list[tuple[str, str, Markup]]  # name, caption and picture
@@ -104,7 +104,7 @@ def list_tiles(evaluation: Evaluation) -> list[Tile]:
         evaluation.get("auroc_difference", best.label, scorer=scorer) for scorer in evaluation.head.get("against", ())
     ]
     note = f"difference in AUROC, {MEANS[str(best.label)]}"
-    return tiles + [Tile(f"less {row.scorer}", row.change, note, {}) for row in differences]
+    return tiles + [Tile(f"vs. {row.scorer}", row.change, note, {}) for row in differences]
 
 
 def draw_forest(evaluation: Evaluation) -> Markup:

@@ -7,9 +7,8 @@ from typing import Any, NamedTuple
 
 from pipeline.base.pages import show_figure
 from pipeline.base.tabular import Heading, Table
-from pipeline.measure.evaluate import AREAS, GIVEN, KEPT
+from pipeline.measure.evaluate import ALTERED, AREAS, GIVEN, KEPT, MEMBERS
 from pipeline.measure.evaluation import COMMON, MEANS, OWN, UNITS, Evaluation, Row
-from pipeline.measure.judge import ALTERED, MEMBERS
 
 TITLES = {"youden": "Youden's J", "max_f1": "highest F1", "sensitivity": "sensitivity", GIVEN: "a given score"}
 WIDENED = (
@@ -236,7 +235,7 @@ def tabulate_differences(evaluation: Evaluation, scorer: str, level: str) -> Tab
     notes = [f"over the {common} labels that both have scores of"] if common < len(evaluation.labels) else []
     size = evaluation.get(UNITS[evaluation.unit], scorer=scorer).value
     notes += [f"over the {count(size)} {UNITS[evaluation.unit]} that both have scored"] if size else []
-    return tabulate(evaluation, f"Less {scorer}, per {level}", labels, columns, notes=notes, kind="against")
+    return tabulate(evaluation, f"Compared with {scorer}, per {level}", labels, columns, notes=notes, kind="against")
 
 
 def tabulate_gain(evaluation: Evaluation) -> Table:
@@ -247,7 +246,7 @@ def tabulate_gain(evaluation: Evaluation) -> Table:
     scorers = {None: "ensemble", **members, MEMBERS: "mean member"}
     columns = [Query(name, "auroc", show, None, scorer) for scorer, name in scorers.items()]
     columns.append(Query("gain [95 %]", "auroc_difference", CHANGE, None, MEMBERS))
-    title = f"AUROC of the ensemble less the mean of its members', per {evaluation.unit}"
+    title = f"AUROC of the ensemble minus the mean of its members', per {evaluation.unit}"
     return tabulate(evaluation, title, labels, columns, kind="gain")
 
 

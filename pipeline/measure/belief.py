@@ -31,9 +31,9 @@ import numpy as np
 
 from pipeline.measure.audit import DEVICES, predict, shorten
 from pipeline.measure.delong import Areas, combine, measure_areas, score_limits, score_variance, share_won
-from pipeline.measure.evaluate import Scored
 from pipeline.measure.evaluation import Evaluation
 from pipeline.measure.metrics import FEW, NO_LIMITS, Bools, Figure, Floats, Ints, Names, count_classes, label_cells
+from pipeline.measure.scores import Scored
 
 NO_FINDING = "No Finding"  # has no positives in common with any label, so it makes no strata
 PROPENSITY, PREDICTED = "propensity", "predicted score"

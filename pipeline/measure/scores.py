@@ -10,7 +10,7 @@ study. A run writes its scores as `scores-<split>.arrow`, in the order of the sp
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -21,12 +21,60 @@ from pipeline.base.errors import DataError, quote
 from pipeline.base.files import read_arrow, write_table
 from pipeline.identity import IMAGE_SUFFIX, Note, ignore, join, normalize_ids
 from pipeline.labels import LABELS, find_label
-from pipeline.measure.metrics import Bools, Floats, Ints
+from pipeline.measure.metrics import Bools, Floats, Ints, Names
 
 KEYS = ("key", "path", "file", "filename", "image index", "image", "image id", "dicom id", "dicom")
 STUDY = r"([^/]+)/study0*(\d+)(?:/[^/]*)?/?$"
 FACTS = ("patient", "study")
 READING = "a reader's call is 1, 0 or blank"
+
+
+class Scored(NamedTuple):
+    """The scored images of a split, or one row per study of them."""
+
+    scores: Floats  # [N, L] in [0, 1]
+    target: Floats  # [N, L] in {0, 1}
+    mask: Bools  # [N, L] the cells to use
+    patient: Names  # [N]
+    study: Names  # [N] names or numbers, unique within a patient
+    sex: Names  # [N]; None or empty: unknown
+    age: Ints  # [N] years; -1 unknown
+    projection: Names  # [N]; None or empty: unknown
+
+    @staticmethod
+    def of(scores: Floats, target: Floats, mask: Bools, table: pa.Table) -> "Scored":
+        """Scores, targets and masks [N, L] with the facts of a label table's rows [N]."""
+        patient, study, sex = (table[name].to_numpy() for name in ("patient", "study", "sex"))
+        age = pc.fill_null(table["age"], -1).to_numpy()
+        projection = pc.fill_null(table["projection"], "").to_numpy()
+        return Scored(scores, target, mask, patient, study, sex, age, projection)
+
+    def take(self, rows: Any) -> "Scored":
+        """The rows that an index selects: numbers, bools [N] or a slice."""
+        return Scored(*(column[rows] for column in self))
+
+
+def study_level(images: Scored, combine: str = "max") -> Scored:
+    """One row per study: the max or mean of its views' scores; a cell is in the mask if any view's is.
+
+    Views of a study share their labels, patient, sex and age; cells outside the mask (damaged images) are ignored.
+    Raises ValueError for any other `combine`.
+    """
+    if combine not in ("max", "mean"):
+        raise ValueError(f"combine is '{combine}'; choose max or mean")
+    codes = [np.unique(column, return_inverse=True)[1] for column in (images.patient, images.study)]
+    _, study = np.unique(codes[0] * (codes[1].max() + 1) + codes[1], return_inverse=True)
+    order = np.argsort(study, kind="stable")
+    starts = np.flatnonzero(np.concatenate([[True], np.diff(study[order]) != 0]))
+    scores, target, mask = (array[order] for array in images[:3])
+    counts = np.add.reduceat(mask, starts, axis=0, dtype=np.int64)
+    if combine == "max":
+        combined = np.maximum.reduceat(np.where(mask, scores, 0), starts, axis=0)
+    else:
+        sums = np.add.reduceat(np.where(mask, scores, 0), starts, axis=0, dtype=np.float64)
+        combined = (sums / np.maximum(counts, 1)).astype(scores.dtype)
+    positive = np.maximum.reduceat(np.where(mask, target, 0), starts, axis=0)
+    return Scored(combined, positive, counts > 0, *(fact[order[starts]] for fact in images[3:]))
 
 
 class Scores(NamedTuple):

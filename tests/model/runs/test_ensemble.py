@@ -16,8 +16,8 @@ from pipeline import DataError, open_shards
 from pipeline.labels import LABELS
 from pipeline.manifest import Manifest
 from pipeline.measure.calibration import apply_calibration
+from pipeline.measure.evaluate import MEMBERS
 from pipeline.measure.evaluation import read_evaluation
-from pipeline.measure.judge import MEMBERS
 from tests.training import WORDS, call_train
 
 pytestmark = pytest.mark.soak  # it trains, or builds large networks: half a minute
@@ -66,7 +66,7 @@ def test_an_ensemble_is_the_mean_of_calibrated_scores_everywhere(
         assert call_train("evaluate", *shards, *both, "--out", out) == 0
     assert settings[0]["seed"] == "0; 1"
     assert settings[0]["members"] == [str(one), str(two)]
-    assert "AUROC of the ensemble less the mean of its members" in capsys.readouterr().out
+    assert "AUROC of the ensemble minus the mean of its members" in capsys.readouterr().out
     frames = [read_frame(run / "scores-valid.arrow") for run in runs]
     expected = np.mean([calibrated(run, frame) for run, frame in zip(runs, frames, strict=True)], axis=0)
     scores = read_frame(out / "scores-valid.arrow")[list(LABELS)].to_numpy()

@@ -14,9 +14,18 @@ from pipeline.base.pages import pictures, show_setting
 from pipeline.base.tabular import Table
 from pipeline.look import judged
 from pipeline.measure.belief import add_belief
-from pipeline.measure.evaluate import Scored, assess, calibrate, study_level
+from pipeline.measure.evaluate import (
+    ALTERED,
+    MEMBERS,
+    Scored,
+    add_comparison,
+    add_other,
+    add_readers,
+    assess,
+    calibrate,
+    study_level,
+)
 from pipeline.measure.evaluation import MEANS, Evaluation
-from pipeline.measure.judge import ALTERED, MEMBERS, add_comparison, add_other, add_readers
 
 NAMES = ["Edema", "Pleural Effusion", "Fracture", "Rare"]
 CONFIG = asdict(Config(arch="resnet18", manifest="ab12", uncertain="best", blank="zeros", labels=tuple(NAMES)))

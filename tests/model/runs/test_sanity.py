@@ -10,8 +10,8 @@ import pytest
 from model.runs.sanity import ALTERATIONS
 from pipeline.labels import LABELS
 from pipeline.manifest import Manifest
+from pipeline.measure.evaluate import ALTERED
 from pipeline.measure.evaluation import MEANS, read_evaluation
-from pipeline.measure.judge import ALTERED
 from tests.training import call_train
 
 

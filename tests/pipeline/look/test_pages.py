@@ -17,9 +17,8 @@ from model.runs.report import render_report
 from pipeline.labels import LABELS
 from pipeline.look.label_report import STRENGTH
 from pipeline.manifest import Manifest
-from pipeline.measure.evaluate import Scored, assess, calibrate
+from pipeline.measure.evaluate import Scored, add_other, assess, calibrate
 from pipeline.measure.evaluation import Evaluation
-from pipeline.measure.judge import add_other
 from tests.conftest import run_pipeline
 from tests.model.runs.test_sweep_report import make_trial, render
 

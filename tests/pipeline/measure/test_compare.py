@@ -7,9 +7,19 @@ from scipy.stats import binomtest
 from sklearn.metrics import recall_score, roc_auc_score, roc_curve
 
 from pipeline import DataError
-from pipeline.measure.evaluate import Scored, assess, calibrate, leave_uncalibrated
+from pipeline.measure.evaluate import (
+    MEMBERS,
+    Scored,
+    add_comparison,
+    add_other,
+    add_own,
+    add_readers,
+    assess,
+    calibrate,
+    combine_views,
+    leave_uncalibrated,
+)
 from pipeline.measure.evaluation import COMMON, OWN, Evaluation
-from pipeline.measure.judge import MEMBERS, add_comparison, add_other, add_own, add_readers, combine_views
 from pipeline.measure.metrics import subtract_independent, wilson_limits
 
 NAMES = ["Edema", "Fracture"]

@@ -13,6 +13,7 @@ from pipeline.measure.delong import combine, measure_areas, measure_precision, r
 from pipeline.measure.evaluate import (
     Scored,
     add_groups,
+    add_other,
     assess,
     assess_groups,
     calibrate,
@@ -20,7 +21,6 @@ from pipeline.measure.evaluate import (
     study_level,
 )
 from pipeline.measure.evaluation import MEANS, Evaluation, read_evaluation
-from pipeline.measure.judge import add_other
 from pipeline.measure.metrics import COMPETITION, brier_score, decide, wilson_limits
 
 NAMES = [*COMPETITION, "Fracture", "Rare"]
