@@ -37,15 +37,15 @@ def synchronize(device: torch.device) -> None:
 @click.command()
 @click.option("--shards", required=True)
 @click.option("--arch", default="resnet18", show_default=True)
-@click.option("--size", default=224, show_default=True)
+@click.option("--size", default="224", show_default=True, help="As --image-size.")
 @click.option("--batch", default=32, show_default=True)
 @click.option("--steps", default=10, show_default=True, help="Of a turn.")
 @click.option("--rounds", default=5, show_default=True)
 @click.option("--amp", default="auto", show_default=True)
 @click.option("--compile", "compiled", is_flag=True, help="Compile the network with torch.compile.")
-def main(shards: str, arch: str, size: int, batch: int, steps: int, rounds: int, amp: str, compiled: bool) -> None:
+def main(shards: str, arch: str, size: str, batch: int, steps: int, rounds: int, amp: str, compiled: bool) -> None:
     """Print images/s of the three, and their ratios."""
-    config = Config(arch=arch, image_size=str(size), batch_size=batch, amp=amp, compile=compiled, pretrained=False)
+    config = Config(arch=arch, image_size=size, batch_size=batch, amp=amp, compile=compiled, pretrained=False)
     job = open_job(config, Setup(shards=(shards,)), Path("unused"))
     data = open_training(job)
     state = train.start_state(job, data)

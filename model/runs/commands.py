@@ -224,10 +224,11 @@ def embed_command(given: Embedding, setup: Setup, config: Config) -> int:
 
 
 @command("networks", example="python -m train networks")
-def networks_command() -> None:
+def networks_command() -> int:
     """List published chest encoders, for --init: their input, the sets that they were trained on, and their license."""
     rows = [[row.name, row.size, row.seen, row.license, row.paper] for row in published().values()]
     Table("Published chest encoders", ("--init", "pixels", "trained on", "license", "paper"), rows).print()
+    return 0
 
 
 def is_finished(config: Config, setup: Setup, run: Path) -> bool:

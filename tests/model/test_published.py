@@ -8,19 +8,23 @@ from dataclasses import asdict
 from pathlib import Path
 from urllib.error import URLError
 
+import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from model.augment import normalize
 from model.checkpoint import CheckpointError
-from model.initial import read_start
+from model.initial import UNKNOWN, read_start
 from model.names import published
 from model.networks import build_network, load_initial
-from model.runs.config import Config, Setup
+from model.runs.config import Config, Setup, parse_initial
 from model.runs.folder import describe_start
 from model.runs.job import open_job
+from pipeline.base.errors import DataError
 from pipeline.labels import LABELS
 from pipeline.manifest import Manifest
+from tests.training import call_train
 
 ALL = published()["xrv:densenet121-res224-all"]
 OUTPUTS = ALL.outputs.split("|")
@@ -138,6 +142,30 @@ def test_what_cannot_be_downloaded_says_where_it_is(name: str, tmp_path: Path, m
         assert said == f"{name}: programs cannot download it; get {row.file} from {row.weights}, then `init` that file"
 
 
+def test_a_file_of_the_hub_is_read_like_any_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str]] = []
+
+    def fetch(repository: str, file: str) -> str:
+        asked.append((repository, file))
+        return str(tmp_path / "weights.safetensors")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fetch)
+    save_file({"head.weight": torch.ones(2, 3)}, tmp_path / "weights.safetensors")
+    for text, start in (("hf-hub:a/b", UNKNOWN), ("hf-hub:a/b/c/d.pt", UNKNOWN), ("eva-x-tiny", "train")):
+        (entry,) = read_start(parse_initial(text)).seen
+        assert (entry["split"], entry["sets"]) == (start, published()[text].seen.split() if start == "train" else [])
+    assert asked[:2] == [("a/b", "model.safetensors"), ("a/b", "c/d.pt")]
+    assert asked[2:] == [("MapleF/eva_x", "eva_x_tiny_patch16_merged520k_mim.pt")]
+    with pytest.raises(DataError, match=r"^Path 'eva-x' does not exist, and `python -m train networks` lists no such"):
+        parse_initial("eva-x")
+
+
+def test_published_encoders_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call_train("networks") == 0
+    said = capsys.readouterr().out
+    assert all(row.name in said and row.license in said and row.seen in said for row in published().values())
+
+
 @soak
 def test_a_name_starts_a_run_with_its_network_size_and_scale(
     theirs: Path, sample_shards: tuple[Path, Manifest], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -153,6 +181,9 @@ def test_a_name_starts_a_run_with_its_network_size_and_scale(
     assert (job.config.arch, job.config.image_size) == ("densenet121", "224")
     assert job.pixels == {"mean": 127.5, "std": 255 / 2048}
     assert describe_start(asdict(job.config)) == row.terms
+    words = ("embed", row.name, "--shards", sample_shards[0], "--split", "valid", "--out", tmp_path / "valid.parquet")
+    assert call_train(*words) == 0
+    assert len(pq.read_table(tmp_path / "valid.parquet")["embedding"][0]) == 1024
     for of in (place.with_name("renamed.pt"), place):
         shutil.copy(theirs / "state.pt", of)
         assert [entry["sets"] for entry in read_start(of).seen] == [(row if of == place else ALL).seen.split()]
