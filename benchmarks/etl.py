@@ -113,8 +113,7 @@ def decode_png(data: bytes) -> npt.NDArray[np.uint8]:
 
 
 def encode_png(data: bytes) -> object:
-    pixels = resize(decode_png(data), 320, 320)
-    return simplejpeg.encode_jpeg(pixels[:, :, None], quality=QUALITY, colorspace="GRAY")
+    return cv2.imencode(".jpg", resize(decode_png(data), 320, 320), [cv2.IMWRITE_JPEG_QUALITY, QUALITY])
 
 
 def decode_dicom(data: bytes) -> Pixels:
