@@ -141,7 +141,9 @@ class Sharding:
         (), "CSV (or tars) of a split, instead of SOURCE's own.", parse=parse_split, metavar="SPLIT=CSV", flag="split"
     )
     roots: tuple[Path, ...] = option((), "Another folder of images.", parse=parse_folder, metavar="FOLDER", flag="root")
-    facts: tuple[str, ...] = option((), "CSV or XLSX with extra columns, by patient or study.", metavar="FILE")
+    facts: tuple[str, ...] = option(
+        (), "CSV or XLSX with extra columns, by patient or study; or your own table itself.", metavar="FILE"
+    )
     guess: bool = option(False, "Print the command for a table of your own, its columns guessed; do nothing else.")
     dry_run: bool = option(False, "Print what would be written and which images are missing; write nothing.")
 
@@ -185,7 +187,7 @@ def shards(given: Sharding, options: Options, how: Execution) -> int:
 
     Raw labels are kept; the policies are recorded as the shards' defaults, which training may override. The
     same command continues a run that was stopped or killed, and restores missing or damaged files of finished
-    shards. SOURCE and OUT may be s3://bucket/prefix.
+    shards. SOURCE and OUT may be s3://bucket/prefix. For a table of your own, start with: pipeline shards TABLE --guess
     """
     from pipeline.sources.load import describe_shards
 
