@@ -1,18 +1,15 @@
-"""What sharding and reading cost: of CheXpert's whole table, per image, and of ten million images.
+"""What sharding and reading cost: of CheXpert's whole table, and of ten million images.
 
     make bench-scale                                      the table
-    .venv/bin/python -m benchmarks.scale stages           CPU time of each stage, on one core
     .venv/bin/python -m benchmarks.scale collection       tables, manifest and an epoch's plan of 10,000,000 rows
 
 full        223,414 real rows (from the torchxrayvision wheel), and as many synthetic images of 390×320, hard links of
             400; two steps are also killed halfway and run again. Beside them the plain Pillow script, and the
             notebook that holds all images as NumPy arrays.
-stages      `benchmarks/README.md` draws the conclusions: hours for the full set, cores for a GPU.
 """
 
 import contextlib
 import gzip
-import hashlib
 import importlib.util
 import json
 import math
@@ -21,12 +18,10 @@ import re
 import resource
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-import zlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from multiprocessing import get_context
@@ -41,7 +36,6 @@ import simplejpeg
 from PIL import Image
 
 from pipeline.base.files import write_table
-from pipeline.images import ImageOptions, decode_stored, prepare, resize
 from pipeline.labels import LABELS, count_rows
 from pipeline.manifest import Manifest, Shard, Split, read_manifest, write_manifest
 from pipeline.policies import make_targets, parse_uncertain_policy
@@ -50,17 +44,9 @@ from pipeline.stream.samples import open_split
 from pipeline.synthetic.sample import FOLDER, write_sample
 
 PIPELINE = Path(sys.executable).with_name("pipeline")
-# Height and width of CheXpert's small and full images, and about the bytes of one: 11 and 439 GB by 223,414.
-SOURCES = {"small": (320, 390, 49_000), "full": (2320, 2828, 1_965_000)}
 IMAGES = 223_414
 SIZE, QUALITY, PROCESSES = 224, 95, 2  # of the contestants of `etl`
-LINK = 1.25e9  # bytes/s of 10 Gbit/s
 PER_SHARD = 1000
-# An H100's peak in bf16 without sparsity, FLOP/s (NVIDIA's data sheet), and for networks: 10⁹ multiply-adds of a
-# 224-pixel image (torchvision's table), and the share of the peak that training may reach; ResNets reach a fifth,
-# DenseNets, which are bound by memory, about half of that. A training step costs six FLOP per multiply-add.
-H100 = 989e12
-NETWORKS = {"resnet18": (1.81, 0.2), "resnet50": (4.09, 0.2), "densenet121": (2.83, 0.1)}
 Result = TypeVar("Result")
 
 
@@ -197,65 +183,6 @@ def fill_arrays(paths: Sequence[Path]) -> float:
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / len(paths)
 
 
-def draw_film(height: int, width: int, size: int) -> bytes:
-    """A gray JPEG of quality 90 with about `size` bytes: a smooth film with as much grain as that takes."""
-    random = np.random.default_rng(0)
-    smooth = resize(random.integers(60, 200, (12, 15), np.uint8), height, width).astype(np.float32)
-    grain = random.normal(0, 1, (height, width)).astype(np.float32)
-    low, high = 0.0, 30.0
-    for _ in range(12):
-        sigma = (low + high) / 2
-        pixels = np.clip(smooth + sigma * grain, 0, 255).astype(np.uint8)
-        jpeg: bytes = simplejpeg.encode_jpeg(pixels[..., None], quality=90, colorspace="GRAY")
-        low, high = (sigma, high) if len(jpeg) < size else (low, sigma)
-    return jpeg
-
-
-def milliseconds(function: Callable[[], object]) -> float:
-    """The median CPU time of a call."""
-    times = []
-    until = time.perf_counter() + 3
-    while time.perf_counter() < until:
-        start = time.process_time()
-        function()
-        times.append(time.process_time() - start)
-    return 1000 * statistics.median(times)
-
-
-def check(image: bytes) -> None:
-    """What a shard and its index keep beside the image."""
-    hashlib.sha256(image)
-    zlib.crc32(image)
-
-
-def stream(image: bytes, side: int) -> None:
-    """A stored image as the stream reads it."""
-    zlib.crc32(image)
-    resize(decode_stored(image, "jpeg"), side, side)
-
-
-def stages() -> None:
-    """CPU milliseconds per image: of sharding from small and full sources, of streaming what was stored."""
-    for name, (height, width, size) in SOURCES.items():
-        jpeg = draw_film(height, width, size)
-        network = IMAGES * len(jpeg) / LINK
-        print(
-            f"{name}: {width}×{height}, {len(jpeg):,} bytes; all of them through 10 Gbit/s: {network / 60:.1f} minutes"
-        )
-        for side in (224, 320):
-            options = ImageOptions(side, "no", "jpeg", 95, 50_000_000)
-            cost = milliseconds(partial(prepare, jpeg, options))
-            image = prepare(jpeg, options).data
-            cost += milliseconds(partial(check, image))
-            hours = IMAGES * cost / 3.6e6
-            print(f"  shards of {side}: {cost:.2f} ms an image, {hours:.2f} core hours; {len(image):,} bytes an image")
-            read = milliseconds(partial(stream, image, side))
-            print(f"    streamed at {side}: {read:.2f} ms an image, {1000 / read:,.0f} images/s a core; for an H100:")
-            for arch, (macs, share) in NETWORKS.items():
-                rate = share * H100 / (6e9 * macs * (side / 224) ** 2)
-                print(f"      {arch}: {rate * read / 1000:.1f} cores for {rate:,.0f} images/s")
-
-
 def write_collection(folder: Path, rows: int) -> None:
     """Manifest and table of `rows` drawn samples, and empty files as large as their shards."""
     random = np.random.default_rng(0)
@@ -332,7 +259,7 @@ def report(what: str, work: Callable[[], Result]) -> Result:
     return result
 
 
-PARTS = ("full", "stages", "collection")
+PARTS = ("full", "collection")
 
 
 @click.command()
@@ -340,10 +267,7 @@ PARTS = ("full", "stages", "collection")
 @click.option("--rows", default=IMAGES, show_default=True, help="Rows of the real table, for full.")
 def main(part: str, rows: int) -> None:
     """Print what a part of the work costs."""
-    if part == "full":
-        full(rows)
-    else:
-        (stages if part == "stages" else collection)()
+    full(rows) if part == "full" else collection()
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ PAGES = [README, *sorted((REPOSITORY / "docs").rglob("*.md"))]
 
 def test_no_block_leaves_settings_behind_for_the_next() -> None:
     blocks = [block for page in PAGES for block in page.read_text().split("```")[1::2] if "\nexport " in block]
-    assert len(blocks) == 3
+    assert len(blocks) >= 3
     for block in blocks:
         ran = subprocess.run(
             ["bash", "-c", f'make() {{ :; }}\n{re.sub(r"(pipeline|python) .*", ":", block)}\necho "[$OUT]"'],
