@@ -156,33 +156,27 @@ class Shards(Mapping[str, "Selection"]):
         manifests = [folder.manifest for folder in self.folders]
         if len(manifests) == 1:
             return manifests[0]
-        names = dict.fromkeys(name for manifest in manifests for name in manifest.splits)
-        tables = {
-            name: {number: table for (number, split), table in self._tables.items() if split == name} for name in names
-        }
+        splits = {}
+        for name in dict.fromkeys(name for manifest in manifests for name in manifest.splits):
+            tables = {number: table for (number, split), table in self._tables.items() if split == name}
+            counts = count_rows(concat_labels([*spell_alike(tables, self.namespace).values()]))
+            shards = [shard for m in manifests if name in m.splits for shard in m.splits[name].shards]
+            splits[name] = Split(**counts, table="", table_sha256="", shards=tuple(shards))
         policies = {key: {m.policies[key] for m in manifests} for key in ("uncertain", "blank")}
-        weight = np.array([_measured(manifest) for manifest in manifests], float)
+        measured = [m.splits.get("train", next(iter(m.splits.values()))).samples for m in manifests]
         mean, std = (np.array([m.pixels[key] for m in manifests]) for key in ("mean", "std"))
-        overall = float(np.average(mean, weights=weight))
-        spread = float(np.average(std**2 + mean**2, weights=weight)) - overall**2
+        overall = float(np.average(mean, weights=measured))
+        spread = float(np.average(std**2 + mean**2, weights=measured)) - overall**2
+        keys = dict.fromkeys(chain.from_iterable(m.dataset for m in manifests))
+        terms = {key: [m.dataset[key] for m in manifests if m.dataset.get(key)] for key in keys}
         return Manifest(
-            options=dict(manifests[0].options),
+            options=manifests[0].options,
             policies={key: chosen.pop() if len(chosen) == 1 else "" for key, chosen in policies.items()},
             sources={},
             pixels={"mean": round(overall, 4), "std": round(spread**0.5, 4)},
-            splits={
-                name: Split(
-                    **count_rows(concat_labels([*spell_alike(tables[name], self.namespace).values()])),
-                    table="",
-                    table_sha256="",
-                    shards=tuple(s for m in manifests if name in m.splits for s in m.splits[name].shards),
-                )
-                for name in names
-            },
-            dataset=_join_terms([folder.manifest.dataset for folder in self.folders]),
-            not_annotated=tuple(
-                label for label in LABELS if all(label in manifest.not_annotated for manifest in manifests)
-            ),
+            splits=splits,
+            dataset={key: "; ".join(dict.fromkeys(texts)) for key, texts in terms.items()},
+            not_annotated=tuple(label for label in LABELS if all(label in m.not_annotated for m in manifests)),
         )
 
     def open(self, name: str) -> OpenSplit:
@@ -216,8 +210,7 @@ class Shards(Mapping[str, "Selection"]):
 
     def _refuse_shared(self) -> None:
         """Raise DataError for a patient in two splits of two folders, and an image in two folders."""
-        tables = self._tables
-        patients = {side: identify_patients(table, self.namespace) for side, table in tables.items()}
+        patients = {side: identify_patients(table, self.namespace) for side, table in self._tables.items()}
         called = [folder.name for folder in self.folders]
         for (number, split), (other, other_split), (name, *_) in find_shared(patients):
             if number != other and split != other_split:
@@ -228,9 +221,9 @@ class Shards(Mapping[str, "Selection"]):
         # By name too: the content of an image changes if it is resized or encoded differently.
         names = {
             side: Ids(pc.binary_join_element_wise(self.folders[side[0]].patients, table["key"], "/"), table["key"])
-            for side, table in tables.items()
+            for side, table in self._tables.items()
         }
-        contents = {side: identify_images(table) for side, table in tables.items()}
+        contents = {side: identify_images(table) for side, table in self._tables.items()}
         for (number, split), (other, other_split), (name, *more) in chain(find_shared(names), find_shared(contents)):
             if number != other:
                 others = f" and {len(more):,} others are" if more else " is"
@@ -239,18 +232,6 @@ class Shards(Mapping[str, "Selection"]):
                     f"{called[number]}; an image may be in one folder only: take it out of one's table, and shard that "
                     "again"
                 )
-
-
-def _measured(manifest: Manifest) -> int:
-    """The number of images that the manifest's gray levels were measured on."""
-    return manifest.splits.get("train", next(iter(manifest.splits.values()))).samples
-
-
-def _join_terms(datasets: Sequence[Mapping[str, str]]) -> dict[str, str]:
-    """The terms of all data sets, without repeats."""
-    keys = dict.fromkeys(chain.from_iterable(datasets))
-    terms = {key: [dataset[key] for dataset in datasets if dataset.get(key)] for key in keys}
-    return {key: "; ".join(dict.fromkeys(texts)) for key, texts in terms.items()}
 
 
 @dataclass(frozen=True)
