@@ -20,5 +20,4 @@ SET = DataSet(
         # Views that are not AP, PA, LL or RL are oblique or decubitus: RLD, LLD, RLO, LLO.
         "ViewPosition": Column("(?P<position>.*)", "", optional=True),
     },
-    numbers_studies=True,
 )

@@ -44,7 +44,6 @@ ALL = DataSet(
     templates={"path": "{folder}/{key}.png"},
     findings=("Labels", "', '"),
     places=(("", ""), ("images", "")),
-    numbers_studies=True,
 )
 # An image whose labels no physician has checked has an empty field.
 PHYSICIANS = "(?P<used>Physician)|RNN_model"

@@ -115,7 +115,11 @@ class DataSet:
     places: tuple[tuple[str, str], ...] = (("", ""),)
     files: str = ""  # by which a folder is recognized, in words, if not by the first table
     is_joined: bool = False  # from several tables
-    numbers_studies: bool = False  # by us, as its tables do not
+
+    @property
+    def numbers_studies(self) -> bool:
+        """Whether studies are numbered by us, as no column has their numbers."""
+        return not any("(?P<study>" in column.pattern for column in self.columns.values())
 
     @property
     def sign(self) -> str:

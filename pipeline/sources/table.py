@@ -140,4 +140,4 @@ def _read_words(
         )
 
 
-SET = OwnTable(read_terms("table"), files="a single CSV (of several, name one as SOURCE)", numbers_studies=True)
+SET = OwnTable(read_terms("table"), files="a single CSV (of several, name one as SOURCE)")

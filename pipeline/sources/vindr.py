@@ -107,5 +107,4 @@ SET = Vindr(
     read_terms("vindr"),
     columns={COLUMN: Column("(?P<key>[0-9a-f]{32})", "is not 32 hexadecimal digits")},
     files="an annotations/image_labels_train.csv",
-    numbers_studies=True,
 )

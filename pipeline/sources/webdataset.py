@@ -244,4 +244,4 @@ def _demand_all(source: Source, samples: Sequence[Sample], header: list[str], pr
     raise DataError("\n".join(lines))
 
 
-SET = Webdataset(read_terms("webdataset"), files=".tar files", numbers_studies=True)
+SET = Webdataset(read_terms("webdataset"), files=".tar files")
