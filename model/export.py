@@ -34,11 +34,12 @@ Fits = Sequence[tuple[float, float] | None]  # slope and bias of each label's lo
 
 
 class Reading(NamedTuple):
-    """How a network takes images, normalized by mean and std (gray levels), and how its logits become scores.
+    """A network, the mean and std (gray levels) that normalize its images, and how its logits become scores.
 
     `columns` [L] selects the logits that become scores, which `fits`, as in `fit_scores`, calibrate.
     """
 
+    network: nn.Module
     columns: list[int]
     mean: float
     std: float
@@ -48,18 +49,16 @@ class Reading(NamedTuple):
 class Scorer(nn.Module):
     """Scores of a network, or the mean over several, calibrated by `fits`; decisions by `limits` [L]."""
 
-    def __init__(
-        self, networks: Sequence[nn.Module], inputs: Sequence[Reading], fits: Fits = (), limits: Sequence[float] = ()
-    ) -> None:
+    def __init__(self, members: Sequence[Reading], fits: Fits = (), limits: Sequence[float] = ()) -> None:
         super().__init__()
-        self.networks = nn.ModuleList(networks)
-        self.inputs = list(inputs)
+        self.networks = nn.ModuleList(member.network for member in members)
+        self.members = list(members)
         self.fits, self.limits = fits, limits
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """float32 scores [B, L] of uint8 images [B, 1, H, W]; with limits also decisions, bool [B, L], False at nan."""
         parts = []
-        for network, (columns, mean, std, fits) in zip(self.networks, self.inputs, strict=True):
+        for network, columns, mean, std, fits in self.members:
             logits = network(normalize(images, mean, std))
             parts.append(fit_scores(label_scores(logits[:, columns]), fits))
         raw = torch.stack(parts).mean(dim=0)

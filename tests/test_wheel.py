@@ -105,7 +105,7 @@ def test_an_exported_network_scores_with_three_packages(tmp_path: Path) -> None:
     options = {"size": 64, "square": "no", "encoding": "jpeg", "quality": 95, "max_pixels": 10**7, "bits": None}
     texts = {"labels": ["Edema"], "image_size": [32, 32], "images": options, "thresholds": {}}
     facts = {name: json.dumps(value) for name, value in texts.items()} | {"threshold_rule": "none", "use": "research"}
-    export_scorer(Scorer([ResCNN(14, widths=(16, 32))], [Reading([5], 120.0, 60.0)]), (32, 32), model, facts)
+    export_scorer(Scorer([Reading(ResCNN(14, widths=(16, 32)), [5], 120.0, 60.0)]), (32, 32), model, facts)
     names = [f"{place}.{kind.split()[0].lower()}" for place, (kind, _) in enumerate(draw_kinds(390, 320))]
     for name, (_, data) in zip(names, draw_kinds(390, 320), strict=True):
         (tmp_path / name).write_bytes(data)

@@ -39,6 +39,7 @@ from pipeline.base.errors import DataError
 from pipeline.base.files import hash_file, read_object, write_json
 from pipeline.console import Advance, progress_bar, say
 from pipeline.images import ImageOptions
+from pipeline.labels import LABELS
 from pipeline.measure.calibration import RULES, Calibration, apply_calibration, apply_calibrations
 from pipeline.measure.evaluate import Scored, calibrate, study_level
 from pipeline.measure.metrics import Floats
@@ -165,8 +166,10 @@ class Predictor:
     def decide(self, threshold: str, level: str = "image") -> Decision:
         """The calibration of scores at a level, and their thresholds by a rule.
 
-        Raises DataError if there is none.
+        Reports labels without scores, because they were not learned. Raises DataError if there is no calibration.
         """
+        if lacking := [label for label in LABELS if label not in self.config.labels]:
+            say(f"{self.name}: no scores of {', '.join(lacking)}: not learned")
         if self.folder is None:
             if threshold != "none" or level == "study":
                 option = "threshold" if level == "image" else "group_by"

@@ -38,7 +38,7 @@ from pipeline.base.options import option
 from pipeline.base.pages import pictures
 from pipeline.command import EXISTING, EXISTING_FILE, FILE, FOLDER, Fields, command, pictures_option
 from pipeline.console import count_of, echo, refuse_usage, say, say_next
-from pipeline.labels import LABELS, MOST_VIEWS
+from pipeline.labels import MOST_VIEWS
 from pipeline.measure.calibration import RULES, Calibration, Fit, apply_calibration, read_fit
 
 if TYPE_CHECKING:
@@ -175,7 +175,6 @@ def predict_command(given: Prediction) -> int:
     predictor, out = open_predictor(given.runs), given.out
     config = predictor.config
     samples = given.group(files, predictor)
-    say_unlearned(predictor)
     combined = given.group_by is not None and config.fusion is None
     decision = predictor.decide(given.threshold, "study" if combined else "image")
     raw, bad = predictor.score_files(list(samples.values()), given.workers, decision.combine)
@@ -237,18 +236,17 @@ def export_command(given: Export) -> int:
         raise DataError(f"{predictor.name}: only networks for images can be exported, not for studies")
     if len({member.shape for member in predictor.configs.values()}) > 1:
         raise DataError(f"{predictor.name}: the members have different `image_size`, so one file cannot hold them")
-    say_unlearned(predictor)
     decision = predictor.decide(given.threshold)
 
     def read_fits(chosen: Mapping[str, Calibration] | None) -> list[Fit | None]:
         return [] if chosen is None else [read_fit(chosen[label]) for label in config.labels]
 
-    inputs = [
-        Reading(learned_columns(config), member.pixels["mean"], member.pixels["std"], read_fits(member.calibration))
-        for member in predictor.members
+    columns = learned_columns(config)
+    members = [
+        Reading(one.network, columns, one.pixels["mean"], one.pixels["std"], read_fits(one.calibration))
+        for one in predictor.members
     ]
-    networks = [member.network for member in predictor.members]
-    scorer = Scorer(networks, inputs, read_fits(decision.calibration), decision.limits)
+    scorer = Scorer(members, read_fits(decision.calibration), decision.limits)
     facts = describe_export(predictor, decision)
     difference = export_scorer(scorer, config.shape, given.out, facts)
     echo(f"{given.out}: checked, within {difference:.1e} of the eager network's logits")
@@ -256,12 +254,6 @@ def export_command(given: Export) -> int:
     if given.out.suffix == ".onnx":
         say_next("python", given.out.with_name("score.py"), given.out, "IMAGES")
     return 0
-
-
-def say_unlearned(predictor: "Predictor") -> None:
-    """Report labels without scores, because the predictor was not trained on them."""
-    if lacking := [label for label in LABELS if label not in predictor.config.labels]:
-        say(f"{predictor.name}: no scores of {', '.join(lacking)}: not learned")
 
 
 def describe_export(predictor: "Predictor", decision: "Decision") -> dict[str, str]:

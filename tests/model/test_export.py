@@ -23,7 +23,7 @@ def scorer() -> Scorer:
     torch.manual_seed(0)
     network = ResCNN(14, widths=(16, 32))
     network(torch.randn(64, 1, 32, 32))  # so that BatchNorm has seen something
-    return Scorer([network], [Reading(list(range(14)), 120.0, 60.0)]).eval()
+    return Scorer([Reading(network, list(range(14)), 120.0, 60.0)]).eval()
 
 
 def shift_bias(scorer: Scorer) -> None:
@@ -31,7 +31,7 @@ def shift_bias(scorer: Scorer) -> None:
 
 
 def shift_mean(scorer: Scorer) -> None:
-    scorer.inputs = [scorer.inputs[0]._replace(mean=140.0)]
+    scorer.members = [scorer.members[0]._replace(mean=140.0)]
 
 
 def add_noise(scorer: Scorer) -> None:
@@ -98,4 +98,4 @@ def test_a_robust_network_equalizes_wherever_it_is_used(suffix: str, tmp_path: P
         torch.testing.assert_close(copy.deepcopy(robust)(normalize(images, 120.0, 60.0)), expected)
         brighter = predict_scores(robust, [7], [(images + 50,)], 120.0, 60.0, torch.float32)
         np.testing.assert_allclose(brighter[:, 0], torch.sigmoid(expected[:, 7]), atol=1e-5)
-    assert export_scorer(Scorer([robust], [Reading([7], 120.0, 60.0)]), (32, 32), tmp_path / f"model{suffix}") < 1e-3
+    assert export_scorer(Scorer([Reading(robust, [7], 120.0, 60.0)]), (32, 32), tmp_path / f"model{suffix}") < 1e-3
