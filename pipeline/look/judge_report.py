@@ -15,7 +15,7 @@ from markupsafe import Markup
 from pipeline.base.pages import FAINT, FIRST, INK, SECOND, THIRD, Panel, draw_svg, open_templates, show_figure
 from pipeline.base.tabular import show_cell
 from pipeline.look import judged
-from pipeline.measure.calibration import Fitted, apply_calibration
+from pipeline.measure.calibration import apply_calibration
 from pipeline.measure.evaluate import Scored, study_level
 from pipeline.measure.evaluation import MEANS, UNITS, Evaluation
 from pipeline.measure.metrics import FEW, Bools, Curve, Floats, label_cells, net_benefit, reliability, threshold_curve
@@ -125,7 +125,7 @@ def draw_curves(evaluation: Evaluation, images: Scored) -> dict[str, Panels]:
             continue
         curve = threshold_curve(score, truth)
         temperature, bias = (evaluation.get(metric, name).value for metric in ("temperature", "bias"))
-        calibrated = apply_calibration(score, Fitted(temperature=temperature, bias=bias))
+        calibrated = apply_calibration(score, {"temperature": temperature, "bias": bias})
         dot = [evaluation.get(rate, name, group=rule).value for rate in ("sensitivity", "specificity")]
         gains = {at: evaluation.get("net_benefit_gain", name, group=f"at {at}") for at in (0.1, 0.3)}
         error, fitted = (judged.show(evaluation.get(metric, name)) for metric in ("ece", "ece_calibrated"))

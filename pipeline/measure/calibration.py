@@ -19,16 +19,11 @@ FOLDS = 5
 GAP = 1e-3  # in logits: more than batch sizes, processors and runtimes change a float32 score
 
 
-class Fitted(TypedDict):
-    """The parameters that calibrate a label's scores; None if scores stay unchanged."""
+class Calibration(TypedDict, total=False):
+    """The calibration of a label as fitted on dev, ready for JSON; without its thresholds, it still calibrates."""
 
-    temperature: float | None
+    temperature: float | None  # None, as is the bias, if scores stay unchanged
     bias: float | None
-
-
-class Calibration(Fitted):
-    """The calibration of a label as fitted on dev, ready for JSON."""
-
     thresholds: dict[str, float | None]  # by rule
     note: str | None
 
@@ -132,7 +127,7 @@ def fit_logistic(logits: Floats, truth: Bools) -> Fit:
     return Fit(slope, bias)
 
 
-def apply_calibration(score: Floats, calibration: Fitted) -> Floats:
+def apply_calibration(score: Floats, calibration: Calibration) -> Floats:
     """The calibrated scores [n], float64; unchanged without a temperature.
 
     `calibration` is one label's, from `fit_calibration`.
@@ -141,13 +136,13 @@ def apply_calibration(score: Floats, calibration: Fitted) -> Floats:
     return score.astype(np.float64) if fit is None else _sigmoid(_logits(score) * fit.slope + fit.bias)
 
 
-def read_fit(calibration: Fitted) -> Fit | None:
+def read_fit(calibration: Calibration) -> Fit | None:
     """The fit in one label's calibration; None if scores stay unchanged."""
     temperature, bias = calibration["temperature"], calibration["bias"]
     return None if temperature is None or bias is None else Fit(1 / temperature, bias)
 
 
-def apply_calibrations(names: Sequence[str], scores: Floats, calibration: Mapping[str, Fitted]) -> Floats:
+def apply_calibrations(names: Sequence[str], scores: Floats, calibration: Mapping[str, Calibration]) -> Floats:
     """The calibrated scores [N, L], float64, by the calibration of each of the labels `names` [L]; NaN stays NaN."""
     columns = [apply_calibration(score, calibration[name]) for name, score in zip(names, scores.T, strict=True)]
     return np.column_stack(columns)
