@@ -11,6 +11,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -72,7 +73,7 @@ def build_network(arch: str, outputs: int, shape: tuple[int, int] | None = None,
     stem.in_channels = 1
     stem.weight = nn.Parameter(_over_gray(stem.weight.detach()))
     if pretrained:
-        _load_weights(network, _download_imagenet(arch), arch)
+        load_initial(network, Start(Path(arch), "", _download_imagenet(arch)))
     return network
 
 
@@ -172,10 +173,11 @@ def load_initial(network: nn.Module, start: Start, outputs: Sequence[str] = LABE
     """Load weights into a network with these outputs; returns a summary of what is loaded and what stays random.
 
     The classifier's rows are loaded for outputs of the same name, and none if the file's are unknown. Raises
-    CheckpointError, naming the file, if it is of another network, or if a `needed` output is not loaded.
+    CheckpointError, naming the file, if less than `LEAST` of the backbone's weights are given, or blocks that it
+    lacks, or if a `needed` output is not loaded.
     """
     own, head = network.state_dict(), find_head(network)[0]
-    given, others = _rename(network, start.weights, start.size, str(start.path))
+    given, dropped = _rename(network, start.weights, start.size, str(start.path))
     rows = {outputs.index(name): row for row, name in enumerate(start.outputs) if name in outputs}
     for name in (f"{head}.weight", f"{head}.bias"):
         part = given.pop(name, None)
@@ -184,20 +186,30 @@ def load_initial(network: nn.Module, start: Start, outputs: Sequence[str] = LABE
                 raise CheckpointError(f"{start.path}: `init_labels` names {len(start.outputs)} outputs of {len(part)}")
             given[name] = own[name].clone()
             given[name][list(rows)] = part[list(rows.values())].to(own[name])
-    count, fresh, surplus = _load_renamed(network, given, str(start.path))
+    fits = {name: value for name, value in given.items() if name in own and value.shape == own[name].shape}
+    # Old files lack BatchNorm's counters, which are unused here.
+    fresh = [name for name in own if name not in fits and not name.endswith("num_batches_tracked")]
+    surplus = [name for name in given if name not in own]
+    sizes = {name: value.numel() for name, value in own.items() if not name.startswith(f"{head}.")}
+    share = sum(size for name, size in sizes.items() if name in fits) / sum(sizes.values())
+    # All tensors of a resnet18 are also in a resnet34, which has more blocks of the same kind.
+    kinds = {re.sub(r"\d+", "#", name) for name in sizes}
+    deeper = [name for name in surplus if re.sub(r"\d+", "#", name) in kinds]
+    if share < LEAST or deeper:
+        fault = f"{_list_tensors(deeper)} are too many" if deeper else f"{_list_tensors(fresh)} are missing or differ"
+        raise CheckpointError(
+            f"{start.path}: not weights of this network, of whose backbone they are {share:.0%}: {fault}; they must be "
+            "of the same `arch`"
+        )
     lacking = [name for number, name in enumerate(outputs) if number not in rows]
     headless = f"{head}.weight" in fresh
     if missing := [name for name in needed if headless or name in lacking]:
         raise CheckpointError(f"{start.path}: no classifier of {', '.join(missing)}; name its outputs by `init_labels`")
+    network.load_state_dict(fits, strict=False)
     if lacking and not headless:
         fresh.append(f"the classifier of {', '.join(lacking)}")
-    summary = f"loaded {count:,} tensors; fresh: {_list_tensors(fresh) or 'nothing'}"
-    return summary + (f"; left out: {_list_tensors([*surplus, *others])}" if surplus or others else "")
-
-
-def _load_weights(network: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
-    """Load weights into the network, as `load_initial` does."""
-    _load_renamed(network, _rename(network, weights, "", source)[0], source)
+    summary = f"loaded {len(fits):,} tensors; fresh: {_list_tensors(fresh) or 'nothing'}"
+    return summary + (f"; left out: {_list_tensors(surplus + dropped)}" if surplus or dropped else "")
 
 
 def _rename(
@@ -242,32 +254,6 @@ def _rename(
     if stem in given and given[stem].shape[1:2] == (3,):
         given[stem] = _over_gray(given[stem])
     return given, others
-
-
-def _load_renamed(network: nn.Module, given: Mapping[str, Tensor], source: str) -> tuple[int, list[str], list[str]]:
-    """Load tensors; returns how many, the names of the network's others, and of those that it lacks.
-
-    Raises CheckpointError if less than `LEAST` of the backbone's weights are given, or blocks that it lacks.
-    """
-    own = network.state_dict()
-    fits = {name: value for name, value in given.items() if name in own and value.shape == own[name].shape}
-    # Old files lack BatchNorm's counters, which are unused here.
-    fresh = [name for name in own if name not in fits and not name.endswith("num_batches_tracked")]
-    surplus = [name for name in given if name not in own]
-    head = f"{find_head(network)[0]}."
-    sizes = {name: value.numel() for name, value in own.items() if not name.startswith(head)}
-    share = sum(size for name, size in sizes.items() if name in fits) / sum(sizes.values())
-    # All tensors of a resnet18 are also in a resnet34, which has more blocks of the same kind.
-    kinds = {re.sub(r"\d+", "#", name) for name in sizes}
-    deeper = [name for name in surplus if re.sub(r"\d+", "#", name) in kinds]
-    if share < LEAST or deeper:
-        fault = f"{_list_tensors(deeper)} are too many" if deeper else f"{_list_tensors(fresh)} are missing or differ"
-        raise CheckpointError(
-            f"{source}: not weights of this network, of whose backbone they are {share:.0%}: {fault}; they must be of "
-            "the same `arch`"
-        )
-    network.load_state_dict(fits, strict=False)
-    return len(fits), fresh, surplus
 
 
 def _list_tensors(names: Sequence[str]) -> str:
