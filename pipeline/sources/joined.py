@@ -56,7 +56,7 @@ def join_facts(
     joined = dict(tables)
     for path in paths:
         columns = _read_columns(path)
-        own = {_fold(name): ours for ours, name in (named or {}).items()}
+        own = {_fold(name): ours for ours, name in (named or {}).items() if ours != "key"}  # our keys differ
         known = KEYS | (own if own.keys() <= columns.keys() else {})
         names = {known[name]: name for name in columns if name in known}
         held = names.keys() & set.intersection(*(set(table.column_names) for table in joined.values()))
