@@ -3,6 +3,7 @@
 import csv
 import fcntl
 import gc
+import hashlib
 import importlib.util
 import io
 import os
@@ -13,6 +14,7 @@ import sys
 from collections import Counter
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +25,7 @@ from pipeline.etl.planning import Options
 from pipeline.etl.shards import Execution, RunSummary, write_shards
 from pipeline.labels import COLUMNS, LABELS
 from pipeline.manifest import Manifest, read_manifest
-from pipeline.sources.sets import find_source
+from pipeline.sources.sets import find_source, read_any_table
 from pipeline.synthetic.sample import write_sample
 
 REPOSITORY = Path(__file__).parents[1]
@@ -81,6 +83,19 @@ def start(*words: object, cwd: Path = REPOSITORY, **environment: str) -> subproc
     kept = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
     env, command = kept | environment, [str(word) for word in words]
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=False)
+
+
+def flip(path: Path, position: int, bit: int = 0) -> None:
+    """Damage one bit of a file."""
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1 << bit
+    path.write_bytes(data)
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """The sha256 of each file below a folder."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def default_options(**changes: object) -> Options:
@@ -174,6 +189,12 @@ def shipped_table(name: str) -> Path:
 def real_csv() -> Path:
     """CheXpert's real train.csv with 223,414 rows."""
     return shipped_table("chexpert_train.csv.gz")
+
+
+@pytest.fixture(scope="session")
+def real_table(real_csv: Path) -> Any:
+    """Its label table."""
+    return read_any_table(real_csv)
 
 
 @pytest.fixture(scope="session")

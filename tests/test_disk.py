@@ -19,8 +19,8 @@ from model.runs.sweep import Figures, Point, Sweep, list_trials, open_sweep, run
 from pipeline import DataError
 from pipeline.etl import shards as sharding
 from pipeline.etl.verify import verify_shards
-from tests.conftest import default_options, make_shards, write_chexpert
-from tests.pipeline.etl.test_model import hashes, read_train
+from tests.conftest import default_options, hashes, make_shards, write_chexpert
+from tests.pipeline.etl.test_model import read_train
 
 # What the message says of each.
 ERRORS = {errno.ENOSPC: "No space left on device; make room, and run it again", errno.EIO: "Input/output error"}

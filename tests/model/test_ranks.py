@@ -22,7 +22,7 @@ from pipeline.measure.scores import read_scores
 from pipeline.sources.sets import find_source
 from pipeline.stream.plan import plan_training
 from pipeline.stream.samples import find_images, open_split
-from tests.conftest import POLICIES, ROUNDS, default_options, make_shards, write_chexpert
+from tests.conftest import POLICIES, ROUNDS, default_options, flip, make_shards, write_chexpert
 from tests.swift import free_ports
 from tests.training import WORDS, assert_same_run, call_train
 
@@ -216,9 +216,7 @@ def test_unusable_images_are_one_budget_of_all_ranks(sample_shards: tuple[Path, 
         step = next(plan_training(find_images(split), 8, seed=0, epoch=0, rank=rank, ranks=2))
         row = int(step.images[0])
         path = folder / split.shards[split.shard[row]].shard.file
-        data = bytearray(path.read_bytes())
-        data[split.offset[row] + 100] ^= 1
-        path.write_bytes(data)
+        flip(path, split.offset[row] + 100)
     options = ["--shards", folder, "--run", tmp_path / "run", *OPTIONS, "--batch-size", 8, "--epochs", 1]
     code, said = finish(start(2, "train.py", *options, "--max-bad", 1.5 / len(split.shard)))
     assert code == 1

@@ -24,11 +24,6 @@ from pipeline.sources.sets import read_any_table
 
 
 @pytest.fixture(scope="module")
-def real_table(real_csv: Path) -> Any:
-    return read_any_table(real_csv)
-
-
-@pytest.fixture(scope="module")
 def real_frame(real_csv: Path) -> pd.DataFrame:
     return pd.read_csv(real_csv)
 

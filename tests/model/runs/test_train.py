@@ -55,7 +55,7 @@ from pipeline.measure.evaluation import OWN, Evaluation, read_evaluation
 from pipeline.measure.scores import write_scores
 from pipeline.policies import evaluation_targets
 from pipeline.stream.dataset import read_shards
-from tests.conftest import REPOSITORY, ROUNDS, start
+from tests.conftest import REPOSITORY, ROUNDS, flip, start
 from tests.training import Late, assert_same_run, stop_after, train_until
 
 
@@ -479,9 +479,7 @@ def test_damaged_images_end_the_run_unless_they_are_allowed(make_job: Callable[.
     job = dataclasses.replace(make_job("run", epochs=1), shards=read_shards(shards))
     split = open_rows(job, "dev").split
     path = shards / split.shards[split.shard[3]].shard.file
-    data = bytearray(path.read_bytes())
-    data[split.offset[3] + 100] ^= 1
-    path.write_bytes(data)
+    flip(path, split.offset[3] + 100)
     message = f"{path.name}: sample {split.table['key'][3]}: its bytes do not match the checksum in the index"
     for max_bad in (0.0, 0.05):  # of 14 images one is more
         with pytest.raises(DataError, match=f"^{message}$"):

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.scale import descendants
-from tests.conftest import PIPELINE, ROUNDS, run_pipeline
-from tests.pipeline.etl.test_shards import hashes
+from tests.conftest import PIPELINE, ROUNDS, hashes, run_pipeline
 
 OPTIONS = ["--size", "64", "--samples-per-shard", "8", "--workers", "2", "--views", "all"]
 

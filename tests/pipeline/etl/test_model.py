@@ -1,6 +1,5 @@
 """Sharding, reading and repairing in any order, with kills and damage between, against a model of what is there."""
 
-import hashlib
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -18,18 +17,13 @@ from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_s
 from pipeline import DataError, open_shards
 from pipeline.etl import shards as etl
 from pipeline.etl.verify import verify_shards
-from tests.conftest import default_options, make_shards, write_chexpert
+from tests.conftest import default_options, hashes, make_shards, write_chexpert
 
 OPTIONS = [default_options(samples_per_shard=5), default_options(samples_per_shard=3, size=32)]
 
 
 class Killed(BaseException):
     """Stands in for SIGKILL: nothing catches it."""
-
-
-def hashes(folder: Path) -> dict[str, str]:
-    files = (path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def read_train(folder: Path, step: int) -> list[Any]:

@@ -13,16 +13,10 @@ from PIL import Image
 
 from pipeline.base.files import write_table
 from pipeline.manifest import Manifest, Shard, read_manifest, read_table, write_manifest
-from tests.conftest import run_pipeline
+from tests.conftest import flip, run_pipeline
 
 Shards = tuple[Path, Manifest]
 Damage = Callable[[Path, Manifest], list[str]]  # does it, and returns the lines that must be printed
-
-
-def flip(path: Path, position: int, bit: int = 0) -> None:
-    data = bytearray(path.read_bytes())
-    data[position] ^= 1 << bit
-    path.write_bytes(data)
 
 
 def first_row(folder: Path, manifest: Manifest) -> tuple[Path, str, int, int]:

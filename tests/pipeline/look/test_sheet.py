@@ -16,7 +16,7 @@ from pipeline.labels import LABELS
 from pipeline.look.sheet import GAP, LINE, NARROWEST, describe_sample, draw_sheet, find_state, fit, spread_rows
 from pipeline.manifest import Manifest, read_manifest
 from pipeline.stream.samples import OpenSplit, open_split
-from tests.conftest import default_options, make_shards, run_pipeline
+from tests.conftest import default_options, flip, make_shards, run_pipeline
 
 TOP = LINE + 2 * GAP  # pixels: where the first picture begins
 
@@ -167,9 +167,7 @@ def test_a_state_that_no_image_is_in_says_what_there_is(shards: tuple[Path, Mani
 def test_damage_is_named(shards: tuple[Path, Manifest], tmp_path: Path) -> None:
     folder, _ = shards
     path = folder / "train-000000.tar"
-    data = bytearray(path.read_bytes())
-    data[600] ^= 1  # inside the first image
-    path.write_bytes(data)
+    flip(path, 600)  # inside the first image
     failed = run_pipeline("show", folder, "--n", 100, "--out", tmp_path / "x.png")
     assert failed.returncode == 1
     assert re.fullmatch(

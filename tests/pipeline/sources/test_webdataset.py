@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ from pipeline.manifest import Manifest, read_manifest, read_table
 from pipeline.sources.sets import find_source
 from pipeline.sources.source import make_key
 from pipeline.sources.webdataset import SET
-from tests.conftest import run_pipeline
+from tests.conftest import flip, run_pipeline
 
 Layout = Callable[[Path], None]
 
@@ -169,10 +170,8 @@ def test_all_that_is_missing_is_listed_at_once(tmp_path: Path) -> None:
     samples: list[dict[str, Any]] = [{"__key__": f"{i}", "npy": b"x", "cls": b"1"} for i in range(2)]
     samples += [{"__key__": "2", "jpg": image(0), "png": image(0)}]
     path = write(tmp_path / "train-1-of-3.tar", samples)
-    damaged = tmp_path / "z.tar"
-    data = bytearray(path.read_bytes())
-    data[2048] ^= 1  # in the third header
-    damaged.write_bytes(data)
+    damaged = Path(shutil.copy(path, tmp_path / "z.tar"))
+    flip(damaged, 2048)  # in the third header
     (tmp_path / "labels.csv").write_text("id,mrn\n0,A\n1,B\n")
     failed = run_pipeline("shards", tmp_path, tmp_path / "out", "--set", "webdataset", "--columns", "key=id,sex=Sex")
     assert failed.stderr.splitlines() == [

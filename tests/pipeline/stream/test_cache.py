@@ -30,6 +30,7 @@ from pipeline import BatchDataset, DataError, open_shards
 from pipeline.manifest import Manifest, Shard, read_manifest, read_table, write_manifest
 from pipeline.stream import cache as remote
 from pipeline.stream.cache import PIECE, Remote, find_shards, redact
+from tests.conftest import flip as flip_bit
 from tests.conftest import run_pipeline
 
 GB = 10**9
@@ -728,9 +729,7 @@ def test_verify_names_what_a_server_gives_wrongly(
     monkeypatch.setattr(remote, "ATTEMPTS", 1)
     folder, manifest = shards
     shard = manifest.splits["valid"].shards[0].file
-    data = bytearray((folder / shard).read_bytes())
-    data[600] ^= 1
-    (folder / shard).write_bytes(data)
+    flip_bit(folder / shard, 600)
     done = run_pipeline("verify", web(server), "--cache", tmp_path / "cache")
     assert done.returncode == 1
     assert done.stdout == f"{web(server)}/{shard}: its sha256 is not the manifest's; tried 1 times\n"

@@ -11,14 +11,8 @@ from pipeline import DataError
 from pipeline.labels import LABELS, hash_fraction
 from pipeline.manifest import Manifest, read_table
 from pipeline.policies import make_targets, parse_uncertain_policy
-from pipeline.sources.sets import read_any_table
 from pipeline.stream.plan import epoch_order
 from pipeline.stream.select import balance_weights, find_strata, select_rows
-
-
-@pytest.fixture(scope="module")
-def real_table(real_csv: Path) -> Any:
-    return read_any_table(real_csv)
 
 
 @pytest.fixture(scope="module")
