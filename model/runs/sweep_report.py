@@ -151,7 +151,7 @@ def render_sweep(
     slices = [
         draw(partial(draw_slice, trials=done, name=name), f"dev AUROC by {name}", (4.0, 2.6))
         for name in varying
-        if name not in (*AXES, "seed") and len(done) > 1
+        if name not in (*(AXES if planes else ()), "seed") and len(done) > 1
     ]
     shown = partial(draw_curves, trials=ranked, curves=curves, choice=choice)
     page = pages.open_templates("model.runs").get_template("sweep.html")
@@ -192,12 +192,11 @@ def hint_at_edges(done: Sequence[Trial]) -> Iterator[str]:
 
 
 def best_points(trials: Sequence[Trial], metric: str) -> Plane:
-    """(learning rate, weight decay) → the best trial there on dev, in order of rank; empty if neither varies."""
+    """(learning rate, weight decay) → the best of their trials on dev, in order of rank; empty unless both vary."""
     points: dict[tuple[Any, Any], Trial] = {}
     for trial in rank(trials):
-        if trial.figures.get(f"{metric}_auroc") is not None and any(name in trial.parameters for name in AXES):
-            x, y = (trial.parameters.get(name, "one value") for name in AXES)
-            points.setdefault((x, y), trial)
+        if trial.figures.get(f"{metric}_auroc") is not None and trial.parameters.keys() >= set(AXES):
+            points.setdefault((trial.parameters["lr"], trial.parameters["weight_decay"]), trial)
     return points
 
 

@@ -247,7 +247,7 @@ def test_trials_are_the_runs_that_train_makes(
     words = ("--sweep", sweep, "--lr", "1e-3 1e-2", "--seed", "3 4", "--weight-decay", "0.01", "--png", png)
     assert command("sweep", *words, *given) == 0
     output = capsys.readouterr()
-    assert re.search(r"^Trial 0: dev AUROC 0\.\d{4} \(.*\); 3 trials to go$", output.err, re.MULTILINE)
+    assert re.search(r"^Trial 0: dev AUROC 0\.\d{4} \(.*\); 3 trials to go(  .* left)?$", output.err, re.MULTILINE)
     assert re.search(r"^Trial 3: dev AUROC 0\.\d{4} \(.*\)$", output.err, re.MULTILINE)
     rows = {(row["lr"], row["seed"]): row for row in csv.DictReader((sweep / "sweep.csv").read_text().splitlines())}
     assert list(rows) == list(itertools.product(("0.001", "0.01"), "34"))
@@ -288,7 +288,7 @@ def test_trials_are_the_runs_that_train_makes(
     ensemble = f"evaluate {folders} --out {sweep / 'ensemble'}"
     assert output.err.endswith(f"next: python -m train {ensemble}\n")
     assert f"<code>python -m train {ensemble}</code>" in page
-    pictures = {"dev-auroc.png", "learning-curves.png", "train-auroc.png"}
+    pictures = {"dev-auroc-by-lr.png", "learning-curves.png"}
     assert {path.name for path in png.iterdir()} == pictures
     with pytest.raises(DataError, match=r"augment is none, not affine; choose another `sweep`$"):
         command("sweep", *words, *given[:4])

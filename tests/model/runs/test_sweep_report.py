@@ -70,7 +70,7 @@ def test_the_page_has_the_best_first_and_valid_beside_it(trials: list[Trial]) ->
     ("some", "drawn"),
     [
         ([], 0),
-        ([make_trial(0, 0.8, lr=1e-3)], 3),
+        ([make_trial(0, 0.8, lr=1e-3)], 1),
         ([make_trial(0, None, "running", lr=1e-3, weight_decay=0.0)], 1),
         ([make_trial(n, 0.8, arch=arch) for n, arch in enumerate(("rescnn", "resnet18"))], 2),
         ([make_trial(n, 0.8, lr=1e-3 * n, weight_decay=1e-3 * n) for n in range(1, 9)], 3),
@@ -94,9 +94,10 @@ def test_few_values_lie_side_by_side_and_many_on_a_logarithmic_scale() -> None:
 
 
 def test_of_trials_at_one_point_the_best_on_dev_counts() -> None:
-    some = [make_trial(n, dev, lr=1e-3, batch_size=size) for n, (dev, size) in enumerate([(0.7, 32), (0.8, 64)])]
-    assert best_points(some, "train") == {(1e-3, "one value"): some[1]}
-    assert best_points([make_trial(0, 0.7, arch="rescnn")], "dev") == {}
+    point: dict[str, Any] = {"lr": 1e-3, "weight_decay": 0.1}
+    some = [make_trial(n, dev, **point, batch_size=size) for n, (dev, size) in enumerate([(0.7, 32), (0.8, 64)])]
+    assert best_points(some, "train") == {(1e-3, 0.1): some[1]}
+    assert best_points([make_trial(0, 0.7, lr=1e-3)], "dev") == {}
 
 
 def test_few_points_are_a_numbered_grid_with_a_star_at_the_best_on_dev(trials: list[Trial]) -> None:
