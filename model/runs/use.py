@@ -259,15 +259,15 @@ def export_command(given: Export) -> int:
 def describe_export(predictor: "Predictor", decision: "Decision") -> dict[str, str]:
     """The metadata of an exported network, as text. Thresholds apply to its scores."""
     from model.runs.folder import describe_start
+    from pipeline.look.judge_report import WARNING
 
     config, members, calibration = predictor.config, predictor.members, decision.calibration or {}
     dataset = members[-1].dataset
-
-    def scale(fitted: Calibration, rule: str) -> float | None:
-        limit = fitted["thresholds"][rule]
-        return None if limit is None else float(apply_calibration(np.array([limit]), fitted)[0])
-
-    thresholds = {rule: {label: scale(fit, rule) for label, fit in calibration.items()} for rule in RULES}
+    thresholds: dict[str, dict[str, float | None]] = {rule: {} for rule in RULES}
+    for label, fitted in calibration.items():
+        for rule, limit in fitted["thresholds"].items():
+            scaled = None if limit is None else float(apply_calibration(np.array([limit]), fitted)[0])
+            thresholds[rule][label] = scaled
     return {
         "labels": json.dumps(config.labels),
         "image_size": json.dumps(config.shape),
@@ -282,7 +282,7 @@ def describe_export(predictor: "Predictor", decision: "Decision") -> dict[str, s
         "dataset": dataset.get("title", "not stated"),
         "license": dataset.get("license", "not stated"),
         "started_from": "; ".join(dict.fromkeys(describe_start(asdict(one)) for one in predictor.configs.values())),
-        "use": "For research. Not for clinical use.",
+        "use": WARNING,
     }
 
 
