@@ -10,7 +10,15 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pipeline.base.errors import DataError
-from pipeline.labels import LABELS, NOT_ANNOTATED, find_label, find_unannotated, hash_fraction, label_states
+from pipeline.labels import (
+    LABELS,
+    NOT_ANNOTATED,
+    describe_unknown,
+    find_label,
+    find_unannotated,
+    hash_fraction,
+    label_states,
+)
 
 UNCERTAIN_POLICIES = ("zeros", "ones", "ignore", "smooth-zeros", "smooth-ones", "multiclass", "selftrained")
 BLANK_POLICIES = ("zeros", "ignore")
@@ -39,7 +47,7 @@ def parse_uncertain_policy(text: str) -> dict[str, str]:
         name, _, value = override.partition("=")
         label = find_label(name)
         if label is None:
-            raise DataError(f"uncertain policy '{override}': '{name}' is not a label; write LABEL=POLICY")
+            raise DataError(f"uncertain policy '{override}': {describe_unknown(name, LABELS)}")
         if value not in UNCERTAIN_POLICIES:
             raise DataError(f"uncertain policy '{override}': choose from {', '.join(UNCERTAIN_POLICIES)}")
         policy[label] = value

@@ -188,7 +188,7 @@ def test_policy_overrides_and_errors() -> None:
     assert parse_uncertain_policy("best,Edema=zeros") == BEST_POLICY | {"Edema": "zeros"}
     with pytest.raises(DataError, match=r"^uncertain policy 'maybe' is unknown; choose from best, zeros, ones, "):
         parse_uncertain_policy("maybe")
-    with pytest.raises(DataError, match=r"'Oedema' is not a label; write LABEL=POLICY$"):
+    with pytest.raises(DataError, match=r"'Oedema' is none of No Finding, .*; did you mean Edema\?$"):
         parse_uncertain_policy("best,Oedema=ones")
 
 
