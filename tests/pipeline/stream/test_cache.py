@@ -32,6 +32,7 @@ from pipeline.stream import cache as remote
 from pipeline.stream.cache import PIECE, Remote, find_shards, redact
 from tests.conftest import flip as flip_bit
 from tests.conftest import run_pipeline
+from tests.test_disk import lose_power
 
 GB = 10**9
 Fault = Callable[["Handler", bytes], None]
@@ -665,6 +666,21 @@ def test_a_full_disk_is_named(server: Server, tmp_path: Path) -> None:
     message = f"{tmp_path / 'cache'}: cannot be written: {os.strerror(errno.EFBIG)}"
     assert str(caught.value) == f"{web(server)}/0.tar: {message}"
     assert server.requests["0.tar"] == 1
+
+
+@pytest.mark.soak
+def test_the_cache_survives_a_loss_of_power(
+    server: Server, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    cache, shards = tmp_path / "cache", make_files(server.folder, 2)
+    cache.mkdir()
+
+    def download() -> list[bytes]:
+        return [open_remote(web(server), cache).path(shard).read_bytes() for shard in shards]
+
+    for _ in lose_power(cache, download):
+        assert download() == [(server.folder / shard.file).read_bytes() for shard in shards]
+        record_property("survived", "loss of power in the cache")
 
 
 def test_a_cache_that_is_a_file_is_named(tmp_path: Path) -> None:
