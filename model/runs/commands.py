@@ -128,9 +128,7 @@ class Search:
 def train_command(train: Train, place: Place, setup: Setup, config: Config) -> int:
     """Train a network on shards; the same command continues an interrupted run."""
     if place.check:
-        first = setup.init is None if config.pretrained is None else config.pretrained
-        check_conflicts(replace(config, init=str(setup.init) if setup.init else None, pretrained=first))
-        return 0
+        return _check(config, setup)
     check_folders(setup.shards)
     if "RANK" not in os.environ and is_finished(config, setup, place.run):
         print_run(place.run)
@@ -231,6 +229,13 @@ def networks_command() -> int:
     return 0
 
 
+def _check(config: Config, setup: Setup) -> int:
+    """Check options before there are shards. Raises SettingError."""
+    pretrained = setup.init is None if config.pretrained is None else config.pretrained
+    check_conflicts(replace(config, init=str(setup.init) if setup.init else None, pretrained=pretrained))
+    return 0
+
+
 def is_finished(config: Config, setup: Setup, run: Path) -> bool:
     """Whether this run is already trained and reported, in which case a message says so; needs no torch."""
     if not is_reported(run):
@@ -276,8 +281,10 @@ def sweep_command(train: Train, search: Search, setup: Setup, given: "Point") ->
     """
     together = "--sampler tpe and --trials go together: a grid has as many trials as combinations"
     refuse_usage((search.sampler == "tpe") != (search.trials is not None), together)
+    lists = {name: tried for name, tried in given.items() if isinstance(tried, Several)}
+    base = Config(**given | {name: tried[0] for name, tried in lists.items()})
     if search.check:
-        return 0
+        return _check(base, setup)
     check_folders(setup.shards)
     with needs("sweep"):
         from model.runs.sweep import Sweep, list_trials, open_sweep, run_sweep
@@ -286,8 +293,6 @@ def sweep_command(train: Train, search: Search, setup: Setup, given: "Point") ->
     from model.runs.job import open_job
 
     listen()
-    lists = {name: tried for name, tried in given.items() if isinstance(tried, Several)}
-    base = Config(**given | {name: tried[0] for name, tried in lists.items()})
     values: dict[str, tuple[Any, ...]] = {name: (getattr(base, name),) for name in SWEPT if getattr(base, name)}
     values |= {name: tried for name, tried in lists.items() if name in SWEPT or len(tried) > 1}
 

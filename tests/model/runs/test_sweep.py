@@ -28,7 +28,7 @@ from pipeline import DataError
 from pipeline.labels import LABELS
 from pipeline.measure.evaluation import read_evaluation
 from tests.conftest import ROUNDS
-from tests.training import stop_after
+from tests.training import call_train, stop_after
 
 LR, WD = (1e-4, 1e-3, 1e-2), (1e-5, 0.0)
 
@@ -328,6 +328,12 @@ def test_an_error_in_one_trial_leaves_a_report_of_the_others(
     rows = list(csv.DictReader((sweep / "sweep.csv").read_text().splitlines()))
     assert [row["lr"] for row in rows if row["state"] == "complete"] == ["0.001"]
     assert (sweep / "report.html").exists()
+
+
+def test_options_can_be_checked_before_there_are_shards(tmp_path: Path) -> None:
+    for name, option in (("train", "--run"), ("sweep", "--sweep")):
+        assert call_train(name, "--shards", "nowhere", option, tmp_path / "new", "--lr", 1e-3, "--check") == 0
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_sweep_whose_trials_all_diverge_has_failed(
