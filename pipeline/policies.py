@@ -20,11 +20,12 @@ from pipeline.labels import (
     label_states,
 )
 
-UNCERTAIN_POLICIES = ("zeros", "ones", "ignore", "smooth-zeros", "smooth-ones", "multiclass", "selftrained")
+# The lowest and highest target that each gives an uncertain cell, on one side of 0.5; the mean is their middle.
+RANGES = {"zeros": (0.0, 0.0), "ones": (1.0, 1.0), "smooth-zeros": (0.0, 0.3), "smooth-ones": (0.55, 0.85)}
+UNCERTAIN_POLICIES = (*RANGES, "ignore", "multiclass", "selftrained")
 BLANK_POLICIES = ("zeros", "ignore")
 UNCERTAIN_HELP = f"Policy for -1: best, {', '.join(UNCERTAIN_POLICIES)}; per label: best,Edema=zeros."
 BLANK_HELP = f"Policy for blanks: {' or '.join(BLANK_POLICIES)}."
-SMOOTH_RANGES = {"smooth-zeros": (0.0, 0.3), "smooth-ones": (0.55, 0.85)}
 # How often radiologists call an uncertain report positive decides (500 test studies): Atelectasis .54,
 # Edema .52, Pleural Effusion .29, Consolidation .03.
 BEST_POLICY = dict.fromkeys(LABELS, "zeros") | {
@@ -90,18 +91,19 @@ def make_targets(
     for column, label in enumerate(LABELS):
         policy = uncertain[label]
         rows = np.flatnonzero(states[:, column] == -1)
-        if policy in SMOOTH_RANGES:
-            low, high = SMOOTH_RANGES[policy]
-            keys = table["key"].to_pylist() if keys is None else keys
-            draws = np.array([hash_fraction("smooth", seed, keys[row], label) for row in rows])
-            target[rows, column] = low + (high - low) * draws
+        if policy in RANGES:
+            low, high = RANGES[policy]
+            target[rows, column] = low
+            if high > low:
+                keys = table["key"].to_pylist() if keys is None else keys
+                draws = np.array([hash_fraction("smooth", seed, keys[row], label) for row in rows])
+                target[rows, column] = low + (high - low) * draws
         elif policy == "selftrained":
             if teacher is None:
                 raise DataError(f"label {label} is selftrained: it needs a `teacher`, a run that was scored on train")
             target[rows, column] = teacher[rows, column]
-        elif policy != "multiclass":
-            target[rows, column] = policy == "ones"
-            mask[rows, column] = policy != "ignore"
+        elif policy == "ignore":
+            target[rows, column], mask[rows, column] = 0, False
     return target, mask
 
 

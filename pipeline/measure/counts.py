@@ -16,14 +16,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.labels import LABELS, NOT_ANNOTATED, STATES, count_rows, label_states, name_ages, number_studies
-from pipeline.policies import BEST_POLICY, SMOOTH_RANGES, check_blank_policy, parse_uncertain_policy
+from pipeline.policies import BEST_POLICY, RANGES, check_blank_policy, parse_uncertain_policy
 
 # What to group by, and the name of the group of images for which it is unknown.
 NO_GROUP = {"view": "unknown", "sex": "Unknown", "age": "unknown", "projection": "none"}
 NO_FACT = "unknown"
 MOST_NUMBERS = 20  # distinct values, at most, of an integer fact to group by
-# The mean target of an uncertain cell; under other policies it is of neither class.
-UNCERTAIN_TARGETS = {"zeros": 0.0, "ones": 1.0} | {policy: sum(bounds) / 2 for policy, bounds in SMOOTH_RANGES.items()}
 # `images`, `studies`, `patients`, and `labels`: figures by label; and requested sections, by name.
 Statistics = dict[str, Any]
 Labels = dict[str, dict[str, Any]]  # by label, figures by name
@@ -112,12 +110,12 @@ def count_targets(labels: Labels, uncertain: Mapping[str, str], blank: str) -> S
         positive, unsure, negative, blanks = (counts[state] for state in STATES)
         policy = uncertain[label]
         cells = [(1.0, positive), (0.0, negative), *([(0.0, blanks)] if blank == "zeros" else [])]
-        if policy in UNCERTAIN_TARGETS:
-            cells.append((UNCERTAIN_TARGETS[policy], unsure))
+        if policy in RANGES:
+            cells.append((sum(RANGES[policy]) / 2, unsure))
         positives = sum(number for target, number in cells if target >= 0.5)
         negatives = sum(number for target, number in cells if target < 0.5)
         used, total = positives + negatives, sum(target * number for target, number in cells)
-        undecided = unsure if policy not in (*UNCERTAIN_TARGETS, "ignore") else 0
+        undecided = unsure if policy not in (*RANGES, "ignore") else 0
         everything = sum(counts[state] for state in STATES) + counts.get("not_annotated", 0)
         targets[label] = {
             "policy": policy,
