@@ -321,7 +321,7 @@ def add_other(evaluation: Evaluation, images: Scored, name: str, scores: Floats)
     columns = known.any(axis=0)
     rows = known[:, columns].all(axis=1)
     if not columns.any() or not rows.any():
-        raise DataError(f"`against` {name}: it has scored none of these {UNITS[evaluation.unit]}, or no label")
+        raise DataError(f"`against` {name}: no scores of these {UNITS[evaluation.unit]} and labels")
     names = [evaluation.labels[column] for column in np.flatnonzero(columns)]
     fields = ("scores", "target", "mask")
     covered = images.take(rows)

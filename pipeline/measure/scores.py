@@ -26,7 +26,6 @@ from pipeline.measure.metrics import Bools, Floats, Ints, Names
 KEYS = ("key", "path", "file", "filename", "image index", "image", "image id", "dicom id", "dicom")
 STUDY = r"([^/]+)/study0*(\d+)(?:/[^/]*)?/?$"
 FACTS = ("patient", "study")
-READING = "a reader's call is 1, 0 or blank"
 
 
 class Scored(NamedTuple):
@@ -247,10 +246,10 @@ def _read_column(path: Path, name: str, column: pa.Array, logits: bool, calls: b
     values: Floats = pc.fill_null(column.cast(pa.float64()), np.nan).to_numpy(zero_copy_only=False)
     blank = texts.is_null().to_numpy(zero_copy_only=False)
     if calls:
-        _refuse(path, name, texts, ~blank & ~np.isin(values, (0, 1)), f"is none: {READING}")
+        _refuse(path, name, texts, ~blank & ~np.isin(values, (0, 1)), "is not a reader's call: 1, 0 or blank")
         return values
     hint = "" if logits else "; give `logits` if these are logits"
-    _refuse(path, name, texts, ~np.isfinite(values), "is no score")
+    _refuse(path, name, texts, ~np.isfinite(values), "is not a score")
     if logits:
         values = 1 / (1 + np.exp(-values))
     _refuse(path, name, texts, ~((values >= 0) & (values <= 1)), f"is not in [0, 1]{hint}")

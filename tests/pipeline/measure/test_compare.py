@@ -70,7 +70,7 @@ def test_others_are_compared_on_the_rows_that_both_have(studies: Scored) -> None
     assert (mean.value, mean.low) == (less.value, less.low)
     assert 0 < (less.low or 0) < ours - theirs < (less.high or 0)
     assert found.get("auroc_difference", "Fracture", scorer="worse").low is None
-    with pytest.raises(DataError, match=r"^`against` none: it has scored none of these studies, or no label$"):
+    with pytest.raises(DataError, match=r"^`against` none: no scores of these studies and labels$"):
         add_other(found, studies, "none", np.full_like(worse, np.nan))
 
 

@@ -59,7 +59,7 @@ def test_scores_outside_their_range_are_named(table: pa.Table, scores: Scores, t
     with pytest.raises(DataError) as caught:
         read_scores(path, table["key"])
     outside = "is not in [0, 1]; give `logits` if these are logits"
-    complaint = outside if np.isfinite(wrong) else "is no score"
+    complaint = outside if np.isfinite(wrong) else "is not a score"
     assert str(caught.value) == f"{path}, row 21, column Edema: '{wrong:g}' {complaint}"
 
 
@@ -80,7 +80,7 @@ def test_other_files_are_refused_by_name(table: pa.Table, scores: Scores, tmp_pa
     replace(whole.drop_columns("Edema"))
     assert refuse().startswith(f"{path}: column Edema is missing; ")
     replace(whole.set_column(3, LABELS[0], pa.array(["high"] * 50)))
-    assert refuse() == f"{path}, row 1, column No Finding: 'high' is no score"
+    assert refuse() == f"{path}, row 1, column No Finding: 'high' is not a score"
     path.write_bytes(path.read_bytes()[:-100])
     assert refuse().startswith(f"{path}: not an Arrow table: ")
     path.unlink()
@@ -130,8 +130,8 @@ def test_logits_become_probabilities_and_columns_have_any_names(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("key,Edema\np2_a,\np3_b,.1\n", ", line 2, column Edema: '' is no score"),
-        ("key,Edema\np2_a,.1\np3_b,nan\n", ", line 3, column Edema: 'nan' is no score"),
+        ("key,Edema\np2_a,\np3_b,.1\n", ", line 2, column Edema: '' is not a score"),
+        ("key,Edema\np2_a,.1\np3_b,nan\n", ", line 3, column Edema: 'nan' is not a score"),
         (
             "key,Edema\np2_a,.1\np3_b,2.5\n",
             ", line 3, column Edema: '2.5' is not in [0, 1]; give `logits` if these are logits",
@@ -170,7 +170,7 @@ def test_a_reader_calls_1_0_or_nothing(tmp_path: Path) -> None:
     path.write_text("Study,Edema\np/study1,-1\n")
     with pytest.raises(DataError) as caught:
         open_scores(path, calls=True)
-    assert str(caught.value) == f"{path}, line 2, column Edema: '-1' is none: a reader's call is 1, 0 or blank"
+    assert str(caught.value) == f"{path}, line 2, column Edema: '-1' is not a reader's call: 1, 0 or blank"
 
 
 def test_rows_are_not_of_another_sets_studies_of_equal_names(tmp_path: Path) -> None:
