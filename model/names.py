@@ -93,8 +93,8 @@ class Input(NamedTuple):
 def parse_shape(text: str) -> tuple[int, int]:
     """Height and width in pixels, from text like 320 (a square) or 448x384."""
     sides = text.lower().replace("×", "x").split("x")
-    if not 1 <= len(sides) <= 2 or not all(re.fullmatch(r"\d{2,5}", side) and int(side) >= 32 for side in sides):
-        raise DataError(f"'{text}' is not like 320 or, as height and width, 448x384; a side has at least 32 pixels")
+    if not 1 <= len(sides) <= 2 or not all(re.fullmatch(r"\d{2,4}", side) and int(side) >= 32 for side in sides):
+        raise DataError(f"'{text}' is not like 320 or, as height and width, 448x384; a side has 32 to 9,999 pixels")
     return int(sides[0]), int(sides[-1])
 
 
