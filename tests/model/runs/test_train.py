@@ -770,45 +770,37 @@ def test_a_full_disk_leaves_the_earlier_starts(make_job: Callable[..., Job], mon
     assert path.read_bytes().count(b"\n") == 2
 
 
-def test_wandb_reads_what_goes_to_tensorboard(
+def test_wandb_and_mlflow_get_the_curves_of_a_run_and_of_its_resumption(
     command: Callable[..., int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    wandb = Mock()
-    monkeypatch.setattr(folder, "find_restriction", lambda dataset: f"License of {tmp_path}")
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
-    for _ in range(2):  # begun and continued
-        assert command("train", "--run", tmp_path / "run", "--wandb", "films") == 0
-        (tmp_path / "run" / "report.html").unlink()  # as if it had been stopped before its report
-    warning = "Warning: --wandb sends settings and figures of this run to others; make sure that the License of "
-    assert capfd.readouterr().err.count(f"{warning}{tmp_path} allows it\n") == 1
-    first, second = wandb.init.call_args_list
-    assert first == second
-    told = first.kwargs
-    assert (told["project"], told["dir"], told["sync_tensorboard"]) == ("films", tmp_path / "run", True)
-    assert json.loads(json.dumps(told["config"])) == json.loads((tmp_path / "run" / "config.json").read_text())
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(DataError, match=r"^wandb is missing: pip install 'chexpert-pipeline\[wandb\]'$"):
-        command("train", "--run", tmp_path / "run", "--wandb", "films")
-
-
-def test_mlflow_gets_the_curves_of_a_run_and_of_its_resumption(
-    command: Callable[..., int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+    run, wandb = tmp_path / "my run", Mock()
     mlflow = Mock(start_run=Mock(side_effect=lambda *_, **__: nullcontext()))
     mlflow.search_runs.side_effect = [[], [Mock(info=Mock(run_id="the first"))]]
+    monkeypatch.setattr(folder, "find_restriction", lambda dataset: f"License of {tmp_path}")
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
     monkeypatch.setitem(sys.modules, "mlflow", mlflow)
     for _ in range(2):  # begun and continued
-        assert command("train", "--run", tmp_path / "my run", "--mlflow", "films") == 0
-        (tmp_path / "my run" / "report.html").unlink()  # as if it had been stopped before its report
-    mlflow.set_experiment.assert_called_with("films")
-    digest = hash_file(tmp_path / "my run" / "config.json")[:8]
-    assert mlflow.start_run.call_args_list == [
-        call(run_id, run_name=f"my-run-{digest}") for run_id in (None, "the first")
-    ]
-    assert mlflow.search_runs.call_args.kwargs["filter_string"] == f"attributes.run_name = 'my-run-{digest}'"
-    assert mlflow.log_params.call_args.args[0]["arch"] == "rescnn"
-    line = json.loads((tmp_path / "my run" / "metrics.jsonl").read_text())
+        assert command("train", "--run", run, "--wandb", "films", "--mlflow", "studies") == 0
+        (run / "report.html").unlink()  # as if it had been stopped before its report
+    err = capfd.readouterr().err
+    for option in ("--wandb", "--mlflow"):
+        warning = f"Warning: {option} sends settings and figures of this run to others; make sure that the License of "
+        assert err.count(f"{warning}{tmp_path} allows it\n") == 1
+    first, second = wandb.init.call_args_list
+    assert first == second
+    given, identity = first.kwargs, f"my-run-{hash_file(run / 'config.json')[:8]}"
+    assert (given["project"], given["id"], given["dir"], given["sync_tensorboard"]) == ("films", identity, run, True)
+    assert json.loads(json.dumps(given["config"])) == json.loads((run / "config.json").read_text())
+    mlflow.set_experiment.assert_called_with("studies")
+    assert mlflow.start_run.call_args_list == [call(run_id, run_name=identity) for run_id in (None, "the first")]
+    assert mlflow.search_runs.call_args.kwargs["filter_string"] == f"attributes.run_name = '{identity}'"
+    assert mlflow.log_params.call_args.args[0] == given["config"]
+    line = json.loads((run / "metrics.jsonl").read_text())
     assert call("dev/loss", line["dev_loss"], line["step"]) in mlflow.log_metric.call_args_list
+    for name in ("mlflow", "wandb"):
+        monkeypatch.setitem(sys.modules, name, None)
+        with pytest.raises(DataError, match=rf"^{name} is missing: pip install 'chexpert-pipeline\[{name}\]'$"):
+            command("train", "--run", run, f"--{name}", "films")
 
 
 def test_thresholds_and_studies_are_as_asked_for(command: Callable[..., int], trained: Job) -> None:
