@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from pipeline.base.csvs import demand, demand_unique, read_data, read_header, read_strings
 from pipeline.base.errors import DataError
 from pipeline.base.store import list_files
-from pipeline.identity import Note, ignore
+from pipeline.identity import Note, ignore, normalize_ids
 from pipeline.labels import LABELS, NOT_ANNOTATED, parse_states
 from pipeline.sources.findings import parse_findings, read_findings
 from pipeline.sources.words import read_views, read_words, translate
@@ -248,7 +248,7 @@ def make_table(
         age = pc.subtract(*(fields[name].cast(pa.int16()) for name in ("year", "birth")))
     study = fields.get("study")
     if study is None:
-        study = number_studies(fields["patient"], fields.get("study_name", fields["key"]))
+        study = number_studies(normalize_ids(fields["patient"]), fields.get("study_name", fields["key"]))
     table = {name: fields[name] for name in ("path", "key", "patient")}
     table |= {"study": study.cast(pa.int32()), "view": pc.utf8_lower(view), "sex": sex, "age": age}
     bits = {"bits": fields["bits"].cast(pa.int16())} if "bits" in fields else {}

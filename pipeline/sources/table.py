@@ -126,18 +126,19 @@ def _read_words(
     columns: Mapping[str, str], cells: Mapping[str, pa.ChunkedArray], fields: dict[str, pa.Array], note: Note
 ) -> None:
     """Add sex, view and projection, of which a column may hold both, to the fields."""
-    for name, other, words in (("sex", "", read_words("sex")), ("view", "projection", read_views())):
-        column = name if name in cells else other
-        if column in cells:
-            fields[name] = translate(cells[column], words)
-            unknown = cells[column].filter(fields[name].is_null())
-            if unknown.null_count < len(unknown) or (name == "view" and len(unknown)):
-                note(f"column {columns[column]}: no {name} is known for {count_words(unknown)}")
+    for name, other, words in (
+        ("sex", "", read_words("sex")),
+        ("view", "projection", read_views()),
+        ("projection", "view", read_words("projection")),
+    ):
+        used = [column for column in (name, other) if column in cells]
+        if used:
+            fields[name] = pc.coalesce(*(translate(cells[column], words) for column in used))
+            unknown = cells[used[0]].filter(fields[name].is_null())
+            if name != "projection" and (unknown.null_count < len(unknown) or (name == "view" and len(unknown))):
+                note(f"column {columns[used[0]]}: no {name} is known for {count_words(unknown)}")
     if "view" in fields:
         fields["view"] = pc.fill_null(fields["view"], "other")
-        fields["projection"] = translate(
-            cells["projection" if "projection" in cells else "view"], read_words("projection")
-        )
 
 
 SET = OwnTable(read_terms("table"), files="a single CSV (of several, name one as SOURCE)")

@@ -26,8 +26,8 @@ Values = tuple[tuple[str, int | None], ...]  # a word, or LABEL:word, and its st
 
 
 def fold(word: str) -> str:
-    """The letters and digits of a word, in lower case."""
-    return "".join(char for char in word.casefold() if char.isalnum())
+    """The letters and digits of a word, in lower case; and question marks, as `no?` is not `no`."""
+    return "".join(char for char in word.casefold() if char.isalnum() or char == "?")
 
 
 @cache

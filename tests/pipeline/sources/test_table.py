@@ -76,13 +76,13 @@ def test_a_table_may_have_other_delimiters_or_be_a_workbook(films: Path, kind: s
 
 
 HOSPITAL = """\
-file;mrn;StudyDate;Gender;PatientAge;ViewPosition;edema;Effusion;reader
-1;A;2019-03-04;w;058Y;POSTERO-ANTERIOR;yes;ja;x
-2;A;2020-01-02;W;58 years;AP_SUPINE;No;0.0;x
-3;A;2019-03-04;f;45,5;LL;maybe;Absent;x
-4;B;04.03.2019;M;90+;portable;;unclear;y
-5;B;04.03.2019;?;;LATERAL;TRUE;maybe;y
-6;B;04.03.2019;männlich;7;SWIM;n;n;y
+file;mrn;StudyDate;Gender;PatientAge;ViewPosition;AP/PA;edema;Effusion;reader
+1;007;2019-03-04;w;058Y;POSTERO-ANTERIOR;;yes;ja;x
+2;007;2020-01-02;W;58 years;AP_SUPINE;;No;0.0;x
+3;7.0;2020-01-02;f;45,5;LL;;maybe;Absent;x
+4;B;04.03.2019;M;90+;;portable;;no?;y
+5;B;04.03.2019;?;;LATERAL;;TRUE;maybe;y
+6;B;04.03.2019;männlich;7;SWIM;;n;n;y
 """
 
 
@@ -99,9 +99,9 @@ def hospital(tmp_path: Path) -> Path:
 def test_a_hospital_s_table_becomes_shards_by_the_command_that_is_guessed(hospital: Path) -> None:
     out = hospital.parent.parent / "out"
     guessed = run_pipeline("shards", hospital, "--guess")
-    columns = "path=file,patient=mrn,study=StudyDate,view=ViewPosition,sex=Gender,age=PatientAge,"
+    columns = "path=file,patient=mrn,study=StudyDate,view=ViewPosition,projection=AP/PA,sex=Gender,age=PatientAge,"
     columns += "Pleural Effusion=Effusion,Edema=edema"
-    command = f"--set table --columns '{columns}' --values 'unclear=?,maybe=?'"
+    command = f"--set table --columns '{columns}' --values 'no?=?,maybe=?'"
     assert guessed.stdout == f"pipeline shards {hospital} OUT {command}\n"
     assert run_pipeline("shards", hospital.parent, out).stderr.endswith(
         f"\nFor a table of your own: pipeline shards {hospital.parent} OUT {command}\n"
@@ -112,11 +112,11 @@ def test_a_hospital_s_table_becomes_shards_by_the_command_that_is_guessed(hospit
     assert failed.stderr.splitlines() == [
         f"Error: {hospital}, line 4, column edema: 'maybe' is not a label state; the column holds 'yes' (1), 'No' (1), "
         "'maybe' (1), blank (1), 'TRUE' (1), 'n' (1)",
-        f"{hospital}, line 5, column Effusion: 'unclear' is not a label state; the column holds 'ja' (1), '0.0' (1), "
-        "'Absent' (1), 'unclear' (1), 'maybe' (1), 'n' (1)",
-        "say what they mean (1, 0, -1, blank or not-annotated): --values 'maybe=?,unclear=?'",
+        f"{hospital}, line 5, column Effusion: 'no?' is not a label state; the column holds 'ja' (1), '0.0' (1), "
+        "'Absent' (1), 'no?' (1), 'maybe' (1), 'n' (1)",
+        "say what they mean (1, 0, -1, blank or not-annotated): --values 'maybe=?,no?=?'",
     ]
-    made = run_pipeline(*words, "--values", "maybe=-1, Edema:Maybe=0,unclear=not-annotated", "--facts", hospital)
+    made = run_pipeline(*words, "--values", "maybe=-1, Edema:Maybe=0,no?=not-annotated", "--facts", hospital)
     assert made.returncode == 0, made.stderr
     assert "column StudyDate: not all are numbers, so studies are numbered within each patient" in made.stdout
     assert "column Gender: no sex is known for '?' (1)" in made.stdout
@@ -126,12 +126,12 @@ def test_a_hospital_s_table_becomes_shards_by_the_command_that_is_guessed(hospit
     assert [[row[name] for name in names] for row in rows] == [
         [1, "Female", 58, "frontal", "PA", 1, 1, "x"],
         [2, "Female", 58, "frontal", "AP", 0, 0, "x"],
-        [1, "Female", 45, "lateral", "LL", 0, 0, "x"],
+        [2, "Female", 45, "lateral", "LL", 0, 0, "x"],
         [1, "Male", 90, "frontal", "AP", None, -2, "y"],
         [1, None, None, "lateral", None, 1, -1, "y"],
         [1, "Male", 7, "other", None, 0, 0, "y"],
     ]
-    assert read_manifest(out).options["values"] == {"maybe": -1, "Edema:Maybe": 0, "unclear": -2}
+    assert read_manifest(out).options["values"] == {"maybe": -1, "Edema:Maybe": 0, "no?": -2}
 
 
 @pytest.mark.parametrize("text", ["maybe", "maybe=2", "=1", "Edema:=x", "a=1,a=1"])
