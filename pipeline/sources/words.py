@@ -13,7 +13,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.base.csvs import name_row, read_data, read_strings
+from pipeline.base.csvs import demand_columns, name_row, read_data, read_strings
 from pipeline.base.errors import DataError, quote
 from pipeline.labels import LABELS, NOT_ANNOTATED, POSITIONS, STATES, describe_unknown, find_label, suggest
 
@@ -137,6 +137,7 @@ def guess_columns(names: Iterable[str]) -> dict[str, str]:
     for word, ours in read_words("column").items():
         if word in folded:
             guessed.setdefault(ours, folded[word])
+    guessed |= {label: folded[fold(label)] for label in LABELS if fold(label) in folded}
     for word, name in reversed(folded.items()):
         label = suggest(word, LABELS)
         if label and name not in guessed.values():
@@ -159,6 +160,7 @@ def guess_command(source: Path, csv: Path | None) -> str:
         return spell_command(source, "table", {}, dict.fromkeys(NEEDED, "COLUMN"))
     text = read_strings(csv)
     columns = guess_columns(text.column_names)
+    demand_columns(csv, text.column_names, [*columns.values()])
     unknown = {label: find_states(text[name], label)[1] for label, name in columns.items() if label in LABELS}
     columns = {ours: name for ours, name in columns.items() if len(unknown.get(ours, ())) <= SHOWN}  # labels have few
     words = [word for label, words in unknown.items() if label in columns for word in words]
