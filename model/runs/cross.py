@@ -18,10 +18,10 @@ from model.runs.config import is_reported, read_config
 from model.runs.job import Job, open_rows
 from model.runs.overlap import check_seen, check_start, read_seen
 from model.runs.predictor import of_job
-from model.runs.report import draw_cells
+from model.runs.report import define_settings, draw_cells
 from pipeline.base.errors import DataError
 from pipeline.base.files import write_atomically, write_json
-from pipeline.base.pages import draw_svg, open_templates, show_figure, show_limits, show_setting
+from pipeline.base.pages import draw_svg, open_templates, show_figure, show_limits
 from pipeline.base.tabular import Table
 from pipeline.labels import LABELS
 from pipeline.measure.delong import Areas, combine, measure_areas, weigh_labels
@@ -181,12 +181,11 @@ def write_cross(out: Path, matrix: Matrix, job: Job) -> None:
     """Write cross.json and cross.html, with the settings of a run."""
     write_json(out / "cross.json", asdict(matrix))
     tables = {label: tabulate_cross(matrix, label) for label in (MACRO, *matrix.labels)}
-    settings = [[name, show_setting(value)] for name, value in asdict(job.config).items()]
-    tables[f"Settings of {job.run.name}"] = Table("", ("setting", "value"), settings)
     size = (2 + 0.07 * max(map(len, map(name_run, matrix.runs))) + 1.2 * len(matrix.sets), 1 + 0.4 * len(matrix.runs))
     figure = draw_svg(partial(draw_matrix, matrix=matrix), "AUROC by training and test set", size, fitted=True)
     page = open_templates("model.runs").get_template("cross.html")
-    text = page.render(title=f"Across sets: {out.name}", tables=tables, figure=figure)
+    settings = {job.run.name: define_settings(asdict(job.config))}
+    text = page.render(title=f"Across sets: {out.name}", tables=tables, figure=figure, settings=settings)
     write_atomically(out / "cross.html", text.encode())
 
 

@@ -36,19 +36,23 @@ def render_report(
     dataset: Mapping[str, str] = MappingProxyType({}),
 ) -> str:
     """The page of a run; `history` are the lines of metrics.jsonl, `images` the scores of each split."""
-    defaults = {field.name: field.default for field in fields(Config)}
-    changed = {name: value for name, value in config.items() if defaults.get(name, MISSING) != value}
-    others = {name: value for name, value in config.items() if name not in changed}
-    folded = f"<details><summary>{len(others)} more, at their defaults</summary>{_define(others)}</details>"
-    note = '<p class="note">What differs from the defaults, or comes from the shards.</p>'
-    settings = f"{note}{_define(changed)}{folded if others else ''}"
-    more = [Section("Settings", "settings", Markup(settings))]  # noqa: S704 - names and values are escaped
+    more = [Section("Settings", "settings", define_settings(config))]
     if history:
         curves = "".join(
             f"<figure>{svg}<figcaption>{name}</figcaption></figure>" for name, svg in draw_training(history)
         )
         more.append(Section("Training", "training", Markup(f'<div class="panels wide">{curves}</div>')))  # noqa: S704
     return render_page(title, evaluations, images, dataset.get("title", ""), more)
+
+
+def define_settings(config: Mapping[str, Any]) -> Markup:
+    """A run's settings for a page: what differs from the defaults, the others folded."""
+    defaults = {field.name: field.default for field in fields(Config)}
+    changed = {name: value for name, value in config.items() if defaults.get(name, MISSING) != value}
+    others = {name: value for name, value in config.items() if name not in changed}
+    folded = f"<details><summary>{len(others)} more, at their defaults</summary>{_define(others)}</details>"
+    note = '<p class="note">What differs from the defaults, or comes from the shards.</p>'
+    return Markup(f"{note}{_define(changed)}{folded if others else ''}")  # noqa: S704 - names and values are escaped
 
 
 def _define(values: Mapping[str, object]) -> str:

@@ -121,17 +121,20 @@ def list_rows(trials: Sequence[Trial]) -> Iterator[list[object]]:
 
 
 def tabulate_trials(title: str, ranked: Sequence[Trial]) -> Table:
-    """The results of ranked trials: the AUROC on dev that ranks them, then three over the same labels."""
+    """The results of ranked trials: the AUROC on dev that ranks them, then over the same labels of each split."""
+    dev = [pages.show_figure(trial.figures.get("dev_auroc")) for trial in ranked]
+    again = [pages.show_figure(trial.figures.get("dev_same_auroc")) for trial in ranked]
     rows = []
     for trial in ranked:
-        dev, labels, same, train, valid, low, high = (trial.figures.get(name) for name in FIGURES)
+        first, labels, same, train, valid, low, high = (trial.figures.get(name) for name in FIGURES)
         limits = pages.show_limits({"low": low, "high": high})
         cells = [str(trial.number), trial.state, *map(show_value, trial.parameters.values())]
-        cells += [pages.show_figure(dev), show_value(labels), *map(pages.show_figure, (same, train))]
+        cells += [pages.show_figure(first), show_value(labels)]
+        cells += map(pages.show_figure, (same, train) if dev != again else (train,))
         cells += [f"{pages.show_figure(valid)} {limits}"]
         rows.append([*cells, "–" if trial.seconds is None else f"{trial.seconds / 60:.1f}"])
     names = [NAMES.get(name, name) for name in (ranked[0].parameters if ranked else ())]
-    figures = ("dev", "labels", "same, dev", "train", "valid [95 %]", "minutes")
+    figures = ("dev", "labels", *(["same, dev"] if dev != again else []), "train", "valid [95 %]", "minutes")
     return Table(title, ("trial", "state", *names, *figures), rows, kind="trials")
 
 
@@ -168,6 +171,7 @@ def render_sweep(
         slices=slices,
         notes=METRICS,
         choice=choice,
+        many=any(len({trial.parameters[name] for trial in done}) > FEW for name in varying),
         curves=draw(shown, "learning curves", (8.0, 3.4)) if any(curves.values()) else None,
         show=show_value,
     )
@@ -186,7 +190,7 @@ def hint_at_edges(done: Sequence[Trial]) -> Iterator[str]:
             continue
         for edge, neighbor, which in ((values[0], values[1], "lowest"), (values[-1], values[-2], "highest")):
             if best == edge and edge and neighbor:
-                further = show_value(float(f"{edge * edge / neighbor:.2g}"))
+                further = show_value(float(f"{edge * min(max(edge / neighbor, 0.1), 10):.2g}"))  # a decade at most
                 shown = f"{NAMES.get(name, name)}, {show_value(best)}"
                 yield f"The best {shown}, is the {which} of those tried: try {further}, too."
 

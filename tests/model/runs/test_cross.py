@@ -82,6 +82,7 @@ def test_every_run_is_scored_on_every_set(
     page = (out / "cross.html").read_text()
     assert all(f"<h2>{name}</h2>" in page for name in found["labels"])
     assert f">{macro:.3f}<" in page  # in the figure
+    assert "<dt>arch</dt><dd>rescnn</dd>" in page  # as in a report
     assert [path.name for path in (tmp_path / "png").iterdir()] == ["auroc-by-training-and-test-set.png"]
     # Again: nothing is trained.
     monkeypatch.setattr(train, "train", lambda *_: pytest.fail("a finished run was trained again"))
