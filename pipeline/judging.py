@@ -69,8 +69,10 @@ def judge(scores: Path, source: Path, asked: Judging = Judging(), note: Note = i
     """The evaluation of a file of scores against shards, a data set's folder, or its table alone.
 
     `note` is called with a sentence for rows that do not join, also kept in the head's `left_out`. Raises DataError
-    for files that cannot be read, invalid scores, and a source without any of their rows.
+    for files that cannot be read, invalid scores, a source without any of their rows, and a judged dev.
     """
+    if asked.dev is not None and asked.split in (None, asked.dev) and not source.is_file():
+        raise DataError(f"`dev` {asked.dev} is to be judged, too; name another, or another `split` to judge")
     columns, blank, fill = dict(asked.columns), find_blank(source), asked.open == "zeros"
     opened = open_scores(scores, columns, logits=asked.logits).check()
     left_out: list[str] = []

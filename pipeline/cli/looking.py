@@ -264,7 +264,6 @@ def judge(given: Judge) -> None:
 
     refuse_usage(given.png and not given.out, "--png is for the figures of the report in --out")
     refuse_usage(given.dev is not None and given.threshold is not None, "--threshold is for scores without --dev")
-    refuse_usage(given.dev is not None and given.dev == given.split, "--dev is the split to be judged; name another")
     judged = judge_files(given.scores, given.source, given, say)
     print_evaluation(judged.evaluation)
     if given.out is not None:

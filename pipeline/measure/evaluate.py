@@ -88,6 +88,8 @@ def judge_scores(
     what `calibrate` or `leave_uncalibrated` returns.
     """
     names, unit = evaluated["labels"], evaluated["unit"]
+    # Numbers in the order of names sort three times as fast as names.
+    images = images._replace(patient=np.unique(images.patient, return_inverse=True)[1])
     texts = [name for name, kind in name_facts(table).items() if kind == "string"]
     facts = {name: table[name].to_numpy().astype(object) for name in texts}
     evaluation = assess(names, images, calibration, split=evaluated["split"], unit=unit, facts=facts)

@@ -130,7 +130,6 @@ def test_what_cannot_be_judged_is_refused(nih: tuple[Path, Path, pd.DataFrame], 
     for words, message in {
         ("--columns", "Edema,path=x"): "Edema has no column; 'path' is none of key, patient, study, No Finding",
         ("--dev", "dev", "--threshold", "0.5"): "--threshold is for scores without --dev",
-        ("--dev", "valid", "--split", "valid"): "--dev is the split to be judged; name another",
     }.items():
         done = run_pipeline("judge", scores, table, *words)
         assert (done.returncode, message in done.stderr) == (2, True), done.stderr
