@@ -59,7 +59,7 @@ def sample(given: Drawing) -> None:
     """Write a synthetic CheXpert to OUT, to try things out without patient data."""
     cues = [shortcut.cue for shortcut in given.shortcuts]
     refuse_usage(len(set(cues)) < len(cues), "--shortcut: a cue can be tied to one label")
-    with progress_bar("Drawing", "images") as advance:
+    with progress_bar("Writing", "images") as advance:
         folder = write_sample(progress=advance, **vars(given))
     echo(f"{folder}: {given.images:,} synthetic images")
     say_next("pipeline", "shards", given.out, Path("shards", given.out.resolve().name))

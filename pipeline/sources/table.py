@@ -17,7 +17,7 @@ from pipeline.base.csvs import SUFFIXES, demand_columns, demand_unique, read_str
 from pipeline.base.errors import DataError
 from pipeline.base.store import list_files
 from pipeline.identity import Note, ignore
-from pipeline.labels import LABELS, describe_unknown, find_label
+from pipeline.labels import LABELS, describe_unknown, find_label, suggest
 from pipeline.sources.source import (
     AGE,
     PATIENT,
@@ -60,7 +60,8 @@ def parse_columns(text: str, known: Sequence[str] = (*FIELDS, *WORDS, "key", *LA
         name, column = (word.strip().strip('"') for word in part.partition("=")[::2])
         field = find_label(name) or name
         if field not in known:
-            wrong.append(describe_unknown(field, known))
+            others = "" if suggest(field, known) else "; keep a column that is none of these by --facts"
+            wrong.append(describe_unknown(field, known) + others)
         elif not column:
             wrong.append(f"{field} has no column")
         elif field in dict(pairs):

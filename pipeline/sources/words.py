@@ -155,9 +155,12 @@ def spell_command(source: Path, kind: str, columns: Mapping[str, str], needed: M
 
 
 def guess_command(source: Path, csv: Path | None) -> str:
-    """The command that makes shards of a user's table, its columns guessed by their names, for people to check."""
+    """The command that makes shards of a user's table, its columns guessed by their names, for people to check.
+
+    Without a CSV, the command that guesses them, for a table that people name.
+    """
     if csv is None:
-        return spell_command(source, "table", {}, dict.fromkeys(NEEDED, "COLUMN"))
+        return f"pipeline shards {shlex.quote(str(source / 'TABLE.csv'))} `guess`"
     text = read_strings(csv)
     columns = guess_columns(text.column_names)
     demand_columns(csv, text.column_names, [*columns.values()])

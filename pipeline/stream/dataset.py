@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 
 from pipeline.base.errors import DataError, printable
 from pipeline.identity import NAMED, Ids, describe_repeats, find_shared, identify_images, identify_patients, spell_alike
-from pipeline.labels import LABELS, VIEWS, count_rows
+from pipeline.labels import LABELS, VIEWS, count_rows, describe_unknown
 from pipeline.manifest import Manifest, Split, concat_labels, manifest_digest, read_manifest, read_table
 from pipeline.policies import check_blank_policy, choose_policy, make_targets, parse_uncertain_policy
 from pipeline.stream.batches import BatchStream, Labels, Unusable, stream_batches
@@ -323,7 +323,7 @@ class Selection:
                 raise DataError(f"`{name}` {value} is less than {least}")
         for label in labels:
             if label not in LABELS:
-                raise DataError(f"label '{label}' is unknown; choose from {', '.join(LABELS)}")
+                raise DataError(f"label {describe_unknown(label, LABELS)}")
         policy = parse_uncertain_policy(choose_policy("uncertain", uncertain, self.policies))
         blank = check_blank_policy(choose_policy("blank", blank, self.policies))
         columns = [LABELS.index(label) for label in labels]
