@@ -225,6 +225,8 @@ def _read_jpeg(data: bytes, options: ImageOptions) -> Picture:
     minimum = (ceil(height / part), ceil(width / part)) if part > 1 else (0, 0)
     is_resized = options.square == "no" and inner != (height, width)  # so these pixels are soon gone
     pixels = _decode_any(data, colorspace, minimum, _borrow(height * width) if is_resized else None)
+    # A last row or column that stands for less than half of its size would shift all others.
+    pixels = pixels[: round(height / part), : round(width / part)]
     fits = inner == (height, width) and (options.square == "no" or height == width)
     # A progressive JPEG decodes three times slower: it is kept only if the original is requested.
     keeps = facts.frame in containers.BASELINE or (facts.frame == containers.PROGRESSIVE and options.size is None)

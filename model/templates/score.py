@@ -17,14 +17,14 @@ def prepare(data, size, square, encoding, quality, bits, max_pixels):  # as the 
     shape = image.size if turn in (5, 6, 7, 8) else image.size[::-1]
     ratio = 1 if not size else size / max(shape) if square == "pad" else min(1, size / min(shape))
     inner = [size if square in ("crop", "stretch") else max(1, round(side * ratio)) for side in shape]
-    image.draft("L", (inner[1] * 3 // 2, inner[0] * 3 // 2) if turn == 1 else None)  # a JPEG at 1/2, 1/4 or 1/8
+    drafted = image.draft("L", (inner[1] * 3 // 2, inner[0] * 3 // 2) if turn == 1 else None)  # to 1/2, 1/4 or 1/8
     if kind == b"\x10\0":  # white is the highest level of the bits used
         levels = np.array(image, int) * (np.array(image) != image.info.get("transparency"))
         stated = data[data.find(b"sBIT") + 4] if b"sBIT" in data[: data.find(b"IDAT")] else 0
         depths = [bits] if bits else [stated, 16] if stated else [8, 10, 12, 14, 16]
         full = 2 ** next(depth for depth in depths if not levels.max() >> depth) - 1
         image = Image.fromarray(((levels * 255 + full // 2) // full).astype(np.uint8))
-    image = ImageOps.exif_transpose(image)
+    image = ImageOps.exif_transpose(image.crop(drafted[1]) if drafted else image)  # to the nearest pixel
     alpha = np.asarray(image.convert("RGBA").getchannel("A"), int)
     pixels = ((np.asarray(image.convert("L")) * (alpha if alpha.any() else alpha + 255) + 127) // 255).astype(np.uint8)
     if square == "crop":

@@ -176,14 +176,14 @@ def test_tiny_images_of_every_shape_can_be_resized() -> None:
                     assert square == "no" or pixels.shape == (size, size)
 
 
-@pytest.mark.parametrize("size", [(2828, 2320), (1501, 997)])
+@pytest.mark.parametrize("size", [(2828, 2320), (2817, 2313), (1501, 997)])
 def test_scaled_decode_is_within_a_gray_level_of_a_full_one(size: tuple[int, int]) -> None:
     noise = np.random.default_rng(0).normal(0, 6, size[::-1])
-    ramp = np.linspace(40, 210, size[0])[None]
-    source = encode(Image.fromarray((ramp + noise).clip(0, 255).astype(np.uint8)))
+    waves = 125 + 85 * np.sin(np.arange(size[0]) / 100)[None]
+    source = encode(Image.fromarray((waves + noise).clip(0, 255).astype(np.uint8)))
     pixels = prepare(source, FITTING._replace(size=224, max_pixels=7_000_000)).pixels
     reference = Image.open(io.BytesIO(source)).resize(pixels.shape[::-1], Image.Resampling.LANCZOS)
-    assert difference(pixels, np.asarray(reference)) < 0.6
+    assert difference(pixels, np.asarray(reference)) < 0.7
 
 
 def test_color_progressive_and_16_bit_sources_become_baseline_gray(gray: Image.Image) -> None:
