@@ -159,7 +159,7 @@ def _read_tar(tar: str, path: Path, wanted: set[str]) -> Iterator[Sample]:
     with path.open("rb") as file:
         for number, (key, members) in enumerate(groups.items()):
             name = f"{path}: sample {key}"
-            fields = _read_fields(name, file, members) if wanted or not number else {}
+            fields = _read_fields(name, file, members, wanted) if wanted or not number else {}
             kept = {field: text for field, text in fields.items() if not number or field in wanted}
             # `jpg` alone if `mask.png` is beside it.
             plain = [member for suffix, member in members.items() if suffix in IMAGES]
@@ -172,20 +172,29 @@ def _kind(suffix: str) -> str:
     return suffix.rpartition(".")[2]
 
 
-def _read_fields(name: str, file: BinaryIO, members: Mapping[str, Member]) -> Fields:
-    """Field → its text, None if it is blank: texts by suffix, and values of JSON, nested ones as `outer.inner`."""
-    values: dict[str, object] = {}
+def _read_fields(name: str, file: BinaryIO, members: Mapping[str, Member], wanted: set[str]) -> Fields:
+    """Field → its text, None if it is blank: texts by suffix, and values of JSON, nested ones as `outer.inner`.
+
+    Raises DataError for a field that is wanted and has two values.
+    """
+    fields: Fields = {}
     for suffix, member in members.items():
-        if _kind(suffix) in (*TEXTS, "json"):
-            file.seek(member.offset)
-            content = file.read(member.size)
-            if _kind(suffix) != "json":
-                values[suffix] = content.decode(errors="replace")
-                continue
+        if _kind(suffix) not in (*TEXTS, "json"):
+            continue
+        file.seek(member.offset)
+        content = file.read(member.size)
+        values: dict[str, object] = {}
+        if _kind(suffix) != "json":
+            values[suffix] = content.decode(errors="replace")
+        else:
             for field, value in parse_object(f"{name}: .{suffix}", content).items():
                 nested = value if isinstance(value, dict) else {}
                 values |= {f"{field}.{inner}": cell for inner, cell in nested.items()} or {field: value}
-    return {field: _as_text(value) for field, value in values.items() if not isinstance(value, (dict, list))}
+        for field, value in values.items():
+            text = _as_text(value)
+            if not isinstance(value, (dict, list)) and fields.setdefault(field, text) != text and field in wanted:
+                raise DataError(f"{name}: .{suffix} has another value of {field} than the members before it")
+    return fields
 
 
 def _as_text(value: object) -> str | None:
@@ -206,11 +215,13 @@ def _join(samples: Sequence[Sample], source: Source, text: pa.Table, note: Note)
     keys = pa.array([sample.key for sample in samples])
     chosen = text.select([name for name in text.column_names if name in columns.values()])
     rows = join(keys, path, chosen, text[column], "images", note, choose_paths(keys))
+    twice = [name for name in chosen.column_names if name != KEY and any(name in sample.fields for sample in samples)]
+    problems = [f"{path}: the samples have a field {name} as well: rename the column" for name in twice]
     for name in chosen.column_names:
         for sample, cell in zip(samples, chosen[name].take(rows).to_pylist(), strict=True):
             sample.fields[name] = cell
     missing, shared = keys.filter(rows.is_null()), repeated(rows.drop_null())
-    problems = [f"{path}: {len(missing):,} samples have no row, such as {missing[0]}"] if len(missing) else []
+    problems += [f"{path}: {len(missing):,} samples have no row, such as {missing[0]}"] if len(missing) else []
     return problems + ([f"{path}: {len(shared):,} rows have several samples each"] if shared else [])
 
 

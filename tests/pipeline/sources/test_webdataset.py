@@ -172,21 +172,23 @@ def test_all_that_is_missing_is_listed_at_once(tmp_path: Path) -> None:
     path = write(tmp_path / "train-1-of-3.tar", samples)
     damaged = Path(shutil.copy(path, tmp_path / "z.tar"))
     flip(damaged, 2048)  # in the third header
-    (tmp_path / "labels.csv").write_text("id,mrn\n0,A\n1,B\n")
-    failed = run_pipeline("shards", tmp_path, tmp_path / "out", "--set", "webdataset", "--columns", "key=id,sex=Sex")
+    (tmp_path / "labels.csv").write_text("id,mrn,cls\n0,A,1\n1,B,0\n")
+    options = ("--set", "webdataset", "--columns", "key=id,sex=Sex,age=cls")
+    failed = run_pipeline("shards", tmp_path, tmp_path / "out", *options)
     assert failed.stderr.splitlines() == [
         f"Error: {tmp_path}: 3 samples of .cls, .npy, .jpg, .png",
         f"  {tmp_path / 'train-*-of-3.tar'}: 1 files of 3",
         f"  {damaged}: byte 2048: neither a tar header nor the end of the tar",
         f"  2 samples need one image and have .cls, .npy: {path}: sample 0",
         f"  1 samples need one image and have .jpg, .png: {path}: sample 2",
+        f"  {tmp_path / 'labels.csv'}: the samples have a field cls as well: rename the column",
         f"  {tmp_path / 'labels.csv'}: 1 samples have no row, such as 2",
         "  no sample has the field Sex",
         "  no patient is named",
         "  no label is named",
-        f"fields: cls, __key__; of {tmp_path / 'labels.csv'}, with key=COLUMN: id, mrn",
+        f"fields: cls, __key__; of {tmp_path / 'labels.csv'}, with key=COLUMN: id, mrn, cls",
         "LABEL is one of CheXpert's 14",
-        f"pipeline shards {tmp_path} OUT --set webdataset --columns patient=mrn,key=id,LABEL=cls",
+        f"pipeline shards {tmp_path} OUT --set webdataset --columns patient=mrn,key=id,age=cls,LABEL=cls",
     ]
 
 
@@ -197,6 +199,7 @@ def test_all_that_is_missing_is_listed_at_once(tmp_path: Path) -> None:
         ({"json": b"{"}, ".json: damaged: not JSON: Expecting property name enclosed in double quotes: "),
         ({"json": b'{"mrn": "\\ud800 x"}'}, "column mrn: '? x' is not a name without spaces, of up to 64 characters"),
         ({"json": b" " * (2**20 + 1)}, ".json has 1,048,577 bytes, too many"),
+        ({"meta.json": b'{"mrn": "N"}'}, ".meta.json has another value of mrn than the members before it"),
         ({"cls": b""}, "two members .jpg"),
     ],
 )
