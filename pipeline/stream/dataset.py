@@ -34,6 +34,7 @@ from pipeline.stream.samples import OpenSplit, ShardFile, find_images, find_stud
 from pipeline.stream.select import select_rows
 
 SAME = ("size", "square", "encoding")  # options that folders must share
+MOST_STUDIES = 100_000  # of a patient in a folder that numbers them itself
 
 
 def open_shards(
@@ -98,7 +99,7 @@ class Shards(Mapping[str, "Selection"]):
                         "them again as the other"
                     )
         self._tables = {
-            (number, split): self._name_rows(folder, read_table(folder.path, entry))
+            (number, split): self._name_rows(number, folder, read_table(folder.path, entry))
             for number, folder in enumerate(self.folders)
             for split, entry in folder.manifest.splits.items()
         }
@@ -199,10 +200,17 @@ class Shards(Mapping[str, "Selection"]):
         table = concat_labels([*spell_alike(tables, self.namespace).values()])
         return OpenSplit(name, split.encoding, table, tuple(shards))
 
-    def _name_rows(self, folder: Folder, table: pa.Table) -> pa.Table:
-        """The table of one of several folders with its set; patients' names include the namespace if these differ."""
+    def _name_rows(self, place: int, folder: Folder, table: pa.Table) -> pa.Table:
+        """The table of one of several folders with its set; patients' names include the namespace if these differ.
+
+        Studies that a folder has numbered itself stay apart from those of the folders before it.
+        """
         if len(self.folders) == 1:
             return table
+        columns = folder.manifest.columns
+        if columns and "study" not in columns:
+            study = pc.add(table["study"], pa.scalar(place * MOST_STUDIES, pa.int32()))
+            table = table.set_column(table.schema.get_field_index("study"), "study", study)
         if self.namespace == NAMED:
             patients = pc.binary_join_element_wise(folder.patients, table["patient"], "/")
             table = table.set_column(table.schema.get_field_index("patient"), "patient", patients)

@@ -20,9 +20,8 @@ from pipeline.manifest import Manifest, checksum, read_manifest, read_table
 from pipeline.sources.sets import find_source
 from pipeline.stream.dataset import read_shards
 from pipeline.stream.select import mix_weights
-from tests.conftest import default_options, run_pipeline, write_chexpert
-
-from tests.conftest import POLICIES  # isort: skip
+from tests.conftest import POLICIES, default_options, run_pipeline, write_chexpert
+from tests.layouts import draw
 
 
 def write_set(folder: Path, patients: range, name: str = "", **changes: object) -> Path:
@@ -175,6 +174,19 @@ def test_a_patient_is_one_whatever_the_spelling(two: tuple[Path, Path], tmp_path
     assert "patient00030" in patients
     assert "patient30" not in patients
     assert grown.manifest.split("train").patients == len(patients)
+
+
+def test_studies_that_each_folder_numbers_are_apart(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        films = tmp_path / f"films-{name}"
+        for number in range(2):
+            draw(films / f"{name}{number}.png", 2 * ord(name) + number)
+        (films / "table.csv").write_text(f"Image,MRN,Edema\n{name}0.png,7,1\n{name}1.png,7,1\n")
+        columns = (("path", "Image"), ("patient", "MRN"), ("Edema", "Edema"))
+        source = find_source(films, {}, [], "table", columns)
+        write_shards(source, tmp_path / name, default_options(dev=0.0), POLICIES, Execution(1, 0.0))
+    shards = open_shards([tmp_path / "a", tmp_path / "b"])
+    assert len(shards["train"].studies().samples.rows) == shards.manifest.split("train").studies == 4
 
 
 def test_a_patient_in_two_splits_of_two_folders_is_refused(two: tuple[Path, Path], tmp_path: Path) -> None:
