@@ -172,7 +172,7 @@ def render_sweep(
         notes=METRICS,
         choice=choice,
         many=any(len({trial.parameters[name] for trial in done}) > FEW for name in varying),
-        curves=draw(shown, "learning curves", (8.0, 3.4)) if any(curves.values()) else None,
+        curves=draw(shown, "learning curves", (4.6, 3.6)) if any(curves.values()) else None,
         show=show_value,
     )
 
