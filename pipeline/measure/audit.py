@@ -129,7 +129,8 @@ def audit_labels(
     Covariates [N] are NaN if unknown. Those of the image's `edge` are acquisition covariates, but content for
     Support Devices, whose wires and lines cross the edge. Without `together`, no model of all of them is fitted.
     """
-    patient = table["patient"].combine_chunks().dictionary_encode().indices.to_numpy()
+    # In the order of their names, so that folds do not depend on the order of rows.
+    patient = np.unique(table["patient"].to_numpy(), return_inverse=True)[1]
     covariates = {**acquisition, **edge, **content}
     values = np.column_stack([np.empty((len(patient), 0)), *covariates.values()])
     tests: list[Test] = []

@@ -134,6 +134,10 @@ def test_all_together_are_an_alarm_of_their_own() -> None:
     audit = audit_labels(table, *make_cells(truth), {}, values)
     (alarm,) = audit.alarms["Pneumonia"]
     assert (alarm.kind, alarm.strength > 0.9) == ("together", True)
+    rows = random.permutation(600)
+    shuffled = {name: value[rows] for name, value in values.items()}
+    (other,) = audit_labels(table.take(rows), *make_cells(truth[rows]), {}, shuffled).alarms["Pneumonia"]
+    assert other.auroc == pytest.approx(alarm.auroc, abs=1e-12)
     assert audit.describe_alarms()[0].startswith("Pneumonia: all covariates together predict it with AUROC 1.00 (")
 
 
