@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 from zlib_ng import zlib_ng
 
 from pipeline.base.errors import DataError
@@ -33,6 +34,7 @@ FACTS = pa.schema(
 )
 PLACES = pa.schema({"shard": pa.int32(), "offset": pa.int64(), "length": pa.int32(), "crc": pa.uint32()})
 KNOWN = {*FACTS.names, *PLACES.names, "path", "file", "note"}
+MOST_STUDIES = 100_000  # of a patient
 # Words of the licenses that forbid passing the data on.
 RESTRICTED = ("Credentialed", "Research Use Agreement")
 _FULL = ("key", "patient", "study", "view", *PLACES.names)
@@ -129,6 +131,14 @@ def concat_labels(tables: Sequence[pa.Table]) -> pa.Table:
             table = table.set_column(place, name, table[name].cast(pa.string()))
         same.append(table)
     return pa.concat_tables(same, promote_options="default")
+
+
+def renumber(table: pa.Table, manifest: Manifest, place: int) -> pa.Table:
+    """The table of the folder at a `place` among several: studies that it numbered itself are none of the others'."""
+    if not manifest.columns or "study" in manifest.columns:
+        return table
+    study = pc.add(table["study"], pa.scalar(place * MOST_STUDIES, pa.int32()))
+    return table.set_column(table.schema.get_field_index("study"), "study", study)
 
 
 def find_restriction(dataset: Mapping[str, str]) -> str:

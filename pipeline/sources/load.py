@@ -10,7 +10,7 @@ from pipeline.base.errors import DataError
 from pipeline.identity import Note, describe_repeats, ignore, name_patients, spell_alike
 from pipeline.images import Original
 from pipeline.labels import LABELS, select_views
-from pipeline.manifest import NAME, concat_labels, find_notes, name_facts, read_manifest, read_table
+from pipeline.manifest import NAME, concat_labels, find_notes, name_facts, read_manifest, read_table, renumber
 from pipeline.measure.counts import describe_views
 from pipeline.policies import find_one_class
 from pipeline.sources.joined import join_facts
@@ -35,7 +35,9 @@ def load_tables(
     if len(tables) == 1:
         return tables[0]
     named = []
-    for source, table in zip(sources, tables, strict=True):
+    for place, (source, table) in enumerate(zip(sources, tables, strict=True)):
+        if (source / NAME).is_file():
+            table = renumber(table, read_manifest(source), place)
         name, patients = _name_set(source)
         apart = name_patients(table["patient"], patients)
         table = table.set_column(table.schema.get_field_index("patient"), "patient", apart)

@@ -25,7 +25,7 @@ import pyarrow.compute as pc
 from pipeline.base.errors import DataError, printable
 from pipeline.identity import NAMED, Ids, describe_repeats, find_shared, identify_images, identify_patients, spell_alike
 from pipeline.labels import LABELS, VIEWS, count_rows, describe_unknown
-from pipeline.manifest import Manifest, Split, concat_labels, manifest_digest, read_manifest, read_table
+from pipeline.manifest import Manifest, Split, concat_labels, manifest_digest, read_manifest, read_table, renumber
 from pipeline.policies import check_blank_policy, choose_policy, make_targets, parse_uncertain_policy
 from pipeline.stream.batches import BatchStream, Labels, Unusable, stream_batches
 from pipeline.stream.cache import CACHE, CACHE_SIZE, Remote, find_shards, redact
@@ -34,7 +34,6 @@ from pipeline.stream.samples import OpenSplit, ShardFile, find_images, find_stud
 from pipeline.stream.select import select_rows
 
 SAME = ("size", "square", "encoding")  # options that folders must share
-MOST_STUDIES = 100_000  # of a patient in a folder that numbers them itself
 
 
 def open_shards(
@@ -201,16 +200,10 @@ class Shards(Mapping[str, "Selection"]):
         return OpenSplit(name, split.encoding, table, tuple(shards))
 
     def _name_rows(self, place: int, folder: Folder, table: pa.Table) -> pa.Table:
-        """The table of one of several folders with its set; patients' names include the namespace if these differ.
-
-        Studies that a folder has numbered itself stay apart from those of the folders before it.
-        """
+        """The table of one of several folders with its set; patients' names include the namespace if these differ."""
         if len(self.folders) == 1:
             return table
-        columns = folder.manifest.columns
-        if columns and "study" not in columns:
-            study = pc.add(table["study"], pa.scalar(place * MOST_STUDIES, pa.int32()))
-            table = table.set_column(table.schema.get_field_index("study"), "study", study)
+        table = renumber(table, folder.manifest, place)
         if self.namespace == NAMED:
             patients = pc.binary_join_element_wise(folder.patients, table["patient"], "/")
             table = table.set_column(table.schema.get_field_index("patient"), "patient", patients)

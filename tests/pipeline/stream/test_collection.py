@@ -16,7 +16,9 @@ from PIL import Image
 from pipeline import DataError, open_shards
 from pipeline.etl.shards import Execution, write_shards
 from pipeline.identity import NAMED
+from pipeline.labels import count_rows
 from pipeline.manifest import Manifest, checksum, read_manifest, read_table
+from pipeline.sources.load import load_tables
 from pipeline.sources.sets import find_source
 from pipeline.stream.dataset import read_shards
 from pipeline.stream.select import mix_weights
@@ -187,6 +189,7 @@ def test_studies_that_each_folder_numbers_are_apart(tmp_path: Path) -> None:
         write_shards(source, tmp_path / name, default_options(dev=0.0), POLICIES, Execution(1, 0.0))
     shards = open_shards([tmp_path / "a", tmp_path / "b"])
     assert len(shards["train"].studies().samples.rows) == shards.manifest.split("train").studies == 4
+    assert count_rows(load_tables([tmp_path / "a", tmp_path / "b"], None, "all"))["studies"] == 4
 
 
 def test_a_patient_in_two_splits_of_two_folders_is_refused(two: tuple[Path, Path], tmp_path: Path) -> None:
