@@ -36,7 +36,7 @@ from pipeline.etl.writing import (
     write_rejects,
     write_shard,
 )
-from pipeline.manifest import NAME, Manifest, read_manifest, write_manifest
+from pipeline.manifest import CROISSANT, NAME, Manifest, read_manifest, write_manifest
 from pipeline.sources.rows import MISSING, find_missing
 from pipeline.sources.source import Source
 
@@ -169,7 +169,9 @@ def _converge(
     tasks = [ShardTask(run, split, number) for split, rows in plan.rows.items() for number in range(len(rows))]
     tasks = [task._replace(sha256=hashes.get(task.path.name)) for task in tasks]
     if starts:
-        _refuse_others(run.out, {REJECTS, *(f"{split}.arrow" for split in plan.rows), *(t.path.name for t in tasks)})
+        _refuse_others(
+            run.out, {REJECTS, CROISSANT, *(f"{split}.arrow" for split in plan.rows), *(t.path.name for t in tasks)}
+        )
     write_json(run.partial / STARTED, run.started)
     sync_folder(run.partial)  # before the first shard, which would be nobody's without it
     sync_folder(run.out)

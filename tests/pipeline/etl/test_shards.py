@@ -164,7 +164,7 @@ def test_studies_stay_together_where_all_views_are_kept(
 def test_files_of_others_are_neither_replaced_nor_removed(chexpert: Path, shards: Shards, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    for name in ("dev.arrow", "train-000000.tar", "rejects.csv"):
+    for name in ("dev.arrow", "train-000000.tar", "rejects.csv", "croissant.json"):
         (out / name).write_text("mine")
         with pytest.raises(DataError) as caught:
             make_shards(chexpert, out)
