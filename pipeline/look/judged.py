@@ -9,6 +9,7 @@ from pipeline.base.pages import show_figure
 from pipeline.base.tabular import Heading, Table
 from pipeline.measure.evaluate import ALTERED, AREAS, GIVEN, KEPT, MEMBERS
 from pipeline.measure.evaluation import COMMON, MEANS, OWN, UNITS, Evaluation, Row
+from pipeline.measure.metrics import FEW
 
 TITLES = {"youden": "Youden's J", "max_f1": "highest F1", "sensitivity": "sensitivity", GIVEN: "a given score"}
 WIDENED = (
@@ -365,15 +366,14 @@ def describe_gaps(evaluation: Evaluation) -> list[str]:
     for level in evaluation.distinct_levels:
         for label in (*evaluation.labels, *MEANS):
             row, text = evaluation.get("auroc", label, level), ""
-            sides = {"positives": row.positives or 0, "negatives": row.negatives or 0}
             if row.few and row.value is not None:
-                text = f"{min(sides.values())} of one class, too few to tell; marked few."
+                text = f"fewer than {FEW} patients of a class, too few to tell; marked few."
             elif row.value is None and label in MEANS:
                 text = "undefined, for lack of labels."
             elif row.value is None and label in unannotated:
                 text = "not annotated by this data set, so no figures, and in no mean."
             elif row.value is None:
-                lacking = " and ".join(side for side, number in sides.items() if not number)
+                lacking = " and ".join(side for side in ("positives", "negatives") if not getattr(row, side))
                 text = f"no {lacking}, so no AUROC, no AUPRC, and in no mean."
             lines += [f"{MEANS.get(label, label)}, {UNITS[level]}: {text}"] if text else []
         for row in evaluation.select(metric="bias", level=level):

@@ -229,7 +229,7 @@ def test_what_is_left_out_is_named(evaluation: Evaluation, page: str) -> None:
     assert all(gap in " ".join(Page(page).text.split()) for gap in gaps)
     assert gaps[:3] == [
         "Fracture, images: no positives, so no AUROC, no AUPRC, and in no mean.",
-        "Rare, images: 5 of one class, too few to tell; marked few.",
+        "Rare, images: fewer than 10 patients of a class, too few to tell; marked few.",
         "mean of competition's 5, images: undefined, for lack of labels.",
     ]
     assert "Fracture, images of dev: one class: no thresholds, scores as they are." in gaps
