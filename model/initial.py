@@ -84,10 +84,16 @@ def read_start(init: Path, outputs: Sequence[str] = ()) -> Start:
     digest = hash_file(path)
     if "seen" in saved:
         with refused(path):
-            scale = (saved["pixels"]["mean"], saved["pixels"]["std"])
-            seen = hand_on(saved["seen"], path)
-            about = (scale, saved["equalize"], saved["terms"], seen, saved["arch"], saved["image_size"])
-            return Start(path, digest, saved["weights"], outputs or saved["outputs"], *about)
+            scale = (float(saved["pixels"]["mean"]), float(saved["pixels"]["std"]))
+            known = outputs or tuple(saved["outputs"])
+            about = (
+                saved["equalize"],
+                saved["terms"],
+                hand_on(saved["seen"], path),
+                saved["arch"],
+                saved["image_size"],
+            )
+            return Start(path, digest, unwrap(saved["weights"]), known, scale, *about)
     weights = unwrap(saved)
     row = row or _recognize(path, weights)
     nothing = torch.zeros(0, dtype=torch.int64)
@@ -97,7 +103,8 @@ def read_start(init: Path, outputs: Sequence[str] = ()) -> Start:
     entry["sets"] = row.seen.split()
     names = row.outputs.split("|") if row.outputs else []
     thresholds = weights.pop("op_threshs", torch.zeros(len(names)))  # NaN: an output without training
-    known = ["" if value != value else name for name, value in zip(names, thresholds.tolist(), strict=True)]
+    with refused(path):
+        known = ["" if value != value else name for name, value in zip(names, thresholds.tolist(), strict=True)]
     return Start(path, digest, weights, outputs or known, row.scale, False, row.terms, [entry], row.arch, row.size)
 
 
@@ -138,7 +145,16 @@ def _fetch(init: str, row: Published | None) -> Path:
 
 def hand_on(seen: Sequence[Entry], source: Path) -> list[Entry]:
     """The entries of weights, for runs that start from them or learn from their scores."""
-    return [Entry(**entry | {"run": entry["run"] or str(source)}) for entry in seen]
+    return [
+        Entry(
+            run=entry["run"] or str(source),
+            split=entry["split"],
+            images=entry["images"],
+            patients=entry["patients"],
+            sets=entry["sets"],
+        )
+        for entry in seen
+    ]
 
 
 def unwrap(saved: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -132,6 +132,10 @@ def test_weights_of_another_network_are_refused_and_change_nothing(tmp_path: Pat
     every = "conv1 (1), bn1 (4), layer1 (20), layer2 (25), layer3 (25), layer4 (25), fc (2) are missing or differ"
     assert refuse(build_network("rescnn", 14).state_dict()) == f"{path}: {text.format(0, every)}"
     assert refuse({"epoch": 3, "weights": 1}) == f"{path}: {text.format(0, every)}"
+    about = {"terms": "", "arch": "resnet18", "image_size": "64", "equalize": False, "outputs": [], "weights": before}
+    run = about | {"pixels": {"mean": 1.0, "std": 1.0}, "seen": [{"run": ""}]}
+    for damaged, fault in ({}, "'split'"), ({"seen": [], "outputs": 5}, "'int' object is not iterable"):
+        assert refuse(run | damaged) == f"{path}: does not fit this run's configuration: {fault}"
 
     path.write_bytes(b"no weights at all")
     with pytest.raises(CheckpointError, match=r"weights.pth: damaged, or not a checkpoint"):
