@@ -293,7 +293,8 @@ def test_files_stay_open_only_as_long_as_they_are_read(
         batches.append(batch)
         counts.add(open_tars())
     assert_equal(batches, expected)
-    assert counts <= {1, 2}  # the last that was read, and the one before while it is being replaced
+    # The last that was read, and the one before while it is being replaced; none once the thread has read them all.
+    assert max(counts) in (1, 2)
     assert open_tars() == 0
 
 
