@@ -116,7 +116,8 @@ def test_sharding_survives_each_failed_write(
             out = tmp_path / f"{number}-{error}"
             with pytest.raises(DataError, match=rf"^{out}(/.*)?: cannot be written: {said}$"):
                 fail(tmp_path, WRITES, number, lambda out=out: make_shards(source, out, OPTIONS), error)  # type: ignore[misc]
-            assert not (out / "manifest.json").exists()
+            # If the manifest is in place, the failed call syncs or tidies after it.
+            assert not (out / "manifest.json").exists() or hashes(out).items() >= expected.items()
             assert not list(out.rglob("*.tmp"))
             make_shards(source, out, OPTIONS)
             assert hashes(out) == expected
