@@ -62,6 +62,8 @@ class _Clusters(NamedTuple):
     owners: int  # the patients with the rarer class
     freedom: float  # Satterthwaite's degrees of freedom
     kish: float  # the design effect if a patient's images were the same: 1 with one image of a class per patient
+    independent: float  # the variance if images were independent
+    design: float  # by how much patients as clusters multiply that variance
 
 
 class AurocReport(TypedDict):
@@ -216,15 +218,11 @@ def _measure_auroc(
     auroc = float(weights @ areas)
     own = np.where(truth, *sizes[:, strata])
     centered = (share - areas[strata]) * weights[strata] / own
-    clusters = _cluster(centered, truth, codes, patients)
-    independent = float((centered**2 * own / np.maximum(own - 1, 1)).sum())
-    clustered = float(clusters.influence @ clusters.influence)
-    # Similar images never carry more information; for a perfect AUROC, as much as one image per patient.
-    design = max(1, clustered / independent) if independent > 0 else clusters.kish
+    clusters = _cluster(centered, truth, own, codes, patients)
 
     def variance(theta: float) -> float:
         parts = (score_variance(theta, *counts) for counts in sizes.T)
-        return design * float(sum(weight**2 * part for weight, part in zip(weights, parts, strict=True)))
+        return clusters.design * float(sum(weight**2 * part for weight, part in zip(weights, parts, strict=True)))
 
     if clusters.kish == 1:
         limits = score_limits(auroc, variance)
@@ -232,7 +230,7 @@ def _measure_auroc(
         limits = 0.0, 1.0  # one patient's images say nothing about how much patients differ
     else:
         limits = score_limits(auroc, variance, student_quantile(clusters.freedom))
-    return auroc, *limits, max(clusters.owners - 1, 1), design, clusters.influence
+    return auroc, *limits, max(clusters.owners - 1, 1), clusters.design, clusters.influence
 
 
 def _measure_auprc(
@@ -240,21 +238,17 @@ def _measure_auprc(
 ) -> tuple[float, float, float, float, float, Floats]:
     """AUPRC, its limits, degrees of freedom, design effect, and influence values [P], of cells of both classes."""
     auprc, cells = influence_precision(score, truth)
-    clusters = _cluster(cells, truth, codes, patients)
-    own = np.where(truth, truth.sum(), (~truth).sum())
-    independent = float((cells**2 * own / np.maximum(own - 1, 1)).sum())
-    clustered = float(clusters.influence @ clusters.influence)
-    design = max(1, clustered / independent) if independent > 0 else clusters.kish
+    clusters = _cluster(cells, truth, np.where(truth, truth.sum(), (~truth).sum()), codes, patients)
     if clusters.owners == 1:
         limits = 0.0, 1.0
     elif auprc == 1:
         limits = 0.025 ** (1 / clusters.owners), 1.0  # the exact binomial's, since nothing varies
     else:
-        error = (design * independent) ** 0.5 / (auprc * (1 - auprc))  # in logits
+        error = (clusters.design * clusters.independent) ** 0.5 / (auprc * (1 - auprc))  # in logits
         half = min(student_quantile(clusters.freedom) * error, 700)
         odds = auprc / (1 - auprc) * np.exp([-half, half])
         limits = tuple((odds / (1 + odds)).tolist())
-    return auprc, *limits, max(clusters.owners - 1, 1), design, clusters.influence
+    return auprc, *limits, max(clusters.owners - 1, 1), clusters.design, clusters.influence
 
 
 def influence_precision(score: Floats, truth: Bools) -> tuple[float, Floats]:
@@ -273,8 +267,11 @@ def influence_precision(score: Floats, truth: Bools) -> tuple[float, Floats]:
     return auprc, (np.where(truth, (precision - auprc + rise)[place], 0) - fall[place]) / hits[-1]
 
 
-def _cluster(cells: Floats, truth: Bools, codes: Ints, patients: int) -> _Clusters:
-    """Patients' contributions, from those of their cells [n]; each class counts its own patients."""
+def _cluster(cells: Floats, truth: Bools, own: Ints, codes: Ints, patients: int) -> _Clusters:
+    """Patients' contributions, from those of their cells [n], of whose class (and stratum) there are `own` [n] cells.
+
+    Each class counts its own patients.
+    """
     influence, kish, errors = np.zeros(patients), 1.0, []
     for side in (truth, ~truth):
         counts = np.bincount(codes[side], minlength=patients)
@@ -286,7 +283,10 @@ def _cluster(cells: Floats, truth: Bools, codes: Ints, patients: int) -> _Cluste
     total, fewest = sum(error for error, _ in errors), min(owners for _, owners in errors)
     parts = sum(error**2 / max(owners - 1, 1) for error, owners in errors)
     freedom = total**2 / parts if total > 0 else max(fewest - 1, 1)
-    return _Clusters(influence, fewest, freedom, kish)
+    independent = float((cells**2 * own / np.maximum(own - 1, 1)).sum())
+    # Similar images never carry more information; for a perfect area, as much as one image per patient.
+    design = max(1, float(influence @ influence) / independent) if independent > 0 else kish
+    return _Clusters(influence, fewest, freedom, kish, independent, design)
 
 
 def share_won(score: Floats, truth: Bools, weight: Floats) -> Floats:
