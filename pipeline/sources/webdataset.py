@@ -38,6 +38,7 @@ NOTES = {  # on words of the command
     "LABEL=": "LABEL is one of CheXpert's 14",
 }
 _NAME = re.compile(r"((?:.*/|)[^./]+)\.([^/]+)", re.DOTALL)  # key and suffix, as webdataset divides a name
+_PACKED = re.compile(r"\.(tgz|tar\.(gz|bz2|xz|zst))$")
 _COUNTED = re.compile(r"(.*-)\d+(-of-(\d+)\.tar)")  # train-00000-of-00003.tar
 Fields = dict[str, str | None]
 
@@ -110,8 +111,8 @@ def find_tars(folder: Path, splits: Mapping[str, Path]) -> dict[str, Path] | Non
             name = tar.name if tar == path else tar.relative_to(path).as_posix()
             words = (read_words("split").get(word) for word in reversed(re.findall("[a-z]+", name.lower())))
             tables[f"{split or next(filter(None, words), 'train')}/{name}"] = tar
-    if not tables and any(folder.glob("*.t*gz")):
-        raise DataError(f"{folder}: its tars are packed; unpack them with gunzip")
+    if not tables and any(_PACKED.search(path.name) for path in list_files(folder)):
+        raise DataError(f"{folder}: its tars are compressed; decompress them to .tar")
     csv = table.find_csv(folder)
     return tables | ({CSV: csv} if csv else {}) if tables else None
 

@@ -1,5 +1,6 @@
 """Six layouts of WebDataset tars that people have, written by webdataset and tarfile."""
 
+import gzip
 import io
 import json
 import shutil
@@ -212,9 +213,16 @@ def test_a_bad_sample_is_named(tmp_path: Path, sample: dict[str, bytes], message
     assert f"{path}: sample a/b{', ' if message.startswith('column') else ': '}{message}" in str(caught.value)
 
 
-def test_packed_tars_are_named(tmp_path: Path) -> None:
-    (tmp_path / "x.tar.gz").touch()
-    with pytest.raises(DataError, match=rf"^{tmp_path}: its tars are packed; unpack them with gunzip$"):
+@pytest.mark.parametrize("name", ["a.tar.gz", "a.tgz", "a.tar.zst"])
+def test_compressed_tars_are_named(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).touch()
+    with pytest.raises(DataError, match=rf"^{tmp_path}: its tars are compressed; decompress them to \.tar$"):
+        find_source(tmp_path, {}, [])
+
+
+def test_a_compressed_table_is_no_tar(tmp_path: Path) -> None:
+    (tmp_path / "reads.tsv.gz").write_bytes(gzip.compress(b"file\tmrn\tedema\na.png\t1\tyes\n"))
+    with pytest.raises(DataError, match=r"For a table of your own: .*path=file,patient=mrn,Edema=edema"):
         find_source(tmp_path, {}, [])
 
 
