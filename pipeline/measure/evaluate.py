@@ -9,6 +9,7 @@ limits of both (Newcombe, 1998, method 10; Zou, 2007); the thresholds and calibr
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import reduce
 from math import comb
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -101,12 +102,9 @@ def judge_scores(
     add_belief(evaluation, images, covariates, strata, beside.edge)
     for name, scores in beside.against.items():
         add_other(evaluation, images, name, scores)
-    for name, scores in beside.altered.items():
-        add_comparison(evaluation, unit, images, f"{ALTERED}{name}", [scores])
-    for name, scores in beside.members.items():
-        add_comparison(evaluation, unit, images, name, [scores])
-    if beside.members:
-        add_comparison(evaluation, unit, images, MEMBERS, [*beside.members.values()])
+    altered = {f"{ALTERED}{name}": scores for name, scores in beside.altered.items()}
+    add_comparisons(evaluation, unit, images, altered)
+    add_comparisons(evaluation, unit, images, beside.members, mean=MEMBERS)
     studies = study_level(images, head["combine"])
     add_readers(evaluation, studies, {name: combine_calls(images, calls) for name, calls in beside.readers.items()})
     return evaluation
@@ -336,7 +334,7 @@ def add_other(evaluation: Evaluation, images: Scored, name: str, scores: Floats)
             combine = evaluation.head["combine"]
             other_scores = study_level(covered._replace(scores=other_scores), combine).scores
             covered = study_level(covered, combine)
-        add_comparison(evaluation, level, covered, name, [other_scores], names)
+        add_comparisons(evaluation, level, covered, {name: other_scores}, names=names)
 
 
 def combine_calls(images: Scored, calls: Floats) -> Floats:
@@ -367,30 +365,38 @@ def combine_views(table: pa.Table, scores: Floats, studies: Scored) -> dict[str,
     return combined
 
 
-def add_comparison(
+def add_comparisons(
     evaluation: Evaluation,
     level: str,
     rows: Scored,
-    scorer: str,
-    others: Sequence[Floats],
+    others: Mapping[str, Floats],
+    mean: str = "",
     names: Sequence[str] | None = None,
 ) -> None:
-    """Add the mean AUROC and AUPRC of other scores [N, L] of the same rows, and ours minus it, for findings and means.
+    """Add AUROC and AUPRC of other scores [N, L] of the same rows, and ours minus them, for findings and means.
 
-    Differences are contrasts of correlated areas, paired by patient. `names` are those of the columns, by default the
-    evaluation's. Means are over the same findings as ours.
+    With `mean`, also those of the mean of all others' areas, by that name. Differences are contrasts of correlated
+    areas, paired by patient. `names` are those of the columns, by default the evaluation's. Means are over the same
+    findings as ours.
     """
+    if not others:
+        return
     names = names or evaluation.labels
     means = average(names, rows)
-    for metric, measure in AREAS.items():
-        joined = measure(*rows[:4])
-        for scores in others:
-            joined = joined.join(measure(scores, *rows[1:4]))
-        for label, over in means.items():
-            share = weigh_labels(names, over)
-            mean = np.tile(share / len(others), len(others))
-            for name, weights in ((metric, [0 * share, mean]), (f"{metric}_difference", [share, -mean])):
-                evaluation.add(level, label, name, **combine(joined, np.concatenate(weights)), scorer=scorer)
+    own = {metric: measure(*rows[:4]) for metric, measure in AREAS.items()}
+    measured = {
+        name: {metric: measure(scores, *rows[1:4]) for metric, measure in AREAS.items()}
+        for name, scores in others.items()
+    }
+    groups = {name: [areas] for name, areas in measured.items()} | ({mean: [*measured.values()]} if mean else {})
+    for scorer, group in groups.items():
+        for metric, area in own.items():
+            joined = reduce(Areas.join, [areas[metric] for areas in group], area)
+            for label, over in means.items():
+                share = weigh_labels(names, over)
+                weights = np.tile(share / len(group), len(group))
+                for name, sides in ((metric, [0 * share, weights]), (f"{metric}_difference", [share, -weights])):
+                    evaluation.add(level, label, name, **combine(joined, np.concatenate(sides)), scorer=scorer)
 
 
 def add_own(evaluation: Evaluation, images: Scored, own: Evaluation) -> None:

@@ -18,7 +18,7 @@ from pipeline.measure.evaluate import (
     ALTERED,
     MEMBERS,
     Scored,
-    add_comparison,
+    add_comparisons,
     add_other,
     add_readers,
     assess,
@@ -66,9 +66,8 @@ def evaluation(images: Scored) -> Evaluation:
     add_belief(found, images, {"Male": (images.sex == "Male") * 1.0}, {"sex": images.sex})
     add_other(found, images, "runs/other", images.scores[::-1])
     members = {"runs/a": images.scores**2 * 0.5, "runs/b": images.scores[::-1]}
-    others = {name: [scores] for name, scores in members.items()} | {MEMBERS: [*members.values()]}
-    for name, scores in (others | {f"{ALTERED}center covered": [images.scores**2]}).items():
-        add_comparison(found, "image", images, name, scores)
+    add_comparisons(found, "image", images, members, MEMBERS)
+    add_comparisons(found, "image", images, {f"{ALTERED}center covered": images.scores**2})
     studies = study_level(images)
     calls = np.where(np.arange(4) == 0, studies.target, np.nan)
     add_readers(found, studies, {"<bc4>": calls, "always": np.where(calls >= 0, 1.0, np.nan)})

@@ -10,7 +10,7 @@ from pipeline import DataError
 from pipeline.measure.evaluate import (
     MEMBERS,
     Scored,
-    add_comparison,
+    add_comparisons,
     add_other,
     add_own,
     add_readers,
@@ -84,9 +84,7 @@ def test_a_gain_is_over_the_mean_of_members() -> None:
 
     def measure(members: dict[str, np.ndarray]) -> Evaluation:
         found = start(rows)
-        for name, scores in members.items():
-            add_comparison(found, "study", rows, name, [scores])
-        add_comparison(found, "study", rows, MEMBERS, [*members.values()])
+        add_comparisons(found, "study", rows, members, MEMBERS)
         return found
 
     found = measure(members)
