@@ -9,7 +9,7 @@ from dataclasses import MISSING, fields
 from functools import partial
 from pathlib import Path
 from types import UnionType
-from typing import Any, Generic, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
 import click
 from click.core import ParameterSource
@@ -17,8 +17,6 @@ from click.core import ParameterSource
 from pipeline.base.errors import DataError, SettingError
 from pipeline.base.options import Option, list_options, option
 from pipeline.console import name_options
-
-Value = TypeVar("Value")
 
 
 class Number(click.FloatRange):
@@ -46,13 +44,15 @@ class PathOrUrl(click.Path):
         return text if "://" in text else Path(os.fsdecode(super().convert(text, param, ctx)))
 
 
-class Parsed(click.ParamType[Value], Generic[Value]):
+class Parsed(click.ParamType[object]):
     """The value that the library parses from a text; its DataError becomes a usage error."""
 
-    def __init__(self, parse: Callable[[str], Value], name: str) -> None:
-        self.parse, self.name = parse, name
+    name = "text"
 
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> Value:
+    def __init__(self, parse: Callable[[str], object]) -> None:
+        self.parse = parse
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> object:
         """The value."""
         try:
             return self.parse(str(value))
@@ -162,7 +162,9 @@ def _make_params(part: Fields) -> Iterator[click.Parameter]:
             yield FieldOption([name, switch], item, False, is_flag=True, default=default, **shown)
             continue
         multiple = get_origin(kind) is tuple and item.split is None
-        more: dict[str, Any] = {"type": _choose_type(kind, item), "metavar": item.metavar or _name_value(item, flag)}
+        chosen = _choose_type(kind, item)
+        metavar = flag.rpartition("-")[2].upper() if isinstance(chosen, Parsed) else None
+        more: dict[str, Any] = {"type": chosen, "metavar": item.metavar or metavar}
         more["required"] = default is known[name].default_factory  # both are MISSING
         if item.argument:
             yield click.Argument([name], nargs=-1 if multiple else 1, **more)
@@ -173,11 +175,6 @@ def _make_params(part: Fields) -> Iterator[click.Parameter]:
             more["default"] = default
         several = part.several and get_origin(kind) is not tuple
         yield FieldOption([name, flag], item, several, multiple=multiple, **more)
-
-
-def _name_value(item: Option, flag: str) -> str | None:
-    """The placeholder of a parsed text in --help: the last word of the option's name."""
-    return flag.rpartition("-")[2].upper() if item.parse or item.split or item.check else None
 
 
 def _accept(check: Callable[[str], object], text: str) -> str:
@@ -192,9 +189,9 @@ def _choose_type(kind: object, item: Option) -> click.ParamType[Any]:
         chosen: click.ParamType[Any] = item.type
         return chosen
     if parse := item.split or item.parse:
-        return Parsed(parse, "text")
+        return Parsed(parse)
     if item.check is not None:
-        return Parsed(partial(_accept, item.check), "text")
+        return Parsed(partial(_accept, item.check))
     if item.choices:
         return click.Choice(list(item.choices), case_sensitive=False)
     kinds = get_args(kind) if isinstance(kind, UnionType) or get_origin(kind) is tuple else (kind,)

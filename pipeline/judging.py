@@ -23,7 +23,7 @@ from pipeline.measure.evaluate import Beside, Scored, calibrate, judge_scores, l
 from pipeline.measure.evaluation import Evaluation
 from pipeline.measure.scores import Scores, name_files, open_scores
 from pipeline.policies import evaluation_targets
-from pipeline.sources.load import load_table
+from pipeline.sources.load import load_tables
 from pipeline.sources.table import parse_columns
 
 HELD_OUT = 0.2  # of the patients of a table without splits, as dev
@@ -82,14 +82,14 @@ def judge(scores: Path, source: Path, asked: Judging = Judging(), note: Note = i
         note(text)
 
     names, calibration = opened.labels, leave_uncalibrated(opened.labels, asked.threshold, asked.study)
-    table = load_table(source, asked.split, "all", asked.facts, keyed=True, note=note)
+    table = load_tables([source], asked.split, "all", asked.facts, keyed=True, note=note)
     images, table = join_scores(opened, table, blank, fill, keep)
     if asked.dev is not None:
         if source.is_file():
             held_out = _hold_out(source, asked.dev, images, keep)
             dev, images, table = (images.take(held_out), images.take(~held_out), table.filter(pa.array(~held_out)))
         else:
-            dev_table = load_table(source, asked.dev, "all", asked.facts, keyed=True)
+            dev_table = load_tables([source], asked.dev, "all", asked.facts, keyed=True)
             dev, _ = join_scores(opened, dev_table, blank, fill, ignore)
         calibration = calibrate(names, dev, asked.sensitivity, asked.study)
     against = {

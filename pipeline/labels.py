@@ -18,7 +18,6 @@ annotated means that nobody looked for the finding, so every policy masks the ce
 import hashlib
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,7 +25,6 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.base.csvs import demand
 from pipeline.base.errors import DataError
 
 PROJECTIONS = ("AP", "PA", "lateral", "other")  # a projection's code is its index in this list
@@ -59,8 +57,6 @@ LABELS = (
 FACTS = ("Sex", "Age", "Frontal/Lateral", "AP/PA")
 COLUMNS = ("Path", *FACTS, *LABELS)
 VIEWS = ("frontal", "lateral", "all")
-
-CELLS = {1.0: 1, 0.0: 0, -1.0: -1}  # number → state
 
 
 def select_views(table: pa.Table, views: str) -> pa.Table:
@@ -137,18 +133,6 @@ def name_ages(years: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.str_]:
     """The AGE_BANDS [N] of ages [N], of which -1 is unknown."""
     bands: npt.NDArray[np.str_] = np.array(list(AGE_BANDS))[np.digitize(years, list(AGE_BANDS.values())) - 1]
     return bands
-
-
-def parse_states(csv: Path, label: str, column: pa.ChunkedArray) -> pa.Array:
-    """Label cells as int8: parse the few distinct texts, then look every row up. Raises DataError for other texts."""
-    encoded = column.combine_chunks().dictionary_encode()
-    states = []
-    for text in encoded.dictionary.to_pylist():
-        try:
-            states.append(CELLS[float(text)])
-        except (KeyError, ValueError):
-            demand(csv, label, column, pc.not_equal(column, text), "is not a label: 1.0, 0.0, -1.0 or blank", True)
-    return pa.array(states, pa.int8()).take(encoded.indices)
 
 
 def count_rows(table: pa.Table) -> dict[str, int]:

@@ -7,6 +7,7 @@ input and options give the same bytes.
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -117,25 +118,28 @@ def find_notes(tables: Iterable[pa.Table]) -> dict[str, list[str]]:
     return keys
 
 
+def describe_notes(notes: Mapping[str, Sequence[str]]) -> list[str]:
+    """A line for each note: how many images have it, and the first one."""
+    return [f"{len(keys):,} of the images: {note}; the first is {keys[0]}" for note, keys in notes.items()]
+
+
 def concat_labels(tables: Sequence[pa.Table]) -> pa.Table:
     """The rows of several label tables; facts that a table lacks are null for its rows, and text if types differ."""
-    kinds: dict[str, set[str]] = {}
-    for table in tables:
-        for name, kind in name_facts(table).items():
-            kinds.setdefault(name, set()).add(kind)
-    mixed = [name for name, types in kinds.items() if len(types) > 1]
-    same = []
-    for table in tables:
-        for name in set(mixed) & set(table.column_names):
-            place = table.schema.get_field_index(name)
-            table = table.set_column(place, name, table[name].cast(pa.string()))
-        same.append(table)
+    kinds = {fact for table in tables for fact in name_facts(table).items()}  # name and type
+    mixed = {name for name, count in Counter(name for name, _ in kinds).items() if count > 1}
+    same = [
+        table.cast(pa.schema(field.with_type(pa.string()) if field.name in mixed else field for field in table.schema))
+        for table in tables
+    ]
     return pa.concat_tables(same, promote_options="default")
 
 
-def renumber(table: pa.Table, manifest: Manifest, place: int) -> pa.Table:
-    """The table of the folder at a `place` among several: studies that it numbered itself are none of the others'."""
-    if not manifest.columns or "study" in manifest.columns:
+def renumber(table: pa.Table, columns: Mapping[str, str], place: int) -> pa.Table:
+    """The table of the folder at a `place` among several: studies that it numbered itself are none of the others'.
+
+    Without a column for studies among a user's, it did.
+    """
+    if not columns or "study" in columns:
         return table
     study = pc.add(table["study"], pa.scalar(place * MOST_STUDIES, pa.int32()))
     return table.set_column(table.schema.get_field_index("study"), "study", study)

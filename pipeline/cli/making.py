@@ -18,15 +18,16 @@ from pipeline.base.workers import count_cpus, run_alone
 from pipeline.cli.looking import Cached
 from pipeline.command import FOLDER, PathOrUrl, command
 from pipeline.console import count_of, echo, name_options, progress_bar, refuse_usage, say, say_next
-from pipeline.etl.planning import Options, preview_shards
+from pipeline.etl.planning import Options, preview_split
 from pipeline.etl.shards import Execution, write_shards
 from pipeline.images import DOUBTS
 from pipeline.labels import parse_labels
 from pipeline.look.label_report import print_report
-from pipeline.manifest import find_restriction
+from pipeline.manifest import concat_labels, describe_notes, find_restriction
+from pipeline.measure.counts import count_labels, describe_views
 from pipeline.policies import BLANK_HELP, UNCERTAIN_HELP, check_blank_policy, parse_uncertain_policy
-from pipeline.sources.sets import OWN, SETS, find_source, find_terms, guess_command
-from pipeline.sources.table import parse_columns
+from pipeline.sources.sets import OWN, SETS, find_source, find_terms
+from pipeline.sources.table import guess_command, parse_columns
 from pipeline.sources.words import parse_values
 from pipeline.synthetic.sample import Shortcut, parse_shortcut, write_sample
 
@@ -215,18 +216,18 @@ def shards(given: Sharding, options: Options, how: Execution) -> int:
         policies = {"uncertain": given.uncertain, "blank": given.blank}
         run = write_shards(source, out, options, policies, how, show)
     seconds = time.perf_counter() - start
-    described = run_alone(describe_shards, out, f"counting the labels of {out}")
-    if how.strict and described.one_class:
-        raise DataError(f"--strict: {'; '.join(described.one_class)}; choose other policies")
-    for text in described.one_class:
+    views, one_class, repeats, notes = run_alone(describe_shards, out, f"counting the labels of {out}")
+    if how.strict and one_class:
+        raise DataError(f"--strict: {'; '.join(one_class)}; choose other policies")
+    for text in one_class:
         say(f"{text} by these policies: it cannot be learned")
-    for text in described.repeats:
+    for text in repeats:
         say(f"Warning: {text}")
-    _print_run(out, run, seconds, described.views)
-    for note, keys in described.notes.items():
-        echo(f"{len(keys):,} of the images: {note}; the first is {keys[0]}")
+    _print_run(out, run, seconds, views)
+    for text in describe_notes(notes):
+        echo(text)
     say_next("pipeline", "verify", out, "--deep")
-    return 3 if how.strict and (run.manifest.rejects or not described.notes.keys().isdisjoint(DOUBTS)) else 0
+    return 3 if how.strict and (run.manifest.rejects or not notes.keys().isdisjoint(DOUBTS)) else 0
 
 
 def _warn_of_terms(terms: "Terms", out: Path) -> None:
@@ -275,23 +276,25 @@ def _print_run(out: Path, run: "RunSummary", seconds: float, views: str) -> None
 
 def _print_preview(source: "Source", options: "Options", how: "Execution") -> int:
     """Print what would be written; returns the exit code of the real run."""
-    preview = preview_shards(source, options)
-    for name, split in preview.splits.items():
-        dropped = [f"{count:,} by --{why}" for why, count in split.dropped._asdict().items() if count]
+    tables, omitted, notes = options.read_splits(source)
+    missing, total = 0, sum(map(len, tables.values()))
+    for name, table in tables.items():
+        absent, shards, size = preview_split(table, source, options)
+        dropped = [f"{count:,} by --{why}" for why, count in omitted[name].items() if count]
         echo(
-            f"{name:6} {split.rows:8,} rows, {split.kept:,} kept, dropped: {', '.join(dropped) or 'none'}; "
-            f"{split.shards:,} shards, about {split.bytes / 1e6:,.1f} MB"
+            f"{name:6} {len(table) + sum(omitted[name].values()):8,} rows, {len(table):,} kept, "
+            f"dropped: {', '.join(dropped) or 'none'}; {shards:,} shards, about {size / 1e6:,.1f} MB"
         )
-        if split.missing:
-            echo(f"       {len(split.missing):,} images are missing, for example {split.missing[0]}")
-    for text in preview.notes:
+        if absent:
+            echo(f"       {len(absent):,} images are missing, for example {absent[0]}")
+        missing += len(absent)
+    for text in notes:
         echo(text)
+    kept = concat_labels([*tables.values()])
     if options.views == "all":
-        echo(preview.views)
-    print_report(preview.statistics)
+        echo(describe_views(kept))
+    print_report(count_labels(kept))
     echo("dry run: nothing was written")
-    missing = sum(len(split.missing) for split in preview.splits.values())
-    total = sum(split.kept for split in preview.splits.values())
     if missing > how.max_bad * total:
         raise DataError(f"{missing:,} of {total:,} images are missing, more than --max-bad {how.max_bad:.2%}")
     return 3 if how.strict and missing else 0
@@ -330,8 +333,11 @@ def verify(given: Verification) -> None:
         files = count_of(len(report.problems), "file")
         again = "" if remote else "; to restore them, run the command that wrote them again"
         raise click.ClickException(f"{name}: {problems} in {files}{again}")
+    splits = report.manifest.splits
+    written = [shard for split in splits.values() for shard in split.shards]
+    samples, size = (sum(getattr(shard, unit) for shard in written) for unit in ("samples", "bytes"))
     echo(
-        f"{name}: OK: {report.splits} splits, {report.shards:,} shards, {report.samples:,} samples, "
-        f"{report.bytes / 1e6:,.1f} MB in {time.perf_counter() - start:.1f} s"
+        f"{name}: OK: {len(splits)} splits, {len(written):,} shards, {samples:,} samples, {size / 1e6:,.1f} MB "
+        f"in {time.perf_counter() - start:.1f} s"
     )
     say_next(*(("python", "-m", "train", "--run", "RUN", "--shards", name) if remote else ("pipeline", "audit", name)))

@@ -1,6 +1,6 @@
 """A dataset's folder and options → the rows of each shard, as `<split>.plan` (Arrow, one record batch per shard).
 
-Or, without writing anything, a preview of its shards.
+Or, without writing anything, a preview of them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,9 +19,8 @@ from pipeline.base.options import option
 from pipeline.etl.cluster import PACKAGES
 from pipeline.images import ENCODINGS, SQUARES, ImageError, ImageOptions, prepare
 from pipeline.labels import VIEWS
-from pipeline.measure.counts import Statistics, count_labels, describe_views
 from pipeline.policies import find_one_class
-from pipeline.sources.rows import Omitted, Splits, divide_rows, find_missing, read_images, read_splits
+from pipeline.sources.rows import Splits, divide_rows, find_missing, read_images, read_splits
 from pipeline.sources.sets import SETS
 from pipeline.sources.source import Source
 
@@ -140,43 +139,12 @@ def _plan_path(folder: Path, split: str) -> Path:
     return folder / f"{split}.plan"
 
 
-class SplitPreview(NamedTuple):
-    """One split: rows of the CSV, rows kept and dropped, files that do not exist, expected shards and bytes."""
-
-    rows: int
-    kept: int
-    dropped: Omitted
-    missing: list[str]
-    shards: int
-    bytes: int
-
-
-class Preview(NamedTuple):
-    """All splits, label counts, how many studies have which views, and notes of `read_splits`."""
-
-    splits: dict[str, SplitPreview]
-    statistics: Statistics
-    views: str
-    notes: tuple[str, ...]
-
-
-def preview_shards(source: Source, options: Options) -> Preview:
-    """A preview of `write_shards`. Raises DataError as `read_splits` does."""
-    tables, dropped, notes = options.read_splits(source)
-    splits = {}
-    for split, table in tables.items():
-        files = table["file"].to_pylist()
-        shards = len(list(divide_rows(table, options.samples_per_shard, options.views)))
-        splits[split] = SplitPreview(
-            table.num_rows + sum(dropped[split]),
-            table.num_rows,
-            dropped[split],
-            find_missing(files, source.roots),
-            shards,
-            round(_mean_bytes(files, source, options) * table.num_rows) + shards * 1024,
-        )
-    kept = pa.concat_tables(list(tables.values()))
-    return Preview(splits, count_labels(kept), describe_views(kept), notes)
+def preview_split(table: pa.Table, source: Source, options: Options) -> tuple[list[str], int, int]:
+    """The files of a split's rows that do not exist, and how many shards and bytes may be written."""
+    files = table["file"].to_pylist()
+    shards = len(list(divide_rows(table, options.samples_per_shard, options.views)))
+    size = round(_mean_bytes(files, source, options) * table.num_rows) + shards * 1024
+    return find_missing(files, source.roots), shards, size
 
 
 def _mean_bytes(files: Sequence[str], source: Source, options: Options) -> float:

@@ -7,7 +7,7 @@ if a hash differs, or for `--deep`, to locate the damage within its file.
 """
 
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from itertools import accumulate, zip_longest
 from pathlib import Path
@@ -33,6 +33,7 @@ from pipeline.manifest import (
     Shard,
     Split,
     checksum,
+    describe_notes,
     find_notes,
     format_croissant,
     read_manifest,
@@ -43,12 +44,9 @@ PRINTED = 20  # lines on one file; a shard of another set would fill the screen
 
 
 class Verdict(NamedTuple):
-    """What was checked, a line for each problem by file, and warnings. `bytes` are those of the shards."""
+    """What was checked, a line for each problem by file, and warnings."""
 
-    splits: int
-    shards: int
-    samples: int
-    bytes: int
+    manifest: Manifest
     problems: dict[str, list[str]]
     warnings: list[str]
 
@@ -98,31 +96,14 @@ def verify_shards(
     complaints = run_threads(partial(_check_shard, checks), tasks, workers, progress)
     problems |= {shard.file: lines for (shard, _), lines in zip(tasks, complaints, strict=True)}
     if fetch is None:
-        problems[CROISSANT] = _check_croissant(folder, manifest)
-    return Verdict(
-        splits=len(manifest.splits),
-        shards=len(tasks),
-        samples=sum(split.samples for split in manifest.splits.values()),
-        bytes=sum(shard.bytes for shard, _ in tasks),
-        problems={file: lines for file, lines in problems.items() if lines},
-        warnings=[
-            *_find_leftovers(folder, problems.keys()),
-            *describe_repeats(tables),
-            *_describe_doubts(tables.values(), sorted(checks.flat) if deep else None),
-        ],
-    )
-
-
-def _describe_doubts(tables: Iterable[pa.Table], flat: list[str] | None) -> list[str]:
-    """The notes of sharding on images without content; `flat` are those of one level, if checked."""
-    notes = find_notes(tables)
-    if flat is not None:
-        notes[ONE_LEVEL] = flat
-    return [
-        f"{len(notes[doubt]):,} of the images: {doubt}; the first is {notes[doubt][0]}"
-        for doubt in DOUBTS
-        if notes.get(doubt)
-    ]
+        path = folder / CROISSANT
+        is_same = path.is_file() and path.read_bytes() == format_croissant(manifest)
+        fault = "not that of this manifest" if path.is_file() else "missing"
+        problems[CROISSANT] = [] if is_same else [f"{path}: {fault}"]
+    warnings = [*_find_leftovers(folder, problems.keys()), *describe_repeats(tables)]
+    notes = find_notes(tables.values()) | ({ONE_LEVEL: sorted(checks.flat)} if deep else {})
+    warnings += describe_notes({doubt: notes[doubt] for doubt in DOUBTS if notes.get(doubt)})
+    return Verdict(manifest, {file: lines for file, lines in problems.items() if lines}, warnings)
 
 
 def _check_table(folder: Path, split: Split) -> tuple[list[str], pa.Table | None]:
@@ -142,13 +123,6 @@ def _check_table(folder: Path, split: Split) -> tuple[list[str], pa.Table | None
     if not np.array_equal(table["shard"], np.repeat(np.arange(len(sizes)), sizes)):
         return [*lines, f"{path}: its rows do not lie in the shards as the manifest counts them"], None
     return [*lines, *(f"{path}: sample {key}: appears twice" for key in repeated(table["key"]))], table
-
-
-def _check_croissant(folder: Path, manifest: Manifest) -> list[str]:
-    path = folder / CROISSANT
-    if path.is_file() and path.read_bytes() == format_croissant(manifest):
-        return []
-    return [f"{path}: {'not that of this manifest' if path.is_file() else 'missing'}"]
 
 
 def _tasks(split: Split, table: pa.Table | None) -> Iterator[tuple[Shard, pa.Table | None]]:

@@ -5,7 +5,6 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -30,18 +29,11 @@ OF_A_FILE = {
 }
 
 
-class Omitted(NamedTuple):
-    """Rows of a split that are left out on purpose."""
-
-    views: int
-    limit: int
-
-
-Splits = tuple[dict[str, pa.Table], dict[str, Omitted], tuple[str, ...]]
+Splits = tuple[dict[str, pa.Table], dict[str, dict[str, int]], tuple[str, ...]]
 
 
 def read_splits(source: Source, *, views: str, dev: float, seed: int, limit: int | None = None) -> Splits:
-    """Label table per split, shuffled, with the column `file` (absolute path or URL); what was dropped; notes.
+    """Label table per split, shuffled, with the column `file` (absolute path or URL); rows dropped by option; notes.
 
     With all views, studies are shuffled, and the images of each stay together. train is divided into train and dev
     by patient. Empty splits are left out. Raises DataError if a CSV is bad, a patient is in two CSVs, or no image
@@ -57,12 +49,12 @@ def read_splits(source: Source, *, views: str, dev: float, seed: int, limit: int
         train, held_out = split_patients(tables.pop("train"), dev, seed)
         tables = {"train": train, "dev": held_out} | tables
     kept: dict[str, pa.Table] = {}
-    dropped: dict[str, Omitted] = {}
+    dropped: dict[str, dict[str, int]] = {}
     for split, table in tables.items():
         of_view = select_views(table, views)
         chosen = of_view if limit is None else limit_patients(of_view, limit, seed)
         chosen = _shuffle(chosen, seed, by_study=views == "all")
-        dropped[split] = Omitted(table.num_rows - of_view.num_rows, of_view.num_rows - chosen.num_rows)
+        dropped[split] = {"views": len(table) - len(of_view), "limit": len(of_view) - len(chosen)}
         if chosen.num_rows:
             kept[split] = chosen
     if not kept:

@@ -11,8 +11,9 @@ import pyarrow as pa
 from pipeline.base.csvs import read_header
 from pipeline.base.errors import DataError
 from pipeline.base.store import check_access, list_files, list_folders, named_failures
-from pipeline.sources import chexpert, mimic, nih, padchest, plus, table, vindr, webdataset, words
+from pipeline.sources import chexpert, mimic, nih, padchest, plus, table, vindr, webdataset
 from pipeline.sources.source import DataSet, Source, Terms, read_terms
+from pipeline.sources.table import guess_command
 
 # In the order in which they are asked: other sets have a train.csv, too, so CheXpert comes last.
 SETS: dict[str, DataSet] = {
@@ -109,11 +110,6 @@ def find_set(folder: Path, name: str | None = None) -> tuple[str, dict[str, Path
     meant = f"; did you mean the shards {folder / shards[0]}?" if shards else ""
     advice = f"\nFor a table of your own: {guess_command(folder)}" if name in (None, "table") else ""
     raise DataError(f"{folder}: no dataset with {wanted}; {content}{meant}{advice}")
-
-
-def guess_command(source: Path) -> str:
-    """The command that makes shards of a user's table, or the only one in a folder; for people to check."""
-    return words.guess_command(source, source if source.is_file() else table.find_csv(source))
 
 
 def read_any_table(csv: Path) -> pa.Table:

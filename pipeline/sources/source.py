@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -16,9 +17,9 @@ from pipeline.base.csvs import demand, demand_unique, read_data, read_header, re
 from pipeline.base.errors import DataError
 from pipeline.base.store import list_files
 from pipeline.identity import Note, ignore, normalize_ids
-from pipeline.labels import LABELS, NOT_ANNOTATED, parse_states
+from pipeline.labels import LABELS, NOT_ANNOTATED
 from pipeline.sources.findings import parse_findings, read_findings
-from pipeline.sources.words import read_views, read_words, translate
+from pipeline.sources.words import look_up, parse_number, read_views, read_words, translate
 
 # Of two files of one image, the earlier is the original.
 RANKS = (("dcm", "dicom"), ("png",), ("jpg", "jpeg"))
@@ -283,8 +284,13 @@ def settle_blanks(source: Source, tables: Mapping[str, pa.Table]) -> dict[str, p
     is_foreign = bool(source.name) or source.set in ("table", "webdataset")
     if (source.annotated or source.blanks) and not is_foreign and source.set != "chexpert":
         raise DataError(f"`annotated`, `blanks`: {source.set} defines its blanks; leave these out")
-    silent = [label for label in LABELS if all(not _has_states(table[label]) for table in tables.values())]
-    blank = [label for label in silent if any(table[label].null_count for table in tables.values())]
+    columns = {label: [table[label] for table in tables.values()] for label in LABELS}
+    silent = [
+        label
+        for label, cells in columns.items()
+        if not any(pc.any(pc.not_equal(column, NOT_ANNOTATED), min_count=0).as_py() for column in cells)
+    ]
+    blank = [label for label in silent if any(column.null_count for column in columns[label])]
     if is_foreign and blank and not (source.annotated or source.blanks):
         others = ",".join(label for label in LABELS if label not in silent)
         raise DataError(
@@ -299,18 +305,13 @@ def settle_blanks(source: Source, tables: Mapping[str, pa.Table]) -> dict[str, p
     if labeled := [label for label in absent if label not in silent]:
         raise DataError(f"`annotated`: {', '.join(labeled)} has states, so it was looked for; name it too")
     changed = absent if source.blanks != "not-annotated" else LABELS
-    return {split: _fill_blanks(table, changed) for split, table in tables.items()}
-
-
-def _fill_blanks(table: pa.Table, labels: Iterable[str]) -> pa.Table:
-    for label in labels:
-        column = pc.fill_null(table[label], pa.scalar(NOT_ANNOTATED, pa.int8()))
-        table = table.set_column(table.schema.get_field_index(label), label, column)
-    return table
-
-
-def _has_states(column: pa.ChunkedArray) -> bool:
-    return bool(pc.any(pc.not_equal(column, NOT_ANNOTATED), min_count=0).as_py())
+    nobody = pa.scalar(NOT_ANNOTATED, pa.int8())
+    return {
+        split: pa.table(
+            {name: pc.fill_null(table[name], nobody) if name in changed else table[name] for name in table.column_names}
+        )
+        for split, table in tables.items()
+    }
 
 
 def list_images(folders: Iterable[Path]) -> dict[str, str]:
@@ -335,7 +336,12 @@ def list_images(folders: Iterable[Path]) -> dict[str, str]:
 
 def read_labels(csv: Path, text: pa.Table) -> dict[str, pa.Array]:
     """The states [N] of the 14 labels, from a table's columns of text."""
-    return {label: parse_states(csv, label, text[label]) for label in LABELS}
+    states = {}
+    for label in LABELS:
+        states[label], unknown = look_up(text[label], parse_number, pa.int8())
+        valid = pc.invert(pc.is_in(text[label], value_set=pa.array(unknown, pa.string())))
+        demand(csv, label, text[label], valid, "is not a label: 1.0, 0.0, -1.0 or blank")
+    return states
 
 
 def take_states(states: Mapping[str, pa.Array], place: pa.Array) -> dict[str, pa.Array]:
@@ -352,9 +358,7 @@ def divide(table: pa.Table, names: pa.Array, splits: Mapping[str, str] | Mapping
 
 def number_studies(patients: pa.ChunkedArray, studies: pa.ChunkedArray) -> pa.Array:
     """The number [N] of each image's study within its patient, from 1 in the order of the table."""
-    known: dict[str, dict[str, int]] = {}
-    numbers = []
-    for patient, study in zip(patients.to_pylist(), studies.to_pylist(), strict=True):
-        studies_of_patient = known.setdefault(patient, {})
-        numbers.append(studies_of_patient.setdefault(study, len(studies_of_patient) + 1))
+    known = defaultdict[str, dict[str, int]](dict)
+    pairs = zip(patients.to_pylist(), studies.to_pylist(), strict=True)
+    numbers = [known[patient].setdefault(study, len(known[patient]) + 1) for patient, study in pairs]
     return pa.array(numbers, pa.int32())

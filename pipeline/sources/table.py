@@ -7,6 +7,7 @@ may be named. Words are understood as words.csv has them, and as `values` say. L
 annotated. All rows are train, of which dev is held out; `--split` gives each split a CSV.
 """
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from pipeline.base.errors import DataError
 from pipeline.base.store import list_files
 from pipeline.identity import Note, ignore
 from pipeline.labels import LABELS, describe_unknown, find_label, suggest
+from pipeline.sources import words
 from pipeline.sources.source import (
     AGE,
     PATIENT,
@@ -30,7 +32,6 @@ from pipeline.sources.source import (
     read_cells,
     read_terms,
 )
-from pipeline.sources.words import count_words, read_states, read_views, read_words, translate
 
 _PART = r"(?:[^/\\.]|\.[^/\\.]|\.\.[^/\\])[^/\\]*"  # a folder but . and ..
 NEEDED = ("path", "patient")
@@ -120,26 +121,45 @@ def read_named(
         else:
             fields["study"] = numbers
     _read_words(columns, cells, fields, note)
-    return make_table(fields, read_states(csv, columns, cells, source.values))
+    return make_table(fields, words.read_states(csv, columns, cells, source.values))
 
 
 def _read_words(
     columns: Mapping[str, str], cells: Mapping[str, pa.ChunkedArray], fields: dict[str, pa.Array], note: Note
 ) -> None:
     """Add sex, view and projection, of which a column may hold both, to the fields."""
-    for name, other, words in (
-        ("sex", "", read_words("sex")),
-        ("view", "projection", read_views()),
-        ("projection", "view", read_words("projection")),
+    for name, other, meanings in (
+        ("sex", "", words.read_words("sex")),
+        ("view", "projection", words.read_views()),
+        ("projection", "view", words.read_words("projection")),
     ):
         used = [column for column in (name, other) if column in cells]
         if used:
-            fields[name] = pc.coalesce(*(translate(cells[column], words) for column in used))
+            fields[name] = pc.coalesce(*(words.translate(cells[column], meanings) for column in used))
             unknown = cells[used[0]].filter(fields[name].is_null())
             if name != "projection" and (unknown.null_count < len(unknown) or (name == "view" and len(unknown))):
-                note(f"column {columns[used[0]]}: no {name} is known for {count_words(unknown)}")
+                note(f"column {columns[used[0]]}: no {name} is known for {words.count_words(unknown)}")
     if "view" in fields:
         fields["view"] = pc.fill_null(fields["view"], "other")
+
+
+def guess_command(source: Path) -> str:
+    """The command that makes shards of a user's table, its columns guessed by their names, for people to check.
+
+    For a folder, of its only table; without one, the command that guesses the columns of a table.
+    """
+    csv = source if source.is_file() else find_csv(source)
+    if csv is None:
+        return f"pipeline shards {shlex.quote(str(source / 'TABLE.csv'))} `guess`"
+    text = read_strings(csv)
+    columns = words.guess_columns(text.column_names)
+    demand_columns(csv, text.column_names, [*columns.values()])
+    unknown = {label: words.find_states(text[name], label)[1] for label, name in columns.items() if label in LABELS}
+    few = {label for label, strange in unknown.items() if len(strange) <= words.SHOWN}  # as labels have
+    columns = {ours: name for ours, name in columns.items() if ours in few or ours not in unknown}
+    asked = [word for label, strange in unknown.items() if label in columns for word in strange]
+    needed = dict.fromkeys((*NEEDED, "LABEL"), "COLUMN")
+    return words.spell_command(source, "table", columns, needed) + words.ask_values(asked)
 
 
 SET = OwnTable(read_terms("table"), files="a single CSV (of several, name one as SOURCE)")

@@ -9,14 +9,15 @@ of the only CSV beside the tars, joined by that column. `patient` and a label ar
 """
 
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from pipeline.base.csvs import read_strings, repeated
+from pipeline.base.csvs import demand_columns, read_strings, repeated
 from pipeline.base.errors import DataError
 from pipeline.base.files import parse_object
 from pipeline.base.store import is_remote, list_files
@@ -25,11 +26,14 @@ from pipeline.identity import Note, choose_paths, ignore, join
 from pipeline.labels import LABELS
 from pipeline.manifest import read_manifest
 from pipeline.sources import table
-from pipeline.sources.source import DataSet, Source, Terms, make_key, read_terms
+from pipeline.sources.source import DataSet, Source, Terms, divide, make_key, read_terms
 from pipeline.sources.words import guess_columns, read_words, spell_command
 
 CSV = "labels.csv"  # the role of the CSV beside the tars
 KEY = "__key__"  # webdataset's name for a sample's key
+# Columns of the table of samples beside their fields: the tar, as split/path; the sample, for messages; the suffixes of
+# its members; the position of its only image, else "".
+TAR, NAME, SUFFIXES, IMAGE = INTERNAL = ("__url__", "__name__", "__suffixes__", "__image__")
 IMAGES, TEXTS = ("jpg", "jpeg", "png", "dcm", "dicom"), ("cls", "txt")
 MOST = dict.fromkeys(IMAGES, 2**30) | dict.fromkeys((*TEXTS, "json"), 2**20)  # bytes of a member
 SHOWN = 20  # problems in an error
@@ -40,18 +44,7 @@ NOTES = {  # on words of the command
 _NAME = re.compile(r"((?:.*/|)[^./]+)\.([^/]+)", re.DOTALL)  # key and suffix, as webdataset divides a name
 _PACKED = re.compile(r"\.(tgz|tar\.(gz|bz2|xz|zst))$")
 _COUNTED = re.compile(r"(.*-)\d+(-of-(\d+)\.tar)")  # train-00000-of-00003.tar
-Fields = dict[str, str | None]
-
-
-class Sample(NamedTuple):
-    """The members of a key: `tar` is split/path, `image` the position of its only image, else empty."""
-
-    tar: str
-    name: str  # in messages
-    key: str
-    suffixes: tuple[str, ...]
-    image: str
-    fields: Fields
+Row = dict[str, str | None]
 
 
 class Webdataset(DataSet):
@@ -67,30 +60,27 @@ class Webdataset(DataSet):
 
     def read(self, source: Source, note: Note = ignore) -> dict[str, pa.Table]:
         """Split → its label table. Raises DataError with all that is missing, and the command to give."""
-        tars = {name: path for name, path in source.csvs.items() if name != CSV}
         columns = {name: field for name, field in source.columns if name != "key"}
+        tars = {name: path for name, path in source.csvs.items() if name != CSV}
         samples, problems = _read_tars(tars, set(columns.values()))
-        header: list[str] = []
-        if CSV in source.csvs:
-            text = read_strings(source.csvs[CSV])
-            header = text.column_names
-            if samples and "key" in dict(source.columns):
-                problems += _join(samples, source, text, note)
-        _demand_all(source, samples, header, problems)
-        is_shared = len({sample.key for sample in samples}) < len(samples)  # such as tars that each count from 0
-        by_split = defaultdict(list)
-        for sample in samples:
-            sample.fields[KEY] = make_key(
-                f"{sample.tar.removesuffix('.tar')}/{sample.key}" if is_shared else sample.key
+        text = read_strings(source.csvs[CSV]) if CSV in source.csvs else pa.table({})
+        if len(text) and len(samples) and "key" in dict(source.columns):
+            samples, unmatched = _join(samples, source, text, note)
+            problems += unmatched
+        _demand_all(source, samples, text.column_names, problems)
+        keys = samples[KEY]
+        if pc.count_distinct(keys).as_py() < len(keys):  # such as tars that each count from 0
+            keys = pc.binary_join_element_wise(pc.replace_substring_regex(samples[TAR], r"\.tar$", ""), keys, "/")
+        safe = pa.array(map(make_key, keys.to_pylist()), pa.string())
+        samples = samples.set_column(samples.column_names.index(KEY), KEY, safe)
+        splits = pc.replace_substring_regex(samples[TAR], "(?s)/.*", "")
+        columns |= {"key": KEY, "path": IMAGE}
+        return {
+            split: table.read_named(
+                source, part[NAME].to_pylist(), {name: part[field] for name, field in columns.items()}, note
             )
-            by_split[sample.tar.partition("/")[0]].append(sample)
-        tables = {}
-        for split, chosen in by_split.items():
-            cells = {name: [sample.fields.get(field) for sample in chosen] for name, field in columns.items()}
-            cells |= {"key": [sample.fields[KEY] for sample in chosen], "path": [sample.image for sample in chosen]}
-            arrays = {name: pa.chunked_array([texts], pa.string()) for name, texts in cells.items()}
-            tables[split] = table.read_named(source, [sample.name for sample in chosen], arrays, note)
-        return tables
+            for split, part in divide(samples, splits, {name: name for name in splits.unique().to_pylist()}).items()
+        }
 
 
 def find_tars(folder: Path, splits: Mapping[str, Path]) -> dict[str, Path] | None:
@@ -126,25 +116,26 @@ def find_terms(source: Source) -> Terms:
         return SET.terms
 
 
-def _read_tars(tars: Mapping[str, Path], wanted: set[str]) -> tuple[list[Sample], list[str]]:
+def _read_tars(tars: Mapping[str, Path], wanted: set[str]) -> tuple[pa.Table, list[str]]:
     """The samples of all tars with the fields wanted, the first of each tar with all; and what is wrong with them."""
     matches = [(path.parent, match) for path in tars.values() if (match := _COUNTED.fullmatch(path.name))]
     counts = Counter((folder / f"{match[1]}*{match[2]}", int(match[3])) for folder, match in matches)
     problems = [f"{name}: {count:,} files of {total:,}" for (name, total), count in counts.items() if count != total]
-    samples: list[Sample] = []
+    rows: list[Row] = []
     for name, path in tars.items():
         try:
-            samples += _read_tar(name, path, wanted)
+            rows += _read_tar(name, path, wanted)
         except DataError as error:
             problems.append(str(error))
-    wrong = Counter(sample.suffixes for sample in samples if not sample.image)
-    for suffixes, count in wrong.items():
-        first = next(sample.name for sample in samples if sample.suffixes == suffixes and not sample.image)
-        problems.append(f"{count:,} samples need one image and have {', '.join(suffixes)}: {first}")
-    return samples, problems
+    wrong = [row for row in rows if not row[IMAGE]]
+    for suffixes, count in Counter(row[SUFFIXES] for row in wrong).items():
+        first = next(row[NAME] for row in wrong if row[SUFFIXES] == suffixes)
+        problems.append(f"{count:,} samples need one image and have {suffixes}: {first}")
+    names = dict.fromkeys(name for row in rows for name in row)
+    return pa.table({name: pa.array([row.get(name) for row in rows], pa.string()) for name in names}), problems
 
 
-def _read_tar(tar: str, path: Path, wanted: set[str]) -> Iterator[Sample]:
+def _read_tar(tar: str, path: Path, wanted: set[str]) -> Iterator[Row]:
     """The samples of a tar. Raises DataError, naming the sample."""
     groups: dict[str, dict[str, Member]] = {}
     for member in read_members(path):
@@ -166,32 +157,36 @@ def _read_tar(tar: str, path: Path, wanted: set[str]) -> Iterator[Sample]:
             plain = [member for suffix, member in members.items() if suffix in IMAGES]
             images = plain or [member for suffix, member in members.items() if _kind(suffix) in IMAGES]
             image = f"{path}@{images[0].offset}+{images[0].size}#{images[0].name}" if len(images) == 1 else ""
-            yield Sample(tar, name, key, tuple(f".{suffix}" for suffix in members), image, {**kept, KEY: key})
+            suffixes = ", ".join(f".{suffix}" for suffix in members)
+            yield {**kept, TAR: tar, NAME: name, SUFFIXES: suffixes, IMAGE: image, KEY: key}
 
 
 def _kind(suffix: str) -> str:
     return suffix.rpartition(".")[2]
 
 
-def _read_fields(name: str, file: BinaryIO, members: Mapping[str, Member], wanted: set[str]) -> Fields:
+def _read_fields(name: str, file: BinaryIO, members: Mapping[str, Member], wanted: set[str]) -> Row:
     """Field → its text, None if it is blank: texts by suffix, and values of JSON, nested ones as `outer.inner`.
 
     Raises DataError for a field that is wanted and has two values.
     """
-    fields: Fields = {}
+    fields: Row = {}
     for suffix, member in members.items():
         if _kind(suffix) not in (*TEXTS, "json"):
             continue
         file.seek(member.offset)
         content = file.read(member.size)
-        values: dict[str, object] = {}
-        if _kind(suffix) != "json":
-            values[suffix] = content.decode(errors="replace")
-        else:
-            for field, value in parse_object(f"{name}: .{suffix}", content).items():
-                nested = value if isinstance(value, dict) else {}
-                values |= {f"{field}.{inner}": cell for inner, cell in nested.items()} or {field: value}
-        for field, value in values.items():
+        is_json = _kind(suffix) == "json"
+        document = (
+            parse_object(f"{name}: .{suffix}", content) if is_json else {suffix: content.decode(errors="replace")}
+        )
+        nested = {
+            f"{field}.{inner}": cell
+            for field, value in document.items()
+            if isinstance(value, dict)
+            for inner, cell in value.items()
+        }
+        for field, value in (document | nested).items():
             text = _as_text(value)
             if not isinstance(value, (dict, list)) and fields.setdefault(field, text) != text and field in wanted:
                 raise DataError(f"{name}: .{suffix} has another value of {field} than the members before it")
@@ -207,39 +202,39 @@ def _as_text(value: object) -> str | None:
     return str(value).strip().encode(errors="replace").decode() or None
 
 
-def _join(samples: Sequence[Sample], source: Source, text: pa.Table, note: Note) -> list[str]:
-    """Add the cells of their rows to the samples; returns problems: no row, or a row of several samples."""
+def _join(samples: pa.Table, source: Source, text: pa.Table, note: Note) -> tuple[pa.Table, list[str]]:
+    """The samples with the cells of their rows; and what is wrong: no row, or a row of several samples."""
     path, columns = source.csvs[CSV], dict(source.columns)
     column = columns.pop("key")
-    if column not in text.column_names:
-        return [f"{path}: no column {column}; it has {', '.join(text.column_names)}"]
-    keys = pa.array([sample.key for sample in samples])
-    chosen = text.select([name for name in text.column_names if name in columns.values()])
+    named = [name for name in text.column_names if name in columns.values() and name != KEY]
+    demand_columns(path, text.column_names, [column, *named])
+    keys, chosen = samples[KEY].combine_chunks(), text.select(named)
     rows = join(keys, path, chosen, text[column], "images", note, choose_paths(keys))
-    twice = [name for name in chosen.column_names if name != KEY and any(name in sample.fields for sample in samples)]
-    problems = [f"{path}: the samples have a field {name} as well: rename the column" for name in twice]
+    problems = []
     for name in chosen.column_names:
-        for sample, cell in zip(samples, chosen[name].take(rows).to_pylist(), strict=True):
-            sample.fields[name] = cell
+        if name in samples.column_names:
+            problems.append(f"{path}: the samples have a field {name} as well: rename the column")
+        else:
+            samples = samples.append_column(name, chosen[name].take(rows))
     missing, shared = keys.filter(rows.is_null()), repeated(rows.drop_null())
     problems += [f"{path}: {len(missing):,} samples have no row, such as {missing[0]}"] if len(missing) else []
-    return problems + ([f"{path}: {len(shared):,} rows have several samples each"] if shared else [])
+    return samples, problems + ([f"{path}: {len(shared):,} rows have several samples each"] if shared else [])
 
 
-def _demand_all(source: Source, samples: Sequence[Sample], header: list[str], problems: Sequence[str]) -> None:
+def _demand_all(source: Source, samples: pa.Table, header: list[str], problems: Sequence[str]) -> None:
     """Raise DataError with all problems and, if fields are missing, the command that names them."""
     folder, columns = source.roots[0], dict(source.columns)
-    known = [*dict.fromkeys(field for sample in samples for field in sample.fields)]
+    known = [name for name in samples.column_names if name not in INTERNAL]
     absent = {name: field for name, field in columns.items() if name != "key" and field not in known}
     missing = [f"no sample has the field {field}" for field in absent.values()]
     missing += ["the images are in the tars: leave out path"] if "path" in columns else []
     missing += ["no patient is named"] if "patient" not in columns else []
     missing += ["no label is named"] if not any(name in LABELS for name in columns) else []
-    problems = [*problems, *([] if samples else ["no samples in the tars"])]
+    problems = [*problems, *([] if len(samples) else ["no samples in the tars"])]
     if not problems + missing:
         return
-    suffixes = [*dict.fromkeys(suffix for sample in samples for suffix in sample.suffixes)]
-    lines = [f"{folder}: {len(samples):,} samples of {', '.join(suffixes[:SHOWN])}"]
+    suffixes = ", ".join(samples[SUFFIXES].unique().to_pylist()) if len(samples) else ""
+    lines = [f"{folder}: {len(samples):,} samples of {', '.join([*dict.fromkeys(suffixes.split(', '))][:SHOWN])}"]
     lines += [f"  {problem}" for problem in [*problems[:SHOWN], *missing]]
     lines += [f"  and {len(problems) - SHOWN:,} more problems"] if len(problems) > SHOWN else []
     if missing:

@@ -6,21 +6,20 @@ Case, spaces and marks do not count: `AP_SUPINE` is `ap supine`. A `state` is a 
 import csv
 import shlex
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.base.csvs import demand_columns, name_row, read_data, read_strings
+from pipeline.base.csvs import name_row, read_data
 from pipeline.base.errors import DataError, quote
 from pipeline.labels import LABELS, NOT_ANNOTATED, POSITIONS, STATES, describe_unknown, find_label, suggest
 
 MEANINGS = STATES | {"not annotated": NOT_ANNOTATED}
-NUMBERS = {1.0: 1, 0.0: 0, -1.0: -1, -2.0: NOT_ANNOTATED}  # the last as in our own shards
+NUMBERS = (1, 0, -1)  # the states that CheXpert's tables have
 CHOICES = "1, 0, -1, blank or not-annotated"
-NEEDED = ("path", "patient", "LABEL")  # of a table
 SHOWN = 20  # words of a column in a message
 Values = tuple[tuple[str, int | None], ...]  # a word, or LABEL:word, and its state
 
@@ -45,7 +44,13 @@ def read_views() -> dict[str, str]:
 def parse_state(word: str) -> int | None:
     """1, 0, -1, NOT_ANNOTATED, or None for a blank. Raises ValueError or KeyError for an unknown word."""
     meaning = read_words("state").get(fold(word))
-    return NUMBERS[float(word)] if meaning is None else MEANINGS[meaning]
+    # The last number is that of our own shards.
+    return parse_number(word, (*NUMBERS, NOT_ANNOTATED)) if meaning is None else MEANINGS[meaning]
+
+
+def parse_number(text: str, numbers: Sequence[int] = NUMBERS) -> int:
+    """The state that `1`, `1.0` or `-1.00` stands for. Raises ValueError for another number or text."""
+    return numbers[numbers.index(float(text))]
 
 
 def parse_values(text: str) -> Values:
@@ -71,20 +76,30 @@ def parse_values(text: str) -> Values:
     return tuple(values.items())
 
 
+def look_up(column: pa.ChunkedArray, find: Callable[[str], object], kind: pa.DataType) -> tuple[pa.Array, list[str]]:
+    """What `find` gives for each text [N], called once for each distinct one; and those for which it raises."""
+    encoded = column.combine_chunks().dictionary_encode()
+    meanings: list[object] = []
+    unknown = []
+    for text in encoded.dictionary.to_pylist():
+        try:
+            meanings.append(find(text))
+        except (KeyError, ValueError):
+            meanings.append(None)
+            unknown.append(text)
+    return pa.array(meanings, kind).take(encoded.indices), unknown
+
+
 def find_states(column: pa.ChunkedArray, label: str, values: Values = ()) -> tuple[pa.Array, list[str]]:
     """The states [N] of a label's cells [N] as int8, by `values` before words.csv; and the words that are unknown."""
     given = {word.casefold(): state for word, state in values}
-    encoded = column.combine_chunks().dictionary_encode()
-    states: list[int | None] = []
-    unknown = []
-    for word in encoded.dictionary.to_pylist():
-        keys = [key for key in (f"{label}:{word}".casefold(), word.casefold()) if key in given]
-        try:
-            states.append(given[keys[0]] if keys else parse_state(word))
-        except (KeyError, ValueError):
-            states.append(None)
-            unknown.append(word)
-    return pa.array(states, pa.int8()).take(encoded.indices), unknown
+
+    def find(word: str) -> int | None:
+        keys = (key for key in (f"{label}:{word}".casefold(), word.casefold()) if key in given)
+        key = next(keys, None)
+        return parse_state(word) if key is None else given[key]
+
+    return look_up(column, find, pa.int8())
 
 
 def read_states(
@@ -125,9 +140,7 @@ def count_words(column: pa.ChunkedArray) -> str:
 
 def translate(column: pa.Array | pa.ChunkedArray, words: Mapping[str, str]) -> pa.Array:
     """The meaning of each word [N]; null if it is blank or unknown."""
-    encoded = pa.chunked_array(column).combine_chunks().dictionary_encode()
-    meanings = [words.get(fold(word)) for word in encoded.dictionary.to_pylist()]
-    return pa.array(meanings, pa.string()).take(encoded.indices)
+    return look_up(pa.chunked_array(column), lambda word: words[fold(word)], pa.string())[0]
 
 
 def guess_columns(names: Iterable[str]) -> dict[str, str]:
@@ -152,19 +165,3 @@ def spell_command(source: Path, kind: str, columns: Mapping[str, str], needed: M
         missing.pop("LABEL", None)
     named = ",".join(f"{ours}={theirs}" for ours, theirs in (dict(columns) | missing).items())
     return f"pipeline shards {shlex.quote(str(source))} OUT `set` {kind} `columns` {shlex.quote(named)}"
-
-
-def guess_command(source: Path, csv: Path | None) -> str:
-    """The command that makes shards of a user's table, its columns guessed by their names, for people to check.
-
-    Without a CSV, the command that guesses them, for a table that people name.
-    """
-    if csv is None:
-        return f"pipeline shards {shlex.quote(str(source / 'TABLE.csv'))} `guess`"
-    text = read_strings(csv)
-    columns = guess_columns(text.column_names)
-    demand_columns(csv, text.column_names, [*columns.values()])
-    unknown = {label: find_states(text[name], label)[1] for label, name in columns.items() if label in LABELS}
-    columns = {ours: name for ours, name in columns.items() if len(unknown.get(ours, ())) <= SHOWN}  # labels have few
-    words = [word for label, words in unknown.items() if label in columns for word in words]
-    return spell_command(source, "table", columns, dict.fromkeys(NEEDED, "COLUMN")) + ask_values(words)

@@ -71,11 +71,6 @@ class Folder(NamedTuple):
     manifest: Manifest
 
     @property
-    def set(self) -> str:
-        """The name of its data set."""
-        return self.manifest.dataset["name"]
-
-    @property
     def patients(self) -> str:
         """The namespace of its patients."""
         return self.manifest.dataset["patients"]
@@ -203,11 +198,11 @@ class Shards(Mapping[str, "Selection"]):
         """The table of one of several folders with its set; patients' names include the namespace if these differ."""
         if len(self.folders) == 1:
             return table
-        table = renumber(table, folder.manifest, place)
+        table = renumber(table, folder.manifest.columns, place)
         if self.namespace == NAMED:
             patients = pc.binary_join_element_wise(folder.patients, table["patient"], "/")
             table = table.set_column(table.schema.get_field_index("patient"), "patient", patients)
-        return table.append_column("set", pa.array([folder.set] * table.num_rows, pa.string()))
+        return table.append_column("set", pa.array([folder.manifest.dataset["name"]] * table.num_rows, pa.string()))
 
     def _refuse_shared(self) -> None:
         """Raise DataError for a patient in two splits of two folders, and an image in two folders."""

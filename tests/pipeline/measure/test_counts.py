@@ -16,7 +16,7 @@ from pipeline.look.label_report import draw_cooccurrence, draw_states
 from pipeline.manifest import Manifest
 from pipeline.measure.counts import count_cooccurrence, count_groups, count_labels, count_targets
 from pipeline.policies import make_targets, parse_uncertain_policy
-from pipeline.sources.load import load_table
+from pipeline.sources.load import load_tables
 from pipeline.sources.sets import read_any_table
 from tests.conftest import run_pipeline
 
@@ -82,7 +82,7 @@ def frame(real_csv: Path) -> pd.DataFrame:
 
 @pytest.fixture(scope="module")
 def table(real_csv: Path) -> pa.Table:
-    return load_table(real_csv, None, "all")
+    return load_tables([real_csv], None, "all")
 
 
 def report(*arguments: object) -> Any:

@@ -16,7 +16,7 @@ from pipeline.base.files import hash_file
 from pipeline.images import Original
 from pipeline.manifest import read_manifest, read_table
 from pipeline.sources.joined import join_facts
-from pipeline.sources.load import load_table, load_tables
+from pipeline.sources.load import load_tables
 from pipeline.sources.sets import read_any_table
 from tests.conftest import run_pipeline
 
@@ -93,7 +93,7 @@ def test_a_workbook_of_empty_or_equal_cells_takes_no_memory(
     with pytest.raises(
         DataError, match=r"bomb.xlsx: its \d+,\d+ bytes expand to \d\d,\d+,\d+ or more, as no table does"
     ):
-        load_table(chexpert, None, "all", [tmp_path / "bomb.xlsx"])
+        load_tables([chexpert], None, "all", [tmp_path / "bomb.xlsx"])
 
 
 def test_a_missing_package_is_named(chexpert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,13 +101,13 @@ def test_a_missing_package_is_named(chexpert: Path, tmp_path: Path, monkeypatch:
     book = tmp_path / "demo.xlsx"
     book.write_bytes(b"PK")
     with pytest.raises(DataError) as caught:
-        load_table(chexpert, None, "all", [book])
+        load_tables([chexpert], None, "all", [book])
     assert str(caught.value) == f"{book}: openpyxl is missing: pip install 'chexpert-pipeline[xlsx]'"
 
 
 @pytest.mark.parametrize("key", ["key", "patient and study", "number"])
 def test_rows_are_told_by_key_study_or_number(chexpert: Path, tmp_path: Path, key: str) -> None:
-    whole = load_table(chexpert, None, "all").select(["patient", "study"]).to_pandas().drop_duplicates()
+    whole = load_tables([chexpert], None, "all").select(["patient", "study"]).to_pandas().drop_duplicates()
     whole["value"] = np.arange(len(whole))
     by = ["patient", "study"]
     theirs = whole.rename(columns={"patient": "Patient ID", "study": "Study"})
@@ -119,7 +119,7 @@ def test_rows_are_told_by_key_study_or_number(chexpert: Path, tmp_path: Path, ke
         by, whole = ["patient"], whole.drop_duplicates("patient")
         theirs = whole.assign(subject_id=whole["patient"].str[-5:].astype(int))[["subject_id", "value"]]
     theirs.sample(frac=1, random_state=0).to_csv(tmp_path / "facts.csv", index=False)
-    found = load_table(chexpert, None, "frontal", [tmp_path / "facts.csv"]).to_pandas()
+    found = load_tables([chexpert], None, "frontal", [tmp_path / "facts.csv"]).to_pandas()
     expected = found[["patient", "study"]].merge(whole, "left", on=by)
     assert found["value"].tolist() == expected["value"].tolist()
 
@@ -151,7 +151,7 @@ def test_files_that_cannot_be_joined(chexpert: Path, tmp_path: Path, content: st
     path = tmp_path / "facts.csv"
     path.write_text(content)
     with pytest.raises(DataError) as caught:
-        load_table(chexpert, None, "all", [path])
+        load_tables([chexpert], None, "all", [path])
     assert str(caught.value).removesuffix("; rename or remove it") == f"{path}{message}"
 
 

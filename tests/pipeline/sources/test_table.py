@@ -13,8 +13,8 @@ from PIL import Image
 
 from pipeline import DataError
 from pipeline.manifest import read_manifest
-from pipeline.sources.table import parse_columns
-from pipeline.sources.words import guess_command, parse_values
+from pipeline.sources.table import guess_command, parse_columns
+from pipeline.sources.words import parse_values
 from tests.conftest import run_pipeline
 from tests.layouts import draw
 
@@ -137,10 +137,10 @@ def test_a_hospital_s_table_becomes_shards_by_the_command_that_is_guessed(hospit
 def test_a_label_s_own_name_is_guessed_before_another_word_for_it(tmp_path: Path) -> None:
     table = tmp_path / "table.csv"
     table.write_text("file,mrn,oedema,Edema\n1.png,7,1,0\n")
-    assert guess_command(table, table).endswith("`columns` path=file,patient=mrn,Edema=Edema")
+    assert guess_command(table).endswith("`columns` path=file,patient=mrn,Edema=Edema")
     table.write_text("file,mrn,Edema,Edema\n1.png,7,1,0\n")
     with pytest.raises(DataError, match=r"^\S+table.csv: column Edema appears 2 times$"):
-        guess_command(table, table)
+        guess_command(table)
 
 
 @pytest.mark.parametrize("text", ["maybe", "maybe=2", "=1", "Edema:=x", "a=1,a=1"])

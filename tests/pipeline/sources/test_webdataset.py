@@ -150,8 +150,12 @@ def test_folders_count_if_they_hold_files_of_one_name(tmp_path: Path) -> None:
     write(tmp_path / "x.tar", [{"__key__": f"{folder}/1", "jpg": image(0)} for folder in "ab"])
     (tmp_path / "labels.csv").write_text("image,mrn,edema\nx/a/1.png,P1,1\nx/b/1.png,P2,0\n")
     columns = (("patient", "mrn"), ("Edema", "edema"), ("key", "image"))
-    table = SET.read(find_source(tmp_path, {}, [], "webdataset", columns))["train"]
+    source = find_source(tmp_path, {}, [], "webdataset", columns)
+    table = SET.read(source)["train"]
     assert list(zip(table["patient"].to_pylist(), table["Edema"].to_pylist(), strict=True)) == [("P1", 1), ("P2", 0)]
+    (tmp_path / "labels.csv").write_text("image,mrn,mrn,edema\nx/a/1.png,P1,P2,1\n")
+    with pytest.raises(DataError, match=r"labels\.csv: column mrn appears 2 times$"):
+        SET.read(source)
 
 
 def test_each_split_may_have_tars(tmp_path: Path) -> None:
@@ -176,6 +180,7 @@ def test_all_that_is_missing_is_listed_at_once(tmp_path: Path) -> None:
     (tmp_path / "labels.csv").write_text("id,mrn,cls\n0,A,1\n1,B,0\n")
     options = ("--set", "webdataset", "--columns", "key=id,sex=Sex,age=cls")
     failed = run_pipeline("shards", tmp_path, tmp_path / "out", *options)
+    assert run_pipeline("stats", tmp_path).stderr.startswith(f"Error: {tmp_path}: 3 samples of .cls, .npy, .jpg, .png")
     assert failed.stderr.splitlines() == [
         f"Error: {tmp_path}: 3 samples of .cls, .npy, .jpg, .png",
         f"  {tmp_path / 'train-*-of-3.tar'}: 1 files of 3",
