@@ -1,4 +1,5 @@
 import gzip
+import json
 import os
 import re
 import shutil
@@ -12,6 +13,7 @@ from PIL import Image
 
 from pipeline import DataError
 from pipeline.labels import LABELS
+from pipeline.manifest import read_manifest
 from pipeline.sources.rows import read_splits
 from pipeline.sources.sets import find_set, find_source
 from tests.conftest import default_options, make_shards, run_pipeline, write_chexpert
@@ -118,7 +120,7 @@ def test_limit_keeps_whole_patients(chexpert: Path) -> None:
     tables, dropped, _ = read_splits(source, **SELECTION, limit=20)
     counts = tables["train"].to_pandas()["patient"].value_counts()
     assert (len(counts), set(counts)) == (6, {3})
-    assert dropped["train"].limit == 30
+    assert dropped["train"] == {"views": 0, "limit": 30}
     one, *_ = read_splits(source, **SELECTION, limit=1)
     assert one["train"].num_rows == 3  # a patient is never cut
 
@@ -272,3 +274,36 @@ def test_the_bits_of_16_bit_images_are_seen(chexpert: Path, tmp_path: Path) -> N
     assert accepted.manifest.options["bits"] == 16
     bright = make_shards(chexpert, tmp_path / "bright", default_options(views="all", bits=12))
     assert bright.manifest.pixels["mean"] > accepted.manifest.pixels["mean"]
+
+
+def test_what_blanks_mean_is_said_by_the_owner_of_a_set(chexpert: Path, tmp_path: Path) -> None:
+    for name in ("train.csv", "valid.csv"):
+        frame = pd.read_csv(chexpert / name, dtype=str)
+        frame.assign(Fracture="").to_csv(chexpert / name, index=False)
+    out = tmp_path / "out"
+    words = ("shards", str(chexpert), str(out), "--size", "32", "--workers", "1")
+    assert run_pipeline(*words).returncode == 0
+    assert read_manifest(out).not_annotated == ()  # CheXpert's labeler looked for all 14
+    shutil.rmtree(out)
+    refused = run_pipeline(*words, "--name", "ours")
+    rest = [label for label in LABELS if label != "Fracture"]
+    assert refused.returncode == 1
+    assert refused.stderr.startswith("Error: Fracture: blank in every row. ")
+    assert refused.stderr.endswith(f' such as: --annotated "{",".join(rest)}" --blanks not-annotated\n')
+    wrong = run_pipeline(*words, "--name", "ours", "--annotated", "edema")
+    assert "--annotated: No Finding, " in wrong.stderr
+    assert wrong.returncode == 1
+    assert "'Oedema' is none of No Finding, " in run_pipeline(*words, "--annotated", "Oedema").stderr
+    made = run_pipeline(*words, "--name", "ours", "--annotated", ",".join(rest).lower())
+    assert made.returncode == 0, made.stderr
+    assert read_manifest(out).not_annotated == ("Fracture",)
+    assert read_manifest(out).options["annotated"] == rest
+    counts = json.loads(run_pipeline("stats", out, "--format", "json").stdout)["labels"]
+    assert counts["Fracture"]["not_annotated"] == sum(split.samples for split in read_manifest(out).splits.values())
+    assert counts["Fracture"]["share_positive"] is None
+    assert counts["Edema"]["not_annotated"] == 0
+    assert counts["Edema"]["blank"] > 0
+    shutil.rmtree(out)
+    assert run_pipeline(*words, "--name", "ours", "--blanks", "not-annotated").returncode == 0
+    counts = json.loads(run_pipeline("stats", out, "--format", "json").stdout)["labels"]
+    assert {label: entry["blank"] for label, entry in counts.items()} == dict.fromkeys(LABELS, 0)

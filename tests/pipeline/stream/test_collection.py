@@ -4,8 +4,9 @@ import io
 import json
 import re
 import shutil
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,7 +18,7 @@ from pipeline import DataError, open_shards
 from pipeline.etl.shards import Execution, write_shards
 from pipeline.identity import NAMED
 from pipeline.labels import count_rows
-from pipeline.manifest import Manifest, checksum, read_manifest, read_table
+from pipeline.manifest import checksum, read_manifest, read_table
 from pipeline.sources.load import load_tables
 from pipeline.sources.sets import find_source
 from pipeline.stream.dataset import read_shards
@@ -26,13 +27,19 @@ from tests.conftest import POLICIES, default_options, run_pipeline, write_chexpe
 from tests.layouts import draw
 
 
-def write_set(folder: Path, patients: range, name: str = "", **changes: object) -> Path:
-    """Shards of drawn patients, all of train or of train and valid; another hospital's have images of their own."""
-    write_chexpert(folder / "films", "train", patients, seed=bool(name))
-    source = find_source(folder / "films", {}, [], called=name)
-    options = default_options(**changes)
-    write_shards(source, folder / "shards", options, POLICIES, Execution(1, 0.0))
-    return folder / "shards"
+def write_set(folder: Path, patients: range, name: str = "", split: str = "train", **changes: Any) -> Path:
+    """Shards of synthetic patients; another hospital's have images of their own."""
+    write_chexpert(folder / "films", split, patients, seed=bool(name))
+    return shard(folder / "films", folder / "shards", name, **changes)
+
+
+def shard(
+    films: Path, out: Path, name: str = "", uncertain: str = "best", facts: Sequence[Path] = (), **changes: object
+) -> Path:
+    """Shards of a folder in CheXpert's layout."""
+    source = find_source(films, {}, [], called=name, facts=facts)
+    write_shards(source, out, default_options(**changes), POLICIES | {"uncertain": uncertain}, Execution(1, 0.0))
+    return out
 
 
 @pytest.fixture(scope="module")
@@ -132,8 +139,7 @@ def test_the_same_images_under_other_names_are_noticed(two: tuple[Path, Path], t
     rows = (copied / "train.csv").read_text().replace("/patient0", "/patient9")
     (copied / "train.csv").unlink()
     (copied / "test.csv").write_text(rows)
-    other = tmp_path / "other"
-    write_shards(find_source(copied, {}, [], called="other"), other, default_options(), POLICIES, Execution(1, 0.0))
+    other = shard(copied, tmp_path / "other", "other")
     with pytest.raises(DataError) as caught:
         open_shards([two[0], other])
     count = len(read_table(two[0], read_manifest(two[0]).split("train")))
@@ -145,8 +151,7 @@ def test_the_same_images_under_other_names_are_noticed(two: tuple[Path, Path], t
     )
     (copied / "train.csv").write_text((two[0].parent / "films" / "train.csv").read_text())
     shutil.copytree(two[0].parent / "films" / "train", copied / "train", dirs_exist_ok=True)
-    both = find_source(copied, {}, [], called="both")
-    write_shards(both, tmp_path / "both", default_options(dev=0), POLICIES, Execution(1, 0.0))
+    shard(copied, tmp_path / "both", "both", dev=0)
     with pytest.warns(
         UserWarning, match=r"both: 60 images of test, such as patient9\d{4}_.*, are in train too: results"
     ):
@@ -169,9 +174,7 @@ def test_a_patient_is_one_whatever_the_spelling(two: tuple[Path, Path], tmp_path
     for folder in sorted((tmp_path / "films" / "train").iterdir()):
         folder.rename(folder.with_name(folder.name.replace("patient000", "patient")))
     (tmp_path / "films" / "train.csv").write_text(rows.replace("/patient000", "/patient"))
-    source = find_source(tmp_path / "films", {}, [])
-    write_shards(source, tmp_path / "w", default_options(dev=0), POLICIES, Execution(1, 0.0))
-    grown = read_shards([two[0], tmp_path / "w"])
+    grown = read_shards([two[0], shard(tmp_path / "films", tmp_path / "w", dev=0)])
     patients = set(grown.open("train").table["patient"].to_pylist())
     assert "patient00030" in patients
     assert "patient30" not in patients
@@ -193,26 +196,19 @@ def test_studies_that_each_folder_numbers_are_apart(tmp_path: Path) -> None:
 
 
 def test_a_patient_in_two_splits_of_two_folders_is_refused(two: tuple[Path, Path], tmp_path: Path) -> None:
-    write_chexpert(tmp_path / "films", "valid", range(30, 33))
-    write_shards(
-        find_source(tmp_path / "films", {}, []), tmp_path / "v", default_options(), POLICIES, Execution(1, 0.0)
-    )
+    other = write_set(tmp_path, range(30, 33), split="valid")
     with pytest.raises(DataError) as caught:
-        read_shards([two[0], tmp_path / "v"])
+        read_shards([two[0], other])
     assert re.match(
-        rf"patient00030 is in (train|dev) of {two[0]} and in valid of {tmp_path / 'v'}; splits must not share patients "
+        rf"patient00030 is in (train|dev) of {two[0]} and in valid of {other}; splits must not share patients "
         r"\(if these are two people, shard one of the folders with a `name` of its own\)$",
         str(caught.value),
     )
-    assert read_shards([two[1], tmp_path / "v"]).open("valid").table.num_rows == 6
+    assert read_shards([two[1], other]).open("valid").table.num_rows == 6
 
 
 def test_different_policies_have_to_be_decided(two: tuple[Path, Path], tmp_path: Path) -> None:
-    write_chexpert(tmp_path / "films", "train", range(50, 54))
-    policies = {"uncertain": "ones", "blank": "zeros"}
-    source = find_source(tmp_path / "films", {}, [])
-    write_shards(source, tmp_path / "ones", default_options(), policies, Execution(1, 0.0))
-    train = open_shards([two[0], tmp_path / "ones"])["train"]
+    train = open_shards([two[0], write_set(tmp_path, range(50, 54), uncertain="ones")])["train"]
     message = "`uncertain`: the folders of shards have different policies; give one"
     with pytest.raises(DataError, match=f"^{message}$"):
         train.batches(2, 32, epoch=0)
@@ -220,12 +216,9 @@ def test_different_policies_have_to_be_decided(two: tuple[Path, Path], tmp_path:
 
 
 def test_facts_that_one_folder_lacks_are_null(two: tuple[Path, Path], tmp_path: Path) -> None:
-    write_chexpert(tmp_path / "films", "train", range(60, 63))
     facts = tmp_path / "facts.csv"
     facts.write_text("patient,ward\n" + "".join(f"patient{number:05d},W\n" for number in range(60, 63)))
-    source = find_source(tmp_path / "films", {}, [], facts=[facts])
-    write_shards(source, tmp_path / "w", default_options(), POLICIES, Execution(1, 0.0))
-    table = read_shards([two[0], tmp_path / "w"]).open("train").table
+    table = read_shards([two[0], write_set(tmp_path, range(60, 63), facts=[facts])]).open("train").table
     ward = table.filter(pa.compute.is_valid(table["ward"]))
     assert set(ward["patient"].to_pylist()) <= {"patient00060", "patient00061", "patient00062"}
     assert ward.num_rows > 0
@@ -243,15 +236,8 @@ def test_stats_count_several_sets_and_each(two: tuple[Path, Path]) -> None:
 
 
 def test_a_set_can_be_named(two: tuple[Path, Path], tmp_path: Path) -> None:
-    manifest = read_manifest(two[1])
-    assert manifest.dataset == {
-        "name": "childrens",
-        "title": "childrens",
-        "patients": "childrens",
-        "license": "not stated",
-        "paper": "",
-    }
-    assert isinstance(replace(manifest), Manifest)
+    own = dict.fromkeys(("name", "title", "patients"), "childrens")
+    assert read_manifest(two[1]).dataset == own | {"license": "not stated", "paper": ""}
     done = run_pipeline("shards", tmp_path, tmp_path / "out", "--name", "a/b")
     assert done.returncode == 2
     assert "'a/b' is not a name of letters, digits, '.', '_' and '-'" in done.stderr
