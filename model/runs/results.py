@@ -211,13 +211,12 @@ def measure_run(job: Job) -> dict[str, float | None]:
         scored["valid"] = predictor.score(job, "valid").images
     labels: dict[str, Any] = {name: report_auroc(names, *images[:4])["labels"] for name, images in scored.items()}
     chosen_on = read_evaluation(job.run / "evaluation-dev.json")
-    labels["dev"] = {
-        name: {"auroc": row.value, "few": row.few} for name in names for row in [chosen_on.get("auroc", name)]
-    }
-    means = averaged_labels(labels["dev"])
+    rows = {name: chosen_on.get("auroc", name) for name in names}
+    labels["dev"] = {name: {"auroc": row.value} for name, row in rows.items()}
+    means = averaged_labels({name: row.few for name, row in rows.items() if row.value is not None})
     chosen = parse_choice(job.config.choose_by) or means["macro10"] or means["macro"]
-    same = [name for name in chosen if all(rows[name]["auroc"] is not None for rows in labels.values())]
-    figures = {split: mean_of(rows, same, "auroc") for split, rows in labels.items()}
+    same = [name for name in chosen if all(aurocs[name]["auroc"] is not None for aurocs in labels.values())]
+    figures = {split: mean_of(aurocs, same, "auroc") for split, aurocs in labels.items()}
     limits: dict[str, float | None] = dict.fromkeys(("low", "high"))
     if "valid" in scored:
         limits = combine(measure_areas(*scored["valid"][:4]), weigh_labels(names, same))

@@ -25,8 +25,8 @@ from pipeline.base import pages
 from pipeline.base.files import locked, parse_object, write_atomically, write_csv
 from pipeline.base.tabular import Table
 from pipeline.identity import ignore
-from pipeline.measure.delong import Areas, combine, measure_areas, report_auroc, weigh_labels
-from pipeline.measure.metrics import Figure, Floats, averaged_labels
+from pipeline.measure.delong import Areas, average, combine, measure_areas, weigh_labels
+from pipeline.measure.metrics import Figure, Floats
 from pipeline.measure.scores import open_scores
 
 MAP = matplotlib.colormaps["cividis"]
@@ -71,8 +71,7 @@ def compare_settings(job: Job, trials: Sequence[Trial]) -> list[Setting]:
     rows, columns, patient = chosen.rows[scored], learned_columns(job.config), table["patient"].to_numpy()[scored]
     target, mask = chosen.truth.target[rows][:, columns], chosen.truth.mask[rows][:, columns]
     areas = {number: measure_areas(values[scored], target, mask, patient) for number, values in scores.items()}
-    first = next(iter(scores.values()))[scored]
-    means = averaged_labels(report_auroc(labels, first, target, mask, patient)["labels"])
+    means = average(labels, next(iter(areas.values())))
     share = weigh_labels(labels, parse_choice(job.config.choose_by) or means["macro10"] or means["macro"])
     ranked = dict(sorted(groups.items(), key=lambda item: -fmean(trial.dev or 0 for trial in item[1])))
     best, *_ = sides = [[areas[trial.number] for trial in group] for group in ranked.values()]

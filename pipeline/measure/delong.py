@@ -20,11 +20,12 @@ with other methods.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypedDict
+from typing import NamedTuple
 
 import numpy as np
 
 from pipeline.measure.metrics import (
+    FEW,
     NO_LIMITS,
     Bools,
     Figure,
@@ -33,7 +34,6 @@ from pipeline.measure.metrics import (
     Names,
     Z,
     averaged_labels,
-    count_classes,
     label_cells,
     student_quantile,
     threshold_curve,
@@ -48,7 +48,19 @@ class Areas(NamedTuple):
     high: Floats  # [A]
     freedom: Floats  # [A] degrees of freedom: the patients with the rarer class, minus one
     design: Floats  # [A] by how much patients as clusters multiply the variance
+    positives: Floats  # [A] cells
+    negatives: Floats  # [A] cells
     influence: Floats  # [P, A], one row for each patient, in the order of their names
+
+    @property
+    def few(self) -> Bools:
+        """Which areas [A] have a class of too few patients, or of none."""
+        return ~(self.freedom + 1 >= FEW)
+
+    def count_cells(self) -> list[Figure]:
+        """The cells of each area by class, and whether it is `few`."""
+        cells = zip(self.positives.tolist(), self.negatives.tolist(), self.few.tolist(), strict=True)
+        return [{"positives": int(hits), "negatives": int(rest), "few": few} for hits, rest, few in cells]
 
     def join(self, other: "Areas") -> "Areas":
         """Both sets of areas, which must be of the same patients."""
@@ -66,37 +78,31 @@ class _Clusters(NamedTuple):
     design: float  # by how much patients as clusters multiply that variance
 
 
-class AurocReport(TypedDict):
-    """`macro10` averages labels with at least 10 patients in each class, `mean5` the competition's five."""
+def report_auroc(names: Sequence[str], scores: Floats, target: Floats, mask: Bools, patient: Names) -> Figure:
+    """AUROCs as `measure_areas` takes them: `labels`, each with `auroc` and the counts of its cells, and their means.
 
-    macro_auroc: float | None
-    macro10_auroc: float | None
-    mean5_auroc: float | None
-    labels: dict[str, Figure]  # auroc, None with one class, positives, negatives, few
-
-
-def report_auroc(names: Sequence[str], scores: Floats, target: Floats, mask: Bools, patient: Names) -> AurocReport:
-    """AUROC per label of scores [N, L] against targets [N, L] in {0, 1}, on the cells of mask [N, L], of patients [N].
-
-    Raises ValueError if a score is not finite.
+    An AUROC is None with one class. The means, as of `averaged_labels`, are `macro_auroc`, and so on.
     """
-    labels = {
-        cells.label: count_classes(cells.truth, cells.patient)
-        for cells in label_cells(names, scores, target, mask, patient)
-    }
     areas = measure_areas(scores, target, mask, patient)
-    for label, area in zip(labels.values(), areas.value.tolist(), strict=True):
-        label["auroc"] = None if np.isnan(area) else area
-    over = averaged_labels(labels).values()
-    macro, macro10, mean5 = (combine(areas, weigh_labels(names, kept))["value"] for kept in over)
-    return {"macro_auroc": macro, "macro10_auroc": macro10, "mean5_auroc": mean5, "labels": labels}
+    means = average(names, areas)
+    values = {label: combine(areas, weigh_labels(names, over))["value"] for label, over in means.items()}
+    counts = zip(names, areas.count_cells(), strict=True)
+    labels = {name: {"auroc": values.pop(name), **cells} for name, cells in counts}
+    return {f"{mean}_auroc": value for mean, value in values.items()} | {"labels": labels}
+
+
+def average(names: Sequence[str], areas: Areas) -> dict[str, list[str]]:
+    """The labels of each mean; a label is a mean over itself, or over nothing if its area is undefined."""
+    known = zip(names, areas.value, areas.few.tolist(), strict=True)
+    few = {name: lacking for name, area, lacking in known if not np.isnan(area)}
+    return {name: [name] if name in few else [] for name in names} | averaged_labels(few)
 
 
 def measure_areas(scores: Floats, target: Floats, mask: Bools, patient: Names, stratum: Names | None = None) -> Areas:
     """The areas of scores [N, L] against targets [N, L] in {0, 1}, on the cells of mask [N, L], of patients [N].
 
     Every patient has a row in `influence`, even without a cell in the mask. With strata [N], only pairs of a positive
-    and a negative of the same stratum count.
+    and a negative of the same stratum count. Raises ValueError if a score is not finite.
     """
     strata = np.zeros(len(patient)) if stratum is None else stratum
     return _measure_labels(_measure_auroc, scores, target, mask, patient, strata)
@@ -118,24 +124,17 @@ def _measure_labels(
     """The areas of each label by `measure`, on its cells with a cell of the other class in their stratum."""
     names, codes = np.unique(patient, return_inverse=True)
     columns = scores.shape[1]
-    fields = np.full((5, columns), np.nan)
+    fields = np.full((7, columns), np.nan)
     influence = np.full((len(names), columns), np.nan)
-    for column in range(columns):
-        used = mask[:, column].copy()  # modified below
-        truth = target[used, column] == 1
-        used[used] = share_stratum(truth, strata[used])
-        if used.any():
-            cells = scores[used, column], target[used, column] == 1, codes[used], strata[used]
-            *fields[:, column], influence[:, column] = measure(*cells, len(names))
+    for column, cells in enumerate(label_cells([""] * columns, scores, target, mask, codes)):
+        _, stratum = np.unique(strata[mask[:, column]], return_inverse=True)
+        counts = [np.bincount(stratum, side) for side in (cells.truth, ~cells.truth)]
+        fields[5:, column] = [count.sum() for count in counts]
+        shared = np.minimum(*counts)[stratum] > 0
+        if shared.any():
+            used = (values[shared] for values in (*cells[1:], stratum))
+            *fields[:5, column], influence[:, column] = measure(*used, len(names))
     return Areas._make((*fields, influence))
-
-
-def share_stratum(truth: Bools, stratum: Names) -> Bools:
-    """Which cells [n] have a cell of the other class in their stratum."""
-    _, codes = np.unique(stratum, return_inverse=True)
-    both = (np.bincount(codes, truth) > 0) & (np.bincount(codes, ~truth) > 0)
-    shared: Bools = both[codes]
-    return shared
 
 
 def weigh_labels(names: Sequence[str], over: Sequence[str]) -> Floats:
@@ -178,24 +177,19 @@ def combine(areas: Areas, weights: Sequence[float] | Floats, level: float = 0.05
 
 def score_limits(auroc: float, variance: Callable[[float], float], z: float = Z) -> tuple[float, float]:
     """Newcombe's method 5: the θ on either side of an AUROC with |θ - AUROC| = z · √variance(θ)."""
+    from scipy.optimize import brentq  # takes a tenth of a second
 
     def limit(end: float) -> float:
-        inside, outside = auroc, end
-        for _ in range(50):
-            middle = (inside + outside) / 2
-            if abs(middle - auroc) < z * variance(middle) ** 0.5:
-                inside = middle
-            else:
-                outside = middle
-        return outside
+        start = auroc + 1e-9 * (end - auroc)  # beside a perfect AUROC, which has no variance
+        return float(brentq(lambda theta: abs(theta - auroc) - z * variance(theta) ** 0.5, start, end, xtol=1e-15))
 
-    return limit(0.0), limit(1.0)
+    return 0.0 if auroc == 0 else limit(0.0), 1.0 if auroc == 1 else limit(1.0)
 
 
 def score_variance(theta: float, positives: float, negatives: float) -> float:
     """V(θ) of an AUROC of θ: θ (1 - θ) (1 + n (1 - θ) / (2 - θ) + n θ / (1 + θ)) / (positives · negatives).
 
-    n = (positives + negatives) / 2 - 1; the same for θ and 1 - θ.
+    n = (positives + negatives) / 2 - 1; the same for θ and 1 - θ. Also of arrays of cells.
     """
     spread = (positives + negatives) / 2 - 1
     factor = 1 + spread * ((1 - theta) / (2 - theta) + theta / (1 + theta))
@@ -221,8 +215,7 @@ def _measure_auroc(
     clusters = _cluster(centered, truth, own, codes, patients)
 
     def variance(theta: float) -> float:
-        parts = (score_variance(theta, *counts) for counts in sizes.T)
-        return clusters.design * float(sum(weight**2 * part for weight, part in zip(weights, parts, strict=True)))
+        return clusters.design * float(np.dot(weights**2, score_variance(theta, *sizes)))
 
     if clusters.kish == 1:
         limits = score_limits(auroc, variance)
@@ -258,13 +251,14 @@ def influence_precision(score: Floats, truth: Bools) -> tuple[float, Floats]:
     over positives i, without interpolation. Its derivative by the weight of a cell k is
     [y_k (H_k / C_k - AUPRC) + Σ_{i: s_i ≤ s_k} (y_k / C_i - H_i / C_i²)] / P.
     """
-    curve, place = threshold_curve(score, truth), np.unique(-score, return_inverse=True)[1]
+    curve = threshold_curve(score, truth)
     hits, called = curve.true_positives, curve.true_positives + curve.false_positives
     gained, precision = np.diff(hits, prepend=0), hits / called
     auprc = float(gained @ precision / hits[-1])
     # Sums over a cell's own place and all below it.
     rise, fall = (np.cumsum((gained * part)[::-1])[::-1] for part in (1 / called, precision / called))
-    return auprc, (np.where(truth, (precision - auprc + rise)[place], 0) - fall[place]) / hits[-1]
+    gain = np.where(truth, (precision - auprc + rise)[curve.place], 0)
+    return auprc, (gain - fall[curve.place]) / hits[-1]
 
 
 def _cluster(cells: Floats, truth: Bools, own: Ints, codes: Ints, patients: int) -> _Clusters:
@@ -291,11 +285,8 @@ def _cluster(cells: Floats, truth: Bools, own: Ints, codes: Ints, patients: int)
 
 def share_won(score: Floats, truth: Bools, weight: Floats) -> Floats:
     """The share of the other class's weight [n] that each cell is on the right side of, ties counted half."""
-    order = np.argsort(score, kind="stable")
-    ranks = np.searchsorted(score[order], score, "left"), np.searchsorted(score[order], score, "right")
-    share = np.empty(len(score))
-    for side in (True, False):
-        others = np.concatenate([[0.0], np.cumsum(np.where(truth[order] == side, 0, weight[order]))])
-        below = (others[ranks[0]] + others[ranks[1]]) / 2 / others[-1]
-        share = np.where(truth == side, below if side else 1 - below, share)
+    _, place = np.unique(score, return_inverse=True)
+    positives, negatives = (np.bincount(place, np.where(side, weight, 0)) for side in (truth, ~truth))
+    below, above = ((np.cumsum(side) - side / 2) / side.sum() for side in (negatives, positives))
+    share: Floats = np.where(truth, below[place], 1 - above[place])
     return share

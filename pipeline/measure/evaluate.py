@@ -9,6 +9,7 @@ limits of both (Newcombe, 1998, method 10; Zou, 2007); the thresholds and calibr
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import reduce
 from math import comb
 from types import MappingProxyType
@@ -23,8 +24,8 @@ from pipeline.manifest import name_facts
 from pipeline.measure.audit import find_covariates, find_strata
 from pipeline.measure.belief import add_belief
 from pipeline.measure.calibration import Calibration, apply_calibration, fit_calibration
-from pipeline.measure.delong import Areas, combine, measure_areas, measure_precision, report_auroc, weigh_labels
-from pipeline.measure.evaluation import COMMON, OWN, UNITS, Evaluation, Row
+from pipeline.measure.delong import Areas, average, combine, measure_areas, measure_precision, weigh_labels
+from pipeline.measure.evaluation import COMMON, OWN, UNITS, Evaluation
 from pipeline.measure.metrics import (
     FEW,
     NO_LIMITS,
@@ -33,7 +34,6 @@ from pipeline.measure.metrics import (
     Figure,
     Floats,
     Names,
-    averaged_labels,
     brier_score,
     calibration_error,
     count_classes,
@@ -41,9 +41,9 @@ from pipeline.measure.metrics import (
     label_cells,
     mean_of,
     measure_rates,
+    measure_share,
     subtract_independent,
     threshold_curve,
-    wilson_limits,
 )
 from pipeline.measure.scores import Scored as Scored
 from pipeline.measure.scores import study_level as study_level
@@ -164,37 +164,21 @@ def _add_level(evaluation: Evaluation, level: str, rows: Scored, calibration: Ma
     evaluation.add(level, None, UNITS[level], len(rows.scores))
     evaluation.add(level, None, "patients", len(np.unique(rows.patient)))
     measured = {metric: measure(*rows[:4]) for metric, measure in AREAS.items()}
-    cells = {cell.label: cell for cell in label_cells(names, *rows[:4])}
-    figures: dict[str, Figure] = {}
-    for name, cell in cells.items():
-        scores = {"": cell.score}
-        if evaluation.head["sensitivity"] is not None:
-            scores["_calibrated"] = apply_calibration(cell.score, calibration[name])
-        figures[name] = {
-            f"{metric}{suffix}": measure(score, cell.truth)
-            for suffix, score in scores.items()
-            for metric, measure in ERRORS.items()
-        }
-    for label, over in average(names, rows).items():
-        counts = count_classes(cells[label].truth, cells[label].patient) if label in cells else {}
+    counts = dict(zip(names, measured["auroc"].count_cells(), strict=True))
+    errors = {
+        cells.label: _add_decisions(evaluation, level, cells, calibration[cells.label])
+        for cells in label_cells(names, *rows[:4])
+    }
+    for label, over in average(names, measured["auroc"]).items():
         for metric, area in measured.items():
-            evaluation.add(level, label, metric, **combine(area, weigh_labels(names, over)), **counts)
-        for metric in figures[names[0]]:
-            value = figures[label][metric] if label in figures else mean_of(figures, over, metric)
-            evaluation.add(level, label, metric, value, **counts)
-    for name, cell in cells.items():
-        _add_decisions(evaluation, level, cell, calibration[name])
+            evaluation.add(level, label, metric, **combine(area, weigh_labels(names, over)), **counts.get(label, {}))
+        for metric in errors[names[0]]:
+            value = errors[label][metric] if label in errors else mean_of(errors, over, metric)
+            evaluation.add(level, label, metric, value, **counts.get(label, {}))
 
 
-def average(names: Sequence[str], rows: Scored) -> dict[str, list[str]]:
-    """The findings of each mean; a finding is a mean over itself, or over nothing if it is undefined."""
-    labels = report_auroc(names, *rows[:4])["labels"]
-    alone = {name: [name] if label["auroc"] is not None else [] for name, label in labels.items()}
-    return alone | averaged_labels(labels)
-
-
-def _add_decisions(evaluation: Evaluation, level: str, cells: Cells, fit: Calibration) -> None:
-    """A finding's calibration, rates at its thresholds, and net benefit."""
+def _add_decisions(evaluation: Evaluation, level: str, cells: Cells, fit: Calibration) -> Figure:
+    """Add a finding's calibration, rates at its thresholds, and net benefit; returns the errors of its scores."""
     name, score, truth, patient = cells
     for metric in ("temperature", "bias"):
         evaluation.add(level, name, metric, fit[metric], note=fit["note"] or "")
@@ -207,13 +191,12 @@ def _add_decisions(evaluation: Evaluation, level: str, cells: Cells, fit: Calibr
     for at in DECISIONS if len(truth) else ():
         for metric, figure in decide(calibrated, truth, patient, at).items():
             evaluation.add(level, name, metric, group=f"at {at}", **figure)
+    scores = {"": score} | ({} if evaluation.head["sensitivity"] is None else {"_calibrated": calibrated})
+    return {f"{metric}{kind}": measure(scores[kind], truth) for kind in scores for metric, measure in ERRORS.items()}
 
 
 def _list_values(fact: Names) -> tuple[str, ...]:
     return tuple(sorted({text for text in fact.tolist() if text}))
-
-
-Calls = tuple[Bools, Names]  # which of a group's positives [n] are called, and their patients
 
 
 def add_groups(
@@ -229,19 +212,19 @@ def add_groups(
     so the limits of all pairs of groups, of all variables and labels, hold jointly at 95 % (Bonferroni).
     """
     facts = {"sex": images.sex, "age": name_ages(images.age), "projection": images.projection, **more}
-    calls: dict[tuple[str, str], list[Calls]] = {}
+    calls: dict[tuple[str, str], list[tuple[Bools, Names]]] = {}  # of positives [n], and their patients
     for variable, fact in facts.items():
         compared = GROUPS[variable] if variable in GROUPS else _list_values(fact)
-        # Over all patients, so that patients in two groups are recognized.
-        measured = {
-            f"{variable}={name}": measure_areas(*images[:2], images.mask & (fact == name)[:, None], images.patient)
-            for name in compared
-        }
-        for name, group in zip(compared, measured, strict=True):
-            rows = images.take(fact == name)
-            evaluation.add(evaluation.unit, None, "images", len(rows.scores), group)
-            for label, called in _add_group(evaluation, group, rows, fits, measured[group]):
-                calls.setdefault((variable, label), []).extend(called)
+        measured: dict[str, Areas] = {}
+        for name in compared:
+            group, inside = f"{variable}={name}", fact == name
+            evaluation.add(evaluation.unit, None, "images", int(inside.sum()), group)
+            # Over all patients, so that patients in two groups are recognized.
+            rows = images._replace(mask=images.mask & inside[:, None])
+            measured[group] = measure_areas(*rows[:4])
+            for label, called, owner in _add_group(evaluation, group, rows, fits, measured[group]):
+                enough = len(np.unique(owner)) >= FEW
+                calls.setdefault((variable, label), []).extend([(called, owner)] if enough else [])
         _add_macros(evaluation, measured)
         others, counts = np.unique([name or "unknown" for name in fact.tolist()], return_counts=True)
         for name, count in zip(others.tolist(), counts.tolist(), strict=True):
@@ -269,17 +252,17 @@ def assess_groups(
 
 def _add_group(
     evaluation: Evaluation, group: str, rows: Scored, fits: Mapping[str, Calibration], measured: Areas
-) -> Iterator[tuple[str, list[Calls]]]:
-    """Add a group's figures; yield each label's calls of its positives, if these are of 10 patients."""
+) -> Iterator[tuple[str, Bools, Names]]:
+    """Add a group's figures; yield each label's calls of its positives, and their patients, if it has a threshold."""
     names, level = evaluation.labels, evaluation.unit
-    for name, score, truth, patient in label_cells(names, *rows[:4]):
-        counts = count_classes(truth, patient)
+    for cells, counts in zip(label_cells(names, *rows[:4]), measured.count_cells(), strict=True):
+        name, score, truth, patient = cells
         threshold = next(iter(fits[name]["thresholds"].values()), None)  # Youden's, which comes first, or the user's
+        called, owner = score[truth] >= (threshold or 0), patient[truth]
+        called, owner = (called, owner) if threshold is not None else (called[:0], owner[:0])
         evaluation.add(level, name, "auroc", group=group, **combine(measured, weigh_labels(names, [name])), **counts)
-        tpr = NO_LIMITS if threshold is None else measure_rates(threshold, score, truth, patient)["sensitivity"]
-        evaluation.add(level, name, "tpr", group=group, **tpr, **counts)
-        enough = len(np.unique(patient[truth])) >= FEW
-        yield name, [(score[truth] >= threshold, patient[truth])] if enough and threshold is not None else []
+        evaluation.add(level, name, "tpr", group=group, **measure_share(called, owner), **counts)
+        yield name, called, owner
 
 
 def _add_macros(evaluation: Evaluation, measured: Mapping[str, Areas]) -> None:
@@ -289,24 +272,21 @@ def _add_macros(evaluation: Evaluation, measured: Mapping[str, Areas]) -> None:
     names them. So groups are compared on the same labels, with enough cells of each; the other groups have None.
     """
     names, level = evaluation.labels, evaluation.unit
-    rows = {group: [evaluation.get("auroc", name, level, group) for name in names] for group in measured}
-    compared = [group for group in measured if any(not row.few for row in rows[group])]
-    kept = [
-        name for column, name in enumerate(names) if compared and all(not rows[group][column].few for group in compared)
-    ]
+    compared = {group: areas for group, areas in measured.items() if not areas.few.all()}
+    few = np.any([areas.few for areas in compared.values()], axis=0)
+    kept = [name for name, lacking in zip(names, few, strict=True) if not lacking] if compared else []
     share = weigh_labels(names, kept)
-    for group in rows:
-        macro = combine(measured[group], share if group in compared else 0 * share)
+    for group, areas in measured.items():
+        macro = combine(areas, share if group in compared else 0 * share)
         evaluation.add(level, "macro", "auroc", group=group, **macro, note=", ".join(kept))
-    for group in compared[1:]:
-        both = measured[group].join(measured[compared[0]])
-        difference = combine(both, np.concatenate([share, -share]))
+    for group, areas in list(compared.items())[1:]:
+        difference = combine(areas.join(next(iter(compared.values()))), np.concatenate([share, -share]))
         evaluation.add(level, "macro", "auroc_less_first", group=group, **difference)
 
 
-def _tpr_gap(groups: Sequence[Calls], level: float) -> Figure:
+def _tpr_gap(groups: Sequence[tuple[Bools, Names]], level: float) -> Figure:
     """The highest TPR minus the lowest, with limits at a level, assuming separate patients."""
-    rates = [{"value": float(called.mean()), **wilson_limits(called, patient, level)} for called, patient in groups]
+    rates = [measure_share(called, patient, level) for called, patient in groups]
     rates.sort(key=lambda rate: [*rate.values()])
     return NO_LIMITS if len(rates) < 2 else subtract_independent(rates[-1], rates[0])
 
@@ -382,8 +362,8 @@ def add_comparisons(
     if not others:
         return
     names = names or evaluation.labels
-    means = average(names, rows)
     own = {metric: measure(*rows[:4]) for metric, measure in AREAS.items()}
+    means = average(names, own["auroc"])
     measured = {
         name: {metric: measure(scores, *rows[1:4]) for metric, measure in AREAS.items()}
         for name, scores in others.items()
@@ -406,34 +386,27 @@ def add_own(evaluation: Evaluation, images: Scored, own: Evaluation) -> None:
     valid's mean are as evaluated if it is over the same findings; otherwise they are the means of its findings' limits,
     as if these were fully correlated: the note of the difference is then `widened`.
     """
-    level, names, kept = evaluation.unit, evaluation.labels, list[str]()
-    for name in names:
-        row, other = evaluation.get("auroc", name), own.get("auroc", name)
-        if row.value is not None and other.low is not None:
-            _add_pair(evaluation, row, other)
-            kept += [] if row.few or other.few else [name]
-    if not kept:
-        return
-    rows = [own.get("auroc", name) for name in kept]
-    value, low, high = (sum(getattr(row, name) for row in rows) / len(rows) for name in ("value", "low", "high"))
-    enough = [own.get("auroc", name) for name in own.labels]
-    widened = set(kept) != {row.label for row in enough if row.value is not None and not row.few}
-    if not widened:
-        mean = own.get("auroc", "macro10")
-        value, low, high = mean.number, mean.low, mean.high
-    mean = Row(level, own.split, COMMON, OWN, "auroc", None, value, low, high, note=", ".join(kept))
-    common = combine(measure_areas(*images[:4]), weigh_labels(names, kept))
-    evaluation.add(level, COMMON, "auroc", **common, note=", ".join(kept))
-    _add_pair(evaluation, evaluation.get("auroc", COMMON), mean, "widened" if widened else "")
-
-
-def _add_pair(evaluation: Evaluation, row: Row, own: Row, note: str = "") -> None:
-    """Add the own valid's figure and the difference, of a finding or of the mean."""
-    judged, other = ({name: getattr(side, name) for name in ("value", "low", "high", "few")} for side in (row, own))
-    counts = {"positives": own.positives, "negatives": own.negatives}
-    evaluation.add(row.level, row.label, "auroc", group=OWN, **other, **counts, note=own.note)
-    difference, few = subtract_independent(judged, other), row.few or own.few
-    evaluation.add(row.level, row.label, "auroc_difference", group=OWN, **difference, few=few, note=note)
+    level, names, widened = evaluation.unit, evaluation.labels, ""
+    rows = {name: (evaluation.get("auroc", name), own.get("auroc", name)) for name in names}
+    pairs = {name: pair for name, pair in rows.items() if pair[0].value is not None and pair[1].low is not None}
+    kept = [name for name, pair in pairs.items() if not any(row.few for row in pair)]
+    if kept:
+        common = combine(measure_areas(*images[:4]), weigh_labels(names, kept))
+        evaluation.add(level, COMMON, "auroc", **common, note=", ".join(kept))
+        mean = replace(own.get("auroc", "macro10"), label=COMMON, note=", ".join(kept))
+        enough = [own.get("auroc", name) for name in own.labels]
+        if set(kept) != {row.label for row in enough if row.value is not None and not row.few}:
+            widened = "widened"
+            limits = np.array([[row.number, row.low, row.high] for row in (pairs[name][1] for name in kept)], float)
+            mean = replace(mean, **dict(zip(("value", "low", "high"), limits.mean(axis=0).tolist(), strict=True)))
+        pairs[COMMON] = evaluation.get("auroc", COMMON), mean
+    fields = ("value", "low", "high", "few", "positives", "negatives", "note")
+    for label, pair in pairs.items():
+        judged, other = ({name: getattr(row, name) for name in fields} for row in pair)
+        evaluation.add(level, label, "auroc", group=OWN, **other)
+        difference, few = subtract_independent(judged, other), any(row.few for row in pair)
+        note = widened if label == COMMON else ""
+        evaluation.add(level, label, "auroc_difference", group=OWN, **difference, few=few, note=note)
 
 
 def add_readers(evaluation: Evaluation, studies: Scored, readers: Mapping[str, Floats]) -> None:

@@ -45,9 +45,10 @@ class Reliability(NamedTuple):
 class Curve(NamedTuple):
     """Counts of cells called positive at each distinct score as threshold, from the highest down."""
 
-    threshold: Floats
-    true_positives: Ints
-    false_positives: Ints
+    threshold: Floats  # [T]
+    true_positives: Ints  # [T]
+    false_positives: Ints  # [T]
+    place: Ints  # [n] the threshold that is each cell's score
 
 
 def count_classes(truth: Bools, patient: Names) -> Figure:
@@ -68,13 +69,15 @@ def label_cells(names: Sequence[str], scores: Floats, target: Floats, mask: Bool
         yield Cells(name, scores[used, column], target[used, column] == 1, patient[used])
 
 
-def averaged_labels(labels: Mapping[str, Figure]) -> dict[str, list[str]]:
-    """The labels of each mean: all with an AUROC; those with 10 patients in each class; the competition's five."""
-    macro = [name for name, label in labels.items() if label["auroc"] is not None]
+def averaged_labels(few: Mapping[str, bool]) -> dict[str, list[str]]:
+    """The labels of each mean: all with an AUROC; those with 10 patients in each class; the competition's five.
+
+    `few` has the labels with an AUROC, and whether a class has fewer patients.
+    """
     return {
-        "macro": macro,
-        "macro10": [name for name in macro if not labels[name]["few"]],
-        "mean5": list(COMPETITION) if set(COMPETITION) <= set(macro) else [],
+        "macro": [*few],
+        "macro10": [name for name in few if not few[name]],
+        "mean5": list(COMPETITION) if set(COMPETITION) <= few.keys() else [],
     }
 
 
@@ -116,11 +119,9 @@ def calibration_error(score: Floats, truth: Bools) -> float | None:
 
 def threshold_curve(score: Floats, truth: Bools) -> Curve:
     """Counts of cells called positive, `score >= threshold`, for each distinct score [n ≥ 1] as threshold."""
-    order = np.argsort(-score, kind="stable")
-    ordered = score[order]
-    last = np.flatnonzero(np.concatenate([ordered[1:] != ordered[:-1], [True]]))
-    hits: Ints = np.cumsum(truth[order], dtype=np.int64)[last]
-    return Curve(ordered[last], hits, last + 1 - hits)
+    ordered, place = np.unique(-score, return_inverse=True)
+    hits, alarms = (np.cumsum(np.bincount(place[side], minlength=len(ordered))) for side in (truth, ~truth))
+    return Curve(-ordered, hits, alarms, place)
 
 
 def measure_rates(threshold: float, score: Floats, truth: Bools, patient: Names) -> dict[str, Figure]:
@@ -136,13 +137,7 @@ def measure_rates(threshold: float, score: Floats, truth: Bools, patient: Names)
         "ppv": (truth, called),
         "npv": (~truth, ~called),
     }
-    rates: dict[str, Figure] = {
-        rate: {
-            "value": int(hits[cells].sum()) / int(cells.sum()) if cells.any() else None,
-            **wilson_limits(hits[cells], patient[cells]),
-        }
-        for rate, (hits, cells) in shares.items()
-    }
+    rates = {rate: measure_share(hits[cells], patient[cells]) for rate, (hits, cells) in shares.items()}
     hits, cells = int((called & truth).sum()), int(called.sum()) + int(truth.sum())
     return rates | {"f1": {"value": 2 * hits / cells if truth.any() else None}}
 
@@ -188,6 +183,11 @@ def student_quantile(freedom: float, level: float = 0.05) -> float:
     from scipy.special import stdtrit  # takes a tenth of a second
 
     return float(-stdtrit(freedom, level / 2))
+
+
+def measure_share(called: Bools, owner: Names, level: float = 0.05) -> Figure:
+    """`value`, `low` and `high` of the share of `called` [n], as `wilson_limits`; None without cells."""
+    return {"value": float(called.mean()) if len(called) else None, **wilson_limits(called, owner, level)}
 
 
 def wilson_limits(called: Bools, owner: Names, level: float = 0.05) -> Figure:

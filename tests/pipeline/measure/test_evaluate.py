@@ -191,7 +191,7 @@ def test_two_runs_are_compared_on_the_same_patients(images: Scored, calibration:
     assert found.get("auroc_difference", "Fracture", scorer="runs/worse").value is None
     studies, other = study_level(images), study_level(images._replace(scores=worse))
     assert found.get("auroc_difference", "macro", "study", scorer="runs/worse").value == pytest.approx(
-        report_auroc(NAMES, *studies[:4])["macro_auroc"] - report_auroc(NAMES, *other[:4])["macro_auroc"]  # type: ignore[operator]
+        report_auroc(NAMES, *studies[:4])["macro_auroc"] - report_auroc(NAMES, *other[:4])["macro_auroc"]
     )
     zero = found.get("auroc_difference", "macro10", scorer="same")
     assert [zero.value, zero.low, zero.high] == pytest.approx([0, 0, 0], abs=1e-6)
