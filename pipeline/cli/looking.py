@@ -114,13 +114,13 @@ def _render_page(
     given: Stats, shards: "Sequence[tuple[Path, Remote | None]]", report: Statistics, table: "pa.Table"
 ) -> str:
     from pipeline.look.label_report import render_label_report
-    from pipeline.measure.audit import audit_labels, find_covariates
+    from pipeline.measure.audit import audit_labels
     from pipeline.sources.load import load_tables
 
     split, views, sources = given.split, given.views, [path for path, _ in shards]
     audited = load_tables(sources, split, views, audited=True)
     cells = evaluation_targets(audited, find_blank(sources[0]))
-    audit = audit_labels(audited, *cells, find_covariates(audited), together=False)  # which takes longer
+    audit = audit_labels(audited, *cells, together=False)  # which takes longer
     scope = [] if sources[0].is_file() else [f"split {split}" if split else "all splits"]
     scope.append(f"{views} views")
     title = f"Labels of {', '.join(map(_name, given.sources))}"
@@ -196,7 +196,7 @@ def audit(given: Auditing) -> int:
     all together in a model tested on other patients. A network may learn these instead, and fail elsewhere.
     """
     from pipeline.look.label_report import print_audit
-    from pipeline.measure.audit import audit_labels, find_covariates
+    from pipeline.measure.audit import audit_labels
     from pipeline.sources.load import learned_splits, load_tables
 
     sources, split, views = given.sources, given.split, given.views
@@ -218,7 +218,7 @@ def audit(given: Auditing) -> int:
         content["file bytes"] = table["file_bytes"].to_numpy().astype(float)
         content.pop("stored bytes", None)  # the same, if files are stored unchanged
     cells = evaluation_targets(table, find_blank(sources[0]))
-    report = audit_labels(table, *cells, find_covariates(table), edge, content)
+    report = audit_labels(table, *cells, edge, content)
     if given.html:
         from pipeline.look.label_report import render_audit
 

@@ -13,10 +13,8 @@ large no H0 is rejected. A test's adjusted limit is that of max(A, 1 - A) at the
 is rejected. All covariates together are tested one-sided: a model below .5 on unseen patients predicts nothing.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from statistics import NormalDist
 from types import MappingProxyType
 
 import numpy as np
@@ -25,7 +23,7 @@ import pyarrow.compute as pc
 
 from pipeline.labels import LABELS, name_ages
 from pipeline.measure.delong import measure_areas, score_limits, score_variance
-from pipeline.measure.metrics import FEW, Bools, Floats, Ints, Names
+from pipeline.measure.metrics import Bools, Floats, Ints, Names, count_classes, student_quantile
 
 THRESHOLD = 0.6  # an AUROC that no covariate of a sound data set should exceed
 LEVEL = 0.05
@@ -51,7 +49,7 @@ class Clue:
     """How well a covariate predicts a label: AUROC with 95 % limits, below .5 if it is lower in positives.
 
     `kind` is acquisition, content or together. `strength` is max(AUROC, 1 - AUROC), `adjusted` its lower limit after
-    Holm, and `exceeds` whether that is above the threshold.
+    Holm, and `exceeds` whether that is above the threshold. `design` is the effect of patients as clusters.
     """
 
     label: str
@@ -60,9 +58,21 @@ class Clue:
     auroc: float
     low: float
     high: float
+    design: float
+    positives: int
+    negatives: int
     strength: float
     adjusted: float = 0.0
     exceeds: bool = False
+
+    def variance(self, theta: float) -> float:
+        """The variance of an AUROC of θ, of this many cells."""
+        return self.design * score_variance(theta, self.positives, self.negatives)
+
+    @property
+    def deviation(self) -> float:
+        """How far the strength is above the threshold, in standard errors."""
+        return float((self.strength - THRESHOLD) / self.variance(THRESHOLD) ** 0.5)
 
     @property
     def alarm(self) -> bool:
@@ -80,7 +90,8 @@ class Clue:
 class Audit:
     """All clues, by `adjusted` from the highest down.
 
-    `left_out` gives the reason for each missing covariate; `few` are the labels with fewer than 10 patients in a class.
+    `left_out` gives the reason for each missing covariate; `few` are the annotated labels with fewer than 10 patients
+    in a class.
     """
 
     images: int
@@ -111,14 +122,10 @@ class Audit:
         return texts
 
 
-Test = tuple[Clue, Callable[[float], float]]  # a clue before adjustment, and the variance at any AUROC
-
-
 def audit_labels(
     table: pa.Table,
     target: Floats,
     mask: Bools,
-    acquisition: Mapping[str, Floats],
     edge: Mapping[str, Floats] = MappingProxyType({}),
     content: Mapping[str, Floats] = MappingProxyType({}),
     *,
@@ -126,19 +133,21 @@ def audit_labels(
 ) -> Audit:
     """What predicts the labels of a table, whose targets [N, 14] are in {0, 1} on the cells of mask [N, 14].
 
-    Covariates [N] are NaN if unknown. Those of the image's `edge` are acquisition covariates, but content for
-    Support Devices, whose wires and lines cross the edge. Without `together`, no model of all of them is fitted.
+    Covariates [N], besides the table's, are NaN if unknown. Those of the image's `edge` are acquisition covariates, but
+    content for Support Devices, whose wires and lines cross the edge. Without `together`, no model of all of them is
+    fitted.
     """
     # In the order of their names, so that folds do not depend on the order of rows.
     patient = np.unique(table["patient"].to_numpy(), return_inverse=True)[1]
+    acquisition, left_out = find_covariates(table)
     covariates = {**acquisition, **edge, **content}
     values = np.column_stack([np.empty((len(patient), 0)), *covariates.values()])
-    tests: list[Test] = []
+    clues: list[Clue] = []
     few = []
     for column, label in enumerate(LABELS):
         truth, used = target[:, column] == 1, mask[:, column]
-        if min(np.unique(patient[used & side]).size for side in (truth, ~truth)) < FEW:
-            few.append(label)
+        if count_classes(truth[used], patient[used])["few"]:
+            few += [label] if used.any() else []
             continue
         inside = len(acquisition) + (0 if label == DEVICES else len(edge))
         kinds = {name: "acquisition" if at < inside else "content" for at, name in enumerate(covariates)}
@@ -146,10 +155,9 @@ def audit_labels(
         if together and inside:
             kinds[TOGETHER] = "together"
             scores = np.column_stack([values, predict(values[:, :inside], truth, used, patient)])
-        tests += _test_label(label, kinds, scores, truth, used, patient)
-    clues = sorted(_adjust(tests), key=lambda clue: -clue.adjusted)
-    left_out, patients = _explain_left_out(table, acquisition), int(patient.max()) + 1
-    return Audit(images=len(patient), patients=patients, left_out=left_out, few=few, clues=clues)
+        clues += _test_label(label, kinds, scores, truth, used, patient)
+    clues = sorted(_adjust(clues), key=lambda clue: -clue.adjusted)
+    return Audit(images=len(patient), patients=int(patient.max()) + 1, left_out=left_out, few=few, clues=clues)
 
 
 def predict(values: Floats, goal: Bools | Floats, used: Bools, patient: Ints) -> Floats:
@@ -189,60 +197,34 @@ def shorten(figure: float) -> str:
 
 def _test_label(
     label: str, kinds: Mapping[str, str], scores: Floats, truth: Bools, used: Bools, patient: Ints
-) -> Iterator[Test]:
-    """A test for each covariate, a column of scores [N, C], that is known for 10 patients of each class."""
+) -> Iterator[Clue]:
+    """A clue for each covariate, a column of scores [N, C], that is known for 10 patients of each class."""
     known = ~np.isnan(scores) & used[:, None]
     columns = np.broadcast_to(truth[:, None].astype(float), known.shape)
     areas = measure_areas(np.nan_to_num(scores), columns, known, patient)
     for column, (name, kind) in enumerate(kinds.items()):
-        auroc, low, high, freedom, design = (float(part[column]) for part in areas[:5])
-        if np.isnan(auroc) or freedom + 1 < FEW:
-            continue
-        strength = auroc if kind == "together" else max(auroc, 1 - auroc)
-        positives, negatives = (int((known[:, column] & side).sum()) for side in (truth, ~truth))
-        variance = partial(_spread, design, positives, negatives)
-        yield Clue(label, name, kind, auroc, low, high, strength), variance
+        if not areas.few[column]:
+            auroc, low, high, _, design, positives, negatives = (float(part[column]) for part in areas[:7])
+            strength = auroc if kind == "together" else max(auroc, 1 - auroc)
+            yield Clue(label, name, kind, auroc, low, high, design, int(positives), int(negatives), strength)
 
 
-def _spread(design: float, positives: int, negatives: int, theta: float) -> float:
-    """The variance of an AUROC of θ."""
-    return design * score_variance(theta, positives, negatives)
-
-
-def _adjust(tests: Sequence[Test]) -> Iterator[Clue]:
+def _adjust(clues: Sequence[Clue]) -> Iterator[Clue]:
     """The clues with their adjusted limits, and which exceed the threshold, by Holm's method."""
-
-    def deviate(test: Test) -> float:
-        """How far the clue is above the threshold, in standard errors."""
-        return float((test[0].strength - THRESHOLD) / test[1](THRESHOLD) ** 0.5)
-
     rejected, quantile = True, 0.0
-    for rank, (clue, variance) in enumerate(ordered := sorted(tests, key=deviate, reverse=True)):
+    for rank, clue in enumerate(sorted(clues, key=lambda clue: -clue.deviation)):
         if rejected:
-            quantile = NormalDist().inv_cdf(1 - LEVEL / (len(tests) - rank) / 2)
-            rejected = deviate(ordered[rank]) > quantile
-        adjusted, _ = score_limits(clue.strength, variance, quantile)
+            quantile = student_quantile(np.inf, LEVEL / (len(clues) - rank))
+            rejected = clue.deviation > quantile
+        adjusted, _ = score_limits(clue.strength, clue.variance, quantile)
         yield replace(clue, adjusted=adjusted, exceeds=rejected)
 
 
-def find_covariates(table: pa.Table) -> dict[str, Floats]:
-    """Covariates [N] of a label table's rows that differ between images, by their readable names."""
-    covariates = _read_covariates(table)
-    return {name: value for name, value in covariates.items() if len(np.unique(value[~np.isnan(value)])) > 1}
+def find_covariates(table: pa.Table) -> tuple[dict[str, Floats], dict[str, str]]:
+    """Covariates [N] of a label table's rows that differ between images, NaN if unknown; and why others are left out.
 
-
-def _explain_left_out(table: pa.Table, used: Mapping[str, Floats]) -> dict[str, str]:
-    """The reason for each acquisition covariate of a table that is not used."""
-    reasons = {}
-    for name, value in _read_covariates(table).items():
-        if name not in used:
-            unknown = "not every name ends in a number" if name == PATIENT else "unknown"
-            reasons[name] = unknown if np.isnan(value).all() else "the same in all images"
-    return reasons
-
-
-def _read_covariates(table: pa.Table) -> dict[str, Floats]:
-    """All covariates [N] of a label table's rows, NaN if unknown."""
+    Both by readable names.
+    """
     unknown = np.full(table.num_rows, np.nan)
     digits = pc.struct_field(pc.extract_regex(table["patient"], r"(?P<number>\d{1,15})$"), "number")
     covariates = {PATIENT: unknown if digits.null_count else digits.cast(pa.float64()).to_numpy()}
@@ -255,7 +237,13 @@ def _read_covariates(table: pa.Table) -> dict[str, Floats]:
     sets = table["set"].unique().to_pylist() if "set" in table.column_names else []
     for value in sets if len(sets) > 1 else ():
         covariates[f"set {value}"] = pc.equal(table["set"], value).cast(pa.float64()).to_numpy()
-    return covariates
+    left_out = {}
+    for name, value in covariates.items():
+        if np.isnan(value).all():
+            left_out[name] = "not every name ends in a number" if name == PATIENT else "unknown"
+        elif np.nanmin(value) == np.nanmax(value):
+            left_out[name] = "the same in all images"
+    return {name: value for name, value in covariates.items() if name not in left_out}, left_out
 
 
 def find_strata(table: pa.Table) -> dict[str, Names]:

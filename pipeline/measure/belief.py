@@ -28,11 +28,12 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
 
 from pipeline.measure.audit import DEVICES, predict, shorten
 from pipeline.measure.delong import Areas, combine, measure_areas, score_limits, score_variance, share_won
 from pipeline.measure.evaluation import Evaluation
-from pipeline.measure.metrics import FEW, NO_LIMITS, Bools, Figure, Floats, Ints, Names, count_classes, label_cells
+from pipeline.measure.metrics import FEW, NO_LIMITS, Bools, Cells, Figure, Floats, Ints, Names, label_cells
 from pipeline.measure.scores import Scored
 
 NO_FINDING = "No Finding"  # has no positives in common with any label, so it makes no strata
@@ -41,8 +42,6 @@ GROUPS = (5, 20)  # at least and at most, of equal size, of a covariate's values
 GROUP_CELLS = 20  # of the rarer class per group, if there are more than the fewest groups
 LEVEL = 0.05
 SMALL = 0.05  # a drop of AUROC too small to report
-
-UNKNOWN = (-1, "")  # as a group number, and as a name
 
 
 class Within(NamedTuple):
@@ -72,33 +71,36 @@ def add_belief(
     Devices, whose wires cross the edge. A verdict's group is its mark, and its note the sentence.
     """
     names, level = evaluation.labels, evaluation.unit
-    for column, (name, score, truth, patient) in enumerate(label_cells(names, *images[:4])):
-        if count_classes(truth, patient)["few"]:
+    for column, cells in enumerate(label_cells(names, *images[:4])):
+        every = measure_within(cells)
+        if every.few[0]:
             continue
-        score, rows = score.astype(float), images.mask[:, column]
+        name, _, truth, patient = cells
+        rows = images.mask[:, column]
         values = {key: covariate[rows] for key, covariate in covariates.items()}
         edges = {} if name == DEVICES else {key: value[rows] for key, value in edge.items()}
         named = {variable: group[rows] for variable, group in strata.items()}
-        groups = named | {key: split_values(value, truth) for key, value in values.items()}
-        confounder = find_confounder(names, images.take(rows), column)
-        if confounder is not None:
-            place = names.index(confounder)
-            groups[confounder] = np.where(images.mask[rows, place], images.target[rows, place], -1)
-        groups |= predict_groups(list((values | edges).values()), score, truth, patient)
-        within = compare_within(score, truth, patient, groups)
+        groups = {key: np.where(group == "", -1, code_groups(group)) for key, group in named.items()}
+        groups |= {key: split_values(value, truth) for key, value in values.items()}
+        groups |= find_confounder(names, images.take(rows), column)
+        groups |= predict_groups(list((values | edges).values()), cells)
+        within = compare_within(cells, every, groups)
         for group, part in within.items():
             for metric, figure in part._asdict().items():
                 evaluation.add(level, name, f"{metric}_within", group=group, **figure)
-        sides = _measure_projections(score, truth, patient, named.get("projection"))
-        for side, figure in sides.items():
-            evaluation.add(level, name, "auroc_within", group=f"projection={side}", **figure)
-        balanced = measure_balanced(score, truth, patient, values)
-        area = combine(measure_within(score, truth, patient), [1])
+        area = combine(every, [1])
+        text = f"{name} {shorten(area['value'])}"
+        # Readers ask for the AUROC within each projection first.
+        for side in sorted(set(named.get("projection", np.array([])).tolist()) - {""}):
+            inside = measure_within(cells, named["projection"] == side)
+            figure = {"value": None} if inside.few[0] else combine(inside, [1])
+            text += "" if inside.few[0] else f"; {shorten(figure['value'])} within {side}"
+            counts = inside.count_cells()[0]
+            evaluation.add(level, name, "auroc_within", group=f"projection={side}", **figure, **counts)
+        balanced = measure_balanced(cells.score, truth, patient, values)
         mark, verdict = judge(area, within, balanced)
         evaluation.add(level, name, "auroc_balanced", balanced.pop("auroc"), **balanced)
-        texts = [f"; {shorten(side['value'])} within {key}" for key, side in sides.items() if side["value"] is not None]
-        text = f"{name} {shorten(area['value'])}{''.join(texts)}: {verdict}."
-        evaluation.add(level, name, "verdict", group=mark, note=text)
+        evaluation.add(level, name, "verdict", group=mark, note=f"{text}: {verdict}.")
 
 
 def assess_belief(
@@ -122,36 +124,41 @@ def split_values(value: Floats, truth: Bools) -> Ints:
     return np.where(known, np.searchsorted(edges, value, "right"), -1)
 
 
-def predict_groups(covariates: Sequence[Floats], score: Floats, truth: Bools, patient: Names) -> dict[str, Names]:
+def predict_groups(covariates: Sequence[Floats], cells: Cells) -> dict[str, Ints]:
     """Groups [n] of equal propensity, and of equal predicted score, given all covariates; empty without covariates."""
     if not covariates:
         return {}
-    table, codes = np.column_stack(covariates), np.unique(patient, return_inverse=True)[1]
-    ranks = np.unique(score, return_inverse=True)[1] / len(score)
-    goals: dict[str, Bools | Floats] = {PROPENSITY: truth, PREDICTED: ranks}
-    every = np.ones(len(score), bool)
-    return {name: split_values(predict(table, goal, every, codes), truth) for name, goal in goals.items()}
+    table, codes = np.column_stack(covariates), np.unique(cells.patient, return_inverse=True)[1]
+    ranks = np.unique(cells.score, return_inverse=True)[1] / len(cells.score)
+    goals: dict[str, Bools | Floats] = {PROPENSITY: cells.truth, PREDICTED: ranks}
+    every = np.ones(len(codes), bool)
+    return {name: split_values(predict(table, goal, every, codes), cells.truth) for name, goal in goals.items()}
 
 
-def compare_within(score: Floats, truth: Bools, patient: Names, groups: Mapping[str, Names]) -> dict[str, Within]:
+def code_groups(group: Names) -> Ints:
+    """Groups [n] as numbers in the order in which they first appear, so that equal partitions are equal arrays."""
+    codes: Ints = pa.array(group).dictionary_encode().indices.to_numpy()
+    return codes
+
+
+def compare_within(cells: Cells, every: Areas, groups: Mapping[str, Ints]) -> dict[str, Within]:
     """The comparison for each variable, without variables that divide the images exactly as another does.
 
-    Only images of known value count on both sides: unknown values are not equal. A variable that is known for fewer
-    than 10 patients of a class is left out: it cannot explain more than their share.
+    `every` is the AUROC of all cells, `groups` are numbers [n], -1 if unknown. Only images of known value count on both
+    sides: unknown values are not equal. A variable that is known for fewer than 10 patients of a class is left out: it
+    cannot explain more than their share.
     """
     # The same groups under two names, such as AP and projection, are compared once.
-    distinct = {_code_groups(group).tobytes(): variable for variable, group in reversed(list(groups.items()))}
-    every = measure_within(score, truth, patient)
+    distinct = {code_groups(group).tobytes(): variable for variable, group in reversed(list(groups.items()))}
     compared: dict[str, Within] = {}
     for variable in (name for name in groups if name in distinct.values()):
-        codes = _code_groups(groups[variable])
-        known = ~np.isin(groups[variable], UNKNOWN[groups[variable].dtype.kind in "OU"])
-        if count_classes(truth[known], patient[known])["few"]:
+        group, known = groups[variable], groups[variable] >= 0
+        plain = every if known.all() else measure_within(cells, known)
+        if plain.few[0]:
             continue
-        plain = every if known.all() else measure_within(score, truth, patient, used=known)
-        area = measure_within(score, truth, patient, codes, known)
-        positives, negatives = (np.bincount(codes, side & known) for side in (truth, ~truth))
-        pairs = float((positives * negatives).sum() / (truth.sum() * (~truth).sum()))
+        area = measure_within(cells, known, group)
+        sides = [np.bincount(group[known], side[known]) for side in (cells.truth, ~cells.truth)]
+        pairs = float(np.dot(*sides) / (every.positives[0] * every.negatives[0]))
         both = plain.join(area)
         left, fall = combine(both, [-0.5, 1]), combine(both, [1, -1], LEVEL / len(distinct))
         left = NO_LIMITS if left["low"] is None else {end: left[end] - 0.25 for end in NO_LIMITS}
@@ -159,12 +166,10 @@ def compare_within(score: Floats, truth: Bools, patient: Names, groups: Mapping[
     return compared
 
 
-def measure_within(
-    score: Floats, truth: Bools, patient: Names, group: Names | None = None, used: Bools | None = None
-) -> Areas:
-    """The AUROC of scores [n] against truth [n], of all pairs or of those within the same group [n], of cells used."""
-    mask = np.ones(len(score), bool) if used is None else used
-    return measure_areas(score[:, None], truth[:, None].astype(float), mask[:, None], patient, group)
+def measure_within(cells: Cells, used: Bools | None = None, group: Ints | None = None) -> Areas:
+    """The AUROC of the used cells [n], of all pairs or of those within the same group [n]."""
+    mask = np.ones(len(cells.score), bool) if used is None else used
+    return measure_areas(cells.score[:, None], cells.truth[:, None].astype(float), mask[:, None], cells.patient, group)
 
 
 def measure_balanced(score: Floats, truth: Bools, patient: Names, covariates: Mapping[str, Floats]) -> Figure:
@@ -204,8 +209,8 @@ def weigh_pairs(score: Floats, truth: Bools, weight: Floats) -> tuple[float, Flo
     return auroc, weight * (share - auroc) / totals
 
 
-def find_confounder(names: Sequence[str], images: Scored, column: int) -> str | None:
-    """The other label most associated with the one in `column`, to be used as a covariate.
+def find_confounder(names: Sequence[str], images: Scored, column: int) -> dict[str, Ints]:
+    """The states [n], -1 if unknown, of the label most associated with the one in `column`, by its name.
 
     Chosen among labels with a state in which 10 images of each class of the one in `column` can be compared.
     """
@@ -219,7 +224,8 @@ def find_confounder(names: Sequence[str], images: Scored, column: int) -> str | 
     usable = (cells.min(axis=0).max(axis=0) >= FEW) & (cells.sum(axis=1).min(axis=0) > 0)
     usable &= [NO_FINDING not in (name, names[column]) and name != names[column] for name in names]
     gaps = np.where(usable, np.abs(shares[1] - shares[0]), -1)
-    return names[int(gaps.argmax())] if usable.any() else None
+    place = int(gaps.argmax())
+    return {names[place]: np.where(images.mask[:, place], positive[:, place], -1)} if usable.any() else {}
 
 
 def judge(area: Figure, within: Mapping[str, Within], balanced: Figure) -> tuple[str, str]:
@@ -248,24 +254,6 @@ def judge(area: Figure, within: Mapping[str, Within], balanced: Figure) -> tuple
     if unclear:
         return "unclear", f"cannot tell: too few pairs within {', '.join(unclear)}"
     return "none", f"no shortcut found among {', '.join(within) or 'no covariates'}"
-
-
-def _measure_projections(score: Floats, truth: Bools, patient: Names, projection: Names | None) -> dict[str, Figure]:
-    """The AUROC within each projection, which readers ask for first; None with fewer than 10 patients in a class."""
-    sides: dict[str, Figure] = {}
-    for side in sorted(set([] if projection is None else projection.tolist()) - {""}):
-        rows = projection == side
-        counts = count_classes(truth[rows], patient[rows])
-        area = measure_within(score[rows], truth[rows], patient[rows])
-        sides[side] = counts | ({"value": None} if counts["few"] else combine(area, [1]))
-    return sides
-
-
-def _code_groups(group: Names) -> Ints:
-    """Groups [n] as numbers in the order in which they first appear, so that equal partitions are equal arrays."""
-    _, first, codes = np.unique(group, return_index=True, return_inverse=True)
-    order: Ints = np.argsort(np.argsort(first))[codes]
-    return order
 
 
 def _standardize(value: Floats) -> list[Floats]:

@@ -98,8 +98,7 @@ def judge_scores(
     head |= {name: value for name, value in evaluated.items() if name not in head}
     head["not_annotated"] = find_unannotated(table)
     head |= {name: list(getattr(beside, name)) for name in ("against", "readers", "members", "altered")}
-    covariates, strata = find_covariates(table), find_strata(table)
-    add_belief(evaluation, images, covariates, strata, beside.edge)
+    add_belief(evaluation, images, find_covariates(table)[0], find_strata(table), beside.edge)
     for name, scores in beside.against.items():
         add_other(evaluation, images, name, scores)
     altered = {f"{ALTERED}{name}": scores for name, scores in beside.altered.items()}
