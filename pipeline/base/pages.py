@@ -1,43 +1,33 @@
 """Shared by all pages: the style sheet and the layout (in `templates`), filters, and matplotlib figures as SVG.
 
-A page is one self-contained HTML file: no script, no network. Each ink of a figure is drawn in a color
-that stands for one of the style sheet's (`INKS`), so that figures follow the page from light to dark; titles are
-HTML, never matplotlib's text.
+A page is one self-contained HTML file: no script, no network. Figures are drawn in the style sheet's colors, by their
+names, which follow the page from light to dark; titles are HTML, never matplotlib's text.
 """
 
 import io
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from importlib.resources import files
-from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup, escape
+
+from pipeline.base.files import atomic_file
 
 if TYPE_CHECKING:
     import jinja2
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-INK, FAINT, FIRST, SECOND, THIRD, FOURTH, PAPER = (f"#00000{number}" for number in range(1, 8))
-POSITIVE, UNCERTAIN, NEGATIVE, BLANK, ON_STATE = (f"#00001{number}" for number in range(1, 6))
-INKS = {
-    INK: "currentColor",
-    FAINT: "var(--faint)",
-    FIRST: "var(--first)",
-    SECOND: "var(--second)",
-    THIRD: "var(--third)",
-    FOURTH: "var(--fourth)",
-    PAPER: "var(--paper)",
-    POSITIVE: "var(--positive)",
-    UNCERTAIN: "var(--uncertain)",
-    NEGATIVE: "var(--negative)",
-    BLANK: "var(--blank)",
-    ON_STATE: "var(--on-state)",  # for text on the three colors above, not on blank's
-}
+INK, FAINT, FIRST, SECOND, THIRD, FOURTH, PAPER = "ink", "faint", "first", "second", "third", "fourth", "paper"
+POSITIVE, UNCERTAIN, NEGATIVE, BLANK = "positive", "uncertain", "negative", "blank"
+ON_STATE = "on-state"  # for text on the three colors above, not on blank's
+NAMED = (INK, FAINT, FIRST, SECOND, THIRD, FOURTH, PAPER, POSITIVE, UNCERTAIN, NEGATIVE, BLANK, ON_STATE)
+INKS = {name: f"#0000{number:02}" for number, name in enumerate(NAMED, 1)}  # in a drawn SVG
 SVG_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
@@ -68,7 +58,6 @@ def open_templates(package: str) -> "jinja2.Environment":
 
 
 _folder: ContextVar[Path | None] = ContextVar("folder", default=None)
-PAINTED = ("color", "facecolor", "edgecolor", "markerfacecolor", "markeredgecolor")
 
 
 @contextmanager
@@ -83,60 +72,45 @@ def pictures(folder: Path | None) -> Iterator[None]:
         _folder.reset(token)
 
 
-def _save_picture(figure: "Figure", description: str, folder: Path) -> None:
-    """Write a drawn figure with its description as title, in the style sheet's light colors."""
-    from matplotlib.colors import to_hex, to_rgb, to_rgba_array
+@contextmanager
+def _style(colors: Mapping[str, str]) -> Iterator[None]:
+    """Draw in the style of pages, with these colors for NAMED."""
+    import matplotlib
 
-    from pipeline.base.files import atomic_file
+    for name in NAMED:
+        matplotlib.colors.get_named_colors_mapping()[name] = colors[name]
+    with matplotlib.rc_context(SVG_STYLE):
+        yield
 
-    style = files("pipeline.base").joinpath("templates/style.css").read_text()
-    light = dict(reversed(re.findall(r"--([a-z-]+): (#[0-9a-f]{6})", style)))  # the first of each name
-    names = {ink: "ink" if shown == "currentColor" else shown[6:-1] for ink, shown in INKS.items()}  # var(--name)
-    with ExitStack() as stack:  # which gives each artist its ink back, for the next figure on these axes
-        for axes in figure.axes[:1]:
-            axes.set_title(description)
-            stack.callback(axes.set_title, "")
-        for artist, name in product(figure.findobj(), PAINTED):
-            read, write = (getattr(artist, f"{verb}_{name}", None) for verb in ("get", "set"))
-            if read is None or write is None:
-                continue
-            before = [tuple(color) for color in to_rgba_array(read())]
-            inks = [names.get(to_hex(color)) for color in before]
-            if any(inks):
-                pairs = zip(before, inks, strict=True)
-                after = [(*to_rgb(light[ink]), color[3]) if ink else color for color, ink in pairs]
-                write(after if len(after) > 1 else after[0])
-                stack.callback(write, before if len(before) > 1 else before[0])
-        name = re.sub(r"[^a-z0-9]+", "-", description.lower()).strip("-")
-        with atomic_file(folder / f"{name}.png") as file:
-            figure.savefig(file, format="png", dpi=200, facecolor="white", bbox_inches="tight")
+
+def _make_axes(inches: tuple[float, float], unit: bool, fitted: bool) -> "tuple[Figure, Axes]":
+    """A figure of that size with empty axes, as `draw_svg` describes them."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=inches, layout="constrained" if fitted else None)
+    # Room for tick labels and the axes' names, in points.
+    width, height, left = 72 * inches[0], 72 * inches[1], 33 if unit else 48
+    place = (left / width, 30 / height, 1 - (left + 5) / width, 1 - 35 / height)
+    axes = figure.subplots() if fitted else figure.add_axes(place)
+    for patch in (figure.patch, axes.patch):
+        patch.set_visible(False)
+    if unit:
+        axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
+        axes.set_xticks((0, 0.5, 1), ("0", "0.5", "1"))
+        axes.set_yticks((0, 0.5, 1), ("0", "0.5", "1"))
+    return figure, axes
 
 
 class Panel:
     """One pair of axes for several figures, one after the other: making them takes as long as drawing."""
 
     def __init__(self, inches: tuple[float, float], *, unit: bool = False, fitted: bool = False) -> None:
-        import matplotlib
-        from matplotlib.backends.backend_svg import FigureCanvasSVG
-        from matplotlib.figure import Figure
-
-        self.width, self.height = (72 * side for side in inches)
-        with matplotlib.rc_context(SVG_STYLE):
-            figure = Figure(figsize=inches, layout="constrained" if fitted else None)
-            # Room for tick labels and the axes' names, in points.
-            left = 33 if unit else 48
-            place = (left / self.width, 30 / self.height, 1 - (left + 5) / self.width, 1 - 35 / self.height)
-            self.axes = figure.subplots() if fitted else figure.add_axes(place)
-            if unit:
-                self.axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
-                self.axes.set_xticks((0, 0.5, 1), ("0", "0.5", "1"))
-                self.axes.set_yticks((0, 0.5, 1), ("0", "0.5", "1"))
-        figure.patch.set_visible(False)
-        self.axes.patch.set_visible(False)
-        self.canvas = FigureCanvasSVG(figure)
+        self.size, self.make = inches, partial(_make_axes, inches, unit, fitted)
+        with _style(INKS):
+            self.figure, self.axes = self.make()
 
     def draw(self, draw: "Callable[[Axes], None]", description: str) -> Markup:
-        """A figure as an SVG element for an HTML page, as wide as its container, by `draw` with colors of INKS.
+        """A figure as an SVG element for an HTML page, as wide as its container, by `draw` with colors of NAMED.
 
         The next figure clears its lines; limits and ticks stay unless `draw` sets them.
         """
@@ -145,20 +119,31 @@ class Panel:
         file = io.StringIO()
         for line in [*self.axes.lines]:
             line.remove()
-        with matplotlib.rc_context({**SVG_STYLE, "svg.hashsalt": description}):
+        with _style(INKS), matplotlib.rc_context({"svg.hashsalt": description}):
             draw(self.axes)
             metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-            self.canvas.print_svg(file, metadata=metadata)  # type: ignore[no-untyped-call]
-            if (folder := _folder.get()) is not None:
-                _save_picture(self.canvas.figure, description, folder)
+            self.figure.savefig(file, format="svg", metadata=metadata)
+        if (folder := _folder.get()) is not None:
+            self._save_picture(draw, description, folder)
         body = file.getvalue().split("<svg", 1)[1].split(">", 1)[1]
         body = re.sub('<g id="[^"]*"', "<g", body)  # the same in every figure, and not referred to
         # A hundredth of a point is enough for coordinates; text stays unchanged.
         body = re.sub(r"<[^>]*>", lambda tag: re.sub(r"(\.\d\d)\d{2,}", r"\1", tag[0]), body)
-        for drawn, shown in INKS.items():
-            body = body.replace(drawn, shown)
-        size = f"0 0 {self.width:g} {self.height:g}"
+        for name, drawn in INKS.items():
+            body = body.replace(drawn, "currentColor" if name == INK else f"var(--{name})")
+        size = f"0 0 {72 * self.size[0]:g} {72 * self.size[1]:g}"
         return Markup(f'<svg role="img" aria-label="{escape(description)}" viewBox="{size}">' + body)  # noqa: S704
+
+    def _save_picture(self, draw: "Callable[[Axes], None]", description: str, folder: Path) -> None:
+        """Draw the figure with its description as title, in the style sheet's light colors, as a PNG."""
+        style = files("pipeline.base").joinpath("templates/style.css").read_text()
+        light = dict(reversed(re.findall(r"--([a-z-]+): (#[0-9a-f]{6})", style)))  # the first of each name
+        name = re.sub(r"[^a-z0-9]+", "-", description.lower()).strip("-")
+        with _style(light), atomic_file(folder / f"{name}.png") as file:
+            figure, axes = self.make()
+            axes.set_title(description)
+            draw(axes)
+            figure.savefig(file, format="png", dpi=200, facecolor="white", bbox_inches="tight")
 
 
 def draw_svg(

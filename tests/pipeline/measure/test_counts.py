@@ -8,9 +8,9 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 import torch
-from matplotlib.figure import Figure
 
 from model.losses import positive_weights
+from pipeline.base.pages import Panel
 from pipeline.labels import LABELS, NOT_ANNOTATED
 from pipeline.look.label_report import draw_cooccurrence, draw_states
 from pipeline.manifest import Manifest
@@ -152,7 +152,7 @@ def test_bars_show_the_numbers_and_hatch_what_is_not_annotated(chexpert: Path) -
     table = read_any_table(chexpert / "train.csv")
     column = table.schema.get_field_index("Fracture")
     table = table.set_column(column, "Fracture", pa.array([NOT_ANNOTATED] * len(table), pa.int8()))
-    statistics, axes = count_labels(table), Figure().subplots()
+    statistics, axes = count_labels(table), Panel((4, 4)).axes
     draw_states(axes, statistics)
     widths = [[bar.get_width() for bar in bars] for bars in axes.containers]
     for state, row in zip(("positive", "uncertain", "negative", "blank"), widths[:4], strict=True):
@@ -166,7 +166,7 @@ def test_heat_map_shows_the_share_of_the_row(chexpert: Path) -> None:
     table = read_any_table(chexpert / "train.csv")
     frame = (table.to_pandas()[list(LABELS)] == 1).astype(int)
     shares = 100 * (frame.T @ frame).div(frame.sum(), axis=0)
-    axes = Figure().subplots()
+    axes = Panel((4, 4)).axes
     draw_cooccurrence(axes, count_cooccurrence(table))
     assert {text.get_position(): text.get_text() for text in axes.texts} == {
         (x, y): f"{shares.iloc[y, x]:.0f}" for y in range(len(LABELS)) for x in range(len(LABELS)) if x != y
