@@ -26,6 +26,7 @@ LONGEST = 2**26  # characters of a line and of a cell
 LONGEST_HEADER = 2**16
 WORKBOOK = ".xlsx"
 HEADERS = {WORKBOOK: 1, ".json": 0}  # lines before the rows, of which each has one
+ARROW = (".arrow", ".feather", ".parquet")
 SUFFIXES = (".csv", ".csv.gz", ".tsv", ".tsv.gz", WORKBOOK)
 
 
@@ -141,8 +142,10 @@ def read_data(folder: Path, name: str) -> list[dict[str, str]]:
 
 
 def name_row(csv: Path | list[str], row: int) -> str:
-    """The file and line of a row, or its name, if `csv` has the name of each."""
-    return csv[row] if isinstance(csv, list) else f"{csv}, line {line_of(csv, row)}"
+    """The file and line of a row, or its number in Arrow's formats, or its name, if `csv` has the name of each."""
+    if isinstance(csv, list):
+        return csv[row]
+    return f"{csv}, row {row + 1}" if csv.suffix.lower() in ARROW else f"{csv}, line {line_of(csv, row)}"
 
 
 def _lines(csv: Path) -> Iterator[tuple[int, list[str]]]:

@@ -8,7 +8,7 @@ but never age or sex.
 
 import io
 import math
-import re
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -46,7 +46,6 @@ NARROWEST = 180  # pixels: room for a caption below a smaller image
 COLORS = "inferno"  # of matplotlib, for heat maps: brightness increases with strength, also in grayscale
 STRONGEST = 0.6  # opacity of a heat map at its maximum
 SCALE = 10  # pixels: the height of the color scale
-_PIECE = re.compile(r"[^ _-]{1,20}[ _-]?|[ _-]")  # a line may break after each, even in a key
 
 Caption = Sequence[tuple[str, str]]  # paragraphs: text and color
 
@@ -137,25 +136,32 @@ def draw_variants(
 def draw_sheet(
     title: str, tiles: Sequence[Gray], captions: Sequence[Caption], columns: int, text_size: int = TEXT
 ) -> Image.Image:
-    """Images (uint8 [H, W]) row by row at full size, each with its caption below, and the title on top."""
-    font = ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), text_size)
+    """Images (uint8 [H, W] or [H, W, 3]) row by row at full size, each with its caption below, and the title on top."""
+    font = ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSansMono.ttf"), text_size)
     spacing = round(text_size * LINE / TEXT)
     columns = min(columns, len(tiles))
     width = max(NARROWEST, *(tile.shape[1] for tile in tiles))
     full = columns * (width + GAP) + GAP
-    heading = _wrap([(title, INK)], full - 2 * GAP, font)
-    texts = [_wrap(caption, width, font) for caption in captions]
+
+    def wrap(caption: Caption, width: int) -> list[tuple[str, str]]:
+        """Its lines of at most `width` pixels."""
+        letters = int(width / font.getlength("m"))
+        return [(line, color) for text, color in caption for line in textwrap.wrap(text, letters)]
+
+    heading, texts = wrap([(title, INK)], full - 2 * GAP), [wrap(caption, width) for caption in captions]
     heights = [len(tile) + spacing * len(text) for tile, text in zip(tiles, texts, strict=True)]
     rows = [max(heights[start : start + columns]) for start in range(0, len(tiles), columns)]
     top = spacing * len(heading) + 2 * GAP
     sheet = Image.new("RGB", (full, top + sum(rows) + GAP * len(rows)), PAPER)
-    drawing = ImageDraw.Draw(sheet)
-    _write(drawing, heading, GAP, GAP, font, spacing)
+    drawing, lines = ImageDraw.Draw(sheet), [(GAP, GAP, heading)]
     for number, (tile, text) in enumerate(zip(tiles, texts, strict=True)):
         row, column = divmod(number, columns)
         left, upper = GAP + column * (width + GAP), top + sum(rows[:row]) + GAP * row
         sheet.paste(Image.fromarray(tile), (left + (width - tile.shape[1]) // 2, upper))
-        _write(drawing, text, left, upper + len(tile) + 2, font, spacing)
+        lines.append((left, upper + len(tile) + 2, text))
+    for left, upper, text in lines:
+        for number, (line, color) in enumerate(text):
+            drawing.text((left, upper + number * spacing), line, color, font)
     return sheet
 
 
@@ -164,32 +170,6 @@ def save_sheet(sheet: Image.Image, path: Path) -> None:
     data = io.BytesIO()
     sheet.save(data, FORMATS[path.suffix.lower()], quality=90)
     write_atomically(path, data.getvalue())
-
-
-def _wrap(caption: Caption, width: int, font: ImageFont.FreeTypeFont) -> list[tuple[str, str]]:
-    """The caption, wrapped to lines of at most `width` pixels."""
-    lines = []
-    for text, color in caption:
-        line = ""
-        for piece in _PIECE.findall(text):
-            if line and font.getlength((line + piece).rstrip()) > width:
-                lines.append((line, color))
-                line = ""
-            line += piece
-        lines.append((line, color))
-    return lines
-
-
-def _write(
-    drawing: ImageDraw.ImageDraw,
-    lines: list[tuple[str, str]],
-    left: int,
-    top: int,
-    font: ImageFont.FreeTypeFont,
-    spacing: int,
-) -> None:
-    for number, (line, color) in enumerate(lines):
-        drawing.text((left, top + number * spacing), line, color, font)
 
 
 def blend(pixels: Gray, heat: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
@@ -203,18 +183,10 @@ def blend(pixels: Gray, heat: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
 def draw_overlay(pixels: Gray, heat: npt.NDArray[np.float32], lines: list[str], side: int = 512) -> Image.Image:
     """The blend, its longer side of `side` pixels (enlarged at most twofold), above a color scale and the caption."""
     picture = blend(fit(pixels, side), heat)
-    height, width = picture.shape[:2]
-    font = ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), TEXT)
-    canvas = Image.new("RGB", (max(width, NARROWEST), height + SCALE + LINE * (len(lines) + 1) + 8), PAPER)
-    canvas.paste(Image.fromarray(picture))
-    ramp = np.linspace(0, 255, canvas.width).round().astype(np.uint8)
-    scale = np.broadcast_to(_color(ramp), (SCALE, canvas.width, 3)).astype(np.uint8)
-    canvas.paste(Image.fromarray(scale), (0, height))
-    drawing = ImageDraw.Draw(canvas)
-    for number, line in enumerate(["0", *lines]):
-        drawing.text((2, height + SCALE + 2 + LINE * number), line, INK, font)
-    drawing.text((canvas.width - 2, height + SCALE + 2), "1, strongest", INK, font, anchor="ra")
-    return canvas
+    ramp = np.linspace(0, 255, picture.shape[1]).round().astype(np.uint8)
+    scale = np.broadcast_to(_color(ramp), (SCALE, len(ramp), 3)).astype(np.uint8)
+    caption = [(line, INK) for line in ("Color scale: from 0 to 1, the strongest", *lines)]
+    return draw_sheet("", [np.vstack([picture, scale])], [caption], 1)
 
 
 def _color(strength: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:

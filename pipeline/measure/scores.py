@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from scipy.special import expit
 
-from pipeline.base.csvs import demand_columns, line_of, read_strings
+from pipeline.base.csvs import ARROW, demand, demand_columns, name_row, read_strings
 from pipeline.base.errors import DataError, quote
 from pipeline.base.files import read_arrow, write_table
 from pipeline.identity import IMAGE_SUFFIX, Note, ignore, join, normalize_ids
@@ -111,9 +112,9 @@ class Scores(NamedTuple):
         numbers = keys.dictionary_encode().indices.to_numpy(zero_copy_only=False)
         _, first, counts = np.unique(numbers, return_index=True, return_counts=True)
         if (counts > 1).any():
-            places = np.flatnonzero(numbers == numbers[first[counts > 1].min()])[:2]
-            lines = " and ".join(name_place(self.path, int(place)) for place in places)
-            raise DataError(f"{self.path}: {lines} are both of {quote(self.names[int(places[0])].as_py(), 80)}")
+            places = np.flatnonzero(numbers == numbers[first[counts > 1].min()])[:2].tolist()
+            lines = " and ".join(name_row(self.path, place).removeprefix(f"{self.path}, ") for place in places)
+            raise DataError(f"{self.path}: {lines} are both of {quote(self.names[places[0]].as_py(), 80)}")
         rows = pa.table({"row": pa.array(range(len(self.names)))})
         place = join(table_names, self.path, rows, self.names, unit, note, normalize)
         aligned: Ints = pc.fill_null(place, -1).to_numpy(zero_copy_only=False)
@@ -198,7 +199,7 @@ def open_scores(
 def _read_table(path: Path) -> pa.Table:
     """The file's columns; those of a CSV as text."""
     suffix = path.suffix.lower()
-    if suffix not in (".arrow", ".feather", ".parquet"):
+    if suffix not in ARROW:
         return read_strings(path)
     try:
         if suffix == ".parquet":
@@ -232,8 +233,7 @@ def _find_names(path: Path, table: pa.Table) -> tuple[pa.Array, str]:
         )
     row = pc.index(pc.or_kleene(names.is_null(), pc.equal(names, "")), True).as_py()
     if row >= 0:
-        column = plain[key]
-        raise DataError(f"{path}, {name_place(path, row)}, column {column}: blank, so nothing says whose row it is")
+        raise DataError(f"{name_row(path, row)}, column {plain[key]}: blank, so nothing says whose row it is")
     return names, "study" if is_study else "image"
 
 
@@ -244,29 +244,16 @@ def _read_column(path: Path, name: str, column: pa.Array, logits: bool, calls: b
     if not pa.types.is_floating(column.type):
         column = pc.if_else(pc.fill_null(number, False), pc.utf8_trim_whitespace(texts), None)
     values: Floats = pc.fill_null(column.cast(pa.float64()), np.nan).to_numpy(zero_copy_only=False)
-    blank = texts.is_null().to_numpy(zero_copy_only=False)
     if calls:
-        _refuse(path, name, texts, ~blank & ~np.isin(values, (0, 1)), "is not a reader's call: 1, 0 or blank")
+        valid = pc.or_(texts.is_null(), pa.array(np.isin(values, (0, 1))))
+        demand(path, name, texts, valid, "is not a reader's call: 1, 0 or blank")
         return values
-    hint = "" if logits else "; give `logits` if these are logits"
-    _refuse(path, name, texts, ~np.isfinite(values), "is not a score")
+    demand(path, name, texts, pa.array(np.isfinite(values)), "is not a score")
     if logits:
-        values = 1 / (1 + np.exp(-values))
-    _refuse(path, name, texts, ~((values >= 0) & (values <= 1)), f"is not in [0, 1]{hint}")
+        values = expit(values)
+    hint = "" if logits else "; give `logits` if these are logits"
+    demand(path, name, texts, pa.array((values >= 0) & (values <= 1)), f"is not in [0, 1]{hint}")
     return values
-
-
-def _refuse(path: Path, name: str, texts: pa.Array, wrong: Bools, complaint: str) -> None:
-    if wrong.any():
-        row = int(np.argmax(wrong))
-        text = quote(texts[row].as_py() or "", 80)
-        raise DataError(f"{path}, {name_place(path, row)}, column {name}: '{text}' {complaint}")
-
-
-def name_place(path: Path, row: int) -> str:
-    """The place of a row in its file: a line of a CSV, else its number from 1."""
-    table = path.suffix.lower() in (".arrow", ".feather", ".parquet")
-    return f"row {row + 1}" if table else f"line {line_of(path, row)}"
 
 
 def write_scores(path: Path, table: pa.Table, labels: Sequence[str], scores: Floats) -> None:
