@@ -20,6 +20,7 @@ from types import MappingProxyType
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import scipy
 
 from pipeline.labels import LABELS, name_ages
 from pipeline.measure.delong import measure_areas, score_limits, score_variance
@@ -167,7 +168,6 @@ def predict(values: Floats, goal: Bools | Floats, used: Bools, patient: Ints) ->
     patients; NaN without a prediction. Predictions are ranks within their fold, as the models' levels differ by their
     training patients' share of positives.
     """
-    from scipy.stats import rankdata
     from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor  # take a second
     from threadpoolctl import threadpool_limits
 
@@ -186,7 +186,7 @@ def predict(values: Floats, goal: Bools | Floats, used: Bools, patient: Ints) ->
             model.fit(values[outside], goal[outside])
             rows = values[inside]
             predicted = model.predict_proba(rows)[:, 1] if goal.dtype == bool else model.predict(rows)
-            score[inside] = (rankdata(predicted) - 0.5) / len(predicted)
+            score[inside] = (scipy.stats.rankdata(predicted) - 0.5) / len(predicted)
     return score
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple, TypedDict
 
 import numpy as np
-from scipy.special import expit, log_expit, logit
+import scipy
 
 from pipeline.measure.metrics import Bools, Floats, Ints, Names, label_cells, threshold_curve
 
@@ -102,14 +102,13 @@ def fit_logistic(logits: Floats, truth: Bools) -> Fit:
     The penalty PRIOR / 2 · (slope - 1)² keeps the slope near 1, so that it cannot diverge with few positives; it
     also makes the loss strictly convex, so that its gradient has a single root.
     """
-    from scipy.optimize import root  # takes a tenth of a second
 
     def gradient(fit: Floats) -> tuple[float, float]:
-        error = expit(fit[0] * logits + fit[1]) - truth
+        error = scipy.special.expit(fit[0] * logits + fit[1]) - truth
         return float(logits @ error + PRIOR * (fit[0] - 1)), float(error.sum())
 
     # At slope 0, the loss is not flat, however extreme the logits are.
-    return Fit(*root(gradient, (0.0, logit(truth.mean())), tol=1e-12).x.tolist())
+    return Fit(*scipy.optimize.root(gradient, (0.0, scipy.special.logit(truth.mean())), tol=1e-12).x.tolist())
 
 
 def apply_calibration(score: Floats, calibration: Calibration) -> Floats:
@@ -118,7 +117,7 @@ def apply_calibration(score: Floats, calibration: Calibration) -> Floats:
     `calibration` is one label's, from `fit_calibration`.
     """
     fit = read_fit(calibration)
-    return score.astype(np.float64) if fit is None else expit(_logits(score) * fit.slope + fit.bias)
+    return score.astype(np.float64) if fit is None else scipy.special.expit(_logits(score) * fit.slope + fit.bias)
 
 
 def read_fit(calibration: Calibration) -> Fit | None:
@@ -146,7 +145,7 @@ def choose_thresholds(score: Floats, truth: Bools, sensitivity: float) -> dict[s
     steps = -np.diff(curve.threshold.astype(np.float64)) / np.spacing(curve.threshold[:-1].astype(np.float32))
     wide = gaps > min(GAP, float(np.median(gaps))) * (1 - 1e-9) if len(gaps) else gaps > 0
     apart = np.append(wide & (steps > 16), True)
-    limits = np.append(expit((logits[:-1] + logits[1:]) / 2), 0.0)[apart]
+    limits = np.append(scipy.special.expit((logits[:-1] + logits[1:]) / 2), 0.0)[apart]
     hits, alarms = curve.true_positives[apart], curve.false_positives[apart]
     positives, negatives = hits[-1], alarms[-1]
     places = (
@@ -158,10 +157,10 @@ def choose_thresholds(score: Floats, truth: Bools, sensitivity: float) -> dict[s
 
 
 def _log_likelihood(logits: Floats, truth: Bools, fit: Fit) -> float:
-    return float(log_expit(np.where(truth, 1, -1) * (fit.slope * logits + fit.bias)).sum())
+    return float(scipy.special.log_expit(np.where(truth, 1, -1) * (fit.slope * logits + fit.bias)).sum())
 
 
 def _logits(score: Floats) -> Floats:
     lost = float(np.finfo(score.dtype).eps) / 2  # a score of this type that is nearer to 0 or 1 has lost its logit
-    logits: Floats = logit(np.clip(score.astype(np.float64), lost, 1 - lost))
+    logits: Floats = scipy.special.logit(np.clip(score.astype(np.float64), lost, 1 - lost))
     return logits

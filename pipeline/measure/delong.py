@@ -23,6 +23,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import scipy
 
 from pipeline.measure.metrics import (
     FEW,
@@ -177,13 +178,16 @@ def combine(areas: Areas, weights: Sequence[float] | Floats, level: float = 0.05
 
 def score_limits(auroc: float, variance: Callable[[float], float], z: float = Z) -> tuple[float, float]:
     """Newcombe's method 5: the θ on either side of an AUROC with |θ - AUROC| = z · √variance(θ)."""
-    from scipy.optimize import brentq  # takes a tenth of a second
 
-    def limit(end: float) -> float:
-        start = auroc + 1e-9 * (end - auroc)  # beside a perfect AUROC, which has no variance
-        return float(brentq(lambda theta: abs(theta - auroc) - z * variance(theta) ** 0.5, start, end, xtol=1e-15))
+    def excess(theta: float) -> float:
+        return float(abs(theta - auroc) - z * variance(theta) ** 0.5)
 
-    return 0.0 if auroc == 0 else limit(0.0), 1.0 if auroc == 1 else limit(1.0)
+    # Not from the AUROC itself, which has no variance if it is perfect.
+    low, high = (
+        end if auroc == end else float(scipy.optimize.brentq(excess, auroc + 1e-9 * (end - auroc), end, xtol=1e-15))
+        for end in (0.0, 1.0)
+    )
+    return low, high
 
 
 def score_variance(theta: float, positives: float, negatives: float) -> float:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import scipy  # whose parts load when they are needed
 
 Floats = npt.NDArray[np.floating[Any]]
 Bools = npt.NDArray[np.bool_]
@@ -180,9 +181,7 @@ def mean_limits(values: Floats, owner: Names) -> Figure:
 
 def student_quantile(freedom: float, level: float = 0.05) -> float:
     """Student's t of 1 - level / 2; the normal distribution's for infinite freedom."""
-    from scipy.special import stdtrit  # takes a tenth of a second
-
-    return float(-stdtrit(freedom, level / 2))
+    return float(-scipy.special.stdtrit(freedom, level / 2))
 
 
 def measure_share(called: Bools, owner: Names, level: float = 0.05) -> Figure:

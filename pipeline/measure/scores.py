@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from scipy.special import expit
+import scipy
 
 from pipeline.base.csvs import ARROW, demand, demand_columns, name_row, read_strings
 from pipeline.base.errors import DataError, quote
@@ -250,7 +250,7 @@ def _read_column(path: Path, name: str, column: pa.Array, logits: bool, calls: b
         return values
     demand(path, name, texts, pa.array(np.isfinite(values)), "is not a score")
     if logits:
-        values = expit(values)
+        values = scipy.special.expit(values)
     hint = "" if logits else "; give `logits` if these are logits"
     demand(path, name, texts, pa.array((values >= 0) & (values <= 1)), f"is not in [0, 1]{hint}")
     return values
