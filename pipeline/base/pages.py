@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import partial
+from functools import cache, partial
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,6 +42,7 @@ SVG_STYLE: dict[Any, Any] = {
 }
 
 
+@cache
 def open_templates(package: str) -> "jinja2.Environment":
     """A package's templates, then the shared ones: a page extends `base.html`."""
     import jinja2  # imported here and below because they are slow, and a terminal shows figures, too
@@ -55,6 +56,11 @@ def open_templates(package: str) -> "jinja2.Environment":
     )
     environment.filters |= {"count": show_count, "figure": show_figure, "limits": show_limits}
     return environment
+
+
+def render(package: str, template: str, **values: object) -> str:
+    """A template of a package with these values."""
+    return open_templates(package).get_template(template).render(**values)
 
 
 _folder: ContextVar[Path | None] = ContextVar("folder", default=None)
@@ -161,9 +167,9 @@ def draw_svg(
     return Panel(inches, unit=unit, fitted=fitted).draw(draw, description)
 
 
-def show_count(value: int) -> str:
-    """A count with commas."""
-    return f"{value:,}"
+def show_count(value: float | None) -> str:
+    """A count with commas; an unknown one as a dash."""
+    return "–" if value is None else f"{value:,.0f}"
 
 
 def show_figure(value: float | None) -> str:

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
 from pipeline.base.errors import printable
+from pipeline.base.pages import render
 
 Heading = str | tuple[str, str]  # a column's, or that of some columns and each one's
 
@@ -62,47 +63,21 @@ class Table:
         """The table under its title, or another, in a box that scrolls; nothing if no cell has a number."""
         if not self.filled:
             return Markup()
-        title = self.title if title is None else title
-        heading = f"<details><summary>{escape(title)}</summary>" if self.folded else f"<h3>{escape(title)}</h3>"
-        parts = [heading] if title else []
-        parts.append(f'<div class="scroll" tabindex="0" role="group" aria-label="table: {escape(title or self.kind)}">')
-        parts.append(f'<table class="{self.kind}"><thead>{self._heads()}</thead>')
-        first = len(self.rows) - self.means
-        for tag, rows in (("tbody", self.rows[:first]), ("tfoot", self.rows[first:])):
-            if rows:
-                parts.append(f"<{tag}>")
-                parts += [self._line(row) for row in rows]
-                parts.append(f"</{tag}>")
-        parts.append("</table></div>")
-        parts += [f'<p class="note">{escape(note)}</p>' for note in self.notes]
-        parts += ["</details>"] if self.folded else []
-        return Markup("\n".join(parts))  # noqa: S704 - each text is escaped
-
-    def _heads(self) -> str:
-        """The rows of headings."""
         columns = [heading if isinstance(heading, tuple) else ("", heading) for heading in self.columns]
         groups = [(group, len(list(part))) for group, part in groupby(group for group, _ in columns)]
-        above = [
-            f'<th class="group" colspan="{span}">{escape(group)}</th>' if group else "<td></td>" * span
-            for group, span in groups
-        ]
-        names = [f"<th{self._edge(number, 'start')}>{escape(name)}</th>" for number, (_, name) in enumerate(columns)]
-        first = f"<tr>{''.join(above)}</tr>" if any(group for group, _ in groups) else ""
-        return f"{first}<tr>{''.join(names)}</tr>"
-
-    def _edge(self, column: int, name: str) -> str:
-        """The class of a column that is the first of its group."""
-        before, this = (self.columns[place] for place in (column - 1, column))
-        inside = not isinstance(this, tuple) or (isinstance(before, tuple) and before[0] == this[0])
-        return "" if inside or column == 0 else f' class="{name}"'
-
-    def _line(self, row: Sequence[str]) -> str:
-        """A row, with the limits in its cells apart from the numbers."""
-        cells = [f"<th>{escape(row[0])}</th>"]
-        for number, cell in enumerate(row[1:], 1):
-            text = re.sub(r" (\[[^\]]*\])$", r' <span class="limits">\1</span>', str(escape(cell)))
-            cells.append(f"<td{self._edge(number, 'group')}>{text}</td>")
-        return f"<tr>{''.join(cells)}</tr>"
+        starts = {sum(span for _, span in groups[:place]) for place in range(1, len(groups)) if groups[place][0]}
+        first = len(self.rows) - self.means
+        page = render(
+            "pipeline.base",
+            "table.html",
+            table=self,
+            title=self.title if title is None else title,
+            groups=groups,
+            names=[name for _, name in columns],
+            starts=starts,
+            parts={"tbody": self.rows[:first], "tfoot": self.rows[first:]},
+        )
+        return Markup(page.strip())  # noqa: S704 - each text is escaped
 
     def markdown(self) -> str:
         """A table of Markdown under its title, without markup of its own; nothing without rows."""

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from markupsafe import Markup
 
-from pipeline.base.pages import FAINT, FIRST, INK, SECOND, THIRD, Panel, draw_svg, open_templates, show_figure
+from pipeline.base import pages
+from pipeline.base.pages import Panel, draw_svg, show_count, show_figure
 from pipeline.base.tabular import show_cell
 from pipeline.look import judged
 from pipeline.measure.calibration import apply_calibration
@@ -23,8 +24,8 @@ from pipeline.measure.metrics import FEW, Bools, Curve, Floats, label_cells, net
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-DOT = {"marker": "o", "linestyle": "none", "color": SECOND, "markersize": 4}
-DIAMOND = {"marker": "D", "linestyle": "none", "color": THIRD, "markersize": 3.5}
+DOT = {"marker": "o", "linestyle": "none", "color": pages.SECOND, "markersize": 4}
+DIAMOND = {"marker": "D", "linestyle": "none", "color": pages.THIRD, "markersize": 3.5}
 WARNING = "For research. Not for clinical use."
 
 Panels = list[tuple[str, str, Markup]]  # name, caption and picture
@@ -56,8 +57,9 @@ def render_page(
 ) -> str:
     """The page of the evaluations, dev last, then the sections of `more`; `images` are the scores of each split."""
     ordered = sorted(evaluations, key=lambda evaluation: evaluation.split == "dev")
-    page = open_templates("pipeline.look").get_template("report.html")
-    return page.render(
+    return pages.render(
+        "pipeline.look",
+        "report.html",
         title=title,
         warning=WARNING,
         evaluations=[(evaluation, images[evaluation.split]) for evaluation in ordered],
@@ -79,10 +81,10 @@ def read_lines(name: str) -> list[str]:
 def describe_data(evaluation: Evaluation, dataset: str = "") -> str:
     """The data set of the split and its size, in words."""
     head = evaluation.head
-    studies, patients = (judged.count(evaluation.get(unit, None, "study").value) for unit in ("studies", "patients"))
+    studies, patients = (show_count(evaluation.get(unit, None, "study").value) for unit in ("studies", "patients"))
     images = evaluation.get("images", None, "image").value
     size = f"{studies} studies of {patients} patients"
-    size = size if images is None else f"{judged.count(images)} images in {size}"
+    size = size if images is None else f"{show_count(images)} images in {size}"
     about = f" of {dataset.replace('`', '')}" if dataset else ""
     chosen = f", chosen by {', '.join(head['chosen_by'])}" if head.get("chosen_by") else ""
     other = "; not the shards that the run was trained on" if "own" in head else ""
@@ -93,7 +95,7 @@ def list_tiles(evaluation: Evaluation) -> list[Tile]:
     """The means of images and of studies, and the difference to each other scorer."""
     tiles = []
     for level in evaluation.distinct_levels:
-        size = judged.count(evaluation.get(UNITS[level], None, level).value)
+        size = show_count(evaluation.get(UNITS[level], None, level).value)
         rows = {mean: evaluation.get("auroc", mean, level) for mean in MEANS}
         best = rows.pop(evaluation.best_mean(level))
         others = {MEANS[mean]: row.shown for mean, row in rows.items() if row.value is not None}
@@ -172,12 +174,12 @@ def _draw_forest(evaluation: Evaluation, axes: "Axes") -> None:
     rows = [row for row in (evaluation.get("auroc", label) for label in evaluation.labels) if row.value]
     rows = [*sorted(rows, key=lambda row: -row.number), *means]
     for place, row in enumerate(rows):
-        color = INK if row in means else FAINT if row.few else FIRST
+        color = pages.INK if row in means else pages.FAINT if row.few else pages.FIRST
         if row.low is not None and row.high is not None:
             axes.plot([row.low, row.high], [place, place], color=color, linewidth=1.2)
         axes.plot([row.number], [place], "D" if row in means else "o", color=color, markersize=4)
     names = [judged.name_row(evaluation, str(row.label)) for row in rows]
-    axes.axvline(0.5, linestyle=":", color=FAINT)
+    axes.axvline(0.5, linestyle=":", color=pages.FAINT)
     axes.set_yticks(range(len(names)), [name.replace("$", r"\$") for name in names])
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.set(xlabel="AUROC")
@@ -187,8 +189,8 @@ def _draw_forest(evaluation: Evaluation, axes: "Axes") -> None:
 def _draw_roc(curve: Curve, points: Sequence[Sequence[float | None]], style: Mapping[str, Any], axes: "Axes") -> None:
     """The ROC curve, and points of sensitivity and specificity in a style of matplotlib."""
     hits, alarms = curve.true_positives, curve.false_positives
-    axes.plot([0, 1], [0, 1], ":", color=FAINT)
-    axes.plot([0, *alarms / alarms[-1]], [0, *hits / hits[-1]], color=FIRST)
+    axes.plot([0, 1], [0, 1], ":", color=pages.FAINT)
+    axes.plot([0, *alarms / alarms[-1]], [0, *hits / hits[-1]], color=pages.FIRST)
     for sensitivity, specificity in points:
         if sensitivity is not None and specificity is not None:
             axes.plot(1 - specificity, sensitivity, **style)
@@ -198,14 +200,14 @@ def _draw_roc(curve: Curve, points: Sequence[Sequence[float | None]], style: Map
 def _draw_pr(curve: Curve, axes: "Axes") -> None:
     hits, called = curve.true_positives, curve.true_positives + curve.false_positives
     precision = hits / called
-    axes.axhline(precision[-1], linestyle=":", color=FAINT)  # precision of calling all positive
-    axes.step([0, *hits / hits[-1]], [precision[0], *precision], color=FIRST)
+    axes.axhline(precision[-1], linestyle=":", color=pages.FAINT)  # precision of calling all positive
+    axes.step([0, *hits / hits[-1]], [precision[0], *precision], color=pages.FIRST)
     axes.set(xlabel="recall", ylabel="precision")
 
 
 def _draw_reliability(score: Floats, calibrated: Floats, truth: Bools, axes: "Axes") -> None:
-    axes.plot([0, 1], [0, 1], ":", color=FAINT)
-    for values, style, color in ((score, "s--", SECOND), (calibrated, "o-", FIRST)):
+    axes.plot([0, 1], [0, 1], ":", color=pages.FAINT)
+    for values, style, color in ((score, "s--", pages.SECOND), (calibrated, "o-", pages.FIRST)):
         bins = reliability(values, truth)
         enough = bins.cells >= FEW
         axes.plot(bins.score[enough], bins.share[enough], style, color=color, markersize=3)
@@ -214,10 +216,10 @@ def _draw_reliability(score: Floats, calibrated: Floats, truth: Bools, axes: "Ax
 
 def _draw_decision(calibrated: Floats, truth: Bools, axes: "Axes") -> None:
     thresholds, share = np.arange(1, 100) / 100, float(truth.mean())
-    for probability, style, color in ((np.ones(len(truth)), "--", SECOND), (calibrated, "-", FIRST)):
+    for probability, style, color in ((np.ones(len(truth)), "--", pages.SECOND), (calibrated, "-", pages.FIRST)):
         heights = [net_benefit(probability, truth, at).mean() for at in thresholds]
         axes.plot(thresholds, heights, style, color=color)
-    axes.axhline(0, linestyle=":", color=FAINT)
+    axes.axhline(0, linestyle=":", color=pages.FAINT)
     axes.set(xlabel="threshold", ylabel="net benefit", xlim=(0, 1), ylim=(-0.25 * share, 1.05 * share))
     axes.set_xticks((0, 0.5, 1), ("0", "0.5", "1"))
 

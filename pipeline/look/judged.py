@@ -5,7 +5,7 @@ from operator import attrgetter
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from pipeline.base.pages import show_figure
+from pipeline.base.pages import show_count, show_figure
 from pipeline.base.tabular import Heading, Table
 from pipeline.measure.evaluate import ALTERED, AREAS, GIVEN, KEPT, MEMBERS
 from pipeline.measure.evaluation import COMMON, MEANS, OWN, UNITS, Evaluation, Row
@@ -27,19 +27,14 @@ def show(row: Row) -> str:
     return show_figure(row.value)
 
 
-def count(value: float | None) -> str:
-    """A count with commas."""
-    return "–" if value is None else f"{value:,.0f}"
-
-
 def show_positives(row: Row) -> str:
     """The positives of a finding; a mean has none."""
-    return "" if row.label in (*MEANS, COMMON) else count(row.positives)
+    return "" if row.label in (*MEANS, COMMON) else show_count(row.positives)
 
 
 def show_negatives(row: Row) -> str:
     """The negatives of a finding; a mean has none."""
-    return "" if row.label in MEANS else count(row.negatives)
+    return "" if row.label in MEANS else show_count(row.negatives)
 
 
 class Query(NamedTuple):
@@ -92,7 +87,7 @@ def tabulate_auroc(evaluations: Sequence[Evaluation]) -> Table:
         cells = [MEANS.get(label, label)]
         for evaluation in evaluations:
             row = evaluation.get("auroc", label)
-            counts = f"{'few ' if row.few else ''}{count(row.positives)} / {count(row.negatives)}"
+            counts = f"{'few ' if row.few else ''}{show_count(row.positives)} / {show_count(row.negatives)}"
             if label in evaluation.head.get("not_annotated", ()):
                 counts = "not annotated"
             elif label in MEANS:
@@ -121,7 +116,8 @@ def tabulate_rates(evaluation: Evaluation, level: str, rule: str, brief: bool = 
     columns = [Query("score ≥", "threshold", show, rule, level=level)]
     columns += [Query(name, rate, group=rule, level=level) for rate, name in RATES.items()]
     title = f"At the threshold of {TITLES[rule]}{more}, per {level}"
-    return tabulate(evaluation, title, evaluation.labels, columns[: 3 if brief else None], kind="rates")
+    columns = columns[:3] if brief else columns
+    return tabulate(evaluation, title, evaluation.labels, columns, kind="rates", folded=not brief)
 
 
 def list_rules(evaluation: Evaluation) -> list[str]:
@@ -137,9 +133,9 @@ def tabulate_groups(evaluation: Evaluation, variable: str) -> Table:
         if owner != variable:
             continue
         if row.note:
-            others.append(f"{name} {count(row.value)}")
+            others.append(f"{name} {show_count(row.value)}")
             continue
-        heading = f"{name} (n = {count(row.value)})"
+        heading = f"{name} (n = {show_count(row.value)})"
         columns.append(Query((heading, "AUROC"), "auroc", _show_area, row.group))
         columns.append(Query((heading, "TPR"), "tpr", _show_tpr, row.group))
         macro, less = (evaluation.get(metric, "macro", group=row.group) for metric in ("auroc", "auroc_less_first"))
@@ -154,7 +150,7 @@ def tabulate_groups(evaluation: Evaluation, variable: str) -> Table:
 
 
 def _show_area(row: Row) -> str:
-    few = f"{count(row.positives)} positives, {count(row.negatives)} negatives (few)"
+    few = f"{show_count(row.positives)} positives, {show_count(row.negatives)} negatives (few)"
     return few if row.few else row.shown
 
 
@@ -235,7 +231,7 @@ def tabulate_differences(evaluation: Evaluation, scorer: str, level: str) -> Tab
     common = len(labels) - len(MEANS)
     notes = [f"over the {common} labels that both have scores of"] if common < len(evaluation.labels) else []
     size = evaluation.get(UNITS[evaluation.unit], scorer=scorer).value
-    notes += [f"over the {count(size)} {UNITS[evaluation.unit]} that both have scored"] if size else []
+    notes += [f"over the {show_count(size)} {UNITS[evaluation.unit]} that both have scored"] if size else []
     return tabulate(evaluation, f"Compared with {scorer}, per {level}", labels, columns, notes=notes, kind="against")
 
 
@@ -278,7 +274,7 @@ def tabulate_readers(evaluation: Evaluation) -> Table:
     columns = [Query("below the curve", "below", lambda row: count_below(evaluation, str(row.label)))]
     for reader in evaluation.head.get("readers", ()):
         size = evaluation.get("studies", None, "study", scorer=reader).value
-        name = f"{reader} (n = {count(size)})"
+        name = f"{reader} (n = {show_count(size)})"
         for heading, metric, shown in (
             ("positives", "sensitivity", show_positives),
             ("negatives", "sensitivity", show_negatives),

@@ -40,8 +40,9 @@ def render_label_report(title: str, scope: str, report: Statistics, table: pa.Ta
     counted = (count_groups(table, variable) for variable in NO_GROUP)
     groups = [tabulate_shares(by) for by in counted if len(by["groups"]) > 1]
     together = partial(draw_cooccurrence, cooccurrence=count_cooccurrence(table))
-    page = pages.open_templates("pipeline.look").get_template("labels.html")
-    return page.render(
+    return pages.render(
+        "pipeline.look",
+        "labels.html",
         title=title,
         scope=scope,
         report=report,
@@ -56,8 +57,7 @@ def render_label_report(title: str, scope: str, report: Statistics, table: pa.Ta
 
 def render_audit(title: str, scope: str, audit: Audit) -> str:
     """The page of an audit alone; `scope` says what was audited."""
-    page = pages.open_templates("pipeline.look").get_template("audit.html")
-    return page.render(title=title, scope=scope, **_describe_audit(audit))
+    return pages.render("pipeline.look", "audit.html", title=title, scope=scope, **_describe_audit(audit))
 
 
 def _describe_audit(audit: Audit) -> dict[str, object]:
@@ -223,12 +223,8 @@ def print_audit(audit: Audit) -> None:
     for text in audit.describe_alarms():
         print(printable(f"{text}."))
     tabulate_audit(audit).print()
-    if not audit.clues:
-        print(f"{audit.images:,} images of {audit.patients:,} patients: nothing to test.")
-    if audit.left_out:
-        print(f"Not tested: {', '.join(f'{name} ({reason})' for name, reason in audit.left_out.items())}.")
-    if audit.few:
-        print(f"Fewer than 10 patients in a class: {', '.join(audit.few)}.")
+    for note in [*([] if audit.clues else [f"{audit.size}: nothing to test."]), *audit.notes]:
+        print(printable(note))
 
 
 def tabulate_audit(audit: Audit) -> Table:
@@ -250,10 +246,9 @@ def tabulate_audit(audit: Audit) -> Table:
             cells[5:] = shorten(content.strength), content.covariate
         rows.append([label, *cells])
     alarms = sum(clue.alarm for clue in audit.clues)
-    totals = f"{audit.images:,} images of {audit.patients:,} patients; alarms (!): {alarms}"
     title = (
-        f"{totals}\nof {len(audit.clues)} tests, those whose lower limit, adjusted by Holm's method at level "
-        f"{audit.level}, is above {audit.threshold}"
+        f"{audit.size}; alarms (!): {alarms}\nof {len(audit.clues)} tests, those whose lower limit, adjusted by Holm's "
+        f"method at level {audit.level}, is above {audit.threshold}"
     )
     return Table(title, columns, rows, kind="audit", folded=True)
 

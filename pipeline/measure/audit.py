@@ -109,6 +109,18 @@ class Audit:
         labels = dict.fromkeys(clue.label for clue in self.clues if clue.alarm)
         return {label: [clue for clue in self.clues if clue.alarm and clue.label == label] for label in labels}
 
+    @property
+    def size(self) -> str:
+        """How much was audited."""
+        return f"{self.images:,} images of {self.patients:,} patient{'' if self.patients == 1 else 's'}"
+
+    @property
+    def notes(self) -> list[str]:
+        """What could not be tested, in words."""
+        left_out = ", ".join(f"{name} ({reason})" for name, reason in self.left_out.items())
+        notes = {"Not tested": left_out, "Fewer than 10 patients in a class": ", ".join(self.few)}
+        return [f"{text}: {names}." for text, names in notes.items() if names]
+
     def describe_alarms(self) -> list[str]:
         """A sentence for each label with alarms, worst first."""
         texts = []

@@ -50,16 +50,16 @@ class Row:
     @property
     def shown(self) -> str:
         """The figure and its limits to three places."""
-        figure = "–" if self.value is None else f"{self.value:.3f}"
-        return figure if self.low is None else f"{figure} [{self.low:.3f}, {self.high:.3f}]"
+        return self._show("z.3f")
 
     @property
     def change(self) -> str:
         """A difference with its sign and its limits."""
-        if self.value is None:
-            return "–"
-        limits = "" if self.low is None else f" [{self.low:+.3f}, {self.high:+.3f}]"
-        return f"{self.value:+.3f}{limits}"
+        return self._show("+z.3f")
+
+    def _show(self, form: str) -> str:
+        figure = "–" if self.value is None else f"{self.value:{form}}"
+        return figure if self.low is None else f"{figure} [{self.low:{form}}, {self.high:{form}}]"
 
     @property
     def excludes_zero(self) -> bool:

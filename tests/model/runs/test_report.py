@@ -129,11 +129,11 @@ def test_a_table_has_three_renderers(capsys: pytest.CaptureFixture[str]) -> None
     assert "<note>" in printed
     assert TABLE.html() == (
         '<h3>A|b</h3>\n<div class="scroll" tabindex="0" role="group" aria-label="table: A|b">\n'
-        '<table class="k"><thead><tr><td></td><th class="group" colspan="2">one &lt;</th></tr>'
+        '<table class="k"><thead>\n<tr><td></td><th class="group" colspan="2">one &lt;</th></tr>\n'
         '<tr><th>label</th><th class="start">x</th><th>y</th></tr></thead>\n'
-        '<tbody>\n<tr><th>&lt;Edema&gt;</th><td class="group">0.5 <span class="limits">[0.1, 0.9]</span></td>'
+        '<tbody>\n<tr><th>&lt;Edema&gt;</th><td class="start">0.5 <span class="limits">[0.1, 0.9]</span></td>'
         "<td>–</td></tr>\n"
-        '</tbody>\n<tfoot>\n<tr><th>macro</th><td class="group">1</td><td>2</td></tr>\n</tfoot>\n</table></div>\n'
+        '</tbody>\n<tfoot>\n<tr><th>macro</th><td class="start">1</td><td>2</td></tr>\n</tfoot>\n</table></div>\n'
         '<p class="note">&lt;note&gt;</p>'
     )
     assert TABLE.markdown() == (
