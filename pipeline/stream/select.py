@@ -15,8 +15,7 @@ An empty cell is neither equal to a value nor less or greater, so of = and != ex
 """
 
 import re
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -46,15 +45,6 @@ class NothingSelectedError(DataError):
     """The conditions leave no row of a table."""
 
 
-class Condition(NamedTuple):
-    """One condition, parsed; a value of None is the empty cell."""
-
-    text: str
-    column: str
-    operator: str
-    value: str | int | None
-
-
 def select_rows(table: pa.Table, conditions: Sequence[str], views: str = "all", limit: int | None = None) -> Rows:
     """Row numbers int64 [n], ascending, of the images of these views (see VIEWS) for which every condition holds.
 
@@ -63,17 +53,16 @@ def select_rows(table: pa.Table, conditions: Sequence[str], views: str = "all", 
     that leaves no row.
     """
     parsed = [parse_condition(text, table.schema) for text in conditions]
-    needed = dict.fromkeys(["patient", "view", *(condition.column for condition in parsed)])
+    needed = dict.fromkeys(["patient", "view", *(column for column, _ in parsed)])
     rows = pa.array(np.arange(table.num_rows, dtype=np.int64))
     chosen = select_views(table.select(list(needed)).append_column("row", rows), views)
     if chosen.num_rows == 0:
         raise NothingSelectedError(f"no {views} images among the {table.num_rows:,}")
-    for condition in parsed:
-        before, chosen = chosen, chosen.filter(_holds(condition, chosen[condition.column]))
+    for text, (column, holds) in zip(conditions, parsed, strict=True):
+        before, chosen = chosen, chosen.filter(holds(chosen[column]))
         if chosen.num_rows == 0:
             raise NothingSelectedError(
-                f"condition '{condition.text}' leaves none of {before.num_rows:,} images"
-                + _describe(before[condition.column])
+                f"condition '{text}' leaves none of {before.num_rows:,} images" + _describe(before[column])
             )
     if limit is not None:
         chosen = limit_patients(chosen, limit, seed=0)
@@ -81,9 +70,10 @@ def select_rows(table: pa.Table, conditions: Sequence[str], views: str = "all", 
     return selected
 
 
-def parse_condition(text: str, schema: pa.Schema) -> Condition:
-    """A condition on a table of that schema; column names are case-insensitive.
+def parse_condition(text: str, schema: pa.Schema) -> tuple[str, Callable[[pa.ChunkedArray], pa.ChunkedArray]]:
+    """The column [N] of a condition, and whether it holds in each row [N], never null.
 
+    For a table of that schema; column names are case-insensitive.
     Raises DataError for anything but COLUMN OPERATOR VALUE, an unknown column, and an operator or value that
     does not fit the column's type.
     """
@@ -98,20 +88,24 @@ def parse_condition(text: str, schema: pa.Schema) -> Condition:
     if not (pa.types.is_string(kind) or pa.types.is_integer(kind)):
         raise DataError(f"condition '{text}': {column} is {kind}; only texts and whole numbers are compared")
     operator, value = match["operator"], match["value"]
+    compare, if_empty = OPERATORS[operator], operator == "!="
     is_number = pa.types.is_integer(kind) and column not in LABELS
     if operator not in ("=", "!=") and (value == "blank" or not is_number):
         subject = "blank" if is_number else column
         raise DataError(f"condition '{text}': {subject} has no order; compare it by = or !=")
     if value == "blank":
-        return Condition(text, column, operator, None)
+        return column, pc.is_valid if if_empty else pc.is_null
+    wanted: str | int | None = value
     if column in LABELS:
         states = STATES | {"1": 1, "0": 0, "-1": -1}
         if value not in states:
             raise DataError(f"condition '{text}': '{value}' is no state; a label is one of {', '.join(states)}")
-        return Condition(text, column, operator, states[value])
-    if is_number and not _NUMBER.fullmatch(value):
-        raise DataError(f"condition '{text}': '{value}' is not a whole number, as {column} is")
-    return Condition(text, column, operator, int(value) if is_number else value)
+        wanted = states[value]
+    elif is_number:
+        if not _NUMBER.fullmatch(value):
+            raise DataError(f"condition '{text}': '{value}' is not a whole number, as {column} is")
+        wanted = int(value)
+    return column, lambda cells: pc.fill_null(compare(cells, wanted), if_empty)
 
 
 def balance_weights(
@@ -169,13 +163,6 @@ def mix_weights(folder: Rows, shares: Sequence[float]) -> npt.NDArray[np.float64
         raise ValueError(f"none of the images is in folder {int(np.argmin(counts)) + 1}")
     wanted = np.array(shares) / sum(shares) * len(folder)
     return (wanted / counts)[folder]
-
-
-def _holds(condition: Condition, column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Whether the condition holds in each row, never null."""
-    if condition.value is None:
-        return column.is_null() if condition.operator == "=" else column.is_valid()
-    return pc.fill_null(OPERATORS[condition.operator](column, condition.value), condition.operator == "!=")
 
 
 def _describe(column: pa.ChunkedArray) -> str:
