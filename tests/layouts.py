@@ -24,6 +24,12 @@ from tests.dicoms import make_dicom
 TABLES = REPOSITORY / "tests" / "tables"
 
 
+def read_cases(name: str) -> list[list[str]]:
+    """The cells of each line but the first of a table of cases, in which \\n is a line break."""
+    lines = (TABLES / name).read_text().splitlines()[1:]
+    return [[cell.strip(" ").replace("\\n", "\n") for cell in line.split(" | ")] for line in lines]
+
+
 def read_rows(name: str) -> list[dict[str, str]]:
     """The rows of one of the tables."""
     with (TABLES / name).open(newline="") as file:

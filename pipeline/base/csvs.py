@@ -183,19 +183,9 @@ def _unpacked(csv: Path, raw: BufferedReader) -> BinaryIO:
     return gzip.GzipFile(fileobj=raw) if csv.suffix == ".gz" else raw  # type: ignore[return-value]
 
 
-def demand(
-    csv: Path | list[str],
-    name: str,
-    column: pa.ChunkedArray,
-    valid: pa.ChunkedArray,
-    complaint: str,
-    optional: bool = False,
-) -> None:
-    """Raise DataError for the first row that is not valid; a null in `valid` is, if the column is `optional`.
-
-    `csv` is as for `name_row`.
-    """
-    row = pc.index(pc.fill_null(valid, optional), False).as_py()
+def demand(csv: Path | list[str], name: str, column: pa.ChunkedArray, valid: pa.ChunkedArray, complaint: str) -> None:
+    """Raise DataError for the first row that is not valid, or null in `valid`; `csv` is as for `name_row`."""
+    row = pc.index(pc.fill_null(valid, False), False).as_py()
     if row >= 0:
         text = quote(column[row].as_py() or "", 80)
         raise DataError(f"{name_row(csv, row)}, column {name}: '{text}' {complaint}")

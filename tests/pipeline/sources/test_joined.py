@@ -19,6 +19,7 @@ from pipeline.sources.joined import join_facts
 from pipeline.sources.load import load_tables
 from pipeline.sources.sets import read_any_table
 from tests.conftest import run_pipeline
+from tests.layouts import read_cases
 
 RACES = ("White, non-Hispanic", "Black or African American", "Asian - Historical Conv", "Caucasian", "Patient Refused")
 GROUPS = {"White": "White", "Black": "Black", "Asian": "Asian", "Caucasian": "Other", "Patient": None}
@@ -124,29 +125,7 @@ def test_rows_are_told_by_key_study_or_number(chexpert: Path, tmp_path: Path, ke
     assert found["value"].tolist() == expected["value"].tolist()
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (
-            "MRN,race\n1,White\n",
-            ": no column says whose row it is; it has mrn, race; name one of them key, study, "
-            "study_id, patient, patient_id, deid_patient_id, subject_id",
-        ),
-        ("patient,Age\npatient00001,7\n", ": column age: the data set's table has that name"),
-        ("patient,Pleural Effusion\npatient00001,7\n", ": column pleural_effusion: the data set's table has that name"),
-        ("patient,width\npatient00001,7\n", ": column width: the data set's table has that name"),
-        ("patient,set\npatient00001,7\n", ": column set: the data set's table has that name"),
-        ("patient,a b,A_B\npatient00001,7,8\n", ": column 3 'A_B' is a name twice"),
-        ("patient,?\npatient00001,7\n", ": column 2 has no name"),
-        (
-            "patient,race\npatient00001,White\npatient00002,\npatient00001,Black\n",
-            ", lines 2 and 4, column race: 'White' and 'Black' for patient00001",
-        ),
-        ("patient,race\npatient00001,White\n,Black\n", ", line 3: its key is blank"),
-        ("patient,race\nM1,White\n", ": no row of these 20 patients: its first is 'M1', the data set's 'patient00001'"),
-        ("study,race\n1,White\n", ": a study's number is unique only within its patient; add a column patient"),
-    ],
-)
+@pytest.mark.parametrize(("content", "message"), read_cases("facts.txt"))
 def test_files_that_cannot_be_joined(chexpert: Path, tmp_path: Path, content: str, message: str) -> None:
     path = tmp_path / "facts.csv"
     path.write_text(content)

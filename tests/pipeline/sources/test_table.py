@@ -13,10 +13,10 @@ from PIL import Image
 
 from pipeline import DataError
 from pipeline.manifest import read_manifest
-from pipeline.sources.table import guess_command, parse_columns
+from pipeline.sources.table import guess_command
 from pipeline.sources.words import parse_values
 from tests.conftest import run_pipeline
-from tests.layouts import draw
+from tests.layouts import draw, read_cases
 
 COLUMNS = "path=Image,patient=MRN,sex=Gender,age=Years,Edema=edema,pleural effusion=fluid"
 ROWS = (
@@ -170,28 +170,10 @@ def test_each_split_may_have_a_csv(films: Path) -> None:
     assert samples == {"train": 2, "valid": 1}
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (
-            ("a/2.png", "../2.png"),
-            "line 3, column Image: '../2.png' is not a path below SOURCE to a JPEG, PNG or DICOM",
-        ),
-        (
-            ("a/2.png", "/etc/2.png"),
-            "line 3, column Image: '/etc/2.png' is not a path below SOURCE to a JPEG, PNG or DICOM",
-        ),
-        (("a/2.png", "a/1.png"), "lines 2 and 3: the same image a_1-acf34a58 twice"),
-        ((",62,", ",old,"), "line 3, column Years: 'old' is not a number of years"),
-        ((",-1,", ",,,"), "not a readable CSV: line 5: 8 cells, but the header has 7"),
-        (("note", "edema"), "column edema appears 2 times"),
-        (("M-02", ""), "line 5, column MRN: '' is not a name without spaces, of up to 64 characters"),
-        (("MRN,Gender", "mrn,gender"), "column MRN is missing; it has Image, mrn, gender, Years, edema, fluid, note"),
-    ],
-)
-def test_bad_input_is_named(films: Path, change: tuple[str, str], message: str) -> None:
+@pytest.mark.parametrize(("old", "new", "message"), read_cases("own_table.txt"))
+def test_bad_input_is_named(films: Path, old: str, new: str, message: str) -> None:
     path = films / "labels.csv"
-    path.write_text(path.read_text().replace(*change, 1))
+    path.write_text(path.read_text().replace(old, new, 1))
     code, said = shard(films)
     assert (code, said) == (1, f"Error: {path}{', ' if message.startswith('line') else ': '}{message}")
 
@@ -225,30 +207,7 @@ def test_a_patient_s_spelling_does_not_hide_it(films: Path, other: str) -> None:
     )
 
 
-def test_all_that_is_wrong_with_the_columns_is_said_at_once() -> None:
-    with pytest.raises(DataError) as caught:
-        parse_columns("path=Image,Emphysema=y,oedema=x,age=")
-    first, more = str(caught.value).split("; keep a column that is none of these by --facts; ")
-    assert first.startswith("'Emphysema' is none of path, ")
-    assert more == (
-        "'oedema' is none of path, patient, study, age, view, sex, projection, key, No Finding, "
-        "Enlarged Cardiomediastinum, Cardiomegaly, Lung Opacity, Lung Lesion, Edema, Consolidation, Pneumonia, "
-        "Atelectasis, Pneumothorax, Pleural Effusion, Pleural Other, Fracture, Support Devices; did you mean Edema?; "
-        "age has no column"
-    )
-
-
-def test_all_columns_that_are_needed_are_listed_at_once(films: Path) -> None:
-    message = "Error: --set table, --columns: path must be named; patient must be named; no label is named"
-    assert shard(films, "age=Years") == (1, message)
-
-
-def test_the_set_and_the_columns_go_together(films: Path) -> None:
-    failed = run_pipeline("shards", films, films.parent / "out", "--columns", COLUMNS)
-    assert (failed.returncode, failed.stderr.splitlines()[-1]) == (
-        2,
-        "Error: --columns and --values go with --set table or webdataset",
-    )
+def test_columns_that_are_missing_are_guessed(films: Path) -> None:
     failed = run_pipeline("shards", films, films.parent / "out", "--set", "table")
     command = f"pipeline shards {films} OUT --set table --columns"
     guessed = "path=Image,patient=MRN,sex=Gender,age=Years,Edema=edema"

@@ -25,7 +25,6 @@ from pipeline.synthetic.sample import (
     Study,
     draw_cues,
     draw_patients,
-    parse_shortcut,
     write_patients,
     write_sample,
 )
@@ -297,21 +296,3 @@ def test_cues_stay_at_the_edge() -> None:
         draw(drawn)
         assert (drawn[64:-64, 64:-64] == 90).all(), name
         assert drawn.max() == {"marker": 245, "border": 180, "corners": 150}[name]
-
-
-@pytest.mark.parametrize(
-    "text", ["Flu=marker:0.9", "Edema=dot:0.9", "Edema=marker", "Edema=marker:nan", "Edema=marker:1.5"]
-)
-def test_a_wrong_shortcut_is_refused(text: str) -> None:
-    with pytest.raises(DataError) as raised:
-        parse_shortcut(text)
-    assert str(raised.value) == (
-        f"'{text}' is not LABEL=CUE:STRENGTH: a label, one of marker, border, corners, and a number from 0 to 1"
-    )
-
-
-def test_a_cue_for_two_labels_is_refused(tmp_path: Path) -> None:
-    twice = [option for label in ("Edema", "Fracture") for option in ("--shortcut", f"{label}=border:1")]
-    done = run_pipeline("sample", tmp_path / "out", *twice)
-    assert (done.returncode, done.stderr.splitlines()[-1]) == (2, "Error: --shortcut: a cue can be tied to one label")
-    assert not (tmp_path / "out").exists()
