@@ -12,7 +12,8 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline import DataError
 from pipeline.cli import main
 from pipeline.etl.planning import Options
 from pipeline.etl.shards import Execution, RunSummary, write_shards
@@ -46,6 +48,9 @@ POLICIES = {"uncertain": "best", "blank": "zeros"}
 CELLS = ("1.0", "0.0", "-1.0", "")
 
 
+Shards = tuple[Path, Manifest]  # a folder, and its manifest
+
+
 def pytest_collection_finish() -> None:
     """Now that all is imported, collect garbage again, but not in what the imports left."""
     gc.freeze()
@@ -65,17 +70,37 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(f"survived: {counts}")
 
 
-def run_pipeline(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """The `pipeline` command, in this process: Python and Arrow take longer to start than most tests."""
-    command = ["pipeline", *map(str, arguments)]
+def call(command: Callable[[], object], *words: object) -> subprocess.CompletedProcess[str]:
+    """A command line in this process: Python and Arrow take longer to start than most tests."""
+    typed = [str(word) for word in words]
     out, err = (io.TextIOWrapper(io.BytesIO(), write_through=True) for _ in range(2))
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
-        patch.setattr(sys, "argv", command)
-        patch.setattr(signal, "signal", lambda *_: None)
+        patch.setattr(sys, "argv", typed)
+        patch.setattr(signal, "signal", lambda *_: None)  # the test's own stay
         with pytest.raises(SystemExit) as ended:
-            main()
+            command()
     said = [stream.buffer.getvalue().decode() for stream in (out, err)]
-    return subprocess.CompletedProcess(command, ended.value.code or 0, *said)  # type: ignore[arg-type]
+    return subprocess.CompletedProcess(typed, ended.value.code or 0, *said)  # type: ignore[arg-type]
+
+
+def run_pipeline(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """The `pipeline` command."""
+    return call(main, "pipeline", *arguments)
+
+
+def refusal(*arguments: object) -> tuple[int, str]:
+    """The exit code of a `pipeline` command that fails, and its last line."""
+    failed = run_pipeline(*arguments)
+    assert "Traceback" not in failed.stderr
+    return failed.returncode, failed.stderr.splitlines()[-1]
+
+
+@contextmanager
+def refused(message: str, kind: type[Exception] = DataError) -> Iterator[None]:
+    """What is in it fails with this message, to the letter."""
+    with pytest.raises(kind) as caught:
+        yield
+    assert str(caught.value) == message
 
 
 def start(*words: object, cwd: Path = REPOSITORY, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -105,11 +130,18 @@ def default_options(**changes: object) -> Options:
 
 
 def make_shards(
-    folder: Path, out: Path, options: Options | None = None, *, workers: int = 1, max_bad: float = 0.0
+    folder: Path,
+    out: Path,
+    options: Options | None = None,
+    *,
+    workers: int = 1,
+    max_bad: float = 0.0,
+    policies: Mapping[str, str | None] = POLICIES,
+    **source: Any,
 ) -> RunSummary:
-    """Shards of a CheXpert folder, by the library."""
-    source = find_source(folder, {}, [])
-    return write_shards(source, out, options or default_options(), POLICIES, Execution(workers, max_bad))
+    """Shards of a CheXpert folder, by the library; `source` is what find_source takes besides."""
+    found = find_source(folder, {}, source.pop("roots", []), **source)
+    return write_shards(found, out, options or default_options(), policies, Execution(workers, max_bad))
 
 
 def write_chexpert(root: Path, split: str, patients: range, seed: int = 0) -> list[dict[str, str]]:

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.manifest import Manifest
-from tests.conftest import REPOSITORY, start
+from tests.conftest import REPOSITORY, Shards, start
 
 FILES = sorted([*REPOSITORY.glob("pipeline/**/*.py"), *REPOSITORY.glob("model/**/*.py"), REPOSITORY / "train.py"])
 
@@ -147,7 +146,7 @@ def test_a_command_line_that_trains_nothing_does_not_wait_for_torch() -> None:
     assert_light(absent, {f"train.py {line}": code for line, code in lines.items()})
 
 
-def test_a_command_that_draws_and_fits_nothing_does_not_wait_for_what_would(shards: tuple[Path, Manifest]) -> None:
+def test_a_command_that_draws_and_fits_nothing_does_not_wait_for_what_would(shards: Shards) -> None:
     assert_light(("numpy", "pyarrow", "cv2", "PIL", "rich"), {"pipeline --help": 0, "pipeline lookup": 2})
     lines = {f"stats {shards[0]}": 0, f"verify {shards[0]}": 0, "audit no": 2}
     absent = ("torch", "scipy.special", "scipy.optimize", "scipy.stats", "sklearn", "matplotlib", "jinja2")

@@ -8,7 +8,6 @@ with the data of `<!-- needs ~/films -->`. Output is ```text, or ```console, whe
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -21,7 +20,7 @@ import pytest
 from model.runs.commands import main as train
 from pipeline.cli import cli as pipeline
 from pipeline.synthetic.sample import write_sample
-from tests.conftest import REPOSITORY, default_options, make_shards
+from tests.conftest import REPOSITORY, default_options, make_shards, start
 from tests.layouts import draw, write_nih
 
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
@@ -79,6 +78,8 @@ def test_every_block_runs_or_says_why_not() -> None:
         runs = re.fullmatch(r"|docs-check|(docs-check, )?needs .+", block.note)
         assert runs or re.match(r"not run: \w+", block.note), name(block)
         assert block.language in ("", "python", "text") or not runs, name(block)
+        if block.language == "python":
+            compile(block.code, name(block), "exec")
 
 
 def test_the_table_of_extras_has_each_of_them() -> None:
@@ -142,10 +143,8 @@ def needed(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def type_in(command: list[str], home: Path) -> None:
     """Run a command in that folder, whose .venv is activated."""
-    kept = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MAKELEVEL")}
     path = os.pathsep.join([str(home / ".venv" / "bin"), os.environ["PATH"]])
-    set_here = {"HOME": str(home), "PATH": path, "MPLCONFIGDIR": matplotlib.get_configdir()}
-    ran = subprocess.run(command, cwd=home, env=kept | set_here, capture_output=True, text=True, check=False)
+    ran = start(*command, cwd=home, HOME=str(home), PATH=path, MPLCONFIGDIR=matplotlib.get_configdir())
     assert ran.returncode == 0, ran.stdout[-2000:] + ran.stderr[-2000:]
 
 
@@ -211,11 +210,8 @@ def check_options(group: click.Group, words: list[str]) -> None:
 def test_the_commands_and_options_of_a_block_exist(block: Block, recorder: Path, tmp_path: Path) -> None:
     typed = tmp_path / "typed"
     typed.touch()
-    kept = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MAKELEVEL")}
-    set_here = {"TYPED": str(typed), "PATH": f"{recorder / '.venv' / 'bin'}{os.pathsep}{os.environ['PATH']}"}
-    ran = subprocess.run(
-        ["bash", "-ec", block.commands], cwd=recorder, env=kept | set_here, capture_output=True, text=True, check=False
-    )
+    path = os.pathsep.join([str(recorder / ".venv" / "bin"), os.environ["PATH"]])
+    ran = start("bash", "-ec", block.commands, cwd=recorder, TYPED=str(typed), PATH=path)
     assert ran.returncode == 0, ran.stderr
     calls = [line.split("\037")[:-1] for line in typed.read_text().splitlines()]
     assert calls
@@ -226,8 +222,3 @@ def test_the_commands_and_options_of_a_block_exist(block: Block, recorder: Path,
             check_options(train, words[2:])
         elif "train.py" in words:
             check_options(train, words[words.index("train.py") + 1 :])
-
-
-@pytest.mark.parametrize("block", [block for block in BLOCKS if block.language == "python"], ids=name)
-def test_python_that_does_not_run_here_compiles(block: Block) -> None:
-    compile(block.code, name(block), "exec")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.manifest import Manifest, read_table
-from tests.conftest import REPOSITORY, start
+from pipeline.manifest import read_table
+from tests.conftest import REPOSITORY, Shards, start
 
 EXAMPLES = sorted((REPOSITORY / "examples").glob("*.py"))
 SAVED = {"plain": 10, "with_accelerate": 10, "with_lightning": 10, "with_monai": 12}  # of 12 steps
@@ -23,7 +23,7 @@ def train(name: str, shards: Path, folder: Path, steps: int) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def losses(sample_shards: tuple[Path, Manifest], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+def losses(sample_shards: Shards, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """What plain PyTorch has in 20 steps."""
     return train("plain", sample_shards[0], tmp_path_factory.mktemp("plain") / "new" / "state", 20)
 
@@ -31,7 +31,7 @@ def losses(sample_shards: tuple[Path, Manifest], tmp_path_factory: pytest.TempPa
 @pytest.mark.examples
 @pytest.mark.parametrize("name", SAVED)
 def test_an_example_resumes_with_the_same_losses(
-    name: str, sample_shards: tuple[Path, Manifest], losses: list[str], tmp_path: Path
+    name: str, sample_shards: Shards, losses: list[str], tmp_path: Path
 ) -> None:
     assert [line.split(":")[0] for line in losses] == [f"step {step}" for step in range(20)]
     assert len({line.split(": ")[1] for line in losses}) == 20
@@ -53,7 +53,7 @@ for sample in described.records("train-labels"):
 
 
 @pytest.mark.examples
-def test_mlcroissant_reads_the_shards(sample_shards: tuple[Path, Manifest], tmp_path: Path) -> None:
+def test_mlcroissant_reads_the_shards(sample_shards: Shards, tmp_path: Path) -> None:
     folder, manifest = sample_shards
     ran = start(sys.executable, "-c", READ, folder / "croissant.json", CROISSANT_CACHE=str(tmp_path))
     assert ran.returncode == 0, ran.stderr

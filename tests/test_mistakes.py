@@ -3,10 +3,8 @@
 import re
 import shlex
 import shutil
-import signal
 import sys
-from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,9 +15,8 @@ from model import ranks
 from model.ranks import Stopped
 from model.runs.commands import main
 from pipeline.base.files import claimed
-from pipeline.console import run_command
 from tests.conftest import REPOSITORY, default_options, make_shards, run_pipeline, start, write_chexpert
-from tests.training import Late, narrow_networks, quick_ends
+from tests.training import Late, narrow_networks, quick_ends, run_train
 
 PAGE = REPOSITORY / "docs" / "mistakes.md"
 # Of a small run, instead of make's own; what a row types comes on top.
@@ -48,34 +45,21 @@ def read_page() -> list[Mistake]:
 MISTAKES = read_page()
 
 
-def call(words: Sequence[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
-    """`pipeline` or `train.py` in this process; returns the exit code and what it printed."""
-    if words[0] == "pipeline":
-        ran = run_pipeline(*words[1:])
-        return ran.returncode, ran.stdout + ran.stderr
-    capsys.readouterr()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", list(words))
-        patch.setattr(signal, "signal", lambda *_: None)
-        with pytest.raises(SystemExit) as caught:
-            run_command(main, train.train)
-    said = capsys.readouterr()
-    return int(caught.value.code or 0), said.err + said.out
-
-
-def type_in(line: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+def type_in(line: str, folder: Path) -> tuple[int, str]:
     """What a user types in the folder. make itself runs; what it starts is then run in this process."""
     words = shlex.split(line)
-    if words[0] != "make":
-        return call(words[2 * (words[0] == "python") :], capsys)
-    command = ["make", "--no-print-directory", "-f", REPOSITORY / "Makefile", *words[1:]]
-    made = start(*command, cwd=folder, **SETTINGS)
-    code, said = made.returncode, made.stdout + made.stderr
-    started = folder / "started"
-    for part in started.read_text().split("\0\n") if started.exists() else []:
-        if part and code == 0:
-            code, more = call(part.split("\0"), capsys)
-            said += more
+    if words[0] == "make":
+        command = ["make", "--no-print-directory", "-f", REPOSITORY / "Makefile", *words[1:]]
+        made = start(*command, cwd=folder, **SETTINGS)
+        started = folder / "started"
+        calls = [part.split("\0") for part in started.read_text().split("\0\n")[:-1]] if started.exists() else []
+        code, said = made.returncode, made.stdout + made.stderr
+    else:
+        code, said, calls = 0, "", [words[2 * (words[0] == "python") :]]
+    for program, *arguments in calls:
+        if code == 0:
+            ran = (run_pipeline if program == "pipeline" else run_train)(*arguments)
+            code, said = ran.returncode, said + ran.stderr + ran.stdout
     return code, said
 
 
@@ -123,23 +107,15 @@ def runs(world: Path) -> Path:
 
 @pytest.mark.parametrize("mistake", MISTAKES, ids=[mistake.name for mistake in MISTAKES])
 def test_each_mistake_prints_what_the_page_says(
-    mistake: Mistake,
-    world: Path,
-    runs: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    mistake: Mistake, world: Path, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = Path(shutil.copytree(world, tmp_path / "world"))
     monkeypatch.chdir(folder)
-    with ExitStack() as stack:
-        stack.enter_context(narrow_networks())
-        stack.enter_context(quick_ends())
-        if "timm" in mistake.name:
-            monkeypatch.setitem(sys.modules, "timm", None)  # as if it were not installed
-        if "second process" in mistake.name:
-            stack.enter_context(claimed(folder / "runs" / "busy"))
-        code, said = type_in(mistake.typed, folder, capsys)
+    if "timm" in mistake.name:
+        monkeypatch.setitem(sys.modules, "timm", None)  # as if it were not installed
+    busy = claimed(folder / "runs" / "busy") if "second process" in mistake.name else nullcontext()
+    with narrow_networks(), quick_ends(), busy:
+        code, said = type_in(mistake.typed, folder)
     pattern = ".*".join(re.escape(part) for part in mistake.message.split("…"))
     assert any(re.fullmatch(pattern, line) for line in said.splitlines()), said
     assert code == int(mistake.code)

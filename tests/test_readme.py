@@ -3,6 +3,7 @@ import re
 import subprocess
 from pathlib import Path
 
+from docs.redraw import PICTURES, SAMPLE, draw_recording
 from docs.reference import write_reference
 from model.runs.commands import main as train
 from pipeline.cli import COMMANDS
@@ -71,6 +72,46 @@ def test_every_link_leads_somewhere() -> None:
             headings = re.findall(r"^#+ (.*)$", file.read_text(), re.MULTILINE) if anchor else []
             anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
             assert not anchor or anchor in anchors, f"{page.name}: {target}"
+
+
+def test_every_picture_is_small_and_shown_on_a_page() -> None:
+    linked = {
+        (page.parent / target).resolve()
+        for page in PAGES
+        for target in re.findall(r"\]\(([^)\s]+\.(?:png|jpg|svg))\)", page.read_text())
+        if "://" not in target
+    }
+    pictures = {path.resolve() for path in PICTURES.iterdir()}
+    assert linked == pictures
+    assert {path.name for path in pictures if path.stat().st_size > 300_000} == set()
+
+
+def test_the_sample_is_small_and_tells_nothing_of_the_machine_that_made_it() -> None:
+    readme = SAMPLE / "README.md"
+    files = {*SAMPLE.iterdir()} - {readme}
+    assert sum(path.stat().st_size for path in files) < 600_000
+    assert len(readme.read_text().splitlines()) <= 30
+    assert set(re.findall(r"\]\(([\w.-]+)\)", readme.read_text())) == {path.name for path in files}
+    folders = r"(?<![\w.])/(home|root|work|tmp|usr|opt|mnt|var|data|Users)/\w"
+    for path in (*files, readme, PICTURES / "make-train.svg"):
+        text = re.sub(r'"data:[^"]*"', "", path.read_text())
+        assert re.findall(folders, text) == [], path.name
+
+
+def test_a_recording_plays_its_lines_without_the_long_waits() -> None:
+    lines = [
+        (0.0, "$ make it\n"),
+        (99.0, "\x1b[32mgreen\x1b[0m <1>\n"),
+        (99.0, "\x1b[?25h\n"),
+        (99.1, "x" * 150 + "\n"),
+    ]
+    svg = draw_recording(lines)
+    shown = ["$&#160;make&#160;it", "green", "&#160;&lt;1&gt;", "x" * 100, "x" * 50]
+    assert re.findall(r"<text[^>]*>([^<\n]+)</text>", svg) == shown
+    assert "animation: 10.6s" in svg  # of which 0.5 s are the pause, and 10 its end
+    heights = [float(height) for height in re.findall(r"% { transform: translateY\((.*?)px\)", svg)]
+    assert heights == [1098.0, 1073.6, 1024.8]  # of 46 lines, 45, 44 and 42 are below those shown
+    assert "#lines { transform: translateY(1024.8px) }" in svg
 
 
 def test_the_pages_of_options_and_modules_are_made_from_the_code(tmp_path: Path) -> None:

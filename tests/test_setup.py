@@ -17,11 +17,8 @@ from tests.conftest import REPOSITORY, start
 pytestmark = pytest.mark.wheel
 
 LOCK = "# made by make lock\nnvidia-cublas==13.0\ntorch==2.15.0\ntorchvision==0.29.2\nuv==0.13.9\n"
-BACKEND = """import shutil
-def build_editable(folder, *_):
-    shutil.copy("own/ours-1.0-py3-none-any.whl", folder)
-    return "ours-1.0-py3-none-any.whl"
-"""
+OWN = "ours-1.0-py3-none-any.whl"
+BACKEND = f'import shutil\ndef build_editable(folder, *_):\n    return shutil.copy("own/{OWN}", folder) and "{OWN}"\n'
 PROJECT = """[project]
 name = "ours"
 version = "1.0"

@@ -1,5 +1,6 @@
 """Small training runs in this process, for tests of what a run writes and of what follows it."""
 
+import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -19,7 +20,9 @@ from model.runs.commands import main
 from model.runs.config import Config, Setup
 from model.runs.folder import open_run
 from model.runs.job import Job, open_job
+from pipeline.console import run_command
 from pipeline.measure import belief
+from tests.conftest import call
 
 SMALL: dict[str, Any] = {"arch": "rescnn", "lr": 1e-3, "batch_size": 16, "epochs": 2, "image_size": "32"}
 SMALL |= {"amp": "off", "ema": 0.9}
@@ -71,6 +74,11 @@ def quick_ends() -> Iterator[None]:
         patch.setattr(belief, "predict", lambda covariates, *_: np.nan_to_num(covariates[:, 0]))
         patch.setattr(ranks, "listen", lambda: None)
         yield
+
+
+def run_train(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """The command `python train.py`, in this process."""
+    return call(partial(run_command, main, train.train), "train.py", *arguments)
 
 
 def call_train(*words: object) -> int:

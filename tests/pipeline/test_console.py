@@ -1,6 +1,5 @@
 """What commands have in common: signals, progress, the next command."""
 
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import console
-from tests.conftest import PIPELINE
+from tests.conftest import PIPELINE, start
 
 SWALLOWED = """
 import os, signal
@@ -31,7 +30,7 @@ print("too far")
 
 
 def test_a_sigterm_that_a_finalizer_swallows_ends_the_next_progress() -> None:
-    done = subprocess.run([sys.executable, "-c", SWALLOWED], capture_output=True, text=True, check=False)
+    done = start(sys.executable, "-c", SWALLOWED)
     assert (done.returncode, done.stdout) == (143, "still here\n")
     assert "Exception ignored" in done.stderr
 
@@ -87,9 +86,9 @@ FULL_SHM = 'mount -t tmpfs -o size=4k tmpfs /dev/shm && head -c 4096 /dev/zero >
 def test_what_the_machine_lacks_is_named_on_one_line(
     shards: object, chexpert: Path, tmp_path: Path, shell: list[str], words: list[str], error: str
 ) -> None:
-    if shell[0] == "unshare" and subprocess.run(["unshare", "-m", "true"], check=False).returncode:
+    if shell[0] == "unshare" and start("unshare", "-m", "true").returncode:
         pytest.skip("only root makes namespaces")
-    done = subprocess.run([*shell, "sh", PIPELINE, *words], cwd=tmp_path, capture_output=True, text=True)
+    done = start(*shell, "sh", PIPELINE, *words, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (1, f"Error: {error}\n")
 
 

@@ -1,6 +1,5 @@
 """The command `judge`, and the function behind it: scores that anybody made, against the truth of any source."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,7 @@ from sklearn.metrics import recall_score, roc_auc_score
 from pipeline import DataError, Judging, judge
 from pipeline.measure.evaluation import read_evaluation
 from pipeline.sources.table import parse_columns
-from tests.conftest import run_pipeline
+from tests.conftest import refusal, run_pipeline
 
 FINDINGS = ("Edema", "Infiltration", "Consolidation", "No Finding")
 COLUMNS = 'key="Image Index",Edema=p_Edema,Consolidation=p_Consolidation'
@@ -131,18 +130,17 @@ def test_what_cannot_be_judged_is_refused(nih: tuple[Path, Path, pd.DataFrame], 
         ("--columns", "Edema,path=x"): "Edema has no column; 'path' is none of key, patient, study, No Finding",
         ("--dev", "dev", "--threshold", "0.5"): "--threshold is for scores without --dev",
     }.items():
-        done = run_pipeline("judge", scores, table, *words)
-        assert (done.returncode, message in done.stderr) == (2, True), done.stderr
-    columns = parse_columns(COLUMNS)
-    with pytest.raises(DataError, match=r"one CSV without splits, in which `dev` is 20% of the patients; "):
-        judge(scores, table, Judging(columns=columns, dev="train"))
+        code, said = refusal("judge", scores, table, *words)
+        assert (code, message in said) == (2, True), said
     few = tmp_path / "few.csv"
     pd.read_csv(scores)[:400].to_csv(few, index=False)
-    with pytest.raises(DataError, match=r"few.csv: no scores of \d+ of these 500 images, such as 0"):
-        judge(scores, table, Judging(columns=columns, against=(few,)))
-    with pytest.raises(DataError, match=r"two files of one name, by which they are shown; rename one$"):
-        judge(scores, table, Judging(columns=columns, against=(few, few)))
-    assert json.loads(json.dumps(dict(columns)))["key"] == "Image Index"
+    for options, message in (
+        ({"dev": "train"}, r"one CSV without splits, in which `dev` is 20% of the patients; "),
+        ({"against": (few,)}, r"few.csv: no scores of \d+ of these 500 images, such as 0"),
+        ({"against": (few, few)}, r"two files of one name, by which they are shown; rename one$"),
+    ):
+        with pytest.raises(DataError, match=message):
+            judge(scores, table, Judging(columns=parse_columns(COLUMNS), **options))
 
 
 def test_logits_facts_and_means_over_views_are_judged_as_asked(
