@@ -11,11 +11,11 @@ is there as crash-*, to be given as an argument: tests/fuzz.py csv .fuzz/crash-â
 
 import contextlib
 import hashlib
-import io
 import json
 import logging
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -34,7 +34,7 @@ if __name__ == "__main__":
     import atheris
 
     watched = atheris.instrument_imports(include=["pipeline", "model", "pydicom"])
-else:  # test_bad_input feeds the same readers
+else:  # test_hostile feeds the same readers
     watched = contextlib.nullcontext()
 with watched:
     import pydicom.pixels
@@ -60,6 +60,7 @@ WORK = Path(".fuzz")
 LONGEST = 65536  # bytes of an input
 SECONDS = int(os.environ.get("FUZZ_SECONDS", "600"))
 Target = Callable[[bytes], object]
+MakeTarget = Callable[[Path, Path], Target]  # of an empty folder, and of sound shards
 
 
 def make_example(folder: Path) -> Path:
@@ -91,83 +92,82 @@ def make_example(folder: Path) -> Path:
     return folder / "shards"
 
 
-def csv_target(folder: Path, _: Path) -> Target:
+def read_by(name: str, read: Callable[[Path], object]) -> MakeTarget:
+    """A target that reads each input as the file of that name."""
+
+    def make_target(folder: Path, _: Path) -> Target:
+        path = folder / name
+
+        def target(data: bytes) -> None:
+            path.write_bytes(data)
+            read(path)
+
+        return target
+
+    return make_target
+
+
+def read_csv(path: Path) -> None:
     """A CSV of labels, and the targets made of it."""
-    path = folder / "train.csv"
+    table = read_any_table(path)
+    assert len(set(table["key"].to_pylist())) == table.num_rows
+    for row in table.to_pylist():
+        *folders, patient, study, file = row["path"].split("/")
+        assert all(re.fullmatch(r"[\w.-]+", folder) and folder.strip(".") for folder in folders)
+        assert re.fullmatch(r"patient\d+/study\d+", f"{patient}/{study}")
+        assert re.fullmatch(r"view\d+_(frontal|lateral)\.(?i:jpg|jpeg|png)", file)
+        assert len(row["key"]) <= 90  # fits into a tar's header
+        assert {row[label] for label in LABELS} <= {1, 0, -1, None}
+    target, mask = make_targets(table, parse_uncertain_policy("best"), "zeros", seed=0)
+    assert target.shape == mask.shape == (table.num_rows, len(LABELS))
+    assert np.isfinite(target[mask]).all()
 
-    def read(data: bytes) -> None:
-        path.write_bytes(data)
-        table = read_any_table(path)
-        assert len(set(table["key"].to_pylist())) == table.num_rows
-        for row in table.to_pylist():
-            *folders, patient, study, file = row["path"].split("/")
-            assert all(re.fullmatch(r"[\w.-]+", folder) and folder.strip(".") for folder in folders)
-            assert re.fullmatch(r"patient\d+/study\d+", f"{patient}/{study}")
-            assert re.fullmatch(r"view\d+_(frontal|lateral)\.(?i:jpg|jpeg|png)", file)
-            assert len(row["key"]) <= 90  # fits into a tar's header
-            assert {row[label] for label in LABELS} <= {1, 0, -1, None}
-        target, mask = make_targets(table, parse_uncertain_policy("best"), "zeros", seed=0)
-        assert target.shape == mask.shape == (table.num_rows, len(LABELS))
-        assert np.isfinite(target[mask]).all()
 
-    return read
+def read_tar(path: Path) -> None:
+    """A tar that another program wrote: its labels, and the images of its samples."""
+    source = find_source(path.parent, {}, [], "webdataset", [("patient", "patient"), ("Edema", "labels.Edema")])
+    tables, _, _ = read_splits(source, views="all", dev=0, seed=0)
+    for table in tables.values():
+        assert all(isinstance(content, bytes) for content in read_images(table["file"].to_pylist(), source.roots))
 
 
 def manifest_target(folder: Path, shards: Path) -> Target:
     """manifest.json beside sound tables and shards."""
-    for path in shards.iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(shards, folder, dirs_exist_ok=True)
 
-    def read(data: bytes) -> None:
-        (folder / "manifest.json").write_bytes(data)
+    def read(path: Path) -> None:
         manifest = read_manifest(folder)
         for name in manifest.splits:
             open_split(folder, manifest, name)
 
-    return read
+    return read_by("manifest.json", read)(folder, shards)
 
 
 def arrow_target(folder: Path, shards: Path) -> Target:
     """A table whose sha256 is the manifest's: somebody made it so. Its rows are read through the stream."""
     manifest = read_manifest(shards)
     train = manifest.split("train")
-    for shard in train.shards:
-        (folder / shard.file).write_bytes((shards / shard.file).read_bytes())
+    shutil.copytree(shards, folder, dirs_exist_ok=True)
 
-    def read(data: bytes) -> None:
-        (folder / train.table).write_bytes(data)
-        digest = hashlib.sha256(data).hexdigest()
-        split = Split(**{**vars(train), "table_sha256": digest})
+    def read(path: Path) -> None:
+        split = Split(**{**vars(train), "table_sha256": hashlib.sha256(path.read_bytes()).hexdigest()})
         opened = open_split(folder, replace(manifest, splits={"train": split}), "train")
         labels = Labels(*make_targets(opened.table, parse_uncertain_policy("best"), "zeros", seed=0))
         plan = partial(plan_evaluation, find_images(opened), 4)
         for _ in stream_batches(opened, labels, plan, size=16, threads=1):
             pass
 
-    return read
+    return read_by(train.table, read)(folder, shards)
 
 
 def scores_target(folder: Path, shards: Path) -> Target:
     """A run's scores, for the images of a sound table."""
     keys = read_table(shards, read_manifest(shards).split("valid"))["key"]
-    path = folder / "scores.arrow"
 
-    def read(data: bytes) -> None:
-        path.write_bytes(data)
+    def read(path: Path) -> None:
         assert read_scores(path, keys, ["Edema"]).shape == (len(keys), 1)
 
-    return read
-
-
-def checkpoint_target(folder: Path, _: Path) -> Target:
-    """A checkpoint, as a file."""
-    path = folder / "last.pt"
-
-    def read(data: bytes) -> None:
-        path.write_bytes(data)
-        load_checkpoint(path)
-
-    return read
+    return read_by("scores.arrow", read)(folder, shards)
 
 
 def pickle_target(folder: Path, shards: Path) -> Target:
@@ -177,37 +177,10 @@ def pickle_target(folder: Path, shards: Path) -> Target:
     path = folder / "last.pt"
 
     def read(data: bytes) -> None:
-        packed = io.BytesIO()
-        with zipfile.ZipFile(packed, "w") as archive:
+        with zipfile.ZipFile(path, "w") as archive:
             for name, content in members.items():
                 archive.writestr(name, data if name.endswith("/data.pkl") else content)
-        path.write_bytes(packed.getvalue())
         load_checkpoint(path)
-
-    return read
-
-
-def config_target(folder: Path, _: Path) -> Target:
-    """A run's config.json."""
-
-    def read(data: bytes) -> None:
-        (folder / "config.json").write_bytes(data)
-        read_config(folder)
-
-    return read
-
-
-def tar_target(folder: Path, _: Path) -> Target:
-    """A tar that another program wrote: its labels, and the images of its samples."""
-    path = folder / "train-000000.tar"
-    columns = [("patient", "patient"), ("Edema", "labels.Edema")]
-
-    def read(data: bytes) -> None:
-        path.write_bytes(data)
-        source = find_source(folder, {}, [], "webdataset", columns)
-        tables, _, _ = read_splits(source, views="all", dev=0, seed=0)
-        for table in tables.values():
-            assert all(isinstance(content, bytes) for content in read_images(table["file"].to_pylist(), source.roots))
 
     return read
 
@@ -234,15 +207,15 @@ def image_target(_: Path, __: Path) -> Target:
 
 
 # Name: the reader, and which sound files its inputs are bred from.
-TARGETS: dict[str, tuple[Callable[[Path, Path], Target], str]] = {
-    "csv": (csv_target, "../*/*.csv"),
+TARGETS: dict[str, tuple[MakeTarget, str]] = {
+    "csv": (read_by("train.csv", read_csv), "../*/*.csv"),
     "manifest": (manifest_target, "manifest.json"),
     "arrow": (arrow_target, "train.arrow"),
     "scores": (scores_target, "../scores.arrow"),
-    "checkpoint": (checkpoint_target, "../last.pt"),
+    "checkpoint": (read_by("last.pt", load_checkpoint), "../last.pt"),
     "pickle": (pickle_target, "../data.pkl"),
-    "config": (config_target, "../config.json"),
-    "tar": (tar_target, "train-*.tar"),
+    "config": (read_by("config.json", lambda path: read_config(path.parent)), "../config.json"),
+    "tar": (read_by("train-000000.tar", read_tar), "train-*.tar"),
     "image": (image_target, "../seeds/*"),
     "dicom": (image_target, "../*.dcm"),
 }

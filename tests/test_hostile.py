@@ -1,17 +1,18 @@
-"""Input that was made to do harm: it does none, and is named."""
+"""Input that was made to do harm, or that nobody has thought of: it is sound, or is named and does nothing."""
 
 import hashlib
 import io
 import json
 import os
 import pickle
+import re
 import tarfile
-import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from random import Random
+from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pytest
 from PIL import Image
@@ -19,12 +20,14 @@ from PIL import Image
 from pipeline import DataError, open_shards
 from pipeline.base.files import write_table
 from pipeline.etl.verify import verify_shards
-from pipeline.images import decode_stored
+from pipeline.labels import COLUMNS
 from pipeline.manifest import Manifest, read_manifest, read_table, write_manifest
+from pipeline.sources.sets import read_any_table
 from pipeline.stream.samples import open_split
-from tests.conftest import default_options, make_shards, run_pipeline
+from tests.conftest import Shards, default_options, make_shards, run_pipeline
+from tests.fuzz import TARGETS, feed, make_example, manifest_target
 from tests.pipeline.etl.test_verify import change, edit_table
-from tests.pipeline.test_images import SECRET, add_metadata, encode
+from tests.pipeline.test_images import SECRET, add_metadata
 
 
 class Payload:
@@ -95,20 +98,15 @@ ASTRAY = [("offset", -1), ("offset", 2**62), ("length", 2**31 - 1), ("length", -
 
 
 @pytest.mark.parametrize(("column", "value"), [*ASTRAY, ("shard", 99), ("shard", -1)])
-def test_an_index_that_leads_astray_is_named(shards: tuple[Path, Manifest], column: str, value: int) -> None:
+def test_an_index_that_leads_astray_is_named(shards: Shards, column: str, value: int) -> None:
     folder, manifest = shards
-
-    def read() -> None:
-        list(open_shards(folder)["train"].batches(8, 32, epoch=None))
-
     key = read_table(folder, manifest.split("train"))["key"][0].as_py()
     edit_table(folder, manifest, column, value)
     with pytest.raises(DataError, match=rf"train.*: sample {key}[: ]"):
-        read()
+        list(open_shards(folder)["train"].batches(8, 32, epoch=None))
 
 
-@pytest.mark.parametrize("encoding", ["jpeg", "png", "raw"])
-@pytest.mark.parametrize("size", [None, 48])
+@pytest.mark.parametrize(("encoding", "size"), [("jpeg", None), ("png", 48)])
 def test_no_metadata_reaches_a_shard(chexpert: Path, tmp_path: Path, encoding: str, size: int | None) -> None:
     for path in chexpert.rglob("*.jpg"):
         with Image.open(path) as image:
@@ -142,7 +140,7 @@ def accept_table(folder: Path, manifest: Manifest, data: bytes) -> None:
     write_manifest(folder, change(manifest, replace(split, table_sha256=digest)))
 
 
-def test_arrow_tables_that_are_none_are_named(shards: tuple[Path, Manifest]) -> None:
+def test_arrow_tables_that_are_none_are_named(shards: Shards) -> None:
     """Their hashes are as the manifest says: somebody made them so. What is read of them is sound."""
     folder, manifest = shards
     path = folder / manifest.split("train").table
@@ -173,28 +171,116 @@ def test_arrow_tables_that_are_none_are_named(shards: tuple[Path, Manifest]) -> 
             read_table(folder, split)
 
 
-def test_an_unknown_encoding_is_named(shards: tuple[Path, Manifest]) -> None:
-    folder, manifest = shards
-    write_manifest(folder, replace(manifest, options={"encoding": []}))
+def test_an_unknown_encoding_is_named(shards: Shards) -> None:
+    write_manifest(shards[0], replace(shards[1], options={"encoding": []}))
     with pytest.raises(DataError, match=r"manifest.json: encoding '\[\]' is unknown$"):
-        verify_shards(folder, deep=False, workers=1)
+        verify_shards(shards[0], deep=False, workers=1)
 
 
-@pytest.mark.parametrize("shape", [(0, 1), (1, 0)])
-def test_a_stored_image_without_pixels_is_damaged(shape: tuple[int, int]) -> None:
-    file = io.BytesIO()
-    np.save(file, np.zeros(shape, np.uint8))
-    with pytest.raises(ValueError, match=r"^an image without pixels$"):
-        decode_stored(file.getvalue(), "raw")
+ROUNDS = range(100)
+ROW = "CheXpert-v1.0-small/train/patient{}/study1/view1_frontal.jpg,Female,60,Frontal,AP" + ",1.0,,0.0,-1.0,,,,,,,,,,"
+CSV = "\n".join([",".join(COLUMNS), *(ROW.format(f"{number:05d}") for number in range(1, 6))]) + "\n"
+# Bytes that matter to parsers.
+TOKENS = 'é|NaN|inf|1e0| 1.0|-1|2.0|=1+1|../|/etc/passwd|patient|study|",|,|\n|\r\n|\0|\\|\ufeff'.encode().split(b"|")
+TOKENS += [b"\xff", b"9" * 120, b"x" * 70_000]
 
 
-def test_a_stored_image_cannot_claim_any_memory() -> None:
-    jpeg = bytearray(encode(Image.new("L", (16, 16))))
-    frame = jpeg.index(b"\xff\xc0")
-    jpeg[frame + 5 : frame + 9] = b"\xff\xdc\xff\xdc"
-    with pytest.raises(ValueError, match=r"^65500×65500 is more than 268,435,456 pixels$"):
-        decode_stored(bytes(jpeg), "jpeg")
-    png = encode(Image.new("L", (16, 16)), format="PNG")
-    claimed = b"IHDR" + (60_000).to_bytes(4) * 2 + png[24:29]
-    with pytest.raises(ValueError, match=r"^60000×60000 is more than 268,435,456 pixels$"):
-        decode_stored(png[:12] + claimed + zlib.crc32(claimed).to_bytes(4) + png[33:], "png")
+def damage(data: bytes, seed: int) -> bytes:
+    """The data with one to four places cut out or replaced, by a token or by any bytes."""
+    random = Random(seed)
+    for _ in range(random.randint(1, 4)):
+        start = random.randint(0, len(data))
+        end = random.randint(start, min(len(data), start + 40))
+        token = random.choice(TOKENS) if random.random() < 0.5 else random.randbytes(random.randint(0, 8))
+        data = data[:start] + token + data[end:]
+    return data
+
+
+@pytest.fixture(scope="module")
+def example(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards, beside which are the other sound files that inputs are bred from."""
+    return make_example(tmp_path_factory.mktemp("example"))
+
+
+@pytest.mark.parametrize("name", [name for name in TARGETS if name != "dicom"])
+def test_a_damaged_file_is_sound_or_refused(name: str, example: Path, tmp_path: Path) -> None:
+    make_target, seeds = TARGETS[name]
+    target = make_target(tmp_path, example)
+    files = [path.read_bytes() for path in sorted(example.glob(seeds))]
+    for seed in ROUNDS:
+        message = feed(target, damage(files[seed % len(files)], seed))
+        assert message.startswith(str(tmp_path) if message else ""), message
+
+
+NOT_A_LABEL = ", line 2, column No Finding: '{}' is not a label: 1.0, 0.0, -1.0 or blank"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "complaint"),
+    [
+        ("Path", "\ufeffPath", ""),
+        ("\n", "\r\n", ""),
+        ("Female", '"Female"', ""),
+        (",1.0,", ',"1.0",', ""),
+        (",1.0,", ",1,", ""),
+        (",1.0,", ",1e0,", ""),
+        (",1.0,", ", 1.0,", ""),
+        (",1.0,", ",NaN,", NOT_A_LABEL.format("NaN")),
+        (",1.0,", ",inf,", NOT_A_LABEL.format("inf")),
+        ("\n", ",Edema\n", ": column Edema appears 2 times"),
+        ("patient00002", "patient00001", ", lines 2 and 3: the same image"),
+        ("patient00002", "pätient00002", ", line 3, column Path: "),
+        ("00002", "2" * 100, ", line 3, column Path: "),
+        ("Female", "F" * 10_000_000, ": not a readable CSV: "),
+        ("Female", "F\udce9male", ": not a readable CSV: "),
+        ("Path", "\udcff\udcfeP\0a\0t\0h\0", ": not a readable CSV: "),  # as UTF-16 begins
+    ],
+)
+def test_tables_as_programs_write_them(tmp_path: Path, old: str, new: str, complaint: str) -> None:
+    path = tmp_path / "train.csv"
+    path.write_bytes(CSV.replace(old, new, 1 if len(new) > 1000 else -1).encode(errors="surrogateescape"))
+    if complaint:
+        with pytest.raises(DataError, match=f"^{re.escape(f'{path}{complaint}')}"):
+            read_any_table(path)
+    else:
+        assert read_any_table(path)["No Finding"].to_pylist() == [1] * 5
+
+
+HOSTILE = "\x1b[2J\ufeff.tar"
+PLACES = ("splits", "splits train table", "splits train shards 0 file", "policies uncertain", "version")
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_no_text_of_a_manifest_reaches_the_terminal_raw(shards: Shards, place: str) -> None:
+    path = shards[0] / "manifest.json"
+    document: Any = json.loads(path.read_bytes())
+    *above, last = place.split()
+    inner = document
+    for name in above:
+        inner = inner[int(name) if name == "0" else name]
+    inner[last] = {HOSTILE: inner[last]["train"]} if last == "splits" else HOSTILE
+    path.write_text(json.dumps(document))
+    with pytest.raises(DataError, match=rf"^{shards[0]}/.*\\x1b\[2J") as caught:
+        read_manifest(shards[0])
+    assert str(caught.value).isprintable()
+
+
+VALUES: list[Any] = [None, True, -1, 0, 2**31, 2**63, 10**400, 1.5, [], [[]], {}]
+VALUES += ["", "x", "\x1b[2J", "\ufeff", "../x", "/etc/passwd"]
+
+
+def test_a_manifest_with_other_values_is_refused_by_name(shards: Shards, tmp_path: Path) -> None:
+    folder, _ = shards
+    whole = (folder / "manifest.json").read_bytes()
+    target = manifest_target(tmp_path / "copy", folder)
+    for seed in ROUNDS:
+        random, document = Random(seed), json.loads(whole)
+        place: Any = document
+        while True:  # down to any place
+            key = random.choice(sorted(place) if isinstance(place, dict) else range(len(place)))
+            if isinstance(place[key], dict | list) and place[key] and random.random() < 0.5:
+                place = place[key]
+            else:
+                break
+        place[key] = random.choice(VALUES)
+        feed(target, json.dumps(document).encode())

@@ -105,7 +105,7 @@ class Folder(RuleBasedStateMachine):
     def damage(self, data: st.DataObject, how: str) -> None:
         file = data.draw(st.sampled_from(sorted(path for path in self.out.rglob("*") if path.is_file())))
         content = file.read_bytes()
-        if how == "remove" or file.name == "manifest.json":  # a forged manifest is a matter of test_bad_input
+        if how == "remove" or file.name == "manifest.json":  # a forged manifest is a matter of test_hostile
             file.unlink()
         elif content:
             place = data.draw(st.integers(0, len(content) - 1))
