@@ -68,11 +68,6 @@ def test_a_task_that_kills_its_worker_twice_is_named(tmp_path: Path) -> None:
         list(run_tasks(always_die, [(tmp_path, number) for number in range(20)], 2))
 
 
-def test_a_step_whose_process_is_killed_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"^planning shards: its process was killed; is there enough memory\?$"):
-        run_alone(always_die, (tmp_path, 5), "planning shards")
-
-
 def test_an_error_reaches_the_caller(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"^task 7 failed$"):
         list(run_tasks(fail, [(tmp_path, 7)], 2))

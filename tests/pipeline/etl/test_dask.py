@@ -17,15 +17,17 @@ from distributed import Client
 
 from pipeline import DataError
 from pipeline.etl.cluster import run_on_cluster
-from tests.conftest import PIPELINE, REPOSITORY, ROUNDS, run_pipeline, write_chexpert
+from tests.conftest import PIPELINE, REPOSITORY, ROUNDS, hashes, run_pipeline, write_chexpert
 from tests.swift import free_ports
 
-OPTIONS = ["--size", "48", "--dev", "0.3", "--samples-per-shard", "20"]
+OPTIONS = ["--size", "48", "--dev", "0.3", "--samples-per-shard", "20", "--max-bad", "0.01"]
 
 pytestmark = pytest.mark.cluster
 
-Start = Callable[..., "subprocess.Popen[bytes]"]
 connect: Any = Client  # which has no types
+
+
+Start = Callable[..., "subprocess.Popen[bytes]"]
 
 
 @pytest.fixture
@@ -47,10 +49,23 @@ def start() -> Iterator[Start]:
 
 
 @pytest.fixture
-def scheduler(start: Start) -> str:
+def cluster(start: Start) -> "tuple[str, subprocess.Popen[bytes]]":
+    """A scheduler's address, and its process."""
     (port,) = free_ports(1)
-    start("scheduler", "--host", "127.0.0.1", "--port", port, "--no-dashboard")
-    return f"tcp://127.0.0.1:{port}"
+    process = start("scheduler", "--host", "127.0.0.1", "--port", port, "--no-dashboard")
+    return f"tcp://127.0.0.1:{port}", process
+
+
+@pytest.fixture
+def scheduler(cluster: tuple[str, object]) -> str:
+    return cluster[0]
+
+
+@pytest.fixture
+def witness(tmp_path: Path) -> Path:
+    """A file that every worker has to see."""
+    (tmp_path / "options.json").write_text("{}")
+    return tmp_path / "options.json"
 
 
 @pytest.fixture(scope="module")
@@ -63,28 +78,29 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+def shard_on(scheduler: str, source: Path, out: Path, *options: str, finished: int = 1) -> "subprocess.Popen[str]":
+    """The command that shards on the cluster, with so many of its shards finished."""
+    command = [PIPELINE, "shards", source, out, *OPTIONS, *options, "--scheduler", scheduler]
+    run = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while len(list(out.glob("*.tar"))) < finished:
+        time.sleep(0.01)
+        assert run.poll() is None
+    return run
+
+
+def assert_written_alike(source: Path, folder: Path) -> None:
+    """As on this machine alone."""
+    assert run_pipeline("shards", source, folder.parent / "local", *OPTIONS).returncode == 0
+    assert hashes(folder) == hashes(folder.parent / "local")
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("round_", ROUNDS)
 def test_a_lost_worker_changes_no_byte(
-    start: Start,
-    scheduler: str,
-    source: Path,
-    tmp_path: Path,
-    round_: int,
-    record_property: Callable[[str, object], None],
+    start: Start, scheduler: str, source: Path, tmp_path: Path, round_: int, record_property: Callable[..., None]
 ) -> None:
-    local = run_pipeline("shards", source, tmp_path / "local", *OPTIONS, "--max-bad", 0.01)
-    assert local.returncode == 0, local.stderr
     workers = [start("worker", scheduler) for _ in range(3)]
-    command = [PIPELINE, "shards", source, tmp_path / "cluster", *OPTIONS, "--max-bad", "0.01", "--strict"]
-    run = subprocess.Popen([*map(str, command), "--scheduler", scheduler], stderr=subprocess.PIPE, text=True)
-    while not list((tmp_path / "cluster").glob("*.tar")):
-        time.sleep(0.01)
-        assert run.poll() is None
+    run = shard_on(scheduler, source, tmp_path / "cluster", "--strict")
     time.sleep(random.Random(round_).random() / 10)
     workers[0].send_signal(signal.SIGKILL)
     record_property("survived", "SIGKILL of a Dask worker")
@@ -92,48 +108,35 @@ def test_a_lost_worker_changes_no_byte(
     _, said = run.communicate(timeout=120)
     assert run.returncode == 3, said  # --strict, and one reject
     assert "1,200 of 1,200 images" in said
-    assert files_of(tmp_path / "cluster") == files_of(tmp_path / "local")
+    assert_written_alike(source, tmp_path / "cluster")
 
 
 def test_a_stopped_run_continues_on_a_cluster(start: Start, scheduler: str, source: Path, tmp_path: Path) -> None:
     start("worker", scheduler)
-    words = [PIPELINE, "shards", source, tmp_path / "out", *OPTIONS, "--max-bad", "0.01"]
-    command = [*map(str, words), "--scheduler", scheduler]
-    run = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    while len(list((tmp_path / "out").glob("*.tar"))) < 3:
-        time.sleep(0.01)
-        assert run.poll() is None
+    run = shard_on(scheduler, source, tmp_path / "out", finished=3)
     run.send_signal(signal.SIGTERM)
-    assert run.wait(timeout=30) == 143
-    again = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert again.returncode == 0, again.stderr
-    assert " images were there already" in again.stdout
-    run_pipeline("shards", source, tmp_path / "local", *OPTIONS, "--max-bad", 0.01)
-    assert files_of(tmp_path / "out") == files_of(tmp_path / "local")
+    run.communicate(timeout=30)
+    assert run.returncode == 143
+    out, errors = shard_on(scheduler, source, tmp_path / "out").communicate()
+    assert " images were there already" in out, errors
+    assert_written_alike(source, tmp_path / "out")
 
 
-def test_a_lost_scheduler_is_named(start: Start, source: Path, tmp_path: Path) -> None:
-    (port,) = free_ports(1)
-    scheduler = start("scheduler", "--host", "127.0.0.1", "--port", port, "--no-dashboard")
-    start("worker", f"tcp://127.0.0.1:{port}")
-    words = [PIPELINE, "shards", source, tmp_path / "out", *OPTIONS, "--max-bad", "0.01"]
-    command = [*map(str, words), "--scheduler", f"tcp://127.0.0.1:{port}"]
-    run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    while len(list((tmp_path / "out").glob("*.tar"))) < 2:
-        time.sleep(0.01)
-        assert run.poll() is None
-    scheduler.kill()
+def test_a_lost_scheduler_is_named(start: Start, cluster: Any, source: Path, tmp_path: Path) -> None:
+    scheduler, process = cluster
+    start("worker", scheduler)
+    run = shard_on(scheduler, source, tmp_path / "out", finished=2)
+    process.kill()
     _, said = run.communicate(timeout=60)
-    reason = f"--scheduler tcp://127.0.0.1:{port}: the connection was lost; the same command continues"
+    reason = f"--scheduler {scheduler}: the connection was lost; the same command continues"
     assert (run.returncode, said.splitlines()[-1]) == (1, f"Error: {reason}")
 
 
-def test_a_late_worker_that_differs_or_fails_is_named_and_its_tasks_go_to_others(
-    start: Start, scheduler: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_a_late_worker_that_differs_is_named_and_its_tasks_go_to_others(
+    start: Start, scheduler: str, tmp_path: Path, witness: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A copy of this project with a byte more: its worker joins while the first task runs."""
-    witness, other = tmp_path / "options.json", tmp_path / "other"
-    witness.write_text("{}")
+    other = tmp_path / "other"
     for name in ("pipeline", "tests"):
         shutil.copytree(REPOSITORY / name, other / name)
     with (other / "pipeline/images.py").open("a") as file:
@@ -151,15 +154,14 @@ def test_a_late_worker_that_differs_or_fails_is_named_and_its_tasks_go_to_others
 
 
 def test_a_task_that_a_machine_fails_is_done_by_another(
-    start: Start, scheduler: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    start: Start, scheduler: str, tmp_path: Path, witness: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    witness = tmp_path / "options.json"
-    witness.write_text("{}")
     start("worker", scheduler)
     start("worker", scheduler)
     with connect(scheduler, set_as_default=False) as client:
         client.wait_for_workers(2)
-    assert list(run_on_cluster(str.upper, ["a"], scheduler, witness, blame_once())) == ["A"]
+    reasons = iter(["does not see /data/film.jpg"])  # of the first result alone
+    assert list(run_on_cluster(str.upper, ["a"], scheduler, witness, lambda _: next(reasons, ""))) == ["A"]
     (warning,) = (record.getMessage() for record in caplog.records if record.name == "pipeline.etl.cluster")
     assert re.fullmatch(r"worker tcp://\S+ does not see /data/film.jpg; its tasks go to others", warning)
     failed = rf"worker tcp://\S+ failed: \[Errno 17\] File exists: '{tmp_path}'"
@@ -167,17 +169,9 @@ def test_a_task_that_a_machine_fails_is_done_by_another(
         list(run_on_cluster(os.mkdir, [str(tmp_path)], scheduler, witness))
 
 
-def blame_once() -> Callable[[str], str]:
-    """Says of the first result that its worker does not see an image."""
-    reasons = iter(["does not see /data/film.jpg"])
-    return lambda result: next(reasons, "")
-
-
 def test_a_cluster_that_cannot_work_is_named(
-    start: Start, scheduler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    start: Start, scheduler: str, witness: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    witness = tmp_path / "options.json"
-    witness.write_text("{}")
     worker = start("worker", scheduler)
     assert sorted(run_on_cluster(len, ["a", "bcd"], scheduler, witness)) == [1, 3]
     here_alone = Path("/proc/self/cmdline")  # which is another one in every process

@@ -1,4 +1,5 @@
 import hashlib
+import os
 import re
 import shutil
 import zlib
@@ -13,9 +14,8 @@ from PIL import Image
 
 from pipeline.base.files import write_table
 from pipeline.manifest import Manifest, Shard, read_manifest, read_table, write_manifest
-from tests.conftest import flip, run_pipeline
+from tests.conftest import Shards, flip, run_pipeline
 
-Shards = tuple[Path, Manifest]
 Damage = Callable[[Path, Manifest], list[str]]  # does it, and returns the lines that must be printed
 
 
@@ -85,8 +85,7 @@ def flip_end(folder: Path, manifest: Manifest) -> list[str]:
 def truncate(folder: Path, manifest: Manifest) -> list[str]:
     path, _, _, _ = first_row(folder, manifest)
     size = path.stat().st_size
-    with path.open("r+b") as file:
-        file.truncate(size - 1000)
+    os.truncate(path, size - 1000)
     return [f"{path}: damaged: {size - 1000} bytes, not {size} as in the manifest"]
 
 
@@ -202,9 +201,8 @@ DAMAGES += [remove_description, move_row, miscount, repeat_split, rename_member,
 def test_damage_is_named(chexpert: Path, shards: Shards, damage: Damage) -> None:
     folder, manifest = shards
     lines = damage(folder, manifest)
-    run = run_pipeline("verify", folder, "--workers", 2)
-    assert run.stdout.splitlines() == lines
-    assert run.returncode == 1
+    run = run_pipeline("verify", folder, "--workers", 2 if damage is damage_several else 1)
+    assert (run.returncode, run.stdout.splitlines()) == (1, lines)
     remedy = "to restore them, run the command that wrote them again"
     assert re.fullmatch(rf"Error: {folder}: \d+ problems? in \d+ files?; {remedy}", run.stderr.splitlines()[-1])
 
@@ -213,13 +211,13 @@ def test_damage_is_named(chexpert: Path, shards: Shards, damage: Damage) -> None
 def test_healthy_shards_pass(shards: Shards, options: tuple[str, ...]) -> None:
     folder, manifest = shards
     run = run_pipeline("verify", folder, *options)
-    samples = sum(split.samples for split in manifest.splits.values())
-    number = sum(len(split.shards) for split in manifest.splits.values())
-    size = sum(shard.bytes for split in manifest.splits.values() for shard in split.shards) / 1e6
-    found = f"3 splits, {number} shards, {samples} samples, {size:,.1f} MB"
+    splits = manifest.splits.values()
+    number = sum(len(split.shards) for split in splits)
+    size = sum(shard.bytes for split in splits for shard in split.shards) / 1e6
+    found = f"3 splits, {number} shards, {sum(split.samples for split in splits)} samples, {size:,.1f} MB"
     assert re.fullmatch(rf"{folder}: OK: {found} in \d+\.\d s\n", run.stdout)
-    assert run.returncode == 0
-    assert run.stderr == f"Verifying: {number} of {number} shards\nnext: pipeline audit {folder}\n"
+    progress = f"Verifying: {number} of {number} shards\nnext: pipeline audit {folder}\n"
+    assert (run.returncode, run.stderr) == (0, progress)
 
 
 def deep_only(folder: Path, lines: list[str]) -> None:

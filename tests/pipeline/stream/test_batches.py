@@ -1,4 +1,4 @@
-import io
+import os
 import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -10,27 +10,22 @@ from unittest.mock import Mock
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
 import pytest
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
-from torchvision.transforms.functional import pil_to_tensor
 
 from pipeline import BatchDataset, DataError
-from pipeline.images import decode_into, decode_stored, resize
+from pipeline.images import decode_into, decode_stored
 from pipeline.labels import LABELS
-from pipeline.manifest import FACTS, Manifest, read_table
+from pipeline.manifest import FACTS, read_table
 from pipeline.policies import make_targets, parse_uncertain_policy
 from pipeline.stream import batches as stream
 from pipeline.stream.batches import Batch, BatchStream, Labels, Unusable, stream_batches
 from pipeline.stream.loader import LoaderStream
 from pipeline.stream.plan import Rows, Samples, Step, Weights, plan_evaluation, plan_training
 from pipeline.stream.samples import OpenSplit, find_images, find_studies, open_split
-from tests.conftest import REPOSITORY, flip, make_shards
-
-Shards = tuple[Path, Manifest]
+from tests.conftest import REPOSITORY, Shards, flip, make_shards, refused
 
 
 @pytest.fixture
@@ -38,9 +33,14 @@ def split(shards: Shards) -> OpenSplit:
     return open_split(*shards, "train")
 
 
+def best_labels(split: OpenSplit) -> Labels:
+    """All targets and masks, by the policies of the shards."""
+    return Labels(*make_targets(split.table, parse_uncertain_policy("best"), "zeros", seed=0))
+
+
 @pytest.fixture
 def labels(split: OpenSplit) -> Labels:
-    return Labels(*make_targets(split.table, parse_uncertain_policy("best"), "zeros", seed=0))
+    return best_labels(split)
 
 
 def training(
@@ -90,9 +90,9 @@ class Source(NamedTuple):
 @pytest.fixture(params=["image", "study"])
 def source(request: pytest.FixtureRequest, study_shards: Shards) -> Source:
     split = open_split(*study_shards, "train")
-    labels = Labels(*make_targets(split.table, parse_uncertain_policy("best"), "zeros", seed=0))
     samples = find_images(split) if request.param == "image" else find_studies(split)[0]
-    return Source(split, len(samples.rows), lambda **options: list(training(split, labels, samples, **options)))
+    epoch = partial(training, split, best_labels(split), samples)
+    return Source(split, len(samples.rows), lambda **options: list(epoch(**options)))
 
 
 def assert_equal(batches: list[Any], expected: list[Any]) -> None:
@@ -122,12 +122,9 @@ def test_same_batches_for_any_threads_and_ranks_and_from_any_step(source: Source
     steps = len(whole)
     assert steps == source.units // 4 > 4
     # Resumed in the middle, once more from there, with one step to go, and at the exact end.
-    for start_step in (0, 1, 3, steps - 1, steps):
-        streams = [
-            source.epoch(threads=threads, start_step=start_step, rank=rank, ranks=ranks) for rank in range(ranks)
-        ]
-        joined = [join(parts) for parts in zip(*streams, strict=True)]
-        assert_equal(joined, whole[start_step:])
+    for start in (0, 1, 3, steps - 1, steps):
+        shares = [source.epoch(threads=threads, start_step=start, rank=rank, ranks=ranks) for rank in range(ranks)]
+        assert_equal([join(parts) for parts in zip(*shares, strict=True)], whole[start:])
 
 
 def test_a_resume_decodes_nothing_of_what_was_done(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,40 +150,37 @@ def test_a_stage_of_the_users_own(split: OpenSplit, labels: Labels) -> None:
 
 def test_a_stream_continues_from_its_state_and_then_starts_over(split: OpenSplit, labels: Labels) -> None:
     whole = list(training(split, labels))
-    first, second = training(split, labels), training(split, labels)
-    batches = iter(first)
-    assert_equal([next(batches), next(batches)], whole[:2])
-    assert first.state_dict() == {"step": 2}
-    second.load_state_dict(first.state_dict())
-    assert_equal(list(second), whole[2:])
-    assert second.state_dict() == {"step": 0}
-    assert_equal(list(second), whole)
+    for wrap in (lambda stream: stream, BatchDataset):
+        for done in range(len(whole)):
+            first, second = wrap(training(split, labels)), wrap(training(split, labels))
+            batches = [batch for _, batch in zip(range(done), first, strict=False)]
+            assert first.state_dict() == {"step": done}
+            second.load_state_dict(first.state_dict())
+            assert_equal(batches + list(second), whole)
+        assert second.state_dict() == {"step": 0}
+        assert_equal(list(second), whole)
 
 
 def test_whoever_leaves_a_stream_finds_the_beginning_next(split: OpenSplit, labels: Labels) -> None:
     stream_ = training(split, labels, size=16)
     every = list(range(len(stream_)))
 
-    def steps(batches: Iterable[Batch]) -> list[int]:
-        return [batch.step.step for batch in batches]
+    def steps() -> list[int]:
+        return [batch.step.step for batch in stream_]
 
     for _ in zip(range(2), stream_, strict=False):
         pass
-    assert stream_.state_dict() == {"step": 2}
-    assert steps(stream_) == every
-    assert [(a.step.step, b.step.step) for a, b in zip(stream_, stream_, strict=True)] == list(
-        zip(every, every, strict=True)
-    )
-    assert [steps(stream_) for _ in stream_] == [every] * len(every)
+    assert steps() == every
+    assert [(a.step.step, b.step.step) for a, b in zip(stream_, stream_, strict=True)] == [(n, n) for n in every]
+    assert [steps() for _ in stream_] == [every] * len(every)
     with suppress(KeyError):
         for _ in stream_:
             raise KeyError
     stream_.load_state_dict({"step": 3})
     assert (stream_.step, len(stream_)) == (3, len(every))
-    left = iter(stream_)
-    assert next(left).step.step == 3
+    assert next(iter(stream_)).step.step == 3
     assert stream_.state_dict() == {"step": 4}
-    assert steps(stream_) == every, "a loaded state is a start once"
+    assert steps() == every, "a loaded state is a start once"
 
 
 @pytest.mark.parametrize(("workers", "persistent"), [(0, False), (1, True), (2, False), (3, True)])
@@ -219,10 +213,8 @@ def flip_bit(folder: Path, split: OpenSplit, row: int) -> str:
 
 
 def test_a_flipped_bit_is_named(shards: Shards, split: OpenSplit, labels: Labels) -> None:
-    message = flip_bit(shards[0], split, 5)
-    with pytest.raises(DataError) as caught:
+    with refused(flip_bit(shards[0], split, 5)):
         list(evaluation(open_split(*shards, "train"), labels, size=32, batch_size=4))
-    assert str(caught.value) == message
 
 
 def test_allowed_bad_images_are_black_and_masked_and_logged(
@@ -245,9 +237,8 @@ def test_allowed_bad_images_are_black_and_masked_and_logged(
     assert {text for text, _, _ in said} == {first, last}
     assert [rest for _, _, rest in said] == ["left out, 1 of 2 allowed", "left out, 2 of 2 allowed"]
     assert labels.mask.all()  # the rows of the whole split are untouched
-    with pytest.raises(DataError) as caught:
+    with refused(f"{last}; more than 1 such images (`max_bad`)"):
         list(evaluation(split, labels, size=32, batch_size=4, bad=Unusable(1)))
-    assert str(caught.value) == f"{last}; more than 1 such images (`max_bad`)"
     # One budget for all streams that share it, and a state that others go on from.
     list(training(split, labels, epoch=1, bad=unusable))
     assert unusable.state_dict() == {"rows": [5, 12]}
@@ -264,10 +255,10 @@ def test_allowed_bad_images_are_black_and_masked_and_logged(
 def test_a_shard_cut_short_under_a_running_stream_is_named(shards: Shards, split: OpenSplit, labels: Labels) -> None:
     batches = iter(evaluation(split, labels, size=32, batch_size=1, threads=1))
     next(batches)
-    (shards[0] / split.shards[-1].shard.file).write_bytes(b"")
-    key = split.table["key"][split.table.num_rows - split.shards[-1].shard.samples].as_py()
-    message = rf"^{split.shards[-1].shard.file}: sample {key}: its bytes do not match the checksum in the index$"
-    with pytest.raises(DataError, match=message):
+    last = split.shards[-1].shard
+    (shards[0] / last.file).write_bytes(b"")
+    key = split.table["key"][split.table.num_rows - last.samples].as_py()
+    with refused(f"{last.file}: sample {key}: its bytes do not match the checksum in the index"):
         list(batches)
 
 
@@ -296,33 +287,6 @@ def test_files_stay_open_only_as_long_as_they_are_read(
     # The last that was read, and the one before while it is being replaced; none once the thread has read them all.
     assert max(counts) in (1, 2)
     assert open_tars() == 0
-
-
-class PlainDataset(torch.utils.data.Dataset[tuple[torch.Tensor, int]]):
-    """What a PyTorch user needs to read shards without this package; returns image and Edema."""
-
-    def __init__(self, folder: Path, split: str) -> None:
-        self.rows = pa.ipc.open_file(pa.memory_map(str(folder / f"{split}.arrow"))).read_all()
-        self.tars = sorted(folder.glob(f"{split}-*.tar"))
-
-    def __len__(self) -> int:
-        return int(self.rows.num_rows)
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        row = self.rows.slice(index, 1).to_pylist()[0]
-        with self.tars[row["shard"]].open("rb") as tar:
-            tar.seek(row["offset"])
-            return pil_to_tensor(Image.open(io.BytesIO(tar.read(row["length"])))), row["Edema"]
-
-
-def test_a_plain_pytorch_dataset_reads_the_same(shards: Shards, split: OpenSplit, labels: Labels) -> None:
-    plain = PlainDataset(shards[0], "train")
-    ours = list(evaluation(split, labels, size=(48, 40), batch_size=1))
-    assert len(plain) == len(ours)
-    for index, state in enumerate(split.table["Edema"].to_pylist()):
-        (image, edema), batch = plain[index], ours[index]
-        np.testing.assert_array_equal(resize(image.numpy()[0], 48, 40), batch.images[0, 0])
-        assert edema == state
 
 
 # A reader of Hugging Face leaves its tars open until they are collected.
@@ -370,12 +334,11 @@ def test_missing_and_truncated_shards_are_found_before_the_first_batch(shards: S
     folder, manifest = shards
     shard = folder / manifest.split("train").shards[1].file
     size = shard.stat().st_size
-    with shard.open("r+b") as file:
-        file.truncate(1024)
-    with pytest.raises(DataError, match=rf"train-000001.tar: damaged: 1024 bytes, not {size} as in the manifest$"):
+    os.truncate(shard, 1024)
+    with refused(f"{shard}: damaged: 1024 bytes, not {size} as in the manifest"):
         open_split(folder, manifest, "train")
     shard.unlink()
-    with pytest.raises(DataError, match=r"train-000001.tar: the shard is missing$"):
+    with refused(f"{shard}: the shard is missing"):
         open_split(folder, manifest, "train")
 
 
@@ -398,9 +361,8 @@ def test_an_abandoned_stream_ends_its_threads(split: OpenSplit, labels: Labels) 
 
 def load(stream_: BatchStream, context: str) -> Iterable[Any]:
     """The batches through two workers of a DataLoader that are started this way."""
-    loader: DataLoader[Any] = DataLoader(
-        BatchDataset(stream_), batch_size=None, num_workers=2, multiprocessing_context=context
-    )
+    dataset = BatchDataset(stream_)
+    loader: DataLoader[Any] = DataLoader(dataset, batch_size=None, num_workers=2, multiprocessing_context=context)
     for batch in loader:
         arrays = {name: value.numpy() for name, value in batch._asdict().items() if name not in ("step", "bad")}
         yield Batch(batch.step._replace(rows=batch.step.rows.numpy()), **arrays, bad=batch.bad)
@@ -426,20 +388,6 @@ def test_the_length_is_that_of_the_whole_epoch(split: OpenSplit, labels: Labels)
     assert len(short) == len(list(short)) == 5
 
 
-def test_a_dataset_by_itself_yields_tensors_and_resumes_after_any_batch(split: OpenSplit, labels: Labels) -> None:
-    whole = list(training(split, labels, size=16))
-    for done in range(len(whole) + 1):
-        first, second = (BatchDataset(training(split, labels, size=16)) for _ in range(2))
-        batches = [batch for _, batch in zip(range(done), first, strict=False)]
-        second.load_state_dict(first.state_dict())
-        batches += second
-        assert [batch.step.step for batch in batches] == list(range(len(whole)))
-        for batch, expected in zip(batches, whole, strict=True):
-            assert torch.equal(batch.images, torch.from_numpy(expected.images))
-            assert torch.equal(batch.target, torch.from_numpy(expected.target))
-            assert torch.equal(batch.mask, torch.from_numpy(expected.mask))
-
-
 @pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_stateful_loader_continues_where_it_was(split: OpenSplit, labels: Labels, workers: int) -> None:
@@ -447,11 +395,10 @@ def test_a_stateful_loader_continues_where_it_was(split: OpenSplit, labels: Labe
         dataset = BatchDataset(training(split, labels, size=16))
         return StatefulDataLoader(dataset, batch_size=None, num_workers=workers)
 
-    whole = [batch.step.step for batch in training(split, labels, size=16)]
-    for done in (0, 1, 3, len(whole) - 1):
+    last = len(training(split, labels)) - 1
+    for done in (0, 1, 3, last):
         first, second = loader(), loader()
         batches = iter(first)
         steps = [int(next(batches)[0][1]) for _ in range(done)]
-        state = first.state_dict()
-        second.load_state_dict(state)
-        assert steps + [int(batch[0][1]) for batch in second] == whole
+        second.load_state_dict(first.state_dict())
+        assert steps + [int(batch[0][1]) for batch in second] == list(range(last + 1))

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,10 @@ import pytest
 from pipeline import DataError
 from pipeline.base.files import atomic_file
 from pipeline.base.store import open_location, read_objects
-from pipeline.manifest import Manifest, read_manifest, read_table
+from pipeline.manifest import read_manifest, read_table
 from pipeline.stream import cache
 from pipeline.stream.cache import Remote
-from tests.conftest import PIPELINE, write_chexpert
+from tests.conftest import PIPELINE, Shards, refused, start, write_chexpert
 from tests.swift import KEY, SECRET, run_swift
 
 GB = 10**9
@@ -49,24 +50,32 @@ def environment(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache, "ATTEMPTS", 2)
 
 
-@pytest.fixture
-def stored(shards: tuple[Path, Manifest]) -> tuple[Path, Manifest]:
-    """Shards in a folder, and the same in the store."""
+def open_store(**options: Any) -> Any:
+    """The store, without what another test's credentials may have left."""
     import s3fs
 
+    return s3fs.S3FileSystem(skip_instance_cache=True, **options)
+
+
+@pytest.fixture
+def stored(shards: Shards) -> Shards:
+    """Shards in a folder, and the same in the store."""
     folder, manifest = shards
-    store = s3fs.S3FileSystem(skip_instance_cache=True)
+    store = open_store()
     store.makedirs("chest", exist_ok=True)
     store.put(f"{folder}/", URL, recursive=True)
     return folder, manifest
 
 
-def run_pipeline(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """The command in a process of its own: s3fs keeps connections, and the credentials they were made with."""
-    return subprocess.run([PIPELINE, *map(str, arguments)], capture_output=True, text=True, check=False)
+# In a process of its own: s3fs keeps connections, and the credentials they were made with.
+run_pipeline = partial(start, PIPELINE)
 
 
-def test_shards_come_back_as_they_went(stored: tuple[Path, Manifest], tmp_path: Path) -> None:
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_shards_come_back_as_they_went(stored: Shards, tmp_path: Path) -> None:
     folder, manifest = stored
     remote = Remote(URL, tmp_path / "cache", GB)
     mirror = remote.mirror()
@@ -81,7 +90,7 @@ def test_shards_come_back_as_they_went(stored: tuple[Path, Manifest], tmp_path: 
     ("name", "value"), [("AWS_SECRET_ACCESS_KEY", "wr0ng-s3cret"), ("AWS_ACCESS_KEY_ID", "test:wr0ng")]
 )
 def test_wrong_credentials_are_named_without_them(
-    stored: tuple[Path, Manifest], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str
+    stored: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str
 ) -> None:
     monkeypatch.setenv(name, value)
     with pytest.raises(DataError) as caught:
@@ -92,63 +101,55 @@ def test_wrong_credentials_are_named_without_them(
 
 
 @pytest.mark.parametrize("url", ["s3://no-such-bucket/shards", "s3://chest/no-such-path"])
-def test_what_is_not_there_is_named(stored: tuple[Path, Manifest], tmp_path: Path, url: str) -> None:
-    with pytest.raises(DataError) as caught:
+def test_what_is_not_there_is_named(stored: Shards, tmp_path: Path, url: str) -> None:
+    with refused(f"{url}/manifest.json: not found: check the name"):
         Remote(url, tmp_path / "cache", GB).mirror()
-    assert str(caught.value) == f"{url}/manifest.json: not found: check the name"
 
 
-def test_another_object_under_the_name_is_refused(stored: tuple[Path, Manifest], tmp_path: Path) -> None:
-    import s3fs
-
+def test_another_object_under_the_name_is_refused(stored: Shards, tmp_path: Path) -> None:
     first, second = stored[1].split("train").shards[:2]
-    s3fs.S3FileSystem(skip_instance_cache=True).copy(f"{URL}/{second.file}", f"{URL}/{first.file}")
-    with pytest.raises(DataError) as caught:
-        Remote(URL, tmp_path / "cache", GB).path(first)
+    open_store().copy(f"{URL}/{second.file}", f"{URL}/{first.file}")
     reason = "its sha256 is not the manifest's"
     if first.bytes < second.bytes:
         reason = f"more than the {first.bytes:,} bytes that it may have"
-    assert str(caught.value) == f"{URL}/{first.file}: {reason}; tried 2 times"
+    with refused(f"{URL}/{first.file}: {reason}; tried 2 times"):
+        Remote(URL, tmp_path / "cache", GB).path(first)
 
 
 def objects_of(prefix: str) -> dict[str, bytes]:
-    import s3fs
-
-    store = s3fs.S3FileSystem(skip_instance_cache=True)
+    store = open_store()
     paths = store.find(prefix, withdirs=False) if store.exists(prefix) else []
     return {path.removeprefix(f"{prefix}/"): store.cat_file(path) for path in paths}
 
 
 def test_the_etl_writes_to_the_store_what_it_writes_to_a_folder(stored: object, tmp_path: Path) -> None:
     """Killed in the middle and started again; in its second half with more than one worker."""
-    import s3fs
-
     source = tmp_path / "CheXpert-v1.0-small"
     write_chexpert(source, "train", range(1, 61))
     options = ["--size", "48", "--dev", "0.3", "--samples-per-shard", "20"]
     assert run_pipeline("shards", source, tmp_path / "local", *options).returncode == 0
     command = [str(PIPELINE), "shards", str(source), "s3://chest/written/small", *options, "--workers"]
     run = subprocess.Popen([*command, "1"], stderr=subprocess.DEVNULL)
-    store = s3fs.S3FileSystem(skip_instance_cache=True, use_listings_cache=False)
+    store = open_store(use_listings_cache=False)
     while len(store.glob("chest/written/small/*.tar")) < 2:
         assert run.poll() is None
     run.send_signal(signal.SIGKILL)
     run.wait()
     assert "manifest.json" not in objects_of("chest/written/small")
-    again = subprocess.run([*command, "2"], capture_output=True, text=True, check=False)
+    again = start(*command, 2)
     assert again.returncode == 0, again.stderr
     assert "images were there already" in again.stdout
-    expected = {path.name: path.read_bytes() for path in (tmp_path / "local").iterdir()}
+    expected = files_of(tmp_path / "local")
     assert objects_of("chest/written/small") == expected
     assert not any(SECRET.encode() in content or KEY.encode() in content for content in expected.values())
-    third = subprocess.run([*command, "1"], capture_output=True, text=True, check=False)
+    third = start(*command, 1)
     assert "s3://chest/written/small: complete already, nothing to do" in third.stdout
     store.pipe_file("chest/written/small/train-000001.tar", b"damaged")
     store.rm("chest/written/small/dev.arrow")
-    fourth = subprocess.run([*command, "1"], capture_output=True, text=True, check=False)
+    fourth = start(*command, 1)
     assert "s3://chest/written/small: restored: dev.arrow, train-000001.tar" in fourth.stdout, fourth.stderr
     assert objects_of("chest/written/small") == expected
-    other = subprocess.run([*command, "1", "--seed", "1"], capture_output=True, text=True, check=False)
+    other = start(*command, 1, "--seed", 1)
     assert other.stderr == (
         "Error: s3://chest/written/small holds other shards: seed is 0, not 1; remove it, or name another folder\n"
     )
@@ -186,8 +187,6 @@ def test_what_a_store_changes_is_noticed(stored: object, monkeypatch: pytest.Mon
 
 def test_the_etl_reads_from_the_store_what_it_reads_from_a_folder(stored: object, tmp_path: Path) -> None:
     """With gzipped CSVs and one image missing, which is no failure of the store."""
-    import s3fs
-
     source = tmp_path / "CheXpert-v1.0-small"
     write_chexpert(source, "train", range(1, 31))
     write_chexpert(source, "valid", range(31, 36))
@@ -196,14 +195,14 @@ def test_the_etl_reads_from_the_store_what_it_reads_from_a_folder(stored: object
     missing = "train/patient00003/study1/view1_frontal.jpg"
     (source / missing).unlink()
     url = "s3://chest/sources/CheXpert-v1.0-small"
-    s3fs.S3FileSystem(skip_instance_cache=True).put(f"{source}/", url, recursive=True)
+    open_store().put(f"{source}/", url, recursive=True)
 
     options = ["--size", "48", "--dev", "0.3", "--samples-per-shard", "20", "--max-bad", "0.1"]
     assert run_pipeline("shards", source, tmp_path / "local", *options).returncode == 0
-    expected = {path.name: path.read_bytes() for path in (tmp_path / "local").iterdir()}
+    expected = files_of(tmp_path / "local")
     there = run_pipeline("shards", "s3://chest/sources", tmp_path / "there", *options, "--strict")
     assert there.returncode == 3, there.stderr
-    found = {path.name: path.read_bytes() for path in (tmp_path / "there").iterdir()}
+    found = files_of(tmp_path / "there")
     assert found.pop("rejects.csv") == expected.pop("rejects.csv").replace(str(source).encode(), url.encode())
     assert found == expected
 
@@ -218,10 +217,9 @@ def test_the_etl_reads_from_the_store_what_it_reads_from_a_folder(stored: object
 def test_a_cluster_needs_no_shared_folder_with_both_in_the_store(
     stored: object, chexpert: Path, tmp_path: Path
 ) -> None:
-    import s3fs
     from distributed import LocalCluster
 
-    s3fs.S3FileSystem(skip_instance_cache=True).put(f"{chexpert}/", "s3://chest/both/films", recursive=True)
+    open_store().put(f"{chexpert}/", "s3://chest/both/films", recursive=True)
     options = ["--size", "48", "--dev", "0.3", "--samples-per-shard", "7", "--views", "all"]
     make_cluster: Any = LocalCluster  # which has no types
     with make_cluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
@@ -230,18 +228,8 @@ def test_a_cluster_needs_no_shared_folder_with_both_in_the_store(
     assert run.returncode == 0, run.stderr
     assert "studies: 20 with 1 frontal, 20 with 1 frontal and 1 lateral" in run.stdout
     assert run_pipeline("shards", chexpert, tmp_path / "local", *options).returncode == 0
-    expected = {path.name: path.read_bytes() for path in (tmp_path / "local").iterdir()}
+    expected = files_of(tmp_path / "local")
     assert objects_of("chest/both-shards") == expected
-
-
-@pytest.mark.parametrize("url", ["s3://key:s3cret@host/films", "https://host/films?sig=s3cret"])
-def test_urls_with_secrets_are_refused_without_them(tmp_path: Path, url: str) -> None:
-    reason = f"{url.partition(':')[0]}://…: a URL with a password or a query; credentials come from the environment"
-    for name, places in {"SOURCE": (url, tmp_path / "out"), "OUT": (tmp_path, url)}.items():
-        refused = run_pipeline("shards", *places)
-        assert refused.returncode == 2
-        assert refused.stderr.splitlines()[-1] == f"Error: Invalid value for '{name}': {reason}"
-        assert "s3cret" not in refused.stderr
 
 
 @pytest.mark.parametrize(
@@ -249,19 +237,13 @@ def test_urls_with_secrets_are_refused_without_them(tmp_path: Path, url: str) ->
     [
         ("s3://chest/no-such-path", "no such folder"),
         ("s3://no-such-bucket/films", "no such folder"),
-        (
-            "s3://chest/films",
-            "no dataset with a df_chexpert_plus_240401.csv (CheXpert Plus), or a "
-            "mimic-cxr-2.0.0-split.csv (MIMIC-CXR-JPG), or a Data_Entry_2017_v2020.csv (NIH ChestX-ray14), or a "
-            "PADCHEST_chest_x_ray_images_labels_160K_01.02.19.csv (PadChest), or an annotations/image_labels_train.csv "
-            "(VinDr-CXR), or a train.csv, valid.csv or test_labels.csv (CheXpert)",
-        ),
+        ("s3://chest/films", "no dataset with a df_chexpert_plus_240401.csv (CheXpert Plus), or a "),
     ],
 )
 def test_a_source_that_is_none_is_named(stored: object, tmp_path: Path, source: str, reason: str) -> None:
-    refused = run_pipeline("shards", source, tmp_path / "out")
-    assert refused.returncode == 1
-    assert refused.stderr.partition("; it holds ")[0].rstrip() == f"Error: {source}: {reason}"
+    failed = run_pipeline("shards", source, tmp_path / "out")
+    assert failed.returncode == 1
+    assert failed.stderr.startswith(f"Error: {source}: {reason}")
 
 
 def test_a_store_that_fails_while_it_is_read_ends_the_run(stored: object, monkeypatch: pytest.MonkeyPatch) -> None:
