@@ -199,9 +199,6 @@ def test_covariates_are_numbers_and_constant_ones_are_left_out() -> None:
     assert list(found) == list(expected)
     for name, values in expected.items():
         np.testing.assert_array_equal(found[name], values)
-
-
-def test_names_without_a_number_are_no_covariate() -> None:
     assert "patient number" not in find_covariates(pa.table(FILMS | {"patient": ["a", "b", "c7"]}))[0]
 
 

@@ -7,7 +7,9 @@ from scipy.stats import binomtest
 from sklearn.metrics import recall_score, roc_auc_score, roc_curve
 
 from pipeline import DataError
+from pipeline.measure.delong import combine
 from pipeline.measure.evaluate import (
+    AREAS,
     MEMBERS,
     Scored,
     add_comparisons,
@@ -18,6 +20,7 @@ from pipeline.measure.evaluate import (
     calibrate,
     combine_views,
     leave_uncalibrated,
+    study_level,
 )
 from pipeline.measure.evaluation import COMMON, OWN, Evaluation
 from pipeline.measure.metrics import subtract_independent, wilson_limits
@@ -57,21 +60,31 @@ def test_late_fusion_is_the_max_and_the_mean_of_views(studies: Scored) -> None:
 
 
 def test_others_are_compared_on_the_rows_that_both_have(studies: Scored) -> None:
-    worse = np.clip(studies.scores + np.random.default_rng(1).normal(0, 0.5, studies.scores.shape), 0, 1)
+    images = studies._replace(study=np.zeros(STUDIES))  # two of each study
+    worse = np.clip(images.scores + np.random.default_rng(1).normal(0, 0.5, images.scores.shape), 0, 1)
     worse[:20] = np.nan
-    found = assess(NAMES, studies, leave_uncalibrated(NAMES, None), unit="study")
-    add_other(found, studies, "worse", worse)
-    assert found.get("studies", scorer="worse").value == 280
-    truth = studies.target[20:, 0]
-    ours, theirs = (roc_auc_score(truth, scores[20:, 0]) for scores in (studies.scores, worse))
-    assert found.get("auroc", "Edema", scorer="worse").value == pytest.approx(theirs)
-    less, mean = (found.get("auroc_difference", label, scorer="worse") for label in ("Edema", "macro10"))
-    assert less.value == pytest.approx(ours - theirs)
-    assert (mean.value, mean.low) == (less.value, less.low)
-    assert 0 < (less.low or 0) < ours - theirs < (less.high or 0)
-    assert found.get("auroc_difference", "Fracture", scorer="worse").low is None
-    with pytest.raises(DataError, match=r"^`against` none: no scores of these studies and labels$"):
-        add_other(found, studies, "none", np.full_like(worse, np.nan))
+    found = assess(NAMES, images, leave_uncalibrated(NAMES, None))
+    for name, scores in (("worse", worse), ("same", images.scores)):
+        add_other(found, images, name, scores)
+    assert found.get("images", scorer="worse").value == 280
+    ours = images.take(slice(20, None))
+    theirs = ours._replace(scores=worse[20:])
+    for level, sides in (("image", (ours, theirs)), ("study", (study_level(ours), study_level(theirs)))):
+        aurocs = [roc_auc_score(side.target[:, 0], side.scores[:, 0]) for side in sides]
+        assert found.get("auroc", "Edema", level, scorer="worse").value == pytest.approx(aurocs[1])
+        less, mean = (found.get("auroc_difference", label, level, scorer="worse") for label in ("Edema", "macro10"))
+        assert less.value == pytest.approx(aurocs[0] - aurocs[1])
+        assert (mean.value, mean.low) == (less.value, less.low)
+        assert less.excludes_zero
+        for metric, measure in AREAS.items():
+            row = found.get(f"{metric}_difference", "Edema", level, scorer="worse")
+            both = measure(*sides[0][:4]).join(measure(*sides[1][:4]))
+            assert {"value": row.value, "low": row.low, "high": row.high} == combine(both, [1, 0, -1, 0])
+        assert found.get("auroc_difference", "Fracture", level, scorer="worse").low is None
+    zero = found.get("auroc_difference", "macro10", scorer="same")
+    assert [zero.value, zero.low, zero.high] == pytest.approx([0, 0, 0], abs=1e-6)
+    with pytest.raises(DataError, match=r"^`against` none: no scores of these images and labels$"):
+        add_other(found, images, "none", np.full_like(worse, np.nan))
 
 
 def test_a_gain_is_over_the_mean_of_members() -> None:

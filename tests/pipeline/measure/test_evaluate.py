@@ -13,7 +13,6 @@ from pipeline.measure.delong import combine, measure_areas, measure_precision, r
 from pipeline.measure.evaluate import (
     Scored,
     add_groups,
-    add_other,
     assess,
     assess_groups,
     calibrate,
@@ -77,9 +76,6 @@ def test_studies_are_combined_as_pandas_does(images: Scored, combine: str) -> No
     truth = pd.DataFrame(images.target).groupby(keys).first()
     np.testing.assert_array_equal(found.target, np.where(found.mask, truth, 0))
     assert found.scores.dtype == np.float32
-
-
-def test_an_unknown_way_to_combine_is_refused(images: Scored) -> None:
     with pytest.raises(ValueError, match=r"^combine is 'median'; choose max or mean$"):
         study_level(images, "median")
 
@@ -125,9 +121,13 @@ def test_the_rows_hold_each_figure(
     assert (fracture.value, get("auprc", "Fracture").value, fracture.positives) == (None, None, 0)
     assert {row.value for row in evaluation.select(metric="threshold", label="Fracture")} == {None}
     assert get("auroc", "Fracture", "study").negatives == study_level(images).mask[:, 5].sum()  # none is lost
-    assert get("auprc", "macro10").value == pytest.approx(
-        np.mean([get("auprc", name).value or 0 for name in COMPETITION]), abs=1e-12
-    )
+    for metric, area in (("auroc", measure_areas(*images[:4])), ("auprc", measure_precision(*images[:4]))):
+        row, mean = (get(metric, name) for name in ("Edema", "macro10"))
+        assert [row.low, row.high] == pytest.approx([area.low[3], area.high[3]])
+        assert get(metric, "Fracture").low is None
+        expected = combine(area, [0.2] * 5 + [0, 0])
+        assert {"value": mean.value, "low": mean.low, "high": mean.high} == expected
+        assert mean.value == pytest.approx(np.mean([get(metric, name).number for name in COMPETITION]), abs=1e-12)
     assert (get("images").value, get("patients").value) == (600, len(set(images.patient.tolist())))
     studies = study_level(images)
     assert get("studies", level="study").value == len(studies.scores)
@@ -149,52 +149,19 @@ def test_the_rows_hold_each_figure(
         read_evaluation(path)
 
 
-def test_intervals_are_of_patients(images: Scored, evaluation: Evaluation) -> None:
-    measured, precision = measure_areas(*images[:4]), measure_precision(*images[:4])
-    get = evaluation.get
-    edema, macro, mean5 = (get("auroc", label) for label in ("Edema", "macro", "mean5"))
-    assert [edema.low, edema.high] == pytest.approx([measured.low[3], measured.high[3]])
-    for area, row in ((measured, mean5), (precision, get("auprc", "macro10"))):
-        mean = {"value": row.value, "low": row.low, "high": row.high}
-        assert mean == combine(area, [0.2] * 5 + [0, 0])
-    assert get("auprc", "Fracture").low is get("auroc", "Fracture").low is None
-    assert (macro.low or 1) < (macro.value or 0) < (macro.high or 0)
-
-
-def test_without_dev_there_is_no_calibration(images: Scored) -> None:
+def test_without_dev_there_is_no_calibration_and_without_scores_nothing(images: Scored) -> None:
     plain = assess(NAMES, images, leave_uncalibrated(NAMES, None))
     assert not {"brier_calibrated", "threshold", "sensitivity"} & {row.metric for row in plain.rows}
     given = assess(NAMES, images, leave_uncalibrated(NAMES, 0.5))
     used = images.mask[:, 3]
     hits = recall_score(images.target[used, 3], images.scores[used, 3] >= 0.5)
     assert given.get("sensitivity", "Edema", group="given").value == pytest.approx(hits)
-
-
-def test_two_runs_are_compared_on_the_same_patients(images: Scored, calibration: dict[str, Any]) -> None:
-    random = np.random.default_rng(3)
-    noise = random.random(images.scores.shape, np.float32)
-    worse, same = (images.scores + noise) / 2, images.scores**2
-    found = assess(NAMES, images, calibration)
-    for name, scores in (("runs/worse", worse), ("same", same)):
-        add_other(found, images, name, scores)
-    edema, used = found.get("auroc_difference", "Edema", scorer="runs/worse"), images.mask[:, 3]
-    theirs = roc_auc_score(images.target[used, 3], worse[used, 3])
-    assert found.get("auroc", "Edema", scorer="runs/worse").value == pytest.approx(theirs)
-    assert edema.value == pytest.approx((found.get("auroc", "Edema").value or 0) - theirs, abs=1e-12)
-    both = measure_areas(*images[:4]).join(measure_areas(worse, *images[1:4]))
-    weights = np.eye(14)[3] - np.eye(14)[10]
-    assert [edema.low, edema.high] == [combine(both, weights)[end] for end in ("low", "high")]
-    auprc = found.get("auprc_difference", "Edema", scorer="runs/worse")
-    both = measure_precision(*images[:4]).join(measure_precision(worse, *images[1:4]))
-    assert {"value": auprc.value, "low": auprc.low, "high": auprc.high} == combine(both, weights)
-    assert edema.excludes_zero
-    assert found.get("auroc_difference", "Fracture", scorer="runs/worse").value is None
-    studies, other = study_level(images), study_level(images._replace(scores=worse))
-    assert found.get("auroc_difference", "macro", "study", scorer="runs/worse").value == pytest.approx(
-        report_auroc(NAMES, *studies[:4])["macro_auroc"] - report_auroc(NAMES, *other[:4])["macro_auroc"]
-    )
-    zero = found.get("auroc_difference", "macro10", scorer="same")
-    assert [zero.value, zero.low, zero.high] == pytest.approx([0, 0, 0], abs=1e-6)
+    for broken, message in (
+        (images.take(slice(0)), "no images to evaluate"),
+        (images._replace(scores=np.full_like(images.scores, np.nan)), "scores are not finite"),
+    ):
+        with pytest.raises(ValueError, match=f"^{message}$"):
+            assess(NAMES, broken, leave_uncalibrated(NAMES, None))
 
 
 def compare_groups(images: Scored, calibration: dict[str, Any], **more: Any) -> Evaluation:
@@ -242,6 +209,14 @@ def test_subgroups_are_those_of_a_filter(images: Scored, calibration: dict[str, 
     assert get("tpr_gap", "Rare", group="sex").value is None  # fewer than 10 positives
     limits = assess_groups(NAMES, images, calibration["image"])["age"]["tpr_gap_limits"]["Cardiomegaly"]
     assert limits == {"low": gap.low, "high": gap.high}
+    women = compare_groups(images._replace(sex=np.full(600, "Female")), calibration)
+    for metric in ("auroc", "tpr"):
+        row = women.get(metric, "Edema", group="sex=Male")
+        assert (row.value, row.low, row.positives, row.few) == (None, None, 0, True)
+    assert women.get("images", group="sex=Male").value == 0
+    male, female = (women.get("auroc", "macro", group=f"sex={name}").value for name in ("Male", "Female"))
+    assert (male is None, female is None) == (True, False)
+    assert {row.value for row in women.select(metric="tpr_gap", group="sex")} == {None}
 
 
 def test_groups_are_compared_on_labels_with_enough_of_both(images: Scored, calibration: dict[str, Any]) -> None:
@@ -270,27 +245,6 @@ def test_groups_are_compared_on_labels_with_enough_of_both(images: Scored, calib
     share = np.array([0, 1, 1, 1, 1, 0, 0]) / 4
     expected = combine(areas[0].join(areas[1]), np.concatenate([share, -share]))
     assert {"value": less.value, "low": less.low, "high": less.high} == expected
-
-
-def test_groups_without_images_are_undefined(images: Scored, calibration: dict[str, Any]) -> None:
-    women = images._replace(sex=np.full(600, "Female"), projection=np.array([None, ""] * 300))
-    found = compare_groups(women, calibration)
-    assert found.get("images", group="projection=unknown").value == 600
-    assert found.get("images", group="sex=Male").value == 0
-    for metric in ("auroc", "tpr"):
-        row = found.get(metric, "Edema", group="sex=Male")
-        assert (row.value, row.low, row.positives, row.few) == (None, None, 0, True)
-    assert found.get("auroc", "macro", group="sex=Male").value is None
-    assert found.get("auroc", "macro", group="sex=Female").value is not None
-    assert {row.value for row in found.select(metric="tpr_gap", group="sex")} == {None}
-
-
-def test_nothing_to_evaluate_is_refused(images: Scored, calibration: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"^no images to evaluate$"):
-        assess(NAMES, images.take(slice(0)), calibration)
-    broken = images._replace(scores=np.full_like(images.scores, np.nan))
-    with pytest.raises(ValueError, match=r"^scores are not finite$"):
-        assess(NAMES, broken, calibration)
 
 
 def test_facts_make_subgroups(images: Scored, calibration: dict[str, Any]) -> None:
